@@ -41,6 +41,7 @@ from d2llm.cli.tune_reader import tune_reader
 from d2llm.cli.word_order import Verbs
 from d2llm.core.errors import D2LLMError, Terminated
 from d2llm.core.progress import showing_progress
+from d2llm.models.remote.kept_answers import KeptAnswers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 """What a shell reports for a program stopped by Ctrl-C, and for one ended by SIGTERM."""
+_STORE_NO_ANSWERS = {"judge", "search", "index"}
+"""Verbs that ask a model behind an API and show what it answers, or a sum of it."""
 _ANYWHERE = {"--verbose", "-v", "--quiet", "-q"}
 
 
@@ -124,6 +127,8 @@ def prepare(
     context.obj = Session(verbose=verbose, quiet=quiet)
     context.call_on_close(start_logging(context.obj))
     context.with_resource(showing_progress(False if quiet else None))
+    if context.invoked_subcommand in _STORE_NO_ANSWERS:
+        context.with_resource(KeptAnswers.of_command().used())
 
 
 _VERBS: dict[str, tuple[Callable[..., None], ...]] = {

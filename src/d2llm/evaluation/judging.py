@@ -210,6 +210,7 @@ class LabelWriter:
         try:
             self.labels.write(self._unwritten, remember=self._remember)
         except OSError as error:
+            self.answers.is_broken_off = True
             lost = sum(len(item.passage_ids) for item in self._unwritten)
             raise InputError(
                 f"{self.labels.folder}: labels cannot be written ({error.strerror or error}). The shards written "

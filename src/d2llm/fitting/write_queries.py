@@ -20,6 +20,7 @@ from d2llm.core.progress import progress_bar
 from d2llm.core.recipe import WriterConfig
 from d2llm.core.types import Passage
 from d2llm.fitting.draft_store import Draft, DraftKey, DraftStore, passage_hash
+from d2llm.models.remote.kept_answers import KeptAnswers
 from d2llm.models.writers.writer import Assignment, QueryKind, Writer, write_until_error
 
 DEFAULT_KINDS: Mapping[QueryKind, float] = {"question": 0.7, "keywords": 0.3}
@@ -115,7 +116,8 @@ def write_queries(
     ended_by: str | None = None
     num_asked = len(hashes) * sum(share > 0 for share in kinds.values())
     seconds = math.inf if budget.seconds is None else budget.seconds
-    with progress_bar("writing queries", num_asked, done=len(drafts), seconds=seconds) as advance:
+    answers = KeptAnswers(store.path.with_name("answers"), writer.fingerprint)
+    with answers.used(), progress_bar("writing queries", num_asked, done=len(drafts), seconds=seconds) as advance:
         while True:
             ended_by = _spent(budget, drafts, store, config, time.monotonic() - started)
             if ended_by is not None:
@@ -123,7 +125,7 @@ def write_queries(
             batch = list(islice(pending, _ASSIGNMENTS_AT_ONCE))
             if not batch:
                 break
-            answers, error = write_until_error(writer, [assignment.task for assignment in batch])
+            written = write_until_error(writer, [assignment.task for assignment in batch])
             added = [
                 Draft(
                     batch[place].passage_hash,
@@ -133,13 +135,15 @@ def write_queries(
                     answer.num_written_tokens,
                     answer.problem,
                 )
-                for place, answer in answers.items()
+                for place, answer in written.by_place.items()
             ]
             store.add(added)
-            if error is not None:
-                raise error
+            answers.clear()
+            if written.error is not None:
+                raise written.error
             drafts += added
-            advance(len(batch))
+            cost = _cost(store, config)
+            advance(len(batch), f"cost {cost:.2f}" if cost else "")
     report = _report(drafts, store, config, len(passages) - len(eligible), time.monotonic() - started, ended_by)
     if report.num_problems:
         _remarks.warning("%d of %d answers hold no queries", report.num_problems, report.num_answers)

@@ -21,6 +21,7 @@ from d2llm.core.errors import DataFormatError
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import QueryExpansion
 from d2llm.data.training import TrainingSource
+from d2llm.models.remote.kept_answers import KeptAnswers
 from d2llm.models.writers.writer import Assignment, Writer, write_until_error
 from d2llm.retrieval.expansion import add_hypothetical_passages
 from d2llm.retrieval.protocols import SearchStudent
@@ -57,27 +58,36 @@ def read_expansions(path: Path) -> Passages:
 
 
 def write_expansions(path: Path, queries: Sequence[str], writer: Writer) -> None:
-    """Let a writer answer the queries that are not in a file yet, and add what it writes, a few queries at a time."""
+    """Let a writer answer the queries that are not in a file yet, and add what it writes, a few queries at a time.
+
+    A process that is killed leaves the answers of an endpoint in the folder FILE.answers, for the next.
+    """
     known = read_expansions(path)
     waiting = [query for query in dict.fromkeys(queries) if query not in known]
     if not waiting:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file, progress_bar("writing hypothetical passages", len(waiting)) as advance:
+    answers = KeptAnswers(path.with_name(f"{path.name}.answers"), writer.fingerprint)
+    with (
+        path.open("ab+") as file,
+        answers.used(),
+        progress_bar("writing hypothetical passages", len(waiting)) as advance,
+    ):
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
         for together in batched(waiting, _WRITTEN_TOGETHER):
             assignments = [Assignment(query, "answer") for query in together]
-            written, error = write_until_error(writer, assignments, advance=advance)
+            written = write_until_error(writer, assignments, advance=advance)
             lines = [
                 json.dumps({"query": together[place], "passages": answer.queries}, ensure_ascii=False) + "\n"
-                for place, answer in written.items()
+                for place, answer in written.by_place.items()
             ]
             file.write("".join(lines).encode())
             file.flush()
             os.fsync(file.fileno())
-            if error is not None:
-                raise error
+            answers.clear()
+            if written.error is not None:
+                raise written.error
 
 
 def expanded_vectors(

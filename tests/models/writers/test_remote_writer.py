@@ -270,7 +270,7 @@ def test_ctrl_c_loses_no_answer(monkeypatch: pytest.MonkeyPatch):
     with local_endpoint(reply) as endpoint:
         model = writer(endpoint, remote={"concurrency": 1})
         monkeypatch.setattr(remote_endpoint, "wait", interrupted)
-        written, error = write_until_error(model, [TEA] * 6)
+        written = write_until_error(model, [TEA] * 6)
         released.set()
-    assert isinstance(error, KeyboardInterrupt)
-    assert [*written] == [0, 1, 2]
+    assert isinstance(written.error, KeyboardInterrupt)
+    assert [*written.by_place] == [0, 1, 2]

@@ -238,10 +238,10 @@ class RemoteBackbone(Backbone):
         fields = {**({"dimensions": self.dim} if self.remote.shorten else {}), **body}
         before = self.usage
         try:
-            self.endpoint.send(
+            self.endpoint.ask(
                 [{"input": [text for _, text in part], **fields} for part in parts],
                 keep=lambda place, answer: self._keep(parts[place], answer),
-            )
+            ).all()
         finally:
             usage = self.usage
             _remarks.log(

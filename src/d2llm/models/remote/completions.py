@@ -1,16 +1,19 @@
-"""The text of an answer from an OpenAI-compatible endpoint, its tokens, and refusals for a text's content."""
+"""Prompts for an OpenAI-compatible endpoint, the texts of its answers and their tokens, and refusals of a text."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-TOKENS_ARE_ESTIMATED = (
-    "%s does not report how many tokens it reads and writes; they are estimated at %g characters each "
-    "(characters_per_token), and so is what they cost"
-)
-"""A warning about an endpoint, by its address and ``characters_per_token``."""
+from d2llm.core.errors import InputError
+from d2llm.core.recipe import CompletionConfig
+from d2llm.models.length_limit import TextLengths
+from d2llm.models.remote.endpoint import Answers, Endpoint
+
+_Answer = TypeVar("_Answer")
+_Config = TypeVar("_Config", bound=CompletionConfig)
 _CONTENT_POLICY = re.compile(r"content.?(filter|policy|management)|moderation|safety (system|polic)", re.I)
 _FAULTS_OF_THE_REQUEST = (400, 403, 422)  # statuses with which endpoints refuse a text that their policy forbids
 _THOUGHTS = re.compile(r"^.*?</think(?:ing)?>", re.S | re.I)
@@ -72,11 +75,76 @@ def without_thoughts(text: str) -> str | None:
     return None if _UNFINISHED_THOUGHTS.match(rest) else rest
 
 
-def quoted(text: str, most: int) -> str:
-    """The beginning of a text, at most ``most`` characters, on one line and in quotes."""
-    text = " ".join(text.split())
-    return repr(text if len(text) <= most else text[:most] + " ...")
-
-
 def _count(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def require_address(remote: _Config | None, model: str, section: str, *, otherwise: str = "") -> _Config:
+    """The section ``remote`` of ``section``; an ``InputError`` if it is missing (``otherwise``: what else to do)."""
+    if remote is None:
+        raise InputError(f"the {model} has no address; add [{section}.remote] with url = ...{otherwise}")
+    return remote
+
+
+class Completions(Endpoint[_Answer]):
+    """An endpoint that continues prompts; the arguments are those of ``Endpoint``."""
+
+    def __init__(
+        self,
+        model: str,
+        config: CompletionConfig,
+        read: Callable[[Any], _Answer],
+        *,
+        kept_as: type[_Answer],
+        section: str,
+        shorten: str,
+        read_refusal: Callable[[int, str], _Answer | None],
+    ) -> None:
+        self._is_chat = config.api == "chat"
+        super().__init__(
+            model,
+            config,
+            read,
+            path="chat/completions" if self._is_chat else "completions",
+            section=section,
+            text="a prompt",
+            answer="a completion",
+            shorten=shorten,
+            check='first whether the model is served by api = "completions" or "chat"',
+            kept_as=kept_as,
+            read_refusal=read_refusal,
+        )
+        self.lengths = TextLengths.of_endpoint(config)
+
+    def complete(
+        self,
+        prompts: Sequence[str],
+        settings: Iterable[Mapping[str, Any]],
+        *,
+        advance: Callable[[int], None] | None = None,
+    ) -> Answers[_Answer]:
+        """The answers to prompts (``ask``); ``settings`` are the other fields of each request, like ``max_tokens``."""
+        return self.ask(
+            ({**self._fields(prompt), **own} for prompt, own in zip(prompts, settings, strict=True)), advance=advance
+        )
+
+    def count_tokens(self, prompt: str, answer: Completion) -> tuple[int, int, bool]:
+        """How many tokens were read and written, and whether these are estimates, as the endpoint reports none."""
+        read, written = answer.num_prompt_tokens, answer.num_written_tokens
+        is_estimated = read is None or written is None
+        if is_estimated:
+            self.warn_once(
+                "estimated",
+                "does not report how many tokens it reads and writes; they are estimated at %g characters each "
+                "(characters_per_token), and so is what they cost",
+                self.config.characters_per_token,
+            )
+        estimate = self.lengths.estimate
+        return (
+            estimate(prompt) if read is None else read,
+            estimate(answer.text) if written is None else written,
+            is_estimated,
+        )
+
+    def _fields(self, prompt: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": prompt}]} if self._is_chat else {"prompt": prompt}

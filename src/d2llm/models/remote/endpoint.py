@@ -1,31 +1,32 @@
 """A model behind an OpenAI-compatible endpoint: its requests, and errors that say what to do.
 
-A remote teacher, a remote writer and a remote backbone differ only in what they ask for and how they read the answer:
-``Endpoint`` sends the requests of all, ``CompletionEndpoint`` those with a prompt, and ``models.remote.pace`` sends
-them again.
+Remote teachers, writers and backbones differ only in what they ask for and how they read the answer: ``Endpoint`` sends
+the requests of all, ``Completions`` (``models.remote.completions``) those with a prompt.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import wait
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.extras import require
-from d2llm.core.recipe import CompletionConfig, EndpointConfig
-from d2llm.models.remote.completions import quoted
+from d2llm.core.recipe import EndpointConfig
 from d2llm.models.remote.kept_answers import kept_answers
 from d2llm.models.remote.pace import BusyError, Retries, retry_after
 
 if TYPE_CHECKING:
     import httpx2
+
+_log = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
 
@@ -36,6 +37,23 @@ _UNKNOWN_MODEL = re.compile(
 _QUOTED = 300  # characters of a server's message to quote
 _IDLE_SECONDS = 30.0  # how long a connection stays open that nobody uses
 _STOP_SECONDS = 5.0  # how long a caller that is interrupted waits until its requests are cancelled
+
+
+@dataclass(frozen=True, slots=True)
+class Answers(Generic[_Answer]):
+    """What there was when the work ended: answers by the place of their request, in order.
+
+    ``error`` is what ended it before all were there, if anything did. Ctrl-C is one too: what was answered is paid for.
+    """
+
+    by_place: dict[int, _Answer]
+    error: BaseException | None = None
+
+    def all(self) -> list[_Answer]:
+        """All answers, or the error."""
+        if self.error is not None:
+            raise self.error
+        return [*self.by_place.values()]
 
 
 class _EventLoop:
@@ -104,6 +122,8 @@ class Endpoint(Generic[_Answer]):
         answer: what the endpoint gives, for errors ("a completion").
         shorten: what to do if a text is too long, for errors.
         check: what to look at if a request is refused for another reason, for errors; "" if there is nothing special.
+        kept_as: the dataclass that ``read`` makes, if answers are kept for the next process should this one be killed
+            (``models.remote.kept_answers``).
         read_refusal: makes an answer of a refusal (its status and text), or raises an error of its own; None: it is a
             refusal like any other.
 
@@ -124,6 +144,7 @@ class Endpoint(Generic[_Answer]):
         answer: str,
         shorten: str,
         check: str = "",
+        kept_as: type[_Answer] | None = None,
         read_refusal: Callable[[int, str], _Answer | None] = lambda _status, _reason: None,
     ) -> None:
         for package in ("httpx2", "tenacity"):
@@ -134,46 +155,71 @@ class Endpoint(Generic[_Answer]):
         self.retries = Retries(self.address, config)
         self._read, self._read_refusal = read, read_refusal
         self._section, self._text, self._answer = section, text, answer
-        self._shorten, self._check = shorten, check
+        self._shorten, self._check, self._kept_as = shorten, check, kept_as
         self._key = _read_key(config.api_key_env)
         self._answered = False
         self._opened: tuple[_EventLoop, httpx2.AsyncClient] | None = None
         self._opening = threading.Lock()
+        self._warned: set[str] = set()
 
-    def send(
+    def ask(
         self,
-        bodies: Sequence[Mapping[str, Any]],
+        bodies: Iterable[Mapping[str, Any]],
         *,
         advance: Callable[[int], None] | None = None,
         keep: Callable[[int, _Answer], None] | None = None,
-    ) -> list[_Answer]:
-        """The answers to requests, in their order; the requests start in this order too.
+    ) -> Answers[_Answer]:
+        """The answers to requests, which start in their order; what a killed process left is not asked again.
+
+        Once an error occurs, no more requests start, and those on their way are waited for. The errors are:
+
+        - ModelNotFoundError: the endpoint has no such model, or the address does not exist.
+        - InputError: a text is longer than the model can read, or answers cannot be kept (disk full).
+        - ModelError: the endpoint is unreachable, refuses the key, or answers in another form.
 
         Args:
             bodies: the fields of each request's body besides the model's name.
             advance: called with 1 for each answer, from another thread.
-            keep: called with each answer as soon as it is there, and the place of its request, from another thread; so
-                it has the answers that came before an error, and those to requests that were on their way when it
-                occurred. An error that it raises ends the call.
-
-        Raises:
-            ModelNotFoundError: the endpoint has no such model, or the address does not exist.
-            InputError: a text is longer than the model can read.
-            ModelError: the endpoint is unreachable, refuses the key, or answers in another form.
+            keep: called with each answer as soon as it is there, and the place of its request, from another thread; an
+                error that it raises ends the call.
         """
-        answers: list[_Answer | None] = [None] * len(bodies)
+        named = [{"model": self.model, **body} for body in bodies]
+        kept = None if self._kept_as is None else kept_answers()
+        answers: dict[int, _Answer] = {}
 
-        def take(place: int, answer: _Answer) -> None:
+        def take(place: int, answer: _Answer, *, is_new: bool = True) -> None:
             answers[place] = answer
+            if kept is not None and is_new:
+                kept.add(self._identity(named[place]), asdict(cast("Any", answer)))
             if keep is not None:
                 keep(place, answer)
             if advance is not None:
                 advance(1)
 
-        named = [{"model": self.model, **body} for body in bodies]
-        loop, client = self._open()
-        loop.run(self._send_all(client, enumerate(named), len(named), take))
-        return cast("list[_Answer]", answers)
+        error: BaseException | None = None
+        try:
+            for place, body in enumerate(named):
+                values = None if kept is None else kept.take(self._identity(body))
+                if values is not None and self._kept_as is not None:
+                    take(place, self._kept_as(**values), is_new=False)
+            missing = [(place, body) for place, body in enumerate(named) if place not in answers]
+            loop, client = self._open()
+            loop.run(self._send_all(client, iter(missing), len(missing), take))
+        except BaseException as reason:  # noqa: BLE001 - returned
+            error = reason
+            if kept is not None:
+                kept.is_broken_off = True
+        return Answers(dict(sorted(answers.items())), error)
+
+    def warn_once(self, what: str, message: str, *values: object) -> None:
+        """Log something about this endpoint, with its address in front: a warning, later only at level INFO."""
+        level = logging.INFO if what in self._warned else logging.WARNING
+        self._warned.add(what)
+        _log.log(level, f"%s: {message}", self.config.url, *values)
+
+    def _identity(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """What makes a request the same as another one."""
+        return {"revision": self.config.revision, "body": body}
 
     def _open(self) -> tuple[_EventLoop, httpx2.AsyncClient]:
         """The event loop of this process, and what holds the connections there."""
@@ -305,95 +351,10 @@ class Endpoint(Generic[_Answer]):
         return quoted(text, _QUOTED)
 
 
-class CompletionEndpoint(Endpoint[_Answer]):
-    """An endpoint that continues prompts; ``answer_type`` is a dataclass, the other arguments those of ``Endpoint``."""
-
-    def __init__(
-        self,
-        model: str,
-        config: CompletionConfig,
-        read: Callable[[Any], _Answer],
-        *,
-        answer_type: type[_Answer],
-        section: str,
-        shorten: str,
-        read_refusal: Callable[[int, str], _Answer | None],
-    ) -> None:
-        self._is_chat = config.api == "chat"
-        self._answer_type = answer_type
-        super().__init__(
-            model,
-            config,
-            read,
-            path="chat/completions" if self._is_chat else "completions",
-            section=section,
-            text="a prompt",
-            answer="a completion",
-            shorten=shorten,
-            check='first whether the model is served by api = "completions" or "chat"',
-            read_refusal=read_refusal,
-        )
-
-    def complete(
-        self,
-        prompts: Sequence[str],
-        settings: Sequence[Mapping[str, Any]],
-        *,
-        advance: Callable[[int], None] | None = None,
-        keep: Callable[[int, _Answer], None] | None = None,
-    ) -> list[_Answer]:
-        """The answers to prompts, in their order (``send``); those that a killed process left are not asked again.
-
-        Args:
-            prompts: one for each request.
-            settings: the other fields of each request's body, such as ``max_tokens``.
-            advance: called with 1 for each answer, from another thread.
-            keep: called with each answer and the place of its prompt, from another thread.
-        """
-        bodies = [{**self._fields(prompt), **own} for prompt, own in zip(prompts, settings, strict=True)]
-        stored = kept_answers()
-        if stored is None:
-            return self.send(bodies, advance=advance, keep=keep)
-        known: dict[int, _Answer] = {}
-        for place, body in enumerate(bodies):
-            if (values := stored.take({"model": self.model, **body})) is not None:
-                known[place] = self._answer_type(**values)
-                if keep is not None:
-                    keep(place, known[place])
-                if advance is not None:
-                    advance(1)
-        places = [place for place in range(len(bodies)) if place not in known]
-
-        def take(number: int, answer: _Answer) -> None:
-            place = places[number]
-            stored.add({"model": self.model, **bodies[place]}, asdict(cast("Any", answer)))
-            known[place] = answer
-            if keep is not None:
-                keep(place, answer)
-
-        self.send([bodies[place] for place in places], advance=advance, keep=take)
-        return [known[place] for place in range(len(bodies))]
-
-    def complete_until_error(
-        self,
-        prompts: Sequence[str],
-        settings: Sequence[Mapping[str, Any]],
-        *,
-        advance: Callable[[int], None] | None = None,
-    ) -> tuple[dict[int, _Answer], BaseException | None]:
-        """The answers by the place of their prompt, and the error, if any, that ended the call before all were there.
-
-        Ctrl-C counts as an error too: what was answered is paid for. The arguments are those of ``complete``.
-        """
-        answers: dict[int, _Answer] = {}
-        try:
-            self.complete(prompts, settings, advance=advance, keep=answers.__setitem__)
-        except BaseException as error:  # noqa: BLE001 - returned
-            return answers, error
-        return answers, None
-
-    def _fields(self, prompt: str) -> dict[str, Any]:
-        return {"messages": [{"role": "user", "content": prompt}]} if self._is_chat else {"prompt": prompt}
+def quoted(text: str, most: int) -> str:
+    """The beginning of a text, at most ``most`` characters, on one line and in quotes."""
+    text = " ".join(text.split())
+    return repr(text if len(text) <= most else text[:most] + " ...")
 
 
 def _read_key(variable: str | None) -> str | None:

@@ -1,26 +1,31 @@
 """Answers of an endpoint that are on disk as soon as they are there, until what is made of them is stored.
 
 A process that is killed (SIGKILL, power) leaves its file behind; the next one that does the same work takes it over,
-and asks only for what it lacks. An error or Ctrl-C needs none of this: what came before it is stored at once.
+and asks only for what it lacks. So does a process whose endpoint failed, or that was interrupted, if it has not stored
+what it had by then.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import threading
 import time
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import filelock
+from platformdirs import user_cache_path
 
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
+
+_log = logging.getLogger(__name__)
 
 _SYNC_SECONDS = 1.0  # the most that can be lost if the machine goes down; a killed process loses nothing
 _in_use: ContextVar[KeptAnswers | None] = ContextVar("answers", default=None)
@@ -30,25 +35,42 @@ class KeptAnswers:
     """The answers that a process received and has not stored, and those that killed processes left in the folder.
 
     Each process has a file of its own, which it locks. Nothing is read or written before the first request, so work
-    that asks no endpoint leaves nothing behind. ``purpose`` is what the answers are for: others do not get them.
+    that asks no endpoint leaves nothing behind. ``purpose`` is what the answers are for: others do not get them. If the
+    folder cannot be written, it is an ``InputError``, or a warning if that ``is_required`` not to be.
     """
 
-    def __init__(self, folder: Path, purpose: str) -> None:
-        self._folder, self._purpose = folder, purpose
+    def __init__(self, folder: Path, purpose: str, *, is_required: bool = True) -> None:
+        self._folder, self._purpose, self._is_required = folder, purpose, is_required
         self._path = folder / _new_name()
         self._left: dict[str, list[dict[str, Any]]] = {}  # by killed processes, and not asked for yet
         self._lock: filelock.BaseFileLock | None = None
         self._guard = threading.Lock()
         self._synced = 0.0
+        self._has_failed = False
+        self.is_broken_off = False
+        """Whether the endpoint failed, the work was interrupted, or its results could not be stored, after these
+        answers. Other errors may be about the answers themselves, so these are asked for again."""
+
+    @classmethod
+    def of_command(cls) -> KeptAnswers:
+        """Those of a command that stores nothing of what it is told; they are in the user's cache folder."""
+        return cls(user_cache_path("d2llm") / "answers", "command", is_required=False)
 
     @contextmanager
     def used(self) -> Generator[None]:
-        """All requests of completions in this block, from this thread, use these answers."""
-        token = _in_use.set(self)
+        """All requests of completions in this block, from this thread, use these answers.
+
+        They are forgotten at its end, unless they are broken off.
+        """
         try:
-            yield
+            with _using(self):
+                yield
+        except (OSError, KeyboardInterrupt):
+            self.is_broken_off = True
+            raise
         finally:
-            _in_use.reset(token)
+            if not self.is_broken_off:
+                self.clear()
             with self._guard:
                 self._close()
 
@@ -65,7 +87,7 @@ class KeptAnswers:
         Raises:
             InputError: it cannot be written (disk full).
         """
-        with self._guard, _errors_of(self._path):
+        with self._guard, self._writing():
             if self._lock is not None:  # else the work has ended
                 self._append([(self._name(request), answer)])
 
@@ -75,7 +97,8 @@ class KeptAnswers:
         Raises:
             InputError: the file cannot be written.
         """
-        with self._guard, _errors_of(self._path):
+        self.is_broken_off = False
+        with self._guard, self._writing():
             if self._lock is not None:
                 self._write_anew()
 
@@ -83,12 +106,13 @@ class KeptAnswers:
         return fingerprint_json([self._purpose, request])
 
     def _open(self) -> None:
-        if self._lock is not None:
+        if self._lock is not None or self._has_failed:
             return
-        with _errors_of(self._path):
+        with self._writing():
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock_of(self._path)
-            self._lock.acquire()
+            own = _lock_of(self._path)
+            own.acquire()
+            self._lock = own
             for path in sorted(self._folder.glob("*.jsonl")):
                 lock = _lock_of(path)
                 try:
@@ -133,10 +157,39 @@ class KeptAnswers:
         with suppress(OSError):  # others use it
             self._folder.rmdir()
 
+    @contextmanager
+    def _writing(self) -> Generator[None]:
+        try:
+            yield
+        except OSError as error:
+            problem = f"{self._path}: answers of the endpoint cannot be kept ({error.strerror or error})"
+            if self._is_required:
+                raise InputError(
+                    f"{problem}. Free some space, or make the folder writable, and run the same command again to "
+                    "continue"
+                ) from error
+            if not self._has_failed:
+                _log.warning("%s; if this process is killed, they are asked for again", problem)
+            self._has_failed = True
+
 
 def kept_answers() -> KeptAnswers | None:
     """The answers that requests from this thread use, if any."""
     return _in_use.get()
+
+
+def nothing_kept() -> AbstractContextManager[None]:
+    """Requests in this block are always sent, and their answers not kept: trials, and measurements of speed."""
+    return _using(None)
+
+
+@contextmanager
+def _using(answers: KeptAnswers | None) -> Generator[None]:
+    token = _in_use.set(answers)
+    try:
+        yield
+    finally:
+        _in_use.reset(token)
 
 
 def _new_name() -> str:
@@ -167,14 +220,3 @@ def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
                 f"{path}:{number}: is not an answer of an endpoint ({error!r}); delete the line, and it is asked again"
             ) from error
     return answers
-
-
-@contextmanager
-def _errors_of(path: Path) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{path}: answers of the endpoint cannot be kept ({error.strerror or error}). Free some space, or make the "
-            "folder writable, and run the same command again to continue"
-        ) from error

@@ -16,37 +16,31 @@ queries. A ranking becomes the logarithms of the strengths of Plackett and Luce,
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.recipe import ListsConfig, RemoteConfig, TeacherConfig
+from d2llm.core.recipe import ListsConfig, TeacherConfig
 from d2llm.core.types import TASKS, Task
-from d2llm.models.length_limit import TextLengths
 from d2llm.models.remote.completions import (
-    TOKENS_ARE_ESTIMATED,
     Completion,
-    quoted,
+    Completions,
     read_completion,
     read_content_refusal,
 )
-from d2llm.models.remote.endpoint import TOO_LONG, CompletionEndpoint
-from d2llm.models.teachers.identity import TeacherIdentity
-from d2llm.models.teachers.judge import Judgements, LastingJudge, PartlyJudged, TextPair, whole_queries
+from d2llm.models.remote.endpoint import TOO_LONG, quoted
+from d2llm.models.teachers.endpoint_teacher import EndpointTeacher
+from d2llm.models.teachers.judge import Judgements, PartlyJudged, TextPair, whole_queries
 from d2llm.models.teachers.list_answers import read_grades, read_ranking
 from d2llm.models.teachers.list_prompts import ListPrompt, load_list_prompt
 from d2llm.ops.plackett_luce import strengths
-
-_log = logging.getLogger(__name__)
 
 GRADE_OF_ANSWERS, GRADES_PER_LOGIT = 70.0, 12.0
 _TRIAL = ("what do cows drink", ("Cows drink water.",))
@@ -72,102 +66,57 @@ class _Shown:
 
 
 @dataclass(slots=True)
-class _Tokens:
-    """What a call has read and written."""
-
-    read: int = 0
-    written: int = 0
-    num_estimated: int = 0
-
-
-@dataclass(slots=True)
 class _Call:
     """One call of ``judge``: its texts, and what has come of it so far."""
 
     prompt: ListPrompt
     texts: list[str]
-    tokens: _Tokens = field(default_factory=_Tokens)
+    num_read: int = 0
+    num_written: int = 0
+    """Tokens of prompts and answers."""
     problem: str = ""
     """What was wrong with the last answer that was of no use."""
     error: BaseException | None = None
     """What ended the call early."""
 
 
-class ListTeacher(LastingJudge):
-    """What teachers that are shown lists share; ``fingerprint`` depends on model and revision, not on the address.
+class ListTeacher(EndpointTeacher):
+    """What teachers that are shown lists share."""
 
-    Raises:
-        InputError: there is no section ``remote``, no such prompt set, or the key's variable is not set.
-        ModelNotFoundError: the tokenizer cannot be loaded.
-        MissingExtraError: the extra ``remote`` is not installed.
-    """
-
-    kind = ""
-    divides = False
+    otherwise = ", or [teacher.recorded] with lists = ..., if its grades were recorded"
+    divides: ClassVar[bool] = False
     """Whether a list can be shown in halves."""
     ranks_lists = False
     """Whether log-odds compare only the passages of one query (``judge.ranks_lists``)."""
 
     def __init__(self, config: TeacherConfig) -> None:
-        self.config = config
-        self.remote, self.lists = _sections(config)
+        super().__init__(config)
+        self.lists = config.lists or ListsConfig()
         self.prompts = {task: load_list_prompt(self.kind, config.prompt, task) for task in TASKS}
-        self.endpoint = CompletionEndpoint(
+        self.endpoint = Completions(
             config.model,
             self.remote,
             read_completion,
-            answer_type=Completion,
+            kept_as=Completion,
             section="teacher",
             shorten="lower teacher.lists.max_passage_tokens or teacher.lists.size",
             read_refusal=_read_refusal,
         )
-        self._lengths = TextLengths.of_endpoint(self.remote)
-        self._reported: set[str] = set()
-        self._identity = self.identify(config)
 
     @classmethod
-    def load(cls, config: TeacherConfig, *, device: Any = None, dtype: Any = None) -> ListTeacher:
-        """Create a teacher and send one trial request, so that a wrong address, key or model is reported at once.
-
-        ``device`` and ``dtype`` do not apply to a remote teacher and are ignored.
-
-        Raises:
-            ModelNotFoundError: the endpoint has no such model, or the address does not exist.
-            ModelError: the endpoint is unreachable, or refuses the key or a field of the request.
-        """
-        del device, dtype
-        teacher = cls(config)
-        call = _Call(teacher.prompts["asymmetric"], list(_TRIAL[1]))
-        teacher._ask(call, [_Shown(_TRIAL[0], 0, [0])])
-        if call.error is not None:
-            raise call.error
-        return teacher
-
-    @classmethod
-    def identify(cls, config: TeacherConfig) -> TeacherIdentity:
-        """The identity of ``load(config)``, computed without contacting the endpoint.
-
-        Raises:
-            InputError: there is no section ``remote``, or no such prompt set.
-        """
-        remote, lists = _sections(config)
-        unit = remote.tokenizer or remote.characters_per_token
-        asked = [unit, remote.api, remote.body(max_tokens=lists.max_answer_tokens, temperature=0)]
+    def question(cls, config: TeacherConfig, task: Task) -> list[Any]:
+        """Prompt, how passages are shown, and what is asked for."""
+        remote, lists = cls.address(config), config.lists or ListsConfig()
         shown = lists.model_dump(mode="json", exclude={"max_answer_tokens", "attempts"})
-        prompts: dict[Task, str] = {
-            task: fingerprint_json([load_list_prompt(cls.kind, config.prompt, task).fingerprint, shown, *asked])
-            for task in TASKS
-        }
-        return TeacherIdentity(fingerprint_json([cls.kind, config.model, remote.revision]), prompts)
+        unit = remote.tokenizer or remote.characters_per_token
+        sent = remote.body(max_tokens=lists.max_answer_tokens, temperature=0)
+        return [load_list_prompt(cls.kind, config.prompt, task).fingerprint, shown, unit, remote.api, sent]
 
-    @property
-    def fingerprint(self) -> str:
-        """Fingerprint of kind, model name and revision."""
-        return self._identity.fingerprint
-
-    def prompt_fingerprint(self, task: Task) -> str:
-        """Identity of the question and of all settings that affect what is shown."""
-        return self._identity.prompts[task]
+    def try_out(self) -> BaseException | None:
+        """Ask about a list of one passage, whatever the answer is."""
+        call = _Call(self.prompts["asymmetric"], list(_TRIAL[1]))
+        self._ask(call, [_Shown(_TRIAL[0], 0, [0])])
+        return call.error
 
     def judge_until_error(
         self,
@@ -189,8 +138,8 @@ class ListTeacher(LastingJudge):
           ``error``; the endpoint failed for longer than ``remote.patience_minutes``, or refuses requests.
         """
         del with_features
-        room = self._lengths.room(self.lists.max_passage_tokens)
-        cut = self._lengths.cut([("", text) for _, text in pairs], room)
+        room = self.endpoint.lengths.room(self.lists.max_passage_tokens)
+        cut = self.endpoint.lengths.cut([("", text) for _, text in pairs], room)
         call = _Call(self.prompts[task], [text for _, text in cut])
         by_query: dict[str, list[int]] = {}
         for place, (query, _) in enumerate(pairs):
@@ -206,22 +155,18 @@ class ListTeacher(LastingJudge):
             is_judged = whole_queries(pairs, is_judged)
         num_undecided = int((is_judged & ~has_answer).sum())
         if num_undecided:
-            self._warn_once(
-                "undecided", "%s: %d of %d pairs have no answer: %s", self.remote.url, num_undecided, len(pairs),
-                call.problem,
-            )  # fmt: skip
-        tokens = call.tokens
-        if tokens.num_estimated:
-            self._warn_once("estimated", TOKENS_ARE_ESTIMATED, self.remote.url, self.remote.characters_per_token)
+            self.endpoint.warn_once(
+                "undecided", "%d of %d pairs have no answer: %s", num_undecided, len(pairs), call.problem
+            )
         is_cut = [text != whole for text, (_, whole) in zip(call.texts, pairs, strict=True)]
         judgements = Judgements(
             np.nan_to_num(log_odds).astype(np.float32),
             None,
             num_truncated=int((is_judged & np.array(is_cut, np.bool_)).sum()),
-            num_tokens=tokens.read,
+            num_tokens=call.num_read,
             num_undecided=num_undecided,
-            num_written_tokens=tokens.written,
-            cost=self.remote.cost(tokens.read, tokens.written) or 0.0,
+            num_written_tokens=call.num_written,
+            cost=self.remote.cost(call.num_read, call.num_written) or 0.0,
             grades=None if grades is None else grades.astype(np.float32),
         )
         return PartlyJudged(judgements, is_judged, call.error)
@@ -244,11 +189,14 @@ class ListTeacher(LastingJudge):
         while todo and call.error is None:
             prompts = [call.prompt.fill(shown.query, [call.texts[place] for place in shown.passages]) for shown in todo]
             body = self.remote.body(max_tokens=self.lists.max_answer_tokens, temperature=0)
-            answers, call.error = self.endpoint.complete_until_error(prompts, [body] * len(prompts))
+            asked = self.endpoint.complete(prompts, [body] * len(prompts))
+            call.error = asked.error
             divided: list[_Shown] = []
-            for number, answer in sorted(answers.items()):
+            for number, answer in asked.by_place.items():
                 shown = todo[number]
-                self._count(call.tokens, prompts[number], answer)
+                num_read, num_written, _ = self.endpoint.count_tokens(prompts[number], answer)
+                call.num_read += num_read
+                call.num_written += num_written
                 if answer.refusal is not None and self.divides and len(shown.passages) > 1:
                     divided += shown.halves()
                 elif answer.refusal is not None and answer.refusal.startswith(_TOO_LONG):
@@ -257,19 +205,11 @@ class ListTeacher(LastingJudge):
                 else:
                     answered.append((shown, answer))
             if divided:
-                self._warn_once(
-                    "divided", "%s: lists that it refuses (too long, or for their content) are shown in halves",
-                    self.remote.url,
-                )  # fmt: skip
+                self.endpoint.warn_once(
+                    "divided", "lists that it refuses (too long, or their content) are shown in halves"
+                )
             todo = divided
         return answered
-
-    def _count(self, tokens: _Tokens, prompt: str, answer: Completion) -> None:
-        is_refused = answer.refusal is not None
-        num_read, num_written = answer.num_prompt_tokens, answer.num_written_tokens
-        tokens.num_estimated += num_read is None or num_written is None
-        tokens.read += (0 if is_refused else self._lengths.estimate(prompt)) if num_read is None else num_read
-        tokens.written += self._lengths.estimate(answer.text) if num_written is None else num_written
 
     def _order(self, passages: Sequence[int], *identity: object) -> list[int]:
         """The passages in a random order that depends on ``lists.seed`` and on what it is for."""
@@ -303,11 +243,6 @@ class ListTeacher(LastingJudge):
             f"{self.endpoint.address}: {what} longer than '{self.config.model}' can read there: {reason}; lower "
             f"{remedy}, or start the server with a longer context"
         )
-
-    def _warn_once(self, what: str, message: str, *values: object) -> None:
-        level = logging.INFO if what in self._reported else logging.WARNING
-        self._reported.add(what)
-        _log.log(level, message, *values)
 
 
 class GradedTeacher(ListTeacher):
@@ -465,15 +400,6 @@ def _windows(length: int, size: int, step: int) -> list[tuple[int, int]]:
     """
     ends = [*range(length, size, -step), min(length, size)]
     return [(max(0, end - size), end) for end in ends]
-
-
-def _sections(config: TeacherConfig) -> tuple[RemoteConfig, ListsConfig]:
-    if config.remote is None:
-        raise InputError(
-            f"the {config.kind} teacher '{config.model}' has no address; add [teacher.remote] with url = ..., "
-            "or [teacher.recorded] with lists = ..., if its grades were recorded"
-        )
-    return config.remote, config.lists or ListsConfig()
 
 
 def _read_refusal(status: int, reason: str) -> Completion | None:

@@ -9,12 +9,11 @@ the smallest one returned, and that value is used: the log-odds are then a bound
 missing, nothing is known about the pair: depending on ``remote.unanswered``, this is an error, or the pair is counted
 as undecided (log-odds 0).
 
-``RemoteTeacher`` makes log-odds of answers; ``models.remote.endpoint`` sends the requests, with rate limit and retries.
+``RemoteTeacher`` makes log-odds of answers; ``models.remote`` sends the requests, with rate limit and retries.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,86 +22,51 @@ from typing import Any
 import numpy as np
 
 from d2llm.core.errors import AnswerTokenError, InputError, ModelError
-from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.recipe import RemoteConfig, TeacherConfig
+from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import TASKS, Task
-from d2llm.models.length_limit import TextLengths
-from d2llm.models.remote.endpoint import CompletionEndpoint
-from d2llm.models.teachers.identity import TeacherIdentity
-from d2llm.models.teachers.judge import Judgements, LastingJudge, PartlyJudged, TextPair
+from d2llm.models.remote.completions import Completions
+from d2llm.models.remote.endpoint import Answers
+from d2llm.models.teachers.endpoint_teacher import EndpointTeacher
+from d2llm.models.teachers.judge import Judgements, PartlyJudged, TextPair
 from d2llm.models.teachers.prompts import Prompt, load_prompt
-
-_log = logging.getLogger(__name__)
 
 _TRIAL: TextPair = ("what do cows drink", "Cows drink water.")
 _SPACES = str.maketrans("▁Ġ", "  ")  # how vocabularies write a leading space; some endpoints return it in this form
 
 
-class RemoteTeacher(LastingJudge):
-    """A teacher at a remote endpoint; ``fingerprint`` depends on its model name and declared revision, not its address.
+class RemoteTeacher(EndpointTeacher):
+    """A teacher of one question a pair; also raises an ``AnswerTokenError`` if yes and no are the same word."""
 
-    Raises:
-        InputError: there is no section ``remote``, no such prompt set, or the key's variable is not set.
-        AnswerTokenError: yes and no are the same word.
-        ModelNotFoundError: the tokenizer cannot be loaded.
-        MissingExtraError: the extra ``remote`` is not installed.
-    """
+    kind = "remote"
 
     def __init__(self, config: TeacherConfig) -> None:
-        self.config = config
-        self.remote = _section(config)
+        super().__init__(config)
         self.prompts = {task: load_prompt(config.prompt, task) for task in TASKS}
         for task, prompt in self.prompts.items():
             if prompt.yes == prompt.no:
                 raise AnswerTokenError(f"prompt '{config.prompt}' ({task}): yes and no are both {prompt.yes!r}")
-        self.endpoint = CompletionEndpoint(
+        self.endpoint = Completions(
             config.model,
             self.remote,
             self._read,
-            answer_type=NextToken,
+            kept_as=NextToken,
             section="teacher",
             shorten="lower teacher.max_tokens (or characters_per_token, or set the tokenizer in teacher.remote)",
             read_refusal=self._read_refusal,
         )
-        self._lengths = TextLengths.of_endpoint(self.remote)
-        self._reported = False
 
     @classmethod
-    def load(cls, config: TeacherConfig, *, device: Any = None, dtype: Any = None) -> RemoteTeacher:
-        """Create a teacher and send one trial request, so that a wrong address, key or model is reported at once.
+    def question(cls, config: TeacherConfig, task: Task) -> list[Any]:
+        """Prompt, how a pair is cut, and what is asked for."""
+        remote = cls.address(config)
+        unit = "tokens" if remote.tokenizer else remote.characters_per_token
+        sent = remote.body(max_tokens=1, temperature=0)
+        prompt = load_prompt(config.prompt, task).fingerprint
+        return [prompt, config.max_tokens, unit, remote.api, remote.top_logprobs, sent]
 
-        ``device`` and ``dtype`` do not apply to a remote teacher and are ignored.
-
-        Raises:
-            ModelNotFoundError: the endpoint has no such model, or the address does not exist.
-            ModelError: the endpoint is unreachable, refuses the key, or gives no log-probabilities.
-        """
-        del device, dtype
-        teacher = cls(config)
-        _, error = teacher._ask([teacher.prompts["asymmetric"].fill(*_TRIAL)])
-        if error is not None:
-            raise error
-        return teacher
-
-    @staticmethod
-    def identify(config: TeacherConfig) -> TeacherIdentity:
-        """The identity of ``load(config)``, computed without contacting the endpoint.
-
-        Raises:
-            InputError: there is no section ``remote``, or no such prompt set.
-        """
-        remote = _section(config)
-        fingerprint = fingerprint_json(["remote", config.model, remote.revision])
-        return TeacherIdentity(fingerprint, {task: _fingerprint_prompt(config, remote, task) for task in TASKS})
-
-    @property
-    def fingerprint(self) -> str:
-        """Fingerprint of model name and revision."""
-        return self.identify(self.config).fingerprint
-
-    def prompt_fingerprint(self, task: Task) -> str:
-        """Identity of the question and of all settings that affect how a pair is cut or its answer is read."""
-        return _fingerprint_prompt(self.config, self.remote, task)
+    def try_out(self) -> BaseException | None:
+        """Ask about a pair."""
+        return self._ask([self.prompts["asymmetric"].fill(*_TRIAL)]).error
 
     def judge_until_error(
         self,
@@ -129,8 +93,8 @@ class RemoteTeacher(LastingJudge):
         for query, _ in pairs:
             query_order.setdefault(query, len(query_order))
         order = sorted(range(len(pairs)), key=lambda index: query_order[pairs[index][0]])
-        in_order, error = self._ask([texts[index] for index in order], advance=advance)
-        answers = {order[place]: answer for place, answer in in_order.items()}
+        asked = self._ask([texts[index] for index in order], advance=advance)
+        answers, error = {order[place]: answer for place, answer in asked.by_place.items()}, asked.error
         log_odds = np.zeros(len(pairs), dtype=np.float32)
         bounded: list[int] = []
         unanswered: list[int] = []
@@ -149,13 +113,19 @@ class RemoteTeacher(LastingJudge):
             error = error or self._unanswered(len(unanswered), len(pairs), pairs[first], answers[first], prompt)
             is_judged[unanswered] = False
             unanswered = []
-        lengths = self._lengths.count(texts)
+        lengths = self.endpoint.lengths.count(texts)
         num_read = {index: answer.num_prompt_tokens for index, answer in answers.items()}
         cut_there = {
             index for index, read in num_read.items() if read is not None and read < (lengths[index] or 0)
         }  # fmt: skip
         num_tokens = sum(read or lengths[index] or 0 for index, read in num_read.items())
-        self._report(len(answers), len(bounded), len(unanswered), len(cut_there))
+        if bounded or unanswered or cut_there:
+            self.endpoint.warn_once(
+                "read",
+                "of %d pairs judged, %d log-odds are bounds (one answer word not among the %d most likely tokens), %d "
+                "undecided (neither), %d cut by the server",
+                *(len(answers), len(bounded), self.remote.top_logprobs, len(unanswered), len(cut_there)),
+            )
         judgements = Judgements(
             log_odds,
             None,
@@ -168,16 +138,13 @@ class RemoteTeacher(LastingJudge):
         )
         return PartlyJudged(judgements, is_judged, error)
 
-    def _ask(
-        self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None
-    ) -> tuple[dict[int, NextToken], BaseException | None]:
-        """The answers by the place of their text, and the error that ended the call before all were there."""
+    def _ask(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> Answers[NextToken]:
         settings = self.remote.body(max_tokens=1, temperature=0)
         if self.remote.api == "chat":
             settings |= {"logprobs": True, "top_logprobs": self.remote.top_logprobs}
         else:
             settings |= {"logprobs": self.remote.top_logprobs}
-        return self.endpoint.complete_until_error(texts, [settings] * len(texts), advance=advance)
+        return self.endpoint.complete(texts, [settings] * len(texts), advance=advance)
 
     def _read(self, answer: Any) -> NextToken:
         try:
@@ -199,16 +166,16 @@ class RemoteTeacher(LastingJudge):
 
     def _write(self, prompt: Prompt, pairs: Sequence[TextPair]) -> tuple[list[str], list[bool]]:
         """The text to send for each pair, and whether it was cut, by the same rule as for a local teacher."""
-        kept = self._lengths.cut(pairs, self._room(prompt))
+        kept = self.endpoint.lengths.cut(pairs, self._room(prompt))
         return [prompt.fill(*pair) for pair in kept], [cut != pair for cut, pair in zip(kept, pairs, strict=True)]
 
     def _room(self, prompt: Prompt) -> int:
         """Units (tokens, or characters without a tokenizer) left for query and passage."""
         parts = [prompt.head, prompt.middle, prompt.tail]
-        limit = self._lengths.room(self.config.max_tokens)
-        if self._lengths.tokenizer is not None:
-            limit -= int(self._lengths.tokenizer.num_special_tokens_to_add())
-        room = limit - sum(map(len, self._lengths.ends(parts))) - 2 * len(prompt.space)
+        limit = self.endpoint.lengths.room(self.config.max_tokens)
+        if self.endpoint.lengths.tokenizer is not None:
+            limit -= int(self.endpoint.lengths.tokenizer.num_special_tokens_to_add())
+        room = limit - sum(map(len, self.endpoint.lengths.ends(parts))) - 2 * len(prompt.space)
         if room < 2:
             raise InputError(
                 f"max_tokens is {self.config.max_tokens}, but prompt '{self.config.prompt}' alone fills it; raise "
@@ -227,19 +194,6 @@ class RemoteTeacher(LastingJudge):
             '(teacher.remote.unanswered = "undecided")'
         )
 
-    def _report(self, num_pairs: int, num_bounded: int, num_undecided: int, num_cut_there: int) -> None:
-        """Log bounded, undecided or cut pairs: a warning the first time, later only at level INFO."""
-        if not (num_bounded or num_undecided or num_cut_there):
-            return
-        level = logging.INFO if self._reported else logging.WARNING
-        self._reported = True
-        _log.log(
-            level,
-            "of %d pairs judged by %s: %d log-odds are bounds (one answer word not among the %d most likely tokens), "
-            "%d undecided (neither), %d cut by the server",
-            *(num_pairs, self.remote.url, num_bounded, self.remote.top_logprobs, num_undecided, num_cut_there),
-        )
-
 
 def read_log_odds(log_probabilities: dict[str, float], prompt: Prompt) -> tuple[float | None, bool]:
     """logp(yes) - logp(no), and whether it is exact rather than a bound; None if neither word is returned."""
@@ -249,19 +203,6 @@ def read_log_odds(log_probabilities: dict[str, float], prompt: Prompt) -> tuple[
     least = min(probabilities.values())
     value = probabilities.get(prompt.yes, least) - probabilities.get(prompt.no, least)
     return value, prompt.yes in probabilities and prompt.no in probabilities
-
-
-def _section(config: TeacherConfig) -> RemoteConfig:
-    if config.remote is None:
-        raise InputError(f"the remote teacher '{config.model}' has no address; add [teacher.remote] with url = ...")
-    return config.remote
-
-
-def _fingerprint_prompt(config: TeacherConfig, remote: RemoteConfig, task: Task) -> str:
-    unit = "tokens" if remote.tokenizer else remote.characters_per_token
-    prompt = load_prompt(config.prompt, task)
-    sent = remote.body(max_tokens=1, temperature=0)
-    return fingerprint_json([prompt.fingerprint, config.max_tokens, unit, remote.api, remote.top_logprobs, sent])
 
 
 @dataclass(frozen=True, slots=True)

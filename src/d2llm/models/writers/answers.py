@@ -12,7 +12,8 @@ import unicodedata
 from collections.abc import Collection
 from typing import Any, cast
 
-from d2llm.models.remote.completions import quoted, without_thoughts
+from d2llm.models.remote.completions import without_thoughts
+from d2llm.models.remote.endpoint import quoted
 
 _LONGEST = 300  # characters: longer lines are copied passages or explanations
 _SHORTEST_ECHO = 12  # letters and digits: a shorter line may be a part of the prompt by chance

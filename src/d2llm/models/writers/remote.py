@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
-from d2llm.models.length_limit import TextLengths
-from d2llm.models.remote.completions import TOKENS_ARE_ESTIMATED, Completion, read_completion, read_content_refusal
-from d2llm.models.remote.endpoint import CompletionEndpoint
+from d2llm.core.recipe import WriterConfig
+from d2llm.models.remote.completions import (
+    Completion,
+    Completions,
+    read_completion,
+    read_content_refusal,
+    require_address,
+)
+from d2llm.models.remote.endpoint import Answers
+from d2llm.models.remote.kept_answers import nothing_kept
 from d2llm.models.writers.answers import describe_problem, parse_answer
 from d2llm.models.writers.prompts import WriterPrompts, cut_assignments
-from d2llm.models.writers.writer import DEFAULT_TEMPERATURE, Assignment, LastingWriter, PartlyWritten, WrittenQueries
-
-_log = logging.getLogger(__name__)
+from d2llm.models.writers.writer import DEFAULT_TEMPERATURE, Assignment, LastingWriter, WrittenQueries
 
 _TRIAL = Assignment("Cows drink water.", "keywords")
 
@@ -35,13 +37,13 @@ class RemoteWriter(LastingWriter):
 
     def __init__(self, config: WriterConfig) -> None:
         self.config = config
-        self.remote = _section(config)
+        self.remote = require_address(config.remote, f"remote writer '{config.model}'", "writer")
         self.prompts = WriterPrompts(config.prompt_set)
-        self.endpoint = CompletionEndpoint(
+        self.endpoint = Completions(
             config.model,
             self.remote,
             read_completion,
-            answer_type=Completion,
+            kept_as=Completion,
             section="writer",
             shorten=(
                 "lower writer.max_passage_tokens (or characters_per_token, or set the tokenizer in writer.remote), or "
@@ -49,8 +51,6 @@ class RemoteWriter(LastingWriter):
             ),
             read_refusal=read_content_refusal,
         )
-        self._lengths = TextLengths.of_endpoint(self.remote)
-        self._reported = False
 
     @classmethod
     def load(cls, config: WriterConfig, *, device: Any = None, dtype: Any = None) -> RemoteWriter:
@@ -64,7 +64,8 @@ class RemoteWriter(LastingWriter):
         """
         del device, dtype
         writer = cls(config)
-        writer.write([_TRIAL])
+        with nothing_kept():
+            writer.write([_TRIAL])
         return writer
 
     @property
@@ -83,7 +84,7 @@ class RemoteWriter(LastingWriter):
 
     def write_until_error(
         self, assignments: Sequence[Assignment], *, advance: Callable[[int], None] | None = None
-    ) -> PartlyWritten:
+    ) -> Answers[WrittenQueries]:
         """Carry assignments out, one request each, until the first error (``LastingWriter``).
 
         A passage that the endpoint refuses for its content is a result with a ``problem``. ``advance`` is called from
@@ -92,22 +93,15 @@ class RemoteWriter(LastingWriter):
         - InputError: a prompt is longer than the endpoint can read.
         - ModelError: the endpoint failed for longer than ``remote.patience_minutes``, or refuses requests.
         """
-        kept, cut = cut_assignments(assignments, self._lengths, max_tokens=self.config.max_passage_tokens)
+        kept, cut = cut_assignments(assignments, self.endpoint.lengths, max_tokens=self.config.max_passage_tokens)
         prompts = [self.prompts[assignment.kind].fill(assignment) for assignment in kept]
         settings = [self._settings(assignment) for assignment in kept]
-        answers, error = self.endpoint.complete_until_error(prompts, settings, advance=advance)
-        results = {
+        answers = self.endpoint.complete(prompts, settings, advance=advance)
+        written = {
             place: self._result(kept[place], prompts[place], answer, cut[place])
-            for place, answer in sorted(answers.items())
+            for place, answer in answers.by_place.items()
         }
-        num_estimated = sum(result.tokens_are_estimated for result in results.values())
-        if num_estimated and not self._reported:
-            self._reported = True
-            _log.warning(
-                TOKENS_ARE_ESTIMATED,
-                *(self.remote.url, self.remote.characters_per_token),
-            )
-        return results, error
+        return Answers(written, answers.error)
 
     def _settings(self, assignment: Assignment) -> dict[str, Any]:
         """The fields of a request besides model and prompt."""
@@ -132,19 +126,13 @@ class RemoteWriter(LastingWriter):
             problem = answer.refusal or describe_problem(
                 answer.text, is_complete=answer.is_complete, is_passage=is_passage
             )
-        num_prompt, num_written = answer.num_prompt_tokens, answer.num_written_tokens
+        num_read, num_written, is_estimated = self.endpoint.count_tokens(prompt, answer)
         return WrittenQueries(
             queries,
-            self._lengths.estimate(prompt) if num_prompt is None else num_prompt,
-            self._lengths.estimate(answer.text) if num_written is None else num_written,
+            num_read,
+            num_written,
             num_dropped=num_dropped,
             truncated=was_cut,
-            tokens_are_estimated=num_prompt is None or num_written is None,
+            tokens_are_estimated=is_estimated,
             problem=problem,
         )
-
-
-def _section(config: WriterConfig) -> RemoteWriterConfig:
-    if config.remote is None:
-        raise InputError(f"the remote writer '{config.model}' has no address; add [writer.remote] with url = ...")
-    return config.remote

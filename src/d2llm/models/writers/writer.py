@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import pairs_of
 from d2llm.core.recipe import WriterConfig
+from d2llm.models.remote.endpoint import Answers
 
 QueryKind = Literal["question", "keywords", "statement"]
 """What a query is: a question, a few keywords, or a statement that the passage supports."""
@@ -106,10 +107,6 @@ class WrittenQueries:
     problem: str | None = None
 
 
-PartlyWritten = tuple[dict[int, WrittenQueries], BaseException | None]
-"""What was written, by the place of its assignment, in order, and the error that ended the work before all was."""
-
-
 @runtime_checkable
 class Writer(Protocol):
     """A writer of any kind."""
@@ -146,25 +143,22 @@ class LastingWriter(Writer, Protocol):
         self, assignments: Sequence[Assignment], *, advance: Callable[[int], None] | None = None
     ) -> list[WrittenQueries]:
         """Carry assignments out (``Writer.write``); the first error is raised."""
-        written, error = self.write_until_error(assignments, advance=advance)
-        if error is not None:
-            raise error
-        return [written[place] for place in range(len(assignments))]
+        return self.write_until_error(assignments, advance=advance).all()
 
     def write_until_error(
         self, assignments: Sequence[Assignment], *, advance: Callable[[int], None] | None = None
-    ) -> PartlyWritten:
+    ) -> Answers[WrittenQueries]:
         """Like ``write``; an error or an interruption that comes after the first answer is not raised but returned."""
         ...
 
 
 def write_until_error(
     writer: Writer, assignments: Sequence[Assignment], *, advance: Callable[[int], None] | None = None
-) -> PartlyWritten:
+) -> Answers[WrittenQueries]:
     """Carry assignments out (``Writer.write``); what a ``LastingWriter`` wrote before an error is returned with it."""
     if isinstance(writer, LastingWriter):
         return writer.write_until_error(assignments, advance=advance)
-    return dict(enumerate(writer.write(assignments, advance=advance))), None
+    return Answers(dict(enumerate(writer.write(assignments, advance=advance))))
 
 
 def load_writer(config: WriterConfig, *, device: str | None = None, dtype: str | None = None) -> Writer:

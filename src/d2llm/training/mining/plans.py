@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -174,29 +174,30 @@ def _mine_one(
         labels = LabelStore(run.parts.labels, teacher=identity.fingerprint, prompt=prompt, dataset=dataset.name)
         teacher = TeacherCheck(labels, miners.judging, data.task, mining.teacher_margin, dataset.passages)
     work = run.parts.mining_work(data)
-    result = mine(
-        dataset,
-        _SPLIT,
-        mining,
-        encoder=miners.encoder,
-        student=miners.student,
-        teacher=teacher,
-        task=data.task,
-        seed=run.recipe.seed,
-        max_queries=data.max_queries,
-        exclude_passages_of=held_out if data.exclude_shared_passages else (),
-        work=work,
-        placement=miners.placement,
-    )
-    report = result.report
-    content = {"dataset": dataset.name, "split": _SPLIT, "settings": _settings(run, data, mining), "report": report}
-    if teacher is not None:
-        content["teacher"] = teacher.labels.teacher
-    audit = {
-        "audit.json": (json.dumps(result.audit, indent=1, ensure_ascii=False) + "\n").encode(),
-        "audit.md": audit_page(report, result.audit).encode(),
-    }
-    write_plan(folder, result.entries, content, documents=audit)
+    with nullcontext() if teacher is None else teacher.answers.used():
+        result = mine(
+            dataset,
+            _SPLIT,
+            mining,
+            encoder=miners.encoder,
+            student=miners.student,
+            teacher=teacher,
+            task=data.task,
+            seed=run.recipe.seed,
+            max_queries=data.max_queries,
+            exclude_passages_of=held_out if data.exclude_shared_passages else (),
+            work=work,
+            placement=miners.placement,
+        )
+        report = result.report
+        content = {"dataset": dataset.name, "split": _SPLIT, "settings": _settings(run, data, mining), "report": report}
+        if teacher is not None:
+            content["teacher"] = teacher.labels.teacher
+        audit = {
+            "audit.json": (json.dumps(result.audit, indent=1, ensure_ascii=False) + "\n").encode(),
+            "audit.md": audit_page(report, result.audit).encode(),
+        }
+        write_plan(folder, result.entries, content, documents=audit)
     if not keeps_vectors:
         shutil.rmtree(work, ignore_errors=True)
     dropped = sum(report["num_dropped"].values())

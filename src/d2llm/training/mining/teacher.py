@@ -14,6 +14,7 @@ from d2llm.core.progress import ignore
 from d2llm.core.types import Passage, Query, Task
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.evaluation.judging import JudgingCounts, LabelWriter, gram_matrix
+from d2llm.models.remote.kept_answers import KeptAnswers
 from d2llm.models.teachers.judge import Judge, PartlyJudged, TextPair, judge_until_error, ranks_lists
 from d2llm.runners.placement import HERE
 from d2llm.runners.runner import Workers
@@ -61,7 +62,8 @@ class TeacherCheck:
     log-odds above the mean of the positives minus ``margin`` is not a negative. A teacher that ranks lists judges the
     positives again with each of a query's candidates, and these labels are not stored: each is about another list.
 
-    Workers are started by the first call that needs them; ``close`` ends them.
+    Workers are started by the first call that needs them; ``close`` ends them. Answers of an endpoint are kept until
+    their labels are stored, or, of a teacher that ranks lists, until the block that uses ``answers`` has ended.
     """
 
     def __init__(
@@ -75,9 +77,15 @@ class TeacherCheck:
         self._judges: Workers[PairTexts, PartlyJudged] | None = None
         self._task: Task = task
         self._writer = LabelWriter(labels)
+        self._finished: list[QueryLabels] = []
         self._new_log_odds: dict[str, dict[str, float]] = {}
         self._grades: dict[tuple[str, str], float] = {}
         self._features: dict[tuple[str, str], Float32[np.ndarray, " dim"]] = {}
+
+    @property
+    def answers(self) -> KeptAnswers:
+        """The answers of an endpoint of which nothing is stored yet."""
+        return self._writer.answers
 
     def judge(self, calls: Sequence[Sequence[tuple[Query, Sequence[str]]]]) -> None:
         """Let the teacher judge the passages that have no label yet; no query is in two of the calls to it."""
@@ -116,10 +124,15 @@ class TeacherCheck:
         self._judges = None
         for query_id in [*self._new_log_odds]:
             self.keep(query_id, ())
-        self._writer.write()
+        if not self._ranks_lists:
+            self._writer.write()
+
+    @property
+    def _ranks_lists(self) -> bool:
+        return self._judging is not None and self._judging.ranks_lists
 
     def _without_label(self, query: Query, passage_ids: Sequence[str]) -> list[tuple[Query, str]]:
-        if self._judging is not None and self._judging.ranks_lists:
+        if self._ranks_lists:
             return [(query, name) for name in passage_ids]
         judged = self._new_log_odds.get(query.id, ())
         return [(query, name) for name in self.labels.missing(query.id, passage_ids) if name not in judged]
@@ -147,14 +160,30 @@ class TeacherCheck:
         new = self._new_log_odds.pop(query_id, {})
         grades = [self._grades.pop((query_id, passage_id), np.nan) for passage_id in new]
         features = {passage_id: self._features.pop((query_id, passage_id), None) for passage_id in new}
-        has_features = any(row is not None for row in features.values())
-        if not new or (self._judging is not None and self._judging.ranks_lists) or (has_features and not listed):
-            return  # labels without their Gram matrix would be those of a teacher without features
-        rows = [row for passage_id in listed if (row := features.get(passage_id)) is not None]
-        gram = gram_matrix(np.stack(rows).astype(np.float32)) if rows and len(rows) == len(listed) else None
-        if gram is None:
-            values = np.array([*new.values()], np.float32)
-            self._writer.add([QueryLabels(query_id, tuple(new), values, grades=np.array(grades, np.float32))])
-            return
-        ids = tuple(dict.fromkeys((*listed, *new)))
-        self._writer.add([QueryLabels(query_id, ids, np.array([new[name] for name in ids], np.float32), gram)])
+        labels = None if self._ranks_lists else _labels(query_id, new, grades, features, listed)
+        if labels is not None:
+            self._finished.append(labels)
+        if not self._new_log_odds:  # else answers would be forgotten that the others are made of
+            self._writer.add(self._finished)
+            self._finished = []
+
+
+def _labels(
+    query_id: str,
+    new: Mapping[str, float],
+    grades: Sequence[float],
+    features: Mapping[str, Float32[np.ndarray, " dim"] | None],
+    listed: Sequence[str],
+) -> QueryLabels | None:
+    """The new labels of a query; None if there are none, or if they would lack the Gram matrix that others have."""
+    has_features = any(row is not None for row in features.values())
+    if not new or (has_features and not listed):
+        return None  # labels without their Gram matrix would be those of a teacher without features
+    rows = [row for passage_id in listed if (row := features.get(passage_id)) is not None]
+    gram = gram_matrix(np.stack(rows).astype(np.float32)) if rows and len(rows) == len(listed) else None
+    if gram is None:
+        return QueryLabels(
+            query_id, tuple(new), np.array([*new.values()], np.float32), grades=np.array(grades, np.float32)
+        )
+    ids = tuple(dict.fromkeys((*listed, *new)))
+    return QueryLabels(query_id, ids, np.array([new[name] for name in ids], np.float32), gram)

@@ -1,0 +1,90 @@
+"""What teachers behind an API have in common, whatever they ask: identity, and a trial before the work begins."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar, TypeVar
+
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.recipe import RemoteConfig, TeacherConfig
+from d2llm.core.types import TASKS, Task
+from d2llm.models.remote.completions import require_address
+from d2llm.models.remote.kept_answers import nothing_kept
+from d2llm.models.teachers.identity import TeacherIdentity
+from d2llm.models.teachers.judge import LastingJudge
+
+_Teacher = TypeVar("_Teacher", bound="EndpointTeacher")
+
+
+class EndpointTeacher(LastingJudge):
+    """A teacher at a remote endpoint; ``fingerprint`` depends on its model name and declared revision, not its address.
+
+    Raises:
+        InputError: there is no section ``remote``, no such prompt set, or the key's variable is not set.
+        ModelNotFoundError: the tokenizer cannot be loaded.
+        MissingExtraError: the extra ``remote`` is not installed.
+    """
+
+    kind: ClassVar[str]
+    otherwise: ClassVar[str] = ""
+    """What else can be given in place of an address, for an error."""
+
+    def __init__(self, config: TeacherConfig) -> None:
+        self.config = config
+        self.remote = self.address(config)
+        self._identity = self.identify(config)
+
+    @classmethod
+    def load(cls: type[_Teacher], config: TeacherConfig, *, device: Any = None, dtype: Any = None) -> _Teacher:
+        """Create a teacher and send one trial request, so that a wrong address, key or model is reported at once.
+
+        ``device`` and ``dtype`` do not apply to a remote teacher and are ignored.
+
+        Raises:
+            ModelNotFoundError: the endpoint has no such model, or the address does not exist.
+            ModelError: the endpoint is unreachable, refuses the key or a field of the request, or answers in a form
+                that this kind cannot read.
+        """
+        del device, dtype
+        teacher = cls(config)
+        with nothing_kept():
+            error = teacher.try_out()
+        if error is not None:
+            raise error
+        return teacher
+
+    @classmethod
+    def identify(cls, config: TeacherConfig) -> TeacherIdentity:
+        """The identity of ``load(config)``, computed without contacting the endpoint.
+
+        Raises:
+            InputError: there is no section ``remote``, or no such prompt set.
+        """
+        fingerprint = fingerprint_json([cls.kind, config.model, cls.address(config).revision])
+        return TeacherIdentity(fingerprint, {task: fingerprint_json(cls.question(config, task)) for task in TASKS})
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of kind, model name and revision."""
+        return self._identity.fingerprint
+
+    def prompt_fingerprint(self, task: Task) -> str:
+        """Identity of the question and of all settings that affect what is shown, or how its answer is read."""
+        return self._identity.prompts[task]
+
+    @classmethod
+    def address(cls, config: TeacherConfig) -> RemoteConfig:
+        """The section ``remote``."""
+        otherwise = (
+            ", or [teacher.recorded] with lists = ..., if its grades were recorded" if cls.kind != "remote" else ""
+        )
+        return require_address(config.remote, f"{cls.kind} teacher '{config.model}'", "teacher", otherwise=otherwise)
+
+    @classmethod
+    @abstractmethod
+    def question(cls, config: TeacherConfig, task: Task) -> list[Any]:
+        """What identifies the question."""
+
+    @abstractmethod
+    def try_out(self) -> BaseException | None:
+        """Send a short request; returns its error, if there is one."""

@@ -1,0 +1,251 @@
+"""Processes that ask a model behind an API and are killed: the same work asks again only for what was on its way.
+
+That of ``d2llm label`` is in ``test_labelling_failures.py``.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from d2llm.data.plan import read_plan
+from d2llm.fitting.draft_store import DraftStore
+from d2llm.training.expansions import read_expansions
+from e2e.command_line import fail, succeed, succeed_with_report
+from list_endpoint import KINDS, counts_words, list_teacher, recipe_with_teacher
+from local_endpoint import LocalEndpoint, Reply, Request, local_endpoint
+from prepared_process import PreparedProcess, program, script
+from waiting import PATIENCE
+
+ANSWERED, CONCURRENCY = 5, 2
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "d2llm"
+
+
+def is_trial(request: Request) -> bool:
+    return "Cows drink water." in request.prompt
+
+
+def prompts(endpoint: LocalEndpoint) -> list[str]:
+    return [request.prompt for request in endpoint.requests if not is_trial(request)]
+
+
+def kill_while_asking(endpoint: LocalEndpoint, start: Callable[[], PreparedProcess]) -> None:
+    """Kill a process that has so many answers, and is waiting for others."""
+    reply, numbers, released = endpoint.reply, count(len(prompts(endpoint))), threading.Event()
+    limit = len(prompts(endpoint)) + ANSWERED
+
+    def stops(request: Request, number: int) -> Reply:
+        if not is_trial(request) and next(numbers) >= limit:
+            released.wait(PATIENCE)
+            return Reply(hang_up=True)
+        return reply(request, number)
+
+    endpoint.reply = stops
+    with start() as process:
+        process.until(lambda: len(prompts(endpoint)) >= limit + CONCURRENCY, "it asked so often")
+        process.send(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    released.set()
+    endpoint.reply = reply
+
+
+def assert_only_lost_ones_were_repeated(endpoint: LocalEndpoint, *, kills: int = 1) -> None:
+    repeated = Counter(prompts(endpoint)) - Counter({*prompts(endpoint)})
+    assert repeated.total() == kills * CONCURRENCY
+    assert len({*prompts(endpoint)}) > ANSWERED + CONCURRENCY
+
+
+# --- writers
+
+WRITER = """
+import sys
+from pathlib import Path
+from d2llm.core.recipe import WriterConfig
+from d2llm.core.types import Passage
+from d2llm.fitting.draft_store import DraftStore
+from d2llm.fitting.write_queries import WritingBudget, write_queries
+from d2llm.models.writers.writer import load_writer
+from d2llm.training.expansions import write_expansions
+
+remote = {"url": sys.argv[1], "concurrency": 2}
+config = WriterConfig.model_validate({"kind": "remote", "model": "served", "remote": remote})
+folder, writer = Path(sys.argv[2]), load_writer(config)
+"""
+FIT = """
+passages = [Passage(f"p{n}", f"This passage is about topic t{n} and its care in winter. " * 3) for n in range(40)]
+store = DraftStore(folder, writer.fingerprint)
+write_queries(passages, writer, store, config=config, budget=WritingBudget(), kinds={"question": 1.0})
+"""
+EXPANSIONS = """
+write_expansions(folder / "passages.jsonl", [f"what about topic t{n} then" for n in range(70)], writer)
+"""
+
+
+def writes(request: Request, number: int) -> Reply:
+    del number
+    topic = request.prompt.split("topic ")[-1].split()[0]
+    message = {"role": "assistant", "content": f"what is {topic} about?"}
+    usage = {"prompt_tokens": 50, "completion_tokens": 9}
+    return Reply({"choices": [{"finish_reason": "stop", "message": message}], "usage": usage})
+
+
+@pytest.mark.parametrize("work", [FIT, EXPANSIONS], ids=["fit", "expansions"])
+def test_a_writer_that_is_killed_twice_loses_no_answer(work: str, tmp_path: Path) -> None:
+    folder = tmp_path / "written"
+    folder.mkdir()
+    with local_endpoint(writes) as endpoint:
+        for _ in range(2):
+            kill_while_asking(endpoint, lambda: PreparedProcess(script, WRITER + work, endpoint.url, str(folder)))
+        with PreparedProcess(script, WRITER + work, endpoint.url, str(folder)) as process:
+            assert process.wait() == 0, process.errors
+        assert_only_lost_ones_were_repeated(endpoint, kills=2)
+    (file,) = folder.iterdir()  # nothing is left over
+    if work == FIT:
+        drafts = DraftStore(folder, file.stem.removeprefix("drafts-"))
+        assert len(drafts) == 40
+        assert drafts.num_tokens == (40 * 50, 40 * 9)
+    else:
+        written = read_expansions(file)
+        assert written == {f"what about topic t{n} then": (f"what is t{n} about?",) for n in range(70)}
+
+
+# --- teachers
+
+
+@pytest.fixture
+def mining(place: Path, tmp_path: Path) -> Callable[[str, str], tuple[str, ...]]:
+    """The arguments of ``d2llm mine`` with the margin of a teacher of a kind, at an address."""
+
+    def arguments(kind: str, url: str) -> tuple[str, ...]:
+        teacher = (
+            f'kind = "{kind}"\nmodel = "counts-words"\n[teacher.remote]\nurl = "{url}"\nconcurrency = {CONCURRENCY}\n'
+            "[teacher.lists]\norders = 2\nsize = 2\nstep = 1"
+        )
+        recipe = recipe_with_teacher(place / "tiny.toml", teacher)
+        (tmp_path / "recipe.toml").write_text(recipe.replace("[mining]", "[mining]\nteacher_margin = 0.5"))
+        return "mine", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run"), "--dtype", "float32"
+
+    return arguments
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mine_that_is_killed_asks_its_teacher_again_only_for_what_was_on_its_way(
+    kind: str, mining: Callable[[str, str], tuple[str, ...]], tmp_path: Path
+) -> None:
+    with local_endpoint(counts_words) as endpoint:
+        command = mining(kind, endpoint.url)
+        succeed(*command)
+        usual, plan = Counter(prompts(endpoint)), read_plan(tmp_path / "run" / "plans" / "everyday")
+        shutil.rmtree(tmp_path / "run")
+        for _ in range(2):
+            kill_while_asking(endpoint, lambda: PreparedProcess(program, *command))
+        succeed(*command)
+        asked = Counter(prompts(endpoint)) - usual
+    assert usual - asked == Counter()
+    assert (asked - usual).total() == 2 * CONCURRENCY
+    assert not (tmp_path / "run" / "labels" / "answers").exists()
+    assert read_plan(tmp_path / "run" / "plans" / "everyday").entries == plan.entries
+
+
+def test_mine_keeps_the_answers_of_a_query_that_is_not_finished_when_labels_are_written(
+    mining: Callable[[str, str], tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Labels are written as soon as they can be; the plan is interrupted after a few of the queries of one call."""
+    from d2llm.evaluation import judging
+    from d2llm.training.mining.teacher import TeacherCheck
+
+    monkeypatch.setattr(judging, "_SHARD_SECONDS", 0.0)
+    kept, keep = [0], TeacherCheck.keep
+
+    def keep_and_copy(self: TeacherCheck, *arguments: object) -> None:
+        keep(self, *arguments)  # type: ignore[arg-type]
+        kept[0] += 1
+        if kept[0] == 3:  # what a kill would leave here
+            shutil.copytree(tmp_path / "run" / "labels", tmp_path / "left")
+
+    monkeypatch.setattr(TeacherCheck, "keep", keep_and_copy)
+    with local_endpoint(counts_words) as endpoint:
+        command = mining("graded", endpoint.url)
+        succeed(*command)
+        asked = prompts(endpoint)
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "run").mkdir()
+        shutil.copytree(tmp_path / "left", tmp_path / "run" / "labels")
+        succeed(*command)
+    assert prompts(endpoint) == asked
+
+
+def test_mine_asks_again_for_answers_that_it_cannot_use(
+    mining: Callable[[str, str], tuple[str, ...]], tmp_path: Path
+) -> None:
+    silent = Reply({"choices": [{"message": {"content": "I would rather not say."}, "finish_reason": "stop"}]})
+    with local_endpoint(lambda request, number: silent) as endpoint:
+        command = mining("listwise", endpoint.url)
+        fail(*command, containing=["after 3 attempts"])
+        endpoint.reply = counts_words
+        succeed(*command)
+
+
+@pytest.fixture
+def passages() -> tuple[str, ...]:
+    return tuple(f"the cat sleeps on mat number {n}" for n in range(9))
+
+
+@pytest.fixture
+def judging_command(passages: tuple[str, ...]) -> Callable[[Path], tuple[str, ...]]:
+    def arguments(file: Path) -> tuple[str, ...]:
+        if "concurrency" not in file.read_text():
+            file.write_text(f"{file.read_text()}concurrency = {CONCURRENCY}\npatience_minutes = 0\n[lists]\nsize = 1\n")
+        return "judge", "the cat sleeps", *passages, "--teacher", str(file)
+
+    return arguments
+
+
+def test_judge_that_is_killed_asks_again_only_for_what_was_on_its_way(
+    judging_command: Callable[[Path], tuple[str, ...]], passages: tuple[str, ...], cache: Path, tmp_path: Path
+) -> None:
+    with list_teacher(tmp_path, "graded") as (file, endpoint):
+        kill_while_asking(endpoint, lambda: PreparedProcess(program, *judging_command(file)))
+        assert [*(cache / "answers").glob("*.jsonl")]
+        _, report = succeed_with_report(*judging_command(file), folder=tmp_path)
+        assert_only_lost_ones_were_repeated(endpoint)
+    assert [each["passage"] for each in report["result"]["judgements"]] == [*passages]
+    assert not (cache / "answers").exists()
+
+
+def test_judge_goes_on_after_an_error_of_the_endpoint(
+    judging_command: Callable[[Path], tuple[str, ...]], tmp_path: Path
+) -> None:
+    def refuses(request: Request, number: int) -> Reply:
+        return counts_words(request, number) if number < ANSWERED else Reply({"error": "the account is empty"}, 403)
+
+    with list_teacher(tmp_path, "graded") as (file, endpoint):
+        endpoint.reply = refuses
+        fail(*judging_command(file), containing=["the account is empty"])
+        refused = len(endpoint.requests) - ANSWERED
+        endpoint.reply = counts_words
+        succeed(*judging_command(file))
+        repeated = Counter(prompts(endpoint)) - Counter({*prompts(endpoint)})
+    assert repeated.total() == refused
+
+
+def test_a_cache_folder_that_cannot_be_written_is_a_warning(
+    judging_command: Callable[[Path], tuple[str, ...]], cache: Path, tmp_path: Path
+) -> None:
+    cache.parent.mkdir()
+    cache.write_text("not a folder")
+    with list_teacher(tmp_path, "graded") as (file, _):
+        result = succeed(*judging_command(file))
+    assert result.stderr.count("answers of the endpoint cannot be kept") == 1
