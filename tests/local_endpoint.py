@@ -111,8 +111,8 @@ def local_endpoint(reply: Callable[[Request, int], Reply], *, port: int = 0) -> 
         def do_POST(self) -> None:
             try:
                 endpoint.handle(self)
-            except (BrokenPipeError, ConnectionResetError):
-                self.close_connection = True  # the client was killed
+            except OSError:
+                self.close_connection = True  # the client was killed, or the endpoint is closing
 
         def log_message(self, *arguments: object) -> None: ...
 
