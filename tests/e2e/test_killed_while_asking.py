@@ -1,13 +1,11 @@
-"""Processes that ask a model behind an API and are killed: the same work asks again only for what was on its way.
-
-That of ``d2llm label`` is in ``test_labelling_failures.py``.
-"""
+"""Processes that ask a model behind an API and are killed: the same work asks again only for what was on its way."""
 
 from __future__ import annotations
 
 import shutil
 import signal
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from itertools import count
@@ -15,12 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from d2llm.core.recipe_file import load_recipe
+from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
 from d2llm.fitting.draft_store import DraftStore
+from d2llm.models.teachers.judge import identify_judge
 from d2llm.training.expansions import read_expansions
 from e2e.command_line import fail, succeed, succeed_with_report
 from list_endpoint import KINDS, counts_words, list_teacher, recipe_with_teacher
-from local_endpoint import LocalEndpoint, Reply, Request, local_endpoint
+from local_endpoint import LocalEndpoint, Reply, Request, completion, local_endpoint
 from prepared_process import PreparedProcess, program, script
 from waiting import PATIENCE
 
@@ -124,43 +125,70 @@ def test_a_writer_that_is_killed_twice_loses_no_answer(work: str, tmp_path: Path
 # --- teachers
 
 
-@pytest.fixture
-def mining(place: Path, tmp_path: Path) -> Callable[[str, str], tuple[str, ...]]:
-    """The arguments of ``d2llm mine`` with the margin of a teacher of a kind, at an address."""
+def opinion(request: Request, number: int) -> Reply:
+    """What a teacher of any kind says."""
+    if "logprobs" not in request.body:
+        return counts_words(request, number)
+    value = zlib.crc32(request.prompt.encode()) % 1000 / 100
+    return Reply(completion({" yes": -10 + value, " no": -5.0}, num_prompt_tokens=7))
 
-    def arguments(kind: str, url: str) -> tuple[str, ...]:
-        teacher = (
-            f'kind = "{kind}"\nmodel = "counts-words"\n[teacher.remote]\nurl = "{url}"\nconcurrency = {CONCURRENCY}\n'
-            "[teacher.lists]\norders = 2\nsize = 2\nstep = 1"
-        )
+
+Command = tuple[str, ...]
+
+
+@pytest.fixture
+def command(place: Path, tmp_path: Path) -> Callable[..., Command]:
+    """The arguments of a verb of a run whose teacher is of a kind, at an address; mining uses its margin."""
+
+    def arguments(verb: str, kind: str, url: str, settings: str = "teacher_margin = 0.5") -> Command:
+        teacher = f'kind = "{kind}"\nmodel = "counts-words"\n'
+        teacher += 'prompt = "short"\nmax_tokens = 350\n' if kind == "remote" else ""
+        teacher += f'[teacher.remote]\nurl = "{url}"\nconcurrency = {CONCURRENCY}\n'
+        teacher += "" if kind == "remote" else "[teacher.lists]\norders = 2\nsize = 2\nstep = 1"
         recipe = recipe_with_teacher(place / "tiny.toml", teacher)
-        (tmp_path / "recipe.toml").write_text(recipe.replace("[mining]", "[mining]\nteacher_margin = 0.5"))
-        return "mine", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run"), "--dtype", "float32"
+        (tmp_path / "recipe.toml").write_text(recipe.replace("[mining]", f"[mining]\n{settings}"))
+        return verb, str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run"), "--dtype", "float32"
 
     return arguments
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_mine_that_is_killed_asks_its_teacher_again_only_for_what_was_on_its_way(
-    kind: str, mining: Callable[[str, str], tuple[str, ...]], tmp_path: Path
+def results(folder: Path) -> object:
+    """The plan of a run, and its labels."""
+    identity = identify_judge(load_recipe(str(folder / "recipe.toml")).teacher)
+    key = {"teacher": identity.fingerprint, "prompt": identity.prompts["asymmetric"], "dataset": "everyday"}
+    labels, entries = LabelStore(folder / "run" / "labels", **key), read_plan(folder / "run/plans/everyday").entries
+    assert labels.num_duplicates == 0
+    return entries, [labels.log_odds(entry.query_id) for entry in entries]
+
+
+@pytest.mark.parametrize("kind", ["remote", *KINDS])
+@pytest.mark.parametrize("verb", ["mine", "label"])
+def test_a_teacher_is_asked_again_only_for_what_was_on_its_way(
+    verb: str, kind: str, command: Callable[..., Command], tmp_path: Path
 ) -> None:
-    with local_endpoint(counts_words) as endpoint:
-        command = mining(kind, endpoint.url)
-        succeed(*command)
-        usual, plan = Counter(prompts(endpoint)), read_plan(tmp_path / "run" / "plans" / "everyday")
-        shutil.rmtree(tmp_path / "run")
+    """All lists are in one call, each is shown twice, and rankings have several windows."""
+    with local_endpoint(opinion) as endpoint:
+        if verb == "label":
+            succeed(*command("mine", kind, endpoint.url, settings=""))
+        arguments = command(verb, kind, endpoint.url, *([""] if verb == "label" else []))
+        succeed(*arguments)
+        usual, expected = Counter(prompts(endpoint)), results(tmp_path)
+        shutil.rmtree(tmp_path / "run" / ("labels" if verb == "label" else ""))
         for _ in range(2):
-            kill_while_asking(endpoint, lambda: PreparedProcess(program, *command))
-        succeed(*command)
+            kill_while_asking(endpoint, lambda: PreparedProcess(program, *arguments))
+            assert not [*(tmp_path / "run" / "labels").rglob("*.parquet")]
+        succeed(*arguments)
         asked = Counter(prompts(endpoint)) - usual
-    assert usual - asked == Counter()
-    assert (asked - usual).total() == 2 * CONCURRENCY
+        assert usual - asked == Counter()
+        assert (asked - usual).total() == 2 * CONCURRENCY
+        succeed(*arguments)
+        assert Counter(prompts(endpoint)) == asked + usual  # nothing was left to ask
     assert not (tmp_path / "run" / "labels" / "answers").exists()
-    assert read_plan(tmp_path / "run" / "plans" / "everyday").entries == plan.entries
+    assert results(tmp_path) == expected
 
 
 def test_mine_keeps_the_answers_of_a_query_that_is_not_finished_when_labels_are_written(
-    mining: Callable[[str, str], tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    command: Callable[..., Command], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Labels are written as soon as they can be; the plan is interrupted after a few of the queries of one call."""
     from d2llm.evaluation import judging
@@ -177,25 +205,23 @@ def test_mine_keeps_the_answers_of_a_query_that_is_not_finished_when_labels_are_
 
     monkeypatch.setattr(TeacherCheck, "keep", keep_and_copy)
     with local_endpoint(counts_words) as endpoint:
-        command = mining("graded", endpoint.url)
-        succeed(*command)
+        arguments = command("mine", "graded", endpoint.url)
+        succeed(*arguments)
         asked = prompts(endpoint)
         shutil.rmtree(tmp_path / "run")
         (tmp_path / "run").mkdir()
         shutil.copytree(tmp_path / "left", tmp_path / "run" / "labels")
-        succeed(*command)
+        succeed(*arguments)
     assert prompts(endpoint) == asked
 
 
-def test_mine_asks_again_for_answers_that_it_cannot_use(
-    mining: Callable[[str, str], tuple[str, ...]], tmp_path: Path
-) -> None:
+def test_mine_asks_again_for_answers_that_it_cannot_use(command: Callable[..., Command], tmp_path: Path) -> None:
     silent = Reply({"choices": [{"message": {"content": "I would rather not say."}, "finish_reason": "stop"}]})
     with local_endpoint(lambda request, number: silent) as endpoint:
-        command = mining("listwise", endpoint.url)
-        fail(*command, containing=["after 3 attempts"])
+        arguments = command("mine", "listwise", endpoint.url)
+        fail(*arguments, containing=["after 3 attempts"])
         endpoint.reply = counts_words
-        succeed(*command)
+        succeed(*arguments)
 
 
 @pytest.fixture

@@ -7,9 +7,6 @@ Whatever ends a call, its labels are kept, and the same command asks only for wh
 from __future__ import annotations
 
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -226,56 +223,6 @@ def test_ctrl_c_keeps_what_was_answered(labelling: Labelling, monkeypatch: pytes
         released.set()
         first = answered_pairs(endpoint.requests[: 1 + LEAVES_AFTER])
         assert labelling.labels().num_pairs == len(first)
-
-
-def kill_after(labelling: Labelling, endpoint: LocalEndpoint, number: int) -> None:
-    """Label in a process of its own, which is killed when the endpoint has so many requests."""
-    command = [sys.executable, "-m", "d2llm", *map(str, labelling.command)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until(lambda: len(endpoint.requests) >= number or process.poll() is not None)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-
-
-@pytest.mark.parametrize("num_kills", [1, 2])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_process_that_is_killed_asks_again_only_for_what_was_on_its_way(
-    labelling: Labelling, kind: str, num_kills: int
-) -> None:
-    """All lists are in one call, each is shown twice, and rankings have several windows."""
-    labelling = replace(labelling, kind=kind)
-    concurrency, answered = 2, 0
-    leaving = threading.Event()
-
-    def stops(request: Request, number: int) -> Reply:
-        nonlocal answered
-        if number >= limit:
-            leaving.wait(PATIENCE)
-            return Reply(hang_up=True)
-        answered += 1
-        return counts_words(request, number)
-
-    remote = f"concurrency = {concurrency}\n[teacher.lists]\norders = 2\nsize = 4\nstep = 2"
-    with local_endpoint(counts_words) as endpoint:
-        labelling.write(endpoint.url, remote=remote)
-        endpoint.reply = stops
-        for kill in range(num_kills):
-            limit = len(endpoint.requests) + 1 + LEAVES_AFTER
-            kill_after(labelling, endpoint, limit + concurrency)
-            assert labelling.labels().num_pairs == 0
-            assert answered == (kill + 1) * (1 + LEAVES_AFTER)
-        leaving.set()
-        lost = num_kills * concurrency
-        endpoint.reply = counts_words
-        report = labelling.label()
-        asked = [request.prompt for request in endpoint.requests if "Cows drink water." not in request.prompt]
-        assert report["pairs"] == labelling.num_pairs
-        assert len(asked) - len({*asked}) == lost  # those on their way, which nobody answered
-        before = len(endpoint.requests)
-        labelling.label()
-        assert len(endpoint.requests) == before
-    assert not (labelling.folder / "run" / "labels" / "answers").exists()
-    labelling.assert_complete()
 
 
 # --- slow

@@ -21,6 +21,7 @@ from d2llm.core.recipe import LabellingConfig, TeacherConfig
 from d2llm.core.types import Task
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.models.remote.kept_answers import KeptAnswers
+from d2llm.models.remote.limits import Limits
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import (
     Judge,
@@ -85,7 +86,8 @@ class Budget:
     """What judging may cost by ``settings``; ``ended_by`` is the limit that was reached, if one was."""
 
     def __init__(self, settings: LabellingConfig, started: float) -> None:
-        self._settings, self._started = settings, started
+        self._limits = Limits(settings.max_minutes, settings.max_tokens, settings.max_cost)
+        self._started = started
         self.ended_by: str | None = None
 
     def spend(self, queries: Iterable[QueryPairs], counts: JudgingCounts) -> Iterator[QueryPairs]:
@@ -97,15 +99,10 @@ class Budget:
             yield query
 
     def _reached(self, counts: JudgingCounts) -> str | None:
-        settings = self._settings
-        is_late = settings.max_minutes is not None and time.monotonic() - self._started >= 60 * settings.max_minutes
-        if is_late and counts.pairs:  # so that every call gets further, even if loading the teacher takes longer
-            return f"labelling.max_minutes = {settings.max_minutes:g}"
-        if settings.max_tokens is not None and counts.tokens + counts.written_tokens >= settings.max_tokens:
-            return f"labelling.max_tokens = {settings.max_tokens}"
-        if settings.max_cost is not None and counts.cost >= settings.max_cost:
-            return f"labelling.max_cost = {settings.max_cost:g}"
-        return None
+        # Every call gets further, even if loading the teacher takes longer than it may.
+        minutes = (time.monotonic() - self._started) / 60 if counts.pairs else 0.0
+        limit = self._limits.reached(minutes, counts.tokens + counts.written_tokens, counts.cost)
+        return None if limit is None else f"labelling.max_{limit[0]} = {limit[1]:.10g}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from d2llm.core.recipe import WriterConfig
 from d2llm.core.types import Passage
 from d2llm.fitting.draft_store import Draft, DraftKey, DraftStore, passage_hash
 from d2llm.models.remote.kept_answers import KeptAnswers
+from d2llm.models.remote.limits import Limits
 from d2llm.models.writers.writer import Assignment, QueryKind, Writer, write_until_error
 
 DEFAULT_KINDS: Mapping[QueryKind, float] = {"question": 0.7, "keywords": 0.3}
@@ -31,6 +32,7 @@ QUERIES_PER_ANSWER = 2
 
 _remarks = logging.getLogger("d2llm.remarks")
 _ASSIGNMENTS_AT_ONCE = 32
+_IN_WORDS = {"minutes": "{:.0f} minutes", "tokens": "{:,} tokens", "cost": "a cost of {:g}"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +146,19 @@ def write_queries(
             drafts += added
             cost = _cost(store, config)
             advance(len(batch), f"cost {cost:.2f}" if cost else "")
-    report = _report(drafts, store, config, len(passages) - len(eligible), time.monotonic() - started, ended_by)
-    if report.num_problems:
-        _remarks.warning("%d of %d answers hold no queries", report.num_problems, report.num_answers)
-    return report
+    num_problems = sum(draft.problem is not None for draft in drafts)
+    if num_problems:
+        _remarks.warning("%d of %d answers hold no queries", num_problems, len(drafts))
+    return WritingReport(
+        len(drafts),
+        _num_queries(drafts),
+        num_problems,
+        len(passages) - len(eligible),
+        *store.num_tokens,
+        cost=_cost(store, config),
+        seconds=time.monotonic() - started,
+        ended_by=ended_by,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,13 +225,14 @@ def _spent(
     budget: WritingBudget, drafts: Sequence[Draft], store: DraftStore, config: WriterConfig, seconds: float
 ) -> str | None:
     """The limit of the budget that has been reached, or None."""
-    if budget.seconds is not None and seconds >= budget.seconds:
-        return f"{budget.seconds / 60:.0f} minutes"
-    num_tokens = sum(store.num_tokens)
-    if budget.tokens is not None and num_tokens >= budget.tokens:
-        return f"{budget.tokens:,} tokens"
-    if budget.money is not None and (_cost(store, config) or 0) >= budget.money:
-        return f"a cost of {budget.money:g}"
+    minutes = None if budget.seconds is None else budget.seconds / 60
+    limit = Limits(minutes, budget.tokens, budget.money).reached(
+        seconds / 60, sum(store.num_tokens), _cost(store, config)
+    )
+    if limit is not None:
+        return {"minutes": "{:.0f} minutes", "tokens": "{:,} tokens", "cost": "a cost of {:g}"}[limit[0]].format(
+            limit[1]
+        )
     if budget.queries is not None and _num_queries(drafts) >= budget.queries:
         return f"{budget.queries:,} queries"
     return None
@@ -232,25 +244,3 @@ def _num_queries(drafts: Sequence[Draft]) -> int:
 
 def _cost(store: DraftStore, config: WriterConfig) -> float | None:
     return None if config.remote is None else config.remote.cost(*store.num_tokens)
-
-
-def _report(
-    drafts: Sequence[Draft],
-    store: DraftStore,
-    config: WriterConfig,
-    num_short: int,
-    seconds: float,
-    ended_by: str | None,
-) -> WritingReport:
-    num_prompt_tokens, num_written_tokens = store.num_tokens
-    return WritingReport(
-        num_answers=len(drafts),
-        num_queries=_num_queries(drafts),
-        num_problems=sum(draft.problem is not None for draft in drafts),
-        num_short=num_short,
-        num_prompt_tokens=num_prompt_tokens,
-        num_written_tokens=num_written_tokens,
-        cost=_cost(store, config),
-        seconds=seconds,
-        ended_by=ended_by,
-    )
