@@ -12,14 +12,12 @@ from d2llm.core.recipe import (
     LossWeights,
     PretrainingConfig,
     Recipe,
-    StudentConfig,
     TeacherConfig,
     TeacherTuningConfig,
     VllmConfig,
-    shaping_student_settings,
-    without_new_defaults,
 )
 from d2llm.core.recipe_file import (
+    changed_recipe,
     changed_settings,
     load_recipe,
     parse_recipe,
@@ -122,6 +120,19 @@ def test_changed_settings_are_named_with_both_values():
     remined = shaping_settings(changed(training={"remine": True}, mining={"num_hard": 3}))
     other = shaping_settings(changed(training={"remine": True}))
     assert changed_settings(remined, other) == ["mining.num_hard (was 3, is 8)"]
+
+
+def test_recipes_are_compared_as_todays_schema_reads_them():
+    """A setting that the writer of a recipe did not know has its default; one that no recipe has any more is named."""
+    current = changed(training={"learning_rate": 0.5}).model_dump(mode="json")
+    saved = changed(name="other").model_dump(mode="json")
+    del saved["training"]["in_batch_labels"], saved["student"]["backbone"]["adapters"], saved["losses"]
+    assert changed_recipe(saved, current) == ["training.learning_rate (was 0.001, is 0.5)"]
+    assert changed_recipe(saved, current, tuning_settings) == []
+    saved["training"]["graph_tokens"] = 7
+    (problem,) = changed_recipe(saved, current)
+    assert "unknown key 'training.graph_tokens'" in problem
+    assert "another version of d2llm" in problem
 
 
 def test_settings_that_only_one_side_has_are_named():
@@ -310,12 +321,6 @@ def test_pretraining_has_defaults_for_each_objective(tmp_path: Path):
     assert taught.model_copy(update={"learning_rate": 0.5, "dropout": 0.2}).rate_for("full") == 0.5
 
 
-def test_settings_of_students_without_pretraining_are_as_before(tmp_path: Path):
-    assert "pretraining" not in shaping_settings(Recipe())["training"]
-    recipe = load_recipe(write_recipe(tmp_path, '[training.pretraining]\nobjective = "simcse"'))
-    assert shaping_settings(recipe)["training"]["pretraining"]["objective"] == "simcse"
-
-
 def test_subclasses_need_features_of_pairs():
     values = {"losses": {"subclass_imitation": 1.0}, "student": {"interaction": {"head": "cosine"}}}
     assert "needs the features of pairs, which the head 'cosine' does not have" in error_of(values)
@@ -354,12 +359,12 @@ def test_quantised_weights_are_tuned_by_adapters_only_if_the_recipe_says_so(tmp_
 
 def test_settings_of_a_tuning_leave_out_how_the_teacher_judges():
     tuning = TeacherTuningConfig()
-    plain = tuning_settings(TeacherConfig(), tuning, 0)
+    plain = tuning_settings(Recipe(teacher_tuning=tuning))
     judged = TeacherConfig(kind="vllm", dtype="bfloat16", vllm=VllmConfig(tensor_parallel_size=2))
-    assert tuning_settings(judged, tuning.model_copy(update={"gradient_checkpointing": True}), 0) == plain
-    in_bits = tuning_settings(TeacherConfig(quantization="4bit"), tuning, 0)
-    assert in_bits["teacher_tuning"].pop("quantization") == "4bit"
-    assert in_bits == plain
+    checkpointed = tuning.model_copy(update={"gradient_checkpointing": True})
+    assert tuning_settings(Recipe(teacher=judged, teacher_tuning=checkpointed)) == plain
+    in_bits = tuning_settings(Recipe(teacher=TeacherConfig(quantization="4bit"), teacher_tuning=tuning))
+    assert changed_settings(plain, in_bits) == ["teacher_tuning.quantization (was none, is 4bit)"]
 
 
 @pytest.mark.parametrize(
@@ -442,51 +447,3 @@ FROZEN_VECTORS = '[student]\nbackbone = { tuning = "frozen" }\npooling = { metho
 def test_complements_and_expansions_that_make_no_sense(tmp_path: Path, text: str, problem: str):
     with pytest.raises(RecipeError, match=problem):
         load_recipe(write_recipe(tmp_path, text))
-
-
-NEW_SETTINGS: dict[str, Any] = {
-    "student": {"backbone": {"adapters": "two"}, "pooling": {"projection_dim": 64}},
-    "losses": {"nested_depths": [2], "soft_expansion": 1.0, "subclass_imitation": 0.5},
-    "training": {"complement_words": 20, "expansions": "a.jsonl", "pretraining": {"masked_share": 0.3}},
-}
-
-
-def test_new_settings_are_recorded_only_where_they_are_used():
-    """Runs, ablations, students and labels of a cosine were recorded without them, and must keep their fingerprints."""
-    plain = Recipe()
-    values = plain.model_dump(mode="json")
-    kept = without_new_defaults(values)
-    assert changed_settings(kept, values) == [
-        "losses.nested_depths (was not set, is [])",
-        "losses.normalisation (was not set, is mean)",
-        "losses.soft_expansion (was not set, is 0.0)",
-        "losses.subclass_imitation (was not set, is 0.0)",
-        "student.backbone.adapters (was not set, is one)",
-        "student.backbone.bidirectional (was not set, is False)",
-        "student.interaction.layers (was not set, is 5)",
-        "student.interaction.tasks (was not set, is ['symmetric', 'asymmetric'])",
-        "student.pooling.projection_dim (was not set, is None)",
-        "training.complement_words (was not set, is None)",
-        "training.expansion_writer (was not set, is None)",
-        "training.expansions (was not set, is None)",
-        "training.in_batch_labels (was not set, is False)",
-        "training.live_teacher_scores (was not set, is all)",
-        "training.pretraining.information_alpha (was not set, is 0.9)",
-        "training.pretraining.masked_share (was not set, is 0.2)",
-    ]
-    assert parse_recipe(kept) == plain
-    assert parse_recipe(without_new_defaults(parse_recipe(NEW_SETTINGS).model_dump(mode="json"))) == parse_recipe(
-        NEW_SETTINGS
-    )
-    shaping = [shaping_settings(recipe) for recipe in (plain, parse_recipe(NEW_SETTINGS))]
-    assert changed_settings(*shaping) == [
-        "losses.nested_depths (was not set, is [2])",
-        "losses.soft_expansion (was not set, is 1.0)",
-        "losses.subclass_imitation (was not set, is 0.5)",
-        "student.backbone.adapters (was not set, is two)",
-        "student.pooling.projection_dim (was not set, is 64)",
-        "training.complement_words (was not set, is 20)",
-    ]
-    assert not {"adapters", "bidirectional"} & plain.student.recorded()["backbone"].keys()
-    assert "adapters" not in shaping_student_settings(StudentConfig().model_dump(mode="json"))["backbone"]
-    assert parse_recipe(NEW_SETTINGS).student.recorded()["backbone"]["adapters"] == "two"

@@ -20,7 +20,7 @@ from d2llm.models.evidence import NO_EVIDENCE
 from d2llm.models.export.export import export
 from d2llm.models.interaction import Interaction
 from d2llm.models.quality import PassageQuality
-from d2llm.models.student_files import check_weights
+from d2llm.models.student_files import check_content
 from d2llm.models.term_weights import TermWeights
 from tiny_models import ARCHITECTURES, TEXTS, randomise, tiny_student_config, write_tiny_model
 
@@ -96,7 +96,7 @@ def test_a_student_is_cut_to_the_depths_that_it_was_trained_for(bert: Path, tmp_
             ]
         ]
     cut.save(tmp_path / "cut")
-    check_weights(tmp_path / "cut")
+    check_content(tmp_path / "cut")
     loaded = Student.load(tmp_path / "cut", device="cpu", dtype="float32")
     assert loaded.fingerprint == cut.fingerprint != whole.fingerprint
     assert loaded.cut(1).backbone.num_layers == 1

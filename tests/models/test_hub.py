@@ -17,7 +17,7 @@ from d2llm.models.hub import find_student, push_student
 from d2llm.models.model_card import model_card
 from d2llm.models.sources import find_model
 from d2llm.models.student import Student
-from d2llm.models.student_files import check_weights, read_student_manifest
+from d2llm.models.student_files import check_content, read_student_manifest
 from fake_hub import OWNER_TOKEN, FakeHub, Repository
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
@@ -257,10 +257,10 @@ class TestFetch:
     def test_damaged_weights_of_a_merged_copy_are_detected(self, hub, merged, tmp_path):
         push_student(merged, NAME, token=OWNER_TOKEN)
         folder = shutil.copytree(find_student(NAME), tmp_path / "copy")
-        check_weights(folder)
+        check_content(folder)
         damage(folder / "backbone" / "model.safetensors")
         with pytest.raises(ModelError, match="damaged or belong to another student"):
-            check_weights(folder)
+            check_content(folder)
 
     @pytest.mark.parametrize(
         ("name", "reason"),
@@ -389,4 +389,4 @@ class TestCard:
         }
         assert card.data.license == backbones[card.data.base_model]
         assert model_card(folder, read_student_manifest(folder)[0]) == (folder / "README.md").read_text("utf-8")
-        check_weights(folder)
+        check_content(folder)

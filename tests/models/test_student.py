@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from d2llm.core.errors import DataFormatError, InputError, MismatchError, ModelError, ModelNotFoundError
 from d2llm.core.recipe import BackboneConfig, InteractionConfig, PoolingConfig, StudentConfig
 from d2llm.models.student import Student
+from d2llm.models.student_files import check_content
 from tiny_models import DIM, TEXTS, randomise, tiny_student_config, write_tiny_model
 
 QUERIES, PASSAGES = TEXTS[:3], TEXTS[2:]
@@ -250,6 +251,7 @@ import sys
 sys.modules["peft"] = None  # importing it now fails
 import numpy as np
 from d2llm.models.student import Student
+from d2llm.models.student_files import check_content
 student = Student.load(sys.argv[1], device="cpu", dtype="float32")
 np.save(sys.argv[2], student.encode_queries(["the cat sat on the mat"]).vectors)
 """
@@ -382,3 +384,45 @@ def test_heads_that_do_not_divide_the_width_are_rejected(llama):
     config = StudentConfig(backbone=BackboneConfig(model=str(llama)), pooling=PoolingConfig(num_heads=12))
     with pytest.raises(InputError, match="use one of 1, 2, 4, 8, 16, 32"):
         Student.create(config)
+
+
+# --- its identity
+
+
+class LaterConfig(StudentConfig):
+    """The configuration of students in a later version, with one more setting."""
+
+    added: int = 1
+
+
+def test_a_student_keeps_its_identity_when_the_schema_gains_a_setting(llama, tmp_path, monkeypatch):
+    trained(llama).save(tmp_path / "student")
+    fingerprint = load(tmp_path / "student").fingerprint
+    monkeypatch.setattr("d2llm.models.student_files.StudentConfig", LaterConfig)
+    check_content(tmp_path / "student")
+    later = load(tmp_path / "student")
+    later.save(tmp_path / "copy")
+    check_content(tmp_path / "copy")
+    assert load(tmp_path / "copy").config.added == 1
+    assert later.fingerprint == load(tmp_path / "copy").fingerprint == fingerprint
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("changed", ["a setting", "the fingerprint", "a weight of the head", "a lost adapter"])
+def test_what_was_saved_must_not_change(llama, tmp_path, merge, changed):
+    folder = tmp_path / "student"
+    trained(llama).save(folder, merge=merge)
+    check_content(folder)
+    if changed == "a setting":
+        rewrite_manifest(folder, lambda manifest: manifest["config"]["interaction"].update(max_bound=7.0))
+    elif changed == "the fingerprint":
+        rewrite_manifest(folder, lambda manifest: manifest.update(fingerprint="0123456789abcdef"))
+    elif changed == "a weight of the head":
+        tensors = load_file(folder / "head.safetensors")
+        next(iter(tensors.values())).view(-1)[0] += 1
+        save_file(tensors, folder / "head.safetensors")
+    else:
+        path = next(folder.rglob("model.safetensors")) if merge else folder / "adapter.safetensors"
+        path.unlink()
+    with pytest.raises(ModelError, match="damaged or belong to another student"):
+        check_content(folder)

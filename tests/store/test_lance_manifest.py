@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from d2llm.store.lance_manifest import files_named, manifest_names, manifests, version_of
+from d2llm.store.lance_manifest import files_named, manifest_name, manifests, version_of
 from d2llm.store.schema import MetadataSchema
 from tiny_store import few_passages, new_store, put
 
@@ -59,7 +59,7 @@ def test_manifests_of_all_versions(folder):
     for version, path in manifest_paths.items():
         listing = files_named((folder / path).read_bytes())
         assert listing.version == version
-        assert path in manifest_names(version)
+        assert path == manifest_name(version)
         assert set(listing.needed) <= _files_on_disk(folder)
     rows = [path for manifest in manifest_paths.values() for path in files_named((folder / manifest).read_bytes()).rows]
     assert {Path(path).suffix for path in rows} == {".lance", ".bin", ".arrow"}
@@ -70,9 +70,15 @@ def test_manifests_of_all_versions(folder):
 
 def test_manifest_file_names():
     assert version_of("18446744073709551608.manifest") == 7
-    assert version_of("7.manifest") == 7
-    assert manifest_names(7) == (f"{VERSION}/18446744073709551608.manifest", f"{VERSION}/7.manifest")
-    for other in ("latest_version_hint.json", "d7.manifest", ".tmp_7.manifest", "7.manifest.tmp", "manifest"):
+    assert manifest_name(7) == f"{VERSION}/18446744073709551608.manifest"
+    for other in (
+        "latest_version_hint.json",
+        "d7.manifest",
+        "7.manifest",
+        ".tmp_7.manifest",
+        "7.manifest.tmp",
+        "manifest",
+    ):
         assert version_of(other) is None
 
 

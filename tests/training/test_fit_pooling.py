@@ -11,7 +11,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.recipe import NO_IMITATION, LossWeights, PoolingConfig
 from d2llm.core.types import WholeText
 from d2llm.models.student import Student
-from d2llm.models.student_files import check_weights
+from d2llm.models.student_files import check_content
 from tiny_data import tiny_recipe, topics
 from tiny_distill import LEARNING, Place
 from tiny_models import DIM, TEXTS, tiny_student_config
@@ -58,7 +58,7 @@ def test_a_distilled_student_has_vectors_of_fewer_dimensions(place: Place, tmp_p
     report = place.run(tmp_path / "student", recipe=recipe, source=source)
     assert report.best_step > 0
     student = Student.load(tmp_path / "student", device="cpu", dtype="float32")
-    check_weights(tmp_path / "student")
+    check_content(tmp_path / "student")
     assert student.encode_queries(["a"]).vectors.shape == (1, student.vector_dim) == (1, 8)
     assert student.pooling.projection is not None
     assert start.pooling.projection is not None

@@ -162,11 +162,11 @@ class NewIndexOptions(VectorOptions):
             "--vector-copies": (self.vector_copies, manifest["vector_copies"]),
             "--window-vectors": (
                 None if self.window_vectors == "auto" else self.window_vectors,
-                manifest.get("window_format") or "none",
+                manifest["window_format"] or "none",
             ),
             "--token-vectors": (
                 None if self.token_vectors == "auto" else self.token_vectors,
-                manifest.get("token_format") or "none",
+                manifest["token_format"] or "none",
             ),
         }
         for name, kind in MetadataSchema.parse(self.field or ()).fields.items():

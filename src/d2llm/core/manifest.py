@@ -43,18 +43,21 @@ def read_manifest(folder: Path, kind: str, format_version: int) -> dict[str, Any
     """Read the manifest of ``folder``.
 
     Raises:
-        DataFormatError: there is none, it is not JSON, or it describes another kind or a newer format.
+        DataFormatError: there is none, it is not JSON, or it describes another kind or has another format version.
     """
     path = folder / FILE_NAME
     manifest = read_any_manifest(folder, kind)
     if manifest.get("kind") != kind:
         raise DataFormatError(path, f"describes a {manifest.get('kind')!r}, but a {kind!r} is needed here")
-    if manifest["format_version"] > format_version:
-        raise DataFormatError(
-            path,
-            f"has format version {manifest['format_version']}, this d2llm reads up to {format_version}; update d2llm",
-        )
+    check_format_version(path, manifest["format_version"], format_version)
     return manifest
+
+
+def check_format_version(path: Path, found: int, readable: int) -> None:
+    """Raise a ``DataFormatError`` unless a file has the one format version that this d2llm reads."""
+    if found != readable:
+        remedy = "update d2llm" if found > readable else "make it again with this d2llm"
+        raise DataFormatError(path, f"has format version {found}, but this d2llm reads {readable}; {remedy}")
 
 
 def read_any_manifest(folder: Path, kind: str = "") -> dict[str, Any]:

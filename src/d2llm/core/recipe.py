@@ -255,11 +255,7 @@ class InteractionConfig(_Section):
 
 
 class StudentConfig(_Section):
-    """Backbone + PMA + IEM. The defaults are ours; the paper uses ``paper``, ``concat`` and no warm start.
-
-    No option is ever removed from this section or its subsections, because a student's fingerprint is computed from
-    all of them (``recorded``).
-    """
+    """Backbone + PMA + IEM. The defaults are ours; the paper uses ``paper``, ``concat`` and no warm start."""
 
     backbone: BackboneConfig = BackboneConfig()
     pooling: PoolingConfig = PoolingConfig()
@@ -296,60 +292,12 @@ class StudentConfig(_Section):
             )
         return self
 
-    def recorded(self) -> dict[str, Any]:
-        """The settings as plain JSON, as a student's manifest and fingerprint have them.
-
-        Settings that came after the first students are left out while they have their default, so that these students
-        and copies of them keep their fingerprints.
-        """
-        values = without_new_defaults(self.model_dump(mode="json"), _NEW_DEFAULTS["student"])
-        for section, name in (("backbone", "diagonal_head"), ("backbone", "remote"), ("pooling", "whitening")):
-            if not values[section][name]:
-                del values[section][name]
-        return values
-
-
-_NEW_DEFAULTS: dict[str, Any] = {
-    "student": {
-        "backbone": {"adapters": "one", "bidirectional": False},
-        "pooling": {"projection_dim": None},
-        "interaction": {"layers": 5, "tasks": [*TASKS]},
-    },
-    "losses": {"normalisation": "mean", "nested_depths": [], "soft_expansion": 0.0, "subclass_imitation": 0.0},
-    "training": {
-        "complement_words": None,
-        "expansions": None,
-        "expansion_writer": None,
-        "in_batch_labels": False,
-        "live_teacher_scores": "all",
-        "pretraining": {"masked_share": 0.2, "information_alpha": 0.9},
-    },
-}
-"""Settings that runs, students and labels of earlier versions were recorded without, and their defaults."""
-
-
-def without_new_defaults(values: Mapping[str, Any], new: Mapping[str, Any] = _NEW_DEFAULTS) -> dict[str, Any]:
-    """Settings of a recipe, as plain JSON, without ``new`` ones that have their default.
-
-    What was recorded before these settings came has the same fingerprint then.
-    """
-    kept: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in new:
-            kept[name] = value
-        elif isinstance(new[name], Mapping):
-            kept[name] = without_new_defaults(value, new[name])
-        elif value != new[name]:
-            kept[name] = value
-    return kept
-
 
 def shaping_student_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a student, as plain JSON, on which its vectors and scores depend.
 
-    Those of a remote backbone's address, key and pace are left out, and new ones that have their default.
+    Those of a remote backbone's address, key and pace are left out.
     """
-    config = without_new_defaults(config, _NEW_DEFAULTS["student"])
     backbone = {name: value for name, value in config["backbone"].items() if name != "remote"}
     if (remote := config["backbone"].get("remote")) is not None:
         backbone["remote"] = {name: value for name, value in remote.items() if name not in _REACHING}

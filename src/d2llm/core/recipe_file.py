@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args, get_origin
 
@@ -13,9 +13,7 @@ from d2llm.core.names import suggestion
 from d2llm.core.recipe import (
     Recipe,
     TeacherConfig,
-    TeacherTuningConfig,
     shaping_student_settings,
-    without_new_defaults,
 )
 from d2llm.core.shipped import shipped_recipes
 from d2llm.core.toml import parse_toml, read_toml
@@ -115,19 +113,9 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
         include={"seed", "student", "losses", "training"},
         exclude={"training": _NOT_SHAPING},
     )
-    values = without_new_defaults(values)
     values["student"] = shaping_student_settings(values["student"])
     data = {Path(item.path).name: {"task": item.task, "max_labelled": item.max_labelled} for item in recipe.data}
     values["data"] = data
-    if recipe.training.start is None:
-        del values["training"]["start"]
-    if recipe.training.live_teacher is None:
-        del values["training"]["live_teacher"]
-        values["training"].pop("live_teacher_scores", None)
-    if not recipe.training.dual_head:
-        del values["training"]["dual_head"]
-    if recipe.training.pretraining.objective is None:
-        del values["training"]["pretraining"]
     if recipe.training.remine:
         values["mining"] = recipe.mining.model_dump(mode="json")
     if recipe.evidence.in_training:
@@ -135,22 +123,34 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def tuning_settings(teacher: TeacherConfig, tuning: TeacherTuningConfig, seed: int) -> dict[str, Any]:
-    """The settings that determine a tuned teacher, given its plans, as plain JSON.
+def tuning_settings(recipe: Recipe) -> dict[str, Any]:
+    """The settings of a recipe that determine a tuned teacher, given its plans, as plain JSON.
 
     Settings for judging are left out, and so are those that affect only speed, memory or convenience.
     """
+    teacher, tuning = recipe.teacher, recipe.teacher_tuning
     # A teacher that vLLM runs is tuned as any other.
     tuned = teacher.model_copy(update={"kind": "auto"}) if teacher.kind == "vllm" else teacher
     judging = {"stack_with_cosine", "remote", "lists", "recorded", "vllm", "dtype", "device_map", "quantization"}
     values = tuning.model_dump(
         mode="json", exclude={"checkpoint_minutes", "graph_gib", "gradient_checkpointing", "quantization"}
     )
-    if tuning.student is None:
-        del values["student"]
-    if (quantization := tuning.base_quantization(teacher)) != "none":
-        values["quantization"] = quantization
-    return {"teacher": tuned.model_dump(mode="json", exclude=judging), "teacher_tuning": values, "seed": seed}
+    values["quantization"] = tuning.base_quantization(teacher)
+    return {"teacher": tuned.model_dump(mode="json", exclude=judging), "teacher_tuning": values, "seed": recipe.seed}
+
+
+def changed_recipe(
+    before: Mapping[str, Any], after: Mapping[str, Any], shaping: Callable[[Recipe], dict[str, Any]] = shaping_settings
+) -> list[str]:
+    """The differences between two recipes, both plain JSON, in what ``shaping`` takes of them (``changed_settings``).
+
+    Both are read with today's schema, so a setting that the writer of one did not know has its default.
+    """
+    try:
+        old, new = (parse_recipe(dict(values), where="the recipe") for values in (before, after))
+    except RecipeError as error:
+        return [f"{error}; another version of d2llm wrote it"]
+    return changed_settings(shaping(old), shaping(new))
 
 
 def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:

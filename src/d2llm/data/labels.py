@@ -29,7 +29,7 @@ from d2llm.core.manifest import FILE_NAME, read_manifest, write_manifest
 
 _log = logging.getLogger(__name__)
 KIND = "labels"
-_FORMAT_VERSION = 3  # since 3 a label has a grade
+_FORMAT_VERSION = 3
 _KEY_FIELDS = ["teacher", "prompt", "dataset"]
 _KEY = [(name, pa.string()) for name in (*_KEY_FIELDS, "query_id")]
 _LABELS = pa.schema([*_KEY, ("passage_id", pa.string()), ("log_odds", pa.float32()), ("grade", pa.float32())])

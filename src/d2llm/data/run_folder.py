@@ -9,6 +9,7 @@ from typing import Any
 from d2llm.core.errors import RecipeError
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.recipe import DataConfig, Recipe
+from d2llm.core.recipe_file import changed_recipe, shaping_settings, tuning_settings
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_data
 from d2llm.data.pair_training import read_pair_training_set
@@ -74,6 +75,23 @@ def is_finished(folder: Path) -> bool:
 def manifest_of(folder: Path) -> dict[str, Any]:
     """The manifest that a finished step wrote with its result."""
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+
+
+def changed_student(folder: Path, recipe: Recipe) -> list[str]:
+    """The settings in which a recipe differs from the one that made a student; none if it was made elsewhere."""
+    manifest, current = manifest_of(folder), recipe.model_dump(mode="json")
+    return changed_recipe(manifest["recipe"], current, _student_settings) if "settings" in manifest else []
+
+
+def changed_teacher(folder: Path, recipe: Recipe) -> list[str]:
+    """The same of a tuned teacher."""
+    made_from, current = manifest_of(folder).get("settings"), recipe.model_dump(mode="json")
+    return [] if made_from is None else changed_recipe(made_from["recipe"], current, tuning_settings)
+
+
+def _student_settings(recipe: Recipe) -> dict[str, Any]:
+    """Also those of evidence, which is fitted after the training."""
+    return {**shaping_settings(recipe), "evidence": recipe.evidence.model_dump(mode="json")}
 
 
 def training_source(data: DataConfig, plan: TrainingPlan) -> TrainingSource:

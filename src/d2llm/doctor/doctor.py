@@ -106,11 +106,11 @@ def _hub() -> Finding:
 def _check_student(name: str, device: str | None) -> Iterator[Finding]:
     from d2llm.models.hub import find_student
     from d2llm.models.student import Student
-    from d2llm.models.student_files import check_weights
+    from d2llm.models.student_files import check_content
 
     try:
         folder = find_student(name)
-        check_weights(folder)
+        check_content(folder)
         yield Finding("student", "weights", "ok", f"{folder}, matching its manifest")
         student = Student.load(folder, device=device)
         base, dtype = student.backbone.location, str(student.compute_dtype).removeprefix("torch.")

@@ -402,9 +402,9 @@ class RetrievalWork:
         return (
             manifest["student"] == model.fingerprint
             and manifest["vector_format"] == self.settings.dtype
-            and all(manifest.get(f"{kind}_format") == name for kind, name in parts.items())
+            and all(manifest[f"{kind}_format"] == name for kind, name in parts.items())
             and tokens in (None, manifest["token_projection"])
-            and expansion_fingerprint(model) == manifest.get("document_expansion")
+            and expansion_fingerprint(model) == manifest["document_expansion"]
         )
 
     @cached_property

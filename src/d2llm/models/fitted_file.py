@@ -8,6 +8,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from d2llm.core.errors import DataFormatError
+from d2llm.core.manifest import check_format_version
 
 FORMAT_VERSION = 1
 
@@ -32,7 +33,7 @@ def read_fitted(path: Path, kind: type[_File], student: str, *, remedy: str) -> 
     """Read the file; None if there is none. ``remedy`` tells the user what to do if it cannot be used.
 
     Raises:
-        DataFormatError: the file is damaged, newer, or another student's.
+        DataFormatError: the file is damaged, of another format version, or another student's.
     """
     if not path.is_file():
         return None
@@ -41,10 +42,7 @@ def read_fitted(path: Path, kind: type[_File], student: str, *, remedy: str) -> 
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise DataFormatError(path, f"cannot be read ({problems}); {remedy}") from error
-    if content.format_version > FORMAT_VERSION:
-        raise DataFormatError(
-            path, f"has format version {content.format_version}, this d2llm reads up to {FORMAT_VERSION}; update d2llm"
-        )
+    check_format_version(path, content.format_version, FORMAT_VERSION)
     if content.student != student:
         raise DataFormatError(path, f"was fitted to the student {content.student}, but this one is {student}; {remedy}")
     return content

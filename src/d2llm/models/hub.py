@@ -23,9 +23,7 @@ from d2llm.models.sources import first_sentence
 from d2llm.models.student_files import (
     BACKBONE_FOLDER,
     CARD_FILE,
-    MERGED_HASH,
-    check_weights,
-    merged_sha256,
+    check_content,
     read_student_manifest,
 )
 
@@ -112,7 +110,7 @@ def fetch_student(repo_id: str, *, revision: str | None = None, token: str | Non
             f"the student '{repo_id}' would send your texts, and the key in an environment variable of its choice, to "
             f"{remote.url}; download it yourself, check config.backbone.remote in its {MANIFEST}, and give its folder"
         )
-    check_weights(folder)
+    check_content(folder)
     return folder
 
 
@@ -177,7 +175,7 @@ def _additions(folder: Path, licence: str | None) -> list[CommitOperationAdd]:
             f"{folder}: its backbone is an API, and nobody should load a student that sends texts to an address "
             "unseen, so the Hub is no place for it; pass its folder on instead"
         )
-    check_weights(folder)
+    check_content(folder)
     merged = (folder / BACKBONE_FOLDER).is_dir()
     if not merged and Path(config.backbone.model).expanduser().exists():
         remedy = "save the student with merge=True, and push that copy"
@@ -193,8 +191,6 @@ def _additions(folder: Path, licence: str | None) -> list[CommitOperationAdd]:
             f"{folder}: holds files that do not belong to a student ({', '.join(others[:5])}); only safetensors, JSON "
             "and text files are pushed to the Hub, so move the others elsewhere"
         )
-    if merged:
-        manifest |= {MERGED_HASH: merged_sha256(folder)}
     written = {
         MANIFEST: json.dumps(manifest, indent=2, ensure_ascii=False) + "\n",
         CARD_FILE: model_card(folder, manifest, licence=licence),

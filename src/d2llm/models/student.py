@@ -159,7 +159,7 @@ class Student(VectorScorer):
         student = cls(config, backbone)
         files.load_head(folder, student._head)
         student._saved_fingerprint = manifest["fingerprint"]
-        student._recorded = {name: value for name, value in manifest.items() if name != files.MERGED_HASH}
+        student._recorded = manifest
         student._has_merged_weights = merged
         student.calibration = read_calibration(folder, manifest["fingerprint"])
         student.evidence = read_evidence(folder, manifest["fingerprint"])
@@ -243,10 +243,11 @@ class Student(VectorScorer):
             manifest = {
                 **content,
                 "fingerprint": self.fingerprint,
-                "config": self.config.recorded(),
+                "config": self.config.model_dump(mode="json"),
                 "pooling": self.backbone.pooling,
                 "base_fingerprint": self.backbone.fingerprint_base(),
             }
+            manifest[files.CONTENT_HASH] = files.content_sha256(temporary, manifest)
             write_calibration(temporary, self.calibration)
             write_evidence(temporary, self.evidence)
             write_quality(temporary, self.quality)
@@ -268,11 +269,11 @@ class Student(VectorScorer):
 
     @property
     def fingerprint(self) -> str:
-        """Content hash of configuration and weights; the same for a merged and an unmerged copy."""
+        """Hash of configuration and weights, computed when it is first saved; the same for a merged copy."""
         if self._saved_fingerprint is not None:
             return self._saved_fingerprint
         tensors = files.head_tensors(self._head) | self.backbone.tuned_state()
-        return files.fingerprint_student(self.config.recorded(), self.backbone.fingerprint_base(), tensors)
+        return files.fingerprint_student(self.config.model_dump(mode="json"), self.backbone.fingerprint_base(), tensors)
 
     @property
     def _head(self) -> dict[str, nn.Module]:
@@ -324,7 +325,7 @@ class Student(VectorScorer):
         if shallower := [each for each in self.nested_depths if each < depth]:
             recorded["nested_depths"] = shallower
         student._recorded = recorded | {"cut_from": self.fingerprint}
-        # The content of merged weights has no fingerprint of its own (``files.check_weights``).
+        # Merged weights have no adapter to compute a fingerprint from.
         key = fingerprint_json([self.fingerprint, depth]) if self._has_merged_weights else None
         student._saved_fingerprint = key
         student._forget_fitted()
@@ -360,7 +361,7 @@ class Student(VectorScorer):
             return ()
         self._kept_weights = {}
         self.source = None
-        # The content of merged weights has no fingerprint of its own (``files.check_weights``).
+        # Merged weights have no adapter to compute a fingerprint from.
         self._saved_fingerprint = fingerprint_json([before, dropped]) if self._has_merged_weights else None
         self._recorded |= {"reduced_from": before}
         self._refit_to(self.fingerprint)

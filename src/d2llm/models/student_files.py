@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ KIND = "student"
 FORMAT_VERSION = 1
 HEAD_FILE, ADAPTER_FILE, BACKBONE_FOLDER = "head.safetensors", "adapter.safetensors", "backbone"
 CARD_FILE = "README.md"
-MERGED_HASH = "merged_sha256"  # in the manifest of a merged copy that was pushed to the Hub
+CONTENT_HASH = "sha256"  # in the manifest: ``content_sha256`` when it was written
 RESTORE = "restore the student's folder"
 
 
@@ -37,7 +38,7 @@ def read_student_manifest(folder: Path) -> tuple[dict[str, Any], StudentConfig]:
         DataFormatError: there is no manifest, it belongs to another kind of artifact, or it lacks a field.
     """
     manifest = read_manifest(folder, KIND, FORMAT_VERSION)
-    missing = {"config", "fingerprint", "base_fingerprint", "pooling"} - manifest.keys()
+    missing = {"config", "fingerprint", "base_fingerprint", "pooling", CONTENT_HASH} - manifest.keys()
     if missing:
         raise DataFormatError(folder / MANIFEST, f"lacks {', '.join(sorted(missing))}; {RESTORE}")
     try:
@@ -112,39 +113,32 @@ def fingerprint_student(config: Mapping[str, Any], base_fingerprint: str, tensor
     return fingerprint_json([named, digest.hexdigest()])
 
 
-def check_weights(folder: Path) -> None:
-    """Check that the weights in a student's folder match its fingerprint.
+def content_sha256(folder: Path, manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of what is to stay as it was saved: a student's identity, its configuration, and the files of weights."""
+    identity = [manifest[name] for name in ("fingerprint", "base_fingerprint", "pooling")]
+    saved = json.dumps([*identity, shaping_student_settings(manifest["config"])], sort_keys=True)
+    digest = hashlib.sha256(saved.encode())
+    places = (folder / HEAD_FILE, folder / ADAPTER_FILE, *sorted((folder / BACKBONE_FOLDER).glob("*.safetensors")))
+    for path in places:
+        if path.is_file():
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()
 
-    The fingerprint of a merged copy cannot be recomputed, because it was computed from the adapter, which is merged.
-    Instead, the merged weights must match the hash that was recorded when the copy was pushed to the Hub, if any.
+
+def check_content(folder: Path) -> None:
+    """Check that a student's configuration and weights are those that were saved.
 
     Raises:
         DataFormatError: there is no manifest, or it is damaged.
-        ModelError: the weights cannot be read, or do not match.
+        ModelError: they are not.
     """
     manifest, _ = read_student_manifest(folder)
-    if (folder / BACKBONE_FOLDER).is_dir():
-        expected = manifest.get(MERGED_HASH)
-        actual = expected if expected is None else merged_sha256(folder)
-    else:
-        tensors = load_tensors(folder / HEAD_FILE, remedy=RESTORE)
-        if (folder / ADAPTER_FILE).is_file():
-            tensors |= load_tensors(folder / ADAPTER_FILE, remedy=RESTORE)
-        expected = manifest["fingerprint"]
-        actual = fingerprint_student(manifest["config"], manifest["base_fingerprint"], tensors)
+    actual, expected = content_sha256(folder, manifest), manifest[CONTENT_HASH]
     if actual != expected:
         raise ModelError(
-            f"{folder}: the weights have the fingerprint {actual}, but the manifest says {expected}: they are damaged "
-            "or belong to another student; fetch or restore the folder again"
+            f"{folder}: its configuration and weights have the hash {actual[:16]}, but the manifest says "
+            f"{str(expected)[:16]}: they are damaged or belong to another student; fetch or restore the folder again"
         )
-
-
-def merged_sha256(folder: Path) -> str:
-    """SHA-256 of all weights of a merged copy: the head, then the backbone's files sorted by name."""
-    digest = hashlib.sha256()
-    for path in (folder / HEAD_FILE, *sorted((folder / BACKBONE_FOLDER).glob("*.safetensors"))):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

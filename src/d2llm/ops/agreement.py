@@ -21,7 +21,7 @@ class Agreement:
     """Agreement of teacher and student on the same pairs.
 
     ``label_loyalty`` is in [0, 1], None if the teacher gives all pairs the same answer, which any student can copy.
-    ``probability_loyalty`` is in [0, 1]; reports of earlier measurements lack it.
+    ``probability_loyalty`` is in [0, 1].
     ``pearson_within`` and ``kendall_within`` are means over the ``num_queries`` queries with two pairs or more, None
     if there are none; ``pearson_over_all`` is computed over all ``num_pairs`` pairs at once, and is also known as
     regression loyalty (Avram et al., "Distilling the Knowledge of Romanian BERTs Using Multiple Teachers", LREC 2022).
@@ -33,7 +33,7 @@ class Agreement:
     pearson_over_all: float
     num_queries: int
     num_pairs: int
-    probability_loyalty: float | None = None
+    probability_loyalty: float
 
 
 def label_loyalty(teacher_log_odds: ArrayLike, student_logits: ArrayLike, *, student_threshold: float) -> float:

@@ -282,7 +282,7 @@ def _readers(
     if runner.is_local or load is None:
         return nullcontext()
     manifest = storage.manifest
-    projection, expansion = manifest["token_projection"], manifest.get("document_expansion")
+    projection, expansion = manifest["token_projection"], manifest["document_expansion"]
     identity = _describe(manifest["student"], projection, expansion)
     identify = partial(_identify, tokens=projection is not None, words=expansion is not None)
     work = partial(read_passages, parts=tuple(storage.part_formats), expand=expansion is not None)

@@ -100,11 +100,11 @@ def check_parts(store: IndexStore, student: SearchStudent, task: Task) -> None:
     Raises:
         IndexMismatchError: it stores none, or those of another projection or document expansion.
     """
-    if store.manifest.get("document_expansion") != expansion_fingerprint(student):
+    if store.manifest["document_expansion"] != expansion_fingerprint(student):
         raise IndexMismatchError(f"{store.folder}: it lacks the words that the student adds to passages, or has others")
     if "token" in part_formats(student, task):
         assert isinstance(student, TokenStudent)
-        if store.manifest.get("token_projection") != student.token_fingerprint:
+        if store.manifest["token_projection"] != student.token_fingerprint:
             raise IndexMismatchError(f"{store.folder}: it lacks the vectors of tokens that the student's score counts")
 
 
@@ -256,8 +256,8 @@ class Index:
             "task": (task, manifest["task"]),
             "vector_format": (vector_format, manifest["vector_format"]),
             "vector_copies": (vector_copies, manifest["vector_copies"]),
-            "window_vectors": (formats.get("window"), manifest.get("window_format")),
-            "token_vectors": (formats.get("token"), manifest.get("token_format")),
+            "window_vectors": (formats.get("window"), manifest["window_format"]),
+            "token_vectors": (formats.get("token"), manifest["token_format"]),
             "num_shards": (num_shards, shards),
         }
         facts |= {f"metadata[{name!r}]": (kind, fields.get(name)) for name, kind in (metadata or {}).items()}
@@ -308,7 +308,7 @@ class Index:
             size = f"{len(self):,} passage{'' if len(self) == 1 else 's'}"
         except D2LLMError as error:
             size = f"cannot be read: {error}"
-        student = name_student(manifest["student"], manifest.get("student_source"))
+        student = name_student(manifest["student"], manifest["student_source"])
         shards = f", {len(self.storage.records)} shards" if isinstance(self.storage, ShardedStore) else ""
         return f"Index({str(self.folder)!r}: {size}{shards}, student {student}, task {manifest['task']})"
 
@@ -363,7 +363,7 @@ class Index:
         """
         source = self._student_or_source
         if source is None:
-            source = find_source(self.storage.manifest.get("student_source"), self.folder)
+            source = find_source(self.storage.manifest["student_source"], self.folder)
         if isinstance(source, str | Path):
             from d2llm.models.student import Student
 

@@ -132,7 +132,7 @@ def _create(
     draft: Path, source: IndexStore | ShardedStore, tables: list[PassageTable], num_shards: int
 ) -> ShardedStore:
     manifest = source.manifest
-    student_source = manifest.get("student_source")
+    student_source = manifest["student_source"]
     if isinstance(student_source, str) and student_source.startswith("../"):  # relative to the source
         student_source = str((source.folder / student_source).resolve())
     return ShardedStore.create(
@@ -143,13 +143,13 @@ def _create(
         task=manifest["task"],
         vector_format=manifest["vector_format"],
         vector_copies=manifest["vector_copies"],
-        window_format=manifest.get("window_format"),
-        token_format=manifest.get("token_format"),
-        token_dim=manifest.get("token_dim"),
-        token_projection=manifest.get("token_projection"),
-        document_expansion=manifest.get("document_expansion"),
+        window_format=manifest["window_format"],
+        token_format=manifest["token_format"],
+        token_dim=manifest["token_dim"],
+        token_projection=manifest["token_projection"],
+        document_expansion=manifest["document_expansion"],
         metadata=MetadataSchema.from_arrow(tables[0].metadata_fields),
-        student_config=manifest.get("student_config"),
+        student_config=manifest["student_config"],
         student_source=student_source,
     )
 

@@ -249,7 +249,7 @@ def check_projection(storage: Storage, student: SearchStudent) -> None:
 
 def check_expansion(storage: Storage, student: SearchStudent) -> None:
     """Refuse a student that would add other words to passages than the index has."""
-    made_by, own = storage.manifest.get("document_expansion"), expansion_fingerprint(student)
+    made_by, own = storage.manifest["document_expansion"], expansion_fingerprint(student)
     if made_by is not None and own != made_by:
         raise IndexMismatchError(
             f"{storage.folder}: its passages have words added by document expansion {made_by}, but the student has "

@@ -191,7 +191,7 @@ def load_models(
     if name is None:
         if store is None:
             raise InputError("there is nothing to serve; give an index, or a student")
-        source = store.manifest.get("student_source")
+        source = store.manifest["student_source"]
         _hide(private, str(source))
         name = find_source(source, store.folder)
     folder = find_student(name)

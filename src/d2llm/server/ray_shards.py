@@ -350,7 +350,7 @@ class RemoteShardView:
         self.dim: int = manifest["dim"]
         self.task: Task = manifest["task"]
         self.student_fingerprint: str = manifest["student"]
-        self.token_projection: str | None = manifest.get("token_projection")
+        self.token_projection: str | None = manifest["token_projection"]
         self.corpus = corpus
         self._latest: _ShardFacts | None = shard.facts.get(self.version)
 

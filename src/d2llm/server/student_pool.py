@@ -42,7 +42,7 @@ class StudentPool:
             D2LLMError: it cannot be loaded, or is not the one that made the index.
         """
         manifest = store.manifest
-        required = manifest["student"], manifest.get("token_projection"), manifest.get("document_expansion")
+        required = manifest["student"], manifest["token_projection"], manifest["document_expansion"]
         student = self._share(required)
         if student is not None:
             return student

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from d2llm.core.files import MANIFEST_NAME, write_json
-from d2llm.store.lance_manifest import manifest_names
+from d2llm.store.lance_manifest import manifest_name
 
 BLOCK_BYTES = 1 << 18
 _SAMPLED_BLOCKS = 32
@@ -103,24 +103,20 @@ def write_checked(path: Path, value: dict[str, Any]) -> None:
     write_json(path, {_KEY: _json_checksum(value), **value})
 
 
-def read_checked(path: Path, *, required: bool = False, compare: bool = True) -> Any:
-    """Read a file written by ``write_checked``, or any JSON without a checksum.
+def read_checked(path: Path, *, compare: bool = True) -> Any:
+    """Read a file written by ``write_checked``.
 
     Args:
         path: path of the file.
-        required: refuse JSON without a checksum.
-        compare: if false, a damaged file is read too, for callers that have other checks.
+        compare: if false, a file without a checksum, or a damaged one, is read too, for callers that have other checks.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: the file is not JSON, or is not what was written.
     """
     value = json.loads(path.read_bytes().decode("utf-8"))
-    if not isinstance(value, dict) or _KEY not in value:
-        if required:
-            raise ValueError(f"{path.name} is not what was written")
-        return value
-    if value.pop(_KEY) != _json_checksum(value) and compare:
+    own = value.pop(_KEY, None) if isinstance(value, dict) else None
+    if compare and (own is None or own != _json_checksum(value)):
         raise ValueError(f"{path.name} is not what was written")
     return value
 
@@ -138,8 +134,8 @@ class Record(NamedTuple):
 
     def manifest_of(self, version: int) -> str | None:
         """The path of the manifest of a version of the table, if it has a checksum."""
-        paths = (f"{TABLE_FOLDER}/{name}" for name in manifest_names(version))
-        return next((path for path in paths if path in self.files), None)
+        path = f"{TABLE_FOLDER}/{manifest_name(version)}"
+        return path if path in self.files else None
 
 
 class Damage(NamedTuple):
@@ -156,7 +152,7 @@ def read_record(folder: Path) -> Record:
     Raises:
         OSError, ValueError, LookupError, TypeError: it is missing or cannot be used.
     """
-    value: Any = read_checked(folder / RECORD_NAME, required=True)
+    value: Any = read_checked(folder / RECORD_NAME)
     if value["block_bytes"] != BLOCK_BYTES:
         raise ValueError(f"its blocks have {value['block_bytes']} bytes; update d2llm")
     return Record(value["version"], {path: FileSums(*sums) for path, sums in value["files"].items()})

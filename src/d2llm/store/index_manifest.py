@@ -16,6 +16,21 @@ SHARDED_KIND = "sharded index"
 """Kind of a folder with several indexes (``sharded_store``)."""
 FIT_KIND, INDEX_OF_FIT = "search", "index"
 """Kind of a folder that ``fit`` makes, and the name of the index in it."""
+INDEX_FIELDS = (
+    "student",
+    "student_config",
+    "student_source",
+    "task",
+    "dim",
+    "vector_format",
+    "vector_copies",
+    "window_format",
+    "token_format",
+    "token_dim",
+    "token_projection",
+    "document_expansion",
+)
+"""What a manifest says about an index; all shards of a sharded index, and its own manifest, agree in it."""
 
 
 def find_index(path: Path) -> Path:
@@ -60,6 +75,7 @@ def read_index_manifest(folder: Path) -> dict[str, Any]:
     wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
     if manifest.get("vector_copies") not in get_args(VectorCopies):
         wrong.append("vector_copies")
+    wrong += [name for name in (*INDEX_FIELDS, "snapshot") if name not in {*manifest, *wrong}]
     if wrong:
         raise DataFormatError(folder / MANIFEST_NAME, f"has no valid {', '.join(wrong)}; restore it from a copy")
     return manifest

@@ -194,7 +194,7 @@ class IndexStore:
     @property
     def adds_words(self) -> bool:
         """Whether passages have words beside those of their texts (``models.document_expansion``)."""
-        return self.manifest.get("document_expansion") is not None
+        return self.manifest["document_expansion"] is not None
 
     @property
     def stores(self) -> tuple[IndexStore, ...]:
@@ -225,7 +225,7 @@ class IndexStore:
     @property
     def is_snapshot(self) -> bool:
         """Whether this is a snapshot of an index."""
-        return bool(self.manifest.get("snapshot"))
+        return bool(self.manifest["snapshot"])
 
     @contextmanager
     def writing(self) -> Generator[None]:
@@ -605,14 +605,14 @@ class IndexStore:
 
 def _part_formats(manifest: Mapping[str, Any]) -> dict[PartKind, VectorFormat]:
     """The formats of the vectors of parts that an index stores, by kind."""
-    dims: dict[PartKind, Any] = {"window": manifest["dim"], "token": manifest.get("token_dim")}
-    return {kind: make_format(name, dims[kind]) for kind in PART_KINDS if (name := manifest.get(f"{kind}_format"))}
+    dims: dict[PartKind, Any] = {"window": manifest["dim"], "token": manifest["token_dim"]}
+    return {kind: make_format(name, dims[kind]) for kind in PART_KINDS if (name := manifest[f"{kind}_format"])}
 
 
 def check_maker(folder: Path, manifest: Mapping[str, Any], fingerprint: str) -> None:
     """Raise an ``IndexMismatchError`` unless the student with this fingerprint made the vectors of an index."""
     if fingerprint != manifest["student"]:
-        maker = name_student(manifest["student"], manifest.get("student_source"))
+        maker = name_student(manifest["student"], manifest["student_source"])
         raise IndexMismatchError(
             f"{folder}: the index was made by student {maker}, but the student given is {name_student(fingerprint)}; "
             "search with the student that made it, or index the corpus again"

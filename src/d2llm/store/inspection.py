@@ -107,13 +107,13 @@ def stats(store: IndexStore) -> IndexStats:
         ann_recall=None if record is None else record.target,
         bytes_per_passage=round(folder_bytes(store.folder) / max(len(table), 1), 1),
         word_bytes=sum(path.stat().st_size for path in store.folder.glob("words-*")),
-        window_format=store.manifest.get("window_format"),
+        window_format=store.manifest["window_format"],
         window_bytes=_part_bytes(store, "window"),
-        token_format=store.manifest.get("token_format"),
+        token_format=store.manifest["token_format"],
         token_bytes=_part_bytes(store, "token"),
         unindexed={name: lag for name, lag in table.indices.items() if lag},
         chunking=read_chunking(store.folder),
-        student_name=name_student(store.manifest["student"], store.manifest.get("student_source")),
+        student_name=name_student(store.manifest["student"], store.manifest["student_source"]),
     )
 
 

@@ -1,6 +1,6 @@
 """Reads from the manifest of a Lance table which files a version consists of.
 
-    _versions/<18446744073709551615 - version>.manifest    (older tables: <version>.manifest)
+    _versions/<18446744073709551615 - version>.manifest
 
 A manifest ends with the message ``Manifest`` of Lance's ``table.proto``, preceded by an ``IndexSection`` if there are
 indices; both start with their length. LanceDB does not report which files a version needs, so the few fields that name
@@ -17,8 +17,7 @@ from uuid import UUID
 
 VERSIONS = "_versions"
 _LARGEST = (1 << 64) - 1
-_NAME = re.compile(r"(\d+)\.manifest")
-_INVERTED_DIGITS = 20  # names with this many digits count down, so that the newest is listed first
+_NAME = re.compile(r"(\d{20})\.manifest")  # counts down, so that the newest is listed first
 _MAGIC = b"LANC"
 _FOOTER_BYTES = 16  # i64 position of the manifest, two i16 of the format version, the magic bytes
 
@@ -63,15 +62,12 @@ class VersionFiles:
 def version_of(name: str) -> int | None:
     """The version whose manifest has this file name in ``_versions``; None for other files."""
     match = _NAME.fullmatch(name)
-    if match is None:
-        return None
-    number = int(match[1])
-    return _LARGEST - number if len(match[1]) == _INVERTED_DIGITS else number
+    return None if match is None else _LARGEST - int(match[1])
 
 
-def manifest_names(version: int) -> tuple[str, str]:
-    """The possible paths of a version's manifest in the table's folder."""
-    return f"{VERSIONS}/{_LARGEST - version:0{_INVERTED_DIGITS}}.manifest", f"{VERSIONS}/{version}.manifest"
+def manifest_name(version: int) -> str:
+    """The path of a version's manifest in the table's folder."""
+    return f"{VERSIONS}/{_LARGEST - version:020}.manifest"
 
 
 def manifests(table: Path) -> dict[int, str]:

@@ -103,7 +103,7 @@ def fetch_shard(url: str, files: str, *, name: str) -> Path:
             )
         with new_folder(target) as draft:
             (draft / FILES_NAME).write_bytes(content)
-            listed: dict[str, Any] = read_checked(draft / FILES_NAME, required=True)["files"]
+            listed: dict[str, Any] = read_checked(draft / FILES_NAME)["files"]
             with progress_bar("fetching a shard", len(listed)) as advance:
                 for path, sums in listed.items():
                     place = draft / path

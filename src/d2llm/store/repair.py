@@ -15,7 +15,7 @@ from pathlib import Path
 from d2llm.core.errors import DamagedFileError
 from d2llm.core.files import MANIFEST_NAME
 from d2llm.store.checksums import RECORD_NAME, TABLE_FOLDER, Damage, Record, problem_of, take_sums
-from d2llm.store.lance_manifest import manifest_names, manifests
+from d2llm.store.lance_manifest import manifest_name, manifests
 from d2llm.store.passage_table import PassageTable
 from d2llm.store.storage import storage_errors
 from d2llm.store.table_files import TableFiles
@@ -191,7 +191,7 @@ def _forget(files: TableFiles, versions: Collection[int], latest: int) -> None:
     for version in versions:
         if version in paths:
             (files.table / paths[version]).unlink()
-    gone = {f"{TABLE_FOLDER}/{name}" for version in versions for name in manifest_names(version)}
+    gone = {f"{TABLE_FOLDER}/{manifest_name(version)}" for version in versions}
     if record is not None:
         files.replace(Record(latest, {path: sums for path, sums in record.files.items() if path not in gone}))
 

@@ -36,6 +36,7 @@ from d2llm.core.manifest import package_versions, read_manifest
 from d2llm.core.shipped import name_student
 from d2llm.core.types import MissingShard, PartKind, Passage
 from d2llm.store.checksums import read_checked, write_checked
+from d2llm.store.index_manifest import INDEX_FIELDS
 from d2llm.store.index_manifest import SHARDED_KIND as KIND
 from d2llm.store.index_store import IndexStore, check_maker
 from d2llm.store.passage_table import PassageTable
@@ -46,22 +47,7 @@ from d2llm.store.vector_formats import VectorFormat
 
 FORMAT_VERSION = 1
 MAX_SHARDS = 1 << 16
-_SHARED = (
-    "student",
-    "student_config",
-    "student_source",
-    "task",
-    "dim",
-    "vector_format",
-    "vector_copies",
-    "window_format",
-    "token_format",
-    "token_dim",
-    "token_projection",
-    "document_expansion",
-)
-"""What all shards have in common; their manifests and that of the sharded index must agree in it."""
-_COMPARED = tuple(name for name in _SHARED if name not in ("student_config", "student_source"))
+_COMPARED = tuple(name for name in INDEX_FIELDS if name not in ("student_config", "student_source"))
 
 
 def shard_of(passage_id: str, document_id: str, num_shards: int) -> int:
@@ -248,7 +234,7 @@ class ShardedStore:
                 )
                 for number in range(num_shards)
             }
-            shared = {key: stores[0].manifest.get(key) for key in _SHARED}
+            shared = {key: stores[0].manifest[key] for key in INDEX_FIELDS}
             manifest = {"kind": KIND, "format_version": FORMAT_VERSION, "packages": package_versions(), "index": name}
             records = [ShardRecord(shard_name(number), store.version, 0) for number, store in stores.items()]
             write_sharded_manifest(draft, manifest | shared, records)
@@ -418,14 +404,13 @@ def read_sharded_manifest(folder: Path) -> tuple[dict[str, Any], list[ShardRecor
     read_manifest(folder, KIND, FORMAT_VERSION)
     path = folder / MANIFEST_NAME
     try:
-        manifest = cast("dict[str, Any]", read_checked(path, required=True))
+        manifest = cast("dict[str, Any]", read_checked(path))
         records = [ShardRecord(**record) for record in manifest.pop("shards")]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataFormatError(
             path, f"cannot be used ({error}); restore it from a copy, or shard the index again"
         ) from error
-    required = [name for name in ("index", *_SHARED) if name != "document_expansion"]  # the first indexes lack it
-    if not records or any(name not in manifest for name in required):
+    if not records or not {"index", *INDEX_FIELDS} <= manifest.keys():
         raise DataFormatError(
             path, "does not describe a sharded index; restore it from a copy, or shard the index again"
         )
@@ -451,15 +436,13 @@ def open_shard(
             )
     store = IndexStore.open(path)
     if store.manifest["student"] != manifest["student"]:
-        maker, other = (
-            name_student(each["student"], each.get("student_source")) for each in (manifest, store.manifest)
-        )
+        maker, other = (name_student(each["student"], each["student_source"]) for each in (manifest, store.manifest))
         raise IndexMismatchError(
             f"{place} in {record.address} was made by student {other}, but the index by {maker}; put the right shard "
             "there, or shard the index again"
         )
     own = store.manifest.get("shard")
-    differing = [name for name in _COMPARED if store.manifest.get(name) != manifest.get(name)]
+    differing = [name for name in _COMPARED if store.manifest[name] != manifest[name]]
     if own != {"number": number, "of": num_shards, "index": manifest["index"]} or differing:
         what = "it is not the shard that was written there"
         if differing:

@@ -318,7 +318,7 @@ class PassageView:
     @property
     def token_projection(self) -> str | None:
         """The fingerprint of the projection that made the token vectors."""
-        return self.store.manifest.get("token_projection")
+        return self.store.manifest["token_projection"]
 
     def best_windows(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The highest inner product of a query [dim] with a window of each row [n] (``PartVectors.best``).

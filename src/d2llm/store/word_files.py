@@ -278,7 +278,7 @@ def _write(folder: Path, generation: int, first: int, segment: WordSegment) -> N
 def _open(part: _Part, *, whole: bool) -> WordSegment | str:
     """A segment mapped into memory, or what is wrong with it."""
     try:
-        record = read_checked(part.record, required=True)
+        record = read_checked(part.record)
         if record["block_bytes"] != BLOCK_BYTES:
             return f"has blocks of {record['block_bytes']} bytes"
         if (problem := _other_rule(record)) is not None:
@@ -311,7 +311,7 @@ def _other_rule(record: Mapping[str, Any]) -> str | None:
 
 def _has_other_rule(part: _Part) -> bool:
     try:
-        return _other_rule(read_checked(part.record, required=True)) is not None
+        return _other_rule(read_checked(part.record)) is not None
     except (OSError, ValueError, LookupError):
         return False  # it is damaged, and left as it is until a repair
 

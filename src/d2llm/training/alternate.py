@@ -10,16 +10,15 @@ not be the student's backbone, and begins each round as it was.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import Recipe
-from d2llm.core.recipe_file import changed_settings, shaping_settings, tuning_settings
 from d2llm.core.variants import Variant
-from d2llm.data.run_folder import RunFolder, is_finished, manifest_of
+from d2llm.data.run_folder import RunFolder, changed_student, changed_teacher, is_finished, manifest_of
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
 from d2llm.training.checkpoints import remarks
@@ -80,7 +79,7 @@ def alternate(
     for number, own in enumerate(recipes, start=1):
         parts = RunFolder(folder / f"round-{number}")
         if is_finished(parts.teacher):
-            _warn_of_changes(parts.teacher, tuning_settings(own.teacher, own.teacher_tuning, own.seed))
+            _warn_of_changes(parts.teacher, changed_teacher(parts.teacher, own))
         else:
             remarks.info("alternate: round %d, the teacher learns from %s", number, own.teacher_tuning.student)
             tune_teacher(
@@ -92,7 +91,7 @@ def alternate(
                 **computing,
             )
         if is_finished(parts.student):
-            _warn_of_changes(parts.student, shaping_settings(own))
+            _warn_of_changes(parts.student, changed_student(parts.student, own))
         else:
             remarks.info("alternate: round %d, the student learns from %s", number, parts.teacher)
             tuned = own.teacher.model_copy(update={"model": str(parts.teacher), "new_head": False})
@@ -127,8 +126,8 @@ def recipe_of_round(recipe: Recipe, number: int, before: str) -> Recipe:
     return Variant(f"round-{number}", "own", "student and teacher in turns", changes).apply(recipe)
 
 
-def _warn_of_changes(folder: Path, settings: Mapping[str, Any]) -> None:
-    if changes := changed_settings(manifest_of(folder)["settings"]["recipe"], settings):
+def _warn_of_changes(folder: Path, changes: Sequence[str]) -> None:
+    if changes:
         _log.warning(
             "%s was made with other settings than the recipe's, and is kept: %s; move it and all later rounds away to "
             "make them again",

@@ -8,7 +8,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,8 @@ from torch.autograd.graph import increment_version
 
 from d2llm.core.errors import InputError, Terminated, TrainingDivergedError
 from d2llm.core.files import write_bytes
-from d2llm.core.recipe import TrainingConfig, WarmUpConfig
-from d2llm.core.recipe_file import changed_settings
+from d2llm.core.recipe import Recipe, TrainingConfig, WarmUpConfig
+from d2llm.core.recipe_file import changed_recipe, changed_settings
 from d2llm.models.sources import load_tensors
 from d2llm.training.trackers import Tracker, numbers
 
@@ -71,8 +71,16 @@ def save_checkpoint(
     write_bytes(folder / CHECKPOINT, save(tensors, metadata))
 
 
-def load_checkpoint(folder: Path, *, settings: Mapping[str, Any]) -> Checkpoint | None:
-    """The checkpoint in ``folder``; None if there is none yet, ``InputError`` if it is damaged or another run's."""
+def load_checkpoint(
+    folder: Path,
+    *,
+    settings: Mapping[str, Any],
+    shaping: Callable[[Recipe], dict[str, Any]] | None = None,
+) -> Checkpoint | None:
+    """The checkpoint in ``folder``; None if there is none yet, ``InputError`` if it is damaged or another run's.
+
+    ``shaping``: of the recipe in the settings, only this is compared (``changed_recipe``).
+    """
     path = folder / CHECKPOINT
     if not path.is_file():
         return None
@@ -82,8 +90,9 @@ def load_checkpoint(folder: Path, *, settings: Mapping[str, Any]) -> Checkpoint 
             tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read ({error}); delete it to restart the run") from error
-    saved_settings = json.loads(metadata.get("settings", "{}"))
-    if changes := changed_settings(saved_settings, json.loads(json.dumps(settings))):
+    saved, current = json.loads(metadata["settings"]), json.loads(json.dumps(settings))
+    changes = [] if shaping is None else changed_recipe(saved.pop("recipe"), current.pop("recipe"), shaping)
+    if changes := [*changes, *changed_settings(saved, current)]:
         raise InputError(
             f"{path} belongs to a run with other settings: {', '.join(changes)}; finish that run with its own "
             "settings, or start over: with --again on the command line, or in another folder"

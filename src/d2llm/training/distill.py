@@ -20,9 +20,8 @@ from d2llm.core.recipe import (
     Recipe,
     TeacherConfig,
     shaping_student_settings,
-    without_new_defaults,
 )
-from d2llm.core.recipe_file import changed_settings, shaping_settings
+from d2llm.core.recipe_file import changed_settings
 from d2llm.core.time_limit import seconds_left, time_limit
 from d2llm.core.types import TASKS, EvidenceTerm, Task
 from d2llm.data.collation import LabelledSource
@@ -367,8 +366,8 @@ def _fit_and_write(
     )
     took_no_part = set[str]() if recipe.losses.imitates else {"teacher", "teacher_tuning"}
     content = {
-        "recipe": without_new_defaults(recipe.model_dump(mode="json", exclude=took_no_part)),
-        "settings": run.settings,
+        "recipe": recipe.model_dump(mode="json", exclude=took_no_part),
+        "settings": {name: value for name, value in run.settings.items() if name != "recipe"},
         "teacher": teacher,
         "tasks": sorted({source.task for source in sources}),
         "steps": report.steps,
@@ -696,7 +695,7 @@ def _run_settings(
         start
         | live
         | {
-            "recipe": shaping_settings(recipe),
+            "recipe": recipe.model_dump(mode="json"),
             "teacher": identity.fingerprint,
             "prompts": dict(identity.prompts),
             "plans": {s.source.dataset.name: s.source.plan.manifest["content_hash"] for s in sources},

@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import Advance, progress_bar
-from d2llm.core.recipe import BackboneConfig, PretrainingConfig, without_new_defaults
+from d2llm.core.recipe import BackboneConfig, PretrainingConfig
 from d2llm.data.training import TrainingSource
 from d2llm.models.backbone import Backbone, TextKind, is_decoder, layers_of
 from d2llm.models.device import tokens_to_train
@@ -824,9 +824,8 @@ def _settings(
     student: Student, texts: Sequence[list[Any]], teacher: Backbone | None, config: PretrainingConfig, seed: int
 ) -> dict[str, Any]:
     """Everything that affects a run, as JSON; a checkpoint with other settings is from another run."""
-    values = without_new_defaults({"training": {"pretraining": config.model_dump(mode="json")}})
     return {
-        "pretraining": values["training"]["pretraining"],
+        "pretraining": config.model_dump(mode="json"),
         "student": student.fingerprint,
         "teacher": None if teacher is None else teacher.fingerprint_base(),
         "texts": fingerprint_json(texts),

@@ -21,13 +21,21 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.inputs import objects_of, strings_of
 from d2llm.core.progress import showing_progress
 from d2llm.core.recipe import Recipe, TeacherConfig, untuned_config
-from d2llm.core.recipe_file import changed_settings, load_recipe, shaping_settings, tuning_settings
+from d2llm.core.recipe_file import load_recipe
 from d2llm.core.types import RunStep, Task
 from d2llm.core.variants import find_variant
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_data, open_source
 from d2llm.data.pairs import PairDataset
-from d2llm.data.run_folder import RunFolder, is_finished, manifest_of, require_distinct_data, working_folder
+from d2llm.data.run_folder import (
+    RunFolder,
+    changed_student,
+    changed_teacher,
+    is_finished,
+    manifest_of,
+    require_distinct_data,
+    working_folder,
+)
 from d2llm.models.teachers.identity import find_kind, find_tuned_teacher
 
 if TYPE_CHECKING:  # each step imports what it needs, so that errors in a recipe are reported before torch is loaded
@@ -232,8 +240,7 @@ class Run:
         if again:
             self.put_aside("tune-teacher", folder)
         elif is_finished(folder):
-            settings = tuning_settings(recipe.teacher, recipe.teacher_tuning, recipe.seed)
-            self._warn_of_changes("tune-teacher", folder, settings, as_mined=True)
+            self._warn_of_changes("tune-teacher", folder, changed_teacher(folder, recipe), as_mined=True)
             return self.skip(f"tune-teacher: {folder} is finished; --again tunes a new one, keeping this one aside")
         self.require_plans()
         _remarks.info("tune-teacher: training '%s' to answer yes or no, on the plans", recipe.teacher.model)
@@ -420,9 +427,7 @@ class Run:
             self.put_aside("distill", folder)
         elif is_finished(folder):
             teacher = self._teacher_fingerprint() if recipe.losses.imitates else None
-            shaping = shaping_settings(recipe)
-            changes = [] if "evidence" in shaping else self._changes_of_evidence(folder, recipe)
-            self._warn_of_changes("distill", folder, shaping, teacher, changes, as_mined=for_stack)
+            self._warn_of_changes("distill", folder, changed_student(folder, recipe), teacher, as_mined=for_stack)
             return self.skip(f"distill: {folder} is finished; --again trains a new one, keeping this one aside")
         self.require_plans()
         closed = self.closed_gates() if recipe.losses.imitates else []
@@ -647,36 +652,25 @@ class Run:
         untuned = f"'{in_recipe}' as it is ({self.parts.teacher} does not exist)"
         _remarks.info("%s: the teacher is %s", verb, untuned if named == in_recipe else named)
 
-    def _changes_of_evidence(self, folder: Path, recipe: Recipe) -> list[str]:
-        """Evidence settings that differ from those ``folder`` was made with.
-
-        Evidence is fitted after training, so changing them does not invalidate a checkpoint.
-        """
-        evidence = recipe.evidence.model_dump(mode="json")
-        fitted = manifest_of(folder).get("recipe", {}).get("evidence", evidence)
-        return changed_settings({"evidence": fitted}, {"evidence": evidence})
-
     def _warn_of_changes(
         self,
         verb: str,
         folder: Path,
-        settings: dict[str, Any],
+        changed: Sequence[str],
         teacher: str | None = None,
-        other_changes: Sequence[str] = (),
         *,
         as_mined: bool = False,
     ) -> None:
         """Warn if the finished result in ``folder`` was made from other settings or inputs than the current ones.
 
-        Its manifest records its inputs. ``settings`` are the current settings that affect it, ``teacher`` is the
-        fingerprint of the teacher that would be used now, if that matters; ``other_changes`` are changes that the
-        caller found. ``as_mined``: it is made from the plans before a tuned teacher filters them; a plan that the run's
-        teacher has filtered is then not compared.
+        Its manifest records its inputs. ``changed`` are the settings that differ, ``teacher`` is the fingerprint of
+        the teacher that would be used now, if that matters. ``as_mined``: it is made from the plans before a tuned
+        teacher filters them; a plan that the run's teacher has filtered is then not compared.
         """
         made_from = manifest_of(folder).get("settings")
         if made_from is None:  # made elsewhere and copied here, such as a shipped student
             return
-        changes = [*changed_settings(made_from["recipe"], settings), *other_changes]
+        changes = [*changed]
         for data in self.recipe.data:
             place = self.parts.plan(data) if as_mined else self.parts.final_plan(self.recipe, data)
             plan = manifest_of(place) if is_finished(place) else {}

@@ -18,6 +18,7 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.recipe import Recipe, TrainingConfig
+from d2llm.core.recipe_file import shaping_settings
 from d2llm.core.time_limit import seconds_left, time_limit
 from d2llm.core.types import Task
 from d2llm.data.collation import (
@@ -163,14 +164,14 @@ class DistillRun:
         self.progress = DistillProgress()
         self.best = BestState(self.parameters, folder / _BEST)
         self.adopted: dict[str, DevResult] | None = None
-        checkpoint = load_checkpoint(folder, settings=self.settings)
+        checkpoint = load_checkpoint(folder, settings=self.settings, shaping=shaping_settings)
         if checkpoint is not None:
             restore(checkpoint, self.parameters, self.optimizer)
             self._resume(checkpoint.state)
             remarks.info("distill: continues after step %d of an earlier run", self.progress.step)
         self.log: RunLog | None = None
         if processes.is_first:
-            key = fingerprint_json(self.settings)
+            key = fingerprint_json({**self.settings, "recipe": shaping_settings(recipe)})
             trackers = open_trackers(recipe, folder, run_key=key, resume_step=self.progress.step)
             resume_step = -1 if checkpoint is None else checkpoint.step
             self.log = RunLog(folder, resume_step=resume_step, trackers=trackers)

@@ -19,7 +19,7 @@ from torch.nn import functional
 from d2llm.core.errors import InputError
 from d2llm.core.files import new_folder
 from d2llm.core.progress import progress_bar
-from d2llm.core.recipe import TeacherConfig, TeacherTuningConfig
+from d2llm.core.recipe import Recipe, TeacherConfig, TeacherTuningConfig
 from d2llm.core.recipe_file import tuning_settings
 from d2llm.core.types import Task
 from d2llm.data.plan import TrainingPlan
@@ -125,7 +125,7 @@ def tune_teacher(
     )
     run_folder = working_folder(folder)
     settings = {  # everything that affects a run; a checkpoint or tuned teacher with other settings is from another run
-        "recipe": tuning_settings(teacher, tuning, seed),
+        "recipe": tuning_settings(Recipe(teacher=teacher, teacher_tuning=tuning, seed=seed)),
         "model": model.fingerprint,
         "plans": {source.dataset.name: source.plan.manifest["content_hash"] for source in sources},
         **learns_from,
@@ -196,7 +196,7 @@ class _TuningRun:
         self.optimizer = adamw([(list(self.parameters.values()), tuning.learning_rate, 0.0)])
         lower_is_better = tuning.dev_measure == "cross_entropy"
         self.best = BestState(self.parameters, folder / _BEST, lower_is_better=lower_is_better)
-        checkpoint = load_checkpoint(folder, settings=settings)
+        checkpoint = load_checkpoint(folder, settings=settings, shaping=tuning_settings)
         if checkpoint is not None:
             restore(checkpoint, self.parameters, self.optimizer)
             self.losses, self.num_truncated = checkpoint.state["losses"], checkpoint.state["num_truncated"]

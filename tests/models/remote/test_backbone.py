@@ -25,7 +25,7 @@ from d2llm.core.errors import (
     RecipeError,
     StorageError,
 )
-from d2llm.core.recipe import BackboneConfig, StudentConfig
+from d2llm.core.recipe import StudentConfig
 from d2llm.core.recipe_file import parse_recipe, shaping_settings
 from d2llm.core.types import Passage
 from d2llm.models.attribution import attribute
@@ -34,7 +34,7 @@ from d2llm.models.layer_choice import layer_distances
 from d2llm.models.remote.backbone import EndpointUsage, RemoteBackbone
 from d2llm.models.remote.vector_cache import VectorCache
 from d2llm.models.student import Student
-from d2llm.models.student_files import check_weights
+from d2llm.models.student_files import check_content
 from d2llm.retrieval.chunking import Chunker
 from d2llm.store.side_files import Chunking
 from d2llm.training.distill import _starting_student
@@ -286,7 +286,7 @@ def test_a_saved_student_is_the_same_and_has_no_key(
     assert loaded.fingerprint == student.fingerprint
     assert loaded.backbone.tokenize(["12345"], "passage").lengths == [3]
     np.testing.assert_array_equal(loaded.encode_passages(TEXTS).vectors, vectors)
-    check_weights(tmp_path / "student")
+    check_content(tmp_path / "student")
     manifest = json.loads((tmp_path / "student" / "manifest.json").read_text())
     assert manifest["config"]["backbone"]["model"] == "served"
     assert manifest["config"]["backbone"]["remote"]["dimensions"] == EMBEDDING_DIM
@@ -310,7 +310,7 @@ def test_a_student_may_move_to_another_address(endpoint: LocalEndpoint, tmp_path
         moved.encode_passages(["elsewhere"])
         assert asked(other) == {"elsewhere": 1}
         assert moved.fingerprint == student.fingerprint
-        check_weights(tmp_path / "student")
+        check_content(tmp_path / "student")
         recipe = {"training": {"start": str(tmp_path / "student")}, "student": config_of(endpoint.url).model_dump()}
         assert _starting_student(parse_recipe(recipe), device="cpu", dtype="float32").fingerprint == student.fingerprint
         shaping = [
@@ -550,10 +550,3 @@ def test_a_cache_folder_that_cannot_be_made_is_an_error(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(StorageError, match="XDG_CACHE_HOME"):
         student_of(endpoint)
-
-
-def test_local_students_keep_their_recorded_settings() -> None:
-    config = StudentConfig()
-    assert "remote" not in config.recorded()["backbone"]
-    assert "remote" not in shaping_settings(parse_recipe({}))["student"]["backbone"]
-    assert BackboneConfig().tuning == "lora"

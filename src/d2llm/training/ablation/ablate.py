@@ -18,7 +18,7 @@ from d2llm.core.errors import D2LLMError, InputError
 from d2llm.core.files import new_folder, write_json
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import read_manifest
-from d2llm.core.recipe import Recipe, TeacherConfig, without_new_defaults
+from d2llm.core.recipe import Recipe, TeacherConfig
 from d2llm.core.variants import VARIANTS, find_variant
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import TrainingPlan
@@ -379,8 +379,8 @@ def _settings(
     counts = None if labelled is None else [len(a & b) for a, b in zip(plans, labelled, strict=True)]
     target = choose_device(device)
     settings = {
-        "recipe": without_new_defaults(
-            recipes[BASE].model_dump(mode="json", exclude={"name", "seed", "teacher", "teacher_tuning", "mining"})
+        "recipe": recipes[BASE].model_dump(
+            mode="json", exclude={"name", "seed", "teacher", "teacher_tuning", "mining"}
         ),
         "plans": {source.dataset.name: source.plan.manifest["content_hash"] for source in sources},
         "teacher": None if identity is None else [identity.fingerprint, dict(identity.prompts)],
