@@ -78,7 +78,8 @@ class TestEditedRecipe:
         added = f'[[data]]\npath = "{more}"\ntask = "symmetric"\n[evidence]\nwords = true\nin_training = true\n'
         recipe.write_text(f"{recipe.read_text()}\n{added}")
         (warning,) = warnings_of(succeed("distill", *arguments))
-        assert "kept: data.more (was not set, is set), evidence (was not set, is set); distill with" in warning
+        evidence = "evidence.in_training (was False, is True), evidence.words (was False, is True)"
+        assert f"kept: data.more (was not set, is set), {evidence}; distill with" in warning
         (folder / "run" / "plans" / "more").mkdir()
         plan = json.loads((folder / "run" / "plans" / "everyday" / MANIFEST).read_text())
         (folder / "run" / "plans" / "more" / MANIFEST).write_text(json.dumps(plan | {"dataset": "more"}))
@@ -125,7 +126,7 @@ class TestEditedRecipe:
         folder, arguments = run
         shutil.rmtree(folder / "run" / "student")  # only its checkpoint remains
         edit(folder, "learning_rate = 0.001", "learning_rate = 0.002")
-        error = "belongs to a run with other settings: recipe.training.learning_rate (was 0.001, is 0.002)"
+        error = "belongs to a run with other settings: training.learning_rate (was 0.001, is 0.002)"
         fail("distill", *arguments, containing=[error, "--again"])
         succeed("distill", *arguments, "--again")
         assert (folder / "run" / "student.old-1.run" / "checkpoint.safetensors").is_file()

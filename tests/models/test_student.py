@@ -214,14 +214,14 @@ def test_merged_equals_unmerged(tmp_path, llama):
 
 
 def test_a_loaded_student_can_be_saved_again(tmp_path, llama):
-    trained(llama).save(tmp_path / "first", content={"tasks": ["symmetric"], "merged_sha256": "of other weights"})
+    trained(llama).save(tmp_path / "first", content={"tasks": ["symmetric"], "sha256": "of other weights"})
     first = load(tmp_path / "first")
     for merge in (None, False, True):
         first.save(tmp_path / "second", merge=merge)
         second = load(tmp_path / "second")
         recorded = json.loads((tmp_path / "second" / "manifest.json").read_text())
         assert recorded["tasks"] == ["symmetric"]  # what training recorded is kept
-        assert "merged_sha256" not in recorded
+        check_content(tmp_path / "second")
         assert second.fingerprint == first.fingerprint
         np.testing.assert_allclose(all_scores(second), all_scores(first), rtol=0, atol=2e-4)
     second.save(tmp_path / "third")  # loaded from a merged copy: merged again
@@ -398,7 +398,8 @@ class LaterConfig(StudentConfig):
 def test_a_student_keeps_its_identity_when_the_schema_gains_a_setting(llama, tmp_path, monkeypatch):
     trained(llama).save(tmp_path / "student")
     fingerprint = load(tmp_path / "student").fingerprint
-    monkeypatch.setattr("d2llm.models.student_files.StudentConfig", LaterConfig)
+    for module in ("student_files", "model_card"):
+        monkeypatch.setattr(f"d2llm.models.{module}.StudentConfig", LaterConfig)
     check_content(tmp_path / "student")
     later = load(tmp_path / "student")
     later.save(tmp_path / "copy")

@@ -221,9 +221,7 @@ def _figures(manifest: Mapping[str, Any]) -> list[str]:
     if not measured:
         return ["## Figures", "None were recorded with this student."]
     weights: Mapping[str, float] = _recorded(manifest, "interaction_weights") or {}
-    tasks = {
-        _name(str(source["path"])): source.get("task", "asymmetric") for source in _recorded(manifest, "recipe", "data")
-    }
+    tasks = {_name(str(source["path"])): source["task"] for source in _recorded(manifest, "recipe", "data")}
     table = Table("dev set", Column("before training", ".3f"), Column("as kept", ".3f"))
     for name, measures in measured.items():
         kept = measures.get("by_weight", {}).get(str(float(weights.get(tasks.get(name, ""), -1.0))))

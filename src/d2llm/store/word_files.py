@@ -305,7 +305,7 @@ def _open(part: _Part, *, whole: bool) -> WordSegment | str:
 
 def _other_rule(record: Mapping[str, Any]) -> str | None:
     """How the words of a segment differ from those that its texts have now; None if they do not."""
-    own, now = record.get("rule"), rule_of_words(by_dictionary=bool(record.get("by_dictionary")))
+    own, now = record["rule"], rule_of_words(by_dictionary=record["by_dictionary"])
     return None if own == now else f"has words by rule {own}, but this d2llm makes them by rule {now}"
 
 

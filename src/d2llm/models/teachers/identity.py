@@ -101,7 +101,7 @@ def read_tuned_teacher(config: TeacherConfig) -> TunedTeacher | None:
         return None
     manifest = read_manifest(folder, TEACHER_KIND, TEACHER_FORMAT_VERSION)
     own = _config(folder, manifest)
-    if manifest.get("holds") == "model":
+    if manifest["holds"] == "model":
         own = own.model_copy(update={"model": str(folder)})
         return TunedTeacher(folder, own, str(manifest["fingerprint"]), None)
     return TunedTeacher(folder, own, str(manifest["fingerprint"]), str(manifest["base_fingerprint"]))

@@ -391,7 +391,7 @@ def _settings(
     if any(recipe.training.remine for recipe in recipes.values()):
         settings["mining"] = recipes[BASE].mining.model_dump(mode="json")
     closed = sorted({source.dataset.name for source in sources} & set(closed_gates)) if labelled is not None else []
-    return settings | ({"closed_gates": closed} if closed else {})  # runs without closed gates keep their fingerprint
+    return settings | {"closed_gates": closed}
 
 
 def _measured_set(dev: DevSet, source: TrainingSource) -> MeasuredSet:
