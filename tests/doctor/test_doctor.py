@@ -284,7 +284,7 @@ class TestStudentAndIndex:
         content[-1] ^= 1
         (folder / "adapter.safetensors").write_bytes(bytes(content))
         [problem] = [f for f in examine(student=str(folder)) if f.level == "problem"]
-        assert "fingerprint" in problem.result
+        assert "damaged or belong to another student" in problem.result
         assert problem.advice == "fetch or restore the folder again"
 
     def test_a_missing_index_is_a_problem(self, sandbox):

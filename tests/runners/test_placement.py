@@ -69,7 +69,8 @@ def test_label_refuses_another_teacher_on_a_worker(tmp_path, monkeypatch):
 
 def test_encode_refuses_another_student_or_projection_on_a_worker(tmp_path):
     """With the same weights, another projection of tokens is another student, if the index has vectors of tokens."""
-    storage = SimpleNamespace(manifest={"student": "same", "token_projection": "p1"}, part_formats={"token": "int8"})
+    manifest = {"student": "same", "token_projection": "p1", "document_expansion": None}
+    storage = SimpleNamespace(manifest=manifest, part_formats={"token": "int8"})
     with (
         encode_verb._readers(CopyRunner(), storage, partial(StudentWithTokens, "p2"), device="cpu") as workers,
         pytest.raises(MismatchError, match=r"is same with projection p2, but same with projection p1 is meant"),
