@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -215,7 +214,7 @@ def test_a_tokenizer_without_a_first_token(tmp_path):
 def test_a_merged_copy_keeps_the_manifest_and_the_card(pushed):
     shipped = find_student("d2llm-minilm-cosine")
     before, after = (json.loads((folder / "manifest.json").read_text()) for folder in (shipped, pushed))
-    rewritten = {"packages", "merged_sha256"}
+    rewritten = {"packages", "sha256"}
     assert {name: value for name, value in after.items() if name not in rewritten} == {
         name: value for name, value in before.items() if name not in rewritten
     }
@@ -235,17 +234,6 @@ def test_an_adapter_is_pushed_on_request_and_says_its_needs(pushed, tmp_path):
     assert not (folder / "modules.json").exists()
     assert "Sentence-transformers alone cannot load it" in (folder / "README.md").read_text(encoding="utf-8")
     fail("push", pushed, "me/small", "--adapter", containing=["has all weights", "leave out --adapter"])
-
-
-def test_an_older_merged_student_gets_the_librarys_files(pushed, tmp_path):
-    old = shutil.copytree(pushed, tmp_path / "old")
-    for path in ("modules.json", "config_sentence_transformers.json", "backbone/sentence_bert_config.json"):
-        (old / path).unlink()
-    for path in ("1_Pooling", "2_Normalize", "3_Router"):
-        shutil.rmtree(old / path)
-    result, _ = succeed_with_report("push", old, "me/again", folder=tmp_path)
-    assert "can load it without d2llm" in result.stderr
-    assert (find_student("me/again") / "modules.json").is_file()
 
 
 def test_cards_say_what_the_library_leaves_out(students):

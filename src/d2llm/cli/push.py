@@ -49,7 +49,7 @@ def push(
     recipe and its data set paths. Others can then load the student as owner/name; if its head and pooling allow,
     sentence-transformers loads it without d2llm.
     """
-    from d2llm.models.export.sentence_transformers import MODULES_FILE, why_not_plain
+    from d2llm.models.export.sentence_transformers import why_not_plain
     from d2llm.models.hub import find_student, push_student
     from d2llm.models.model_card import card_licence, model_card
     from d2llm.models.student import merge_student
@@ -63,9 +63,8 @@ def push(
     is_merged, plain = (folder / BACKBONE_FOLDER).is_dir(), why_not_plain(config) is None
     if merge is False and is_merged:
         raise InputError(f"{folder}: has all weights of its backbone and no adapter to push; leave out --adapter")
-    is_complete = is_merged and (not plain or (folder / MODULES_FILE).is_file())
     with TemporaryDirectory() as temporary:
-        if (plain if merge is None else merge) and not is_complete:
+        if (plain if merge is None else merge) and not is_merged:
             merge_student(folder, Path(temporary) / "student")
             folder = Path(temporary) / "student"
         report = push_student(folder, repo_id, private=private, revision=revision, licence=licence)

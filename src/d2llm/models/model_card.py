@@ -211,7 +211,7 @@ def _training(manifest: Mapping[str, Any]) -> list[str]:
     sources: Sequence[Mapping[str, Any]] = _recorded(manifest, "recipe", "data")
     if not sources:
         return []
-    rows = [f"- {_name(str(source['path']))} ({source.get('task', 'asymmetric')})" for source in sources]
+    rows = [f"- {_name(str(source['path']))} ({source['task']})" for source in sources]
     return ["## Training data", "\n".join(rows)]
 
 
