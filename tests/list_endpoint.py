@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from local_endpoint import LocalEndpoint, Reply, Request, local_endpoint
+from local_endpoint import LocalEndpoint, Reply, Request, chat, local_endpoint
 
 KINDS = ("graded", "listwise")
 
@@ -37,8 +37,7 @@ def counts_words(request: Request, number: int) -> Reply:
         answer = " > ".join(f"[{place + 1}]" for place in order)
     else:
         answer = "\n".join(f"[{place}] {grade(query, text)}" for place, text in enumerate(passages, start=1))
-    usage = {"prompt_tokens": 10 * len(passages), "completion_tokens": len(passages)}
-    return Reply({"choices": [{"message": {"content": answer}, "finish_reason": "stop"}], "usage": usage})
+    return Reply(chat(answer, usage=(10 * len(passages), len(passages))))
 
 
 def recipe_with_teacher(recipe: Path, teacher: str, settings: str = "") -> str:

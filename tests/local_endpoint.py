@@ -136,6 +136,13 @@ def completion(top: dict[str, float] | None, *, num_prompt_tokens: int | None = 
     return response if num_prompt_tokens is None else response | {"usage": {"prompt_tokens": num_prompt_tokens}}
 
 
+def chat(text: str | None, *, reason: str = "stop", usage: tuple[int, int] | None = (100, 20), **message: Any) -> Any:
+    """A response in OpenAI's chat format; ``usage`` are the numbers of tokens read and written."""
+    choice = {"finish_reason": reason, "message": {"role": "assistant", "content": text, **message}}
+    tokens = {} if usage is None else {"usage": {"prompt_tokens": usage[0], "completion_tokens": usage[1]}}
+    return {"choices": [choice], **tokens}
+
+
 def chat_completion(top: dict[str, float]) -> dict[str, Any]:
     """A response in OpenAI's chat format, which llama.cpp's server also uses for completions."""
     listed = [{"token": token, "logprob": value} for token, value in top.items()]

@@ -9,7 +9,7 @@ from typing import Any
 from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
 from d2llm.fitting.critic import CriticSettings
 from d2llm.fitting.settings import FitSettings
-from local_endpoint import Reply, Request
+from local_endpoint import Reply, Request, chat
 from tiny_models import TEXTS
 
 NUM_DOCUMENTS = 40
@@ -37,8 +37,7 @@ def ask_about_passage(request: Request, number: int) -> Reply:
         f"which zorb{passage[0]} has {passage[4]} {passage[3]}",
         f"zorb{passage[0]} {passage[8]} {passage[5]}",
     )
-    choice = {"finish_reason": "stop", "message": {"role": "assistant", "content": f"1. {first}\n2. {second}\n"}}
-    return Reply({"choices": [choice], "usage": {"prompt_tokens": 50, "completion_tokens": 9}})
+    return Reply(chat(f"1. {first}\n2. {second}\n", usage=(50, 9)))
 
 
 def settings_for(student: Path, url: str, **changes: Any) -> FitSettings:

@@ -23,7 +23,7 @@ from d2llm.training.stack_teachers import stack_teachers
 from e2e.command_line import fail, succeed_with_report
 from fake_models import FakeStudent
 from list_endpoint import judged_lists, list_teacher
-from local_endpoint import LocalEndpoint, Reply, Request, local_endpoint
+from local_endpoint import LocalEndpoint, Reply, Request, chat, local_endpoint
 from tiny_data import everyday, make_source, topics
 from tiny_models import tiny_student_config, write_tiny_model
 
@@ -37,8 +37,7 @@ def grader(request: Request, number: int) -> Reply:
     texts = re.findall(r"^\[\d+\] (.*)$", request.prompt, re.M)
     grades = [62 if text[0] == query[0] and text.endswith("2") else len(text) % 60 for text in texts]
     answer = "\n".join(f"[{place}] {grade}" for place, grade in enumerate(grades, start=1))
-    usage = {"prompt_tokens": 10 * len(texts), "completion_tokens": len(texts)}
-    return Reply({"choices": [{"message": {"content": answer}, "finish_reason": "stop"}], "usage": usage})
+    return Reply(chat(answer, usage=(10 * len(texts), len(texts))))
 
 
 def config(url: str, **lists: int) -> TeacherConfig:
@@ -93,27 +92,6 @@ def test_a_teacher_that_ranks_judges_the_whole_list_again_when_a_passage_is_new(
         shown = [len(judged_lists(request)[1]) for request in endpoint.requests]
     assert (report.pairs, repeated.pairs) == (3, 0)
     assert shown == [1, 3, 1, 3]  # a trial before each
-
-
-@pytest.mark.parametrize(
-    ("limit", "ended_by"),
-    [
-        ({"max_tokens": 100}, "labelling.max_tokens = 100"),
-        ({"max_cost": 0.1}, "labelling.max_cost = 0.1"),
-        ({"max_minutes": 1e-9}, "labelling.max_minutes = 1e-09"),
-    ],
-)
-def test_a_limit_ends_a_call_and_the_next_one_goes_on(
-    source: TrainingSource, tmp_path: Path, limit: dict[str, float], ended_by: str
-) -> None:
-    with local_endpoint(grader) as endpoint:
-        first = labelled(source, tmp_path, endpoint, **limit)
-        assert first.ended_by == ended_by
-        assert first.unfinished_pairs > 0
-        second = labelled(source, tmp_path, endpoint)
-    assert (second.ended_by, second.unfinished_pairs) == (None, 0)
-    assert first.pairs + second.pairs == sum(len(entry.passage_ids) for entry in source.plan.entries)
-    assert second.finished_pairs == first.pairs
 
 
 def test_the_gate_opens_for_it_and_a_stack_of_it_alone_calibrates_its_grades(tmp_path: Path) -> None:

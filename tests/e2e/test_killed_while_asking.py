@@ -21,7 +21,7 @@ from d2llm.models.teachers.judge import identify_judge
 from d2llm.training.expansions import read_expansions
 from e2e.command_line import fail, succeed, succeed_with_report
 from list_endpoint import KINDS, counts_words, list_teacher, recipe_with_teacher
-from local_endpoint import LocalEndpoint, Reply, Request, completion, local_endpoint
+from local_endpoint import LocalEndpoint, Reply, Request, always, chat, completion, local_endpoint
 from prepared_process import PreparedProcess, program, script
 from waiting import PATIENCE
 
@@ -97,9 +97,7 @@ write_expansions(folder / "passages.jsonl", [f"what about topic t{n} then" for n
 def writes(request: Request, number: int) -> Reply:
     del number
     topic = request.prompt.split("topic ")[-1].split()[0]
-    message = {"role": "assistant", "content": f"what is {topic} about?"}
-    usage = {"prompt_tokens": 50, "completion_tokens": 9}
-    return Reply({"choices": [{"finish_reason": "stop", "message": message}], "usage": usage})
+    return Reply(chat(f"what is {topic} about?", usage=(50, 9)))
 
 
 @pytest.mark.parametrize("work", [FIT, EXPANSIONS], ids=["fit", "expansions"])
@@ -216,8 +214,7 @@ def test_mine_keeps_the_answers_of_a_query_that_is_not_finished_when_labels_are_
 
 
 def test_mine_asks_again_for_answers_that_it_cannot_use(command: Callable[..., Command], tmp_path: Path) -> None:
-    silent = Reply({"choices": [{"message": {"content": "I would rather not say."}, "finish_reason": "stop"}]})
-    with local_endpoint(lambda request, number: silent) as endpoint:
+    with local_endpoint(always(chat("I would rather not say."))) as endpoint:
         arguments = command("mine", "listwise", endpoint.url)
         fail(*arguments, containing=["after 3 attempts"])
         endpoint.reply = counts_words

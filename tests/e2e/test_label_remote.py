@@ -1,8 +1,7 @@
-"""Labelling through a remote endpoint: finished labels survive refused requests and a killed process."""
+"""Labelling through a remote endpoint: finished labels survive refused requests."""
 
 from __future__ import annotations
 
-import signal
 import zlib
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from d2llm.models.teachers.prompts import load_prompt
 from d2llm.models.teachers.remote import RemoteTeacher
 from d2llm.training import label as verb
 from local_endpoint import LocalEndpoint, Reply, Request, completion, local_endpoint, remote_config
-from prepared_process import PreparedProcess, script
 from tiny_data import topics
 
 NUM_QUERIES = 24
@@ -105,38 +103,3 @@ def test_a_failed_run_resumes_where_it_stopped(source: TrainingSource, tmp_path:
         assert len(endpoint.requests) == 1 + report.pairs
     assert (report.finished_pairs, report.pairs) == (first_refused - 1, num_pairs(source) - first_refused + 1)
     assert_complete(source, tmp_path)
-
-
-LABEL = """
-import sys
-from pathlib import Path
-from d2llm.evaluation import judging
-from d2llm.training import label as verb
-from local_endpoint import remote_config
-from tiny_data import topics
-
-judging._PAIRS_AT_ONCE, judging._SHARD_SECONDS = {pairs}, 0.0
-teacher = remote_config(sys.argv[1], concurrency=4)
-verb.label([topics(num_train={num})], Path(sys.argv[2]), teacher=teacher)
-"""
-
-
-def test_a_killed_run_resumes_without_repeating_pairs(source: TrainingSource, tmp_path: Path) -> None:
-    store, code = tmp_path / "store", LABEL.format(pairs=9 * CHUNK, num=NUM_QUERIES)
-
-    def reply_slowly(request: Request, number: int) -> Reply:
-        response = reply(request, number)
-        response.delay = 0.02
-        return response
-
-    with local_endpoint(reply_slowly) as endpoint, PreparedProcess(script, code, endpoint.url, str(store)) as process:
-        process.until(lambda: len(list(store.glob("labels/[0-9]*.parquet"))) >= 2, "two shards")
-        process.send(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    before = open_labels(source, store)
-    assert 2 * CHUNK <= len(before) < NUM_QUERIES
-    with local_endpoint(reply) as endpoint:
-        report = run(source, store, endpoint)
-        assert len(endpoint.requests) == 1 + num_pairs(source) - before.num_pairs
-    assert report.finished_queries == len(before)
-    assert_complete(source, store)

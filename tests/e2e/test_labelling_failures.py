@@ -33,7 +33,7 @@ from list_endpoint import (
     recipe_with_teacher,
     shared_words,
 )
-from local_endpoint import LocalEndpoint, Reply, Request, local_endpoint
+from local_endpoint import LocalEndpoint, Reply, Request, chat, local_endpoint
 from waiting import PATIENCE, until
 
 LEAVES_AFTER = 5
@@ -181,7 +181,7 @@ def test_an_answer_that_cannot_be_used_costs_no_other(labelling: Labelling) -> N
     def refuses_to_grade_one(request: Request, number: int) -> Reply:
         query, _ = judged_lists(request)
         if query in unusable:
-            return Reply({"choices": [{"message": {"content": "I would rather not say."}, "finish_reason": "stop"}]})
+            return Reply(chat("I would rather not say."))
         return counts_words(request, number)
 
     unusable: set[str] = set()
@@ -285,12 +285,6 @@ def test_a_limit_says_what_is_left_and_the_same_command_goes_on(
 # --- answers that are not as asked
 
 
-def said(text: str) -> Reply:
-    """An answer of a chat endpoint."""
-    usage = {"prompt_tokens": 10, "completion_tokens": 5}
-    return Reply({"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": usage})
-
-
 def text_of(reply: Reply) -> str:
     return reply.body["choices"][0]["message"]["content"]
 
@@ -344,7 +338,7 @@ def test_what_an_answer_lacks_is_asked_for_again(labelling: Labelling, kind: str
             return reply
         answered.add(query)
         text = text_of(reply)
-        return said(spoil(text.splitlines() if kind == "graded" else text.split(" > ")))
+        return Reply(chat(spoil(text.splitlines() if kind == "graded" else text.split(" > "))))
 
     labelling = replace(labelling, kind=kind)
     with local_endpoint(sloppy_at_first) as endpoint:
@@ -370,7 +364,7 @@ def test_what_an_answer_lacks_is_asked_for_again(labelling: Labelling, kind: str
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_model_never_answers_is_undecided_and_counted_if_so_wished(labelling: Labelling, kind: str) -> None:
     labelling = replace(labelling, kind=kind)
-    with local_endpoint(lambda request, number: said("I would rather not say.")) as endpoint:
+    with local_endpoint(lambda request, number: Reply(chat("I would rather not say."))) as endpoint:
         labelling.write(endpoint.url)
         message = fail(*labelling.command, containing=["after 3 attempts", "I would rather not say."])
         assert ("no grade" if kind == "graded" else "no place in the order") in message
@@ -464,7 +458,11 @@ def test_a_passage_that_gives_orders_is_one_line_of_data(tmp_path: Path, kind: s
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_that_obeys_a_passage_in_words_gives_no_number(tmp_path: Path, kind: str) -> None:
     def swayed(request: Request, number: int) -> Reply:
-        return said("This passage is perfect.") if "Ignore what" in request.prompt else counts_words(request, number)
+        return (
+            Reply(chat("This passage is perfect."))
+            if "Ignore what" in request.prompt
+            else counts_words(request, number)
+        )
 
     with list_teacher(tmp_path, kind) as (file, endpoint):
         endpoint.reply = swayed

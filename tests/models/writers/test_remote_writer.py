@@ -20,22 +20,12 @@ from d2llm.models.remote import endpoint as remote_endpoint
 from d2llm.models.writers.remote import RemoteWriter
 from d2llm.models.writers.writer import Assignment, Writer, load_writer, write_until_error
 from d2llm.training.expansions import read_expansions, write_expansions
-from local_endpoint import LocalEndpoint, Reply, Request, always, local_endpoint
+from local_endpoint import LocalEndpoint, Reply, Request, always, chat, local_endpoint
 from tiny_models import TEXTS, tiny_tokenizer
 from waiting import until
 
 TEA = Assignment("Boiling water makes green tea bitter.", "question", 2, title="Green tea", seed=7)
 ADDRESS = "http://h/v1"
-
-
-def chat(text: str | None, *, reason: str = "stop", usage: tuple[int, int] | None = (50, 9), **message: Any) -> Any:
-    """A response in OpenAI's chat format; ``usage`` are the numbers of tokens read and written."""
-    response: dict[str, Any] = {
-        "choices": [{"finish_reason": reason, "message": {"role": "assistant", "content": text, **message}}]
-    }
-    if usage is not None:
-        response["usage"] = {"prompt_tokens": usage[0], "completion_tokens": usage[1], "total_tokens": sum(usage)}
-    return response
 
 
 def config(url: str, *, remote: dict[str, Any] | None = None, **settings: Any) -> WriterConfig:
@@ -63,7 +53,7 @@ def test_a_request_sends_the_prompt_and_the_sampling():
         "seed": 7,
     }
     assert written.queries == ("why is it bitter?", "how hot?")
-    assert (written.num_prompt_tokens, written.num_written_tokens, written.num_dropped) == (50, 9, 0)
+    assert (written.num_prompt_tokens, written.num_written_tokens, written.num_dropped) == (100, 20, 0)
     assert not written.truncated
     assert not written.tokens_are_estimated
     assert written.problem is None
@@ -138,18 +128,6 @@ def test_refusals_name_the_writers_settings(reply: Reply, kind: type[Exception],
     with local_endpoint(lambda request, number: reply) as endpoint, pytest.raises(kind, match=message):
         load_writer(config(endpoint.url))
     assert len(endpoint.requests) == 1
-
-
-def test_temporary_failures_are_retried_and_patience_ends():
-    busy = Reply({"error": "slow down"}, 429, {"Retry-After": "0.05"})
-    with local_endpoint(lambda request, number: busy if number == 1 else Reply(chat("what is tea?"))) as endpoint:
-        model = load_writer(config(endpoint.url))
-        assert [item.queries for item in model.write([TEA] * 2)] == [("what is tea?",)] * 2
-        assert len(endpoint.requests) == 4
-        endpoint.reply = lambda request, number: busy
-        model = writer(endpoint, remote={"patience_minutes": 0.001})
-        with pytest.raises(ModelError, match=r"answers 429: .*writer.remote.patience_minutes"):
-            model.write([TEA])
 
 
 def test_estimated_tokens_are_reported_once(caplog: pytest.LogCaptureFixture):

@@ -147,10 +147,17 @@ class RemoteTeacher(EndpointTeacher):
         return self.endpoint.complete(texts, [settings] * len(texts), advance=advance)
 
     def _read(self, answer: Any) -> NextToken:
-        try:
-            return _read_answer(answer)
-        except _NoLogProbabilitiesError as error:
-            raise self._no_log_probabilities(str(error)) from error
+        """Parse the JSON of an answer, in the completions or the chat form (llama.cpp uses the chat form for both)."""
+        logprobs = answer["choices"][0].get("logprobs")
+        if logprobs is None:
+            raise self._no_log_probabilities("the answer has none")
+        content = (
+            _chat_form(logprobs["content"]) if "content" in logprobs else _completion_form(logprobs["top_logprobs"])
+        )
+        if len(content) == 1:
+            raise self._no_log_probabilities("the answer has only that of the chosen token")
+        usage = answer.get("usage") or {}
+        return NextToken(content, usage.get("prompt_tokens"))
 
     def _read_refusal(self, status: int, reason: str) -> None:
         del status  # llama-cpp-python reports this with status 500
@@ -211,22 +218,6 @@ class NextToken:
 
     log_probabilities: dict[str, float]
     num_prompt_tokens: int | None
-
-
-class _NoLogProbabilitiesError(Exception):
-    """The answer is a completion without log-probabilities."""
-
-
-def _read_answer(answer: Any) -> NextToken:
-    """Parse the JSON of an answer, in the completions or the chat form (llama.cpp uses the chat form for both)."""
-    logprobs = answer["choices"][0].get("logprobs")
-    if logprobs is None:
-        raise _NoLogProbabilitiesError("the answer has none")
-    content = _chat_form(logprobs["content"]) if "content" in logprobs else _completion_form(logprobs["top_logprobs"])
-    if len(content) == 1:
-        raise _NoLogProbabilitiesError("the answer has only that of the chosen token")
-    usage = answer.get("usage") or {}
-    return NextToken(content, usage.get("prompt_tokens"))
 
 
 def _completion_form(positions: Any) -> dict[str, float]:

@@ -157,33 +157,24 @@ class TeacherCheck:
         ``listed`` are its positives and hard negatives, in the order of ``label``. If their matrix is stored, ``label``
         only has to judge the easy negatives.
         """
-        new = self._new_log_odds.pop(query_id, {})
-        grades = [self._grades.pop((query_id, passage_id), np.nan) for passage_id in new]
-        features = {passage_id: self._features.pop((query_id, passage_id), None) for passage_id in new}
-        labels = None if self._ranks_lists else _labels(query_id, new, grades, features, listed)
+        labels = self._labels(query_id, listed)
         if labels is not None:
             self._finished.append(labels)
         if not self._new_log_odds:  # else answers would be forgotten that the others are made of
             self._writer.add(self._finished)
             self._finished = []
 
-
-def _labels(
-    query_id: str,
-    new: Mapping[str, float],
-    grades: Sequence[float],
-    features: Mapping[str, Float32[np.ndarray, " dim"] | None],
-    listed: Sequence[str],
-) -> QueryLabels | None:
-    """The new labels of a query; None if there are none, or if they would lack the Gram matrix that others have."""
-    has_features = any(row is not None for row in features.values())
-    if not new or (has_features and not listed):
-        return None  # labels without their Gram matrix would be those of a teacher without features
-    rows = [row for passage_id in listed if (row := features.get(passage_id)) is not None]
-    gram = gram_matrix(np.stack(rows).astype(np.float32)) if rows and len(rows) == len(listed) else None
-    if gram is None:
-        return QueryLabels(
-            query_id, tuple(new), np.array([*new.values()], np.float32), grades=np.array(grades, np.float32)
-        )
-    ids = tuple(dict.fromkeys((*listed, *new)))
-    return QueryLabels(query_id, ids, np.array([new[name] for name in ids], np.float32), gram)
+    def _labels(self, query_id: str, listed: Sequence[str]) -> QueryLabels | None:
+        new = self._new_log_odds.pop(query_id, {})
+        grades = [self._grades.pop((query_id, passage_id), np.nan) for passage_id in new]
+        features = {passage_id: self._features.pop((query_id, passage_id), None) for passage_id in new}
+        has_features = any(row is not None for row in features.values())
+        if not new or self._ranks_lists or (has_features and not listed):
+            return None  # labels without their Gram matrix would be those of a teacher without features
+        rows = [row for passage_id in listed if (row := features.get(passage_id)) is not None]
+        gram = gram_matrix(np.stack(rows).astype(np.float32)) if rows and len(rows) == len(listed) else None
+        if gram is None:
+            values = np.array([*new.values()], np.float32)
+            return QueryLabels(query_id, tuple(new), values, grades=np.array(grades, np.float32))
+        ids = tuple(dict.fromkeys((*listed, *new)))
+        return QueryLabels(query_id, ids, np.array([new[name] for name in ids], np.float32), gram)
