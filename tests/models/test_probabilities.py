@@ -160,7 +160,6 @@ class TestFile:
         ("change", "message"),
         [
             ({"student": "another"}, "fitted to the student another"),
-            ({"format_version": 2}, "format version 2"),
             ({"kind": "student"}, "kind"),
             ({"tasks": {"asymmetric": {**FITTED.model_dump(), "slope": -1.0}}}, "greater than 0"),
             ({"tasks": {"other": FITTED.model_dump()}}, "tasks.other"),

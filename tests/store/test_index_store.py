@@ -433,7 +433,6 @@ def test_create_requires_an_empty_folder(store, tmp_path):
     ("changes", "message"),
     [
         ({"kind": "student"}, "describes a 'student'"),
-        ({"format_version": 99}, "update d2llm"),
         ({"dim": "8"}, "no valid dim"),
         ({"student": None, "task": 3}, "no valid student, task"),
         ({"vector_format": "int7"}, "int7"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import math
 import signal
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 
 from d2llm.core.errors import InputError, Terminated, TrainingDivergedError
-from d2llm.core.recipe import TrainingConfig
+from d2llm.core.recipe import Recipe, TrainingConfig
+from d2llm.core.recipe_file import shaping_settings
 from d2llm.training.checkpoints import (
     CHECKPOINT,
     LOG,
@@ -103,6 +105,22 @@ def test_checkpoint_of_another_run_names_the_differences(tmp_path):
         load_checkpoint(tmp_path, settings=settings)
     with pytest.raises(InputError, match=r"other settings: new \(was not set, is 1\); finish"):
         load_checkpoint(tmp_path, settings=run.settings | {"new": 1})
+
+
+def test_a_checkpoint_of_a_schema_with_fewer_settings_continues(tmp_path):
+    """Recipes are compared as today's schema reads them, and only in what shapes the student."""
+    recipe = Recipe().model_dump(mode="json")
+    saved = copy.deepcopy(recipe) | {"name": "other"}
+    del saved["training"]["in_batch_labels"], saved["student"]["pooling"]["whitening"]
+    Run(tmp_path, {"recipe": saved}).keep()
+    assert load_checkpoint(tmp_path, settings={"recipe": recipe}, shaping=shaping_settings) is not None
+    recipe["training"]["epochs"] = 7
+    with pytest.raises(InputError, match=r"other settings: training.epochs \(was \w+, is 7\); finish that run"):
+        load_checkpoint(tmp_path, settings={"recipe": recipe}, shaping=shaping_settings)
+    saved["training"]["forgotten"] = True
+    Run(tmp_path, {"recipe": saved}).keep()
+    with pytest.raises(InputError, match=r"unknown key 'training.forgotten'.*another version of d2llm.*start over"):
+        load_checkpoint(tmp_path, settings={"recipe": recipe}, shaping=shaping_settings)
 
 
 def test_damaged_checkpoint_is_rejected(tmp_path):
