@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from d2llm.core.types import Passage
+from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
 from d2llm.store.view import PassageView
 
@@ -57,7 +58,7 @@ def put_vectors(store: IndexStore, first: int, vectors: np.ndarray, text: str = 
 
 def new_ann_store(folder: Path, vectors: np.ndarray, vector_format: str = "bfloat16") -> IndexStore:
     dim: Any = vectors.shape[1]
-    store = IndexStore.create(folder, student_fingerprint="student", dim=dim, vector_format=vector_format)
+    store = IndexStore.create(folder, StoredSpec(student="student", dim=dim, vector_format=vector_format))
     put_vectors(store, 0, vectors)
     return store
 

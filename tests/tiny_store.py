@@ -14,6 +14,7 @@ from d2llm.core.files import MANIFEST_NAME
 from d2llm.core.types import PartKind, Passage
 from d2llm.store.checksums import Record, read_record, take_sums, write_record
 from d2llm.store.index_manifest import VectorCopies
+from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import ReadParts
 from d2llm.store.schema import MetadataSchema
@@ -35,14 +36,16 @@ def new_store(
 ) -> IndexStore:
     return IndexStore.create(
         folder,
-        student_fingerprint="student",
-        dim=DIM,
-        vector_format=vector_format,
-        vector_copies=vector_copies,
-        window_format=window_format,
-        token_format=token_format,
-        token_dim=None if token_format is None else DIM,
-        document_expansion=document_expansion,
+        StoredSpec(
+            student="student",
+            dim=DIM,
+            vector_format=vector_format,
+            vector_copies=vector_copies,
+            window_format=window_format,
+            token_format=token_format,
+            token_dim=None if token_format is None else DIM,
+            document_expansion=document_expansion,
+        ),
         metadata=fields,
     )
 

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from d2llm.retrieval.sync import sync_documents
     from d2llm.sizing.plan import SizePlan
     from d2llm.sizing.size import size
+    from d2llm.store.index_spec import IndexSpec
     from d2llm.store.side_files import Chunking
     from d2llm.training.check_data import check_data
     from d2llm.training.fit_evidence import fit_evidence
@@ -91,6 +92,7 @@ __all__ = [
     "Fit",
     "FitSettings",
     "Index",
+    "IndexSpec",
     "ListwiseReader",
     "ListwiseReading",
     "PairDataset",
@@ -163,6 +165,7 @@ _HOMES = {
     "d2llm.retrieval.sync": ("sync_documents",),
     "d2llm.data.open_data": ("open_data",),
     "d2llm.data.pairs": ("PairDataset", "read_pairs"),
+    "d2llm.store.index_spec": ("IndexSpec",),
     "d2llm.store.side_files": ("Chunking",),
     "d2llm.fitting.fit": ("Fit", "fit"),
     "d2llm.fitting.settings": ("FitSettings",),

@@ -10,6 +10,7 @@ from d2llm.ops.selection import top_rows
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import search
+from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
 from fake_models import AnchorStudent, FakeScorer, FakeStudent, PreparedAnchorStudent
 
@@ -139,7 +140,7 @@ def test_written_passages_and_vectors_are_read_back(tmp_path_factory, contents, 
     eighths = st.integers(-127, 127).map(lambda n: n / 8)
     vectors = np.array([data.draw(st.lists(eighths, min_size=3, max_size=3)) for _ in passages], np.float32)
     folder = tmp_path_factory.mktemp("roundtrip") / "i"
-    store = IndexStore.create(folder, student_fingerprint="s", dim=3, vector_format=dtype)
+    store = IndexStore.create(folder, StoredSpec(student="s", dim=3, vector_format=dtype))
     store.write(store.compare(passages), vectors)
     index = Index.open(folder).view
     rows = index.rows([passage.id for passage in passages])

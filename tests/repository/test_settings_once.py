@@ -12,10 +12,12 @@ import pytest
 import typer.main
 from pydantic.fields import FieldInfo
 
+import d2llm
 from d2llm import EvaluationSettings, Index, SearchSettings
 from d2llm.cli.main import app
-from d2llm.core.settings import bound, is_list, shown_as
+from d2llm.core.settings import Settings, bound, is_list, shown_as
 from d2llm.server.schemas import ContextRequest, SearchRequest
+from d2llm.store.index_spec import IndexSpec
 
 SHOWN = {name: field for name, field in SearchSettings.model_fields.items() if not shown_as(field).python_only}
 
@@ -39,7 +41,11 @@ def options_of(*verb: str) -> dict[str, Any]:
 
 OPTIONS = [
     (verb, name, field)
-    for verb, kind in (("search", SearchSettings), ("evaluate", EvaluationSettings))
+    for verb, kind in [
+        ("search", SearchSettings),
+        ("evaluate", EvaluationSettings),
+        *((verb, IndexSpec) for verb in ("encode", "index add", "index upsert", "index sync")),
+    ]
     for name, field in kind.model_fields.items()
     if not shown_as(field).python_only
 ]
@@ -48,9 +54,9 @@ OPTIONS = [
 @pytest.mark.parametrize(("verb", "name", "field"), OPTIONS, ids=[f"{verb} {name}" for verb, name, _ in OPTIONS])
 def test_a_setting_is_an_option_with_its_help_default_and_bounds(verb: str, name: str, field: FieldInfo):
     shown = shown_as(field)
-    option = options_of(verb)["--" + (shown.option or name).replace("_", "-")]
+    option = options_of(*verb.split())["--" + (shown.option or name).replace("_", "-")]
     assert option.help.replace("\\[", "[").startswith(field.description)
-    assert option.default == (None if is_list(field) else field.default)
+    assert option.default == (None if is_list(field) or shown.default else field.default)
     assert option.show_default == (shown.default or True)
     assert (option.type_descriptor.annotation is bool) == option.is_flag
     checks = option.type_descriptor.parameter_info
@@ -77,12 +83,21 @@ def test_settings_for_python_only_are_in_no_request_and_no_option():
                 request.model_validate({"query": "x", name: None})
 
 
-@pytest.mark.parametrize("method", [Index.search, Index.context])
-def test_a_search_setting_is_an_argument_in_python(method: Any):
-    parameters = inspect.signature(method).parameters
-    for name, field in SearchSettings.model_fields.items():
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        (Index.search, SearchSettings),
+        (Index.context, SearchSettings),
+        (Index.create, IndexSpec),
+        (d2llm.encode, IndexSpec),
+    ],
+)
+def test_a_setting_is_an_argument_in_python(function: Any, kind: type[Settings]):
+    parameters = inspect.signature(function).parameters
+    assert not any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    for name, field in kind.model_fields.items():
         assert (parameters[name].default, parameters[name].annotation) == (field.default, field.annotation)
-        assert f"{name}: {field.description}" in (SearchSettings.__doc__ or "")
+        assert f"{name}: {field.description}" in (kind.__doc__ or "")
 
 
 def test_the_tables_of_the_documentation_are_those_of_the_classes(repository: Path):

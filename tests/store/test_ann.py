@@ -20,6 +20,7 @@ from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import search
 from d2llm.store.ann import AnnSearch
 from d2llm.store.checksums import read_checked, write_checked
+from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
 from d2llm.store.view import PassageView
 from fake_models import AnchorStudent, FakeStudent, PreparedAnchorStudent
@@ -309,7 +310,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("num", [0, 3, 499])
     def test_too_few_passages_are_rejected(self, tmp_path, num):
-        store = IndexStore.create(tmp_path / "i", student_fingerprint="student", dim=DIM)
+        store = IndexStore.create(tmp_path / "i", StoredSpec(student="student", dim=DIM))
         if num:
             put_vectors(store, 0, clustered(num))
         with pytest.raises(InputError, match=rf"holds {num} passages; below 500 the exact scan is faster"):

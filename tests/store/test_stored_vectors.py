@@ -15,6 +15,7 @@ from d2llm.core.types import Passage
 from d2llm.retrieval.index import Index
 from d2llm.store import stored_vectors, vector_file
 from d2llm.store.checksums import read_checked, write_checked
+from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import stats, verify
 from d2llm.store.vector_file import VectorFile
@@ -131,7 +132,7 @@ def test_the_table_has_no_vectors(store):
 def test_one_copy_takes_less_space(tmp_path):
     sizes = []
     for copies in (1, 2):
-        store = IndexStore.create(tmp_path / str(copies), student_fingerprint="s", dim=384, vector_copies=copies)
+        store = IndexStore.create(tmp_path / str(copies), StoredSpec(student="s", dim=384, vector_copies=copies))
         passages = list(few_passages(2000).values())
         changes = store.compare([Passage(p.id, p.text) for p in passages])
         store.write(changes, np.random.default_rng(0).standard_normal((2000, 384)).astype(np.float32))

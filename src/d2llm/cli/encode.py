@@ -11,7 +11,6 @@ from d2llm.cli.index_options import (
     ChunkingOptions,
     CorpusArgument,
     FileOptions,
-    VectorOptions,
     warn_of_links,
     warn_of_skipped,
 )
@@ -26,6 +25,7 @@ from d2llm.cli.options import (
 )
 from d2llm.cli.session import session_of
 from d2llm.core.shipped import DEFAULT_STUDENT
+from d2llm.store.index_spec import IndexSpec
 
 
 @with_option_groups
@@ -33,7 +33,7 @@ def encode(
     context: typer.Context,
     corpus: CorpusArgument,
     out: Annotated[Path, typer.Option(metavar="INDEX", help="Where the index goes.")],
-    vectors: VectorOptions,
+    spec: IndexSpec,
     splitting: ChunkingOptions,
     files: FileOptions,
     place: RunnerOptions,
@@ -80,7 +80,7 @@ def encode(
         texts,
         model,
         out,
-        **vectors.given(),
+        spec,
         chunking=chunking,
         num_shards=shards,
         prune=prune,

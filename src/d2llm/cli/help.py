@@ -18,7 +18,7 @@ _WIDTH = 50  # of a list of values that is shown beside an option; a longer one 
 _COMMON = {
     "Files of documents": ("exclude", "follow_links", "file_seconds", "file_memory", "no_metadata", "lenient_metadata"),
     "Passages": ("chunk_tokens", "chunk_overlap", "late", "late_window", "whole"),
-    "A new index": ("vectors", "vector_copies", "window_vectors", "token_vectors", "field", "shards", "prune"),
+    "A new index": ("vector_format", "vector_copies", "window_vectors", "token_vectors", "field", "shards", "prune"),
     "Language model that writes": ("writer", "endpoint", "api_key_env"),
     "Where it runs": ("device", "dtype", "engine", "runner", "workers", "gpus_per_worker"),
     "Output": ("json_path", "markdown", "html", "save_runs"),

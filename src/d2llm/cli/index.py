@@ -16,7 +16,7 @@ from d2llm.cli.index_options import (
     ChunkingOptions,
     CorpusArgument,
     FileOptions,
-    NewIndexOptions,
+    check_fits,
     warn_of_links,
     warn_of_skipped,
 )
@@ -39,6 +39,7 @@ from d2llm.cli.word_order import Verbs, check_index_first
 from d2llm.core.errors import InputError
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES
+from d2llm.store.index_spec import IndexSpec
 
 if TYPE_CHECKING:
     from d2llm.data.documents import SkippedFile
@@ -72,6 +73,14 @@ class WritingOptions(FileOptions):
     """Which parts of a corpus to read, and how to encode it."""
 
     student: IndexStudentOption = None
+    field: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:TYPE",
+            help="For a new index: a metadata field (string, integer, number, boolean, timestamp); repeat for more.",
+            show_default="inferred from the first values",
+        ),
+    ] = None
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Read only id, title and text.")] = False
     lenient_metadata: Annotated[
         bool, typer.Option("--lenient-metadata", help="Leave out metadata values that do not fit, and count them.")
@@ -157,7 +166,7 @@ def _index_of(context: typer.Context) -> Index:
 def add(
     context: typer.Context,
     corpus: CorpusArgument,
-    new: NewIndexOptions,
+    spec: IndexSpec,
     splitting: ChunkingOptions,
     writing: WritingOptions,
 ) -> None:
@@ -165,7 +174,7 @@ def add(
 
     If interrupted, continue with upsert: stored texts are not encoded again.
     """
-    _write_corpus(context, corpus, new, splitting, writing, only_new=True)
+    _write_corpus(context, corpus, spec, splitting, writing, only_new=True)
 
 
 @index_app.command("upsert")
@@ -173,7 +182,7 @@ def add(
 def upsert(
     context: typer.Context,
     corpus: CorpusArgument,
-    new: NewIndexOptions,
+    spec: IndexSpec,
     splitting: ChunkingOptions,
     writing: WritingOptions,
 ) -> None:
@@ -182,7 +191,7 @@ def upsert(
     Long texts are split into passages, the same way each time. Only new and changed texts are encoded. If interrupted,
     the same command continues where it stopped.
     """
-    _write_corpus(context, corpus, new, splitting, writing, only_new=False)
+    _write_corpus(context, corpus, spec, splitting, writing, only_new=False)
 
 
 @index_app.command("sync")
@@ -195,7 +204,7 @@ def sync(
             metavar="FOLDER...", callback=lasting_input_path, help="Documents and folders of documents, as for upsert."
         ),
     ],
-    new: NewIndexOptions,
+    spec: IndexSpec,
     splitting: ChunkingOptions,
     writing: WritingOptions,
 ) -> None:
@@ -213,7 +222,7 @@ def sync(
     find_documents(
         folders, exclude=writing.exclude or (), follow_links=writing.follow_links
     )  # before an index is created for them
-    with _opened(folder_of(context), new, writing) as index:
+    with _opened(folder_of(context), spec, writing) as index:
         report = sync_documents(
             index,
             folders,
@@ -485,7 +494,7 @@ def calibrate(
 def _write_corpus(
     context: typer.Context,
     corpus: list[Path],
-    new: NewIndexOptions,
+    spec: IndexSpec,
     splitting: ChunkingOptions,
     writing: WritingOptions,
     *,
@@ -497,7 +506,7 @@ def _write_corpus(
     check_index_first(folder_of(context), "add" if only_new else "upsert", corpus)
     # The corpus is checked before an index is created for it.
     texts = open_corpus(corpus, with_metadata=not writing.no_metadata, **writing.reading)
-    with _opened(folder_of(context), new, writing) as index:
+    with _opened(folder_of(context), spec, writing) as index:
         report = index.upsert_documents(
             texts.passages,
             splitting.chunking(cast("Student", index.student), index.folder),
@@ -534,22 +543,23 @@ def _say_what_was_written(context: typer.Context, index: Index, report: Document
 
 
 @contextmanager
-def _opened(folder: Path, new: NewIndexOptions, writing: WritingOptions) -> Generator[Index]:
+def _opened(folder: Path, spec: IndexSpec, writing: WritingOptions) -> Generator[Index]:
     """Open the index in a folder, or create one; a new one is deleted again if an error leaves it empty."""
     from d2llm.core.files import MANIFEST_NAME
     from d2llm.retrieval.index import Index
     from d2llm.store.schema import MetadataSchema
 
+    if writing.field:
+        spec = IndexSpec(**spec.given(), metadata=MetadataSchema.parse(writing.field).fields)
     if (folder / MANIFEST_NAME).is_file():
         index = Index.open(folder, writing.student, device=writing.device, dtype=writing.dtype, engine=writing.engine)
-        new.check_fits(index)
+        check_fits(spec, index)
         yield index
         return
     index = Index.create(
         folder,
         writing.student or DEFAULT_STUDENT,
-        **new.given(),
-        metadata=MetadataSchema.parse(new.field or ()).fields,
+        spec,
         device=writing.device,
         dtype=writing.dtype,
         engine=writing.engine,

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2llm.cli.options import input_path
+from d2llm.cli.options import input_path, option_name
 from d2llm.core.errors import InputError
-from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, DEFAULT_SECONDS_PER_FILE, Task
+from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, DEFAULT_SECONDS_PER_FILE
+from d2llm.store.index_spec import IndexSpec
 
 if TYPE_CHECKING:
     from d2llm.cli.session import Session
@@ -74,109 +75,19 @@ class FileOptions:
         }
 
 
-@dataclass(frozen=True)
-class VectorOptions:
-    """Options of a new index that cannot be changed later."""
+def check_fits(spec: IndexSpec, index: Index) -> None:
+    """Check that an existing index is as the options for a new one describe it.
 
-    task: Annotated[
-        Task | None,
-        typer.Option(
-            help="For a new index: search for passages that answer the query (asymmetric) or mean the same "
-            "(symmetric).",
-            show_default="what the student was trained for, or else asymmetric",
-        ),
-    ] = None
-    vectors: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FORMAT",
-            help="For a new index: float32, bfloat16, float16, int8, int4, int3 or binary vectors.",
-            show_default="bfloat16",
-        ),
-    ] = None
-    vector_copies: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            max=2,
-            help="For a new index: 1 stores vectors once and saves space; damaged ones must then be encoded again.",
-            show_default="2",
-        ),
-    ] = None
-    window_vectors: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FORMAT",
-            help="For a new index: also store a vector of each two neighbouring sentences, for example as int3; or "
-            "none.",
-            show_default="int3 if the student's score uses them",
-        ),
-    ] = None
-    token_vectors: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FORMAT",
-            help="For a new index: also store a vector of each token, for example as int4; or none.",
-            show_default="int4 if the student's score uses them",
-        ),
-    ] = None
-
-    def given(self) -> dict[str, Any]:
-        """The options that were given, as arguments of ``Index.create`` and ``encode``."""
-        options = {
-            "task": self.task,
-            "vector_format": self.vectors,
-            "vector_copies": self.vector_copies,
-            "window_vectors": self.window_vectors,
-            "token_vectors": self.token_vectors,
-        }
-        return {name: value for name, value in options.items() if value is not None}
-
-
-@dataclass(frozen=True)
-class NewIndexOptions(VectorOptions):
-    """``VectorOptions`` for an index with metadata fields."""
-
-    field: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME:TYPE",
-            help="For a new index: a metadata field (string, integer, number, boolean, timestamp); repeat for more.",
-            show_default="inferred from the first values",
-        ),
-    ] = None
-
-    def check_fits(self, index: Index) -> None:
-        """Check that an existing index is as these options describe a new one.
-
-        Raises:
-            InputError: it is not.
-        """
-        from d2llm.store.schema import MetadataSchema
-
-        manifest, known = index.storage.manifest, index.storage.metadata.fields
-        facts = {
-            "--task": (self.task, manifest["task"]),
-            "--vectors": (self.vectors, manifest["vector_format"]),
-            "--vector-copies": (self.vector_copies, manifest["vector_copies"]),
-            "--window-vectors": (
-                None if self.window_vectors == "auto" else self.window_vectors,
-                manifest["window_format"] or "none",
-            ),
-            "--token-vectors": (
-                None if self.token_vectors == "auto" else self.token_vectors,
-                manifest["token_format"] or "none",
-            ),
-        }
-        for name, kind in MetadataSchema.parse(self.field or ()).fields.items():
-            facts[f"--field {name}"] = (kind, known.get(name, "no such field"))
-        for option, (given, actual) in facts.items():
-            if given is not None and given != actual:
-                raise InputError(
-                    f"{index.folder}: exists already with {actual}, and {option} ({given}) is for a new index; leave "
-                    "it out, or make another index"
-                )
+    Raises:
+        InputError: it is not.
+    """
+    for name, given, actual in spec.differing(index.spec, spec.given()):
+        field = IndexSpec.model_fields.get(name)
+        option = option_name(name, field) if field else f"--field {name.removeprefix('metadata.')}"
+        raise InputError(
+            f"{index.folder}: exists already with {actual or 'none'}, and {option} ({given}) is for a new index; leave "
+            "it out, or make another index"
+        )
 
 
 @dataclass(frozen=True)

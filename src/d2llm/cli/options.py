@@ -431,8 +431,15 @@ def _parameters(group: type) -> list[Parameter]:
 
 
 def _default(field: FieldInfo) -> Any:
-    """What Typer shows and passes if an option is not given; it knows no empty lists."""
-    return Parameter.empty if field.is_required() else None if is_list(field) else field.get_default()
+    """What Typer shows and passes if an option is not given; it knows no empty lists, and words are no value."""
+    if field.is_required():
+        return Parameter.empty
+    return None if is_list(field) or shown_as(field).default else field.get_default()
+
+
+def option_name(name: str, field: FieldInfo) -> str:
+    """The option of a setting, as in ``--top-k``."""
+    return f"--{shown_as(field).option or name}".replace("_", "-")
 
 
 def _option(name: str, field: FieldInfo) -> Any:
@@ -443,7 +450,7 @@ def _option(name: str, field: FieldInfo) -> Any:
         named = Enum(name, {each: each for each in get_args(choices)}, type=str) if get_args(choices) else choices
         kind = list[named] | None  # pyright: ignore[reportInvalidTypeForm]
     option = typer.Option(
-        f"--{words.option or name}".replace("_", "-"),
+        option_name(name, field),
         metavar=words.metavar,
         min=bound(field, "ge"),
         max=bound(field, "le"),

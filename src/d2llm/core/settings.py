@@ -6,11 +6,12 @@ documentation are made from the fields, so another setting is another field.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
-from inspect import Parameter, Signature
+from inspect import Parameter, Signature, signature
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import Self
@@ -115,6 +116,10 @@ class Settings(BaseModel):
             InputError: settings contradict each other.
         """
 
+    def given(self) -> dict[str, Any]:
+        """The settings that were given, without those left at their defaults."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
+
     @classmethod
     def of(cls, settings: Settings | None = None, /, **changes: Any) -> Self:
         """Settings (None: the defaults; or an object with more fields) with single fields changed.
@@ -181,3 +186,18 @@ _KINDS = {
     "string_type": "a string",
     "tuple_type": "a list",
 }
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def shows(kind: type[Settings]) -> Callable[[_Function], _Function]:
+    """Let ``help`` and completion show every setting of a function that takes them as ``**changes``."""
+
+    def decorate(function: _Function) -> _Function:
+        own = signature(function)
+        given = [each for each in own.parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
+        settings = signature(kind).parameters.values()
+        cast(Any, function).__signature__ = own.replace(parameters=[*given, *settings])
+        return function
+
+    return decorate

@@ -17,19 +17,21 @@ import numpy as np
 from d2llm.core.errors import InputError
 from d2llm.core.files import MANIFEST_NAME, check_replaceable, replace_folder
 from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
-from d2llm.core.types import EngineName, PartKind, Passage, Task
+from d2llm.core.settings import shows
+from d2llm.core.types import EngineName, Passage
 from d2llm.data.documents import SkippedFile
 from d2llm.data.indexed_corpus import Corpus, open_corpus
 from d2llm.data.python_records import PassageLike, passages_of
 from d2llm.models.quality import PassageQuality
-from d2llm.retrieval.index import Index, part_formats
+from d2llm.retrieval.index import Index, settled
 from d2llm.retrieval.protocols import QualityStudent, SearchStudent, TokenStudent, expansion_fingerprint, task_for
 from d2llm.retrieval.reading import ReadPassages, read_passages
 from d2llm.retrieval.text_workers import load_student as load_named_student
 from d2llm.retrieval.upserting import BLOCK_PASSAGES
 from d2llm.runners.placement import Load, load_work
 from d2llm.runners.runner import Runner, Workers, find_runner
-from d2llm.store.index_manifest import FORMAT_VERSION, KIND, SHARDED_KIND, VectorCopies
+from d2llm.store.index_manifest import FORMAT_VERSION, KIND, SHARDED_KIND
+from d2llm.store.index_spec import IndexSpec
 from d2llm.store.sharded_store import Storage, open_storage
 from d2llm.store.side_files import Chunking
 from d2llm.store.vector_formats import make_format
@@ -61,18 +63,14 @@ class EncodeReport:
     num_pruned: int = 0
 
 
+@shows(IndexSpec)
 def encode(
     corpus: str | Path | Corpus | Iterable[PassageLike] | PassageLike,
     student: SearchStudent,
     folder: str | Path,
+    spec: IndexSpec | None = None,
     *,
-    task: Task | None = None,
-    vector_format: str = "bfloat16",
-    vector_copies: VectorCopies = 2,
-    window_vectors: str | None = "auto",
-    token_vectors: str | None = "auto",
     chunking: Chunking | None = None,
-    num_shards: int | None = None,
     prune: float = 0.0,
     student_source: str | None = None,
     overwrite: bool = False,
@@ -81,6 +79,7 @@ def encode(
     dtype: str | None = None,
     engine: EngineName = "torch",
     load_student: Load | None = None,
+    **changes: Any,
 ) -> EncodeReport:
     """Make the index of a corpus; it appears at ``folder`` when it is complete, and can be changed from then on.
 
@@ -91,13 +90,8 @@ def encode(
             themselves, which may be dictionaries (``Index.upsert``).
         student: makes the vectors; with a cluster, its workers' copies do.
         folder: the index's folder. Until the index is complete, it is in a hidden folder next to it.
-        task: the default task of searches on this index; None: what the student was trained for (``task_for``).
-        vector_format: how the vectors are stored (``store.vector_formats.FORMATS``).
-        vector_copies: number of copies of each vector (``Index.create``).
-        window_vectors: how the vectors of windows are stored, if at all (``Index.create``).
-        token_vectors: how the vectors of tokens are stored, if at all (``Index.create``).
+        spec: what the index is to be.
         chunking: how long texts are split into passages; None makes each text a passage.
-        num_shards: make a sharded index of this many shards (``store.sharded_store``); None: one that is not.
         prune: leave out this share of the passages, those that the student's quality (``models.quality``) puts lowest.
         student_source: the folder or name that the student was loaded from, stored so that a search can load it again;
             by default the one that the student remembers.
@@ -109,6 +103,7 @@ def encode(
         dtype: for a cluster: its workers' number format.
         engine: for a cluster: its workers' engine (``Student.load``).
         load_student: for a cluster: how its workers load the student, if not from ``student_source``; picklable.
+        changes: override single fields of the spec.
 
     Raises:
         InputError: there are no passages, ``folder`` exists, a format is unknown, a vector is not finite, there is no
@@ -121,20 +116,22 @@ def encode(
         IndexLockedError: after encoding, another process is writing to the index at ``folder``.
     """
     folder = Path(folder)
+    spec = IndexSpec.of(spec, **changes)
+    spec = settled(
+        spec, student, spec.task or task_for(student)
+    )  # its creation compares a given one with the student's
     runner = find_runner(runner)
     loading = {"device": device, "dtype": dtype, "engine": engine}
     student_source = student_source or getattr(student, "source", None)
     load = _find_load(runner, load_student, student_source, loading)
-    check_replaceable(folder, KIND if num_shards is None else SHARDED_KIND)
+    check_replaceable(folder, KIND if spec.num_shards is None else SHARDED_KIND)
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise InputError(
             f"{folder}: already holds an index; give another folder, or replace it (--overwrite; in Python, "
             "overwrite=True)"
         )
-    task = task or task_for(student)  # a given one is compared with the student's when the index is created
-    make_format(vector_format, student.vector_dim)
+    make_format(spec.vector_format, student.vector_dim)
     quality = _find_quality(student, prune)
-    formats = part_formats(student, task, window_vectors=window_vectors, token_vectors=token_vectors)
     if isinstance(corpus, str | Path):
         corpus = open_corpus([Path(corpus)])
     elif not isinstance(corpus, Corpus):
@@ -143,31 +140,14 @@ def encode(
     num_documents = corpus.num_documents
     if num_documents == 0:
         raise InputError(f"{folder}: there are no passages; an index needs at least one")
-    key = _draft_key(
-        student,
-        corpus.fingerprint,
-        formats,
-        [task, vector_format, vector_copies],
-        None if chunking is None else asdict(chunking),
-        num_shards,
-        None if quality is None else [prune, quality.model_dump()],
-    )
+    pruning = None if quality is None else [prune, quality.model_dump()]
+    key = _draft_key(student, corpus.fingerprint, spec, chunking, pruning)
     draft = folder.parent / f".{folder.name}.work-{key}"
     begin = time.perf_counter()
     if (draft / MANIFEST_NAME).is_file():
         index = Index.open(draft, student)
     else:
-        index = Index.create(
-            draft,
-            student,
-            task=task,
-            vector_format=vector_format,
-            vector_copies=vector_copies,
-            window_vectors=formats.get("window"),
-            token_vectors=formats.get("token"),
-            num_shards=num_shards,
-            student_source=student_source,
-        )
+        index = Index.create(draft, student, spec, student_source=student_source)
     try:
         with _readers(runner, index.storage, load, device=device) as readers:
             if chunking is None:
@@ -254,25 +234,13 @@ def _find_load(runner: Runner, load: Load | None, source: str | None, loading: M
 
 
 def _draft_key(
-    student: SearchStudent,
-    corpus: str,
-    formats: Mapping[PartKind, str],
-    storage: Sequence[object],
-    chunking: Mapping[str, object] | None,
-    num_shards: int | None,
-    pruning: object | None,
+    student: SearchStudent, corpus: str, spec: IndexSpec, chunking: Chunking | None, pruning: object | None
 ) -> str:
-    """A different student, corpus or storage format gets a different folder, so runs never mix."""
-    options = [*storage, formats.get("window"), chunking]
-    if num_shards is not None:
-        options.append({"shards": num_shards})
-    if pruning is not None:
-        options.append({"pruning": pruning})
-    if "token" in formats and isinstance(student, TokenStudent):
-        options += [formats["token"], student.token_fingerprint]
-    if (expansion := expansion_fingerprint(student)) is not None:
-        options.append({"document_expansion": expansion})
-    return fingerprint_json([FORMAT_VERSION, student.fingerprint, corpus, *options])
+    """A different student, corpus or spec gets a different folder, so runs never mix."""
+    tokens = student.token_fingerprint if spec.token_vectors is not None and isinstance(student, TokenStudent) else None
+    made_by = [student.fingerprint, tokens, expansion_fingerprint(student)]
+    pieces = None if chunking is None else asdict(chunking)
+    return fingerprint_json([FORMAT_VERSION, made_by, corpus, spec.model_dump(), pieces, pruning])
 
 
 def _readers(

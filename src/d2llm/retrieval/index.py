@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from functools import cache, cached_property, partial
@@ -19,6 +19,7 @@ from d2llm.core.files import MANIFEST_NAME
 from d2llm.core.inputs import objects_of, strings_of
 from d2llm.core.manifest import source_of
 from d2llm.core.progress import Advance, progress_bar
+from d2llm.core.settings import shows
 from d2llm.core.shipped import name_student
 from d2llm.core.types import (
     DEFAULT_CONTEXT_TOKENS,
@@ -35,13 +36,14 @@ from d2llm.core.types import (
 from d2llm.data.python_records import PassageLike, QueryLike, passages_of, queries_of
 from d2llm.retrieval.protocols import SearchStudent, SearchView, TokenStudent, expansion_fingerprint, task_for
 from d2llm.retrieval.row_evidence import evidence_weights
-from d2llm.retrieval.settings import SearchSettings, shows_settings
-from d2llm.store.index_manifest import VectorCopies, find_index
+from d2llm.retrieval.settings import SearchSettings
+from d2llm.store.index_manifest import find_index
+from d2llm.store.index_spec import IndexSpec, StoredSpec
 from d2llm.store.index_store import KEEP_VERSIONS, IndexStore
 from d2llm.store.inspection import IndexStats, VerifyReport
 from d2llm.store.part_vectors import ReadParts
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
-from d2llm.store.schema import FieldType, MetadataSchema
+from d2llm.store.schema import MetadataSchema
 from d2llm.store.sharded_inspection import stats_of_all, verify_all
 from d2llm.store.sharded_store import ShardedStore, open_storage
 from d2llm.store.sharded_view import open_view
@@ -92,6 +94,12 @@ def part_formats(
     if "token" in formats and not (isinstance(student, TokenStudent) and student.token_dim):
         raise InputError("this student has no vectors of tokens; train them with `d2llm fit-tokens`, or leave them out")
     return formats
+
+
+def settled(spec: IndexSpec, student: SearchStudent, task: Task) -> IndexSpec:
+    """The spec of an index of a student for a task, with formats in place of "auto"."""
+    formats = part_formats(student, task, window_vectors=spec.window_vectors, token_vectors=spec.token_vectors)
+    return spec.replace(task=task, window_vectors=formats.get("window"), token_vectors=formats.get("token"))
 
 
 def check_parts(store: IndexStore, student: SearchStudent, task: Task) -> None:
@@ -162,44 +170,32 @@ class Index:
         self._loading = loading
 
     @classmethod
+    @shows(IndexSpec)
     def create(
         cls,
         folder: str | Path,
         student: SearchStudent | str | Path,
+        spec: IndexSpec | None = None,
         *,
-        task: Task | None = None,
-        vector_format: str = "bfloat16",
-        vector_copies: VectorCopies = 2,
-        window_vectors: str | None = "auto",
-        token_vectors: str | None = "auto",
-        metadata: Mapping[str, FieldType] | None = None,
-        num_shards: int | None = None,
         student_source: str | None = None,
         exist_ok: bool = False,
         device: str | None = None,
         dtype: str | None = None,
         engine: EngineName = "torch",
+        **changes: Any,
     ) -> Index:
         """Make an index without passages; with ``exist_ok``, or open the one that is there.
 
         Args:
             folder: must not exist, or be empty, unless ``exist_ok``.
             student: the student that makes the vectors, its folder, or the name of a shipped one.
-            task: the default task of searches; None: what the student was trained for (``task_for``).
-            vector_format: how vectors are stored (``store.vector_formats.FORMATS``).
-            vector_copies: with 2, a damaged copy is repaired from the other; 1 takes less space, but damaged vectors
-                must be encoded again (``verify``).
-            window_vectors: how the vectors of passages' windows are stored, which the student's score may count
-                (``models.evidence``): a format, None to store none, or "auto": int3 if its score counts them.
-            token_vectors: the same for the vectors of passages' tokens; "auto" is int4 if the student's score counts
-                them.
-            metadata: fields with their types; types of other fields are inferred from their values as they appear.
-            num_shards: make a sharded index (``store.sharded_store``) of this many shards; None: one that is not.
+            spec: what the index is to be.
             student_source: where ``open`` can load the student again; by default where it was loaded from or saved.
             exist_ok: open the index if there is one in the folder, which must be as these arguments describe it.
             device: device of the student, if it has to be loaded.
             dtype: its number format.
             engine: the engine that encodes texts (``models.engines.engines``).
+            changes: override single fields of the spec, as in ``Index.create(folder, student, vector_format="int8")``.
 
         Raises:
             InputError: the folder is not empty, or a format, field or type is unknown; with ``exist_ok``, the index
@@ -211,62 +207,43 @@ class Index:
 
         is_named = isinstance(student, str | Path)
         loaded = Student.load(student, device=device, dtype=dtype, engine=engine) if is_named else student
-        task = task_for(loaded, task)
-        formats = part_formats(loaded, task, window_vectors=window_vectors, token_vectors=token_vectors)
+        spec = IndexSpec.of(spec, **changes)
+        task = task_for(loaded, spec.task)
+        spec = settled(spec, loaded, task)
         folder = Path(folder)
         if exist_ok and (folder / MANIFEST_NAME).is_file():
             index = cls(open_storage(folder), loaded)
             index.storage.check_student(loaded.fingerprint)
-            index._check_made_with(task, vector_format, vector_copies, formats, metadata, num_shards)
-            return index
-        create = IndexStore.create if num_shards is None else partial(ShardedStore.create, num_shards=num_shards)
-        storage = create(
-            folder,
-            student_fingerprint=loaded.fingerprint,
-            dim=loaded.vector_dim,
-            task=task,
-            vector_format=vector_format,
-            vector_copies=vector_copies,
-            window_format=formats.get("window"),
-            token_format=formats.get("token"),
-            token_dim=loaded.token_dim if "token" in formats and isinstance(loaded, TokenStudent) else None,
-            token_projection=loaded.token_fingerprint
-            if "token" in formats and isinstance(loaded, TokenStudent)
-            else None,
-            document_expansion=expansion_fingerprint(loaded),
-            metadata=MetadataSchema(metadata or {}),
-            student_config=loaded.config.model_dump(mode="json"),
-            student_source=_known_source(student, folder) if student_source is None or is_named else student_source,
-        )
-        return cls(storage, loaded)
-
-    def _check_made_with(
-        self,
-        task: Task,
-        vector_format: str,
-        vector_copies: int,
-        formats: Mapping[PartKind, str],
-        metadata: Mapping[str, FieldType] | None,
-        num_shards: int | None,
-    ) -> None:
-        """Raise an ``InputError`` unless this is the index that ``create`` would have made with these arguments."""
-        manifest, fields = self.storage.manifest, self.storage.metadata.fields
-        shards = len(self.storage.records) if isinstance(self.storage, ShardedStore) else None
-        facts: dict[str, tuple[object, object]] = {
-            "task": (task, manifest["task"]),
-            "vector_format": (vector_format, manifest["vector_format"]),
-            "vector_copies": (vector_copies, manifest["vector_copies"]),
-            "window_vectors": (formats.get("window"), manifest["window_format"]),
-            "token_vectors": (formats.get("token"), manifest["token_format"]),
-            "num_shards": (num_shards, shards),
-        }
-        facts |= {f"metadata[{name!r}]": (kind, fields.get(name)) for name, kind in (metadata or {}).items()}
-        for name, (given, actual) in facts.items():
-            if given != actual:
+            for name, given, actual in spec.differing(index.spec, IndexSpec.model_fields):
                 raise InputError(
-                    f"{self.folder}: already exists with {name}={actual!r}, not {given!r}; open it as it is with "
+                    f"{folder}: already exists with {name}={actual!r}, not {given!r}; open it as it is with "
                     "Index.open, or give another folder"
                 )
+            return index
+        num_shards = spec.num_shards
+        create = IndexStore.create if num_shards is None else partial(ShardedStore.create, num_shards=num_shards)
+        tokens = loaded if spec.token_vectors is not None and isinstance(loaded, TokenStudent) else None
+        stored = StoredSpec(
+            student=loaded.fingerprint,
+            student_config=loaded.config.model_dump(mode="json"),
+            student_source=_known_source(student, folder) if student_source is None or is_named else student_source,
+            task=task,
+            dim=loaded.vector_dim,
+            vector_format=spec.vector_format,
+            vector_copies=spec.vector_copies,
+            window_format=spec.window_vectors,
+            token_format=spec.token_vectors,
+            token_dim=None if tokens is None else tokens.token_dim,
+            token_projection=None if tokens is None else tokens.token_fingerprint,
+            document_expansion=expansion_fingerprint(loaded),
+        )
+        return cls(create(folder, stored, metadata=MetadataSchema(spec.metadata or {})), loaded)
+
+    @property
+    def spec(self) -> IndexSpec:
+        """What this index was made to be."""
+        shards = len(self.storage.records) if isinstance(self.storage, ShardedStore) else None
+        return StoredSpec.of_manifest(self.storage.manifest).as_asked(self.storage.metadata.fields, shards)
 
     @classmethod
     def open(
@@ -593,7 +570,7 @@ class Index:
         present = set(self.storage.table().by_ids(distinct, ["id"])["id"].to_pylist())
         return [passage_id for passage_id in distinct if passage_id not in present]
 
-    @shows_settings
+    @shows(SearchSettings)
     def search(
         self,
         queries: Iterable[QueryLike] | QueryLike,
@@ -646,7 +623,7 @@ class Index:
         ranked = objects_of(results, "results", RankedPassage)
         return merge_neighbours(with_neighbours(self.view, ranked, distance), overlapping=self.repeats_text)
 
-    @shows_settings
+    @shows(SearchSettings)
     def context(
         self,
         query: QueryLike,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from inspect import Parameter, signature
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, get_args
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, cast, get_args
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import shown
@@ -163,15 +162,3 @@ class SearchSettings(Settings):
                 f"select_from is {self.select_from}, but top_k is {self.top_k}: results cannot be selected from fewer "
                 "places than there are results"
             )
-
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def shows_settings(function: _Function) -> _Function:
-    """Let ``help`` and completion show every search setting of a function that takes them as ``**changes``."""
-    own = signature(function)
-    given = [each for each in own.parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
-    settings = signature(SearchSettings).parameters.values()
-    cast(Any, function).__signature__ = own.replace(parameters=[*given, *settings])
-    return function

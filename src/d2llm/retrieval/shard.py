@@ -26,6 +26,7 @@ from d2llm.store.blocks import ROW_MASK
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.checksums import RECORD_NAME
 from d2llm.store.index_manifest import SHARDED_KIND, find_index
+from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import PartVectors
 from d2llm.store.passage_table import PassageTable
@@ -131,27 +132,11 @@ def shard(index: str | Path, folder: str | Path, num_shards: int, *, remote: str
 def _create(
     draft: Path, source: IndexStore | ShardedStore, tables: list[PassageTable], num_shards: int
 ) -> ShardedStore:
-    manifest = source.manifest
-    student_source = manifest["student_source"]
-    if isinstance(student_source, str) and student_source.startswith("../"):  # relative to the source
-        student_source = str((source.folder / student_source).resolve())
-    return ShardedStore.create(
-        draft,
-        num_shards,
-        student_fingerprint=manifest["student"],
-        dim=manifest["dim"],
-        task=manifest["task"],
-        vector_format=manifest["vector_format"],
-        vector_copies=manifest["vector_copies"],
-        window_format=manifest["window_format"],
-        token_format=manifest["token_format"],
-        token_dim=manifest["token_dim"],
-        token_projection=manifest["token_projection"],
-        document_expansion=manifest["document_expansion"],
-        metadata=MetadataSchema.from_arrow(tables[0].metadata_fields),
-        student_config=manifest["student_config"],
-        student_source=student_source,
-    )
+    spec = StoredSpec.of_manifest(source.manifest)
+    if spec.student_source is not None and spec.student_source.startswith("../"):  # relative to the source
+        spec = spec.replace(student_source=str((source.folder / spec.student_source).resolve()))
+    metadata = MetadataSchema.from_arrow(tables[0].metadata_fields)
+    return ShardedStore.create(draft, spec, num_shards=num_shards, metadata=metadata)
 
 
 def _upload(target: ShardedStore, remote: str, folder: Path) -> None:

@@ -31,6 +31,7 @@ from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.sizing.speeds import Speed, Speeds, TeacherSpeed, processor_name
 from d2llm.sizing.texts import count_postings, word_queries, write_passages
 from d2llm.store.bm25 import WordIndex, WordSegment
+from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
 from d2llm.store.load_faiss import load_faiss
 from d2llm.store.part_vectors import PartVectors
@@ -341,9 +342,8 @@ class _Measuring:
         passages = [replace(each, id=f"{each.id}-{copy}") for copy in copies for each in self.passages]
         passages = passages[:_WRITTEN_PASSAGES]
         with TemporaryDirectory() as folder:
-            store = IndexStore.create(
-                Path(folder) / "index", student_fingerprint=self.student.fingerprint, dim=self.student.vector_dim
-            )
+            spec = StoredSpec(student=self.student.fingerprint, dim=self.student.vector_dim)
+            store = IndexStore.create(Path(folder) / "index", spec)
             begin = time.process_time()
             write_passages(store, passages, vectors)
             store.update_indices()

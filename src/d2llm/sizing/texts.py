@@ -21,6 +21,7 @@ from d2llm.core.types import Passage
 from d2llm.ops.bm25_words import sentences, windows
 from d2llm.retrieval.upserting import BLOCK_PASSAGES
 from d2llm.store.bm25 import QueryWords, WordIndex, WordSegment
+from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
 from d2llm.store.passage_table import NAME
 
@@ -207,7 +208,7 @@ def write_passages(store: IndexStore, passages: Sequence[Passage], vectors: NDAr
 def _row_bytes(passages: Sequence[Passage]) -> float:
     """Bytes of a passage in the table of an index without vectors, after a compaction."""
     with TemporaryDirectory() as folder:
-        store = IndexStore.create(Path(folder) / "index", student_fingerprint="none", dim=1, vector_copies=1)
+        store = IndexStore.create(Path(folder) / "index", StoredSpec(student="none", dim=1, vector_copies=1))
         write_passages(store, passages, np.zeros((len(passages), 1), np.float32))
         store.compact(timedelta(0))
         return folder_bytes(store.folder / f"{NAME}.lance") / len(passages)

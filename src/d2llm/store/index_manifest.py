@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from d2llm.core.errors import DataFormatError
 from d2llm.core.files import MANIFEST_NAME
 from d2llm.core.manifest import read_any_manifest, read_manifest, write_manifest
+from d2llm.store.index_spec import StoredSpec
 
 KIND = "index"
 FORMAT_VERSION = 3
@@ -16,20 +17,7 @@ SHARDED_KIND = "sharded index"
 """Kind of a folder with several indexes (``sharded_store``)."""
 FIT_KIND, INDEX_OF_FIT = "search", "index"
 """Kind of a folder that ``fit`` makes, and the name of the index in it."""
-INDEX_FIELDS = (
-    "student",
-    "student_config",
-    "student_source",
-    "task",
-    "dim",
-    "vector_format",
-    "vector_copies",
-    "window_format",
-    "token_format",
-    "token_dim",
-    "token_projection",
-    "document_expansion",
-)
+INDEX_FIELDS = tuple(StoredSpec.model_fields)
 """What a manifest says about an index; all shards of a sharded index, and its own manifest, agree in it."""
 
 

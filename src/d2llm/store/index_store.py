@@ -27,7 +27,7 @@ from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError
 from d2llm.core.files import MANIFEST_NAME, check_replaceable, folder_bytes, new_folder
 from d2llm.core.shipped import name_student
-from d2llm.core.types import PART_KINDS, MissingShard, PartKind, Passage, Task, is_text
+from d2llm.core.types import PART_KINDS, MissingShard, PartKind, Passage, is_text
 from d2llm.store import repair, vector_file, word_files
 from d2llm.store.blocks import (
     COMPARED,
@@ -52,6 +52,7 @@ from d2llm.store.blocks import (
 )
 from d2llm.store.bm25 import WordSegment
 from d2llm.store.index_manifest import KIND, VectorCopies, read_index_manifest, write_index_manifest
+from d2llm.store.index_spec import StoredSpec
 from d2llm.store.part_vectors import (
     EncodeParts,
     PartVectors,
@@ -98,62 +99,29 @@ class IndexStore:
     def create(
         cls,
         folder: Path,
+        spec: StoredSpec,
         *,
-        student_fingerprint: str,
-        dim: int,
-        task: Task = "asymmetric",
-        vector_format: str = "bfloat16",
-        vector_copies: VectorCopies = 2,
-        window_format: str | None = None,
-        token_format: str | None = None,
-        token_dim: int | None = None,
-        token_projection: str | None = None,
-        document_expansion: str | None = None,
         metadata: MetadataSchema | None = None,
-        student_config: Mapping[str, Any] | None = None,
-        student_source: str | None = None,
         shard: Mapping[str, Any] | None = None,
     ) -> IndexStore:
         """A new store without passages; it appears at ``folder`` when it is complete.
 
-        ``vector_copies``: 2 stores the vectors in the table too, so that a damaged vector file is rebuilt from there; 1
-        stores them only in the file, which takes less space, but damaged vectors must be encoded again.
-        ``window_format`` and ``token_format``: formats of the vectors of windows and of tokens; None stores none. The
-        vectors of tokens have ``token_dim`` dimensions; ``token_projection`` is the fingerprint of what made them.
-        ``document_expansion``: the fingerprint of what adds words to the passages; None adds none.
         ``shard`` says which shard of which sharded index this is (``sharded_store``); None: of none.
 
         Raises:
-            InputError: the folder is not empty, or the format or the number of copies is unknown.
+            InputError: the folder is not empty, or the format is unknown.
             StorageError: the store cannot be written.
         """
         check_replaceable(folder, KIND)  # its error names what is in the way, if that is not an index
         if folder.exists() and any(folder.iterdir()):
             raise InputError(f"{folder}: already exists; open it (or give exist_ok=True), or give another folder")
-        code_size = make_format(vector_format, dim).code_size
-        content = {
-            "student": student_fingerprint,
-            "student_config": dict(student_config or {}),
-            "student_source": student_source,
-            "task": task,
-            "dim": dim,
-            "vector_format": vector_format,
-            "vector_copies": vector_copies,
-            "window_format": window_format,
-            "token_format": token_format,
-            "token_dim": token_dim,
-            "token_projection": token_projection,
-            "document_expansion": document_expansion,
-            "snapshot": None,
-            **({} if shard is None else {"shard": dict(shard)}),
-        }
+        code_size = make_format(spec.vector_format, spec.dim).code_size
+        content = {**spec.model_dump(), "snapshot": None, **({} if shard is None else {"shard": dict(shard)})}
         part_formats = _part_formats(content)
-        if vector_copies not in get_args(VectorCopies):
-            raise InputError(f"{vector_copies!r} copies of the vectors are not supported; give 1 or 2")
         with storage_errors(folder), new_folder(folder, kind=KIND) as draft:
             fields = (metadata or MetadataSchema()).arrow_fields()
             schema = table_schema(
-                fields, code_size if vector_copies == 2 else None, with_words=document_expansion is not None
+                fields, code_size if spec.vector_copies == 2 else None, with_words=spec.document_expansion is not None
             )
             PassageTable.create(draft, schema)
             VectorFile.create(draft, 0, code_size)

@@ -38,6 +38,7 @@ from d2llm.core.types import MissingShard, PartKind, Passage
 from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.index_manifest import INDEX_FIELDS
 from d2llm.store.index_manifest import SHARDED_KIND as KIND
+from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore, check_maker
 from d2llm.store.passage_table import PassageTable
 from d2llm.store.remote_shards import fetch_shard, is_url
@@ -207,7 +208,9 @@ class ShardedStore:
         self._stores = dict(stores)
 
     @classmethod
-    def create(cls, folder: Path, num_shards: int, **options: Any) -> ShardedStore:
+    def create(
+        cls, folder: Path, spec: StoredSpec, *, num_shards: int, metadata: MetadataSchema | None = None
+    ) -> ShardedStore:
         """A new sharded index without passages in a folder that must not exist, or be empty.
 
         The folder appears when all shards are in it.
@@ -215,10 +218,11 @@ class ShardedStore:
         Args:
             folder: where it goes.
             num_shards: number of shards.
-            options: those of ``IndexStore.create``, for each shard.
+            spec: what each shard is.
+            metadata: fields with their types.
 
         Raises:
-            InputError: the folder is not empty, the number of shards is not from 1 to 65,536, or an option is wrong.
+            InputError: the folder is not empty, the number of shards is not from 1 to 65,536, or a format is unknown.
             StorageError: it cannot be written.
         """
         if not 1 <= num_shards <= MAX_SHARDS:
@@ -230,7 +234,10 @@ class ShardedStore:
         with storage_errors(folder), new_folder(folder, kind=KIND) as draft:
             stores = {
                 number: IndexStore.create(
-                    draft / shard_name(number), shard={"number": number, "of": num_shards, "index": name}, **options
+                    draft / shard_name(number),
+                    spec,
+                    metadata=metadata,
+                    shard={"number": number, "of": num_shards, "index": name},
                 )
                 for number in range(num_shards)
             }

@@ -1,0 +1,96 @@
+"""What shapes an index: the settings of a new one, and what its manifest stores of them and of its student."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from d2llm.core.settings import Settings, Shown, setting
+from d2llm.core.types import Task
+
+
+class IndexSpec(Settings):
+    """What a new index is to be; it cannot be changed later."""
+
+    noun: ClassVar[str] = "setting of an index"
+
+    task: Task | None = setting(
+        None,
+        "For a new index: search for passages that answer the query (asymmetric) or mean the same (symmetric).",
+        Shown(default="what the student was trained for, or else asymmetric"),
+    )
+    vector_format: str = setting(
+        "bfloat16",
+        "For a new index: float32, bfloat16, float16, int8, int4, int3 or binary vectors.",
+        Shown(option="vectors", metavar="FORMAT", default="bfloat16"),
+    )
+    vector_copies: int = setting(
+        2,
+        "For a new index: 1 stores vectors once and saves space; damaged ones must then be encoded again. 2 repairs "
+        "them from the copy.",
+        Shown(metavar="N", default="2"),
+        ge=1,
+        le=2,
+    )
+    window_vectors: str | None = setting(
+        "auto",
+        "For a new index: also store a vector of each two neighbouring sentences, for example as int3; or none.",
+        Shown(metavar="FORMAT", default="int3 if the student's score uses them"),
+    )
+    token_vectors: str | None = setting(
+        "auto",
+        "For a new index: also store a vector of each token, for example as int4; or none.",
+        Shown(metavar="FORMAT", default="int4 if the student's score uses them"),
+    )
+    metadata: Mapping[str, Any] | None = setting(
+        None,
+        "Fields with their types; types of other fields are inferred from their values as they appear.",
+        Shown(python_only=True),
+    )
+    num_shards: int | None = setting(
+        None, "Make a sharded index of this many shards (store.sharded_store).", Shown(python_only=True)
+    )
+
+    def differing(self, made: IndexSpec, names: Iterable[str]) -> list[tuple[str, object, object]]:
+        """What an index was made with that is not as it is here: name, value here, value there."""
+        pairs = [(name, getattr(self, name), getattr(made, name)) for name in names if name != "metadata"]
+        stored = made.metadata or {}
+        pairs += [(f"metadata.{name}", kind, stored.get(name)) for name, kind in (self.metadata or {}).items()]
+        return [(name, ours, theirs) for name, ours, theirs in pairs if ours not in (theirs, "auto", theirs or "none")]
+
+
+class StoredSpec(Settings):
+    """What the manifest of an index stores of its shape and its student."""
+
+    student: str = setting(..., "Fingerprint of the student.")
+    dim: int = setting(..., "Dimensions of its vectors.", ge=1)
+    student_config: Mapping[str, Any] = setting({}, "Its configuration.")
+    student_source: str | None = setting(None, "Where it can be loaded from.")
+    task: Task = setting("asymmetric", "The default task of searches.")
+    vector_format: str = setting("bfloat16", "How vectors are stored (store.vector_formats).")
+    vector_copies: int = setting(
+        2,
+        "2 stores vectors in the table too, so that a damaged vector file is rebuilt from there; 1 only in the file.",
+        ge=1,
+        le=2,
+    )
+    window_format: str | None = setting(None, "How vectors of windows are stored; None stores none.")
+    token_format: str | None = setting(None, "How vectors of tokens are stored; None stores none.")
+    token_dim: int | None = setting(None, "Dimensions of the vectors of tokens.")
+    token_projection: str | None = setting(None, "Fingerprint of what made the vectors of tokens.")
+    document_expansion: str | None = setting(None, "Fingerprint of what adds words to the passages; None adds none.")
+
+    @classmethod
+    def of_manifest(cls, manifest: Mapping[str, Any]) -> StoredSpec:
+        """The part of an index's manifest that every shard shares."""
+        return cls(**{name: manifest[name] for name in cls.model_fields if name in manifest})
+
+    def as_asked(self, metadata: Mapping[str, Any], num_shards: int | None) -> IndexSpec:
+        """The settings that make such an index."""
+        return IndexSpec(
+            **{name: getattr(self, name) for name in ("task", "vector_format", "vector_copies")},
+            window_vectors=self.window_format,
+            token_vectors=self.token_format,
+            metadata=metadata,
+            num_shards=num_shards,
+        )
