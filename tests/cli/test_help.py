@@ -104,6 +104,6 @@ def test_words_in_square_brackets_are_not_markup(verb, words):
 
 def test_option_groups_become_options_of_their_verbs():
     names = {parameter.name for parameter in COMMANDS[("index", "upsert")].params}
-    assert {"corpus", "student", "vectors", "field", "chunk_tokens", "engine", "json_path"} <= names
-    assert not {"new", "splitting", "writing"} & names
+    assert {"corpus", "student", "vector_format", "field", "chunk_tokens", "engine", "json_path"} <= names
+    assert not {"spec", "splitting", "writing"} & names
     assert "field" not in {parameter.name for parameter in COMMANDS[("encode",)].params}

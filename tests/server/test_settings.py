@@ -1,15 +1,16 @@
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
-from d2llm.cli.serve import SettingOptions
+from d2llm.cli.main import app
 from d2llm.core.errors import InputError
+from d2llm.core.settings import is_shown
 from d2llm.server.settings import (
     LOOPBACK_NAMES,
     LoadedSettings,
@@ -245,8 +246,14 @@ def test_the_listening_address_is_an_allowed_host():
 # The command line
 
 
-def test_each_option_of_serve_is_a_setting():
-    assert {field.name for field in dataclasses.fields(SettingOptions)} < set(ServeSettings.model_fields)
+def test_the_options_of_serve_are_those_of_the_settings():
+    options = {each.name: each for each in typer.main.get_command(app).commands["serve"].params}
+    shown = {name: field for name, field in ServeSettings.model_fields.items() if is_shown(field)}
+    assert options.keys() - shown.keys() == {"index", "config", "assignments", "show_config", "json_path"}
+    assert len(shown) > 10
+    for name, field in shown.items():
+        assert options[name].default is None  # environment and file decide
+        assert field.description in options[name].help
 
 
 def test_show_config_shows_values_and_sources_without_passwords(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -142,7 +142,7 @@ def test_one_copy_takes_less_space(tmp_path):
 
 def test_invalid_numbers_of_copies_are_rejected(tmp_path):
     for copies in (0, 3):
-        with pytest.raises(InputError, match="give 1 or 2"):
+        with pytest.raises(InputError, match=r"vector_copies is \d, but must be at (least 1|most 2)"):
             new_store(tmp_path / "index", vector_copies=copies)  # pyright: ignore[reportArgumentType]
     assert not (tmp_path / "index").exists()
 

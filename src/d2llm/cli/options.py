@@ -19,11 +19,12 @@ import typer
 from d2llm.cli.session import STANDARD_INPUT, STANDARD_OUTPUT, session_of
 from d2llm.core import files
 from d2llm.core.errors import InputError
-from d2llm.core.settings import Settings, bound, is_list, shown_as
+from d2llm.core.settings import Settings, bound, is_list, is_shown, shown_as
 from d2llm.core.shipped import shipped_recipes
 from d2llm.core.types import EngineName, NumberFormat, Task
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
     from d2llm.core.recipe import TeacherConfig, WriterConfig
@@ -374,7 +375,8 @@ def with_option_groups(verb: Callable[..., None]) -> Callable[..., None]:
     """Let a verb take its options in groups.
 
     Typer makes one option of each parameter. With this decorator, a parameter whose type is a dataclass, or a class of
-    ``Settings``, becomes one option for each field, and the verb receives the object.
+    ``Settings``, becomes one option for each field, and the verb receives the object. Of ``Annotated[dict, CLASS]``,
+    the fields that say how they are shown become options, and the verb receives those that were given.
     """
     hints = get_type_hints(verb, include_extras=True)
     groups = {name: hints[name] for name in signature(verb).parameters if _is_group(hints[name])}
@@ -389,7 +391,7 @@ def with_option_groups(verb: Callable[..., None]) -> Callable[..., None]:
     def call(**values: Any) -> None:
         for name, group in groups.items():
             given = {each.name: _given(values.pop(each.name)) for each in _parameters(group)}
-            values[name] = group(**{name: value for name, value in given.items() if value is not None})
+            values[name] = _made(group, {name: value for name, value in given.items() if value is not None})
         verb(**values)
 
     flat = cast(Any, call)
@@ -399,7 +401,18 @@ def with_option_groups(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def _is_group(kind: Any) -> bool:
-    return is_dataclass(kind) or (isinstance(kind, type) and issubclass(kind, Settings))
+    return is_dataclass(kind) or _model_of(kind) is not None
+
+
+def _model_of(kind: Any) -> type[BaseModel] | None:
+    """The class whose fields are options: settings, or what a dictionary is annotated with."""
+    if get_origin(kind) is Annotated and get_origin(get_args(kind)[0]) is dict:
+        return get_args(kind)[1]
+    return kind if isinstance(kind, type) and issubclass(kind, Settings) else None
+
+
+def _made(group: Any, given: dict[str, Any]) -> Any:
+    return given if get_origin(group) is Annotated else group(**given)
 
 
 def _given(value: Any) -> Any:
@@ -411,11 +424,13 @@ def _given(value: Any) -> Any:
     )
 
 
-def _parameters(group: type) -> list[Parameter]:
-    if issubclass(group, Settings):
+def _parameters(group: Any) -> list[Parameter]:
+    if (model := _model_of(group)) is not None:
+        fields_of = model.model_fields.items()
+        options = {name: field for name, field in fields_of if model is group or is_shown(field)}
         return [
             Parameter(name, Parameter.KEYWORD_ONLY, default=_default(field), annotation=_option(name, field))
-            for name, field in group.model_fields.items()
+            for name, field in options.items()
             if not shown_as(field).python_only
         ]
     hints = get_type_hints(group, include_extras=True)
@@ -452,6 +467,7 @@ def _option(name: str, field: FieldInfo) -> Any:
     option = typer.Option(
         option_name(name, field),
         metavar=words.metavar,
+        callback=input_path if Path in (kind, *get_args(kind)) else None,
         min=bound(field, "ge"),
         max=bound(field, "le"),
         help=field.description,

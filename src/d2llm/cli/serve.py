@@ -1,31 +1,29 @@
 """The verb ``serve``: serves indexes and their students over HTTP.
 
-A server's settings are one schema (``server/settings.py``). The most common settings have their own options, with types
-and help; all others are given as ``--set NAME=VALUE``. ``tests/server/test_settings.py`` checks that each option
-is a field of the schema.
+A server's settings are one class (``server/settings.py``). The most common settings have their own options; all others
+are given as ``--set NAME=VALUE``.
 """
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2llm.cli.options import DeviceOption, DtypeOption, JsonOption, PromptOption, input_path, with_option_groups
+from d2llm.cli.options import JsonOption, input_path, with_option_groups
 from d2llm.cli.session import session_of
-from d2llm.core.types import EngineName
+from d2llm.server.settings import ServeSettings
 
 if TYPE_CHECKING:
     from d2llm.server.settings import LoadedSettings
 
 
-@dataclass(frozen=True)
-class SettingOptions:
-    """Settings of the server that have their own option; None leaves a setting to environment and file."""
-
+@with_option_groups
+def serve(
+    context: typer.Context,
+    options: Annotated[dict[str, Any], ServeSettings],
     index: Annotated[
         list[str] | None,
         typer.Argument(
@@ -33,63 +31,7 @@ class SettingOptions:
             help="Folder of an index, which gets the folder's name unless another is given; several: each is served by "
             "its name; none: only a student is served.",
         ),
-    ] = None
-    student: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME_OR_FOLDER",
-            help="A student's folder, or the name of a shipped one.",
-            show_default="the index's",
-        ),
-    ] = None
-    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="A teacher that searches may use.")] = None
-    prompt: PromptOption = None
-    writer: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="A language model that searches may expand their query with.")
-    ] = None
-    host: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Where to listen.", show_default="127.0.0.1")] = (
-        None
-    )
-    port: Annotated[
-        int | None, typer.Option(min=0, max=65_535, help="Port to listen on; 0 picks a free one.", show_default="8000")
-    ] = None
-    keys_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", callback=input_path, help="API keys, made with: d2llm keys.")
-    ] = None
-    runner: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RUNNER",
-            help="Where shards are searched and texts encoded: local, in this process; ray, in workers on this "
-            "machine; ray:HOST:PORT, on the nodes of a Ray cluster.",
-            show_default="local",
-        ),
-    ] = None
-    writable: Annotated[
-        bool | None,
-        typer.Option("--writable/--read-only", help="Whether passages can be changed.", show_default="writable"),
-    ] = None
-    allow_missing_shards: Annotated[
-        bool | None,
-        typer.Option(
-            "--allow-missing-shards/--all-shards",
-            help="Whether a sharded index is served without the shards that cannot be read; answers name them.",
-            show_default="all shards",
-        ),
-    ] = None
-    report: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", callback=input_path, help="A page of `d2llm evaluate --html` to show."),
-    ] = None
-    device: DeviceOption = None
-    dtype: DtypeOption = None
-    engine: Annotated[EngineName | None, typer.Option(help="Engine that encodes texts.", show_default="auto")] = None
-
-
-@with_option_groups
-def serve(
-    context: typer.Context,
-    options: SettingOptions,
+    ] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", callback=input_path, help="Settings as TOML.")] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting; may be given several times.")
@@ -113,7 +55,7 @@ def serve(
     from d2llm.server.settings import load_settings, parse_assignments
 
     session = session_of(context)
-    loaded = load_settings(vars(options), file=config, assignments=parse_assignments(assignments or []))
+    loaded = load_settings({**options, "index": index}, file=config, assignments=parse_assignments(assignments or []))
     if show_config:
         table = Table("setting", "value", "from")
         for row in loaded.lines():

@@ -61,6 +61,11 @@ def shown_as(field: FieldInfo) -> Shown:
     return next((each for each in field.metadata if isinstance(each, Shown)), Shown())
 
 
+def is_shown(field: FieldInfo) -> bool:
+    """Whether a field says how it is shown."""
+    return any(isinstance(each, Shown) for each in field.metadata)
+
+
 def bound(field: FieldInfo, name: str) -> Any:
     """A bound of a field, as in ``bound(field, "ge")``; None if it has none."""
     return next((getattr(each, name) for each in field.metadata if hasattr(each, name)), None)

@@ -23,6 +23,7 @@ from pydantic import (
 
 from d2llm.core.errors import InputError
 from d2llm.core.names import suggestion
+from d2llm.core.settings import Shown, setting
 from d2llm.core.toml import read_toml
 from d2llm.core.types import EngineName, NumberFormat
 from d2llm.store.index_manifest import find_index
@@ -82,12 +83,18 @@ class ServeSettings(BaseModel):
         default_factory=dict[str, Path],
         description="Folders of indexes, each FOLDER or NAME=FOLDER; without any, only a student is served.",
     )
-    student: str | None = Field(
-        default=None, description="Folder or name of the student; by default the one that made each index."
+    student: str | None = setting(
+        None,
+        "Folder or name of the student; by default the one that made each index.",
+        Shown(metavar="NAME_OR_FOLDER", default="the one that made each index"),
     )
-    teacher: str | None = Field(default=None, description="A teacher that can rerank search results.")
-    prompt: str | None = Field(default=None, description="Prompt for an untuned teacher: a name or a TOML file.")
-    writer: str | None = Field(default=None, description="A language model that can expand queries; see writers.md.")
+    teacher: str | None = setting(None, "A teacher that can rerank search results.", Shown(metavar="MODEL"))
+    prompt: str | None = setting(
+        None, "Prompt for an untuned teacher: a name or a TOML file.", Shown(metavar="NAME", default="paper")
+    )
+    writer: str | None = setting(
+        None, "A language model that can expand queries; see writers.md.", Shown(metavar="MODEL")
+    )
     writer_endpoint: str | None = Field(
         default=None, description="OpenAI-compatible endpoint of the writer, up to /v1; without it, it runs here."
     )
@@ -95,20 +102,26 @@ class ServeSettings(BaseModel):
         default=None, description="Environment variable with the key of the writer's endpoint."
     )
     model_name: str | None = Field(default=None, min_length=1, description="Name of the student for clients.")
-    host: str = Field(default="127.0.0.1", description="Address to listen on.")
-    port: int = Field(default=8000, ge=0, le=65_535, description="Port to listen on; 0 chooses a free one.")
-    device: str | None = Field(default=None, description="Device for the models: cpu, cuda, cuda:1, mps.")
-    dtype: NumberFormat | None = Field(default=None, description="Number format of the models.")
-    engine: EngineName = Field(
-        default="auto", description="Engine that encodes texts; auto: the fastest available with the same vectors."
+    host: str = setting("127.0.0.1", "Address to listen on.", Shown(metavar="ADDRESS", default="127.0.0.1"))
+    port: int = setting(8000, "Port to listen on; 0 chooses a free one.", Shown(default="8000"), ge=0, le=65_535)
+    device: str | None = setting(
+        None, "Device for the models: cpu, cuda, cuda:1, mps.", Shown(metavar="NAME", default="the best available")
     )
-    allow_missing_shards: bool = Field(
-        default=False,
-        description="Whether a sharded index is served without the shards that cannot be read; answers name them.",
+    dtype: NumberFormat | None = setting(
+        None, "Number format of the models.", Shown(default="one that is fast on the device")
     )
-    runner: str = Field(
-        default="local",
-        description="Where shards are searched and texts encoded: local, in this process; ray or ray:HOST:PORT.",
+    engine: EngineName = setting(
+        "auto", "Engine that encodes texts; auto: the fastest available with the same vectors.", Shown(default="auto")
+    )
+    allow_missing_shards: bool = setting(
+        False,
+        "Whether a sharded index is served without the shards that cannot be read; answers name them.",
+        Shown(option="allow-missing-shards/--all-shards", default="all shards"),
+    )
+    runner: str = setting(
+        "local",
+        "Where shards are searched and texts encoded: local, in this process; ray or ray:HOST:PORT.",
+        Shown(metavar="RUNNER", default="local"),
     )
     shard_replicas: Count = Field(default=1, description="On Ray: actors of each shard.")
     shard_cpus: Positive = Field(default=1.0, description="On Ray: CPUs that each of them reserves.")
@@ -123,8 +136,10 @@ class ServeSettings(BaseModel):
     )
     student_cpus: Positive = Field(default=1.0, description="On Ray: CPUs that each of them reserves.")
     student_gpus: float = Field(default=0.0, ge=0, description="On Ray: GPUs that each of them reserves.")
-    writable: bool = Field(default=True, description="Whether the indexes may be changed over HTTP.")
-    keys_file: Path | None = Field(default=None, description="File of API keys, made by `d2llm keys`.")
+    writable: bool = setting(
+        True, "Whether the indexes may be changed over HTTP.", Shown(option="writable/--read-only", default="writable")
+    )
+    keys_file: Path | None = setting(None, "File of API keys, made by `d2llm keys`.", Shown(metavar="FILE"))
     allow_unauthenticated: bool = Field(
         default=False, description="Allow an address that other machines can reach without API keys."
     )
@@ -171,7 +186,7 @@ class ServeSettings(BaseModel):
     shutdown_seconds: Seconds = Field(default=30.0, description="Time limit for accepted requests at shutdown.")
     log_format: Literal["text", "json"] = Field(default="text", description="Format of log lines.")
     log_texts: bool = Field(default=False, description="Also log queries and passages, and the messages of exceptions.")
-    report: Path | None = Field(default=None, description="HTML report of `d2llm evaluate` to serve.")
+    report: Path | None = setting(None, "HTML report of `d2llm evaluate` to serve.", Shown(metavar="FILE"))
     otel: bool = Field(default=False, description="Send OpenTelemetry traces (extra otel).")
 
     @model_validator(mode="after")
