@@ -441,7 +441,7 @@ def _parameters(group: Any) -> list[Parameter]:
             default=Parameter.empty if field.default is MISSING else field.default,
             annotation=hints[field.name],
         )
-        for field in fields(cast(Any, group))
+        for field in fields(group)
     ]
 
 
