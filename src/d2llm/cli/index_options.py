@@ -81,7 +81,7 @@ def check_fits(spec: IndexSpec, index: Index) -> None:
     Raises:
         InputError: it is not.
     """
-    for name, given, actual in spec.differing(index.spec, spec.given()):
+    for name, given, actual in spec.differing(index.spec, only_given=True):
         field = IndexSpec.model_fields.get(name)
         option = option_name(name, field) if field else f"--field {name.removeprefix('metadata.')}"
         raise InputError(

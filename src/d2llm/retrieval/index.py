@@ -214,7 +214,7 @@ class Index:
         if exist_ok and (folder / MANIFEST_NAME).is_file():
             index = cls(open_storage(folder), loaded)
             index.storage.check_student(loaded.fingerprint)
-            for name, given, actual in spec.differing(index.spec, IndexSpec.model_fields):
+            for name, given, actual in spec.differing(index.spec):
                 raise InputError(
                     f"{folder}: already exists with {name}={actual!r}, not {given!r}; open it as it is with "
                     "Index.open, or give another folder"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from d2llm.core.settings import Settings, Shown, setting
@@ -51,8 +51,12 @@ class IndexSpec(Settings):
         None, "Make a sharded index of this many shards (store.sharded_store).", Shown(python_only=True)
     )
 
-    def differing(self, made: IndexSpec, names: Iterable[str]) -> list[tuple[str, object, object]]:
-        """What an index was made with that is not as it is here: name, value here, value there."""
+    def differing(self, made: IndexSpec, *, only_given: bool = False) -> list[tuple[str, object, object]]:
+        """What an index was made with that is not as it is here: name, value here, value there.
+
+        ``only_given``: of the settings that were given here; of all otherwise.
+        """
+        names = self.given() if only_given else type(self).model_fields
         pairs = [(name, getattr(self, name), getattr(made, name)) for name in names if name != "metadata"]
         stored = made.metadata or {}
         pairs += [(f"metadata.{name}", kind, stored.get(name)) for name, kind in (self.metadata or {}).items()]
