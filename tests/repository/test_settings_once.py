@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 import d2llm
 from d2llm import EvaluationSettings, Index, SearchSettings
 from d2llm.cli.main import app
+from d2llm.core.errors import InputError
 from d2llm.core.settings import Settings, bound, is_list, shown_as
 from d2llm.server.schemas import ContextRequest, SearchRequest
 from d2llm.store.index_spec import IndexSpec
@@ -98,6 +99,11 @@ def test_a_setting_is_an_argument_in_python(function: Any, kind: type[Settings])
     for name, field in kind.model_fields.items():
         assert (parameters[name].default, parameters[name].annotation) == (field.default, field.annotation)
         assert f"{name}: {field.description}" in (kind.__doc__ or "")
+
+
+def test_something_else_than_settings_is_named():
+    with pytest.raises(InputError, match=r"'symmetric' \(str\), but must be IndexSpec, or given one by one"):
+        IndexSpec.of("symmetric")  # pyright: ignore[reportArgumentType]
 
 
 def test_the_tables_of_the_documentation_are_those_of_the_classes(repository: Path):

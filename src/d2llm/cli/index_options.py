@@ -84,8 +84,9 @@ def check_fits(spec: IndexSpec, index: Index) -> None:
     for name, given, actual in spec.differing(index.spec, only_given=True):
         field = IndexSpec.model_fields.get(name)
         option = option_name(name, field) if field else f"--field {name.removeprefix('metadata.')}"
+        there = actual or ("none" if field else "no such field")
         raise InputError(
-            f"{index.folder}: exists already with {actual or 'none'}, and {option} ({given}) is for a new index; leave "
+            f"{index.folder}: exists already with {there}, and {option} ({given}) is for a new index; leave "
             "it out, or make another index"
         )
 

@@ -130,8 +130,10 @@ class Settings(BaseModel):
         """Settings (None: the defaults; or an object with more fields) with single fields changed.
 
         Raises:
-            InputError: there is no such setting, or as for settings that are made.
+            InputError: these are no such settings, there is no such field, or as for settings that are made.
         """
+        if not isinstance(settings, cls | None):
+            raise InputError(f"the settings are {shown(settings)}, but must be {cls.__name__}, or given one by one")
         values = {} if settings is None else {name: getattr(settings, name) for name in cls.model_fields}
         return cls(**{**values, **changes})
 
