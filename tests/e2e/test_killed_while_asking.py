@@ -7,7 +7,7 @@ import signal
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
@@ -19,13 +19,15 @@ from d2llm.data.plan import read_plan
 from d2llm.fitting.draft_store import DraftStore
 from d2llm.models.teachers.judge import identify_judge
 from d2llm.training.expansions import read_expansions
-from e2e.command_line import fail, succeed, succeed_with_report
-from list_endpoint import KINDS, counts_words, list_teacher, recipe_with_teacher
+from e2e.command_line import fail, succeed, write_lines
+from list_endpoint import KINDS, counts_words, recipe_with_teacher
 from local_endpoint import LocalEndpoint, Reply, Request, always, chat, completion, local_endpoint
 from prepared_process import PreparedProcess, program, script
+from tiny_server import tiny_passages, write_tiny_index
 from waiting import PATIENCE
 
-ANSWERED, CONCURRENCY = 5, 2
+ANSWERED, CONCURRENCY = 6, 2
+PASSAGES = [f"the cat sleeps on mat number {n}" for n in range(9)]
 
 
 @pytest.fixture(autouse=True)
@@ -60,12 +62,6 @@ def kill_while_asking(endpoint: LocalEndpoint, start: Callable[[], PreparedProce
         assert process.wait() == -signal.SIGKILL
     released.set()
     endpoint.reply = reply
-
-
-def assert_only_lost_ones_were_repeated(endpoint: LocalEndpoint, *, kills: int = 1) -> None:
-    repeated = Counter(prompts(endpoint)) - Counter({*prompts(endpoint)})
-    assert repeated.total() == kills * CONCURRENCY
-    assert len({*prompts(endpoint)}) > ANSWERED + CONCURRENCY
 
 
 # --- writers
@@ -109,7 +105,7 @@ def test_a_writer_that_is_killed_twice_loses_no_answer(work: str, tmp_path: Path
             kill_while_asking(endpoint, lambda: PreparedProcess(script, WRITER + work, endpoint.url, str(folder)))
         with PreparedProcess(script, WRITER + work, endpoint.url, str(folder)) as process:
             assert process.wait() == 0, process.errors
-        assert_only_lost_ones_were_repeated(endpoint, kills=2)
+        assert (Counter(prompts(endpoint)) - Counter({*prompts(endpoint)})).total() == 2 * CONCURRENCY
     (file,) = folder.iterdir()  # nothing is left over
     if work == FIT:
         drafts = DraftStore(folder, file.stem.removeprefix("drafts-"))
@@ -221,54 +217,72 @@ def test_mine_asks_again_for_answers_that_it_cannot_use(command: Callable[..., C
         succeed(*arguments)
 
 
-@pytest.fixture
-def passages() -> tuple[str, ...]:
-    return tuple(f"the cat sleeps on mat number {n}" for n in range(9))
+# --- verbs that store no labels
 
 
 @pytest.fixture
-def judging_command(passages: tuple[str, ...]) -> Callable[[Path], tuple[str, ...]]:
-    def arguments(file: Path) -> tuple[str, ...]:
-        if "concurrency" not in file.read_text():
-            file.write_text(f"{file.read_text()}concurrency = {CONCURRENCY}\npatience_minutes = 0\n[lists]\nsize = 1\n")
-        return "judge", "the cat sleeps", *passages, "--teacher", str(file)
+def of_verb(tmp_path: Path) -> Iterator[tuple[LocalEndpoint, Callable[[str], Command]]]:
+    """An endpoint, and the arguments of a verb with a teacher there that is asked often."""
 
-    return arguments
+    def arguments(verb: str) -> Command:
+        file, settings = tmp_path / f"{verb}.toml", "orders = 2\nsize = 2\nstep = 1"
+        file.write_text(
+            f'kind = "{"listwise" if verb == "search" else "graded"}"\nmodel = "counts-words"\n[remote]\n'
+            f'url = "{endpoint.url}"\nconcurrency = {CONCURRENCY}\npatience_minutes = 0\n[lists]\n{settings}\n'
+        )
+        if verb == "judge":
+            return "judge", "the cat sleeps", *PASSAGES, "--teacher", str(file)
+        index = write_tiny_index(tmp_path)
+        write_lines(tmp_path / "queries.jsonl", [{"_id": p.id, "text": p.text} for p in tiny_passages(40)])
+        words = {
+            "search": ("search", index, "the cat and the ship", "--teacher-passages", 12),
+            "calibrate": ("index", index, "calibrate", "--queries", tmp_path / "queries.jsonl"),
+        }
+        return *map(str, words[verb]), "--teacher", str(file)
+
+    with local_endpoint(counts_words) as endpoint:
+        yield endpoint, arguments
 
 
-def test_judge_that_is_killed_asks_again_only_for_what_was_on_its_way(
-    judging_command: Callable[[Path], tuple[str, ...]], passages: tuple[str, ...], cache: Path, tmp_path: Path
+@pytest.mark.parametrize("verb", ["judge", "search", "calibrate"])
+def test_a_verb_without_labels_asks_again_only_for_what_was_on_its_way(
+    verb: str, of_verb: tuple[LocalEndpoint, Callable[[str], Command]], cache: Path
 ) -> None:
-    with list_teacher(tmp_path, "graded") as (file, endpoint):
-        kill_while_asking(endpoint, lambda: PreparedProcess(program, *judging_command(file)))
-        assert [*(cache / "answers").glob("*.jsonl")]
-        _, report = succeed_with_report(*judging_command(file), folder=tmp_path)
-        assert_only_lost_ones_were_repeated(endpoint)
-    assert [each["passage"] for each in report["result"]["judgements"]] == [*passages]
+    endpoint, arguments = of_verb[0], of_verb[1](verb)
+    expected = succeed(*arguments).stdout
+    usual = Counter(prompts(endpoint))
+    kill_while_asking(endpoint, lambda: PreparedProcess(program, *arguments))
+    assert [*(cache / "answers").glob("*.jsonl")]
+    assert succeed(*arguments).stdout == expected
+    assert (Counter(prompts(endpoint)) - usual - usual).total() == CONCURRENCY
     assert not (cache / "answers").exists()
+    assert succeed(*arguments).stdout == expected
+    assert Counter(prompts(endpoint)).total() == 3 * usual.total() + CONCURRENCY  # each call asks
 
 
 def test_judge_goes_on_after_an_error_of_the_endpoint(
-    judging_command: Callable[[Path], tuple[str, ...]], tmp_path: Path
+    of_verb: tuple[LocalEndpoint, Callable[[str], Command]],
 ) -> None:
-    def refuses(request: Request, number: int) -> Reply:
-        return counts_words(request, number) if number < ANSWERED else Reply({"error": "the account is empty"}, 403)
+    endpoint, arguments = of_verb[0], of_verb[1]("judge")
+    succeed(*arguments)
+    usual = len(prompts(endpoint))
 
-    with list_teacher(tmp_path, "graded") as (file, endpoint):
-        endpoint.reply = refuses
-        fail(*judging_command(file), containing=["the account is empty"])
-        refused = len(endpoint.requests) - ANSWERED
-        endpoint.reply = counts_words
-        succeed(*judging_command(file))
-        repeated = Counter(prompts(endpoint)) - Counter({*prompts(endpoint)})
-    assert repeated.total() == refused
+    def refuses(request: Request, number: int) -> Reply:
+        is_paid = len(prompts(endpoint)) <= usual + ANSWERED
+        return counts_words(request, number) if is_paid else Reply({"error": "the account is empty"}, 403)
+
+    endpoint.reply = refuses
+    fail(*arguments, containing=["the account is empty"])
+    refused = len(prompts(endpoint)) - usual - ANSWERED
+    endpoint.reply = counts_words
+    succeed(*arguments)
+    assert len(prompts(endpoint)) == 2 * usual + refused
 
 
 def test_a_cache_folder_that_cannot_be_written_is_a_warning(
-    judging_command: Callable[[Path], tuple[str, ...]], cache: Path, tmp_path: Path
+    of_verb: tuple[LocalEndpoint, Callable[[str], Command]], cache: Path
 ) -> None:
     cache.parent.mkdir()
     cache.write_text("not a folder")
-    with list_teacher(tmp_path, "graded") as (file, _):
-        result = succeed(*judging_command(file))
+    result = succeed(*of_verb[1]("judge"))
     assert result.stderr.count("answers of the endpoint cannot be kept") == 1
