@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 import d2llm
@@ -99,6 +100,12 @@ def test_a_setting_is_an_argument_in_python(function: Any, kind: type[Settings])
     for name, field in kind.model_fields.items():
         assert (parameters[name].default, parameters[name].annotation) == (field.default, field.annotation)
         assert f"{name}: {field.description}" in (kind.__doc__ or "")
+
+
+def test_a_long_list_of_wrong_values_is_not_read_to_its_end():
+    with pytest.raises(ValidationError) as caught:
+        SearchRequest.model_validate({"query": "x", "sources": ["bm26"] * 100_000})
+    assert caught.value.error_count() <= 2
 
 
 def test_something_else_than_settings_is_named():

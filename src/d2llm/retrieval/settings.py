@@ -51,6 +51,7 @@ class SearchSettings(Settings):
         strict=False,
         min_length=1,
         max_length=3,
+        fail_fast=True,
     )
     evidence: Evidence | None = setting(
         None,

@@ -263,6 +263,7 @@ def _problem_of_validation(error: RequestValidationError) -> Problem:
     first = problems[0]
     where = ".".join(shortened(str(part)) for part in first["loc"] if part != "body") or None
     message = str(first["msg"]).removeprefix("Value error, ")
+    message = message.replace("valid tuple", "valid list").replace("Tuple should", "List should")  # JSON has no tuples
     if first["type"] == "json_invalid":
         reason = cast("dict[str, Any]", first.get("ctx") or {}).get("error", "")
         return Problem(400, "invalid_request", f"the body is not valid JSON ({reason})", reason="json_invalid")
