@@ -41,7 +41,7 @@ from d2llm.core.types import Qrels, Task
 from d2llm.models.backbone import Backbone
 from d2llm.ops.significance import holm, paired_randomisation
 from d2llm.training.ranked_lists import RankedLists, collect_lists, dev_queries, train_queries
-from d2llm.training.tune_reader import ReaderTraining, ndcg
+from d2llm.training.tune_reader import ndcg, train_reader
 
 SETS: dict[str, Task] = {"qnli": "asymmetric", "squad-sent": "asymmetric", "banking77": "symmetric"}
 STUDENT = "d2llm-minilm"
@@ -178,9 +178,8 @@ def trained_reader(
     folder = work / row
     folder.mkdir(exist_ok=True)
     started = time.process_time()
-    training = ReaderTraining(reader, lists, config, folder, {"row": row, "lists": config.lists}, seed=0)
-    training.train()
-    losses = [[round(first, 3), round(last, 3)] for first, last in training.mean_losses]
+    stages = train_reader(reader, lists, config, folder, {"row": row, "lists": config.lists}, seed=0)
+    losses = [[round(mean, 3) for mean in stage.mean_losses] for stage in stages]
     seconds = round(time.process_time() - started)
     return reader.eval(), {"lists": sum(config.lists), "loss": losses, "processor_seconds": seconds}
 

@@ -17,7 +17,7 @@ from d2llm.data.training import TrainingSource
 from d2llm.models.interaction import PairScores
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import identify_judge
-from d2llm.training import training_loop as loop
+from d2llm.training import trainer
 from d2llm.training.distill import DistillReport, distill
 from d2llm.training.objective import batch_tokens, score_vectors
 from tiny_data import tiny_recipe, topics, write_rule_labels
@@ -75,7 +75,7 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 def poison(patch: pytest.MonkeyPatch, *, step: int, value: float) -> None:
     """Set the first weight to ``value`` (such as NaN) after ``step`` optimizer steps."""
-    original, calls = loop.optimizer_step, 0
+    original, calls = trainer.optimizer_step, 0
 
     def optimizer_step(optimizer: Any, parameters: dict[str, torch.nn.Parameter], **options: Any) -> float:
         nonlocal calls
@@ -86,7 +86,7 @@ def poison(patch: pytest.MonkeyPatch, *, step: int, value: float) -> None:
                 next(iter(parameters.values())).view(-1)[0] = value
         return norm
 
-    patch.setattr(loop, "optimizer_step", optimizer_step)
+    patch.setattr(trainer, "optimizer_step", optimizer_step)
 
 
 def score_batch(student: Student, batch: DistillationBatch) -> PairScores:

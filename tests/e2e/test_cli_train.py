@@ -282,7 +282,7 @@ class TestStops:
             assert process.wait() == 143
             errors = process.errors
         assert "stopped: run the same command again to continue" in errors
-        last_step = int(errors.split("distill: step ")[1].split()[0])
+        last_step = int(errors.split("distilling: step ")[1].split()[0])
         assert last_step >= 3
         recipe.write_text(recipe.read_text().replace("epochs = 2000", "epochs = 2000\ncheckpoint_minutes = 60"))
         with PreparedProcess(program, *command) as process:
@@ -290,7 +290,7 @@ class TestStops:
             process.send(signal.SIGINT)
             assert process.wait() == 130
             errors = process.errors
-        assert f"distill: continues after step {last_step} of an earlier run" in errors
+        assert f"distilling: continues after step {last_step} of " in errors
         steps = [record["step"] for record in map(json.loads, log.read_text().splitlines()) if "loss" in record]
         assert steps == list(range(1, len(steps) + 1))  # no step is missing or repeated
 

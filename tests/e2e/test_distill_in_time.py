@@ -15,7 +15,7 @@ from d2llm.core.recipe import EvidenceConfig, Recipe, ResidualConfig
 from d2llm.core.time_limit import time_limit
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
-from d2llm.training import residual
+from d2llm.training import trainer
 from d2llm.training import training_loop as loop
 from d2llm.training.distill import DistillReport
 from d2llm.training.training_loop import DistillRun
@@ -97,7 +97,7 @@ def test_with_enough_time_nothing_is_different(
 
 def test_the_loop_leaves_time_for_the_rest(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = iter(range(1_000, 0, -100))  # at the beginning, and before each step
-    monkeypatch.setattr(loop, "seconds_left", lambda: next(left, 400))
+    monkeypatch.setattr(trainer, "seconds_left", lambda: next(left, 400))
     monkeypatch.setattr(DistillRun, "seconds_after", lambda *_: 650.0)
     report = work.run(tmp_path / "student")
     assert report.stopped_early
@@ -138,7 +138,7 @@ def test_an_interaction_out_of_time_keeps_its_best_epoch(
     work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as patch:
-        end_after(patch, residual, "optimizer_step", 4)  # in the second of the epochs of three steps
+        end_after(patch, trainer, "optimizer_step", NUM_STEPS + 4)  # in the second of the epochs of three steps
         # What follows has no limit of its own here.
         patch.setattr(DistillRun, "set_interaction_weights", lambda run: (patch.undo(), run.set_interaction_weights()))
         with caplog.at_level(logging.INFO, "d2llm.remarks"):
@@ -165,7 +165,7 @@ def test_a_run_that_is_out_of_time_continues(
     work: Work, unlimited: tuple[DistillReport, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        end_after(patch, loop, "optimizer_step", 5)
+        end_after(patch, trainer, "optimizer_step", 5)
         with pytest.raises(OutOfTimeError):
             work.run(tmp_path / "student")
     assert not (tmp_path / "student").exists()

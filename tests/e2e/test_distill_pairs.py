@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from d2llm.core.errors import InputError, TrainingDivergedError
 from d2llm.core.recipe import DataConfig, LossWeights, PoolingConfig
@@ -158,13 +157,13 @@ def test_the_interaction_of_a_student_to_start_from_is_trained_at_full_weight(
         start.interaction.interaction_weight(task).fill_(0.0)
     start.save(tmp_path / "zero")
     weights: list[dict[str, float]] = []
-    original = residual._loss
+    original = residual._Training.step
 
-    def loss(student: Student, head: Interaction, *inputs: Any) -> Tensor:
-        weights.append({task: float(head.interaction_weight(task)) for task in TASKS})
-        return original(student, head, *inputs)
+    def step(run: residual._Training, step: int) -> dict[str, Any]:
+        weights.append({task: float(run.head.interaction_weight(task)) for task in TASKS})
+        return original(run, step)
 
-    monkeypatch.setattr(residual, "_loss", loss)
+    monkeypatch.setattr(residual._Training, "step", step)
     place.run(tmp_path / "student", start=str(tmp_path / "zero"), residual=stage)
     own = place.source.task
     assert weights
@@ -189,7 +188,7 @@ def test_a_resumed_run_goes_on_from_the_mined_plans(
 
     with monkeypatch.context() as patch:
         if stopped_in == "the second stage":
-            patch.setattr(residual, "_loss", interrupted)
+            patch.setattr(residual._Training, "step", interrupted)
         else:
             patch.setattr(loop, "remine", interrupted_in_the_second)
         with pytest.raises(KeyboardInterrupt):

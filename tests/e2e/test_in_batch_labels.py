@@ -14,7 +14,7 @@ from d2llm.data.collation import DistillationBatch, LabelledSource
 from d2llm.models.teachers.judge import identify_judge, load_judge
 from d2llm.models.teachers.stacked import StackMember, write_stack
 from d2llm.ops.stacking import Stack
-from d2llm.training import training_loop
+from d2llm.training import trainer, training_loop
 from e2e.command_line import write_lines
 from tiny_data import tiny_recipe, write_rule_labels
 from tiny_distill import LEARNING, Place
@@ -83,9 +83,9 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(place, tmp_path, 
             raise KeyboardInterrupt
         return step(*arguments, **options)
 
-    step, steps = training_loop.optimizer_step, 0
+    step, steps = trainer.optimizer_step, 0
     with monkeypatch.context() as patch:
-        patch.setattr(training_loop, "optimizer_step", stop)
+        patch.setattr(trainer, "optimizer_step", stop)
         with pytest.raises(KeyboardInterrupt):
             run(place, tmp_path / "stopped", monkeypatch)
     labels = place.store(tmp_path / "stopped" / "labels").num_pairs

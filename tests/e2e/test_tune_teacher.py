@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from d2llm.core.errors import InputError, TrainingDivergedError
+from d2llm.core.errors import InputError
 from d2llm.core.recipe import LoraConfig, TeacherConfig, TeacherTuningConfig
 from d2llm.data.training import labelled_pairs
 from d2llm.models.teachers.causal import CausalTeacher
@@ -50,17 +50,15 @@ class Interrupted(Exception):
     pass
 
 
-def fail_at(monkeypatch, step, error=Interrupted, instead=None):
-    """Raises ``error`` in the middle of the step or, if set, gives the loss ``instead``; returns the list of calls."""
+def fail_at(monkeypatch, step):
+    """Raises ``Interrupted`` in the middle of the step; returns the list of calls."""
     original = module.accumulate
     calls = []
 
     def accumulate(model, batch, part_tokens, loss, **options):
         calls.append(batch)
         if len(calls) - 1 == step:
-            if instead is None:
-                raise error
-            return instead, 0
+            raise Interrupted
         return original(model, batch, part_tokens, loss, **options)
 
     monkeypatch.setattr(module, "accumulate", accumulate)
@@ -101,37 +99,22 @@ def test_tuning_separates_positives_from_negatives(tmp_path, llama, sources):
     assert manifest["report"]["steps"] == report.steps
 
 
-@pytest.mark.parametrize("stop", [1, 5])
-def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, llama, sources, monkeypatch, stop):
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, llama, sources, monkeypatch):
     whole = tune(llama, sources, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        fail_at(patch, stop)
+        fail_at(patch, 5)
         with pytest.raises(Interrupted):
             tune(llama, sources, tmp_path / "resumed")
     assert not (tmp_path / "resumed").exists()
     with monkeypatch.context() as patch:
         calls = fail_at(patch, -1)
         resumed = tune(llama, sources, tmp_path / "resumed")
-    assert len(calls) == whole.steps - stop  # no step is repeated
+    assert len(calls) == whole.steps - 5  # no step is repeated
     assert (resumed.fingerprint, resumed.loss, resumed.pairs) == (whole.fingerprint, whole.loss, whole.pairs)
     assert log_losses(tmp_path / "resumed") == log_losses(tmp_path / "whole")
     first, second = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "resumed"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_a_nan_loss_keeps_the_last_good_checkpoint(tmp_path, llama, sources, monkeypatch):
-    with monkeypatch.context() as patch:
-        fail_at(patch, 3, instead=torch.tensor(torch.nan))
-        with pytest.raises(TrainingDivergedError, match="loss became nan at step 3") as error:
-            tune(llama, sources, tmp_path / "teacher")
-    assert str(tmp_path / "teacher.run") in str(error.value)
-    assert not (tmp_path / "teacher").exists()
-    checkpoint = tmp_path / "teacher.run" / "checkpoint.safetensors"
-    tensors = load_file(checkpoint)
-    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
-    assert len(log_losses(tmp_path / "teacher")) == 3
-    tune(llama, sources, tmp_path / "teacher")  # the run can be resumed
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, llama, sources, monkeypatch):

@@ -184,7 +184,7 @@ def test_the_cosine_variant_trains_only_backbone_and_scale(tmp_path):
         return original(optimizer, parameters, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        from d2llm.training import training_loop as verb
+        from d2llm.training import trainer as verb
 
         original = verb.optimizer_step
         patch.setattr(verb, "optimizer_step", remember)

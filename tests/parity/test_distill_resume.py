@@ -6,15 +6,13 @@ import json
 import signal
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
-from d2llm.core.errors import InputError, Terminated
+from d2llm.core.errors import InputError
 from d2llm.core.recipe import LoraConfig, Recipe
 from d2llm.data.training import TrainingSource
 from d2llm.training import distill as verb
@@ -110,8 +108,8 @@ class Interrupted(Exception):
     pass
 
 
-# 2: before the first checkpoint; 5, 10: between checkpoints; 15: at the last step.
-@pytest.mark.parametrize("interruptions", [[2], [5], [10, 15]])
+# 2: before the first checkpoint; 10: between checkpoints; 15: at the last step.
+@pytest.mark.parametrize("interruptions", [[2], [10, 15]])
 def test_resumed_equals_uninterrupted(
     models: Path,
     uninterrupted: tuple[DistillReport, Path],
@@ -159,89 +157,6 @@ def test_resumed_after_the_last_step(
     assert_equal_runs(run(models, folder), folder, uninterrupted)
 
 
-def stop_in(patch: pytest.MonkeyPatch, name: str, calls: int, number: signal.Signals) -> None:
-    """Call the signal's handler in the given call of a function of the training loop.
-
-    A real signal would kill the pytest worker whenever the loop's handler is not installed;
-    ``tests/e2e/test_cli_train.py`` sends it to a process of its own.
-    """
-    original, count = getattr(training_loop, name), 0
-
-    def stopping(*arguments: Any, **options: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == calls:
-            handler = signal.getsignal(number)
-            assert callable(handler)
-            handler(number, None)
-        return original(*arguments, **options)
-
-    patch.setattr(training_loop, name, stopping)
-
-
-# In the middle of step 7, after 6 complete steps; during step 6, which is finished first; during the third dev
-# evaluation (after step 8), which the resumed run repeats; while a new best state is being chosen. Both signals have
-# the same handler, which raises at once in the first and third case and holds the signal back in the others.
-@pytest.mark.parametrize(
-    ("name", "calls", "step", "number"),
-    [
-        ("weighted_sum", 7, 6, signal.SIGINT),
-        ("optimizer_step", 6, 6, signal.SIGINT),
-        ("evaluate_dev", 3, 8, signal.SIGTERM),
-        ("items_at_best_weight", 3, 8, signal.SIGTERM),
-    ],
-)
-def test_stopped_by_a_signal_equals_uninterrupted(
-    models: Path,
-    uninterrupted: tuple[DistillReport, Path],
-    name: str,
-    calls: int,
-    step: int,
-    number: signal.Signals,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """No checkpoint is due in this short run, but one is written when it is stopped, and no step is repeated."""
-    folder, rare = tmp_path / "student", {"checkpoint_every": 1000, "checkpoint_minutes": 1000}
-    with monkeypatch.context() as patch:
-        stop_in(patch, name, calls, number)
-        with pytest.raises(KeyboardInterrupt) as raised:
-            run(models, folder, **rare)
-    assert isinstance(raised.value, Terminated) == (number == signal.SIGTERM)
-    with safe_open(tmp_path / "student.run" / "checkpoint.safetensors", framework="pt") as file:
-        assert file.metadata()["step"] == str(step)
-    steps: list[int] = []
-    genuine = training_loop.optimizer_step
-    monkeypatch.setattr(training_loop, "optimizer_step", lambda *a, **o: steps.append(1) or genuine(*a, **o))
-    report = run(models, folder, **rare)
-    assert len(steps) == STEPS - step
-    assert_equal_runs(report, folder, uninterrupted)
-
-
-def test_checkpoints_are_also_due_by_time(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run whose steps take a minute must not lose up to a hundred of them."""
-    saved_steps: list[int] = []
-    monkeypatch.setattr(
-        training_loop, "save_checkpoint", lambda folder, step, *rest, **options: saved_steps.append(step)
-    )
-    clock = iter(range(0, 100_000, 50))  # seconds; read after each step and after each checkpoint
-    monkeypatch.setattr(training_loop, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    run(models, tmp_path / "student", checkpoint_every=1000, checkpoint_minutes=2.4, eval_every=1000)
-    assert saved_steps == [0, 3, 6, 9, 12, 15, 16]
-
-
-def test_a_run_out_of_time_stops_after_an_evaluation_of_its_last_step(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = iter(range(0, 100_000, 50))
-    monkeypatch.setattr(training_loop, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    report = run(models, tmp_path / "student", max_minutes=5, eval_every=1000)
-    assert report.stopped_early
-    assert 2 <= report.steps < STEPS / 2
-    evaluated = [line["step"] for line in log_of(tmp_path / "student") if "dev" in line]
-    assert evaluated[-1] == report.steps
-
-
 def test_training_continues_from_a_student(models: Path, tmp_path: Path) -> None:
     first = run(models, tmp_path / "first")
     second = run(models, tmp_path / "second", start=str(tmp_path / "first"))
@@ -264,10 +179,9 @@ def test_training_continues_from_a_student(models: Path, tmp_path: Path) -> None
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from types import SimpleNamespace
 sys.path.insert(0, {path!r})
 import test_distill_resume as test
-from d2llm.training import training_loop as verb
+from d2llm.training import trainer as verb
 
 name, calls = sys.argv[3], int(sys.argv[4])
 original = getattr(verb, name)

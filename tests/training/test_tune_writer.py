@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from d2llm.core.errors import DataFormatError, InputError, TrainingDivergedError
+from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.recipe import LoraConfig, WriterConfig, WriterTuningConfig
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
@@ -63,17 +62,15 @@ class Interrupted(Exception):
     pass
 
 
-def fail_at(monkeypatch: pytest.MonkeyPatch, step: int, instead: float | None = None) -> list[int]:
-    """Raises ``Interrupted`` in the middle of a step or gives a loss ``instead``; returns a list of batch sizes."""
+def fail_at(monkeypatch: pytest.MonkeyPatch, step: int) -> list[int]:
+    """Raises ``Interrupted`` in the middle of a step; returns a list of batch sizes."""
     original = module.accumulate
     sizes: list[int] = []
 
     def replaced(model: Any, examples: Any, part_tokens: int) -> float:
         sizes.append(len(examples))
         if len(sizes) - 1 == step:
-            if instead is None:
-                raise Interrupted
-            return instead
+            raise Interrupted
         return original(model, examples, part_tokens)
 
     monkeypatch.setattr(module, "accumulate", replaced)
@@ -134,8 +131,9 @@ def test_unusable_data_is_rejected():
 
 def test_a_tuned_writer_has_learnt_and_is_loaded_from_its_folder(tmp_path: Path, llama: Path):
     report = tune(llama, tmp_path / "writer", epochs=8)
-    losses = [line["loss"] for line in log(tmp_path / "writer")]
-    assert sum(line["examples"] for line in log(tmp_path / "writer")) == 8 * report.num_examples == 8 * 24
+    steps = [line for line in log(tmp_path / "writer") if "loss" in line]
+    losses = [line["loss"] for line in steps]
+    assert sum(line["examples"] for line in steps) == 8 * report.num_examples == 8 * 24
     assert (len(losses), report.num_dev) == (report.steps, 4)
     assert report.loss < 0.7 * losses[0]
     assert report.dev_loss_before is not None
@@ -162,20 +160,17 @@ def test_a_tuned_writer_has_learnt_and_is_loaded_from_its_folder(tmp_path: Path,
     assert not (tmp_path / "writer.run" / "checkpoint.safetensors").exists()
 
 
-@pytest.mark.parametrize("stop", [1, 4])
-def test_resumed_equals_uninterrupted_bit_for_bit(
-    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, stop: int
-):
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch):
     whole = tune(llama, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        fail_at(patch, stop)
+        fail_at(patch, 4)
         with pytest.raises(Interrupted):
             tune(llama, tmp_path / "resumed")
     assert not (tmp_path / "resumed").exists()
     with monkeypatch.context() as patch:
         sizes = fail_at(patch, -1)
         resumed = tune(llama, tmp_path / "resumed")
-    assert len(sizes) == whole.steps - stop  # no step is repeated
+    assert len(sizes) == whole.steps - 4  # no step is repeated
     assert (resumed.fingerprint, resumed.loss, resumed.dev_loss) == (whole.fingerprint, whole.loss, whole.dev_loss)
     assert resumed.dev_loss_before == whole.dev_loss_before
     assert log(tmp_path / "resumed") == log(tmp_path / "whole")
@@ -195,16 +190,6 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, llama: Path, mon
         tune(llama, tmp_path / "writer", learning_rate=1e-3)
     with pytest.raises(InputError, match="belongs to a run with other settings: examples"):
         tune(llama, tmp_path / "writer", questions(num_dev=3))
-
-
-def test_a_nan_loss_keeps_the_last_good_checkpoint(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch):
-    with monkeypatch.context() as patch:
-        fail_at(patch, 2, instead=math.nan)
-        with pytest.raises(TrainingDivergedError, match="loss became nan at step 2"):
-            tune(llama, tmp_path / "writer")
-    assert len(log(tmp_path / "writer")) == 2
-    tensors = load_file(tmp_path / "writer.run" / "checkpoint.safetensors")
-    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
 
 
 def test_folders_and_writers_that_cannot_be_used_are_refused(tmp_path: Path, llama: Path):

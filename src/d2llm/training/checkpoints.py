@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +34,6 @@ remarks = logging.getLogger("d2llm.remarks")
 """Progress messages for users of the command line; they are not warnings."""
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """The state of a run between two steps; ``state`` is JSON defined by the training loop."""
-
-    step: int
-    parameters: dict[str, Tensor]
-    moments: dict[str, Tensor]
-    state: dict[str, Any]
-
-
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -52,34 +41,36 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def save_checkpoint(
     folder: Path,
-    step: int,
-    parameters: dict[str, nn.Parameter],
+    parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
-    *,
-    settings: Mapping[str, Any],
+    identity: Mapping[str, Any],
 ) -> None:
-    """Write parameters, AdamW moments and ``state`` atomically as one safetensors file.
+    """Write parameters, AdamW moments and ``state`` (JSON) atomically as one safetensors file.
 
-    ``settings`` is JSON with everything that affects the run; ``load_checkpoint`` rejects a checkpoint with others.
+    ``identity`` is JSON with everything that affects the run; ``load_checkpoint`` rejects a checkpoint with another.
     """
     tensors = {f"parameter/{name}": parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"moment/{key}/{name}"] = value.detach().cpu().contiguous()
-    metadata = {"step": str(step), "state": json.dumps(state), "settings": json.dumps(settings)}
+    metadata = {"state": json.dumps(state), "identity": json.dumps(identity)}
     write_bytes(folder / CHECKPOINT, save(tensors, metadata))
 
 
 def load_checkpoint(
     folder: Path,
-    *,
-    settings: Mapping[str, Any],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    identity: Mapping[str, Any],
     shaping: Callable[[Recipe], dict[str, Any]] | None = None,
-) -> Checkpoint | None:
-    """The checkpoint in ``folder``; None if there is none yet, ``InputError`` if it is damaged or another run's.
+) -> dict[str, Any] | None:
+    """Load parameters and moments from the checkpoint in ``folder``; returns its ``state``, None if there is none yet.
 
-    ``shaping``: of the recipe in the settings, only this is compared (``changed_recipe``).
+    ``shaping``: of the recipe in ``identity``, only this is compared (``changed_recipe``).
+
+    Raises:
+        InputError: it is damaged, or another run's.
     """
     path = folder / CHECKPOINT
     if not path.is_file():
@@ -90,30 +81,21 @@ def load_checkpoint(
             tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read ({error}); delete it to restart the run") from error
-    saved, current = json.loads(metadata["settings"]), json.loads(json.dumps(settings))
+    saved, current = json.loads(metadata["identity"]), json.loads(json.dumps(identity))
     changes = [] if shaping is None else changed_recipe(saved.pop("recipe"), current.pop("recipe"), shaping)
     if changes := [*changes, *changed_settings(saved, current)]:
         raise InputError(
             f"{path} belongs to a run with other settings: {', '.join(changes)}; finish that run with its own "
             "settings, or start over: with --again on the command line, or in another folder"
         )
-    return Checkpoint(
-        step=int(metadata["step"]),
-        parameters={key.removeprefix("parameter/"): value for key, value in tensors.items() if key[0] == "p"},
-        moments={key.removeprefix("moment/"): value for key, value in tensors.items() if key[0] == "m"},
-        state=json.loads(metadata["state"]),
-    )
-
-
-def restore(checkpoint: Checkpoint, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Load a checkpoint's parameters and moments into the model and the optimizer."""
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(checkpoint.parameters[name])
-    for key, value in checkpoint.moments.items():
-        kind, name = key.split("/", 1)
+            parameter.copy_(tensors.pop(f"parameter/{name}"))
+    for key, value in tensors.items():
+        _, kind, name = key.split("/", 2)
         parameter = parameters[name]
         optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
+    return json.loads(metadata["state"])
 
 
 class BestState:
@@ -127,17 +109,17 @@ class BestState:
     ) -> None:
         self.step: int | None = None
         self.value: float | None = None
-        self.looks_since = 0
+        self.evals_since_best = 0
         self.path = path
         self._parameters, self._sign = parameters, -1 if lower_is_better else 1
         self._state: dict[str, Tensor] = {}
 
-    def offer(self, value: float, step: int, *, is_sound: bool = True) -> bool:
+    def update(self, value: float, step: int, *, is_sound: bool = True) -> bool:
         """Keep the current state if ``is_sound`` and better than all earlier ones; returns whether it was kept."""
         if not is_sound or (self.value is not None and self._sign * value <= self._sign * self.value):
-            self.looks_since += 1
+            self.evals_since_best += 1
             return False
-        self.step, self.value, self.looks_since = step, value, 0
+        self.step, self.value, self.evals_since_best = step, value, 0
         if self.path is None:
             self._state = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         else:
@@ -145,7 +127,7 @@ class BestState:
             write_bytes(self.path, save(state))
         return True
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Restore the best values of the parameters; does nothing if there was no dev evaluation."""
         if self.step is None:
             return
@@ -156,13 +138,13 @@ class BestState:
             for name, parameter in self._parameters.items():
                 parameter.copy_(best[name])
 
-    def record(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint must store, besides the file."""
-        return {"step": self.step, "value": self.value, "looks_since": self.looks_since}
+        return {"step": self.step, "value": self.value, "evals_since_best": self.evals_since_best}
 
-    def take_up(self, record: Mapping[str, Any]) -> None:
-        """Continue from a ``record``; dev evaluations after its checkpoint are repeated, with the same results."""
-        self.step, self.value, self.looks_since = record["step"], record["value"], record["looks_since"]
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from a ``state``; dev evaluations after its checkpoint are repeated, with the same results."""
+        self.step, self.value, self.evals_since_best = state["step"], state["value"], state["evals_since_best"]
 
 
 class StopSignals:
@@ -258,7 +240,12 @@ def adamw(groups: Iterable[tuple[Sequence[Tensor], float, float]]) -> torch.opti
 
 
 def optimizer_step(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], *, factor: float, max_gradient_norm: float
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, nn.Parameter],
+    *,
+    factor: float,
+    max_gradient_norm: float,
+    folder: Path | None = None,
 ) -> float:
     """Clip the gradient, scale each group's learning rate by ``factor``, step, and clear; returns the gradient norm.
 
@@ -266,10 +253,7 @@ def optimizer_step(
     """
     norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), max_gradient_norm))
     if not math.isfinite(norm):
-        raise TrainingDivergedError(
-            f"the gradient's norm became {norm}; training stopped before the weights were changed. The last good "
-            "checkpoint is kept. Lower the learning rate, or look for labels that are not numbers"
-        )
+        raise diverged(f"the gradient's norm became {norm}, and the weights were not changed", folder)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     optimizer.step()
@@ -279,13 +263,12 @@ def optimizer_step(
     return norm
 
 
-def require_finite(loss: Tensor, step: int, folder: Path) -> None:
-    """Stop a run with ``TrainingDivergedError`` if its loss is not finite."""
-    if not torch.isfinite(loss):
-        raise TrainingDivergedError(
-            f"the loss became {float(loss)} at step {step}; training stopped. The last good checkpoint is kept in "
-            f"{folder}. Lower the learning rate, or look for labels that are not numbers"
-        )
+def diverged(problem: str, folder: Path | None = None) -> TrainingDivergedError:
+    """The error for a training that has diverged; ``folder`` has the last good checkpoint, if there is one."""
+    kept = "" if folder is None else f" The last good checkpoint is kept in {folder}."
+    return TrainingDivergedError(
+        f"{problem}; training stopped.{kept} Lower the learning rate, or look for labels that are not numbers"
+    )
 
 
 class RunLog:
@@ -298,11 +281,11 @@ class RunLog:
         self._path = folder / LOG
         self._trackers = trackers
         self._start = time.monotonic()
-        kept: list[str] = []
         if self._path.is_file():
             lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= resume_step]
-        write_bytes(self._path, "".join(line + "\n" for line in kept).encode())
+            if len(kept) < len(lines):
+                write_bytes(self._path, "".join(line + "\n" for line in kept).encode())
 
     def write(self, step: int, **values: Any) -> None:
         """Append one line."""

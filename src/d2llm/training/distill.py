@@ -188,7 +188,6 @@ def distill(
             _teacher_when_needed(teacher, recipe.labelling, device=device, dtype=dtype),
         )
         stopped_early = run.train()
-        run.take_best()
         run.merge_heads()
         run.step_back()
         run.leave_out_pma()
@@ -270,7 +269,7 @@ def _check_nested(recipe: Recipe, student: Student, sources: Sequence[TrainingSo
 def _nested(run: DistillRun) -> dict[str, list[int]]:
     """The widths and depths that the written vectors were trained for; none if they are those of the start."""
     losses = run.recipe.losses
-    if losses.nested and (run.best.step == 0 or run.progress.share_kept == 0):
+    if losses.nested and (run.trainer.best.step == 0 or run.progress.share_kept == 0):
         parts = " or ".join(str(each) for each in (losses.nested_dims, losses.nested_depths) if each)
         _log.warning("no trained state was better on dev than the start, so the vectors cannot be cut to %s", parts)
         return {"nested_dims": []}
@@ -381,7 +380,7 @@ def _fit_and_write(
         "offsets": {name.removeprefix(OFFSET): float(p.detach()) for name, p in run.offsets.items()},
     }
     student.save(folder, content=content)
-    run.finish()
+    run.trainer.finish()
     return replace(
         report,
         evidence={task: fitted.model_dump() for task, fitted in student.evidence.tasks.items()},
@@ -408,15 +407,15 @@ def _report(
     return DistillReport(
         folder=str(folder),
         fingerprint=run.student.fingerprint,
-        steps=progress.step,
-        best_step=run.best.step or 0,
+        steps=run.trainer.step,
+        best_step=run.trainer.best.step or 0,
         stopped_early=stopped_early,
         queries=sum(len(source.entries) for source in labelled),
         unlabelled_queries=sum(source.num_unlabelled for source in labelled),
         interaction_weights=progress.interaction_weights,
         share_kept=progress.share_kept,
         label_share=progress.label_share,
-        is_untrained=(run.best.step == 0 or progress.share_kept == 0) and not has_interaction,
+        is_untrained=(run.trainer.best.step == 0 or progress.share_kept == 0) and not has_interaction,
         dev={
             name: {
                 "start": progress.start_dev[name],

@@ -13,6 +13,7 @@ import logging
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,8 @@ from d2llm.ops.batching import even_batches, token_budget_batches
 from d2llm.ops.scoring import mean_best_cosines
 from d2llm.ops.selection import nearest_rows
 from d2llm.store.bm25 import WordIndex
-from d2llm.training.checkpoints import adamw, learning_rate_factor, optimizer_step, warmup_steps
+from d2llm.training.checkpoints import warmup_steps
+from d2llm.training.trainer import Trainable, Trainer
 
 _BATCH_TEXTS, _LEAST_BATCH_TOKENS = 256, 2_048
 _PCA_TOKENS = 40_000
@@ -129,11 +131,14 @@ def fit_tokens(
             _start_from_principal_components(projection, examples)
         else:
             projection.weight.data = start.weight.detach().cpu().clone()
-        losses = _train(projection.to(student.backbone.device), examples, config, seed)
+        run = _Training(projection.to(student.backbone.device), examples, config, seed)
+        trainer = Trainer(run, seed=seed, warmup_steps=warmup_steps(config, run.total_steps))
+        trainer.train()
+    losses = np.reshape(trainer.losses, (config.epochs, -1)).mean(axis=1).tolist() if trainer.losses else []
     student.token_projection = projection.eval().requires_grad_(False)
     student.evidence = student.evidence.without_tokens()  # those weights were fitted for another projection, if any
     return FitTokensReport(
-        projection.fingerprint, projection.dim, {each.name: len(each.queries) for each in examples}, losses
+        projection.fingerprint, projection.dim, {each.name: len(each.queries) for each in examples}, tuple(losses)
     )
 
 
@@ -271,38 +276,32 @@ def _start_from_principal_components(projection: TokenProjection, examples: Sequ
         projection.weight.data = directions.T.contiguous()
 
 
-def _train(
-    projection: TokenProjection, sets: Sequence[_Examples], config: TokensConfig, seed: int
-) -> tuple[float, ...]:
-    log_scale = torch.nn.Parameter(torch.tensor(_INITIAL_SCALE, device=projection.weight.device).log())
-    parameters = {"weight": projection.weight, "log_scale": log_scale}
-    optimizer = adamw([([projection.weight, log_scale], config.learning_rate, 0.0)])
-    usable = [[i for i in range(len(s.queries)) if len(s.queries[i]) and s.positives[i]] for s in sets]
-    per_epoch = sum(even_batches(len(rows), config.batch_queries)[0] for rows in usable if rows)
-    total, step = config.epochs * per_epoch, 0
-    warmup = warmup_steps(config, total)
-    losses: list[float] = []
-    with progress_bar("training vectors of tokens", total) as advance:
+class _Training(Trainable):
+    """A projection, and the batches of all epochs, which share the random numbers of their epoch."""
+
+    title = "training vectors of tokens"
+
+    def __init__(self, projection: TokenProjection, sets: Sequence[_Examples], config: TokensConfig, seed: int) -> None:
+        self.projection, self.config = projection, config
+        self.log_scale = torch.nn.Parameter(torch.tensor(_INITIAL_SCALE, device=projection.weight.device).log())
+        self.parameters = {"weight": projection.weight, "log_scale": self.log_scale}
+        self.groups = [([*self.parameters.values()], config.learning_rate, 0.0)]
+        usable = [[i for i in range(len(s.queries)) if len(s.queries[i]) and s.positives[i]] for s in sets]
+        self.batches: list[tuple[_Examples, list[int], random.Random]] = []
         for epoch in range(config.epochs):
-            rng = random.Random(f"{seed}:{epoch}")
-            batches: list[tuple[_Examples, list[int]]] = []
+            rng, batches = random.Random(f"{seed}:{epoch}"), self.batches[:0]
             for examples, rows in zip(sets, usable, strict=True):
                 order = rng.sample(rows, len(rows))
-                size = even_batches(len(order), config.batch_queries)[1] if order else 1
-                batches += [(examples, order[start : start + size]) for start in range(0, len(order), size)]
+                size = even_batches(len(order), config.batch_queries)[1]
+                batches += [(examples, order[start : start + size], rng) for start in range(0, len(order), size)]
             rng.shuffle(batches)
-            summed = 0.0
-            for examples, positions in batches:
-                loss = _loss(projection, log_scale, examples, positions, config, rng)
-                loss.backward()
-                factor = learning_rate_factor(step, warmup_steps=warmup, total_steps=total)
-                optimizer_step(optimizer, parameters, factor=factor, max_gradient_norm=1.0)
-                step += 1
-                summed += float(loss.detach())
-                advance(1, f"loss {float(loss.detach()):.3f}")
-            losses.append(summed / max(len(batches), 1))
-            _remarks.info("vectors of tokens: mean loss %.4f in epoch %d", losses[-1], epoch + 1)
-    return tuple(losses)
+            self.batches += batches
+        self.total_steps = len(self.batches)
+
+    def step(self, step: int) -> dict[str, Any]:
+        loss = _loss(self.projection, self.log_scale, *self.batches[step][:2], self.config, self.batches[step][2])
+        loss.backward()
+        return {"loss": loss.detach()}
 
 
 def _loss(

@@ -29,7 +29,6 @@ from torch.utils.hooks import RemovableHandle
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.recipe import BackboneConfig, PretrainingConfig
 from d2llm.data.training import TrainingSource
 from d2llm.models.backbone import Backbone, TextKind, is_decoder, layers_of
@@ -42,20 +41,8 @@ from d2llm.ops.bm25_words import sentences
 from d2llm.ops.losses import in_batch_cross_entropy
 from d2llm.ops.ridge import RidgeSet, folds_of, ridge_weights
 from d2llm.ops.token_alignment import align_tokens, aligned_states
-from d2llm.training.checkpoints import (
-    RunLog,
-    StopSignals,
-    adamw,
-    learning_rate_factor,
-    load_checkpoint,
-    optimizer_step,
-    remarks,
-    require_finite,
-    restore,
-    save_checkpoint,
-    trainable,
-    warmup_steps,
-)
+from d2llm.training.checkpoints import remarks, trainable, warmup_steps
+from d2llm.training.trainer import Trainable, Trainer
 
 _PROJECTION_RATE = 1e-3  # a new linear map needs a higher rate than weights that were trained before
 _FITTED_TEXTS = 2_000  # on which a map to a strange teacher is fitted before the first step
@@ -124,11 +111,10 @@ def pretrain_backbone(
         TrainingDivergedError: the loss is not finite; the last good checkpoint is kept.
     """
     started = time.monotonic()
-    run = _Pretraining(student, passages, queries, folder, config, seed)
-    run.train(checkpoint_minutes)
-    tenth = max(1, len(run.losses) // 10)
-    first, last = (sum(losses) / len(losses) for losses in (run.losses[:tenth], run.losses[-tenth:]))
-    return PretrainingReport(len(run.texts), len(run.losses), first, last, time.monotonic() - started)
+    run = _Pretraining(student, passages, queries, folder, config, seed, checkpoint_minutes)
+    run.train()
+    first, last = run.trainer.mean_losses
+    return PretrainingReport(len(run.texts), run.trainer.step, first, last, time.monotonic() - started)
 
 
 def unlabelled_texts(
@@ -319,8 +305,10 @@ class _Reading:
     num_tokens: int
 
 
-class _Pretraining:
-    """The training loop of one pretraining, and the state that a checkpoint restores."""
+class _Pretraining(Trainable):
+    """One pretraining: its texts, its teacher and what is trained."""
+
+    title = "pretraining"
 
     def __init__(
         self,
@@ -330,9 +318,10 @@ class _Pretraining:
         folder: Path,
         config: PretrainingConfig,
         seed: int,
+        checkpoint_minutes: float = 5.0,
     ) -> None:
         """Begin a run, or resume the one whose checkpoint is in ``folder``."""
-        self.backbone, self.folder, self.config, self.seed = student.backbone, folder, config, seed
+        self.backbone, self.config, self.seed = student.backbone, config, seed
         _check_backbone(self.backbone, config)
         self.following: dict[tuple[int, ...], list[int]] = {}
         if config.objective == "words":
@@ -370,58 +359,37 @@ class _Pretraining:
             self.attention = [_Attention(model, layer, config.relation_heads) for model, layer in pairs]
         self.parameters = trainable(self.backbone)
         added = {} if self.projection is None else {f"projection.{n}": p for n, p in self.projection.named_parameters()}
-        groups = [([*self.parameters.values()], config.rate_for(self.backbone.config.tuning), _WEIGHT_DECAY)]
-        self.optimizer = adamw([*groups, ([*added.values()], _PROJECTION_RATE, 0.0)])
+        rate = config.rate_for(self.backbone.config.tuning)
+        self.groups = [
+            ([*self.parameters.values()], rate, _WEIGHT_DECAY),
+            ([*added.values()], _PROJECTION_RATE, 0.0),
+        ]
         self.parameters |= added
-        self.losses: list[float] = []
         self.per_epoch, self.batch_size = even_batches(len(self.texts), config.batch_texts)
         self.total_steps = config.epochs * self.per_epoch
-        self.warmup_steps = warmup_steps(config, self.total_steps)
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint = load_checkpoint(folder, settings=self.settings)
-        if checkpoint is not None:
-            restore(checkpoint, self.parameters, self.optimizer)
-            self.losses = checkpoint.state["losses"]
-            remarks.info("pretraining: continues after step %d of %d", len(self.losses), self.total_steps)
-        elif self.teacher is not None and (is_strange or self.teacher.dim != self.backbone.dim):
+        warmup = warmup_steps(config, self.total_steps)
+        self.trainer = Trainer(
+            self, folder, self.settings, seed=seed, warmup_steps=warmup, checkpoint_minutes=checkpoint_minutes
+        )
+        is_fitted = self.teacher is not None and (is_strange or self.teacher.dim != self.backbone.dim)
+        if is_fitted and not self.trainer.is_resumed:
             self._fit_projection()
-        self.signals = StopSignals()
 
-    def train(self, checkpoint_minutes: float) -> None:
-        """Train to the end; the last state is saved as a checkpoint, also after Ctrl-C or SIGTERM."""
-        if len(self.losses) == self.total_steps:
-            return
+    def train(self) -> None:
+        """Train to the end; a run that is finished trains nothing."""
         dropouts = set_dropout(self.backbone.model, self.config.dropout_rate)
         hooks = [hook for each in self.attention for hook in each.listen()]
         self.backbone.model.train()
         try:
-            with self.signals, progress_bar("pretraining", self.total_steps, done=len(self.losses)) as advance:
-                self._train(advance, checkpoint_minutes)
-        except KeyboardInterrupt:
-            if self.signals.is_consistent and self.losses:
-                self._save()
-                remarks.info("pretraining: step %d is saved in %s", len(self.losses), self.folder)
-            raise
+            self.trainer.train()
         finally:
             restore_dropout(dropouts)
             self.backbone.eval()
             for hook in hooks:
                 hook.remove()
 
-    def _train(self, advance: Advance, checkpoint_minutes: float) -> None:
-        log = RunLog(self.folder, resume_step=len(self.losses) or -1)
-        saved_at = time.monotonic()
-        while len(self.losses) < self.total_steps:
-            self._step(log)
-            advance(1, f"loss {self.losses[-1]:.3f}")
-            if time.monotonic() - saved_at > 60 * checkpoint_minutes:
-                self._save()
-                saved_at = time.monotonic()
-        self._save()
-
-    def _step(self, log: RunLog) -> None:
-        step = len(self.losses)
-        torch.manual_seed(self.seed * 1_000_003 + step)  # dropout depends only on the step, so resuming is exact
+    def step(self, step: int) -> dict[str, Any]:
+        """Add the gradient of a batch, part by part."""
         epoch, place = divmod(step, self.per_epoch)
         order = random.Random(f"{self.seed}:{epoch}").sample(range(len(self.texts)), len(self.texts))
         batch = [self.texts[n] for n in order[place * self.batch_size : (place + 1) * self.batch_size]]
@@ -429,12 +397,7 @@ class _Pretraining:
         for loss in self._losses(batch, random.Random(f"{self.seed}:mask:{step}")):
             loss.backward()
             total += float(loss.detach())
-        require_finite(torch.tensor(total), step, self.folder)
-        factor = learning_rate_factor(step, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
-        with self.signals.held():
-            optimizer_step(self.optimizer, self.parameters, factor=factor, max_gradient_norm=1.0)
-            self.losses.append(total)
-            log.write(len(self.losses), loss=total)
+        return {"loss": total}
 
     def _losses(self, batch: Sequence[list[int]], rng: random.Random) -> Iterator[Tensor]:
         """The parts of a batch's loss, whose sum it is; the gradient of each part can be computed on its own."""
@@ -573,13 +536,6 @@ class _Pretraining:
         """Texts of similar length, to be read in one pass."""
         most = tokens_to_train(self.backbone.device, self.backbone.state_size)
         return token_budget_batches([len(ids) for ids in batch], max_tokens=most, max_items=len(batch))
-
-    def _save(self) -> None:
-        with self.signals.held():
-            state = {"losses": self.losses}
-            save_checkpoint(
-                self.folder, len(self.losses), self.parameters, self.optimizer, state, settings=self.settings
-            )
 
 
 class _Attention:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,25 +19,19 @@ from torch import Tensor
 
 from d2llm.core.errors import OutOfTimeError
 from d2llm.core.progress import progress_bar
-from d2llm.core.recipe import LossWeights, Recipe, ResidualConfig
+from d2llm.core.recipe import Recipe, ResidualConfig
 from d2llm.core.types import Task
 from d2llm.data.collation import Draw, LabelledSource, collate_lists
 from d2llm.models.interaction import Interaction, PairScores
 from d2llm.models.student import Student
 from d2llm.ops.batching import even_batches
 from d2llm.ops.selection import nearest_rows
-from d2llm.training.checkpoints import (
-    BestState,
-    adamw,
-    learning_rate_factor,
-    optimizer_step,
-    remarks,
-    warmup_steps,
-)
+from d2llm.training.checkpoints import BestState, remarks, warmup_steps
 from d2llm.training.choose_weights import mean_value
 from d2llm.training.dev_sets import DevResult, DevSet, EncodedDev, encode_dev, encode_together, measure_by_weight
 from d2llm.training.objective import batch_losses, weighted_sum
 from d2llm.training.processes import ALONE, Processes
+from d2llm.training.trainer import Trainable, Trainer
 
 AskTeacher = Callable[[LabelledSource, Mapping[str, Sequence[str]]], None]
 """Lets the teacher judge passages (query_id -> passage ids), and adds its labels to the data set's store."""
@@ -107,51 +102,115 @@ def train_residual(
     if recipe.training.unjudged == "ask_teacher":
         for vectors in sets:
             ask_teacher(vectors.labelled, _drawn_neighbours(vectors, config, recipe.seed))
-    only_judged = recipe.training.unjudged != "negatives"
-    parameters = head.residual_parameters()
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    optimizer = adamw([([*parameters.values()], config.learning_rate, config.weight_decay)])
-    weights = recipe.losses.model_copy(update={"anchor_cross_entropy": 0.0, "anchor_pair_cross_entropy": 0.0})
-    max_norm = recipe.training.max_gradient_norm
-    per_epoch = sum(-(-len(vectors.labelled.entries) // config.batch_queries) for vectors in sets)
-    best = _measure(student, dev)
-    step, total = 0, config.epochs * per_epoch
-    best_state = BestState(parameters)
-    best_state.offer(mean_value(best), step)
-    warmup = warmup_steps(config, total)
+    run = _Training(student, head, sets, dev, recipe, offsets, write)
+    trainer = Trainer(
+        run,
+        seed=recipe.seed,
+        warmup_steps=warmup_steps(config, run.total_steps),
+        max_gradient_norm=recipe.training.max_gradient_norm,
+        eval_every=max(1, run.total_steps // config.epochs),
+        eval_start=True,
+    )
     try:
-        with progress_bar("training the interaction", total) as advance:
-            for epoch in range(config.epochs):
-                seed = f"{recipe.seed}:{epoch}"
-                for vectors, positions in _epoch(sets, config.batch_queries, seed):
-                    torch.manual_seed(recipe.seed * 1_000_003 + step)  # for the dropout
-                    head.train()
-                    draws = [_draw(vectors, position, config, seed, only_judged=only_judged) for position in positions]
-                    loss = _loss(student, head, vectors, positions, draws, weights, offsets(vectors.labelled))
-                    if config.quiet_price:
-                        change = _change_elsewhere(student, head, sets, vectors, config, f"{seed}:{step}")
-                        loss = loss + config.quiet_price * change
-                    loss.backward()
-                    factor = learning_rate_factor(step, warmup_steps=warmup, total_steps=total)
-                    optimizer_step(optimizer, parameters, factor=factor, max_gradient_norm=max_norm)
-                    step += 1
-                    advance(1, f"loss {float(loss.detach()):.3f}  dev {best_state.value:.4f}")
-                results = _measure(student, dev)
-                write(step, stage="residual", dev={name: result.values for name, result in results.items()})
-                if best_state.offer(mean_value(results), step):
-                    best = results
+        trainer.train()
     except OutOfTimeError:
-        remarks.info("distill: the interaction was trained for %d of %d steps: out of time", step, total)
-    best_state.put_back()
+        remarks.info(
+            "distill: the interaction was trained for %d of %d steps: out of time", trainer.step, run.total_steps
+        )
+        trainer.best.restore()
     head.eval()
-    return best
+    return run.results
 
 
-def _measure(student: Student, dev: Sequence[EncodedDev]) -> dict[str, DevResult]:
-    student.eval()
-    with progress_bar("measuring on dev", sum(len(encoded.queries) for encoded in dev)) as advance:
-        return {encoded.dev.name: measure_by_weight(student, encoded, advance=advance) for encoded in dev}
+@dataclass(eq=False)
+class _Training(Trainable):
+    """The interaction, the vectors it learns from, and the dev results of its best state."""
+
+    student: Student
+    head: Interaction
+    sets: Sequence[_Vectors]
+    dev: Sequence[EncodedDev]
+    recipe: Recipe
+    offsets: Callable[[LabelledSource], Tensor | None]
+    write: Callable[..., None]
+    title = "training the interaction"
+
+    def __post_init__(self) -> None:
+        self.config, self.results = self.recipe.training.residual, dict[str, DevResult]()
+        self.only_judged = self.recipe.training.unjudged != "negatives"
+        self.weights = self.recipe.losses.model_copy(
+            update={"anchor_cross_entropy": 0.0, "anchor_pair_cross_entropy": 0.0}
+        )
+        self.parameters = self.head.residual_parameters()
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        self.groups = [([*self.parameters.values()], self.config.learning_rate, self.config.weight_decay)]
+        seeds = [f"{self.recipe.seed}:{epoch}" for epoch in range(self.config.epochs)]
+        self.batches = [
+            (seed, *batch) for seed in seeds for batch in _epoch(self.sets, self.config.batch_queries, seed)
+        ]
+        self.total_steps = len(self.batches)
+
+    def step(self, step: int) -> dict[str, Any]:
+        seed, vectors, positions = self.batches[step]
+        self.head.train()
+        loss = self._loss(vectors, positions, seed)
+        if self.config.quiet_price:
+            loss = loss + self.config.quiet_price * self._change_elsewhere(vectors, f"{seed}:{step}")
+        loss.backward()
+        return {"loss": loss.detach()}
+
+    def evaluate(self) -> dict[str, DevResult]:
+        self.student.eval()
+        with progress_bar("measuring on dev", sum(len(encoded.queries) for encoded in self.dev)) as advance:
+            return {each.dev.name: measure_by_weight(self.student, each, advance=advance) for each in self.dev}
+
+    def record(self, results: dict[str, DevResult], step: int, best: BestState) -> dict[str, Any]:
+        if step:
+            self.write(step, stage="residual", dev={name: result.values for name, result in results.items()})
+        if best.update(mean_value(results), step):
+            self.results = results
+        return {}
+
+    def _loss(self, vectors: _Vectors, positions: Sequence[int], seed: str) -> Tensor:
+        draws = [_draw(vectors, position, self.config, seed, only_judged=self.only_judged) for position in positions]
+        batch = collate_lists(vectors.labelled, draws)
+        width = batch.positive.shape[1]
+        lists = [[vectors.row[passage_id] for passage_id in draw.passage_ids] for draw in draws]
+        rows = torch.tensor([query_rows + [0] * (width - len(query_rows)) for query_rows in lists])
+        scores = self._score_lists(vectors.queries[positions], vectors.passages[rows], vectors.labelled.source.task)
+        offset = self.offsets(vectors.labelled)
+        return weighted_sum(batch_losses(scores, batch, self.weights, offset=offset), self.weights)
+
+    def _score_lists(self, queries: Tensor, passages: Tensor, task: Task) -> PairScores:
+        device, dtype = self.student.backbone.device, self.student.backbone.compute_dtype
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return self.head.score_lists(queries.to(device), passages.to(device), task)
+
+    def _change_elsewhere(self, vectors: _Vectors, seed: str) -> Tensor | float:
+        """Mean squared change of the scores of another task's texts by this task's interaction.
+
+        There are no labels for ranking these texts in this task, so the interaction should leave the order of the inner
+        product as it is. In the symmetric task both texts are of the same kind, so a query is scored against itself and
+        its nearest queries; in the asymmetric task it is scored against passages. 0 if all sets have the same task.
+        """
+        task = vectors.labelled.source.task
+        others = [other for other in self.sets if other.labelled.source.task != task]
+        if not others:
+            return 0.0
+        rng = random.Random(seed)
+        other = rng.choice(others)
+        pool, near = (other.queries, other.near_queries) if task == "symmetric" else (other.passages, other.near)
+        if near is None:
+            return 0.0
+        chosen = rng.sample(range(len(near)), min(self.config.batch_queries, len(near)))
+        width = min(self.config.num_near, near.shape[1])
+        rows = [near[row, sorted(rng.sample(range(near.shape[1]), width))] for row in chosen]
+        scores = self._score_lists(other.queries[chosen], pool[torch.from_numpy(np.stack(rows))], task)
+        assert scores.anchor is not None
+        change = scores.logits.float() - scores.anchor.float()
+        # A change that all have in common does not affect the ranking.
+        return (change - change.mean(dim=1, keepdim=True)).square().mean()
 
 
 def _encode(
@@ -205,59 +264,6 @@ def _epoch(sets: Sequence[_Vectors], batch_queries: int, seed: str) -> list[tupl
         batches += [(vectors, order[start : start + size]) for start in range(0, len(order), size)]
     random.Random(seed).shuffle(batches)
     return batches
-
-
-def _loss(
-    student: Student,
-    head: Interaction,
-    vectors: _Vectors,
-    positions: Sequence[int],
-    draws: Sequence[Draw],
-    weights: LossWeights,
-    offset: Tensor | None,
-) -> Tensor:
-    batch = collate_lists(vectors.labelled, draws)
-    width = batch.positive.shape[1]
-    lists = [[vectors.row[passage_id] for passage_id in draw.passage_ids] for draw in draws]
-    rows = torch.tensor([query_rows + [0] * (width - len(query_rows)) for query_rows in lists])
-    task, device = vectors.labelled.source.task, student.backbone.device
-    queries, passages = vectors.queries[list(positions)].to(device), vectors.passages[rows].to(device)
-    scores = _score_lists(student, head, queries, passages, task)
-    return weighted_sum(batch_losses(scores, batch, weights, offset=offset), weights)
-
-
-def _score_lists(student: Student, head: Interaction, queries: Tensor, passages: Tensor, task: Task) -> PairScores:
-    dtype = student.backbone.compute_dtype
-    with torch.autocast(queries.device.type, dtype, enabled=dtype != torch.float32):
-        return head.score_lists(queries, passages, task)
-
-
-def _change_elsewhere(
-    student: Student, head: Interaction, sets: Sequence[_Vectors], vectors: _Vectors, config: ResidualConfig, seed: str
-) -> Tensor:
-    """Mean squared change of the scores of another task's texts by this task's interaction.
-
-    There are no labels for ranking these texts in this task, so the interaction should leave the order of the inner
-    product as it is. In the symmetric task both texts are of the same kind, so a query is scored against itself and its
-    nearest queries; in the asymmetric task it is scored against passages. 0 if all sets have the same task.
-    """
-    task, device = vectors.labelled.source.task, student.backbone.device
-    others = [other for other in sets if other.labelled.source.task != task]
-    if not others:
-        return torch.zeros((), device=device)
-    rng = random.Random(seed)
-    other = rng.choice(others)
-    pool, near = (other.queries, other.near_queries) if task == "symmetric" else (other.passages, other.near)
-    if near is None:
-        return torch.zeros((), device=device)
-    chosen = rng.sample(range(len(near)), min(config.batch_queries, len(near)))
-    width = min(config.num_near, near.shape[1])
-    rows = [near[row, sorted(rng.sample(range(near.shape[1]), width))] for row in chosen]
-    queries, passages = other.queries[chosen].to(device), pool[torch.from_numpy(np.stack(rows))].to(device)
-    scores = _score_lists(student, head, queries, passages, task)
-    assert scores.anchor is not None
-    change = scores.logits.float() - scores.anchor.float()
-    return (change - change.mean(dim=1, keepdim=True)).square().mean()  # a common change does not affect the ranking
 
 
 def _drawn_neighbours(vectors: _Vectors, config: ResidualConfig, seed: int) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""The training loop of ``distill``: steps, dev evaluation, checkpoints, and the choice of the state to keep."""
+"""What ``distill`` trains: its steps and dev evaluations, and the stages that follow the training loop."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from d2llm.core.errors import OutOfTimeError, TrainingDivergedError
+from d2llm.core.errors import OutOfTimeError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
-from d2llm.core.progress import Advance, progress_bar
+from d2llm.core.progress import progress_bar
 from d2llm.core.recipe import Recipe, TrainingConfig
 from d2llm.core.recipe_file import shaping_settings
 from d2llm.core.time_limit import seconds_left, time_limit
@@ -33,22 +33,7 @@ from d2llm.data.collation import (
 from d2llm.data.plan import read_plan, write_plan
 from d2llm.models.interaction import Interaction
 from d2llm.models.student import Student
-from d2llm.training.checkpoints import (
-    BestState,
-    RunLog,
-    StopSignals,
-    adamw,
-    epochs_of,
-    learning_rate_factor,
-    load_checkpoint,
-    optimizer_step,
-    remarks,
-    require_finite,
-    restore,
-    save_checkpoint,
-    trainable,
-    warmup_steps,
-)
+from d2llm.training.checkpoints import BestState, epochs_of, remarks, trainable, warmup_steps
 from d2llm.training.choose_weights import (
     choose_interaction_weights,
     choose_share,
@@ -86,9 +71,9 @@ from d2llm.training.objective import (
 from d2llm.training.processes import Processes
 from d2llm.training.residual import AskTeacher, train_residual
 from d2llm.training.trackers import open_trackers
+from d2llm.training.trainer import Trainable, Trainer
 
 _log = logging.getLogger(__name__)
-_BEST = "best.safetensors"
 _OFFSET_RATE = 0.03  # in units of the logit, whose scale starts at 20
 _NUM_EVALUATIONS, _MAX_STEPS_BETWEEN = 5, 200
 _LEAST_SHARE = 0.5  # of limited time that the first stage gets, however long the others will take
@@ -99,10 +84,8 @@ _LABEL_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass
 class DistillProgress:
-    """The progress of a run, stored as JSON in a checkpoint."""
+    """What the dev evaluations of a run have found, stored as JSON in a checkpoint."""
 
-    step: int = 0
-    measured_step: int = -1
     start_dev: dict[str, float] = field(default_factory=dict[str, float])
     last_dev: dict[str, float] = field(default_factory=dict[str, float])
     start_items: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
@@ -110,16 +93,17 @@ class DistillProgress:
     interaction_weights: dict[Task, float] = field(default_factory=dict[Task, float])
     share_kept: float = 1.0
     label_share: float | None = None
-    seconds: float = 0.0
     seconds_per_text: float = 0.0
 
 
-class DistillRun:
-    """The training loop of one distillation, and the state that a checkpoint restores.
+class DistillRun(Trainable):
+    """One distillation.
 
     With a time limit (``core.time_limit``) the first stage ends early enough for the others, by the speed at which dev
     was encoded last.
     """
+
+    title = "distilling"
 
     def __init__(
         self,
@@ -145,7 +129,6 @@ class DistillRun:
         self.folder = folder
         self.processes = processes
         self.ask_teacher = ask_teacher
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.has_stages = _has_stages(student, recipe)
         if recipe.training.dual_head and isinstance(student.interaction, Interaction):
             student.interaction.split_heads()
@@ -160,94 +143,46 @@ class DistillRun:
         self.offsets = make_offsets(student, sources)
         self.parameters = trainable(student) | self.offsets
         self.start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        self.optimizer = _optimizer(self.parameters, recipe.training)
+        self.groups = _groups(self.parameters, recipe.training)
         self.progress = DistillProgress()
-        self.best = BestState(self.parameters, folder / _BEST)
         self.adopted: dict[str, DevResult] | None = None
-        checkpoint = load_checkpoint(folder, settings=self.settings, shaping=shaping_settings)
-        if checkpoint is not None:
-            restore(checkpoint, self.parameters, self.optimizer)
-            self._resume(checkpoint.state)
-            remarks.info("distill: continues after step %d of an earlier run", self.progress.step)
-        self.log: RunLog | None = None
-        if processes.is_first:
-            key = fingerprint_json({**self.settings, "recipe": shaping_settings(recipe)})
-            trackers = open_trackers(recipe, folder, run_key=key, resume_step=self.progress.step)
-            resume_step = -1 if checkpoint is None else checkpoint.step
-            self.log = RunLog(folder, resume_step=resume_step, trackers=trackers)
+        self.batches: list[tuple[LabelledSource, list[Draw]]] = []
         self.per_epoch = batches_per_epoch(self.sources, recipe.training.batch_queries)
         self.total_steps = self.per_epoch * epochs_of(recipe.training, self.per_epoch)
-        self.warmup_steps = warmup_steps(recipe.training, self.total_steps)
-        default_interval = min(_MAX_STEPS_BETWEEN, -(-self.total_steps // _NUM_EVALUATIONS))
-        self.eval_every = recipe.training.eval_every or default_interval
         self.room = graph_room(recipe.training, student.backbone.device)
-        self.signals = StopSignals()
-        self.timed_at: float | None = None
-        self.limit = seconds_left()
         self.measuring_seconds = 0.0
         self.num_planned = sum(len(each.entries) + len(each.passage_ids) for each in sources)
-        self.saved_step, self.saved_at = -1 if checkpoint is None else checkpoint.step, time.monotonic()
+        training, key = recipe.training, fingerprint_json({**settings, "recipe": shaping_settings(recipe)})
+        self.trainer = Trainer(
+            self,
+            folder,
+            settings,
+            shaping=shaping_settings,
+            seed=recipe.seed,
+            warmup_steps=warmup_steps(training, self.total_steps),
+            max_gradient_norm=training.max_gradient_norm,
+            eval_every=training.eval_every or min(_MAX_STEPS_BETWEEN, -(-self.total_steps // _NUM_EVALUATIONS)),
+            eval_start=True,
+            patience=training.patience,
+            max_minutes=training.max_minutes or math.inf,
+            checkpoint_every=training.checkpoint_every,
+            checkpoint_minutes=training.checkpoint_minutes,
+            open_trackers=lambda step: open_trackers(recipe, folder, run_key=key, resume_step=step),
+            processes=processes,
+        )
 
     def train(self) -> bool:
-        """Train to the end; returns whether it was stopped early by the dev results.
+        """Train to the end, and load the best state; returns whether the training ended early.
 
         Raises:
             KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last complete step is kept.
         """
-        max_minutes = self.recipe.training.max_minutes
-        seconds = math.inf if max_minutes is None else max(0.0, 60 * max_minutes - self.progress.seconds)
-        bar = progress_bar("distilling", self.total_steps, done=self.progress.step, seconds=seconds)
-        with self.signals, bar as advance:
-            try:
-                return self._train(advance)
-            except (KeyboardInterrupt, OutOfTimeError):
-                if self.signals.is_consistent and self.best.step is not None:
-                    self._save()
-                    remarks.info("distill: step %d is saved in %s", self.progress.step, self.folder)
-                raise
+        self._remine((self.trainer.step - 1) // self.per_epoch)  # takes up the plans of a run that is resumed
+        return self.trainer.train()
 
-    def _train(self, advance: Advance) -> bool:
-        training, progress = self.recipe.training, self.progress
-        batches: list[tuple[LabelledSource, list[Draw]]] = []
-        self._remine((progress.step - 1) // self.per_epoch)  # takes up the plans of a run that is resumed
-        self._evaluate_and_save()  # before the first step, or if a stop prevented it
-        while progress.step < self.total_steps:
-            if self.best.looks_since >= training.patience:
-                return True
-            if self._is_out_of_time():
-                remarks.info("distill: stops after %d of %d steps: out of time", progress.step, self.total_steps)
-                if progress.measured_step < progress.step:
-                    self._evaluate()
-                    self._save()
-                return True
-            epoch, place = divmod(progress.step, self.per_epoch)
-            if not batches or place == 0:
-                if place == 0 and (training.remine or training.in_batch_labels) and self.saved_step != progress.step:
-                    # A run that is resumed must not see this epoch's plans and labels in the last one, and the teacher
-                    # may take long, or end the run.
-                    self._save()
-                self._remine(epoch)
-                batches = self._batches(epoch)
-                if place == 0:
-                    self._write(progress.step + 1, queries=queries_by_set(batches))
-            self._step(*batches[place], advance)
-            self._evaluate_and_save()
-        return False
-
-    def _is_out_of_time(self) -> bool:
-        """Whether the first stage has taken ``training.max_minutes``, or must leave what is left of a time limit.
-
-        The first process says so for all.
-        """
-        max_minutes = self.recipe.training.max_minutes
-        if max_minutes is None and math.isinf(self.limit):
-            return False
-        now = time.monotonic()
-        self.progress.seconds += 0.0 if self.timed_at is None else now - self.timed_at
-        self.timed_at = now
-        others = min(self.seconds_after("vectors"), (1 - _LEAST_SHARE) * self.limit)
-        is_over = max_minutes is not None and self.progress.seconds >= 60 * max_minutes
-        return self.processes.from_first(is_over or seconds_left() < others)
+    def reserved_seconds(self) -> float:
+        """What the other stages need, at most half of the time."""
+        return min(self.seconds_after("vectors"), (1 - _LEAST_SHARE) * self.trainer.limit)
 
     def seconds_after(self, stage: Literal["vectors", "interaction", "tokens"]) -> float:
         """How long what follows a stage will take, nearly all of it for encoding texts."""
@@ -267,35 +202,13 @@ class DistillRun:
             num_texts += (1 + num_shares) * num_dev + (num_dev + self.num_planned if self.has_stages else 0)
         return num_texts * self.progress.seconds_per_text
 
-    def _evaluate_and_save(self) -> None:
-        """After a step, evaluate on dev and save a checkpoint if they are due."""
-        training, progress = self.recipe.training, self.progress
-        at_end = progress.step == self.total_steps
-        is_due = progress.step // self.eval_every > progress.measured_step // self.eval_every
-        is_evaluated = at_end or (is_due and self._has_time_to_measure())
-        is_evaluated &= progress.measured_step < progress.step
-        if is_evaluated:
-            self._evaluate()
-        # Save a checkpoint with every new best state, so that a resumed run has matching ones.
-        is_due = progress.step % training.checkpoint_every == 0 or at_end or self.best.step == progress.step
-        is_due |= time.monotonic() - self.saved_at > 60 * training.checkpoint_minutes
-        if is_due and (is_evaluated or self.saved_step != progress.step):
-            self._save()
-
-    def _has_time_to_measure(self) -> bool:
-        """Whether measuring on dev leaves most of a limited time to training; the first process says so for all.
-
-        The start and the end are always measured.
-        """
-        if math.isinf(self.limit) or self.progress.measured_step < 0:
+    def may_evaluate(self) -> bool:
+        """Whether measuring on dev leaves most of a limited time to training."""
+        if math.isinf(self.trainer.limit):
             return True
         needed = self.progress.seconds_per_text * sum(dev_set.num_texts for dev_set in self.dev_sets)
         needed *= 2  # also at the end
-        return self.processes.from_first(self.measuring_seconds + needed <= _MEASURING_SHARE * self.limit)
-
-    def take_best(self) -> None:
-        """Load the best state into the student."""
-        self.best.put_back()
+        return self.processes.from_first(self.measuring_seconds + needed <= _MEASURING_SHARE * self.trainer.limit)
 
     def merge_heads(self) -> None:
         """Combine the two heads, if there are two, with the weight that is best on dev; even weights if all are equal.
@@ -329,12 +242,12 @@ class DistillRun:
         self.parameters = trainable(self.student) | self.offsets
         self._adopt(by_share[share])
         for each, results in by_share.items():
-            self._write(self.progress.step, label_share=each, dev=_rounded(results))
+            self.trainer.write(self.trainer.step, label_share=each, dev=_rounded(results))
 
     def step_back(self) -> None:
         """Undo as much of the change as possible without a significant loss on dev (``training.choose_weights``)."""
         training, progress = self.recipe.training, self.progress
-        if self.best.step == 0 or not training.steps_back:
+        if self.trainer.best.step == 0 or not training.steps_back:
             return
         end = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
@@ -354,7 +267,7 @@ class DistillRun:
         self._adopt(results[share])
         progress.share_kept = share
         for each, share_results in results.items():
-            self._write(progress.step, share=each, dev=_rounded(share_results))
+            self.trainer.write(self.trainer.step, share=each, dev=_rounded(share_results))
 
     def leave_out_pma(self) -> None:
         """Set the gate of PMA to 0, unless some dev set is significantly worse without it (``choose_weights``)."""
@@ -403,12 +316,7 @@ class DistillRun:
             self.progress.interaction_weights = choose_interaction_weights(results, start, seed=self.recipe.seed)
 
     def _write_after(self, step: int, **values: Any) -> None:
-        self._write(self.progress.step + step, **values)
-
-    def finish(self) -> None:
-        """Close the log at the end of the run."""
-        if self.log is not None:
-            self.log.finish()
+        self.trainer.write(self.trainer.step + step, **values)
 
     def _remine(self, epoch: int) -> None:
         """Mine hard negatives with the current student; they are stored, so that a resumed run uses the same ones."""
@@ -474,8 +382,20 @@ class DistillRun:
             temperature=training.sampling_temperature,
         )
 
-    def _step(self, source: LabelledSource, draws: list[Draw], advance: Advance) -> None:
-        progress, training = self.progress, self.recipe.training
+    def step(self, step: int) -> dict[str, Any]:
+        """Add the gradient of a batch."""
+        training = self.recipe.training
+        epoch, place = divmod(step, self.per_epoch)
+        if not self.batches or place == 0:
+            if place == 0 and (training.remine or training.in_batch_labels) and self.trainer.saved != step:
+                # A run that is resumed must not see this epoch's plans and labels in the last one, and the teacher
+                # may take long, or end the run.
+                self.trainer.save()
+            self._remine(epoch)
+            self.batches = self._batches(epoch)
+            if place == 0:
+                self.trainer.write(step + 1, queries=queries_by_set(self.batches))
+        source, draws = self.batches[place]
         self.student.train()
         batch = collate(source, draws)
         ids = batch_tokens(self.student, batch)
@@ -490,9 +410,7 @@ class DistillRun:
             losses.update(batch_losses(scores, batch, self.recipe.losses, offset=offset))
             losses.update(nested_losses(self.student, vectors, batch, self.recipe.losses, nested))
             losses.update(expansion_losses(vectors, batch, self.recipe.losses))
-            loss = weighted_sum(losses, self.recipe.losses)
-            require_finite(loss, progress.step, self.folder)
-            return loss
+            return weighted_sum(losses, self.recipe.losses)
 
         loss = backpropagate(
             self.student,
@@ -502,61 +420,42 @@ class DistillRun:
             depths=depths,
             part_tokens=training.part_tokens,
             room=self.room,
-            seed=self.recipe.seed * 1_000_003 + progress.step,  # dropout depends only on the step: resuming is exact
+            seed=self.recipe.seed * 1_000_003 + step,  # dropout depends only on the step: resuming is exact
             processes=self.processes,
         )
-        factor = learning_rate_factor(progress.step, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
-        with self.signals.held():
-            norm = optimizer_step(
-                self.optimizer, self.parameters, factor=factor, max_gradient_norm=training.max_gradient_norm
-            )
-            progress.step += 1
-            values = {name: round(float(value.detach()), 6) for name, value in losses.items()}
-            self._write(progress.step, loss=float(loss), gradient_norm=norm, task=source.source.task, **values)
-        advance(1, f"loss {float(loss):.3f}  dev {self.best.value or 0:.4f}")
+        values = {name: round(float(value.detach()), 6) for name, value in losses.items()}
+        return {"loss": loss, "task": source.source.task, **values}
 
-    def _write(self, step: int, **values: Any) -> None:
-        if self.log is not None:
-            self.log.write(step, **values)
-
-    def _evaluate(self) -> None:
-        """Evaluate on dev, record the result in the first process, and share the progress with the others."""
+    def evaluate(self) -> dict[str, DevResult]:
+        """Measure the student on dev; empty in other processes than the first."""
         self.student.eval()
         started = time.monotonic()
-        results = self._dev_results("measuring on dev" if self.progress.step else "measuring the start on dev")
-        self.measuring_seconds += time.monotonic() - started
-        if self.processes.is_first:
-            num_texts = sum(dev_set.num_texts for dev_set in self.dev_sets)
-            self.progress.seconds_per_text = (time.monotonic() - started) / max(1, num_texts)
-            with self.signals.held():
-                self._record(results)
-        progress, best = self.processes.from_first((vars(self.progress), self.best.record()))
-        vars(self.progress).update(progress)
-        self.best.take_up(best)
+        results = self._dev_results("measuring on dev" if self.trainer.step else "measuring the start on dev")
+        seconds = time.monotonic() - started
+        self.measuring_seconds += seconds
+        self.progress.seconds_per_text = seconds / max(1, sum(dev_set.num_texts for dev_set in self.dev_sets))
+        return results
 
     def _dev_results(self, title: str) -> dict[str, DevResult]:
         """The dev results; empty in other processes than the first."""
         return evaluate_dev(self.student, self.dev_sets, title=title, processes=self.processes)
 
-    def _record(self, results: dict[str, DevResult]) -> None:
-        """Record the dev results of this step, and keep the state if it is the best so far."""
+    def record(self, results: dict[str, DevResult], step: int, best: BestState) -> dict[str, Any]:
+        """Record the dev results of a step, and keep the state if it is the best so far."""
         progress = self.progress
-        weights = choose_interaction_weights(results)
-        by_set = value_by_set(results, weights)
+        by_set = value_by_set(results, choose_interaction_weights(results))
         progress.last_dev = by_set
-        value = mean_value(results)
         items = items_at_best_weight(results)
-        if self.best.step is None:
+        if best.step is None:
             progress.start_dev, progress.start_items = by_set, items
         # A state that is worse on one data set is not kept, whatever it gained on another. If ``step_back`` runs at the
         # end, it makes sure of that.
         is_sound = self.recipe.training.steps_back or not worse_sets(progress.start_items, items, seed=self.recipe.seed)
-        if self.best.offer(value, progress.step, is_sound=is_sound):
+        if best.update(mean_value(results), step, is_sound=is_sound):
             self._adopt(results)
-        progress.measured_step = progress.step
         dev = _rounded(results)
-        self._write(progress.step, dev=dev)
-        _log.info("step %d: dev %s", progress.step, dev)
+        _log.info("step %d: dev %s", step, dev)
+        return {"dev": dev}
 
     def _adopt(self, results: dict[str, DevResult]) -> None:
         """Use these as the dev results of the student to be written, and choose the weights r by them."""
@@ -592,31 +491,13 @@ class DistillRun:
         if dropped := self.student.drop_idle_parts():
             remarks.info("distill: %s added nothing and is not in the student", " and ".join(dropped))
 
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """The progress of the run, as JSON."""
-        best = {
-            "best_step": self.best.step,
-            "best_dev": self.best.value,
-            "evaluations_without_gain": self.best.looks_since,
-        }
-        return vars(self.progress) | best
+        return vars(self.progress)
 
-    def _resume(self, state: Mapping[str, Any]) -> None:
-        best = {"step": "best_step", "value": "best_dev", "looks_since": "evaluations_without_gain"}
-        self.best.take_up({name: state[key] for name, key in best.items()})
-        self.progress = DistillProgress(**{key: value for key, value in state.items() if key not in best.values()})
-
-    def _save(self) -> None:
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters.values()):
-            raise TrainingDivergedError(
-                f"weights became infinite or NaN before step {self.progress.step}; training stopped. The last good "
-                f"checkpoint is kept in {self.folder}. Lower the learning rate"
-            )
-        self.saved_step, self.saved_at = self.progress.step, time.monotonic()
-        if self.processes.is_first:
-            step, state = self.progress.step, self._state()
-            with self.signals.held():
-                save_checkpoint(self.folder, step, self.parameters, self.optimizer, state, settings=self.settings)
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from such a state."""
+        vars(self.progress).update(state)
 
 
 def listed_passages(training: TrainingConfig) -> int:
@@ -633,12 +514,12 @@ def _rounded(results: dict[str, DevResult]) -> dict[str, dict[str, float]]:
     return {name: {str(w): round(v, 5) for w, v in result.values.items()} for name, result in results.items()}
 
 
-def _optimizer(parameters: dict[str, nn.Parameter], training: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW with separate learning rates for backbone and heads."""
+def _groups(parameters: dict[str, nn.Parameter], training: TrainingConfig) -> list[tuple[list[Tensor], float, float]]:
+    """The parameters with their learning rates: backbone, heads and offsets have their own."""
     groups: dict[float, list[Tensor]] = {}
     for name, parameter in parameters.items():
         is_encoder = name.startswith(("backbone.", "token_projection."))
         rate = training.learning_rate if is_encoder else training.head_learning_rate
         rate = _OFFSET_RATE if name.startswith(OFFSET) else rate
         groups.setdefault(rate, []).append(parameter)
-    return adamw((group, rate, training.weight_decay) for rate, group in groups.items())
+    return [(group, rate, training.weight_decay) for rate, group in groups.items()]

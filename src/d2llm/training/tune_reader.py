@@ -37,21 +37,9 @@ from d2llm.models.student import Student
 from d2llm.ops.losses import drawing_loss
 from d2llm.ops.measures import per_query_measures
 from d2llm.retrieval.protocols import task_for
-from d2llm.training.checkpoints import (
-    CHECKPOINT,
-    RunLog,
-    StopSignals,
-    adamw,
-    learning_rate_factor,
-    load_checkpoint,
-    optimizer_step,
-    remarks,
-    require_finite,
-    restore,
-    save_checkpoint,
-    trainable,
-)
+from d2llm.training.checkpoints import trainable
 from d2llm.training.ranked_lists import RankedLists, collect_lists, dev_queries, train_queries
+from d2llm.training.trainer import Trainable, Trainer
 
 _WEIGHT_DECAY = 0.01
 _MEASURED_AT_ONCE = 64
@@ -138,7 +126,7 @@ def tune_reader(
     Args:
         student: makes the vectors and ranks the lists.
         datasets: retrieval sets with a train split and, to measure the reader, a dev split.
-        folder: where to write the reader; ``<folder>.run`` beside it has the lists, the checkpoint and the log.
+        folder: where to write the reader; ``<folder>.run`` beside it has the lists, and each stage's log.
         config: the language model, the lists and the schedule.
         task: the type of search whose scores rank the lists; by default what the student was trained for.
         seed: seed of the network's and the adapter's initial weights, of the order of lists, and of the dev queries.
@@ -169,16 +157,15 @@ def tune_reader(
         for dataset in datasets
     }
     train = [each["train"] for each in lists.values()]
-    run = ReaderTraining(reader, train, config, run_folder, _settings(reader, train, config, seed), seed=seed)
-    run.train()
+    stages = train_reader(reader, train, config, run_folder, _settings(reader, train, config, seed), seed=seed)
     reader.eval()
     report = ReaderTuningReport(
         folder=str(folder),
         fingerprint="",
         num_lists={name: int(each["train"].grades.any(axis=1).sum()) for name, each in lists.items()},
         num_shared=num_shared,
-        steps=len(run.losses),
-        losses=run.mean_losses,
+        steps=sum(stage.step for stage in stages),
+        losses=tuple(stage.mean_losses for stage in stages),
         dev={
             dataset.name: measure(reader, lists[dataset.name]["dev"], dataset.qrels["dev"], seed=seed)
             for dataset in datasets
@@ -194,7 +181,8 @@ def tune_reader(
         "report": {key: value for key, value in asdict(report).items() if key not in ("fingerprint", "folder")},
     }
     fingerprint = reader.save(folder, content)
-    (run_folder / CHECKPOINT).unlink()  # if the finished reader is deleted, the next run must start from scratch
+    for stage in stages:
+        stage.delete_checkpoint()
     return replace(report, fingerprint=fingerprint)
 
 
@@ -249,102 +237,63 @@ def ndcg(lists: RankedLists, orders: Sequence[Sequence[int]], qrels: Qrels) -> N
     return np.array([values[query_id] for query_id in lists.query_ids])
 
 
-class ReaderTraining:
-    """The training loop of both stages, and the state that a checkpoint restores."""
+def train_reader(
+    reader: ListwiseReader,
+    lists: Sequence[RankedLists],
+    config: ReaderTuningConfig,
+    folder: Path,
+    settings: dict[str, Any],
+    *,
+    seed: int,
+) -> list[Trainer]:
+    """Train a reader in both stages, or resume its training in ``folder``; returns the trainers of the stages."""
+    read = training_lists(lists, sum(config.lists), seed)
+    use_plain_attention_on_cpu(reader.backbone.model)
+    stages = read[: config.lists[0]], read[config.lists[0] :]
+    trainers: list[Trainer] = []
+    for name, part in zip(("network", "lora"), stages, strict=True):
+        if not part:
+            continue
+        stage = _Stage(reader, part, config, seed, trainers)
+        trainer = Trainer(
+            stage,
+            folder / name,
+            settings,
+            seed=seed,
+            warmup_steps=int(config.warmup_fraction * stage.total_steps),
+            checkpoint_minutes=config.checkpoint_minutes,
+        )
+        trainer.train()
+        trainers.append(trainer)
+    return trainers
+
+
+class _Stage(Trainable):
+    """The network alone, or after this stage the network and the adapter."""
 
     def __init__(
         self,
         reader: ListwiseReader,
-        lists: Sequence[RankedLists],
+        lists: Sequence[ReadList],
         config: ReaderTuningConfig,
-        folder: Path,
-        settings: dict[str, Any],
-        *,
         seed: int,
+        earlier: Sequence[Trainer],
     ) -> None:
-        """Begin a run, or resume the one whose checkpoint is in ``folder``."""
-        self.reader, self.config, self.folder, self.settings, self.seed = reader, config, folder, settings, seed
-        read = training_lists(lists, sum(config.lists), seed)
-        stages = read[: config.lists[0]], read[config.lists[0] :]
-        size = config.batch_lists
-        self.stages = [[own[start : start + size] for start in range(0, len(own), size)] for own in stages]
-        self.losses: list[float] = []
-        use_plain_attention_on_cpu(reader.backbone.model)
-        checkpoint = load_checkpoint(folder, settings=settings)
-        self._begin(0 if checkpoint is None else checkpoint.state["stage"])
-        if checkpoint is not None:
-            restore(checkpoint, self.parameters, self.optimizer)
-            self.losses = checkpoint.state["losses"]
-            remarks.info("tune-reader: continues after step %d of an earlier run", len(self.losses))
-        self.log = RunLog(folder, resume_step=len(self.losses) if checkpoint is not None else -1)
-        self.signals = StopSignals()
+        self.reader, self.seed, self.steps_before = reader, seed, sum(stage.step for stage in earlier)
+        self.batches = [lists[start : start + config.batch_lists] for start in range(0, len(lists), config.batch_lists)]
+        self.total_steps = len(self.batches)
+        self.title, rate, self.parameters = "tuning the reader's network", config.network_rate, reader.own_parameters
+        if earlier:
+            reader.backbone.prepare_training(seed=seed)
+            self.title, rate, self.parameters = "tuning the reader", config.lora_rate, trainable(reader)
+        self.groups = [([*self.parameters.values()], rate, _WEIGHT_DECAY)]
 
-    @property
-    def mean_losses(self) -> tuple[tuple[float, float], ...]:
-        """The mean loss in the first and the last tenth of each stage."""
-        first = len(self.stages[0])
-        parts = [part for part in (self.losses[:first], self.losses[first:]) if part]
-        tenths = [max(1, len(part) // 10) for part in parts]
-        return tuple(
-            (float(np.mean(part[:tenth])), float(np.mean(part[-tenth:])))
-            for part, tenth in zip(parts, tenths, strict=True)
-        )
-
-    def train(self) -> None:
-        """Train to the end; the last state is saved as a checkpoint, also after Ctrl-C or SIGTERM."""
-        total, saved_at = sum(map(len, self.stages)), time.monotonic()
-        with self.signals, progress_bar("tuning the reader", total, done=len(self.losses)) as advance:
-            try:
-                while len(self.losses) < total:
-                    self._step()
-                    advance(1, f"loss {self.losses[-1]:.2f}")
-                    if time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
-                        self._save()
-                        saved_at = time.monotonic()
-            except KeyboardInterrupt:
-                if self.signals.is_consistent and self.losses:
-                    self._save()
-                    remarks.info("tune-reader: step %d is saved in %s", len(self.losses), self.folder)
-                raise
-        self._save()
-
-    def _begin(self, stage: int) -> None:
-        """Set the parameters of a stage, and a new optimiser for them."""
-        self.stage = stage
-        rate = self.config.network_rate
-        self.parameters = self.reader.own_parameters
-        if stage:
-            rate = self.config.lora_rate
-            self.reader.backbone.prepare_training(seed=self.seed)
-            self.parameters = trainable(self.reader)
+    def step(self, step: int) -> dict[str, Any]:
         self.reader.train()  # with the dropout of new adapters
-        self.optimizer = adamw([(list(self.parameters.values()), rate, _WEIGHT_DECAY)])
-
-    def _step(self) -> None:
-        number = len(self.losses)
-        step = number - len(self.stages[0])
-        if step >= 0 and self.stage == 0:
-            with self.signals.held():
-                self._begin(1)
-        step = number if step < 0 else step
-        torch.manual_seed(self.seed * 1_000_003 + number)  # dropout depends only on the step, so resuming is exact
-        batches = self.stages[self.stage]
-        loss = loss_of(self.reader, batches[step])
-        require_finite(loss.detach(), number, self.folder)
+        torch.manual_seed(self.seed * 1_000_003 + self.steps_before + step)  # another dropout than in earlier stages
+        loss = loss_of(self.reader, self.batches[step])
         loss.backward()
-        warmup_steps = int(self.config.warmup_fraction * len(batches))
-        factor = learning_rate_factor(step, warmup_steps=warmup_steps, total_steps=len(batches))
-        with self.signals.held():
-            optimizer_step(self.optimizer, self.parameters, factor=factor, max_gradient_norm=1.0)
-            self.losses.append(float(loss.detach()))
-            self.log.write(len(self.losses), loss=self.losses[-1])
-
-    def _save(self) -> None:
-        state = {"losses": self.losses, "stage": self.stage}
-        with self.signals.held():
-            save_checkpoint(
-                self.folder, len(self.losses), self.parameters, self.optimizer, state, settings=self.settings
-            )
+        return {"loss": loss.detach()}
 
 
 def loss_of(reader: ListwiseReader, batch: Sequence[ReadList]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -33,27 +33,13 @@ from d2llm.models.teachers.identity import TEACHER_KIND
 from d2llm.models.teachers.judge import Judge, load_judge
 from d2llm.models.teachers.local import LocalTeacher
 from d2llm.ops.batching import token_budget_batches
-from d2llm.training.checkpoints import (
-    CHECKPOINT,
-    BestState,
-    RunLog,
-    StopSignals,
-    adamw,
-    learning_rate_factor,
-    load_checkpoint,
-    optimizer_step,
-    remarks,
-    require_finite,
-    restore,
-    save_checkpoint,
-    trainable,
-)
+from d2llm.training.checkpoints import BestState, trainable
 from d2llm.training.gradient_cache import backpropagate_parts, graph_room
+from d2llm.training.trainer import Trainable, Trainer
 
 _PAIR_SHARE = 0.3  # weight of the yes/no loss when it is added to the softmax over lists
 _LARGEST_SHARE = 5  # at most one fifth of a plan is held out
 _ALL = 1_000_000
-_BEST = "best.safetensors"
 _SORTED_BATCHES = 16  # number of batches whose pairs are sorted by length together
 
 
@@ -123,7 +109,6 @@ def tune_teacher(
     model.prepare_training(
         tuning.lora, tuning=tuning.tuning, gradient_checkpointing=tuning.gradient_checkpointing, seed=seed
     )
-    run_folder = working_folder(folder)
     settings = {  # everything that affects a run; a checkpoint or tuned teacher with other settings is from another run
         "recipe": tuning_settings(Recipe(teacher=teacher, teacher_tuning=tuning, seed=seed)),
         "model": model.fingerprint,
@@ -131,21 +116,30 @@ def tune_teacher(
         **learns_from,
     }
     batches = _epoch_batches(pairs, tuning, seed)
-    run = _TuningRun(model, batches, dev_pairs, tuning, run_folder, settings=settings, seed=seed)
-    run.train()
-    run.best.put_back()
-    losses = run.losses
-    tail = losses[-max(1, len(losses) // 10) :]
+    run = _Tuning(model, batches, dev_pairs, tuning)
+    trainer = Trainer(
+        run,
+        working_folder(folder),
+        settings,
+        shaping=tuning_settings,
+        seed=seed,
+        warmup_steps=int(tuning.warmup_fraction * len(batches)),
+        eval_every=tuning.eval_every if dev_pairs else None,
+        lower_is_better=tuning.dev_measure == "cross_entropy",
+        patience=tuning.patience,
+        checkpoint_minutes=tuning.checkpoint_minutes,
+    )
+    trainer.train()
     report = TeacherTuningReport(
         folder=str(folder),
         fingerprint="",
-        pairs=sum(map(len, batches[: len(losses)])),
-        steps=len(losses),
-        num_truncated=run.num_truncated,
-        loss=sum(tail) / len(tail),
+        pairs=sum(map(len, batches[: trainer.step])),
+        steps=trainer.step,
+        num_truncated=sum(run.num_truncated),
+        loss=trainer.mean_losses[1],
         seconds=time.monotonic() - started,
-        best_step=run.best.step,
-        dev=run.best.value,
+        best_step=trainer.best.step,
+        dev=trainer.best.value,
     )
     content: dict[str, Any] = {
         "tuning": tuning.model_dump(),
@@ -156,13 +150,14 @@ def tune_teacher(
     }
     with new_folder(folder, kind=TEACHER_KIND) as temporary:
         fingerprint = model.save(temporary, content)
-    (run_folder / _BEST).unlink(missing_ok=True)
-    (run_folder / CHECKPOINT).unlink()  # if the finished teacher is deleted, the next run must start from scratch
+    trainer.delete_checkpoint()
     return replace(report, fingerprint=fingerprint)
 
 
-class _TuningRun:
-    """The training loop of one tuning run, and the state that a checkpoint restores."""
+class _Tuning(Trainable):
+    """A teacher and its batches."""
+
+    title = "tuning the teacher"
 
     def __init__(
         self,
@@ -170,104 +165,37 @@ class _TuningRun:
         batches: Sequence[list[TrainingPair]],
         dev_pairs: Sequence[TrainingPair],
         tuning: TeacherTuningConfig,
-        folder: Path,
-        *,
-        settings: dict[str, Any],
-        seed: int,
     ) -> None:
-        """Begin a run, or resume the one whose checkpoint is in ``folder``."""
-        self.model = model
-        self.batches = batches
-        self.dev_pairs = dev_pairs
-        self.tuning = tuning
-        self.folder = folder
-        self.settings = settings
-        self.seed = seed
-        self.losses: list[float] = []
-        self.num_truncated = 0
-        self.num_finished = 0
-        """Steps whose dev evaluation is finished too: the number of ``losses``, or one less."""
-        folder.mkdir(parents=True, exist_ok=True)
+        self.model, self.batches, self.dev_pairs, self.tuning = model, batches, dev_pairs, tuning
+        self.total_steps = len(batches)
+        self.num_truncated: list[int] = []
+        """By step."""
         self.parameters = trainable(model)
+        self.groups = [([*self.parameters.values()], tuning.learning_rate, 0.0)]
         self.part_tokens = tuning.part_tokens or tokens_to_train(
             model.device, size_of_states(model.model), checkpointed=tuning.gradient_checkpointing
         )
         self.room = graph_room(tuning, model.device)
-        self.optimizer = adamw([(list(self.parameters.values()), tuning.learning_rate, 0.0)])
-        lower_is_better = tuning.dev_measure == "cross_entropy"
-        self.best = BestState(self.parameters, folder / _BEST, lower_is_better=lower_is_better)
-        checkpoint = load_checkpoint(folder, settings=settings, shaping=tuning_settings)
-        if checkpoint is not None:
-            restore(checkpoint, self.parameters, self.optimizer)
-            self.losses, self.num_truncated = checkpoint.state["losses"], checkpoint.state["num_truncated"]
-            self.num_finished = checkpoint.state["num_finished"]
-            self.best.take_up(checkpoint.state["best"])
-            remarks.info("tune-teacher: continues after step %d of an earlier run", len(self.losses))
-        self.log = RunLog(folder, resume_step=-1 if checkpoint is None else self.num_finished)
-        self.signals = StopSignals()
 
-    def train(self) -> None:
-        """Train to the end, or until held-out pairs stop it early; the last state is saved as a checkpoint.
-
-        After Ctrl-C or SIGTERM (``KeyboardInterrupt``) that is the state of the last complete step.
-        """
+    def step(self, step: int) -> dict[str, Any]:
         self.model.train()
-        saved_at = time.monotonic()
-        with self.signals, progress_bar("tuning the teacher", len(self.batches), done=self.num_finished) as advance:
-            try:
-                while self.best.looks_since < self.tuning.patience and self.num_finished < len(self.batches):
-                    if len(self.losses) == self.num_finished:  # otherwise the run was stopped before its evaluation
-                        self._step()
-                    self._evaluate()
-                    advance(1)
-                    if time.monotonic() - saved_at > 60 * self.tuning.checkpoint_minutes:
-                        self._save()
-                        saved_at = time.monotonic()
-            except KeyboardInterrupt:
-                if self.signals.is_consistent and self.losses:
-                    self._save()
-                    remarks.info("tune-teacher: step %d is saved in %s", len(self.losses), self.folder)
-                raise
-        self._save()
-
-    def _step(self) -> None:
-        step, total = len(self.losses), len(self.batches)
-        torch.manual_seed(self.seed * 1_000_003 + step)  # dropout depends only on the step, so resuming is exact
         batch = self.batches[step]
         loss, num_truncated = accumulate(self.model, batch, self.part_tokens, self.tuning.loss, room=self.room)
-        require_finite(loss, step, self.folder)
-        warmup_steps = int(self.tuning.warmup_fraction * total)
-        factor = learning_rate_factor(step, warmup_steps=warmup_steps, total_steps=total)
-        with self.signals.held():
-            optimizer_step(self.optimizer, self.parameters, factor=factor, max_gradient_norm=1.0)
-            self.losses.append(float(loss))
-            self.num_truncated += num_truncated
+        self.num_truncated[step:] = [num_truncated]  # a step that was interrupted is repeated
+        return {"loss": loss, "pairs": len(batch)}
 
-    def _evaluate(self) -> None:
-        """Measure on held-out pairs if that is due after this step, and log the step."""
-        step, every = len(self.losses), self.tuning.eval_every
-        score: DevScore | None = None
-        if self.dev_pairs and every is not None and (step % every == 0 or step == len(self.batches)):
-            score = score_dev(self.model, self.dev_pairs)
-        with self.signals.held():
-            measured: dict[str, float] = {}
-            if score is not None:
-                self.best.offer(getattr(score, self.tuning.dev_measure), step)
-                measured = {"dev_cross_entropy": score.cross_entropy, "dev_mrr": score.mrr}
-            self.log.write(step, loss=self.losses[-1], pairs=len(self.batches[self.num_finished]), **measured)
-            self.num_finished += 1
+    def evaluate(self) -> DevScore:
+        return score_dev(self.model, self.dev_pairs)
 
-    def _save(self) -> None:
-        state = {
-            "losses": self.losses,
-            "num_truncated": self.num_truncated,
-            "num_finished": self.num_finished,
-            "best": self.best.record(),
-        }
-        with self.signals.held():
-            save_checkpoint(
-                self.folder, len(self.losses), self.parameters, self.optimizer, state, settings=self.settings
-            )
+    def record(self, results: DevScore, step: int, best: BestState) -> dict[str, Any]:
+        best.update(getattr(results, self.tuning.dev_measure), step)
+        return {"dev_cross_entropy": results.cross_entropy, "dev_mrr": results.mrr}
+
+    def state(self) -> dict[str, Any]:
+        return {"num_truncated": self.num_truncated}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.num_truncated = state["num_truncated"]
 
 
 # Pairs that a student has scored -------------------------------------------------------------------------------------

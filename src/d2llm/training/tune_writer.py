@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from d2llm.core.errors import InputError
 from d2llm.core.files import check_replaceable, new_folder, write_bytes
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.inputs import objects_of
-from d2llm.core.progress import progress_bar
 from d2llm.core.recipe import WriterConfig, WriterTuningConfig
 from d2llm.core.table import Column, Table
 from d2llm.data.beir import Dataset
@@ -25,20 +22,8 @@ from d2llm.models.sources import hub_name
 from d2llm.models.writers.local import WRITER_KIND, LocalWriter
 from d2llm.models.writers.writer import Assignment, keywords_of, kind_of_query
 from d2llm.ops.batching import token_budget_batches
-from d2llm.training.checkpoints import (
-    CHECKPOINT,
-    RunLog,
-    StopSignals,
-    adamw,
-    learning_rate_factor,
-    load_checkpoint,
-    optimizer_step,
-    remarks,
-    require_finite,
-    restore,
-    save_checkpoint,
-    trainable,
-)
+from d2llm.training.checkpoints import BestState, trainable
+from d2llm.training.trainer import Trainable, Trainer
 
 _SORTED_EXAMPLES = 2048  # number of examples that are sorted by length together
 _CARD_FILE = "README.md"
@@ -170,22 +155,30 @@ def tune_writer(
     started = time.monotonic()
     data = writer_data(datasets, tuning, seed=seed)
     model = LocalWriter.load(writer, device=device, dtype=dtype)
-    run = _TuningRun(model, data, tuning, working_folder(folder), _settings(model, data, tuning, seed), seed=seed)
-    run.train()
-    dev_loss = mean_loss(model, run.dev, run.part_tokens)
-    tail = run.losses[-max(1, len(run.losses) // 10) :]
+    run = _Tuning(model, data, tuning, seed)
+    trainer = Trainer(
+        run,
+        working_folder(folder),
+        _settings(model, data, tuning, seed),
+        seed=seed,
+        warmup_steps=int(tuning.warmup_fraction * run.total_steps),
+        eval_every=run.total_steps if run.dev else None,
+        eval_start=bool(run.dev),
+        checkpoint_minutes=tuning.checkpoint_minutes,
+    )
+    trainer.train()
     report = WriterTuningReport(
         folder=str(folder),
         fingerprint="",
         num_examples=len(run.examples),
-        steps=len(run.losses),
+        steps=trainer.step,
         num_truncated=run.num_truncated,
         num_too_long=run.num_too_long,
         num_shared=data.num_shared,
-        loss=sum(tail) / len(tail),
+        loss=trainer.mean_losses[1],
         num_dev=len(run.dev),
-        dev_loss_before=run.dev_loss_before,
-        dev_loss=dev_loss,
+        dev_loss_before=run.dev_losses.get("before"),
+        dev_loss=run.dev_losses.get("after"),
         seconds=time.monotonic() - started,
     )
     content: dict[str, Any] = {
@@ -197,25 +190,17 @@ def tune_writer(
     with new_folder(folder, kind=WRITER_KIND) as temporary:
         fingerprint = model.save(temporary, content)
         write_bytes(temporary / _CARD_FILE, _card(model, content, run.examples).encode())
-    (run.folder / CHECKPOINT).unlink()  # if the finished writer is deleted, the next run must start from scratch
+    trainer.delete_checkpoint()
     return replace(report, fingerprint=fingerprint)
 
 
-class _TuningRun:
-    """The training loop of one tuning run, and the state that a checkpoint restores."""
+class _Tuning(Trainable):
+    """A writer and its examples; dev is measured before and after the training."""
 
-    def __init__(
-        self,
-        model: LocalWriter,
-        data: WriterData,
-        tuning: WriterTuningConfig,
-        folder: Path,
-        settings: dict[str, Any],
-        *,
-        seed: int,
-    ) -> None:
-        """Begin a run, or resume the one whose checkpoint is in ``folder``."""
-        self.model, self.tuning, self.folder, self.settings, self.seed = model, tuning, folder, settings, seed
+    title = "tuning the writer"
+
+    def __init__(self, model: LocalWriter, data: WriterData, tuning: WriterTuningConfig, seed: int) -> None:
+        self.model = model
         self.part_tokens = tuning.part_tokens or tokens_to_train(model.device, size_of_states(model.whole))
         self.examples, lengths, self.num_truncated = _measured(model, data.training)
         self.dev, _, _ = _measured(model, data.dev)
@@ -226,60 +211,30 @@ class _TuningRun:
                 "max_new_tokens"
             )
         self.batches = list(_batches(lengths, tuning, seed))
-        self.losses: list[float] = []
-        self.dev_loss_before: float | None = None
-        folder.mkdir(parents=True, exist_ok=True)
+        self.total_steps = len(self.batches)
+        self.dev_losses: dict[str, float] = {}
         model.prepare_training(tuning.lora, seed=seed)
         self.parameters = trainable(model.model)
-        self.optimizer = adamw([(list(self.parameters.values()), tuning.learning_rate, 0.0)])
-        checkpoint = load_checkpoint(folder, settings=settings)
-        if checkpoint is not None:
-            restore(checkpoint, self.parameters, self.optimizer)
-            self.losses, self.dev_loss_before = checkpoint.state["losses"], checkpoint.state["dev_loss_before"]
-            remarks.info("tune_writer: continues after step %d of an earlier run", len(self.losses))
-        else:
-            self.dev_loss_before = mean_loss(model, self.dev, self.part_tokens)
-        self.log = RunLog(folder, resume_step=-1 if checkpoint is None else len(self.losses))
-        self.signals = StopSignals()
+        self.groups = [([*self.parameters.values()], tuning.learning_rate, 0.0)]
 
-    def train(self) -> None:
-        """Train to the end; the last state is saved as a checkpoint, also after Ctrl-C or SIGTERM."""
+    def step(self, step: int) -> dict[str, Any]:
         self.model.train()
-        saved_at = time.monotonic()
-        with self.signals, progress_bar("tuning the writer", len(self.batches), done=len(self.losses)) as advance:
-            try:
-                while len(self.losses) < len(self.batches):
-                    self._step()
-                    advance(1, f"loss {self.losses[-1]:.2f}")
-                    if time.monotonic() - saved_at > 60 * self.tuning.checkpoint_minutes:
-                        self._save()
-                        saved_at = time.monotonic()
-            except KeyboardInterrupt:
-                if self.signals.is_consistent and self.losses:
-                    self._save()
-                    remarks.info("tune_writer: step %d is saved in %s", len(self.losses), self.folder)
-                raise
-        self._save()
-
-    def _step(self) -> None:
-        step, total = len(self.losses), len(self.batches)
-        torch.manual_seed(self.seed * 1_000_003 + step)  # dropout depends only on the step, so resuming is exact
         examples = [self.examples[index] for index in self.batches[step]]
-        loss = accumulate(self.model, examples, self.part_tokens)
-        require_finite(torch.tensor(loss), step, self.folder)
-        warmup_steps = int(self.tuning.warmup_fraction * total)
-        factor = learning_rate_factor(step, warmup_steps=warmup_steps, total_steps=total)
-        with self.signals.held():
-            optimizer_step(self.optimizer, self.parameters, factor=factor, max_gradient_norm=1.0)
-            self.losses.append(loss)
-            self.log.write(len(self.losses), loss=loss, examples=len(examples))
+        return {"loss": accumulate(self.model, examples, self.part_tokens), "examples": len(examples)}
 
-    def _save(self) -> None:
-        state = {"losses": self.losses, "dev_loss_before": self.dev_loss_before}
-        with self.signals.held():
-            save_checkpoint(
-                self.folder, len(self.losses), self.parameters, self.optimizer, state, settings=self.settings
-            )
+    def evaluate(self) -> float:
+        return mean_loss(self.model, self.dev, self.part_tokens)
+
+    def record(self, results: float, step: int, best: BestState) -> dict[str, Any]:
+        del best  # the last state is kept
+        self.dev_losses["after" if step else "before"] = results
+        return {"dev_loss": results}
+
+    def state(self) -> dict[str, Any]:
+        return self.dev_losses
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.dev_losses = dict(state)
 
 
 def accumulate(model: LocalWriter, examples: Sequence[WriterExample], part_tokens: int) -> float:
@@ -294,10 +249,8 @@ def accumulate(model: LocalWriter, examples: Sequence[WriterExample], part_token
     return total
 
 
-def mean_loss(model: LocalWriter, examples: Sequence[WriterExample], part_tokens: int) -> float | None:
-    """The loss of examples, in nats per token; None if there are none. Switches the adapters' dropout off."""
-    if not examples:
-        return None
+def mean_loss(model: LocalWriter, examples: Sequence[WriterExample], part_tokens: int) -> float:
+    """The loss of examples, in nats per token. Switches the adapters' dropout off."""
     model.train(False)
     prompts, targets = _encode(model, examples)
     total = 0.0

@@ -22,7 +22,7 @@ from d2llm.data.training import TrainingSource
 from d2llm.models.teachers.judge import identify_judge
 from d2llm.ops.significance import Interval
 from d2llm.training import distill as distill_verb
-from d2llm.training import training_loop
+from d2llm.training import trainer
 from d2llm.training.ablation import ablate as verb
 from d2llm.training.ablation.ablate import RunSettings, ablate
 from d2llm.training.ablation.report import AblationReport, RunResult
@@ -92,7 +92,7 @@ class Interrupted(Exception):
 
 
 def interrupt(patch: pytest.MonkeyPatch, *, step: int) -> None:
-    original, calls = training_loop.optimizer_step, 0
+    original, calls = trainer.optimizer_step, 0
 
     def optimizer_step(*arguments: Any, **options: Any) -> float:
         nonlocal calls
@@ -101,7 +101,7 @@ def interrupt(patch: pytest.MonkeyPatch, *, step: int) -> None:
             raise Interrupted
         return original(*arguments, **options)
 
-    patch.setattr(training_loop, "optimizer_step", optimizer_step)
+    patch.setattr(trainer, "optimizer_step", optimizer_step)
 
 
 def refuse(*arguments: Any, **options: Any) -> None:
