@@ -21,7 +21,6 @@ from d2llm.core.errors import (
     InputError,
     MismatchError,
     ModelError,
-    ModelNotFoundError,
     RecipeError,
     StorageError,
 )
@@ -410,36 +409,10 @@ def test_an_endpoint_that_is_away_is_an_error_at_once(tmp_path: Path) -> None:
         Student.create(config_of("http://127.0.0.1:1/v1"), device="cpu")
 
 
-def test_a_missing_key_is_an_error_before_any_request(endpoint: LocalEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("EMBEDDING_KEY", raising=False)
-    with pytest.raises(InputError, match="the environment variable EMBEDDING_KEY is not set"):
-        student_of(endpoint, remote={"api_key_env": "EMBEDDING_KEY"})
-    assert endpoint.requests == []
-
-
 def test_another_width_is_an_error_at_once(endpoint: LocalEndpoint) -> None:
     message = r"'served' gives vectors of 16 dimensions, but student.backbone.remote.dimensions is 12; .*shorten"
     with pytest.raises(ModelError, match=message):
         student_of(endpoint, remote={"dimensions": 12})
-
-
-def test_an_unknown_model_is_an_error_at_once() -> None:
-    with (
-        local_endpoint(
-            lambda request, number: Reply({"error": "model 'served' does not exist"}, status=404)
-        ) as running,
-        pytest.raises(ModelNotFoundError, match=r"no model 'served'.*student.backbone.model"),
-    ):
-        student_of(running)
-
-
-def test_a_wrong_key_is_an_error_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EMBEDDING_KEY", KEY)
-    refusal = Reply({"error": f"Incorrect API key provided: {KEY}"}, status=401)
-    error, _ = error_of(lambda request, number: refusal, remote={"api_key_env": "EMBEDDING_KEY"})
-    assert "refuses the key (401)" in str(error)
-    assert "check the key in EMBEDDING_KEY" in str(error)
-    assert KEY not in str(error)
 
 
 def test_a_busy_endpoint_is_asked_again(endpoint: LocalEndpoint) -> None:

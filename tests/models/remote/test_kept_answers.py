@@ -9,7 +9,6 @@ import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.models.remote.kept_answers import KeptAnswers
-from local_endpoint import PAIRS, always, completion, local_endpoint, remote_teacher
 
 REQUEST, ANSWER = {"model": "m", "prompt": "p"}, {"text": "x", "is_complete": True}
 
@@ -58,18 +57,3 @@ def test_a_damaged_line_is_named(tmp_path: Path):
         pass
     with answers.used():
         assert answers.take(REQUEST) == ANSWER
-
-
-def test_a_yes_no_teacher_is_not_asked_again(tmp_path: Path):
-    with local_endpoint(always(completion({" yes": -0.5, " no": -1.5}, num_prompt_tokens=9))) as endpoint:
-        teacher = remote_teacher(endpoint)
-        answers = KeptAnswers(tmp_path / "a", "labels")
-        with answers.used():
-            first = teacher.judge(PAIRS[:5], "asymmetric")
-            shutil.copytree(tmp_path / "a", tmp_path / "b")
-        assert len(endpoint.requests) == 5
-        with KeptAnswers(tmp_path / "b", "labels").used():
-            second = teacher.judge(PAIRS, "asymmetric")
-        assert len(endpoint.requests) == len(PAIRS)
-    assert second.log_odds[:5].tolist() == first.log_odds.tolist() == pytest.approx([1.0] * 5)
-    assert second.num_tokens == 9 * len(PAIRS)

@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import operator
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -243,15 +244,11 @@ class RemoteBackbone(Backbone):
                 keep=lambda place, answer: self._keep(parts[place], answer),
             ).all()
         finally:
-            usage = self.usage
             _remarks.log(
                 logging.INFO if len(parts) > 1 else logging.DEBUG,
                 "%s: vectors of %d texts in %d requests, %d tokens reported, %d retries",
                 self.endpoint.address,
-                usage.num_texts - before.num_texts,
-                usage.num_requests - before.num_requests,
-                usage.num_tokens - before.num_tokens,
-                usage.num_retries - before.num_retries,
+                *map(operator.sub, astuple(self.usage), astuple(before)),
             )
 
     def _keep(self, part: Sequence[tuple[bytes, str]], answer: _Answer) -> None:

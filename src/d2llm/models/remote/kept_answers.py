@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections.abc import Generator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class KeptAnswers:
         They are forgotten at its end, unless they are broken off.
         """
         try:
-            with _using(self):
+            with using(self):
                 yield
         except (OSError, KeyboardInterrupt):
             self.is_broken_off = True
@@ -178,13 +178,9 @@ def kept_answers() -> KeptAnswers | None:
     return _in_use.get()
 
 
-def nothing_kept() -> AbstractContextManager[None]:
-    """Requests in this block are always sent, and their answers not kept: trials, and measurements of speed."""
-    return _using(None)
-
-
 @contextmanager
-def _using(answers: KeptAnswers | None) -> Generator[None]:
+def using(answers: KeptAnswers | None) -> Generator[None]:
+    """Requests in this block use these answers; None: they are sent in any case, and their answers not kept."""
     token = _in_use.set(answers)
     try:
         yield

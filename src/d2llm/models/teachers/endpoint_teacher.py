@@ -9,7 +9,7 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.recipe import RemoteConfig, TeacherConfig
 from d2llm.core.types import TASKS, Task
 from d2llm.models.remote.completions import require_address
-from d2llm.models.remote.kept_answers import nothing_kept
+from d2llm.models.remote.kept_answers import using
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import LastingJudge
 
@@ -47,7 +47,7 @@ class EndpointTeacher(LastingJudge):
         """
         del device, dtype
         teacher = cls(config)
-        with nothing_kept():
+        with using(None):
             error = teacher.try_out()
         if error is not None:
             raise error

@@ -141,6 +141,19 @@ def judge_until_error(
     return PartlyJudged(judgements, np.ones(len(pairs), np.bool_))
 
 
+def shared_steps(advance: Callable[[int], None] | None, number: int) -> Callable[[int], None]:
+    """A callback for work that is done ``number`` times to each pair: it counts a pair once that is so on average."""
+    finished = 0
+
+    def step(count: int) -> None:
+        nonlocal finished
+        before, finished = finished, finished + count
+        if advance is not None:
+            advance(finished // number - before // number)
+
+    return step
+
+
 def whole_queries(pairs: Sequence[TextPair], is_judged: Bool[np.ndarray, " pairs"]) -> Bool[np.ndarray, " pairs"]:
     """Of the pairs that are judged, those of queries without any pair that is not."""
     unfinished = {query for (query, _), judged in zip(pairs, is_judged, strict=True) if not judged}

@@ -37,7 +37,7 @@ from d2llm.models.remote.completions import (
 )
 from d2llm.models.remote.endpoint import TOO_LONG, quoted
 from d2llm.models.teachers.endpoint_teacher import EndpointTeacher
-from d2llm.models.teachers.judge import Judgements, PartlyJudged, TextPair, whole_queries
+from d2llm.models.teachers.judge import Judgements, PartlyJudged, TextPair, shared_steps, whole_queries
 from d2llm.models.teachers.list_answers import read_grades, read_ranking
 from d2llm.models.teachers.list_prompts import ListPrompt, load_list_prompt
 from d2llm.ops.plackett_luce import strengths
@@ -144,7 +144,7 @@ class ListTeacher(EndpointTeacher):
         by_query: dict[str, list[int]] = {}
         for place, (query, _) in enumerate(pairs):
             by_query.setdefault(query, []).append(place)
-        log_odds, grades, is_judged = self._judge_lists(call, by_query, _Steps(advance, self.lists.orders))
+        log_odds, grades, is_judged = self._judge_lists(call, by_query, shared_steps(advance, self.lists.orders))
         has_answer = np.isfinite(log_odds)
         if self.remote.unanswered == "error":
             lacking = np.flatnonzero(is_judged & ~has_answer)
@@ -172,7 +172,7 @@ class ListTeacher(EndpointTeacher):
         return PartlyJudged(judgements, is_judged, call.error)
 
     def _judge_lists(
-        self, call: _Call, by_query: dict[str, list[int]], steps: _Steps
+        self, call: _Call, by_query: dict[str, list[int]], step: Callable[[int], None]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, NDArray[np.bool_]]:
         """The log-odds of a call's pairs, NaN where there is no answer, their grades, if there are any, and which pairs
         are finished: all, unless ``call.error`` is set.
@@ -253,7 +253,7 @@ class GradedTeacher(ListTeacher):
     gives_grades = True
 
     def _judge_lists(
-        self, call: _Call, by_query: dict[str, list[int]], steps: _Steps
+        self, call: _Call, by_query: dict[str, list[int]], step: Callable[[int], None]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, NDArray[np.bool_]]:
         num_left = np.full(len(call.texts), self.lists.orders)  # orders in which a passage may still get a grade
         found: list[list[float]] = [[] for _ in call.texts]
@@ -278,7 +278,7 @@ class GradedTeacher(ListTeacher):
                     again = self._order(left, shown.order, shown.query, num_shown)
                     missing.append(_Shown(shown.query, shown.order, again, num_shown))
                 num_left[[each for each in shown.passages if each not in again]] -= 1
-                steps.add(len(shown.passages) - len(again))
+                step(len(shown.passages) - len(again))
             todo = missing
         grades = np.array([math.fsum(values) / len(values) if values else math.nan for values in found])
         return log_odds_of_grades(grades), grades, num_left == 0
@@ -291,7 +291,7 @@ class ListwiseTeacher(ListTeacher):
     ranks_lists = True
 
     def _judge_lists(
-        self, call: _Call, by_query: dict[str, list[int]], steps: _Steps
+        self, call: _Call, by_query: dict[str, list[int]], step: Callable[[int], None]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, NDArray[np.bool_]]:
         alone = [query for query, places in by_query.items() if len(places) == 1]
         if alone:
@@ -302,7 +302,7 @@ class ListwiseTeacher(ListTeacher):
             if self.remote.unanswered == "error":
                 raise InputError(f"{call.problem}. Give two passages of a query or more, or a teacher of kind graded")
             by_query = {query: places for query, places in by_query.items() if len(places) > 1}
-            steps.add(len(alone) * self.lists.orders)
+            step(len(alone) * self.lists.orders)
         rankings = [
             (query, order, self._order(places, order, query))
             for query, places in by_query.items()
@@ -325,7 +325,7 @@ class ListwiseTeacher(ListTeacher):
                 ranked |= placed
                 if number + 1 == len(windows[place]):
                     num_left[rankings[place][2]] -= 1
-                    steps.add(len(rankings[place][2]))
+                    step(len(rankings[place][2]))
             if call.error is not None:
                 break
         log_odds = np.full(len(call.texts), math.nan)
@@ -362,22 +362,6 @@ class ListwiseTeacher(ListTeacher):
                         again = self._order(shown.passages, shown.order, shown.query, shown.num_shown + 1)
                         todo[place] = _Shown(shown.query, shown.order, again, shown.num_shown + 1)
         return {place: result for place, result in results.items() if place not in todo}
-
-
-class _Steps:
-    """Turns passages that were judged in one of several orders into finished pairs."""
-
-    def __init__(self, advance: Callable[[int], None] | None, orders: int) -> None:
-        self._advance, self._orders = advance, orders
-        self._judged = self._told = 0
-
-    def add(self, judged: int) -> None:
-        """Count passages of one order."""
-        self._judged += judged
-        finished = self._judged // self._orders - self._told
-        self._told += finished
-        if self._advance is not None and finished:
-            self._advance(finished)
 
 
 def log_odds_of_grades(grades: NDArray[np.float64]) -> NDArray[np.float64]:

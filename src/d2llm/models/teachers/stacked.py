@@ -29,6 +29,7 @@ from d2llm.models.teachers.judge import (
     judge_until_error,
     load_judge,
     ranks_lists,
+    shared_steps,
     whole_queries,
 )
 from d2llm.ops.stacking import Stack
@@ -113,7 +114,7 @@ class StackedTeacher(LastingJudge):
         """
         stack = self._stack(task)
         counting = [place for place, weight in enumerate(stack.weights) if weight > 0]
-        step = _shared_steps(advance, len(counting)) if advance is not None else None
+        step = shared_steps(advance, len(counting))
         is_judged = np.ones(len(pairs), np.bool_)
         scores = np.zeros((len(pairs), len(counting)), np.float32)
         judgements: list[Judgements] = []
@@ -253,15 +254,3 @@ def _require_same(folder: Path, member: StackMember, fingerprint: str) -> None:
 
 def _fingerprint(members: Sequence[str], stacks: Mapping[Task, Stack]) -> str:
     return fingerprint_json([STACK_KIND, list(members), {task: asdict(stack) for task, stack in stacks.items()}])
-
-
-def _shared_steps(advance: Callable[[int], None], num_members: int) -> Callable[[int], None]:
-    """A callback for the members that counts a pair as finished once the average member has finished it."""
-    finished = 0
-
-    def step(count: int) -> None:
-        nonlocal finished
-        before, finished = finished, finished + count
-        advance(finished // num_members - before // num_members)
-
-    return step

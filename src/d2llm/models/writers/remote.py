@@ -15,7 +15,7 @@ from d2llm.models.remote.completions import (
     require_address,
 )
 from d2llm.models.remote.endpoint import Answers
-from d2llm.models.remote.kept_answers import nothing_kept
+from d2llm.models.remote.kept_answers import using
 from d2llm.models.writers.answers import describe_problem, parse_answer
 from d2llm.models.writers.prompts import WriterPrompts, cut_assignments
 from d2llm.models.writers.writer import DEFAULT_TEMPERATURE, Assignment, LastingWriter, WrittenQueries
@@ -64,7 +64,7 @@ class RemoteWriter(LastingWriter):
         """
         del device, dtype
         writer = cls(config)
-        with nothing_kept():
+        with using(None):
             writer.write([_TRIAL])
         return writer
 
