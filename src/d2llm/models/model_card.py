@@ -22,7 +22,7 @@ from d2llm.models.student_files import ADAPTER_FILE, BACKBONE_FOLDER, CARD_FILE,
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _HUB_DATA = "hf://"
-_LINE = 118  # characters of a line of a card
+_LINE = 120  # characters of a line of a card
 _TAGS = ["d2llm", "semantic-search", "dense-retrieval", "reranking"]
 _LIBRARY_TAG = "sentence-transformers"
 _HEADS = {
@@ -165,8 +165,9 @@ def _plain(folder: Path, manifest: Mapping[str, Any]) -> str:
     backbone = manifest["config"]["backbone"]
     num_query_tokens = search_query_tokens(BackboneConfig(**backbone))
     if (reason := why_not_loadable(folder, manifest)) is not None:
-        problem = f"Sentence-transformers alone cannot load it: {reason}."
-        return f"## Without d2llm\n\n{fill(problem, _LINE, break_on_hyphens=False)}"
+        whole = re.sub("`[^`]+`", lambda code: code[0].replace(" ", "\0"), reason)  # no line ends in code
+        problem = fill(f"Sentence-transformers alone cannot load it: {whole}.", _LINE, break_on_hyphens=False)
+        return "## Without d2llm\n\n" + problem.replace("\0", " ")
     scope = _scope(folder, manifest)
     return (
         f"## Without d2llm\n\nSentence-transformers (6 or newer) loads it:\n\n{_PLAIN}\n\n{scope} In float32 the "
