@@ -410,7 +410,7 @@ class TestData:
         self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
         fake = fake_training()
-        assert "closed_gates" not in run(place, tmp_path).settings
+        assert run(place, tmp_path).settings["closed_gates"] == []
         report = run(place, tmp_path, labels=tmp_path / "none", closed_gates=["tiny", "another set"])
         assert (report.settings["closed_gates"], report.settings["labelled_queries"]) == (["tiny"], [16])
         assert report.notes == ()
