@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from d2llm.core.errors import Terminated, TrainingDivergedError
+from d2llm.core.errors import TrainingDivergedError
 from d2llm.core.recipe import TrainingConfig
 from d2llm.training.checkpoints import (
     LOG,
@@ -42,45 +42,6 @@ def test_warm_up_is_a_share_of_the_steps_unless_given_in_steps(caplog):
 
 
 class TestStopSignals:
-    @pytest.fixture(autouse=True)
-    def default_handlers(self):
-        """The handlers of a fresh process, whatever earlier tests left; an uncaught signal would end the process."""
-        defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-        before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
-        yield
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
-    def test_a_signal_waits_for_the_held_block(self, number, error):
-        before, done, signals = signal.getsignal(number), [], StopSignals()
-
-        def work():
-            with signals:
-                with signals.held():
-                    signal.raise_signal(number)
-                    done.append("held")
-                done.append("after")
-
-        with pytest.raises(error) as raised:
-            work()
-        assert type(raised.value) is error
-        assert done == ["held"]
-        assert signals.is_consistent
-        assert signal.getsignal(number) is before
-
-    def test_a_signal_outside_held_blocks_acts_at_once(self):
-        done = []
-
-        def work():
-            with StopSignals():
-                signal.raise_signal(signal.SIGINT)
-                done.append("after")
-
-        with pytest.raises(KeyboardInterrupt):
-            work()
-        assert done == []
-
     def test_an_error_in_a_held_block_leaves_it_inconsistent(self):
         with pytest.raises(ZeroDivisionError), StopSignals() as signals, signals.held():
             _ = 1 / 0

@@ -122,30 +122,6 @@ def test_the_held_out_pairs_stop_a_run_early(tmp_path: Path, llama: Path, monkey
     assert not (tmp_path / "stopped.run" / "best.safetensors").exists()
 
 
-def test_a_resumed_run_stops_at_the_same_state(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"eval_every": 2, "patience": 1, "epochs": 2, "dev_measure": "mrr", "dev_queries": 3}
-    whole = tune(tiny_teacher_config(llama), tmp_path / "whole", **settings)
-    original = verb.accumulate
-    calls: list[int] = []
-
-    def interrupted(*inputs: Any, **options: Any) -> Any:
-        calls.append(1)
-        if len(calls) > 3:
-            raise KeyboardInterrupt
-        return original(*inputs, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(verb, "accumulate", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            tune(tiny_teacher_config(llama), tmp_path / "resumed", **settings)
-    resumed = tune(tiny_teacher_config(llama), tmp_path / "resumed", **settings)
-    assert (resumed.fingerprint, resumed.best_step, resumed.dev) == (whole.fingerprint, whole.best_step, whole.dev)
-    times = {"seconds"}
-    assert [{k: v for k, v in line.items() if k not in times} for line in log(tmp_path / "resumed")] == [
-        {k: v for k, v in line.items() if k not in times} for line in log(tmp_path / "whole")
-    ]
-
-
 # --- full tuning, and classifiers
 
 
