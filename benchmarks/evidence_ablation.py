@@ -19,13 +19,12 @@ from statistics import fmean
 from typing import Any, get_args
 
 from d2llm.core.files import write_json
+from d2llm.core.losses import Objective
 from d2llm.core.recipe import (
-    NO_IMITATION,
     BackboneConfig,
     DataConfig,
     InteractionConfig,
     LoraConfig,
-    LossWeights,
     MiningConfig,
     Recipe,
     ResidualConfig,
@@ -78,7 +77,7 @@ def recipe(data: Path, seed: int, max_queries: int) -> Recipe:
         ),
         data=tuple(DataConfig(path=str(data / name), max_queries=max_queries) for name in SETS),
         mining=MiningConfig(num_hard=8, num_easy=2, sources=("bm25",)),
-        losses=LossWeights.model_validate(NO_IMITATION | {"in_batch_cross_entropy": 1.0, "anchor_cross_entropy": 0.0}),
+        losses=Objective({}).with_imitation({"in_batch_cross_entropy": 1.0, "anchor_cross_entropy": 0.0}),
         training=TrainingConfig(
             learning_rate=3e-4,
             warmup_steps=5,

@@ -26,7 +26,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from d2llm import Run
 from d2llm.core.files import write_json
 from d2llm.core.recipe import Recipe
-from d2llm.core.variants import NO_IMITATION
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
 from d2llm.ops.significance import mean_interval
@@ -60,8 +59,8 @@ def main() -> None:
 
     run = Run(arguments.recipe, arguments.run, data=arguments.data, device="cpu", dtype="float32")
     sources = run.parts.sources(run.recipe)
-    imitation = run.recipe.losses.model_copy(
-        update=NO_IMITATION | {"list_imitation": 0.5, "in_batch_cross_entropy": 0.0, "anchor_cross_entropy": 0.0}
+    imitation = run.recipe.losses.with_imitation(
+        {"list_imitation": 0.5, "in_batch_cross_entropy": 0.0, "anchor_cross_entropy": 0.0}
     )
     recipe: Recipe = run.recipe.model_copy(update={"losses": imitation})
 

@@ -2,7 +2,7 @@
 
     python benchmarks/smaller.py                                  minilm before training, a few minutes
     python benchmarks/smaller.py --students RECIPE NESTED         students that were trained without and with
-                                                                  losses.nested_depths (runs of `d2llm ablate`)
+                                                                  losses.nested_cross_entropy (runs of `d2llm ablate`)
     python benchmarks/smaller.py --json benchmarks/results/smaller.json
 
 Depths: the cosine of a query's vector, as the head maps it, with those of passages, after the first layers of the

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2llm.core.recipe import BackboneConfig, LoraConfig, LossWeights, StudentConfig, TrainingConfig
+from d2llm.core.losses import Objective
+from d2llm.core.recipe import BackboneConfig, LoraConfig, StudentConfig, TrainingConfig
 from d2llm.data.beir import Dataset
 from d2llm.data.collation import DistillationBatch, LabelledSource, collate, epoch_batches
 from d2llm.data.labels import LabelStore
@@ -32,13 +33,12 @@ from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
 from d2llm.training.checkpoints import trainable
 from d2llm.training.gradient_cache import backpropagate, graph_room
+from d2llm.training.losses import LossInput
 from d2llm.training.objective import batch_losses, batch_tokens, score_vectors, weighted_sum
 
 PADDED = 250
 AT_A_TIME, HARD = 4, 4
-OWN_JUDGEMENTS = LossWeights(
-    contrastive_imitation=0, rank_imitation_positive_hard=0, rank_imitation_hard_easy=0, feature_imitation=0
-)
+OWN_JUDGEMENTS = Objective({}).with_imitation({}).active
 RESULT = Path(__file__).parent / "results" / "training.json"
 
 
@@ -110,7 +110,8 @@ def loss_of(student: Student, batch: DistillationBatch) -> Callable[[Tensor, Seq
     """The loss of a batch as a function of its vectors."""
 
     def loss(vectors: Tensor, _token_vectors: Sequence[Tensor]) -> Tensor:
-        return weighted_sum(batch_losses(score_vectors(student, vectors, batch), batch, OWN_JUDGEMENTS), OWN_JUDGEMENTS)
+        inputs = LossInput(batch, score_vectors(student, vectors, batch), student)
+        return weighted_sum(batch_losses(OWN_JUDGEMENTS, inputs), OWN_JUDGEMENTS)
 
     return loss
 

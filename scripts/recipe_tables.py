@@ -9,7 +9,7 @@ figure on the page is typed by hand.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,7 +36,7 @@ PAPERS = {
     "in_batch_imitation": ("TCT-ColBERT, Lin et al. 2021", "https://aclanthology.org/2021.repl4nlp-1.17"),
 }
 NEEDS = {
-    "in_batch_imitation": "a student (`training.live_teacher`), which reads every text once; no labels",
+    "in_batch_imitation": "a student, which reads every text once; no labels",
     "ranknet": "labels; one row of scores for each labelled pair",
     "lambdarank": "labels; one row of scores for each labelled pair",
     "sinkhorn": "labels; distances of all pairs of queries of a batch",
@@ -75,7 +75,8 @@ def losses(report: dict[str, Any]) -> str:
         row = measured.get("recipe" if variant.name == "list-imitation" else variant.name)
         if row is None:  # not measured yet
             continue
-        weights = {loss: weight for loss, weight in variant.settings["losses"].items() if weight}
+        imitation = (variant.imitation or {}).items()
+        weights = {loss: value["weight"] if isinstance(value, Mapping) else value for loss, value in imitation}
         loss, weight = next(iter(weights.items()), ("none: judgements alone", 0.0))
         paper, address = PAPERS.get(loss, ("", ""))
         difference = row["difference"]

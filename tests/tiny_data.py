@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.recipe import LossWeights, Recipe, StudentConfig, TeacherConfig, TrainingConfig
+from d2llm.core.losses import Objective
+from d2llm.core.recipe import Recipe, StudentConfig, TeacherConfig, TrainingConfig
 from d2llm.core.types import Passage, Query, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.labels import LabelStore, QueryLabels
@@ -110,7 +111,7 @@ def write_rule_labels(
         )
 
 
-def tiny_recipe(student: StudentConfig, *, losses: LossWeights | None = None, **training: object) -> Recipe:
+def tiny_recipe(student: StudentConfig, *, losses: Objective | None = None, **training: object) -> Recipe:
     """A recipe with few steps, batches of 4 queries, and dev evaluation on all data."""
     settings = {
         "learning_rate": 2e-3,
@@ -126,7 +127,7 @@ def tiny_recipe(student: StudentConfig, *, losses: LossWeights | None = None, **
     }
     return Recipe(
         student=student,
-        losses=losses or LossWeights(),
+        losses=losses or Objective({}),
         training=TrainingConfig.model_validate(settings | training),
     )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from d2llm.core.losses import Objective
 from d2llm.core.recipe import Recipe, StudentConfig, TeacherConfig
 from d2llm.data.collation import DistillationBatch
 from d2llm.data.labels import LabelStore
@@ -19,7 +20,8 @@ from d2llm.models.student import Student
 from d2llm.models.teachers.judge import identify_judge
 from d2llm.training import trainer
 from d2llm.training.distill import DistillReport, distill
-from d2llm.training.objective import batch_tokens, score_vectors
+from d2llm.training.losses import LossInput
+from d2llm.training.objective import batch_losses, batch_tokens, score_vectors
 from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model
 
@@ -95,3 +97,17 @@ def score_batch(student: Student, batch: DistillationBatch) -> PairScores:
     The reference for ``gradient_cache.backpropagate``, which works in parts.
     """
     return score_vectors(student, student(*student.backbone.pad(batch_tokens(student, batch))), batch)
+
+
+def losses_of(
+    scores: PairScores,
+    batch: DistillationBatch,
+    objective: Objective,
+    *,
+    student: Student | None = None,
+    vectors: torch.Tensor | None = None,
+    vectors_after: Mapping[int, torch.Tensor] | None = None,
+    offset: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """The losses of a batch, whose scores are given."""
+    return batch_losses(objective.active, LossInput(batch, scores, student, vectors, vectors_after or {}, offset))

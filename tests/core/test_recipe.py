@@ -7,9 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from d2llm.core.errors import RecipeError
+from d2llm.core.losses import Objective
 from d2llm.core.recipe import (
-    NO_IMITATION,
-    LossWeights,
     PretrainingConfig,
     Recipe,
     TeacherConfig,
@@ -48,9 +47,7 @@ def test_the_default_recipe_has_the_papers_model_and_losses():
     assert (training.warmup_fraction, training.warmup_steps, training.epochs) == (0.1, None, None)
     assert recipe.student.interaction.hidden_dim == 512
     assert recipe.student.backbone.max_passage_tokens == 250
-    losses = recipe.losses
-    assert (losses.contrastive_imitation, losses.rank_imitation_positive_hard) == (1.0, 1.0)
-    assert (losses.rank_imitation_hard_easy, losses.feature_imitation) == (0.01, 0.001)
+    assert [recipe.losses.weight(kind) for kind in PUBLISHED] == [1.0, 1.0, 0.01, 0.001]
 
 
 @pytest.mark.parametrize("as_type", [Path, str])
@@ -108,11 +105,11 @@ def test_changed_settings_are_named_with_both_values():
         seed=1,
         training={"learning_rate": 0.5, "interpolation": [0.5]},
         data=[{"path": "far/a", "task": "asymmetric"}],
-        losses={"temperature": 2.0},
+        losses={"contrastive_imitation": {"temperature": 2.0}},
     )
     assert changed_settings(shaping_settings(changed()), shaping_settings(edited)) == [
         "data.a.task (was symmetric, is asymmetric)",
-        "losses.temperature (was 1.0, is 2.0)",
+        "losses.contrastive_imitation.temperature (was 1.0, is 2.0)",
         "seed (was 0, is 1)",
         "training.interpolation (was [], is [0.5])",
         "training.learning_rate (was 0.001, is 0.5)",
@@ -187,8 +184,11 @@ def test_an_unknown_key_suggests_the_nearest(values: dict[str, Any], message: st
     ("values", "message"),
     [
         ({"training": {"epochs": 0}}, "training.epochs: Input should be greater than or equal to 1 (got 0)"),
-        ({"losses": {"temperature": float("nan")}}, "losses.temperature: Input should be a finite number (got nan)"),
-        ({"losses": {"temperature": float("inf")}}, "losses.temperature: Input should be a finite number (got inf)"),
+        ({"gate": {"alpha": float("nan")}}, "gate.alpha: Input should be a finite number (got nan)"),
+        (
+            {"training": {"learning_rate": float("inf")}},
+            "training.learning_rate: Input should be a finite number (got inf)",
+        ),
         ({"data": [{"path": "a", "task": "s"}]}, "data.0.task: Input should be 'symmetric' or 'asymmetric' (got 's')"),
         ({"training": {"epochs": "many"}}, "training.epochs: Input should be a valid integer"),
         ({"data": [{"task": "symmetric"}]}, "data.0.path is missing; set it"),
@@ -265,8 +265,13 @@ def test_settings_for_large_teachers_that_make_no_sense(tmp_path: Path, text: st
         load_recipe(write_recipe(tmp_path, text))
 
 
-JUDGED = {name for name in LossWeights.model_fields if name.endswith("cross_entropy")} - {"nested_cross_entropy"}
-NO_JUDGEMENTS = dict.fromkeys(JUDGED, 0.0)
+NO_JUDGEMENTS = dict.fromkeys(("in_batch_cross_entropy", "anchor_cross_entropy", "pair_cross_entropy"), 0.0)
+PUBLISHED = (
+    "contrastive_imitation",
+    "rank_imitation_positive_hard",
+    "rank_imitation_hard_easy",
+    "feature_imitation",
+)
 
 
 def lines(section: str, values: dict[str, float]) -> str:
@@ -274,19 +279,19 @@ def lines(section: str, values: dict[str, float]) -> str:
 
 
 def test_a_loss_without_what_it_needs_is_refused(tmp_path: Path):
-    with pytest.raises(RecipeError, match=r"in_batch_imitation is 0.5, but training\.live_teacher names no student"):
+    with pytest.raises(RecipeError, match=r"losses\.in_batch_imitation\.teacher is missing; set it"):
         load_recipe(write_recipe(tmp_path, "[losses]\nin_batch_imitation = 0.5"))
     two = "[training]\ndual_head = true\n"
     for text, problem in (
         ('[student.interaction]\nhead = "cosine"', 'student.interaction.head is "cosine": set it to "anchored"'),
-        (lines("losses", NO_IMITATION), "no imitation has a weight above 0"),
+        (lines("losses", dict.fromkeys(PUBLISHED, 0.0)), "no imitation has a weight above 0"),
         (lines("losses", NO_JUDGEMENTS), "no cross-entropy has a weight above 0"),
     ):
         with pytest.raises(RecipeError, match=problem):
             load_recipe(write_recipe(tmp_path, two + text))
     assert load_recipe(write_recipe(tmp_path, two)).training.dual_head
-    text = '[losses]\nin_batch_imitation = 0.5\n[training]\nlive_teacher = "d2llm-minilm"'
-    assert load_recipe(write_recipe(tmp_path, text)).training.live_teacher == "d2llm-minilm"
+    text = '[losses.in_batch_imitation]\nteacher = "d2llm-minilm"'
+    assert load_recipe(write_recipe(tmp_path, text)).losses.weight("in_batch_imitation") == 1.0
 
 
 @pytest.mark.parametrize(
@@ -321,6 +326,9 @@ def test_pretraining_has_defaults_for_each_objective(tmp_path: Path):
     assert taught.model_copy(update={"learning_rate": 0.5, "dropout": 0.2}).rate_for("full") == 0.5
 
 
+NESTED = "[losses.nested_cross_entropy]\n"
+
+
 def test_subclasses_need_features_of_pairs():
     values = {"losses": {"subclass_imitation": 1.0}, "student": {"interaction": {"head": "cosine"}}}
     assert "needs the features of pairs, which the head 'cosine' does not have" in error_of(values)
@@ -344,9 +352,9 @@ def test_an_unknown_loss_suggests_the_nearest(tmp_path: Path):
 
 
 def test_a_live_teacher_needs_no_labels():
-    losses = LossWeights(**NO_IMITATION | {"in_batch_imitation": 1.0})
+    losses = Objective({}).with_imitation({"in_batch_imitation": {"teacher": "d2llm-minilm"}})
     assert not losses.imitates
-    assert all(LossWeights(**NO_IMITATION | {name: 1.0}).imitates for name in {*NO_IMITATION} - {"in_batch_imitation"})
+    assert all(Objective({}).with_imitation({kind: 1.0}).imitates for kind in (*PUBLISHED, "list_imitation", "ranknet"))
 
 
 def test_quantised_weights_are_tuned_by_adapters_only_if_the_recipe_says_so(tmp_path: Path):
@@ -398,25 +406,24 @@ def test_poolings_that_make_no_sense(tmp_path: Path, text: str, problem: str):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("[losses]\nnested_dims = [64, 32]", "must name each width once, in ascending order"),
-        ("[losses]\nnested_dims = [0]", "nested_dims"),
-        ("[losses]\nnested_depths = [4, 2]", "must name each depth once, in ascending order"),
-        ("[losses]\nnested_depths = [2]\nnested_cross_entropy = 0.0", "names depths, but nested_cross_entropy is 0"),
-        ("[losses]\nnested_depth = [2]", "did you mean 'nested_depths'"),
-        ('[losses]\nnested_depths = [2]\n[student.interaction]\nhead = "paper"', "losses.nested_depths needs inner"),
-        ("[losses]\nnested_depths = [2, 4]\n[student.backbone]\nlayers = 4", "names 4, but .* keeps only 4 layers"),
-        ("[losses]\nnested_depths = [2]\n[student.backbone]\nlayers = [0, 5]", "names 2, but .* keeps only 2 layers"),
+        (NESTED + "dims = [64, 32]", "must name each width once, in ascending order"),
+        (NESTED + "dims = [0]", r"losses\.nested_cross_entropy\.dims\.0"),
+        (NESTED + "layers = [4, 2]", "must name each depth once, in ascending order"),
+        (NESTED + "layer = [2]", "unknown key 'losses.nested_cross_entropy.layer'; did you mean 'layers'"),
+        (NESTED + 'layers = [2]\n[student.interaction]\nhead = "paper"', "losses.nested_cross_entropy needs inner"),
+        (NESTED + "layers = [2, 4]\n[student.backbone]\nlayers = 4", "names 4, but .* keeps only 4 layers"),
+        (NESTED + "layers = [2]\n[student.backbone]\nlayers = [0, 5]", "names 2, but .* keeps only 2 layers"),
         (
             (
-                "losses.nested_depths = [2]\n[student]\npooling.method = 'backbone'\n"
+                "losses.nested_cross_entropy.layers = [2]\n[student]\npooling.method = 'backbone'\n"
                 "backbone = { pooling = 'ditto', diagonal_head = [0, 1] }"
             ),
             "the pooling ditto needs a head that these may lack",
         ),
-        ("[losses]\nnested_dims = [64]\nnested_cross_entropy = 0.0", "so nothing would be trained"),
-        ('[losses]\nnested_dims = [64]\n[student.interaction]\nhead = "paper"', "the head 'paper' does not have"),
+        ("[losses]\nnested_cross_entropy = 1.0", "so nothing would be trained"),
+        (NESTED + 'dims = [64]\n[student.interaction]\nhead = "paper"', "the head 'paper' does not have"),
         (
-            "[losses]\nnested_dims = [64]\n[training]\ndual_head = true\n",
+            NESTED + "dims = [64]\n[training]\ndual_head = true\n",
             "training.dual_head combines two",
         ),
     ],
@@ -436,10 +443,9 @@ FROZEN_VECTORS = '[student]\nbackbone = { tuning = "frozen" }\npooling = { metho
         ("[training]\ncomplement_words = 20\nremine = true", "remine replaces them by those of the student"),
         ('[training]\ncomplement_words = 20\n[mining]\nsources = ["encoder"]', "mining.sources does not name bm25"),
         ("[training]\ncomplement_word = 20", "complement_words"),
-        ("[losses]\nsoft_expansion = 0.5", r"soft_expansion is 0.5, but training\.expansions names no file"),
-        ('[training.expansion_writer]\nmodel = "smollm2"', "expansion_writer has no file to write to"),
+        ("[losses]\nsoft_expansion = 0.5", r"losses\.soft_expansion\.passages is missing; set it"),
         (
-            FROZEN_VECTORS + '[losses]\nsoft_expansion = 1.0\n[training]\nexpansions = "a.jsonl"',
+            FROZEN_VECTORS + '[losses.soft_expansion]\npassages = "a.jsonl"',
             "those of a frozen backbone with its own pooling stay as they are",
         ),
     ],

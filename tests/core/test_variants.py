@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.recipe import NO_IMITATION, BackboneConfig, EvidenceConfig, LossWeights, Recipe, TrainingConfig
+from d2llm.core.losses import LOSSES
+from d2llm.core.recipe import BackboneConfig, EvidenceConfig, Recipe, TrainingConfig
 from d2llm.core.recipe_file import load_recipe
 from d2llm.core.variants import VARIANTS, Variant, find_variant
 from d2llm.data.collation import LabelledSource, collate, epoch_batches
@@ -18,8 +19,7 @@ from d2llm.models.backbone import Backbone
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.training.ablation.report import BASE
-from d2llm.training.objective import batch_losses
-from tiny_distill import Place, score_batch
+from tiny_distill import Place, losses_of, score_batch
 from tiny_models import write_tiny_model
 
 # Variants that change nothing in a shipped recipe.
@@ -60,6 +60,7 @@ UNCHANGED = {
         "not-quiet",
     },
 }
+TAUGHT = {"labels", "live_teacher"}
 RECIPES = sorted(UNCHANGED)
 Built = tuple[dict[str, tuple[int, ...]], str, set[str], TrainingConfig, EvidenceConfig, tuple[int, ...], int]
 
@@ -76,9 +77,9 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]
     labelled = LabelledSource.join(tiny_run.source, store)
     batches = epoch_batches([labelled], epoch=0, batch_queries=4, num_hard=2, num_easy=1, seed=0)
     batch = collate(*batches[0])
-    batch = replace(batch, live_scores=np.zeros(batch.positive.shape, np.float32))
+    batch = replace(batch, pair_inputs={"in_batch_imitation": np.zeros(batch.positive.shape, np.float32)})
     backbones: dict[BackboneConfig, Backbone] = {}
-    losses: dict[tuple[str, LossWeights], set[str]] = {}
+    losses: dict[tuple[str, str], set[str]] = {}
 
     def build(recipe: Recipe) -> Built:
         chosen = str(decoder if recipe.student.backbone.bidirectional else model)
@@ -99,16 +100,19 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]
             for part, module in (("pooling", student.pooling), ("interaction", student.interaction))
             for name, parameter in module.state_dict().items()
         }
-        kind = config.interaction.head, recipe.losses
+        kind = config.interaction.head, recipe.losses.model_dump_json()
         if kind not in losses:
-            losses[kind] = set(batch_losses(score_batch(student, batch), batch, recipe.losses))
+            losses[kind] = set(losses_of(score_batch(student, batch), batch, recipe.losses))
         return (
             shapes,
             student.backbone.pooling,
             losses[kind],
             recipe.training,
             recipe.evidence,
-            (*recipe.losses.nested_dims, *recipe.losses.nested_depths, recipe.student.backbone.adapters == "two"),
+            (
+                {kind: loss for kind, loss in recipe.losses.active.items() if loss.of_vectors},
+                recipe.student.backbone.adapters == "two",
+            ),
             student.backbone.model.config.num_hidden_layers,
         )
 
@@ -128,12 +132,12 @@ def test_every_variant_changes_the_model_or_its_training(name: str, build: Calla
         "without-hi": {"rank_imitation_hard_easy"},
         "without-fi": {"feature_imitation"},
         "without-li": {"list_imitation"},
-        "no-imitation": {loss for loss in all_losses if loss in NO_IMITATION},
+        "no-imitation": {loss for loss in all_losses if LOSSES.find(loss).learns_from & TAUGHT},
     }
     for variant in VARIANTS.values():
         if variant.group == "losses":
-            [loss] = (loss for loss, weight in variant.settings["losses"].items() if weight)
-            assert built_variants[variant.name][2] == all_losses - {*NO_IMITATION} | {loss}
+            [loss] = variant.imitation or {}
+            assert built_variants[variant.name][2] == all_losses - removed["no-imitation"] | {loss}
     for variant, losses in removed.items():
         assert built_variants[variant] == (base[0], base[1], all_losses - losses, *base[3:])
         assert losses <= all_losses or variant in UNCHANGED[name]
@@ -165,8 +169,16 @@ def test_a_variant_changes_only_its_settings(name: str) -> None:
     for variant in VARIANTS.values():
         changed = variant.apply(recipe)
         assert changed.name == f"{name}-{variant.name}"
-        before, after, overrides = (leaves(v) for v in (recipe.model_dump(), changed.model_dump(), variant.settings))
-        assert after == before | overrides | {("name",): changed.name}
+        overrides = {section: values for section, values in variant.settings.items() if section != "losses"}
+        before, after = (leaves(each.model_dump(exclude={"losses"})) for each in (recipe, changed))
+        assert after == before | leaves(overrides) | {("name",): changed.name}
+        named = {*variant.settings.get("losses", {}), *(variant.imitation or {})}
+        for kind in recipe.losses.root.keys() | changed.losses.root.keys() | named:
+            replaced = variant.imitation is not None and LOSSES.find(kind).learns_from & TAUGHT
+            if kind not in named and not replaced:
+                assert changed.losses.root.get(kind) == recipe.losses.root.get(kind)
+        for kind, weight in (variant.imitation or {}).items():
+            assert changed.losses.weight(kind) == (weight["weight"] if isinstance(weight, dict) else weight)
 
 
 def leaves(values: object, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], object]:
@@ -221,12 +233,12 @@ def test_variants_apply_to_recipes_whose_settings_they_exclude() -> None:
                 "backbone": {"pooling": "ditto", "diagonal_head": (0, 1)},
                 "pooling": {"method": "backbone", "whitening": True},
             },
-            "losses": {"nested_dims": (64,)},
+            "losses": {"nested_cross_entropy": {"dims": (64,)}},
         },
     ).apply(recipe)
     for name in ("paper", "paper-head", "dual-head"):
-        assert VARIANTS[name].apply(ditto).losses.nested_dims == ()
-        assert VARIANTS[name].apply(VARIANTS["nested-depths"].apply(recipe)).losses.nested_depths == ()
+        assert not VARIANTS[name].apply(ditto).losses.weight("nested_cross_entropy")
+        assert VARIANTS[name].apply(VARIANTS["nested-depths"].apply(recipe)).losses.depths == ()
     for name in ("mean-pooling", "last-pooling", "weighted-mean-pooling"):
         assert VARIANTS[name].apply(ditto).student.backbone.diagonal_head is None
     whitened = VARIANTS["whitening"].apply(recipe)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import InputError, RecipeError
-from d2llm.core.recipe import NO_IMITATION, LoraConfig, LossWeights, PretrainingConfig, Recipe, TeacherTuningConfig
+from d2llm.core.losses import Objective
+from d2llm.core.recipe import LoraConfig, PretrainingConfig, Recipe, TeacherTuningConfig
 from d2llm.data.training import TrainingSource, labelled_pairs
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import load_judge
@@ -31,7 +32,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     tuning = {"lora": LoraConfig(rank=4, alpha=8.0, dropout=0.0), "learning_rate": 5e-3, "batch_pairs": 8, "epochs": 6}
     return tiny_recipe(
         tiny_student_config(write_tiny_model(folder / "student", "modernbert", initializer_range=0.1)),
-        losses=LossWeights(**NO_IMITATION | {"list_imitation": 1.0}),
+        losses=Objective({}).with_imitation({"list_imitation": 1.0}),
     ).model_copy(
         update={
             "teacher": tiny_teacher_config(write_tiny_model(folder / "teacher", "llama")),
@@ -124,7 +125,7 @@ def test_rounds_follow_one_another_and_learn_from_no_judgements(
 def test_a_recipe_that_cannot_alternate_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least one round, not 0"):
         alternate([], tmp_path, recipe=recipe, rounds=0)
-    judgements = recipe.model_copy(update={"losses": LossWeights(**NO_IMITATION)})
+    judgements = recipe.model_copy(update={"losses": Objective({}).with_imitation({})})
     with pytest.raises(InputError, match="no loss of the recipe imitates a teacher"):
         recipe_of_round(judgements, 1, "start")
     untuned = recipe.model_copy(update={"teacher_tuning": TeacherTuningConfig(epochs=0)})
@@ -134,8 +135,8 @@ def test_a_recipe_that_cannot_alternate_is_refused(recipe: Recipe, tmp_path: Pat
     with pytest.raises(RecipeError, match="dev_measure mrr needs the data sets' judgements"):
         recipe_of_round(ranked, 1, "start")
     two_heads = recipe.model_copy(update={"training": recipe.training.model_copy(update={"dual_head": True})})
-    nested = recipe.model_copy(update={"losses": recipe.losses.model_copy(update={"nested_dims": (4,)})})
-    with pytest.raises(InputError, match="nested_dims is trained on judgements"):
+    nested = recipe.model_copy(update={"losses": recipe.losses.with_losses({"nested_cross_entropy": {"dims": (4,)}})})
+    with pytest.raises(InputError, match="nested_cross_entropy is trained on judgements"):
         recipe_of_round(nested, 1, "before")
     first = recipe.training.model_copy(update={"pretraining": PretrainingConfig(objective="simcse")})
     with pytest.raises(InputError, match="pretraining prepares the backbone of a new student"):

@@ -166,9 +166,12 @@ class TestDistil:
         assert (training.head_learning_rate, training.weight_decay, training.max_gradient_norm) == (1e-4, 0.01, 1)
         assert (training.patience, training.num_positives, training.num_hard) == (5, 1, 8)
         assert (training.epochs, recipe.mining.num_hard, recipe.student.pooling.num_heads) == (5, 8, 32)
-        assert (losses.contrastive_imitation, losses.rank_imitation_positive_hard) == (1, 1)
-        assert (losses.rank_imitation_hard_easy, losses.feature_imitation) == (0.01, 0.001)
-        assert (losses.in_batch_cross_entropy, losses.normalisation, losses.temperature) == (1, "authors", 1)
+        published = ("contrastive_imitation", "rank_imitation_positive_hard")
+        assert [losses.weight(kind) for kind in published] == [1, 1]
+        assert [losses.weight(kind) for kind in ("rank_imitation_hard_easy", "feature_imitation")] == [0.01, 0.001]
+        authors = {"weight": 1.0, "normalisation": "authors"}
+        assert losses.root["in_batch_cross_entropy"].model_dump() == authors
+        assert losses.root["contrastive_imitation"].model_dump() == authors | {"temperature": 1.0}
         backbone, pooling, interaction = recipe.student.backbone, recipe.student.pooling, recipe.student.interaction
         assert (interaction.head, interaction.features, interaction.branches) == ("paper", "concat", "per_task")
         assert (interaction.layers, interaction.hidden_dim, interaction.feature_dim) == (3, 512, 512)

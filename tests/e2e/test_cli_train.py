@@ -369,7 +369,7 @@ class TestInit:
         succeed("init", tmp_path / "data", *options, "--task", "symmetric")
         recipe = load_recipe(tmp_path / "r.toml")
         assert (recipe.teacher.model, recipe.teacher.kind) == ("owner/monot5", "seq2seq")
-        assert (recipe.teacher_tuning.epochs, recipe.losses.list_imitation) == (0, 0.5)
+        assert (recipe.teacher_tuning.epochs, recipe.losses.weight("list_imitation")) == (0, 0.5)
         assert recipe.data[0].exclude_shared_passages is False
         assert recipe.data[0].task == "symmetric"
         assert "only 0 of 12 questions share no relevant passage" in (tmp_path / "r.toml").read_text()

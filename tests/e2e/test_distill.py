@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 
 from d2llm.core import progress
 from d2llm.core.errors import InputError, TrainingDivergedError
-from d2llm.core.recipe import NO_IMITATION, EvidenceConfig, InteractionConfig, LossWeights, ResidualConfig
+from d2llm.core.losses import Objective
+from d2llm.core.recipe import EvidenceConfig, InteractionConfig, ResidualConfig
 from d2llm.core.types import Task
+from d2llm.methods.losses.in_batch_imitation import LiveTeacher
 from d2llm.models.evidence import read_evidence
 from d2llm.models.interaction import make_head
 from d2llm.models.student import Student
@@ -29,7 +31,6 @@ from d2llm.training import training_loop as loop
 from d2llm.training.checkpoints import adamw, trainable
 from d2llm.training.dev_sets import DevResult, evaluate_dev, make_dev_set
 from d2llm.training.distill import DistillReport, distill
-from d2llm.training.live_teacher import LiveTeacher
 from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_distill import LEARNING, Place, log_of, poison
 from tiny_models import TEXTS, tiny_student_config
@@ -144,7 +145,7 @@ def test_tokens_count_in_training_and_their_projection_is_trained_with_the_backb
     recipe = recipe.model_copy(
         update={
             "evidence": EvidenceConfig(token_vectors=True, in_training=True),
-            "losses": recipe.losses.model_copy(update={"token_cross_entropy": 0.5}),
+            "losses": recipe.losses.with_losses({"token_cross_entropy": 0.5}),
         }
     )
 
@@ -196,8 +197,9 @@ STAGES = (  # the parts of a two-stage run, in order
 
 def test_a_student_imitates_a_live_teacher_without_labels(place: Place, trained: Trained, tmp_path: Path) -> None:
     """Its distributions come nearer to the live teacher's than they were."""
-    recipe = tiny_recipe(tiny_student_config(place.model), **LEARNING | {"live_teacher": str(trained.folder)})
-    weights = LossWeights(**NO_IMITATION | {"in_batch_imitation": 1.0}, in_batch_cross_entropy=0.0)
+    recipe = tiny_recipe(tiny_student_config(place.model), **LEARNING)
+    live = {"teacher": str(trained.folder)}
+    weights = Objective({}).with_imitation({"in_batch_imitation": live, "in_batch_cross_entropy": 0.0})
     recipe = recipe.model_copy(update={"losses": weights})
     report = place.run(tmp_path / "student", recipe=recipe, labels=tmp_path / "none")
     logged = [line["in_batch_imitation"] for line in log_of(tmp_path / "student") if "loss" in line]
@@ -221,7 +223,7 @@ def test_a_student_imitates_a_live_teacher_without_labels(place: Place, trained:
 
 @pytest.mark.parametrize("residual_epochs", [0, 1])
 def test_two_heads_end_as_one(place: Place, tmp_path: Path, residual_epochs: int) -> None:
-    weights = LossWeights(**NO_IMITATION | {"list_imitation": 0.5})
+    weights = Objective({}).with_imitation({"list_imitation": 0.5})
     stages = {"residual": ResidualConfig(epochs=residual_epochs)}
     recipe = tiny_recipe(tiny_student_config(place.model), **LEARNING | stages | {"dual_head": True})
     report = place.run(tmp_path / "student", recipe=recipe.model_copy(update={"losses": weights}))

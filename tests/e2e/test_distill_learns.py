@@ -10,18 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from d2llm.core.recipe import LossWeights
+from d2llm.core.losses import Objective
 from d2llm.training.distill import distill
 from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model
 
-RANKS_ONLY = LossWeights(
-    contrastive_imitation=0,
-    rank_imitation_positive_hard=1,
-    rank_imitation_hard_easy=0,
-    feature_imitation=0,
-    in_batch_cross_entropy=0,
-    anchor_cross_entropy=0,
+RANKS_ONLY = Objective(
+    {
+        "contrastive_imitation": 0,
+        "rank_imitation_positive_hard": 1,
+        "rank_imitation_hard_easy": 0,
+        "feature_imitation": 0,
+        "in_batch_cross_entropy": 0,
+        "anchor_cross_entropy": 0,
+    }
 )
 
 
@@ -29,11 +31,11 @@ RANKS_ONLY = LossWeights(
 # plan but a teacher that takes the hard negatives for positives, 0: the gain comes from the labels.
 @pytest.mark.parametrize(
     ("losses", "reverse", "min_gain", "max_gain"),
-    [(LossWeights(), False, 0.4, 1.0), (RANKS_ONLY, False, 0.15, 1.0), (RANKS_ONLY, True, 0.0, 0.05)],
+    [(Objective({}), False, 0.4, 1.0), (RANKS_ONLY, False, 0.15, 1.0), (RANKS_ONLY, True, 0.0, 0.05)],
     ids=["all losses", "ranks alone", "ranks of a wrong teacher"],
 )
 def test_dev_gain_after_eighty_steps(
-    losses: LossWeights, reverse: bool, min_gain: float, max_gain: float, tmp_path: Path
+    losses: Objective, reverse: bool, min_gain: float, max_gain: float, tmp_path: Path
 ) -> None:
     source = topics(num_train=64, num_dev=16, num_passages=48)
     teacher = tiny_teacher_config(write_tiny_model(tmp_path / "teacher", "llama"))

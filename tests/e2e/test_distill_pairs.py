@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from d2llm.core.errors import InputError, TrainingDivergedError
-from d2llm.core.recipe import DataConfig, LossWeights, PoolingConfig
-from d2llm.core.variants import find_variant
+from d2llm.core.losses import Objective
+from d2llm.core.recipe import DataConfig, PoolingConfig
 from d2llm.data.open_data import open_data
 from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
 from d2llm.data.pairs import PairDataset
@@ -57,13 +57,13 @@ def pair_source(folder: Path, plan: Path) -> TrainingSource:
     return training_source(DataConfig(path=str(folder), task="symmetric"), read_plan(plan))
 
 
-PLAIN = find_variant("cosine").settings["losses"]
+PLAIN = Objective({}).with_imitation({"pair_cross_entropy": {"anchor": 0.0}})
 
 
 def test_pairs_alone_teach_a_student_without_a_teacher(place: Place, tmp_path: Path) -> None:
     source = pair_source(write_pairs(tmp_path / "couples"), tmp_path / "plan")
     recipe = tiny_recipe(tiny_student_config(place.model), learning_rate=3e-3, head_learning_rate=1e-2, epochs=12)
-    recipe = recipe.model_copy(update={"losses": LossWeights.model_validate(PLAIN)})
+    recipe = recipe.model_copy(update={"losses": PLAIN})
     report = place.run(tmp_path / "student", source=source, recipe=recipe)
     start = report.dev["couples"]["start"]
     best = max(report.dev["couples"]["by_weight"].values())
@@ -88,7 +88,7 @@ def test_a_run_on_pairs_and_retrieval_resumes_exactly(place: Place, tmp_path: Pa
     fingerprint = run(tmp_path / "whole")
     steps = [line for line in log_of(tmp_path / "whole") if "loss" in line]
     assert {frozenset(name for name in line if "cross_entropy" in name) for line in steps} == {
-        frozenset({"pair_cross_entropy", "anchor_pair_cross_entropy"}),
+        frozenset({"pair_cross_entropy"}),
         frozenset({"in_batch_cross_entropy", "anchor_cross_entropy"}),
     }
     (tmp_path / "whole" / "manifest.json").unlink()
@@ -114,7 +114,7 @@ def test_interpolation_keeps_one_of_the_measured_shares(place: Place, tmp_path: 
 def test_pairs_without_a_dev_split_are_rejected(place: Place, tmp_path: Path) -> None:
     source = pair_source(write_pairs(tmp_path / "couples", splits=("train",)), tmp_path / "plan")
     recipe = tiny_recipe(tiny_student_config(place.model))
-    recipe = recipe.model_copy(update={"losses": LossWeights.model_validate(PLAIN)})
+    recipe = recipe.model_copy(update={"losses": PLAIN})
     with pytest.raises(InputError, match="there are no dev pairs"):
         place.run(tmp_path / "student", source=source, recipe=recipe)
 

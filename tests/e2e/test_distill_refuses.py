@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import DataFormatError, InputError, LabelMismatchError, TrainingDivergedError
-from d2llm.core.recipe import LossWeights, Recipe
+from d2llm.core.losses import LOSSES, Objective
+from d2llm.core.recipe import Recipe
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.training.distill import DistillReport, distill
@@ -117,7 +118,7 @@ def test_a_checkpoint_of_another_run_is_refused(place: Place, tmp_path: Path, mo
             place.run(tmp_path / "student")
     with pytest.raises(
         InputError,
-        match=r"belongs to a run with other settings: recipe.training.learning_rate \(was 0.001, is 0.0005\)",
+        match=r"belongs to a run with other settings: training.learning_rate \(was 0.001, is 0.0005\)",
     ):
         place.run(tmp_path / "student", learning_rate=5e-4)
 
@@ -138,17 +139,14 @@ def test_a_data_set_without_dev_queries_is_refused(place: Place, tmp_path: Path)
 
 
 def test_a_recipe_without_losses_is_refused(place: Place, tmp_path: Path) -> None:
-    weights = [
-        n for n in LossWeights.model_fields if n not in ("temperature", "normalisation", "nested_dims", "nested_depths")
-    ]
-    no_losses = LossWeights.model_validate(dict.fromkeys(weights, 0.0))
+    no_losses = Objective(dict.fromkeys(LOSSES.shipped, 0.0))
     recipe = tiny_recipe(tiny_student_config(place.model), losses=no_losses)
     with pytest.raises(InputError, match="no loss has a weight above 0"):
         place.run(tmp_path / "student", recipe=recipe)
 
 
 def test_without_imitation_no_labels_are_needed(place: Place, tmp_path: Path) -> None:
-    without_imitation = LossWeights.model_validate({n: 0.0 for n in LossWeights.model_fields if "imitation" in n})
+    without_imitation = Objective({}).with_imitation({})
     recipe = tiny_recipe(tiny_student_config(place.model), losses=without_imitation, epochs=1)
     report = place.run(tmp_path / "student", labels=tmp_path / "nothing", recipe=recipe)
     assert (report.steps, report.queries, report.unlabelled_queries) == (4, 16, 16)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import LabellingConfig, LossWeights, TeacherConfig
+from d2llm.core.losses import Objective
+from d2llm.core.recipe import LabellingConfig, TeacherConfig
 from d2llm.data.collation import DistillationBatch, LabelledSource
 from d2llm.models.teachers.judge import identify_judge, load_judge
 from d2llm.models.teachers.stacked import StackMember, write_stack
@@ -137,7 +138,7 @@ def test_a_listwise_teacher_cannot_add_to_its_lists(place, tmp_path, setting, is
         write_stack(tmp_path / "stack", members, {place.source.task: combined}, {})
         teacher = TeacherConfig(model=str(tmp_path / "stack"))
     recipe = tiny_recipe(
-        tiny_student_config(place.model), losses=LossWeights(feature_imitation=0.0), **LEARNING | setting
+        tiny_student_config(place.model), losses=Objective({"feature_imitation": 0.0}), **LEARNING | setting
     )
     with pytest.raises(InputError, match="kind listwise only orders those that it sees together"):
         place.run(tmp_path / "student", recipe=recipe, teacher=teacher)
@@ -166,7 +167,7 @@ def test_what_was_not_recorded_needs_a_grade(place, tmp_path, setting, is_stacke
         write_stack(folder, members, {source.task: combined}, {})
         return TeacherConfig(model=str(folder))
 
-    losses = LossWeights(feature_imitation=0.0, contrastive_imitation=1.0)
+    losses = Objective({"feature_imitation": 0.0, "contrastive_imitation": 1.0})
     training: dict[str, Any] = {**LEARNING, "epochs": 2, "remine": True, **setting}
     recipe = tiny_recipe(tiny_student_config(place.model), losses=losses, **training)
     teacher = recorded(tmp_path / "stack")

@@ -12,13 +12,13 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from d2llm.training.expansions import read_expansions
 
 from d2llm.core.recipe_file import load_recipe
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
 from d2llm.fitting.draft_store import DraftStore
 from d2llm.models.teachers.judge import identify_judge
-from d2llm.training.expansions import read_expansions
 from e2e.command_line import fail, succeed, write_lines
 from list_endpoint import KINDS, counts_words, recipe_with_teacher
 from local_endpoint import LocalEndpoint, Reply, Request, always, chat, completion, local_endpoint

@@ -165,7 +165,11 @@ def tiny_paper_recipe(backbone: Path, normalisation: str) -> Recipe:
         "eval_every": NUM_STEPS,
     }
     if normalisation == "mean":
-        values["losses"] |= case.weights | {"normalisation": "mean", "temperature": case.temperature}
+        values["losses"] |= case.weights
+        values["losses"]["contrastive_imitation"] = {
+            "weight": case.weights["contrastive_imitation"],
+            "temperature": case.temperature,
+        }
         values["student"]["pooling"]["num_heads"] = case.num_heads
         values["student"]["interaction"] |= {"hidden_dim": 24, "feature_dim": 24}
     return Recipe.model_validate(values)

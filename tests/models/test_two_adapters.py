@@ -12,7 +12,8 @@ from transformers import AutoModel
 
 from d2llm import Index, Passage, Student
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import NO_IMITATION, LossWeights, PretrainingConfig
+from d2llm.core.losses import Objective
+from d2llm.core.recipe import PretrainingConfig
 from d2llm.core.types import WholeText
 from d2llm.models.engines.engines import choose_engine
 from d2llm.models.export.export import export
@@ -130,7 +131,7 @@ def test_each_adapter_learns_from_its_own_texts(model: Path, room: float) -> Non
 def test_a_distilled_student_has_two_adapters(tmp_path: Path) -> None:
     place = Place(tmp_path)
     recipe = tiny_recipe(tiny_student_config(place.model, adapters="two"), **LEARNING)
-    report = place.run(tmp_path / "s", recipe=recipe.model_copy(update={"losses": LossWeights(**NO_IMITATION)}))
+    report = place.run(tmp_path / "s", recipe=recipe.model_copy(update={"losses": Objective({}).with_imitation({})}))
     assert report.best_step > 0
     tensors = load_file(tmp_path / "s" / ADAPTER_FILE)
     ups = [name for name in tensors if name.endswith("lora_up") and not name.startswith("query:")]

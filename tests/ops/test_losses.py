@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import formulas as losses
 from d2llm.core.errors import InputError
-from d2llm.ops import losses
 
 NONE, POSITIVE, HARD, EASY = range(4)
 TEMPERATURE = 0.7

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from d2llm.ops import losses
+import formulas as losses
 
 NAMES = (
     "contrastive_imitation",

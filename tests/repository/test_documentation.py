@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from d2llm.cli.main import app
 from d2llm.core.errors import MissingExtraError
+from d2llm.core.losses import LOSSES, Objective
 from d2llm.core.recipe import Recipe
 from d2llm.core.recipe_file import load_recipe_text
 
@@ -104,6 +105,9 @@ def option_exists(name: str) -> bool:
         if section is None or part not in section.model_fields:
             return False
         annotation = section.model_fields[part].annotation
+        if annotation is Objective:
+            kind, *setting = name.split(".")[1:]
+            return kind in LOSSES.kinds and all(each in LOSSES.find(kind).model_fields for each in setting[:1])
         candidates = [annotation, *get_args(annotation)]
         section = next((c for c in candidates if isinstance(c, type) and hasattr(c, "model_fields")), None)
     return True

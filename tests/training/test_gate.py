@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from d2llm.core.errors import DataFormatError, InputError
-from d2llm.core.recipe import GateConfig, LossWeights, TeacherConfig
+from d2llm.core.losses import Objective
+from d2llm.core.recipe import GateConfig, TeacherConfig
 from d2llm.core.types import Passage
 from d2llm.data.collation import LabelledSource, collate, epoch_batches
 from d2llm.data.labels import LabelStore, QueryLabels
@@ -27,10 +28,10 @@ from d2llm.reports.training_tables import gate_table
 from d2llm.training import gate as verb
 from d2llm.training.dev_sets import dev_queries, make_dev_pairs, make_judge_dev_set
 from d2llm.training.gate import GATE_FILE, LOOK_QUERIES, first_look, gate, read_gate
-from d2llm.training.objective import batch_losses
 from d2llm.training.sentences import describe_first_look, describe_gates, gate_advice
 from fake_models import FakeStudent, Interruption
 from tiny_data import LETTERS, everyday, make_plan
+from tiny_distill import losses_of
 from tiny_models import tiny_student_config, write_tiny_model
 
 TEACHER = TeacherConfig(model="told")
@@ -421,11 +422,12 @@ def test_closed_pair_set_ignores_the_teachers_labels(kind, tmp_path):
         ((labelled, draws),) = epoch_batches([joined], epoch=0, batch_queries=64, num_hard=1, num_easy=0, seed=0)
         batch = collate(labelled, draws)
         logits = torch.linspace(0.5, 3, batch.positive.size).reshape(batch.positive.shape)
-        terms = batch_losses(PairScores(logits, logits / 2, None), batch, LossWeights(teacher_share=share))
+        objective = Objective({"pair_cross_entropy": {"teacher_share": share}})
+        terms = losses_of(PairScores(logits, logits / 2, None), batch, objective)
         return {name: value.item() for name, value in terms.items()}
 
     own = losses(untaught, 0.0)
-    assert set(own) == {"pair_cross_entropy", "anchor_pair_cross_entropy"}
+    assert set(own) == {"pair_cross_entropy"}
     for share in (0.5, 1.0):
         assert losses(untaught, share) == pytest.approx(own, rel=1e-5)
         assert losses(taught, share) != pytest.approx(own, rel=1e-2)

@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from d2llm.core.recipe import LoraConfig, LossWeights, TrainingConfig
+from d2llm.core.losses import Objective
+from d2llm.core.recipe import LoraConfig, TrainingConfig
 from d2llm.data.collation import DistillationBatch
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection
 from d2llm.training import gradient_cache
 from d2llm.training.gradient_cache import backpropagate, graph_room
 from d2llm.training.objective import (
-    batch_losses,
     batch_tokens,
     score_vectors,
     token_places,
@@ -31,10 +31,10 @@ from d2llm.training.objective import (
     with_tokens,
 )
 from tiny_data import make_source
-from tiny_distill import score_batch
+from tiny_distill import losses_of, score_batch
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
-WEIGHTS = LossWeights(rank_imitation_hard_easy=0.5, feature_imitation=0.5)
+WEIGHTS = Objective({"rank_imitation_hard_easy": 0.5, "feature_imitation": 0.5})
 NUM_QUERIES, NUM_PASSAGES = 5, 17
 
 
@@ -91,7 +91,7 @@ def collect(student: Student, loss: Tensor) -> LossAndGradients:
 
 def in_one_pass(student: Student, batch: DistillationBatch) -> LossAndGradients:
     """One forward pass over every text and one backward pass."""
-    loss = weighted_sum(batch_losses(score_batch(student, batch), batch, WEIGHTS), WEIGHTS)
+    loss = weighted_sum(losses_of(score_batch(student, batch), batch, WEIGHTS), WEIGHTS.active)
     loss.backward()
     return collect(student, loss)
 
@@ -101,7 +101,7 @@ def loss_function(student: Student, batch: DistillationBatch) -> Callable[[Tenso
 
     def loss_of(vectors: Tensor, tokens: Sequence[Tensor]) -> Tensor:
         scores = with_tokens(student, score_vectors(student, vectors, batch), tokens, batch, ids)
-        return weighted_sum(batch_losses(scores, batch, WEIGHTS), WEIGHTS)
+        return weighted_sum(losses_of(scores, batch, WEIGHTS), WEIGHTS.active)
 
     return loss_of
 
@@ -314,7 +314,7 @@ def test_gradient_with_vectors_of_tokens_equals_that_of_one_pass(
     vectors = student(*student.backbone.pad(batch_tokens(student, batch)))
     tokens = mean_best_cosines_one_by_one(student, batch)
     scores = replace(score_vectors(student, vectors, batch), tokens=tokens)
-    loss = weighted_sum(batch_losses(scores, with_weight, WEIGHTS), WEIGHTS)
+    loss = weighted_sum(losses_of(scores, with_weight, WEIGHTS), WEIGHTS.active)
     loss.backward()
     expected = collect(student, loss)
     assert float(expected.gradients["token_projection.weight"].abs().max()) > 1e-3

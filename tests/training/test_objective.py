@@ -11,37 +11,39 @@ import numpy as np
 import pytest
 import torch
 
+import formulas as losses
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import NO_IMITATION, InteractionConfig, LossWeights
+from d2llm.core.losses import LOSSES, Objective
+from d2llm.core.recipe import InteractionConfig
 from d2llm.data.collation import DistillationBatch
 from d2llm.models.interaction import PairScores
 from d2llm.models.student import Student
-from d2llm.ops import losses
-from d2llm.training.objective import batch_losses, weighted_sum
+from d2llm.training.objective import weighted_sum
 from tiny_data import make_source
-from tiny_distill import score_batch
+from tiny_distill import losses_of, score_batch
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
 NONE = -np.inf
-ALL_WEIGHTS = LossWeights(
-    contrastive_imitation=0.5,
-    list_imitation=13.0,
-    recalibrated_imitation=1.2,
-    weighted_imitation=1.4,
-    score_regression=0.2,
-    margin_mse=0.3,
-    plackett_luce=0.4,
-    ranknet=0.6,
-    lambdarank=0.8,
-    sinkhorn=0.9,
-    in_batch_imitation=1.5,
-    rank_imitation_positive_hard=2.0,
-    rank_imitation_hard_easy=3.0,
-    feature_imitation=5.0,
-    subclass_imitation=1.7,
-    in_batch_cross_entropy=7.0,
-    anchor_cross_entropy=11.0,
-    temperature=0.7,
+ALL_WEIGHTS = Objective(
+    {
+        "contrastive_imitation": {"weight": 0.5, "temperature": 0.7},
+        "list_imitation": 13.0,
+        "recalibrated_imitation": 1.2,
+        "weighted_imitation": 1.4,
+        "score_regression": 0.2,
+        "margin_mse": 0.3,
+        "plackett_luce": 0.4,
+        "ranknet": 0.6,
+        "lambdarank": 0.8,
+        "sinkhorn": 0.9,
+        "in_batch_imitation": {"weight": 1.5, "teacher": "d2llm-minilm"},
+        "rank_imitation_positive_hard": 2.0,
+        "rank_imitation_hard_easy": 3.0,
+        "feature_imitation": 5.0,
+        "subclass_imitation": 1.7,
+        "in_batch_cross_entropy": 7.0,
+        "anchor_cross_entropy": 11.0,
+    }
 )
 POSITIVE = [[1, 0, 0, 0], [0, 0, 0, 1]]
 HARD = [[0, 1, 1, 0], [0, 0, 1, 0]]
@@ -67,7 +69,7 @@ def batch() -> DistillationBatch:
         np.array(LABELLED, bool),
         np.array(OWN),
         np.array(GRAM, np.float32),
-        live_scores=np.array(LIVE, np.float32),
+        pair_inputs={"in_batch_imitation": np.array(LIVE, np.float32)},
     )
 
 
@@ -123,7 +125,7 @@ def by_hand(scores: PairScores) -> dict[str, torch.Tensor]:
 
 
 def test_each_loss_is_that_of_ops_on_the_batch_masks(scores: PairScores, batch: DistillationBatch) -> None:
-    actual, expected = batch_losses(scores, batch, ALL_WEIGHTS), by_hand(scores)
+    actual, expected = losses_of(scores, batch, ALL_WEIGHTS), by_hand(scores)
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert value.item() != 0.0
@@ -132,8 +134,9 @@ def test_each_loss_is_that_of_ops_on_the_batch_masks(scores: PairScores, batch: 
 
 def test_the_authors_normalisation(scores: PairScores, batch: DistillationBatch) -> None:
     """In-batch cross-entropy by the batch once more, CI over and by the hard negatives, FI summed over queries."""
-    weights = ALL_WEIGHTS.model_copy(update={"normalisation": "authors"})
-    ours, theirs = (batch_losses(scores, batch, each) for each in (ALL_WEIGHTS, weights))
+    authors = {"normalisation": "authors"}
+    weights = ALL_WEIGHTS.with_losses(dict.fromkeys(NORMALISED, authors))
+    ours, theirs = (losses_of(scores, batch, each) for each in (ALL_WEIGHTS, weights))
     num_queries = len(batch.query_ids)
     hard, positive = torch.from_numpy(batch.hard), torch.from_numpy(batch.positive)
     alone = losses.contrastive_imitation(
@@ -143,13 +146,13 @@ def test_the_authors_normalisation(scores: PairScores, batch: DistillationBatch)
         torch.sigmoid(torch.from_numpy(batch.teacher_log_odds)),
         positive,
         hard,
-        temperature=weights.temperature,
+        temperature=0.7,
     )
     per_query = hard.sum() / hard.any(dim=1).sum()
     assert theirs["contrastive_imitation"].item() == pytest.approx((alone / per_query).item(), rel=1e-5)
     assert theirs["in_batch_cross_entropy"].item() == pytest.approx(ours["in_batch_cross_entropy"].item() / num_queries)
     assert theirs["feature_imitation"].item() == pytest.approx(ours["feature_imitation"].item() * num_queries)
-    same = set(ours) - {"contrastive_imitation", "in_batch_cross_entropy", "feature_imitation"}
+    same = set(ours) - {*NORMALISED}
     assert all(ours[name] == theirs[name] for name in same)
 
 
@@ -160,16 +163,18 @@ def test_the_authors_feature_imitation_sums_over_the_queries_with_features(
     own[1] = -1  # the store has no cosines of the second query
     first = replace(batch, own=own)
     ours, theirs = (
-        batch_losses(scores, first, ALL_WEIGHTS.model_copy(update={"normalisation": name}))["feature_imitation"]
+        losses_of(scores, first, ALL_WEIGHTS.with_losses({"feature_imitation": {"normalisation": name}}))[
+            "feature_imitation"
+        ]
         for name in ("mean", "authors")
     )
     assert theirs.item() == pytest.approx(ours.item())  # a sum of one
 
 
 def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBatch) -> None:
-    terms = batch_losses(scores, batch, ALL_WEIGHTS)
+    terms = losses_of(scores, batch, ALL_WEIGHTS)
     parts = {name: value.item() for name, value in terms.items()}
-    total = weighted_sum(terms, ALL_WEIGHTS).item()
+    total = weighted_sum(terms, ALL_WEIGHTS.active).item()
     assert total == pytest.approx(
         0.5 * parts["contrastive_imitation"]
         + 13 * parts["list_imitation"]
@@ -192,24 +197,23 @@ def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBa
     )
 
 
-PAIR_LOSSES = {"pair_cross_entropy", "anchor_pair_cross_entropy"}
-OTHERS = {"normalisation", "temperature", "teacher_share", "nested_dims", "nested_depths"}
-OTHERS |= {"token_cross_entropy", "nested_cross_entropy", "soft_expansion"}  # these need vectors
-LOSS_NAMES = [n for n in LossWeights.model_fields if n not in PAIR_LOSSES | OTHERS]
+OF_VECTORS = {"token_cross_entropy", "nested_cross_entropy", "soft_expansion"}
+LOSS_NAMES = [kind for kind in LOSSES.shipped if kind not in OF_VECTORS | {"pair_cross_entropy"}]
+NORMALISED = ("contrastive_imitation", "in_batch_cross_entropy", "feature_imitation")
 
 
 @pytest.mark.parametrize("name", LOSS_NAMES)
 def test_a_weight_of_0_leaves_the_loss_out(scores: PairScores, batch: DistillationBatch, name: str) -> None:
-    terms = batch_losses(scores, batch, ALL_WEIGHTS.model_copy(update={name: 0.0}))
+    terms = losses_of(scores, batch, ALL_WEIGHTS.with_losses({name: 0.0}))
     assert set(terms) == set(LOSS_NAMES) - {name}
 
 
 @pytest.mark.parametrize("name", LOSS_NAMES)
 def test_every_loss_has_a_gradient_of_its_own(scores: PairScores, batch: DistillationBatch, name: str) -> None:
-    alone = LossWeights.model_validate(dict.fromkeys(LOSS_NAMES, 0.0) | {name: 1.0})
-    terms = batch_losses(scores, batch, alone)
+    alone = ALL_WEIGHTS.with_losses(dict.fromkeys(LOSS_NAMES, 0.0) | {name: ALL_WEIGHTS.root[name]})
+    terms = losses_of(scores, batch, alone)
     assert set(terms) == {name}
-    weighted_sum(terms, alone).backward()
+    weighted_sum(terms, alone.active).backward()
     reached = {part: getattr(scores, part).grad is not None for part in ("logits", "anchor", "features")}
     # Losses on the logits reach the anchor too: the change by the interaction is the logit less the anchor.
     of_features = {key: {"features"} for key in ("feature_imitation", "subclass_imitation")}
@@ -223,10 +227,10 @@ def test_every_loss_has_a_gradient_of_its_own(scores: PairScores, batch: Distill
 def test_a_constant_added_by_the_interaction_changes_no_loss(scores: PairScores, batch: DistillationBatch) -> None:
     shift = torch.tensor([[3.0], [-5.0]], requires_grad=True)
     shifted = PairScores(scores.logits + shift, scores.anchor, scores.features)
-    before, after = (batch_losses(pair_scores, batch, ALL_WEIGHTS) for pair_scores in (scores, shifted))
+    before, after = (losses_of(pair_scores, batch, ALL_WEIGHTS) for pair_scores in (scores, shifted))
     for name, value in before.items():
         assert after[name].item() == pytest.approx(value.item(), abs=1e-5), name
-    weighted_sum(after, ALL_WEIGHTS).backward()
+    weighted_sum(after, ALL_WEIGHTS.active).backward()
     assert shift.grad is not None
     assert shift.grad.abs().max().item() < 1e-5  # so nothing drives the interaction to its bound
 
@@ -238,9 +242,9 @@ def test_words_are_part_of_the_score_and_not_of_the_interaction(scores: PairScor
         scores.logits + torch.from_numpy(words), scores.anchor + torch.from_numpy(words), scores.features
     )
     expected = by_hand(with_words) | {"anchor_cross_entropy": by_hand(scores)["anchor_cross_entropy"]}
-    for name, value in batch_losses(scores, replace(batch, word_scores=words), ALL_WEIGHTS).items():
+    for name, value in losses_of(scores, replace(batch, word_scores=words), ALL_WEIGHTS).items():
         torch.testing.assert_close(value, expected[name], msg=name)
-    paper = batch_losses(PairScores(scores.logits, None, None), replace(batch, word_scores=words), ALL_WEIGHTS)
+    paper = losses_of(PairScores(scores.logits, None, None), replace(batch, word_scores=words), ALL_WEIGHTS)
     masks = [torch.tensor(mask, dtype=torch.bool) for mask in (POSITIVE, HARD, EASY)]
     in_batch = losses.in_batch_cross_entropy(with_words.logits, masks[0], masks[0] | masks[1] | masks[2])
     torch.testing.assert_close(paper["in_batch_cross_entropy"], in_batch)
@@ -257,26 +261,26 @@ def test_tokens_are_part_of_the_score_and_have_a_loss_of_their_own(
         "anchor_cross_entropy": by_hand(scores)["anchor_cross_entropy"],
         "token_cross_entropy": losses.in_batch_cross_entropy(8 * cosines, positive, positive | hard | easy),
     }
-    weights = ALL_WEIGHTS.model_copy(update={"token_cross_entropy": 2.5})
-    actual = batch_losses(replace(scores, tokens=cosines), replace(batch, token_weight=8.0), weights)
+    weights = ALL_WEIGHTS.with_losses({"token_cross_entropy": 2.5})
+    actual = losses_of(replace(scores, tokens=cosines), replace(batch, token_weight=8.0), weights)
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
         torch.testing.assert_close(value, expected[name], msg=name)
-    weighted_sum(actual, weights).backward()
+    weighted_sum(actual, weights.active).backward()
     assert cosines.grad is not None
     assert cosines.grad.abs().max().item() > 0
 
 
 def test_a_head_without_anchor_has_no_anchor_loss(scores: PairScores, batch: DistillationBatch) -> None:
     paper = PairScores(scores.logits, None, scores.features)
-    assert set(batch_losses(paper, batch, ALL_WEIGHTS)) == set(LOSS_NAMES) - {"anchor_cross_entropy"}
+    assert set(losses_of(paper, batch, ALL_WEIGHTS)) == set(LOSS_NAMES) - {"anchor_cross_entropy"}
 
 
 def test_weights_that_leave_no_loss_are_rejected(scores: PairScores, batch: DistillationBatch) -> None:
-    weights = LossWeights.model_validate(dict.fromkeys(LOSS_NAMES, 0.0) | {"anchor_cross_entropy": 1.0})
-    terms = batch_losses(PairScores(scores.logits, None, scores.features), batch, weights)
+    weights = Objective(dict.fromkeys(LOSS_NAMES, 0.0) | {"anchor_cross_entropy": 1.0})
+    terms = losses_of(PairScores(scores.logits, None, scores.features), batch, weights)
     with pytest.raises(InputError, match="no loss has a weight above 0"):
-        weighted_sum(terms, weights)
+        weighted_sum(terms, weights.active)
 
 
 # --- labelled pairs ---------------------------------------------------------------------------------------------------
@@ -301,18 +305,18 @@ def cross_entropy_by_hand(logits: torch.Tensor, offset: float, share: float) -> 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_labelled_pairs_use_pointwise_cross_entropy(scores: PairScores, batch: DistillationBatch, share: float) -> None:
-    weights = ALL_WEIGHTS.model_copy(update={"teacher_share": share})
-    terms = batch_losses(scores, pair_batch(batch), weights, offset=torch.tensor(0.5))
-    assert set(terms) == PAIR_LOSSES
+    weights = ALL_WEIGHTS.with_losses({"pair_cross_entropy": {"teacher_share": share}})
+    terms = losses_of(scores, pair_batch(batch), weights, offset=torch.tensor(0.5))
+    assert set(terms) == {"pair_cross_entropy"}
     assert scores.anchor is not None
-    for name, logits in ("pair_cross_entropy", scores.logits), ("anchor_pair_cross_entropy", scores.anchor):
-        assert terms[name].item() == pytest.approx(cross_entropy_by_hand(logits, 0.5, share), rel=1e-5)
+    whole, anchor = (cross_entropy_by_hand(logits, 0.5, share) for logits in (scores.logits, scores.anchor))
+    assert terms["pair_cross_entropy"].item() == pytest.approx(whole + 0.5 * anchor, rel=1e-5)
 
 
 def test_unlabelled_pairs_get_no_gradient(scores: PairScores, batch: DistillationBatch) -> None:
     offset = torch.tensor(0.5, requires_grad=True)
-    weights = ALL_WEIGHTS.model_copy(update={"anchor_pair_cross_entropy": 0.0})
-    weighted_sum(batch_losses(scores, pair_batch(batch), weights, offset=offset), weights).backward()
+    weights = ALL_WEIGHTS.with_losses({"pair_cross_entropy": {"anchor": 0.0}})
+    weighted_sum(losses_of(scores, pair_batch(batch), weights, offset=offset), weights.active).backward()
     gradient = scores.logits.grad
     assert gradient is not None
     assert {(row, column) for row, column in gradient.nonzero().tolist()} == set(JUDGED)
@@ -321,8 +325,9 @@ def test_unlabelled_pairs_get_no_gradient(scores: PairScores, batch: Distillatio
 
 
 def test_pairs_without_an_anchor_have_no_anchor_loss(scores: PairScores, batch: DistillationBatch) -> None:
-    terms = batch_losses(PairScores(scores.logits, None, None), pair_batch(batch), ALL_WEIGHTS)
-    assert set(terms) == {"pair_cross_entropy"}
+    terms = losses_of(PairScores(scores.logits, None, None), pair_batch(batch), ALL_WEIGHTS)
+    whole = cross_entropy_by_hand(scores.logits, 0.0, 0.0)
+    assert terms["pair_cross_entropy"].item() == pytest.approx(whole, rel=1e-5)
 
 
 # --- two heads --------------------------------------------------------------------------------------------------------
@@ -337,7 +342,7 @@ def two_heads(scores: PairScores) -> PairScores:
 
 def test_one_head_learns_judgements_and_the_other_imitates(two_heads: PairScores, batch: DistillationBatch) -> None:
     assert two_heads.teacher is not None
-    actual = batch_losses(two_heads, batch, ALL_WEIGHTS)
+    actual = losses_of(two_heads, batch, ALL_WEIGHTS)
     labels, teacher = by_hand(two_heads), by_hand(two_heads.teacher)
     assert actual.keys() == labels.keys()
     for name, value in actual.items():
@@ -353,7 +358,7 @@ def test_words_are_part_of_the_scores_of_both_heads(two_heads: PairScores, batch
     assert two_heads.teacher.anchor is not None
     added = torch.from_numpy(words)
     teacher = PairScores(two_heads.teacher.logits + added, two_heads.teacher.anchor + added, two_heads.features)
-    actual = batch_losses(two_heads, replace(batch, word_scores=words), ALL_WEIGHTS)
+    actual = losses_of(two_heads, replace(batch, word_scores=words), ALL_WEIGHTS)
     torch.testing.assert_close(actual["list_imitation"], by_hand(teacher)["list_imitation"])
 
 
@@ -361,12 +366,14 @@ def test_words_are_part_of_the_scores_of_both_heads(two_heads: PairScores, batch
 def test_pairs_divide_their_target_between_the_heads(
     two_heads: PairScores, batch: DistillationBatch, share: float
 ) -> None:
-    weights = ALL_WEIGHTS.model_copy(update={"teacher_share": share})
-    terms = batch_losses(two_heads, pair_batch(batch), weights, offset=torch.tensor(0.5))
-    for name, part in ("pair_cross_entropy", "logits"), ("anchor_pair_cross_entropy", "anchor"):
+    weights = ALL_WEIGHTS.with_losses({"pair_cross_entropy": {"teacher_share": share}})
+    terms = losses_of(two_heads, pair_batch(batch), weights, offset=torch.tensor(0.5))
+    expected = 0.0
+    for weight, part in (1.0, "logits"), (0.5, "anchor"):
         own, teacher = getattr(two_heads, part), getattr(two_heads.teacher, part)
-        expected = (1 - share) * cross_entropy_by_hand(own, 0.5, 0.0) + share * cross_entropy_by_hand(teacher, 0.5, 1.0)
-        assert terms[name].item() == pytest.approx(expected, rel=1e-5)
+        expected += weight * (1 - share) * cross_entropy_by_hand(own, 0.5, 0.0)
+        expected += weight * share * cross_entropy_by_hand(teacher, 0.5, 1.0)
+    assert terms["pair_cross_entropy"].item() == pytest.approx(expected, rel=1e-5)
 
 
 # --- scores of a batch ------------------------------------------------------------------------------------------------
@@ -440,17 +447,18 @@ def test_a_paper_head_scores_a_batch_too(model: Path, long_batch: DistillationBa
 
 def test_the_data_set_s_own_judgements_are_no_scores_to_regress(scores: PairScores, batch: DistillationBatch) -> None:
     """They stand for certainty, and their size means nothing."""
-    weights = LossWeights(**NO_IMITATION | {"score_regression": 1.0, "margin_mse": 1.0}, in_batch_cross_entropy=0.0)
+    weights = Objective({}).with_imitation({"score_regression": 1.0, "margin_mse": 1.0, "in_batch_cross_entropy": 0.0})
     other = replace(batch, teacher_log_odds=np.where(batch.labelled, batch.teacher_log_odds, np.float32(99.0)))
-    before, after = (batch_losses(scores, each, weights) for each in (batch, other))
+    before, after = (losses_of(scores, each, weights) for each in (batch, other))
     assert {name: value.item() for name, value in before.items()} == {
         name: value.item() for name, value in after.items()
     }
     unlabelled = replace(batch, labelled=np.zeros_like(batch.labelled))
-    values = batch_losses(scores, unlabelled, weights)
+    values = losses_of(scores, unlabelled, weights)
     assert values["score_regression"].item() == values["margin_mse"].item() == 0.0
 
 
-def test_a_loss_without_its_live_teacher_is_an_error(scores: PairScores, batch: DistillationBatch) -> None:
-    with pytest.raises(InputError, match=r"training\.live_teacher"):
-        batch_losses(scores, replace(batch, live_scores=None), ALL_WEIGHTS)
+def test_a_batch_without_scores_of_the_live_teacher_has_no_such_loss(
+    scores: PairScores, batch: DistillationBatch
+) -> None:
+    assert set(losses_of(scores, replace(batch, pair_inputs={}), ALL_WEIGHTS)) == {*LOSS_NAMES} - {"in_batch_imitation"}

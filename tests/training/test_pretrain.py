@@ -20,7 +20,8 @@ from torch import nn
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.recipe import NO_IMITATION, BackboneConfig, LoraConfig, LossWeights, PretrainingConfig, StudentConfig
+from d2llm.core.losses import Objective
+from d2llm.core.recipe import BackboneConfig, LoraConfig, PretrainingConfig, StudentConfig
 from d2llm.data.plan import PlanEntry
 from d2llm.models.backbone import Backbone
 from d2llm.models.student import Student
@@ -595,7 +596,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Place:
 
 
 def distilled(place: Place, folder: Path, student: StudentConfig, **pretraining: Any) -> Student:
-    recipe = tiny_recipe(student, losses=LossWeights(**NO_IMITATION), pretraining=pretraining)
+    recipe = tiny_recipe(student, losses=Objective({}).with_imitation({}), pretraining=pretraining)
     place.run(folder, recipe=recipe)
     return Student.load(folder, device="cpu", dtype="float32")
 

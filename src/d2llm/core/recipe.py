@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from d2llm.core.losses import Objective
 from d2llm.core.types import TASKS, EvidenceTerm, NumberFormat, Task
 
 
@@ -760,103 +761,6 @@ class LabellingConfig(_Section):
     """In the currency of the prices in ``teacher.remote``."""
 
 
-class LossWeights(_Section):
-    """Weights of the loss terms (published: 1 / 1 / 0.01 / 0.001 with a separate in-batch cross-entropy).
-
-    Formulas and papers are in ``ops.losses``; what each one brought is in docs/recipes.md.
-    """
-
-    normalisation: Literal["mean", "authors"] = "mean"
-    """``mean``: every loss is a mean over queries. ``authors``: as in the published code, for which the published
-    weights are meant. There the in-batch cross-entropy is divided by the number of queries once more, the contrastive
-    imitation compares with hard negatives alone and is divided by their number, and the feature imitation is a sum over
-    queries."""
-    contrastive_imitation: float = Field(default=1.0, ge=0)
-    list_imitation: float = Field(default=0.0, ge=0)
-    """Not among the published losses: imitates the teacher's distribution over all candidates of the batch."""
-    recalibrated_imitation: float = Field(default=0.0, ge=0)
-    """The same, but where the teacher is unsure, the known positives replace its distribution (FerKD)."""
-    weighted_imitation: float = Field(default=0.0, ge=0)
-    """The same, but queries count the more, the more the teacher agrees with the data set (DistillWeighted)."""
-    score_regression: float = Field(default=0.0, ge=0)
-    """The teacher's log-odds themselves, up to an offset of the batch; of the pairs that the teacher judged."""
-    margin_mse: float = Field(default=0.0, ge=0)
-    """The differences of log-odds between positives and negatives; of the pairs that the teacher judged."""
-    plackett_luce: float = Field(default=0.0, ge=0)
-    """The teacher's order of all candidates (ListMLE)."""
-    ranknet: float = Field(default=0.0, ge=0)
-    """The teacher's order of every two candidates."""
-    lambdarank: float = Field(default=0.0, ge=0)
-    """The same, weighted by what exchanging the two would change in nDCG."""
-    sinkhorn: float = Field(default=0.0, ge=0)
-    """The teacher's distribution over all candidates, by its transport distance instead of a divergence."""
-    in_batch_imitation: float = Field(default=0.0, ge=0)
-    """The distribution of ``training.live_teacher`` over all candidates of the batch, none of which needs a label."""
-    rank_imitation_positive_hard: float = Field(default=1.0, ge=0)
-    rank_imitation_hard_easy: float = Field(default=0.01, ge=0)
-    feature_imitation: float = Field(default=0.001, ge=0)
-    """Only for heads with an IEM; the cosine has no features of a pair."""
-    subclass_imitation: float = Field(default=0.0, ge=0)
-    """Finer classes than yes and no, made from the teacher's features of a query's pairs (LELP). Beside a loss that
-    imitates yes and no; only for heads with an IEM, and teachers whose features are stored."""
-    in_batch_cross_entropy: float = Field(default=1.0, ge=0)
-    anchor_cross_entropy: float = Field(default=1.0, ge=0)
-    """In-batch cross-entropy of the inner-product part alone (anchored head): keeps the vectors useful on their own."""
-    token_cross_entropy: float = Field(default=0.0, ge=0)
-    """The same for the vectors of tokens alone, where they count in training (``evidence.in_training``)."""
-    pair_cross_entropy: float = Field(default=1.0, ge=0)
-    """Yes/no cross-entropy of each labelled pair. None of the losses above is computed for labelled pairs."""
-    anchor_pair_cross_entropy: float = Field(default=0.5, ge=0)
-    """The same for the inner-product part alone (anchored head)."""
-    teacher_share: float = Field(default=0.0, ge=0, le=1)
-    """Share of the teacher's P(yes) in the target of a labelled pair; the rest is the data set's own label. Above 0, it
-    is an imitation like the others: pairs are labelled by the teacher, whose gate is measured."""
-    temperature: float = Field(default=1.0, gt=0)
-    """t of the contrastive imitation; the anchored head also has a learned scale."""
-    nested_dims: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Widths at which the first components of a vector are to be useful without the others, such as
-    ``[64, 128, 256]`` (Matryoshka). The student records them, and a server cuts its vectors to them on request."""
-    nested_depths: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Numbers of layers after which a text's vector is to be useful without the layers above, such as ``[2, 4]``
-    (2D Matryoshka). The student records them, and ``Student.cut`` makes a faster student of so many layers."""
-    nested_cross_entropy: float = Field(default=1.0, ge=0)
-    """In-batch cross-entropy of the cosines of these first components, the mean over ``nested_dims``, and of those of
-    the vectors after ``nested_depths`` layers, at these widths and in full."""
-    soft_expansion: float = Field(default=0.0, ge=0)
-    """Distance of a query's vector from its vector before training with the hypothetical passages of
-    ``training.expansions`` added (SoftQE): searches then need no writer."""
-
-    @model_validator(mode="after")
-    def _check_nested(self) -> LossWeights:
-        for name, what in (("nested_dims", "width"), ("nested_depths", "depth")):
-            values = [*getattr(self, name)]
-            if sorted({*values}) != values:
-                raise ValueError(f"{name} is {values}, but must name each {what} once, in ascending order")
-            if values and not self.nested_cross_entropy:
-                raise ValueError(f"{name} names {what}s, but nested_cross_entropy is 0, so nothing would be trained")
-        return self
-
-    @property
-    def nested(self) -> str | None:
-        """The setting, if any, that trains vectors nested in others."""
-        return "nested_dims" if self.nested_dims else "nested_depths" if self.nested_depths else None
-
-    @property
-    def imitates(self) -> bool:
-        """Whether any loss needs a teacher's labels; if not, a student is trained on the data sets' own judgements."""
-        return any(getattr(self, name) > 0 for name in NO_IMITATION if name != "in_batch_imitation")
-
-
-NO_IMITATION: dict[str, float] = dict.fromkeys(
-    (
-        *(name for name in LossWeights.model_fields if "imitation" in name),
-        *("score_regression", "margin_mse", "plackett_luce", "ranknet", "lambdarank", "sinkhorn", "teacher_share"),
-    ),
-    0.0,
-)
-"""The weights of the losses that need a teacher, all 0."""
-
-
 class ResidualConfig(WarmUpConfig):
     """The second stage: trains the interaction alone, on vectors that are encoded once (anchored head)."""
 
@@ -980,22 +884,12 @@ class PretrainingConfig(WarmUpConfig):
         return self
 
 
-LiveScores = Literal["all", "vectors", "tokens"]
-
-
 class TrainingConfig(WarmUpConfig):
     """Optimisation settings of ``distill``."""
 
     start: str | None = None
     """Continue from this student, a folder or a name; its settings must be those of ``[student]``. By default training
     starts from the pretrained backbone."""
-    live_teacher: str | None = None
-    """A student, a folder or a name, whose scores ``losses.in_batch_imitation`` imitates. It reads every text of the
-    training once, and scores all pairs of a batch."""
-    live_teacher_scores: LiveScores = "all"
-    """What the live teacher scores by: its vectors and its interaction (``vectors``), the vectors of tokens, as in
-    TCT-ColBERT (``tokens``: the sum, over the query's tokens, of the highest cosine with a token of the passage), or
-    all of them, with the weight that tokens have in its score, if they have one."""
     dual_head: bool = False
     """Two heads (DHO): one learns the data sets' judgements, the other imitates the teacher. At the end they are
     combined with the weights that are best on dev, into one inner product, so the student is like any other (anchored
@@ -1004,11 +898,6 @@ class TrainingConfig(WarmUpConfig):
     """Learn what words miss (CoRT): hard negatives are those of the plan that BM25 has among its first so many
     passages, and positives are drawn from those that it has not, where a query has any. For an index whose score counts
     words too. None: words play no part in the draw."""
-    expansions: str | None = None
-    """A JSONL file with passages that a writer wrote for the training queries (``training.expansions``), for
-    ``losses.soft_expansion``."""
-    expansion_writer: WriterConfig | None = None
-    """Who writes the passages that the file lacks. By default nobody: a query without them is an error."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """For adapters on a small model; use a third of it for large models, and a thirtieth to train all weights
     (``tuning = "full"``)."""
@@ -1095,12 +984,6 @@ class TrainingConfig(WarmUpConfig):
             )
         return self
 
-    @model_validator(mode="after")
-    def _check_expansions(self) -> TrainingConfig:
-        if self.expansion_writer is not None and self.expansions is None:
-            raise ValueError("expansion_writer has no file to write to: name one as expansions, or delete the section")
-        return self
-
     @property
     def asks_teacher(self) -> bool:
         """Whether the teacher judges more pairs during the training, so that it must be there."""
@@ -1183,7 +1066,7 @@ class Recipe(_Section):
     mining: MiningConfig = MiningConfig()
     gate: GateConfig = GateConfig()
     labelling: LabellingConfig = LabellingConfig()
-    losses: LossWeights = LossWeights()
+    losses: Objective = Field(default_factory=lambda: Objective({}))
     training: TrainingConfig = TrainingConfig()
     evidence: EvidenceConfig = EvidenceConfig()
 
@@ -1199,7 +1082,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _check_lists(self) -> Recipe:
-        imitated = [name for name in ("feature_imitation", "subclass_imitation") if getattr(self.losses, name)]
+        imitated = [kind for kind, loss in self.losses.active.items() if "features" in loss.needs]
         if self.teacher.kind in LIST_KINDS and imitated and self.student.interaction.head != "cosine":
             raise ValueError(
                 f"losses.{imitated[0]} imitates a teacher's features, and one of kind {self.teacher.kind} answers in "
@@ -1239,77 +1122,12 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
-    def _check_nested(self) -> Recipe:
-        nested, depths, backbone = self.losses.nested, self.losses.nested_depths, self.student.backbone
-        if nested and self.student.interaction.head == "paper":
-            raise ValueError(
-                f"losses.{nested} needs inner products, which the head 'paper' does not have: set "
-                f'student.interaction.head = "anchored" or "cosine", or delete {nested}'
-            )
-        if nested and self.training.dual_head:
-            raise ValueError(
-                f"losses.{nested} trains one inner product, but training.dual_head combines two at the end: set "
-                f"dual_head to false, or delete {nested}"
-            )
-        if depths and backbone.remote is not None:
-            raise ValueError(
-                "losses.nested_depths trains layers, and those of a remote backbone are elsewhere: delete nested_depths"
-            )
-        if depths and backbone.pooling == "ditto":
-            raise ValueError(
-                "losses.nested_depths reads texts after fewer layers, and the pooling ditto needs a head that these "
-                "may lack: set another student.backbone.pooling, or delete nested_depths"
-            )
-        if depths and backbone.layers is not None:
-            count = backbone.layers if isinstance(backbone.layers, int) else len(backbone.layers)
-            if depths[-1] >= count:
-                raise ValueError(
-                    f"losses.nested_depths names {depths[-1]}, but student.backbone.layers keeps only {count} layers: "
-                    "name fewer"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _check_subclasses(self) -> Recipe:
-        if self.losses.subclass_imitation and self.student.interaction.head == "cosine":
-            raise ValueError(
-                "losses.subclass_imitation needs the features of pairs, which the head 'cosine' does not have: set "
-                'student.interaction.head = "anchored" or "paper", or delete subclass_imitation'
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_live_teacher(self) -> Recipe:
-        weight = self.losses.in_batch_imitation
-        if weight and self.training.live_teacher is None:
-            raise ValueError(
-                f"losses.in_batch_imitation is {weight:g}, but training.live_teacher names no student whose scores it "
-                "could imitate: set it, or set the weight to 0"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _check_complement(self) -> Recipe:
         depth = self.training.complement_words
         if depth is not None and "bm25" not in self.mining.sources:
             raise ValueError(
                 f"training.complement_words takes hard negatives from BM25's first {depth} passages, but "
                 "mining.sources does not name bm25: add it, or delete complement_words"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_soft_expansion(self) -> Recipe:
-        weight = self.losses.soft_expansion
-        if weight and self.training.expansions is None:
-            raise ValueError(
-                f"losses.soft_expansion is {weight:g}, but training.expansions names no file of hypothetical passages: "
-                "set it, or set the weight to 0"
-            )
-        if weight and self.student.backbone.tuning == "frozen" and self.student.pooling.method == "backbone":
-            raise ValueError(
-                "losses.soft_expansion trains the vectors of queries, but those of a frozen backbone with its own "
-                "pooling stay as they are: set student.backbone.tuning to lora or full, or the weight to 0"
             )
         return self
 
@@ -1323,13 +1141,12 @@ class Recipe(_Section):
                 f'training.dual_head needs the inner products of an anchor, and student.interaction.head is "{head}": '
                 'set it to "anchored", or dual_head to false'
             )
-        if not (losses.imitates or losses.in_batch_imitation):
+        if not losses.needs & {"labels", "live_teacher"}:
             raise ValueError(
                 "training.dual_head has a head that imitates the teacher, but no imitation has a weight above 0: set "
                 "losses.list_imitation, or dual_head to false"
             )
-        judged = {name for name in LossWeights.model_fields if name.endswith("cross_entropy")}
-        if not any(getattr(losses, name) for name in judged - {"nested_cross_entropy"}):  # it counts with widths only
+        if "judgements" not in losses.needs:
             raise ValueError(
                 "training.dual_head has a head that learns the data sets' judgements, but no cross-entropy has a "
                 "weight above 0: set losses.in_batch_cross_entropy (for labelled pairs, pair_cross_entropy), or "
@@ -1359,6 +1176,12 @@ class Recipe(_Section):
                 "one as pretraining.teacher, or let student.backbone.layers leave out layers of the model, which then "
                 "teaches with all of them"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_losses(self) -> Recipe:
+        for loss in self.losses.active.values():
+            loss.check(self)
         return self
 
     @property

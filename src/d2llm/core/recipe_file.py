@@ -25,7 +25,6 @@ _NOT_SET = "not set"
 _NOT_SHAPING = {
     *("trackers", "checkpoint_every", "checkpoint_minutes", "max_minutes", "gradient_caching", "graph_gib"),
     "tokens",  # made at the end, from the finished student
-    *("expansions", "expansion_writer"),  # the passages themselves count
 }
 
 
@@ -110,9 +109,10 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
     """
     values = recipe.model_dump(
         mode="json",
-        include={"seed", "student", "losses", "training"},
+        include={"seed", "student", "training"},
         exclude={"training": _NOT_SHAPING},
     )
+    values["losses"] = recipe.losses.shaping()
     values["student"] = shaping_student_settings(values["student"])
     data = {Path(item.path).name: {"task": item.task, "max_labelled": item.max_labelled} for item in recipe.data}
     values["data"] = data
@@ -177,6 +177,8 @@ def _explain(problem: ErrorDetails) -> str:
         case "extra_forbidden":
             known = sorted(_section_at(location[:-1]).model_fields)
             return f"unknown key '{key}'; {suggestion(str(location[-1]), known, 'known keys here')}"
+        case "loss":
+            return problem["msg"]
         case "missing":
             return f"{key} is missing; set it"
         case "model_type":

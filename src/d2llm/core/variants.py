@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from d2llm.core.errors import RecipeError
 from d2llm.core.names import suggestion
-from d2llm.core.recipe import NO_IMITATION, Recipe
+from d2llm.core.recipe import Recipe
 from d2llm.core.recipe_file import parse_recipe
 
 VariantGroup = Literal["baseline", "published", "losses", "own"]
@@ -21,12 +21,16 @@ _Group = Mapping[str, tuple[str, Mapping[str, Any]]]  # name -> title and settin
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One named change of a recipe: ``settings`` override the recipe's own, section by section."""
+    """One named change of a recipe: ``settings`` override the recipe's own, section by section.
+
+    ``imitation``, if any, replaces all that imitates a teacher; of labelled pairs too, if it is empty.
+    """
 
     name: str
     group: VariantGroup
     title: str
     settings: Mapping[str, Any]
+    imitation: Mapping[str, Any] | None = None
 
     def apply(self, recipe: Recipe) -> Recipe:
         """The recipe with this change, named after both.
@@ -34,7 +38,12 @@ class Variant:
         Raises:
             RecipeError: the changed recipe is not valid.
         """
-        changed = _overlaid(recipe.model_dump(), self.settings)
+        losses = recipe.losses
+        if self.imitation is not None:
+            losses = losses.with_imitation(self.imitation, of_pairs=not self.imitation)
+        losses = losses.with_losses(self.settings.get("losses", {}))
+        others = {section: value for section, value in self.settings.items() if section != "losses"}
+        changed = _overlaid(recipe.model_dump(), others) | {"losses": losses}
         return parse_recipe(changed | {"name": f"{recipe.name}-{self.name}"}, where=f"variant '{self.name}'")
 
 
@@ -66,16 +75,12 @@ _NO_EVIDENCE = {
     "token_vectors": False,
     "in_training": False,
 }
-_NOT_NESTED: dict[str, Any] = {
-    "nested_dims": (),
-    "nested_depths": (),
-}  # the head 'paper' has no inner product, and two heads have two
+_NOT_NESTED = {"nested_cross_entropy": 0.0}  # the head 'paper' has no inner product, and two heads have two
 _PLAIN_LOSSES = {
-    **NO_IMITATION,
     "in_batch_cross_entropy": 1.0,
     "anchor_cross_entropy": 0.0,
     "token_cross_entropy": 0.0,
-    "anchor_pair_cross_entropy": 0.0,
+    "pair_cross_entropy": {"weight": 1.0, "anchor": 0.0},
     "soft_expansion": 0.0,
 }
 
@@ -98,15 +103,15 @@ def _without(*losses: str) -> dict[str, Any]:
     return {"losses": dict.fromkeys(losses, 0.0)}
 
 
-def _only(**weights: float) -> dict[str, Any]:
+def _only(**losses: Any) -> dict[str, Any]:
     """Imitation by these losses alone; labelled pairs, for which none of them is, keep the teacher's share."""
-    return {"losses": {name: 0.0 for name in NO_IMITATION if name != "teacher_share"} | weights}
+    return {"imitation": losses}
 
 
 _BASELINES: _Group = {
     "cosine": (
         "tuned cosine: the plain bi-encoder",
-        _student(**_COSINE, **_NO_PMA) | {"losses": _PLAIN_LOSSES, "evidence": _NO_EVIDENCE},
+        _student(**_COSINE, **_NO_PMA) | {"imitation": {}, "losses": _PLAIN_LOSSES, "evidence": _NO_EVIDENCE},
     ),
     "paper": (
         "the published head: concatenated vectors, no inner product",
@@ -146,7 +151,7 @@ _LOSSES: _Group = {
     "sinkhorn": ("imitation: transport distance to the teacher's distribution (SinKD)", _only(sinkhorn=0.5)),
     "in-batch-imitation": (
         "imitation: a live student's scores of all pairs of a batch (TCT-ColBERT)",
-        _only(in_batch_imitation=0.5) | {"training": {"live_teacher": "d2llm-minilm"}},
+        _only(in_batch_imitation={"weight": 0.5, "teacher": "d2llm-minilm"}),
     ),
 }
 _OWN: _Group = {
@@ -157,12 +162,12 @@ _OWN: _Group = {
     "nested-dims": (
         "head `anchored`, the first components of the vectors trained as vectors (Matryoshka)",
         _student(interaction={"head": "anchored"})
-        | {"losses": {"nested_dims": (64, 128, 256)}, "training": {"dual_head": False}},
+        | {"losses": {"nested_cross_entropy": {"dims": (64, 128, 256)}}, "training": {"dual_head": False}},
     ),
     "nested-depths": (
         "head `anchored`, the vectors after 2 and 4 layers trained as vectors (2D Matryoshka)",
         _student(interaction={"head": "anchored"})
-        | {"losses": {"nested_depths": (2, 4)}, "training": {"dual_head": False}},
+        | {"losses": {"nested_cross_entropy": {"layers": (2, 4)}}, "training": {"dual_head": False}},
     ),
     "subclass-imitation": (
         "imitation: the teacher's distribution, and finer classes from its features (LELP)",
@@ -171,7 +176,8 @@ _OWN: _Group = {
     "dual-head": (
         "judgements and teacher learnt by heads of their own, combined at the end (DHO)",
         _student(interaction={"head": "anchored"})
-        | {"losses": NO_IMITATION | {"list_imitation": 0.5} | _NOT_NESTED, "training": {"dual_head": True}},
+        | _only(list_imitation=0.5)
+        | {"losses": _NOT_NESTED, "training": {"dual_head": True}},
     ),
     "two-adapters": (
         "queries and passages read with adapters of their own (Semi-Siamese)",
@@ -183,7 +189,7 @@ _OWN: _Group = {
     ),
     "soft-expansion": (
         "vectors of queries near those with hypothetical passages (SoftQE)",
-        {"losses": {"soft_expansion": 1.0}, "training": {"expansions": "expansions.jsonl"}},
+        {"losses": {"soft_expansion": {"passages": "expansions.jsonl"}}},
     ),
     "simcse": ("the backbone first told texts apart by dropout (SimCSE)", _pretrained("simcse")),
     "mirror": ("the same, with a span of one side masked (Mirror-BERT)", _pretrained("mirror")),
@@ -256,7 +262,13 @@ _OWN: _Group = {
 }
 _GROUPS: dict[VariantGroup, _Group] = {"baseline": _BASELINES, "published": _PUBLISHED, "losses": _LOSSES, "own": _OWN}
 VARIANTS: Mapping[str, Variant] = {
-    name: Variant(name, group, title, settings)
+    name: Variant(
+        name,
+        group,
+        title,
+        {section: value for section, value in settings.items() if section != "imitation"},
+        settings.get("imitation"),
+    )
     for group, variants in _GROUPS.items()
     for name, (title, settings) in variants.items()
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,10 +41,12 @@ class LabelledSource:
     """Adds the words' part of the score to every pair of a batch; None if only the vectors count in training."""
     token_weight: float = 0.0
     """The weight of the vectors of tokens in the scores of a batch; 0 if they do not count in training."""
-    score_live: ScorePassages | None = None
-    """The live teacher's scores of the pairs of a batch; None if there is none."""
-    expanded_queries: Mapping[str, NDArray[np.float32]] | None = None
-    """query id -> the vector [dim] that a query's is to be near, of those that have one; None if none counts."""
+    pair_inputs: Mapping[str, ScorePassages] = field(default_factory=dict[str, ScorePassages])
+    """name -> a number for each query and passage of a batch, for losses that need one."""
+    query_inputs: Mapping[str, Mapping[str, NDArray[np.float32]]] = field(
+        default_factory=dict[str, Mapping[str, NDArray[np.float32]]]
+    )
+    """name -> query id -> a vector [dim], of the queries that have one, for losses that need them."""
 
     @property
     def passage_ids(self) -> list[str]:
@@ -103,9 +105,8 @@ class DistillationBatch:
     judged. ``own`` [Q, n] holds for each query the columns of its positive and hard negatives, -1 for padding and where
     the store has no cosines; ``gram`` [Q, n, n] holds the cosines of the teacher's features over these passages.
     ``labelled`` says which pairs have a label of the teacher. ``word_scores`` is what words add to the scores; None if
-    they add nothing. ``token_weight`` is the weight of the vectors of tokens. ``live_scores`` are those of the live
-    teacher; None if there is none. ``expanded_queries`` [Q, dim] are the vectors that those of the queries are to be
-    near, NaN for queries without one.
+    they add nothing. ``token_weight`` is the weight of the vectors of tokens. ``pair_inputs`` [Q, N] and
+    ``query_inputs`` [Q, dim], NaN for queries without one, have what single losses need.
     """
 
     source: TrainingSource
@@ -121,8 +122,8 @@ class DistillationBatch:
     targets: NDArray[np.float32] | None = None
     word_scores: NDArray[np.float32] | None = None
     token_weight: float = 0.0
-    live_scores: NDArray[np.float32] | None = None
-    expanded_queries: NDArray[np.float32] | None = None
+    pair_inputs: Mapping[str, NDArray[np.float32]] = field(default_factory=dict[str, NDArray[np.float32]])
+    query_inputs: Mapping[str, NDArray[np.float32]] = field(default_factory=dict[str, NDArray[np.float32]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +281,10 @@ def _collate(
     targets = np.full(shape, np.nan, np.float32)
     own = np.full((len(draws), width), -1, np.int64)
     gram = np.zeros((len(draws), width, width), np.float32)
-    word_scores, live_scores = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    word_scores = np.zeros(shape, np.float32)
+    pair_inputs = {name: np.zeros(shape, np.float32) for name in labelled.pair_inputs}
+    scorers = [] if labelled.score_words is None else [(labelled.score_words, word_scores)]
+    scorers += [(values, pair_inputs[name]) for name, values in labelled.pair_inputs.items()]
     for row, (draw, column) in enumerate(zip(draws, columns, strict=True)):
         easy[row, : len(column)] = True
         positive[row, [column[passage_id] for passage_id in draw.positives]] = True
@@ -288,10 +292,9 @@ def _collate(
         judged = [column[passage_id] for passage_id in draw.positives + draw.hard]
         if draw.entry.targets:
             targets[row, judged] = draw.entry.targets
-        for score, added in ((labelled.score_words, word_scores), (labelled.score_live, live_scores)):
-            if score is not None:
-                query = labelled.source.query_text(draw.entry.query_id)
-                added[row, list(column.values())] = score(query, list(column))
+        for score, added in scorers:
+            query = labelled.source.query_text(draw.entry.query_id)
+            added[row, list(column.values())] = score(query, list(column))
         for passage_id in labelled.never_negative(draw.entry) & column.keys():
             easy[row, column[passage_id]] = False
         easy[row] &= ~hard[row]
@@ -319,14 +322,12 @@ def _collate(
         targets=targets if any(draw.entry.targets for draw in draws) else None,
         word_scores=None if labelled.score_words is None else word_scores,
         token_weight=labelled.token_weight,
-        live_scores=None if labelled.score_live is None else live_scores,
-        expanded_queries=_expanded(labelled.expanded_queries, draws),
+        pair_inputs=pair_inputs,
+        query_inputs={name: _of_queries(vectors, draws) for name, vectors in labelled.query_inputs.items() if vectors},
     )
 
 
-def _expanded(vectors: Mapping[str, NDArray[np.float32]] | None, draws: Sequence[Draw]) -> NDArray[np.float32] | None:
-    if not vectors:
-        return None
+def _of_queries(vectors: Mapping[str, NDArray[np.float32]], draws: Sequence[Draw]) -> NDArray[np.float32]:
     missing = np.full_like(next(iter(vectors.values())), np.nan)
     return np.stack([vectors.get(draw.entry.query_id, missing) for draw in draws])
 

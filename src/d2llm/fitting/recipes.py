@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from d2llm.core.losses import Objective
 from d2llm.core.recipe import (
-    NO_IMITATION,
     DataConfig,
     EvidenceConfig,
     GateConfig,
     LabellingConfig,
-    LossWeights,
     MiningConfig,
     Recipe,
     ResidualConfig,
@@ -25,6 +24,8 @@ from d2llm.training.checkpoints import usual_epochs
 NUM_NEGATIVES = 2
 """Hard negatives of a query in each step."""
 
+_OBJECTIVE = Objective({}).with_imitation({})
+"""Judgements alone."""
 _BATCH_QUERIES = 32
 _DEV_QUERIES, _PASSAGES_PER_DEV_QUERY = (50, 200), 10  # fewest and most; BM25's first ten are ranked for each
 _DEV_PASSAGES = 1_000
@@ -59,7 +60,7 @@ def recipe_for_queries(
             one.model_copy(update={"max_queries": max(1, round(share * (one.max_queries or 0)))}) for one in data
         ),
         mining=MiningConfig(num_hard=8, num_easy=2, student=start),
-        losses=LossWeights.model_validate(NO_IMITATION | {"in_batch_cross_entropy": 1.0}),
+        losses=_OBJECTIVE,
         training=TrainingConfig(
             start=start,
             learning_rate=2e-4,
@@ -112,7 +113,7 @@ def recipe_with_teacher(
             "data": tuple(labelled),
             "gate": GateConfig(queries=num_gated, depth=_GATE_DEPTH),
             "labelling": LabellingConfig(compared_students=(recipe.training.start or "", student)),
-            "losses": LossWeights.model_validate(NO_IMITATION | {"list_imitation": 0.5, "in_batch_cross_entropy": 0.5}),
+            "losses": _OBJECTIVE.with_losses({"list_imitation": 0.5, "in_batch_cross_entropy": 0.5}),
             "training": recipe.training.model_copy(update={"start": student}),
         }
     )

@@ -2,7 +2,7 @@
 
 Source: Li et al., "2D Matryoshka Sentence Embeddings", 2024 (arXiv 2402.14776). There one depth is drawn in each step
 and aligned with the last layer by a divergence. Here the recipe names the depths, and each learns in every step
-(``losses.nested_depths``), without the alignment.
+(``losses.nested_cross_entropy``), without the alignment.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def final_module(model: nn.Module, layers: nn.ModuleList, read: Read, *, name: s
             return module
     raise ModelError(
         f"'{name}' ({type(model).__name__}) has more than a norm after its last layer, so its states cannot be read "
-        "after fewer layers: delete losses.nested_depths, or use another model"
+        "after fewer layers: delete losses.nested_cross_entropy.layers, or use another model"
     )
 
 

@@ -292,12 +292,12 @@ class Student(VectorScorer):
 
     @property
     def nested_dims(self) -> tuple[int, ...]:
-        """Smaller widths that the vectors may be cut to, because they were trained for it (``losses.nested_dims``)."""
+        """Smaller widths that the vectors may be cut to, as they were trained (``losses.nested_cross_entropy``)."""
         return tuple(self._recorded.get("nested_dims", ()))
 
     @property
     def nested_depths(self) -> tuple[int, ...]:
-        """Numbers of layers to which ``cut`` may reduce the backbone, as it was trained (``losses.nested_depths``)."""
+        """Numbers of layers to which ``cut`` may reduce the backbone (``losses.nested_cross_entropy``)."""
         return tuple(self._recorded.get("nested_depths", ()))
 
     def cut(self, depth: int) -> Student:
@@ -312,7 +312,7 @@ class Student(VectorScorer):
         """
         if depth not in self.nested_depths:
             depths = " or ".join(map(str, self.nested_depths))
-            remedy = f"cut it to {depths}" if depths else "train one with losses.nested_depths"
+            remedy = f"cut it to {depths}" if depths else "train one with losses.nested_cross_entropy.layers"
             raise InputError(f"this student was not trained to be cut to {depth} layers; {remedy}")
         layers = self.config.backbone.layers
         kept = layers[:depth] if isinstance(layers, tuple) else depth

@@ -116,11 +116,15 @@ def recipe_of_round(recipe: Recipe, number: int, before: str) -> Recipe:
         raise InputError(
             "training.pretraining prepares the backbone of a new student, but each round continues from one: delete it"
         )
-    if nested := recipe.losses.nested:
-        raise InputError(f"losses.{nested} is trained on judgements, but here there are none: delete it")
+    if recipe.losses.weight("nested_cross_entropy"):
+        raise InputError("losses.nested_cross_entropy is trained on judgements, but here there are none: delete it")
     changes = {
         "teacher_tuning": {"student": before},
-        "losses": {"in_batch_cross_entropy": 0.0, "anchor_cross_entropy": 0.0, "teacher_share": 1.0},
+        "losses": {
+            "in_batch_cross_entropy": 0.0,
+            "anchor_cross_entropy": 0.0,
+            "pair_cross_entropy": {"teacher_share": 1.0},
+        },
         "training": {"start": before, "unlabelled": "leave_out"},
     }
     return Variant(f"round-{number}", "own", "student and teacher in turns", changes).apply(recipe)

@@ -12,11 +12,9 @@ from typing import Any
 
 from d2llm.core.errors import InputError, OutOfTimeError
 from d2llm.core.files import check_replaceable
-from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import showing_progress
 from d2llm.core.recipe import (
     LabellingConfig,
-    LiveScores,
     Recipe,
     TeacherConfig,
     shaping_student_settings,
@@ -35,14 +33,12 @@ from d2llm.models.student_files import KIND
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judge, identify_judge, judges_only_recorded, load_judge, ranks_lists
 from d2llm.models.token_vectors import TokenProjection, read_token_projection
-from d2llm.models.writers.writer import load_writer
 from d2llm.training.checkpoints import remarks
 from d2llm.training.dev_sets import DevSet, make_dev_set
-from d2llm.training.expansions import Passages, expanded_vectors, read_expansions, write_expansions
 from d2llm.training.fit_evidence import fit_evidence
 from d2llm.training.fit_probabilities import fit_probabilities
 from d2llm.training.fit_tokens import fit_tokens
-from d2llm.training.live_teacher import LiveTeacher
+from d2llm.training.losses import Preparation
 from d2llm.training.mining.complement import complement_words
 from d2llm.training.objective import OFFSET
 from d2llm.training.pretrain import pretrain_backbone, unlabelled_texts
@@ -154,7 +150,10 @@ def distill(
     started_from = student.fingerprint if recipe.training.start is not None else None
     with joined_processes() as processes, showing_progress(None if processes.is_first else False):
         start_tokens, start_evidence = student.token_projection, student.evidence
-        _check_nested(recipe, student, sources)
+        preparation = Preparation(recipe, student, labelled, processes, device, dtype)
+        objective = recipe.losses.active.values()
+        for loss in objective:
+            loss.check_student(preparation)
         if recipe.training.start is None:
             _pretrain(student, sources, recipe, run_folder, processes)
             _fit_pooling(student, sources, recipe, processes)
@@ -163,20 +162,16 @@ def distill(
             labelled, dev_sets = _with_evidence(labelled, dev_sets, evidence)
         if recipe.training.complement_words is not None:
             labelled = [complement_words(each, recipe.training.complement_words) for each in labelled]
-        passages: Passages = {}
-        if recipe.losses.soft_expansion:
-            passages = _hypothetical_passages(labelled, recipe, processes, device=device, dtype=dtype)
-            labelled = _with_expansions(labelled, student, passages)
-        live_teacher = _load_live_teacher(recipe, device=device, dtype=dtype)
-        if live_teacher is not None:
-            labelled = _with_live_teacher(labelled, live_teacher, recipe.training.live_teacher_scores)
+        preparation.sources[:] = labelled
+        inputs: dict[str, Any] = {}
+        for loss in objective:
+            inputs |= loss.prepare(preparation)
+        labelled = preparation.sources
         student.prepare_training(seed=recipe.seed)
         if any(each.token_weight for each in labelled):
             assert start_tokens is not None
             student.token_projection = start_tokens.to(student.backbone.device)
-        settings = _run_settings(recipe, labelled, identity, started_from, live_teacher)
-        if passages:
-            settings["expansions"] = fingerprint_json(passages)
+        settings = _run_settings(recipe, labelled, identity, started_from) | inputs
         run = DistillRun(
             student,
             recipe,
@@ -248,33 +243,13 @@ def _check_asked(recipe: Recipe, teacher: TeacherConfig) -> None:
         )
 
 
-def _check_nested(recipe: Recipe, student: Student, sources: Sequence[TrainingSource]) -> None:
-    nested, dims, depths = recipe.losses.nested, recipe.losses.nested_dims, recipe.losses.nested_depths
-    if dims and dims[-1] >= student.vector_dim:
-        raise InputError(
-            f"losses.nested_dims names {dims[-1]}, but the student's vectors have {student.vector_dim} components; "
-            "name smaller widths only"
-        )
-    if depths and depths[-1] >= (count := student.backbone.num_layers):
-        raise InputError(
-            f"losses.nested_depths names {depths[-1]}, but the student's backbone has {count} layers; name fewer"
-        )
-    if nested and all(source.pairs is not None for source in sources):
-        raise InputError(
-            f"losses.{nested} is trained on the passages of queries, but all data sets are labelled pairs; delete "
-            "it, or add a retrieval set"
-        )
-
-
-def _nested(run: DistillRun) -> dict[str, list[int]]:
-    """The widths and depths that the written vectors were trained for; none if they are those of the start."""
-    losses = run.recipe.losses
-    if losses.nested and (run.trainer.best.step == 0 or run.progress.share_kept == 0):
-        parts = " or ".join(str(each) for each in (losses.nested_dims, losses.nested_depths) if each)
-        _log.warning("no trained state was better on dev than the start, so the vectors cannot be cut to %s", parts)
-        return {"nested_dims": []}
-    depths = {"nested_depths": [*losses.nested_depths]} if losses.nested_depths else {}
-    return {"nested_dims": [*losses.nested_dims]} | depths
+def _recorded(run: DistillRun) -> dict[str, Any]:
+    """What the losses say of the written student."""
+    is_trained = run.trainer.best.step != 0 and run.progress.share_kept != 0
+    recorded: dict[str, Any] = {}
+    for loss in run.recipe.losses.active.values():
+        recorded |= loss.record(is_trained=is_trained)
+    return recorded
 
 
 def _pretrain(
@@ -376,7 +351,7 @@ def _fit_and_write(
         "share_kept": report.share_kept,
         **({} if report.label_share is None else {"label_share": report.label_share}),
         "closed_gates": sorted(closed),
-        **_nested(run),
+        **_recorded(run),
         "offsets": {name.removeprefix(OFFSET): float(p.detach()) for name, p in run.offsets.items()},
     }
     student.save(folder, content=content)
@@ -543,89 +518,6 @@ def _with_evidence(
     return sources, dev
 
 
-def _live_settings(teacher: Student, scores: LiveScores) -> dict[str, Any]:
-    """Everything that affects a live teacher's scores, as JSON."""
-    settings: dict[str, Any] = {"live_teacher": teacher.fingerprint}
-    if scores != "vectors" and teacher.token_fingerprint is not None:
-        settings["live_tokens"] = teacher.token_fingerprint
-    weights = {task: teacher.evidence_weights(task, stored=("token",)).terms.get("token_vectors") for task in TASKS}
-    if scores == "all" and any(weights.values()):
-        settings["live_token_weights"] = weights
-    return settings
-
-
-def _load_live_teacher(recipe: Recipe, *, device: str | None, dtype: str | None) -> Student | None:
-    name = recipe.training.live_teacher
-    if name is None or not recipe.losses.in_batch_imitation:
-        return None
-    return Student.load(name, device=own_device(device), dtype=dtype)
-
-
-def _with_live_teacher(
-    labelled: Sequence[LabelledSource], teacher: Student, scores: LiveScores
-) -> list[LabelledSource]:
-    """The same data sets, whose pairs the live teacher scores; labelled pairs are not compared with one another."""
-    sources: list[LabelledSource] = []
-    for each in labelled:
-        if each.source.pairs is None:
-            live = LiveTeacher(teacher, each.source.dataset, each.source.task, scores=scores)
-            if scores == "all" and not live.token_weight:
-                remarks.info(
-                    "distill: the live teacher's score gives tokens no weight in %s search, so on %s its vectors alone "
-                    "count",
-                    each.source.task,
-                    each.source.dataset.name,
-                )
-            each = replace(each, score_live=live)
-        sources.append(each)
-    return sources
-
-
-def _hypothetical_passages(
-    labelled: Sequence[LabelledSource], recipe: Recipe, processes: Processes, *, device: str | None, dtype: str | None
-) -> Passages:
-    """The hypothetical passages of the queries of retrieval sets; missing ones are written, if there is a writer."""
-    file, config = recipe.training.expansions, recipe.training.expansion_writer
-    assert file is not None
-    queries = [
-        each.source.query_text(entry.query_id) for each in labelled for entry in each.entries if _is_judged(each)
-    ]
-    if not queries:
-        raise InputError(
-            "losses.soft_expansion is trained on the queries of retrieval sets, but all data sets are labelled pairs; "
-            "set it to 0, or add a retrieval set"
-        )
-    passages = read_expansions(Path(file))
-    missing = {*queries} - passages.keys()
-    if missing and config is None:
-        raise InputError(
-            f"{file}: {len(missing)} of {len({*queries})} training queries have no line, such as {min(missing)!r}; "
-            "name a writer in [training.expansion_writer]"
-        )
-    if missing and config is not None and processes.is_first:
-        write_expansions(Path(file), queries, load_writer(config, device=device, dtype=dtype))
-    processes.from_first(None)  # wait until they are written
-    if missing:
-        passages = read_expansions(Path(file))
-    return {query: passages[query] for query in dict.fromkeys(queries)}
-
-
-def _with_expansions(labelled: Sequence[LabelledSource], student: Student, passages: Passages) -> list[LabelledSource]:
-    """The same data sets with the vectors that their queries have beside their hypothetical passages."""
-    return [
-        replace(
-            each, expanded_queries=expanded_vectors(student, each.source, [e.query_id for e in each.entries], passages)
-        )
-        if _is_judged(each)
-        else each
-        for each in labelled
-    ]
-
-
-def _is_judged(labelled: LabelledSource) -> bool:
-    return labelled.source.pairs is None
-
-
 def _fit_evidence(
     student: Student,
     sources: Sequence[TrainingSource],
@@ -667,10 +559,10 @@ def _join(source: TrainingSource, labels: Path, identity: TeacherIdentity, recip
         bool(store.log_odds(e.query_id)) and bool(store.missing_cosines(e.query_id, e.positives + e.hard_negatives))
         for e in joined.entries
     )
-    if without_cosines and recipe.losses.feature_imitation:
+    if without_cosines and "features" in recipe.losses.needs:
         _log.warning(
             "%s: %d queries lack cosines of the teacher's features for some of their passages, which are left out of "
-            "feature imitation; run `d2llm label` again to compute them",
+            "imitating features; run `d2llm label` again to compute them",
             source.dataset.name,
             without_cosines,
         )
@@ -682,29 +574,23 @@ def _run_settings(
     sources: Sequence[LabelledSource],
     identity: TeacherIdentity,
     started_from: str | None,
-    live_teacher: Student | None,
 ) -> dict[str, Any]:
     """Everything that affects a run, as JSON; a checkpoint or student with other settings is from another run.
 
     ``started_from`` is the fingerprint of the student that training continues from, if any.
     """
     start = {} if started_from is None else {"started_from": started_from}
-    live = {} if live_teacher is None else _live_settings(live_teacher, recipe.training.live_teacher_scores)
-    return (
-        start
-        | live
-        | {
-            "recipe": recipe.model_dump(mode="json"),
-            "teacher": identity.fingerprint,
-            "prompts": dict(identity.prompts),
-            "plans": {s.source.dataset.name: s.source.plan.manifest["content_hash"] for s in sources},
-            "labels": {
-                s.source.dataset.name: {
-                    "queries": len(s.entries),
-                    "unlabelled": s.num_unlabelled,
-                    "teacher": s.labels.teacher,
-                }
-                for s in sources
-            },
-        }
-    )
+    return start | {
+        "recipe": recipe.model_dump(mode="json"),
+        "teacher": identity.fingerprint,
+        "prompts": dict(identity.prompts),
+        "plans": {s.source.dataset.name: s.source.plan.manifest["content_hash"] for s in sources},
+        "labels": {
+            s.source.dataset.name: {
+                "queries": len(s.entries),
+                "unlabelled": s.num_unlabelled,
+                "teacher": s.labels.teacher,
+            }
+            for s in sources
+        },
+    }

@@ -29,6 +29,7 @@ from d2llm.ops.selection import nearest_rows
 from d2llm.training.checkpoints import BestState, remarks, warmup_steps
 from d2llm.training.choose_weights import mean_value
 from d2llm.training.dev_sets import DevResult, DevSet, EncodedDev, encode_dev, encode_together, measure_by_weight
+from d2llm.training.losses import LossInput
 from d2llm.training.objective import batch_losses, weighted_sum
 from d2llm.training.processes import ALONE, Processes
 from d2llm.training.trainer import Trainable, Trainer
@@ -138,9 +139,7 @@ class _Training(Trainable):
     def __post_init__(self) -> None:
         self.config, self.results = self.recipe.training.residual, dict[str, DevResult]()
         self.only_judged = self.recipe.training.unjudged != "negatives"
-        self.weights = self.recipe.losses.model_copy(
-            update={"anchor_cross_entropy": 0.0, "anchor_pair_cross_entropy": 0.0}
-        )
+        self.objective = {kind: loss for kind, loss in self.recipe.losses.active.items() if not loss.of_vectors}
         self.parameters = self.head.residual_parameters()
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
@@ -180,7 +179,8 @@ class _Training(Trainable):
         rows = torch.tensor([query_rows + [0] * (width - len(query_rows)) for query_rows in lists])
         scores = self._score_lists(vectors.queries[positions], vectors.passages[rows], vectors.labelled.source.task)
         offset = self.offsets(vectors.labelled)
-        return weighted_sum(batch_losses(scores, batch, self.weights, offset=offset), self.weights)
+        inputs = LossInput(batch, scores, self.student, offset=offset)
+        return weighted_sum(batch_losses(self.objective, inputs), self.objective)
 
     def _score_lists(self, queries: Tensor, passages: Tensor, task: Task) -> PairScores:
         device, dtype = self.student.backbone.device, self.student.backbone.compute_dtype

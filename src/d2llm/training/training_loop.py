@@ -54,14 +54,13 @@ from d2llm.training.dev_sets import (
 from d2llm.training.fit_evidence import LISTED_PASSAGES
 from d2llm.training.gradient_cache import backpropagate, graph_room
 from d2llm.training.idle_gates import make_idle_gates_constant
+from d2llm.training.losses import LossInput
 from d2llm.training.mining.remine import remine
 from d2llm.training.objective import (
     OFFSET,
     batch_losses,
     batch_tokens,
-    expansion_losses,
     make_offsets,
-    nested_losses,
     offset_name,
     score_vectors,
     token_places,
@@ -400,17 +399,17 @@ class DistillRun(Trainable):
         batch = collate(source, draws)
         ids = batch_tokens(self.student, batch)
         losses: dict[str, Tensor] = {}
-        depths = self.recipe.losses.nested_depths if batch.targets is None else ()
+        objective = self.recipe.losses.active
+        depths = self.recipe.losses.depths if batch.targets is None else ()
 
         def loss_of(encoded: Tensor, tokens: Sequence[Tensor]) -> Tensor:
             vectors, *nested = encoded.split(self.student.vector_dim, dim=1)
             scores = score_vectors(self.student, vectors, batch, anchors_only=self.has_stages)
             scores = with_tokens(self.student, scores, tokens, batch, ids)
             offset = self.offsets.get(offset_name(source.source))
-            losses.update(batch_losses(scores, batch, self.recipe.losses, offset=offset))
-            losses.update(nested_losses(self.student, vectors, batch, self.recipe.losses, nested))
-            losses.update(expansion_losses(vectors, batch, self.recipe.losses))
-            return weighted_sum(losses, self.recipe.losses)
+            after = dict(zip(depths, nested, strict=True))
+            losses.update(batch_losses(objective, LossInput(batch, scores, self.student, vectors, after, offset)))
+            return weighted_sum(losses, objective)
 
         loss = backpropagate(
             self.student,

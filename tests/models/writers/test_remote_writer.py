@@ -16,10 +16,10 @@ from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
 from d2llm.core.types import Passage
 from d2llm.fitting.draft_store import DraftStore, passage_hash
 from d2llm.fitting.write_queries import WritingBudget, write_queries
+from d2llm.methods.losses.soft_expansion import read_expansions, write_expansions
 from d2llm.models.remote import endpoint as remote_endpoint
 from d2llm.models.writers.remote import RemoteWriter
 from d2llm.models.writers.writer import Assignment, Writer, load_writer, write_until_error
-from d2llm.training.expansions import read_expansions, write_expansions
 from local_endpoint import LocalEndpoint, Reply, Request, always, chat, local_endpoint
 from tiny_models import TEXTS, tiny_tokenizer
 from waiting import until

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from d2llm.core.errors import InputError, RecipeError, TrainingDivergedError
-from d2llm.core.recipe import DataConfig, LossWeights, Recipe, ResidualConfig
+from d2llm.core.losses import Objective
+from d2llm.core.recipe import DataConfig, Recipe, ResidualConfig
 from d2llm.core.variants import find_variant
 from d2llm.data.labels import LabelStore
 from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
@@ -232,7 +233,7 @@ class TestOrder:
         names = ["recipe", "cosine", "without-ci"]
         assert fake.runs == [(name, seed) for seed in (5, 6) for name in names]
         assert report.seeds == (5, 6)
-        assert fake.recipes["without-ci"].losses.contrastive_imitation == 0
+        assert fake.recipes["without-ci"].losses.weight("contrastive_imitation") == 0
 
     def test_default_is_every_variant_that_changes_the_recipe(
         self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
@@ -251,7 +252,7 @@ class TestOrder:
         self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
         fake = fake_training()
-        losses = LossWeights(rank_imitation_positive_hard=0, rank_imitation_hard_easy=0, feature_imitation=0)
+        losses = Objective({"rank_imitation_positive_hard": 0, "rank_imitation_hard_easy": 0, "feature_imitation": 0})
         recipe = small_recipe(place).model_copy(update={"losses": losses})
         report = run(place, tmp_path, recipe=recipe, variants=["without-ci", "without-fi", "no-imitation"], num_seeds=1)
         assert report.same == {"without-fi": "recipe", "no-imitation": "without-ci"}
@@ -398,8 +399,13 @@ class TestData:
         self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
         fake = fake_training()
-        plain = LossWeights(
-            contrastive_imitation=0, rank_imitation_positive_hard=0, rank_imitation_hard_easy=0, feature_imitation=0
+        plain = Objective(
+            {
+                "contrastive_imitation": 0,
+                "rank_imitation_positive_hard": 0,
+                "rank_imitation_hard_easy": 0,
+                "feature_imitation": 0,
+            }
         )
         recipe = small_recipe(place).model_copy(update={"losses": plain})
         report = run(place, tmp_path, recipe=recipe, labels=tmp_path / "none", variants=["cosine"])

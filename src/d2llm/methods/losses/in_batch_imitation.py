@@ -1,21 +1,70 @@
-"""A student as a teacher that is there during the training: it scores every pair of a batch, labelled or not."""
+"""A student that is there in training scores all pairs of a batch, none of which needs a label (TCT-ColBERT)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import LiveScores
-from d2llm.core.types import Task
+from d2llm.core.losses import Loss, Need
+from d2llm.core.types import TASKS, Task
 from d2llm.data.beir import Dataset
 from d2llm.models.backbone import TextKind
 from d2llm.models.pooling import to_sphere
 from d2llm.models.student import Student
+from d2llm.ops.losses import list_imitation
 from d2llm.ops.scoring import mean_best_cosines
+from d2llm.training.checkpoints import remarks
+from d2llm.training.losses import LossInput, Preparation
+from d2llm.training.processes import own_device
+
+LiveScores = Literal["all", "vectors", "tokens"]
+
+
+class InBatchImitation(Loss, kind="in_batch_imitation"):
+    """The distribution of a live teacher over all candidates of the batch."""
+
+    paper: ClassVar[str] = "Lin et al., RepL4NLP 2021 (TCT-ColBERT)"
+    learns_from: ClassVar[frozenset[Need]] = frozenset({"live_teacher"})
+    teacher: str
+    """A student, a folder or a name. It reads every text of the training once, and scores all pairs of a batch."""
+    scores: LiveScores = "all"
+    """What the teacher scores by: its vectors and its interaction (``vectors``), the vectors of tokens, as in
+    TCT-ColBERT (``tokens``: the sum, over the query's tokens, of the highest cosine with a token of the passage), or
+    all of them, with the weight that tokens have in its score, if they have one."""
+
+    def prepare(self, preparation: Preparation) -> dict[str, Any]:
+        teacher = Student.load(self.teacher, device=own_device(preparation.device), dtype=preparation.dtype)
+        for each in preparation.with_lists:  # labelled pairs are not compared with one another
+            live = LiveTeacher(teacher, each.source.dataset, each.source.task, scores=self.scores)
+            if self.scores == "all" and not live.token_weight:
+                remarks.info(
+                    "distill: the live teacher's score gives tokens no weight in %s search, so on %s its vectors alone "
+                    "count",
+                    each.source.task,
+                    each.source.dataset.name,
+                )
+            preparation.add_pair_input(self.kind, each, live)
+        return self._identity(teacher)
+
+    def _identity(self, teacher: Student) -> dict[str, Any]:
+        """Everything that affects the teacher's scores, as JSON."""
+        identity: dict[str, Any] = {"live_teacher": teacher.fingerprint}
+        if self.scores != "vectors" and teacher.token_fingerprint is not None:
+            identity["live_tokens"] = teacher.token_fingerprint
+        weights = {task: teacher.evidence_weights(task, stored=("token",)).terms.get("token_vectors") for task in TASKS}
+        if self.scores == "all" and any(weights.values()):
+            identity["live_token_weights"] = weights
+        return identity
+
+    def __call__(self, inputs: LossInput) -> Tensor | None:
+        scores = inputs.pair_input(self.kind)
+        return None if scores is None else list_imitation(inputs.imitating, scores, inputs.candidates)
 
 
 class LiveTeacher:
@@ -43,8 +92,8 @@ class LiveTeacher:
         """The weight of tokens beside the vectors."""
         if self._only_tokens and student.token_projection is None:
             raise InputError(
-                'training.live_teacher_scores is "tokens", but the live teacher has no vectors of tokens: train them '
-                'with `d2llm fit-tokens`, or set "vectors"'
+                'losses.in_batch_imitation.scores is "tokens", but the live teacher has no vectors of tokens: train '
+                'them with `d2llm fit-tokens`, or set "vectors"'
             )
         self._queries: dict[str, _Read] = {}
         self._passages: dict[str, _Read] = {}

@@ -12,20 +12,20 @@ import pytest
 import torch
 
 from d2llm.core.errors import DataFormatError, InputError
-from d2llm.core.recipe import NO_IMITATION, LossWeights, Recipe
+from d2llm.core.losses import Objective
+from d2llm.core.recipe import Recipe
 from d2llm.data.collation import LabelledSource, collate, epoch_batches
 from d2llm.data.labels import LabelStore
+from d2llm.methods.losses import soft_expansion as module
+from d2llm.methods.losses.soft_expansion import expanded_vectors, read_expansions, soft_expansion, write_expansions
 from d2llm.models.student import Student
 from d2llm.models.writers.writer import Assignment, WrittenQueries
-from d2llm.ops.losses import soft_expansion
-from d2llm.training import distill as distilling
-from d2llm.training.expansions import expanded_vectors, read_expansions, write_expansions
-from d2llm.training.objective import batch_tokens, expansion_losses
+from d2llm.training.objective import batch_tokens
 from tiny_data import tiny_recipe
-from tiny_distill import LEARNING, Place, log_of
+from tiny_distill import LEARNING, Place, log_of, losses_of, score_batch
 from tiny_models import TEXTS, tiny_student_config
 
-WEIGHTS = LossWeights(**NO_IMITATION, in_batch_cross_entropy=0.0, anchor_cross_entropy=0.0, soft_expansion=3.0)
+ALONE = {"in_batch_cross_entropy": 0.0, "anchor_cross_entropy": 0.0}
 
 
 class RecordingWriter:
@@ -51,9 +51,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(tmp_path_factory.mktemp("place"))
 
 
-def recipe(place: Place, file: Path, **training: object) -> Recipe:
-    settings = tiny_recipe(tiny_student_config(place.model), expansions=str(file), **(LEARNING | training))
-    return settings.model_copy(update={"losses": WEIGHTS})
+def recipe(place: Place, file: Path, *, writer: object = None, **training: object) -> Recipe:
+    expansion = {"passages": str(file), "weight": 3.0, "writer": writer}
+    weights = Objective({}).with_imitation(ALONE | {"soft_expansion": expansion})
+    return tiny_recipe(tiny_student_config(place.model), losses=weights, **(LEARNING | training))
 
 
 def write_answers(file: Path, place: Place, *, without: str | None = None) -> None:
@@ -138,16 +139,17 @@ def test_a_batch_compares_each_query_with_its_own_vector(place: Place, tmp_path:
     student = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
     dim = student.vector_dim
     targets = {entry.query_id: rng.normal(size=dim).astype(np.float32) for entry in labelled.entries[:10]}
-    labelled = replace(labelled, expanded_queries=targets)
+    labelled = replace(labelled, query_inputs={"soft_expansion": targets})
     for each, draws in epoch_batches([labelled], epoch=0, batch_queries=4, num_hard=2, num_easy=1, seed=0):
         batch = collate(each, draws)
         vectors = torch.from_numpy(rng.normal(size=(len(batch_tokens(student, batch)), dim)).astype(np.float32))
         known = [row for row, query_id in enumerate(batch.query_ids) if query_id in targets]
         squares = [((vectors[row].numpy() - targets[batch.query_ids[row]]) ** 2).mean() for row in known]
-        value = expansion_losses(vectors, batch, WEIGHTS)["soft_expansion"].item()
+        scores = score_batch(student, batch)
+        weights = Objective({}).with_imitation(ALONE | {"soft_expansion": {"passages": "any.jsonl"}})
+        value = losses_of(scores, batch, weights, vectors=vectors)["soft_expansion"].item()
         assert value == pytest.approx(np.mean(squares) if squares else 0, rel=1e-5)
-        assert expansion_losses(vectors, batch, LossWeights()) == {}
-        assert expansion_losses(vectors, replace(batch, expanded_queries=None), WEIGHTS) == {}
+        assert losses_of(scores, replace(batch, query_inputs={}), weights, vectors=vectors) == {}
 
 
 def test_a_run_moves_queries_to_their_expanded_vectors(
@@ -165,9 +167,9 @@ def test_a_run_moves_queries_to_their_expanded_vectors(
 
 def test_missing_passages_are_written_or_refused(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "expansions.jsonl"
-    with pytest.raises(InputError, match=r"16 of 16 training queries have no line.*training\.expansion_writer"):
+    with pytest.raises(InputError, match=r"16 of 16 training queries have no line.*losses\.soft_expansion\.writer"):
         place.run(tmp_path / "student", recipe=recipe(place, file))
-    monkeypatch.setattr(distilling, "load_writer", lambda *_, **__: RecordingWriter())
-    place.run(tmp_path / "student", recipe=recipe(place, file, expansion_writer={"model": "any"}, epochs=1))
+    monkeypatch.setattr(module, "load_writer", lambda *_, **__: RecordingWriter())
+    place.run(tmp_path / "student", recipe=recipe(place, file, writer={"model": "any"}, epochs=1))
     texts = {place.source.query_text(entry.query_id) for entry in place.source.plan.entries}
     assert read_expansions(file) == {text: (text[::-1],) for text in texts}

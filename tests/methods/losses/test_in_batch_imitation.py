@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import NO_IMITATION, LiveScores, LossWeights
+from d2llm.core.losses import Objective
 from d2llm.core.types import EvidenceTerm
 from d2llm.data.training import TrainingSource
+from d2llm.methods.losses.in_batch_imitation import LiveScores, LiveTeacher
 from d2llm.models.backbone import TextKind
 from d2llm.models.evidence import Evidence, TaskEvidence
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection
-from d2llm.training.live_teacher import LiveTeacher
 from tiny_data import tiny_recipe, topics
 from tiny_distill import LEARNING, Place, log_of
 from tiny_models import DIM, randomise, tiny_student_config, write_tiny_model
@@ -105,7 +105,7 @@ def test_tokens_count_only_where_they_have_a_weight(student: Student, source: Tr
 def test_max_sim_needs_vectors_of_tokens(source: TrainingSource, tmp_path: Path) -> None:
     config = tiny_student_config(write_tiny_model(tmp_path / "model", "bert"))
     student = Student.create(config, device="cpu", dtype="float32")
-    with pytest.raises(InputError, match='live_teacher_scores is "tokens", but the live teacher has no vectors of tok'):
+    with pytest.raises(InputError, match=r'in_batch_imitation\.scores is "tokens", but the live teacher has no'):
         LiveTeacher(student, source.dataset, "asymmetric", scores="tokens")
     assert LiveTeacher(student, source.dataset, "asymmetric").token_weight == 0.0
 
@@ -115,9 +115,9 @@ def test_a_student_learns_from_the_chosen_scores(student: Student, tmp_path: Pat
     """The first loss is the divergence from these scores, and the run records what they depend on."""
     place = Place(tmp_path)
     student.save(tmp_path / "live")
-    training = {"live_teacher": str(tmp_path / "live"), "live_teacher_scores": scores, "epochs": 1}
-    weights = LossWeights.model_validate(NO_IMITATION | {"in_batch_imitation": 1.0, "in_batch_cross_entropy": 0.0})
-    recipe = tiny_recipe(tiny_student_config(place.model), losses=weights, **LEARNING | training)
+    live = {"teacher": str(tmp_path / "live"), "scores": scores}
+    weights = Objective({}).with_imitation({"in_batch_imitation": live, "in_batch_cross_entropy": 0.0})
+    recipe = tiny_recipe(tiny_student_config(place.model), losses=weights, epochs=1, **LEARNING)
     place.run(tmp_path / "taught", recipe=recipe, labels=tmp_path / "none")
     settings = json.loads((tmp_path / "taught" / "manifest.json").read_text(encoding="utf-8"))["settings"]
     assert settings["live_teacher"] == student.fingerprint

@@ -10,17 +10,31 @@ import pytest
 import torch
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import NO_IMITATION, LossWeights
+from d2llm.core.losses import Objective
 from d2llm.data.collation import DistillationBatch, LabelledSource, collate, epoch_batches
 from d2llm.data.labels import LabelStore
+from d2llm.models.interaction import PairScores
 from d2llm.models.student import Student
 from d2llm.training.gradient_cache import backpropagate
-from d2llm.training.objective import batch_tokens, nested_losses
+from d2llm.training.losses import LossInput
+from d2llm.training.objective import batch_tokens
 from tiny_data import tiny_recipe
-from tiny_distill import LEARNING, Place
+from tiny_distill import LEARNING, Place, losses_of, score_batch
 from tiny_models import DIM, randomise, tiny_student_config
 
-WEIGHTS = LossWeights(**NO_IMITATION, nested_depths=(1,), nested_cross_entropy=2.0)
+NESTED = "nested_cross_entropy"
+WEIGHTS = Objective({}).with_imitation({NESTED: {"layers": (1,), "weight": 2.0}})
+
+
+def nested_loss(
+    student: Student, vectors: torch.Tensor, batch: DistillationBatch, objective: Objective, after: list[torch.Tensor]
+) -> torch.Tensor:
+    loss = objective.active[NESTED]
+    value = loss(
+        LossInput(batch, PairScores(vectors, None, None), student, vectors, dict(zip(loss.depths, after, strict=True)))
+    )
+    assert value is not None
+    return value
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +54,7 @@ def test_the_loss_by_hand(place: Place, batch: DistillationBatch) -> None:
     student = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
     count = len(batch.query_ids)
     whole, shallow = (torch.randn(count + len(batch.passage_ids), DIM) for _ in range(2))
-    weights = WEIGHTS.model_copy(update={"nested_dims": (8,)})
+    weights = WEIGHTS.with_losses({NESTED: {"dims": (8,)}})
 
     def expected(vectors: torch.Tensor, width: int) -> float:
         rows = vectors.double().numpy()[:, :width]
@@ -55,13 +69,14 @@ def test_the_loss_by_hand(place: Place, batch: DistillationBatch) -> None:
                 values.append(np.log(np.exp(logits[query, rivals]).sum()) - logits[query, passage])
         return float(np.mean(values))
 
-    found = nested_losses(student, whole, batch, weights, [shallow])["nested_cross_entropy"]
+    found = nested_loss(student, whole, batch, weights, [shallow])
     mean = np.mean([expected(whole, 8), np.mean([expected(shallow, 8), expected(shallow, DIM)])])
     assert found.item() == pytest.approx(mean, rel=1e-4)
-    alone = nested_losses(student, whole, batch, WEIGHTS, [shallow])["nested_cross_entropy"]
+    alone = nested_loss(student, whole, batch, WEIGHTS, [shallow])
     assert alone.item() == pytest.approx(expected(shallow, DIM), rel=1e-4)
     pairs = replace(batch, targets=np.zeros(batch.positive.shape, np.float32))
-    assert nested_losses(student, whole, pairs, WEIGHTS) == {}
+    scores = score_batch(student, batch)
+    assert NESTED not in losses_of(scores, pairs, WEIGHTS, student=student, vectors=whole)
 
 
 @pytest.mark.parametrize("room", [0, float("inf")])
@@ -73,7 +88,7 @@ def test_the_gradient_in_parts_is_that_of_the_whole_batch(place: Place, batch: D
 
     def loss_of(encoded: torch.Tensor, _: object = None) -> torch.Tensor:
         vectors, *nested = encoded.split(DIM, dim=1)
-        value = nested_losses(student, vectors, batch, WEIGHTS, nested)["nested_cross_entropy"]
+        value = nested_loss(student, vectors, batch, WEIGHTS, nested)
         return value + (vectors**2).mean()
 
     (shallow, last), mask = student.backbone.states_at(*student.backbone.pad(ids), (1,))
@@ -101,7 +116,7 @@ def test_a_trained_student_records_its_depths(place: Place, tmp_path: Path) -> N
 
 
 def test_depths_that_the_backbone_does_not_have_are_refused(place: Place, tmp_path: Path) -> None:
-    deep = WEIGHTS.model_copy(update={"nested_depths": (1, 9)})
+    deep = WEIGHTS.with_losses({NESTED: {"layers": (1, 9)}})
     recipe = tiny_recipe(tiny_student_config(place.model)).model_copy(update={"losses": deep})
     with pytest.raises(InputError, match="names 9, but the student's backbone has 2 layers; name fewer"):
         place.run(tmp_path / "student", recipe=recipe)

@@ -11,18 +11,20 @@ import pytest
 import torch
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import NO_IMITATION, LossWeights, Recipe
+from d2llm.core.losses import Objective
+from d2llm.core.recipe import Recipe
 from d2llm.data.collation import LabelledSource, collate, epoch_batches
 from d2llm.data.labels import LabelStore
+from d2llm.methods.losses.nested_cross_entropy import nested_cross_entropy
 from d2llm.models.student import Student
-from d2llm.ops import losses
-from d2llm.training.objective import batch_tokens, nested_losses
+from d2llm.training.objective import batch_tokens
 from tiny_data import tiny_recipe
-from tiny_distill import LEARNING, Place
+from tiny_distill import LEARNING, Place, losses_of, score_batch
 from tiny_models import DIM, tiny_student_config
 
 DIMS = (4, 16)
-WEIGHTS = LossWeights(**NO_IMITATION, nested_dims=DIMS, nested_cross_entropy=5.0)
+NESTED = "nested_cross_entropy"
+WEIGHTS = Objective({}).with_imitation({NESTED: {"dims": DIMS, "weight": 5.0}})
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(tmp_path_factory.mktemp("place"))
 
 
-def recipe(place: Place, weights: LossWeights, **training: object) -> Recipe:
+def recipe(place: Place, weights: Objective, **training: object) -> Recipe:
     settings = tiny_recipe(tiny_student_config(place.model), **(LEARNING | training))
     return settings.model_copy(update={"losses": weights})
 
@@ -46,12 +48,12 @@ def test_the_loss_compares_anchor_vectors_of_queries_with_vectors_of_passages(pl
         queries, passages = vectors[: len(batch.query_ids)], vectors[len(batch.query_ids) :]
         positive, hard, easy = (torch.from_numpy(mask) for mask in (batch.positive, batch.hard, batch.easy))
         anchors = torch.from_numpy(student.anchor_queries(queries.numpy(), source.task))
-        expected = losses.nested_cross_entropy(anchors, passages, positive, positive | hard | easy, DIMS)
-        actual = nested_losses(student, vectors, batch, WEIGHTS)
-    assert actual["nested_cross_entropy"].item() == pytest.approx(expected.item(), rel=1e-5)
-    assert nested_losses(student, vectors, batch, LossWeights()) == {}
+        expected = nested_cross_entropy(anchors, passages, positive, positive | hard | easy, DIMS)
+        scores = score_batch(student, batch)
+        actual = losses_of(scores, batch, WEIGHTS, student=student, vectors=vectors)
+    assert actual[NESTED].item() == pytest.approx(expected.item(), rel=1e-5)
     pairs = replace(batch, targets=np.zeros(batch.positive.shape, np.float32))
-    assert nested_losses(student, vectors, pairs, WEIGHTS) == {}
+    assert NESTED not in losses_of(scores, pairs, WEIGHTS, student=student, vectors=vectors)
 
 
 def test_a_trained_student_records_its_widths(place: Place, tmp_path: Path) -> None:
@@ -75,6 +77,6 @@ def test_an_untrained_student_records_none(place: Place, tmp_path: Path, caplog:
 
 
 def test_widths_that_the_vectors_do_not_have_are_refused(place: Place, tmp_path: Path) -> None:
-    wide = WEIGHTS.model_copy(update={"nested_dims": (8, DIM)})
+    wide = WEIGHTS.with_losses({NESTED: {"dims": (8, DIM)}})
     with pytest.raises(InputError, match=f"names {DIM}, but the student's vectors have {DIM} components"):
         place.run(tmp_path / "student", recipe=recipe(place, wide))

@@ -1,0 +1,257 @@
+"""The section ``[losses]`` of a recipe: the terms of the objective, each with a weight and settings of its own.
+
+A loss is a class: its settings, its formula, what it needs. Its kind is a key of the section, and the value is its
+weight, or a table with its settings::
+
+    [losses]
+    in_batch_cross_entropy = 0.5
+    list_imitation = 0.5
+
+    [losses.nested_cross_entropy]
+    dims = [64, 128, 256]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    RootModel,
+    SerializationInfo,
+    SerializeAsAny,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from d2llm.core.names import suggestion
+from d2llm.core.registry import Registry, modules_in
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from d2llm.core.recipe import Recipe
+    from d2llm.training.losses import LossInput, Preparation
+
+Need = Literal["labels", "features", "live_teacher", "judgements"]
+"""What a loss learns from: a teacher's labels, the teacher's features beside them, a teacher that is there during the
+training, or the data set's own judgements."""
+
+LOSSES: Registry[Loss] = Registry(
+    "loss",
+    dict.fromkeys(
+        (
+            "in_batch_cross_entropy",
+            "anchor_cross_entropy",
+            "token_cross_entropy",
+            "pair_cross_entropy",
+            "list_imitation",
+            "contrastive_imitation",
+            "rank_imitation_positive_hard",
+            "rank_imitation_hard_easy",
+            "feature_imitation",
+        ),
+        "d2llm.training.losses",
+    )
+    | modules_in("methods/losses"),
+    "d2llm.losses",
+)
+"""All losses by kind."""
+
+
+class Loss(BaseModel):
+    """One term of the objective. A subclass names its kind, by which recipes name it, and is called for each batch.
+
+    Example::
+
+        class Spread(Loss, kind="spread"):
+            \"\"\"Scores of candidates should not all be equal.\"\"\"
+
+            def __call__(self, inputs):
+                return -inputs.logits[inputs.candidates].var()
+
+        recipe = Recipe(losses={"in_batch_cross_entropy": 1.0, "spread": 0.1})
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    kind: ClassVar[str]
+    paper: ClassVar[str] = ""
+    """Where it was published."""
+    learns_from: ClassVar[frozenset[Need]] = frozenset()
+    of_pairs: ClassVar[bool] = False
+    """Whether it is computed for labelled pairs, and only for them; otherwise, only for queries with lists."""
+    of_vectors: ClassVar[bool] = False
+    """Whether only the vectors learn from it, so that it is left out of the second stage, which keeps them."""
+    not_shaping: ClassVar[frozenset[str]] = frozenset()
+    """Settings that do not change the student, because what they lead to is compared instead (``prepare``)."""
+
+    weight: float = Field(default=1.0, ge=0)
+
+    def __init_subclass__(cls, *, kind: str = "", **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if kind:
+            cls.kind = kind
+            LOSSES.add(kind, cls)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it learns from with these settings."""
+        return self.learns_from
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Numbers of layers after which it needs each text's vector too (``LossInput.vectors_after``)."""
+        return ()
+
+    def check(self, recipe: Recipe) -> None:
+        """Check that the rest of the recipe fits; raises a ``ValueError`` that says what to change."""
+
+    def check_student(self, preparation: Preparation) -> None:
+        """Check that the untrained student and the data sets fit; raises an ``InputError``."""
+
+    def prepare(self, preparation: Preparation) -> dict[str, Any]:  # noqa: ARG002
+        """Before the first step: add what the loss needs of each batch to the data sets (``add_pair_input``).
+
+        Returns, as JSON, what else the result depends on.
+        """
+        return {}
+
+    def without_imitation(self) -> Loss:
+        """The same loss without what it learns from a teacher; with weight 0 if nothing is left."""
+        return self.model_copy(update={"weight": 0.0})
+
+    def record(self, *, is_trained: bool) -> dict[str, Any]:  # noqa: ARG002
+        """What the student's manifest says of it; ``is_trained``: the student is not the one at the start."""
+        return {}
+
+    def __call__(self, inputs: LossInput) -> Tensor | None:
+        """The loss of a batch, before its weight, differentiable; None if it has none for this student or batch."""
+        raise NotImplementedError
+
+
+_DEFAULTS: Mapping[str, float] = {
+    "contrastive_imitation": 1.0,
+    "rank_imitation_positive_hard": 1.0,
+    "rank_imitation_hard_easy": 0.01,
+    "feature_imitation": 0.001,
+    "in_batch_cross_entropy": 1.0,
+    "anchor_cross_entropy": 1.0,
+    "pair_cross_entropy": 1.0,
+}
+
+
+class Objective(RootModel[dict[str, SerializeAsAny[Loss]]]):
+    """The losses of a recipe by kind. Those that it does not name have their default weights; 0 leaves one out."""
+
+    model_config = ConfigDict(frozen=True)
+
+    root: dict[str, SerializeAsAny[Loss]] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _find_losses(cls, values: Any) -> Any:
+        if isinstance(values, Objective):
+            return values.root
+        if not isinstance(values, Mapping):
+            raise PydanticCustomError("loss", "losses should be a table: write [losses]")
+        named = cast("Mapping[str, Any]", values)
+        return {
+            kind: _loss(kind, value)
+            for kind, value in {**_DEFAULTS, **named}.items()
+            if value != 0 or kind in _DEFAULTS or kind not in LOSSES.kinds
+        }
+
+    @model_serializer
+    def _written(self, info: SerializationInfo) -> dict[str, Any]:
+        written: dict[str, Any] = {}
+        for kind, loss in self.root.items():
+            others = {name: field for name, field in type(loss).model_fields.items() if name != "weight"}
+            is_plain = all(getattr(loss, name) == field.get_default() for name, field in others.items())
+            written[kind] = loss.weight if is_plain else loss.model_dump(mode=info.mode)
+        return written
+
+    @property
+    def active(self) -> dict[str, Loss]:
+        """The losses with a weight above 0."""
+        return {kind: loss for kind, loss in self.root.items() if loss.weight > 0}
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What they learn from, together."""
+        return frozenset[Need]().union(*(loss.needs for loss in self.active.values()))
+
+    @property
+    def imitates(self) -> bool:
+        """Whether any loss needs a teacher's labels; if not, a student is trained on the data sets' own judgements."""
+        return "labels" in self.needs
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Numbers of layers after which some loss needs vectors, in ascending order."""
+        return tuple(sorted({depth for loss in self.active.values() for depth in loss.depths}))
+
+    def weight(self, kind: str) -> float:
+        """The weight of a loss; 0 for one that takes no part."""
+        return self.root[kind].weight if kind in self.root else 0.0
+
+    def with_losses(self, changes: Mapping[str, Any]) -> Objective:
+        """The same objective with some losses changed: kind -> weight, some settings, or a loss."""
+        changed: dict[str, Any] = {**self.root}
+        for kind, value in changes.items():
+            settings = self.root[kind].model_dump() if kind in self.root and isinstance(value, Mapping) else {}
+            changed[kind] = settings | dict(value) if isinstance(value, Mapping) else value
+        return Objective(changed)
+
+    def with_imitation(self, changes: Mapping[str, Any], *, of_pairs: bool = True) -> Objective:
+        """The same with these losses as its only imitation of a teacher.
+
+        ``of_pairs``: replace the imitation of labelled pairs too.
+        """
+        imitating = {
+            kind: loss.without_imitation()
+            for kind, loss in self.active.items()
+            if loss.needs & {"labels", "live_teacher"} and (of_pairs or not loss.of_pairs)
+        }
+        return self.with_losses(imitating | dict(changes))
+
+    def shaping(self) -> dict[str, Any]:
+        """The settings of the active losses that a student depends on, as JSON."""
+        return {
+            kind: loss.model_dump(mode="json", exclude={*loss.not_shaping})
+            for kind, loss in sorted(self.active.items())
+        }
+
+
+def _loss(kind: str, value: Any) -> Loss:
+    try:
+        cls = LOSSES.find(kind)
+    except ValueError as error:
+        raise PydanticCustomError("loss", "losses: {problem}", {"problem": str(error)}) from error
+    if isinstance(value, cls):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = {"weight": value}
+    if not isinstance(value, Mapping):
+        text = f"losses.{kind} should be a weight, such as 0.5, or a table of its settings (got {value!r})"
+        raise PydanticCustomError("loss", "{problem}", {"problem": text})
+    try:
+        return cls.model_validate(value)
+    except ValidationError as error:
+        problems = "; ".join(_explain(kind, cls, each) for each in error.errors())
+        raise PydanticCustomError("loss", "{problem}", {"problem": problems}) from error
+
+
+def _explain(kind: str, cls: type[Loss], problem: Any) -> str:
+    key = ".".join(["losses", kind, *map(str, problem["loc"])])
+    if problem["type"] == "extra_forbidden":
+        known: Sequence[str] = sorted(cls.model_fields)
+        return f"unknown key '{key}'; {suggestion(str(problem['loc'][-1]), known, 'known keys here')}"
+    if problem["type"] == "missing":
+        return f"{key} is missing; set it"
+    return f"{key}: {problem['msg']} (got {problem['input']!r})"

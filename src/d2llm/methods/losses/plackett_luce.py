@@ -1,0 +1,50 @@
+"""The teacher's order of all candidates, one after the other (ListMLE)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from d2llm.core.losses import Loss, Need
+from d2llm.ops.losses import masked_mean, zero_outside
+from d2llm.training.losses import LossInput
+
+
+class PlackettLuce(Loss, kind="plackett_luce"):
+    """The teacher's order of all candidates, one after the other (ListMLE)."""
+
+    paper: ClassVar[str] = "Xia et al., ICML 2008 (ListMLE); Reddi et al., AISTATS 2021 (RankDistil)"
+    learns_from: ClassVar[frozenset[Need]] = frozenset({"labels"})
+
+    def __call__(self, inputs: LossInput) -> Tensor:
+        return plackett_luce(inputs.imitating, inputs.log_odds, inputs.candidates)
+
+
+def plackett_luce(
+    logits: Float[Tensor, "queries passages"],
+    teacher_scores: Float[Tensor, "queries passages"],
+    candidate_mask: Bool[Tensor, "queries passages"],
+) -> Float[Tensor, ""]:
+    """The teacher's order should be probable if the student draws one passage after the other.
+
+    L_i = 1/n sum_{r=1..n} -log( exp(z_r) / sum_{s >= r} exp(z_s) )
+
+    with the candidates in the teacher's order; only the n with a score above -inf are drawn, the others follow all of
+    them, in no order. Of equal scores the first one counts as the higher. Counted: queries with a drawn candidate. The
+    Plackett-Luce model's likelihood of an order: Xia et al., "Listwise Approach to Learning to Rank", ICML 2008
+    (ListMLE); for distilling rankings: Reddi et al., "RankDistil", AISTATS 2021.
+    """
+    drawn = candidate_mask & (teacher_scores > -torch.inf)
+    (student,) = zero_outside(candidate_mask, logits)
+    (teacher,) = zero_outside(drawn, teacher_scores)
+    lowest = torch.finfo(student.dtype).min
+    key = teacher.to(student.dtype).masked_fill(~drawn, lowest / 2).masked_fill(~candidate_mask, lowest)
+    order = key.sort(dim=1, descending=True, stable=True).indices
+    ordered = student.masked_fill(~candidate_mask, lowest).gather(1, order)
+    remaining = ordered.flip(1).logcumsumexp(dim=1).flip(1)
+    is_drawn = drawn.gather(1, order)
+    per_query = masked_mean(torch.where(is_drawn, remaining - ordered, 0.0), is_drawn)
+    return masked_mean(per_query, is_drawn.any(dim=1)).to(logits.dtype)

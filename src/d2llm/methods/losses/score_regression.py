@@ -1,0 +1,43 @@
+"""The teacher's log-odds themselves, up to an offset of the batch; of the pairs that it judged (DSE)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from d2llm.core.losses import Loss, Need
+from d2llm.ops.losses import masked_mean, zero_outside
+from d2llm.training.losses import LossInput
+
+
+class ScoreRegression(Loss, kind="score_regression"):
+    """The teacher's log-odds themselves, up to an offset of the batch; of the pairs that it judged (DSE)."""
+
+    paper: ClassVar[str] = "Barkan et al., AAAI 2020, arXiv 1908.05161 (Distilled Sentence Embedding)"
+    learns_from: ClassVar[frozenset[Need]] = frozenset({"labels"})
+
+    def __call__(self, inputs: LossInput) -> Tensor:
+        return score_regression(inputs.imitating, inputs.log_odds, inputs.candidates & inputs.labelled)
+
+
+def score_regression(
+    logits: Float[Tensor, "queries passages"],
+    teacher_log_odds: Float[Tensor, "queries passages"],
+    mask: Bool[Tensor, "queries passages"],
+) -> Float[Tensor, ""]:
+    """The student's logits should be the teacher's log-odds, up to one number for the whole batch.
+
+    L = mean_{ij in M} (z_ij - l_ij - b)^2,  b = mean_{ij in M} (z_ij - l_ij)
+
+    The offset b is the one that fits best: no ranking depends on it, and an inner product cannot learn it. Counted:
+    every pair of the mask M with finite log-odds, equally. Distilled Sentence Embedding, Barkan et al., "Scalable
+    Attentive Sentence-Pair Modeling via Distilled Sentence Embedding", AAAI 2020 (arXiv 1908.05161), which has no such
+    offset.
+    """
+    judged = mask & teacher_log_odds.isfinite()
+    student, teacher = zero_outside(judged, logits, teacher_log_odds)
+    differences, pairs = (student - teacher).flatten(), judged.flatten()
+    offset = masked_mean(differences, pairs)
+    return masked_mean((differences - offset).square(), pairs).to(logits.dtype)

@@ -1,0 +1,329 @@
+"""The losses of the published objective, those of the data sets' own judgements, and what every loss is computed from.
+
+Formulas and papers: ``ops.losses``. What others published is in ``methods.losses``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from d2llm.core.losses import Loss, Need
+from d2llm.core.recipe import Recipe
+from d2llm.data.collation import DistillationBatch, LabelledSource, ScorePassages
+from d2llm.models.interaction import PairScores
+from d2llm.models.student import Student
+from d2llm.ops import losses
+from d2llm.training.processes import Processes
+
+Normalisation = Literal["mean", "authors"]
+"""``mean``: a loss is a mean over queries. ``authors``: as in the published code, for which the published weights are
+meant. There the in-batch cross-entropy is divided by the number of queries once more, the contrastive imitation
+compares with hard negatives alone and is divided by their number, and the feature imitation is a sum over queries."""
+
+
+@dataclass
+class Preparation:
+    """A training before its first step: what losses may read, check, and add inputs to (``Loss.prepare``)."""
+
+    recipe: Recipe
+    student: Student
+    sources: list[LabelledSource]
+    processes: Processes
+    device: str | None = None
+    dtype: str | None = None
+
+    @property
+    def with_lists(self) -> list[LabelledSource]:
+        """The data sets whose queries have lists, in contrast to labelled pairs."""
+        return [each for each in self.sources if each.source.pairs is None]
+
+    def add_pair_input(self, name: str, source: LabelledSource, values: ScorePassages) -> None:
+        """Let every batch of a data set have a number for each query and passage (``LossInput.pair_input``)."""
+        self._replace(source, replace(source, pair_inputs={**source.pair_inputs, name: values}))
+
+    def add_query_input(self, name: str, source: LabelledSource, vectors: Mapping[str, NDArray[np.float32]]) -> None:
+        """Let every batch of a data set have the vectors of those queries that have one (``LossInput.query_input``)."""
+        self._replace(source, replace(source, query_inputs={**source.query_inputs, name: vectors}))
+
+    def _replace(self, source: LabelledSource, changed: LabelledSource) -> None:
+        place = next(place for place, each in enumerate(self.sources) if each is source)
+        self.sources[place] = changed
+
+
+@dataclass
+class LossInput:
+    """A batch of Q queries and N passages, and what the student makes of it; masks and scores are [Q, N].
+
+    ``vectors`` [Q + N, dim] are those of queries and passages, and ``vectors_after`` has those after fewer layers, by
+    their number; both are empty in the second stage, which trains the interaction on lists of each query's own.
+    ``offset``, for labelled pairs, is the logit at which yes and no are equally likely.
+    """
+
+    batch: DistillationBatch
+    scores: PairScores
+    student: Student
+    vectors: Tensor | None = None
+    vectors_after: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
+    offset: Tensor | None = None
+
+    def on_device(self, values: NDArray[np.generic]) -> Tensor:
+        """An array of the batch as a tensor beside the scores."""
+        return torch.from_numpy(values).to(self.scores.logits.device)
+
+    @cached_property
+    def positive(self) -> Tensor:
+        """Relevant passages."""
+        return self.on_device(self.batch.positive)
+
+    @cached_property
+    def hard(self) -> Tensor:
+        """Hard negatives."""
+        return self.on_device(self.batch.hard)
+
+    @cached_property
+    def easy(self) -> Tensor:
+        """Easy negatives, those of other queries among them."""
+        return self.on_device(self.batch.easy)
+
+    @cached_property
+    def labelled(self) -> Tensor:
+        """Pairs with a label of the teacher."""
+        return self.on_device(self.batch.labelled)
+
+    @property
+    def negatives(self) -> Tensor:
+        """Hard and easy negatives."""
+        return self.hard | self.easy
+
+    @property
+    def candidates(self) -> Tensor:
+        """Positives and negatives; the rest does not count."""
+        return self.positive | self.negatives
+
+    @cached_property
+    def log_odds(self) -> Tensor:
+        """The teacher's log-odds; those of the data set's judgements where there is no label."""
+        return self.on_device(self.batch.teacher_log_odds)
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """The teacher's P(yes)."""
+        return torch.sigmoid(self.log_odds)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """The student's scores with what words and tokens add; with two heads, of the one that learns judgements."""
+        return self._final(self.scores)
+
+    @cached_property
+    def imitating(self) -> Tensor:
+        """The same; with two heads, of the one that imitates the teacher."""
+        return self.logits if self.scores.teacher is None else self._final(self.scores.teacher)
+
+    def of_lists(self, values: Tensor) -> Tensor:
+        """Values [Q, N, ...] of each query's own list [Q, n, ...]; where it is shorter, those of another passage."""
+        own = self.on_device(self.batch.own)
+        return values[torch.arange(len(own), device=own.device).unsqueeze(1), own.clamp(min=0)]
+
+    def pair_input(self, name: str) -> Tensor | None:
+        """What ``Preparation.add_pair_input`` added [Q, N]; None if this data set has none."""
+        values = self.batch.pair_inputs.get(name)
+        return None if values is None else self.on_device(values)
+
+    def query_input(self, name: str) -> Tensor | None:
+        """What ``Preparation.add_query_input`` added [Q, dim], NaN for queries without; None if it added none."""
+        values = self.batch.query_inputs.get(name)
+        return None if values is None else self.on_device(values)
+
+    def encoded(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """The queries' and the passages' part of vectors [Q + N, dim]."""
+        queries, passages = vectors.split([len(self.batch.query_ids), len(self.batch.passage_ids)])
+        return queries, passages
+
+    def _final(self, scores: PairScores) -> Tensor:
+        return _without_common_change(scores, self.candidates) + self._evidence
+
+    @cached_property
+    def _evidence(self) -> Tensor:
+        """What words and tokens add to the scores: the gradient is then that of what they leave unexplained."""
+        added = torch.zeros_like(self.scores.logits, dtype=torch.float32)
+        if self.batch.word_scores is not None:
+            added = added + self.on_device(self.batch.word_scores)
+        if self.scores.tokens is not None:
+            added = added + self.batch.token_weight * self.scores.tokens
+        return added
+
+
+def _without_common_change(scores: PairScores, candidates: Tensor) -> Tensor:
+    """Logits minus the mean change that the interaction makes to a query's candidates, float32 [queries, passages].
+
+    The mean does not affect the ranking, but it does affect the contrastive imitation loss: lowering every logit lowers
+    that loss, and a bounded interaction would end with all its tanh at -1, where it has neither effect nor gradient.
+    """
+    logits = scores.logits.float()
+    if scores.anchor is None:
+        return logits
+    return logits - losses.masked_mean(logits - scores.anchor.float(), candidates)[:, None]
+
+
+class InBatchCrossEntropy(Loss, kind="in_batch_cross_entropy"):
+    """Each relevant passage against all others of the batch."""
+
+    paper: ClassVar[str] = "van den Oord et al. 2018, arXiv 1807.03748 (InfoNCE)"
+    learns_from: ClassVar[frozenset[Need]] = frozenset({"judgements"})
+    normalisation: Normalisation = "mean"
+
+    def __call__(self, inputs: LossInput) -> Tensor:
+        value = losses.in_batch_cross_entropy(inputs.logits, inputs.positive, inputs.candidates)
+        return value / len(inputs.batch.query_ids) if self.normalisation == "authors" else value
+
+
+class AnchorCrossEntropy(Loss, kind="anchor_cross_entropy"):
+    """The same for the inner-product part alone (anchored head): keeps the vectors useful on their own."""
+
+    learns_from: ClassVar[frozenset[Need]] = frozenset({"judgements"})
+    of_vectors: ClassVar[bool] = True
+
+    def __call__(self, inputs: LossInput) -> Tensor | None:
+        anchor = inputs.scores.anchor
+        if anchor is None:
+            return None
+        return losses.in_batch_cross_entropy(anchor.float(), inputs.positive, inputs.candidates)
+
+
+class TokenCrossEntropy(Loss, kind="token_cross_entropy"):
+    """The same for the vectors of tokens alone, where they count in training (``evidence.in_training``)."""
+
+    learns_from: ClassVar[frozenset[Need]] = frozenset({"judgements"})
+    of_vectors: ClassVar[bool] = True
+
+    def __call__(self, inputs: LossInput) -> Tensor | None:
+        tokens = inputs.scores.tokens
+        if tokens is None:
+            return None
+        logits = inputs.batch.token_weight * tokens
+        return losses.in_batch_cross_entropy(logits, inputs.positive, inputs.candidates)
+
+
+class PairCrossEntropy(Loss, kind="pair_cross_entropy"):
+    """Yes or no for each labelled pair. Each was judged alone, so other pairs of the batch are not negatives."""
+
+    learns_from: ClassVar[frozenset[Need]] = frozenset({"judgements"})
+    of_pairs: ClassVar[bool] = True
+    anchor: float = Field(default=0.5, ge=0)
+    """Weight, beside that of the whole score, of the same for the inner-product part alone (anchored head)."""
+    teacher_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the teacher's P(yes) in the target; the rest is the data set's own label. Above 0, it is an imitation
+    like the others: pairs are labelled by the teacher, whose gate is measured."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return self.learns_from | frozenset[Need]({"labels"}) if self.teacher_share else self.learns_from
+
+    def without_imitation(self) -> Loss:
+        return self.model_copy(update={"teacher_share": 0.0})
+
+    def __call__(self, inputs: LossInput) -> Tensor:
+        scores, two = inputs.scores, inputs.scores.teacher
+        value = self._of(inputs, scores.logits, None if two is None else two.logits)
+        if self.anchor and scores.anchor is not None:
+            value = value + self.anchor * self._of(inputs, scores.anchor, None if two is None else two.anchor)
+        return value
+
+    def _of(self, inputs: LossInput, logits: Tensor, of_teacher: Tensor | None) -> Tensor:
+        assert inputs.batch.targets is not None
+        own = inputs.on_device(inputs.batch.targets)
+        judged = torch.isfinite(own)
+        own, share = own.nan_to_num(), self.teacher_share
+        middle = 0.0 if inputs.offset is None else inputs.offset
+        logits = logits.float() - middle
+        if of_teacher is None:
+            return losses.pair_cross_entropy(logits, (1 - share) * own + share * inputs.probabilities, judged)
+        # The cross-entropy is linear in its target, so this is the same loss if both heads have the same scores.
+        imitation = losses.pair_cross_entropy(of_teacher.float() - middle, inputs.probabilities, judged)
+        return (1 - share) * losses.pair_cross_entropy(logits, own, judged) + share * imitation
+
+
+class ListImitation(Loss, kind="list_imitation"):
+    """The teacher's distribution over all candidates of the batch."""
+
+    paper: ClassVar[str] = "Cao et al., ICML 2007 (ListNet); Ren et al., EMNLP 2021 (RocketQAv2)"
+    learns_from: ClassVar[frozenset[Need]] = frozenset({"labels"})
+
+    def __call__(self, inputs: LossInput) -> Tensor:
+        return losses.list_imitation(inputs.imitating, inputs.log_odds, inputs.candidates)
+
+
+_PUBLISHED = "Liao et al., ACL 2024, arXiv 2406.17262 (D2LLM)"
+
+
+class ContrastiveImitation(Loss, kind="contrastive_imitation"):
+    """Each positive against the negatives, as far as the teacher tells them apart."""
+
+    paper: ClassVar[str] = _PUBLISHED
+    learns_from: ClassVar[frozenset[Need]] = frozenset({"labels"})
+    normalisation: Normalisation = "mean"
+    temperature: float = Field(default=1.0, gt=0)
+    """The anchored head also has a learned scale."""
+
+    def __call__(self, inputs: LossInput) -> Tensor:
+        authors = self.normalisation == "authors"
+        value = losses.contrastive_imitation(
+            inputs.imitating,
+            inputs.probabilities,
+            inputs.positive,
+            inputs.hard if authors else inputs.negatives,
+            temperature=self.temperature,
+        )
+        if authors:
+            with_hard = inputs.hard.any(dim=1).sum().clamp(min=1)
+            value = value * (with_hard / inputs.hard.sum().clamp(min=1))
+        return value
+
+
+class RankImitationPositiveHard(Loss, kind="rank_imitation_positive_hard"):
+    """The teacher's order of positives and hard negatives, by correlation."""
+
+    paper: ClassVar[str] = _PUBLISHED
+    learns_from: ClassVar[frozenset[Need]] = frozenset({"labels"})
+
+    def __call__(self, inputs: LossInput) -> Tensor:
+        mask = inputs.positive | inputs.hard
+        return losses.rank_imitation_positive_hard(inputs.imitating, inputs.log_odds, mask)
+
+
+class RankImitationHardEasy(Loss, kind="rank_imitation_hard_easy"):
+    """Hard negatives above easy ones, as far as the teacher scores them so."""
+
+    paper: ClassVar[str] = _PUBLISHED
+    learns_from: ClassVar[frozenset[Need]] = frozenset({"labels"})
+
+    def __call__(self, inputs: LossInput) -> Tensor:
+        return losses.rank_imitation_hard_easy(inputs.imitating, inputs.probabilities, inputs.hard, inputs.easy)
+
+
+class FeatureImitation(Loss, kind="feature_imitation"):
+    """Pairs of a query are to be as similar as they are for the teacher; for heads with an IEM."""
+
+    paper: ClassVar[str] = _PUBLISHED
+    learns_from: ClassVar[frozenset[Need]] = frozenset({"labels", "features"})
+    normalisation: Normalisation = "mean"
+
+    def __call__(self, inputs: LossInput) -> Tensor | None:
+        features, batch = inputs.scores.features, inputs.batch
+        if features is None:
+            return None
+        mask = inputs.on_device(batch.own) >= 0
+        value = losses.feature_imitation(inputs.of_lists(features).float(), inputs.on_device(batch.gram), mask)
+        if self.normalisation == "authors":
+            value = value * float(((batch.own >= 0).sum(axis=1) >= 2).sum())  # of the others, there is no value
+        return value
