@@ -19,7 +19,7 @@ from e2e.small_corpus import SENTENCES
 
 VERBS = [
     *("fit", "init", "run", "mine", "tune-teacher", "stack", "gate", "label", "distill", "distill-static"),
-    *("fit-tokens", "fit-scores", "tune-reader"),
+    *("fit-tokens", "fit-scores", "tune-reader", "methods"),
     *("encode", "shard", "search", "serve", "evaluate", "leaderboard", "probe", "ablate", "demo", "judge"),
     *("export", "push", "doctor", "size"),
 ]

@@ -29,8 +29,10 @@ from d2llm.cli.judge import judge
 from d2llm.cli.keys import keys_app
 from d2llm.cli.labels import labels_app
 from d2llm.cli.leaderboard import leaderboard
+from d2llm.cli.methods import methods
 from d2llm.cli.probe import probe
 from d2llm.cli.push import push
+from d2llm.cli.recipe import recipe_app
 from d2llm.cli.run import distill, gate, label, mine, run, stack, tune_teacher
 from d2llm.cli.search import search
 from d2llm.cli.serve import serve
@@ -147,19 +149,26 @@ _VERBS: dict[str, tuple[Callable[..., None], ...]] = {
         fit_scores,
         tune_reader,
         push,
+        methods,
     ),
     "Search": (encode, search, shard),
     "Serve": (serve,),
     "Measure": (evaluate, leaderboard, probe, ablate),
     "Tools": (export, demo, judge, size, doctor),
 }
-_GROUPS = {"Distil": labels_app, "Search": index_app, "Serve": keys_app, "Measure": data_app}
+_GROUPS = {
+    "Distil": (labels_app, recipe_app),
+    "Search": (index_app,),
+    "Serve": (keys_app,),
+    "Measure": (data_app,),
+}
 
 for _heading, _verbs in _VERBS.items():
     for _verb in _verbs:
         app.command(_verb.__name__.replace("_", "-"), rich_help_panel=_heading)(_verb)
-for _heading, _group in _GROUPS.items():
-    app.add_typer(_group, rich_help_panel=_heading)
+for _heading, _groups in _GROUPS.items():
+    for _group in _groups:
+        app.add_typer(_group, rich_help_panel=_heading)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -20,6 +20,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     RootModel,
     SerializationInfo,
     SerializeAsAny,
@@ -78,7 +79,7 @@ class Loss(BaseModel):
         recipe = Recipe(losses={"in_batch_cross_entropy": 1.0, "spread": 0.1})
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     kind: ClassVar[str]
     paper: ClassVar[str] = ""
@@ -175,6 +176,19 @@ class Objective(RootModel[dict[str, SerializeAsAny[Loss]]]):
             is_plain = all(getattr(loss, name) == field.get_default() for name, field in others.items())
             written[kind] = loss.weight if is_plain else loss.model_dump(mode=info.mode)
         return written
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Every loss as a weight or a table, for editors (``d2llm recipe schema``)."""
+        described = handler(schema)
+        described.pop("additionalProperties", None)
+        weight = {"type": "number", "minimum": 0}
+        found = {kind: LOSSES.find(kind) for kind in LOSSES.kinds}
+        losses = {
+            kind: {"anyOf": [weight, handler(loss.__pydantic_core_schema__)], "description": loss.__doc__}
+            for kind, loss in found.items()
+        }
+        return described | {"properties": losses, "additionalProperties": False}
 
     @property
     def active(self) -> dict[str, Loss]:

@@ -12,7 +12,9 @@ from d2llm.core.types import TASKS, EvidenceTerm, NumberFormat, Task
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 class LoraConfig(_Section):

@@ -1,0 +1,82 @@
+"""The verb ``recipe``: what a recipe says, whether it is valid, and its schema for editors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from d2llm.cli.options import input_path, output_path
+from d2llm.cli.session import session_of
+from d2llm.cli.word_order import Verbs
+
+recipe_app = typer.Typer(
+    name="recipe",
+    cls=Verbs,
+    help="Check recipes, and describe them to editors.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+_RECIPES = typer.Argument(metavar="RECIPE...", callback=input_path, help="TOML files, or names of shipped recipes.")
+
+
+@recipe_app.command("check")
+def check(context: typer.Context, recipes: Annotated[list[str], _RECIPES]) -> None:
+    """Read recipes as every verb would, and show the settings that differ from their defaults."""
+    from d2llm.core.recipe import Recipe
+    from d2llm.core.recipe_file import load_recipe
+    from d2llm.core.table import Column, Table
+
+    session, defaults = session_of(context), dict(_settings(Recipe().model_dump(mode="json")))
+    for place in recipes:
+        recipe = load_recipe(place)
+        value_column = Column("value", align="left", max_width=60)
+        table = Table("setting", value_column, "default", title=f"{place}: {recipe.name}")
+        for name, value in _settings(recipe.model_dump(mode="json")):
+            if value != defaults.get(name) and name != "name" and not name.startswith("data"):
+                table.add_row(name, _text(value), _text(defaults.get(name)))
+        session.show(table)
+        sets = ", ".join(f"{one.path} ({one.task})" for one in recipe.data) or "none"
+        session.say(f"{place} is valid; data sets: {sets}")
+
+
+@recipe_app.command("schema")
+def schema(
+    context: typer.Context,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            callback=output_path,
+            help="Write it there, for a line '#:schema FILE' at the top of recipes; by default to standard output.",
+        ),
+    ] = None,
+) -> None:
+    """Print the JSON Schema of recipes, with which editors of TOML complete, explain and check settings."""
+    import json
+
+    from d2llm.core.files import write_json
+    from d2llm.core.recipe import Recipe
+
+    described = {"$schema": "http://json-schema.org/draft-07/schema#", **Recipe.model_json_schema()}
+    if out is None:
+        session_of(context).write(json.dumps(described, indent=2, ensure_ascii=False))
+    else:
+        write_json(out, described)
+
+
+def _settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All settings by their path; a list counts as one."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _settings(cast("Mapping[str, Any]", value), f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _text(value: Any) -> str | None:
+    if value is None:
+        return None
+    return f"{value:g}" if isinstance(value, float) else str(value)

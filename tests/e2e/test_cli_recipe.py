@@ -1,0 +1,89 @@
+"""``d2llm recipe check`` and ``schema``, and ``d2llm methods``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tomllib
+from jsonschema import Draft7Validator
+
+from d2llm.core.losses import LOSSES
+from d2llm.core.shipped import shipped_recipes
+from e2e.command_line import fail, succeed, succeed_with_report
+
+SHIPPED = shipped_recipes()
+
+
+@pytest.fixture(scope="module")
+def schema(tmp_path_factory: pytest.TempPathFactory) -> Draft7Validator:
+    path = tmp_path_factory.mktemp("schema") / "recipe.json"
+    succeed("recipe", "schema", "--out", path)
+    described = json.loads(path.read_text(encoding="utf-8"))
+    assert json.loads(succeed("recipe", "schema").stdout) == described
+    Draft7Validator.check_schema(described)
+    return Draft7Validator(described)
+
+
+def test_a_recipe_is_shown_by_what_it_changes() -> None:
+    output = succeed("recipe", "check", "d2llm").output
+    rows = [line.split("│")[1:4] for line in output.splitlines() if line.startswith("│")]
+    shown = {name.strip(): (value.strip(), default.strip()) for name, value, default in rows}
+    assert shown["losses.list_imitation"] == ("0.5", "–")
+    assert shown["losses.feature_imitation"] == ("0", "0.001")
+    assert shown["training.learning_rate"] == ("0.0003", "0.001")
+    assert "training.weight_decay" not in shown  # as by default
+    assert "d2llm is valid; data sets: squad-sent (asymmetric)" in " ".join(output.split())
+
+
+def test_all_recipes_are_checked_and_the_first_wrong_one_is_named(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text("[training]\nepoch = 3\n")
+    succeed("recipe", "check", *SHIPPED)
+    fail(
+        "recipe",
+        "check",
+        "d2llm",
+        wrong,
+        containing=[str(wrong), "unknown key 'training.epoch'; did you mean 'epochs'?"],
+    )
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_schema_holds_for_the_recipes_that_ship(schema: Draft7Validator, name: str) -> None:
+    assert [*schema.iter_errors(tomllib.loads(SHIPPED[name].read_text(encoding="utf-8")))] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[losses]\nmargin_mze = 1.0",
+        "[losses]\nmargin_mse = -1.0",
+        "[losses]\ncontrastive_imitation = { temprature = 1.0 }",
+        "[losses.in_batch_imitation]\nweight = 1.0",
+        "[training]\nepoch = 3",
+        "[training]\nepochs = 0",
+        '[student.backbone]\ntuning = "half"',
+    ],
+)
+def test_the_schema_refuses_what_a_run_would_refuse(schema: Draft7Validator, text: str) -> None:
+    assert [*schema.iter_errors(tomllib.loads(text))]
+
+
+def test_the_schema_explains_every_setting(schema: Draft7Validator) -> None:
+    definitions = schema.schema["$defs"]
+    unknown = definitions["TrainingConfig"]["properties"]["in_batch_labels"]["description"]
+    assert unknown.startswith("Have the teacher judge every query of a batch")
+    assert {*definitions["Objective"]["properties"]} >= {*LOSSES.shipped}
+    assert all(each["description"] for each in definitions["Objective"]["properties"].values())
+
+
+def test_methods_are_listed_with_what_they_need_and_their_papers(tmp_path: Path) -> None:
+    _, report = succeed_with_report("methods", folder=tmp_path)
+    result = report["result"]
+    assert {*LOSSES.shipped} <= {*result}
+    assert result["margin_mse"]["needs"] == "labels"
+    assert result["margin_mse"]["paper"] == "Hofstätter et al. 2020, arXiv 2010.02666"
+    assert result["nested_cross_entropy"]["settings"] == ["dims", "layers"]
+    assert "Margin-MSE" in " ".join(succeed("methods").output.split())
