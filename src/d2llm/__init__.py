@@ -13,6 +13,7 @@ from d2llm.core.thread_waiting import limit_spinning
 
 if TYPE_CHECKING:
     from d2llm.core.errors import D2LLMError
+    from d2llm.core.losses import Loss
     from d2llm.core.progress import showing_progress
     from d2llm.core.recipe import ReaderTuningConfig, Recipe, TeacherConfig, WriterConfig, WriterTuningConfig
     from d2llm.core.recipe_file import load_recipe
@@ -95,6 +96,7 @@ __all__ = [
     "IndexSpec",
     "ListwiseReader",
     "ListwiseReading",
+    "Loss",
     "PairDataset",
     "Passage",
     "Query",
@@ -145,6 +147,7 @@ __all__ = [
 
 _HOMES = {
     "d2llm.core.errors": ("D2LLMError",),
+    "d2llm.core.losses": ("Loss",),
     "d2llm.core.progress": ("showing_progress",),
     "d2llm.core.recipe": ("ReaderTuningConfig", "Recipe", "TeacherConfig", "WriterConfig", "WriterTuningConfig"),
     "d2llm.core.recipe_file": ("load_recipe",),
