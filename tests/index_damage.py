@@ -171,6 +171,8 @@ def cases(bases: dict[str, Path], number: int, seed: int, *, repair: bool = Fals
     for place in range(number):
         if place % len(turns) == 0:
             chance.shuffle(turns)
+            first = {kind: (kind, how) for kind, how in reversed(turns)}  # every kind of file before any comes again
+            turns = [*first.values(), *(turn for turn in turns if first[turn[0]] != turn)]
         kind, how = turns[place % len(turns)]
         yield chance.choice(kinds[kind])._replace(how=how, seed=seed * 1_000_000 + place, repair=repair)
 

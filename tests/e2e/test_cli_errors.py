@@ -92,8 +92,11 @@ class TestBadInput:
         ("section", "message"),
         [
             ("[trainig]\nepochs = 1", "unknown key 'trainig'; did you mean 'training'?"),
-            ("[losses]\nfeature_imitatoin = 1.0", "'losses.feature_imitatoin'; did you mean 'feature_imitation'?"),
-            ("[losses]\ntemperature = 0", "losses.temperature"),
+            (
+                "[losses]\nfeature_imitatoin = 1.0",
+                "losses: no loss 'feature_imitatoin'; did you mean 'feature_imitation'?",
+            ),
+            ("[losses]\ncontrastive_imitation.temperature = 0", "losses.contrastive_imitation.temperature"),
             ("[losses\n", "not valid TOML"),
         ],
     )

@@ -12,12 +12,12 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from d2llm.training.expansions import read_expansions
 
 from d2llm.core.recipe_file import load_recipe
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
 from d2llm.fitting.draft_store import DraftStore
+from d2llm.methods.losses.soft_expansion import read_expansions
 from d2llm.models.teachers.judge import identify_judge
 from e2e.command_line import fail, succeed, write_lines
 from list_endpoint import KINDS, counts_words, recipe_with_teacher
@@ -74,7 +74,7 @@ from d2llm.core.types import Passage
 from d2llm.fitting.draft_store import DraftStore
 from d2llm.fitting.write_queries import WritingBudget, write_queries
 from d2llm.models.writers.writer import load_writer
-from d2llm.training.expansions import write_expansions
+from d2llm.methods.losses.soft_expansion import write_expansions
 
 remote = {"url": sys.argv[1], "concurrency": 2}
 config = WriterConfig.model_validate({"kind": "remote", "model": "served", "remote": remote})

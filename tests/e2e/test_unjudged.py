@@ -68,7 +68,7 @@ def test_a_resumed_run_does_not_ask_the_teacher_again(place, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(residual, "_loss", stop)
+        patch.setattr(residual._Training, "step", stop)
         with pytest.raises(KeyboardInterrupt):
             run(place, tmp_path, patch, unjudged="ask_teacher")
     num_labels = place.store(tmp_path / "labels").num_pairs

@@ -196,7 +196,10 @@ def test_external_models_are_named_after_their_folders(world, others):
 
 def test_another_student_is_measured_with_its_whole_score_and_what_it_has_seen_is_said(world, tmp_path):
     other = Student.load(world.run / "student-cosine", device="cpu", dtype="float32")
-    other.save(tmp_path / "other", content={"recipe": {"data": [{"path": "somewhere/zoo"}, {"path": "farm"}]}})
+    other.save(
+        tmp_path / "other",
+        content={"recipe": {"data": [{"path": path, "task": "asymmetric"} for path in ("somewhere/zoo", "farm")]}},
+    )
     contenders = load(world.run / "student", with_teacher=False, models=[str(tmp_path / "other"), "d2llm-minilm"])
     assert list(contenders.bi_encoders) == ["other", "d2llm-minilm"]
     assert contenders.bi_encoders["other"].fingerprint == other.fingerprint

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
@@ -504,7 +504,7 @@ class Run:
             reports[dataset.name] = evaluate(
                 dataset,
                 contenders,
-                replace(chosen, task=data.task),
+                chosen.replace(task=data.task),
                 work_folder=self.parts.path / "evaluation",
                 labels=labels,
                 runner=runner,
