@@ -116,8 +116,7 @@ def local_endpoint(reply: Callable[[Request, int], Reply], *, port: int = 0) -> 
 
         def log_message(self, *arguments: object) -> None: ...
 
-    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
-        server.daemon_threads = True
+    with _Server(("127.0.0.1", port), Handler) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         endpoint.url = f"http://127.0.0.1:{server.server_port}/v1"
         try:
@@ -127,6 +126,12 @@ def local_endpoint(reply: Callable[[Request, int], Reply], *, port: int = 0) -> 
             for connection in [*endpoint.open]:
                 with suppress(OSError):  # the client was faster
                     connection.shutdown(socket.SHUT_RDWR)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+    """Connections that wait to be accepted. With the standard 5, a busy machine resets some of many at once."""
 
 
 def completion(top: dict[str, float] | None, *, num_prompt_tokens: int | None = None) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def names(tmp_path, monkeypatch):
         ("old.index index stats", "index old.index stats"),
         ("upsert old.index docs", "index old.index upsert docs"),
         ("sync old.index docs", "index old.index sync docs"),
-        ("check docs", "data check docs"),
+        ("check docs", "recipe check docs, or: d2llm data check docs"),
         ("data docs check", "data check docs"),
         ("labels runs/labels stats", "labels stats runs/labels"),
         ("list", "index INDEX list, or: d2llm keys FILE list"),

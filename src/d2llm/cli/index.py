@@ -35,7 +35,7 @@ from d2llm.cli.options import (
     with_option_groups,
 )
 from d2llm.cli.session import session_of
-from d2llm.cli.word_order import Verbs, check_index_first
+from d2llm.cli.word_order import check_index_first, verb_group
 from d2llm.core.errors import InputError
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES
@@ -52,11 +52,9 @@ if TYPE_CHECKING:
 _FOLDER = "d2llm.store"
 _NAMED = 20  # number of missing ids to list
 
-index_app = typer.Typer(
-    name="index",
-    cls=Verbs,
-    help="Maintain the index of a changing corpus.",
-    no_args_is_help=True,
+index_app = verb_group(
+    "index",
+    "Maintain the index of a changing corpus.",
     epilog="Example: d2llm index docs.index upsert corpus.jsonl. Then: d2llm search docs.index 'a question'",
 )
 

@@ -43,7 +43,6 @@ from d2llm.cli.tune_reader import tune_reader
 from d2llm.cli.word_order import Verbs
 from d2llm.core.errors import D2LLMError, Terminated
 from d2llm.core.progress import showing_progress
-from d2llm.models.remote.kept_answers import KeptAnswers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -130,6 +129,8 @@ def prepare(
     context.call_on_close(start_logging(context.obj))
     context.with_resource(showing_progress(False if quiet else None))
     if context.invoked_subcommand in _STORE_NO_ANSWERS:
+        from d2llm.models.remote.kept_answers import KeptAnswers
+
         context.with_resource(KeptAnswers.of_command().used())
 
 

@@ -26,12 +26,11 @@ def methods(context: typer.Context, json_path: JsonOption = None) -> None:
         Column("settings", align="left", max_width=24),
         Column("published", align="left", max_width=40),
     )
-    found = {kind: LOSSES.find(kind) for kind in LOSSES.kinds}
-    for kind, loss in found.items():
-        row = _described(loss)
+    found = {kind: _described(LOSSES.find(kind)) for kind in LOSSES.kinds}
+    for kind, row in found.items():
         table.add_row(kind, row["what"], row["needs"], ", ".join(row["settings"]), row["paper"])
     session.show(table)
-    session.write_report(context, json_path, {kind: _described(loss) for kind, loss in found.items()})
+    session.write_report(context, json_path, found)
 
 
 def _described(loss: type[Loss]) -> dict[str, Any]:

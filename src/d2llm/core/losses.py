@@ -13,7 +13,7 @@ weight, or a table with its settings::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import (
@@ -30,7 +30,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from d2llm.core.names import suggestion
+from d2llm.core.names import describe_problem
 from d2llm.core.registry import Registry, modules_in
 
 if TYPE_CHECKING:
@@ -257,15 +257,8 @@ def _loss(kind: str, value: Any) -> Loss:
     try:
         return cls.model_validate(value)
     except ValidationError as error:
-        problems = "; ".join(_explain(kind, cls, each) for each in error.errors())
-        raise PydanticCustomError("loss", "{problem}", {"problem": problems}) from error
-
-
-def _explain(kind: str, cls: type[Loss], problem: Any) -> str:
-    key = ".".join(["losses", kind, *map(str, problem["loc"])])
-    if problem["type"] == "extra_forbidden":
-        known: Sequence[str] = sorted(cls.model_fields)
-        return f"unknown key '{key}'; {suggestion(str(problem['loc'][-1]), known, 'known keys here')}"
-    if problem["type"] == "missing":
-        return f"{key} is missing; set it"
-    return f"{key}: {problem['msg']} (got {problem['input']!r})"
+        problems = [
+            describe_problem(each, ".".join(["losses", kind, *map(str, each["loc"])]), lambda: sorted(cls.model_fields))
+            for each in error.errors()
+        ]
+        raise PydanticCustomError("loss", "{problem}", {"problem": "; ".join(problems)}) from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.names import suggestion
+from d2llm.core.names import describe_problem
 from d2llm.core.recipe import (
     Recipe,
     TeacherConfig,
@@ -174,19 +174,14 @@ def _explain(problem: ErrorDetails) -> str:
     location = problem["loc"]
     key = ".".join(str(part) for part in location)
     match problem["type"]:
-        case "extra_forbidden":
-            known = sorted(_section_at(location[:-1]).model_fields)
-            return f"unknown key '{key}'; {suggestion(str(location[-1]), known, 'known keys here')}"
         case "loss":
             return problem["msg"]
-        case "missing":
-            return f"{key} is missing; set it"
         case "model_type":
             return f"{key} should be a table: write [{key}]"
         case "tuple_type":
             return f"{key} should be a list of tables: write [[{key}]]"
         case _:
-            return f"{key}: {problem['msg']} (got {problem['input']!r})"
+            return describe_problem(problem, key, lambda: sorted(_section_at(location[:-1]).model_fields))
 
 
 def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:

@@ -230,9 +230,8 @@ def _spent(
         seconds / 60, sum(store.num_tokens), _cost(store, config)
     )
     if limit is not None:
-        return {"minutes": "{:.0f} minutes", "tokens": "{:,} tokens", "cost": "a cost of {:g}"}[limit[0]].format(
-            limit[1]
-        )
+        name, value = limit
+        return _IN_WORDS[name].format(value)
     if budget.queries is not None and _num_queries(drafts) >= budget.queries:
         return f"{budget.queries:,} queries"
     return None

@@ -245,10 +245,9 @@ def _check_asked(recipe: Recipe, teacher: TeacherConfig) -> None:
 
 def _recorded(run: DistillRun) -> dict[str, Any]:
     """What the losses say of the written student."""
-    is_trained = run.trainer.best.step != 0 and run.progress.share_kept != 0
     recorded: dict[str, Any] = {}
     for loss in run.recipe.losses.active.values():
-        recorded |= loss.record(is_trained=is_trained)
+        recorded |= loss.record(is_trained=not run.keeps_start)
     return recorded
 
 
@@ -390,7 +389,7 @@ def _report(
         interaction_weights=progress.interaction_weights,
         share_kept=progress.share_kept,
         label_share=progress.label_share,
-        is_untrained=(run.trainer.best.step == 0 or progress.share_kept == 0) and not has_interaction,
+        is_untrained=run.keeps_start and not has_interaction,
         dev={
             name: {
                 "start": progress.start_dev[name],

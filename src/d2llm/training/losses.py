@@ -99,12 +99,12 @@ class LossInput:
         """Pairs with a label of the teacher."""
         return self.on_device(self.batch.labelled)
 
-    @property
+    @cached_property
     def negatives(self) -> Tensor:
         """Hard and easy negatives."""
         return self.hard | self.easy
 
-    @property
+    @cached_property
     def candidates(self) -> Tensor:
         """Positives and negatives; the rest does not count."""
         return self.positive | self.negatives

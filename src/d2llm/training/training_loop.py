@@ -179,6 +179,11 @@ class DistillRun(Trainable):
         self._remine((self.trainer.step - 1) // self.per_epoch)  # takes up the plans of a run that is resumed
         return self.trainer.train()
 
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the vectors are those of the start: no state was better on dev, or nothing of the change is kept."""
+        return self.trainer.best.step == 0 or self.progress.share_kept == 0
+
     def reserved_seconds(self) -> float:
         """What the other stages need, at most half of the time."""
         return min(self.seconds_after("vectors"), (1 - _LEAST_SHARE) * self.trainer.limit)

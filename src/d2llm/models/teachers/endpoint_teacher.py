@@ -75,10 +75,8 @@ class EndpointTeacher(LastingJudge):
     @classmethod
     def address(cls, config: TeacherConfig) -> RemoteConfig:
         """The section ``remote``."""
-        otherwise = (
-            ", or [teacher.recorded] with lists = ..., if its grades were recorded" if cls.kind != "remote" else ""
-        )
-        return require_address(config.remote, f"{cls.kind} teacher '{config.model}'", "teacher", otherwise=otherwise)
+        model = f"{cls.kind} teacher '{config.model}'"
+        return require_address(config.remote, model, "teacher", otherwise=cls.otherwise)
 
     @classmethod
     @abstractmethod
