@@ -26,13 +26,13 @@ import torch
 from scaling.data_sets import DATA, require
 
 from d2llm import Student
-from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
 from d2llm.data.beir import read_beir
 from d2llm.models.teachers.judge import Judge, load_judge
 from d2llm.models.teachers.stacked import stacked_queries
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.rereading import StudentError, calibrate_error, on_one_scale
+from d2llm.recipe import TeacherConfig
 from d2llm.retrieval.cascade import Cascade, StudentRanking
 
 SETS: dict[str, Task] = {"squad-sent": "asymmetric", "wikiqa": "asymmetric"}

@@ -19,8 +19,11 @@ from statistics import fmean
 from typing import Any, get_args
 
 from d2llm.core.files import write_json
-from d2llm.core.losses import Objective
-from d2llm.core.recipe import (
+from d2llm.core.types import EvidenceTerm
+from d2llm.data.beir import read_beir
+from d2llm.models.student import Student
+from d2llm.ops.significance import mean_interval
+from d2llm.recipe import (
     BackboneConfig,
     DataConfig,
     InteractionConfig,
@@ -32,10 +35,7 @@ from d2llm.core.recipe import (
     TokensConfig,
     TrainingConfig,
 )
-from d2llm.core.types import EvidenceTerm
-from d2llm.data.beir import read_beir
-from d2llm.models.student import Student
-from d2llm.ops.significance import mean_interval
+from d2llm.recipe.losses import Objective
 from d2llm.training.fit_evidence import fit_all_terms, make_evidence_lists
 from d2llm.training.fit_tokens import fit_tokens
 from d2llm.training.run import Run

@@ -28,10 +28,10 @@ from scaling.data_sets import DATA, require
 
 from d2llm import Expansion, Index, Query, WriterConfig, load_writer, read_beir
 from d2llm.core.inputs import strings_of
-from d2llm.core.recipe import RemoteWriterConfig
 from d2llm.core.types import ExpansionMethod, QueryExpansion
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.significance import bootstrap_interval, paired_randomisation
+from d2llm.recipe import RemoteWriterConfig
 
 SETS = ("covidqa", "stackfaq")
 METHODS: tuple[ExpansionMethod, ...] = ("multi", "hyde")

@@ -23,7 +23,6 @@ from typing import Any
 from recorded_writer import read_recorded, recorded_writer
 
 from d2llm.core.files import write_json
-from d2llm.core.recipe import RemoteWriterConfig, WriterConfig, untuned_config
 from d2llm.core.shipped import DEFAULT_STUDENT, DEFAULT_WRITER
 from d2llm.data.beir import read_beir
 from d2llm.evaluation.contenders import Contenders
@@ -34,6 +33,7 @@ from d2llm.fitting.fit import BASE_NAME, Fit
 from d2llm.fitting.settings import FitSettings
 from d2llm.fitting.training_data import DataReport
 from d2llm.models.student import Student
+from d2llm.recipe import RemoteWriterConfig, WriterConfig, untuned_config
 from d2llm.training.run import Run
 
 RESULTS = Path(__file__).parent / "results" / "fit"

@@ -25,15 +25,6 @@ from torch.nn import functional
 
 from d2llm.core.files import write_json
 from d2llm.core.manifest import package_versions
-from d2llm.core.recipe import (
-    BackboneConfig,
-    LoraConfig,
-    Quantization,
-    StudentConfig,
-    TeacherConfig,
-    TrainingConfig,
-    WriterConfig,
-)
 from d2llm.core.shipped import shipped_models
 from d2llm.data.training import TrainingPair
 from d2llm.models.device import choose_device, size_of_states, tokens_to_train
@@ -42,6 +33,15 @@ from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.judge import TextPair
 from d2llm.models.writers.local import LocalWriter
 from d2llm.models.writers.writer import Assignment
+from d2llm.recipe import (
+    BackboneConfig,
+    LoraConfig,
+    Quantization,
+    StudentConfig,
+    TeacherConfig,
+    TrainingConfig,
+    WriterConfig,
+)
 from d2llm.training.checkpoints import trainable
 from d2llm.training.gradient_cache import backpropagate, graph_room
 from d2llm.training.tune_teacher import accumulate

@@ -25,10 +25,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from d2llm import Run
 from d2llm.core.files import write_json
-from d2llm.core.recipe import Recipe
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
 from d2llm.ops.significance import mean_interval
+from d2llm.recipe import Recipe
 from d2llm.training.ablation.ablate import ablate, only_queries
 from d2llm.training.label import disagreements
 

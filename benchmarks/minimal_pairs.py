@@ -23,9 +23,9 @@ from wall import COLOURS, HEADS, Cell, Cells, arguments, new_head, optimise, pyp
 from wall_text import load_system
 
 from d2llm import Student
-from d2llm.core.recipe import BackboneConfig, LoraConfig, StudentConfig
 from d2llm.core.table import Column, Table
 from d2llm.ops.losses import in_batch_cross_entropy
+from d2llm.recipe import BackboneConfig, LoraConfig, StudentConfig
 from d2llm.retrieval.reading import encode_pairs
 from d2llm.store.bm25 import WordIndex
 

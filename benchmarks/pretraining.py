@@ -26,9 +26,9 @@ from typing import Any
 from scaling.data_sets import DATA, require
 from untrained import SETS, ndcg, sample
 
-from d2llm.core.recipe import BackboneConfig, InteractionConfig, PoolingConfig, PretrainingConfig, StudentConfig
 from d2llm.data.beir import Dataset, read_beir
 from d2llm.models.student import Student
+from d2llm.recipe import BackboneConfig, InteractionConfig, PoolingConfig, PretrainingConfig, StudentConfig
 from d2llm.training.pretrain import pretrain_backbone
 
 BACKBONES: dict[str, dict[str, Any]] = {

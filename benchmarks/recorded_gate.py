@@ -28,12 +28,12 @@ from typing import Any
 import numpy as np
 from recorded_judge import GradedList, read_graded_lists, recorded_teacher, sets_with_dev
 
-from d2llm.core.recipe import TeacherConfig
 from d2llm.data.beir import Dataset, read_beir
 from d2llm.data.trec import read_run, write_run
 from d2llm.models.teachers.judge import Judge, load_judge
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.significance import bootstrap_interval, paired_randomisation
+from d2llm.recipe import TeacherConfig
 
 MEASURE = "nDCG@10"
 CROSS_ENCODER = "cross-encoder"

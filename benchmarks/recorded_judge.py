@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
+from d2llm.recipe import TeacherConfig
 
 RECORDED = Path(__file__).parent / "judgements"
 

@@ -29,12 +29,12 @@ from judged_sets import RELEVANT
 from recorded_judge import RECORDED, GradedList, read_graded_lists
 
 from d2llm import Run
-from d2llm.core.recipe import DataConfig
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_data
 from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
 from d2llm.data.pairs import PairDataset
 from d2llm.data.plan import PlanEntry, read_plan, write_plan
+from d2llm.recipe import DataConfig
 from d2llm.training.label import LabelReport
 from d2llm.training.mining.choose import key_of
 

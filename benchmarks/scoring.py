@@ -22,12 +22,12 @@ import torch
 from unsplit_interaction import multilayer_perceptron, pair_features
 
 from d2llm import Student
-from d2llm.core.recipe import InteractionConfig
 from d2llm.models.device import choose_dtype
 from d2llm.models.interaction import Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.models.vector_scorer import SCORE_BLOCK
 from d2llm.ops.scoring import Linear
+from d2llm.recipe import InteractionConfig
 
 NUM_PASSAGES = 10_000
 NUM_CANDIDATES = 1_000

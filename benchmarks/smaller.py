@@ -27,10 +27,10 @@ import torch
 from scaling.data_sets import DATA, require
 from untrained import make_student, ndcg, sample
 
-from d2llm.core.recipe import PoolingConfig
 from d2llm.core.types import Task
 from d2llm.data.beir import read_beir
 from d2llm.models.student import Student
+from d2llm.recipe import PoolingConfig
 
 SETS: dict[str, Task] = {"qnli": "asymmetric", "banking77": "symmetric"}
 DEPTHS, WIDTHS = (2, 4), (64, 128, 256)

@@ -27,11 +27,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from scaling.data_sets import DATA, require
 from untrained import make_student, ndcg, sample
 
-from d2llm.core.recipe import BackboneConfig, StudentConfig
 from d2llm.data.beir import read_beir
 from d2llm.models.backbone import Backbone
 from d2llm.models.static_model import distill_static
 from d2llm.models.student import Student
+from d2llm.recipe import BackboneConfig, StudentConfig
 
 SETS = ("squad-sent", "banking77", "covidqa")
 REPEATS = 3

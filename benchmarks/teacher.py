@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from d2llm.core.recipe import TeacherConfig
 from d2llm.data.beir import read_beir
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.judge import TextPair
+from d2llm.recipe import TeacherConfig
 from d2llm.store.bm25 import WordIndex, rank_passages
 
 PLAIN_TOKENS, PLAIN_PAIRS = 250, 8

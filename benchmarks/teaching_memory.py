@@ -27,7 +27,6 @@ from unittest.mock import patch
 import numpy as np
 
 from d2llm.core.files import write_json
-from d2llm.core.recipe import MiningConfig, StudentConfig, TeacherConfig
 from d2llm.core.types import TASKS, Passage, Query, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.passage_store import PassageStore
@@ -37,6 +36,7 @@ from d2llm.evaluation.systems import peak_memory
 from d2llm.models.backbone import EncodedTexts
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judgements, TextPair
+from d2llm.recipe import MiningConfig, StudentConfig, TeacherConfig
 from d2llm.store.bm25 import WordIndex
 from d2llm.training.label import label
 from d2llm.training.mining.mine import mine

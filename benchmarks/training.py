@@ -22,8 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2llm.core.losses import Objective
-from d2llm.core.recipe import BackboneConfig, LoraConfig, StudentConfig, TrainingConfig
 from d2llm.data.beir import Dataset
 from d2llm.data.collation import DistillationBatch, LabelledSource, collate, epoch_batches
 from d2llm.data.labels import LabelStore
@@ -31,6 +29,8 @@ from d2llm.data.open_data import open_data
 from d2llm.data.plan import read_plan
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
+from d2llm.recipe import BackboneConfig, LoraConfig, StudentConfig, TrainingConfig
+from d2llm.recipe.losses import Objective
 from d2llm.training.checkpoints import trainable
 from d2llm.training.gradient_cache import backpropagate, graph_room
 from d2llm.training.losses import LossInput

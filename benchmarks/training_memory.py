@@ -24,11 +24,11 @@ from unittest.mock import patch
 import torch
 
 from d2llm.core.files import write_json
-from d2llm.core.recipe import LoraConfig, Recipe, TeacherConfig, TrainingConfig
 from d2llm.data.training import TrainingPair
 from d2llm.evaluation.systems import peak_memory
 from d2llm.models.student import Student
 from d2llm.models.teachers.causal import CausalTeacher
+from d2llm.recipe import LoraConfig, Recipe, TeacherConfig, TrainingConfig
 from d2llm.training import gradient_cache, tune_teacher
 
 RESULT = Path(__file__).parent / "results" / "training-memory.json"

@@ -26,13 +26,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scaling.data_sets import DATA, require
 
-from d2llm.core.recipe import BackboneConfig, InteractionConfig, PoolingConfig, StudentConfig
 from d2llm.data.beir import Dataset, read_beir
 from d2llm.models.backbone import Backbone
 from d2llm.models.layer_choice import choose_diagonal_head, choose_layers, layer_distances
 from d2llm.models.student import Student
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.whitening import whitening
+from d2llm.recipe import BackboneConfig, InteractionConfig, PoolingConfig, StudentConfig
 
 SETS = ("squad-sent", "banking77")
 POOLINGS = ("mean", "weighted_mean", "last", "ditto")

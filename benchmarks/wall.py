@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from d2llm.core.extras import require
 from d2llm.core.files import write_json
-from d2llm.core.recipe import InteractionConfig
 from d2llm.core.table import Column, Table
 from d2llm.data.wall import all_pairs
 from d2llm.models.interaction import Interaction
 from d2llm.ops.losses import in_batch_cross_entropy
+from d2llm.recipe import InteractionConfig
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

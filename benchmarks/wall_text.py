@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from wall import HEADS, Cell, Cells, arguments, draw_by_width, new_head, optimise, qrels_of
 
-from d2llm.core.recipe import StudentConfig, untuned_config
 from d2llm.core.table import Column, Table
 from d2llm.data.wall import make_wall
 from d2llm.models.student import Student
 from d2llm.ops.losses import in_batch_cross_entropy
+from d2llm.recipe import StudentConfig, untuned_config
 from d2llm.retrieval.cosine import AnchorStudent, CosineStudent
 from d2llm.store.bm25 import WordIndex
 

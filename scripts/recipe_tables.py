@@ -16,7 +16,7 @@ from typing import Any
 
 from prose import wrapped
 
-from d2llm.core.variants import VARIANTS
+from d2llm.recipe.variants import VARIANTS
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "recipes.md"

@@ -9,11 +9,11 @@ from functools import partial
 
 import numpy as np
 
-from d2llm.core.recipe import InteractionConfig, StudentConfig
 from d2llm.core.types import PART_KINDS
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.models.teachers.judge import Judgements
 from d2llm.models.token_vectors import TokenVectors
+from d2llm.recipe import InteractionConfig, StudentConfig
 
 
 @dataclass(frozen=True)

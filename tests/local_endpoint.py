@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from d2llm.core.recipe import TeacherConfig
 from d2llm.models.teachers.remote import RemoteTeacher
+from d2llm.recipe import TeacherConfig
 
 Headers = dict[str, str]
 PAIRS = [(f"query {n}", f"passage {n}") for n in range(12)]

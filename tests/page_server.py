@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from d2llm import Index, Passage
-from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
 from d2llm.models.teachers.judge import Judge, Judgements, TextPair, load_judge
 from d2llm.ops.rereading import StudentError
+from d2llm.recipe import TeacherConfig
 from d2llm.retrieval.calibrate import write_error
 from e2e.small_corpus import SENTENCES
 from tiny_models import write_tiny_model

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.losses import Objective
-from d2llm.core.recipe import Recipe, StudentConfig, TeacherConfig, TrainingConfig
 from d2llm.core.types import Passage, Query, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.plan import PlanEntry, TrainingPlan
 from d2llm.data.training import TrainingSource
 from d2llm.models.teachers.judge import identify_judge
+from d2llm.recipe import Recipe, StudentConfig, TeacherConfig, TrainingConfig
+from d2llm.recipe.losses import Objective
 from tiny_models import TEXTS
 
 _WORDS = [text.split() for text in TEXTS]

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from d2llm.core.losses import Objective
-from d2llm.core.recipe import Recipe, StudentConfig, TeacherConfig
 from d2llm.data.collation import DistillationBatch
 from d2llm.data.labels import LabelStore
 from d2llm.data.training import TrainingSource
 from d2llm.models.interaction import PairScores
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import identify_judge
+from d2llm.recipe import Recipe, StudentConfig, TeacherConfig
+from d2llm.recipe.losses import Objective
 from d2llm.training import trainer
 from d2llm.training.distill import DistillReport, distill
 from d2llm.training.losses import LossInput

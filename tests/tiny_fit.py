@@ -6,9 +6,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
 from d2llm.fitting.critic import CriticSettings
 from d2llm.fitting.settings import FitSettings
+from d2llm.recipe import RemoteWriterConfig, WriterConfig
 from local_endpoint import Reply, Request, chat
 from tiny_models import TEXTS
 

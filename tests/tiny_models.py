@@ -17,7 +17,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from d2llm.core.recipe import (
+from d2llm.models.student import Student
+from d2llm.recipe import (
     BackboneConfig,
     InteractionConfig,
     LoraConfig,
@@ -25,7 +26,6 @@ from d2llm.core.recipe import (
     StudentConfig,
     TeacherConfig,
 )
-from d2llm.models.student import Student
 
 DIM = 32
 MAX_TOKENS = 512

@@ -13,10 +13,7 @@ from d2llm.core.thread_waiting import limit_spinning
 
 if TYPE_CHECKING:
     from d2llm.core.errors import D2LLMError
-    from d2llm.core.losses import Loss
     from d2llm.core.progress import showing_progress
-    from d2llm.core.recipe import ReaderTuningConfig, Recipe, TeacherConfig, WriterConfig, WriterTuningConfig
-    from d2llm.core.recipe_file import load_recipe
     from d2llm.core.types import (
         Candidate,
         Certificate,
@@ -47,6 +44,9 @@ if TYPE_CHECKING:
     from d2llm.models.teachers.judge import load_judge
     from d2llm.models.writers.writer import Assignment, load_writer
     from d2llm.ops.gating import never_worse
+    from d2llm.recipe import ReaderTuningConfig, Recipe, TeacherConfig, WriterConfig, WriterTuningConfig
+    from d2llm.recipe.losses import Loss
+    from d2llm.recipe.recipe_file import load_recipe
     from d2llm.retrieval.cascade import Cascade, ListwiseReading
     from d2llm.retrieval.chunking import Chunker
     from d2llm.retrieval.context import AnswerContext
@@ -147,10 +147,10 @@ __all__ = [
 
 _HOMES = {
     "d2llm.core.errors": ("D2LLMError",),
-    "d2llm.core.losses": ("Loss",),
+    "d2llm.recipe.losses": ("Loss",),
     "d2llm.core.progress": ("showing_progress",),
-    "d2llm.core.recipe": ("ReaderTuningConfig", "Recipe", "TeacherConfig", "WriterConfig", "WriterTuningConfig"),
-    "d2llm.core.recipe_file": ("load_recipe",),
+    "d2llm.recipe": ("ReaderTuningConfig", "Recipe", "TeacherConfig", "WriterConfig", "WriterTuningConfig"),
+    "d2llm.recipe.recipe_file": ("load_recipe",),
     "d2llm.core.types": (
         "Candidate",
         "Certificate",

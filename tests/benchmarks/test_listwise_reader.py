@@ -8,7 +8,7 @@ import listwise_reader as benchmark
 import numpy as np
 import pytest
 
-from d2llm.core.recipe import LoraConfig
+from d2llm.recipe import LoraConfig
 from d2llm.training.ranked_lists import RankedLists
 from tiny_models import write_tiny_model
 

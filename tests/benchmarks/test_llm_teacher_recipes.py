@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from d2llm.core.recipe import Recipe
-from d2llm.core.recipe_file import load_recipe
-from d2llm.core.variants import VARIANTS
+from d2llm.recipe import Recipe
+from d2llm.recipe.recipe_file import load_recipe
+from d2llm.recipe.variants import VARIANTS
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "llm_teacher"
 

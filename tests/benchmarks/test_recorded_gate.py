@@ -10,11 +10,11 @@ from recorded_gate import CROSS_ENCODER, compared, main, merged, rows, table
 from recorded_judge import RECORDED, read_graded_lists, sets_with_dev
 
 from d2llm.core.files import new_folder
-from d2llm.core.recipe import LoraConfig, TeacherConfig
-from d2llm.core.recipe_file import load_recipe
 from d2llm.data.trec import read_run
 from d2llm.models.teachers.classifier import ClassifierTeacher
 from d2llm.models.teachers.identity import TEACHER_KIND
+from d2llm.recipe import LoraConfig, TeacherConfig
+from d2llm.recipe.recipe_file import load_recipe
 from tiny_models import write_tiny_model
 
 SET = "banking77"

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from d2llm.core.recipe import MiningConfig
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset, read_beir
 from d2llm.data.own_passages import OwnCounts
 from d2llm.evaluation.contenders import NAME_BM25, Contenders
+from d2llm.recipe import MiningConfig
 from d2llm.training.dev_sets import make_dev_set, make_judge_dev_set
 from d2llm.training.mining.mine import mine
 from fake_models import FakeStudent, FakeTeacher

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import InputError, RecipeError
-from d2llm.core.losses import Objective
-from d2llm.core.recipe import LoraConfig, PretrainingConfig, Recipe, TeacherTuningConfig
 from d2llm.data.training import TrainingSource, labelled_pairs
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import load_judge
+from d2llm.recipe import LoraConfig, PretrainingConfig, Recipe, TeacherTuningConfig
+from d2llm.recipe.losses import Objective
 from d2llm.training import alternate as verb
 from d2llm.training.alternate import alternate, recipe_of_round
 from d2llm.training.tune_teacher import tune_teacher, with_student_scores

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from d2llm.core.recipe import LoraConfig, TeacherConfig
 from d2llm.models.student import Student
 from d2llm.models.teachers.causal import CausalTeacher
+from d2llm.recipe import LoraConfig, TeacherConfig
 from tiny_models import ARCHITECTURES, DECODERS, DIM, TEXTS, tiny_student_config, tiny_teacher_config, write_tiny_model
 
 QUERIES, PASSAGES = [" ".join(text.split()[:4]) for text in TEXTS[:4]], TEXTS[:4]

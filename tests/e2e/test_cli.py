@@ -11,9 +11,9 @@ import pytest
 
 from d2llm.cli.main import app
 from d2llm.core import progress
-from d2llm.core.recipe_file import load_recipe
 from d2llm.core.shipped import shipped_recipes
 from d2llm.models.student import Student
+from d2llm.recipe.recipe_file import load_recipe
 from e2e.command_line import PROGRAM, d2llm, fail, succeed, succeed_with_report, write_recipe
 from e2e.small_corpus import SENTENCES
 

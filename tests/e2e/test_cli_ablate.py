@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from d2llm.core.variants import VARIANTS
+from d2llm.recipe.variants import VARIANTS
 from e2e.command_line import fail, succeed, succeed_with_report
 
 

@@ -21,7 +21,7 @@ QUICK = ("--teacher-queries", 2, "--teacher-depth", 3, "--dtype", "float32")
 @pytest.fixture(scope="module")
 def cosine(place, reports, tmp_path_factory):
     """A student in the role of the tuned cosine; it is not trained."""
-    from d2llm.core.recipe import InteractionConfig, PoolingConfig
+    from d2llm.recipe import InteractionConfig, PoolingConfig
 
     folder = tmp_path_factory.mktemp("cosine") / "cosine"
     changes = {"pooling": PoolingConfig(method="backbone"), "interaction": InteractionConfig(head="cosine")}

@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 
-from d2llm.core.recipe import TeacherConfig
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import identify_judge
+from d2llm.recipe import TeacherConfig
 from e2e.command_line import d2llm, succeed, succeed_with_report, write_lines, write_recipe
 
 MARGIN = "teacher_margin = 0.0"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
 from d2llm.fitting.fit import Fit
+from d2llm.recipe import RemoteWriterConfig, WriterConfig
 from e2e.command_line import fail, succeed
 
 

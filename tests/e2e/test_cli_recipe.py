@@ -9,8 +9,8 @@ import pytest
 import tomllib
 from jsonschema import Draft7Validator
 
-from d2llm.core.losses import LOSSES
 from d2llm.core.shipped import shipped_recipes
+from d2llm.recipe.losses import LOSSES
 from e2e.command_line import fail, succeed, succeed_with_report
 
 SHIPPED = shipped_recipes()

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from d2llm.core.recipe import TeacherConfig
 from d2llm.models.teachers.judge import identify_judge
+from d2llm.recipe import TeacherConfig
 from d2llm.training.gate import read_gate
 from e2e.command_line import fail, succeed, succeed_with_report, write_lines
 

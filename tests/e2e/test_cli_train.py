@@ -9,8 +9,8 @@ import signal
 import pytest
 
 from d2llm.core.manifest import FILE_NAME as MANIFEST
-from d2llm.core.recipe_file import load_recipe
 from d2llm.models.student import Student
+from d2llm.recipe.recipe_file import load_recipe
 from e2e.command_line import (
     d2llm,
     fail,

@@ -19,11 +19,11 @@ import torch
 from rich.console import Console
 
 from d2llm.core.errors import InputError, MissingExtraError, ModelNotFoundError
-from d2llm.core.recipe import StudentConfig
 from d2llm.demo import demo
 from d2llm.demo.answers import EXPLAINED, QUESTIONS, without_piece
 from d2llm.demo.corpus import build_corpus, group_of
 from d2llm.models.student import Student
+from d2llm.recipe import StudentConfig
 from d2llm.retrieval.index import Index
 from e2e.command_line import succeed, succeed_with_report
 

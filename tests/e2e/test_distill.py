@@ -17,8 +17,6 @@ from safetensors.torch import load_file
 
 from d2llm.core import progress
 from d2llm.core.errors import InputError, TrainingDivergedError
-from d2llm.core.losses import Objective
-from d2llm.core.recipe import EvidenceConfig, InteractionConfig, ResidualConfig
 from d2llm.core.types import Task
 from d2llm.methods.losses.in_batch_imitation import LiveTeacher
 from d2llm.models.evidence import read_evidence
@@ -26,6 +24,8 @@ from d2llm.models.interaction import make_head
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.models.token_vectors import read_token_projection
+from d2llm.recipe import EvidenceConfig, InteractionConfig, ResidualConfig
+from d2llm.recipe.losses import Objective
 from d2llm.training import distill as verb
 from d2llm.training import training_loop as loop
 from d2llm.training.checkpoints import adamw, trainable

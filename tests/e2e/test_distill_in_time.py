@@ -11,10 +11,10 @@ import pytest
 
 from d2llm.core import progress
 from d2llm.core.errors import OutOfTimeError
-from d2llm.core.recipe import EvidenceConfig, Recipe, ResidualConfig
 from d2llm.core.time_limit import time_limit
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
+from d2llm.recipe import EvidenceConfig, Recipe, ResidualConfig
 from d2llm.training import trainer
 from d2llm.training import training_loop as loop
 from d2llm.training.distill import DistillReport

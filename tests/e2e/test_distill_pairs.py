@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 
 from d2llm.core.errors import InputError, TrainingDivergedError
-from d2llm.core.losses import Objective
-from d2llm.core.recipe import DataConfig, PoolingConfig
 from d2llm.data.open_data import open_data
 from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
 from d2llm.data.pairs import PairDataset
@@ -20,6 +18,8 @@ from d2llm.data.run_folder import training_source
 from d2llm.data.training import TrainingSource
 from d2llm.models.interaction import TASKS, Interaction
 from d2llm.models.student import Student
+from d2llm.recipe import DataConfig, PoolingConfig
+from d2llm.recipe.losses import Objective
 from d2llm.training import residual
 from d2llm.training import training_loop as loop
 from d2llm.training.distill import distill

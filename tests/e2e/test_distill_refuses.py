@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import DataFormatError, InputError, LabelMismatchError, TrainingDivergedError
-from d2llm.core.losses import LOSSES, Objective
-from d2llm.core.recipe import Recipe
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.models.teachers.identity import identify_local_teacher
+from d2llm.recipe import Recipe
+from d2llm.recipe.losses import LOSSES, Objective
 from d2llm.training.distill import DistillReport, distill
 from tiny_data import make_source, tiny_recipe, topics, write_rule_labels
 from tiny_distill import Place, log_of, poison

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from d2llm import read_beir
-from d2llm.core.recipe import TeacherConfig
-from d2llm.core.recipe_file import named_teacher
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
 from d2llm.fitting import recipes
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import identify_judge, recorded_teacher
+from d2llm.recipe import TeacherConfig
+from d2llm.recipe.recipe_file import named_teacher
 from e2e.command_line import fail, succeed_with_report, write_lines
 from list_endpoint import grade, judged_lists, list_teacher, shared_words
 from local_endpoint import LocalEndpoint, local_endpoint

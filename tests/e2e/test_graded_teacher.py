@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from d2llm.core.errors import InputError, RecipeError
-from d2llm.core.recipe import GateConfig, LabellingConfig, TeacherConfig
-from d2llm.core.recipe_file import named_teacher, parse_recipe
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource
 from d2llm.evaluation import judging
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import identify_judge, load_judge
+from d2llm.recipe import GateConfig, LabellingConfig, TeacherConfig
+from d2llm.recipe.recipe_file import named_teacher, parse_recipe
 from d2llm.training.gate import gate
 from d2llm.training.label import LabelReport, label
 from d2llm.training.stack_teachers import stack_teachers

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from d2llm.core.errors import InputError
-from d2llm.core.losses import Objective
-from d2llm.core.recipe import LabellingConfig, TeacherConfig
 from d2llm.data.collation import DistillationBatch, LabelledSource
 from d2llm.models.teachers.judge import identify_judge, load_judge
 from d2llm.models.teachers.stacked import StackMember, write_stack
 from d2llm.ops.stacking import Stack
+from d2llm.recipe import LabellingConfig, TeacherConfig
+from d2llm.recipe.losses import Objective
 from d2llm.training import trainer, training_loop
 from e2e.command_line import write_lines
 from tiny_data import tiny_recipe, write_rule_labels

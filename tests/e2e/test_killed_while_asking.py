@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from d2llm.core.recipe_file import load_recipe
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
 from d2llm.fitting.draft_store import DraftStore
 from d2llm.methods.losses.soft_expansion import read_expansions
 from d2llm.models.teachers.judge import identify_judge
+from d2llm.recipe.recipe_file import load_recipe
 from e2e.command_line import fail, succeed, write_lines
 from list_endpoint import KINDS, counts_words, recipe_with_teacher
 from local_endpoint import LocalEndpoint, Reply, Request, always, chat, completion, local_endpoint
@@ -69,7 +69,7 @@ def kill_while_asking(endpoint: LocalEndpoint, start: Callable[[], PreparedProce
 WRITER = """
 import sys
 from pathlib import Path
-from d2llm.core.recipe import WriterConfig
+from d2llm.recipe import WriterConfig
 from d2llm.core.types import Passage
 from d2llm.fitting.draft_store import DraftStore
 from d2llm.fitting.write_queries import WritingBudget, write_queries

@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from d2llm.core.errors import InputError, LabelMismatchError
-from d2llm.core.recipe import LabellingConfig, TeacherConfig
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.identity import identify_local_teacher
+from d2llm.recipe import LabellingConfig, TeacherConfig
 from d2llm.training.label import LabelReport, disagreements, label
 from prepared_process import PreparedProcess, script
 from tiny_data import make_plan, topics

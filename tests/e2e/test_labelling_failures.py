@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from d2llm import read_beir
-from d2llm.core.recipe_file import load_recipe
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import TrainingPlan, read_plan
 from d2llm.evaluation import judging
 from d2llm.models.remote import endpoint as remote_endpoint
 from d2llm.models.teachers.judge import identify_judge
+from d2llm.recipe.recipe_file import load_recipe
 from e2e.command_line import d2llm, fail, succeed, succeed_with_report
 from list_endpoint import (
     KINDS,

@@ -11,9 +11,9 @@ from urllib.parse import parse_qs, quote, urlsplit
 import pytest
 
 from d2llm import Index, Passage
-from d2llm.core.recipe import InteractionConfig
 from d2llm.core.shipped import shipped_models
 from d2llm.models.student import Student
+from d2llm.recipe import InteractionConfig
 from d2llm.retrieval.sync import sync_documents
 from d2llm.store.side_files import Chunking
 from e2e.small_corpus import SENTENCES

@@ -17,8 +17,8 @@ from transformers import AutoTokenizer
 
 from bare_environment import write_bare_environment
 from d2llm import Student
-from d2llm.core.recipe import InteractionConfig, PoolingConfig
 from d2llm.models.hub import find_student
+from d2llm.recipe import InteractionConfig, PoolingConfig
 from e2e.command_line import fail, succeed_with_report
 from fake_hub import OWNER_TOKEN, FakeHub
 from late_import import late_import

@@ -10,10 +10,10 @@ import pytest
 
 from d2llm import Run, read_beir
 from d2llm.core.errors import D2LLMError
-from d2llm.core.recipe import TeacherConfig
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
 from d2llm.models.teachers.judge import identify_judge, load_judge
+from d2llm.recipe import TeacherConfig
 from e2e.command_line import fail, succeed, succeed_with_report, write_lines
 from list_endpoint import recipe_with_teacher
 

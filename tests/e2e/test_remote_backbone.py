@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from d2llm import Student
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import StudentConfig
 from d2llm.core.types import TASKS
+from d2llm.recipe import StudentConfig
 from e2e.command_line import fail, succeed, succeed_with_report
 from e2e.small_corpus import SENTENCES
 from local_endpoint import EMBEDDING_DIM, LocalEndpoint, Reply, embeddings, local_endpoint

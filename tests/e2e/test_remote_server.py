@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.recipe import TeacherConfig
 from d2llm.data.beir import read_beir
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.remote import RemoteTeacher
+from d2llm.recipe import TeacherConfig
 
 PYTHON = os.environ.get("D2LLM_LLAMA_PYTHON", sys.executable)
 KEY = "a-key-of-this-test"

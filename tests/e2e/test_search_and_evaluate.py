@@ -7,12 +7,12 @@ import importlib.util
 import pytest
 
 from d2llm.core.errors import IndexMismatchError
-from d2llm.core.recipe import StudentConfig, TeacherConfig, untuned_config
 from d2llm.data.beir import read_beir
 from d2llm.evaluation.contenders import Contenders
 from d2llm.evaluation.evaluate import evaluate
 from d2llm.evaluation.settings import EvaluationSettings
 from d2llm.models.student import Student
+from d2llm.recipe import StudentConfig, TeacherConfig, untuned_config
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import search

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from d2llm import Index, Passage, encode
-from d2llm.core.recipe import RemoteWriterConfig, TeacherConfig, WriterConfig
 from d2llm.models.teachers.judge import load_judge
 from d2llm.models.writers.writer import load_writer
 from d2llm.ops.rereading import StudentError
+from d2llm.recipe import RemoteWriterConfig, TeacherConfig, WriterConfig
 from d2llm.retrieval.calibrate import write_error
 from d2llm.retrieval.context import build_context
 from d2llm.retrieval.expansion import Expansion

@@ -29,7 +29,7 @@ def resident():
     return int(line.split()[1]) * 1024
 
 device.available_memory = lambda: ({machine_gib} << 30) - resident()
-from d2llm.core.recipe import Recipe, TeacherTuningConfig, TrainingConfig, TeacherConfig
+from d2llm.recipe import Recipe, TeacherTuningConfig, TrainingConfig, TeacherConfig
 from d2llm.data.plan import PlanEntry
 from tiny_data import make_source
 

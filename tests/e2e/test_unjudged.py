@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from d2llm.core.recipe import ResidualConfig
 from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
+from d2llm.recipe import ResidualConfig
 from d2llm.training import residual
 from tiny_distill import Place
 

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2llm.core.errors import ModelError
-from d2llm.core.recipe_file import named_teacher
 from d2llm.data.labels import LabelStore
 from d2llm.evaluation import judging
 from d2llm.evaluation.judging import interleaved, judge_pool
 from d2llm.models.teachers.judge import load_judge, recorded_teacher
+from d2llm.recipe.recipe_file import named_teacher
 from fake_models import FakeTeacher, Interruption
 from list_endpoint import judged_lists, list_teacher
 

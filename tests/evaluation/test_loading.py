@@ -8,12 +8,12 @@ import shutil
 import pytest
 
 from d2llm.core.errors import DataFormatError, DuplicateIdError, InputError, ModelError, ModelNotFoundError
-from d2llm.core.recipe import InteractionConfig, LoraConfig, PoolingConfig
 from d2llm.data.trec import read_run, write_run
 from d2llm.evaluation.loading import load_contenders
 from d2llm.models.student import Student
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.identity import identify_local_teacher
+from d2llm.recipe import InteractionConfig, LoraConfig, PoolingConfig
 from tiny_evaluations import make_dataset, measure
 from tiny_models import TEXTS, randomise, tiny_student_config, tiny_teacher_config, write_tiny_model
 

@@ -9,7 +9,6 @@ import pytest
 
 from d2llm.core import progress
 from d2llm.core.errors import OutOfTimeError
-from d2llm.core.recipe_file import named_teacher
 from d2llm.core.types import TASKS, Passage
 from d2llm.evaluation import judging
 from d2llm.fitting.critic import CriticSettings, review_queries
@@ -17,6 +16,7 @@ from d2llm.fitting.draft_store import Draft, DraftStore, passage_hash
 from d2llm.fitting.report import audit_page
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import Judgements, load_judge, recorded_teacher
+from d2llm.recipe.recipe_file import named_teacher
 from d2llm.retrieval.index import Index
 from list_endpoint import list_teacher
 from tiny_models import TEXTS, tiny_student_config, write_tiny_model

@@ -12,7 +12,6 @@ import pytest
 
 from d2llm.core.errors import InputError, OutOfTimeError
 from d2llm.core.manifest import read_manifest
-from d2llm.core.recipe import Recipe
 from d2llm.data.run_folder import is_finished
 from d2llm.fitting.critic import CriticSettings
 from d2llm.fitting.fit import START_NAME, TRAINED_NAMES, Fit, fit, student_for
@@ -20,6 +19,7 @@ from d2llm.fitting.report import verdict_sentence
 from d2llm.fitting.stages import Stages
 from d2llm.models.student import Student
 from d2llm.ops.gating import better
+from d2llm.recipe import Recipe
 from d2llm.retrieval.index import Index
 from d2llm.store.side_files import Chunking
 from d2llm.training.mining import ranking

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from d2llm.core.recipe import DataConfig, Recipe, StudentConfig, TeacherConfig
 from d2llm.fitting.recipes import recipe_for_queries, recipe_with_teacher
 from d2llm.fitting.time_plan import TimePlan
+from d2llm.recipe import DataConfig, Recipe, StudentConfig, TeacherConfig
 
 HALF_AN_HOUR = 1800.0
 DATA = (DataConfig(path="written", max_queries=900), DataConfig(path="users", max_queries=100))

@@ -7,12 +7,12 @@ import json
 import pytest
 from recorded_writer import read_recorded, recorded_writer
 
-from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
 from d2llm.data.beir import read_beir
 from d2llm.fitting.draft_store import DraftStore
 from d2llm.fitting.query_rules import query_fault
 from d2llm.fitting.write_queries import WritingBudget, write_queries
 from d2llm.models.writers.writer import load_writer
+from d2llm.recipe import RemoteWriterConfig, WriterConfig
 
 NUM_QUERIES = 64
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from d2llm.core.recipe import DataConfig, StudentConfig
 from d2llm.fitting.recipes import recipe_for_queries
 from d2llm.fitting.time_plan import DEV_SHARE, MIN_TRAINING_SECONDS, MIN_WRITING_SECONDS, plan_time
+from d2llm.recipe import DataConfig, StudentConfig
 
 
 def plan(minutes, num_passages=3_000, rate=100.0, **options):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
 from d2llm.core.types import Passage
 from d2llm.fitting import write_queries as module
 from d2llm.fitting.draft_store import DraftStore, passage_hash
 from d2llm.fitting.write_queries import WritingBudget, in_rounds, write_queries
 from d2llm.models.writers.writer import WrittenQueries
+from d2llm.recipe import RemoteWriterConfig, WriterConfig
 
 TEXT = "passage {} of the manual says how a device of that number is cleaned, repaired and stored in winter"
 UNLIMITED = WritingBudget()

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from d2llm.core.losses import Objective
+from d2llm.recipe.losses import Objective
 from d2llm.training.distill import distill
 from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model

@@ -22,8 +22,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from d2llm.core.recipe import Recipe
-from d2llm.core.recipe_file import load_recipe
 from d2llm.core.types import TASKS, Task
 from d2llm.data.collation import Draw, LabelledSource, epoch_batches
 from d2llm.data.labels import LabelStore, QueryLabels
@@ -31,6 +29,8 @@ from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import identify_judge
+from d2llm.recipe import Recipe
+from d2llm.recipe.recipe_file import load_recipe
 from d2llm.training.distill import DistillReport, distill
 from published_method import Example, PublishedTraining, Settings
 from tiny_data import make_source

@@ -7,8 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from d2llm.core.errors import FilterError, InputError
-from d2llm.core.recipe import InteractionConfig
 from d2llm.models.student import Student
+from d2llm.recipe import InteractionConfig
 from d2llm.retrieval.search import SearchSettings
 from indexed_student import PASSAGES, QUERIES, make_indexed
 from late_import import late_import

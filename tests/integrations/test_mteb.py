@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from d2llm.core.errors import DuplicateIdError, InputError, ModelError, ModelNotFoundError
-from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import read_beir
 from d2llm.models.student import Student
 from d2llm.ops.measures import per_query_measures
+from d2llm.recipe import InteractionConfig
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import search

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import Passage
 from d2llm.integrations.texts import (
     checked_pair_scores,
@@ -22,6 +21,7 @@ from d2llm.integrations.texts import (
     rank_texts,
 )
 from d2llm.models.student import Student
+from d2llm.recipe import InteractionConfig
 from tiny_models import TEXTS, tiny_student_config, write_tiny_model, write_trained_student
 
 

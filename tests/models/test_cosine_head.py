@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from d2llm.core.recipe import InteractionConfig, PoolingConfig, StudentConfig, untuned_config
 from d2llm.core.types import TASKS
-from d2llm.core.variants import VARIANTS
 from d2llm.models.interaction import CosineHead, make_head
 from d2llm.models.pooling import TextPooling
 from d2llm.models.scorer import QueryScorer
 from d2llm.models.student import Student
+from d2llm.recipe import InteractionConfig, PoolingConfig, StudentConfig, untuned_config
+from d2llm.recipe.variants import VARIANTS
 from d2llm.retrieval.cosine import AnchorStudent, CosineStudent
 from fake_models import FakeStudent
 from tiny_data import tiny_recipe

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import BackboneConfig, InteractionConfig, PoolingConfig, StudentConfig
 from d2llm.models.export.graphs import TextGraph
 from d2llm.models.student import Student
+from d2llm.recipe import BackboneConfig, InteractionConfig, PoolingConfig, StudentConfig
 from tiny_models import TEXTS, write_tiny_model
 
 HEAD = (1, 2)

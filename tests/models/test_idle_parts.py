@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import InteractionConfig, StudentConfig
 from d2llm.core.types import TASKS
 from d2llm.models.evidence import Evidence, TaskEvidence
 from d2llm.models.student import Student
+from d2llm.recipe import InteractionConfig, StudentConfig
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
 QUERIES, PASSAGES = TEXTS[:3], TEXTS[2:]

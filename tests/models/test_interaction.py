@@ -8,11 +8,11 @@ import torch
 from unsplit_interaction import anchor_logit, multilayer_perceptron, pair_features
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import TASKS
 from d2llm.models.interaction import Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.ops.scoring import Linear, anchored_logit
+from d2llm.recipe import InteractionConfig
 from tiny_models import randomise
 
 DIM = 10

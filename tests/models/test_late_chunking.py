@@ -8,10 +8,10 @@ import torch
 from tokenizers import processors
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import InteractionConfig, PoolingConfig
 from d2llm.core.types import WholeText
 from d2llm.models.late_chunking import window_start
 from d2llm.models.student import Student
+from d2llm.recipe import InteractionConfig, PoolingConfig
 from tiny_models import DIM, MAX_TOKENS, TEXTS, randomise, tiny_student_config, write_tiny_model
 
 ARCHITECTURES = ["bert", "modernbert", "xlm_roberta", "llama"]

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import BackboneConfig
 from d2llm.models.backbone import Backbone, layers_of
 from d2llm.models.layer_choice import choose_diagonal_head, choose_layers, layer_distances
 from d2llm.models.student import Student
+from d2llm.recipe import BackboneConfig
 from tiny_models import TEXTS, tiny_student_config, write_tiny_model
 
 

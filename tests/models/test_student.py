@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2llm.core.errors import DataFormatError, InputError, MismatchError, ModelError, ModelNotFoundError
-from d2llm.core.recipe import BackboneConfig, InteractionConfig, PoolingConfig, StudentConfig
 from d2llm.models.student import Student
 from d2llm.models.student_files import check_content
+from d2llm.recipe import BackboneConfig, InteractionConfig, PoolingConfig, StudentConfig
 from tiny_models import DIM, TEXTS, randomise, tiny_student_config, write_tiny_model
 
 QUERIES, PASSAGES = TEXTS[:3], TEXTS[2:]

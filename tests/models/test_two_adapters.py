@@ -12,14 +12,14 @@ from transformers import AutoModel
 
 from d2llm import Index, Passage, Student
 from d2llm.core.errors import InputError
-from d2llm.core.losses import Objective
-from d2llm.core.recipe import PretrainingConfig
 from d2llm.core.types import WholeText
 from d2llm.models.engines.engines import choose_engine
 from d2llm.models.export.export import export
 from d2llm.models.export.sentence_transformers import why_not_plain
 from d2llm.models.student_files import ADAPTER_FILE, check_content
 from d2llm.models.token_vectors import TokenProjection
+from d2llm.recipe import PretrainingConfig
+from d2llm.recipe.losses import Objective
 from d2llm.training.gradient_cache import backpropagate
 from d2llm.training.pretrain import pretrain_backbone
 from tiny_data import tiny_recipe

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from d2llm import Student
-from d2llm.core.recipe import LoraConfig, WriterConfig
 from d2llm.data.training import TrainingPair
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.writers.local import LocalWriter
 from d2llm.models.writers.writer import Assignment
+from d2llm.recipe import LoraConfig, WriterConfig
 from d2llm.training.gradient_cache import backpropagate
 from d2llm.training.tune_teacher import accumulate
 from tiny_models import TEXTS, randomise, tiny_student_config, tiny_teacher_config, write_tiny_model

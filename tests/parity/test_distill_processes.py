@@ -18,9 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from d2llm.core.recipe import LoraConfig, Recipe
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
+from d2llm.recipe import LoraConfig, Recipe
 from d2llm.training.distill import DistillReport, distill
 from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_distill import log_of

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import LoraConfig, Recipe
 from d2llm.data.training import TrainingSource
+from d2llm.recipe import LoraConfig, Recipe
 from d2llm.training import distill as verb
 from d2llm.training import training_loop
 from d2llm.training.distill import DistillReport, distill

@@ -18,7 +18,6 @@ import torch
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.manifest import read_manifest
-from d2llm.core.recipe import InteractionConfig, PoolingConfig
 from d2llm.core.types import TASKS
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_data
@@ -28,6 +27,7 @@ from d2llm.models.engines.engines import choose_engine, open_engine
 from d2llm.models.export.export import export
 from d2llm.models.student import Student
 from d2llm.ops.measures import per_query_measures
+from d2llm.recipe import InteractionConfig, PoolingConfig
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
 pytest.importorskip("onnx")

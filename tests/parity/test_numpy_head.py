@@ -11,13 +11,13 @@ import torch
 
 from d2llm.core.errors import InputError
 from d2llm.core.manifest import read_manifest
-from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import TASKS
 from d2llm.models.export.export import export, head_arrays
 from d2llm.models.export.numpy_head import NumpyHead, load
 from d2llm.models.interaction import make_head
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.models.student import Student
+from d2llm.recipe import InteractionConfig
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
 DIM = 24

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import TASKS
 from d2llm.models.evidence import EvidenceWeights, WordsFactor
 from d2llm.models.interaction import Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.ops.selection import from_the_highest, top_rows
+from d2llm.recipe import InteractionConfig
 from d2llm.retrieval import exact_search
 from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
 from d2llm.retrieval.row_evidence import RowEvidence

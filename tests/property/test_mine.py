@@ -8,9 +8,9 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2llm.core.recipe import MiningConfig
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
+from d2llm.recipe import MiningConfig
 from d2llm.training.mining.mine import mine
 
 WORDS = ("cat", "dog", "bird", "fish", "tree", "猫咪", "sun", "rain")

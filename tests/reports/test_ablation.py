@@ -13,9 +13,9 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from d2llm.core.recipe_file import load_recipe
 from d2llm.core.types import Task
-from d2llm.core.variants import VARIANTS
+from d2llm.recipe.recipe_file import load_recipe
+from d2llm.recipe.variants import VARIANTS
 from d2llm.reports.ablation import (
     ablation_table,
     forest_plot,

@@ -41,11 +41,11 @@ from d2llm import (
     TeacherConfig,
 )
 from d2llm.core.errors import D2LLMError, InputError
-from d2llm.core.recipe import BackboneConfig
 from d2llm.core.settings import Settings
 from d2llm.data.trec import TrecRun
 from d2llm.models.backbone import Backbone
 from d2llm.models.writers.writer import WrittenQueries
+from d2llm.recipe import BackboneConfig
 from e2e.command_line import write_data
 from fake_models import FakeStudent, FakeTeacher
 from tiny_data import everyday

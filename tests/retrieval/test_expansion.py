@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
 from d2llm.core.types import Passage
 from d2llm.models.writers.writer import WrittenQueries, load_writer
 from d2llm.ops.fusion import reciprocal_rank_scores
 from d2llm.ops.rereading import StudentError
+from d2llm.recipe import RemoteWriterConfig, WriterConfig
 from d2llm.retrieval.cascade import Cascade
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.index import Index

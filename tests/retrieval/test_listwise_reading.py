@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from d2llm.core.errors import InputError, MismatchError
-from d2llm.core.recipe import BackboneConfig
 from d2llm.core.types import Passage
 from d2llm.models.backbone import Backbone
 from d2llm.models.listwise_reader import ListwiseReader
+from d2llm.recipe import BackboneConfig
 from d2llm.retrieval.cascade import ListwiseReading
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.shard import shard

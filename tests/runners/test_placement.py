@@ -11,7 +11,6 @@ import pytest
 from copy_runner import CopyRunner
 from d2llm.core.errors import InputError, MismatchError
 from d2llm.core.progress import ignore
-from d2llm.core.recipe import RemoteConfig, TeacherConfig
 from d2llm.core.types import Passage
 from d2llm.evaluation import evaluate as evaluate_verb
 from d2llm.evaluation.judging import JudgeOnWorkers, place_judge
@@ -19,6 +18,7 @@ from d2llm.evaluation.loading import load_contenders
 from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.models.teachers.stacked import StackMember, write_stack
 from d2llm.ops.stacking import Stack
+from d2llm.recipe import RemoteConfig, TeacherConfig
 from d2llm.retrieval import encode as encode_verb
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.text_workers import TextShard, encode_shard, encode_texts, encoder_loads

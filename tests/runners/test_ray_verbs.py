@@ -16,13 +16,13 @@ import pytest
 
 import ray_work
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import RemoteConfig, TeacherConfig
 from d2llm.core.types import Passage
 from d2llm.data.labels import LabelStore
 from d2llm.evaluation.judging import LabelWriter
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.models.token_vectors import TokenProjection
+from d2llm.recipe import RemoteConfig, TeacherConfig
 from d2llm.retrieval import encode as encode_verb
 from d2llm.retrieval import upserting
 from d2llm.retrieval.chunking import default_chunking

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from d2llm.core.errors import TrainingDivergedError
-from d2llm.core.recipe import TrainingConfig
+from d2llm.recipe import TrainingConfig
 from d2llm.training.checkpoints import (
     LOG,
     BestState,

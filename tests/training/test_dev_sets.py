@@ -13,9 +13,9 @@ import pytest
 
 from d2llm.core import progress
 from d2llm.core.errors import InputError, TrainingDivergedError
-from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import Task
 from d2llm.models.student import Student
+from d2llm.recipe import InteractionConfig
 from d2llm.training.choose_weights import choose_interaction_weights, value_by_set
 from d2llm.training.dev_sets import (
     INTERACTION_WEIGHTS,

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import DataFormatError, InputError
-from d2llm.core.recipe import StudentConfig
 from d2llm.core.types import Passage
 from d2llm.data.pairs import read_pairs
 from d2llm.models.evidence import Evidence, EvidenceWeights, TaskEvidence, WordsFactor, read_evidence
 from d2llm.models.student import Student
 from d2llm.ops.bm25_words import windows
 from d2llm.ops.weighted_sum import sum_weights
+from d2llm.recipe import StudentConfig
 from d2llm.training import fit_evidence as module
 from d2llm.training.dev_sets import dev_queries
 from d2llm.training.fit_evidence import EvidenceLists, fit_evidence, fit_task_weights, make_evidence_lists

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import InputError
-from d2llm.core.losses import Objective
-from d2llm.core.recipe import PoolingConfig
 from d2llm.core.types import WholeText
 from d2llm.models.student import Student
 from d2llm.models.student_files import check_content
+from d2llm.recipe import PoolingConfig
+from d2llm.recipe.losses import Objective
 from tiny_data import tiny_recipe, topics
 from tiny_distill import LEARNING, Place
 from tiny_models import DIM, TEXTS, tiny_student_config

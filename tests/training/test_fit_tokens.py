@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.recipe import StudentConfig, TokensConfig
 from d2llm.core.types import Passage, Query, WholeText
 from d2llm.data.beir import Dataset
 from d2llm.models.evidence import Evidence, TaskEvidence
 from d2llm.models.sources import find_model, load_tokenizer
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import FILE_NAME, TokenProjection, read_token_projection, skipped_tokens
+from d2llm.recipe import StudentConfig, TokensConfig
 from d2llm.retrieval.index import Index
 from d2llm.store.side_files import Chunking
 from d2llm.training.dev_sets import dev_queries

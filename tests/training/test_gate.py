@@ -11,8 +11,6 @@ import pytest
 import torch
 
 from d2llm.core.errors import DataFormatError, InputError
-from d2llm.core.losses import Objective
-from d2llm.core.recipe import GateConfig, TeacherConfig
 from d2llm.core.types import Passage
 from d2llm.data.collation import LabelledSource, collate, epoch_batches
 from d2llm.data.labels import LabelStore, QueryLabels
@@ -24,6 +22,8 @@ from d2llm.models.student import Student
 from d2llm.models.teachers.cosine import CosineTeacher
 from d2llm.models.teachers.judge import Judgements
 from d2llm.ops.measures import per_query_measures
+from d2llm.recipe import GateConfig, TeacherConfig
+from d2llm.recipe.losses import Objective
 from d2llm.reports.training_tables import gate_table
 from d2llm.training import gate as verb
 from d2llm.training.dev_sets import dev_queries, make_dev_pairs, make_judge_dev_set

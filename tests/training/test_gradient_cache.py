@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from d2llm.core.losses import Objective
-from d2llm.core.recipe import LoraConfig, TrainingConfig
 from d2llm.data.collation import DistillationBatch
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection
+from d2llm.recipe import LoraConfig, TrainingConfig
+from d2llm.recipe.losses import Objective
 from d2llm.training import gradient_cache
 from d2llm.training.gradient_cache import backpropagate, graph_room
 from d2llm.training.objective import (

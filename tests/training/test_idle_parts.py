@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from d2llm.core.recipe import StudentConfig
 from d2llm.models.student import Student
+from d2llm.recipe import StudentConfig
 from d2llm.training.dev_sets import evaluate_dev, make_dev_set
 from d2llm.training.idle_gates import make_idle_gates_constant
 from tiny_data import topics, write_rule_labels

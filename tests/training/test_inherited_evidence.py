@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from d2llm.core.recipe import EvidenceConfig
 from d2llm.core.types import Task
 from d2llm.models.evidence import Evidence, TaskEvidence
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection
+from d2llm.recipe import EvidenceConfig
 from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_distill import LEARNING, Place
 from tiny_models import DIM, tiny_student_config

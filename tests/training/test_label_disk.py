@@ -13,12 +13,12 @@ import pytest
 import d2llm.core.files as files
 import d2llm.training.label as verb
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import TASKS, Task
 from d2llm.data.labels import LabelStore
 from d2llm.evaluation import judging
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judgements, TextPair
+from d2llm.recipe import TeacherConfig
 from tiny_data import topics
 
 NUM_QUERIES = 40

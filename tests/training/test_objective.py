@@ -13,11 +13,11 @@ import torch
 
 import formulas as losses
 from d2llm.core.errors import InputError
-from d2llm.core.losses import LOSSES, Objective
-from d2llm.core.recipe import InteractionConfig
 from d2llm.data.collation import DistillationBatch
 from d2llm.models.interaction import PairScores
 from d2llm.models.student import Student
+from d2llm.recipe import InteractionConfig
+from d2llm.recipe.losses import LOSSES, Objective
 from d2llm.training.objective import weighted_sum
 from tiny_data import make_source
 from tiny_distill import losses_of, score_batch

@@ -20,11 +20,11 @@ from torch import nn
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.losses import Objective
-from d2llm.core.recipe import BackboneConfig, LoraConfig, PretrainingConfig, StudentConfig
 from d2llm.data.plan import PlanEntry
 from d2llm.models.backbone import Backbone
 from d2llm.models.student import Student
+from d2llm.recipe import BackboneConfig, LoraConfig, PretrainingConfig, StudentConfig
+from d2llm.recipe.losses import Objective
 from d2llm.training import pretrain, trainer
 from d2llm.training.pretrain import (
     PretrainingReport,

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from d2llm.core.recipe import ResidualConfig
 from d2llm.core.types import Task
 from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
 from d2llm.models.student import Student
+from d2llm.recipe import ResidualConfig
 from d2llm.training.dev_sets import DevResult, make_dev_set
 from d2llm.training.residual import train_residual
 from tiny_data import tiny_recipe, topics

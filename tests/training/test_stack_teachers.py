@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import TeacherConfig
 from d2llm.models.teachers.judge import Judgements
 from d2llm.ops.calibration import expected_calibration_error, log_loss, reliability_bins
 from d2llm.ops.stacking import Stack, out_of_fold_log_odds
+from d2llm.recipe import TeacherConfig
 from d2llm.reports.training_tables import render_stack_page, stack_table
 from d2llm.training import stack_teachers as verb
 from d2llm.training.stack_teachers import stack_teachers

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from d2llm.core.errors import MissingExtraError, RecipeError
-from d2llm.core.recipe import Recipe, TrainingConfig
-from d2llm.core.recipe_file import parse_recipe
+from d2llm.recipe import Recipe, TrainingConfig
+from d2llm.recipe.recipe_file import parse_recipe
 from d2llm.training import trackers
 from d2llm.training.checkpoints import LOG, RunLog
 from d2llm.training.trackers import numbers, open_trackers

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from d2llm.core.errors import InputError, OutOfTimeError, Terminated, TrainingDivergedError
-from d2llm.core.recipe import Recipe
-from d2llm.core.recipe_file import shaping_settings
 from d2llm.core.time_limit import time_limit
+from d2llm.recipe import Recipe
+from d2llm.recipe.recipe_file import shaping_settings
 from d2llm.training import trainer as module
 from d2llm.training.checkpoints import CHECKPOINT, LOG, BestState, trainable
 from d2llm.training.trainer import BEST, Trainable, Trainer

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from d2llm.core.errors import DataFormatError, InputError, TrainingDivergedError
-from d2llm.core.recipe import BackboneConfig, LoraConfig, ReaderTuningConfig
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
 from d2llm.models.backbone import Backbone
 from d2llm.models.listwise_reader import ListwiseReader
 from d2llm.models.student import Student
+from d2llm.recipe import BackboneConfig, LoraConfig, ReaderTuningConfig
 from d2llm.retrieval.index import Index
 from d2llm.training import ranked_lists
 from d2llm.training import tune_reader as module

@@ -14,11 +14,11 @@ import transformers
 from safetensors.torch import load_file
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import LoraConfig, TeacherConfig, TeacherTuningConfig
 from d2llm.core.types import Task
 from d2llm.data.training import TrainingPair
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.judge import Judgements, identify_judge, load_judge
+from d2llm.recipe import LoraConfig, TeacherConfig, TeacherTuningConfig
 from d2llm.training import tune_teacher as verb
 from d2llm.training.tune_teacher import DevScore, hold_out, score_dev
 from tiny_data import topics

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from d2llm.core.errors import DataFormatError, InputError
-from d2llm.core.recipe import LoraConfig, WriterConfig, WriterTuningConfig
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
 from d2llm.models.writers.local import LocalWriter, read_tuned_writer
 from d2llm.models.writers.writer import Assignment, load_writer
+from d2llm.recipe import LoraConfig, WriterConfig, WriterTuningConfig
 from d2llm.training import tune_writer as module
 from d2llm.training.tune_writer import WriterTuningReport, accumulate, mean_loss, tune_writer, writer_data
 from tiny_models import TEXTS, write_tiny_model

@@ -50,7 +50,7 @@ def ablate(
     Run it after mine and label. Finished runs are skipped, so the same command continues after an interruption.
     """
     from d2llm.core.files import write_bytes
-    from d2llm.core.recipe_file import load_recipe
+    from d2llm.recipe.recipe_file import load_recipe
     from d2llm.reports.ablation import ablation_table, listed, render_markdown, render_page, variants_table
 
     session = session_of(context)

@@ -41,10 +41,10 @@ def distill_static(
     recipe, set student.backbone.model to FOLDER and tuning to full (or frozen): the student encodes many times as
     fast, and is less accurate. The folder is also a model for model2vec and sentence-transformers.
     """
-    from d2llm.core.recipe import BackboneConfig
     from d2llm.data.indexed_corpus import open_corpus
     from d2llm.models.backbone import Backbone
     from d2llm.models.static_model import distill_static
+    from d2llm.recipe import BackboneConfig
 
     session = session_of(context)
     texts = open_corpus(corpus, **files.reading)

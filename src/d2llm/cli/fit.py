@@ -27,7 +27,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.shipped import DEFAULT_WRITER
 
 if TYPE_CHECKING:
-    from d2llm.core.recipe import WriterConfig
+    from d2llm.recipe import WriterConfig
 
 
 @with_option_groups

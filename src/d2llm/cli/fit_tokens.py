@@ -44,10 +44,10 @@ def fit_tokens(
     `d2llm fit-scores`; a new index of the student stores their vectors.
     """
     from d2llm.core.errors import InputError
-    from d2llm.core.recipe import TokensConfig
     from d2llm.data.open_data import open_data
     from d2llm.data.pairs import PairDataset
     from d2llm.models.student import Student
+    from d2llm.recipe import TokensConfig
     from d2llm.training.fit_tokens import fit_tokens
 
     session = session_of(context)

@@ -10,13 +10,13 @@ from d2llm.cli.options import JsonOption
 from d2llm.cli.session import session_of
 
 if TYPE_CHECKING:
-    from d2llm.core.losses import Loss
+    from d2llm.recipe.losses import Loss
 
 
 def methods(context: typer.Context, json_path: JsonOption = None) -> None:
     """List the losses that a recipe can name, with their papers."""
-    from d2llm.core.losses import LOSSES
     from d2llm.core.table import Column, Table
+    from d2llm.recipe.losses import LOSSES
 
     session = session_of(context)
     table = Table(

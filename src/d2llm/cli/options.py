@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
-    from d2llm.core.recipe import TeacherConfig, WriterConfig
+    from d2llm.recipe import TeacherConfig, WriterConfig
     from d2llm.runners.runner import Runner
     from d2llm.training.run import Run
 
@@ -57,8 +57,8 @@ def known_teacher(name: str | None) -> str | None:
 
 def teacher_config(model: str, prompt: str | None) -> TeacherConfig:
     """The teacher that two options name; ``model`` may be ``KIND:MODEL``, or a TOML file."""
-    from d2llm.core.recipe import TeacherConfig
-    from d2llm.core.recipe_file import named_teacher
+    from d2llm.recipe import TeacherConfig
+    from d2llm.recipe.recipe_file import named_teacher
 
     return named_teacher(model, None if prompt is None else TeacherConfig(prompt=prompt))
 
@@ -266,7 +266,7 @@ class WriterOptions:
         Raises:
             InputError: an option is about an endpoint, but there is none, or the endpoint's model is not named.
         """
-        from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
+        from d2llm.recipe import RemoteWriterConfig, WriterConfig
 
         if self.endpoint is not None:
             if self.writer is None:

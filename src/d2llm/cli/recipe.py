@@ -19,9 +19,9 @@ _RECIPES = typer.Argument(metavar="RECIPE...", callback=input_path, help="TOML f
 @recipe_app.command("check")
 def check(context: typer.Context, recipes: Annotated[list[str], _RECIPES]) -> None:
     """Read recipes as every verb would, and show the settings that differ from their defaults."""
-    from d2llm.core.recipe import Recipe
-    from d2llm.core.recipe_file import load_recipe
     from d2llm.core.table import Column, Table
+    from d2llm.recipe import Recipe
+    from d2llm.recipe.recipe_file import load_recipe
 
     session, defaults = session_of(context), dict(_settings(Recipe().model_dump(mode="json")))
     for place in recipes:
@@ -52,7 +52,7 @@ def schema(
     import json
 
     from d2llm.core.files import write_json
-    from d2llm.core.recipe import Recipe
+    from d2llm.recipe import Recipe
 
     described = {"$schema": "http://json-schema.org/draft-07/schema#", **Recipe.model_json_schema()}
     if out is None:

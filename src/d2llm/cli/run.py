@@ -159,7 +159,7 @@ def stack(
     recipe.
     """
     from d2llm.core.files import write_bytes
-    from d2llm.core.recipe_file import named_teacher
+    from d2llm.recipe.recipe_file import named_teacher
     from d2llm.reports.training_tables import render_stack_page, stack_tables
 
     session = session_of(context)
@@ -195,7 +195,7 @@ def gate(
     Run it before label. [gate] in the recipe says how many queries to use (ten times as many pairs), and what to do
     with a data set whose gate is closed.
     """
-    from d2llm.core.recipe_file import named_teacher
+    from d2llm.recipe.recipe_file import named_teacher
     from d2llm.reports.training_tables import gate_table
     from d2llm.training.gate import GateReport
     from d2llm.training.sentences import gate_advice

@@ -55,10 +55,10 @@ def tune_reader(
     queries. Run the same command again to continue an interrupted training.
     """
     from d2llm.core.errors import InputError
-    from d2llm.core.recipe import ReaderTuningConfig
     from d2llm.data.open_data import open_data
     from d2llm.data.pairs import PairDataset
     from d2llm.models.student import Student
+    from d2llm.recipe import ReaderTuningConfig
     from d2llm.training.tune_reader import tune_reader
 
     session = session_of(context)

@@ -8,13 +8,13 @@ from typing import Any
 
 from d2llm.core.errors import RecipeError
 from d2llm.core.manifest import FILE_NAME as MANIFEST
-from d2llm.core.recipe import DataConfig, Recipe
-from d2llm.core.recipe_file import changed_recipe, shaping_settings, tuning_settings
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_data
 from d2llm.data.pair_training import read_pair_training_set
 from d2llm.data.plan import TrainingPlan, read_plan
 from d2llm.data.training import TrainingSource
+from d2llm.recipe import DataConfig, Recipe
+from d2llm.recipe.recipe_file import changed_recipe, shaping_settings, tuning_settings
 
 
 class RunFolder:
@@ -46,7 +46,7 @@ class RunFolder:
         return self.path / "plans" / f".{Path(data.path).name}.mining"
 
     def variant(self, name: str) -> Path:
-        """A student of a changed recipe (see ``core.variants``), trained on the same plans and labels."""
+        """A student of a changed recipe (see ``recipe.variants``), trained on the same plans and labels."""
         return companion(self.student, name)
 
     def cosine_of_stack(self, recipe: Recipe) -> Path:

@@ -18,7 +18,6 @@ from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError, M
 from d2llm.core.files import check_replaceable, folder_bytes
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import source_of
-from d2llm.core.recipe import untuned_config
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import Passage
 from d2llm.demo.answers import DEPTH, QUESTIONS, TOP_K, Candidates, explain
@@ -28,6 +27,7 @@ from d2llm.demo.report import DemoReport, DemoSizes
 from d2llm.demo.view import DemoView
 from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import read_student_manifest
+from d2llm.recipe import untuned_config
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index

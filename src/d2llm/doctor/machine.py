@@ -14,12 +14,12 @@ import torch
 
 from d2llm.core.errors import InputError
 from d2llm.core.machine import available_memory, replaced_allocator, usable_cores
-from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import Task
 from d2llm.doctor.findings import Check, Finding
 from d2llm.models.device import can_fuse_bfloat16_layers, choose_device, choose_dtype, cpu_has_fast_bfloat16
 from d2llm.models.interaction import Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
+from d2llm.recipe import InteractionConfig
 from d2llm.store.load_faiss import load_faiss
 
 _GIB = 1 << 30

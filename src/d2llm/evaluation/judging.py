@@ -17,7 +17,6 @@ from jaxtyping import Bool, Float32
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import Advance, progress_bar
-from d2llm.core.recipe import LabellingConfig, TeacherConfig
 from d2llm.core.types import Task
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.models.remote.kept_answers import KeptAnswers
@@ -34,6 +33,7 @@ from d2llm.models.teachers.judge import (
     judge_until_error,
     ranks_lists,
 )
+from d2llm.recipe import LabellingConfig, TeacherConfig
 from d2llm.runners.placement import HERE, Placement
 from d2llm.runners.runner import Runner, Workers
 

@@ -11,7 +11,6 @@ from typing import Any
 from d2llm.core.errors import InputError, ModelNotFoundError
 from d2llm.core.inputs import paths_of, strings_of
 from d2llm.core.manifest import read_manifest
-from d2llm.core.recipe import TeacherConfig, untuned_config
 from d2llm.core.shipped import shipped_models
 from d2llm.core.types import SystemKind
 from d2llm.data.run_folder import RunFolder, companion, is_finished
@@ -22,12 +21,13 @@ from d2llm.models.sources import is_student
 from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.models.teachers.judge import Judge, asks_endpoint, identify_judge, load_judge
+from d2llm.recipe import TeacherConfig, untuned_config
 from d2llm.retrieval.protocols import SearchStudent, TextEncoder
 from d2llm.retrieval.text_workers import create_student, encoder_loads, load_student
 from d2llm.runners.placement import Load
 
 TUNED_COSINE, PAPER_HEAD = "cosine", "paper"
-"""The variants (``core.variants``) that every report has a row for."""
+"""The variants (``recipe.variants``) that every report has a row for."""
 
 
 def load_contenders(

@@ -29,8 +29,6 @@ from d2llm.core.fingerprint import fingerprint_files, fingerprint_json, fingerpr
 from d2llm.core.inputs import paths_of
 from d2llm.core.manifest import read_any_manifest, write_manifest
 from d2llm.core.progress import showing_progress
-from d2llm.core.recipe import DataConfig, Recipe, TeacherConfig, untuned_config
-from d2llm.core.recipe_file import parse_recipe
 from d2llm.core.shipped import DEFAULT_STUDENT, DEFAULT_WRITER, MULTILINGUAL_STUDENT
 from d2llm.core.time_limit import time_limit
 from d2llm.core.types import Passage, Query, Task
@@ -51,6 +49,8 @@ from d2llm.fitting.time_plan import TimePlan, plan_time, searches_compared
 from d2llm.fitting.training_data import DataReport, part_of, read_judged, write_users_data, write_written_data
 from d2llm.fitting.write_queries import WritingBudget, WritingReport, write_queries
 from d2llm.ops.gating import GateTest, better
+from d2llm.recipe import DataConfig, Recipe, TeacherConfig, untuned_config
+from d2llm.recipe.recipe_file import parse_recipe
 from d2llm.retrieval.protocols import expansion_fingerprint, task_for
 from d2llm.retrieval.text_workers import create_student, encoder_loads, load_student
 from d2llm.runners.placement import HERE

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from d2llm.core.losses import Objective
-from d2llm.core.recipe import (
+from d2llm.fitting.time_plan import TEACHER_SHARE, TimePlan
+from d2llm.recipe import (
     DataConfig,
     EvidenceConfig,
     GateConfig,
@@ -18,7 +18,7 @@ from d2llm.core.recipe import (
     TeacherTuningConfig,
     TrainingConfig,
 )
-from d2llm.fitting.time_plan import TEACHER_SHARE, TimePlan
+from d2llm.recipe.losses import Objective
 from d2llm.training.checkpoints import usual_epochs
 
 NUM_NEGATIVES = 2

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import pairs_of, strings_of
-from d2llm.core.recipe import TeacherConfig, WriterConfig
 from d2llm.core.shipped import DEFAULT_WRITER
 from d2llm.core.types import Task
 from d2llm.fitting.critic import CriticSettings
 from d2llm.fitting.write_queries import DEFAULT_KINDS
 from d2llm.models.writers.writer import QueryKind
+from d2llm.recipe import TeacherConfig, WriterConfig
 from d2llm.store.side_files import Chunking
 
 DEFAULT_HOURS = 8.0

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.files import MANIFEST_NAME as MANIFEST
 from d2llm.core.inputs import texts_of
-from d2llm.core.recipe import BackboneConfig
 from d2llm.core.types import Span, is_text
 from d2llm.models.depths import final_module, read_depths
 from d2llm.models.device import choose_device, choose_dtype, use_plain_attention_on_cpu
@@ -55,6 +54,7 @@ from d2llm.models.token_vectors import TokenVectors
 from d2llm.ops.batching import pad_right
 from d2llm.ops.pooling import PoolingName, pool, to_right_padding
 from d2llm.ops.token_bounds import bounded_ends
+from d2llm.recipe import BackboneConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

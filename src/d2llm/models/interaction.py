@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import TASKS, Task
 from d2llm.ops.scoring import Linear, anchored_logit
+from d2llm.recipe import InteractionConfig
 
 _SHARED = "shared"
 _PAIR_FEATURES = {"concat": (), "product": ("a * b",), "difference": ("|a - b|",), "rich": ("a * b", "|a - b|")}

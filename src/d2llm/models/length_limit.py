@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import EndpointConfig
 from d2llm.models.sources import find_model, load_tokenizer
 from d2llm.ops.pair_truncation import cut_pair
 from d2llm.ops.token_bounds import costs
+from d2llm.recipe import EndpointConfig
 
 _POSITIONS_AFTER_PADDING = frozenset(
     {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "mpnet", "data2vec-text"}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from d2llm.core.errors import ModelError
 from d2llm.core.extras import require
-from d2llm.core.recipe import LoraConfig
+from d2llm.recipe import LoraConfig
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _ADAPTER = "default"  # PEFT's name for the only adapter

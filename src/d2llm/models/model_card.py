@@ -11,7 +11,6 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from d2llm.core.recipe import BackboneConfig, StudentConfig
 from d2llm.core.table import Column, Table
 from d2llm.models.backbone import search_query_tokens
 from d2llm.models.evidence import read_evidence
@@ -19,6 +18,7 @@ from d2llm.models.export.sentence_transformers import MODULES_FILE, task_of_plai
 from d2llm.models.probabilities import read_calibration
 from d2llm.models.sources import hub_name
 from d2llm.models.student_files import ADAPTER_FILE, BACKBONE_FOLDER, CARD_FILE, trained_tasks
+from d2llm.recipe import BackboneConfig, StudentConfig
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _HUB_DATA = "hf://"

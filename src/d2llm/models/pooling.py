@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import PoolingConfig
 from d2llm.ops.whitening import principal_components, whitening
+from d2llm.recipe import PoolingConfig
 
 
 class MultiheadAttentionPooling(nn.Module):

@@ -26,7 +26,6 @@ from d2llm.core.files import new_folder
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.inputs import stream_of_objects, strings_of, texts_of
 from d2llm.core.manifest import source_of, write_manifest
-from d2llm.core.recipe import StudentConfig
 from d2llm.core.types import PART_KINDS, TASKS, EngineName, PartKind, Task, WholeText
 from d2llm.models import student_files as files
 from d2llm.models.backbone import (
@@ -56,6 +55,7 @@ from d2llm.models.token_vectors import TokenProjection, TokenVectors, read_token
 from d2llm.models.vector_scorer import VectorScorer
 from d2llm.ops.batching import token_budget_batches
 from d2llm.ops.bm25_words import terms, tokens_of_terms
+from d2llm.recipe import StudentConfig
 
 _BATCH_TEXTS, _QUERIES_AT_ONCE = 1_024, 256
 

@@ -14,9 +14,9 @@ from d2llm.core.errors import DataFormatError, MismatchError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
-from d2llm.core.recipe import StudentConfig, shaping_student_settings
 from d2llm.core.types import TASKS, Task
 from d2llm.models.sources import load_tensors
+from d2llm.recipe import StudentConfig, shaping_student_settings
 
 if TYPE_CHECKING:  # importing torch takes seconds, and a wrong name should be reported without it
     from torch import Tensor, nn

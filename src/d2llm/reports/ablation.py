@@ -8,11 +8,11 @@ from statistics import fmean
 from typing import get_args
 from xml.etree.ElementTree import Element
 
-from d2llm.core.recipe import Recipe
 from d2llm.core.table import Cell, Column, Style, Table
 from d2llm.core.types import Task
-from d2llm.core.variants import VARIANTS, VariantGroup
 from d2llm.ops.significance import Interval
+from d2llm.recipe import Recipe
+from d2llm.recipe.variants import VARIANTS, VariantGroup
 from d2llm.reports.html import svg
 from d2llm.reports.html.page import render
 from d2llm.reports.markdown import escape

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from d2llm.core.errors import InputError
 from d2llm.core.progress import ignore
-from d2llm.core.recipe import StudentConfig
 from d2llm.models.backbone import EncodedTexts, TextKind
+from d2llm.recipe import StudentConfig
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.protocols import TextEncoder, TokenStudent
 from d2llm.runners.placement import Load

@@ -16,12 +16,12 @@ from fastapi.security import HTTPBearer
 
 from d2llm import __version__
 from d2llm.core.errors import D2LLMError, InputError
-from d2llm.core.recipe import TeacherConfig
-from d2llm.core.recipe_file import named_teacher
 from d2llm.models.hub import find_student
 from d2llm.models.student import Student
 from d2llm.models.student_files import read_student_manifest
 from d2llm.models.teachers.judge import Judge, load_judge
+from d2llm.recipe import TeacherConfig
+from d2llm.recipe.recipe_file import named_teacher
 from d2llm.retrieval.index import find_source
 from d2llm.retrieval.protocols import SearchView, task_for
 from d2llm.runners.runner import find_runner

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 from d2llm.core.errors import ModelError
-from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
 from d2llm.models.writers.writer import Assignment, Writer, WrittenQueries, load_writer
+from d2llm.recipe import RemoteWriterConfig, WriterConfig
 from d2llm.server.batching import Batcher, Done
 from d2llm.server.settings import ServeSettings
 

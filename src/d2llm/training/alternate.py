@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import Recipe
-from d2llm.core.variants import Variant
 from d2llm.data.run_folder import RunFolder, changed_student, changed_teacher, is_finished, manifest_of
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
+from d2llm.recipe import Recipe
+from d2llm.recipe.variants import Variant
 from d2llm.training.checkpoints import remarks
 from d2llm.training.distill import distill
 from d2llm.training.label import label

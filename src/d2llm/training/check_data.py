@@ -13,7 +13,6 @@ from d2llm.core.errors import InputError
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
 from d2llm.core.progress import progress_bar
-from d2llm.core.recipe import BackboneConfig, StudentConfig
 from d2llm.core.shipped import DEFAULT_STUDENT, shipped_models
 from d2llm.data.check import read_through
 from d2llm.data.check_leaks import near_queries
@@ -22,6 +21,7 @@ from d2llm.data.check_texts import CountTokens, guess_languages, measure_lengths
 from d2llm.data.open_data import open_source
 from d2llm.models.sources import find_model, load_tokenizer
 from d2llm.models.student_files import FORMAT_VERSION, KIND
+from d2llm.recipe import BackboneConfig, StudentConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

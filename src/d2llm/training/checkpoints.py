@@ -21,9 +21,9 @@ from torch.autograd.graph import increment_version
 
 from d2llm.core.errors import InputError, Terminated, TrainingDivergedError
 from d2llm.core.files import write_bytes
-from d2llm.core.recipe import Recipe, TrainingConfig, WarmUpConfig
-from d2llm.core.recipe_file import changed_recipe, changed_settings
 from d2llm.models.sources import load_tensors
+from d2llm.recipe import Recipe, TrainingConfig, WarmUpConfig
+from d2llm.recipe.recipe_file import changed_recipe, changed_settings
 from d2llm.training.trackers import Tracker, numbers
 
 CHECKPOINT = "checkpoint.safetensors"

@@ -13,13 +13,6 @@ from typing import Any
 from d2llm.core.errors import InputError, OutOfTimeError
 from d2llm.core.files import check_replaceable
 from d2llm.core.progress import showing_progress
-from d2llm.core.recipe import (
-    LabellingConfig,
-    Recipe,
-    TeacherConfig,
-    shaping_student_settings,
-)
-from d2llm.core.recipe_file import changed_settings
 from d2llm.core.time_limit import seconds_left, time_limit
 from d2llm.core.types import TASKS, EvidenceTerm, Task
 from d2llm.data.collation import LabelledSource
@@ -33,6 +26,13 @@ from d2llm.models.student_files import KIND
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judge, identify_judge, judges_only_recorded, load_judge, ranks_lists
 from d2llm.models.token_vectors import TokenProjection, read_token_projection
+from d2llm.recipe import (
+    LabellingConfig,
+    Recipe,
+    TeacherConfig,
+    shaping_student_settings,
+)
+from d2llm.recipe.recipe_file import changed_settings
 from d2llm.training.checkpoints import remarks
 from d2llm.training.dev_sets import DevSet, make_dev_set
 from d2llm.training.fit_evidence import fit_evidence

@@ -8,11 +8,11 @@ from typing import Any
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import objects_of
-from d2llm.core.recipe import EvidenceConfig
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.pairs import PairDataset, as_retrieval
 from d2llm.models.student import Student
+from d2llm.recipe import EvidenceConfig
 from d2llm.training.fit_document_expansion import fit_document_expansion
 from d2llm.training.fit_evidence import LISTED_PASSAGES, fit_evidence
 from d2llm.training.fit_probabilities import fit_probabilities

@@ -24,7 +24,6 @@ from torch.nn import functional
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import objects_of, strings_of
 from d2llm.core.progress import progress_bar
-from d2llm.core.recipe import TokensConfig
 from d2llm.data.beir import Dataset
 from d2llm.data.same_text import SameText
 from d2llm.models.backbone import TextKind
@@ -34,6 +33,7 @@ from d2llm.models.token_vectors import TokenProjection, skipped_tokens
 from d2llm.ops.batching import even_batches, token_budget_batches
 from d2llm.ops.scoring import mean_best_cosines
 from d2llm.ops.selection import nearest_rows
+from d2llm.recipe import TokensConfig
 from d2llm.store.bm25 import WordIndex
 from d2llm.training.checkpoints import warmup_steps
 from d2llm.training.trainer import Trainable, Trainer

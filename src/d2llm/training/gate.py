@@ -16,7 +16,6 @@ import numpy as np
 from d2llm.core.errors import DataFormatError
 from d2llm.core.files import write_json
 from d2llm.core.manifest import package_versions
-from d2llm.core.recipe import GateConfig, TeacherConfig
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.pairs import PairDataset
@@ -26,6 +25,7 @@ from d2llm.models.teachers.cosine import CosineTeacher
 from d2llm.models.teachers.judge import Judge, load_judge
 from d2llm.models.teachers.stacked import stacked_queries
 from d2llm.ops.gating import better
+from d2llm.recipe import GateConfig, TeacherConfig
 from d2llm.retrieval.text_workers import encoder_loads
 from d2llm.runners.placement import HERE, Placement
 from d2llm.runners.runner import LocalRunner, Runner

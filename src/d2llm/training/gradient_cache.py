@@ -19,10 +19,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from d2llm.core.recipe import TeacherTuningConfig, TrainingConfig
 from d2llm.models.device import free_memory, tokens_to_train
 from d2llm.models.student import Student
 from d2llm.ops.batching import token_budget_batches
+from d2llm.recipe import TeacherTuningConfig, TrainingConfig
 from d2llm.training.checkpoints import remarks
 from d2llm.training.processes import ALONE, Processes
 

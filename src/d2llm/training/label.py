@@ -10,7 +10,6 @@ from pathlib import Path
 
 from d2llm.core.errors import InputError
 from d2llm.core.progress import progress_bar
-from d2llm.core.recipe import LabellingConfig, TeacherConfig
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource, check_sources
@@ -26,6 +25,7 @@ from d2llm.evaluation.judging import (
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import asks_endpoint, identify_judge, load_judge, ranks_lists
 from d2llm.ops.ranking import kendall_tau
+from d2llm.recipe import LabellingConfig, TeacherConfig
 from d2llm.runners.placement import load_work
 from d2llm.runners.runner import Runner, find_runner
 

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from d2llm.core.losses import Loss, Need
-from d2llm.core.recipe import Recipe
 from d2llm.data.collation import DistillationBatch, LabelledSource, ScorePassages
 from d2llm.models.interaction import PairScores
 from d2llm.models.student import Student
 from d2llm.ops import losses
+from d2llm.recipe import Recipe
+from d2llm.recipe.losses import Loss, Need
 from d2llm.training.processes import Processes
 
 Normalisation = Literal["mean", "authors"]

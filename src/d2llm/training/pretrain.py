@@ -29,7 +29,6 @@ from torch.utils.hooks import RemovableHandle
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.recipe import BackboneConfig, PretrainingConfig
 from d2llm.data.training import TrainingSource
 from d2llm.models.backbone import Backbone, TextKind, is_decoder, layers_of
 from d2llm.models.device import tokens_to_train
@@ -41,6 +40,7 @@ from d2llm.ops.bm25_words import sentences
 from d2llm.ops.losses import in_batch_cross_entropy
 from d2llm.ops.ridge import RidgeSet, folds_of, ridge_weights
 from d2llm.ops.token_alignment import align_tokens, aligned_states
+from d2llm.recipe import BackboneConfig, PretrainingConfig
 from d2llm.training.checkpoints import remarks, trainable, warmup_steps
 from d2llm.training.trainer import Trainable, Trainer
 

@@ -18,10 +18,10 @@ from safetensors.numpy import save
 from d2llm.core.errors import InputError
 from d2llm.core.files import write_bytes
 from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
-from d2llm.core.recipe import ReaderTuningConfig
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.models.student import Student
+from d2llm.recipe import ReaderTuningConfig
 from d2llm.retrieval.index import Index
 from d2llm.training.mining.choose import key_of
 

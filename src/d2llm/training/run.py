@@ -20,10 +20,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.inputs import objects_of, strings_of
 from d2llm.core.progress import showing_progress
-from d2llm.core.recipe import Recipe, TeacherConfig, untuned_config
-from d2llm.core.recipe_file import load_recipe
 from d2llm.core.types import RunStep, Task
-from d2llm.core.variants import find_variant
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_data, open_source
 from d2llm.data.pairs import PairDataset
@@ -37,6 +34,9 @@ from d2llm.data.run_folder import (
     working_folder,
 )
 from d2llm.models.teachers.identity import find_kind, find_tuned_teacher
+from d2llm.recipe import Recipe, TeacherConfig, untuned_config
+from d2llm.recipe.recipe_file import load_recipe
+from d2llm.recipe.variants import find_variant
 
 if TYPE_CHECKING:  # each step imports what it needs, so that errors in a recipe are reported before torch is loaded
     from d2llm.evaluation.report import EvaluationReport
@@ -411,7 +411,7 @@ class Run:
         """Train the student on the labels.
 
         Args:
-            variant: train this variant (``core.variants``), whose folder is beside the student's.
+            variant: train this variant (``recipe.variants``), whose folder is beside the student's.
             again: repeat it if it is finished; the earlier student is kept aside.
             for_stack: train the cosine student for a stack, on the plans before they are filtered.
         """
@@ -525,7 +525,7 @@ class Run:
         """Train the recipe and its variants on the plans and labels, and compare them (``training.ablation.ablate``).
 
         Args:
-            variants: names from ``core.variants``; None means all.
+            variants: names from ``recipe.variants``; None means all.
             num_seeds: number of seeds, counting up from the recipe's.
             max_queries: train on a random sample of this many queries of each plan.
             epochs: number of epochs, instead of the recipe's.

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from d2llm.core.recipe import TrainingConfig
 from d2llm.core.types import Task
+from d2llm.recipe import TrainingConfig
 from d2llm.training.distill import DistillReport
 from d2llm.training.gate import FirstLook, GateReport
 from d2llm.training.label import LabelReport

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.files import check_replaceable
-from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.run_folder import working_folder
@@ -21,6 +20,7 @@ from d2llm.models.teachers.judge import load_judge
 from d2llm.models.teachers.stacked import STACK_KIND, StackMember, write_stack
 from d2llm.ops.calibration import ReliabilityBin, expected_calibration_error, log_loss, reliability_bins
 from d2llm.ops.stacking import DEFAULT_L2, Stack, fit_stack, out_of_fold_log_odds
+from d2llm.recipe import TeacherConfig
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.text_workers import encoder_loads
 from d2llm.runners.placement import Placement

@@ -14,8 +14,6 @@ from typing import cast
 import numpy as np
 
 from d2llm.core.errors import InputError, MissingExtraError
-from d2llm.core.recipe import BackboneConfig, PoolingConfig, Recipe, StudentConfig, TrainingConfig
-from d2llm.core.recipe_file import load_recipe_text, named_teacher
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.check_texts import Sample, guess_languages
@@ -24,6 +22,8 @@ from d2llm.data.pairs import PairDataset
 from d2llm.models.length_limit import readable_tokens
 from d2llm.models.student import Student
 from d2llm.ops.batching import even_batches
+from d2llm.recipe import BackboneConfig, PoolingConfig, Recipe, StudentConfig, TrainingConfig
+from d2llm.recipe.recipe_file import load_recipe_text, named_teacher
 from d2llm.retrieval.protocols import task_for
 from d2llm.training.checkpoints import epochs_of
 from d2llm.training.fit_evidence import LISTED_DEPTH, LISTED_PASSAGES

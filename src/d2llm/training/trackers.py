@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from d2llm.core.extras import require
-from d2llm.core.recipe import Recipe
+from d2llm.recipe import Recipe
 
 PROJECT = "d2llm"
 

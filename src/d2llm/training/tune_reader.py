@@ -26,7 +26,6 @@ from d2llm.core.files import check_replaceable
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.inputs import objects_of
 from d2llm.core.progress import progress_bar
-from d2llm.core.recipe import BackboneConfig, ReaderTuningConfig
 from d2llm.core.types import Qrels, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.run_folder import is_finished, working_folder
@@ -36,6 +35,7 @@ from d2llm.models.listwise_reader import READER_KIND, ListwiseReader, ReadPassag
 from d2llm.models.student import Student
 from d2llm.ops.losses import drawing_loss
 from d2llm.ops.measures import per_query_measures
+from d2llm.recipe import BackboneConfig, ReaderTuningConfig
 from d2llm.retrieval.protocols import task_for
 from d2llm.training.checkpoints import trainable
 from d2llm.training.ranked_lists import RankedLists, collect_lists, dev_queries, train_queries

@@ -19,8 +19,6 @@ from torch.nn import functional
 from d2llm.core.errors import InputError
 from d2llm.core.files import new_folder
 from d2llm.core.progress import progress_bar
-from d2llm.core.recipe import Recipe, TeacherConfig, TeacherTuningConfig
-from d2llm.core.recipe_file import tuning_settings
 from d2llm.core.types import Task
 from d2llm.data.plan import TrainingPlan
 from d2llm.data.run_folder import is_finished, working_folder
@@ -33,6 +31,8 @@ from d2llm.models.teachers.identity import TEACHER_KIND
 from d2llm.models.teachers.judge import Judge, load_judge
 from d2llm.models.teachers.local import LocalTeacher
 from d2llm.ops.batching import token_budget_batches
+from d2llm.recipe import Recipe, TeacherConfig, TeacherTuningConfig
+from d2llm.recipe.recipe_file import tuning_settings
 from d2llm.training.checkpoints import BestState, trainable
 from d2llm.training.gradient_cache import backpropagate_parts, graph_room
 from d2llm.training.trainer import Trainable, Trainer

@@ -13,7 +13,6 @@ from d2llm.core.errors import InputError
 from d2llm.core.files import check_replaceable, new_folder, write_bytes
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.inputs import objects_of
-from d2llm.core.recipe import WriterConfig, WriterTuningConfig
 from d2llm.core.table import Column, Table
 from d2llm.data.beir import Dataset
 from d2llm.data.run_folder import is_finished, working_folder
@@ -22,6 +21,7 @@ from d2llm.models.sources import hub_name
 from d2llm.models.writers.local import WRITER_KIND, LocalWriter
 from d2llm.models.writers.writer import Assignment, keywords_of, kind_of_query
 from d2llm.ops.batching import token_budget_batches
+from d2llm.recipe import WriterConfig, WriterTuningConfig
 from d2llm.training.checkpoints import BestState, trainable
 from d2llm.training.trainer import Trainable, Trainer
 

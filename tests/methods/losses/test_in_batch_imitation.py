@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from d2llm.core.errors import InputError
-from d2llm.core.losses import Objective
 from d2llm.core.types import EvidenceTerm
 from d2llm.data.training import TrainingSource
 from d2llm.methods.losses.in_batch_imitation import LiveScores, LiveTeacher
@@ -19,6 +18,7 @@ from d2llm.models.backbone import TextKind
 from d2llm.models.evidence import Evidence, TaskEvidence
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection
+from d2llm.recipe.losses import Objective
 from tiny_data import tiny_recipe, topics
 from tiny_distill import LEARNING, Place, log_of
 from tiny_models import DIM, randomise, tiny_student_config, write_tiny_model

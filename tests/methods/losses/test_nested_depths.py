@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from d2llm.core.errors import InputError
-from d2llm.core.losses import Objective
 from d2llm.data.collation import DistillationBatch, LabelledSource, collate, epoch_batches
 from d2llm.data.labels import LabelStore
 from d2llm.models.interaction import PairScores
 from d2llm.models.student import Student
+from d2llm.recipe.losses import Objective
 from d2llm.training.gradient_cache import backpropagate
 from d2llm.training.losses import LossInput
 from d2llm.training.objective import batch_tokens

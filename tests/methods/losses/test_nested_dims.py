@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from d2llm.core.errors import InputError
-from d2llm.core.losses import Objective
-from d2llm.core.recipe import Recipe
 from d2llm.data.collation import LabelledSource, collate, epoch_batches
 from d2llm.data.labels import LabelStore
 from d2llm.methods.losses.nested_cross_entropy import nested_cross_entropy
 from d2llm.models.student import Student
+from d2llm.recipe import Recipe
+from d2llm.recipe.losses import Objective
 from d2llm.training.objective import batch_tokens
 from tiny_data import tiny_recipe
 from tiny_distill import LEARNING, Place, losses_of, score_batch

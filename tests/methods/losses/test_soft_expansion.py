@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from d2llm.core.errors import DataFormatError, InputError
-from d2llm.core.losses import Objective
-from d2llm.core.recipe import Recipe
 from d2llm.data.collation import LabelledSource, collate, epoch_batches
 from d2llm.data.labels import LabelStore
 from d2llm.methods.losses import soft_expansion as module
 from d2llm.methods.losses.soft_expansion import expanded_vectors, read_expansions, soft_expansion, write_expansions
 from d2llm.models.student import Student
 from d2llm.models.writers.writer import Assignment, WrittenQueries
+from d2llm.recipe import Recipe
+from d2llm.recipe.losses import Objective
 from d2llm.training.objective import batch_tokens
 from tiny_data import tiny_recipe
 from tiny_distill import LEARNING, Place, log_of, losses_of, score_batch

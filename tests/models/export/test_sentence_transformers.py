@@ -8,8 +8,8 @@ import torch
 
 from d2llm.core import progress
 from d2llm.core.errors import InputError, ModelNotFoundError
-from d2llm.core.recipe import InteractionConfig
 from d2llm.models.student import Student
+from d2llm.recipe import InteractionConfig
 from late_import import late_import
 from tiny_models import DIM, TEXTS, tiny_student_config, write_tiny_model, write_trained_student
 

@@ -24,8 +24,6 @@ from d2llm.core.errors import (
     RecipeError,
     StorageError,
 )
-from d2llm.core.recipe import StudentConfig
-from d2llm.core.recipe_file import parse_recipe, shaping_settings
 from d2llm.core.types import Passage
 from d2llm.models.attribution import attribute
 from d2llm.models.export.export import export
@@ -34,6 +32,8 @@ from d2llm.models.remote.backbone import EndpointUsage, RemoteBackbone
 from d2llm.models.remote.vector_cache import VectorCache
 from d2llm.models.student import Student
 from d2llm.models.student_files import check_content
+from d2llm.recipe import StudentConfig
+from d2llm.recipe.recipe_file import parse_recipe, shaping_settings
 from d2llm.retrieval.chunking import Chunker
 from d2llm.store.side_files import Chunking
 from d2llm.training.distill import _starting_student

@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 from d2llm.core.errors import AnswerTokenError, DataFormatError, InputError, MismatchError, ModelError
-from d2llm.core.recipe import LoraConfig, TeacherConfig
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.models.teachers.prompts import load_prompt
+from d2llm.recipe import LoraConfig, TeacherConfig
 from tiny_models import TEXTS, randomise, tiny_teacher_config, tiny_tokenizer, write_tiny_model
 
 PAIRS = [(TEXTS[i], TEXTS[(i * 3 + j) % len(TEXTS)]) for i in range(4) for j in range(3)]

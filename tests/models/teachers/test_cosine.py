@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import ModelNotFoundError
-from d2llm.core.recipe import TeacherConfig
 from d2llm.models.student import Student
 from d2llm.models.teachers import cosine as cosine_teacher
 from d2llm.models.teachers.cosine import CosineTeacher
 from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
+from d2llm.recipe import TeacherConfig
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
 PAIRS = [(TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[1]), (TEXTS[0], TEXTS[3]), (TEXTS[0], TEXTS[1])]

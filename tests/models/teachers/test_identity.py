@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from d2llm.core.errors import D2LLMError, InputError
-from d2llm.core.recipe import LoraConfig, TeacherConfig
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.identity import TeacherIdentity, identify_local_teacher
+from d2llm.recipe import LoraConfig, TeacherConfig
 from tiny_models import randomise, tiny_teacher_config, write_tiny_model
 
 

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 from transformers import PreTrainedTokenizerFast as Fast
 
 from d2llm.core.errors import AnswerTokenError, InputError, ModelError, ModelNotFoundError
-from d2llm.core.recipe import LoraConfig, TeacherConfig
 from d2llm.data.labels import LabelStore
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.classifier import ClassifierTeacher
@@ -23,6 +22,7 @@ from d2llm.models.teachers.identity import find_kind
 from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
 from d2llm.models.teachers.prompts import load_prompt
 from d2llm.models.teachers.seq2seq import Seq2SeqTeacher
+from d2llm.recipe import LoraConfig, TeacherConfig
 from d2llm.training.label import label
 from tiny_data import topics
 from tiny_models import TEXTS, tiny_tokenizer, write_tiny_model

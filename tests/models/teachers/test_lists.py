@@ -14,12 +14,12 @@ import pytest
 from pydantic import ValidationError
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import TASKS
 from d2llm.models.teachers.identity import find_kind
 from d2llm.models.teachers.judge import Judge, asks_endpoint, identify_judge, load_judge, ranks_lists
 from d2llm.models.teachers.list_prompts import load_list_prompt
 from d2llm.models.teachers.lists import GradedTeacher, ListwiseTeacher
+from d2llm.recipe import TeacherConfig
 from local_endpoint import LocalEndpoint, Reply, Request, always, chat, local_endpoint
 
 PAIRS = [("how cats sleep", f"worth {worth}") for worth in (10, 95, 70, 40)]

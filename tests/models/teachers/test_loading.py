@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from d2llm.core.errors import InputError, MissingExtraError, ModelError
-from d2llm.core.recipe import LoraConfig, TeacherConfig
 from d2llm.models.device import checkpoint_layers
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.judge import identify_judge, load_judge
 from d2llm.models.teachers.loading import require_on_devices
+from d2llm.recipe import LoraConfig, TeacherConfig
 from tiny_models import TEXTS, randomise, tiny_teacher_config, write_tiny_model
 
 PAIRS = [(query, passage) for query in TEXTS[:2] for passage in TEXTS[:4]]

@@ -16,11 +16,11 @@ from d2llm.core.errors import (
     InputError,
     MissingExtraError,
 )
-from d2llm.core.recipe import TeacherConfig
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.judge import Judge
 from d2llm.models.teachers.prompts import Prompt, load_prompt
 from d2llm.models.teachers.remote import RemoteTeacher, read_log_odds
+from d2llm.recipe import TeacherConfig
 from local_endpoint import (
     PAIRS,
     PLAIN,

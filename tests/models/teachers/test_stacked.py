@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import DataFormatError, InputError, MismatchError, ModelError
-from d2llm.core.recipe import TeacherConfig
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import Judge, Judgements, identify_judge, load_judge
 from d2llm.models.teachers.stacked import StackedTeacher, StackMember, stacked_queries, write_stack
 from d2llm.ops.stacking import Stack
+from d2llm.recipe import TeacherConfig
 from list_endpoint import KINDS, counts_words
 from local_endpoint import Reply, local_endpoint
 from tiny_models import TEXTS, tiny_student_config, tiny_teacher_config, write_tiny_model

@@ -15,12 +15,12 @@ import transformers
 
 import fake_vllm
 from d2llm.core.errors import AnswerTokenError, InputError, MissingExtraError, ModelError
-from d2llm.core.recipe import LoraConfig, TeacherConfig
 from d2llm.data.labels import LabelStore
 from d2llm.models.teachers import vllm as module
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
 from d2llm.models.teachers.vllm import VllmTeacher
+from d2llm.recipe import LoraConfig, TeacherConfig
 from d2llm.training.label import label
 from tiny_data import topics
 from tiny_models import TEXTS, randomise, tiny_teacher_config, tiny_tokenizer, write_tiny_model

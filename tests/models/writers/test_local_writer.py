@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from d2llm.core.errors import DataFormatError, InputError, MismatchError
-from d2llm.core.recipe import LoraConfig, WriterConfig
 from d2llm.models.writers.local import LocalWriter, _Sampler, tuned_prompt, tuned_target
 from d2llm.models.writers.writer import DEFAULT_TEMPERATURE, Assignment, Writer, load_writer
+from d2llm.recipe import LoraConfig, WriterConfig
 from tiny_models import MAX_TOKENS, TEXTS, randomise, tiny_tokenizer, write_tiny_model
 
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.0)

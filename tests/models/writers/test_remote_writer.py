@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
-from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
 from d2llm.core.types import Passage
 from d2llm.fitting.draft_store import DraftStore, passage_hash
 from d2llm.fitting.write_queries import WritingBudget, write_queries
@@ -20,6 +19,7 @@ from d2llm.methods.losses.soft_expansion import read_expansions, write_expansion
 from d2llm.models.remote import endpoint as remote_endpoint
 from d2llm.models.writers.remote import RemoteWriter
 from d2llm.models.writers.writer import Assignment, Writer, load_writer, write_until_error
+from d2llm.recipe import RemoteWriterConfig, WriterConfig
 from local_endpoint import LocalEndpoint, Reply, Request, always, chat, local_endpoint
 from tiny_models import TEXTS, tiny_tokenizer
 from waiting import until

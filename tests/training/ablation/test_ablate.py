@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 
 from d2llm.core.errors import InputError, RecipeError, TrainingDivergedError
-from d2llm.core.losses import Objective
-from d2llm.core.recipe import DataConfig, Recipe, ResidualConfig
-from d2llm.core.variants import find_variant
 from d2llm.data.labels import LabelStore
 from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
 from d2llm.data.pairs import LabelledPair, PairDataset
 from d2llm.data.training import TrainingSource
 from d2llm.models.teachers.judge import identify_judge
 from d2llm.ops.significance import Interval
+from d2llm.recipe import DataConfig, Recipe, ResidualConfig
+from d2llm.recipe.losses import Objective
+from d2llm.recipe.variants import find_variant
 from d2llm.training import distill as distill_verb
 from d2llm.training import trainer
 from d2llm.training.ablation import ablate as verb

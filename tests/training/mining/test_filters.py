@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.recipe import MiningConfig
-from d2llm.core.recipe_file import named_teacher, parse_recipe
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.same_text import jaccard, shingles
 from d2llm.models.teachers.judge import Judgements, load_judge
+from d2llm.recipe import MiningConfig
+from d2llm.recipe.recipe_file import named_teacher, parse_recipe
 from d2llm.training.mining.audit import MarginHistogram, audit_page, rank_range
 from d2llm.training.mining.choose import order_candidates, random_of
 from d2llm.training.mining.mine import MiningResult, mine

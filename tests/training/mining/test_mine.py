@@ -11,11 +11,11 @@ import pytest
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.recipe import MiningConfig, StudentConfig
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
 from d2llm.ops import selection
 from d2llm.ops.selection import nearest_rows
+from d2llm.recipe import MiningConfig, StudentConfig
 from d2llm.training.mining.mine import mine
 
 

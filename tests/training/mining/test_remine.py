@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import MiningConfig
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
+from d2llm.recipe import MiningConfig
 from d2llm.training.mining.remine import remine
 from fake_models import FakeStudent
 from tiny_data import make_plan, topics

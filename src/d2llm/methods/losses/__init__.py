@@ -1,1 +1,1 @@
-"""Losses. A file is imported when a recipe names its kind (``core.losses.LOSSES``)."""
+"""Losses. A file is imported when a recipe names its kind (``recipe.losses.LOSSES``)."""

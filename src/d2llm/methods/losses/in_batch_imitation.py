@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2llm.core.errors import InputError
-from d2llm.core.losses import Loss, Need
 from d2llm.core.types import TASKS, Task
 from d2llm.data.beir import Dataset
 from d2llm.models.backbone import TextKind
@@ -19,6 +18,7 @@ from d2llm.models.pooling import to_sphere
 from d2llm.models.student import Student
 from d2llm.ops.losses import list_imitation
 from d2llm.ops.scoring import mean_best_cosines
+from d2llm.recipe.losses import Loss, Need
 from d2llm.training.checkpoints import remarks
 from d2llm.training.losses import LossInput, Preparation
 from d2llm.training.processes import own_device

@@ -7,8 +7,8 @@ from typing import ClassVar
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from d2llm.core.losses import Loss, Need
 from d2llm.ops.losses import masked_mean, zero_outside
+from d2llm.recipe.losses import Loss, Need
 from d2llm.training.losses import LossInput
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from d2llm.core.errors import InputError
-from d2llm.core.losses import Loss, Need
-from d2llm.core.recipe import Recipe
 from d2llm.ops.losses import in_batch_cross_entropy
+from d2llm.recipe import Recipe
+from d2llm.recipe.losses import Loss, Need
 from d2llm.training.losses import LossInput, Preparation
 
 _log = logging.getLogger(__name__)

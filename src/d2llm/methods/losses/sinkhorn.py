@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from d2llm.core.losses import Loss, Need
 from d2llm.ops.losses import checked_temperature, zero_outside
+from d2llm.recipe.losses import Loss, Need
 from d2llm.training.losses import LossInput
 
 

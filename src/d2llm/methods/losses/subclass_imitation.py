@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from d2llm.core.losses import Loss, Need
-from d2llm.core.recipe import Recipe
 from d2llm.ops.losses import SMALLEST_NORM, masked_mean, zero_outside
+from d2llm.recipe import Recipe
+from d2llm.recipe.losses import Loss, Need
 from d2llm.training.losses import LossInput
 
 

@@ -27,11 +27,11 @@ from d2llm.core.files import new_folder
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.machine import replaced_allocator
 from d2llm.core.manifest import FILE_NAME, write_manifest
-from d2llm.core.recipe import StudentConfig
 from d2llm.core.types import EngineName
 from d2llm.models.device import choose_device, choose_dtype
 from d2llm.models.export.eight_bits import OPENVINO_GROUP, Runtime
 from d2llm.models.export.graphs import OPSET, write_text_graph
+from d2llm.recipe import StudentConfig
 
 if TYPE_CHECKING:
     from d2llm.models.student import Student

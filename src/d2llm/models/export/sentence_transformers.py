@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from d2llm.core.files import write_json
-from d2llm.core.recipe import StudentConfig
 from d2llm.core.types import Task, default_task
 from d2llm.models.backbone import search_query_tokens
 from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.student_files import BACKBONE_FOLDER, trained_tasks
 from d2llm.ops.pooling import PoolingName
+from d2llm.recipe import StudentConfig
 
 MODULES_FILE = "modules.json"
 _REQUIRES = ">=6"  # the first version whose Transformer has separate length limits for queries and passages

@@ -33,11 +33,11 @@ from transformers import PreTrainedTokenizerFast
 from d2llm.core.batches import batched
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.recipe import BackboneConfig, RemoteBackboneConfig
 from d2llm.models.backbone import TOKENIZING, Backbone, TextKind, TokenizedTexts
 from d2llm.models.remote.endpoint import Endpoint
 from d2llm.models.remote.vector_cache import BLANK, VectorCache
 from d2llm.models.sources import find_model, load_tokenizer
+from d2llm.recipe import BackboneConfig, RemoteBackboneConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

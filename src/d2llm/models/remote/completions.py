@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import CompletionConfig
 from d2llm.models.length_limit import TextLengths
 from d2llm.models.remote.endpoint import Answers, Endpoint
+from d2llm.recipe import CompletionConfig
 
 _Answer = TypeVar("_Answer")
 _Config = TypeVar("_Config", bound=CompletionConfig)

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.extras import require
-from d2llm.core.recipe import EndpointConfig
 from d2llm.models.remote.kept_answers import kept_answers
 from d2llm.models.remote.pace import BusyError, Retries, retry_after
+from d2llm.recipe import EndpointConfig
 
 if TYPE_CHECKING:
     import httpx2

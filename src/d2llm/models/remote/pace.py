@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, TypeVar
 
-from d2llm.core.recipe import EndpointConfig
+from d2llm.recipe import EndpointConfig
 
 if TYPE_CHECKING:
     import tenacity

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from d2llm.core.errors import ModelError
 from d2llm.core.fallbacks import count_fallback
-from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
 from d2llm.models.device import inference
 from d2llm.models.teachers.judge import Judgements, TextPair
@@ -24,6 +23,7 @@ from d2llm.models.teachers.local import Answers, LocalTeacher
 from d2llm.models.teachers.questions import Question, Questions
 from d2llm.models.teachers.shared_prefix import SharedPrefixes, why_not_shared
 from d2llm.ops.pooling import last_positions, to_right_padding
+from d2llm.recipe import TeacherConfig
 
 _log = logging.getLogger(__name__)
 

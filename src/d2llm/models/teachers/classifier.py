@@ -14,11 +14,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from d2llm.core.errors import ModelError
-from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
 from d2llm.models.device import inference
 from d2llm.models.teachers.judge import TextPair
 from d2llm.models.teachers.local import LocalTeacher, fit_pairs
+from d2llm.recipe import TeacherConfig
 
 _TokenAndType = tuple[int, int]
 _HEADS = ("classifier", "head", "score", "bert.pooler", "pooler")  # names of the layers on top of the encoder

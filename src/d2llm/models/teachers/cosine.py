@@ -11,13 +11,6 @@ from numpy.typing import NDArray
 
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_manifest
-from d2llm.core.recipe import (
-    BackboneConfig,
-    StudentConfig,
-    TeacherConfig,
-    shaping_student_settings,
-    untuned_config,
-)
 from d2llm.core.shipped import shipped_models
 from d2llm.core.types import TASKS, Task
 from d2llm.models.backbone import TextKind
@@ -27,6 +20,13 @@ from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judgements, TextPair
+from d2llm.recipe import (
+    BackboneConfig,
+    StudentConfig,
+    TeacherConfig,
+    shaping_student_settings,
+    untuned_config,
+)
 
 _CACHED_NUMBERS = 1 << 24  # size of the cache of vectors: 64 MB of float32
 

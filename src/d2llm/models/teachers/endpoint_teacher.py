@@ -6,12 +6,12 @@ from abc import abstractmethod
 from typing import Any, ClassVar, TypeVar
 
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.recipe import RemoteConfig, TeacherConfig
 from d2llm.core.types import TASKS, Task
 from d2llm.models.remote.completions import require_address
 from d2llm.models.remote.kept_answers import using
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import LastingJudge
+from d2llm.recipe import RemoteConfig, TeacherConfig
 
 _Teacher = TypeVar("_Teacher", bound="EndpointTeacher")
 

@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from d2llm.core.errors import DataFormatError, MismatchError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_any_manifest, read_manifest
-from d2llm.core.recipe import REMOTE_KINDS, Quantization, TeacherConfig
 from d2llm.core.shipped import find_tuned
 from d2llm.core.types import TASKS, Task
 from d2llm.models.sources import find_model, find_model_file, fingerprint_model
 from d2llm.models.teachers.prompts import load_prompt
+from d2llm.recipe import REMOTE_KINDS, Quantization, TeacherConfig
 
 _log = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Bool, Float32
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import REMOTE_KINDS, RecordedConfig, TeacherConfig
 from d2llm.core.types import Task
 from d2llm.models.teachers.identity import (
     LOCAL_KINDS,
@@ -21,6 +20,7 @@ from d2llm.models.teachers.identity import (
     find_tuned_teacher,
     identify_local_teacher,
 )
+from d2llm.recipe import REMOTE_KINDS, RecordedConfig, TeacherConfig
 
 TextPair = tuple[str, str]
 """Query text and full passage text."""

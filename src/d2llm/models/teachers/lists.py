@@ -27,7 +27,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.recipe import ListsConfig, TeacherConfig
 from d2llm.core.types import TASKS, Task
 from d2llm.models.remote.completions import (
     Completion,
@@ -41,6 +40,7 @@ from d2llm.models.teachers.judge import Judgements, PartlyJudged, TextPair, shar
 from d2llm.models.teachers.list_answers import read_grades, read_ranking
 from d2llm.models.teachers.list_prompts import ListPrompt, load_list_prompt
 from d2llm.ops.plackett_luce import strengths
+from d2llm.recipe import ListsConfig, TeacherConfig
 
 GRADE_OF_ANSWERS, GRADES_PER_LOGIT = 70.0, 12.0
 _TRIAL = ("what do cows drink", ("Cows drink water.",))

@@ -14,7 +14,7 @@ from torch import nn
 
 from d2llm.core.errors import InputError
 from d2llm.core.extras import require
-from d2llm.core.recipe import Quantization, TeacherConfig
+from d2llm.recipe import Quantization, TeacherConfig
 
 _EXTRA = "large"
 _MARKS = {"8bit": "is_loaded_in_8bit", "4bit": "is_loaded_in_4bit"}  # what PEFT looks for on a model to adapt

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
 from d2llm.core.manifest import write_manifest
-from d2llm.core.recipe import LoraConfig, Quantization, TeacherConfig
 from d2llm.core.types import Task
 from d2llm.models.device import (
     checkpoint_layers,
@@ -64,6 +63,7 @@ from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.models.teachers.loading import check_device, loading_options, prepare_quantized, require_on_devices
 from d2llm.ops.batching import pad_right, token_budget_batches
 from d2llm.ops.pair_truncation import cut_pair
+from d2llm.recipe import LoraConfig, Quantization, TeacherConfig
 
 _T = TypeVar("_T", bound="LocalTeacher")
 _BATCH_PAIRS = 256

@@ -17,7 +17,6 @@ import numpy as np
 
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.recipe import RecordedConfig, RemoteConfig, TeacherConfig
 from d2llm.core.types import TASKS, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.graded_lists import GradedList, read_graded_lists
@@ -26,6 +25,7 @@ from d2llm.data.pair_training import read_pair_training_set
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.models.teachers.lists import GradedTeacher, log_odds_of_grades
+from d2llm.recipe import RecordedConfig, RemoteConfig, TeacherConfig
 
 _log = logging.getLogger(__name__)
 

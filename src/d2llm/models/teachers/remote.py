@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 
 from d2llm.core.errors import AnswerTokenError, InputError, ModelError
-from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import TASKS, Task
 from d2llm.models.remote.completions import Completions
 from d2llm.models.remote.endpoint import Answers
 from d2llm.models.teachers.endpoint_teacher import EndpointTeacher
 from d2llm.models.teachers.judge import Judgements, PartlyJudged, TextPair
 from d2llm.models.teachers.prompts import Prompt, load_prompt
+from d2llm.recipe import TeacherConfig
 
 _TRIAL: TextPair = ("what do cows drink", "Cows drink water.")
 _SPACES = str.maketrans("▁Ġ", "  ")  # how vocabularies write a leading space; some endpoints return it in this form

@@ -16,7 +16,6 @@ from d2llm.core.errors import DataFormatError, InputError, MismatchError
 from d2llm.core.files import new_folder
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_manifest, write_manifest
-from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
 from d2llm.models.teachers.identity import TeacherIdentity, find_kind
 from d2llm.models.teachers.judge import (
@@ -33,6 +32,7 @@ from d2llm.models.teachers.judge import (
     whole_queries,
 )
 from d2llm.ops.stacking import Stack
+from d2llm.recipe import TeacherConfig
 
 STACK_KIND = "stack"
 STACK_FORMAT_VERSION = 1

@@ -25,7 +25,6 @@ from torch.nn import functional
 
 from d2llm.core.errors import AnswerTokenError, InputError, ModelError
 from d2llm.core.extras import require
-from d2llm.core.recipe import TeacherConfig, VllmConfig
 from d2llm.core.types import Task
 from d2llm.models.sources import (
     find_model,
@@ -47,6 +46,7 @@ from d2llm.models.teachers.identity import (
 )
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.models.teachers.questions import Questions
+from d2llm.recipe import TeacherConfig, VllmConfig
 
 _PAIRS_AT_ONCE = 4096  # between two reports of progress; vLLM itself decides how many it computes together
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM reserves memory

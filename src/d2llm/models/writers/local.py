@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from d2llm.core.errors import DataFormatError, InputError, MismatchError
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_manifest, write_manifest
-from d2llm.core.recipe import LoraConfig, WriterConfig
 from d2llm.core.shipped import find_tuned
 from d2llm.models.device import choose_device, choose_dtype, inference, use_plain_attention_on_cpu
 from d2llm.models.length_limit import TextLengths, readable_tokens
@@ -40,6 +39,7 @@ from d2llm.models.writers.answers import describe_problem, parse_answer
 from d2llm.models.writers.prompts import WriterPrompts, as_data, cut_assignments
 from d2llm.models.writers.writer import DEFAULT_TEMPERATURE, EXPANSION_KINDS, Assignment, WrittenQueries
 from d2llm.ops.batching import pad_left, token_budget_batches
+from d2llm.recipe import LoraConfig, WriterConfig
 
 _log = logging.getLogger(__name__)
 

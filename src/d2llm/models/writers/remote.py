@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.recipe import WriterConfig
 from d2llm.models.remote.completions import (
     Completion,
     Completions,
@@ -19,6 +18,7 @@ from d2llm.models.remote.kept_answers import using
 from d2llm.models.writers.answers import describe_problem, parse_answer
 from d2llm.models.writers.prompts import WriterPrompts, cut_assignments
 from d2llm.models.writers.writer import DEFAULT_TEMPERATURE, Assignment, LastingWriter, WrittenQueries
+from d2llm.recipe import WriterConfig
 
 _TRIAL = Assignment("Cows drink water.", "keywords")
 

@@ -13,8 +13,8 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import pairs_of
-from d2llm.core.recipe import WriterConfig
 from d2llm.models.remote.endpoint import Answers
+from d2llm.recipe import WriterConfig
 
 QueryKind = Literal["question", "keywords", "statement"]
 """What a query is: a question, a few keywords, or a statement that the passage supports."""

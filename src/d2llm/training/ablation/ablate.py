@@ -18,8 +18,6 @@ from d2llm.core.errors import D2LLMError, InputError
 from d2llm.core.files import new_folder, write_json
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import read_manifest
-from d2llm.core.recipe import Recipe, TeacherConfig
-from d2llm.core.variants import VARIANTS, find_variant
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import TrainingPlan
 from d2llm.data.run_folder import is_finished, working_folder
@@ -28,6 +26,8 @@ from d2llm.models.device import choose_device, choose_dtype
 from d2llm.models.student import Student
 from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.models.teachers.judge import identify_judge
+from d2llm.recipe import Recipe, TeacherConfig
+from d2llm.recipe.variants import VARIANTS, find_variant
 from d2llm.training.ablation.report import (
     BASE,
     AblationReport,
@@ -189,7 +189,7 @@ def ablate(
         labels: the label store that ``label`` wrote; not needed if neither the recipe nor a variant imitates a teacher.
         teacher: the teacher whose labels to use.
         closed_gates: data sets whose labels of the teacher are not used, as in ``distill``.
-        variants: names from ``core.variants``; None means all that need no labels unless the recipe does.
+        variants: names from ``recipe.variants``; None means all that need no labels unless the recipe does.
         num_seeds: number of seeds, counting up from the recipe's.
         max_queries: train on a random sample of this many queries of each plan, the same for all runs; a larger sample
             contains a smaller one.

@@ -8,8 +8,8 @@ from statistics import fmean
 from typing import Any, Literal
 
 from d2llm.core.types import Task
-from d2llm.core.variants import VARIANTS, VariantGroup
 from d2llm.ops.significance import Interval, mean_interval
+from d2llm.recipe.variants import VARIANTS, VariantGroup
 
 REPORT_VERSION = 1
 """Version of ``AblationReport.to_json``; changes when a field is renamed or removed, or its meaning changes."""

@@ -19,10 +19,10 @@ from typing import Literal
 import numpy as np
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import MiningConfig
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
 from d2llm.data.same_text import SameText, jaccard, shingles
+from d2llm.recipe import MiningConfig
 from d2llm.training.mining.ranking import EncoderRanking, Lists
 from d2llm.training.mining.teacher import TeacherCheck
 

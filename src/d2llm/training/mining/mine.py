@@ -11,12 +11,12 @@ from typing import Any
 
 from d2llm.core.errors import InputError
 from d2llm.core.progress import progress_bar
-from d2llm.core.recipe import MiningConfig
 from d2llm.core.types import Query, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.own_passages import OwnCounts
 from d2llm.data.plan import PlanEntry
 from d2llm.data.same_text import SameText
+from d2llm.recipe import MiningConfig
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.protocols import SearchStudent, TextEncoder
 from d2llm.runners.placement import HERE, Placement

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2llm.core.recipe import DataConfig, MiningConfig
 from d2llm.data.labels import LabelStore
 from d2llm.data.open_data import open_data, open_source
 from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set, shared_pairs
@@ -23,6 +22,7 @@ from d2llm.evaluation.judging import place_judge
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import find_tuned_teacher
 from d2llm.models.teachers.judge import identify_judge, load_judge, ranks_lists
+from d2llm.recipe import DataConfig, MiningConfig
 from d2llm.retrieval.text_workers import create_student, encoder_loads, load_student
 from d2llm.runners.placement import Load, Placement
 from d2llm.runners.runner import Runner, find_runner

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.losses import LOSSES
-from d2llm.core.recipe import BackboneConfig, EvidenceConfig, Recipe, TrainingConfig
-from d2llm.core.recipe_file import load_recipe
-from d2llm.core.variants import VARIANTS, Variant, find_variant
 from d2llm.data.collation import LabelledSource, collate, epoch_batches
 from d2llm.data.labels import LabelStore
 from d2llm.models.backbone import Backbone
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import identify_local_teacher
+from d2llm.recipe import BackboneConfig, EvidenceConfig, Recipe, TrainingConfig
+from d2llm.recipe.losses import LOSSES
+from d2llm.recipe.recipe_file import load_recipe
+from d2llm.recipe.variants import VARIANTS, Variant, find_variant
 from d2llm.training.ablation.report import BASE
 from tiny_distill import Place, losses_of, score_batch
 from tiny_models import write_tiny_model

@@ -10,13 +10,14 @@ from pydantic import BaseModel, ValidationError
 
 from d2llm.core.errors import RecipeError
 from d2llm.core.names import describe_problem
-from d2llm.core.recipe import (
+from d2llm.core.shipped import shipped_recipes
+from d2llm.core.toml import parse_toml, read_toml
+from d2llm.recipe import (
     Recipe,
     TeacherConfig,
     shaping_student_settings,
 )
-from d2llm.core.shipped import shipped_recipes
-from d2llm.core.toml import parse_toml, read_toml
+from d2llm.recipe.kinds import describe_kind
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -176,6 +177,8 @@ def _explain(problem: ErrorDetails) -> str:
     match problem["type"]:
         case "loss":
             return problem["msg"]
+        case "kind":
+            return str(describe_kind(problem, key))
         case "model_type":
             return f"{key} should be a table: write [{key}]"
         case "tuple_type":

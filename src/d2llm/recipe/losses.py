@@ -36,7 +36,7 @@ from d2llm.core.registry import Registry, modules_in
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from d2llm.core.recipe import Recipe
+    from d2llm.recipe import Recipe
     from d2llm.training.losses import LossInput, Preparation
 
 Need = Literal["labels", "features", "live_teacher", "judgements"]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.losses import LOSSES, Loss, Objective
-from d2llm.core.recipe import Recipe
-from d2llm.core.recipe_file import load_recipe_text, shaping_settings
+from d2llm.recipe import Recipe
+from d2llm.recipe.losses import LOSSES, Loss, Objective
+from d2llm.recipe.recipe_file import load_recipe_text, shaping_settings
 from tiny_distill import Place, log_of
 
 
@@ -134,7 +134,7 @@ def test_a_kind_that_ships_cannot_be_taken() -> None:
 def test_another_package_adds_a_loss_by_an_entry_point(tmp_path: Path) -> None:
     """Installed as pip would leave it: a module and its metadata on the path."""
     (tmp_path / "their_loss.py").write_text(
-        "from d2llm.core.losses import Loss\n\n\n"
+        "from d2llm.recipe.losses import Loss\n\n\n"
         "class Theirs(Loss, kind='theirs'):\n"
         "    '''The mean square of the scores.'''\n\n"
         "    def __call__(self, inputs):\n"
@@ -147,7 +147,7 @@ def test_another_package_adds_a_loss_by_an_entry_point(tmp_path: Path) -> None:
         "[d2llm.losses]\ntheirs = their_loss:Theirs\nbroken = their_loss:Nothing\nwrong = their_loss:Theirs\n"
     )
     program = (
-        "from d2llm.core.losses import LOSSES, Objective\n"
+        "from d2llm.recipe.losses import LOSSES, Objective\n"
         "assert 'theirs' in LOSSES.kinds\n"
         "print(Objective({'theirs': 0.5}).active['theirs'])\n"
         "for kind in ('broken', 'wrong'):\n"
@@ -168,7 +168,7 @@ def test_another_package_adds_a_loss_by_an_entry_point(tmp_path: Path) -> None:
 
 def test_what_others_published_is_imported_only_if_it_is_named() -> None:
     program = (
-        "import sys\nfrom d2llm.core.recipe import Recipe\nimport d2llm.training.distill\nRecipe()\n"
+        "import sys\nfrom d2llm.recipe import Recipe\nimport d2llm.training.distill\nRecipe()\n"
         "assert not [name for name in sys.modules if name.startswith('d2llm.methods')]\n"
         "Recipe(losses={'ranknet': 1.0})\n"
         "assert 'd2llm.methods.losses.ranknet' in sys.modules\n"

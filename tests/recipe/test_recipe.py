@@ -7,15 +7,15 @@ import pytest
 from pydantic import ValidationError
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.losses import Objective
-from d2llm.core.recipe import (
+from d2llm.recipe import (
     PretrainingConfig,
     Recipe,
     TeacherConfig,
     TeacherTuningConfig,
     VllmConfig,
 )
-from d2llm.core.recipe_file import (
+from d2llm.recipe.losses import Objective
+from d2llm.recipe.recipe_file import (
     changed_recipe,
     changed_settings,
     load_recipe,

@@ -1,0 +1,86 @@
+"""The sections ``[data]``, ``[mining]`` and ``[labelling]``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from d2llm.core.types import Task
+from d2llm.recipe.sections import Section
+
+
+class DataConfig(Section):
+    """One data set of a recipe: a retrieval set in BEIR layout, or a set of labelled pairs."""
+
+    path: str
+    """Location of the data set; the last part is its name. ``--data`` sets the location on another machine."""
+    about: str = ""
+    """What the data set contains, its licence and where to get it, for users who do not have it."""
+    task: Task = "asymmetric"
+    max_queries: int | None = Field(default=None, ge=1)
+    """Train on a random sample of this many queries."""
+    max_labelled: int | None = Field(default=None, ge=1)
+    """Let the teacher label this many of them, at random or as ``labelling`` says; ``training.unlabelled`` says what
+    happens to the others. For a teacher that is slow compared with the student."""
+    exclude_shared_passages: bool = True
+    """Leave out training queries that share a positive with a dev or test query, so that dev and test passages have
+    never been positives. If all splits share one small corpus (intents, FAQ), nothing would be left: set this to false,
+    but note that dev and test then measure unseen queries only, not unseen passages. Of labelled pairs, only those are
+    left out that dev or test have too."""
+
+
+class MiningConfig(Section):
+    """How to mine negatives for the training plan. Options are named as in sentence-transformers'
+    ``mine_hard_negatives``.
+    """
+
+    num_hard: int = Field(default=8, ge=0)
+    num_easy: int = Field(default=4, ge=0)
+    sources: tuple[Literal["bm25", "encoder"], ...] = ("bm25", "encoder")
+    """Rankings that provide candidates for hard negatives: their union, without the positives."""
+    student: str | None = None
+    """The encoder: a trained student's folder or name, which ranks by its full score. By default the recipe's backbone
+    before training, which ranks by its cosine."""
+    range_min: int = Field(default=0, ge=0)
+    """Skip this many passages at the top of each list, not counting positives: the most likely false negatives."""
+    range_max: int = Field(default=50, ge=1)
+    """How many passages of each list are candidates."""
+    sampling: Literal["uniform", "top", "rank_weighted"] = "uniform"
+    """How to draw from the range: uniformly, the best ranks first, or weighted by 1 / rank (the better rank of the two
+    lists)."""
+    near_duplicate: float = Field(default=0.9, gt=0, le=1)
+    """Drop a candidate if its text is more similar to a positive's than this (Jaccard similarity of character
+    trigrams); 1 drops only identical texts."""
+    relative_margin: float | None = Field(default=None, ge=0)
+    """Drop a candidate if the encoder scores it above the mean score of the positives minus this share of that mean;
+    0.05 is a common value."""
+    teacher_margin: float | None = None
+    """Drop a candidate if its teacher log-odds are above the mean log-odds of the positives minus this margin. Costs
+    one teacher pass per candidate; the judgements are kept in the label store. A run that tunes the teacher first mines
+    without the margin, and afterwards with it and the tuned teacher."""
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> MiningConfig:
+        if not self.sources:
+            raise ValueError("sources is empty; name bm25, encoder or both")
+        if self.range_min >= self.range_max:
+            raise ValueError(f"range_min is {self.range_min}, but must be below range_max, which is {self.range_max}")
+        return self
+
+
+class LabellingConfig(Section):
+    """Which queries the teacher labels, if ``max_labelled`` of a data set does not allow for all, and what it may cost.
+
+    The limits are those of one call of ``label``, and of what one call of ``distill`` asks (``training.unjudged``,
+    ``training.in_batch_labels``); the next continues where it stopped.
+    """
+
+    compared_students: tuple[str, str] | None = None
+    """Two students, as folders or names, such as those before and after some training: the queries whose passages they
+    rank most differently are labelled. By default a random sample is."""
+    max_minutes: float | None = Field(default=None, gt=0)
+    max_tokens: int | None = Field(default=None, gt=0)
+    """Tokens that the teacher reads and writes."""
+    max_cost: float | None = Field(default=None, gt=0)
+    """In the currency of the prices in ``teacher.remote``."""

@@ -1,0 +1,161 @@
+"""Sections of which there are several kinds, such as ``{ kind = "simcse", dropout = 0.1 }``.
+
+Each kind is a class with settings of its own, found by its name in a ``Registry``. So a setting of one kind
+cannot be given with another, and other packages can add kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, SerializationInfo, ValidationError, model_serializer
+from pydantic_core import PydanticCustomError, core_schema
+
+from d2llm.core.names import describe_problem
+from d2llm.core.registry import Registry
+from d2llm.recipe.sections import Section
+
+if TYPE_CHECKING:
+    from pydantic_core import CoreSchema
+    from typing_extensions import Self
+
+KIND_PROBLEM = "kind"
+"""The type of pydantic errors about such a section. Their context has ``describe``, a function from the section's path
+to a message."""
+
+_described: set[type[SectionOfKind]] = set()
+"""Bases whose JSON Schema is being written."""
+
+
+class SectionOfKind(Section):
+    """The base of all kinds of one section. It is a field's type; its values are instances of its subclasses.
+
+    In a recipe such a section is a table with the key ``kind`` (``default_kind`` if it is missing), or only the name of
+    the kind. In Python it may also be an instance.
+
+    Example::
+
+        class Tuning(SectionOfKind):
+            kinds = Registry("tuning", {}, "d2llm.tunings")
+
+        class Lora(Tuning, kind="lora"):
+            rank: int = 8
+
+        class Frozen(Tuning, kind="frozen"):
+            pass
+
+        class BackboneConfig(Section):
+            tuning: Tuning = Lora()
+
+        BackboneConfig.model_validate({"tuning": {"kind": "lora", "rank": 16}}).tuning.rank  # 16
+        BackboneConfig.model_validate({"tuning": "frozen"})
+    """
+
+    kinds: ClassVar[Registry[Any]]
+    """All kinds of this section; a class variable of the base."""
+    kind: ClassVar[str] = ""
+    default_kind: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    """Where it was published."""
+
+    def __init_subclass__(cls, *, kind: str = "", **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if kind:
+            cls.kind = kind
+            cls.kinds.add(kind, cls)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        if cls.kind or not hasattr(cls, "kinds"):
+            return handler(source)
+        return core_schema.no_info_plain_validator_function(
+            cls.of, serialization=core_schema.plain_serializer_function_ser_schema(_write, info_arg=True)
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        if cls.kind or not hasattr(cls, "kinds"):
+            return handler(schema)
+        if cls in _described:  # a kind that has a section of the same base in it
+            return {"type": ["object", "string"]}
+        _described.add(cls)
+        try:
+            tables = [cls._describe_table(kind, handler) for kind in cls.kinds.kinds]
+        finally:
+            _described.discard(cls)
+        return {"anyOf": [{"enum": cls.kinds.kinds}, *tables]}
+
+    @classmethod
+    def _describe_table(cls, kind: str, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        described: dict[str, Any] = {**handler(cls.kinds.find(kind).__pydantic_core_schema__)}
+        described["properties"] = {"kind": {"const": kind}} | described["properties"]
+        needed = ["kind"] if kind != cls.default_kind else []
+        needed += described.get("required", [])
+        return described | ({"required": needed} if needed else {})
+
+    @model_serializer(mode="wrap")
+    def _with_kind(self, handler: Any) -> dict[str, Any]:
+        return {"kind": self.kind} | handler(self)
+
+    @classmethod
+    def of(cls, value: Any) -> Self:
+        """A section of the kind that a value names: a table with ``kind``, the name of a kind, or an instance.
+
+        Raises:
+            PydanticCustomError: there is no such kind, or its settings are wrong.
+        """
+        if isinstance(value, cls):
+            return value
+        table = {"kind": value} if isinstance(value, str) else value
+        if not isinstance(table, Mapping):
+            raise _problem(lambda key: f"{key} should be a kind, or a table: write [{key}] (got {value!r})")
+        settings = dict(cast("Mapping[str, Any]", table))
+        kind = settings.pop("kind", cls.default_kind)
+        if not kind or not isinstance(kind, str):
+            kinds = ", ".join(cls.kinds.kinds)
+            raise _problem(lambda key: f"{key}.kind is missing; set it to one of: {kinds}")
+        try:
+            found = cls.kinds.find(kind)
+        except ValueError as error:
+            message = str(error)
+            raise _problem(lambda key: f"{key}: {message}") from error
+        try:
+            return found.model_validate(settings)
+        except ValidationError as error:
+            raise _problem(_describing(error, found)) from error
+
+
+def _write(section: SectionOfKind, info: SerializationInfo) -> dict[str, Any]:
+    return section.model_dump(
+        mode=info.mode,
+        exclude_unset=info.exclude_unset,
+        exclude_defaults=info.exclude_defaults,
+        exclude_none=info.exclude_none,
+    )
+
+
+def _describing(error: ValidationError, cls: type[SectionOfKind]) -> Callable[[str], str]:
+    """A function that says what is wrong with a section at a path."""
+
+    def describe(key: str) -> str:
+        problems: list[str] = []
+        for problem in error.errors():
+            path = ".".join([key, *map(str, problem["loc"])]) if key else ".".join(map(str, problem["loc"]))
+            problems.append(describe_kind(problem, path) or describe_problem(problem, path, lambda: _keys_of(cls)))
+        return "; ".join(problems)
+
+    return describe
+
+
+def describe_kind(problem: Any, key: str) -> str | None:
+    """What is wrong with a section of kinds at a path; None if the problem is another."""
+    return problem["ctx"]["describe"](key) if problem["type"] == KIND_PROBLEM else None
+
+
+def _keys_of(cls: type[SectionOfKind]) -> list[str]:
+    return ["kind", *sorted(cls.model_fields)]
+
+
+def _problem(describe: Callable[[str], str]) -> PydanticCustomError:
+    return PydanticCustomError(KIND_PROBLEM, "{text}", {"text": describe("this section"), "describe": describe})

@@ -1,0 +1,149 @@
+"""A recipe: everything that shapes a run, in sections. ``recipe.recipe_file`` reads them from TOML."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from d2llm.recipe.data import DataConfig, LabellingConfig, MiningConfig
+from d2llm.recipe.losses import Objective
+from d2llm.recipe.sections import Section
+from d2llm.recipe.student import StudentConfig
+from d2llm.recipe.teacher import LIST_KINDS, TeacherConfig
+from d2llm.recipe.training import EvidenceConfig, GateConfig, TrainingConfig
+from d2llm.recipe.tuning import TeacherTuningConfig
+
+
+class Recipe(Section):
+    """All settings of one run."""
+
+    name: str = "unnamed"
+    seed: int = Field(default=0, ge=0)
+    student: StudentConfig = StudentConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    teacher_tuning: TeacherTuningConfig = TeacherTuningConfig()
+    data: tuple[DataConfig, ...] = ()
+    mining: MiningConfig = MiningConfig()
+    gate: GateConfig = GateConfig()
+    labelling: LabellingConfig = LabellingConfig()
+    losses: Objective = Field(default_factory=lambda: Objective({}))
+    training: TrainingConfig = TrainingConfig()
+    evidence: EvidenceConfig = EvidenceConfig()
+
+    @model_validator(mode="after")
+    def _check_tuning(self) -> Recipe:
+        tuning = self.teacher_tuning
+        if tuning.epochs and tuning.tuning == "full" and tuning.base_quantization(self.teacher) != "none":
+            raise ValueError(
+                f"teacher.quantization is {self.teacher.quantization}, and quantised weights cannot be trained: set "
+                'teacher_tuning.tuning = "lora" or teacher_tuning.quantization = "none"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_lists(self) -> Recipe:
+        imitated = [kind for kind, loss in self.losses.active.items() if "features" in loss.needs]
+        if self.teacher.kind in LIST_KINDS and imitated and self.student.interaction.head != "cosine":
+            raise ValueError(
+                f"losses.{imitated[0]} imitates a teacher's features, and one of kind {self.teacher.kind} answers in "
+                f"words alone: set {' and '.join(f'losses.{name} = 0' for name in imitated)}"
+            )
+        remote = self.teacher.remote
+        if self.labelling.max_cost is not None and (remote is None or remote.cost(0, 0) is None):
+            raise ValueError(
+                "labelling.max_cost needs prices: set teacher.remote.price_per_million_prompt_tokens and "
+                "price_per_million_written_tokens, or give the limit as max_tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_remote_backbone(self) -> Recipe:
+        if self.student.backbone.remote is not None and self.evidence.token_vectors:
+            raise ValueError(
+                "evidence.token_vectors needs the states of tokens, and a remote backbone gives one vector for each "
+                "text: set token_vectors to false (words and window_vectors can be used)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> Recipe:
+        if self.student.backbone.adapters == "one":
+            return self
+        if self.data and all(each.task == "symmetric" for each in self.data):
+            raise ValueError(
+                'student.backbone.adapters is "two", but in every data set the two texts of a pair have the same role: '
+                "delete adapters, or add an asymmetric set"
+            )
+        if self.training.pretraining.objective is not None:
+            raise ValueError(
+                'training.pretraining trains one backbone for all texts, but student.backbone.adapters is "two": '
+                "delete one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_complement(self) -> Recipe:
+        depth = self.training.complement_words
+        if depth is not None and "bm25" not in self.mining.sources:
+            raise ValueError(
+                f"training.complement_words takes hard negatives from BM25's first {depth} passages, but "
+                "mining.sources does not name bm25: add it, or delete complement_words"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_dual_head(self) -> Recipe:
+        if not self.training.dual_head:
+            return self
+        head, losses = self.student.interaction.head, self.losses
+        if head != "anchored":
+            raise ValueError(
+                f'training.dual_head needs the inner products of an anchor, and student.interaction.head is "{head}": '
+                'set it to "anchored", or dual_head to false'
+            )
+        if not losses.needs & {"labels", "live_teacher"}:
+            raise ValueError(
+                "training.dual_head has a head that imitates the teacher, but no imitation has a weight above 0: set "
+                "losses.list_imitation, or dual_head to false"
+            )
+        if "judgements" not in losses.needs:
+            raise ValueError(
+                "training.dual_head has a head that learns the data sets' judgements, but no cross-entropy has a "
+                "weight above 0: set losses.in_batch_cross_entropy (for labelled pairs, pair_cross_entropy), or "
+                "dual_head to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_pretraining(self) -> Recipe:
+        pretraining, backbone = self.training.pretraining, self.student.backbone
+        if pretraining.objective is None:
+            return self
+        if backbone.tuning == "frozen":
+            raise ValueError(
+                "training.pretraining trains the backbone, but student.backbone.tuning is frozen: set it to lora or "
+                "full, or delete pretraining.objective"
+            )
+        if pretraining.objective == "masked_next_token" and not backbone.bidirectional:
+            raise ValueError(
+                "training.pretraining.objective is masked_next_token, which teaches a decoder to read in both "
+                "directions, but student.backbone reads in one: set student.backbone.bidirectional = true, or choose "
+                "another objective"
+            )
+        if pretraining.is_taught and pretraining.teacher is None and backbone.layers is None:
+            raise ValueError(
+                f"training.pretraining.objective is {pretraining.objective}, but there is no backbone to imitate: name "
+                "one as pretraining.teacher, or let student.backbone.layers leave out layers of the model, which then "
+                "teaches with all of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_losses(self) -> Recipe:
+        for loss in self.losses.active.values():
+            loss.check(self)
+        return self
+
+    @property
+    def filters_with_tuned_teacher(self) -> bool:
+        """Whether a run mines twice: first without the teacher margin, then with it and the tuned teacher."""
+        return self.mining.teacher_margin is not None and self.losses.imitates and self.teacher_tuning.epochs > 0

@@ -1,0 +1,88 @@
+"""What the sections of a recipe share: the base class, adapters, endpoints."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A section: an unknown key is an error, and so is infinity."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+    )
+
+
+class LoraConfig(Section):
+    """Low-rank adapters on every linear layer of a backbone (published defaults: rank 8, alpha 8, dropout 0.05)."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=8.0, gt=0)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+
+
+class EndpointConfig(Section):
+    """An OpenAI-compatible endpoint: its address and key, and how fast and how patiently requests are sent."""
+
+    url: str = Field(pattern=r"^https?://[^/@?#\s]+(/[^@?#\s]*)?$")
+    """Base address, up to ``/v1``. It must not contain a key."""
+    revision: str = ""
+    """A name of your choice for the weights that the endpoint serves; together with the model's name it identifies
+    what they produce. Change it when the weights change, because an endpoint does not report that."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key."""
+    tokenizer: str | None = None
+    """Folder or Hub name of the model's tokenizer, used to count tokens."""
+    characters_per_token: float = Field(default=3.0, gt=0)
+    """Without a tokenizer, a limit in tokens times this is the limit in characters."""
+    concurrency: int = Field(default=16, ge=1)
+    """Maximum number of concurrent requests."""
+    requests_per_minute: float | None = Field(default=None, gt=0)
+    timeout_seconds: float = Field(default=60.0, gt=0)
+    """Time limit of one request."""
+    patience_minutes: float = Field(default=10.0, ge=0)
+    """How long to retry a request while the endpoint is overloaded or unreachable."""
+
+
+class CompletionConfig(EndpointConfig):
+    """An endpoint whose model continues a prompt, and what its tokens cost."""
+
+    api: Literal["completions", "chat"] = "completions"
+    """``completions`` sends the prompt unchanged, ``chat`` as a user message in the model's chat template."""
+    extra_body: dict[str, Any] = Field(default={})
+    """More fields for every request, such as ``{"max_completion_tokens": 400}``."""
+    leave_out: tuple[Literal["max_tokens", "temperature", "top_p", "seed"], ...] = ()
+    """Fields that the endpoint refuses, and that are therefore not sent."""
+    price_per_million_prompt_tokens: float | None = Field(default=None, ge=0)
+    """In any currency."""
+    price_per_million_written_tokens: float | None = Field(default=None, ge=0)
+
+    def body(self, **settings: Any) -> dict[str, Any]:
+        """The fields of a request besides model and prompt: ``settings`` without ``leave_out``, with ``extra_body``."""
+        return {name: value for name, value in settings.items() if name not in self.leave_out} | self.extra_body
+
+    def cost(self, num_prompt_tokens: int, num_written_tokens: int) -> float | None:
+        """The price of so many tokens, in the currency of the prices; None unless both prices are set."""
+        if self.price_per_million_prompt_tokens is None or self.price_per_million_written_tokens is None:
+            return None
+        prompt = num_prompt_tokens * self.price_per_million_prompt_tokens
+        return (prompt + num_written_tokens * self.price_per_million_written_tokens) / 1e6
+
+
+Quantization = Literal["none", "8bit", "4bit"]
+"""How the weights of a model's linear layers are stored: as they are, or in fewer bits by bitsandbytes."""
+
+
+class WarmUpConfig(Section):
+    """How the learning rate rises at the start of a run; afterwards it falls linearly to 0."""
+
+    warmup_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Share of the steps during which the rate rises from 0 to its full value."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """A number of steps instead of the share."""
+
+    def warmup_of(self, total_steps: int) -> int:
+        """Number of warm-up steps in a run of ``total_steps``."""
+        return round(self.warmup_fraction * total_steps) if self.warmup_steps is None else self.warmup_steps

@@ -1,0 +1,279 @@
+"""The section ``[student]``: backbone, pooling and interaction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import Field, field_validator, model_validator
+
+from d2llm.core.types import TASKS, Task
+from d2llm.recipe.sections import EndpointConfig, LoraConfig, Section
+
+
+class RemoteBackboneConfig(EndpointConfig):
+    """The endpoint of a remote backbone, which gives vectors of texts (docs/remote-backbone.md)."""
+
+    dimensions: int = Field(ge=1)
+    """Width of the vectors; an answer of another width is an error."""
+    shorten: bool = False
+    """Send ``dimensions`` with every request, so that a model that was trained for it shortens its vectors."""
+    batch_texts: int = Field(default=32, ge=1)
+    """Texts in one request."""
+    query_body: dict[str, Any] = Field(default={})
+    """More fields for requests with queries, such as ``{ input_type = "query" }``."""
+    passage_body: dict[str, Any] = Field(default={})
+    """The same for requests with passages."""
+
+
+_REACHING = frozenset(
+    {"url", "api_key_env", "batch_texts", "concurrency", "requests_per_minute", "timeout_seconds", "patience_minutes"}
+)
+"""Settings of a remote backbone that say how its endpoint is reached; vectors do not depend on them."""
+
+
+_MODEL_CARD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "e5": {
+        "query_prefix": "query: ",
+        "passage_prefix": "passage: ",
+        "max_query_tokens": 512,
+        "max_passage_tokens": 512,
+    }
+}
+
+
+class BackboneConfig(Section):
+    """The pretrained language model that encodes each text on its own.
+
+    The model ``e5`` was trained with prefixes and reads 512 tokens, so these are the defaults for it.
+    """
+
+    model: str = "minilm"
+    """Local folder, Hub name, GGUF file, or ``minilm`` / ``smollm2`` / ``e5`` (multilingual-e5-small); with the section
+    ``remote``, the model's name at the endpoint."""
+    tuning: Literal["lora", "full", "frozen"] = "lora"
+    """With ``remote``, always ``frozen``."""
+    lora: LoraConfig = LoraConfig()
+    adapters: Literal["one", "two"] = "one"
+    """``two``: queries and passages are read with LoRA adapters of their own, by one backbone (Semi-Siamese)."""
+    layers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Use only this many of the model's first layers, or the layers of these numbers, counted from 0
+    (``models.layer_choice`` chooses them): cheaper, and often no worse for search. None: all."""
+    pooling: Literal["auto", "mean", "weighted_mean", "ditto", "last", "first"] = "auto"
+    """The backbone's own pooling; ``auto``: the model's own setting, else mean for encoders and last for decoders.
+    Later tokens count more in the weighted mean (SGPT). ``ditto``: tokens count as much as they attend to themselves in
+    ``diagonal_head`` (``models.diagonal_attention``)."""
+    diagonal_head: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = None
+    """For the pooling ``ditto``: layer and head, counted from 0."""
+    bidirectional: bool = False
+    """Every token of a decoder attends to all tokens of its text, as in an encoder, and ``auto`` pools by the mean
+    (LLM2Vec). A decoder has to learn that: ``training.pretraining.objective = "masked_next_token"``."""
+    max_query_tokens: int = Field(default=128, ge=4)
+    max_passage_tokens: int = Field(default=250, ge=4)
+    query_prefix: str = ""
+    passage_prefix: str = ""
+    remote: RemoteBackboneConfig | None = None
+    """The vectors come from an embedding API."""
+
+    @model_validator(mode="after")
+    def _check_remote(self) -> BackboneConfig:
+        if self.remote is None:
+            return self
+        if self.tuning != "frozen":
+            raise ValueError(
+                f'tuning is "{self.tuning}", but the weights of a remote backbone are elsewhere and cannot be trained: '
+                'set tuning = "frozen", or delete the section remote'
+            )
+        local = ("layers", "pooling", "diagonal_head", "bidirectional")
+        chosen = [name for name in local if getattr(self, name) != type(self).model_fields[name].default]
+        if chosen:
+            raise ValueError(
+                f"{' and '.join(chosen)} cannot be set for a remote backbone, which gives one finished vector for each "
+                "text: delete it, or the section remote"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> BackboneConfig:
+        if self.adapters == "two" and self.tuning != "lora":
+            raise ValueError(
+                f'adapters is "two", but tuning is "{self.tuning}", which has no adapters: set tuning = "lora", or '
+                "delete adapters"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> BackboneConfig:
+        if isinstance(self.layers, tuple) and (not self.layers or sorted({*self.layers}) != [*self.layers]):
+            raise ValueError(f"layers is {[*self.layers]}, but must name each layer to keep once, in ascending order")
+        return self
+
+    @model_validator(mode="after")
+    def _check_diagonal_head(self) -> BackboneConfig:
+        if self.pooling == "ditto" and self.diagonal_head is None:
+            raise ValueError(
+                "pooling is ditto, but diagonal_head does not say whose attention counts: name a layer and a head, "
+                "counted from 0, such as [0, 9] for BERT-base"
+            )
+        if self.pooling != "ditto" and self.diagonal_head is not None:
+            raise ValueError(f'diagonal_head is for the pooling "ditto", not "{self.pooling}"; delete it')
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_model_card(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        settings = cast("dict[str, Any]", values)
+        if settings.get("remote") is not None:
+            return {"tuning": "frozen"} | settings
+        model = settings.get("model")
+        return _MODEL_CARD_DEFAULTS.get(model, {}) | settings if isinstance(model, str) else settings
+
+
+class PoolingConfig(Section):
+    """How token states become the text's vector: pooling by multihead attention (PMA), or the backbone's own."""
+
+    method: Literal["pma", "backbone"] = "pma"
+    """``backbone``: only the backbone's own pooling (mean, last or first token), without PMA, as in a plain
+    bi-encoder."""
+    num_seeds: int = Field(default=1, ge=1)
+    num_heads: int = Field(default=12, ge=1)
+    feedforward_dim: int | None = Field(default=None, ge=1)
+    """Width of the feed-forward layer; by default the backbone's width."""
+    warm_start: bool = True
+    """Start as the backbone's own pooling: y = pool(Y) + gate * PMA(Y), where the gate starts at 0."""
+    whitening: bool = False
+    """Give the backbone's own pooling mean 0 and covariance 1 on passages of the data sets, before the first step
+    (``ops.whitening``)."""
+    projection_dim: int | None = Field(default=None, ge=1)
+    """Width of the text's vector, smaller than the backbone's: a linear map that starts as the principal components of
+    passages and is trained with the student (``ops.whitening.principal_components``)."""
+
+    @property
+    def uses_own(self) -> bool:
+        """Whether the backbone's own pooling is used."""
+        return self.method == "backbone" or self.warm_start
+
+    @model_validator(mode="after")
+    def _check_whitening(self) -> PoolingConfig:
+        if self.whitening and not self.uses_own:
+            raise ValueError(
+                "whitening changes the backbone's own pooling, which PMA without warm start does not use: set "
+                "warm_start = true, or delete whitening"
+            )
+        if self.whitening and self.projection_dim is not None:
+            raise ValueError(
+                "projection_dim keeps the directions in which passages differ most, and after whitening they differ "
+                "as much in all: delete whitening, or projection_dim"
+            )
+        return self
+
+
+class InteractionConfig(Section):
+    """Interaction emulation module (IEM), or a cosine instead of it."""
+
+    head: Literal["anchored", "paper", "cosine"] = "anchored"
+    """``cosine``: a learned scale times the cosine of the vectors, without an IEM, as in a plain bi-encoder."""
+    features: Literal["rich", "concat", "product", "difference"] = "rich"
+    """Inputs of the IEM besides the vectors a and b: none (``concat``), a * b, |a - b|, or both (``rich``)."""
+    tasks: tuple[Task, ...] = TASKS
+    """The tasks whose score has an interaction (anchored head); in the others the score is the inner product alone."""
+    branches: Literal["per_task", "shared"] = "per_task"
+    """One branch of the IEM per task, or one shared by both."""
+    layers: Literal[3, 5] = 5
+    """Linear layers from vectors to logit. 5: two that both branches share, two of the branch, the logit; the features
+    are the branch's last layer. 3, as in the authors' code: one shared, one of the branch, the logit; the features
+    follow the branch's ReLU."""
+    hidden_dim: int = Field(default=512, ge=1)
+    feature_dim: int = Field(default=512, ge=1)
+    """Width of the features; with three layers it is ``hidden_dim``."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    max_bound: float = Field(default=8.0, gt=0)
+    """Upper limit of B, the largest amount by which the interaction can change the logit (anchored head)."""
+    gates: bool = False
+    """Bound the change by B r_q(a) r_p(b) with learned gates in (0, 1), one for the query and one for the passage
+    (anchored head). The upper bound is still an inner product, in one more dimension, and fewer passages must be
+    rescored for a certified ranking."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _in_order(cls, tasks: tuple[Task, ...]) -> tuple[Task, ...]:
+        return tuple(task for task in TASKS if task in tasks)
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> InteractionConfig:
+        if self.head == "paper" and self.tasks != TASKS:
+            raise ValueError(
+                "the head 'paper' scores by its interaction alone, in every task: delete tasks, or set head to "
+                "'anchored'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> InteractionConfig:
+        if self.layers == 3 and self.feature_dim != self.hidden_dim:
+            raise ValueError(
+                f"feature_dim is {self.feature_dim} and hidden_dim {self.hidden_dim}: with three layers both are the "
+                "same, so set feature_dim to hidden_dim"
+            )
+        return self
+
+
+class StudentConfig(Section):
+    """Backbone + PMA + IEM. The defaults are ours; the paper uses ``paper``, ``concat`` and no warm start."""
+
+    backbone: BackboneConfig = BackboneConfig()
+    pooling: PoolingConfig = PoolingConfig()
+    interaction: InteractionConfig = InteractionConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pool_remote_vectors(cls, values: Any) -> Any:
+        """By default, the vectors of a remote backbone are used as they are."""
+        if not isinstance(values, dict):
+            return values
+        sections = cast("dict[str, Any]", values)
+        backbone, pooling = sections.get("backbone"), sections.get("pooling", {})
+        remote = backbone.get("remote") if isinstance(backbone, dict) else getattr(backbone, "remote", None)
+        if remote is None or not isinstance(pooling, dict):
+            return sections
+        return {**sections, "pooling": {"method": "backbone"} | pooling}
+
+    @model_validator(mode="after")
+    def _check_remote(self) -> StudentConfig:
+        if self.backbone.remote is not None and self.pooling.method == "pma":
+            raise ValueError(
+                "pooling.method is pma, which pools tokens, but a remote backbone gives one vector for each text: set "
+                'pooling.method = "backbone"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_ditto(self) -> StudentConfig:
+        if self.backbone.pooling == "ditto" and self.pooling.method == "pma":
+            raise ValueError(
+                "backbone.pooling is ditto, which weighs the tokens, and PMA would read the weighted tokens: set "
+                'pooling.method = "backbone", or another backbone.pooling'
+            )
+        return self
+
+
+def shaping_student_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a student, as plain JSON, on which its vectors and scores depend.
+
+    Those of a remote backbone's address, key and pace are left out.
+    """
+    backbone = {name: value for name, value in config["backbone"].items() if name != "remote"}
+    if (remote := config["backbone"].get("remote")) is not None:
+        backbone["remote"] = {name: value for name, value in remote.items() if name not in _REACHING}
+    return {**config, "backbone": backbone}
+
+
+def untuned_config(config: StudentConfig) -> StudentConfig:
+    """A baseline: a student's backbone before training, with the pooling it was pretrained with."""
+    return StudentConfig(
+        backbone=config.backbone.model_copy(update={"tuning": "frozen", "adapters": "one", "bidirectional": False}),
+        pooling=PoolingConfig(method="backbone"),
+        interaction=InteractionConfig(head="cosine"),
+    )

@@ -1,0 +1,303 @@
+"""The sections of training and of what is fitted after it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from d2llm.core.types import EvidenceTerm
+from d2llm.recipe.sections import Section, WarmUpConfig
+
+
+class ResidualConfig(WarmUpConfig):
+    """The second stage: trains the interaction alone, on vectors that are encoded once (anchored head)."""
+
+    epochs: int = Field(default=0, ge=0)
+    """0: one stage, interaction and vectors together. Otherwise the first stage trains the vectors alone."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    batch_queries: int = Field(default=32, ge=1)
+    depth: int = Field(default=200, ge=1)
+    """Draw neighbours from this many passages of the plan with the largest inner products."""
+    num_near: int = Field(default=30, ge=0)
+    """Neighbours per query and step, in addition to the plan's negatives."""
+    num_random: int = Field(default=20, ge=0)
+    quiet_price: float = Field(default=0.0, ge=0)
+    """Penalty in the loss per unit of squared change that one task's interaction makes to rankings of the other task's
+    texts: an interaction should not change what it was not trained on."""
+
+
+class TokensConfig(WarmUpConfig):
+    """The last stage: trains the projection that makes the vectors of tokens (``evidence.token_vectors``)."""
+
+    dim: int = Field(default=64, ge=1)
+    """Width of a token's vector, at most that of the backbone; with 4 bits for each dimension, 64 take 32 bytes."""
+    max_query_tokens: int = Field(default=16, ge=1)
+    """Of a longer query only the rarest tokens count."""
+    epochs: int = Field(default=2, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    batch_queries: int = Field(default=32, ge=2)
+    max_queries: int = Field(default=2_000, ge=1)
+    """Train queries of each data set."""
+    num_positives: int = Field(default=4, ge=1)
+    """Relevant passages of a query that are read, at most; each step draws one."""
+    num_hard: int = Field(default=2, ge=0)
+    """Hard negatives by words, and the same number by vectors, of which each step draws as many as this."""
+    depth: int = Field(default=20, ge=1)
+    """Hard negatives are drawn from so many of the nearest passages."""
+
+
+PretrainingObjective = Literal[
+    "simcse",
+    "mirror",
+    "words",
+    "masked_next_token",
+    "relations",
+    "hidden_states",
+    "mutual_information",
+    "vectors",
+]
+
+
+class PretrainingConfig(WarmUpConfig):
+    """The stage before distillation: trains the backbone on texts without labels (``training.pretrain``).
+
+    The texts are passages and train queries of the recipe's data sets. docs/recipes.md has what each objective brought.
+    """
+
+    objective: PretrainingObjective | None = None
+    """None: no such stage. Otherwise what the backbone learns: to recognise a text that it reads twice with different
+    dropout (``simcse``), and of which a span is masked the second time (``mirror``); to predict from a text's vector
+    which words are in it, and which follow (``words``); to predict masked tokens from both sides, each from the state
+    before it (``masked_next_token``); or to imitate another backbone's attention (``relations``), states of tokens
+    (``hidden_states``, or ``mutual_information`` with them) or vectors of texts (``vectors``)."""
+    teacher: str | None = None
+    """The backbone to imitate, named as ``backbone.model``. By default the student's own model with all its layers, for
+    a student whose ``backbone.layers`` names some of them. If it has another tokenizer, states of tokens are compared
+    by the characters that the tokens of both share, which needs tokenizers with character offsets; ``vectors`` needs
+    none, and ``relations`` needs the same tokenizer."""
+    max_passages: int = Field(default=5_000, ge=1)
+    """Passages of each data set, and at most as many of its train queries, drawn at random."""
+    max_tokens: int = Field(default=64, ge=4)
+    """Longer texts are cut to so many tokens."""
+    epochs: int = Field(default=1, ge=1)
+    batch_texts: int = Field(default=32, ge=2)
+    learning_rate: float | None = Field(default=None, gt=0)
+    """By default 1e-4 for all weights (``backbone.tuning = "full"``), and 1e-3 for adapters."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Dropout in all layers of the backbone that have one, also where only adapters are trained. By default 0.1 for
+    ``simcse`` and ``mirror``, and none for the others."""
+    temperature: float = Field(default=0.05, gt=0)
+    """For ``simcse`` and ``mirror``."""
+    masked_tokens: int = Field(default=3, ge=1)
+    """For ``mirror``: how many neighbouring tokens are masked."""
+    masked_share: float = Field(default=0.2, gt=0, lt=1)
+    """For ``masked_next_token``: share of a text's tokens that are masked."""
+    information_alpha: float = Field(default=0.9, ge=0, le=1)
+    """For ``mutual_information``: between the bound of least bias (0) and that of least variance (1)."""
+    relation_heads: int = Field(default=48, ge=1)
+    """For ``relations``: into how many parts queries, keys and values are split, in both backbones."""
+    teacher_layer: int | None = Field(default=None, ge=0)
+    """For ``relations``: the layer of the teacher, counted from 0, that the student's last layer imitates. By default
+    the last; an upper middle one is better if the teacher is large."""
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether another backbone is imitated."""
+        return self.objective in ("relations", "hidden_states", "mutual_information", "vectors")
+
+    @property
+    def dropout_rate(self) -> float:
+        """``dropout``, or its default for the objective."""
+        return self.dropout if self.dropout is not None else 0.1 if self.objective in ("simcse", "mirror") else 0.0
+
+    def rate_for(self, tuning: str) -> float:
+        """``learning_rate``, or its default for what is trained."""
+        return self.learning_rate or (1e-4 if tuning == "full" else 1e-3)
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> PretrainingConfig:
+        if self.objective == "simcse" and self.dropout == 0:
+            raise ValueError(
+                "dropout is 0, but the objective simcse compares two readings of a text that differ by nothing else: "
+                "set it to 0.1"
+            )
+        if self.teacher is not None and not self.is_taught:
+            raise ValueError(
+                f"teacher is set, but the objective {self.objective} imitates none: set objective to vectors, "
+                "hidden_states, mutual_information or relations, or delete teacher"
+            )
+        if self.teacher_layer is not None and self.objective != "relations":
+            raise ValueError(f"teacher_layer is for the objective relations, not {self.objective}; delete it")
+        return self
+
+
+class TrainingConfig(WarmUpConfig):
+    """Optimisation settings of ``distill``."""
+
+    start: str | None = None
+    """Continue from this student, a folder or a name; its settings must be those of ``[student]``. By default training
+    starts from the pretrained backbone."""
+    dual_head: bool = False
+    """Two heads (DHO): one learns the data sets' judgements, the other imitates the teacher. At the end they are
+    combined with the weights that are best on dev, into one inner product, so the student is like any other (anchored
+    head)."""
+    complement_words: int | None = Field(default=None, ge=1)
+    """Learn what words miss (CoRT): hard negatives are those of the plan that BM25 has among its first so many
+    passages, and positives are drawn from those that it has not, where a query has any. For an index whose score counts
+    words too. None: words play no part in the draw."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """For adapters on a small model; use a third of it for large models, and a thirtieth to train all weights
+    (``tuning = "full"``)."""
+    head_learning_rate: float = Field(default=2e-4, gt=0)
+    """Learning rate of PMA and IEM. Ten times as much saturates the interaction within a hundred steps."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    epochs: int | None = Field(default=None, ge=1)
+    """By default as many as are needed for 60 steps, but at least 2 and at most 10."""
+    batch_queries: int = Field(default=16, ge=1)
+    num_positives: int = Field(default=1, ge=1)
+    """Positives per query and step, of the queries that have so many; more where whole lists were judged."""
+    num_hard: int = Field(default=4, ge=0)
+    """Hard negatives per query and step, drawn from the plan's again in each epoch."""
+    num_easy: int = Field(default=1, ge=0)
+    max_gradient_norm: float = Field(default=1.0, gt=0)
+    unlabelled: Literal["leave_out", "own_labels"] = "leave_out"
+    """What to do with queries of the plan that the teacher has not labelled: leave them out, or train on the data set's
+    own judgements."""
+    unjudged: Literal["negatives", "leave_out", "ask_teacher"] = "negatives"
+    """What to do with passages that training itself finds near a query (neighbours in the second stage, negatives of
+    ``remine``) and that the teacher has not judged: treat them as irrelevant, leave them out, or have the teacher judge
+    them first, which takes time; the judgements are kept with the other labels. For queries that learn from the data
+    set's own judgements, they are always treated as irrelevant."""
+    in_batch_labels: bool = False
+    """Have the teacher judge every query of a batch with the passages of the batch's other queries too, before the
+    batch is used, as in the published training; the judgements are kept with the other labels. Otherwise such a passage
+    is irrelevant, unless it has a label. For queries that learn from the data set's own judgements, it always is."""
+    eval_every: int | None = Field(default=None, ge=1)
+    """Steps between dev evaluations; by default a fifth of the run's steps, at most 200."""
+    patience: int = Field(default=5, ge=1)
+    """Stop after this many dev evaluations without improvement."""
+    max_minutes: float | None = Field(default=None, gt=0)
+    """Stop the first stage after this much time, without that of interruptions; the best state so far is kept."""
+    dev_queries: int = Field(default=200, ge=1)
+    dev_passages: int = Field(default=1000, ge=1)
+    """Dev corpus: the dev positives, their mined negatives, and random passages up to this number."""
+    checkpoint_every: int = Field(default=100, ge=1)
+    """Maximum number of steps between checkpoints."""
+    checkpoint_minutes: float = Field(default=5.0, gt=0)
+    """Maximum time between checkpoints. A checkpoint is also saved when Ctrl-C or SIGTERM stops the run."""
+    sampling_temperature: float = Field(default=1.0, ge=1)
+    """T: a data set of n queries has a share proportional to n^(1/T) in the batches. 1: in proportion to its size;
+    above 1: small sets are sampled more often and large ones less, with the same number of batches."""
+    part_tokens: int | None = Field(default=None, ge=1)
+    """Tokens, including padding, in one pass through the backbone; by default 512 on a CPU, where larger passes are no
+    faster, and 2,048 to 32,768 elsewhere: the more, the smaller the backbone and the larger the memory."""
+    gradient_caching: Literal["auto", "on", "off"] = "auto"
+    """Encode the texts of a batch twice, part by part, so that memory holds the intermediate results of one part at a
+    time; the gradient is the same. ``auto``: only for parts whose intermediate results do not fit into ``graph_gib``.
+    """
+    graph_gib: float | None = Field(default=None, gt=0)
+    """Memory for the intermediate results that ``auto`` keeps, in GiB; by default a third of what is free when the run
+    starts. It affects only speed."""
+    remine: bool = False
+    """At the start of each epoch from the second on, mine the hard negatives again with the student's own ranking."""
+    pretraining: PretrainingConfig = PretrainingConfig()
+    residual: ResidualConfig = ResidualConfig()
+    tokens: TokensConfig = TokensConfig()
+    interpolation: tuple[float, ...] = ()
+    """Weights between the start (0) and the best state (1) to try at the end. The smallest one whose dev results are
+    not significantly worse than those of the best state is kept, which preserves what the backbone could do before."""
+    largest_share: float = Field(default=1.0, gt=0, le=1)
+    """Upper limit of that weight: a dev set drawn from the training data shows what tuning gains there, but not what it
+    loses on other texts."""
+    trackers: Literal["auto"] | tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = "auto"
+    """Where to log the run besides ``log.jsonl``; ``auto``: to TensorBoard files in the run folder if `tensorboard` is
+    installed."""
+
+    @model_validator(mode="after")
+    def _check_pretraining(self) -> TrainingConfig:
+        if self.pretraining.objective is not None and self.start is not None:
+            raise ValueError(
+                "pretraining prepares the backbone of a new student, but start names a student whose head fits its "
+                "backbone: delete one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_complement(self) -> TrainingConfig:
+        if self.complement_words is not None and self.remine:
+            raise ValueError(
+                "complement_words takes hard negatives that BM25 ranks first, and remine replaces them by those of the "
+                "student: delete one of them"
+            )
+        return self
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher judges more pairs during the training, so that it must be there."""
+        return self.in_batch_labels or self.unjudged == "ask_teacher"
+
+    @property
+    def steps_back(self) -> bool:
+        """Whether the final state may be an interpolation between the start and the best state."""
+        return bool(self.interpolation) or self.largest_share < 1
+
+
+class GateConfig(Section):
+    """Test before distillation whether the teacher beats the cosine on dev queries of each data set."""
+
+    queries: int = Field(default=200, ge=2)
+    """Dev queries of each data set, or all if there are fewer; for labelled pairs, ten times as many."""
+    depth: int = Field(default=20, ge=1)
+    """Candidates: the first ``depth`` of BM25 and of the cosine."""
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+    """Significance level of the paired test; the gate opens if the teacher is better at this level."""
+    when_closed: Literal["labels", "teacher", "stop"] = "labels"
+    """If the gate is closed: learn from the data set's own judgements, learn from the teacher anyway, or stop."""
+
+
+class EvidenceConfig(Section):
+    """Terms to add to the student's score in an index, if they improve the dev results (``models.evidence``).
+
+    The weights are fitted at the end of a run. The head ``paper`` gets none, because it has no inner product to which
+    they could be added.
+    """
+
+    words: bool = False
+    """BM25 of the passage."""
+    window_words: bool = False
+    """BM25 of the passage's best window; a window is two neighbouring sentences."""
+    window_vectors: bool = False
+    """The highest inner product with a window, each encoded on its own; indexing then encodes long passages two more
+    times."""
+    token_vectors: bool = False
+    """The mean, over the query's rarest tokens, of the highest cosine with a token of the passage. The vectors of
+    tokens come from the same reading as the passage's own; an index stores 32 bytes for each token."""
+    in_training: bool = False
+    """Count words and vectors of tokens in the losses and dev results of training, with weights that are fitted on dev
+    before the first step: the vectors and the interaction then learn what words leave unexplained (Gao et al.,
+    "Complement Lexical Retrieval Model with Semantic Residual Embeddings", ECIR 2021), and the backbone is trained
+    together with the projection of tokens, as in ColBERT. The second stage counts words alone."""
+
+    @property
+    def terms(self) -> tuple[EvidenceTerm, ...]:
+        """The terms that are added."""
+        chosen: dict[EvidenceTerm, bool] = {
+            "words": self.words,
+            "words_share": self.words,
+            "window_words": self.window_words,
+            "window_words_share": self.window_words,
+            "window_vectors": self.window_vectors,
+            "token_vectors": self.token_vectors,
+        }
+        return tuple(term for term, is_chosen in chosen.items() if is_chosen)
+
+    @model_validator(mode="after")
+    def _check_in_training(self) -> EvidenceConfig:
+        if self.in_training and not (self.words or self.window_words or self.token_vectors):
+            raise ValueError(
+                "in_training counts words and vectors of tokens in training, but neither words, window_words nor "
+                "token_vectors is true"
+            )
+        return self
