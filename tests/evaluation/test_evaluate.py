@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from io import StringIO
 from math import log2
 from statistics import fmean
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from d2llm.evaluation.contenders import Contenders
+from d2llm.ops.measures import MEASURES, Measure
 from d2llm.ops.significance import bootstrap_interval, holm, paired_randomisation
+from d2llm.reports.evaluation_tables import evaluation_tables
+from d2llm.reports.html import render_html
+from d2llm.reports.markdown import render_markdown
 from d2llm.retrieval.cosine import CosineStudent
 from fake_models import FakeStudent, FakeTeacher
-from tiny_evaluations import PASSAGES, QUERIES, everyone, figures, make_dataset, make_words, measure, run
+from tiny_evaluations import PASSAGES, QRELS, QUERIES, everyone, figures, make_dataset, make_words, measure, run
 
 TEACHER = "teacher (reranking 50 of BM25 and D2LLM)"
 FUSION, FUSION_UNTUNED = "hybrid: BM25 + D2LLM", "hybrid: BM25 + cosine, untuned"
@@ -430,3 +436,26 @@ def test_a_run_reports_unknown_queries_and_passages():
         "theirs: 1 ranked passages are not in the corpus and were left out",
     ]
     assert report.row("theirs").cost.total is None
+
+
+# --- another measure --------------------------------------------------------------------------------------------------
+
+
+def test_another_measure_is_one_entry(monkeypatch):
+    """An entry of ``MEASURES``, by its name in ir_measures or by a function, is measured, compared and explained."""
+    monkeypatch.setitem(MEASURES, "Success@1", Measure("Success@1", "whether the first passage is relevant"))
+    monkeypatch.setitem(MEASURES, "length", Measure(lambda ranking, grades: len(ranking) / 5, "share that is ranked"))
+    report = measure(make_dataset(), everyone())
+    row = report.row("D2LLM")
+    first = [report.details.rankings["D2LLM"][query][0][0] for query in report.details.item_ids]
+    is_relevant = [q in QRELS and QRELS[q].get(p, 0) > 0 for q, p in zip(report.details.item_ids, first, strict=True)]
+    assert row.measures["Success@1"].value == fmean(is_relevant)
+    assert row.measures["length"].value == 1
+    assert {comparison.measure for comparison in report.comparisons} == {*MEASURES}
+    assert report.to_json()["rows"][0]["measures"]["Success@1"]
+    for text in (render_markdown(report), render_html(report)):
+        assert "whether the first passage is relevant" in text
+        assert "share that is ranked" in text
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(*evaluation_tables(report))
+    assert "Success@1" in console.export_text()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from d2llm.evaluation.report import Estimate
+from d2llm.ops.measures import MEASURES
 from d2llm.reports import phrases
 from d2llm.reports.markdown import escape, render_markdown
 from report_samples import HOSTILE, TEACHER, bare_report, hostile_report, pairs_report, retrieval_report
@@ -167,3 +168,4 @@ def test_every_measure_is_explained():
     names = ["nDCG@10", "MRR@10", "MAP", "Recall@10", "accuracy (3 classes)", "F1", "AP", "AUC", "Pearson", "Spearman"]
     assert all(phrases.meaning(name) for name in names)
     assert phrases.meaning("something else") is None
+    assert all(phrases.meaning(name) for name in MEASURES)

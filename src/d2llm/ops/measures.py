@@ -1,15 +1,45 @@
-"""Ranking measures per query, computed by ir_measures."""
+"""Ranking measures per query, most of them computed by ir_measures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import ir_measures
 
 from d2llm.core.types import Qrels
 
-MEASURES = {"nDCG@10": "nDCG@10", "MRR@10": "RR@10", "MAP": "AP", "Recall@10": "R@10", "Recall@100": "R@100"}
-"""Our name -> the name in ir_measures. nDCG takes the grade itself as gain, divided by log2(1 + rank).
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A measure of a ranking.
+
+    Attributes:
+        formula: its name in ir_measures, or a function of one query's passage ids, best first, and of their grades.
+        meaning: how to read it, in one clause, for reports.
+    """
+
+    formula: str | Callable[[Sequence[str], Mapping[str, int]], float]
+    meaning: str
+
+
+_RECALL = "share of the relevant passages that are in the top ranks"
+MEASURES = {
+    "nDCG@10": Measure(
+        "nDCG@10",
+        "how high the relevant passages rank; higher grades and top ranks count most; 1 is the best possible order",
+    ),
+    "MRR@10": Measure(
+        "RR@10", "one divided by the rank of the first relevant passage, or 0 if there is none in the top ranks"
+    ),
+    "MAP": Measure(
+        "AP", "precision at the rank of each relevant passage, averaged over all of them, including those not found"
+    ),
+    "Recall@10": Measure("R@10", _RECALL),
+    "Recall@100": Measure("R@100", _RECALL),
+}
+"""All measures of a ranking, in the order of the reports; another one is another entry. nDCG takes the grade itself as
+gain, divided by log2(1 + rank).
 
 MAP is computed over the given ranking: a relevant passage beyond its end adds nothing, so for a ranking of the best
 100 it is trec_eval's ``map_cut_100``.
@@ -26,18 +56,22 @@ def per_query_measures(rankings: Mapping[str, Sequence[str]], qrels: Qrels) -> d
     Returns:
         measure name -> query_id -> value in [0, 1], queries in the order of ``qrels``.
     """
-    by_library_name = {library: name for name, library in MEASURES.items()}
     values = {name: dict.fromkeys(qrels, 0.0) for name in MEASURES}
+    answered = {query_id: ranking for query_id, ranking in rankings.items() if query_id in qrels and ranking}
+    names: dict[ir_measures.measures.Measure, str] = {}
+    for name, measure in MEASURES.items():
+        if isinstance(measure.formula, str):
+            names[ir_measures.parse_measure(measure.formula)] = name
+        else:
+            values[name] |= {each: float(measure.formula(answered[each], qrels[each])) for each in answered}
+    if not answered:
+        return values
     # Scores derived from ranks preserve our order of ties; trec_eval would break ties by descending id.
     run = {
         query_id: {passage_id: -float(rank) for rank, passage_id in enumerate(ranking)}
-        for query_id, ranking in rankings.items()
-        if query_id in qrels and ranking
+        for query_id, ranking in answered.items()
     }
-    if not run:
-        return values
-    measures = [ir_measures.parse_measure(library) for library in by_library_name]
     judged = {query_id: dict(grades) for query_id, grades in qrels.items()}
-    for metric in ir_measures.iter_calc(measures, judged, run):
-        values[by_library_name[str(metric.measure)]][metric.query_id] = float(metric.value)
+    for metric in ir_measures.iter_calc([*names], judged, run):
+        values[names[metric.measure]][metric.query_id] = float(metric.value)
     return values

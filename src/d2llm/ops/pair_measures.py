@@ -36,6 +36,17 @@ Raises:
 """
 NLI_CLASSES = ("contradiction", "neutral", "entailment")
 """By ascending score: the higher the score, the more the first text entails the second."""
+MEANINGS = {
+    "accuracy": "share of the pairs that are put into the right class, with the threshold chosen on other pairs",
+    "F1": "harmonic mean of precision and recall of yes, with the threshold chosen on other pairs",
+    "AP": "precision at each correct yes, averaged, when the pairs are sorted by score; needs no threshold",
+    "AUC": "probability that a yes pair scores above a no pair; 0.5 is guessing",
+    "precision": "share of correct pairs among those classified as yes",
+    "recall": "share of the yes pairs that are classified as yes",
+    "Pearson": "correlation of the scores with the grades; 1 is a straight line",
+    "Spearman": "correlation of the order of the scores with that of the grades; 1 is the same order",
+}
+"""How to read each measure of a measurer, by the first word of its name, in one clause, for reports."""
 
 
 @dataclass(frozen=True, slots=True)

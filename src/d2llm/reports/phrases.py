@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 
 from d2llm.core.table import ABSENT
 from d2llm.evaluation.report import EvaluationReport, EvaluationRow, Latency
+from d2llm.ops.measures import MEASURES
+from d2llm.ops.pair_measures import MEANINGS
 
 BETTER, WORSE = "*", "†"
-
-_MEANINGS = {
-    "nDCG": "how high the relevant passages rank; higher grades and top ranks count most; 1 is the best possible order",
-    "MRR": "one divided by the rank of the first relevant passage, or 0 if there is none in the top ranks",
-    "Recall": "share of the relevant passages that are in the top ranks",
-    "MAP": "precision at the rank of each relevant passage, averaged over all of them, including those not found",
-    "accuracy": "share of the pairs that are put into the right class, with the threshold chosen on other pairs",
-    "F1": "harmonic mean of precision and recall of yes, with the threshold chosen on other pairs",
-    "AP": "precision at each correct yes, averaged, when the pairs are sorted by score; needs no threshold",
-    "AUC": "probability that a yes pair scores above a no pair; 0.5 is guessing",
-    "precision": "share of correct pairs among those classified as yes",
-    "recall": "share of the yes pairs that are classified as yes",
-    "Pearson": "correlation of the scores with the grades; 1 is a straight line",
-    "Spearman": "correlation of the order of the scores with that of the grades; 1 is the same order",
-}
 
 COSTS: tuple[tuple[str, Callable[[EvaluationRow], float | None]], ...] = (
     ("total ms, p50", lambda row: _p50(row.cost.total)),
@@ -129,7 +115,7 @@ def verdict(report: EvaluationReport) -> str | None:
 
 def meaning(measure: str) -> str | None:
     """How to read a measure, in one clause; None for an unknown measure."""
-    return _MEANINGS.get(re.split(r"[@ ]", measure)[0])
+    return MEASURES[measure].meaning if measure in MEASURES else MEANINGS.get(measure.split()[0])
 
 
 def p_text(value: float) -> str:
