@@ -114,6 +114,19 @@ def test_typing_sends_one_query_after_a_pause(visit, address):
     assert [query for query in queries if query] == ["pasta water"]
 
 
+def test_the_page_shows_as_many_as_a_search_does_by_default(visit, address, monkeypatch):
+    monkeypatch.setattr("d2llm.server.page_routes.DEFAULT_TOP_K", 3)  # as an edit of core.types would
+    page = visit(address)
+    search(page, QUESTION)
+    assert page.locator(".card").count() == 3
+    assert state_of(page) == {"q": QUESTION}
+    assert page.locator("#options-chosen").inner_text() == ""
+    page.reload()
+    page.wait_for_selector(".card")
+    assert page.locator(".card").count() == int(page.locator("#k").input_value()) == 3
+    assert visit(f"{address}/?q=pasta&k=2").locator("#k").input_value() == "2"
+
+
 def test_a_link_shows_the_same_search(visit, address):
     page = visit(f"{address}/?q=flowers&filter=year+%3E%3D+2010&k=3&exact=1")
     page.wait_for_selector(".card")

@@ -15,6 +15,7 @@ from fastapi.testclient import TestClient
 
 from d2llm.data.documents import EXCLUDED
 from d2llm.data.file_contents import SUFFIXES
+from d2llm.retrieval.settings import SearchSettings
 from d2llm.server import page_routes
 from d2llm.server.errors import install_error_handlers
 
@@ -98,6 +99,7 @@ def test_scripts_are_short():
 def test_the_page_settings_contain_the_limits_and_the_files_that_are_read():
     settings = client().get("/page/settings.json").json()
     file_types, excluded = settings.pop("file_types"), settings.pop("excluded")
+    assert settings.pop("top_k") == SearchSettings().top_k
     assert settings == {"has_report": False, **{name: value for name, value in SETTINGS.items() if name != "report"}}
     assert {*SUFFIXES, ".jsonl.gz"} == {*file_types}
     assert {".pdf", ".docx", ".odt", ".pptx", ".xlsx", ".epub", ".csv", ".parquet"} <= {*file_types}

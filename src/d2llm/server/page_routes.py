@@ -16,6 +16,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 
 from d2llm.core.errors import InputError
+from d2llm.core.types import DEFAULT_TOP_K
 from d2llm.data.documents import EXCLUDED
 from d2llm.server.errors import NotFoundError
 from d2llm.server.uploads import FILE_TYPES
@@ -72,6 +73,7 @@ def page_settings(request: Request) -> JSONResponse:
         "max_body_bytes": settings.max_body_bytes,
         "max_texts": settings.max_texts,
         "max_text_chars": settings.max_text_chars,
+        "top_k": DEFAULT_TOP_K,
         "max_top_k": settings.max_top_k,
         "max_num_candidates": settings.max_num_candidates,
         "file_types": FILE_TYPES,

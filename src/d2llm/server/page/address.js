@@ -20,7 +20,7 @@ export const DEFAULTS = {
   beside: false,
   exact: false,
   hybrid: null, // BM25's share in percent; null: not fused
-  k: 10,
+  k: 10, // until the server has said its default (/page/settings.json)
   source: "", // as the index does
   open: "", // the passage whose document is shown
 };

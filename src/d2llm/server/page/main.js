@@ -1,6 +1,6 @@
 // The search page: connects its parts and keeps the search in the URL.
 
-import { BASE, keepIndexInLinks, pageOf, readAddress, writeAddress } from "./address.js";
+import { BASE, DEFAULTS, keepIndexInLinks, pageOf, readAddress, writeAddress } from "./address.js";
 import { apiKey, ask, keepApiKey, problemText } from "./api.js";
 import { byId, counted, element } from "./dom.js";
 import { factList } from "./facts.js";
@@ -149,7 +149,7 @@ function chosenOptions() {
     state.exact ? "exact" : "",
     state.hybrid === null ? "" : `${state.hybrid}% BM25`,
     state.filter.trim() ? "filter" : "",
-    state.k === 10 ? "" : `${state.k} shown`,
+    state.k === DEFAULTS.k ? "" : `${state.k} shown`,
   ].filter(Boolean);
   return chosen.length ? `: ${chosen.join(", ")}` : "";
 }
@@ -277,7 +277,8 @@ async function begin() {
     byId("file-types").textContent = limits.file_types.join(" ");
     const most = Math.min(limits.max_top_k, 1000);
     byId("k").max = String(most);
-    state.k = Math.min(state.k, most);
+    DEFAULTS.k = Math.min(limits.top_k, most);
+    state.k = Math.min(readAddress(location.search).k, most);
     if (!(await readIndexes())) return;
     await readIndex();
   } catch (error) {
