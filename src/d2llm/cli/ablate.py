@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from d2llm.cli.options import RunOptions, in_existing_folder, output_path, recipe_argument, with_option_groups
+from d2llm.cli.options import RunOptions, in_existing_folder, output_path, recipe_argument
 from d2llm.cli.session import session_of
+from d2llm.cli.verbs import verb
 from d2llm.core.errors import InputError
 
 
-@with_option_groups
+@verb("Measure")
 def ablate(
     context: typer.Context,
     options: RunOptions,

@@ -8,7 +8,7 @@ import typer
 
 from d2llm.cli.options import JsonOption, input_path
 from d2llm.cli.session import session_of
-from d2llm.cli.word_order import verb_group
+from d2llm.cli.verbs import verb_group
 from d2llm.core.errors import InputError
 from d2llm.core.shipped import DEFAULT_STUDENT
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from d2llm.data.check_report import DataReport
 
 _NUM_NAMED = 3
-data_app = verb_group("data", "Inspect data sets.")
+data_app = verb_group("data", "Inspect data sets.", heading="Measure")
 
 
 @data_app.command("check")

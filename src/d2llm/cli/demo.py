@@ -9,9 +9,11 @@ import typer
 
 from d2llm.cli.options import JsonOption, StudentOption
 from d2llm.cli.session import session_of
+from d2llm.cli.verbs import verb
 from d2llm.core.shipped import DEFAULT_STUDENT
 
 
+@verb("Tools")
 def demo(
     context: typer.Context,
     folder: Annotated[

@@ -14,11 +14,12 @@ from d2llm.cli.index_options import (
     warn_of_links,
     warn_of_skipped,
 )
-from d2llm.cli.options import DeviceOption, DtypeOption, JsonOption, in_existing_folder, with_option_groups
+from d2llm.cli.options import DeviceOption, DtypeOption, JsonOption, in_existing_folder
 from d2llm.cli.session import session_of
+from d2llm.cli.verbs import verb
 
 
-@with_option_groups
+@verb("Distil")
 def distill_static(
     context: typer.Context,
     corpus: CorpusArgument,

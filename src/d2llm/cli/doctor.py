@@ -9,11 +9,13 @@ import typer
 
 from d2llm.cli.options import DeviceOption, JsonOption
 from d2llm.cli.session import session_of
+from d2llm.cli.verbs import verb
 from d2llm.core.shipped import DEFAULT_STUDENT
 
 EXIT_PROBLEM = 1
 
 
+@verb("Tools")
 def doctor(
     context: typer.Context,
     student: Annotated[

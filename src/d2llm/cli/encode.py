@@ -21,14 +21,14 @@ from d2llm.cli.options import (
     JsonOption,
     RunnerOptions,
     StudentOption,
-    with_option_groups,
 )
 from d2llm.cli.session import session_of
+from d2llm.cli.verbs import verb
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.store.index_spec import IndexSpec
 
 
-@with_option_groups
+@verb("Search")
 def encode(
     context: typer.Context,
     corpus: CorpusArgument,

@@ -19,9 +19,9 @@ from d2llm.cli.options import (
     output_file,
     teacher_config,
     teacher_option,
-    with_option_groups,
 )
 from d2llm.cli.session import session_of
+from d2llm.cli.verbs import verb
 from d2llm.core.errors import InputError
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.evaluation.settings import EvaluationSettings
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from d2llm.evaluation.report import EvaluationReport
 
 
-@with_option_groups
+@verb("Measure")
 def evaluate(
     context: typer.Context,
     data: Annotated[

@@ -9,8 +9,10 @@ import typer
 
 from d2llm.cli.options import JsonOption, StudentArgument
 from d2llm.cli.session import session_of
+from d2llm.cli.verbs import verb
 
 
+@verb("Tools")
 def export(
     context: typer.Context,
     student: StudentArgument,

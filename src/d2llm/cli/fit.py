@@ -20,9 +20,9 @@ from d2llm.cli.options import (
     recorded_teacher_config,
     student_option,
     teacher_option,
-    with_option_groups,
 )
 from d2llm.cli.session import session_of
+from d2llm.cli.verbs import verb
 from d2llm.core.errors import InputError
 from d2llm.core.shipped import DEFAULT_WRITER
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from d2llm.recipe import WriterConfig
 
 
-@with_option_groups
+@verb("Distil")
 def fit(
     context: typer.Context,
     documents: Annotated[

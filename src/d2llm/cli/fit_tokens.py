@@ -9,8 +9,10 @@ import typer
 
 from d2llm.cli.options import DeviceOption, DtypeOption, JsonOption, in_existing_folder, input_path, known_student
 from d2llm.cli.session import session_of
+from d2llm.cli.verbs import verb
 
 
+@verb("Distil")
 def fit_tokens(
     context: typer.Context,
     student: Annotated[

@@ -35,7 +35,8 @@ from d2llm.cli.options import (
     with_option_groups,
 )
 from d2llm.cli.session import session_of
-from d2llm.cli.word_order import check_index_first, verb_group
+from d2llm.cli.verbs import verb_group
+from d2llm.cli.word_order import check_index_first
 from d2llm.core.errors import InputError
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES
@@ -55,7 +56,9 @@ _NAMED = 20  # number of missing ids to list
 index_app = verb_group(
     "index",
     "Maintain the index of a changing corpus.",
+    heading="Search",
     epilog="Example: d2llm index docs.index upsert corpus.jsonl. Then: d2llm search docs.index 'a question'",
+    shows_answers=True,
 )
 
 IndexStudentOption = Annotated[

@@ -9,10 +9,12 @@ import typer
 
 from d2llm.cli.options import DeviceOption, JsonOption, lasting_input_path, output_file, student_option
 from d2llm.cli.session import session_of
+from d2llm.cli.verbs import verb
 from d2llm.core.errors import InputError
 from d2llm.core.types import Task
 
 
+@verb("Distil")
 def init(
     context: typer.Context,
     data: Annotated[

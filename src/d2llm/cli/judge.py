@@ -19,10 +19,12 @@ from d2llm.cli.options import (
     teacher_option,
 )
 from d2llm.cli.session import session_of
+from d2llm.cli.verbs import verb
 from d2llm.core.errors import InputError
 from d2llm.core.types import Task
 
 
+@verb("Tools", shows_answers=True)
 def judge(
     context: typer.Context,
     query: Annotated[str, typer.Argument(metavar="QUERY", help="The query.")],

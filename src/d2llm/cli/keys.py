@@ -9,13 +9,14 @@ import typer
 
 from d2llm.cli.options import JsonOption, in_existing_folder, lasting_input_path
 from d2llm.cli.session import session_of
-from d2llm.cli.word_order import verb_group
+from d2llm.cli.verbs import verb_group
 
 _FILE = "d2llm.keys"
 
 keys_app = verb_group(
     "keys",
     "Make and revoke the API keys of a server.",
+    heading="Serve",
     epilog="Example: d2llm keys keys.json add search-page. Then: d2llm serve docs.index --keys-file keys.json",
 )
 

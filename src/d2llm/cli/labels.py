@@ -9,9 +9,9 @@ import typer
 
 from d2llm.cli.options import JsonOption, in_existing_folder, output_file
 from d2llm.cli.session import session_of
-from d2llm.cli.word_order import verb_group
+from d2llm.cli.verbs import verb_group
 
-labels_app = verb_group("labels", "Count, merge and export teachers' labels.")
+labels_app = verb_group("labels", "Count, merge and export teachers' labels.", heading="Distil")
 _StoreArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="A label store, as `d2llm label` writes it.")]
 
 

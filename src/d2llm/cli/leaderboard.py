@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from d2llm.cli.options import HtmlOption, JsonOption, MarkdownOption, input_path, with_option_groups
+from d2llm.cli.options import HtmlOption, JsonOption, MarkdownOption, input_path
 from d2llm.cli.session import session_of
+from d2llm.cli.verbs import verb
 
 
-@with_option_groups
+@verb("Measure")
 def leaderboard(
     context: typer.Context,
     reports: Annotated[

@@ -11,47 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2llm import __version__
-from d2llm.cli.ablate import ablate
-from d2llm.cli.data import data_app
-from d2llm.cli.demo import demo
-from d2llm.cli.distill_static import distill_static
-from d2llm.cli.doctor import doctor
-from d2llm.cli.encode import encode
-from d2llm.cli.evaluate import evaluate
-from d2llm.cli.export import export
-from d2llm.cli.fit import fit
-from d2llm.cli.fit_scores import fit_scores
-from d2llm.cli.fit_tokens import fit_tokens
 from d2llm.cli.help import tidy_help
-from d2llm.cli.index import index_app
-from d2llm.cli.init import init
-from d2llm.cli.judge import judge
-from d2llm.cli.keys import keys_app
-from d2llm.cli.labels import labels_app
-from d2llm.cli.leaderboard import leaderboard
-from d2llm.cli.methods import methods
-from d2llm.cli.probe import probe
-from d2llm.cli.push import push
-from d2llm.cli.recipe import recipe_app
-from d2llm.cli.run import distill, gate, label, mine, run, stack, tune_teacher
-from d2llm.cli.search import search
-from d2llm.cli.serve import serve
 from d2llm.cli.session import Session, start_logging
-from d2llm.cli.shard import shard
-from d2llm.cli.size import size
-from d2llm.cli.tune_reader import tune_reader
+from d2llm.cli.verbs import all_verbs
 from d2llm.cli.word_order import Verbs
 from d2llm.core.errors import D2LLMError, Terminated
 from d2llm.core.progress import showing_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 """What a shell reports for a program stopped by Ctrl-C, and for one ended by SIGTERM."""
-_STORE_NO_ANSWERS = {"judge", "search", "index"}
-"""Verbs that ask a model behind an API and show what it answers, or a sum of it."""
+_VERBS = all_verbs()
+_SHOW_ANSWERS = {each.name for each in _VERBS if each.shows_answers}
 _ANYWHERE = {"--verbose", "-v", "--quiet", "-q"}
 
 
@@ -128,48 +102,17 @@ def prepare(
     context.obj = Session(verbose=verbose, quiet=quiet)
     context.call_on_close(start_logging(context.obj))
     context.with_resource(showing_progress(False if quiet else None))
-    if context.invoked_subcommand in _STORE_NO_ANSWERS:
+    if context.invoked_subcommand in _SHOW_ANSWERS:
         from d2llm.models.remote.kept_answers import KeptAnswers
 
         context.with_resource(KeptAnswers.of_command().used())
 
 
-_VERBS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Distil": (
-        fit,
-        init,
-        run,
-        mine,
-        tune_teacher,
-        gate,
-        label,
-        distill,
-        stack,
-        distill_static,
-        fit_tokens,
-        fit_scores,
-        tune_reader,
-        push,
-        methods,
-    ),
-    "Search": (encode, search, shard),
-    "Serve": (serve,),
-    "Measure": (evaluate, leaderboard, probe, ablate),
-    "Tools": (export, demo, judge, size, doctor),
-}
-_GROUPS = {
-    "Distil": (labels_app, recipe_app),
-    "Search": (index_app,),
-    "Serve": (keys_app,),
-    "Measure": (data_app,),
-}
-
-for _heading, _verbs in _VERBS.items():
-    for _verb in _verbs:
-        app.command(_verb.__name__.replace("_", "-"), rich_help_panel=_heading)(_verb)
-for _heading, _groups in _GROUPS.items():
-    for _group in _groups:
-        app.add_typer(_group, rich_help_panel=_heading)
+for _verb in _VERBS:
+    if isinstance(_verb.command, typer.Typer):
+        app.add_typer(_verb.command, rich_help_panel=_verb.heading)
+    else:
+        app.command(_verb.name, rich_help_panel=_verb.heading)(_verb.command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,11 +8,13 @@ import typer
 
 from d2llm.cli.options import JsonOption
 from d2llm.cli.session import session_of
+from d2llm.cli.verbs import verb
 
 if TYPE_CHECKING:
     from d2llm.recipe.losses import Loss
 
 
+@verb("Distil")
 def methods(context: typer.Context, json_path: JsonOption = None) -> None:
     """List the losses that a recipe can name, with their papers."""
     from d2llm.core.table import Column, Table

@@ -380,6 +380,8 @@ def with_option_groups(verb: Callable[..., None]) -> Callable[..., None]:
     """
     hints = get_type_hints(verb, include_extras=True)
     groups = {name: hints[name] for name in signature(verb).parameters if _is_group(hints[name])}
+    if not groups:
+        return verb
     parameters: list[Parameter] = []
     for name, parameter in signature(verb).parameters.items():
         if name in groups:

@@ -17,12 +17,12 @@ from d2llm.cli.options import (
     StudentArgument,
     TaskOption,
     input_path,
-    with_option_groups,
 )
 from d2llm.cli.session import session_of
+from d2llm.cli.verbs import verb
 
 
-@with_option_groups
+@verb("Measure")
 def probe(
     context: typer.Context,
     student: StudentArgument,

@@ -10,9 +10,11 @@ import typer
 
 from d2llm.cli.options import JsonOption, StudentArgument
 from d2llm.cli.session import session_of
+from d2llm.cli.verbs import verb
 from d2llm.core.errors import InputError
 
 
+@verb("Distil")
 def push(
     context: typer.Context,
     student: StudentArgument,

@@ -10,9 +10,9 @@ import typer
 
 from d2llm.cli.options import input_path, output_path
 from d2llm.cli.session import session_of
-from d2llm.cli.word_order import verb_group
+from d2llm.cli.verbs import verb_group
 
-recipe_app = verb_group("recipe", "Check recipes, and describe them to editors.")
+recipe_app = verb_group("recipe", "Check recipes, and describe them to editors.", heading="Distil")
 _RECIPES = typer.Argument(metavar="RECIPE...", callback=input_path, help="TOML files, or names of shipped recipes.")
 
 

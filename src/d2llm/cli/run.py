@@ -15,16 +15,16 @@ from d2llm.cli.options import (
     output_path,
     student_option,
     teacher_option,
-    with_option_groups,
 )
 from d2llm.cli.session import session_of
+from d2llm.cli.verbs import verb
 from d2llm.core.errors import InputError
 from d2llm.core.types import RunStep
 
 _MODEL = "a folder, a name, KIND:MODEL such as cosine:FOLDER for a student or a bi-encoder, or a TOML file"
 
 
-@with_option_groups
+@verb("Distil")
 def run(
     context: typer.Context,
     recipe: RecipeArgument,
@@ -80,7 +80,7 @@ def run(
     session.write_report(context, options.json_path, results)
 
 
-@with_option_groups
+@verb("Distil")
 def mine(
     context: typer.Context,
     recipe: RecipeArgument,
@@ -106,7 +106,7 @@ def mine(
     session_of(context).write_report(context, options.json_path, report)
 
 
-@with_option_groups
+@verb("Distil")
 def tune_teacher(
     context: typer.Context, recipe: RecipeArgument, options: RunOptions, again: AgainOption = False
 ) -> None:
@@ -119,7 +119,7 @@ def tune_teacher(
     session_of(context).write_report(context, options.json_path, opened.tune_teacher(again=again))
 
 
-@with_option_groups
+@verb("Distil")
 def stack(
     context: typer.Context,
     recipe: RecipeArgument,
@@ -174,7 +174,7 @@ def stack(
         write_bytes(html_path, render_stack_page(report).encode())
 
 
-@with_option_groups
+@verb("Distil")
 def gate(
     context: typer.Context,
     recipe: RecipeArgument,
@@ -214,7 +214,7 @@ def gate(
     session.say(gate_advice(report))
 
 
-@with_option_groups
+@verb("Distil")
 def label(context: typer.Context, recipe: RecipeArgument, options: RunOptions, place: RunnerOptions) -> None:
     """Let the teacher judge every pair that mine chose.
 
@@ -225,7 +225,7 @@ def label(context: typer.Context, recipe: RecipeArgument, options: RunOptions, p
     session_of(context).write_report(context, options.json_path, opened.label(runner=runner))
 
 
-@with_option_groups
+@verb("Distil")
 def distill(
     context: typer.Context,
     recipe: RecipeArgument,

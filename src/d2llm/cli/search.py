@@ -17,10 +17,10 @@ from d2llm.cli.options import (
     WriterOptions,
     input_path,
     student_option,
-    with_option_groups,
 )
 from d2llm.cli.rereading_options import RereadingOptions
 from d2llm.cli.session import Session, session_of
+from d2llm.cli.verbs import verb
 from d2llm.cli.word_order import is_index
 from d2llm.core.errors import InputError
 from d2llm.core.types import ContextOrder, ExpansionMethod, Task
@@ -133,7 +133,7 @@ class PassageOptions:
             raise InputError(f"--context prints one text instead of the results; leave out {name}")
 
 
-@with_option_groups
+@verb("Search", shows_answers=True)
 def search(
     context: typer.Context,
     index: Annotated[

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2llm.cli.options import JsonOption, input_path, with_option_groups
+from d2llm.cli.options import JsonOption, input_path
 from d2llm.cli.session import session_of
+from d2llm.cli.verbs import verb
 from d2llm.server.settings import ServeSettings
 
 if TYPE_CHECKING:
     from d2llm.server.settings import LoadedSettings
 
 
-@with_option_groups
+@verb("Serve")
 def serve(
     context: typer.Context,
     options: Annotated[dict[str, Any], ServeSettings],

@@ -9,8 +9,10 @@ import typer
 
 from d2llm.cli.options import JsonOption
 from d2llm.cli.session import session_of
+from d2llm.cli.verbs import verb
 
 
+@verb("Search")
 def shard(
     context: typer.Context,
     index: Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder; it is not changed.")],

@@ -15,9 +15,9 @@ from d2llm.cli.options import (
     input_path,
     known_teacher,
     teacher_config,
-    with_option_groups,
 )
 from d2llm.cli.session import session_of
+from d2llm.cli.verbs import verb
 from d2llm.core.errors import InputError
 from d2llm.core.shipped import DEFAULT_STUDENT
 
@@ -93,7 +93,7 @@ class PriceOptions:
     )
 
 
-@with_option_groups
+@verb("Tools")
 def size(
     context: typer.Context,
     index: IndexOptions,

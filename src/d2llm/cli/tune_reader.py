@@ -17,8 +17,10 @@ from d2llm.cli.options import (
     known_student,
 )
 from d2llm.cli.session import session_of
+from d2llm.cli.verbs import verb
 
 
+@verb("Distil")
 def tune_reader(
     context: typer.Context,
     student: Annotated[

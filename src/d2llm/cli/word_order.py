@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
 from typer.core import TyperGroup
 
 from d2llm.core.errors import InputError
@@ -51,11 +50,6 @@ class Verbs(TyperGroup):
             if advice is not None:
                 raise InputError(advice)
         return super().resolve_command(ctx, args)
-
-
-def verb_group(name: str, summary: str, *, epilog: str | None = None) -> typer.Typer:
-    """A group of verbs under one name."""
-    return typer.Typer(name=name, cls=Verbs, help=summary, epilog=epilog, no_args_is_help=True, add_completion=False)
 
 
 def check_index_first(index: Path, verb: str, others: Sequence[Path]) -> None:
