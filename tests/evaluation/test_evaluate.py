@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from math import log2
 from statistics import fmean
@@ -13,6 +13,8 @@ import pytest
 from rich.console import Console
 
 from d2llm.evaluation.contenders import Contenders
+from d2llm.evaluation.report import Cost
+from d2llm.evaluation.systems import lexical_system
 from d2llm.ops.measures import MEASURES, Measure
 from d2llm.ops.significance import bootstrap_interval, holm, paired_randomisation
 from d2llm.reports.evaluation_tables import evaluation_tables
@@ -49,6 +51,13 @@ def values_of(ranking, grades):
         "Recall@10": sum(rank <= 10 for rank in ranks) / len(relevant),
         "Recall@100": sum(rank <= 100 for rank in ranks) / len(relevant),
     }
+
+
+def shown(parts):
+    """What a terminal shows."""
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(*parts)
+    return console.export_text()
 
 
 def values_by_hand(report, dataset):
@@ -456,6 +465,29 @@ def test_another_measure_is_one_entry(monkeypatch):
     for text in (render_markdown(report), render_html(report)):
         assert "whether the first passage is relevant" in text
         assert "share that is ranked" in text
-    console = Console(width=200, record=True, file=StringIO())
-    console.print(*evaluation_tables(report))
-    assert "Success@1" in console.export_text()
+    assert "Success@1" in shown(evaluation_tables(report))
+
+
+# --- another column ---------------------------------------------------------------------------------------------------
+
+
+def test_another_cost_is_a_field_and_what_measures_it(monkeypatch, tmp_path):
+    """A field of ``Cost`` that a system gives by its name is in the tables, in Markdown, on the page and in JSON."""
+
+    @dataclass(frozen=True)
+    class Wider(Cost):
+        parameters: float | None = field(default=None, metadata={"parameters": ""})
+
+    def lexical(*given):
+        system = lexical_system(*given)
+        return replace(system, costs={**system.costs, "parameters": 4_321.0})
+
+    monkeypatch.setattr("d2llm.evaluation.systems.Cost", Wider)
+    monkeypatch.setattr("d2llm.evaluation.retrieval.lexical_system", lexical)
+    measure(make_dataset(), everyone(), tmp_path)
+    report = measure(make_dataset(), everyone(), tmp_path)  # read back
+    assert [row.name for row in report.rows if row.cost.parameters] == ["BM25"]
+    assert report.to_json()["rows"][0]["cost"]["parameters"] == 4_321
+    for text in (render_markdown(report), render_html(report), shown(evaluation_tables(report))):
+        assert "parameters" in text
+        assert "4,321" in text

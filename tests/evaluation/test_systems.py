@@ -14,8 +14,7 @@ SYSTEM = System(
     "d2llm",
     {"q1": (("p1", 0.1 + 0.2), ("p2", -1e-7)), "q2": ()},
     {"total": (0.25, 1 / 3), "score": (0.125,)},
-    passages_per_second=12.5,
-    bytes_per_passage=32,
+    {"passages_per_second": 12.5, "bytes_per_passage": 32},
     fingerprint="abc",
     notes=("one", "two"),
 )

@@ -102,13 +102,7 @@ class PairWork:
     ) -> ScoredSplits:
         """The scores of all pairs, measured now or taken from an earlier run."""
         measured = self.store.values([name, fingerprint, self.content, self.settings.settled_task, "pairs"], measure)
-        seconds: list[float] = measured["probe_seconds"]
-        cost = Cost(
-            total=milliseconds(seconds),
-            passages_per_second=measured.get("passages_per_second"),
-            pairs_per_second=measured["pairs_per_second"],
-            peak_memory_mib=measured["peak_memory_mib"],
-        )
+        cost = Cost(total=milliseconds(measured["probe_seconds"]), **measured["costs"])
         if measured.get("num_truncated"):
             self.notes.append((name, f"{measured['num_truncated']:,} texts were truncated"))
         positions, tuning_positions = np.arange(len(self.pairs)), np.arange(len(self.tuning_pairs))
@@ -140,7 +134,7 @@ def lexical_scores(work: PairWork) -> ScoredSplits:
             scores = score_split(work.pairs)
             rate = len(scores) / (perf_counter() - begin)
             measured = {"scores": scores, "tuning_scores": score_split(work.tuning_pairs), "probe_seconds": []}
-            return {**measured, "pairs_per_second": rate, "peak_memory_mib": peak()}
+            return {**measured, "costs": {"pairs_per_second": rate, "peak_memory_mib": peak()}}
 
     return work.scored(NAME_BM25, "bm25", None, measure)
 
@@ -178,8 +172,7 @@ def student_scores(work: PairWork, contenders: Sequence[Contender]) -> list[Scor
             "scores": scores.tolist(),
             "tuning_scores": [] if tuning is None else tuning.score(model, task).tolist(),
             "probe_seconds": times,
-            "pairs_per_second": len(work.pairs) / seconds,
-            "peak_memory_mib": peak,
+            "costs": {"pairs_per_second": len(work.pairs) / seconds, "peak_memory_mib": peak},
             "num_truncated": pairs.num_truncated,
         }
 
@@ -218,14 +211,14 @@ def judge_scores(work: PairWork, name: str, kind: SystemKind, judge: Judge) -> S
             begin = perf_counter()
             judge.judge(pairs, work.settings.settled_task)
             seconds.append(perf_counter() - begin)
-        return {"alone": seconds[:-1], "pairs_per_second": len(probes) / seconds[-1]}
+        return {"alone": seconds[:-1], "costs": {"pairs_per_second": len(probes) / seconds[-1]}}
 
     times = work.store.values([name, judge.fingerprint, work.content, work.settings.settled_task, "time"], measure_time)
     scores = [
         np.array([judged.scores[key][key] for key in (f"{label}:{pairs[p].id}" for p in of_split.tolist())])
         for (label, pairs), of_split in zip(parts, positions, strict=True)
     ]
-    cost = Cost(total=milliseconds(times["alone"]), pairs_per_second=times["pairs_per_second"])
+    cost = Cost(total=milliseconds(times["alone"]), **times["costs"])
     return ScoredSplits(name, kind, positions[0], scores[0], positions[1], scores[1], cost, judge.fingerprint)
 
 

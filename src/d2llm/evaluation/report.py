@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from d2llm.core.types import SystemKind, Task
@@ -37,20 +37,33 @@ class Latency:
 class Cost:
     """What a system costs on this machine. A field is None if it does not apply or was not measured in this run.
 
+    Another cost is another field, which says the heading of its column in reports (of a ``Latency``, headings and the
+    parts that they show); what measures it gives it to ``System`` by the field's name.
+
     ``total`` is the time from the query's text to the ranking; ``encode``, ``candidates`` and ``score`` are its parts.
     ``passages_per_second`` is the speed of indexing, ``pairs_per_second`` that of scoring query and passage,
     ``bytes_per_passage`` the storage for a passage besides its text, ``peak_memory_mib`` the largest resident memory of
     the process while the system was measured, including everything else that is loaded.
     """
 
-    total: Latency | None
-    encode: Latency | None = None
-    candidates: Latency | None = None
-    score: Latency | None = None
-    passages_per_second: float | None = None
-    pairs_per_second: float | None = None
-    bytes_per_passage: float | None = None
-    peak_memory_mib: float | None = None
+    total: Latency | None = field(default=None, metadata={"total ms, p50": "p50", "total ms, p95": "p95"})
+    encode: Latency | None = field(default=None, metadata={"encode ms": "p50"})
+    candidates: Latency | None = field(default=None, metadata={"candidates ms": "p50"})
+    score: Latency | None = field(default=None, metadata={"score ms": "p50"})
+    passages_per_second: float | None = field(default=None, metadata={"indexing passages/s": ""})
+    pairs_per_second: float | None = field(default=None, metadata={"scoring pairs/s": ""})
+    bytes_per_passage: float | None = field(default=None, metadata={"bytes per passage": ""})
+    peak_memory_mib: float | None = field(default=None, metadata={"peak MiB": ""})
+
+    @property
+    def columns(self) -> dict[str, float | None]:
+        """Heading and value of each column of a report."""
+        return {
+            heading: getattr(value, part) if part and value is not None else value
+            for each in fields(self)
+            for value in [getattr(self, each.name)]
+            for heading, part in each.metadata.items()
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,7 +177,7 @@ def _judge(
     system = reranked(subject, judged.scores, sampled, name=name, kind=kind)
     num_timed = sum(len(pool[query.id]) for query in work.sampled[:_TIMED_JUDGEMENTS])
     rate = num_timed / max(sum(seconds), 1e-9)
-    system = replace(system, fingerprint=judge.fingerprint, pairs_per_second=rate, notes=judged.notes)
+    system = replace(system, fingerprint=judge.fingerprint, costs={"pairs_per_second": rate}, notes=judged.notes)
     return with_first_stages(system, seconds, (lexical, subject)), judged.scores
 
 

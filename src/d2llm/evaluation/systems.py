@@ -52,17 +52,15 @@ class System:
     """One measured system.
 
     ``rankings``: query_id -> passages with scores, best first. ``probe_seconds``: "total" and, if known, its parts
-    "encode", "candidates" and "score" -> the time of each probe. ``notes``: remarks for the report.
+    "encode", "candidates" and "score" -> the time of each probe. ``costs``: the other fields of ``Cost`` by name.
+    ``notes``: remarks for the report.
     """
 
     name: str
     kind: SystemKind
     rankings: Mapping[str, RankedIds]
     probe_seconds: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
-    passages_per_second: float | None = None
-    pairs_per_second: float | None = None
-    bytes_per_passage: float | None = None
-    peak_memory_mib: float | None = None
+    costs: Mapping[str, float | None] = field(default_factory=dict[str, float | None])
     fingerprint: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -74,16 +72,8 @@ class System:
     def cost(self) -> Cost:
         """The percentiles of the probes' times, and the other costs."""
         times = {name: milliseconds(seconds) for name, seconds in self.probe_seconds.items()}
-        return Cost(
-            total=times.get("total"),
-            encode=times.get("encode"),
-            candidates=times.get("candidates"),
-            score=times.get("score"),
-            passages_per_second=self.passages_per_second,
-            pairs_per_second=self.pairs_per_second,
-            bytes_per_passage=self.bytes_per_passage,
-            peak_memory_mib=self.peak_memory_mib,
-        )
+        known: dict[str, Any] = {**times, **self.costs}
+        return Cost(**known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +135,11 @@ def lexical_system(name: str, passages: Sequence[Passage], trial: Trial) -> Syst
             "bm25",
             rankings,
             {"total": totals},
-            passages_per_second=rate,
-            bytes_per_passage=index.num_bytes / len(index),
-            peak_memory_mib=peak(),
+            {
+                "passages_per_second": rate,
+                "bytes_per_passage": index.num_bytes / len(index),
+                "peak_memory_mib": peak(),
+            },
         )
 
 
@@ -173,8 +165,10 @@ def student_system(
             kind,
             rankings,
             {"total": totals, **parts},
-            pairs_per_second=sum(ranking.num_candidates for ranking in probe_answers) / max(sum(parts["score"]), 1e-9),
-            peak_memory_mib=peak(),
+            {
+                "pairs_per_second": sum(each.num_candidates for each in probe_answers) / max(sum(parts["score"]), 1e-9),
+                "peak_memory_mib": peak(),
+            },
             notes=(f"{num_cut:,} of {len(ranked):,} queries were truncated",) if num_cut else (),
         )
 
@@ -191,7 +185,7 @@ def hybrid_system(name: str, first: System, second: System, trial: Trial) -> Sys
         "hybrid",
         rankings,
         {"total": tuple(first_time + second_time for first_time, second_time in totals)},
-        bytes_per_passage=(first.bytes_per_passage or 0) + (second.bytes_per_passage or 0),
+        {"bytes_per_passage": sum(each.costs.get("bytes_per_passage") or 0 for each in (first, second))},
     )
 
 
@@ -282,7 +276,7 @@ def _peak() -> float | None:
     return largest / _MIB if sys.platform == "darwin" else largest / 1024
 
 
-_VERSION = 4  # version of the stored values; incremented when the meaning of a system's rankings or times changes
+_VERSION = 5  # version of the stored values; incremented when the meaning of a system's rankings or times changes
 
 
 class MeasuredStore:
@@ -450,8 +444,11 @@ class RetrievalWork:
         notes = (f"{num_cut:,} of {len(self.passages):,} passages were truncated",) if num_cut else ()
         return replace(
             system,
-            passages_per_second=passages_per_second,
-            bytes_per_passage=searched.format.code_size + evidence_bytes / max(len(searched), 1),
+            costs={
+                **system.costs,
+                "passages_per_second": passages_per_second,
+                "bytes_per_passage": searched.format.code_size + evidence_bytes / max(len(searched), 1),
+            },
             fingerprint=index.student.fingerprint,
             notes=(*system.notes, *notes),
         )

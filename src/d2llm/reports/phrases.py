@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from d2llm.core.table import ABSENT
-from d2llm.evaluation.report import EvaluationReport, EvaluationRow, Latency
+from d2llm.evaluation.report import EvaluationReport, EvaluationRow
 from d2llm.ops.measures import MEASURES
 from d2llm.ops.pair_measures import MEANINGS
 
 BETTER, WORSE = "*", "†"
 
-COSTS: tuple[tuple[str, Callable[[EvaluationRow], float | None]], ...] = (
-    ("total ms, p50", lambda row: _p50(row.cost.total)),
-    ("total ms, p95", lambda row: None if row.cost.total is None else row.cost.total.p95),
-    ("encode ms", lambda row: _p50(row.cost.encode)),
-    ("candidates ms", lambda row: _p50(row.cost.candidates)),
-    ("score ms", lambda row: _p50(row.cost.score)),
-    ("indexing passages/s", lambda row: row.cost.passages_per_second),
-    ("scoring pairs/s", lambda row: row.cost.pairs_per_second),
-    ("bytes per passage", lambda row: row.cost.bytes_per_passage),
-    ("peak MiB", lambda row: row.cost.peak_memory_mib),
-)
-"""Heading and value of each cost; ``cost_columns`` selects those that were measured."""
-
 
 def cost_columns(rows: Sequence[EvaluationRow]) -> list[tuple[str, list[str]]]:
     """The costs that were measured for at least one row: the heading, and a cell for each row."""
-    columns = [(heading, [figure(row) for row in rows]) for heading, figure in COSTS]
+    figures = [row.cost.columns for row in rows]
     return [
-        (heading, [quantity(value) for value in values])
-        for heading, values in columns
-        if any(value is not None for value in values)
+        (heading, [quantity(costs[heading]) for costs in figures])
+        for heading in (figures[0] if figures else ())
+        if any(costs[heading] is not None for costs in figures)
     ]
 
 
@@ -139,7 +126,3 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
-def _p50(time: Latency | None) -> float | None:
-    return None if time is None else time.p50
