@@ -12,13 +12,15 @@ from typing import Any
 
 import typer
 
+from d2llm.store.index_spec import IndexSpec
+
 _FEW = 7  # options that need no groups
 _WIDTH = 50  # of a list of values that is shown beside an option; a longer one is in its help
 
 _COMMON = {
     "Files of documents": ("exclude", "follow_links", "file_seconds", "file_memory", "no_metadata", "lenient_metadata"),
     "Passages": ("chunk_tokens", "chunk_overlap", "late", "late_window", "whole"),
-    "A new index": ("vector_format", "vector_copies", "window_vectors", "token_vectors", "field", "shards", "prune"),
+    "A new index": (*(name for name in IndexSpec.model_fields if name != "task"), "field", "shards", "prune"),
     "Language model that writes": ("writer", "endpoint", "api_key_env"),
     "Where it runs": ("device", "dtype", "engine", "runner", "workers", "gpus_per_worker"),
     "Output": ("json_path", "markdown", "html", "save_runs"),

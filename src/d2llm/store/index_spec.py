@@ -9,16 +9,14 @@ from d2llm.core.settings import Settings, Shown, setting
 from d2llm.core.types import Task
 
 
-class IndexSpec(Settings):
-    """What a new index is to be; it cannot be changed later."""
+class IndexShape(Settings):
+    """What is asked of a new index and stored in its manifest as it is.
+
+    Another such setting is another field here, and what acts on it, which finds it in the manifest of the store.
+    """
 
     noun: ClassVar[str] = "setting of an index"
 
-    task: Task | None = setting(
-        None,
-        "For a new index: search for passages that answer the query (asymmetric) or mean the same (symmetric).",
-        Shown(default="what the student was trained for, or else asymmetric"),
-    )
     vector_format: str = setting(
         "bfloat16",
         "For a new index: float32, bfloat16, float16, int8, int4, int3 or binary vectors.",
@@ -31,6 +29,20 @@ class IndexSpec(Settings):
         Shown(metavar="N", default="2"),
         ge=1,
         le=2,
+    )
+
+    def shape(self) -> dict[str, Any]:
+        """These settings, without those of a subclass."""
+        return {name: getattr(self, name) for name in IndexShape.model_fields}
+
+
+class IndexSpec(IndexShape):
+    """What a new index is to be; it cannot be changed later."""
+
+    task: Task | None = setting(
+        None,
+        "For a new index: search for passages that answer the query (asymmetric) or mean the same (symmetric).",
+        Shown(default="what the student was trained for, or else asymmetric"),
     )
     window_vectors: str | None = setting(
         "auto",
@@ -63,7 +75,7 @@ class IndexSpec(Settings):
         return [(name, ours, theirs) for name, ours, theirs in pairs if ours not in (theirs, "auto", theirs or "none")]
 
 
-class StoredSpec(Settings):
+class StoredSpec(IndexShape):
     """What the manifest of an index stores of its shape and its student."""
 
     student: str = setting(..., "Fingerprint of the student.")
@@ -71,13 +83,6 @@ class StoredSpec(Settings):
     student_config: Mapping[str, Any] = setting({}, "Its configuration.")
     student_source: str | None = setting(None, "Where it can be loaded from.")
     task: Task = setting("asymmetric", "The default task of searches.")
-    vector_format: str = setting("bfloat16", "How vectors are stored (store.vector_formats).")
-    vector_copies: int = setting(
-        2,
-        "2 stores vectors in the table too, so that a damaged vector file is rebuilt from there; 1 only in the file.",
-        ge=1,
-        le=2,
-    )
     window_format: str | None = setting(None, "How vectors of windows are stored; None stores none.")
     token_format: str | None = setting(None, "How vectors of tokens are stored; None stores none.")
     token_dim: int | None = setting(None, "Dimensions of the vectors of tokens.")
@@ -92,7 +97,8 @@ class StoredSpec(Settings):
     def as_asked(self, metadata: Mapping[str, Any], num_shards: int | None) -> IndexSpec:
         """The settings that make such an index."""
         return IndexSpec(
-            **{name: getattr(self, name) for name in ("task", "vector_format", "vector_copies")},
+            **self.shape(),
+            task=self.task,
             window_vectors=self.window_format,
             token_vectors=self.token_format,
             metadata=metadata,
