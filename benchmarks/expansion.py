@@ -31,7 +31,7 @@ from d2llm.core.inputs import strings_of
 from d2llm.core.types import ExpansionMethod, QueryExpansion
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.significance import bootstrap_interval, paired_randomisation
-from d2llm.recipe import RemoteWriterConfig
+from d2llm.recipe import RemoteWriterConfig, WriterEndpointConfig
 
 SETS = ("covidqa", "stackfaq")
 METHODS: tuple[ExpansionMethod, ...] = ("multi", "hyde")
@@ -105,8 +105,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULT)
     options = parser.parse_args()
     require(*(options.data / name for name in SETS))
-    remote = None if options.endpoint is None else RemoteWriterConfig(url=options.endpoint)
-    config = WriterConfig(model=options.writer, kind="local" if remote is None else "remote", remote=remote)
+    config = WriterConfig(model=options.writer)
+    if options.endpoint is not None:
+        config = RemoteWriterConfig(model=options.writer, remote=WriterEndpointConfig(url=options.endpoint))
     content: dict[str, Any] = {"student": options.student, "writer": options.writer, "figures": {}, "written": {}}
     if options.json.is_file():
         content |= json.loads(options.json.read_text())

@@ -38,7 +38,7 @@ def written_queries(name: str) -> dict[str, tuple[str, str]]:
 
 @contextmanager
 def recorded_writer(data: Path) -> Iterator[str]:
-    """Serve the recorded queries of a data set on a local port; yields the address for ``RemoteWriterConfig.url``."""
+    """Serve the recorded queries of a data set on a local port; yields the address for ``WriterEndpointConfig.url``."""
     recorded = read_recorded(data.name)
     corpus = read_beir(data, splits=["test"]).passages
     answers = {(_beginning(corpus[name].text), kind): queries for (name, kind), queries in recorded.items()}

@@ -8,7 +8,7 @@ from typing import Any
 
 from d2llm.fitting.critic import CriticSettings
 from d2llm.fitting.settings import FitSettings
-from d2llm.recipe import RemoteWriterConfig, WriterConfig
+from d2llm.recipe import WriterConfig, WriterEndpointConfig
 from local_endpoint import Reply, Request, chat
 from tiny_models import TEXTS
 
@@ -41,6 +41,6 @@ def ask_about_passage(request: Request, number: int) -> Reply:
 
 
 def settings_for(student: Path, url: str, **changes: Any) -> FitSettings:
-    writer = WriterConfig(kind="remote", model="served", remote=RemoteWriterConfig(url=url))
+    writer = WriterConfig(kind="remote", model="served", remote=WriterEndpointConfig(url=url))
     values: dict[str, Any] = {"student": str(student), "writer": writer, "kinds": {"question": 1.0}, "hours": 1.0}
     return FitSettings(**values | {"critic": CriticSettings(depth=NUM_DOCUMENTS)} | changes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from d2llm.fitting.fit import Fit
-from d2llm.recipe import RemoteWriterConfig, WriterConfig
+from d2llm.recipe import WriterConfig, WriterEndpointConfig
 from e2e.command_line import fail, succeed
 
 
@@ -45,7 +45,7 @@ def test_options_become_settings(opened, documents, tmp_path):
     assert (settings.max_queries, settings.max_cost, settings.max_tokens) == (9, 1.0, None)
     assert settings.examples == (("Pumps are cleaned weekly.", "how often to clean a pump"),)
     prices = {"price_per_million_prompt_tokens": 0.5, "price_per_million_written_tokens": 2.0}
-    remote = RemoteWriterConfig(url="http://127.0.0.1:9/v1", **prices)
+    remote = WriterEndpointConfig(url="http://127.0.0.1:9/v1", **prices)
     assert settings.writer == WriterConfig(model="large", kind="remote", remote=remote)
     assert opened[0].folder.path == tmp_path / "docs.search"
     assert "is up to date" in result.stderr

@@ -15,7 +15,7 @@ from d2llm import Index, Passage, encode
 from d2llm.models.teachers.judge import load_judge
 from d2llm.models.writers.writer import load_writer
 from d2llm.ops.rereading import StudentError
-from d2llm.recipe import RemoteWriterConfig, TeacherConfig, WriterConfig
+from d2llm.recipe import TeacherConfig, WriterConfig, WriterEndpointConfig
 from d2llm.retrieval.calibrate import write_error
 from d2llm.retrieval.context import build_context
 from d2llm.retrieval.expansion import Expansion
@@ -505,7 +505,7 @@ def test_a_writer_expands_queries(tmp_path):
             wait_until_ready(address)
             assert http.get("/v1/index").json()["writer"] == "served"
             library = Index.open(folder, dtype="float32")
-            remote = RemoteWriterConfig(url=endpoint.url)
+            remote = WriterEndpointConfig(url=endpoint.url)
             writer = load_writer(WriterConfig(model="served", kind="remote", remote=remote))
             for method, number in [("multi", 2), ("hyde", None)]:
                 body = {"query": QUERY, "top_k": 20, "expand": method, "expansions": number}

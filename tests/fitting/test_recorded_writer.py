@@ -12,7 +12,7 @@ from d2llm.fitting.draft_store import DraftStore
 from d2llm.fitting.query_rules import query_fault
 from d2llm.fitting.write_queries import WritingBudget, write_queries
 from d2llm.models.writers.writer import load_writer
-from d2llm.recipe import RemoteWriterConfig, WriterConfig
+from d2llm.recipe import WriterConfig, WriterEndpointConfig
 
 NUM_QUERIES = 64
 
@@ -22,7 +22,7 @@ def test_recorded_answers_become_queries(shared_data, tmp_path, name):
     corpus = read_beir(shared_data / name, splits=["test"]).passages
     passages = sorted(corpus.values(), key=lambda passage: passage.id)
     with recorded_writer(shared_data / name) as url:
-        config = WriterConfig(kind="remote", model="recorded", remote=RemoteWriterConfig(url=url))
+        config = WriterConfig(kind="remote", model="recorded", remote=WriterEndpointConfig(url=url))
         writer = load_writer(config)
         store = DraftStore(tmp_path / "drafts", writer.fingerprint)
         report = write_queries(passages, writer, store, config=config, budget=WritingBudget(queries=NUM_QUERIES))

@@ -10,7 +10,7 @@ from d2llm.fitting import write_queries as module
 from d2llm.fitting.draft_store import DraftStore, passage_hash
 from d2llm.fitting.write_queries import WritingBudget, in_rounds, write_queries
 from d2llm.models.writers.writer import WrittenQueries
-from d2llm.recipe import RemoteWriterConfig, WriterConfig
+from d2llm.recipe import WriterConfig, WriterEndpointConfig
 
 TEXT = "passage {} of the manual says how a device of that number is cleaned, repaired and stored in winter"
 UNLIMITED = WritingBudget()
@@ -95,7 +95,7 @@ def test_the_share_of_a_kind_is_how_often_it_comes_first(store):
 def test_a_spent_budget_ends_the_writing(store, monkeypatch, budget, reason):
     monkeypatch.setattr(module, "_ASSIGNMENTS_AT_ONCE", 2)
     prices = {"price_per_million_prompt_tokens": 1.0, "price_per_million_written_tokens": 10.0}
-    config = WriterConfig(kind="remote", remote=RemoteWriterConfig(url="http://127.0.0.1:1/v1", **prices))
+    config = WriterConfig(kind="remote", remote=WriterEndpointConfig(url="http://127.0.0.1:1/v1", **prices))
     report = write(passages(), CountingWriter(), store, budget, config)
     assert report.ended_by == reason
     assert report.num_answers < 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -66,10 +67,31 @@ def test_what_was_written_is_read_again(value):
     assert TypeAdapter(Tuning).validate_python(value.model_dump()) == value
 
 
+def test_the_base_makes_the_kind_that_is_named():
+    assert Tuning(kind="lora", rank=16) == Lora(rank=16) == Lora.model_validate(Lora(rank=16).model_dump())
+    assert type(Tuning()) is Lora
+    assert type(Tuning.model_validate({"kind": "frozen"})) is Frozen
+    assert Lora(rank=3).model_copy(update={"rank": 4}) == Lora(rank=4) != Lora(rank=3)
+    assert pickle.loads(pickle.dumps(Lora(rank=3))) == Lora(rank=3)
+    with pytest.raises(ValueError, match="no tuning 'lroa'; did you mean 'lora'"):
+        Tuning(kind="lroa")
+    with pytest.raises(ValidationError, match="kind"):
+        Lora.model_validate({"kind": "frozen"})
+
+
+def test_a_kind_before_a_colon():
+    assert Tuning.split_kind("frozen:a:b") == ("frozen", "a:b")
+    assert Tuning.split_kind("else:a") == ("lora", "else:a")
+    assert Tuning.split_kind("frozen") == ("lora", "frozen")
+
+
 def test_problems_name_the_path():
     assert problem(tuning="full") == "tuning: no tuning 'full'; there are: lora, frozen, nested"
     assert problem(tuning={"kind": "lroa"}) == "tuning: no tuning 'lroa'; did you mean 'lora'?"
-    assert problem(tuning={"kind": "frozen", "rank": 2}) == "unknown key 'tuning.rank'; known keys here: kind"
+    assert problem(tuning={"kind": "frozen", "rank": 2}) == (
+        "unknown key 'tuning.rank' of kind frozen; it is a setting of kind lora"
+    )
+    assert problem(tuning={"kind": "frozen", "zzz": 2}) == "unknown key 'tuning.zzz'; known keys here: kind"
     assert problem(tuning={"rnak": 2}) == "unknown key 'tuning.rnak'; did you mean 'rank'?"
     assert problem(tuning={"rank": 0}).startswith("tuning.rank: Input should be greater than or equal to 1")
     assert problem(tuning=5) == "tuning should be a kind, or a table: write [tuning] (got 5)"

@@ -10,7 +10,7 @@ from d2llm.core.types import Passage
 from d2llm.models.writers.writer import WrittenQueries, load_writer
 from d2llm.ops.fusion import reciprocal_rank_scores
 from d2llm.ops.rereading import StudentError
-from d2llm.recipe import RemoteWriterConfig, WriterConfig
+from d2llm.recipe import WriterConfig, WriterEndpointConfig
 from d2llm.retrieval.cascade import Cascade
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.index import Index
@@ -171,7 +171,7 @@ def test_an_endpoint_expands_queries_whatever_they_say(index):
         return Reply({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]})
 
     with local_endpoint(reply) as endpoint:
-        remote = RemoteWriterConfig(url=endpoint.url)
+        remote = WriterEndpointConfig(url=endpoint.url)
         writer = load_writer(WriterConfig(model="served", kind="remote", remote=remote))
         multi, hyde = Expansion(writer), Expansion(writer, "hyde")
         (ranking,) = index.search(hostile, expansion=multi)

@@ -200,8 +200,12 @@ def test_folders_and_writers_that_cannot_be_used_are_refused(tmp_path: Path, lla
     (tmp_path / "mine" / "manifest.json").write_text("{}")
     with pytest.raises(InputError, match="already holds a finished writer"):
         tune(llama, tmp_path / "mine")
-    with pytest.raises(InputError, match="is remote and has no weights to tune"):
-        tune_writer([questions()], tmp_path / "writer", writer=WriterConfig(kind="remote"))
+    with pytest.raises(InputError, match="is of kind remote and has no weights to tune"):
+        tune_writer(
+            [questions()],
+            tmp_path / "writer",
+            writer=WriterConfig(kind="remote", remote={"url": "http://127.0.0.1:1/v1"}),
+        )
 
 
 def test_queries_that_are_too_long_are_counted(tmp_path: Path, llama: Path):

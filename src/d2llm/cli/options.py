@@ -249,7 +249,8 @@ class WriterOptions:
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Language model that writes queries; the model's name at an endpoint.",
+            help="Language model that writes queries: MODEL, KIND:MODEL, or a TOML file with its settings; with "
+            "--endpoint, the model's name there.",
             show_default="a small one that runs here",
         ),
     ] = None
@@ -266,16 +267,17 @@ class WriterOptions:
         Raises:
             InputError: an option is about an endpoint, but there is none, or the endpoint's model is not named.
         """
-        from d2llm.recipe import RemoteWriterConfig, WriterConfig
+        from d2llm.recipe import RemoteWriterConfig, WriterEndpointConfig
+        from d2llm.recipe.recipe_file import named_writer
 
         if self.endpoint is not None:
             if self.writer is None:
                 raise InputError("--endpoint needs --writer, the name of a model there")
-            section = RemoteWriterConfig(url=self.endpoint, api_key_env=self.api_key_env, **remote)
-            return WriterConfig(model=self.writer, kind="remote", remote=section)
+            section = WriterEndpointConfig(url=self.endpoint, api_key_env=self.api_key_env, **remote)
+            return RemoteWriterConfig(model=self.writer, remote=section)
         if self.api_key_env is not None:
             raise InputError("--api-key-env is about an endpoint; give its address with --endpoint")
-        return WriterConfig(model=self.writer or default)
+        return named_writer(self.writer or default)
 
 
 @dataclass(frozen=True)

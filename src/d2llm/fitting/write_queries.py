@@ -100,7 +100,7 @@ def write_queries(
     """
     if not any(kinds.values()):
         raise InputError("there are no kinds of queries to write; name at least one: question, keywords or statement")
-    if budget.money is not None and _cost(store, config) is None:
+    if budget.money is not None and config.cost(*store.num_tokens) is None:
         raise InputError(
             "a budget in money needs the writer's prices: set price_per_million_prompt_tokens and "
             "price_per_million_written_tokens in its section remote, or give the budget in tokens"
@@ -144,7 +144,7 @@ def write_queries(
             if written.error is not None:
                 raise written.error
             drafts += added
-            cost = _cost(store, config)
+            cost = config.cost(*store.num_tokens)
             advance(len(batch), f"cost {cost:.2f}" if cost else "")
     num_problems = sum(draft.problem is not None for draft in drafts)
     if num_problems:
@@ -155,7 +155,7 @@ def write_queries(
         num_problems,
         len(passages) - len(eligible),
         *store.num_tokens,
-        cost=_cost(store, config),
+        cost=config.cost(*store.num_tokens),
         seconds=time.monotonic() - started,
         ended_by=ended_by,
     )
@@ -227,7 +227,7 @@ def _spent(
     """The limit of the budget that has been reached, or None."""
     minutes = None if budget.seconds is None else budget.seconds / 60
     limit = Limits(minutes, budget.tokens, budget.money).reached(
-        seconds / 60, sum(store.num_tokens), _cost(store, config)
+        seconds / 60, sum(store.num_tokens), config.cost(*store.num_tokens)
     )
     if limit is not None:
         name, value = limit
@@ -239,7 +239,3 @@ def _spent(
 
 def _num_queries(drafts: Sequence[Draft]) -> int:
     return sum(len(draft.queries) for draft in drafts)
-
-
-def _cost(store: DraftStore, config: WriterConfig) -> float | None:
-    return None if config.remote is None else config.remote.cost(*store.num_tokens)

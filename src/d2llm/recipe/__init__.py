@@ -33,7 +33,7 @@ from d2llm.recipe.training import (
     TrainingConfig,
 )
 from d2llm.recipe.tuning import ReaderTuningConfig, TeacherTuningConfig, WriterTuningConfig
-from d2llm.recipe.writer import RemoteWriterConfig, WriterConfig
+from d2llm.recipe.writer import LocalWriterConfig, RemoteWriterConfig, WriterConfig, WriterEndpointConfig
 
 __all__ = [
     "LIST_KINDS",
@@ -47,6 +47,7 @@ __all__ = [
     "InteractionConfig",
     "LabellingConfig",
     "ListsConfig",
+    "LocalWriterConfig",
     "LoraConfig",
     "MiningConfig",
     "PoolingConfig",
@@ -69,6 +70,7 @@ __all__ = [
     "VllmConfig",
     "WarmUpConfig",
     "WriterConfig",
+    "WriterEndpointConfig",
     "WriterTuningConfig",
     "shaping_student_settings",
     "untuned_config",

@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, SerializationInfo, ValidationError, model_serializer
+from pydantic import (
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    SerializationInfo,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, core_schema
 
 from d2llm.core.names import describe_problem
@@ -50,6 +57,7 @@ class SectionOfKind(Section):
 
         BackboneConfig.model_validate({"tuning": {"kind": "lora", "rank": 16}}).tuning.rank  # 16
         BackboneConfig.model_validate({"tuning": "frozen"})
+        Tuning(kind="lora", rank=16)  # Lora(rank=16)
     """
 
     kinds: ClassVar[Registry[Any]]
@@ -65,9 +73,28 @@ class SectionOfKind(Section):
             cls.kind = kind
             cls.kinds.add(kind, cls)
 
+    def __new__(cls, **values: Any) -> Self:
+        """On the base, an instance of the kind that ``kind`` names (``default_kind``)."""
+        if not cls._is_base():
+            return super().__new__(cls)
+        found: Any = cls.kinds.find(values.get("kind", cls.default_kind))
+        return found.__new__(found)
+
+    @classmethod
+    def _is_base(cls) -> bool:
+        return not cls.kind and hasattr(cls, "kinds")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_kind(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        own = cast("Mapping[str, Any]", values)
+        return {name: value for name, value in own.items() if not (name == "kind" and value == cls.kind)}
+
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        if cls.kind or not hasattr(cls, "kinds"):
+        if not cls._is_base():
             return handler(source)
         return core_schema.no_info_plain_validator_function(
             cls.of, serialization=core_schema.plain_serializer_function_ser_schema(_write, info_arg=True)
@@ -75,7 +102,7 @@ class SectionOfKind(Section):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        if cls.kind or not hasattr(cls, "kinds"):
+        if not cls._is_base():
             return handler(schema)
         if cls in _described:  # a kind that has a section of the same base in it
             return {"type": ["object", "string"]}
@@ -93,6 +120,12 @@ class SectionOfKind(Section):
         needed = ["kind"] if kind != cls.default_kind else []
         needed += described.get("required", [])
         return described | ({"required": needed} if needed else {})
+
+    @classmethod
+    def split_kind(cls, text: str) -> tuple[str, str]:
+        """The two parts of ``KIND:MODEL``; the default kind and the whole text if it begins with no kind."""
+        kind, colon, model = text.partition(":")
+        return (kind, model) if colon and model and kind in cls.kinds.kinds else (cls.default_kind, text)
 
     @model_serializer(mode="wrap")
     def _with_kind(self, handler: Any) -> dict[str, Any]:
@@ -142,10 +175,31 @@ def _describing(error: ValidationError, cls: type[SectionOfKind]) -> Callable[[s
         problems: list[str] = []
         for problem in error.errors():
             path = ".".join([key, *map(str, problem["loc"])]) if key else ".".join(map(str, problem["loc"]))
-            problems.append(describe_kind(problem, path) or describe_problem(problem, path, lambda: _keys_of(cls)))
+            problems.append(
+                describe_kind(problem, path)
+                or _describe_other_kind(problem, path, cls)
+                or describe_problem(problem, path, lambda: _keys_of(cls))
+            )
         return "; ".join(problems)
 
     return describe
+
+
+def _describe_other_kind(problem: Any, path: str, cls: type[SectionOfKind]) -> str | None:
+    """What is wrong with a setting that other kinds have; None if the problem is another."""
+    if problem["type"] != "extra_forbidden" or len(problem["loc"]) > 1:
+        return None
+    others = [kind for kind in cls.kinds.kinds if problem["loc"][0] in _fields_of(cls, kind)]
+    if not others:
+        return None
+    return f"unknown key '{path}' of kind {cls.kind}; it is a setting of kind {' or '.join(others)}"
+
+
+def _fields_of(cls: type[SectionOfKind], kind: str) -> Mapping[str, Any]:
+    try:
+        return cls.kinds.find(kind).model_fields
+    except ValueError:  # another package's, which cannot be imported
+        return {}
 
 
 def describe_kind(problem: Any, key: str) -> str | None:

@@ -32,6 +32,7 @@ from pydantic_core import PydanticCustomError
 
 from d2llm.core.names import describe_problem
 from d2llm.core.registry import Registry, modules_in
+from d2llm.recipe.kinds import describe_kind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -258,7 +259,8 @@ def _loss(kind: str, value: Any) -> Loss:
         return cls.model_validate(value)
     except ValidationError as error:
         problems = [
-            describe_problem(each, ".".join(["losses", kind, *map(str, each["loc"])]), lambda: sorted(cls.model_fields))
+            describe_kind(each, path) or describe_problem(each, path, lambda: sorted(cls.model_fields))
             for each in error.errors()
+            if (path := ".".join(["losses", kind, *map(str, each["loc"])]))
         ]
         raise PydanticCustomError("loss", "{problem}", {"problem": "; ".join(problems)}) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -15,13 +15,16 @@ from d2llm.core.toml import parse_toml, read_toml
 from d2llm.recipe import (
     Recipe,
     TeacherConfig,
+    WriterConfig,
     shaping_student_settings,
 )
 from d2llm.recipe.kinds import describe_kind
+from d2llm.recipe.sections import Section
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+_Kind = TypeVar("_Kind", bound=Section)
 _NOT_SET = "not set"
 _NOT_SHAPING = {
     *("trackers", "checkpoint_every", "checkpoint_minutes", "max_minutes", "gradient_caching", "graph_gib"),
@@ -61,23 +64,34 @@ def named_teacher(text: str, like: TeacherConfig | None = None) -> TeacherConfig
     Raises:
         RecipeError: the file is missing, is not TOML, or has an unknown key or a bad value.
     """
-    like = like or TeacherConfig()
-    if not text.endswith(".toml"):
-        try:
-            return like.named(text)
-        except ValidationError as error:
-            raise _teacher_error(error, f"the teacher '{text}'") from error
-    values = read_toml(Path(text), RecipeError)
-    section = values.get("teacher", values)
+    return _named(text, "teacher", TeacherConfig, (like or TeacherConfig()).named)
+
+
+def named_writer(text: str) -> WriterConfig:
+    """The writer that a text names: ``MODEL``, ``KIND:MODEL``, or a TOML file with the settings of [writer].
+
+    Raises:
+        RecipeError: as ``named_teacher``.
+    """
+
+    def named(text: str) -> WriterConfig:
+        kind, model = WriterConfig.split_kind(text)
+        return WriterConfig.model_validate({"kind": kind, "model": model})
+
+    return _named(text, "writer", WriterConfig, named)
+
+
+def _named(text: str, section: str, base: type[_Kind], named: Callable[[str], _Kind]) -> _Kind:
+    is_file = text.endswith(".toml")
     try:
-        return TeacherConfig.model_validate(section)
+        if not is_file:
+            return named(text)
+        values = read_toml(Path(text), RecipeError)
+        return base.model_validate(values.get(section, values))
     except ValidationError as error:
-        raise _teacher_error(error, text) from error
-
-
-def _teacher_error(error: ValidationError, where: str) -> RecipeError:
-    problems = [cast("ErrorDetails", {**each, "loc": ("teacher", *each["loc"])}) for each in error.errors()]
-    return RecipeError(f"{where}: " + "; ".join(map(_explain, problems)))
+        problems = [cast("ErrorDetails", {**each, "loc": (section, *each["loc"])}) for each in error.errors()]
+        where = text if is_file else f"the {section} '{text}'"
+        raise RecipeError(f"{where}: " + "; ".join(map(_explain, problems))) from error
 
 
 def _find_recipe(path_or_name: str | Path) -> Path:

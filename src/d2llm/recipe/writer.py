@@ -1,15 +1,24 @@
-"""The settings of writers of queries."""
+"""Writers of queries: each kind is a section with settings of its own, which loads what it names.
+
+A package adds its own kind by an entry point in the group ``d2llm.writers``.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from d2llm.recipe.sections import CompletionConfig, Section
+from d2llm.core.registry import Registry
+from d2llm.recipe.kinds import SectionOfKind
+from d2llm.recipe.sections import CompletionConfig
+
+if TYPE_CHECKING:
+    from d2llm.models.writers.writer import Writer
 
 
-class RemoteWriterConfig(CompletionConfig):
+class WriterEndpointConfig(CompletionConfig):
     """The endpoint of a remote writer (docs/writers.md)."""
 
     api: Literal["completions", "chat"] = "chat"
@@ -17,17 +26,42 @@ class RemoteWriterConfig(CompletionConfig):
     """Time limit of one request; a whole answer takes longer than one token."""
 
 
-class WriterConfig(Section):
-    """The LLM that writes queries for passages, or expands the queries of a search."""
+class WriterConfig(SectionOfKind):
+    """The language model that writes queries for passages, or expands the queries of a search.
+
+    Example::
+
+        class Titles(WriterConfig, kind="titles"):
+            \"\"\"Writes the title of a passage.\"\"\"
+
+            def load(self, *, device=None, dtype=None):
+                return TitleWriter()  # a models.writers.writer.Writer
+
+        load_writer(WriterConfig(kind="titles"))
+    """
+
+    kinds = Registry["WriterConfig"](
+        "kind of writer", dict.fromkeys(("local", "remote"), "d2llm.recipe.writer"), "d2llm.writers"
+    )
+    default_kind = "local"
 
     model: str = "smollm2"
     """Local folder (also of a tuned writer), Hub name, GGUF file, or ``smollm2``; for a remote writer, the model's name
     at the endpoint."""
-    kind: Literal["local", "remote"] = "local"
-    prompt: str | None = None
-    """Name of a prompt set shipped with d2llm, or the path of a TOML file (see ``models.writers.prompts``). By default
-    ``standard`` for a remote writer, and for a local one ``short``, which small models need. A tuned writer has a
-    format of its own and ignores it."""
+
+    def load(self, *, device: str | None = None, dtype: str | None = None) -> Writer:
+        """Load the writer (``load_writer``); a kind defines it."""
+        raise NotImplementedError
+
+    def cost(self, num_prompt_tokens: int, num_written_tokens: int) -> float | None:  # noqa: ARG002
+        """What so many tokens cost, in the currency of its prices; None if it has none."""
+        return None
+
+
+class _LanguageModel(WriterConfig):
+    """What language models have in common, wherever they run."""
+
+    prompt: str
     max_passage_tokens: int = Field(default=400, ge=16)
     """Maximum length of title and passage together; the end of the passage is cut off to fit."""
     max_new_tokens: int = Field(default=48, ge=4)
@@ -38,9 +72,32 @@ class WriterConfig(Section):
     what it draws fits the passage."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Choose among the likeliest tokens that together have this probability."""
-    remote: RemoteWriterConfig | None = None
 
-    @property
-    def prompt_set(self) -> str:
-        """``prompt``, or the default of this kind of writer."""
-        return self.prompt or ("standard" if self.kind == "remote" else "short")
+
+class LocalWriterConfig(_LanguageModel, kind="local"):
+    """A causal language model in this process, which may have been tuned to write."""
+
+    prompt: str = "short"
+    """Name of a prompt set shipped with d2llm, or the path of a TOML file (see ``models.writers.prompts``); small
+    models need ``short``. A tuned writer has a format of its own and ignores it."""
+
+    def load(self, *, device: Any = None, dtype: Any = None) -> Writer:
+        """Load it on a device, by default the fastest, in a number format, by default the fastest there."""
+        return import_module("d2llm.models.writers.local").LocalWriter.load(self, device=device, dtype=dtype)
+
+
+class RemoteWriterConfig(_LanguageModel, kind="remote"):
+    """A language model behind an OpenAI-compatible endpoint."""
+
+    prompt: str = "standard"
+    """Name of a prompt set shipped with d2llm, or the path of a TOML file (see ``models.writers.prompts``)."""
+    remote: WriterEndpointConfig
+
+    def load(self, *, device: Any = None, dtype: Any = None) -> Writer:
+        """Load it, and test it with one short request; ``device`` and ``dtype`` do not apply."""
+        del device, dtype
+        return import_module("d2llm.models.writers.remote").RemoteWriter.load(self)
+
+    def cost(self, num_prompt_tokens: int, num_written_tokens: int) -> float | None:
+        """By the prices of the endpoint."""
+        return self.remote.cost(num_prompt_tokens, num_written_tokens)

@@ -8,7 +8,8 @@ from typing import Any, TypeVar, cast
 
 from d2llm.core.errors import ModelError
 from d2llm.models.writers.writer import Assignment, Writer, WrittenQueries, load_writer
-from d2llm.recipe import RemoteWriterConfig, WriterConfig
+from d2llm.recipe import RemoteWriterConfig, WriterEndpointConfig
+from d2llm.recipe.recipe_file import named_writer
 from d2llm.server.batching import Batcher, Done
 from d2llm.server.settings import ServeSettings
 
@@ -83,14 +84,15 @@ def load_writer_service(settings: ServeSettings) -> WriterService | None:
     """
     if settings.writer is None:
         return None
-    config = WriterConfig(model=settings.writer)
-    if settings.writer_endpoint is not None:
-        remote = RemoteWriterConfig(
+    if settings.writer_endpoint is None:
+        config = named_writer(settings.writer)
+    else:
+        remote = WriterEndpointConfig(
             url=settings.writer_endpoint,
             api_key_env=settings.writer_key_env,
             patience_minutes=_PATIENCE_MINUTES,
             timeout_seconds=_TIMEOUT_SECONDS,
         )
-        config = WriterConfig(model=settings.writer, kind="remote", remote=remote)
+        config = RemoteWriterConfig(model=settings.writer, remote=remote)
     writer = load_writer(config, device=settings.device, dtype=settings.dtype)
     return WriterService(writer, settings.writer, queue=settings.queue_texts)

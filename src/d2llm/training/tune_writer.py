@@ -21,7 +21,7 @@ from d2llm.models.sources import hub_name
 from d2llm.models.writers.local import WRITER_KIND, LocalWriter
 from d2llm.models.writers.writer import Assignment, keywords_of, kind_of_query
 from d2llm.ops.batching import token_budget_batches
-from d2llm.recipe import WriterConfig, WriterTuningConfig
+from d2llm.recipe import LocalWriterConfig, WriterConfig, WriterTuningConfig
 from d2llm.training.checkpoints import BestState, trainable
 from d2llm.training.trainer import Trainable, Trainer
 
@@ -142,7 +142,7 @@ def tune_writer(
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last complete step is kept.
         InputError: there is nothing to train on, ``folder`` already holds something, the checkpoint is from another
-            run, or the writer is a remote one.
+            run, or the writer is not of kind ``local``.
         TrainingDivergedError: the loss is not finite; the last good checkpoint is kept.
     """
     datasets = objects_of(datasets, "datasets", Dataset)
@@ -150,8 +150,10 @@ def tune_writer(
     if is_finished(folder):
         raise InputError(f"{folder}: already holds a finished writer; give another folder, or delete it to start over")
     check_replaceable(folder, WRITER_KIND)
-    if writer.kind != "local":
-        raise InputError(f"writer '{writer.model}' is remote and has no weights to tune here; name a local model")
+    if not isinstance(writer, LocalWriterConfig):
+        raise InputError(
+            f"writer '{writer.model}' is of kind {writer.kind} and has no weights to tune here; name a local model"
+        )
     started = time.monotonic()
     data = writer_data(datasets, tuning, seed=seed)
     model = LocalWriter.load(writer, device=device, dtype=dtype)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
+from d2llm.core.errors import InputError, ModelError, ModelNotFoundError, RecipeError
 from d2llm.core.types import Passage
 from d2llm.fitting.draft_store import DraftStore, passage_hash
 from d2llm.fitting.write_queries import WritingBudget, write_queries
@@ -19,7 +19,8 @@ from d2llm.methods.losses.soft_expansion import read_expansions, write_expansion
 from d2llm.models.remote import endpoint as remote_endpoint
 from d2llm.models.writers.remote import RemoteWriter
 from d2llm.models.writers.writer import Assignment, Writer, load_writer, write_until_error
-from d2llm.recipe import RemoteWriterConfig, WriterConfig
+from d2llm.recipe import WriterConfig, WriterEndpointConfig
+from d2llm.recipe.recipe_file import named_writer
 from local_endpoint import LocalEndpoint, Reply, Request, always, chat, local_endpoint
 from tiny_models import TEXTS, tiny_tokenizer
 from waiting import until
@@ -156,8 +157,8 @@ def test_passages_are_cut_and_counted(tmp_path: Path):
 
 
 def test_a_writer_without_an_address_is_rejected():
-    with pytest.raises(InputError, match=r"add \[writer.remote\] with url"):
-        load_writer(WriterConfig(kind="remote", model="served"))
+    with pytest.raises(RecipeError, match=r"the writer 'remote:served': writer.remote is missing; set it"):
+        named_writer("remote:served")
 
 
 def test_the_identity_ignores_address_key_pace_and_price():
@@ -181,9 +182,9 @@ def test_the_identity_ignores_address_key_pace_and_price():
 
 def test_the_cost_needs_both_prices():
     prices = {"price_per_million_prompt_tokens": 0.5, "price_per_million_written_tokens": 2.0}
-    assert RemoteWriterConfig(url=ADDRESS, **prices).cost(3_000_000, 500_000) == pytest.approx(2.5)
-    assert RemoteWriterConfig(url=ADDRESS, price_per_million_prompt_tokens=0.5).cost(1, 1) is None
-    assert RemoteWriterConfig(url=ADDRESS).cost(1, 1) is None
+    assert WriterEndpointConfig(url=ADDRESS, **prices).cost(3_000_000, 500_000) == pytest.approx(2.5)
+    assert WriterEndpointConfig(url=ADDRESS, price_per_million_prompt_tokens=0.5).cost(1, 1) is None
+    assert WriterEndpointConfig(url=ADDRESS).cost(1, 1) is None
 
 
 def empty_after(number: int) -> Callable[[Request, int], Reply]:

@@ -39,7 +39,7 @@ from d2llm.models.writers.answers import describe_problem, parse_answer
 from d2llm.models.writers.prompts import WriterPrompts, as_data, cut_assignments
 from d2llm.models.writers.writer import DEFAULT_TEMPERATURE, EXPANSION_KINDS, Assignment, WrittenQueries
 from d2llm.ops.batching import pad_left, token_budget_batches
-from d2llm.recipe import LoraConfig, WriterConfig
+from d2llm.recipe import LocalWriterConfig, LoraConfig
 
 _log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class LocalWriter:
     The same call on the same machine gives the same queries.
     """
 
-    def __init__(self, config: WriterConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
+    def __init__(self, config: LocalWriterConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
         """Load what ``config.model`` names: pretrained weights, a folder that ``save`` wrote, or a shipped writer.
 
         Raises:
@@ -147,7 +147,7 @@ class LocalWriter:
         self.weights_fingerprint = self.base_fingerprint if self.tuned is None else self.tuned.fingerprint
         self.compute_dtype = compute_dtype
         self.tokenizer: Any = load_tokenizer(self.location)
-        self.prompts = WriterPrompts(config.prompt_set)
+        self.prompts = WriterPrompts(config.prompt)
         whole: Any = load_pretrained(AutoModelForCausalLM, self.location, dtype=compute_dtype)
         self.whole: Any = whole.to(device).eval().requires_grad_(False)
         whole.get_output_embeddings().register_forward_pre_hook(_make_contiguous)
@@ -168,7 +168,7 @@ class LocalWriter:
     @classmethod
     def load(
         cls,
-        config: WriterConfig,
+        config: LocalWriterConfig,
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -462,7 +462,7 @@ class _Sampler:
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens.gather(1, rank), 0.0)
 
 
-def _config_of(tuned: TunedWriter, config: WriterConfig) -> WriterConfig:
+def _config_of(tuned: TunedWriter, config: LocalWriterConfig) -> LocalWriterConfig:
     """The settings of a tuned writer: its own model and length limit, and the sampling that ``config`` asks for."""
     if "max_passage_tokens" in config.model_fields_set and config.max_passage_tokens != tuned.max_passage_tokens:
         _log.warning(

@@ -11,14 +11,13 @@ from d2llm.models.remote.completions import (
     Completions,
     read_completion,
     read_content_refusal,
-    require_address,
 )
 from d2llm.models.remote.endpoint import Answers
 from d2llm.models.remote.kept_answers import using
 from d2llm.models.writers.answers import describe_problem, parse_answer
 from d2llm.models.writers.prompts import WriterPrompts, cut_assignments
 from d2llm.models.writers.writer import DEFAULT_TEMPERATURE, Assignment, LastingWriter, WrittenQueries
-from d2llm.recipe import WriterConfig
+from d2llm.recipe import RemoteWriterConfig
 
 _TRIAL = Assignment("Cows drink water.", "keywords")
 
@@ -30,15 +29,15 @@ class RemoteWriter(LastingWriter):
     address, the key or the pace. Most endpoints cannot promise the same answer for the same seed.
 
     Raises:
-        InputError: there is no section ``remote``, no such prompt set, or the key's variable is not set.
+        InputError: there is no such prompt set, or the key's variable is not set.
         ModelNotFoundError: the tokenizer cannot be loaded.
         MissingExtraError: the extra ``remote`` is not installed.
     """
 
-    def __init__(self, config: WriterConfig) -> None:
+    def __init__(self, config: RemoteWriterConfig) -> None:
         self.config = config
-        self.remote = require_address(config.remote, f"remote writer '{config.model}'", "writer")
-        self.prompts = WriterPrompts(config.prompt_set)
+        self.remote = config.remote
+        self.prompts = WriterPrompts(config.prompt)
         self.endpoint = Completions(
             config.model,
             self.remote,
@@ -53,16 +52,13 @@ class RemoteWriter(LastingWriter):
         )
 
     @classmethod
-    def load(cls, config: WriterConfig, *, device: Any = None, dtype: Any = None) -> RemoteWriter:
+    def load(cls, config: RemoteWriterConfig) -> RemoteWriter:
         """Create a writer and send one short request, so that a wrong address, key or model is reported at once.
-
-        ``device`` and ``dtype`` do not apply to a remote writer and are ignored.
 
         Raises:
             ModelNotFoundError: the endpoint has no such model, or the address does not exist.
             ModelError: the endpoint is unreachable, or refuses the key or a field of the request.
         """
-        del device, dtype
         writer = cls(config)
         with using(None):
             writer.write([_TRIAL])

@@ -5,11 +5,10 @@ The same models expand queries: they read a query and write others, or a passage
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import pairs_of
@@ -162,7 +161,7 @@ def write_until_error(
 
 
 def load_writer(config: WriterConfig, *, device: str | None = None, dtype: str | None = None) -> Writer:
-    """Load the writer that ``config`` names; a remote one is tested with one short request.
+    """Load the writer that ``config`` names, by its kind; a remote one is tested with one short request.
 
     Args:
         config: which writer, its prompt, and how it samples.
@@ -172,13 +171,11 @@ def load_writer(config: WriterConfig, *, device: str | None = None, dtype: str |
     Raises:
         ModelNotFoundError: there are no usable weights, or the endpoint has no such model.
         ModelError: the model cannot be used as a writer, or the endpoint is unreachable.
-        InputError: there is no such prompt set, or a remote writer has no address.
+        InputError: there is no such prompt set.
         MismatchError: a tuned writer belongs to other weights than its base model's name refers to here.
         MissingExtraError: the extra ``remote`` is not installed.
     """
-    module, name = _CLASSES[config.kind]
-    writer_class: Any = getattr(importlib.import_module(f"d2llm.models.writers.{module}"), name)
-    return writer_class.load(config, device=device, dtype=dtype)
+    return config.load(device=device, dtype=dtype)
 
 
 def kind_of_query(text: str) -> QueryKind:
@@ -204,6 +201,3 @@ def keywords_of(question: str) -> str | None:
     kept = [word for word in words if word and not any(pattern.fullmatch(word) for pattern in function_words)]
     is_short = 2 <= len(kept) <= _MOST_KEYWORDS and len(kept) < len(words)
     return " ".join(kept) if is_short else None
-
-
-_CLASSES = {"local": ("local", "LocalWriter"), "remote": ("remote", "RemoteWriter")}
