@@ -47,7 +47,7 @@ class Indexed:
 
     def found(self, query: str, **settings: Any) -> list[tuple[str, float]]:
         """Ids and scores of the search results."""
-        (ranking,) = self.index.search(query, **settings)
+        ranking = self.index.search(query, **settings)
         return [(result.passage.id, result.score) for result in ranking.passages]
 
 

@@ -58,7 +58,7 @@ def address(index):
 
 
 def expected(index, query, **settings):
-    (ranking,) = Index.open(index, dtype="float32").search(query, **settings)
+    ranking = Index.open(index, dtype="float32").search(query, **settings)
     return [(hit.passage.id, pytest.approx(hit.score, abs=1e-3)) for hit in ranking.passages]
 
 
@@ -162,5 +162,5 @@ class TestCommandLine:
 def test_tokens_of_the_server_are_those_of_the_student(tmp_path):
     """The index with tokens is one whose score counts them, so the tests above are about them, too."""
     index = Index.open(write_index_with_tokens(tmp_path), dtype="float32")
-    (ranking,) = index.search(QUERY, instruction=INSTRUCTION, explain=True)
+    ranking = index.search(QUERY, instruction=INSTRUCTION, explain=True)
     assert np.ptp([hit.explanation.tokens for hit in ranking.passages]) > 0.01

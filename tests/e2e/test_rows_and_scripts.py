@@ -98,7 +98,7 @@ def test_the_right_passage_wins_in_every_script(multilingual, form):
         ("東京ﾀﾜｰ", "japanese"),
         ("한국어", "korean"),
     ]:
-        (ranking,) = multilingual.search(unicodedata.normalize(form, query), top_k=2, explain=True)
+        ranking = multilingual.search(unicodedata.normalize(form, query), top_k=2, explain=True)
         best = ranking.passages[0]
         assert best.passage.id == expected, query
         assert best.explanation.terms, query

@@ -84,7 +84,7 @@ def post(address):
 )
 def test_a_search_returns_what_the_library_returns(index, post, body, settings):
     response = post("/v1/search", {"query": QUERY, "explain": True} | body)
-    ranking = Index.open(index, dtype="float32").search(QUERY, explain=True, **settings)[0]
+    ranking = Index.open(index, dtype="float32").search(QUERY, explain=True, **settings)
     assert [hit["id"] for hit in response["passages"]] == [hit.passage.id for hit in ranking.passages]
     np.testing.assert_allclose(
         [hit["score"] for hit in response["passages"]], [hit.score for hit in ranking.passages], atol=1e-4
@@ -106,7 +106,7 @@ def test_excerpts_are_those_of_the_library(index, post):
     body = {"query": QUERY, "top_k": 6, "neighbours": 1}
     excerpts = post("/v1/search", body | {"excerpts": True})["excerpts"]
     library = Index.open(index, dtype="float32")
-    expected = library.around(library.search(QUERY, top_k=6)[0].passages, 1)
+    expected = library.around(library.search(QUERY, top_k=6).passages, 1)
     assert [(excerpt["passage_ids"], excerpt["ranks"], excerpt["text"]) for excerpt in excerpts] == [
         ([p.id for p in excerpt.passages], [hit.rank for hit in excerpt.results], excerpt.text) for excerpt in expected
     ]
@@ -146,12 +146,12 @@ def test_concurrent_clients_each_get_their_own_results(index, address):
             )
 
     for (query, top_k), response in zip(searches, asyncio.run(main()), strict=True):
-        expected = [hit.passage.id for hit in library.search(query, top_k=top_k)[0].passages]
+        expected = [hit.passage.id for hit in library.search(query, top_k=top_k).passages]
         assert [hit["id"] for hit in response.json()["passages"]] == expected
 
 
 def test_an_explanation_splits_the_score_into_parts(index, post):
-    ranking = Index.open(index, dtype="float32").search(QUERY, top_k=1, explain=True)[0]
+    ranking = Index.open(index, dtype="float32").search(QUERY, top_k=1, explain=True)
     hit = ranking.passages[0]
     response = post("/v1/explain", {"query": QUERY, "passage_id": hit.passage.id})
     assert response["score"] == pytest.approx(hit.score, rel=0.01)  # the index holds bfloat16
@@ -510,7 +510,7 @@ def test_a_writer_expands_queries(tmp_path):
             for method, number in [("multi", 2), ("hyde", None)]:
                 body = {"query": QUERY, "top_k": 20, "expand": method, "expansions": number}
                 answer = http.post("/v1/search", json=body).json()
-                (expected,) = library.search(QUERY, top_k=20, expansion=Expansion(writer, method, number))
+                expected = library.search(QUERY, top_k=20, expansion=Expansion(writer, method, number))
                 assert [hit["id"] for hit in answer["passages"]] == [hit.passage.id for hit in expected.passages]
                 np.testing.assert_allclose(
                     [hit["score"] for hit in answer["passages"]],
@@ -519,7 +519,7 @@ def test_a_writer_expands_queries(tmp_path):
                 )
                 assert answer["expansion"]["texts"] == list(expected.expansion.texts) != []
                 assert answer["seconds"].keys() >= {"queue", "expansion", "encode", "candidates", "score"}
-            (plain,) = library.search(QUERY, top_k=20)
+            plain = library.search(QUERY, top_k=20)
             assert [hit["id"] for hit in answer["passages"]] != [hit.passage.id for hit in plain.passages]
             context = http.post("/v1/context", json={"query": QUERY, "expand": "hyde", "rescore": "none"}).json()
             assert context["expansion"]["method"] == "hyde"
@@ -529,7 +529,7 @@ def test_a_writer_expands_queries(tmp_path):
             failed = http.post("/v1/search", json={"query": "the bread", "expand": "multi"}).json()
             assert failed["expansion"]["texts"] == []
             assert failed["expansion"]["problem"] == "the writer failed; the server's log says why"
-            (plain,) = library.search("the bread")
+            plain = library.search("the bread")
             assert [hit["id"] for hit in failed["passages"]] == [hit.passage.id for hit in plain.passages]
 
 

@@ -52,7 +52,7 @@ class Pair:
         return self.student.fingerprint
 
     def scores(self, query: str, folder: Path) -> dict[str, float]:
-        ranking = Index.open(folder, self.student).search(query, top_k=self.number)[0]
+        ranking = Index.open(folder, self.student).search(query, top_k=self.number)
         return {hit.passage.id: hit.score for hit in ranking.passages}
 
 

@@ -92,7 +92,7 @@ def test_a_sharded_search_is_that_of_one_index(pair, text, top_k, condition, evi
     options = {"top_k": top_k, "filter": condition, "evidence": evidence, **how}
     if how.get("sources") == ("bm25",):
         options["num_candidates"] = 500  # of passages that tie by BM25, another one may be the last candidate
-    (expected,), (actual,) = (index.search(text, **options) for index in pair)
+    expected, actual = (index.search(text, **options) for index in pair)
     assert [one.passage for one in actual.passages] == [one.passage for one in expected.passages]
     np.testing.assert_allclose(
         [score for _, score in results_of(actual)], [score for _, score in results_of(expected)], rtol=1e-5, atol=1e-5
@@ -126,7 +126,7 @@ def test_an_exact_search_is_brute_force(pair, text, top_k, reach):
     scores = added + np.float32(reach) * scorer.change(vectors)
     expected = sorted(zip(scores.tolist(), [p.id for p in passages], strict=True), key=lambda pair: (-pair[0], pair[1]))
     index = Index.open(several.folder, student)
-    (ranking,) = index.search(text, exact=True, top_k=top_k, evidence=evidence)
+    ranking = index.search(text, exact=True, top_k=top_k, evidence=evidence)
     np.testing.assert_allclose([score for _, score in results_of(ranking)], [s for s, _ in expected[:top_k]], rtol=1e-5)
     score_of = dict(zip([p.id for p in passages], scores.tolist(), strict=True))
     for passage_id, score in results_of(ranking):
@@ -187,7 +187,7 @@ def test_an_exact_search_asks_remote_shards_at_the_same_time(pair, text, top_k, 
     for view in remote.shards:
         view.all_asked = asked
     options = {"exact": True, "top_k": top_k, "evidence": {"words": 0.7}}
-    (expected,) = several.search(text, **options)
+    expected = several.search(text, **options)
     (actual,) = search(remote, student, [text], budget_ms=budget, **options)
     proof, other = actual.certificate, expected.certificate
     assert proof.num_scored + proof.num_left == other.num_scored + other.num_left

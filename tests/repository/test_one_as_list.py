@@ -249,6 +249,11 @@ def upserted(world: World, method: str, passages: Any) -> Any:
     return [dataclasses.replace(each) for each in index.get(index.list_passages())]
 
 
+def listed(result: Any) -> list[Any]:
+    """The results of a function that gives one result for one value, and a list for a list."""
+    return result if isinstance(result, list) else [result]
+
+
 One = Callable[[World], Any]
 Call = Callable[[World, Any], Any]
 CASES: dict[str, tuple[One, Call]] = {
@@ -269,14 +274,14 @@ CASES: dict[str, tuple[One, Call]] = {
     "EvaluationSettings.stored_as": (lambda _: "int8", lambda _, v: EvaluationSettings(stored_as=v)),
     "Expansion.expand.queries": (
         lambda _: "ab",
-        lambda _, v: [each.texts for each in Expansion(FakeWriter()).expand(v)],
+        lambda _, v: [each.texts for each in listed(Expansion(FakeWriter()).expand(v))],
     ),
     "Fit.documents": (lambda w: w.texts_folder, lambda w, v: Fit(v, w.root / "fit").documents),
     "FitSettings.examples": (lambda _: "ab", lambda _, v: FitSettings(examples=v)),
     "FitSettings.exclude": (lambda _: "ab", lambda _, v: FitSettings(exclude=v).exclude),
     "Index.add.passages": (lambda _: Passage("ab", "a text"), lambda w, v: upserted(w, "add", v)),
     "Index.around.results": (
-        lambda w: w.index().search("text")[0].passages[0],
+        lambda w: w.index().search("text").passages[0],
         lambda w, v: [each.passages for each in w.index().around(v)],
     ),
     "Index.build_ann.queries": (lambda _: "ab", lambda w, v: w.index().build_ann(queries=v)),
@@ -286,7 +291,7 @@ CASES: dict[str, tuple[One, Call]] = {
     ),
     "Index.search.sources": (
         lambda _: "bm25",
-        lambda w, v: [each.passage.id for each in w.index().search("text 12", sources=v)[0].passages],
+        lambda w, v: [each.passage.id for each in w.index().search("text 12", sources=v).passages],
     ),
     "Index.delete.ids": (lambda _: "12", lambda w, v: deleted(w, "delete", v)),
     "Index.delete_documents.ids": (lambda _: "d1", lambda w, v: deleted(w, "delete_documents", v)),
@@ -295,7 +300,7 @@ CASES: dict[str, tuple[One, Call]] = {
     "Index.missing.ids": (lambda _: "34", lambda w, v: w.index().missing(v)),
     "Index.search.queries": (
         lambda _: "text 12",
-        lambda w, v: [[each.passage.id for each in one.passages] for one in w.index().search(v)],
+        lambda w, v: [[each.passage.id for each in one.passages] for one in listed(w.index().search(v))],
     ),
     "Index.upsert.passages": (lambda _: Passage("ab", "a text"), lambda w, v: upserted(w, "upsert", v)),
     "Index.upsert_documents.documents": (

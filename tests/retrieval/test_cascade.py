@@ -153,11 +153,11 @@ def index(tmp_path_factory):
 
 class TestSearch:
     def test_cascade_report(self, index):
-        (student_ranking,) = index.search("cat dog runs fast", top_k=7)
+        student_ranking = index.search("cat dog runs fast", top_k=7)
         ranks = {hit.passage.id: hit.rank for hit in student_ranking.passages}
         teacher = FakeTeacher()
         cascade = Cascade(teacher, StudentError(0.01, 0.0, 1.0), 3)
-        (ranking,) = index.search("cat dog runs fast", top_k=4, cascade=cascade)
+        ranking = index.search("cat dog runs fast", top_k=4, cascade=cascade)
         report = ranking.cascade
         assert len(report.read) == len(teacher.pairs) == 3
         read_ids = {passage_id for passage_id, rank in ranks.items() if rank in report.read}
@@ -174,13 +174,13 @@ class TestSearch:
         assert ranking.seconds["teacher"] == report.seconds > 0
 
     def test_reading_all_gives_the_teachers_ranking(self, index):
-        (ranking,) = index.search("the cat", top_k=7, cascade=Cascade(FakeTeacher(), ERROR, min_gain=0.0))
+        ranking = index.search("the cat", top_k=7, cascade=Cascade(FakeTeacher(), ERROR, min_gain=0.0))
         assert [hit.passage.id for hit in ranking.passages] == ["p0", "p1", "p4", "p5", "p6", "p2", "p3"]
 
     def test_a_head_without_an_anchor(self, tmp_path):
         index = Index.create(tmp_path / "i", FakeStudent(head="paper"))
         index.upsert([Passage(f"p{n}", text) for n, text in enumerate(TEXTS)])
-        (ranking,) = index.search("the cat", top_k=2, cascade=Cascade(FakeTeacher(), ERROR, min_gain=0.0))
+        ranking = index.search("the cat", top_k=2, cascade=Cascade(FakeTeacher(), ERROR, min_gain=0.0))
         assert [hit.passage.id for hit in ranking.passages] == ["p0", "p1"]
         assert ranking.certificate is None
 
@@ -232,9 +232,9 @@ def test_a_teacher_overrules_the_shipped_student(tmp_path):
                 log_odds=np.array([6.0 if "flour" in b else -6.0 for _, b in pairs]), num_truncated=0
             )
 
-    (student_ranking,) = index.search("how long do cats sleep", evidence={})
+    student_ranking = index.search("how long do cats sleep", evidence={})
     cascade = Cascade(FlourTeacher(), StudentError(1.0, -10.0, 5.0), 4)
-    (ranking,) = index.search("how long do cats sleep", evidence={}, cascade=cascade)
+    ranking = index.search("how long do cats sleep", evidence={}, cascade=cascade)
     assert student_ranking.passages[0].passage.id == "0"
     assert (ranking.passages[0].passage.id, ranking.passages[0].score) == ("3", 6.0)
     assert (ranking.passages[0].student_rank, 1) in ranking.cascade.moved

@@ -83,7 +83,7 @@ class TestSearch:
     @pytest.mark.parametrize("group", ["best", "sum"])
     @pytest.mark.parametrize("num_candidates", [1, 7, 1000])
     def test_documents_are_ranked_by_all_their_passages(self, index, group, num_candidates):
-        (all_passages,) = index.search("small cat runs", top_k=1000)
+        all_passages = index.search("small cat runs", top_k=1000)
         scores = {}
         for hit in all_passages.passages:
             scores.setdefault(hit.passage.document_id or hit.passage.id, []).append(hit.score)
@@ -91,7 +91,7 @@ class TestSearch:
         expected = {
             name: np.log(np.exp(sorted(passage_scores)[-num_counted:]).sum()) for name, passage_scores in scores.items()
         }
-        (ranking,) = index.search("small cat runs", top_k=5, group=group, num_candidates=num_candidates)
+        ranking = index.search("small cat runs", top_k=5, group=group, num_candidates=num_candidates)
         # All five documents are requested, so candidates are added until each document has one.
         assert [hit.rank for hit in ranking.passages] == [1, 2, 3, 4, 5]
         assert {hit.document.id for hit in ranking.passages} == set(expected)
@@ -107,19 +107,19 @@ class TestSearch:
             assert all(passage.document_id == hit.document.id for passage, _ in hit.document.others)
 
     def test_top_k_counts_documents(self, index):
-        (all_documents,) = index.search("cat", top_k=50, group="best", num_candidates=2)
+        all_documents = index.search("cat", top_k=50, group="best", num_candidates=2)
         assert len(all_documents.passages) == 5
-        (top_documents,) = index.search("cat", top_k=2, group="best", num_candidates=2)
+        top_documents = index.search("cat", top_k=2, group="best", num_candidates=2)
         assert len(top_documents.passages) == 2
 
     def test_a_cascade_comes_before_grouping(self, index):
         cascade = Cascade(FakeTeacher(), StudentError(1.0, 0.0, 1.0), depth=1000, min_gain=0.0)
-        (ranking,) = index.search("cat runs", top_k=5, group="best", cascade=cascade)
+        ranking = index.search("cat runs", top_k=5, group="best", cascade=cascade)
         assert (ranking.passages[0].passage.id, ranking.passages[0].score) == ("alone", 2.0)
         assert all(hit.log_odds == hit.score for hit in ranking.passages)
 
     def test_neighbours(self, index):
-        (ranking,) = index.search(PASSAGES[3].text, top_k=77, neighbours=2)
+        ranking = index.search(PASSAGES[3].text, top_k=77, neighbours=2)
         by_id = {hit.passage.id: hit for hit in ranking.passages}
         around = [
             ([p.id for p in by_id[name].before], [p.id for p in by_id[name].after])
@@ -204,7 +204,7 @@ class TestChunks:
         first = index.upsert_documents([Passage("d", LONG), Passage("e", "Bread is made of flour.")], chunking)
         num_before = len(Chunker(student, chunking).split(Passage("d", LONG)))
         assert (first.num_documents, first.num_added, first.num_deleted) == (2, num_before + 1, 1)
-        (ranking,) = index.search("what is bread made of", group="best", top_k=9)
+        ranking = index.search("what is bread made of", group="best", top_k=9)
         assert ranking.passages[0].document.id == "e"
         assert {hit.document.id for hit in ranking.passages} == {"d", "e", "other"}
         short = LONG[: LONG.index("Sentence 9 ")].strip()

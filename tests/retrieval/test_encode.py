@@ -129,7 +129,7 @@ def test_an_encoded_index_can_be_changed_and_searched(tmp_path):
     index = Index.open(tmp_path / "i", student)
     index.upsert([Passage("b", "cats run", metadata={"year": 2})])
     for changes in ({"filter": "year > 1"}, {"sources": ("bm25",), "top_k": 1, "filter": "year = 2"}):
-        (ranking,) = index.search("cats", **changes)
+        ranking = index.search("cats", **changes)
         assert [hit.passage.id for hit in ranking.passages] == ["b"]
 
 

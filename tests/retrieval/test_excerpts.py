@@ -60,7 +60,7 @@ def test_a_window_bridges_missing_positions(index):
 
 
 def test_results_of_one_search_can_be_merged(index):
-    (ranking,) = index.search(DOCUMENT[3].text, top_k=14, neighbours=2)
+    ranking = index.search(DOCUMENT[3].text, top_k=14, neighbours=2)
     excerpts = merge_neighbours(ranking.passages)
     names = [passage.id for excerpt in excerpts for passage in excerpt.passages]
     assert sorted(names) == sorted(passage.id for passage in [*DOCUMENT, *OTHER, SINGLE])

@@ -66,7 +66,7 @@ def ids(ranking):
 
 class TestMulti:
     def test_rankings_of_all_phrasings_are_fused(self, index):
-        (ranking,) = index.search(QUERY, top_k=40, num_candidates=40, expansion=Expansion(FakeWriter(*OTHERS)))
+        ranking = index.search(QUERY, top_k=40, num_candidates=40, expansion=Expansion(FakeWriter(*OTHERS)))
         alone = index.search([QUERY, *OTHERS], top_k=40, num_candidates=40)
         expected_ids, scores = zip(*fuse(*map(ids, alone)), strict=True)
         assert ids(ranking) == list(expected_ids)
@@ -79,9 +79,7 @@ class TestMulti:
         assert set(ranking.seconds) == {"expansion", "encode", "candidates", "score"}
 
     def test_every_phrasing_proposes_candidates_and_ranks_all(self, index):
-        (ranking,) = index.search(
-            QUERY, top_k=3, num_candidates=3, explain=True, expansion=Expansion(FakeWriter(*OTHERS))
-        )
+        ranking = index.search(QUERY, top_k=3, num_candidates=3, explain=True, expansion=Expansion(FakeWriter(*OTHERS)))
         alone = index.search([QUERY, *OTHERS], top_k=3, num_candidates=3)
         proposed = {passage_id for one in alone for passage_id in ids(one)}
         full = index.search([QUERY, *OTHERS], top_k=40, num_candidates=40)
@@ -94,22 +92,22 @@ class TestMulti:
 
     def test_other_settings_apply(self, index):
         expansion = Expansion(FakeWriter(*OTHERS))
-        (words,) = index.search(QUERY, top_k=20, hybrid=1.0, expansion=expansion)
+        words = index.search(QUERY, top_k=20, hybrid=1.0, expansion=expansion)
         alone = index.search([QUERY, *OTHERS], top_k=40, sources=("bm25",), hybrid=1.0)
         assert ids(words)[:10] == [passage_id for passage_id, _ in fuse(*map(ids, alone))[:10]]
-        (grouped,) = index.search(QUERY, group="best", top_k=4, expansion=expansion)
+        grouped = index.search(QUERY, group="best", top_k=4, expansion=expansion)
         assert len({result.document.id for result in grouped.passages}) == 4
-        (diverse,) = index.search(QUERY, mmr=0.5, expansion=expansion)
+        diverse = index.search(QUERY, mmr=0.5, expansion=expansion)
         assert diverse.selection is not None
-        assert "p07" not in ids(index.search(QUERY, filter="id != 'p07'", top_k=40, expansion=expansion)[0])
+        assert "p07" not in ids(index.search(QUERY, filter="id != 'p07'", top_k=40, expansion=expansion))
         context = index.search(QUERY, top_k=2, neighbours=1, expansion=expansion)
-        assert len(context[0].passages) == 2
+        assert len(context.passages) == 2
 
     def test_repetitions_of_the_query_are_not_searched_again(self, index):
-        (ranking,) = index.search(QUERY, expansion=Expansion(FakeWriter("Small red bird?", "blue fish")))
+        ranking = index.search(QUERY, expansion=Expansion(FakeWriter("Small red bird?", "blue fish")))
         assert ranking.expansion.texts == ("blue fish",)
         assert ranking.expansion.num_dropped == 2
-        (plain,) = index.search(QUERY, expansion=Expansion(FakeWriter("Small red bird?")))
+        plain = index.search(QUERY, expansion=Expansion(FakeWriter("Small red bird?")))
         assert plain.expansion.problem == "the answer only repeats the query"
 
 
@@ -117,7 +115,7 @@ class TestHyde:
     @pytest.mark.parametrize("exact", [False, True])
     def test_vectors_of_passages_and_query_are_averaged(self, index, exact):
         writer = FakeWriter("green horse eats", "large cat sleeps")
-        (ranking,) = index.search(QUERY, top_k=40, exact=exact, expansion=Expansion(writer, "hyde", 2))
+        ranking = index.search(QUERY, top_k=40, exact=exact, expansion=Expansion(writer, "hyde", 2))
         student = FakeStudent()
         vectors = student.encode_passages([QUERY, *writer.texts]).vectors.astype(np.float64)
         mean = vectors.mean(axis=0)
@@ -131,7 +129,7 @@ class TestHyde:
         assert [assignment.seed for assignment in writer.assignments] == [0, 1]
 
     def test_a_passage_that_the_student_reads_in_part_is_counted(self, index):
-        (ranking,) = index.search(QUERY, expansion=Expansion(FakeWriter("bird " * 60), "hyde"))
+        ranking = index.search(QUERY, expansion=Expansion(FakeWriter("bird " * 60), "hyde"))
         assert ranking.expansion.num_truncated == 1
         assert not ranking.truncated
 
@@ -174,10 +172,10 @@ def test_an_endpoint_expands_queries_whatever_they_say(index):
         remote = WriterEndpointConfig(url=endpoint.url)
         writer = load_writer(WriterConfig(model="served", kind="remote", remote=remote))
         multi, hyde = Expansion(writer), Expansion(writer, "hyde")
-        (ranking,) = index.search(hostile, expansion=multi)
+        ranking = index.search(hostile, expansion=multi)
         assert ranking.expansion.texts == ("little 1 bird", "blue fish")
         assert ranking.expansion.num_dropped == 1
-        (ranking,) = index.search(hostile, expansion=hyde)
+        ranking = index.search(hostile, expansion=hyde)
         assert ranking.expansion.texts == ("Birds fly. They **eat** seeds.",)
         prompts, bodies = endpoint.prompts[1:], [request.body for request in endpoint.requests[1:]]
     for prompt in prompts:

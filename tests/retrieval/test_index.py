@@ -42,7 +42,7 @@ def index(student, tmp_path):
 
 
 def search_ids(index, text, **settings):
-    (ranking,) = index.search(text, **settings)
+    ranking = index.search(text, **settings)
     return [hit.passage.id for hit in ranking.passages]
 
 
@@ -205,8 +205,8 @@ class TestSearch:
         assert search_ids(index, "cat", filter="year >= 2004", sources=("bm25",)) == ["p5"]
 
     def test_scoring_every_candidate_equals_an_exact_search(self, index):
-        (ranking,) = index.search("the cat", top_k=6)
-        (exact,) = index.search("the cat", top_k=6, exact=True)
+        ranking = index.search("the cat", top_k=6)
+        exact = index.search("the cat", top_k=6, exact=True)
         assert [hit.passage.id for hit in ranking.passages] == [hit.passage.id for hit in exact.passages]
         assert exact.certificate is not None
         assert (exact.certificate.proved, ranking.certificate) == (6, None)
@@ -215,7 +215,7 @@ class TestSearch:
     def test_candidates_of_both_sources_are_merged(self, index):
         assert set(search_ids(index, "fish", num_candidates=1, top_k=1, sources=("bm25",))) == {"p2"}
         nearest = set(search_ids(index, "fish", num_candidates=1, top_k=1, sources=("vectors",)))
-        (ranking,) = index.search("fish", num_candidates=1, top_k=1, sources=("vectors", "bm25"))
+        ranking = index.search("fish", num_candidates=1, top_k=1, sources=("vectors", "bm25"))
         assert ranking.num_candidates == len({"p2"} | nearest)
 
     @pytest.mark.parametrize(
@@ -235,15 +235,15 @@ class TestSearch:
         assert sorted(actual) == sorted(proposers)
 
     def test_fusion_uses_both_sources_unless_only_bm25_is_named(self, index):
-        (ranking,) = index.search("fish", hybrid=0.5, top_k=6)
-        (named,) = index.search("fish", hybrid=0.5, top_k=6, sources=("vectors", "bm25"))
+        ranking = index.search("fish", hybrid=0.5, top_k=6)
+        named = index.search("fish", hybrid=0.5, top_k=6, sources=("vectors", "bm25"))
         assert ranking.passages == named.passages
         assert {hit.passage.id for hit in ranking.passages} == {f"p{n}" for n in range(6)}
-        (alone,) = index.search("fish", hybrid=0.5, top_k=6, sources=("bm25",))
+        alone = index.search("fish", hybrid=0.5, top_k=6, sources=("bm25",))
         assert [hit.passage.id for hit in alone.passages] == ["p2"]
 
     def test_fusion_matches_hand_computed_scores(self, index):
-        (ranking,) = index.search("fish", hybrid=0.5, top_k=6)
+        ranking = index.search("fish", hybrid=0.5, top_k=6)
         by_score = search_ids(index, "fish", top_k=6)
         # BM25 finds only p2, at rank 1, which adds 1/61 to its share from the student's ranking.
         fused = {name: 1 / (60 + rank) for rank, name in enumerate(by_score, start=1)}
@@ -253,7 +253,7 @@ class TestSearch:
         assert ranking.passages[0].score == pytest.approx(fused[expected[0]])
 
     def test_explanations_add_up_to_the_score(self, index):
-        (ranking,) = index.search("the cats", sources=("vectors", "bm25"), explain=True, top_k=3)
+        ranking = index.search("the cats", sources=("vectors", "bm25"), explain=True, top_k=3)
         for hit in ranking.passages:
             explanation = hit.explanation
             assert explanation is not None

@@ -97,7 +97,7 @@ class TestVectors:
                 student.max_query_tokens = limit
                 encoded = student.encode_queries(QUERIES[:1], instruction=INSTRUCTION)
                 assert (encoded.truncated, encoded.lengths) == (cut, (limit,))
-                (ranking,) = indexed.index.search(QUERIES[0], instruction=INSTRUCTION)
+                ranking = indexed.index.search(QUERIES[0], instruction=INSTRUCTION)
                 assert ranking.truncated == bool(cut)
             student.max_query_tokens = student.backbone.num_tokens(INSTRUCTION)
             with pytest.raises(InputError, match=r"the instruction has \d+ tokens, but the student reads only \d+ of"):
@@ -157,8 +157,8 @@ class TestVectorsOfTokens:
         index = Index.create(tmp_path / "i", student, vector_format="float32", token_vectors="float32")
         index.upsert(PASSAGES)
         evidence = {"token_vectors": 5.0}
-        (plain,) = index.search(FAKE_QUERY, evidence=evidence, explain=True, top_k=40)
-        (ranking,) = index.search(FAKE_QUERY, evidence=evidence, explain=True, top_k=40, instruction=FAKE_INSTRUCTION)
+        plain = index.search(FAKE_QUERY, evidence=evidence, explain=True, top_k=40)
+        ranking = index.search(FAKE_QUERY, evidence=evidence, explain=True, top_k=40, instruction=FAKE_INSTRUCTION)
         terms = [
             {result.passage.id: result.explanation.tokens for result in each.passages} for each in (plain, ranking)
         ]
@@ -167,16 +167,16 @@ class TestVectorsOfTokens:
 
 class TestSearch:
     def test_passages_are_ranked_for_the_text_with_the_instruction(self, fake_index):
-        (ranking,) = fake_index.search(FAKE_QUERY, instruction=FAKE_INSTRUCTION, top_k=40)
-        (expected,) = fake_index.search(FAKE_INSTRUCTION + FAKE_QUERY, top_k=40)
+        ranking = fake_index.search(FAKE_QUERY, instruction=FAKE_INSTRUCTION, top_k=40)
+        expected = fake_index.search(FAKE_INSTRUCTION + FAKE_QUERY, top_k=40)
         assert pairs(ranking) == pairs(expected)
         assert ranking.query.text == FAKE_QUERY
-        assert ids(ranking) != ids(fake_index.search(FAKE_QUERY, top_k=40)[0])
+        assert ids(ranking) != ids(fake_index.search(FAKE_QUERY, top_k=40))
 
     def test_words_are_those_of_the_plain_query(self, fake_index):
         settings = {"evidence": {"words": 2.0}, "explain": True, "top_k": 40}
-        (plain,) = fake_index.search(FAKE_QUERY, **settings)
-        (ranking,) = fake_index.search(FAKE_QUERY, instruction=FAKE_INSTRUCTION, **settings)
+        plain = fake_index.search(FAKE_QUERY, **settings)
+        ranking = fake_index.search(FAKE_QUERY, instruction=FAKE_INSTRUCTION, **settings)
         by_words = [
             {result.passage.id: (result.explanation.terms, result.explanation.lexical) for result in each.passages}
             for each in (plain, ranking)
@@ -187,8 +187,8 @@ class TestSearch:
     def test_a_fusion_takes_the_words_of_the_plain_query(self, fake_index):
         """With all weight on BM25, the vectors do not matter."""
         options = {"hybrid": 1.0, "sources": ("bm25",), "top_k": 40}
-        (plain,) = fake_index.search(FAKE_QUERY, **options)
-        (ranking,) = fake_index.search(FAKE_QUERY, instruction=FAKE_INSTRUCTION, **options)
+        plain = fake_index.search(FAKE_QUERY, **options)
+        ranking = fake_index.search(FAKE_QUERY, instruction=FAKE_INSTRUCTION, **options)
         assert pairs(ranking) == pairs(plain)
 
     @pytest.mark.parametrize("reader", [Cascade, TeacherReading])
@@ -204,10 +204,10 @@ class TestSearch:
     def test_every_rephrasing_has_it(self, fake_index):
         writer = Writer("a little bird flies", "blue fish")
         options = {"top_k": 40, "num_candidates": 40}
-        (ranking,) = fake_index.search(
+        ranking = fake_index.search(
             FAKE_QUERY, instruction=FAKE_INSTRUCTION, expansion=Expansion(writer, number=2), **options
         )
-        (expected,) = fake_index.search(
+        expected = fake_index.search(
             FAKE_INSTRUCTION + FAKE_QUERY,
             expansion=Expansion(Writer(*(FAKE_INSTRUCTION + text for text in writer.texts)), number=2),
             **options,
@@ -218,7 +218,7 @@ class TestSearch:
     def test_a_hypothetical_passage_has_none(self, fake_index):
         writer, student = Writer("blue fish swims"), fake_index.student
         settings = {"expansion": Expansion(writer, "hyde"), "top_k": 40}
-        (ranking,) = fake_index.search(FAKE_QUERY, instruction=FAKE_INSTRUCTION, **settings)
+        ranking = fake_index.search(FAKE_QUERY, instruction=FAKE_INSTRUCTION, **settings)
         own = student.encode_queries([FAKE_INSTRUCTION + FAKE_QUERY]).vectors[0]
         mean = own + student.encode_passages(writer.texts).vectors[0]
         (expected,) = Searcher(fake_index.view, student, SearchSettings(top_k=40)).rank(

@@ -46,7 +46,7 @@ def ids_of(ranking):
 
 
 def expected_order(index, reader, depth):
-    (student_ranking,) = index.search(QUERY, top_k=60)
+    student_ranking = index.search(QUERY, top_k=60)
     ids = ids_of(student_ranking)
     (read,) = reader.rank([QUERY], [index.view.vectors(index.view.rows(ids[:depth]))])
     assert read.order.tolist() != list(range(depth))
@@ -56,7 +56,7 @@ def expected_order(index, reader, depth):
 @pytest.mark.parametrize("depth", [3, 12])
 def test_the_first_passages_are_in_the_decoded_order_and_the_others_below(index, reader, depth):
     expected = expected_order(index, reader, depth)
-    (ranking,) = index.search(QUERY, top_k=60, cascade=ListwiseReading(reader, depth))
+    ranking = index.search(QUERY, top_k=60, cascade=ListwiseReading(reader, depth))
     assert ids_of(ranking) == expected
     assert [one.score for one in ranking.passages] == pytest.approx([1 / rank for rank in range(1, 61)])
     assert [one.log_odds for one in ranking.passages] == [None] * 60
@@ -66,7 +66,7 @@ def test_the_first_passages_are_in_the_decoded_order_and_the_others_below(index,
     assert report.moved == tuple((p.student_rank, p.rank) for p in ranking.passages if p.student_rank != p.rank)
     assert ranking.seconds["reader"] == report.seconds > 0
     assert "teacher" not in ranking.seconds
-    (short,) = index.search(QUERY, top_k=3, cascade=ListwiseReading(reader, depth))
+    short = index.search(QUERY, top_k=3, cascade=ListwiseReading(reader, depth))
     assert ids_of(short) == expected[:3]
 
 
@@ -74,7 +74,7 @@ def test_a_sharded_index_gives_the_same_order(index, reader, place):
     shard(index.folder, place / "shards", 3)
     sharded = Index.open(place / "shards", BoundedStudent())
     cascade = ListwiseReading(reader, 12)
-    (ranking,) = sharded.search(QUERY, top_k=60, cascade=cascade)
+    ranking = sharded.search(QUERY, top_k=60, cascade=cascade)
     assert ids_of(ranking) == expected_order(index, reader, 12)
 
 
@@ -82,25 +82,25 @@ def test_equal_passages_are_ranked_by_id(place, reader):
     for name, numbers in (("up", range(6)), ("down", reversed(range(6)))):
         index = Index.create(place / name, FakeStudent())
         index.upsert([Passage(f"p{n}", TEXTS[0]) for n in numbers])
-        (ranking,) = index.search("the cat", cascade=ListwiseReading(reader))
+        ranking = index.search("the cat", cascade=ListwiseReading(reader))
         assert ids_of(ranking) == [f"p{n}" for n in range(6)]
 
 
 def test_a_head_without_an_inner_product_and_an_empty_result(place, reader):
     index = Index.create(place / "paper", FakeStudent(head="paper"))
     index.upsert([Passage(f"p{n}", text, metadata={"year": n}) for n, text in enumerate(TEXTS)])
-    (student_ranking,) = index.search("the cat", top_k=8)
-    (ranking,) = index.search("the cat", top_k=8, cascade=ListwiseReading(reader, 1))
+    student_ranking = index.search("the cat", top_k=8)
+    ranking = index.search("the cat", top_k=8, cascade=ListwiseReading(reader, 1))
     assert ids_of(ranking) == ids_of(student_ranking)
-    assert index.search("the cat", filter="year > 99", cascade=ListwiseReading(reader))[0].passages == ()
+    assert index.search("the cat", filter="year > 99", cascade=ListwiseReading(reader)).passages == ()
 
 
 def test_documents_and_diverse_results(index, reader):
     order = expected_order(index, reader, 12)
-    (documents,) = index.search(QUERY, top_k=60, group="best", cascade=ListwiseReading(reader, 12))
+    documents = index.search(QUERY, top_k=60, group="best", cascade=ListwiseReading(reader, 12))
     shown = ids_of(documents)
     assert shown == [passage_id for passage_id in order if passage_id in shown]
-    (diverse,) = index.search(QUERY, top_k=5, mmr=0.5, cascade=ListwiseReading(reader, 12))
+    diverse = index.search(QUERY, top_k=5, mmr=0.5, cascade=ListwiseReading(reader, 12))
     assert ids_of(diverse)[0] == order[0]
 
 

@@ -35,7 +35,7 @@ def test_an_index_remembers_where_its_student_was_loaded_from(folder: Path, tmp_
     monkeypatch.chdir(folder.parent)
     Index.create(tmp_path / "i", load(Path(folder.name))).upsert([Passage("a", "a cat")])  # a relative path
     monkeypatch.chdir(tmp_path)
-    assert Index.open("i").search("cat")[0].passages[0].passage.id == "a"
+    assert Index.open("i").search("cat").passages[0].passage.id == "a"
 
 
 def test_an_index_remembers_where_its_student_was_saved(tmp_path: Path):
@@ -47,7 +47,7 @@ def test_an_index_remembers_where_its_student_was_saved(tmp_path: Path):
 
 def test_encode_remembers_the_student_too(folder: Path, tmp_path: Path):
     encode([Passage("a", "a cat")], load(folder), tmp_path / "i")
-    assert Index.open(tmp_path / "i").search("cat")[0].passages[0].passage.id == "a"
+    assert Index.open(tmp_path / "i").search("cat").passages[0].passage.id == "a"
 
 
 def test_a_shipped_student_is_remembered_by_its_name(tmp_path: Path, monkeypatch: Any):
@@ -279,4 +279,4 @@ def test_settings_of_another_type_are_named(tmp_path: Path, changes: dict[str, A
     index.upsert([Passage("here", "a passage")])
     with pytest.raises(D2LLMError, match=next(iter(changes))):
         index.search("passage", **changes)
-    assert len(index.search("passage", top_k=np.int64(1), sources=["bm25"])[0].passages) == 1
+    assert len(index.search("passage", top_k=np.int64(1), sources=["bm25"]).passages) == 1

@@ -138,7 +138,7 @@ class TestSearch:
 
     def test_scores_are_vector_scores_plus_evidence(self, index):
         (plain,) = search(index.view, FakeStudent(), ["rare gem"], sources=("vectors", "bm25"))
-        (wordy,) = index.search("rare gem")
+        wordy = index.search("rare gem")
         evidence = RowEvidence(index.view, "rare gem", WEIGHTS, None)
         evidence_scores = {name: float(evidence(index.view.rows([name]))[0]) for name in ("p0", "p1", "p2", "p3", "p4")}
         vector_scores = {hit.passage.id: hit.score for hit in plain.passages}
@@ -147,25 +147,25 @@ class TestSearch:
         )
 
     def test_bm25_proposes_candidates_too(self, index):
-        (ranking,) = index.search("rare gem", num_candidates=1, top_k=1, explain=True)
+        ranking = index.search("rare gem", num_candidates=1, top_k=1, explain=True)
         explanation = ranking.passages[0].explanation
         assert explanation.source_ranks["bm25"] == 1
         assert explanation.lexical > 0
         assert explanation.anchor + explanation.interaction + explanation.lexical == pytest.approx(
             ranking.passages[0].score
         )
-        (vectors_only,) = index.search("rare gem", num_candidates=1, top_k=1, sources=("vectors",), explain=True)
+        vectors_only = index.search("rare gem", num_candidates=1, top_k=1, sources=("vectors",), explain=True)
         assert "bm25" not in vectors_only.passages[0].explanation.source_ranks
 
     def test_the_other_task_counts_no_words(self, index):
-        (ranking,) = index.search("rare gem", task="symmetric", explain=True)
+        ranking = index.search("rare gem", task="symmetric", explain=True)
         assert all(hit.explanation.lexical is None for hit in ranking.passages)
         assert all("bm25" not in hit.explanation.source_ranks for hit in ranking.passages)
 
     @pytest.mark.parametrize("query", ["rare gem", "common", "zebra", "it is blue gem common"])
     def test_an_exact_search_proves_the_same_ranking(self, index, query):
-        (ranking,) = index.search(query, top_k=3)
-        (exact,) = index.search(query, top_k=3, exact=True)
+        ranking = index.search(query, top_k=3)
+        exact = index.search(query, top_k=3, exact=True)
         assert [hit.passage.id for hit in exact.passages] == [hit.passage.id for hit in ranking.passages]
         assert exact.certificate.proved == 3
         with pytest.raises(InputError, match="leave out hybrid and sources"):
@@ -201,7 +201,7 @@ class TestSearch:
             assert abs(NEAREST_SLOPE * nearest) < 9
             evidence = RowEvidence(index.view, query, WEIGHTS, None)(rows) * np.exp(NEAREST_SLOPE * nearest)
             expected = {f"p{n}": score for n, score in zip(admitted, own + evidence, strict=True)}
-            (ranking,) = index.search(query, explain=True, **options)
+            ranking = index.search(query, explain=True, **options)
             scores = {hit.passage.id: hit.score for hit in ranking.passages}
             assert scores
             assert scores == pytest.approx({name: expected[name] for name in scores}, rel=1e-5)
@@ -210,7 +210,7 @@ class TestSearch:
             lexical = {hit.passage.id: hit.explanation.lexical for hit in ranking.passages}
             by_name = dict(zip([f"p{n}" for n in admitted], evidence, strict=True))
             assert lexical == pytest.approx({name: by_name[name] for name in lexical}, rel=1e-5)
-        (nothing,) = index.search("rare gem", **({**options, "filter": "kind = 'odd' and kind = 'even'"}))
+        nothing = index.search("rare gem", **({**options, "filter": "kind = 'odd' and kind = 'even'"}))
         assert nothing.passages == ()
 
     def test_queries_searched_together_have_a_nearest_passage_each(self, tmp_path):
@@ -218,5 +218,5 @@ class TestSearch:
         index.upsert([Passage(f"p{n}", text or "of no words in the query") for n, text in enumerate(TEXTS)])
         together = index.search(["rare gem", "common", "zebra"])
         for query, ranking in zip(("rare gem", "common", "zebra"), together, strict=True):
-            (alone,) = index.search(query)
+            alone = index.search(query)
             assert [hit.score for hit in alone.passages] == pytest.approx([hit.score for hit in ranking.passages])

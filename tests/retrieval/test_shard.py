@@ -86,7 +86,7 @@ def test_a_document_stays_together_and_its_shard_is_stable(made):
 def test_each_shard_is_an_index_of_its_own(made):
     for store in ShardedStore.open(made[0] / "three").stores:
         shard_index = Index.open(store.folder, STUDENT)
-        assert len(shard_index.search("apple")[0].passages) == min(10, len(shard_index))
+        assert len(shard_index.search("apple").passages) == min(10, len(shard_index))
         assert shard_index.verify().problems == []
 
 
@@ -117,20 +117,20 @@ def test_vectors_stored_once_or_twice_in_any_number_of_shards(tmp_path, copies):
     several = Index.open(tmp_path / "s", FakeStudent())
     assert several.stats().vector_copies == copies
     assert min(len(view) for view in several.view.shards) == 0
-    assert results_of(several.search("apple", top_k=20)[0]) == results_of(index.search("apple", top_k=20)[0])
+    assert results_of(several.search("apple", top_k=20)) == results_of(index.search("apple", top_k=20))
     shard(tmp_path / "s", tmp_path / "again", 2)
     again = Index.open(tmp_path / "again", FakeStudent())
-    assert results_of(again.search("apple", exact=True)[0]) == results_of(index.search("apple", exact=True)[0])
+    assert results_of(again.search("apple", exact=True)) == results_of(index.search("apple", exact=True))
 
 
 def test_an_empty_index_can_be_sharded(tmp_path):
     Index.create(tmp_path / "i", FakeStudent())
     shard(tmp_path / "i", tmp_path / "s", 2)
     index = Index.open(tmp_path / "s", FakeStudent())
-    assert index.search("apple")[0].passages == ()
-    assert index.search("apple", exact=True)[0].certificate.num_left == 0
+    assert index.search("apple").passages == ()
+    assert index.search("apple", exact=True).certificate.num_left == 0
     index.upsert([Passage("a", "apple")])
-    assert results_of(index.search("apple")[0])[0][0] == "a"
+    assert results_of(index.search("apple"))[0][0] == "a"
 
 
 def test_an_interrupted_copy_continues(made, tmp_path, monkeypatch):
@@ -166,8 +166,8 @@ def test_an_approximate_index_in_each_shard(tmp_path, monkeypatch):
     index.refresh()
     assert all(view.ann is not None for view in index.view.shards)
     assert index.stats().ann_passages == len(index)
-    exact = dict(results_of(index.search("apple pear", sources=("vectors",), evidence={}, top_k=99)[0]))
-    found = results_of(index.search("apple pear", sources=("ann",), evidence={}, top_k=4, num_candidates=4)[0])
+    exact = dict(results_of(index.search("apple pear", sources=("vectors",), evidence={}, top_k=99)))
+    found = results_of(index.search("apple pear", sources=("ann",), evidence={}, top_k=4, num_candidates=4))
     assert len(found) == 4
     assert all(score == pytest.approx(exact[passage_id]) for passage_id, score in found)
 
@@ -242,7 +242,7 @@ class TestBadInput:
     def test_a_missing_shard_can_be_allowed(self, three, made):
         shutil.rmtree(three / "shard-0001")
         index = Index.open(three, STUDENT, allow_missing=True)
-        (ranking,) = index.search("apple", top_k=50, exact=True)
+        ranking = index.search("apple", top_k=50, exact=True)
         [missing] = ranking.missing_shards
         assert (missing.number, missing.address) == (1, "shard-0001")
         assert "is missing" in missing.problem
@@ -272,7 +272,7 @@ class TestBadInput:
         exact = step == "certify"
         with pytest.raises(OSError, match="Input/output"):
             Index.open(three, STUDENT).search("apple", exact=exact)
-        (ranking,) = Index.open(three, STUDENT, allow_missing=True).search("apple", exact=exact, top_k=50)
+        ranking = Index.open(three, STUDENT, allow_missing=True).search("apple", exact=exact, top_k=50)
         [missing] = ranking.missing_shards
         assert missing.number == 2
         assert "Input/output error" in missing.problem
@@ -315,7 +315,7 @@ class TestChanges:
         index = Index.open(three, STUDENT)
         index.upsert([Passage("new", "apple", metadata={"colour": "red"})])
         assert all(store.metadata.fields["colour"] == "string" for store in index.storage.stores)
-        assert results_of(index.search("apple", filter="colour = 'red'")[0])[0][0] == "new"
+        assert results_of(index.search("apple", filter="colour = 'red'"))[0][0] == "new"
 
     def test_verify_finds_passages_in_wrong_shards_and_in_two(self, three):
         index = Index.open(three, STUDENT)
@@ -347,7 +347,7 @@ class TestChanges:
         assert before > 0
         assert after > 0
         assert index.verify().problems == []
-        assert results_of(index.search("apple")[0])
+        assert results_of(index.search("apple"))
 
 
 class TestEncode:
@@ -358,7 +358,7 @@ class TestEncode:
         report = encode(passages, FakeStudent(), tmp_path / "three", num_shards=3)
         assert (report.num_passages, report.folder) == (40, tmp_path / "three")
         one, three = (Index.open(tmp_path / name, FakeStudent()) for name in ("one", "three"))
-        assert results_of(three.search("apple", top_k=40)[0]) == results_of(one.search("apple", top_k=40)[0])
+        assert results_of(three.search("apple", top_k=40)) == results_of(one.search("apple", top_k=40))
         assert three.verify().problems == []
         assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "three"]
 

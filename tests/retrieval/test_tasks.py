@@ -103,7 +103,7 @@ def test_an_index_is_for_the_task_of_its_student(
     index = Index.create(tmp_path / "created", folder, device="cpu", dtype="float32")
     index.upsert(passages())
     assert index.view.task == "symmetric"
-    (ranking,) = index.search(TEXTS[0], top_k=len(TEXTS))
+    ranking = index.search(TEXTS[0], top_k=len(TEXTS))
     expected = scores(student, TEXTS[0], "symmetric")
     found = {place.passage.id: place.score for place in ranking.passages}
     assert [found[str(number)] for number in range(len(TEXTS))] == pytest.approx(expected, abs=1e-2)

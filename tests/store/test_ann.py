@@ -346,13 +346,13 @@ class TestSearch:
         report = index.build_ann(recall=0.9, depth=20)
         assert report.bytes_per_passage < 2 * (DIM + 8)  # with few passages the centroids take a notable share
         options = {"num_candidates": 20, "top_k": 5}
-        (approximate,) = index.search("cat runs", sources=("ann",), explain=True, **options)
-        (exact,) = index.search("cat runs", **options)
+        approximate = index.search("cat runs", sources=("ann",), explain=True, **options)
+        exact = index.search("cat runs", **options)
         assert len({hit.passage.id for hit in approximate.passages} & {hit.passage.id for hit in exact.passages}) >= 4
         assert set(approximate.passages[0].explanation.source_ranks) == {"ann"}
-        (filtered,) = index.search("cat runs", sources=("ann",), filter="year = 7", top_k=30)
+        filtered = index.search("cat runs", sources=("ann",), filter="year = 7", top_k=30)
         assert len(filtered.passages) == 18
-        (both,) = index.search("cat runs", sources=("ann", "bm25"), explain=True, **options)
+        both = index.search("cat runs", sources=("ann", "bm25"), explain=True, **options)
         assert {name for hit in both.passages for name in hit.explanation.source_ranks} == {"ann", "bm25"}
 
     def test_nothing_is_rescored_if_the_anchor_is_the_score(self, tmp_path):

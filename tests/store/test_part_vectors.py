@@ -86,9 +86,9 @@ def test_each_passage_has_the_windows_of_its_text(index):
 
 def test_the_score_includes_window_vectors(index):
     student = index.student
-    (plain,) = index.search("a rare gem", evidence={}, sources=("vectors", "bm25"))
-    (words,) = index.search("a rare gem", evidence={"words": 0.25})
-    (ranking,) = index.search("a rare gem", explain=True)
+    plain = index.search("a rare gem", evidence={}, sources=("vectors", "bm25"))
+    words = index.search("a rare gem", evidence={"words": 0.25})
+    ranking = index.search("a rare gem", explain=True)
     names = [hit.passage.id for hit in ranking.passages]
     assert set(names) == set(TEXTS)
     word_scores = {hit.passage.id: hit.score for hit in words.passages}
@@ -102,7 +102,7 @@ def test_the_score_includes_window_vectors(index):
             == pytest.approx(hit.score, rel=1e-4)
         )
     assert [hit.score for hit in plain.passages] != [hit.score for hit in ranking.passages]
-    (exact,) = index.search("a rare gem", exact=True, top_k=3)
+    exact = index.search("a rare gem", exact=True, top_k=3)
     assert [hit.passage.id for hit in exact.passages] == names[:3]
     assert exact.certificate.proved == 3
     assert not student.evidence_weights("symmetric")
@@ -195,8 +195,8 @@ def test_an_index_without_windows_uses_other_weights(tmp_path):
     index.upsert(passages(**TEXTS))
     assert index.stats().window_format is None
     assert not list(index.folder.glob("window-*"))
-    (ranking,) = index.search("a rare gem", explain=True)
-    (words_ranking,) = index.search("a rare gem", evidence={"words": 1.0})
+    ranking = index.search("a rare gem", explain=True)
+    words_ranking = index.search("a rare gem", evidence={"words": 1.0})
     assert [hit.score for hit in ranking.passages] == [hit.score for hit in words_ranking.passages]
     assert all(hit.explanation.windows is None for hit in ranking.passages)
     with pytest.raises(InputError, match="index the corpus again with --window-vectors"):

@@ -380,7 +380,7 @@ def test_the_student_repairs_an_index(tmp_path):
     index = Index.create(tmp_path / "i", student, vector_copies=1)
     passages = [Passage(f"p{n}", f"text {n}", "title") for n in range(20)]
     index.upsert(passages)
-    (before,) = index.search("title text 7", top_k=5)
+    before = index.search("title text 7", top_k=5)
     vector_file.remove(index.folder, 0)
     with pytest.raises(DataFormatError, match="verify --repair"):
         Index.open(index.folder, student).search("text 7")
@@ -394,7 +394,7 @@ def test_the_student_repairs_an_index(tmp_path):
     assert student.encoded_passages == 40
     assert reopened.verify(repair=True).problems == []
     assert student.encoded_passages == 40
-    assert reopened.search("title text 7", top_k=5)[0].passages == before.passages
+    assert reopened.search("title text 7", top_k=5).passages == before.passages
 
 
 def test_two_copies_are_repaired_without_the_student(tmp_path):

@@ -61,8 +61,8 @@ def test_each_passage_has_the_tokens_of_its_text(index):
 
 
 def test_the_score_includes_tokens_and_the_exact_search_agrees(index):
-    (words,) = index.search("a rare gem", evidence={"words": 0.25})
-    (ranking,) = index.search("a rare gem", explain=True)
+    words = index.search("a rare gem", evidence={"words": 0.25})
+    ranking = index.search("a rare gem", explain=True)
     names = [hit.passage.id for hit in ranking.passages]
     word_scores = {hit.passage.id: hit.score for hit in words.passages}
     tokens = dict(zip(names, expected_scores(index, "a rare gem", names), strict=True))
@@ -71,7 +71,7 @@ def test_the_score_includes_tokens_and_the_exact_search_agrees(index):
         why = hit.explanation
         assert why.tokens == pytest.approx(5 * tokens[hit.passage.id], rel=1e-4, abs=1e-6)
         assert why.anchor + why.interaction + why.lexical + why.tokens == pytest.approx(hit.score, rel=1e-4)
-    (exact,) = index.search("a rare gem", exact=True, top_k=3)
+    exact = index.search("a rare gem", exact=True, top_k=3)
     assert [hit.passage.id for hit in exact.passages] == names[:3]
     assert exact.certificate.proved == 3
 
@@ -138,7 +138,7 @@ def test_an_index_without_tokens_uses_other_weights(tmp_path):
     index = Index.create(tmp_path / "plain", TokenStudent(), token_vectors=None)
     index.upsert(passages(**TEXTS))
     assert index.stats().token_format is None
-    (ranking,) = index.search("a rare gem", explain=True)
+    ranking = index.search("a rare gem", explain=True)
     assert all(hit.explanation.tokens is None for hit in ranking.passages)
     with pytest.raises(InputError, match="stores no vectors of tokens"):
         index.search("gem", evidence={"token_vectors": 1.0})
@@ -158,7 +158,7 @@ def test_tokens_of_another_projection_are_refused(index):
         other.search("gem")
     with pytest.raises(IndexMismatchError, match="projection"):
         other.upsert(passages(new="A text."))
-    assert len(other.search("gem", evidence={})[0].passages) == len(TEXTS)
+    assert len(other.search("gem", evidence={}).passages) == len(TEXTS)
     plain = Index.open(index.folder, FakeStudent())
     with pytest.raises(InputError, match="this student has no vectors of tokens"):
         plain.search("gem", evidence={"token_vectors": 1.0})

@@ -82,13 +82,28 @@ def queries_of(queries: Iterable[QueryLike] | QueryLike, name: str = "queries") 
     return converted
 
 
+def is_one_query(queries: object) -> bool:
+    """Whether a caller gave one query, not in a list: a text, a query, or a dictionary or row with ``text``."""
+    return _is_one(queries, (str, Query))
+
+
+def _is_one(value: object, kinds: type[Any] | tuple[type[Any], ...]) -> bool:
+    if isinstance(value, kinds):
+        return True
+    if isinstance(value, Mapping):
+        return "text" in value
+    if isinstance(value, str | bytes) or hasattr(value, "columns"):  # a table
+        return False
+    record = _record(value)
+    return record is not None and "text" in record  # one row; a column of pandas has keys, too
+
+
 def _entries(values: object, name: str, kinds: type[Any] | tuple[type[Any], ...], remedy: str) -> Iterable[Any]:
     """The entries of a list or table; one value is a list of one. A mapping of ids gives its values."""
-    if isinstance(values, kinds):
+    if _is_one(values, kinds):
         return [values]
     if isinstance(values, Mapping):
-        mapping = cast("Mapping[str, Any]", values)
-        return [mapping] if "text" in mapping else _named_entries(mapping, name, kinds)
+        return _named_entries(cast("Mapping[str, Any]", values), name, kinds)
     for method in ("to_pylist", "to_dicts"):  # tables of Arrow and Polars
         if hasattr(values, method) and hasattr(values, "columns"):
             return getattr(values, method)()
@@ -96,9 +111,6 @@ def _entries(values: object, name: str, kinds: type[Any] | tuple[type[Any], ...]
         return cast(Any, values).to_dict("records")
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise InputError(f"{name} is {shown(values)}; {remedy}, or a list of these")
-    record = _record(values)
-    if record is not None and "text" in record:  # one row; a column of pandas has keys, too
-        return [values]
     return cast("Iterable[Any]", values)
 
 

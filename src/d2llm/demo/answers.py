@@ -125,7 +125,7 @@ class Candidates:
 def explain(index: Index, interaction_weight: float) -> ScoreReport:
     """The parts of the scores of the best passages for one question."""
     question = QUESTIONS[EXPLAINED]
-    (ranking,) = index.search(question.text, top_k=TOP_K, explain=True)
+    ranking = index.search(question.text, top_k=TOP_K, explain=True)
     places: list[ScoredPlace] = []
     for place in ranking.passages:
         parts = place.explanation

@@ -151,7 +151,7 @@ def _check_index(folder: Path, device: str | None) -> Iterator[Finding]:
             )
         yield Finding("index", "student", "ok", f"{index.student.fingerprint} is available and made this index")
         if stats.num_passages:
-            passages = index.search([_QUESTION], top_k=1)[0].passages
+            passages = index.search(_QUESTION, top_k=1).passages
             score = passages[0].score if passages else math.nan
             level = "ok" if math.isfinite(score) else "problem"
             advice = "" if level == "ok" else f"d2llm index {folder} verify --repair"

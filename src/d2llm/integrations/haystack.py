@@ -238,7 +238,7 @@ class D2LLMRetriever(_Component):
         settings = self._search_settings(
             self.top_k if top_k is None else top_k, self.filters if filters is None else filters
         )
-        (ranking,) = self._ready().search([query], settings)
+        ranking = self._ready().search(query, settings)
         return {"documents": [_document(place) for place in ranking.passages]}
 
     def _ready(self) -> Index:

@@ -145,7 +145,7 @@ class D2LLMRetriever(BaseRetriever):
         run_manager: CallbackManagerForRetrieverRun,  # noqa: ARG002 - part of the interface
         **changes: Any,
     ) -> list[Document]:
-        (ranking,) = self.index.search([query], _changed(self.settings, changes))
+        ranking = self.index.search(query, _changed(self.settings, changes))
         return [_document(place) for place in ranking.passages]
 
     async def _aget_relevant_documents(

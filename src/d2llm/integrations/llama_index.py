@@ -183,7 +183,7 @@ class D2LLMRetriever(BaseRetriever):
                 "the query has custom_embedding_strs (as HyDE makes them), which this retriever does not read; "
                 "give one text, or use index.search(query, expansion=...)"
             )
-        (ranking,) = self.index.search([query_bundle.query_str], self.settings)
+        ranking = self.index.search(query_bundle.query_str, self.settings)
         return [NodeWithScore(node=_node(place), score=place.score) for place in ranking.passages]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Task
-from d2llm.data.python_records import QueryLike
+from d2llm.data.python_records import QueryLike, queries_of
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.models.teachers.judge import Judge, ranks_lists
 from d2llm.ops.rereading import StudentError, calibrate_error
@@ -56,7 +56,7 @@ def measure_error(
     pairs: list[tuple[str, str]] = []
     scores: list[float] = []
     names: list[str] = []
-    for number, ranking in enumerate(search(index, student, queries, top_k=depth, task=search_task)):
+    for number, ranking in enumerate(search(index, student, queries_of(queries), top_k=depth, task=search_task)):
         passages = ranking.passages
         for place in np.unique(np.linspace(0, len(passages) - 1, min(num_passages, len(passages))).astype(np.int64)):
             pairs.append((ranking.query.text, passages[place].passage.full_text))

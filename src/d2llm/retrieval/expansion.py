@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import get_args
+from typing import get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,12 +59,20 @@ class Expansion:
         if self.number < 1:
             raise InputError(f"number is {number}, but an expansion has at least 1 text; leave it out for the default")
 
-    def expand(self, queries: Iterable[str] | str) -> list[QueryExpansion]:
-        """What the writer adds to each query. A failure of the writer is a ``problem`` of all of them, not an error.
+    @overload
+    def expand(self, queries: str) -> QueryExpansion: ...  # pyright: ignore[reportOverlappingOverload] - no list of letters
+    @overload
+    def expand(self, queries: Iterable[str]) -> list[QueryExpansion]: ...
+    def expand(self, queries: Iterable[str] | str) -> QueryExpansion | list[QueryExpansion]:
+        """What the writer adds to one query, or to each of a list (a list).
+
+        A failure of the writer is a ``problem`` of all of them, not an error.
 
         Raises:
             InputError: the writer cannot expand queries, or a query is longer than it can read.
         """
+        if isinstance(queries, str):
+            return self.expand([queries])[0]
         queries = strings_of(queries, "queries")
         if not queries:
             return []

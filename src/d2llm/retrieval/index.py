@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from functools import cache, cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from d2llm.core.types import (
     Excerpt,
     PartKind,
     Passage,
+    Query,
     RankedPassage,
     Ranking,
     Task,
@@ -569,6 +570,36 @@ class Index:
         present = set(self.storage.table().by_ids(distinct, ["id"])["id"].to_pylist())
         return [passage_id for passage_id in distinct if passage_id not in present]
 
+    @overload
+    def search(
+        self,
+        queries: Query | str,
+        settings: SearchSettings | None = None,
+        *,
+        cascade: Rereader | None = None,
+        expansion: Expansion | None = None,
+        **changes: Any,
+    ) -> Ranking: ...
+    @overload
+    def search(  # pyright: ignore[reportOverlappingOverload] - a dictionary is one query, or has queries by id
+        self,
+        queries: Mapping[str, Any],
+        settings: SearchSettings | None = None,
+        *,
+        cascade: Rereader | None = None,
+        expansion: Expansion | None = None,
+        **changes: Any,
+    ) -> Ranking | list[Ranking]: ...
+    @overload
+    def search(
+        self,
+        queries: Iterable[QueryLike],
+        settings: SearchSettings | None = None,
+        *,
+        cascade: Rereader | None = None,
+        expansion: Expansion | None = None,
+        **changes: Any,
+    ) -> list[Ranking]: ...
     @shows(SearchSettings)
     def search(
         self,
@@ -578,8 +609,11 @@ class Index:
         cascade: Rereader | None = None,
         expansion: Expansion | None = None,
         **changes: Any,
-    ) -> list[Ranking]:
-        """Rank the passages for each query; ``changes`` override single fields of the settings (``SearchSettings``).
+    ) -> Ranking | list[Ranking]:
+        """Rank the passages for one query (a ranking) or for each of a list (a list of rankings).
+
+        ``changes`` override single fields of the settings (``SearchSettings``). A query is a text, a ``Query``, or a
+        dictionary or row with ``text``.
 
         With a ``cascade``, a teacher rereads passages that the student is unsure of, or a language model ranks the
         first ones by their vectors (``ListwiseReading``). With an ``expansion``, a language model writes other queries,

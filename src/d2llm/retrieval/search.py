@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import DataFormatError, InputError, ModelError, ShardAwayError, StorageError
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import IdRanking, MissingShard, Query, QueryExpansion, Ranking, Task
-from d2llm.data.python_records import QueryLike, queries_of
+from d2llm.data.python_records import QueryLike, is_one_query, queries_of
 from d2llm.models.backbone import EncodedTexts
 from d2llm.ops.bm25_words import terms
 from d2llm.ops.diversity import select_diverse
@@ -44,6 +44,39 @@ _SPARE_SHARE = 16  # rows of a shard's first proposals beyond its expected share
 _Answer = TypeVar("_Answer")
 
 
+@overload
+def search(
+    index: SearchView,
+    student: SearchStudent,
+    queries: Query | str,
+    settings: SearchSettings | None = None,
+    *,
+    cascade: Rereader | None = None,
+    expansion: Expansion | None = None,
+    **changes: Any,
+) -> Ranking: ...
+@overload
+def search(  # pyright: ignore[reportOverlappingOverload] - a dictionary is one query, or has queries by id
+    index: SearchView,
+    student: SearchStudent,
+    queries: Mapping[str, Any],
+    settings: SearchSettings | None = None,
+    *,
+    cascade: Rereader | None = None,
+    expansion: Expansion | None = None,
+    **changes: Any,
+) -> Ranking | list[Ranking]: ...
+@overload
+def search(
+    index: SearchView,
+    student: SearchStudent,
+    queries: Iterable[QueryLike],
+    settings: SearchSettings | None = None,
+    *,
+    cascade: Rereader | None = None,
+    expansion: Expansion | None = None,
+    **changes: Any,
+) -> list[Ranking]: ...
 def search(
     index: SearchView,
     student: SearchStudent,
@@ -53,14 +86,14 @@ def search(
     cascade: Rereader | None = None,
     expansion: Expansion | None = None,
     **changes: Any,
-) -> list[Ranking]:
-    """Rank the passages of an index for each query: find candidates, then apply the student's full score (IEM).
+) -> Ranking | list[Ranking]:
+    """Rank the passages of an index for one query or a list: find candidates, then apply the full score (IEM).
 
     Args:
         index: an index made by this student, sharded or not.
         student: encodes the queries and scores the passages.
-        queries: texts, queries, or dictionaries with ``text`` and ``id``, or one of them; without an id they get "1",
-            "2", ...
+        queries: one text, query, or dictionary with ``text`` and ``id``, or a list of them; without an id they get
+            "1", "2", ...
         settings: how to search.
         cascade: a teacher that rereads passages the student is unsure of (``Cascade``), or the top of its ranking
             (``TeacherReading``), or a language model that reads the vectors of the top (``ListwiseReading``).
@@ -68,9 +101,10 @@ def search(
         changes: override single fields of the settings, as in ``search(index, student, queries, top_k=3)``.
 
     Returns:
-        One ranking per query, best first, ties by passage id. ``seconds`` holds "encode", "candidates", "score" and,
-        with a cascade, "teacher" or "reader", with an expansion, "expansion". For work done on several queries together
-        (expanding and encoding 256, the exact scan 32), each query gets the mean.
+        The ranking of one query; for a list, a list with one ranking per query. Passages are best first, ties by
+        passage id. ``seconds`` holds "encode", "candidates", "score" and, with a cascade, "teacher" or "reader", with
+        an expansion, "expansion". For work done on several queries together (expanding and encoding 256, the exact scan
+        32), each query gets the mean.
 
     Raises:
         InputError: settings contradict each other, or a query has no text.
@@ -198,14 +232,38 @@ class Searcher:
             reaches=reaches,
         )
 
+    @overload
+    def rank(
+        self,
+        queries: Query | str,
+        *,
+        vectors: NDArray[np.float32] | None = None,
+        tokens: Sequence[NDArray[np.float32] | None] | None = None,
+    ) -> Ranking: ...
+    @overload
+    def rank(  # pyright: ignore[reportOverlappingOverload] - a dictionary is one query, or has queries by id
+        self,
+        queries: Mapping[str, Any],
+        *,
+        vectors: NDArray[np.float32] | None = None,
+        tokens: Sequence[NDArray[np.float32] | None] | None = None,
+    ) -> Ranking | list[Ranking]: ...
+    @overload
+    def rank(
+        self,
+        queries: Iterable[QueryLike],
+        *,
+        vectors: NDArray[np.float32] | None = None,
+        tokens: Sequence[NDArray[np.float32] | None] | None = None,
+    ) -> list[Ranking]: ...
     def rank(
         self,
         queries: Iterable[QueryLike] | QueryLike,
         *,
         vectors: NDArray[np.float32] | None = None,
         tokens: Sequence[NDArray[np.float32] | None] | None = None,
-    ) -> list[Ranking]:
-        """Rank the passages for each query.
+    ) -> Ranking | list[Ranking]:
+        """Rank the passages for one query (a ranking) or for each of a list (a list of rankings).
 
         If ``vectors`` [n, dim] are given, the queries are not encoded, and no ranking is marked as ``truncated``. If
         the score counts vectors of tokens, these are encoded unless all ``tokens`` [tokens, token_dim] are given, too.
@@ -214,7 +272,8 @@ class Searcher:
         if tokens is not None and any(own is None for own in tokens):
             tokens = None
         prepared = self._prepare(queries, vectors, "searching", tokens)
-        return [self._retrying_without_lost_shards(partial(self._shown, one)) for one in prepared]
+        rankings = [self._retrying_without_lost_shards(partial(self._shown, one)) for one in prepared]
+        return rankings[0] if is_one_query(queries) else rankings
 
     def rank_ids(
         self,
