@@ -308,5 +308,5 @@ def test_vectors_in_fewer_bits_get_their_own_rows(dataset):
     assert (coded.kind, plain.kind) == ("shortcut", "d2llm")
     assert coded.cost.bytes_per_passage == 2 * plain.cost.bytes_per_passage
     assert figures(coded)["nDCG@10"] == pytest.approx(figures(plain)["nDCG@10"], abs=0.05)
-    with pytest.raises(InputError, match=r"no vector format 'int7'.*int8"):
+    with pytest.raises(InputError, match=r"vector format 'int7' is unknown.*int8"):
         EvaluationSettings(stored_as=("int7",))

@@ -5,8 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from d2llm import Index, Passage
 from d2llm.core.errors import InputError
-from d2llm.store.vector_formats import FORMATS, make_format
+from d2llm.store.index_spec import VECTOR_FORMATS
+from d2llm.store.vector_formats import FORMATS, FloatFormat, RotatedFormat, make_format
+from e2e.command_line import succeed
+from fake_models import FakeStudent
+from tiny_evaluations import everyone, make_dataset, measure
 
 # Bytes of a row of 384 dimensions.
 QUANTISED = {"int8": 384, "int3": 144, "binary": 48}
@@ -119,7 +124,7 @@ def test_out_of_range_vectors_are_named():
 
 
 def test_unknown_formats_are_rejected():
-    with pytest.raises(InputError, match=r"'int5' is unknown; use one of bfloat16, .*binary"):
+    with pytest.raises(InputError, match=r"'int5' is unknown; use one of float32, .*binary"):
         make_format("int5", 8)
 
 
@@ -143,3 +148,70 @@ def test_rows_do_not_depend_on_their_neighbours(name, dim, seed):
         return
     np.testing.assert_array_equal(rows[3:4], vector_format.encode(vectors[3:4], names(1)))
     np.testing.assert_array_equal(vector_format.decode(rows)[2:5], vector_format.decode(rows[2:5]))
+
+
+# --- another format ---------------------------------------------------------------------------------------------------
+
+
+class Int2(RotatedFormat, kind="int2"):
+    """Of a family that is there: its numbers are enough."""
+
+    bits, step, largest_error = 2, 0.9957, np.inf
+
+
+class Sixteenths(FloatFormat, kind="sixteenths"):
+    """Of a kind of its own, which FAISS does not know."""
+
+    stored_as = np.dtype("<i2")
+
+    def rounded(self, vectors):
+        return np.round(np.asarray(vectors) * 16).astype(self.stored_as)
+
+    def decode(self, codes):
+        return super().decode(codes) / np.float32(16)
+
+    def empty_faiss_index(self, faiss):
+        raise AttributeError
+
+
+@pytest.fixture(params=[Int2, Sixteenths])
+def another(request, monkeypatch):
+    monkeypatch.setitem(VECTOR_FORMATS._classes, request.param.name, request.param)
+    yield request.param.name
+    monkeypatch.undo()
+
+
+for each in (Int2, Sixteenths):  # known only where a test asks for it
+    VECTOR_FORMATS._classes.pop(each.name)
+
+
+def test_another_format_is_one_class(another, tmp_path):
+    """A subclass with a name is stored and searched, here, by the command line and in an evaluation."""
+    texts = [f"text {place} on {word}" for place, word in enumerate(["cats", "dogs", "fish", "cows", "mice", "hens"])]
+    passages = [Passage(str(place), text) for place, text in enumerate(texts)]
+    student = FakeStudent()
+    Index.create(tmp_path / "exact", student, vector_format="float32").upsert(passages)
+    index = Index.create(tmp_path / "index", student, vector_format=another)
+    index.upsert(passages)
+    assert index.spec.vector_format == index.stats().vector_format == another
+    index = Index.open(tmp_path / "index", student)
+    view, exact = index.unsharded_view, Index.open(tmp_path / "exact", student).unsharded_view
+    assert view.format.code_size == {"int2": 4, "sixteenths": 32}[another]
+    rows = np.arange(len(passages))
+    pairs = zip(view.vectors(rows), exact.vectors(rows), strict=True)
+    cosines = [one @ other / np.linalg.norm(one) / np.linalg.norm(other) for one, other in pairs]
+    assert min(cosines) > {"int2": 0.8, "sixteenths": 0.999}[another]
+    found = index.search(["text 3 on cows"], top_k=6, exact=True)[0]
+    assert {each.passage.id for each in found.passages} == {passage.id for passage in passages}
+    assert found.certificate.proved == 6
+    assert exact.stored_as(another).format.name == another
+    report = measure(make_dataset(), everyone(), tmp_path / "work", stored_as=[another])
+    assert report.row(f"D2LLM, {another} vectors").num_items == 4
+    assert another in succeed("size", "--passages", "1M", "--vectors", another).output
+
+
+def test_a_format_that_exists_is_not_replaced():
+    with pytest.raises(ValueError, match="there is a vector format 'int8'"):
+
+        class Int8(RotatedFormat, kind="int8"):
+            pass

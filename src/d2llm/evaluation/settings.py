@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from d2llm.core.errors import InputError
 from d2llm.core.settings import Settings, Shown, setting
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES, SystemKind, Task
 
@@ -100,8 +99,7 @@ class EvaluationSettings(Settings):
         Raises:
             InputError: a format is unknown.
         """
-        from d2llm.store.vector_formats import FORMATS
+        from d2llm.store.vector_formats import make_format
 
         for name in (self.dtype, *self.stored_as):
-            if name not in FORMATS:
-                raise InputError(f"there is no vector format {name!r}; use one of {', '.join(FORMATS)}")
+            make_format(name, 8)

@@ -14,45 +14,38 @@ whose codes equal its rows (``store.scan``).
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.names import did_you_mean
-
-STORED_AS = {"bfloat16": np.dtype("<u2"), "float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
-"""The array type in the file; bfloat16 is stored as 16-bit integers, because .npy has no such type."""
-_FAISS_FLOATS = {"bfloat16": "QT_bf16", "float16": "QT_fp16"}
-
-_BITS = {"int8": 8, "int4": 4, "int3": 3, "binary": 1}
-_STEP = {8: 1 / 16, 4: 0.3352, 3: 0.5975, 1: 2.0}
-"""Distance of adjacent levels: 8 bits span +-8 standard deviations; the others preserve a normal vector's norm."""
-_LARGEST_ERROR = {8: 0.1, 4: 0.75, 3: 0.5, 1: np.inf}
-"""A vector is refused if the stored one differs from it by more than this share of its norm (usual: .02, .11, .19, .6).
-4 bits hold any vector of the right norm: those of tokens are too many and too short for none to be unusual."""
+from d2llm.store.index_spec import VECTOR_FORMATS
 
 _NORMS_AT_ONCE = 1_024
 
-FORMATS = (*STORED_AS, *_BITS)
-"""Names of all formats."""
+FORMATS = tuple(VECTOR_FORMATS.shipped)
+"""Names of the formats that ship."""
 
 
 def make_format(name: str, dim: int) -> VectorFormat:
     """The format called ``name`` for vectors of width ``dim``.
 
     Raises:
-        InputError: there is no such format.
+        InputError: there is no such format, or the package that should have it does not.
     """
-    if name in STORED_AS:
-        return FloatFormat(name, dim)
-    if name in _BITS:
-        return RotatedFormat(name, dim)
-    hint = did_you_mean(name, FORMATS)
-    raise InputError(f"vector format {name!r} is unknown; use one of {', '.join(FORMATS)}{hint}")
+    try:
+        return VECTOR_FORMATS.find(name)(dim)
+    except ValueError as error:
+        known = VECTOR_FORMATS.kinds
+        if name in known:
+            raise InputError(str(error)) from error
+        hint = did_you_mean(name, known)
+        raise InputError(f"vector format {name!r} is unknown; use one of {', '.join(known)}{hint}") from None
 
 
 def measured_norm(codes: NDArray[np.uint8], vector_format: VectorFormat) -> float:
@@ -76,35 +69,93 @@ class Multiplier(NamedTuple):
     shift: NDArray[np.float64]
 
 
-class FloatFormat:
-    """Each number as a float of 32 or 16 bits.
+class VectorFormat(ABC):
+    """Converts vectors [n, dim] to rows [n, code_size] and back, with the operations that a scan of such rows needs.
 
-    A format converts vectors [n, dim] to rows [n, code_size] and back, and has the operations that a scan of such rows
-    needs. ``selects``: whether its FAISS index can exclude rows from a search.
+    Another format is a subclass with a ``kind``, which is its name (``store.index_spec.VECTOR_FORMATS``).
+
+    Attributes:
+        name: its name.
+        dim: the width of the vectors.
+        code_size: bytes of a row.
+        selects: whether its FAISS index can exclude rows from a search.
     """
 
-    selects = True
+    name: ClassVar[str]
+    dim: int
+    code_size: int
+    selects: bool = True
 
-    def __init__(self, name: str, dim: int) -> None:
-        self.name = name
-        self.dim = dim
-        self.code_size = dim * STORED_AS[name].itemsize
+    def __init_subclass__(cls, *, kind: str = "") -> None:
+        super().__init_subclass__()
+        if kind:
+            cls.name = kind
+            VECTOR_FORMATS.add(kind, cls)
 
+    @abstractmethod
+    def __init__(self, dim: int) -> None: ...
+
+    @abstractmethod
     def encode(self, vectors: NDArray[np.float32], ids: Sequence[str]) -> NDArray[np.uint8]:
         """Rows [n, code_size], rounded to the nearest; ``ids`` name the vectors in an error.
 
         Raises:
             InputError: a vector is not finite, or the format cannot hold it.
         """
-        if self.name == "bfloat16":
-            import torch  # not needed to read an index
 
-            rounded = torch.from_numpy(np.array(vectors, dtype=np.float32)).to(torch.bfloat16)
-            stored = rounded.view(torch.int16).numpy()
-        else:
-            with np.errstate(over="ignore"):  # overflows are detected and reported below
-                stored = np.asarray(vectors).astype(STORED_AS[self.name])
-        codes = np.ascontiguousarray(stored).view(np.uint8)
+    @abstractmethod
+    def decode(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The vectors [n, dim] of rows."""
+
+    @abstractmethod
+    def levels(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Like ``decode``, but in the format's own basis, which is cheaper: ``levels @ turn(query)`` is the product."""
+
+    @abstractmethod
+    def turn(self, query: NDArray[np.float32]) -> NDArray[np.float64]:
+        """A query [dim] in the basis of ``levels``."""
+
+    @abstractmethod
+    def multiplier(self, queries: NDArray[np.float32]) -> Multiplier:
+        """Multiplies rows with queries [m, dim], whichever other rows are multiplied with them."""
+
+    def largest_norm(self, codes: NDArray[np.uint8]) -> float:
+        """An upper bound on the norms of ``levels(codes)``; reads all of them."""
+        return measured_norm(codes, self)
+
+    @abstractmethod
+    def empty_faiss_index(self, faiss: Any) -> Any:
+        """An empty inner-product FAISS index whose codes are these rows.
+
+        Raises:
+            AttributeError: this version of FAISS has no such index; rows are then scanned without FAISS.
+        """
+
+    def faiss_query(self, query: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A query [dim] as this index expects it, [1, n]; its scores are then the inner products."""
+        return query[None]
+
+
+class FloatFormat(VectorFormat):
+    """Each number as a float of 32 or 16 bits."""
+
+    stored_as: ClassVar[np.dtype[Any]]
+    """The array type of the rows."""
+    faiss_kind: ClassVar[str] = ""
+    """The kind of scalars of its FAISS index; "" for whole floats."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self.code_size = dim * self.stored_as.itemsize
+
+    def rounded(self, vectors: NDArray[np.float32]) -> NDArray[Any]:
+        """The vectors in the array type of the rows."""
+        with np.errstate(over="ignore"):  # overflows are detected and reported below
+            return np.asarray(vectors).astype(self.stored_as)
+
+    def encode(self, vectors: NDArray[np.float32], ids: Sequence[str]) -> NDArray[np.uint8]:
+        """Rows [n, code_size], rounded to the nearest."""
+        codes = np.ascontiguousarray(self.rounded(vectors)).view(np.uint8)
         bad = np.flatnonzero(~np.isfinite(self.decode(codes)).all(axis=1))
         if len(bad):
             raise InputError(
@@ -115,16 +166,14 @@ class FloatFormat:
 
     def decode(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The vectors [n, dim] of rows; exact."""
-        stored = np.ascontiguousarray(codes).view(STORED_AS[self.name])
-        if self.name == "bfloat16":
-            return np.left_shift(stored, 16, dtype=np.uint32).view(np.float32)
-        return stored.astype(np.float32)
+        return np.ascontiguousarray(codes).view(self.stored_as).astype(np.float32)
 
-    levels = decode
-    """Like ``decode``, but in the format's own basis, which is cheaper: ``levels @ turn(query)`` is the product."""
+    def levels(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The vectors themselves."""
+        return self.decode(codes)
 
     def turn(self, query: NDArray[np.float32]) -> NDArray[np.float64]:
-        """A query [dim] in the basis of ``levels``: the query itself."""
+        """The query itself."""
         return query.astype(np.float64)
 
     def multiplier(self, queries: NDArray[np.float32]) -> Multiplier:
@@ -138,29 +187,45 @@ class FloatFormat:
 
         return Multiplier(multiply, 1.0, np.zeros(len(queries)))
 
-    def largest_norm(self, codes: NDArray[np.uint8]) -> float:
-        """An upper bound on the norms of ``levels(codes)``; reads all of them."""
-        return measured_norm(codes, self)
-
     def empty_faiss_index(self, faiss: Any) -> Any:
-        """An empty inner-product FAISS index whose codes are these rows.
-
-        ``IndexFlatIP`` for float32, else ``IndexScalarQuantizer`` with 16-bit floats.
-
-        Raises:
-            AttributeError: this version of FAISS has no such index.
-        """
-        if self.name == "float32":
+        """``IndexFlatIP``, or ``IndexScalarQuantizer`` with 16-bit floats."""
+        if not self.faiss_kind:
             return faiss.IndexFlatIP(self.dim)
-        kind = getattr(faiss.ScalarQuantizer, _FAISS_FLOATS[self.name])
+        kind = getattr(faiss.ScalarQuantizer, self.faiss_kind)
         return faiss.IndexScalarQuantizer(self.dim, kind, faiss.METRIC_INNER_PRODUCT)
 
-    def faiss_query(self, query: NDArray[np.float32]) -> NDArray[np.float32]:
-        """A query [dim] as this index expects it, [1, dim]; its scores are then the inner products."""
-        return query[None]
+
+class Float32(FloatFormat, kind="float32"):
+    """As they are."""
+
+    stored_as = np.dtype("<f4")
 
 
-class RotatedFormat:
+class Float16(FloatFormat, kind="float16"):
+    """IEEE half precision."""
+
+    stored_as, faiss_kind = np.dtype("<f2"), "QT_fp16"
+
+
+class BFloat16(FloatFormat, kind="bfloat16"):
+    """The upper half of a float32; stored as 16-bit integers, because .npy has no such type."""
+
+    stored_as, faiss_kind = np.dtype("<u2"), "QT_bf16"
+
+    def rounded(self, vectors: NDArray[np.float32]) -> NDArray[Any]:
+        """The vectors, to the nearest bfloat16, as integers."""
+        import torch  # not needed to read an index
+
+        rounded = torch.from_numpy(np.array(vectors, dtype=np.float32)).to(torch.bfloat16)
+        return rounded.view(torch.int16).numpy()
+
+    def decode(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The vectors [n, dim] of rows; exact."""
+        stored = np.ascontiguousarray(codes).view(self.stored_as)
+        return np.left_shift(stored, 16, dtype=np.uint32).view(np.float32)
+
+
+class RotatedFormat(VectorFormat):
     """Each dimension of the rotated vector as one of 2^bits levels, evenly spaced around 0.
 
     With 8 or 4 bits, a row holds the dimensions in order. With fewer bits, a row holds one bit plane after another,
@@ -169,15 +234,18 @@ class RotatedFormat:
     its scan of 3-bit scalars.
     """
 
-    def __init__(self, name: str, dim: int) -> None:
-        self.name = name
+    bits: ClassVar[int]
+    step: ClassVar[float]
+    """Distance of adjacent levels: 8 bits span +-8 standard deviations; the others preserve a normal vector's norm."""
+    largest_error: ClassVar[float]
+    """A vector is refused if the stored one differs from it by more than this share of its norm."""
+
+    def __init__(self, dim: int) -> None:
         self.dim = dim
-        self.bits = _BITS[name]
         self._plane_bytes = -(-dim // 8)
         self._in_planes = self.bits < 4
         self.code_size = self.bits * self._plane_bytes if self._in_planes else -(-dim * self.bits // 8)
         self.selects = not self._in_planes  # FAISS' product quantiser cannot select rows
-        self._step = _STEP[self.bits]
 
     def encode(self, vectors: NDArray[np.float32], ids: Sequence[str]) -> NDArray[np.uint8]:
         """Rows [n, code_size] of the levels nearest to the rotated vectors [n, dim]; as for ``FloatFormat``."""
@@ -190,7 +258,7 @@ class RotatedFormat:
             )
         rotated = _rotate(vectors)
         half = 2 ** (self.bits - 1)
-        numbers = np.clip(np.floor(rotated / np.float32(self._step)) + half, 0, 2 * half - 1).astype(np.uint8)
+        numbers = np.clip(np.floor(rotated / np.float32(self.step)) + half, 0, 2 * half - 1).astype(np.uint8)
         codes = self._planes(numbers) if self._in_planes else self._packed(numbers)
         self._refuse_inaccurate(rotated, codes, ids)
         return codes
@@ -202,7 +270,7 @@ class RotatedFormat:
     def levels(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Levels [n, dim] of the rotated vectors."""
         numbers = self._numbers(codes)
-        return (numbers.astype(np.float32) + np.float32(0.5 - 2 ** (self.bits - 1))) * np.float32(self._step)
+        return (numbers.astype(np.float32) + np.float32(0.5 - 2 ** (self.bits - 1))) * np.float32(self.step)
 
     def _numbers(self, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The numbers [n, dim] of the levels, from 0."""
@@ -235,7 +303,7 @@ class RotatedFormat:
             return self._numbers(codes).astype(np.float32) @ columns
 
         # A level is step times its number, less half of the range of levels.
-        return Multiplier(multiply, unit * self._step, -unit * self._step * largest / 2 * whole.sum(1, np.float64))
+        return Multiplier(multiply, unit * self.step, -unit * self.step * largest / 2 * whole.sum(1, np.float64))
 
     def turn(self, query: NDArray[np.float32]) -> NDArray[np.float64]:
         """The rotated query."""
@@ -243,7 +311,7 @@ class RotatedFormat:
 
     def largest_norm(self, codes: NDArray[np.uint8]) -> float:  # noqa: ARG002
         """The norm of a row with the highest level in every dimension."""
-        return self.dim**0.5 * self._step * 2 ** (self.bits - 1)
+        return self.dim**0.5 * self.step * 2 ** (self.bits - 1)
 
     def empty_faiss_index(self, faiss: Any) -> Any:
         """8 or 4 bits: ``IndexScalarQuantizer`` with one range. Fewer: ``IndexPQ`` with sign vectors as centroids."""
@@ -251,7 +319,7 @@ class RotatedFormat:
             kind = getattr(faiss.ScalarQuantizer, f"QT_{self.bits}bit_uniform")
             index = faiss.IndexScalarQuantizer(self.dim, kind, faiss.METRIC_INNER_PRODUCT)
             half = 2 ** (self.bits - 1)
-            lowest_and_range = np.array([-half * self._step, (2 * half - 1) * self._step], np.float32)
+            lowest_and_range = np.array([-half * self.step, (2 * half - 1) * self.step], np.float32)
             faiss.copy_array_to_vector(lowest_and_range, index.sq.trained)
         else:
             num_tables = self.code_size
@@ -269,7 +337,7 @@ class RotatedFormat:
             return turned[None].astype(np.float32)
         planes = np.zeros((self.bits, 8 * self._plane_bytes))
         planes[:, : self.dim] = turned
-        planes *= (self._step / 2 * 2.0 ** np.arange(self.bits)[::-1])[:, None]
+        planes *= (self.step / 2 * 2.0 ** np.arange(self.bits)[::-1])[:, None]
         return planes.reshape(1, -1).astype(np.float32)
 
     def _packed(self, numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -285,7 +353,7 @@ class RotatedFormat:
         return np.concatenate([np.packbits(numbers >> shift & 1, axis=1, bitorder="little") for shift in shifts], 1)
 
     def _refuse_inaccurate(self, rotated: NDArray[np.float32], codes: NDArray[np.uint8], ids: Sequence[str]) -> None:
-        limit = _LARGEST_ERROR[self.bits]
+        limit = self.largest_error
         norms = np.linalg.norm(rotated, axis=1)
         errors = np.linalg.norm(self.levels(codes) - rotated, axis=1)
         bad = np.flatnonzero(errors > limit * norms) if np.isfinite(limit) else []
@@ -298,7 +366,30 @@ class RotatedFormat:
             )
 
 
-VectorFormat = FloatFormat | RotatedFormat
+class Int8(RotatedFormat, kind="int8"):
+    """Usual error: .02 of the norm."""
+
+    bits, step, largest_error = 8, 1 / 16, 0.1
+
+
+class Int4(RotatedFormat, kind="int4"):
+    """Usual error: .11. It holds any vector of the right norm: those of tokens are too many and too short for none to
+    be unusual.
+    """
+
+    bits, step, largest_error = 4, 0.3352, 0.75
+
+
+class Int3(RotatedFormat, kind="int3"):
+    """Usual error: .19."""
+
+    bits, step, largest_error = 3, 0.5975, 0.5
+
+
+class Binary(RotatedFormat, kind="binary"):
+    """Signs; usual error: .6."""
+
+    bits, step, largest_error = 1, 2.0, np.inf
 
 
 def _rotate(vectors: NDArray[Any]) -> NDArray[Any]:
