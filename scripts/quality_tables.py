@@ -10,6 +10,7 @@ file, and the command that made the file is printed beside it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -65,6 +66,14 @@ README_LEGEND = (
     "Bold: best of the line. The means are of nDCG@10. *(trained)*: the student and the tuned cosine were trained on "
     "the train split of this set. p is Holm-adjusted."
 )
+RENAMED = {  # names of rows and terms in the files -> those of today
+    "the words of passages": "BM25 of passages",
+    "the words of windows": "BM25 of windows",
+    "the vectors of tokens": "token embeddings",
+    "the factor of the query's words": "the words factor",
+    "BM25 as a share of its limit": "BM25 / its bound",
+    "that as a share of the limit": "BM25 of the best window / its bound",
+}
 SHORT = {"accuracy (3 classes)": "accuracy of 3"}
 Report = dict[str, Any]
 
@@ -110,7 +119,15 @@ def main() -> None:
 
 def read_results(student: str) -> list[dict[str, Any]]:
     """The results of one student, by the name of the data set."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS / student).glob("*.json"))]
+    texts = [path.read_text(encoding="utf-8") for path in sorted((RESULTS / student).glob("*.json"))]
+    return [json.loads(renamed(text)) for text in texts]
+
+
+def renamed(text: str) -> str:
+    """The text with today's names."""
+    for old, new in RENAMED.items():
+        text = text.replace(old, new)
+    return text
 
 
 def of_kind(files: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -307,7 +324,8 @@ def section(file: dict[str, Any]) -> str:
     facts = f"{report['num_items']:,} {unit}, {report['num_passages']:,} passages, {report['task']}"
     lines = [f"### {report['dataset']} {trained(report)}".rstrip(), "", f"{report['split']} split: {facts}.", ""]
     lines.append(measures_table(report).to_markdown())
-    lines += [f"\nNot measured: {missing['name']} ({missing['reason']})." for missing in report["missing"]]
+    if names := [missing["name"] for missing in report["missing"]]:
+        lines.append(f"\nNot measured: {'; '.join(names)}.")
     found = comparison(report, report["subject"], report["baseline"], report["main_measure"])
     if found is not None:
         gap = found["difference"]
@@ -319,7 +337,7 @@ def section(file: dict[str, Any]) -> str:
             ),
         ]
     notes = [note for note in report["notes"] if "earlier run" not in note]
-    lines += [f"\n- {note}" for note in merge_notes(notes, [row["name"] for row in report["rows"]])]
+    lines += ["", *(f"- {note}" for note in merge_notes(notes, [row["name"] for row in report["rows"]]))]
     return "\n".join([*lines, "", f"`{command(file['arguments'])}`"])
 
 
@@ -327,7 +345,8 @@ def merge_notes(notes: list[str], systems: list[str]) -> list[str]:
     """The notes of a written report ("system: message"); systems with the same message share a line."""
     longest_first = sorted(systems, key=len, reverse=True)
     names = [next((name for name in longest_first if note.startswith(f"{name}: ")), "") for note in notes]
-    return joined_notes((name, note.removeprefix(f"{name}: ")) for name, note in zip(names, notes, strict=True))
+    lines = joined_notes((name, note.removeprefix(f"{name}: ")) for name, note in zip(names, notes, strict=True))
+    return [re.sub(r"^.*; .*: (?=[\d,]+ of [\d,]+ \w+ were truncated)", "rows with vectors: ", line) for line in lines]
 
 
 def measures_table(report: Report) -> Table:
@@ -393,7 +412,7 @@ def p_text(found: dict[str, Any]) -> str:
 
 def command(arguments: dict[str, Any]) -> str:
     """The command line that made a result; only options that differ from their defaults are named."""
-    words = ["d2llm evaluate", str(arguments["data"])]
+    words = ["d2llm evaluate", f"DATA/{Path(arguments['data']).name}"]
     defaults = {"student": SHIPPED, "split": "test", "task": "asymmetric", "tuned_cosine": None, "teacher": None}
     defaults |= {"teacher_depth": 50, "teacher_queries": 100}
     for name, default in defaults.items():

@@ -27,7 +27,7 @@ NUM_STEPS, NUM_EPOCHS = 8, 3
 
 
 class Work:
-    """A data set with train judgements, and a recipe with an interaction and vectors of tokens."""
+    """A data set with train judgements, and a recipe with an interaction and token embeddings."""
 
     def __init__(self, folder: Path) -> None:
         self.place = Place(folder)
@@ -155,7 +155,7 @@ def test_without_time_there_are_no_vectors_of_tokens(
     no_time_for(monkeypatch, "tokens")
     with caplog.at_level(logging.INFO, "d2llm.remarks"), time_limit(3_600.0):
         report = work.run(tmp_path / "student")
-    assert "no time to train vectors of tokens; the score counts none" in caplog.text
+    assert "no time to train token embeddings; the score counts none" in caplog.text
     student = Student.load(tmp_path / "student", device="cpu")
     assert student.token_projection is None
     assert "token_vectors" not in report.evidence["asymmetric"]["weights"]

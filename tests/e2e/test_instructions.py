@@ -23,7 +23,7 @@ LONG = "snow and rain " * 40
 
 
 def write_index_with_tokens(folder):
-    """An index whose scores count words and vectors of tokens; its student puts a prefix before queries."""
+    """An index whose scores count words and token embeddings; its student puts a prefix before queries."""
     model = write_tiny_model(folder / "bert", "bert")
     student = Student.create(tiny_student_config(model, query_prefix="rain "), device="cpu", dtype="float32")
     randomise(student.pooling)

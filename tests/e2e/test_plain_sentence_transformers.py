@@ -244,7 +244,7 @@ def test_cards_say_what_the_library_leaves_out(students):
     for name in SHIPPED:
         assert "full score in asymmetric search" in cards[name]
         assert "The inner product of symmetric search is another one" in cards[name]
-        assert "What an index of d2llm adds to it (words, vectors of tokens) is left out" in cards[name]
+        assert "What an index of d2llm adds to it (words, token embeddings) is left out" in cards[name]
 
 
 def test_an_export_for_the_library_is_refused_with_the_reason(tmp_path):

@@ -132,7 +132,7 @@ def test_the_sum_ranks_by_weights_fitted_on_dev(words, without_results, monkeypa
     )
     for name, own in ((FITTED, "cosine"), (FITTED_STUDENT, "D2LLM")):
         (note,) = [note for note in report.notes if note.startswith(name)]
-        assert note == f"{name}: 1 x {own} + 0.25 x BM25 + 2 x BM25 as a share of its limit, fitted on 9 dev queries"
+        assert note == f"{name}: 1 x {own} + 0.25 x BM25 + 2 x BM25 / its bound, fitted on 9 dev queries"
 
 
 def test_without_dev_the_weights_are_cross_fitted(words, without_results, monkeypatch):
@@ -221,8 +221,8 @@ def test_the_own_score_keeps_weight_one():
 def test_ablated_parts_of_the_score_get_rows(words, work):
     report = measure(words, everyone(student=WordyStudent()), work, num_candidates=260)
     names = [
-        "D2LLM without the words of passages",
-        "D2LLM without the words of windows",
+        "D2LLM without BM25 of passages",
+        "D2LLM without BM25 of windows",
         "D2LLM without the interaction",
     ]
     assert [row.name for row in report.rows if row.name.startswith("D2LLM without")] == names
@@ -257,7 +257,7 @@ def test_a_student_without_word_features_has_no_parts(words, work):
 
 def test_the_factor_of_words_can_be_ablated(words, work):
     report = measure(words, everyone(student=ScalingStudent()), work, num_candidates=260)
-    name = "D2LLM without the factor of the query's words"
+    name = "D2LLM without the words factor"
     assert name in {one.row for one in report.parts}
     student = FakeStudent()
     passages = stored(student.encode_passages([passage.full_text for passage in words.passages.values()]).vectors)

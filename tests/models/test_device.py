@@ -93,7 +93,7 @@ def test_an_accelerator_reads_more_tokens_with_a_small_model():
     ("gib", "size", "checkpointed", "least", "most"),
     [
         (80, MINILM, False, 32_768, 32_768),
-        (80, 0, False, 32_768, 32_768),  # vectors of tokens, without layers
+        (80, 0, False, 32_768, 32_768),  # token embeddings, without layers
         (80, SMOLLM2, False, 6_000, 9_000),
         (80, SEVEN_BILLION, False, 2_048, 2_048),
         (80, SEVEN_BILLION, True, 16_000, 32_768),

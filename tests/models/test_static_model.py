@@ -1,4 +1,4 @@
-"""Static vectors of tokens: made as defined, read from model2vec's files, trained, exported, searched."""
+"""Static token embeddings: made as defined, read from model2vec's files, trained, exported, searched."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_files_that_hold_no_vectors(made: tuple[Path, StaticReport], tmp_path: P
         (tmp_path / file.name).write_bytes(file.read_bytes()[: -9 if file.suffix == ".safetensors" else None])
     if damage == "other tensors":
         save_file({"other": torch.ones(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match="cannot be read as vectors of tokens"):
+    with pytest.raises(ModelError, match="cannot be read as token embeddings"):
         Backbone.load(BackboneConfig(model=str(tmp_path), tuning="frozen"), device="cpu")
 
 

@@ -35,7 +35,7 @@ def indexed(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["bert", "llama"])
 def with_tokens(request, tmp_path_factory):
-    """A student with vectors of tokens, of which special tokens and white space have none."""
+    """A student with token embeddings, of which special tokens and white space have none."""
     folder = write_tiny_model(tmp_path_factory.mktemp("tokens") / request.param, request.param)
     student = Student.create(tiny_student_config(folder, query_prefix="rain "), device="cpu", dtype="float32")
     tokenizer = student.backbone.tokenizer

@@ -68,7 +68,7 @@ def test_label_refuses_another_teacher_on_a_worker(tmp_path, monkeypatch):
 
 
 def test_encode_refuses_another_student_or_projection_on_a_worker(tmp_path):
-    """With the same weights, another projection of tokens is another student, if the index has vectors of tokens."""
+    """With the same weights, another projection of tokens is another student, if the index has token embeddings."""
     manifest = {"student": "same", "token_projection": "p1", "document_expansion": None}
     storage = SimpleNamespace(manifest=manifest, part_formats={"token": "int8"})
     with (
@@ -76,7 +76,7 @@ def test_encode_refuses_another_student_or_projection_on_a_worker(tmp_path):
         pytest.raises(MismatchError, match=r"is same with projection p2, but same with projection p1 is meant"),
     ):
         list(workers.map([[Passage("a", "cat")]], ignore))
-    storage.manifest["token_projection"] = None  # vectors of tokens do not matter
+    storage.manifest["token_projection"] = None  # token embeddings do not matter
     storage.part_formats = {}
     passages = [Passage("a", "cat"), Passage("b", "dog")]
     with encode_verb._readers(CopyRunner(), storage, partial(StudentWithTokens, "p2"), device="cpu") as workers:
@@ -154,7 +154,7 @@ def test_no_texts_have_no_vectors():
 
 
 def test_vectors_of_tokens_of_an_encoder_without_any():
-    with pytest.raises(InputError, match="a CosineStudent has no vectors of tokens"):
+    with pytest.raises(InputError, match="a CosineStudent has no token embeddings"):
         encode_shard(CosineStudent(FakeStudent()), TextShard(["cat"], "query", with_tokens=True), ignore)
 
 

@@ -67,7 +67,7 @@ def teacher(tmp_path_factory) -> TeacherConfig:
 
 @pytest.fixture(scope="module")
 def student_folder(tmp_path_factory) -> Path:
-    """A student that reads late chunks and has vectors of tokens."""
+    """A student that reads late chunks and has token embeddings."""
     folder = tmp_path_factory.mktemp("student")
     model = write_tiny_model(folder / "model", "bert")
     student = Student.create(tiny_student_config(model), device="cpu", dtype="float32")

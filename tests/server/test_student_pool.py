@@ -50,7 +50,7 @@ def test_a_new_projection_of_tokens_is_another_student():
     old, new = pool.take(index_of("a", "old")), pool.take(index_of("a", "new"))
     assert old is not new
     assert pool.take(index_of("a", "new")) is new
-    assert pool.take(index_of("a")) is old  # an index without vectors of tokens takes either
+    assert pool.take(index_of("a")) is old  # an index without token embeddings takes either
     replaced = StudentPool(lambda _: FakeStudent("a", "new"))  # pyright: ignore[reportArgumentType]
     assert replaced.take(index_of("a", "new")) is replaced.take(index_of("a", "old"))  # whose index then refuses it
     assert len(replaced.students) == 1

@@ -15,7 +15,7 @@ from tiny_models import write_trained_student
 
 
 def token_student(folder) -> Student:
-    """A student with vectors of tokens that counts words, windows and tokens."""
+    """A student with token embeddings that counts words, windows and tokens."""
     student = Student.load(write_trained_student(folder, max_passage_tokens=500))
     vocabulary = len(student.backbone.tokenizer)
     skipped = set(skipped_tokens(student.backbone.tokenizer))

@@ -1,4 +1,4 @@
-"""Vectors of tokens in an index: written with the passages, kept through every change, and part of the score."""
+"""Token embeddings in an index: written with the passages, kept through every change, and part of the score."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_an_index_without_tokens_uses_other_weights(tmp_path):
     assert index.stats().token_format is None
     ranking = index.search("a rare gem", explain=True)
     assert all(hit.explanation.tokens is None for hit in ranking.passages)
-    with pytest.raises(InputError, match="stores no vectors of tokens"):
+    with pytest.raises(InputError, match="stores no token embeddings"):
         index.search("gem", evidence={"token_vectors": 1.0})
 
 
@@ -148,7 +148,7 @@ def test_a_new_index_stores_tokens_if_the_score_counts_them(tmp_path):
     assert Index.create(tmp_path / "auto", TokenStudent()).stats().token_format == "int4"
     assert Index.create(tmp_path / "symmetric", TokenStudent(), task="symmetric").stats().token_format is None
     assert Index.create(tmp_path / "plain", FakeStudent()).stats().token_format is None
-    with pytest.raises(InputError, match="has no vectors of tokens"):
+    with pytest.raises(InputError, match="has no token embeddings"):
         Index.create(tmp_path / "refused", FakeStudent(), token_vectors="int4")
 
 
@@ -160,7 +160,7 @@ def test_tokens_of_another_projection_are_refused(index):
         other.upsert(passages(new="A text."))
     assert len(other.search("gem", evidence={}).passages) == len(TEXTS)
     plain = Index.open(index.folder, FakeStudent())
-    with pytest.raises(InputError, match="this student has no vectors of tokens"):
+    with pytest.raises(InputError, match="this student has no token embeddings"):
         plain.search("gem", evidence={"token_vectors": 1.0})
 
 

@@ -1,4 +1,4 @@
-"""Training the projection that makes vectors of tokens, on a real small backbone."""
+"""Training the projection that makes token embeddings, on a real small backbone."""
 
 from __future__ import annotations
 
@@ -181,14 +181,14 @@ def test_training_a_student_forgets_its_tokens(trained, dataset):
         student.encode_with_tokens(["a"], "query")
     with pytest.raises(InputError, match="train them first"):
         fit_scores(student, [dataset], "asymmetric", token_vectors=True)
-    with pytest.raises(InputError, match="no vectors of tokens"):
+    with pytest.raises(InputError, match="no token embeddings"):
         fit_evidence(student, [(dataset, "asymmetric")], terms=("token_vectors",))
 
 
 def test_what_cannot_be_trained_is_refused(dataset):
     student = Student.create(StudentConfig(), device="cpu", dtype="float32")
     untrained = Dataset("none", Path("none"), dataset.passages, dataset.queries, {"dev": dataset.qrels["dev"]})
-    with pytest.raises(InputError, match="none: vectors of tokens are trained on judged queries of a train split"):
+    with pytest.raises(InputError, match="none: token embeddings are trained on judged queries of a train split"):
         fit_tokens(student, [untrained])
 
 

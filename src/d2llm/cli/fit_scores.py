@@ -62,7 +62,7 @@ def fit_scores(
         bool | None,
         typer.Option(
             "--token-vectors/--no-token-vectors",
-            help="With --words: also fit the weight of the vectors of tokens.",
+            help="With --words: also fit the weight of the token embeddings.",
             show_default="if the student has them",
         ),
     ] = None,

@@ -1,4 +1,4 @@
-"""The verb ``fit-tokens``: trains vectors of tokens for a student."""
+"""The verb ``fit-tokens``: trains token embeddings for a student."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def fit_tokens(
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Train vectors of tokens for a student.
+    """Train token embeddings for a student.
 
     With them, each token of a query looks for the most similar token of a passage, beside the vectors of both. The
     student's other weights do not change. Then fit the weight of the tokens in the score of an index with

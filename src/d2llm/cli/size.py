@@ -38,10 +38,10 @@ class IndexOptions:
     task: TaskOption = None
     vectors: Annotated[str, typer.Option(metavar="FORMAT", help="How vectors are stored.")] = "bfloat16"
     vector_copies: Annotated[int, typer.Option(metavar="N", min=1, max=2, help="Copies of each vector.")] = 2
-    window_vectors: Annotated[
-        str, typer.Option(metavar="FORMAT", help="Vectors of windows: auto, none or a format.")
-    ] = "auto"
-    token_vectors: Annotated[str, typer.Option(metavar="FORMAT", help="Vectors of tokens: auto, none or a format.")] = (
+    window_vectors: Annotated[str, typer.Option(metavar="FORMAT", help="Window vectors: auto, none or a format.")] = (
+        "auto"
+    )
+    token_vectors: Annotated[str, typer.Option(metavar="FORMAT", help="Token embeddings: auto, none or a format.")] = (
         "auto"
     )
 

@@ -80,6 +80,7 @@ of the query that count, of the highest cosine with a token of the passage."""
 PartKind = Literal["window", "token"]
 """Parts of passages whose vectors an index can store: windows of two sentences, or tokens."""
 PART_KINDS: tuple[PartKind, ...] = get_args(PartKind)
+PART_NAMES: dict[PartKind, str] = {"window": "window vectors", "token": "token embeddings"}
 
 Grouping = Literal["passage", "best", "sum"]
 """What is ranked: passages, or documents by their best passage or by the summed odds of their best passages."""

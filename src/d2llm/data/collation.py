@@ -40,7 +40,7 @@ class LabelledSource:
     score_words: ScorePassages | None = None
     """Adds the words' part of the score to every pair of a batch; None if only the vectors count in training."""
     token_weight: float = 0.0
-    """The weight of the vectors of tokens in the scores of a batch; 0 if they do not count in training."""
+    """The weight of the token embeddings in the scores of a batch; 0 if they do not count in training."""
     pair_inputs: Mapping[str, ScorePassages] = field(default_factory=dict[str, ScorePassages])
     """name -> a number for each query and passage of a batch, for losses that need one."""
     query_inputs: Mapping[str, Mapping[str, NDArray[np.float32]]] = field(
@@ -105,7 +105,7 @@ class DistillationBatch:
     judged. ``own`` [Q, n] holds for each query the columns of its positive and hard negatives, -1 for padding and where
     the store has no cosines; ``gram`` [Q, n, n] holds the cosines of the teacher's features over these passages.
     ``labelled`` says which pairs have a label of the teacher. ``word_scores`` is what words add to the scores; None if
-    they add nothing. ``token_weight`` is the weight of the vectors of tokens. ``pair_inputs`` [Q, N] and
+    they add nothing. ``token_weight`` is the weight of the token embeddings. ``pair_inputs`` [Q, N] and
     ``query_inputs`` [Q, dim], NaN for queries without one, have what single losses need.
     """
 

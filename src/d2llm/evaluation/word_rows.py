@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.types import EvidenceTerm, PartKind, Query, SystemKind
+from d2llm.core.types import PART_NAMES, EvidenceTerm, Query, SystemKind
 from d2llm.evaluation.contenders import NAME_BM25, NAME_D2LLM, Contender
 from d2llm.evaluation.report import MissingRow
 from d2llm.evaluation.systems import RetrievalWork, System
@@ -30,9 +30,9 @@ from d2llm.retrieval.row_evidence import evidence_weights, mean_of_cosines, scor
 
 _FORMULA: dict[EvidenceTerm, str] = {
     "words": "BM25",
-    "words_share": "BM25 as a share of its limit",
+    "words_share": "BM25 / its bound",
     "window_words": "BM25 of the best window",
-    "window_words_share": "that as a share of the limit",
+    "window_words_share": "BM25 of the best window / its bound",
     "window_vectors": "best window's vector",
     "token_vectors": "tokens",
 }
@@ -40,10 +40,9 @@ _FIT_QUERIES, _FIT_DEPTH = 500, 100
 _MIN_QUERIES = 4  # two for each half
 
 _PARTS: dict[str, tuple[EvidenceTerm, ...]] = {
-    "the words of passages": ("words", "words_share"),
-    "the words of windows": ("window_words", "window_words_share"),
+    "BM25 of passages": ("words", "words_share"),
+    "BM25 of windows": ("window_words", "window_words_share"),
 }
-_PART_VECTORS: dict[PartKind, str] = {"window": "windows", "token": "tokens"}
 
 
 def fitted_sum(work: RetrievalWork, contender: Contender) -> System | MissingRow:
@@ -129,12 +128,12 @@ def without_parts(work: RetrievalWork, student: SearchStudent, num_candidates: i
     for part, terms in _PARTS.items():
         if any(weights.terms.get(term) for term in terms):
             add(part, student, weights.without(terms))
-    for kind, name in _PART_VECTORS.items():
+    for kind, name in PART_NAMES.items():
         if kind in weights.part_kinds:
             stored = weights.part_kinds - {kind}
-            add(f"the vectors of {name}", student, evidence_weights(student, work.trial.task, stored=stored))
+            add(name, student, evidence_weights(student, work.trial.task, stored=stored))
     if weights.words_factor is not None:
-        add("the factor of the query's words", student, weights.model_copy(update={"words_factor": None}))
+        add("the words factor", student, weights.model_copy(update={"words_factor": None}))
     add("the interaction", AnchorStudent(student), weights)
     return systems
 

@@ -20,7 +20,7 @@ REVIEW_SHARE = 0.15
 _HELD_OUT_QUERIES = 300  # planned for, before it is known how many there are
 _OVERHEAD_SECONDS = 60.0  # loading models, fitting weights, writing reports
 _EVALUATED_PASSAGES, _FEWEST_PASSAGES = 2_000, 200  # encoded in each evaluation on dev, and for fitting weights
-_NUM_EVALUATIONS, _FEWEST_EVALUATIONS = 8, 4  # the fewest leave no time for the interaction and vectors of tokens
+_NUM_EVALUATIONS, _FEWEST_EVALUATIONS = 8, 4  # the fewest leave no time for the interaction and token embeddings
 
 
 @dataclass(frozen=True, slots=True)

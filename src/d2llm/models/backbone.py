@@ -170,7 +170,7 @@ class Backbone(nn.Module):
         self.model.requires_grad_(False)
         if config.tuning == "lora" and self.model.config.model_type == STATIC_MODEL_TYPE:
             raise InputError(
-                f"'{config.model}' has vectors of tokens and no layers, so LoRA has nothing to adapt; set tuning to "
+                f"'{config.model}' has token embeddings and no layers, so LoRA has nothing to adapt; set tuning to "
                 "full or frozen"
             )
         if getattr(self.model.config, "is_encoder_decoder", False):

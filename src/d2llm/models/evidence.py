@@ -154,13 +154,13 @@ class Evidence(FittedFile):
     def inherited(self, student: str, *, has_tokens: bool) -> Evidence:
         """The same weights for a student with this fingerprint that was trained from this one.
 
-        Without ``has_tokens`` it has no vectors of tokens.
+        Without ``has_tokens`` it has no token embeddings.
         """
         evidence = self if has_tokens else self.without_tokens()
         return Evidence(student=student, tasks={task: fitted.inherited() for task, fitted in evidence.tasks.items()})
 
     def without_tokens(self) -> Evidence:
-        """The weights for indexes without vectors of tokens; a task without such weights has no evidence."""
+        """The weights for indexes without token embeddings; a task without such weights has no evidence."""
         tasks: dict[Task, TaskEvidence] = {}
         for task, fitted in self.tasks.items():
             left: TaskEvidence | None = fitted

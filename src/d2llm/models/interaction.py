@@ -36,7 +36,7 @@ class PairScores:
     ``logits`` is the final score z; ``anchor`` is its inner-product part (None for the paper head); ``features`` is
     y^S_ij, the student's counterpart of the teacher's score-token state (None for the cosine head). ``tokens`` is the
     mean best cosine of the query's tokens (``ops.scoring.mean_best_cosines``), which is not part of ``logits``; None if
-    vectors of tokens do not count. In training with two heads, ``teacher`` has the scores of the head that imitates the
+    token embeddings do not count. In training with two heads, ``teacher`` has the scores of the head that imitates the
     teacher, and the others are those of the head that learns judgements (``Interaction.score_heads``).
     """
 

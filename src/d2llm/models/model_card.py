@@ -194,7 +194,7 @@ def _scope(folder: Path, manifest: Mapping[str, Any]) -> str:
         other = next(each for each in trained if each != task)
         scope += f" The inner product of {other} search is another one, which only d2llm computes."
     if read_evidence(folder, str(manifest["fingerprint"])).weights(task):
-        scope += " What an index of d2llm adds to it (words, vectors of tokens) is left out."
+        scope += " What an index of d2llm adds to it (words, token embeddings) is left out."
     return scope
 
 

@@ -1,4 +1,4 @@
-"""Static vectors of tokens: a backbone that looks up one vector for each token and reads nothing in context.
+"""Static token embeddings: a backbone that looks up one vector for each token and reads nothing in context.
 
 A student with such a backbone encodes many times as fast as one with a transformer. The vectors come from a transformer
 that reads each token of its vocabulary alone, as in Tulkens and van Dongen, "Model2Vec: Fast State-of-the-Art Static
@@ -81,7 +81,7 @@ def load_static(location: str, *, dtype: torch.dtype) -> StaticModel:
     """Load static vectors in the format of model2vec from a folder or the Hub.
 
     Raises:
-        ModelError: the file cannot be read or has no vectors of tokens.
+        ModelError: the file cannot be read or has no token embeddings.
     """
     folder = Path(location)
     if not folder.is_dir():
@@ -96,7 +96,7 @@ def load_static(location: str, *, dtype: torch.dtype) -> StaticModel:
             embeddings = embeddings * tensors["weights"].float()[:, None]
     except Exception as error:
         raise ModelError(
-            f"{folder / 'model.safetensors'} cannot be read as vectors of tokens in model2vec's format "
+            f"{folder / 'model.safetensors'} cannot be read as token embeddings in model2vec's format "
             f"({type(error).__name__}: {error}); save the model with model2vec 0.4 or later"
         ) from error
     settings |= {"hidden_dim": embeddings.shape[1], "vocab_size": embeddings.shape[0]}

@@ -65,7 +65,7 @@ class Student(VectorScorer):
 
     ``calibration`` turns scores into probabilities, if it was fitted (``models.probabilities``). ``evidence`` has the
     weights of the terms that an index adds to the scores of its passages (``models.evidence``). ``token_projection``
-    makes the vectors of tokens, if it was trained (``models.token_vectors``). ``quality`` says how likely a passage is
+    makes the token embeddings, if it was trained (``models.token_vectors``). ``quality`` says how likely a passage is
     to answer any query, if it was fitted (``models.quality``). ``term_weights`` says how much each word of a query
     counts in BM25, and ``document_expansion`` which words an index adds to a passage, if they were fitted
     (``models.term_weights``, ``models.document_expansion``). ``source`` is the folder or name from which it can be
@@ -303,9 +303,9 @@ class Student(VectorScorer):
     def cut(self, depth: int) -> Student:
         """A smaller and faster copy, whose backbone has only its first ``depth`` layers.
 
-        It scores by the inner product alone (r = 0), without evidence, vectors of tokens, probabilities, quality,
+        It scores by the inner product alone (r = 0), without evidence, token embeddings, probabilities, quality,
         weights of words and added words, because all these were fitted to what comes after all layers. ``d2llm
-        fit-scores`` fits all but the vectors of tokens again.
+        fit-scores`` fits all but the token embeddings again.
 
         Raises:
             InputError: the student was not trained for this depth, or was loaded with ``lean=True``.
@@ -433,7 +433,7 @@ class Student(VectorScorer):
 
     @property
     def token_fingerprint(self) -> str | None:
-        """Content hash of the projection that makes the vectors of tokens, if there is one."""
+        """Content hash of the projection that makes the token embeddings, if there is one."""
         return None if self.token_projection is None else self.token_projection.fingerprint
 
     def prepare_training(self, *, seed: int = 0) -> None:
@@ -539,7 +539,7 @@ class Student(VectorScorer):
         """
         texts, projection = texts_of(texts), self._require_projection()
         if self._engine is not None:
-            fell_back("engine for vectors of tokens", "the graph gives vectors of texts only; torch encodes both")
+            fell_back("engine for token embeddings", "the graph gives vectors of texts only; torch encodes both")
         tokenized, is_query = self.tokenize(texts, kind, instruction=instruction), kind == "query"
         starts = [0] * len(texts) if instruction is None else self.backbone.first_own_tokens(texts, instruction)
         places_of = projection.query_places if is_query else projection.places
@@ -566,7 +566,7 @@ class Student(VectorScorer):
 
     def _require_projection(self) -> TokenProjection:
         if self.token_projection is None:
-            raise InputError("this student has no vectors of tokens; train them with `d2llm fit-tokens`")
+            raise InputError("this student has no token embeddings; train them with `d2llm fit-tokens`")
         return self.token_projection
 
     @property

@@ -8,7 +8,7 @@ tokens have vectors, those that say what it is about; the others count as cosine
 
 The projection is trained after the student, on states that do not change (``training.fit_tokens``), and stored as
 ``tokens.safetensors`` in the student's folder. Vectors of texts do not depend on it, so an index is valid for the
-student with or without it. An index with vectors of tokens names the projection that made them.
+student with or without it. An index with token embeddings names the projection that made them.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class TokenProjection(nn.Module):
         return len(self.weight)
 
     def forward(self, states: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens token_dim"]:
-        """The vectors of tokens, float32."""
+        """The token embeddings, float32."""
         return to_sphere(states.float() @ self.weight.T)
 
     def places(self, token_ids: Sequence[int]) -> list[int]:

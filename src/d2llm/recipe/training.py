@@ -29,7 +29,7 @@ class ResidualConfig(WarmUpConfig):
 
 
 class TokensConfig(WarmUpConfig):
-    """The last stage: trains the projection that makes the vectors of tokens (``evidence.token_vectors``)."""
+    """The last stage: trains the projection that makes the token embeddings (``evidence.token_vectors``)."""
 
     dim: int = Field(default=64, ge=1)
     """Width of a token's vector, at most that of the backbone; with 4 bits for each dimension, 64 take 32 bytes."""
@@ -275,7 +275,7 @@ class EvidenceConfig(Section):
     """The mean, over the query's rarest tokens, of the highest cosine with a token of the passage. The vectors of
     tokens come from the same reading as the passage's own; an index stores 32 bytes for each token."""
     in_training: bool = False
-    """Count words and vectors of tokens in the losses and dev results of training, with weights that are fitted on dev
+    """Count words and token embeddings in the losses and dev results of training, with weights that are fitted on dev
     before the first step: the vectors and the interaction then learn what words leave unexplained (Gao et al.,
     "Complement Lexical Retrieval Model with Semantic Residual Embeddings", ECIR 2021), and the backbone is trained
     together with the projection of tokens, as in ColBERT. The second stage counts words alone."""
@@ -297,7 +297,7 @@ class EvidenceConfig(Section):
     def _check_in_training(self) -> EvidenceConfig:
         if self.in_training and not (self.words or self.window_words or self.token_vectors):
             raise ValueError(
-                "in_training counts words and vectors of tokens in training, but neither words, window_words nor "
+                "in_training counts words and token embeddings in training, but neither words, window_words nor "
                 "token_vectors is true"
             )
         return self

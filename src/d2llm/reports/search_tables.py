@@ -162,7 +162,7 @@ def stats_table(stats: IndexStats) -> Table:
     if stats.window_format is not None:
         facts["windows"] = f"vectors of windows as {stats.window_format}, {stats.window_bytes:,} bytes in all"
     if stats.token_format is not None:
-        facts["tokens"] = f"vectors of tokens as {stats.token_format}, {stats.token_bytes:,} bytes in all"
+        facts["tokens"] = f"token embeddings as {stats.token_format}, {stats.token_bytes:,} bytes in all"
     if stats.ann_passages:
         later = stats.num_passages - stats.ann_passages
         facts["approximate"] = (

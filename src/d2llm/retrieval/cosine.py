@@ -81,12 +81,12 @@ class ForwardingStudent(ForwardingEncoder):
 
     @property
     def token_dim(self) -> int | None:
-        """Width of the student's vectors of tokens, if it has any."""
+        """Width of the student's token embeddings, if it has any."""
         return self._student.token_dim if isinstance(self._student, TokenStudent) else None
 
     @property
     def token_fingerprint(self) -> str | None:
-        """Hash of what makes the student's vectors of tokens, if it has any."""
+        """Hash of what makes the student's token embeddings, if it has any."""
         return self._student.token_fingerprint if isinstance(self._student, TokenStudent) else None
 
     @property
@@ -104,7 +104,7 @@ class ForwardingStudent(ForwardingEncoder):
     ) -> EncodedTexts:
         """The student's vectors of texts and of their tokens."""
         if not isinstance(self._student, TokenStudent):
-            raise InputError("this student has no vectors of tokens")
+            raise InputError("this student has no token embeddings")
         return self._student.encode_with_tokens(texts, kind, instruction=instruction, advance=advance)
 
     def term_factors(self, queries: Sequence[str]) -> Sequence[Mapping[str, float]] | None:

@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 PART_FORMATS: dict[PartKind, str] = {"window": "int3", "token": "int4"}
-"""Default formats of the vectors of windows and tokens (``store.vector_formats``)."""
+"""Default formats of window vectors and token embeddings (``store.vector_formats``)."""
 
 
 def part_formats(
@@ -82,7 +82,7 @@ def part_formats(
     None and "none" leave a kind out; "auto" stores it in the default format if the student's score counts it.
 
     Raises:
-        InputError: vectors of tokens are wanted, but the student has none.
+        InputError: token embeddings are wanted, but the student has none.
     """
     counted = evidence_weights(student, task).part_kinds
     formats: dict[PartKind, str] = {}
@@ -93,7 +93,7 @@ def part_formats(
         if requested not in {None, "none"}:
             formats[kind] = str(requested)
     if "token" in formats and not (isinstance(student, TokenStudent) and student.token_dim):
-        raise InputError("this student has no vectors of tokens; train them with `d2llm fit-tokens`, or leave them out")
+        raise InputError("this student has no token embeddings; train them with `d2llm fit-tokens`, or leave them out")
     return formats
 
 
@@ -104,7 +104,7 @@ def settled(spec: IndexSpec, student: SearchStudent, task: Task) -> IndexSpec:
 
 
 def check_parts(store: IndexStore, student: SearchStudent, task: Task) -> None:
-    """Check that an index stores the vectors of tokens that a student's score counts, and the words that it adds.
+    """Check that an index stores the token embeddings that a student's score counts, and the words that it adds.
 
     Raises:
         IndexMismatchError: it stores none, or those of another projection or document expansion.
@@ -114,7 +114,7 @@ def check_parts(store: IndexStore, student: SearchStudent, task: Task) -> None:
     if "token" in part_formats(student, task):
         assert isinstance(student, TokenStudent)
         if store.manifest["token_projection"] != student.token_fingerprint:
-            raise IndexMismatchError(f"{store.folder}: it lacks the vectors of tokens that the student's score counts")
+            raise IndexMismatchError(f"{store.folder}: it lacks the token embeddings that the student's score counts")
 
 
 def find_source(source: object, folder: Path) -> str:

@@ -206,7 +206,7 @@ class TokenStudent(Protocol):
 
     @property
     def token_fingerprint(self) -> str | None:
-        """Hash of what makes the vectors of tokens; None if this student has none."""
+        """Hash of what makes the token embeddings; None if this student has none."""
         ...
 
     def encode_with_tokens(

@@ -56,7 +56,7 @@ def read_passages(
     the number of passages finished since the last call. With ``expand``, the result has the words that they lack.
 
     Raises:
-        InputError: there are late chunks, but the student cannot encode them; or vectors of tokens or words that
+        InputError: there are late chunks, but the student cannot encode them; or token embeddings or words that
             passages lack are wanted, but the student has none.
     """
     with_windows = "window" in parts
@@ -80,7 +80,7 @@ def _read_texts(
     """The vectors of passages and, on request, of their tokens.
 
     Raises:
-        InputError: there are late chunks, but the student cannot encode them; or vectors of tokens are wanted, but the
+        InputError: there are late chunks, but the student cannot encode them; or token embeddings are wanted, but the
             student has none.
     """
     tokens: list[NDArray[np.float32]] = [np.zeros((0, 0), np.float32)] * len(passages)
@@ -142,7 +142,7 @@ def _encode_with_tokens(
     student: SearchStudent, full_texts: Sequence[str], advance: Callable[[int], None] | None
 ) -> EncodedTexts:
     if not isinstance(student, TokenStudent):
-        raise InputError(f"a {type(student).__name__} has no vectors of tokens; make the index without them")
+        raise InputError(f"a {type(student).__name__} has no token embeddings; make the index without them")
     return student.encode_with_tokens(full_texts, "passage", advance=advance)
 
 

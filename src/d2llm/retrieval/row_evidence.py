@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import IndexMismatchError, InputError
-from d2llm.core.types import PART_KINDS, EvidenceTerm, PartKind, Task
+from d2llm.core.types import PART_KINDS, PART_NAMES, EvidenceTerm, PartKind, Task
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.retrieval.protocols import EvidenceStudent, SearchStudent, SearchView, TokenStudent
 from d2llm.store.bm25 import QueryWords, WordIndex
@@ -113,7 +113,7 @@ class RowEvidence:
 def mean_of_cosines(tokens: NDArray[np.float32]) -> NDArray[np.float32]:
     """Vectors of a query's tokens [m, dim], scaled so that their products with those of passages sum to a mean cosine.
 
-    The vectors of tokens have the norm sqrt(dim), those of long queries a smaller one (``models.token_vectors``).
+    The token embeddings have the norm sqrt(dim), those of long queries a smaller one (``models.token_vectors``).
     """
     return np.divide(tokens, max(tokens.size, 1), dtype=np.float32)
 
@@ -148,19 +148,19 @@ def weights_for(
     weights = evidence_weights(student, task, stored=stored) if requested is None else requested
     for kind in weights.part_kinds - stored:
         raise InputError(
-            f"{kind}_vectors have a weight, but this index stores no vectors of {kind}s; index the corpus again with "
+            f"{kind}_vectors have a weight, but this index stores no {PART_NAMES[kind]}; index the corpus again with "
             f"--{kind}-vectors (in Python, {kind}_vectors='int4'), or leave that weight out"
         )
     if "token" in weights.part_kinds:
         own = student.token_fingerprint if isinstance(student, TokenStudent) else None
         if own is None:
             raise InputError(
-                "token_vectors have a weight, but this student has no vectors of tokens; train them with `d2llm "
+                "token_vectors have a weight, but this student has no token embeddings; train them with `d2llm "
                 "fit-tokens`, or leave that weight out"
             )
         if own != index.token_projection:
             raise IndexMismatchError(
-                f"this index has the vectors of tokens of projection {index.token_projection}, but the student has "
+                f"this index has the token embeddings of projection {index.token_projection}, but the student has "
                 f"{own}; index the corpus again, or search with other evidence"
             )
     return weights

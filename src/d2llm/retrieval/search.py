@@ -266,7 +266,7 @@ class Searcher:
         """Rank the passages for one query (a ranking) or for each of a list (a list of rankings).
 
         If ``vectors`` [n, dim] are given, the queries are not encoded, and no ranking is marked as ``truncated``. If
-        the score counts vectors of tokens, these are encoded unless all ``tokens`` [tokens, token_dim] are given, too.
+        the score counts token embeddings, these are encoded unless all ``tokens`` [tokens, token_dim] are given, too.
         Vectors cannot be combined with an instruction, which would have had to be read for them.
         """
         if tokens is not None and any(own is None for own in tokens):

@@ -39,11 +39,11 @@ def encode_shard(encoder: TextEncoder, shard: TextShard, advance: Callable[[int]
     """Encode the texts of a shard; ``advance`` is called with the number of texts finished.
 
     Raises:
-        InputError: vectors of tokens are requested of an encoder that has none.
+        InputError: token embeddings are requested of an encoder that has none.
     """
     if shard.with_tokens:
         if not isinstance(encoder, TokenStudent):
-            raise InputError(f"a {type(encoder).__name__} has no vectors of tokens")
+            raise InputError(f"a {type(encoder).__name__} has no token embeddings")
         return encoder.encode_with_tokens(shard.texts, shard.kind, advance=advance)
     encode = encoder.encode_queries if shard.kind == "query" else encoder.encode_passages
     return encode(shard.texts, advance=advance)

@@ -237,12 +237,12 @@ def warn_of_truncation(report: UpsertReport, advice: str) -> None:
 
 
 def check_projection(storage: Storage, student: SearchStudent) -> None:
-    """Refuse a student whose vectors of tokens cannot be compared with those that the index stores."""
+    """Refuse a student whose token embeddings cannot be compared with those that the index stores."""
     made_by = storage.manifest["token_projection"]
     own = student.token_fingerprint if isinstance(student, TokenStudent) else None
     if own != made_by:
         raise IndexMismatchError(
-            f"{storage.folder}: its vectors of tokens were made by projection {made_by}, but the student has {own}; "
+            f"{storage.folder}: its token embeddings were made by projection {made_by}, but the student has {own}; "
             "use the student that made the index, or index the corpus again"
         )
 

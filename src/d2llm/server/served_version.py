@@ -118,7 +118,7 @@ class OpenVersion:
             )
 
     def counts_tokens(self, settings: SearchSettings, *, iem: bool) -> bool:
-        """Whether the scores of a search count the vectors of tokens."""
+        """Whether the scores of a search count the token embeddings."""
         if not iem:
             return False
         student = cast("SearchStudent", self.models.student)

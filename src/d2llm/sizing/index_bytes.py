@@ -42,7 +42,7 @@ class StudentFacts:
         max_query_tokens: tokens of a query that get a vector.
         has_anchor: whether part of the score is an inner product; without one, a search scores every passage.
         counts_interaction: whether the interaction has a weight in the plan's task.
-        formats: formats of the vectors of windows and tokens that the index stores.
+        formats: formats of the window vectors and token embeddings that the index stores.
         weights: the evidence that its score counts in such an index.
         num_added_words: words that the index adds to a passage, at most.
     """
@@ -64,7 +64,7 @@ class StudentFacts:
         """The facts of a student for the plan's index and task.
 
         Raises:
-            InputError: the plan stores vectors of tokens, which the student does not have.
+            InputError: the plan stores token embeddings, which the student does not have.
         """
         task = task_for(student, plan.task)
         formats = part_formats(student, task, window_vectors=plan.window_vectors, token_vectors=plan.token_vectors)

@@ -77,7 +77,7 @@ class SizePlan:
         task: whether a passage answers a query (asymmetric) or means the same; None: what the student was trained for.
         vector_format: how the vectors are stored (``store.vector_formats.FORMATS``).
         vector_copies: number of copies of each vector.
-        window_vectors: format of the vectors of windows, "none", or "auto" as for a new index.
+        window_vectors: format of window vectors, "none", or "auto" as for a new index.
         token_vectors: the same for those of tokens.
         num_candidates: number of passages that get the full score in a search.
         teacher: the teacher that labels pairs; None labels none.

@@ -95,9 +95,9 @@ class StoredSpec(IndexShape):
     student_source: str | None = setting(None, "Where it can be loaded from.")
     task: Task = setting("asymmetric", "The default task of searches.")
     window_format: str | None = setting(None, "How vectors of windows are stored; None stores none.")
-    token_format: str | None = setting(None, "How vectors of tokens are stored; None stores none.")
-    token_dim: int | None = setting(None, "Dimensions of the vectors of tokens.")
-    token_projection: str | None = setting(None, "Fingerprint of what made the vectors of tokens.")
+    token_format: str | None = setting(None, "How token embeddings are stored; None stores none.")
+    token_dim: int | None = setting(None, "Dimensions of the token embeddings.")
+    token_projection: str | None = setting(None, "Fingerprint of what made the token embeddings.")
     document_expansion: str | None = setting(None, "Fingerprint of what adds words to the passages; None adds none.")
 
     @classmethod

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError
 from d2llm.core.files import MANIFEST_NAME, check_replaceable, folder_bytes, new_folder
 from d2llm.core.shipped import name_student
-from d2llm.core.types import PART_KINDS, MissingShard, PartKind, Passage, is_text
+from d2llm.core.types import PART_KINDS, PART_NAMES, MissingShard, PartKind, Passage, is_text
 from d2llm.store import repair, vector_file, word_files
 from d2llm.store.blocks import (
     COMPARED,
@@ -350,7 +350,7 @@ class IndexStore:
             read = parts.get(kind)
             if read is None or len(read.counts) != len(names) or len(read.vectors) != read.counts.sum():
                 raise InputError(
-                    f"{self.folder}: it stores vectors of {kind}s; give those of each of the {len(names)} texts"
+                    f"{self.folder}: it stores {PART_NAMES[kind]}; give those of each of the {len(names)} texts"
                 )
             owners: list[int] = np.repeat(np.arange(len(names)), read.counts).tolist()
             coded[kind] = part_format.encode(read.vectors, [names[owner] for owner in owners]), read.counts

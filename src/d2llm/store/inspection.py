@@ -12,7 +12,7 @@ import numpy as np
 from d2llm.core.errors import D2LLMError, DamagedFileError, DataFormatError, InputError
 from d2llm.core.files import folder_bytes
 from d2llm.core.shipped import name_student
-from d2llm.core.types import PartKind
+from d2llm.core.types import PART_NAMES, PartKind
 from d2llm.store import ann, word_files
 from d2llm.store.blocks import GENERATION_SHIFT, INTERNAL_COLUMNS, is_as_written
 from d2llm.store.checksums import remedy_for
@@ -35,8 +35,8 @@ class IndexStats:
     was tuned for a recall of ``ann_recall``. ``unindexed`` maps indices to the number of passages that they do not
     cover yet; these are searched too, but more slowly. ``chunking`` is how documents were chunked, if there were any;
     ``student_name`` is the name of the student with fingerprint ``student``. ``window_format`` and
-    ``token_format`` are the formats of the vectors of windows and of tokens, None if there are none. ``num_shards`` is
-    None for an index that is not sharded (``sharded_inspection.stats_of_all``).
+    ``token_format`` are the formats of the window vectors and token embeddings, None if there are none. ``num_shards``
+    is None for an index that is not sharded (``sharded_inspection.stats_of_all``).
     """
 
     folder: str
@@ -315,7 +315,7 @@ def _part_problems(store: IndexStore, table: PassageTable, options: _VerifyOptio
                 continue
             if options.encode_parts is None:
                 raise InputError(
-                    f"{store.folder}: to repair the vectors of {kind}s, a student must encode texts"
+                    f"{store.folder}: to repair the {PART_NAMES[kind]}, a student must encode texts"
                 ) from error
             store.read_parts_again(table, kind, options.encode_parts)
             problems.append(f"{error.path.name}: {error.problem}; they were encoded again")

@@ -325,7 +325,7 @@ class PassageView:
 
         For a passage with a single window, it is the product with its own vector.
         """
-        assert self.windows is not None, "this index stores no vectors of windows"
+        assert self.windows is not None, "this index stores no window vectors"
         scores = self.windows.best(query, rows)
         alone = np.flatnonzero(np.isneginf(scores))
         if len(alone):
@@ -334,7 +334,7 @@ class PassageView:
 
     def best_tokens(self, queries: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The sum of the highest products of a query's tokens [m, dim] with tokens of each row [n]."""
-        assert self.tokens is not None, "this index stores no vectors of tokens"
+        assert self.tokens is not None, "this index stores no token embeddings"
         return self.tokens.sum_of_best(queries, rows)
 
     def select(self, filter: str | None) -> NDArray[np.bool_] | None:  # noqa: A002

@@ -104,7 +104,7 @@ class DevSet:
         pairs: the labelled pairs; empty if there are qrels.
         gold: the true labels of the pairs.
         word_scores: query_id -> what words add to the scores of its candidates; empty if they add nothing.
-        token_weight: the weight of the vectors of tokens in the scores; 0 if they do not count.
+        token_weight: the weight of the token embeddings in the scores; 0 if they do not count.
     """
 
     name: str
@@ -119,7 +119,7 @@ class DevSet:
     token_weight: float = 0.0
 
     def with_evidence(self, score_words: ScorePassages | None, token_weight: float) -> DevSet:
-        """The same set, whose scores count words, if they are given, and vectors of tokens with this weight."""
+        """The same set, whose scores count words, if they are given, and token embeddings with this weight."""
         scores: dict[str, NDArray[np.float32]] = {}
         if score_words is not None:
             scores = {query_id: score_words(self.queries[query_id], ids) for query_id, ids in self.candidates.items()}
@@ -351,7 +351,7 @@ class DevResult:
 class EncodedDev:
     """A dev set encoded by a student; while the vectors are fixed, its interaction can be measured repeatedly.
 
-    ``rows`` has, for each query, the rows of its candidates among the passages, ``token_scores`` what vectors of tokens
+    ``rows`` has, for each query, the rows of its candidates among the passages, ``token_scores`` what token embeddings
     add to the candidates' scores, if they count.
     """
 

@@ -104,7 +104,7 @@ def distill(
     sets' own judgements, as a tuned cosine with an interaction.
 
     With a time limit (``core.time_limit``) the loop over the training queries ends early enough for the rest. If that
-    takes longer than planned, the interaction and the vectors of tokens are trained for less, or not at all.
+    takes longer than planned, the interaction and the token embeddings are trained for less, or not at all.
 
     Under ``torchrun`` or ``accelerate launch``, the processes share the texts of each batch; the result is that of one
     process, up to rounding. Only the first process evaluates and writes; all of them need access to the folder.
@@ -323,7 +323,7 @@ def _fit_and_write(
         except OutOfTimeError:
             student.token_projection = tokens
             remarks.info(
-                "distill: there was no time to train vectors of tokens; %s",
+                "distill: there was no time to train token embeddings; %s",
                 "the score counts none" if tokens is None else "the projection that training started from is kept",
             )
     if student.token_projection is None:

@@ -285,7 +285,7 @@ def fit_task_weights(
 ) -> TaskEvidence:
     """Fit weights for the data sets of one task; all are 0 if evidence is no better than the student's own score.
 
-    If the vectors of windows or tokens get a weight, the result also has weights for an index without them.
+    If window vectors or token embeddings get a weight, the result also has weights for an index without them.
 
     Raises:
         InputError: a half of the lists has no relevant passage.

@@ -62,9 +62,9 @@ def fit_scores(
         task: the task of their pairs.
         words: fit the weights of BM25 and of windows; otherwise the present weights are kept.
         words_factor: the weight of words depends on the query; by default if that is better.
-        window_vectors: also fit the weight of the vectors of windows, which an index then computes and stores;
+        window_vectors: also fit the weight of the window vectors, which an index then computes and stores;
             otherwise only words.
-        token_vectors: also fit the weight of the vectors of tokens; by default if the student has them
+        token_vectors: also fit the weight of the token embeddings; by default if the student has them
             (``training.fit_tokens``).
         quality: also fit which passages answer queries at all, on the train split (``training.fit_quality``).
         term_weights: first fit how much each word of a query counts, on the train split
@@ -90,7 +90,7 @@ def fit_scores(
     if token_vectors is None:
         token_vectors = student.token_projection is not None
     if token_vectors and student.token_projection is None:
-        raise InputError("this student has no vectors of tokens; train them first with `d2llm fit-tokens`")
+        raise InputError("this student has no token embeddings; train them first with `d2llm fit-tokens`")
     retrieval_sets = [dataset for dataset in data if isinstance(dataset, Dataset)]
     if (quality or term_weights or document_expansion) and not retrieval_sets:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The verb ``fit-tokens``: trains the projection that makes the vectors of tokens, on a student that does not change.
+"""The verb ``fit-tokens``: trains the projection that makes the token embeddings, on a student that does not change.
 
 The states of the backbone are computed once. A step then needs no pass through it: the tokens of a batch of queries are
 compared with the tokens of all its passages, and the loss is the cross-entropy of a query's relevant passage among
@@ -106,13 +106,13 @@ def fit_tokens(
     Raises:
         InputError: there are no data sets, or one has no such train queries.
     """
-    student.backbone.require_tokens("training vectors of tokens")
+    student.backbone.require_tokens("training token embeddings")
     datasets = objects_of(datasets, "datasets", Dataset)
     if queries is not None:
         queries = {name: strings_of(ids, f"queries[{name!r}]") for name, ids in queries.items()}
     if not datasets:
         raise InputError(
-            "vectors of tokens are trained on data sets with a corpus and judged queries; give at least one"
+            "token embeddings are trained on data sets with a corpus and judged queries; give at least one"
         )
     config = config or TokensConfig()
     chosen = [_choose(dataset, queries, config, seed) for dataset in datasets]  # refused before anything is read
@@ -168,7 +168,7 @@ def _choose(
     judged = dataset.unshared_positives("train") if "train" in dataset.qrels else {}
     if not judged:
         raise InputError(
-            f"{dataset.name}: vectors of tokens are trained on judged queries of a train split; it has none"
+            f"{dataset.name}: token embeddings are trained on judged queries of a train split; it has none"
         )
     if queries is not None and dataset.name in queries:
         usable = sorted(judged.keys() & set(queries[dataset.name]))
@@ -183,7 +183,7 @@ def _choose(
             )
     if not usable:
         raise InputError(
-            f"{dataset.name}: no train query is left to train vectors of tokens on; each shares its relevant passages "
+            f"{dataset.name}: no train query is left to train token embeddings on; each shares its relevant passages "
             "with another split"
         )
     return random.Random(f"{seed}:{dataset.name}").sample(usable, min(config.max_queries, len(usable)))
@@ -279,7 +279,7 @@ def _start_from_principal_components(projection: TokenProjection, examples: Sequ
 class _Training(Trainable):
     """A projection, and the batches of all epochs, which share the random numbers of their epoch."""
 
-    title = "training vectors of tokens"
+    title = "training token embeddings"
 
     def __init__(self, projection: TokenProjection, sets: Sequence[_Examples], config: TokensConfig, seed: int) -> None:
         self.projection, self.config = projection, config

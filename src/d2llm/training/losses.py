@@ -201,7 +201,7 @@ class AnchorCrossEntropy(Loss, kind="anchor_cross_entropy"):
 
 
 class TokenCrossEntropy(Loss, kind="token_cross_entropy"):
-    """The same for the vectors of tokens alone, where they count in training (``evidence.in_training``)."""
+    """The same for the token embeddings alone, where they count in training (``evidence.in_training``)."""
 
     learns_from: ClassVar[frozenset[Need]] = frozenset({"judgements"})
     of_vectors: ClassVar[bool] = True

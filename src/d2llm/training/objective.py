@@ -36,7 +36,7 @@ def batch_tokens(student: Student, batch: DistillationBatch) -> list[list[int]]:
 
 
 def token_places(student: Student, batch: DistillationBatch, ids: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The places of the tokens of each text that have vectors; none if vectors of tokens do not count in this batch."""
+    """The places of the tokens of each text that have vectors; none if token embeddings do not count in this batch."""
     projection = student.token_projection
     if projection is None or not batch.token_weight:
         return [[] for _ in ids]

@@ -104,7 +104,7 @@ def pretrain_backbone(
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last complete step is kept.
         InputError: there is no objective or too few texts, the backbone is frozen, has no dropout, no mask token or no
-            vectors of tokens, or is no bidirectional decoder, the teacher is missing, or has another tokenizer while
+            token embeddings, or is no bidirectional decoder, the teacher is missing, or has another tokenizer while
             the objective is ``relations`` or one of the two gives no character offsets, or the checkpoint is from
             another run.
         ModelError: the attention of one of the two backbones cannot be read.
@@ -721,7 +721,7 @@ def _mask_id(backbone: Backbone) -> int:
 
 def _word_head(backbone: Backbone) -> Callable[[Tensor], Tensor]:
     """Logits of all tokens of the vocabulary from states [n, dim]: the language-model head of a decoder, which stays
-    as it is; of other models, the inner products with their vectors of tokens.
+    as it is; of other models, the inner products with their token embeddings.
     """
     if is_decoder(backbone.model.config):
         from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""The live teacher's scores, with and without the vectors of tokens, worked out from the states of the backbone."""
+"""The live teacher's scores, with and without the token embeddings, worked out from the states of the backbone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tiny_distill import LEARNING, Place, log_of
 from tiny_models import DIM, randomise, tiny_student_config, write_tiny_model
 
 WEIGHT, MOST_TOKENS = 7.5, 3
-TOLERANCE = 0.004  # vectors of tokens are kept in two bytes for each number
+TOLERANCE = 0.004  # token embeddings are kept in two bytes for each number
 
 
 @pytest.fixture(scope="module")

@@ -383,7 +383,7 @@ def test_what_needs_tokens_or_weights_is_refused(endpoint: LocalEndpoint, tmp_pa
         _ = student.chunk_reader
     with pytest.raises(InputError, match=r"a weight for each word .* needs the states of tokens"):
         attribute(student, "a", "b", "asymmetric")
-    with pytest.raises(InputError, match="training vectors of tokens needs"):
+    with pytest.raises(InputError, match="training token embeddings needs"):
         fit_tokens(student, [])
     with pytest.raises(InputError, match="choosing layers needs"):
         layer_distances(student.backbone, TEXTS)

@@ -34,7 +34,7 @@ class InBatchImitation(Loss, kind="in_batch_imitation"):
     teacher: str
     """A student, a folder or a name. It reads every text of the training once, and scores all pairs of a batch."""
     scores: LiveScores = "all"
-    """What the teacher scores by: its vectors and its interaction (``vectors``), the vectors of tokens, as in
+    """What the teacher scores by: its vectors and its interaction (``vectors``), the token embeddings, as in
     TCT-ColBERT (``tokens``: the sum, over the query's tokens, of the highest cosine with a token of the passage), or
     all of them, with the weight that tokens have in its score, if they have one."""
 
@@ -92,7 +92,7 @@ class LiveTeacher:
         """The weight of tokens beside the vectors."""
         if self._only_tokens and student.token_projection is None:
             raise InputError(
-                'losses.in_batch_imitation.scores is "tokens", but the live teacher has no vectors of tokens: train '
+                'losses.in_batch_imitation.scores is "tokens", but the live teacher has no token embeddings: train '
                 'them with `d2llm fit-tokens`, or set "vectors"'
             )
         self._queries: dict[str, _Read] = {}
