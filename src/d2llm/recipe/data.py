@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from d2llm.core.types import Task
+from d2llm.recipe.negatives import Sampling, Uniform
 from d2llm.recipe.sections import Section
 
 
@@ -46,9 +47,9 @@ class MiningConfig(Section):
     """Skip this many passages at the top of each list, not counting positives: the most likely false negatives."""
     range_max: int = Field(default=50, ge=1)
     """How many passages of each list are candidates."""
-    sampling: Literal["uniform", "top", "rank_weighted"] = "uniform"
-    """How to draw from the range: uniformly, the best ranks first, or weighted by 1 / rank (the better rank of the two
-    lists)."""
+    sampling: Sampling = Uniform()
+    """How to draw from the range: uniformly, the best ranks first (top), or weighted by 1 / rank (rank_weighted; the
+    better rank of the two lists). Other packages can add kinds."""
     near_duplicate: float = Field(default=0.9, gt=0, le=1)
     """Drop a candidate if its text is more similar to a positive's than this (Jaccard similarity of character
     trigrams); 1 drops only identical texts."""

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from d2llm.core.errors import InputError, ModelError
+from d2llm.core.errors import InputError, ModelError, RecipeError
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.same_text import jaccard, shingles
 from d2llm.models.teachers.judge import Judgements, load_judge
 from d2llm.recipe import MiningConfig
+from d2llm.recipe.negatives import RankWeighted, Sampling, Top
 from d2llm.recipe.recipe_file import named_teacher, parse_recipe
 from d2llm.training.mining.audit import MarginHistogram, audit_page, rank_range
 from d2llm.training.mining.choose import order_candidates, random_of
@@ -81,30 +82,54 @@ POSITIVE = "cat the quick brown fox jumps over the lazy dog near the river bank 
 
 class TestOrder:
     def test_top_takes_the_better_rank_then_the_id(self):
-        candidates = order_candidates(LISTS, {"a"}, 0, "top", random.Random(0))
+        candidates = order_candidates(LISTS, {"a"}, 0, Top(), random.Random(0))
         # Ranks without the positive: bm25 b0 c1 d2 e3, cosine e0 d1 x2 y3 z4.
         assert [c.passage_id for c in candidates] == ["b", "e", "c", "d", "x", "y", "z"]
         assert candidates[1].ranks == {"bm25": 3, "cosine": 0}
         assert (candidates[1].best_rank, candidates[1].sources) == (0, "bm25+cosine")
 
     def test_the_top_of_each_list_is_skipped_in_both(self):
-        candidates = order_candidates(LISTS, {"a"}, 1, "top", random.Random(0))
+        candidates = order_candidates(LISTS, {"a"}, 1, Top(), random.Random(0))
         assert [c.passage_id for c in candidates] == ["c", "d", "x", "y", "z"]  # skips b of bm25, and e of cosine
 
     @pytest.mark.parametrize("sampling", ["uniform", "rank_weighted"])
     def test_draws_follow_the_seed_and_include_every_candidate(self, sampling):
-        first, again, other = (order_candidates(LISTS, (), 0, sampling, random_of(seed)) for seed in (1, 1, 2))
+        first, again, other = (
+            order_candidates(LISTS, (), 0, Sampling(kind=sampling), random_of(seed)) for seed in (1, 1, 2)
+        )
         assert first == again != other
         assert sorted(c.passage_id for c in first) == list("abcdexyz")
 
     def test_rank_weighted_draws_in_proportion_to_one_over_rank(self):
         lists = {"bm25": ["a", "b", "c"]}
         firsts = Counter(
-            order_candidates(lists, (), 0, "rank_weighted", random_of(seed))[0].passage_id for seed in range(4000)
+            order_candidates(lists, (), 0, RankWeighted(), random_of(seed))[0].passage_id for seed in range(4000)
         )
         # weights 1, 1/2, 1/3: shares 6/11, 3/11, 2/11; the standard deviation of a share is below 0.008
         for name, share in (("a", 6 / 11), ("b", 3 / 11), ("c", 2 / 11)):
             assert firsts[name] / 4000 == pytest.approx(share, abs=0.03)
+
+    def test_another_sampling_is_one_class(self):
+        """It has settings of its own, and is used by its name in a recipe, in Python and when mining again."""
+
+        class FromLetter(Sampling, kind="from_letter"):
+            letter: str = "a"
+
+            def order(self, pool, rng):
+                del rng
+                return sorted(pool, key=lambda each: (each.passage_id < self.letter, each.passage_id))
+
+        try:
+            assert hard(mined(world({"a": 1}), sampling="from_letter", num_hard=3)) == ("b", "c", "d")
+            chosen = {"kind": "from_letter", "letter": "f"}
+            assert hard(mined(world({"a": 1}), sampling=chosen, num_hard=4)) == ("f", "g", "h", "b")
+            recipe = parse_recipe({"mining": {"sampling": {"kind": "from_letter", "letter": "g"}}})
+            assert recipe.mining.sampling == FromLetter(letter="g")
+            assert parse_recipe(recipe.model_dump(mode="json")) == recipe
+            with pytest.raises(RecipeError, match=r"mining\.sampling\.letter"):
+                parse_recipe({"mining": {"sampling": {"kind": "from_letter", "letter": 3}}})
+        finally:
+            del Sampling.kinds._classes["from_letter"]
 
     def test_a_larger_num_hard_keeps_the_first_choices(self):
         fewer, more = (hard(mined(world({"a": 1}), sampling="uniform", num_hard=n)) for n in (2, 5))

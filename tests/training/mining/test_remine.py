@@ -14,6 +14,7 @@ from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
 from d2llm.recipe import MiningConfig
+from d2llm.recipe.negatives import Uniform
 from d2llm.training.mining.remine import remine
 from fake_models import FakeStudent
 from tiny_data import make_plan, topics
@@ -56,7 +57,7 @@ def test_the_students_hardest_passages_become_negatives():
 
 def test_the_draw_depends_only_on_seed_and_epoch():
     source, student = topics(), FakeStudent()
-    config = TOP.model_copy(update={"sampling": "uniform"})
+    config = TOP.model_copy(update={"sampling": Uniform()})
     entries = remine(source, student, config, seed=0, epoch=1).plan.entries
     assert entries == remine(source, student, config, seed=0, epoch=1).plan.entries
     assert entries != remine(source, student, config, seed=0, epoch=2).plan.entries

@@ -11,7 +11,8 @@ from typing import Any
 
 from d2llm.core.table import Column, Table, escape_markdown
 from d2llm.core.types import Passage
-from d2llm.training.mining.choose import REASONS, Dropped, NegativeCandidate, Selection
+from d2llm.recipe.negatives import NegativeCandidate
+from d2llm.training.mining.choose import REASONS, Dropped, Selection
 
 _RANKS = (0, 5, 10, 20, 50, 100)  # first ranks (from 0) of the counted ranges
 _COSINE_EDGES = (-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -143,12 +144,6 @@ _HOW_TO_READ = """## Examples
 Read them: a negative that answers its query (or says the same) is a false negative. If there are more than a few, use a
 stricter filter or skip the first ranks (`range_min`)."""
 
-_REASONS = {
-    "near_duplicate": "text nearly the same as that of a positive (likeness above the limit)",
-    "relative_margin": "the encoder scores it as high as a positive",
-    "teacher_margin": "the teacher judges it as relevant as a positive",
-}
-
 
 def audit_page(report: dict[str, Any], audit: dict[str, Any]) -> str:
     """A Markdown page with the report of ``mine`` and its audit."""
@@ -197,7 +192,7 @@ def _dropped(audit: dict[str, Any]) -> str:
     table = Table("reason", "meaning", Column("number", ","), "first (query / passage)")
     for reason, drops in audit["dropped"].items():
         first = ", ".join(f"{drop['query_id']} / {drop['passage_id']}" for drop in drops["first"])
-        table.add_row(reason, _REASONS[reason], drops["count"], first)
+        table.add_row(reason, REASONS[reason], drops["count"], first)
     return table.to_markdown()
 
 

@@ -6,7 +6,6 @@ Used by ``mine`` and by mining again during training (``remine``).
 from __future__ import annotations
 
 import hashlib
-import math
 import random
 import tempfile
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
@@ -14,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -23,28 +21,9 @@ from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
 from d2llm.data.same_text import SameText, jaccard, shingles
 from d2llm.recipe import MiningConfig
+from d2llm.recipe.negatives import NegativeCandidate, Sampling
 from d2llm.training.mining.ranking import EncoderRanking, Lists
 from d2llm.training.mining.teacher import TeacherCheck
-
-Sampling = Literal["uniform", "top", "rank_weighted"]
-
-
-@dataclass(frozen=True, slots=True)
-class NegativeCandidate:
-    """A passage that may become a hard negative, with its rank (from 0, without positives) in each list it is in."""
-
-    passage_id: str
-    ranks: Mapping[str, int]
-
-    @property
-    def best_rank(self) -> int:
-        """Its best rank in any list."""
-        return min(self.ranks.values())
-
-    @property
-    def sources(self) -> str:
-        """The names of the lists it is in, such as ``bm25+cosine``."""
-        return "+".join(self.ranks)
 
 
 def key_of(*parts: object) -> bytes:
@@ -67,9 +46,8 @@ def order_candidates(
     """All candidates of a query in the order in which they are tried; hard negatives are the first that pass.
 
     ``ranked`` has each source's list, best first, cut at the end of the range; the ``num_skipped`` passages at the top
-    of each, not counting ``forbidden`` ones, are not candidates. Sampling ``uniform`` is a random order, ``top`` is by
-    the better rank, then by id, and ``rank_weighted`` is sampled without replacement, with probabilities proportional
-    to 1 / (rank + 1). The result does not depend on the order of the sources.
+    of each, not counting ``forbidden`` ones, are not candidates. The result does not depend on the order of the
+    sources.
     """
     ranks: dict[str, dict[str, int]] = {}
     skipped: set[str] = set()
@@ -80,13 +58,7 @@ def order_candidates(
         for rank, passage_id in enumerate(allowed):
             ranks.setdefault(passage_id, {})[source] = rank
     pool = [NegativeCandidate(passage_id, ranks[passage_id]) for passage_id in sorted(ranks.keys() - skipped)]
-    if sampling == "top":
-        return sorted(pool, key=lambda candidate: (candidate.best_rank, candidate.passage_id))
-    if sampling == "uniform":
-        return rng.sample(pool, len(pool))
-    # Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006: the largest u^(1/weight) first.
-    keys = {candidate.passage_id: math.log(1 - rng.random()) * (1 + candidate.best_rank) for candidate in pool}
-    return sorted(pool, key=lambda candidate: -keys[candidate.passage_id])
+    return list(sampling.order(pool, rng))
 
 
 def draw_easy(corpus: Sequence[str], forbidden: Collection[str], num_easy: int, rng: random.Random) -> list[str]:
@@ -96,8 +68,12 @@ def draw_easy(corpus: Sequence[str], forbidden: Collection[str], num_easy: int, 
     return [corpus[row] for row in drawn if corpus[row] not in forbidden][:num_easy]
 
 
-Reason = Literal["near_duplicate", "relative_margin", "teacher_margin"]
-REASONS: tuple[Reason, ...] = ("near_duplicate", "relative_margin", "teacher_margin")
+REASONS = {
+    "near_duplicate": "text nearly the same as that of a positive (likeness above the limit)",
+    "relative_margin": "the encoder scores it as high as a positive",
+    "teacher_margin": "the teacher judges it as relevant as a positive",
+}
+"""Why a candidate may be a positive, as the audit explains it; each is a setting of ``[mining]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +81,7 @@ class Dropped:
     """A candidate dropped as a likely positive: ``value`` (likeness, score or log-odds) is above ``limit``."""
 
     candidate: NegativeCandidate
-    reason: Reason
+    reason: str
     value: float
     limit: float
 
