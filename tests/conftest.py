@@ -58,6 +58,7 @@ SLOW_FILES = (
         "property/store_state",
     ),
     *("retrieval/chunking", "retrieval/shard", "retrieval/sync", "server/running", "server/slow_clients"),
+    *("cli/verbs", "repository/additions", "store/index_spec"),
     *("fitting/fit", "runners/ray_runner", "runners/ray_verbs", "runners/steps", "sizing/index_bytes"),
     *("store/ann", "store/part_vectors", "store/remote_shards", "training/residual", "training/tune_stopping"),
 )

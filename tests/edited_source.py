@@ -7,17 +7,21 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
 from typing import Any
 
-Edits = dict[str, list[list[str]]]
-"""Module -> pairs of a text that is in it once, and of what replaces it."""
+Edits = Mapping[str, Sequence[tuple[str, str]] | str]
+"""Module -> pairs of a text that is in it once, and of what replaces it; or the source of a new module."""
 
 
-class _Loader(SourceFileLoader):
-    def __init__(self, name: str, path: str, changes: list[list[str]]) -> None:
+class _Edited(SourceFileLoader):
+    """A module with changes."""
+
+    def __init__(self, name: str, path: str, changes: Sequence[Sequence[str]]) -> None:
         super().__init__(name, path)
         self._changes = changes
 
@@ -30,38 +34,48 @@ class _Loader(SourceFileLoader):
 
 
 class _Finder(MetaPathFinder):
-    def __init__(self, edits: Edits) -> None:
-        self._edits = edits
+    def __init__(self, edits: Mapping[str, Any], folder: Path) -> None:
+        self._edits, self._folder = edits, folder
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if fullname not in self._edits:
+        edit = self._edits.get(fullname)
+        if edit is None:
             return None
+        if isinstance(edit, str):
+            file = self._folder / f"{fullname}.py"
+            return importlib.util.spec_from_file_location(fullname, file, loader=SourceFileLoader(fullname, str(file)))
         found = PathFinder.find_spec(fullname, path, target)
         assert found is not None
         assert found.origin is not None
         return importlib.util.spec_from_file_location(
             fullname,
             found.origin,
-            loader=_Loader(fullname, found.origin, self._edits[fullname]),
+            loader=_Edited(fullname, found.origin, edit),
             submodule_search_locations=found.submodule_search_locations,
         )
 
 
 def run_edited(edits: Edits, code: str, *arguments: object) -> str:
-    """What a program prints in a new process in which these modules are edited; it finds ``arguments`` in sys.argv."""
-    start = f"import edited_source; edited_source.install({json.dumps(edits)!r})\n"
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    result = subprocess.run(
-        [sys.executable, "-c", start + code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "120"},
-    )
+    """What a program prints in a process in which, and below which, d2llm is edited; ``arguments`` are in sys.argv."""
+    with tempfile.TemporaryDirectory() as folder:
+        for module, edit in edits.items():
+            if isinstance(edit, str):
+                (Path(folder) / f"{module}.py").write_text(edit, encoding="utf-8")
+        (Path(folder) / "edits.json").write_text(json.dumps(edits), encoding="utf-8")
+        (Path(folder) / "sitecustomize.py").write_text("import edited_source; edited_source.install(__file__)\n")
+        path = os.pathsep.join([folder, str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        result = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": path, "COLUMNS": "120"},
+        )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
-def install(edits: str) -> None:
+def install(beside: str) -> None:
     """Edit modules that are imported from now on."""
-    sys.meta_path.insert(0, _Finder(json.loads(edits)))
+    folder = Path(beside).parent
+    sys.meta_path.insert(0, _Finder(json.loads((folder / "edits.json").read_text(encoding="utf-8")), folder))

@@ -40,7 +40,7 @@ print(run(app, ["index", str(folder / "index"), "upsert", str(corpus), "--note-l
 
 def test_a_setting_of_an_index_is_one_field(tmp_path):
     """With the field alone it is an option, an argument, and in the manifests of the index and of its shards."""
-    shown = run_edited({SPEC: [["    def shape(", FIELD]]}, CODE, tmp_path)
+    shown = run_edited({SPEC: [("    def shape(", FIELD)]}, CODE, tmp_path)
     assert "index 3 [3]\nsharded 3 [3, 3]\nseveral 4 [4, 4]\n7\n" in shown
     assert "already exists with note_length=3, not 7" in shown
     panel = shown[shown.index("A new index") :]
