@@ -321,6 +321,12 @@ CASES: dict[str, tuple[One, Call]] = {
     "Run.stack.members": (lambda _: TeacherConfig(model="gone"), lambda w, v: w.run().stack(v)),
     "SearchSettings.sources": (lambda _: "bm25", lambda _, v: SearchSettings(sources=v)),
     "Student.encode_chunks.texts": (lambda _: "ab", lambda w, v: w.student.encode_chunks(v)),
+    "Student.encode_document.texts": (
+        lambda _: "ab",
+        lambda w, v: np.atleast_2d(w.student.encode_document(v)),
+    ),
+    "Student.encode_query.texts": (lambda _: "ab", lambda w, v: np.atleast_2d(w.student.encode_query(v))),
+    "Student.rank.passages": (lambda _: "ab", lambda w, v: [each.passage for each in w.student.rank("a", v)]),
     "Student.encode_passages.texts": (lambda _: "ab", lambda w, v: w.student.encode_passages(v).vectors),
     "Student.encode_queries.texts": (lambda _: "ab", lambda w, v: w.student.encode_queries(v).vectors),
     "Student.encode_with_tokens.texts": (lambda _: "ab", lambda w, v: w.student.encode_with_tokens(v, "query")),

@@ -123,11 +123,11 @@ def test_an_index_of_another_student_is_not_opened(tmp_path: Path):
 def test_objects_say_what_they_are(folder: Path, tmp_path: Path):
     index = Index.create(tmp_path / "i", FakeStudent())
     index.upsert([Passage("a", "a cat")])
-    assert repr(index) == f"Index('{tmp_path / 'i'}': 1 passage, student fake-student, task asymmetric)"
+    assert repr(index) == f"Index({tmp_path / 'i'}, 1 passage, student fake-student, task asymmetric)"
     sharded = Index.create(tmp_path / "s", FakeStudent(), num_shards=3)
     assert "0 passages, 3 shards" in repr(sharded)
     student = load(folder)
-    assert repr(student).startswith(f"Student('{folder}', backbone ")
+    assert repr(student).startswith(f"Student({folder}, backbone ")
     assert f"{student.vector_dim} dimensions" in repr(student)
     assert len(repr(student)) < 300
     data = write_data(tmp_path / "data")

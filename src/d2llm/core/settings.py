@@ -19,6 +19,7 @@ from typing_extensions import Self
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import check_string, shown
 from d2llm.core.names import did_you_mean
+from d2llm.core.short_repr import short_repr
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -113,6 +114,8 @@ class Settings(BaseModel):
                 for name, field in fields.items()
             ]
         )
+
+    __repr__ = __str__ = short_repr
 
     def check(self) -> None:
         """Check the combination of the settings.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from typing import Literal, get_args
+
+from d2llm.core.short_repr import short, short_repr
 
 Task = Literal["symmetric", "asymmetric"]
 """``symmetric``: whether two texts mean the same. ``asymmetric``: whether the passage answers the query."""
@@ -113,6 +115,8 @@ class Query:
     id: str
     text: str
 
+    __repr__ = short_repr
+
 
 MetadataValue = str | int | float | bool | datetime | None
 """Values of a passage's metadata fields."""
@@ -134,6 +138,8 @@ class Passage:
     document_id: str = ""
     position: int = 0
     metadata: Mapping[str, MetadataValue] = field(default_factory=lambda: _NO_METADATA, hash=False)
+
+    __repr__ = short_repr
 
     @property
     def full_text(self) -> str:
@@ -163,6 +169,8 @@ class WholeText:
     title: str = ""
     window: int | None = None
 
+    __repr__ = short_repr
+
     @cached_property
     def digest(self) -> str:
         """128-bit hash of window, title and text."""
@@ -181,6 +189,8 @@ class LateChunk(Passage):
     start: int = 0
     end: int = 0
 
+    __repr__ = short_repr
+
     @property
     def context(self) -> str:
         """The document's hash and the passage's position in it."""
@@ -195,12 +205,16 @@ class Section:
     headings: tuple[str, ...] = ()
     page: int | None = None
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True, slots=True)
 class SectionedPassage(Passage):
     """A document that was read from a file; no piece of it reaches over the end of a section."""
 
     sections: tuple[Section, ...] = field(default=(), repr=False)
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +246,8 @@ class Explanation:
     terms: Mapping[str, int]
     term_places: Mapping[str, tuple[Span, ...]] = field(default_factory=dict[str, tuple[Span, ...]])
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True, slots=True)
 class RankedDocument:
@@ -245,6 +261,8 @@ class RankedDocument:
     passage_score: float
     num_scored: int
     others: tuple[tuple[Passage, float], ...]
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +293,8 @@ class RankedPassage:
     after: tuple[Passage, ...] = ()
     log_odds: float | None = None
     student_rank: int | None = None
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,6 +359,8 @@ class QueryExpansion:
     num_truncated: int = 0
     problem: str | None = None
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
@@ -356,6 +378,8 @@ class Selection:
     ranks: tuple[int, ...]
     near_duplicates: Mapping[str, str] = field(default_factory=dict[str, str])
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True, slots=True)
 class Excerpt:
@@ -371,6 +395,8 @@ class Excerpt:
     passages: tuple[Passage, ...]
     text: str
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True, slots=True)
 class MissingShard:
@@ -383,7 +409,7 @@ class MissingShard:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The result of one query, best first; ties are broken by passage id.
+    """The result of one query, best first; ties are broken by passage id. It is a sequence of its passages.
 
     ``num_candidates`` passages got the full score. ``certificate`` is set by an exact search, ``index_version`` by an
     index with versions, ``cascade`` by a search with a teacher or reader. ``truncated``: the query is longer than the
@@ -407,6 +433,21 @@ class Ranking:
     missing_shards: tuple[MissingShard, ...] = ()
     num_shards: int | None = None
     sources: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        first = ", ".join(f"{short(result.passage.id)} {result.score:.2f}" for result in self.passages[:3])
+        more = ", ..." if len(self) > 3 else ""
+        count = f"{len(self)} passage{'' if len(self) == 1 else 's'}"
+        return f"Ranking({short(self.query.text)}, {count}{': ' if first else ''}{first}{more})"
+
+    def __len__(self) -> int:
+        return len(self.passages)
+
+    def __iter__(self) -> Iterator[RankedPassage]:
+        return iter(self.passages)
+
+    def __getitem__(self, place: int) -> RankedPassage:
+        return self.passages[place]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,14 +27,21 @@ _PASSAGE = "give Passage(id, text), or a dictionary or row with 'id' and 'text'"
 _QUERY = "give a text, Query(id, text), or a dictionary or row with 'text'"
 
 
-def passages_of(passages: Iterable[PassageLike] | PassageLike, name: str = "passages") -> Iterator[Passage]:
+def passages_of(
+    passages: Iterable[PassageLike | str] | PassageLike | str, name: str = "passages", *, texts: bool = False
+) -> Iterator[Passage]:
     """Passages, one by one, from passages, dictionaries, rows, or a whole table; one passage is a list of one.
+
+    With ``texts``, a text is a passage too; its id is its number, from 1.
 
     Raises:
         InputError: something is no passage, or a field has the wrong type.
     """
-    for number, value in enumerate(_entries(passages, name, Passage, _PASSAGE), start=1):
+    kinds = (str, Passage) if texts else Passage
+    for number, value in enumerate(_entries(passages, name, kinds, _PASSAGE), start=1):
         where = f"{name}[{number - 1}]"
+        if texts and isinstance(value, str | Query):
+            value = Passage(str(number), value) if isinstance(value, str) else Passage(value.id, value.text)
         if isinstance(value, Passage):
             _check_passage(value, where)
             yield value

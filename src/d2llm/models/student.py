@@ -6,9 +6,13 @@ Source: Liao et al., "D2LLM", ACL 2024, section 3.2.
 from __future__ import annotations
 
 import copy
+import logging
+import math
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -20,13 +24,24 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import InputError, ModelError
 from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import new_folder
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.inputs import stream_of_objects, strings_of, texts_of
 from d2llm.core.manifest import source_of, write_manifest
-from d2llm.core.types import PART_KINDS, TASKS, EngineName, PartKind, Task, WholeText
+from d2llm.core.types import (
+    PART_KINDS,
+    TASKS,
+    EngineName,
+    PartKind,
+    RankedPassage,
+    Ranking,
+    Task,
+    WholeText,
+    default_task,
+)
+from d2llm.data.python_records import PassageLike, QueryLike, passages_of, queries_of
 from d2llm.models import student_files as files
 from d2llm.models.backbone import (
     Backbone,
@@ -57,6 +72,7 @@ from d2llm.ops.batching import token_budget_batches
 from d2llm.ops.bm25_words import terms, tokens_of_terms
 from d2llm.recipe import StudentConfig
 
+_log = logging.getLogger(__name__)
 _BATCH_TEXTS, _QUERIES_AT_ONCE = 1_024, 256
 
 
@@ -265,7 +281,7 @@ class Student(VectorScorer):
         tasks = f"trained for {' and '.join(self.trained_tasks)} search" if self.trained_tasks else "not trained"
         model = self.config.backbone.model
         name = Path(model).name if Path(model).is_absolute() else model
-        return f"Student({named!r}, backbone {name}, {self.vector_dim} dimensions, {tasks}, on {self.device})"
+        return f"Student({named}, backbone {name}, {self.vector_dim} dimensions, {tasks}, on {self.device})"
 
     @property
     def fingerprint(self) -> str:
@@ -518,6 +534,104 @@ class Student(VectorScorer):
     def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         """Vectors of passages (title and text as one string); ``advance`` is called with the number finished."""
         return self._encode(texts, "passage", advance)
+
+    def encode_query(self, texts: Sequence[str] | str, *, instruction: str | None = None) -> NDArray[np.float32]:
+        """Vectors of queries as an array: [dim] of one text, [n, dim] of a list; float32.
+
+        They are for queries of ``rank``, ``score`` and indexes; a query's vector differs from a passage's of the same
+        text if the backbone has prefixes. Texts longer than ``max_query_tokens`` are cut, and the log says how many;
+        ``encode_queries`` returns which.
+
+        Args:
+            texts: one text, or a list of them.
+            instruction: put before every query in place of ``backbone.query_prefix``.
+
+        Raises:
+            InputError: a value is not a text, or the instruction leaves no room for a query.
+
+        Example:
+            >>> from d2llm import Student
+            >>> student = Student.load("d2llm-minilm", device="cpu")
+            >>> student.encode_query("how hot should the water be?").shape
+            (384,)
+            >>> student.encode_query(["one", "two"]).shape
+            (2, 384)
+        """
+        return self._as_array(texts, partial(self.encode_queries, instruction=instruction))
+
+    def encode_document(self, texts: Sequence[str] | str) -> NDArray[np.float32]:
+        """Vectors of passages as an array: [dim] of one text, [n, dim] of a list; float32.
+
+        A title is the first line of its text. Texts longer than the student reads are cut, and the log says how many;
+        ``encode_passages`` returns which.
+
+        Raises:
+            InputError: a value is not a text.
+
+        Example:
+            >>> from d2llm import Student
+            >>> student = Student.load("d2llm-minilm", device="cpu")
+            >>> student.encode_document(["Green tea needs water of 80 °C.", "Bees make honey."]).shape
+            (2, 384)
+        """
+        return self._as_array(texts, self.encode_passages)
+
+    def _as_array(self, texts: Sequence[str] | str, encode: Callable[[list[str]], EncodedTexts]) -> NDArray[np.float32]:
+        read = encode(strings_of(texts, "texts"))
+        self._warn_of_cut(len(read.truncated), len(read.vectors))
+        return read.vectors[0] if isinstance(texts, str) else read.vectors
+
+    def _warn_of_cut(self, num_cut: int, num_texts: int) -> None:
+        if num_cut:
+            _log.warning("%d of %d texts are longer than the student reads: their ends are ignored", num_cut, num_texts)
+
+    def rank(
+        self,
+        query: QueryLike,
+        passages: Iterable[PassageLike | str] | PassageLike | str,
+        *,
+        task: Task | None = None,
+        instruction: str | None = None,
+    ) -> Ranking:
+        """Rank passages for a query without an index, by the score of their vectors; all of them, best first.
+
+        The score is a logit. It lacks what only an index can add: words (BM25), windows, and vectors of tokens.
+
+        Args:
+            query: a text, a ``Query``, or a dictionary with ``text``.
+            passages: texts, whose ids are their numbers from 1; or passages, dictionaries, rows, or a table.
+            task: by default the one that the student was trained for, or asymmetric.
+            instruction: put before the query in place of ``backbone.query_prefix``.
+
+        Raises:
+            InputError: there is not exactly one query, or something is no passage.
+            ModelError: a score is NaN.
+
+        Example:
+            >>> from d2llm import Student
+            >>> student = Student.load("d2llm-minilm", device="cpu")
+            >>> ranking = student.rank("what do bees make?", ["Green tea needs hot water.", "Bees make honey."])
+            >>> [result.passage.text for result in ranking]
+            ['Bees make honey.', 'Green tea needs hot water.']
+        """
+        queries = queries_of(query, "query")
+        if len(queries) != 1:
+            raise InputError(f"passages are ranked for one query, but there are {len(queries)}; rank them for each")
+        given = list(passages_of(passages, texts=True))
+        begin = time.perf_counter()
+        read = self.encode_queries([queries[0].text], instruction=instruction)
+        documents = self.encode_passages([passage.full_text for passage in given])
+        self._warn_of_cut(len(documents.truncated), len(given))
+        encoded = time.perf_counter()
+        scores = self.score(read.vectors[0], documents.vectors, task or default_task(self.trained_tasks)).tolist()
+        if any(map(math.isnan, scores)):
+            raise ModelError(
+                f"query {queries[0].id!r}: a score is NaN, so passages cannot be ranked; check the student"
+            )
+        order = sorted(range(len(given)), key=lambda place: (-scores[place], given[place].id))
+        results = tuple(RankedPassage(rank, given[place], scores[place]) for rank, place in enumerate(order, start=1))
+        seconds = {"encode": encoded - begin, "score": time.perf_counter() - encoded}
+        return Ranking(queries[0], results, len(given), seconds, truncated=bool(len(read.truncated)))
 
     def encode_with_tokens(
         self,

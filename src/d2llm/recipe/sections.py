@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from d2llm.core.short_repr import short_repr
+
 
 class Section(BaseModel):
     """A section: an unknown key is an error, and so is infinity."""
@@ -13,6 +15,7 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
     )
+    __repr__ = __str__ = short_repr
 
 
 class LoraConfig(Section):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from d2llm.core.errors import InputError
+from d2llm.core.short_repr import short_repr
 from d2llm.core.types import (
     DEFAULT_CONTEXT_TOKENS,
     ContextOrder,
@@ -89,6 +90,8 @@ class AnswerContext:
     num_neighbours_left_out: int
     truncated: bool
     ranking: Ranking
+
+    __repr__ = short_repr
 
 
 def context_settings(settings: SearchSettings) -> SearchSettings:

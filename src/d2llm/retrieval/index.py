@@ -165,7 +165,8 @@ class Index:
         allow_missing: bool = False,
         **loading: Any,
     ) -> None:
-        self.storage = storage
+        self._storage = storage
+        self._is_closed = False
         self._allow_missing = allow_missing
         self._student_or_source = student
         self._loading = loading
@@ -280,6 +281,8 @@ class Index:
 
     def __repr__(self) -> str:
         """What it is, in one line; ``stats`` says more."""
+        if self._is_closed:
+            return f"Index({self.folder}, closed)"
         manifest = self.storage.manifest
         try:
             size = f"{len(self):,} passage{'' if len(self) == 1 else 's'}"
@@ -287,15 +290,42 @@ class Index:
             size = f"cannot be read: {error}"
         student = name_student(manifest["student"], manifest["student_source"])
         shards = f", {len(self.storage.records)} shards" if isinstance(self.storage, ShardedStore) else ""
-        return f"Index({str(self.folder)!r}: {size}{shards}, student {student}, task {manifest['task']})"
+        return f"Index({self.folder}, {size}{shards}, student {student}, task {manifest['task']})"
+
+    @property
+    def storage(self) -> IndexStore | ShardedStore:
+        """What is on disk.
+
+        Raises:
+            InputError: the index was closed.
+        """
+        if self._is_closed:
+            raise InputError(f"{self.folder}: this Index was closed; open it again with Index.open")
+        return self._storage
+
+    def close(self) -> None:
+        """Let go of the files and the student. Everything written is on disk already; closing again does nothing.
+
+        A ``with`` block does this at its end.
+
+        Example::
+
+            with Index.open("docs.index") as index:
+                print(index.search("how hot should the water be?")[0].passage.text)
+        """
+        self._is_closed = True
+        self._student_or_source = None
+        for name in ("view", "student", "_reaches"):
+            self.__dict__.pop(name, None)
 
     def __enter__(self) -> Index:
+        _ = self.storage  # refuses a closed one
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.refresh()
+        self.close()
 
     def __len__(self) -> int:
         return len(self.view)
@@ -303,7 +333,7 @@ class Index:
     @property
     def folder(self) -> Path:
         """Folder of the index."""
-        return self.storage.folder
+        return self._storage.folder
 
     @property
     def store(self) -> IndexStore:
@@ -363,6 +393,7 @@ class Index:
 
     def refresh(self) -> None:
         """Switch to the latest version."""
+        _ = self.storage  # refuses a closed one
         for name in ("view", "_reaches"):
             self.__dict__.pop(name, None)
 
@@ -482,12 +513,12 @@ class Index:
     @property
     def chunking(self) -> Chunking | None:
         """How documents are split into passages; None if the index has no documents yet."""
-        return read_chunking(self.folder)
+        return read_chunking(self.storage.folder)
 
     @property
     def repeats_text(self) -> bool:
         """Whether passages may begin with text that repeats the end of the one before (``Chunking.chunk_overlap``)."""
-        return repeats_text(self.folder)
+        return repeats_text(self.storage.folder)
 
     def delete(self, ids: Iterable[str] | str) -> int:
         """Delete passages, in one step from vectors, BM25 and results; returns their number.

@@ -121,6 +121,10 @@ class Run:
         self.parts = RunFolder(Path("runs") / name if folder is None else Path(folder))
         self.device, self.dtype, self.show_progress = device, dtype, show_progress
 
+    def __repr__(self) -> str:
+        data = f"{len(self.recipe.data)} data set{'' if len(self.recipe.data) == 1 else 's'}"
+        return f"Run({self.parts.path}, recipe {self.recipe.name}, {data})"
+
     # The steps -------------------------------------------------------------------------------------------------------
 
     def finish(

@@ -1,0 +1,119 @@
+"""``Teacher``: the public face of every kind of teacher (``judge.Judge``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+
+from d2llm.core.errors import InputError
+from d2llm.core.inputs import pairs_of
+from d2llm.core.types import Task
+from d2llm.models.teachers.judge import (
+    Judge,
+    LastingJudge,
+    PartlyJudged,
+    TextPair,
+    gives_grades,
+    judge_until_error,
+    load_judge,
+    ranks_lists,
+)
+from d2llm.recipe import TeacherConfig
+from d2llm.recipe.recipe_file import named_teacher
+
+
+class Teacher(LastingJudge):
+    """A language model that reads a query and a passage together and says how likely the answer is yes.
+
+    Load one with ``load``. It is accepted wherever d2llm takes a teacher, as in ``Cascade`` or ``Index.measure_error``.
+
+    Attributes:
+        config: what was loaded.
+        ranks_lists: whether scores compare only passages of one query that were scored in one call.
+        gives_grades: whether its scores are made of grades.
+    """
+
+    def __init__(self, judge: Judge, config: TeacherConfig) -> None:
+        self._open_judge: Judge | None = judge
+        self.config = config
+        self.ranks_lists, self.gives_grades = ranks_lists(judge), gives_grades(judge)
+
+    @classmethod
+    def load(cls, model: str | Path | TeacherConfig, *, device: str | None = None, dtype: str | None = None) -> Teacher:
+        """Load a teacher.
+
+        Args:
+            model: a folder, a name on the Hub, ``smollm2``, or one of these after the kind of teacher, as in
+                ``seq2seq:castorini/monot5-base-msmarco``; or the section ``[teacher]`` of a recipe.
+            device: by default the best one here.
+            dtype: number format of the weights; by default the fastest on that device.
+
+        Raises:
+            ModelNotFoundError: there are no usable weights.
+            ModelError: the model is not a teacher of that kind.
+            InputError: its head is new and was never tuned, or there is no such kind.
+        """
+        config = model if isinstance(model, TeacherConfig) else named_teacher(str(model))
+        return cls(load_judge(config, device=device, dtype=dtype), config)
+
+    def score(self, pairs: Sequence[TextPair], task: Task = "asymmetric") -> Float32[np.ndarray, " pairs"]:
+        """Log-odds of yes over no [pairs], in the order of the pairs; above 0 is yes. A sigmoid makes probabilities.
+
+        Args:
+            pairs: a query and a passage's full text each.
+            task: ``asymmetric`` asks whether the passage answers the query, ``symmetric`` whether both mean the same.
+
+        Raises:
+            InputError: something is not a pair of texts.
+            ModelError: the model fails; of a remote teacher, after the retries of its settings.
+
+        Example::
+
+            teacher = Teacher.load("smollm2")
+            teacher.score([("what do bees make?", "Bees make honey."), ("what do bees make?", "Tea is hot.")])
+        """
+        return self.judge(pairs_of(pairs, "pairs"), task).log_odds
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal if and only if two teachers are the same."""
+        return self._judge.fingerprint
+
+    def prompt_fingerprint(self, task: Task) -> str:
+        """Equal if and only if two teachers ask the same question."""
+        return self._judge.prompt_fingerprint(task)
+
+    def judge_until_error(
+        self,
+        pairs: Sequence[TextPair],
+        task: Task,
+        *,
+        with_features: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> PartlyJudged:
+        """Scores with all that is known about them (``LastingJudge``)."""
+        return judge_until_error(self._judge, pairs, task, with_features=with_features, advance=advance)
+
+    def close(self) -> None:
+        """Let go of the model, or of its connections. A ``with`` block does this at its end."""
+        self._open_judge = None
+
+    def __enter__(self) -> Teacher:
+        _ = self._judge  # refuses a closed one
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def _judge(self) -> Judge:
+        if self._open_judge is None:
+            raise InputError(f"this Teacher ({self.config.model}) was closed; load it again with Teacher.load")
+        return self._open_judge
+
+    def __repr__(self) -> str:
+        state = "closed" if self._open_judge is None else f"fingerprint {self.fingerprint[:12]}"
+        return f"Teacher({self.config.model}, kind {self.config.kind}, {state})"
