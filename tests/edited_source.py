@@ -34,25 +34,28 @@ class _Edited(SourceFileLoader):
 
 
 class _Finder(MetaPathFinder):
+    """Finds edited modules, and new ones in a folder for each package beside the edits."""
+
     def __init__(self, edits: Mapping[str, Any], folder: Path) -> None:
         self._edits, self._folder = edits, folder
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        edit = self._edits.get(fullname)
-        if edit is None:
+        new, edit = self._folder / fullname, self._edits.get(fullname)
+        if isinstance(edit, str) or (edit is None and not new.is_dir()):
             return None
-        if isinstance(edit, str):
-            file = self._folder / f"{fullname}.py"
-            return importlib.util.spec_from_file_location(fullname, file, loader=SourceFileLoader(fullname, str(file)))
         found = PathFinder.find_spec(fullname, path, target)
         assert found is not None
-        assert found.origin is not None
-        return importlib.util.spec_from_file_location(
-            fullname,
-            found.origin,
-            loader=_Edited(fullname, found.origin, edit),
-            submodule_search_locations=found.submodule_search_locations,
-        )
+        if edit is not None:
+            assert found.origin is not None
+            found = importlib.util.spec_from_file_location(
+                fullname,
+                found.origin,
+                loader=_Edited(fullname, found.origin, edit),
+                submodule_search_locations=found.submodule_search_locations,
+            )
+        if new.is_dir():
+            found.submodule_search_locations = [*found.submodule_search_locations, str(new)]
+        return found
 
 
 def run_edited(edits: Edits, code: str, *arguments: object) -> str:
@@ -60,7 +63,9 @@ def run_edited(edits: Edits, code: str, *arguments: object) -> str:
     with tempfile.TemporaryDirectory() as folder:
         for module, edit in edits.items():
             if isinstance(edit, str):
-                (Path(folder) / f"{module}.py").write_text(edit, encoding="utf-8")
+                package, _, name = module.rpartition(".")
+                (Path(folder) / package).mkdir(exist_ok=True)
+                (Path(folder) / package / f"{name}.py").write_text(edit, encoding="utf-8")
         (Path(folder) / "edits.json").write_text(json.dumps(edits), encoding="utf-8")
         (Path(folder) / "sitecustomize.py").write_text("import edited_source; edited_source.install(__file__)\n")
         path = os.pathsep.join([folder, str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -2,74 +2,107 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import typer.main
 
 from d2llm.cli import verbs
 from d2llm.cli.main import app
+from edited_source import Edits, run_edited
 
-COUNT = '''
-"""The verb ``count-words``."""
+VERB: Edits = {
+    "d2llm.data.count_words": '''"""Counts words, in this process or by the workers of a cluster."""
 
-from dataclasses import dataclass
+from d2llm.runners.runner import find_runner
+
+
+def count_here(shard, advance):
+    """The number of words of each line of a shard."""
+    advance(len(shard))
+    return [len(line.split()) for line in shard]
+
+
+def load():
+    """What a worker does; it needs no model."""
+    return count_here
+
+
+def count_words(path, runner="local"):
+    """The number of words of each line of a file."""
+    lines = path.read_text().splitlines()
+    with find_runner(runner).workers(load) as workers:
+        shards = (lines[start : start + 2] for start in range(0, len(lines), 2))
+        return [number for part in workers.map(shards, lambda _: None) for number in part]
+''',
+    "d2llm.cli.count_words": '''"""The verb ``count-words``."""
+
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from d2llm.cli.options import JsonOption, RunnerOptions
 from d2llm.cli.session import session_of
 from d2llm.cli.verbs import verb
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How much to read."""
-
-    most: Annotated[int, typer.Option(help="Most words.")] = 100
-
-
 @verb("Measure", shows_answers=True)
-def count_words(context: typer.Context, path: Annotated[Path, typer.Argument(metavar="FILE")], limits: Limits) -> None:
+def count_words(
+    context: typer.Context,
+    path: Annotated[Path, typer.Argument(metavar="FILE")],
+    place: RunnerOptions,
+    json_path: JsonOption = None,
+) -> None:
     """Count the words of a file."""
+    from d2llm.data.count_words import count_words
     from d2llm.models.remote.kept_answers import kept_answers
 
-    words = path.read_text().split()[: limits.most]
-    session_of(context).say(f"{len(words)} words, {kept_answers() is not None}")
-'''
-RUN = (
-    "import sys, d2llm.cli; d2llm.cli.__path__.append(sys.argv[1]); from d2llm.cli.main import main; main(sys.argv[2:])"
-)
+    counts = count_words(path, place.find())
+    session_of(context).say(f"words: {counts}, {kept_answers() is not None}")
+    session_of(context).write_report(context, json_path, counts)
+''',
+}
+RUN = """
+import sys
+from pathlib import Path
+from typer.testing import CliRunner
+from d2llm.cli.main import app
+from d2llm.data.count_words import count_words
+
+if __name__ == "__main__":
+    print(count_words(Path(sys.argv[1])))
+    for words in sys.argv[2:]:
+        result = CliRunner(env={"COLUMNS": "100"}).invoke(app, words.split("|"))
+        print(f"exit {result.exit_code}: {' '.join(result.output.split())}")
+"""
 
 
 @pytest.fixture
-def run(tmp_path):
-    """Runs d2llm with a further file among its verbs."""
-    folder = tmp_path / "cli"
-    folder.mkdir()
-    (folder / "count_words.py").write_text(COUNT)
-
-    def run(*words):
-        command = [sys.executable, "-c", RUN, str(folder), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    return run
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("one two three\nfour\nfive six\n\nseven")
+    return path
 
 
-def test_a_file_is_enough_for_a_verb(run, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("one two three")
-    help_text = run("--help").stdout
+def test_two_files_are_enough_for_a_verb(text):
+    """One with what it does, which Python calls, and one with its command; the program finds it."""
+    assert len(VERB) == 2
+    counts, help_text, found, mistaken = run_edited(
+        VERB, RUN, text, "--help", f"count-words|{text}", f"{text}|count-words"
+    ).splitlines()
+    assert counts == "[3, 1, 2, 0, 1]"
     measure = help_text[help_text.index("Measure") : help_text.index("Tools")]
     assert "Count the words of a file." in measure
     assert measure.index("probe") < measure.index("count-words")  # after those that ship
-    assert "3 words, True" in run("count-words", str(text)).stderr
-    assert "2 words" in run("count-words", "--most", "2", str(text)).stderr
-    wrong = run(str(text), "count-words")
-    assert wrong.returncode == 2
-    assert f"the verb comes first; write: d2llm count-words {text}" in " ".join(wrong.stderr.split())
+    assert found == "exit 0: words: [3, 1, 2, 0, 1], True"
+    assert mistaken.startswith("exit 2: ")
+    assert "the verb comes first; write: d2llm count-words" in mistaken
+
+
+def test_they_are_enough_for_its_work_on_a_cluster(text):
+    pytest.importorskip("ray", reason="needs Ray: pip install 'd2llm[ray]'")
+    *_, found = run_edited(VERB, RUN, text, f"count-words|{text}|--runner|ray|--workers|2").splitlines()
+    assert found.startswith("exit 0: ")
+    assert "words: [3, 1, 2, 0, 1], True" in found
 
 
 def test_every_verb_that_is_ordered_exists():
