@@ -45,10 +45,11 @@ def encode(
     prune: Annotated[
         float,
         typer.Option(
-            metavar="SHARE",
+            metavar="FRACTION",
             min=0,
             max=1,
-            help="Leave out this share of the passages: those least likely to answer any query (fit-scores --quality).",
+            help="Leave out this fraction of the passages, those least likely to answer any query (fit-scores "
+            "--quality).",
         ),
     ] = 0.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing index.")] = False,

@@ -103,7 +103,7 @@ def fit(
             metavar="FILE",
             dir_okay=False,
             callback=lasting_input_path,
-            help="A graded teacher, by default one of this kind, repeats the grades of these lists (JSON Lines).",
+            help="Take a graded teacher's grades from these lists (JSON Lines).",
         ),
     ] = None,
     data: RecordedDataOption = None,
@@ -119,7 +119,7 @@ def fit(
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Turn documents into a search engine that has learnt them.
+    """Train a search engine on your documents alone.
 
     Nobody needs to write or judge queries: it indexes the documents, has a language model write queries, keeps the good
     ones, trains on them, and keeps the result if it is better on documents that were held out. Serve it with: d2llm

@@ -41,9 +41,9 @@ def fit_tokens(
 ) -> None:
     """Train token embeddings for a student.
 
-    With them, each token of a query looks for the most similar token of a passage, beside the vectors of both. The
-    student's other weights do not change. Then fit the weight of the tokens in the score of an index with
-    `d2llm fit-scores`; a new index of the student stores their vectors.
+    They add late interaction (MaxSim) to the score: each token of a query counts its most similar token of a passage.
+    The student's other weights do not change. Then fit the weight of the token embeddings with `d2llm fit-scores`; a
+    new index of the student stores them.
     """
     from d2llm.core.errors import InputError
     from d2llm.data.open_data import open_data

@@ -33,9 +33,7 @@ _OWN: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             *("group", "neighbours", "excerpts", "mmr", "near_duplicates", "select_from", "explain"),
             *("context_tokens", "context_order", "tokenizer"),
         ),
-        "Models that read results again": (
-            *("teacher", "teacher_passages", "teacher_ms", "prompt", "reader", "reader_passages"),
-        ),
+        "Rerankers": (*("teacher", "teacher_passages", "teacher_ms", "prompt", "reader", "reader_passages"),),
         "Language model that writes": ("expand", "expansions"),
     },
     "fit": {
@@ -47,7 +45,7 @@ _OWN: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             *("cascade_passages", "filter", "instruction", "num_candidates"),
         ),
         "The teacher": ("teacher", "no_teacher", "teacher_depth", "teacher_queries", "prompt"),
-        "Work that is kept": ("labels", "indexes", "work"),
+        "Cached work": ("labels", "indexes", "work"),
     },
     "serve": {
         "Models": ("student", "teacher", "prompt", "writer"),

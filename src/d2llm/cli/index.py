@@ -350,7 +350,7 @@ def ann(
     context: typer.Context,
     opening: OpeningOptions,
     recall: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the exact candidates that it should find.")
+        float, typer.Option(min=0, max=1, help="Fraction of the exact candidates that it should find.")
     ] = 0.95,
     depth: Annotated[int, typer.Option(min=1, help="Number of candidates of a search.")] = DEFAULT_NUM_CANDIDATES,
     queries: Annotated[

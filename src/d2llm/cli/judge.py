@@ -38,7 +38,7 @@ def judge(
     recorded: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", callback=input_path, help="Repeat the grades of these lists (JSON Lines) instead."
+            metavar="FILE", callback=input_path, help="Take the grades from these lists (JSON Lines) instead."
         ),
     ] = None,
     data: RecordedDataOption = None,

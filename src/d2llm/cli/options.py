@@ -325,7 +325,7 @@ class RunOptions:
         typer.Option(
             metavar="RUN_FOLDER",
             file_okay=False,
-            help="Where plans, teacher, labels and student go.",
+            help="The run's folder: training sets, teacher, labels, student.",
             show_default="runs/<name of the recipe>",
         ),
     ] = None
@@ -342,8 +342,8 @@ class RunOptions:
         typer.Option(
             metavar="FILE",
             callback=lasting_input_path,
-            help="The recipe's graded teacher repeats these graded lists (JSON Lines, or a folder with NAME.jsonl for "
-            "each data set) and asks no endpoint.",
+            help="Take the graded teacher's grades from these lists (JSON Lines, or a folder with NAME.jsonl for "
+            "each data set) instead of asking an endpoint.",
         ),
     ] = None
     device: DeviceOption = None

@@ -24,7 +24,7 @@ class RereadingOptions:
     teacher: Annotated[
         str | None,
         teacher_option(
-            help="Teacher that rereads passages the student is unsure of; run `d2llm index INDEX calibrate` first. "
+            help="Teacher that reranks passages the student is unsure of; run `d2llm index INDEX calibrate` first. "
             "One of kind listwise reorders the first passages."
         ),
     ] = None

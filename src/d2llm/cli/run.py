@@ -153,7 +153,7 @@ def stack(
         ),
     ] = None,
 ) -> None:
-    """Combine several teachers into one, calibrated on dev queries.
+    """Combine several teachers into an ensemble, calibrated on dev.
 
     It is written to the folder stack in the run folder. To learn from it, name that folder as model of [teacher] in a
     recipe.
@@ -216,7 +216,7 @@ def gate(
 
 @verb("Distil")
 def label(context: typer.Context, recipe: RecipeArgument, options: RunOptions, place: RunnerOptions) -> None:
-    """Let the teacher judge every pair that mine chose.
+    """Have the teacher score every pair that mine chose.
 
     If interrupted, the same command continues where it stopped, with any runner.
     """
@@ -240,7 +240,7 @@ def distill(
     ] = None,
     again: AgainOption = False,
 ) -> None:
-    """Train the student on the teacher's judgements.
+    """Train the student on the teacher's labels.
 
     Run it after label. If interrupted, the same command continues from the last checkpoint.
     """

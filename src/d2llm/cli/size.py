@@ -55,7 +55,7 @@ class SearchOptions:
         typer.Option(metavar="N", help="Queries a second, for the number of machines.", show_default="none"),
     ] = None
     recall: Annotated[
-        float, typer.Option(metavar="SHARE", help="Share of the exact first ten that a search must find.")
+        float, typer.Option(metavar="FRACTION", help="Fraction of the exact first ten that a search must find.")
     ] = 0.99
     num_candidates: Annotated[str, typer.Option(metavar="N", help="Passages that get the full score.")] = "1000"
     shards: Annotated[str, typer.Option(metavar="N", help="At least so many shards; smaller ones answer sooner.")] = "1"

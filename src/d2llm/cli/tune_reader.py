@@ -52,7 +52,7 @@ def tune_reader(
 ) -> None:
     """Train a language model to rank passages by their vectors.
 
-    It reads the query's text and STUDENT's vectors of the first passages of a search, and draws the ranking (PE-Rank).
+    It reads the query's text and STUDENT's vectors of the first passages of a search, and ranks these (PE-Rank).
     Then `d2llm search INDEX QUERY --reader FOLDER` uses it. The report compares it with the student's order on dev
     queries. Run the same command again to continue an interrupted training.
     """

@@ -230,8 +230,8 @@ class Explanation:
     """Why a passage has its rank.
 
     ``anchor`` is the inner product, ``interaction`` what the IEM added to it (None if the head has no anchor),
-    ``lexical`` what BM25 added, ``windows`` what the best window's vector added, and ``tokens`` what the vectors of
-    tokens added (None if the score does not use them). ``source_ranks`` and ``source_scores`` come from the sources
+    ``lexical`` what BM25 added, ``windows`` what the best window's vector added, and ``tokens`` what the token
+    embeddings added (None if the score does not use them). ``source_ranks`` and ``source_scores`` come from the sources
     that proposed the passage; ``terms`` counts the query's terms (stems, as BM25 uses them) in it, and ``term_places``
     says where they are in its full text (title, line break, text), in characters.
     """

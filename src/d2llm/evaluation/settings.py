@@ -50,7 +50,7 @@ class EvaluationSettings(Settings):
     exact: bool = setting(False, "Add a row with exact search and its certificate.")
     ann_recall: float | None = setting(
         None,
-        "Add a row with an approximate index that finds this share of the candidates, for example 0.95.",
+        "Add a row with an approximate index that finds this fraction of the candidates, for example 0.95.",
         Shown(option="ann", metavar="RECALL"),
         gt=0,
         le=1,

@@ -136,7 +136,7 @@ class _Learnt:
 
 
 class Fit:
-    """The steps of a fit. ``finish`` runs all of them; each can be run alone, in order."""
+    """Trains a student on documents alone, step by step. ``finish`` runs all steps; each can be run alone, in order."""
 
     def __init__(
         self,

@@ -52,7 +52,7 @@ class ReadPassages(NamedTuple):
 
 
 class ListwiseReader(nn.Module):
-    """Ranks passages by their vectors.
+    """A language model that ranks passages which it reads as vectors (PE-Rank).
 
     Attributes:
         backbone: the language model.

@@ -127,7 +127,7 @@ def distill_static(
     dim: int | None = None,
     smoothing: float = SMOOTHING,
 ) -> StaticReport:
-    """Write static vectors of a backbone's tokens into a new folder; it is the model of another backbone.
+    """Make a backbone of static token embeddings (one vector for each token, without context) in a new folder.
 
     Args:
         backbone: reads each token of its vocabulary alone.

@@ -77,15 +77,21 @@ _BATCH_TEXTS, _QUERIES_AT_ONCE = 1_024, 256
 
 
 class Student(VectorScorer):
-    """Backbone + PMA encode each text as one vector; the IEM scores a query vector against passage vectors.
+    """A model that encodes queries and passages separately, and scores pairs of them from their vectors.
 
-    ``calibration`` turns scores into probabilities, if it was fitted (``models.probabilities``). ``evidence`` has the
-    weights of the terms that an index adds to the scores of its passages (``models.evidence``). ``token_projection``
-    makes the token embeddings, if it was trained (``models.token_vectors``). ``quality`` says how likely a passage is
-    to answer any query, if it was fitted (``models.quality``). ``term_weights`` says how much each word of a query
-    counts in BM25, and ``document_expansion`` which words an index adds to a passage, if they were fitted
-    (``models.term_weights``, ``models.document_expansion``). ``source`` is the folder or name from which it can be
-    loaded again; None if there is none.
+    A backbone and its pooling (PMA is pooling by multihead attention) make one vector for each text. The score is their
+    inner product and what the interaction emulation module (IEM), a small network on both vectors, adds to it.
+
+    Attributes:
+        source: folder or name from which it can be loaded again; None if there is none.
+        evidence: weights of the score features that an index adds (``models.evidence``).
+        calibration: turns scores into probabilities (``models.probabilities``).
+        token_projection: makes token embeddings (``models.token_vectors``).
+        term_weights: how much each word of a query counts in BM25 (``models.term_weights``).
+        document_expansion: words that an index adds to a passage (``models.document_expansion``).
+        quality: how likely a passage is to answer any query (``models.quality``).
+
+    Each of the last five is missing or empty if it was not fitted.
     """
 
     def __init__(self, config: StudentConfig, backbone: Backbone, *, seed: int = 0) -> None:

@@ -51,7 +51,7 @@ def better(
 def never_worse(
     start: Mapping[str, float], end: Mapping[str, float], *, alpha: float = 0.05, seed: int = 0
 ) -> GateTest:
-    """Passes unless ``end`` is significantly worse than ``start``.
+    """Test that a change does no harm: passes unless ``end`` is significantly worse than ``start``.
 
     p is one-sided: the probability, if both were alike, of a mean difference as low as the observed one. The
     distribution under sign flips is symmetric, so p is half the two-sided p if ``end`` is lower, else 1 minus that.

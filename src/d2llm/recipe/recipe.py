@@ -14,7 +14,7 @@ from d2llm.recipe.tuning import TeacherTuningConfig
 
 
 class Recipe(Section):
-    """All settings of one run."""
+    """All settings of one run: data sets, student, teacher, losses, training. ``load_recipe`` reads it from TOML."""
 
     name: str = "unnamed"
     seed: int = Field(default=0, ge=0)

@@ -79,7 +79,7 @@ REMOTE_KINDS = LIST_KINDS | {"remote"}
 
 
 class TeacherConfig(Section):
-    """The LLM that reads query and passage together."""
+    """The teacher: a model that reads query and passage together and scores the pair."""
 
     model: str = "smollm2"
     """Local folder (also of a tuned teacher), Hub name, GGUF file, or ``smollm2``; for a remote teacher, the model's

@@ -73,7 +73,7 @@ class Reread:
 
 
 class Cascade:
-    """Rereads passages where the order of the top results is in doubt (``ops.rereading``), batch by batch.
+    """Has a teacher rerank passages where the order of the top results is in doubt (``ops.rereading``), in batches.
 
     The student is unsure of a passage if reading it is expected to improve the DCG of the top results by at least
     ``min_gain``: its score margin to others is small compared with the student's error, and the places matter. Each
@@ -250,10 +250,10 @@ class TeacherReading:
 
 
 class ListwiseReading:
-    """A language model reads the student's top passages as vectors, and draws their ranking (``ListwiseReader``).
+    """Has a language model rank the student's top passages, which it reads as vectors (``ListwiseReader``).
 
-    Passages that it did not draw, and those below ``depth``, keep the student's order, below the drawn ones. The score
-    of a passage is 1 / place.
+    Passages that it leaves out, and those below ``depth``, keep the student's order, below the others. The score of a
+    passage is 1 / place.
     """
 
     def __init__(self, reader: ListwiseReader, depth: int = DEFAULT_READER_PASSAGES) -> None:

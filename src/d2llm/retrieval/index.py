@@ -152,9 +152,9 @@ def _known_source(student: SearchStudent | str | Path, folder: Path) -> str | No
 
 
 class Index:
-    """Passages that can be searched and changed. Make an index with ``create``; open one with ``open``.
+    """A folder of passages that can be searched and changed. Make one with ``create``; open one with ``open``.
 
-    Reads see one version until ``refresh``; a write through this object refreshes it.
+    All reads see one version of it until ``refresh``; a write through this object refreshes it.
     """
 
     def __init__(

@@ -62,7 +62,7 @@ class SearchSettings(Settings):
     hybrid: float | None = setting(
         None,
         "Fuse the student's ranking with BM25's, by reciprocal ranks; the value is BM25's weight, for example 0.5.",
-        Shown(metavar="SHARE"),
+        Shown(metavar="WEIGHT"),
         ge=0,
         le=1,
     )

@@ -94,14 +94,14 @@ def fit_evidence(
     num_passages: int = LISTED_PASSAGES,
     seed: int = 0,
 ) -> Evidence:
-    """Fit, for each task, the weights of the evidence in a student's score, to be set as the student's ``evidence``.
+    """Fit the weights of the score features for each task; set the result as the student's ``evidence``.
 
     A task with fewer than ``MIN_QUERIES`` judged dev queries is left out, which is logged.
 
     Args:
-        student: the student whose score the evidence is added to.
+        student: the student to whose score they are added.
         judged: data sets with a dev split, each with its task.
-        terms: the kinds of evidence that may be used; by default all that the student has.
+        terms: the score features that may be used; by default all that the student has.
         words_factor: whether the weight of words depends on the query (``models.evidence.WordsFactor``); by default if
             that is better.
         use_nearest: whether it may also depend on how near the nearest passage is, which only an index knows.

@@ -53,7 +53,7 @@ def fit_scores(
     num_passages: int = LISTED_PASSAGES,
     seed: int = 0,
 ) -> FitScoresReport:
-    """Fit a student's ``evidence`` and ``calibration`` for one task; those of the other task are kept.
+    """Fit the weights of a student's score features, and its probabilities, for one task; the other task keeps its own.
 
     Args:
         student: the student to change; it needs an inner product if ``words`` is set.
@@ -68,11 +68,11 @@ def fit_scores(
             (``training.fit_tokens``).
         quality: also fit which passages answer queries at all, on the train split (``training.fit_quality``).
         term_weights: first fit how much each word of a query counts, on the train split
-            (``training.fit_term_weights``); weights of evidence are then fitted to words that count so.
+            (``training.fit_term_weights``); the weights are then fitted to words that count so.
         document_expansion: first fit what words passages lack, on the train split
-            (``training.fit_document_expansion``); weights of evidence are then fitted to passages with these words.
+            (``training.fit_document_expansion``); the weights are then fitted to passages with these words.
         num_queries: maximum number of queries per data set.
-        num_passages: minimum number of passages per data set to encode for the evidence (``make_evidence_lists``).
+        num_passages: minimum number of passages per data set to encode (``make_evidence_lists``).
         seed: seed of the choice of queries and passages.
 
     Raises:

@@ -87,7 +87,7 @@ def fit_tokens(
     start: TokenProjection | None = None,
     seed: int = 0,
 ) -> FitTokensReport:
-    """Train a student's ``token_projection`` on the train splits of data sets; nothing else of it changes.
+    """Train a student's token embeddings on the train splits of data sets; nothing else of it changes.
 
     The weight of the tokens in the student's score is fitted afterwards (``training.fit_evidence``); it may be 0. Until
     then the score does not count them.

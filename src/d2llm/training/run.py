@@ -78,9 +78,10 @@ class Skipped:
 
 
 class Run:
-    """A recipe, its run folder, and where to compute. Progress messages go to the logger ``d2llm.remarks``.
+    """Trains a student from a recipe, step by step, in a run folder. ``finish`` runs all steps.
 
-    ``recipe`` has the paths of the data sets on this machine, ``parts`` is the layout of the run folder.
+    Progress messages go to the logger ``d2llm.remarks``. ``recipe`` has the paths of the data sets on this machine,
+    ``parts`` is the layout of the run folder.
     """
 
     def __init__(

@@ -161,7 +161,7 @@ def whole_queries(pairs: Sequence[TextPair], is_judged: Bool[np.ndarray, " pairs
 
 
 def load_judge(config: TeacherConfig, *, device: str | None = None, dtype: str | None = None) -> Judge:
-    """Load the teacher that ``config`` names, of any kind.
+    """Load a teacher of any kind.
 
     Raises:
         ModelNotFoundError: there are no usable weights.
