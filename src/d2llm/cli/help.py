@@ -17,10 +17,16 @@ from d2llm.store.index_spec import IndexSpec
 _FEW = 7  # options that need no groups
 _WIDTH = 50  # of a list of values that is shown beside an option; a longer one is in its help
 
+_OTHER_NAMES = {
+    "task",
+    "metadata",
+    "num_shards",
+}  # of IndexSpec; the options are task (of several verbs), field, shards
+
 _COMMON = {
     "Files of documents": ("exclude", "follow_links", "file_seconds", "file_memory", "no_metadata", "lenient_metadata"),
     "Passages": ("chunk_tokens", "chunk_overlap", "late", "late_window", "whole"),
-    "A new index": (*(name for name in IndexSpec.model_fields if name != "task"), "field", "shards", "prune"),
+    "A new index": (*(name for name in IndexSpec.model_fields if name not in _OTHER_NAMES), "field", "shards", "prune"),
     "Language model that writes": ("writer", "endpoint", "api_key_env"),
     "Where it runs": ("device", "dtype", "engine", "runner", "workers", "gpus_per_worker"),
     "Output": ("json_path", "markdown", "html", "save_runs"),
