@@ -26,12 +26,15 @@ import numpy as np
 from scaling.corpus import write_json
 from scaling.data_sets import DATA, require
 
-from d2llm import Expansion, Index, Query, WriterConfig, load_writer, read_beir
+from d2llm import Index, Query
 from d2llm.core.inputs import strings_of
 from d2llm.core.types import ExpansionMethod, QueryExpansion
+from d2llm.data.beir import read_beir
+from d2llm.models.writers.writer import load_writer
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.significance import bootstrap_interval, paired_randomisation
-from d2llm.recipe import RemoteWriterConfig, WriterEndpointConfig
+from d2llm.recipe import RemoteWriterConfig, WriterConfig, WriterEndpointConfig
+from d2llm.retrieval.expansion import Expansion
 
 SETS = ("covidqa", "stackfaq")
 METHODS: tuple[ExpansionMethod, ...] = ("multi", "hyde")

@@ -35,11 +35,13 @@ from numpy.typing import NDArray
 from scaling.corpus import write_json
 from scaling.data_sets import DATA, require
 
-from d2llm import ListwiseReader, ReaderTuningConfig, Student, read_beir
+from d2llm import Student
 from d2llm.core.types import Qrels, Task
+from d2llm.data.beir import read_beir
 from d2llm.models.backbone import Backbone
+from d2llm.models.listwise_reader import ListwiseReader
 from d2llm.ops.significance import holm, paired_randomisation
-from d2llm.recipe import BackboneConfig
+from d2llm.recipe import BackboneConfig, ReaderTuningConfig
 from d2llm.training.ranked_lists import RankedLists, collect_lists, dev_queries, train_queries
 from d2llm.training.tune_reader import ndcg, train_reader
 

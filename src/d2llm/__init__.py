@@ -1,7 +1,26 @@
-"""D2LLM: decomposed and distilled large language models for semantic search.
+"""D2LLM: semantic search with students that were distilled from large language models.
 
-The names below are the public interface. They are imported on first use, so ``import d2llm`` stays quick and does not
-load torch.
+    >>> from d2llm import Index
+    >>> with Index.create("tea.index", "d2llm-minilm") as index:
+    ...     passages = [{"id": "tea", "text": "Green tea is hot."}, {"id": "bees", "text": "Bees make honey."}]
+    ...     report = index.upsert(passages)
+    ...     for result in index.search("what do bees make?", top_k=1):
+    ...         print(result.rank, result.passage.id)
+    1 bees
+
+Names, by what they are for:
+
+    searching   Index, IndexSpec, SearchSettings, Passage, Query, Ranking, encode, find_documents, sync_documents
+    models      Student, Teacher, export
+    training    Recipe, load_recipe, Run, distill, Loss, fit, FitSettings
+    measuring   Dataset, open_data, evaluate, EvaluationSettings
+    the rest    D2LLMError (every error is one), showing_progress
+
+One text gives one result, a list gives a list: ``index.search``, ``student.encode_query``, ``student.encode_document``.
+``help`` of each name has its arguments, shapes, errors and an example. Everything else is in submodules: cascades,
+query expansion, writers, label stores, fitted scores, shards, sizes; docs/cli.md names the function of each verb.
+
+Names are imported on first use, so ``import d2llm`` is quick and does not load torch.
 """
 
 from __future__ import annotations
@@ -12,200 +31,65 @@ from typing import TYPE_CHECKING
 from d2llm.core.thread_waiting import limit_spinning
 
 if TYPE_CHECKING:
-    from d2llm.core.errors import D2LLMError
-    from d2llm.core.progress import showing_progress
-    from d2llm.core.types import (
-        Candidate,
-        Certificate,
-        Excerpt,
-        Explanation,
-        Passage,
-        Query,
-        RankedPassage,
-        Ranking,
-        Task,
-    )
-    from d2llm.data.beir import Dataset, read_beir
-    from d2llm.data.documents import find_documents
-    from d2llm.data.label_sets import count_labels, export_labels, merge_labels
-    from d2llm.data.open_data import open_data
-    from d2llm.data.pairs import PairDataset, read_pairs
-    from d2llm.evaluation.contenders import Contenders
-    from d2llm.evaluation.evaluate import evaluate
-    from d2llm.evaluation.loading import load_contenders
-    from d2llm.evaluation.settings import EvaluationSettings
-    from d2llm.fitting.fit import Fit, fit
-    from d2llm.fitting.settings import FitSettings
-    from d2llm.models.backbone import Backbone
-    from d2llm.models.export.export import export
-    from d2llm.models.listwise_reader import ListwiseReader
-    from d2llm.models.static_model import distill_static
-    from d2llm.models.student import Student
-    from d2llm.models.teachers.judge import load_judge
-    from d2llm.models.writers.writer import Assignment, load_writer
-    from d2llm.ops.gating import never_worse
-    from d2llm.recipe import ReaderTuningConfig, Recipe, TeacherConfig, WriterConfig, WriterTuningConfig
-    from d2llm.recipe.losses import Loss
-    from d2llm.recipe.recipe_file import load_recipe
-    from d2llm.retrieval.cascade import Cascade, ListwiseReading
-    from d2llm.retrieval.chunking import Chunker
-    from d2llm.retrieval.context import AnswerContext
-    from d2llm.retrieval.encode import encode
-    from d2llm.retrieval.expansion import Expansion
-    from d2llm.retrieval.index import Index
-    from d2llm.retrieval.settings import SearchSettings
-    from d2llm.retrieval.shard import shard
-    from d2llm.retrieval.sync import sync_documents
-    from d2llm.sizing.plan import SizePlan
-    from d2llm.sizing.size import size
-    from d2llm.store.index_spec import IndexSpec
-    from d2llm.store.side_files import Chunking
-    from d2llm.training.check_data import check_data
-    from d2llm.training.fit_evidence import fit_evidence
-    from d2llm.training.fit_probabilities import fit_probabilities
-    from d2llm.training.fit_scores import fit_scores
-    from d2llm.training.fit_tokens import fit_tokens
-    from d2llm.training.gate import read_gate
-    from d2llm.training.run import Run
-    from d2llm.training.starting_recipe import starting_recipe
-    from d2llm.training.tune_reader import tune_reader
-    from d2llm.training.tune_writer import tune_writer
+    from d2llm.core.errors import D2LLMError as D2LLMError
+    from d2llm.core.progress import showing_progress as showing_progress
+    from d2llm.core.types import Passage as Passage
+    from d2llm.core.types import Query as Query
+    from d2llm.core.types import Ranking as Ranking
+    from d2llm.data.beir import Dataset as Dataset
+    from d2llm.data.documents import find_documents as find_documents
+    from d2llm.data.open_data import open_data as open_data
+    from d2llm.evaluation.evaluate import evaluate as evaluate
+    from d2llm.evaluation.settings import EvaluationSettings as EvaluationSettings
+    from d2llm.fitting.fit import fit as fit
+    from d2llm.fitting.settings import FitSettings as FitSettings
+    from d2llm.models.export.export import export as export
+    from d2llm.models.student import Student as Student
+    from d2llm.models.teachers.teacher import Teacher as Teacher
+    from d2llm.recipe import Recipe as Recipe
+    from d2llm.recipe.losses import Loss as Loss
+    from d2llm.recipe.recipe_file import load_recipe as load_recipe
+    from d2llm.retrieval.encode import encode as encode
+    from d2llm.retrieval.index import Index as Index
+    from d2llm.retrieval.settings import SearchSettings as SearchSettings
+    from d2llm.retrieval.sync import sync_documents as sync_documents
+    from d2llm.store.index_spec import IndexSpec as IndexSpec
+    from d2llm.training.distill import distill as distill
+    from d2llm.training.run import Run as Run
 
 __version__ = "0.1.0"
 limit_spinning()
 
-__all__ = [
-    "AnswerContext",
-    "Assignment",
-    "Backbone",
-    "Candidate",
-    "Cascade",
-    "Certificate",
-    "Chunker",
-    "Chunking",
-    "Contenders",
-    "D2LLMError",
-    "Dataset",
-    "EvaluationSettings",
-    "Excerpt",
-    "Expansion",
-    "Explanation",
-    "Fit",
-    "FitSettings",
-    "Index",
-    "IndexSpec",
-    "ListwiseReader",
-    "ListwiseReading",
-    "Loss",
-    "PairDataset",
-    "Passage",
-    "Query",
-    "RankedPassage",
-    "Ranking",
-    "ReaderTuningConfig",
-    "Recipe",
-    "Run",
-    "SearchSettings",
-    "SizePlan",
-    "Student",
-    "Task",
-    "TeacherConfig",
-    "WriterConfig",
-    "WriterTuningConfig",
-    "__version__",
-    "check_data",
-    "count_labels",
-    "distill_static",
-    "encode",
-    "evaluate",
-    "export",
-    "export_labels",
-    "find_documents",
-    "fit",
-    "fit_evidence",
-    "fit_probabilities",
-    "fit_scores",
-    "fit_tokens",
-    "load_contenders",
-    "load_judge",
-    "load_recipe",
-    "load_writer",
-    "merge_labels",
-    "never_worse",
-    "open_data",
-    "read_beir",
-    "read_gate",
-    "read_pairs",
-    "shard",
-    "showing_progress",
-    "size",
-    "starting_recipe",
-    "sync_documents",
-    "tune_reader",
-    "tune_writer",
-]
-
-_HOMES = {
-    "d2llm.core.errors": ("D2LLMError",),
-    "d2llm.recipe.losses": ("Loss",),
-    "d2llm.core.progress": ("showing_progress",),
-    "d2llm.recipe": ("ReaderTuningConfig", "Recipe", "TeacherConfig", "WriterConfig", "WriterTuningConfig"),
-    "d2llm.recipe.recipe_file": ("load_recipe",),
-    "d2llm.core.types": (
-        "Candidate",
-        "Certificate",
-        "Excerpt",
-        "Explanation",
-        "Passage",
-        "Query",
-        "RankedPassage",
-        "Ranking",
-        "Task",
-    ),
-    "d2llm.data.beir": ("Dataset", "read_beir"),
-    "d2llm.data.documents": ("find_documents",),
-    "d2llm.data.label_sets": ("count_labels", "export_labels", "merge_labels"),
-    "d2llm.retrieval.sync": ("sync_documents",),
-    "d2llm.data.open_data": ("open_data",),
-    "d2llm.data.pairs": ("PairDataset", "read_pairs"),
-    "d2llm.store.index_spec": ("IndexSpec",),
-    "d2llm.store.side_files": ("Chunking",),
-    "d2llm.fitting.fit": ("Fit", "fit"),
-    "d2llm.fitting.settings": ("FitSettings",),
-    "d2llm.models.backbone": ("Backbone",),
-    "d2llm.models.listwise_reader": ("ListwiseReader",),
-    "d2llm.models.static_model": ("distill_static",),
-    "d2llm.models.student": ("Student",),
-    "d2llm.models.teachers.judge": ("load_judge",),
-    "d2llm.models.writers.writer": ("Assignment", "load_writer"),
-    "d2llm.ops.gating": ("never_worse",),
-    "d2llm.retrieval.cascade": ("Cascade", "ListwiseReading"),
-    "d2llm.training.check_data": ("check_data",),
-    "d2llm.retrieval.chunking": ("Chunker",),
-    "d2llm.retrieval.context": ("AnswerContext",),
-    "d2llm.retrieval.encode": ("encode",),
-    "d2llm.retrieval.expansion": ("Expansion",),
-    "d2llm.evaluation.evaluate": ("evaluate",),
-    "d2llm.evaluation.loading": ("load_contenders",),
-    "d2llm.evaluation.contenders": ("Contenders",),
-    "d2llm.evaluation.settings": ("EvaluationSettings",),
-    "d2llm.models.export.export": ("export",),
-    "d2llm.training.gate": ("read_gate",),
-    "d2llm.retrieval.index": ("Index",),
-    "d2llm.training.run": ("Run",),
-    "d2llm.training.fit_evidence": ("fit_evidence",),
-    "d2llm.training.fit_scores": ("fit_scores",),
-    "d2llm.training.fit_tokens": ("fit_tokens",),
-    "d2llm.training.fit_probabilities": ("fit_probabilities",),
-    "d2llm.retrieval.settings": ("SearchSettings",),
-    "d2llm.retrieval.shard": ("shard",),
-    "d2llm.sizing.plan": ("SizePlan",),
-    "d2llm.sizing.size": ("size",),
-    "d2llm.training.starting_recipe": ("starting_recipe",),
-    "d2llm.training.tune_reader": ("tune_reader",),
-    "d2llm.training.tune_writer": ("tune_writer",),
+_HOME_OF = {
+    "D2LLMError": "d2llm.core.errors",
+    "Dataset": "d2llm.data.beir",
+    "EvaluationSettings": "d2llm.evaluation.settings",
+    "FitSettings": "d2llm.fitting.settings",
+    "Index": "d2llm.retrieval.index",
+    "IndexSpec": "d2llm.store.index_spec",
+    "Loss": "d2llm.recipe.losses",
+    "Passage": "d2llm.core.types",
+    "Query": "d2llm.core.types",
+    "Ranking": "d2llm.core.types",
+    "Recipe": "d2llm.recipe",
+    "Run": "d2llm.training.run",
+    "SearchSettings": "d2llm.retrieval.settings",
+    "Student": "d2llm.models.student",
+    "Teacher": "d2llm.models.teachers.teacher",
+    "distill": "d2llm.training.distill",
+    "encode": "d2llm.retrieval.encode",
+    "evaluate": "d2llm.evaluation.evaluate",
+    "export": "d2llm.models.export.export",
+    "find_documents": "d2llm.data.documents",
+    "fit": "d2llm.fitting.fit",
+    "load_recipe": "d2llm.recipe.recipe_file",
+    "open_data": "d2llm.data.open_data",
+    "showing_progress": "d2llm.core.progress",
+    "sync_documents": "d2llm.retrieval.sync",
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+"""The public names and where they are. Type checkers read the imports above."""
+
+__all__ = [*_HOME_OF, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> object:
@@ -217,4 +101,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

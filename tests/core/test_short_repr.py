@@ -88,7 +88,9 @@ def test_indexes_and_runs_say_what_they_are(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     index = Index.create("docs.index", FakeStudent())
     index.upsert([Passage(str(number), "text") for number in range(1_200)])
-    assert repr(index) == "Index(docs.index, 1,200 passages, student fake-student, task asymmetric)"
+    assert repr(index) == "Index(docs.index, 1,200 passages, student fake-student)"
+    same = Index.create("same.index", FakeStudent(), task="symmetric")
+    assert repr(same) == "Index(same.index, 0 passages, student fake-student, task symmetric)"
     index.close()
     assert repr(index) == "Index(docs.index, closed)"
     assert (

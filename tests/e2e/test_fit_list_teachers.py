@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from d2llm import read_beir
+from d2llm.data.beir import read_beir
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
 from d2llm.fitting import recipes

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from d2llm import read_beir
+from d2llm.data.beir import read_beir
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import TrainingPlan, read_plan
 from d2llm.evaluation import judging

@@ -8,8 +8,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from d2llm import shard
 from d2llm.reports.html import render_html
+from d2llm.retrieval.shard import shard
 from page_server import HOSTILE_QUERY, PHONE, asked, overflow, search, until, write_page_index
 from report_samples import retrieval_report
 from tiny_server import tiny_settings, write_tiny_index

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from d2llm import read_beir
+from d2llm.data.beir import read_beir
 from d2llm.data.labels import LabelStore, label_keys
 from d2llm.data.plan import read_plan
 from e2e.command_line import succeed, succeed_with_report, write_lines

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from d2llm import Run, read_beir
+from d2llm import Run
 from d2llm.core.errors import D2LLMError
+from d2llm.data.beir import read_beir
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
 from d2llm.models.teachers.judge import identify_judge, load_judge

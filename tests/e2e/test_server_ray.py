@@ -20,8 +20,9 @@ import pytest
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 pytest.importorskip("ray.serve", reason="needs Ray Serve: pip install 'd2llm[ray-serve]'")
 
-from d2llm import Student, shard
+from d2llm import Student
 from d2llm.models.evidence import Evidence, TaskEvidence, WordsFactor
+from d2llm.retrieval.shard import shard
 from d2llm.server.app import make_app
 from live_server import patient, serve, wait_until_ready
 from sharded_answers import QUERY, assert_same_answers, results_of, search

@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 
-from d2llm import Index, shard
+from d2llm import Index
+from d2llm.retrieval.shard import shard
 from d2llm.server.app import make_app
 from live_server import patient, serve, wait_until_ready
 from sharded_answers import assert_same_answers, results_of, search

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.special import ndtri
 
-from d2llm import Student, fit_probabilities
+from d2llm import Student
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
@@ -24,7 +24,7 @@ from d2llm.models.probabilities import (
     write_calibration,
 )
 from d2llm.ops.calibration import expected_calibration_error, reliability_bins
-from d2llm.training.fit_probabilities import MIN_QUERIES, NUM_HARD, NUM_RANDOM, score_drawn
+from d2llm.training.fit_probabilities import MIN_QUERIES, NUM_HARD, NUM_RANDOM, fit_probabilities, score_drawn
 from fake_models import FakeEncoded
 from tiny_models import tiny_student_config, write_tiny_model
 

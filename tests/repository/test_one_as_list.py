@@ -25,27 +25,40 @@ from pydantic import BaseModel, ValidationError
 import d2llm
 import d2llm.integrations
 from d2llm import (
-    Assignment,
-    Contenders,
     Dataset,
     EvaluationSettings,
-    Expansion,
-    Fit,
     FitSettings,
     Index,
-    ListwiseReader,
     Passage,
     Run,
     SearchSettings,
     Student,
-    TeacherConfig,
+    Teacher,
+    distill,
 )
 from d2llm.core.errors import D2LLMError, InputError
 from d2llm.core.settings import Settings
+from d2llm.data.beir import read_beir
+from d2llm.data.label_sets import merge_labels
+from d2llm.data.pairs import read_pairs
+from d2llm.data.plan import TrainingPlan
+from d2llm.data.training import TrainingSource
 from d2llm.data.trec import TrecRun
+from d2llm.evaluation.contenders import Contenders
+from d2llm.evaluation.loading import load_contenders
+from d2llm.fitting.fit import Fit
 from d2llm.models.backbone import Backbone
-from d2llm.models.writers.writer import WrittenQueries
-from d2llm.recipe import BackboneConfig
+from d2llm.models.listwise_reader import ListwiseReader
+from d2llm.models.static_model import distill_static
+from d2llm.models.writers.writer import Assignment, WrittenQueries
+from d2llm.recipe import BackboneConfig, TeacherConfig
+from d2llm.retrieval.expansion import Expansion
+from d2llm.training.fit_evidence import fit_evidence
+from d2llm.training.fit_probabilities import fit_probabilities
+from d2llm.training.fit_scores import fit_scores
+from d2llm.training.fit_tokens import fit_tokens
+from d2llm.training.tune_reader import tune_reader
+from d2llm.training.tune_writer import tune_writer
 from e2e.command_line import write_data
 from fake_models import FakeStudent, FakeTeacher
 from tiny_data import everyday
@@ -76,6 +89,43 @@ OTHERS = {
 }
 
 
+ELSEWHERE = {
+    "d2llm.data.beir": ("read_beir",),
+    "d2llm.data.label_sets": ("count_labels", "export_labels", "merge_labels"),
+    "d2llm.data.pairs": ("PairDataset", "read_pairs"),
+    "d2llm.evaluation.contenders": ("Contenders",),
+    "d2llm.evaluation.loading": ("load_contenders",),
+    "d2llm.fitting.fit": ("Fit",),
+    "d2llm.models.backbone": ("Backbone",),
+    "d2llm.models.listwise_reader": ("ListwiseReader",),
+    "d2llm.models.static_model": ("distill_static",),
+    "d2llm.models.teachers.judge": ("load_judge",),
+    "d2llm.models.writers.writer": ("Assignment", "load_writer"),
+    "d2llm.ops.gating": ("never_worse",),
+    "d2llm.recipe": ("ReaderTuningConfig", "TeacherConfig", "WriterConfig", "WriterTuningConfig"),
+    "d2llm.retrieval.cascade": ("Cascade", "ListwiseReading", "TeacherReading"),
+    "d2llm.retrieval.chunking": ("Chunker",),
+    "d2llm.retrieval.expansion": ("Expansion",),
+    "d2llm.retrieval.shard": ("shard",),
+    "d2llm.sizing.plan": ("SizePlan",),
+    "d2llm.sizing.size": ("size",),
+    "d2llm.store.side_files": ("Chunking",),
+    "d2llm.training.check_data": ("check_data",),
+    "d2llm.training.fit_evidence": ("fit_evidence",),
+    "d2llm.training.fit_probabilities": ("fit_probabilities",),
+    "d2llm.training.fit_scores": ("fit_scores",),
+    "d2llm.training.fit_tokens": ("fit_tokens",),
+    "d2llm.training.gate": ("read_gate",),
+    "d2llm.training.starting_recipe": ("starting_recipe",),
+    "d2llm.training.tune_reader": ("tune_reader",),
+    "d2llm.training.tune_writer": ("tune_writer",),
+}
+"""What users call in submodules, besides the names of ``d2llm`` itself."""
+PUBLIC: dict[str, Any] = {name: getattr(d2llm, name) for name in d2llm.__all__} | {
+    name: getattr(importlib.import_module(module), name) for module, names in ELSEWHERE.items() for name in names
+}
+
+
 def parameters(function: Any, name: str) -> Iterator[str]:
     try:
         signature = inspect.signature(function)
@@ -93,7 +143,7 @@ def own_methods(cls: type) -> dict[str, Any]:
 
 
 def walk() -> set[str]:
-    objects: dict[str, Any] = {name: getattr(d2llm, name) for name in d2llm.__all__}
+    objects = dict(PUBLIC)
     for module in pkgutil.iter_modules(d2llm.integrations.__path__):
         loaded = importlib.import_module(f"d2llm.integrations.{module.name}")
         if module.name in {"texts", "filters", "mteb_tasks"}:  # what the adapters share
@@ -153,12 +203,16 @@ class World:
         return Student.load(self.student_folder, device="cpu", dtype="float32")
 
     @cached_property
+    def teacher(self) -> Teacher:
+        return Teacher.load(f"cosine:{self.student_folder}", device="cpu")
+
+    @cached_property
     def data(self) -> Path:
         return write_data(self.root / "data")
 
     @cached_property
     def dataset(self) -> Dataset:
-        return d2llm.read_beir(self.data)
+        return read_beir(self.data)
 
     @cached_property
     def reader(self) -> ListwiseReader:
@@ -228,6 +282,14 @@ def mteb_search(world: World, queries: Any, **options: Any) -> Any:
     model = mteb_model(world)
     model.index([{"id": "12", "text": "a text"}, {"id": "1", "text": "another"}], **mteb_place())
     return model.search(queries, top_k=2, **mteb_place(), **options)
+
+
+def distilled(world: World, sources: Any, closed_gates: Any = ()) -> Any:
+    recipe = d2llm.Recipe(teacher=TeacherConfig(model="gone"))
+    labels = world.root / "labels"
+    return distill(
+        sources, world.new(), recipe=recipe, labels=labels, teacher=recipe.teacher, closed_gates=closed_gates
+    )
 
 
 def deleted(world: World, method: str, ids: Any) -> Any:
@@ -338,9 +400,23 @@ CASES: dict[str, tuple[One, Call]] = {
     "Student.term_factors.queries": (lambda _: "ab", lambda w, v: w.student.term_factors(v)),
     "Student.term_states.queries": (lambda _: "ab", lambda w, v: w.student.term_states(v)),
     "Student.tokenize.texts": (lambda _: "ab", lambda w, v: w.student.tokenize(v, "query").ids),
+    "Teacher.judge.pairs": (
+        lambda _: "ab",
+        lambda w, v: w.teacher.judge(v, "asymmetric").log_odds,
+    ),
+    "Teacher.judge_until_error.pairs": (
+        lambda _: "ab",
+        lambda w, v: w.teacher.judge_until_error(v, "asymmetric"),
+    ),
+    "Teacher.score.pairs": (lambda _: "ab", lambda w, v: w.teacher.score(v)),
+    "distill.closed_gates": (lambda _: "data", lambda w, v: distilled(w, [], v)),
+    "distill.sources": (
+        lambda w: TrainingSource(w.dataset, TrainingPlan((), {}), "asymmetric"),
+        lambda w, v: distilled(w, v),
+    ),
     "distill_static.passages": (
         lambda _: "ab",
-        lambda w, v: d2llm.distill_static(w.student.backbone, v, w.new(), smoothing=0.001),
+        lambda w, v: distill_static(w.student.backbone, v, w.new(), smoothing=0.001),
     ),
     "encode.corpus": (
         lambda _: Passage("ab", "a text"),
@@ -361,37 +437,37 @@ CASES: dict[str, tuple[One, Call]] = {
     "fit.documents": (lambda w: w.root / "gone", lambda w, v: d2llm.fit(v, w.root / "fit-of-nothing")),
     "fit_evidence.judged": (
         lambda _: (everyday(), "asymmetric"),
-        lambda w, v: d2llm.fit_evidence(w.student, v).model_dump(),
+        lambda w, v: fit_evidence(w.student, v).model_dump(),
     ),
     "fit_evidence.terms": (
         lambda _: "words",
-        lambda w, v: d2llm.fit_evidence(w.student, [(everyday(), "asymmetric")], terms=v).model_dump(),
+        lambda w, v: fit_evidence(w.student, [(everyday(), "asymmetric")], terms=v).model_dump(),
     ),
     "fit_probabilities.judged": (
         lambda _: (everyday(), "asymmetric"),
-        lambda w, v: d2llm.fit_probabilities(w.student, v).model_dump(),
+        lambda w, v: fit_probabilities(w.student, v).model_dump(),
     ),
     "fit_scores.data": (
         lambda _: everyday(),
-        lambda w, v: d2llm.fit_scores(w.student, v, "asymmetric", token_vectors=True),
+        lambda w, v: fit_scores(w.student, v, "asymmetric", token_vectors=True),
     ),
-    "fit_tokens.datasets": (lambda _: everyday(), lambda w, v: d2llm.fit_tokens(w.student, v)),
+    "fit_tokens.datasets": (lambda _: everyday(), lambda w, v: fit_tokens(w.student, v)),
     "fit_tokens.queries": (
         lambda _: "gone",
-        lambda w, v: d2llm.fit_tokens(w.student, [w.dataset], queries={w.dataset.name: v}),
+        lambda w, v: fit_tokens(w.student, [w.dataset], queries={w.dataset.name: v}),
     ),
     "load_contenders.models": (
         lambda _: "no-such-model",
-        lambda w, v: d2llm.load_contenders(w.student_folder, with_teacher=False, models=v, device="cpu"),
+        lambda w, v: load_contenders(w.student_folder, with_teacher=False, models=v, device="cpu"),
     ),
     "load_contenders.runs": (
         lambda w: w.root / "gone.run",
-        lambda w, v: d2llm.load_contenders(w.student_folder, with_teacher=False, runs=v, device="cpu"),
+        lambda w, v: load_contenders(w.student_folder, with_teacher=False, runs=v, device="cpu"),
     ),
-    "merge_labels.folders": (lambda w: w.root / "gone", lambda w, v: d2llm.merge_labels(v, w.new())),
+    "merge_labels.folders": (lambda w: w.root / "gone", lambda w, v: merge_labels(v, w.new())),
     "open_data.splits": (lambda _: "dev", lambda w, v: d2llm.open_data(w.data, splits=v).qrels),
-    "read_beir.splits": (lambda _: "dev", lambda w, v: d2llm.read_beir(w.data, splits=v).qrels),
-    "read_pairs.splits": (lambda _: "gone", lambda w, v: d2llm.read_pairs(pairs(w), splits=v).splits),
+    "read_beir.splits": (lambda _: "dev", lambda w, v: read_beir(w.data, splits=v).qrels),
+    "read_pairs.splits": (lambda _: "gone", lambda w, v: read_pairs(pairs(w), splits=v).splits),
     "sync_documents.exclude": (
         lambda _: "*.md",
         lambda w, v: d2llm.sync_documents(Index.create(w.new(), w.student), [w.texts_folder], exclude=v).num_files,
@@ -400,8 +476,8 @@ CASES: dict[str, tuple[One, Call]] = {
         lambda w: str(w.texts_folder),
         lambda w, v: d2llm.sync_documents(Index.create(w.new(), w.student), v).num_files,
     ),
-    "tune_reader.datasets": (lambda _: everyday(), lambda w, v: d2llm.tune_reader(w.student, v, w.root / "reader-out")),
-    "tune_writer.datasets": (lambda _: everyday(), lambda w, v: d2llm.tune_writer(v, w.root / "writer-out")),
+    "tune_reader.datasets": (lambda _: everyday(), lambda w, v: tune_reader(w.student, v, w.root / "reader-out")),
+    "tune_writer.datasets": (lambda _: everyday(), lambda w, v: tune_writer(v, w.root / "writer-out")),
     "haystack.D2LLMDocumentEmbedder.run.documents": (
         lambda _: document_of_haystack(),
         lambda w, v: [each.embedding for each in haystack("D2LLMDocumentEmbedder", w).run(v)["documents"]],
@@ -500,10 +576,10 @@ def test_what_is_no_list_is_refused_by_name(name: str, world: World):
 @pytest.mark.parametrize(
     ("model", "field"),
     [
-        (getattr(d2llm, name), field)
-        for name in d2llm.__all__
-        if inspect.isclass(getattr(d2llm, name)) and issubclass(getattr(d2llm, name), BaseModel)
-        for field, info in getattr(d2llm, name).model_fields.items()
+        (model, field)
+        for model in PUBLIC.values()
+        if inspect.isclass(model) and issubclass(model, BaseModel)
+        for field, info in model.model_fields.items()
         if LIST.search(str(info.annotation))
     ],
 )

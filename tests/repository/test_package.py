@@ -47,7 +47,7 @@ def test_every_public_name_can_be_imported(name: str):
 
 PATHS = [
     (name, parameter.name, str(parameter.annotation))
-    for name in [*FUNCTIONS, "Fit", "Index", "Index.open", "Run", "Student.load", "Student.save"]
+    for name in [*FUNCTIONS, "Index", "Index.open", "Run", "Student.load", "Student.save"]
     for parameter in inspect.signature(attrgetter(name)(d2llm)).parameters.values()
     if "Path" in str(parameter.annotation)
 ]

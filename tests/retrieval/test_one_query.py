@@ -11,9 +11,10 @@ import pandas
 import polars
 import pytest
 
-from d2llm import Expansion, Index, Passage, Query, Ranking
+from d2llm import Index, Passage, Query, Ranking
 from d2llm.core.types import QueryExpansion
 from d2llm.models.writers.writer import WrittenQueries
+from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.search import Searcher, search
 from fake_models import FakeStudent
 

@@ -12,8 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from d2llm import Index, Passage, Query, Student, encode, read_beir, read_pairs
+from d2llm import Index, Passage, Query, Student, encode
 from d2llm.core.errors import D2LLMError, IndexMismatchError, InputError
+from d2llm.data.beir import read_beir
+from d2llm.data.pairs import read_pairs
 from e2e.command_line import write_data
 from fake_models import FakeStudent
 from tiny_models import tiny_student_config, write_tiny_model, write_trained_student
@@ -123,7 +125,7 @@ def test_an_index_of_another_student_is_not_opened(tmp_path: Path):
 def test_objects_say_what_they_are(folder: Path, tmp_path: Path):
     index = Index.create(tmp_path / "i", FakeStudent())
     index.upsert([Passage("a", "a cat")])
-    assert repr(index) == f"Index({tmp_path / 'i'}, 1 passage, student fake-student, task asymmetric)"
+    assert repr(index) == f"Index({tmp_path / 'i'}, 1 passage, student fake-student)"
     sharded = Index.create(tmp_path / "s", FakeStudent(), num_shards=3)
     assert "0 passages, 3 shards" in repr(sharded)
     student = load(folder)

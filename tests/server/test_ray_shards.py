@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from d2llm import Index, Passage, Student, shard
+from d2llm import Index, Passage, Student
 from d2llm.core.errors import MismatchError
+from d2llm.retrieval.shard import shard
 from d2llm.runners.ray_cluster import own_versions
 from d2llm.server.ray_shards import (
     RemoteStore,

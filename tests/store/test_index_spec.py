@@ -11,7 +11,8 @@ FIELD = """    note_length: int = setting(7, "For a new index: how long a note m
 CODE = """
 import sys
 from pathlib import Path
-from d2llm import D2LLMError, Index, IndexSpec, shard
+from d2llm import D2LLMError, Index, IndexSpec
+from d2llm.retrieval.shard import shard
 from d2llm.cli.main import app
 from d2llm.core.types import Passage
 from fake_models import FakeStudent

@@ -31,7 +31,16 @@ from typing import Any
 
 
 class D2LLMError(Exception):
-    """Base of every error that d2llm raises on purpose."""
+    """Base of every error that d2llm raises on purpose.
+
+    Example:
+        >>> from d2llm import D2LLMError, Index
+        >>> try:
+        ...     Index.open("nowhere.index")
+        ... except D2LLMError as error:
+        ...     print(type(error).__name__)
+        DataFormatError
+    """
 
 
 class InputError(D2LLMError):

@@ -45,6 +45,11 @@ def showing_progress(show: bool | None) -> Generator[None]:
     Args:
         show: True: bars, even without a terminal. False: neither bars nor log lines. None: as outside the block, where
             a terminal shows bars by default, and the log has lines otherwise.
+
+    Example:
+        >>> from d2llm import Index, showing_progress
+        >>> with showing_progress(False), Index.create("tea.index", "d2llm-minilm") as index:
+        ...     report = index.upsert([{"id": "tea", "text": "Green tea needs water of 80 °C."}])
     """
     token = _setting.set(_setting.get() if show is None else show)
     try:

@@ -110,7 +110,13 @@ def is_text(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A text to search with; its id is unique in a data set."""
+    """A text to search with; its id is unique in a data set.
+
+    Example:
+        >>> from d2llm import Query
+        >>> Query("q1", "how hot should the water be?")
+        Query(id='q1', text='how hot should the water be?')
+    """
 
     id: str
     text: str
@@ -130,6 +136,11 @@ class Passage:
 
     ``document_id`` is the document that it belongs to, and ``position`` its position there; ``metadata`` holds the
     fields that filters use.
+
+    Example:
+        >>> from d2llm import Passage
+        >>> Passage("tea", "Green tea needs water of 80 °C.", title="Tea", metadata={"year": 2021})
+        Passage(id='tea', text='Green tea needs water of 80 °C.', title='Tea', metadata={'year': 2021})
     """
 
     id: str
@@ -418,6 +429,18 @@ class Ranking:
     language model added to the query. ``missing_shards``: shards of a sharded index that gave no answer; their passages
     are not in the ranking, and its certificate says nothing about them. ``num_shards``: of how many; None if the index
     is not sharded. ``sources``: the sources of the candidates; none in an exact search, which considers every passage.
+
+    Example:
+        >>> from d2llm import Ranking, Student
+        >>> ranking = Student.load("d2llm-minilm").rank("what do bees make?", ["Tea is hot.", "Bees make honey."])
+        >>> isinstance(ranking, Ranking)
+        True
+        >>> for result in ranking:
+        ...     print(result.rank, result.passage.text)
+        1 Bees make honey.
+        2 Tea is hot.
+        >>> ranking.query.text, len(ranking)
+        ('what do bees make?', 2)
     """
 
     query: Query

@@ -44,6 +44,14 @@ class Dataset:
     ``passages`` and ``queries`` keep the order of their files; ``qrels`` maps split -> query_id -> passage_id -> grade,
     as in the files. The passages of a large corpus are kept in a temporary file (``PassageStore``). ``issues`` lists
     irregularities that are not errors, with counts.
+
+    Example:
+        >>> from d2llm import Dataset, open_data
+        >>> dataset = open_data("DATA")
+        >>> isinstance(dataset, Dataset)  # and not pairs
+        True
+        >>> sorted(dataset.qrels)
+        ['dev', 'test', 'train']
     """
 
     name: str

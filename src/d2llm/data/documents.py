@@ -167,6 +167,11 @@ def find_documents(
 
     Raises:
         InputError: a path does not exist, a pattern is malformed, or nothing below the paths can be read.
+
+    Example:
+        >>> from d2llm import find_documents
+        >>> [file.id for file in find_documents("docs").files]
+        ['bees.md', 'tea.md']
     """
     roots, exclude = paths_of(paths, "paths"), strings_of(exclude, "exclude")
     for root in roots:

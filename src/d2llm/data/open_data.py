@@ -23,6 +23,11 @@ def open_data(path_or_name: str | Path, *, splits: Sequence[str] | str | None = 
         DataFormatError: no such data, or malformed data (the message names file and line).
         DuplicateIdError: an id, or a judged pair, occurs twice.
         MissingExtraError: the `datasets` library is needed and not installed.
+
+    Example:
+        >>> from d2llm import open_data
+        >>> sorted(open_data("DATA", splits="dev").qrels)
+        ['dev']
     """
     return open_source(path_or_name, splits=splits).load()
 

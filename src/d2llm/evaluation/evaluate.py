@@ -65,6 +65,12 @@ def evaluate(
         InputError: the baseline is not among the rows, search settings or indexes are given for a data set of pairs,
             there is no such runner or cluster, or its workers cannot know how to load a model.
         MismatchError: a worker has other versions than this process, or another model at a path.
+
+    Example:
+        >>> from d2llm import EvaluationSettings, evaluate, open_data
+        >>> from d2llm.evaluation.loading import load_contenders
+        >>> contenders = load_contenders("d2llm-minilm", with_teacher=False)
+        >>> report = evaluate(open_data("DATA"), contenders, EvaluationSettings(split="test"))  # doctest: +SKIP
     """
     labels = None if labels is None else Path(labels)
     if labels is not None and not is_finished(labels):

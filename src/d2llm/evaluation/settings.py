@@ -15,7 +15,13 @@ _PYTHON_ONLY = Shown(python_only=True)
 
 
 class EvaluationSettings(Settings):
-    """How to measure."""
+    """How to measure.
+
+    Example:
+        >>> from d2llm import EvaluationSettings
+        >>> EvaluationSettings(split="dev")
+        EvaluationSettings(split='dev')
+    """
 
     noun: ClassVar[str] = "setting of an evaluation"
 

@@ -117,6 +117,10 @@ def fit(
     Raises:
         InputError: there is nothing to read, too little to learn from, or the folder holds something else.
         ModelError: the writer failed for longer than its patience; run the same command again to continue.
+
+    Example:
+        >>> from d2llm import fit
+        >>> fit("docs", "docs.search", hours=0.5)  # doctest: +SKIP
     """
     chosen = replace(settings or FitSettings(), **changes)
     return Fit(

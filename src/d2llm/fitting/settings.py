@@ -41,6 +41,11 @@ class FitSettings:
         exclude: what to leave out of folders of documents, as in a ``.gitignore``.
         chunking: how documents are split; None: as the index does it already, or by default.
         seed: seed of all samples and of training.
+
+    Example:
+        >>> from d2llm import FitSettings
+        >>> FitSettings(hours=0.5).hours
+        0.5
     """
 
     hours: float = DEFAULT_HOURS

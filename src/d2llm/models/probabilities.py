@@ -68,7 +68,7 @@ class ProbabilityCalibration(FittedFile):
         if fitted is None:
             raise InputError(
                 f"this student's scores were not calibrated for {task} search, so it has no probabilities; use its "
-                "scores, or calibrate them on judged dev queries (d2llm.fit_probabilities)"
+                "scores, or calibrate them on judged dev queries (d2llm.training.fit_probabilities.fit_probabilities)"
             )
         log_odds = fitted.slope * np.asarray(scores, np.float64) + fitted.offset
         return np.exp(-np.logaddexp(0.0, -log_odds))  # no overflow, and exact for very negative log-odds

@@ -92,6 +92,14 @@ class Student(VectorScorer):
         quality: how likely a passage is to answer any query (``models.quality``).
 
     Each of the last five is missing or empty if it was not fitted.
+
+    Example:
+        >>> from d2llm import Student
+        >>> student = Student.load("d2llm-minilm", device="cpu")
+        >>> student.encode_query("what do bees make?").shape
+        (384,)
+        >>> student.rank("what do bees make?", ["Tea is hot.", "Bees make honey."])[0].passage.text
+        'Bees make honey.'
     """
 
     def __init__(self, config: StudentConfig, backbone: Backbone, *, seed: int = 0) -> None:

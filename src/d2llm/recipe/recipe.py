@@ -14,7 +14,13 @@ from d2llm.recipe.tuning import TeacherTuningConfig
 
 
 class Recipe(Section):
-    """All settings of one run: data sets, student, teacher, losses, training. ``load_recipe`` reads it from TOML."""
+    """All settings of one run: data sets, student, teacher, losses, training. ``load_recipe`` reads it from TOML.
+
+    Example:
+        >>> from d2llm import Recipe
+        >>> Recipe(name="mine", seed=1)
+        Recipe(name='mine', seed=1)
+    """
 
     name: str = "unnamed"
     seed: int = Field(default=0, ge=0)

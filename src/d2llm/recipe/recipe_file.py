@@ -40,6 +40,11 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
     Raises:
         RecipeError: the file is missing, is not TOML, or has an unknown key (the closest one is suggested) or a bad
             value.
+
+    Example:
+        >>> from d2llm import load_recipe
+        >>> load_recipe("d2llm-small").name
+        'd2llm-small'
     """
     path = _find_recipe(path_or_name)
     return parse_recipe(read_toml(path, RecipeError), where=str(path))

@@ -114,6 +114,12 @@ def encode(
         DataFormatError: the corpus file is missing or malformed (names file and line).
         DuplicateIdError: two passages share an id.
         IndexLockedError: after encoding, another process is writing to the index at ``folder``.
+
+    Example:
+        >>> from d2llm import Index, Student, encode
+        >>> report = encode("DATA", Student.load("d2llm-minilm"), "data.index", vector_format="int8")
+        >>> Index.open("data.index").spec.vector_format
+        'int8'
     """
     folder = Path(folder)
     spec = IndexSpec.of(spec, **changes)

@@ -155,6 +155,18 @@ class Index:
     """A folder of passages that can be searched and changed. Make one with ``create``; open one with ``open``.
 
     All reads see one version of it until ``refresh``; a write through this object refreshes it.
+
+    Example:
+        >>> from d2llm import Index
+        >>> index = Index.create("tea.index", "d2llm-minilm")
+        >>> _ = index.upsert([{"id": "tea", "text": "Green tea is hot."}, {"id": "bees", "text": "Bees make honey."}])
+        >>> index.search("what do bees make?", top_k=1)[0].passage.id
+        'bees'
+        >>> [len(ranking) for ranking in index.search(["bees", "tea"])]
+        [2, 2]
+        >>> index
+        Index(tea.index, 2 passages, student d2llm-minilm)
+        >>> index.close()
     """
 
     def __init__(
@@ -288,9 +300,10 @@ class Index:
             size = f"{len(self):,} passage{'' if len(self) == 1 else 's'}"
         except D2LLMError as error:
             size = f"cannot be read: {error}"
-        student = name_student(manifest["student"], manifest["student_source"])
+        student = name_student(manifest["student"], manifest["student_source"]).partition(" (")[0]
+        task = "" if manifest["task"] == "asymmetric" else f", task {manifest['task']}"
         shards = f", {len(self.storage.records)} shards" if isinstance(self.storage, ShardedStore) else ""
-        return f"Index({self.folder}, {size}{shards}, student {student}, task {manifest['task']})"
+        return f"Index({self.folder}, {size}{shards}, student {student}{task})"
 
     @property
     def storage(self) -> IndexStore | ShardedStore:

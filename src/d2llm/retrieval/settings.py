@@ -24,7 +24,13 @@ _PYTHON_ONLY = Shown(python_only=True)
 
 
 class SearchSettings(Settings):
-    """How to search."""
+    """How to search.
+
+    Example:
+        >>> from d2llm import SearchSettings
+        >>> SearchSettings(top_k=3, filter="year > 2020").replace(top_k=5)
+        SearchSettings(top_k=5, filter='year > 2020')
+    """
 
     noun: ClassVar[str] = "search setting"
 

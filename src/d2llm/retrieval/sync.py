@@ -55,6 +55,14 @@ def sync_documents(
     Raises:
         InputError: a path does not exist, there are no documents, or a document has the id of a passage that came from
             no file.
+
+    Example:
+        >>> from d2llm import Index, sync_documents
+        >>> with Index.create("docs.index", "d2llm-minilm") as index:
+        ...     print(sync_documents(index, "docs").num_files)
+        ...     print(index.search("what do bees make?")[0].passage.id)
+        2
+        bees.md
     """
     documents = find_documents(
         paths,

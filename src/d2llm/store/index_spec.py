@@ -48,7 +48,13 @@ class IndexShape(Settings):
 
 
 class IndexSpec(IndexShape):
-    """What a new index is to be; it cannot be changed later."""
+    """What a new index is to be; it cannot be changed later.
+
+    Example:
+        >>> from d2llm import Index, IndexSpec
+        >>> Index.create("docs.index", "d2llm-minilm", IndexSpec(num_shards=2)).spec.num_shards
+        2
+    """
 
     task: Task | None = setting(
         None,

@@ -12,6 +12,7 @@ from typing import Any
 
 from d2llm.core.errors import InputError, OutOfTimeError
 from d2llm.core.files import check_replaceable
+from d2llm.core.inputs import objects_of, strings_of
 from d2llm.core.progress import showing_progress
 from d2llm.core.time_limit import seconds_left, time_limit
 from d2llm.core.types import TASKS, EvidenceTerm, Task
@@ -83,10 +84,10 @@ class DistillReport:
 
 def distill(
     sources: Sequence[TrainingSource],
-    folder: Path,
+    folder: str | Path,
     *,
     recipe: Recipe,
-    labels: Path,
+    labels: str | Path,
     teacher: TeacherConfig,
     closed_gates: Collection[str] = (),
     device: str | None = None,
@@ -126,7 +127,16 @@ def distill(
         LabelMismatchError: the store has only labels of another teacher or prompt.
         TrainingDivergedError: the loss is not finite; the last good checkpoint is kept.
         OutOfTimeError: the time limit has passed before the student was written; the same call continues.
+
+    Example:
+        ``Run.distill`` calls it with the data, plans and labels of a run.
+
+        >>> from d2llm import Run, distill
+        >>> run = Run("d2llm")  # doctest: +SKIP
+        >>> distill(sources, "student", recipe=run.recipe, labels="labels", teacher=run.teacher)  # doctest: +SKIP
     """
+    folder, labels = Path(folder), Path(labels)
+    sources, closed_gates = objects_of(sources, "sources", TrainingSource), strings_of(closed_gates, "closed_gates")
     if is_finished(folder):
         raise InputError(f"{folder}: already holds a finished student; give another folder, or delete it to start over")
     check_replaceable(folder, KIND)

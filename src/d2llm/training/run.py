@@ -82,6 +82,13 @@ class Run:
 
     Progress messages go to the logger ``d2llm.remarks``. ``recipe`` has the paths of the data sets on this machine,
     ``parts`` is the layout of the run folder.
+
+    Example:
+        >>> from d2llm import Recipe, Run
+        >>> run = Run(Recipe(name="mine", data=[{"path": "DATA"}]), "runs/mine")
+        >>> run
+        Run(runs/mine, recipe mine, 1 data set)
+        >>> run.finish()  # takes minutes to hours  # doctest: +SKIP
     """
 
     def __init__(

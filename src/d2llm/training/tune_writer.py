@@ -365,7 +365,8 @@ def _card(model: LocalWriter, content: dict[str, Any], examples: Sequence[Writer
         f"- Reads at most {model.config.max_passage_tokens} tokens of a passage; longer ones are cut, and counted\n"
         f"- Trained on {report['num_examples']:,} queries of {', '.join(content['data'])}, in {report['steps']:,} "
         f"steps\n\n{counts.to_markdown()}\n\n{held_out} The licences of these data sets apply to its use.\n\n"
-        "```python\nfrom d2llm import Assignment, WriterConfig, load_writer\n\n"
+        "```python\nfrom d2llm.models.writers.writer import Assignment, load_writer\n"
+        "from d2llm.recipe import WriterConfig\n\n"
         'writer = load_writer(WriterConfig(model="..."))  # this folder\n'
         'print(writer.write([Assignment("Cows drink water.", "question", num_queries=3)])[0].queries)\n```\n'
     )

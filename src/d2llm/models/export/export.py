@@ -64,6 +64,12 @@ def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool
             sentence-transformers has no modules for it.
         ModelError: the backbone cannot be written as a graph.
         MissingExtraError: a package that writes the format is not installed.
+
+    Example:
+        >>> from d2llm import Student, export
+        >>> student = Student.load("d2llm-minilm", device="cpu", dtype="float32")
+        >>> export(student, "head", "numpy").files
+        ('head.npz', 'numpy_head.py', 'probabilities.json')
     """
     if int8 and to in ("numpy", *_FOLDERS_OF_STUDENTS):
         raise InputError(f"the {to} {'head' if to == 'numpy' else 'folder'} is in float32; leave int8 out")

@@ -34,6 +34,13 @@ class Teacher(LastingJudge):
         config: what was loaded.
         ranks_lists: whether scores compare only passages of one query that were scored in one call.
         gives_grades: whether its scores are made of grades.
+
+    Example:
+        >>> from d2llm import Teacher
+        >>> teacher = Teacher.load("cosine:d2llm-minilm", device="cpu")
+        >>> scores = teacher.score([("what do bees make?", "Bees make honey."), ("what do bees make?", "Tea is hot.")])
+        >>> bool(scores[0] > scores[1])
+        True
     """
 
     def __init__(self, judge: Judge, config: TeacherConfig) -> None:
@@ -75,7 +82,7 @@ class Teacher(LastingJudge):
             teacher = Teacher.load("smollm2")
             teacher.score([("what do bees make?", "Bees make honey."), ("what do bees make?", "Tea is hot.")])
         """
-        return self.judge(pairs_of(pairs, "pairs"), task).log_odds
+        return self.judge(pairs, task).log_odds
 
     @property
     def fingerprint(self) -> str:
@@ -95,7 +102,9 @@ class Teacher(LastingJudge):
         advance: Callable[[int], None] | None = None,
     ) -> PartlyJudged:
         """Scores with all that is known about them (``LastingJudge``)."""
-        return judge_until_error(self._judge, pairs, task, with_features=with_features, advance=advance)
+        return judge_until_error(
+            self._judge, pairs_of(pairs, "pairs"), task, with_features=with_features, advance=advance
+        )
 
     def close(self) -> None:
         """Let go of the model, or of its connections. A ``with`` block does this at its end."""
