@@ -83,7 +83,7 @@ class TestBadInput:
     def test_no_queries_left_when_all_splits_share_passages(self, mine, data):
         write_qrels(data, "dev", [(f"q{n}", f"s{n - 12}") for n in range(12, 16)])
         write_qrels(data, "train", [(f"q{n}", f"s{n}") for n in range(4)])
-        fail(*mine, containing=["no query to mine for in split 'train'", "exclude_shared_passages = false"])
+        fail(*mine, containing=["split 'train' has no query to mine for", "exclude_shared_passages = false"])
         recipe = mine[1]
         recipe.write_text(recipe.read_text().replace("[mining]", "exclude_shared_passages = false\n[mining]"))
         succeed(*mine)

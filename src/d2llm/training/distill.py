@@ -243,13 +243,13 @@ def _check_asked(recipe: Recipe, teacher: TeacherConfig) -> None:
     if ranks_lists(teacher):
         raise InputError(
             f"{asks} one of kind listwise only orders those that it sees together, so its labels cannot be compared "
-            "with those of the plan: use a teacher of another kind, such as graded, or delete the setting"
+            "with those of the training set: use a teacher of another kind, such as graded, or delete the setting"
         )
     if judges_only_recorded(teacher):
         raise InputError(
-            f"{asks} the grades of '{teacher.model}' were recorded, and a pair that was not would count as log-odds 0, "
-            "which is more than most passages of a list get: set teacher.recorded.unlisted (such as 0), the grade of "
-            "passages that a list does not have, and label again, or delete the setting"
+            f"{asks} the grades of '{teacher.model}' were recorded, and other pairs would count as log-odds 0, more "
+            "than most passages get: set teacher.recorded.unlisted, the grade of a passage that is in no list (such "
+            "as 0), and label again; or delete the setting"
         )
 
 

@@ -211,10 +211,10 @@ def _eligible(
             tally.queries["shared_positive" if positives else "without_positives"].append(query_id)
     if not eligible:
         raise InputError(
-            f"{dataset.path}: there is no query to mine for in split '{split}': {len(dataset.qrels[split])} in qrels, "
-            f"{len(tally.queries['without_positives'])} without a positive in the corpus, "
-            f"{len(tally.queries['shared_positive'])} sharing a positive with {' or '.join(others) or 'none'} "
-            "(allow that with exclude_passages_of=(), in a recipe with exclude_shared_passages = false)"
+            f"{dataset.path}: split '{split}' has no query to mine for. Of {len(dataset.qrels[split])} in its qrels, "
+            f"{len(tally.queries['without_positives'])} have no relevant passage in the corpus, and "
+            f"{len(tally.queries['shared_positive'])} share one with {' or '.join(others) or 'no other split'}; "
+            "to keep these, set exclude_shared_passages = false in the recipe (in Python, exclude_passages_of=())"
         )
     return eligible
 
