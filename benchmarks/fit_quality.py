@@ -33,7 +33,7 @@ from d2llm.fitting.fit import BASE_NAME, Fit
 from d2llm.fitting.settings import FitSettings
 from d2llm.fitting.training_data import DataReport
 from d2llm.models.student import Student
-from d2llm.recipe import WriterConfig, WriterEndpointConfig, untuned_config
+from d2llm.recipe import RemoteWriterConfig, WriterConfig, WriterEndpointConfig, untuned_config
 from d2llm.training.run import Run
 
 RESULTS = Path(__file__).parent / "results" / "fit"
@@ -62,7 +62,7 @@ def measure(data: Path, work: Path, *, hours: float, writer: str, start: str, wi
     with ExitStack() as stack:
         if writer == RECORDED_NAME:
             remote = WriterEndpointConfig(url=stack.enter_context(recorded_writer(data)))
-            config = WriterConfig(kind="remote", model=RECORDED_NAME, remote=remote)
+            config = RemoteWriterConfig(model=RECORDED_NAME, remote=remote)
             num_recorded = sum(len(queries) for queries in read_recorded(data.name).values())
             settings = FitSettings(
                 hours=hours, student=start, writer=config, max_queries=round(_RECORDED_SHARE * num_recorded)

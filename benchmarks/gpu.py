@@ -35,12 +35,12 @@ from d2llm.models.writers.local import LocalWriter
 from d2llm.models.writers.writer import Assignment
 from d2llm.recipe import (
     BackboneConfig,
+    CausalTeacherConfig,
+    LocalWriterConfig,
     LoraConfig,
     Quantization,
     StudentConfig,
-    TeacherConfig,
     TrainingConfig,
-    WriterConfig,
 )
 from d2llm.training.checkpoints import trainable
 from d2llm.training.gradient_cache import backpropagate, graph_room
@@ -182,7 +182,7 @@ class Bench:
 
     def teacher(self, shape: str, quantization: Quantization = "none") -> CausalTeacher:
         """A teacher of the shape."""
-        config = TeacherConfig(model=str(self.model(shape)), prompt="short", quantization=quantization)
+        config = CausalTeacherConfig(model=str(self.model(shape)), prompt="short", quantization=quantization)
         return CausalTeacher.load(config, device=self.device)
 
     def agree(self, shape: str) -> None:
@@ -301,7 +301,7 @@ class Bench:
 
     def write(self, shape: str, passages: int) -> None:
         """Queries of a writer."""
-        writer = LocalWriter.load(WriterConfig(model=str(self.model(shape))), device=self.device)
+        writer = LocalWriter.load(LocalWriterConfig(model=str(self.model(shape))), device=self.device)
         assignments = [Assignment(passage, "question") for passage in self.passages[:passages]]
         tokens = sum(one.num_written_tokens for one in writer.write(assignments))
         self.add(f"{shape}: write", lambda: writer.write(assignments), count=tokens, unit="tokens", operations=0)

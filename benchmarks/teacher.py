@@ -24,7 +24,7 @@ import torch
 from d2llm.data.beir import read_beir
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.judge import TextPair
-from d2llm.recipe import TeacherConfig
+from d2llm.recipe import CausalTeacherConfig
 from d2llm.store.bm25 import WordIndex, rank_passages
 
 PLAIN_TOKENS, PLAIN_PAIRS = 250, 8
@@ -80,7 +80,7 @@ def plain(teacher: CausalTeacher, pairs: list[TextPair]) -> np.ndarray:
 
 def measure(prompt: str, dtype: str, pairs: list[TextPair], num_plain: int) -> dict[str, float]:
     """Pairs per second of both procedures, and the largest difference between their log-odds."""
-    teacher = CausalTeacher.load(TeacherConfig(prompt=prompt), device="cpu", dtype=dtype)
+    teacher = CausalTeacher.load(CausalTeacherConfig(prompt=prompt), device="cpu", dtype=dtype)
     plain_log_odds: list[np.ndarray] = []
     teacher.judge(pairs[:PLAIN_PAIRS], TASK)  # warm-up: tests the cache, loads the weights
     plain_seconds = seconds(lambda: plain_log_odds.append(plain(teacher, pairs[:num_plain])))

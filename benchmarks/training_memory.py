@@ -28,7 +28,7 @@ from d2llm.data.training import TrainingPair
 from d2llm.evaluation.systems import peak_memory
 from d2llm.models.student import Student
 from d2llm.models.teachers.causal import CausalTeacher
-from d2llm.recipe import LoraConfig, Recipe, TeacherConfig, TrainingConfig
+from d2llm.recipe import CausalTeacherConfig, LoraConfig, Recipe, TrainingConfig
 from d2llm.training import gradient_cache, tune_teacher
 
 RESULT = Path(__file__).parent / "results" / "training-memory.json"
@@ -99,7 +99,9 @@ def measure_teacher(part_tokens: int) -> dict[str, float]:
     passage = " ".join(rng.choices(["the", "of", "and", "river", "house", "music", "study", "virus"], k=400))
     pairs = [TrainingPair(f"what is it {n}", passage, "asymmetric", float(n == 0)) for n in range(8)]
     with peak_memory() as peak:
-        teacher = CausalTeacher.load(TeacherConfig(model="smollm2", prompt="short"), device="cpu", dtype="float32")
+        teacher = CausalTeacher.load(
+            CausalTeacherConfig(model="smollm2", prompt="short"), device="cpu", dtype="float32"
+        )
         teacher.prepare_training(LoraConfig(rank=16, alpha=32))
         teacher.train()
         inputs, _ = teacher.tokenize([(pair.query, pair.passage) for pair in pairs], "asymmetric")

@@ -273,6 +273,7 @@ class TestSeparateSteps:
             place,
             tmp_path / "tiny.toml",
             (f'model = "{place / "decoder"}"', f'model = "{place / "encoder"}"\nkind = "classifier"\nnew_head = true'),
+            ('prompt = "short"\n', ""),
             ("[teacher_tuning]\nlora = { rank = 2, alpha = 2, dropout = 0 }", '[teacher_tuning]\ntuning = "full"'),
         )
         arguments = (recipe, "--out", tmp_path / "run", "--dtype", "float32")

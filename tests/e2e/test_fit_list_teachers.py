@@ -138,7 +138,7 @@ def test_a_teacher_that_cannot_be_used_is_an_error_before_anything_is_written(tm
         lists = tmp_path / "lists.jsonl"
         write_lines(lists, [{"query_id": "q", "passages": ["p"], "grades": [1]}])
         fail(*command, "--recorded", lists, containing=["lists.jsonl", "--data"])
-        fail(*command, "--recorded", lists, "--teacher", "listwise:large", containing=["graded"])
+        fail(*command, "--recorded", lists, "--teacher", "cosine:large", containing=["graded"])
         fail(*command, "--data", tmp_path, containing=["--recorded"])
         write_lines(lists, [{"query": "q", "passages": ["p"], "grades": [101]}])
         fail(*command, "--recorded", lists, containing=["lists.jsonl:1", "0 to 100"])

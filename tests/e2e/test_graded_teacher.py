@@ -152,4 +152,4 @@ def test_a_recipe_says_what_does_not_go_with_it() -> None:
     with pytest.raises(RecipeError, match=r"max_cost needs prices"):
         parse_recipe({"teacher": teacher, "losses": losses, "labelling": {"max_cost": 1}})
     with pytest.raises(InputError, match="has no address"):
-        load_judge(TeacherConfig(kind="listwise", model="grader"))
+        load_judge(TeacherConfig(kind="graded", model="grader"))

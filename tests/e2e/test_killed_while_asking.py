@@ -138,7 +138,8 @@ def command(place: Path, tmp_path: Path) -> Callable[..., Command]:
         teacher = f'kind = "{kind}"\nmodel = "counts-words"\n'
         teacher += 'prompt = "short"\nmax_tokens = 350\n' if kind == "remote" else ""
         teacher += f'[teacher.remote]\nurl = "{url}"\nconcurrency = {CONCURRENCY}\n'
-        teacher += "" if kind == "remote" else "[teacher.lists]\norders = 2\nsize = 2\nstep = 1"
+        teacher += "" if kind == "remote" else "[teacher.lists]\norders = 2\nsize = 2"
+        teacher += "\nstep = 1" if kind == "listwise" else ""
         recipe = recipe_with_teacher(place / "tiny.toml", teacher)
         (tmp_path / "recipe.toml").write_text(recipe.replace("[mining]", f"[mining]\n{settings}"))
         return verb, str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run"), "--dtype", "float32"
@@ -225,7 +226,8 @@ def of_verb(tmp_path: Path) -> Iterator[tuple[LocalEndpoint, Callable[[str], Com
     """An endpoint, and the arguments of a verb with a teacher there that is asked often."""
 
     def arguments(verb: str) -> Command:
-        file, settings = tmp_path / f"{verb}.toml", "orders = 2\nsize = 2\nstep = 1"
+        file, settings = tmp_path / f"{verb}.toml", "orders = 2\nsize = 2"
+        settings += "\nstep = 1" if verb == "search" else ""
         file.write_text(
             f'kind = "{"listwise" if verb == "search" else "graded"}"\nmodel = "counts-words"\n[remote]\n'
             f'url = "{endpoint.url}"\nconcurrency = {CONCURRENCY}\npatience_minutes = 0\n[lists]\n{settings}\n'

@@ -12,7 +12,6 @@ from d2llm.recipe import (
     Recipe,
     TeacherConfig,
     TeacherTuningConfig,
-    VllmConfig,
 )
 from d2llm.recipe.losses import Objective
 from d2llm.recipe.recipe_file import (
@@ -239,20 +238,41 @@ def test_errors_of_a_file_name_the_file(tmp_path: Path):
     ],
 )
 def test_a_teacher_name_may_have_a_kind_prefix(text: str, kind: str, model: str):
-    base = TeacherConfig(model="before", kind="remote", prompt="short", max_tokens=64)
-    assert base.named(text) == TeacherConfig.model_validate(
-        {"model": model, "kind": kind, "prompt": "short", "max_tokens": 64}
-    )
+    remote = {"url": "http://127.0.0.1:1/v1", "top_logprobs": 5}
+    base = TeacherConfig(model="before", kind="remote", prompt="short", max_tokens=64, remote=remote)
+    named = base.named(text)
+    kept = {} if kind == "cosine" else {"prompt": "short", "max_tokens": 64}
+    assert named == TeacherConfig.model_validate({"model": model, "kind": kind, **kept})
+    assert named.model_fields_set == {"model", *kept}
+    graded = base.named("graded:x")
+    assert graded == TeacherConfig(kind="graded", model="x", remote={"url": remote["url"]})  # its own prompt
+    assert base.named("remote:x") == base.model_copy(update={"model": "x"})
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('[teacher]\nkind = "remote"\nquantization = "4bit"', "teacher: .* quantization of a teacher of kind remote"),
-        ('[teacher]\nkind = "cosine"\ndevice_map = "auto"', "device_map of a teacher of kind cosine cannot be set"),
-        ('[teacher]\nkind = "stack"\ndtype = "float32"', "dtype of a teacher of kind stack cannot be set"),
-        ('[teacher]\nkind = "vllm"\nquantization = "8bit"', "set vllm.tensor_parallel_size and vllm.quantization"),
-        ('[teacher]\nkind = "causal"\n[teacher.vllm]', 'the section vllm needs kind = "vllm", not "causal"'),
+        (
+            '[teacher]\nkind = "remote"\nquantization = "4bit"',
+            "'teacher.quantization' of kind remote; .* kind auto, causal, seq2seq",
+        ),
+        (
+            '[teacher]\nkind = "cosine"\ndevice_map = "auto"',
+            "'teacher.device_map' of kind cosine; .* kind auto, causal, seq2seq",
+        ),
+        (
+            '[teacher]\nkind = "stack"\ndtype = "float32"',
+            "'teacher.dtype' of kind stack; it is a setting of kind",
+        ),
+        ('[teacher]\nkind = "vllm"\ndevice_map = "auto"', "unknown key 'teacher.device_map' of kind vllm"),
+        ('[teacher]\nkind = "causal"\nenforce_eager = true', "'teacher.enforce_eager' of kind causal; .* kind vllm"),
+        (
+            '[teacher]\npositive_label = "yes"',
+            "'teacher.positive_label' of kind auto; .* kind classifier",
+        ),
+        ('[teacher]\nkind = "causl"', "teacher: no kind of teacher 'causl'; did you mean 'causal'"),
+        ('[teacher]\nkind = "causal"\nmax_token = 5', "unknown key 'teacher.max_token'; did you mean 'max_tokens'"),
+        ('[teacher]\nkind = "remote"', "teacher.remote is missing; set it"),
         (
             '[teacher]\nquantization = "4bit"\n[teacher_tuning]\ntuning = "full"',
             "teacher.quantization is 4bit, and quantised weights cannot be trained",
@@ -368,7 +388,7 @@ def test_quantised_weights_are_tuned_by_adapters_only_if_the_recipe_says_so(tmp_
 def test_settings_of_a_tuning_leave_out_how_the_teacher_judges():
     tuning = TeacherTuningConfig()
     plain = tuning_settings(Recipe(teacher_tuning=tuning))
-    judged = TeacherConfig(kind="vllm", dtype="bfloat16", vllm=VllmConfig(tensor_parallel_size=2))
+    judged = TeacherConfig(kind="vllm", dtype="bfloat16", tensor_parallel_size=2)
     checkpointed = tuning.model_copy(update={"gradient_checkpointing": True})
     assert tuning_settings(Recipe(teacher=judged, teacher_tuning=checkpointed)) == plain
     in_bits = tuning_settings(Recipe(teacher=TeacherConfig(quantization="4bit"), teacher_tuning=tuning))

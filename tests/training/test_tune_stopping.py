@@ -174,10 +174,10 @@ def test_a_classifier_learns(tmp_path: Path, tuning: str) -> None:
     assert np.abs(tuned.judge(PAIRS, "asymmetric").log_odds - before).max() > 0.05
 
 
-def test_a_teacher_without_local_weights_is_rejected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(verb, "load_judge", lambda *_, **__: Parrot({}))
-    with pytest.raises(InputError, match="has no local weights to tune; skip tune-teacher"):
-        tune(TeacherConfig(model="far-away"), tmp_path / "tuned")
+def test_a_teacher_without_local_weights_is_rejected(tmp_path: Path) -> None:
+    for kind in ("graded", "cosine"):
+        with pytest.raises(InputError, match="'far-away' has no local weights to tune; skip tune-teacher"):
+            tune(TeacherConfig(model="far-away", kind=kind), tmp_path / "tuned")
 
 
 def test_frozen_layers_run_without_dropout(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_adapters_are_tuned_on_quantised_weights(tmp_path: Path, llama: Path, nu
 
 
 def test_a_teacher_that_vllm_runs_is_tuned_without_it(tmp_path: Path, llama: Path) -> None:
-    report = tune(tiny_teacher_config(llama, kind="vllm", vllm={}), tmp_path / "vllm")
+    report = tune(tiny_teacher_config(llama, kind="vllm"), tmp_path / "vllm")
     expected = tune(tiny_teacher_config(llama), tmp_path / "causal")
     assert report.fingerprint == expected.fingerprint
     judged_by_vllm = TeacherConfig(model=str(tmp_path / "vllm"), kind="vllm")

@@ -57,10 +57,9 @@ def known_teacher(name: str | None) -> str | None:
 
 def teacher_config(model: str, prompt: str | None) -> TeacherConfig:
     """The teacher that two options name; ``model`` may be ``KIND:MODEL``, or a TOML file."""
-    from d2llm.recipe import TeacherConfig
     from d2llm.recipe.recipe_file import named_teacher
 
-    return named_teacher(model, None if prompt is None else TeacherConfig(prompt=prompt))
+    return named_teacher(model, prompt=prompt)
 
 
 def recorded_teacher_config(

@@ -21,7 +21,6 @@ from d2llm.core.types import Task
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.models.remote.kept_answers import KeptAnswers
 from d2llm.models.remote.limits import Limits
-from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import (
     Judge,
     Judgements,
@@ -33,7 +32,7 @@ from d2llm.models.teachers.judge import (
     judge_until_error,
     ranks_lists,
 )
-from d2llm.recipe import LabellingConfig, TeacherConfig
+from d2llm.recipe import LabellingConfig, TeacherConfig, TeacherIdentity
 from d2llm.runners.placement import HERE, Placement
 from d2llm.runners.runner import Runner, Workers
 

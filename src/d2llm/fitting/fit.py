@@ -49,7 +49,7 @@ from d2llm.fitting.time_plan import TimePlan, plan_time, searches_compared
 from d2llm.fitting.training_data import DataReport, part_of, read_judged, write_users_data, write_written_data
 from d2llm.fitting.write_queries import WritingBudget, WritingReport, write_queries
 from d2llm.ops.gating import GateTest, better
-from d2llm.recipe import DataConfig, Recipe, TeacherConfig, untuned_config
+from d2llm.recipe import DataConfig, GradedTeacherConfig, Recipe, TeacherConfig, untuned_config
 from d2llm.recipe.recipe_file import parse_recipe
 from d2llm.retrieval.protocols import expansion_fingerprint, task_for
 from d2llm.retrieval.text_workers import create_student, encoder_loads, load_student
@@ -398,7 +398,7 @@ class Fit:
         """How long a teacher takes to judge one pair here, measured on a few."""
         from d2llm.models.teachers.judge import load_judge
 
-        if teacher.recorded is not None:
+        if isinstance(teacher, GradedTeacherConfig) and teacher.recorded is not None:
             return _SECONDS_TO_LOOK_UP
         judge = load_judge(teacher, device=self.device, dtype=self.dtype)
         texts = [passage.full_text for passage in self.passages[:_TIMED_JUDGEMENTS]]

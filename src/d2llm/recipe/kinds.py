@@ -192,7 +192,8 @@ def _describe_other_kind(problem: Any, path: str, cls: type[SectionOfKind]) -> s
     others = [kind for kind in cls.kinds.kinds if problem["loc"][0] in _fields_of(cls, kind)]
     if not others:
         return None
-    return f"unknown key '{path}' of kind {cls.kind}; it is a setting of kind {' or '.join(others)}"
+    listed = " or ".join(filter(None, (", ".join(others[:-1]), others[-1])))
+    return f"unknown key '{path}' of kind {cls.kind}; it is a setting of kind {listed}"
 
 
 def _fields_of(cls: type[SectionOfKind], kind: str) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from d2llm.recipe.data import DataConfig, LabellingConfig, MiningConfig
 from d2llm.recipe.losses import Objective
 from d2llm.recipe.sections import Section
 from d2llm.recipe.student import StudentConfig
-from d2llm.recipe.teacher import LIST_KINDS, TeacherConfig
+from d2llm.recipe.teacher import AutoTeacherConfig, TeacherConfig
 from d2llm.recipe.training import EvidenceConfig, GateConfig, TrainingConfig
 from d2llm.recipe.tuning import TeacherTuningConfig
 
@@ -25,7 +25,7 @@ class Recipe(Section):
     name: str = "unnamed"
     seed: int = Field(default=0, ge=0)
     student: StudentConfig = StudentConfig()
-    teacher: TeacherConfig = TeacherConfig()
+    teacher: TeacherConfig = AutoTeacherConfig()
     teacher_tuning: TeacherTuningConfig = TeacherTuningConfig()
     data: tuple[DataConfig, ...] = ()
     mining: MiningConfig = MiningConfig()
@@ -38,27 +38,17 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_tuning(self) -> Recipe:
         tuning = self.teacher_tuning
-        if tuning.epochs and tuning.tuning == "full" and tuning.base_quantization(self.teacher) != "none":
+        quantization = tuning.base_quantization(self.teacher)
+        if tuning.epochs and tuning.tuning == "full" and quantization != "none":
             raise ValueError(
-                f"teacher.quantization is {self.teacher.quantization}, and quantised weights cannot be trained: set "
+                f"teacher.quantization is {quantization}, and quantised weights cannot be trained: set "
                 'teacher_tuning.tuning = "lora" or teacher_tuning.quantization = "none"'
             )
         return self
 
     @model_validator(mode="after")
-    def _check_lists(self) -> Recipe:
-        imitated = [kind for kind, loss in self.losses.active.items() if "features" in loss.needs]
-        if self.teacher.kind in LIST_KINDS and imitated and self.student.interaction.head != "cosine":
-            raise ValueError(
-                f"losses.{imitated[0]} imitates a teacher's features, and one of kind {self.teacher.kind} answers in "
-                f"words alone: set {' and '.join(f'losses.{name} = 0' for name in imitated)}"
-            )
-        remote = self.teacher.remote
-        if self.labelling.max_cost is not None and (remote is None or remote.cost(0, 0) is None):
-            raise ValueError(
-                "labelling.max_cost needs prices: set teacher.remote.price_per_million_prompt_tokens and "
-                "price_per_million_written_tokens, or give the limit as max_tokens"
-            )
+    def _check_teacher(self) -> Recipe:
+        self.teacher.check(self)
         return self
 
     @model_validator(mode="after")

@@ -15,16 +15,16 @@ from d2llm.core.toml import parse_toml, read_toml
 from d2llm.recipe import (
     Recipe,
     TeacherConfig,
+    VllmTeacherConfig,
     WriterConfig,
     shaping_student_settings,
 )
-from d2llm.recipe.kinds import describe_kind
-from d2llm.recipe.sections import Section
+from d2llm.recipe.kinds import SectionOfKind, describe_kind
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-_Kind = TypeVar("_Kind", bound=Section)
+_Kind = TypeVar("_Kind", bound=SectionOfKind)
 _NOT_SET = "not set"
 _NOT_SHAPING = {
     *("trackers", "checkpoint_every", "checkpoint_minutes", "max_minutes", "gradient_caching", "graph_gib"),
@@ -59,17 +59,24 @@ def load_recipe_text(text: str, *, where: str) -> Recipe:
     return parse_recipe(parse_toml(text, where=where, error=RecipeError), where=where)
 
 
-def named_teacher(text: str, like: TeacherConfig | None = None) -> TeacherConfig:
+def named_teacher(text: str, like: TeacherConfig | None = None, *, prompt: str | None = None) -> TeacherConfig:
     """The teacher that a text names: ``MODEL``, ``KIND:MODEL``, or a TOML file with the settings of [teacher].
 
     Args:
         text: what the user gave.
         like: the settings of a teacher that is named without a file.
+        prompt: its prompt, in place of that of ``like`` or the file.
 
     Raises:
-        RecipeError: the file is missing, is not TOML, or has an unknown key or a bad value.
+        RecipeError: the file is missing, is not TOML, or has an unknown key or a bad value, or such a teacher has no
+            prompt.
     """
-    return _named(text, "teacher", TeacherConfig, (like or TeacherConfig()).named)
+    teacher = _named(text, "teacher", TeacherConfig, (like or TeacherConfig()).named)
+    if prompt is None:
+        return teacher
+    if "prompt" not in type(teacher).model_fields:
+        raise RecipeError(f"the teacher '{text}' is of kind {teacher.kind}, which has no prompt; leave it out")
+    return teacher.model_copy(update={"prompt": prompt})
 
 
 def named_writer(text: str) -> WriterConfig:
@@ -150,8 +157,8 @@ def tuning_settings(recipe: Recipe) -> dict[str, Any]:
     """
     teacher, tuning = recipe.teacher, recipe.teacher_tuning
     # A teacher that vLLM runs is tuned as any other.
-    tuned = teacher.model_copy(update={"kind": "auto"}) if teacher.kind == "vllm" else teacher
-    judging = {"stack_with_cosine", "remote", "lists", "recorded", "vllm", "dtype", "device_map", "quantization"}
+    tuned = teacher.as_kind("auto") if isinstance(teacher, VllmTeacherConfig) else teacher
+    judging = {"stack_with_cosine", "remote", "lists", "recorded", "dtype", "device_map", "quantization"}
     values = tuning.model_dump(
         mode="json", exclude={"checkpoint_minutes", "graph_gib", "gradient_checkpointing", "quantization"}
     )

@@ -1,35 +1,319 @@
-"""The section ``[teacher]``."""
+"""The section ``[teacher]``: each kind of teacher has settings of its own and loads what it names.
+
+A package adds its own kind by an entry point in the group ``d2llm.judges``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, cast, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
+from pydantic.fields import FieldInfo
 
-from d2llm.core.types import NumberFormat
+from d2llm.core.registry import Registry
+from d2llm.core.types import TASKS, NumberFormat, Task
+from d2llm.recipe.kinds import SectionOfKind
 from d2llm.recipe.sections import CompletionConfig, Quantization, Section
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-class RemoteConfig(CompletionConfig):
-    """The endpoint of a remote teacher (docs/remote-teacher.md).
+    from d2llm.models.teachers.judge import Judge
+    from d2llm.recipe.recipe import Recipe
 
-    For the kinds ``graded`` and ``listwise``, ``api`` is ``chat`` and ``timeout_seconds`` 300 by default.
+
+@dataclass(frozen=True, slots=True)
+class TeacherIdentity:
+    """Fingerprints of a teacher's weights and of its question for each task."""
+
+    fingerprint: str
+    prompts: Mapping[Task, str]
+
+
+class TeacherConfig(SectionOfKind):
+    """The teacher: a model that reads query and passage together and scores the pair.
+
+    Example::
+
+        class Overlap(TeacherConfig, kind="overlap"):
+            \"\"\"Words that query and passage share.\"\"\"
+
+            stem: bool = True
+
+            def load(self, *, device=None, dtype=None):
+                return OverlapJudge(stem=self.stem)  # a models.teachers.judge.Judge
+
+        load_judge(TeacherConfig(kind="overlap", stem=False))
     """
 
-    top_logprobs: int = Field(default=20, ge=2)
-    """Kind ``remote``: how many tokens' log-probabilities to request."""
+    kinds = Registry["TeacherConfig"](
+        "kind of teacher",
+        dict.fromkeys(
+            (
+                *("auto", "causal", "seq2seq", "classifier", "vllm"),
+                *("remote", "graded", "listwise", "cosine", "stack"),
+            ),
+            "d2llm.recipe.teacher",
+        ),
+        "d2llm.judges",
+    )
+    default_kind = "auto"
+
+    asks_endpoint: ClassVar[bool] = False
+    """Whether an endpoint sets the pace, wherever it is asked."""
+    ranks_lists: ClassVar[bool] = False
+    """Whether log-odds compare only the passages of one query that were judged in one call."""
+
+    model: str = "smollm2"
+    """Local folder (also of a tuned teacher), Hub name, GGUF file, or ``smollm2``; for a remote teacher, the model's
+    name at the endpoint."""
+    stack_with_cosine: bool = False
+    """Learn from a stack of this teacher and the run's tuned cosine, calibrated on dev."""
+
+    def load(self, *, device: str | None = None, dtype: str | None = None) -> Judge:
+        """Load the teacher (``load_judge``); a kind defines it."""
+        raise NotImplementedError
+
+    def identify(self) -> TeacherIdentity:
+        """The identity of ``load()``. A kind that can tell it without loading the model defines it anew."""
+        judge = self.load()
+        return TeacherIdentity(judge.fingerprint, {task: judge.prompt_fingerprint(task) for task in TASKS})
+
+    def check(self, recipe: Recipe) -> None:
+        """Check that the rest of the recipe fits; raises a ``ValueError`` that says what to change."""
+        if recipe.labelling.max_cost is not None and (self.endpoint is None or self.endpoint.cost(0, 0) is None):
+            raise ValueError(
+                "labelling.max_cost needs prices: set teacher.remote.price_per_million_prompt_tokens and "
+                "price_per_million_written_tokens, or give the limit as max_tokens"
+            )
+
+    @property
+    def members(self) -> Sequence[TeacherConfig]:
+        """The teachers that judge: itself, or the members of a stack."""
+        return [self]
+
+    @property
+    def num_gpus(self) -> int:
+        """How many GPUs one copy of the teacher needs, where there are any."""
+        return 1
+
+    @property
+    def needs_tuning(self) -> bool:
+        """Whether its judgements mean nothing until it is tuned."""
+        return False
+
+    @property
+    def judges_only_recorded(self) -> bool:
+        """Whether a pair that was not recorded is undecided."""
+        return False
+
+    @property
+    def endpoint(self) -> CompletionConfig | None:
+        """What is asked for money; None if nothing is."""
+        return None
+
+    def named(self, text: str) -> TeacherConfig:
+        """The teacher that ``KIND:MODEL`` or ``MODEL`` names, with the settings of this one that its kind has too."""
+        kind, model = self.split_kind(text)
+        return self.as_kind(kind, model=model)
+
+    def as_kind(self, kind: str, **changes: Any) -> TeacherConfig:
+        """Another kind of teacher, with the settings of this one that it has too (and of the same default)."""
+        cls: type[TeacherConfig] = self.kinds.find(kind)
+        if cls is type(self):
+            return self.model_copy(update=changes)
+        kept: dict[str, Any] = {}
+        for name in self.model_fields_set & cls.model_fields.keys():
+            value, field = getattr(self, name), cls.model_fields[name]
+            if isinstance(value, Section):
+                kept[name] = value.model_dump(exclude_unset=True, include={*_section_of(field).model_fields})
+            elif field.default == type(self).model_fields[name].default:
+                kept[name] = value
+        return cls.model_validate(kept | changes)
+
+    def tuned(self, folder: str) -> Self:
+        """The same teacher after its tuning, whose result is in this folder."""
+        return self.model_copy(update={"model": folder})
+
+
+def _section_of(field: FieldInfo) -> type[Section]:
+    candidates = (field.annotation, *get_args(field.annotation))
+    return next(each for each in candidates if isinstance(each, type) and issubclass(each, Section))
+
+
+class _ShippedTeacher(TeacherConfig):
+    judge_class: ClassVar[str]
+    """Its class in ``models.teachers``: "module:Class"."""
+
+    def load(self, *, device: str | None = None, dtype: str | None = None) -> Judge:
+        return self._judge_class.load(self, device=device, dtype=dtype)
+
+    def identify(self) -> TeacherIdentity:
+        return self._judge_class.identify(self)
+
+    @property
+    def _judge_class(self) -> Any:
+        module, _, name = self.judge_class.partition(":")
+        return getattr(import_module(f"d2llm.models.teachers.{module}"), name)
+
+
+class PromptedTeacherConfig(_ShippedTeacher):
+    """What teachers that answer a question about each pair have in common."""
+
+    prompt: str = "paper"
+    """Name of a prompt set shipped with d2llm, or the path of a TOML file (see ``models.teachers.prompts``)."""
+    max_tokens: int = Field(default=350, ge=32)
+    """Maximum length of the whole input; the end of the passage is cut off to fit."""
+
+
+# Local weights --------------------------------------------------------------------------------------------------------
+
+
+class LocalTeacherConfig(_ShippedTeacher):
+    """What teachers whose weights this process loads have in common."""
+
+    max_tokens: int = Field(default=350, ge=32)
+    """Maximum length of the whole input; the end of the passage is cut off to fit."""
+    dtype: NumberFormat | None = None
+    """Number format of its weights and of its computations, unless ``--dtype`` names another; by default the fastest on
+    the device."""
+    device_map: Literal["auto"] | None = None
+    """``auto``: spread its layers over all GPUs that this process sees. By default it is on one device."""
+    quantization: Quantization = "none"
+    """Store the weights of its linear layers in 8 bits (LLM.int8) or 4 bits (NF4), by bitsandbytes. Its log-odds differ
+    from those of the full weights, so it is another teacher, with labels of its own."""
+
+    def identify(self) -> TeacherIdentity:
+        """Without importing the model's code."""
+        return import_module("d2llm.models.teachers.identity").identify_local_teacher(self)
+
+
+class AutoTeacherConfig(PromptedTeacherConfig, LocalTeacherConfig, kind="auto"):
+    """A teacher whose kind follows from its folder: pretrained weights, a tuned teacher, a student, a stack."""
+
+    def load(self, *, device: str | None = None, dtype: str | None = None) -> Judge:
+        """As the kind that the folder shows."""
+        return self.detected.load(device=device, dtype=dtype)
+
+    def identify(self) -> TeacherIdentity:
+        """As the kind that the folder shows."""
+        return self.detected.identify()
+
+    @property
+    def members(self) -> Sequence[TeacherConfig]:
+        """Those of the kind that the folder shows."""
+        return self.detected.members
+
+    @property
+    def detected(self) -> TeacherConfig:
+        """The same teacher as the kind that its folder shows (``models.teachers.identity.find_kind``)."""
+        return self.as_kind(import_module("d2llm.models.teachers.identity").find_kind(self))
+
+
+class CausalTeacherConfig(PromptedTeacherConfig, LocalTeacherConfig, kind="causal"):
+    """A causal language model, whose answer is read at the last token."""
+
+    judge_class = "causal:CausalTeacher"
+
+
+class Seq2SeqTeacherConfig(PromptedTeacherConfig, LocalTeacherConfig, kind="seq2seq"):
+    """A sequence-to-sequence model, prompted as MonoT5 is."""
+
+    judge_class = "seq2seq:Seq2SeqTeacher"
+
+
+class ClassifierTeacherConfig(LocalTeacherConfig, kind="classifier"):
+    """A cross-encoder with a score of its own."""
+
+    judge_class = "classifier:ClassifierTeacher"
+    positive_label: str | None = None
+    """With several classes: the class that means yes, as named in its config.json (``entailment``)."""
+    new_head: bool = False
+    """Add a head with one output to an encoder that has none. Its scores mean nothing until it is tuned with every
+    weight (``teacher_tuning.tuning = "full"``)."""
+
+    @property
+    def needs_tuning(self) -> bool:
+        """Whether its head is new."""
+        return self.new_head
+
+    def tuned(self, folder: str) -> Self:
+        """With the head that was tuned."""
+        return self.model_copy(update={"model": folder, "new_head": False})
+
+
+class VllmTeacherConfig(PromptedTeacherConfig, kind="vllm"):
+    """A causal language model that vLLM's offline engine runs in this process (docs/how-to/large-teachers.md)."""
+
+    judge_class = "vllm:VllmTeacher"
+    dtype: NumberFormat | None = None
+    """Number format of its weights and of its computations, unless ``--dtype`` names another."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Over how many GPUs of this machine to split each layer."""
+    quantization: str | None = None
+    """A method by which vLLM quantises the weights while it loads them, such as ``fp8`` or ``bitsandbytes``. A model
+    that was stored quantised needs no setting."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of each GPU's memory for weights and cache."""
+    enforce_eager: bool = False
+    """Do not capture CUDA graphs: starts faster, judges a little more slowly."""
+
+    def identify(self) -> TeacherIdentity:
+        """That of the same causal teacher, unless vLLM quantises its weights."""
+        return import_module("d2llm.models.teachers.identity").identify_local_teacher(self)
+
+    @property
+    def num_gpus(self) -> int:
+        """As many as each layer is split over."""
+        return self.tensor_parallel_size
+
+
+# Endpoints ------------------------------------------------------------------------------------------------------------
+
+
+class TeacherEndpointConfig(CompletionConfig):
+    """The endpoint of a teacher (docs/remote-teacher.md)."""
+
     unanswered: Literal["error", "undecided"] = "error"
     """What to do with a pair that the model does not judge, after all attempts: stop, or count it as log-odds 0."""
 
 
+class RemoteConfig(TeacherEndpointConfig):
+    """The endpoint of a teacher of kind ``remote``."""
+
+    top_logprobs: int = Field(default=20, ge=2)
+    """How many tokens' log-probabilities to request."""
+
+
+class ListEndpointConfig(TeacherEndpointConfig):
+    """The endpoint of a teacher of kind ``graded`` or ``listwise``."""
+
+    api: Literal["completions", "chat"] = "chat"
+    timeout_seconds: float = Field(default=300.0, gt=0)
+    """Time limit of one request; a whole answer takes longer than one token."""
+
+
+class RemoteTeacherConfig(PromptedTeacherConfig, kind="remote"):
+    """An OpenAI-compatible endpoint that returns log-probabilities: one question a pair."""
+
+    judge_class = "remote:RemoteTeacher"
+    asks_endpoint = True
+    remote: RemoteConfig
+
+    @property
+    def endpoint(self) -> CompletionConfig:
+        """Its endpoint."""
+        return self.remote
+
+
 class ListsConfig(Section):
-    """How the kinds ``graded`` and ``listwise`` ask about the passages of a query (docs/remote-teacher.md)."""
+    """How several passages of a query are shown at once (docs/remote-teacher.md)."""
 
     size: int = Field(default=20, ge=1, le=100)
     """The most passages in one request. A longer list is graded in parts, and ranked in windows of this size."""
-    step: int = Field(default=10, ge=1)
-    """Kind ``listwise``: how far a window moves towards the top of the list."""
     orders: int = Field(default=1, ge=1)
     """In how many random orders the passages of a query are shown; their grades are averaged, their rankings joined."""
     seed: int = 0
@@ -40,6 +324,37 @@ class ListsConfig(Section):
     """Maximum length of an answer, with what a reasoning model thinks before it."""
     attempts: int = Field(default=3, ge=1)
     """How often passages are shown that an answer left out."""
+
+
+class RankedListsConfig(ListsConfig):
+    """How several passages of a query are shown at once to be ranked."""
+
+    step: int = Field(default=10, ge=1)
+    """How far a window moves towards the top of the list."""
+
+    @model_validator(mode="after")
+    def _check_step(self) -> RankedListsConfig:
+        if self.step >= max(2, self.size):
+            raise ValueError(f"step is {self.step} and size {self.size}: windows must overlap, so set a smaller step")
+        return self
+
+
+class ListTeacherConfig(_ShippedTeacher):
+    """Teachers that read several passages of a query at once and answer in words, without log-probabilities."""
+
+    asks_endpoint = True
+    prompt: str = "standard"
+    """Name of a prompt set shipped with d2llm, or the path of a TOML file."""
+
+    def check(self, recipe: Recipe) -> None:
+        """It has no features to imitate."""
+        imitated = [kind for kind, loss in recipe.losses.active.items() if "features" in loss.needs]
+        if imitated and recipe.student.interaction.head != "cosine":
+            raise ValueError(
+                f"losses.{imitated[0]} imitates a teacher's features, and one of kind {self.kind} answers in "
+                f"words alone: set {' and '.join(f'losses.{name} = 0' for name in imitated)}"
+            )
+        super().check(recipe)
 
 
 class RecordedConfig(Section):
@@ -53,136 +368,60 @@ class RecordedConfig(Section):
     """The grade of a passage that the list of its query does not have. By default, the pair is undecided."""
 
 
-class VllmConfig(Section):
-    """How vLLM's offline engine loads and runs a teacher (docs/how-to/large-teachers.md)."""
+class GradedTeacherConfig(ListTeacherConfig, kind="graded"):
+    """Any OpenAI-compatible endpoint: it grades the passages of a query."""
 
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    """Over how many GPUs of this machine to split each layer."""
-    quantization: str | None = None
-    """A method by which vLLM quantises the weights while it loads them, such as ``fp8`` or ``bitsandbytes``. A model
-    that was stored quantised needs no setting."""
-    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
-    """Share of each GPU's memory for weights and cache."""
-    enforce_eager: bool = False
-    """Do not capture CUDA graphs: starts faster, judges a little more slowly."""
-
-
-_LOCAL_SETTINGS = ("dtype", "device_map", "quantization")
-
-
-LIST_KINDS = frozenset({"graded", "listwise"})
-"""Kinds of teacher that read several passages of a query at once and answer in words, without log-probabilities."""
-
-
-REMOTE_KINDS = LIST_KINDS | {"remote"}
-"""Kinds of teacher behind an endpoint."""
-
-
-class TeacherConfig(Section):
-    """The teacher: a model that reads query and passage together and scores the pair."""
-
-    model: str = "smollm2"
-    """Local folder (also of a tuned teacher), Hub name, GGUF file, or ``smollm2``; for a remote teacher, the model's
-    name at the endpoint."""
-    kind: Literal[
-        "auto", "causal", "seq2seq", "classifier", "vllm", "remote", "graded", "listwise", "cosine", "stack"
-    ] = "auto"
-    """``auto``: detected from the folder. ``seq2seq`` is prompted as MonoT5 is, ``classifier`` is a cross-encoder with
-    its own score, ``vllm`` a causal model that vLLM runs in this process, ``remote`` an OpenAI-compatible endpoint that
-    returns log-probabilities, ``graded`` and ``listwise`` one that need not: it grades, or ranks, the passages of a
-    query. ``cosine`` is a bi-encoder or a student, ``stack`` several of these."""
-    prompt: str = "paper"
-    """Name of a prompt set shipped with d2llm, or the path of a TOML file (see ``models.teachers.prompts``). For the
-    kinds ``graded`` and ``listwise``, ``standard`` by default."""
-    max_tokens: int = Field(default=350, ge=32)
-    """Maximum length of the whole input; the end of the passage is cut off to fit. Not for the kinds ``graded`` and
-    ``listwise``, which have ``lists.max_passage_tokens``."""
-    positive_label: str | None = None
-    """For a classifier with several classes: the class that means yes, as named in its config.json (``entailment``)."""
-    new_head: bool = False
-    """For kind ``classifier``: add a head with one output to an encoder that has none. Its scores mean nothing until it
-    is tuned with every weight (``teacher_tuning.tuning = "full"``)."""
-    stack_with_cosine: bool = False
-    """Learn from a stack of this teacher and the run's tuned cosine, calibrated on dev."""
-    dtype: NumberFormat | None = None
-    """Number format of its weights and of its computations, unless ``--dtype`` names another; by default the fastest on
-    the device."""
-    device_map: Literal["auto"] | None = None
-    """``auto``: spread its layers over all GPUs that this process sees. By default it is on one device."""
-    quantization: Quantization = "none"
-    """Store the weights of its linear layers in 8 bits (LLM.int8) or 4 bits (NF4), by bitsandbytes. Its log-odds differ
-    from those of the full weights, so it is another teacher, with labels of its own."""
-    vllm: VllmConfig | None = None
-    remote: RemoteConfig | None = None
-    lists: ListsConfig | None = None
+    remote: ListEndpointConfig | None = None
+    """Needed unless its grades were recorded."""
+    lists: ListsConfig = ListsConfig()
     recorded: RecordedConfig | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _set_defaults_of_lists(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping) or values.get("kind") not in LIST_KINDS:
-            return cast("Any", values)
-        own: dict[str, Any] = {"prompt": "standard", "lists": {}, **cast("Mapping[str, Any]", values)}
-        remote: Any = own.get("remote")
-        if isinstance(remote, Mapping):
-            own["remote"] = {"api": "chat", "timeout_seconds": 300.0, **cast("Mapping[str, Any]", remote)}
-        return own
-
-    @model_validator(mode="after")
-    def _check_lists(self) -> TeacherConfig:
-        if self.recorded is not None and self.kind != "graded":
-            raise ValueError(f'the section recorded has grades: it needs kind = "graded", not "{self.kind}"')
-        if self.kind not in LIST_KINDS:
-            if self.lists is not None:
-                raise ValueError(
-                    f'the section lists needs kind = "graded" or "listwise", not "{self.kind}"; set the kind or delete '
-                    "the section"
-                )
-            return self
-        if self.max_tokens != type(self).model_fields["max_tokens"].default:
-            raise ValueError(
-                f"max_tokens does not apply to kind {self.kind}, which reads several passages at once; set "
-                "lists.max_passage_tokens"
-            )
-        if self.remote is not None and self.remote.top_logprobs != RemoteConfig.model_fields["top_logprobs"].default:
-            raise ValueError(f"remote.top_logprobs does not apply to kind {self.kind}, which asks for words; delete it")
-        if self.lists is not None and self.kind == "listwise" and self.lists.step >= max(2, self.lists.size):
-            raise ValueError(
-                f"lists.step is {self.lists.step} and lists.size {self.lists.size}: windows must overlap, so set a "
-                "smaller step"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_loading(self) -> TeacherConfig:
-        chosen = [name for name in _LOCAL_SETTINGS if getattr(self, name) != type(self).model_fields[name].default]
-        if chosen and self.kind in {*REMOTE_KINDS, "cosine", "stack"}:
-            raise ValueError(
-                f"{' and '.join(chosen)} of a teacher of kind {self.kind} cannot be set: these are about loading one "
-                "model with local weights (kinds causal, seq2seq and classifier)"
-            )
-        if self.kind == "vllm" and {*chosen} - {"dtype"}:
-            raise ValueError(
-                "device_map and quantization do not apply to kind vllm: set vllm.tensor_parallel_size and "
-                "vllm.quantization (and teacher_tuning.quantization for tuning)"
-            )
-        if self.vllm is not None and self.kind != "vllm":
-            raise ValueError(
-                f'the section vllm needs kind = "vllm", not "{self.kind}"; set the kind or delete the section'
-            )
-        return self
+    @property
+    def judge_class(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Its class in ``models.teachers``: "module:Class"."""
+        return "lists:GradedTeacher" if self.recorded is None else "recorded:RecordedTeacher"
 
     @property
-    def num_gpus(self) -> int:
-        """How many GPUs one copy of the teacher needs, where there are any."""
-        return 1 if self.vllm is None else self.vllm.tensor_parallel_size
+    def endpoint(self) -> CompletionConfig | None:
+        """Its endpoint."""
+        return self.remote
 
-    def named(self, text: str) -> TeacherConfig:
-        """The teacher that ``KIND:MODEL`` or ``MODEL`` names, with the other settings of this one."""
-        kind, colon, model = text.partition(":")
-        if not (colon and model and kind in get_args(TeacherConfig.model_fields["kind"].annotation)):
-            kind, model = "auto", text
-        if (kind in LIST_KINDS) == (self.kind in LIST_KINDS):
-            return self.model_copy(update={"model": model, "kind": kind})
-        remote = None if self.remote is None else self.remote.model_dump(exclude_unset=True, exclude={"top_logprobs"})
-        return TeacherConfig.model_validate({"model": model, "kind": kind, "remote": remote})
+    @property
+    def judges_only_recorded(self) -> bool:
+        """Whether its grades were recorded, and passages that a list does not have get none."""
+        return self.recorded is not None and self.recorded.unlisted is None
+
+
+class ListwiseTeacherConfig(ListTeacherConfig, kind="listwise"):
+    """Any OpenAI-compatible endpoint: it ranks the passages of a query."""
+
+    judge_class = "lists:ListwiseTeacher"
+    ranks_lists = True
+    remote: ListEndpointConfig
+    lists: RankedListsConfig = RankedListsConfig()
+
+    @property
+    def endpoint(self) -> CompletionConfig:
+        """Its endpoint."""
+        return self.remote
+
+
+# Vectors, and several teachers ----------------------------------------------------------------------------------------
+
+
+class CosineTeacherConfig(_ShippedTeacher, kind="cosine"):
+    """A student, or a bi-encoder: the score of two vectors."""
+
+    judge_class = "cosine:CosineTeacher"
+
+
+class StackTeacherConfig(_ShippedTeacher, kind="stack"):
+    """Several teachers, calibrated as one (``d2llm stack``)."""
+
+    judge_class = "stacked:StackedTeacher"
+
+    @property
+    def members(self) -> Sequence[TeacherConfig]:
+        """The teachers of the stack in the folder ``model``, and of stacks among them."""
+        stacked: Sequence[TeacherConfig] = import_module("d2llm.models.teachers.stacked").stacked_members(self)
+        return [each for member in stacked for each in member.members]

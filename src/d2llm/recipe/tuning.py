@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from d2llm.recipe.sections import LoraConfig, Quantization, Section
-from d2llm.recipe.teacher import TeacherConfig
+from d2llm.recipe.teacher import LocalTeacherConfig, TeacherConfig
 
 
 class TeacherTuningConfig(Section):
@@ -73,7 +73,9 @@ class TeacherTuningConfig(Section):
 
     def base_quantization(self, teacher: TeacherConfig) -> Quantization:
         """How the weights are stored that adapters of ``teacher`` are tuned on."""
-        return teacher.quantization if self.quantization is None else self.quantization
+        if self.quantization is not None:
+            return self.quantization
+        return teacher.quantization if isinstance(teacher, LocalTeacherConfig) else "none"
 
 
 class WriterTuningConfig(Section):

@@ -20,7 +20,6 @@ from d2llm.models.hub import find_student
 from d2llm.models.student import Student
 from d2llm.models.student_files import read_student_manifest
 from d2llm.models.teachers.judge import Judge, load_judge
-from d2llm.recipe import TeacherConfig
 from d2llm.recipe.recipe_file import named_teacher
 from d2llm.retrieval.index import find_source
 from d2llm.retrieval.protocols import SearchView, task_for
@@ -223,8 +222,8 @@ def load_models(
 def _load_judge(settings: ServeSettings) -> Judge | None:
     if settings.teacher is None:
         return None
-    like = None if settings.prompt is None else TeacherConfig(prompt=settings.prompt)
-    return load_judge(named_teacher(settings.teacher, like), device=settings.device, dtype=settings.dtype)
+    config = named_teacher(settings.teacher, prompt=settings.prompt)
+    return load_judge(config, device=settings.device, dtype=settings.dtype)
 
 
 def _watch(serving: Serving, telemetry: Telemetry) -> None:

@@ -94,7 +94,7 @@ def alternate(
             _warn_of_changes(parts.student, changed_student(parts.student, own))
         else:
             remarks.info("alternate: round %d, the student learns from %s", number, parts.teacher)
-            tuned = own.teacher.model_copy(update={"model": str(parts.teacher), "new_head": False})
+            tuned = own.teacher.tuned(str(parts.teacher))
             label(sources, parts.labels, teacher=tuned, **computing)
             distill(sources, parts.student, recipe=own, labels=parts.labels, teacher=tuned, **computing)
         results.append(Round(number, str(parts.student), manifest_of(parts.student)["dev"]))

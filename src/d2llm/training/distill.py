@@ -24,13 +24,13 @@ from d2llm.evaluation.judging import Budget, JudgingCounts, label_pool
 from d2llm.models.evidence import NO_EVIDENCE, Evidence, TaskEvidence, read_evidence, write_evidence
 from d2llm.models.student import Student
 from d2llm.models.student_files import KIND
-from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judge, identify_judge, judges_only_recorded, load_judge, ranks_lists
 from d2llm.models.token_vectors import TokenProjection, read_token_projection
 from d2llm.recipe import (
     LabellingConfig,
     Recipe,
     TeacherConfig,
+    TeacherIdentity,
     shaping_student_settings,
 )
 from d2llm.recipe.recipe_file import changed_settings

@@ -34,7 +34,7 @@ from d2llm.data.run_folder import (
     working_folder,
 )
 from d2llm.models.teachers.identity import find_kind, find_tuned_teacher
-from d2llm.recipe import Recipe, TeacherConfig, untuned_config
+from d2llm.recipe import CosineTeacherConfig, GradedTeacherConfig, Recipe, TeacherConfig, untuned_config
 from d2llm.recipe.recipe_file import load_recipe
 from d2llm.recipe.variants import find_variant
 
@@ -220,7 +220,7 @@ class Run:
         recipe, folder = self.recipe, self.parts.teacher
         if recipe.teacher_tuning.epochs == 0:
             return self.skip("first-look: the teacher is not tuned, so the gate tests it as it is")
-        if recipe.teacher.new_head and find_tuned_teacher(recipe.teacher.model) is None:
+        if recipe.teacher.needs_tuning and find_tuned_teacher(recipe.teacher.model) is None:
             return self.skip("first-look: the teacher has a new head, which must be tuned before it can be tested")
         if not again and (is_finished(folder) or working_folder(folder).exists()):
             return self.skip("first-look: the teacher's tuning has begun or is finished; the gate tests its result")
@@ -292,7 +292,7 @@ class Run:
                 f"stack: {self.parts.stack} is finished; --again stack fits a new one and moves this one aside"
             )
         self.distill(variant="cosine", again=cosine_again, for_stack=True)
-        cosine = TeacherConfig(model=str(self.parts.cosine_of_stack(self.recipe)), kind="cosine")
+        cosine = CosineTeacherConfig(model=str(self.parts.cosine_of_stack(self.recipe)))
         return self.stack([self.teacher, cosine], runner=runner)
 
     @_shows_progress
@@ -575,11 +575,11 @@ class Run:
         """The teacher to use: the stack if there is one, else the run's tuned teacher, else the recipe's teacher."""
         named = self.recipe.teacher
         if named.stack_with_cosine and is_finished(self.parts.stack):
-            return named.model_copy(update={"model": str(self.parts.stack), "kind": "stack", "new_head": False})
+            return named.as_kind("stack", model=str(self.parts.stack))
         if find_tuned_teacher(named.model) is not None and find_kind(named) == "stack":
             return named
         if is_finished(self.parts.teacher):
-            return named.model_copy(update={"model": str(self.parts.teacher), "new_head": False})
+            return named.tuned(str(self.parts.teacher))
         return named
 
     def untuned_cosine(self) -> Student:
@@ -727,7 +727,7 @@ def with_recorded(recipe: Recipe, lists: str | Path | None) -> Recipe:
     from d2llm.models.teachers.judge import recorded_teacher
 
     teacher = recipe.teacher if lists is None else recorded_teacher(recipe.teacher, Path(lists))
-    if teacher.recorded is None:
+    if not isinstance(teacher, GradedTeacherConfig) or teacher.recorded is None:
         return recipe
     data = teacher.recorded.data or tuple(item.path for item in recipe.data)
     recorded = teacher.recorded.model_copy(update={"data": data})

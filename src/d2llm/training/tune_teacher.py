@@ -26,12 +26,11 @@ from d2llm.data.training import TrainingPair, TrainingSource, labelled_pairs
 from d2llm.models.device import choose_dtype, size_of_states, tokens_to_train
 from d2llm.models.interaction import TASKS
 from d2llm.models.student import Student
-from d2llm.models.teachers.classifier import ClassifierTeacher
 from d2llm.models.teachers.identity import TEACHER_KIND
-from d2llm.models.teachers.judge import Judge, load_judge
+from d2llm.models.teachers.judge import Judge
 from d2llm.models.teachers.local import LocalTeacher
 from d2llm.ops.batching import token_budget_batches
-from d2llm.recipe import Recipe, TeacherConfig, TeacherTuningConfig
+from d2llm.recipe import LocalTeacherConfig, Recipe, TeacherConfig, TeacherTuningConfig, VllmTeacherConfig
 from d2llm.recipe.recipe_file import tuning_settings
 from d2llm.training.checkpoints import BestState, trainable
 from d2llm.training.gradient_cache import backpropagate_parts, graph_room
@@ -306,18 +305,16 @@ def _load(
     teacher: TeacherConfig, tuning: TeacherTuningConfig, *, device: str | None, dtype: str | None
 ) -> LocalTeacher:
     """Load the teacher to tune; if all weights are tuned they are float32, whatever it computes in."""
-    changes: dict[str, Any] = {"quantization": tuning.base_quantization(teacher)}
-    if teacher.kind == "vllm":  # which only judges
-        changes |= {"kind": "auto", "vllm": None}
-    teacher = teacher.model_copy(update=changes)
+    quantization = tuning.base_quantization(teacher)
+    if isinstance(teacher, VllmTeacherConfig):  # which only judges
+        teacher = teacher.as_kind("auto")
     chosen = "float32" if tuning.tuning == "full" else dtype
-    if teacher.new_head and tuning.tuning != "full":
+    if teacher.needs_tuning and tuning.tuning != "full":
         raise InputError("a new head can only be tuned with all weights; set teacher_tuning.tuning = 'full'")
-    if teacher.new_head:
-        model: Judge = ClassifierTeacher.load(teacher, device=device, dtype=chosen)
-    else:
-        model = load_judge(teacher, device=device, dtype=chosen)
-    if not isinstance(model, LocalTeacher):
+    model: Judge | None = None
+    if isinstance(teacher, LocalTeacherConfig):
+        model = teacher.model_copy(update={"quantization": quantization}).load(device=device, dtype=chosen)
+    if not isinstance(teacher, LocalTeacherConfig) or not isinstance(model, LocalTeacher):
         raise InputError(
             f"teacher '{teacher.model}' has no local weights to tune; skip tune-teacher, or name a local model"
         )

@@ -315,7 +315,8 @@ def test_settings_of_the_tuning_override_with_a_warning(tmp_path, llama, caplog)
     with caplog.at_level(logging.WARNING):
         loaded = CausalTeacher.load(TeacherConfig(model=str(tmp_path), prompt="paper"), device="cpu", dtype="float32")
     assert loaded.config.prompt == "short"
-    assert "tuned with prompt 'short' and max_tokens 100, which are used instead of 'paper' and 350" in caplog.text
+    assert "tuned with prompt short, not paper, which is ignored" in caplog.text
+    assert "max_tokens" not in caplog.text  # nobody asked for another limit
 
 
 def test_other_base_weights_are_refused(tmp_path):

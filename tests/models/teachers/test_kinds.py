@@ -175,7 +175,7 @@ def test_classifiers_match_transformers(tmp_path: Path, architecture: str, label
         else {"id2label": {0: "entailment", 1: "other", 2: "third"} if labels == 3 else {0: "no", 1: "Entailment"}}
     )
     folder = write_classifier(tmp_path, architecture, num_labels=labels, **names)
-    teacher = load(folder, positive_label=None if labels == 1 else "entailment")
+    teacher = load(folder, kind="classifier", positive_label=None if labels == 1 else "entailment")
     assert isinstance(teacher, ClassifierTeacher)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     expected = []
@@ -251,14 +251,14 @@ def test_kinds_are_found_and_identified(tmp_path: Path, t5: Path, qwen3: Path) -
     cases = [
         (config(t5, prompt="monot5"), "seq2seq"),
         (config(qwen3, prompt="qwen3-reranker"), "causal"),
-        (config(bert, positive_label="entailment"), "classifier"),
+        (config(bert, kind="classifier", positive_label="entailment"), "classifier"),
     ]
     for teacher_config, kind in cases:
         assert find_kind(teacher_config) == kind
         identity, teacher = identify_judge(teacher_config), load_judge(teacher_config, device="cpu", dtype="float32")
         assert identity.fingerprint == teacher.fingerprint
         assert all(identity.prompts[task] == teacher.prompt_fingerprint(task) for task in identity.prompts)
-    other = identify_judge(config(bert, positive_label="contradiction"))
+    other = identify_judge(config(bert, kind="classifier", positive_label="contradiction"))
     assert other.fingerprint == identify_judge(cases[2][0]).fingerprint
     assert other.prompts != identify_judge(cases[2][0]).prompts
 
@@ -268,9 +268,9 @@ def test_unusable_teachers_are_rejected(tmp_path: Path, t5: Path) -> None:
     with pytest.raises(ModelError, match=r"classes entailment, neutral, contradiction; set .*positive_label .*None"):
         load(bert)
     with pytest.raises(ModelError, match="'yes'"):
-        load(bert, positive_label="yes")
+        load(bert, kind="classifier", positive_label="yes")
     with pytest.raises(ModelError, match="has one output and no classes"):
-        load(write_classifier(tmp_path / "one", "bert"), positive_label="yes")
+        load(write_classifier(tmp_path / "one", "bert"), kind="classifier", positive_label="yes")
     path = tmp_path / "own.toml"
     for yes, problem in (
         ("absolutely", "is not one token"),

@@ -325,9 +325,11 @@ def test_the_defaults_of_lists_and_settings_that_do_not_apply():
     assert TeacherConfig.model_validate(json.loads(made.model_dump_json(exclude_unset=True))) == made
     remote = {"url": "http://one/v1"}
     for wrong, message in [
-        ({"kind": "graded", "max_tokens": 500, "remote": remote}, "lists.max_passage_tokens"),
-        ({"kind": "graded", "remote": remote | {"top_logprobs": 5}}, "top_logprobs does not apply"),
-        ({"kind": "remote", "lists": {"size": 5}, "remote": remote}, "needs kind"),
+        ({"kind": "graded", "max_tokens": 500, "remote": remote}, "max_tokens' of kind graded; it is a setting of"),
+        ({"kind": "graded", "remote": remote | {"top_logprobs": 5}}, "remote.top_logprobs"),
+        ({"kind": "remote", "lists": {"size": 5}, "remote": remote}, "kind remote; .* of kind graded or listwise"),
+        ({"kind": "graded", "lists": {"step": 5}, "remote": remote}, "lists.step"),
+        ({"kind": "listwise"}, "remote is missing"),
         ({"kind": "listwise", "lists": {"size": 5, "step": 5}, "remote": remote}, "windows must overlap"),
         ({"kind": "graded", "quantization": "4bit", "remote": remote}, "quantization"),
     ]:

@@ -15,12 +15,13 @@ from d2llm.core.errors import (
     AnswerTokenError,
     InputError,
     MissingExtraError,
+    RecipeError,
 )
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.judge import Judge
 from d2llm.models.teachers.prompts import Prompt, load_prompt
 from d2llm.models.teachers.remote import RemoteTeacher, read_log_odds
-from d2llm.recipe import TeacherConfig
+from d2llm.recipe.recipe_file import named_teacher
 from local_endpoint import (
     PAIRS,
     PLAIN,
@@ -173,8 +174,8 @@ def test_an_immediate_end_of_text_is_an_error():
 
 
 def test_unusable_configurations_are_rejected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    with pytest.raises(InputError, match=r"add \[teacher.remote\] with url"):
-        RemoteTeacher(TeacherConfig(kind="remote", model="served"))
+    with pytest.raises(RecipeError, match=r"the teacher 'remote:served': teacher.remote is missing; set it"):
+        named_teacher("remote:served")
     section = '\ntemplate = "{query} {passage}?"\nyes = " ok"\nno = " ok"\n'
     (tmp_path / "same.toml").write_text(f"[symmetric]{section}[asymmetric]{section}", encoding="utf-8")
     with pytest.raises(AnswerTokenError, match="both ' ok'"):

@@ -133,7 +133,7 @@ def test_labels_are_those_of_the_same_causal_teacher(tmp_path: Path, llama: Path
 
 def test_weights_that_vllm_quantises_are_another_teacher(llama: Path) -> None:
     plain = identify_judge(config(llama))
-    quantised = identify_judge(config(llama, vllm={"quantization": "fp8"}))
+    quantised = identify_judge(config(llama, quantization="fp8"))
     assert plain == identify_judge(tiny_teacher_config(llama))
     assert quantised.fingerprint != plain.fingerprint
     assert quantised.prompts == plain.prompts
@@ -141,7 +141,7 @@ def test_weights_that_vllm_quantises_are_another_teacher(llama: Path) -> None:
 
 def test_settings_reach_the_engine(llama: Path, engine: type[fake_vllm.LLM]) -> None:
     settings = {"gpu_memory_utilization": 0.5, "enforce_eager": True, "quantization": "fp8"}
-    load_judge(config(llama, dtype="float16", vllm=settings))
+    load_judge(config(llama, dtype="float16", **settings))
     load_judge(config(llama, dtype="float16"), dtype="bfloat16")
     first, second = engine.engines
     assert {name: getattr(first, name) for name in settings} == settings
@@ -207,7 +207,7 @@ def test_an_old_version_is_named(llama: Path, engine: type[fake_vllm.LLM], monke
 
 def test_an_engine_that_cannot_start_is_named(llama: Path, engine: type[fake_vllm.LLM]) -> None:
     with pytest.raises(ModelError, match=r"vLLM cannot load .*: Engine core initialization failed"):
-        load_judge(config(llama, vllm={"tensor_parallel_size": 2}))
+        load_judge(config(llama, tensor_parallel_size=2))
     with pytest.raises(ModelError, match=r"vLLM cannot load .*: User-specified max_model_len \(1001\)"):
         load_judge(config(llama, max_tokens=1000))
 

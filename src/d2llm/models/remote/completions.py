@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from d2llm.core.errors import InputError
 from d2llm.models.length_limit import TextLengths
 from d2llm.models.remote.endpoint import Answers, Endpoint
 from d2llm.recipe import CompletionConfig
 
 _Answer = TypeVar("_Answer")
-_Config = TypeVar("_Config", bound=CompletionConfig)
 _CONTENT_POLICY = re.compile(r"content.?(filter|policy|management)|moderation|safety (system|polic)", re.I)
 _FAULTS_OF_THE_REQUEST = (400, 403, 422)  # statuses with which endpoints refuse a text that their policy forbids
 _THOUGHTS = re.compile(r"^.*?</think(?:ing)?>", re.S | re.I)
@@ -77,13 +75,6 @@ def without_thoughts(text: str) -> str | None:
 
 def _count(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def require_address(remote: _Config | None, model: str, section: str, *, otherwise: str = "") -> _Config:
-    """The section ``remote`` of ``section``; an ``InputError`` if it is missing (``otherwise``: what else to do)."""
-    if remote is None:
-        raise InputError(f"the {model} has no address; add [{section}.remote] with url = ...{otherwise}")
-    return remote
 
 
 class Completions(Endpoint[_Answer]):

@@ -23,7 +23,7 @@ from d2llm.models.teachers.local import Answers, LocalTeacher
 from d2llm.models.teachers.questions import Question, Questions
 from d2llm.models.teachers.shared_prefix import SharedPrefixes, why_not_shared
 from d2llm.ops.pooling import last_positions, to_right_padding
-from d2llm.recipe import TeacherConfig
+from d2llm.recipe import LocalTeacherConfig, PromptedTeacherConfig
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class CausalTeacher(LocalTeacher):
     kind = "causal"
     _auto_class = "AutoModelForCausalLM"
 
-    def __init__(self, config: TeacherConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
+    def __init__(self, config: LocalTeacherConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
         """Load the LLM; see ``LocalTeacher``.
 
         Raises:
@@ -47,7 +47,7 @@ class CausalTeacher(LocalTeacher):
         """
         super().__init__(config, device=device, compute_dtype=compute_dtype)
         self._head = AnswerHead(self._whole[0])
-        self._questions = Questions(self.config, self.tokenizer)
+        self._questions = Questions(cast(PromptedTeacherConfig, self.config), self.tokenizer)
         self._answer_ids = self._questions.answer_ids
         self._require_causal()
         self._no_sharing: str | None = None

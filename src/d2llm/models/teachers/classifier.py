@@ -18,7 +18,7 @@ from d2llm.core.types import Task
 from d2llm.models.device import inference
 from d2llm.models.teachers.judge import TextPair
 from d2llm.models.teachers.local import LocalTeacher, fit_pairs
-from d2llm.recipe import TeacherConfig
+from d2llm.recipe import ClassifierTeacherConfig, LocalTeacherConfig
 
 _TokenAndType = tuple[int, int]
 _HEADS = ("classifier", "head", "score", "bert.pooler", "pooler")  # names of the layers on top of the encoder
@@ -30,7 +30,7 @@ class ClassifierTeacher(LocalTeacher):
     kind = "classifier"
     _auto_class = "AutoModelForSequenceClassification"
 
-    def __init__(self, config: TeacherConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
+    def __init__(self, config: LocalTeacherConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
         """Load the model; see ``LocalTeacher``.
 
         Raises:
@@ -95,13 +95,13 @@ class ClassifierTeacher(LocalTeacher):
         return logits[:, self._positive] - others.logsumexp(dim=1), features
 
     def _head_options(self) -> dict[str, Any]:
-        if not self.config.new_head:
+        if not cast(ClassifierTeacherConfig, self.config).new_head:
             return {"needs_pooler": True}
         return {"needs_pooler": True, "may_lack": _HEADS, "num_labels": 1}
 
     def _find_positive(self) -> int:
         names: dict[int, str] = cast(Any, self.model).config.id2label
-        label = self.config.positive_label
+        label = cast(ClassifierTeacherConfig, self.config).positive_label
         if len(names) == 1 and label is None:
             return 0
         outputs = [index for index, name in names.items() if label is not None and name.lower() == label.lower()]

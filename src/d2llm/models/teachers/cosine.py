@@ -18,12 +18,12 @@ from d2llm.models.pair_scores import score_by_query
 from d2llm.models.sources import find_model, fingerprint_model
 from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import FORMAT_VERSION, KIND
-from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.recipe import (
     BackboneConfig,
     StudentConfig,
     TeacherConfig,
+    TeacherIdentity,
     shaping_student_settings,
     untuned_config,
 )

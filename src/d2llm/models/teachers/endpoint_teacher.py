@@ -7,11 +7,9 @@ from typing import Any, ClassVar, TypeVar
 
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import TASKS, Task
-from d2llm.models.remote.completions import require_address
 from d2llm.models.remote.kept_answers import using
-from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import LastingJudge
-from d2llm.recipe import RemoteConfig, TeacherConfig
+from d2llm.recipe import TeacherEndpointConfig, TeacherIdentity
 
 _Teacher = TypeVar("_Teacher", bound="EndpointTeacher")
 
@@ -20,22 +18,20 @@ class EndpointTeacher(LastingJudge):
     """A teacher at a remote endpoint; ``fingerprint`` depends on its model name and declared revision, not its address.
 
     Raises:
-        InputError: there is no section ``remote``, no such prompt set, or the key's variable is not set.
+        InputError: there is no address, no such prompt set, or the key's variable is not set.
         ModelNotFoundError: the tokenizer cannot be loaded.
         MissingExtraError: the extra ``remote`` is not installed.
     """
 
     kind: ClassVar[str]
-    otherwise: ClassVar[str] = ""
-    """What else can be given in place of an address, for an error."""
 
-    def __init__(self, config: TeacherConfig) -> None:
+    def __init__(self, config: Any) -> None:
         self.config = config
-        self.remote = self.address(config)
+        self.remote: Any = self.address(config)
         self._identity = self.identify(config)
 
     @classmethod
-    def load(cls: type[_Teacher], config: TeacherConfig, *, device: Any = None, dtype: Any = None) -> _Teacher:
+    def load(cls: type[_Teacher], config: Any, *, device: Any = None, dtype: Any = None) -> _Teacher:
         """Create a teacher and send one trial request, so that a wrong address, key or model is reported at once.
 
         ``device`` and ``dtype`` do not apply to a remote teacher and are ignored.
@@ -54,11 +50,11 @@ class EndpointTeacher(LastingJudge):
         return teacher
 
     @classmethod
-    def identify(cls, config: TeacherConfig) -> TeacherIdentity:
+    def identify(cls, config: Any) -> TeacherIdentity:
         """The identity of ``load(config)``, computed without contacting the endpoint.
 
         Raises:
-            InputError: there is no section ``remote``, or no such prompt set.
+            InputError: there is no address, or no such prompt set.
         """
         fingerprint = fingerprint_json([cls.kind, config.model, cls.address(config).revision])
         return TeacherIdentity(fingerprint, {task: fingerprint_json(cls.question(config, task)) for task in TASKS})
@@ -73,14 +69,13 @@ class EndpointTeacher(LastingJudge):
         return self._identity.prompts[task]
 
     @classmethod
-    def address(cls, config: TeacherConfig) -> RemoteConfig:
+    def address(cls, config: Any) -> TeacherEndpointConfig:
         """The section ``remote``."""
-        model = f"{cls.kind} teacher '{config.model}'"
-        return require_address(config.remote, model, "teacher", otherwise=cls.otherwise)
+        return config.remote
 
     @classmethod
     @abstractmethod
-    def question(cls, config: TeacherConfig, task: Task) -> list[Any]:
+    def question(cls, config: Any, task: Task) -> list[Any]:
         """What identifies the question."""
 
     @abstractmethod

@@ -18,23 +18,22 @@ from d2llm.core.shipped import find_tuned
 from d2llm.core.types import TASKS, Task
 from d2llm.models.sources import find_model, find_model_file, fingerprint_model
 from d2llm.models.teachers.prompts import load_prompt
-from d2llm.recipe import REMOTE_KINDS, Quantization, TeacherConfig
+from d2llm.recipe import (
+    AutoTeacherConfig,
+    ClassifierTeacherConfig,
+    LocalTeacherConfig,
+    PromptedTeacherConfig,
+    Quantization,
+    TeacherConfig,
+    TeacherIdentity,
+    VllmTeacherConfig,
+)
 
 _log = logging.getLogger(__name__)
 
 TEACHER_KIND = "teacher"
 TEACHER_FORMAT_VERSION = 1
 ADAPTER_FILE = "adapter.safetensors"
-LOCAL_KINDS = frozenset({"causal", "seq2seq", "classifier", "vllm"})
-_OTHER_KINDS = REMOTE_KINDS | {"cosine", "stack"}
-
-
-@dataclass(frozen=True, slots=True)
-class TeacherIdentity:
-    """Fingerprints of a teacher's weights and of its question for each task."""
-
-    fingerprint: str
-    prompts: Mapping[Task, str]
 
 
 def find_tuned_teacher(model: str) -> Path | None:
@@ -45,24 +44,24 @@ def find_tuned_teacher(model: str) -> Path | None:
 def find_kind(config: TeacherConfig) -> str:
     """The kind of teacher that ``config`` names; for ``auto``, it is detected from the model's files.
 
-    A tuned teacher keeps the kind that it was tuned as, and a student is used as a cosine teacher. For pretrained
-    weights, the kind follows from the architecture in config.json.
+    A tuned teacher keeps the kind that it was tuned as, and a student is used as a cosine teacher. Any other folder
+    with a manifest is of the kind of teacher that the manifest names, such as ``stack``. For pretrained weights, the
+    kind follows from the architecture in config.json.
 
     Raises:
         ModelNotFoundError: there are no usable weights.
         ModelError: config.json is damaged.
         DataFormatError: the manifest of a tuned teacher is damaged.
     """
-    if config.kind != "auto":
+    if not isinstance(config, AutoTeacherConfig):
         return config.kind
     folder = find_tuned_teacher(config.model)
     if folder is not None:
         manifest = read_any_manifest(folder, TEACHER_KIND)
         kind = str(manifest.get("kind"))
         if kind != TEACHER_KIND:
-            return {"student": "cosine"}.get(kind, kind if kind in _OTHER_KINDS else "causal")
-        config = _config(folder, manifest)
-        return config.kind if config.kind != "auto" else "causal"
+            return {"student": "cosine"}.get(kind, kind if kind in TeacherConfig.kinds.kinds else "causal")
+        return _config(folder, manifest).kind
     config_file = find_model_file(find_model(config.model), "config.json")
     if config_file is None:
         return "causal"
@@ -85,7 +84,7 @@ class TunedTeacher:
     """
 
     folder: Path
-    config: TeacherConfig
+    config: LocalTeacherConfig
     fingerprint: str
     base_fingerprint: str | None
 
@@ -107,13 +106,15 @@ def read_tuned_teacher(config: TeacherConfig) -> TunedTeacher | None:
     return TunedTeacher(folder, own, str(manifest["fingerprint"]), str(manifest["base_fingerprint"]))
 
 
-def _config(folder: Path, manifest: Mapping[str, Any]) -> TeacherConfig:
+def _config(folder: Path, manifest: Mapping[str, Any]) -> LocalTeacherConfig:
+    problem = DataFormatError(folder / FILE_NAME, "has no readable teacher configuration; restore the folder")
     try:
-        return TeacherConfig.model_validate(manifest.get("config"))
+        config = TeacherConfig.model_validate(manifest.get("config"))
     except ValidationError as error:
-        raise DataFormatError(
-            folder / FILE_NAME, "has no readable teacher configuration; restore the folder"
-        ) from error
+        raise problem from error
+    if not isinstance(config, LocalTeacherConfig) or isinstance(config, AutoTeacherConfig):
+        raise problem
+    return config
 
 
 def config_of(config: TeacherConfig, tuned: TunedTeacher | None) -> TeacherConfig:
@@ -122,11 +123,12 @@ def config_of(config: TeacherConfig, tuned: TunedTeacher | None) -> TeacherConfi
         return config
     own = tuned.config
     requested = config.model_fields_set & {"prompt", "max_tokens"}  # defaults do not count as requests
-    if any(getattr(own, name) != getattr(config, name) for name in requested):
-        _log.warning(
-            "%s was tuned with prompt '%s' and max_tokens %d, which are used instead of '%s' and %d",
-            *(tuned.folder, own.prompt, own.max_tokens, config.prompt, config.max_tokens),
-        )
+    for name in sorted(requested):
+        value, requested_value = getattr(own, name, None), getattr(config, name)
+        if value != requested_value:
+            _log.warning(
+                "%s was tuned with %s %s, not %s, which is ignored", tuned.folder, name, value, requested_value
+            )
     return own
 
 
@@ -139,8 +141,8 @@ def require_same_base(tuned: TunedTeacher | None, fingerprint: str, name: str) -
         )
 
 
-def identify_local_teacher(config: TeacherConfig) -> TeacherIdentity:
-    """The identity of a teacher with local weights (``LOCAL_KINDS``) loaded from ``config``.
+def identify_local_teacher(config: LocalTeacherConfig | VllmTeacherConfig) -> TeacherIdentity:
+    """The identity of a teacher with local weights loaded from ``config``.
 
     A causal model that vLLM runs is the same teacher, unless one of them quantises the weights.
 
@@ -148,26 +150,23 @@ def identify_local_teacher(config: TeacherConfig) -> TeacherIdentity:
         ModelNotFoundError: there are no usable weights.
         InputError: there is no such prompt set.
     """
-    kind = find_kind(config)
     tuned = read_tuned_teacher(config)
     fingerprint = tuned.fingerprint if tuned else fingerprint_model(find_model(config.model))
-    stored = chosen_quantization(config, tuned) if kind != "vllm" else vllm_quantization(config)
+    if isinstance(config, VllmTeacherConfig):
+        stored = config.quantization or "none"
+    else:
+        stored = chosen_quantization(config, tuned)
     own = tuned.config if tuned else config
     return TeacherIdentity(
-        with_quantization(fingerprint, stored), {task: fingerprint_prompt(own, task, kind=kind) for task in TASKS}
+        with_quantization(fingerprint, stored), {task: fingerprint_prompt(own, task) for task in TASKS}
     )
 
 
-def chosen_quantization(config: TeacherConfig, tuned: TunedTeacher | None) -> Quantization:
+def chosen_quantization(config: LocalTeacherConfig, tuned: TunedTeacher | None) -> Quantization:
     """How the weights of a teacher are to be stored: as requested, by default as they were when it was tuned."""
     if tuned is None or "quantization" in config.model_fields_set:
         return config.quantization
     return tuned.config.quantization
-
-
-def vllm_quantization(config: TeacherConfig) -> str:
-    """The method by which vLLM quantises the teacher's weights, or "none"."""
-    return "none" if config.vllm is None else config.vllm.quantization or "none"
 
 
 def with_quantization(fingerprint: str, quantization: str) -> str:
@@ -175,11 +174,12 @@ def with_quantization(fingerprint: str, quantization: str) -> str:
     return fingerprint if quantization == "none" else fingerprint_json([fingerprint, quantization])
 
 
-def fingerprint_prompt(config: TeacherConfig, task: Task, *, kind: str = "causal") -> str:
+def fingerprint_prompt(config: LocalTeacherConfig | VllmTeacherConfig, task: Task) -> str:
     """Identity of the question for ``task``. It includes the length limit, which affects the text that is read.
 
     A classifier has no question: the class that means yes takes its place.
     """
-    if kind == "classifier":
-        return fingerprint_json([kind, config.positive_label, config.max_tokens])
-    return fingerprint_json([load_prompt(config.prompt, task).fingerprint, config.max_tokens])
+    if isinstance(config, PromptedTeacherConfig):
+        return fingerprint_json([load_prompt(config.prompt, task).fingerprint, config.max_tokens])
+    label = config.positive_label if isinstance(config, ClassifierTeacherConfig) else None
+    return fingerprint_json(["classifier", label, config.max_tokens])

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float32
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Task
-from d2llm.models.teachers.identity import (
-    LOCAL_KINDS,
-    TeacherIdentity,
-    find_kind,
-    find_tuned_teacher,
-    identify_local_teacher,
-)
-from d2llm.recipe import REMOTE_KINDS, RecordedConfig, TeacherConfig
+from d2llm.models.teachers.identity import find_tuned_teacher
+from d2llm.recipe import GradedTeacherConfig, RecordedConfig, TeacherConfig, TeacherIdentity
 
 TextPair = tuple[str, str]
 """Query text and full passage text."""
@@ -168,11 +161,11 @@ def load_judge(config: TeacherConfig, *, device: str | None = None, dtype: str |
         ModelError: the model is not a teacher of that kind.
         InputError: its head is new and was never tuned.
     """
-    if config.new_head and find_tuned_teacher(config.model) is None:
+    if config.needs_tuning and find_tuned_teacher(config.model) is None:
         raise InputError(
             f"teacher '{config.model}' has a new head, which must be tuned before use; run tune-teacher first"
         )
-    return _teacher_class(config).load(config, device=device, dtype=dtype)
+    return config.load(device=device, dtype=dtype)
 
 
 def identify_judge(config: TeacherConfig) -> TeacherIdentity:
@@ -182,14 +175,12 @@ def identify_judge(config: TeacherConfig) -> TeacherIdentity:
         ModelNotFoundError: there are no usable weights.
         InputError: there is no such prompt set.
     """
-    if find_kind(config) in LOCAL_KINDS:  # avoids importing the torch models
-        return identify_local_teacher(config)
-    return _teacher_class(config).identify(config)
+    return config.identify()
 
 
 def asks_endpoint(config: TeacherConfig) -> bool:
     """Whether a teacher, or a member of a stack, is remote: then its endpoint sets the pace, wherever it is asked."""
-    return not REMOTE_KINDS.isdisjoint(_kinds(config))
+    return any(member.asks_endpoint for member in config.members)
 
 
 def recorded_teacher(config: TeacherConfig, lists: Path, data: Path | None = None) -> TeacherConfig:
@@ -198,7 +189,7 @@ def recorded_teacher(config: TeacherConfig, lists: Path, data: Path | None = Non
     Raises:
         InputError: it is not of kind ``graded``.
     """
-    if config.kind != "graded":
+    if not isinstance(config, GradedTeacherConfig):
         raise InputError(
             f"{lists}: recorded grades are those of a graded teacher, and '{config.model}' is of kind {config.kind}; "
             'name the model that gave them as graded:MODEL, or set kind = "graded" in [teacher]'
@@ -215,50 +206,15 @@ def ranks_lists(teacher: Judge | TeacherConfig) -> bool:
     It is also true of a stack with such a member.
     """
     if isinstance(teacher, TeacherConfig):
-        return "listwise" in _kinds(teacher)
+        return any(member.ranks_lists for member in teacher.members)
     return bool(getattr(teacher, "ranks_lists", False))
 
 
 def judges_only_recorded(teacher: TeacherConfig) -> bool:
     """Whether a pair that was not recorded is undecided; also true of a stack with such a member."""
-    recorded = (each.recorded for each in _members(teacher))
-    return any(each is not None and each.unlisted is None for each in recorded)
+    return any(member.judges_only_recorded for member in teacher.members)
 
 
 def gives_grades(teacher: Judge) -> bool:
     """Whether a pair that has an answer has a grade too: kind ``graded``, from an endpoint or recorded."""
     return bool(getattr(teacher, "gives_grades", False))
-
-
-def _kinds(config: TeacherConfig) -> set[str]:
-    """The kind of a teacher, or those of the members of a stack."""
-    return {find_kind(each) for each in _members(config)}
-
-
-def _members(config: TeacherConfig) -> list[TeacherConfig]:
-    """The teacher itself, or the members of a stack."""
-    if find_kind(config) != "stack":
-        return [config]
-    from d2llm.models.teachers.stacked import stacked_members
-
-    return [each for member in stacked_members(config) for each in _members(member)]
-
-
-def _teacher_class(config: TeacherConfig) -> Any:
-    """The class of the teacher's kind, imported only when it is needed."""
-    module, name = _CLASSES["recorded" if config.recorded is not None else find_kind(config)]
-    return getattr(importlib.import_module(f"d2llm.models.teachers.{module}"), name)
-
-
-_CLASSES = {
-    "causal": ("causal", "CausalTeacher"),
-    "seq2seq": ("seq2seq", "Seq2SeqTeacher"),
-    "classifier": ("classifier", "ClassifierTeacher"),
-    "vllm": ("vllm", "VllmTeacher"),
-    "remote": ("remote", "RemoteTeacher"),
-    "graded": ("lists", "GradedTeacher"),
-    "listwise": ("lists", "ListwiseTeacher"),
-    "recorded": ("recorded", "RecordedTeacher"),
-    "cosine": ("cosine", "CosineTeacher"),
-    "stack": ("stacked", "StackedTeacher"),
-}

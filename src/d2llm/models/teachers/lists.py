@@ -40,7 +40,7 @@ from d2llm.models.teachers.judge import Judgements, PartlyJudged, TextPair, shar
 from d2llm.models.teachers.list_answers import read_grades, read_ranking
 from d2llm.models.teachers.list_prompts import ListPrompt, load_list_prompt
 from d2llm.ops.plackett_luce import strengths
-from d2llm.recipe import ListsConfig, TeacherConfig
+from d2llm.recipe import GradedTeacherConfig, ListEndpointConfig, ListsConfig, ListwiseTeacherConfig
 
 GRADE_OF_ANSWERS, GRADES_PER_LOGIT = 70.0, 12.0
 _TRIAL = ("what do cows drink", ("Cows drink water.",))
@@ -83,15 +83,14 @@ class _Call:
 class ListTeacher(EndpointTeacher):
     """What teachers that are shown lists share."""
 
-    otherwise = ", or [teacher.recorded] with lists = ..., if its grades were recorded"
     divides: ClassVar[bool] = False
     """Whether a list can be shown in halves."""
     ranks_lists = False
     """Whether log-odds compare only the passages of one query (``judge.ranks_lists``)."""
 
-    def __init__(self, config: TeacherConfig) -> None:
+    def __init__(self, config: GradedTeacherConfig | ListwiseTeacherConfig) -> None:
         super().__init__(config)
-        self.lists = config.lists or ListsConfig()
+        self.lists: Any = config.lists
         self.prompts = {task: load_list_prompt(self.kind, config.prompt, task) for task in TASKS}
         self.endpoint = Completions(
             config.model,
@@ -104,13 +103,18 @@ class ListTeacher(EndpointTeacher):
         )
 
     @classmethod
-    def question(cls, config: TeacherConfig, task: Task) -> list[Any]:
+    def question(cls, config: GradedTeacherConfig | ListwiseTeacherConfig, task: Task) -> list[Any]:
         """Prompt, how passages are shown, and what is asked for."""
-        remote, lists = cls.address(config), config.lists or ListsConfig()
-        shown = lists.model_dump(mode="json", exclude={"max_answer_tokens", "attempts"})
+        remote, lists = cls.address(config), config.lists
+        shown = cls.shown(lists)
         unit = remote.tokenizer or remote.characters_per_token
         sent = remote.body(max_tokens=lists.max_answer_tokens, temperature=0)
         return [load_list_prompt(cls.kind, config.prompt, task).fingerprint, shown, unit, remote.api, sent]
+
+    @classmethod
+    def shown(cls, lists: ListsConfig) -> dict[str, Any]:
+        """The settings of lists that are a part of the question."""
+        return lists.model_dump(mode="json", exclude={"max_answer_tokens", "attempts"})
 
     def try_out(self) -> BaseException | None:
         """Ask about a list of one passage, whatever the answer is."""
@@ -251,6 +255,21 @@ class GradedTeacher(ListTeacher):
     kind = "graded"
     divides = True
     gives_grades = True
+
+    @classmethod
+    def address(cls, config: GradedTeacherConfig) -> ListEndpointConfig:
+        """The section ``remote``, which a teacher of recorded grades does not need."""
+        if config.remote is None:
+            raise InputError(
+                f"the graded teacher '{config.model}' has no address; add [teacher.remote] with url = ..., or "
+                "[teacher.recorded] with lists = ..., if its grades were recorded"
+            )
+        return config.remote
+
+    @classmethod
+    def shown(cls, lists: ListsConfig) -> dict[str, Any]:
+        """With a number that was among the settings of all lists: labels on disk have their keys from it."""
+        return super().shown(lists) | {"step": 10}
 
     def _judge_lists(
         self, call: _Call, by_query: dict[str, list[int]], step: Callable[[int], None]

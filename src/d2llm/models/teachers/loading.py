@@ -14,13 +14,13 @@ from torch import nn
 
 from d2llm.core.errors import InputError
 from d2llm.core.extras import require
-from d2llm.recipe import Quantization, TeacherConfig
+from d2llm.recipe import LocalTeacherConfig, Quantization
 
 _EXTRA = "large"
 _MARKS = {"8bit": "is_loaded_in_8bit", "4bit": "is_loaded_in_4bit"}  # what PEFT looks for on a model to adapt
 
 
-def check_device(config: TeacherConfig, device: str | torch.device | None) -> None:
+def check_device(config: LocalTeacherConfig, device: str | torch.device | None) -> None:
     """Raise an ``InputError`` if a device is named for a teacher that is to be spread over all GPUs."""
     if config.device_map is not None and str(device) not in {"None", "cuda"}:
         raise InputError(
@@ -30,7 +30,7 @@ def check_device(config: TeacherConfig, device: str | torch.device | None) -> No
 
 
 def loading_options(
-    config: TeacherConfig, quantization: Quantization, *, device: torch.device, dtype: torch.dtype
+    config: LocalTeacherConfig, quantization: Quantization, *, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Options of ``load_pretrained`` that put the weights where they belong; empty if the model is moved afterwards.
 

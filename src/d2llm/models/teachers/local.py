@@ -50,7 +50,6 @@ from d2llm.models.teachers.identity import (
     ADAPTER_FILE,
     TEACHER_FORMAT_VERSION,
     TEACHER_KIND,
-    TeacherIdentity,
     chosen_quantization,
     config_of,
     fingerprint_prompt,
@@ -63,7 +62,7 @@ from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.models.teachers.loading import check_device, loading_options, prepare_quantized, require_on_devices
 from d2llm.ops.batching import pad_right, token_budget_batches
 from d2llm.ops.pair_truncation import cut_pair
-from d2llm.recipe import LoraConfig, Quantization, TeacherConfig
+from d2llm.recipe import LocalTeacherConfig, LoraConfig, Quantization, TeacherIdentity
 
 _T = TypeVar("_T", bound="LocalTeacher")
 _BATCH_PAIRS = 256
@@ -96,7 +95,7 @@ class LocalTeacher(nn.Module):
     _no_tuning: ClassVar[str] = ""
     """Why this kind cannot be tuned; empty if it can."""
 
-    def __init__(self, config: TeacherConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
+    def __init__(self, config: LocalTeacherConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
         """Load what ``config.model`` names: pretrained weights, a folder that ``save`` wrote, or a shipped teacher.
 
         Raises:
@@ -111,8 +110,8 @@ class LocalTeacher(nn.Module):
 
         tuned = read_tuned_teacher(config)
         self.quantization: Quantization = chosen_quantization(config, tuned)
-        changes = {"kind": self.kind, "quantization": self.quantization}
-        self.config = config_of(config, tuned).model_copy(update=changes)
+        own = config_of(config, tuned).as_kind(self.kind, quantization=self.quantization)
+        self.config = cast(LocalTeacherConfig, own)
         self.compute_dtype = compute_dtype
         self.location = find_model(self.config.model)
         self.base_fingerprint = fingerprint_model(self.location)
@@ -143,7 +142,7 @@ class LocalTeacher(nn.Module):
     @classmethod
     def load(
         cls: type[_T],
-        config: TeacherConfig,
+        config: LocalTeacherConfig,
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -159,7 +158,7 @@ class LocalTeacher(nn.Module):
         return cls(config, device=chosen, compute_dtype=choose_dtype(chosen, dtype or config.dtype))
 
     @classmethod
-    def identify(cls, config: TeacherConfig) -> TeacherIdentity:
+    def identify(cls, config: LocalTeacherConfig) -> TeacherIdentity:
         """The identity of ``load(config)``, computed without loading the model."""
         return identify_local_teacher(config)
 
@@ -175,7 +174,7 @@ class LocalTeacher(nn.Module):
 
     def prompt_fingerprint(self, task: Task) -> str:
         """Identity of the question for ``task`` (including the length limit)."""
-        return fingerprint_prompt(self.config, task, kind=self.kind)
+        return fingerprint_prompt(self.config, task)
 
     def tokenize(self, pairs: Sequence[TextPair], task: Task) -> tuple[list[Any], int]:
         """The items that ``pad`` takes (one per pair, one element per token), and how many pairs lost text."""
@@ -269,9 +268,7 @@ class LocalTeacher(nn.Module):
                 "fingerprint": own_fingerprint,
                 "base_fingerprint": self.base_fingerprint,
                 "holds": "model" if self._is_tuned_whole else "adapter",
-                "config": self.config.model_dump(
-                    exclude={"dtype", "device_map", "vllm"}
-                ),  # those depend on the machine
+                "config": self.config.model_dump(exclude={"dtype", "device_map"}),  # those depend on the machine
                 "lora": self._lora.model_dump() if self._lora else None,
             },
         )

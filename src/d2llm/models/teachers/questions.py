@@ -14,7 +14,7 @@ from d2llm.models.sources import leading_special_ids
 from d2llm.models.teachers.judge import TextPair
 from d2llm.models.teachers.prompts import Prompt, load_prompt
 from d2llm.ops.pair_truncation import fit_pair
-from d2llm.recipe import TeacherConfig
+from d2llm.recipe import PromptedTeacherConfig
 
 Question = tuple[tuple[int, ...], list[int]]
 """An input in two parts: the prefix that it may share with others (everything before the passage), and the rest."""
@@ -25,7 +25,7 @@ _ADVICE = "use a prompt file with answer words that are one token each (mind the
 class Questions:
     """Makes the inputs of a causal model; ``answer_ids`` are the tokens of yes and no by task."""
 
-    def __init__(self, config: TeacherConfig, tokenizer: Any) -> None:
+    def __init__(self, config: PromptedTeacherConfig, tokenizer: Any) -> None:
         """Prepare the prompts of ``config`` for a tokenizer.
 
         Raises:
@@ -80,7 +80,9 @@ class Questions:
         return token_ids(self._tokenizer, texts)
 
 
-def find_answers(config: TeacherConfig, tokenizer: Any, prompt: Prompt, after: str, advice: str) -> tuple[int, int]:
+def find_answers(
+    config: PromptedTeacherConfig, tokenizer: Any, prompt: Prompt, after: str, advice: str
+) -> tuple[int, int]:
     """The tokens of the answer words yes and no that follow a text; ``advice`` completes the error.
 
     Raises:

@@ -22,14 +22,13 @@ from d2llm.data.beir import Dataset
 from d2llm.data.graded_lists import GradedList, read_graded_lists
 from d2llm.data.open_data import open_data
 from d2llm.data.pair_training import read_pair_training_set
-from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.models.teachers.lists import GradedTeacher, log_odds_of_grades
-from d2llm.recipe import RecordedConfig, RemoteConfig, TeacherConfig
+from d2llm.recipe import GradedTeacherConfig, ListEndpointConfig, RecordedConfig, TeacherIdentity
 
 _log = logging.getLogger(__name__)
 
-_NOWHERE = RemoteConfig(url="http://recorded.invalid/v1", api="chat")
+_NOWHERE = ListEndpointConfig(url="http://recorded.invalid/v1")
 """Stands for the endpoint where none is set: the identity of a teacher depends on its other settings alone."""
 _Grades = dict[str, dict[str, list[float]]]
 
@@ -39,7 +38,7 @@ class RecordedTeacher:
 
     gives_grades = True
 
-    def __init__(self, config: TeacherConfig) -> None:
+    def __init__(self, config: GradedTeacherConfig) -> None:
         """Read the lists, and the texts of their ids.
 
         Raises:
@@ -57,13 +56,13 @@ class RecordedTeacher:
         self._has_warned = False
 
     @classmethod
-    def load(cls, config: TeacherConfig, *, device: Any = None, dtype: Any = None) -> RecordedTeacher:
+    def load(cls, config: GradedTeacherConfig, *, device: Any = None, dtype: Any = None) -> RecordedTeacher:
         """Like the constructor; ``device`` and ``dtype`` do not apply."""
         del device, dtype
         return cls(config)
 
     @staticmethod
-    def identify(config: TeacherConfig) -> TeacherIdentity:
+    def identify(config: GradedTeacherConfig) -> TeacherIdentity:
         """The identity of the graded teacher behind its endpoint; grades of ``unlisted`` passages make it another."""
         live = config if config.remote is not None else config.model_copy(update={"remote": _NOWHERE})
         identity = GradedTeacher.identify(live)

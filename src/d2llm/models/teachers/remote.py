@@ -28,7 +28,7 @@ from d2llm.models.remote.endpoint import Answers
 from d2llm.models.teachers.endpoint_teacher import EndpointTeacher
 from d2llm.models.teachers.judge import Judgements, PartlyJudged, TextPair
 from d2llm.models.teachers.prompts import Prompt, load_prompt
-from d2llm.recipe import TeacherConfig
+from d2llm.recipe import RemoteTeacherConfig
 
 _TRIAL: TextPair = ("what do cows drink", "Cows drink water.")
 _SPACES = str.maketrans("▁Ġ", "  ")  # how vocabularies write a leading space; some endpoints return it in this form
@@ -39,7 +39,7 @@ class RemoteTeacher(EndpointTeacher):
 
     kind = "remote"
 
-    def __init__(self, config: TeacherConfig) -> None:
+    def __init__(self, config: RemoteTeacherConfig) -> None:
         super().__init__(config)
         self.prompts = {task: load_prompt(config.prompt, task) for task in TASKS}
         for task, prompt in self.prompts.items():
@@ -56,9 +56,9 @@ class RemoteTeacher(EndpointTeacher):
         )
 
     @classmethod
-    def question(cls, config: TeacherConfig, task: Task) -> list[Any]:
+    def question(cls, config: RemoteTeacherConfig, task: Task) -> list[Any]:
         """Prompt, how a pair is cut, and what is asked for."""
-        remote = cls.address(config)
+        remote = config.remote
         unit = "tokens" if remote.tokenizer else remote.characters_per_token
         sent = remote.body(max_tokens=1, temperature=0)
         prompt = load_prompt(config.prompt, task).fingerprint

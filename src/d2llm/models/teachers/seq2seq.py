@@ -17,7 +17,7 @@ from d2llm.models.teachers.judge import TextPair
 from d2llm.models.teachers.local import LocalTeacher, fit_pairs
 from d2llm.models.teachers.prompts import Prompt, load_prompt
 from d2llm.models.teachers.questions import find_answers
-from d2llm.recipe import TeacherConfig
+from d2llm.recipe import LocalTeacherConfig, PromptedTeacherConfig
 
 
 class Seq2SeqTeacher(LocalTeacher):
@@ -27,13 +27,14 @@ class Seq2SeqTeacher(LocalTeacher):
     _auto_class = "AutoModelForSeq2SeqLM"
     _no_tuning = "its embeddings and its head share weights, which adapters would separate"
 
-    def __init__(self, config: TeacherConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
+    def __init__(self, config: LocalTeacherConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
         """Load the model; see ``LocalTeacher``."""
         super().__init__(config, device=device, compute_dtype=compute_dtype)
-        self.prompts: dict[Task, Prompt] = {task: load_prompt(self.config.prompt, task) for task in TASKS}
+        asked = cast(PromptedTeacherConfig, self.config)
+        self.prompts: dict[Task, Prompt] = {task: load_prompt(asked.prompt, task) for task in TASKS}
         advice = "use prompt 'monot5' or a prompt file with answer words that are one token each"
         self._answer_ids = {
-            task: find_answers(self.config, self.tokenizer, prompt, "", advice) for task, prompt in self.prompts.items()
+            task: find_answers(asked, self.tokenizer, prompt, "", advice) for task, prompt in self.prompts.items()
         }
 
     @property

@@ -17,7 +17,7 @@ from d2llm.core.files import new_folder
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_manifest, write_manifest
 from d2llm.core.types import Task
-from d2llm.models.teachers.identity import TeacherIdentity, find_kind
+from d2llm.models.teachers.identity import find_kind
 from d2llm.models.teachers.judge import (
     Judge,
     Judgements,
@@ -32,7 +32,7 @@ from d2llm.models.teachers.judge import (
     whole_queries,
 )
 from d2llm.ops.stacking import Stack
-from d2llm.recipe import TeacherConfig
+from d2llm.recipe import TeacherConfig, TeacherIdentity
 
 STACK_KIND = "stack"
 STACK_FORMAT_VERSION = 1
@@ -219,7 +219,7 @@ def _member_entry(folder: Path, member: StackMember) -> dict[str, Any]:
         config = config.model_copy(update={"model": str(place)})
         if place.is_relative_to(folder.parent):
             relative = Path(os.path.relpath(place, folder)).as_posix()
-    changed = config.model_dump(mode="json", exclude_unset=True) | {"model": config.model, "kind": config.kind}
+    changed = config.model_dump(mode="json", exclude_unset=True) | {"model": config.model}
     return {"config": changed, "relative": relative, "fingerprint": member.fingerprint}
 
 

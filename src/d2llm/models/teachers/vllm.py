@@ -16,7 +16,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from safetensors.torch import save_file
@@ -36,17 +36,15 @@ from d2llm.models.sources import (
 )
 from d2llm.models.teachers.identity import (
     ADAPTER_FILE,
-    TeacherIdentity,
     config_of,
     find_kind,
-    fingerprint_prompt,
     identify_local_teacher,
     read_tuned_teacher,
     require_same_base,
 )
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.models.teachers.questions import Questions
-from d2llm.recipe import TeacherConfig, VllmConfig
+from d2llm.recipe import PromptedTeacherConfig, TeacherIdentity, VllmTeacherConfig
 
 _PAIRS_AT_ONCE = 4096  # between two reports of progress; vLLM itself decides how many it computes together
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM reserves memory
@@ -55,7 +53,7 @@ _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM reserves mem
 class VllmTeacher:
     """A teacher on vLLM. A tuned teacher's adapter is computed beside the weights of its base model."""
 
-    def __init__(self, config: TeacherConfig, *, dtype: str | None = None) -> None:
+    def __init__(self, config: VllmTeacherConfig, *, dtype: str | None = None) -> None:
         """Start the engine with the model that ``config.model`` names, also a tuned teacher's folder.
 
         Raises:
@@ -66,7 +64,7 @@ class VllmTeacher:
             AnswerTokenError: an answer word is not one distinct token.
             InputError: there is no such prompt set.
         """
-        kind = find_kind(config.model_copy(update={"kind": "auto"}))
+        kind = find_kind(config.as_kind("auto"))
         if kind != "causal":
             raise ModelError(
                 f"'{config.model}' is a {kind} model, but vLLM judges with causal language models only; leave the "
@@ -75,17 +73,18 @@ class VllmTeacher:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would report its use to its makers
         vllm = require("vllm", extra="vllm", purpose="a teacher of kind vllm")
         tuned = read_tuned_teacher(config)
-        self.config = config_of(config, tuned)
+        self.config = cast(PromptedTeacherConfig, config_of(config, tuned))
         location = find_model(self.config.model)
         require_same_base(tuned, fingerprint_model(location), self.config.model)
-        self.fingerprint = self.identify(config).fingerprint
+        identity = self.identify(config)
+        self.fingerprint, self._prompts = identity.fingerprint, identity.prompts
         self._questions = Questions(self.config, load_tokenizer(location))
         adapter: dict[str, Tensor] = (
             load_tensors(tuned.folder / ADAPTER_FILE, remedy="restore the teacher's folder or tune it again")
             if tuned and tuned.base_fingerprint is not None
             else {}
         )
-        options = _engine_options(config.vllm or VllmConfig(), location, self.config.max_tokens, dtype or config.dtype)
+        options = _engine_options(config, location, self.config.max_tokens, dtype or config.dtype)
         self._requests: dict[str, Any] = {"use_tqdm": False}
         if adapter:
             self._folder = tempfile.TemporaryDirectory(prefix="d2llm-adapter-")
@@ -98,14 +97,14 @@ class VllmTeacher:
         except (ValueError, RuntimeError, OSError, TypeError) as error:
             raise ModelError(
                 f"vLLM cannot load '{self.config.model}': {first_sentence(error)}; see its messages above, and "
-                "teacher.vllm (memory, number of GPUs, quantization)"
+                "the settings of [teacher] (memory, number of GPUs, quantization)"
             ) from error
         weakref.finalize(self, _shut_down, self._engine)
         self._sampling = {task: self._sampling_of(vllm, ids) for task, ids in self._questions.answer_ids.items()}
 
     @classmethod
-    def load(cls, config: TeacherConfig, *, device: str | None = None, dtype: str | None = None) -> VllmTeacher:
-        """Start the engine on as many of the GPUs that this process sees as ``vllm.tensor_parallel_size`` says.
+    def load(cls, config: VllmTeacherConfig, *, device: str | None = None, dtype: str | None = None) -> VllmTeacher:
+        """Start the engine on as many of the GPUs that this process sees as ``tensor_parallel_size`` says.
 
         Raises:
             InputError: a certain GPU is named.
@@ -119,13 +118,13 @@ class VllmTeacher:
         return cls(config, dtype=dtype)
 
     @staticmethod
-    def identify(config: TeacherConfig) -> TeacherIdentity:
+    def identify(config: VllmTeacherConfig) -> TeacherIdentity:
         """The identity of ``load(config)``: that of the same causal teacher, unless vLLM quantises its weights."""
-        return identify_local_teacher(config.model_copy(update={"kind": "vllm"}))
+        return identify_local_teacher(config)
 
     def prompt_fingerprint(self, task: Task) -> str:
         """Identity of the question for ``task`` (including the length limit)."""
-        return fingerprint_prompt(self.config, task)
+        return self._prompts[task]
 
     def judge(
         self,
@@ -197,7 +196,7 @@ class VllmTeacher:
         return values[0] - values[1]
 
 
-def _engine_options(settings: VllmConfig, location: str, max_tokens: int, dtype: str | None) -> dict[str, Any]:
+def _engine_options(settings: VllmTeacherConfig, location: str, max_tokens: int, dtype: str | None) -> dict[str, Any]:
     """The arguments of ``vllm.LLM``."""
     # Only safetensors are fetched, so that the engine cannot fall back to pickled weights.
     weights = location if Path(location).is_dir() else str(hub_snapshot(location, ["*.safetensors", "*.json"]))

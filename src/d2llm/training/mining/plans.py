@@ -54,7 +54,7 @@ def mine_plans(
         mining = mining.model_copy(update={"student": student})
     if again:
         run.put_filtered_aside("mine")
-    has_untuned_head = run.teacher.new_head and find_tuned_teacher(run.teacher.model) is None
+    has_untuned_head = run.teacher.needs_tuning and find_tuned_teacher(run.teacher.model) is None
     filters_later = run.recipe.filters_with_tuned_teacher and (before_tuning or has_untuned_head)
     all_finished = all(is_finished(run.parts.plan(data)) for data in run.recipe.data)
     if filters_later and not before_tuning and (again or not all_finished):
