@@ -78,7 +78,7 @@ class Predictions:
         passages, _ = next(corpus.blocks())
         self.texts = read_text_facts(passages, student, "a sample of the corpus", queries=queries.texts)
         windows, tokens = "int3" if window_vectors else "none", round(self.texts.tokens)
-        self.plan = SizePlan(corpus.size, tokens=tokens, window_vectors=windows, token_vectors="int4")
+        self.plan = SizePlan(passages=corpus.size, tokens=tokens, window_vectors=windows, token_vectors="int4")
         self.student = StudentFacts.of_student(student, self.plan)
         self.speeds = measure_speeds(student, passages[:4_000], queries=queries.texts, seconds=seconds)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,18 @@ from d2llm import EvaluationSettings, Index, SearchSettings
 from d2llm.cli.main import app
 from d2llm.core.errors import InputError
 from d2llm.core.settings import Settings, bound, is_list, shown_as
+from d2llm.retrieval.settings import ExpansionSettings
 from d2llm.server.schemas import ContextRequest, SearchRequest
+from d2llm.server.settings import ServeSettings
+from d2llm.sizing.plan import SizePlan
 from d2llm.store.index_spec import IndexSpec
 
-SHOWN = {name: field for name, field in SearchSettings.model_fields.items() if not shown_as(field).python_only}
+SHOWN = {
+    name: field
+    for kind in (SearchSettings, ExpansionSettings)
+    for name, field in kind.model_fields.items()
+    if not shown_as(field).python_only
+}
 
 
 @cache
@@ -45,7 +55,9 @@ OPTIONS = [
     (verb, name, field)
     for verb, kind in [
         ("search", SearchSettings),
+        ("search", ExpansionSettings),
         ("evaluate", EvaluationSettings),
+        ("size", SizePlan),
         *((verb, IndexSpec) for verb in ("encode", "index add", "index upsert", "index sync")),
     ]
     for name, field in kind.model_fields.items()
@@ -67,10 +79,11 @@ def test_a_setting_is_an_option_with_its_help_default_and_bounds(verb: str, name
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_a_search_setting_is_a_field_of_requests_with_its_help_default_and_bounds(name: str):
-    ours, theirs = (kind.model_json_schema()["properties"][name] for kind in (SearchSettings, SearchRequest))
-    if name == "neighbours":  # the server has a limit
-        assert theirs["maximum"] == 10
-        del theirs["maximum"]
+    kind = SearchSettings if name in SearchSettings.model_fields else ExpansionSettings
+    ours, theirs = (each.model_json_schema()["properties"][name] for each in (kind, SearchRequest))
+    if name in ("neighbours", "expansions"):  # the server has a limit
+        limited = theirs if name == "neighbours" else theirs["anyOf"][0]
+        assert limited.pop("maximum") == 10
     assert theirs == ours
 
 
@@ -92,13 +105,15 @@ def test_settings_for_python_only_are_in_no_request_and_no_option():
         (Index.context, SearchSettings),
         (Index.create, IndexSpec),
         (d2llm.encode, IndexSpec),
+        (SizePlan, SizePlan),
     ],
 )
 def test_a_setting_is_an_argument_in_python(function: Any, kind: type[Settings]):
     parameters = inspect.signature(function).parameters
     assert not any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     for name, field in kind.model_fields.items():
-        assert (parameters[name].default, parameters[name].annotation) == (field.default, field.annotation)
+        default = inspect.Parameter.empty if field.is_required() else field.default
+        assert (parameters[name].default, parameters[name].annotation) == (default, field.annotation)
         assert f"{name}: {field.description}" in (kind.__doc__ or "")
 
 
@@ -120,3 +135,23 @@ def test_the_tables_of_the_documentation_are_those_of_the_classes(repository: Pa
     for path in made.PAGES:
         page = path.read_text(encoding="utf-8")
         assert made.written(page) == page, f"{path.name} differs; run: python scripts/settings_tables.py"
+
+
+def test_no_help_text_of_a_setting_is_written_twice(repository: Path):
+    kinds = (SearchSettings, ExpansionSettings, EvaluationSettings, IndexSpec, SizePlan, ServeSettings)
+    helps = {field.description for kind in kinds for field in kind.model_fields.values() if field.description}
+    assert len(helps) > 80
+    written: list[str] = []
+    for path in (repository / "src" / "d2llm").rglob("*"):
+        if path.suffix == ".py":
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            written += [
+                each.value for each in ast.walk(tree) if isinstance(each, ast.Constant) and isinstance(each.value, str)
+            ]
+        elif path.suffix in (".js", ".html"):
+            page = path.read_text(encoding="utf-8")
+            written += [text for text in helps if len(text) > 20 and text.rstrip(".") in page]
+    counts = Counter(written)
+    assert {text: counts[text] for text in helps if counts[text] > 1} == {}
+    made = {text for text in helps if not counts[text]}  # with names of the code in them
+    assert len(made) < len(helps) / 4

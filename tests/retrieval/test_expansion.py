@@ -202,5 +202,5 @@ def test_invalid_expansions(index):
         index.search(QUERY, cascade=cascade, expansion=Expansion(FakeWriter("x")))
     with pytest.raises(InputError, match="must be 'multi' or 'hyde'"):
         Expansion(FakeWriter("x"), "other")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(InputError, match="number is 0"):
-        Expansion(FakeWriter("x"), number=0)
+    with pytest.raises(InputError, match="expansions is 0"):
+        Expansion(FakeWriter("x"), expansions=0)

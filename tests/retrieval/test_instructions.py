@@ -205,11 +205,11 @@ class TestSearch:
         writer = Writer("a little bird flies", "blue fish")
         options = {"top_k": 40, "num_candidates": 40}
         ranking = fake_index.search(
-            FAKE_QUERY, instruction=FAKE_INSTRUCTION, expansion=Expansion(writer, number=2), **options
+            FAKE_QUERY, instruction=FAKE_INSTRUCTION, expansion=Expansion(writer, expansions=2), **options
         )
         expected = fake_index.search(
             FAKE_INSTRUCTION + FAKE_QUERY,
-            expansion=Expansion(Writer(*(FAKE_INSTRUCTION + text for text in writer.texts)), number=2),
+            expansion=Expansion(Writer(*(FAKE_INSTRUCTION + text for text in writer.texts)), expansions=2),
             **options,
         )
         assert pairs(ranking) == pairs(expected)

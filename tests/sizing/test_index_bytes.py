@@ -33,7 +33,7 @@ def built(request, student, tmp_path_factory):
     vector_format, copies, windows = request.param
     texts = read_text_facts(passages(800, seed=1), student, "800 others")
     options = {"vector_format": vector_format, "vector_copies": copies, "window_vectors": windows}
-    plan = SizePlan(NUM, round(texts.tokens), **options)
+    plan = SizePlan(passages=NUM, tokens=round(texts.tokens), **options)
     facts = StudentFacts.of_student(student, plan)
     parts = {part.part: part for part in index_parts(plan, facts, texts, NUM, approximate=False)}
     index = Index.create(tmp_path_factory.mktemp("built") / "index", student, token_vectors="int4", **options)
@@ -119,7 +119,7 @@ def test_words_that_passages_lack_are_counted(student, tmp_path):
         explained={},
     )
     try:
-        plan = SizePlan(NUM, 20)
+        plan = SizePlan(passages=NUM, tokens=20)
         facts = StudentFacts.of_student(student, plan)
         with_words = Index.create(tmp_path / "with", student, window_vectors=None, token_vectors=None)
         with_words.add(passages(NUM))

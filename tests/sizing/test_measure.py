@@ -46,7 +46,7 @@ def test_every_speed_is_measured_and_answers_a_plan(tmp_path, little):
         assert getattr(speeds, name) is not None, name
     assert speeds.slow_ratio.value >= 1
     assert speeds.query_ms.source.startswith("measured on this machine, 20")
-    plan = SizePlan(1_000_000, qps=10, teacher="tiny", machine_memory=1 << 36, machine_cores=4)
+    plan = SizePlan(passages=1_000_000, qps=10, teacher="tiny", machine_memory=1 << 36, machine_cores=4)
     report = size(plan, student=student, speeds=speeds)
     assert report.unmeasured == []
     assert all(work.core_hours is not None and work.core_hours > 0 for work in report.work)

@@ -89,14 +89,14 @@ def test_numbers_in_words(value, text):
         ({"shards": 11}, "shards is 11, but there are only 10 passages"),
         ({"machine_memory": 0}, "machine_memory is 0"),
         ({"machine_cores": 0}, "machine_cores is 0"),
-        ({"recall": 1.01}, "recall is 1.01; give a share above 0 and at most 1"),
-        ({"recall": 0.0}, "recall is 0;"),
+        ({"recall": 1.01}, "recall is 1.01, but must be at most 1"),
+        ({"recall": 0.0}, "recall is 0.0, but must be more than 0"),
         ({"recall": float("nan")}, "recall is nan"),
-        ({"qps": 0.0}, "qps is 0;"),
+        ({"qps": 0.0}, "qps is 0.0, but must be more than 0"),
         ({"qps": float("inf")}, "qps is inf"),
         ({"core_hour_price": -0.1}, "core_hour_price is -0.1"),
         ({"memory_price": float("inf")}, "memory_price is inf"),
-        ({"vector_copies": 3}, "3 copies of the vectors"),
+        ({"vector_copies": 3}, "vector_copies is 3, but must be at most 2"),
         ({"task": "both"}, "task is 'both'"),
         ({"vector_format": "int9"}, "vector format 'int9' is unknown; use one of .*; did you mean 'int"),
         ({"token_vectors": "bfloat61"}, "did you mean 'bfloat16'"),
@@ -104,4 +104,4 @@ def test_numbers_in_words(value, text):
 )
 def test_impossible_plans(changes, message):
     with pytest.raises(InputError, match=message):
-        SizePlan(**({"passages": 10} | changes)).check()
+        SizePlan(**({"passages": 10} | changes))

@@ -26,7 +26,7 @@ from d2llm.sizing.search_time import (
 from d2llm.sizing.texts import shipped_text_facts
 from sizing.sized_index import made_up_speeds
 
-PLAN = SizePlan(1_000_000, tokens=100)
+PLAN = SizePlan(passages=1_000_000, tokens=100)
 ANN = AnnFacts(source="a test", passages=1_000_000, first_ten=0.99, num_probes=40, share=0.01)
 STUDENT = StudentFacts(
     name="student",
@@ -107,13 +107,13 @@ def test_the_share_that_is_read():
 def test_when_an_index_is_approximate():
     assert can_approximate(PLAN, STUDENT, 1_000_000, ANN)
     assert not can_approximate(PLAN, STUDENT, 19_999, ANN)
-    assert not can_approximate(replace(PLAN, recall=0.995), STUDENT, 1_000_000, ANN)
+    assert not can_approximate(PLAN.replace(recall=0.995), STUDENT, 1_000_000, ANN)
     assert not can_approximate(PLAN, replace(STUDENT, has_anchor=False), 1_000_000, ANN)
     assert 0.9 < shipped_ann_facts().first_ten < 1
 
 
 def test_what_was_not_measured_is_none():
-    times = stages(plan=replace(PLAN, vector_format="int4"))
+    times = stages(plan=PLAN.replace(vector_format="int4"))
     assert times["scan of all vectors"] is None
     assert times["query"] == 10
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from d2llm.core.errors import InputError
@@ -16,7 +14,7 @@ from d2llm.sizing.texts import shipped_text_facts
 from sizing.sized_index import made_up_speeds, token_student
 
 GIB = 1 << 30
-PLAN = SizePlan(1_000_000, tokens=100, machine_memory=64 * GIB, machine_cores=16)
+PLAN = SizePlan(passages=1_000_000, tokens=100, machine_memory=64 * GIB, machine_cores=16)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +26,7 @@ def student(tmp_path_factory):
 def answer(student):
     """Sizes a plan with some changes."""
     speeds = made_up_speeds(student.fingerprint)
-    return lambda **changes: size(replace(PLAN, **changes), student=student, speeds=speeds, texts=shipped_text_facts())
+    return lambda **changes: size(PLAN.replace(**changes), student=student, speeds=speeds, texts=shipped_text_facts())
 
 
 def texts_of(report) -> str:
@@ -174,11 +172,11 @@ def test_shipped_speeds_of_another_student(student, monkeypatch):
 
 def test_a_plan_is_checked_before_the_student_is_loaded():
     with pytest.raises(InputError, match="recall is 2"):
-        size(replace(PLAN, recall=2, student="no such student"))
+        size(PLAN.replace(recall=2, student="no such student"))
 
 
 def test_this_machine_is_the_default(student):
-    report = size(SizePlan(1_000), student=student, speeds=made_up_speeds(student.fingerprint))
+    report = size(SizePlan(passages=1_000), student=student, speeds=made_up_speeds(student.fingerprint))
     assert report.plan.machine_memory > GIB // 8
     assert report.plan.machine_cores >= 1
 
@@ -186,4 +184,4 @@ def test_this_machine_is_the_default(student):
 def test_a_system_that_does_not_say_its_memory(student, monkeypatch):
     monkeypatch.setattr(sizing, "available_memory", lambda: None)
     with pytest.raises(InputError, match="give machine_memory"):
-        size(SizePlan(1_000), student=student)
+        size(SizePlan(passages=1_000), student=student)

@@ -10,6 +10,7 @@ import typer
 from d2llm.cli.options import DeviceOption, JsonOption
 from d2llm.cli.session import session_of
 from d2llm.cli.verbs import verb
+from d2llm.core.settings import STUDENT_HELP
 from d2llm.core.shipped import DEFAULT_STUDENT
 
 EXIT_PROBLEM = 1
@@ -19,7 +20,7 @@ EXIT_PROBLEM = 1
 def doctor(
     context: typer.Context,
     student: Annotated[
-        str, typer.Option(metavar="NAME_OR_FOLDER", help="A student's folder, or the name of a shipped one.")
+        str, typer.Option(metavar="NAME_OR_FOLDER", help=STUDENT_HELP)
     ] = DEFAULT_STUDENT,  # not StudentOption: a missing student is one of the findings
     index: Annotated[Path | None, typer.Option(metavar="INDEX", help="Also check an index, with its student.")] = None,
     device: DeviceOption = None,

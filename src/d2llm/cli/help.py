@@ -64,7 +64,7 @@ _OWN: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "tokens",
             "student",
             "task",
-            "vectors",
+            "vector_format",
             "vector_copies",
             "window_vectors",
             "token_vectors",

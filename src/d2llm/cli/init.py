@@ -11,6 +11,7 @@ from d2llm.cli.options import DeviceOption, JsonOption, lasting_input_path, outp
 from d2llm.cli.session import session_of
 from d2llm.cli.verbs import verb
 from d2llm.core.errors import InputError
+from d2llm.core.settings import TASK_HELP
 from d2llm.core.types import Task
 
 
@@ -53,7 +54,7 @@ def init(
     task: Annotated[
         Task | None,
         typer.Option(
-            help="Whether a passage answers a query (asymmetric) or means the same (symmetric).",
+            help=TASK_HELP,
             show_default="what START was trained for, or chosen by the lengths of the texts",
         ),
     ] = None,

@@ -21,6 +21,7 @@ from d2llm.cli.options import (
 from d2llm.cli.session import session_of
 from d2llm.cli.verbs import verb
 from d2llm.core.errors import InputError
+from d2llm.core.settings import TASK_HELP
 from d2llm.core.types import Task
 
 
@@ -42,9 +43,7 @@ def judge(
         ),
     ] = None,
     data: RecordedDataOption = None,
-    task: Annotated[
-        Task, typer.Option(help="Whether a passage answers a query (asymmetric) or means the same (symmetric).")
-    ] = "asymmetric",
+    task: Annotated[Task, typer.Option(help=TASK_HELP)] = "asymmetric",
     prompt: PromptOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,

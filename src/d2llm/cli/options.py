@@ -19,9 +19,19 @@ import typer
 from d2llm.cli.session import STANDARD_INPUT, STANDARD_OUTPUT, session_of
 from d2llm.core import files
 from d2llm.core.errors import InputError
-from d2llm.core.settings import Settings, bound, is_list, is_shown, shown_as
+from d2llm.core.settings import (
+    DTYPE_HELP,
+    STUDENT_HELP,
+    TASK_HELP,
+    Settings,
+    bound,
+    is_list,
+    is_shown,
+    shown_as,
+)
 from d2llm.core.shipped import shipped_recipes
 from d2llm.core.types import EngineName, NumberFormat, Task
+from d2llm.retrieval.settings import SearchSettings
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -172,17 +182,15 @@ def in_existing_folder_or_run(run: Path, paths: Iterable[Path | None]) -> None:
 
 student_option = partial(typer.Option, metavar="NAME_OR_FOLDER", callback=known_student)
 teacher_option = partial(typer.Option, metavar="MODEL", callback=known_teacher)
-StudentOption = Annotated[str, student_option(help="A student's folder, or the name of a shipped one.")]
-StudentArgument = Annotated[
-    str, typer.Argument(metavar="STUDENT", help="A student's folder, or the name of a shipped one.")
-]
+StudentOption = Annotated[str, student_option(help=STUDENT_HELP)]
+StudentArgument = Annotated[str, typer.Argument(metavar="STUDENT", help=STUDENT_HELP)]
 DeviceOption = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Where to compute: cpu, cuda, cuda:1, mps.", show_default="the best available"),
 ]
 DtypeOption = Annotated[
     NumberFormat | None,
-    typer.Option(help="Number format of the models.", show_default="one that is fast on the device"),
+    typer.Option(help=DTYPE_HELP, show_default="one that is fast on the device"),
 ]
 EngineOption = Annotated[
     EngineName,
@@ -212,14 +220,14 @@ HtmlOption = Annotated[
 TaskOption = Annotated[
     Task | None,
     typer.Option(
-        help="Whether a passage answers a query (asymmetric) or means the same (symmetric).",
+        help=TASK_HELP,
         show_default="what the student was trained for, or else asymmetric",
     ),
 ]
 IndexTaskOption = Annotated[
     Task | None,
     typer.Option(
-        help="Whether a passage should answer the query (asymmetric) or mean the same (symmetric).",
+        help=SearchSettings.model_fields["task"].description,
         show_default="the index's",
     ),
 ]
@@ -450,9 +458,9 @@ def _parameters(group: Any) -> list[Parameter]:
 
 def _default(field: FieldInfo) -> Any:
     """What Typer shows and passes if an option is not given; it knows no empty lists, and words are no value."""
-    if field.is_required():
-        return Parameter.empty
-    return None if is_list(field) or shown_as(field).default else field.get_default()
+    if is_list(field) or shown_as(field).default:
+        return None
+    return Parameter.empty if field.is_required() else field.get_default()
 
 
 def option_name(name: str, field: FieldInfo) -> str:
@@ -470,6 +478,7 @@ def _option(name: str, field: FieldInfo) -> Any:
     option = typer.Option(
         option_name(name, field),
         metavar=words.metavar,
+        parser=words.parse and partial(_parsed, words.parse, option_name(name, field)),
         callback=input_path if Path in (kind, *get_args(kind)) else None,
         min=bound(field, "ge"),
         max=bound(field, "le"),
@@ -477,3 +486,8 @@ def _option(name: str, field: FieldInfo) -> Any:
         show_default=words.default or True,
     )
     return Annotated[kind, option]
+
+
+def _parsed(parse: Callable[[str, str], Any], option: str, value: Any) -> Any:
+    """The value of an option; Typer also asks for that of a default, which is one already."""
+    return parse(value, option) if isinstance(value, str) else value

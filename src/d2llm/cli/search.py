@@ -23,8 +23,8 @@ from d2llm.cli.session import Session, session_of
 from d2llm.cli.verbs import verb
 from d2llm.cli.word_order import is_index
 from d2llm.core.errors import InputError
-from d2llm.core.types import ContextOrder, ExpansionMethod, Task
-from d2llm.retrieval.settings import SearchSettings
+from d2llm.core.types import ContextOrder, Task
+from d2llm.retrieval.settings import ExpansionSettings, SearchSettings
 
 if TYPE_CHECKING:
     from d2llm.core.types import CascadeReport, Certificate, Excerpt, Query, QueryExpansion, Ranking, Selection
@@ -38,51 +38,26 @@ _PATIENCE_MINUTES = 1.0  # with a writer's endpoint that fails: then the plain q
 _EXPANDING_WRITER = "smollm2"
 
 
-@dataclass(frozen=True)
-class ExpansionOptions:
-    """Options that let a language model expand queries; ``WriterOptions`` say which."""
+def _expansion(
+    settings: ExpansionSettings, writer: WriterOptions, *, device: str | None, dtype: str | None
+) -> Expansion | None:
+    """Load the writer, if queries are to be expanded.
 
-    expand: Annotated[
-        ExpansionMethod | None,
-        typer.Option(
-            help="Also search for other queries that --writer makes of each query (multi), or by a passage that it "
-            "writes as an answer (hyde).",
-            show_default="only the query",
-        ),
-    ] = None
-    expansions: Annotated[
-        int | None,
-        typer.Option(
-            metavar="NUMBER",
-            min=1,
-            help="With --expand: how many queries or passages to write.",
-            show_default="3 queries, 1 passage",
-        ),
-    ] = None
+    Raises:
+        InputError: an option is for --expand, which is missing.
+    """
+    if settings.expand is None:
+        for field in fields(writer):
+            if getattr(writer, field.name) is not None:
+                name = f"--{field.name}".replace("_", "-")
+                raise InputError(f"{name} is for --expand multi or --expand hyde; add it, or leave {name} out")
+        return None
+    from d2llm.models.writers.writer import load_writer
+    from d2llm.retrieval.expansion import Expansion
 
-    def load(self, writer: WriterOptions, *, device: str | None, dtype: str | None) -> Expansion | None:
-        """Load the writer, if queries are to be expanded.
-
-        Raises:
-            InputError: an option is for --expand, which is missing.
-        """
-        if self.expand is None:
-            values = {
-                "--expansions": self.expansions,
-                "--writer": writer.writer,
-                "--endpoint": writer.endpoint,
-                "--api-key-env": writer.api_key_env,
-            }
-            for name, value in values.items():
-                if value is not None:
-                    raise InputError(f"{name} is for --expand multi or --expand hyde; add it, or leave {name} out")
-            return None
-        from d2llm.models.writers.writer import load_writer
-        from d2llm.retrieval.expansion import Expansion
-
-        remote = {} if writer.endpoint is None else {"patience_minutes": _PATIENCE_MINUTES}
-        loaded = load_writer(writer.config(_EXPANDING_WRITER, **remote), device=device, dtype=dtype)
-        return Expansion(loaded, self.expand, self.expansions)
+    remote = {} if writer.endpoint is None else {"patience_minutes": _PATIENCE_MINUTES}
+    loaded = load_writer(writer.config(_EXPANDING_WRITER, **remote), device=device, dtype=dtype)
+    return Expansion(loaded, settings.expand, settings.expansions)
 
 
 @dataclass(frozen=True)
@@ -157,7 +132,7 @@ def search(
     settings: SearchSettings,
     around: PassageOptions,
     rereading: RereadingOptions,
-    expansion: ExpansionOptions,
+    expansion: ExpansionSettings,
     writer: WriterOptions,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -187,7 +162,7 @@ def search(
         opened.view.task if settings.task in (None, opened.view.task) else task_for(opened.student, settings.task)
     )
     cascade = rereading.load(opened, index_task, device=device, dtype=dtype)
-    expanded = expansion.load(writer, device=device, dtype=dtype)
+    expanded = _expansion(expansion, writer, device=device, dtype=dtype)
     rankings = search(opened.view, opened.student, all_queries, settings, cascade=cascade, expansion=expanded)
     report: dict[str, Any] = {"student": opened.student.fingerprint, "rankings": rankings}
     for ranking in rankings:

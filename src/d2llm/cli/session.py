@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from d2llm.core.errors import InputError
+from d2llm.core.settings import Settings
 
 if TYPE_CHECKING:
     import typer
@@ -171,6 +172,8 @@ def _plain(value: object) -> Any:
         value = cast(Any, value).to_json()
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
+    if isinstance(value, Settings):
+        value = value.model_dump()
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in cast("Mapping[object, object]", value).items()}
     if isinstance(value, list | tuple | set | frozenset):

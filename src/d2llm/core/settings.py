@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 
+TASK_HELP = "Whether a passage answers a query (asymmetric) or means the same (symmetric)."
+STUDENT_HELP = "A student's folder, or the name of a shipped one."
+DTYPE_HELP = "Number format of the models."
+
+
 @dataclass(frozen=True, slots=True)
 class Shown:
     """How a setting is shown to users of anything but Python.
@@ -35,12 +40,14 @@ class Shown:
         metavar: the word for its value on the command line.
         default: its default in words, if the value is not what matters.
         python_only: whether there is no option, and no field in a request.
+        parse: reads its option, if values are written in another way there (50M); the second argument is the option.
     """
 
     option: str | None = None
     metavar: str | None = None
     default: str | None = None
     python_only: bool = False
+    parse: Callable[[str, str], Any] | None = None
 
 
 def setting(default: Any, help: str, shown: Shown | None = None, **bounds: Any) -> Any:  # noqa: A002
@@ -50,10 +57,10 @@ def setting(default: Any, help: str, shown: Shown | None = None, **bounds: Any) 
     return field
 
 
-def narrowed(kind: type[BaseModel], name: str, **bounds: Any) -> Any:
-    """The field of a class, for a subclass that bounds it further."""
+def narrowed(kind: type[BaseModel], name: str, shown: Shown | None = None, **bounds: Any) -> Any:
+    """The field of a class, for another that bounds it further, or shows it in another way."""
     field, narrower = copy(kind.model_fields[name]), Field(**bounds)
-    field.metadata = [*field.metadata, *narrower.metadata]
+    field.metadata = [*([] if shown is None else [shown]), *field.metadata, *narrower.metadata]
     return field
 
 
@@ -110,7 +117,12 @@ class Settings(BaseModel):
         cls.__doc__ = "\n".join([f"{cls.__doc__}\n\nAttributes:", *lines])
         cls.__signature__ = Signature(
             [
-                Parameter(name, Parameter.KEYWORD_ONLY, default=field.get_default(), annotation=field.annotation)
+                Parameter(
+                    name,
+                    Parameter.KEYWORD_ONLY,
+                    default=Parameter.empty if field.is_required() else field.get_default(),
+                    annotation=field.annotation,
+                )
                 for name, field in fields.items()
             ]
         )

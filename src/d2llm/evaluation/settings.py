@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from d2llm.core.settings import Settings, Shown, setting
+from d2llm.core.settings import TASK_HELP, Settings, Shown, setting
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES, SystemKind, Task
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class EvaluationSettings(Settings):
     split: str = setting("test", "The split to measure on.")
     task: Task | None = setting(
         None,
-        "Whether a passage answers a query (asymmetric) or means the same (symmetric).",
+        TASK_HELP,
         Shown(default="what the student was trained for, or else asymmetric"),
     )
     top_k: int = setting(

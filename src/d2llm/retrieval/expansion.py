@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import get_args, overload
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +28,7 @@ from d2llm.core.types import ExpansionMethod, QueryExpansion
 from d2llm.data.same_text import comparable
 from d2llm.models.writers.writer import Assignment, Writer, WrittenQueries
 from d2llm.retrieval.protocols import SearchStudent
-
-_NUMBERS: dict[ExpansionMethod, int] = {"multi": 3, "hyde": 1}
+from d2llm.retrieval.settings import EXPANSION_TEXTS, ExpansionSettings
 
 
 class Expansion:
@@ -39,25 +38,23 @@ class Expansion:
 
     Args:
         writer: an untuned writer (``load_writer``).
-        method: ``multi`` or ``hyde``.
-        number: how many queries or passages to write for each query; by default three queries, or one passage.
+        expand, expansions: the method, and how many texts to write for each query (``ExpansionSettings``).
         seed: of the writer's random numbers.
 
     Raises:
-        InputError: there is no such method, or ``number`` is below 1.
+        InputError: there is no such method, or ``expansions`` is below 1.
     """
 
     def __init__(
-        self, writer: Writer, method: ExpansionMethod = "multi", number: int | None = None, *, seed: int = 0
+        self, writer: Writer, expand: ExpansionMethod = "multi", expansions: int | None = None, *, seed: int = 0
     ) -> None:
-        if method not in get_args(ExpansionMethod):
-            raise InputError(f"the method of expansion is {method!r}, but must be 'multi' or 'hyde'")
+        settings = ExpansionSettings(expand=expand, expansions=expansions)
         self.writer = writer
-        self.method: ExpansionMethod = method
-        self.number = _NUMBERS[method] if number is None else number
+        if settings.expand is None:
+            raise InputError("expand is None, but must be 'multi' or 'hyde'; for no expansion, give no Expansion")
+        self.method: ExpansionMethod = settings.expand
+        self.number = settings.expansions or EXPANSION_TEXTS[self.method]
         self.seed = seed
-        if self.number < 1:
-            raise InputError(f"number is {number}, but an expansion has at least 1 text; leave it out for the default")
 
     @overload
     def expand(self, queries: str) -> QueryExpansion: ...  # pyright: ignore[reportOverlappingOverload] - no list of letters

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast, get_args
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import shown
 from d2llm.core.settings import Settings, Shown, setting
-from d2llm.core.types import DEFAULT_NUM_CANDIDATES, DEFAULT_TOP_K, EvidenceTerm, Grouping, SourceName, Task
+from d2llm.core.types import (
+    DEFAULT_NUM_CANDIDATES,
+    DEFAULT_TOP_K,
+    EvidenceTerm,
+    ExpansionMethod,
+    Grouping,
+    SourceName,
+    Task,
+)
 
 if TYPE_CHECKING:
     from d2llm.models.evidence import EvidenceWeights
@@ -169,3 +177,35 @@ class SearchSettings(Settings):
                 f"select_from is {self.select_from}, but top_k is {self.top_k}: results cannot be selected from fewer "
                 "places than there are results"
             )
+
+
+EXPANSION_TEXTS: dict[ExpansionMethod, int] = {"multi": 3, "hyde": 1}
+"""How many texts are written for a query, by default."""
+
+
+class ExpansionSettings(Settings):
+    """Whether a language model expands queries, and how."""
+
+    noun: ClassVar[str] = "setting of an expansion"
+
+    expand: ExpansionMethod | None = setting(
+        None,
+        "Also search for what a language model writes for the query: other queries with the same meaning (multi), or "
+        "passages that would answer it (hyde).",
+        Shown(default="only the query"),
+    )
+    expansions: int | None = setting(
+        None,
+        "With expand: how many queries or passages to write.",
+        Shown(metavar="NUMBER", default="{multi} queries, {hyde} passage".format(**EXPANSION_TEXTS)),
+        ge=1,
+    )
+
+    def check(self) -> None:
+        """Check the combination of the settings.
+
+        Raises:
+            InputError: there is a number of texts, but no method.
+        """
+        if self.expand is None and self.expansions is not None:
+            raise InputError("expansions is for expand 'multi' or 'hyde'; set expand as well, or leave expansions out")

@@ -14,11 +14,11 @@ from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
 
 from d2llm import __version__
-from d2llm.core.errors import D2LLMError
+from d2llm.core.errors import D2LLMError, InputError
 from d2llm.core.types import Ranking, Task
 from d2llm.retrieval.context import context_settings
 from d2llm.retrieval.expansion import Expansion
-from d2llm.retrieval.settings import SearchSettings
+from d2llm.retrieval.settings import ExpansionSettings, SearchSettings
 from d2llm.server.answers import FastJSONResponse, answer_of, context_json, search_json
 from d2llm.server.errors import Problem, ServingError, invalid, request_id_of
 from d2llm.server.index_service import IndexService, Reading
@@ -334,13 +334,15 @@ def _expansion_of(body: RankingRequest, index: IndexService) -> Expansion | None
         ServingError: 400, a field is for an expansion, or cannot be combined with one.
         InputError: there is no writer.
     """
-    if body.expand is None:
-        if body.expansions is not None:
-            raise invalid("expansions is for expand 'multi' or 'hyde'; leave it out", "expansions")
+    try:
+        settings = ExpansionSettings.of(body)
+    except InputError as error:
+        raise invalid(str(error), "expansions") from error
+    if settings.expand is None:
         return None
     if body.rescore in ("teacher", "cascade"):
         raise invalid("a teacher reads only for plain queries; leave out expand, or rescore with 'iem'", "expand")
-    return index.expansion(body.expand, body.expansions)
+    return index.expansion(settings.expand, settings.expansions)
 
 
 def _name_of(model: str) -> str:

@@ -28,7 +28,6 @@ from d2llm.core.types import (
     MAX_ID_CHARS,
     CascadeReport,
     ContextOrder,
-    ExpansionMethod,
     Explanation,
     QueryExpansion,
     Selection,
@@ -36,7 +35,7 @@ from d2llm.core.types import (
 )
 from d2llm.models.attribution import WordWeight
 from d2llm.models.backbone import TextKind
-from d2llm.retrieval.settings import SearchSettings
+from d2llm.retrieval.settings import ExpansionSettings, SearchSettings
 from d2llm.server.errors import MOST_PROBLEMS
 from d2llm.store.side_files import Chunking
 
@@ -45,7 +44,7 @@ Rescore = Literal["none", "iem", "teacher", "cascade"]
 _MOST_SUGGESTIONS = 3  # similar names are looked for only so often: a client may send a million unknown ones
 ScorePart = Literal["anchor", "windows", "tokens", "lexical", "interaction"]
 """A part of a student's score in an index, by its name in an explanation."""
-MOST_EXPANSIONS = 10
+MAX_EXPANSIONS = 10
 """Maximum number of texts that a writer adds to one query of a client."""
 
 
@@ -126,7 +125,7 @@ class Answer(BaseModel):
 # Requests ---------------------------------------------------------------------------------------------------------
 
 
-class RankingRequest(SearchSettings, Body):
+class RankingRequest(SearchSettings, ExpansionSettings, Body):
     """A query with search settings."""
 
     query: NonEmpty = Field(description="The query text.", examples=["how do I read a file line by line?"])
@@ -142,17 +141,7 @@ class RankingRequest(SearchSettings, Body):
         None, ge=0, description="Time limit of the teacher, in milliseconds; default and maximum: the server's."
     )
     neighbours: int = narrowed(SearchSettings, "neighbours", le=10)
-    expand: ExpansionMethod | None = Field(
-        None,
-        description="Let the server's writer add to the query: multi (queries with the same meaning) or hyde (passages "
-        "that would answer it). null: only the query.",
-    )
-    expansions: int | None = Field(
-        None,
-        ge=1,
-        le=MOST_EXPANSIONS,
-        description="With expand: how many queries or passages to write; null: 3 queries, 1 passage.",
-    )
+    expansions: int | None = narrowed(ExpansionSettings, "expansions", le=MAX_EXPANSIONS)
 
 
 class SearchRequest(RankingRequest):

@@ -23,7 +23,7 @@ from pydantic import (
 
 from d2llm.core.errors import InputError
 from d2llm.core.names import suggestion
-from d2llm.core.settings import Shown, setting
+from d2llm.core.settings import DTYPE_HELP, Shown, setting
 from d2llm.core.toml import read_toml
 from d2llm.core.types import EngineName, NumberFormat
 from d2llm.store.index_manifest import find_index
@@ -107,9 +107,7 @@ class ServeSettings(BaseModel):
     device: str | None = setting(
         None, "Device for the models: cpu, cuda, cuda:1, mps.", Shown(metavar="NAME", default="the best available")
     )
-    dtype: NumberFormat | None = setting(
-        None, "Number format of the models.", Shown(default="one that is fast on the device")
-    )
+    dtype: NumberFormat | None = setting(None, DTYPE_HELP, Shown(default="one that is fast on the device"))
     engine: EngineName = setting(
         "auto", "Engine that encodes texts; auto: the fastest available with the same vectors.", Shown(default="auto")
     )
@@ -124,7 +122,7 @@ class ServeSettings(BaseModel):
         Shown(metavar="RUNNER", default="local"),
     )
     shard_replicas: Count = Field(default=1, description="On Ray: actors of each shard.")
-    shard_cpus: Positive = Field(default=1.0, description="On Ray: CPUs that each of them reserves.")
+    shard_cpus: Positive = Field(default=1.0, description="On Ray: CPUs that each actor of a shard reserves.")
     shard_seconds: Seconds = Field(
         default=2.0, description="On Ray: seconds within which a shard must answer each step of a search."
     )
@@ -134,8 +132,8 @@ class ServeSettings(BaseModel):
     max_student_replicas: Count | None = Field(
         default=None, description="On Ray: replicas of each student while requests wait, if more than the above."
     )
-    student_cpus: Positive = Field(default=1.0, description="On Ray: CPUs that each of them reserves.")
-    student_gpus: float = Field(default=0.0, ge=0, description="On Ray: GPUs that each of them reserves.")
+    student_cpus: Positive = Field(default=1.0, description="On Ray: CPUs that each replica of a student reserves.")
+    student_gpus: float = Field(default=0.0, ge=0, description="On Ray: GPUs that each replica of a student reserves.")
     writable: bool = setting(
         True, "Whether the indexes may be changed over HTTP.", Shown(option="writable/--read-only", default="writable")
     )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass
-from typing import get_args
+from typing import ClassVar
 
 from d2llm.core.errors import InputError
+from d2llm.core.settings import STUDENT_HELP, Settings, Shown, narrowed, setting
 from d2llm.core.shipped import DEFAULT_STUDENT
-from d2llm.core.types import DEFAULT_NUM_CANDIDATES, Task
-from d2llm.store.index_manifest import VectorCopies
-from d2llm.store.vector_formats import make_format
+from d2llm.core.types import Task
+from d2llm.retrieval.settings import SearchSettings
+from d2llm.store.index_spec import IndexSpec
 
 _NUMBER = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([a-z]*)", re.IGNORECASE)
 _THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
@@ -63,82 +62,67 @@ def _parse(text: str, units: dict[str, int]) -> float | None:
     return round(float(re.sub("[_,]", "", match[1])) * units[match[2].lower()], 6)
 
 
-@dataclass(frozen=True, slots=True)
-class SizePlan:
-    """What is to be built and searched, and at which prices.
+_COUNT = Shown(metavar="N", parse=parse_count)
+_PRICE = Shown(metavar="PRICE")
 
-    Attributes:
-        passages: number of passages.
-        tokens: mean tokens of a passage, as the student counts them.
-        qps: queries a second at which the load is steady; None asks for no machines.
-        recall: share of the exact first ten results that the candidates of a search must hold; above what an
-            approximate index was measured to find, the vectors are scanned.
-        student: a folder, or the name of a shipped one.
-        task: whether a passage answers a query (asymmetric) or means the same; None: what the student was trained for.
-        vector_format: how the vectors are stored (``store.vector_formats.FORMATS``).
-        vector_copies: number of copies of each vector.
-        window_vectors: format of window vectors, "none", or "auto" as for a new index.
-        token_vectors: the same for those of tokens.
-        num_candidates: number of passages that get the full score in a search.
-        teacher: the teacher that labels pairs; None labels none.
-        queries: number of queries whose candidates the teacher labels.
-        candidates: number of candidates that it labels for each.
-        shards: at least so many shards, even if fewer fit the memory. One core searches a shard, so smaller ones
-            answer sooner.
-        machine_memory: bytes of memory of one machine that d2llm may use; None means what is available on this one.
-        machine_cores: number of cores of one machine; None means those of this one.
-        core_hour_price: price of a core for an hour.
-        memory_price: price of a GiB of memory for a month.
-        disk_price: price of a GiB of disk for a month.
-    """
 
-    passages: int
-    tokens: int = 128
-    qps: float | None = None
-    recall: float = 0.99
-    student: str = DEFAULT_STUDENT
-    task: Task | None = None
-    vector_format: str = "bfloat16"
-    vector_copies: VectorCopies = 2
-    window_vectors: str = "auto"
-    token_vectors: str = "auto"
-    num_candidates: int = DEFAULT_NUM_CANDIDATES
-    teacher: str | None = None
-    queries: int = 10_000
-    candidates: int = 20
-    shards: int = 1
-    machine_memory: int | None = None
-    machine_cores: int | None = None
-    core_hour_price: float | None = None
-    memory_price: float | None = None
-    disk_price: float | None = None
+class SizePlan(Settings):
+    """What is to be built and searched, and at which prices (in any currency)."""
+
+    noun: ClassVar[str] = "setting of a plan"
+
+    passages: int = setting(
+        ..., "How many passages: 20000, 10k, 50M, 2.5B.", Shown(metavar="N", default="none", parse=parse_count), ge=1
+    )
+    tokens: int = setting(128, "Mean tokens of a passage, as the student counts them.", _COUNT, ge=1)
+    student: str = setting(DEFAULT_STUDENT, STUDENT_HELP, Shown(metavar="NAME_OR_FOLDER"))
+    task: Task | None = narrowed(IndexSpec, "task")
+    vector_format: str = narrowed(IndexSpec, "vector_format")
+    vector_copies: int = narrowed(IndexSpec, "vector_copies")
+    window_vectors: str | None = narrowed(IndexSpec, "window_vectors")
+    token_vectors: str | None = narrowed(IndexSpec, "token_vectors")
+    qps: float | None = setting(
+        None, "Queries a second, for the number of machines.", Shown(metavar="N", default="none"), gt=0
+    )
+    recall: float = setting(
+        0.99,
+        "Fraction of the exact first ten that a search must find; above what an approximate index was measured to "
+        "find, the vectors are scanned.",
+        Shown(metavar="FRACTION"),
+        gt=0,
+        le=1,
+    )
+    num_candidates: int = narrowed(SearchSettings, "num_candidates", _COUNT)
+    shards: int = setting(
+        1, "At least so many shards, even if fewer fit the memory; smaller ones answer sooner.", _COUNT, ge=1
+    )
+    machine_memory: int | None = setting(
+        None,
+        "Memory of one machine: 64GiB.",
+        Shown(metavar="BYTES", default="what is free on this one", parse=parse_bytes),
+        ge=1,
+    )
+    machine_cores: int | None = setting(
+        None, "Cores of one machine.", Shown(metavar="N", default="those of this one", parse=parse_count), ge=1
+    )
+    teacher: str | None = setting(None, "Teacher that labels pairs.", Shown(metavar="MODEL", default="none"))
+    queries: int = setting(10_000, "Queries whose candidates the teacher labels.", _COUNT, ge=1)
+    candidates: int = setting(20, "Candidates that it labels for each.", _COUNT, ge=1)
+    core_hour_price: float | None = setting(None, "Price of a core for an hour.", _PRICE, ge=0)
+    memory_price: float | None = setting(None, "Price of a GiB of memory for a month.", _PRICE, ge=0)
+    disk_price: float | None = setting(None, "Price of a GiB of disk for a month.", _PRICE, ge=0)
 
     def check(self) -> None:
-        """Check the plan before anything is loaded.
+        """Check the combination of the settings.
 
         Raises:
-            InputError: a number is out of range, or a format is unknown.
+            InputError: there are more shards than passages, or a format is unknown.
         """
-        counts = ("passages", "tokens", "num_candidates", "queries", "candidates", "shards")
-        for name in (*counts, "machine_memory", "machine_cores"):
-            value: int | None = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value:,}, but must be at least 1")
+        from d2llm.store.vector_formats import make_format  # the command line, which imports this, does without NumPy
+
         if self.shards > self.passages:
             raise InputError(f"shards is {self.shards:,}, but there are only {self.passages:,} passages")
-        if not 0 < self.recall <= 1:
-            raise InputError(f"recall is {self.recall:g}; give a share above 0 and at most 1, such as 0.99")
-        if self.qps is not None and not 0 < self.qps < math.inf:
-            raise InputError(f"qps is {self.qps:g}; give queries a second above 0, or leave it out")
-        for name in ("core_hour_price", "memory_price", "disk_price"):
-            price: float | None = getattr(self, name)
-            if price is not None and not 0 <= price < math.inf:
-                raise InputError(f"{name} is {price:g}; give a price of at least 0, or leave it out")
-        if self.vector_copies not in get_args(VectorCopies):
-            raise InputError(f"{self.vector_copies!r} copies of the vectors are not supported; give 1 or 2")
-        if self.task not in (None, *get_args(Task)):
-            raise InputError(f"task is {self.task!r}; give {' or '.join(get_args(Task))}")
         make_format(self.vector_format, 8)
         for name in (self.window_vectors, self.token_vectors):
-            if name not in ("auto", "none"):
+            if name not in ("auto", "none", None):
                 make_format(name, 8)

@@ -137,7 +137,6 @@ def size(
         InputError: the plan contradicts itself or the student, or a machine cannot even hold the student.
         ModelNotFoundError: there is no such student.
     """
-    plan.check()
     plan = _with_machine(plan)
     loaded = student or Student.load(plan.student)
     if not loaded.backbone.reads_tokens:
@@ -156,7 +155,7 @@ def _with_machine(plan: SizePlan) -> SizePlan:
         raise InputError(
             "this system does not say how much memory it has; give machine_memory (--machine-memory 64GiB)"
         )
-    return replace(plan, machine_memory=memory, machine_cores=plan.machine_cores or usable_cores())
+    return plan.replace(machine_memory=memory, machine_cores=plan.machine_cores or usable_cores())
 
 
 class _Sizing:
