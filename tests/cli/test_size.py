@@ -8,7 +8,7 @@ import pytest
 
 from d2llm.sizing import measure, speeds
 from d2llm.sizing.speeds import read_speeds
-from e2e.command_line import fail, succeed, succeed_with_report
+from e2e.command_line import d2llm, fail, succeed, succeed_with_report
 from sizing.sized_index import made_up_speeds, passages, token_student
 
 MACHINE = ("--machine-memory", "64GiB", "--machine-cores", "16")
@@ -75,16 +75,22 @@ def test_measuring_is_remembered(student, tmp_path, monkeypatch):
         (["--passages", "0"], "--passages is '0'; give a whole number above 0"),
         (["--passages", "lots"], "--passages is 'lots'"),
         (["--passages", "5M", "--tokens", "-3"], "--tokens is '-3'"),
-        (["--passages", "5M", "--recall", "1.2"], "--recall"),
         (["--passages", "5M", "--qps", "0"], "qps is 0"),
         (["--passages", "5M", "--machine-memory", "64"], "--machine-memory is '64'"),
         (["--passages", "5M", "--vectors", "int7"], "vector format 'int7' is unknown"),
         (["--passages", "5M", "--student", "d2llm-minilmm"], "did you mean 'd2llm-minilm'?"),
-        (["--passages", "5M", "--disk-price", "-1"], "--disk-price"),
     ],
 )
 def test_nonsense(options, message):
     fail("size", *options, containing=[message])
+
+
+@pytest.mark.parametrize(("option", "value", "bound"), [("--recall", "1.2", "1"), ("--disk-price", "-1", "0")])
+def test_numbers_out_of_range(option, value, bound):
+    result = d2llm("size", "--passages", "5M", option, value)
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option}': Input should be" in result.stderr
+    assert f"than or equal to {bound}" in " ".join(result.stderr.split())
 
 
 def test_help_names_every_figure():
