@@ -408,6 +408,21 @@ class Excerpt:
 
     __repr__ = short_repr
 
+    @property
+    def document_id(self) -> str:
+        """The id of the document."""
+        return self.passages[0].document_id
+
+    @property
+    def passage_ids(self) -> list[str]:
+        """The ids of its passages."""
+        return [passage.id for passage in self.passages]
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks of the results in it."""
+        return [result.rank for result in self.results]
+
 
 @dataclass(frozen=True, slots=True)
 class MissingShard:

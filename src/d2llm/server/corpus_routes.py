@@ -11,27 +11,23 @@ from starlette.convertors import StringConvertor, register_url_convertor
 
 from d2llm.core.types import Passage
 from d2llm.retrieval.excerpts import num_repeated
-from d2llm.server.answers import passage_json
-from d2llm.server.errors import NotFoundError
-from d2llm.server.large_bodies import BodyRoute
-from d2llm.server.schemas import (
+from d2llm.server.answer_schemas import (
     DeletedAnswer,
     DocumentListAnswer,
     DocumentPassagesAnswer,
     DocumentsAnswer,
-    DocumentsRequest,
     FilesAnswer,
+    Joined,
     ListedDocumentAnswer,
     PassageAnswer,
     PassageListAnswer,
     PassagesAnswer,
-    PassagesRequest,
     RestoredAnswer,
-    SkippedPartAnswer,
     SnapshotAnswer,
-    SnapshotName,
-    SnapshotRequest,
 )
+from d2llm.server.errors import NotFoundError
+from d2llm.server.large_bodies import BodyRoute
+from d2llm.server.schemas import DocumentsRequest, PassagesRequest, SnapshotName, SnapshotRequest
 from d2llm.server.services import (
     ERRORS,
     TheIndex,
@@ -79,13 +75,13 @@ async def upsert_passages(body: PassagesRequest, services: TheServices, index: T
     short_enough([passage.title + passage.text for passage in body.passages], services.settings, "passages")
     passages = [Passage(**passage.model_dump()) for passage in body.passages]
     report = await index.upsert(passages, lenient_metadata=body.lenient_metadata)
-    return PassagesAnswer.model_validate(report, from_attributes=True)
+    return PassagesAnswer.model_validate(report)
 
 
 @router.get("/v1/passages/{passage_id:anypath}")
 async def get_passage(passage_id: str, index: TheIndex) -> PassageAnswer:
     """Get a passage by its id."""
-    return PassageAnswer(**passage_json(await index.get(passage_id)))
+    return PassageAnswer.model_validate(await index.get(passage_id))
 
 
 @router.delete("/v1/passages/{passage_id:anypath}")
@@ -104,7 +100,7 @@ async def list_documents(index: TheIndex, cursor: Cursor = "", limit: Limit = 10
     entries = await index.read(lambda view: view.list_documents(cursor, limit + 1))
     page = entries[:limit]
     return DocumentListAnswer(
-        documents=[ListedDocumentAnswer(id=entry.id, num_passages=entry.num_passages) for entry in page],
+        documents=[ListedDocumentAnswer.model_validate(entry) for entry in page],
         next_cursor=page[-1].id if len(entries) > limit else None,
     )
 
@@ -124,7 +120,7 @@ async def upsert_documents(body: DocumentsRequest, services: TheServices, index:
     report = await index.upsert_documents(
         documents, body.chunk_tokens, body.chunk_overlap, lenient_metadata=body.lenient_metadata
     )
-    return DocumentsAnswer.model_validate(report, from_attributes=True)
+    return DocumentsAnswer.model_validate(report)
 
 
 @router.get("/v1/documents/{document_id:anypath}")
@@ -135,7 +131,7 @@ async def get_document(document_id: str, index: TheIndex) -> DocumentPassagesAns
         raise NotFoundError(f"there is no document {document_id!r} in the index")
     return DocumentPassagesAnswer(
         id=document_id,
-        passages=[PassageAnswer(**passage_json(passage)) for passage in passages],
+        passages=[PassageAnswer.model_validate(passage) for passage in passages],
         repeated=num_repeated(passages) if index.current.repeats_text else [0] * len(passages),
     )
 
@@ -173,9 +169,7 @@ async def upload_files(
     report = await index.upsert_documents(
         documents, chunk_tokens, chunk_overlap, lenient_metadata=lenient_metadata or not documents.is_corpus
     )
-    skipped = [SkippedPartAnswer(file=each.id, part=each.part, reason=each.reason) for each in documents.skipped]
-    answer = DocumentsAnswer.model_validate(report, from_attributes=True)
-    return FilesAnswer(**answer.model_dump(), skipped=skipped)
+    return FilesAnswer.model_validate(Joined(report, skipped=documents.skipped))
 
 
 @router.get("/v1/index/snapshots")

@@ -44,12 +44,13 @@ from d2llm.retrieval.search import SearchSettings
 from d2llm.retrieval.shard_search import source_names
 from d2llm.retrieval.upserting import UpsertReport
 from d2llm.retrieval.upserting_documents import DocumentsReport
+from d2llm.server.answer_schemas import ScorePart, TeacherAnswer
 from d2llm.server.batching import Batcher, Done, Places
 from d2llm.server.errors import NotFoundError, NotReadyError
 from d2llm.server.logs import note_items
 from d2llm.server.model_service import ModelService, Observe, StudentLane
 from d2llm.server.ray_shards import RemoteView
-from d2llm.server.schemas import Rescore, ScorePart, TeacherAnswer
+from d2llm.server.schemas import Rescore
 from d2llm.server.served_version import (
     OpenVersion,
     PendingSearch,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,29 +18,31 @@ from d2llm.core.types import Ranking, Task
 from d2llm.retrieval.context import context_settings
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.settings import ExpansionSettings, SearchSettings
-from d2llm.server.answers import FastJSONResponse, answer_of, context_json, search_json
+from d2llm.server.answer_schemas import (
+    ContextAnswer,
+    EncodeAnswer,
+    ExplainAnswer,
+    HealthAnswer,
+    IndexAnswer,
+    IndexesAnswer,
+    Joined,
+    ReloadAnswer,
+    RescoreAnswer,
+    SearchAnswer,
+)
+from d2llm.server.answers import FastJSONResponse, answer_of, context_answer, search_answer
 from d2llm.server.errors import Problem, ServingError, invalid, request_id_of
 from d2llm.server.index_service import IndexService, Reading
 from d2llm.server.large_bodies import BodyRoute
 from d2llm.server.model_service import ModelService
 from d2llm.server.running import Lifecycle
 from d2llm.server.schemas import (
-    ContextAnswer,
     ContextRequest,
-    EncodeAnswer,
     EncodeRequest,
-    ExplainAnswer,
     ExplainRequest,
-    HealthAnswer,
-    IndexAnswer,
-    IndexesAnswer,
     RankingRequest,
-    ReloadAnswer,
-    RescoreAnswer,
     RescoreRequest,
-    SearchAnswer,
     SearchRequest,
-    StudentAnswer,
 )
 from d2llm.server.served_version import OpenVersion
 from d2llm.server.services import (
@@ -73,7 +74,7 @@ async def search(body: SearchRequest, request: Request, services: TheServices, i
     probabilities = student.probabilities_of(ranking, body.task or services.task, iem=body.rescore != "none")
     origin = _origin(request, index, ranking, student)
     num_passages = len(ranking.passages) * (1 + 2 * body.neighbours)
-    return await answer_of(lambda: search_json(ranking, excerpts, probabilities) | origin, num_passages)
+    return await answer_of(lambda: search_answer(ranking, excerpts, probabilities, **origin), num_passages)
 
 
 @router.post("/v1/context", response_model=ContextAnswer)
@@ -85,7 +86,7 @@ async def context(body: ContextRequest, request: Request, services: TheServices,
     reading, expansion = _reading_of(body, limits), _expansion_of(body, index)
     ranking, student = await index.search(body.query, settings, body.rescore, reading, expansion)
     answer = await index.context(ranking, student, max_tokens, body.order)
-    return FastJSONResponse(context_json(answer) | _origin(request, index, ranking, student))
+    return FastJSONResponse(context_answer(answer, **_origin(request, index, ranking, student)))
 
 
 @router.post("/v1/explain")
@@ -95,14 +96,7 @@ async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) 
     task = body.task or services.task
     passage, explanation, no_interaction = await index.explain(body.query, body.passage_id, task)
     teacher = await index.judge_pair(body.query, passage, task) if body.teacher else None
-    return ExplainAnswer(
-        id=passage.id,
-        title=passage.title,
-        text=passage.text,
-        **asdict(explanation),
-        no_interaction=no_interaction,
-        teacher=teacher,
-    )
+    return ExplainAnswer.model_validate(Joined(passage, explanation, no_interaction=no_interaction, teacher=teacher))
 
 
 @router.get("/v1/indexes")
@@ -116,41 +110,30 @@ async def index_facts(services: TheServices, index: TheIndex) -> IndexAnswer:
     """Facts about the index, and the ways to search it on this server."""
     stats, version = await index.stats()
     models, config = version.models, version.models.student.config
-    return IndexAnswer(
+    student = Joined(
+        models,
+        head=config.interaction.head,
+        backbone=_name_of(config.backbone.model),
+        relevance_score=models.probability_kind(version.view.task),
+    )
+    facts = Joined(
+        stats,
         name=index.name,
-        version=stats.version,
-        num_passages=stats.num_passages,
         num_bytes=round(stats.bytes_per_passage * max(stats.num_passages, 1)),
-        bytes_per_passage=stats.bytes_per_passage,
-        vector_format=stats.vector_format,
-        vector_copies=stats.vector_copies,
-        window_format=stats.window_format,
-        token_format=stats.token_format,
         task=version.view.task,
-        chunking=stats.chunking,
-        student=StudentAnswer(
-            name=models.name,
-            fingerprint=models.fingerprint,
-            dim=models.dim,
-            head=config.interaction.head,
-            backbone=_name_of(config.backbone.model),
-            max_query_tokens=models.max_query_tokens,
-            max_passage_tokens=models.max_passage_tokens,
-            relevance_score=models.probability_kind(version.view.task),
-        ),
+        student=student,
         teacher=index.teacher_name,
         writer=None if index.writer is None else _name_of(index.writer.name),
         fields=stats.metadata,
         has_ann=stats.ann_passages > 0,
-        snapshots=stats.snapshots,
-        num_shards=stats.num_shards,
-        missing_shards=[shard.number for shard in version.view.missing],
+        missing_shards=version.view.missing,
         rescore=index.ways_to_rescore(version),
         score_parts=index.score_parts(version),
         candidate_sources=index.default_sources(version),
         writable=services.settings.writable,
         d2llm=__version__,
     )
+    return IndexAnswer.model_validate(facts)
 
 
 @router.post("/v1/index/reload")

@@ -10,11 +10,11 @@ from fastapi import Depends, Request
 
 from d2llm.core.types import Passage
 from d2llm.server.access import no_index, wrong_index
+from d2llm.server.answer_schemas import ErrorAnswer
 from d2llm.server.errors import NotFoundError, Problem, ServingError, invalid
 from d2llm.server.index_service import IndexService
 from d2llm.server.keys import ApiKey
 from d2llm.server.logs import current_facts
-from d2llm.server.schemas import ErrorAnswer
 from d2llm.server.serving import Services, Serving
 from d2llm.server.settings import ServeSettings
 

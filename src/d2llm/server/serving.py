@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from d2llm.core.errors import D2LLMError
 from d2llm.core.types import Task, default_task
+from d2llm.server.answer_schemas import ServedIndexAnswer
 from d2llm.server.index_service import IndexService, Readings
 from d2llm.server.model_service import ModelService
-from d2llm.server.schemas import ServedIndexAnswer
 from d2llm.server.settings import ServeSettings
 from d2llm.server.student_pool import StudentPool
 from d2llm.server.writer_service import WriterService

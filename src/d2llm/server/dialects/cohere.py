@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import APIRouter
 from pydantic import Field
 
+from d2llm.server.answer_schemas import Answer
 from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects.shared import (
     ClientBody,
@@ -30,7 +31,6 @@ from d2llm.server.dialects.shared import (
 )
 from d2llm.server.errors import Problem
 from d2llm.server.large_bodies import BodyRoute
-from d2llm.server.schemas import Answer
 from d2llm.server.services import TheCatalog
 
 PATHS = ("/v2/rerank",)

@@ -16,6 +16,7 @@ from fastapi import APIRouter
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from d2llm.server.answer_schemas import Answer
 from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects.shared import (
     CutOptions,
@@ -32,7 +33,6 @@ from d2llm.server.dialects.shared import (
 )
 from d2llm.server.errors import Problem, invalid
 from d2llm.server.large_bodies import BodyRoute
-from d2llm.server.schemas import Answer
 from d2llm.server.services import TheCatalog
 
 PATHS = ("/v1/rerank",)

@@ -18,6 +18,7 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from d2llm.models.backbone import TextKind
+from d2llm.server.answer_schemas import Answer
 from d2llm.server.answers import FastJSONResponse, answer_of
 from d2llm.server.dialects.shared import (
     DIMENSIONS,
@@ -39,7 +40,6 @@ from d2llm.server.dialects.shared import (
 )
 from d2llm.server.errors import Problem, invalid
 from d2llm.server.large_bodies import BodyRoute
-from d2llm.server.schemas import Answer
 from d2llm.server.services import TheCatalog
 
 PATHS = ("/v1/embeddings", "/v1/models")

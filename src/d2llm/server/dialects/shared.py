@@ -23,9 +23,10 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 from d2llm.models.backbone import TextKind
+from d2llm.server.answer_schemas import Answer
 from d2llm.server.errors import Problem, ServingError, invalid
 from d2llm.server.model_service import Encoded, ModelService
-from d2llm.server.schemas import Answer, KnownFields, accepted_names, field_names
+from d2llm.server.schemas import KnownFields, accepted_names, field_names
 from d2llm.server.services import Catalog
 from d2llm.server.serving import Services
 

@@ -20,6 +20,7 @@ from pydantic import Field, RootModel, WrapValidator
 
 from d2llm import __version__
 from d2llm.models.backbone import TextKind
+from d2llm.server.answer_schemas import Answer
 from d2llm.server.answers import FastJSONResponse, answer_of
 from d2llm.server.dialects import jina
 from d2llm.server.dialects.shared import (
@@ -44,7 +45,6 @@ from d2llm.server.dialects.shared import (
 )
 from d2llm.server.errors import Problem
 from d2llm.server.large_bodies import BodyRoute
-from d2llm.server.schemas import Answer
 from d2llm.server.services import TheCatalog, TheServices
 from d2llm.server.serving import Services
 

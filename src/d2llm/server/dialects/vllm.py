@@ -18,6 +18,7 @@ from fastapi import APIRouter
 from numpy.typing import NDArray
 from pydantic import AliasChoices, Field
 
+from d2llm.server.answer_schemas import Answer
 from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects.shared import (
     CutOptions,
@@ -33,7 +34,6 @@ from d2llm.server.dialects.shared import (
 )
 from d2llm.server.errors import Problem, invalid
 from d2llm.server.large_bodies import BodyRoute
-from d2llm.server.schemas import Answer
 from d2llm.server.services import TheCatalog
 
 PATHS = ("/score", "/v1/score")

@@ -1,0 +1,453 @@
+"""Response bodies of d2llm's own interface, read by attributes from the results that they show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasPath, BaseModel, BeforeValidator, ConfigDict, Field
+
+from d2llm.core.types import (
+    CascadeReport,
+    Explanation,
+    MetadataValue,
+    MissingShard,
+    Passage,
+    QueryExpansion,
+    Selection,
+    Task,
+)
+from d2llm.models.attribution import WordWeight
+from d2llm.server.schemas import Rescore
+from d2llm.store.side_files import Chunking
+
+ScorePart = Literal["anchor", "windows", "tokens", "lexical", "interaction"]
+"""A part of a student's score in an index, by its name in an explanation."""
+
+
+class Answer(BaseModel):
+    """Base class of response bodies."""
+
+    model_config = ConfigDict(extra="forbid", from_attributes=True)
+
+
+class Joined:
+    """The attributes of several objects: those given by name, then those of the first object that has them."""
+
+    def __init__(self, *sources: object, **more: Any) -> None:
+        self.__dict__.update(more)
+        self._sources = sources
+
+    def __getattr__(self, name: str) -> Any:
+        for source in self._sources:
+            if hasattr(source, name):
+                return getattr(source, name)
+        raise AttributeError(name)
+
+
+def _plain_metadata(metadata: Mapping[str, MetadataValue]) -> dict[str, Any]:
+    return {
+        name: value if isinstance(value, str | int | float | bool | None) else value.isoformat()
+        for name, value in metadata.items()
+    }
+
+
+def _scored(passages: Sequence[tuple[Passage, float]]) -> list[Joined]:
+    return [Joined(passage, score=score) for passage, score in passages]
+
+
+def _numbers(shards: Sequence[MissingShard]) -> list[int]:
+    return [shard.number for shard in shards]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+PlainMetadata = Annotated[dict[str, str | int | float | bool | None], BeforeValidator(_plain_metadata)]
+"""Metadata of a passage; times are texts."""
+MissingShards = Annotated[list[int], BeforeValidator(_numbers)]
+"""The numbers of shards."""
+Finite = Annotated[float | None, BeforeValidator(_finite)]
+"""A number; null stands for minus infinity."""
+
+
+class ErrorDetail(Answer):
+    """What was wrong."""
+
+    kind: str
+    message: str
+    field: str | None
+    request_id: str
+
+
+class ErrorAnswer(Answer):
+    """Every error of this interface."""
+
+    error: ErrorDetail
+
+
+class ShortPassage(Answer):
+    """A neighbour of a passage in its document."""
+
+    id: str
+    title: str
+    text: str
+    score: float | None = None
+
+
+class DocumentAnswer(Answer):
+    """The document of a ranked passage, with its next best passages."""
+
+    id: str
+    passage_score: float
+    num_scored: int
+    others: Annotated[list[ShortPassage], BeforeValidator(_scored)]
+
+
+class PassageAnswer(Answer):
+    """A passage of the index."""
+
+    id: str
+    title: str
+    text: str
+    document_id: str
+    position: int
+    metadata: PlainMetadata
+
+
+class RankedAnswer(PassageAnswer):
+    """One place of a ranking.
+
+    With explain, ``probability`` is that the passage is relevant, by the student's own score without words, windows and
+    tokens. It is ``weak`` if that is low and the passage lacks words of the query, so that it probably does not fit:
+    below 0.15, or below 0.5 if it has none of them. Both are null if the student's scores are not calibrated, if the
+    ranking does not have its score, or if a teacher has judged the passage.
+    """
+
+    rank: int
+    score: float
+    probability: float | None
+    weak: bool | None
+    anchor_score: float | None
+    log_odds: float | None
+    student_rank: int | None
+    explanation: Explanation | None
+    document: DocumentAnswer | None
+    before: list[ShortPassage]
+    after: list[ShortPassage]
+
+
+class CertificateAnswer(Answer):
+    """What is proved about a ranking; null stands for minus infinity."""
+
+    num_scored: int
+    num_left: int
+    highest_bound_left: Finite
+    kth_score: Finite
+    proved: int
+
+
+class IndexVersion(Answer):
+    """The index that answered, its version, and the name and content hash of its student."""
+
+    name: str
+    version: int | None
+    student: str
+    fingerprint: str
+
+
+class RankingAnswer(Answer):
+    """Facts about a ranking. ``truncated``: the end of the query was not read. ``seconds``: time by stage.
+
+    ``expansion``: what a language model added to the query; or null. ``selection``: the results were
+    selected from a longer ranking, with mmr or near_duplicates; the certificate then proves that ranking, not their
+    order. ``missing_shards``: numbers of the shards of the index that gave no answer, whose passages may be missing.
+    ``shards``: how many gave one, as 7/8; null if the index is not sharded. ``candidate_sources``: what proposed
+    the candidates; nothing in an exact search, which considers every passage.
+    """
+
+    query: str = Field(validation_alias=AliasPath("query", "text"))
+    truncated: bool
+    num_candidates: int
+    seconds: dict[str, float]
+    certificate: CertificateAnswer | None
+    cascade: CascadeReport | None
+    selection: Selection | None
+    expansion: QueryExpansion | None
+    missing_shards: MissingShards
+    shards: str | None
+    candidate_sources: list[str]
+    index: IndexVersion
+    request_id: str
+
+
+class ExcerptAnswer(Answer):
+    """Consecutive passages of a document around the results with these ranks; ``text`` has each part once."""
+
+    document_id: str
+    passage_ids: list[str]
+    ranks: list[int]
+    text: str
+
+
+class SearchAnswer(RankingAnswer):
+    """A ranking, best first, and its excerpts if they were requested."""
+
+    passages: list[RankedAnswer]
+    excerpts: list[ExcerptAnswer] | None
+
+
+class SourceAnswer(Answer):
+    """A source of a context: consecutive passages of a document; its header and text stand in the context."""
+
+    number: int
+    header: str
+    text: str
+    title: str
+    pages: list[int]
+    path: str
+    document_id: str
+    passage_ids: list[str]
+    ranks: list[int]
+    score: float
+    metadata: PlainMetadata
+
+
+class ContextAnswer(RankingAnswer):
+    """The best passages for a query as one text of at most ``max_tokens`` tokens, with numbered sources.
+
+    ``left_out`` are the results that did not fit, ``num_neighbours_left_out`` counts neighbours that did not fit.
+    ``context_truncated``: the best result alone was longer than the limit, and its end was cut off.
+    """
+
+    text: str
+    sources: list[SourceAnswer]
+    num_tokens: int
+    max_tokens: int
+    left_out: list[str]
+    num_neighbours_left_out: int
+    context_truncated: bool
+
+
+class TeacherAnswer(Answer):
+    """The teacher's judgement of a query and a passage."""
+
+    log_odds: float
+    probability: float
+    seconds: float
+    truncated: bool
+
+
+class ExplainAnswer(Answer):
+    """A passage's score for a query, in parts; word positions count characters of title, line break and text.
+
+    ``truncated``: the end of the passage was not read; ``query_truncated``: the end of the query was not read.
+    ``no_interaction`` says why the interaction is 0 for every pair, if it is.
+    """
+
+    id: str
+    title: str
+    text: str
+    score: float
+    anchor: float | None
+    interaction: float | None
+    words: tuple[WordWeight, ...]
+    truncated: bool
+    query_truncated: bool
+    no_interaction: str | None
+    teacher: TeacherAnswer | None
+
+
+class StudentAnswer(Answer):
+    """The student."""
+
+    name: str
+    fingerprint: str
+    dim: int
+    head: str
+    backbone: str
+    max_query_tokens: int
+    max_passage_tokens: int
+    relevance_score: str = Field(description="How rerank endpoints turn its scores into numbers in [0, 1].")
+
+
+class IndexAnswer(Answer):
+    """Facts about the index. ``num_shards``: null if it is not sharded. ``missing_shards``: left out of searches.
+
+    ``score_parts``: what the student's score adds up in this index, for its task. ``candidate_sources``: what
+    proposes candidates if a search names no sources; nothing if every search is exact.
+    """
+
+    name: str
+    version: int
+    num_passages: int
+    num_bytes: int
+    bytes_per_passage: float
+    vector_format: str
+    vector_copies: int
+    window_format: str | None
+    token_format: str | None
+    task: Task
+    chunking: Chunking | None
+    student: StudentAnswer
+    teacher: str | None
+    writer: str | None
+    fields: dict[str, str]
+    has_ann: bool
+    snapshots: list[str]
+    num_shards: int | None
+    missing_shards: MissingShards
+    rescore: list[Rescore]
+    score_parts: list[ScorePart]
+    candidate_sources: list[str]
+    writable: bool
+    d2llm: str
+
+
+class ServedIndexAnswer(Answer):
+    """An index and the version served, with its student; ``problem``: why a newer version cannot be read, or empty."""
+
+    name: str
+    version: int | None
+    num_passages: int
+    task: Task
+    student: str
+    fingerprint: str
+    problem: str
+
+
+class IndexesAnswer(Answer):
+    """The indexes that the key may use, in the order in which the server was given them."""
+
+    indexes: list[ServedIndexAnswer]
+
+
+class ReloadAnswer(Answer):
+    """The version that is served now, its student, and whether it changed."""
+
+    version: int | None
+    student: str
+    fingerprint: str
+    changed: bool
+
+
+class EncodeAnswer(Answer):
+    """Vectors as the student returns them, not of unit length, with token counts and places of truncated texts."""
+
+    vectors: list[list[float]]
+    num_tokens: list[int]
+    truncated: list[int]
+    dim: int
+    student: str
+    fingerprint: str
+
+
+class RescoreAnswer(Answer):
+    """The IEM's logits, in the order of the passages; ``truncated``: places of passage texts that were truncated."""
+
+    scores: list[float]
+    truncated: list[int]
+    query_truncated: bool
+    student: str
+    fingerprint: str
+
+
+class HealthAnswer(Answer):
+    """Whether the server can answer, and with which student and indexes.
+
+    ``fingerprint`` is null if there are several students; ``indexes`` is null if the server has keys (``/v1/indexes``).
+    """
+
+    status: Literal["starting", "ready", "broken", "stopping"]
+    message: str
+    fingerprint: str | None
+    indexes: list[ServedIndexAnswer] | None
+
+
+class PassagesAnswer(Answer):
+    """Counts of passages by outcome; ``left_out`` counts dropped metadata values by field, with lenient_metadata."""
+
+    num_passages: int
+    num_added: int
+    num_updated: int
+    num_metadata: int
+    num_unchanged: int
+    num_truncated: int
+    left_out: dict[str, int]
+    version: int
+    seconds: float
+
+
+class DocumentsAnswer(PassagesAnswer):
+    """Counts of documents, and of their passages by outcome."""
+
+    num_documents: int
+    num_deleted: int
+
+
+class SkippedPartAnswer(Answer):
+    """A part of a file that was left out, and why."""
+
+    file: str = Field(validation_alias="id")
+    part: str
+    reason: str
+
+
+class FilesAnswer(DocumentsAnswer):
+    """Counts of the documents in files, and what was left out of them."""
+
+    skipped: list[SkippedPartAnswer]
+
+
+class DeletedAnswer(Answer):
+    """How many passages were deleted, and the new version."""
+
+    num_deleted: int
+    version: int | None
+
+
+class ListedDocumentAnswer(Answer):
+    """A document, and how many passages it has."""
+
+    id: str
+    num_passages: int
+
+
+class PassageListAnswer(Answer):
+    """Ids of passages, in order; ``next_cursor`` is the cursor of the next page, null on the last one."""
+
+    ids: list[str]
+    next_cursor: str | None
+
+
+class DocumentListAnswer(Answer):
+    """Documents, in order; ``next_cursor`` is the cursor of the next page, null on the last one."""
+
+    documents: list[ListedDocumentAnswer]
+    next_cursor: str | None
+
+
+class DocumentPassagesAnswer(Answer):
+    """A document's passages, ordered by position.
+
+    ``repeated``: how many characters at the start of each passage's text repeat the end of the one before it.
+    """
+
+    id: str
+    passages: list[PassageAnswer]
+    repeated: list[int]
+
+
+class RestoredAnswer(Answer):
+    """How many passages the restored index has, and the new version."""
+
+    num_passages: int
+    version: int | None
+
+
+class SnapshotAnswer(Answer):
+    """The names of all snapshots."""
+
+    snapshots: list[str]
