@@ -8,8 +8,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from d2llm.core.settings import setting
 from d2llm.reports.html import render_html
 from d2llm.retrieval.shard import shard
+from d2llm.server.schemas import SearchRequest
 from page_server import HOSTILE_QUERY, PHONE, asked, overflow, search, until, write_page_index
 from report_samples import retrieval_report
 from tiny_server import tiny_settings, write_tiny_index
@@ -114,8 +116,15 @@ def test_typing_sends_one_query_after_a_pause(visit, address):
     assert [query for query in queries if query] == ["pasta water"]
 
 
+class EditedRequest(SearchRequest):
+    """As if its fields had been edited where they are declared."""
+
+    top_k: int = setting(3, "How many to show.", ge=2, le=7)
+    hybrid: float | None = setting(None, "A weight.", ge=0.1, le=0.9)
+
+
 def test_the_page_shows_as_many_as_a_search_does_by_default(visit, address, monkeypatch):
-    monkeypatch.setattr("d2llm.server.page_routes.DEFAULT_TOP_K", 3)  # as an edit of core.types would
+    monkeypatch.setattr("d2llm.server.page_routes.SearchRequest", EditedRequest)
     page = visit(address)
     search(page, QUESTION)
     assert page.locator(".card").count() == 3
@@ -125,6 +134,23 @@ def test_the_page_shows_as_many_as_a_search_does_by_default(visit, address, monk
     page.wait_for_selector(".card")
     assert page.locator(".card").count() == int(page.locator("#k").input_value()) == 3
     assert visit(f"{address}/?q=pasta&k=2").locator("#k").input_value() == "2"
+
+
+def test_the_controls_are_made_of_the_settings_of_a_search(visit, address, monkeypatch):
+    monkeypatch.setattr("d2llm.server.page_routes.SearchRequest", EditedRequest)
+    page = visit(address)
+    search(page, QUESTION)
+    count, share = page.locator("#k"), page.locator("#hybrid")
+    assert [count.get_attribute(name) for name in ("min", "max")] == ["2", "7"]
+    assert page.locator("label", has=count).get_attribute("title") == "How many to show."
+    assert [share.get_attribute(name) for name in ("min", "max")] == ["10", "90"]
+    exact = SearchRequest.model_fields["exact"].description
+    assert page.locator("label", has=page.locator("#exact")).get_attribute("title") == exact
+    assert page.locator("#filter").get_attribute("placeholder") == SearchRequest.model_fields["filter"].examples[0]
+    count.fill("1")
+    count.dispatch_event("change")
+    until(page, "document.getElementById('k').value === '2'")
+    assert visit(f"{address}/?q=pasta&k=9").locator("#k").input_value() == "7"
 
 
 def test_a_link_shows_the_same_search(visit, address):

@@ -18,6 +18,7 @@ from d2llm.data.file_contents import SUFFIXES
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.server import page_routes
 from d2llm.server.errors import install_error_handlers
+from d2llm.server.schemas import SearchRequest, sent_fields
 
 FOLDER = Path(page_routes.__file__).parent / "page"
 SETTINGS = {
@@ -99,7 +100,13 @@ def test_scripts_are_short():
 def test_the_page_settings_contain_the_limits_and_the_files_that_are_read():
     settings = client().get("/page/settings.json").json()
     file_types, excluded = settings.pop("file_types"), settings.pop("excluded")
-    assert settings.pop("top_k") == SearchSettings().top_k
+    search = settings.pop("search")
+    assert search["top_k"]["default"] == SearchSettings().top_k
+    assert (search["top_k"]["minimum"], search["top_k"]["maximum"]) == (1, SETTINGS["max_top_k"])
+    assert search["hybrid"]["maximum"] == 1
+    assert search["rescore"]["enum"] == ["none", "iem", "teacher", "cascade"]
+    for name, field in sent_fields(SearchRequest).items():
+        assert search[name]["description"] == field.description
     assert settings == {"has_report": False, **{name: value for name, value in SETTINGS.items() if name != "report"}}
     assert {*SUFFIXES, ".jsonl.gz"} == {*file_types}
     assert {".pdf", ".docx", ".odt", ".pptx", ".xlsx", ".epub", ".csv", ".parquet"} <= {*file_types}

@@ -11,14 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 
 from d2llm.core.errors import InputError
-from d2llm.core.types import DEFAULT_TOP_K
 from d2llm.data.documents import EXCLUDED
 from d2llm.server.errors import NotFoundError
+from d2llm.server.schemas import SearchRequest
 from d2llm.server.uploads import FILE_TYPES
 
 _FOLDER = Path(__file__).parent / "page"
@@ -73,13 +74,22 @@ def page_settings(request: Request) -> JSONResponse:
         "max_body_bytes": settings.max_body_bytes,
         "max_texts": settings.max_texts,
         "max_text_chars": settings.max_text_chars,
-        "top_k": DEFAULT_TOP_K,
+        "search": _search_fields(settings.max_top_k),
         "max_top_k": settings.max_top_k,
         "max_num_candidates": settings.max_num_candidates,
         "file_types": FILE_TYPES,
         "excluded": EXCLUDED,
     }
     return JSONResponse(facts, headers=_headers(_POLICY) | {"Cache-Control": "no-store"})
+
+
+def _search_fields(max_top_k: int) -> dict[str, dict[str, Any]]:
+    """The fields of a search request, of which the page makes controls: help texts, defaults, bounds, choices."""
+    fields = SearchRequest.model_json_schema()["properties"].items()
+    described = {name: {**field.get("anyOf", [{}])[0], **field} for name, field in fields}
+    top_k = described["top_k"]
+    top_k["maximum"] = min(max_top_k, top_k.get("maximum", max_top_k))
+    return described
 
 
 @router.api_route("/page/{name}", methods=["GET", "HEAD"])

@@ -13,19 +13,27 @@ export function keepIndexInLinks() {
   for (const link of document.querySelectorAll(".top a")) link.href = BASE + link.getAttribute("href");
 }
 
+/** The fields of a search request, with help, default, bounds and choices; none until the server has named them. */
+let fields = null;
+
 export const DEFAULTS = {
   q: "",
   filter: "",
-  rank: "iem",
+  rank: "iem", // until the server has said its default (/page/settings.json), as for k
   beside: false,
   exact: false,
   hybrid: null, // BM25's share in percent; null: not fused
-  k: 10, // until the server has said its default (/page/settings.json)
+  k: 10,
   source: "", // as the index does
   open: "", // the passage whose document is shown
 };
-const RANKS = ["none", "iem", "teacher", "cascade"];
-const SOURCES = ["", "vectors", "ann", "bm25", "both"];
+
+/** Read addresses by the server's fields of a search from now on. */
+export function useFields(ofServer) {
+  fields = ofServer;
+  DEFAULTS.k = Math.min(fields.top_k.default, fields.top_k.maximum);
+  DEFAULTS.rank = fields.rescore.default;
+}
 
 /** The search described by a query string; invalid values are replaced by defaults. */
 export function readAddress(text) {
@@ -34,15 +42,20 @@ export function readAddress(text) {
     const value = Number(parameters.get(name));
     return parameters.has(name) && Number.isInteger(value) && value >= low && value <= high ? value : DEFAULTS[name];
   };
+  const choice = (name, choices) => {
+    const value = parameters.get(name);
+    return value !== null && (!choices || choices.includes(value)) ? value : DEFAULTS[name];
+  };
+  const { top_k, hybrid } = fields || { top_k: { minimum: 1 }, hybrid: { minimum: 0, maximum: 1 } };
   return {
     q: parameters.get("q") || "",
     filter: parameters.get("filter") || "",
-    rank: RANKS.includes(parameters.get("rank")) ? parameters.get("rank") : DEFAULTS.rank,
+    rank: choice("rank", fields?.rescore.enum),
     beside: parameters.get("beside") === "1",
     exact: parameters.get("exact") === "1",
-    hybrid: number("hybrid", 0, 100),
-    k: number("k", 1, 1000),
-    source: SOURCES.includes(parameters.get("source")) ? parameters.get("source") : DEFAULTS.source,
+    hybrid: number("hybrid", 100 * hybrid.minimum, 100 * hybrid.maximum),
+    k: Math.min(number("k", top_k.minimum, Infinity), top_k.maximum ?? Infinity),
+    source: choice("source", fields && [...fields.sources.items.enum, "both"]),
     open: parameters.get("open") || "",
   };
 }

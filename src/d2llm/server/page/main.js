@@ -1,6 +1,6 @@
 // The search page: connects its parts and keeps the search in the URL.
 
-import { BASE, DEFAULTS, keepIndexInLinks, pageOf, readAddress, writeAddress } from "./address.js";
+import { BASE, DEFAULTS, keepIndexInLinks, pageOf, readAddress, useFields, writeAddress } from "./address.js";
 import { apiKey, ask, keepApiKey, problemText } from "./api.js";
 import { byId, counted, element } from "./dom.js";
 import { factList } from "./facts.js";
@@ -209,8 +209,8 @@ function listen() {
 }
 
 function places(input) {
-  const number = Math.round(Number(input.value)) || 10;
-  return Math.max(1, Math.min(number, Number(input.max)));
+  const number = Math.round(Number(input.value)) || DEFAULTS.k;
+  return Math.max(Number(input.min), Math.min(number, Number(input.max)));
 }
 
 function askForKey(message) {
@@ -267,6 +267,16 @@ async function readIndexes() {
   return false;
 }
 
+/** Give the controls the help texts and bounds of the server's fields of a search. */
+function describeControls({ rescore, exact, hybrid, sources, top_k, filter }) {
+  const helps = { ranking: rescore, exact, "hybrid-on": hybrid, hybrid, source: sources, k: top_k, filter };
+  for (const [id, field] of Object.entries(helps)) (byId(id).closest("label") || byId(id)).title = field.description;
+  const bound = (id, low, high) => Object.assign(byId(id), { min: String(low), max: String(high) });
+  bound("k", top_k.minimum, top_k.maximum);
+  bound("hybrid", 100 * hybrid.minimum, 100 * hybrid.maximum);
+  byId("filter").placeholder = filter.examples[0];
+}
+
 /** Load the facts about the index, then run the search in the URL. */
 async function begin() {
   byId("key-open").hidden = !apiKey();
@@ -275,10 +285,9 @@ async function begin() {
     byId("report-link").hidden = !limits.has_report;
     byId("files").accept = limits.file_types.join();
     byId("file-types").textContent = limits.file_types.join(" ");
-    const most = Math.min(limits.max_top_k, 1000);
-    byId("k").max = String(most);
-    DEFAULTS.k = Math.min(limits.top_k, most);
-    state.k = Math.min(readAddress(location.search).k, most);
+    useFields(limits.search);
+    describeControls(limits.search);
+    state = readAddress(location.search);
     if (!(await readIndexes())) return;
     await readIndex();
   } catch (error) {
