@@ -22,7 +22,7 @@ def test_a_ranking_is_its_own_answer():
         Query("q1", "bread"), (place,), 1, {"score": 0.1}, certificate, missing_shards=missing, num_shards=8
     )
     excerpts = [Excerpt((place,), (SALT, BREAD), "Salt is white. Flour and water.")]
-    answer = json.loads(FastJSONResponse(search_answer(ranking, excerpts, [0.25], **ORIGIN)).body)
+    answer = json.loads(bytes(FastJSONResponse(search_answer(ranking, excerpts, [0.25], **ORIGIN)).body))
     assert answer["query"] == "bread"
     assert (answer["missing_shards"], answer["shards"]) == ([7], "7/8")
     assert answer["certificate"]["highest_bound_left"] is None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasPath, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AliasGenerator, AliasPath, BaseModel, BeforeValidator, ConfigDict, Field
 
 from d2llm.core.types import (
     CascadeReport,
@@ -15,6 +16,7 @@ from d2llm.core.types import (
     MissingShard,
     Passage,
     QueryExpansion,
+    RankedPassage,
     Selection,
     Task,
 )
@@ -117,6 +119,22 @@ class PassageAnswer(Answer):
     metadata: PlainMetadata
 
 
+@dataclass(frozen=True, slots=True)
+class RatedPlace:
+    """A place of a ranking with the probability that its passage is relevant, and whether that is weak."""
+
+    place: RankedPassage
+    probability: float | None
+    weak: bool | None
+
+
+def _of_rated_place(name: str) -> str | AliasPath:
+    """Where a field of ``RankedAnswer`` is read from."""
+    if name in RatedPlace.__slots__:
+        return name
+    return AliasPath("place", "passage", name) if name in PassageAnswer.model_fields else AliasPath("place", name)
+
+
 class RankedAnswer(PassageAnswer):
     """One place of a ranking.
 
@@ -125,6 +143,8 @@ class RankedAnswer(PassageAnswer):
     below 0.15, or below 0.5 if it has none of them. Both are null if the student's scores are not calibrated, if the
     ranking does not have its score, or if a teacher has judged the passage.
     """
+
+    model_config = ConfigDict(alias_generator=AliasGenerator(validation_alias=_of_rated_place))
 
     rank: int
     score: float

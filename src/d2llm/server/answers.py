@@ -13,7 +13,7 @@ from d2llm.core.types import Excerpt, Explanation, Ranking
 from d2llm.models.probabilities import WEAK, WEAK_WITHOUT_WORDS
 from d2llm.ops.bm25_words import terms
 from d2llm.retrieval.context import AnswerContext
-from d2llm.server.answer_schemas import ContextAnswer, Joined, SearchAnswer
+from d2llm.server.answer_schemas import ContextAnswer, Joined, RatedPlace, SearchAnswer
 
 _FEW_ITEMS = 64  # passages or vectors, which are serialized within a few milliseconds
 
@@ -50,12 +50,7 @@ def search_answer(
     """A ranking with its excerpts, if they were requested, and the ``probabilities`` that its passages are relevant."""
     query_terms = frozenset(terms(ranking.query.text))
     passages = [
-        Joined(
-            place,
-            place.passage,
-            probability=probability,
-            weak=_is_weak(place.explanation, probability, query_terms),
-        )
+        RatedPlace(place, probability, _is_weak(place.explanation, probability, query_terms))
         for place, probability in zip(ranking.passages, probabilities, strict=True)
     ]
     facts = _facts(ranking) | origin
