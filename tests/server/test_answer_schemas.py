@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from datetime import date
+from datetime import datetime
 
 from d2llm.core.types import Certificate, Excerpt, MissingShard, Passage, Query, RankedDocument, RankedPassage, Ranking
 from d2llm.server.answers import FastJSONResponse, search_answer
 
-BREAD = Passage("bread", "Flour and water.", "Bread", "food", 1, {"day": date(2021, 5, 1), "year": 2021, "ok": True})
+BREAD = Passage(
+    "bread", "Flour and water.", "Bread", "food", 1, {"day": datetime(2021, 5, 1), "year": 2021, "ok": True}
+)
 SALT = Passage("salt", "Salt is white.", document_id="food")
 ORIGIN = {"index": {"name": "kitchen", "version": 3, "student": "s", "fingerprint": "f"}, "request_id": "r"}
 
@@ -32,7 +34,7 @@ def test_a_ranking_is_its_own_answer():
         *("bread", "Bread", 1, 2.5),
         0.25,
     )
-    assert first["metadata"] == {"day": "2021-05-01", "year": 2021, "ok": True}
+    assert first["metadata"] == {"day": "2021-05-01T00:00:00", "year": 2021, "ok": True}
     assert first["document"]["others"] == [{"id": "salt", "title": "", "text": "Salt is white.", "score": 0.5}]
     assert first["before"] == [{"id": "salt", "title": "", "text": "Salt is white.", "score": None}]
     assert answer["excerpts"] == [
