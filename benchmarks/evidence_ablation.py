@@ -27,7 +27,7 @@ from d2llm.recipe import (
     BackboneConfig,
     DataConfig,
     InteractionConfig,
-    LoraConfig,
+    Lora,
     MiningConfig,
     Recipe,
     ResidualConfig,
@@ -68,8 +68,7 @@ def recipe(data: Path, seed: int, max_queries: int) -> Recipe:
         student=StudentConfig(
             backbone=BackboneConfig(
                 model="minilm",
-                tuning="lora",
-                lora=LoraConfig(rank=16, alpha=32, dropout=0.0),
+                tuning=Lora(),
                 max_query_tokens=64,
                 max_passage_tokens=256,
             ),

@@ -37,6 +37,7 @@ from d2llm.recipe import (
     BackboneConfig,
     CausalTeacherConfig,
     LocalWriterConfig,
+    Lora,
     LoraConfig,
     Quantization,
     StudentConfig,
@@ -169,7 +170,7 @@ class Bench:
 
     def student(self, shape: str, *, training: bool = False) -> Student:
         """A student whose backbone has the shape."""
-        backbone = BackboneConfig(model=str(self.model(shape)), lora=LoraConfig(rank=16, alpha=32))
+        backbone = BackboneConfig(model=str(self.model(shape)), tuning=Lora(rank=16, alpha=32, dropout=0.05))
         student = Student.create(StudentConfig(backbone=backbone), device=self.device)
         if training:
             student.prepare_training()

@@ -41,7 +41,7 @@ from d2llm.data.beir import read_beir
 from d2llm.models.backbone import Backbone
 from d2llm.models.listwise_reader import ListwiseReader
 from d2llm.ops.significance import holm, paired_randomisation
-from d2llm.recipe import BackboneConfig, ReaderTuningConfig
+from d2llm.recipe import BackboneConfig, Lora, ReaderTuningConfig
 from d2llm.training.ranked_lists import RankedLists, collect_lists, dev_queries, train_queries
 from d2llm.training.tune_reader import ndcg, train_reader
 
@@ -174,7 +174,7 @@ def trained_reader(
     row: str, config: ReaderTuningConfig, lists: Sequence[RankedLists], work: Path
 ) -> tuple[ListwiseReader, dict[str, Any]]:
     """The reader of a row, trained from its last checkpoint on, and the figures of its training."""
-    backbone_config = BackboneConfig(model=config.model, layers=config.layers, lora=config.lora)
+    backbone_config = BackboneConfig(model=config.model, layers=config.layers, tuning=Lora(**config.lora.model_dump()))
     backbone = Backbone.load(backbone_config, device="cpu", dtype="float32")
     reader = ListwiseReader(backbone, lists[0].vectors.shape[2], STUDENT)
     folder = work / row

@@ -25,7 +25,7 @@ from wall_text import load_system
 from d2llm import Student
 from d2llm.core.table import Column, Table
 from d2llm.ops.losses import in_batch_cross_entropy
-from d2llm.recipe import BackboneConfig, LoraConfig, StudentConfig
+from d2llm.recipe import BackboneConfig, Frozen, Lora, StudentConfig
 from d2llm.retrieval.reading import encode_pairs
 from d2llm.store.bm25 import WordIndex
 
@@ -98,7 +98,7 @@ def system_scores(name: str, items: Items) -> Tensor:
 
 @cache
 def untuned() -> Any:
-    return Student.create(StudentConfig(backbone=BackboneConfig(tuning="frozen")))
+    return Student.create(StudentConfig(backbone=BackboneConfig(tuning=Frozen())))
 
 
 @cache
@@ -187,7 +187,7 @@ def fit_frozen(name: str, seed: int, rate: float, splits: dict[Split, Items]) ->
 
 def fit_lora(name: str, seed: int, rate: float, splits: dict[Split, Items]) -> Cell:
     """The backbone with LoRA, the student's pooling (warm start), and a head."""
-    config = StudentConfig(backbone=BackboneConfig(tuning="lora", lora=LoraConfig(rank=16, alpha=32)))
+    config = StudentConfig(backbone=BackboneConfig(tuning=Lora(rank=16, alpha=32, dropout=0.05)))
     student = Student.create(config, seed=seed)
     student.prepare_training(seed=seed)
     head = new_head(name, student.vector_dim, seed, HIDDEN)

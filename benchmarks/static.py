@@ -31,7 +31,7 @@ from d2llm.data.beir import read_beir
 from d2llm.models.backbone import Backbone
 from d2llm.models.static_model import distill_static
 from d2llm.models.student import Student
-from d2llm.recipe import BackboneConfig, StudentConfig
+from d2llm.recipe import BackboneConfig, Frozen, StudentConfig
 
 SETS = ("squad-sent", "banking77", "covidqa")
 REPEATS = 3
@@ -63,7 +63,7 @@ def main() -> None:
         plain = {"minilm": make_student("minilm"), "static": make_student(folder)}
         configs = {
             "minilm": StudentConfig(),
-            "static": StudentConfig(backbone=BackboneConfig(model=folder, tuning="frozen")),
+            "static": StudentConfig(backbone=BackboneConfig(model=folder, tuning=Frozen())),
         }
         students = {name: Student.create(config, device="cpu") for name, config in configs.items()}
         for name, each in data.items():

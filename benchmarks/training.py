@@ -29,7 +29,7 @@ from d2llm.data.open_data import open_data
 from d2llm.data.plan import read_plan
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
-from d2llm.recipe import BackboneConfig, LoraConfig, StudentConfig, TrainingConfig
+from d2llm.recipe import BackboneConfig, Lora, StudentConfig, TrainingConfig
 from d2llm.recipe.losses import Objective
 from d2llm.training.checkpoints import trainable
 from d2llm.training.gradient_cache import backpropagate, graph_room
@@ -69,8 +69,8 @@ def make_work(data: Path, plan: Path, count: int, num_queries: int) -> list[Work
 
 def make_student(dtype: str | None, attention: str | None) -> Student:
     """MiniLM with adapters, ready to train; None selects what ``distill`` uses."""
-    lora = LoraConfig(rank=16, alpha=32, dropout=0.0)
-    student = Student.create(StudentConfig(backbone=BackboneConfig(model="minilm", lora=lora)), dtype=dtype)
+    lora = Lora(rank=16, alpha=32, dropout=0.0)
+    student = Student.create(StudentConfig(backbone=BackboneConfig(model="minilm", tuning=lora)), dtype=dtype)
     student.prepare_training()
     if attention is not None:
         student.backbone.model.set_attn_implementation(attention)

@@ -21,7 +21,7 @@ from d2llm.models.student import Student
 from d2llm.recipe import (
     BackboneConfig,
     InteractionConfig,
-    LoraConfig,
+    Lora,
     PoolingConfig,
     StudentConfig,
     TeacherConfig,
@@ -149,9 +149,12 @@ def _trained() -> str:
     return tokenizer.to_str()
 
 
+TWO_ADAPTERS = Lora(rank=4, alpha=8.0, adapters="two")
+
+
 def tiny_student_config(model: Path | str, **backbone: Any) -> StudentConfig:
     """A small version of the default student (anchored, rich, warm) with the tiny model in ``model``."""
-    settings = {"model": str(model), "lora": LoraConfig(rank=4, alpha=8.0, dropout=0.0), "max_passage_tokens": 64}
+    settings = {"model": str(model), "tuning": Lora(rank=4, alpha=8.0), "max_passage_tokens": 64}
     return StudentConfig(
         backbone=BackboneConfig.model_validate(settings | {"max_query_tokens": 64} | backbone),
         pooling=PoolingConfig(num_heads=4),

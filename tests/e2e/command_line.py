@@ -76,7 +76,7 @@ def write_recipe(path, models, data, *, learning_rate=1e-3, prompt="short", extr
 name = "tiny"
 [student.backbone]
 model = "{models / "encoder"}"
-lora = {{ rank = 2, alpha = 2, dropout = 0 }}
+tuning = {{ kind = "lora", rank = 2, alpha = 2 }}
 max_query_tokens = 64
 max_passage_tokens = 64
 [student.pooling]

@@ -13,6 +13,7 @@ from d2llm.cli.main import app
 from d2llm.core import progress
 from d2llm.core.shipped import shipped_recipes
 from d2llm.models.student import Student
+from d2llm.recipe import Lora
 from d2llm.recipe.recipe_file import load_recipe
 from e2e.command_line import PROGRAM, d2llm, fail, succeed, succeed_with_report, write_recipe
 from e2e.small_corpus import SENTENCES
@@ -160,8 +161,8 @@ class TestDistil:
 
     def test_the_paper_recipe_has_the_published_settings(self):
         recipe = load_recipe("d2llm-paper")
-        lora, training, losses = recipe.student.backbone.lora, recipe.training, recipe.losses
-        assert (lora.rank, lora.alpha, lora.dropout) == (8, 8, 0.05)
+        lora, training, losses = recipe.student.backbone.tuning, recipe.training, recipe.losses
+        assert lora == Lora(rank=8, alpha=8, dropout=0.05)
         assert (training.learning_rate, training.warmup_steps, training.batch_queries) == (1e-4, 1000, 32)
         assert (training.head_learning_rate, training.weight_decay, training.max_gradient_norm) == (1e-4, 0.01, 1)
         assert (training.patience, training.num_positives, training.num_hard) == (5, 1, 8)

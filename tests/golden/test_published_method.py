@@ -29,7 +29,7 @@ from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import identify_judge
-from d2llm.recipe import Recipe
+from d2llm.recipe import Full, Lora, Recipe, Tuning
 from d2llm.recipe.recipe_file import load_recipe
 from d2llm.training.distill import DistillReport, distill
 from published_method import Example, PublishedTraining, Settings
@@ -60,7 +60,7 @@ class Case:
     weights: dict[str, float]
     temperature: float
     num_heads: int
-    tuning: str
+    tuning: Tuning
 
 
 CASES = {
@@ -74,7 +74,7 @@ CASES = {
         },
         temperature=1.0,
         num_heads=32,
-        tuning="lora",
+        tuning=Lora(rank=8, alpha=8.0),
     ),
     "mean": Case(
         {
@@ -86,7 +86,7 @@ CASES = {
         },
         temperature=0.8,
         num_heads=4,
-        tuning="full",
+        tuning=Full(),
     ),
 }
 
@@ -153,7 +153,6 @@ def tiny_paper_recipe(backbone: Path, normalisation: str) -> Recipe:
     values = load_recipe("d2llm-paper").model_dump()
     case = CASES[normalisation]
     values["student"]["backbone"] |= {"model": str(backbone), "tuning": case.tuning}
-    values["student"]["backbone"]["lora"]["dropout"] = 0.0
     values["training"] |= SIZES | {
         "learning_rate": RATE,
         "head_learning_rate": HEAD_RATE,

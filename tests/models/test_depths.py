@@ -22,7 +22,7 @@ from d2llm.models.interaction import Interaction
 from d2llm.models.quality import PassageQuality
 from d2llm.models.student_files import check_content
 from d2llm.models.term_weights import TermWeights
-from tiny_models import ARCHITECTURES, TEXTS, randomise, tiny_student_config, write_tiny_model
+from tiny_models import ARCHITECTURES, TEXTS, TWO_ADAPTERS, randomise, tiny_student_config, write_tiny_model
 
 DEPTHS = (1, 2)
 
@@ -80,7 +80,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", ["adapter", "merged", "two adapters"])
 def test_a_student_is_cut_to_the_depths_that_it_was_trained_for(bert: Path, tmp_path: Path, kind: str) -> None:
-    source = trained(bert, adapters="two" if kind == "two adapters" else "one")
+    source = trained(bert, **({"tuning": TWO_ADAPTERS} if kind == "two adapters" else {}))
     content = {"nested_depths": [*DEPTHS], "nested_dims": [8], "tasks": ["asymmetric"], "dev": {}}
     source.save(tmp_path / "whole", merge=kind == "merged", content=content)
     whole = Student.load(tmp_path / "whole", device="cpu", dtype="float32")

@@ -203,7 +203,7 @@ class TestFetch:
         student.save(tmp_path / "student")
         manifest = json.loads((tmp_path / "student" / "manifest.json").read_text())
         remote = {"url": "https://elsewhere/v1", "dimensions": 32, "api_key_env": "HOME"}
-        manifest["config"]["backbone"] |= {"tuning": "frozen", "remote": remote}
+        manifest["config"]["backbone"] |= {"tuning": {"kind": "frozen"}, "remote": remote}
         manifest["config"]["pooling"]["method"] = "backbone"
         (tmp_path / "student" / "manifest.json").write_text(json.dumps(manifest))
         (tmp_path / "student" / "adapter.safetensors").unlink()

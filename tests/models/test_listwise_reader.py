@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from d2llm.core.errors import DataFormatError, InputError, MismatchError, ModelError
 from d2llm.models.backbone import Backbone
 from d2llm.models.listwise_reader import ListwiseReader
-from d2llm.recipe import BackboneConfig, LoraConfig
+from d2llm.recipe import BackboneConfig, Lora
 from tiny_models import DIM, MAX_TOKENS, randomise, write_tiny_model
 
 VECTOR_DIM = 6
@@ -21,7 +21,7 @@ ROUNDING = 1e-4
 
 
 def new_reader(model, *, steps=5, **backbone):
-    config = BackboneConfig(model=str(model), lora=LoraConfig(rank=2, alpha=4.0, dropout=0.0), **backbone)
+    config = BackboneConfig(model=str(model), tuning=Lora(rank=2, alpha=4.0, dropout=0.0), **backbone)
     loaded = Backbone.load(config, device="cpu", dtype="float32")
     return ListwiseReader(loaded, VECTOR_DIM, "a-student", steps=steps).eval()
 

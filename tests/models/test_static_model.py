@@ -14,7 +14,7 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.models.backbone import Backbone
 from d2llm.models.static_model import StaticReport, distill_static
 from d2llm.models.student import Student
-from d2llm.recipe import BackboneConfig
+from d2llm.recipe import BackboneConfig, Frozen
 from e2e.command_line import fail, succeed_with_report
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
@@ -80,7 +80,7 @@ def test_all_of_a_long_passage_counts(backbone: Backbone, tmp_path: Path) -> Non
 
 
 def test_a_text_is_the_mean_of_its_tokens(made: tuple[Path, StaticReport]) -> None:
-    backbone = Backbone.load(BackboneConfig(model=str(made[0]), tuning="frozen"), device="cpu", dtype="float32")
+    backbone = Backbone.load(BackboneConfig(model=str(made[0]), tuning=Frozen()), device="cpu", dtype="float32")
     rows = load_file(made[0] / "model.safetensors")["embeddings"]
     tokenized = backbone.tokenize(TEXTS[:4], "passage")
     states, mask = backbone(*backbone.pad(tokenized.ids))
@@ -123,7 +123,7 @@ def test_shared_and_weighted_vectors_of_model2vec(made: tuple[Path, StaticReport
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "model2vec", "normalize": True}))
     (tmp_path / "tokenizer.json").write_bytes((made[0] / "tokenizer.json").read_bytes())
-    backbone = Backbone.load(BackboneConfig(model=str(tmp_path), tuning="frozen"), device="cpu", dtype="float32")
+    backbone = Backbone.load(BackboneConfig(model=str(tmp_path), tuning=Frozen()), device="cpu", dtype="float32")
     assert backbone.dim == 16
     states, _ = backbone(torch.tensor([[5, 9]]), torch.ones(1, 2, dtype=torch.bool))
     for token, state in zip((5, 9), states[0], strict=True):
@@ -138,7 +138,7 @@ def test_files_that_hold_no_vectors(made: tuple[Path, StaticReport], tmp_path: P
     if damage == "other tensors":
         save_file({"other": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="cannot be read as token embeddings"):
-        Backbone.load(BackboneConfig(model=str(tmp_path), tuning="frozen"), device="cpu")
+        Backbone.load(BackboneConfig(model=str(tmp_path), tuning=Frozen()), device="cpu")
 
 
 def test_adapters_are_refused(made: tuple[Path, StaticReport]) -> None:
@@ -163,7 +163,7 @@ def test_bad_requests_write_nothing(backbone: Backbone, made: tuple[Path, Static
 def test_sentence_transformers_reads_the_folder(made: tuple[Path, StaticReport]) -> None:
     library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     theirs = library.SentenceTransformer(str(made[0]), device="cpu").encode(TEXTS)
-    backbone = Backbone.load(BackboneConfig(model=str(made[0]), tuning="frozen"), device="cpu", dtype="float32")
+    backbone = Backbone.load(BackboneConfig(model=str(made[0]), tuning=Frozen()), device="cpu", dtype="float32")
     ours = backbone.pool(*backbone(*backbone.pad(backbone.tokenize(TEXTS, "passage").ids))).detach().numpy()
     np.testing.assert_allclose(theirs, ours / np.linalg.norm(ours, axis=1, keepdims=True), atol=1e-5)
 

@@ -24,7 +24,7 @@ from d2llm.training.gradient_cache import backpropagate
 from d2llm.training.pretrain import pretrain_backbone
 from tiny_data import tiny_recipe
 from tiny_distill import LEARNING, Place
-from tiny_models import DIM, TEXTS, randomise, tiny_student_config, write_tiny_model
+from tiny_models import DIM, TEXTS, TWO_ADAPTERS, randomise, tiny_student_config, write_tiny_model
 
 QUERIES, PASSAGES = TEXTS[:3], TEXTS[3:]
 
@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(model: Path) -> Student:
-    student = Student.create(tiny_student_config(model, adapters="two"), device="cpu", dtype="float32")
+    student = Student.create(tiny_student_config(model, tuning=TWO_ADAPTERS), device="cpu", dtype="float32")
     student.prepare_training()
     randomise(student, scale=0.1)
     return student.eval()
@@ -130,7 +130,7 @@ def test_each_adapter_learns_from_its_own_texts(model: Path, room: float) -> Non
 
 def test_a_distilled_student_has_two_adapters(tmp_path: Path) -> None:
     place = Place(tmp_path)
-    recipe = tiny_recipe(tiny_student_config(place.model, adapters="two"), **LEARNING)
+    recipe = tiny_recipe(tiny_student_config(place.model, tuning=TWO_ADAPTERS), **LEARNING)
     report = place.run(tmp_path / "s", recipe=recipe.model_copy(update={"losses": Objective({}).with_imitation({})}))
     assert report.best_step > 0
     tensors = load_file(tmp_path / "s" / ADAPTER_FILE)
@@ -184,6 +184,6 @@ def test_what_holds_one_set_of_weights_is_refused(model: Path, folder: Path, tmp
         choose_engine("openvino", student.config)
     assert choose_engine("auto", student.config) == "torch"
     assert why_not_plain(student.config) == "it reads queries and passages with adapters of their own"
-    fresh = Student.create(tiny_student_config(model, adapters="two"), device="cpu", dtype="float32")
+    fresh = Student.create(tiny_student_config(model, tuning=TWO_ADAPTERS), device="cpu", dtype="float32")
     with pytest.raises(InputError, match="but adapters is two; set it to one"):
         pretrain_backbone(fresh, TEXTS, tmp_path / "p", PretrainingConfig(objective="simcse"))

@@ -18,7 +18,7 @@ from d2llm.data.training import TrainingPair
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.writers.local import LocalWriter
 from d2llm.models.writers.writer import Assignment
-from d2llm.recipe import LoraConfig, WriterConfig
+from d2llm.recipe import Lora, LoraConfig, WriterConfig
 from d2llm.training.gradient_cache import backpropagate
 from d2llm.training.tune_teacher import accumulate
 from tiny_models import TEXTS, randomise, tiny_student_config, tiny_teacher_config, write_tiny_model
@@ -31,7 +31,7 @@ ARCHITECTURES = ("llama", "bert", "modernbert", "gemma2")
 
 def student_on(device: str, model: Path, *, training: bool = False) -> Student:
     """The same random student on any device."""
-    config = tiny_student_config(model, lora=LoraConfig(rank=4, alpha=8.0, dropout=0.0))
+    config = tiny_student_config(model, tuning=Lora(rank=4, alpha=8.0))
     student = Student.create(config, device="cpu", dtype="float32")
     if training:
         student.prepare_training()

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
-from d2llm.recipe import LoraConfig, Recipe
+from d2llm.recipe import Lora, Recipe
 from d2llm.training.distill import DistillReport, distill
 from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_distill import log_of
@@ -36,7 +36,7 @@ def sources() -> list[TrainingSource]:
 
 def recipe(models: Path, residual_epochs: int) -> Recipe:
     """With dropout, and with parts so small that each process has several and keeps the graph of the first."""
-    config = tiny_student_config(models / "student", lora=LoraConfig(rank=4, alpha=8.0, dropout=0.2))
+    config = tiny_student_config(models / "student", tuning=Lora(rank=4, alpha=8.0, dropout=0.2))
     student = config.model_copy(update={"interaction": config.interaction.model_copy(update={"dropout": 0.1})})
     rates = {"learning_rate": 1e-3, "head_learning_rate": 1e-2}
     settings = {

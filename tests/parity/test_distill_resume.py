@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from d2llm.core.errors import InputError
 from d2llm.data.training import TrainingSource
-from d2llm.recipe import LoraConfig, Recipe
+from d2llm.recipe import Lora, Recipe
 from d2llm.training import distill as verb
 from d2llm.training import training_loop
 from d2llm.training.distill import DistillReport, distill
@@ -31,7 +31,7 @@ def sources() -> list[TrainingSource]:
 
 
 def recipe(models: Path, **training: object) -> Recipe:
-    config = tiny_student_config(models / "student", lora=LoraConfig(rank=4, alpha=8.0, dropout=0.2))
+    config = tiny_student_config(models / "student", tuning=Lora(rank=4, alpha=8.0, dropout=0.2))
     interaction = config.interaction.model_copy(update={"dropout": 0.1})
     student = config.model_copy(update={"interaction": interaction})
     settings = {"epochs": 2, "patience": 99, "eval_every": 4, "checkpoint_every": 3}

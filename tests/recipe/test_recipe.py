@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from d2llm.core.errors import RecipeError
 from d2llm.recipe import (
+    Lora,
     PretrainingConfig,
     Recipe,
     TeacherConfig,
@@ -36,12 +37,17 @@ def error_of(values: dict[str, Any]) -> str:
     return str(error.value)
 
 
+def test_adapters_are_the_recommended_ones_by_default_and_the_papers_in_its_recipe():
+    """D2LLM paper: LoRA r 8, alpha 8, dropout 0.05."""
+    published = load_recipe("d2llm-paper").student.backbone.tuning
+    assert published == Lora(rank=8, alpha=8.0, dropout=0.05)
+    assert load_recipe("d2llm").student.backbone.tuning == Lora() == Lora(rank=16, alpha=32.0, dropout=0.0)
+
+
 def test_the_default_recipe_has_the_papers_model_and_losses():
-    """D2LLM paper: LoRA r 8, alpha 8, dropout 0.05. Training settings are ours: the paper had 0.3 million samples."""
+    """Training settings are ours: the paper had 0.3 million samples."""
     recipe = parse_recipe({})
     assert recipe == Recipe()
-    lora = recipe.student.backbone.lora
-    assert (lora.rank, lora.alpha, lora.dropout) == (8, 8.0, 0.05)
     training = recipe.training
     assert (training.warmup_fraction, training.warmup_steps, training.epochs) == (0.1, None, None)
     assert recipe.student.interaction.hidden_dim == 512
@@ -57,7 +63,7 @@ def test_a_recipe_file_is_loaded(tmp_path: Path, as_type: type):
         name = "first"
         [student.backbone]
         model = "smollm2"
-        lora = { rank = 4 }
+        tuning = { kind = "lora", rank = 4 }
         [[data]]
         path = "a"
         task = "symmetric"
@@ -69,7 +75,7 @@ def test_a_recipe_file_is_loaded(tmp_path: Path, as_type: type):
     recipe = load_recipe(as_type(path))
     assert recipe.name == "first"
     assert recipe.student.backbone.model == "smollm2"
-    assert (recipe.student.backbone.lora.rank, recipe.student.backbone.lora.alpha) == (4, 8.0)
+    assert recipe.student.backbone.tuning == Lora(rank=4)
     assert [(data.path, data.task, data.max_queries) for data in recipe.data] == [
         ("a", "symmetric", None),
         ("b", "asymmetric", 10),
@@ -122,7 +128,7 @@ def test_recipes_are_compared_as_todays_schema_reads_them():
     """A setting that the writer of a recipe did not know has its default; one that no recipe has any more is named."""
     current = changed(training={"learning_rate": 0.5}).model_dump(mode="json")
     saved = changed(name="other").model_dump(mode="json")
-    del saved["training"]["in_batch_labels"], saved["student"]["backbone"]["adapters"], saved["losses"]
+    del saved["training"]["in_batch_labels"], saved["student"]["backbone"]["tuning"]["adapters"], saved["losses"]
     assert changed_recipe(saved, current) == ["training.learning_rate (was 0.001, is 0.5)"]
     assert changed_recipe(saved, current, tuning_settings) == []
     saved["training"]["graph_tokens"] = 7
@@ -159,8 +165,8 @@ def test_recipes_are_immutable():
         ({"studnt": {}}, "r.toml: unknown key 'studnt'; did you mean 'student'?"),
         ({"training": {"epoch": 3}}, "r.toml: unknown key 'training.epoch'; did you mean 'epochs'?"),
         (
-            {"student": {"backbone": {"lora": {"rnk": 4}}}},
-            "r.toml: unknown key 'student.backbone.lora.rnk'; did you mean 'rank'?",
+            {"student": {"backbone": {"tuning": {"rnk": 4}}}},
+            "r.toml: unknown key 'student.backbone.tuning.rnk'; did you mean 'rank'?",
         ),
         (
             {"data": [{"path": "a", "max_query": 3}]},
@@ -403,15 +409,18 @@ def test_settings_of_a_tuning_leave_out_how_the_teacher_judges():
         ('[student.backbone]\npooling = "ditto"\ndiagonal_head = [0, -1]', "diagonal_head"),
         ('[student.backbone]\npooling = "ditto"\ndiagonal_head = [0, 1]', "PMA would read the weighted tokens"),
         ("[student.pooling]\nwhitening = true\nwarm_start = false", "PMA without warm start does not use"),
-        ('[student.backbone]\nadapters = "two"\ntuning = "full"', 'set tuning = "lora", or delete adapters'),
-        ('[student.backbone]\nadapters = "two"\ntuning = "frozen"', 'tuning is "frozen", which has no adapters'),
-        ('[student.backbone]\nadapters = "three"', "'one' or 'two'"),
         (
-            '[student.backbone]\nadapters = "two"\n[[data]]\npath = "pairs"\ntask = "symmetric"',
+            '[student.backbone]\ntuning = { kind = "full", adapters = "two" }',
+            "unknown key 'student.backbone.tuning.adapters' of kind full; it is a setting of kind lora",
+        ),
+        ('[student.backbone]\ntuning = { adapters = "three" }', "'one' or 'two'"),
+        ('[student.backbone]\ntuning = "half"', "no tuning 'half'; there are: lora, full, frozen"),
+        (
+            '[student.backbone]\ntuning = { adapters = "two" }\n[[data]]\npath = "pairs"\ntask = "symmetric"',
             "in every data set the two texts of a pair have the same role",
         ),
         (
-            '[student.backbone]\nadapters = "two"\n[training.pretraining]\nobjective = "simcse"',
+            '[student.backbone]\ntuning = { adapters = "two" }\n[training.pretraining]\nobjective = "simcse"',
             "trains one backbone for all texts",
         ),
         ("[student.pooling]\nwhitening = true\nprojection_dim = 64", "after whitening they differ as much in all"),

@@ -14,9 +14,9 @@ from d2llm.data.labels import LabelStore
 from d2llm.models.backbone import Backbone
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import identify_local_teacher
-from d2llm.recipe import BackboneConfig, EvidenceConfig, Recipe, TrainingConfig
+from d2llm.recipe import BackboneConfig, EvidenceConfig, Full, Lora, Recipe, TrainingConfig
 from d2llm.recipe.losses import LOSSES
-from d2llm.recipe.recipe_file import load_recipe
+from d2llm.recipe.recipe_file import load_recipe, parse_recipe
 from d2llm.recipe.variants import VARIANTS, Variant, find_variant
 from d2llm.training.ablation.report import BASE
 from tiny_distill import Place, losses_of, score_batch
@@ -111,7 +111,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]
             recipe.evidence,
             (
                 {kind: loss for kind, loss in recipe.losses.active.items() if loss.of_vectors},
-                recipe.student.backbone.adapters == "two",
+                recipe.student.backbone.has_two_adapters,
             ),
             student.backbone.model.config.num_hidden_layers,
         )
@@ -246,7 +246,11 @@ def test_variants_apply_to_recipes_whose_settings_they_exclude() -> None:
     projected = VARIANTS["projection-128"].apply(whitened)
     assert not projected.student.pooling.whitening
     two = VARIANTS["two-adapters"].apply(recipe)
-    assert VARIANTS["simcse"].apply(two).student.backbone.adapters == "one"
+    assert two.student.backbone.has_two_adapters
+    assert not VARIANTS["simcse"].apply(two).student.backbone.has_two_adapters
+    full = parse_recipe(recipe.model_dump() | {"student": {"backbone": {"tuning": "full"}}})
+    assert VARIANTS["simcse"].apply(full).student.backbone.tuning == Full()  # which has no adapters to make one
+    assert VARIANTS["two-adapters"].apply(full).student.backbone.tuning == Lora(adapters="two")
     assert VARIANTS["two-adapters"].apply(VARIANTS["simcse"].apply(recipe)).training.pretraining.objective is None
     for name in ("whitening", "whitened-mean-pooling"):
         assert VARIANTS[name].apply(projected).student.pooling.projection_dim is None

@@ -19,7 +19,7 @@ from torch import Tensor
 from d2llm.data.collation import DistillationBatch
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection
-from d2llm.recipe import LoraConfig, TrainingConfig
+from d2llm.recipe import Lora, TrainingConfig
 from d2llm.recipe.losses import Objective
 from d2llm.training import gradient_cache
 from d2llm.training.gradient_cache import backpropagate, graph_room
@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_student(model: Path, *, dropout: float = 0.0, **backbone: Any) -> Student:
-    config = tiny_student_config(model, lora=LoraConfig(rank=4, alpha=8.0, dropout=dropout), **backbone)
+    config = tiny_student_config(model, tuning=Lora(rank=4, alpha=8.0, dropout=dropout), **backbone)
     head = config.interaction.model_copy(update={"dropout": dropout})
     student = Student.create(config.model_copy(update={"interaction": head}), device="cpu", dtype="float32")
     student.prepare_training()

@@ -23,7 +23,7 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.data.plan import PlanEntry
 from d2llm.models.backbone import Backbone
 from d2llm.models.student import Student
-from d2llm.recipe import BackboneConfig, LoraConfig, PretrainingConfig, StudentConfig
+from d2llm.recipe import BackboneConfig, Frozen, Lora, PretrainingConfig, StudentConfig
 from d2llm.recipe.losses import Objective
 from d2llm.training import pretrain, trainer
 from d2llm.training.pretrain import (
@@ -388,7 +388,7 @@ def two_backbones(tmp_path_factory: pytest.TempPathFactory) -> tuple[Backbone, B
     for tokenizer, prefix in ((word_tokenizer(WORDS), ""), (pieces_tokenizer(), "to ")):
         folder = write_tiny_model(tmp_path_factory.mktemp("model") / "bert", "bert")
         tokenizer.save_pretrained(folder)
-        settings = BackboneConfig(model=str(folder), tuning="frozen", passage_prefix=prefix)
+        settings = BackboneConfig(model=str(folder), tuning=Frozen(), passage_prefix=prefix)
         backbones.append(Backbone.load(settings, device="cpu", dtype="float32"))
     return backbones[0], backbones[1]
 
@@ -423,7 +423,7 @@ def test_tokens_are_aligned_by_characters(
 
 
 def test_bytes_of_a_character_teach_alike(two_backbones: tuple[Backbone, Backbone], model: Path) -> None:
-    teacher = Backbone.load(BackboneConfig(model=str(model), tuning="frozen"), device="cpu", dtype="float32")
+    teacher = Backbone.load(BackboneConfig(model=str(model), tuning=Frozen()), device="cpu", dtype="float32")
     (reading,) = pretrain._readings(two_backbones[0], teacher, ["東"], "passage", config("hidden_states")).values()
     assert len(reading.ids) == 5  # three bytes between <s> and </s>
     assert reading.pairs.tolist() == [[1, 1, 1], [1, 2, 1], [1, 3, 1]]
@@ -602,8 +602,7 @@ def distilled(place: Place, folder: Path, student: StudentConfig, **pretraining:
 
 
 def test_a_distilled_student_is_pretrained_first(place: Place, tmp_path: Path) -> None:
-    lora = LoraConfig(rank=4, alpha=8.0, dropout=0.0)
-    student = tiny_student_config(place.model, layers=(0, 2), lora=lora)
+    student = tiny_student_config(place.model, layers=(0, 2), tuning=Lora(rank=4, alpha=8.0))
     plain = distilled(place, tmp_path / "plain", student)
     taught = distilled(place, tmp_path / "taught", student, objective="vectors", batch_texts=4, epochs=3)
     assert plain.fingerprint != taught.fingerprint

@@ -17,7 +17,7 @@ from d2llm.data.beir import Dataset
 from d2llm.models.backbone import Backbone
 from d2llm.models.listwise_reader import ListwiseReader
 from d2llm.models.student import Student
-from d2llm.recipe import BackboneConfig, LoraConfig, ReaderTuningConfig
+from d2llm.recipe import BackboneConfig, Lora, LoraConfig, ReaderTuningConfig
 from d2llm.retrieval.index import Index
 from d2llm.training import ranked_lists
 from d2llm.training import tune_reader as module
@@ -191,7 +191,9 @@ def test_ndcg_counts_relevant_passages_outside_of_the_list():
 def test_a_reader_learns_what_a_vector_says(llama, tmp_path):
     config = config_of(llama, lists=(320, 160), batch_lists=8, network_rate=1e-2, checkpoint_minutes=60)
     backbone = Backbone.load(
-        BackboneConfig(model=str(llama), layers=1, lora=config.lora), device="cpu", dtype="float32"
+        BackboneConfig(model=str(llama), layers=1, tuning=Lora(**config.lora.model_dump())),
+        device="cpu",
+        dtype="float32",
     )
     reader = ListwiseReader(backbone, 8, "a-student", steps=4)
     stages = module.train_reader(reader, [random_lists(64)], config, tmp_path / "run", {}, seed=0)

@@ -54,7 +54,7 @@ from d2llm.models.token_vectors import TokenVectors
 from d2llm.ops.batching import pad_right
 from d2llm.ops.pooling import PoolingName, pool, to_right_padding
 from d2llm.ops.token_bounds import bounded_ends
-from d2llm.recipe import BackboneConfig
+from d2llm.recipe import BackboneConfig, Lora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -153,7 +153,7 @@ class Backbone(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         self.location = find_model(config.model)
-        weight_dtype = torch.float32 if config.tuning == "full" else compute_dtype
+        weight_dtype = torch.float32 if config.tuning.kind == "full" else compute_dtype
         lean = None
         # The lean model gives no attention, and is no decoder.
         if lean_tokenizer is not None and config.diagonal_head is None and not config.bidirectional:
@@ -168,7 +168,7 @@ class Backbone(nn.Module):
             model = _load_model(self.location, weight_dtype)
             self.model = model.to(device).eval()  # pyright: ignore[reportArgumentType]
         self.model.requires_grad_(False)
-        if config.tuning == "lora" and self.model.config.model_type == STATIC_MODEL_TYPE:
+        if config.tuning.kind == "lora" and self.model.config.model_type == STATIC_MODEL_TYPE:
             raise InputError(
                 f"'{config.model}' has token embeddings and no layers, so LoRA has nothing to adapt; set tuning to "
                 "full or frozen"
@@ -187,7 +187,7 @@ class Backbone(nn.Module):
             self.model.set_attn_implementation("eager")  # fused attention does not give its weights
         if hasattr(self.model.config, "use_cache"):
             self.model.config.use_cache = False  # each text is read once, so no key-value cache is needed
-        self.query_model = sharing_copy(self.model) if config.adapters == "two" else None
+        self.query_model = sharing_copy(self.model) if config.has_two_adapters else None
         self._merged_adapter: dict[str, Tensor] = {}
         self._final: list[nn.Module] = []  # what follows the last layer: in a list, as it is a part of the model
         self.pooling: PoolingName = _own_pooling(config, self.location, self.model.config)
@@ -278,10 +278,10 @@ class Backbone(nn.Module):
         """
         if self.is_lean:
             raise InputError("this student was loaded only to encode texts; load it with lean=False to train it")
-        if self.config.tuning == "lora" and not has_adapters(self.model):
+        if isinstance(self.config.tuning, Lora) and not has_adapters(self.model):
             for number, model in enumerate(self._models.values()):
-                attach_lora(model, self.config.lora, seed=seed + number)
-        elif self.config.tuning == "full":
+                attach_lora(model, self.config.tuning, seed=seed + number)
+        elif self.config.tuning.kind == "full":
             self.model.requires_grad_(True)
         for model in self._models.values():
             use_plain_attention_on_cpu(model)
@@ -289,7 +289,7 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Backbone:
         """Switch training mode; with LoRA, only the adapters' dropout is switched on."""
         super().train(mode)
-        if self.config.tuning != "full":
+        if self.config.tuning.kind != "full":
             for model in self._models.values():
                 train_adapters_only(model, mode)
         return self
@@ -312,12 +312,12 @@ class Backbone(nn.Module):
 
     def tuned_state(self) -> dict[str, Tensor]:
         """What tuning changed since the pretrained weights: the adapter's tensors, all weights, or nothing."""
-        if self.config.tuning == "lora":
+        if self.config.tuning.kind == "lora":
             attached = {
                 p + n: tensor for p, model in self._models.items() for n, tensor in adapter_state(model).items()
             }
             return join_adapters(self._merged_adapter, attached)
-        if self.config.tuning == "full":
+        if self.config.tuning.kind == "full":
             return {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
         return {}
 
@@ -327,7 +327,7 @@ class Backbone(nn.Module):
         Raises:
             ModelError: the tensors belong to another architecture.
         """
-        if self.config.tuning == "full":
+        if self.config.tuning.kind == "full":
             try:
                 self.model.load_state_dict(state)
             except RuntimeError as error:
@@ -335,7 +335,7 @@ class Backbone(nn.Module):
                 raise ModelError(
                     f"the tuned weights do not fit '{self.config.model}' ({reason}...); use the model that was tuned"
                 ) from error
-        elif self.config.tuning == "lora":
+        elif self.config.tuning.kind == "lora":
             if self.query_model is not None and merge:
                 own_linear_weights(self.query_model)
             for prefix, adapter in self._adapters(state).items():

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # importing torch takes seconds, and a wrong name should be r
     from d2llm.models.backbone import Backbone
 
 KIND = "student"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 HEAD_FILE, ADAPTER_FILE, BACKBONE_FOLDER = "head.safetensors", "adapter.safetensors", "backbone"
 CARD_FILE = "README.md"
 CONTENT_HASH = "sha256"  # in the manifest: ``content_sha256`` when it was written

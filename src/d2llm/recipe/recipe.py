@@ -62,16 +62,17 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_adapters(self) -> Recipe:
-        if self.student.backbone.adapters == "one":
+        if not self.student.backbone.has_two_adapters:
             return self
         if self.data and all(each.task == "symmetric" for each in self.data):
             raise ValueError(
-                'student.backbone.adapters is "two", but in every data set the two texts of a pair have the same role: '
-                "delete adapters, or add an asymmetric set"
+                'student.backbone.tuning.adapters is "two", but in every data set the two texts of a pair have '
+                "the same role: delete adapters, or add an asymmetric set"
             )
         if self.training.pretraining.objective is not None:
             raise ValueError(
-                'training.pretraining trains one backbone for all texts, but student.backbone.adapters is "two": '
+                "training.pretraining trains one backbone for all texts, but "
+                'student.backbone.tuning.adapters is "two": '
                 "delete one of them"
             )
         return self
@@ -114,7 +115,7 @@ class Recipe(Section):
         pretraining, backbone = self.training.pretraining, self.student.backbone
         if pretraining.objective is None:
             return self
-        if backbone.tuning == "frozen":
+        if backbone.tuning.kind == "frozen":
             raise ValueError(
                 "training.pretraining trains the backbone, but student.backbone.tuning is frozen: set it to lora or "
                 "full, or delete pretraining.objective"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
+from d2llm.core.registry import Registry
 from d2llm.core.types import TASKS, Task
+from d2llm.recipe.kinds import SectionOfKind
 from d2llm.recipe.sections import EndpointConfig, LoraConfig, Section
 
 
@@ -42,6 +44,33 @@ _MODEL_CARD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+class Tuning(SectionOfKind):
+    """Which weights of the backbone are trained."""
+
+    kinds: ClassVar[Registry[Tuning]] = Registry(
+        "tuning", dict.fromkeys(("lora", "full", "frozen"), "d2llm.recipe.student"), group=""
+    )  # no entry points: ``Backbone`` does what these say
+    default_kind = "lora"
+
+
+class Lora(Tuning, LoraConfig, kind="lora"):
+    """Low-rank adapters on every linear layer."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    adapters: Literal["one", "two"] = "one"
+    """``two``: queries and passages are read with adapters of their own, by one backbone (Semi-Siamese)."""
+
+
+class Full(Tuning, kind="full"):
+    """All weights."""
+
+
+class Frozen(Tuning, kind="frozen"):
+    """None: the backbone stays as it is."""
+
+
 class BackboneConfig(Section):
     """The pretrained language model that encodes each text on its own.
 
@@ -51,11 +80,8 @@ class BackboneConfig(Section):
     model: str = "minilm"
     """Local folder, Hub name, GGUF file, or ``minilm`` / ``smollm2`` / ``e5`` (multilingual-e5-small); with the section
     ``remote``, the model's name at the endpoint."""
-    tuning: Literal["lora", "full", "frozen"] = "lora"
+    tuning: Tuning = Lora()
     """With ``remote``, always ``frozen``."""
-    lora: LoraConfig = LoraConfig()
-    adapters: Literal["one", "two"] = "one"
-    """``two``: queries and passages are read with LoRA adapters of their own, by one backbone (Semi-Siamese)."""
     layers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Use only this many of the model's first layers, or the layers of these numbers, counted from 0
     (``models.layer_choice`` chooses them): cheaper, and often no worse for search. None: all."""
@@ -79,10 +105,10 @@ class BackboneConfig(Section):
     def _check_remote(self) -> BackboneConfig:
         if self.remote is None:
             return self
-        if self.tuning != "frozen":
+        if self.tuning.kind != "frozen":
             raise ValueError(
-                f'tuning is "{self.tuning}", but the weights of a remote backbone are elsewhere and cannot be trained: '
-                'set tuning = "frozen", or delete the section remote'
+                f'tuning is "{self.tuning.kind}", but the weights of a remote backbone are elsewhere and cannot be '
+                'trained: set tuning = "frozen", or delete the section remote'
             )
         local = ("layers", "pooling", "diagonal_head", "bidirectional")
         chosen = [name for name in local if getattr(self, name) != type(self).model_fields[name].default]
@@ -93,14 +119,10 @@ class BackboneConfig(Section):
             )
         return self
 
-    @model_validator(mode="after")
-    def _check_adapters(self) -> BackboneConfig:
-        if self.adapters == "two" and self.tuning != "lora":
-            raise ValueError(
-                f'adapters is "two", but tuning is "{self.tuning}", which has no adapters: set tuning = "lora", or '
-                "delete adapters"
-            )
-        return self
+    @property
+    def has_two_adapters(self) -> bool:
+        """Whether queries and passages are read with adapters of their own."""
+        return isinstance(self.tuning, Lora) and self.tuning.adapters == "two"
 
     @model_validator(mode="after")
     def _check_layers(self) -> BackboneConfig:
@@ -273,7 +295,7 @@ def shaping_student_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def untuned_config(config: StudentConfig) -> StudentConfig:
     """A baseline: a student's backbone before training, with the pooling it was pretrained with."""
     return StudentConfig(
-        backbone=config.backbone.model_copy(update={"tuning": "frozen", "adapters": "one", "bidirectional": False}),
+        backbone=config.backbone.model_copy(update={"tuning": Frozen(), "bidirectional": False}),
         pooling=PoolingConfig(method="backbone"),
         interaction=InteractionConfig(head="cosine"),
     )

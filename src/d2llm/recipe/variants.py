@@ -59,8 +59,13 @@ def find_variant(name: str) -> Variant:
 
 
 def _overlaid(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with these changes. Another kind replaces a section; settings that its own kind lacks are left out."""
+    if changes.get("kind", values.get("kind")) != values.get("kind"):
+        return dict(changes)
     result = dict(values)
     for key, change in changes.items():
+        if "kind" in values and key not in values:
+            continue
         result[key] = _overlaid(result[key], change) if isinstance(change, Mapping) else change
     return result
 
@@ -95,7 +100,7 @@ def _own_pooling(name: str) -> dict[str, Any]:
 
 def _pretrained(objective: str, **student: Mapping[str, Any]) -> dict[str, Any]:
     pretraining = {"objective": objective, "teacher": None, "teacher_layer": None, "dropout": None}
-    backbone = {"adapters": "one", **student.pop("backbone", {})}
+    backbone = {"tuning": {"adapters": "one"}, **student.pop("backbone", {})}
     return {"training": {"pretraining": pretraining, "start": None}} | _student(backbone=backbone, **student)
 
 
@@ -181,7 +186,8 @@ _OWN: _Group = {
     ),
     "two-adapters": (
         "queries and passages read with adapters of their own (Semi-Siamese)",
-        _student(backbone={"adapters": "two", "tuning": "lora"}) | {"training": {"pretraining": {"objective": None}}},
+        _student(backbone={"tuning": {"kind": "lora", "adapters": "two"}})
+        | {"training": {"pretraining": {"objective": None}}},
     ),
     "complement-words": (
         "trained on what BM25 gets wrong among its first 20 (CoRT)",

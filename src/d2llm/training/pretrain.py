@@ -40,7 +40,7 @@ from d2llm.ops.bm25_words import sentences
 from d2llm.ops.losses import in_batch_cross_entropy
 from d2llm.ops.ridge import RidgeSet, folds_of, ridge_weights
 from d2llm.ops.token_alignment import align_tokens, aligned_states
-from d2llm.recipe import BackboneConfig, PretrainingConfig
+from d2llm.recipe import BackboneConfig, Frozen, PretrainingConfig
 from d2llm.training.checkpoints import remarks, trainable, warmup_steps
 from d2llm.training.trainer import Trainable, Trainer
 
@@ -359,7 +359,7 @@ class _Pretraining(Trainable):
             self.attention = [_Attention(model, layer, config.relation_heads) for model, layer in pairs]
         self.parameters = trainable(self.backbone)
         added = {} if self.projection is None else {f"projection.{n}": p for n, p in self.projection.named_parameters()}
-        rate = config.rate_for(self.backbone.config.tuning)
+        rate = config.rate_for(self.backbone.config.tuning.kind)
         self.groups = [
             ([*self.parameters.values()], rate, _WEIGHT_DECAY),
             ([*added.values()], _PROJECTION_RATE, 0.0),
@@ -617,9 +617,9 @@ def _check_backbone(backbone: Backbone, config: PretrainingConfig) -> None:
     model = backbone.config.model
     if config.objective is None:
         raise InputError("there is no objective; name one, such as simcse")
-    if backbone.config.tuning == "frozen":
+    if backbone.config.tuning.kind == "frozen":
         raise InputError(f"the backbone '{model}' is frozen; set tuning to lora or full to pretrain it")
-    if backbone.config.adapters == "two":
+    if backbone.config.has_two_adapters:
         raise InputError("pretraining trains one backbone for all texts, but adapters is two; set it to one")
     if config.objective == "mirror" and backbone.tokenizer.mask_token_id is None:
         raise InputError(f"'{model}' has no token for masked text, which the objective mirror needs; use simcse")
@@ -644,9 +644,9 @@ def _load_teacher(backbone: Backbone, config: PretrainingConfig) -> Backbone | N
     own = backbone.config
     if config.teacher is None and own.layers is None:
         raise InputError(f"the objective {config.objective} needs a teacher: name a backbone to imitate")
-    taught_by = own.model_copy(update={"layers": None, "tuning": "frozen", "bidirectional": False})
+    taught_by = own.model_copy(update={"layers": None, "tuning": Frozen(), "bidirectional": False})
     if config.teacher is not None:
-        taught_by = BackboneConfig(model=config.teacher, tuning="frozen")
+        taught_by = BackboneConfig(model=config.teacher, tuning=Frozen())
     return Backbone.load(taught_by, device=backbone.device, dtype=backbone.compute_dtype)
 
 

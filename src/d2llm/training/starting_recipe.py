@@ -312,7 +312,6 @@ passage_prefix = {json.dumps(backbone.passage_prefix)}"""
     return f"""\
 [student.backbone]
 model = {json.dumps(backbone.model)} # encodes each text alone.{english}{language}{prefixes}
-lora = {{ dropout = 0.0 }} # a quarter faster on a CPU, and a run this short does not need dropout
 max_query_tokens = {queries.limit} # {_lengths(queries, "queries")}
 max_passage_tokens = {passages.limit} # {_lengths(passages, "passages")}; time and memory grow with it"""
 

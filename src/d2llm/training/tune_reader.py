@@ -35,7 +35,7 @@ from d2llm.models.listwise_reader import READER_KIND, ListwiseReader, ReadPassag
 from d2llm.models.student import Student
 from d2llm.ops.losses import drawing_loss
 from d2llm.ops.measures import per_query_measures
-from d2llm.recipe import BackboneConfig, ReaderTuningConfig
+from d2llm.recipe import BackboneConfig, Lora, ReaderTuningConfig
 from d2llm.retrieval.protocols import task_for
 from d2llm.training.checkpoints import trainable
 from d2llm.training.ranked_lists import RankedLists, collect_lists, dev_queries, train_queries
@@ -147,7 +147,7 @@ def tune_reader(
         raise InputError(f"{folder}: already holds a finished reader; give another folder, or delete it to start over")
     check_replaceable(folder, READER_KIND)
     chosen, num_shared = _choose(datasets, config, seed)
-    backbone_config = BackboneConfig(model=config.model, layers=config.layers, lora=config.lora)
+    backbone_config = BackboneConfig(model=config.model, layers=config.layers, tuning=Lora(**config.lora.model_dump()))
     backbone = Backbone.load(backbone_config, device=device, dtype=dtype)
     steps = min(config.steps, config.depth)
     reader = ListwiseReader(backbone, student.vector_dim, student.fingerprint, steps=steps, seed=seed)

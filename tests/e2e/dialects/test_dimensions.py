@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from d2llm import Student
-from tiny_models import TEXTS, write_trained_student
+from tiny_models import TEXTS, TWO_ADAPTERS, write_trained_student
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 from tiny_clients import NAME, serving, unit
@@ -41,7 +41,7 @@ def test_vectors_are_cut_to_the_widths_that_the_student_was_trained_for(folder, 
 
 
 def test_the_kind_of_text_decides_which_adapter_reads_it(tmp_path):
-    folder = write_trained_student(tmp_path, adapters="two")
+    folder = write_trained_student(tmp_path, tuning=TWO_ADAPTERS)
     student = Student.load(folder, device="cpu", dtype="float32")
     passages = student.encode_passages(TEXTS).vectors
     queries = student.anchor_queries(student.encode_queries(TEXTS).vectors)

@@ -67,7 +67,7 @@ def choose_engine(
         if name not in ("torch", "auto"):
             raise InputError(f"engine '{name}' runs a backbone here, but this student's is an API; leave engine out")
         return "torch"
-    if config is not None and config.backbone.adapters == "two":
+    if config is not None and config.backbone.has_two_adapters:
         if name not in ("torch", "auto"):
             raise InputError(
                 f"engine '{name}' runs one set of weights, but this student reads queries and passages with adapters "

@@ -43,7 +43,7 @@ def why_not_plain(config: StudentConfig) -> str | None:
     """Why sentence-transformers cannot load a student with this configuration without d2llm; None if it can."""
     if config.backbone.remote is not None:
         return "its vectors come from an embedding API"
-    if config.backbone.adapters == "two":
+    if config.backbone.has_two_adapters:
         return "it reads queries and passages with adapters of their own"
     if config.interaction.head == "paper":
         return "its head 'paper' has no inner product"
