@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_student(model: Path, *, dropout: float = 0.0, **backbone: Any) -> Student:
-    config = tiny_student_config(model, tuning=Lora(rank=4, alpha=8.0, dropout=dropout), **backbone)
+    config = tiny_student_config(model, **{"tuning": Lora(rank=4, alpha=8.0, dropout=dropout), **backbone})
     head = config.interaction.model_copy(update={"dropout": dropout})
     student = Student.create(config.model_copy(update={"interaction": head}), device="cpu", dtype="float32")
     student.prepare_training()
