@@ -16,7 +16,7 @@ export PYTHON TORCH TORCH_PINNED EXTRAS
 export PYTHONDONTWRITEBYTECODE := # compiled modules are kept: the tests start Python hundreds of times
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-avx2 test-remote check fuzz bench clean
+.PHONY: help setup demo test test-all test-fast test-avx2 test-remote check fuzz bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -27,10 +27,16 @@ setup: ## set up .venv (the other targets do this themselves)
 demo: setup ## set up and run the demo, which searches the documentation of your Python's standard library
 	@$(BIN)/d2llm demo $(ARGS)
 
-test: setup ## set up and run all tests
+test: setup ## set up and run the tests of all that a change of the core can break: ten minutes
 	@sh scripts/browser.sh
-	@echo "==> running the tests in $(WORKERS) processes"
+	@echo "==> running the tests in $(WORKERS) processes (make test-all runs the rest too)"
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -rfEs --durations=5 --durations-min=5 -m "not rest" $(ARGS)
+
+test-all: setup ## set up and run all tests, with more examples; ARGS="-m rest" runs those that make test leaves out
+	@sh scripts/browser.sh
+	@echo "==> running all tests in $(WORKERS) processes"
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false D2LLM_TEST_ALL=1 \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -rfEs --durations=5 --durations-min=5 $(ARGS)
 
 test-fast: setup ## set up and run the quick tests, which start no programs: about three minutes

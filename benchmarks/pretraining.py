@@ -28,7 +28,7 @@ from untrained import SETS, ndcg, sample
 
 from d2llm.data.beir import Dataset, read_beir
 from d2llm.models.student import Student
-from d2llm.recipe import BackboneConfig, InteractionConfig, PoolingConfig, PretrainingConfig, StudentConfig
+from d2llm.recipe import BackboneConfig, InteractionConfig, PoolingConfig, Pretraining, StudentConfig
 from d2llm.training.pretrain import pretrain_backbone
 
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -66,8 +66,8 @@ def row_of(name: str, samples: dict[str, Any], texts: tuple[list[str], list[str]
     student = Student.create(config, device="cpu", dtype="float32", seed=0)
     row: dict[str, Any] = {"row": name, "kept": BACKBONES[backbone]["layers"], "objective": objective or None}
     if objective:
-        pretraining = PretrainingConfig.model_validate(
-            {"objective": objective, "epochs": arguments.epochs, "learning_rate": arguments.rate}
+        pretraining = Pretraining.of(
+            {"kind": objective, "epochs": arguments.epochs, "learning_rate": arguments.rate}
             | ({"teacher": "e5"} if backbone == "by-e5" else {})
         )
         started = time.process_time()

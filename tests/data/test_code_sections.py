@@ -12,6 +12,7 @@ from d2llm.core.fallbacks import fallback_counts
 from d2llm.data import code_sections as module
 from d2llm.data.code_sections import PARSED, code_sections, python_sections
 from d2llm.data.file_contents import read_contents
+from examples import examples
 
 pytest.importorskip("tree_sitter", reason="pip install 'd2llm[documents]'")
 
@@ -290,7 +291,7 @@ def test_functions_are_sections_under_their_classes(suffix):
     assert lines_of("\n".join(section.text for section in sections)) == lines_of(SOURCES[language])
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(st.data())
 def test_no_line_is_lost_and_none_invented(data):
     """Also in files that end anywhere, or of which lines are missing."""

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from d2llm.core.errors import DataFormatError, DuplicateIdError, InputError
 from d2llm.data.trec import read_run, write_run
+from examples import examples
 
 RUN = """\
 q1 Q0 d2 1 9.5 bm25
@@ -99,7 +100,7 @@ def test_values_the_format_cannot_hold_are_rejected(tmp_path):
 word = st.text(st.characters(blacklist_categories=("Z", "C")), min_size=1, max_size=4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     scored=st.dictionaries(
         word, st.dictionaries(word, st.floats(-1e300, 1e300), min_size=1, max_size=6), min_size=1, max_size=4

@@ -18,7 +18,7 @@ from d2llm.models.export.export import export
 from d2llm.models.export.sentence_transformers import why_not_plain
 from d2llm.models.student_files import ADAPTER_FILE, check_content
 from d2llm.models.token_vectors import TokenProjection
-from d2llm.recipe import PretrainingConfig
+from d2llm.recipe import Pretraining
 from d2llm.recipe.losses import Objective
 from d2llm.training.gradient_cache import backpropagate
 from d2llm.training.pretrain import pretrain_backbone
@@ -186,4 +186,4 @@ def test_what_holds_one_set_of_weights_is_refused(model: Path, folder: Path, tmp
     assert why_not_plain(student.config) == "it reads queries and passages with adapters of their own"
     fresh = Student.create(tiny_student_config(model, tuning=TWO_ADAPTERS), device="cpu", dtype="float32")
     with pytest.raises(InputError, match="but adapters is two; set it to one"):
-        pretrain_backbone(fresh, TEXTS, tmp_path / "p", PretrainingConfig(objective="simcse"))
+        pretrain_backbone(fresh, TEXTS, tmp_path / "p", Pretraining.of("simcse"))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from d2llm.core.errors import InputError
 from d2llm.ops.rereading import StudentError, calibrate_error, expected_log_odds, on_one_scale, reading_gains
+from examples import examples
 
 
 def test_a_fit_by_hand():
@@ -109,7 +110,7 @@ def test_reading_pays_around_the_cutoff():
     assert reading_gains(np.zeros(0), np.zeros(0, bool), 1.0, 6).tolist() == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     st.lists(st.floats(-8, 8), min_size=1, max_size=9),
     st.integers(1, 12),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from d2llm.core.errors import InputError
 from d2llm.ops.calibration import expected_calibration_error, log_loss, reliability_bins
 from d2llm.ops.stacking import Stack, fit_logistic, fit_stack, out_of_fold_log_odds
+from examples import examples
 
 
 def sigmoid(values):
@@ -59,7 +60,7 @@ def test_the_optimum_matches_scipy(l2):
     assert loss(np.array([*weights, bias])) <= optimum.fun + 1e-12
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @example(190, 4, 1e-6)  # L-BFGS-B stopped at a gradient of 1e-5 here
 @given(st.integers(0, 10_000), st.integers(1, 5), st.sampled_from([0.0, 1e-6, 1e-3, 0.1, 3.0]))
 def test_the_optimality_conditions_hold(seed, num_members, l2):

@@ -10,6 +10,7 @@ from d2llm.retrieval import build_ann as module
 from d2llm.retrieval.build_ann import build_ann
 from d2llm.retrieval.candidates import AnnSource
 from d2llm.store.view import PassageView
+from examples import examples
 from tiny_ann import PlainStudent, clustered, new_ann_store, put_vectors
 
 NUM, DIM_HERE = 600, 16
@@ -33,7 +34,7 @@ def views(request, tmp_path_factory):
     return versions
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     version=st.integers(0, 2),
     top_k=st.integers(1, 700) | st.integers(1, 30),

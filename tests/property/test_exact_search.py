@@ -24,6 +24,7 @@ from d2llm.retrieval import exact_search
 from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
 from d2llm.retrieval.row_evidence import RowEvidence
 from evidence_rows import EvidenceRows
+from examples import examples
 from fake_models import FakeStudent
 from tiny_models import randomise
 
@@ -219,7 +220,7 @@ def test_ranking_matches_brute_force_in_1050_random_cases(monkeypatch):
     assert by_scans.call_count - full_pass.call_count > 100  # and some with scans alone
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([0, 1, 2, 3, 4]))
 def test_no_score_is_above_its_bound(seed, number):
     """In float64, computed by the network itself: |score - anchor| <= R_q r_p."""

@@ -20,6 +20,7 @@ from d2llm.core.types import Passage
 from d2llm.store.filters import parse_filter
 from d2llm.store.lancedb_import import import_lancedb
 from d2llm.store.schema import MetadataSchema
+from examples import examples
 
 UTC = timezone.utc
 SCHEMA = MetadataSchema(
@@ -265,7 +266,7 @@ def join(parts: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 conditions = st.recursive(comparisons(), join, max_leaves=8)
 
 
-@settings(max_examples=120)
+@settings(max_examples=examples(120))
 @given(condition=conditions)
 def test_filters_match_their_evaluation_in_python(tables: list[Any], condition: Any) -> None:
     text = condition.write(0)
@@ -274,7 +275,7 @@ def test_filters_match_their_evaluation_in_python(tables: list[Any], condition: 
         assert matching_ids(table, text) == expected
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(condition=comparisons())
 def test_comparisons_match_their_evaluation_in_python(tables: list[Any], condition: Any) -> None:
     test_filters_match_their_evaluation_in_python.hypothesis.inner_test(tables, condition)
@@ -297,7 +298,7 @@ PIECES = """
 """
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(
     text=st.text(max_size=40)
     | st.lists(

@@ -12,6 +12,7 @@ from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import search
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
+from examples import examples
 from fake_models import AnchorStudent, FakeScorer, FakeStudent, PreparedAnchorStudent
 
 WORDS = ["cat", "dog", "fish", "bird", "horse", "sleeps", "runs", "swims", "flies", "eats"]
@@ -37,7 +38,7 @@ def ranked_hits(index, student, text, **arguments):
     return [(hit.rank, hit.passage.id, hit.score) for hit in ranking.passages]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(text=texts, top_k=st.integers(1, 160), exact=st.booleans())
 def test_top_k_is_a_prefix_of_top_k_plus_one(index, student, text, top_k, exact):
     shorter = ranked_hits(index, student, text, top_k=top_k, exact=exact)
@@ -45,7 +46,7 @@ def test_top_k_is_a_prefix_of_top_k_plus_one(index, student, text, top_k, exact)
     assert shorter == longer[:top_k]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(text=texts, top_k=st.integers(1, 160), num_candidates=st.integers(150, 400))
 def test_enough_candidates_give_the_exact_scan(index, student, text, top_k, num_candidates):
     proposed = ranked_hits(index, student, text, top_k=top_k, num_candidates=num_candidates)
@@ -61,7 +62,7 @@ def edited_index(tmp_path_factory):
     return index
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     queries=st.lists(texts, min_size=1, max_size=40),
     top_k=st.integers(1, 210),
@@ -107,7 +108,7 @@ def test_batched_queries_are_ranked_as_single_ones(edited_index, queries, group)
         assert ranking.passages == alone.passages
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     scores=st.lists(st.sampled_from([0.0, -0.0, 1.0, 1.5, -2.0]), max_size=30),
     top_k=st.integers(1, 35),

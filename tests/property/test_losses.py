@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import formulas as losses
+from examples import examples
 
 NAMES = (
     "contrastive_imitation",
@@ -99,7 +100,7 @@ def test_a_masked_passage_changes_nothing(name: str, batch: Batch, data: st.Data
     assert loss_of(name, longer) == pytest.approx(loss_of(name, batch), rel=1e-9, abs=1e-12)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(batch=batches, offset=st.floats(-100, 100), scale=st.floats(0.1, 10))
 def test_correlation_ignores_offset_and_scale_of_logits_and_teacher(batch: Batch, offset: float, scale: float) -> None:
     expected = loss_of("rank_imitation_positive_hard", batch)
@@ -108,7 +109,7 @@ def test_correlation_ignores_offset_and_scale_of_logits_and_teacher(batch: Batch
         assert moved == pytest.approx(expected, rel=1e-8, abs=1e-9)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(batch=batches, offset=st.floats(-100, 100))
 def test_losses_of_differences_ignore_an_offset_of_the_logits(batch: Batch, offset: float) -> None:
     for name in ("in_batch_cross_entropy", "list_imitation", "rank_imitation_hard_easy"):
@@ -116,7 +117,7 @@ def test_losses_of_differences_ignore_an_offset_of_the_logits(batch: Batch, offs
         assert moved == pytest.approx(loss_of(name, batch), rel=1e-8, abs=1e-10)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(batch=batches)
 def test_losses_stay_within_their_ranges(batch: Batch) -> None:
     for name in NAMES:

@@ -19,6 +19,7 @@ from d2llm.retrieval.shard_search import ShardSearch
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.sharded_view import ShardedView
 from d2llm.store.view import PassageView
+from examples import examples
 from sharded_index import WORDS, BoundedStudent, random_passages, results_of
 
 STUDENT = BoundedStudent()
@@ -57,7 +58,7 @@ def small_steps(monkeypatch):
 queries = st.lists(st.sampled_from([*WORDS, "nowhere"]), min_size=1, max_size=4).map(" ".join)
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(
     text=queries,
     top_k=st.sampled_from([1, 3, 10, 60, 500]),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from d2llm.core.types import TASKS
 from d2llm.models.student import Student
+from examples import examples
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
 TOLERANCE = 2e-5  # for vectors of norm near sqrt(32) and scores near 20
@@ -68,7 +69,7 @@ def test_neither_side_nor_width_of_the_padding_changes_a_vector(architecture, ba
             assert_close(model(ids, mask).numpy(), expected.numpy())
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(
     num_passages=st.integers(1, 12),
     num_added=st.integers(1, 12),

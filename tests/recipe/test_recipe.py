@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from d2llm.core.errors import RecipeError
 from d2llm.recipe import (
     Lora,
-    PretrainingConfig,
+    Pretraining,
     Recipe,
     TeacherConfig,
     TeacherTuningConfig,
@@ -323,18 +323,16 @@ def test_a_loss_without_what_it_needs_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('objective = "vectors"', "there is no backbone to imitate: name one as pretraining.teacher"),
-        ('objective = "simcse"\ndropout = 0', "two readings of a text that differ by nothing else"),
-        ('objective = "mirror"\nteacher = "minilm"', "the objective mirror imitates none"),
-        (
-            'objective = "vectors"\nteacher = "minilm"\nteacher_layer = 1',
-            "teacher_layer is for the objective relations",
-        ),
-        ('objective = "simcse"\n[student.backbone]\ntuning = "frozen"', "student.backbone.tuning is frozen"),
-        ('objective = "simcse"\n[training]\nstart = "d2llm-minilm"', "start names a student whose head fits"),
-        ('objective = "simsce"', "'simcse', 'mirror'"),
-        ('objective = "masked_next_token"', "set student.backbone.bidirectional = true"),
-        ('objective = "mutual_information"', "there is no backbone to imitate"),
+        ('kind = "vectors"', "there is no backbone to imitate: name one as pretraining.teacher"),
+        ('kind = "simcse"\ndropout = 0', "two readings of a text that differ by nothing else"),
+        ('kind = "mirror"\nteacher = "minilm"', "unknown key 'training.pretraining.teacher'"),
+        ('kind = "vectors"\nteacher = "minilm"\nteacher_layer = 1', "unknown key 'training.pretraining.teacher_layer'"),
+        ("epochs = 2", "training.pretraining.kind is missing; set it to one of: hidden_states, masked_next_token"),
+        ('kind = "simcse"\n[student.backbone]\ntuning = "frozen"', "student.backbone.tuning is frozen"),
+        ('kind = "simcse"\n[training]\nstart = "d2llm-minilm"', "start names a student whose head fits"),
+        ('kind = "simsce"', "no pretraining 'simsce'; did you mean 'simcse'"),
+        ('kind = "masked_next_token"', "set student.backbone.bidirectional = true"),
+        ('kind = "mutual_information"', "there is no backbone to imitate"),
     ],
 )
 def test_a_pretraining_without_what_it_needs_is_refused(tmp_path: Path, text: str, problem: str):
@@ -342,12 +340,12 @@ def test_a_pretraining_without_what_it_needs_is_refused(tmp_path: Path, text: st
         load_recipe(write_recipe(tmp_path, "[training.pretraining]\n" + text))
 
 
-def test_pretraining_has_defaults_for_each_objective(tmp_path: Path):
-    text = '[student.backbone]\nlayers = 4\n[training.pretraining]\nobjective = "vectors"'
+def test_pretraining_has_defaults_for_each_kind(tmp_path: Path):
+    text = '[student.backbone]\nlayers = 4\n[training.pretraining]\nkind = "vectors"'
     taught = load_recipe(write_recipe(tmp_path, text)).training.pretraining
-    alone = load_recipe(write_recipe(tmp_path, '[training.pretraining]\nobjective = "simcse"')).training.pretraining
+    alone = load_recipe(write_recipe(tmp_path, '[training.pretraining]\nkind = "simcse"')).training.pretraining
     assert (taught.dropout_rate, alone.dropout_rate) == (0.0, 0.1)
-    assert PretrainingConfig(objective="words").dropout_rate == 0.0
+    assert Pretraining.of("words").dropout_rate == 0.0
     assert (taught.rate_for("full"), taught.rate_for("lora")) == (1e-4, 1e-3)
     assert taught.model_copy(update={"learning_rate": 0.5, "dropout": 0.2}).rate_for("full") == 0.5
 
@@ -420,7 +418,7 @@ def test_settings_of_a_tuning_leave_out_how_the_teacher_judges():
             "in every data set the two texts of a pair have the same role",
         ),
         (
-            '[student.backbone]\ntuning = { adapters = "two" }\n[training.pretraining]\nobjective = "simcse"',
+            '[student.backbone]\ntuning = { adapters = "two" }\n[training.pretraining]\nkind = "simcse"',
             "trains one backbone for all texts",
         ),
         ("[student.pooling]\nwhitening = true\nprojection_dim = 64", "after whitening they differ as much in all"),

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from d2llm.cli.main import app
 from d2llm.core.errors import MissingExtraError
 from d2llm.recipe import Recipe
+from d2llm.recipe.kinds import SectionOfKind
 from d2llm.recipe.losses import LOSSES, Objective
 from d2llm.recipe.recipe_file import load_recipe_text
 
@@ -62,13 +63,14 @@ def files_in(text: str) -> set[str]:
 
 def python_names_in(text: str) -> set[str]:
     """Dotted names that start with ``d2llm``, and names that examples import from it."""
-    names = set(re.findall(r"(?<![\w./\"-])(d2llm(?:\.[A-Za-z_]\w*)+)", text)) - LOGGERS
+    names = set(re.findall(r"(?<![\w./\"-])(d2llm(?:\.[A-Za-z_]\w*)+)", text)) - LOGGERS - ENTRY_POINTS
     for module, imported in re.findall(r"from (d2llm[\w.]*) import \(?([\w, ]+)", text):
         names |= {f"{module}.{name.split(' as ')[0].strip()}" for name in imported.split(",") if name.strip()}
     return names
 
 
 LOGGERS = {"d2llm.remarks"}
+ENTRY_POINTS = {"d2llm.judges", "d2llm.writers"}
 
 
 def python_name_exists(name: str) -> bool:
@@ -109,6 +111,11 @@ def option_exists(name: str) -> bool:
             kind, *setting = name.split(".")[1:]
             return kind in LOSSES.kinds and all(each in LOSSES.find(kind).model_fields for each in setting[:1])
         candidates = [annotation, *get_args(annotation)]
+        kinds = next((c for c in candidates if isinstance(c, type) and issubclass(c, SectionOfKind)), None)
+        if kinds is not None:
+            setting = name.split(".")[name.split(".").index(part) + 1 :][:1]
+            known = {"kind"}.union(*(kinds.kinds.find(kind).model_fields for kind in kinds.kinds.kinds))
+            return known.issuperset(setting)
         section = next((c for c in candidates if isinstance(c, type) and hasattr(c, "model_fields")), None)
     return True
 

@@ -16,6 +16,7 @@ from d2llm.retrieval.chunking import Chunker
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.results import group_passages
 from d2llm.store.side_files import Chunking
+from examples import examples
 from fake_models import FakeStudent, FakeTeacher
 
 WORDS = "cat dog fish bird horse sleeps runs swims flies eats red green blue small large".split()  # noqa: SIM905
@@ -43,7 +44,7 @@ def test_tied_documents_are_ordered_by_id():
     assert [document.id for document in ranking] == ["a", "b", "c"]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(st.lists(st.tuples(st.floats(-50, 50), st.integers(0, 4)), min_size=1, max_size=12), st.integers(1, 5))
 def test_sum_scores_exceed_the_best_by_at_most_log_count(items, num_parts):
     scores = np.array([score for score, _ in items])

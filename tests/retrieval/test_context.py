@@ -14,6 +14,7 @@ from d2llm.core.types import Passage, Query, RankedPassage, Ranking
 from d2llm.retrieval.context import build_context, context_settings, named_tokenizer
 from d2llm.retrieval.excerpts import merge_neighbours
 from d2llm.retrieval.settings import SearchSettings
+from examples import examples
 from indexed_student import PASSAGES, QUERIES, make_indexed
 from tiny_models import tiny_tokenizer
 
@@ -133,7 +134,7 @@ def test_a_best_result_longer_than_the_limit_keeps_its_first_tokens():
     assert (nothing.left_out, nothing.truncated) == (("p0",), False)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     st.lists(st.sampled_from([*MANUAL, *SINGLES]), min_size=1, max_size=6, unique_by=lambda passage: passage.id),
     st.integers(1, 90),
@@ -176,7 +177,7 @@ def filled_by_trial(ranking, max_tokens, **options):
     return whole(chosen).text
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     st.permutations([*MANUAL, *SINGLES, *OTHERS]).flatmap(
         lambda passages: st.integers(2, len(passages)).map(lambda n: passages[:n])

@@ -10,6 +10,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import Passage, RankedPassage
 from d2llm.retrieval.excerpts import merge_neighbours
 from d2llm.retrieval.index import Index
+from examples import examples
 from fake_models import FakeStudent
 
 DOCUMENT = [Passage(f"d#{n}", f"part {n}", document_id="d", position=n) for n in range(1, 13)]
@@ -66,7 +67,7 @@ def test_results_of_one_search_can_be_merged(index):
     assert sorted(names) == sorted(passage.id for passage in [*DOCUMENT, *OTHER, SINGLE])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.lists(st.integers(0, 11), min_size=1, max_size=6, unique=True), st.integers(0, 3))
 def test_every_passage_is_in_one_excerpt(places, distance):
     results = [

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples import examples
+
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
 from attacked_server import AttackedServer, attacked
@@ -103,7 +105,7 @@ json_values = st.recursive(
 MANY = [0] * 21_000  # after them, values are counted exactly, and parsed in Python
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(json_values, st.booleans())
 def test_many_values_are_counted_outside_of_strings_and_parsed_alike(value: object, ascii_only: bool):
     def count(part: object) -> int:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from d2llm.store.lance_manifest import files_named, manifest_name, manifests, version_of
 from d2llm.store.schema import MetadataSchema
+from examples import examples
 from tiny_store import few_passages, new_store, put
 
 VERSION = "_versions"
@@ -86,7 +87,7 @@ def test_a_folder_without_a_table_has_no_manifests(tmp_path):
     assert manifests(tmp_path) == {}
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_garbage_is_read_or_raises_value_error(folder, data):
     """Whatever the bytes, the result is a manifest or a ValueError."""

@@ -21,27 +21,21 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.data.plan import PlanEntry
+from d2llm.methods.pretraining._imitation import ImitationTask, _readings, fit_linear
+from d2llm.methods.pretraining.hidden_states import state_distance
+from d2llm.methods.pretraining.masked_next_token import mask_tokens, masked_next_token_loss
+from d2llm.methods.pretraining.mirror import mask_span
+from d2llm.methods.pretraining.mutual_information import mutual_information
+from d2llm.methods.pretraining.relations import relation_divergence
+from d2llm.methods.pretraining.simcse import contrastive_loss
+from d2llm.methods.pretraining.vectors import vector_distance
+from d2llm.methods.pretraining.words import word_loss
 from d2llm.models.backbone import Backbone
 from d2llm.models.student import Student
-from d2llm.recipe import BackboneConfig, Frozen, Lora, PretrainingConfig, StudentConfig
+from d2llm.recipe import BackboneConfig, Frozen, Lora, Pretraining, StudentConfig
 from d2llm.recipe.losses import Objective
 from d2llm.training import pretrain, trainer
-from d2llm.training.pretrain import (
-    PretrainingReport,
-    contrastive_loss,
-    fit_linear,
-    mask_span,
-    mask_tokens,
-    masked_next_token_loss,
-    mutual_information,
-    pretrain_backbone,
-    relation_divergence,
-    set_dropout,
-    state_distance,
-    unlabelled_texts,
-    vector_distance,
-    word_loss,
-)
+from d2llm.training.pretrain import PretrainingReport, pretrain_backbone, set_dropout, unlabelled_texts
 from tiny_data import make_source, tiny_recipe, topics
 from tiny_distill import Place
 from tiny_models import TEXTS, tiny_student_config, tiny_tokenizer, word_tokenizer, write_tiny_model
@@ -73,8 +67,8 @@ def new_student(model: Path, **backbone: Any) -> Student:
     return Student.create(tiny_student_config(model, **backbone), device="cpu", dtype="float32")
 
 
-def config(objective: str, **settings: Any) -> PretrainingConfig:
-    return PretrainingConfig.model_validate({"objective": objective, "batch_texts": 8} | settings)
+def config(kind: str, **settings: Any) -> Any:
+    return Pretraining.of({"kind": kind, "batch_texts": 8} | settings)
 
 
 def learnt(report: PretrainingReport, objective: str) -> bool:
@@ -82,6 +76,12 @@ def learnt(report: PretrainingReport, objective: str) -> bool:
     if objective == "mutual_information":  # a bound on it, negated: no ratio
         return report.last_loss < report.first_loss - 0.2
     return report.last_loss < 0.9 * report.first_loss
+
+
+def loss_of(run: pretrain._Pretraining) -> float:
+    """The loss of all texts, as one batch."""
+    with torch.no_grad():
+        return sum(float(part) for part in run.task.losses(run.texts, random.Random(0)))
 
 
 # Losses, in numpy --------------------------------------------------------------------------------------------------
@@ -234,11 +234,9 @@ def test_vectors_learn_to_say_which_words_a_text_has(architecture: str, tmp_path
     settings = config("words", epochs=4, learning_rate=5e-3)
     run = pretrain._Pretraining(student, [*TEXTS, *longer], [], tmp_path / "run", settings, 0)
     assert len(run.texts) == len(TEXTS) + 2 * len(longer)  # three sentences are cut before the second or the third
-    with torch.no_grad():
-        before = float(run._word_losses(run.texts).mean())
+    before = loss_of(run)
     run.train()
-    with torch.no_grad():
-        assert float(run._word_losses(run.texts).mean()) < 0.95 * before
+    assert loss_of(run) < 0.95 * before
     assert not any("projection" in name for name, _ in student.named_parameters())
 
 
@@ -248,7 +246,7 @@ def test_what_follows_is_the_second_part_of_a_passage(model: Path, tmp_path: Pat
     run = pretrain._Pretraining(student, passages, [], tmp_path / "run", config("words"), 0)
     one, first, second = student.backbone.tokenize([TEXTS[0], f"{TEXTS[1]}.", f"So {TEXTS[2]}."], "passage").ids
     assert run.texts == [one, first, second]
-    assert run.following == {tuple(first): second}
+    assert run.task.record(run.texts) == {"following": [[], second, []]}
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
@@ -285,16 +283,16 @@ def test_a_strange_teacher_is_first_predicted_by_least_squares(
         run = pretrain._Pretraining(new_student(model, tuning="full"), PASSAGES, [], tmp_path / "run", settings, 0)
     explained = float(re.findall(r"explains (\d\.\d\d) of the teacher's variance", caplog.text)[0])
     assert 0.05 < explained < 1
-    critic = run.projection
-    linear = critic.projection if isinstance(critic, pretrain._Critic) else critic
-    assert isinstance(linear, nn.Linear)
+    assert isinstance(run.task, ImitationTask)
+    linear = run.task.linear
+    assert linear is not None
     with torch.no_grad():
-        losses = [sum(float(part) for part in run._losses(run.texts, random.Random(0)))]
+        losses = [loss_of(run)]
         linear.weight.zero_()
         if objective == "hidden_states":  # the best that is the same for all tokens
-            _, mask, taught, _ = run._read(run.texts)
+            _, mask, taught, _ = run.task.read(run.texts)
             linear.bias.copy_(taught[mask].mean(dim=0))
-        losses.append(sum(float(part) for part in run._losses(run.texts, random.Random(0))))
+        losses.append(loss_of(run))
         if objective == "hidden_states":
             assert losses[0] / losses[1] == pytest.approx(1 - explained, abs=0.1)  # each text counts as much as another
     assert losses[0] < losses[1]
@@ -414,7 +412,7 @@ def test_tokens_are_aligned_by_characters(
     two_backbones: tuple[Backbone, Backbone], text: str, max_tokens: int, pairs: list[list[int]], num_tokens: int
 ) -> None:
     settings = config("hidden_states", max_tokens=max_tokens)
-    ((ids, reading),) = pretrain._readings(*two_backbones, [text], "passage", settings).items()
+    ((ids, reading),) = _readings(*two_backbones, [text], "passage", settings).items()
     student, teacher = two_backbones
     assert [*ids] == student.tokenize([text], "passage", limit=max_tokens).ids[0]
     assert reading.ids == teacher.tokenize([text], "passage", limit=max_tokens).ids[0]
@@ -424,7 +422,7 @@ def test_tokens_are_aligned_by_characters(
 
 def test_bytes_of_a_character_teach_alike(two_backbones: tuple[Backbone, Backbone], model: Path) -> None:
     teacher = Backbone.load(BackboneConfig(model=str(model), tuning=Frozen()), device="cpu", dtype="float32")
-    (reading,) = pretrain._readings(two_backbones[0], teacher, ["東"], "passage", config("hidden_states")).values()
+    (reading,) = _readings(two_backbones[0], teacher, ["東"], "passage", config("hidden_states")).values()
     assert len(reading.ids) == 5  # three bytes between <s> and </s>
     assert reading.pairs.tolist() == [[1, 1, 1], [1, 2, 1], [1, 3, 1]]
 
@@ -454,10 +452,11 @@ def test_a_teacher_that_cuts_alike_teaches_alike(model: Path, tmp_path: Path) ->
         run = pretrain._Pretraining(
             student, PASSAGES, TEXTS, tmp_path / f"vectors-{teacher is None}", config("vectors", teacher=teacher), 0
         )
+        assert isinstance(run.task, ImitationTask)
         with torch.no_grad():
-            read.append(run._read(run.texts[:8]))
+            read.append(run.task.read(run.texts[:8]))
         settings.append(run.settings["texts"])
-        assert (run.projection is None) == (teacher is None)  # of a stranger's vectors a map is learnt
+        assert (run.task.linear is None) == (teacher is None)  # of a stranger's vectors a map is learnt
     assert all(torch.equal(one, other) for one, other in zip(*read, strict=True))
     assert settings[0] != settings[1]
 
@@ -466,11 +465,13 @@ def test_a_teacher_that_cuts_alike_teaches_alike(model: Path, tmp_path: Path) ->
         student, PASSAGES, [], tmp_path / "states", config("hidden_states", teacher=str(alike)), 0
     )
     texts, whole = run.texts[:8], new_student(model).backbone
-    assert isinstance(run.projection, nn.Linear)
+    assert isinstance(run.task, ImitationTask)
+    linear = run.task.linear
+    assert linear is not None
     with torch.no_grad():
-        run.projection.weight.copy_(torch.eye(len(run.projection.weight)))
-        run.projection.bias.zero_()
-        loss = sum(float(each) for each in run._losses(texts, random.Random(0)))
+        linear.weight.copy_(torch.eye(len(linear.weight)))
+        linear.bias.zero_()
+        loss = sum(float(each) for each in run.task.losses(texts, random.Random(0)))
         expected = []
         for ids in texts:
             kept = [n for n, one in enumerate(ids) if tokenizer.decode([one], skip_special_tokens=True).strip()]
@@ -488,8 +489,8 @@ def test_tokens_that_are_left_out_are_counted(
     cut = "the station at noon leaves snow on the roof"  # of which the teacher, with shorter tokens, reads less
     with caplog.at_level(logging.INFO, "d2llm.remarks"):
         run = pretrain._Pretraining(student, [cut, TEXTS[0][:7]], [], tmp_path / "run", settings, 0)
-    own, teacher = student.backbone, run.teacher
-    assert teacher is not None
+    assert isinstance(run.task, ImitationTask)
+    own, teacher = student.backbone, run.task.taught_by
     ids, taught = (each.tokenize([cut], "passage", limit=8).ids[0] for each in (own, teacher))
     end = max(end for _, end in teacher.token_places(cut, len(taught)))
     beyond = sum(start >= end for start, stop in own.token_places(cut, len(ids)) if stop > start)
@@ -504,22 +505,19 @@ def test_tokens_that_are_left_out_are_counted(
 @pytest.mark.parametrize(
     ("settings", "backbone", "problem"),
     [
-        ({"objective": None}, {}, "there is no objective"),
-        ({"objective": "simcse"}, {"tuning": "frozen"}, "is frozen; set tuning to lora or full"),
-        ({"objective": "mirror"}, {}, "no token for masked text"),
-        ({"objective": "vectors"}, {}, "needs a teacher"),
-        ({"objective": "masked_next_token"}, {}, "for decoders that read in both directions; set bidirectional"),
-        ({"objective": "relations", "relation_heads": 5}, {"layers": 2}, "relation_heads is 5, but .* width 32"),
-        ({"objective": "relations", "relation_heads": 4, "teacher_layer": 3}, {"layers": 2}, "only layers 0 to 2"),
+        ({"kind": "simcse"}, {"tuning": "frozen"}, "is frozen; set tuning to lora or full"),
+        ({"kind": "mirror"}, {}, "no token for masked text"),
+        ({"kind": "vectors"}, {}, "needs a teacher"),
+        ({"kind": "masked_next_token"}, {}, "for decoders that read in both directions; set bidirectional"),
+        ({"kind": "relations", "relation_heads": 5}, {"layers": 2}, "relation_heads is 5, but .* width 32"),
+        ({"kind": "relations", "relation_heads": 4, "teacher_layer": 3}, {"layers": 2}, "only layers 0 to 2"),
     ],
 )
 def test_a_student_that_cannot_learn_it_is_refused(
     model: Path, settings: dict[str, Any], backbone: dict[str, Any], problem: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=problem):
-        pretrain_backbone(
-            new_student(model, **backbone), PASSAGES, tmp_path, PretrainingConfig.model_validate(settings)
-        )
+        pretrain_backbone(new_student(model, **backbone), PASSAGES, tmp_path, Pretraining.of(settings))
 
 
 def test_other_tokenizers_fused_attention_and_too_few_texts_are_refused(model: Path, tmp_path: Path) -> None:
@@ -545,9 +543,7 @@ def test_tokens_without_offsets_are_not_compared(model: Path, tmp_path: Path) ->
     slow = write_tiny_model(tmp_path / "t5", "t5")
     ByT5Tokenizer().save_pretrained(slow)
     for objective in ("hidden_states", "mutual_information"):
-        with pytest.raises(
-            InputError, match=r"tokenizer of '.*t5' gives no character offsets .* the objective vectors"
-        ):
+        with pytest.raises(InputError, match=r"tokenizer of '.*t5' gives no character offsets .* the kind vectors"):
             pretrain_backbone(new_student(model), PASSAGES, tmp_path, config(objective, teacher=str(slow)))
     student = new_student(model, tuning="full")
     report = pretrain_backbone(
@@ -596,7 +592,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Place:
 
 
 def distilled(place: Place, folder: Path, student: StudentConfig, **pretraining: Any) -> Student:
-    recipe = tiny_recipe(student, losses=Objective({}).with_imitation({}), pretraining=pretraining)
+    recipe = tiny_recipe(student, losses=Objective({}).with_imitation({}), pretraining=pretraining or None)
     place.run(folder, recipe=recipe)
     return Student.load(folder, device="cpu", dtype="float32")
 
@@ -604,7 +600,7 @@ def distilled(place: Place, folder: Path, student: StudentConfig, **pretraining:
 def test_a_distilled_student_is_pretrained_first(place: Place, tmp_path: Path) -> None:
     student = tiny_student_config(place.model, layers=(0, 2), tuning=Lora(rank=4, alpha=8.0))
     plain = distilled(place, tmp_path / "plain", student)
-    taught = distilled(place, tmp_path / "taught", student, objective="vectors", batch_texts=4, epochs=3)
+    taught = distilled(place, tmp_path / "taught", student, kind="vectors", batch_texts=4, epochs=3)
     assert plain.fingerprint != taught.fingerprint
     pretrained = load_file(tmp_path / "taught.run" / "pretraining" / "checkpoint.safetensors")
     adapters = {name: each for name, each in pretrained.items() if name.startswith("parameter/")}
@@ -613,14 +609,14 @@ def test_a_distilled_student_is_pretrained_first(place: Place, tmp_path: Path) -
     written = load_file(tmp_path / "taught" / "adapter.safetensors")
     assert all(min(each.shape) == 4 for each in written.values())  # the distillation trained the same adapters on
     recipe = json.loads((tmp_path / "taught" / "manifest.json").read_text(encoding="utf-8"))["recipe"]
-    assert recipe["training"]["pretraining"]["objective"] == "vectors"
+    assert recipe["training"]["pretraining"]["kind"] == "vectors"
 
 
 def test_a_resumed_distillation_does_not_pretrain_again(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student = tiny_student_config(place.model)
-    pretraining = {"objective": "simcse", "batch_texts": 4}
+    pretraining = {"kind": "simcse", "batch_texts": 4}
     whole = distilled(place, tmp_path / "whole", student, **pretraining)
 
     def fail(*arguments: Any, **options: Any) -> None:

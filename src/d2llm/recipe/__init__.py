@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from d2llm.recipe.data import DataConfig, LabellingConfig, MiningConfig
+from d2llm.recipe.pretraining import Pretraining
 from d2llm.recipe.recipe import Recipe
 from d2llm.recipe.sections import CompletionConfig, EndpointConfig, LoraConfig, Quantization, Section, WarmUpConfig
 from d2llm.recipe.student import (
@@ -44,8 +45,6 @@ from d2llm.recipe.teacher import (
 from d2llm.recipe.training import (
     EvidenceConfig,
     GateConfig,
-    PretrainingConfig,
-    PretrainingObjective,
     ResidualConfig,
     TokensConfig,
     TrainingConfig,
@@ -79,8 +78,7 @@ __all__ = [
     "LoraConfig",
     "MiningConfig",
     "PoolingConfig",
-    "PretrainingConfig",
-    "PretrainingObjective",
+    "Pretraining",
     "PromptedTeacherConfig",
     "Quantization",
     "RankedListsConfig",

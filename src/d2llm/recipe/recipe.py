@@ -69,7 +69,7 @@ class Recipe(Section):
                 'student.backbone.tuning.adapters is "two", but in every data set the two texts of a pair have '
                 "the same role: delete adapters, or add an asymmetric set"
             )
-        if self.training.pretraining.objective is not None:
+        if self.training.pretraining is not None:
             raise ValueError(
                 "training.pretraining trains one backbone for all texts, but "
                 'student.backbone.tuning.adapters is "two": '
@@ -113,25 +113,14 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_pretraining(self) -> Recipe:
         pretraining, backbone = self.training.pretraining, self.student.backbone
-        if pretraining.objective is None:
+        if pretraining is None:
             return self
         if backbone.tuning.kind == "frozen":
             raise ValueError(
                 "training.pretraining trains the backbone, but student.backbone.tuning is frozen: set it to lora or "
-                "full, or delete pretraining.objective"
+                "full, or delete pretraining"
             )
-        if pretraining.objective == "masked_next_token" and not backbone.bidirectional:
-            raise ValueError(
-                "training.pretraining.objective is masked_next_token, which teaches a decoder to read in both "
-                "directions, but student.backbone reads in one: set student.backbone.bidirectional = true, or choose "
-                "another objective"
-            )
-        if pretraining.is_taught and pretraining.teacher is None and backbone.layers is None:
-            raise ValueError(
-                f"training.pretraining.objective is {pretraining.objective}, but there is no backbone to imitate: name "
-                "one as pretraining.teacher, or let student.backbone.layers leave out layers of the model, which then "
-                "teaches with all of them"
-            )
+        pretraining.check(self)
         return self
 
     @model_validator(mode="after")

@@ -93,7 +93,7 @@ class BackboneConfig(Section):
     """For the pooling ``ditto``: layer and head, counted from 0."""
     bidirectional: bool = False
     """Every token of a decoder attends to all tokens of its text, as in an encoder, and ``auto`` pools by the mean
-    (LLM2Vec). A decoder has to learn that: ``training.pretraining.objective = "masked_next_token"``."""
+    (LLM2Vec). A decoder has to learn that: ``training.pretraining.kind = "masked_next_token"``."""
     max_query_tokens: int = Field(default=128, ge=4)
     max_passage_tokens: int = Field(default=250, ge=4)
     query_prefix: str = ""

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from d2llm.core.types import EvidenceTerm
+from d2llm.recipe.pretraining import Pretraining
 from d2llm.recipe.sections import Section, WarmUpConfig
 
 
@@ -46,91 +47,6 @@ class TokensConfig(WarmUpConfig):
     """Hard negatives by words, and the same number by vectors, of which each step draws as many as this."""
     depth: int = Field(default=20, ge=1)
     """Hard negatives are drawn from so many of the nearest passages."""
-
-
-PretrainingObjective = Literal[
-    "simcse",
-    "mirror",
-    "words",
-    "masked_next_token",
-    "relations",
-    "hidden_states",
-    "mutual_information",
-    "vectors",
-]
-
-
-class PretrainingConfig(WarmUpConfig):
-    """The stage before distillation: trains the backbone on texts without labels (``training.pretrain``).
-
-    The texts are passages and train queries of the recipe's data sets. docs/recipes.md has what each objective brought.
-    """
-
-    objective: PretrainingObjective | None = None
-    """None: no such stage. Otherwise what the backbone learns: to recognise a text that it reads twice with different
-    dropout (``simcse``), and of which a span is masked the second time (``mirror``); to predict from a text's vector
-    which words are in it, and which follow (``words``); to predict masked tokens from both sides, each from the state
-    before it (``masked_next_token``); or to imitate another backbone's attention (``relations``), states of tokens
-    (``hidden_states``, or ``mutual_information`` with them) or vectors of texts (``vectors``)."""
-    teacher: str | None = None
-    """The backbone to imitate, named as ``backbone.model``. By default the student's own model with all its layers, for
-    a student whose ``backbone.layers`` names some of them. If it has another tokenizer, states of tokens are compared
-    by the characters that the tokens of both share, which needs tokenizers with character offsets; ``vectors`` needs
-    none, and ``relations`` needs the same tokenizer."""
-    max_passages: int = Field(default=5_000, ge=1)
-    """Passages of each data set, and at most as many of its train queries, drawn at random."""
-    max_tokens: int = Field(default=64, ge=4)
-    """Longer texts are cut to so many tokens."""
-    epochs: int = Field(default=1, ge=1)
-    batch_texts: int = Field(default=32, ge=2)
-    learning_rate: float | None = Field(default=None, gt=0)
-    """By default 1e-4 for all weights (``backbone.tuning = "full"``), and 1e-3 for adapters."""
-    dropout: float | None = Field(default=None, ge=0, lt=1)
-    """Dropout in all layers of the backbone that have one, also where only adapters are trained. By default 0.1 for
-    ``simcse`` and ``mirror``, and none for the others."""
-    temperature: float = Field(default=0.05, gt=0)
-    """For ``simcse`` and ``mirror``."""
-    masked_tokens: int = Field(default=3, ge=1)
-    """For ``mirror``: how many neighbouring tokens are masked."""
-    masked_share: float = Field(default=0.2, gt=0, lt=1)
-    """For ``masked_next_token``: share of a text's tokens that are masked."""
-    information_alpha: float = Field(default=0.9, ge=0, le=1)
-    """For ``mutual_information``: between the bound of least bias (0) and that of least variance (1)."""
-    relation_heads: int = Field(default=48, ge=1)
-    """For ``relations``: into how many parts queries, keys and values are split, in both backbones."""
-    teacher_layer: int | None = Field(default=None, ge=0)
-    """For ``relations``: the layer of the teacher, counted from 0, that the student's last layer imitates. By default
-    the last; an upper middle one is better if the teacher is large."""
-
-    @property
-    def is_taught(self) -> bool:
-        """Whether another backbone is imitated."""
-        return self.objective in ("relations", "hidden_states", "mutual_information", "vectors")
-
-    @property
-    def dropout_rate(self) -> float:
-        """``dropout``, or its default for the objective."""
-        return self.dropout if self.dropout is not None else 0.1 if self.objective in ("simcse", "mirror") else 0.0
-
-    def rate_for(self, tuning: str) -> float:
-        """``learning_rate``, or its default for what is trained."""
-        return self.learning_rate or (1e-4 if tuning == "full" else 1e-3)
-
-    @model_validator(mode="after")
-    def _check_objective(self) -> PretrainingConfig:
-        if self.objective == "simcse" and self.dropout == 0:
-            raise ValueError(
-                "dropout is 0, but the objective simcse compares two readings of a text that differ by nothing else: "
-                "set it to 0.1"
-            )
-        if self.teacher is not None and not self.is_taught:
-            raise ValueError(
-                f"teacher is set, but the objective {self.objective} imitates none: set objective to vectors, "
-                "hidden_states, mutual_information or relations, or delete teacher"
-            )
-        if self.teacher_layer is not None and self.objective != "relations":
-            raise ValueError(f"teacher_layer is for the objective relations, not {self.objective}; delete it")
-        return self
 
 
 class TrainingConfig(WarmUpConfig):
@@ -202,7 +118,8 @@ class TrainingConfig(WarmUpConfig):
     starts. It affects only speed."""
     remine: bool = False
     """At the start of each epoch from the second on, mine the hard negatives again with the student's own ranking."""
-    pretraining: PretrainingConfig = PretrainingConfig()
+    pretraining: Pretraining | None = None
+    """What the backbone learns from texts without labels, before distillation. None: no such stage."""
     residual: ResidualConfig = ResidualConfig()
     tokens: TokensConfig = TokensConfig()
     interpolation: tuple[float, ...] = ()
@@ -217,7 +134,7 @@ class TrainingConfig(WarmUpConfig):
 
     @model_validator(mode="after")
     def _check_pretraining(self) -> TrainingConfig:
-        if self.pretraining.objective is not None and self.start is not None:
+        if self.pretraining is not None and self.start is not None:
             raise ValueError(
                 "pretraining prepares the backbone of a new student, but start names a student whose head fits its "
                 "backbone: delete one of them"

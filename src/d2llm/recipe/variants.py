@@ -66,7 +66,9 @@ def _overlaid(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
     for key, change in changes.items():
         if "kind" in values and key not in values:
             continue
-        result[key] = _overlaid(result[key], change) if isinstance(change, Mapping) else change
+        before = result[key]
+        are_sections = isinstance(change, Mapping) and isinstance(before, Mapping)
+        result[key] = _overlaid(before, change) if are_sections else change
     return result
 
 
@@ -98,10 +100,9 @@ def _own_pooling(name: str) -> dict[str, Any]:
     return {"pooling": name, "diagonal_head": None}
 
 
-def _pretrained(objective: str, **student: Mapping[str, Any]) -> dict[str, Any]:
-    pretraining = {"objective": objective, "teacher": None, "teacher_layer": None, "dropout": None}
+def _pretrained(kind: str, **student: Mapping[str, Any]) -> dict[str, Any]:
     backbone = {"tuning": {"adapters": "one"}, **student.pop("backbone", {})}
-    return {"training": {"pretraining": pretraining, "start": None}} | _student(backbone=backbone, **student)
+    return {"training": {"pretraining": {"kind": kind}, "start": None}} | _student(backbone=backbone, **student)
 
 
 def _without(*losses: str) -> dict[str, Any]:
@@ -186,8 +187,7 @@ _OWN: _Group = {
     ),
     "two-adapters": (
         "queries and passages read with adapters of their own (Semi-Siamese)",
-        _student(backbone={"tuning": {"kind": "lora", "adapters": "two"}})
-        | {"training": {"pretraining": {"objective": None}}},
+        _student(backbone={"tuning": {"kind": "lora", "adapters": "two"}}) | {"training": {"pretraining": None}},
     ),
     "complement-words": (
         "trained on what BM25 gets wrong among its first 20 (CoRT)",

@@ -266,7 +266,7 @@ def _pretrain(
 ) -> None:
     """Train the backbone on texts without labels, if the recipe says so; the result is kept in the run's folder."""
     config = recipe.training.pretraining
-    if config.objective is None:
+    if config is None:
         return
     passages, queries = unlabelled_texts(sources, config.max_passages, seed=recipe.seed)
     for is_turn in (processes.is_first, not processes.is_first):  # the others take up what the first one has trained
@@ -282,7 +282,7 @@ def _pretrain(
             )
             remarks.info(
                 "distill: pretrained by %s on %d texts, loss %.3f at the start and %.3f at the end",
-                config.objective,
+                config.kind,
                 report.texts,
                 report.first_loss,
                 report.last_loss,

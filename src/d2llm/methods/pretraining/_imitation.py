@@ -1,0 +1,258 @@
+"""Learning to imitate another backbone, which may have another tokenizer: what the four kinds of it share."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor, nn
+
+from d2llm.core.errors import InputError
+from d2llm.models.backbone import Backbone, TextKind
+from d2llm.ops.ridge import RidgeSet, folds_of, ridge_weights
+from d2llm.ops.token_alignment import align_tokens, aligned_states
+from d2llm.recipe import BackboneConfig, Frozen
+from d2llm.recipe.pretraining import Pretraining
+from d2llm.training.checkpoints import remarks
+from d2llm.training.pretrain import PretrainingTask
+
+if TYPE_CHECKING:
+    from d2llm.recipe import Recipe
+
+_FITTED_TEXTS = 2_000  # on which a map to a strange teacher is fitted before the first step
+_FIT_PENALTY = 0.1  # as a share of the mean variance of a component
+_COMPARED_TEXTS = 100
+
+
+class Imitation(Pretraining):
+    """Settings of all kinds that imitate another backbone."""
+
+    aligns_tokens: ClassVar[bool] = True
+    """Whether states of tokens are compared, so that those of another tokenizer must be found."""
+    needs_same_tokens: ClassVar[bool] = False
+
+    teacher: str | None = None
+    """The backbone to imitate, named as ``backbone.model``. By default the student's own model with all its layers, for
+    a student whose ``backbone.layers`` names some of them. If it has another tokenizer, states of tokens are compared
+    by the characters that the tokens of both share, which needs tokenizers with character offsets; ``vectors`` needs
+    none, and ``relations`` needs the same tokenizer."""
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a recipe in which there is no backbone to imitate."""
+        if self.teacher is None and recipe.student.backbone.layers is None:
+            raise ValueError(
+                f"training.pretraining is {self.kind}, but there is no backbone to imitate: name one as "
+                "pretraining.teacher, or let student.backbone.layers leave out layers of the model, which then teaches "
+                "with all of them"
+            )
+
+    def load_teacher(self, backbone: Backbone) -> Backbone:
+        """The backbone to imitate."""
+        own = backbone.config
+        if self.teacher is None and own.layers is None:
+            raise InputError(f"the pretraining {self.kind} needs a teacher: name a backbone to imitate")
+        taught_by = own.model_copy(update={"layers": None, "tuning": Frozen(), "bidirectional": False})
+        if self.teacher is not None:
+            taught_by = BackboneConfig(model=self.teacher, tuning=Frozen())
+        return Backbone.load(taught_by, device=backbone.device, dtype=backbone.compute_dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a teacher with another tokenizer reads a text.
+
+    Attributes:
+        ids: the teacher's own tokens.
+        pairs: which of them belong to which of the student's (``align_tokens``); none if only vectors are compared.
+        num_tokens: how many tokens of the student have characters of the text; 0 if only vectors are compared.
+    """
+
+    ids: list[int]
+    pairs: Int32[np.ndarray, "pairs 3"]
+    num_tokens: int
+
+
+class ImitationTask(PretrainingTask):
+    """A student and its teacher, which read the same texts.
+
+    Attributes:
+        teacher: the backbone to imitate.
+        readings: how it reads each text, by the student's tokens, if it has another tokenizer; else empty.
+        linear: the map from the student's width to the teacher's, trained along and dropped in the end, if any.
+    """
+
+    linear: nn.Linear | None = None
+
+    def __init__(self, backbone: Backbone, config: Imitation, seed: int) -> None:
+        super().__init__(backbone, config, seed)
+        self.readings: dict[tuple[int, ...], Reading] = {}
+        self.teacher: Backbone | None = None
+
+    def tokenize(self, passages: Sequence[str], queries: Sequence[str]) -> list[list[int]]:
+        """The student's tokens; those of a teacher with another tokenizer are kept."""
+        tokens = super().tokenize(passages, queries)
+        if len({*map(tuple, tokens)}) < 2:
+            return tokens
+        self.teacher = self.config.load_teacher(self.backbone)
+        if not _same_tokens(self.backbone, self.teacher, [*passages[:_COMPARED_TEXTS]], self.config):
+            # Texts that are the same to the student need not be so to the teacher: one of its readings stays.
+            self.readings = _readings(self.backbone, self.teacher, queries, "query", self.config)
+            self.readings |= _readings(self.backbone, self.teacher, passages, "passage", self.config)
+            if self.config.aligns_tokens:
+                _report_left_out([*self.readings.values()])
+        return tokens
+
+    def record(self, texts: Sequence[list[int]]) -> dict[str, Any]:
+        """The teacher, and how it reads the texts."""
+        readings = [self.readings[tuple(ids)] for ids in texts] if self.readings else []
+        return {
+            "teacher": self.taught_by.fingerprint_base(),
+            "readings": [[each.ids, each.pairs.tolist()] for each in readings],
+        }
+
+    @property
+    def taught_by(self) -> Backbone:
+        """The teacher, after ``tokenize``."""
+        assert self.teacher is not None
+        return self.teacher
+
+    def begin(self, texts: Sequence[list[int]]) -> None:
+        """Begin with the linear map that predicts a strange teacher best, as the student is now.
+
+        Otherwise the first steps teach the backbone what all of the teacher's states have in common, and overwrite what
+        it knows: its coordinates have nothing to do with the teacher's.
+        """
+        if self.linear is not None and (self.readings or self.taught_by.dim != self.backbone.dim):
+            self._fit(self.linear, texts)
+
+    @torch.no_grad()
+    def _fit(self, linear: nn.Linear, texts: Sequence[list[int]]) -> None:
+        chosen = random.Random(f"{self.seed}:map").sample([*texts], min(_FITTED_TEXTS, len(texts)))
+        own: list[Tensor] = []
+        taught: list[Tensor] = []
+        for part in self.parts(chosen):
+            one, other = self.compared(*self.read([chosen[index] for index in part]))
+            own.append(one)
+            taught.append(other)
+        explained = fit_linear(linear, torch.cat(own), torch.cat(taught))
+        self.fitted(torch.cat(own))
+        remarks.info("pretraining: a linear map of the student explains %.2f of the teacher's variance", explained)
+
+    def fitted(self, features: Float[Tensor, "rows width"]) -> None:
+        """Called after ``linear`` was fitted to the student's ``features``."""
+
+    def losses(self, batch: Sequence[list[int]], rng: random.Random) -> Iterator[Tensor]:  # noqa: ARG002
+        """How far the student is from the teacher."""
+        for part in self.parts(batch):
+            yield self.differences(*self.read([batch[index] for index in part])).sum() / len(batch)
+
+    def read(self, texts: Sequence[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """States of texts by the student [texts, tokens, dim] and by the teacher, each followed by its mask.
+
+        Unless vectors are compared, the teacher's states are those of the student's tokens, and the first mask says
+        which of these have one.
+        """
+        token_ids, mask = self.backbone.pad(texts)
+        states, mask = self.backbone(token_ids, mask)
+        readings = [self.readings[tuple(ids)] for ids in texts] if self.readings else []
+        with torch.no_grad():
+            read = self.taught_by.pad([each.ids for each in readings]) if readings else (token_ids, mask)
+            teacher_states, teacher_mask = self.taught_by(*read)
+            if readings and self.config.aligns_tokens:
+                pairs = [each.pairs for each in readings]
+                teacher_states, mask = aligned_states(teacher_states, pairs, states.shape[1])
+        return states, mask, teacher_states, teacher_mask
+
+    def compared(
+        self,
+        states: Tensor,
+        mask: Tensor,
+        teacher_states: Tensor,
+        teacher_mask: Tensor,  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor]:
+        """What of the student [rows, width] is to predict what of the teacher [rows, other width]."""
+        return states[mask], teacher_states[mask]
+
+    def differences(self, states: Tensor, mask: Tensor, teacher_states: Tensor, teacher_mask: Tensor) -> Tensor:
+        """How far the student is from the teacher, for each text [texts].
+
+        ``mask`` says which tokens are compared, and for vectors, which the student pools; ``teacher_mask``, which the
+        teacher pools.
+        """
+        raise NotImplementedError
+
+
+def fit_linear(linear: nn.Linear, features: Float[Tensor, "rows width"], targets: Float[Tensor, "rows other"]) -> float:
+    """Make a linear map the ridge regression of targets on features; the share of their variance that it explains."""
+    one, other = (each.double().cpu().numpy() for each in (features, targets))
+    middle, target_middle = one.mean(axis=0), other.mean(axis=0)
+    weight = ridge_weights([RidgeSet(one, other, folds_of(len(one)))], _FIT_PENALTY)
+    with torch.no_grad():
+        linear.weight.copy_(torch.from_numpy(weight.T))
+        linear.bias.copy_(torch.from_numpy(target_middle - middle @ weight))
+    differences = other - target_middle
+    error = (((one - middle) @ weight - differences) ** 2).sum()
+    return 1 - float(error / max((differences**2).sum(), 1e-12))
+
+
+def _same_tokens(backbone: Backbone, teacher: Backbone, texts: Sequence[str], config: Imitation) -> bool:
+    """Whether the teacher reads ``texts`` as the same tokens; if not, whether the objective can do without."""
+    one, other = (
+        each.tokenize(texts, "passage", prefix="", limit=config.max_tokens).ids for each in (backbone, teacher)
+    )
+    if one == other and backbone.tokenizer.get_vocab() == teacher.tokenizer.get_vocab():
+        return True
+    own, taught_by = backbone.config.model, teacher.config.model
+    if config.needs_same_tokens:
+        raise InputError(
+            f"pretraining.teacher: '{taught_by}' reads other tokens than the student's backbone '{own}', so their "
+            "attention cannot be compared; use a teacher with the same tokenizer, or one of the kinds "
+            "hidden_states, mutual_information and vectors"
+        )
+    slow = [each.config.model for each in (backbone, teacher) if not getattr(each.tokenizer, "is_fast", False)]
+    if config.aligns_tokens and slow:
+        raise InputError(
+            f"pretraining.teacher: '{taught_by}' reads other tokens than the student's backbone '{own}', and the "
+            f"tokenizer of '{slow[0]}' gives no character offsets by which they could be compared; use a teacher with "
+            "the same tokenizer, or the kind vectors"
+        )
+    return False
+
+
+def _readings(
+    backbone: Backbone, teacher: Backbone, texts: Sequence[str], kind: TextKind, config: Imitation
+) -> dict[tuple[int, ...], Reading]:
+    """How the teacher, with its own prefixes and cut to as many tokens, reads texts, by the student's tokens."""
+    own, taught = (each.tokenize(texts, kind, limit=config.max_tokens).ids for each in (backbone, teacher))
+    readings: dict[tuple[int, ...], Reading] = {}
+    for text, ids, teacher_ids in zip(texts, own, taught, strict=True):
+        if not config.aligns_tokens:
+            readings[tuple(ids)] = Reading(teacher_ids, np.zeros((0, 3), np.int32), 0)
+            continue
+        spans = backbone.token_places(text, len(ids), kind)
+        pairs = align_tokens(text, spans, teacher.token_places(text, len(teacher_ids), kind))
+        num_tokens = sum(bool(text[max(0, start) : max(0, end)].strip()) for start, end in spans)
+        readings[tuple(ids)] = Reading(teacher_ids, pairs, num_tokens)
+    return readings
+
+
+def _report_left_out(readings: Sequence[Reading]) -> None:
+    """Say how many of the student's tokens have none of the teacher's; refuse texts in which no token has one."""
+    total = sum(each.num_tokens for each in readings)
+    compared = sum(len({*each.pairs[:, 0].tolist()}) for each in readings)
+    if not compared:
+        raise InputError(
+            "pretraining.teacher: no token of the student shares a character with one of the teacher, so their states "
+            "cannot be compared; use the kind vectors"
+        )
+    remarks.info(
+        "pretraining: the teacher has another tokenizer, and %d of %d tokens of the texts have none of its tokens at "
+        "the same characters; these, white space, prefixes and special tokens are left out of the loss",
+        total - compared,
+        total,
+    )

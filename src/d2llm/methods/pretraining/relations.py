@@ -1,0 +1,127 @@
+"""A backbone imitates another one's attention: the relations of queries, keys and values (MiniLMv2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from d2llm.core.errors import InputError, ModelError
+from d2llm.methods.pretraining._imitation import Imitation, ImitationTask
+from d2llm.models.backbone import Backbone, layers_of
+from d2llm.training.pretrain import NO_ATTENTION, PretrainingTask
+
+_ATTENTION_PARTS = (
+    ("query", "q_proj", "q_lin", "q"),
+    ("key", "k_proj", "k_lin", "k"),
+    ("value", "v_proj", "v_lin", "v"),
+)
+"""What models call the linear layers that make queries, keys and values."""
+
+
+class Relations(Imitation, kind="relations"):
+    """To imitate another backbone's attention; both need the same tokenizer (MiniLMv2)."""
+
+    paper: ClassVar[str] = "Wang et al. 2021, arXiv 2012.15828"
+    needs_same_tokens: ClassVar[bool] = True
+
+    relation_heads: int = Field(default=48, ge=1)
+    """Into how many parts queries, keys and values are split, in both backbones."""
+    teacher_layer: int | None = Field(default=None, ge=0)
+    """The layer of the teacher, counted from 0, that the student's last layer imitates. By default the last; an upper
+    middle one is better if the teacher is large."""
+
+    def task(self, backbone: Backbone, seed: int) -> PretrainingTask:
+        """What is learnt."""
+        return _Relations(backbone, self, seed)
+
+
+class _Relations(ImitationTask):
+    attention: list[_Attention]
+
+    def __init__(self, backbone: Backbone, config: Relations, seed: int) -> None:
+        super().__init__(backbone, config, seed)
+        self.heads, self.teacher_layer = config.relation_heads, config.teacher_layer
+
+    def build(self) -> None:
+        """Find the attention of both; a ``ModelError`` if it cannot be read."""
+        pairs = ((self.backbone, None), (self.taught_by, self.teacher_layer))
+        self.attention = [_Attention(model, layer, self.heads) for model, layer in pairs]
+
+    def hooks(self) -> list[RemovableHandle]:
+        return [hook for each in self.attention for hook in each.listen()]
+
+    def differences(self, states: Tensor, mask: Tensor, teacher_states: Tensor, teacher_mask: Tensor) -> Tensor:  # noqa: ARG002
+        own, taught = (each.vectors for each in self.attention)
+        values = [
+            relation_divergence(one, other, mask, heads=self.heads) for one, other in zip(own, taught, strict=True)
+        ]
+        return torch.stack(values).sum(dim=0)
+
+
+class _Attention:
+    """The queries, keys and values of one layer of a backbone (by default the last), as it last read texts."""
+
+    def __init__(self, backbone: Backbone, layer: int | None, heads: int) -> None:
+        """Find the linear layers that make them, and check that each can be split into ``heads`` parts."""
+        name = backbone.config.model
+        layers = layers_of(backbone.model, name=name)
+        if layer is not None and layer >= len(layers):
+            raise InputError(f"teacher_layer is {layer}, but '{name}' has only layers 0 to {len(layers) - 1}")
+        self._linear: list[nn.Module] = []
+        for names in _ATTENTION_PARTS:
+            modules = layers[-1 if layer is None else layer].named_modules()
+            named = [module for path, module in modules if path.rpartition(".")[2] in names]
+            if len(named) != 1:
+                raise ModelError(
+                    f"'{name}' ({type(backbone.model).__name__}) has no separate layers for queries, keys and values, "
+                    "which the pretraining relations compares; use hidden_states or vectors"
+                )
+            if (width := int(cast(Any, named[0]).out_features)) % heads:
+                raise InputError(
+                    f"relation_heads is {heads}, but '{name}' has queries, keys or values of width {width}, which is "
+                    "not a multiple of it; set another number"
+                )
+            self._linear += named
+        self.vectors: list[Tensor] = []
+
+    def listen(self) -> list[RemovableHandle]:
+        """Keep them from now on; returns the hooks, for when that is to end."""
+        self.vectors = [torch.empty(0)] * len(self._linear)
+
+        def keep(place: int) -> Callable[[nn.Module, Any, Tensor], None]:
+            def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+                self.vectors[place] = output
+
+            return hook
+
+        return [linear.register_forward_hook(keep(place)) for place, linear in enumerate(self._linear)]
+
+
+def relation_divergence(
+    student: Float[Tensor, "texts tokens student_dim"],
+    teacher: Float[Tensor, "texts tokens teacher_dim"],
+    mask: Bool[Tensor, "texts tokens"],
+    *,
+    heads: int,
+) -> Float[Tensor, " texts"]:
+    """How far the relations of a text's tokens differ from the teacher's: the mean KL divergence over heads and tokens.
+
+    Each relation is softmax(V_h V_h^T / sqrt(d_h)) over the text's tokens, where V_h is the part of the queries (or
+    keys, or values) that belongs to the relation head h, of width d_h. Wang et al., "MiniLMv2", ACL Findings 2021
+    (arXiv 2012.15828), section 3.
+    """
+
+    def log_relations(vectors: Tensor) -> Tensor:  # [texts, heads, tokens, tokens]
+        parts = vectors.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+        scores = parts @ parts.transpose(2, 3) / parts.shape[-1] ** 0.5
+        return scores.masked_fill(~mask[:, None, None], NO_ATTENTION).log_softmax(dim=-1)
+
+    target, predicted = log_relations(teacher), log_relations(student)
+    by_token = (target.exp() * (target - predicted)).sum(dim=-1).mean(dim=1)
+    return (by_token * mask).sum(dim=1) / mask.sum(dim=1)

@@ -1,0 +1,87 @@
+"""A backbone learns to recognise a text that it reads twice with different dropout (SimCSE)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional
+
+from d2llm.core.errors import InputError
+from d2llm.models.backbone import Backbone
+from d2llm.ops.losses import in_batch_cross_entropy
+from d2llm.recipe.pretraining import Pretraining
+from d2llm.training.pretrain import PretrainingTask, restore_dropout, set_dropout
+
+
+class SimCSE(Pretraining, kind="simcse"):
+    """To recognise a text that is read twice with different dropout, among the texts of a batch (SimCSE)."""
+
+    paper: ClassVar[str] = "Gao et al. 2021, arXiv 2104.08821"
+    usual_dropout: ClassVar[float] = 0.1
+
+    temperature: float = Field(default=0.05, gt=0)
+
+    @model_validator(mode="after")
+    def _check_dropout(self) -> SimCSE:
+        if self.dropout == 0:
+            raise ValueError(
+                "dropout is 0, but simcse compares two readings of a text that differ by nothing else: set it to 0.1"
+            )
+        return self
+
+    def task(self, backbone: Backbone, seed: int) -> PretrainingTask:
+        """What is learnt; an ``InputError`` for a model without dropout."""
+        dropouts = set_dropout(backbone.model, self.dropout_rate)
+        restore_dropout(dropouts)
+        if not dropouts:
+            raise InputError(
+                f"'{backbone.config.model}' has no layer with dropout, which the pretraining simcse needs; use another"
+            )
+        return TwoReadings(backbone, self, seed, temperature=self.temperature)
+
+
+class TwoReadings(PretrainingTask):
+    """Two readings of each text, of which the second may be changed."""
+
+    def __init__(self, backbone: Backbone, config: Pretraining, seed: int, *, temperature: float) -> None:
+        super().__init__(backbone, config, seed)
+        self.temperature = temperature
+
+    def losses(self, batch: Sequence[list[int]], rng: random.Random) -> Iterator[Tensor]:
+        """The loss of the batch, as one part: each text is compared with all."""
+        first, second = self._vectors(batch), self._vectors(self.changed(batch, rng))
+        yield contrastive_loss(first, second, temperature=self.temperature)
+
+    def changed(self, batch: Sequence[list[int]], rng: random.Random) -> Sequence[list[int]]:  # noqa: ARG002
+        """The texts of the second reading."""
+        return batch
+
+    def _vectors(self, batch: Sequence[list[int]]) -> Tensor:
+        """Vectors [texts, dim] of the backbone's own pooling."""
+        vectors: list[Tensor] = [torch.empty(0)] * len(batch)
+        for part in self.parts(batch):
+            states, mask = self.backbone(*self.backbone.pad([batch[index] for index in part]))
+            for index, vector in zip(part, self.backbone.pool(states, mask), strict=True):
+                vectors[index] = vector
+        return torch.stack(vectors)
+
+
+def contrastive_loss(
+    first: Float[Tensor, "texts dim"], second: Float[Tensor, "texts dim"], *, temperature: float
+) -> Float[Tensor, ""]:
+    """Each text is to be recognised among all texts of the batch, from two of its vectors.
+
+    L = -1/N sum_i log( exp(cos(a_i, b_i) / t) / sum_j exp(cos(a_i, b_j) / t) )
+
+    Gao et al., "SimCSE", EMNLP 2021 (arXiv 2104.08821), section 3. Liu et al., "Mirror-BERT", EMNLP 2021 (arXiv
+    2104.08027), section 2, also compares the other way round, and the texts of one side with each other.
+    """
+    cosines = functional.normalize(first, dim=1) @ functional.normalize(second, dim=1).T
+    same = torch.eye(len(first), dtype=torch.bool, device=first.device)
+    return in_batch_cross_entropy(cosines, same, torch.ones_like(same), temperature=temperature)
