@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, overload
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -49,11 +49,14 @@ class WrittenBefore(Expansion):
         self.method = method
         self.written = written
 
-    def expand(self, queries: Iterable[str] | str) -> list[QueryExpansion]:
-        return [
-            QueryExpansion(**self.written[query] | {"texts": tuple(self.written[query]["texts"])})
-            for query in strings_of(queries, "queries")
-        ]
+    @overload
+    def expand(self, queries: str) -> QueryExpansion: ...  # pyright: ignore[reportOverlappingOverload] - no list of letters
+    @overload
+    def expand(self, queries: Iterable[str]) -> list[QueryExpansion]: ...
+    def expand(self, queries: Iterable[str] | str) -> QueryExpansion | list[QueryExpansion]:
+        if isinstance(queries, str):
+            return QueryExpansion(**self.written[queries] | {"texts": tuple(self.written[queries]["texts"])})
+        return [self.expand(query) for query in strings_of(queries, "queries")]
 
 
 def write(expansion: Expansion, queries: list[str], written: dict[str, Any], save: Any) -> None:
