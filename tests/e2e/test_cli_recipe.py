@@ -81,7 +81,12 @@ def test_the_schema_explains_every_setting(schema: Draft7Validator) -> None:
 
 def test_methods_are_listed_with_what_they_need_and_their_papers(tmp_path: Path) -> None:
     _, report = succeed_with_report("methods", folder=tmp_path)
-    result = report["result"]
+    assert {*report["result"]} == {"losses", "training.pretraining", "mining.sampling", "teacher", "writer"}
+    pretraining, result = report["result"]["training.pretraining"], report["result"]["losses"]
+    assert pretraining["mirror"]["paper"] == "Liu et al. 2021, arXiv 2104.08027"
+    assert pretraining["mirror"]["settings"] == ["masked_tokens", "temperature"]
+    assert {"graded", "classifier"} <= {*report["result"]["teacher"]}
+    assert all(each["what"] for section in report["result"].values() for each in section.values())
     assert {*LOSSES.shipped} <= {*result}
     assert result["margin_mse"]["needs"] == "labels"
     assert result["margin_mse"]["paper"] == "Hofstätter et al. 2020, arXiv 2010.02666"

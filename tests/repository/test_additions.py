@@ -160,7 +160,7 @@ with serve(make_app(tiny_settings(path, max_texts=3, writable=True))) as url:
     shown["dialect"] = patient.post(f"{url}/acme/embed", json={"model": model, "words": ["a", "b"]}).json()
     wrong = patient.post(f"{url}/acme/embed", json={"model": model})
     shown["dialect error"] = [wrong.status_code, *wrong.json()]
-    shown["page"] = patient.get(f"{url}/page/settings.json").json()["top_k"]
+    shown["page"] = patient.get(f"{url}/page/settings.json").json()["search"]["top_k"]["default"]
     shown["described"] = "/acme/embed" in patient.get(f"{url}/openapi.json").json()["paths"]
 print(json.dumps(shown))
 """
