@@ -63,6 +63,18 @@ SLOW_FILES = (
     *("store/ann", "store/part_vectors", "store/remote_shards", "training/residual", "training/tune_stopping"),
 )
 
+# Left out by `make test`, which has ten minutes, and run by `make test-all`: what a change of the core seldom breaks
+# (methods of others, comparisons with other libraries and versions of a path, clusters, browsers), and the longest files.
+REST_FOLDERS = ("benchmarks", "demo", "dialects", "golden", "integrations", "methods", "parity", "runners")
+CORE_E2E = ("architectures", "distill", "run", "server")
+"""Files of e2e that `make test` runs, besides those of the command line (cli_*)."""
+REST_FILES = (
+    *("cli/streams", "data/parser_workers", "data/table_files", "e2e/cli_documents", "e2e/cli_filter"),
+    *("evaluation/evaluate_again", "evaluation/shortcuts", "evaluation/word_rows", "fitting/fit"),
+    *("models/packaged_e5", "ops/token_bounds", "property/sharded_search", "repository/one_as_list"),
+    *("server/fairness", "server/large_bodies", "server/running", "server/stopping", "server/uploads"),
+    *("sizing/index_bytes", "training/pretrain", "training/tune_stopping"),
+)
 
 # These start first, in this order: those of Ray because they wait for each other's processes, and because all of them
 # are then in one test process and share a cluster; the longest, so that at the end no process waits for one of them.
@@ -83,9 +95,23 @@ def _is_among(path: Path, folders: tuple[str, ...], files: tuple[str, ...]) -> b
     return path.parent.name in folders or path in map(file_of, files)
 
 
+def _is_rest(path: Path) -> bool:
+    name = path.stem.removeprefix("test_")
+    is_core = path.parent.name != "e2e" or name in CORE_E2E or name.split("_")[0] == "cli"
+    return not is_core or _is_among(path, REST_FOLDERS, REST_FILES)
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With ``-m "not slow"``, do not import the files that it leaves out: their libraries take long to load."""
-    leaves_out = config.getoption("markexpr") == "not slow" and _is_among(collection_path, SLOW_FOLDERS, SLOW_FILES)
+    """Do not import the files that ``-m "not slow"`` or ``-m "not rest"`` leaves out: their libraries load slowly."""
+    if collection_path.suffix != ".py" or not collection_path.name.startswith("test_"):
+        return None
+    match config.getoption("markexpr"):
+        case "not slow":
+            leaves_out = _is_among(collection_path, SLOW_FOLDERS, SLOW_FILES)
+        case "not rest":
+            leaves_out = _is_rest(collection_path)
+        case _:
+            leaves_out = False
     return True if leaves_out else None
 
 
@@ -113,6 +139,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.numeric)
         if _is_among(item.path, SLOW_FOLDERS, SLOW_FILES):
             item.add_marker(pytest.mark.slow)
+        if _is_rest(item.path):
+            item.add_marker(pytest.mark.rest)
         if item.get_closest_marker("network") and os.environ.get("D2LLM_TEST_NETWORK") != "1":
             item.add_marker(pytest.mark.skip(reason="needs the network: set D2LLM_TEST_NETWORK=1"))
         if item.get_closest_marker("gpu") and not _has_gpu():

@@ -212,7 +212,7 @@ def test_the_untuned_baseline_is_the_backbone_before_training(bert):
     config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"max_query_tokens": 63})})
     baseline = untuned_config(config)
     assert isinstance(baseline, StudentConfig)
-    assert (baseline.backbone.tuning, baseline.pooling.method, baseline.interaction.head) == (
+    assert (baseline.backbone.tuning.kind, baseline.pooling.method, baseline.interaction.head) == (
         "frozen",
         "backbone",
         "cosine",

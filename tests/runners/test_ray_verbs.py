@@ -245,7 +245,7 @@ main(sys.argv[1:])
         start_new_session=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
-    until(lambda: process.poll() is not None or num_written(tmp_path) > 8, "the first blocks", pause=0.3)
+    until(lambda: process.poll() is not None or num_written(tmp_path) > 8, "the first blocks", pause=0.05)
     os.killpg(process.pid, signal.SIGINT)
     errors = process.communicate()[1]
     assert process.returncode == 130, errors
