@@ -64,7 +64,7 @@ SLOW_FILES = (
 )
 
 # Left out by `make test`, which has ten minutes, and run by `make test-all`: what a change of the core seldom breaks
-# (methods of others, comparisons with other libraries and versions of a path, clusters, browsers), and the longest files.
+# (methods of others, comparisons with other libraries and other ways, clusters, browsers), and the longest files.
 REST_FOLDERS = ("benchmarks", "demo", "dialects", "golden", "integrations", "methods", "parity", "runners")
 CORE_E2E = ("architectures", "distill", "run", "server")
 """Files of e2e that `make test` runs, besides those of the command line (cli_*)."""

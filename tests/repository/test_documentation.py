@@ -308,3 +308,9 @@ def test_documented_commands_and_options_exist(repository: Path):
                     problems.append(f"{page.name}:{number}: {problem}: {line}")
     assert num_commands > 100
     assert problems == []
+
+
+def test_readme_names_the_two_commands_that_set_up_everything(repository):
+    blocks = "\n".join(re.findall(r"```\n(.*?)```", (repository / "README.md").read_text(encoding="utf-8"), re.DOTALL))
+    assert re.search(r"^make demo\b", blocks, re.MULTILINE)
+    assert re.search(r"^make test\b", blocks, re.MULTILINE)

@@ -163,5 +163,5 @@ def test_a_missing_recipe_is_an_error_before_torch_is_loaded(verb, tmp_path):
 
 
 def test_the_files_that_conftest_names_exist():
-    names = (*conftest.NUMERIC_FILES, *conftest.SLOW_FILES)
+    names = (*conftest.NUMERIC_FILES, *conftest.SLOW_FILES, *conftest.REST_FILES)
     assert [name for name in names if not conftest.file_of(name).is_file()] == []

@@ -90,6 +90,7 @@ class ImitationTask(PretrainingTask):
 
     def __init__(self, backbone: Backbone, config: Imitation, seed: int) -> None:
         super().__init__(backbone, config, seed)
+        self.imitation = config
         self.readings: dict[tuple[int, ...], Reading] = {}
         self.teacher: Backbone | None = None
 
@@ -98,12 +99,12 @@ class ImitationTask(PretrainingTask):
         tokens = super().tokenize(passages, queries)
         if len({*map(tuple, tokens)}) < 2:
             return tokens
-        self.teacher = self.config.load_teacher(self.backbone)
-        if not _same_tokens(self.backbone, self.teacher, [*passages[:_COMPARED_TEXTS]], self.config):
+        teacher = self.teacher = self.imitation.load_teacher(self.backbone)
+        if not _same_tokens(self.backbone, teacher, [*passages[:_COMPARED_TEXTS]], self.imitation):
             # Texts that are the same to the student need not be so to the teacher: one of its readings stays.
-            self.readings = _readings(self.backbone, self.teacher, queries, "query", self.config)
-            self.readings |= _readings(self.backbone, self.teacher, passages, "passage", self.config)
-            if self.config.aligns_tokens:
+            self.readings = _readings(self.backbone, teacher, queries, "query", self.imitation)
+            self.readings |= _readings(self.backbone, teacher, passages, "passage", self.imitation)
+            if self.imitation.aligns_tokens:
                 _report_left_out([*self.readings.values()])
         return tokens
 
@@ -163,7 +164,7 @@ class ImitationTask(PretrainingTask):
         with torch.no_grad():
             read = self.taught_by.pad([each.ids for each in readings]) if readings else (token_ids, mask)
             teacher_states, teacher_mask = self.taught_by(*read)
-            if readings and self.config.aligns_tokens:
+            if readings and self.imitation.aligns_tokens:
                 pairs = [each.pairs for each in readings]
                 teacher_states, mask = aligned_states(teacher_states, pairs, states.shape[1])
         return states, mask, teacher_states, teacher_mask
