@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @verb("Distil")
 def methods(context: typer.Context, json_path: JsonOption = None) -> None:
-    """List the kinds that a recipe can name: losses, pretrainings, teachers and more, with their papers."""
+    """List the methods that a recipe can name, with their papers.
+
+    These are losses, pretrainings, teachers, writers and ways to draw negatives, also those of other packages.
+    """
     from d2llm.core.table import Column, Table
     from d2llm.recipe import Pretraining, TeacherConfig, WriterConfig
     from d2llm.recipe.losses import LOSSES
