@@ -12,6 +12,7 @@ TORCH ?= $(TORCH_PINNED)
 EXTRAS ?= train,gguf,dev
 WORKERS ?= 3
 BIN := .venv/bin
+PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -rfE
 export PYTHON TORCH TORCH_PINNED EXTRAS
 export PYTHONDONTWRITEBYTECODE := # compiled modules are kept: the tests start Python hundreds of times
 
@@ -30,25 +31,21 @@ demo: setup ## set up and run the demo, which searches the documentation of your
 test: setup ## set up and run the tests of all that a change of the core can break: ten minutes
 	@sh scripts/browser.sh
 	@echo "==> running the tests in $(WORKERS) processes (make test-all runs the rest too)"
-	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
-		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -rfEs --durations=5 --durations-min=5 -m "not rest" $(ARGS)
+	@$(PYTEST)s --durations=5 --durations-min=5 -m "not rest" $(ARGS)
 
 test-all: setup ## set up and run all tests, with more examples; ARGS="-m rest" runs those that make test leaves out
 	@sh scripts/browser.sh
 	@echo "==> running all tests in $(WORKERS) processes"
-	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false D2LLM_TEST_ALL=1 \
-		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -rfEs --durations=5 --durations-min=5 $(ARGS)
+	@D2LLM_TEST_ALL=1 $(PYTEST)s --durations=5 --durations-min=5 $(ARGS)
 
 test-fast: setup ## set up and run the quick tests, which start no programs: about three minutes
 	@echo "==> running the quick tests in $(WORKERS) processes"
-	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
-		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -rfE -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 test-avx2: setup ## run the numeric tests as on a CPU with AVX2 only, even if this one has more
 	@echo "==> running the numeric tests with AVX2 only in $(WORKERS) processes"
 	@ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FAISS_OPT_LEVEL=AVX2 \
-		OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
-		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -rfE -m numeric $(ARGS)
+		$(PYTEST) -m numeric $(ARGS)
 
 test-remote: setup ## install llama.cpp's server (takes minutes to compile) and test the remote teacher against it
 	@echo "==> installing llama-cpp-python[server]"

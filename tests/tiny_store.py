@@ -113,7 +113,7 @@ def check_contents(view: PassageView, expected: Mapping[str, Passage]) -> None:
     assert len(view) == len(expected)
     assert {passage.id: passage for passage in passages} == dict(expected)
     assert view.ids(rows) == [passage.id for passage in passages]
-    expected_vectors = stored_vectors(passages, view.format.name)
+    expected_vectors = stored_vectors(passages, view.format.kind)
     np.testing.assert_array_equal(view.vectors(rows), expected_vectors)
     np.testing.assert_array_equal(view.block(0, view.capacity)[rows], expected_vectors)
 

@@ -176,13 +176,13 @@ class Sixteenths(FloatFormat, kind="sixteenths"):
 
 @pytest.fixture(params=[Int2, Sixteenths])
 def another(request, monkeypatch):
-    monkeypatch.setitem(VECTOR_FORMATS._classes, request.param.name, request.param)
-    yield request.param.name
+    monkeypatch.setitem(VECTOR_FORMATS._classes, request.param.kind, request.param)
+    yield request.param.kind
     monkeypatch.undo()
 
 
 for each in (Int2, Sixteenths):  # known only where a test asks for it
-    VECTOR_FORMATS._classes.pop(each.name)
+    VECTOR_FORMATS._classes.pop(each.kind)
 
 
 def test_another_format_is_one_class(another, tmp_path):
@@ -204,7 +204,7 @@ def test_another_format_is_one_class(another, tmp_path):
     found = index.search(["text 3 on cows"], top_k=6, exact=True)[0]
     assert {each.passage.id for each in found.passages} == {passage.id for passage in passages}
     assert found.certificate.proved == 6
-    assert exact.stored_as(another).format.name == another
+    assert exact.stored_as(another).format.kind == another
     report = measure(make_dataset(), everyone(), tmp_path / "work", stored_as=[another])
     assert report.row(f"D2LLM, {another} vectors").num_items == 4
     assert another in succeed("size", "--passages", "1M", "--vectors", another).output

@@ -54,10 +54,10 @@ def test_the_scan_is_exact(store):
     alive = {key: p for key, p in PASSAGES.items() if key not in ("p3", "p7")}
     view = PassageView(store)
     for top_k in (1, 5, 28, 1000):
-        assert view.ids(view.scan(QUERY, top_k).rows) == _ranked_ids(alive.values(), store.format.name)[:top_k]
+        assert view.ids(view.scan(QUERY, top_k).rows) == _ranked_ids(alive.values(), store.format.kind)[:top_k]
     years = view.select("year BETWEEN 2003 AND 2010")
     chosen = [p for p in alive.values() if 2003 <= p.metadata["year"] <= 2010]
-    assert view.ids(view.scan(QUERY, 100, years).rows) == _ranked_ids(chosen, store.format.name)
+    assert view.ids(view.scan(QUERY, 100, years).rows) == _ranked_ids(chosen, store.format.kind)
     assert view.ids(view.scan(QUERY, 3, np.ones(30, np.bool_)).rows) == view.ids(view.scan(QUERY, 3).rows)
 
 
@@ -156,7 +156,7 @@ def test_a_view_keeps_its_version(store):
     after = PASSAGES | few_passages(20, start=20, word="changed")
     del after["p1"], after["p2"]
     check_contents(view, before)
-    assert view.ids(view.scan(QUERY, 5).rows) == _ranked_ids(before.values(), store.format.name)[:5]
+    assert view.ids(view.scan(QUERY, 5).rows) == _ranked_ids(before.values(), store.format.kind)[:5]
     assert view.ids(view.match("own1", 3).rows) == ["p1"]
     check_contents(PassageView(store), after)
     check_contents(PassageView(store, view.version), before)
@@ -196,7 +196,7 @@ def test_damaged_vectors_are_read_from_the_table(store, damage):
     check_contents(PassageView(store), PASSAGES)
     assert (
         PassageView(store).ids(PassageView(store).scan(QUERY, 4).rows)
-        == _ranked_ids(PASSAGES.values(), store.format.name)[:4]
+        == _ranked_ids(PASSAGES.values(), store.format.kind)[:4]
     )
     assert verify(store).problems == []
     check_contents(opened_before, PASSAGES)
@@ -211,9 +211,9 @@ def test_damaged_vectors_followed_by_deleted_rows(store):
     path.write_bytes(content)
     view = PassageView(store)
     alive = {key: p for key, p in PASSAGES.items() if key not in ("p28", "p29")}
-    assert view.ids(view.scan(QUERY, 40).rows) == _ranked_ids(alive.values(), store.format.name)
+    assert view.ids(view.scan(QUERY, 40).rows) == _ranked_ids(alive.values(), store.format.kind)
     assert view.ids(view.scan(QUERY, 40, view.select("year > 2020")).rows) == _ranked_ids(
-        [p for p in alive.values() if p.metadata["year"] > 2020], store.format.name
+        [p for p in alive.values() if p.metadata["year"] > 2020], store.format.kind
     )
     check_contents(view, alive)
 
@@ -263,7 +263,7 @@ def test_a_view_in_another_format(store):
     words = view.words
     assert view.ann_base is not None  # built over the vectors as the index stores them, not as the other view does
     other = view.stored_as("int3")
-    assert (other.format.name, view.format.name) == ("int3", store.format.name)
+    assert (other.format.kind, view.format.kind) == ("int3", store.format.kind)
     assert other.ids(other.scan(QUERY, 100).rows) == _ranked_ids_by_int3(view, alive)
     np.testing.assert_array_equal(other.block(0, 30)[view.live], other.vectors(view.live_rows()))
     assert other.words is words

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from d2llm.core.names import suggestion
 
@@ -97,3 +97,19 @@ class Registry(Generic[T]):
                 f"{package} has the entry point {self.group}: {kind} = {plugin.value}, which is no {self.what} of kind "
                 f"'{kind}'"
             )
+
+
+class Registered:
+    """The base of things of which there are several kinds: a subclass with ``kind="name"`` is found by that name."""
+
+    kinds: ClassVar[Registry[Any]]
+    """All kinds; a class variable of the base of each thing."""
+    kind: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    """Where it was published."""
+
+    def __init_subclass__(cls, *, kind: str = "", **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if kind:
+            cls.kind = kind
+            cls.kinds.add(kind, cls)

@@ -56,6 +56,18 @@ def passages_of(
         yield passage
 
 
+def one_query_of(query: QueryLike, what: str) -> Query:
+    """A query from a text, a query or a dictionary; ``what`` is made for it, for the error.
+
+    Raises:
+        InputError: it is none, has no text, or there are several.
+    """
+    queries = queries_of(query, "query")
+    if len(queries) != 1:
+        raise InputError(f"{what} is made for one query, but there are {len(queries)}; make one for each")
+    return queries[0]
+
+
 def queries_of(queries: Iterable[QueryLike] | QueryLike, name: str = "queries") -> list[Query]:
     """Queries from texts, queries, dictionaries, rows, or a whole table; one query is a list of one.
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from d2llm.core.errors import InputError, ModelError
+from d2llm.core.errors import InputError
 from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import new_folder
 from d2llm.core.fingerprint import fingerprint_json
@@ -41,7 +40,7 @@ from d2llm.core.types import (
     WholeText,
     default_task,
 )
-from d2llm.data.python_records import PassageLike, QueryLike, passages_of, queries_of
+from d2llm.data.python_records import PassageLike, QueryLike, one_query_of, passages_of
 from d2llm.models import student_files as files
 from d2llm.models.backbone import (
     Backbone,
@@ -70,6 +69,7 @@ from d2llm.models.token_vectors import TokenProjection, TokenVectors, read_token
 from d2llm.models.vector_scorer import VectorScorer
 from d2llm.ops.batching import token_budget_batches
 from d2llm.ops.bm25_words import terms, tokens_of_terms
+from d2llm.ops.selection import check_scores, ids_at, top_rows
 from d2llm.recipe import StudentConfig
 
 _log = logging.getLogger(__name__)
@@ -628,24 +628,20 @@ class Student(VectorScorer):
             >>> [result.passage.text for result in ranking]
             ['Bees make honey.', 'Green tea needs hot water.']
         """
-        queries = queries_of(query, "query")
-        if len(queries) != 1:
-            raise InputError(f"passages are ranked for one query, but there are {len(queries)}; rank them for each")
+        asked = one_query_of(query, "a ranking")
         given = list(passages_of(passages, texts=True))
         begin = time.perf_counter()
-        read = self.encode_queries([queries[0].text], instruction=instruction)
+        read = self.encode_queries([asked.text], instruction=instruction)
         documents = self.encode_passages([passage.full_text for passage in given])
         self._warn_of_cut(len(documents.truncated), len(given))
         encoded = time.perf_counter()
-        scores = self.score(read.vectors[0], documents.vectors, task or default_task(self.trained_tasks)).tolist()
-        if any(map(math.isnan, scores)):
-            raise ModelError(
-                f"query {queries[0].id!r}: a score is NaN, so passages cannot be ranked; check the student"
-            )
-        order = sorted(range(len(given)), key=lambda place: (-scores[place], given[place].id))
-        results = tuple(RankedPassage(rank, given[place], scores[place]) for rank, place in enumerate(order, start=1))
+        scores = self.score(read.vectors[0], documents.vectors, task or default_task(self.trained_tasks))
+        order = top_rows(check_scores(scores, asked.id), len(given), partial(ids_at, [each.id for each in given]))
+        results = tuple(
+            RankedPassage(rank, given[row], float(scores[row])) for rank, row in enumerate(order.tolist(), start=1)
+        )
         seconds = {"encode": encoded - begin, "score": time.perf_counter() - encoded}
-        return Ranking(queries[0], results, len(given), seconds, truncated=bool(len(read.truncated)))
+        return Ranking(asked, results, len(given), seconds, truncated=bool(len(read.truncated)))
 
     def encode_with_tokens(
         self,

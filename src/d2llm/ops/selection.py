@@ -10,9 +10,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d2llm.core.errors import ModelError
+
 _SAMPLED = 64  # one of so many values is in the sample that shows which are among the highest
 _SAMPLE_MARGIN = 8  # values of the sample that are taken in addition: it is rarely as high as the whole
 _BLOCK_NUMBERS = 1 << 23  # inner products in memory at a time: 32 MB of float32; at least those of one query
+
+
+def check_scores(scores: NDArray[np.floating[Any]], query_id: str | None = None) -> NDArray[np.floating[Any]]:
+    """The scores as they are.
+
+    Raises:
+        ModelError: some are NaN.
+    """
+    num_wrong = int(np.isnan(scores).sum())
+    if num_wrong:
+        of_query = "" if query_id is None else f"query {query_id!r}: "
+        raise ModelError(
+            f"{of_query}{num_wrong} of {len(scores)} scores are NaN and cannot be ranked; check the student"
+        )
+    return scores
 
 
 def top_rows(

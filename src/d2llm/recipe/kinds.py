@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, core_schema
 
 from d2llm.core.names import describe_problem
-from d2llm.core.registry import Registry
+from d2llm.core.registry import Registered, Registry
 from d2llm.recipe.sections import Section
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _described: set[type[SectionOfKind]] = set()
 """Bases whose JSON Schema is being written."""
 
 
-class SectionOfKind(Section):
+class SectionOfKind(Registered, Section):
     """The base of all kinds of one section. It is a field's type; its values are instances of its subclasses.
 
     In a recipe such a section is a table with the key ``kind`` (``default_kind`` if it is missing), or only the name of
@@ -62,16 +62,7 @@ class SectionOfKind(Section):
 
     kinds: ClassVar[Registry[Any]]
     """All kinds of this section; a class variable of the base."""
-    kind: ClassVar[str] = ""
     default_kind: ClassVar[str] = ""
-    paper: ClassVar[str] = ""
-    """Where it was published."""
-
-    def __init_subclass__(cls, *, kind: str = "", **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if kind:
-            cls.kind = kind
-            cls.kinds.add(kind, cls)
 
     def __new__(cls, **values: Any) -> Self:
         """On the base, an instance of the kind that ``kind`` names (``default_kind``)."""

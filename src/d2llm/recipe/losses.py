@@ -31,7 +31,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from d2llm.core.names import describe_problem
-from d2llm.core.registry import Registry, modules_in
+from d2llm.core.registry import Registered, Registry, modules_in
 from d2llm.recipe.kinds import describe_kind
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ LOSSES: Registry[Loss] = Registry(
 """All losses by kind."""
 
 
-class Loss(BaseModel):
+class Loss(Registered, BaseModel):
     """One term of the objective. A subclass names its kind, by which recipes name it, and is called for each batch.
 
     Example::
@@ -82,9 +82,7 @@ class Loss(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
-    kind: ClassVar[str]
-    paper: ClassVar[str] = ""
-    """Where it was published."""
+    kinds: ClassVar[Registry[Any]] = LOSSES
     learns_from: ClassVar[frozenset[Need]] = frozenset()
     of_pairs: ClassVar[bool] = False
     """Whether it is computed for labelled pairs, and only for them; otherwise, only for queries with lists."""
@@ -94,12 +92,6 @@ class Loss(BaseModel):
     """Settings that do not change the student, because what they lead to is compared instead (``prepare``)."""
 
     weight: float = Field(default=1.0, ge=0)
-
-    def __init_subclass__(cls, *, kind: str = "", **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if kind:
-            cls.kind = kind
-            LOSSES.add(kind, cls)
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -136,7 +136,7 @@ def build_ann(
             advance(len(rows))
         record = AnnRecord(
             base.student,
-            base.format.name,
+            base.format.kind,
             base.version,
             base.since,
             int(live[-1]) + 1,

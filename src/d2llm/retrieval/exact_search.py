@@ -25,9 +25,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.errors import InputError, ModelError
+from d2llm.core.errors import InputError
 from d2llm.core.types import Certificate, Task
-from d2llm.ops.selection import from_the_highest, top_rows
+from d2llm.ops.selection import check_scores, from_the_highest, top_rows
 from d2llm.retrieval.protocols import BoundedStudent, PairScorer, VectorStudent
 from d2llm.retrieval.row_evidence import RowEvidence
 from d2llm.retrieval.row_scorer import RowScorer
@@ -137,7 +137,7 @@ def certified_top_k(
     rows = view.live_rows(allowed)
     anchors, reach = _pass(view, student, scorer, scorer.anchor_query, reaches)
     highest = anchors if evidence is None else anchors + evidence.bounds(view.capacity)
-    bounds = _numbers((highest + reach)[rows])
+    bounds = check_scores((highest + reach)[rows])
     parts = from_the_highest(bounds, max(_LARGEST, top_k))
     result = _score_from_the_top(view, rows, bounds, parts, _finals(row_scorer, anchors, reach), top_k, clock)
     return result._replace(anchors=anchors[result.rows])
@@ -183,7 +183,7 @@ def _by_scans(
         rows, anchors = scanned.rows[order], scanned.scores[order]
         reach = student.passage_reach(view.vectors(rows)) if reaches is None else reaches[rows]
         reach = np.float32(query_reach) * reach
-        bounds = _numbers(anchors + reach)
+        bounds = check_scores(anchors + reach)
         parts = from_the_highest(bounds, max(_LARGEST, top_k))
         final = _finals(row_scorer, anchors, reach, rows)
         result = _score_from_the_top(view, rows, bounds, parts, final, top_k, clock)
@@ -264,7 +264,7 @@ def _score_from_the_top(
                 return _ranked(view, scored, scores, top_k, len(rows), highest_left)
             chosen = np.sort(rows[part[start : start + fitting]])  # vectors are read in storage order
             start_time = time.perf_counter()
-            new = _numbers(score(chosen))
+            new = check_scores(score(chosen))
             clock.seconds_per_passage = (time.perf_counter() - start_time) / len(chosen)
             scored.append(chosen)
             scores.append(new)
@@ -347,10 +347,3 @@ def merge_certified(
     )
     all_anchors = np.concatenate(anchors)[places] if len(anchors) == len(parts) else None
     return CertifiedRows(rows[places], best, all_anchors, certificate)
-
-
-def _numbers(scores: NDArray[np.float32]) -> NDArray[np.float32]:
-    num_wrong = int(np.isnan(scores).sum())
-    if num_wrong:
-        raise ModelError(f"{num_wrong} of {len(scores)} scores are NaN and cannot be ranked; check the student")
-    return scores

@@ -34,7 +34,7 @@ from d2llm.core.types import (
     Ranking,
     Task,
 )
-from d2llm.data.python_records import PassageLike, QueryLike, passages_of, queries_of
+from d2llm.data.python_records import PassageLike, QueryLike, one_query_of, passages_of
 from d2llm.retrieval.protocols import SearchStudent, SearchView, TokenStudent, expansion_fingerprint, task_for
 from d2llm.retrieval.row_evidence import evidence_weights
 from d2llm.retrieval.settings import SearchSettings
@@ -735,13 +735,11 @@ class Index:
         """
         from d2llm.retrieval.context import build_context, context_settings, named_tokenizer
 
-        queries = queries_of(query, "query")
-        if len(queries) != 1:
-            raise InputError(f"a context is for one query, but there are {len(queries)}; make one for each")
+        asked = one_query_of(query, "a context")
         chosen = context_settings(SearchSettings.of(settings, **changes))
         student = cast("Student", self.student)  # only a Student has a tokenizer to count with
         token_ends = student.backbone.token_ends if tokenizer is None else named_tokenizer(tokenizer)
-        (ranking,) = self.search(queries, chosen, cascade=cascade, expansion=expansion)
+        (ranking,) = self.search([asked], chosen, cascade=cascade, expansion=expansion)
         return build_context(ranking, token_ends, max_tokens, order=order, overlapping=self.repeats_text)
 
     def build_ann(

@@ -22,7 +22,7 @@ from d2llm.ops.bm25_words import terms
 from d2llm.ops.diversity import select_diverse
 from d2llm.ops.fusion import reciprocal_rank_scores
 from d2llm.ops.same_statement import Statement
-from d2llm.ops.selection import top_rows
+from d2llm.ops.selection import check_scores, top_rows
 from d2llm.retrieval.cascade import ListwiseReading, Rereader, StudentRanking
 from d2llm.retrieval.exact_search import CertifiedRows, KeptReaches, merge_certified
 from d2llm.retrieval.expansion import Expansion, add_hypothetical_passages
@@ -659,7 +659,7 @@ class Searcher:
         if prepared.anchor_is_score:
             (proposal,), top_k = proposals.values(), self.settings.ranking_depth
             rows, scores = proposal.rows[:top_k], proposal.scores[:top_k]
-            _refuse_nan(scores, prepared.query)
+            check_scores(scores, prepared.query.id)
             return ScoredCandidates(rows, scores, len(rows), proposals, None, len(proposal.rows) < depth)
         # Sorted rows are read from disk sequentially; the final order is made later.
         rows = np.unique(np.concatenate([proposal.rows for proposal in proposals.values()]))
@@ -676,7 +676,7 @@ class Searcher:
             all_scores[:, parts[shard_index][0]] = scores
         rows, all_scores = rows[is_scored], all_scores[:, is_scored]
         for one, scores in zip(phrasings, all_scores, strict=True):
-            _refuse_nan(scores, one.query)
+            check_scores(scores, one.query.id)
         is_all = all(len(proposal.rows) < depth for proposal in proposals.values())
         return ScoredCandidates(rows, all_scores[0], len(rows), proposals, None, is_all, tuple(all_scores[1:]))
 
@@ -800,11 +800,3 @@ class Searcher:
 
 
 _NOTHING = np.zeros(0, np.float32)
-
-
-def _refuse_nan(scores: NDArray[np.float32], query: Query) -> None:
-    num_wrong = int(np.isnan(scores).sum())
-    if num_wrong:
-        raise ModelError(
-            f"query {query.id!r}: {num_wrong} of {len(scores)} scores are NaN and cannot be ranked; check the student"
-        )

@@ -286,7 +286,7 @@ def remove_other_anns(folder: Path, generation: int) -> None:
 def _read_record(base: AnnBase) -> AnnRecord:
     """The record, after checking that it and the file fit these vectors; if not, a ``ValueError`` says why."""
     record = read_ann_record(base.path)
-    if (record.student, record.vector_format, record.since) != (base.student, base.format.name, base.since):
+    if (record.student, record.vector_format, record.since) != (base.student, base.format.kind, base.since):
         raise ValueError("it was built over other vectors; build it again")
     if record.covered > len(base.codes) or record.version > base.version:
         raise ValueError(f"it was built over version {record.version}, but this is version {base.version}")

@@ -329,7 +329,7 @@ def _ann_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> It
         return
     try:
         record = ann.read_ann_record(path)
-        if (record.student, record.vector_format) != (store.manifest["student"], store.format.name):
+        if (record.student, record.vector_format) != (store.manifest["student"], store.format.kind):
             raise ValueError("it was built over other vectors; build it again")
         ann.check_file(path, record)
     except (OSError, ValueError) as error:

@@ -159,7 +159,7 @@ class RowScan:
 
     def _rounds_queries(self) -> bool:
         """Whether this FAISS rounds queries to bfloat16 where rows are bfloat16 (``store.load_faiss``)."""
-        if self._format.name != "bfloat16":
+        if self._format.kind != "bfloat16":
             return False
         dim, query = self._format.dim, np.float32(1 + 2.0**-12)
         ones = np.full((1, dim), 0x3F80, "<u2").view(np.uint8)  # 1 in bfloat16

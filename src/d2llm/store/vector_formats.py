@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.names import did_you_mean
+from d2llm.core.registry import Registered, Registry
 from d2llm.store.index_spec import VECTOR_FORMATS
 
 _NORMS_AT_ONCE = 1_024
@@ -69,28 +70,21 @@ class Multiplier(NamedTuple):
     shift: NDArray[np.float64]
 
 
-class VectorFormat(ABC):
+class VectorFormat(Registered, ABC):
     """Converts vectors [n, dim] to rows [n, code_size] and back, with the operations that a scan of such rows needs.
 
-    Another format is a subclass with a ``kind``, which is its name (``store.index_spec.VECTOR_FORMATS``).
+    Another format is a subclass with a ``kind``, by which indexes name it.
 
     Attributes:
-        name: its name.
         dim: the width of the vectors.
         code_size: bytes of a row.
         selects: whether its FAISS index can exclude rows from a search.
     """
 
-    name: ClassVar[str]
+    kinds: ClassVar[Registry[Any]] = VECTOR_FORMATS
     dim: int
     code_size: int
     selects: bool = True
-
-    def __init_subclass__(cls, *, kind: str = "") -> None:
-        super().__init_subclass__()
-        if kind:
-            cls.name = kind
-            VECTOR_FORMATS.add(kind, cls)
 
     @abstractmethod
     def __init__(self, dim: int) -> None: ...
@@ -159,7 +153,7 @@ class FloatFormat(VectorFormat):
         bad = np.flatnonzero(~np.isfinite(self.decode(codes)).all(axis=1))
         if len(bad):
             raise InputError(
-                f"{len(bad)} vectors are not finite as {self.name}, the first is that of passage "
+                f"{len(bad)} vectors are not finite as {self.kind}, the first is that of passage "
                 f"{ids[int(bad[0])]!r}; check the student"
             )
         return codes
@@ -360,7 +354,7 @@ class RotatedFormat(VectorFormat):
         if len(bad):
             first = int(bad[0])
             raise InputError(
-                f"{len(bad)} vectors cannot be stored as {self.name}, the first is that of passage {ids[first]!r}: "
+                f"{len(bad)} vectors cannot be stored as {self.kind}, the first is that of passage {ids[first]!r}: "
                 f"its norm is {norms[first]:.3g}, and the format is made for norms near sqrt(dim) = "
                 f"{self.dim**0.5:.3g}; use bfloat16"
             )
