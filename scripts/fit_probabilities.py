@@ -19,7 +19,7 @@ from d2llm import Student, open_data
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.pair_training import read_pair_training_set
-from d2llm.models.probabilities import FILE_NAME, ProbabilityCalibration, write_calibration
+from d2llm.models.probabilities import ProbabilityCalibration
 from d2llm.ops.calibration import expected_calibration_error, reliability_bins
 from d2llm.training.fit_probabilities import fit_probabilities, score_drawn
 
@@ -39,8 +39,7 @@ def main() -> None:
             (read_dev(arguments.data / Path(item["path"]).name), cast(Task, item["task"])) for item in recipe["data"]
         ]
         calibration = fit_probabilities(student, judged, num_queries=arguments.queries)
-        (folder / FILE_NAME).unlink(missing_ok=True)
-        write_calibration(folder, calibration)
+        calibration.write(folder, student.fingerprint)
         for task, fitted in calibration.tasks.items():
             print(
                 f"{folder.name} {task}: slope {fitted.slope:.4f}, offset {fitted.offset:.4f}, "

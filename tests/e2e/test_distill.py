@@ -19,11 +19,12 @@ from d2llm.core import progress
 from d2llm.core.errors import InputError, TrainingDivergedError
 from d2llm.core.types import Task
 from d2llm.methods.losses.in_batch_imitation import LiveTeacher
-from d2llm.models.evidence import read_evidence
+from d2llm.models.evidence import Evidence
+from d2llm.models.fitted_part import Widths
 from d2llm.models.interaction import make_head
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import identify_local_teacher
-from d2llm.models.token_vectors import read_token_projection
+from d2llm.models.token_vectors import TokenProjection
 from d2llm.recipe import EvidenceConfig, InteractionConfig, ResidualConfig
 from d2llm.recipe.losses import Objective
 from d2llm.training import distill as verb
@@ -95,7 +96,6 @@ def test_probabilities_are_fitted_given_enough_dev_queries(place: Place, tmp_pat
     write_rule_labels(tmp_path / "labels", [source], place.teacher)
     report = place.run(tmp_path / "student", source=source, labels=tmp_path / "labels")
     student = Student.load(tmp_path / "student", dtype="float32")
-    assert student.calibration.student == report.fingerprint
     assert {task: fit.model_dump() for task, fit in student.calibration.tasks.items()} == report.probabilities
     fitted = report.probabilities["asymmetric"]
     assert (fitted["num_queries"], fitted["num_pairs"]) == ({"tiny": 40}, 400)
@@ -124,7 +124,7 @@ def test_words_count_in_training_with_weights_fitted_once(
         next(line["loss"] for line in log_of(tmp_path / name) if "loss" in line) for name in ("without", "with")
     ]
     assert first_losses[1] < first_losses[0]  # words already tell the relevant passages
-    assert read_evidence(tmp_path / "with.run", untrained(place).fingerprint).weights("asymmetric").counts_words
+    assert Evidence.read(tmp_path / "with.run", untrained(place).fingerprint).weights("asymmetric").counts_words
     shutil.rmtree(tmp_path / "with")
     again = run("with", in_training=True)
     assert len(fitted) == 4  # the weights in training are read again
@@ -154,8 +154,8 @@ def test_tokens_count_in_training_and_their_projection_is_trained_with_the_backb
 
     report = run("student")
     key = untrained(place).fingerprint
-    weight = read_evidence(tmp_path / "student.run", key).weights("asymmetric").terms["token_vectors"]
-    start = read_token_projection(tmp_path / "student.run", key, untrained(place).backbone.dim)
+    weight = Evidence.read(tmp_path / "student.run", key).weights("asymmetric").terms["token_vectors"]
+    start = TokenProjection.read(tmp_path / "student.run", key, Widths(0, untrained(place).backbone.dim))
     student = Student.load(tmp_path / "student", device="cpu", dtype="float32")
     assert start is not None
     assert student.token_projection is not None

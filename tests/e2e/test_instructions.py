@@ -33,7 +33,7 @@ def write_index_with_tokens(folder):
         rarity = [0.0] * 4 + [1.0] * (len(student.backbone.tokenizer) - 4)
         student.token_projection = TokenProjection(student.backbone.dim, 8, rarity)
     weights = TaskEvidence(weights={"words": 0.5, "token_vectors": 20.0}, dev={}, num_queries={})
-    student.evidence = Evidence(student=student.fingerprint, tasks={"asymmetric": weights})
+    student.evidence = Evidence(tasks={"asymmetric": weights})
     student.save(folder / "student")
     index = Index.create(folder / "index", folder / "student", dtype="float32", token_vectors="int8")
     index.upsert(tiny_passages())

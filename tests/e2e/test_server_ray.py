@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     student = Student.load(write_tiny_student(folder), dtype="float32")
     factor = WordsFactor(slopes=(0.0,) * 4, offset=0.0, lowest=-9.0, highest=9.0, nearest_slope=-0.1)
     fitted = TaskEvidence(weights={"words": 1.0}, words_factor=factor, dev={}, num_queries={})
-    student.evidence = Evidence(student=student.fingerprint, tasks={"asymmetric": fitted})
+    student.evidence = Evidence(tasks={"asymmetric": fitted})
     student.save(folder / "student-0")
     shard(write_tiny_index(folder), folder / "sharded", NUM_SHARDS)
     return folder

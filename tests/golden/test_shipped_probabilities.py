@@ -57,7 +57,6 @@ def probabilities(student, pairs, task):
 
 def test_both_tasks_are_calibrated(student):
     assert set(student.calibration.tasks) == {"asymmetric", "symmetric"}
-    assert student.calibration.student == student.fingerprint
     assert student.calibration.base_rate == pytest.approx(0.1)
     for fitted in student.calibration.tasks.values():
         assert fitted.error_after < 0.03 < fitted.error_before

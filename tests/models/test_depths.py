@@ -16,7 +16,6 @@ from d2llm.cli.main import app
 from d2llm.core.errors import InputError, ModelError
 from d2llm.models.backbone import Backbone
 from d2llm.models.depths import final_module
-from d2llm.models.evidence import NO_EVIDENCE
 from d2llm.models.export.export import export
 from d2llm.models.interaction import Interaction
 from d2llm.models.quality import PassageQuality
@@ -112,7 +111,7 @@ def test_a_student_is_cut_to_the_depths_that_it_was_trained_for(bert: Path, tmp_
     mapped = [expected[0] @ anchor["query_map"].T.numpy(), expected[1] @ anchor["passage_map"].T.numpy()]
     scores = float(anchor["log_scale"].exp()) / loaded.vector_dim * mapped[0][0] @ mapped[1].T
     np.testing.assert_allclose(loaded.score(found[0][0], found[1], "asymmetric"), scores, rtol=1e-3, atol=1e-3)
-    assert loaded.evidence is NO_EVIDENCE
+    assert not loaded.evidence
     assert whole.backbone.num_layers == 3
 
 
@@ -120,10 +119,8 @@ def test_what_was_fitted_to_all_layers_does_not_stay_with_fewer(bert: Path, tmp_
     trained(bert).save(tmp_path / "whole", content={"nested_depths": [2]})
     whole = Student.load(tmp_path / "whole", device="cpu", dtype="float32")
     weights = (0.0,) * whole.vector_dim
-    whole.quality = PassageQuality(student=whole.fingerprint, weights=weights, num_passages={}, num_relevant={}, auc={})
-    whole.term_weights = TermWeights(
-        student=whole.fingerprint, weights=weights, offset=0.5, usual=0.5, num_words={}, explained={}
-    )
+    whole.quality = PassageQuality(weights=weights, num_passages={}, num_relevant={}, auc={})
+    whole.term_weights = TermWeights(weights=weights, offset=0.5, usual=0.5, num_words={}, explained={})
     whole.cut(2).save(tmp_path / "cut")
     cut = Student.load(tmp_path / "cut", device="cpu", dtype="float32")
     assert (cut.quality, cut.term_weights) == (None, None)

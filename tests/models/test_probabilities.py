@@ -16,12 +16,8 @@ from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
 from d2llm.models.probabilities import (
-    FILE_NAME,
-    UNCALIBRATED,
     ProbabilityCalibration,
     TaskCalibration,
-    read_calibration,
-    write_calibration,
 )
 from d2llm.ops.calibration import expected_calibration_error, reliability_bins
 from d2llm.training.fit_probabilities import MIN_QUERIES, NUM_HARD, NUM_RANDOM, fit_probabilities, score_drawn
@@ -34,8 +30,8 @@ FITTED = TaskCalibration(
 )
 
 
-def calibration(student: str = "known", **tasks: TaskCalibration) -> ProbabilityCalibration:
-    return ProbabilityCalibration(student=student, num_hard=1, num_random=8, tasks=tasks or {"asymmetric": FITTED})
+def calibration(**tasks: TaskCalibration) -> ProbabilityCalibration:
+    return ProbabilityCalibration(num_hard=1, num_random=8, tasks=tasks or {"asymmetric": FITTED})
 
 
 class Numbered:
@@ -111,7 +107,6 @@ class TestFitting:
         result = fit_probabilities(student, [(dataset, "asymmetric")])
         (fitted,) = result.tasks.values()
         assert fitted.slope > 0
-        assert result.student == "numbered"
         assert (fitted.num_queries, fitted.num_pairs) == ({"numbers": 150}, 1500)
         resampled = score_drawn(student, dataset, "asymmetric", num_queries=150, seed=1)
         probabilities = result.probabilities(resampled.scores, "asymmetric")
@@ -148,13 +143,15 @@ class TestFitting:
 
 class TestFile:
     def test_a_written_calibration_is_read_back(self, tmp_path):
-        write_calibration(tmp_path, calibration())
-        assert read_calibration(tmp_path, "known") == calibration()
+        calibration().write(tmp_path, "known")
+        assert ProbabilityCalibration.read(tmp_path, "known") == calibration()
 
     def test_an_uncalibrated_student_has_no_file(self, tmp_path):
-        write_calibration(tmp_path, UNCALIBRATED)
-        assert list(tmp_path.iterdir()) == []
-        assert read_calibration(tmp_path, "known") == UNCALIBRATED
+        student = Student.create(tiny_student_config(write_tiny_model(tmp_path / "bert", "bert")), dtype="float32")
+        student.save(tmp_path / "student")
+        assert not (tmp_path / "student" / ProbabilityCalibration.file_name).exists()
+        assert ProbabilityCalibration.read(tmp_path / "student", student.fingerprint) is None
+        assert not Student.load(tmp_path / "student").calibration
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -166,10 +163,12 @@ class TestFile:
         ],
     )
     def test_an_invalid_file_is_reported_by_name(self, tmp_path, change, message):
-        (tmp_path / FILE_NAME).write_text(json.dumps(calibration().model_dump(mode="json") | change))
+        calibration().write(tmp_path, "known")
+        path = tmp_path / ProbabilityCalibration.file_name
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
         with pytest.raises(DataFormatError, match=message) as error:
-            read_calibration(tmp_path, "known")
-        assert FILE_NAME in str(error.value)
+            ProbabilityCalibration.read(tmp_path, "known")
+        assert path.name in str(error.value)
 
 
 class TestStudent:
@@ -178,7 +177,7 @@ class TestStudent:
     def folder(cls, tmp_path_factory):
         folder = tmp_path_factory.mktemp("probabilities")
         student = Student.create(tiny_student_config(write_tiny_model(folder / "bert", "bert")), dtype="float32")
-        student.calibration = calibration(student.fingerprint)
+        student.calibration = calibration()
         student.save(folder / "student")
         return folder / "student"
 
@@ -192,7 +191,7 @@ class TestStudent:
     def test_training_discards_the_calibration(self, folder):
         student = Student.load(folder)
         student.prepare_training()
-        assert student.calibration == UNCALIBRATED
+        assert not student.calibration
 
     def test_the_card_explains_the_probabilities(self, folder):
         card = (folder / "README.md").read_text()

@@ -23,7 +23,7 @@ def token_student(folder) -> Student:
     student.token_projection = TokenProjection(student.vector_dim, 16, rarity).eval()
     weights = {"words": 0.1, "window_words": 0.1, "window_vectors": 0.5, "token_vectors": 2.0}
     task = TaskEvidence(weights=weights, dev={}, num_queries={})
-    student.evidence = Evidence(student=student.fingerprint, tasks={"asymmetric": task})
+    student.evidence = Evidence(tasks={"asymmetric": task})
     return student
 
 

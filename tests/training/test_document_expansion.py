@@ -13,7 +13,8 @@ import pytest
 from d2llm.core.errors import IndexMismatchError, InputError, ModelError
 from d2llm.core.types import Passage
 from d2llm.data.beir import Dataset
-from d2llm.models.document_expansion import FILE_NAME, DocumentExpansion, read_document_expansion
+from d2llm.models.document_expansion import DocumentExpansion
+from d2llm.models.fitted_part import Widths
 from d2llm.models.student import Student
 from d2llm.retrieval.cosine import AnchorStudent
 from d2llm.retrieval.encode import encode
@@ -154,10 +155,10 @@ def test_it_is_stored_with_the_student(expanding: Student, tmp_path: Path) -> No
     assert loaded.fingerprint == expanding.fingerprint
     assert replace(own, amount=0.4).fingerprint != own.fingerprint
     with pytest.raises(ModelError, match="was fitted to the student"):
-        read_document_expansion(tmp_path / "s", "another", expanding.vector_dim)
+        DocumentExpansion.read(tmp_path / "s", "another", Widths(expanding.vector_dim, 0))
     with pytest.raises(ModelError, match=r"does not fit 5 words and vectors of width 7 \(middle, weights\)"):
-        read_document_expansion(tmp_path / "s", expanding.fingerprint, 7)
-    (tmp_path / "s" / FILE_NAME).write_bytes(b"nothing")
+        DocumentExpansion.read(tmp_path / "s", expanding.fingerprint, Widths(7, 0))
+    (tmp_path / "s" / DocumentExpansion.file_name).write_bytes(b"nothing")
     with pytest.raises(ModelError, match="delete the file to index passages without"):
         Student.load(tmp_path / "s", device="cpu", dtype="float32")
 

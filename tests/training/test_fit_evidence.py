@@ -12,7 +12,7 @@ import pytest
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage
 from d2llm.data.pairs import read_pairs
-from d2llm.models.evidence import Evidence, EvidenceWeights, TaskEvidence, WordsFactor, read_evidence
+from d2llm.models.evidence import Evidence, EvidenceWeights, TaskEvidence, WordsFactor
 from d2llm.models.student import Student
 from d2llm.ops.bm25_words import windows
 from d2llm.ops.weighted_sum import sum_weights
@@ -93,7 +93,7 @@ def test_windows_get_weight_where_they_are_worth_reading(benefit, is_kept):
     else:
         assert fitted.weights == pytest.approx(without_vectors.weights, rel=1e-3)
         assert fitted.without_parts is None
-    evidence = Evidence(student="x", tasks={"asymmetric": fitted})
+    evidence = Evidence(tasks={"asymmetric": fitted})
     assert evidence.weights("asymmetric", stored=()).terms == pytest.approx(without_vectors.weights, rel=1e-3)
     assert ("window" in evidence.weights("asymmetric").part_kinds) == is_kept
 
@@ -108,7 +108,7 @@ def test_an_index_may_lack_any_of_the_vectors_that_the_best_weights_need():
         parts[0] += 2
         examples.append((np.concatenate([scores[:, :2], parts], axis=1), grades))
     fitted = fit_task_weights([make_lists("a", examples)], terms)
-    evidence = Evidence(student="x", tasks={"asymmetric": fitted})
+    evidence = Evidence(tasks={"asymmetric": fitted})
     assert evidence.weights("asymmetric").part_kinds == {"window", "token"}
     assert evidence.weights("asymmetric", stored=("token",)).part_kinds == {"token"}
     for stored in ((), ("window",)):
@@ -177,6 +177,9 @@ def test_uninformative_statistics_have_little_effect():
         assert fitted.words_factor is None or np.abs(fitted.words_factor.slopes).max() < 0.3
 
 
+HEAD = {"format_version": 1, "student": "x", "kind": "evidence"}
+
+
 class TestStudent:
     @pytest.fixture(scope="class")
     @classmethod
@@ -236,7 +239,6 @@ class TestStudent:
         monkeypatch.setattr(module, "MIN_QUERIES", 1)
         dataset = topics().dataset
         evidence = fit_evidence(student, [(dataset, "asymmetric")], terms=TERMS[:2])
-        assert evidence.student == student.fingerprint
         assert evidence.tasks.keys() == {"asymmetric"}
         assert evidence.tasks["asymmetric"].weights.keys() == set(TERMS[:2])
         monkeypatch.setattr(module, "MIN_QUERIES", 10_000)
@@ -251,7 +253,7 @@ class TestStudent:
         weights = {"words": 0.5, "window_words": 0.0}
         factor = WordsFactor(slopes=(0.1, 0.2, 0.3, 0.4), offset=1.5, lowest=-2, highest=2, nearest_slope=-0.1)
         fitted = TaskEvidence(weights=weights, words_factor=factor, dev={"a": (0.5, 0.6)}, num_queries={"a": 40})
-        student.evidence = Evidence(student=before, tasks={"asymmetric": fitted})
+        student.evidence = Evidence(tasks={"asymmetric": fitted})
         student.save(tmp_path / "student")
         loaded = Student.load(tmp_path / "student", device="cpu", dtype="float32")
         assert loaded.fingerprint == before
@@ -265,15 +267,16 @@ class TestStudent:
         ("content", "problem"),
         [
             ("{", "cannot be read"),
-            ({"kind": "evidence", "student": "other", "tasks": {}}, "was fitted to the student other"),
-            ({"kind": "evidence", "student": "x", "format_version": 9, "tasks": {}}, "format version 9"),
-            ({"kind": "probabilities", "student": "x", "tasks": {}}, "cannot be read"),
+            (HEAD | {"student": "other", "tasks": {}}, "was fitted to the student other"),
+            (HEAD | {"format_version": 9, "tasks": {}}, "format version 9"),
+            (HEAD | {"kind": "probabilities", "tasks": {}}, "its kind is 'probabilities', not 'evidence'"),
+            ({"tasks": {}}, "lacks 'student'"),
             (
-                {"student": "x", "tasks": {"asymmetric": {"weights": {"words": -1}, "dev": {}, "num_queries": {}}}},
+                HEAD | {"tasks": {"asymmetric": {"weights": {"words": -1}, "dev": {}, "num_queries": {}}}},
                 "greater than or equal to 0",
             ),
             (
-                {"student": "x", "tasks": {"asymmetric": {"weights": {"sounds": 1}, "dev": {}, "num_queries": {}}}},
+                HEAD | {"tasks": {"asymmetric": {"weights": {"sounds": 1}, "dev": {}, "num_queries": {}}}},
                 "sounds",
             ),
         ],
@@ -282,7 +285,7 @@ class TestStudent:
         text = content if isinstance(content, str) else json.dumps(content)
         (tmp_path / "evidence.json").write_text(text)
         with pytest.raises(DataFormatError, match=re.escape(problem)) as error:
-            read_evidence(tmp_path, "x")
+            Evidence.read(tmp_path, "x")
         assert "delete the file" in str(error.value) or "update d2llm" in str(error.value)
 
 
@@ -292,7 +295,7 @@ def test_scores_are_fitted_for_one_task_and_kept_for_the_other(tmp_path, monkeyp
     model = write_tiny_model(tmp_path / "model", "modernbert", initializer_range=0.1)
     student = Student.create(tiny_student_config(model), device="cpu", dtype="float32")
     kept = TaskEvidence(weights={"words": 2.0}, dev={}, num_queries={})
-    student.evidence = Evidence(student=student.fingerprint, tasks={"symmetric": kept})
+    student.evidence = Evidence(tasks={"symmetric": kept})
     report = fit_scores(student, [topics().dataset], "asymmetric")
     assert student.evidence.tasks["symmetric"] == kept
     assert report.evidence == student.evidence.tasks["asymmetric"].model_dump()

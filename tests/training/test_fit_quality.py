@@ -13,7 +13,8 @@ import pytest
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage
 from d2llm.data.beir import Dataset
-from d2llm.models.quality import PassageQuality, read_quality
+from d2llm.models.fitted_part import Widths
+from d2llm.models.quality import PassageQuality
 from d2llm.models.student import Student
 from d2llm.ops import ridge
 from d2llm.retrieval.encode import encode
@@ -103,24 +104,22 @@ def test_quality_is_stored_with_the_student(tmp_path: Path) -> None:
     student = Student.create(tiny_student_config(model), device="cpu", dtype="float32")
     student.save(tmp_path / "without")
     assert not (tmp_path / "without" / "quality.json").exists()
-    fingerprint = student.fingerprint
-    student.quality = quality_of(fingerprint, np.arange(student.vector_dim))
+    student.quality = quality_of(np.arange(student.vector_dim))
     student.save(tmp_path / "with")
     loaded = Student.load(tmp_path / "with", device="cpu", dtype="float32")
     assert loaded.quality == student.quality
-    assert loaded.fingerprint == fingerprint
+    assert loaded.fingerprint == student.fingerprint
     loaded.prepare_training()
     assert loaded.quality is None
     with pytest.raises(DataFormatError, match="was fitted to the student"):
-        read_quality(tmp_path / "with", "another")
+        PassageQuality.read(tmp_path / "with", "another")
     with pytest.raises(InputError, match="labelled pairs have none"):
         fit_scores(student, [], "asymmetric", words=False, quality=True)
 
 
-def quality_of(fingerprint: str, weights: np.ndarray) -> PassageQuality:
+def quality_of(weights: np.ndarray) -> PassageQuality:
     counts = {"tiny": 1}
     return PassageQuality(
-        student=fingerprint,
         weights=tuple(map(float, weights)),
         num_passages=counts,
         num_relevant=counts,
@@ -129,7 +128,7 @@ def quality_of(fingerprint: str, weights: np.ndarray) -> PassageQuality:
 
 
 def test_quality_ignores_the_length_of_a_vector() -> None:
-    quality = quality_of("any", np.array([2.0, -1.0]))
+    quality = quality_of(np.array([2.0, -1.0]))
     assert quality.of(np.array([[3.0, 4.0], [30.0, 40.0], [0.0, 0.0]], np.float32)).tolist() == pytest.approx(
         [0.4, 0.4, 0]
     )
@@ -139,7 +138,7 @@ class TestEncode:
     @pytest.fixture
     def student(self) -> FakeStudent:
         student = FakeStudent()
-        student.quality = quality_of(student.fingerprint, np.random.default_rng(0).normal(size=16))
+        student.quality = quality_of(np.random.default_rng(0).normal(size=16))
         return student
 
     def lowest(self, student: FakeStudent, num: int) -> set[str]:
@@ -184,3 +183,12 @@ class TestEncode:
                 encode(PASSAGES, student, tmp_path / "i", prune=share)
         with pytest.raises(InputError, match="fit-scores --quality"):
             encode(PASSAGES, FakeStudent(), tmp_path / "i", prune=0.5)
+
+
+def test_quality_of_another_width_is_refused(tmp_path: Path) -> None:
+    quality_of(np.arange(7)).write(tmp_path, "known")
+    assert PassageQuality.read(tmp_path, "known", Widths(7, 1)) is not None
+    with pytest.raises(
+        DataFormatError, match=r"does not fit vectors of width 8 and states of width 7; restore .*quality"
+    ):
+        PassageQuality.read(tmp_path, "known", Widths(8, 7))

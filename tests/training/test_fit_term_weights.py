@@ -12,7 +12,7 @@ from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage
 from d2llm.data.beir import Dataset
 from d2llm.models.student import Student
-from d2llm.models.term_weights import TermWeights, read_term_weights
+from d2llm.models.term_weights import TermWeights
 from d2llm.ops.bm25_words import placed_terms, terms
 from d2llm.ops.ridge import RidgeSet, choose_penalty, folds_of, ridge_weights
 from d2llm.retrieval.cosine import AnchorStudent
@@ -55,9 +55,7 @@ def repeated(name: str, *, num: int = 40) -> Dataset:
 def weights_of(student: Student, seed: int = 0) -> TermWeights:
     weights = np.random.default_rng(seed).normal(size=student.vector_dim).tolist()
     counts, values = {"tiny": 1}, {"tiny": 0.5}
-    return TermWeights(
-        student=student.fingerprint, weights=weights, offset=0.4, usual=0.7, num_words=counts, explained=values
-    )
+    return TermWeights(weights=weights, offset=0.4, usual=0.7, num_words=counts, explained=values)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +77,7 @@ def test_factors_are_shares_of_relevant_passages() -> None:
 
 
 def test_a_factor_has_a_lower_limit() -> None:
-    fitted = TermWeights(student="any", weights=(1.0,), offset=0.0, usual=0.5, num_words={}, explained={})
+    fitted = TermWeights(weights=(1.0,), offset=0.0, usual=0.5, num_words={}, explained={})
     assert fitted.factors(np.array([[-3.0], [0.2]], np.float32)).tolist() == pytest.approx([0.05, 0.2])
 
 
@@ -161,7 +159,7 @@ def test_they_are_stored_with_the_student(student: Student, tmp_path: Path) -> N
     assert loaded.term_weights == weights_of(student)
     assert loaded.fingerprint == student.fingerprint
     with pytest.raises(DataFormatError, match="was fitted to the student"):
-        read_term_weights(tmp_path / "s", "another")
+        TermWeights.read(tmp_path / "s", "another")
 
 
 def test_words_count_by_their_factors() -> None:

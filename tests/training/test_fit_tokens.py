@@ -14,9 +14,10 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import Passage, Query, WholeText
 from d2llm.data.beir import Dataset
 from d2llm.models.evidence import Evidence, TaskEvidence
+from d2llm.models.fitted_part import Widths
 from d2llm.models.sources import find_model, load_tokenizer
 from d2llm.models.student import Student
-from d2llm.models.token_vectors import FILE_NAME, TokenProjection, read_token_projection, skipped_tokens
+from d2llm.models.token_vectors import TokenProjection, skipped_tokens
 from d2llm.recipe import StudentConfig, TokensConfig
 from d2llm.retrieval.index import Index
 from d2llm.store.side_files import Chunking
@@ -50,7 +51,7 @@ def trained(dataset):
 def weighted(student, weights):
     """Evidence for questions with these weights."""
     task = TaskEvidence(weights=weights, dev={}, num_queries={})
-    return Evidence(student=student.fingerprint, tasks={"asymmetric": task})
+    return Evidence(tasks={"asymmetric": task})
 
 
 def test_the_loss_falls_and_nothing_else_changes(trained, dataset):
@@ -225,7 +226,7 @@ def test_new_tokens_are_not_counted_with_the_weights_of_others(dataset):
     words = TaskEvidence(weights={"words": 1.0}, dev={}, num_queries={})
     counted = TaskEvidence(weights={"token_vectors": 3.0}, dev={}, num_queries={}, without_parts=words)
     alone = TaskEvidence(weights={"token_vectors": 3.0}, dev={}, num_queries={})
-    student.evidence = Evidence(student=student.fingerprint, tasks={"asymmetric": counted, "symmetric": alone})
+    student.evidence = Evidence(tasks={"asymmetric": counted, "symmetric": alone})
     fit_tokens(student, [dataset], TokensConfig(dim=4, epochs=1))
     assert student.evidence_weights("asymmetric").terms == {"words": 1.0}
     assert not student.evidence_weights("symmetric")
@@ -233,18 +234,22 @@ def test_new_tokens_are_not_counted_with_the_weights_of_others(dataset):
 
 def test_a_projection_of_another_student_or_damaged_is_refused(trained, tmp_path):
     student, _ = trained
-    student.token_projection.save(tmp_path, "someone-else")
+    student.token_projection.write(tmp_path, "someone-else")
     with pytest.raises(ModelError, match="trained for the student someone-else, but this one is mine; restore"):
-        read_token_projection(tmp_path, "mine", 384)
+        TokenProjection.read(tmp_path, "mine", Widths(0, 384))
     with pytest.raises(ModelError, match="does not fit a student whose states have 100 dimensions"):
-        read_token_projection(tmp_path, "someone-else", 100)
-    save_file(load_file(tmp_path / FILE_NAME), tmp_path / FILE_NAME, metadata={"student": "mine"})
+        TokenProjection.read(tmp_path, "someone-else", Widths(0, 100))
+    save_file(
+        load_file(tmp_path / TokenProjection.file_name),
+        tmp_path / TokenProjection.file_name,
+        metadata={"student": "mine"},
+    )
     with pytest.raises(ModelError, match="does not say how many tokens of a query count"):
-        read_token_projection(tmp_path, "mine", 384)
+        TokenProjection.read(tmp_path, "mine", Widths(0, 384))
     (tmp_path / "tokens.safetensors").write_bytes(b"damaged")
     with pytest.raises(ModelError, match=r"tokens.safetensors cannot be read"):
-        read_token_projection(tmp_path, "mine", 384)
-    assert read_token_projection(tmp_path / "elsewhere", "mine", 384) is None
+        TokenProjection.read(tmp_path, "mine", Widths(0, 384))
+    assert TokenProjection.read(tmp_path / "elsewhere", "mine", Widths(0, 384)) is None
 
 
 def test_weights_follow_what_an_index_stores():
@@ -253,7 +258,7 @@ def test_weights_follow_what_an_index_stores():
     every = TaskEvidence(
         weights={"token_vectors": 4.0, "window_vectors": 5.0}, dev={}, num_queries={}, without_parts=tokens
     )
-    evidence = Evidence(student="s", tasks={"asymmetric": every})
+    evidence = Evidence(tasks={"asymmetric": every})
     assert evidence.weights("asymmetric").terms == {"token_vectors": 4.0, "window_vectors": 5.0}
     assert evidence.weights("asymmetric", stored=("token",)).terms == {"words": 2.0, "token_vectors": 3.0}
     assert evidence.weights("asymmetric", stored=("window",)).terms == {"words": 1.0}

@@ -38,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.fixture(scope="module")
 def start(place: Place) -> Student:
     student = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
-    student.evidence = Evidence(student=student.fingerprint, tasks=START)
+    student.evidence = Evidence(tasks=START)
     torch.manual_seed(0)
     student.token_projection = TokenProjection(DIM, 4, [1.0] * len(student.backbone.tokenizer))
     student.save(place.folder / "start")
@@ -83,7 +83,6 @@ def test_with_enough_dev_queries_the_task_s_weights_are_fitted_anew(
 
 
 def test_without_vectors_of_tokens_weights_that_need_none_are_inherited() -> None:
-    inherited = Evidence(student="old", tasks=START).inherited("new", has_tokens=False)
-    assert inherited.student == "new"
+    inherited = Evidence(tasks=START).inherited(has_tokens=False)
     assert inherited.weights("asymmetric").terms == {"words": 3.0}
     assert inherited.weights("symmetric").terms == {"words": 0.5}

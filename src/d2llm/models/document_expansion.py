@@ -20,22 +20,23 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import ModelError
+from d2llm.models.fitted_part import Widths
 from d2llm.ops.bm25_words import terms
 from d2llm.ops.words import WORD_RULE
 
-FILE_NAME = "document_expansion.safetensors"
 NUM_WORDS = 20
 """Words that are added to a passage, at most."""
 AMOUNT = 0.5
 """What part of its predicted count a word gets (docs/recipes.md)."""
 _LEAST_MEAN = 0.01  # of the likelihoods of a passage's own words
 _BLOCK = 512
+_ARRAYS = ("usual", "middle", "weights", "rarity")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,8 @@ class DocumentExpansion:
         num_words: words that are added to a passage, at most.
         amount: what part of its predicted count a word gets.
     """
+
+    file_name: ClassVar[str] = "document_expansion.safetensors"
 
     terms: tuple[str, ...]
     usual: NDArray[np.float32]
@@ -88,13 +91,13 @@ class DocumentExpansion:
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
 
-    def save(self, folder: Path, student: str) -> None:
+    def write(self, folder: Path, student: str) -> None:
         """Write the expansion into the folder of the student with this fingerprint."""
         from safetensors.numpy import save_file
 
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
         metadata = {"student": student, "word_rule": str(WORD_RULE), "facts": json.dumps(self.facts())}
-        save_file(tensors, folder / FILE_NAME, metadata=metadata)
+        save_file(tensors, folder / self.file_name, metadata=metadata)
 
     def facts(self) -> dict[str, Any]:
         """Everything but the function's own numbers."""
@@ -106,40 +109,39 @@ class DocumentExpansion:
             "amount": self.amount,
         }
 
+    @classmethod
+    def read(cls, folder: Path, student: str, widths: Widths) -> DocumentExpansion | None:
+        """The expansion in the folder of the student with this fingerprint; None if there is none.
 
-_ARRAYS = ("usual", "middle", "weights", "rarity")
+        Raises:
+            ModelError: it cannot be read, does not fit the width of the vectors, or belongs to another student.
+        """
+        from d2llm.models.sources import load_metadata, load_tensors
 
-
-def read_document_expansion(folder: Path, student: str, dim: int) -> DocumentExpansion | None:
-    """Read the expansion in the folder of the student with this fingerprint; None if there is none.
-
-    Raises:
-        ModelError: it cannot be read, does not fit vectors of width ``dim``, or belongs to another student.
-    """
-    from d2llm.models.sources import load_metadata, load_tensors
-
-    path = folder / FILE_NAME
-    if not path.is_file():
-        return None
-    remedy = "restore the student's folder, or delete the file to index passages without further words"
-    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in load_tensors(path, remedy=remedy).items()}
-    metadata = load_metadata(path)
-    if (owner := metadata.get("student")) != student:
-        raise ModelError(f"{path} was fitted to the student {owner}, but this one is {student}; {remedy}")
-    try:
-        facts: dict[str, Any] = json.loads(metadata["facts"])
-        facts["terms"] = tuple(facts["terms"])
-        expansion = DocumentExpansion(**facts, **arrays)
-    except (ValueError, LookupError, TypeError) as error:
-        raise ModelError(f"{path} cannot be read ({error}); {remedy}") from error
-    if (rule := metadata.get("word_rule")) != str(WORD_RULE):
-        raise ModelError(
-            f"{path} has words by rule {rule}, but this d2llm makes them by rule {WORD_RULE}; fit it again with "
-            "`d2llm fit-scores --document-expansion`, or delete the file to index passages without further words"
-        )
-    num = len(expansion.terms)
-    shapes = {"usual": (num,), "middle": (dim,), "weights": (dim, num), "rarity": (num,)}
-    wrong = [name for name in _ARRAYS if arrays[name].shape != shapes[name]]
-    if wrong:
-        raise ModelError(f"{path} does not fit {num} words and vectors of width {dim} ({', '.join(wrong)}); {remedy}")
-    return expansion
+        path = folder / cls.file_name
+        if not path.is_file():
+            return None
+        remedy = "restore the student's folder, or delete the file to index passages without further words"
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in load_tensors(path, remedy=remedy).items()}
+        metadata = load_metadata(path)
+        if (owner := metadata.get("student")) != student:
+            raise ModelError(f"{path} was fitted to the student {owner}, but this one is {student}; {remedy}")
+        try:
+            facts: dict[str, Any] = json.loads(metadata["facts"])
+            facts["terms"] = tuple(facts["terms"])
+            expansion = cls(**facts, **arrays)
+        except (ValueError, LookupError, TypeError) as error:
+            raise ModelError(f"{path} cannot be read ({error}); {remedy}") from error
+        if (rule := metadata.get("word_rule")) != str(WORD_RULE):
+            raise ModelError(
+                f"{path} has words by rule {rule}, but this d2llm makes them by rule {WORD_RULE}; fit it again with "
+                "`d2llm fit-scores --document-expansion`, or delete the file to index passages without further words"
+            )
+        num = len(expansion.terms)
+        shapes = {"usual": (num,), "middle": (widths.vectors,), "weights": (widths.vectors, num), "rarity": (num,)}
+        wrong = [name for name in _ARRAYS if arrays[name].shape != shapes[name]]
+        if wrong:
+            raise ModelError(
+                f"{path} does not fit {num} words and vectors of width {widths.vectors} ({', '.join(wrong)}); {remedy}"
+            )
+        return expansion

@@ -21,23 +21,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, NonNegativeFloat
 
-from d2llm.core.files import write_json
 from d2llm.core.types import PART_KINDS, EvidenceTerm, PartKind, Task
-from d2llm.models.fitted_file import FittedFile, FittedPart, read_fitted
+from d2llm.models.fitted_part import FittedPart, FittedValues
 
-FILE_NAME = "evidence.json"
 VECTOR_TERMS: dict[EvidenceTerm, PartKind] = {"window_vectors": "window", "token_vectors": "token"}
 """The terms that use vectors of parts of passages, which an index may or may not store; the others use words."""
 
 
-class WordsFactor(FittedPart):
+class WordsFactor(FittedValues):
     """l(q) = exp(offset + slopes * statistics + nearest_slope * nearest): how much words count for one query.
 
     The statistics are those of ``store.bm25.QueryWords``. ``nearest`` is the highest inner product of the query with a
@@ -67,7 +64,7 @@ class WordsFactor(FittedPart):
         return math.exp(min(max(exponent, self.lowest), self.highest))
 
 
-class EvidenceWeights(FittedPart):
+class EvidenceWeights(FittedValues):
     """The weights of the terms in the score of an index's passages; the student's own score has weight 1."""
 
     terms: dict[EvidenceTerm, NonNegativeFloat] = Field(default_factory=dict[EvidenceTerm, float])
@@ -113,7 +110,7 @@ class EvidenceWeights(FittedPart):
         return self.model_copy(update={"terms": {term: w for term, w in self.terms.items() if term not in terms}})
 
 
-class TaskEvidence(FittedPart):
+class TaskEvidence(FittedValues):
     """The weights of one task; the student's own score has weight 1.
 
     ``words_factor`` is l(q), None for 1. ``dev`` has two values of nDCG@10 for each data set: with the student's own
@@ -134,11 +131,18 @@ class TaskEvidence(FittedPart):
         return self.model_copy(update={"dev": {}, "num_queries": {}, "without_parts": lesser})
 
 
-class Evidence(FittedFile):
-    """The evidence weights of one student, by task; a task without an entry has no evidence."""
+class Evidence(FittedPart):
+    """The evidence weights of one student, by task; a task without an entry has no evidence. False if none has any."""
 
-    kind: Literal["evidence"] = "evidence"
-    tasks: dict[Task, TaskEvidence]
+    kind: ClassVar[str] = "evidence"
+    file_name: ClassVar[str] = "evidence.json"
+    without: ClassVar[str] = "search without evidence"
+
+    tasks: dict[Task, TaskEvidence] = Field(default={})
+
+    def __bool__(self) -> bool:
+        """Whether any task has evidence."""
+        return bool(self.tasks)
 
     def weights(self, task: Task, *, stored: Collection[PartKind] = PART_KINDS) -> EvidenceWeights:
         """The non-zero weights of one task; ``stored`` are the parts of passages whose vectors the index has."""
@@ -151,13 +155,13 @@ class Evidence(FittedFile):
             fitted = fitted.without_parts
         return EvidenceWeights()
 
-    def inherited(self, student: str, *, has_tokens: bool) -> Evidence:
-        """The same weights for a student with this fingerprint that was trained from this one.
+    def inherited(self, *, has_tokens: bool) -> Evidence:
+        """The same weights for a student that was trained from this one.
 
         Without ``has_tokens`` it has no token embeddings.
         """
         evidence = self if has_tokens else self.without_tokens()
-        return Evidence(student=student, tasks={task: fitted.inherited() for task, fitted in evidence.tasks.items()})
+        return Evidence(tasks={task: fitted.inherited() for task, fitted in evidence.tasks.items()})
 
     def without_tokens(self) -> Evidence:
         """The weights for indexes without token embeddings; a task without such weights has no evidence."""
@@ -169,23 +173,3 @@ class Evidence(FittedFile):
             if left is not None:
                 tasks[task] = left
         return self.model_copy(update={"tasks": tasks})
-
-
-NO_EVIDENCE = Evidence(student="", tasks={})
-"""For a student whose score is that of its vectors alone."""
-
-
-def read_evidence(folder: Path, student: str) -> Evidence:
-    """Read the weights in the folder of the student with this fingerprint; ``NO_EVIDENCE`` if there is no file.
-
-    Raises:
-        DataFormatError: the file is damaged, newer, or another student's.
-    """
-    remedy = "restore the student's folder, or delete the file to search without evidence"
-    return read_fitted(folder / FILE_NAME, Evidence, student, remedy=remedy) or NO_EVIDENCE
-
-
-def write_evidence(folder: Path, evidence: Evidence) -> None:
-    """Write ``evidence.json`` into a student's folder, atomically; nothing if no task has been fitted."""
-    if evidence.tasks:
-        write_json(folder / FILE_NAME, evidence.model_dump(mode="json"))

@@ -51,21 +51,22 @@ from d2llm.models.backbone import (
     search_query_tokens,
 )
 from d2llm.models.device import choose_device, inference, tokens_to_read
-from d2llm.models.document_expansion import DocumentExpansion, read_document_expansion
+from d2llm.models.document_expansion import DocumentExpansion
 from d2llm.models.engines.core_workers import map_on_cores
 from d2llm.models.engines.engines import Engine, choose_engine, choose_products, open_engine
-from d2llm.models.evidence import NO_EVIDENCE, EvidenceWeights, read_evidence, write_evidence
+from d2llm.models.evidence import Evidence, EvidenceWeights
 from d2llm.models.export.sentence_transformers import task_of_plain, why_not_plain, write_plain_form
+from d2llm.models.fitted_part import Widths
 from d2llm.models.hub import PushReport, fetch_student, find_student, push_student
 from d2llm.models.interaction import Interaction, make_head
 from d2llm.models.late_chunking import ChunkReader, EncodedChunks, Span
 from d2llm.models.model_card import model_card
 from d2llm.models.pooling import TextPooling, to_sphere
-from d2llm.models.probabilities import UNCALIBRATED, read_calibration, write_calibration
-from d2llm.models.quality import PassageQuality, read_quality, write_quality
+from d2llm.models.probabilities import ProbabilityCalibration
+from d2llm.models.quality import PassageQuality
 from d2llm.models.sources import load_tensors
-from d2llm.models.term_weights import TermWeights, read_term_weights, write_term_weights
-from d2llm.models.token_vectors import TokenProjection, TokenVectors, read_token_projection
+from d2llm.models.term_weights import TermWeights
+from d2llm.models.token_vectors import TokenProjection, TokenVectors
 from d2llm.models.vector_scorer import VectorScorer
 from d2llm.ops.batching import token_budget_batches
 from d2llm.ops.bm25_words import terms, tokens_of_terms
@@ -74,6 +75,15 @@ from d2llm.recipe import StudentConfig
 
 _log = logging.getLogger(__name__)
 _BATCH_TEXTS, _QUERIES_AT_ONCE = 1_024, 256
+_FITTED_PARTS = {
+    "calibration": ProbabilityCalibration,
+    "evidence": Evidence,
+    "token_projection": TokenProjection,
+    "term_weights": TermWeights,
+    "document_expansion": DocumentExpansion,
+    "quality": PassageQuality,
+}
+"""What is fitted to a student after its training, by attribute."""
 
 
 class Student(VectorScorer):
@@ -114,12 +124,7 @@ class Student(VectorScorer):
         self.source: str | None = None
         self._saved_fingerprint: str | None = None
         self._recorded: dict[str, Any] = {}
-        self.calibration = UNCALIBRATED
-        self.evidence = NO_EVIDENCE
-        self.token_projection: TokenProjection | None = None
-        self.quality: PassageQuality | None = None
-        self.term_weights: TermWeights | None = None
-        self.document_expansion: DocumentExpansion | None = None
+        self._forget_fitted()
         self._has_merged_weights = False
         self._engine: Engine | None = None
         self._products: torch.dtype | None = None
@@ -191,13 +196,12 @@ class Student(VectorScorer):
         student._saved_fingerprint = manifest["fingerprint"]
         student._recorded = manifest
         student._has_merged_weights = merged
-        student.calibration = read_calibration(folder, manifest["fingerprint"])
-        student.evidence = read_evidence(folder, manifest["fingerprint"])
-        student.quality = read_quality(folder, manifest["fingerprint"])
-        student.term_weights = read_term_weights(folder, manifest["fingerprint"])
-        student.document_expansion = read_document_expansion(folder, manifest["fingerprint"], student.vector_dim)
-        projection = read_token_projection(folder, manifest["fingerprint"], backbone.dim)
-        student.token_projection = None if projection is None else projection.to(chosen)
+        for name, part in _FITTED_PARTS.items():
+            read = part.read(folder, manifest["fingerprint"], Widths(student.vector_dim, backbone.dim))
+            if read is not None:
+                setattr(student, name, read)
+        if student.token_projection is not None:
+            student.token_projection.to(chosen)
         student.use_engine(engine, dtype=products)
         student.source = source_of(folder_or_name)
         return student
@@ -278,13 +282,9 @@ class Student(VectorScorer):
                 "base_fingerprint": self.backbone.fingerprint_base(),
             }
             manifest[files.CONTENT_HASH] = files.content_sha256(temporary, manifest)
-            write_calibration(temporary, self.calibration)
-            write_evidence(temporary, self.evidence)
-            write_quality(temporary, self.quality)
-            write_term_weights(temporary, self.term_weights)
-            for fitted in (self.token_projection, self.document_expansion):
-                if fitted is not None:
-                    fitted.save(temporary, self.fingerprint)
+            for name in _FITTED_PARTS:
+                if part := getattr(self, name):
+                    part.write(temporary, self.fingerprint)
             write_manifest(temporary, files.KIND, files.FORMAT_VERSION, manifest)
             (temporary / files.CARD_FILE).write_text(model_card(temporary, manifest), encoding="utf-8")
         self.source = source_of(folder)
@@ -394,7 +394,6 @@ class Student(VectorScorer):
         # Merged weights have no adapter to compute a fingerprint from.
         self._saved_fingerprint = fingerprint_json([before, dropped]) if self._has_merged_weights else None
         self._recorded |= {"reduced_from": before}
-        self._refit_to(self.fingerprint)
         return tuple(dropped)
 
     def add_missing_parts(self, config: StudentConfig, *, seed: int = 0) -> None:
@@ -420,18 +419,6 @@ class Student(VectorScorer):
                 self.interaction = self.interaction.extended(interaction)
         self.config = own.model_copy(update={"pooling": pooling, "interaction": interaction})
         self._kept_weights = {}
-
-    def _refit_to(self, fingerprint: str) -> None:
-        """Let what was fitted to this student belong to it under another fingerprint."""
-        update = {"student": fingerprint}
-        if self.calibration is not UNCALIBRATED:
-            self.calibration = self.calibration.model_copy(update=update)
-        if self.evidence is not NO_EVIDENCE:
-            self.evidence = self.evidence.model_copy(update=update)
-        if self.quality is not None:
-            self.quality = self.quality.model_copy(update=update)
-        if self.term_weights is not None:
-            self.term_weights = self.term_weights.model_copy(update=update)
 
     @property
     def device(self) -> torch.device:
@@ -479,12 +466,12 @@ class Student(VectorScorer):
 
     def _forget_fitted(self) -> None:
         """Drop everything that was fitted to this student, for a student whose vectors and scores are others."""
-        self.calibration = UNCALIBRATED
-        self.evidence = NO_EVIDENCE
-        self.token_projection = None
-        self.quality = None
-        self.term_weights = None
-        self.document_expansion = None
+        self.calibration = ProbabilityCalibration()
+        self.evidence = Evidence()
+        self.token_projection: TokenProjection | None = None
+        self.quality: PassageQuality | None = None
+        self.term_weights: TermWeights | None = None
+        self.document_expansion: DocumentExpansion | None = None
 
     def fit_pooling(self, passages: Sequence[str]) -> None:
         """Fit what ``pooling`` takes from passages (whitening, projection) before training, if it takes anything.

@@ -12,27 +12,25 @@ gained nothing beside vectors (docs/log).
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.files import write_json
-from d2llm.models.fitted_file import FittedFile, read_fitted
-
-FILE_NAME = "term_weights.json"
-_REMEDY = "restore the student's folder, or delete the file to weigh words by their rarity alone"
+from d2llm.models.fitted_part import FittedPart, Widths
 
 
-class TermWeights(FittedFile):
+class TermWeights(FittedPart):
     """Factor of a word = max(floor, offset + w . x) for its state x, the mean of those of its tokens in the query.
 
     It was fitted on ``num_words`` words of queries of data sets, by name. ``explained`` is how much of the variance
     of the true shares of each set the factors explain, by fits that left these queries out.
     """
 
-    kind: Literal["term_weights"] = "term_weights"
+    kind: ClassVar[str] = "term_weights"
+    file_name: ClassVar[str] = "term_weights.json"
+    without: ClassVar[str] = "weigh words by their rarity alone"
+
     weights: tuple[float, ...]
     offset: float
     usual: float
@@ -45,17 +43,6 @@ class TermWeights(FittedFile):
         """[n, dim] -> factors [n]."""
         return np.maximum(self.offset + states.astype(np.float64) @ np.array(self.weights), self.floor)
 
-
-def read_term_weights(folder: Path, student: str) -> TermWeights | None:
-    """Read the weights in the folder of the student with this fingerprint; None if there is no file.
-
-    Raises:
-        DataFormatError: the file is damaged, newer, or another student's.
-    """
-    return read_fitted(folder / FILE_NAME, TermWeights, student, remedy=_REMEDY)
-
-
-def write_term_weights(folder: Path, weights: TermWeights | None) -> None:
-    """Write ``term_weights.json`` into a student's folder, atomically; nothing if none were fitted."""
-    if weights is not None:
-        write_json(folder / FILE_NAME, weights.model_dump(mode="json"))
+    def fits(self, widths: Widths) -> bool:
+        """Whether there is a weight for each number of a state."""
+        return len(self.weights) == widths.states

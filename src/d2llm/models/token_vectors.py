@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -26,13 +26,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d2llm.core.errors import ModelError
+from d2llm.models.fitted_part import Widths
 from d2llm.models.pooling import to_sphere
 from d2llm.models.sources import load_metadata, load_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FILE_NAME = "tokens.safetensors"
 _PART = "\ufffd"  # a token of some bytes of a character is decoded as this
 
 
@@ -63,6 +63,7 @@ class TokenProjection(nn.Module):
         max_query_tokens: of a query only so many tokens have vectors, the rarest.
     """
 
+    file_name: ClassVar[str] = "tokens.safetensors"
     rarity: Tensor
 
     def __init__(self, dim: int, token_dim: int, rarity: Sequence[float], *, max_query_tokens: int = 16) -> None:
@@ -109,11 +110,35 @@ class TokenProjection(nn.Module):
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def save(self, folder: Path, student: str) -> None:
+    def write(self, folder: Path, student: str) -> None:
         """Write the projection into the folder of the student with this fingerprint."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         metadata = {"student": student, "max_query_tokens": str(self.max_query_tokens)}
-        save_file(tensors, folder / FILE_NAME, metadata=metadata)
+        save_file(tensors, folder / self.file_name, metadata=metadata)
+
+    @classmethod
+    def read(cls, folder: Path, student: str, widths: Widths) -> TokenProjection | None:
+        """The projection in the folder of the student with this fingerprint; None if there is none.
+
+        Raises:
+            ModelError: it cannot be read, does not fit the width of the states, or belongs to another student.
+        """
+        path = folder / cls.file_name
+        if not path.is_file():
+            return None
+        remedy = "restore the student's folder, or delete the file and evidence.json to search without them"
+        tensors = load_tensors(path, remedy=remedy)
+        weight, rarity = tensors.get("weight"), tensors.get("rarity")
+        if weight is None or rarity is None or weight.ndim != 2 or weight.shape[1] != widths.states or rarity.ndim != 1:
+            raise ModelError(f"{path} does not fit a student whose states have {widths.states} dimensions; {remedy}")
+        metadata = load_metadata(path)
+        if (owner := metadata.get("student")) != student:
+            raise ModelError(f"{path} was trained for the student {owner}, but this one is {student}; {remedy}")
+        if not (limit := metadata.get("max_query_tokens", "")).isdecimal() or int(limit) < 1:
+            raise ModelError(f"{path} does not say how many tokens of a query count; {remedy}")
+        projection = cls(widths.states, len(weight), rarity.tolist(), max_query_tokens=int(limit))
+        projection.load_state_dict(tensors)
+        return projection.eval()
 
 
 def skipped_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -125,27 +150,3 @@ def skipped_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         for token_id, text in enumerate(texts)
         if token_id in special or not any(character.isalnum() or character == _PART for character in text)
     ]
-
-
-def read_token_projection(folder: Path, student: str, dim: int) -> TokenProjection | None:
-    """Read the projection in the folder of the student with this fingerprint; None if there is none.
-
-    Raises:
-        ModelError: it cannot be read, does not fit states of width ``dim``, or belongs to another student.
-    """
-    path = folder / FILE_NAME
-    if not path.is_file():
-        return None
-    remedy = "restore the student's folder, or delete the file and evidence.json to search without them"
-    tensors = load_tensors(path, remedy=remedy)
-    weight, rarity = tensors.get("weight"), tensors.get("rarity")
-    if weight is None or rarity is None or weight.ndim != 2 or weight.shape[1] != dim or rarity.ndim != 1:
-        raise ModelError(f"{path} does not fit a student whose states have {dim} dimensions; {remedy}")
-    metadata = load_metadata(path)
-    if (owner := metadata.get("student")) != student:
-        raise ModelError(f"{path} was trained for the student {owner}, but this one is {student}; {remedy}")
-    if not (limit := metadata.get("max_query_tokens", "")).isdecimal() or int(limit) < 1:
-        raise ModelError(f"{path} does not say how many tokens of a query count; {remedy}")
-    projection = TokenProjection(dim, len(weight), rarity.tolist(), max_query_tokens=int(limit))
-    projection.load_state_dict(tensors)
-    return projection.eval()

@@ -21,11 +21,12 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.run_folder import is_finished, working_folder
 from d2llm.data.training import TrainingSource, check_sources
 from d2llm.evaluation.judging import Budget, JudgingCounts, label_pool
-from d2llm.models.evidence import NO_EVIDENCE, Evidence, TaskEvidence, read_evidence, write_evidence
+from d2llm.models.evidence import Evidence, TaskEvidence
+from d2llm.models.fitted_part import Widths
 from d2llm.models.student import Student
 from d2llm.models.student_files import KIND
 from d2llm.models.teachers.judge import Judge, identify_judge, judges_only_recorded, load_judge, ranks_lists
-from d2llm.models.token_vectors import TokenProjection, read_token_projection
+from d2llm.models.token_vectors import TokenProjection
 from d2llm.recipe import (
     LabellingConfig,
     Recipe,
@@ -376,7 +377,7 @@ def _with_inherited(fitted: Evidence, start: Evidence, student: Student) -> Evid
     """The fitted evidence, and that of the student that training started from for the other tasks."""
     if not (start.tasks and student.has_anchor):
         return fitted
-    kept = start.inherited(student.fingerprint, has_tokens=student.token_projection is not None)
+    kept = start.inherited(has_tokens=student.token_projection is not None)
     for task in sorted(kept.tasks.keys() - fitted.tasks.keys()):
         remarks.info("distill: %s search: the weights of evidence are those of the start", task)
     return kept.model_copy(update={"tasks": {**kept.tasks, **fitted.tasks}})
@@ -490,7 +491,7 @@ def _evidence_at_start(
     states that do not change.
     """
     key = student.fingerprint
-    if processes.is_first and read_evidence(run_folder, key) is NO_EVIDENCE:
+    if processes.is_first and not Evidence.read(run_folder, key):
         run_folder.mkdir(parents=True, exist_ok=True)
         counted: list[EvidenceTerm] = [term for term in recipe.evidence.terms if term != "window_vectors"]
         judged = _judged(sources)
@@ -498,7 +499,7 @@ def _evidence_at_start(
             if student.token_projection is None:
                 _fit_tokens(student, judged, recipe, start=None)
             assert student.token_projection is not None
-            student.token_projection.save(run_folder, key)
+            student.token_projection.write(run_folder, key)
         fitted = _fit_evidence(student, sources, recipe, counted, use_nearest=False)
         # Only an index knows how near the nearest passage is.
         own, usable = student.evidence, dict[Task, TaskEvidence]()
@@ -507,9 +508,11 @@ def _evidence_at_start(
             if weights.terms.keys() <= {*counted} and not weights.needs_nearest:
                 usable[task] = each
         start = own.model_copy(update={"tasks": usable})
-        write_evidence(run_folder, _with_inherited(fitted, start, student))
+        if chosen := _with_inherited(fitted, start, student):
+            chosen.write(run_folder, key)
     processes.from_first(None)  # wait until both are written
-    return read_evidence(run_folder, key), read_token_projection(run_folder, key, student.backbone.dim)
+    widths = Widths(student.vector_dim, student.backbone.dim)
+    return Evidence.read(run_folder, key) or Evidence(), TokenProjection.read(run_folder, key, widths)
 
 
 def _with_evidence(
@@ -537,7 +540,7 @@ def _fit_evidence(
 ) -> Evidence:
     """Fit the evidence on the dev queries of the retrieval sets; labelled pairs have no corpus to count words in."""
     if not terms or not student.has_anchor:
-        return NO_EVIDENCE
+        return Evidence()
     return fit_evidence(
         student,
         [(source.dataset, source.task) for source in _judged(sources)],

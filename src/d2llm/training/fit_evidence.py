@@ -147,7 +147,7 @@ def fit_evidence(
             _warn_of_few(task, num_lists)
         else:
             tasks[task] = fit_task_weights(lists, terms, words_factor=words_factor)
-    return Evidence(student=student.fingerprint, tasks=tasks)
+    return Evidence(tasks=tasks)
 
 
 def _warn_of_few(task: Task, number: int) -> None:

@@ -71,7 +71,7 @@ def fit_probabilities(
         fitted = _fit(task, parts, seed)
         if fitted is not None:
             tasks[task] = fitted
-    return ProbabilityCalibration(student=student.fingerprint, num_hard=NUM_HARD, num_random=NUM_RANDOM, tasks=tasks)
+    return ProbabilityCalibration(num_hard=NUM_HARD, num_random=NUM_RANDOM, tasks=tasks)
 
 
 def score_drawn(

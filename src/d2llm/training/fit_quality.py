@@ -62,7 +62,6 @@ def fit_quality(
     each = [*sets.values()]
     penalty, aucs = choose_penalty(each, _auc)
     return PassageQuality(
-        student=student.fingerprint,
         weights=tuple(ridge_weights(each, penalty).tolist()),
         num_passages={name: len(one.targets) for name, one in sets.items()},
         num_relevant={name: int(one.targets.sum()) for name, one in sets.items()},

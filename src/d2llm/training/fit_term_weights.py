@@ -64,7 +64,6 @@ def fit_term_weights(
     usual = fmean(float(one.targets.mean()) for one in each)
     middle = np.mean([one.features.mean(axis=0) for one in each], axis=0)
     return TermWeights(
-        student=student.fingerprint,
         weights=tuple(weights.tolist()),
         offset=usual - float(middle @ weights),
         usual=usual,

@@ -8,7 +8,7 @@ import httpx2
 import numpy as np
 import pytest
 
-from d2llm.models.probabilities import ProbabilityCalibration, TaskCalibration, write_calibration
+from d2llm.models.probabilities import ProbabilityCalibration, TaskCalibration
 from tiny_models import TEXTS
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
@@ -33,10 +33,8 @@ def calibrated(folder, student):
     fitted = TaskCalibration(
         slope=SLOPE, offset=OFFSET, num_queries={"a": 40}, num_pairs=400, error_before=0.5, error_after=0.01
     )
-    calibration = ProbabilityCalibration(
-        student=student.fingerprint, num_hard=1, num_random=8, tasks={"asymmetric": fitted}
-    )
-    write_calibration(folder / "calibrated", calibration)
+    calibration = ProbabilityCalibration(num_hard=1, num_random=8, tasks={"asymmetric": fitted})
+    calibration.write(folder / "calibrated", student.fingerprint)
     with serving(folder / "calibrated", model_name=NAME) as address:
         yield address
 

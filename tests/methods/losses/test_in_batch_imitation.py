@@ -37,7 +37,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
     student.token_projection = TokenProjection(DIM, 8, rarity, max_query_tokens=MOST_TOKENS)
     weights: dict[EvidenceTerm, float] = {"token_vectors": WEIGHT, "words": 3.0}
     fitted = TaskEvidence(weights=weights, dev={}, num_queries={})
-    student.evidence = Evidence(student=student.fingerprint, tasks={"asymmetric": fitted})
+    student.evidence = Evidence(tasks={"asymmetric": fitted})
     return student
 
 

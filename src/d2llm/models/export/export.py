@@ -23,7 +23,6 @@ from d2llm.models.export.eight_bits import Runtime
 from d2llm.models.export.graphs import write_score_graph, write_text_graph
 from d2llm.models.export.sentence_transformers import why_not_plain
 from d2llm.models.interaction import CosineHead, Interaction
-from d2llm.models.probabilities import write_calibration
 from d2llm.models.student import Student
 
 KIND = "export"
@@ -87,7 +86,8 @@ def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool
             _write_numpy(student, temporary)
         else:
             _write_graphs(student, temporary, to, int8=int8)
-        write_calibration(temporary, student.calibration)
+        if student.calibration:
+            student.calibration.write(temporary, student.fingerprint)
         names = tuple(sorted(path.name for path in temporary.iterdir()))
         write_manifest(temporary, KIND, FORMAT_VERSION, _content(student, to, precision, names))
     return ExportReport(folder, to, precision, student.fingerprint, names, folder_bytes(folder))
