@@ -1,14 +1,16 @@
-"""Write the measured tables of docs/recipes.md from the JSON files of `d2llm ablate` and the benchmarks.
+"""Write the tables of docs/recipes.md: of methods, from their classes; of figures, from the files of the benchmarks.
 
     python scripts/recipe_tables.py
 
-Reads losses.json, untrained.json, pretraining.json, static.json and static-trained*.json of benchmarks/results; no
-figure on the page is typed by hand.
+Another kind of method is another block ``<!-- methods SECTION:begin -->`` (``d2llm.reports.methods``). Reads
+losses.json, untrained.json, pretraining.json, static.json and static-trained*.json of benchmarks/results; no figure of
+these tables is typed by hand.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -17,35 +19,18 @@ from typing import Any
 from prose import wrapped
 
 from d2llm.recipe.variants import VARIANTS
+from d2llm.reports.methods import MethodFacts, describe_methods
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "recipes.md"
-PAPERS = {
-    "list_imitation": ("ListNet (Cao et al. 2007), RocketQAv2 (Ren et al. 2021)", "https://arxiv.org/abs/2110.07367"),
-    "recalibrated_imitation": ("after FerKD, Shen 2023", "https://arxiv.org/abs/2312.17473"),
-    "weighted_imitation": (
-        "after Weighted Distillation, Iliopoulos et al. 2022",
-        "https://arxiv.org/abs/2210.06711",
-    ),
-    "score_regression": ("DSE, Barkan et al. 2020", "https://arxiv.org/abs/1908.05161"),
-    "margin_mse": ("Margin-MSE, Hofstätter et al. 2020", "https://arxiv.org/abs/2010.02666"),
-    "plackett_luce": ("ListMLE (Xia et al. 2008), RankDistil (Reddi et al. 2021)", ""),
-    "ranknet": ("RankNet, Burges et al. 2005", ""),
-    "lambdarank": ("LambdaRank (Burges 2010), LambdaLoss (Wang et al. 2018)", ""),
-    "sinkhorn": ("SinKD, Cui et al. 2024", "https://arxiv.org/abs/2402.17110"),
-    "in_batch_imitation": ("TCT-ColBERT, Lin et al. 2021", "https://aclanthology.org/2021.repl4nlp-1.17"),
-}
-NEEDS = {
-    "in_batch_imitation": "a student, which reads every text once; no labels",
-    "ranknet": "labels; one row of scores for each labelled pair",
-    "lambdarank": "labels; one row of scores for each labelled pair",
-    "sinkhorn": "labels; distances of all pairs of queries of a batch",
-}
+ADDRESS = re.compile(r"(arXiv (\d{4}\.\d{5}))")
 
 
 def main() -> None:
     """Write all tables."""
     text = PAGE.read_text(encoding="utf-8")
+    for section, kinds in describe_methods().items():
+        text = between(text, f"methods {section}", methods(kinds))
     text = between(text, "losses", losses(json.loads((RESULTS / "losses.json").read_text(encoding="utf-8"))["result"]))
     text = between(text, "untrained", untrained(json.loads((RESULTS / "untrained.json").read_text(encoding="utf-8"))))
     pretrained = json.loads((RESULTS / "pretraining.json").read_text(encoding="utf-8"))
@@ -64,11 +49,24 @@ def between(text: str, name: str, content: str) -> str:
     return f"{head}{begin}\n\n{wrapped(content)}\n\n{end}{rest.split(end)[1]}"
 
 
+def methods(kinds: Mapping[str, MethodFacts]) -> str:
+    """A row for each kind that ships: what it is, its paper, what it needs, what it brought, its ablations."""
+    shipped = {kind: facts for kind, facts in kinds.items() if facts.module.startswith("d2llm.")}
+    has_ablations = any(facts.ablations for facts in shipped.values())
+    lines = [["kind", "what it is", "paper", "needs", "measured", *["ablations"] * has_ablations]]
+    for kind, facts in shipped.items():
+        paper = ADDRESS.sub(r"[\1](https://arxiv.org/abs/\2)", facts.paper)
+        ablations = [", ".join(f"`{name}`" for name in facts.ablations)] * has_ablations
+        cells = (facts.what, paper, facts.needs or "nothing", facts.measured, *ablations)
+        lines.append([f"`{kind}`", *(cell.replace("|", "\\|") for cell in cells)])
+    return markdown(lines, num_texts=len(lines[0]))
+
+
 def losses(report: dict[str, Any]) -> str:
-    """A row for each loss: what it is, its paper, what it needs, and what it brought."""
+    """A row for each loss: its weight, and what it brought."""
     measured = {row["name"]: row for row in (report["base"], *report["rows"])}
     sets = [each["name"] for each in report["sets"]]
-    lines = [("setting", "weight", "paper", "needs", "mean", "difference", *sets, "s / run")]
+    lines = [("setting", "weight", "mean", "difference", *sets, "s / run")]
     for variant in VARIANTS.values():
         if variant.group != "losses" and variant.name != "no-imitation":
             continue
@@ -78,14 +76,11 @@ def losses(report: dict[str, Any]) -> str:
         imitation = (variant.imitation or {}).items()
         weights = {loss: value["weight"] if isinstance(value, Mapping) else value for loss, value in imitation}
         loss, weight = next(iter(weights.items()), ("none: judgements alone", 0.0))
-        paper, address = PAPERS.get(loss, ("", ""))
         difference = row["difference"]
         lines.append(
             (
                 f"`{loss}`" if weight else loss,
                 f"{weight:g}" if weight else "",
-                f"[{paper}]({address})" if address else paper,
-                NEEDS.get(loss, "labels" if weight else "nothing"),
                 f"{row['mean']:.4f}",
                 "–" if difference is None else f"{difference:+.4f}",
                 *(f"{row['by_set'][each]:.4f}" for each in sets),
@@ -97,7 +92,7 @@ def losses(report: dict[str, Any]) -> str:
         "`list_imitation`, which is the recipe as it is."
     )
     notes = [note, *(f"{each[0].upper()}{each[1:]}." for each in report["notes"])]
-    return f"{markdown(lines, num_texts=4)}\n\n" + "\n".join(f"- {each}" for each in notes)
+    return f"{markdown(lines, num_texts=2)}\n\n" + "\n".join(f"- {each}" for each in notes)
 
 
 def untrained(report: dict[str, Any]) -> str:

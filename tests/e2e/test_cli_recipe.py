@@ -11,6 +11,7 @@ from jsonschema import Draft7Validator
 
 from d2llm.core.shipped import shipped_recipes
 from d2llm.recipe.losses import LOSSES
+from d2llm.reports.methods import SECTIONS
 from e2e.command_line import fail, succeed, succeed_with_report
 
 SHIPPED = shipped_recipes()
@@ -79,16 +80,42 @@ def test_the_schema_explains_every_setting(schema: Draft7Validator) -> None:
     assert all(each["description"] for each in definitions["Objective"]["properties"].values())
 
 
-def test_methods_are_listed_with_what_they_need_and_their_papers(tmp_path: Path) -> None:
+def test_methods_are_listed_with_what_they_need_their_papers_and_what_was_measured(tmp_path: Path) -> None:
     _, report = succeed_with_report("methods", folder=tmp_path)
-    assert {*report["result"]} == {"losses", "training.pretraining", "mining.sampling", "teacher", "writer"}
-    pretraining, result = report["result"]["training.pretraining"], report["result"]["losses"]
-    assert pretraining["mirror"]["paper"] == "Liu et al. 2021, arXiv 2104.08027"
-    assert pretraining["mirror"]["settings"] == ["masked_tokens", "temperature"]
-    assert {"graded", "classifier"} <= {*report["result"]["teacher"]}
-    assert all(each["what"] for section in report["result"].values() for each in section.values())
-    assert {*LOSSES.shipped} <= {*result}
-    assert result["margin_mse"]["needs"] == "labels"
-    assert result["margin_mse"]["paper"] == "Hofstätter et al. 2020, arXiv 2010.02666"
-    assert result["nested_cross_entropy"]["settings"] == ["dims", "layers"]
-    assert "Margin-MSE" in " ".join(succeed("methods").output.split())
+    sections = report["result"]
+    assert {*sections} == {*SECTIONS}
+    assert all({*sections[section]} == {*registry.kinds} for section, registry in SECTIONS.items())
+    mirror, margins = sections["training.pretraining"]["mirror"], sections["losses"]["margin_mse"]
+    assert mirror["paper"] == "Liu et al. 2021, arXiv 2104.08027 (Mirror-BERT)"
+    assert mirror["ablations"] == ["mirror"]
+    assert mirror["settings"]["masked_tokens"] == {
+        "type": "whole number ≥ 1",
+        "default": "3",
+        "help": "How many neighbouring tokens are masked.",
+    }
+    assert margins["needs"] == "labels"
+    assert margins["paper"] == "Hofstätter et al. 2020, arXiv 2010.02666"
+    assert {*sections["losses"]["nested_cross_entropy"]["settings"]} == {"weight", "dims", "layers"}
+    text = " ".join(succeed("methods").output.split())
+    assert "Margin-MSE" in text
+    assert "](" not in text
+
+
+def test_a_method_is_shown_in_full_wherever_its_kind_is_one(tmp_path: Path) -> None:
+    result, report = succeed_with_report("methods", "remote", folder=tmp_path)
+    assert {section: [*kinds] for section, kinds in report["result"].items()} == {
+        "teacher": ["remote"],
+        "writer": ["remote"],
+    }
+    settings = report["result"]["writer"]["remote"]["settings"]
+    assert settings["remote"] == {"type": "table", "default": "must be given", "help": ""}
+    assert settings["remote.api"]["type"] == "completions | chat"
+    assert settings["temperature"]["default"] == "none"
+    text = " ".join(result.output.split())
+    assert "docs/log/2026-11.md#2026-11-20-a-remote-teacher-beside-the-local-one" in text
+    assert "remote.api_key_env" in text
+    assert "Base address, up to /v1." in text
+
+
+def test_an_unknown_method_is_refused_with_the_nearest() -> None:
+    fail("methods", "margin_mze", containing="there is no method 'margin_mze'; did you mean 'margin_mse'?")

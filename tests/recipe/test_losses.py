@@ -98,7 +98,10 @@ def test_imitation_is_replaced_for_lists_and_for_pairs() -> None:
     objective = Objective({"pair_cross_entropy": {"teacher_share": 0.5}, "nested_cross_entropy": {"dims": (8,)}})
     assert objective.imitates
     lists = objective.with_imitation({"ranknet": 2.0}, of_pairs=False)
-    assert {kind for kind, loss in lists.active.items() if "labels" in loss.needs} == {"ranknet", "pair_cross_entropy"}
+    assert {kind for kind, loss in lists.active.items() if "labels" in loss.learns_from} == {
+        "ranknet",
+        "pair_cross_entropy",
+    }
     none = objective.with_imitation({})
     assert not none.imitates
     assert none.root["pair_cross_entropy"].weight == 1.0

@@ -132,7 +132,7 @@ def test_every_variant_changes_the_model_or_its_training(name: str, build: Calla
         "without-hi": {"rank_imitation_hard_easy"},
         "without-fi": {"feature_imitation"},
         "without-li": {"list_imitation"},
-        "no-imitation": {loss for loss in all_losses if LOSSES.find(loss).learns_from & TAUGHT},
+        "no-imitation": {loss for loss in all_losses if LOSSES.find(loss).needs & TAUGHT},
     }
     for variant in VARIANTS.values():
         if variant.group == "losses":
@@ -180,7 +180,7 @@ def test_a_variant_changes_only_its_settings(name: str) -> None:
         assert after == expected
         named = {*variant.settings.get("losses", {}), *(variant.imitation or {})}
         for kind in recipe.losses.root.keys() | changed.losses.root.keys() | named:
-            replaced = variant.imitation is not None and LOSSES.find(kind).learns_from & TAUGHT
+            replaced = variant.imitation is not None and LOSSES.find(kind).needs & TAUGHT
             if kind not in named and not replaced:
                 assert changed.losses.root.get(kind) == recipe.losses.root.get(kind)
         for kind, weight in (variant.imitation or {}).items():

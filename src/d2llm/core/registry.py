@@ -14,11 +14,25 @@ from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from d2llm.core.names import suggestion
 
 T = TypeVar("T")
+Need = Literal[
+    "judgements",
+    "labels",
+    "features",
+    "live_teacher",
+    "texts",
+    "another_backbone",
+    "several_teachers",
+    "writer",
+    "endpoint",
+    "gpu",
+]
+"""What a user must bring for a method: the data sets' own judgements, a teacher's labels, the teacher's features beside
+them, a teacher that is there during the training, texts without labels, ..., a model behind an API, a GPU."""
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -100,13 +114,21 @@ class Registry(Generic[T]):
 
 
 class Registered:
-    """The base of things of which there are several kinds: a subclass with ``kind="name"`` is found by that name."""
+    """The base of things of which there are several kinds: a subclass with ``kind="name"`` is found by that name.
+
+    ``d2llm methods`` and docs/recipes.md show what a kind says of itself here.
+    """
 
     kinds: ClassVar[Registry[Any]]
     """All kinds; a class variable of the base of each thing."""
     kind: ClassVar[str] = ""
     paper: ClassVar[str] = ""
-    """Where it was published."""
+    """Who published it, and where."""
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    costs: ClassVar[str] = ""
+    """What it takes besides: time, memory, what a model must have."""
+    measured: ClassVar[str] = "not measured"
+    """What it brought: the figure, the sets, the number of seeds, and a Markdown link, from docs, to where that is."""
 
     def __init_subclass__(cls, *, kind: str = "", **options: Any) -> None:
         super().__init_subclass__(**options)

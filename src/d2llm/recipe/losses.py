@@ -14,7 +14,7 @@ weight, or a table with its settings::
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pydantic import (
     BaseModel,
@@ -31,7 +31,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from d2llm.core.names import describe_problem
-from d2llm.core.registry import Registered, Registry, modules_in
+from d2llm.core.registry import Need, Registered, Registry, modules_in
 from d2llm.recipe.kinds import describe_kind
 
 if TYPE_CHECKING:
@@ -39,10 +39,6 @@ if TYPE_CHECKING:
 
     from d2llm.recipe import Recipe
     from d2llm.training.losses import LossInput, Preparation
-
-Need = Literal["labels", "features", "live_teacher", "judgements"]
-"""What a loss learns from: a teacher's labels, the teacher's features beside them, a teacher that is there during the
-training, or the data set's own judgements."""
 
 LOSSES: Registry[Loss] = Registry(
     "loss",
@@ -83,7 +79,6 @@ class Loss(Registered, BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     kinds: ClassVar[Registry[Any]] = LOSSES
-    learns_from: ClassVar[frozenset[Need]] = frozenset()
     of_pairs: ClassVar[bool] = False
     """Whether it is computed for labelled pairs, and only for them; otherwise, only for queries with lists."""
     of_vectors: ClassVar[bool] = False
@@ -94,9 +89,9 @@ class Loss(Registered, BaseModel):
     weight: float = Field(default=1.0, ge=0)
 
     @property
-    def needs(self) -> frozenset[Need]:
-        """What it learns from with these settings."""
-        return self.learns_from
+    def learns_from(self) -> frozenset[Need]:
+        """What it needs with these settings."""
+        return self.needs
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -191,7 +186,7 @@ class Objective(RootModel[dict[str, SerializeAsAny[Loss]]]):
     @property
     def needs(self) -> frozenset[Need]:
         """What they learn from, together."""
-        return frozenset[Need]().union(*(loss.needs for loss in self.active.values()))
+        return frozenset[Need]().union(*(loss.learns_from for loss in self.active.values()))
 
     @property
     def imitates(self) -> bool:
@@ -223,7 +218,7 @@ class Objective(RootModel[dict[str, SerializeAsAny[Loss]]]):
         imitating = {
             kind: loss.without_imitation()
             for kind, loss in self.active.items()
-            if loss.needs & {"labels", "live_teacher"} and (of_pairs or not loss.of_pairs)
+            if loss.learns_from & {"labels", "live_teacher"} and (of_pairs or not loss.of_pairs)
         }
         return self.with_losses(imitating | dict(changes))
 

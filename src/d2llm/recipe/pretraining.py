@@ -27,6 +27,7 @@ class Pretraining(SectionOfKind, WarmUpConfig):
         recipe = Recipe(training={"pretraining": {"kind": "simcse", "epochs": 2}})
     """
 
+    needs = frozenset({"texts"})
     kinds = Registry("pretraining", modules_in("methods/pretraining"), "d2llm.pretraining")
     usual_dropout: ClassVar[float] = 0.0
     """The default of ``dropout``."""

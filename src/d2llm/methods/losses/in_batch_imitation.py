@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from d2llm.models.pooling import to_sphere
 from d2llm.models.student import Student
 from d2llm.ops.losses import list_imitation
 from d2llm.ops.scoring import mean_best_cosines
-from d2llm.recipe.losses import Loss, Need
+from d2llm.recipe.losses import Loss
 from d2llm.training.checkpoints import remarks
 from d2llm.training.losses import LossInput, Preparation
 from d2llm.training.processes import own_device
@@ -29,8 +29,14 @@ LiveScores = Literal["all", "vectors", "tokens"]
 class InBatchImitation(Loss, kind="in_batch_imitation"):
     """The distribution of a live teacher over all candidates of the batch."""
 
-    paper: ClassVar[str] = "Lin et al., RepL4NLP 2021 (TCT-ColBERT)"
-    learns_from: ClassVar[frozenset[Need]] = frozenset({"live_teacher"})
+    paper = "Lin et al., RepL4NLP 2021, https://aclanthology.org/2021.repl4nlp-1.17 (TCT-ColBERT)"
+    needs = frozenset({"live_teacher"})
+    costs = "the teacher, a student, reads every text once; no labels"
+    measured = (
+        "+.005 over judgements alone (95 % interval .001 to .008; qnli +.003, banking77 +.007; [three "
+        "seeds](log/2026-11.md#2026-11-26-soft-labels-of-all-pairs-in-a-batch-with-three-seeds))"
+    )
+
     teacher: str
     """A student, a folder or a name. It reads every text of the training once, and scores all pairs of a batch."""
     scores: LiveScores = "all"

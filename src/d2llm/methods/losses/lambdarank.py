@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from d2llm.methods.losses.ranknet import ordered_pairs, sum_by_query
 from d2llm.ops.losses import masked_mean, zero_outside
-from d2llm.recipe.losses import Loss, Need
+from d2llm.recipe.losses import Loss
 from d2llm.training.losses import LossInput
 
 
 class LambdaRank(Loss, kind="lambdarank"):
     """The teacher's order of every two candidates, weighted by their exchange's change in nDCG (LambdaRank)."""
 
-    paper: ClassVar[str] = "Burges 2010; Wang et al., CIKM 2018 (LambdaLoss)"
-    learns_from: ClassVar[frozenset[Need]] = frozenset({"labels"})
+    paper = "Burges 2010; Wang et al., CIKM 2018 (LambdaLoss)"
+    needs = frozenset({"labels"})
+    costs = "one row of scores for each labelled pair"
+    measured = (
+        "-.0019 against list imitation on qnli, banking77 ([one seed](recipes.md#losses-how-to-imitate-a-"
+        "teacher)); by [better grades](ablations.md#the-published-objective-taught-by-grades-that-are-better-"
+        "than-the-student) -.007 against judgements on squad-sent and banking77 (two seeds), -.002 on wikiqa and "
+        "quora (one seed)"
+    )
 
     def __call__(self, inputs: LossInput) -> Tensor:
         return lambdarank(inputs.imitating, inputs.probabilities, inputs.candidates)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from d2llm.ops.losses import masked_mean, zero_outside
-from d2llm.recipe.losses import Loss, Need
+from d2llm.recipe.losses import Loss
 from d2llm.training.losses import LossInput
 
 
 class MarginMSE(Loss, kind="margin_mse"):
     """The teacher's differences between positives and negatives; of the pairs that it judged (Margin-MSE)."""
 
-    paper: ClassVar[str] = "Hofstätter et al. 2020, arXiv 2010.02666"
-    learns_from: ClassVar[frozenset[Need]] = frozenset({"labels"})
+    paper = "Hofstätter et al. 2020, arXiv 2010.02666"
+    needs = frozenset({"labels"})
+    measured = (
+        "+.0026 over list imitation on qnli, banking77 ([one seed](recipes.md#losses-how-to-imitate-a-teacher)); "
+        "by [better grades](ablations.md#the-published-objective-taught-by-grades-that-are-better-than-the-"
+        "student) -.024 against judgements on squad-sent and banking77 (two seeds), -.007 on wikiqa and quora "
+        "(one seed)"
+    )
 
     def __call__(self, inputs: LossInput) -> Tensor:
         labelled = inputs.labelled

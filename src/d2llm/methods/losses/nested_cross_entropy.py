@@ -15,7 +15,7 @@ from torch.nn import functional
 from d2llm.core.errors import InputError
 from d2llm.ops.losses import in_batch_cross_entropy
 from d2llm.recipe import Recipe
-from d2llm.recipe.losses import Loss, Need
+from d2llm.recipe.losses import Loss
 from d2llm.training.losses import LossInput, Preparation
 
 _log = logging.getLogger(__name__)
@@ -27,8 +27,17 @@ class NestedCrossEntropy(Loss, kind="nested_cross_entropy"):
     The student records both, so that a server cuts its vectors on request, and ``Student.cut`` makes a faster student.
     """
 
-    paper: ClassVar[str] = "Kusupati et al., NeurIPS 2022, arXiv 2205.13147; Li et al. 2024, arXiv 2402.14776 (2D)"
-    learns_from: ClassVar[frozenset[Need]] = frozenset({"judgements"})
+    paper = (
+        "Kusupati et al., NeurIPS 2022, arXiv 2205.13147 (Matryoshka); Li et al. 2024, arXiv 2402.14776 (2D Matryoshka)"
+    )
+    needs = frozenset({"judgements"})
+    costs = "next to nothing; with ``layers`` pooling once for each depth, no second reading"
+    measured = (
+        "cosines of the first 64 components: qnli .761 to .792, banking77 .582 to .610 "
+        "([`dims`](log/2026-11.md#2026-11-25-two-heads-nested-widths-and-whitening-after-training)); after 2 of "
+        "6 layers .453 to .719, .288 to .400 ([`layers`](log/2026-11.md#2026-11-25-two-adapters-fewer-layers-and-"
+        "fewer-dimensions)); one seed"
+    )
     of_vectors: ClassVar[bool] = True
     dims: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Widths at which the first components are to be useful without the others, such as ``[64, 128, 256]``."""

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from d2llm.ops.losses import masked_mean, zero_outside
-from d2llm.recipe.losses import Loss, Need
+from d2llm.recipe.losses import Loss
 from d2llm.training.losses import LossInput
 
 
 class PlackettLuce(Loss, kind="plackett_luce"):
     """The teacher's order of all candidates, one after the other (ListMLE)."""
 
-    paper: ClassVar[str] = "Xia et al., ICML 2008 (ListMLE); Reddi et al., AISTATS 2021 (RankDistil)"
-    learns_from: ClassVar[frozenset[Need]] = frozenset({"labels"})
+    paper = "Xia et al., ICML 2008 (ListMLE); Reddi et al., AISTATS 2021 (RankDistil)"
+    needs = frozenset({"labels"})
+    measured = (
+        "-.0138 against list imitation on qnli, banking77 ([one seed](recipes.md#losses-how-to-imitate-a-"
+        "teacher)); by [better grades](ablations.md#the-published-objective-taught-by-grades-that-are-better-"
+        "than-the-student) -.041 against judgements on squad-sent and banking77 (two seeds), -.022 on wikiqa and "
+        "quora (one seed)"
+    )
 
     def __call__(self, inputs: LossInput) -> Tensor:
         return plackett_luce(inputs.imitating, inputs.log_odds, inputs.candidates)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
 from d2llm.ops.losses import masked_mean, zero_outside
-from d2llm.recipe.losses import Loss, Need
+from d2llm.recipe.losses import Loss
 from d2llm.training.losses import LossInput
 
 
 class RankNet(Loss, kind="ranknet"):
     """The teacher's order of every two candidates (RankNet)."""
 
-    paper: ClassVar[str] = "Burges et al., ICML 2005; Zhuang et al., SIGIR 2023 (RankT5)"
-    learns_from: ClassVar[frozenset[Need]] = frozenset({"labels"})
+    paper = "Burges et al., ICML 2005; Zhuang et al., SIGIR 2023 (RankT5)"
+    needs = frozenset({"labels"})
+    costs = "one row of scores for each labelled pair"
+    measured = (
+        "-.0034 against list imitation on qnli, banking77 ([one seed](recipes.md#losses-how-to-imitate-a-"
+        "teacher)); by [better grades](ablations.md#the-published-objective-taught-by-grades-that-are-better-"
+        "than-the-student) -.060 against judgements on squad-sent and banking77 (two seeds), -.018 on wikiqa and "
+        "quora (one seed)"
+    )
 
     def __call__(self, inputs: LossInput) -> Tensor:
         return ranknet(inputs.imitating, inputs.log_odds, inputs.candidates)

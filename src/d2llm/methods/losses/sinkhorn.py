@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from d2llm.ops.losses import checked_temperature, zero_outside
-from d2llm.recipe.losses import Loss, Need
+from d2llm.recipe.losses import Loss
 from d2llm.training.losses import LossInput
 
 
 class Sinkhorn(Loss, kind="sinkhorn"):
     """The teacher's distribution, by its transport distance instead of a divergence (SinKD)."""
 
-    paper: ClassVar[str] = "Cui et al., COLING 2024, arXiv 2402.17110 (SinKD)"
-    learns_from: ClassVar[frozenset[Need]] = frozenset({"labels"})
+    paper = "Cui et al., COLING 2024, arXiv 2402.17110 (SinKD)"
+    needs = frozenset({"labels"})
+    costs = "distances of all pairs of queries of a batch"
+    measured = (
+        "+.0037 over list imitation on qnli, banking77 ([one seed](recipes.md#losses-how-to-imitate-a-teacher)); "
+        "by [better grades](ablations.md#the-published-objective-taught-by-grades-that-are-better-than-the-"
+        "student) -.020 against judgements on squad-sent and banking77 (two seeds), +.005 on wikiqa and quora "
+        "(one seed)"
+    )
 
     def __call__(self, inputs: LossInput) -> Tensor:
         return sinkhorn(inputs.imitating, inputs.log_odds, inputs.candidates)

@@ -32,6 +32,8 @@ _COMPARED_TEXTS = 100
 class Imitation(Pretraining):
     """Settings of all kinds that imitate another backbone."""
 
+    needs = frozenset({"texts", "another_backbone"})
+    costs = "every text read once with gradient, and by the teacher"
     aligns_tokens: ClassVar[bool] = True
     """Whether states of tokens are compared, so that those of another tokenizer must be found."""
     needs_same_tokens: ClassVar[bool] = False

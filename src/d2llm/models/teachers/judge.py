@@ -180,7 +180,7 @@ def identify_judge(config: TeacherConfig) -> TeacherIdentity:
 
 def asks_endpoint(config: TeacherConfig) -> bool:
     """Whether a teacher, or a member of a stack, is remote: then its endpoint sets the pace, wherever it is asked."""
-    return any(member.asks_endpoint for member in config.members)
+    return any("endpoint" in member.needs for member in config.members)
 
 
 def recorded_teacher(config: TeacherConfig, lists: Path, data: Path | None = None) -> TeacherConfig:
