@@ -32,12 +32,12 @@ from d2llm.core.files import write_bytes
 from d2llm.core.types import TASKS, Task
 from d2llm.data.beir import read_beir
 from d2llm.models.interaction import Interaction
+from d2llm.models.plain_student import PairScorer
 from d2llm.models.student import Student
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
 from d2llm.retrieval.cosine import ForwardingStudent
 from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
-from d2llm.retrieval.protocols import PairScorer
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 TOP_K = 10

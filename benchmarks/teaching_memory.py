@@ -34,6 +34,7 @@ from d2llm.data.plan import PlanEntry, TrainingPlan
 from d2llm.data.training import TrainingSource
 from d2llm.evaluation.systems import peak_memory
 from d2llm.models.backbone import EncodedTexts
+from d2llm.models.plain_student import PlainStudent
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.recipe import MiningConfig, StudentConfig, TeacherConfig
@@ -60,7 +61,7 @@ CASES = (
 MIB = 2**20
 
 
-class FakeEncoder:
+class FakeEncoder(PlainStudent):
     """Random vectors of the width of `minilm`."""
 
     fingerprint = "fake"

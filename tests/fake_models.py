@@ -11,6 +11,7 @@ import numpy as np
 
 from d2llm.core.types import PART_KINDS
 from d2llm.models.evidence import EvidenceWeights
+from d2llm.models.plain_student import PlainStudent
 from d2llm.models.teachers.judge import Judgements
 from d2llm.models.token_vectors import TokenVectors
 from d2llm.recipe import InteractionConfig, StudentConfig
@@ -38,7 +39,7 @@ class Interruption(Exception):
     """Raised by a fake model when ``fail_after`` is reached."""
 
 
-class FakeStudent:
+class FakeStudent(PlainStudent):
     """Anchor: 2 <q, p>. Interaction: bounded by 1. Texts over ``max_words`` words are truncated.
 
     With ``fail_after`` it raises ``Interruption`` instead of encoding more than that many passages.

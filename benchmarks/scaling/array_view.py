@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from d2llm.core.types import Certificate
 from d2llm.ops.selection import top_rows
 from d2llm.retrieval.exact_search import CertifiedRows
-from d2llm.retrieval.protocols import BoundedStudent
+from d2llm.retrieval.protocols import VectorStudent
 from d2llm.store.view import PassageView
 
 _BLOCK_ROWS = 8_192
@@ -44,7 +44,7 @@ class ArrayView:
         return CertifiedRows(rows, scores[rows], None, Certificate(0, 0, 0, 0, 0))
 
 
-def passage_reaches(view: ArrayView | PassageView, student: BoundedStudent) -> NDArray[np.float32]:
+def passage_reaches(view: ArrayView | PassageView, student: VectorStudent) -> NDArray[np.float32]:
     """r_p of every row, float32 [capacity]."""
     reaches = np.empty(view.capacity, np.float32)
     for start in range(0, view.capacity, _BLOCK_ROWS):

@@ -25,6 +25,7 @@ from d2llm import Student
 from d2llm.core.types import Passage, Task
 from d2llm.data.beir import read_beir
 from d2llm.models.backbone import EncodedTexts, TextKind
+from d2llm.models.plain_student import PlainStudent
 from d2llm.models.token_vectors import TokenVectors
 
 SHARES = {"squad-sent": 0.38, "quora": 0.50, "medquad": 0.12}  # data set -> its share of the real passages
@@ -99,7 +100,7 @@ class Corpus:
         return Passage(f"passage-{row:07}", " ".join([text] * self._longer), one.title)
 
 
-class KnownVectors:
+class KnownVectors(PlainStudent):
     """A student without encoder: it returns vectors that it was given, and scores as the real student does.
 
     Windows, for which no vectors were given, get random ones: only their time counts. A token gets the vector that it

@@ -10,9 +10,10 @@ from d2llm.core.inputs import objects_of, strings_of
 from d2llm.core.types import SystemKind
 from d2llm.data.trec import TrecRun
 from d2llm.evaluation.report import EvaluationRow, MissingRow
+from d2llm.models.plain_student import PlainStudent
 from d2llm.models.teachers.judge import Judge
 from d2llm.retrieval.cosine import AnchorStudent, CosineStudent
-from d2llm.retrieval.protocols import EvidenceStudent, SearchStudent, TextEncoder
+from d2llm.retrieval.protocols import SearchStudent, TextEncoder
 from d2llm.runners.placement import Load
 
 NAME_BM25 = "BM25"
@@ -92,7 +93,7 @@ class Contenders:
             (NAME_ANCHOR, "anchor", AnchorStudent(self.student) if self.student.has_anchor else None, top_k),
             (NAME_D2LLM, "d2llm", self.student, num_candidates),
             *(
-                (name, "external", model, num_candidates if isinstance(model, EvidenceStudent) else top_k)
+                (name, "external", model, top_k if isinstance(model, PlainStudent) else num_candidates)
                 for name, model in self.bi_encoders.items()
             ),
         ]

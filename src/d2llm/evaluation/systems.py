@@ -33,8 +33,7 @@ from d2llm.ops.fusion import reciprocal_rank_fusion
 from d2llm.retrieval.cascade import Cascade
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index, part_formats
-from d2llm.retrieval.protocols import SearchStudent, TokenStudent, expansion_fingerprint
-from d2llm.retrieval.row_evidence import evidence_weights
+from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint
 from d2llm.retrieval.search import ENCODED_AT_ONCE, Searcher, SearchSettings
 from d2llm.retrieval.text_workers import encode_shard, encode_texts
 from d2llm.runners.placement import HERE, Placement
@@ -343,8 +342,8 @@ class RetrievalWork:
 
     def identity(self, model: SearchStudent) -> object:
         """What a student's rankings depend on: its fingerprint, and the weights of the evidence in its scores."""
-        weights = evidence_weights(model, self.trial.task)
-        tokens = model.token_fingerprint if isinstance(model, TokenStudent) else None
+        weights = model.evidence_weights(self.trial.task)
+        tokens = model.token_fingerprint
         parts = [each for each in (tokens, expansion_fingerprint(model)) if each]
         named = [model.fingerprint, weights.model_dump(mode="json"), *parts]
         return named if weights else model.fingerprint
@@ -383,7 +382,7 @@ class RetrievalWork:
     def _parts_of(self, model: SearchStudent) -> tuple[Mapping[PartKind, str], str | None]:
         """The formats of the parts in a model's index, and what fingerprint its projection has if tokens count."""
         parts = self._part_formats.get(model.fingerprint, {})
-        return parts, model.token_fingerprint if "token" in parts and isinstance(model, TokenStudent) else None
+        return parts, model.token_fingerprint if "token" in parts else None
 
     def unused_indexes(self, models: Sequence[SearchStudent]) -> list[Path]:
         """The given indexes that are not searched for any of the models."""
@@ -461,7 +460,7 @@ class RetrievalWork:
         if len(queries) <= ENCODED_AT_ONCE or self.placement.is_here(student):
             return None
         texts = tuple(query.text for query in queries)
-        tokens = student.token_fingerprint if with_tokens and isinstance(student, TokenStudent) else None
+        tokens = student.token_fingerprint if with_tokens else None
         key = (student.fingerprint, tokens, texts)
         if key not in self._encoded:
             with (

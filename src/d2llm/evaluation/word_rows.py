@@ -25,8 +25,8 @@ from d2llm.models.evidence import VECTOR_TERMS, EvidenceWeights
 from d2llm.ops.weighted_sum import sum_weights
 from d2llm.retrieval.cosine import AnchorStudent
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.protocols import SearchStudent, TokenStudent, term_factors
-from d2llm.retrieval.row_evidence import evidence_weights, mean_of_cosines, scored_list
+from d2llm.retrieval.protocols import SearchStudent, term_factors
+from d2llm.retrieval.row_evidence import mean_of_cosines, scored_list
 
 _FORMULA: dict[EvidenceTerm, str] = {
     "words": "BM25",
@@ -110,7 +110,7 @@ def without_parts(work: RetrievalWork, student: SearchStudent, num_candidates: i
 
     The list is empty if the score is the inner product alone.
     """
-    weights = evidence_weights(student, work.trial.task)
+    weights = student.evidence_weights(work.trial.task)
     if not weights:
         return []
     systems: list[System] = []
@@ -131,7 +131,7 @@ def without_parts(work: RetrievalWork, student: SearchStudent, num_candidates: i
     for kind, name in PART_NAMES.items():
         if kind in weights.part_kinds:
             stored = weights.part_kinds - {kind}
-            add(name, student, evidence_weights(student, work.trial.task, stored=stored))
+            add(name, student, student.evidence_weights(work.trial.task, stored=stored))
     if weights.words_factor is not None:
         add("the words factor", student, weights.model_copy(update={"words_factor": None}))
     add("the interaction", AnchorStudent(student), weights)
@@ -159,7 +159,7 @@ def _fit(
     view, student, task = index.unsharded_view, index.student, work.trial.task
     words, texts = view.words, [query.text for query in queries]
     tokens: Sequence[NDArray[np.float32] | None] = [None] * len(queries)
-    if "token_vectors" in terms and isinstance(student, TokenStudent):
+    if "token_vectors" in terms:
         encoded = student.encode_with_tokens(texts, "query")
         assert encoded.tokens is not None
         vectors, tokens = encoded.vectors, [mean_of_cosines(own) for own in encoded.tokens.split()]

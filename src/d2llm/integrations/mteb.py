@@ -35,7 +35,7 @@ from d2llm.ops.selection import ids_at, top_rows
 from d2llm.retrieval.cosine import AnchorStudent
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index, part_formats
-from d2llm.retrieval.protocols import SearchStudent, TokenStudent, expansion_fingerprint
+from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.store.index_manifest import FORMAT_VERSION
 from d2llm.store.vector_formats import make_format
@@ -134,7 +134,7 @@ class D2LLMModel:
         passages = [Passage(row["id"], row["text"], title_of(row)) for row in objects_of(corpus, "corpus", Mapping)]
         content = fingerprint_passages(passages)
         formats = part_formats(self._student, "asymmetric")
-        tokens = self._student.token_fingerprint if isinstance(self._student, TokenStudent) else None
+        tokens = self._student.token_fingerprint
         made_with = (tokens if "token" in formats else None, expansion_fingerprint(self._student))
         parts = [*formats.values(), *(each for each in made_with if each)]
         name = "-".join([self._student.fingerprint, content, self._vector_format, str(FORMAT_VERSION), *parts])

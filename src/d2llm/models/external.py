@@ -22,6 +22,7 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Task
 from d2llm.models.backbone import EncodedTexts
 from d2llm.models.device import choose_device, choose_dtype
+from d2llm.models.plain_student import PlainStudent
 from d2llm.models.sources import find_model, fingerprint_model, first_sentence, hub_snapshot, quiet_transformers
 from d2llm.models.teachers.judge import Judgements
 
@@ -46,7 +47,7 @@ class ExternalConfig:
         return {"model": self.model, "similarity": self.similarity}
 
 
-class ExternalBiEncoder:
+class ExternalBiEncoder(PlainStudent):
     """A sentence-transformers bi-encoder used like a student: the score is the inner product of its vectors.
 
     If the model's similarity is the cosine, its vectors are normalised to length 1. The model's own prompts for queries

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.errors import InputError
 from d2llm.core.types import Task
 from d2llm.models.backbone import EncodedTexts, TextKind
-from d2llm.models.document_expansion import DocumentExpansion
-from d2llm.retrieval.protocols import (
-    Describable,
-    SearchStudent,
-    TermStudent,
-    TextEncoder,
-    TokenStudent,
-    expansion_of,
-)
+from d2llm.models.plain_student import PlainStudent
+from d2llm.retrieval.protocols import SearchStudent, TextEncoder
 
 
-class ForwardingEncoder:
+class ForwardingEncoder(PlainStudent):
     """An encoder that passes everything on to another. Subclasses override parts of it."""
 
     def __init__(self, encoder: TextEncoder) -> None:
@@ -33,7 +26,7 @@ class ForwardingEncoder:
         return self._encoder.fingerprint
 
     @property
-    def config(self) -> Describable:
+    def config(self) -> Any:
         """The encoder's configuration."""
         return self._encoder.config
 
@@ -63,6 +56,8 @@ class ForwardingStudent(ForwardingEncoder):
     def __init__(self, student: SearchStudent) -> None:
         super().__init__(student)
         self._student = student
+        self.token_dim, self.token_fingerprint = student.token_dim, student.token_fingerprint
+        self.document_expansion = student.document_expansion
 
     @property
     def has_anchor(self) -> bool:
@@ -79,21 +74,6 @@ class ForwardingStudent(ForwardingEncoder):
         """The student's scores."""
         return self._student.score(query_vector, passage_vectors, task)
 
-    @property
-    def token_dim(self) -> int | None:
-        """Width of the student's token embeddings, if it has any."""
-        return self._student.token_dim if isinstance(self._student, TokenStudent) else None
-
-    @property
-    def token_fingerprint(self) -> str | None:
-        """Hash of what makes the student's token embeddings, if it has any."""
-        return self._student.token_fingerprint if isinstance(self._student, TokenStudent) else None
-
-    @property
-    def document_expansion(self) -> DocumentExpansion | None:
-        """What words the student adds to passages, if it knows some."""
-        return expansion_of(self._student)
-
     def encode_with_tokens(
         self,
         texts: Sequence[str],
@@ -103,13 +83,11 @@ class ForwardingStudent(ForwardingEncoder):
         advance: Callable[[int], None] | None = None,
     ) -> EncodedTexts:
         """The student's vectors of texts and of their tokens."""
-        if not isinstance(self._student, TokenStudent):
-            raise InputError("this student has no token embeddings")
         return self._student.encode_with_tokens(texts, kind, instruction=instruction, advance=advance)
 
     def term_factors(self, queries: Sequence[str]) -> Sequence[Mapping[str, float]] | None:
         """How much the words of queries count by the student, if it says so."""
-        return self._student.term_factors(queries) if isinstance(self._student, TermStudent) else None
+        return self._student.term_factors(queries)
 
 
 class CosineStudent(ForwardingEncoder):

@@ -24,7 +24,7 @@ from d2llm.data.indexed_corpus import Corpus, open_corpus
 from d2llm.data.python_records import PassageLike, passages_of
 from d2llm.models.quality import PassageQuality
 from d2llm.retrieval.index import Index, settled
-from d2llm.retrieval.protocols import QualityStudent, SearchStudent, TokenStudent, expansion_fingerprint, task_for
+from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint, task_for
 from d2llm.retrieval.reading import ReadPassages, read_passages
 from d2llm.retrieval.text_workers import load_student as load_named_student
 from d2llm.retrieval.upserting import BLOCK_PASSAGES
@@ -207,13 +207,12 @@ def _find_quality(student: SearchStudent, prune: float) -> PassageQuality | None
         raise InputError(f"prune is {prune:g}, but must be a share of the passages: at least 0 and below 1")
     if not prune:
         return None
-    quality = student.quality if isinstance(student, QualityStudent) else None
-    if quality is None:
+    if student.quality is None:
         raise InputError(
             "passages are pruned by their quality, which this student does not have; fit it on judged data sets "
             "(d2llm fit-scores --quality)"
         )
-    return quality
+    return student.quality
 
 
 def _prune(index: Index, quality: PassageQuality, share: float) -> int:
@@ -243,7 +242,7 @@ def _draft_key(
     student: SearchStudent, corpus: str, spec: IndexSpec, chunking: Chunking | None, pruning: object | None
 ) -> str:
     """A different student, corpus or spec gets a different folder, so runs never mix."""
-    tokens = student.token_fingerprint if spec.token_vectors is not None and isinstance(student, TokenStudent) else None
+    tokens = student.token_fingerprint if spec.token_vectors is not None else None
     made_by = [student.fingerprint, tokens, expansion_fingerprint(student)]
     pieces = None if chunking is None else asdict(chunking)
     return fingerprint_json([FORMAT_VERSION, made_by, corpus, spec.model_dump(), pieces, pruning])
@@ -265,7 +264,7 @@ def _readers(
 
 def _identify(student: SearchStudent, *, tokens: bool, words: bool) -> str:
     """The student's fingerprint with those of its projection of tokens and its document expansion, if they count."""
-    projection = student.token_fingerprint if tokens and isinstance(student, TokenStudent) else None
+    projection = student.token_fingerprint if tokens else None
     return _describe(student.fingerprint, projection, expansion_fingerprint(student) if words else None)
 
 

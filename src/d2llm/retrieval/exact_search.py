@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Certificate, Task
+from d2llm.models.plain_student import PairScorer
 from d2llm.ops.selection import check_scores, from_the_highest, top_rows
-from d2llm.retrieval.protocols import BoundedStudent, PairScorer, VectorStudent
+from d2llm.retrieval.protocols import VectorStudent
 from d2llm.retrieval.row_evidence import RowEvidence
 from d2llm.retrieval.row_scorer import RowScorer
 from d2llm.store.sharded_view import joint_rows
@@ -87,7 +88,7 @@ def certified_top_k(
 ) -> CertifiedRows:
     """The ``top_k`` live and allowed passages with the highest final scores, with a proof; ties by id.
 
-    If the student's score has no bound (head ``paper``, or a student without ``prepare``), every passage is scored.
+    If the student's score has no bound (head ``paper``, or a ``PlainStudent``), every passage is scored.
     If the interaction has no weight, the index's exact scan is the answer. Memory: a few float32 numbers per row.
 
     If ``top_k`` exceeds the corpus, every passage is ranked. ``allowed`` [capacity] marks the rows that pass a filter;
@@ -125,7 +126,6 @@ def certified_top_k(
         return result
     mask = view.mask(allowed)
     total = view.capacity if mask is None else int(np.count_nonzero(mask))
-    assert isinstance(student, BoundedStudent)
     if evidence is None:
         if scorer.reach == 0:
             return _scan(view, scorer.anchor_query, total, top_k, allowed)
@@ -163,7 +163,7 @@ def _scan(
 
 def _by_scans(
     view: PassageView,
-    student: BoundedStudent,
+    student: VectorStudent,
     row_scorer: RowScorer,
     query_reach: float,
     anchor_query: NDArray[np.float32],
@@ -220,7 +220,7 @@ def _finals(
 
 def _pass(
     view: PassageView,
-    student: BoundedStudent,
+    student: VectorStudent,
     scorer: PairScorer,
     anchor_query: NDArray[np.float32],
     reaches: KeptReaches,

@@ -35,8 +35,7 @@ from d2llm.core.types import (
     Task,
 )
 from d2llm.data.python_records import PassageLike, QueryLike, one_query_of, passages_of
-from d2llm.retrieval.protocols import SearchStudent, SearchView, TokenStudent, expansion_fingerprint, task_for
-from d2llm.retrieval.row_evidence import evidence_weights
+from d2llm.retrieval.protocols import SearchStudent, SearchView, expansion_fingerprint, task_for
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.index_manifest import find_index
 from d2llm.store.index_spec import IndexSpec, StoredSpec
@@ -84,7 +83,7 @@ def part_formats(
     Raises:
         InputError: token embeddings are wanted, but the student has none.
     """
-    counted = evidence_weights(student, task).part_kinds
+    counted = student.evidence_weights(task).part_kinds
     formats: dict[PartKind, str] = {}
     requests: dict[PartKind, str | None] = {"window": window_vectors, "token": token_vectors}
     for kind, requested in requests.items():
@@ -92,7 +91,7 @@ def part_formats(
             requested = PART_FORMATS[kind] if kind in counted else None
         if requested not in {None, "none"}:
             formats[kind] = str(requested)
-    if "token" in formats and not (isinstance(student, TokenStudent) and student.token_dim):
+    if "token" in formats and not student.token_dim:
         raise InputError("this student has no token embeddings; train them with `d2llm fit-tokens`, or leave them out")
     return formats
 
@@ -111,10 +110,8 @@ def check_parts(store: IndexStore, student: SearchStudent, task: Task) -> None:
     """
     if store.manifest["document_expansion"] != expansion_fingerprint(student):
         raise IndexMismatchError(f"{store.folder}: it lacks the words that the student adds to passages, or has others")
-    if "token" in part_formats(student, task):
-        assert isinstance(student, TokenStudent)
-        if store.manifest["token_projection"] != student.token_fingerprint:
-            raise IndexMismatchError(f"{store.folder}: it lacks the token embeddings that the student's score counts")
+    if "token" in part_formats(student, task) and store.manifest["token_projection"] != student.token_fingerprint:
+        raise IndexMismatchError(f"{store.folder}: it lacks the token embeddings that the student's score counts")
 
 
 def find_source(source: object, folder: Path) -> str:
@@ -236,7 +233,7 @@ class Index:
             return index
         num_shards = spec.num_shards
         create = IndexStore.create if num_shards is None else partial(ShardedStore.create, num_shards=num_shards)
-        tokens = loaded if spec.token_vectors is not None and isinstance(loaded, TokenStudent) else None
+        tokens = loaded if spec.token_vectors is not None else None
         stored = StoredSpec(
             student=loaded.fingerprint,
             student_config=loaded.config.model_dump(mode="json"),

@@ -15,7 +15,7 @@ from d2llm.core.types import LateChunk, PartKind, Passage, Task, WholeText
 from d2llm.models.pair_scores import score_by_query
 from d2llm.models.token_vectors import TokenVectors
 from d2llm.ops.bm25_words import windows
-from d2llm.retrieval.protocols import ChunkStudent, SearchStudent, TokenStudent, expansion_of
+from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.text_workers import encode_shard, encode_texts
 from d2llm.runners.placement import HERE, Placement
 from d2llm.store.part_vectors import ReadParts
@@ -62,7 +62,7 @@ def read_passages(
     with_windows = "window" in parts
     read = _read_texts(student, passages, None if with_windows else advance, with_tokens="token" in parts)
     if expand:
-        if (expansion := expansion_of(student)) is None:
+        if (expansion := student.document_expansion) is None:
             raise InputError(f"this {type(student).__name__} knows no words that passages lack; use one that does")
         read = replace(read, added=expansion.words(read.vectors, [passage.full_text for passage in passages]))
     if not with_windows:
@@ -91,7 +91,7 @@ def _read_texts(
     if alone:
         texts = [passages[place].full_text for place in alone]
         if with_tokens:
-            encoded = _encode_with_tokens(student, texts, advance)
+            encoded = student.encode_with_tokens(texts, "passage", advance=advance)
             assert encoded.tokens is not None
             for place, own in zip(alone, encoded.tokens.split(), strict=True):
                 tokens[place] = own
@@ -105,8 +105,6 @@ def _read_texts(
         if isinstance(passage, LateChunk):
             chunks.setdefault(passage.whole, []).append((place, passage))
     if chunks:
-        if not isinstance(student, ChunkStudent):
-            raise InputError(f"a {type(student).__name__} cannot read parts of documents; chunk early")
         spans = ((whole, [(chunk.start, chunk.end) for _, chunk in parts]) for whole, parts in chunks.items())
         read = student.encode_chunks(spans, with_tokens=True) if with_tokens else student.encode_chunks(spans)
         places = [place for parts in chunks.values() for place, _ in parts]
@@ -121,7 +119,7 @@ def _read_texts(
             advance(len(places))
     read_parts: dict[PartKind, ReadParts] = {}
     if with_tokens:
-        read_parts["token"] = ReadParts(*TokenVectors.join(tokens, _token_dim(student)))
+        read_parts["token"] = ReadParts(*TokenVectors.join(tokens, student.token_dim or 0))
     return ReadPassages(vectors, tuple(sorted(truncated)), num_tokens, num_windows, read_parts)
 
 
@@ -129,21 +127,9 @@ def read_tokens(
     student: SearchStudent, full_texts: Sequence[str], advance: Callable[[int], None] | None = None
 ) -> ReadParts:
     """The vectors of the tokens of passages; ``advance`` is called with the number of passages finished."""
-    encoded = _encode_with_tokens(student, full_texts, advance)
+    encoded = student.encode_with_tokens(full_texts, "passage", advance=advance)
     assert encoded.tokens is not None
     return ReadParts(*encoded.tokens, num_tokens=encoded.num_tokens)
-
-
-def _token_dim(student: SearchStudent) -> int:
-    return (student.token_dim if isinstance(student, TokenStudent) else None) or 0
-
-
-def _encode_with_tokens(
-    student: SearchStudent, full_texts: Sequence[str], advance: Callable[[int], None] | None
-) -> EncodedTexts:
-    if not isinstance(student, TokenStudent):
-        raise InputError(f"a {type(student).__name__} has no token embeddings; make the index without them")
-    return student.encode_with_tokens(full_texts, "passage", advance=advance)
 
 
 def _read_windows(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import IndexMismatchError, InputError
-from d2llm.core.types import PART_KINDS, PART_NAMES, EvidenceTerm, PartKind, Task
+from d2llm.core.types import PART_NAMES, EvidenceTerm, Task
 from d2llm.models.evidence import EvidenceWeights
-from d2llm.retrieval.protocols import EvidenceStudent, SearchStudent, SearchView, TokenStudent
+from d2llm.retrieval.protocols import SearchStudent, SearchView
 from d2llm.store.bm25 import QueryWords, WordIndex
 from d2llm.store.view import PassageView
 
@@ -118,18 +118,6 @@ def mean_of_cosines(tokens: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.divide(tokens, max(tokens.size, 1), dtype=np.float32)
 
 
-def evidence_weights(
-    student: SearchStudent, task: Task, *, stored: Collection[PartKind] = PART_KINDS
-) -> EvidenceWeights:
-    """The weights of the evidence in a student's score; empty if only the vectors count.
-
-    ``stored``: the parts of passages whose vectors the index has.
-    """
-    if not isinstance(student, EvidenceStudent):
-        return EvidenceWeights()
-    return student.evidence_weights(task, stored=stored)
-
-
 def weights_for(
     index: SearchView,
     student: SearchStudent,
@@ -145,14 +133,14 @@ def weights_for(
     if requested is not None and not isinstance(requested, EvidenceWeights):
         requested = EvidenceWeights(terms=dict(requested))
     stored = index.part_kinds
-    weights = evidence_weights(student, task, stored=stored) if requested is None else requested
+    weights = student.evidence_weights(task, stored=stored) if requested is None else requested
     for kind in weights.part_kinds - stored:
         raise InputError(
             f"{kind}_vectors have a weight, but this index stores no {PART_NAMES[kind]}; index the corpus again with "
             f"--{kind}-vectors (in Python, {kind}_vectors='int4'), or leave that weight out"
         )
     if "token" in weights.part_kinds:
-        own = student.token_fingerprint if isinstance(student, TokenStudent) else None
+        own = student.token_fingerprint
         if own is None:
             raise InputError(
                 "token_vectors have a weight, but this student has no token embeddings; train them with `d2llm "

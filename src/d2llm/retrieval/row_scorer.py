@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.types import Task
-from d2llm.retrieval.protocols import BoundedStudent, VectorStudent
+from d2llm.retrieval.protocols import VectorStudent
 from d2llm.retrieval.row_evidence import RowEvidence
 from d2llm.store.view import PassageView
 
@@ -16,7 +16,7 @@ _SCORED_AT_ONCE = 8_192  # rows: their vectors are in memory together
 class RowScorer:
     """Scores rows of ``view`` for one query, and adds its ``evidence``, if any.
 
-    ``prepared`` is the student's scorer for the query, or None if the student has no ``prepare``.
+    ``prepared`` is the student's scorer for the query, or None if its score has no bound.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class RowScorer:
         self._query_vector = query_vector
         self._task: Task = task
         self.evidence = evidence
-        self.prepared = student.prepare(query_vector, task) if isinstance(student, BoundedStudent) else None
+        self.prepared = student.prepare(query_vector, task)
 
     def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Final logits [n] of the query with the passages at some rows [n]."""

@@ -26,7 +26,7 @@ from d2llm.ops.selection import check_scores, top_rows
 from d2llm.retrieval.cascade import ListwiseReading, Rereader, StudentRanking
 from d2llm.retrieval.exact_search import CertifiedRows, KeptReaches, merge_certified
 from d2llm.retrieval.expansion import Expansion, add_hypothetical_passages
-from d2llm.retrieval.protocols import BoundedStudent, SearchStudent, SearchView, TokenStudent, term_factors
+from d2llm.retrieval.protocols import SearchStudent, SearchView, term_factors
 from d2llm.retrieval.results import Order, ScoredCandidates, cascade_report, group_passages, show
 from d2llm.retrieval.row_evidence import EvidenceParts, weights_for
 from d2llm.retrieval.settings import SearchSettings
@@ -348,7 +348,6 @@ class Searcher:
         if given_tokens is not None and vectors is not None:
             tokens = given_tokens
         elif "token" in self.weights.part_kinds:
-            assert isinstance(self._student, TokenStudent)
             read = self._student.encode_with_tokens(texts, "query", instruction=instruction)
             assert read.tokens is not None
             tokens = read.tokens.split()
@@ -504,9 +503,10 @@ class Searcher:
         """Whether the candidates' inner products are their final scores and nothing else changes their order."""
         if self._exact or self.weights or not self._in_students_order or self._sources not in (["vectors"], ["ann"]):
             return False
-        if not isinstance(self._student, BoundedStudent):
+        if not self._student.has_anchor:
             return False
-        return self._student.has_anchor and self._student.prepare(sent.vector, self._task).reach == 0
+        prepared = self._student.prepare(sent.vector, self._task)
+        return prepared is not None and prepared.reach == 0
 
     def _anchors(self, vectors: NDArray[np.float32]) -> Sequence[NDArray[np.float32] | None]:
         if not self._student.has_anchor:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2llm.core.errors import InputError
 from d2llm.core.progress import ignore
 from d2llm.models.backbone import EncodedTexts, TextKind
 from d2llm.recipe import StudentConfig
 from d2llm.retrieval.cosine import CosineStudent
-from d2llm.retrieval.protocols import TextEncoder, TokenStudent
+from d2llm.retrieval.protocols import TextEncoder
 from d2llm.runners.placement import Load
 from d2llm.runners.runner import Workers
 
@@ -42,8 +41,6 @@ def encode_shard(encoder: TextEncoder, shard: TextShard, advance: Callable[[int]
         InputError: token embeddings are requested of an encoder that has none.
     """
     if shard.with_tokens:
-        if not isinstance(encoder, TokenStudent):
-            raise InputError(f"a {type(encoder).__name__} has no token embeddings")
         return encoder.encode_with_tokens(shard.texts, shard.kind, advance=advance)
     encode = encoder.encode_queries if shard.kind == "query" else encoder.encode_passages
     return encode(shard.texts, advance=advance)

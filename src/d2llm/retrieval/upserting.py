@@ -16,7 +16,7 @@ import xxhash
 from d2llm.core.errors import DuplicateIdError, IndexMismatchError, InputError
 from d2llm.core.progress import Advance, ignore
 from d2llm.core.types import PartKind, Passage, piece_id
-from d2llm.retrieval.protocols import SearchStudent, TokenStudent, expansion_fingerprint
+from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint
 from d2llm.retrieval.reading import ReadPassages, read_passages
 from d2llm.runners.runner import LocalWorkers, Workers
 from d2llm.store.blocks import Changes
@@ -239,7 +239,7 @@ def warn_of_truncation(report: UpsertReport, advice: str) -> None:
 def check_projection(storage: Storage, student: SearchStudent) -> None:
     """Refuse a student whose token embeddings cannot be compared with those that the index stores."""
     made_by = storage.manifest["token_projection"]
-    own = student.token_fingerprint if isinstance(student, TokenStudent) else None
+    own = student.token_fingerprint
     if own != made_by:
         raise IndexMismatchError(
             f"{storage.folder}: its token embeddings were made by projection {made_by}, but the student has {own}; "

@@ -355,7 +355,6 @@ class StudentLane(ForwardingStudent):
     """A student for threads other than the event loop's.
 
     After ``stop``, it no longer waits for what it has asked for.
-    Implements ``SearchStudent``, ``ChunkStudent`` and ``TokenStudent``.
     """
 
     def __init__(self, models: ModelService, loop: asyncio.AbstractEventLoop, stop: Stop | None = None) -> None:

@@ -28,7 +28,7 @@ from d2llm.models.evidence import VECTOR_TERMS, Evidence, TaskEvidence, WordsFac
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.weighted_sum import beside_first, fit_scaled_weights, sum_weights
 from d2llm.retrieval.index import PART_FORMATS
-from d2llm.retrieval.protocols import SearchStudent, TokenStudent, expansion_of, term_factors
+from d2llm.retrieval.protocols import SearchStudent, term_factors
 from d2llm.retrieval.reading import read_passages, read_windows
 from d2llm.retrieval.row_evidence import mean_of_cosines, scored_list
 from d2llm.store.bm25 import WordIndex, WordSegment
@@ -116,7 +116,7 @@ def fit_evidence(
     if terms is not None:
         terms = cast("list[EvidenceTerm]", strings_of(terms, "terms"))
     if terms is None:
-        has_tokens = isinstance(student, TokenStudent) and student.token_dim is not None
+        has_tokens = student.token_dim is not None
         terms = [term for term in get_args(EvidenceTerm) if has_tokens or term != "token_vectors"]
     if not terms:
         raise InputError("there is no evidence to fit weights for; name at least one term, such as 'words'")
@@ -203,7 +203,7 @@ def make_evidence_lists(
     pool = np.union1d(needed, np.array(extra, np.int64))
     parts: tuple[PartKind, ...] = ("token",) if "token_vectors" in terms else ()
     with progress_bar(f"encoding {dataset.name} for its evidence", len(pool)) as advance:
-        expands = expansion_of(student) is not None
+        expands = student.document_expansion is not None
         chosen = [dataset.passages[ids[row]] for row in pool]
         read = read_passages(student, chosen, advance, parts=parts, expand=expands)
     passages = read.vectors
@@ -236,7 +236,6 @@ def make_evidence_lists(
         anchors = student.anchor_queries(vectors, task)
         best_windows = [windows.best(anchor, rows) for anchor, rows in zip(anchors[kept], listed, strict=True)]
     if kept and "token" in read.parts:
-        assert isinstance(student, TokenStudent)
         parts_read = read.parts["token"]
         stored = make_format(PART_FORMATS["token"], parts_read.vectors.shape[1])
         tokens = PartVectors.of_texts(parts_read.vectors, parts_read.counts, stored)
