@@ -42,7 +42,7 @@ SHARED_PASSAGES = {"nfcorpus"}
 """Sets of which all training queries share passages with dev or test."""
 LIMIT_NAME = "trained on real queries"
 TRAINED_NAME = "trained on written queries, but not kept"
-MOST_REAL_QUERIES = 2_000
+MAX_REAL_QUERIES = 2_000
 """The upper limit is trained on no more real queries than this, which a fit of an hour could have had written."""
 RECORDED_NAME = "recorded"
 _RECORDED_SHARE = 0.95  # of the recorded queries; the writing stops there, because rules drop a few
@@ -110,7 +110,7 @@ def _trained_on_real_queries(fitting: Fit, data: Path, work: Path) -> Path:
     real = read_beir(data, splits=["train", "dev"])
     counts = {split: len(real.qrels[split]) for split in ("train", "dev")}
     recipe = fitting.recipe({"written": DataReport(counts)}, fitting.plan())
-    changes = {"max_queries": MOST_REAL_QUERIES, "exclude_shared_passages": data.name not in SHARED_PASSAGES}
+    changes = {"max_queries": MAX_REAL_QUERIES, "exclude_shared_passages": data.name not in SHARED_PASSAGES}
     own = recipe.data[0].model_copy(update={"path": str(data)} | changes)
     run = Run(recipe.model_copy(update={"data": (own,)}), work / "real-run")
     run.finish()

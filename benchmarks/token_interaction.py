@@ -60,7 +60,7 @@ from d2llm.training.mining.choose import key_of
 
 STUDENT = "d2llm-minilm"
 FIRST, SHORTLIST, DEV_QUERIES, JUDGED_QUERIES = 50, 200, 150, 1500
-MOST_TOKENS = 16  # of a query that have vectors
+MAX_TOKENS = 16  # of a query that have vectors
 _TEXTS_AT_ONCE = 2_000
 
 
@@ -237,7 +237,7 @@ def _ideal(dataset: Dataset, query: Query) -> float:
 
 @dataclass(frozen=True)
 class Lists:
-    """Lists of one kind, padded to the same number of passages n; queries are padded to ``MOST_TOKENS`` tokens.
+    """Lists of one kind, padded to the same number of passages n; queries are padded to ``MAX_TOKENS`` tokens.
 
     Attributes:
         mask: which passages are real, [lists, n].
@@ -343,8 +343,8 @@ def read_lists(file: Path, kind: str) -> Lists:
     lists = Lists(
         torch.zeros(shape, dtype=torch.bool),
         torch.zeros(*shape, 5),
-        torch.zeros(*shape, MOST_TOKENS, 8),
-        torch.zeros(len(chosen), MOST_TOKENS, dtype=torch.bool),
+        torch.zeros(*shape, MAX_TOKENS, 8),
+        torch.zeros(len(chosen), MAX_TOKENS, dtype=torch.bool),
         torch.zeros(*shape, 2 * len(_CENTRES)),
         torch.zeros(len(chosen), dim),
         torch.zeros(*shape, dim, dtype=torch.float16),

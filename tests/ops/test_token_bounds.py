@@ -33,7 +33,7 @@ TEXTS = {
     "code": "    for i in range(10):\n        if x[i] >= 3:\n            print(f'{x}: {y}')\n" * 40,
 }
 FACTOR = 2.5  # an undercount by more than this is too much
-MOST = 4.0  # and so is an overcount of plain text by more than this
+MAX_OVERCOUNT = 4.0  # and so is an overcount of plain text by more than this
 
 
 def tokenizer_of(name: str):
@@ -60,7 +60,7 @@ def test_no_tokenizer_undercounts_badly(kind):
 def test_plain_text_is_counted_as_before(kind):
     text, tokenizer = TEXTS[kind], tokenizer_of("minilm")
     assert len(token_ends(tokenizer, text)) == len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    assert TextLengths(None, characters_per_token=3.0).estimate(text) <= MOST * read_by_a_model(text)
+    assert TextLengths(None, characters_per_token=3.0).estimate(text) <= MAX_OVERCOUNT * read_by_a_model(text)
 
 
 def test_ends_are_places_of_the_text():

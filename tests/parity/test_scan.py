@@ -144,7 +144,7 @@ def test_numpy_is_used_if_faiss_or_its_type_is_missing(monkeypatch):
 @pytest.mark.parametrize("top_k", [1, 10, 1000])
 def test_batched_queries_equal_single_queries(name, top_k, monkeypatch):
     monkeypatch.setattr(module, "_TOGETHER", 8)
-    monkeypatch.setattr(module, "_FEWEST_TOGETHER", 3)
+    monkeypatch.setattr(module, "_MIN_TOGETHER", 3)
     kind, codes, rng = random_codes(name, 5000, 40)
     queries = rng.standard_normal((21, 40)).astype(np.float32)  # 8, 8 and 5
     queries[1] = queries[0]
@@ -161,7 +161,7 @@ def test_batched_queries_equal_single_queries(name, top_k, monkeypatch):
 
 
 def test_batched_queries_fall_back_to_single_ones_on_ties(monkeypatch):
-    monkeypatch.setattr(module, "_FEWEST_TOGETHER", 1)
+    monkeypatch.setattr(module, "_MIN_TOGETHER", 1)
     codes = np.tile(make_format("bfloat16", 8).encode(np.ones((1, 8), np.float32), [""]), (3000, 1))
     scan = RowScan(codes, make_format("bfloat16", 8))
     single_search = mock.Mock(wraps=scan.search)

@@ -134,8 +134,8 @@ def on_sphere(vectors):
 
 
 def test_ranking_with_evidence_matches_brute_force(monkeypatch):
-    monkeypatch.setattr(exact_search, "_FIRST", 8)
-    monkeypatch.setattr(exact_search, "_LARGEST", 32)
+    monkeypatch.setattr(exact_search, "_FIRST_SCORED", 8)
+    monkeypatch.setattr(exact_search, "_MAX_SCORED", 32)
     num_early = 0
     students = [student for student in STUDENTS if student is not PAPER]
     for seed in range(300):
@@ -185,8 +185,8 @@ def test_ranking_with_evidence_matches_brute_force(monkeypatch):
 
 
 def test_ranking_matches_brute_force_in_1050_random_cases(monkeypatch):
-    monkeypatch.setattr(exact_search, "_FIRST", 8)  # so that small corpora are not scored in one piece
-    monkeypatch.setattr(exact_search, "_LARGEST", 32)
+    monkeypatch.setattr(exact_search, "_FIRST_SCORED", 8)  # so that small corpora are not scored in one piece
+    monkeypatch.setattr(exact_search, "_MAX_SCORED", 32)
     by_scans = mock.Mock(wraps=exact_search._by_scans)
     monkeypatch.setattr(exact_search, "_by_scans", by_scans)
     monkeypatch.setattr(exact_search, "_SCANNED_SHARE", 2)
@@ -243,9 +243,9 @@ def test_no_score_is_above_its_bound(seed, number):
 
 @pytest.mark.parametrize("head", ["anchored", "paper"])
 def test_ranks_proved_within_a_budget_are_exact(head, monkeypatch):
-    monkeypatch.setattr(exact_search, "_FIRST", 4)
-    monkeypatch.setattr(exact_search, "_LARGEST", 8)
-    monkeypatch.setattr(exact_search, "_FEWEST", 1)
+    monkeypatch.setattr(exact_search, "_FIRST_SCORED", 4)
+    monkeypatch.setattr(exact_search, "_MAX_SCORED", 8)
+    monkeypatch.setattr(exact_search, "_MIN_SCORED", 1)
     student, num_partly, num_unproved = TinyStudent(head, weight=0.05), 0, 0
     for seed in range(300):
         view, query, allowed, _, rng = random_case(seed)

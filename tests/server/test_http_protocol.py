@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
 from attacked_server import AttackedServer, attacked
-from d2llm.server.http_protocol import MOST_BYTES
+from d2llm.server.http_protocol import MAX_BYTES
 from running_server import Running, run
 
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
@@ -19,7 +19,7 @@ POST = b"POST /v1/search HTTP/1.1\r\nHost: localhost\r\nContent-Type: applicatio
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 MB = 1 << 20
 LONGEST_WAIT = 5.0  # seconds on a busy machine; a header of 103 MB took 22 s on an idle one
-MOST_GROWTH = 100 * MB
+MAX_GROWTH = 100 * MB
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_what_is_too_long_is_refused_by_the_http_layer(server: AttackedServer, n
     assert b"connection: close" in head.lower()
     assert json.loads(body)["error"]["kind"] == ("too_large" if status != 400 else "invalid_request")
     assert attack.longest_wait < LONGEST_WAIT
-    assert attack.grown < MOST_GROWTH
+    assert attack.grown < MAX_GROWTH
 
 
 def answer_of(server: Running, request: bytes) -> bytes:
@@ -73,7 +73,7 @@ def answer_of(server: Running, request: bytes) -> bytes:
 
 def test_headers_within_the_limit_are_read(small: Running):
     head = GET + b"Connection: close\r\n"
-    long = b"X-Long: " + b"x" * (MOST_BYTES - len(head) - 200) + b"\r\n\r\n"
+    long = b"X-Long: " + b"x" * (MAX_BYTES - len(head) - 200) + b"\r\n\r\n"
     assert answer_of(small, head + long).startswith(b"HTTP/1.1 200 ")
     many = b"".join(b"X-%d: 1\r\n" % number for number in range(1_000))
     assert answer_of(small, head + many + b"\r\n").startswith(b"HTTP/1.1 200 ")
@@ -102,7 +102,7 @@ def test_trailers_are_no_headers(small: Running):
 
 def test_nothing_is_said_within_the_answer_to_an_earlier_request(small: Running):
     request = GET.replace(b"/health", b"/slow/1") + b"\r\n"
-    received = answer_of(small, request + GET + b"X-Long: " + b"x" * (2 * MOST_BYTES))
+    received = answer_of(small, request + GET + b"X-Long: " + b"x" * (2 * MAX_BYTES))
     assert received[:13] in (b"", b"HTTP/1.1 200 ")
     assert b" 431 " not in received
 

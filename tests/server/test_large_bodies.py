@@ -21,7 +21,7 @@ from d2llm.server.schemas import SearchRequest
 LONGEST_WAIT = (
     5.0  # seconds on a busy machine; the first form of the first attack took more than a minute on an idle one
 )
-MOST_BYTES = 1 << 30
+MAX_BYTES = 1 << 30
 SIZE = 12 << 20
 
 
@@ -68,7 +68,7 @@ def test_others_hardly_wait_for_a_large_body(server: AttackedServer, name: str):
     assert attack.answer.status == status, attack.answer.body
     assert len(json.dumps(attack.answer.body)) < 20_000
     assert attack.longest_wait < LONGEST_WAIT
-    assert attack.grown < MOST_BYTES
+    assert attack.grown < MAX_BYTES
 
 
 def test_large_bodies_are_answered_as_small_ones_are(server: AttackedServer):

@@ -29,7 +29,7 @@ def little(monkeypatch):
         "_PROBES": 4,
         "_CLUSTERED": 256,
         "_CENTROIDS": 64,
-        "_FEWEST_QUERIES": 5,
+        "_MIN_QUERIES": 5,
         "_CANDIDATES": 50,
         "_JUDGED_PAIRS": 4,
     }.items():

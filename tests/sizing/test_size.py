@@ -8,7 +8,7 @@ from d2llm.core.errors import InputError
 from d2llm.sizing import size as sizing
 from d2llm.sizing.plan import SizePlan
 from d2llm.sizing.search_time import total_ms
-from d2llm.sizing.size import MONTH_HOURS, MOST_LOAD, size
+from d2llm.sizing.size import MAX_LOAD, MONTH_HOURS, size
 from d2llm.sizing.tables import size_tables
 from d2llm.sizing.texts import shipped_text_facts
 from sizing.sized_index import made_up_speeds, token_student
@@ -60,13 +60,13 @@ def test_more_of_anything_never_takes_less(answer):
             assert figures == sorted(figures), (name, figure)
     loads = [answer(qps=qps).machines for qps in (1, 50, 500, 5_000)]
     assert [load.cores for load in loads] == sorted(load.cores for load in loads)
-    assert all(load.load <= MOST_LOAD for load in loads)
+    assert all(load.load <= MAX_LOAD for load in loads)
 
 
 def test_machines_hold_the_load_and_queries_wait(answer):
     alone, report = answer(), answer(qps=100.0)
     busy = 100 * alone.core_ms / 1e3
-    assert report.machines.cores == -(-busy // MOST_LOAD)
+    assert report.machines.cores == -(-busy // MAX_LOAD)
     assert report.machines.replicas == max(1, -(-report.machines.cores // 16))
     assert report.machines.load == pytest.approx(busy / (16 * report.machines.num))
     assert report.p50_ms >= alone.p50_ms

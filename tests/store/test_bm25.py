@@ -177,7 +177,7 @@ class TestScores:
         rows = np.arange(len(index))
         together = index.score(index.query(query), rows)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bm25, "_MOST_COUNTS", 1)
+            patch.setattr(bm25, "_MAX_COUNTS", 1)
             one_by_one = index.score(index.query(query), rows)
         assert [part.tobytes() for part in one_by_one] == [part.tobytes() for part in together]
 

@@ -17,7 +17,7 @@ from itertools import islice
 _DELIMITERS = "\t;|,"
 _SAMPLE_CHARACTERS = 1 << 16
 _SAMPLE_ROWS = 200
-_MOST_TITLE_ROWS = 10
+_MAX_TITLE_ROWS = 10
 _COST_OF_TITLES = 0.15  # a delimiter that the first row lacks must fit the others better
 _NUMBER = re.compile(r"[-+−(]?\s*[$€£¥]?\s*\d[\d\s.,'_]*(?:[eE][-+]?\d+)?\s*[%€$)]?")
 _DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([T ].*)?|\d{1,2}:\d{2}(:\d{2})?")
@@ -124,7 +124,7 @@ def _share_of_decimals(rows: _Rows, delimiter: str) -> float:
 def _num_title_rows(rows: Sequence[Sequence[str]], width: int) -> int:
     """How many rows at the top are no rows of the table: with one value, where others have several."""
     number = 0
-    while number < min(len(rows) - 1, _MOST_TITLE_ROWS):
+    while number < min(len(rows) - 1, _MAX_TITLE_ROWS):
         row = rows[number]
         is_alone = len(row) == 1 < width or (width > 2 and sum(bool(value.strip()) for value in row) == 1)
         if not is_alone:

@@ -16,7 +16,7 @@ from d2llm.data.office_archives import Archive, Element, attribute, local_name
 
 _FONT_ENCRYPTION = ("http://www.idpf.org/2008/embedding", "http://ns.adobe.com/pdf/enc#RC")  # changes fonts alone
 _DRAWING = "image/svg+xml"
-_MOST_FALLBACKS = 10
+_MAX_FALLBACKS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class _Book:
     def _shown(self, item: _Item) -> str:
         """The name of the file for an item, or of the first of its fallbacks that is a page."""
         shown = item
-        for _ in range(_MOST_FALLBACKS):
+        for _ in range(_MAX_FALLBACKS):
             if not shown.kind.startswith(("image/", "font/", "audio/", "video/")) or shown.kind == _DRAWING:
                 break
             if shown.fallback not in self._items:

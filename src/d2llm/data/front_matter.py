@@ -21,8 +21,8 @@ _YAML = re.compile(r"---[ \t]*\n(?=[^\s])(.*?\n)??(?:---|\.\.\.)[ \t]*(?:\n|\Z)"
 _TOML = re.compile(r"\+\+\+[ \t]*\n(.*?\n)??\+\+\+[ \t]*(?:\n|\Z)", flags=re.DOTALL)
 _UNQUOTED = re.compile(r"^([\w-]+:[ \t]+)([^\s'\"\[{|>&*!#].*:.*?)[ \t]*$", flags=re.MULTILINE)
 _LONGEST = 1 << 16  # characters
-_MOST_FIELDS = 100
-_MOST_VALUES = 1_000  # aliases of YAML can stand for any number of values
+_MAX_FIELDS = 100
+_MAX_VALUES = 1_000  # aliases of YAML can stand for any number of values
 _DEEPEST = 8
 
 
@@ -67,13 +67,13 @@ def read_front_matter(text: str) -> FrontMatter:
 
 def _front_matter(title: str, fields: dict[str, Any], end: int) -> FrontMatter:
     leaves: dict[str, _Leaf] = {}
-    budget = [_MOST_VALUES]
+    budget = [_MAX_VALUES]
     for name, value in fields.items():
         if name.lower() == "title" and not isinstance(value, dict | list):
             title = title or _text(value)
         else:
             _collect(name, value, leaves, budget, depth=0)
-    if len(leaves) > _MOST_FIELDS:
+    if len(leaves) > _MAX_FIELDS:
         raise _NotFieldsError
     return FrontMatter(" ".join(title.split()), {name: leaf.value for name, leaf in leaves.items()}, end)
 

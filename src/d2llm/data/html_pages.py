@@ -39,9 +39,9 @@ _LONGEST_NAME = 100
 _BREAK = "\v"  # stands for a line break until the white space around it is known
 _BETWEEN_IDEOGRAPHS = re.compile(r"(?<=[\u3000-\u9fff\uff00-\uffef])[ \t]*\n[ \t]*(?=[\u3000-\u9fff\uff00-\uffef])")
 _TITLE_PARTS = re.compile(r"\s+[|–—·•:»›>/-]+\s+")
-_MOST_PARTS = 8
+_MAX_PARTS = 8
 _NO_SCRIPTS = re.compile(r"java ?script", flags=re.IGNORECASE)
-_MOST_FRAMES = 3  # pages inside pages
+_MAX_FRAMES = 3  # pages inside pages
 
 _Waiting = list["Node | Callable[[], None]"]
 
@@ -87,7 +87,7 @@ def _page_title(document: Any) -> str:
 
 def _parts_of_title(title: str) -> set[str]:
     """The title, and what of it stands between its dashes and bars."""
-    marks = [0, *(at for mark in re.finditer(_TITLE_PARTS, title) for at in mark.span()), len(title)][: 2 * _MOST_PARTS]
+    marks = [0, *(at for mark in re.finditer(_TITLE_PARTS, title) for at in mark.span()), len(title)][: 2 * _MAX_PARTS]
     starts, ends = marks[::2], marks[1::2]
     return {_comparable(title[start:end]) for start in starts for end in (*ends, len(title)) if end > start}
 
@@ -344,7 +344,7 @@ class _Reader:
     def _inner_page(self, node: Element, _waiting: _Waiting) -> bool:
         """The page that is written in an attribute of a frame, or as the text that older browsers show for it."""
         page = attribute(node, "srcdoc") if node.tag == "iframe" else node.text
-        if page and self._depth < _MOST_FRAMES:
+        if page and self._depth < _MAX_FRAMES:
             for section in _Reader(with_frame=self._with_frame, depth=self._depth + 1).sections(_parse(page)):
                 for text in dict.fromkeys([*section.headings[-1:], section.text]):
                     self._add(text)

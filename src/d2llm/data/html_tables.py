@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from turbohtml import Element
 
 _LONGEST_REPEATED = 100  # characters; a longer cell over several rows or columns stands once
-_MOST_COLUMNS = 1_000  # of one cell, as in browsers
+_MAX_COLUMNS = 1_000  # of one cell, as in browsers
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,4 +77,4 @@ def _cells(row: Element) -> list[Element]:
 
 def _span(cell: Element, name: str) -> int:
     text = str(cell.attrs.get(name) or "1").strip()
-    return max(1, min(int(text), _MOST_COLUMNS)) if text.isdecimal() and len(text) < 6 else 1
+    return max(1, min(int(text), _MAX_COLUMNS)) if text.isdecimal() and len(text) < 6 else 1

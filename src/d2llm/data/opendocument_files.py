@@ -32,7 +32,7 @@ _NO_TEXT = frozenset(
         "glue-point",
     ]
 )
-_MOST_REPETITIONS = 1_000  # of a row or cell with text; programs fill a table's end with a million empty ones
+_MAX_REPETITIONS = 1_000  # of a row or cell with text; programs fill a table's end with a million empty ones
 _LONGEST_REPEATED_CELL = 100  # characters; a cell over several rows is repeated in each
 
 
@@ -287,7 +287,7 @@ def _repeated(element: Element, name: str, is_blank: Callable[[Element], bool]) 
         kind = local_name(child)
         if kind == name:
             count = int(attribute(child, "number-rows-repeated", "1"))
-            yield from [child] * (0 if is_blank(child) else min(count, _MOST_REPETITIONS))
+            yield from [child] * (0 if is_blank(child) else min(count, _MAX_REPETITIONS))
         elif kind in ("table-header-rows", "table-rows", "table-row-group"):
             yield from _repeated(child, name, is_blank)
 
@@ -297,7 +297,7 @@ def _repeated_cells(row: Element) -> Iterator[Element]:
     while cells and not _has_content(cells[-1]) and local_name(cells[-1]) == "table-cell":
         cells.pop()
     for cell in cells:
-        yield from [cell] * min(int(attribute(cell, "number-columns-repeated", "1")), _MOST_REPETITIONS)
+        yield from [cell] * min(int(attribute(cell, "number-columns-repeated", "1")), _MAX_REPETITIONS)
 
 
 def _number(number: int, kind: str) -> str:

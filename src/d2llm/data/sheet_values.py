@@ -23,7 +23,7 @@ BUILT_IN = {
 _LITERAL = re.compile(r'"([^"]*)"|\\(.)|_.|\*.|\[\$([^\]-]*)[^\]]*\]|\[[^\]]*\]')
 _DIGITS = re.compile(r"[0#?][0#?,]*(?:\.[0#?]*)?|\.[0#?]+")
 _PLAIN = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d*[1-9])?")
-_MOST_DIGITS = 15  # of a number, as in Excel
+_MAX_DIGITS = 15  # of a number, as in Excel
 _MORE_DECIMALS = 3  # more than a format shows are what somebody entered; longer ones were computed
 _LEAP_DAY_OF_1900 = 60  # which Excel counts, though there was none
 _LONGEST_TIME = 366.0  # days; a larger number that is shown as a time has a date, too
@@ -49,11 +49,11 @@ def shown(value: str, code: str, *, starts_1904: bool = False) -> str:
 
 def plain_number(value: str) -> str:
     """A number with up to 15 digits, without an exponent unless it is very large or small."""
-    if len(value) <= _MOST_DIGITS and re.fullmatch(_PLAIN, value):
+    if len(value) <= _MAX_DIGITS and re.fullmatch(_PLAIN, value):
         return value
-    number = Decimal(f"{float(value):.{_MOST_DIGITS}g}")
+    number = Decimal(f"{float(value):.{_MAX_DIGITS}g}")
     if not number.is_finite() or (number and not -10 < number.adjusted() < 21):
-        return f"{float(value):.{_MOST_DIGITS}g}".upper()
+        return f"{float(value):.{_MAX_DIGITS}g}".upper()
     text = f"{number:f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 

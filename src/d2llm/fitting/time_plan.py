@@ -19,8 +19,8 @@ REVIEW_SHARE = 0.15
 """Share of the time for writing and training in which a teacher, if there is one, reads the written queries."""
 _HELD_OUT_QUERIES = 300  # planned for, before it is known how many there are
 _OVERHEAD_SECONDS = 60.0  # loading models, fitting weights, writing reports
-_EVALUATED_PASSAGES, _FEWEST_PASSAGES = 2_000, 200  # encoded in each evaluation on dev, and for fitting weights
-_NUM_EVALUATIONS, _FEWEST_EVALUATIONS = 8, 4  # the fewest leave no time for the interaction and token embeddings
+_EVALUATED_PASSAGES, _MIN_PASSAGES = 2_000, 200  # encoded in each evaluation on dev, and for fitting weights
+_NUM_EVALUATIONS, _MIN_EVALUATIONS = 8, 4  # the fewest leave no time for the interaction and token embeddings
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +95,12 @@ def plan_time(
         1 if is_written else 1 - WRITING_SHARE
     )
     in_time = int(DEV_SHARE * learning * passages_per_second / _NUM_EVALUATIONS)
-    evaluated = max(_FEWEST_PASSAGES, min(_EVALUATED_PASSAGES, in_time))
+    evaluated = max(_MIN_PASSAGES, min(_EVALUATED_PASSAGES, in_time))
     evaluation = min(num_passages, evaluated) / passages_per_second
     # The untuned student and the trained one are compared, or the trained one alone.
     options = [
         (_OVERHEAD_SECONDS + searching + num_compared * one_pass, mining + num_evaluations * evaluation)
-        for num_compared, num_evaluations in ((2, _NUM_EVALUATIONS), (1, _NUM_EVALUATIONS), (1, _FEWEST_EVALUATIONS))
+        for num_compared, num_evaluations in ((2, _NUM_EVALUATIONS), (1, _NUM_EVALUATIONS), (1, _MIN_EVALUATIONS))
     ]
     # Writing gets its share of what the last option leaves: the later stages adapt if others use the same cores.
     free = seconds_left - sum(options[-1])

@@ -16,7 +16,7 @@ from d2llm.core.fallbacks import fell_back
 from d2llm.core.machine import available_memory
 
 _CPU_TOKENS = 512
-_MOST_TOKENS, _FEWEST_TOKENS = 32_768, 2_048  # on an accelerator
+_MAX_TOKENS, _MIN_TOKENS = 32_768, 2_048  # on an accelerator
 _LARGE_STATE = 32_768  # of a model with about a billion parameters
 _BYTES_OF_GRAPH, _BYTES_CHECKPOINTED = 80, 5  # for each number of a token's states (docs/log)
 _UNKNOWN_MEMORY = 8 << 30
@@ -141,7 +141,7 @@ def tokens_to_read(device: torch.device, state_size: int) -> int:
     """
     if device.type == "cpu":
         return _CPU_TOKENS
-    return _MOST_TOKENS if state_size <= _LARGE_STATE else _MOST_TOKENS // 4
+    return _MAX_TOKENS if state_size <= _LARGE_STATE else _MAX_TOKENS // 4
 
 
 def tokens_to_train(device: torch.device, state_size: int, *, checkpointed: bool = False) -> int:
@@ -155,8 +155,8 @@ def tokens_to_train(device: torch.device, state_size: int, *, checkpointed: bool
     if device.type == "cpu":
         return _CPU_TOKENS
     per_token = state_size * (_BYTES_CHECKPOINTED if checkpointed else _BYTES_OF_GRAPH)
-    fitting = _whole_memory(device) // 8 // per_token if per_token else _MOST_TOKENS
-    return max(_FEWEST_TOKENS, min(_MOST_TOKENS, fitting))
+    fitting = _whole_memory(device) // 8 // per_token if per_token else _MAX_TOKENS
+    return max(_MIN_TOKENS, min(_MAX_TOKENS, fitting))
 
 
 def size_of_states(model: Any) -> int:

@@ -25,7 +25,7 @@ _SHARED = "shared"
 _PAIR_FEATURES = {"concat": (), "product": ("a * b",), "difference": ("|a - b|",), "rich": ("a * b", "|a - b|")}
 _LAYER_NAMES = {"a": "query", "b": "passage", "a * b": "product", "|a - b|": "difference"}
 _OPEN = 3.0  # sigmoid(3) = 0.95
-_LARGEST_SHARE = 0.999  # of the largest bound; 1 cannot be reached
+_MAX_SHARE = 0.999  # of the largest bound; 1 cannot be reached
 _INITIAL_SCALE = 20.0  # of the cosine: the usual temperature of contrastive training, 0.05
 
 
@@ -217,7 +217,7 @@ class Interaction(nn.Module):
                 last.bias.zero_()
             if config.gates and self.query_gate is None:
                 share = torch.sigmoid(self.raw_bound) / torch.sigmoid(torch.tensor(_OPEN)) ** 2
-                head.raw_bound.copy_(torch.logit(share.clamp(max=_LARGEST_SHARE)))
+                head.raw_bound.copy_(torch.logit(share.clamp(max=_MAX_SHARE)))
         return head
 
     def _fold_constant_gates(self) -> bool:

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from d2llm.core.errors import InputError
 
-SMALLEST_NORM = 1e-4
+MIN_NORM = 1e-4
 """Vectors shorter than this are not stretched to length 1: their direction is rounding noise, its gradient huge."""
 
 
@@ -213,7 +213,7 @@ def feature_imitation(
     pair_mask = mask[:, :, None] & mask[:, None, :] & ~torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
     (features,) = zero_outside(mask[:, :, None], student_features)
     (teacher,) = zero_outside(pair_mask, teacher_gram.to(features.dtype))
-    features = functional.normalize(features, dim=2, eps=SMALLEST_NORM)
+    features = functional.normalize(features, dim=2, eps=MIN_NORM)
     with torch.autocast(features.device.type, enabled=False):  # bfloat16 would keep only two digits of a cosine
         gram = features @ features.mT
     per_query = masked_mean((teacher - gram).square().flatten(1), pair_mask.flatten(1))
@@ -260,7 +260,7 @@ def _positives_against_negatives(
 def _standardised(values: Tensor, mask: Tensor) -> Tensor:
     """Rows with mean 0 and length 1 over the mask, 0 outside it."""
     centred = torch.where(mask, values - masked_mean(values, mask)[:, None], 0.0)
-    return functional.normalize(centred, dim=1, eps=SMALLEST_NORM)
+    return functional.normalize(centred, dim=1, eps=MIN_NORM)
 
 
 def checked_temperature(temperature: float) -> float:

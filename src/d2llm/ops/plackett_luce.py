@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _TOLERANCE = 1e-6
-_MOST_STEPS = 1000
+_MAX_STEPS = 1000
 
 
 def strengths(rankings: Sequence[Sequence[int]], num_items: int, *, prior: float = 1.0) -> NDArray[np.float64]:
@@ -36,7 +36,7 @@ def strengths(rankings: Sequence[Sequence[int]], num_items: int, *, prior: float
     for ranking in rankings:
         wins[list(ranking[:-1])] += 1
     values = np.ones(num_items)
-    for _ in range(_MOST_STEPS):
+    for _ in range(_MAX_STEPS):
         pairs = 1 / (values[:, None] + values)
         np.fill_diagonal(pairs, 0)
         weights = 2 * virtual * pairs.sum(axis=1)

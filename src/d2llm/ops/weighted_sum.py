@@ -24,7 +24,7 @@ Lists = Sequence[tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]]
 """For each query, the scores [passages, terms] of some passages and their grades [passages], at least 0."""
 
 _FACTOR_PRICE = 1.0
-_LARGEST_EXPONENT = 30.0  # a step of the search for the minimum may try more, which would overflow
+_MAX_EXPONENT = 30.0  # a step of the search for the minimum may try more, which would overflow
 
 
 class ScaledWeights(NamedTuple):
@@ -123,7 +123,7 @@ class _Fit:
 
         def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
             weights, slopes = parameters[:num_terms], parameters[num_terms:]
-            exponents = np.clip(row_statistics @ slopes, -_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+            exponents = np.clip(row_statistics @ slopes, -_MAX_EXPONENT, _MAX_EXPONENT)
             factor = np.where(is_scaled, np.exp(exponents)[:, None], 1.0)
             columns = self.scores * factor
             value, pull = self._loss(columns @ weights)

@@ -24,7 +24,7 @@ _SAMPLE = 5  # number of missing runs to list
 _GROUPS: tuple[VariantGroup, ...] = get_args(VariantGroup)
 
 _ROW, _LEFT, _WIDTH = 26.0, 190.0, 900.0
-_LARGEST = 4.0  # limit of the axis, in multiples of a seed's largest difference: intervals over two seeds are huge
+_MAX_AXIS = 4.0  # limit of the axis, in multiples of a seed's largest difference: intervals over two seeds are huge
 
 _STYLE = """
 svg .better .dot { fill: var(--good); } svg .better .whisker { stroke: var(--good); }
@@ -200,7 +200,7 @@ def forest_plot(report: AblationReport) -> str | None:
 def _extent(rows: list[AblationRow]) -> tuple[float, float]:
     """The ends of the axis, which covers all seeds, the intervals as far as they are drawn, and 0."""
     seeds = [value for row in rows for value in row.differences.values()]
-    limit = _LARGEST * max(map(abs, seeds)) or 0.01
+    limit = _MAX_AXIS * max(map(abs, seeds)) or 0.01
     ends = [end for row in rows if (i := row.difference_interval) is not None for end in (i.low, i.high)]
     values = [0.0, *seeds, *(min(max(end, -limit), limit) for end in ends)]
     margin = 0.04 * (max(values) - min(values)) or 0.01

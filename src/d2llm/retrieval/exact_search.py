@@ -39,8 +39,8 @@ _PASS_ROWS = 8_192  # block size of the pass over all vectors: 12 MB in float32 
 _SCANS = (1_024, 8_192)
 """Sizes of the scans tried before the pass over all vectors, which takes as long as six scans."""
 _SCANNED_SHARE = 8  # if the corpus is smaller than this multiple of a scan's size, use the full pass instead
-_FIRST, _LARGEST = 128, 4_096  # passages scored at a time: few at first, as the proof may be found early
-_FEWEST = 64  # near the deadline, smaller calls are not worth their overhead
+_FIRST_SCORED, _MAX_SCORED = 128, 4_096  # passages scored at a time: few at first, as the proof may be found early
+_MIN_SCORED = 64  # near the deadline, smaller calls are not worth their overhead
 _NO_LIMIT = 1 << 62
 
 
@@ -138,7 +138,7 @@ def certified_top_k(
     anchors, reach = _pass(view, student, scorer, scorer.anchor_query, reaches)
     highest = anchors if evidence is None else anchors + evidence.bounds(view.capacity)
     bounds = check_scores((highest + reach)[rows])
-    parts = from_the_highest(bounds, max(_LARGEST, top_k))
+    parts = from_the_highest(bounds, max(_MAX_SCORED, top_k))
     result = _score_from_the_top(view, rows, bounds, parts, _finals(row_scorer, anchors, reach), top_k, clock)
     return result._replace(anchors=anchors[result.rows])
 
@@ -184,7 +184,7 @@ def _by_scans(
         reach = student.passage_reach(view.vectors(rows)) if reaches is None else reaches[rows]
         reach = np.float32(query_reach) * reach
         bounds = check_scores(anchors + reach)
-        parts = from_the_highest(bounds, max(_LARGEST, top_k))
+        parts = from_the_highest(bounds, max(_MAX_SCORED, top_k))
         final = _finals(row_scorer, anchors, reach, rows)
         result = _score_from_the_top(view, rows, bounds, parts, final, top_k, clock)
         highest_left = max(result.certificate.highest_bound_left, float(anchors.min() + largest))
@@ -252,7 +252,7 @@ def _score_from_the_top(
     scored: list[NDArray[np.int64]] = []
     scores = [np.zeros(0, np.float32)]
     best = scores[0]  # the top_k best scores so far, in any order
-    num, size = 0, max(_FIRST, top_k)
+    num, size = 0, max(_FIRST_SCORED, top_k)
     for part in parts:
         start = 0
         while start < len(part):
@@ -270,7 +270,7 @@ def _score_from_the_top(
             scores.append(new)
             best = np.concatenate((best, new))
             best = np.partition(best, len(best) - top_k)[-top_k:] if len(best) > top_k else best
-            start, num, size = start + len(chosen), num + len(chosen), min(3 * size // 2, max(_LARGEST, top_k))
+            start, num, size = start + len(chosen), num + len(chosen), min(3 * size // 2, max(_MAX_SCORED, top_k))
     return _ranked(view, scored, scores, top_k, len(rows), -math.inf)
 
 
@@ -287,7 +287,7 @@ class _Clock:
         if left == math.inf:
             return _NO_LIMIT
         fitting = int(max(left, 0) / max(self.seconds_per_passage, 1e-9))
-        return fitting if fitting >= _FEWEST else 0
+        return fitting if fitting >= _MIN_SCORED else 0
 
 
 def _ranked(

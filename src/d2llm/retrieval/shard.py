@@ -45,7 +45,7 @@ from d2llm.store.sharded_store import (
 from d2llm.store.side_files import copy_side_files
 
 _HELD_ROWS = 1 << 16  # in memory at once, over all shards,
-_FEWEST_ROWS = 1_024  # unless there are so many shards that each would be written in smaller pieces
+_MIN_ROWS = 1_024  # unless there are so many shards that each would be written in smaller pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ class _Copy:
     def __init__(self, target: ShardedStore, advance: Callable[[int], None]) -> None:
         self._target = target
         self._advance = advance
-        self._most = max(_FEWEST_ROWS, _HELD_ROWS // len(target.stores))
+        self._most = max(_MIN_ROWS, _HELD_ROWS // len(target.stores))
         self._waiting: dict[int, list[pa.Table]] = {}
         present = [hashes_of_ids(batch) for store in target.stores for batch in store.table().batches(["id"])]
         self._present = np.sort(np.concatenate([np.zeros(0, np.uint64), *present]))

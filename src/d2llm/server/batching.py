@@ -27,7 +27,7 @@ _Value = TypeVar("_Value")
 _NEW_WEIGHT = 0.2  # weight of each batch in the running mean of seconds per item
 _ITEMS_A_TURN = 16
 _BATCHES_IN_SIGHT = 16  # a batch picks items of similar cost from this many batches' worth of waiting items
-_SMALLEST_BATCH = 0.25  # as a share of the largest; smaller batches are inefficient
+_MIN_BATCH = 0.25  # as a share of the largest; smaller batches are inefficient
 
 
 class Places:
@@ -248,7 +248,7 @@ class Batcher(Generic[_Item, _Result]):
         room = self._max_batch
         if self._num_lanes > 1:  # a short queue is shared among lanes: more uniform batches, faster answers
             fair = sum(place.cost for place in in_sight) / self._num_lanes
-            room = max(_SMALLEST_BATCH * room, min(fair, room))
+            room = max(_MIN_BATCH * room, min(fair, room))
         batch: list[_Place[_Item, _Result]] = []
         most = 0.0
         for place in sorted(in_sight, key=lambda place: abs(place.cost - first)):

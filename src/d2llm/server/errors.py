@@ -49,9 +49,9 @@ ProblemKind = Literal[
 ]
 
 _QUOTED = 200  # characters of a client's text in a message
-MOST_PROBLEMS = 100
+MAX_PROBLEMS = 100
 """Of a body with more unknown fields than this, the others are not counted."""
-_MOST_SHOWN = 4_000  # characters of a message: clients may quote long texts in what they send
+_MAX_SHOWN = 4_000  # characters of a message: clients may quote long texts in what they send
 
 _KINDS: dict[int, ProblemKind] = {
     401: "unauthorized",
@@ -175,7 +175,7 @@ def plain_shape(problem: Problem) -> tuple[int, dict[str, Any]]:
 def problem_response(path: str, problem: Problem) -> Response:
     """The response to a request for ``path``, in the shape of its interface."""
     field = None if problem.field is None else shortened(problem.field)
-    problem = replace(problem, message=shortened(problem.message, _MOST_SHOWN), field=field)
+    problem = replace(problem, message=shortened(problem.message, _MAX_SHOWN), field=field)
     matching = [prefix for prefix in _shapes if path == prefix or path.startswith(prefix.rstrip("/") + "/")]
     status, body = (_shapes[max(matching, key=len)] if matching else plain_shape)(problem)
     headers = dict(problem.headers or {})
@@ -269,7 +269,7 @@ def _problem_of_validation(error: RequestValidationError) -> Problem:
         return Problem(400, "invalid_request", f"the body is not valid JSON ({reason})", reason="json_invalid")
     text = f"{where}: {message}" if where else message
     if len(problems) > 1:
-        text += f" (and {'at least ' if len(problems) > MOST_PROBLEMS else ''}{len(problems) - 1} more)"
+        text += f" (and {'at least ' if len(problems) > MAX_PROBLEMS else ''}{len(problems) - 1} more)"
     return Problem(422, "invalid_request", text, where, reason=str(first["type"]))
 
 

@@ -2,7 +2,7 @@
 
 Neither uvicorn nor its parser limits the length of an address, of headers, of the extensions of chunks or of trailers.
 A client that has not even sent a key could fill the memory with them, and keep the event loop busy. They may have
-``MOST_BYTES`` in all; who sends more is answered 431 (414 if it is the address), and the connection is closed.
+``MAX_BYTES`` in all; who sends more is answered 431 (414 if it is the address), and the connection is closed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from d2llm.server.errors import Problem, ProblemKind, plain_shape
 
 _log = logging.getLogger(__name__)
 
-MOST_BYTES = 64 << 10
+MAX_BYTES = 64 << 10
 """Maximum bytes of a request besides its body."""
 _BYTES_A_HEADER = 32  # counted for each in addition, as in HTTP/2 (RFC 9113, 6.5.2): looking one up goes over all
 _BYTES_A_CHUNK = 12  # of a body in chunks, these are not counted: length, which some clients pad, and two line ends
@@ -54,7 +54,7 @@ class LimitedProtocol(HttpToolsProtocol):
             piece = data[start : start + _PIECE]
             self._num_counted += len(piece)
             super().data_received(piece)
-            if self._num_counted > MOST_BYTES and not self._is_refused:
+            if self._num_counted > MAX_BYTES and not self._is_refused:
                 self._refuse_length()
 
     def on_message_begin(self) -> None:
@@ -72,7 +72,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """A body may follow; a request whose headers are too long is not begun."""
         self._in_address = False
-        self._is_too_long = self._num_counted - _PIECE > MOST_BYTES  # a piece may also have some of the body
+        self._is_too_long = self._num_counted - _PIECE > MAX_BYTES  # a piece may also have some of the body
         if not self._is_too_long:
             self._in_head = False
             super().on_headers_complete()
@@ -99,10 +99,10 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _refuse_length(self) -> None:
         if self._in_address:
-            self._refuse(414, "too_large", f"the address is longer than {MOST_BYTES:,} bytes; send texts in a body")
+            self._refuse(414, "too_large", f"the address is longer than {MAX_BYTES:,} bytes; send texts in a body")
             return
         what = "the headers" if self._in_head else "what the body has besides its content (extensions, trailers)"
-        message = f"{what} and the address are longer than {MOST_BYTES:,} bytes; send fewer or shorter ones"
+        message = f"{what} and the address are longer than {MAX_BYTES:,} bytes; send fewer or shorter ones"
         self._refuse(431, "too_large", message)
 
     def _refuse(self, status: int, kind: ProblemKind, message: str) -> None:

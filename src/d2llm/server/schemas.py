@@ -31,11 +31,11 @@ from d2llm.core.types import (
 )
 from d2llm.models.backbone import TextKind
 from d2llm.retrieval.settings import ExpansionSettings, SearchSettings
-from d2llm.server.errors import MOST_PROBLEMS
+from d2llm.server.errors import MAX_PROBLEMS
 
 Rescore = Literal["none", "iem", "teacher", "cascade"]
 """How candidates are ranked: by inner product, IEM, teacher, or the teacher where the IEM is unsure."""
-_MOST_SUGGESTIONS = 3  # similar names are looked for only so often: a client may send a million unknown ones
+_MAX_SUGGESTIONS = 3  # similar names are looked for only so often: a client may send a million unknown ones
 MAX_EXPANSIONS = 10
 """Maximum number of texts that a writer adds to one query of a client."""
 
@@ -66,8 +66,8 @@ class KnownFields(BaseModel):
         known = accepted_names(cls)
         unknown = (name for name in names if name not in known)
         problems: list[InitErrorDetails] = []
-        for number, name in enumerate(islice(unknown, 1 + MOST_PROBLEMS)):
-            hint = did_you_mean(name, known) if number < _MOST_SUGGESTIONS else ""
+        for number, name in enumerate(islice(unknown, 1 + MAX_PROBLEMS)):
+            hint = did_you_mean(name, known) if number < _MAX_SUGGESTIONS else ""
             kind = PydanticCustomError("extra_forbidden", "{problem}", {"problem": f"there is no such field{hint}"})
             problems.append({"type": kind, "loc": (name,), "input": 0})
         if problems:

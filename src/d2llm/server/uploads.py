@@ -26,10 +26,10 @@ FILES_PATH = "/v1/files"
 FORM_TYPE = "multipart/form-data"
 FILE_TYPES = (*sorted(SUFFIXES), ".jsonl.gz")
 """What the names of files end with that can be read."""
-_MOST_HEADER_BYTES = 16 << 10  # of each header of a part: a name may be long, and its letters take several bytes
-_MOST_NAME_CHARS = 1_024  # it becomes an id, with the number of a row or of a passage
+_MAX_HEADER_BYTES = 16 << 10  # of each header of a part: a name may be long, and its letters take several bytes
+_MAX_NAME_CHARS = 1_024  # it becomes an id, with the number of a row or of a passage
 _ENCODED_NAME = re.compile(r";\s*filename\*=(?P<charset>[\w-]*)'[^']*'(?P<name>[^;\s]+)", re.IGNORECASE)
-_MOST_UNPACKED = 8  # limit of unpacked sizes, as a multiple of the maximum body size
+_MAX_UNPACKED = 8  # limit of unpacked sizes, as a multiple of the maximum body size
 
 UPLOAD_BODY: dict[str, Any] = {
     "requestBody": {
@@ -72,7 +72,7 @@ def documents_of(body: bytes, content_type: str, limits: ServeSettings, stop: St
         ServingError: 415 if the body is not a form; 400 if it has no files, or if a file cannot be read (which the
             message names), or has too much text; 503 if this is to ``stop``.
     """
-    most, num_chars, stop = _MOST_UNPACKED * limits.max_body_bytes, 0, stop or Stop()
+    most, num_chars, stop = _MAX_UNPACKED * limits.max_body_bytes, 0, stop or Stop()
     with TemporaryDirectory() as folder:
         stored = _stored(_files_of(body, content_type, limits), Path(folder), limits)
         files = DocumentFiles(stored, text_limits=TextLimits(limits.max_document_chars, most))
@@ -120,7 +120,7 @@ def _files_of(body: bytes, content_type: str, limits: ServeSettings) -> Iterator
     try:
         parser = multipart.PushMultipartParser(
             options.get("boundary", ""),
-            max_header_size=_MOST_HEADER_BYTES,
+            max_header_size=_MAX_HEADER_BYTES,
             max_segment_count=limits.max_texts,
             strict=True,
         )
@@ -136,7 +136,7 @@ def _files_of(body: bytes, content_type: str, limits: ServeSettings) -> Iterator
     except multipart.ParserLimitReached as error:
         raise invalid(
             f"the form has more or longer parts than this server reads ({error}): at most {limits.max_texts:,} "
-            f"(max_texts), each with 8 headers of {_MOST_HEADER_BYTES:,} bytes; send fewer files at a time",
+            f"(max_texts), each with 8 headers of {_MAX_HEADER_BYTES:,} bytes; send fewer files at a time",
             "file",
         ) from error
     except multipart.MultipartError as error:
@@ -152,8 +152,8 @@ def _name_of(part: Any) -> str:
     name = part.filename or ""
     if not name and (encoded := _ENCODED_NAME.search(part.header("Content-Disposition", ""))):
         name = unquote(encoded["name"], encoded["charset"] or "utf-8", "replace")  # RFC 5987, as older clients send it
-    if len(name) > _MOST_NAME_CHARS:
-        problem = f"its name has {len(name):,} characters, more than {_MOST_NAME_CHARS:,}"
+    if len(name) > _MAX_NAME_CHARS:
+        problem = f"its name has {len(name):,} characters, more than {_MAX_NAME_CHARS:,}"
         raise invalid(f"file {shortened(name)}: {problem}; send it with a shorter one", "file")
     return name
 
@@ -168,7 +168,7 @@ def _stored(names_and_contents: Iterable[tuple[str, bytes]], folder: Path, limit
         if suffix not in SUFFIXES or (name.lower().endswith(".gz") and suffix != ".jsonl"):
             raise invalid(f"{name}: files of this type cannot be read; send one of {' '.join(FILE_TYPES)}", "file")
         if name.lower().endswith(".gz"):
-            content = _unpacked(name, content, _MOST_UNPACKED * limits.max_body_bytes)
+            content = _unpacked(name, content, _MAX_UNPACKED * limits.max_body_bytes)
         path = folder / f"{number}{suffix}"
         path.write_bytes(content)
         files.append(DocumentFile(path, name, len(content), None))

@@ -51,7 +51,7 @@ _TOKEN_ROWS, _TOKENS_OF_ROW = 10_000, 128
 _LISTS, _PROBES = 256, 32
 _CLUSTERED, _CENTROIDS = 4_096, 2_048
 _JUDGED_PAIRS = 40
-_FEWEST_QUERIES = 100
+_MIN_QUERIES = 100
 
 Advance = Callable[[int], object]
 
@@ -248,7 +248,7 @@ class _Measuring:
             self._encode([text], is_query=True)
             index.best(index.query(text), _CANDIDATES)
 
-        times = self._times(search, self.queries, fewest=_FEWEST_QUERIES, clock=time.perf_counter)
+        times = self._times(search, self.queries, fewest=_MIN_QUERIES, clock=time.perf_counter)
         return float(np.percentile(times, 99) / np.median(times))
 
     def _words(self) -> tuple[float, float, float]:

@@ -28,7 +28,7 @@ from d2llm.sizing.speeds import Speed, Speeds, read_speeds, shipped_speeds
 from d2llm.sizing.texts import TextFacts, shipped_text_facts
 from d2llm.store.vector_formats import make_format
 
-MOST_LOAD = 0.7
+MAX_LOAD = 0.7
 """Share of the time that cores may be busy. Beyond it, queries wait longer and longer for a free one."""
 MONTH_HOURS = 730
 _GIB = 1 << 30
@@ -285,7 +285,7 @@ class _Sizing:
         if self.plan.qps is None:
             return None
         busy = self.plan.qps * core_ms / 1e3
-        cores = math.ceil(busy / MOST_LOAD)
+        cores = math.ceil(busy / MAX_LOAD)
         num = max(fewest, math.ceil(cores / self.machine_cores))
         replicas = math.ceil(num / num_shards)
         if replicas > 1:
@@ -296,7 +296,7 @@ class _Sizing:
             replicas=replicas,
             cores=cores,
             load=busy / (num * self.machine_cores),
-            basis=f"{self.plan.qps:g} queries a second, {core_ms:.1f} ms of a core each, cores busy {MOST_LOAD:.0%} of "
+            basis=f"{self.plan.qps:g} queries a second, {core_ms:.1f} ms of a core each, cores busy {MAX_LOAD:.0%} of "
             f"the time at most; machines of {self.machine_cores} cores and {self.machine_memory / _GIB:.1f} GiB",
         )
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SAMPLE_PASSAGES = 4_000
 """Maximum number of passages from which ``TextFacts`` are taken."""
-_FEWEST_PASSAGES = 20
+_MIN_PASSAGES = 20
 _QUERY_WORDS = 10
 _BEST_SHARE = 40  # a query's candidates by words: the best fortieth of a sample
 _LENGTHS = 20
@@ -131,8 +131,8 @@ def read_text_facts(
         InputError: there are fewer than 20 passages, or they have no text.
     """
     sample = [replace(passage, metadata={}) for passage in _spread(passages, SAMPLE_PASSAGES)]
-    if len(sample) < _FEWEST_PASSAGES:
-        raise InputError(f"{source}: {len(sample)} passages are too few for a sample; give at least {_FEWEST_PASSAGES}")
+    if len(sample) < _MIN_PASSAGES:
+        raise InputError(f"{source}: {len(sample)} passages are too few for a sample; give at least {_MIN_PASSAGES}")
     texts = [passage.full_text for passage in sample]
     segment = WordSegment.from_texts(texts)
     num_words = int(segment.lengths.sum())

@@ -41,9 +41,9 @@ B = 0.75
 _Rows = NDArray[np.int64]
 _Number = TypeVar("_Number", np.int64, np.float32)
 _Scores = NDArray[np.float32]
-_LARGEST_COUNT = np.iinfo(np.uint16).max
+_MAX_COUNT = np.iinfo(np.uint16).max
 _OTHER, _SENTENCE_END = -1, -2  # tokens of a passage that are not query terms
-_MOST_COUNTS = 1 << 22  # counts of terms in sentences in memory at once, unless there are more sentences than this
+_MAX_COUNTS = 1 << 22  # counts of terms in sentences in memory at once, unless there are more sentences than this
 _KNOWN_TERMS = 1 << 20  # hashes kept in memory while texts are read
 
 
@@ -82,7 +82,7 @@ class AddedWords:
         hashes = np.array([_hash(term) for own in words for term in own], np.uint64)
         rows = np.repeat(np.arange(len(words)), [len(own) for own in words])
         counts = np.array([count for own in words for count in own.values()], np.float64)
-        return cls._of_postings(hashes, rows, np.clip(np.rint(100 * counts), 1, _LARGEST_COUNT).astype(np.uint16))
+        return cls._of_postings(hashes, rows, np.clip(np.rint(100 * counts), 1, _MAX_COUNT).astype(np.uint16))
 
     @classmethod
     def join(cls, parts: Mapping[int, AddedWords]) -> AddedWords:
@@ -219,7 +219,7 @@ class WordSegment:
             terms=vocabulary,
             starts=starts.astype(np.int64),
             rows=(keys % np.uint64(max(num, 1))).astype(np.uint32),
-            counts=np.minimum(counts, _LARGEST_COUNT).astype(np.uint16),
+            counts=np.minimum(counts, _MAX_COUNT).astype(np.uint16),
             tokens=tokens,
             offsets=offsets,
             lengths=lengths,
@@ -626,7 +626,7 @@ class WordIndex:
         window_norms = _norm(lengths, max(self._scored_by.mean_window_length, 1e-9))
         whole_scores, window_scores = np.zeros(len(filled), np.float32), np.zeros(len(ends), np.float32)
         column = (np.cumsum(np.bincount(occurring)) - 1)[term]
-        width = max(1, _MOST_COUNTS // len(ends))
+        width = max(1, _MAX_COUNTS // len(ends))
         is_short = len(occurring) <= width
         for start in range(0, len(occurring), width):
             part = weights[occurring[start : start + width]]
@@ -634,7 +634,7 @@ class WordIndex:
             places = (column[chosen] - start) * len(ends) + sentence[chosen]
             counts = np.bincount(places, minlength=len(part) * len(ends)).astype(np.float32)
             counts = counts.reshape(len(part), len(ends))
-            whole = np.minimum(np.add.reduceat(counts, firsts, axis=1), _LARGEST_COUNT)
+            whole = np.minimum(np.add.reduceat(counts, firsts, axis=1), _MAX_COUNT)
             _add_gains(whole_scores, part, whole, norms[filled])
             _add_gains(window_scores, part, windows.sums(counts), window_norms)
         passages[filled] = whole_scores

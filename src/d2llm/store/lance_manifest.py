@@ -16,7 +16,7 @@ from pathlib import Path
 from uuid import UUID
 
 VERSIONS = "_versions"
-_LARGEST = (1 << 64) - 1
+_MAX_VERSION = (1 << 64) - 1
 _NAME = re.compile(r"(\d{20})\.manifest")  # counts down, so that the newest is listed first
 _MAGIC = b"LANC"
 _FOOTER_BYTES = 16  # i64 position of the manifest, two i16 of the format version, the magic bytes
@@ -62,12 +62,12 @@ class VersionFiles:
 def version_of(name: str) -> int | None:
     """The version whose manifest has this file name in ``_versions``; None for other files."""
     match = _NAME.fullmatch(name)
-    return None if match is None else _LARGEST - int(match[1])
+    return None if match is None else _MAX_VERSION - int(match[1])
 
 
 def manifest_name(version: int) -> str:
     """The path of a version's manifest in the table's folder."""
-    return f"{VERSIONS}/{_LARGEST - version:020}.manifest"
+    return f"{VERSIONS}/{_MAX_VERSION - version:020}.manifest"
 
 
 def manifests(table: Path) -> dict[int, str]:

@@ -37,7 +37,7 @@ _WIDEN = 4
 _BLOCK_ROWS = 1_024  # rows that numpy decodes at a time: they stay in the cache
 _PRODUCT_ROWS = 256  # summed in float64 at a time: larger arrays need new memory pages, which takes 4 times as long
 _TOGETHER = 32  # queries per matrix product: more are hardly faster, and each keeps its candidates in memory
-_FEWEST_TOGETHER = 8  # fewer are as fast one by one
+_MIN_TOGETHER = 8  # fewer are as fast one by one
 _GATHER_ROWS = 65_536  # allowed rows that are copied together for an index that cannot exclude rows,
 _FEW_LEFT_OUT = 4_096  # unless it is faster to search for this many more and drop the rows that are not allowed
 
@@ -112,7 +112,7 @@ class RowScan:
         take = min(top_k + max(_SPARE_ROWS, top_k // 8), num_allowed)
         for start in range(0, len(queries), _TOGETHER):
             batch = np.ascontiguousarray(queries[start : start + _TOGETHER], np.float32)
-            if len(batch) < _FEWEST_TOGETHER or not num_allowed:
+            if len(batch) < _MIN_TOGETHER or not num_allowed:
                 results += [self.search(query, top_k, mask, ids_of=ids_of) for query in batch]
                 continue
             for query, (rows, lowest) in zip(batch, self._propose_together(batch, take, mask), strict=True):

@@ -18,8 +18,8 @@ from d2llm.ops.bm25_words import terms
 from d2llm.ops.ridge import NUM_FOLDS, PENALTIES, Moments, RidgeSet, folds_of, ridge_weights
 from d2llm.training.mining.choose import key_of
 
-_FEWEST = 20  # passages with a query
-_FEWEST_QUERIES = 2  # with a word
+_MIN_PASSAGES = 20  # passages with a query
+_MIN_QUERIES = 2  # with a word
 
 _Floats = NDArray[np.float64]
 
@@ -65,7 +65,7 @@ def fit_document_expansion(
     """
     sets = [_passages_of(dataset, split, max_passages, seed) for dataset in data]
     num_queries = sum((each.num_queries for each in sets), Counter[str]())
-    vocabulary = sorted(term for term, number in num_queries.items() if number >= _FEWEST_QUERIES)
+    vocabulary = sorted(term for term, number in num_queries.items() if number >= _MIN_QUERIES)
     if not vocabulary:
         raise InputError(f"no word is in two of the queries of '{split}'; use a data set with more of them")
     place_of = {term: place for place, term in enumerate(vocabulary)}
@@ -110,10 +110,10 @@ def _passages_of(dataset: Dataset, split: str, max_passages: int, seed: int) -> 
             num_queries.update(words)
         for passage_id in fitted:
             queries_of[passage_id].append(words)
-    if len(queries_of) < _FEWEST:
+    if len(queries_of) < _MIN_PASSAGES:
         raise InputError(
             f"{dataset.name}: {len(queries_of)} passages are relevant to a query of '{split}' and to none of another "
-            f"split, but at least {_FEWEST} are needed to learn what words passages lack; use another data set"
+            f"split, but at least {_MIN_PASSAGES} are needed to learn what words passages lack; use another data set"
         )
     chosen = sorted(queries_of, key=lambda name: key_of(seed, "document expansion", name))[:max_passages]
     shares: list[dict[str, float]] = []

@@ -21,7 +21,7 @@ from d2llm.ops.pair_measures import binary_measurer
 from d2llm.ops.ridge import RidgeSet, choose_penalty, folds_of, ridge_weights
 from d2llm.training.mining.choose import key_of
 
-_FEWEST = 20  # relevant passages, and others
+_MIN_PASSAGES = 20  # relevant passages, and others
 
 
 def fit_quality(
@@ -50,10 +50,10 @@ def fit_quality(
         reserved = dataset.relevant_passages(other for other in dataset.qrels if other != split) - relevant
         ids = sorted({*dataset.passages} - reserved, key=lambda name: key_of(seed, "quality", name))[:max_passages]
         labels = np.array([passage_id in relevant for passage_id in ids], np.float64)
-        if min(labels.sum(), len(labels) - labels.sum()) < _FEWEST:
+        if min(labels.sum(), len(labels) - labels.sum()) < _MIN_PASSAGES:
             raise InputError(
                 f"{dataset.name}: {int(labels.sum())} of {len(ids):,} passages are relevant to a query of '{split}', "
-                f"but at least {_FEWEST} must be, and {_FEWEST} must not; use another data set"
+                f"but at least {_MIN_PASSAGES} must be, and {_MIN_PASSAGES} must not; use another data set"
             )
         with progress_bar(f"encoding passages of {dataset.name}", len(ids)) as advance:
             texts = [dataset.passages[passage_id].full_text for passage_id in ids]

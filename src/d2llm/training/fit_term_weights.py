@@ -16,7 +16,7 @@ from d2llm.ops.bm25_words import terms
 from d2llm.ops.ridge import RidgeSet, choose_penalty, folds_of, ridge_weights
 from d2llm.training.mining.choose import key_of
 
-_FEWEST = 20  # queries
+_MIN_QUERIES = 20  # queries
 
 
 def fit_term_weights(
@@ -41,10 +41,10 @@ def fit_term_weights(
     for dataset in data:
         positives = {query_id: ids for query_id, ids in dataset.positives(split).items() if ids}
         chosen = sorted(positives, key=lambda query_id: key_of(seed, "term weights", query_id))[:max_queries]
-        if len(chosen) < _FEWEST:
+        if len(chosen) < _MIN_QUERIES:
             raise InputError(
-                f"{dataset.name}: {len(chosen)} queries of '{split}' have a relevant passage, but at least {_FEWEST} "
-                "are needed to weigh words; use another data set"
+                f"{dataset.name}: {len(chosen)} queries of '{split}' have a relevant passage, but at least "
+                f"{_MIN_QUERIES} are needed to weigh words; use another data set"
             )
         passages = {passage_id for query_id in chosen for passage_id in positives[query_id]}
         terms_of = {passage_id: {*terms(dataset.passages[passage_id].full_text)} for passage_id in passages}

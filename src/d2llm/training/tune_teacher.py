@@ -37,7 +37,7 @@ from d2llm.training.gradient_cache import backpropagate_parts, graph_room
 from d2llm.training.trainer import Trainable, Trainer
 
 _PAIR_SHARE = 0.3  # weight of the yes/no loss when it is added to the softmax over lists
-_LARGEST_SHARE = 5  # at most one fifth of a plan is held out
+_MAX_SHARE = 5  # at most one fifth of a plan is held out
 _ALL = 1_000_000
 _SORTED_BATCHES = 16  # number of batches whose pairs are sorted by length together
 
@@ -257,7 +257,7 @@ def hold_out(
     for source in sources:
         entries = sorted(source.plan.entries, key=lambda entry: entry.query_id)
         random.Random(f"{seed}:dev:{source.dataset.name}").shuffle(entries)
-        dev = entries[: min(tuning.dev_queries, len(entries) // _LARGEST_SHARE)]
+        dev = entries[: min(tuning.dev_queries, len(entries) // _MAX_SHARE)]
         dev_positives = {passage_id for entry in dev for passage_id in entry.positives}
         dev_ids = {entry.query_id for entry in dev}
         rest = [e for e in source.plan.entries if e.query_id not in dev_ids and dev_positives.isdisjoint(e.positives)]

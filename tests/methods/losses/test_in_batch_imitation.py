@@ -23,7 +23,7 @@ from tiny_data import tiny_recipe, topics
 from tiny_distill import LEARNING, Place, log_of
 from tiny_models import DIM, randomise, tiny_student_config, write_tiny_model
 
-WEIGHT, MOST_TOKENS = 7.5, 3
+WEIGHT, MAX_TOKENS = 7.5, 3
 TOLERANCE = 0.004  # token embeddings are kept in two bytes for each number
 
 
@@ -34,7 +34,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
     student = Student.create(tiny_student_config(model), device="cpu", dtype="float32")
     randomise(student.interaction)
     rarity = [float(number % 5) for number in range(len(student.backbone.tokenizer))]  # every fifth token has no vector
-    student.token_projection = TokenProjection(DIM, 8, rarity, max_query_tokens=MOST_TOKENS)
+    student.token_projection = TokenProjection(DIM, 8, rarity, max_query_tokens=MAX_TOKENS)
     weights: dict[EvidenceTerm, float] = {"token_vectors": WEIGHT, "words": 3.0}
     fitted = TaskEvidence(weights=weights, dev={}, num_queries={})
     student.evidence = Evidence(tasks={"asymmetric": fitted})
@@ -56,7 +56,7 @@ def token_vectors(student: Student, text: str, kind: TextKind) -> tuple[list[lis
         projected = (states[0].double() @ projection.weight.double().T).tolist()
     rare = [(place, projection.rarity[token].item()) for place, token in enumerate(ids)]
     counted = sorted((pair for pair in rare if pair[1] > 0), key=lambda pair: -pair[1])
-    kept = sorted(place for place, _ in (counted[:MOST_TOKENS] if kind == "query" else counted))
+    kept = sorted(place for place, _ in (counted[:MAX_TOKENS] if kind == "query" else counted))
     rows = [projected[place] for place in kept]
     return [[x / math.sqrt(sum(y * y for y in row)) for x in row] for row in rows], len(counted)
 
@@ -78,7 +78,7 @@ def test_scores_by_an_independent_formula(student: Student, source: TrainingSour
     texts = [source.passage_text(passage_id) for passage_id in ids]
     queries = [source.query_text(entry.query_id) for entry in source.plan.entries[:4]]
     queries.append(" ".join(queries))  # with more tokens than count
-    assert token_vectors(student, queries[-1], "query")[1] > MOST_TOKENS
+    assert token_vectors(student, queries[-1], "query")[1] > MAX_TOKENS
     spread = 0.0
     for query in queries:
         vectors = student.score(

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from d2llm.ops.losses import SMALLEST_NORM, masked_mean, zero_outside
+from d2llm.ops.losses import MIN_NORM, masked_mean, zero_outside
 from d2llm.recipe import Recipe
 from d2llm.recipe.losses import Loss
 from d2llm.training.losses import LossInput
@@ -83,8 +83,8 @@ def subclass_imitation(
     (features,) = zero_outside(mask[:, :, None], student_features)
     (gram,) = zero_outside(mask[:, :, None] & mask[:, None, :], teacher_gram.to(features.dtype))
     (yes,) = zero_outside(mask, teacher_probabilities.to(features.dtype))
-    features = functional.normalize(features, dim=2, eps=SMALLEST_NORM)
-    smallest = SMALLEST_NORM**2  # of a variance
+    features = functional.normalize(features, dim=2, eps=MIN_NORM)
+    smallest = MIN_NORM**2  # of a variance
     total = torch.zeros_like(yes)
     with torch.autocast(features.device.type, enabled=False):
         own = features @ features.mT

@@ -17,7 +17,7 @@ from d2llm.core.extras import require
 Runtime = Literal["onnx", "openvino"]
 OPENVINO_GROUP = 128
 """How many numbers of a token's state share a scale in OpenVINO: smaller groups are more exact, this one no slower."""
-_SMALLEST_SIDE = 16  # smaller weight matrices are not worth quantising
+_MIN_SIDE = 16  # smaller weight matrices are not worth quantising
 _ZERO = 128  # code of a weight of 0, so that codes are unsigned
 
 
@@ -38,7 +38,7 @@ def quantise(file: Path, runtime: Runtime) -> None:
     replaced: set[str] = set()
     for node in model.graph.node:
         name = node.input[1] if node.op_type == "MatMul" else ""
-        if name in weights and len(weights[name].dims) == 2 and min(weights[name].dims) >= _SMALLEST_SIDE:
+        if name in weights and len(weights[name].dims) == 2 and min(weights[name].dims) >= _MIN_SIDE:
             if name not in replaced:
                 make.add_weight(name, *_by_column(onnx.numpy_helper.to_array(weights[name])))
                 replaced.add(name)

@@ -38,7 +38,7 @@ _FUNCTION_WORD = re.compile(
 _CHINESE_QUESTION = re.compile(r"什么|什麼|为何|為何|如何|怎|哪|谁|誰|几|幾|多少|是否|吗|嗎|呢$")
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 _SENTENCE_END = (".", "!", "。", "！")
-_MOST_KEYWORDS = 6
+_MAX_KEYWORDS = 6
 _ANSWER_LENGTH = 3  # the length of a passage, in maximum lengths of a query
 _LONGEST_CHINESE_KEYWORDS = 12  # characters: about as much as six words
 
@@ -190,7 +190,7 @@ def kind_of_query(text: str) -> QueryKind:
     if text.endswith(_SENTENCE_END):
         return "statement"
     num_chinese = len(_CJK.findall(text))
-    is_short = num_chinese <= _LONGEST_CHINESE_KEYWORDS if num_chinese else len(text.split()) <= _MOST_KEYWORDS
+    is_short = num_chinese <= _LONGEST_CHINESE_KEYWORDS if num_chinese else len(text.split()) <= _MAX_KEYWORDS
     return "keywords" if is_short else "statement"
 
 
@@ -199,5 +199,5 @@ def keywords_of(question: str) -> str | None:
     words = [word.strip('?!.,;:"()') for word in question.split()]
     function_words = (_FUNCTION_WORD, _QUESTION_WORD)
     kept = [word for word in words if word and not any(pattern.fullmatch(word) for pattern in function_words)]
-    is_short = 2 <= len(kept) <= _MOST_KEYWORDS and len(kept) < len(words)
+    is_short = 2 <= len(kept) <= _MAX_KEYWORDS and len(kept) < len(words)
     return " ".join(kept) if is_short else None
