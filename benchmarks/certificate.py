@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scaling.array_view import ArrayView, passage_reaches
+from scaling.array_view import ArrayView, passage_bounds
 from scaling.data_sets import DATA, require
 
 from d2llm.core.errors import InputError
@@ -37,7 +37,7 @@ from d2llm.models.student import Student
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
 from d2llm.retrieval.cosine import ForwardingStudent
-from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
+from d2llm.retrieval.exact_search import CachedBounds, certified_top_k
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 TOP_K = 10
@@ -84,10 +84,10 @@ def measure(student: Student, place: Path, task: Task, split: str, num_queries: 
     rows: list[dict[str, float]] = []
     anchors = student.anchor_queries(queries, task) @ passages.T
     with torch.inference_mode():
-        reach_of_passages = head.passage_reach(torch.from_numpy(passages)).numpy()
+        reach_of_passages = head.passage_bound(torch.from_numpy(passages)).numpy()
     for weight in WEIGHTS:
         with torch.inference_mode():
-            reach_of_queries = head.query_reach(torch.from_numpy(queries), task, interaction_weight=weight).numpy()
+            reach_of_queries = head.query_bound(torch.from_numpy(queries), task, interaction_weight=weight).numpy()
             bound = float(head.bound(task, interaction_weight=weight))
         rankings: dict[str, list[str]] = {}
         shares: list[float] = []
@@ -133,9 +133,9 @@ class WeightedStudent(ForwardingStudent):
         """The student's scores with the weight r."""
         return self.prepare(query_vector, task)(passage_vectors)
 
-    def passage_reach(self, passage_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    def passage_bound(self, passage_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
         """The student's, which the weight does not change."""
-        return self._student.passage_reach(passage_vectors)
+        return self._student.passage_bound(passage_vectors)
 
 
 def measure_speed(
@@ -148,7 +148,7 @@ def measure_speed(
     chosen = sorted(query_id for query_id in dataset.qrels[split] if query_id in dataset.queries)[:num_queries]
     queries = student.encode_queries([dataset.queries[query_id].text for query_id in chosen]).vectors
     view: Any = ArrayView(passages)  # what is read of a PassageView
-    reaches = KeptReaches(passage_reaches(view, student))
+    cached = CachedBounds(passage_bounds(view, student))
     rows: list[dict[str, float]] = []
     for weight in WEIGHTS:
         weighted = WeightedStudent(student, weight)
@@ -158,7 +158,7 @@ def measure_speed(
             anchor_query = student.anchor_queries(query[None], task)[0]
             times["scan_ms"].append(milliseconds(lambda: view.scan(anchor_query, TOP_K)))  # noqa: B023 - used at once
             start = time.process_time()
-            found = certified_top_k(view, weighted, query, task, TOP_K, reaches=reaches)
+            found = certified_top_k(view, weighted, query, task, TOP_K, cached=cached)
             times["certified_ms"].append((time.process_time() - start) * 1e3)
             times["full_ms"].append(milliseconds(lambda: weighted.score(query, passages, task)))  # noqa: B023
             times["share"].append(found.certificate.num_scored / len(ids))

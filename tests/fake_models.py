@@ -115,14 +115,14 @@ class PreparedAnchorStudent(AnchorStudent):
     def prepare(self, query_vector, task):
         return FakeScorer(self.anchor_queries(query_vector[None], task)[0])
 
-    def passage_reach(self, passage_vectors):
+    def passage_bound(self, passage_vectors):
         return np.ones(len(passage_vectors), np.float32)
 
 
 @dataclass(frozen=True)
 class FakeScorer:
     anchor_query: np.ndarray
-    reach: float = 0.0
+    bound: float = 0.0
 
     def __call__(self, passages):
         return passages @ self.anchor_query

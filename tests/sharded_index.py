@@ -19,7 +19,7 @@ class BoundedScorer:
     """2 <q, p> + tanh(p_0 q_1), summed in a fixed order, so that a score does not depend on the other rows."""
 
     query: np.ndarray
-    reach: float = 1.0
+    bound: float = 1.0
 
     @property
     def anchor_query(self):
@@ -27,7 +27,7 @@ class BoundedScorer:
 
     def __call__(self, passages):
         anchors = np.einsum("ij,j->i", passages, self.anchor_query)
-        return anchors + np.float32(self.reach) * self.change(passages)
+        return anchors + np.float32(self.bound) * self.change(passages)
 
     def change(self, passages):
         # In float64, because the last bits of numpy's tanh depend on the place in the array.
@@ -37,16 +37,16 @@ class BoundedScorer:
 class BoundedStudent(TokenStudent):
     """A score like that of a real student: anchor, bounded interaction, words, windows and tokens."""
 
-    reach = 1.0
+    bound = 1.0
     weights = WEIGHTS
 
     def _encode(self, texts, advance):
         return with_exact_products(super()._encode(texts, advance))
 
     def prepare(self, query_vector, task):
-        return BoundedScorer(query_vector, self.reach)
+        return BoundedScorer(query_vector, self.bound)
 
-    def passage_reach(self, passage_vectors):
+    def passage_bound(self, passage_vectors):
         return np.ones(len(passage_vectors), np.float32)
 
     def score(self, query_vector, passage_vectors, task):

@@ -44,10 +44,10 @@ class ArrayView:
         return CertifiedRows(rows, scores[rows], None, Certificate(0, 0, 0, 0, 0))
 
 
-def passage_reaches(view: ArrayView | PassageView, student: VectorStudent) -> NDArray[np.float32]:
+def passage_bounds(view: ArrayView | PassageView, student: VectorStudent) -> NDArray[np.float32]:
     """r_p of every row, float32 [capacity]."""
-    reaches = np.empty(view.capacity, np.float32)
+    bounds = np.empty(view.capacity, np.float32)
     for start in range(0, view.capacity, _BLOCK_ROWS):
         end = min(start + _BLOCK_ROWS, view.capacity)
-        reaches[start:end] = student.passage_reach(view.block(start, end))
-    return reaches
+        bounds[start:end] = student.passage_bound(view.block(start, end))
+    return bounds

@@ -129,8 +129,8 @@ class KnownVectors(PlainStudent):
     def prepare(self, query_vector: NDArray[np.float32], task: Task) -> Any:
         return self._student.prepare(query_vector, task)
 
-    def passage_reach(self, passage_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self._student.passage_reach(passage_vectors)
+    def passage_bound(self, passage_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self._student.passage_bound(passage_vectors)
 
     def passages_of(self, corpus: Corpus) -> Iterator[Passage]:
         """The passages of a corpus; their vectors are stored for ``encode_passages``."""

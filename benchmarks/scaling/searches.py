@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from d2llm import Student
 from d2llm.core.types import EvidenceTerm, Query, Task
 from d2llm.ops.selection import top_rows
-from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
+from d2llm.retrieval.exact_search import CachedBounds, certified_top_k
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.store.ann import AnnSearch
 from d2llm.store.scan import RowScan
 from d2llm.store.vector_formats import make_format
 from d2llm.store.view import PassageView
-from scaling.array_view import ArrayView, passage_reaches
+from scaling.array_view import ArrayView, passage_bounds
 from scaling.corpus import BLOCK, KnownVectors, Queries
 
 TOP_K = 10
@@ -53,11 +53,11 @@ def true_rankings(
         AssertionError: the two differ.
     """
     view: Any = ArrayView(vectors)  # what is read of a PassageView
-    reaches = KeptReaches(passage_reaches(view, student))
+    cached = CachedBounds(passage_bounds(view, student))
     rows: list[list[int]] = []
     shares: list[float] = []
     for number, query in enumerate(task_queries.vectors):
-        found = certified_top_k(view, student, query, task, TOP_K, reaches=reaches)
+        found = certified_top_k(view, student, query, task, TOP_K, cached=cached)
         rows.append(found.rows.tolist())
         shares.append(found.certificate.num_scored / len(vectors))
         if number < num_checked:
@@ -75,7 +75,7 @@ def our_searches(
     Searches that count words rank differently from the truth they are compared with: only their time is meaningful.
     """
     anchors = student.anchor_queries(task_queries.vectors, task)
-    reaches = KeptReaches(passage_reaches(view, student))
+    cached = CachedBounds(passage_bounds(view, student))
     queries = [Query(str(number), text) for number, text in enumerate(task_queries.texts)]
     approximate = None if view.ann is None else AnnSearch(view.ann, view.live, view.ids)
 
@@ -89,10 +89,10 @@ def our_searches(
         return view.scan(anchors[number], depth).rows if hits is None else hits[0]
 
     def certified(number: int) -> Sequence[int]:
-        return certified_top_k(view, student, task_queries.vectors[number], task, TOP_K, reaches=reaches).rows.tolist()
+        return certified_top_k(view, student, task_queries.vectors[number], task, TOP_K, cached=cached).rows.tolist()
 
     def whole(**settings: Any) -> Search:
-        searcher = Searcher(view, known, SearchSettings(task=task, top_k=TOP_K, **settings), reaches=reaches)
+        searcher = Searcher(view, known, SearchSettings(task=task, top_k=TOP_K, **settings), cached=cached)
         return lambda number: [_row(place.passage.id) for place in searcher.rank([queries[number]])[0].passages]
 
     searches: dict[str, Search] = {

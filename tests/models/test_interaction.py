@@ -172,19 +172,19 @@ def test_gates_narrow_the_bound_of_each_pair(task):
     for row, query in enumerate(queries):
         searched = search_scores(module, query, passages, task)
         np.testing.assert_allclose(searched, expected[row].detach(), rtol=0, atol=1e-12)
-    reach = module.query_reach(queries, task)[:, None] * module.passage_reach(passages)
-    torch.testing.assert_close(reach, module.bound(task) * gates, rtol=0, atol=1e-12)
-    assert bool(((gated.logits - gated.anchor).abs() <= reach).all())
-    upper = torch.cat([module.anchor_queries(queries, task), module.query_reach(queries, task)[:, None]], dim=1)
-    stored = torch.cat([passages, module.passage_reach(passages)[:, None]], dim=1)
+    bound = module.query_bound(queries, task)[:, None] * module.passage_bound(passages)
+    torch.testing.assert_close(bound, module.bound(task) * gates, rtol=0, atol=1e-12)
+    assert bool(((gated.logits - gated.anchor).abs() <= bound).all())
+    upper = torch.cat([module.anchor_queries(queries, task), module.query_bound(queries, task)[:, None]], dim=1)
+    stored = torch.cat([passages, module.passage_bound(passages)[:, None]], dim=1)
     # The upper bound is one inner product.
-    torch.testing.assert_close(upper @ stored.T, gated.anchor + reach, rtol=0, atol=1e-12)
+    torch.testing.assert_close(upper @ stored.T, gated.anchor + bound, rtol=0, atol=1e-12)
 
 
 def test_gates_are_nearly_open_at_first():
     module = make(gates=True, trained=False)
-    assert module.passage_reach(vectors(4, 1)).tolist() == pytest.approx([0.9526] * 4, abs=1e-4)
-    assert make(trained=False).passage_reach(vectors(4, 1)).tolist() == [1.0] * 4
+    assert module.passage_bound(vectors(4, 1)).tolist() == pytest.approx([0.9526] * 4, abs=1e-4)
+    assert make(trained=False).passage_bound(vectors(4, 1)).tolist() == [1.0] * 4
 
 
 @pytest.mark.parametrize("gates", [False, True])

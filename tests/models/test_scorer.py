@@ -136,9 +136,9 @@ def test_change_is_what_the_interaction_adds():
     assert change.max() <= 1
     assert np.ptp(change) > 0.1
     with torch.inference_mode():
-        reach = module.passage_reach(torch.from_numpy(passages)).numpy()
-        assert score.reach == pytest.approx(module.query_reach(torch.from_numpy(query), "asymmetric").item())
-    np.testing.assert_allclose(passages @ score.anchor_query + score.reach * reach * change, score(passages), atol=1e-5)
+        bound = module.passage_bound(torch.from_numpy(passages)).numpy()
+        assert score.bound == pytest.approx(module.query_bound(torch.from_numpy(query), "asymmetric").item())
+    np.testing.assert_allclose(passages @ score.anchor_query + score.bound * bound * change, score(passages), atol=1e-5)
 
 
 def test_the_interaction_weight_can_be_overridden():
@@ -163,7 +163,7 @@ def test_weight_zero_skips_the_interaction(monkeypatch):
     module.interaction_weight("symmetric").fill_(0.0)
     monkeypatch.setattr(QueryScorer, "_interaction", lambda *_: pytest.fail("the interaction was computed"))
     score = prepare(module, query)
-    assert score.reach == 0
+    assert score.bound == 0
     np.testing.assert_allclose(score(passages), passages @ score.anchor_query, rtol=0, atol=1e-5)
     assert (score.change(passages) == 0).all()
 
@@ -172,7 +172,7 @@ def test_the_cosine_head_scores_by_its_anchor_alone():
     head, (query,), passages = CosineHead(DIM), vectors(1, 1), vectors(9, 2)
     score = QueryScorer(head, None, torch.from_numpy(query), "symmetric", 4)
     np.testing.assert_allclose(score(passages), 20 * passages @ query / DIM, rtol=0, atol=1e-5)
-    assert score.reach == 0
+    assert score.bound == 0
 
 
 def test_the_paper_heads_scores_are_finer_than_bfloat16():
@@ -251,4 +251,4 @@ def test_a_student_can_be_copied_after_scoring(student):
 
 def test_passage_reach_is_one_without_gates(student):
     passages = student.encode_passages(TEXTS).vectors
-    assert (student.passage_reach(passages) == 1).all()
+    assert (student.passage_bound(passages) == 1).all()

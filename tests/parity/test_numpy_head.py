@@ -77,11 +77,11 @@ def test_scores_match_the_students(name):
             continue
         anchor_query = numpy_head.anchor_queries(query[None], task)[0]
         np.testing.assert_allclose(anchor_query, scorer.anchor_query, rtol=0, atol=TOLERANCE * abs(anchor_query).max())
-        assert numpy_head.reach(query[None], task)[0] == pytest.approx(scorer.reach, rel=1e-6)
+        assert numpy_head.bound(query[None], task)[0] == pytest.approx(scorer.bound, rel=1e-6)
         if module.has_interaction(task):
             assert abs(scores - passages @ anchor_query).max() > 0.05  # the interaction contributes to the score
-            reach = module.passage_reach(torch.from_numpy(passages)).detach()
-            np.testing.assert_allclose(numpy_head.passage_reach(passages), reach, rtol=0, atol=1e-6)
+            bound = module.passage_bound(torch.from_numpy(passages)).detach()
+            np.testing.assert_allclose(numpy_head.passage_bound(passages), bound, rtol=0, atol=1e-6)
 
 
 def test_weights_shared_by_both_tasks_are_stored_once():

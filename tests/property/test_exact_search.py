@@ -21,7 +21,7 @@ from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.ops.selection import from_the_highest, top_rows
 from d2llm.recipe import InteractionConfig
 from d2llm.retrieval import exact_search
-from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
+from d2llm.retrieval.exact_search import CachedBounds, certified_top_k
 from d2llm.retrieval.row_evidence import RowEvidence
 from evidence_rows import EvidenceRows
 from examples import examples
@@ -50,9 +50,9 @@ class TinyStudent:
     def prepare(self, query_vector, task):
         return QueryScorer(self.interaction, self._weights[task], torch.from_numpy(query_vector), task, 64)
 
-    def passage_reach(self, vectors):
+    def passage_bound(self, vectors):
         with torch.inference_mode():
-            return self.interaction.passage_reach(torch.from_numpy(vectors)).numpy()
+            return self.interaction.passage_bound(torch.from_numpy(vectors)).numpy()
 
 
 class ArrayView:
@@ -106,11 +106,11 @@ def brute_force(view, student, query, task, top_k, allowed, evidence=None):
         values = score(view.block(0, view.capacity))
     else:
         vectors = view.block(0, view.capacity)
-        reach = np.float32(score.reach) * student.passage_reach(vectors)
+        bound = np.float32(score.bound) * student.passage_bound(vectors)
         values = vectors @ score.anchor_query
         if evidence is not None:
             values = values + evidence(np.arange(view.capacity))
-        values = values + reach * score.change(vectors)
+        values = values + bound * score.change(vectors)
     assert values.dtype == np.float32
     order = sorted(rows.tolist(), key=lambda row: (-values[row], view.ids([row])[0]))[:top_k]
     return order, values
@@ -199,8 +199,8 @@ def test_ranking_matches_brute_force_in_1050_random_cases(monkeypatch):
         view, query, allowed, top_k, rng = random_case(seed)
         task = TASKS[seed % 2]
         expected, values = brute_force(view, student, query, task, top_k, allowed)
-        reaches = KeptReaches(student.passage_reach(view.block(0, view.capacity))) if rng.random() < 0.5 else None
-        result = certified_top_k(view, student, query, task, top_k, allowed=allowed, reaches=reaches)
+        cached = CachedBounds(student.passage_bound(view.block(0, view.capacity))) if rng.random() < 0.5 else None
+        result = certified_top_k(view, student, query, task, top_k, allowed=allowed, cached=cached)
         assert result.rows.tolist() == expected, seed
         assert result.scores.tolist() == values[expected].tolist(), seed
         certificate, total = result.certificate, len(view.live_rows(allowed))
@@ -231,14 +231,14 @@ def test_no_score_is_above_its_bound(seed, number):
     with torch.inference_mode():
         queries, passages = torch.from_numpy(query)[None].double(), torch.from_numpy(vectors).double()
         scores = module(queries, passages, "symmetric")
-        reach = (module.query_reach(queries, "symmetric")[:, None] * module.passage_reach(passages)).numpy()
+        bound = (module.query_bound(queries, "symmetric")[:, None] * module.passage_bound(passages)).numpy()
         change = (scores.logits - scores.anchor).numpy()
-        assert (np.abs(change) <= reach + 1e-14 * np.abs(scores.anchor.numpy())).all()
+        assert (np.abs(change) <= bound + 1e-14 * np.abs(scores.anchor.numpy())).all()
         single = student.prepare(query, "symmetric")
     anchors = vectors @ single.anchor_query
-    reach = np.float32(single.reach) * student.passage_reach(vectors)
-    finals = anchors + reach * single.change(vectors)
-    assert (finals <= anchors + reach).all()
+    bound = np.float32(single.bound) * student.passage_bound(vectors)
+    finals = anchors + bound * single.change(vectors)
+    assert (finals <= anchors + bound).all()
 
 
 @pytest.mark.parametrize("head", ["anchored", "paper"])
@@ -291,24 +291,24 @@ def test_reaches_are_computed_once_and_only_if_scans_fall_short(monkeypatch):
     monkeypatch.setattr(exact_search, "_SCANNED_SHARE", 2)
     generator = np.random.default_rng(3)
     view = ArrayView(generator.standard_normal((9_000, DIM)).astype(np.float32))
-    query, kept = generator.standard_normal(DIM).astype(np.float32), KeptReaches()
+    query, kept = generator.standard_normal(DIM).astype(np.float32), CachedBounds()
     gated = TinyStudent(weight=0.01)
-    certified_top_k(view, gated, query, "symmetric", 3, reaches=kept)
+    certified_top_k(view, gated, query, "symmetric", 3, cached=kept)
     assert kept.values is None
     monkeypatch.setattr(exact_search, "_SCANS", ())
-    first = certified_top_k(view, gated, query, "symmetric", 3, reaches=kept)
-    np.testing.assert_allclose(kept.values, gated.passage_reach(view.block(0, view.capacity)), rtol=1e-6)
-    monkeypatch.setattr(gated, "passage_reach", lambda _: pytest.fail("computed again"))
-    again = certified_top_k(view, gated, query, "symmetric", 3, reaches=kept)
+    first = certified_top_k(view, gated, query, "symmetric", 3, cached=kept)
+    np.testing.assert_allclose(kept.values, gated.passage_bound(view.block(0, view.capacity)), rtol=1e-6)
+    monkeypatch.setattr(gated, "passage_bound", lambda _: pytest.fail("computed again"))
+    again = certified_top_k(view, gated, query, "symmetric", 3, cached=kept)
     assert (first.rows.tolist(), first.scores.tolist()) == (again.rows.tolist(), again.scores.tolist())
 
 
 def test_without_gates_kept_reaches_take_no_memory(monkeypatch):
     monkeypatch.setattr(exact_search, "_SCANS", ())
-    student, (view, query, _, _, _), kept = TinyStudent(gates=False), random_case(11), KeptReaches()
+    student, (view, query, _, _, _), kept = TinyStudent(gates=False), random_case(11), CachedBounds()
     expected, values = brute_force(view, student, query, "symmetric", 4, None)
     for _ in range(2):
-        result = certified_top_k(view, student, query, "symmetric", 4, reaches=kept)
+        result = certified_top_k(view, student, query, "symmetric", 4, cached=kept)
         assert (result.rows.tolist(), result.scores.tolist()) == (expected, values[expected].tolist())
         assert (kept.values == 1).all()
         assert kept.values.base.nbytes == 4

@@ -111,10 +111,10 @@ def test_a_sharded_search_is_that_of_one_index(pair, text, top_k, condition, evi
 
 
 @settings(max_examples=15)
-@given(text=queries, top_k=st.sampled_from([1, 5, 30]), reach=st.sampled_from([0.0, 1.0, 8.0]))
-def test_an_exact_search_is_brute_force(pair, text, top_k, reach):
+@given(text=queries, top_k=st.sampled_from([1, 5, 30]), bound=st.sampled_from([0.0, 1.0, 8.0]))
+def test_an_exact_search_is_brute_force(pair, text, top_k, bound):
     student = BoundedStudent()
-    student.reach, student.weights = reach, {"words": 0.7}
+    student.bound, student.weights = bound, {"words": 0.7}
     one, several = pair
     evidence = {"words": 0.7}
     passages = one.view.passages(one.view.live_rows())
@@ -124,7 +124,7 @@ def test_an_exact_search_is_brute_force(pair, text, top_k, reach):
     scorer = student.prepare(vector, "asymmetric")
     # In the order in which an exact search adds, because single sums may be almost 0.
     added = vectors @ scorer.anchor_query + np.float32(0.7) * words.scores(words.query(text))
-    scores = added + np.float32(reach) * scorer.change(vectors)
+    scores = added + np.float32(bound) * scorer.change(vectors)
     expected = sorted(zip(scores.tolist(), [p.id for p in passages], strict=True), key=lambda pair: (-pair[0], pair[1]))
     index = Index.open(several.folder, student)
     ranking = index.search(text, exact=True, top_k=top_k, evidence=evidence)
@@ -173,12 +173,12 @@ class WaitingShardSearch(ShardSearch):
 @given(
     text=queries,
     top_k=st.sampled_from([1, 5, 30, 500]),
-    reach=st.sampled_from([0.0, 1.0]),
+    bound=st.sampled_from([0.0, 1.0]),
     budget=st.none() | st.just(0),
 )
-def test_an_exact_search_asks_remote_shards_at_the_same_time(pair, text, top_k, reach, budget):
+def test_an_exact_search_asks_remote_shards_at_the_same_time(pair, text, top_k, bound, budget):
     student = BoundedStudent()
-    student.reach = reach
+    student.bound = bound
     several = Index.open(pair[1].folder, student)
     remote = ShardedView(
         several.storage,
@@ -208,7 +208,7 @@ def test_shards_after_the_first_score_less(pair):
     if len(several.view.shards) != 4:
         pytest.skip("needs shards of some size")
     student = BoundedStudent()
-    student.reach = 0.01
+    student.bound = 0.01
     texts = [f"{first} {second}" for first in WORDS[:5] for second in WORDS[5:]]
     joint = Index.open(several.folder, student).search(texts, exact=True, top_k=3, evidence=NOTHING_ADDED)
     alone = [

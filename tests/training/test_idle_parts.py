@@ -104,6 +104,6 @@ def test_gates_that_do_not_tighten_the_bound_become_constant(place: Place, usefu
         assert torch.equal(head.passage_gate.weight, before)
         assert student.drop_idle_parts() == ()
     else:
-        reach = head.passage_reach(passages).detach().numpy()
-        assert np.ptp(reach) == 0
+        bound = head.passage_bound(passages).detach().numpy()
+        assert np.ptp(bound) == 0
         assert student.drop_idle_parts() == ("gates of the bound",)

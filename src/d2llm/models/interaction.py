@@ -254,14 +254,14 @@ class Interaction(nn.Module):
         weight = self.interaction_weight(task) if interaction_weight is None else interaction_weight
         return weight * self.config.max_bound * torch.sigmoid(self.raw_bound)
 
-    def query_reach(
+    def query_bound(
         self, queries: Float[Tensor, "*queries dim"], task: Task, *, interaction_weight: float | None = None
     ) -> Float[Tensor, "*queries"]:
         """The query's part of the bound of a pair, r B r_q(a); ``interaction_weight`` as in ``bound``."""
         gate = torch.ones_like(queries[..., 0]) if self.query_gate is None else _gate(self.query_gate, queries)
         return self.bound(task, interaction_weight=interaction_weight) * at_least_float32(gate)
 
-    def passage_reach(self, passages: Float[Tensor, "*passages dim"]) -> Float[Tensor, "*passages"]:
+    def passage_bound(self, passages: Float[Tensor, "*passages dim"]) -> Float[Tensor, "*passages"]:
         """The passage's part of the bound of a pair, r_p(b); 1 without gates."""
         gate = torch.ones_like(passages[..., 0]) if self.passage_gate is None else _gate(self.passage_gate, passages)
         return at_least_float32(gate)
@@ -362,8 +362,8 @@ class Interaction(nn.Module):
         logits = at_least_float32(self.output(self.dropout(features)).squeeze(-1))
         if anchor is None:
             return PairScores(logits, None, features)
-        reach = self.query_reach(queries, task) * self.passage_reach(passages)
-        return PairScores(anchored_logit(anchor, logits, reach), anchor, features)
+        bound = self.query_bound(queries, task) * self.passage_bound(passages)
+        return PairScores(anchored_logit(anchor, logits, bound), anchor, features)
 
     def split_layers(self, task: Task) -> SplitLayers:
         """The weights in the form that a search uses (``models.scorer``), without dropout.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class PairScorer(Protocol):
-    """Scores passages for one prepared query: anchor + reach * r_p * change."""
+    """Scores passages for one prepared query: anchor + bound * r_p * change."""
 
     @property
     def anchor_query(self) -> NDArray[np.float32] | None:
@@ -29,7 +29,7 @@ class PairScorer(Protocol):
         ...
 
     @property
-    def reach(self) -> float:
+    def bound(self) -> float:
         """The query's factor R_q in a pair's bound, at least 0; 0 if the anchor is the whole score."""
         ...
 
@@ -38,7 +38,7 @@ class PairScorer(Protocol):
         ...
 
     def change(self, passages: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[n, dim] -> the interaction as a share of its reach, [n] in [-1, 1]."""
+        """[n, dim] -> the interaction as a share of its bound, [n] in [-1, 1]."""
         ...
 
 
@@ -59,7 +59,7 @@ class PlainStudent:
         """None: its score has no known bound."""
         return None
 
-    def passage_reach(self, passage_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    def passage_bound(self, passage_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
         """[n, dim] -> ones [n]."""
         return np.ones(len(passage_vectors), np.float32)
 

@@ -74,7 +74,7 @@ class _ReluLayer:
 class QueryScorer:
     """The full score of one query with any passages, computed from their vectors.
 
-    ``reach`` is the query's part r B r_q(a) of the bound of a pair, 0 if the anchor is the whole score. ``block`` is
+    ``bound`` is the query's part r B r_q(a) of the bound of a pair, 0 if the anchor is the whole score. ``block`` is
     the number of passages scored at a time. ``interaction_weight`` replaces the head's own weight r, to measure the
     effect of another value. Without ``weights``, the anchor is the whole score.
     """
@@ -95,14 +95,14 @@ class QueryScorer:
         self._task: Task = task
         self._block = block
         with torch.inference_mode():
-            self.reach = 0.0
+            self.bound = 0.0
             if weights is not None and isinstance(head, Interaction) and head.has_anchor:
-                self.reach = head.query_reach(query, task, interaction_weight=interaction_weight).item()
-            self._first = _first_layer(weights, query) if weights and (self.reach or not head.has_anchor) else None
+                self.bound = head.query_bound(query, task, interaction_weight=interaction_weight).item()
+            self._first = _first_layer(weights, query) if weights and (self.bound or not head.has_anchor) else None
 
     @cached_property
     def _anchor(self) -> Float[Tensor, "1 dim"] | None:
-        """Computed when it is needed: a search that only asks for the reach has it from its scan."""
+        """Computed when it is needed: a search that only asks for the bound has it from its scan."""
         with torch.inference_mode():
             return self._head.anchor_queries(self._query[None], self._task) if self._head.has_anchor else None
 
@@ -120,7 +120,7 @@ class QueryScorer:
     def change(
         self, passages: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"]
     ) -> Float[np.ndarray, " passages"]:
-        """tanh(g) in [-1, 1], where logit = anchor + reach * r_p * tanh(g) (``Interaction.passage_reach``)."""
+        """tanh(g) in [-1, 1], where logit = anchor + bound * r_p * tanh(g) (``Interaction.passage_bound``)."""
         return self._by_block(passages, self._change)
 
     def _by_block(
@@ -144,13 +144,13 @@ class QueryScorer:
             return self._interaction(vectors, buffers)
         wide = at_least_float32(vectors)
         anchors = (self._anchor @ wide.T)[0]
-        if not self.reach:
+        if not self.bound:
             return anchors
         assert isinstance(self._head, Interaction)
-        return anchored_logit(anchors, self._interaction(vectors, buffers), self.reach * self._head.passage_reach(wide))
+        return anchored_logit(anchors, self._interaction(vectors, buffers), self.bound * self._head.passage_bound(wide))
 
     def _change(self, vectors: Float[Tensor, "passages dim"], buffers: _Buffers | None) -> Float[Tensor, " passages"]:
-        if not self.reach:
+        if not self.bound:
             return torch.zeros(len(vectors))
         return torch.tanh(self._interaction(vectors, buffers)).clamp(-1, 1)
 

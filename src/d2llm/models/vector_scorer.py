@@ -79,13 +79,13 @@ class VectorScorer(nn.Module):
             queries = torch.from_numpy(query_vectors).to(self.device)
             return self.interaction.anchor_queries(queries, task or default_task(self.trained_tasks)).cpu().numpy()
 
-    def passage_reach(self, passage_vectors: Float[np.ndarray, "passages dim"]) -> Float[np.ndarray, " passages"]:
-        """The passages' part r_p(b) of the bound of a pair, in (0, 1]; the query's part is ``QueryScorer.reach``."""
+    def passage_bound(self, passage_vectors: Float[np.ndarray, "passages dim"]) -> Float[np.ndarray, " passages"]:
+        """The passages' part r_p(b) of the bound of a pair, in (0, 1]; the query's part is ``QueryScorer.bound``."""
         head = self.interaction
         if isinstance(head, CosineHead):
             return np.ones(len(passage_vectors), np.float32)
         with inference(self):
-            return head.passage_reach(torch.from_numpy(passage_vectors).to(self.device)).cpu().numpy()
+            return head.passage_bound(torch.from_numpy(passage_vectors).to(self.device)).cpu().numpy()
 
     def prepare(
         self, query_vector: Float32[np.ndarray, " dim"], task: Task, *, interaction_weight: float | None = None

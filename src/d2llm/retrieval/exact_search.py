@@ -8,7 +8,7 @@ passage outside the scan has a higher anchor than the scan's last. If that prove
 pass over all vectors computes every bound.
 
 Exact means that the ranking (ties by id) equals that of all passages scored in the same arithmetic, in which
-score = float32(anchor + float32(reach * change)) and bound = float32(anchor + reach), with the anchors of the scan or
+score = float32(anchor + float32(bound * change)) and upper = float32(anchor + bound), with the anchors of the scan or
 of the full pass, and -1 <= change <= 1. Rounding is monotonic, so score <= bound holds in that arithmetic, regardless
 of the precision of the change. These scores differ from those of ``Student.score`` by float32 rounding at most, because
 a product over a different number of rows may be summed in a different order.
@@ -53,7 +53,7 @@ class CertifiedRows(NamedTuple):
     certificate: Certificate
 
 
-class KeptReaches:
+class CachedBounds:
     """Cache of r_p of all rows of a view, filled by the first search that needs all of them: 4 bytes per row.
 
     Most searches need the values of some rows only. Keep one cache with each view that answers many queries; it serves
@@ -62,11 +62,11 @@ class KeptReaches:
 
     def __init__(self, values: NDArray[np.float32] | None = None) -> None:
         self.values = values
-        self._shards: dict[int, KeptReaches] = {}
+        self._shards: dict[int, CachedBounds] = {}
 
-    def of_shard(self, place: int) -> KeptReaches:
+    def of_shard(self, place: int) -> CachedBounds:
         """The cache for one of the shards of a view; that of the first is this one."""
-        return self._shards.setdefault(place, KeptReaches()) if place else self
+        return self._shards.setdefault(place, CachedBounds()) if place else self
 
     def keep(self, values: NDArray[np.float32]) -> None:
         """Keep the values of all rows; if all are 1, as without gates, they take no memory."""
@@ -82,7 +82,7 @@ def certified_top_k(
     *,
     allowed: NDArray[np.bool_] | None = None,
     budget_ms: float | None = None,
-    reaches: KeptReaches | None = None,
+    cached: CachedBounds | None = None,
     evidence: RowEvidence | None = None,
     floor: float = -math.inf,
 ) -> CertifiedRows:
@@ -92,7 +92,7 @@ def certified_top_k(
     If the interaction has no weight, the index's exact scan is the answer. Memory: a few float32 numbers per row.
 
     If ``top_k`` exceeds the corpus, every passage is ranked. ``allowed`` [capacity] marks the rows that pass a filter;
-    None allows all. ``reaches`` caches values for all rows of this view: this search reads and fills it. ``evidence``
+    None allows all. ``cached`` caches values for all rows of this view: this search reads and fills it. ``evidence``
     is the query's, if the student's score has any.
 
     ``floor``: passages with lower scores are of no interest, because ``top_k`` others that are not in this view have at
@@ -111,15 +111,15 @@ def certified_top_k(
         raise InputError(f"top_k is {top_k}, but must be at least 1")
     if budget_ms is not None and not budget_ms >= 0:
         raise InputError(f"the budget is {budget_ms} ms, but must be at least 0")
-    clock, reaches = _Clock(begin, budget_ms, floor), reaches or KeptReaches()
+    clock, cached = _Clock(begin, budget_ms, floor), cached or CachedBounds()
     _check_masks(view, allowed)
     row_scorer = RowScorer(view, student, query_vector, task, evidence)
     scorer = row_scorer.prepared
     if scorer is None or scorer.anchor_query is None:
         rows = view.live_rows(allowed)
-        bounds = np.broadcast_to(np.float32(np.inf), len(rows))
+        uppers = np.broadcast_to(np.float32(np.inf), len(rows))
         in_order = iter([np.arange(len(rows), dtype=np.int64)])
-        result = _score_from_the_top(view, rows, bounds, in_order, row_scorer, top_k, clock)
+        result = _score_from_the_top(view, rows, uppers, in_order, row_scorer, top_k, clock)
         if student.has_anchor:
             anchor_query = student.anchor_queries(query_vector[None], task)[0]
             return result._replace(anchors=view.vectors(result.rows) @ anchor_query)
@@ -127,19 +127,19 @@ def certified_top_k(
     mask = view.mask(allowed)
     total = view.capacity if mask is None else int(np.count_nonzero(mask))
     if evidence is None:
-        if scorer.reach == 0:
+        if scorer.bound == 0:
             return _scan(view, scorer.anchor_query, total, top_k, allowed)
         early = _by_scans(
-            view, student, row_scorer, scorer.reach, scorer.anchor_query, total, top_k, allowed, reaches.values, clock
+            view, student, row_scorer, scorer.bound, scorer.anchor_query, total, top_k, allowed, cached.values, clock
         )
         if early is not None:
             return early
     rows = view.live_rows(allowed)
-    anchors, reach = _pass(view, student, scorer, scorer.anchor_query, reaches)
+    anchors, bound = _pass(view, student, scorer, scorer.anchor_query, cached)
     highest = anchors if evidence is None else anchors + evidence.bounds(view.capacity)
-    bounds = check_scores((highest + reach)[rows])
-    parts = from_the_highest(bounds, max(_MAX_SCORED, top_k))
-    result = _score_from_the_top(view, rows, bounds, parts, _finals(row_scorer, anchors, reach), top_k, clock)
+    uppers = check_scores((highest + bound)[rows])
+    parts = from_the_highest(uppers, max(_MAX_SCORED, top_k))
+    result = _score_from_the_top(view, rows, uppers, parts, _finals(row_scorer, anchors, bound), top_k, clock)
     return result._replace(anchors=anchors[result.rows])
 
 
@@ -165,28 +165,28 @@ def _by_scans(
     view: PassageView,
     student: VectorStudent,
     row_scorer: RowScorer,
-    query_reach: float,
+    query_bound: float,
     anchor_query: NDArray[np.float32],
     total: int,
     top_k: int,
     allowed: NDArray[np.bool_] | None,
-    reaches: NDArray[np.float32] | None,
+    passage_bounds: NDArray[np.float32] | None,
     clock: _Clock,
 ) -> CertifiedRows | None:
     """The top ``top_k`` from the passages with the highest anchors; None if these do not prove the ranking."""
-    largest = np.float32(query_reach) * np.float32(1 if reaches is None else reaches.max(initial=0))
+    largest = np.float32(query_bound) * np.float32(1 if passage_bounds is None else passage_bounds.max(initial=0))
     for num_scanned in _SCANS:
         if max(num_scanned, top_k) * _SCANNED_SHARE > total or not np.isfinite(anchor_query).all():
             return None
         scanned = view.scan(anchor_query, max(num_scanned, top_k), allowed)
         order = np.argsort(scanned.rows)
         rows, anchors = scanned.rows[order], scanned.scores[order]
-        reach = student.passage_reach(view.vectors(rows)) if reaches is None else reaches[rows]
-        reach = np.float32(query_reach) * reach
-        bounds = check_scores(anchors + reach)
-        parts = from_the_highest(bounds, max(_MAX_SCORED, top_k))
-        final = _finals(row_scorer, anchors, reach, rows)
-        result = _score_from_the_top(view, rows, bounds, parts, final, top_k, clock)
+        bound = student.passage_bound(view.vectors(rows)) if passage_bounds is None else passage_bounds[rows]
+        bound = np.float32(query_bound) * bound
+        uppers = check_scores(anchors + bound)
+        parts = from_the_highest(uppers, max(_MAX_SCORED, top_k))
+        final = _finals(row_scorer, anchors, bound, rows)
+        result = _score_from_the_top(view, rows, uppers, parts, final, top_k, clock)
         highest_left = max(result.certificate.highest_bound_left, float(anchors.min() + largest))
         if max(result.certificate.kth_score, clock.floor) > highest_left or clock.num_fitting() == 0:
             certificate = replace(
@@ -202,10 +202,10 @@ def _by_scans(
 def _finals(
     row_scorer: RowScorer,
     anchors: NDArray[np.float32],
-    reach: NDArray[np.float32],
+    bound: NDArray[np.float32],
     rows: NDArray[np.int64] | None = None,
 ) -> Callable[[NDArray[np.int64]], NDArray[np.float32]]:
-    """A function from rows to final scores; ``anchors`` and ``reach`` are for ``rows`` (ascending), or for all rows."""
+    """A function from rows to final scores; ``anchors`` and ``bound`` are for ``rows`` (ascending), or for all rows."""
 
     def final(chosen: NDArray[np.int64]) -> NDArray[np.float32]:
         places = chosen if rows is None else np.searchsorted(rows, chosen)
@@ -213,7 +213,7 @@ def _finals(
         base = anchors[places]
         if row_scorer.evidence is not None:
             base = base + row_scorer.evidence(chosen)
-        return np.add(base, reach[places] * change, dtype=np.float32)
+        return np.add(base, bound[places] * change, dtype=np.float32)
 
     return final
 
@@ -223,26 +223,26 @@ def _pass(
     student: VectorStudent,
     scorer: PairScorer,
     anchor_query: NDArray[np.float32],
-    reaches: KeptReaches,
+    cached: CachedBounds,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Anchor and R_q r_p of every row, float32 [capacity]; values of deleted rows are arbitrary."""
     anchors = np.empty(view.capacity, np.float32)
-    reach = np.empty(view.capacity, np.float32) if reaches.values is None else reaches.values
+    bound = np.empty(view.capacity, np.float32) if cached.values is None else cached.values
     for start in range(0, view.capacity, _PASS_ROWS):
         end = min(start + _PASS_ROWS, view.capacity)
         block = view.block(start, end)
         anchors[start:end] = block @ anchor_query
-        if reaches.values is None:
-            reach[start:end] = student.passage_reach(block)
-    if reaches.values is None:
-        reaches.keep(reach)
-    return anchors, np.float32(scorer.reach) * reach
+        if cached.values is None:
+            bound[start:end] = student.passage_bound(block)
+    if cached.values is None:
+        cached.keep(bound)
+    return anchors, np.float32(scorer.bound) * bound
 
 
 def _score_from_the_top(
     view: PassageView,
     rows: NDArray[np.int64],
-    bounds: NDArray[np.float32],
+    uppers: NDArray[np.float32],
     parts: Iterator[NDArray[np.int64]],
     score: Callable[[NDArray[np.int64]], NDArray[np.float32]],
     top_k: int,
@@ -256,7 +256,7 @@ def _score_from_the_top(
     for part in parts:
         start = 0
         while start < len(part):
-            highest_left = float(bounds[part[start]])
+            highest_left = float(uppers[part[start]])
             # A passage whose bound equals the k-th score may have a smaller id.
             certain = highest_left < clock.floor or (len(best) == top_k and highest_left < best.min())
             fitting = size if num < top_k else min(size, clock.num_fitting())

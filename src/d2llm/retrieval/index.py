@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from d2llm.retrieval.cascade import Rereader
     from d2llm.retrieval.chunking import Chunker
     from d2llm.retrieval.context import AnswerContext
-    from d2llm.retrieval.exact_search import KeptReaches
+    from d2llm.retrieval.exact_search import CachedBounds
     from d2llm.retrieval.expansion import Expansion
     from d2llm.retrieval.reading import ReadPassages
     from d2llm.retrieval.upserting import UpsertReport
@@ -325,7 +325,7 @@ class Index:
         """
         self._is_closed = True
         self._student_or_source = None
-        for name in ("view", "student", "_reaches"):
+        for name in ("view", "student", "_cached_bounds"):
             self.__dict__.pop(name, None)
 
     def __enter__(self) -> Index:
@@ -396,15 +396,15 @@ class Index:
         return open_view(self.storage)
 
     @cached_property
-    def _reaches(self) -> KeptReaches:
-        from d2llm.retrieval.exact_search import KeptReaches
+    def _cached_bounds(self) -> CachedBounds:
+        from d2llm.retrieval.exact_search import CachedBounds
 
-        return KeptReaches()
+        return CachedBounds()
 
     def refresh(self) -> None:
         """Switch to the latest version."""
         _ = self.storage  # refuses a closed one
-        for name in ("view", "_reaches"):
+        for name in ("view", "_cached_bounds"):
             self.__dict__.pop(name, None)
 
     # Changing ------------------------------------------------------------------------------------------------------
@@ -673,7 +673,7 @@ class Index:
             self.view,
             self.student,
             chosen,
-            reaches=self._reaches,
+            cached=self._cached_bounds,
             cascade=cascade,
             expansion=expansion,
             allow_missing=self._allow_missing,

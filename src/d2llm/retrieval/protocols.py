@@ -151,7 +151,7 @@ class VectorStudent(Protocol):
         """A scorer for one query [dim]; None if the score is not an inner product plus a bounded change."""
         ...
 
-    def passage_reach(self, passage_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    def passage_bound(self, passage_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
         """[n, dim] -> r_p [n] in [0, 1], the passages' factor in a pair's bound."""
         ...
 

@@ -24,7 +24,7 @@ from d2llm.ops.fusion import reciprocal_rank_scores
 from d2llm.ops.same_statement import Statement
 from d2llm.ops.selection import check_scores, top_rows
 from d2llm.retrieval.cascade import ListwiseReading, Rereader, StudentRanking
-from d2llm.retrieval.exact_search import CertifiedRows, KeptReaches, merge_certified
+from d2llm.retrieval.exact_search import CachedBounds, CertifiedRows, merge_certified
 from d2llm.retrieval.expansion import Expansion, add_hypothetical_passages
 from d2llm.retrieval.protocols import SearchStudent, SearchView, term_factors
 from d2llm.retrieval.results import Order, ScoredCandidates, cascade_report, group_passages, show
@@ -164,7 +164,7 @@ class Searcher:
         student: SearchStudent,
         settings: SearchSettings | None = None,
         *,
-        reaches: KeptReaches | None = None,
+        cached: CachedBounds | None = None,
         cascade: Rereader | None = None,
         expansion: Expansion | None = None,
         allow_missing: bool = False,
@@ -175,7 +175,7 @@ class Searcher:
             index: as for ``search``, like all others that are not named here.
             student: makes the vectors of queries, and scores.
             settings: how to search.
-            reaches: caches values that exact searches of this version compute for all rows.
+            cached: keeps values that exact searches of this version compute for all rows.
             cascade: a teacher or reader.
             expansion: a language model.
             allow_missing: a shard that cannot be read is left out and named in ``Ranking.missing_shards``, instead of
@@ -212,14 +212,16 @@ class Searcher:
                 "by a fusion: expand with 'hyde', or leave out expansion or exact"
             )
         self._cascade = cascade
-        kept = reaches or KeptReaches()
-        self._shards = [self._begin(view, kept.of_shard(shard_index)) for shard_index, view in enumerate(index.shards)]
+        cached = cached or CachedBounds()
+        self._shards = [
+            self._begin(view, cached.of_shard(shard_index)) for shard_index, view in enumerate(index.shards)
+        ]
         self._allow_missing = allow_missing
         self._sources = source_names(self.settings, self.weights, is_exact=self._exact)
         in_order = cascade is None and self.settings.hybrid is None and not self._rephrases
         self._in_students_order = in_order and self.settings.group == "passage"
 
-    def _begin(self, view: ShardView, reaches: KeptReaches) -> SearchedShard:
+    def _begin(self, view: ShardView, cached: CachedBounds) -> SearchedShard:
         if isinstance(view, RemoteShard):
             return view.begin_search(self._student, self.settings, self._task, self.weights, is_exact=self._exact)
         return ShardSearch(
@@ -229,7 +231,7 @@ class Searcher:
             self._task,
             self.weights,
             is_exact=self._exact,
-            reaches=reaches,
+            cached=cached,
         )
 
     @overload
@@ -506,7 +508,7 @@ class Searcher:
         if not self._student.has_anchor:
             return False
         prepared = self._student.prepare(sent.vector, self._task)
-        return prepared is not None and prepared.reach == 0
+        return prepared is not None and prepared.bound == 0
 
     def _anchors(self, vectors: NDArray[np.float32]) -> Sequence[NDArray[np.float32] | None]:
         if not self._student.has_anchor:

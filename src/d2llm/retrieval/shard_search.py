@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from d2llm.core.types import MissingShard, Query, Task
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.retrieval.candidates import AnnSource, CandidateSource, LexicalSource, VectorSource
-from d2llm.retrieval.exact_search import CertifiedRows, KeptReaches, certified_top_k
+from d2llm.retrieval.exact_search import CachedBounds, CertifiedRows, certified_top_k
 from d2llm.retrieval.protocols import VectorStudent
 from d2llm.retrieval.row_evidence import EvidenceParts, RowEvidence
 from d2llm.retrieval.row_scorer import RowScorer
@@ -126,7 +126,7 @@ def source_names(settings: SearchSettings, weights: EvidenceWeights, *, is_exact
 class ShardSearch:
     """A search of one shard. Rows are those of the shard.
 
-    Call it in one thread at a time, because exact searches fill ``reaches``. Others may search the same view meanwhile.
+    Call it in one thread at a time, because exact searches fill ``cached``. Others may search the same view meanwhile.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class ShardSearch:
         weights: EvidenceWeights,
         *,
         is_exact: bool,
-        reaches: KeptReaches | None = None,
+        cached: CachedBounds | None = None,
     ) -> None:
         """Prepare what does not depend on the query.
 
@@ -149,7 +149,7 @@ class ShardSearch:
             task: the branch of the student's head.
             weights: those of the evidence.
             is_exact: whether ``certify`` will be called instead of ``score``.
-            reaches: cache of values that exact searches compute for all rows of this view.
+            cached: values that exact searches compute for all rows of this view.
 
         Raises:
             FilterError: the filter cannot be parsed, or does not fit the metadata.
@@ -157,7 +157,7 @@ class ShardSearch:
         self.view = view
         self._student, self._weights = student, weights
         self._task: Task = task
-        self._reaches = reaches or KeptReaches()
+        self._cached_bounds = cached or CachedBounds()
         self._allowed = view.select(settings.filter)
         self._sources: list[CandidateSource] = []
         for name in source_names(settings, weights, is_exact=is_exact):
@@ -219,7 +219,7 @@ class ShardSearch:
             top_k,
             allowed=self._allowed,
             budget_ms=budget_ms,
-            reaches=self._reaches,
+            cached=self._cached_bounds,
             evidence=self._evidence(query),
             floor=floor,
         )

@@ -33,7 +33,7 @@ from d2llm.core.types import MissingShard, PartKind, Passage, Task
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.models.vector_scorer import VectorScorer
 from d2llm.retrieval.cosine import AnchorStudent
-from d2llm.retrieval.exact_search import CertifiedRows, KeptReaches
+from d2llm.retrieval.exact_search import CachedBounds, CertifiedRows
 from d2llm.retrieval.protocols import SearchStudent, VectorStudent
 from d2llm.retrieval.row_evidence import EvidenceParts
 from d2llm.retrieval.settings import SearchSettings
@@ -120,7 +120,7 @@ class _OpenShard:
         self._corpus = WordStatistics()
         self.view = PassageView(self.store, shard.version, corpus=lambda: self._corpus)
         self._scorer = scorer
-        self._reaches = KeptReaches()
+        self._cached_bounds = CachedBounds()
         self._searches: OrderedDict[str, ShardSearch] = OrderedDict()
         self.facts = _ShardFacts(
             len(self.view), self.view.metadata, self.view.own_words.statistics, self.view.part_kinds
@@ -146,7 +146,7 @@ class _OpenShard:
                 search.task,
                 search.weights,
                 is_exact=search.is_exact,
-                reaches=self._reaches,
+                cached=self._cached_bounds,
             )
             if len(self._searches) > _KEPT_SEARCHES:
                 self._searches.popitem(last=False)

@@ -106,7 +106,7 @@ class OpenVersion:
         self._anchor: SearchStudent = AnchorStudent(cast("SearchStudent", models.student))
         self._searchers: OrderedDict[tuple[SearchSettings, bool], Searcher] = OrderedDict()
         self._choosing = threading.Lock()
-        # Held while a shared searcher ranks: its cache for exact searches (``KeptReaches``) is for one thread at a
+        # Held while a shared searcher ranks: its cache for exact searches (``CachedBounds``) is for one thread at a
         # time, while the view and the student's head are for several. Shards on a cluster have caches of their own.
         self.ranking: AbstractContextManager[object] = (
             nullcontext() if isinstance(self.view, RemoteView) else threading.Lock()

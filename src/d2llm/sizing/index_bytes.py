@@ -78,7 +78,7 @@ class StudentFacts:
             max_tokens=student.config.backbone.max_passage_tokens,
             max_query_tokens=0 if projection is None else projection.max_query_tokens,
             has_anchor=student.has_anchor,
-            counts_interaction=not student.has_anchor or prepared.reach > 0,
+            counts_interaction=not student.has_anchor or prepared.bound > 0,
             formats=formats,
             weights=student.evidence_weights(task, stored=frozenset(formats)),
             num_added_words=0 if (expansion := student.document_expansion) is None else expansion.num_words,

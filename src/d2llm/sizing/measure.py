@@ -358,7 +358,7 @@ class _Measuring:
         scanned = len(passages) * store.format.code_size / scan.value
         singly = _CANDIDATES * self.student.vector_dim / product.value
         scored = 0.0 if pairs is None else _CANDIDATES / pairs.value
-        counts_interaction = self.student.prepare(vectors[0], self.task).reach > 0
+        counts_interaction = self.student.prepare(vectors[0], self.task).bound > 0
         stages = scanned + singly + (singly + scored if counts_interaction else 0)
         text_bytes = sum(len(each.full_text.encode()) for each in passages)
         return 1e3 * max(texts, whole - stages), text_bytes / seconds

@@ -58,8 +58,8 @@ def _mean_share(student: Student, head: Interaction, encoded: EncodedDev) -> flo
     queries, passages = (torch.from_numpy(each).to(student.device) for each in (encoded.queries, encoded.passages))
     with torch.inference_mode():
         bound = head.bound(encoded.dev.task)
-        of_queries = (head.query_reach(queries, encoded.dev.task) / bound).cpu().numpy()
-        of_passages = head.passage_reach(passages).cpu().numpy()
+        of_queries = (head.query_bound(queries, encoded.dev.task) / bound).cpu().numpy()
+        of_passages = head.passage_bound(passages).cpu().numpy()
     return fmean(float(gate * of_passages[rows].mean()) for gate, rows in zip(of_queries, encoded.rows, strict=True))
 
 
@@ -76,6 +76,6 @@ def _measure(student: Student, used: Sequence[EncodedDev]) -> tuple[Items, float
             scores.append(scorer(passages))
             if len(rows) > _DEPTH:
                 tenth = np.partition(scores[-1], -_DEPTH)[-_DEPTH]
-                left.append(int((anchor + scorer.reach * student.passage_reach(passages) >= tenth).sum()))
+                left.append(int((anchor + scorer.bound * student.passage_bound(passages) >= tenth).sum()))
         items[encoded.dev.name] = by_place(encoded.dev.measure(scores).by_item)
     return items, fmean(left) if left else 0.0

@@ -51,13 +51,13 @@ class NumpyHead:
         queries = np.asarray(query_vectors, np.float32)
         return queries * anchor if anchor.ndim == 0 else queries @ anchor
 
-    def reach(self, query_vectors: np.ndarray, task: str) -> np.ndarray:
+    def bound(self, query_vectors: np.ndarray, task: str) -> np.ndarray:
         """The queries' part r r_q(a) [queries] of the interaction's bound; 0 if the interaction changes nothing."""
         queries = np.asarray(query_vectors, np.float32)
         bound = self._find("bound", task)
         return (np.float32(0) if bound is None else bound) * self._gate("query_gate", queries, task)
 
-    def passage_reach(self, passage_vectors: np.ndarray) -> np.ndarray:
+    def passage_bound(self, passage_vectors: np.ndarray) -> np.ndarray:
         """The passages' part r_p(b) [passages] of the interaction's bound; 1 without gates."""
         return self._gate("passage_gate", np.asarray(passage_vectors, np.float32), TASKS[0])
 
@@ -76,10 +76,10 @@ class NumpyHead:
         if not self.has_anchor:
             return self._interaction(query, passages, task)
         anchors = passages @ self.anchor_queries(query[None], task)[0]
-        reach = self.reach(query[None], task)[0]
-        if reach == 0:
+        bound = self.bound(query[None], task)[0]
+        if bound == 0:
             return anchors
-        return anchors + reach * self.passage_reach(passages) * np.tanh(self._interaction(query, passages, task))
+        return anchors + bound * self.passage_bound(passages) * np.tanh(self._interaction(query, passages, task))
 
     def _interaction(self, query: np.ndarray, passages: np.ndarray, task: str) -> np.ndarray:
         """The network's part g of the logit [passages]."""
