@@ -75,20 +75,15 @@ def recipe(data: Path, seed: int, max_queries: int) -> Recipe:
             interaction=InteractionConfig(head="anchored", features="rich", dropout=0.2, gates=True),
         ),
         data=tuple(DataConfig(path=str(data / name), max_queries=max_queries) for name in SETS),
-        mining=MiningConfig(num_hard=8, num_easy=2, sources=("bm25",)),
-        losses=Objective({}).with_imitation({"in_batch_cross_entropy": 1.0, "anchor_cross_entropy": 0.0}),
+        mining=MiningConfig(sources=("bm25",)),
+        losses=Objective({"in_batch_cross_entropy": 1.0}),
         training=TrainingConfig(
-            learning_rate=3e-4,
             warmup_steps=5,
             epochs=2,
-            batch_queries=32,
-            num_hard=2,
-            num_easy=0,
-            unlabelled="own_labels",
             eval_every=1_000,  # at the start and at the end
-            dev_queries=150,
+            patience=5,
             largest_share=0.5,
-            residual=ResidualConfig(epochs=3, warmup_steps=10, weight_decay=0.02),
+            residual=ResidualConfig(warmup_steps=10, quiet_price=0.0),
         ),
     )
 

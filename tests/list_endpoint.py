@@ -41,13 +41,13 @@ def counts_words(request: Request, number: int) -> Reply:
 
 
 def recipe_with_teacher(recipe: Path, teacher: str, settings: str = "") -> str:
-    """The text of a recipe with other lines in its section ``teacher``, whose features are not imitated.
+    """The text of a recipe with other lines in its section ``teacher``, which learns from its lists alone.
 
     ``settings`` are more sections, with their heads.
     """
     head, _, rest = recipe.read_text().partition("[teacher]\n")
     tail = "[[data]]" + rest.partition("[[data]]")[2]
-    own = "[teacher_tuning]\nepochs = 0\n[losses]\nfeature_imitation = 0\nlist_imitation = 1\n"
+    own = "[teacher_tuning]\nepochs = 0\n[losses]\nlist_imitation = 1\n"
     return f"{head}[teacher]\n{teacher}\n{own}{settings}\n{tail}"
 
 

@@ -111,6 +111,16 @@ def write_rule_labels(
         )
 
 
+JUDGEMENTS = {"in_batch_cross_entropy": 1.0, "anchor_cross_entropy": 1.0, "pair_cross_entropy": 1.0}
+PUBLISHED = JUDGEMENTS | {
+    "contrastive_imitation": 1.0,
+    "rank_imitation_positive_hard": 1.0,
+    "rank_imitation_hard_easy": 0.01,
+    "feature_imitation": 0.001,
+}
+"""The published losses, with cross-entropies of the inner product and of labelled pairs."""
+
+
 def tiny_recipe(student: StudentConfig, *, losses: Objective | None = None, **training: object) -> Recipe:
     """A recipe with few steps, batches of 4 queries, and dev evaluation on all data."""
     settings = {
@@ -120,14 +130,17 @@ def tiny_recipe(student: StudentConfig, *, losses: Objective | None = None, **tr
         "batch_queries": 4,
         "num_hard": 2,
         "num_easy": 1,
+        "unlabelled": "leave_out",
         "eval_every": 4,
+        "patience": 5,
+        "residual": {"epochs": 0},
         "checkpoint_every": 3,
         "dev_queries": 50,
         "dev_passages": 100,
     }
     return Recipe(
         student=student,
-        losses=losses or Objective({}),
+        losses=losses or Objective(PUBLISHED),
         training=TrainingConfig.model_validate(settings | training),
     )
 

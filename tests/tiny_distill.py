@@ -110,4 +110,4 @@ def losses_of(
     offset: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """The losses of a batch, whose scores are given."""
-    return batch_losses(objective.active, LossInput(batch, scores, student, vectors, vectors_after or {}, offset))
+    return batch_losses(objective.root, LossInput(batch, scores, student, vectors, vectors_after or {}, offset))

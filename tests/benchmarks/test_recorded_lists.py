@@ -22,10 +22,6 @@ model = "minilm"
 model = "recorded"
 kind = "graded"
 recorded = { lists = "benchmarks/judgements" }
-[losses]
-feature_imitation = 0.0
-[training]
-unlabelled = "own_labels"
 [[data]]
 path = "covidqa"
 task = "asymmetric"

@@ -108,6 +108,8 @@ warmup_steps = 0
 batch_queries = 4
 num_hard = 2
 num_easy = 1
+unlabelled = "leave_out"
+residual.epochs = 0
 eval_every = 2
 checkpoint_every = 1
 {extra}

@@ -20,7 +20,7 @@ from d2llm.recipe.losses import Objective
 from d2llm.training import alternate as verb
 from d2llm.training.alternate import alternate, recipe_of_round
 from d2llm.training.tune_teacher import tune_teacher, with_student_scores
-from tiny_data import tiny_recipe, topics
+from tiny_data import JUDGEMENTS, tiny_recipe, topics
 from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model, write_trained_student
 
 CPU = {"device": "cpu", "dtype": "float32"}
@@ -32,7 +32,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     tuning = {"lora": LoraConfig(rank=4, alpha=8.0, dropout=0.0), "learning_rate": 5e-3, "batch_pairs": 8, "epochs": 6}
     return tiny_recipe(
         tiny_student_config(write_tiny_model(folder / "student", "modernbert", initializer_range=0.1)),
-        losses=Objective({}).with_imitation({"list_imitation": 1.0}),
+        losses=Objective(JUDGEMENTS | {"list_imitation": 1.0}),
     ).model_copy(
         update={
             "teacher": tiny_teacher_config(write_tiny_model(folder / "teacher", "llama")),
@@ -125,7 +125,7 @@ def test_rounds_follow_one_another_and_learn_from_no_judgements(
 def test_a_recipe_that_cannot_alternate_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least one round, not 0"):
         alternate([], tmp_path, recipe=recipe, rounds=0)
-    judgements = recipe.model_copy(update={"losses": Objective({}).with_imitation({})})
+    judgements = recipe.model_copy(update={"losses": Objective(JUDGEMENTS)})
     with pytest.raises(InputError, match="no loss of the recipe imitates a teacher"):
         recipe_of_round(judgements, 1, "start")
     untuned = recipe.model_copy(update={"teacher_tuning": TeacherTuningConfig(epochs=0)})

@@ -28,14 +28,14 @@ def schema(tmp_path_factory: pytest.TempPathFactory) -> Draft7Validator:
 
 
 def test_a_recipe_is_shown_by_what_it_changes() -> None:
-    output = succeed("recipe", "check", "d2llm").output
+    output = succeed("recipe", "check", "d2llm-joint").output
     rows = [line.split("│")[1:4] for line in output.splitlines() if line.startswith("│")]
     shown = {name.strip(): (value.strip(), default.strip()) for name, value, default in rows}
-    assert shown["losses.list_imitation"] == ("0.5", "–")
-    assert shown["losses.feature_imitation"] == ("0", "0.001")
-    assert shown["training.learning_rate"] == ("0.0003", "0.001")
+    assert shown["losses.token_cross_entropy"] == ("0.5", "–")
+    assert shown["losses.list_imitation"] == ("0", "0.5")
+    assert shown["training.batch_queries"] == ("64", "32")
     assert "training.weight_decay" not in shown  # as by default
-    assert "d2llm is valid; data sets: squad-sent (asymmetric)" in " ".join(output.split())
+    assert "d2llm-joint is valid; data sets: squad-sent (asymmetric)" in " ".join(output.split())
 
 
 def test_all_recipes_are_checked_and_the_first_wrong_one_is_named(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from e2e.command_line import (
     write_recipe,
 )
 from prepared_process import PreparedProcess, program
+from recipe_lines import superfluous_lines
 from tiny_models import tiny_student_config
 
 
@@ -173,7 +174,7 @@ class TestRunAgain:
 class TestRounds:
     def test_student_and_teacher_teach_each_other(self, run):
         folder, arguments = run
-        losses = "[losses]\ncontrastive_imitation = 0.0\nfeature_imitation = 0.0\nlist_imitation = 1.0\n"
+        losses = "[losses]\nlist_imitation = 1.0\nin_batch_cross_entropy = 1.0\n"
         recipe = folder / "tiny.toml"
         recipe.write_text(f"{recipe.read_text()}\n{losses}")
         result, report = succeed_with_report("run", *arguments, "--rounds", 2, folder=folder)
@@ -202,8 +203,7 @@ class TestRounds:
 
     def test_a_recipe_that_imitates_nobody_cannot_alternate(self, run):
         folder, arguments = run
-        names = ("contrastive_imitation", "rank_imitation_positive_hard", "rank_imitation_hard_easy")
-        losses = "[losses]\n" + "".join(f"{name} = 0.0\n" for name in (*names, "feature_imitation"))
+        losses = "[losses]\nin_batch_cross_entropy = 1.0\n"
         recipe = folder / "tiny.toml"
         recipe.write_text(f"{recipe.read_text()}\n{losses}")
         fail("run", *arguments, "--rounds", 1, containing=["no loss of the recipe imitates a teacher"])
@@ -212,8 +212,7 @@ class TestRounds:
 class TestWithoutATeacher:
     def test_no_teacher_is_tuned_when_no_loss_imitates_one(self, place, tmp_path):
         text = write_recipe(tmp_path / "r.toml", place, place / "everyday").read_text()
-        names = ("contrastive_imitation", "rank_imitation_positive_hard", "rank_imitation_hard_easy")
-        losses = "[losses]\n" + "".join(f"{name} = 0.0\n" for name in (*names, "feature_imitation"))
+        losses = "[losses]\nin_batch_cross_entropy = 1.0\n"
         (tmp_path / "r.toml").write_text(text + losses)
         arguments = ("run", tmp_path / "r.toml", "--out", tmp_path / "run", "--dtype", "float32")
         result, report = succeed_with_report(*arguments, folder=tmp_path)
@@ -306,9 +305,11 @@ class TestInit:
         recipe = load_recipe(target)
         assert recipe.name == "everyday"
         assert [(data.path, data.task) for data in recipe.data] == [(str(place / "everyday"), facts["task"])]
-        assert (recipe.training.epochs, recipe.training.dev_queries) == (10, 4)
+        assert recipe.training.epochs == 10
+        assert superfluous_lines(text) == []
         assert recipe.losses.imitates is False
-        for value in ("max_query_tokens", "max_passage_tokens", "task", "learning_rate", "epochs", "num_hard"):
+        assert f"[[data]] # {facts['task']}, a passage " in text
+        for value in ("max_query_tokens", "max_passage_tokens", "learning_rate", "epochs", "num_hard"):
             line = next(line for line in text.splitlines() if line.startswith(f"{value} = "))
             assert "# " in line, f"{value} has no reason"
         assert "12 questions make 1 steps per epoch: 10 in all" in text
@@ -334,6 +335,7 @@ class TestInit:
         assert (recipe.training.start, recipe.mining.student) == (str(tmp_path / "first"),) * 2
         assert report["result"]["task"] == recipe.data[0].task == "symmetric"
         assert "what the student to start from was trained for" in target.read_text()
+        assert superfluous_lines(target.read_text()) == []
         _, report = succeed_with_report("run", target, "--out", tmp_path / "run", "--dtype", "float32", folder=tmp_path)
         assert report["result"]["distill"]["steps"] == 10
         assert Student.load(tmp_path / "run" / "student", device="cpu").trained_tasks == ("symmetric",)
@@ -373,6 +375,7 @@ class TestInit:
         assert recipe.data[0].exclude_shared_passages is False
         assert recipe.data[0].task == "symmetric"
         assert "only 0 of 12 questions share no relevant passage" in (tmp_path / "r.toml").read_text()
+        assert superfluous_lines((tmp_path / "r.toml").read_text()) == []
 
     def test_labelled_pairs(self, place, tmp_path):
         (tmp_path / "pairs").mkdir()
@@ -382,4 +385,6 @@ class TestInit:
         succeed("init", tmp_path / "pairs", "--out", tmp_path / "r.toml", "--backbone", place / "encoder")
         recipe = load_recipe(tmp_path / "r.toml")
         assert recipe.data[0].task == "symmetric"
+        assert recipe.losses.root.keys() == {"pair_cross_entropy"}
         assert "40 pairs to train on, 60 in dev" in (tmp_path / "r.toml").read_text()
+        assert superfluous_lines((tmp_path / "r.toml").read_text()) == []

@@ -32,7 +32,7 @@ from d2llm.training import training_loop as loop
 from d2llm.training.checkpoints import adamw, trainable
 from d2llm.training.dev_sets import DevResult, evaluate_dev, make_dev_set
 from d2llm.training.distill import DistillReport, distill
-from tiny_data import tiny_recipe, topics, write_rule_labels
+from tiny_data import JUDGEMENTS, tiny_recipe, topics, write_rule_labels
 from tiny_distill import LEARNING, Place, log_of, poison
 from tiny_models import TEXTS, tiny_student_config
 
@@ -199,7 +199,7 @@ def test_a_student_imitates_a_live_teacher_without_labels(place: Place, trained:
     """Its distributions come nearer to the live teacher's than they were."""
     recipe = tiny_recipe(tiny_student_config(place.model), **LEARNING)
     live = {"teacher": str(trained.folder)}
-    weights = Objective({}).with_imitation({"in_batch_imitation": live, "in_batch_cross_entropy": 0.0})
+    weights = Objective(JUDGEMENTS | {"in_batch_imitation": live, "in_batch_cross_entropy": 0.0})
     recipe = recipe.model_copy(update={"losses": weights})
     report = place.run(tmp_path / "student", recipe=recipe, labels=tmp_path / "none")
     logged = [line["in_batch_imitation"] for line in log_of(tmp_path / "student") if "loss" in line]
@@ -223,7 +223,7 @@ def test_a_student_imitates_a_live_teacher_without_labels(place: Place, trained:
 
 @pytest.mark.parametrize("residual_epochs", [0, 1])
 def test_two_heads_end_as_one(place: Place, tmp_path: Path, residual_epochs: int) -> None:
-    weights = Objective({}).with_imitation({"list_imitation": 0.5})
+    weights = Objective(JUDGEMENTS | {"list_imitation": 0.5})
     stages = {"residual": ResidualConfig(epochs=residual_epochs)}
     recipe = tiny_recipe(tiny_student_config(place.model), **LEARNING | stages | {"dual_head": True})
     report = place.run(tmp_path / "student", recipe=recipe.model_copy(update={"losses": weights}))

@@ -23,7 +23,7 @@ from d2llm.recipe.losses import Objective
 from d2llm.training import residual
 from d2llm.training import training_loop as loop
 from d2llm.training.distill import distill
-from tiny_data import tiny_recipe, topics, write_rule_labels
+from tiny_data import JUDGEMENTS, tiny_recipe, topics, write_rule_labels
 from tiny_distill import Place, log_of, poison
 from tiny_models import TEXTS, tiny_student_config
 
@@ -57,7 +57,7 @@ def pair_source(folder: Path, plan: Path) -> TrainingSource:
     return training_source(DataConfig(path=str(folder), task="symmetric"), read_plan(plan))
 
 
-PLAIN = Objective({}).with_imitation({"pair_cross_entropy": {"anchor": 0.0}})
+PLAIN = Objective(JUDGEMENTS | {"pair_cross_entropy": {"anchor": 0.0}})
 
 
 def test_pairs_alone_teach_a_student_without_a_teacher(place: Place, tmp_path: Path) -> None:

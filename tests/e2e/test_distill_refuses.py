@@ -14,7 +14,7 @@ from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.recipe import Recipe
 from d2llm.recipe.losses import LOSSES, Objective
 from d2llm.training.distill import DistillReport, distill
-from tiny_data import make_source, tiny_recipe, topics, write_rule_labels
+from tiny_data import JUDGEMENTS, make_source, tiny_recipe, topics, write_rule_labels
 from tiny_distill import Place, log_of, poison
 from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model
 
@@ -146,7 +146,7 @@ def test_a_recipe_without_losses_is_refused(place: Place, tmp_path: Path) -> Non
 
 
 def test_without_imitation_no_labels_are_needed(place: Place, tmp_path: Path) -> None:
-    without_imitation = Objective({}).with_imitation({})
+    without_imitation = Objective(JUDGEMENTS)
     recipe = tiny_recipe(tiny_student_config(place.model), losses=without_imitation, epochs=1)
     report = place.run(tmp_path / "student", labels=tmp_path / "nothing", recipe=recipe)
     assert (report.steps, report.queries, report.unlabelled_queries) == (4, 16, 16)

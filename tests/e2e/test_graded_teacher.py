@@ -145,11 +145,10 @@ def test_a_file_names_it_on_the_command_line(tmp_path: Path) -> None:
 def test_a_recipe_says_what_does_not_go_with_it() -> None:
     teacher = {"kind": "graded", "model": "grader", "remote": {"url": "http://one/v1"}}
     with pytest.raises(RecipeError, match=r"imitates a teacher's features.*set losses\.feature_imitation = 0"):
-        parse_recipe({"teacher": teacher})
-    losses = {"feature_imitation": 0}
-    recipe = parse_recipe({"teacher": teacher, "losses": losses})
+        parse_recipe({"teacher": teacher, "losses": {"feature_imitation": 0.5}})
+    recipe = parse_recipe({"teacher": teacher})
     assert parse_recipe(json.loads(recipe.model_dump_json())) == recipe  # as a manifest records it
     with pytest.raises(RecipeError, match=r"max_cost needs prices"):
-        parse_recipe({"teacher": teacher, "losses": losses, "labelling": {"max_cost": 1}})
+        parse_recipe({"teacher": teacher, "labelling": {"max_cost": 1}})
     with pytest.raises(InputError, match="has no address"):
         load_judge(TeacherConfig(kind="graded", model="grader"))

@@ -17,7 +17,7 @@ from d2llm.recipe import LabellingConfig, TeacherConfig
 from d2llm.recipe.losses import Objective
 from d2llm.training import trainer, training_loop
 from e2e.command_line import write_lines
-from tiny_data import tiny_recipe, write_rule_labels
+from tiny_data import PUBLISHED, tiny_recipe, write_rule_labels
 from tiny_distill import LEARNING, Place
 from tiny_models import tiny_student_config
 
@@ -138,7 +138,7 @@ def test_a_listwise_teacher_cannot_add_to_its_lists(place, tmp_path, setting, is
         write_stack(tmp_path / "stack", members, {place.source.task: combined}, {})
         teacher = TeacherConfig(model=str(tmp_path / "stack"))
     recipe = tiny_recipe(
-        tiny_student_config(place.model), losses=Objective({"feature_imitation": 0.0}), **LEARNING | setting
+        tiny_student_config(place.model), losses=Objective(PUBLISHED | {"feature_imitation": 0.0}), **LEARNING | setting
     )
     with pytest.raises(InputError, match="kind listwise only orders those that it sees together"):
         place.run(tmp_path / "student", recipe=recipe, teacher=teacher)
@@ -167,7 +167,7 @@ def test_what_was_not_recorded_needs_a_grade(place, tmp_path, setting, is_stacke
         write_stack(folder, members, {source.task: combined}, {})
         return TeacherConfig(model=str(folder))
 
-    losses = Objective({"feature_imitation": 0.0, "contrastive_imitation": 1.0})
+    losses = Objective(PUBLISHED | {"feature_imitation": 0.0})
     training: dict[str, Any] = {**LEARNING, "epochs": 2, "remine": True, **setting}
     recipe = tiny_recipe(tiny_student_config(place.model), losses=losses, **training)
     teacher = recorded(tmp_path / "stack")

@@ -51,7 +51,8 @@ def write_recipe(place: Path, folder: Path, url: str, *, dim: int = EMBEDDING_DI
     text = (place / "tiny.toml").read_text()
     start, end = text.index("[student.backbone]"), text.index("[student.interaction]")
     text = text[:start] + BACKBONE.format(url=url, dim=dim) + text[end:]
-    text += "\n[training.residual]\nepochs = 1\n[evidence]\nwords = true\n" + more
+    text = text.replace("residual.epochs = 0", "residual.epochs = 1")
+    text += "\n[evidence]\nwords = true\n" + more
     (folder / "remote.toml").write_text(text)
     return folder / "remote.toml"
 

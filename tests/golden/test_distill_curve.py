@@ -20,12 +20,14 @@ from safetensors.numpy import load_file, save_file
 
 from d2llm.recipe.losses import Objective
 from d2llm.training.distill import distill
-from tiny_data import tiny_recipe, topics, write_rule_labels
+from tiny_data import PUBLISHED, tiny_recipe, topics, write_rule_labels
 from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model
 
 GOLDEN = Path(__file__).with_name("distill_curve.json")
 TOLERANCE = 0.01  # relative; changing the weights by 1e-5 of their size moves this curve by 1e-4 at most
-LOSSES = Objective({"rank_imitation_hard_easy": 0.5, "feature_imitation": 0.5})  # heavy enough to show in the curve
+LOSSES = Objective(
+    PUBLISHED | {"rank_imitation_hard_easy": 0.5, "feature_imitation": 0.5}
+)  # heavy enough to show in the curve
 
 
 def run(folder: Path) -> dict[str, Any]:

@@ -44,15 +44,20 @@ def test_adapters_are_the_recommended_ones_by_default_and_the_papers_in_its_reci
     assert load_recipe("d2llm").student.backbone.tuning == Lora() == Lora(rank=16, alpha=32.0, dropout=0.0)
 
 
-def test_the_default_recipe_has_the_papers_model_and_losses():
-    """Training settings are ours: the paper had 0.3 million samples."""
+def test_the_default_recipe_has_the_papers_model_and_the_recommended_losses():
+    """Those of the recipe d2llm."""
     recipe = parse_recipe({})
     assert recipe == Recipe()
     training = recipe.training
     assert (training.warmup_fraction, training.warmup_steps, training.epochs) == (0.1, None, None)
     assert recipe.student.interaction.hidden_dim == 512
     assert recipe.student.backbone.max_passage_tokens == 250
-    assert [recipe.losses.weight(kind) for kind in PUBLISHED] == [1.0, 1.0, 0.01, 0.001]
+    assert recipe.losses == load_recipe("d2llm").losses
+    assert recipe.losses.model_dump() == {
+        "list_imitation": 0.5,
+        "in_batch_cross_entropy": 0.5,
+        "pair_cross_entropy": 1.0,
+    }
 
 
 @pytest.mark.parametrize("as_type", [Path, str])
@@ -110,14 +115,15 @@ def test_changed_settings_are_named_with_both_values():
         seed=1,
         training={"learning_rate": 0.5, "interpolation": [0.5]},
         data=[{"path": "far/a", "task": "asymmetric"}],
-        losses={"contrastive_imitation": {"temperature": 2.0}},
+        losses={"list_imitation": 0.5, "in_batch_cross_entropy": 0.75},
     )
     assert changed_settings(shaping_settings(changed()), shaping_settings(edited)) == [
         "data.a.task (was symmetric, is asymmetric)",
-        "losses.contrastive_imitation.temperature (was 1.0, is 2.0)",
+        "losses.in_batch_cross_entropy.weight (was 0.5, is 0.75)",
+        "losses.pair_cross_entropy (was set, is not set)",
         "seed (was 0, is 1)",
         "training.interpolation (was [], is [0.5])",
-        "training.learning_rate (was 0.001, is 0.5)",
+        "training.learning_rate (was 0.0003, is 0.5)",
     ]
     remined = shaping_settings(changed(training={"remine": True}, mining={"num_hard": 3}))
     other = shaping_settings(changed(training={"remine": True}))
@@ -129,7 +135,7 @@ def test_recipes_are_compared_as_todays_schema_reads_them():
     current = changed(training={"learning_rate": 0.5}).model_dump(mode="json")
     saved = changed(name="other").model_dump(mode="json")
     del saved["training"]["in_batch_labels"], saved["student"]["backbone"]["tuning"]["adapters"], saved["losses"]
-    assert changed_recipe(saved, current) == ["training.learning_rate (was 0.001, is 0.5)"]
+    assert changed_recipe(saved, current) == ["training.learning_rate (was 0.0003, is 0.5)"]
     assert changed_recipe(saved, current, tuning_settings) == []
     saved["training"]["graph_tokens"] = 7
     (problem,) = changed_recipe(saved, current)
@@ -291,27 +297,14 @@ def test_settings_for_large_teachers_that_make_no_sense(tmp_path: Path, text: st
         load_recipe(write_recipe(tmp_path, text))
 
 
-NO_JUDGEMENTS = dict.fromkeys(("in_batch_cross_entropy", "anchor_cross_entropy", "pair_cross_entropy"), 0.0)
-PUBLISHED = (
-    "contrastive_imitation",
-    "rank_imitation_positive_hard",
-    "rank_imitation_hard_easy",
-    "feature_imitation",
-)
-
-
-def lines(section: str, values: dict[str, float]) -> str:
-    return "\n".join([f"[{section}]", *(f"{name} = {value}" for name, value in values.items())])
-
-
 def test_a_loss_without_what_it_needs_is_refused(tmp_path: Path):
     with pytest.raises(RecipeError, match=r"losses\.in_batch_imitation\.teacher is missing; set it"):
         load_recipe(write_recipe(tmp_path, "[losses]\nin_batch_imitation = 0.5"))
     two = "[training]\ndual_head = true\n"
     for text, problem in (
         ('[student.interaction]\nhead = "cosine"', 'student.interaction.head is "cosine": set it to "anchored"'),
-        (lines("losses", dict.fromkeys(PUBLISHED, 0.0)), "no imitation has a weight above 0"),
-        (lines("losses", NO_JUDGEMENTS), "no cross-entropy has a weight above 0"),
+        ("[losses]\nin_batch_cross_entropy = 1.0", "no imitation has a weight above 0"),
+        ("[losses]\nlist_imitation = 1.0", "no cross-entropy has a weight above 0"),
     ):
         with pytest.raises(RecipeError, match=problem):
             load_recipe(write_recipe(tmp_path, two + text))
@@ -376,9 +369,9 @@ def test_an_unknown_loss_suggests_the_nearest(tmp_path: Path):
 
 
 def test_a_live_teacher_needs_no_labels():
-    losses = Objective({}).with_imitation({"in_batch_imitation": {"teacher": "d2llm-minilm"}})
+    losses = Objective({"in_batch_imitation": {"teacher": "d2llm-minilm"}})
     assert not losses.imitates
-    assert all(Objective({}).with_imitation({kind: 1.0}).imitates for kind in (*PUBLISHED, "list_imitation", "ranknet"))
+    assert all(Objective({kind: 1.0}).imitates for kind in ("feature_imitation", "list_imitation", "ranknet"))
 
 
 def test_quantised_weights_are_tuned_by_adapters_only_if_the_recipe_says_so(tmp_path: Path):
@@ -450,7 +443,7 @@ def test_poolings_that_make_no_sense(tmp_path: Path, text: str, problem: str):
         ("[losses]\nnested_cross_entropy = 1.0", "so nothing would be trained"),
         (NESTED + 'dims = [64]\n[student.interaction]\nhead = "paper"', "the head 'paper' does not have"),
         (
-            NESTED + "dims = [64]\n[training]\ndual_head = true\n",
+            "[losses]\nlist_imitation = 1\nnested_cross_entropy.dims = [64]\n[training]\ndual_head = true\n",
             "training.dual_head combines two",
         ),
     ],

@@ -14,7 +14,7 @@ from d2llm.data.labels import LabelStore
 from d2llm.models.backbone import Backbone
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import identify_local_teacher
-from d2llm.recipe import BackboneConfig, EvidenceConfig, Full, Lora, Recipe, TrainingConfig
+from d2llm.recipe import BackboneConfig, EvidenceConfig, Full, Lora, Recipe, ResidualConfig, TrainingConfig
 from d2llm.recipe.losses import LOSSES
 from d2llm.recipe.recipe_file import load_recipe, parse_recipe
 from d2llm.recipe.variants import VARIANTS, Variant, find_variant
@@ -110,7 +110,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]
             recipe.training,
             recipe.evidence,
             (
-                {kind: loss for kind, loss in recipe.losses.active.items() if loss.of_vectors},
+                {kind: loss for kind, loss in recipe.losses.root.items() if loss.of_vectors},
                 recipe.student.backbone.has_two_adapters,
             ),
             student.backbone.model.config.num_hidden_layers,
@@ -177,6 +177,8 @@ def test_a_variant_changes_only_its_settings(name: str) -> None:
             before_kind = {each for each in expected if each[: len(path)] == path and each not in leaves(overrides)}
             expected = {each: value for each, value in expected.items() if each not in before_kind}
             expected = {each: value for each, value in after.items() if each[: len(path)] == path} | expected
+        if not changed.training.residual.epochs:  # no second stage, so nothing else to say about it
+            expected |= leaves(ResidualConfig(epochs=0).model_dump(), ("training", "residual"))
         assert after == expected
         named = {*variant.settings.get("losses", {}), *(variant.imitation or {})}
         for kind in recipe.losses.root.keys() | changed.losses.root.keys() | named:

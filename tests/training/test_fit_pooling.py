@@ -13,7 +13,7 @@ from d2llm.models.student import Student
 from d2llm.models.student_files import check_content
 from d2llm.recipe import PoolingConfig
 from d2llm.recipe.losses import Objective
-from tiny_data import tiny_recipe, topics
+from tiny_data import JUDGEMENTS, tiny_recipe, topics
 from tiny_distill import LEARNING, Place
 from tiny_models import DIM, TEXTS, tiny_student_config
 
@@ -30,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def test_a_distilled_student_is_whitened_on_the_passages(place: Place, tmp_path: Path) -> None:
     config = tiny_student_config(place.model)
     whitened = config.model_copy(update={"pooling": PoolingConfig(num_heads=4, whitening=True)})
-    recipe = tiny_recipe(whitened).model_copy(update={"losses": Objective({}).with_imitation({})})
+    recipe = tiny_recipe(whitened).model_copy(update={"losses": Objective(JUDGEMENTS)})
     place.run(tmp_path / "student", recipe=recipe)
     student = Student.load(tmp_path / "student", device="cpu", dtype="float32")
     own = Student.create(config, device="cpu", dtype="float32")
@@ -55,7 +55,7 @@ def test_a_distilled_student_has_vectors_of_fewer_dimensions(place: Place, tmp_p
     assert start.vector_dim == 8
     found = start.encode_passages(passages).vectors
     np.testing.assert_allclose(found @ found.T / 8, projected @ projected.T, rtol=1e-3, atol=1e-4)
-    recipe = tiny_recipe(narrow, **LEARNING).model_copy(update={"losses": Objective({}).with_imitation({})})
+    recipe = tiny_recipe(narrow, **LEARNING).model_copy(update={"losses": Objective(JUDGEMENTS)})
     report = place.run(tmp_path / "student", recipe=recipe, source=source)
     assert report.best_step > 0
     student = Student.load(tmp_path / "student", device="cpu", dtype="float32")

@@ -422,7 +422,7 @@ def test_closed_pair_set_ignores_the_teachers_labels(kind, tmp_path):
         ((labelled, draws),) = epoch_batches([joined], epoch=0, batch_queries=64, num_hard=1, num_easy=0, seed=0)
         batch = collate(labelled, draws)
         logits = torch.linspace(0.5, 3, batch.positive.size).reshape(batch.positive.shape)
-        objective = Objective({"pair_cross_entropy": {"teacher_share": share}})
+        objective = Objective({"pair_cross_entropy": {"teacher_share": share}, "list_imitation": 1.0})
         terms = losses_of(PairScores(logits, logits / 2, None), batch, objective)
         return {name: value.item() for name, value in terms.items()}
 

@@ -30,11 +30,11 @@ from d2llm.training.objective import (
     weighted_sum,
     with_tokens,
 )
-from tiny_data import make_source
+from tiny_data import PUBLISHED, make_source
 from tiny_distill import losses_of, score_batch
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
-WEIGHTS = Objective({"rank_imitation_hard_easy": 0.5, "feature_imitation": 0.5})
+WEIGHTS = Objective(PUBLISHED | {"rank_imitation_hard_easy": 0.5, "feature_imitation": 0.5})
 NUM_QUERIES, NUM_PASSAGES = 5, 17
 
 
@@ -91,7 +91,7 @@ def collect(student: Student, loss: Tensor) -> LossAndGradients:
 
 def in_one_pass(student: Student, batch: DistillationBatch) -> LossAndGradients:
     """One forward pass over every text and one backward pass."""
-    loss = weighted_sum(losses_of(score_batch(student, batch), batch, WEIGHTS), WEIGHTS.active)
+    loss = weighted_sum(losses_of(score_batch(student, batch), batch, WEIGHTS), WEIGHTS.root)
     loss.backward()
     return collect(student, loss)
 
@@ -101,7 +101,7 @@ def loss_function(student: Student, batch: DistillationBatch) -> Callable[[Tenso
 
     def loss_of(vectors: Tensor, tokens: Sequence[Tensor]) -> Tensor:
         scores = with_tokens(student, score_vectors(student, vectors, batch), tokens, batch, ids)
-        return weighted_sum(losses_of(scores, batch, WEIGHTS), WEIGHTS.active)
+        return weighted_sum(losses_of(scores, batch, WEIGHTS), WEIGHTS.root)
 
     return loss_of
 
@@ -314,7 +314,7 @@ def test_gradient_with_vectors_of_tokens_equals_that_of_one_pass(
     vectors = student(*student.backbone.pad(batch_tokens(student, batch)))
     tokens = mean_best_cosines_one_by_one(student, batch)
     scores = replace(score_vectors(student, vectors, batch), tokens=tokens)
-    loss = weighted_sum(losses_of(scores, with_weight, WEIGHTS), WEIGHTS.active)
+    loss = weighted_sum(losses_of(scores, with_weight, WEIGHTS), WEIGHTS.root)
     loss.backward()
     expected = collect(student, loss)
     assert float(expected.gradients["token_projection.weight"].abs().max()) > 1e-3

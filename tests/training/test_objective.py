@@ -174,7 +174,7 @@ def test_the_authors_feature_imitation_sums_over_the_queries_with_features(
 def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBatch) -> None:
     terms = losses_of(scores, batch, ALL_WEIGHTS)
     parts = {name: value.item() for name, value in terms.items()}
-    total = weighted_sum(terms, ALL_WEIGHTS.active).item()
+    total = weighted_sum(terms, ALL_WEIGHTS.root).item()
     assert total == pytest.approx(
         0.5 * parts["contrastive_imitation"]
         + 13 * parts["list_imitation"]
@@ -213,7 +213,7 @@ def test_every_loss_has_a_gradient_of_its_own(scores: PairScores, batch: Distill
     alone = ALL_WEIGHTS.with_losses(dict.fromkeys(LOSS_NAMES, 0.0) | {name: ALL_WEIGHTS.root[name]})
     terms = losses_of(scores, batch, alone)
     assert set(terms) == {name}
-    weighted_sum(terms, alone.active).backward()
+    weighted_sum(terms, alone.root).backward()
     reached = {part: getattr(scores, part).grad is not None for part in ("logits", "anchor", "features")}
     # Losses on the logits reach the anchor too: the change by the interaction is the logit less the anchor.
     of_features = {key: {"features"} for key in ("feature_imitation", "subclass_imitation")}
@@ -230,7 +230,7 @@ def test_a_constant_added_by_the_interaction_changes_no_loss(scores: PairScores,
     before, after = (losses_of(pair_scores, batch, ALL_WEIGHTS) for pair_scores in (scores, shifted))
     for name, value in before.items():
         assert after[name].item() == pytest.approx(value.item(), abs=1e-5), name
-    weighted_sum(after, ALL_WEIGHTS.active).backward()
+    weighted_sum(after, ALL_WEIGHTS.root).backward()
     assert shift.grad is not None
     assert shift.grad.abs().max().item() < 1e-5  # so nothing drives the interaction to its bound
 
@@ -266,7 +266,7 @@ def test_tokens_are_part_of_the_score_and_have_a_loss_of_their_own(
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
         torch.testing.assert_close(value, expected[name], msg=name)
-    weighted_sum(actual, weights.active).backward()
+    weighted_sum(actual, weights.root).backward()
     assert cosines.grad is not None
     assert cosines.grad.abs().max().item() > 0
 
@@ -277,10 +277,10 @@ def test_a_head_without_anchor_has_no_anchor_loss(scores: PairScores, batch: Dis
 
 
 def test_weights_that_leave_no_loss_are_rejected(scores: PairScores, batch: DistillationBatch) -> None:
-    weights = Objective(dict.fromkeys(LOSS_NAMES, 0.0) | {"anchor_cross_entropy": 1.0})
+    weights = Objective({"anchor_cross_entropy": 1.0})
     terms = losses_of(PairScores(scores.logits, None, scores.features), batch, weights)
     with pytest.raises(InputError, match="no loss has a weight above 0"):
-        weighted_sum(terms, weights.active)
+        weighted_sum(terms, weights.root)
 
 
 # --- labelled pairs ---------------------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def test_labelled_pairs_use_pointwise_cross_entropy(scores: PairScores, batch: D
 def test_unlabelled_pairs_get_no_gradient(scores: PairScores, batch: DistillationBatch) -> None:
     offset = torch.tensor(0.5, requires_grad=True)
     weights = ALL_WEIGHTS.with_losses({"pair_cross_entropy": {"anchor": 0.0}})
-    weighted_sum(losses_of(scores, pair_batch(batch), weights, offset=offset), weights.active).backward()
+    weighted_sum(losses_of(scores, pair_batch(batch), weights, offset=offset), weights.root).backward()
     gradient = scores.logits.grad
     assert gradient is not None
     assert {(row, column) for row, column in gradient.nonzero().tolist()} == set(JUDGED)
@@ -325,7 +325,9 @@ def test_unlabelled_pairs_get_no_gradient(scores: PairScores, batch: Distillatio
 
 
 def test_pairs_without_an_anchor_have_no_anchor_loss(scores: PairScores, batch: DistillationBatch) -> None:
-    terms = losses_of(PairScores(scores.logits, None, None), pair_batch(batch), ALL_WEIGHTS)
+    terms = losses_of(
+        PairScores(scores.logits, None, None), pair_batch(batch), ALL_WEIGHTS.with_losses({"pair_cross_entropy": 1.0})
+    )
     whole = cross_entropy_by_hand(scores.logits, 0.0, 0.0)
     assert terms["pair_cross_entropy"].item() == pytest.approx(whole, rel=1e-5)
 
@@ -447,7 +449,7 @@ def test_a_paper_head_scores_a_batch_too(model: Path, long_batch: DistillationBa
 
 def test_the_data_set_s_own_judgements_are_no_scores_to_regress(scores: PairScores, batch: DistillationBatch) -> None:
     """They stand for certainty, and their size means nothing."""
-    weights = Objective({}).with_imitation({"score_regression": 1.0, "margin_mse": 1.0, "in_batch_cross_entropy": 0.0})
+    weights = Objective({"score_regression": 1.0, "margin_mse": 1.0, "anchor_cross_entropy": 1.0})
     other = replace(batch, teacher_log_odds=np.where(batch.labelled, batch.teacher_log_odds, np.float32(99.0)))
     before, after = (losses_of(scores, each, weights) for each in (batch, other))
     assert {name: value.item() for name, value in before.items()} == {

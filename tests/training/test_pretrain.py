@@ -36,7 +36,7 @@ from d2llm.recipe import BackboneConfig, Frozen, Lora, Pretraining, StudentConfi
 from d2llm.recipe.losses import Objective
 from d2llm.training import pretrain, trainer
 from d2llm.training.pretrain import PretrainingReport, pretrain_backbone, set_dropout, unlabelled_texts
-from tiny_data import make_source, tiny_recipe, topics
+from tiny_data import JUDGEMENTS, make_source, tiny_recipe, topics
 from tiny_distill import Place
 from tiny_models import TEXTS, tiny_student_config, tiny_tokenizer, word_tokenizer, write_tiny_model
 
@@ -592,7 +592,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Place:
 
 
 def distilled(place: Place, folder: Path, student: StudentConfig, **pretraining: Any) -> Student:
-    recipe = tiny_recipe(student, losses=Objective({}).with_imitation({}), pretraining=pretraining or None)
+    recipe = tiny_recipe(student, losses=Objective(JUDGEMENTS), pretraining=pretraining or None)
     place.run(folder, recipe=recipe)
     return Student.load(folder, device="cpu", dtype="float32")
 

@@ -21,6 +21,7 @@ def check(context: typer.Context, recipes: Annotated[list[str], _RECIPES]) -> No
     """Read recipes as every verb would, and show the settings that differ from their defaults."""
     from d2llm.core.table import Column, Table
     from d2llm.recipe import Recipe
+    from d2llm.recipe.losses import RECOMMENDED
     from d2llm.recipe.recipe_file import load_recipe
 
     session, defaults = session_of(context), dict(_settings(Recipe().model_dump(mode="json")))
@@ -28,7 +29,8 @@ def check(context: typer.Context, recipes: Annotated[list[str], _RECIPES]) -> No
         recipe = load_recipe(place)
         value_column = Column("value", align="left", max_width=60)
         table = Table("setting", value_column, "default", title=f"{place}: {recipe.name}")
-        for name, value in _settings(recipe.model_dump(mode="json")):
+        left_out = {f"losses.{kind}": 0.0 for kind in RECOMMENDED if not recipe.losses.weight(kind)}
+        for name, value in (dict(_settings(recipe.model_dump(mode="json"))) | left_out).items():
             if value != defaults.get(name) and name != "name" and not name.startswith("data"):
                 table.add_row(name, _text(value), _text(defaults.get(name)))
         session.show(table)

@@ -24,7 +24,9 @@ from d2llm.training.checkpoints import usual_epochs
 NUM_NEGATIVES = 2
 """Hard negatives of a query in each step."""
 
-_OBJECTIVE = Objective({}).with_imitation({})
+_OBJECTIVE = Objective.model_validate(
+    {"in_batch_cross_entropy": 1.0, "anchor_cross_entropy": 1.0, "pair_cross_entropy": 1.0}
+)
 """Judgements alone."""
 _BATCH_QUERIES = 32
 _DEV_QUERIES, _PASSAGES_PER_DEV_QUERY = (50, 200), 10  # fewest and most; BM25's first ten are ranked for each
@@ -59,7 +61,7 @@ def recipe_for_queries(
         data=tuple(
             one.model_copy(update={"max_queries": max(1, round(share * (one.max_queries or 0)))}) for one in data
         ),
-        mining=MiningConfig(num_hard=8, num_easy=2, student=start),
+        mining=MiningConfig(student=start),
         losses=_OBJECTIVE,
         training=TrainingConfig(
             start=start,
@@ -67,11 +69,10 @@ def recipe_for_queries(
             epochs=min(affordable, usual_epochs(num_train / _BATCH_QUERIES, fewest=1)),
             batch_queries=_BATCH_QUERIES,
             num_hard=NUM_NEGATIVES,
-            num_easy=0,
-            unlabelled="own_labels",
+            patience=5,
             dev_queries=dev_queries(plan),
             dev_passages=min(_DEV_PASSAGES, plan.evaluated),
-            residual=ResidualConfig(epochs=3),
+            residual=ResidualConfig(weight_decay=0.01, quiet_price=0.0),
         ),
         evidence=EvidenceConfig(words=True, window_words=True, token_vectors=True),
     )

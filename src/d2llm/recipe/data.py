@@ -37,7 +37,7 @@ class MiningConfig(Section):
     """
 
     num_hard: int = Field(default=8, ge=0)
-    num_easy: int = Field(default=4, ge=0)
+    num_easy: int = Field(default=2, ge=0)
     sources: tuple[Literal["bm25", "encoder"], ...] = ("bm25", "encoder")
     """Rankings that provide candidates for hard negatives: their union, without the positives."""
     student: str | None = None

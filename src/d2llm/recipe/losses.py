@@ -1,7 +1,7 @@
 """The section ``[losses]`` of a recipe: the terms of the objective, each with a weight and settings of its own.
 
 A loss is a class: its settings, its formula, what it needs. Its kind is a key of the section, and the value is its
-weight, or a table with its settings::
+weight, or a table with its settings. What the section does not name takes no part::
 
     [losses]
     in_batch_cross_entropy = 0.5
@@ -124,19 +124,12 @@ class Loss(Registered, BaseModel):
         raise NotImplementedError
 
 
-_DEFAULTS: Mapping[str, float] = {
-    "contrastive_imitation": 1.0,
-    "rank_imitation_positive_hard": 1.0,
-    "rank_imitation_hard_easy": 0.01,
-    "feature_imitation": 0.001,
-    "in_batch_cross_entropy": 1.0,
-    "anchor_cross_entropy": 1.0,
-    "pair_cross_entropy": 1.0,
-}
+RECOMMENDED: Mapping[str, float] = {"list_imitation": 0.5, "in_batch_cross_entropy": 0.5, "pair_cross_entropy": 1.0}
+"""The losses of a recipe without the section."""
 
 
 class Objective(RootModel[dict[str, SerializeAsAny[Loss]]]):
-    """The losses of a recipe by kind. Those that it does not name have their default weights; 0 leaves one out."""
+    """The losses of a recipe by kind, and no others; 0 leaves one out."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -149,12 +142,9 @@ class Objective(RootModel[dict[str, SerializeAsAny[Loss]]]):
             return values.root
         if not isinstance(values, Mapping):
             raise PydanticCustomError("loss", "losses should be a table: write [losses]")
-        named = cast("Mapping[str, Any]", values)
-        return {
-            kind: _loss(kind, value)
-            for kind, value in {**_DEFAULTS, **named}.items()
-            if value != 0 or kind in _DEFAULTS or kind not in LOSSES.kinds
-        }
+        named = cast("Mapping[str, Any]", values).items()
+        losses = {kind: _loss(kind, value) for kind, value in named if value != 0 or kind not in LOSSES.kinds}
+        return {kind: loss for kind, loss in losses.items() if loss.weight > 0}
 
     @model_serializer
     def _written(self, info: SerializationInfo) -> dict[str, Any]:
@@ -179,14 +169,9 @@ class Objective(RootModel[dict[str, SerializeAsAny[Loss]]]):
         return described | {"properties": losses, "additionalProperties": False}
 
     @property
-    def active(self) -> dict[str, Loss]:
-        """The losses with a weight above 0."""
-        return {kind: loss for kind, loss in self.root.items() if loss.weight > 0}
-
-    @property
     def needs(self) -> frozenset[Need]:
         """What they learn from, together."""
-        return frozenset[Need]().union(*(loss.learns_from for loss in self.active.values()))
+        return frozenset[Need]().union(*(loss.learns_from for loss in self.root.values()))
 
     @property
     def imitates(self) -> bool:
@@ -196,7 +181,7 @@ class Objective(RootModel[dict[str, SerializeAsAny[Loss]]]):
     @property
     def depths(self) -> tuple[int, ...]:
         """Numbers of layers after which some loss needs vectors, in ascending order."""
-        return tuple(sorted({depth for loss in self.active.values() for depth in loss.depths}))
+        return tuple(sorted({depth for loss in self.root.values() for depth in loss.depths}))
 
     def weight(self, kind: str) -> float:
         """The weight of a loss; 0 for one that takes no part."""
@@ -217,16 +202,15 @@ class Objective(RootModel[dict[str, SerializeAsAny[Loss]]]):
         """
         imitating = {
             kind: loss.without_imitation()
-            for kind, loss in self.active.items()
+            for kind, loss in self.root.items()
             if loss.learns_from & {"labels", "live_teacher"} and (of_pairs or not loss.of_pairs)
         }
         return self.with_losses(imitating | dict(changes))
 
     def shaping(self) -> dict[str, Any]:
-        """The settings of the active losses that a student depends on, as JSON."""
+        """The settings of the losses that a student depends on, as JSON."""
         return {
-            kind: loss.model_dump(mode="json", exclude={*loss.not_shaping})
-            for kind, loss in sorted(self.active.items())
+            kind: loss.model_dump(mode="json", exclude={*loss.not_shaping}) for kind, loss in sorted(self.root.items())
         }
 
 

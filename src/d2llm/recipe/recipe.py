@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from d2llm.recipe.data import DataConfig, LabellingConfig, MiningConfig
-from d2llm.recipe.losses import Objective
+from d2llm.recipe.losses import RECOMMENDED, Objective
 from d2llm.recipe.sections import Section
 from d2llm.recipe.student import StudentConfig
 from d2llm.recipe.teacher import AutoTeacherConfig, TeacherConfig
@@ -31,7 +31,7 @@ class Recipe(Section):
     mining: MiningConfig = MiningConfig()
     gate: GateConfig = GateConfig()
     labelling: LabellingConfig = LabellingConfig()
-    losses: Objective = Field(default_factory=lambda: Objective({}))
+    losses: Objective = Field(default_factory=lambda: Objective.model_validate(RECOMMENDED))
     training: TrainingConfig = TrainingConfig()
     evidence: EvidenceConfig = EvidenceConfig()
 
@@ -125,7 +125,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_losses(self) -> Recipe:
-        for loss in self.losses.active.values():
+        for loss in self.losses.root.values():
             loss.check(self)
         return self
 

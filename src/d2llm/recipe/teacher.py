@@ -365,7 +365,7 @@ class ListTeacherConfig(_ShippedTeacher):
 
     def check(self, recipe: Recipe) -> None:
         """It has no features to imitate."""
-        imitated = [kind for kind, loss in recipe.losses.active.items() if "features" in loss.learns_from]
+        imitated = [kind for kind, loss in recipe.losses.root.items() if "features" in loss.learns_from]
         if imitated and recipe.student.interaction.head != "cosine":
             raise ValueError(
                 f"losses.{imitated[0]} imitates a teacher's features, and one of kind {self.kind} answers in "

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from d2llm.core.types import EvidenceTerm
 from d2llm.recipe.pretraining import Pretraining
 from d2llm.recipe.sections import Section, WarmUpConfig
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class ResidualConfig(WarmUpConfig):
     """The second stage: trains the interaction alone, on vectors that are encoded once (anchored head)."""
 
-    epochs: int = Field(default=0, ge=0)
+    epochs: int = Field(default=3, ge=0)
     """0: one stage, interaction and vectors together. Otherwise the first stage trains the vectors alone."""
     learning_rate: float = Field(default=3e-4, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
+    weight_decay: float = Field(default=0.02, ge=0)
     batch_queries: int = Field(default=32, ge=1)
     depth: int = Field(default=200, ge=1)
     """Draw neighbours from this many passages of the plan with the largest inner products."""
     num_near: int = Field(default=30, ge=0)
     """Neighbours per query and step, in addition to the plan's negatives."""
     num_random: int = Field(default=20, ge=0)
-    quiet_price: float = Field(default=0.0, ge=0)
+    quiet_price: float = Field(default=1.0, ge=0)
     """Penalty in the loss per unit of squared change that one task's interaction makes to rankings of the other task's
     texts: an interaction should not change what it was not trained on."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _drop_the_rest(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Without epochs there is no such stage, and nothing else to say about it: such recipes are equal."""
+        stage = handler(values)
+        return stage if stage.epochs else handler({"epochs": 0})
 
 
 class TokensConfig(WarmUpConfig):
@@ -63,22 +73,21 @@ class TrainingConfig(WarmUpConfig):
     """Learn what words miss (CoRT): hard negatives are those of the plan that BM25 has among its first so many
     passages, and positives are drawn from those that it has not, where a query has any. For an index whose score counts
     words too. None: words play no part in the draw."""
-    learning_rate: float = Field(default=1e-3, gt=0)
-    """For adapters on a small model; use a third of it for large models, and a thirtieth to train all weights
-    (``tuning = "full"``)."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """For adapters; 1e-3 for a small model and few questions, 3e-5 to train all weights (``tuning = "full"``)."""
     head_learning_rate: float = Field(default=2e-4, gt=0)
     """Learning rate of PMA and IEM. Ten times as much saturates the interaction within a hundred steps."""
     weight_decay: float = Field(default=0.01, ge=0)
     epochs: int | None = Field(default=None, ge=1)
     """By default as many as are needed for 60 steps, but at least 2 and at most 10."""
-    batch_queries: int = Field(default=16, ge=1)
+    batch_queries: int = Field(default=32, ge=1)
     num_positives: int = Field(default=1, ge=1)
     """Positives per query and step, of the queries that have so many; more where whole lists were judged."""
-    num_hard: int = Field(default=4, ge=0)
+    num_hard: int = Field(default=2, ge=0)
     """Hard negatives per query and step, drawn from the plan's again in each epoch."""
-    num_easy: int = Field(default=1, ge=0)
+    num_easy: int = Field(default=0, ge=0)
     max_gradient_norm: float = Field(default=1.0, gt=0)
-    unlabelled: Literal["leave_out", "own_labels"] = "leave_out"
+    unlabelled: Literal["leave_out", "own_labels"] = "own_labels"
     """What to do with queries of the plan that the teacher has not labelled: leave them out, or train on the data set's
     own judgements."""
     unjudged: Literal["negatives", "leave_out", "ask_teacher"] = "negatives"
@@ -92,11 +101,11 @@ class TrainingConfig(WarmUpConfig):
     is irrelevant, unless it has a label. For queries that learn from the data set's own judgements, it always is."""
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between dev evaluations; by default a fifth of the run's steps, at most 200."""
-    patience: int = Field(default=5, ge=1)
+    patience: int = Field(default=6, ge=1)
     """Stop after this many dev evaluations without improvement."""
     max_minutes: float | None = Field(default=None, gt=0)
     """Stop the first stage after this much time, without that of interruptions; the best state so far is kept."""
-    dev_queries: int = Field(default=200, ge=1)
+    dev_queries: int = Field(default=150, ge=1)
     dev_passages: int = Field(default=1000, ge=1)
     """Dev corpus: the dev positives, their mined negatives, and random passages up to this number."""
     checkpoint_every: int = Field(default=100, ge=1)

@@ -162,7 +162,7 @@ def distill(
     with joined_processes() as processes, showing_progress(None if processes.is_first else False):
         start_tokens, start_evidence = student.token_projection, student.evidence
         preparation = Preparation(recipe, student, labelled, processes, device, dtype)
-        objective = recipe.losses.active.values()
+        objective = recipe.losses.root.values()
         for loss in objective:
             loss.check_student(preparation)
         if recipe.training.start is None:
@@ -257,7 +257,7 @@ def _check_asked(recipe: Recipe, teacher: TeacherConfig) -> None:
 def _recorded(run: DistillRun) -> dict[str, Any]:
     """What the losses say of the written student."""
     recorded: dict[str, Any] = {}
-    for loss in run.recipe.losses.active.values():
+    for loss in run.recipe.losses.root.values():
         recorded |= loss.record(is_trained=not run.keeps_start)
     return recorded
 

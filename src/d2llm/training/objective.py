@@ -104,7 +104,8 @@ def weighted_sum(values: Mapping[str, Tensor], objective: Mapping[str, Loss]) ->
     """
     if not values:
         raise InputError(
-            "no loss has a weight above 0 (the anchor's are for the head 'anchored' only); set one in [losses]"
+            "no loss has a weight above 0 that these data have (labelled pairs have pair_cross_entropy alone, and the "
+            "anchor's are for the head 'anchored'); set one in [losses]"
         )
     return torch.stack([objective[kind].weight * value for kind, value in values.items()]).sum()
 

@@ -139,7 +139,7 @@ class _Training(Trainable):
     def __post_init__(self) -> None:
         self.config, self.results = self.recipe.training.residual, dict[str, DevResult]()
         self.only_judged = self.recipe.training.unjudged != "negatives"
-        self.objective = {kind: loss for kind, loss in self.recipe.losses.active.items() if not loss.of_vectors}
+        self.objective = {kind: loss for kind, loss in self.recipe.losses.root.items() if not loss.of_vectors}
         self.parameters = self.head.residual_parameters()
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)

@@ -22,10 +22,10 @@ from d2llm.data.pairs import PairDataset
 from d2llm.models.length_limit import readable_tokens
 from d2llm.models.student import Student
 from d2llm.ops.batching import even_batches
-from d2llm.recipe import BackboneConfig, PoolingConfig, Recipe, StudentConfig, TrainingConfig
+from d2llm.recipe import BackboneConfig, DataConfig, PoolingConfig, Recipe, StudentConfig, TrainingConfig
 from d2llm.recipe.recipe_file import load_recipe_text, named_teacher
 from d2llm.retrieval.protocols import task_for
-from d2llm.training.checkpoints import epochs_of
+from d2llm.training.checkpoints import usual_epochs
 from d2llm.training.fit_evidence import LISTED_DEPTH, LISTED_PASSAGES
 
 _log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ _SAMPLE = 2000  # texts whose length is measured
 _TIMED = 64  # texts that are encoded to measure the speed
 _LANGUAGE_SAMPLE = 500  # texts whose language is guessed
 _TRAINING = TrainingConfig()
-_BATCH = _TRAINING.batch_queries
+_RATE, _BATCH, _NUM_HARD, _NUM_EASY = 1e-3, 16, 4, 1  # for 100 to 1,000 questions (docs/log)
 _MAX_PASSAGE_TOKENS, _MAX_QUERY_TOKENS = 256, 128  # time grows with the limits; users can raise them in the recipe
 _ENGLISH = frozenset({"minilm", "smollm2"})
 _ENOUGH_FOR_A_TEACHER = 1000
@@ -150,7 +150,7 @@ def starting_recipe(
     num_passages = len(dataset.passages) if isinstance(dataset, Dataset) else len(texts[1].texts)
     shared = 2 * num_left < num_train
     used = num_train if shared else num_left
-    epochs = epochs_of(_TRAINING, even_batches(used, _BATCH)[0])
+    epochs = usual_epochs(even_batches(used, _BATCH)[0])
     notes = list(_notes(encoder.model, queries, passages, num_dev))
     minutes = _minutes(student, texts[1], queries, passages, num_passages, used * epochs, num_dev)
     name = Path(dataset.name).name or "mine"
@@ -162,10 +162,9 @@ def starting_recipe(
                 if start is None
                 else [_student_sections(student.config, start, queries, passages), _mining_section(start)]
             ),
-            *_teacher_sections(teacher, encoder.model, used),
+            *_teacher_sections(teacher, encoder.model, used, isinstance(dataset, PairDataset)),
             _data_section(data, chosen, reason, shared, num_train, num_left),
-            _training_section(used, epochs, num_dev, start),
-            _RESIDUAL,
+            _training_section(used, epochs, start),
             _EVIDENCE,
         ]
     )
@@ -266,7 +265,7 @@ def _minutes(
     num_tokens = float(np.minimum(passages.lengths[: len(timed)], student.config.backbone.max_passage_tokens).sum())
     rate = num_tokens / (time.perf_counter() - start)
     query, passage = float(queries.kept.mean()), float(passages.kept.mean())
-    batch_tokens = _BATCH * query + min(num_passages, _BATCH * (1 + _TRAINING.num_hard + _TRAINING.num_easy)) * passage
+    batch_tokens = _BATCH * query + min(num_passages, _BATCH * (1 + _NUM_HARD + _NUM_EASY)) * passage
     training = num_seen / _BATCH * batch_tokens * _TRAINING_PASSES
     dev = 6 * min(num_passages, max(_TRAINING.dev_passages, 10 * min(num_dev, _TRAINING.dev_queries))) * passage
     words = min(num_passages, max(LISTED_PASSAGES, LISTED_DEPTH * min(num_dev, _TRAINING.dev_queries))) * passage
@@ -290,8 +289,7 @@ def _head(
 # Every other setting has its default. Train with:
 #   d2llm run THIS_FILE
 
-name = {json.dumps(name, ensure_ascii=False)}
-seed = 0"""
+name = {json.dumps(name, ensure_ascii=False)}"""
 
 
 def _in_words(minutes: float) -> str:
@@ -304,25 +302,21 @@ def _backbone_section(backbone: BackboneConfig, queries: _Side, passages: _Side)
     language_code = passages.language or queries.language
     english = " It is for English." if backbone.model in _ENGLISH else ""
     language = f" The texts look like '{language_code}'." if language_code else ""
-    prefixes = ""
-    if backbone.query_prefix or backbone.passage_prefix:
-        prefixes = f"""
-query_prefix = {json.dumps(backbone.query_prefix)} # the model was trained with these prefixes
-passage_prefix = {json.dumps(backbone.passage_prefix)}"""
+    is_default = backbone.model == BackboneConfig().model
+    model = "" if is_default else f"\nmodel = {json.dumps(backbone.model)}"
     return f"""\
-[student.backbone]
-model = {json.dumps(backbone.model)} # encodes each text alone.{english}{language}{prefixes}
+[student.backbone] # {Path(backbone.model).name} encodes each text alone.{english}{language}{model}
 max_query_tokens = {queries.limit} # {_lengths(queries, "queries")}
 max_passage_tokens = {passages.limit} # {_lengths(passages, "passages")}; time and memory grow with it"""
 
 
 def _student_sections(config: StudentConfig, start: str | Path, queries: _Side, passages: _Side) -> str:
     """The settings of the student to start from that are not the defaults; a training from it must have them all."""
-    defaults, sections = StudentConfig().model_dump(mode="json"), list[str]()
+    model, sections = config.backbone.model, list[str]()
+    defaults = StudentConfig(backbone=BackboneConfig(model=model)).model_dump(mode="json")
+    defaults["backbone"]["model"] = BackboneConfig().model
     for section, values in config.model_dump(mode="json").items():
         changed = {name: value for name, value in values.items() if value != defaults[section][name]}
-        if section == "backbone":
-            changed = {"model": values["model"]} | changed
         if changed:
             sections.append(f"[student.{section}]\n{_toml_lines(changed)}")
     return f"""\
@@ -356,8 +350,8 @@ def _lengths(side: _Side, kind: str) -> str:
     return f"half of the {kind} have up to {middle} tokens, 95 % up to {long}; {side.longer:.0%} are truncated"
 
 
-def _teacher_sections(teacher: str | None, backbone: str, num_train: int) -> list[str]:
-    """Teacher and losses: the named teacher, else one trained on the questions if they are enough, else none."""
+def _teacher_sections(teacher: str | None, backbone: str, num_train: int, of_pairs: bool) -> list[str]:
+    """The named teacher, else one trained on the questions if they are enough, else losses that need none."""
     if teacher is not None:
         named = named_teacher(teacher)
         given = {"model": named.model, "kind": named.kind} | named.model_dump(mode="json", exclude_unset=True)
@@ -368,7 +362,6 @@ def _teacher_sections(teacher: str | None, backbone: str, num_train: int) -> lis
 
 [teacher_tuning]
 epochs = 0 # the teacher as it is; with a few thousand questions tuning is worthwhile: 1""",
-            _TEACHER_LOSSES,
         ]
     if num_train >= _ENOUGH_FOR_A_TEACHER:
         return [
@@ -389,38 +382,26 @@ batch_pairs = 80
 queries = 100
 depth = 12
 alpha = 0.9 # closed if the teacher is worse than the cosine on dev: then only the judgements are used""",
-            _TEACHER_LOSSES,
         ]
+    loss = "pair_cross_entropy = 1.0" if of_pairs else "in_batch_cross_entropy = 1.0"
+    meaning = "yes or no" if of_pairs else "rank the data set's own positives above all other passages of the batch"
     return [
         f"""\
 # No teacher: {num_train:,} questions are too few to tune a small one that is better than the cosine, and a
 # worse one does not help. A teacher that judges well without tuning, such as a reranker or a large language model,
 # does help: `d2llm init DATA --teacher MODEL` writes a recipe with it.
 [losses]
-contrastive_imitation = 0.0
-rank_imitation_positive_hard = 0.0
-rank_imitation_hard_easy = 0.0
-feature_imitation = 0.0
-in_batch_cross_entropy = 1.0 # rank the data set's own positives above all other passages of the batch"""
+{loss} # {meaning}"""
     ]
-
-
-_TEACHER_LOSSES = """\
-[losses] # half from the teacher's distribution over the candidates, half from the data set's own judgements
-contrastive_imitation = 0.0
-list_imitation = 0.5
-rank_imitation_positive_hard = 0.0
-rank_imitation_hard_easy = 0.0
-feature_imitation = 0.0
-in_batch_cross_entropy = 0.5"""
 
 
 def _data_section(data: str | Path, task: Task, reason: str, shared: bool, num_train: int, num_left: int) -> str:
     meaning = "a passage says the same as a query" if task == "symmetric" else "a passage answers a query"
+    default = task == DataConfig.model_fields["task"].default
     lines = [
-        "[[data]]",
+        f"[[data]] # {task}, {meaning}: {reason}",
         f"path = {json.dumps(str(data), ensure_ascii=False)}",
-        f'task = "{task}" # {meaning}: {reason}',
+        *([] if default else [f'task = "{task}"']),
     ]
     if shared:
         lines.append(
@@ -430,30 +411,20 @@ def _data_section(data: str | Path, task: Task, reason: str, shared: bool, num_t
     return "\n".join(lines)
 
 
-def _training_section(num_train: int, epochs: int, num_dev: int, start: str | Path | None) -> str:
+def _training_section(num_train: int, epochs: int, start: str | Path | None) -> str:
     started = "" if start is None else f"\nstart = {json.dumps(str(start))} # a student, which is trained further"
     per_epoch, _ = even_batches(num_train, _BATCH)
-    rate, head_rate = _TRAINING.learning_rate, _TRAINING.head_learning_rate
     return f"""\
 [training] # the best state on dev is kept, so an epoch too many only costs time{started}
-learning_rate = {rate:g} # if "nothing was learnt": a third of it if dev fell, three times as much if dev hardly moved
-head_learning_rate = {head_rate:g} # ten times as much saturates the interaction within a hundred steps
-warmup_fraction = {_TRAINING.warmup_fraction:g} # of the steps
+learning_rate = {_RATE:g} # if "nothing was learnt": a third of it if dev fell, three times as much if dev hardly moved
 epochs = {epochs} # {num_train:,} questions make {per_epoch:,} steps per epoch: {per_epoch * epochs:,} in all
 batch_queries = {_BATCH}
-num_hard = {_TRAINING.num_hard} # negatives of a query in a step, drawn again each epoch from those that were mined
-num_easy = {_TRAINING.num_easy}
-dev_queries = {min(num_dev, _TRAINING.dev_queries)} # of {num_dev:,}
-dev_passages = {_TRAINING.dev_passages} # to rank: relevant ones, BM25's first ten per query, others up to this"""
+num_hard = {_NUM_HARD} # negatives of a query in a step, drawn again each epoch from those that were mined
+num_easy = {_NUM_EASY}"""
 
-
-_RESIDUAL = """\
-[training.residual] # then the interaction alone, on fixed vectors; its weight is chosen on dev and may be 0
-epochs = 3"""
 
 _EVIDENCE = """\
 [evidence] # BM25 as part of the score in an index: its weights are fitted on dev at the end, and 0 if it does not help
 words = true
 window_words = true # BM25 of each two neighbouring sentences, which helps if passages are long
-window_vectors = false # their vectors: slightly better on long passages, which an index then encodes three times
 token_vectors = true # vectors of single tokens, which see more than the passage's one vector; 32 bytes each"""

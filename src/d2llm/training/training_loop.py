@@ -404,7 +404,7 @@ class DistillRun(Trainable):
         batch = collate(source, draws)
         ids = batch_tokens(self.student, batch)
         losses: dict[str, Tensor] = {}
-        objective = self.recipe.losses.active
+        objective = self.recipe.losses.root
         depths = self.recipe.losses.depths if batch.targets is None else ()
 
         def loss_of(encoded: Tensor, tokens: Sequence[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from d2llm.models.evidence import Evidence, TaskEvidence
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection
 from d2llm.recipe.losses import Objective
-from tiny_data import tiny_recipe, topics
+from tiny_data import JUDGEMENTS, tiny_recipe, topics
 from tiny_distill import LEARNING, Place, log_of
 from tiny_models import DIM, randomise, tiny_student_config, write_tiny_model
 
@@ -116,7 +116,7 @@ def test_a_student_learns_from_the_chosen_scores(student: Student, tmp_path: Pat
     place = Place(tmp_path)
     student.save(tmp_path / "live")
     live = {"teacher": str(tmp_path / "live"), "scores": scores}
-    weights = Objective({}).with_imitation({"in_batch_imitation": live, "in_batch_cross_entropy": 0.0})
+    weights = Objective(JUDGEMENTS | {"in_batch_imitation": live, "in_batch_cross_entropy": 0.0})
     recipe = tiny_recipe(tiny_student_config(place.model), losses=weights, epochs=1, **LEARNING)
     place.run(tmp_path / "taught", recipe=recipe, labels=tmp_path / "none")
     settings = json.loads((tmp_path / "taught" / "manifest.json").read_text(encoding="utf-8"))["settings"]

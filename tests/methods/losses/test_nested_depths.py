@@ -18,18 +18,18 @@ from d2llm.recipe.losses import Objective
 from d2llm.training.gradient_cache import backpropagate
 from d2llm.training.losses import LossInput
 from d2llm.training.objective import batch_tokens
-from tiny_data import tiny_recipe
+from tiny_data import JUDGEMENTS, tiny_recipe
 from tiny_distill import LEARNING, Place, losses_of, score_batch
 from tiny_models import DIM, randomise, tiny_student_config
 
 NESTED = "nested_cross_entropy"
-WEIGHTS = Objective({}).with_imitation({NESTED: {"layers": (1,), "weight": 2.0}})
+WEIGHTS = Objective(JUDGEMENTS | {NESTED: {"layers": (1,), "weight": 2.0}})
 
 
 def nested_loss(
     student: Student, vectors: torch.Tensor, batch: DistillationBatch, objective: Objective, after: list[torch.Tensor]
 ) -> torch.Tensor:
-    loss = objective.active[NESTED]
+    loss = objective.root[NESTED]
     value = loss(
         LossInput(batch, PairScores(vectors, None, None), student, vectors, dict(zip(loss.depths, after, strict=True)))
     )

@@ -18,13 +18,13 @@ from d2llm.models.student import Student
 from d2llm.recipe import Recipe
 from d2llm.recipe.losses import Objective
 from d2llm.training.objective import batch_tokens
-from tiny_data import tiny_recipe
+from tiny_data import JUDGEMENTS, tiny_recipe
 from tiny_distill import LEARNING, Place, losses_of, score_batch
 from tiny_models import DIM, tiny_student_config
 
 DIMS = (4, 16)
 NESTED = "nested_cross_entropy"
-WEIGHTS = Objective({}).with_imitation({NESTED: {"dims": DIMS, "weight": 5.0}})
+WEIGHTS = Objective(JUDGEMENTS | {NESTED: {"dims": DIMS, "weight": 5.0}})
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from d2llm.models.writers.writer import Assignment, WrittenQueries
 from d2llm.recipe import Recipe
 from d2llm.recipe.losses import Objective
 from d2llm.training.objective import batch_tokens
-from tiny_data import tiny_recipe
+from tiny_data import JUDGEMENTS, tiny_recipe
 from tiny_distill import LEARNING, Place, log_of, losses_of, score_batch
 from tiny_models import TEXTS, tiny_student_config
 
@@ -53,7 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 def recipe(place: Place, file: Path, *, writer: object = None, **training: object) -> Recipe:
     expansion = {"passages": str(file), "weight": 3.0, "writer": writer}
-    weights = Objective({}).with_imitation(ALONE | {"soft_expansion": expansion})
+    weights = Objective(JUDGEMENTS | ALONE | {"soft_expansion": expansion})
     return tiny_recipe(tiny_student_config(place.model), losses=weights, **(LEARNING | training))
 
 
@@ -146,7 +146,7 @@ def test_a_batch_compares_each_query_with_its_own_vector(place: Place, tmp_path:
         known = [row for row, query_id in enumerate(batch.query_ids) if query_id in targets]
         squares = [((vectors[row].numpy() - targets[batch.query_ids[row]]) ** 2).mean() for row in known]
         scores = score_batch(student, batch)
-        weights = Objective({}).with_imitation(ALONE | {"soft_expansion": {"passages": "any.jsonl"}})
+        weights = Objective(JUDGEMENTS | ALONE | {"soft_expansion": {"passages": "any.jsonl"}})
         value = losses_of(scores, batch, weights, vectors=vectors)["soft_expansion"].item()
         assert value == pytest.approx(np.mean(squares) if squares else 0, rel=1e-5)
         assert losses_of(scores, replace(batch, query_inputs={}), weights, vectors=vectors) == {}

@@ -27,7 +27,7 @@ from d2llm.training import trainer
 from d2llm.training.ablation import ablate as verb
 from d2llm.training.ablation.ablate import RunSettings, ablate
 from d2llm.training.ablation.report import AblationReport, RunResult
-from tiny_data import make_plan, tiny_recipe, topics, write_rule_labels
+from tiny_data import JUDGEMENTS, make_plan, tiny_recipe, topics, write_rule_labels
 from tiny_distill import LEARNING, Place
 from tiny_models import tiny_student_config
 
@@ -252,7 +252,7 @@ class TestOrder:
         self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
         fake = fake_training()
-        losses = Objective({"rank_imitation_positive_hard": 0, "rank_imitation_hard_easy": 0, "feature_imitation": 0})
+        losses = Objective(JUDGEMENTS | {"contrastive_imitation": 1.0})
         recipe = small_recipe(place).model_copy(update={"losses": losses})
         report = run(place, tmp_path, recipe=recipe, variants=["without-ci", "without-fi", "no-imitation"], num_seeds=1)
         assert report.same == {"without-fi": "recipe", "no-imitation": "without-ci"}
@@ -399,15 +399,7 @@ class TestData:
         self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
         fake = fake_training()
-        plain = Objective(
-            {
-                "contrastive_imitation": 0,
-                "rank_imitation_positive_hard": 0,
-                "rank_imitation_hard_easy": 0,
-                "feature_imitation": 0,
-            }
-        )
-        recipe = small_recipe(place).model_copy(update={"losses": plain})
+        recipe = small_recipe(place).model_copy(update={"losses": Objective(JUDGEMENTS)})
         report = run(place, tmp_path, recipe=recipe, labels=tmp_path / "none", variants=["cosine"])
         assert report.settings["teacher"] is None
         assert fake.queries() == [{entry.query_id for entry in place.source.plan.entries}]
