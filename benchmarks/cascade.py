@@ -28,12 +28,14 @@ from scaling.data_sets import DATA, require
 from d2llm import Student
 from d2llm.core.types import Task
 from d2llm.data.beir import read_beir
+from d2llm.methods.rerankers.cascade import Cascade
 from d2llm.models.teachers.judge import Judge, load_judge
 from d2llm.models.teachers.stacked import stacked_queries
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.rereading import StudentError, calibrate_error, on_one_scale
 from d2llm.recipe import TeacherConfig
-from d2llm.retrieval.cascade import Cascade, StudentRanking
+from d2llm.retrieval.reranker import Candidates as SearchCandidates
+from d2llm.retrieval.reranker import rerank_candidates
 
 SETS: dict[str, Task] = {"squad-sent": "asymmetric", "wikiqa": "asymmetric"}
 CALIBRATION_QUERIES, QUERIES, CANDIDATES = 40, 120, 50
@@ -53,15 +55,18 @@ class Candidates(NamedTuple):
     scores: np.ndarray
     log_odds: np.ndarray
     relevant: dict[str, int]
+    task: Task
 
     @property
-    def ranking(self) -> StudentRanking:
+    def ranking(self) -> SearchCandidates:
         """What a cascade gets of them."""
-        return StudentRanking(
+        return SearchCandidates(
             self.scores,
             np.arange(len(self.ids)),
             texts=lambda places: [self.texts[place] for place in places],
             vectors=lambda places: np.zeros((len(places), 0), np.float32),
+            task=self.task,
+            top_k=10,
         )
 
 
@@ -95,7 +100,9 @@ def read(student: Student, judge: Judge, name: str, fitted: frozenset[str]) -> t
         log_odds = judge.judge([(query, text) for text in texts], SETS[name]).log_odds
         seconds += time.perf_counter() - start
         kept = [ids[row] for row in best]
-        judged.append(Candidates(query, kept, texts, scores[best], log_odds, dict(data.qrels["dev"][query_id])))
+        judged.append(
+            Candidates(query, kept, texts, scores[best], log_odds, dict(data.qrels["dev"][query_id]), SETS[name])
+        )
     return judged, 1e3 * seconds / (len(judged) * CANDIDATES)
 
 
@@ -142,11 +149,10 @@ def measure(name: str, student: Student, judge: Judge, fitted: frozenset[str]) -
         counts: list[int] = []
 
         def cascade(query: Candidates, n: int = n, counts: list[int] = counts) -> np.ndarray:
-            reread = Cascade(Known(query), error, n).rerank(  # type: ignore[arg-type]
-                query.text, query.ranking, SETS[name]
-            )
-            counts.append(len(reread.read))
-            return reread.scores
+            reranker = Cascade(num_passages=n).with_teacher(Known(query), error)  # type: ignore[arg-type]
+            reranked = reranker.rerank(query.text, query.ranking)
+            counts.append(len(reranked.read))
+            return reranked.scores
 
         values[f"cascade, {n}"] = ndcg(queries, cascade)
         num_read[f"cascade, {n}"] = float(np.mean(counts))
@@ -177,12 +183,13 @@ def times(queries: Sequence[Candidates], judge: Judge, error: StudentError, task
     """Milliseconds per query for each budget of passages, for all candidates at once, and for a budget of time."""
 
     def run(cascade: Cascade) -> tuple[np.ndarray, np.ndarray]:
-        done = [cascade.rerank(q.text, q.ranking, task) for q in queries]
+        reranker = cascade.with_teacher(judge, error)
+        done = [rerank_candidates(reranker, q.text, q.ranking) for q in queries]
         return np.array([1e3 * one.seconds for one in done]), np.array([len(one.read) for one in done])
 
     measured: dict[str, object] = {}
     for n in BUDGETS:
-        ms, read = run(Cascade(judge, error, n))
+        ms, read = run(Cascade(num_passages=n))
         measured[f"cascade, {n}"] = {
             "median_ms": float(np.median(ms)),
             "p95_ms": float(np.quantile(ms, 0.95)),
@@ -194,7 +201,7 @@ def times(queries: Sequence[Candidates], judge: Judge, error: StudentError, task
         judge.judge([(query.text, text) for text in query.texts], task)
         all_ms.append(1e3 * (time.perf_counter() - start))
     measured[f"teacher on all {CANDIDATES}"] = {"median_ms": float(np.median(all_ms))}
-    ms, read = run(Cascade(judge, error, None, BUDGET_MS))
+    ms, read = run(Cascade(num_passages=None, max_ms=BUDGET_MS))
     measured[f"budget of {BUDGET_MS:g} ms"] = {
         "median_ms": float(np.median(ms)),
         "most_ms": float(ms.max()),

@@ -17,7 +17,7 @@ Names, by what they are for:
     the rest    D2LLMError (every error is one), showing_progress
 
 One text gives one result, a list gives a list: ``index.search``, ``student.encode_query``, ``student.encode_document``.
-``help`` of each name has its arguments, shapes, errors and an example. Everything else is in submodules: cascades,
+``help`` of each name has its arguments, shapes, errors and an example. Everything else is in submodules: rerankers,
 query expansion, writers, label stores, fitted scores, shards, sizes; docs/cli.md names the function of each verb.
 
 Names are imported on first use, so ``import d2llm`` is quick and does not load torch.

@@ -60,17 +60,18 @@ def test_results_are_documents_with_neighbouring_passages(place):
 
 def test_a_teacher_reads_again(place):
     teacher = ("--teacher", "cosine:minilm")
-    fail("search", place / "i", QUESTION, *teacher, containing=["calibrate"])
+    cascade = ("--reranker", "cascade:cosine:minilm")
+    fail("search", place / "i", QUESTION, *cascade, containing=["calibrate"])
     stderr = succeed("index", place / "i", "calibrate", *teacher, "--queries", place / "queries.jsonl").stderr
     assert "standard deviation" in stderr
-    ranking, result = ranking_of(place, *teacher, "--teacher-passages", "4")
-    assert len(ranking["cascade"]["read"]) <= 4
+    ranking, result = ranking_of(place, *cascade, "--reranker-set", "num_passages=4")
+    assert len(ranking["reranking"]["read"]) <= 4
     assert (
-        f"unsure of {len(ranking['cascade']['unsure'])} passages; {len(ranking['cascade']['read'])} were"
+        f"unsure of {len(ranking['reranking']['unsure'])} passages; {len(ranking['reranking']['read'])} were"
         in result.stderr
     )
     assert ranking["certificate"] is None
-    fail("search", place / "i", "x", *teacher, "--exact", containing=["leave out exact"])
+    fail("search", place / "i", "x", *cascade, "--exact", containing=["leave out exact"])
 
 
 def test_late_chunking_rereads_only_changed_documents(place, tmp_path):

@@ -98,7 +98,10 @@ def test_search_with_a_filter_and_several_sources(place):
     (both,) = report_of(place, "search", place / "i", word, *options, "vectors")["rankings"]
     assert bm25["num_candidates"] < both["num_candidates"] == 60
     fail("search", place / "i", "x", "--filter", "yaer < 3", containing=["yaer", "year"])
-    fail("search", place / "i", "x", "--teacher-ms", "5", containing=["--teacher-ms", "--teacher"])
+    fail("search", place / "i", "x", "--reranker", "cascad", containing=["no reranker 'cascad'", "cascade"])
+    wrong = ("--reranker", "cascade:smollm2", "--reranker-set", "max_s=5")
+    fail("search", place / "i", "x", *wrong, containing=["reranker.max_s", "max_ms"])
+    fail("search", place / "i", "x", "--reranker", "cascade", containing=["needs a teacher"])
     fail("search", place / "i", "x", "--filter", "year < 'x'; DROP TABLE passages", containing=["filter"])
 
 
@@ -269,8 +272,7 @@ def test_mistakes_get_a_clear_error(place, tmp_path):
     fail("index", tmp_path / "none", "stats", containing=["not found"])
     fail("index", place / "i", "delete", containing=["there is no id"])
     fail("search", place / "i", "x", "--budget-ms", "5", containing=["exact"])
-    for option in (("--teacher-passages", "3"), ("--teacher-ms", "3"), ("--prompt", "short")):
-        fail("search", place / "i", "x", *option, containing=[f"{option[0]} is for a teacher"])
+    fail("search", place / "i", "x", "--reranker-set", "max_ms=3", containing=["--reranker-set is for --reranker"])
     fail("fit", place, "--max-cost", "2", containing=["--max-cost needs", "--prices"])
     write_lines(tmp_path / "corpus.jsonl", [{"_id": "a", "text": "t", "year": "soon"}])
     fail("index", place / "i", "upsert", tmp_path, containing=["'a'", "year"])

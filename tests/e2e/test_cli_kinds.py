@@ -7,13 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from d2llm import Index
+from d2llm.core.errors import ModelError
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
 from d2llm.recipe import TeacherConfig, WriterConfig
+from d2llm.retrieval.reranker import Reranker, open_reranker
+from d2llm.server.app import make_app
 from e2e.command_line import fail, succeed, succeed_with_report
 from e2e.small_corpus import SENTENCES
 from installed_package import install
+from live_server import patient, serve, wait_until_ready
 from recipe.test_writers import THEIRS as WRITER
+from tiny_server import tiny_settings, write_tiny_index
 
 JUDGE = """
 import numpy as np
@@ -45,6 +51,118 @@ class Theirs(TeacherConfig, kind="overlap"):
     def load(self, *, device=None, dtype=None):
         return Overlap(self.slope)
 """
+
+
+RERANKER = """
+import numpy as np
+
+from d2llm.retrieval.reranker import OpenReranker, Reranker
+
+
+class LongestFirst(Reranker, kind="longest"):
+    '''Longer passages first.'''
+
+    num_passages: int = 5
+    '''How many are read.'''
+
+    def open(self, *, device=None, dtype=None):
+        return OpenLongestFirst(self)
+
+
+class OpenLongestFirst(OpenReranker):
+    def rerank(self, query, candidates):
+        read = candidates.best_first[: self.settings.num_passages]
+        return candidates.with_scores(read, [len(text) for text in candidates.texts(read)])
+
+
+class Wrong(Reranker, kind="wrong"):
+    '''Not what a search can use.'''
+
+    answer: str = "short"
+
+    def open(self, *, device=None, dtype=None):
+        return OpenWrong(self)
+
+
+class OpenWrong(OpenReranker):
+    def rerank(self, query, candidates):
+        answers = {
+            "short": candidates.scores[1:],
+            "columns": np.stack([candidates.scores] * 2),
+            "nan": np.where(np.arange(len(candidates.scores)) == 1, np.nan, candidates.scores),
+            "words": ["good"] * len(candidates.scores),
+        }
+        return answers[self.settings.answer]
+"""
+
+
+@pytest.fixture
+def rerankers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = {"longest": "LongestFirst", "wrong": "Wrong"}
+    install(tmp_path / "site", RERANKER, Reranker.kinds, kinds, monkeypatch)
+
+
+@pytest.mark.usefixtures("rerankers")
+def test_a_reranker_of_another_package_reranks_in_python_in_a_terminal_and_over_http(tmp_path: Path) -> None:
+    path = write_tiny_index(tmp_path)
+    index = Index.open(path, dtype="float32")
+    student = [hit.passage for hit in index.search("the cat by the sea", top_k=60)]
+    lengths = {passage.id: len(passage.full_text) for passage in student}
+
+    def expected(number: int) -> list[str]:
+        first = sorted(student[:number], key=lambda passage: (-lengths[passage.id], passage.id))
+        return [passage.id for passage in (*first, *student[number:])]
+
+    ranking = index.search("the cat by the sea", rerank="longest", top_k=60)
+    assert [hit.passage.id for hit in ranking] == expected(5) != [passage.id for passage in student]
+    assert ranking.reranking is not None
+    assert ranking.reranking.kind == "longest"
+    assert [hit.score for hit in ranking][:5] == [lengths[each] for each in expected(5)[:5]]
+    loaded = open_reranker(Reranker(kind="longest", num_passages=8))
+    assert [hit.passage.id for hit in index.search("the cat by the sea", rerank=loaded, top_k=60)] == expected(8)
+
+    (tmp_path / "longest.toml").write_text('[reranker]\nkind = "longest"\nnum_passages = 8\n')
+    search = ("search", path, "the cat by the sea", "--top-k", 60, "--dtype", "float32", "--reranker")
+    for number, named in (
+        (5, ["longest"]),
+        (8, [tmp_path / "longest.toml"]),
+        (12, ["longest", "--reranker-set", "num-passages=12"]),
+        (3, [tmp_path / "longest.toml", "--reranker-set", "num-passages=3"]),
+    ):
+        result, report = succeed_with_report(*search, *named, folder=tmp_path)
+        (shown,) = report["result"]["rankings"]
+        assert [hit["passage"]["id"] for hit in shown["passages"]] == expected(number)
+        assert "longest: " in result.stderr
+    assert "longest" in succeed("methods").output
+
+    with serve(make_app(tiny_settings(path, reranker=str(tmp_path / "longest.toml")))) as address:
+        wait_until_ready(address)
+        assert patient.get(f"{address}/v1/index").json()["rescore"] == ["none", "iem", "longest"]
+        body = {"query": "the cat by the sea", "top_k": 60, "rescore": "longest"}
+        answer = patient.post(f"{address}/v1/search", json=body).json()
+        assert [hit["id"] for hit in answer["passages"]] == expected(8)
+        assert answer["reranking"]["kind"] == "longest"
+        for rescore, words in (("wrong", "no reranker 'wrong'"), ("listwise", "start it with --reranker listwise")):
+            refused = patient.post(f"{address}/v1/search", json=body | {"rescore": rescore})
+            assert (refused.status_code, words in refused.text) == (400, True)
+        unknown = patient.post(f"{address}/v1/search", json=body | {"rescore": "longst"})
+        assert (unknown.status_code, "longest" in unknown.text) == (422, True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ("short", r"shape \(59,\) for 60 candidates"),
+        ("columns", r"shape \(2, 60\) for 60 candidates"),
+        ("nan", "1 of 60 scores of the query 'cat' that are not finite"),
+        ("words", "scores that are not numbers"),
+    ],
+)
+@pytest.mark.usefixtures("rerankers")
+def test_an_answer_that_does_not_score_every_candidate_is_refused(tmp_path: Path, answer: str, problem: str) -> None:
+    index = Index.open(write_tiny_index(tmp_path), dtype="float32")
+    with pytest.raises(ModelError, match=f"the reranker 'wrong' gave .*{problem}"):
+        index.search("cat", rerank=Reranker(kind="wrong", answer=answer))
 
 
 @pytest.fixture

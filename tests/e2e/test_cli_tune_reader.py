@@ -1,4 +1,4 @@
-"""``d2llm tune-reader`` and ``d2llm search --reader`` as a user runs them."""
+"""``d2llm tune-reader`` and ``d2llm search --reranker listwise:FOLDER`` as a user runs them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_tuning_reports_what_it_learnt_and_brings(place: Path) -> None:
 def test_a_search_with_a_reader(place: Path, tmp_path: Path) -> None:
     search = ("search", place / "index", "the cat sleeps", "--top-k", "30", *CPU)
     _, plain = succeed_with_report(*search, folder=tmp_path)
-    options = ("--reader", place / "reader", "--reader-passages", "12")
+    options = ("--reranker", f"listwise:{place / 'reader'}", "--reranker-set", "num_passages=12")
     result, read = succeed_with_report(*search, *options, folder=tmp_path)
     before, after = (
         [one["passage"]["id"] for one in each["result"]["rankings"][0]["passages"]] for each in (plain, read)
@@ -52,24 +52,34 @@ def test_a_search_with_a_reader(place: Path, tmp_path: Path) -> None:
     assert before[12:] == after[12:]
     assert set(before) == set(after)
     assert before != after
-    assert "reader: 12 passages were read, in " in result.stderr
+    assert "listwise: 12 passages were read, in " in result.stderr
     assert "teacher" not in result.stderr
     (ranking,) = read["result"]["rankings"]
-    assert len(ranking["cascade"]["read"]) == 12
+    assert len(ranking["reranking"]["read"]) == 12
 
 
 def test_wrong_options(place: Path, tmp_path: Path) -> None:
     search = ("search", place / "index", "the cat sleeps", *CPU)
-    reader = ("--reader", place / "reader")
-    fail(*search, "--reader-passages", "5", containing=["--reader-passages is for --reader"])
-    fail(*search, *reader, "--teacher", place / "llama", containing=["leave out one of them"])
+    reader = ("--reranker", f"listwise:{place / 'reader'}")
+    fail(*search, *reader, "--reranker-set", "prompt=short", containing=["prompt", "of kind cascade or teacher"])
+    fail(*search, "--reranker", "listwise", containing=["reranker.model"])
     fail(*search, *reader, "--exact", containing=["leave out exact and hybrid"])
-    fail(*search, "--reader", place / "tiny-student", containing=["describes a 'student', but a 'reader' is needed"])
-    fail(*search, "--reader", place / "nowhere", containing=["not a d2llm reader folder"])
+    fail(
+        *search,
+        "--reranker",
+        f"listwise:{place / 'tiny-student'}",
+        containing=["describes a 'student', but a 'reader' is needed"],
+    )
+    fail(*search, "--reranker", f"listwise:{place / 'nowhere'}", containing=["not a d2llm reader folder"])
     shutil.copytree(place / "reader", tmp_path / "reader")
     manifest = json.loads((tmp_path / "reader" / "manifest.json").read_text())
     (tmp_path / "reader" / "manifest.json").write_text(json.dumps(manifest | {"student": "0123"}))
-    fail(*search, "--reader", tmp_path / "reader", containing=["vectors of the student 0123", "tune a reader"])
+    fail(
+        *search,
+        "--reranker",
+        f"listwise:{tmp_path / 'reader'}",
+        containing=["vectors of the student 0123", "tune a reader"],
+    )
     tune = ("tune-reader", place / "tiny-student", place / "everyday", "--model", place / "llama", *CPU)
     fail(*tune, "--out", place / "reader", "--layers", "1", containing=["already holds a finished reader"])
     fail(*tune, "--out", tmp_path / "new", "--lists", "0", "8", containing=["--lists begins with"])

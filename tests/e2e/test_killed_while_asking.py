@@ -237,10 +237,10 @@ def of_verb(tmp_path: Path) -> Iterator[tuple[LocalEndpoint, Callable[[str], Com
         index = write_tiny_index(tmp_path)
         write_lines(tmp_path / "queries.jsonl", [{"_id": p.id, "text": p.text} for p in tiny_passages(40)])
         words = {
-            "search": ("search", index, "the cat and the ship", "--teacher-passages", 12),
-            "calibrate": ("index", index, "calibrate", "--queries", tmp_path / "queries.jsonl"),
+            "search": ("search", index, "the cat and the ship", "--reranker", f"teacher:{file}"),
+            "calibrate": ("index", index, "calibrate", "--queries", tmp_path / "queries.jsonl", "--teacher", file),
         }
-        return *map(str, words[verb]), "--teacher", str(file)
+        return *map(str, words[verb]), *(("--reranker-set", "num_passages=12") if verb == "search" else ())
 
     with local_endpoint(counts_words) as endpoint:
         yield endpoint, arguments

@@ -74,14 +74,12 @@ def test_a_run_tests_it_labels_with_it_and_learns_from_it(place: Path, tmp_path:
 def test_search_has_a_graded_teacher_reread_what_the_student_is_unsure_of(tiny_index: Path, tmp_path: Path) -> None:
     write_lines(tmp_path / "queries.jsonl", [{"_id": p.id, "text": p.text} for p in tiny_passages(40)])
     with list_teacher(tmp_path, "graded") as (file, endpoint):
-        teacher = ("--teacher", file)
-        fail("search", tiny_index, QUERY, *teacher, containing=["calibrate"])
-        succeed("index", tiny_index, "calibrate", *teacher, "--queries", tmp_path / "queries.jsonl")
+        cascade = ("--reranker", f"cascade:{file}", "--reranker-set", "num_passages=12")
+        fail("search", tiny_index, QUERY, *cascade, containing=["calibrate"])
+        succeed("index", tiny_index, "calibrate", "--teacher", file, "--queries", tmp_path / "queries.jsonl")
         before = len(endpoint.requests)
-        _, report = succeed_with_report(
-            "search", tiny_index, QUERY, *teacher, "--teacher-passages", 12, folder=tmp_path
-        )
-        reread = report["result"]["rankings"][0]["cascade"]["read"]
+        _, report = succeed_with_report("search", tiny_index, QUERY, *cascade, folder=tmp_path)
+        reread = report["result"]["rankings"][0]["reranking"]["read"]
         asked = [text for request in endpoint.requests[before + 1 :] for text in judged_lists(request)[1]]
     assert 0 < len(reread) == len(asked) <= 12
 
@@ -89,14 +87,16 @@ def test_search_has_a_graded_teacher_reread_what_the_student_is_unsure_of(tiny_i
 def test_search_has_a_listwise_teacher_reorder_the_first_passages_as_one_list(tiny_index: Path, tmp_path: Path) -> None:
     texts = {passage.id: passage.full_text for passage in tiny_passages()}
     with list_teacher(tmp_path, "listwise") as (file, endpoint):
-        arguments = ("search", tiny_index, QUERY, "--teacher", file, "--teacher-passages", 12, "--top-k", 5)
+        chosen = ("--reranker", f"teacher:{file}", "--reranker-set", "num_passages=12")
+        arguments = ("search", tiny_index, QUERY, *chosen, "--top-k", 5)
         _, report = succeed_with_report(*arguments, folder=tmp_path)
         _, request = endpoint.requests
         write_lines(tmp_path / "queries.jsonl", [{"_id": "q", "text": QUERY}])
         calibrate = ("index", tiny_index, "calibrate", "--teacher", file, "--queries", tmp_path / "queries.jsonl")
-        fail(*calibrate, containing=["ranks", "search --teacher"])
+        fail(*calibrate, containing=["ranks", "reorder the top"])
+        fail("search", tiny_index, QUERY, "--reranker", f"cascade:{file}", containing=["name the reranker teacher"])
     (ranking,) = report["result"]["rankings"]
-    assert len(judged_lists(request)[1]) == len(ranking["cascade"]["read"]) == 12
+    assert len(judged_lists(request)[1]) == len(ranking["reranking"]["read"]) == 12
     shared = [shared_words(QUERY, texts[hit["passage"]["id"]]) for hit in ranking["passages"]]
     assert shared == sorted((shared_words(QUERY, text) for text in judged_lists(request)[1]), reverse=True)[:5]
 
@@ -120,13 +120,13 @@ def test_the_server_reranks_with_it(tiny_index: Path, tmp_path: Path, kind: str)
             explained = http.post(
                 "/v1/explain", json={"query": QUERY, "passage_id": reread["passages"][0]["id"], "teacher": True}
             )
-    assert sum(map(len, lists)) == len(reread["cascade"]["read"]) == 12
+    assert sum(map(len, lists)) == len(reread["reranking"]["read"]) == 12
     shared = [shared_words(QUERY, texts[hit["id"]]) for hit in reread["passages"]]
     expected = sorted((shared_words(QUERY, text) for each in lists for text in each), reverse=True)
     assert shared == expected[:5]
     if kind == "graded":
-        assert ways[-1] == "cascade"
-        assert 0 < len(cascade.json()["cascade"]["read"]) <= 3
+        assert ways[-2:] == ["cascade", "teacher"]
+        assert 0 < len(cascade.json()["reranking"]["read"]) <= 3
         assert explained.json()["teacher"]["log_odds"] == pytest.approx((20 * shared[0] - 70) / 12, abs=1e-3)
     else:
         assert ways[-1] == "teacher"

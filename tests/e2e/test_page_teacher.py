@@ -21,7 +21,7 @@ from live_server import serve, wait_until_ready
 
 QUERY = "the cat by the sea"
 BESIDE = "?q=the+cat+by+the+sea&beside=1"
-READING = "The teacher is reading …"
+READING, JUDGING = "Reading again …", "The teacher is reading …"
 RANKINGS = ["none", "iem", "cascade"]
 
 
@@ -116,9 +116,9 @@ def test_the_cascade_column_matches_the_api(visit, address):
         before = ids[1].index(passage["id"]) + 1 if passage["id"] in ids[1] else None
         expected = "new" if before is None else "=" if before == passage["rank"] else f"{before} → {passage['rank']}"
         assert expected in card.locator(".moved").inner_text()
-    num_read = len(answers[2]["cascade"]["read"])
-    assert f"The teacher read {num_read} passages that the student was unsure of" in page.locator(".note").inner_text()
-    assert "teacher" in columns.nth(2).locator(".latency").inner_text()
+    num_read = len(answers[2]["reranking"]["read"])
+    assert f"{num_read} passages that the student was unsure of were read" in page.locator(".note").inner_text()
+    assert "rerank" in columns.nth(2).locator(".latency").inner_text()
 
 
 def test_lines_join_equal_passages_and_show_their_direction(visit, address):
@@ -227,7 +227,7 @@ def test_a_slow_verdict_shows_progress_and_is_requested_once(visit, address, tea
     teacher.may_answer.clear()
     button = page.get_by_role("button", name="Ask the teacher").first
     button.click()
-    page.locator(".verdict.working", has_text=READING).wait_for()
+    page.locator(".verdict.working", has_text=JUDGING).wait_for()
     assert button.get_attribute("aria-disabled") == "true"
     button.dispatch_event("click")
     other = page.locator(".card").nth(1)  # the page stays usable meanwhile
@@ -305,9 +305,9 @@ def test_a_teacher_without_any_time_says_so(visit, settings):
         page.wait_for_selector(".card")
         note, scores = page.locator(".note").inner_text(), page.locator(".card .score").all_inner_texts()
         page.get_by_role("radio", name="Cascade").check()
-        page.locator(".note", has_text="The teacher ran out of time before it read anything: ").wait_for()
-    assert note.startswith("The teacher read the first 8 passages, in ")  # one batch is always read, whatever the limit
-    assert note.endswith("Then it ran out of time: the others follow in the student’s order.")
+        page.locator(".note", has_text="Time ran out before any passage was read: ").wait_for()
+    assert note.startswith("The first 8 passages were read, in ")  # one batch is always read, whatever the limit
+    assert note.endswith("Then time ran out: the others follow in the student’s order.")
     assert [score.startswith("teacher’s log-odds") for score in scores] == [True] * 8 + [False] * 2
 
 
@@ -318,8 +318,8 @@ def test_a_teacher_that_runs_out_of_time_says_so(visit, settings):
         page = visit(f"{address}/?q=the+cat+by+the+sea&rank=cascade")
         page.wait_for_selector(".card")
         note, scores = page.locator(".note").inner_text(), page.locator(".card .score").all_inner_texts()
-    assert note.startswith("The teacher read 1 passage that the student was unsure of, in ")
-    assert note.endswith("Then it ran out of time: the others are ranked by the student’s estimate.")
+    assert note.startswith("1 passage that the student was unsure of was read, in ")
+    assert note.endswith("Then time ran out: the others are ranked by the student’s estimate.")
     assert {score.rsplit(" ", 1)[0] for score in scores} <= {"teacher’s log-odds", "expected log-odds"}
 
 

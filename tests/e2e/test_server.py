@@ -468,17 +468,17 @@ def test_a_teacher_reads_again(tmp_path):
         wait_until_ready(address)
         with httpx2.Client(base_url=address, timeout=PATIENCE) as http:
             facts = http.get("/v1/index").json()
-            assert facts["rescore"] == ["none", "iem", "teacher", "cascade"]
+            assert facts["rescore"] == ["none", "iem", "cascade", "teacher"]
             body = {"query": QUERY, "top_k": 5}
             reread = http.post("/v1/search", json=body | {"rescore": "teacher", "teacher_passages": 12}).json()
             log_odds = [hit["log_odds"] for hit in reread["passages"]]
             assert log_odds == sorted(log_odds, reverse=True)
             pairs = [(QUERY, passages[hit["id"]].full_text) for hit in reread["passages"]]
             np.testing.assert_allclose(log_odds, judge.judge(pairs, "asymmetric").log_odds, atol=1e-3)
-            assert len(reread["cascade"]["read"]) == 12
-            assert "teacher" in reread["seconds"]
+            assert len(reread["reranking"]["read"]) == 12
+            assert "rerank" in reread["seconds"]
             cascade = http.post("/v1/search", json=body | {"rescore": "cascade", "teacher_passages": 3}).json()
-            assert len(cascade["cascade"]["read"]) <= 3
+            assert len(cascade["reranking"]["read"]) <= 3
             best = reread["passages"][0]
             explanation = http.post(
                 "/v1/explain", json={"query": QUERY, "passage_id": best["id"], "teacher": True}

@@ -241,7 +241,7 @@ def test_the_seed_determines_the_sample():
 
 
 def test_settings_out_of_range_are_rejected():
-    for name, value in (("top_k", 99), ("num_candidates", 0), ("teacher_depth", 0), ("cascade_passages", 0)):
+    for name, value in (("top_k", 99), ("num_candidates", 0), ("teacher_depth", 0)):
         least = 100 if name == "top_k" else 1
         with pytest.raises(InputError, match=f"{name} is {value}, but must be at least {least}"):
             EvaluationSettings(**{name: value})

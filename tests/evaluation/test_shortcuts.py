@@ -1,4 +1,4 @@
-"""Rows for search options (exact, approximate, cascade, filter), compared with the plain student."""
+"""Rows for search options (exact, approximate, reranker, filter), compared with the plain student."""
 
 import json
 from dataclasses import replace
@@ -12,6 +12,7 @@ from d2llm.data.beir import read_beir
 from d2llm.data.pairs import PairDataset
 from d2llm.ops.measures import per_query_measures
 from d2llm.retrieval import build_ann as building
+from d2llm.retrieval.reranker import OpenReranker, Reranker
 from fake_models import FakeStudent, FakeTeacher
 from tiny_evaluations import everyone, figures, make_words, measure, with_indexes_of
 
@@ -107,11 +108,17 @@ def test_approximate_search_gets_a_row(words, without_results, monkeypatch):
     assert 0 < figures(row)["nDCG@10"] <= 1
 
 
-def test_a_cascade_is_fitted_on_dev_and_run_on_the_sample(words, without_results):
+@pytest.fixture
+def cascade(tmp_path):
+    (tmp_path / "cascade.toml").write_text('kind = "cascade"\nnum_passages = 4\n')
+    return str(tmp_path / "cascade.toml")
+
+
+def test_a_cascade_is_fitted_on_dev_and_run_on_the_sample(words, without_results, cascade):
     teacher = FakeTeacher()
-    report = measure(words, everyone(teacher=teacher), without_results, cascade_passages=4, **NO_SHORTCUTS)
+    report = measure(words, everyone(teacher=teacher), without_results, reranker=cascade, **NO_SHORTCUTS)
     rows = rows_of(report)
-    row = rows["D2LLM, teacher reads 4 again"]
+    row = rows["D2LLM, reranker cascade"]
     assert row.num_items == rows["teacher (reranking 5 of BM25 and D2LLM)"].num_items == 6
     dev = {words.queries[name].text for name in words.qrels["dev"]}
     assert dev <= {query for query, _ in teacher.pairs}
@@ -120,13 +127,38 @@ def test_a_cascade_is_fitted_on_dev_and_run_on_the_sample(words, without_results
     assert row.name not in report.details.values
 
 
-def test_a_cascade_needs_a_teacher_and_another_split(words, work):
-    without = measure(words, everyone(teacher=None), work, cascade_passages=4, **NO_SHORTCUTS)
+def test_a_teacher_that_reorders_needs_no_other_split(words, work):
+    teacher = FakeTeacher()
+    only_test = replace(words, qrels={"test": words.qrels["test"]})
+    report = measure(only_test, everyone(teacher=teacher), work, reranker="teacher", **NO_SHORTCUTS)
+    row = rows_of(report)["D2LLM, reranker teacher"]
+    assert row.num_items == 6
+    assert {query for query, _ in teacher.pairs} <= {words.queries[name].text for name in words.qrels["test"]}
+
+
+def test_a_reranker_without_a_teacher(words, without_results, monkeypatch):
+    monkeypatch.setattr(Reranker.kinds, "_classes", {**Reranker.kinds._classes})
+
+    class Reversed(Reranker, kind="reversed"):
+        def open(self, *, device=None, dtype=None):
+            return OpenReversed(self)
+
+    class OpenReversed(OpenReranker):
+        def rerank(self, query, candidates):
+            return -candidates.scores
+
+    report = measure(words, everyone(teacher=None), without_results, reranker="reversed", **NO_SHORTCUTS)
+    rows = rows_of(report)
+    assert figures(rows["D2LLM, reranker reversed"]) != figures(rows["D2LLM"])
+
+
+def test_a_cascade_needs_a_teacher_and_another_split(words, work, cascade):
+    without = measure(words, everyone(teacher=None), work, reranker=cascade, **NO_SHORTCUTS)
     only_test = measure(
-        replace(words, qrels={"test": words.qrels["test"]}), everyone(), work, cascade_passages=4, **NO_SHORTCUTS
+        replace(words, qrels={"test": words.qrels["test"]}), everyone(), work, reranker=cascade, **NO_SHORTCUTS
     )
     for report, reason in ((without, "no teacher was given"), (only_test, "no other split")):
-        (missing,) = [row for row in report.missing if row.name == "D2LLM, teacher reads 4 again"]
+        (missing,) = [row for row in report.missing if row.name == "D2LLM, reranker cascade"]
         assert reason in missing.reason
 
 
@@ -177,8 +209,8 @@ def test_an_instruction_is_put_before_each_query(words, without_results):
     assert other.details.rankings["D2LLM, with an instruction"] != ranked["D2LLM, with an instruction"]
 
 
-def test_measured_shortcuts_are_reused(on_disk, without_results):
-    settings = {"exact": True, "cascade_passages": 4, "filter": "year < 40"} | NO_SHORTCUTS
+def test_measured_shortcuts_are_reused(on_disk, without_results, cascade):
+    settings = {"exact": True, "reranker": cascade, "filter": "year < 40"} | NO_SHORTCUTS
     first = measure(on_disk, everyone(), without_results, **settings)
     failing = everyone(student=FakeStudent(fail_after=0), teacher=FakeTeacher(fail_after=0))
     second = measure(on_disk, failing, without_results, **settings)
@@ -186,7 +218,7 @@ def test_measured_shortcuts_are_reused(on_disk, without_results):
     assert [row.name for row in second.rows] == [row.name for row in first.rows]
 
 
-@pytest.mark.parametrize("setting", [{"ann_recall": 0.0}, {"ann_recall": 1.5}, {"cascade_passages": 0}])
+@pytest.mark.parametrize("setting", [{"ann_recall": 0.0}, {"ann_recall": 1.5}])
 def test_settings_out_of_range_are_rejected(words, setting):
     (name,) = setting
     with pytest.raises(InputError, match=name):

@@ -11,13 +11,13 @@ from d2llm.core.errors import DataFormatError, DuplicateIdError, InputError
 from d2llm.core.types import Passage
 from d2llm.models.student import Student
 from d2llm.ops.rereading import StudentError
-from d2llm.retrieval.cascade import Cascade
 from d2llm.retrieval.chunking import Chunker
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.results import group_passages
 from d2llm.store.side_files import Chunking
 from examples import examples
 from fake_models import FakeStudent, FakeTeacher
+from rerankers import cascade
 
 WORDS = "cat dog fish bird horse sleeps runs swims flies eats red green blue small large".split()  # noqa: SIM905
 
@@ -114,8 +114,8 @@ class TestSearch:
         assert len(top_documents.passages) == 2
 
     def test_a_cascade_comes_before_grouping(self, index):
-        cascade = Cascade(FakeTeacher(), StudentError(1.0, 0.0, 1.0), depth=1000, min_gain=0.0)
-        ranking = index.search("cat runs", top_k=5, group="best", cascade=cascade)
+        reranker = cascade(FakeTeacher(), StudentError(1.0, 0.0, 1.0), depth=1000, min_gain=0.0)
+        ranking = index.search("cat runs", top_k=5, group="best", rerank=reranker)
         assert (ranking.passages[0].passage.id, ranking.passages[0].score) == ("alone", 2.0)
         assert all(hit.log_odds == hit.score for hit in ranking.passages)
 

@@ -11,11 +11,11 @@ from d2llm.models.writers.writer import WrittenQueries, load_writer
 from d2llm.ops.fusion import reciprocal_rank_scores
 from d2llm.ops.rereading import StudentError
 from d2llm.recipe import WriterConfig, WriterEndpointConfig
-from d2llm.retrieval.cascade import Cascade
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.index import Index
 from fake_models import FakeStudent, FakeTeacher
 from local_endpoint import Reply, Request, local_endpoint
+from rerankers import cascade
 
 WORDS = "cat dog fish bird horse sleeps runs swims flies eats red green blue small large".split()  # noqa: SIM905
 PASSAGES = [
@@ -197,9 +197,9 @@ def test_settings_that_contradict_an_expansion(index, method, settings, message)
 
 
 def test_invalid_expansions(index):
-    cascade = Cascade(FakeTeacher(), StudentError(1.0, 0.0, 1.0))
-    with pytest.raises(InputError, match="leave out either expansion or cascade"):
-        index.search(QUERY, cascade=cascade, expansion=Expansion(FakeWriter("x")))
+    reranker = cascade(FakeTeacher(), StudentError(1.0, 0.0, 1.0))
+    with pytest.raises(InputError, match="leave out either expansion or reranker"):
+        index.search(QUERY, rerank=reranker, expansion=Expansion(FakeWriter("x")))
     with pytest.raises(InputError, match="must be 'multi' or 'hyde'"):
         Expansion(FakeWriter("x"), "other")  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match="expansions is 0"):

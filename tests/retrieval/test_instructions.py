@@ -11,7 +11,6 @@ from d2llm.core.types import Passage
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection
 from d2llm.ops.rereading import StudentError
-from d2llm.retrieval.cascade import Cascade, TeacherReading
 from d2llm.retrieval.cosine import AnchorStudent, CosineStudent
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.index import Index
@@ -19,6 +18,7 @@ from d2llm.retrieval.search import Searcher
 from d2llm.retrieval.settings import SearchSettings
 from fake_models import FakeStudent, FakeTeacher, TokenStudent
 from indexed_student import QUERIES, make_indexed
+from rerankers import cascade, teacher_reading
 from tiny_models import tiny_student_config, write_tiny_model
 
 INSTRUCTION = "a book about ships:\n"
@@ -191,14 +191,14 @@ class TestSearch:
         ranking = fake_index.search(FAKE_QUERY, instruction=FAKE_INSTRUCTION, **options)
         assert pairs(ranking) == pairs(plain)
 
-    @pytest.mark.parametrize("reader", [Cascade, TeacherReading])
+    @pytest.mark.parametrize("reader", [cascade, teacher_reading])
     def test_a_teacher_reads_the_plain_query(self, fake_index, reader):
         teacher = FakeTeacher()
-        if reader is Cascade:
-            rereader = Cascade(teacher, StudentError(1.0, 0.0, 1.0), teacher_passages=5, min_gain=0.0)
+        if reader is cascade:
+            rereader = cascade(teacher, StudentError(1.0, 0.0, 1.0), num_passages=5, min_gain=0.0)
         else:
-            rereader = TeacherReading(teacher, 5)
-        fake_index.search(FAKE_QUERY, instruction=FAKE_INSTRUCTION, cascade=rereader)
+            rereader = teacher_reading(teacher, 5)
+        fake_index.search(FAKE_QUERY, instruction=FAKE_INSTRUCTION, rerank=rereader)
         assert {query for query, _ in teacher.pairs} == {FAKE_QUERY}
 
     def test_every_rephrasing_has_it(self, fake_index):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from d2llm.core.errors import InputError, MismatchError
 from d2llm.core.types import Passage
 from d2llm.models.backbone import Backbone
 from d2llm.models.listwise_reader import ListwiseReader
 from d2llm.recipe import BackboneConfig
-from d2llm.retrieval.cascade import ListwiseReading
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.shard import shard
 from fake_models import FakeStudent
+from rerankers import listwise
 from sharded_index import BoundedStudent, random_passages
 from tiny_models import TEXTS, write_tiny_model
 
@@ -56,25 +57,25 @@ def expected_order(index, reader, depth):
 @pytest.mark.parametrize("depth", [3, 12])
 def test_the_first_passages_are_in_the_decoded_order_and_the_others_below(index, reader, depth):
     expected = expected_order(index, reader, depth)
-    ranking = index.search(QUERY, top_k=60, cascade=ListwiseReading(reader, depth))
+    ranking = index.search(QUERY, top_k=60, rerank=listwise(reader, depth))
     assert ids_of(ranking) == expected
     assert [one.score for one in ranking.passages] == pytest.approx([1 / rank for rank in range(1, 61)])
     assert [one.log_odds for one in ranking.passages] == [None] * 60
     assert [one.student_rank for one in ranking.passages[depth:]] == list(range(depth + 1, 61))
-    report = ranking.cascade
+    report = ranking.reranking
     assert (report.read, report.unsure, report.num_truncated) == (tuple(range(1, depth + 1)), (), 0)
     assert report.moved == tuple((p.student_rank, p.rank) for p in ranking.passages if p.student_rank != p.rank)
-    assert ranking.seconds["reader"] == report.seconds > 0
-    assert "teacher" not in ranking.seconds
-    short = index.search(QUERY, top_k=3, cascade=ListwiseReading(reader, depth))
+    assert ranking.seconds["rerank"] == report.seconds > 0
+    assert report.kind == "listwise"
+    short = index.search(QUERY, top_k=3, rerank=listwise(reader, depth))
     assert ids_of(short) == expected[:3]
 
 
 def test_a_sharded_index_gives_the_same_order(index, reader, place):
     shard(index.folder, place / "shards", 3)
     sharded = Index.open(place / "shards", BoundedStudent())
-    cascade = ListwiseReading(reader, 12)
-    ranking = sharded.search(QUERY, top_k=60, cascade=cascade)
+    reranker = listwise(reader, 12)
+    ranking = sharded.search(QUERY, top_k=60, rerank=reranker)
     assert ids_of(ranking) == expected_order(index, reader, 12)
 
 
@@ -82,7 +83,7 @@ def test_equal_passages_are_ranked_by_id(place, reader):
     for name, numbers in (("up", range(6)), ("down", reversed(range(6)))):
         index = Index.create(place / name, FakeStudent())
         index.upsert([Passage(f"p{n}", TEXTS[0]) for n in numbers])
-        ranking = index.search("the cat", cascade=ListwiseReading(reader))
+        ranking = index.search("the cat", rerank=listwise(reader))
         assert ids_of(ranking) == [f"p{n}" for n in range(6)]
 
 
@@ -90,32 +91,32 @@ def test_a_head_without_an_inner_product_and_an_empty_result(place, reader):
     index = Index.create(place / "paper", FakeStudent(head="paper"))
     index.upsert([Passage(f"p{n}", text, metadata={"year": n}) for n, text in enumerate(TEXTS)])
     student_ranking = index.search("the cat", top_k=8)
-    ranking = index.search("the cat", top_k=8, cascade=ListwiseReading(reader, 1))
+    ranking = index.search("the cat", top_k=8, rerank=listwise(reader, 1))
     assert ids_of(ranking) == ids_of(student_ranking)
-    assert index.search("the cat", filter="year > 99", cascade=ListwiseReading(reader)).passages == ()
+    assert index.search("the cat", filter="year > 99", rerank=listwise(reader)).passages == ()
 
 
 def test_documents_and_diverse_results(index, reader):
     order = expected_order(index, reader, 12)
-    documents = index.search(QUERY, top_k=60, group="best", cascade=ListwiseReading(reader, 12))
+    documents = index.search(QUERY, top_k=60, group="best", rerank=listwise(reader, 12))
     shown = ids_of(documents)
     assert shown == [passage_id for passage_id in order if passage_id in shown]
-    diverse = index.search(QUERY, top_k=5, mmr=0.5, cascade=ListwiseReading(reader, 12))
+    diverse = index.search(QUERY, top_k=5, mmr=0.5, rerank=listwise(reader, 12))
     assert ids_of(diverse)[0] == order[0]
 
 
 def test_what_does_not_fit_is_refused(index, reader, place):
-    with pytest.raises(InputError, match="depth is 0"):
-        ListwiseReading(reader, 0)
-    cascade = ListwiseReading(reader)
+    with pytest.raises(ValidationError, match="num_passages"):
+        listwise(reader, 0)
+    reranker = listwise(reader)
     for changes in ({"exact": True}, {"hybrid": 0.5}):
         with pytest.raises(InputError, match="leave out exact and hybrid"):
-            index.search(QUERY, cascade=cascade, **changes)
+            index.search(QUERY, rerank=reranker, **changes)
     with pytest.raises(InputError, match="cannot be summed as odds"):
-        index.search(QUERY, cascade=cascade, group="sum")
+        index.search(QUERY, rerank=reranker, group="sum")
     other = new_reader(place / "other", student="another")
     with pytest.raises(MismatchError, match="reads vectors of the student another, but the index was made by fake"):
-        index.search(QUERY, cascade=ListwiseReading(other))
+        index.search(QUERY, rerank=listwise(other))
     narrow = new_reader(place / "narrow", vector_dim=5)
     with pytest.raises(MismatchError, match="have 16 dimensions"):
-        index.search(QUERY, cascade=ListwiseReading(narrow))
+        index.search(QUERY, rerank=listwise(narrow))

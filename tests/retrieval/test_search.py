@@ -4,12 +4,12 @@ import pytest
 from d2llm.core.errors import IndexMismatchError, InputError, ModelError
 from d2llm.core.types import Passage, Query
 from d2llm.ops.rereading import StudentError
-from d2llm.retrieval.cascade import Cascade
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import Searcher, search
 from d2llm.retrieval.settings import SearchSettings
 from fake_models import FakeStudent, FakeTeacher
+from rerankers import cascade
 
 WORDS = "cat dog fish bird horse sleeps runs swims flies eats red green blue small large".split()  # noqa: SIM905
 PASSAGES = [Passage(f"p{n:03d}", " ".join(np.random.default_rng(n).choice(WORDS, size=3 + n % 3))) for n in range(120)]
@@ -273,8 +273,8 @@ class TestSelection:
         assert ranking.selection.selected_from == 25
 
     def test_a_teacher_reads_before_the_selection(self, index, student):
-        cascade = Cascade(FakeTeacher(), StudentError(1.0, 0.0, 1.0), teacher_passages=30, min_gain=0.0)
-        options = {"top_k": 5, "cascade": cascade}
+        reranker = cascade(FakeTeacher(), StudentError(1.0, 0.0, 1.0), num_passages=30, min_gain=0.0)
+        options = {"top_k": 5, "rerank": reranker}
         (longer,) = search(index, student, QUERIES[:1], **options | {"top_k": 25})
         (ranking,) = search(index, student, QUERIES[:1], mmr=0.3, near_duplicates=0.9, **options)
         expected = [longer.passages[rank - 1] for rank in ranking.selection.ranks]

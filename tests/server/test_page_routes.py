@@ -104,7 +104,7 @@ def test_the_page_settings_contain_the_limits_and_the_files_that_are_read():
     assert search["top_k"]["default"] == SearchSettings().top_k
     assert (search["top_k"]["minimum"], search["top_k"]["maximum"]) == (1, SETTINGS["max_top_k"])
     assert search["hybrid"]["maximum"] == 1
-    assert search["rescore"]["enum"] == ["none", "iem", "teacher", "cascade"]
+    assert search["rescore"]["enum"] == ["none", "iem", "cascade", "listwise", "teacher"]
     for name, field in sent_fields(SearchRequest).items():
         assert search[name]["description"] == field.description
     assert settings == {"has_report": False, **{name: value for name, value in SETTINGS.items() if name != "report"}}

@@ -20,12 +20,12 @@ from d2llm.core.errors import ModelError
 from d2llm.core.types import Ranking
 from d2llm.models.teachers.judge import Judgements
 from d2llm.models.writers.writer import Assignment, WrittenQueries
-from d2llm.retrieval.cascade import TeacherReading
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.server.model_service import ModelService
 from d2llm.server.served_version import OpenVersion, PendingSearch, rank_again, rank_expanded, rank_together
 from fake_models import FakeTeacher
+from rerankers import teacher_reading
 from tiny_server import write_tiny_index
 from waiting import PATIENCE
 
@@ -90,7 +90,7 @@ class WaitingWriter:
 
 
 def with_teacher(version: OpenVersion, gate: Gate) -> Ranking:
-    return rank_again(pending(version, QUERIES[0]), TeacherReading(WaitingTeacher(gate)))
+    return rank_again(pending(version, QUERIES[0]), teacher_reading(WaitingTeacher(gate)))
 
 
 def with_writer(version: OpenVersion, gate: Gate) -> Ranking:
@@ -142,7 +142,7 @@ def test_rankings_at_the_same_time_are_those_one_by_one(folder: Path, models: Mo
             for settings in (PLAIN, EXACT, SearchSettings(hybrid=0.5, filter="year > 2004")):
                 search = pending(version, query, settings)
                 yield lambda search=search: rank_together([search])[0]
-            yield partial(rank_again, pending(version, query), TeacherReading(FakeTeacher()))
+            yield partial(rank_again, pending(version, query), teacher_reading(FakeTeacher()))
             expansion = Expansion(WaitingWriter(open_gate), "multi")
             yield partial(rank_expanded, version, models.student, query, PLAIN, expansion, iem=True)
 

@@ -9,6 +9,7 @@ import typer.main
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
 from d2llm.cli.main import app
+from d2llm.cli.options import parse_assignments
 from d2llm.core.errors import InputError
 from d2llm.core.settings import is_shown
 from d2llm.server.settings import (
@@ -17,7 +18,6 @@ from d2llm.server.settings import (
     ServeSettings,
     is_loopback,
     load_settings,
-    parse_assignments,
 )
 from e2e.command_line import fail, succeed_with_report
 
@@ -211,8 +211,8 @@ def test_settings_of_a_writer_need_one():
         load_settings({"writer": "smollm2"}, assignments={"writer_key_env": "KEY"})
 
 
-@pytest.mark.parametrize("name", ["teacher", "writer"])
-def test_a_teacher_or_writer_needs_an_index(name: str):
+@pytest.mark.parametrize("name", ["teacher", "reranker", "writer"])
+def test_a_teacher_reranker_or_writer_needs_an_index(name: str):
     with pytest.raises(InputError, match=f"a {name} works on searches, and there is no index to search"):
         load_settings({"student": "d2llm-minilm", name: "smollm2"})
     assert getattr(load_settings({"index": ["docs.index"], name: "smollm2"}).settings, name) == "smollm2"

@@ -39,7 +39,7 @@ _OWN: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             *("group", "neighbours", "excerpts", "mmr", "near_duplicates", "select_from", "explain"),
             *("context_tokens", "context_order", "tokenizer"),
         ),
-        "Rerankers": (*("teacher", "teacher_passages", "teacher_ms", "prompt", "reader", "reader_passages"),),
+        "Rerankers": ("reranker", "reranker_set"),
         "Language model that writes": ("expand", "expansions"),
     },
     "fit": {
@@ -48,13 +48,13 @@ _OWN: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "evaluate": {
         "Rows of the report": (
             *("tuned_cosine", "paper_head", "models", "runs", "baseline", "stored_as", "exact", "ann_recall"),
-            *("cascade_passages", "filter", "instruction", "num_candidates"),
+            *("reranker", "filter", "instruction", "num_candidates"),
         ),
         "The teacher": ("teacher", "no_teacher", "teacher_depth", "teacher_queries", "prompt"),
         "Cached work": ("labels", "indexes", "work"),
     },
     "serve": {
-        "Models": ("student", "teacher", "prompt", "writer"),
+        "Models": ("student", "teacher", "prompt", "reranker", "writer"),
         "Address and access": ("host", "port", "keys_file", "writable"),
         "Settings": ("config", "assignments", "show_config"),
     },

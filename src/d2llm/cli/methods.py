@@ -1,4 +1,4 @@
-"""The verb ``methods``: the kinds that a recipe or an index can name, what they need, and what they brought."""
+"""The verb ``methods``: the kinds that a recipe, an index or a search can name, what they need, and what they brought."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def methods(
     ] = None,
     json_path: JsonOption = None,
 ) -> None:
-    """List the methods that a recipe or an index can name: what they need, their papers, what they brought.
+    """List the methods that a recipe, an index or a search can name: what they need, their papers, what they brought.
 
-    These are losses, pretrainings, teachers, writers and so on, also those of other packages.
+    These are losses, pretrainings, teachers, writers, rerankers and so on, also those of other packages.
     """
     from d2llm.core.errors import InputError
     from d2llm.core.names import suggestion

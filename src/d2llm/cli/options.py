@@ -89,6 +89,24 @@ def recorded_teacher_config(
     return None if teacher is None else teacher_config(teacher, prompt)
 
 
+def parse_assignments(words: list[str], option: str = "--set") -> dict[str, str]:
+    """``["max_texts=64"]`` -> ``{"max_texts": "64"}``.
+
+    Raises:
+        InputError: a word has no "=", or a field occurs twice.
+    """
+    values: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals:
+            raise InputError(f"{option} {word}: write {option} NAME=VALUE")
+        if name in values:
+            raise InputError(f"{option} {name}: given twice; give it once")
+        values[name] = value.strip()
+    return values
+
+
 def output_path(context: typer.Context, path: Path | None) -> Path | None:
     """The path of a file that a verb writes; ``-`` is standard output, which then has nothing else.
 

@@ -16,9 +16,9 @@ from d2llm.cli.options import (
     JsonOption,
     WriterOptions,
     input_path,
+    parse_assignments,
     student_option,
 )
-from d2llm.cli.rereading_options import RereadingOptions
 from d2llm.cli.session import Session, session_of
 from d2llm.cli.verbs import verb
 from d2llm.cli.word_order import is_index
@@ -27,10 +27,11 @@ from d2llm.core.types import ContextOrder, Task
 from d2llm.retrieval.settings import ExpansionSettings, SearchSettings
 
 if TYPE_CHECKING:
-    from d2llm.core.types import CascadeReport, Certificate, Excerpt, Query, QueryExpansion, Ranking, Selection
+    from d2llm.core.types import Certificate, Excerpt, Query, QueryExpansion, Ranking, RerankReport, Selection
     from d2llm.retrieval.expansion import Expansion
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.protocols import SearchStudent
+    from d2llm.retrieval.reranker import Reranker
 
 
 _NAMED = 5  # number of queries to list in a warning
@@ -58,6 +59,22 @@ def _expansion(
     remote = {} if writer.endpoint is None else {"patience_minutes": _PATIENCE_MINUTES}
     loaded = load_writer(writer.config(_EXPANDING_WRITER, **remote), device=device, dtype=dtype)
     return Expansion(loaded, settings.expand, settings.expansions)
+
+
+def _reranker(name: str | None, assignments: list[str]) -> Reranker | None:
+    """The settings of the reranker that options name.
+
+    Raises:
+        InputError: a setting is given without a reranker.
+        RecipeError: there is no such reranker, or it has wrong settings.
+    """
+    if name is None:
+        if assignments:
+            raise InputError("--reranker-set is for --reranker KIND; add it, or leave it out")
+        return None
+    from d2llm.retrieval.reranker import named_reranker
+
+    return named_reranker(name, **parse_assignments(assignments, "--reranker-set"))
 
 
 @dataclass(frozen=True)
@@ -131,7 +148,20 @@ def search(
     ] = None,
     settings: SearchSettings,
     around: PassageOptions,
-    rereading: RereadingOptions,
+    reranker: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND:MODEL",
+            help="A second stage that scores the first passages again: KIND, KIND:MODEL, or a TOML file; kinds: "
+            "`d2llm methods`.",
+        ),
+    ] = None,
+    reranker_set: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="A setting of the reranker, such as num_passages=10; may be given several times."
+        ),
+    ] = None,
     expansion: ExpansionSettings,
     writer: WriterOptions,
     device: DeviceOption = None,
@@ -148,7 +178,7 @@ def search(
     session = session_of(context)
     all_queries = _read_queries(session, index, words or [], queries)
     around.check(explain=settings.explain)
-    rereading.check()
+    second_stage = _reranker(reranker, reranker_set or [])
     if around.context_tokens is not None:
         from d2llm.retrieval.context import context_settings, named_tokenizer
 
@@ -161,9 +191,9 @@ def search(
     index_task = (
         opened.view.task if settings.task in (None, opened.view.task) else task_for(opened.student, settings.task)
     )
-    cascade = rereading.load(opened, index_task, device=device, dtype=dtype)
+    rerank = None if second_stage is None else second_stage.open(device=device, dtype=dtype)
     expanded = _expansion(expansion, writer, device=device, dtype=dtype)
-    rankings = search(opened.view, opened.student, all_queries, settings, cascade=cascade, expansion=expanded)
+    rankings = search(opened.view, opened.student, all_queries, settings, rerank=rerank, expansion=expanded)
     report: dict[str, Any] = {"student": opened.student.fingerprint, "rankings": rankings}
     for ranking in rankings:
         if around.context_tokens is not None:
@@ -228,8 +258,8 @@ def _explain(session: Session, ranking: Ranking, settings: SearchSettings, stude
             session.say(f"search: {reason}")
     if ranking.expansion is not None and ranking.expansion.texts:
         session.say(_expansion_lines(ranking.expansion))
-    if ranking.cascade is not None:
-        session.say(_cascade_line(ranking.cascade) if "teacher" in ranking.seconds else _reader_line(ranking.cascade))
+    if ranking.reranking is not None:
+        session.say(_reranking_line(ranking.reranking))
     selection = ranking.selection
     if ranking.certificate is not None:
         num_places = len(ranking.passages) if selection is None else selection.selected_from
@@ -267,23 +297,15 @@ def _plain_queries(rankings: list[Ranking]) -> str | None:
     )
 
 
-def _reader_line(report: CascadeReport) -> str:
-    """What a listwise reader changed in a ranking, in one line."""
-    return f"reader: {len(report.read)} passages were read, in {1e3 * report.seconds:,.0f} ms; {_moves(report)}"
-
-
-def _moves(report: CascadeReport) -> str:
-    moves = ", ".join(f"{before} -> {now}" for before, now in report.moved)
-    return f"places: {moves}" if moves else "no place changed"
-
-
-def _cascade_line(report: CascadeReport) -> str:
-    """What a teacher changed in a ranking, in one line."""
+def _reranking_line(report: RerankReport) -> str:
+    """What a reranker changed in a ranking, in one line."""
+    unsure = f"the student was unsure of {len(report.unsure)} passages; " if report.unsure else ""
     cut = f", {report.num_truncated} of them in part" if report.num_truncated else ""
     cut += ", until its time was up" if report.out_of_time else ""
+    moves = ", ".join(f"{before} -> {now}" for before, now in report.moved)
     return (
-        f"teacher: the student was unsure of {len(report.unsure)} passages; {len(report.read)} were read{cut}, in "
-        f"{1e3 * report.seconds:,.0f} ms; {_moves(report)}"
+        f"{report.kind}: {unsure}{len(report.read)} {'were' if unsure else 'passages were'} read{cut}, in "
+        f"{1e3 * report.seconds:,.0f} ms; {f'places: {moves}' if moves else 'no place changed'}"
     )
 
 

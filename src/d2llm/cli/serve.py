@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2llm.cli.options import JsonOption, input_path
+from d2llm.cli.options import JsonOption, input_path, parse_assignments
 from d2llm.cli.session import session_of
 from d2llm.cli.verbs import verb
 from d2llm.server.settings import ServeSettings
@@ -53,7 +53,7 @@ def serve(
         require(module, extra="serve", purpose="a server")
     from d2llm.core.errors import InputError
     from d2llm.core.table import Table
-    from d2llm.server.settings import load_settings, parse_assignments
+    from d2llm.server.settings import load_settings
 
     session = session_of(context)
     loaded = load_settings({**options, "index": index}, file=config, assignments=parse_assignments(assignments or []))

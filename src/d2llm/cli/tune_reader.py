@@ -53,8 +53,8 @@ def tune_reader(
     """Train a language model to rank passages by their vectors.
 
     It reads the query's text and STUDENT's vectors of the first passages of a search, and ranks these (PE-Rank).
-    Then `d2llm search INDEX QUERY --reader FOLDER` uses it. The report compares it with the student's order on dev
-    queries. Run the same command again to continue an interrupted training.
+    Then `d2llm search INDEX QUERY --reranker listwise:FOLDER` uses it. The report compares it with the student's order
+    on dev queries. Run the same command again to continue an interrupted training.
     """
     from d2llm.core.errors import InputError
     from d2llm.data.open_data import open_data

@@ -32,10 +32,8 @@ DEFAULT_SECONDS_PER_FILE = 120.0
 """Documents that take longer to read are skipped."""
 DEFAULT_MEMORY_PER_FILE = 2 << 30
 """Documents that take more bytes of memory to read are skipped."""
-DEFAULT_TEACHER_PASSAGES = 20
-"""Maximum number of passages that a teacher rereads in a search."""
-DEFAULT_READER_PASSAGES = 20
-"""Passages that a listwise reader reads in a search."""
+DEFAULT_RERANKED_PASSAGES = 20
+"""Maximum number of passages that a reranker reads in a search."""
 DEFAULT_CONTEXT_TOKENS = 2_000
 """Maximum number of tokens of a context for an answer."""
 
@@ -283,15 +281,14 @@ class RankedPassage:
     Attributes:
         rank: from 1.
         passage: the passage; in a ranking of documents, the document's best one.
-        score: what the ranking is sorted by. After a cascade these are log-odds: the teacher's or, for passages that it
-            did not read, those expected from the student's score. After a listwise reader these are 1 / place.
+        score: what the ranking is sorted by: the student's score, or the reranker's.
         anchor_score: inner-product part of the student's score, if the head has one.
         explanation: why it has this rank, if requested.
         document: the document, in a ranking of documents.
         before: passages before it in its document, in order, if requested.
         after: passages after it in its document, in order, if requested.
-        log_odds: the teacher's, if it read this passage in a cascade.
-        student_rank: rank among the student's candidates, in a cascade.
+        log_odds: the teacher's, if one read this passage in a reranking.
+        student_rank: rank among the student's candidates, in a reranking.
     """
 
     rank: int
@@ -328,18 +325,20 @@ class Certificate:
 
 
 @dataclass(frozen=True, slots=True)
-class CascadeReport:
-    """What a teacher or a listwise reader changed in a student's ranking.
+class RerankReport:
+    """What a reranker changed in a student's ranking.
 
     Attributes:
-        read: student ranks of the passages that the teacher read, in reading order.
-        unsure: student ranks whose order the student was unsure of, before the teacher read anything.
+        kind: the kind of reranker.
+        read: student ranks of the passages that it read, in reading order.
+        unsure: student ranks whose order the student was unsure of, before anything was read.
         moved: (student rank, new rank) of the first passages whose rank changed.
-        num_truncated: passages that the teacher read only in part.
+        num_truncated: passages that were read only in part.
         seconds: time to choose and read the passages.
-        out_of_time: whether the time budget ended before the teacher had read everything that it would have read.
+        out_of_time: whether the time budget ended before everything was read that would have been.
     """
 
+    kind: str
     read: tuple[int, ...]
     unsure: tuple[int, ...]
     moved: tuple[tuple[int, int], ...]
@@ -438,7 +437,7 @@ class Ranking:
     """The result of one query, best first; ties are broken by passage id. It is a sequence of its passages.
 
     ``num_candidates`` passages got the full score. ``certificate`` is set by an exact search, ``index_version`` by an
-    index with versions, ``cascade`` by a search with a teacher or reader. ``truncated``: the query is longer than the
+    index with versions, ``reranking`` by a search with a reranker. ``truncated``: the query is longer than the
     student reads, so its end did not affect the student's scores. ``selection``: the entries were selected from a
     longer ranking; a certificate then proves that ranking, not the order of the selection. ``expansion``: what a
     language model added to the query. ``missing_shards``: shards of a sharded index that gave no answer; their passages
@@ -464,7 +463,7 @@ class Ranking:
     seconds: Mapping[str, float] = field(default_factory=dict[str, float])
     certificate: Certificate | None = None
     index_version: int | None = None
-    cascade: CascadeReport | None = None
+    reranking: RerankReport | None = None
     truncated: bool = False
     selection: Selection | None = None
     expansion: QueryExpansion | None = None

@@ -61,11 +61,11 @@ class EvaluationSettings(Settings):
         gt=0,
         le=1,
     )
-    cascade_passages: int | None = setting(
+    reranker: str | None = setting(
         None,
-        "Add a row with a teacher that reads at most N passages per query, those the student is unsure of.",
-        Shown(option="cascade", metavar="N"),
-        ge=1,
+        "Add a row with a reranker: KIND, KIND:MODEL, or a TOML file. One that needs a teacher and names none uses the "
+        "report's.",
+        Shown(metavar="KIND:MODEL"),
     )
     filter: str | None = setting(
         None,
@@ -96,16 +96,20 @@ class EvaluationSettings(Settings):
     @property
     def shortcuts(self) -> list[str]:
         """The names of the settings that enable rows with other searches."""
-        names = ("stored_as", "exact", "ann_recall", "cascade_passages", "filter", "instruction")
+        names = ("stored_as", "exact", "ann_recall", "reranker", "filter", "instruction")
         return [name for name in names if getattr(self, name) not in (None, False, ())]
 
     def check(self) -> None:
-        """Check the formats.
+        """Check the formats and the reranker.
 
         Raises:
             InputError: a format is unknown.
+            RecipeError: there is no such reranker, or it has wrong settings.
         """
+        from d2llm.retrieval.reranker import named_reranker
         from d2llm.store.vector_formats import make_format
 
         for name in (self.dtype, *self.stored_as):
             make_format(name, 8)
+        if self.reranker is not None:
+            named_reranker(self.reranker)

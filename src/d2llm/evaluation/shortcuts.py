@@ -1,4 +1,4 @@
-"""Rows for the student with a cheaper search, or with a filter, an instruction or a teacher added."""
+"""Rows for the student with a cheaper search, or with a filter, an instruction or a reranker added."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from d2llm.data.indexed_corpus import iter_corpus
 from d2llm.evaluation.contenders import NAME_D2LLM, Contenders
 from d2llm.evaluation.report import MissingRow
 from d2llm.evaluation.systems import RetrievalWork, System
-from d2llm.models.teachers.judge import Judge, ranks_lists
+from d2llm.models.teachers.judge import RANKING_TEACHER, Judge, ranks_lists
 from d2llm.ops.rereading import StudentError
 from d2llm.retrieval.build_ann import build_ann
 from d2llm.retrieval.calibrate import measure_error
-from d2llm.retrieval.cascade import RANKING_TEACHER, Cascade
 from d2llm.retrieval.index import Index
+from d2llm.retrieval.reranker import OpenReranker, TeacherReranker, named_reranker
 
 _CALIBRATING_QUERIES = 40
-_TIMED_CASCADES = 10  # queries that are timed one at a time
+_TIMED_RERANKINGS = 10  # queries that are timed one at a time
 
 
 @dataclass
@@ -51,8 +51,8 @@ def measure_shortcuts(work: RetrievalWork, contenders: Contenders, subject: Syst
         _add_exact(rows, work, index)
     if settings.ann_recall is not None:
         _add_ann(rows, work, index, settings.ann_recall)
-    if settings.cascade_passages is not None:
-        _add_cascade(rows, work, index, contenders.teacher, settings.cascade_passages)
+    if settings.reranker is not None:
+        _add_reranker(rows, work, index, contenders.teacher, settings.reranker)
     if settings.filter is not None:
         _add_filter(rows, work, index, settings.filter, subject)
     if settings.instruction is not None:
@@ -101,40 +101,51 @@ def _add_ann(rows: Shortcuts, work: RetrievalWork, index: Index, recall: float) 
         rows.missing.append(MissingRow(name, "shortcut", str(error)))
 
 
-def _add_cascade(rows: Shortcuts, work: RetrievalWork, index: Index, teacher: Judge | None, num_passages: int) -> None:
-    """Let the teacher judge again the passages that the student is unsure of."""
-    name = f"{NAME_D2LLM}, teacher reads {num_passages} again"
-    held_out = _held_out(work)
-    if teacher is None or not held_out or ranks_lists(teacher):
-        reason = "no other split has queries to calibrate it with"
+def _add_reranker(rows: Shortcuts, work: RetrievalWork, index: Index, teacher: Judge | None, named: str) -> None:
+    """Let a reranker score the first passages again."""
+    settings = named_reranker(named)
+    name, uses_error = f"{NAME_D2LLM}, reranker {settings.kind}", False
+    search = work.search_settings(work.settings.num_candidates)
+    trial = replace(work.trial, queries=work.sampled, probes=work.sampled[:_TIMED_RERANKINGS])
+
+    def measure(reranker: OpenReranker) -> System:
+        return work.measure(name, "shortcut", index, search, trial=trial, rerank=reranker)
+
+    if isinstance(settings, TeacherReranker):
+        teacher, uses_error = teacher if settings.model is None else settings.load_teacher(), settings.uses_error
+        held_out, reason = _held_out(work) if uses_error else [], None
         if teacher is None:
             reason = "no teacher was given"
-        elif ranks_lists(teacher):
+        elif uses_error and ranks_lists(teacher):
             reason = RANKING_TEACHER
-        rows.missing.append(MissingRow(name, "shortcut", reason))
-        return
-    task, search = work.trial.task, work.search_settings(work.settings.num_candidates)
-    key = work.key(
-        name,
-        work.identity(index.student),
-        teacher.fingerprint,
-        teacher.prompt_fingerprint(task),
-        search.num_candidates,
-        work.settings.dtype,
-        fingerprint_json([query.id for query in work.sampled]),
-    )
+        elif uses_error and not held_out:
+            reason = "no other split has queries to calibrate it with"
+        if teacher is None or reason is not None:
+            rows.missing.append(MissingRow(name, "shortcut", reason or ""))
+            return
+        task, judge = work.trial.task, teacher
+        key = work.key(
+            name,
+            work.identity(index.student),
+            judge.fingerprint,
+            judge.prompt_fingerprint(task),
+            fingerprint_json(settings.model_dump(mode="json")),
+            search.num_candidates,
+            work.settings.dtype,
+            fingerprint_json([query.id for query in work.sampled]),
+        )
 
-    def calibrate() -> dict[str, float]:
-        chosen = held_out[:_CALIBRATING_QUERIES]
-        return asdict(measure_error(index.view, index.student, teacher, chosen, task=task))
+        def calibrate() -> dict[str, float]:
+            chosen = held_out[:_CALIBRATING_QUERIES]
+            return asdict(measure_error(index.view, index.student, judge, chosen, task=task))
 
-    def measure() -> System:
-        error = StudentError(**work.store.values([*key, "error"], calibrate))
-        trial = replace(work.trial, queries=work.sampled, probes=work.sampled[:_TIMED_CASCADES])
-        cascade = Cascade(teacher, error, num_passages)
-        return work.measure(name, "shortcut", index, search, trial=trial, cascade=cascade)
+        def measure_taught() -> System:
+            error = StudentError(**work.store.values([*key, "error"], calibrate)) if uses_error else None
+            return measure(settings.with_teacher(judge, error))
 
-    rows.systems.append(work.store.system(key, measure))
+        rows.systems.append(work.store.system(key, measure_taught))
+    else:  # its models may have changed since they were measured
+        rows.systems.append(measure(settings.open()))
     rows.query_ids[name] = [query.id for query in work.sampled]
 
 

@@ -30,10 +30,10 @@ from d2llm.evaluation.report import Cost, Latency
 from d2llm.evaluation.settings import EvaluationSettings
 from d2llm.models.backbone import EncodedTexts
 from d2llm.ops.fusion import reciprocal_rank_fusion
-from d2llm.retrieval.cascade import Cascade
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index, part_formats
 from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint
+from d2llm.retrieval.reranker import OpenReranker
 from d2llm.retrieval.search import ENCODED_AT_ONCE, Searcher, SearchSettings
 from d2llm.retrieval.text_workers import encode_shard, encode_texts
 from d2llm.runners.placement import HERE, Placement
@@ -421,7 +421,7 @@ class RetrievalWork:
         *,
         view: PassageView | None = None,
         trial: Trial | None = None,
-        cascade: Cascade | None = None,
+        rerank: OpenReranker | None = None,
         passages_per_second: float | None = None,
     ) -> System:
         """Rank by the student of an index.
@@ -430,7 +430,7 @@ class RetrievalWork:
         encoding speed.
         """
         searched = view or index.unsharded_view
-        searcher = Searcher(searched, index.student, settings, cascade=cascade)
+        searcher = Searcher(searched, index.student, settings, rerank=rerank)
         queries = (trial or self.trial).queries
         encoded = None
         if settings.instruction is None:  # workers encode plain queries

@@ -142,14 +142,17 @@ class ListwiseReader(nn.Module):
     def _draw(self, queries: Sequence[str], vectors: Float32[np.ndarray, "lists passages dim"]) -> list[ReadPassages]:
         """``rank`` for prompts of one length."""
         with inference(self):
-            passages = self._project(vectors)
+            # Threads may compute equal rows differently in the last bit: each distinct vector is computed once.
+            distinct = torch.from_numpy(np.stack([_first_equals(own) for own in vectors])).to(self.backbone.device)
+            lists = torch.arange(len(queries), device=distinct.device)[:, None]
+            passages = self._project(vectors)[lists, distinct]
             inputs = torch.stack([self._start(query, own) for query, own in zip(queries, passages, strict=True)])
-            cache, rows = DynamicCache(), torch.arange(len(queries), device=passages.device)
+            cache, rows = DynamicCache(), lists[:, 0]
             is_drawn = torch.zeros(passages.shape[:2], dtype=torch.bool, device=passages.device)
             drawn: list[Tensor] = []
             first = torch.zeros(0)
             for step in range(min(self.steps, passages.shape[1])):
-                logits = self._logits(self._states(inputs, cache)[:, -1:], passages)[:, 0]
+                logits = self._logits(self._states(inputs, cache)[:, -1:], passages)[:, 0][lists, distinct]
                 first = first if step else logits
                 drawn.append(logits.masked_fill(is_drawn, -torch.inf).argmax(dim=1))
                 is_drawn[rows, drawn[-1]] = True
@@ -275,6 +278,12 @@ class ListwiseReader(nn.Module):
                 f"'{self.backbone.config.model}' reads at most {readable} tokens, but query and passages would be "
                 f"{num_tokens}; let it read fewer passages"
             )
+
+
+def _first_equals(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
+    """[n]: for each row, the first row that is equal to it."""
+    _, first, inverse = np.unique(vectors, axis=0, return_index=True, return_inverse=True)
+    return first[inverse.reshape(-1)]
 
 
 def _unit_rows(vectors: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def named_teacher(text: str, like: TeacherConfig | None = None, *, prompt: str |
         RecipeError: the file is missing, is not TOML, or has an unknown key or a bad value, or such a teacher has no
             prompt.
     """
-    teacher = _named(text, "teacher", TeacherConfig, (like or TeacherConfig()).named)
+    teacher = named_section(text, "teacher", TeacherConfig, (like or TeacherConfig()).named)
     if prompt is None:
         return teacher
     if "prompt" not in type(teacher).model_fields:
@@ -90,16 +90,21 @@ def named_writer(text: str) -> WriterConfig:
         kind, model = WriterConfig.split_kind(text)
         return WriterConfig.model_validate({"kind": kind, "model": model})
 
-    return _named(text, "writer", WriterConfig, named)
+    return named_section(text, "writer", WriterConfig, named)
 
 
-def _named(text: str, section: str, base: type[_Kind], named: Callable[[str], _Kind]) -> _Kind:
-    is_file = text.endswith(".toml")
+def named_section(text: str, section: str, base: type[_Kind], named: Callable[[str], _Kind], **changes: Any) -> _Kind:
+    """The section of kinds that a text names: what ``named`` makes of it, or a TOML file, with some ``changes``.
+
+    Raises:
+        RecipeError: as ``named_teacher``.
+    """
+    is_file = text.endswith(".toml") and base.split_kind(text)[1] == text
     try:
         if not is_file:
             return named(text)
         values = read_toml(Path(text), RecipeError)
-        return base.model_validate(values.get(section, values))
+        return base.model_validate({**values.get(section, values), **changes})
     except ValidationError as error:
         problems = [cast("ErrorDetails", {**each, "loc": (section, *each["loc"])}) for each in error.errors()]
         where = text if is_file else f"the {section} '{text}'"

@@ -18,6 +18,7 @@ from d2llm.recipe.losses import LOSSES
 from d2llm.recipe.negatives import Sampling
 from d2llm.recipe.student import Tuning
 from d2llm.recipe.variants import VARIANTS, Variant
+from d2llm.retrieval.reranker import Reranker
 from d2llm.store.index_spec import VECTOR_FORMATS
 
 SECTIONS: Mapping[str, Registry[Any]] = {
@@ -27,6 +28,7 @@ SECTIONS: Mapping[str, Registry[Any]] = {
     "student.backbone.tuning": Tuning.kinds,
     "teacher": TeacherConfig.kinds,
     "writer": WriterConfig.kinds,
+    "reranker": Reranker.kinds,
     "vector_format": VECTOR_FORMATS,
 }
 """All kinds, by the setting that names one."""

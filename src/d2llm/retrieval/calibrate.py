@@ -1,4 +1,4 @@
-"""The ``calibrate`` verb: measure the error of a student's scores against a teacher's, for a cascade of the two."""
+"""The ``calibrate`` verb: measure the error of a student's scores against a teacher's, for rerankers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Task
 from d2llm.data.python_records import QueryLike, queries_of
 from d2llm.models.evidence import EvidenceWeights
-from d2llm.models.teachers.judge import Judge, ranks_lists
+from d2llm.models.teachers.judge import RANKING_TEACHER, Judge, ranks_lists
 from d2llm.ops.rereading import StudentError, calibrate_error
-from d2llm.retrieval.cascade import RANKING_TEACHER
 from d2llm.retrieval.protocols import SearchStudent, SearchView
 from d2llm.retrieval.search import search
 from d2llm.store.checksums import read_checked, write_checked
@@ -43,7 +42,7 @@ def measure_error(
         judge: the teacher; it reads ``num_passages`` of each query's first ``depth``, evenly spaced.
         queries: queries similar to those expected; about 40 are enough.
         task: the task; None means the index's task.
-        depth: the depth of the cascade.
+        depth: how many of the student's top passages a reranker may read.
         num_passages: passages per query, at least 2.
 
     Raises:

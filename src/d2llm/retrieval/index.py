@@ -56,12 +56,12 @@ if TYPE_CHECKING:
     from d2llm.models.teachers.judge import Judge
     from d2llm.ops.rereading import StudentError
     from d2llm.retrieval.build_ann import AnnReport
-    from d2llm.retrieval.cascade import Rereader
     from d2llm.retrieval.chunking import Chunker
     from d2llm.retrieval.context import AnswerContext
     from d2llm.retrieval.exact_search import CachedBounds
     from d2llm.retrieval.expansion import Expansion
     from d2llm.retrieval.reading import ReadPassages
+    from d2llm.retrieval.reranker import RerankerLike
     from d2llm.retrieval.upserting import UpsertReport
     from d2llm.retrieval.upserting_documents import DocumentsReport
     from d2llm.runners.runner import Workers
@@ -617,7 +617,7 @@ class Index:
         queries: Query | str,
         settings: SearchSettings | None = None,
         *,
-        cascade: Rereader | None = None,
+        rerank: RerankerLike | None = None,
         expansion: Expansion | None = None,
         **changes: Any,
     ) -> Ranking: ...
@@ -627,7 +627,7 @@ class Index:
         queries: Mapping[str, Any],
         settings: SearchSettings | None = None,
         *,
-        cascade: Rereader | None = None,
+        rerank: RerankerLike | None = None,
         expansion: Expansion | None = None,
         **changes: Any,
     ) -> Ranking | list[Ranking]: ...
@@ -637,7 +637,7 @@ class Index:
         queries: Iterable[QueryLike],
         settings: SearchSettings | None = None,
         *,
-        cascade: Rereader | None = None,
+        rerank: RerankerLike | None = None,
         expansion: Expansion | None = None,
         **changes: Any,
     ) -> list[Ranking]: ...
@@ -647,7 +647,7 @@ class Index:
         queries: Iterable[QueryLike] | QueryLike,
         settings: SearchSettings | None = None,
         *,
-        cascade: Rereader | None = None,
+        rerank: RerankerLike | None = None,
         expansion: Expansion | None = None,
         **changes: Any,
     ) -> Ranking | list[Ranking]:
@@ -656,14 +656,16 @@ class Index:
         ``changes`` override single fields of the settings (``SearchSettings``). A query is a text, a ``Query``, or a
         dictionary or row with ``text``.
 
-        With a ``cascade``, a teacher rereads passages that the student is unsure of, or a language model ranks the
-        first ones by their vectors (``ListwiseReading``). With an ``expansion``, a language model writes other queries,
-        or passages that would answer them; each ranking says what it wrote.
+        With ``rerank``, a second stage scores the candidates again: ``KIND``, ``KIND:MODEL``, a TOML file, settings of
+        a reranker, or what ``retrieval.reranker.open_reranker`` has loaded for many searches. With an ``expansion``, a
+        language model writes other queries, or passages that would answer them; each ranking says what it wrote.
 
         Raises:
             InputError: a setting or query is invalid.
             FilterError: the filter cannot be parsed, or does not fit the metadata.
+            RecipeError: there is no such reranker, or it has wrong settings.
         """
+        from d2llm.retrieval.reranker import open_reranker
         from d2llm.retrieval.search import Searcher
 
         chosen = SearchSettings.of(settings, **changes)
@@ -674,7 +676,7 @@ class Index:
             self.student,
             chosen,
             cached=self._cached_bounds,
-            cascade=cascade,
+            rerank=None if rerank is None else open_reranker(rerank),
             expansion=expansion,
             allow_missing=self._allow_missing,
         ).rank(queries)
@@ -706,7 +708,7 @@ class Index:
         order: ContextOrder = "rank",
         tokenizer: str | None = None,
         settings: SearchSettings | None = None,
-        cascade: Rereader | None = None,
+        rerank: RerankerLike | None = None,
         expansion: Expansion | None = None,
         **changes: Any,
     ) -> AnswerContext:
@@ -721,7 +723,7 @@ class Index:
             order: ``rank``: the best source first; ``document``: sources of a document together, in its order.
             tokenizer: the model whose tokens count: a folder or a name; None: the student.
             settings: how to search.
-            cascade: a teacher that rereads results, as in ``search``.
+            rerank: a reranker, as in ``search``.
             expansion: a language model that expands the query, as in ``search``.
             changes: override single fields of the settings, as in ``index.context(query, top_k=20, neighbours=1)``.
 
@@ -736,7 +738,7 @@ class Index:
         chosen = context_settings(SearchSettings.of(settings, **changes))
         student = cast("Student", self.student)  # only a Student has a tokenizer to count with
         token_ends = student.backbone.token_ends if tokenizer is None else named_tokenizer(tokenizer)
-        (ranking,) = self.search([asked], chosen, cascade=cascade, expansion=expansion)
+        (ranking,) = self.search([asked], chosen, rerank=rerank, expansion=expansion)
         return build_context(ranking, token_ends, max_tokens, order=order, overlapping=self.repeats_text)
 
     def build_ann(
@@ -763,7 +765,7 @@ class Index:
         depth: int = 50,
         num_passages: int = 10,
     ) -> StudentError:
-        """The student's error against a teacher, for a ``Cascade``; see ``retrieval.calibrate.measure_error``."""
+        """The student's error against a teacher, for rerankers; see ``retrieval.calibrate.measure_error``."""
         from d2llm.retrieval.calibrate import measure_error
 
         return measure_error(self.view, self.student, judge, queries, task=task, depth=depth, num_passages=num_passages)

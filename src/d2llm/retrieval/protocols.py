@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -35,6 +36,11 @@ class SearchView(ReadableView, Protocol):
 
     Rows are those of the index, or of all its shards (``joint_rows``).
     """
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the index."""
+        ...
 
     @property
     def shards(self) -> Sequence[ShardView]:

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.types import (
-    CascadeReport,
     Certificate,
     Explanation,
     Grouping,
@@ -18,12 +17,13 @@ from d2llm.core.types import (
     Query,
     RankedDocument,
     RankedPassage,
+    RerankReport,
     Selection,
     Span,
 )
 from d2llm.ops.diversity import DiverseResults
-from d2llm.retrieval.cascade import Reread
 from d2llm.retrieval.protocols import SearchView
+from d2llm.retrieval.reranker import Reranked
 from d2llm.retrieval.row_evidence import EvidenceParts
 from d2llm.store.view import CandidateRows
 
@@ -64,7 +64,7 @@ class Order:
     scores: NDArray[np.floating[Any]]
     best_first: NDArray[np.int64]
     documents: Sequence[GroupedDocument] | None
-    reread: Reread | None
+    reranked: Reranked | None
     student_ranks: NDArray[np.int64] | None
     selection: Selection | None = None
     chosen: NDArray[np.int64] | None = None
@@ -166,7 +166,7 @@ def show(
         shown = _explained(query, shown, order, evidence)
     if neighbours:
         shown = with_neighbours(index, shown, neighbours)
-    return shown if order.reread is None else _with_teacher(shown, order, order.reread)
+    return shown if order.reranked is None else _with_teacher(shown, order, order.reranked)
 
 
 def _documents(
@@ -240,22 +240,22 @@ def _explained(
     return tuple(explained)
 
 
-def _with_teacher(shown: tuple[RankedPassage, ...], order: Order, reread: Reread) -> tuple[RankedPassage, ...]:
+def _with_teacher(shown: tuple[RankedPassage, ...], order: Order, reranked: Reranked) -> tuple[RankedPassage, ...]:
     assert order.student_ranks is not None
     teacher_log_odds: dict[int, float] = {}
-    if reread.log_odds is not None:
-        teacher_log_odds = dict(zip(reread.read.tolist(), reread.log_odds.tolist(), strict=True))
+    if reranked.log_odds is not None:
+        teacher_log_odds = dict(zip(reranked.read.tolist(), reranked.log_odds.tolist(), strict=True))
     return tuple(
         replace(one, log_odds=teacher_log_odds.get(place), student_rank=int(order.student_ranks[place]))
         for one, place in zip(shown, order.places.tolist(), strict=True)
     )
 
 
-def cascade_report(order: Order) -> CascadeReport:
-    """Report of a cascade: passages read, in doubt and moved, given by the student's ranks, before any selection."""
-    assert order.reread is not None
+def rerank_report(kind: str, order: Order) -> RerankReport:
+    """Report of a reranker: passages read, in doubt and moved, given by the student's ranks, before any selection."""
+    assert order.reranked is not None
     assert order.student_ranks is not None
-    ranks, reread = order.student_ranks, order.reread
+    ranks, reranked = order.student_ranks, order.reranked
     moved = tuple((int(old), new) for new, old in enumerate(ranks[order.best_first], start=1) if old != new)
-    read, unsure = tuple(ranks[reread.read].tolist()), tuple(sorted(ranks[reread.unsure].tolist()))
-    return CascadeReport(read, unsure, moved, reread.num_truncated, reread.seconds, reread.out_of_time)
+    read, unsure = tuple(ranks[reranked.read].tolist()), tuple(sorted(ranks[reranked.unsure].tolist()))
+    return RerankReport(kind, read, unsure, moved, reranked.num_truncated, reranked.seconds, reranked.out_of_time)

@@ -23,11 +23,11 @@ from d2llm.ops.diversity import select_diverse
 from d2llm.ops.fusion import reciprocal_rank_scores
 from d2llm.ops.same_statement import Statement
 from d2llm.ops.selection import check_scores, top_rows
-from d2llm.retrieval.cascade import ListwiseReading, Rereader, StudentRanking
 from d2llm.retrieval.exact_search import CachedBounds, CertifiedRows, merge_certified
 from d2llm.retrieval.expansion import Expansion, add_hypothetical_passages
 from d2llm.retrieval.protocols import SearchStudent, SearchView, term_factors
-from d2llm.retrieval.results import Order, ScoredCandidates, cascade_report, group_passages, show
+from d2llm.retrieval.reranker import Candidates, OpenReranker, rerank_candidates
+from d2llm.retrieval.results import Order, ScoredCandidates, group_passages, rerank_report, show
 from d2llm.retrieval.row_evidence import EvidenceParts, weights_for
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.retrieval.shard_search import RemoteShard, SearchedShard, ShardQuery, ShardSearch, source_names
@@ -51,7 +51,7 @@ def search(
     queries: Query | str,
     settings: SearchSettings | None = None,
     *,
-    cascade: Rereader | None = None,
+    rerank: OpenReranker | None = None,
     expansion: Expansion | None = None,
     **changes: Any,
 ) -> Ranking: ...
@@ -62,7 +62,7 @@ def search(  # pyright: ignore[reportOverlappingOverload] - a dictionary is one 
     queries: Mapping[str, Any],
     settings: SearchSettings | None = None,
     *,
-    cascade: Rereader | None = None,
+    rerank: OpenReranker | None = None,
     expansion: Expansion | None = None,
     **changes: Any,
 ) -> Ranking | list[Ranking]: ...
@@ -73,7 +73,7 @@ def search(
     queries: Iterable[QueryLike],
     settings: SearchSettings | None = None,
     *,
-    cascade: Rereader | None = None,
+    rerank: OpenReranker | None = None,
     expansion: Expansion | None = None,
     **changes: Any,
 ) -> list[Ranking]: ...
@@ -83,7 +83,7 @@ def search(
     queries: Iterable[QueryLike] | QueryLike,
     settings: SearchSettings | None = None,
     *,
-    cascade: Rereader | None = None,
+    rerank: OpenReranker | None = None,
     expansion: Expansion | None = None,
     **changes: Any,
 ) -> Ranking | list[Ranking]:
@@ -95,25 +95,24 @@ def search(
         queries: one text, query, or dictionary with ``text`` and ``id``, or a list of them; without an id they get
             "1", "2", ...
         settings: how to search.
-        cascade: a teacher that rereads passages the student is unsure of (``Cascade``), or the top of its ranking
-            (``TeacherReading``), or a language model that reads the vectors of the top (``ListwiseReading``).
+        rerank: a second stage that scores the candidates again (``retrieval.reranker.open_reranker``).
         expansion: a language model that writes other queries, or passages that would answer them.
         changes: override single fields of the settings, as in ``search(index, student, queries, top_k=3)``.
 
     Returns:
         The ranking of one query; for a list, a list with one ranking per query. Passages are best first, ties by
-        passage id. ``seconds`` holds "encode", "candidates", "score" and, with a cascade, "teacher" or "reader", with
-        an expansion, "expansion". For work done on several queries together (expanding and encoding 256, the exact scan
+        passage id. ``seconds`` holds "encode", "candidates", "score" and, with a reranker, "rerank", with an
+        expansion, "expansion". For work done on several queries together (expanding and encoding 256, the exact scan
         32), each query gets the mean.
 
     Raises:
         InputError: settings contradict each other, or a query has no text.
         FilterError: the filter cannot be parsed, or does not fit the metadata.
         IndexMismatchError: the index was made by another student.
-        MismatchError: the reader of a ``ListwiseReading`` reads vectors of another student.
-        ModelError: the student returned a score that is NaN.
+        MismatchError: the reranker is for another student.
+        ModelError: a score is NaN, or the reranker did not score all candidates.
     """
-    searcher = Searcher(index, student, SearchSettings.of(settings, **changes), cascade=cascade, expansion=expansion)
+    searcher = Searcher(index, student, SearchSettings.of(settings, **changes), rerank=rerank, expansion=expansion)
     return searcher.rank(queries)
 
 
@@ -165,7 +164,7 @@ class Searcher:
         settings: SearchSettings | None = None,
         *,
         cached: CachedBounds | None = None,
-        cascade: Rereader | None = None,
+        rerank: OpenReranker | None = None,
         expansion: Expansion | None = None,
         allow_missing: bool = False,
     ) -> None:
@@ -176,29 +175,28 @@ class Searcher:
             student: makes the vectors of queries, and scores.
             settings: how to search.
             cached: keeps values that exact searches of this version compute for all rows.
-            cascade: a teacher or reader.
+            rerank: a reranker.
             expansion: a language model.
             allow_missing: a shard that cannot be read is left out and named in ``Ranking.missing_shards``, instead of
                 ending the search.
         """
         self.settings = settings or SearchSettings()
-        if cascade is not None and (self.settings.exact or self.settings.hybrid is not None):
+        if rerank is not None and (self.settings.exact or self.settings.hybrid is not None):
             raise InputError(
-                "a cascade requires the student's scores alone and changes their order: leave out exact and hybrid"
+                "a reranker requires the student's scores alone and changes their order: leave out exact and hybrid"
             )
         self._expansion = expansion
         self._rephrases = expansion is not None and expansion.method == "multi"
-        if expansion is not None and cascade is not None:
+        if expansion is not None and rerank is not None:
             raise InputError(
-                "a cascade requires the student's scores of the plain queries: leave out either expansion or cascade"
+                "a reranker requires the student's scores of the plain queries: leave out either expansion or reranker"
             )
         if self._rephrases and self.settings.group == "sum":
             raise InputError("fused scores are sums of ranks and cannot be summed as odds: set group to 'best'")
         index.check_student(student.fingerprint)
-        if isinstance(cascade, ListwiseReading):
-            cascade.reader.require_student(student.fingerprint)
-            if self.settings.group == "sum":
-                raise InputError("a reader gives places, which cannot be summed as odds: set group to 'best'")
+        if rerank is not None and self.settings.group == "sum" and not rerank.settings.gives_log_odds:
+            kind = rerank.settings.kind
+            raise InputError(f"scores of the reranker '{kind}' cannot be summed as odds: set group to 'best'")
         self._index = index
         self._student = student
         self._task: Task = self.settings.task or index.task
@@ -211,14 +209,14 @@ class Searcher:
                 "an exact search (a head without an inner product has no other) ranks by the scores of one query, not "
                 "by a fusion: expand with 'hyde', or leave out expansion or exact"
             )
-        self._cascade = cascade
+        self._rerank = None if rerank is None else rerank.for_index(index, student, self._task)
         cached = cached or CachedBounds()
         self._shards = [
             self._begin(view, cached.of_shard(shard_index)) for shard_index, view in enumerate(index.shards)
         ]
         self._allow_missing = allow_missing
         self._sources = source_names(self.settings, self.weights, is_exact=self._exact)
-        in_order = cascade is None and self.settings.hybrid is None and not self._rephrases
+        in_order = rerank is None and self.settings.hybrid is None and not self._rephrases
         self._in_students_order = in_order and self.settings.group == "passage"
 
     def _begin(self, view: ShardView, cached: CachedBounds) -> SearchedShard:
@@ -558,9 +556,9 @@ class Searcher:
         )
         seconds["score"] += time.perf_counter() - begin
         report = None
-        if order.reread is not None:
-            stage = "reader" if isinstance(self._cascade, ListwiseReading) else "teacher"
-            report, seconds[stage] = cascade_report(order), order.reread.seconds
+        if self._rerank is not None:
+            report = rerank_report(self._rerank.settings.kind, order)
+            seconds["rerank"] = report.seconds
         scored = order.scored
         missing = sorted((*self._index.missing, *prepared.missing.values()), key=lambda shard: shard.number)
         return Ranking(
@@ -728,7 +726,7 @@ class Searcher:
         return merge_certified(self._ask(prepared.missing, certify, in_turn=in_turn), top_k, self._index.ids)
 
     def _ranked(self, query: Query, scored: ScoredCandidates, documents: Sequence[str] | None) -> Order:
-        """The top ``top_k`` passages or documents by the student's score, a fusion of rankings, or the cascade.
+        """The top ``top_k`` passages or documents by the student's score, a fusion of rankings, or the reranker's.
 
         With ``mmr`` or ``near_duplicates``, they are a selection from the top ``ranking_depth``.
         """
@@ -738,7 +736,7 @@ class Searcher:
             return top_rows(scores, count, lambda places: self._index.ids(rows[places]))
 
         final: NDArray[np.floating[Any]] = scored.scores
-        reread, student_ranks = None, None
+        reranked, student_ranks = None, None
         if self.settings.hybrid is not None or scored.rephrasing_scores:
             share = self.settings.hybrid
             phrasings = (scored.scores, *scored.rephrasing_scores)
@@ -751,25 +749,27 @@ class Searcher:
                 weights = [2 * part * weight for part in (1 - share, share) for weight in weights]
             fused = reciprocal_rank_scores(rankings, weights=weights)
             final = np.array([fused[row] for row in rows.tolist()], np.float32)
-        if self._cascade is not None:
+        if self._rerank is not None:
             best_first = best(final, len(rows))
             student_ranks = np.empty(len(rows), np.int64)
             student_ranks[best_first] = np.arange(1, len(rows) + 1)
-            ranking = StudentRanking(
+            candidates = Candidates(
                 scored.scores,
                 best_first,
                 texts=lambda places: self._texts(rows[places]),
                 vectors=lambda places: self._index.vectors(rows[places]),
+                task=self._task,
+                top_k=top_k,
             )
-            reread = self._cascade.rerank(query.text, ranking, self._task, top_k)
-            final = reread.scores
+            reranked = rerank_candidates(self._rerank, query.text, candidates)
+            final = reranked.scores
         depth = self.settings.ranking_depth
         if documents is None:
-            order = Order(scored, final, best(final, depth), None, reread, student_ranks)
+            order = Order(scored, final, best(final, depth), None, reranked, student_ranks)
         else:
             best_first, how = best(final, len(rows)), self.settings.group
             grouped = group_passages(final, best_first, documents, how, self.settings.document_passages)
-            order = Order(scored, final, best_first[:top_k], grouped[:depth], reread, student_ranks)
+            order = Order(scored, final, best_first[:top_k], grouped[:depth], reranked, student_ranks)
         return self._select(query, order) if self.settings.selects else order
 
     def _select(self, query: Query, order: Order) -> Order:

@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasGenerator, AliasPath, BaseModel, BeforeValidator, ConfigDict, Field
 
 from d2llm.core.types import (
-    CascadeReport,
     Explanation,
     MetadataValue,
     MissingShard,
     Passage,
     QueryExpansion,
     RankedPassage,
+    RerankReport,
     Selection,
     Task,
 )
@@ -193,7 +193,7 @@ class RankingAnswer(Answer):
     num_candidates: int
     seconds: dict[str, float]
     certificate: CertificateAnswer | None
-    cascade: CascadeReport | None
+    reranking: RerankReport | None
     selection: Selection | None
     expansion: QueryExpansion | None
     missing_shards: MissingShards

@@ -23,6 +23,7 @@ from d2llm.models.teachers.judge import Judge, load_judge
 from d2llm.recipe.recipe_file import named_teacher
 from d2llm.retrieval.index import find_source
 from d2llm.retrieval.protocols import SearchView, task_for
+from d2llm.retrieval.reranker import open_reranker
 from d2llm.runners.runner import find_runner
 from d2llm.server import corpus_routes, native, page_routes
 from d2llm.server.dialects import DIALECTS
@@ -158,6 +159,9 @@ def load(settings: ServeSettings, telemetry: Telemetry, private: list[Path]) -> 
                     folder, students, allow_missing=settings.allow_missing_shards, cluster=cluster
                 )
         judge = _load_judge(settings)
+        reranker = None
+        if settings.reranker is not None:
+            reranker = open_reranker(settings.reranker, teacher=judge, device=settings.device, dtype=settings.dtype)
         writer = load_writer_service(settings)
         undo.pop_all()
     indexes = {
@@ -167,6 +171,7 @@ def load(settings: ServeSettings, telemetry: Telemetry, private: list[Path]) -> 
             readings,
             judge=judge,
             teacher_name=settings.teacher,
+            reranker=reranker,
             writer=writer,
             queue=settings.queue_texts,
             observe=telemetry.observe,
@@ -255,6 +260,6 @@ def _private_paths(settings: ServeSettings) -> list[Path]:
         *settings.index.values(),
         settings.keys_file,
         settings.report,
-        *map(Path, filter(None, (settings.student, settings.teacher, settings.writer))),
+        *map(Path, filter(None, (settings.student, settings.teacher, settings.reranker, settings.writer))),
     )
     return [path for path in paths if path is not None and path.name]

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import InputError, MismatchError
 from d2llm.core.progress import showing_progress
 from d2llm.core.types import (
-    DEFAULT_TEACHER_PASSAGES,
+    DEFAULT_RERANKED_PASSAGES,
     ContextOrder,
     Excerpt,
     ExpansionMethod,
@@ -29,16 +29,14 @@ from d2llm.core.types import (
 )
 from d2llm.models.attribution import Attribution, attribute, why_no_interaction
 from d2llm.models.student import Student
-from d2llm.models.teachers.judge import Judge, ranks_lists
-from d2llm.ops.rereading import StudentError
-from d2llm.retrieval.calibrate import read_error
-from d2llm.retrieval.cascade import RANKING_TEACHER, Cascade, Rereader, TeacherReading, judge_passages
+from d2llm.models.teachers.judge import RANKING_TEACHER, Judge, judge_passages, ranks_lists
 from d2llm.retrieval.chunking import Chunker, changed_chunking
 from d2llm.retrieval.context import AnswerContext, build_context
 from d2llm.retrieval.excerpts import merge_neighbours
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.protocols import SearchView
+from d2llm.retrieval.protocols import SearchStudent, SearchView
+from d2llm.retrieval.reranker import OpenReranker, Reranker, TeacherReranker
 from d2llm.retrieval.row_evidence import weights_for
 from d2llm.retrieval.search import SearchSettings
 from d2llm.retrieval.shard_search import source_names
@@ -50,7 +48,7 @@ from d2llm.server.errors import NotFoundError, NotReadyError
 from d2llm.server.logs import note_items
 from d2llm.server.model_service import ModelService, Observe, StudentLane
 from d2llm.server.ray_shards import RemoteView
-from d2llm.server.schemas import Rescore
+from d2llm.server.schemas import BY_STUDENT
 from d2llm.server.served_version import (
     OpenVersion,
     PendingSearch,
@@ -77,7 +75,7 @@ _SEARCHES_A_READING = 256  # the teacher's queue is this many times shorter than
 class Reading:
     """A teacher's budget for a query: number of passages, and the time after which it starts no more."""
 
-    teacher_passages: int = DEFAULT_TEACHER_PASSAGES
+    teacher_passages: int = DEFAULT_RERANKED_PASSAGES
     teacher_ms: float | None = None
 
 
@@ -98,8 +96,9 @@ def new_readings(queue: int) -> Readings:
 class IndexService:
     """One index, shared by all requests.
 
-    ``judge`` is the teacher, ``teacher_name`` its name; ``writer`` expands queries.
-    ``readings`` is the queue of the teacher, which all indexes share. Whoever makes it also starts and stops it.
+    ``judge`` is the teacher, ``teacher_name`` its name; ``reranker`` is one that needs something else; ``writer``
+    expands queries. ``readings`` is the queue of the teacher and of rerankers, which all indexes share. Whoever makes
+    it also starts and stops it.
     """
 
     def __init__(
@@ -110,6 +109,7 @@ class IndexService:
         *,
         judge: Judge | None = None,
         teacher_name: str | None = None,
+        reranker: OpenReranker | None = None,
         writer: WriterService | None = None,
         queue: int = 2_048,
         observe: Observe = lambda _stage, _seconds: None,
@@ -119,6 +119,7 @@ class IndexService:
         self.folder = served.folder
         self.judge = judge
         self.teacher_name = teacher_name
+        self.reranker = reranker
         self.writer = writer
         self._observe = observe
         self._ranks: Batcher[PendingSearch, Ranking] = Batcher(
@@ -170,14 +171,14 @@ class IndexService:
         self,
         query: str,
         settings: SearchSettings,
-        rescore: Rescore = "iem",
+        rescore: str = "iem",
         reading: Reading | None = None,
         expansion: Expansion | None = None,
     ) -> tuple[Ranking, ModelService]:
         """The ranking for one query, and the student that made it, which a swap may have replaced by now.
 
-        ``seconds`` also holds "queue"; ``reading`` is the teacher's budget, if ``rescore`` uses the teacher;
-        ``expansion`` is one of ``expansion()``.
+        ``seconds`` also holds "queue"; ``rescore`` is "none", "iem" or the kind of a reranker; ``reading`` is the
+        teacher's budget, if that uses the teacher; ``expansion`` is one of ``expansion()``.
 
         Raises:
             InputError: the settings contradict each other or do not fit the index, or the writer cannot read the query.
@@ -186,7 +187,7 @@ class IndexService:
         """
 
         async def rank(version: OpenVersion) -> tuple[Ranking, ModelService]:
-            if rescore in ("teacher", "cascade"):
+            if rescore not in BY_STUDENT:
                 self._readings.require_room(1)
             iem, tokens = rescore != "none", None
             models, instruction = version.models, settings.instruction
@@ -196,9 +197,9 @@ class IndexService:
                 encoded = await models.encode([query], "query", instruction=instruction)
             encoded_settings = settings.replace(instruction=None)  # it is in the vector
             search = PendingSearch(version, query, encoded.vectors[0], encoded_settings, iem, tokens)
-            if rescore in ("teacher", "cascade"):
-                rereader = self._rereader(version, rescore, settings.task, reading or Reading())
-                done = cast("Done[Ranking]", await self._readings.submit([lambda: rank_again(search, rereader)]))
+            if rescore not in BY_STUDENT:
+                reranker = self._reranker(version, rescore, settings.task, reading or Reading())
+                done = cast("Done[Ranking]", await self._readings.submit([lambda: rank_again(search, reranker)]))
             else:
                 done = await self._ranks.submit([search], bounded=False)
             (ranking,) = done.results
@@ -217,7 +218,7 @@ class IndexService:
 
         with self._searching:
             ranking, student = await self.served.work(rank if expansion is None else rank_with_writer)
-        for stage in ("expansion", "candidates", "score", "teacher"):
+        for stage in ("expansion", "candidates", "score", "rerank"):
             if stage in ranking.seconds:
                 self._observe(stage, ranking.seconds[stage])
         return ranking, student
@@ -424,14 +425,14 @@ class IndexService:
         """
         await self._write(lambda index, _student, _stop: index.snapshot(name))
 
-    def ways_to_rescore(self, version: OpenVersion) -> list[Rescore]:
-        """The values of ``rescore`` that are available; a cascade needs a student whose error is measured."""
-        ways: list[Rescore] = ["none", "iem"] if version.models.student.has_anchor else ["iem"]
-        if self.judge is not None:
-            ways.append("teacher")
-            with contextlib.suppress(InputError):
-                self._error(version, self.judge, version.view.task)
-                ways.append("cascade")
+    def ways_to_rescore(self, version: OpenVersion) -> list[str]:
+        """The values of ``rescore`` that are available: the student's, and kinds of rerankers that fit the index."""
+        ways = [*BY_STUDENT] if version.models.student.has_anchor else ["iem"]
+        has_reranker = self.judge is not None or self.reranker is not None
+        for kind in Reranker.kinds.kinds if has_reranker else ():
+            with contextlib.suppress(InputError, MismatchError):
+                self._reranker(version, kind, None, Reading())
+                ways.append(kind)
         return ways
 
     def score_parts(self, version: OpenVersion) -> list[ScorePart]:
@@ -455,26 +456,30 @@ class IndexService:
         weights = weights_for(version.view, student, version.view.task)
         return source_names(SearchSettings(), weights, is_exact=not student.has_anchor)
 
-    def _error(self, version: OpenVersion, judge: Judge, task: Task) -> StudentError:
-        """The student's error against the teacher, as it scores this version.
-
-        Raises:
-            InputError: the error has not been measured, or cannot be.
-        """
-        evidence = weights_for(version.view, version.models.student, task)
-        return read_error(version.folder, judge, task, evidence)
-
     def _teacher(self) -> Judge:
         if self.judge is None:
             raise InputError("this server has no teacher; start it with --teacher, or rescore with 'iem' or 'none'")
         return self.judge
 
-    def _rereader(self, version: OpenVersion, rescore: Rescore, task: Task | None, reading: Reading) -> Rereader:
-        judge = self._teacher()
-        if rescore == "teacher":
-            return TeacherReading(judge, reading.teacher_passages, reading.teacher_ms)
-        error = self._error(version, judge, task or version.view.task)
-        return Cascade(judge, error, reading.teacher_passages, reading.teacher_ms)
+    def _reranker(self, version: OpenVersion, kind: str, task: Task | None, reading: Reading) -> OpenReranker:
+        """The reranker of a kind for searches of a version: that of the settings, or one that only needs the teacher.
+
+        Raises:
+            InputError: there is none, or the student's error against the teacher is needed and has not been measured.
+            MismatchError: it is for another student.
+        """
+        reranker = self.reranker
+        if reranker is None or reranker.settings.kind != kind:
+            try:
+                cls = Reranker.kinds.find(kind)
+                if not issubclass(cls, TeacherReranker):
+                    raise InputError(f"this server has no reranker '{kind}'; start it with --reranker {kind}")
+                settings = cls(num_passages=reading.teacher_passages, max_ms=reading.teacher_ms)
+            except ValueError as error:
+                raise InputError(f"the reranker '{kind}' cannot be used: {error}") from error
+            reranker = settings.with_teacher(self._teacher())
+        student = cast("SearchStudent", version.models.student)
+        return reranker.for_index(version.view, student, task or version.view.task)
 
     async def _write(self, work: Callable[[Index, Student, Stop], _Value]) -> _Value:
         """Run a write on the index's folder, and serve the version that it leaves.

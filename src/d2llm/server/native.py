@@ -37,6 +37,7 @@ from d2llm.server.large_bodies import BodyRoute
 from d2llm.server.model_service import ModelService
 from d2llm.server.running import Lifecycle
 from d2llm.server.schemas import (
+    BY_STUDENT,
     ContextRequest,
     EncodeRequest,
     ExplainRequest,
@@ -302,9 +303,9 @@ def _limited(query: str, settings: SearchSettings, limits: ServeSettings) -> Sea
 def _reading_of(body: RankingRequest, limits: ServeSettings) -> Reading | None:
     if body.budget_ms is not None and not body.exact:
         raise invalid("budget_ms is for an exact search; leave it out. The teacher's limit is teacher_ms", "budget_ms")
-    if body.rescore not in ("teacher", "cascade"):
+    if body.rescore in BY_STUDENT:
         if body.teacher_ms is not None:
-            raise invalid("teacher_ms is for rescore 'teacher' or 'cascade'; leave it out", "teacher_ms")
+            raise invalid("teacher_ms is for a teacher that rescores; leave it out", "teacher_ms")
         return None
     longest = limits.teacher_ms
     return Reading(body.teacher_passages, longest if body.teacher_ms is None else min(body.teacher_ms, longest))
@@ -323,8 +324,8 @@ def _expansion_of(body: RankingRequest, index: IndexService) -> Expansion | None
         raise invalid(str(error), "expansions") from error
     if settings.expand is None:
         return None
-    if body.rescore in ("teacher", "cascade"):
-        raise invalid("a teacher reads only for plain queries; leave out expand, or rescore with 'iem'", "expand")
+    if body.rescore not in BY_STUDENT:
+        raise invalid("a reranker reads only for plain queries; leave out expand, or rescore with 'iem'", "expand")
     return index.expansion(settings.expand, settings.expansions)
 
 

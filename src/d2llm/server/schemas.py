@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, cast
 
 from pydantic import (
     AfterValidator,
@@ -20,21 +20,22 @@ from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
-from d2llm.core.names import did_you_mean
+from d2llm.core.names import did_you_mean, suggestion
 from d2llm.core.settings import narrowed, shown_as
 from d2llm.core.types import (
     DEFAULT_CONTEXT_TOKENS,
-    DEFAULT_TEACHER_PASSAGES,
+    DEFAULT_RERANKED_PASSAGES,
     MAX_ID_CHARS,
     ContextOrder,
     Task,
 )
 from d2llm.models.backbone import TextKind
+from d2llm.retrieval.reranker import Reranker
 from d2llm.retrieval.settings import ExpansionSettings, SearchSettings
 from d2llm.server.errors import MAX_PROBLEMS
 
-Rescore = Literal["none", "iem", "teacher", "cascade"]
-"""How candidates are ranked: by inner product, IEM, teacher, or the teacher where the IEM is unsure."""
+BY_STUDENT = ("none", "iem")
+"""The values of ``rescore`` that are no rerankers: by inner product, and by the student's score."""
 _MAX_SUGGESTIONS = 3  # similar names are looked for only so often: a client may send a million unknown ones
 MAX_EXPANSIONS = 10
 """Maximum number of texts that a writer adds to one query of a client."""
@@ -46,7 +47,20 @@ def _with_text(text: str) -> str:
     return text
 
 
+def _known_rescore(kind: str) -> str:
+    known = [*BY_STUDENT, *Reranker.kinds.kinds]
+    if kind not in known:
+        raise ValueError(f"there is no reranker '{kind}'; {suggestion(kind, known, 'there are')}")
+    return kind
+
+
 NonEmpty = Annotated[str, AfterValidator(_with_text), Field(json_schema_extra={"minLength": 1, "pattern": r"\S"})]
+Rescore = Annotated[
+    str,
+    AfterValidator(_known_rescore),
+    Field(json_schema_extra=lambda schema: schema.update(enum=[*BY_STUDENT, *Reranker.kinds.kinds])),
+]
+"""How candidates are ranked: by the student, or by a reranker of some kind."""
 PassageId = Annotated[str, StringConstraints(min_length=1, max_length=MAX_ID_CHARS)]
 Vector = Annotated[list[float], Field(min_length=1, fail_fast=True)]
 
@@ -117,11 +131,11 @@ class RankingRequest(SearchSettings, ExpansionSettings, Body):
     query: NonEmpty = Field(description="The query text.", examples=["how do I read a file line by line?"])
     rescore: Rescore = Field(
         "iem",
-        description="How candidates are ranked: none (inner product), iem, teacher (the teacher reads the top ones) or "
-        "cascade (the teacher reads those that the IEM is unsure of).",
+        description="How candidates are ranked: none (inner product), iem, or a kind of reranker, which scores the top "
+        "ones again; GET /v1/index lists what is available.",
     )
     teacher_passages: int = Field(
-        DEFAULT_TEACHER_PASSAGES, ge=1, le=200, description="Maximum number of passages that the teacher reads."
+        DEFAULT_RERANKED_PASSAGES, ge=1, le=200, description="Maximum number of passages that the teacher reads."
     )
     teacher_ms: float | None = Field(
         None, ge=0, description="Time limit of the teacher, in milliseconds; default and maximum: the server's."

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from d2llm.core.errors import D2LLMError, ModelError
 from d2llm.core.files import MANIFEST_NAME
 from d2llm.core.types import Query, Ranking
-from d2llm.retrieval.cascade import Rereader
 from d2llm.retrieval.cosine import AnchorStudent
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.protocols import SearchStudent, SearchView
+from d2llm.retrieval.reranker import OpenReranker
 from d2llm.retrieval.row_evidence import weights_for
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.server.errors import NotReadyError, ServingError, is_clients
@@ -141,7 +141,7 @@ class OpenVersion:
         settings: SearchSettings,
         *,
         iem: bool = True,
-        rereader: Rereader | None = None,
+        reranker: OpenReranker | None = None,
         student: SearchStudent | None = None,
         expansion: Expansion | None = None,
     ) -> Searcher:
@@ -152,7 +152,7 @@ class OpenVersion:
         if student is None:
             student = cast("SearchStudent", self.models.student) if iem else self._anchor
         return Searcher(
-            self.view, student, settings, cascade=rereader, expansion=expansion, allow_missing=self._allow_missing
+            self.view, student, settings, rerank=reranker, expansion=expansion, allow_missing=self._allow_missing
         )
 
 
@@ -177,12 +177,12 @@ def rank_together(searches: Sequence[PendingSearch]) -> list[Ranking | Exception
     return [results[place] for place in range(len(searches))]
 
 
-def rank_again(search: PendingSearch, rereader: Rereader) -> Ranking:
-    """Rank one query with a teacher's help.
+def rank_again(search: PendingSearch, reranker: OpenReranker) -> Ranking:
+    """Rank one query with a reranker's help.
 
-    Outside ``OpenVersion.ranking``, because its searcher is not shared: others search while the teacher reads.
+    Outside ``OpenVersion.ranking``, because its searcher is not shared: others search while the reranker reads.
     """
-    searcher = search.version.new_searcher(search.settings, iem=True, rereader=rereader)
+    searcher = search.version.new_searcher(search.settings, iem=True, reranker=reranker)
     (ranking,) = searcher.rank([Query("1", search.query)], vectors=search.vector[None], tokens=[search.tokens])
     return ranking
 

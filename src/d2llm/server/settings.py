@@ -92,6 +92,11 @@ class ServeSettings(BaseModel):
     prompt: str | None = setting(
         None, "Prompt for an untuned teacher: a name or a TOML file.", Shown(metavar="NAME", default="paper")
     )
+    reranker: str | None = setting(
+        None,
+        "A reranker that searches can name: KIND, KIND:MODEL, or a TOML file; the teacher brings others.",
+        Shown(metavar="KIND:MODEL"),
+    )
     writer: str | None = setting(
         None, "A language model that can expand queries; see writers.md.", Shown(metavar="MODEL")
     )
@@ -206,7 +211,7 @@ class ServeSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check_index(self) -> ServeSettings:
-        for name in ("teacher", "writer"):
+        for name in ("teacher", "reranker", "writer"):
             if getattr(self, name) is not None and not self.index:
                 raise ValueError(
                     f"a {name} works on searches, and there is no index to search: give the folder of one, or leave "
@@ -290,24 +295,6 @@ def load_settings(
         return LoadedSettings(ServeSettings(**merged), sources)
     except ValidationError as error:
         raise InputError("; ".join(_explain(problem, sources) for problem in error.errors())) from error
-
-
-def parse_assignments(words: list[str]) -> dict[str, str]:
-    """``["max_texts=64"]`` -> ``{"max_texts": "64"}``.
-
-    Raises:
-        InputError: a word has no "=", or a field occurs twice.
-    """
-    values: dict[str, str] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        name = name.strip().replace("-", "_")
-        if not equals:
-            raise InputError(f"--set {word}: write --set NAME=VALUE, as in --set max_texts=64")
-        if name in values:
-            raise InputError(f"--set {name}: given twice; give it once")
-        values[name] = value.strip()
-    return values
 
 
 def _flag_of(name: str) -> str:

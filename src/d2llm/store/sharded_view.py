@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
 from heapq import nsmallest
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -156,6 +157,11 @@ class ShardedView:
         self.part_kinds: frozenset[PartKind] = first.part_kinds
         self.token_projection: str | None = first.token_projection
         self.version = sum(view.version for view in self.shards)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the index."""
+        return self.store.folder
 
     def __len__(self) -> int:
         return sum(map(len, self.shards))

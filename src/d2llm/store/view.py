@@ -81,6 +81,11 @@ class PassageView:
         self._row_ids[stored_rows & ROW_MASK] = row_ids
         self._scan: RowScan | None = None
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the index."""
+        return self.store.folder
+
     def __len__(self) -> int:
         return self._len
 

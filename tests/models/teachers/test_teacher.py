@@ -13,9 +13,9 @@ from d2llm.models.teachers.judge import gives_grades, load_judge, ranks_lists
 from d2llm.models.teachers.teacher import Teacher
 from d2llm.recipe import TeacherConfig
 from d2llm.recipe.recipe_file import named_teacher
-from d2llm.retrieval.cascade import TeacherReading
 from d2llm.retrieval.index import Index
 from fake_models import FakeStudent
+from rerankers import teacher_reading
 from tiny_models import TEXTS, tiny_teacher_config, write_tiny_model
 
 PAIRS = [(TEXTS[0], text) for text in TEXTS[1:6]]
@@ -56,7 +56,7 @@ def test_a_section_or_a_kind_names_it_too(folder: Path, teacher: Teacher):
 def test_it_is_a_teacher_wherever_one_is_taken(teacher: Teacher, tmp_path: Path):
     index = Index.create(tmp_path / "index", FakeStudent())
     index.upsert([{"id": str(number), "text": text} for number, text in enumerate(TEXTS)])
-    ranking = index.search(TEXTS[0], top_k=3, cascade=TeacherReading(teacher, 3))
+    ranking = index.search(TEXTS[0], top_k=3, rerank=teacher_reading(teacher, 3))
     read = [result for result in ranking if result.log_odds is not None]
     assert read
     for result in read:

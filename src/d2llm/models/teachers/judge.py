@@ -9,12 +9,18 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float32
+from numpy.typing import NDArray
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import Task
 from d2llm.models.teachers.identity import find_tuned_teacher
 from d2llm.recipe import GradedTeacherConfig, RecordedConfig, TeacherConfig, TeacherIdentity
 
+RANKING_TEACHER = (
+    "this teacher ranks the passages of a list, so its log-odds cannot be compared with the student's scores: it can "
+    "reorder the top of a ranking (by a reranker that needs no calibration), but neither choose what to "
+    "read nor judge a single passage; for that, use a teacher of kind graded"
+)
 TextPair = tuple[str, str]
 """Query text and full passage text."""
 
@@ -208,6 +214,19 @@ def ranks_lists(teacher: Judge | TeacherConfig) -> bool:
     if isinstance(teacher, TeacherConfig):
         return any(member.ranks_lists for member in teacher.members)
     return bool(getattr(teacher, "ranks_lists", False))
+
+
+def judge_passages(judge: Judge, query: str, texts: Sequence[str], task: Task) -> tuple[NDArray[np.float64], int]:
+    """The teacher's log-odds [n] of a query with passages, and how many passages it read only in part.
+
+    Raises:
+        ModelError: the teacher returned a log-odds value that is not finite.
+    """
+    judgements = judge.judge([(query, text) for text in texts], task)
+    values = np.asarray(judgements.log_odds, np.float64)
+    if not np.isfinite(values).all():
+        raise ModelError(f"the teacher's log-odds for the query {query!r} are not all finite; check the teacher")
+    return values, judgements.num_truncated
 
 
 def judges_only_recorded(teacher: TeacherConfig) -> bool:

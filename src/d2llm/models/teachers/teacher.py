@@ -28,7 +28,7 @@ from d2llm.recipe.recipe_file import named_teacher
 class Teacher(LastingJudge):
     """A language model that reads a query and a passage together and says how likely the answer is yes.
 
-    Load one with ``load``. It is accepted wherever d2llm takes a teacher, as in ``Cascade`` or ``Index.measure_error``.
+    Load one with ``load``. It is accepted wherever d2llm takes a teacher, as in ``Index.measure_error``.
 
     Attributes:
         config: what was loaded.

@@ -5,7 +5,7 @@ import { markTerms } from "./highlight.js";
 import { documentName, fileFacts, isNamedBy, ownFields, ownId, placesOf } from "./place.js";
 import { whyPanel } from "./why.js";
 
-const STAGES = ["queue", "encode", "candidates", "score", "teacher", "transfer"];
+const STAGES = ["queue", "encode", "candidates", "score", "rerank", "transfer"];
 let numbered = 0;
 
 /** The card of a ranked passage. `before` is its rank in the ranking to the left: null if not in it, undefined if there is none. */
@@ -199,17 +199,18 @@ export function certificateText(certificate, numPlaces) {
   return `${text}.`;
 }
 
-/** Describes what the teacher read, and whether it ran out of time. */
-export function readingText(cascade, rank) {
-  if (!cascade.read.length) {
-    return cascade.out_of_time
-      ? "The teacher ran out of time before it read anything: the order is the student’s estimate."
-      : "The student was sure of every place, so the teacher read nothing.";
+/** Describes what a reranker read, and whether its time ran out. */
+export function readingText({ read, unsure, num_truncated, seconds, out_of_time }) {
+  if (!read.length) {
+    return out_of_time
+      ? "Time ran out before any passage was read: the order is the student’s estimate."
+      : "The student was sure of every place, so no passage was read.";
   }
-  const read = counted(cascade.read.length, "passage");
-  const which = rank === "cascade" ? `${read} that the student was unsure of` : `the first ${read}`;
-  const cut = cascade.num_truncated ? `, ${cascade.num_truncated} of them in part` : "";
-  const rest = rank === "cascade" ? "are ranked by the student’s estimate" : "follow in the student’s order";
-  const ended = cascade.out_of_time ? ` Then it ran out of time: the others ${rest}.` : "";
-  return `The teacher read ${which}${cut}, in ${milliseconds(cascade.seconds)}.${ended}`;
+  const number = counted(read.length, "passage");
+  const which = unsure.length ? `${number} that the student was unsure of` : `The first ${number}`;
+  const were = read.length === 1 ? "was" : "were";
+  const cut = num_truncated ? `, ${num_truncated} of them in part` : "";
+  const rest = unsure.length ? "are ranked by the student’s estimate" : "follow in the student’s order";
+  const ended = out_of_time ? ` Then time ran out: the others ${rest}.` : "";
+  return `${which} ${were} read${cut}, in ${milliseconds(seconds)}.${ended}`;
 }

@@ -6,7 +6,7 @@ import { drawLines, followCards } from "./lines.js";
 import { rankName, scoreText, sourcesText } from "./score.js";
 import { leftOut, requestOf } from "./search.js";
 
-const READING = "The teacher is reading …";
+const READING = "Reading again …";
 
 /** The part of the page that shows rankings. */
 export class Results {
@@ -89,7 +89,7 @@ export class Results {
     if (answer.truncated) notes.push("The query is longer than the student reads; its end is ignored.");
     if (answer.missing_shards.length) notes.push(missingText(answer.missing_shards.length));
     if (answer.certificate) notes.push(certificateText(answer.certificate, answer.passages.length));
-    if (answer.cascade) notes.push(readingText(answer.cascade, rank));
+    if (answer.reranking) notes.push(readingText(answer.reranking));
     column.append(
       element(
         "div",

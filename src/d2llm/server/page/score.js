@@ -1,5 +1,7 @@
 // What a ranking is sorted by and where its candidates came from, in words. The facts are those of GET /v1/index.
 
+import { isReranked } from "./search.js";
+
 /** The parts of a student's score, by their names in explanations: what they are called, and what they add. */
 export const PARTS = {
   anchor: ["inner product", "from the two vectors alone"],
@@ -9,13 +11,14 @@ export const PARTS = {
   interaction: ["IEM", "added by the interaction"],
 };
 const SOURCES = { vectors: "inner product", ann: "approximate index", bm25: "BM25" };
-const NAMES = { none: "Inner product", teacher: "Teacher", cascade: "Cascade" };
+const INNER_PRODUCT = "Inner product";
 
 /** The name of a ranking. The student's is named after what counts in its score: an interaction that adds nothing does not. */
 export function rankName(rank, index) {
-  if (rank !== "iem") return NAMES[rank];
+  if (rank === "none") return INNER_PRODUCT;
+  if (isReranked(rank)) return rank[0].toUpperCase() + rank.slice(1);
   const parts = index.score_parts.join();
-  if (parts === "anchor") return NAMES.none;
+  if (parts === "anchor") return INNER_PRODUCT;
   return parts === "interaction" || parts === "anchor,interaction" ? "IEM" : "Full score";
 }
 
@@ -39,7 +42,7 @@ export function sumText(rank, index) {
 
 /** Says what the scores of a ranking are; empty if its notes say so. `hybrid` is BM25's share, if it is fused. */
 export function scoreText(rank, index, hybrid) {
-  if (rank === "teacher" || rank === "cascade") return "";
+  if (isReranked(rank)) return "";
   const sum = sumText(rank, index);
   if (hybrid === undefined) return `Score: ${sum}.`;
   return `Score: places by ${sum} and places by BM25, fused (${Math.round(hybrid * 100)}% BM25).`;

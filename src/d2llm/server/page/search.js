@@ -2,9 +2,9 @@
 
 import { ask } from "./api.js";
 
-/** Whether a ranking uses the teacher, which takes seconds. */
-export function asksTeacher(rank) {
-  return rank === "teacher" || rank === "cascade";
+/** Whether a reranker ranks, such as a teacher, which takes seconds. */
+export function isReranked(rank) {
+  return rank !== "none" && rank !== "iem";
 }
 
 /** The rankings to show for a state, left to right. Side by side, the chosen one is the last. */
@@ -15,7 +15,7 @@ export function rankingsOf(state, offered) {
 
 /** The last ranking side by side, if `rank` is chosen. */
 export function lastOf(rank, offered) {
-  if (rank === "teacher" && offered.includes(rank)) return rank;
+  if (isReranked(rank) && offered.includes(rank)) return rank;
   return offered.includes("cascade") ? "cascade" : "iem";
 }
 
@@ -24,7 +24,7 @@ export function requestOf(state, rank) {
   const body = { query: state.q, top_k: state.k, rescore: rank, explain: true };
   if (state.filter.trim()) body.filter = state.filter;
   if (state.exact && rank === "iem") body.exact = true;
-  else if (state.hybrid !== null && !asksTeacher(rank)) body.hybrid = state.hybrid / 100;
+  else if (state.hybrid !== null && !isReranked(rank)) body.hybrid = state.hybrid / 100;
   else if (state.hybrid === null && state.source) body.sources = state.source === "both" ? ["vectors", "bm25"] : [state.source];
   return body;
 }
@@ -33,13 +33,13 @@ export function requestOf(state, rank) {
 export function leftOut(state, rank) {
   if (state.exact && rank !== "iem") return "Not exact: only the ranking by the student’s own score can be proved.";
   if (state.exact && state.hybrid !== null) return "Not fused with BM25: an exact search ranks by the student’s score alone.";
-  if (state.hybrid !== null && asksTeacher(rank)) return "Not fused with BM25: a teacher starts from the student’s scores.";
+  if (state.hybrid !== null && isReranked(rank)) return "Not fused with BM25: a reranker starts from the student’s scores.";
   return "";
 }
 
 /**
  * Runs searches; a new one cancels the previous one, and outdated answers are never shown. `onDone` gets the rankings;
- * if the last ranking uses the teacher, it first gets the others with a last one that is `waiting`.
+ * if the last ranking is a reranker’s, it first gets the others with a last one that is `waiting`.
  */
 export class Search {
   constructor({ onStart, onDone }) {
@@ -65,9 +65,9 @@ export class Search {
     const { signal } = this.controller;
     const ranks = rankingsOf(state, offered);
     const last = ranks.at(-1);
-    this.onStart(asksTeacher(last) && ranks.length === 1);
+    this.onStart(isReranked(last) && ranks.length === 1);
     const searches = ranks.map((rank) => searchBy(state, rank, signal));
-    if (asksTeacher(last) && ranks.length > 1) {
+    if (isReranked(last) && ranks.length > 1) {
       const quick = await Promise.all(searches.slice(0, -1));
       if (number !== this.number) return;
       if (quick.some((ranking) => ranking.answer)) this.onDone(state, [...quick, { rank: last, waiting: true }]);

@@ -1,22 +1,26 @@
-"""The cascade: passages read under a budget, the resulting scores, and the report in a search."""
+"""Teachers as rerankers: passages read under a budget, the resulting scores, and the report in a search."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from d2llm.core.errors import DataFormatError, InputError, ModelError
 from d2llm.core.types import Passage
+from d2llm.methods.rerankers import cascade as cascade_module
+from d2llm.methods.rerankers import teacher as teacher_module
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.models.student import Student
 from d2llm.ops.rereading import StudentError
-from d2llm.retrieval import cascade as module
+from d2llm.retrieval import reranker as search_module
 from d2llm.retrieval.calibrate import read_error, write_error
-from d2llm.retrieval.cascade import Cascade, StudentRanking, TeacherReading
 from d2llm.retrieval.index import Index
+from d2llm.retrieval.reranker import Candidates, open_reranker, rerank_candidates
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.store.side_files import ERRORS_FILE
 from fake_models import FakeStudent, FakeTeacher
+from rerankers import cascade, teacher_reading
 
 ERROR = StudentError(slope=1.0, intercept=0.0, sigma=1.0)
 SCORES = np.linspace(1, -1, 20).astype(np.float32)
@@ -51,10 +55,14 @@ class Oracle:
         return SimpleNamespace(log_odds=np.array([self.log_odds[int(text)] for _, text in pairs]), num_truncated=1)
 
 
-def rerank(cascade, scores=SCORES, top_k=5):
+def rerank(reranker, scores=SCORES, top_k=5):
     best_first = np.argsort(-scores, kind="stable")
-    ranking = StudentRanking(scores, best_first, lambda places: [str(place) for place in places], no_vectors)
-    return cascade.rerank("q", ranking, "asymmetric", top_k)
+    candidates = Candidates(scores, best_first, numbers, no_vectors, "asymmetric", top_k)
+    return rerank_candidates(reranker, "q", candidates)
+
+
+def numbers(places):
+    return [str(place) for place in places]
 
 
 def no_vectors(places):
@@ -63,7 +71,7 @@ def no_vectors(places):
 
 def test_teacher_scores_are_kept_and_the_rest_put_on_their_scale():
     log_odds = np.linspace(-3, 3, 20)
-    reread = rerank(Cascade(Oracle(log_odds), StudentError(2.0, 0.5, 0.0), 4, min_gain=0.0))
+    reread = rerank(cascade(Oracle(log_odds), StudentError(2.0, 0.5, 0.0), 4, min_gain=0.0))
     assert len(reread.read) == 4
     np.testing.assert_allclose(reread.log_odds, log_odds[reread.read])
     np.testing.assert_allclose(reread.scores[reread.read], log_odds[reread.read])
@@ -76,7 +84,7 @@ def test_teacher_scores_are_kept_and_the_rest_put_on_their_scale():
 @pytest.mark.parametrize(("budget", "batches"), [(0, []), (3, [3]), (8, [8]), (19, [8, 8, 3]), (None, [8, 8, 4])])
 def test_the_budget_limits_the_passages_read(budget, batches):
     oracle = Oracle(np.zeros(20))
-    reread = rerank(Cascade(oracle, ERROR, budget, min_gain=0.0))
+    reread = rerank(cascade(oracle, ERROR, budget, min_gain=0.0))
     assert oracle.batches == batches
     assert len(set(reread.read.tolist())) == len(reread.read) == sum(batches)
     assert not reread.out_of_time
@@ -84,17 +92,17 @@ def test_the_budget_limits_the_passages_read(budget, batches):
 
 def test_depth_limits_reading_to_the_students_top_passages():
     shuffled = np.random.default_rng(0).permutation(20)
-    reread = rerank(Cascade(Oracle(np.zeros(20)), ERROR, None, depth=6, min_gain=0.0), SCORES[shuffled])
+    reread = rerank(cascade(Oracle(np.zeros(20)), ERROR, None, depth=6, min_gain=0.0), SCORES[shuffled])
     assert set(shuffled[reread.read]) == set(range(6))
 
 
 def test_passages_of_certain_rank_are_not_read():
-    cascade = Cascade(Oracle(np.zeros(20)), StudentError(100.0, 0.0, 0.1))
-    reread = rerank(cascade, np.linspace(-0.3, -1, 20).astype(np.float32))
+    reranker = cascade(Oracle(np.zeros(20)), StudentError(100.0, 0.0, 0.1))
+    reread = rerank(reranker, np.linspace(-0.3, -1, 20).astype(np.float32))
     assert reread.read.tolist() == reread.unsure.tolist() == []
     # Two tied passages between certain ones: reading one of them may already decide their order.
     scores = np.array([6, 3, 0, 0, -6, -9], np.float32)
-    reread = rerank(Cascade(Oracle([6, 3, -1, 1, -6, -9]), StudentError(1.0, 0.0, 0.5), batch_passages=1), scores, 3)
+    reread = rerank(cascade(Oracle([6, 3, -1, 1, -6, -9]), StudentError(1.0, 0.0, 0.5), batch_passages=1), scores, 3)
     assert set(reread.unsure.tolist()) == {2, 3}
     assert set(reread.read.tolist()) <= {2, 3}
     assert np.argsort(-reread.scores).tolist() == [0, 1, 3, 2, 4, 5]
@@ -103,42 +111,47 @@ def test_passages_of_certain_rank_are_not_read():
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(module, "time", clock)
+    for module in (cascade_module, teacher_module, search_module):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
 def test_the_time_budget_is_exceeded_by_at_most_one_batch(clock):
     oracle = Oracle(np.zeros(20), 0.0101, clock)
-    cascade = Cascade(oracle, ERROR, None, 55.0, batch_passages=3, min_gain=0.0)
-    reread = rerank(cascade)
+    reranker = cascade(oracle, ERROR, None, 55.0, batch_passages=3, min_gain=0.0)
+    reread = rerank(reranker)
     assert (reread.seconds, reread.out_of_time) == (pytest.approx(5 * 0.0101), True)
     assert oracle.batches == [1, 3, 1]  # its speed is unknown at first
     oracle.batches.clear()
-    assert len(rerank(cascade).read) == 5
+    assert len(rerank(reranker).read) == 5
     assert oracle.batches == [3, 2]
     oracle.seconds = 0.04  # slower than before: the first batch overruns and is the last
-    assert rerank(cascade).seconds == pytest.approx(3 * 0.04)
-    reread = rerank(Cascade(oracle, ERROR, None, 0.0))
+    assert rerank(reranker).seconds == pytest.approx(3 * 0.04)
+    reread = rerank(cascade(oracle, ERROR, None, 0.0))
     assert (reread.read.tolist(), reread.out_of_time) == ([], True)
-    assert not rerank(Cascade(oracle, ERROR, 2, 1e6, min_gain=0.0)).out_of_time
+    assert not rerank(cascade(oracle, ERROR, 2, 1e6, min_gain=0.0)).out_of_time
 
 
 def test_a_teacher_that_was_slow_once_is_used_again(clock):
     oracle = Oracle(np.zeros(20), 0.1, clock)
-    cascade = Cascade(oracle, ERROR, None, 20.0, min_gain=0.0)
-    assert len(rerank(cascade).read) == 1
+    reranker = cascade(oracle, ERROR, None, 20.0, min_gain=0.0)
+    assert len(rerank(reranker).read) == 1
     oracle.seconds = 0.001
-    assert [len(rerank(cascade).read) for _ in range(12)][-1] > 1
+    assert [len(rerank(reranker).read) for _ in range(12)][-1] > 1
 
 
 def test_invalid_arguments_and_scores_are_rejected():
-    with pytest.raises(InputError, match="depth is 0"):
-        Cascade(Oracle([]), ERROR, depth=0)
-    with pytest.raises(InputError, match="teacher_ms"):
-        Cascade(Oracle([]), ERROR, teacher_ms=-1.0)
+    with pytest.raises(ValidationError, match="depth"):
+        cascade(Oracle([]), ERROR, depth=0)
+    with pytest.raises(ValidationError, match="max_ms"):
+        cascade(Oracle([]), ERROR, max_ms=-1.0)
+    with pytest.raises(InputError, match="needs the student's error"):
+        rerank(cascade(Oracle([])))
+    with pytest.raises(InputError, match="needs a teacher: name one as cascade:MODEL"):
+        open_reranker("cascade")
     with pytest.raises(ModelError, match="finite"):
-        rerank(Cascade(Oracle(np.full(20, np.nan)), ERROR))
-    assert len(rerank(Cascade(Oracle([]), ERROR), SCORES[:0]).scores) == 0
+        rerank(cascade(Oracle(np.full(20, np.nan)), ERROR))
+    assert len(rerank(cascade(Oracle([]), ERROR), SCORES[:0]).scores) == 0
 
 
 TEXTS = ["the cat sleeps", "the dog runs", "a fish swims", "a bird flies", "the horse eats", "cat and dog", "red cat"]
@@ -156,9 +169,9 @@ class TestSearch:
         student_ranking = index.search("cat dog runs fast", top_k=7)
         ranks = {hit.passage.id: hit.rank for hit in student_ranking.passages}
         teacher = FakeTeacher()
-        cascade = Cascade(teacher, StudentError(0.01, 0.0, 1.0), 3)
-        ranking = index.search("cat dog runs fast", top_k=4, cascade=cascade)
-        report = ranking.cascade
+        reranker = cascade(teacher, StudentError(0.01, 0.0, 1.0), 3)
+        ranking = index.search("cat dog runs fast", top_k=4, rerank=reranker)
+        report = ranking.reranking
         assert len(report.read) == len(teacher.pairs) == 3
         read_ids = {passage_id for passage_id, rank in ranks.items() if rank in report.read}
         assert {text for _, text in teacher.pairs} == {TEXTS[int(passage_id[1:])] for passage_id in read_ids}
@@ -171,23 +184,24 @@ class TestSearch:
             if hit.log_odds is not None:
                 assert hit.score == hit.log_odds
         assert set(report.read) <= set(report.unsure)
-        assert ranking.seconds["teacher"] == report.seconds > 0
+        assert ranking.seconds["rerank"] == report.seconds > 0
+        assert report.kind == "cascade"
 
     def test_reading_all_gives_the_teachers_ranking(self, index):
-        ranking = index.search("the cat", top_k=7, cascade=Cascade(FakeTeacher(), ERROR, min_gain=0.0))
+        ranking = index.search("the cat", top_k=7, rerank=cascade(FakeTeacher(), ERROR, min_gain=0.0))
         assert [hit.passage.id for hit in ranking.passages] == ["p0", "p1", "p4", "p5", "p6", "p2", "p3"]
 
     def test_a_head_without_an_anchor(self, tmp_path):
         index = Index.create(tmp_path / "i", FakeStudent(head="paper"))
         index.upsert([Passage(f"p{n}", text) for n, text in enumerate(TEXTS)])
-        ranking = index.search("the cat", top_k=2, cascade=Cascade(FakeTeacher(), ERROR, min_gain=0.0))
+        ranking = index.search("the cat", top_k=2, rerank=cascade(FakeTeacher(), ERROR, min_gain=0.0))
         assert [hit.passage.id for hit in ranking.passages] == ["p0", "p1"]
         assert ranking.certificate is None
 
     @pytest.mark.parametrize("changes", [{"exact": True}, {"hybrid": 0.5}])
     def test_incompatible_settings_are_rejected(self, index, changes):
         with pytest.raises(InputError, match="leave out exact and hybrid"):
-            index.search("cat", cascade=Cascade(FakeTeacher(), ERROR), **changes)
+            index.search("cat", rerank=cascade(FakeTeacher(), ERROR), **changes)
 
     def test_measuring_the_students_error(self, index):
         teacher = FakeTeacher()
@@ -233,17 +247,17 @@ def test_a_teacher_overrules_the_shipped_student(tmp_path):
             )
 
     student_ranking = index.search("how long do cats sleep", evidence={})
-    cascade = Cascade(FlourTeacher(), StudentError(1.0, -10.0, 5.0), 4)
-    ranking = index.search("how long do cats sleep", evidence={}, cascade=cascade)
+    reranker = cascade(FlourTeacher(), StudentError(1.0, -10.0, 5.0), 4)
+    ranking = index.search("how long do cats sleep", evidence={}, rerank=reranker)
     assert student_ranking.passages[0].passage.id == "0"
     assert (ranking.passages[0].passage.id, ranking.passages[0].score) == ("3", 6.0)
-    assert (ranking.passages[0].student_rank, 1) in ranking.cascade.moved
+    assert (ranking.passages[0].student_rank, 1) in ranking.reranking.moved
 
 
 def test_teacher_reading_reorders_the_top_of_a_ranking():
     log_odds = np.cos(np.arange(20.0))
     oracle = Oracle(log_odds)
-    reread = rerank(TeacherReading(oracle, teacher_passages=12))
+    reread = rerank(teacher_reading(oracle, num_passages=12))
     np.testing.assert_array_equal(reread.read, np.arange(12))
     np.testing.assert_array_equal(reread.scores[:12], log_odds[:12])
     assert (reread.scores[12:] <= reread.scores[:12].min() - 1).all()  # unread passages follow in the student's order
@@ -254,17 +268,13 @@ def test_teacher_reading_reorders_the_top_of_a_ranking():
 
 
 def test_the_teacher_reads_at_least_top_k_and_at_most_all():
-    assert len(rerank(TeacherReading(Oracle(np.zeros(20)), teacher_passages=2), top_k=7).read) == 7
-    assert len(rerank(TeacherReading(Oracle(np.zeros(20)), teacher_passages=99)).read) == 20
+    assert len(rerank(teacher_reading(Oracle(np.zeros(20)), num_passages=2), top_k=7).read) == 7
+    assert len(rerank(teacher_reading(Oracle(np.zeros(20)), num_passages=99)).read) == 20
 
 
-def test_the_teacher_starts_no_batch_after_its_time_is_up(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(module, "time", clock)
-    reread = rerank(
-        TeacherReading(Oracle(np.zeros(20), seconds=0.1, clock=clock), 20, teacher_ms=900, batch_passages=4)
-    )
+def test_the_teacher_starts_no_batch_after_its_time_is_up(clock):
+    reread = rerank(teacher_reading(Oracle(np.zeros(20), seconds=0.1, clock=clock), 20, max_ms=900, batch_passages=4))
     assert len(reread.read) == 12  # batches start at 0, 0.4 and 0.8 s
     assert reread.out_of_time
-    with pytest.raises(InputError, match="teacher_passages"):
-        TeacherReading(Oracle([]), teacher_passages=0)
+    with pytest.raises(ValidationError, match="batch_passages"):
+        teacher_reading(Oracle([]), batch_passages=0)

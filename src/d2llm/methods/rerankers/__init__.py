@@ -1,0 +1,1 @@
+"""Rerankers that others published: second stages of a search."""
