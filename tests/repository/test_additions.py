@@ -93,18 +93,43 @@ TOKENISATION: Edits = {  # of Thai, in pieces of four characters
         ),
     ]
 }
+RERANKER: Edits = {  # of a package that is installed beside d2llm
+    "their_reranker": '''
+from d2llm.retrieval.reranker import OpenReranker, Reranker
+
+
+class Longest(Reranker, kind="longest"):
+    """Longer passages first."""
+
+    def open(self, *, device=None, dtype=None):
+        return OpenLongest(self)
+
+
+class OpenLongest(OpenReranker):
+    def rerank(self, query, candidates):
+        read = candidates.best_first
+        return candidates.with_scores(read, [len(text) for text in candidates.texts(read)])
+'''
+}
 TOP_K: Edits = {"d2llm.core.types": [("DEFAULT_TOP_K = 10\n", "DEFAULT_TOP_K = 4\n")]}
 ADDITIONS = {
     "document type": DOCUMENT_TYPE,
     "filter operator": OPERATOR,
     "dialect": DIALECT,
     "tokenisation": TOKENISATION,
+    "reranker": RERANKER,
     "default top_k": TOP_K,
 }
 THAI = "กขคงจฉชซฌญฎฏ"  # no words of any dictionary
 CODE = """
 import json, sys
 from pathlib import Path
+
+info = Path(sys.argv[1]) / "site" / "their_package-1.0.dist-info"
+info.mkdir(parents=True)
+(info / "METADATA").write_text("Metadata-Version: 2.1\\nName: their-package\\nVersion: 1.0\\n")
+(info / "entry_points.txt").write_text("[d2llm.rerankers]\\nlongest = their_reranker:Longest\\n")
+sys.path.insert(0, str(info.parent))
 
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
@@ -145,14 +170,19 @@ cli("index", path, "upsert", note)
 ranking = Index.open(path).search("the cat", filter="title ILIKE 'A NOTE%'")
 shown["cli"] = [each.passage.title for each in ranking.passages]
 query = {"query": "the cat by the sea", "filter": "title ILIKE 'ABOUT %' AND title NOT ILIKE '%CAT%'"}
+shown["python longest"] = [len(each.passage.full_text) for each in index.search("the cat", rerank="longest")]
+longest = passages_of(cli("search", path, "the cat", "--reranker", "longest"))
+shown["cli longest"] = [each["id"] for each in longest]
 shown["python top_k"] = len(index.search("the cat").passages)
 shown["cli top_k"] = len(passages_of(cli("search", path, "the cat")))
 found = passages_of(cli("search", path, "the cat", "--filter", "title ILIKE 'ABOUT C%'"))
 shown["cli filter"] = sorted({each["title"] for each in found})
-with serve(make_app(tiny_settings(path, max_texts=3, writable=True))) as url:
+with serve(make_app(tiny_settings(path, max_texts=3, writable=True, reranker="longest"))) as url:
     wait_until_ready(url)
     answer = patient.post(f"{url}/v1/search", json=query).json()
     shown["http filter"] = sorted({each["title"] for each in answer["passages"]})
+    found = patient.post(f"{url}/v1/search", json={"query": "the cat", "rescore": "longest"}).json()["passages"]
+    shown["http longest"] = [each["id"] for each in found]
     shown["http top_k"] = len(answer["passages"])
     files = {"file": ("two.note", b"Another@First\\nthe ship")}
     shown["http"] = patient.post(f"{url}/v1/files", files=files).json()
@@ -198,6 +228,12 @@ def test_a_dialect(shown):
 def test_a_tokenisation(shown):
     assert shown["words"] == [THAI[at : at + 4] for at in range(0, len(THAI), 4)]
     assert shown["found"] == ["thai"]
+
+
+def test_a_reranker(shown):
+    assert shown["python longest"] == sorted(shown["python longest"], reverse=True)
+    assert shown["cli longest"] == shown["http longest"]
+    assert len(shown["cli longest"]) == 4
 
 
 def test_another_default_top_k(shown):

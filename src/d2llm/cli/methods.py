@@ -1,4 +1,4 @@
-"""The verb ``methods``: the kinds that a recipe, an index or a search can name, what they need, and what they brought."""
+"""The verb ``methods``: the kinds that a recipe, index or search can name, what they need, what they brought."""
 
 from __future__ import annotations
 
