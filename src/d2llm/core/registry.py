@@ -32,7 +32,7 @@ Need = Literal[
     "gpu",
 ]
 """What a user must bring for a method: the data sets' own judgements, a teacher's labels, the teacher's features beside
-them, a teacher that is there during the training, texts without labels, ..., a model behind an API, a GPU."""
+them, a teacher that is there (in training, or in a search), texts without labels, ..., a model behind an API, a GPU."""
 _PACKAGE = Path(__file__).parents[1]
 
 

@@ -34,7 +34,8 @@ class Cascade(TeacherReranker, kind="cascade"):
     most the last batch is late. While that time is unknown or too long, a query's first batch is a single passage.
     """
 
-    costs = "a teacher at search; `d2llm index INDEX calibrate` once"
+    needs = frozenset({"live_teacher"})
+    costs = "`d2llm index INDEX calibrate` once"
     measured = (
         "squad-sent: 6.0 passages read on average give .847, the first 6 .841, the student alone .812 ([120 dev "
         "queries](log/2026-11.md#2026-11-20-which-passages-a-teacher-should-read-again))"

@@ -24,7 +24,7 @@ class Listwise(Reranker, kind="listwise"):
     costs = "a language model that `d2llm tune-reader` trains for the student's vectors"
     measured = (
         "smollm2 after 6,000 lists: nDCG@10 .715 on banking77, .257 on squad-sent, where the student has .892 and .843 "
-        "([lists of 20](recipes.md#a-language-model-that-reads-passages-as-vectors))"
+        "([one run, lists of 20](recipes.md#a-language-model-that-reads-passages-as-vectors))"
     )
 
     model: str

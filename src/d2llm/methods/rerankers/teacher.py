@@ -20,7 +20,7 @@ class TeacherReading(TeacherReranker, kind="teacher"):
     ranks lists reads all of them in one batch. Passages that it did not read follow in the student's order.
     """
 
-    costs = "a teacher at search"
+    needs = frozenset({"live_teacher"})
     measured = (
         "squad-sent: the first 8 read give .853, the first 20 .862, the student alone .812 ([120 dev "
         "queries](log/2026-11.md#2026-11-20-which-passages-a-teacher-should-read-again))"
