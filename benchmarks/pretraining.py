@@ -28,15 +28,15 @@ from untrained import SETS, ndcg, sample
 
 from d2llm.data.beir import Dataset, read_beir
 from d2llm.models.student import Student
-from d2llm.recipe import BackboneConfig, InteractionConfig, PoolingConfig, Pretraining, StudentConfig
+from d2llm.recipe import BackboneConfig, InteractionConfig, Pooling, Pretraining, StudentConfig
 from d2llm.training.pretrain import pretrain_backbone
 
 BACKBONES: dict[str, dict[str, Any]] = {
     "full": {"model": "minilm", "layers": None},
     "cut": {"model": "minilm", "layers": (0, 1, 4, 5)},
     "by-e5": {"model": "minilm", "layers": (0, 1, 4, 5)},
-    "decoder": {"model": "smollm2", "layers": 8, "pooling": "mean"},
-    "two-way": {"model": "smollm2", "layers": 8, "pooling": "mean", "bidirectional": True},
+    "decoder": {"model": "smollm2", "layers": 8},
+    "two-way": {"model": "smollm2", "layers": 8, "bidirectional": True},
 }
 ROWS = (
     *("full", "full+simcse", "full+mirror"),
@@ -60,7 +60,7 @@ def row_of(name: str, samples: dict[str, Any], texts: tuple[list[str], list[str]
     backbone, _, objective = name.partition("+")
     config = StudentConfig(
         backbone=BackboneConfig.model_validate(BACKBONES[backbone] | {"tuning": "full"}),
-        pooling=PoolingConfig(method="backbone"),
+        pooling=Pooling(kind="mean"),
         interaction=InteractionConfig(head="cosine"),
     )
     student = Student.create(config, device="cpu", dtype="float32", seed=0)

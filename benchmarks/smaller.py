@@ -8,7 +8,7 @@
 Depths: the cosine of a query's vector, as the head maps it, with those of passages, after the first layers of the
 backbone, and texts per second of processor time of one core, on the same passages. A student that was not trained for
 these depths is cut all the same. Widths: the first components of minilm's vectors, and their projection on principal
-components of the passages (``pooling.projection_dim`` before the first step). nDCG@10 on dev queries, among their
+components of the passages (the pooling ``projection`` before the first step). nDCG@10 on dev queries, among their
 relevant passages and random ones.
 
 Licences: QNLI CC BY-SA 4.0, banking77 CC BY 4.0; they are only measured on.
@@ -30,7 +30,7 @@ from untrained import make_student, ndcg, sample
 from d2llm.core.types import Task
 from d2llm.data.beir import read_beir
 from d2llm.models.student import Student
-from d2llm.recipe import PoolingConfig
+from d2llm.recipe import Pooling
 
 SETS: dict[str, Task] = {"qnli": "asymmetric", "banking77": "symmetric"}
 DEPTHS, WIDTHS = (2, 4), (64, 128, 256)
@@ -74,7 +74,7 @@ def rows_by_width(samples: Samples) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"set": name, "width": width}
             row["first components"] = round(ndcg(ids, found[:, :width], query_ids, asked[:, :width], qrels), 4)
             if width < whole.vector_dim:
-                pooling = PoolingConfig(method="backbone", projection_dim=width)
+                pooling = Pooling(kind="projection", dim=width)
                 student = Student.create(whole.config.model_copy(update={"pooling": pooling}), device="cpu")
                 student.fit_pooling(texts)
                 p, q = student.encode_passages(texts).vectors, student.encode_queries([*queries.values()]).vectors

@@ -1,7 +1,7 @@
 """What a backbone is worth before any training: by pooling, by the layers that are kept, and whitened.
 
 The head of the pooling `ditto` is the one with the best mean reciprocal rank on other dev queries of both sets
-(``models.layer_choice.choose_diagonal_head``).
+(``methods.poolings.ditto.choose_head``).
 
     python benchmarks/untrained.py                      smollm2 and minilm on two data sets, some ten minutes
     python benchmarks/untrained.py --json benchmarks/results/untrained.json
@@ -27,12 +27,13 @@ from numpy.typing import NDArray
 from scaling.data_sets import DATA, require
 
 from d2llm.data.beir import Dataset, read_beir
+from d2llm.methods.poolings.ditto import Ditto, choose_head
 from d2llm.models.backbone import Backbone
-from d2llm.models.layer_choice import choose_diagonal_head, choose_layers, layer_distances
+from d2llm.models.layer_choice import choose_layers, layer_distances
 from d2llm.models.student import Student
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.whitening import whitening
-from d2llm.recipe import BackboneConfig, InteractionConfig, PoolingConfig, StudentConfig
+from d2llm.recipe import BackboneConfig, InteractionConfig, Pooling, StudentConfig
 
 SETS = ("squad-sent", "banking77")
 POOLINGS = ("mean", "weighted_mean", "last", "ditto")
@@ -58,15 +59,14 @@ def sample(data: Dataset, num_queries: int, num_passages: int) -> tuple[dict[str
 
 def make_student(
     model: str,
-    pooling: str = "auto",
+    pooling: Pooling,
     layers: int | tuple[int, ...] | None = None,
-    head: tuple[int, int] | None = None,
 ) -> Student:
     """The backbone alone, with the cosine of its own pooling."""
-    settings = {"model": model, "pooling": pooling, "layers": layers, "tuning": "frozen", "diagonal_head": head}
+    settings = {"model": model, "layers": layers, "tuning": "frozen"}
     config = StudentConfig(
         backbone=BackboneConfig.model_validate(settings),
-        pooling=PoolingConfig(method="backbone"),
+        pooling=pooling,
         interaction=InteractionConfig(head="cosine"),
     )
     return Student.create(config, device="cpu", seed=0)
@@ -109,11 +109,12 @@ def pairs_for_choice(data: Dataset, num_measured: int) -> tuple[list[str], list[
     )
 
 
-def find_head(model: str, pairs: list[tuple[list[str], list[str], list[str]]]) -> tuple[int, int]:
-    """The head for ``ditto``, by the queries of all sets among the passages of all."""
-    config = BackboneConfig(model=model, pooling="ditto", diagonal_head=(0, 0), max_passage_tokens=128)
+def find_ditto(model: str, pairs: list[tuple[list[str], list[str], list[str]]]) -> Ditto:
+    """``ditto`` with the best head, by the queries of all sets among the passages of all."""
+    config = BackboneConfig(model=model, max_passage_tokens=128)
     queries, passages, others = ([text for each in pairs for text in each[place]] for place in range(3))
-    return choose_diagonal_head(Backbone.load(config, device="cpu"), queries, passages + others)
+    backbone = Backbone.load(config, Ditto(layer=0, head=0), device="cpu")
+    return choose_head(backbone, queries, passages + others)
 
 
 def rows_of(
@@ -124,15 +125,15 @@ def rows_of(
     distances = layer_distances(Backbone.load(BackboneConfig(model=model, layers=None), device="cpu"), texts)
     print(f"{model}: angles of the layers", " ".join(f"{distance:.3f}" for distance in distances), flush=True)
     cases: list[tuple[str, str, int | tuple[int, ...] | None]] = [("all", pooling, None) for pooling in POOLINGS]
-    head = find_head(model, pairs)
+    ditto = find_ditto(model, pairs)
     for count in KEPT[model]:
         cases += [(f"first {count}", own, count), (f"chosen {count}", own, choose_layers(distances, count))]
     rows: list[dict[str, Any]] = []
     for layers, pooling, kept in cases:
-        student = make_student(model, pooling, kept, head if pooling == "ditto" else None)
+        student = make_student(model, ditto if pooling == "ditto" else Pooling(kind=pooling), kept)
         row: dict[str, Any] = {"model": model, "layers": layers, "kept": kept, "pooling": pooling}
         if pooling == "ditto":
-            row["head"] = head
+            row["head"] = (ditto.layer, ditto.head)
         for name, (queries, passages, qrels) in samples.items():
             passage_vectors = student.encode_passages([*passages.values()]).vectors
             query_vectors = student.encode_queries([*queries.values()]).vectors

@@ -160,10 +160,11 @@ def static(report: dict[str, Any], trained: Sequence[dict[str, Any]]) -> str:
     after.append(("minilm", "pma", "LoRA", f"{own['mean']:.4f}", *(f"{own['by_set'][each]:.4f}" for each in sets)))
     for each in sorted(trained, key=lambda each: each["base"]["mean"], reverse=True):
         recipe = each["settings"]["recipe"]
+        pooling = recipe["student"]["pooling"]
         after.append(
             (
                 "static",
-                recipe["student"]["pooling"]["method"],
+                pooling.get("kind") or pooling["method"],  # older results have the recipes of their time
                 f"{recipe['training']['learning_rate']:g}",
                 f"{each['base']['mean']:.4f}",
                 *(f"{each['base']['by_set'][name]:.4f}" for name in sets),

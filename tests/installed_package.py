@@ -25,4 +25,6 @@ def install(
     monkeypatch.syspath_prepend(folder)
     monkeypatch.delitem(__import__("sys").modules, "their_module", raising=False)
     monkeypatch.setattr(registry, "_plugins", None)  # as in a process that starts now
-    monkeypatch.setattr(registry, "_classes", {**registry._classes})
+    for kind in entry_points:  # forgotten afterwards
+        monkeypatch.setitem(registry._classes, kind, object)
+        del registry._classes[kind]

@@ -22,7 +22,7 @@ from d2llm.recipe import (
     BackboneConfig,
     InteractionConfig,
     Lora,
-    PoolingConfig,
+    Pooling,
     StudentConfig,
     TeacherConfig,
 )
@@ -152,12 +152,15 @@ def _trained() -> str:
 TWO_ADAPTERS = Lora(rank=4, alpha=8.0, adapters="two")
 
 
-def tiny_student_config(model: Path | str, **backbone: Any) -> StudentConfig:
+TINY_PMA = Pooling(kind="pma", num_heads=4)
+
+
+def tiny_student_config(model: Path | str, *, pooling: Pooling = TINY_PMA, **backbone: Any) -> StudentConfig:
     """A small version of the default student (anchored, rich, warm) with the tiny model in ``model``."""
     settings = {"model": str(model), "tuning": Lora(rank=4, alpha=8.0), "max_passage_tokens": 64}
     return StudentConfig(
         backbone=BackboneConfig.model_validate(settings | {"max_query_tokens": 64} | backbone),
-        pooling=PoolingConfig(num_heads=4),
+        pooling=pooling,
         interaction=InteractionConfig(hidden_dim=16, feature_dim=8),
     )
 

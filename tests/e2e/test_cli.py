@@ -176,7 +176,7 @@ class TestDistil:
         backbone, pooling, interaction = recipe.student.backbone, recipe.student.pooling, recipe.student.interaction
         assert (interaction.head, interaction.features, interaction.branches) == ("paper", "concat", "per_task")
         assert (interaction.layers, interaction.hidden_dim, interaction.feature_dim) == (3, 512, 512)
-        assert (pooling.method, pooling.num_seeds, pooling.warm_start) == ("pma", 1, False)
+        assert (pooling.kind, pooling.num_seeds, pooling.warm_start) == ("pma", 1, False)
         assert (backbone.max_query_tokens, backbone.max_passage_tokens) == (250, 250)
 
 

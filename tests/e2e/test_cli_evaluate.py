@@ -21,10 +21,10 @@ QUICK = ("--teacher-queries", 2, "--teacher-depth", 3, "--dtype", "float32")
 @pytest.fixture(scope="module")
 def cosine(place, reports, tmp_path_factory):
     """A student in the role of the tuned cosine; it is not trained."""
-    from d2llm.recipe import InteractionConfig, PoolingConfig
+    from d2llm.recipe import AutoPooling, InteractionConfig
 
     folder = tmp_path_factory.mktemp("cosine") / "cosine"
-    changes = {"pooling": PoolingConfig(method="backbone"), "interaction": InteractionConfig(head="cosine")}
+    changes = {"pooling": AutoPooling(), "interaction": InteractionConfig(head="cosine")}
     config = tiny_student_config(place / "encoder").model_copy(update=changes)
     Student.create(config, dtype="float32").save(folder)
     return folder

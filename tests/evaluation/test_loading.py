@@ -13,11 +13,11 @@ from d2llm.evaluation.loading import load_contenders
 from d2llm.models.student import Student
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.identity import identify_local_teacher
-from d2llm.recipe import InteractionConfig, LoraConfig, PoolingConfig
+from d2llm.recipe import AutoPooling, InteractionConfig, LoraConfig
 from tiny_evaluations import make_dataset, measure
 from tiny_models import TEXTS, randomise, tiny_student_config, tiny_teacher_config, write_tiny_model
 
-COSINE = {"pooling": PoolingConfig(method="backbone"), "interaction": InteractionConfig(head="cosine")}
+COSINE = {"pooling": AutoPooling(), "interaction": InteractionConfig(head="cosine")}
 PAPER = {"interaction": InteractionConfig(head="paper", features="concat", hidden_dim=16, feature_dim=8)}
 
 

@@ -8,7 +8,7 @@ from transformers import BartConfig, BartModel, T5Config, T5Model
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.models.backbone import Backbone, layers_of
-from d2llm.recipe import BackboneConfig
+from d2llm.recipe import BackboneConfig, Pooling
 from tiny_models import ARCHITECTURES, DECODERS, TEXTS, randomise, tiny_tokenizer, write_tiny_model
 
 LONG = " ".join(TEXTS)
@@ -20,8 +20,9 @@ def folders(tmp_path_factory):
     return {name: write_tiny_model(root / name, name) for name in ("llama", "bert", "xlm_roberta")}
 
 
-def load(folder, **settings) -> Backbone:
-    return Backbone.load(BackboneConfig(model=str(folder), **settings), device="cpu", dtype="float32")
+def load(folder, pooling=None, **settings) -> Backbone:
+    config = BackboneConfig(model=str(folder), **settings)
+    return Backbone.load(config, pooling, device="cpu", dtype="float32")
 
 
 # --- tokens
@@ -170,10 +171,10 @@ def test_no_key_value_cache_is_returned(folders):
 
 
 def test_pooling_follows_the_kind_of_model(tmp_path, folders):
-    assert load(folders["bert"]).pooling == "mean"
-    assert load(folders["bert"], pooling="first").pooling == "first"
+    assert load(folders["bert"]).own.kind == "mean"
+    assert load(folders["bert"], Pooling(kind="first")).own.kind == "first"
     for architecture in DECODERS[:3]:
-        assert load(write_tiny_model(tmp_path / architecture, architecture)).pooling == "last"
+        assert load(write_tiny_model(tmp_path / architecture, architecture)).own.kind == "last"
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ def test_pooling_follows_the_models_own_setting(tmp_path, settings, expected):
     folder = write_tiny_model(tmp_path / "bert", "bert")
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
-    assert load(folder).pooling == expected
+    assert load(folder).own.kind == expected
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,7 @@ def test_a_pooling_that_no_backbone_has_must_be_replaced_by_hand(tmp_path, setti
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ModelError, match=f"is pooled by {named}, which is none of"):
         load(folder)
-    assert load(folder, pooling="mean").pooling == "mean"
+    assert load(folder, Pooling(kind="mean")).own.kind == "mean"
 
 
 # --- training
@@ -274,7 +275,7 @@ def test_the_encoder_of_a_t5_model_is_a_backbone(tmp_path):
     model.save_pretrained(tmp_path)
     tiny_tokenizer(is_decoder=False).save_pretrained(tmp_path)
     backbone = load(tmp_path)
-    assert backbone.pooling == "mean"
+    assert backbone.own.kind == "mean"
     assert not any("decoder" in name for name, _ in backbone.model.named_parameters())
     ids = backbone.tokenize(TEXTS[:1], "query").ids
     with torch.inference_mode():
@@ -300,7 +301,7 @@ def test_a_bidirectional_decoder_sees_what_follows_with_every_attention(tmp_path
     folder = write_tiny_model(tmp_path / architecture, architecture)
     plain = Backbone.load(BackboneConfig(model=str(folder)), device="cpu", dtype="float32")
     backbone = Backbone.load(BackboneConfig(model=str(folder), bidirectional=True), device="cpu", dtype="float32")
-    assert (plain.pooling, backbone.pooling) == ("last", "mean")
+    assert (plain.own.kind, backbone.own.kind) == ("last", "mean")
     ids = [[1, 10, 11, 12], [1, 10, 11, 13], [1, 10]]
     outputs = {}
     for attention in ("sdpa", "eager") if architecture != "gemma2" else ("eager",):

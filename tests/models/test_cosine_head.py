@@ -1,4 +1,4 @@
-"""The student that is a plain bi-encoder: head ``cosine``, pooling ``backbone``."""
+"""The student that is a plain bi-encoder: head ``cosine``, the backbone's own pooling."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from d2llm.core.types import TASKS
 from d2llm.models.interaction import CosineHead, make_head
-from d2llm.models.pooling import TextPooling
+from d2llm.models.pooling import WeightlessPooling
 from d2llm.models.scorer import QueryScorer
 from d2llm.models.student import Student
-from d2llm.recipe import InteractionConfig, PoolingConfig, StudentConfig, untuned_config
+from d2llm.recipe import AutoPooling, InteractionConfig, Pooling, StudentConfig, untuned_config
 from d2llm.recipe.variants import VARIANTS
 from d2llm.retrieval.cosine import AnchorStudent, CosineStudent
 from fake_models import FakeStudent
@@ -21,7 +21,7 @@ from tiny_distill import LEARNING, Place
 from tiny_models import DIM, TEXTS, randomise, tiny_student_config, write_tiny_model
 
 QUERIES = TEXTS[:3]
-COSINE = {"pooling": PoolingConfig(method="backbone"), "interaction": InteractionConfig(head="cosine")}
+COSINE = {"pooling": AutoPooling(), "interaction": InteractionConfig(head="cosine")}
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_trained_scores_are_the_scale_times_the_cosine(bert):
 
 
 def test_vectors_pooled_by_pma_are_normalised_too(bert):
-    student = create(bert, pooling=PoolingConfig(num_heads=4))
+    student = create(bert, pooling=Pooling(kind="pma", num_heads=4))
     with torch.no_grad():
         student.pooling.gate.fill_(0.7)
     vectors = student.encode_passages(TEXTS).vectors
@@ -127,13 +127,14 @@ def test_vectors_pooled_by_pma_are_normalised_too(bert):
     )
 
 
-def test_backbone_pooling_only_normalises():
-    pooling = TextPooling(PoolingConfig(method="backbone"), 4)
+def test_a_pooling_without_weights_is_normalised():
+    pooling = WeightlessPooling(Pooling(kind="first"), 4)
     assert list(pooling.parameters()) == []
-    pooled = torch.tensor([[3.0, 0.0, 4.0, 0.0], [0.0, -0.5, 0.0, 0.0]])
-    actual = pooling(torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool), pooled)
-    torch.testing.assert_close(actual, torch.tensor([[1.2, 0.0, 1.6, 0.0], [0.0, -2.0, 0.0, 0.0]]))
-    assert pooling(torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool), pooled.bfloat16()).dtype == torch.float32
+    states = torch.randn(2, 3, 4)
+    states[:, 0] = torch.tensor([[3.0, 0.0, 4.0, 0.0], [0.0, -0.5, 0.0, 0.0]])
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    torch.testing.assert_close(pooling(states, mask), torch.tensor([[1.2, 0.0, 1.6, 0.0], [0.0, -2.0, 0.0, 0.0]]))
+    assert pooling(states.bfloat16(), mask).dtype == torch.float32
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
@@ -208,13 +209,13 @@ def test_the_cosine_variant_trains_only_backbone_and_scale(tmp_path):
 
 
 def test_the_untuned_baseline_is_the_backbone_before_training(bert):
-    config = trained(bert, pooling=PoolingConfig(num_heads=4), interaction=InteractionConfig()).config
+    config = trained(bert, pooling=Pooling(kind="pma", num_heads=4), interaction=InteractionConfig()).config
     config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"max_query_tokens": 63})})
     baseline = untuned_config(config)
     assert isinstance(baseline, StudentConfig)
-    assert (baseline.backbone.tuning.kind, baseline.pooling.method, baseline.interaction.head) == (
+    assert (baseline.backbone.tuning.kind, baseline.pooling.kind, baseline.interaction.head) == (
         "frozen",
-        "backbone",
+        "auto",
         "cosine",
     )
     assert baseline.backbone.max_query_tokens == 63

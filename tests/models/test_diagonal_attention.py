@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from d2llm.core.errors import InputError
+from d2llm.methods.poolings.ditto import Ditto
 from d2llm.models.export.graphs import TextGraph
 from d2llm.models.student import Student
-from d2llm.recipe import BackboneConfig, InteractionConfig, PoolingConfig, StudentConfig
+from d2llm.recipe import BackboneConfig, InteractionConfig, StudentConfig
 from tiny_models import TEXTS, write_tiny_model
 
 HEAD = (1, 2)
 
 
-def config(folder: Path, **backbone: Any) -> StudentConfig:
+def create(folder: Path, layer: int = HEAD[0], head: int = HEAD[1]) -> Student:
     settings = {"model": str(folder), "tuning": "frozen", "max_passage_tokens": 64, "max_query_tokens": 64}
-    return StudentConfig(
-        backbone=BackboneConfig.model_validate(settings | backbone),
-        pooling=PoolingConfig(method="backbone"),
+    config = StudentConfig(
+        backbone=BackboneConfig.model_validate(settings),
+        pooling=Ditto(layer=layer, head=head),
         interaction=InteractionConfig(head="cosine"),
     )
-
-
-def create(folder: Path, **backbone: Any) -> Student:
-    return Student.create(
-        config(folder, **({"pooling": "ditto", "diagonal_head": HEAD} | backbone)), device="cpu", dtype="float32"
-    )
+    return Student.create(config, device="cpu", dtype="float32")
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama", "modernbert", "xlm_roberta", "t5"])
@@ -51,7 +46,7 @@ def test_vectors_are_means_weighted_by_the_diagonal(tmp_path: Path, architecture
 
 def test_the_head_matters(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "bert", "bert")
-    vectors = [create(folder, diagonal_head=head).encode_queries(TEXTS[:1]).vectors for head in ((0, 0), (0, 1))]
+    vectors = [create(folder, 0, head).encode_queries(TEXTS[:1]).vectors for head in (0, 1)]
     assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
 
 
@@ -70,7 +65,7 @@ def test_a_saved_student_and_a_graph_give_the_same_vectors(tmp_path: Path) -> No
 
 def test_a_head_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "bert", "bert")
-    with pytest.raises(InputError, match=r"diagonal_head names layer 2, but .* has only 0 to 1"):
-        create(folder, diagonal_head=(2, 0))
-    with pytest.raises(InputError, match=r"diagonal_head names head 4, but .* has only 0 to 3"):
-        create(folder, diagonal_head=(0, 4))
+    with pytest.raises(InputError, match=r"pooling.layer is 2, but .* has only 0 to 1"):
+        create(folder, 2, 0)
+    with pytest.raises(InputError, match=r"pooling.head is 4, but .* has only 0 to 3"):
+        create(folder, 0, 4)

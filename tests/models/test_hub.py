@@ -18,6 +18,7 @@ from d2llm.models.model_card import model_card
 from d2llm.models.sources import find_model
 from d2llm.models.student import Student
 from d2llm.models.student_files import check_content, read_student_manifest
+from d2llm.recipe import AutoPooling
 from fake_hub import OWNER_TOKEN, FakeHub, Repository
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
@@ -91,9 +92,7 @@ class TestPush:
         np.testing.assert_allclose(vectors(loaded), vectors(student), atol=1e-5)
 
     def test_full_weights_are_pushed_if_the_library_can_load_them(self, hub, base):
-        config = tiny_student_config(base)
-        pooling = config.pooling.model_copy(update={"method": "backbone"})
-        student = Student.create(config.model_copy(update={"pooling": pooling}), device="cpu", dtype="float32")
+        student = Student.create(tiny_student_config(base, pooling=AutoPooling()), device="cpu", dtype="float32")
         report = student.push_to_hub(NAME, token=OWNER_TOKEN)
         assert report.needs_d2llm is None
         assert {"modules.json", "backbone/model.safetensors"} <= files_of(hub).keys()
@@ -204,7 +203,7 @@ class TestFetch:
         manifest = json.loads((tmp_path / "student" / "manifest.json").read_text())
         remote = {"url": "https://elsewhere/v1", "dimensions": 32, "api_key_env": "HOME"}
         manifest["config"]["backbone"] |= {"tuning": {"kind": "frozen"}, "remote": remote}
-        manifest["config"]["pooling"]["method"] = "backbone"
+        manifest["config"]["pooling"] = {"kind": "auto"}
         (tmp_path / "student" / "manifest.json").write_text(json.dumps(manifest))
         (tmp_path / "student" / "adapter.safetensors").unlink()
         commit_folder(hub, tmp_path / "student")

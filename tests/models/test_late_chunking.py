@@ -11,7 +11,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import WholeText
 from d2llm.models.late_chunking import window_start
 from d2llm.models.student import Student
-from d2llm.recipe import InteractionConfig, PoolingConfig
+from d2llm.recipe import InteractionConfig, Pooling
 from tiny_models import DIM, MAX_TOKENS, TEXTS, randomise, tiny_student_config, write_tiny_model
 
 ARCHITECTURES = ["bert", "modernbert", "xlm_roberta", "llama"]
@@ -33,10 +33,9 @@ def models(tmp_path_factory):
 
 def student_of(folder, *, backbone_pooling="mean", pooling=None, head="anchored", **backbone):
     """Stands in for a trained student; mean pooling by default, for decoders too."""
-    settings = {"pooling": backbone_pooling, "max_passage_tokens": 256} | backbone
-    config = tiny_student_config(folder, **settings).model_copy(
+    pooling = pooling or Pooling(kind="pma", num_heads=4, pooling=backbone_pooling)
+    config = tiny_student_config(folder, pooling=pooling, **{"max_passage_tokens": 256} | backbone).model_copy(
         update={"interaction": InteractionConfig(head=head, hidden_dim=16, feature_dim=8)}
-        | ({} if pooling is None else {"pooling": pooling})
     )
     student = Student.create(config, device="cpu", dtype="float32")
     student.prepare_training()
@@ -241,8 +240,7 @@ def test_single_token_pooling_is_refused(models, name, pooling):
 
 def test_pma_alone_allows_any_backbone_pooling(models):
     """Without a warm start the backbone's own pooling is unused, so any kind will do."""
-    student = student_of(models["llama"], backbone_pooling="last", pooling=PoolingConfig(num_heads=4, warm_start=False))
-    assert not student.pooling.uses_own
+    student = student_of(models["llama"], pooling=Pooling(kind="pma", num_heads=4, pooling="last", warm_start=False))
     assert_close(encode(student, TEXT, [(0, len(TEXT))]).vectors, student.encode_passages([TEXT]).vectors)
 
 

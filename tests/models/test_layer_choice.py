@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from d2llm.core.errors import InputError
+from d2llm.methods.poolings.ditto import Ditto, choose_head
 from d2llm.models.backbone import Backbone, layers_of
-from d2llm.models.layer_choice import choose_diagonal_head, choose_layers, layer_distances
+from d2llm.models.layer_choice import choose_layers, layer_distances
 from d2llm.models.student import Student
-from d2llm.recipe import BackboneConfig
+from d2llm.recipe import BackboneConfig, Pooling
 from tiny_models import TEXTS, tiny_student_config, write_tiny_model
 
 
-def load(folder: Path) -> Backbone:
-    return Backbone.load(BackboneConfig(model=str(folder)), device="cpu", dtype="float32")
+def load(folder: Path, pooling: Pooling | None = None) -> Backbone:
+    return Backbone.load(BackboneConfig(model=str(folder)), pooling, device="cpu", dtype="float32")
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama", "modernbert"])
@@ -80,8 +81,7 @@ def test_the_head_of_ditto_is_the_one_that_ranks_pairs_best(tmp_path: Path, arch
     queries, passages = [text.upper() for text in TEXTS[:4]], TEXTS[:6]
 
     def reciprocal_rank(head: tuple[int, int]) -> float:
-        config = BackboneConfig(model=str(folder), pooling="ditto", diagonal_head=head)
-        backbone = Backbone.load(config, device="cpu", dtype="float32")
+        backbone = load(folder, Ditto(layer=head[0], head=head[1]))
         vectors: list[np.ndarray] = []
         for text in (*queries, *passages):
             with torch.inference_mode():
@@ -93,16 +93,14 @@ def test_the_head_of_ditto_is_the_one_that_ranks_pairs_best(tmp_path: Path, arch
         return float(np.mean([1 / rank for rank in ranks]))
 
     heads = [(layer, head) for layer in range(2) for head in range(4)]
-    config = BackboneConfig(model=str(folder), pooling="ditto", diagonal_head=(0, 0))
-    chosen = choose_diagonal_head(Backbone.load(config, device="cpu", dtype="float32"), queries, passages)
-    assert reciprocal_rank(chosen) == pytest.approx(max(reciprocal_rank(head) for head in heads))
+    chosen = choose_head(load(folder, Ditto(layer=0, head=0)), queries, passages)
+    assert reciprocal_rank((chosen.layer, chosen.head)) == pytest.approx(max(reciprocal_rank(head) for head in heads))
 
 
 def test_a_head_is_not_chosen_without_attention_or_pairs(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "bert", "bert")
     with pytest.raises(InputError, match="only a backbone with the pooling 'ditto'"):
-        choose_diagonal_head(load(folder), TEXTS[:1], TEXTS[:1])
-    config = BackboneConfig(model=str(folder), pooling="ditto", diagonal_head=(0, 0))
-    backbone = Backbone.load(config, device="cpu", dtype="float32")
+        choose_head(load(folder), TEXTS[:1], TEXTS[:1])
+    backbone = load(folder, Ditto(layer=0, head=0))
     with pytest.raises(InputError, match="2 queries need as many passages or more, not 1"):
-        choose_diagonal_head(backbone, TEXTS[:2], TEXTS[:1])
+        choose_head(backbone, TEXTS[:2], TEXTS[:1])

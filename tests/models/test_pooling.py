@@ -1,18 +1,32 @@
-"""ops/pooling.py and models/pooling.py against float64 numpy."""
+"""Poolings against float64 numpy."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from d2llm.core.errors import InputError
-from d2llm.models.pooling import MultiheadAttentionPooling, TextPooling
-from d2llm.ops.pooling import last_positions, pool, to_right_padding
-from d2llm.recipe import PoolingConfig
+from d2llm.methods.poolings.pma import PMA, MultiheadAttentionPooling
+from d2llm.models.pooling import TextPooling, make_pooling
+from d2llm.ops.pooling import last_positions, to_right_padding
+from d2llm.recipe import Pooling
 from tiny_models import randomise
 
 DIM, HEADS = 12, 3
+
+
+def pool(states: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
+    return Pooling(kind=kind).pool(states, mask)
+
+
+def module_of(pooling: Pooling, own: str = "mean") -> TextPooling:
+    """The module for a backbone that is only as wide and has such a pooling of its own."""
+    backbone: Any = SimpleNamespace(dim=DIM, own=Pooling(kind=own))
+    return make_pooling(pooling, backbone)
 
 
 def states_and_mask(lengths=(5, 1, 3), dim=DIM, seed=0):
@@ -85,7 +99,7 @@ def test_nan_in_the_padding_is_ignored(name):
 @pytest.mark.parametrize("num_seeds", [1, 3])
 @pytest.mark.parametrize("feedforward_dim", [None, 5])
 def test_pma_equals_the_formula(num_seeds, feedforward_dim):
-    config = PoolingConfig(num_seeds=num_seeds, num_heads=HEADS, feedforward_dim=feedforward_dim)
+    config = PMA(num_seeds=num_seeds, num_heads=HEADS, feedforward_dim=feedforward_dim)
     module = MultiheadAttentionPooling(config, DIM).double()
     randomise(module)
     states, mask = states_and_mask()
@@ -96,59 +110,58 @@ def test_pma_equals_the_formula(num_seeds, feedforward_dim):
 
 @pytest.mark.parametrize("warm_start", [True, False])
 def test_padding_does_not_change_the_vectors(warm_start):
-    module = TextPooling(PoolingConfig(num_heads=HEADS, warm_start=warm_start), DIM)
+    module = module_of(PMA(num_heads=HEADS, warm_start=warm_start))
     randomise(module)
     states, mask = states_and_mask()
     states = states.float()
     other = torch.where(mask[..., None], states, 1e3 * torch.randn_like(states))
-    pooled = pool(states, mask, "mean")
-    assert torch.equal(module(states, mask, pooled), module(other, mask, pool(other, mask, "mean")))
-    alone = module(states[2:, :3], mask[2:, :3], pooled[2:])
-    torch.testing.assert_close(alone, module(states, mask, pooled)[2:], rtol=0, atol=1e-5)
+    assert torch.equal(module(states, mask), module(other, mask))
+    torch.testing.assert_close(module(states[2:, :3], mask[2:, :3]), module(states, mask)[2:], rtol=0, atol=1e-5)
 
 
 def test_pma_ignores_the_order_of_tokens_but_not_their_content():
-    module = MultiheadAttentionPooling(PoolingConfig(num_heads=HEADS), DIM).double()
+    module = MultiheadAttentionPooling(PMA(num_heads=HEADS), DIM).double()
     states, mask = states_and_mask((4, 4))
     torch.testing.assert_close(module(states.flip(1), mask), module(states, mask))
     assert not torch.allclose(module(states + 1, mask), module(states, mask))
 
 
-def test_a_warm_start_is_the_backbones_own_pooling():
-    module = TextPooling(PoolingConfig(num_heads=HEADS), DIM)
+@pytest.mark.parametrize(("pooling", "own"), [("auto", "last"), ("last", "mean")])
+def test_a_warm_start_is_the_other_pooling(pooling, own):
+    module = module_of(PMA(num_heads=HEADS, pooling=Pooling(kind=pooling)), own)
     states, mask = states_and_mask()
-    pooled = 17 * pool(states.float(), mask, "last")
-    vectors = module(states.float(), mask, pooled)
+    pooled = pool(states.float(), mask, "last")
+    vectors = module(states.float(), mask)
     expected = pooled / pooled.norm(dim=1, keepdim=True) * DIM**0.5
     torch.testing.assert_close(vectors, expected)
     with torch.no_grad():
         module.gate.fill_(0.5)
-    torch.testing.assert_close(module(states.float(), mask, pooled), expected + 0.5 * module.pma(states.float(), mask))
+    torch.testing.assert_close(module(states.float(), mask), expected + 0.5 * module.pma(states.float(), mask))
 
 
 def test_a_cold_start_is_pma_alone():
-    module = TextPooling(PoolingConfig(num_heads=HEADS, warm_start=False), DIM)
+    module = module_of(PMA(num_heads=HEADS, warm_start=False))
     states, mask = states_and_mask()
-    assert torch.equal(module(states.float(), mask, torch.randn(3, DIM)), module.pma(states.float(), mask))
+    assert torch.equal(module(states.float(), mask), module.pma(states.float(), mask))
     assert module.gate is None
 
 
 def test_heads_that_do_not_divide_the_width_are_rejected():
     with pytest.raises(InputError, match=r"num_heads is 5, .*width 12 .*use one of 1, 2, 3, 4, 6, 12"):
-        MultiheadAttentionPooling(PoolingConfig(num_heads=5), 12)
+        MultiheadAttentionPooling(PMA(num_heads=5), 12)
 
 
-def test_whitening_replaces_the_own_pooling():
+def test_whitening_changes_the_other_pooling():
     """By hand: on a sphere, minus the mean, through the map, and on the sphere again."""
-    pooling = TextPooling(PoolingConfig(method="backbone", whitening=True), DIM)
-    states, mask = states_and_mask()
+    pooling = module_of(Pooling(kind="whitening"), "first")
     rng = np.random.default_rng(0)
     sample = (rng.normal(size=(200, DIM)) @ rng.normal(size=(DIM, DIM))).astype(np.float32)
     own = sample[:3].astype(np.float64)
     on_sphere = own / np.linalg.norm(own, axis=1, keepdims=True) * np.sqrt(DIM)
 
     def pooled() -> np.ndarray:
-        return pooling(states.float(), mask, torch.from_numpy(sample[:3])).detach().numpy()
+        states = torch.from_numpy(sample[:3])[:, None]
+        return pooling(states, torch.ones(3, 1, dtype=torch.bool)).detach().numpy()
 
     np.testing.assert_allclose(pooled(), on_sphere, rtol=1e-5)  # nothing is fitted yet
     pooling.fit(sample)
@@ -158,5 +171,3 @@ def test_whitening_replaces_the_own_pooling():
     inner = centred @ precision @ centred.T
     lengths = np.sqrt(np.diag(inner))
     np.testing.assert_allclose(pooled() @ pooled().T / DIM, inner / np.outer(lengths, lengths), rtol=1e-3, atol=1e-4)
-    pooling.reset()
-    np.testing.assert_allclose(pooled(), on_sphere, rtol=1e-5)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from d2llm.core.errors import DataFormatError, InputError, MismatchError, ModelError, ModelNotFoundError
 from d2llm.models.student import Student
 from d2llm.models.student_files import check_content
-from d2llm.recipe import BackboneConfig, InteractionConfig, PoolingConfig, StudentConfig
+from d2llm.recipe import BackboneConfig, InteractionConfig, Pooling, StudentConfig
 from tiny_models import DIM, TEXTS, randomise, tiny_student_config, write_tiny_model
 
 QUERIES, PASSAGES = TEXTS[:3], TEXTS[2:]
@@ -161,7 +161,7 @@ def test_a_paper_student_has_no_anchor(llama):
     config = tiny_student_config(llama).model_copy(
         update={
             "interaction": InteractionConfig(head="paper", features="concat", hidden_dim=16, feature_dim=8),
-            "pooling": PoolingConfig(num_heads=4, num_seeds=2, warm_start=False),
+            "pooling": Pooling(kind="pma", num_heads=4, num_seeds=2, warm_start=False),
         }
     )
     student = Student.create(config, device="cpu", dtype="float32")
@@ -381,7 +381,7 @@ def test_an_invalid_manifest_is_reported(tmp_path, llama):
 
 
 def test_heads_that_do_not_divide_the_width_are_rejected(llama):
-    config = StudentConfig(backbone=BackboneConfig(model=str(llama)), pooling=PoolingConfig(num_heads=12))
+    config = StudentConfig(backbone=BackboneConfig(model=str(llama)), pooling=Pooling(kind="pma", num_heads=12))
     with pytest.raises(InputError, match="use one of 1, 2, 4, 8, 16, 32"):
         Student.create(config)
 

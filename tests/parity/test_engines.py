@@ -27,7 +27,7 @@ from d2llm.models.engines.engines import choose_engine, open_engine
 from d2llm.models.export.export import export
 from d2llm.models.student import Student
 from d2llm.ops.measures import per_query_measures
-from d2llm.recipe import InteractionConfig, PoolingConfig
+from d2llm.recipe import AutoPooling, InteractionConfig, Pooling
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
 pytest.importorskip("onnx")
@@ -38,10 +38,10 @@ LOGITS = 1e-4
 MIXED = [*TEXTS, "", "cat", " ".join(TEXTS[:4]), " ".join(TEXTS)]
 """Texts from one token to the limit."""
 POOLINGS = {
-    "warm": PoolingConfig(num_heads=4),
-    "cold": PoolingConfig(num_heads=4, warm_start=False),
-    "two-seeds": PoolingConfig(num_heads=4, num_seeds=2),
-    "own": PoolingConfig(method="backbone"),
+    "warm": Pooling(kind="pma", num_heads=4),
+    "cold": Pooling(kind="pma", num_heads=4, warm_start=False),
+    "two-seeds": Pooling(kind="pma", num_heads=4, num_seeds=2),
+    "own": AutoPooling(),
 }
 MODELS = [("bert", "warm"), ("bert", "cold"), ("bert", "two-seeds"), ("modernbert", "warm"), ("llama", "warm")]
 MODELS += [("llama", "own"), ("qwen3", "cold"), ("gemma2", "warm")]

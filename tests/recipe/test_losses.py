@@ -170,8 +170,11 @@ def test_another_package_adds_a_loss_by_an_entry_point(tmp_path: Path) -> None:
 
 def test_what_others_published_is_imported_only_if_it_is_named() -> None:
     program = (
-        "import sys\nfrom d2llm.recipe import Recipe\nimport d2llm.training.distill\nRecipe()\n"
-        "assert not [name for name in sys.modules if name.startswith('d2llm.methods')]\n"
+        "import sys\nfrom d2llm.recipe import Recipe\nimport d2llm.training.distill\n"
+        "methods = lambda: {name for name in sys.modules if name.startswith('d2llm.methods.')}\n"
+        "assert not methods()\n"
+        "Recipe()\n"
+        "assert methods() == {'d2llm.methods.poolings', 'd2llm.methods.poolings.pma'}\n"  # the default
         "Recipe(losses={'ranknet': 1.0})\n"
         "assert 'd2llm.methods.losses.ranknet' in sys.modules\n"
         "assert 'd2llm.methods.losses.sinkhorn' not in sys.modules\n"

@@ -395,11 +395,15 @@ def test_settings_of_a_tuning_leave_out_how_the_teacher_judges():
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('[student.backbone]\npooling = "ditto"', "diagonal_head does not say whose attention counts"),
-        ("[student.backbone]\ndiagonal_head = [0, 1]", 'diagonal_head is for the pooling "ditto", not "auto"'),
-        ('[student.backbone]\npooling = "ditto"\ndiagonal_head = [0, -1]', "diagonal_head"),
-        ('[student.backbone]\npooling = "ditto"\ndiagonal_head = [0, 1]', "PMA would read the weighted tokens"),
-        ("[student.pooling]\nwhitening = true\nwarm_start = false", "PMA without warm start does not use"),
+        ('[student.pooling]\nkind = "ditto"\nlayer = 0', r"student\.pooling\.head is missing"),
+        ('[student.pooling]\nkind = "mean"\nlayer = 0', "key 'student.pooling.layer' of kind mean; .* kind ditto"),
+        ('[student.pooling]\nkind = "ditto"\nlayer = 0\nhead = -1', r"student\.pooling\.head"),
+        (
+            '[student.pooling]\nkind = "pma"\npooling = { kind = "ditto", layer = 0, head = 1 }',
+            "PMA would read the weighted tokens",
+        ),
+        ('[student.pooling]\npooling = "whitening"\nwarm_start = false', "PMA without warm start does not use"),
+        ('[student]\npooling = "wighted_mean"', "no pooling 'wighted_mean'; did you mean 'weighted_mean'"),
         (
             '[student.backbone]\ntuning = { kind = "full", adapters = "two" }',
             "unknown key 'student.backbone.tuning.adapters' of kind full; it is a setting of kind lora",
@@ -414,8 +418,11 @@ def test_settings_of_a_tuning_leave_out_how_the_teacher_judges():
             '[student.backbone]\ntuning = { adapters = "two" }\n[training.pretraining]\nkind = "simcse"',
             "trains one backbone for all texts",
         ),
-        ("[student.pooling]\nwhitening = true\nprojection_dim = 64", "after whitening they differ as much in all"),
-        ("[student.pooling]\nprojection_dims = 64", "did you mean 'projection_dim'"),
+        (
+            '[student.pooling]\nkind = "projection"\ndim = 64\npooling = "whitening"',
+            "after whitening they differ as much in all",
+        ),
+        ('[student.pooling]\nkind = "projection"\ndims = 64', "did you mean 'dim'"),
     ],
 )
 def test_poolings_that_make_no_sense(tmp_path: Path, text: str, problem: str):
@@ -434,11 +441,8 @@ def test_poolings_that_make_no_sense(tmp_path: Path, text: str, problem: str):
         (NESTED + "layers = [2, 4]\n[student.backbone]\nlayers = 4", "names 4, but .* keeps only 4 layers"),
         (NESTED + "layers = [2]\n[student.backbone]\nlayers = [0, 5]", "names 2, but .* keeps only 2 layers"),
         (
-            (
-                "losses.nested_cross_entropy.layers = [2]\n[student]\npooling.method = 'backbone'\n"
-                "backbone = { pooling = 'ditto', diagonal_head = [0, 1] }"
-            ),
-            "the pooling ditto needs a head that these may lack",
+            ("losses.nested_cross_entropy.layers = [2]\n[student]\npooling = { kind = 'ditto', layer = 0, head = 1 }"),
+            "the pooling ditto needs attention that these may lack",
         ),
         ("[losses]\nnested_cross_entropy = 1.0", "so nothing would be trained"),
         (NESTED + 'dims = [64]\n[student.interaction]\nhead = "paper"', "the head 'paper' does not have"),
@@ -453,7 +457,7 @@ def test_nested_widths_that_make_no_sense(tmp_path: Path, text: str, problem: st
         load_recipe(write_recipe(tmp_path, text))
 
 
-FROZEN_VECTORS = '[student]\nbackbone = { tuning = "frozen" }\npooling = { method = "backbone" }\n'
+FROZEN_VECTORS = '[student]\nbackbone = { tuning = "frozen" }\npooling = "auto"\n'
 
 
 @pytest.mark.parametrize(

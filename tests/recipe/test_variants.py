@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,18 @@ from d2llm.data.labels import LabelStore
 from d2llm.models.backbone import Backbone
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import identify_local_teacher
-from d2llm.recipe import BackboneConfig, EvidenceConfig, Full, Lora, Recipe, ResidualConfig, TrainingConfig
+from d2llm.recipe import (
+    ChangedPooling,
+    EvidenceConfig,
+    Full,
+    InteractionConfig,
+    Lora,
+    Pooling,
+    Recipe,
+    ResidualConfig,
+    StudentConfig,
+    TrainingConfig,
+)
 from d2llm.recipe.losses import LOSSES
 from d2llm.recipe.recipe_file import load_recipe, parse_recipe
 from d2llm.recipe.variants import VARIANTS, Variant, find_variant
@@ -65,6 +77,19 @@ RECIPES = sorted(UNCHANGED)
 Built = tuple[dict[str, tuple[int, ...]], str, set[str], TrainingConfig, EvidenceConfig, tuple[int, ...], int]
 
 
+def narrow(pooling: Pooling) -> Pooling:
+    """The pooling for the tiny backbone, which is 32 wide."""
+    sizes = {"num_heads": 4, "dim": 8}
+    update: dict[str, Any] = {name: size for name, size in sizes.items() if name in type(pooling).model_fields}
+    if isinstance(pooling, ChangedPooling):
+        update["pooling"] = narrow(pooling.pooling)
+    return pooling.model_copy(update=update)
+
+
+def kinds(recipe: Recipe) -> list[str]:
+    return [stage.kind for stage in recipe.student.pooling.stages]
+
+
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]:
     """Builds a recipe's student on a tiny backbone and returns its shapes, pooling, losses and training settings."""
@@ -78,7 +103,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]
     batches = epoch_batches([labelled], epoch=0, batch_queries=4, num_hard=2, num_easy=1, seed=0)
     batch = collate(*batches[0])
     batch = replace(batch, pair_inputs={"in_batch_imitation": np.zeros(batch.positive.shape, np.float32)})
-    backbones: dict[BackboneConfig, Backbone] = {}
+    backbones: dict[StudentConfig, Backbone] = {}
     losses: dict[tuple[str, str], set[str]] = {}
 
     def build(recipe: Recipe) -> Built:
@@ -86,15 +111,13 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]
         config = recipe.student.model_copy(
             update={
                 "backbone": recipe.student.backbone.model_copy(update={"model": chosen}),
-                "pooling": recipe.student.pooling.model_copy(
-                    # The tiny backbone is 32 wide.
-                    update={"num_heads": 4, "projection_dim": 8 if recipe.student.pooling.projection_dim else None}
-                ),
+                "pooling": narrow(recipe.student.pooling),
             }
         )
-        if config.backbone not in backbones:
-            backbones[config.backbone] = Backbone.load(config.backbone, device="cpu", dtype="float32")
-        student = Student(config, backbones[config.backbone])
+        key = config.model_copy(update={"interaction": InteractionConfig()})
+        if key not in backbones:
+            backbones[key] = Backbone.load(config.backbone, config.pooling, device="cpu", dtype="float32")
+        student = Student(config, backbones[key])
         shapes = {
             f"{part}.{name}": tuple(parameter.shape)
             for part, module in (("pooling", student.pooling), ("interaction", student.interaction))
@@ -105,7 +128,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]
             losses[kind] = set(losses_of(score_batch(student, batch), batch, recipe.losses))
         return (
             shapes,
-            student.backbone.pooling,
+            student.backbone.own.kind,
             losses[kind],
             recipe.training,
             recipe.evidence,
@@ -170,6 +193,9 @@ def test_a_variant_changes_only_its_settings(name: str) -> None:
         changed = variant.apply(recipe)
         assert changed.name == f"{name}-{variant.name}"
         overrides = {section: values for section, values in variant.settings.items() if section != "losses"}
+        if callable(made := overrides.get("student", {}).get("pooling")):
+            pooling = made(recipe.student.pooling.model_dump())
+            overrides["student"] = overrides["student"] | {"pooling": pooling.model_dump()}
         before, after = (leaves(each.model_dump(exclude={"losses"})) for each in (recipe, changed))
         expected = before | leaves(overrides) | {("name",): changed.name}
         for path in {path[:-1] for path in leaves(overrides) if path[-1] == "kind" and before.get(path) != after[path]}:
@@ -238,8 +264,7 @@ def test_variants_apply_to_recipes_whose_settings_they_exclude() -> None:
         "Ditto, whitened and nested",
         {
             "student": {
-                "backbone": {"pooling": "ditto", "diagonal_head": (0, 1)},
-                "pooling": {"method": "backbone", "whitening": True},
+                "pooling": {"kind": "whitening", "pooling": {"kind": "ditto", "layer": 0, "head": 1}},
             },
             "losses": {"nested_cross_entropy": {"dims": (64,)}},
         },
@@ -247,12 +272,16 @@ def test_variants_apply_to_recipes_whose_settings_they_exclude() -> None:
     for name in ("paper", "paper-head", "dual-head"):
         assert not VARIANTS[name].apply(ditto).losses.weight("nested_cross_entropy")
         assert VARIANTS[name].apply(VARIANTS["nested-depths"].apply(recipe)).losses.depths == ()
-    for name in ("mean-pooling", "last-pooling", "weighted-mean-pooling"):
-        assert VARIANTS[name].apply(ditto).student.backbone.diagonal_head is None
+    for name in ("mean", "last", "weighted-mean"):
+        assert kinds(VARIANTS[f"{name}-pooling"].apply(ditto)) == [name.replace("-", "_")]
+    assert kinds(VARIANTS["cosine"].apply(ditto)) == ["ditto"]
     whitened = VARIANTS["whitening"].apply(recipe)
-    assert not VARIANTS["cold-start"].apply(whitened).student.pooling.whitening
+    assert kinds(whitened) == ["pma", "whitening", "auto"]
+    assert kinds(VARIANTS["cold-start"].apply(whitened)) == ["pma"]
     projected = VARIANTS["projection-128"].apply(whitened)
-    assert not projected.student.pooling.whitening
+    assert kinds(projected) == ["projection", "pma", "auto"]
+    assert kinds(VARIANTS["cold-start"].apply(projected)) == ["projection", "pma"]
+    assert kinds(VARIANTS["bidirectional"].apply(projected)) == ["projection", "pma", "mean"]
     two = VARIANTS["two-adapters"].apply(recipe)
     assert two.student.backbone.has_two_adapters
     assert not VARIANTS["simcse"].apply(two).student.backbone.has_two_adapters
@@ -260,5 +289,5 @@ def test_variants_apply_to_recipes_whose_settings_they_exclude() -> None:
     assert VARIANTS["simcse"].apply(full).student.backbone.tuning == Full()  # which has no adapters to make one
     assert VARIANTS["two-adapters"].apply(full).student.backbone.tuning == Lora(adapters="two")
     assert VARIANTS["two-adapters"].apply(VARIANTS["simcse"].apply(recipe)).training.pretraining is None
-    for name in ("whitening", "whitened-mean-pooling"):
-        assert VARIANTS[name].apply(projected).student.pooling.projection_dim is None
+    assert kinds(VARIANTS["whitening"].apply(projected)) == ["pma", "whitening", "auto"]
+    assert kinds(VARIANTS["whitened-mean-pooling"].apply(projected)) == ["whitening", "auto"]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from d2llm.models.student import Student
-from d2llm.recipe import StudentConfig
+from d2llm.recipe import Pooling, StudentConfig
 from d2llm.training.dev_sets import evaluate_dev, make_dev_set
 from d2llm.training.idle_gates import make_idle_gates_constant
 from tiny_data import topics, write_rule_labels
@@ -33,7 +33,7 @@ def test_idle_parts_are_not_in_a_distilled_student(place: Place) -> None:
     manifest = json.loads((place.folder / "idle" / "manifest.json").read_text(encoding="utf-8"))
     names = {*load_file(place.folder / "idle" / "head.safetensors")}
     assert manifest["fingerprint"] == report.fingerprint
-    assert manifest["config"]["pooling"]["method"] == "backbone"
+    assert manifest["config"]["pooling"] == {"kind": "auto"}
     assert not any(".pma." in name or "_gate" in name for name in names)
     assert not any("branches.symmetric" in name for name in names)  # no data set was symmetric
     counts = report.interaction_weights["asymmetric"] > 0
@@ -62,7 +62,9 @@ def test_pma_stays_where_dev_is_worse_without_it(place: Place, tmp_path: Path) -
     """The own pooling is that of the first token; PMA, made to be the mean of all tokens, ranks better."""
     source = topics(shift=0, num_dev=64)
     write_rule_labels(tmp_path / "labels", [source], place.teacher)
-    config = tiny_student_config(place.model, pooling="first", tuning="frozen")
+    config = tiny_student_config(
+        place.model, pooling=Pooling(kind="pma", num_heads=4, pooling="first"), tuning="frozen"
+    )
     start = Student.create(config, device="cpu", dtype="float32")
     pma = start.pooling.pma
     with torch.no_grad():
@@ -76,7 +78,7 @@ def test_pma_stays_where_dev_is_worse_without_it(place: Place, tmp_path: Path) -
     settings = {"start": str(tmp_path / "start"), "learning_rate": 1e-6, "head_learning_rate": 1e-6}
     place.run(tmp_path / "kept", student=config, source=source, labels=tmp_path / "labels", **settings)
     loaded = Student.load(tmp_path / "kept", device="cpu", dtype="float32")
-    assert loaded.config.pooling.method == "pma"
+    assert loaded.config.pooling.kind == "pma"
     assert float(loaded.pooling.gate) == pytest.approx(5.0, abs=0.01)
 
 

@@ -224,7 +224,7 @@ def test_a_checkpoint_of_a_schema_with_fewer_settings_continues(tmp_path: Path) 
 
     recipe: dict[str, Any] = Recipe().model_dump(mode="json")
     saved: dict[str, Any] = copy.deepcopy(recipe) | {"name": "other"}
-    del saved["training"]["in_batch_labels"], saved["student"]["pooling"]["whitening"]
+    del saved["training"]["in_batch_labels"], saved["student"]["pooling"]["warm_start"]
     trainer_of(saved).save()
     assert trainer_of(recipe).is_resumed
     recipe["training"]["epochs"] = 7

@@ -21,7 +21,7 @@ def methods(
 ) -> None:
     """List the methods that a recipe, an index or a search can name: what they need, their papers, what they brought.
 
-    These are losses, pretrainings, teachers, writers, rerankers and so on, also those of other packages.
+    These are poolings, losses, pretrainings, teachers, writers, rerankers and so on, also those of other packages.
     """
     from d2llm.core.errors import InputError
     from d2llm.core.names import suggestion

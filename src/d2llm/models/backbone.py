@@ -26,7 +26,6 @@ from d2llm.core.inputs import texts_of
 from d2llm.core.types import Span, is_text
 from d2llm.models.depths import final_module, read_depths
 from d2llm.models.device import choose_device, choose_dtype, use_plain_attention_on_cpu
-from d2llm.models.diagonal_attention import check_diagonal_head, last_states
 from d2llm.models.engines.lean import open_lean
 from d2llm.models.length_limit import check_limits
 from d2llm.models.lora import (
@@ -52,9 +51,9 @@ from d2llm.models.sources import (
 )
 from d2llm.models.token_vectors import TokenVectors
 from d2llm.ops.batching import pad_right
-from d2llm.ops.pooling import PoolingName, pool, to_right_padding
+from d2llm.ops.pooling import to_right_padding
 from d2llm.ops.token_bounds import bounded_ends
-from d2llm.recipe import BackboneConfig, Lora
+from d2llm.recipe import AutoPooling, BackboneConfig, Lora, Pooling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -127,36 +126,43 @@ class Backbone(nn.Module):
     """Any decoder or encoder of ``transformers`` without its language-model head.
 
     ``compute_dtype`` is the number format of matrix products; trained weights stay in float32.
+
+    Attributes:
+        pooling: what its states are for; it may weigh them by the model's attention.
+        own: the pooling without weights that is the backbone's own (``Pooling.own``), never ``auto``.
     """
 
     def __init__(
         self,
         config: BackboneConfig,
+        pooling: Pooling | None = None,
         *,
         device: torch.device,
         compute_dtype: torch.dtype,
         lean_tokenizer: Path | None = None,
+        auto_pooling: str | None = None,
     ) -> None:
-        """Load the weights that ``config.model`` names.
+        """Load the weights that ``config.model`` names, for a pooling of their states, by default ``auto``.
 
-        If ``lean_tokenizer`` is the folder of a tokenizer, the model is loaded without ``transformers`` where possible
+        ``auto_pooling`` is the kind of pooling that ``auto`` stands for; by default, the model's folder says it. If
+        ``lean_tokenizer`` is the folder of a tokenizer, the model is loaded without ``transformers`` where possible
         (``models.engines.lean``): the backbone can then encode texts, but not be trained, saved or exported.
 
         Raises:
             ModelNotFoundError: no usable weights there.
             ModelError: the model is neither a plain encoder nor a plain decoder.
-            InputError: a token limit exceeds what the model can read, ``layers`` exceeds its number of layers,
-                ``diagonal_head`` names a head that it lacks, ``bidirectional`` is set for an encoder, or tuning is
-                "lora" and it has no layers.
+            InputError: a token limit exceeds what the model can read, ``layers`` exceeds its number of layers, the
+                pooling does not fit, ``bidirectional`` is set for an encoder, or tuning is "lora" and it has no layers.
         """
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
         self.location = find_model(config.model)
+        self.pooling = pooling or AutoPooling()
         weight_dtype = torch.float32 if config.tuning.kind == "full" else compute_dtype
         lean = None
         # The lean model gives no attention, and is no decoder.
-        if lean_tokenizer is not None and config.diagonal_head is None and not config.bidirectional:
+        if lean_tokenizer is not None and self.pooling.weighing is None and not config.bidirectional:
             lean = open_lean(self.location, lean_tokenizer, dtype=weight_dtype)
         self.is_lean = lean is not None
         if lean is not None:
@@ -182,28 +188,35 @@ class Backbone(nn.Module):
             keep_layers(self.model, config.layers, name=config.model)
         if config.bidirectional:
             read_both_ways(self.model, name=config.model)
-        if config.diagonal_head is not None:
-            check_diagonal_head(self.model.config, config.model, config.diagonal_head)
+        if (weighing := self.pooling.weighing) is not None:
+            weighing.check_model(self.model.config, config.model)
             self.model.set_attn_implementation("eager")  # fused attention does not give its weights
         if hasattr(self.model.config, "use_cache"):
             self.model.config.use_cache = False  # each text is read once, so no key-value cache is needed
         self.query_model = sharing_copy(self.model) if config.has_two_adapters else None
         self._merged_adapter: dict[str, Tensor] = {}
         self._final: list[nn.Module] = []  # what follows the last layer: in a list, as it is a part of the model
-        self.pooling: PoolingName = _own_pooling(config, self.location, self.model.config)
+        self.own = self.pooling.own
+        if isinstance(self.own, AutoPooling):
+            self.own = Pooling(kind=auto_pooling or _auto_pooling(config, self.location, self.model.config))
         limits = {"max_query_tokens": config.max_query_tokens, "max_passage_tokens": config.max_passage_tokens}
         check_limits(self.model.config, config.model, limits)
 
     @classmethod
     def load(
-        cls, config: BackboneConfig, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+        cls,
+        config: BackboneConfig,
+        pooling: Pooling | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
     ) -> Backbone:
         """Load a backbone, by default on the fastest device and in the fastest number format of this machine.
 
         With the section ``remote`` it is a ``RemoteBackbone``.
         """
         chosen = choose_device(device)
-        return open_backbone(config, device=chosen, compute_dtype=choose_dtype(chosen, dtype))
+        return open_backbone(config, pooling, device=chosen, compute_dtype=choose_dtype(chosen, dtype))
 
     @property
     def reads_tokens(self) -> bool:
@@ -470,7 +483,7 @@ class Backbone(nn.Module):
         depths: Sequence[int],
     ) -> list[Float[Tensor, "batch tokens dim"]]:
         def read() -> Tensor:
-            return last_states(model, token_ids, mask, self.config.diagonal_head)
+            return last_states(model, token_ids, mask, self.pooling.weighing)
 
         with torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
             if not depths:
@@ -484,15 +497,30 @@ class Backbone(nn.Module):
         self, states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"]
     ) -> Float[Tensor, "batch dim"]:
         """The backbone's own pooling, in float32."""
-        return pool(states.float(), mask, self.pooling)
+        return self.own.pool(states.float(), mask)
+
+
+def last_states(
+    model: Any,
+    token_ids: Int[Tensor, "batch tokens"],
+    mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"],
+    weighing: Pooling | None,
+) -> Float[Tensor, "batch tokens dim"]:
+    """States of a model's last layer, weighed by a pooling that reads its attention, if there is one."""
+    if weighing is None:
+        return model(input_ids=token_ids, attention_mask=mask.long()).last_hidden_state
+    output = model(input_ids=token_ids, attention_mask=mask.long(), output_attentions=True)
+    return weighing.weigh(output.last_hidden_state, mask, output.attentions)
 
 
 def open_backbone(
     config: BackboneConfig,
+    pooling: Pooling | None = None,
     *,
     device: torch.device,
     compute_dtype: torch.dtype,
     lean_tokenizer: Path | None = None,
+    auto_pooling: str | None = None,
     student: Path | None = None,
 ) -> Backbone:
     """The backbone that a configuration describes; the arguments are those of ``Backbone``.
@@ -500,7 +528,14 @@ def open_backbone(
     ``student`` is the folder of the student that it belongs to, if it was saved.
     """
     if config.remote is None:
-        return Backbone(config, device=device, compute_dtype=compute_dtype, lean_tokenizer=lean_tokenizer)
+        return Backbone(
+            config,
+            pooling,
+            device=device,
+            compute_dtype=compute_dtype,
+            lean_tokenizer=lean_tokenizer,
+            auto_pooling=auto_pooling,
+        )
     from d2llm.models.remote.backbone import RemoteBackbone
 
     if student is None:
@@ -651,9 +686,8 @@ def _model_class(location: str) -> Any:
     return AutoModelForTextEncoding if encoder_class.endswith("EncoderModel") else AutoModel
 
 
-def _own_pooling(config: BackboneConfig, location: str, model_config: Any) -> PoolingName:
-    if config.pooling != "auto":
-        return config.pooling
+def _auto_pooling(config: BackboneConfig, location: str, model_config: Any) -> str:
+    """The kind of pooling that a model was trained with."""
     settings = find_model_file(location, "1_Pooling/config.json")  # where sentence-transformers keeps it
     if settings is not None:
         modes: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
@@ -661,12 +695,13 @@ def _own_pooling(config: BackboneConfig, location: str, model_config: Any) -> Po
         named = modes.get("pooling_mode")
         flagged = [name for flag, name in _POOLING_FLAGS.items() if modes.get(flag) is True]
         chosen = [named] if isinstance(named, str) else list(named or flagged)
-        if len(chosen) != 1 or chosen[0] not in _POOLINGS:
+        kinds = {mode: kind for kind, mode in SENTENCE_TRANSFORMERS_POOLINGS.items()} | {"mean_sqrt_len_tokens": "mean"}
+        if len(chosen) != 1 or chosen[0] not in kinds:
             raise ModelError(
                 f"'{location}' is pooled by {' and '.join(map(str, chosen)) or 'nothing'}, which is none of "
-                f"{', '.join(_POOLINGS)}; set pooling to mean, weighted_mean, first or last"
+                f"{', '.join(kinds)}; set student.pooling to one of {', '.join(SENTENCE_TRANSFORMERS_POOLINGS)}"
             )
-        return _POOLINGS[chosen[0]]
+        return kinds[chosen[0]]  # the mean by the square root has the direction of the mean
     return "last" if is_decoder(model_config) and not config.bidirectional else "mean"
 
 
@@ -676,14 +711,13 @@ def is_decoder(model_config: Any) -> bool:
     return architecture.endswith(("ForCausalLM", "LMHeadModel")) or model_config.model_type in _DECODER_TYPES
 
 
-_POOLINGS: dict[str, PoolingName] = {
+SENTENCE_TRANSFORMERS_POOLINGS = {
     "mean": "mean",
-    "mean_sqrt_len_tokens": "mean",  # of the same direction
-    "weightedmean": "weighted_mean",
-    "cls": "first",
-    "lasttoken": "last",
+    "weighted_mean": "weightedmean",
+    "first": "cls",
+    "last": "lasttoken",
 }
-"""The poolings of sentence-transformers that a backbone has."""
+"""The kinds of pooling that sentence-transformers has, with their names there."""
 _POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",

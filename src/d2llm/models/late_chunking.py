@@ -96,12 +96,12 @@ class ChunkReader:
             InputError: the pooling takes the state of a single token, or the tokenizer gives no character offsets.
         """
         backbone.require_tokens("late chunking")
-        if pooling.uses_own and backbone.pooling in ("first", "last"):
+        if any(stage.takes_one_token for stage in pooling.stages):
             # The first token is the same for every chunk; the last was trained to represent all text before it.
             raise InputError(
-                f"'{backbone.config.model}' is pooled by its {backbone.pooling} token, which represents the whole text "
-                "and not a chunk of it; split the text before encoding, or use a student with mean pooling, or with "
-                "PMA without warm start"
+                f"'{backbone.config.model}' is pooled by its {backbone.own.kind} token, which represents the whole "
+                "text and not a chunk of it; split the text before encoding, or use a student with mean pooling, or "
+                "with PMA without warm start"
             )
         if backbone.is_lean:
             raise InputError("this student was loaded only to encode texts and score; load it with lean=False")

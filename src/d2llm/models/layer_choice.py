@@ -1,13 +1,10 @@
-"""Which layers of a backbone a student can do without, and whose attention weighs its tokens best.
+"""Which layers of a backbone a student can do without.
 
 A layer that hardly turns the states of the tokens is nearly an identity: leaving it out changes little. Gromov et al.,
 "The Unreasonable Ineffectiveness of the Deeper Layers", 2024 (arXiv 2403.17887), drop the block of layers whose input
 and output differ least; Fischer et al., "Large Language Models Are Overparameterized Text Encoders", 2024 (arXiv
 2410.14578), drop the last ones, which ``backbone.layers = N`` does. Measured here (docs/recipes.md): the first is right
 for encoders that were trained for similarity, the second for language models, whose last layers turn to the next word.
-
-The pooling ``ditto`` needs the head of one layer (``models.diagonal_attention``); Chen et al. 2023 (arXiv 2305.10786)
-try all of a model's heads on judged pairs.
 """
 
 from __future__ import annotations
@@ -21,8 +18,7 @@ from torch import Tensor
 
 from d2llm.core.batches import batched
 from d2llm.core.errors import InputError
-from d2llm.models.backbone import Backbone, TextKind, layers_of
-from d2llm.models.diagonal_attention import DiagonalHead, attention_to_itself
+from d2llm.models.backbone import Backbone, layers_of
 
 _BATCH = 16
 
@@ -79,41 +75,3 @@ def choose_layers(distances: Sequence[float], count: int) -> tuple[int, ...]:
         raise InputError(f"{count} layers cannot be kept of {len(distances)}; give a number from 1 to {len(distances)}")
     by_distance = sorted(range(len(distances)), key=lambda number: (-distances[number], number))
     return tuple(sorted(by_distance[:count]))
-
-
-def choose_diagonal_head(backbone: Backbone, queries: Sequence[str], passages: Sequence[str]) -> DiagonalHead:
-    """The head whose weights make the cosine rank each query's own passage best, for ``backbone.diagonal_head``.
-
-    Every head is tried, by the mean reciprocal rank of ``passages[i]`` among all passages for ``queries[i]``.
-
-    Args:
-        backbone: a backbone with the pooling ``ditto`` and any head.
-        queries: queries to choose by, which the result should not be measured on; fifty are enough for a rough choice.
-        passages: for each query a passage that answers it, and after them any others.
-
-    Raises:
-        InputError: the backbone has another pooling, there are no queries, or fewer passages than queries.
-    """
-    if backbone.config.diagonal_head is None:
-        raise InputError("only a backbone with the pooling 'ditto' gives its attention; set pooling and any head")
-    if not queries or len(passages) < len(queries):
-        raise InputError(f"{len(queries)} queries need as many passages or more, not {len(passages)}, and at least one")
-    by_query, by_passage = _vectors_by_head(backbone, queries, "query"), _vectors_by_head(backbone, passages, "passage")
-    scores = by_query @ by_passage.transpose(2, 3)  # [layers, heads, queries, passages]
-    own = torch.diagonal(scores, dim1=2, dim2=3).unsqueeze(-1)
-    ranks = (scores > own).sum(dim=3) + 1
-    best = int((1 / ranks).mean(dim=2).argmax())
-    return divmod(best, scores.shape[1])
-
-
-def _vectors_by_head(backbone: Backbone, texts: Sequence[str], kind: TextKind) -> Tensor:
-    """Unit vectors [layers, heads, texts, dim] of texts, pooled by the weights of every head."""
-    vectors: list[Tensor] = []
-    with torch.inference_mode():
-        for batch in batched(texts, _BATCH):
-            ids, mask = backbone.pad(backbone.tokenize(batch, kind).ids)
-            output: Any = backbone.model(input_ids=ids, attention_mask=mask.long(), output_attentions=True)
-            weights = torch.stack([attention_to_itself(each, mask) for each in output.attentions])
-            pooled = torch.einsum("lbht,btd->lhbd", weights, output.last_hidden_state.float())
-            vectors.append(torch.nn.functional.normalize(pooled, dim=-1))
-    return torch.cat(vectors, dim=2)

@@ -61,7 +61,7 @@ from d2llm.models.hub import PushReport, fetch_student, find_student, push_stude
 from d2llm.models.interaction import Interaction, make_head
 from d2llm.models.late_chunking import ChunkReader, EncodedChunks, Span
 from d2llm.models.model_card import model_card
-from d2llm.models.pooling import TextPooling, to_sphere
+from d2llm.models.pooling import make_pooling, to_sphere, with_gated, without_gated
 from d2llm.models.probabilities import ProbabilityCalibration
 from d2llm.models.quality import PassageQuality
 from d2llm.models.sources import load_tensors
@@ -119,7 +119,7 @@ class Student(VectorScorer):
         self.max_query_tokens = search_query_tokens(config.backbone)  # may be lowered
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.pooling = TextPooling(config.pooling, backbone.dim).to(backbone.device)
+            self.pooling = make_pooling(config.pooling, backbone).to(backbone.device)
             self.interaction = make_head(config.interaction, self.pooling.dim).to(backbone.device)
         self.source: str | None = None
         self._saved_fingerprint: str | None = None
@@ -140,7 +140,7 @@ class Student(VectorScorer):
         seed: int = 0,
     ) -> Student:
         """An untrained student; with the default (warm, anchored) configuration it scores as the backbone's cosine."""
-        return cls(config, Backbone.load(config.backbone, device=device, dtype=dtype), seed=seed)
+        return cls(config, Backbone.load(config.backbone, config.pooling, device=device, dtype=dtype), seed=seed)
 
     @classmethod
     def load(
@@ -181,10 +181,12 @@ class Student(VectorScorer):
         source = folder / files.BACKBONE_FOLDER if merged else config.backbone.model
         cut: dict[str, Any] = {"layers": None} if merged else {}  # merged weights are those of the kept layers only
         backbone = open_backbone(
-            config.backbone.model_copy(update={"model": str(source), "pooling": manifest["pooling"]} | cut),
+            config.backbone.model_copy(update={"model": str(source)} | cut),
+            config.pooling,
             device=chosen,
             compute_dtype=products if engine == "torch" else torch.float32,  # which the export to a graph requires
             lean_tokenizer=Path(source if merged else folder) if lean and engine == "torch" else None,
+            auto_pooling=manifest["pooling"],
             student=folder,
         )
         if not merged:
@@ -271,14 +273,14 @@ class Student(VectorScorer):
                 self.backbone.save_merged(temporary / files.BACKBONE_FOLDER)
                 if why_not_plain(self.config) is None:
                     task = task_of_plain(content)
-                    write_plain_form(temporary, self.config, self.backbone.pooling, self.interaction, task)
+                    write_plain_form(temporary, self.config, self.backbone.own.kind, self.interaction, task)
             elif adapter := self.backbone.tuned_state():
                 save_file(adapter, temporary / files.ADAPTER_FILE)
             manifest = {
                 **content,
                 "fingerprint": self.fingerprint,
                 "config": self.config.model_dump(mode="json"),
-                "pooling": self.backbone.pooling,
+                "pooling": self.backbone.own.kind,
                 "base_fingerprint": self.backbone.fingerprint_base(),
             }
             manifest[files.CONTENT_HASH] = files.content_sha256(temporary, manifest)
@@ -367,7 +369,7 @@ class Student(VectorScorer):
     def drop_idle_parts(self) -> tuple[str, ...]:
         """Remove the parts that add nothing to any vector or score, so that a saved folder does not have them.
 
-        These are PMA beside the backbone's own pooling with a gate of 0, the interaction of each task in which its
+        These are PMA beside another pooling with a gate of 0, the interaction of each task in which its
         weight r is 0 or its output is 0 for all pairs, and gates of the bound that are the same for all texts. Vectors
         and scores stay the same up to rounding, and everything that was fitted to them remains; the fingerprint is
         another one, because the configuration is. A student without PMA can be loaded by plain sentence-transformers
@@ -380,10 +382,11 @@ class Student(VectorScorer):
             raise InputError("the parts of a compiled student cannot be removed; load it with engine='torch'")
         before = self.fingerprint
         dropped: list[str] = []
-        if self.pooling.drop_idle():
+        gated = self.pooling.gated
+        if gated is not None and gated.gate is not None and not float(gated.gate.detach()):
             dropped.append("PMA")
-            pooling = self.config.pooling.model_copy(update={"method": "backbone"})
-            self.config = self.config.model_copy(update={"pooling": pooling})
+            self.pooling = without_gated(self.pooling)
+            self.config = self.config.model_copy(update={"pooling": self.config.pooling.without_gated()})
         if isinstance(self.interaction, Interaction):
             dropped += self.interaction.drop_idle()
             self.config = self.config.model_copy(update={"interaction": self.interaction.config})
@@ -403,7 +406,7 @@ class Student(VectorScorer):
         the bound are open, and the bound is as much larger.
         """
         own, wanted = self.config, config
-        pooling = wanted.pooling if own.pooling.method == "backbone" and wanted.pooling.warm_start else own.pooling
+        pooling = wanted.pooling if wanted.pooling.without_gated() == own.pooling else own.pooling
         interaction = own.interaction
         if interaction.head == wanted.interaction.head == "anchored":
             tasks = {*interaction.tasks, *wanted.interaction.tasks}
@@ -412,9 +415,8 @@ class Student(VectorScorer):
             interaction = interaction.model_copy(update=update)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            if pooling.method != own.pooling.method:
-                before, self.pooling = self.pooling, TextPooling(pooling, self.backbone.dim).to(self.device)
-                self.pooling.load_state_dict(before.state_dict(), strict=False)
+            if pooling != own.pooling:
+                self.pooling = with_gated(self.pooling, make_pooling(pooling, self.backbone).to(self.device))
             if isinstance(self.interaction, Interaction) and interaction != own.interaction:
                 self.interaction = self.interaction.extended(interaction)
         self.config = own.model_copy(update={"pooling": pooling, "interaction": interaction})
@@ -483,12 +485,17 @@ class Student(VectorScorer):
             InputError: this student was trained already, or there are too few passages.
         """
         passages = texts_of(passages, "passages")
-        if not self.pooling.is_fitted_to_passages:
-            return
-        if self._saved_fingerprint is not None:
+        pooling = self.pooling
+        fitted = [stage for stage in pooling.stages if stage.is_fitted_to_passages]
+        if fitted and self._saved_fingerprint is not None:
             raise InputError("this student was loaded, and its vectors would change; fit the pooling of a new student")
-        self.pooling.reset()
-        self.pooling.fit(self.encode_passages(passages).vectors)
+        try:
+            for stage in reversed(fitted):
+                if stage.inner is not None:
+                    self.pooling = stage.inner
+                stage.fit(self.encode_passages(passages).vectors)
+        finally:
+            self.pooling = pooling
 
     def use_engine(self, name: EngineName, *, dtype: torch.dtype | None = None) -> None:
         """Encode texts with this engine from now on, using the current weights; scoring always uses torch.
@@ -513,7 +520,7 @@ class Student(VectorScorer):
 
     def pool(self, states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"]) -> Tensor:
         """Vectors [batch, dim] of the backbone's states, right-padded."""
-        vectors = self.pooling(states, mask, self.backbone.pool(states, mask))
+        vectors = self.pooling(states, mask)
         return to_sphere(vectors) if self.config.interaction.head == "cosine" else vectors
 
     def encode_queries(

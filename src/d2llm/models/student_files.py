@@ -17,6 +17,7 @@ from d2llm.core.manifest import read_manifest
 from d2llm.core.types import TASKS, Task
 from d2llm.models.sources import load_tensors
 from d2llm.recipe import StudentConfig, shaping_student_settings
+from d2llm.recipe.kinds import describe_kind
 
 if TYPE_CHECKING:  # importing torch takes seconds, and a wrong name should be reported without it
     from torch import Tensor, nn
@@ -24,7 +25,7 @@ if TYPE_CHECKING:  # importing torch takes seconds, and a wrong name should be r
     from d2llm.models.backbone import Backbone
 
 KIND = "student"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 HEAD_FILE, ADAPTER_FILE, BACKBONE_FOLDER = "head.safetensors", "adapter.safetensors", "backbone"
 CARD_FILE = "README.md"
 CONTENT_HASH = "sha256"  # in the manifest: ``content_sha256`` when it was written
@@ -44,9 +45,11 @@ def read_student_manifest(folder: Path) -> tuple[dict[str, Any], StudentConfig]:
     try:
         return manifest, StudentConfig.model_validate(manifest["config"])
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        located = [(".".join(map(str, ("config", *each["loc"]))), each) for each in error.errors()]
+        problems = [describe_kind(each, key) or f"{key}: {each['msg']}" for key, each in located]
+        remedy = "update d2llm, install the package that has what is missing, or restore the folder"
         raise DataFormatError(
-            folder / MANIFEST, f"its configuration cannot be read ({problems}); update d2llm or restore the folder"
+            folder / MANIFEST, f"its configuration cannot be read ({'; '.join(problems)}); {remedy}"
         ) from error
 
 

@@ -1,14 +1,14 @@
-"""Pooling and padding of token states, as plain functions of states and mask."""
+"""Padding of token states, and the poolings that most models are trained with."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-PoolingName = Literal["mean", "weighted_mean", "ditto", "last", "first"]
+from d2llm.recipe.pooling import Pooling
 
 
 def to_right_padding(
@@ -28,22 +28,46 @@ def last_positions(mask: Bool[Tensor, "batch tokens"]) -> Int[Tensor, " batch"]:
     return mask.sum(dim=1).clamp(min=1) - 1
 
 
-def pool(
-    states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"], name: PoolingName
+def mean_of_tokens(
+    states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"]
 ) -> Float[Tensor, "batch dim"]:
-    """The pooling of right-padded states that a model was trained with: mean of the tokens, the last, or the first.
+    """The mean of the states of real tokens."""
+    kept = states.masked_fill(~mask.unsqueeze(-1), 0.0)  # not times 0: padding may hold NaN
+    return kept.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
-    In the weighted mean, token i of n counts i times: in a decoder, later tokens have read more. Muennighoff, "SGPT:
-    GPT Sentence Embeddings for Semantic Search", 2022 (arXiv 2202.08904), section 3.1. For ``ditto``, the states have
-    been weighted already (``models.diagonal_attention``), and this is their mean.
-    """
-    if name == "first":
+
+class MeanPooling(Pooling, kind="mean"):
+    """The mean of all tokens."""
+
+    def pool(
+        self, states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch dim"]:
+        """The mean."""
+        return mean_of_tokens(states, mask)
+
+
+class FirstPooling(Pooling, kind="first"):
+    """The first token, CLS in many encoders."""
+
+    takes_one_token: ClassVar[bool] = True
+
+    def pool(
+        self,
+        states: Float[Tensor, "batch tokens dim"],
+        mask: Bool[Tensor, "batch tokens"],  # noqa: ARG002
+    ) -> Float[Tensor, "batch dim"]:
+        """The first state."""
         return states[:, 0]
-    if name == "last":
+
+
+class LastPooling(Pooling, kind="last"):
+    """The last token, which has read the whole text in a decoder."""
+
+    takes_one_token: ClassVar[bool] = True
+
+    def pool(
+        self, states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch dim"]:
+        """The state of the last real token."""
         rows = torch.arange(states.shape[0], device=states.device)  # not len: a traced graph would freeze the number
         return states[rows, last_positions(mask)]
-    kept = states.masked_fill(~mask.unsqueeze(-1), 0.0)  # not times 0: padding may hold NaN
-    if name == "weighted_mean":
-        weights = mask.cumsum(dim=1) * mask
-        return (kept * weights.unsqueeze(-1)).sum(dim=1) / weights.sum(dim=1, keepdim=True).clamp(min=1)
-    return kept.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)

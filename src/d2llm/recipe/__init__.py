@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from d2llm.recipe.data import DataConfig, LabellingConfig, MiningConfig
+from d2llm.recipe.pooling import AutoPooling, ChangedPooling, Pooling
 from d2llm.recipe.pretraining import Pretraining
 from d2llm.recipe.recipe import Recipe
 from d2llm.recipe.sections import CompletionConfig, EndpointConfig, LoraConfig, Quantization, Section, WarmUpConfig
@@ -12,7 +13,6 @@ from d2llm.recipe.student import (
     Full,
     InteractionConfig,
     Lora,
-    PoolingConfig,
     RemoteBackboneConfig,
     StudentConfig,
     Tuning,
@@ -53,9 +53,11 @@ from d2llm.recipe.tuning import ReaderTuningConfig, TeacherTuningConfig, WriterT
 from d2llm.recipe.writer import LocalWriterConfig, RemoteWriterConfig, WriterConfig, WriterEndpointConfig
 
 __all__ = [
+    "AutoPooling",
     "AutoTeacherConfig",
     "BackboneConfig",
     "CausalTeacherConfig",
+    "ChangedPooling",
     "ClassifierTeacherConfig",
     "CompletionConfig",
     "CosineTeacherConfig",
@@ -77,7 +79,7 @@ __all__ = [
     "Lora",
     "LoraConfig",
     "MiningConfig",
-    "PoolingConfig",
+    "Pooling",
     "Pretraining",
     "PromptedTeacherConfig",
     "Quantization",

@@ -24,7 +24,7 @@ class Recipe(Section):
 
     name: str = "unnamed"
     seed: int = Field(default=0, ge=0)
-    student: StudentConfig = StudentConfig()
+    student: StudentConfig = Field(default_factory=StudentConfig)
     teacher: TeacherConfig = AutoTeacherConfig()
     teacher_tuning: TeacherTuningConfig = TeacherTuningConfig()
     data: tuple[DataConfig, ...] = ()

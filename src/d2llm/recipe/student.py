@@ -1,4 +1,4 @@
-"""The section ``[student]``: backbone, pooling and interaction."""
+"""The section ``[student]``: backbone and interaction; ``recipe.pooling`` has the pooling."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from d2llm.core.registry import Registry
 from d2llm.core.types import TASKS, Task
 from d2llm.recipe.kinds import SectionOfKind
+from d2llm.recipe.pooling import AutoPooling, Pooling
 from d2llm.recipe.sections import EndpointConfig, LoraConfig, Section
 
 
@@ -102,12 +103,6 @@ class BackboneConfig(Section):
     layers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Use only this many of the model's first layers, or the layers of these numbers, counted from 0
     (``models.layer_choice`` chooses them): cheaper, and often no worse for search. None: all."""
-    pooling: Literal["auto", "mean", "weighted_mean", "ditto", "last", "first"] = "auto"
-    """The backbone's own pooling; ``auto``: the model's own setting, else mean for encoders and last for decoders.
-    Later tokens count more in the weighted mean (SGPT). ``ditto``: tokens count as much as they attend to themselves in
-    ``diagonal_head`` (``models.diagonal_attention``)."""
-    diagonal_head: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = None
-    """For the pooling ``ditto``: layer and head, counted from 0."""
     bidirectional: bool = False
     """Every token of a decoder attends to all tokens of its text, as in an encoder, and ``auto`` pools by the mean
     (LLM2Vec). A decoder has to learn that: ``training.pretraining.kind = "masked_next_token"``."""
@@ -127,7 +122,7 @@ class BackboneConfig(Section):
                 f'tuning is "{self.tuning.kind}", but the weights of a remote backbone are elsewhere and cannot be '
                 'trained: set tuning = "frozen", or delete the section remote'
             )
-        local = ("layers", "pooling", "diagonal_head", "bidirectional")
+        local = ("layers", "bidirectional")
         chosen = [name for name in local if getattr(self, name) != type(self).model_fields[name].default]
         if chosen:
             raise ValueError(
@@ -147,17 +142,6 @@ class BackboneConfig(Section):
             raise ValueError(f"layers is {[*self.layers]}, but must name each layer to keep once, in ascending order")
         return self
 
-    @model_validator(mode="after")
-    def _check_diagonal_head(self) -> BackboneConfig:
-        if self.pooling == "ditto" and self.diagonal_head is None:
-            raise ValueError(
-                "pooling is ditto, but diagonal_head does not say whose attention counts: name a layer and a head, "
-                "counted from 0, such as [0, 9] for BERT-base"
-            )
-        if self.pooling != "ditto" and self.diagonal_head is not None:
-            raise ValueError(f'diagonal_head is for the pooling "ditto", not "{self.pooling}"; delete it')
-        return self
-
     @model_validator(mode="before")
     @classmethod
     def _apply_model_card(cls, values: Any) -> Any:
@@ -168,45 +152,6 @@ class BackboneConfig(Section):
             return {"tuning": "frozen"} | settings
         model = settings.get("model")
         return _MODEL_CARD_DEFAULTS.get(model, {}) | settings if isinstance(model, str) else settings
-
-
-class PoolingConfig(Section):
-    """How token states become the text's vector: pooling by multihead attention (PMA), or the backbone's own."""
-
-    method: Literal["pma", "backbone"] = "pma"
-    """``backbone``: only the backbone's own pooling (mean, last or first token), without PMA, as in a plain
-    bi-encoder."""
-    num_seeds: int = Field(default=1, ge=1)
-    num_heads: int = Field(default=12, ge=1)
-    feedforward_dim: int | None = Field(default=None, ge=1)
-    """Width of the feed-forward layer; by default the backbone's width."""
-    warm_start: bool = True
-    """Start as the backbone's own pooling: y = pool(Y) + gate * PMA(Y), where the gate starts at 0."""
-    whitening: bool = False
-    """Give the backbone's own pooling mean 0 and covariance 1 on passages of the data sets, before the first step
-    (``ops.whitening``)."""
-    projection_dim: int | None = Field(default=None, ge=1)
-    """Width of the text's vector, smaller than the backbone's: a linear map that starts as the principal components of
-    passages and is trained with the student (``ops.whitening.principal_components``)."""
-
-    @property
-    def uses_own(self) -> bool:
-        """Whether the backbone's own pooling is used."""
-        return self.method == "backbone" or self.warm_start
-
-    @model_validator(mode="after")
-    def _check_whitening(self) -> PoolingConfig:
-        if self.whitening and not self.uses_own:
-            raise ValueError(
-                "whitening changes the backbone's own pooling, which PMA without warm start does not use: set "
-                "warm_start = true, or delete whitening"
-            )
-        if self.whitening and self.projection_dim is not None:
-            raise ValueError(
-                "projection_dim keeps the directions in which passages differ most, and after whitening they differ "
-                "as much in all: delete whitening, or projection_dim"
-            )
-        return self
 
 
 class InteractionConfig(Section):
@@ -263,7 +208,7 @@ class StudentConfig(Section):
     """Backbone + PMA + IEM. The defaults are ours; the paper uses ``paper``, ``concat`` and no warm start."""
 
     backbone: BackboneConfig = BackboneConfig()
-    pooling: PoolingConfig = PoolingConfig()
+    pooling: Pooling = Field(default_factory=lambda: Pooling())
     interaction: InteractionConfig = InteractionConfig()
 
     @model_validator(mode="before")
@@ -273,27 +218,17 @@ class StudentConfig(Section):
         if not isinstance(values, dict):
             return values
         sections = cast("dict[str, Any]", values)
-        backbone, pooling = sections.get("backbone"), sections.get("pooling", {})
+        backbone = sections.get("backbone")
         remote = backbone.get("remote") if isinstance(backbone, dict) else getattr(backbone, "remote", None)
-        if remote is None or not isinstance(pooling, dict):
-            return sections
-        return {**sections, "pooling": {"method": "backbone"} | pooling}
+        return sections if remote is None else {"pooling": AutoPooling()} | sections
 
     @model_validator(mode="after")
     def _check_remote(self) -> StudentConfig:
-        if self.backbone.remote is not None and self.pooling.method == "pma":
+        reading = next((stage.kind for stage in self.pooling.stages if stage.reads_tokens), None)
+        if self.backbone.remote is not None and reading is not None:
             raise ValueError(
-                "pooling.method is pma, which pools tokens, but a remote backbone gives one vector for each text: set "
-                'pooling.method = "backbone"'
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_ditto(self) -> StudentConfig:
-        if self.backbone.pooling == "ditto" and self.pooling.method == "pma":
-            raise ValueError(
-                "backbone.pooling is ditto, which weighs the tokens, and PMA would read the weighted tokens: set "
-                'pooling.method = "backbone", or another backbone.pooling'
+                f"pooling is {reading}, which pools tokens, but a remote backbone gives one vector for each text: set "
+                'pooling = "auto"'
             )
         return self
 
@@ -313,6 +248,6 @@ def untuned_config(config: StudentConfig) -> StudentConfig:
     """A baseline: a student's backbone before training, with the pooling it was pretrained with."""
     return StudentConfig(
         backbone=config.backbone.model_copy(update={"tuning": Frozen(), "bidirectional": False}),
-        pooling=PoolingConfig(method="backbone"),
+        pooling=config.pooling.own,
         interaction=InteractionConfig(head="cosine"),
     )

@@ -6,23 +6,25 @@ Source of the ablations in the group ``published``: Liao et al., "D2LLM", ACL 20
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from d2llm.core.errors import RecipeError
 from d2llm.core.names import suggestion
-from d2llm.recipe import Recipe
+from d2llm.recipe import ChangedPooling, Pooling, Recipe
 from d2llm.recipe.recipe_file import parse_recipe
 
 VariantGroup = Literal["baseline", "published", "losses", "own"]
 _Group = Mapping[str, tuple[str, Mapping[str, Any]]]  # name -> title and settings
+_Change = Mapping[str, Any] | Callable[[Any], Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
     """One named change of a recipe: ``settings`` override the recipe's own, section by section.
 
+    A function in their place makes a section from the recipe's own.
     ``imitation``, if any, replaces all that imitates a teacher; of labelled pairs too, if it is empty.
     """
 
@@ -68,13 +70,48 @@ def _overlaid(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
             continue
         before = result[key]
         are_sections = isinstance(change, Mapping) and isinstance(before, Mapping)
+        if callable(change):
+            change = change(before)
         result[key] = _overlaid(before, change) if are_sections else change
     return result
 
 
+def _own(pooling: Any) -> Pooling:
+    """The pooling without PMA, and without what changes its vectors."""
+    return Pooling.of(pooling).own
+
+
+def _with_own(pooling: Any, kind: str) -> Pooling:
+    """The pooling with another one in place of the backbone's own."""
+    pooling = Pooling.of(pooling)
+    if not isinstance(pooling, ChangedPooling):
+        return Pooling(kind=kind)
+    return pooling.model_copy(update={"pooling": _with_own(pooling.pooling, kind)})
+
+
+def _with_pma(pooling: Any, /, **changes: Any) -> Pooling:
+    """The pooling with these settings of PMA, if it has PMA."""
+    pooling = Pooling.of(pooling)
+    if pooling.kind == "pma":
+        return pooling.model_copy(update=changes)
+    if not isinstance(pooling, ChangedPooling):
+        return pooling
+    return pooling.model_copy(update={"pooling": _with_pma(pooling.pooling, **changes)})
+
+
+def _pma_beside(pooling: Any, own: Pooling) -> Pooling:
+    """Its PMA beside another pooling; that pooling alone if there is no PMA."""
+    pma = next((stage for stage in Pooling.of(pooling).stages if stage.kind == "pma"), None)
+    return own if pma is None else pma.model_copy(update={"pooling": own, "warm_start": True})
+
+
+def _whitened(pooling: Any) -> Pooling:
+    return Pooling(kind="whitening", pooling=_own(pooling))
+
+
 _COSINE = {"interaction": {"head": "cosine"}}
 _FOUR_LAYERS = {"backbone": {"layers": (0, 1, 4, 5)}}
-_NO_PMA = {"pooling": {"method": "backbone"}}
+_NO_PMA = {"pooling": _own}
 _NO_EVIDENCE = {
     "words": False,
     "window_words": False,
@@ -92,15 +129,11 @@ _PLAIN_LOSSES = {
 }
 
 
-def _student(**sections: Mapping[str, Any]) -> dict[str, Any]:
+def _student(**sections: _Change) -> dict[str, Any]:
     return {"student": sections}
 
 
-def _own_pooling(name: str) -> dict[str, Any]:
-    return {"pooling": name, "diagonal_head": None}
-
-
-def _pretrained(kind: str, **student: Mapping[str, Any]) -> dict[str, Any]:
+def _pretrained(kind: str, **student: Any) -> dict[str, Any]:
     backbone = {"tuning": {"adapters": "one"}, **student.pop("backbone", {})}
     return {"training": {"pretraining": {"kind": kind}, "start": None}} | _student(backbone=backbone, **student)
 
@@ -131,8 +164,8 @@ _PUBLISHED: _Group = {
     "without-ph": ("without rank imitation, positives and hard", _without("rank_imitation_positive_hard")),
     "without-hi": ("without rank imitation, hard over easy", _without("rank_imitation_hard_easy")),
     "without-fi": ("without feature imitation", _without("feature_imitation")),
-    "mean-pooling": ("mean of the tokens instead of PMA", _student(backbone=_own_pooling("mean"), **_NO_PMA)),
-    "last-pooling": ("last token instead of PMA", _student(backbone=_own_pooling("last"), **_NO_PMA)),
+    "mean-pooling": ("mean of the tokens instead of PMA", _student(pooling={"kind": "mean"})),
+    "last-pooling": ("last token instead of PMA", _student(pooling={"kind": "last"})),
     "cosine-for-iem": (
         "cosine instead of the IEM, same losses",
         _student(**_COSINE) | {"losses": {"subclass_imitation": 0.0}},  # it has no features of pairs
@@ -163,7 +196,7 @@ _LOSSES: _Group = {
 _OWN: _Group = {
     "weighted-mean-pooling": (
         "mean of the tokens, later ones counting more (SGPT), instead of PMA",
-        _student(backbone=_own_pooling("weighted_mean"), **_NO_PMA),
+        _student(pooling={"kind": "weighted_mean"}),
     ),
     "nested-dims": (
         "head `anchored`, the first components of the vectors trained as vectors (Matryoshka)",
@@ -202,7 +235,9 @@ _OWN: _Group = {
     "words": ("the backbone first taught to say from a text's vector which words it has (LLaRA)", _pretrained("words")),
     "bidirectional": (
         "a decoder that first learnt to read in both directions (LLM2Vec)",
-        _pretrained("masked_next_token", backbone={"bidirectional": True, "pooling": "mean", "diagonal_head": None}),
+        _pretrained(
+            "masked_next_token", backbone={"bidirectional": True}, pooling=lambda pooling: _with_own(pooling, "mean")
+        ),
     ),
     "four-layers": ("layers 0, 1, 4 and 5 of the backbone alone", _student(**_FOUR_LAYERS)),
     "four-layers-vectors": (
@@ -223,15 +258,19 @@ _OWN: _Group = {
     ),
     "whitening": (
         "the backbone's pooling whitened on passages before training",
-        _student(pooling={"whitening": True, "warm_start": True, "projection_dim": None}),
+        _student(pooling=lambda pooling: _pma_beside(pooling, _whitened(pooling))),
     ),
     "projection-128": (
         "vectors of 128 dimensions by a trained projection, which starts as principal components (HPD)",
-        _student(pooling={"projection_dim": 128, "whitening": False}),
+        _student(
+            pooling=lambda pooling: Pooling(
+                kind="projection", dim=128, pooling=_with_pma(pooling, pooling=_own(pooling))
+            )
+        ),
     ),
     "whitened-mean-pooling": (
         "the backbone's pooling instead of PMA, whitened",
-        _student(pooling={"method": "backbone", "whitening": True, "projection_dim": None}),
+        _student(pooling=_whitened),
     ),
     "without-words": ("without words (BM25) as evidence", {"evidence": _NO_EVIDENCE}),
     "without-li": ("without list imitation: cross-entropy alone", _without("list_imitation")),
@@ -247,8 +286,14 @@ _OWN: _Group = {
     "width-128": ("IEM of width 128", _student(interaction={"hidden_dim": 128, "feature_dim": 128})),
     "width-512": ("IEM of width 512", _student(interaction={"hidden_dim": 512, "feature_dim": 512})),
     "width-1024": ("IEM of width 1,024", _student(interaction={"hidden_dim": 1024, "feature_dim": 1024})),
-    "cold-start": ("PMA alone, no warm start", _student(pooling={"warm_start": False, "whitening": False})),
-    "warm-start": ("PMA beside the backbone's pooling", _student(pooling={"warm_start": True})),
+    "cold-start": (
+        "PMA alone, no warm start",
+        _student(pooling=lambda pooling: _with_pma(pooling, warm_start=False, pooling=_own(pooling))),
+    ),
+    "warm-start": (
+        "PMA beside the backbone's pooling",
+        _student(pooling=lambda pooling: _with_pma(pooling, warm_start=True)),
+    ),
     "one-stage": ("vectors and interaction trained together", {"training": {"residual": {"epochs": 0}}}),
     "not-quiet": ("no penalty on changes elsewhere", {"training": {"residual": {"quiet_price": 0.0}}}),
     "two-stages": ("first the vectors, then the interaction", {"training": {"residual": {"epochs": 4}}}),

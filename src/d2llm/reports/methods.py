@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from d2llm.core.registry import Registered, Registry
 from d2llm.core.settings import bound
 from d2llm.core.table import Cell, Column, Table
-from d2llm.recipe import Pretraining, TeacherConfig, WriterConfig
+from d2llm.recipe import Pooling, Pretraining, TeacherConfig, WriterConfig
 from d2llm.recipe.losses import LOSSES
 from d2llm.recipe.negatives import Sampling
 from d2llm.recipe.student import Tuning
@@ -22,6 +22,7 @@ from d2llm.retrieval.reranker import Reranker
 from d2llm.store.index_spec import VECTOR_FORMATS
 
 SECTIONS: Mapping[str, Registry[Any]] = {
+    "student.pooling": Pooling.kinds,
     "losses": LOSSES,
     "training.pretraining": Pretraining.kinds,
     "mining.sampling": Sampling.kinds,
@@ -144,6 +145,9 @@ def _is_of(variant: Variant, section: str, kind: str) -> bool:
     value: Any = {**variant.settings, "losses": losses}
     for part in section.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
+    if callable(value):  # it changes a pooling
+        default = Pooling()
+        return kind in {stage.kind for stage in value(default).stages} - {stage.kind for stage in default.stages}
     if not isinstance(value, Mapping):
         return value == kind
     named = cast("Mapping[str, Any]", value)

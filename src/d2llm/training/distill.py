@@ -293,7 +293,7 @@ def _pretrain(
 
 def _fit_pooling(student: Student, sources: Sequence[TrainingSource], recipe: Recipe, processes: Processes) -> None:
     """Fit what the pooling takes from passages to a random sample of the data sets' passages, all sets alike."""
-    if not student.pooling.is_fitted_to_passages:
+    if not any(stage.is_fitted_to_passages for stage in student.pooling.stages):
         return
     if processes.is_first:
         share = -(-_PASSAGES_FOR_EACH_DIMENSION * student.backbone.dim // len(sources))

@@ -22,7 +22,7 @@ from d2llm.data.pairs import PairDataset
 from d2llm.models.length_limit import readable_tokens
 from d2llm.models.student import Student
 from d2llm.ops.batching import even_batches
-from d2llm.recipe import BackboneConfig, DataConfig, PoolingConfig, Recipe, StudentConfig, TrainingConfig
+from d2llm.recipe import AutoPooling, BackboneConfig, DataConfig, Recipe, StudentConfig, TrainingConfig
 from d2llm.recipe.recipe_file import load_recipe_text, named_teacher
 from d2llm.retrieval.protocols import task_for
 from d2llm.training.checkpoints import usual_epochs
@@ -121,9 +121,7 @@ def starting_recipe(
     num_train, num_left, num_dev = _count(dataset)
     if start is None:
         untuned = BackboneConfig(model=backbone or _BACKBONE)
-        student = Student.create(
-            StudentConfig(backbone=untuned, pooling=PoolingConfig(method="backbone")), device=device
-        )
+        student = Student.create(StudentConfig(backbone=untuned, pooling=AutoPooling()), device=device)
     else:
         student = Student.load(start, device=device)
     encoder = student.config.backbone

@@ -202,7 +202,7 @@ class DistillRun(Trainable):
             num_texts += num_dev
         if stage == "vectors":
             num_shares = 1 + len(training.interpolation) if training.steps_back else 0
-            num_shares += self.student.pooling.gate is not None
+            num_shares += self.student.pooling.gated is not None
             num_texts += (1 + num_shares) * num_dev + (num_dev + self.num_planned if self.has_stages else 0)
         return num_texts * self.progress.seconds_per_text
 
@@ -275,7 +275,8 @@ class DistillRun(Trainable):
 
     def leave_out_pma(self) -> None:
         """Set the gate of PMA to 0, unless some dev set is significantly worse without it (``choose_weights``)."""
-        gate = self.student.pooling.gate
+        gated = self.student.pooling.gated
+        gate = None if gated is None else gated.gate
         if gate is None or not float(gate.detach()):
             return
         self.student.eval()

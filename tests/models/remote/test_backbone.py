@@ -239,7 +239,7 @@ def test_threads_may_ask_at_the_same_time(endpoint: LocalEndpoint) -> None:
 
 
 def test_whitening_is_fitted_to_the_vectors(endpoint: LocalEndpoint) -> None:
-    config = config_of(endpoint.url).model_dump() | {"pooling": {"whitening": True}}
+    config = config_of(endpoint.url).model_dump() | {"pooling": "whitening"}
     student = Student.create(StudentConfig.model_validate(config), device="cpu", dtype="float32")
     texts = [f"{first} {second}" for first in TEXTS for second in TEXTS]
     student.fit_pooling(texts)
@@ -247,7 +247,7 @@ def test_whitening_is_fitted_to_the_vectors(endpoint: LocalEndpoint) -> None:
 
 
 def test_a_projection_makes_remote_vectors_narrower(endpoint: LocalEndpoint) -> None:
-    config = config_of(endpoint.url).model_dump() | {"pooling": {"projection_dim": 2}}
+    config = config_of(endpoint.url).model_dump() | {"pooling": {"kind": "projection", "dim": 2}}
     student = Student.create(StudentConfig.model_validate(config), device="cpu", dtype="float32")
     texts = [f"{first} {second}" for first in TEXTS for second in TEXTS]
     student.fit_pooling(texts)
@@ -356,11 +356,12 @@ def test_a_loaded_student_names_its_manifest_in_errors(endpoint: LocalEndpoint, 
         ({"backbone": {"tuning": "lora"}}, 'tuning is "lora", but .* set tuning = "frozen"'),
         ({"backbone": {"tuning": "full"}}, "cannot be trained"),
         ({"backbone": {"layers": 2}}, "layers cannot be set for a remote backbone"),
-        ({"backbone": {"pooling": "mean"}}, "pooling cannot be set for a remote backbone"),
+        ({"pooling": "mean"}, "pooling is mean, which pools tokens, but a remote backbone gives one vector"),
         ({"backbone": {"remote": {"url": "http://a/v1"}}}, "student.backbone.remote.dimensions is missing"),
         ({"backbone": {"remote": {"url": "http://key@a/v1", "dimensions": 4}}}, "student.backbone.remote.url"),
         ({"backbone": {"remote": {"url": "http://a/v1", "dimensions": 4, "dimension": 4}}}, "unknown key .*dimensions"),
-        ({"pooling": {"method": "pma"}}, 'pooling.method is pma, .* set pooling.method = "backbone"'),
+        ({"pooling": "pma"}, 'pooling is pma, .* set pooling = "auto"'),
+        ({"pooling": {"kind": "projection", "dim": 2, "pooling": "pma"}}, "pooling is pma, which pools tokens"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused(sections: dict[str, Any], message: str) -> None:

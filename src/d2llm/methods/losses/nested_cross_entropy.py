@@ -76,10 +76,10 @@ class NestedCrossEntropy(Loss, kind="nested_cross_entropy"):
                 "losses.nested_cross_entropy.layers trains layers, and those of a remote backbone are elsewhere: "
                 "delete layers"
             )
-        if self.layers and backbone.pooling == "ditto":
+        if self.layers and (weighing := recipe.student.pooling.weighing) is not None:
             raise ValueError(
-                "losses.nested_cross_entropy.layers reads texts after fewer layers, and the pooling ditto needs a head "
-                "that these may lack: set another student.backbone.pooling, or delete layers"
+                "losses.nested_cross_entropy.layers reads texts after fewer layers, and the pooling "
+                f"{weighing.kind} needs attention that these may lack: set another student.pooling, or delete layers"
             )
         if self.layers and backbone.layers is not None:
             count = backbone.layers if isinstance(backbone.layers, int) else len(backbone.layers)

@@ -61,7 +61,7 @@ class SoftExpansion(Loss, kind="soft_expansion"):
     """Who writes the passages that the file lacks. By default nobody: a query without them is an error."""
 
     def check(self, recipe: Recipe) -> None:
-        if recipe.student.backbone.tuning.kind == "frozen" and recipe.student.pooling.method == "backbone":
+        if recipe.student.backbone.tuning.kind == "frozen" and not recipe.student.pooling.is_trained:
             raise ValueError(
                 "losses.soft_expansion trains the vectors of queries, but those of a frozen backbone with its own "
                 "pooling stay as they are: set student.backbone.tuning to lora or full, or the weight to 0"

@@ -61,7 +61,8 @@ class Imitation(Pretraining):
         taught_by = own.model_copy(update={"layers": None, "tuning": Frozen(), "bidirectional": False})
         if self.teacher is not None:
             taught_by = BackboneConfig(model=self.teacher, tuning=Frozen())
-        return Backbone.load(taught_by, device=backbone.device, dtype=backbone.compute_dtype)
+        pooling = backbone.pooling if self.teacher is None else None
+        return Backbone.load(taught_by, pooling, device=backbone.device, dtype=backbone.compute_dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,13 +17,11 @@ from torch import Tensor, nn
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.extras import require
 from d2llm.core.types import Task
-from d2llm.models.backbone import Backbone
+from d2llm.models.backbone import Backbone, last_states
 from d2llm.models.device import inference
-from d2llm.models.diagonal_attention import last_states
 from d2llm.models.export.eight_bits import Runtime, quantise
 from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.pooling import TextPooling, to_sphere
-from d2llm.ops.pooling import PoolingName, pool
 
 OPSET = 18
 """ONNX operator set: the first version for which torch's exporter supports everything the models need."""
@@ -35,8 +33,7 @@ class TextGraph(nn.Module):
     def __init__(self, backbone: Backbone, pooling: TextPooling, *, on_sphere: bool) -> None:
         super().__init__()
         self.model, self.pooling = backbone.model, pooling
-        self._own: PoolingName = backbone.pooling
-        self._diagonal_head = backbone.config.diagonal_head
+        self._weighing = backbone.pooling.weighing
         self._on_sphere = on_sphere
         self.training = backbone.training  # a new module starts in training mode, and would switch its submodules to it
 
@@ -44,9 +41,8 @@ class TextGraph(nn.Module):
         self, input_ids: Int[Tensor, "batch tokens"], attention_mask: Int[Tensor, "batch tokens"]
     ) -> Float[Tensor, "batch dim"]:
         """Vectors of tokenized texts."""
-        states = last_states(self.model, input_ids, attention_mask, self._diagonal_head)
-        mask = attention_mask.bool()
-        vectors = self.pooling(states, mask, pool(states, mask, self._own))
+        states = last_states(self.model, input_ids, attention_mask, self._weighing)
+        vectors = self.pooling(states, attention_mask.bool())
         return to_sphere(vectors) if self._on_sphere else vectors
 
 

@@ -20,15 +20,13 @@ from torch import Tensor
 
 from d2llm.core.files import write_json
 from d2llm.core.types import Task, default_task
-from d2llm.models.backbone import search_query_tokens
+from d2llm.models.backbone import SENTENCE_TRANSFORMERS_POOLINGS, search_query_tokens
 from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.student_files import BACKBONE_FOLDER, trained_tasks
-from d2llm.ops.pooling import PoolingName
-from d2llm.recipe import StudentConfig
+from d2llm.recipe import AutoPooling, StudentConfig
 
 MODULES_FILE = "modules.json"
 _REQUIRES = ">=6"  # the first version whose Transformer has separate length limits for queries and passages
-_POOLING = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken", "first": "cls"}
 _BASE, _OWN = "sentence_transformers.base.modules", "sentence_transformers.sentence_transformer.modules"
 _DENSE = f"{_BASE}.dense.Dense"
 _MODULES = (
@@ -47,16 +45,10 @@ def why_not_plain(config: StudentConfig) -> str | None:
         return "it reads queries and passages with adapters of their own"
     if config.interaction.head == "paper":
         return "its head 'paper' has no inner product"
-    if config.pooling.method == "pma":
-        return "its pooling by attention (PMA) is not one of the library's modules"
-    if config.backbone.pooling == "ditto":
-        return "its pooling by diagonal attention (Ditto) is not one of the library's modules"
+    if not isinstance(config.pooling, AutoPooling) and config.pooling.kind not in SENTENCE_TRANSFORMERS_POOLINGS:
+        return f"its pooling '{config.pooling.kind}' is not one of the library's modules"
     if config.backbone.bidirectional:
         return "the library would read its decoder in one direction"
-    if config.pooling.whitening:
-        return "its vectors are whitened"
-    if config.pooling.projection_dim is not None:
-        return "its vectors are projected to fewer dimensions"
     return None
 
 
@@ -66,12 +58,12 @@ def task_of_plain(manifest: Mapping[str, Any]) -> Task:
 
 
 def write_plain_form(
-    folder: Path, config: StudentConfig, pooling: PoolingName, head: Interaction | CosineHead, task: Task
+    folder: Path, config: StudentConfig, pooling: str, head: Interaction | CosineHead, task: Task
 ) -> None:
     """Add the library's files to a folder that has the backbone's weights and tokenizer in ``BACKBONE_FOLDER``.
 
-    ``why_not_plain`` must return None for ``config``. ``pooling`` is the backbone's own; the inner product of ``head``
-    is written as it is for ``task``.
+    ``why_not_plain`` must return None for ``config``. ``pooling`` is the kind of the backbone's own; the inner product
+    of ``head`` is written as it is for ``task``.
     """
     backbone = config.backbone
     unit = torch.eye(head.dim) * head.dim**0.5  # scales a vector of length 1 to the student's length
@@ -108,7 +100,11 @@ def write_plain_form(
     write_json(tokenizer, settings | {"model_max_length": backbone.max_passage_tokens, "padding_side": "right"})
     write_json(
         folder / "1_Pooling" / "config.json",
-        {"embedding_dimension": head.dim, "pooling_mode": _POOLING[pooling], "include_prompt": True},
+        {
+            "embedding_dimension": head.dim,
+            "pooling_mode": SENTENCE_TRANSFORMERS_POOLINGS[pooling],
+            "include_prompt": True,
+        },
     )
     write_json(folder / "2_Normalize" / "config.json", {})
     write_json(

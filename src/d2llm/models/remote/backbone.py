@@ -37,7 +37,7 @@ from d2llm.models.backbone import TOKENIZING, Backbone, TextKind, TokenizedTexts
 from d2llm.models.remote.endpoint import Endpoint
 from d2llm.models.remote.vector_cache import BLANK, VectorCache
 from d2llm.models.sources import find_model, load_tokenizer
-from d2llm.recipe import BackboneConfig, RemoteBackboneConfig
+from d2llm.recipe import AutoPooling, BackboneConfig, Pooling, RemoteBackboneConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,7 +98,7 @@ class RemoteBackbone(Backbone):
         assert config.remote is not None
         self.config, self.compute_dtype = config, compute_dtype
         self.remote: RemoteBackboneConfig = config.remote
-        self.pooling = "mean"
+        self.pooling, self.own = AutoPooling(), Pooling(kind="mean")
         self.is_lean = False
         self._section = section
         self.register_buffer("_place", torch.zeros((), device=device), persistent=False)

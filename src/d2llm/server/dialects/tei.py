@@ -243,7 +243,7 @@ async def info(services: TheServices) -> InfoAnswer:
         model_sha=models.fingerprint,
         model_dtype=str(models.student.compute_dtype).removeprefix("torch."),
         served_model_name=models.name,
-        model_type=EmbeddingKind(embedding=EmbeddingPooling(pooling=models.student.config.pooling.method)),
+        model_type=EmbeddingKind(embedding=EmbeddingPooling(pooling=models.student.config.pooling.kind)),
         max_concurrent_requests=settings.queue_texts,
         max_input_length=models.max_passage_tokens,
         max_batch_tokens=models.batch_tokens,

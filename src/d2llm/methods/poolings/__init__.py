@@ -1,0 +1,1 @@
+"""Poolings that others published, a file each."""

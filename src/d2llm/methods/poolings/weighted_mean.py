@@ -1,0 +1,27 @@
+"""The mean of the tokens, later ones counting more."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from d2llm.recipe.pooling import Pooling
+
+
+class WeightedMean(Pooling, kind="weighted_mean"):
+    """The mean of the tokens, later ones counting more: in a decoder, they have read more (SGPT)."""
+
+    paper: ClassVar[str] = "Muennighoff 2022, arXiv 2202.08904"
+
+    def pool(
+        self, states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch dim"]:
+        """Token i of n counts i times.
+
+        Muennighoff, "SGPT: GPT Sentence Embeddings for Semantic Search", 2022 (arXiv 2202.08904), section 3.1.
+        """
+        kept = states.masked_fill(~mask.unsqueeze(-1), 0.0)  # not times 0: padding may hold NaN
+        weights = mask.cumsum(dim=1) * mask
+        return (kept * weights.unsqueeze(-1)).sum(dim=1) / weights.sum(dim=1, keepdim=True).clamp(min=1)

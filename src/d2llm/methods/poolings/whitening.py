@@ -1,0 +1,56 @@
+"""Vectors with mean 0 and covariance 1 on the passages of the data sets."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from d2llm.models.backbone import Backbone
+from d2llm.models.pooling import TextPooling, make_pooling, to_sphere
+from d2llm.ops.whitening import whitening
+from d2llm.recipe.pooling import ChangedPooling
+
+
+class Whitening(ChangedPooling, kind="whitening"):
+    """Another pooling's vectors with mean 0 and covariance 1 on passages, fitted before the first step.
+
+    Su et al., "Whitening Sentence Representations for Better Semantics and Faster Retrieval", 2021.
+    """
+
+    paper: ClassVar[str] = "Su et al. 2021, arXiv 2103.15316"
+    reads_tokens: ClassVar[bool] = False
+
+    @property
+    def is_trained(self) -> bool:
+        return self.pooling.is_trained
+
+    def module(self, backbone: Backbone) -> TextPooling:
+        return WhitenedPooling(make_pooling(self.pooling, backbone))
+
+
+class WhitenedPooling(TextPooling):
+    """(y - m) W, of norm sqrt(dim); m and W are 0 and 1 until they are fitted."""
+
+    inner: TextPooling
+    mean: Tensor
+    whitening: Tensor
+    is_fitted_to_passages = True
+
+    def __init__(self, inner: TextPooling) -> None:
+        super().__init__(inner.dim, inner)
+        self.register_buffer("mean", torch.zeros(inner.dim))
+        self.register_buffer("whitening", torch.eye(inner.dim))
+
+    def fit(self, vectors: Float[np.ndarray, "texts dim"]) -> None:
+        mean, matrix = whitening(vectors)
+        self.mean.copy_(torch.from_numpy(mean))
+        self.whitening.copy_(torch.from_numpy(matrix))
+
+    def forward(
+        self, states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch vector_dim"]:
+        return to_sphere((self.inner(states, mask) - self.mean) @ self.whitening)
