@@ -22,7 +22,7 @@ from d2llm.recipe import AutoPooling, InteractionConfig, Pooling
 from e2e.command_line import fail, succeed_with_report
 from fake_hub import OWNER_TOKEN, FakeHub
 from late_import import late_import
-from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
+from tiny_models import TEXTS, TINY_PMA, randomise, tiny_student_config, write_tiny_model
 
 library = late_import("sentence_transformers", reason="pip install 'd2llm[sentence-transformers]'")
 
