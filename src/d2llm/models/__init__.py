@@ -1,1 +1,1 @@
-"""Backbone, prompts, teacher, pooling (PMA), interaction (IEM) and the student that joins them."""
+"""Backbone, prompts, teacher, pooling, interaction (IEM) and the student that joins them."""

@@ -198,7 +198,7 @@ class Backbone(nn.Module):
         self._final: list[nn.Module] = []  # what follows the last layer: in a list, as it is a part of the model
         self.own = self.pooling.own
         if isinstance(self.own, AutoPooling):
-            self.own = Pooling(kind=auto_pooling or _auto_pooling(config, self.location, self.model.config))
+            self.own = Pooling.of(auto_pooling or _auto_pooling(config, self.location, self.model.config))
         limits = {"max_query_tokens": config.max_query_tokens, "max_passage_tokens": config.max_passage_tokens}
         check_limits(self.model.config, config.model, limits)
 

@@ -27,7 +27,7 @@ def whitening(
     if count <= dim:
         raise InputError(
             f"whitening vectors of {dim} dimensions takes more than {dim} passages, better ten times as many, but "
-            f"there are {count}; give more passages, or set pooling.whitening to false"
+            f"there are {count}; give more passages, or name another pooling"
         )
     variances, directions = _directions(vectors)
     kept = variances > _NEGLIGIBLE * variances[0]
@@ -44,7 +44,7 @@ def principal_components(vectors: Float[np.ndarray, "texts dim"], num: int) -> F
     if len(vectors) <= num:
         raise InputError(
             f"{num} principal components take more than {num} passages, better ten times as many, but there are "
-            f"{len(vectors)}; give more passages, or a smaller pooling.projection_dim"
+            f"{len(vectors)}; give more passages, or a smaller pooling.dim"
         )
     return _directions(vectors)[1].T[:num]
 

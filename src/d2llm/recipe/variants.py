@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from d2llm.core.errors import RecipeError
@@ -69,9 +70,10 @@ def _overlaid(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
         if "kind" in values and key not in values:
             continue
         before = result[key]
-        are_sections = isinstance(change, Mapping) and isinstance(before, Mapping)
         if callable(change):
-            change = change(before)
+            result[key] = change(before)
+            continue
+        are_sections = isinstance(change, Mapping) and isinstance(before, Mapping)
         result[key] = _overlaid(before, change) if are_sections else change
     return result
 
@@ -85,7 +87,7 @@ def _with_own(pooling: Any, kind: str) -> Pooling:
     """The pooling with another one in place of the backbone's own."""
     pooling = Pooling.of(pooling)
     if not isinstance(pooling, ChangedPooling):
-        return Pooling(kind=kind)
+        return Pooling.of(kind)
     return pooling.model_copy(update={"pooling": _with_own(pooling.pooling, kind)})
 
 
@@ -106,7 +108,7 @@ def _pma_beside(pooling: Any, own: Pooling) -> Pooling:
 
 
 def _whitened(pooling: Any) -> Pooling:
-    return Pooling(kind="whitening", pooling=_own(pooling))
+    return Pooling.of({"kind": "whitening", "pooling": _own(pooling)})
 
 
 _COSINE = {"interaction": {"head": "cosine"}}
@@ -235,9 +237,7 @@ _OWN: _Group = {
     "words": ("the backbone first taught to say from a text's vector which words it has (LLaRA)", _pretrained("words")),
     "bidirectional": (
         "a decoder that first learnt to read in both directions (LLM2Vec)",
-        _pretrained(
-            "masked_next_token", backbone={"bidirectional": True}, pooling=lambda pooling: _with_own(pooling, "mean")
-        ),
+        _pretrained("masked_next_token", backbone={"bidirectional": True}, pooling=partial(_with_own, kind="mean")),
     ),
     "four-layers": ("layers 0, 1, 4 and 5 of the backbone alone", _student(**_FOUR_LAYERS)),
     "four-layers-vectors": (
@@ -263,8 +263,8 @@ _OWN: _Group = {
     "projection-128": (
         "vectors of 128 dimensions by a trained projection, which starts as principal components (HPD)",
         _student(
-            pooling=lambda pooling: Pooling(
-                kind="projection", dim=128, pooling=_with_pma(pooling, pooling=_own(pooling))
+            pooling=lambda pooling: Pooling.of(
+                {"kind": "projection", "dim": 128, "pooling": _with_pma(pooling, pooling=_own(pooling))}
             )
         ),
     ),
@@ -292,7 +292,7 @@ _OWN: _Group = {
     ),
     "warm-start": (
         "PMA beside the backbone's pooling",
-        _student(pooling=lambda pooling: _with_pma(pooling, warm_start=True)),
+        _student(pooling=partial(_with_pma, warm_start=True)),
     ),
     "one-stage": ("vectors and interaction trained together", {"training": {"residual": {"epochs": 0}}}),
     "not-quiet": ("no penalty on changes elsewhere", {"training": {"residual": {"quiet_price": 0.0}}}),

@@ -58,7 +58,7 @@ class Projection(ChangedPooling, kind="projection"):
 class ProjectedPooling(TextPooling):
     """P y, of norm sqrt(dim). P starts as the principal components of passages; until then, the first components."""
 
-    inner: TextPooling
+    inner: TextPooling  # pyright: ignore[reportIncompatibleVariableOverride]
     is_fitted_to_passages = True
 
     def __init__(self, inner: TextPooling, dim: int) -> None:

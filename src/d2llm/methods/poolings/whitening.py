@@ -42,7 +42,7 @@ class Whitening(ChangedPooling, kind="whitening"):
 class WhitenedPooling(TextPooling):
     """(y - m) W, of norm sqrt(dim); m and W are 0 and 1 until they are fitted."""
 
-    inner: TextPooling
+    inner: TextPooling  # pyright: ignore[reportIncompatibleVariableOverride]
     mean: Tensor
     whitening: Tensor
     is_fitted_to_passages = True

@@ -98,7 +98,7 @@ class RemoteBackbone(Backbone):
         assert config.remote is not None
         self.config, self.compute_dtype = config, compute_dtype
         self.remote: RemoteBackboneConfig = config.remote
-        self.pooling, self.own = AutoPooling(), Pooling(kind="mean")
+        self.pooling, self.own = AutoPooling(), Pooling.of("mean")
         self.is_lean = False
         self._section = section
         self.register_buffer("_place", torch.zeros((), device=device), persistent=False)
