@@ -147,7 +147,8 @@ def _is_of(variant: Variant, section: str, kind: str) -> bool:
         value = value.get(part) if isinstance(value, Mapping) else None
     if callable(value):  # it changes a pooling
         default = Pooling()
-        return kind in {stage.kind for stage in value(default).stages} - {stage.kind for stage in default.stages}
+        changed = cast("Pooling", value(default))
+        return kind in {stage.kind for stage in changed.stages} - {stage.kind for stage in default.stages}
     if not isinstance(value, Mapping):
         return value == kind
     named = cast("Mapping[str, Any]", value)
