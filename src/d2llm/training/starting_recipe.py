@@ -314,7 +314,8 @@ def _student_sections(config: StudentConfig, start: str | Path, queries: _Side, 
     defaults = StudentConfig(backbone=BackboneConfig(model=model)).model_dump(mode="json")
     defaults["backbone"]["model"] = BackboneConfig().model
     for section, values in config.model_dump(mode="json").items():
-        changed = {name: value for name, value in values.items() if value != defaults[section][name]}
+        usual = defaults[section] if values.get("kind") == defaults[section].get("kind") else {}
+        changed = {name: value for name, value in values.items() if name not in usual or value != usual[name]}
         if changed:
             sections.append(f"[student.{section}]\n{_toml_lines(changed)}")
     return f"""\
