@@ -76,14 +76,14 @@ def recipe(data: Path, seed: int, max_queries: int) -> Recipe:
         ),
         data=tuple(DataConfig(path=str(data / name), max_queries=max_queries) for name in SETS),
         mining=MiningConfig(sources=("bm25",)),
-        losses=Objective({"in_batch_cross_entropy": 1.0}),
+        losses=Objective.model_validate({"in_batch_cross_entropy": 1.0}),
         training=TrainingConfig(
             warmup_steps=5,
             epochs=2,
             eval_every=1_000,  # at the start and at the end
             patience=5,
-            largest_share=0.5,
-            residual=ResidualConfig(warmup_steps=10, quiet_price=0.0),
+            max_interpolation=0.5,
+            residual=ResidualConfig(warmup_steps=10, off_task_penalty=0.0),
         ),
     )
 

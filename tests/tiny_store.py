@@ -16,7 +16,7 @@ from d2llm.store.checksums import Record, read_record, take_sums, write_record
 from d2llm.store.index_manifest import VectorCopies
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
-from d2llm.store.part_vectors import ReadParts
+from d2llm.store.part_vectors import EncodedParts
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.vector_formats import make_format
 from d2llm.store.view import PassageView
@@ -61,7 +61,7 @@ def vectors_of(passages: Iterable[Passage]) -> NDArray[np.float32]:
     return np.array(vectors, np.float32).reshape(len(vectors), DIM)
 
 
-def parts_of(kind: PartKind, texts: Iterable[str]) -> ReadParts:
+def parts_of(kind: PartKind, texts: Iterable[str]) -> EncodedParts:
     """Zero to three windows or tokens per text, seeded by the text."""
     vectors, counts = [np.zeros((0, DIM), np.float32)], [0][:0]
     for text in texts:
@@ -69,7 +69,7 @@ def parts_of(kind: PartKind, texts: Iterable[str]) -> ReadParts:
         counts.append(seed % 4 if text else 0)
         drawn = np.random.default_rng(seed).standard_normal((counts[-1], DIM)).astype(np.float32)
         vectors.append(drawn * (DIM**0.5 / np.linalg.norm(drawn, axis=1, keepdims=True)))
-    return ReadParts(np.concatenate(vectors), np.array(counts, np.int64), 0)
+    return EncodedParts(np.concatenate(vectors), np.array(counts, np.int64), 0)
 
 
 def added_words(passage: Passage) -> dict[str, float]:

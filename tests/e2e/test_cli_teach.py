@@ -80,7 +80,7 @@ def test_behind_a_closed_gate_the_student_learns_from_data_alone(run, place, tmp
     assert compared["base"]["runs"][0]["fingerprint"] == report["result"]["fingerprint"]  # trained like the run's own
     result, report = succeed_with_report("run", recipe, *options, folder=tmp_path)
     assert "closed for every data set" in report["result"]["label"]["skipped"]
-    assert "tuning has begun or is finished" in report["result"]["first-look"]["skipped"]
+    assert "tuning has begun or is finished" in report["result"]["precheck"]["skipped"]
     assert "The run, step by step" in result.stdout
     assert "closed for everyday" in result.stdout
 

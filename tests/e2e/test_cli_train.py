@@ -149,10 +149,10 @@ class TestRunAgain:
         assert report["result"]["label"]["finished_pairs"] == 12 * 6
         assert "label: all 72 pairs of 12 queries already had labels" in result.stderr
         # The untuned teacher is measured before it is tuned again; that verdict is not stored.
-        (first_look,) = report["result"]["first-look"]["sets"]
-        assert (first_look["name"], first_look["num_items"]) == ("everyday", 4)
-        assert "first-look: the untuned teacher is" in result.stderr
-        for step in ("mine", "first-look", "tune-teacher", "stack", "gate", "label", "distill"):
+        (precheck,) = report["result"]["precheck"]["sets"]
+        assert (precheck["name"], precheck["num_items"]) == ("everyday", 4)
+        assert "precheck: the untuned teacher is" in result.stderr
+        for step in ("mine", "precheck", "tune-teacher", "stack", "gate", "label", "distill"):
             assert f"{step} " in result.stdout
         assert stale_warnings(result) == []
 

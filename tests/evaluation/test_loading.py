@@ -257,7 +257,7 @@ def test_notes_mention_closed_gates(world, tmp_path):
     changes = {
         "closed_gates": ["squad"],
         "share_kept": 0.5,
-        "recipe": {"training": {"largest_share": 0.5}},
+        "recipe": {"training": {"max_interpolation": 0.5}},
         "interaction_weights": {"symmetric": 0.0, "asymmetric": 1.0},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest | changes))

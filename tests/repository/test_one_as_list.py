@@ -101,7 +101,7 @@ ELSEWHERE = {
     "d2llm.models.static_model": ("distill_static",),
     "d2llm.models.teachers.judge": ("load_judge",),
     "d2llm.models.writers.writer": ("Assignment", "load_writer"),
-    "d2llm.ops.gating": ("never_worse",),
+    "d2llm.ops.gating": ("non_inferior",),
     "d2llm.recipe": ("ReaderTuningConfig", "TeacherConfig", "WriterConfig", "WriterTuningConfig"),
     "d2llm.retrieval.chunking": ("Chunker",),
     "d2llm.retrieval.expansion": ("Expansion",),

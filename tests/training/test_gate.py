@@ -27,8 +27,8 @@ from d2llm.recipe.losses import Objective
 from d2llm.reports.training_tables import gate_table
 from d2llm.training import gate as verb
 from d2llm.training.dev_sets import dev_queries, make_dev_pairs, make_judge_dev_set
-from d2llm.training.gate import GATE_FILE, LOOK_QUERIES, first_look, gate, read_gate
-from d2llm.training.sentences import describe_first_look, describe_gates, gate_advice
+from d2llm.training.gate import GATE_FILE, PRECHECK_QUERIES, gate, precheck, read_gate
+from d2llm.training.sentences import describe_gates, describe_precheck, gate_advice
 from fake_models import FakeStudent, Interruption
 from tiny_data import LETTERS, everyday, make_plan
 from tiny_distill import losses_of
@@ -438,7 +438,7 @@ class TestFirstLook:
     def look(self, student, tmp_path, monkeypatch):
         def run(judge):
             monkeypatch.setattr(verb, "load_judge", lambda *_, **__: judge)
-            return first_look(
+            return precheck(
                 [(everyday(), "asymmetric")],
                 tmp_path / "run",
                 teacher=TEACHER,
@@ -456,7 +456,7 @@ class TestFirstLook:
             12,
             1.0,
         )  # all twelve queries are fewer than a look takes
-        assert LOOK_QUERIES >= 12
+        assert PRECHECK_QUERIES >= 12
         assert report.num_judged == 12 * 3  # three passages match the words of each query; vectors propose no others
         assert read_gate(tmp_path / "run", "told") is None
 
@@ -465,8 +465,8 @@ class TestFirstLook:
         assert look(OracleJudge(fail_after=0)).num_judged == 0
 
     def test_sentence_says_whether_the_teacher_beats_the_cosine(self, look):
-        assert "is worse than the cosine by" in describe_first_look(look(OracleJudge(right=False)))
-        assert "is as good as the cosine or better" in describe_first_look(look(OracleJudge(fingerprint="other")))
+        assert "is worse than the cosine by" in describe_precheck(look(OracleJudge(right=False)))
+        assert "is as good as the cosine or better" in describe_precheck(look(OracleJudge(fingerprint="other")))
 
 
 def test_a_verdict_in_words():

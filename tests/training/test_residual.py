@@ -18,7 +18,7 @@ from tiny_data import tiny_recipe, topics
 from tiny_models import tiny_student_config, write_tiny_model
 
 
-def train_second_stage(folder: Path, tasks: dict[str, Task], quiet_price: float) -> dict[str, DevResult]:
+def train_second_stage(folder: Path, tasks: dict[str, Task], off_task_penalty: float) -> dict[str, DevResult]:
     """Dev results after the second stage alone, on the data sets' own labels: relevant is the next topic."""
     stage = ResidualConfig(
         epochs=20,
@@ -27,7 +27,7 @@ def train_second_stage(folder: Path, tasks: dict[str, Task], quiet_price: float)
         batch_queries=8,
         num_near=4,
         num_random=4,
-        quiet_price=quiet_price,
+        off_task_penalty=off_task_penalty,
     )
     recipe = tiny_recipe(
         tiny_student_config(write_tiny_model(folder, "modernbert", initializer_range=0.1)), residual=stage

@@ -47,7 +47,7 @@ def run(
 ) -> None:
     """Train a student from a recipe: all steps up to distill.
 
-    Before a teacher is tuned, a first look tests the untuned teacher on a few dev queries. If the recipe has a
+    Before a teacher is tuned, a precheck tests the untuned teacher on a few dev queries. If the recipe has a
     teacher_margin, mine ignores it until the teacher is tuned; filter then mines again with it.
 
     Steps that are finished in the run folder are skipped, so the same command continues after an interruption, with any

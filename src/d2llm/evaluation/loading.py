@@ -183,7 +183,7 @@ def _gate_notes(manifest: Mapping[str, Any]) -> tuple[str, ...]:
             "own judgements"
         )
     if (share := manifest.get("share_kept", 1.0)) < 1:
-        limit = manifest["recipe"]["training"]["largest_share"]
+        limit = manifest["recipe"]["training"]["max_interpolation"]
         why = "the recipe's maximum" if share == limit else "a larger share was no better on dev"
         notes.append(f"{share:.0%} of the change of weights in training was kept: {why}")
     off = [task for task, weight in manifest.get("interaction_weights", {}).items() if weight == 0]

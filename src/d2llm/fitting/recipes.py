@@ -72,7 +72,7 @@ def recipe_for_queries(
             patience=5,
             dev_queries=dev_queries(plan),
             dev_passages=min(_DEV_PASSAGES, plan.evaluated),
-            residual=ResidualConfig(weight_decay=0.01, quiet_price=0.0),
+            residual=ResidualConfig(weight_decay=0.01, off_task_penalty=0.0),
         ),
         evidence=EvidenceConfig(words=True, window_words=True, token_vectors=True),
     )

@@ -41,7 +41,7 @@ _QUERY_TOKENS = 64  # the rest of a longer query is not read
 _INITIAL_SCALE = 10.0
 
 
-class ReadPassages(NamedTuple):
+class ReadOrder(NamedTuple):
     """What a reader made of n passages: the logits of the first step, and places in the order of the drawing.
 
     Passages that were not drawn follow in the order in which they were read.
@@ -109,7 +109,7 @@ class ListwiseReader(nn.Module):
         last = [states[row, len(each) - len(orders[0]) : len(each)] for row, each in enumerate(rows)]
         return self._logits(torch.stack(last), passages)
 
-    def rank(self, queries: Sequence[str], vectors: Sequence[Float32[np.ndarray, "_ dim"]]) -> list[ReadPassages]:
+    def rank(self, queries: Sequence[str], vectors: Sequence[Float32[np.ndarray, "_ dim"]]) -> list[ReadOrder]:
         """Rank the passages of each query, given by their vectors [n, dim], n of each query; of equal ones the first.
 
         Raises:
@@ -124,7 +124,7 @@ class ListwiseReader(nn.Module):
                     "tune one for this index"
                 )
         by_shape: dict[tuple[int, int], list[int]] = {}
-        results = [ReadPassages(np.zeros(0, np.float32), np.zeros(0, np.int64))] * len(queries)
+        results = [ReadOrder(np.zeros(0, np.float32), np.zeros(0, np.int64))] * len(queries)
         for place, (query, own) in enumerate(zip(queries, vectors, strict=True)):
             if len(own):
                 by_shape.setdefault((sum(map(len, self._prompt(query))), len(own)), []).append(place)
@@ -139,7 +139,7 @@ class ListwiseReader(nn.Module):
                     results[place] = read
         return results
 
-    def _draw(self, queries: Sequence[str], vectors: Float32[np.ndarray, "lists passages dim"]) -> list[ReadPassages]:
+    def _draw(self, queries: Sequence[str], vectors: Float32[np.ndarray, "lists passages dim"]) -> list[ReadOrder]:
         """``rank`` for prompts of one length."""
         with inference(self):
             # Threads may compute equal rows differently in the last bit: each distinct vector is computed once.
@@ -160,7 +160,7 @@ class ListwiseReader(nn.Module):
             orders: list[list[int]] = torch.stack(drawn, dim=1).tolist()
         others = [[place for place in range(vectors.shape[1]) if place not in order] for order in orders]
         return [
-            ReadPassages(own, np.array(order + rest, np.int64))
+            ReadOrder(own, np.array(order + rest, np.int64))
             for own, order, rest in zip(first.cpu().numpy(), orders, others, strict=True)
         ]
 

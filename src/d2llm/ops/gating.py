@@ -48,7 +48,7 @@ def better(
     return replace(test, passed=test.difference > 0 and test.p_value < alpha)
 
 
-def never_worse(
+def non_inferior(
     start: Mapping[str, float], end: Mapping[str, float], *, alpha: float = 0.05, seed: int = 0
 ) -> GateTest:
     """Test that a change does no harm: passes unless ``end`` is significantly worse than ``start``.

@@ -27,7 +27,7 @@ class ResidualConfig(WarmUpConfig):
     num_near: int = Field(default=30, ge=0)
     """Neighbours per query and step, in addition to the plan's negatives."""
     num_random: int = Field(default=20, ge=0)
-    quiet_price: float = Field(default=1.0, ge=0)
+    off_task_penalty: float = Field(default=1.0, ge=0)
     """Penalty in the loss per unit of squared change that one task's interaction makes to rankings of the other task's
     texts: an interaction should not change what it was not trained on."""
 
@@ -134,7 +134,7 @@ class TrainingConfig(WarmUpConfig):
     interpolation: tuple[float, ...] = ()
     """Weights between the start (0) and the best state (1) to try at the end. The smallest one whose dev results are
     not significantly worse than those of the best state is kept, which preserves what the backbone could do before."""
-    largest_share: float = Field(default=1.0, gt=0, le=1)
+    max_interpolation: float = Field(default=1.0, gt=0, le=1)
     """Upper limit of that weight: a dev set drawn from the training data shows what tuning gains there, but not what it
     loses on other texts."""
     trackers: Literal["auto"] | tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = "auto"
@@ -165,9 +165,9 @@ class TrainingConfig(WarmUpConfig):
         return self.in_batch_labels or self.unjudged == "ask_teacher"
 
     @property
-    def steps_back(self) -> bool:
+    def interpolates(self) -> bool:
         """Whether the final state may be an interpolation between the start and the best state."""
-        return bool(self.interpolation) or self.largest_share < 1
+        return bool(self.interpolation) or self.max_interpolation < 1
 
 
 class GateConfig(Section):

@@ -295,7 +295,7 @@ _OWN: _Group = {
         _student(pooling=partial(_with_pma, warm_start=True)),
     ),
     "one-stage": ("vectors and interaction trained together", {"training": {"residual": {"epochs": 0}}}),
-    "not-quiet": ("no penalty on changes elsewhere", {"training": {"residual": {"quiet_price": 0.0}}}),
+    "not-quiet": ("no penalty on changes elsewhere", {"training": {"residual": {"off_task_penalty": 0.0}}}),
     "two-stages": ("first the vectors, then the interaction", {"training": {"residual": {"epochs": 4}}}),
     "leave-out": ("neighbours that the teacher has not judged are left out", {"training": {"unjudged": "leave_out"}}),
     "ask-teacher": ("the teacher judges every neighbour first", {"training": {"unjudged": "ask_teacher"}}),

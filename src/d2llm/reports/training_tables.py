@@ -15,10 +15,10 @@ from d2llm.reports.html import charts
 from d2llm.reports.html.page import render
 from d2llm.training.alternate import Round
 from d2llm.training.distill import DistillReport
-from d2llm.training.gate import FirstLook, GateReport
+from d2llm.training.gate import GateReport, Precheck
 from d2llm.training.label import LabelReport
 from d2llm.training.run import Skipped
-from d2llm.training.sentences import describe_distillation, describe_first_look, describe_gates, describe_labels
+from d2llm.training.sentences import describe_distillation, describe_gates, describe_labels, describe_precheck
 from d2llm.training.stack_teachers import StackReport, TaskReport
 from d2llm.training.tune_teacher import TeacherTuningReport
 
@@ -42,8 +42,8 @@ def _step_words(step: str, result: Any) -> str:
     if isinstance(result, dict):
         parts = cast("dict[str, Any]", result)
         return "; ".join(f"{name}: {_plan_words(step, name, counts)}" for name, counts in parts.items())
-    if isinstance(result, FirstLook):
-        return describe_first_look(result).removeprefix("first-look: ")
+    if isinstance(result, Precheck):
+        return describe_precheck(result).removeprefix("precheck: ")
     if isinstance(result, TeacherTuningReport):
         return f"{result.pairs:,} pairs, final loss {result.loss:.3f}, in {result.folder}"
     if isinstance(result, StackReport):

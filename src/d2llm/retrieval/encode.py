@@ -25,7 +25,7 @@ from d2llm.data.python_records import PassageLike, passages_of
 from d2llm.models.quality import PassageQuality
 from d2llm.retrieval.index import Index, settled
 from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint, task_for
-from d2llm.retrieval.reading import ReadPassages, read_passages
+from d2llm.retrieval.reading import EncodedPassages, read_passages
 from d2llm.retrieval.text_workers import load_student as load_named_student
 from d2llm.retrieval.upserting import BLOCK_PASSAGES
 from d2llm.runners.placement import Load, load_work
@@ -250,7 +250,7 @@ def _draft_key(
 
 def _readers(
     runner: Runner, storage: Storage, load: Load | None, *, device: str | None
-) -> AbstractContextManager[Workers[Sequence[Passage], ReadPassages] | None]:
+) -> AbstractContextManager[Workers[Sequence[Passage], EncodedPassages] | None]:
     """The workers of a cluster that encode passages for an index; None in this process, whose student does it."""
     if runner.is_local or load is None:
         return nullcontext()

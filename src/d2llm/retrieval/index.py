@@ -41,7 +41,7 @@ from d2llm.store.index_manifest import find_index
 from d2llm.store.index_spec import IndexSpec, StoredSpec
 from d2llm.store.index_store import KEEP_VERSIONS, IndexStore
 from d2llm.store.inspection import IndexStats, VerifyReport
-from d2llm.store.part_vectors import ReadParts
+from d2llm.store.part_vectors import EncodedParts
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.sharded_inspection import stats_of_all, verify_all
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from d2llm.retrieval.context import AnswerContext
     from d2llm.retrieval.exact_search import CachedBounds
     from d2llm.retrieval.expansion import Expansion
-    from d2llm.retrieval.reading import ReadPassages
+    from d2llm.retrieval.reading import EncodedPassages
     from d2llm.retrieval.reranker import RerankerLike
     from d2llm.retrieval.upserting import UpsertReport
     from d2llm.retrieval.upserting_documents import DocumentsReport
@@ -415,7 +415,7 @@ class Index:
         *,
         lenient_metadata: bool = False,
         num_passages: int | None = None,
-        readers: Workers[Sequence[Passage], ReadPassages] | None = None,
+        readers: Workers[Sequence[Passage], EncodedPassages] | None = None,
     ) -> UpsertReport:
         """``upsert``, but for new passages only.
 
@@ -433,7 +433,7 @@ class Index:
         only_new: bool = False,
         lenient_metadata: bool = False,
         num_passages: int | None = None,
-        readers: Workers[Sequence[Passage], ReadPassages] | None = None,
+        readers: Workers[Sequence[Passage], EncodedPassages] | None = None,
     ) -> UpsertReport:
         """Add passages, or update those whose id exists. Unchanged texts are not encoded again.
 
@@ -486,7 +486,7 @@ class Index:
         only_new: bool = False,
         lenient_metadata: bool = False,
         num_documents: int | None = None,
-        readers: Workers[Sequence[Passage], ReadPassages] | None = None,
+        readers: Workers[Sequence[Passage], EncodedPassages] | None = None,
     ) -> DocumentsReport:
         """Add or update texts of any length; long ones are split, and passages that a document no longer has deleted.
 
@@ -800,7 +800,7 @@ class Index:
                 advance(len(passages))
                 return encoded.vectors
 
-            def encode_parts(kind: PartKind, texts: Sequence[str]) -> ReadParts:
+            def encode_parts(kind: PartKind, texts: Sequence[str]) -> EncodedParts:
                 if kind == "token":
                     check_projection(self.storage, self.student)
                 advance = bar(f"reading {kind}s again")

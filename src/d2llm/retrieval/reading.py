@@ -18,7 +18,7 @@ from d2llm.ops.bm25_words import windows
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.text_workers import encode_shard, encode_texts
 from d2llm.runners.placement import HERE, Placement
-from d2llm.store.part_vectors import ReadParts
+from d2llm.store.part_vectors import EncodedParts
 
 if TYPE_CHECKING:
     from d2llm.models.backbone import EncodedTexts
@@ -27,7 +27,7 @@ _WINDOWS_AT_ONCE = 128  # passages whose windows are encoded together
 
 
 @dataclass(frozen=True, slots=True)
-class ReadPassages:
+class EncodedPassages:
     """Vectors [n, dim] of passages, places of truncated ones, and numbers of tokens and windows read.
 
     ``parts`` are the vectors of the passages' windows and tokens, and ``added`` the words that each of them lacks, if
@@ -38,7 +38,7 @@ class ReadPassages:
     truncated: tuple[int, ...] = ()
     num_tokens: int = 0
     num_windows: int = 0
-    parts: Mapping[PartKind, ReadParts] = field(default_factory=dict[PartKind, ReadParts])
+    parts: Mapping[PartKind, EncodedParts] = field(default_factory=dict[PartKind, EncodedParts])
     added: Sequence[Mapping[str, float]] | None = None
 
 
@@ -49,7 +49,7 @@ def read_passages(
     *,
     parts: Collection[PartKind] = (),
     expand: bool = False,
-) -> ReadPassages:
+) -> EncodedPassages:
     """Encode passages, and the ``parts`` of them that are named.
 
     All late chunks of a document, wherever they are in the list, share one encoding of it. ``advance`` is called with
@@ -76,7 +76,7 @@ def _read_texts(
     advance: Callable[[int], None] | None,
     *,
     with_tokens: bool,
-) -> ReadPassages:
+) -> EncodedPassages:
     """The vectors of passages and, on request, of their tokens.
 
     Raises:
@@ -117,38 +117,38 @@ def _read_texts(
         num_windows = read.num_windows
         if advance is not None:
             advance(len(places))
-    read_parts: dict[PartKind, ReadParts] = {}
+    read_parts: dict[PartKind, EncodedParts] = {}
     if with_tokens:
-        read_parts["token"] = ReadParts(*TokenVectors.join(tokens, student.token_dim or 0))
-    return ReadPassages(vectors, tuple(sorted(truncated)), num_tokens, num_windows, read_parts)
+        read_parts["token"] = EncodedParts(*TokenVectors.join(tokens, student.token_dim or 0))
+    return EncodedPassages(vectors, tuple(sorted(truncated)), num_tokens, num_windows, read_parts)
 
 
 def read_tokens(
     student: SearchStudent, full_texts: Sequence[str], advance: Callable[[int], None] | None = None
-) -> ReadParts:
+) -> EncodedParts:
     """The vectors of the tokens of passages; ``advance`` is called with the number of passages finished."""
     encoded = student.encode_with_tokens(full_texts, "passage", advance=advance)
     assert encoded.tokens is not None
-    return ReadParts(*encoded.tokens, num_tokens=encoded.num_tokens)
+    return EncodedParts(*encoded.tokens, num_tokens=encoded.num_tokens)
 
 
 def _read_windows(
     student: SearchStudent, passages: Sequence[Passage], advance: Callable[[int], None] | None
-) -> ReadParts:
+) -> EncodedParts:
     """Encode the windows of some passages at a time, to advance the progress bar, which counts passages."""
-    parts = [ReadParts(np.zeros((0, student.vector_dim), np.float32), np.zeros(0, np.int64), 0)]
+    parts = [EncodedParts(np.zeros((0, student.vector_dim), np.float32), np.zeros(0, np.int64), 0)]
     for start in range(0, len(passages), _WINDOWS_AT_ONCE):
         block = passages[start : start + _WINDOWS_AT_ONCE]
         parts.append(read_windows(student, [passage.full_text for passage in block]))
         if advance is not None:
             advance(len(block))
     vectors, counts, num_tokens = zip(*parts, strict=True)
-    return ReadParts(np.concatenate(vectors), np.concatenate(counts), sum(num_tokens))
+    return EncodedParts(np.concatenate(vectors), np.concatenate(counts), sum(num_tokens))
 
 
 def read_windows(
     student: SearchStudent, full_texts: Sequence[str], advance: Callable[[int], None] | None = None
-) -> ReadParts:
+) -> EncodedParts:
     """Encode each window of passages as a passage; a single-window passage gets none, as its own vector serves.
 
     ``advance`` is called with the number of windows finished since the last call.
@@ -161,9 +161,9 @@ def read_windows(
         texts += [text[start:end] for start, end in encoded_spans]
         counts.append(len(encoded_spans))
     if not texts:
-        return ReadParts(np.zeros((0, student.vector_dim), np.float32), np.array(counts, np.int64), 0)
+        return EncodedParts(np.zeros((0, student.vector_dim), np.float32), np.array(counts, np.int64), 0)
     encoded = student.encode_passages(texts, advance=advance)
-    return ReadParts(encoded.vectors, np.array(counts, np.int64), encoded.num_tokens)
+    return EncodedParts(encoded.vectors, np.array(counts, np.int64), encoded.num_tokens)
 
 
 @dataclass(frozen=True, slots=True)

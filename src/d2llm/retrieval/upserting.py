@@ -17,7 +17,7 @@ from d2llm.core.errors import DuplicateIdError, IndexMismatchError, InputError
 from d2llm.core.progress import Advance, ignore
 from d2llm.core.types import PartKind, Passage, piece_id
 from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint
-from d2llm.retrieval.reading import ReadPassages, read_passages
+from d2llm.retrieval.reading import EncodedPassages, read_passages
 from d2llm.runners.runner import LocalWorkers, Workers
 from d2llm.store.blocks import Changes
 from d2llm.store.passage_table import PassageTable
@@ -73,7 +73,7 @@ def upsert_passages(
     as_documents: bool = False,
     lenient_metadata: bool = False,
     advance: Advance = ignore,
-    readers: Workers[Sequence[Passage], ReadPassages] | None = None,
+    readers: Workers[Sequence[Passage], EncodedPassages] | None = None,
 ) -> UpsertReport:
     """Add passages to a store, sharded or not, or update existing ones (``Index.upsert``).
 
@@ -172,7 +172,7 @@ class _Upsert:
                 raise DuplicateIdError(self._storage.folder, f"{problem}; use upsert to update them")
         return changes
 
-    def write(self, read: ReadPassages) -> None:
+    def write(self, read: EncodedPassages) -> None:
         """Write the earliest unwritten block in one commit."""
         shard, block, changes = self._unwritten.popleft()
         store = self._storage.stores[shard]

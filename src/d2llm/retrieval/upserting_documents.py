@@ -12,7 +12,7 @@ from d2llm.core.errors import DuplicateIdError, InputError
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Passage, piece_id
 from d2llm.retrieval.protocols import SearchStudent
-from d2llm.retrieval.reading import ReadPassages
+from d2llm.retrieval.reading import EncodedPassages
 from d2llm.retrieval.upserting import UpsertReport, upsert_passages, warn_of_truncation
 from d2llm.runners.runner import Workers
 from d2llm.store.sharded_store import Storage
@@ -41,7 +41,7 @@ def upsert_documents(
     only_new: bool = False,
     lenient_metadata: bool = False,
     num_documents: int | None = None,
-    readers: Workers[Sequence[Passage], ReadPassages] | None = None,
+    readers: Workers[Sequence[Passage], EncodedPassages] | None = None,
 ) -> DocumentsReport:
     """Split documents and add or update their passages (``Index.upsert_documents``).
 

@@ -54,9 +54,9 @@ from d2llm.store.bm25 import WordSegment
 from d2llm.store.index_manifest import KIND, VectorCopies, read_index_manifest, write_index_manifest
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.part_vectors import (
+    EncodedParts,
     EncodeParts,
     PartVectors,
-    ReadParts,
     append_parts,
     create_parts,
     open_parts,
@@ -252,7 +252,7 @@ class IndexStore:
         vectors: NDArray[np.float32],
         truncated: Collection[int] = (),
         table: PassageTable | None = None,
-        parts: Mapping[PartKind, ReadParts] | None = None,
+        parts: Mapping[PartKind, EncodedParts] | None = None,
         added: Sequence[Mapping[str, float]] | None = None,
     ) -> int:
         """Make the changes in one commit; returns the new version.
@@ -342,7 +342,7 @@ class IndexStore:
             return table.version
 
     def _part_codes(
-        self, parts: Mapping[PartKind, ReadParts], names: Sequence[str]
+        self, parts: Mapping[PartKind, EncodedParts], names: Sequence[str]
     ) -> dict[PartKind, tuple[NDArray[np.uint8], NDArray[np.int64]]]:
         """The codes and counts of parts of the passages with these names, of each kind that the index stores."""
         coded: dict[PartKind, tuple[NDArray[np.uint8], NDArray[np.int64]]] = {}

@@ -33,7 +33,7 @@ PLACE_BYTES = 2 * _PLACE.itemsize
 _PARTS_AT_ONCE = 4_096  # few enough to stay in the cache
 
 
-class ReadParts(NamedTuple):
+class EncodedParts(NamedTuple):
     """The parts of some passages, of one kind.
 
     Attributes:
@@ -47,7 +47,7 @@ class ReadParts(NamedTuple):
     num_tokens: int = 0
 
 
-EncodeParts = Callable[[PartKind, Sequence[str]], ReadParts]
+EncodeParts = Callable[[PartKind, Sequence[str]], EncodedParts]
 """Encodes the parts of some passages, given as full texts; "" has no windows."""
 
 

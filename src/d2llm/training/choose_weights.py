@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from d2llm.core.types import Task
-from d2llm.ops.gating import never_worse
+from d2llm.ops.gating import non_inferior
 from d2llm.training.dev_sets import DevResult
 
 Items = dict[str, dict[str, float]]
@@ -49,7 +49,7 @@ def choose_share(
     First, the shares that are significantly worse than the start on some data set are dropped. Of the others, the
     smallest share is chosen that is not significantly worse on any data set than the one with the best mean. If no
     share is left, the result is 0: the start itself. The tests are paired randomisation tests, one-sided at .05
-    (``ops.gating.never_worse``), against the items ``start`` (``items_at_best_weight``).
+    (``ops.gating.non_inferior``), against the items ``start`` (``items_at_best_weight``).
 
     ``measure`` returns the dev results of a share in (0, 1]; ``largest`` is always tried, larger ones never. Returns
     the share, and the dev results of all shares that were tried.
@@ -67,7 +67,7 @@ def worse_sets(
     start: Mapping[str, Mapping[str, float]], end: Mapping[str, Mapping[str, float]], *, seed: int
 ) -> list[str]:
     """The data sets on which ``end`` is significantly worse than ``start``."""
-    return [name for name, values in start.items() if not never_worse(values, end[name], seed=seed).passed]
+    return [name for name, values in start.items() if not non_inferior(values, end[name], seed=seed).passed]
 
 
 def choose_interaction_weights(

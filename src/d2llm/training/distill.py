@@ -195,7 +195,7 @@ def distill(
         )
         stopped_early = run.train()
         run.merge_heads()
-        run.step_back()
+        run.interpolate_with_start()
         run.leave_out_pma()
         run.train_interaction()
         run.set_interaction_weights()

@@ -42,8 +42,8 @@ from d2llm.training.dev_sets import (
 )
 
 GATE_FILE = "gate.json"
-LOOK_QUERIES = 20
-"""Number of dev queries per data set in a first look."""
+PRECHECK_QUERIES = 20
+"""Number of dev queries per data set in a precheck."""
 _KIND, _FORMAT_VERSION = "gate", 1
 
 
@@ -99,7 +99,7 @@ class GateReport:
 
 
 @dataclass(frozen=True, slots=True)
-class FirstLook:
+class Precheck:
     """How an untuned teacher compares with the cosine on a few queries. It is not a verdict and is not recorded."""
 
     sets: tuple[GateRow, ...]
@@ -196,7 +196,7 @@ def gate(
     return report
 
 
-def first_look(
+def precheck(
     judged: Sequence[tuple[Dataset | PairDataset, Task]],
     folder: Path,
     *,
@@ -206,19 +206,19 @@ def first_look(
     seed: int = 0,
     device: str | None = None,
     dtype: str | None = None,
-) -> FirstLook:
-    """Compare teacher and cosine on ``LOOK_QUERIES`` dev queries per data set, before hours are spent on tuning.
+) -> Precheck:
+    """Compare teacher and cosine on ``PRECHECK_QUERIES`` dev queries per data set, before hours are spent on tuning.
 
     Both rank BM25's candidates, so no corpus has to be encoded. ``gate.json`` is not changed; judgements are kept with
     those of the gate. Arguments and errors are those of ``gate``.
     """
     started = time.monotonic()
-    few = (settings or GateConfig()).model_copy(update={"queries": LOOK_QUERIES})
+    few = (settings or GateConfig()).model_copy(update={"queries": PRECHECK_QUERIES})
     sets = [_sample(dataset, task, None, few, seed) for dataset, task in judged]
     by_cosine = _judge(CosineTeacher(student), sets, "cosine", folder)
     model = load_judge(teacher, device=device, dtype=dtype)
     by_teacher = _judge(model, sets, "untuned teacher", folder)
-    return FirstLook(
+    return Precheck(
         sets=tuple(
             _row(one.dev.name, [one], alpha=few.alpha, seed=seed) for one in _measure_both(sets, by_cosine, by_teacher)
         ),

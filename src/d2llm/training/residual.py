@@ -93,7 +93,7 @@ def train_residual(
     assert isinstance(head, Interaction)
     student.eval()
     # Only the symmetric interaction is penalised for changing the ranking of queries of asymmetric sets.
-    needs_queries = config.quiet_price > 0 and any(source.source.task == "symmetric" for source in sources)
+    needs_queries = config.off_task_penalty > 0 and any(source.source.task == "symmetric" for source in sources)
     encoded = [(source, *_encode(student, source, processes)) for source in sources if source.entries]
     with progress_bar("encoding dev", sum(dev_set.num_texts for dev_set in dev_sets)) as advance:
         dev = [encode_dev(student, dev_set, advance=advance, processes=processes) for dev_set in dev_sets]
@@ -154,8 +154,8 @@ class _Training(Trainable):
         seed, vectors, positions = self.batches[step]
         self.head.train()
         loss = self._loss(vectors, positions, seed)
-        if self.config.quiet_price:
-            loss = loss + self.config.quiet_price * self._change_elsewhere(vectors, f"{seed}:{step}")
+        if self.config.off_task_penalty:
+            loss = loss + self.config.off_task_penalty * self._change_elsewhere(vectors, f"{seed}:{step}")
         loss.backward()
         return {"loss": loss.detach()}
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # each step imports what it needs, so that errors in a recipe
     from d2llm.training.ablation.report import AblationReport
     from d2llm.training.alternate import Round
     from d2llm.training.distill import DistillReport
-    from d2llm.training.gate import FirstLook, GateReport
+    from d2llm.training.gate import GateReport, Precheck
     from d2llm.training.label import LabelReport
     from d2llm.training.stack_teachers import StackReport
     from d2llm.training.tune_teacher import TeacherTuningReport
@@ -168,7 +168,7 @@ class Run:
             self.put_filtered_aside("filter")  # first, so that an interruption leaves no plan of the earlier teacher
         keep("mine", self.mine(again="mine" in repeated, before_tuning=True, runner=runner))
         if self.recipe.losses.imitates:
-            keep("first-look", self.first_look(again="tune-teacher" in repeated))
+            keep("precheck", self.precheck(again="tune-teacher" in repeated))
             keep("tune-teacher", self.tune_teacher(again="tune-teacher" in repeated))
             stacked = self.stack_with_cosine(again="stack" in repeated, cosine_again="mine" in repeated, runner=runner)
             keep("stack", stacked)
@@ -212,24 +212,24 @@ class Run:
         return mine_plans(self, again=again, student=student, before_tuning=before_tuning, runner=runner)
 
     @_shows_progress
-    def first_look(self, *, again: bool = False) -> FirstLook | Skipped:
+    def precheck(self, *, again: bool = False) -> Precheck | Skipped:
         """Compare the untuned teacher with the cosine on a few dev queries; warns if the teacher is worse."""
-        from d2llm.training.gate import LOOK_QUERIES, first_look
-        from d2llm.training.sentences import describe_first_look
+        from d2llm.training.gate import PRECHECK_QUERIES, precheck
+        from d2llm.training.sentences import describe_precheck
 
         recipe, folder = self.recipe, self.parts.teacher
         if recipe.teacher_tuning.epochs == 0:
-            return self.skip("first-look: the teacher is not tuned, so the gate tests it as it is")
+            return self.skip("precheck: the teacher is not tuned, so the gate tests it as it is")
         if recipe.teacher.needs_tuning and find_tuned_teacher(recipe.teacher.model) is None:
-            return self.skip("first-look: the teacher has a new head, which must be tuned before it can be tested")
+            return self.skip("precheck: the teacher has a new head, which must be tuned before it can be tested")
         if not again and (is_finished(folder) or working_folder(folder).exists()):
-            return self.skip("first-look: the teacher's tuning has begun or is finished; the gate tests its result")
+            return self.skip("precheck: the teacher's tuning has begun or is finished; the gate tests its result")
         _remarks.info(
-            "first-look: comparing the untuned teacher with the cosine on %d dev queries of each of %d data sets",
-            LOOK_QUERIES,
+            "precheck: comparing the untuned teacher with the cosine on %d dev queries of each of %d data sets",
+            PRECHECK_QUERIES,
             len(recipe.data),
         )
-        look = first_look(
+        look = precheck(
             self.dev_data(),
             self.parts.path,
             teacher=recipe.teacher,
@@ -238,7 +238,7 @@ class Run:
             seed=recipe.seed,
             **self._computing,
         )
-        (_log.warning if look.difference < 0 else _remarks.info)("%s", describe_first_look(look))
+        (_log.warning if look.difference < 0 else _remarks.info)("%s", describe_precheck(look))
         return look
 
     @_shows_progress

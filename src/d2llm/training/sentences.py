@@ -9,20 +9,20 @@ from typing import Any
 from d2llm.core.types import Task
 from d2llm.recipe import TrainingConfig
 from d2llm.training.distill import DistillReport
-from d2llm.training.gate import FirstLook, GateReport
+from d2llm.training.gate import GateReport, Precheck
 from d2llm.training.label import LabelReport
 
 _NEGLIGIBLE = 0.002  # a change of the dev measure that is not meaningful
 _FEW = 50
 
 
-def describe_first_look(look: FirstLook) -> str:
+def describe_precheck(look: Precheck) -> str:
     """How an untuned teacher compares with the cosine, and what its tuning has to make up for."""
     sets = ", ".join(f"{row.name} {row.measure} {row.teacher:.3f} against {row.cosine:.3f}" for row in look.sets)
     if look.difference >= 0:
-        return f"first-look: the untuned teacher is as good as the cosine or better: {sets}"
+        return f"precheck: the untuned teacher is as good as the cosine or better: {sets}"
     return (
-        f"first-look: the untuned teacher is worse than the cosine by {-look.difference:.3f} on average ({sets}). Its "
+        f"precheck: the untuned teacher is worse than the cosine by {-look.difference:.3f} on average ({sets}). Its "
         "tuning has to make up for that, or the gate will close and its labels will not be used. If that is unlikely, "
         "stop now and name a better teacher"
     )

@@ -201,7 +201,7 @@ class DistillRun(Trainable):
         if stage != "tokens" and self.student.config.interaction.gates:
             num_texts += num_dev
         if stage == "vectors":
-            num_shares = 1 + len(training.interpolation) if training.steps_back else 0
+            num_shares = 1 + len(training.interpolation) if training.interpolates else 0
             num_shares += self.student.pooling.gated is not None
             num_texts += (1 + num_shares) * num_dev + (num_dev + self.num_planned if self.has_stages else 0)
         return num_texts * self.progress.seconds_per_text
@@ -218,7 +218,7 @@ class DistillRun(Trainable):
         """Combine the two heads, if there are two, with the weight that is best on dev; even weights if all are equal.
 
         As during the training, a weight that is significantly worse than the start on some data set is not chosen,
-        unless ``step_back`` makes sure of that.
+        unless ``interpolate_with_start`` makes sure of that.
         """
         head, seed = self.student.interaction, self.recipe.seed
         if not isinstance(head, Interaction) or head.teacher_anchors is None:
@@ -239,7 +239,7 @@ class DistillRun(Trainable):
             for share, results in by_share.items()
             if not worse_sets(self.progress.start_items, items_at_best_weight(results), seed=seed)
         ]
-        allowed = list(by_share) if self.recipe.training.steps_back else sound or [0.5]
+        allowed = list(by_share) if self.recipe.training.interpolates else sound or [0.5]
         share = max(allowed, key=lambda share: (mean_value(by_share[share]), -abs(share - 0.5)))
         head.label_share = self.progress.label_share = share
         head.merge_heads()
@@ -248,10 +248,10 @@ class DistillRun(Trainable):
         for each, results in by_share.items():
             self.trainer.write(self.trainer.step, label_share=each, dev=_rounded(results))
 
-    def step_back(self) -> None:
+    def interpolate_with_start(self) -> None:
         """Undo as much of the change as possible without a significant loss on dev (``training.choose_weights``)."""
         training, progress = self.recipe.training, self.progress
-        if self.trainer.best.step == 0 or not training.steps_back:
+        if self.trainer.best.step == 0 or not training.interpolates:
             return
         end = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
@@ -265,7 +265,7 @@ class DistillRun(Trainable):
             measure,
             progress.start_items,
             seed=self.recipe.seed,
-            largest=training.largest_share,
+            largest=training.max_interpolation,
         )
         interpolate(self.parameters, self.start, end, share)
         self._adopt(results[share])
@@ -453,9 +453,11 @@ class DistillRun(Trainable):
         items = items_at_best_weight(results)
         if best.step is None:
             progress.start_dev, progress.start_items = by_set, items
-        # A state that is worse on one data set is not kept, whatever it gained on another. If ``step_back`` runs at the
-        # end, it makes sure of that.
-        is_sound = self.recipe.training.steps_back or not worse_sets(progress.start_items, items, seed=self.recipe.seed)
+        # A state that is worse on one data set is not kept, whatever it gained on another; if
+        # ``interpolate_with_start`` runs at the end, it makes sure of that.
+        is_sound = self.recipe.training.interpolates or not worse_sets(
+            progress.start_items, items, seed=self.recipe.seed
+        )
         if best.update(mean_value(results), step, is_sound=is_sound):
             self._adopt(results)
         dev = _rounded(results)

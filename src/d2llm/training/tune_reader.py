@@ -31,7 +31,7 @@ from d2llm.data.beir import Dataset
 from d2llm.data.run_folder import is_finished, working_folder
 from d2llm.models.backbone import Backbone
 from d2llm.models.device import use_plain_attention_on_cpu
-from d2llm.models.listwise_reader import READER_KIND, ListwiseReader, ReadPassages
+from d2llm.models.listwise_reader import READER_KIND, ListwiseReader, ReadOrder
 from d2llm.models.student import Student
 from d2llm.ops.losses import drawing_loss
 from d2llm.ops.measures import per_query_measures
@@ -209,7 +209,7 @@ def training_lists(lists: Sequence[RankedLists], number: int, seed: int) -> list
 
 def measure(reader: ListwiseReader, lists: RankedLists, qrels: Qrels, *, seed: int = 0) -> ReaderFigures:
     """nDCG@10 of a reader on lists, beside that of the student's order and of a random one."""
-    read: list[ReadPassages] = []
+    read: list[ReadOrder] = []
     with progress_bar("measuring the reader", len(lists)) as advance:
         for start in range(0, len(lists), _MEASURED_AT_ONCE):
             part = slice(start, start + _MEASURED_AT_ONCE)
