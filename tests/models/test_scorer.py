@@ -249,6 +249,6 @@ def test_a_student_can_be_copied_after_scoring(student):
     np.testing.assert_array_equal(student.score(queries[0], passages, "symmetric"), expected)
 
 
-def test_passage_reach_is_one_without_gates(student):
+def test_passage_bound_is_one_without_gates(student):
     passages = student.encode_passages(TEXTS).vectors
     assert (student.passage_bound(passages) == 1).all()
