@@ -94,7 +94,7 @@ def test_late_chunking_rereads_only_changed_documents(place, tmp_path):
     assert "0 problems" in succeed("index", tmp_path / "i", "verify").stderr
     fail("index", tmp_path / "i", *upsert, "--late-window", "64", containing=["windows of 512", "windows of 64"])
     fail("index", tmp_path / "i", *upsert, "--late-window", "600", containing=["'minilm' reads up to 512"])
-    fail("index", tmp_path / "i", *upsert[:4], "--late-window", "64", containing=["--late-window is for --late"])
+    fail("index", tmp_path / "i", *upsert[:4], "--late-window", "64", containing=["late_window is for late"])
 
 
 def test_the_index_remembers_how_texts_are_split(place, tmp_path):
@@ -135,7 +135,7 @@ def test_long_texts_are_split_unless_whole_is_given(place, tmp_path):
     stderr = succeed("index", tmp_path / "whole", "upsert", tmp_path / "corpus.jsonl", "--whole").stderr
     assert "warning: 1 of the 2 encoded passages (50%) are longer than the student reads" in stderr
     assert "--chunk-tokens" in stderr
-    fail("index", tmp_path / "new", "add", tmp_path, "--whole", "--late", containing=["--whole splits nothing"])
+    fail("index", tmp_path / "new", "add", tmp_path, "--whole", "--late", containing=["whole splits nothing"])
     encode = ("encode", tmp_path / "corpus.jsonl", "--out", tmp_path / "encoded")
     assert "2 texts in 9 passages, 0 truncated" in succeed(*encode).stderr
     assert "2 texts in 2 passages, 1 truncated" in succeed(*encode, "--whole", "--overwrite").stderr

@@ -284,7 +284,7 @@ def test_mistakes_get_a_clear_error(place, tmp_path):
     [
         ([{"_id": "a", "text": "t", "position": "third"}], (), "position"),
         ([{"_id": "a", "text": "t"}], ("--field", "year:century"), "century"),
-        ([{"_id": "a", "text": "t"}], ("--chunk-tokens", "4"), "8 to 256"),
+        ([{"_id": "a", "text": "t"}], ("--chunk-tokens", "300"), "8 to 256"),
         ([{"_id": "a", "text": "t", "year": "soon"}], ("--field", "year:integer"), "'year'"),
         ([{"_id": "a", "text": "t"}], ("--student", "nobody"), "nobody"),
     ],
@@ -293,7 +293,7 @@ def test_a_failed_upsert_leaves_no_index_behind(tmp_path, lines, options, messag
     write_lines(tmp_path / "corpus.jsonl", lines)
     fail("index", tmp_path / "new", "upsert", tmp_path / "corpus.jsonl", *options, containing=[message])
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
-    fail("encode", tmp_path / "corpus.jsonl", "--out", tmp_path / "made", "--chunk-tokens", "4", containing=["8 to"])
+    fail("encode", tmp_path / "corpus.jsonl", "--out", tmp_path / "made", "--chunk-tokens", "300", containing=["8 to"])
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 

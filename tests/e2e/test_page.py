@@ -119,8 +119,8 @@ def test_typing_sends_one_query_after_a_pause(visit, address):
 class EditedRequest(SearchRequest):
     """As if its fields had been edited where they are declared."""
 
-    top_k: int = setting(3, "How many to show.", ge=2, le=7)
-    hybrid: float | None = setting(None, "A weight.", ge=0.1, le=0.9)
+    top_k: int = setting(3, "How many to show.", ge=2, le=7, title="How many")
+    hybrid: float | None = setting(None, "A weight.", ge=0.1, le=0.9, title="Mixed")
 
 
 def test_the_page_shows_as_many_as_a_search_does_by_default(visit, address, monkeypatch):
@@ -144,6 +144,13 @@ def test_the_controls_are_made_of_the_settings_of_a_search(visit, address, monke
     assert [count.get_attribute(name) for name in ("min", "max")] == ["2", "7"]
     assert page.locator("label", has=count).get_attribute("title") == "How many to show."
     assert [share.get_attribute(name) for name in ("min", "max")] == ["10", "90"]
+    assert page.get_by_label("How many").get_attribute("id") == "k"
+    assert page.get_by_role("checkbox", name="Mixed").get_attribute("id") == "hybrid-on"
+    assert share.get_attribute("aria-label") == "Mixed: BM25 in percent"
+    for name, control in (("sources", "source"), ("exact", "exact"), ("filter", "filter")):
+        label = page.locator(f"[data-of={control}]").last.text_content()
+        assert label == SearchRequest.model_fields[name].title
+    assert page.locator("legend").first.inner_text() == SearchRequest.model_fields["rescore"].title
     exact = SearchRequest.model_fields["exact"].description
     assert page.locator("label", has=page.locator("#exact")).get_attribute("title") == exact
     assert page.locator("#filter").get_attribute("placeholder") == "year >= 2020 AND language = 'en'"
@@ -293,7 +300,7 @@ def test_the_hybrid_slider_sets_the_share_of_bm25(visit, address):
     page = visit(f"{address}/?q=pasta")
     page.wait_for_selector(".card")
     with page.expect_response(lambda response: asked(response.request).get("hybrid") == 0.5):
-        page.get_by_label("Hybrid").check()
+        page.get_by_role("checkbox", name="Hybrid").check()
     page.locator("#hybrid").focus()
     with page.expect_response(lambda response: asked(response.request).get("hybrid") == 0.55):
         page.keyboard.press("ArrowRight")

@@ -170,7 +170,7 @@ def test_too_few_documents_are_an_error_that_says_what_is_missing(tmp_path, stud
 def test_a_folder_without_documents_leaves_nothing_behind(tmp_path, student, endpoint):
     documents = tmp_path / "docs"
     documents.mkdir()
-    settings = replace(settings_for(student, endpoint.url), student=None)
+    settings = settings_for(student, endpoint.url).replace(student=None)
     with pytest.raises(InputError, match="there are no documents"):
         Fit([documents], None, settings).finish()
     assert [path.name for path in tmp_path.iterdir()] == ["docs"]
@@ -189,7 +189,7 @@ def half(student, endpoint, tmp_path_factory):
 
 
 def repeated(half, **changes):
-    settings = replace(half.settings, **changes)
+    settings = half.settings.replace(**changes)
     return Fit(half.documents, None, settings, device="cpu", dtype="float32")
 
 

@@ -434,6 +434,8 @@ CASES: dict[str, tuple[One, Call]] = {
         lambda w: str(w.texts_folder),
         lambda _, v: [each.id for each in d2llm.find_documents(v).files],
     ),
+    "fit.examples": (lambda _: "ab", lambda _, v: FitSettings.of(examples=v)),
+    "fit.exclude": (lambda _: "ab", lambda _, v: FitSettings.of(exclude=v).exclude),
     "fit.documents": (lambda w: w.root / "gone", lambda w, v: d2llm.fit(v, w.root / "fit-of-nothing")),
     "fit_evidence.judged": (
         lambda _: (everyday(), "asymmetric"),

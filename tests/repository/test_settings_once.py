@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import re
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -16,11 +17,17 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 import d2llm
-from d2llm import EvaluationSettings, Index, SearchSettings
+from d2llm import EvaluationSettings, FitSettings, Index, SearchSettings
 from d2llm.cli.main import app
 from d2llm.core.errors import InputError
-from d2llm.core.settings import Settings, bound, is_list, shown_as
-from d2llm.retrieval.settings import ExpansionSettings
+from d2llm.core.settings import LENIENT_HELP, Settings, bound, is_list, shown_as
+from d2llm.retrieval.settings import (
+    ChunkingSettings,
+    ContextSettings,
+    ExcerptSettings,
+    ExpansionSettings,
+)
+from d2llm.server import corpus_routes, schemas
 from d2llm.server.schemas import ContextRequest, SearchRequest
 from d2llm.server.settings import ServeSettings
 from d2llm.sizing.plan import SizePlan
@@ -51,15 +58,21 @@ def options_of(*verb: str) -> dict[str, Any]:
     return {option: parameter for parameter in command.params for option in parameter.opts}
 
 
+VERBS: list[tuple[str, type[Settings]]] = [
+    *(("search", kind) for kind in (SearchSettings, ExpansionSettings, ExcerptSettings, ContextSettings)),
+    ("fit", FitSettings),
+    ("evaluate", EvaluationSettings),
+    ("size", SizePlan),
+    *(
+        (verb, kind)
+        for verb in ("encode", "index add", "index upsert", "index sync")
+        for kind in (IndexSpec, ChunkingSettings)
+    ),
+]
+KINDS = {kind for _, kind in VERBS} | {ServeSettings}
 OPTIONS = [
     (verb, name, field)
-    for verb, kind in [
-        ("search", SearchSettings),
-        ("search", ExpansionSettings),
-        ("evaluate", EvaluationSettings),
-        ("size", SizePlan),
-        *((verb, IndexSpec) for verb in ("encode", "index add", "index upsert", "index sync")),
-    ]
+    for verb, kind in VERBS
     for name, field in kind.model_fields.items()
     if not shown_as(field).python_only
 ]
@@ -75,6 +88,66 @@ def test_a_setting_is_an_option_with_its_help_default_and_bounds(verb: str, name
     assert (option.type_descriptor.annotation is bool) == option.is_flag
     checks = option.type_descriptor.parameter_info
     assert (checks.min, checks.max) == (bound(field, "ge"), bound(field, "le"))
+
+
+@pytest.mark.parametrize("name", ["student", "writer", "examples", "judged", "teacher"])
+def test_an_option_with_a_form_of_its_own_begins_with_the_help_of_its_setting(name: str):
+    field, option = FitSettings.model_fields[name], options_of("fit")[f"--{name}"]
+    assert option.help.startswith(field.description)
+    assert option.show_default in (shown_as(field).default, True) or name == "writer"
+
+
+def test_no_option_of_a_verb_repeats_a_setting_of_it_under_another_help():
+    """An option that has the name of a setting has its help, whether it was made from it or not."""
+    different = {
+        f"{verb} {option.name}"
+        for verb, kind in VERBS
+        for option in options_of(*verb.split()).values()
+        if (field := kind.model_fields.get(option.name)) is not None
+        and not option.help.replace("\\[", "[").startswith(field.description)
+    }
+    assert different == {"evaluate dtype"}  # of the models, whereas the setting is for Python only: of stored vectors
+
+
+def test_a_field_of_requests_that_others_have_is_declared_once():
+    """A field of two bodies, or of a body and an option, is that of a class of settings, or has no help."""
+    options = {each.name for verb, _ in VERBS for each in options_of(*verb.split()).values()}
+    bodies = [each for each in vars(schemas).values() if isinstance(each, type) and issubclass(each, schemas.Body)]
+    own = [(body, name) for body in bodies for name in body.__annotations__ if name in body.model_fields]
+    counts = Counter(name for _, name in own)
+    other = {"teacher", "query", "passages", "metadata"}  # other things than the options of these names
+    for body, name in own:
+        field = body.model_fields[name]
+        if name in other or not (name in options or counts[name] > 1):
+            continue
+        declared = [kind.model_fields[name] for kind in KINDS if name in kind.model_fields]
+        if declared:
+            assert field.description in {each.description for each in declared}, f"{body.__name__}.{name}"
+            assert bound(field, "ge") in {bound(each, "ge") for each in declared}, f"{body.__name__}.{name}"
+        else:
+            assert field.description in (None, LENIENT_HELP), f"{body.__name__}.{name}"
+
+
+def test_parameters_of_requests_are_the_fields_of_bodies():
+    parameters = {
+        each.alias: each.field_info
+        for route in corpus_routes.router.routes
+        for each in getattr(getattr(route, "dependant", None), "query_params", ())
+    }
+    for name in ("chunk_tokens", "chunk_overlap", "lenient_metadata"):
+        field = schemas.DocumentsRequest.model_fields[name]
+        assert parameters[name].description == field.description
+        assert bound(parameters[name], "ge") == bound(field, "ge")
+
+
+def test_the_names_of_the_controls_of_the_page_are_those_of_the_settings():
+    """The page gets them with the help texts, so its HTML has none of them."""
+    names = {field.title for field in SearchRequest.model_fields.values() if field.title}
+    assert names == {"Ranked by", "Exact", "Hybrid", "Candidates", "Results", "Filter"}
+    page = (Path(d2llm.__file__).parent / "server" / "page" / "index.html").read_text(encoding="utf-8")
+    words = {each.strip() for each in re.findall(r">([^<>]+)<", page)}
+    assert not words & names
+    assert len(re.findall(r"data-of=", page)) == 1 + len(names)  # the filter has two
 
 
 @pytest.mark.parametrize("name", SHOWN)
@@ -105,6 +178,7 @@ def test_settings_for_python_only_are_in_no_request_and_no_option():
         (Index.context, SearchSettings),
         (Index.create, IndexSpec),
         (d2llm.encode, IndexSpec),
+        (d2llm.fit, FitSettings),
         (SizePlan, SizePlan),
     ],
 )
@@ -138,8 +212,7 @@ def test_the_tables_of_the_documentation_are_those_of_the_classes(repository: Pa
 
 
 def test_no_help_text_of_a_setting_is_written_twice(repository: Path):
-    kinds = (SearchSettings, ExpansionSettings, EvaluationSettings, IndexSpec, SizePlan, ServeSettings)
-    helps = {field.description for kind in kinds for field in kind.model_fields.values() if field.description}
+    helps = {field.description for kind in KINDS for field in kind.model_fields.values() if field.description}
     assert len(helps) > 80
     written: list[str] = []
     for path in (repository / "src" / "d2llm").rglob("*"):

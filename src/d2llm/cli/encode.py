@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from d2llm.cli.index_options import (
-    ChunkingOptions,
     CorpusArgument,
     FileOptions,
+    chunking_of,
     warn_of_links,
     warn_of_skipped,
 )
@@ -25,6 +25,7 @@ from d2llm.cli.options import (
 from d2llm.cli.session import session_of
 from d2llm.cli.verbs import verb
 from d2llm.core.shipped import DEFAULT_STUDENT
+from d2llm.retrieval.settings import ChunkingSettings
 from d2llm.store.index_spec import IndexSpec
 
 
@@ -34,7 +35,7 @@ def encode(
     corpus: CorpusArgument,
     out: Annotated[Path, typer.Option(metavar="INDEX", help="Where the index goes.")],
     spec: IndexSpec,
-    splitting: ChunkingOptions,
+    splitting: ChunkingSettings,
     files: FileOptions,
     place: RunnerOptions,
     student: StudentOption = DEFAULT_STUDENT,
@@ -75,7 +76,7 @@ def encode(
         model = Student.load(student, device=device, dtype=dtype, engine=engine)
     else:  # its workers encode; here the student only splits texts, and this machine may lack their device
         model = Student.load(student, device="cpu")
-    chunking = splitting.chunking(model) or default_chunking(model)
+    chunking = chunking_of(splitting, model) or default_chunking(model)
     texts = open_corpus(corpus, **files.reading)
     report = encode(
         texts,

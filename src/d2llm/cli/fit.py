@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +13,6 @@ from d2llm.cli.options import (
     JsonOption,
     RecordedDataOption,
     RunnerOptions,
-    TaskOption,
     WriterOptions,
     input_path,
     lasting_input_path,
@@ -24,10 +23,16 @@ from d2llm.cli.options import (
 from d2llm.cli.session import session_of
 from d2llm.cli.verbs import verb
 from d2llm.core.errors import InputError
+from d2llm.core.settings import shown_as
 from d2llm.core.shipped import DEFAULT_WRITER
+from d2llm.fitting.settings import FitSettings
 
 if TYPE_CHECKING:
     from d2llm.recipe import WriterConfig
+
+
+def _help_of(name: str) -> str | None:
+    return FitSettings.model_fields[name].description
 
 
 @verb("Distil")
@@ -50,15 +55,12 @@ def fit(
             metavar="FOLDER", file_okay=False, help="Where everything goes.", show_default="<documents>.search"
         ),
     ] = None,
-    hours: Annotated[
-        float | None,
-        typer.Option(help="Time for everything; it ends in time with the best so far.", min=0, show_default="8"),
-    ] = None,
-    minutes: Annotated[float | None, typer.Option(help="The same in minutes.", min=0, show_default=False)] = None,
+    settings: Annotated[dict[str, Any], FitSettings],
+    minutes: Annotated[float | None, typer.Option(help="--hours in minutes.", min=0, show_default=False)] = None,
     student: Annotated[
         str | None,
         student_option(
-            help="The student to start from and to beat.", show_default="the shipped one for the documents' language"
+            help=_help_of("student"), show_default=shown_as(FitSettings.model_fields["student"]).default or True
         ),
     ] = None,
     writer: WriterOptions,
@@ -66,18 +68,11 @@ def fit(
         tuple[float, float] | None,
         typer.Option(metavar="PROMPT WRITTEN", help="The endpoint's prices of a million tokens read, and written."),
     ] = None,
-    max_cost: Annotated[
-        float | None, typer.Option(min=0, help="Write no more queries when they have cost this much.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Write no more queries after so many tokens, read and written.")
-    ] = None,
-    max_queries: Annotated[int | None, typer.Option(min=1, help="Write no more queries than this.")] = None,
     examples: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Lines 'passage<TAB>query' that show the writer how users ask.",
+            help=f"{_help_of('examples')} As lines 'passage<TAB>query'.",
             exists=True,
             allow_dash=True,
             callback=input_path,
@@ -85,18 +80,9 @@ def fit(
     ] = None,
     judged: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Users' queries and what they chose: lines 'query<TAB>id' with an optional grade, where an id is that "
-            "of a passage or a document.",
-            exists=True,
-            allow_dash=True,
-            callback=input_path,
-        ),
+        typer.Option(metavar="FILE", help=_help_of("judged"), exists=True, allow_dash=True, callback=input_path),
     ] = None,
-    teacher: Annotated[
-        str | None, teacher_option(help="A model that judges pairs, to review the queries and to learn from.")
-    ] = None,
+    teacher: Annotated[str | None, teacher_option(help=_help_of("teacher"))] = None,
     recorded: Annotated[
         Path | None,
         typer.Option(
@@ -107,13 +93,7 @@ def fit(
         ),
     ] = None,
     data: RecordedDataOption = None,
-    task: TaskOption = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Leave out files of these names, as in a .gitignore; can be repeated."),
-    ] = None,
     again: Annotated[bool, typer.Option("--again", help="Learn anew although an earlier call has finished.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of samples and training.")] = 0,
     place: RunnerOptions,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -129,31 +109,25 @@ def fit(
     documents; --again learns anew.
     """
     session = session_of(context)
-    if hours is not None and minutes is not None:
-        raise InputError("--hours and --minutes both say how long; give one of them")
-    for name, value in (("--hours", hours), ("--minutes", minutes)):
-        if value == 0:
-            raise InputError(f"{name} is 0, but must be above 0")
+    if minutes is not None:
+        if "hours" in settings:
+            raise InputError("--hours and --minutes both say how long; give one of them")
+        if minutes == 0:
+            raise InputError("--minutes is 0, but must be above 0")
+        settings["hours"] = minutes / 60
     from d2llm.fitting.fit import Fit
     from d2llm.fitting.report import verdict_sentence
-    from d2llm.fitting.settings import DEFAULT_HOURS, FitSettings
     from d2llm.fitting.training_data import read_examples
 
-    settings = FitSettings(
-        hours=minutes / 60 if minutes is not None else DEFAULT_HOURS if hours is None else hours,
+    chosen = FitSettings(
+        **settings,
         student=student,
-        task=task,
-        writer=_writer_config(writer, prices, max_cost),
+        writer=_writer_config(writer, prices, settings.get("max_cost")),
         examples=() if examples is None else read_examples(examples),
-        max_tokens=max_tokens,
-        max_cost=max_cost,
-        max_queries=max_queries,
-        teacher=recorded_teacher_config(teacher, None, recorded, data),
         judged=judged,
-        exclude=tuple(exclude or ()),
-        seed=seed,
+        teacher=recorded_teacher_config(teacher, None, recorded, data),
     )
-    fitted = Fit(documents, output, settings, device=device, dtype=dtype, runner=place.find())
+    fitted = Fit(documents, output, chosen, device=device, dtype=dtype, runner=place.find())
     report = fitted.finish(again=again)
     if report is None:
         session.say(f"{fitted.folder.index} is up to date")

@@ -37,7 +37,7 @@ _OWN: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "Candidates and scores": ("num_candidates", "sources", "hybrid", "exact", "budget_ms", "instruction", "task"),
         "What is shown": (
             *("group", "neighbours", "excerpts", "mmr", "near_duplicates", "select_from", "explain"),
-            *("context_tokens", "context_order", "tokenizer"),
+            *("max_tokens", "order", "tokenizer"),
         ),
         "Rerankers": ("reranker", "reranker_set"),
         "Language model that writes": ("expand", "expansions"),

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from d2llm.cli.index_options import (
-    ChunkingOptions,
     CorpusArgument,
     FileOptions,
     check_fits,
+    chunking_of,
     warn_of_links,
     warn_of_skipped,
 )
@@ -38,8 +38,10 @@ from d2llm.cli.session import session_of
 from d2llm.cli.verbs import verb_group
 from d2llm.cli.word_order import check_index_first
 from d2llm.core.errors import InputError
+from d2llm.core.settings import LENIENT_HELP
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES
+from d2llm.retrieval.settings import ChunkingSettings
 from d2llm.store.index_spec import IndexSpec
 
 if TYPE_CHECKING:
@@ -83,9 +85,7 @@ class WritingOptions(FileOptions):
         ),
     ] = None
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Read only id, title and text.")] = False
-    lenient_metadata: Annotated[
-        bool, typer.Option("--lenient-metadata", help="Leave out metadata values that do not fit, and count them.")
-    ] = False
+    lenient_metadata: Annotated[bool, typer.Option("--lenient-metadata", help=LENIENT_HELP)] = False
     device: DeviceOption = None
     dtype: DtypeOption = None
     engine: EngineOption = "torch"
@@ -168,7 +168,7 @@ def add(
     context: typer.Context,
     corpus: CorpusArgument,
     spec: IndexSpec,
-    splitting: ChunkingOptions,
+    splitting: ChunkingSettings,
     writing: WritingOptions,
 ) -> None:
     """Add texts that are not in the index yet; creates it if there is none.
@@ -184,7 +184,7 @@ def upsert(
     context: typer.Context,
     corpus: CorpusArgument,
     spec: IndexSpec,
-    splitting: ChunkingOptions,
+    splitting: ChunkingSettings,
     writing: WritingOptions,
 ) -> None:
     """Add new texts and replace changed ones; creates the index if there is none.
@@ -206,7 +206,7 @@ def sync(
         ),
     ],
     spec: IndexSpec,
-    splitting: ChunkingOptions,
+    splitting: ChunkingSettings,
     writing: WritingOptions,
 ) -> None:
     """Make the index hold the documents of some folders as they are now; creates it if there is none.
@@ -228,7 +228,7 @@ def sync(
             index,
             folders,
             **writing.reading,
-            chunking=splitting.chunking(cast("Student", index.student), index.folder),
+            chunking=chunking_of(splitting, cast("Student", index.student), index.folder),
         )
         _require_passages(index, report.skipped)
     _say_what_was_written(context, index, report.written)
@@ -496,7 +496,7 @@ def _write_corpus(
     context: typer.Context,
     corpus: list[Path],
     spec: IndexSpec,
-    splitting: ChunkingOptions,
+    splitting: ChunkingSettings,
     writing: WritingOptions,
     *,
     only_new: bool,
@@ -510,7 +510,7 @@ def _write_corpus(
     with _opened(folder_of(context), spec, writing) as index:
         report = index.upsert_documents(
             texts.passages,
-            splitting.chunking(cast("Student", index.student), index.folder),
+            chunking_of(splitting, cast("Student", index.student), index.folder),
             only_new=only_new,
             lenient_metadata=writing.lenient_metadata or texts.from_files,
             num_documents=texts.num_documents,

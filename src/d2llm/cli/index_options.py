@@ -13,6 +13,7 @@ import typer
 from d2llm.cli.options import input_path, option_name
 from d2llm.core.errors import InputError
 from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, DEFAULT_SECONDS_PER_FILE
+from d2llm.retrieval.settings import ChunkingSettings
 from d2llm.store.index_spec import IndexSpec
 
 if TYPE_CHECKING:
@@ -91,79 +92,18 @@ def check_fits(spec: IndexSpec, index: Index) -> None:
         )
 
 
-@dataclass(frozen=True)
-class ChunkingOptions:
-    """How texts are split into passages.
+def chunking_of(settings: ChunkingSettings, student: Student, folder: Path | None = None) -> Chunking | None:
+    """The chunking of the index in ``folder``, or the default, changed by these settings; None if none is given.
 
     Raises:
-        InputError: the options contradict each other.
+        InputError: the student cannot read such passages.
     """
+    from d2llm.retrieval.chunking import Chunker, Chunking, changed_chunking
 
-    chunk_tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Split texts into passages of at most N tokens, title included; search --group ranks whole texts.",
-            show_default="the index's; 128 for a new one",
-        ),
-    ] = None
-    chunk_overlap: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=0,
-            help="Tokens that a passage repeats from the previous one.",
-            show_default="the index's; none for a new one",
-        ),
-    ] = None
-    late: Annotated[
-        bool, typer.Option("--late", help="Encode each text as a whole, then pool its passages (late chunking).")
-    ] = False
-    late_window: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Tokens encoded at once with --late.",
-            show_default="as many as the backbone can read",
-        ),
-    ] = None
-    whole: Annotated[
-        bool,
-        typer.Option("--whole", help="Do not split texts: each is one passage, cut at the student's limit."),
-    ] = False
-
-    def __post_init__(self) -> None:
-        numbers = (self.chunk_tokens, self.chunk_overlap, self.late_window)
-        if self.whole and (self.late or any(number is not None for number in numbers)):
-            raise InputError(
-                "--whole splits nothing; leave out --chunk-tokens, --chunk-overlap, --late and --late-window"
-            )
-        if self.late_window is not None and not self.late:
-            raise InputError("--late-window is for --late; give both, or leave it out")
-
-    def chunking(self, student: Student, folder: Path | None = None) -> Chunking | None:
-        """The chunking of the index in ``folder``, or the default, changed by these options; None if none is given.
-
-        Raises:
-            InputError: the student cannot read such passages.
-        """
-        from d2llm.retrieval.chunking import Chunker, Chunking, changed_chunking
-
-        if self.whole:
-            return Chunking(None)
-        if not self.late and self.chunk_tokens is None and self.chunk_overlap is None:
-            return None
-        chunking = changed_chunking(
-            folder,
-            student,
-            chunk_tokens=self.chunk_tokens,
-            chunk_overlap=self.chunk_overlap,
-            late=self.late or None,
-            late_window=self.late_window,
-        )
-        return Chunker(student, chunking).chunking
+    if settings.whole:
+        return Chunking(None)
+    changes = {name: value for name, value in settings if value is not None and value is not False}
+    return Chunker(student, changed_chunking(folder, student, **changes)).chunking if changes else None
 
 
 def warn_of_skipped(session: Session, skipped: Sequence[SkippedFile]) -> None:

@@ -23,6 +23,7 @@ from d2llm.core.settings import (
     DTYPE_HELP,
     STUDENT_HELP,
     TASK_HELP,
+    WRITER_HELP,
     Settings,
     bound,
     is_list,
@@ -274,8 +275,8 @@ class WriterOptions:
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Language model that writes queries: MODEL, KIND:MODEL, or a TOML file with its settings; with "
-            "--endpoint, the model's name there.",
+            help=f"{WRITER_HELP} MODEL, KIND:MODEL, or a TOML file with its settings; with --endpoint, the model's "
+            "name there.",
             show_default="a small one that runs here",
         ),
     ] = None

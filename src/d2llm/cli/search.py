@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -23,8 +24,13 @@ from d2llm.cli.session import Session, session_of
 from d2llm.cli.verbs import verb
 from d2llm.cli.word_order import is_index
 from d2llm.core.errors import InputError
-from d2llm.core.types import ContextOrder, Task
-from d2llm.retrieval.settings import ExpansionSettings, SearchSettings
+from d2llm.core.types import Task
+from d2llm.retrieval.settings import (
+    ContextSettings,
+    ExcerptSettings,
+    ExpansionSettings,
+    SearchSettings,
+)
 
 if TYPE_CHECKING:
     from d2llm.core.types import Certificate, Excerpt, Query, QueryExpansion, Ranking, RerankReport, Selection
@@ -77,52 +83,18 @@ def _reranker(name: str | None, assignments: list[str]) -> Reranker | None:
     return named_reranker(name, **parse_assignments(assignments, "--reranker-set"))
 
 
-@dataclass(frozen=True)
-class PassageOptions:
-    """Options that join results with the passages around them."""
+def _check_context(context: Mapping[str, Any], tokenizer: str | None, settings: SearchSettings, excerpts: bool) -> None:
+    """Check the options about a context.
 
-    excerpts: Annotated[
-        bool,
-        typer.Option("--excerpts", help="Show neighbouring results and --neighbours as one part of their document."),
-    ] = False
-    context_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--context",
-            metavar="TOKENS",
-            min=1,
-            help="Print the results as one text with numbered sources, at most this long, for a language model to "
-            "answer from; near duplicates are left out.",
-        ),
-    ] = None
-    context_order: Annotated[
-        ContextOrder | None,
-        typer.Option(
-            help="With --context: the best source first, or sources of a document together, in its order.",
-            show_default="rank",
-        ),
-    ] = None
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="With --context: the model whose tokens count, a folder or a name.",
-            show_default="the student",
-        ),
-    ] = None
-
-    def check(self, *, explain: bool) -> None:
-        """Check the combination.
-
-        Raises:
-            InputError: an option is for another one that is missing, or contradicts it.
-        """
-        for name, value in (("--context-order", self.context_order), ("--tokenizer", self.tokenizer)):
-            if value is not None and self.context_tokens is None:
-                raise InputError(f"{name} is for --context TOKENS; add it, or leave {name} out")
-        if self.context_tokens is not None and (self.excerpts or explain):
-            name = "--excerpts" if self.excerpts else "--explain"
-            raise InputError(f"--context prints one text instead of the results; leave out {name}")
+    Raises:
+        InputError: an option is for another one that is missing, or contradicts it.
+    """
+    for name, value in (("--context-order", context.get("order")), ("--tokenizer", tokenizer)):
+        if value is not None and "max_tokens" not in context:
+            raise InputError(f"{name} is for --context TOKENS; add it, or leave {name} out")
+    if context and (excerpts or settings.explain):
+        name = "--excerpts" if excerpts else "--explain"
+        raise InputError(f"--context prints one text instead of the results; leave out {name}")
 
 
 @verb("Search", shows_answers=True)
@@ -147,7 +119,16 @@ def search(
         str | None, student_option(help="The student that made the index, if it has moved since.")
     ] = None,
     settings: SearchSettings,
-    around: PassageOptions,
+    around: ExcerptSettings,
+    text: Annotated[dict[str, Any], ContextSettings],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="With --context: the model whose tokens count, a folder or a name.",
+            show_default="the student",
+        ),
+    ] = None,
     reranker: Annotated[
         str | None,
         typer.Option(
@@ -177,14 +158,14 @@ def search(
 
     session = session_of(context)
     all_queries = _read_queries(session, index, words or [], queries)
-    around.check(explain=settings.explain)
+    _check_context(text, tokenizer, settings, around.excerpts)
     second_stage = _reranker(reranker, reranker_set or [])
-    if around.context_tokens is not None:
+    if text:
         from d2llm.retrieval.context import context_settings, named_tokenizer
 
         settings = context_settings(settings)
-        if around.tokenizer is not None:
-            named_tokenizer(around.tokenizer)  # loaded now, so that a mistake is reported before the search
+        if tokenizer is not None:
+            named_tokenizer(tokenizer)  # loaded now, so that a mistake is reported before the search
     opened = Index.open(index, student, device=device, dtype=dtype, engine=engine, lean=True)
     if not len(opened.view):
         raise InputError(f"{index}: holds no passages; add some with d2llm index {index} upsert CORPUS")
@@ -196,10 +177,11 @@ def search(
     rankings = search(opened.view, opened.student, all_queries, settings, rerank=rerank, expansion=expanded)
     report: dict[str, Any] = {"student": opened.student.fingerprint, "rankings": rankings}
     for ranking in rankings:
-        if around.context_tokens is not None:
+        if text:
             if len(rankings) > 1:
                 session.write(ranking.query.text)
-            report.setdefault("contexts", []).append(_show_context(session, opened, ranking, around))
+            shown = _show_context(session, opened, ranking, ContextSettings(**text), tokenizer)
+            report.setdefault("contexts", []).append(shown)
         elif around.excerpts:
             report.setdefault("excerpts", []).append(_show_excerpts(session, opened, ranking))
         else:
@@ -212,20 +194,19 @@ def search(
     session.write_report(context, json_path, report)
 
 
-def _show_context(session: Session, index: Index, ranking: Ranking, options: PassageOptions) -> dict[str, Any]:
+def _show_context(
+    session: Session, index: Index, ranking: Ranking, settings: ContextSettings, tokenizer: str | None
+) -> dict[str, Any]:
     """Print the context that a ranking gives; returns its fields for a report, without the ranking."""
     from d2llm.models.student import Student
     from d2llm.reports.search_tables import context_remark
     from d2llm.retrieval.context import build_context, named_tokenizer
 
-    assert options.context_tokens is not None
     context = build_context(
         ranking,
-        cast(Student, index.student).backbone.token_ends
-        if options.tokenizer is None
-        else named_tokenizer(options.tokenizer),
-        options.context_tokens,
-        order=options.context_order or "rank",
+        cast(Student, index.student).backbone.token_ends if tokenizer is None else named_tokenizer(tokenizer),
+        settings.max_tokens,
+        order=settings.order,
         overlapping=index.repeats_text,
     )
     session.write(context.text)

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 TASK_HELP = "Whether a passage answers a query (asymmetric) or means the same (symmetric)."
 STUDENT_HELP = "A student's folder, or the name of a shipped one."
+WRITER_HELP = "Language model that writes queries."
 DTYPE_HELP = "Number format of the models."
+LENIENT_HELP = "Leave out metadata values that do not fit, and count them."
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from d2llm.data.same_text import comparable, jaccard, shingles
 from d2llm.evaluation.judging import PoolScores, judge_pool
 from d2llm.fitting.draft_store import DraftStore, passage_hash
 from d2llm.fitting.query_rules import query_fault
+from d2llm.fitting.settings import CriticSettings
 from d2llm.models.teachers.judge import Judge, ranks_lists
 from d2llm.models.writers.writer import QUERY_KINDS, QueryKind
 from d2llm.retrieval.index import Index
@@ -52,27 +53,6 @@ class WrittenQuery(NamedTuple):
     def id(self) -> str:
         """Its id: the same whenever the same text is written for the same passage."""
         return f"w-{fingerprint_json([self.passage_id, self.text])}"
-
-
-@dataclass(frozen=True, slots=True)
-class CriticSettings:
-    """How strict the critic is.
-
-    Attributes:
-        depth: the passage must be among this many first results of a search for its query.
-        same_text: passages among those results are also relevant if their texts are at least this similar (Jaccard
-            similarity of character trigrams).
-        num_judged: how many of the results a teacher reads.
-        min_log_odds: log-odds of a teacher below which a query is not answered by its passage; not for one that ranks
-            lists, whose log-odds only compare passages.
-        max_positives: a query with more relevant passages is too general.
-    """
-
-    depth: int = 20
-    same_text: float = 0.8
-    num_judged: int = 5
-    min_log_odds: float = 0.0
-    max_positives: int = 5
 
 
 @dataclass(frozen=True, slots=True)

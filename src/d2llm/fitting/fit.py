@@ -17,7 +17,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -29,6 +29,7 @@ from d2llm.core.fingerprint import fingerprint_files, fingerprint_json, fingerpr
 from d2llm.core.inputs import paths_of
 from d2llm.core.manifest import read_any_manifest, write_manifest
 from d2llm.core.progress import showing_progress
+from d2llm.core.settings import shows
 from d2llm.core.shipped import DEFAULT_STUDENT, DEFAULT_WRITER, MULTILINGUAL_STUDENT
 from d2llm.core.time_limit import time_limit
 from d2llm.core.types import Passage, Query, Task
@@ -49,7 +50,7 @@ from d2llm.fitting.time_plan import TimePlan, plan_time, searches_compared
 from d2llm.fitting.training_data import DataReport, part_of, read_judged, write_users_data, write_written_data
 from d2llm.fitting.write_queries import WritingBudget, WritingReport, write_queries
 from d2llm.ops.gating import GateTest, better
-from d2llm.recipe import DataConfig, GradedTeacherConfig, Recipe, TeacherConfig, untuned_config
+from d2llm.recipe import DataConfig, GradedTeacherConfig, Recipe, TeacherConfig, WriterConfig, untuned_config
 from d2llm.recipe.recipe_file import parse_recipe
 from d2llm.retrieval.protocols import expansion_fingerprint, task_for
 from d2llm.retrieval.text_workers import create_student, encoder_loads, load_student
@@ -83,6 +84,7 @@ _SAMPLED, _SAMPLED_CHARACTERS = 30, 2_000  # documents whose language is guessed
 _LISTED_AT_ONCE = 1_000
 
 
+@shows(FitSettings)
 def fit(
     documents: str | Path | Sequence[str | Path],
     output: str | Path | None = None,
@@ -122,7 +124,7 @@ def fit(
         >>> from d2llm import fit
         >>> fit("docs", "docs.search", hours=0.5)  # doctest: +SKIP
     """
-    chosen = replace(settings or FitSettings(), **changes)
+    chosen = FitSettings.of(settings, **changes)
     return Fit(
         documents, output, chosen, device=device, dtype=dtype, runner=runner, show_progress=show_progress
     ).finish(again=again)
@@ -157,7 +159,8 @@ class Fit:
         self.documents = paths_of(documents, "documents")
         if not self.documents:
             raise InputError("there are no documents; name folders or files")
-        self.settings = settings or FitSettings()
+        self.settings = FitSettings.of(settings)
+        self.writer = self.settings.writer or WriterConfig(model=DEFAULT_WRITER)
         self.folder = require_fit_folder(default_folder(self.documents[0]) if output is None else Path(output))
         self.device, self.dtype, self.show_progress = device, dtype, show_progress
         self.runner = find_runner(runner)
@@ -246,14 +249,14 @@ class Fit:
         if finished is not None:
             return finished
         settings = self.settings
-        if settings.writer.model == DEFAULT_WRITER and self.start == MULTILINGUAL_STUDENT:
+        if self.writer.model == DEFAULT_WRITER and self.start == MULTILINGUAL_STUDENT:
             self._note(f"{DEFAULT_WRITER} writes English, and the documents seem to be in another language")
-        writer = load_writer(settings.writer, device=self.device, dtype=self.dtype)
+        writer = load_writer(self.writer, device=self.device, dtype=self.dtype)
         report = write_queries(
             self.passages,
             writer,
             DraftStore(self.folder.drafts, writer.fingerprint),
-            config=settings.writer,
+            config=self.writer,
             budget=WritingBudget(seconds, settings.max_tokens, settings.max_cost, settings.max_queries),
             kinds=settings.kinds,
             examples=settings.examples,
@@ -308,7 +311,7 @@ class Fit:
         users: dict[str, DataReport] = {}
         trained_on: set[str] = set()
         if self.settings.judged is not None:
-            judged = read_judged(self.settings.judged)
+            judged = read_judged(Path(self.settings.judged))
             report = write_users_data(self.folder.users, self.passages, judged, self.index, task=self.task, seed=seed)
             if report.num_unknown:
                 self._note(f"{report.num_unknown:,} judged ids of users are not in the documents")
@@ -773,7 +776,7 @@ class Fit:
         """Identifies what is asked of the writer, but for the time."""
         settings = self.settings
         limits = [settings.max_tokens, settings.max_cost, settings.max_queries]
-        writer = settings.writer.model_dump(mode="json")
+        writer = self.writer.model_dump(mode="json")
         return fingerprint_json([writer, dict(settings.kinds), settings.examples, limits, settings.seed])
 
     @property

@@ -19,13 +19,12 @@ from d2llm.core.errors import InputError
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Passage
 from d2llm.fitting.draft_store import Draft, DraftKey, DraftStore, passage_hash
+from d2llm.fitting.settings import DEFAULT_KINDS
 from d2llm.models.remote.kept_answers import KeptAnswers
 from d2llm.models.remote.limits import Limits
 from d2llm.models.writers.writer import Assignment, QueryKind, Writer, write_until_error
 from d2llm.recipe import WriterConfig
 
-DEFAULT_KINDS: Mapping[QueryKind, float] = {"question": 0.7, "keywords": 0.3}
-"""Share of each kind of query among the first queries of the passages."""
 MIN_CHARACTERS = 80
 """Passages with a shorter text are too short to ask anything that others do not answer."""
 QUERIES_PER_ANSWER = 2

@@ -13,13 +13,13 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import LateChunk, Passage, SectionedPassage, WholeText, piece_id
 from d2llm.models.backbone import TOKENIZING
 from d2llm.models.student import Student
+from d2llm.retrieval.settings import MIN_CHUNK_TOKENS
 from d2llm.retrieval.split_tables import TableSplitter
 from d2llm.retrieval.text_splitter import TextSplitter
 from d2llm.store.side_files import CHUNK_TOKENS, Chunking, read_chunking
 
 HEADING_SEPARATOR = " > "
 """What stands between the headings in the title of a piece."""
-_LEAST_TOKENS = 8
 _TEXTS_AT_ONCE = 1_024  # whose tokens are counted
 
 
@@ -157,9 +157,9 @@ def _check(chunking: Chunking, limit: int) -> None:
         if chunking != Chunking(None):
             raise InputError("an overlap and late chunks require documents to be split; give chunk_tokens as well")
         return
-    if not _LEAST_TOKENS <= tokens <= limit:
+    if not MIN_CHUNK_TOKENS <= tokens <= limit:
         raise InputError(
-            f"chunk_tokens is {tokens}, but this student reads {limit} tokens; give {_LEAST_TOKENS} to {limit}"
+            f"chunk_tokens is {tokens}, but this student reads {limit} tokens; give {MIN_CHUNK_TOKENS} to {limit}"
         )
     if not 0 <= chunking.chunk_overlap < tokens // 2:
         raise InputError(

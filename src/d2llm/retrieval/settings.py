@@ -10,8 +10,10 @@ from d2llm.core.errors import InputError
 from d2llm.core.inputs import shown
 from d2llm.core.settings import Settings, Shown, setting
 from d2llm.core.types import (
+    DEFAULT_CONTEXT_TOKENS,
     DEFAULT_NUM_CANDIDATES,
     DEFAULT_TOP_K,
+    ContextOrder,
     EvidenceTerm,
     ExpansionMethod,
     Grouping,
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 else:
     Evidence = Any  # the command line, which imports this module, has no use for NumPy
 
+MIN_CHUNK_TOKENS = 8
+"""Least number of tokens of a passage."""
 SELECTED_FROM = 5
 """``mmr`` and ``near_duplicates`` select from this many times ``top_k`` places, by default."""
 _PYTHON_ONLY = Shown(python_only=True)
@@ -47,7 +51,7 @@ class SearchSettings(Settings):
         "Whether a passage should answer the query (asymmetric) or mean the same (symmetric).",
         Shown(default="the index's"),
     )
-    top_k: int = setting(DEFAULT_TOP_K, "Length of the ranking.", ge=1)
+    top_k: int = setting(DEFAULT_TOP_K, "Length of the ranking.", ge=1, title="Results")
     num_candidates: int = setting(
         DEFAULT_NUM_CANDIDATES, "Passages that get the full score; more is slower and more exact.", ge=1
     )
@@ -55,6 +59,7 @@ class SearchSettings(Settings):
         None,
         "Only passages whose metadata match this condition, as in \"year >= 2020 AND language = 'en'\".",
         Shown(metavar="CONDITION"),
+        title="Filter",
         examples=["year >= 2020 AND language = 'en'"],
     )
     sources: tuple[SourceName, ...] | None = setting(
@@ -62,6 +67,7 @@ class SearchSettings(Settings):
         "Sources of candidates, which all get the full score; ann is faster, with the recall measured when it was "
         "built. A fusion with BM25 always has bm25.",
         Shown(option="source", default="vectors, and bm25 if the student's score counts words"),
+        title="Candidates",
         strict=False,
         min_length=1,
         max_length=3,
@@ -77,10 +83,11 @@ class SearchSettings(Settings):
         None,
         "Fuse the student's ranking with BM25's, by reciprocal ranks; the value is BM25's weight, for example 0.5.",
         Shown(metavar="WEIGHT"),
+        title="Hybrid",
         ge=0,
         le=1,
     )
-    exact: bool = setting(False, "Rank all passages exactly, with a proof (certificate).")
+    exact: bool = setting(False, "Rank all passages exactly, with a proof (certificate).", title="Exact")
     budget_ms: float | None = setting(
         None, "With exact: stop after this many milliseconds, and report how much is proved.", ge=0
     )
@@ -209,3 +216,69 @@ class ExpansionSettings(Settings):
         """
         if self.expand is None and self.expansions is not None:
             raise InputError("expansions is for expand 'multi' or 'hyde'; set expand as well, or leave expansions out")
+
+
+class ExcerptSettings(Settings):
+    """How results are shown beside their neighbours."""
+
+    excerpts: bool = setting(
+        False, "Merge results with their neighbours, as parts of their documents; neighbouring ones become one part."
+    )
+
+
+class ContextSettings(Settings):
+    """The one text that results make for a language model."""
+
+    noun: ClassVar[str] = "setting of a context"
+
+    max_tokens: int = setting(
+        DEFAULT_CONTEXT_TOKENS,
+        "Maximum length, in tokens, of the results as one text with numbered sources, for a language model to answer "
+        "from; near duplicates are left out.",
+        Shown(option="context", metavar="TOKENS", default="no such text"),
+        ge=1,
+    )
+    order: ContextOrder = setting(
+        "rank",
+        "Order of its sources. rank: the best first. document: those of a document together, in its order.",
+        Shown(option="context_order", default="rank"),
+    )
+
+
+class ChunkingSettings(Settings):
+    """How texts are split into passages, as far as it is not as in the index."""
+
+    noun: ClassVar[str] = "setting of splitting"
+
+    chunk_tokens: int | None = setting(
+        None,
+        "Maximum tokens of a passage, title included; by default those of the index, or 128 in a new one.",
+        Shown(metavar="N"),
+        ge=MIN_CHUNK_TOKENS,
+    )
+    chunk_overlap: int | None = setting(
+        None,
+        "Tokens that a passage repeats from the previous one; by default as in the index, or none in a new one.",
+        Shown(metavar="N"),
+        ge=0,
+    )
+    late: bool = setting(False, "Encode each text as a whole, then pool its passages (late chunking).")
+    late_window: int | None = setting(
+        None,
+        "Tokens encoded at once with late chunking.",
+        Shown(metavar="N", default="as many as the backbone can read"),
+        ge=1,
+    )
+    whole: bool = setting(False, "Do not split texts: each is one passage, cut at the student's limit.")
+
+    def check(self) -> None:
+        """Check the combination of the settings.
+
+        Raises:
+            InputError: settings contradict each other.
+        """
+        numbers = (self.chunk_tokens, self.chunk_overlap, self.late_window)
+        if self.whole and (self.late or any(number is not None for number in numbers)):
+            raise InputError("whole splits nothing; leave out chunk_tokens, chunk_overlap, late and late_window")
+        if self.late_window is not None and not self.late:
+            raise InputError("late_window is for late; give both, or leave it out")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from starlette.convertors import StringConvertor, register_url_convertor
 
+from d2llm.core.settings import bound
 from d2llm.core.types import Passage
 from d2llm.retrieval.excerpts import num_repeated
 from d2llm.server.answer_schemas import (
@@ -52,11 +53,18 @@ class _AnyText(StringConvertor):
 _uploads = ThreadPoolExecutor(2, thread_name_prefix="upload")  # reading files may take minutes
 register_url_convertor("anypath", _AnyText())
 
+
+def _query(name: str) -> Any:
+    """The query parameter with the help text and bound of a field of the request with documents."""
+    field = DocumentsRequest.model_fields[name]
+    return Query(ge=bound(field, "ge"), description=field.description)
+
+
 Cursor = Annotated[str, Query(description="The next_cursor of the previous page; empty: start from the beginning.")]
 Limit = Annotated[int, Query(ge=1, le=1_000, description="Maximum number of items on a page.")]
-ChunkTokens = Annotated[int | None, Query(ge=8, description="As in /v1/documents.")]
-ChunkOverlap = Annotated[int | None, Query(ge=0, description="As in /v1/documents.")]
-Lenient = Annotated[bool, Query(description="Drop metadata values that do not fit, and count them.")]
+ChunkTokens = Annotated[int | None, _query("chunk_tokens")]
+ChunkOverlap = Annotated[int | None, _query("chunk_overlap")]
+Lenient = Annotated[bool, _query("lenient_metadata")]
 
 
 @router.get("/v1/passages")

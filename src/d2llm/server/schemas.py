@@ -21,17 +21,17 @@ from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
 from d2llm.core.names import did_you_mean, suggestion
-from d2llm.core.settings import narrowed, shown_as
-from d2llm.core.types import (
-    DEFAULT_CONTEXT_TOKENS,
-    DEFAULT_RERANKED_PASSAGES,
-    MAX_ID_CHARS,
-    ContextOrder,
-    Task,
-)
+from d2llm.core.settings import LENIENT_HELP, narrowed, shown_as
+from d2llm.core.types import DEFAULT_RERANKED_PASSAGES, MAX_ID_CHARS, Task
 from d2llm.models.backbone import TextKind
 from d2llm.retrieval.reranker import Reranker
-from d2llm.retrieval.settings import ExpansionSettings, SearchSettings
+from d2llm.retrieval.settings import (
+    ChunkingSettings,
+    ContextSettings,
+    ExcerptSettings,
+    ExpansionSettings,
+    SearchSettings,
+)
 from d2llm.server.errors import MAX_PROBLEMS
 
 BY_STUDENT = ("none", "iem")
@@ -131,6 +131,7 @@ class RankingRequest(SearchSettings, ExpansionSettings, Body):
     query: NonEmpty = Field(description="The query text.", examples=["how do I read a file line by line?"])
     rescore: Rescore = Field(
         "iem",
+        title="Ranked by",
         description="How candidates are ranked: none (inner product), iem, or a kind of reranker, which scores the top "
         "ones again; GET /v1/index lists what is available.",
     )
@@ -144,23 +145,14 @@ class RankingRequest(SearchSettings, ExpansionSettings, Body):
     expansions: int | None = narrowed(ExpansionSettings, "expansions", le=MAX_EXPANSIONS)
 
 
-class SearchRequest(RankingRequest):
+class SearchRequest(RankingRequest, ExcerptSettings):
     """A query with search settings, for a ranking."""
 
-    excerpts: bool = Field(
-        False,
-        description="Also return the results with their neighbours as parts of documents, neighbouring ones merged.",
-    )
 
-
-class ContextRequest(RankingRequest):
+class ContextRequest(RankingRequest, ContextSettings):
     """A query with search settings, for a context. Near duplicates are left out, by default from a cosine of 0.95."""
 
     unknown: ClassVar[frozenset[str]] = frozenset({"explain", "group"})
-    max_tokens: int = Field(DEFAULT_CONTEXT_TOKENS, ge=1, description="Maximum number of the student's tokens.")
-    order: ContextOrder = Field(
-        "rank", description="rank: the best source first. document: sources of a document together, in its order."
-    )
 
 
 class ExplainRequest(Body):
@@ -168,7 +160,7 @@ class ExplainRequest(Body):
 
     query: NonEmpty
     passage_id: PassageId
-    task: Task | None = None
+    task: Task | None = narrowed(SearchSettings, "task")
     teacher: bool = Field(False, description="Also ask the teacher.")
 
 
@@ -187,7 +179,7 @@ class RescoreRequest(Body):
     passages: list[NonEmpty] | None = Field(None, min_length=1, fail_fast=True)
     passage_ids: list[PassageId] | None = Field(None, min_length=1, fail_fast=True)
     passage_vectors: list[Vector] | None = Field(None, min_length=1, fail_fast=True)
-    task: Task | None = None
+    task: Task | None = narrowed(SearchSettings, "task")
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:
@@ -205,7 +197,7 @@ Metadata = Annotated[
 ]
 """If a value does not fit, the index reports passage and field, or drops the value on request."""
 SnapshotName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
-_LENIENT = Field(False, description="Drop metadata values that do not fit, and count them.")
+_LENIENT = Field(False, description=LENIENT_HELP)
 
 # Requests that change the index: passages, documents, snapshots ----------------------------------------------------
 
@@ -242,12 +234,8 @@ class DocumentsRequest(Body):
 
     documents: list[DocumentBody] = Field(min_length=1, fail_fast=True)
     lenient_metadata: bool = _LENIENT
-    chunk_tokens: int | None = Field(
-        None, ge=8, description="Maximum tokens per passage; null: the index's value, or 128 for its first documents."
-    )
-    chunk_overlap: int | None = Field(
-        None, ge=0, description="Tokens that a passage repeats from the previous one; null: the index's value, or 0."
-    )
+    chunk_tokens: int | None = narrowed(ChunkingSettings, "chunk_tokens")
+    chunk_overlap: int | None = narrowed(ChunkingSettings, "chunk_overlap")
 
 
 class SnapshotRequest(Body):

@@ -267,10 +267,14 @@ async function readIndexes() {
   return false;
 }
 
-/** Give the controls the help texts and bounds of the server's fields of a search. */
+/** Give the controls the names, help texts and bounds of the server's fields of a search. */
 function describeControls({ rescore, exact, hybrid, sources, top_k, filter }) {
-  const helps = { ranking: rescore, exact, "hybrid-on": hybrid, hybrid, source: sources, k: top_k, filter };
-  for (const [id, field] of Object.entries(helps)) (byId(id).closest("label") || byId(id)).title = field.description;
+  const controls = { ranking: rescore, exact, "hybrid-on": hybrid, hybrid, source: sources, k: top_k, filter };
+  for (const [id, field] of Object.entries(controls)) {
+    (byId(id).closest("label") || byId(id)).title = field.description;
+    for (const name of document.querySelectorAll(`[data-of="${id}"]`)) name.textContent = field.title;
+  }
+  byId("hybrid").ariaLabel = `${hybrid.title}: BM25 in percent`;
   const bound = (id, low, high) => Object.assign(byId(id), { min: String(low), max: String(high) });
   bound("k", top_k.minimum, top_k.maximum);
   bound("hybrid", 100 * hybrid.minimum, 100 * hybrid.maximum);
