@@ -19,7 +19,7 @@ def methods(
     ] = None,
     json_path: JsonOption = None,
 ) -> None:
-    """List the methods that a recipe, an index or a search can name: what they need, their papers, what they brought.
+    """List methods by kind: papers, needs, what they measured.
 
     These are poolings, losses, pretrainings, teachers, writers, rerankers and so on, also those of other packages.
     """
