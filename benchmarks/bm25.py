@@ -29,7 +29,8 @@ from scaling.data_sets import DATA, require
 
 from d2llm.data.beir import read_beir
 from d2llm.ops.bm25_words import terms
-from d2llm.store.bm25 import WordIndex, WordSegment
+from d2llm.store.bm25 import WordIndex
+from d2llm.store.word_segment import WordSegment
 
 SEGMENT = 1 << 17  # rows: the size to which an index merges its segments
 TOP = 1_000

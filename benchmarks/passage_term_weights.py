@@ -375,7 +375,7 @@ def beside(measured: Measured, words: Floats, *, windows: bool, more: Sequence[F
         assert measured.windows is not None
         parts += [measured.windows, measured.windows / limits]
     parts += more
-    columns = np.stack(parts, axis=2)
+    columns = np.stack(parts, axis=2, dtype=np.float64)
     row_of = {passage_id: row for row, passage_id in enumerate(measured.ids)}
     lists: list[tuple[Floats, Floats]] = []
     for number, grades in enumerate(measured.qrels.values()):

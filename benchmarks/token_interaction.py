@@ -52,9 +52,10 @@ from d2llm.ops.bm25_words import terms, tokens_of_terms
 from d2llm.ops.significance import bootstrap_interval, paired_randomisation
 from d2llm.retrieval.index import PART_FORMATS
 from d2llm.retrieval.row_evidence import mean_of_cosines
-from d2llm.store.bm25 import QueryWords, WordIndex, WordSegment
+from d2llm.store.bm25 import WordIndex
 from d2llm.store.part_vectors import PartVectors
 from d2llm.store.vector_formats import make_format
+from d2llm.store.word_segment import QueryWords, WordSegment
 from d2llm.training.dev_sets import dev_queries
 from d2llm.training.mining.choose import key_of
 

@@ -21,11 +21,12 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage
 from d2llm.ops.bm25_words import terms
-from d2llm.store.bm25 import WordIndex, WordSegment
+from d2llm.store.bm25 import WordIndex
 from d2llm.store.index_manifest import VectorCopies
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import stats, verify
 from d2llm.store.view import PassageView
+from d2llm.store.word_segment import WordSegment
 from tiny_store import DIM, added_words, check_contents, exact_products, new_store, put, vectors_of
 
 WORDS = ("apple", "pear", "quince", "中文", "文本")

@@ -15,8 +15,8 @@ from d2llm.sizing.index_bytes import StudentFacts, index_parts
 from d2llm.sizing.plan import SizePlan
 from d2llm.sizing.texts import read_text_facts
 from d2llm.store.ann import ann_bytes
-from d2llm.store.bm25 import WordSegment
 from d2llm.store.word_files import segment_bytes
+from d2llm.store.word_segment import WordSegment
 from sizing.sized_index import passages, token_student
 
 NUM = 1_000

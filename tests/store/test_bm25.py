@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from d2llm.ops.bm25_words import sentences, terms, windows
 from d2llm.store import bm25
-from d2llm.store.bm25 import WordIndex, WordSegment, rank_passages
+from d2llm.store.bm25 import WordIndex, rank_passages
+from d2llm.store.word_segment import WordSegment
 
 TEXTS = {
     "d": "the cat sat on the mat",

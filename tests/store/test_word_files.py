@@ -11,11 +11,12 @@ import pytest
 from d2llm.core.types import Passage
 from d2llm.ops import words
 from d2llm.store import word_files
-from d2llm.store.bm25 import WordIndex, WordSegment
+from d2llm.store.bm25 import WordIndex
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import stats, verify
 from d2llm.store.view import PassageView
 from d2llm.store.word_files import open_words, update_word_files, write_segment
+from d2llm.store.word_segment import WordSegment
 from tiny_store import few_passages, new_store, put
 
 TEXTS = [f"common words and own{n}. A second sentence {n % 3}" for n in range(40)]

@@ -20,7 +20,8 @@ from d2llm.retrieval.cosine import AnchorStudent
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.shard import shard
-from d2llm.store.bm25 import WordIndex, WordSegment
+from d2llm.store.bm25 import WordIndex
+from d2llm.store.word_segment import WordSegment
 from d2llm.training.fit_document_expansion import fit_document_expansion
 from d2llm.training.fit_scores import fit_scores
 from fake_models import FakeStudent, Interruption

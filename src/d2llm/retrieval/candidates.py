@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from d2llm.core.fallbacks import count_fallback
 from d2llm.core.types import Query, Ties
 from d2llm.store.ann import AnnSearch
-from d2llm.store.bm25 import QueryWords
 from d2llm.store.view import CandidateRows, PassageView
+from d2llm.store.word_segment import QueryWords
 
 _log = logging.getLogger(__name__)
 

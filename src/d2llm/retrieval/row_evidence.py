@@ -13,8 +13,9 @@ from d2llm.core.errors import IndexMismatchError, InputError
 from d2llm.core.types import PART_NAMES, EvidenceTerm, Task
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.retrieval.protocols import SearchStudent, SearchView
-from d2llm.store.bm25 import QueryWords, WordIndex
+from d2llm.store.bm25 import WordIndex
 from d2llm.store.view import PassageView
+from d2llm.store.word_segment import QueryWords
 
 
 class EvidenceParts(NamedTuple):

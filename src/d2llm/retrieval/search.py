@@ -31,9 +31,9 @@ from d2llm.retrieval.results import Order, ScoredCandidates, group_passages, rer
 from d2llm.retrieval.row_evidence import EvidenceParts, weights_for
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.retrieval.shard_search import RemoteShard, SearchedShard, ShardQuery, ShardSearch, source_names
-from d2llm.store.bm25 import CountedTerms, QueryWords
 from d2llm.store.sharded_view import ShardView, joint_rows, map_in_threads, merge_candidates, rows_by_shard
 from d2llm.store.view import CandidateRows, PassageView
+from d2llm.store.word_segment import CountedTerms, QueryWords
 
 _WIDENED = 4  # factor for the number of candidates, if these belong to too few documents
 ENCODED_AT_ONCE = 256

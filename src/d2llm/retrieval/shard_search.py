@@ -32,8 +32,8 @@ from d2llm.retrieval.protocols import VectorStudent
 from d2llm.retrieval.row_evidence import EvidenceParts, RowEvidence
 from d2llm.retrieval.row_scorer import RowScorer
 from d2llm.retrieval.settings import SearchSettings
-from d2llm.store.bm25 import QueryWords
 from d2llm.store.view import CandidateRows, PassageView
+from d2llm.store.word_segment import QueryWords
 
 _NOTHING = np.zeros(0, np.float32)
 

@@ -40,7 +40,6 @@ from d2llm.retrieval.settings import SearchSettings
 from d2llm.retrieval.shard_search import ShardQuery, ShardSearch
 from d2llm.runners.ray_cluster import as_worker, import_ray, last_line, own_versions, require_room, task_error
 from d2llm.server.settings import ServeSettings
-from d2llm.store.bm25 import QueryWords, WordStatistics
 from d2llm.store.filters import parse_filter
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import IndexStats, stats
@@ -50,6 +49,7 @@ from d2llm.store.sharded_inspection import sum_stats
 from d2llm.store.sharded_store import ShardedStore, ShardRecord, open_shard, read_sharded_manifest
 from d2llm.store.sharded_view import ShardedView
 from d2llm.store.view import CandidateRows, PassageView
+from d2llm.store.word_segment import QueryWords, WordStatistics
 
 if TYPE_CHECKING:  # an actor does not need it
     from d2llm.models.student import Student

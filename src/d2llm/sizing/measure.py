@@ -30,7 +30,7 @@ from d2llm.retrieval.protocols import task_for
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.sizing.speeds import Speed, Speeds, TeacherSpeed, processor_name
 from d2llm.sizing.texts import count_postings, word_queries, write_passages
-from d2llm.store.bm25 import WordIndex, WordSegment
+from d2llm.store.bm25 import WordIndex
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
 from d2llm.store.load_faiss import load_faiss
@@ -38,6 +38,7 @@ from d2llm.store.part_vectors import PartVectors
 from d2llm.store.scan import RowScan
 from d2llm.store.vector_formats import FORMATS, VectorFormat, make_format
 from d2llm.store.view import PassageView
+from d2llm.store.word_segment import WordSegment
 
 _SCANNED_BYTES = 256 << 20  # of vectors: more than a processor's caches, little enough for a small machine
 _SCANNED_ROWS = 1 << 20

@@ -20,10 +20,11 @@ from d2llm.core.files import folder_bytes
 from d2llm.core.types import Passage
 from d2llm.ops.bm25_words import sentences, windows
 from d2llm.retrieval.upserting import BLOCK_PASSAGES
-from d2llm.store.bm25 import QueryWords, WordIndex, WordSegment
+from d2llm.store.bm25 import WordIndex
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
 from d2llm.store.passage_table import NAME
+from d2llm.store.word_segment import QueryWords, WordSegment
 
 if TYPE_CHECKING:
     from d2llm.models.student import Student

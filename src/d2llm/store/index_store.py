@@ -50,7 +50,6 @@ from d2llm.store.blocks import (
     table_schema,
     write_words,
 )
-from d2llm.store.bm25 import WordSegment
 from d2llm.store.index_manifest import KIND, VectorCopies, read_index_manifest, write_index_manifest
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.part_vectors import (
@@ -70,6 +69,7 @@ from d2llm.store.stored_vectors import StoredVectors, stored_vectors
 from d2llm.store.table_files import TableFiles
 from d2llm.store.vector_file import IntactExtents, VectorFile
 from d2llm.store.vector_formats import VectorFormat, make_format
+from d2llm.store.word_segment import WordSegment
 from d2llm.store.write_lock import WriteLock
 
 KEEP_VERSIONS = timedelta(hours=1)

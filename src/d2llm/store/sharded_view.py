@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from d2llm.core.types import MissingShard, PartKind, Passage, Task
 from d2llm.ops.selection import top_rows
-from d2llm.store.bm25 import QueryWords, ShardWords, WordStatistics, query_words_of
+from d2llm.store.bm25 import ShardWords, query_words_of
 from d2llm.store.index_store import IndexStore
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.sharded_store import ShardedStore
 from d2llm.store.view import CandidateRows, PassageView, rows_in_order
+from d2llm.store.word_segment import QueryWords, WordStatistics
 
 _SHARD_SHIFT = 40
 _ROW_MASK = (1 << _SHARD_SHIFT) - 1

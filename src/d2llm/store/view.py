@@ -21,7 +21,7 @@ from d2llm.core.types import MissingShard, PartKind, Passage, Task, Ties, is_tex
 from d2llm.ops.selection import top_rows
 from d2llm.store.ann import AnnBase, AnnIndex
 from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK, is_as_written
-from d2llm.store.bm25 import QueryWords, WordIndex, WordStatistics
+from d2llm.store.bm25 import WordIndex
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import PartVectors
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
@@ -29,6 +29,7 @@ from d2llm.store.scan import RowScan
 from d2llm.store.schema import TEXT_COLUMNS, MetadataSchema
 from d2llm.store.vector_file import VectorFile, VectorRows
 from d2llm.store.vector_formats import make_format
+from d2llm.store.word_segment import QueryWords, WordStatistics
 
 _log = logging.getLogger(__name__)
 _STORED_ROWS = 8_192  # rows encoded at a time for a view in another format

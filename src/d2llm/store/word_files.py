@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.ops.words import rule_of_words
-from d2llm.store.bm25 import AddedWords, WordIndex, WordSegment
+from d2llm.store.bm25 import WordIndex
 from d2llm.store.checksums import (
     BLOCK_BYTES,
     FileSums,
@@ -30,6 +30,7 @@ from d2llm.store.checksums import (
     take_sums,
     write_checked,
 )
+from d2llm.store.word_segment import AddedWords, WordSegment
 
 SegmentOf = Callable[[int, int], WordSegment]
 """The words of the rows in a range [first, end), from the table; none for rows that are not passages."""

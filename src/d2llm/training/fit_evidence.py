@@ -31,9 +31,10 @@ from d2llm.retrieval.index import PART_FORMATS
 from d2llm.retrieval.protocols import SearchStudent, term_factors
 from d2llm.retrieval.reading import read_passages, read_windows
 from d2llm.retrieval.row_evidence import mean_of_cosines, scored_list
-from d2llm.store.bm25 import WordIndex, WordSegment
+from d2llm.store.bm25 import WordIndex
 from d2llm.store.part_vectors import PartVectors
 from d2llm.store.vector_formats import make_format
+from d2llm.store.word_segment import WordSegment
 from d2llm.training.dev_sets import MIN_QUERIES, JudgedSet, dev_queries, judged_sets
 
 LISTED_DEPTH, LISTED_PASSAGES = 20, 2_000
