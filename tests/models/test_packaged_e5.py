@@ -665,7 +665,8 @@ class TestModel:
             rows = ["query-id\tcorpus-id\tscore", *(f"q{number}\tc{number}\t1" for number in numbers)]
             (tmp_path / "qrels" / f"{split}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
         written = starting_recipe(tmp_path, backbone="e5", device="cpu")
-        assert 'query_prefix = "query: " #' in written.text
+        assert "prefix" not in written.text  # those of the model card are the defaults
+        assert written.recipe.student.backbone.query_prefix == "query: "
         assert written.recipe.student.backbone.passage_prefix == "passage: "
         assert not any("is for English" in note for note in written.notes)
         # The number includes the prefix and the special tokens at both ends, so it has two digits.

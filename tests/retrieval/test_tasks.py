@@ -61,7 +61,11 @@ def scores(student: Student, query: str, task: Task) -> list[float]:
 class Trained(FakeStudent):
     def __init__(self, *tasks: Task) -> None:
         super().__init__()
-        self.trained_tasks = tasks
+        self._tasks = tasks
+
+    @property
+    def trained_tasks(self):
+        return self._tasks
 
 
 @pytest.mark.parametrize(

@@ -49,11 +49,15 @@ class PlainStudent:
     ``encode_queries``, ``encode_passages``, ``has_anchor``, ``anchor_queries`` and ``score``.
     """
 
-    trained_tasks: Sequence[Task] = ()
     token_dim: int | None = None
     token_fingerprint: str | None = None
     quality: PassageQuality | None = None
     document_expansion: DocumentExpansion | None = None
+
+    @property
+    def trained_tasks(self) -> tuple[Task, ...]:
+        """None are known."""
+        return ()
 
     def prepare(self, query_vector: NDArray[np.float32], task: Task) -> PairScorer | None:  # noqa: ARG002
         """None: its score has no known bound."""

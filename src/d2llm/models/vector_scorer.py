@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from d2llm.core.types import Task, default_task
 from d2llm.models.device import inference
 from d2llm.models.interaction import CosineHead, Interaction
+from d2llm.models.plain_student import PlainStudent
 from d2llm.models.scorer import HeadWeights, QueryScorer
 
 SCORE_BLOCK = 480
@@ -128,8 +129,8 @@ class VectorScorer(nn.Module):
         return kept
 
 
-class _HeadAlone(VectorScorer):
-    """A student's head."""
+class _HeadAlone(VectorScorer, PlainStudent):
+    """A student's head, which knows nothing of texts."""
 
     def __init__(self, interaction: Interaction | CosineHead, fingerprint: str, dtype: torch.dtype) -> None:
         super().__init__()
