@@ -60,7 +60,7 @@ def row_of(name: str, samples: dict[str, Any], texts: tuple[list[str], list[str]
     backbone, _, objective = name.partition("+")
     config = StudentConfig(
         backbone=BackboneConfig.model_validate(BACKBONES[backbone] | {"tuning": "full"}),
-        pooling=Pooling(kind="mean"),
+        pooling=Pooling.of("mean"),
         interaction=InteractionConfig(head="cosine"),
     )
     student = Student.create(config, device="cpu", dtype="float32", seed=0)

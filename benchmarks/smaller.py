@@ -74,7 +74,7 @@ def rows_by_width(samples: Samples) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"set": name, "width": width}
             row["first components"] = round(ndcg(ids, found[:, :width], query_ids, asked[:, :width], qrels), 4)
             if width < whole.vector_dim:
-                pooling = Pooling(kind="projection", dim=width)
+                pooling = Pooling.of({"kind": "projection", "dim": width})
                 student = Student.create(whole.config.model_copy(update={"pooling": pooling}), device="cpu")
                 student.fit_pooling(texts)
                 p, q = student.encode_passages(texts).vectors, student.encode_queries([*queries.values()]).vectors

@@ -33,7 +33,7 @@ from d2llm.models.layer_choice import choose_layers, layer_distances
 from d2llm.models.student import Student
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.whitening import whitening
-from d2llm.recipe import BackboneConfig, InteractionConfig, Pooling, StudentConfig
+from d2llm.recipe import AutoPooling, BackboneConfig, InteractionConfig, Pooling, StudentConfig
 
 SETS = ("squad-sent", "banking77")
 POOLINGS = ("mean", "weighted_mean", "last", "ditto")
@@ -59,14 +59,14 @@ def sample(data: Dataset, num_queries: int, num_passages: int) -> tuple[dict[str
 
 def make_student(
     model: str,
-    pooling: Pooling,
+    pooling: Pooling | None = None,
     layers: int | tuple[int, ...] | None = None,
 ) -> Student:
     """The backbone alone, with the cosine of its own pooling."""
     settings = {"model": model, "layers": layers, "tuning": "frozen"}
     config = StudentConfig(
         backbone=BackboneConfig.model_validate(settings),
-        pooling=pooling,
+        pooling=pooling or AutoPooling(),
         interaction=InteractionConfig(head="cosine"),
     )
     return Student.create(config, device="cpu", seed=0)
@@ -130,7 +130,7 @@ def rows_of(
         cases += [(f"first {count}", own, count), (f"chosen {count}", own, choose_layers(distances, count))]
     rows: list[dict[str, Any]] = []
     for layers, pooling, kept in cases:
-        student = make_student(model, ditto if pooling == "ditto" else Pooling(kind=pooling), kept)
+        student = make_student(model, ditto if pooling == "ditto" else Pooling.of(pooling), kept)
         row: dict[str, Any] = {"model": model, "layers": layers, "kept": kept, "pooling": pooling}
         if pooling == "ditto":
             row["head"] = (ditto.layer, ditto.head)
