@@ -5,8 +5,8 @@ them. Measured per kind: BM25, the untuned backbone's cosine, the shipped studen
 items, whose content words do not occur in the test items: on the backbone's frozen vectors, and with LoRA on the
 backbone.
 
-`python benchmarks/minimal_pairs.py` measures a small part in about two minutes, `--full` everything in docs/wall.md.
-Finished cells are kept in the JSON and not measured again; `--fresh` starts over.
+`python benchmarks/minimal_pairs.py` measures a small part in about two minutes, `--full` everything in
+docs/limit-set.md. Finished cells are kept in the JSON and not measured again; `--fresh` starts over.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from generated.minimal_pairs import DEFAULT_ITEMS, KINDS, MinimalPair, Split, make_minimal_pairs
+from limit_set import COLOURS, HEADS, Cell, Cells, arguments, new_head, optimise, pyplot, save
+from limit_set_text import load_system
 from torch import Tensor, nn
-from wall import COLOURS, HEADS, Cell, Cells, arguments, new_head, optimise, pyplot, save
-from wall_text import load_system
 
 from d2llm import Student
 from d2llm.core.table import Column, Table

@@ -4,8 +4,8 @@ Probing: a linear classifier reads from a text's vector how long the text is, wh
 were changed. The tasks are those of Conneau et al., "What you can cram into a single vector", ACL 2018 (arXiv
 1805.01070), as in SentEval (Conneau and Kiela 2018, arXiv 1803.05449), that need no annotation, made from any corpus.
 
-Generated sets: LIMIT, in which each two of n passages answer one query (``data.wall``), and granularity, whose queries
-name a scene, a thing in it, or its colour too (``data.granularity``).
+Generated sets: LIMIT, in which each two of n passages answer one query (``data.limit_set``), and granularity, whose
+queries name a scene, a thing in it, or its colour too (``data.granularity``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Passage, Query, Task
 from d2llm.data.granularity import make_granularity
-from d2llm.data.wall import make_wall
+from d2llm.data.limit_set import make_limit_set
 from d2llm.models.backbone import EncodedTexts
 from d2llm.ops.bm25_words import sentences
 from d2llm.ops.measures import per_query_measures
@@ -153,7 +153,7 @@ def probe(
         fingerprint: its fingerprint.
         task: the task whose score ranks.
         num_texts: sentences to probe with, at most.
-        num_persons: n of LIMIT, which has n (n - 1) / 2 queries (``make_wall``).
+        num_persons: n of LIMIT, which has n (n - 1) / 2 queries (``make_limit_set``).
         num_distractors: passages of LIMIT that answer no query.
         num_scenes: passages of the granularity set.
         seed: seed of everything random.
@@ -161,10 +161,10 @@ def probe(
     Raises:
         InputError: the corpus has too few sentences, or a number is out of range.
     """
-    wall = make_wall(num_persons, num_distractors=num_distractors, seed=seed)
+    limit_set = make_limit_set(num_persons, num_distractors=num_distractors, seed=seed)
     scenes = make_granularity(num_scenes, seed=seed)
     tasks = () if passages is None else probing_tasks(sample_sentences(passages, num_texts, seed=seed), seed=seed)
-    judged = {query_id: grades for split in wall.qrels.values() for query_id, grades in split.items()}
+    judged = {query_id: grades for split in limit_set.qrels.values() for query_id, grades in split.items()}
     return ProbeReport(
         name,
         fingerprint,
@@ -172,7 +172,9 @@ def probe(
         seed,
         tuple(probe_task(student, each, seed=seed) for each in tasks),
         (
-            *rank(student, "LIMIT", wall.passages, wall.queries, judged, dict.fromkeys(judged, "pairs"), task),
+            *rank(
+                student, "LIMIT", limit_set.passages, limit_set.queries, judged, dict.fromkeys(judged, "pairs"), task
+            ),
             *rank(student, "granularity", scenes.passages, scenes.queries, scenes.qrels, scenes.granularity, task),
         ),
     )

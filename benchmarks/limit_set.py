@@ -1,11 +1,11 @@
-"""A wall for vectors: how many different answers can each head give from vectors of a given width?
+"""A limit set for vectors: how many different answers can each head give from vectors of a given width?
 
 Every pair of n passages is the answer of one query (Weller et al. 2025, arXiv 2508.21038). The vectors are free: they
-and the head are fitted to all judgements, which is the best case for any encoder. wall_unseen.py tests how much of this
-generalises to queries and worlds that were not fitted; wall_text.py uses texts.
+and the head are fitted to all judgements, which is the best case for any encoder. limit_set_unseen.py tests how much of
+this generalises to queries and worlds that were not fitted; limit_set_text.py uses texts.
 
-`python benchmarks/wall.py` measures a small part in less than a minute, `--full` everything in docs/wall.md. Finished
-cells are kept in a JSON file and not measured again; `--fresh` starts over.
+`python benchmarks/limit_set.py` measures a small part in less than a minute, `--full` everything in docs/limit-set.md.
+Finished cells are kept in a JSON file and not measured again; `--fresh` starts over.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from d2llm.core.extras import require
 from d2llm.core.files import write_json
 from d2llm.core.table import Column, Table
-from d2llm.data.wall import all_pairs
+from d2llm.data.limit_set import all_pairs
 from d2llm.models.interaction import Interaction
 from d2llm.ops.losses import in_batch_cross_entropy
 from d2llm.recipe import InteractionConfig
@@ -45,7 +45,7 @@ Cell = dict[str, Any]
 
 
 def moment_curve(num_passages: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Vectors of width 4 that solve the wall of any size in exact arithmetic, by inner product.
+    """Vectors of width 4 that solve the limit set of any size in exact arithmetic, by inner product.
 
     Passage t is (cos t, sin t, cos 2t, sin 2t), all of equal length. (1 - cos(t - a)) (1 - cos(t - b)) is 0 at a and b,
     above 0 elsewhere; its negative is, up to a constant, an inner product of t's vector with one made of a and b. The
@@ -294,7 +294,7 @@ def draw_capacity(means: dict[tuple[str, int], dict[int, float]]) -> None:
         panel.set(title=f"vectors of width {dim}", xlabel="passages n", ylim=(-0.03, 1.03))
     panels[0].set_ylabel("queries with both\nanswers on top")
     panels[0].legend(frameon=False, fontsize=8)
-    save(figure, "wall-capacity.svg")
+    save(figure, "limit-set-capacity.svg")
 
 
 def draw_by_width(values: dict[str, dict[int, list[float]]], levels: dict[str, float], ylabel: str, name: str) -> None:
@@ -317,9 +317,9 @@ def draw_by_width(values: dict[str, dict[int, list[float]]], levels: dict[str, f
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """Command-line options of the wall and minimal-pair scripts. Sets one thread, because the products are small."""
+    """Command-line options of the limit set and minimal pairs. Sets one thread, because the products are small."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="all widths, sizes and seeds, as in docs/wall.md")
+    parser.add_argument("--full", action="store_true", help="all widths, sizes and seeds, as in docs/limit-set.md")
     parser.add_argument("--fresh", action="store_true", help="measure cells again that are already in the JSON")
     torch.set_num_threads(1)
     return parser.parse_args()
@@ -328,7 +328,7 @@ def arguments(description: str) -> argparse.Namespace:
 def main() -> None:
     """Measure missing cells, print the tables, draw the plot."""
     options = arguments(__doc__ or "")
-    cells = Cells("wall", options)
+    cells = Cells("limit-set", options)
     means = measure_capacity(cells, full=options.full)
     print_capacity(means)
     cells.report()

@@ -1,4 +1,4 @@
-"""The wall: a generated retrieval task in which every pair of n passages is the answer of one query.
+"""The limit set: a generated retrieval task in which every pair of n passages is the answer of one query.
 
 It tests how many different answers a scorer can give from vectors of a given width, with very plain texts: persons
 and what they like. After Weller, Boratko, Naim and Lee, "On the Theoretical Limitations of Embedding-Based Retrieval"
@@ -19,7 +19,7 @@ from d2llm.core.files import new_folder, write_bytes
 from d2llm.core.manifest import write_manifest
 from d2llm.core.types import Passage, Query
 
-KIND = "wall"
+KIND = "limit-set"
 FORMAT_VERSION = 1
 SPLITS = ("train", "dev", "test")
 _DEV_SHARE, _TEST_SHARE = 0.1, 0.3
@@ -87,7 +87,7 @@ zeppelins
 
 
 @dataclass(frozen=True)
-class Wall:
+class LimitSet:
     """Passages (the persons first, then the distractors), queries, and split -> query_id -> passage_id -> 1."""
 
     passages: tuple[Passage, ...]
@@ -96,11 +96,11 @@ class Wall:
 
 
 def all_pairs(num_passages: int) -> list[tuple[int, int]]:
-    """The answers of the wall's queries: every pair i < j of ``num_passages`` passages, n (n - 1) / 2 of them."""
+    """The answers of the limit set's queries: every pair i < j of ``num_passages`` passages, n (n - 1) / 2 of them."""
     return list(combinations(range(num_passages), 2))
 
 
-def largest_wall(num_distractors: int = 0) -> int:
+def max_persons(num_distractors: int = 0) -> int:
     """The largest number of persons for which there are enough things: each pair needs its own."""
     available = len(_THINGS) - (_NUM_DISTRACTOR_THINGS if num_distractors else 0)
     persons = _LEAST_PERSONS
@@ -109,7 +109,7 @@ def largest_wall(num_distractors: int = 0) -> int:
     return persons
 
 
-def make_wall(num_persons: int = 32, *, num_distractors: int = 0, seed: int = 0) -> Wall:
+def make_limit_set(num_persons: int = 32, *, num_distractors: int = 0, seed: int = 0) -> LimitSet:
     """Persons of whom each two share one thing that nobody else likes, with a query for each thing.
 
     Each person likes ``num_persons - 1`` things, named in random order. A distractor likes as many, of 100 other things
@@ -117,14 +117,14 @@ def make_wall(num_persons: int = 32, *, num_distractors: int = 0, seed: int = 0)
     things of the splits are disjoint, the passages are the same.
 
     Args:
-        num_persons: n, at least 5. The wall has n (n - 1) / 2 queries, each with 2 relevant passages.
+        num_persons: n, at least 5. The limit set has n (n - 1) / 2 queries, each with 2 relevant passages.
         num_distractors: passages that answer no query.
         seed: seed for names, things, order and splits.
 
     Raises:
-        InputError: fewer than 5 persons, or more than there are words for (``largest_wall``), or a negative number.
+        InputError: fewer than 5 persons, or more than there are words for (``max_persons``), or a negative number.
     """
-    most = largest_wall(num_distractors)
+    most = max_persons(num_distractors)
     if not _LEAST_PERSONS <= num_persons <= most:
         raise InputError(
             f"num_persons is {num_persons}, but must be from {_LEAST_PERSONS} to {most}: "
@@ -151,26 +151,28 @@ def make_wall(num_persons: int = 32, *, num_distractors: int = 0, seed: int = 0)
         for number, (name, own) in enumerate(zip(_names(len(liked), generator), liked, strict=True))
     )
     queries = tuple(Query(f"q{number}", f"Who likes {thing}?") for number, thing in enumerate(queried))
-    return Wall(passages, queries, _splits(pairs, generator))
+    return LimitSet(passages, queries, _splits(pairs, generator))
 
 
-def write_wall(folder: Path, *, num_persons: int = 32, num_distractors: int = 0, seed: int = 0) -> Wall:
-    """Write ``make_wall`` as a BEIR folder that ``read_beir`` and ``d2llm evaluate`` read, atomically.
+def write_limit_set(folder: Path, *, num_persons: int = 32, num_distractors: int = 0, seed: int = 0) -> LimitSet:
+    """Write ``make_limit_set`` as a BEIR folder that ``read_beir`` and ``d2llm evaluate`` read, atomically.
 
     Raises:
-        InputError: numbers out of range (``make_wall``), or ``folder`` holds something else.
+        InputError: numbers out of range (``make_limit_set``), or ``folder`` holds something else.
     """
-    wall = make_wall(num_persons, num_distractors=num_distractors, seed=seed)
+    limit_set = make_limit_set(num_persons, num_distractors=num_distractors, seed=seed)
     with new_folder(folder, kind=KIND) as temporary:
-        corpus = [{"_id": p.id, "title": p.title, "text": p.text} for p in wall.passages]
+        corpus = [{"_id": p.id, "title": p.title, "text": p.text} for p in limit_set.passages]
         _write_lines(temporary / "corpus.jsonl", [json.dumps(record) for record in corpus])
-        _write_lines(temporary / "queries.jsonl", [json.dumps({"_id": q.id, "text": q.text}) for q in wall.queries])
-        for split, judged in wall.qrels.items():
+        _write_lines(
+            temporary / "queries.jsonl", [json.dumps({"_id": q.id, "text": q.text}) for q in limit_set.queries]
+        )
+        for split, judged in limit_set.qrels.items():
             lines = [f"{query}\t{passage}\t1" for query, grades in judged.items() for passage in grades]
             _write_lines(temporary / "qrels" / f"{split}.tsv", ["query-id\tcorpus-id\tscore", *lines])
         settings = {"num_persons": num_persons, "num_distractors": num_distractors, "seed": seed}
         write_manifest(temporary, KIND, FORMAT_VERSION, settings)
-    return wall
+    return limit_set
 
 
 def _splits(pairs: list[tuple[int, int]], generator: np.random.Generator) -> dict[str, dict[str, dict[str, int]]]:

@@ -1,4 +1,4 @@
-"""The wall: a data set in which each query has a pair of persons as its answer, and each pair has one query."""
+"""The limit set: a data set in which each query has a pair of persons as its answer, and each pair has one query."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2llm.core.errors import InputError
-from d2llm.data import wall as module
+from d2llm.data import limit_set as module
 from d2llm.data.beir import read_beir
-from d2llm.data.wall import all_pairs, largest_wall, make_wall, write_wall
+from d2llm.data.limit_set import all_pairs, make_limit_set, max_persons, write_limit_set
 from d2llm.ops.bm25_words import terms
 from d2llm.store.bm25 import WordIndex, rank_passages
 
@@ -32,11 +32,11 @@ def test_all_pairs_by_hand():
 
 @given(num_persons=st.integers(5, 14), num_distractors=st.integers(0, 5), seed=st.integers(0, 50))
 def test_answers_are_those_who_like_it_one_query_per_pair(num_persons, num_distractors, seed):
-    wall = make_wall(num_persons, num_distractors=num_distractors, seed=seed)
-    assert len(wall.passages) == num_persons + num_distractors
-    judged = {query_id: set(grades) for split in wall.qrels.values() for query_id, grades in split.items()}
-    liked = {passage.id: likes(passage.text) for passage in wall.passages}
-    for query in wall.queries:
+    limit_set = make_limit_set(num_persons, num_distractors=num_distractors, seed=seed)
+    assert len(limit_set.passages) == num_persons + num_distractors
+    judged = {query_id: set(grades) for split in limit_set.qrels.values() for query_id, grades in split.items()}
+    liked = {passage.id: likes(passage.text) for passage in limit_set.passages}
+    for query in limit_set.queries:
         assert judged[query.id] == {identifier for identifier, things in liked.items() if thing(query.text) in things}
     persons = [f"p{number}" for number in range(num_persons)]
     assert sorted(map(sorted, judged.values())) == sorted(map(sorted, combinations(persons, 2)))
@@ -44,17 +44,17 @@ def test_answers_are_those_who_like_it_one_query_per_pair(num_persons, num_distr
 
 
 def test_splits_are_disjoint_and_have_the_right_sizes():
-    wall = make_wall(20)  # 190 queries
-    splits = [set(wall.qrels[split]) for split in ("train", "dev", "test")]
+    limit_set = make_limit_set(20)  # 190 queries
+    splits = [set(limit_set.qrels[split]) for split in ("train", "dev", "test")]
     assert [len(split) for split in splits] == [114, 19, 57]
     assert len(set.union(*splits)) == 190
-    texts = {query.id: query.text for query in wall.queries}
+    texts = {query.id: query.text for query in limit_set.queries}
     assert len(set(texts.values())) == 190
 
 
 def test_the_seed_determines_the_wall():
-    assert make_wall(8, num_distractors=2, seed=3) == make_wall(8, num_distractors=2, seed=3)
-    assert make_wall(8, seed=3) != make_wall(8, seed=4)
+    assert make_limit_set(8, num_distractors=2, seed=3) == make_limit_set(8, num_distractors=2, seed=3)
+    assert make_limit_set(8, seed=3) != make_limit_set(8, seed=4)
 
 
 def test_every_word_has_its_own_stem():
@@ -66,44 +66,44 @@ def test_every_word_has_its_own_stem():
 
 
 def test_bm25_finds_both_answers():
-    wall = make_wall(12, num_distractors=20)
-    index = WordIndex.from_texts(passage.full_text for passage in wall.passages)
-    rankings = rank_passages(index, [p.id for p in wall.passages], [query.text for query in wall.queries], 2)
-    judged = {query_id: set(grades) for split in wall.qrels.values() for query_id, grades in split.items()}
+    limit_set = make_limit_set(12, num_distractors=20)
+    index = WordIndex.from_texts(passage.full_text for passage in limit_set.passages)
+    rankings = rank_passages(index, [p.id for p in limit_set.passages], [query.text for query in limit_set.queries], 2)
+    judged = {query_id: set(grades) for split in limit_set.qrels.values() for query_id, grades in split.items()}
     assert all(
         {candidate.passage_id for candidate in candidates} == judged[query.id]
-        for query, candidates in zip(wall.queries, rankings, strict=True)
+        for query, candidates in zip(limit_set.queries, rankings, strict=True)
     )
 
 
 def test_written_as_a_beir_folder(tmp_path: Path):
-    folder = tmp_path / "wall"
-    wall = write_wall(folder, num_persons=9, num_distractors=4, seed=5)
+    folder = tmp_path / "limit-set"
+    limit_set = write_limit_set(folder, num_persons=9, num_distractors=4, seed=5)
     dataset = read_beir(folder)
     assert dataset.issues == ()
-    assert tuple(dataset.passages.values()) == wall.passages
-    assert tuple(dataset.queries.values()) == wall.queries
-    assert dataset.qrels == wall.qrels
-    write_wall(folder, num_persons=6)  # replaces its own folder
+    assert tuple(dataset.passages.values()) == limit_set.passages
+    assert tuple(dataset.queries.values()) == limit_set.queries
+    assert dataset.qrels == limit_set.qrels
+    write_limit_set(folder, num_persons=6)  # replaces its own folder
     assert len(read_beir(folder).passages) == 6
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(InputError, match="did not make"):
-        write_wall(tmp_path / "mine")
+        write_limit_set(tmp_path / "mine")
 
 
 def test_the_size_is_limited_by_the_number_of_words():
     for num_distractors in (0, 1):
-        most = largest_wall(num_distractors)
+        most = max_persons(num_distractors)
         words = len(module._THINGS) - 100 * (num_distractors > 0)
         assert most * (most - 1) // 2 <= words < most * (most + 1) // 2
-        wall = make_wall(most, num_distractors=num_distractors)
-        assert len(wall.queries) == most * (most - 1) // 2
+        limit_set = make_limit_set(most, num_distractors=num_distractors)
+        assert len(limit_set.queries) == most * (most - 1) // 2
         with pytest.raises(InputError, match=f"num_persons is {most + 1}, but must be from 5 to {most}"):
-            make_wall(most + 1, num_distractors=num_distractors)
+            make_limit_set(most + 1, num_distractors=num_distractors)
     with pytest.raises(InputError, match="num_persons is 4"):
-        make_wall(4)
+        make_limit_set(4)
     with pytest.raises(InputError, match="num_distractors is -1"):
-        make_wall(5, num_distractors=-1)
+        make_limit_set(5, num_distractors=-1)
     with pytest.raises(InputError, match="num_distractors is 1600, but must be from 0 to 1595"):
-        make_wall(5, num_distractors=1600)
+        make_limit_set(5, num_distractors=1600)

@@ -1,12 +1,12 @@
-"""Vectors of width 4 that solve the wall in exact arithmetic."""
+"""Vectors of width 4 that solve the limit set in exact arithmetic."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from wall import moment_curve
+from limit_set import moment_curve
 
-from d2llm.data.wall import all_pairs
+from d2llm.data.limit_set import all_pairs
 
 
 @pytest.mark.parametrize("number", [3, 4, 17, 60])

@@ -1,10 +1,11 @@
-"""The wall as texts: who likes what, for a backbone, for shipped students and for heads fitted to frozen vectors.
+"""The limit set as texts: who likes what, for a backbone, for shipped students and for heads fitted to frozen vectors.
 
-Each two of 30 persons share one thing; 270 more persons like other things (d2llm.data.wall). The test queries ask about
-things that no training query mentions. The heads get a linear map of MiniLM's frozen vectors to each width and are
-fitted in 21 worlds: the test's own one and 20 with other persons.
+Each two of 30 persons share one thing; 270 more persons like other things (d2llm.data.limit_set). The test queries ask
+about things that no training query mentions. The heads get a linear map of MiniLM's frozen vectors to each width and
+are fitted in 21 worlds: the test's own one and 20 with other persons.
 
-`python benchmarks/wall_text.py` measures a small part in about two minutes, `--full` everything in docs/wall.md.
+`python benchmarks/limit_set_text.py` measures a small part in about two minutes, `--full` everything in
+docs/limit-set.md.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from limit_set import HEADS, Cell, Cells, arguments, draw_by_width, new_head, optimise, qrels_of
 from torch import Tensor, nn
-from wall import HEADS, Cell, Cells, arguments, draw_by_width, new_head, optimise, qrels_of
 
 from d2llm.core.table import Column, Table
-from d2llm.data.wall import make_wall
+from d2llm.data.limit_set import make_limit_set
 from d2llm.models.student import Student
 from d2llm.ops.losses import in_batch_cross_entropy
 from d2llm.recipe import StudentConfig, untuned_config
@@ -34,16 +35,16 @@ MEASURES = ("Recall@2", "nDCG@10", "Recall@100")
 @cache
 def text_world() -> tuple[list[Any], list[Any], dict[str, list[int]], Tensor]:
     """Passages in random order, queries, rows of each split, judgements [queries, passages]."""
-    wall = make_wall(TEXT_PERSONS, num_distractors=TEXT_DISTRACTORS)
-    passages = [wall.passages[row] for row in np.random.default_rng(1).permutation(len(wall.passages))]
+    limit_set = make_limit_set(TEXT_PERSONS, num_distractors=TEXT_DISTRACTORS)
+    passages = [limit_set.passages[row] for row in np.random.default_rng(1).permutation(len(limit_set.passages))]
     column = {passage.id: place for place, passage in enumerate(passages)}
-    row = {query.id: place for place, query in enumerate(wall.queries)}
+    row = {query.id: place for place, query in enumerate(limit_set.queries)}
     relevant = torch.zeros(len(row), len(column), dtype=torch.bool)
-    for judged in wall.qrels.values():
+    for judged in limit_set.qrels.values():
         for query_id, grades in judged.items():
             relevant[row[query_id], [column[passage_id] for passage_id in grades]] = True
-    rows = {split: [row[query_id] for query_id in judged] for split, judged in wall.qrels.items()}
-    return passages, list(wall.queries), rows, relevant
+    rows = {split: [row[query_id] for query_id in judged] for split, judged in limit_set.qrels.items()}
+    return passages, list(limit_set.queries), rows, relevant
 
 
 def measures(scores: Tensor, relevant: Tensor) -> Cell:
@@ -91,13 +92,13 @@ def training_worlds() -> list[tuple[Tensor, Tensor, Tensor]]:
     Queries for things that the test's world asks about in dev or test are left out everywhere.
     """
     encoder = load_system("cosine, untuned MiniLM")
-    first = make_wall(TEXT_PERSONS, num_distractors=TEXT_DISTRACTORS)
+    first = make_limit_set(TEXT_PERSONS, num_distractors=TEXT_DISTRACTORS)
     held_out = {query.text for query in first.queries if query.id not in first.qrels["train"]}
     worlds: list[tuple[Tensor, Tensor, Tensor]] = []
-    for wall in (first, *(make_wall(TEXT_PERSONS, seed=seed) for seed in range(1, 1 + NUM_WORLDS))):
-        rows = [place for place, query in enumerate(wall.queries) if query.text not in held_out]
-        persons = wall.passages[:TEXT_PERSONS]
-        texts = [wall.queries[place].text for place in rows], [person.text for person in persons]
+    for limit_set in (first, *(make_limit_set(TEXT_PERSONS, seed=seed) for seed in range(1, 1 + NUM_WORLDS))):
+        rows = [place for place, query in enumerate(limit_set.queries) if query.text not in held_out]
+        persons = limit_set.passages[:TEXT_PERSONS]
+        texts = [limit_set.queries[place].text for place in rows], [person.text for person in persons]
         vectors = [torch.from_numpy(encoder.encode_passages(part).vectors) for part in texts]
         worlds.append((vectors[0], vectors[1], qrels_of(TEXT_PERSONS)[1][rows]))
     return worlds
@@ -157,7 +158,7 @@ def text(cells: Cells, name: str, dim: int, seed: int) -> Cell:
 def main() -> None:
     """Measure missing cells, print the table, draw the plot."""
     options = arguments(__doc__ or "")
-    cells = Cells("wall-text", options)
+    cells = Cells("limit-set-text", options)
     rows = {name: [cells.get(("text", name), lambda name=name: text_system(name))] for name in TEXT_SYSTEMS}
     dims, num_seeds = ((8, 32, 128), 2) if options.full else ((128,), 1)
     fitted = {
@@ -173,7 +174,7 @@ def main() -> None:
     if options.full:
         values = {name: {dim: [cell["nDCG@10"] for cell in fitted[name][dim]] for dim in dims} for name in HEADS}
         levels = {name: rows[name][0]["nDCG@10"] for name in TEXT_SYSTEMS if name != "d2llm-minilm, cosine part"}
-        draw_by_width(values, levels, "nDCG@10, queries for unseen things", "wall-text.svg")
+        draw_by_width(values, levels, "nDCG@10, queries for unseen things", "limit-set-text.svg")
 
 
 if __name__ == "__main__":

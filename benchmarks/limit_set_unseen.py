@@ -1,10 +1,11 @@
-"""How much of the wall's capacity generalises: heads from other worlds, and unseen queries.
+"""How much of the limit set's capacity generalises: heads from other worlds, and unseen queries.
 
 1. frozen: a head with random weights, or fitted in one other world or in four of them together, is frozen, and the
    vectors of a new world are fitted with it. The new judgements can then only be represented by the vectors.
 2. unseen: a small network makes a query from its two passages; 30 % of the pairs are held out.
 
-`python benchmarks/wall_unseen.py` measures a small part in less than a minute, `--full` everything in docs/wall.md.
+`python benchmarks/limit_set_unseen.py` measures a small part in less than a minute, `--full` everything in
+docs/limit-set.md.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from wall import (
+from limit_set import (
     CALIBRATION_SEED,
     CAPACITY_STEPS,
     HEADS,
@@ -30,6 +30,7 @@ from wall import (
     qrels_of,
     share_right,
 )
+from torch import Tensor, nn
 
 from d2llm.core.table import Column, Table
 from d2llm.ops.losses import in_batch_cross_entropy
@@ -148,7 +149,7 @@ def print_frozen(cells: Cells) -> None:
 def main() -> None:
     """Measure missing cells, print the tables, draw the plot."""
     options = arguments(__doc__ or "")
-    cells = Cells("wall-unseen", options)
+    cells = Cells("limit-set-unseen", options)
     unseen_cells = measure_unseen(cells, full=options.full)
     print_unseen(unseen_cells)
     if options.full:
@@ -157,7 +158,7 @@ def main() -> None:
             name: {dim: [cell["right"] for cell in of_seeds] for dim, of_seeds in by_dim.items()}
             for name, by_dim in unseen_cells.items()
         }
-        draw_by_width(shares, {}, "unseen queries with both\nanswers on top", "wall-unseen.svg")
+        draw_by_width(shares, {}, "unseen queries with both\nanswers on top", "limit-set-unseen.svg")
     cells.report()
 
 
