@@ -157,7 +157,7 @@ def main() -> None:
             result["same rankings"] = sum(ours[query] == whole[query] for query in queries)
             result["on Ray, one client"] = times([ask(http, url, query) for query in queries])
             result["on Ray"] = times(load(url, queries, LOAD_SECONDS))
-            for name, title in (("a shard killed", "ray::_ShardActor"), ("a replica killed", "ray::ServeReplica")):
+            for name, title in (("a shard killed", "ray::ShardActor"), ("a replica killed", "ray::ServeReplica")):
                 killed: list[float] = []
 
                 def during(title: str = title, killed: list[float] = killed) -> None:

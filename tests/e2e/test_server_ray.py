@@ -212,7 +212,7 @@ def test_the_command_of_the_page_loses_nothing_with_two_actors_of_a_shard(folder
 def pids_of_actors(cluster: Any) -> set[int]:
     """The processes of this cluster that hold shards; other tests may have clusters on this machine too."""
     raylets = [each.process.pid for node in cluster.list_all_nodes() for each in node.all_processes["raylet"]]
-    command = ["pgrep", "-P", ",".join(map(str, raylets)), "-f", "^ray::_ShardActor"]
+    command = ["pgrep", "-P", ",".join(map(str, raylets)), "-f", "^ray::ShardActor"]
     return set(map(int, subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()))
 
 

@@ -12,14 +12,9 @@ from d2llm import Index, Passage, Student
 from d2llm.core.errors import MismatchError
 from d2llm.retrieval.shard import shard
 from d2llm.runners.ray_cluster import own_versions
-from d2llm.server.ray_shards import (
-    RemoteStore,
-    ShardCluster,
-    _NotOpenError,
-    _ShardActor,
-    _ShardVersion,
-)
+from d2llm.server.ray_shards import RemoteStore, ShardCluster
 from d2llm.server.settings import ServeSettings
+from d2llm.server.shard_actor import NotOpenError, ShardActor, ShardVersion
 from tiny_server import write_tiny_index
 
 
@@ -29,10 +24,10 @@ def sharded(tmp_path: Path) -> Path:
     return tmp_path / "sharded"
 
 
-def latest(folder: Path) -> _ShardVersion:
+def latest(folder: Path) -> ShardVersion:
     """The latest version of shard 0."""
     store = RemoteStore(folder)
-    return _ShardVersion(folder, dict(store.manifest), store.records[0], 0, 2)
+    return ShardVersion(folder, dict(store.manifest), store.records[0], 0, 2)
 
 
 def add(folder: Path, name: str) -> None:
@@ -40,13 +35,13 @@ def add(folder: Path, name: str) -> None:
     Index.open(folder).upsert([Passage(f"{name}{n}", f"a cat by the sea {n}") for n in range(8)])
 
 
-def count(actor: _ShardActor, one: _ShardVersion) -> int:
+def count(actor: ShardActor, one: ShardVersion) -> int:
     return len(actor._opened(one.version).view)
 
 
 def test_an_actor_keeps_the_versions_that_are_in_use_and_no_others(sharded: Path):
     scorer: Any = Student.load(sharded.parent / "student-0").without_backbone()
-    actor = _ShardActor(own_versions(), str(Path.cwd()))
+    actor = ShardActor(own_versions(), str(Path.cwd()))
     first = latest(sharded)
     size = actor.open(first, scorer, frozenset()).num_passages
     for name in ("x", "y", "z"):  # versions that another shard fails to open, so that the first is still served
@@ -56,12 +51,12 @@ def test_an_actor_keeps_the_versions_that_are_in_use_and_no_others(sharded: Path
     assert len(actor._open) == 2
     add(sharded, "w")
     actor.open(latest(sharded), scorer, frozenset())
-    with pytest.raises(_NotOpenError):
+    with pytest.raises(NotOpenError):
         actor.count_words(first.version, np.zeros(1, np.uint64))
 
 
 def test_an_actor_with_other_versions_is_refused(sharded: Path):
-    actor = _ShardActor(own_versions() | {"d2llm": "0.0.1"}, str(Path.cwd()))
+    actor = ShardActor(own_versions() | {"d2llm": "0.0.1"}, str(Path.cwd()))
     with pytest.raises(MismatchError, match=r"instead of 0\.0\.1"):
         actor.open(latest(sharded), Student.load(sharded.parent / "student-0").without_backbone(), frozenset())
 

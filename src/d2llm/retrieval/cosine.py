@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from d2llm.core.types import Task
 from d2llm.models.backbone import EncodedTexts, TextKind
 from d2llm.models.plain_student import PlainStudent
-from d2llm.retrieval.protocols import SearchStudent, TextEncoder
+from d2llm.retrieval.protocols import SearchStudent, TextEncoder, VectorStudent
 
 
 class ForwardingEncoder(PlainStudent):
@@ -90,13 +90,27 @@ class ForwardingStudent(ForwardingEncoder):
         return self._student.term_factors(queries)
 
 
-class CosineStudent(ForwardingEncoder):
-    """An encoder whose score is the cosine of its vectors."""
+class _InnerProduct(PlainStudent):
+    """Scores by the inner product of a passage's vector with the query's anchor vector."""
 
     @property
     def has_anchor(self) -> bool:
         """True: the inner product is the score."""
         return True
+
+    def anchor_queries(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
+        """The anchor vectors."""
+        raise NotImplementedError
+
+    def score(
+        self, query_vector: NDArray[np.float32], passage_vectors: NDArray[np.float32], task: Task
+    ) -> NDArray[np.float32]:
+        """[dim], [n, dim] -> inner products [n]."""
+        return passage_vectors @ self.anchor_queries(query_vector[None], task)[0]
+
+
+class CosineStudent(_InnerProduct, ForwardingEncoder):
+    """An encoder whose score is the cosine of its vectors."""
 
     @property
     def fingerprint(self) -> str:
@@ -125,29 +139,29 @@ class CosineStudent(ForwardingEncoder):
         """The vectors themselves."""
         return query_vectors
 
-    def score(
-        self,
-        query_vector: NDArray[np.float32],
-        passage_vectors: NDArray[np.float32],
-        task: Task,  # noqa: ARG002 - part of the protocol
-    ) -> NDArray[np.float32]:
-        """[dim], [n, dim] -> inner products [n]."""
-        return passage_vectors @ query_vector
 
+class AnchorScorer(_InnerProduct):
+    """A scorer without the rest of its score: by the inner-product part alone."""
 
-class AnchorStudent(ForwardingStudent):
-    """A D2LLM student that scores by the inner-product part alone."""
+    def __init__(self, scorer: VectorStudent) -> None:
+        self._scorer = scorer
 
     @property
-    def has_anchor(self) -> bool:
-        """True: the inner product is the score."""
-        return True
+    def fingerprint(self) -> str:
+        """The scorer's fingerprint: both can use the same index."""
+        return self._scorer.fingerprint
 
-    def score(
-        self, query_vector: NDArray[np.float32], passage_vectors: NDArray[np.float32], task: Task
-    ) -> NDArray[np.float32]:
-        """[dim], [n, dim] -> inner products [n] with the anchor query."""
-        return passage_vectors @ self.anchor_queries(query_vector[None], task)[0]
+    def anchor_queries(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
+        """The scorer's anchor vectors."""
+        return self._scorer.anchor_queries(query_vectors, task)
+
+
+class AnchorStudent(AnchorScorer, ForwardingStudent):
+    """A D2LLM student that scores by the inner-product part alone."""
+
+    def __init__(self, student: SearchStudent) -> None:
+        AnchorScorer.__init__(self, student)
+        ForwardingStudent.__init__(self, student)
 
 
 def _unit(encoded: EncodedTexts) -> EncodedTexts:

@@ -17,189 +17,40 @@ import logging
 import secrets
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import D2LLMError, ShardAwayError
-from d2llm.core.files import folder_bytes
-from d2llm.core.types import MissingShard, PartKind, Passage, Task
+from d2llm.core.types import MissingShard, PartKind, Task
 from d2llm.models.evidence import EvidenceWeights
-from d2llm.models.vector_scorer import VectorScorer
-from d2llm.retrieval.cosine import AnchorStudent
-from d2llm.retrieval.exact_search import CachedBounds, CertifiedRows
-from d2llm.retrieval.protocols import SearchStudent, VectorStudent
-from d2llm.retrieval.row_evidence import EvidenceParts
+from d2llm.models.student import Student
+from d2llm.retrieval.cosine import AnchorScorer
+from d2llm.retrieval.protocols import VectorStudent
 from d2llm.retrieval.settings import SearchSettings
-from d2llm.retrieval.shard_search import ShardQuery, ShardSearch
-from d2llm.runners.ray_cluster import as_worker, import_ray, last_line, own_versions, require_room, task_error
+from d2llm.runners.ray_cluster import import_ray, last_line, own_versions, require_room, task_error
 from d2llm.server.settings import ServeSettings
+from d2llm.server.shard_actor import NotOpenError, SearchSpec, ShardActor, ShardFacts, ShardVersion
 from d2llm.store.filters import parse_filter
-from d2llm.store.index_store import IndexStore
-from d2llm.store.inspection import IndexStats, stats
-from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
+from d2llm.store.inspection import IndexStats
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.sharded_inspection import sum_stats
-from d2llm.store.sharded_store import ShardedStore, ShardRecord, open_shard, read_sharded_manifest
+from d2llm.store.sharded_store import ShardedStore, read_sharded_manifest
 from d2llm.store.sharded_view import ShardedView
-from d2llm.store.view import CandidateRows, PassageView
-from d2llm.store.word_segment import QueryWords, WordStatistics
-
-if TYPE_CHECKING:  # an actor does not need it
-    from d2llm.models.student import Student
+from d2llm.store.view import CandidateRows
+from d2llm.store.word_segment import WordStatistics
 
 _log = logging.getLogger(__name__)
-_KEPT_SEARCHES = 64  # per version: each holds the rows that its filter allows
 _LOOK_SECONDS = 0.1  # between two looks at the replicas that are not ready
 _STATS_SECONDS = 60.0
 _RETRY_SECONDS = 1.0  # between two attempts to open a shard
 _KEPT_SECONDS = 30.0  # for which the actors of an index stay that another has replaced
 _START_SECONDS = 300.0  # for all shards to open a version
-
-
-# In the actors --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _ShardVersion:
-    """One version of a shard, as its actors open it."""
-
-    folder: Path
-    manifest: dict[str, Any]
-    record: ShardRecord
-    number: int
-    num_shards: int
-
-    @property
-    def version(self) -> int:
-        return self.record.version
-
-    @property
-    def place(self) -> str:
-        return f"shard {self.number} of {self.num_shards}"
-
-
-class _ShardFacts(NamedTuple):
-    """What this process needs to know about an open shard."""
-
-    num_passages: int
-    metadata: MetadataSchema
-    statistics: WordStatistics
-    part_kinds: frozenset[PartKind]
-
-
-@dataclass(frozen=True)
-class _Search:
-    """What a ``ShardSearch`` depends on; ``key`` stands for the rest."""
-
-    key: str
-    settings: SearchSettings
-    task: Task
-    weights: EvidenceWeights
-    is_exact: bool
-    by_anchor: bool
-
-
-class _NotOpenError(Exception):
-    """This actor has not opened the version; it was started again."""
-
-
-class _OpenShard:
-    """One version of a shard in an actor. Call it in one thread at a time."""
-
-    def __init__(self, shard: _ShardVersion, scorer: VectorScorer, before: IndexStore | None) -> None:
-        self.store = open_shard(shard.folder, shard.manifest, shard.number, shard.record, shard.num_shards)
-        if before is not None:
-            self.store.intact = before.intact  # only new files are compared with their checksums
-        self._corpus = WordStatistics()
-        self.view = PassageView(self.store, shard.version, corpus=lambda: self._corpus)
-        self._scorer = scorer
-        self._cached_bounds = CachedBounds()
-        self._searches: OrderedDict[str, ShardSearch] = OrderedDict()
-        self.facts = _ShardFacts(
-            len(self.view), self.view.metadata, self.view.own_words.statistics, self.view.part_kinds
-        )
-
-    def within(self, corpus: WordStatistics) -> _OpenShard:
-        """This shard, as part of the corpus with these statistics."""
-        if corpus != self._corpus:
-            self._corpus = corpus
-            self.view.__dict__.pop("words", None)  # a cached property
-            self._searches.clear()
-        return self
-
-    def search(self, search: _Search) -> ShardSearch:
-        if search.key not in self._searches:
-            student: VectorStudent = self._scorer
-            if search.by_anchor:
-                student = AnchorStudent(cast("SearchStudent", student))
-            self._searches[search.key] = ShardSearch(
-                self.view,
-                student,
-                search.settings,
-                search.task,
-                search.weights,
-                is_exact=search.is_exact,
-                cached=self._cached_bounds,
-            )
-            if len(self._searches) > _KEPT_SEARCHES:
-                self._searches.popitem(last=False)
-        self._searches.move_to_end(search.key)
-        return self._searches[search.key]
-
-
-class _ShardActor:
-    """What runs on a node of the cluster: one shard, at the versions that it was told to open and to keep."""
-
-    def __init__(self, versions: dict[str, str], folder: str) -> None:
-        self._versions, self._folder = versions, folder
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-
-    def open(self, shard: _ShardVersion, scorer: VectorScorer, kept: frozenset[int]) -> _ShardFacts:
-        """Open a version, while searches of others go on; forget those that are not ``kept``."""
-        as_worker(self._versions, self._folder)  # here, because its error reaches the server
-        if shard.version not in self._open:
-            before = next(reversed(self._open.values())).store if self._open else None
-            opened = _OpenShard(shard, scorer, before)
-            if len(opened.view):  # the first scan reads the vectors
-                opened.view.scan(np.zeros(opened.view.dim, np.float32), 1)
-            self._open[shard.version] = opened
-            for version in self._open.keys() - kept - {shard.version}:
-                del self._open[version]
-        return self._open[shard.version].facts
-
-    def search(
-        self, version: int, corpus: WordStatistics, search: _Search, method: str, *args: Any, **options: Any
-    ) -> Any:
-        """One step of a search: a method of ``ShardSearch``."""
-        return getattr(self._opened(version).within(corpus).search(search), method)(*args, **options)
-
-    def read(self, version: int, corpus: WordStatistics, method: str, *args: Any, **options: Any) -> Any:
-        """A method of ``PassageView``."""
-        return getattr(self._opened(version).within(corpus).view, method)(*args, **options)
-
-    def count_words(self, version: int, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """The number of passages that have each of these terms [n]."""
-        return self._opened(version).view.own_words.rows_with(hashes)
-
-    def stats(self, version: int) -> tuple[IndexStats, int]:
-        """The shard's statistics, and its bytes."""
-        store = self._opened(version).store
-        return stats(store), folder_bytes(store.folder)
-
-    def _opened(self, version: int) -> _OpenShard:
-        if version not in self._open:
-            raise _NotOpenError
-        return self._open[version]
-
-
-# In the server's process ----------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -229,10 +80,10 @@ class _Shard:
     that one, if it is another, and the one before, which requests may still use.
     """
 
-    def __init__(self, desired: _ShardVersion, settings: ServeSettings) -> None:
+    def __init__(self, desired: ShardVersion, settings: ServeSettings) -> None:
         self.desired = desired
-        self.served: tuple[_ShardVersion, ...] = ()
-        self.facts: dict[int, _ShardFacts] = {}
+        self.served: tuple[ShardVersion, ...] = ()
+        self.facts: dict[int, ShardFacts] = {}
         self.error: Exception | None = None
         self._settings = settings
         self.replicas = [_Replica(self.new_actor()) for _ in range(settings.shard_replicas)]
@@ -246,7 +97,7 @@ class _Shard:
             "concurrency_groups": {"control": 1},
             "scheduling_strategy": "SPREAD",
         }
-        return ray.remote(**options)(_ShardActor).remote(own_versions(), str(Path.cwd()))
+        return ray.remote(**options)(ShardActor).remote(own_versions(), str(Path.cwd()))
 
     def is_ready(self, version: int) -> bool:
         return any(version in replica.ready for replica in self.replicas)
@@ -291,7 +142,7 @@ class _Shard:
                 with replica.busy():
                     return ray.get(begin(replica.actor), timeout=left)
             except ray.exceptions.RayTaskError as error:
-                if not isinstance(error.cause, _NotOpenError):
+                if not isinstance(error.cause, NotOpenError):
                     raise task_error(error, OSError) from None
                 problem = "it was started again"
             except ray.exceptions.GetTimeoutError:
@@ -341,6 +192,25 @@ class _Shard:
         self.facts = {version: facts for version, facts in self.facts.items() if version in kept}
 
 
+def _in_actor(name: str) -> Any:
+    """A method of ``PassageView`` for ``RemoteShardView``, called where the shard is."""
+
+    def call(self: RemoteShardView, *args: Any, **options: Any) -> Any:
+        return self.shard.call(self.version, "read", self.corpus(), name, *args, **options)
+
+    return call
+
+
+def _step_in_actor(name: str) -> Any:
+    """A method of ``ShardSearch`` for ``_RemoteSearch``, called where the shard is."""
+
+    def call(self: _RemoteSearch, *args: Any, **options: Any) -> Any:
+        view = self.view
+        return view.shard.call(view.version, "search", view.corpus(), self.search, name, *args, **options)
+
+    return call
+
+
 class RemoteShardView:
     """One version of a shard that actors hold (``store.sharded_view.ShardView``, ``RemoteShard``)."""
 
@@ -352,13 +222,18 @@ class RemoteShardView:
         self.student_fingerprint: str = manifest["student"]
         self.token_projection: str | None = manifest["token_projection"]
         self.corpus = corpus
-        self._latest: _ShardFacts | None = shard.facts.get(self.version)
+        self._latest: ShardFacts | None = shard.facts.get(self.version)
 
     @property
-    def facts(self) -> _ShardFacts | None:
-        """None until the shard has been opened."""
+    def facts(self) -> ShardFacts:
+        """Those of the opened shard; until it has been opened, only the number of passages in the manifest."""
         self._latest = self._latest or self.shard.facts.get(self.version)
-        return self._latest
+        return self._latest or ShardFacts(self.shard.desired.record.num_passages)
+
+    @property
+    def has_facts(self) -> bool:
+        """Whether the shard has been opened."""
+        return self.facts is self._latest
 
     @property
     def own_words(self) -> RemoteShardView:
@@ -368,79 +243,37 @@ class RemoteShardView:
     @property
     def statistics(self) -> WordStatistics:
         """Those of the words of these passages."""
-        return WordStatistics() if self.facts is None else self.facts.statistics
+        return self.facts.statistics
 
     def rows_with(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
         """The number of passages that have each of these terms [n]."""
         return self.shard.call(self.version, "count_words", hashes)
 
     def __len__(self) -> int:
-        return self.shard.desired.record.num_passages if self.facts is None else self.facts.num_passages
+        return self.facts.num_passages
 
     @property
     def metadata(self) -> MetadataSchema:
         """The metadata fields that a filter may name."""
-        return MetadataSchema() if self.facts is None else self.facts.metadata
+        return self.facts.metadata
 
     @property
     def part_kinds(self) -> frozenset[PartKind]:
         """The kinds of parts whose vectors the index stores."""
-        return frozenset() if self.facts is None else self.facts.part_kinds
+        return self.facts.part_kinds
 
-    def live_rows(self) -> NDArray[np.int64]:
-        """As of ``PassageView``, like all others."""
-        return self._read("live_rows")
-
-    def ids(self, rows: NDArray[np.int64]) -> list[str]:
-        """The ids of the passages at some rows."""
-        return self._read("ids", rows)
-
-    def rows_of(self, ids: Sequence[str]) -> dict[str, int]:
-        """The rows of those of these ids that exist."""
-        return self._read("rows_of", ids)
-
-    def passages(self, rows: NDArray[np.int64]) -> list[Passage]:
-        """The passages at some rows."""
-        return self._read("passages", rows)
-
-    def documents(self, rows: NDArray[np.int64]) -> list[str]:
-        """The document of each passage at some rows."""
-        return self._read("documents", rows)
-
-    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The vectors of some rows."""
-        return self._read("vectors", rows)
-
-    def get(self, ids: Sequence[str]) -> list[Passage]:
-        """The passages with these ids that exist."""
-        return self._read("get", ids)
-
-    def document(self, document_id: str) -> list[Passage]:
-        """The passages of a document, by position."""
-        return self._read("document", document_id)
-
-    def neighbours(self, passages: Sequence[Passage], distance: int) -> list[Passage]:
-        """The passages of the same documents near these."""
-        return self._read("neighbours", passages, distance)
-
-    def list_passages(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[str]:
-        """The first passage ids after ``cursor``."""
-        return self._read("list_passages", cursor, limit)
-
-    def list_documents(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[ListedDocument]:
-        """Like ``list_passages``, for documents."""
-        return self._read("list_documents", cursor, limit)
-
-    def match(
-        self,
-        text: str,
-        top_k: int,
-        filter: str | None = None,  # noqa: A002
-        *,
-        query_words: QueryWords | None = None,
-    ) -> CandidateRows:
-        """The best passages of a query text by BM25."""
-        return self._read("match", text, top_k, filter, query_words=query_words)
+    live_rows = _in_actor("live_rows")
+    ids = _in_actor("ids")
+    rows_of = _in_actor("rows_of")
+    passages = _in_actor("passages")
+    documents = _in_actor("documents")
+    vectors = _in_actor("vectors")
+    get = _in_actor("get")
+    document = _in_actor("document")
+    neighbours = _in_actor("neighbours")
+    list_passages = _in_actor("list_passages")
+    list_documents = _in_actor("list_documents")
+    match = _in_actor("match")
 
     def begin_search(
         self, student: VectorStudent, settings: SearchSettings, task: Task, weights: EvidenceWeights, *, is_exact: bool
@@ -452,11 +285,8 @@ class RemoteShardView:
         """
         if settings.filter is not None:
             parse_filter(settings.filter, self.metadata)
-        by_anchor = isinstance(student, AnchorStudent)
-        return _RemoteSearch(self, _Search(secrets.token_hex(8), settings, task, weights, is_exact, by_anchor))
-
-    def _read(self, method: str, *args: Any, **options: Any) -> Any:
-        return self.shard.call(self.version, "read", self.corpus(), method, *args, **options)
+        by_anchor = isinstance(student, AnchorScorer)
+        return _RemoteSearch(self, SearchSpec(secrets.token_hex(8), settings, task, weights, is_exact, by_anchor))
 
 
 @dataclass(frozen=True)
@@ -464,7 +294,7 @@ class _RemoteSearch:
     """A shard's part in a search (``retrieval.shard_search.SearchedShard``)."""
 
     view: RemoteShardView
-    search: _Search
+    search: SearchSpec
 
     def missing(self, error: Exception) -> MissingShard:
         return self.view.shard.missing(error)
@@ -472,33 +302,15 @@ class _RemoteSearch:
     def count_words(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
         return self.view.rows_with(hashes)
 
-    def propose(
-        self, query: ShardQuery, depth: int, *, scanned: CandidateRows | None = None
-    ) -> dict[str, CandidateRows]:
-        del scanned  # ``scan_together`` gives none
-        return self._call("propose", query, depth)
-
     def scan_together(self, anchors: NDArray[np.float32], depth: int) -> Sequence[CandidateRows] | None:
         del anchors, depth
         return None  # an actor has a scan of its own for each query, so that its answers are small
 
-    def nearest(self, query: ShardQuery) -> float:
-        return self._call("nearest", query)
-
-    def score(self, query: ShardQuery, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self._call("score", query, rows)
-
-    def certify(
-        self, query: ShardQuery, top_k: int, *, budget_ms: float | None = None, floor: float = -np.inf
-    ) -> CertifiedRows:
-        return self._call("certify", query, top_k, budget_ms=budget_ms, floor=floor)
-
-    def evidence(self, query: ShardQuery, rows: NDArray[np.int64]) -> EvidenceParts:
-        return self._call("evidence", query, rows)
-
-    def _call(self, method: str, *args: Any, **options: Any) -> Any:
-        view = self.view
-        return view.shard.call(view.version, "search", view.corpus(), self.search, method, *args, **options)
+    propose = _step_in_actor("propose")
+    nearest = _step_in_actor("nearest")
+    score = _step_in_actor("score")
+    certify = _step_in_actor("certify")
+    evidence = _step_in_actor("evidence")
 
 
 class RemoteStore(ShardedStore):
@@ -529,9 +341,8 @@ class RemoteView(ShardedView):
     def __init__(self, store: RemoteStore, shards: Sequence[_Shard]) -> None:
         views = [RemoteShardView(shard, dict(store.manifest), self._corpus) for shard in shards]
         super().__init__(store, views)
-        opened = next((view for view in views if view.facts is not None), views[0])
-        self.part_kinds = opened.part_kinds
         self._remote = views
+        self.part_kinds = self._opened.part_kinds
         self._whole_corpus: WordStatistics | None = None
 
     @property
@@ -543,14 +354,19 @@ class RemoteView(ShardedView):
     @property
     def metadata(self) -> MetadataSchema:
         """The metadata fields that a filter may name."""
-        return next((view.metadata for view in self._remote if view.facts is not None), MetadataSchema())
+        return self._opened.metadata
+
+    @property
+    def _opened(self) -> RemoteShardView:
+        """A shard that has been opened, if there is one."""
+        return next((view for view in self._remote if view.has_facts), self._remote[0])
 
     def _corpus(self) -> WordStatistics:
         """The statistics of the words of all passages of shards that have been opened; each step of a search has it."""
         if self._whole_corpus is not None:
             return self._whole_corpus
         statistics = sum((view.statistics for view in self._remote), WordStatistics())
-        if all(view.facts is not None for view in self._remote):
+        if all(view.has_facts for view in self._remote):
             self._whole_corpus = statistics
         return statistics
 
@@ -585,7 +401,7 @@ class ShardCluster:
         """
         ray = import_ray()
         desired = [
-            _ShardVersion(store.folder.resolve(), dict(store.manifest), record, number, len(store.records))
+            ShardVersion(store.folder.resolve(), dict(store.manifest), record, number, len(store.records))
             for number, record in enumerate(store.records)
         ]
         made_for = store.manifest["index"], student.fingerprint

@@ -1,0 +1,164 @@
+"""What runs on the nodes of a Ray cluster: a shard of a served index, at some versions (see ``ray_shards``)."""
+
+# pyright: reportUnknownParameterType=false
+# (Ray is optional, so its types are unknown here)
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.files import folder_bytes
+from d2llm.core.types import PartKind, Task
+from d2llm.models.evidence import EvidenceWeights
+from d2llm.models.vector_scorer import VectorScorer
+from d2llm.retrieval.cosine import AnchorScorer
+from d2llm.retrieval.exact_search import CachedBounds
+from d2llm.retrieval.settings import SearchSettings
+from d2llm.retrieval.shard_search import ShardSearch
+from d2llm.runners.ray_cluster import as_worker
+from d2llm.store.index_store import IndexStore
+from d2llm.store.inspection import IndexStats, stats
+from d2llm.store.schema import MetadataSchema
+from d2llm.store.sharded_store import ShardRecord, open_shard
+from d2llm.store.view import PassageView
+from d2llm.store.word_segment import WordStatistics
+
+_KEPT_SEARCHES = 64  # per version: each holds the rows that its filter allows
+
+
+@dataclass(frozen=True)
+class ShardVersion:
+    """One version of a shard, as its actors open it."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    record: ShardRecord
+    number: int
+    num_shards: int
+
+    @property
+    def version(self) -> int:
+        """The number of the version."""
+        return self.record.version
+
+    @property
+    def place(self) -> str:
+        """Which shard it is, for messages."""
+        return f"shard {self.number} of {self.num_shards}"
+
+
+class ShardFacts(NamedTuple):
+    """What the server needs to know about an open shard."""
+
+    num_passages: int
+    metadata: MetadataSchema = MetadataSchema()
+    statistics: WordStatistics = WordStatistics()
+    part_kinds: frozenset[PartKind] = frozenset()
+
+
+@dataclass(frozen=True)
+class SearchSpec:
+    """What a ``ShardSearch`` depends on; ``key`` stands for the rest."""
+
+    key: str
+    settings: SearchSettings
+    task: Task
+    weights: EvidenceWeights
+    is_exact: bool
+    by_anchor: bool
+
+
+class NotOpenError(Exception):
+    """This actor has not opened the version; it was started again."""
+
+
+class _OpenShard:
+    """One version of a shard in an actor. Call it in one thread at a time."""
+
+    def __init__(self, shard: ShardVersion, scorer: VectorScorer, before: IndexStore | None) -> None:
+        self.store = open_shard(shard.folder, shard.manifest, shard.number, shard.record, shard.num_shards)
+        if before is not None:
+            self.store.intact = before.intact  # only new files are compared with their checksums
+        self._corpus = WordStatistics()
+        self.view = PassageView(self.store, shard.version, corpus=lambda: self._corpus)
+        self._scorer = scorer
+        self._cached_bounds = CachedBounds()
+        self._searches: OrderedDict[str, ShardSearch] = OrderedDict()
+        self.facts = ShardFacts(
+            len(self.view), self.view.metadata, self.view.own_words.statistics, self.view.part_kinds
+        )
+
+    def within(self, corpus: WordStatistics) -> _OpenShard:
+        """This shard, as part of the corpus with these statistics."""
+        if corpus != self._corpus:
+            self._corpus = corpus
+            self.view.__dict__.pop("words", None)  # a cached property
+            self._searches.clear()
+        return self
+
+    def search(self, search: SearchSpec) -> ShardSearch:
+        if search.key not in self._searches:
+            self._searches[search.key] = ShardSearch(
+                self.view,
+                AnchorScorer(self._scorer) if search.by_anchor else self._scorer,
+                search.settings,
+                search.task,
+                search.weights,
+                is_exact=search.is_exact,
+                cached=self._cached_bounds,
+            )
+            if len(self._searches) > _KEPT_SEARCHES:
+                self._searches.popitem(last=False)
+        self._searches.move_to_end(search.key)
+        return self._searches[search.key]
+
+
+class ShardActor:
+    """What runs on a node of the cluster: one shard, at the versions that it was told to open and to keep."""
+
+    def __init__(self, versions: dict[str, str], folder: str) -> None:
+        self._versions, self._folder = versions, folder
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+
+    def open(self, shard: ShardVersion, scorer: VectorScorer, kept: frozenset[int]) -> ShardFacts:
+        """Open a version, while searches of others go on; forget those that are not ``kept``."""
+        as_worker(self._versions, self._folder)  # here, because its error reaches the server
+        if shard.version not in self._open:
+            before = next(reversed(self._open.values())).store if self._open else None
+            opened = _OpenShard(shard, scorer, before)
+            if len(opened.view):  # the first scan reads the vectors
+                opened.view.scan(np.zeros(opened.view.dim, np.float32), 1)
+            self._open[shard.version] = opened
+            for version in self._open.keys() - kept - {shard.version}:
+                del self._open[version]
+        return self._open[shard.version].facts
+
+    def search(
+        self, version: int, corpus: WordStatistics, search: SearchSpec, method: str, *args: Any, **options: Any
+    ) -> Any:
+        """One step of a search: a method of ``ShardSearch``."""
+        return getattr(self._opened(version).within(corpus).search(search), method)(*args, **options)
+
+    def read(self, version: int, corpus: WordStatistics, method: str, *args: Any, **options: Any) -> Any:
+        """A method of ``PassageView``."""
+        return getattr(self._opened(version).within(corpus).view, method)(*args, **options)
+
+    def count_words(self, version: int, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """The number of passages that have each of these terms [n]."""
+        return self._opened(version).view.own_words.rows_with(hashes)
+
+    def stats(self, version: int) -> tuple[IndexStats, int]:
+        """The shard's statistics, and its bytes."""
+        store = self._opened(version).store
+        return stats(store), folder_bytes(store.folder)
+
+    def _opened(self, version: int) -> _OpenShard:
+        if version not in self._open:
+            raise NotOpenError
+        return self._open[version]
