@@ -21,6 +21,7 @@ from d2llm import EvaluationSettings, FitSettings, Index, SearchSettings
 from d2llm.cli.main import app
 from d2llm.core.errors import InputError
 from d2llm.core.settings import LENIENT_HELP, Settings, bound, is_list, shown_as
+from d2llm.retrieval.reranker import TeacherReranker
 from d2llm.retrieval.settings import (
     ChunkingSettings,
     ContextSettings,
@@ -126,6 +127,18 @@ def test_a_field_of_requests_that_others_have_is_declared_once():
             assert bound(field, "ge") in {bound(each, "ge") for each in declared}, f"{body.__name__}.{name}"
         else:
             assert field.description in (None, LENIENT_HELP), f"{body.__name__}.{name}"
+
+
+@pytest.mark.parametrize(("name", "setting"), [("teacher_passages", "num_passages"), ("teacher_ms", "max_ms")])
+def test_limits_of_a_teacher_in_requests_are_settings_of_rerankers(name: str, setting: str):
+    field, own = SearchRequest.model_fields[name], TeacherReranker.model_fields[setting]
+    assert own.description
+    assert (field.description or "").startswith(own.description.rstrip("."))
+    assert field.default == own.default
+    declared = [each for each in ast.walk(ast.parse(inspect.getsource(schemas))) if isinstance(each, ast.AnnAssign)]
+    (value,) = [each.value for each in declared if isinstance(each.target, ast.Name) and each.target.id == name]
+    assert isinstance(value, ast.Call)
+    assert ast.unparse(value.func) == "narrowed"
 
 
 def test_parameters_of_requests_are_the_fields_of_bodies():

@@ -59,9 +59,14 @@ def setting(default: Any, help: str, shown: Shown | None = None, **bounds: Any) 
     return field
 
 
-def narrowed(kind: type[BaseModel], name: str, shown: Shown | None = None, **bounds: Any) -> Any:
-    """The field of a class, for another that bounds it further, or shows it in another way."""
+def narrowed(kind: type[BaseModel], name: str, shown: Shown | None = None, *, note: str = "", **bounds: Any) -> Any:
+    """The field of a class, for another that bounds it further, or shows it in another way.
+
+    ``note`` is added to its help text.
+    """
     field, narrower = copy(kind.model_fields[name]), Field(**bounds)
+    if note and field.description:
+        field.description = f"{field.description.rstrip('.')}; {note}."
     field.metadata = [*([] if shown is None else [shown]), *field.metadata, *narrower.metadata]
     return field
 

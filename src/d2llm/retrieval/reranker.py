@@ -119,9 +119,9 @@ class TeacherReranker(Reranker):
     prompt: str | None = None
     """Prompt of an untuned teacher: a name or a TOML file."""
     num_passages: int | None = Field(default=DEFAULT_RERANKED_PASSAGES, ge=0)
-    """Maximum number of passages that the teacher reads per query; None: no limit."""
+    """Maximum number of passages that the teacher reads."""  # of a query; None: no limit
     max_ms: float | None = Field(default=None, ge=0)
-    """Maximum time that it reads per query, in milliseconds."""
+    """Time limit of the teacher, in milliseconds."""  # for a query
     batch_passages: int = Field(default=8, ge=1)
     """Passages read in one call; the time is checked between calls."""
 

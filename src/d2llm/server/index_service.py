@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import contextvars
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -19,7 +19,6 @@ from scipy.special import expit
 from d2llm.core.errors import InputError, MismatchError
 from d2llm.core.progress import showing_progress
 from d2llm.core.types import (
-    DEFAULT_RERANKED_PASSAGES,
     ContextOrder,
     Excerpt,
     ExpansionMethod,
@@ -69,14 +68,6 @@ _WAITING = 32  # maximum number of pending explanations, contexts and writes eac
 _UNTIL_SHARD = 30.0  # seconds after which a client may try again to change an index without a shard
 _STOP_SECONDS = 1.0  # that a write may take to stop
 _SEARCHES_A_READING = 256  # the teacher's queue is this many times shorter than the student's
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """A teacher's budget for a query: number of passages, and the time after which it starts no more."""
-
-    teacher_passages: int = DEFAULT_RERANKED_PASSAGES
-    teacher_ms: float | None = None
 
 
 Readings: TypeAlias = "Batcher[Callable[[], Any], Any]"
@@ -172,13 +163,13 @@ class IndexService:
         query: str,
         settings: SearchSettings,
         rescore: str = "iem",
-        reading: Reading | None = None,
+        teacher_limits: Mapping[str, Any] | None = None,
         expansion: Expansion | None = None,
     ) -> tuple[Ranking, ModelService]:
         """The ranking for one query, and the student that made it, which a swap may have replaced by now.
 
-        ``seconds`` also holds "queue"; ``rescore`` is "none", "iem" or the kind of a reranker; ``reading`` is the
-        teacher's budget, if that uses the teacher; ``expansion`` is one of ``expansion()``.
+        ``seconds`` also holds "queue"; ``rescore`` is "none", "iem" or the kind of a reranker; ``teacher_limits``
+        are settings of a reranker that uses the server's teacher; ``expansion`` is one of ``expansion()``.
 
         Raises:
             InputError: the settings contradict each other or do not fit the index, or the writer cannot read the query.
@@ -198,7 +189,7 @@ class IndexService:
             encoded_settings = settings.replace(instruction=None)  # it is in the vector
             search = PendingSearch(version, query, encoded.vectors[0], encoded_settings, iem, tokens)
             if rescore not in BY_STUDENT:
-                reranker = self._reranker(version, rescore, settings.task, reading or Reading())
+                reranker = self._reranker(version, rescore, settings.task, teacher_limits or {})
                 done = cast("Done[Ranking]", await self._readings.submit([lambda: rank_again(search, reranker)]))
             else:
                 done = await self._ranks.submit([search], bounded=False)
@@ -431,7 +422,7 @@ class IndexService:
         has_reranker = self.judge is not None or self.reranker is not None
         for kind in Reranker.kinds.kinds if has_reranker else ():
             with contextlib.suppress(InputError, MismatchError):
-                self._reranker(version, kind, None, Reading())
+                self._reranker(version, kind, None, {})
                 ways.append(kind)
         return ways
 
@@ -461,7 +452,9 @@ class IndexService:
             raise InputError("this server has no teacher; start it with --teacher, or rescore with 'iem' or 'none'")
         return self.judge
 
-    def _reranker(self, version: OpenVersion, kind: str, task: Task | None, reading: Reading) -> OpenReranker:
+    def _reranker(
+        self, version: OpenVersion, kind: str, task: Task | None, teacher_limits: Mapping[str, Any]
+    ) -> OpenReranker:
         """The reranker of a kind for searches of a version: that of the settings, or one that only needs the teacher.
 
         Raises:
@@ -474,7 +467,7 @@ class IndexService:
                 cls = Reranker.kinds.find(kind)
                 if not issubclass(cls, TeacherReranker):
                     raise InputError(f"this server has no reranker '{kind}'; start it with --reranker {kind}")
-                settings = cls(num_passages=reading.teacher_passages, max_ms=reading.teacher_ms)
+                settings = cls(**teacher_limits)
             except ValueError as error:
                 raise InputError(f"the reranker '{kind}' cannot be used: {error}") from error
             reranker = settings.with_teacher(self._teacher())

@@ -32,7 +32,7 @@ from d2llm.server.answer_schemas import (
 )
 from d2llm.server.answers import FastJSONResponse, answer_of, context_answer, search_answer
 from d2llm.server.errors import Problem, ServingError, invalid, request_id_of
-from d2llm.server.index_service import IndexService, Reading
+from d2llm.server.index_service import IndexService
 from d2llm.server.large_bodies import BodyRoute
 from d2llm.server.model_service import ModelService
 from d2llm.server.running import Lifecycle
@@ -69,8 +69,8 @@ async def search(body: SearchRequest, request: Request, services: TheServices, i
     """Find the passages that answer a query, best first."""
     limits = services.settings
     settings = _limited(body.query, _settings_of(body, limits), limits)
-    reading, expansion = _reading_of(body, limits), _expansion_of(body, index)
-    ranking, student = await index.search(body.query, settings, body.rescore, reading, expansion)
+    teacher_limits, expansion = _teacher_limits(body, limits), _expansion_of(body, index)
+    ranking, student = await index.search(body.query, settings, body.rescore, teacher_limits, expansion)
     excerpts = await index.excerpts(ranking) if body.excerpts else None
     probabilities = student.probabilities_of(ranking, body.task or services.task, iem=body.rescore != "none")
     origin = _origin(request, index, ranking, student)
@@ -84,8 +84,8 @@ async def context(body: ContextRequest, request: Request, services: TheServices,
     limits = services.settings
     settings = _limited(body.query, context_settings(_settings_of(body, limits)), limits)
     max_tokens = _number_of(body, "max_tokens", limits.max_context_tokens)
-    reading, expansion = _reading_of(body, limits), _expansion_of(body, index)
-    ranking, student = await index.search(body.query, settings, body.rescore, reading, expansion)
+    teacher_limits, expansion = _teacher_limits(body, limits), _expansion_of(body, index)
+    ranking, student = await index.search(body.query, settings, body.rescore, teacher_limits, expansion)
     answer = await index.context(ranking, student, max_tokens, body.order)
     return FastJSONResponse(context_answer(answer, **_origin(request, index, ranking, student)))
 
@@ -300,7 +300,12 @@ def _limited(query: str, settings: SearchSettings, limits: ServeSettings) -> Sea
     return settings
 
 
-def _reading_of(body: RankingRequest, limits: ServeSettings) -> Reading | None:
+def _teacher_limits(body: RankingRequest, limits: ServeSettings) -> dict[str, Any] | None:
+    """The settings of a reranker that uses the server's teacher; None if the student ranks.
+
+    Raises:
+        ServingError: 400, a time limit is for something that the search does not do.
+    """
     if body.budget_ms is not None and not body.exact:
         raise invalid("budget_ms is for an exact search; leave it out. The teacher's limit is teacher_ms", "budget_ms")
     if body.rescore in BY_STUDENT:
@@ -308,7 +313,8 @@ def _reading_of(body: RankingRequest, limits: ServeSettings) -> Reading | None:
             raise invalid("teacher_ms is for a teacher that rescores; leave it out", "teacher_ms")
         return None
     longest = limits.teacher_ms
-    return Reading(body.teacher_passages, longest if body.teacher_ms is None else min(body.teacher_ms, longest))
+    max_ms = longest if body.teacher_ms is None else min(body.teacher_ms, longest)
+    return {"num_passages": body.teacher_passages, "max_ms": max_ms}
 
 
 def _expansion_of(body: RankingRequest, index: IndexService) -> Expansion | None:

@@ -22,9 +22,9 @@ from typing_extensions import Self
 
 from d2llm.core.names import did_you_mean, suggestion
 from d2llm.core.settings import LENIENT_HELP, narrowed, shown_as
-from d2llm.core.types import DEFAULT_RERANKED_PASSAGES, MAX_ID_CHARS, Task
+from d2llm.core.types import MAX_ID_CHARS, Task
 from d2llm.models.backbone import TextKind
-from d2llm.retrieval.reranker import Reranker
+from d2llm.retrieval.reranker import Reranker, TeacherReranker
 from d2llm.retrieval.settings import (
     ChunkingSettings,
     ContextSettings,
@@ -135,12 +135,8 @@ class RankingRequest(SearchSettings, ExpansionSettings, Body):
         description="How candidates are ranked: none (inner product), iem, or a kind of reranker, which scores the top "
         "ones again; GET /v1/index lists what is available.",
     )
-    teacher_passages: int = Field(
-        DEFAULT_RERANKED_PASSAGES, ge=1, le=200, description="Maximum number of passages that the teacher reads."
-    )
-    teacher_ms: float | None = Field(
-        None, ge=0, description="Time limit of the teacher, in milliseconds; default and maximum: the server's."
-    )
+    teacher_passages: int = narrowed(TeacherReranker, "num_passages", ge=1, le=200)
+    teacher_ms: float | None = narrowed(TeacherReranker, "max_ms", note="default and maximum: the server's")
     neighbours: int = narrowed(SearchSettings, "neighbours", le=10)
     expansions: int | None = narrowed(ExpansionSettings, "expansions", le=MAX_EXPANSIONS)
 
