@@ -6,10 +6,12 @@ import contextlib
 import itertools
 
 import httpx2
+import numpy as np
 import pytest
 
 import waiting
 from d2llm.core.errors import ModelError
+from d2llm.retrieval.reranker import OpenReranker, Reranker
 from page_server import WatchedTeacher, asked, until, write_taught_index
 from tiny_server import tiny_settings
 
@@ -332,6 +334,38 @@ def test_a_server_without_a_teacher_offers_none(visit, settings):
         page.locator(".toggle-why").first.click()
         page.wait_for_selector(".text mark.weight")
         assert page.get_by_role("button", name="teacher").count() == 0
+
+
+@pytest.fixture
+def longest():
+    """A reranker of another package, which the page does not know."""
+
+    class LongestFirst(Reranker, kind="longest"):
+        score_name = "length"
+
+        def open(self, *, device=None, dtype=None):
+            return OpenLongestFirst(self)
+
+    yield "longest"
+    Reranker.kinds._classes.pop("longest")
+    del LongestFirst
+
+
+class OpenLongestFirst(OpenReranker):
+    def rerank(self, query, candidates):
+        return np.array([len(text) for text in candidates.texts(np.arange(len(candidates.scores)))], np.float64)
+
+
+def test_a_reranker_of_another_package_can_be_chosen(visit, settings, longest):
+    with serving(settings, reranker=longest) as (address, _):
+        page = visit(f"{address}/?q=the+cat+by+the+sea")
+        page.wait_for_selector(".card")
+        page.get_by_role("radio", name="Longest").check()
+        page.locator(".note", has_text="were read, in ").wait_for()
+        passages = search_api(address, longest)["passages"]
+        scores = [f"length {passage['score']:.3f}" for passage in passages]
+        assert page.locator(".card .score").all_inner_texts() == scores
+        assert scores == sorted(scores, key=lambda score: -float(score.split()[1]))
 
 
 def test_an_uncalibrated_teacher_has_no_cascade(visit, address, settings):

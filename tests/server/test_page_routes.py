@@ -100,7 +100,9 @@ def test_scripts_are_short():
 def test_the_page_settings_contain_the_limits_and_the_files_that_are_read():
     settings = client().get("/page/settings.json").json()
     file_types, excluded = settings.pop("file_types"), settings.pop("excluded")
-    search = settings.pop("search")
+    search, rerankers = settings.pop("search"), settings.pop("rerankers")
+    assert [*rerankers] == search["rescore"]["enum"][2:]
+    assert {kind for kind, each in rerankers.items() if each["needs_calibration"]} == {"cascade"}
     assert search["top_k"]["default"] == SearchSettings().top_k
     assert (search["top_k"]["minimum"], search["top_k"]["maximum"]) == (1, SETTINGS["max_top_k"])
     assert search["hybrid"]["maximum"] == 1

@@ -103,6 +103,9 @@ class Reranker(SectionOfKind):
     gives_log_odds: ClassVar[bool] = False
     """Whether the scores are log-odds, which can be summed over the passages of a document."""
 
+    score_name: ClassVar[str] = "score"
+    """What the search page calls its scores."""
+
     def open(self, *, device: str | None = None, dtype: str | None = None) -> OpenReranker:
         """Load what it needs; a kind defines it."""
         raise NotImplementedError

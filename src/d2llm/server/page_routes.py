@@ -6,6 +6,7 @@ enforces. They contain nothing about the index: they get their data from the API
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 
 from d2llm.core.errors import InputError
 from d2llm.data.documents import EXCLUDED
+from d2llm.retrieval.reranker import Reranker, TeacherReranker
 from d2llm.server.errors import NotFoundError
 from d2llm.server.schemas import SearchRequest
 from d2llm.server.uploads import FILE_TYPES
@@ -75,6 +77,7 @@ def page_settings(request: Request) -> JSONResponse:
         "max_texts": settings.max_texts,
         "max_text_chars": settings.max_text_chars,
         "search": _search_fields(settings.max_top_k),
+        "rerankers": _rerankers(),
         "max_top_k": settings.max_top_k,
         "max_num_candidates": settings.max_num_candidates,
         "file_types": FILE_TYPES,
@@ -89,6 +92,17 @@ def _search_fields(max_top_k: int) -> dict[str, dict[str, Any]]:
     described = {name: {**field.get("anyOf", [{}])[0], **field} for name, field in fields}
     top_k = described["top_k"]
     top_k["maximum"] = min(max_top_k, top_k.get("maximum", max_top_k))
+    return described
+
+
+def _rerankers() -> dict[str, dict[str, Any]]:
+    """What the page says of each kind of reranker; one of another package that cannot be imported is left out."""
+    described: dict[str, dict[str, Any]] = {}
+    for kind in Reranker.kinds.kinds:
+        with contextlib.suppress(ValueError):
+            cls = Reranker.kinds.find(kind)
+            needs_calibration = issubclass(cls, TeacherReranker) and cls.uses_error
+            described[kind] = {"score_name": cls.score_name, "needs_calibration": needs_calibration}
     return described
 
 

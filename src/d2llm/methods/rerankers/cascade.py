@@ -41,6 +41,7 @@ class Cascade(TeacherReranker, kind="cascade"):
         "queries](log/2026-11.md#2026-11-20-which-passages-a-teacher-should-read-again))"
     )
     gives_log_odds: ClassVar[bool] = True
+    score_name: ClassVar[str] = "expected log-odds"
     uses_error: ClassVar[bool] = True
 
     depth: int = Field(default=50, ge=1)

@@ -3,6 +3,7 @@
 import { counted, element, milliseconds, percent } from "./dom.js";
 import { markTerms } from "./highlight.js";
 import { documentName, fileFacts, isNamedBy, ownFields, ownId, placesOf } from "./place.js";
+import { scoreNameOf } from "./search.js";
 import { whyPanel } from "./why.js";
 
 const STAGES = ["queue", "encode", "candidates", "score", "rerank", "transfer"];
@@ -95,8 +96,7 @@ function weakText({ probability }) {
 
 /** The name of the number that a ranking is sorted by. */
 function scoreName(passage, rank) {
-  if (passage.log_odds !== null) return "teacher’s log-odds";
-  return rank === "cascade" ? "expected log-odds" : "score";
+  return passage.log_odds !== null ? "teacher’s log-odds" : scoreNameOf(rank);
 }
 
 function movement(rank, before) {

@@ -2,6 +2,7 @@
 
 import { bytes, element } from "./dom.js";
 import { sourcesText, sumText } from "./score.js";
+import { calibratedRerankers } from "./search.js";
 
 const MAX_FIELDS = 8; // the filter lists all of them
 
@@ -46,5 +47,6 @@ function cutText(chunking) {
 
 function teacherText({ teacher, rescore }) {
   if (!teacher) return "none";
-  return rescore.includes("cascade") ? teacher : `${teacher}, not calibrated: no cascade`;
+  const without = calibratedRerankers().filter((kind) => !rescore.includes(kind));
+  return without.length ? `${teacher}, not calibrated: no ${without.join(", no ")}` : teacher;
 }

@@ -9,7 +9,7 @@ import { conditionFor, FilterBuilder, joined } from "./filters.js";
 import { installKeyboard } from "./keyboard.js";
 import { Results } from "./results.js";
 import { rankName, ranksOf, sourceChoices } from "./score.js";
-import { lastOf, Search } from "./search.js";
+import { lastOf, Search, useRerankers } from "./search.js";
 import { installTheme } from "./theme.js";
 import { Upload } from "./upload.js";
 
@@ -290,6 +290,7 @@ async function begin() {
     byId("files").accept = limits.file_types.join();
     byId("file-types").textContent = limits.file_types.join(" ");
     useFields(limits.search);
+    useRerankers(limits.rerankers);
     describeControls(limits.search);
     state = readAddress(location.search);
     if (!(await readIndexes())) return;

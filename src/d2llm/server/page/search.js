@@ -2,6 +2,24 @@
 
 import { ask } from "./api.js";
 
+/** What the server says of each kind of reranker: what its scores are, and whether it needs a calibrated index. */
+let rerankers = {};
+
+/** Know the server's kinds of rerankers from now on. */
+export function useRerankers(ofServer) {
+  rerankers = ofServer;
+}
+
+/** The rerankers that read only what the student is unsure of, for which the index must be calibrated. */
+export function calibratedRerankers() {
+  return Object.keys(rerankers).filter((kind) => rerankers[kind].needs_calibration);
+}
+
+/** What the scores of a ranking are. */
+export function scoreNameOf(rank) {
+  return rerankers[rank]?.score_name || "score";
+}
+
 /** Whether a reranker ranks, such as a teacher, which takes seconds. */
 export function isReranked(rank) {
   return rank !== "none" && rank !== "iem";
@@ -16,7 +34,7 @@ export function rankingsOf(state, offered) {
 /** The last ranking side by side, if `rank` is chosen. */
 export function lastOf(rank, offered) {
   if (isReranked(rank) && offered.includes(rank)) return rank;
-  return offered.includes("cascade") ? "cascade" : "iem";
+  return calibratedRerankers().find((kind) => offered.includes(kind)) || "iem";
 }
 
 /** The body of a search request. Options that a ranking does not support are omitted, and named by `leftOut`. */
