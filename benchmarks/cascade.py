@@ -1,6 +1,6 @@
 """Cost and benefit of a cascade, in which the teacher reads again only what the student is uncertain about.
 
-One run on the dev splits of two data sets, with the student `d2llm-minilm` and the stacked teacher of a run of the
+One run on the dev splits of two data sets, with the student `d2llm-minilm` and the ensemble of teachers of a run of the
 recipe `d2llm` (`python benchmarks/cascade.py RUN_FOLDER`): nDCG@10 of the student alone, of the cascade at several
 numbers of passages, of a teacher that reads the first n, and of the teacher on all candidates. Dev queries
 that the teacher's weights were fitted on are left out; 40 others calibrate the student's error, and up to 120 are
@@ -29,8 +29,8 @@ from d2llm import Student
 from d2llm.core.types import Task
 from d2llm.data.beir import read_beir
 from d2llm.methods.rerankers.cascade import Cascade
+from d2llm.models.teachers.ensemble import ensemble_queries
 from d2llm.models.teachers.judge import Judge, load_judge
-from d2llm.models.teachers.stacked import stacked_queries
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.rereading import StudentError, calibrate_error, on_one_scale
 from d2llm.recipe import TeacherConfig
@@ -215,18 +215,18 @@ def main() -> None:
     """Measure, print a table, write the JSON."""
     require(*(DATA / name for name in SETS))
     if len(sys.argv) < 2:
-        print("skipped: pass the run folder with the stacked teacher (python benchmarks/cascade.py RUN_FOLDER)")
+        print("skipped: pass the run folder with the ensemble of teachers (python benchmarks/cascade.py RUN_FOLDER)")
         return
     torch.set_num_threads(1)
-    config = TeacherConfig(model=str(Path(sys.argv[1]) / "stack"))
-    student, judge, fitted = Student.load("d2llm-minilm"), load_judge(config), stacked_queries(config)
+    config = TeacherConfig(model=str(Path(sys.argv[1]) / "ensemble"))
+    student, judge, fitted = Student.load("d2llm-minilm"), load_judge(config), ensemble_queries(config)
     result: dict[str, object] = {}
     for name in SETS:
         figures = result[name] = measure(name, student, judge, fitted.get(name, frozenset()))
         print(f"{name}: {json.dumps({key: value for key, value in figures.items() if key != 'systems'}, indent=1)}")
         for system, row in figures["systems"].items():  # type: ignore[attr-defined]
             print(f"  {system:24} {row['ndcg_at_10']:.4f}   {row['passages_read']:.1f} read")
-    setting = {"student": "d2llm-minilm", "teacher": "stack", "split": "dev", "candidates": CANDIDATES, "threads": 1}
+    setting = {"student": "d2llm-minilm", "teacher": "ensemble", "split": "dev", "candidates": CANDIDATES, "threads": 1}
     RESULT.write_text(json.dumps({"setting": setting, "sets": result}, indent=2) + "\n")
 
 

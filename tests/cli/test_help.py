@@ -94,7 +94,7 @@ def test_ranges_are_said_in_words_and_still_checked():
     ("verb", "words"),
     [
         ("gate", "[gate] in the recipe says how many queries"),
-        ("stack", "model of [teacher] in a recipe"),
+        ("ensemble", "model of [teacher] in a recipe"),
         ("mine", "[NAME=]FOLDER"),
     ],
 )

@@ -19,7 +19,7 @@ from e2e.command_line import PROGRAM, d2llm, fail, succeed, succeed_with_report,
 from e2e.small_corpus import SENTENCES
 
 VERBS = [
-    *("fit", "init", "run", "mine", "tune-teacher", "stack", "gate", "label", "distill", "distill-static"),
+    *("fit", "init", "run", "mine", "tune-teacher", "ensemble", "gate", "label", "distill", "distill-static"),
     *("fit-tokens", "fit-scores", "tune-reader", "methods"),
     *("encode", "shard", "search", "serve", "evaluate", "leaderboard", "probe", "ablate", "demo", "judge"),
     *("export", "push", "doctor", "size"),

@@ -328,17 +328,17 @@ class TestOtherRecipes:
         assert training_plan_hash(tmp_path / "run" / "student") == mined_plan(tmp_path / "run").manifest["content_hash"]
         assert "everyday: the mined plan is used" in result.stdout
 
-    def test_a_stack_filters_and_its_cosine_is_not_the_baseline(self, place, tmp_path):
+    def test_an_ensemble_filters_and_its_cosine_is_not_the_baseline(self, place, tmp_path):
         recipe = recipe_with_margin(
-            place, tmp_path / "tiny.toml", ("max_tokens = 200", "max_tokens = 200\nstack_with_cosine = true")
+            place, tmp_path / "tiny.toml", ("max_tokens = 200", "max_tokens = 200\nensemble_with_cosine = true")
         )
         run = tmp_path / "run"
         arguments = (recipe, "--out", run, "--dtype", "float32")
         _, report = succeed_with_report("run", *arguments, folder=tmp_path)
-        stack = manifest(run / "stack")["fingerprint"]
-        assert filtered_plan(run).manifest["teacher"] == stack == report["result"]["label"]["teacher"]
+        ensemble = manifest(run / "ensemble")["fingerprint"]
+        assert filtered_plan(run).manifest["teacher"] == ensemble == report["result"]["label"]["teacher"]
         assert report["result"]["label"]["pairs"] == report["result"]["filter"]["everyday"]["num_easy_negatives"]
-        assert training_plan_hash(run / "stack-cosine") == mined_plan(run).manifest["content_hash"]
+        assert training_plan_hash(run / "ensemble-cosine") == mined_plan(run).manifest["content_hash"]
         assert training_plan_hash(run / "student") == filtered_plan(run).manifest["content_hash"]
         assert not (run / "student-cosine").exists()
         assert warnings_of(succeed("run", *arguments)) == []

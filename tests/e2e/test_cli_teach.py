@@ -1,4 +1,4 @@
-"""``d2llm gate`` and ``d2llm stack`` as a user runs them."""
+"""``d2llm gate`` and ``d2llm ensemble`` as a user runs them."""
 
 from __future__ import annotations
 
@@ -129,41 +129,41 @@ def write_closed_gate_recipe(path, place, when_closed):
     return path
 
 
-def test_a_stack_of_teachers_is_itself_a_teacher(run):
+def test_an_ensemble_of_teachers_is_itself_a_teacher(run):
     folder, arguments = run
     members = ("--member", folder / "run" / "teacher", "--member", f"cosine:{folder / 'run' / 'student'}")
-    page = folder / "stack.html"
-    result, report = succeed_with_report("stack", *arguments, *members, "--depth", 5, "--html", page, folder=folder)
+    page = folder / "ensemble.html"
+    result, report = succeed_with_report("ensemble", *arguments, *members, "--depth", 5, "--html", page, folder=folder)
     rows = report["result"]["tasks"]["asymmetric"]["rows"]
-    assert [row["name"] for row in rows] == ["teacher", "student", "stack"]
-    assert report["result"]["folder"] == str(folder / "run" / "stack")
+    assert [row["name"] for row in rows] == ["teacher", "student", "ensemble"]
+    assert report["result"]["folder"] == str(folder / "run" / "ensemble")
     for row in rows:
         assert f"{row['after']['log_loss']:.4f}" in result.stdout
     assert "<svg" in page.read_text()
-    manifest = json.loads((folder / "run" / "stack" / "manifest.json").read_text())
+    manifest = json.loads((folder / "run" / "ensemble" / "manifest.json").read_text())
     assert {member["relative"] for member in manifest["members"]} <= {"../teacher", "../student"}
-    _, gated = succeed_with_report("gate", *arguments, "--teacher", folder / "run" / "stack", folder=folder)
+    _, gated = succeed_with_report("gate", *arguments, "--teacher", folder / "run" / "ensemble", folder=folder)
     assert gated["result"]["teacher"] == manifest["fingerprint"]
     assert gated["result"]["num_seen"] == 4
-    assert "optimistic" in succeed("gate", *arguments, "--teacher", folder / "run" / "stack").stderr
+    assert "optimistic" in succeed("gate", *arguments, "--teacher", folder / "run" / "ensemble").stderr
 
 
 def test_an_unknown_member_is_an_error(run):
     _, arguments = run
-    fail("stack", *arguments, "--member", "cosine:no-such-place", containing=["no-such-place"])
+    fail("ensemble", *arguments, "--member", "cosine:no-such-place", containing=["no-such-place"])
 
 
-def test_a_run_can_stack_its_teacher_with_the_tuned_cosine(run, place, tmp_path):
+def test_a_run_can_ensemble_its_teacher_with_the_tuned_cosine(run, place, tmp_path):
     folder, _ = run
-    recipe = tmp_path / "stacked.toml"
+    recipe = tmp_path / "ensemble.toml"
     text = (place / "tiny.toml").read_text()
-    recipe.write_text(text.replace("max_tokens = 200", "max_tokens = 200\nstack_with_cosine = true"))
+    recipe.write_text(text.replace("max_tokens = 200", "max_tokens = 200\nensemble_with_cosine = true"))
     shutil.copytree(folder / "run" / "plans", tmp_path / "run" / "plans")
     shutil.copytree(folder / "run" / "teacher", tmp_path / "run" / "teacher")
     _, report = succeed_with_report("run", recipe, "--out", tmp_path / "run", "--dtype", "float32", folder=tmp_path)
-    stack = json.loads((tmp_path / "run" / "stack" / "manifest.json").read_text())
+    ensemble = json.loads((tmp_path / "run" / "ensemble" / "manifest.json").read_text())
     assert (tmp_path / "run" / "student-cosine" / "manifest.json").is_file()
-    assert report["result"]["label"]["teacher"] == stack["fingerprint"]
+    assert report["result"]["label"]["teacher"] == ensemble["fingerprint"]
     student = json.loads((tmp_path / "run" / "student" / "manifest.json").read_text())
-    assert student["teacher"] == stack["fingerprint"]
-    assert list(read_gate(tmp_path / "run", stack["fingerprint"])) == ["everyday"]
+    assert student["teacher"] == ensemble["fingerprint"]
+    assert list(read_gate(tmp_path / "run", ensemble["fingerprint"])) == ["everyday"]

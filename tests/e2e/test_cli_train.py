@@ -152,7 +152,7 @@ class TestRunAgain:
         (precheck,) = report["result"]["precheck"]["sets"]
         assert (precheck["name"], precheck["num_items"]) == ("everyday", 4)
         assert "precheck: the untuned teacher is" in result.stderr
-        for step in ("mine", "precheck", "tune-teacher", "stack", "gate", "label", "distill"):
+        for step in ("mine", "precheck", "tune-teacher", "ensemble", "gate", "label", "distill"):
             assert f"{step} " in result.stdout
         assert stale_warnings(result) == []
 

@@ -17,9 +17,9 @@ from d2llm.models.student import Student
 from d2llm.models.teachers.judge import identify_judge, load_judge
 from d2llm.recipe import GateConfig, LabellingConfig, TeacherConfig
 from d2llm.recipe.recipe_file import named_teacher, parse_recipe
+from d2llm.training.ensemble_teachers import ensemble_teachers
 from d2llm.training.gate import gate
 from d2llm.training.label import LabelReport, label
-from d2llm.training.stack_teachers import stack_teachers
 from e2e.command_line import fail, succeed_with_report
 from fake_models import FakeStudent
 from list_endpoint import judged_lists, list_teacher
@@ -94,7 +94,7 @@ def test_a_teacher_that_ranks_judges_the_whole_list_again_when_a_passage_is_new(
     assert shown == [1, 3, 1, 3]  # a trial before each
 
 
-def test_the_gate_opens_for_it_and_a_stack_of_it_alone_calibrates_its_grades(tmp_path: Path) -> None:
+def test_the_gate_opens_for_it_and_an_ensemble_of_it_alone_calibrates_its_grades(tmp_path: Path) -> None:
     with local_endpoint(grader) as endpoint:
         teacher = config(endpoint.url)
         model = write_tiny_model(tmp_path / "bert", "bert")
@@ -108,18 +108,18 @@ def test_the_gate_opens_for_it_and_a_stack_of_it_alone_calibrates_its_grades(tmp
         )
         (row,) = report.sets
         assert row.teacher == 1
-        stack = stack_teachers(
+        ensemble = ensemble_teachers(
             [(everyday(), "asymmetric")],
-            tmp_path / "stack",
+            tmp_path / "ensemble",
             members=[teacher],
             student=FakeStudent(),
             num_queries=12,
             depth=8,
         )
-        alone, _ = stack.tasks["asymmetric"].rows
+        alone, _ = ensemble.tasks["asymmetric"].rows
         assert alone.before is not None
         assert alone.after.log_loss < alone.before.log_loss
-        calibrated = load_judge(TeacherConfig(model=str(tmp_path / "stack")))
+        calibrated = load_judge(TeacherConfig(model=str(tmp_path / "ensemble")))
         judged = calibrated.judge([("a?", "a 2"), ("a?", "b 1")], "asymmetric")
     good, bad = judged.log_odds
     assert good > 0 > bad

@@ -10,9 +10,9 @@ import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.data.collation import DistillationBatch, LabelledSource
+from d2llm.models.teachers.ensemble import EnsembleMember, write_ensemble
 from d2llm.models.teachers.judge import identify_judge, load_judge
-from d2llm.models.teachers.stacked import StackMember, write_stack
-from d2llm.ops.stacking import Stack
+from d2llm.ops.ensemble import Ensemble
 from d2llm.recipe import LabellingConfig, TeacherConfig
 from d2llm.recipe.losses import Objective
 from d2llm.training import trainer, training_loop
@@ -127,16 +127,16 @@ def test_a_limit_ends_the_run_and_the_next_goes_on(place, tmp_path, monkeypatch)
     assert place.store(tmp_path / "labels").num_pairs > begun
 
 
-@pytest.mark.parametrize("is_stacked", [False, True])
+@pytest.mark.parametrize("is_ensemble", [False, True])
 @pytest.mark.parametrize("setting", [{"in_batch_labels": True}, {"unjudged": "ask_teacher"}])
-def test_a_listwise_teacher_cannot_add_to_its_lists(place, tmp_path, setting, is_stacked):
+def test_a_listwise_teacher_cannot_add_to_its_lists(place, tmp_path, setting, is_ensemble):
     remote = {"url": "http://127.0.0.1:9/v1", "revision": "1"}
     teacher = TeacherConfig.model_validate({"model": "any", "kind": "listwise", "remote": remote})
-    if is_stacked:
-        members = [StackMember(each, identify_judge(each).fingerprint) for each in (teacher, place.teacher)]
-        combined = Stack((0.0, 0.0), (1.0, 1.0), (1.0, 1.0), 0.0)
-        write_stack(tmp_path / "stack", members, {place.source.task: combined}, {})
-        teacher = TeacherConfig(model=str(tmp_path / "stack"))
+    if is_ensemble:
+        members = [EnsembleMember(each, identify_judge(each).fingerprint) for each in (teacher, place.teacher)]
+        combined = Ensemble((0.0, 0.0), (1.0, 1.0), (1.0, 1.0), 0.0)
+        write_ensemble(tmp_path / "ensemble", members, {place.source.task: combined}, {})
+        teacher = TeacherConfig(model=str(tmp_path / "ensemble"))
     recipe = tiny_recipe(
         tiny_student_config(place.model), losses=Objective(PUBLISHED | {"feature_imitation": 0.0}), **LEARNING | setting
     )
@@ -144,9 +144,9 @@ def test_a_listwise_teacher_cannot_add_to_its_lists(place, tmp_path, setting, is
         place.run(tmp_path / "student", recipe=recipe, teacher=teacher)
 
 
-@pytest.mark.parametrize("is_stacked", [False, True])
+@pytest.mark.parametrize("is_ensemble", [False, True])
 @pytest.mark.parametrize("setting", [{"in_batch_labels": True}, {"unjudged": "ask_teacher"}])
-def test_what_was_not_recorded_needs_a_grade(place, tmp_path, setting, is_stacked):
+def test_what_was_not_recorded_needs_a_grade(place, tmp_path, setting, is_ensemble):
     """The lists have only one passage of each query, so training asks for pairs that nobody has recorded."""
     source = place.source
     lists = tmp_path / "lists.jsonl"
@@ -160,20 +160,20 @@ def test_what_was_not_recorded_needs_a_grade(place, tmp_path, setting, is_stacke
     def recorded(folder: Path, **unlisted: float) -> TeacherConfig:
         values = {"model": "large", "kind": "graded", "recorded": {"lists": str(lists), **unlisted}}
         teacher = TeacherConfig.model_validate(values)
-        if not is_stacked:
+        if not is_ensemble:
             return teacher
-        members = [StackMember(each, identify_judge(each).fingerprint) for each in (teacher, place.teacher)]
-        combined = Stack((0.0, 0.0), (1.0, 1.0), (1.0, 1.0), 0.0)
-        write_stack(folder, members, {source.task: combined}, {})
+        members = [EnsembleMember(each, identify_judge(each).fingerprint) for each in (teacher, place.teacher)]
+        combined = Ensemble((0.0, 0.0), (1.0, 1.0), (1.0, 1.0), 0.0)
+        write_ensemble(folder, members, {source.task: combined}, {})
         return TeacherConfig(model=str(folder))
 
     losses = Objective(PUBLISHED | {"feature_imitation": 0.0})
     training: dict[str, Any] = {**LEARNING, "epochs": 2, "remine": True, **setting}
     recipe = tiny_recipe(tiny_student_config(place.model), losses=losses, **training)
-    teacher = recorded(tmp_path / "stack")
+    teacher = recorded(tmp_path / "ensemble")
     write_rule_labels(tmp_path / "labels", [source], teacher)
     with pytest.raises(InputError, match=r"would count as log-odds 0.*set teacher\.recorded\.unlisted"):
         place.run(tmp_path / "student", recipe=recipe, labels=tmp_path / "labels", teacher=teacher)
-    teacher = recorded(tmp_path / "other-stack", unlisted=10)
+    teacher = recorded(tmp_path / "other-ensemble", unlisted=10)
     write_rule_labels(tmp_path / "other-labels", [source], teacher)
     place.run(tmp_path / "other", recipe=recipe, labels=tmp_path / "other-labels", teacher=teacher)

@@ -328,8 +328,8 @@ RUNS = {
         lambda w: ("mine", w.recipe, "--out", "run", "--json", "run/no/r.json"),
         "there is no folder run/no to write it in",
     ),
-    "a stack's page into no folder": (
-        lambda w: ("stack", w.recipe, "--member", w.teacher, "--out", "run", "--html", "no/s.html"),
+    "an ensemble's page into no folder": (
+        lambda w: ("ensemble", w.recipe, "--member", w.teacher, "--out", "run", "--html", "no/s.html"),
         "there is no folder no to write it in",
     ),
     "an ablation's table into no folder": (

@@ -27,7 +27,7 @@ def test_a_run_finishes_every_step_and_is_evaluated(run, caplog):
     order = []
     with caplog.at_level(logging.INFO, "d2llm.remarks"):
         results = run.finish(after=lambda step, result: order.append((step, result)))
-    steps = ["mine", "precheck", "tune-teacher", "stack", "gate", "filter", "label", "distill"]
+    steps = ["mine", "precheck", "tune-teacher", "ensemble", "gate", "filter", "label", "distill"]
     assert [step for step, _ in order] == list(results) == steps
     assert order == list(results.items())
     assert "distill: " in caplog.text

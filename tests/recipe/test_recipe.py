@@ -273,8 +273,8 @@ def test_a_teacher_name_may_have_a_kind_prefix(text: str, kind: str, model: str)
             "'teacher.device_map' of kind cosine; .* kind auto, causal, seq2seq",
         ),
         (
-            '[teacher]\nkind = "stack"\ndtype = "float32"',
-            "'teacher.dtype' of kind stack; it is a setting of kind",
+            '[teacher]\nkind = "ensemble"\ndtype = "float32"',
+            "'teacher.dtype' of kind ensemble; it is a setting of kind",
         ),
         ('[teacher]\nkind = "vllm"\ndevice_map = "auto"', "unknown key 'teacher.device_map' of kind vllm"),
         ('[teacher]\nkind = "causal"\nenforce_eager = true', "'teacher.enforce_eager' of kind causal; .* kind vllm"),

@@ -380,7 +380,7 @@ CASES: dict[str, tuple[One, Call]] = {
     "Run.ablate.variants": (lambda _: "gone", lambda w, v: w.run().ablate(v)),
     "Run.data": (lambda w: f"data={w.data}", lambda w, v: Run(w.run().recipe, w.root / "run", data=v).recipe.data),
     "Run.filter.closed": (lambda _: "data", lambda w, v: w.run().filter(v)),
-    "Run.stack.members": (lambda _: TeacherConfig(model="gone"), lambda w, v: w.run().stack(v)),
+    "Run.ensemble.members": (lambda _: TeacherConfig(model="gone"), lambda w, v: w.run().ensemble(v)),
     "SearchSettings.sources": (lambda _: "bm25", lambda _, v: SearchSettings(sources=v)),
     "Student.encode_chunks.texts": (lambda _: "ab", lambda w, v: w.student.encode_chunks(v)),
     "Student.encode_document.texts": (

@@ -15,9 +15,9 @@ from d2llm.core.types import Passage
 from d2llm.evaluation import evaluate as evaluate_verb
 from d2llm.evaluation.judging import JudgeOnWorkers, place_judge
 from d2llm.evaluation.loading import load_contenders
+from d2llm.models.teachers.ensemble import EnsembleMember, write_ensemble
 from d2llm.models.teachers.identity import identify_local_teacher
-from d2llm.models.teachers.stacked import StackMember, write_stack
-from d2llm.ops.stacking import Stack
+from d2llm.ops.ensemble import Ensemble
 from d2llm.recipe import RemoteConfig, TeacherConfig
 from d2llm.retrieval import encode as encode_verb
 from d2llm.retrieval.cosine import CosineStudent
@@ -164,10 +164,10 @@ def test_a_remote_teacher_works_here():
     assert placement is HERE
 
 
-def test_a_stack_with_a_remote_member_works_here(tmp_path):
-    stack = Stack((0.0,), (1.0,), (1.0,), 1.0, 0.0)
-    write_stack(tmp_path / "stack", [StackMember(REMOTE, "remote")], {"asymmetric": stack}, {})
-    config = TeacherConfig(model=str(tmp_path / "stack"), kind="stack")
+def test_an_ensemble_with_a_remote_member_works_here(tmp_path):
+    ensemble = Ensemble((0.0,), (1.0,), (1.0,), 1.0, 0.0)
+    write_ensemble(tmp_path / "ensemble", [EnsembleMember(REMOTE, "remote")], {"asymmetric": ensemble}, {})
+    config = TeacherConfig(model=str(tmp_path / "ensemble"), kind="ensemble")
     assert place_judge(config, partial(str, "here"), CopyRunner(), device=None) == ("here", HERE)
 
 

@@ -199,8 +199,8 @@ def test_judgements_survive_an_interruption(trial, monkeypatch, tmp_path):
     assert trial(repeated).num_judged == repeated.asked == 0
 
 
-def test_queries_used_to_fit_a_stack_are_counted(trial, monkeypatch):
-    monkeypatch.setattr(verb, "stacked_queries", lambda config: {"everyday": frozenset({"qa", "qb", "other"})})
+def test_queries_used_to_fit_an_ensemble_are_counted(trial, monkeypatch):
+    monkeypatch.setattr(verb, "ensemble_queries", lambda config: {"everyday": frozenset({"qa", "qb", "other"})})
     assert trial(OracleJudge()).num_seen == 2
 
 

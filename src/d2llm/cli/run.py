@@ -1,4 +1,4 @@
-"""The verb ``run``, and the verbs for single steps of a run: mine, tune-teacher, stack, gate, label, distill."""
+"""The verb ``run``, and the verbs for single steps of a run: mine, tune-teacher, ensemble, gate, label, distill."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def tune_teacher(
 
 
 @verb("Distil")
-def stack(
+def ensemble(
     context: typer.Context,
     recipe: RecipeArgument,
     options: RunOptions,
@@ -155,23 +155,23 @@ def stack(
 ) -> None:
     """Combine several teachers into an ensemble, calibrated on dev.
 
-    It is written to the folder stack in the run folder. To learn from it, name that folder as model of [teacher] in a
-    recipe.
+    It is written to the folder ensemble in the run folder. To learn from it, name that folder as model of [teacher] in
+    a recipe.
     """
     from d2llm.core.files import write_bytes
     from d2llm.recipe.recipe_file import named_teacher
-    from d2llm.reports.training_tables import render_stack_page, stack_tables
+    from d2llm.reports.training_tables import ensemble_tables, render_ensemble_page
 
     session = session_of(context)
     runner = place.find()
     opened = options.open(recipe, files=[html_path])
     teachers = [named_teacher(member, opened.recipe.teacher) for member in members]
-    report = opened.stack(teachers, num_queries=queries, depth=depth, runner=runner)
-    for part in stack_tables(report):
+    report = opened.ensemble(teachers, num_queries=queries, depth=depth, runner=runner)
+    for part in ensemble_tables(report):
         session.show(part)
     session.write_report(context, options.json_path, report)
     if html_path is not None:
-        write_bytes(html_path, render_stack_page(report).encode())
+        write_bytes(html_path, render_ensemble_page(report).encode())
 
 
 @verb("Distil")

@@ -17,7 +17,7 @@ from d2llm.cli.word_order import Verbs
 HEADINGS = ("Distil", "Search", "Serve", "Measure", "Tools")
 """Headings of the help, in their order."""
 _ORDER = (
-    *("fit", "init", "run", "mine", "tune-teacher", "gate", "label", "distill", "stack", "distill-static"),
+    *("fit", "init", "run", "mine", "tune-teacher", "gate", "label", "distill", "ensemble", "distill-static"),
     *("fit-tokens", "fit-scores", "tune-reader", "push", "methods", "labels", "recipe"),
     *("encode", "search", "shard", "index", "evaluate", "leaderboard", "probe", "ablate", "data"),
     *("export", "demo", "judge", "size", "doctor"),

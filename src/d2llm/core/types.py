@@ -69,7 +69,7 @@ SourceName = Literal["vectors", "ann", "bm25"]
 Ties = Literal["ids", "rows"]
 """What orders passages with equal scores: their ids, or their rows if any order will do and looking up ids is slow."""
 
-RunStep = Literal["mine", "tune-teacher", "stack", "gate", "filter", "distill"]
+RunStep = Literal["mine", "tune-teacher", "ensemble", "gate", "filter", "distill"]
 """The steps of a run that can be repeated, in order. Labels are stored by teacher and pair and never computed again."""
 
 EvidenceTerm = Literal["words", "words_share", "window_words", "window_words_share", "window_vectors", "token_vectors"]

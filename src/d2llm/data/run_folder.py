@@ -20,12 +20,12 @@ from d2llm.recipe.recipe_file import changed_recipe, shaping_settings, tuning_se
 class RunFolder:
     """The layout of one run: where ``mine``, ``tune_teacher``, ``label`` and ``distill`` find each other's results.
 
-    ``teacher`` is the tuned teacher, ``stack`` several teachers combined into one, ``labels`` the label store.
+    ``teacher`` is the tuned teacher, ``ensemble`` several teachers combined into one, ``labels`` the label store.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.teacher, self.stack = path / "teacher", path / "stack"
+        self.teacher, self.ensemble = path / "teacher", path / "ensemble"
         self.labels, self.student = path / "labels", path / "student"
 
     def plan(self, data: DataConfig) -> Path:
@@ -49,13 +49,13 @@ class RunFolder:
         """A student of a changed recipe (see ``recipe.variants``), trained on the same plans and labels."""
         return companion(self.student, name)
 
-    def cosine_of_stack(self, recipe: Recipe) -> Path:
-        """The tuned cosine model that is one of the teachers in the stack.
+    def cosine_of_ensemble(self, recipe: Recipe) -> Path:
+        """The tuned cosine model that is one of the teachers in the ensemble.
 
-        It is the variant of that name, unless the stack filters the plans: then it was trained on the unfiltered plans
-        and would not be a fair baseline for the student.
+        It is the variant of that name, unless the ensemble filters the plans: then it was trained on the unfiltered
+        plans and would not be a fair baseline for the student.
         """
-        return self.path / "stack-cosine" if recipe.filters_with_tuned_teacher else self.variant("cosine")
+        return self.path / "ensemble-cosine" if recipe.filters_with_tuned_teacher else self.variant("cosine")
 
     def sources(self, recipe: Recipe, *, as_mined: bool = False) -> list[TrainingSource]:
         """The data sets of a recipe with their final plans, or, if ``as_mined``, with those written by ``mine``.

@@ -1,6 +1,6 @@
 """Judges each pair once: log-odds go to a label store, from which an interrupted call continues.
 
-``label``, ``mine``, ``gate``, ``stack_teachers`` and ``evaluate`` all use this module.
+``label``, ``mine``, ``gate``, ``ensemble_teachers`` and ``evaluate`` all use this module.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def load_contenders(
 def _own_teacher(student: Path, fingerprint: str | None) -> TeacherConfig | None:
     """The teacher with this fingerprint: that of the student's run, or a shipped one."""
     run = RunFolder(student.parent)
-    beside = [str(place) for place in (run.teacher, run.stack) if is_finished(place)]
+    beside = [str(place) for place in (run.teacher, run.ensemble) if is_finished(place)]
     configs = [TeacherConfig(model=model) for model in (*beside, *shipped_models("teachers"))]
     return next((config for config in configs if identify_judge(config).fingerprint == fingerprint), None)
 

@@ -163,7 +163,7 @@ def tuning_settings(recipe: Recipe) -> dict[str, Any]:
     teacher, tuning = recipe.teacher, recipe.teacher_tuning
     # A teacher that vLLM runs is tuned as any other.
     tuned = teacher.as_kind("auto") if isinstance(teacher, VllmTeacherConfig) else teacher
-    judging = {"stack_with_cosine", "remote", "lists", "recorded", "dtype", "device_map", "quantization"}
+    judging = {"ensemble_with_cosine", "remote", "lists", "recorded", "dtype", "device_map", "quantization"}
     values = tuning.model_dump(
         mode="json", exclude={"checkpoint_minutes", "graph_gib", "gradient_checkpointing", "quantization"}
     )

@@ -54,7 +54,7 @@ class TeacherConfig(SectionOfKind):
         dict.fromkeys(
             (
                 *("auto", "causal", "seq2seq", "classifier", "vllm"),
-                *("remote", "graded", "listwise", "cosine", "stack"),
+                *("remote", "graded", "listwise", "cosine", "ensemble"),
             ),
             "d2llm.recipe.teacher",
         ),
@@ -68,8 +68,8 @@ class TeacherConfig(SectionOfKind):
     model: str = "smollm2"
     """Local folder (also of a tuned teacher), Hub name, GGUF file, or ``smollm2``; for a remote teacher, the model's
     name at the endpoint."""
-    stack_with_cosine: bool = False
-    """Learn from a stack of this teacher and the run's tuned cosine, calibrated on dev."""
+    ensemble_with_cosine: bool = False
+    """Learn from an ensemble of this teacher and the run's tuned cosine, calibrated on dev."""
 
     def load(self, *, device: str | None = None, dtype: str | None = None) -> Judge:
         """Load the teacher (``load_judge``); a kind defines it."""
@@ -90,7 +90,7 @@ class TeacherConfig(SectionOfKind):
 
     @property
     def members(self) -> Sequence[TeacherConfig]:
-        """The teachers that judge: itself, or the members of a stack."""
+        """The teachers that judge: itself, or the members of an ensemble."""
         return [self]
 
     @property
@@ -190,7 +190,7 @@ class LocalTeacherConfig(_ShippedTeacher):
 
 
 class AutoTeacherConfig(PromptedTeacherConfig, LocalTeacherConfig, kind="auto"):
-    """A teacher whose kind follows from its folder: pretrained weights, a tuned teacher, a student, a stack."""
+    """A teacher whose kind follows from its folder: pretrained weights, a tuned teacher, a student, an ensemble."""
 
     def load(self, *, device: str | None = None, dtype: str | None = None) -> Judge:
         """As the kind that the folder shows."""
@@ -439,8 +439,8 @@ class CosineTeacherConfig(_ShippedTeacher, kind="cosine"):
     judge_class = "cosine:CosineTeacher"
 
 
-class StackTeacherConfig(_ShippedTeacher, kind="stack"):
-    """Several teachers, calibrated as one (``d2llm stack``)."""
+class EnsembleTeacherConfig(_ShippedTeacher, kind="ensemble"):
+    """Several teachers, calibrated as one (``d2llm ensemble``)."""
 
     needs = frozenset({"several_teachers"})
     measured = (
@@ -448,10 +448,10 @@ class StackTeacherConfig(_ShippedTeacher, kind="stack"):
         "queries each](log/2026-11.md#2026-11-20-a-cross-encoder-of-the-students-own-size-as-a-teacher-and-"
         "stacked-with-the-cosine))"
     )
-    judge_class = "stacked:StackedTeacher"
+    judge_class = "ensemble:EnsembleTeacher"
 
     @property
     def members(self) -> Sequence[TeacherConfig]:
-        """The teachers of the stack in the folder ``model``, and of stacks among them."""
-        stacked: Sequence[TeacherConfig] = import_module("d2llm.models.teachers.stacked").stacked_members(self)
-        return [each for member in stacked for each in member.members]
+        """The teachers of the ensemble in the folder ``model``, and of ensembles among them."""
+        ensemble: Sequence[TeacherConfig] = import_module("d2llm.models.teachers.ensemble").ensemble_members(self)
+        return [each for member in ensemble for each in member.members]

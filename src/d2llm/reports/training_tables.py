@@ -1,4 +1,4 @@
-"""The results of ``run``, ``gate`` and ``stack`` as tables, and those of ``stack`` as an HTML page."""
+"""The results of ``run``, ``gate`` and ``ensemble`` as tables, and those of ``ensemble`` as an HTML page."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from d2llm.reports.html import charts
 from d2llm.reports.html.page import render
 from d2llm.training.alternate import Round
 from d2llm.training.distill import DistillReport
+from d2llm.training.ensemble_teachers import EnsembleReport, TaskReport
 from d2llm.training.gate import GateReport, Precheck
 from d2llm.training.label import LabelReport
 from d2llm.training.run import Skipped
 from d2llm.training.sentences import describe_distillation, describe_gates, describe_labels, describe_precheck
-from d2llm.training.stack_teachers import StackReport, TaskReport
 from d2llm.training.tune_teacher import TeacherTuningReport
 
-_STACK_STYLE = """
+_ENSEMBLE_STYLE = """
 .pair { display: flex; flex-wrap: wrap; gap: 1rem; }
 .pair figure { flex: 1 1 18rem; max-width: 24rem; }
 """
@@ -46,7 +46,7 @@ def _step_words(step: str, result: Any) -> str:
         return describe_precheck(result).removeprefix("precheck: ")
     if isinstance(result, TeacherTuningReport):
         return f"{result.pairs:,} pairs, final loss {result.loss:.3f}, in {result.folder}"
-    if isinstance(result, StackReport):
+    if isinstance(result, EnsembleReport):
         return f"one teacher of several, in {result.folder}"
     if isinstance(result, GateReport):
         return describe_gates({row.name: row.is_open for row in result.sets})
@@ -95,9 +95,9 @@ def gate_table(report: GateReport) -> Table:
     return table
 
 
-def stack_tables(report: StackReport) -> list[RenderableType]:
+def ensemble_tables(report: EnsembleReport) -> list[RenderableType]:
     """One table for each task: weights, ranking, and calibration before and after."""
-    tables = [stack_table(task, task_report) for task, task_report in report.tasks.items()]
+    tables = [ensemble_table(task, task_report) for task, task_report in report.tasks.items()]
     remark = (
         "nDCG and MRR over lists that contain all positives. ECE: expected calibration error. Before: the score taken "
         "as log-odds; after: calibrated, each query by a fit without it."
@@ -106,8 +106,8 @@ def stack_tables(report: StackReport) -> list[RenderableType]:
     return [*tables, Text(remark + truncated * bool(report.num_truncated))]
 
 
-def stack_table(task: str, report: TaskReport) -> Table:
-    """The members and their stack in one task; the title names the data."""
+def ensemble_table(task: str, report: TaskReport) -> Table:
+    """The members and their ensemble in one task; the title names the data."""
     queries = ", ".join(f"{count:,} of {name}" for name, count in report.num_queries.items())
     measures = [f"{name} {measure}" for name, values in report.rows[0].measures.items() for measure in values]
     table = Table(
@@ -134,12 +134,12 @@ def stack_table(task: str, report: TaskReport) -> Table:
     return table
 
 
-def render_stack_page(report: StackReport) -> str:
-    """The results of ``stack`` with reliability diagrams, as an HTML page to open in a browser, mail or print."""
+def render_ensemble_page(report: EnsembleReport) -> str:
+    """The results of ``ensemble`` with reliability diagrams, as an HTML page to open in a browser, mail or print."""
     tasks = [
-        (stack_table(task, task_report), _diagrams(task, task_report)) for task, task_report in report.tasks.items()
+        (ensemble_table(task, task_report), _diagrams(task, task_report)) for task, task_report in report.tasks.items()
     ]
-    return render("stack.html.j2", _STACK_STYLE, report=report, tasks=tasks)
+    return render("ensemble.html.j2", _ENSEMBLE_STYLE, report=report, tasks=tasks)
 
 
 def _diagrams(task: str, report: TaskReport) -> list[list[tuple[str, Markup]]]:

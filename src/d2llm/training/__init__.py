@@ -1,1 +1,1 @@
-"""Trains a student from a recipe: tune the teacher, stack, gate, label, distil, fit."""
+"""Trains a student from a recipe: tune the teacher, ensemble, gate, label, distil, fit."""

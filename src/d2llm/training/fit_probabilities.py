@@ -15,7 +15,7 @@ from d2llm.data.beir import Dataset
 from d2llm.data.same_text import SameText
 from d2llm.models.probabilities import ProbabilityCalibration, TaskCalibration
 from d2llm.ops.calibration import expected_calibration_error, reliability_bins
-from d2llm.ops.stacking import fit_stack, out_of_fold_log_odds
+from d2llm.ops.ensemble import fit_ensemble, out_of_fold_log_odds
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.reading import encode_pairs
 from d2llm.store.bm25 import bm25_lists
@@ -142,8 +142,8 @@ def _fit(task: Task, parts: Sequence[CalibrationSample], seed: int) -> TaskCalib
     scores = np.concatenate([part.scores for part in parts])
     relevant = np.concatenate([part.relevant for part in parts])
     groups = [query for part in parts for query in part.queries]
-    stack = fit_stack(scores[:, None], relevant)
-    slope = stack.weights[0] / stack.scales[0]
+    ensemble = fit_ensemble(scores[:, None], relevant)
+    slope = ensemble.weights[0] / ensemble.scales[0]
     if slope <= 0:
         _remarks.info(
             "scores of %s search are not calibrated as probabilities: they do not distinguish relevant passages", task
@@ -152,7 +152,7 @@ def _fit(task: Task, parts: Sequence[CalibrationSample], seed: int) -> TaskCalib
     after = out_of_fold_log_odds(scores[:, None], relevant, groups, seed=seed)
     return TaskCalibration(
         slope=slope,
-        offset=stack.bias - slope * stack.means[0],
+        offset=ensemble.bias - slope * ensemble.means[0],
         num_queries=num_queries,
         num_pairs=len(scores),
         error_before=expected_calibration_error(reliability_bins(scores, relevant)),

@@ -22,8 +22,8 @@ from d2llm.data.pairs import PairDataset
 from d2llm.evaluation.judging import place_judge
 from d2llm.models.student import Student
 from d2llm.models.teachers.cosine import CosineTeacher
+from d2llm.models.teachers.ensemble import ensemble_queries
 from d2llm.models.teachers.judge import Judge, load_judge
-from d2llm.models.teachers.stacked import stacked_queries
 from d2llm.ops.gating import better
 from d2llm.recipe import GateConfig, TeacherConfig
 from d2llm.retrieval.text_workers import encoder_loads
@@ -71,7 +71,8 @@ class GateRow:
 class GateReport:
     """The gates of one teacher (fingerprint) against one cosine (fingerprint).
 
-    ``num_seen`` of the queries were used to fit the weights of the teacher, if it is a stack. ``num_truncated`` of the
+    ``num_seen`` of the queries were used to fit the weights of the teacher, if it is an ensemble. ``num_truncated`` of
+    the
     ``num_judged`` pairs judged now were truncated, ``num_undecided`` got no answer and count as log-odds 0;
     ``num_ungraded`` of all candidates have no grade and come last in both rankings.
     """
@@ -172,7 +173,7 @@ def gate(
     pooled: dict[tuple[Task, str], list[_PairedMeasures]] = {}
     for one in paired:
         pooled.setdefault((one.dev.task, one.cosine.measure), []).append(one)
-    fitted_on = stacked_queries(teacher)
+    fitted_on = ensemble_queries(teacher)
     report = GateReport(
         teacher=model.fingerprint,
         cosine=student.fingerprint,

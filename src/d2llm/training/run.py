@@ -46,9 +46,9 @@ if TYPE_CHECKING:  # each step imports what it needs, so that errors in a recipe
     from d2llm.training.ablation.report import AblationReport
     from d2llm.training.alternate import Round
     from d2llm.training.distill import DistillReport
+    from d2llm.training.ensemble_teachers import EnsembleReport
     from d2llm.training.gate import GateReport, Precheck
     from d2llm.training.label import LabelReport
-    from d2llm.training.stack_teachers import StackReport
     from d2llm.training.tune_teacher import TeacherTuningReport
 
 _remarks = logging.getLogger("d2llm.remarks")
@@ -147,9 +147,9 @@ class Run:
         Args:
             again: repeat this step and those after it, except labels, which are stored by teacher and pair.
             after: called with the name and the result of each step.
-            runner: where mine, stack, gate, filter and label encode texts and judge pairs: in this process (``local``),
-                or on a Ray cluster (``ray``, ``ray:ADDRESS``, or a ``RayRunner``). All training is in this process, and
-                a remote teacher is asked from it.
+            runner: where mine, ensemble, gate, filter and label encode texts and judge pairs: in this process
+                (``local``), or on a Ray cluster (``ray``, ``ray:ADDRESS``, or a ``RayRunner``). All training is in this
+                process, and a remote teacher is asked from it.
         """
         from d2llm.models.teachers.judge import asks_endpoint
         from d2llm.runners.runner import find_runner
@@ -170,8 +170,10 @@ class Run:
         if self.recipe.losses.imitates:
             keep("precheck", self.precheck(again="tune-teacher" in repeated))
             keep("tune-teacher", self.tune_teacher(again="tune-teacher" in repeated))
-            stacked = self.stack_with_cosine(again="stack" in repeated, cosine_again="mine" in repeated, runner=runner)
-            keep("stack", stacked)
+            ensemble = self.ensemble_with_cosine(
+                again="ensemble" in repeated, cosine_again="mine" in repeated, runner=runner
+            )
+            keep("ensemble", ensemble)
             keep("gate", self.gate(again="gate" in repeated, runner=runner))
             closed = self.closed_gates()
             keep("filter", self.filter(closed, runner=runner))
@@ -275,35 +277,35 @@ class Run:
                 )
         return report
 
-    def stack_with_cosine(
+    def ensemble_with_cosine(
         self, *, again: bool = False, cosine_again: bool = False, runner: str | Runner = "local"
-    ) -> StackReport | Skipped:
-        """If the recipe says so, train the cosine student and stack the run's teacher with it.
+    ) -> EnsembleReport | Skipped:
+        """If the recipe says so, train the cosine student and combine the run's teacher with it.
 
         ``again`` repeats it if it is finished; ``cosine_again`` also trains the cosine student again; ``runner`` is
-        that of ``stack``.
+        that of ``ensemble``.
         """
-        if not self.recipe.teacher.stack_with_cosine:
-            return self.skip("stack: the recipe's teacher is not stacked with a cosine student")
+        if not self.recipe.teacher.ensemble_with_cosine:
+            return self.skip("ensemble: the recipe's teacher is not combined with a cosine student")
         if again:
-            self.put_aside("stack", self.parts.stack)
-        elif is_finished(self.parts.stack):
+            self.put_aside("ensemble", self.parts.ensemble)
+        elif is_finished(self.parts.ensemble):
             return self.skip(
-                f"stack: {self.parts.stack} is finished; --again stack fits a new one and moves this one aside"
+                f"ensemble: {self.parts.ensemble} is finished; --again ensemble fits a new one and moves this one aside"
             )
-        self.distill(variant="cosine", again=cosine_again, for_stack=True)
-        cosine = CosineTeacherConfig(model=str(self.parts.cosine_of_stack(self.recipe)))
-        return self.stack([self.teacher, cosine], runner=runner)
+        self.distill(variant="cosine", again=cosine_again, for_ensemble=True)
+        cosine = CosineTeacherConfig(model=str(self.parts.cosine_of_ensemble(self.recipe)))
+        return self.ensemble([self.teacher, cosine], runner=runner)
 
     @_shows_progress
-    def stack(
+    def ensemble(
         self,
         members: Sequence[TeacherConfig] | TeacherConfig,
         *,
         num_queries: int | None = None,
         depth: int | None = None,
         runner: str | Runner = "local",
-    ) -> StackReport:
+    ) -> EnsembleReport:
         """Combine several teachers into one calibrated teacher, on the dev queries of the recipe's retrieval sets.
 
         Args:
@@ -314,13 +316,13 @@ class Run:
             runner: where the corpus is encoded and the members judge (``finish``).
         """
         from d2llm.runners.runner import find_runner
-        from d2llm.training.stack_teachers import stack_teachers
+        from d2llm.training.ensemble_teachers import ensemble_teachers
 
         settings = self.recipe.gate
         cosine_student, load = self._untuned_cosine_and_load()
-        report = stack_teachers(
+        report = ensemble_teachers(
             [(dataset, task) for dataset, task in self.dev_data() if isinstance(dataset, Dataset)],
-            self.parts.stack,
+            self.parts.ensemble,
             members=objects_of(members, "members", TeacherConfig),
             student=cosine_student,
             num_queries=num_queries or settings.queries,
@@ -330,7 +332,7 @@ class Run:
             load_student=load,
             **self._computing,
         )
-        _remarks.info("stack: the teacher is in %s", report.folder)
+        _remarks.info("ensemble: the teacher is in %s", report.folder)
         return report
 
     @_shows_progress
@@ -418,14 +420,14 @@ class Run:
 
     @_shows_progress
     def distill(
-        self, *, variant: str | None = None, again: bool = False, for_stack: bool = False
+        self, *, variant: str | None = None, again: bool = False, for_ensemble: bool = False
     ) -> DistillReport | Skipped:
         """Train the student on the labels.
 
         Args:
             variant: train this variant (``recipe.variants``), whose folder is beside the student's.
             again: repeat it if it is finished; the earlier student is kept aside.
-            for_stack: train the cosine student for a stack, on the plans before they are filtered.
+            for_ensemble: train the cosine student for an ensemble, on the plans before they are filtered.
         """
         from d2llm.training.distill import distill
         from d2llm.training.sentences import describe_distillation, untrained_advice
@@ -433,13 +435,13 @@ class Run:
         recipe, folder = self.recipe, self.parts.student
         if variant is not None:
             recipe, folder = find_variant(variant).apply(recipe), self.parts.variant(variant)
-        if for_stack:
-            folder = self.parts.cosine_of_stack(self.recipe)
+        if for_ensemble:
+            folder = self.parts.cosine_of_ensemble(self.recipe)
         if again:
             self.put_aside("distill", folder)
         elif is_finished(folder):
             teacher = self._teacher_fingerprint() if recipe.losses.imitates else None
-            self._warn_of_changes("distill", folder, changed_student(folder, recipe), teacher, as_mined=for_stack)
+            self._warn_of_changes("distill", folder, changed_student(folder, recipe), teacher, as_mined=for_ensemble)
             return self.skip(f"distill: {folder} is finished; --again trains a new one, keeping this one aside")
         self.require_plans()
         closed = self.closed_gates() if recipe.losses.imitates else []
@@ -450,7 +452,7 @@ class Run:
                 )
             self._name_the_teacher("distill")
         report = distill(
-            self.parts.sources(self.recipe, as_mined=for_stack),
+            self.parts.sources(self.recipe, as_mined=for_ensemble),
             folder,
             recipe=recipe,
             labels=self.parts.labels,
@@ -572,11 +574,11 @@ class Run:
 
     @property
     def teacher(self) -> TeacherConfig:
-        """The teacher to use: the stack if there is one, else the run's tuned teacher, else the recipe's teacher."""
+        """The teacher to use: the ensemble if there is one, else the run's tuned teacher, else the recipe's teacher."""
         named = self.recipe.teacher
-        if named.stack_with_cosine and is_finished(self.parts.stack):
-            return named.as_kind("stack", model=str(self.parts.stack))
-        if find_tuned_teacher(named.model) is not None and find_kind(named) == "stack":
+        if named.ensemble_with_cosine and is_finished(self.parts.ensemble):
+            return named.as_kind("ensemble", model=str(self.parts.ensemble))
+        if find_tuned_teacher(named.model) is not None and find_kind(named) == "ensemble":
             return named
         if is_finished(self.parts.teacher):
             return named.tuned(str(self.parts.teacher))

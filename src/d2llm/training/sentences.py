@@ -41,7 +41,7 @@ def gate_advice(report: GateReport) -> str:
     parts: list[str] = []
     if report.num_seen:
         parts.append(
-            f"{report.num_seen} of the queries were used to fit the stack's weights, so its results are optimistic."
+            f"{report.num_seen} of the queries were used to fit the ensemble's weights, so its results are optimistic."
         )
     if report.num_truncated:
         parts.append(f"{report.num_truncated:,} pairs were truncated to the teacher's length limit.")
@@ -59,7 +59,7 @@ def gate_advice(report: GateReport) -> str:
     consequence = {
         "labels": "The recipe's when_closed is 'labels': the student learns there from the data set's own judgements.",
         "teacher": "The recipe's when_closed is 'teacher': its labels are used anyway.",
-        "stop": "The recipe's when_closed is 'stop'. Tune the teacher further, stack it with the cosine, or raise "
+        "stop": "The recipe's when_closed is 'stop'. Tune the teacher further, combine it with the cosine, or raise "
         "queries in [gate] if the difference is small.",
     }
     return " ".join([*parts, consequence[report.settings.when_closed]])

@@ -365,11 +365,11 @@ epochs = 0 # the teacher as it is; with a few thousand questions tuning is worth
     if num_train >= _ENOUGH_FOR_A_TEACHER:
         return [
             f"""\
-[teacher] # {num_train:,} questions are enough for one: a cross-encoder of the backbone, stacked with the tuned cosine
+[teacher] # {num_train:,} questions are enough for one: a cross-encoder of the backbone, combined with the tuned cosine
 model = {json.dumps(backbone)}
 kind = "classifier"
 new_head = true
-stack_with_cosine = true
+ensemble_with_cosine = true
 
 [teacher_tuning]
 tuning = "full"

@@ -34,7 +34,7 @@ _CACHED_NUMBERS = 1 << 24  # size of the cache of vectors: 64 MB of float32
 class CosineTeacher:
     """A student, or a backbone's own cosine, used as a teacher. It has no features.
 
-    ``log_odds`` are the student's own logits, t cos(a, b) for a cosine; ``ops.stacking`` calibrates them. Each text is
+    ``log_odds`` are the student's own logits, t cos(a, b) for a cosine; ``ops.ensemble`` calibrates them. Each text is
     encoded once per call, and the most recently used vectors are kept for the next call.
     """
 

@@ -45,7 +45,7 @@ def find_kind(config: TeacherConfig) -> str:
     """The kind of teacher that ``config`` names; for ``auto``, it is detected from the model's files.
 
     A tuned teacher keeps the kind that it was tuned as, and a student is used as a cosine teacher. Any other folder
-    with a manifest is of the kind of teacher that the manifest names, such as ``stack``. For pretrained weights, the
+    with a manifest is of the kind of teacher that the manifest names, such as ``ensemble``. For pretrained weights, the
     kind follows from the architecture in config.json.
 
     Raises:

@@ -185,7 +185,7 @@ def identify_judge(config: TeacherConfig) -> TeacherIdentity:
 
 
 def asks_endpoint(config: TeacherConfig) -> bool:
-    """Whether a teacher, or a member of a stack, is remote: then its endpoint sets the pace, wherever it is asked."""
+    """Whether a teacher, or a member of an ensemble, is remote: then its endpoint sets the pace everywhere."""
     return any("endpoint" in member.needs for member in config.members)
 
 
@@ -209,7 +209,7 @@ def recorded_teacher(config: TeacherConfig, lists: Path, data: Path | None = Non
 def ranks_lists(teacher: Judge | TeacherConfig) -> bool:
     """Whether log-odds compare only the passages of one query that were judged in one call: kind ``listwise``.
 
-    It is also true of a stack with such a member.
+    It is also true of an ensemble with such a member.
     """
     if isinstance(teacher, TeacherConfig):
         return any(member.ranks_lists for member in teacher.members)
@@ -230,7 +230,7 @@ def judge_passages(judge: Judge, query: str, texts: Sequence[str], task: Task) -
 
 
 def judges_only_recorded(teacher: TeacherConfig) -> bool:
-    """Whether a pair that was not recorded is undecided; also true of a stack with such a member."""
+    """Whether a pair that was not recorded is undecided; also true of an ensemble with such a member."""
     return any(member.judges_only_recorded for member in teacher.members)
 
 

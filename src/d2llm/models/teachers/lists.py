@@ -10,7 +10,7 @@ endpoint refuses for its content, is graded in halves.
 
 A grade g becomes the log-odds (g - 70) / 12: in the rubric, 70 is where an answer begins, and over five data sets whose
 judgements are known, the fit of Platt's function to a large language model's grades is (g - 68) / 11.4. Between data
-sets it differs (from 45 to 92, and 4 to 12), so ``d2llm stack`` with this teacher alone fits it on a data set's dev
+sets it differs (from 45 to 92, and 4 to 12), so ``d2llm ensemble`` with this teacher alone fits it on a data set's dev
 queries. A ranking becomes the logarithms of the strengths of Plackett and Luce, which say nothing across queries.
 """
 

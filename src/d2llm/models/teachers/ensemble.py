@@ -31,60 +31,62 @@ from d2llm.models.teachers.judge import (
     shared_steps,
     whole_queries,
 )
-from d2llm.ops.stacking import Stack
+from d2llm.ops.ensemble import Ensemble
 from d2llm.recipe import TeacherConfig, TeacherIdentity
 
-STACK_KIND = "stack"
-STACK_FORMAT_VERSION = 1
+ENSEMBLE_KIND = "ensemble"
+ENSEMBLE_FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
-class StackMember:
-    """A teacher of a stack: its configuration, and its fingerprint when the stack was fitted."""
+class EnsembleMember:
+    """A teacher of an ensemble: its configuration, and its fingerprint when the ensemble was fitted."""
 
     config: TeacherConfig
     fingerprint: str
 
 
-class StackedTeacher(LastingJudge):
+class EnsembleTeacher(LastingJudge):
     """A judge made of several; for each task, log-odds = bias + sum of weights times standardised scores."""
 
-    def __init__(self, members: Sequence[Judge], stacks: Mapping[Task, Stack], *, name: str = "the stack") -> None:
-        """Combine ``members``, in the order of the weights in ``stacks``; ``name`` is for errors."""
+    def __init__(
+        self, members: Sequence[Judge], ensembles: Mapping[Task, Ensemble], *, name: str = "the ensemble"
+    ) -> None:
+        """Combine ``members``, in the order of the weights in ``ensembles``; ``name`` is for errors."""
         self.members = tuple(members)
-        self.stacks = dict(stacks)
+        self.ensembles = dict(ensembles)
         self.ranks_lists = any(map(ranks_lists, self.members))
         self._name = name
-        self._fingerprint = _fingerprint([member.fingerprint for member in members], stacks)
+        self._fingerprint = _fingerprint([member.fingerprint for member in members], ensembles)
 
     @classmethod
-    def load(cls, config: TeacherConfig, *, device: str | None = None, dtype: str | None = None) -> StackedTeacher:
-        """Load the members of the stack in the folder ``config.model``.
+    def load(cls, config: TeacherConfig, *, device: str | None = None, dtype: str | None = None) -> EnsembleTeacher:
+        """Load the members of the ensemble in the folder ``config.model``.
 
         Raises:
-            DataFormatError: there is no stack.
+            DataFormatError: there is no ensemble.
             ModelNotFoundError: a member is no longer where it was.
-            MismatchError: a member is not the one that the stack was fitted with.
+            MismatchError: a member is not the one that the ensemble was fitted with.
         """
         folder = Path(config.model)
-        members, stacks = _read(folder)
+        members, ensembles = _read(folder)
         judges = [load_judge(member.config, device=device, dtype=dtype) for member in members]
         for member, judge in zip(members, judges, strict=True):
             _require_same(folder, member, judge.fingerprint)
-        return cls(judges, stacks, name=str(folder))
+        return cls(judges, ensembles, name=str(folder))
 
     @staticmethod
     def identify(config: TeacherConfig) -> TeacherIdentity:
         """The identity of ``load(config)``, computed without loading a model. Raises the same errors as ``load``."""
         folder = Path(config.model)
-        members, stacks = _read(folder)
+        members, ensembles = _read(folder)
         identities = [identify_judge(member.config) for member in members]
         for member, identity in zip(members, identities, strict=True):
             _require_same(folder, member, identity.fingerprint)
         prompts: dict[Task, str] = {
-            task: fingerprint_json([identity.prompts[task] for identity in identities]) for task in stacks
+            task: fingerprint_json([identity.prompts[task] for identity in identities]) for task in ensembles
         }
-        return TeacherIdentity(_fingerprint([member.fingerprint for member in members], stacks), prompts)
+        return TeacherIdentity(_fingerprint([member.fingerprint for member in members], ensembles), prompts)
 
     @property
     def fingerprint(self) -> str:
@@ -92,8 +94,8 @@ class StackedTeacher(LastingJudge):
         return self._fingerprint
 
     def prompt_fingerprint(self, task: Task) -> str:
-        """Identity of the questions to all members of a stack that was fitted for ``task`` (else ``InputError``)."""
-        self._stack(task)
+        """Identity of the questions to all members of an ensemble fitted for ``task`` (else ``InputError``)."""
+        self._ensemble(task)
         return fingerprint_json([member.prompt_fingerprint(task) for member in self.members])
 
     def judge_until_error(
@@ -110,10 +112,10 @@ class StackedTeacher(LastingJudge):
         first member that has any. Counts are summed over the members: a pair that two of them cut counts twice.
 
         Raises:
-            InputError: the stack was not fitted for ``task``.
+            InputError: the ensemble was not fitted for ``task``.
         """
-        stack = self._stack(task)
-        counting = [place for place, weight in enumerate(stack.weights) if weight > 0]
+        ensemble = self._ensemble(task)
+        counting = [place for place, weight in enumerate(ensemble.weights) if weight > 0]
         step = shared_steps(advance, len(counting))
         is_judged = np.ones(len(pairs), np.bool_)
         scores = np.zeros((len(pairs), len(counting)), np.float32)
@@ -140,7 +142,7 @@ class StackedTeacher(LastingJudge):
                 first_error = first_error or partly.error
                 is_judged[places] = partly.is_judged
                 is_judged = whole_queries(pairs, is_judged) if self.ranks_lists else is_judged
-        log_odds = stack.only(counting).log_odds(scores).astype(np.float32)
+        log_odds = ensemble.only(counting).log_odds(scores).astype(np.float32)
         joined = Judgements(
             log_odds,
             features,
@@ -154,64 +156,66 @@ class StackedTeacher(LastingJudge):
         )
         return PartlyJudged(joined, is_judged, first_error)
 
-    def _stack(self, task: Task) -> Stack:
-        if task not in self.stacks:
+    def _ensemble(self, task: Task) -> Ensemble:
+        if task not in self.ensembles:
             raise InputError(
-                f"{self._name}: was fitted for {', '.join(sorted(self.stacks))} and has no weights for {task}; stack "
-                "on a data set of that task too"
+                f"{self._name}: was fitted for {', '.join(sorted(self.ensembles))} and has no weights for {task}; "
+                "combine the teachers on a data set of that task too"
             )
-        return self.stacks[task]
+        return self.ensembles[task]
 
 
-def write_stack(
-    folder: Path, members: Sequence[StackMember], stacks: Mapping[Task, Stack], content: Mapping[str, Any]
+def write_ensemble(
+    folder: Path, members: Sequence[EnsembleMember], ensembles: Mapping[Task, Ensemble], content: Mapping[str, Any]
 ) -> str:
-    """Write a stack that ``StackedTeacher.load`` reads, atomically; returns its fingerprint.
+    """Write an ensemble that ``EnsembleTeacher.load`` reads, atomically; returns its fingerprint.
 
     Members with weight 0 in all tasks are left out. A member inside the parent folder of ``folder`` is recorded by its
     relative path, so that both can be moved together. ``members`` are in the order of the weights; ``content`` are
-    additional fields for the manifest (data, figures). An existing stack is replaced.
+    additional fields for the manifest (data, figures). An existing ensemble is replaced.
 
     Raises:
         InputError: no member has any weight, or ``folder`` holds something else.
     """
-    counting = [place for place in range(len(members)) if any(stack.weights[place] > 0 for stack in stacks.values())]
-    if not all(any(stack.weights) for stack in stacks.values()):
+    counting = [
+        place for place in range(len(members)) if any(ensemble.weights[place] > 0 for ensemble in ensembles.values())
+    ]
+    if not all(any(ensemble.weights) for ensemble in ensembles.values()):
         raise InputError(
-            "no member's score increases with relevance on the dev lists, so there is nothing to stack; "
+            "no member's score increases with relevance on the dev lists, so there is nothing to combine; "
             "check the members and the data sets' tasks"
         )
     kept = [members[place] for place in counting]
-    narrowed: dict[Task, Stack] = {task: stack.only(counting) for task, stack in stacks.items()}
+    narrowed: dict[Task, Ensemble] = {task: ensemble.only(counting) for task, ensemble in ensembles.items()}
     fingerprint = _fingerprint([member.fingerprint for member in kept], narrowed)
-    with new_folder(folder, kind=STACK_KIND) as temporary:
+    with new_folder(folder, kind=ENSEMBLE_KIND) as temporary:
         own = {
             "fingerprint": fingerprint,
             "members": [_member_entry(folder.resolve(), member) for member in kept],
-            "tasks": {task: asdict(stack) for task, stack in narrowed.items()},
+            "tasks": {task: asdict(ensemble) for task, ensemble in narrowed.items()},
         }
-        write_manifest(temporary, STACK_KIND, STACK_FORMAT_VERSION, {**content, **own})
+        write_manifest(temporary, ENSEMBLE_KIND, ENSEMBLE_FORMAT_VERSION, {**content, **own})
     return fingerprint
 
 
-def stacked_queries(config: TeacherConfig) -> dict[str, frozenset[str]]:
-    """The dev queries, by data set, that a stack's weights were fitted on; empty if the teacher is not a stack.
+def ensemble_queries(config: TeacherConfig) -> dict[str, frozenset[str]]:
+    """The dev queries, by data set, that an ensemble's weights were fitted on; empty if the teacher is not an ensemble.
 
     Raises:
-        DataFormatError: the stack cannot be read.
+        DataFormatError: the ensemble cannot be read.
     """
-    if not (Path(config.model) / FILE_NAME).is_file() or find_kind(config) != STACK_KIND:
-        return {}  # a stack is always a local folder, so the Hub need not be contacted
-    fitted_on = read_manifest(Path(config.model), STACK_KIND, STACK_FORMAT_VERSION).get("fitted_on", {})
+    if not (Path(config.model) / FILE_NAME).is_file() or find_kind(config) != ENSEMBLE_KIND:
+        return {}  # an ensemble is always a local folder, so the Hub need not be contacted
+    fitted_on = read_manifest(Path(config.model), ENSEMBLE_KIND, ENSEMBLE_FORMAT_VERSION).get("fitted_on", {})
     return {name: frozenset(fitted["dev_queries"]) for name, fitted in fitted_on.items()}
 
 
-def stacked_members(config: TeacherConfig) -> list[TeacherConfig]:
-    """The members of the stack in the folder ``config.model``."""
+def ensemble_members(config: TeacherConfig) -> list[TeacherConfig]:
+    """The members of the ensemble in the folder ``config.model``."""
     return [member.config for member in _read(Path(config.model))[0]]
 
 
-def _member_entry(folder: Path, member: StackMember) -> dict[str, Any]:
+def _member_entry(folder: Path, member: EnsembleMember) -> dict[str, Any]:
     config, place = member.config, Path(member.config.model)
     relative = None
     if place.is_dir():
@@ -223,34 +227,34 @@ def _member_entry(folder: Path, member: StackMember) -> dict[str, Any]:
     return {"config": changed, "relative": relative, "fingerprint": member.fingerprint}
 
 
-def _read(folder: Path) -> tuple[tuple[StackMember, ...], dict[Task, Stack]]:
-    manifest = read_manifest(folder, STACK_KIND, STACK_FORMAT_VERSION)
+def _read(folder: Path) -> tuple[tuple[EnsembleMember, ...], dict[Task, Ensemble]]:
+    manifest = read_manifest(folder, ENSEMBLE_KIND, ENSEMBLE_FORMAT_VERSION)
     try:
         members = tuple(_read_member(folder, entry) for entry in manifest["members"])
-        stacks = TypeAdapter(dict[Task, Stack]).validate_python(manifest["tasks"])
+        ensembles = TypeAdapter(dict[Task, Ensemble]).validate_python(manifest["tasks"])
     except (ValidationError, LookupError, TypeError) as error:
         raise DataFormatError(
-            folder / FILE_NAME, f"cannot be read as a stack ({error}); stack the teachers again"
+            folder / FILE_NAME, f"cannot be read as an ensemble ({error}); combine the teachers again"
         ) from error
-    if any(len(stack.weights) != len(members) for stack in stacks.values()):
-        raise DataFormatError(folder / FILE_NAME, "has more or fewer members than weights; stack the teachers again")
-    return members, stacks
+    if any(len(ensemble.weights) != len(members) for ensemble in ensembles.values()):
+        raise DataFormatError(folder / FILE_NAME, "has more or fewer members than weights; combine the teachers again")
+    return members, ensembles
 
 
-def _read_member(folder: Path, entry: Mapping[str, Any]) -> StackMember:
+def _read_member(folder: Path, entry: Mapping[str, Any]) -> EnsembleMember:
     values = dict(entry["config"])
     if entry["relative"] is not None:
         values["model"] = str((folder / entry["relative"]).resolve())
-    return StackMember(TeacherConfig.model_validate(values), str(entry["fingerprint"]))
+    return EnsembleMember(TeacherConfig.model_validate(values), str(entry["fingerprint"]))
 
 
-def _require_same(folder: Path, member: StackMember, fingerprint: str) -> None:
+def _require_same(folder: Path, member: EnsembleMember, fingerprint: str) -> None:
     if fingerprint != member.fingerprint:
         raise MismatchError(
             f"{folder}: was fitted with '{member.config.model}' of fingerprint {member.fingerprint}, which is now "
-            f"{fingerprint}; restore the member, or stack again"
+            f"{fingerprint}; restore the member, or combine them again"
         )
 
 
-def _fingerprint(members: Sequence[str], stacks: Mapping[Task, Stack]) -> str:
-    return fingerprint_json([STACK_KIND, list(members), {task: asdict(stack) for task, stack in stacks.items()}])
+def _fingerprint(members: Sequence[str], ensembles: Mapping[Task, Ensemble]) -> str:
+    return fingerprint_json(["stack", list(members), {task: asdict(ensemble) for task, ensemble in ensembles.items()}])

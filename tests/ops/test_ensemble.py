@@ -1,4 +1,4 @@
-"""Stacking: the optimum checked against SciPy and the optimality conditions; folds are split by query."""
+"""Ensembles: the optimum checked against SciPy and the optimality conditions; folds are split by query."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from d2llm.core.errors import InputError
 from d2llm.ops.calibration import expected_calibration_error, log_loss, reliability_bins
-from d2llm.ops.stacking import Stack, fit_logistic, fit_stack, out_of_fold_log_odds
+from d2llm.ops.ensemble import Ensemble, fit_ensemble, fit_logistic, out_of_fold_log_odds
 from examples import examples
 
 
@@ -78,19 +78,19 @@ def test_the_optimality_conditions_hold(seed, num_members, l2):
     assert (gradient[weights == 0] > -1e-9).all()
 
 
-def test_a_stack_is_better_than_its_members_and_calibrated():
+def test_an_ensemble_is_better_than_its_members_and_calibrated():
     (scores, labels), (test_scores, truth) = sample(seed=1), sample(seed=2)
-    stack = fit_stack(scores, labels)
-    single = [fit_stack(scores[:, [m]], labels) for m in range(3)]
-    stack_loss = log_loss(stack.log_odds(test_scores), truth)
-    assert stack_loss < min(log_loss(single[m].log_odds(test_scores[:, [m]]), truth) for m in range(3)) - 0.005
-    assert expected_calibration_error(reliability_bins(stack.log_odds(test_scores), truth)) < 0.02
-    assert stack.weights[2] < 0.05 * min(stack.weights[:2])
+    ensemble = fit_ensemble(scores, labels)
+    single = [fit_ensemble(scores[:, [m]], labels) for m in range(3)]
+    ensemble_loss = log_loss(ensemble.log_odds(test_scores), truth)
+    assert ensemble_loss < min(log_loss(single[m].log_odds(test_scores[:, [m]]), truth) for m in range(3)) - 0.005
+    assert expected_calibration_error(reliability_bins(ensemble.log_odds(test_scores), truth)) < 0.02
+    assert ensemble.weights[2] < 0.05 * min(ensemble.weights[:2])
 
 
 def test_the_temperature_undoes_the_regularisation():
     scores, labels = sample()
-    strong, weak = fit_stack(scores, labels, l2=1.0), fit_stack(scores, labels, l2=0.0)
+    strong, weak = fit_ensemble(scores, labels, l2=1.0), fit_ensemble(scores, labels, l2=0.0)
     assert strong.temperature < 0.5
     assert weak.temperature == pytest.approx(1, abs=1e-3)
     error = expected_calibration_error(reliability_bins(strong.log_odds(scores), labels))
@@ -105,13 +105,13 @@ def test_units_of_a_score_do_not_matter(factor, shift):
     scores, labels = sample(200)
     moved = scores.copy()
     moved[:, 0] = factor * scores[:, 0] + shift
-    plain, other = fit_stack(scores, labels), fit_stack(moved, labels)
+    plain, other = fit_ensemble(scores, labels), fit_ensemble(moved, labels)
     assert other.log_odds(moved) == pytest.approx(plain.log_odds(scores), abs=1e-5)
 
 
 def test_separable_scores_give_finite_log_odds():
-    stack = fit_stack([[1.0], [2.0], [3.0], [4.0]], [0, 0, 1, 1], l2=0.0)
-    log_odds = stack.log_odds([[1.0], [2.0], [3.0], [4.0]])
+    ensemble = fit_ensemble([[1.0], [2.0], [3.0], [4.0]], [0, 0, 1, 1], l2=0.0)
+    log_odds = ensemble.log_odds([[1.0], [2.0], [3.0], [4.0]])
     assert np.isfinite(log_odds).all()
     assert (np.diff(log_odds) > 0).all()
     # Platt's targets are 3/4 and 1/4, approximated as closely as a single slope allows.
@@ -120,19 +120,19 @@ def test_separable_scores_give_finite_log_odds():
 
 def test_constant_and_misleading_members_are_left_out():
     scores, labels = sample(300)
-    stack = fit_stack(np.column_stack((np.full(300, 7.0), -scores[:, 0], scores[:, 1])), labels)
-    assert stack.weights[:2] == (0, 0)
-    assert stack.weights[2] > 0
-    nothing = fit_stack(np.full((300, 1), 0.1), labels)
+    ensemble = fit_ensemble(np.column_stack((np.full(300, 7.0), -scores[:, 0], scores[:, 1])), labels)
+    assert ensemble.weights[:2] == (0, 0)
+    assert ensemble.weights[2] > 0
+    nothing = fit_ensemble(np.full((300, 1), 0.1), labels)
     assert nothing.weights == (0,)
     assert sigmoid(nothing.bias) == pytest.approx(labels.mean(), abs=0.01)
 
 
 def test_log_odds_of_all_and_of_some_members():
-    stack = Stack(means=(1.0, 0.0, 5.0), scales=(2.0, 1.0, 1.0), weights=(3.0, 0.0, 0.5), bias=-1.0)
-    assert stack.log_odds([[5, 9, 5], [1, 9, 7]]).tolist() == [5, 0]
-    assert stack.only([0, 2]) == Stack((1.0, 5.0), (2.0, 1.0), (3.0, 0.5), -1.0)
-    assert stack.only([0, 2]).log_odds([[5, 5]]).tolist() == [5]
+    ensemble = Ensemble(means=(1.0, 0.0, 5.0), scales=(2.0, 1.0, 1.0), weights=(3.0, 0.0, 0.5), bias=-1.0)
+    assert ensemble.log_odds([[5, 9, 5], [1, 9, 7]]).tolist() == [5, 0]
+    assert ensemble.only([0, 2]) == Ensemble((1.0, 5.0), (2.0, 1.0), (3.0, 0.5), -1.0)
+    assert ensemble.only([0, 2]).log_odds([[5, 5]]).tolist() == [5]
 
 
 def test_a_query_never_fits_its_own_log_odds():
@@ -146,7 +146,7 @@ def test_a_query_never_fits_its_own_log_odds():
     assert (before[own] == after[own]).all()
     assert (before != after).mean() > 0.5
     left_out = out_of_fold_log_odds(scores, labels, groups, num_folds=30)
-    assert left_out[own] == pytest.approx(fit_stack(scores[~own], labels[~own]).log_odds(scores[own]))
+    assert left_out[own] == pytest.approx(fit_ensemble(scores[~own], labels[~own]).log_odds(scores[own]))
 
 
 def test_folds_do_not_depend_on_the_order_of_pairs():
@@ -170,7 +170,7 @@ def test_folds_do_not_depend_on_the_order_of_pairs():
 )
 def test_invalid_input_is_rejected(scores, labels, message):
     with pytest.raises(InputError, match=message):
-        fit_stack(scores, labels)
+        fit_ensemble(scores, labels)
 
 
 def test_one_query_cannot_be_cross_validated():

@@ -1,4 +1,4 @@
-"""Stacking teachers on dev lists: the measurements, the files written, and the page that shows them."""
+"""Combining teachers on dev lists: the measurements, the files written, and the page that shows them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from d2llm.core.errors import InputError
 from d2llm.models.teachers.judge import Judgements
 from d2llm.ops.calibration import expected_calibration_error, log_loss, reliability_bins
-from d2llm.ops.stacking import Stack, out_of_fold_log_odds
+from d2llm.ops.ensemble import Ensemble, out_of_fold_log_odds
 from d2llm.recipe import TeacherConfig
-from d2llm.reports.training_tables import render_stack_page, stack_table
-from d2llm.training import stack_teachers as verb
-from d2llm.training.stack_teachers import stack_teachers
+from d2llm.reports.training_tables import ensemble_table, render_ensemble_page
+from d2llm.training import ensemble_teachers as verb
+from d2llm.training.ensemble_teachers import ensemble_teachers
 from fake_models import FakeStudent
 from tiny_data import everyday
 
@@ -57,8 +57,8 @@ def judges(monkeypatch):
     return by_name
 
 
-def stacked(folder, *names, datasets=None, **settings):
-    return stack_teachers(
+def ensemble(folder, *names, datasets=None, **settings):
+    return ensemble_teachers(
         [(everyday(), "asymmetric")] if datasets is None else datasets,
         folder,
         members=[TeacherConfig(model=name) for name in names],
@@ -68,21 +68,21 @@ def stacked(folder, *names, datasets=None, **settings):
 
 
 def test_helpful_members_get_weights_and_others_are_left_out(tmp_path, judges):
-    report = stacked(tmp_path / "stack", "llm", "cosine", "contrary")
+    report = ensemble(tmp_path / "ensemble", "llm", "cosine", "contrary")
     task_report = report.tasks["asymmetric"]
     rows = {row.name: row for row in task_report.rows}
-    assert list(rows) == ["llm", "cosine", "contrary", "stack"]
+    assert list(rows) == ["llm", "cosine", "contrary", "ensemble"]
     assert min(rows["llm"].weight, rows["cosine"].weight) > 0.5
     assert rows["contrary"].weight == 0
-    assert rows["stack"].after.log_loss < min(rows["llm"].after.log_loss, rows["cosine"].after.log_loss)
+    assert rows["ensemble"].after.log_loss < min(rows["llm"].after.log_loss, rows["cosine"].after.log_loss)
     # Scores of about 20 are overconfident as log-odds, those of about 0.01 uninformative; calibration corrects both.
     assert rows["llm"].before.expected_error > 3 * rows["llm"].after.expected_error
     assert rows["cosine"].before.log_loss == pytest.approx(np.log(2), abs=0.02)
     assert rows["cosine"].after.log_loss < 0.9 * np.log(2)
-    assert rows["stack"].before is None
+    assert rows["ensemble"].before is None
     assert (task_report.num_queries, task_report.num_positives) == ({"everyday": 12}, 12)
 
-    manifest = json.loads((tmp_path / "stack" / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "ensemble" / "manifest.json").read_text())
     assert manifest["fingerprint"] == report.fingerprint
     assert [member["fingerprint"] for member in manifest["members"]] == ["llm", "cosine"]
     assert manifest["tasks"]["asymmetric"]["weights"] == [rows["llm"].weight, rows["cosine"].weight]
@@ -90,7 +90,7 @@ def test_helpful_members_get_weights_and_others_are_left_out(tmp_path, judges):
 
 
 def test_one_member_is_calibrated_and_measured_out_of_fold(tmp_path, judges):
-    report = stacked(tmp_path / "stack", "llm", l2=0.1, num_folds=4, seed=5)
+    report = ensemble(tmp_path / "ensemble", "llm", l2=0.1, num_folds=4, seed=5)
     alone, together = report.tasks["asymmetric"].rows
     assert together.after == alone.after
     dataset = everyday()
@@ -114,55 +114,55 @@ def test_one_member_is_calibrated_and_measured_out_of_fold(tmp_path, judges):
     assert report.num_judged == len(pairs)
 
 
-def test_stacking_without_a_retrieval_set_is_rejected(tmp_path, judges):
+def test_combining_without_a_retrieval_set_is_rejected(tmp_path, judges):
     with pytest.raises(InputError, match="no retrieval set has any"):
-        stacked(tmp_path / "stack", "llm", datasets=[])
-    assert not (tmp_path / "stack").exists()
+        ensemble(tmp_path / "ensemble", "llm", datasets=[])
+    assert not (tmp_path / "ensemble").exists()
 
 
 def test_weights_are_fitted_per_task(tmp_path, judges):
     datasets = [(everyday(), "asymmetric"), (everyday("second"), "asymmetric"), (everyday("third"), "symmetric")]
-    report = stacked(tmp_path / "stack", "llm", "cosine", datasets=datasets, num_queries=6)
+    report = ensemble(tmp_path / "ensemble", "llm", "cosine", datasets=datasets, num_queries=6)
     assert {task: task_report.num_queries for task, task_report in report.tasks.items()} == {
         "asymmetric": {"everyday": 6, "second": 6},
         "symmetric": {"third": 6},
     }
     assert set(report.tasks["asymmetric"].rows[0].measures) == {"everyday", "second"}
-    tasks = json.loads((tmp_path / "stack" / "manifest.json").read_text())["tasks"]
-    assert Stack(**{k: tuple(v) if isinstance(v, list) else v for k, v in tasks["symmetric"].items()}).bias < 0
+    tasks = json.loads((tmp_path / "ensemble" / "manifest.json").read_text())["tasks"]
+    assert Ensemble(**{k: tuple(v) if isinstance(v, list) else v for k, v in tasks["symmetric"].items()}).bias < 0
 
 
-def test_judgements_are_reused_and_only_a_stack_is_replaced(tmp_path, judges):
-    first = stacked(tmp_path / "stack", "llm")
+def test_judgements_are_reused_and_only_an_ensemble_is_replaced(tmp_path, judges):
+    first = ensemble(tmp_path / "ensemble", "llm")
     num_asked = judges["llm"].asked
-    second = stacked(tmp_path / "stack", "llm", "cosine")
+    second = ensemble(tmp_path / "ensemble", "llm", "cosine")
     assert judges["llm"].asked == num_asked
     assert first.num_judged == second.num_judged == num_asked  # the second time by the other member
     assert second.fingerprint != first.fingerprint
-    assert stacked(tmp_path / "stack", "llm", "cosine").fingerprint == second.fingerprint
+    assert ensemble(tmp_path / "ensemble", "llm", "cosine").fingerprint == second.fingerprint
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "manifest.json").write_text('{"kind": "student", "format_version": 1}')
-    with pytest.raises(InputError, match="'student', which a 'stack' would replace"):
-        stacked(tmp_path / "other", "llm")
+    with pytest.raises(InputError, match="'student', which a 'ensemble' would replace"):
+        ensemble(tmp_path / "other", "llm")
     assert judges["llm"].asked == num_asked
 
 
 def test_invalid_members_are_rejected(tmp_path, judges):
     with pytest.raises(InputError, match="at least one member"):
-        stacked(tmp_path / "stack")
+        ensemble(tmp_path / "ensemble")
     with pytest.raises(InputError, match="is the same teacher as another"):
-        stacked(tmp_path / "stack", "llm", "llm")
-    with pytest.raises(InputError, match="nothing to stack"):
-        stacked(tmp_path / "stack", "contrary")
-    assert not (tmp_path / "stack").exists()
+        ensemble(tmp_path / "ensemble", "llm", "llm")
+    with pytest.raises(InputError, match="nothing to combine"):
+        ensemble(tmp_path / "ensemble", "contrary")
+    assert not (tmp_path / "ensemble").exists()
 
 
 def test_the_page_has_a_diagram_for_every_calibration(tmp_path, judges):
     judges["<b>llm</b>"] = judges["llm"]
-    report = stacked(tmp_path / "stack", "<b>llm</b>", "cosine")
-    page = render_stack_page(report)
+    report = ensemble(tmp_path / "ensemble", "<b>llm</b>", "cosine")
+    page = render_ensemble_page(report)
     assert page.count("<svg") == 2 * 2 + 1
     assert "<b>llm" not in page
     assert "<script" not in page
-    for cells in stack_table("asymmetric", report.tasks["asymmetric"]).texts():
+    for cells in ensemble_table("asymmetric", report.tasks["asymmetric"]).texts():
         assert all(f"<td>{cell}</td>" in page for cell in cells[1:])

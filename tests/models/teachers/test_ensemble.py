@@ -1,4 +1,4 @@
-"""Several teachers stacked into one: the formula, which members judge, the saved folder, and what invalidates it."""
+"""Several teachers combined into one: the formula, which members judge, the saved folder, and what invalidates it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 
 from d2llm.core.errors import DataFormatError, InputError, MismatchError, ModelError
 from d2llm.models.student import Student
+from d2llm.models.teachers.ensemble import EnsembleMember, EnsembleTeacher, ensemble_queries, write_ensemble
 from d2llm.models.teachers.judge import Judge, Judgements, identify_judge, load_judge
-from d2llm.models.teachers.stacked import StackedTeacher, StackMember, stacked_queries, write_stack
-from d2llm.ops.stacking import Stack
+from d2llm.ops.ensemble import Ensemble
 from d2llm.recipe import TeacherConfig
 from list_endpoint import KINDS, counts_words
 from local_endpoint import Reply, local_endpoint
@@ -43,12 +43,12 @@ class Member:
         return Judgements(self.log_odds, features, 1, 10, 2, 3)
 
 
-def stack(weights, bias=0.5, means=(1.0, -1.0), scales=(2.0, 4.0)):
-    return Stack(means, scales, weights, bias)
+def ensemble(weights, bias=0.5, means=(1.0, -1.0), scales=(2.0, 4.0)):
+    return Ensemble(means, scales, weights, bias)
 
 
 def test_log_odds_by_hand():
-    teacher = StackedTeacher([Member("x", [1, 3, 5]), Member("y", [-1, 3, -5])], {TASK: stack((1.0, 2.0))})
+    teacher = EnsembleTeacher([Member("x", [1, 3, 5]), Member("y", [-1, 3, -5])], {TASK: ensemble((1.0, 2.0))})
     # standard scores: 0, 1, 2 and 0, 1, -1
     finished = []
     judged = teacher.judge(PAIRS, TASK, advance=finished.append)
@@ -76,7 +76,7 @@ def test_an_error_of_a_member_keeps_what_all_have_judged(kind, is_first):
         remote = load_judge(TeacherConfig.model_validate(config))  # the first request
         plain = Counting("x", [])
         members = [remote, plain] if is_first else [plain, remote]
-        teacher = StackedTeacher(members, {TASK: stack((1.0, 1.0))})
+        teacher = EnsembleTeacher(members, {TASK: ensemble((1.0, 1.0))})
         partly = teacher.judge_until_error(pairs, TASK)
         with pytest.raises(ModelError, match="expired"):
             partly.require_all()
@@ -86,13 +86,13 @@ def test_an_error_of_a_member_keeps_what_all_have_judged(kind, is_first):
     with local_endpoint(counts_words) as endpoint:
         whole = load_judge(TeacherConfig.model_validate(config | {"remote": {"url": endpoint.url}}))
         members = [whole, plain] if is_first else [plain, whole]
-        expected = StackedTeacher(members, teacher.stacks).judge(pairs, TASK)
+        expected = EnsembleTeacher(members, teacher.ensembles).judge(pairs, TASK)
     assert partly.judgements.log_odds[:2].tolist() == pytest.approx(expected.log_odds[:2].tolist())
 
 
 def test_a_member_without_weight_does_not_judge():
     members = [Member("x", [1, 3, 5]), Member("y", [-1, 3, -5])]
-    teacher = StackedTeacher(members, {TASK: stack((0.0, 2.0)), "symmetric": stack((1.0, 0.0))})
+    teacher = EnsembleTeacher(members, {TASK: ensemble((0.0, 2.0)), "symmetric": ensemble((1.0, 0.0))})
     assert teacher.judge(PAIRS, TASK).log_odds.tolist() == [0.5, 2.5, -1.5]
     assert [len(member.asked) for member in members] == [0, 1]
     assert teacher.judge(PAIRS, "symmetric").log_odds.tolist() == [0.5, 1.5, 2.5]
@@ -106,41 +106,43 @@ def test_features_come_from_the_first_member_that_has_any():
         Member("y", [0, 0, 0], features=features),
         Member("z", [0, 0, 0], features=[[9.0]]),
     ]
-    weights = Stack((0.0,) * 3, (1.0,) * 3, (1.0,) * 3, 0.0)
-    teacher = StackedTeacher(members, {TASK: weights})
+    weights = Ensemble((0.0,) * 3, (1.0,) * 3, (1.0,) * 3, 0.0)
+    teacher = EnsembleTeacher(members, {TASK: weights})
     assert teacher.judge(PAIRS, TASK, with_features=True).features.tolist() == features
     assert [member.asked for member in members] == [[True], [True], [False]]
     assert teacher.judge(PAIRS, TASK).features is None
     assert (
-        StackedTeacher(members[:1], {TASK: weights.only([0])}).judge(PAIRS, TASK, with_features=True).features is None
+        EnsembleTeacher(members[:1], {TASK: weights.only([0])}).judge(PAIRS, TASK, with_features=True).features is None
     )
 
 
 def test_a_task_that_was_not_fitted_is_refused():
-    teacher = StackedTeacher([Member("x", [1, 3, 5])], {TASK: Stack((0.0,), (1.0,), (1.0,), 0.0)}, name="runs/stack")
+    teacher = EnsembleTeacher(
+        [Member("x", [1, 3, 5])], {TASK: Ensemble((0.0,), (1.0,), (1.0,), 0.0)}, name="runs/ensemble"
+    )
     for call in (lambda: teacher.judge(PAIRS, "symmetric"), lambda: teacher.prompt_fingerprint("symmetric")):
-        with pytest.raises(InputError, match=r"runs/stack: was fitted for asymmetric .* for symmetric"):
+        with pytest.raises(InputError, match=r"runs/ensemble: was fitted for asymmetric .* for symmetric"):
             call()
 
 
 def test_the_fingerprint_depends_on_members_and_weights():
-    plain = {TASK: stack((1.0, 2.0))}
+    plain = {TASK: ensemble((1.0, 2.0))}
     x, y = Member("x", [0]), Member("y", [0])
     fingerprints = {
-        StackedTeacher([x, y], plain).fingerprint,
-        StackedTeacher([y, x], plain).fingerprint,
-        StackedTeacher([x, y], {TASK: stack((1.0, 2.1))}).fingerprint,
-        StackedTeacher([x, y], {TASK: stack((1.0, 2.0), bias=0.6)}).fingerprint,
-        StackedTeacher([x, y], {"symmetric": stack((1.0, 2.0))}).fingerprint,
+        EnsembleTeacher([x, y], plain).fingerprint,
+        EnsembleTeacher([y, x], plain).fingerprint,
+        EnsembleTeacher([x, y], {TASK: ensemble((1.0, 2.1))}).fingerprint,
+        EnsembleTeacher([x, y], {TASK: ensemble((1.0, 2.0), bias=0.6)}).fingerprint,
+        EnsembleTeacher([x, y], {"symmetric": ensemble((1.0, 2.0))}).fingerprint,
     }
     assert len(fingerprints) == 5
-    assert StackedTeacher([x, y], dict(plain)).fingerprint in fingerprints
+    assert EnsembleTeacher([x, y], dict(plain)).fingerprint in fingerprints
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """A run with a decoder, a student, and a stack of both plus a member that no task needs."""
-    folder = tmp_path_factory.mktemp("stacked") / "run"
+    """A run with a decoder, a student, and an ensemble of both plus a member that no task needs."""
+    folder = tmp_path_factory.mktemp("ensemble") / "run"
     write_tiny_model(folder / "llama", "llama")
     encoder = write_tiny_model(folder.parent / "bert", "bert")
     Student.create(tiny_student_config(encoder, tuning="frozen"), dtype="float32").save(folder / "student")
@@ -150,10 +152,10 @@ def run_folder(tmp_path_factory):
         TeacherConfig(model=str(folder / "student"), kind="cosine"),
     ]
     fingerprints = [identify_judge(configs[0]).fingerprint, "useless", identify_judge(configs[2]).fingerprint]
-    write_stack(
-        folder / "stack",
-        [StackMember(*member) for member in zip(configs, fingerprints, strict=True)],
-        {TASK: Stack((0.5, 7.0, 10.0), (2.0, 1.0, 5.0), (1.5, 0.0, 0.25), -2.0)},
+    write_ensemble(
+        folder / "ensemble",
+        [EnsembleMember(*member) for member in zip(configs, fingerprints, strict=True)],
+        {TASK: Ensemble((0.5, 7.0, 10.0), (2.0, 1.0, 5.0), (1.5, 0.0, 0.25), -2.0)},
         {"fitted_on": {"tiny": {"task": TASK, "dev_queries": ["q1", "q2"]}}},
     )
     return folder
@@ -163,9 +165,9 @@ def load(folder):
     return load_judge(TeacherConfig(model=str(folder)), device="cpu", dtype="float32")
 
 
-def test_a_saved_stack_loads_unchanged(run_folder):
-    teacher = load(run_folder / "stack")
-    assert isinstance(teacher, StackedTeacher)
+def test_a_saved_ensemble_loads_unchanged(run_folder):
+    teacher = load(run_folder / "ensemble")
+    assert isinstance(teacher, EnsembleTeacher)
     assert [type(member).__name__ for member in teacher.members] == ["CausalTeacher", "CosineTeacher"]
     pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[3])]
     llm, cosine = (member.judge(pairs, TASK).log_odds.astype(np.float64) for member in teacher.members)
@@ -176,22 +178,22 @@ def test_a_saved_stack_loads_unchanged(run_folder):
 
 
 def test_identity_is_known_without_loading(run_folder):
-    config = TeacherConfig(model=str(run_folder / "stack"), kind="stack")
-    identity, teacher = identify_judge(config), load(run_folder / "stack")
+    config = TeacherConfig(model=str(run_folder / "ensemble"), kind="ensemble")
+    identity, teacher = identify_judge(config), load(run_folder / "ensemble")
     assert identity.fingerprint == teacher.fingerprint
-    assert identity.fingerprint == json.loads((run_folder / "stack" / "manifest.json").read_text())["fingerprint"]
+    assert identity.fingerprint == json.loads((run_folder / "ensemble" / "manifest.json").read_text())["fingerprint"]
     assert identity.prompts == {TASK: teacher.prompt_fingerprint(TASK)}
 
 
-def test_stacked_queries_are_those_the_stack_was_fitted_on(run_folder):
-    assert stacked_queries(TeacherConfig(model=str(run_folder / "stack"))) == {"tiny": {"q1", "q2"}}
-    assert stacked_queries(tiny_teacher_config(run_folder / "llama")) == {}
+def test_ensemble_queries_are_those_the_ensemble_was_fitted_on(run_folder):
+    assert ensemble_queries(TeacherConfig(model=str(run_folder / "ensemble"))) == {"tiny": {"q1", "q2"}}
+    assert ensemble_queries(tiny_teacher_config(run_folder / "llama")) == {}
 
 
 def test_a_run_can_be_moved(run_folder, tmp_path):
-    fingerprint = load(run_folder / "stack").fingerprint
+    fingerprint = load(run_folder / "ensemble").fingerprint
     shutil.copytree(run_folder, tmp_path / "moved")
-    teacher = load(tmp_path / "moved" / "stack")
+    teacher = load(tmp_path / "moved" / "ensemble")
     assert teacher.fingerprint == fingerprint
     assert str(teacher.members[0].location).startswith(str(tmp_path))
 
@@ -200,34 +202,34 @@ def test_a_changed_member_is_refused(run_folder, tmp_path):
     shutil.copytree(run_folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "llama")
     write_tiny_model(tmp_path / "run" / "llama", "llama", seed=1)
-    config = TeacherConfig(model=str(tmp_path / "run" / "stack"))
+    config = TeacherConfig(model=str(tmp_path / "run" / "ensemble"))
     for call in (identify_judge, lambda config: load(config.model)):
-        with pytest.raises(MismatchError, match=r"was fitted with .*llama.*stack again"):
+        with pytest.raises(MismatchError, match=r"was fitted with .*llama.*combine.*again"):
             call(config)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda manifest: manifest.pop("tasks"), "cannot be read as a stack"),
+        (lambda manifest: manifest.pop("tasks"), "cannot be read as an ensemble"),
         (lambda manifest: manifest["members"].pop(), "more or fewer members"),
-        (lambda manifest: manifest["tasks"][TASK].update(bias="high"), "cannot be read as a stack"),
+        (lambda manifest: manifest["tasks"][TASK].update(bias="high"), "cannot be read as an ensemble"),
     ],
 )
 def test_damaged_folders_are_rejected(run_folder, tmp_path, change, message):
-    manifest = json.loads((run_folder / "stack" / "manifest.json").read_text())
+    manifest = json.loads((run_folder / "ensemble" / "manifest.json").read_text())
     change(manifest)
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataFormatError, match=message):
-        StackedTeacher.identify(TeacherConfig(model=str(tmp_path)))
+        EnsembleTeacher.identify(TeacherConfig(model=str(tmp_path)))
 
 
-def test_nothing_to_stack_and_foreign_folders_are_refused(tmp_path):
-    member, unweighted = StackMember(TeacherConfig(model="x"), "x"), {TASK: Stack((0.0,), (1.0,), (0.0,), 0.0)}
-    with pytest.raises(InputError, match="nothing to stack"):
-        write_stack(tmp_path / "new", [member], unweighted, {})
+def test_nothing_to_ensemble_and_foreign_folders_are_refused(tmp_path):
+    member, unweighted = EnsembleMember(TeacherConfig(model="x"), "x"), {TASK: Ensemble((0.0,), (1.0,), (0.0,), 0.0)}
+    with pytest.raises(InputError, match="nothing to combine"):
+        write_ensemble(tmp_path / "new", [member], unweighted, {})
     assert not (tmp_path / "new").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="did not make"):
-        write_stack(tmp_path / "mine", [member], {TASK: Stack((0.0,), (1.0,), (1.0,), 0.0)}, {})
+        write_ensemble(tmp_path / "mine", [member], {TASK: Ensemble((0.0,), (1.0,), (1.0,), 0.0)}, {})

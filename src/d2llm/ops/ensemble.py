@@ -25,7 +25,7 @@ _NEWTON_STEPS = 100  # a handful suffice
 
 
 @dataclass(frozen=True, slots=True)
-class Stack:
+class Ensemble:
     """log-odds = bias + sum over m of weights[m] * (score[m] - means[m]) / scales[m].
 
     ``temperature`` is the number that weights and bias were divided by after the regression; it is already applied.
@@ -42,11 +42,11 @@ class Stack:
         values = (np.asarray(scores, np.float64) - np.array(self.means)) / np.array(self.scales)
         return values @ np.array(self.weights) + self.bias
 
-    def only(self, members: Sequence[int]) -> Stack:
-        """The stack of some of its members; the same function if the other members have weight 0."""
+    def only(self, members: Sequence[int]) -> Ensemble:
+        """The ensemble of some of its members; the same function if the other members have weight 0."""
         chosen = ([values[m] for m in members] for values in (self.means, self.scales, self.weights))
         means, scales, weights = map(tuple, chosen)
-        return Stack(means, scales, weights, self.bias, self.temperature)
+        return Ensemble(means, scales, weights, self.bias, self.temperature)
 
 
 def fit_logistic(
@@ -88,7 +88,7 @@ def fit_logistic(
     return parameters[:num_members], float(parameters[-2] - parameters[-1])
 
 
-def fit_stack(scores: ArrayLike, labels: ArrayLike, *, l2: float = DEFAULT_L2) -> Stack:
+def fit_ensemble(scores: ArrayLike, labels: ArrayLike, *, l2: float = DEFAULT_L2) -> Ensemble:
     """Fit weights, bias and temperature to labelled pairs.
 
     Labels are softened to Platt's targets, so that the result stays finite if the scores separate the labels perfectly.
@@ -113,7 +113,7 @@ def fit_stack(scores: ArrayLike, labels: ArrayLike, *, l2: float = DEFAULT_L2) -
         slopes, shift = fit_logistic((standard @ weights + bias)[:, None], targets)
         slope = float(slopes[0])
         weights, bias = slope * weights, slope * bias + shift
-    return Stack(tuple(means.tolist()), tuple(scales.tolist()), tuple(weights.tolist()), bias, 1 / slope)
+    return Ensemble(tuple(means.tolist()), tuple(scales.tolist()), tuple(weights.tolist()), bias, 1 / slope)
 
 
 def out_of_fold_log_odds(
@@ -125,10 +125,10 @@ def out_of_fold_log_odds(
     num_folds: int = 5,
     seed: int = 0,
 ) -> Float64[np.ndarray, " pairs"]:
-    """The log-odds of every pair from a stack that was fitted without the pair's group: an unbiased estimate.
+    """The log-odds of every pair from an ensemble that was fitted without the pair's group: an unbiased estimate.
 
     Pairs of one group (the query's id) stay in one of ``num_folds`` folds, to which ``seed`` assigns the groups at
-    random. There are fewer folds if there are fewer groups. Other arguments and errors: ``fit_stack``.
+    random. There are fewer folds if there are fewer groups. Other arguments and errors: ``fit_ensemble``.
 
     Raises:
         InputError: there is only one group.
@@ -143,7 +143,7 @@ def out_of_fold_log_odds(
     log_odds = np.empty(len(values))
     for fold in np.unique(folds).tolist():
         left_out = folds == fold
-        log_odds[left_out] = fit_stack(values[~left_out], truth[~left_out], l2=l2).log_odds(values[left_out])
+        log_odds[left_out] = fit_ensemble(values[~left_out], truth[~left_out], l2=l2).log_odds(values[left_out])
     return log_odds
 
 

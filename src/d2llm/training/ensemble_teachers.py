@@ -1,4 +1,4 @@
-"""The verb ``stack``: fits weights for several teachers on dev queries; a single teacher is only calibrated."""
+"""The verb ``ensemble``: fits weights for several teachers on dev queries; a single teacher is only calibrated."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.run_folder import working_folder
 from d2llm.evaluation.judging import place_judge
+from d2llm.models.teachers.ensemble import ENSEMBLE_KIND, EnsembleMember, write_ensemble
 from d2llm.models.teachers.judge import load_judge
-from d2llm.models.teachers.stacked import STACK_KIND, StackMember, write_stack
 from d2llm.ops.calibration import ReliabilityBin, expected_calibration_error, log_loss, reliability_bins
-from d2llm.ops.stacking import DEFAULT_L2, Stack, fit_stack, out_of_fold_log_odds
+from d2llm.ops.ensemble import DEFAULT_L2, Ensemble, fit_ensemble, out_of_fold_log_odds
 from d2llm.recipe import TeacherConfig
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.text_workers import encoder_loads
@@ -28,7 +28,7 @@ from d2llm.runners.runner import LocalRunner, Runner
 from d2llm.training.dev_sets import DevSet, JudgedDev, dev_queries, judge_dev, make_judge_dev_set
 
 _MEASURES = ("nDCG@10", "MRR@10")
-STACK_NAME = "stack"
+ENSEMBLE_NAME = "ensemble"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,12 @@ class CalibrationFigures:
 
 
 @dataclass(frozen=True, slots=True)
-class StackRow:
-    """One member, or the stack, on the dev lists of one task.
+class EnsembleRow:
+    """One member, or the ensemble, on the dev lists of one task.
 
     ``measures`` is data set -> measure -> value over its lists. ``before`` takes the member's raw score as log-odds
-    (None for the stack); ``after`` is cross-fitted: each query is calibrated by a fit without it. ``weight`` is that of
-    the standardised score (None for the stack).
+    (None for the ensemble); ``after`` is cross-fitted: each query is calibrated by a fit without it. ``weight`` is that
+    of the standardised score (None for the ensemble).
     """
 
     name: str
@@ -58,9 +58,9 @@ class StackRow:
 
 @dataclass(frozen=True, slots=True)
 class TaskReport:
-    """The members and their stack in one task, and the numbers of queries, pairs and relevant pairs."""
+    """The members and their ensemble in one task, and the numbers of queries, pairs and relevant pairs."""
 
-    rows: tuple[StackRow, ...]
+    rows: tuple[EnsembleRow, ...]
     num_queries: Mapping[str, int]
     num_pairs: int
     num_positives: int
@@ -69,8 +69,8 @@ class TaskReport:
 
 
 @dataclass(frozen=True, slots=True)
-class StackReport:
-    """The result of stacking. ``num_truncated`` of the ``num_judged`` pairs judged now were truncated."""
+class EnsembleReport:
+    """The result of combining teachers. ``num_truncated`` of the ``num_judged`` pairs judged now were truncated."""
 
     folder: str
     fingerprint: str
@@ -89,7 +89,7 @@ class _Pairs:
     groups: tuple[str, ...]
 
 
-def stack_teachers(
+def ensemble_teachers(
     judged: Sequence[tuple[Dataset, Task]],
     folder: Path,
     *,
@@ -104,8 +104,8 @@ def stack_teachers(
     dtype: str | None = None,
     runner: Runner | None = None,
     load_student: Callable[[], SearchStudent] | None = None,
-) -> StackReport:
-    """Fit a stack to relevance on dev lists and write it to ``folder`` as a teacher of kind ``stack``.
+) -> EnsembleReport:
+    """Fit an ensemble to relevance on dev lists and write it to ``folder`` as a teacher of kind ``ensemble``.
 
     A query's list has its positives, and the first ``depth`` passages of BM25 and of ``student``. Judgements are kept
     in ``<folder>.run`` beside the folder, so an interrupted call can continue. A calibrated log-odds gives the
@@ -113,12 +113,12 @@ def stack_teachers(
 
     Args:
         judged: data sets with dev judgements, each with its task. Each task has its own weights, fitted over its sets.
-        folder: where to write the stack.
+        folder: where to write the ensemble.
         members: the teachers, of any kind.
         student: proposes candidates by its vectors.
         num_queries: dev queries per data set, from the other end of the random order that ``gate`` uses.
         depth: number of candidates from each list.
-        l2: see ``ops.stacking.fit_stack``.
+        l2: see ``ops.ensemble.fit_ensemble``.
         num_folds: number of folds of the cross-validation for the reported results.
         seed: seed of the sample and the folds.
         device: where to compute; by default the best device available.
@@ -132,14 +132,14 @@ def stack_teachers(
             something else, or no member's score increases with relevance.
         ModelError: a member cannot be loaded, or some of its log-odds are not numbers.
     """
-    check_replaceable(folder, STACK_KIND)
+    check_replaceable(folder, ENSEMBLE_KIND)
     if not members:
-        raise InputError("a stack needs at least one member; name a teacher")
+        raise InputError("an ensemble needs at least one member; name a teacher")
     if not judged:
-        raise InputError("a stack is fitted on dev queries, but no retrieval set has any; add one")
+        raise InputError("an ensemble is fitted on dev queries, but no retrieval set has any; add one")
     loads = {} if load_student is None else encoder_loads(student, load_student)
     names = _names(members)
-    parts: list[StackMember] = []
+    parts: list[EnsembleMember] = []
     judged_by: list[dict[str, JudgedDev]] = []
     with Placement(runner or LocalRunner(), device, loads).connected() as placement:
         dev_sets = [
@@ -159,27 +159,27 @@ def stack_teachers(
             judge, place = place_judge(config, load, placement.runner, device=device)
             if judge.fingerprint in (part.fingerprint for part in parts):
                 raise InputError(f"member '{name}' is the same teacher as another member; name each once")
-            parts.append(StackMember(config, judge.fingerprint))
+            parts.append(EnsembleMember(config, judge.fingerprint))
             store = working_folder(folder)
             judged_by.append(
                 {dev.name: judge_dev(judge, dev, name=name, store=store, placement=place) for dev in dev_sets}
             )
     tasks: dict[Task, TaskReport] = {}
-    stacks: dict[Task, Stack] = {}
+    ensembles: dict[Task, Ensemble] = {}
     different: list[Task] = list(dict.fromkeys(task for _, task in judged))
     for task in different:
         pairs = _pairs_of(tuple(dev for dev in dev_sets if dev.task == task), judged_by)
-        stacks[task] = fit_stack(pairs.scores, pairs.labels, l2=l2)
-        tasks[task] = _report(pairs, names, stacks[task], l2=l2, num_folds=num_folds, seed=seed)
+        ensembles[task] = fit_ensemble(pairs.scores, pairs.labels, l2=l2)
+        tasks[task] = _report(pairs, names, ensembles[task], l2=l2, num_folds=num_folds, seed=seed)
     content = {
         "fitted_on": {dev.name: {"task": dev.task, "dev_queries": sorted(dev.queries)} for dev in dev_sets},
         "settings": {"depth": depth, "l2": l2, "num_folds": num_folds, "seed": seed, "student": student.fingerprint},
         "report": {task: asdict(report) for task, report in tasks.items()},
     }
-    fingerprint = write_stack(folder, parts, stacks, content)
+    fingerprint = write_ensemble(folder, parts, ensembles, content)
     judgements = [each for by_set in judged_by for each in by_set.values()]
     num_judged, num_truncated = sum(each.num_new for each in judgements), sum(each.num_truncated for each in judgements)
-    return StackReport(str(folder), fingerprint, tasks, num_judged, num_truncated)
+    return EnsembleReport(str(folder), fingerprint, tasks, num_judged, num_truncated)
 
 
 def _pairs_of(dev_sets: tuple[DevSet, ...], judged_by: Sequence[Mapping[str, JudgedDev]]) -> _Pairs:
@@ -193,32 +193,34 @@ def _pairs_of(dev_sets: tuple[DevSet, ...], judged_by: Sequence[Mapping[str, Jud
     return _Pairs(dev_sets, np.stack(member_scores, axis=1).astype(np.float64), np.array(labels), groups)
 
 
-def _report(pairs: _Pairs, names: Sequence[str], stack: Stack, *, l2: float, num_folds: int, seed: int) -> TaskReport:
+def _report(
+    pairs: _Pairs, names: Sequence[str], ensemble: Ensemble, *, l2: float, num_folds: int, seed: int
+) -> TaskReport:
     def cross_fitted(scores: NDArray[np.float64]) -> NDArray[np.float64]:
         return out_of_fold_log_odds(scores, pairs.labels, pairs.groups, l2=l2, num_folds=num_folds, seed=seed)
 
-    rows: list[StackRow] = []
+    rows: list[EnsembleRow] = []
     for place, name in enumerate(names):
         own = pairs.scores[:, place]
         after = cross_fitted(own[:, None])
         rows.append(
-            StackRow(
+            EnsembleRow(
                 name,
-                stack.weights[place],
+                ensemble.weights[place],
                 _measures(pairs, own),
                 _figures(own, pairs.labels),
                 _figures(after, pairs.labels),
             )
         )
-    stacked = cross_fitted(pairs.scores)
-    rows.append(StackRow(STACK_NAME, None, _measures(pairs, stacked), None, _figures(stacked, pairs.labels)))
+    combined = cross_fitted(pairs.scores)
+    rows.append(EnsembleRow(ENSEMBLE_NAME, None, _measures(pairs, combined), None, _figures(combined, pairs.labels)))
     return TaskReport(
         tuple(rows),
         {dev.name: len(dev.queries) for dev in pairs.dev_sets},
         len(pairs.labels),
         int(pairs.labels.sum()),
-        stack.temperature,
-        stack.bias,
+        ensemble.temperature,
+        ensemble.bias,
     )
 
 
