@@ -17,9 +17,8 @@ from d2llm.evaluation.report import Cost
 from d2llm.evaluation.systems import lexical_system
 from d2llm.ops.measures import MEASURES, Measure
 from d2llm.ops.significance import bootstrap_interval, holm, paired_randomisation
-from d2llm.reports.evaluation_tables import evaluation_tables
+from d2llm.reports.evaluation_tables import evaluation_document, evaluation_tables
 from d2llm.reports.html import render_html
-from d2llm.reports.markdown import render_markdown
 from d2llm.retrieval.cosine import CosineStudent
 from fake_models import FakeStudent, FakeTeacher
 from tiny_evaluations import PASSAGES, QRELS, QUERIES, everyone, figures, make_dataset, make_words, measure, run
@@ -462,7 +461,7 @@ def test_another_measure_is_one_entry(monkeypatch):
     assert row.measures["length"].value == 1
     assert {comparison.measure for comparison in report.comparisons} == {*MEASURES}
     assert report.to_json()["rows"][0]["measures"]["Success@1"]
-    for text in (render_markdown(report), render_html(report)):
+    for text in (evaluation_document(report).to_markdown(), render_html(report)):
         assert "whether the first passage is relevant" in text
         assert "share that is ranked" in text
     assert "Success@1" in shown(evaluation_tables(report))
@@ -488,6 +487,6 @@ def test_another_cost_is_a_field_and_what_measures_it(monkeypatch, tmp_path):
     report = measure(make_dataset(), everyone(), tmp_path)  # read back
     assert [row.name for row in report.rows if row.cost.parameters] == ["BM25"]
     assert report.to_json()["rows"][0]["cost"]["parameters"] == 4_321
-    for text in (render_markdown(report), render_html(report), shown(evaluation_tables(report))):
+    for text in (evaluation_document(report).to_markdown(), render_html(report), shown(evaluation_tables(report))):
         assert "parameters" in text
         assert "4,321" in text

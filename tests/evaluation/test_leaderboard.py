@@ -8,7 +8,8 @@ import pytest
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.evaluation.leaderboard import Mean, leaderboard, read_leaderboard
 from d2llm.evaluation.report import REPORT_VERSION
-from d2llm.reports.leaderboard import render_markdown, render_page, set_table, system_table
+from d2llm.reports.html.page import page as page_of
+from d2llm.reports.leaderboard import leaderboard_document, set_table, system_table
 
 
 def report(dataset, values, *, measure="nDCG@10", student="small", p_values=None, split="test", judged=None):
@@ -172,8 +173,8 @@ class TestFiles:
     def test_json_markdown_and_page(self, folder):
         board = read_leaderboard([folder])
         assert json.loads(json.dumps(asdict(board)))["rows"][0]["means"]["nDCG@10"] == {"value": 0.6, "num_sets": 2}
-        assert "| 1 | D2LLM | **0.6000** |" in render_markdown(board)
-        page = render_page(board)
+        assert "| 1 | D2LLM | **0.6000** |" in leaderboard_document(board).to_markdown()
+        page = page_of(leaderboard_document(board))
         assert "<td" in page
         assert "0.6000" in page
         assert "<script" not in page

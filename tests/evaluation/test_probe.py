@@ -26,7 +26,8 @@ from d2llm.evaluation.probe import (
     sample_sentences,
 )
 from d2llm.models.backbone import EncodedTexts
-from d2llm.reports.probe import probe_tables, render_markdown, render_page
+from d2llm.reports.html.page import page as page_of
+from d2llm.reports.probe import probe_document, probe_tables
 
 VOCABULARY = [
     f"{a}{b}{c}"
@@ -212,7 +213,8 @@ def test_the_whole_report() -> None:
     assert json.loads(json.dumps(asdict(report)))["ranking"][0]["system"] == "BM25"
     assert next(table.title for table in probe_tables(report)).startswith("Probing")
     assert len(probe_tables(probe(Student(vector_of_words), **sizes))) == 1
-    markdown, page = render_markdown(report), render_page(report)
+    document = probe_document(report)
+    markdown, page = document.to_markdown(), page_of(document)
     assert "| BM25 | 1.000 |" in markdown
     assert "&lt;mine&gt;" in page
     assert "<script" not in page

@@ -17,14 +17,14 @@ from d2llm.core.types import Task
 from d2llm.recipe.recipe_file import load_recipe
 from d2llm.recipe.variants import VARIANTS
 from d2llm.reports.ablation import (
+    ablation_document,
     ablation_table,
     forest_plot,
     groups,
     remarks,
-    render_markdown,
-    render_page,
     variants_table,
 )
+from d2llm.reports.html.page import page as page_of
 from d2llm.training.ablation.report import (
     AblationReport,
     FailedRun,
@@ -128,8 +128,8 @@ def test_the_measures_of_all_sets_are_named() -> None:
         "graded (symmetric): trained on 90 queries, Spearman measured on 4,800 dev pairs, the same"
         in remarks(ablation)[3]
     )
-    page = render_page(ablation)
-    assert "<figcaption>nDCG@10 and Spearman of each variant minus" in page
+    page = page_of(ablation_document(ablation))
+    assert "nDCG@10 and Spearman of each variant minus" in page
     assert ">nDCG@10 and Spearman, variant minus recipe</text>" in page
 
 
@@ -154,7 +154,7 @@ def test_the_best_is_bold() -> None:
     bold = re.findall(r"\x1b\[1m([^\x1b]*)\x1b", console.file.getvalue())  # pyright: ignore[reportAttributeAccessIssue]
     assert {"cosine", "0.9000"} <= {part.strip() for part in bold}
     assert not any("recipe" in part for part in bold)
-    rows = [line for line in render_markdown(ablation).splitlines() if line.startswith("| **cosine** ")]
+    rows = [line for line in ablation_document(ablation).to_markdown().splitlines() if line.startswith("| **cosine** ")]
     assert ["| **0.9000** ±0.0000 |" in row for row in rows] == [True]
 
 
@@ -166,10 +166,12 @@ def test_the_best_needs_all_seeds_of_the_recipe() -> None:
 
 
 def test_markdown_rows_have_the_same_number_of_cells() -> None:
-    lines = [line for line in render_markdown(report()).splitlines() if line.startswith("|")]
+    lines = [line for line in ablation_document(report()).to_markdown().splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 4 + 4  # two header lines, four group headings and four rows
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {11}
-    assert "<script>" not in render_markdown(report()).partition("## Settings")[0].replace(r"\<script\>", "")
+    assert "<script>" not in ablation_document(report()).to_markdown().partition("## Settings")[0].replace(
+        r"\<script\>", ""
+    )
 
 
 class TestListing:
@@ -191,7 +193,7 @@ class TestListing:
 
 class TestPage:
     def test_the_page_loads_nothing_and_runs_no_scripts(self) -> None:
-        page = render_page(report())
+        page = page_of(ablation_document(report()))
         style = re.search(r"<style>(.*?)</style>", page, re.S)
         assert style
         digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
@@ -202,7 +204,7 @@ class TestPage:
         assert " style=" not in page
 
     def test_the_page_contains_every_figure(self) -> None:
-        page = render_page(report())
+        page = page_of(ablation_document(report()))
         assert page.count('<svg id="plot-ablation" ') == 1
         for row in (report().base, *report().rows):
             assert f"<bdi>{row.name}</bdi>" in page
@@ -250,7 +252,7 @@ class TestPage:
         base, rows = summarise(["cosine"], [])
         empty = replace(report(), base=base, rows=rows)
         assert forest_plot(empty) is None
-        assert "There is no variant yet" in render_page(empty)
+        assert "There is no variant yet" in page_of(ablation_document(empty))
 
 
 def x_scale(root: ElementTree.Element) -> Callable[[float], float]:

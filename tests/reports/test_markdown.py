@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from d2llm.core.document import escape
 from d2llm.evaluation.report import Estimate
 from d2llm.ops.measures import MEASURES
 from d2llm.reports import phrases
-from d2llm.reports.markdown import escape, render_markdown
+from d2llm.reports.evaluation_tables import evaluation_document
 from report_samples import HOSTILE, TEACHER, bare_report, hostile_report, pairs_report, retrieval_report
 
 READER = MarkdownIt("commonmark").enable("table")
@@ -39,7 +40,7 @@ def plain(inline):
 
 def test_rows_contain_values_with_best_and_significance_marks():
     report = retrieval_report()
-    rows = tables(render_markdown(report))[0]
+    rows = tables(evaluation_document(report).to_markdown())[0]
     assert rows[0] == ["system", "nDCG@10", "MRR@10", "Recall@100", "95 % of nDCG@10", "queries"]
     assert [row[0] for row in rows[1:]] == [row.name for row in report.rows]
     by_name = {row[0]: row for row in rows}
@@ -55,7 +56,7 @@ def test_sampled_rows_are_not_best_among_full_rows():
     report = retrieval_report()
     teacher = replace(report.rows[-1], measures={"nDCG@10": Estimate(0.99, 0.9, 1.0)})
     report = replace(report, rows=(*report.rows[:-1], teacher))
-    rows = {row[0]: row for row in tables(render_markdown(report))[0]}
+    rows = {row[0]: row for row in tables(evaluation_document(report).to_markdown())[0]}
     assert rows[TEACHER][1:3] == ["0.9900", "–"]  # a missing measure is a dash
     assert rows["D2LLM"][1].startswith("#")
     assert phrases.best_rows([teacher], "nDCG@10") == {TEACHER}
@@ -72,7 +73,7 @@ def test_equal_values_are_all_best():
 
 def test_all_other_parts_of_the_report_are_rendered():
     report = retrieval_report()
-    text = render_markdown(report)
+    text = evaluation_document(report).to_markdown()
     assert "left out: 3 without a relevant passage in the corpus" in text
     assert "BGE reranker: no --model was given" in text
     assert "the 100 queries that the teacher judged" in text
@@ -94,15 +95,16 @@ def test_all_other_parts_of_the_report_are_rendered():
 
 
 def test_reports_on_pairs_and_without_optional_parts():
-    assert [row[-1] for row in tables(render_markdown(pairs_report()))[0]] == ["pairs", "200", "200", "200"]
-    text = render_markdown(bare_report())
+    text = evaluation_document(pairs_report()).to_markdown()
+    assert [row[-1] for row in tables(text)[0]] == ["pairs", "200", "200", "200"]
+    text = evaluation_document(bare_report()).to_markdown()
     assert "No cost was measured." in text
     assert "Nothing was tested for significance." in text
     assert len(tables(text)) == 1
 
 
 def test_hostile_texts_are_escaped():
-    text = render_markdown(hostile_report())
+    text = evaluation_document(hostile_report()).to_markdown()
     kinds = {child.type for token in READER.parse(text) for child in token.children or ()}
     kinds |= {token.type for token in READER.parse(text)}
     assert not kinds & {"html_inline", "html_block", "link_open", "image", "code_inline", "em_open"}

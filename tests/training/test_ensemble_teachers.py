@@ -13,7 +13,8 @@ from d2llm.models.teachers.judge import Judgements
 from d2llm.ops.calibration import expected_calibration_error, log_loss, reliability_bins
 from d2llm.ops.ensemble import Ensemble, out_of_fold_log_odds
 from d2llm.recipe import TeacherConfig
-from d2llm.reports.training_tables import ensemble_table, render_ensemble_page
+from d2llm.reports.html.page import page as page_of
+from d2llm.reports.training_tables import ensemble_table, stack_document
 from d2llm.training import ensemble_teachers as verb
 from d2llm.training.ensemble_teachers import ensemble_teachers
 from fake_models import FakeStudent
@@ -160,7 +161,7 @@ def test_invalid_members_are_rejected(tmp_path, judges):
 def test_the_page_has_a_diagram_for_every_calibration(tmp_path, judges):
     judges["<b>llm</b>"] = judges["llm"]
     report = ensemble(tmp_path / "ensemble", "<b>llm</b>", "cosine")
-    page = render_ensemble_page(report)
+    page = page_of(stack_document(report))
     assert page.count("<svg") == 2 * 2 + 1
     assert "<b>llm" not in page
     assert "<script" not in page

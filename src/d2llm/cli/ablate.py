@@ -50,9 +50,8 @@ def ablate(
 
     Run it after mine and label. Finished runs are skipped, so the same command continues after an interruption.
     """
-    from d2llm.core.files import write_bytes
     from d2llm.recipe.recipe_file import load_recipe
-    from d2llm.reports.ablation import ablation_table, listed, render_markdown, render_page, variants_table
+    from d2llm.reports.ablation import ablation_document, ablation_table, listed, variants_table
 
     session = session_of(context)
     if list_variants:
@@ -67,7 +66,4 @@ def ablate(
     report = run.ablate(names, num_seeds=seeds, max_queries=max_queries, epochs=epochs, budget_minutes=budget_minutes)
     session.show(ablation_table(report))
     session.write_report(context, options.json_path, report)
-    if markdown_path is not None:
-        write_bytes(markdown_path, render_markdown(report).encode())
-    if html_path is not None:
-        write_bytes(html_path, render_page(report).encode())
+    session.write_document(ablation_document(report), markdown_path, html_path)

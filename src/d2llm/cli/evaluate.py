@@ -122,7 +122,7 @@ def evaluate(
     from d2llm.data.pairs import PairDataset
     from d2llm.evaluation.evaluate import evaluate
     from d2llm.evaluation.loading import load_contenders
-    from d2llm.reports.evaluation_tables import evaluation_tables
+    from d2llm.reports.evaluation_tables import evaluation_document, evaluation_tables
 
     session = session_of(context)
     if teacher is None and prompt is not None:
@@ -157,22 +157,19 @@ def evaluate(
     for table in evaluation_tables(report):
         session.show(table)
     session.write_report(context, json_path, report)
-    _write_files(report, html=html, markdown=markdown, runs=save_runs)
-
-
-def _write_files(report: EvaluationReport, *, html: Path | None, markdown: Path | None, runs: Path | None) -> None:
-    from d2llm.core.files import write_bytes
-    from d2llm.data.trec import write_run
-
+    session.write_document(evaluation_document(report), markdown)
     if html is not None:
+        from d2llm.core.files import write_bytes
         from d2llm.reports.html import render_html
 
         write_bytes(html, render_html(report).encode())
-    if markdown is not None:
-        from d2llm.reports.markdown import render_markdown
+    if save_runs is not None:
+        _write_runs(report, save_runs)
 
-        write_bytes(markdown, render_markdown(report).encode())
-    if runs is not None:
-        for name, rankings in report.details.rankings.items():
-            tag = "-".join(re.findall(r"\w+", name))
-            write_run(runs / f"{tag}.run", tag, rankings)
+
+def _write_runs(report: EvaluationReport, folder: Path) -> None:
+    from d2llm.data.trec import write_run
+
+    for name, rankings in report.details.rankings.items():
+        tag = "-".join(re.findall(r"\w+", name))
+        write_run(folder / f"{tag}.run", tag, rankings)

@@ -34,9 +34,8 @@ def leaderboard(
     """
     from rich.text import Text
 
-    from d2llm.core.files import write_bytes
     from d2llm.evaluation.leaderboard import read_leaderboard
-    from d2llm.reports.leaderboard import leaderboard_tables, render_markdown, render_page
+    from d2llm.reports.leaderboard import leaderboard_document, leaderboard_tables
 
     board = read_leaderboard(reports)
     session = session_of(context)
@@ -45,7 +44,4 @@ def leaderboard(
     if board.notes:
         session.show(Text("\n".join(board.notes)))
     session.write_report(context, json_path, board)
-    if markdown_path is not None:
-        write_bytes(markdown_path, render_markdown(board).encode())
-    if html_path is not None:
-        write_bytes(html_path, render_page(board).encode())
+    session.write_document(leaderboard_document(board), markdown_path, html_path)

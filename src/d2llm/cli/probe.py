@@ -52,11 +52,10 @@ def probe(
     SentEval). Two generated sets show what the vectors can rank: LIMIT, whose queries are answered by every pair of
     some passages, and one whose queries name the gist of a passage, a thing in it, or a detail.
     """
-    from d2llm.core.files import write_bytes
     from d2llm.data.indexed_corpus import open_corpus
     from d2llm.evaluation.probe import probe
     from d2llm.models.student import Student
-    from d2llm.reports.probe import probe_tables, render_markdown, render_page
+    from d2llm.reports.probe import probe_document, probe_tables
     from d2llm.retrieval.protocols import task_for
 
     session = session_of(context)
@@ -79,7 +78,4 @@ def probe(
     for table in probe_tables(report):
         session.show(table)
     session.write_report(context, json_path, report)
-    if markdown_path is not None:
-        write_bytes(markdown_path, render_markdown(report).encode())
-    if html_path is not None:
-        write_bytes(html_path, render_page(report).encode())
+    session.write_document(probe_document(report), markdown_path, html_path)

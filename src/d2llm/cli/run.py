@@ -158,9 +158,8 @@ def ensemble(
     It is written to the folder ensemble in the run folder. To learn from it, name that folder as model of [teacher] in
     a recipe.
     """
-    from d2llm.core.files import write_bytes
     from d2llm.recipe.recipe_file import named_teacher
-    from d2llm.reports.training_tables import ensemble_tables, render_ensemble_page
+    from d2llm.reports.training_tables import ensemble_tables, stack_document
 
     session = session_of(context)
     runner = place.find()
@@ -170,8 +169,7 @@ def ensemble(
     for part in ensemble_tables(report):
         session.show(part)
     session.write_report(context, options.json_path, report)
-    if html_path is not None:
-        write_bytes(html_path, render_ensemble_page(report).encode())
+    session.write_document(stack_document(report), html=html_path)
 
 
 @verb("Distil")

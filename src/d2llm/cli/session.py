@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import typer
     from rich.console import Console, RenderableType
 
+    from d2llm.core.document import Document
+
 STANDARD_INPUT, STANDARD_OUTPUT = "standard input", "standard output"
 SCHEMA_VERSION = 1
 """Version of the schema of the files that ``--json`` writes."""
@@ -83,6 +85,17 @@ class Session:
         self._err.print(
             f"{kind}: {message}", markup=False, soft_wrap=True, style="red" if kind == "error" else "yellow"
         )
+
+    def write_document(self, document: Document, markdown: Path | None = None, html: Path | None = None) -> None:
+        """Write a report for people to read, where a path is given."""
+        from d2llm.core.files import write_bytes
+
+        if markdown is not None:
+            write_bytes(markdown, document.to_markdown().encode())
+        if html is not None:
+            from d2llm.reports.html.page import page
+
+            write_bytes(html, page(document).encode())
 
     def write_report(self, context: typer.Context, path: Path | None, result: object) -> None:
         """Write the result of a verb with its arguments as JSON; nothing if ``path`` is None."""

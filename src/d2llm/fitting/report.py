@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from d2llm.core.document import Document, Note, Section
 from d2llm.core.table import Cell, Column, Table
 from d2llm.evaluation.report import SIGNIFICANCE_LEVEL
 from d2llm.fitting.critic import Review
@@ -15,7 +16,7 @@ from d2llm.fitting.training_data import DataReport
 from d2llm.fitting.write_queries import WritingReport
 from d2llm.ops.gating import GateTest
 from d2llm.reports.evaluation_tables import measure_table
-from d2llm.reports.html.page import render
+from d2llm.reports.html.page import page
 from d2llm.reports.phrases import p_text
 
 if TYPE_CHECKING:
@@ -67,18 +68,14 @@ class FitReport:
 
 def report_page(report: FitReport, stages: Table) -> str:
     """The report as a page: the verdict, all systems on held-out queries, what was read and written, the stages."""
-    sections = [
-        (_set_title(name, each), measure_table(each, each.rows, title=f"Held-out queries: {name}"), _examples(each))
-        for name, each in report.reports.items()
-    ]
-    return render(
-        "fit.html.j2",
-        report=report,
-        verdict=verdict_sentence(report),
-        sections=sections,
-        facts=_facts(report),
-        stages=stages,
-    )
+    sections: list[Section] = []
+    for name, each in report.reports.items():
+        title = _set_title(name, each)
+        sections.append(Section(title, [measure_table(each, each.rows, title=f"Held-out queries: {name}")]))
+        sections += [Section(table.title, [table], level=3) for table in _examples(each)]
+    facts = _facts(report)
+    sections += [Section(facts.title, [facts, *map(Note, report.notes)]), Section(stages.title, [stages])]
+    return page(Document(report.folder.name, sections, introduction=verdict_sentence(report)))
 
 
 def outcome(test: GateTest) -> str:
@@ -108,19 +105,21 @@ def audit_page(review: Review, texts: Mapping[str, str], *, seed: int = 0) -> st
     counts.add_row(Cell("kept", "bold"), len(review.kept))
     for reason, number in review.reasons.items():
         counts.add_row(reason, number)
-    sections: list[tuple[str, Table]] = []
+    rejections: list[Table] = []
     for reason in review.reasons:
         rejected = [query for query in review.rejected if query.reason == reason]
         table = Table("query", "kind", "why", "passage", title=f"Rejected: {reason}")
         for query in rng.sample(rejected, min(_EXAMPLES_PER_REASON, len(rejected))):
             passage = _shortened(texts[query.written.passage_id])
             table.add_row(query.written.text, query.written.kind, query.detail, passage)
-        sections.append((f"Rejected: {reason}", table))
-    kept = Table("query", "kind", Column("found at rank"), Column("positives"), "passage", title="Kept")
+        rejections.append(table)
+    kept = Table("query", "kind", Column("found at rank"), Column("positives"), "passage", title="Kept, a sample")
     for query in rng.sample(review.kept, min(_NUM_KEPT_SHOWN, len(review.kept))):
         passage = _shortened(texts[query.written.passage_id])
         kept.add_row(query.written.text, query.written.kind, query.rank, len(query.positives), passage)
-    return render("fit_audit.html.j2", counts=counts, sections=[("Kept, a sample", kept), *sections])
+    sections = [Section("", [counts]), *(Section(table.title, [table]) for table in (kept, *rejections))]
+    about = "What the critic kept, and what it rejected and why."
+    return page(Document("The written queries", sections, introduction=about))
 
 
 def _set_title(name: str, report: EvaluationReport) -> str:
@@ -144,14 +143,11 @@ def _facts(report: FitReport) -> Table:
     return table
 
 
-def _examples(report: EvaluationReport) -> list[tuple[str, Table]]:
+def _examples(report: EvaluationReport) -> list[Table]:
     """Queries that the student that is served answers better and worse than the baseline."""
-    tables: list[tuple[str, Table]] = []
-    for title, examples in (("Better", report.details.wins), ("Worse", report.details.losses)):
-        if examples:
-            caption = f"{report.subject}: {title.lower()} than {report.baseline}"
-            tables.append((caption, _example_table(caption, examples)))
-    return tables
+    kinds = {"better": report.details.wins, "worse": report.details.losses}
+    titled = {f"{report.subject}: {kind} than {report.baseline}": examples for kind, examples in kinds.items()}
+    return [_example_table(title, examples) for title, examples in titled.items() if examples]
 
 
 def _example_table(title: str, examples: tuple[Example, ...]) -> Table:

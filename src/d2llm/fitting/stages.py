@@ -12,9 +12,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
+from d2llm.core.document import Document, Section
 from d2llm.core.files import write_bytes
 from d2llm.core.table import Column, Table
-from d2llm.reports.html.page import render
+from d2llm.reports.html.page import page
 
 REFRESH_SECONDS = 5
 """How often the page is written, and reloads itself in a browser."""
@@ -118,16 +119,12 @@ class Stages:
     def write_page(self) -> None:
         """Write the page with the present state."""
         ends = datetime.now().astimezone() + timedelta(seconds=self.seconds_left)
-        html = render(
-            "fit_progress.html.j2",
-            title=self.title,
-            table=self.table(),
-            ends=ends.strftime("%Y-%m-%d %H:%M"),
-            left=_minutes(max(0.0, self.seconds_left)),
-            refresh=REFRESH_SECONDS,
-            is_running=self._is_running,
-        )
-        write_bytes(self.page, html.encode())
+        state, refresh = "Nothing is running.", None
+        if self._is_running:
+            left = _minutes(max(0.0, self.seconds_left))
+            state, refresh = f"Ends at about {ends:%Y-%m-%d %H:%M}: {left} left.", REFRESH_SECONDS
+        document = Document(f"Fitting {self.title}", [Section("", [self.table()])], state, refresh)
+        write_bytes(self.page, page(document).encode())
 
     def _keep_page(self, finished: threading.Event) -> None:
         while not finished.wait(REFRESH_SECONDS):

@@ -1,21 +1,19 @@
-"""The results of ``ablate``: a table, Markdown, and a page with a forest plot."""
+"""The results of ``ablate``: a table, and a document with a forest plot."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from statistics import fmean
 from typing import get_args
 from xml.etree.ElementTree import Element
 
+from d2llm.core.document import Document, Figures, Items, Note, Section, Values
 from d2llm.core.table import Cell, Column, Style, Table
 from d2llm.core.types import Task
 from d2llm.ops.significance import Interval
 from d2llm.recipe import Recipe
 from d2llm.recipe.variants import VARIANTS, VariantGroup
 from d2llm.reports.html import svg
-from d2llm.reports.html.page import render
-from d2llm.reports.markdown import escape
 from d2llm.training.ablation.report import BASE, MEASURE, AblationReport, AblationRow
 
 _SHORT: dict[Task, str] = {"asymmetric": "asym", "symmetric": "sym"}
@@ -25,12 +23,6 @@ _GROUPS: tuple[VariantGroup, ...] = get_args(VariantGroup)
 
 _ROW, _LEFT, _WIDTH = 26.0, 190.0, 900.0
 _MAX_AXIS = 4.0  # limit of the axis, in multiples of a seed's largest difference: intervals over two seeds are huge
-
-_STYLE = """
-svg .better .dot { fill: var(--good); } svg .better .whisker { stroke: var(--good); }
-svg .worse .dot { fill: var(--bad); } svg .worse .whisker { stroke: var(--bad); }
-svg .whisker { stroke-width: 2; } svg .seed { fill: var(--muted); opacity: .55; } svg .zero { stroke: var(--ink); }
-"""
 
 
 def ablation_table(report: AblationReport, *, wide: bool = False) -> Table:
@@ -73,31 +65,27 @@ def ablation_table(report: AblationReport, *, wide: bool = False) -> Table:
     return table
 
 
-def render_markdown(report: AblationReport) -> str:
-    """The table with its remarks and settings, as CommonMark with tables."""
-    settings = json.dumps({"folder": report.folder, **report.settings}, indent=2, ensure_ascii=False)
-    parts = [
-        f"# Ablations of {escape(report.recipe)}",
-        ablation_table(report, wide=True).to_markdown(),
-        "\n".join(f"- {escape(remark)}" for remark in remarks(report)),
-        "## Settings",
-        "\n".join(f"    {line}" for line in settings.splitlines()),
-    ]
-    return "\n\n".join(parts) + "\n"
+def ablation_document(report: AblationReport) -> Document:
+    """The plot of differences, the table with its remarks, and the settings."""
+    plot = forest_plot(report)
+    effect = Note("There is no variant yet that has a seed in common with the recipe.")
+    if plot is not None:
+        effect = Figures([(plot, _plot_caption(report))], is_wide=True)
+    return Document(
+        f"Ablations of {report.recipe}",
+        [
+            Section("Effect of each change", [effect]),
+            Section("All results", [ablation_table(report, wide=True), Items(remarks(report))]),
+            Section("Settings", [Values({"folder": report.folder, **report.settings})]),
+        ],
+    )
 
 
-def render_page(report: AblationReport) -> str:
-    """The report as an HTML page to open in a browser, mail or print.
-
-    All texts are escaped, and the page's content security policy forbids scripts, foreign styles and all requests.
-    """
-    return render(
-        "ablation.html.j2",
-        _STYLE,
-        report=report,
-        plot=forest_plot(report),
-        table=ablation_table(report, wide=True),
-        remarks=remarks(report),
+def _plot_caption(report: AblationReport) -> str:
+    return (
+        f"{report.measure} of each variant minus the recipe's with the same seed, on the same dev queries or pairs. "
+        "Large dot: mean; line: 95 % interval over seeds (Student's t); small dots: the seeds. Right of 0, the change "
+        "helps. Coloured if the interval excludes 0; not corrected for the number of variants."
     )
 
 

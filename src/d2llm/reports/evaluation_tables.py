@@ -1,4 +1,4 @@
-"""The tables of an evaluation, for a terminal, Markdown and HTML."""
+"""The tables of an evaluation, for a terminal and a page, and its document, for a repository or an issue."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 from rich.console import RenderableType
 from rich.text import Text
 
+from d2llm.core.document import Document, Items, Note, Section, Values
 from d2llm.core.table import Cell, Column, Table
 from d2llm.evaluation.report import Comparison, EvaluationReport, EvaluationRow
 from d2llm.reports import phrases
@@ -31,6 +32,48 @@ def evaluation_tables(report: EvaluationReport) -> list[RenderableType]:
     verdict = phrases.verdict(report)
     remarks = [phrases.legend(report), *([verdict] if verdict else []), *report.notes]
     return [*parts, Text("\n".join(remarks))]
+
+
+def evaluation_document(report: EvaluationReport) -> Document:
+    """The whole report without its texts and plots, which ``reports.html`` has."""
+    sample: list[Section] = []
+    if report.sample_rows:
+        title = phrases.sample_title(report)
+        table = measure_table(report, report.sample_rows, title=title, marks=False, intervals="column")
+        sample = [Section(title, [table])]
+    meanings = {name: phrases.meaning(name) for name in phrases.measure_names(report.rows)}
+    explained = [f"{name}: {text}" for name, text in meanings.items() if text]
+    measure, has_costs = report.main_measure, bool(phrases.cost_columns(report.rows))
+    return Document(
+        f"{report.dataset} / {report.split}",
+        [
+            Section("", [Items([f"{label}: {value}" for label, value in phrases.facts(report)])]),
+            Section("", [Note(phrases.verdict(report) or "")]),
+            Section(
+                "Measures",
+                [
+                    measure_table(report, report.rows, title="Measures", intervals="column"),
+                    Note(phrases.legend(report)),
+                    Items([f"{row.name}: {row.reason}" for row in report.missing], "Not measured:"),
+                ],
+            ),
+            *sample,
+            *_compared(report, report.comparisons, f"{measure} against {report.baseline or 'the baseline'}"),
+            *_compared(report, report.parts, f"What each part of the score is worth: {measure} without it"),
+            Section("Cost", [cost_table(report) if has_costs else Note("No cost was measured.")]),
+            Section("Agreement with the teacher", [agreement_table(report)] if report.agreement else []),
+            Section('Calibration of "yes"', [calibration_table(report)] if report.calibration else []),
+            Section("Notes", [Items(report.notes)]),
+            Section("How to read the measures", [Items(explained)]),
+            Section("Settings", [Values({"settings": report.settings, "provenance": report.provenance})]),
+        ],
+    )
+
+
+def _compared(report: EvaluationReport, comparisons: Sequence[Comparison], title: str) -> list[Section]:
+    """The comparisons in the main measure."""
+    main = [comparison for comparison in comparisons if comparison.measure == report.main_measure]
+    return [Section(title, [comparison_table(report, main, title=title, detailed=False)])] if main else []
 
 
 def measure_table(

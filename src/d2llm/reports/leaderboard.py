@@ -1,11 +1,10 @@
-"""A leaderboard as tables for a terminal, Markdown and HTML."""
+"""A leaderboard as tables and as a document."""
 
 from __future__ import annotations
 
+from d2llm.core.document import Document, Items, Note, Section
 from d2llm.core.table import Cell, Column, Table
 from d2llm.evaluation.leaderboard import Leaderboard, LeaderboardRow
-from d2llm.reports.html.page import render
-from d2llm.reports.markdown import escape
 
 
 def leaderboard_tables(board: Leaderboard) -> list[Table]:
@@ -69,15 +68,8 @@ def _value(value: float | None, best: float, digits: int) -> Cell:
     return Cell(value, "bold" if value is not None and round(value, digits) == round(best, digits) else "")
 
 
-def render_markdown(board: Leaderboard) -> str:
-    """The leaderboard as Markdown."""
+def leaderboard_document(board: Leaderboard) -> Document:
+    """The systems with their means, every set, and notes."""
     systems, sets = leaderboard_tables(board)
-    parts = [f"# {systems.title}", systems.to_markdown(), escape(systems.caption), "## Every set", sets.to_markdown()]
-    parts += ["\n".join(f"- {escape(note)}" for note in board.notes)]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def render_page(board: Leaderboard) -> str:
-    """The leaderboard as an HTML page, which loads nothing."""
-    systems, sets = leaderboard_tables(board)
-    return render("leaderboard.html.j2", systems=systems, sets=sets, notes=board.notes)
+    first = Section("Systems", [systems, Note(systems.caption)])
+    return Document(systems.title, [first, Section(sets.title, [sets, Items(board.notes)])])

@@ -1,13 +1,10 @@
-"""The report of ``probe`` as tables for a terminal, Markdown and HTML."""
+"""The report of ``probe`` as tables and as a document."""
 
 from __future__ import annotations
 
+from d2llm.core.document import Document, Note, Section
 from d2llm.core.table import Cell, Column, Table
 from d2llm.evaluation.probe import SHOWN_MEASURES, ProbeReport
-from d2llm.reports.html.page import render
-from d2llm.reports.markdown import escape
-
-_TITLE = "What the vectors of {} know and can rank"
 
 
 def probe_tables(report: ProbeReport) -> list[Table]:
@@ -69,14 +66,7 @@ def ranking_table(report: ProbeReport) -> Table:
     return table
 
 
-def render_markdown(report: ProbeReport) -> str:
-    """The report as Markdown."""
-    parts = [f"# {escape(_TITLE.format(report.student))}"]
-    for table in probe_tables(report):
-        parts += [f"## {escape(table.title)}", table.to_markdown(), escape(table.caption)]
-    return "\n\n".join(parts) + "\n"
-
-
-def render_page(report: ProbeReport) -> str:
-    """The report as an HTML page, which loads nothing."""
-    return render("probe.html.j2", title=_TITLE.format(report.student), tables=probe_tables(report))
+def probe_document(report: ProbeReport) -> Document:
+    """The same tables with their captions."""
+    sections = [Section(table.title, [table, Note(table.caption)]) for table in probe_tables(report)]
+    return Document(f"What the vectors of {report.student} know and can rank", sections)

@@ -1,18 +1,17 @@
-"""The results of ``run``, ``gate`` and ``ensemble`` as tables, and those of ``ensemble`` as an HTML page."""
+"""The results of ``run``, ``gate`` and ``ensemble`` as tables, and those of ``ensemble`` as a document."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from markupsafe import Markup
 from rich.console import RenderableType
 from rich.text import Text
 
+from d2llm.core.document import Document, Figures, Note, Section
 from d2llm.core.table import Column, Table
 from d2llm.evaluation.report import Calibration
 from d2llm.reports.html import charts
-from d2llm.reports.html.page import render
 from d2llm.training.alternate import Round
 from d2llm.training.distill import DistillReport
 from d2llm.training.ensemble_teachers import EnsembleReport, TaskReport
@@ -22,10 +21,10 @@ from d2llm.training.run import Skipped
 from d2llm.training.sentences import describe_distillation, describe_gates, describe_labels, describe_precheck
 from d2llm.training.tune_teacher import TeacherTuningReport
 
-_ENSEMBLE_STYLE = """
-.pair { display: flex; flex-wrap: wrap; gap: 1rem; }
-.pair figure { flex: 1 1 18rem; max-width: 24rem; }
-"""
+_STACK_CAPTION = (
+    "Lists contain all positives and the top of BM25 and of the cosine. Before: the score taken as log-odds. After: "
+    "calibrated, each query by a fit without it. ECE: expected calibration error, over ten bins."
+)
 
 
 def run_table(results: Mapping[str, Any]) -> Table:
@@ -134,25 +133,28 @@ def ensemble_table(task: str, report: TaskReport) -> Table:
     return table
 
 
-def render_ensemble_page(report: EnsembleReport) -> str:
-    """The results of ``ensemble`` with reliability diagrams, as an HTML page to open in a browser, mail or print."""
-    tasks = [
-        (ensemble_table(task, task_report), _diagrams(task, task_report)) for task, task_report in report.tasks.items()
-    ]
-    return render("ensemble.html.j2", _ENSEMBLE_STYLE, report=report, tasks=tasks)
+def stack_document(report: EnsembleReport) -> Document:
+    """The results of ``ensemble`` with reliability diagrams."""
+    sections: list[Section] = []
+    for task, task_report in report.tasks.items():
+        table = ensemble_table(task, task_report)
+        diagrams = [Figures(pair) for pair in _diagrams(task, task_report)]
+        sections.append(Section(table.title, [table, Note(_STACK_CAPTION), *diagrams]))
+    written = Note(f"Written to {report.folder}, fingerprint {report.fingerprint}.")
+    return Document("Ensemble of teachers", [*sections, Section("", [written])])
 
 
-def _diagrams(task: str, report: TaskReport) -> list[list[tuple[str, Markup]]]:
+def _diagrams(task: str, report: TaskReport) -> list[list[tuple[str, str]]]:
     """For each row, its diagrams before (if there is one) and after calibration, with captions."""
-    rows: list[list[tuple[str, Markup]]] = []
+    rows: list[list[tuple[str, str]]] = []
     for number, row in enumerate(report.rows):
-        pair: list[tuple[str, Markup]] = []
+        pair: list[tuple[str, str]] = []
         for when, figures in (("before", row.before), ("after", row.after)):
             if figures is not None:
                 name = f"{row.name}, {when} calibration"
                 caption = f"{name}: ECE {figures.expected_error:.4f}, log-loss {figures.log_loss:.4f}"
                 num_pairs = sum(part.count for part in figures.bins)
                 calibration = Calibration(name, figures.bins, figures.expected_error, num_pairs)
-                pair.append((caption, charts.reliability(calibration, f"plot-{task}-{number}-{when}")))
+                pair.append((charts.reliability(calibration, f"plot-{task}-{number}-{when}"), caption))
         rows.append(pair)
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from d2llm.core.document import Values
 from d2llm.evaluation.report import EvaluationReport, EvaluationRow
 from d2llm.reports import phrases
 from d2llm.reports.evaluation_tables import agreement_table, comparison_table, cost_table, measure_table
@@ -45,6 +46,11 @@ def render_html(report: EvaluationReport) -> str:
         histograms=[
             (row, charts.histogram(row.counts, f"plot-histogram-{number}", name=row.name, labels=_labels(report)))
             for number, row in enumerate(report.histograms, start=1)
+        ],
+        made=[
+            Values(report.settings),
+            *(Values(value, name) for name, value in report.provenance.items()),
+            Values({row.name: row.fingerprint for row in report.rows if row.fingerprint}, "Fingerprints"),
         ],
     )
 
