@@ -346,7 +346,7 @@ def test_a_long_context_does_not_delay_other_reads(index, monkeypatch):
         assert may_end.wait(PATIENCE)
         return build_context(*arguments, **options)
 
-    monkeypatch.setattr("d2llm.server.index_service.build_context", held)
+    monkeypatch.setattr("d2llm.server.served_index.build_context", held)
     answers = []
     with serve(make_app(tiny_settings(index))) as address:
         wait_until_ready(address)

@@ -67,7 +67,7 @@ def pids_of_shards(serving: Any, name: str) -> list[list[int]]:
     """The processes of each shard's actors."""
     import ray
 
-    shards = serving.indexes[name].served._cluster._shards
+    shards = serving.indexes[name]._cluster._shards
     asked = [[one.actor.__ray_call__.remote(lambda _: os.getpid()) for one in each.replicas] for each in shards]
     return [ray.get(one) for one in asked]
 

@@ -266,12 +266,12 @@ def test_a_new_version_compares_only_what_it_adds(
     compared: list[int] = []
     checksum = vector_file._checksum
     with serving(folder, reload_seconds=1_000) as client:
-        before = app_of(client).state.serving.indexes["faq"].current
+        before = app_of(client).state.serving.indexes["faq"].version
         monkeypatch.setattr(vector_file, "_JOINED_ROWS", 0)
         Index.open(folder).upsert([Passage("new", "one more")])
         monkeypatch.setattr(vector_file, "_checksum", lambda codes: compared.append(len(codes)) or checksum(codes))
         assert client.post("/v1/index/reload").json()["changed"]
-        assert app_of(client).state.serving.indexes["faq"].current.view.version > before.view.version
+        assert app_of(client).state.serving.indexes["faq"].version.view.version > before.view.version
     assert compared == [1]
 
 

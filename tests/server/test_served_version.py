@@ -23,7 +23,7 @@ from d2llm.models.writers.writer import Assignment, WrittenQueries
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.server.model_service import ModelService
-from d2llm.server.served_version import OpenVersion, PendingSearch, rank_again, rank_expanded, rank_together
+from d2llm.server.served_version import OpenVersion, PendingSearch, rank_alone, rank_together
 from fake_models import FakeTeacher
 from rerankers import teacher_reading
 from tiny_server import write_tiny_index
@@ -90,13 +90,11 @@ class WaitingWriter:
 
 
 def with_teacher(version: OpenVersion, gate: Gate) -> Ranking:
-    return rank_again(pending(version, QUERIES[0]), teacher_reading(WaitingTeacher(gate)))
+    return rank_alone(version, version.student, QUERIES[0], PLAIN, reranker=teacher_reading(WaitingTeacher(gate)))
 
 
 def with_writer(version: OpenVersion, gate: Gate) -> Ranking:
-    return rank_expanded(
-        version, version.models.student, QUERIES[0], PLAIN, Expansion(WaitingWriter(gate), "multi"), iem=True
-    )
+    return rank_alone(version, version.student, QUERIES[0], PLAIN, expansion=Expansion(WaitingWriter(gate), "multi"))
 
 
 @pytest.mark.parametrize("slow_search", [with_teacher, with_writer])
@@ -142,9 +140,9 @@ def test_rankings_at_the_same_time_are_those_one_by_one(folder: Path, models: Mo
             for settings in (PLAIN, EXACT, SearchSettings(hybrid=0.5, filter="year > 2004")):
                 search = pending(version, query, settings)
                 yield lambda search=search: rank_together([search])[0]
-            yield partial(rank_again, pending(version, query), teacher_reading(FakeTeacher()))
+            yield partial(rank_alone, version, version.student, query, PLAIN, reranker=teacher_reading(FakeTeacher()))
             expansion = Expansion(WaitingWriter(open_gate), "multi")
-            yield partial(rank_expanded, version, models.student, query, PLAIN, expansion, iem=True)
+            yield partial(rank_alone, version, version.student, query, PLAIN, expansion=expansion)
 
     open_gate = Gate()
     open_gate.open.set()

@@ -20,10 +20,10 @@ from attacked_server import JSON, Answer, attacked
 from d2llm import Index, Passage, Student
 from d2llm.server.app import make_app
 from d2llm.server.errors import ServingError
-from d2llm.server.index_service import IndexService, new_readings
 from d2llm.server.model_service import ModelService
-from d2llm.server.served_version import ServedVersion
+from d2llm.server.served_index import ServedIndex
 from d2llm.server.settings import ServeSettings
+from d2llm.server.slow_models import SlowModels
 from d2llm.server.student_pool import StudentPool
 from d2llm.server.uploads import documents_of
 from file_cases.docx_cases import docx, p, r
@@ -118,11 +118,12 @@ def test_a_long_write_does_not_delay_the_shutdown(tmp_path: Path, monkeypatch: p
 
     async def main() -> None:
         models = ModelService(student, "tiny", batch_tokens=16)
-        index = IndexService("index", ServedVersion(folder, StudentPool(lambda _: models)), new_readings(1))
+        settings = ServeSettings(queue_texts=2_048)
+        index = ServedIndex("index", folder, StudentPool(lambda _: models), SlowModels(settings), settings)
         models.start()
         index.start()
         passages = [Passage(f"new{n}", f"the cat number {n} sat on the mat and slept") for n in range(500)]
-        writing = asyncio.create_task(index.upsert(passages))
+        writing = asyncio.create_task(index.write(lambda opened, _, stop: opened.upsert(stop.between(passages))))
         while not calls:
             await asyncio.sleep(0.01)
         writing.cancel()  # as uvicorn does when the time is up

@@ -19,27 +19,22 @@ from d2llm.core.errors import D2LLMError, InputError
 from d2llm.models.hub import find_student
 from d2llm.models.student import Student
 from d2llm.models.student_files import read_student_manifest
-from d2llm.models.teachers.judge import Judge, load_judge
-from d2llm.recipe.recipe_file import named_teacher
 from d2llm.retrieval.index import find_source
 from d2llm.retrieval.protocols import SearchView, task_for
-from d2llm.retrieval.reranker import open_reranker
 from d2llm.runners.runner import find_runner
 from d2llm.server import corpus_routes, native, page_routes
 from d2llm.server.dialects import DIALECTS
 from d2llm.server.errors import install_error_handlers, naming_index, register_error_shape, without_places
-from d2llm.server.index_service import IndexService, new_readings
 from d2llm.server.middleware import CancelWhenGone, ReadyGate, install_middleware
 from d2llm.server.model_service import ModelService
-from d2llm.server.ray_shards import ShardCluster
 from d2llm.server.ray_students import StudentReplicas
 from d2llm.server.running import Lifecycle
-from d2llm.server.served_version import ServedVersion
+from d2llm.server.served_index import ServedIndex
 from d2llm.server.serving import Serving
 from d2llm.server.settings import ServeSettings
+from d2llm.server.slow_models import SlowModels
 from d2llm.server.student_pool import StudentPool
 from d2llm.server.telemetry import Telemetry, metrics_router
-from d2llm.server.writer_service import load_writer_service
 from d2llm.store.sharded_store import Storage
 
 _log = logging.getLogger(__name__)
@@ -108,12 +103,7 @@ async def running(
             lifecycle.become("broken", "it could not be started; see its log")
             _log.exception("the server could not be started")
             return
-        await asyncio.gather(
-            *(
-                index.served.watch(settings.reload_seconds, partial(note, serving, name))
-                for name, index in serving.indexes.items()
-            )
-        )
+        await asyncio.gather(*(index.watch(partial(note, serving, name)) for name, index in serving.indexes.items()))
 
     starting = asyncio.create_task(start(), name="start")
     try:
@@ -144,41 +134,19 @@ def load(settings: ServeSettings, telemetry: Telemetry, private: list[Path]) -> 
         D2LLMError: one of them cannot be loaded, or they do not match.
     """
     load_student = partial(load_models, settings, telemetry, private)
-    students, readings = StudentPool(load_student), new_readings(settings.queue_texts)
+    students, slow = StudentPool(load_student), SlowModels(settings)
     if not settings.index:
-        return Serving(settings, {}, students, readings, alone=load_student(None))
+        return Serving(settings, {}, students, slow, alone=load_student(None))
+    indexes: dict[str, ServedIndex] = {}
     with ExitStack() as undo:
-        versions: dict[str, ServedVersion] = {}
         undo.callback(lambda: [student.close() for student in students.students])
         for name, folder in settings.index.items():
-            cluster = None if settings.runner == "local" else ShardCluster(settings)
-            if cluster is not None:
-                undo.callback(cluster.stop)
             with naming_index(name, settings.index):
-                versions[name] = ServedVersion(
-                    folder, students, allow_missing=settings.allow_missing_shards, cluster=cluster
-                )
-        judge = _load_judge(settings)
-        reranker = None
-        if settings.reranker is not None:
-            reranker = open_reranker(settings.reranker, teacher=judge, device=settings.device, dtype=settings.dtype)
-        writer = load_writer_service(settings)
+                indexes[name] = ServedIndex(name, folder, students, slow, settings, telemetry.observe)
+            undo.callback(indexes[name].close)
+        slow.load()
         undo.pop_all()
-    indexes = {
-        name: IndexService(
-            name,
-            served,
-            readings,
-            judge=judge,
-            teacher_name=settings.teacher,
-            reranker=reranker,
-            writer=writer,
-            queue=settings.queue_texts,
-            observe=telemetry.observe,
-        )
-        for name, served in versions.items()
-    }
-    return Serving(settings, indexes, students, readings, writer=writer)
+    return Serving(settings, indexes, students, slow)
 
 
 def load_models(
@@ -224,13 +192,6 @@ def load_models(
     )
 
 
-def _load_judge(settings: ServeSettings) -> Judge | None:
-    if settings.teacher is None:
-        return None
-    config = named_teacher(settings.teacher, prompt=settings.prompt)
-    return load_judge(config, device=settings.device, dtype=settings.dtype)
-
-
 def _watch(serving: Serving, telemetry: Telemetry) -> None:
     """Show what is served in the metrics."""
 
@@ -240,15 +201,14 @@ def _watch(serving: Serving, telemetry: Telemetry) -> None:
 
     telemetry.watch_queue(lambda: sum(student.num_queued for student in serving.loaded))
     for name, index in serving.indexes.items():
-        served = index.served
-        telemetry.watch_index(name, partial(_view_of, served))
+        telemetry.watch_index(name, partial(_view_of, index))
         telemetry.watch_student(name, partial(student_of, name))
     if serving.alone is not None:
         telemetry.watch_student("", partial(student_of, None))
 
 
-def _view_of(served: ServedVersion) -> SearchView:
-    return served.version.view
+def _view_of(index: ServedIndex) -> SearchView:
+    return index.version.view
 
 
 def _hide(private: list[Path], *paths: str) -> None:

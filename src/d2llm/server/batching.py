@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from d2llm.server.errors import NotReadyError, OverloadedError
 
@@ -298,6 +298,24 @@ class Batcher(Generic[_Item, _Result]):
                 return [error]
         middle = len(items) // 2
         return self._run_apart(items[:middle]) + self._run_apart(items[middle:])
+
+
+class CallQueue(Batcher[Callable[[], Any], Any]):
+    """Runs calls one at a time."""
+
+    def __init__(self, name: str, max_queued: int) -> None:
+        super().__init__(
+            lambda calls: [call() for call in calls], name=name, max_queued=max(1, max_queued), max_batch=1
+        )
+
+    async def run(self, call: Callable[[], _Value]) -> tuple[_Value, float]:
+        """The result of a call, and the seconds that it waited.
+
+        Raises:
+            OverloadedError: too many wait.
+        """
+        done = cast("Done[_Value]", await self.submit([call]))
+        return done.results[0], done.queued
 
 
 def _deliver(group: _Group[_Item, _Result], place: int, result: _Result | Exception) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Annotated, Any
@@ -11,7 +12,11 @@ from starlette.convertors import StringConvertor, register_url_convertor
 
 from d2llm.core.settings import bound
 from d2llm.core.types import Passage
+from d2llm.models.student import Student
+from d2llm.retrieval.chunking import Chunker, changed_chunking
 from d2llm.retrieval.excerpts import num_repeated
+from d2llm.retrieval.index import Index
+from d2llm.retrieval.upserting_documents import DocumentsReport
 from d2llm.server.answer_schemas import (
     DeletedAnswer,
     DocumentListAnswer,
@@ -28,7 +33,9 @@ from d2llm.server.answer_schemas import (
 )
 from d2llm.server.errors import NotFoundError
 from d2llm.server.large_bodies import BodyRoute
+from d2llm.server.logs import note_items
 from d2llm.server.schemas import DocumentsRequest, PassagesRequest, SnapshotName, SnapshotRequest
+from d2llm.server.served_index import ServedIndex, passage_of
 from d2llm.server.services import (
     ERRORS,
     TheIndex,
@@ -38,7 +45,7 @@ from d2llm.server.services import (
     short_enough,
     writable,
 )
-from d2llm.server.stopping import in_stoppable_thread
+from d2llm.server.stopping import Stop, in_stoppable_thread
 from d2llm.server.uploads import FILES_PATH, UPLOAD_BODY, documents_of
 
 router = APIRouter(tags=["d2llm"], responses=ERRORS, route_class=BodyRoute)
@@ -70,7 +77,7 @@ Lenient = Annotated[bool, _query("lenient_metadata")]
 @router.get("/v1/passages")
 async def list_passages(index: TheIndex, cursor: Cursor = "", limit: Limit = 100) -> PassageListAnswer:
     """List the ids of all passages, page by page."""
-    entries = await index.read(lambda view: view.list_passages(cursor, limit + 1))
+    entries = await index.read(lambda version: version.view.list_passages(cursor, limit + 1))
     page = entries[:limit]
     return PassageListAnswer(ids=page, next_cursor=page[-1] if len(entries) > limit else None)
 
@@ -82,30 +89,33 @@ async def upsert_passages(body: PassagesRequest, services: TheServices, index: T
     few_enough(len(body.passages), services.settings, "passages")
     short_enough([passage.title + passage.text for passage in body.passages], services.settings, "passages")
     passages = [Passage(**passage.model_dump()) for passage in body.passages]
-    report = await index.upsert(passages, lenient_metadata=body.lenient_metadata)
+    note_items([passage.text for passage in passages])
+    report = await index.write(
+        lambda opened, _, stop: opened.upsert(stop.between(passages), lenient_metadata=body.lenient_metadata)
+    )
     return PassagesAnswer.model_validate(report)
 
 
 @router.get("/v1/passages/{passage_id:anypath}")
 async def get_passage(passage_id: str, index: TheIndex) -> PassageAnswer:
     """Get a passage by its id."""
-    return PassageAnswer.model_validate(await index.get(passage_id))
+    return PassageAnswer.model_validate(await index.read(lambda version: passage_of(version, passage_id)))
 
 
 @router.delete("/v1/passages/{passage_id:anypath}")
 async def delete_passage(passage_id: str, services: TheServices, index: TheIndex) -> DeletedAnswer:
     """Delete a passage; no search finds it once this request is answered."""
     writable(services)
-    num_deleted = await index.delete([passage_id])
+    num_deleted = await index.write(lambda opened, _student, _stop: opened.delete([passage_id]))
     if not num_deleted:
         raise NotFoundError(f"there is no passage {passage_id!r} in the index")
-    return DeletedAnswer(num_deleted=num_deleted, version=index.current.view.version)
+    return DeletedAnswer(num_deleted=num_deleted, version=index.version.view.version)
 
 
 @router.get("/v1/documents")
 async def list_documents(index: TheIndex, cursor: Cursor = "", limit: Limit = 100) -> DocumentListAnswer:
     """List all documents with their passage counts, page by page; a passage without a document counts as one."""
-    entries = await index.read(lambda view: view.list_documents(cursor, limit + 1))
+    entries = await index.read(lambda version: version.view.list_documents(cursor, limit + 1))
     page = entries[:limit]
     return DocumentListAnswer(
         documents=[ListedDocumentAnswer.model_validate(entry) for entry in page],
@@ -125,8 +135,8 @@ async def upsert_documents(body: DocumentsRequest, services: TheServices, index:
         short_enough([document.title], services.settings, f"documents.{place}.title")
     documents = [Passage(**document.model_dump()) for document in body.documents]
     few_enough_characters(documents, services.settings, "documents")
-    report = await index.upsert_documents(
-        documents, body.chunk_tokens, body.chunk_overlap, lenient_metadata=body.lenient_metadata
+    report = await _upsert_documents(
+        index, documents, body.chunk_tokens, body.chunk_overlap, lenient_metadata=body.lenient_metadata
     )
     return DocumentsAnswer.model_validate(report)
 
@@ -134,13 +144,13 @@ async def upsert_documents(body: DocumentsRequest, services: TheServices, index:
 @router.get("/v1/documents/{document_id:anypath}")
 async def get_document(document_id: str, index: TheIndex) -> DocumentPassagesAnswer:
     """Get the passages of a document, ordered by position."""
-    passages = await index.read(lambda view: view.document(document_id))
+    passages = await index.read(lambda version: version.view.document(document_id))
     if not passages:
         raise NotFoundError(f"there is no document {document_id!r} in the index")
     return DocumentPassagesAnswer(
         id=document_id,
         passages=[PassageAnswer.model_validate(passage) for passage in passages],
-        repeated=num_repeated(passages) if index.current.repeats_text else [0] * len(passages),
+        repeated=num_repeated(passages) if index.version.repeats_text else [0] * len(passages),
     )
 
 
@@ -148,10 +158,10 @@ async def get_document(document_id: str, index: TheIndex) -> DocumentPassagesAns
 async def delete_document(document_id: str, services: TheServices, index: TheIndex) -> DeletedAnswer:
     """Delete all passages of a document; no search finds them once this request is answered."""
     writable(services)
-    num_deleted = await index.delete_documents([document_id])
+    num_deleted = await index.write(lambda opened, _student, _stop: opened.delete_documents([document_id]))
     if not num_deleted:
         raise NotFoundError(f"there is no document {document_id!r} in the index")
-    return DeletedAnswer(num_deleted=num_deleted, version=index.current.view.version)
+    return DeletedAnswer(num_deleted=num_deleted, version=index.version.view.version)
 
 
 @router.post(FILES_PATH, openapi_extra=UPLOAD_BODY)
@@ -174,37 +184,73 @@ async def upload_files(
     documents = await in_stoppable_thread(_uploads, partial(documents_of, body, kind, services.settings))
     for document in documents:  # texts are split, titles are not
         short_enough([document.title], services.settings, f"title of {document.id}")
-    report = await index.upsert_documents(
-        documents, chunk_tokens, chunk_overlap, lenient_metadata=lenient_metadata or not documents.is_corpus
-    )
+    lenient_metadata = lenient_metadata or not documents.is_corpus
+    report = await _upsert_documents(index, documents, chunk_tokens, chunk_overlap, lenient_metadata=lenient_metadata)
     return FilesAnswer.model_validate(Joined(report, skipped=documents.skipped))
+
+
+async def _upsert_documents(
+    index: ServedIndex,
+    documents: Sequence[Passage],
+    chunk_tokens: int | None,
+    chunk_overlap: int | None,
+    *,
+    lenient_metadata: bool,
+) -> DocumentsReport:
+    """Split documents and add or update their passages.
+
+    Raises:
+        InputError: the index has a different chunking, or a document cannot be stored.
+    """
+    note_items([document.text for document in documents])
+
+    def work(opened: Index, student: Student, stop: Stop) -> DocumentsReport:
+        chunking = changed_chunking(opened.folder, student, chunk_tokens=chunk_tokens, chunk_overlap=chunk_overlap)
+        chunker = Chunker(student, chunking, check=stop.check)
+        return opened.upsert_documents(stop.between(documents), chunker, lenient_metadata=lenient_metadata)
+
+    return await index.write(work)
+
+
+async def _snapshots(index: ServedIndex, *, having: str | None = None) -> SnapshotAnswer:
+    """The names of all snapshots.
+
+    Raises:
+        NotFoundError: ``having`` is not among them.
+    """
+    names = await index.read(lambda _: index.open_storage().snapshots())
+    if having is not None and having not in names:
+        raise NotFoundError(f"there is no snapshot {having!r} of the index")
+    return SnapshotAnswer(snapshots=names)
 
 
 @router.get("/v1/index/snapshots")
 async def list_snapshots(index: TheIndex) -> SnapshotAnswer:
     """List the names of all snapshots."""
-    return SnapshotAnswer(snapshots=await index.snapshots())
+    return await _snapshots(index)
 
 
 @router.post("/v1/index/snapshots")
 async def take_snapshot(body: SnapshotRequest, services: TheServices, index: TheIndex) -> SnapshotAnswer:
     """Save the current state of the index under a name."""
     writable(services)
-    await index.snapshot(body.name)
-    return SnapshotAnswer(snapshots=await index.snapshots())
+    await index.write(lambda opened, _student, _stop: opened.snapshot(body.name))
+    return await _snapshots(index)
 
 
 @router.delete("/v1/index/snapshots/{name}")
 async def drop_snapshot(name: SnapshotName, services: TheServices, index: TheIndex) -> SnapshotAnswer:
     """Delete a snapshot."""
     writable(services)
-    await index.drop_snapshot(name)
-    return SnapshotAnswer(snapshots=await index.snapshots())
+    await _snapshots(index, having=name)
+    await index.write(lambda opened, _student, _stop: opened.store.drop_snapshot(name))
+    return await _snapshots(index)
 
 
 @router.post("/v1/index/snapshots/{name}/restore")
 async def restore_snapshot(name: SnapshotName, services: TheServices, index: TheIndex) -> RestoredAnswer:
     """Replace the index's passages by a snapshot's; searches find those once this request is answered."""
     writable(services)
-    num_passages = await index.restore(name)
-    return RestoredAnswer(num_passages=num_passages, version=index.current.view.version)
+    await _snapshots(index, having=name)
+    num_passages = await index.write(lambda opened, _student, _stop: opened.restore(name))
+    return RestoredAnswer(num_passages=num_passages, version=index.version.view.version)

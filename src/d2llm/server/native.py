@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 
 from d2llm import __version__
 from d2llm.core.errors import D2LLMError, InputError
-from d2llm.core.types import Ranking, Task
+from d2llm.core.types import Excerpt, Ranking, Task
 from d2llm.retrieval.context import context_settings
+from d2llm.retrieval.excerpts import merge_neighbours
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.settings import ExpansionSettings, SearchSettings
 from d2llm.server.answer_schemas import (
@@ -32,7 +34,6 @@ from d2llm.server.answer_schemas import (
 )
 from d2llm.server.answers import FastJSONResponse, answer_of, context_answer, search_answer
 from d2llm.server.errors import Problem, ServingError, invalid, request_id_of
-from d2llm.server.index_service import IndexService
 from d2llm.server.large_bodies import BodyRoute
 from d2llm.server.model_service import ModelService
 from d2llm.server.running import Lifecycle
@@ -45,6 +46,7 @@ from d2llm.server.schemas import (
     RescoreRequest,
     SearchRequest,
 )
+from d2llm.server.served_index import ServedIndex
 from d2llm.server.served_version import OpenVersion
 from d2llm.server.services import (
     ERRORS,
@@ -71,7 +73,7 @@ async def search(body: SearchRequest, request: Request, services: TheServices, i
     settings = _limited(body.query, _settings_of(body, limits), limits)
     teacher_limits, expansion = _teacher_limits(body, limits), _expansion_of(body, index)
     ranking, student = await index.search(body.query, settings, body.rescore, teacher_limits, expansion)
-    excerpts = await index.excerpts(ranking) if body.excerpts else None
+    excerpts = await index.read(partial(_excerpts, ranking)) if body.excerpts else None
     probabilities = student.probabilities_of(ranking, body.task or services.task, iem=body.rescore != "none")
     origin = _origin(request, index, ranking, student)
     num_passages = len(ranking.passages) * (1 + 2 * body.neighbours)
@@ -107,9 +109,9 @@ async def list_indexes(catalog: TheCatalog) -> IndexesAnswer:
 
 
 @router.get("/v1/index")
-async def index_facts(services: TheServices, index: TheIndex) -> IndexAnswer:
+async def index_facts(index: TheIndex) -> IndexAnswer:
     """Facts about the index, and the ways to search it on this server."""
-    stats, version = await index.stats()
+    stats, version = await index.read(lambda version: (index.stats(version), version))
     models, config = version.models, version.models.student.config
     student = Joined(
         models,
@@ -123,15 +125,15 @@ async def index_facts(services: TheServices, index: TheIndex) -> IndexAnswer:
         num_bytes=round(stats.bytes_per_passage * max(stats.num_passages, 1)),
         task=version.view.task,
         student=student,
-        teacher=index.teacher_name,
-        writer=None if index.writer is None else _name_of(index.writer.name),
+        teacher=index.settings.teacher,
+        writer=None if index.settings.writer is None else _name_of(index.settings.writer),
         fields=stats.metadata,
         has_ann=stats.ann_passages > 0,
         missing_shards=version.view.missing,
         rescore=index.ways_to_rescore(version),
-        score_parts=index.score_parts(version),
-        candidate_sources=index.default_sources(version),
-        writable=services.settings.writable,
+        score_parts=version.score_parts(),
+        candidate_sources=version.default_sources(),
+        writable=index.settings.writable,
         d2llm=__version__,
     )
     return IndexAnswer.model_validate(facts)
@@ -145,11 +147,11 @@ async def reload_index(index: TheIndex) -> ReloadAnswer:
     nothing changes.
     """
     try:
-        changed = await index.served.reload()
+        changed = await index.reload()
     except D2LLMError as error:
         _log.error("the index was not reloaded: %s", error)
         raise ServingError(Problem(409, "conflict", f"the previous version is still served: {error}")) from error
-    version = index.current
+    version = index.version
     return ReloadAnswer(
         version=version.view.version,
         student=version.models.name,
@@ -186,11 +188,8 @@ async def rescore(body: RescoreRequest, services: TheServices) -> RescoreAnswer:
         index = await index_of(services)
         at_most(len(ids), services.settings.max_num_candidates, "passage_ids", "max_num_candidates")
 
-        async def of_ids(version: OpenVersion) -> RescoreAnswer:
-            stored = await index.vectors(version, ids)
-            return await _rescored(body, services, version.models, version.view.task, stored, ())
-
-        return await index.served.work(of_ids)
+        version, stored = await index.read(lambda version: (version, version.view.vectors(version.view.rows(ids))))
+        return await _rescored(body, services, version.models, version.view.task, stored, ())
     truncated: Sequence[int] = ()
     if texts is not None:
         few_enough(len(texts), services.settings, "passages")
@@ -243,7 +242,12 @@ async def _rescored(
     )
 
 
-def _origin(request: Request, index: IndexService, ranking: Ranking, student: ModelService) -> dict[str, Any]:
+def _excerpts(ranking: Ranking, version: OpenVersion) -> list[Excerpt]:
+    """The results with their neighbours, merged."""
+    return merge_neighbours(ranking.passages, overlapping=version.repeats_text)
+
+
+def _origin(request: Request, index: ServedIndex, ranking: Ranking, student: ModelService) -> dict[str, Any]:
     """Which version of which index, and which student, answered which request."""
     return {
         "index": {
@@ -317,7 +321,7 @@ def _teacher_limits(body: RankingRequest, limits: ServeSettings) -> dict[str, An
     return {"num_passages": body.teacher_passages, "max_ms": max_ms}
 
 
-def _expansion_of(body: RankingRequest, index: IndexService) -> Expansion | None:
+def _expansion_of(body: RankingRequest, index: ServedIndex) -> Expansion | None:
     """How the query is expanded.
 
     Raises:
@@ -332,7 +336,7 @@ def _expansion_of(body: RankingRequest, index: IndexService) -> Expansion | None
         return None
     if body.rescore not in BY_STUDENT:
         raise invalid("a reranker reads only for plain queries; leave out expand, or rescore with 'iem'", "expand")
-    return index.expansion(settings.expand, settings.expansions)
+    return index.slow.find_expansion(settings.expand, settings.expansions)
 
 
 def _name_of(model: str) -> str:

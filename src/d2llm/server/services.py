@@ -12,9 +12,9 @@ from d2llm.core.types import Passage
 from d2llm.server.access import no_index, wrong_index
 from d2llm.server.answer_schemas import ErrorAnswer
 from d2llm.server.errors import NotFoundError, Problem, ServingError, invalid
-from d2llm.server.index_service import IndexService
 from d2llm.server.keys import ApiKey
 from d2llm.server.logs import current_facts
+from d2llm.server.served_index import ServedIndex
 from d2llm.server.serving import Services, Serving
 from d2llm.server.settings import ServeSettings
 
@@ -114,7 +114,7 @@ async def services_of(catalog: TheCatalog) -> Services:
 TheServices = Annotated[Services, Depends(services_of)]
 
 
-async def index_of(services: TheServices) -> IndexService:
+async def index_of(services: TheServices) -> ServedIndex:
     """The index.
 
     Raises:
@@ -125,7 +125,7 @@ async def index_of(services: TheServices) -> IndexService:
     return services.index
 
 
-TheIndex = Annotated[IndexService, Depends(index_of)]
+TheIndex = Annotated[ServedIndex, Depends(index_of)]
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from d2llm.core.errors import D2LLMError
 from d2llm.core.types import Task, default_task
 from d2llm.server.answer_schemas import ServedIndexAnswer
-from d2llm.server.index_service import IndexService, Readings
 from d2llm.server.model_service import ModelService
+from d2llm.server.served_index import ServedIndex
 from d2llm.server.settings import ServeSettings
+from d2llm.server.slow_models import SlowModels
 from d2llm.server.student_pool import StudentPool
-from d2llm.server.writer_service import WriterService
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Services:
 
     settings: ServeSettings
     models: ModelService
-    index: IndexService | None
+    index: ServedIndex | None
     task: Task
 
 
@@ -38,18 +38,16 @@ class Serving:
         settings: of the server.
         indexes: the indexes.
         students: the students of the indexes.
-        readings: the teacher's queue.
+        slow: teacher, reranker and writer.
         alone: the student, if there is no index.
-        writer: expands queries, or None.
         problems: by index, why its new version cannot be read; "" if it can.
     """
 
     settings: ServeSettings
-    indexes: Mapping[str, IndexService]
+    indexes: Mapping[str, ServedIndex]
     students: StudentPool
-    readings: Readings
+    slow: SlowModels
     alone: ModelService | None = None
-    writer: WriterService | None = None
     problems: dict[str, str] = field(default_factory=dict[str, str])
 
     def now(self, name: str | None = None) -> Services:
@@ -57,7 +55,7 @@ class Serving:
         if self.alone is not None:
             return Services(self.settings, self.alone, None, default_task(self.alone.student.trained_tasks))
         index = self.indexes[name or next(iter(self.indexes))]
-        version = index.current
+        version = index.version
         return Services(self.settings, version.models, index, version.view.task)
 
     @property
@@ -83,7 +81,7 @@ class Serving:
 
     def describe(self, names: Iterable[str]) -> list[ServedIndexAnswer]:
         """What is served of these indexes."""
-        versions = {name: self.indexes[name].current for name in names}
+        versions = {name: self.indexes[name].version for name in names}
         return [
             ServedIndexAnswer(
                 name=name,
@@ -101,18 +99,13 @@ class Serving:
         """Start answering requests; call it in the event loop."""
         for student in self.loaded:
             student.start()
-        self.readings.start()
-        if self.writer is not None:
-            self.writer.start()
+        self.slow.start()
         for index in self.indexes.values():
             index.start()
 
     async def stop(self, timeout: float | None = None) -> None:
         """Finish admitted requests, then stop."""
-        queues = (self.readings,) if self.writer is None else (self.readings, self.writer)
-        await asyncio.gather(
-            *(queue.stop(timeout) for queue in queues), *(index.stop(timeout) for index in self.indexes.values())
-        )
+        await asyncio.gather(self.slow.stop(timeout), *(index.stop(timeout) for index in self.indexes.values()))
         await asyncio.gather(*(student.stop(timeout) for student in self.loaded))
 
     async def reload(self) -> None:
@@ -121,7 +114,7 @@ class Serving:
         Raises:
             D2LLMError: an index cannot be read; its previous version is still served.
         """
-        reloads = (index.served.reload() for index in self.indexes.values())
+        reloads = (index.reload() for index in self.indexes.values())
         results = await asyncio.gather(*reloads, return_exceptions=True)
         if problems := [error for error in results if isinstance(error, BaseException)]:
             raise problems[0] if len(problems) == 1 else D2LLMError("; ".join(map(str, problems)))
