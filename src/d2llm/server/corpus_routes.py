@@ -39,11 +39,10 @@ from d2llm.server.served_index import ServedIndex, passage_of
 from d2llm.server.services import (
     ERRORS,
     TheIndex,
-    TheServices,
+    WritableIndex,
     few_enough,
     few_enough_characters,
     short_enough,
-    writable,
 )
 from d2llm.server.stopping import Stop, in_stoppable_thread
 from d2llm.server.uploads import FILES_PATH, UPLOAD_BODY, documents_of
@@ -83,11 +82,10 @@ async def list_passages(index: TheIndex, cursor: Cursor = "", limit: Limit = 100
 
 
 @router.post("/v1/passages")
-async def upsert_passages(body: PassagesRequest, services: TheServices, index: TheIndex) -> PassagesAnswer:
+async def upsert_passages(body: PassagesRequest, index: WritableIndex) -> PassagesAnswer:
     """Add passages, or update those whose id exists; searches find them once this request is answered."""
-    writable(services)
-    few_enough(len(body.passages), services.settings, "passages")
-    short_enough([passage.title + passage.text for passage in body.passages], services.settings, "passages")
+    few_enough(len(body.passages), index.settings, "passages")
+    short_enough([passage.title + passage.text for passage in body.passages], index.settings, "passages")
     passages = [Passage(**passage.model_dump()) for passage in body.passages]
     note_items([passage.text for passage in passages])
     report = await index.write(
@@ -103,9 +101,8 @@ async def get_passage(passage_id: str, index: TheIndex) -> PassageAnswer:
 
 
 @router.delete("/v1/passages/{passage_id:anypath}")
-async def delete_passage(passage_id: str, services: TheServices, index: TheIndex) -> DeletedAnswer:
+async def delete_passage(passage_id: str, index: WritableIndex) -> DeletedAnswer:
     """Delete a passage; no search finds it once this request is answered."""
-    writable(services)
     num_deleted = await index.write(lambda opened, _student, _stop: opened.delete([passage_id]))
     if not num_deleted:
         raise NotFoundError(f"there is no passage {passage_id!r} in the index")
@@ -124,17 +121,16 @@ async def list_documents(index: TheIndex, cursor: Cursor = "", limit: Limit = 10
 
 
 @router.post("/v1/documents")
-async def upsert_documents(body: DocumentsRequest, services: TheServices, index: TheIndex) -> DocumentsAnswer:
+async def upsert_documents(body: DocumentsRequest, index: WritableIndex) -> DocumentsAnswer:
     """Split long texts into passages and add or update these; passages that a document no longer has are deleted.
 
     The index stores its chunking and refuses documents with a different one.
     """
-    writable(services)
-    few_enough(len(body.documents), services.settings, "documents")
+    few_enough(len(body.documents), index.settings, "documents")
     for place, document in enumerate(body.documents):
-        short_enough([document.title], services.settings, f"documents.{place}.title")
+        short_enough([document.title], index.settings, f"documents.{place}.title")
     documents = [Passage(**document.model_dump()) for document in body.documents]
-    few_enough_characters(documents, services.settings, "documents")
+    few_enough_characters(documents, index.settings, "documents")
     report = await _upsert_documents(
         index, documents, body.chunk_tokens, body.chunk_overlap, lenient_metadata=body.lenient_metadata
     )
@@ -155,9 +151,8 @@ async def get_document(document_id: str, index: TheIndex) -> DocumentPassagesAns
 
 
 @router.delete("/v1/documents/{document_id:anypath}")
-async def delete_document(document_id: str, services: TheServices, index: TheIndex) -> DeletedAnswer:
+async def delete_document(document_id: str, index: WritableIndex) -> DeletedAnswer:
     """Delete all passages of a document; no search finds them once this request is answered."""
-    writable(services)
     num_deleted = await index.write(lambda opened, _student, _stop: opened.delete_documents([document_id]))
     if not num_deleted:
         raise NotFoundError(f"there is no document {document_id!r} in the index")
@@ -167,8 +162,7 @@ async def delete_document(document_id: str, services: TheServices, index: TheInd
 @router.post(FILES_PATH, openapi_extra=UPLOAD_BODY)
 async def upload_files(
     request: Request,
-    services: TheServices,
-    index: TheIndex,
+    index: WritableIndex,
     chunk_tokens: ChunkTokens = None,
     chunk_overlap: ChunkOverlap = None,
     lenient_metadata: Lenient = False,
@@ -179,11 +173,10 @@ async def upload_files(
     tables whose rows have an id and a text are corpora: their documents have these ids. Parts of files that were left
     out (a chapter that is a picture, an attached file) are named.
     """
-    writable(services)
     body, kind = await request.body(), request.headers.get("content-type", "")
-    documents = await in_stoppable_thread(_uploads, partial(documents_of, body, kind, services.settings))
+    documents = await in_stoppable_thread(_uploads, partial(documents_of, body, kind, index.settings))
     for document in documents:  # texts are split, titles are not
-        short_enough([document.title], services.settings, f"title of {document.id}")
+        short_enough([document.title], index.settings, f"title of {document.id}")
     lenient_metadata = lenient_metadata or not documents.is_corpus
     report = await _upsert_documents(index, documents, chunk_tokens, chunk_overlap, lenient_metadata=lenient_metadata)
     return FilesAnswer.model_validate(Joined(report, skipped=documents.skipped))
@@ -231,26 +224,23 @@ async def list_snapshots(index: TheIndex) -> SnapshotAnswer:
 
 
 @router.post("/v1/index/snapshots")
-async def take_snapshot(body: SnapshotRequest, services: TheServices, index: TheIndex) -> SnapshotAnswer:
+async def take_snapshot(body: SnapshotRequest, index: WritableIndex) -> SnapshotAnswer:
     """Save the current state of the index under a name."""
-    writable(services)
     await index.write(lambda opened, _student, _stop: opened.snapshot(body.name))
     return await _snapshots(index)
 
 
 @router.delete("/v1/index/snapshots/{name}")
-async def drop_snapshot(name: SnapshotName, services: TheServices, index: TheIndex) -> SnapshotAnswer:
+async def drop_snapshot(name: SnapshotName, index: WritableIndex) -> SnapshotAnswer:
     """Delete a snapshot."""
-    writable(services)
     await _snapshots(index, having=name)
     await index.write(lambda opened, _student, _stop: opened.store.drop_snapshot(name))
     return await _snapshots(index)
 
 
 @router.post("/v1/index/snapshots/{name}/restore")
-async def restore_snapshot(name: SnapshotName, services: TheServices, index: TheIndex) -> RestoredAnswer:
+async def restore_snapshot(name: SnapshotName, index: WritableIndex) -> RestoredAnswer:
     """Replace the index's passages by a snapshot's; searches find those once this request is answered."""
-    writable(services)
     await _snapshots(index, having=name)
     num_passages = await index.write(lambda opened, _student, _stop: opened.restore(name))
     return RestoredAnswer(num_passages=num_passages, version=index.version.view.version)

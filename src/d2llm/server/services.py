@@ -128,6 +128,20 @@ async def index_of(services: TheServices) -> ServedIndex:
 TheIndex = Annotated[ServedIndex, Depends(index_of)]
 
 
+async def writable_index_of(index: TheIndex) -> ServedIndex:
+    """The index, for a request that changes it.
+
+    Raises:
+        ServingError: 403, the server is read-only.
+    """
+    if not index.settings.writable:
+        raise ServingError(Problem(403, "forbidden", "this server does not change its index (writable = false)"))
+    return index
+
+
+WritableIndex = Annotated[ServedIndex, Depends(writable_index_of)]
+
+
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": description}
     for status, description in {
@@ -146,16 +160,6 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         507: "The index cannot be written",
     }.items()
 }
-
-
-def writable(services: Services) -> None:
-    """Refuse writes if the server is read-only.
-
-    Raises:
-        ServingError: 403, the server is read-only.
-    """
-    if not services.settings.writable:
-        raise ServingError(Problem(403, "forbidden", "this server does not change its index (writable = false)"))
 
 
 def at_most(number: int, limit: int, name: str, setting: str) -> None:
