@@ -25,7 +25,7 @@ from d2llm.models.evidence import Evidence, TaskEvidence, WordsFactor
 from d2llm.retrieval.shard import shard
 from d2llm.server.app import make_app
 from live_server import patient, serve, wait_until_ready
-from sharded_answers import QUERY, assert_same_answers, results_of, search
+from sharded_responses import QUERY, assert_same_responses, results_of, search
 from tiny_server import tiny_settings, write_tiny_index, write_tiny_student
 from waiting import PATIENCE, until
 
@@ -104,7 +104,7 @@ def until_answer(answers: list[dict[str, Any]], is_it: Callable[[dict[str, Any]]
 
 def test_answers_are_those_of_one_index(both):
     address, serving = both
-    assert_same_answers(address, NUM_SHARDS)
+    assert_same_responses(address, NUM_SHARDS)
     assert not encoder_of(serving, "several")._away.is_set()
 
 

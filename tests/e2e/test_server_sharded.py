@@ -15,7 +15,7 @@ from d2llm import Index
 from d2llm.retrieval.shard import shard
 from d2llm.server.app import make_app
 from live_server import patient, serve, wait_until_ready
-from sharded_answers import assert_same_answers, results_of, search
+from sharded_responses import assert_same_responses, results_of, search
 from tiny_server import tiny_passages, tiny_settings, write_tiny_index
 from waiting import until
 
@@ -36,7 +36,7 @@ def served(index: Path | dict[str, Path], **settings: Any) -> Generator[str]:
 
 def test_answers_are_those_of_one_index(sharded: Path):
     with served({"one": sharded.parent / "index", "several": sharded}) as address:
-        assert_same_answers(address, 3)
+        assert_same_responses(address, 3)
         assert patient.get(f"{address}/indexes/one/v1/index").json()["num_shards"] is None
 
 

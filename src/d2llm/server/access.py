@@ -6,7 +6,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from d2llm.server import keys
-from d2llm.server.errors import Problem, answer_problem
+from d2llm.server.errors import Problem, send_problem
 from d2llm.server.keys import ApiKey, KeyRing
 from d2llm.server.limits import Allowance, RateLimiter
 from d2llm.server.logs import current_facts
@@ -72,7 +72,7 @@ class AccessMiddleware:
         if self._ring is not None:
             key, problem = self._identify(self._ring, scope)
             if problem is not None:
-                await answer_problem(scope, receive, send, problem)
+                await send_problem(scope, receive, send, problem)
                 return
             scope.setdefault("state", {})["api_key"] = key
         allowance = await self._count(scope, key)
@@ -85,7 +85,7 @@ class AccessMiddleware:
             message = f"more than {allowance.limit} requests in a minute; try again in {wait} s"
             headers = allowance.headers()
             problem = Problem(429, "rate_limited", message, retry_after=allowance.reset, headers=headers)
-            await answer_problem(scope, receive, send, problem)
+            await send_problem(scope, receive, send, problem)
 
     def _identify(self, ring: KeyRing, scope: Scope) -> tuple[ApiKey | None, Problem | None]:
         secret = _secret_of(Headers(scope=scope))

@@ -17,23 +17,23 @@ from d2llm.retrieval.chunking import Chunker, changed_chunking
 from d2llm.retrieval.excerpts import num_repeated
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.upserting_documents import DocumentsReport
-from d2llm.server.answer_schemas import (
-    DeletedAnswer,
-    DocumentListAnswer,
-    DocumentPassagesAnswer,
-    DocumentsAnswer,
-    FilesAnswer,
-    Joined,
-    ListedDocumentAnswer,
-    PassageAnswer,
-    PassageListAnswer,
-    PassagesAnswer,
-    RestoredAnswer,
-    SnapshotAnswer,
-)
 from d2llm.server.errors import NotFoundError
 from d2llm.server.large_bodies import BodyRoute
 from d2llm.server.logs import note_items
+from d2llm.server.response_schemas import (
+    DeletedResponse,
+    DocumentListResponse,
+    DocumentPassagesResponse,
+    DocumentsResponse,
+    FilesResponse,
+    Joined,
+    ListedDocumentResponse,
+    PassageListResponse,
+    PassageResponse,
+    PassagesResponse,
+    RestoredResponse,
+    SnapshotResponse,
+)
 from d2llm.server.schemas import DocumentsRequest, PassagesRequest, SnapshotName, SnapshotRequest
 from d2llm.server.served_index import ServedIndex, passage_of
 from d2llm.server.services import (
@@ -74,15 +74,15 @@ Lenient = Annotated[bool, _query("lenient_metadata")]
 
 
 @router.get("/v1/passages")
-async def list_passages(index: TheIndex, cursor: Cursor = "", limit: Limit = 100) -> PassageListAnswer:
+async def list_passages(index: TheIndex, cursor: Cursor = "", limit: Limit = 100) -> PassageListResponse:
     """List the ids of all passages, page by page."""
     entries = await index.read(lambda version: version.view.list_passages(cursor, limit + 1))
     page = entries[:limit]
-    return PassageListAnswer(ids=page, next_cursor=page[-1] if len(entries) > limit else None)
+    return PassageListResponse(ids=page, next_cursor=page[-1] if len(entries) > limit else None)
 
 
 @router.post("/v1/passages")
-async def upsert_passages(body: PassagesRequest, index: WritableIndex) -> PassagesAnswer:
+async def upsert_passages(body: PassagesRequest, index: WritableIndex) -> PassagesResponse:
     """Add passages, or update those whose id exists; searches find them once this request is answered."""
     few_enough(len(body.passages), index.settings, "passages")
     short_enough([passage.title + passage.text for passage in body.passages], index.settings, "passages")
@@ -91,37 +91,37 @@ async def upsert_passages(body: PassagesRequest, index: WritableIndex) -> Passag
     report = await index.write(
         lambda opened, _, stop: opened.upsert(stop.between(passages), lenient_metadata=body.lenient_metadata)
     )
-    return PassagesAnswer.model_validate(report)
+    return PassagesResponse.model_validate(report)
 
 
 @router.get("/v1/passages/{passage_id:anypath}")
-async def get_passage(passage_id: str, index: TheIndex) -> PassageAnswer:
+async def get_passage(passage_id: str, index: TheIndex) -> PassageResponse:
     """Get a passage by its id."""
-    return PassageAnswer.model_validate(await index.read(lambda version: passage_of(version, passage_id)))
+    return PassageResponse.model_validate(await index.read(lambda version: passage_of(version, passage_id)))
 
 
 @router.delete("/v1/passages/{passage_id:anypath}")
-async def delete_passage(passage_id: str, index: WritableIndex) -> DeletedAnswer:
+async def delete_passage(passage_id: str, index: WritableIndex) -> DeletedResponse:
     """Delete a passage; no search finds it once this request is answered."""
     num_deleted = await index.write(lambda opened, _student, _stop: opened.delete([passage_id]))
     if not num_deleted:
         raise NotFoundError(f"there is no passage {passage_id!r} in the index")
-    return DeletedAnswer(num_deleted=num_deleted, version=index.version.view.version)
+    return DeletedResponse(num_deleted=num_deleted, version=index.version.view.version)
 
 
 @router.get("/v1/documents")
-async def list_documents(index: TheIndex, cursor: Cursor = "", limit: Limit = 100) -> DocumentListAnswer:
+async def list_documents(index: TheIndex, cursor: Cursor = "", limit: Limit = 100) -> DocumentListResponse:
     """List all documents with their passage counts, page by page; a passage without a document counts as one."""
     entries = await index.read(lambda version: version.view.list_documents(cursor, limit + 1))
     page = entries[:limit]
-    return DocumentListAnswer(
-        documents=[ListedDocumentAnswer.model_validate(entry) for entry in page],
+    return DocumentListResponse(
+        documents=[ListedDocumentResponse.model_validate(entry) for entry in page],
         next_cursor=page[-1].id if len(entries) > limit else None,
     )
 
 
 @router.post("/v1/documents")
-async def upsert_documents(body: DocumentsRequest, index: WritableIndex) -> DocumentsAnswer:
+async def upsert_documents(body: DocumentsRequest, index: WritableIndex) -> DocumentsResponse:
     """Split long texts into passages and add or update these; passages that a document no longer has are deleted.
 
     The index stores its chunking and refuses documents with a different one.
@@ -134,29 +134,29 @@ async def upsert_documents(body: DocumentsRequest, index: WritableIndex) -> Docu
     report = await _upsert_documents(
         index, documents, body.chunk_tokens, body.chunk_overlap, lenient_metadata=body.lenient_metadata
     )
-    return DocumentsAnswer.model_validate(report)
+    return DocumentsResponse.model_validate(report)
 
 
 @router.get("/v1/documents/{document_id:anypath}")
-async def get_document(document_id: str, index: TheIndex) -> DocumentPassagesAnswer:
+async def get_document(document_id: str, index: TheIndex) -> DocumentPassagesResponse:
     """Get the passages of a document, ordered by position."""
     passages = await index.read(lambda version: version.view.document(document_id))
     if not passages:
         raise NotFoundError(f"there is no document {document_id!r} in the index")
-    return DocumentPassagesAnswer(
+    return DocumentPassagesResponse(
         id=document_id,
-        passages=[PassageAnswer.model_validate(passage) for passage in passages],
+        passages=[PassageResponse.model_validate(passage) for passage in passages],
         repeated=num_repeated(passages) if index.version.repeats_text else [0] * len(passages),
     )
 
 
 @router.delete("/v1/documents/{document_id:anypath}")
-async def delete_document(document_id: str, index: WritableIndex) -> DeletedAnswer:
+async def delete_document(document_id: str, index: WritableIndex) -> DeletedResponse:
     """Delete all passages of a document; no search finds them once this request is answered."""
     num_deleted = await index.write(lambda opened, _student, _stop: opened.delete_documents([document_id]))
     if not num_deleted:
         raise NotFoundError(f"there is no document {document_id!r} in the index")
-    return DeletedAnswer(num_deleted=num_deleted, version=index.version.view.version)
+    return DeletedResponse(num_deleted=num_deleted, version=index.version.view.version)
 
 
 @router.post(FILES_PATH, openapi_extra=UPLOAD_BODY)
@@ -166,7 +166,7 @@ async def upload_files(
     chunk_tokens: ChunkTokens = None,
     chunk_overlap: ChunkOverlap = None,
     lenient_metadata: Lenient = False,
-) -> FilesAnswer:
+) -> FilesResponse:
     """Add the documents in files, which are read as from a folder: a document each, or one for each row of a table.
 
     The id of a document is the file name, with "/" and the number for a row. JSON lines (.jsonl, .jsonl.gz) and other
@@ -179,7 +179,7 @@ async def upload_files(
         short_enough([document.title], index.settings, f"title of {document.id}")
     lenient_metadata = lenient_metadata or not documents.is_corpus
     report = await _upsert_documents(index, documents, chunk_tokens, chunk_overlap, lenient_metadata=lenient_metadata)
-    return FilesAnswer.model_validate(Joined(report, skipped=documents.skipped))
+    return FilesResponse.model_validate(Joined(report, skipped=documents.skipped))
 
 
 async def _upsert_documents(
@@ -205,7 +205,7 @@ async def _upsert_documents(
     return await index.write(work)
 
 
-async def _snapshots(index: ServedIndex, *, having: str | None = None) -> SnapshotAnswer:
+async def _snapshots(index: ServedIndex, *, having: str | None = None) -> SnapshotResponse:
     """The names of all snapshots.
 
     Raises:
@@ -214,24 +214,24 @@ async def _snapshots(index: ServedIndex, *, having: str | None = None) -> Snapsh
     names = await index.read(lambda _: index.open_storage().snapshots())
     if having is not None and having not in names:
         raise NotFoundError(f"there is no snapshot {having!r} of the index")
-    return SnapshotAnswer(snapshots=names)
+    return SnapshotResponse(snapshots=names)
 
 
 @router.get("/v1/index/snapshots")
-async def list_snapshots(index: TheIndex) -> SnapshotAnswer:
+async def list_snapshots(index: TheIndex) -> SnapshotResponse:
     """List the names of all snapshots."""
     return await _snapshots(index)
 
 
 @router.post("/v1/index/snapshots")
-async def take_snapshot(body: SnapshotRequest, index: WritableIndex) -> SnapshotAnswer:
+async def take_snapshot(body: SnapshotRequest, index: WritableIndex) -> SnapshotResponse:
     """Save the current state of the index under a name."""
     await index.write(lambda opened, _student, _stop: opened.snapshot(body.name))
     return await _snapshots(index)
 
 
 @router.delete("/v1/index/snapshots/{name}")
-async def drop_snapshot(name: SnapshotName, index: WritableIndex) -> SnapshotAnswer:
+async def drop_snapshot(name: SnapshotName, index: WritableIndex) -> SnapshotResponse:
     """Delete a snapshot."""
     await _snapshots(index, having=name)
     await index.write(lambda opened, _student, _stop: opened.store.drop_snapshot(name))
@@ -239,8 +239,8 @@ async def drop_snapshot(name: SnapshotName, index: WritableIndex) -> SnapshotAns
 
 
 @router.post("/v1/index/snapshots/{name}/restore")
-async def restore_snapshot(name: SnapshotName, index: WritableIndex) -> RestoredAnswer:
+async def restore_snapshot(name: SnapshotName, index: WritableIndex) -> RestoredResponse:
     """Replace the index's passages by a snapshot's; searches find those once this request is answered."""
     await _snapshots(index, having=name)
     num_passages = await index.write(lambda opened, _student, _stop: opened.restore(name))
-    return RestoredAnswer(num_passages=num_passages, version=index.version.view.version)
+    return RestoredResponse(num_passages=num_passages, version=index.version.view.version)

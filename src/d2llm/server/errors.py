@@ -273,7 +273,7 @@ def _problem_of_validation(error: RequestValidationError) -> Problem:
     return Problem(422, "invalid_request", text, where, reason=str(first["type"]))
 
 
-async def answer_problem(scope: Scope, receive: Receive, send: Send, problem: Problem) -> None:
+async def send_problem(scope: Scope, receive: Receive, send: Send, problem: Problem) -> None:
     """Send ``problem`` in the shape of the path's interface, with the request's id."""
     response = problem_response(scope["path"], replace(problem, request_id=current_facts().request_id))
     await response(scope, receive, send)

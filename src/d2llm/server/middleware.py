@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from d2llm.server.access import AccessMiddleware, is_open
 from d2llm.server.body_text import problem_of_text
-from d2llm.server.errors import NotReadyError, Problem, answer_problem, problem_for_client
+from d2llm.server.errors import NotReadyError, Problem, problem_for_client, send_problem
 from d2llm.server.keys import KeyRing
 from d2llm.server.large_bodies import LARGE_BYTES, in_body_thread, problem_of_body
 from d2llm.server.limits import RateLimiter
@@ -164,11 +164,11 @@ class RequestMiddleware:
             except asyncio.CancelledError:  # the time is up for accepted requests
                 if status is None:
                     problem = NotReadyError("the server stopped before it had answered this request").problem
-                    await answer_problem(scope, receive, send_with_headers, problem)
+                    await send_problem(scope, receive, send_with_headers, problem)
             except Exception as error:  # noqa: BLE001 - the last chance to turn it into a response
                 _log.error("request %s failed", facts.request_id, exc_info=error)
                 if status is None:
-                    await answer_problem(scope, receive, send_with_headers, problem_for_client(error))
+                    await send_problem(scope, receive, send_with_headers, problem_for_client(error))
             finally:
                 seconds, route = time.perf_counter() - start_time, self._routes.find(scope)
                 index = facts.index_name or ""
@@ -193,7 +193,7 @@ class HostMiddleware:
             hosts = Headers(scope=scope).getlist("host")
             if len(hosts) != 1 or not self._allows(_host_name(hosts[0])):
                 message = "this server does not accept the Host of the request; see its setting allowed_hosts"
-                await answer_problem(scope, receive, send, Problem(400, "invalid_request", message))
+                await send_problem(scope, receive, send, Problem(400, "invalid_request", message))
                 return
         await self._app(scope, receive, send)
 
@@ -223,7 +223,7 @@ class OriginMiddleware:
             and not self._allows(Headers(scope=scope))
         ):
             message = "this server does not accept changes from pages of other origins; see its setting cors_origins"
-            await answer_problem(scope, receive, send, Problem(403, "forbidden", message))
+            await send_problem(scope, receive, send, Problem(403, "forbidden", message))
             return
         await self._app(scope, receive, send)
 
@@ -282,7 +282,7 @@ class BodyMiddleware:
             if isinstance(read, bytes) and not takes_form:
                 read = await self._problem_of(read) or read
         if isinstance(read, Problem):
-            await answer_problem(scope, receive, send, read)
+            await send_problem(scope, receive, send, read)
             return
         messages: list[Message] = []
         if read is not None:
@@ -392,7 +392,7 @@ class ReadyGate:
             await self.app(scope, receive, send)
         else:
             error = NotReadyError(f"the server is {state}: {self._lifecycle.message}")
-            await answer_problem(scope, receive, send, error.problem)
+            await send_problem(scope, receive, send, error.problem)
 
 
 class CancelWhenGone:

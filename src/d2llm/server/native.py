@@ -20,22 +20,22 @@ from d2llm.retrieval.context import context_settings
 from d2llm.retrieval.excerpts import merge_neighbours
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.settings import ExpansionSettings, SearchSettings
-from d2llm.server.answer_schemas import (
-    ContextAnswer,
-    EncodeAnswer,
-    ExplainAnswer,
-    HealthAnswer,
-    IndexAnswer,
-    IndexesAnswer,
-    Joined,
-    ReloadAnswer,
-    RescoreAnswer,
-    SearchAnswer,
-)
-from d2llm.server.answers import FastJSONResponse, answer_of, context_answer, search_answer
 from d2llm.server.errors import Problem, ServingError, invalid, request_id_of
 from d2llm.server.large_bodies import BodyRoute
 from d2llm.server.model_service import ModelService
+from d2llm.server.response_schemas import (
+    ContextResponse,
+    EncodeResponse,
+    ExplainResponse,
+    HealthResponse,
+    IndexesResponse,
+    IndexResponse,
+    Joined,
+    ReloadResponse,
+    RescoreResponse,
+    SearchResponse,
+)
+from d2llm.server.responses import FastJSONResponse, context_response, response_of, search_response
 from d2llm.server.running import Lifecycle
 from d2llm.server.schemas import (
     BY_STUDENT,
@@ -66,7 +66,7 @@ router = APIRouter(tags=["d2llm"], responses=ERRORS, route_class=BodyRoute)
 health_router = APIRouter(tags=["operations"])
 
 
-@router.post("/v1/search", response_model=SearchAnswer)
+@router.post("/v1/search", response_model=SearchResponse)
 async def search(body: SearchRequest, request: Request, services: TheServices, index: TheIndex) -> JSONResponse:
     """Find the passages that answer a query, best first."""
     limits = services.settings
@@ -77,10 +77,10 @@ async def search(body: SearchRequest, request: Request, services: TheServices, i
     probabilities = student.probabilities_of(ranking, body.task or services.task, iem=body.rescore != "none")
     origin = _origin(request, index, ranking, student)
     num_passages = len(ranking.passages) * (1 + 2 * body.neighbours)
-    return await answer_of(lambda: search_answer(ranking, excerpts, probabilities, **origin), num_passages)
+    return await response_of(lambda: search_response(ranking, excerpts, probabilities, **origin), num_passages)
 
 
-@router.post("/v1/context", response_model=ContextAnswer)
+@router.post("/v1/context", response_model=ContextResponse)
 async def context(body: ContextRequest, request: Request, services: TheServices, index: TheIndex) -> JSONResponse:
     """The best passages for a query as one text with numbered sources, for a language model to answer from."""
     limits = services.settings
@@ -88,28 +88,28 @@ async def context(body: ContextRequest, request: Request, services: TheServices,
     max_tokens = _number_of(body, "max_tokens", limits.max_context_tokens)
     teacher_limits, expansion = _teacher_limits(body, limits), _expansion_of(body, index)
     ranking, student = await index.search(body.query, settings, body.rescore, teacher_limits, expansion)
-    answer = await index.context(ranking, student, max_tokens, body.order)
-    return FastJSONResponse(context_answer(answer, **_origin(request, index, ranking, student)))
+    context = await index.context(ranking, student, max_tokens, body.order)
+    return FastJSONResponse(context_response(context, **_origin(request, index, ranking, student)))
 
 
 @router.post("/v1/explain")
-async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) -> ExplainAnswer:
+async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) -> ExplainResponse:
     """Explain a passage's score for a query, word by word; optionally with the teacher's judgement."""
     short_enough([body.query], services.settings, "query")
     task = body.task or services.task
     passage, explanation, no_interaction = await index.explain(body.query, body.passage_id, task)
     teacher = await index.judge_pair(body.query, passage, task) if body.teacher else None
-    return ExplainAnswer.model_validate(Joined(passage, explanation, no_interaction=no_interaction, teacher=teacher))
+    return ExplainResponse.model_validate(Joined(passage, explanation, no_interaction=no_interaction, teacher=teacher))
 
 
 @router.get("/v1/indexes")
-async def list_indexes(catalog: TheCatalog) -> IndexesAnswer:
+async def list_indexes(catalog: TheCatalog) -> IndexesResponse:
     """List the indexes that the key may use. Put ``/indexes/NAME`` before any path to use one of several."""
-    return IndexesAnswer(indexes=catalog.serving.describe(catalog.allowed))
+    return IndexesResponse(indexes=catalog.serving.describe(catalog.allowed))
 
 
 @router.get("/v1/index")
-async def index_facts(index: TheIndex) -> IndexAnswer:
+async def index_facts(index: TheIndex) -> IndexResponse:
     """Facts about the index, and the ways to search it on this server."""
     stats, version = await index.read(lambda version: (index.stats(version), version))
     models, config = version.models, version.models.student.config
@@ -136,11 +136,11 @@ async def index_facts(index: TheIndex) -> IndexAnswer:
         writable=index.settings.writable,
         d2llm=__version__,
     )
-    return IndexAnswer.model_validate(facts)
+    return IndexResponse.model_validate(facts)
 
 
 @router.post("/v1/index/reload")
-async def reload_index(index: TheIndex) -> ReloadAnswer:
+async def reload_index(index: TheIndex) -> ReloadResponse:
     """Load the current contents of the index's folder, and another student if another one made it.
 
     Requests in progress finish with the version they started with. On failure, the answer is a 409 with the reason, and
@@ -152,7 +152,7 @@ async def reload_index(index: TheIndex) -> ReloadAnswer:
         _log.error("the index was not reloaded: %s", error)
         raise ServingError(Problem(409, "conflict", f"the previous version is still served: {error}")) from error
     version = index.version
-    return ReloadAnswer(
+    return ReloadResponse(
         version=version.view.version,
         student=version.models.name,
         fingerprint=version.models.fingerprint,
@@ -160,13 +160,13 @@ async def reload_index(index: TheIndex) -> ReloadAnswer:
     )
 
 
-@router.post("/v1/encode", response_model=EncodeAnswer)
+@router.post("/v1/encode", response_model=EncodeResponse)
 async def encode(body: EncodeRequest, services: TheServices) -> JSONResponse:
     """Encode texts with the student, for use with its interaction elsewhere."""
     few_enough(len(body.texts), services.settings, "texts")
     short_enough(body.texts, services.settings, "texts")
     encoded = await services.models.encode(body.texts, body.kind)
-    answer = {
+    response = {
         "vectors": list(encoded.vectors),
         "num_tokens": encoded.num_tokens,
         "truncated": encoded.truncated,
@@ -174,11 +174,11 @@ async def encode(body: EncodeRequest, services: TheServices) -> JSONResponse:
         "student": services.models.name,
         "fingerprint": services.models.fingerprint,
     }
-    return await answer_of(lambda: answer, len(body.texts))
+    return await response_of(lambda: response, len(body.texts))
 
 
 @router.post("/v1/rescore")
-async def rescore(body: RescoreRequest, services: TheServices) -> RescoreAnswer:
+async def rescore(body: RescoreRequest, services: TheServices) -> RescoreResponse:
     """Score passages, given as texts, ids or vectors, for a query."""
     ids = body.passage_ids
     texts = body.passages
@@ -203,7 +203,7 @@ async def rescore(body: RescoreRequest, services: TheServices) -> RescoreAnswer:
     return await _rescored(body, services, models, services.task, passages, truncated)
 
 
-@health_router.get("/health", response_model=HealthAnswer, responses={503: {"model": HealthAnswer}})
+@health_router.get("/health", response_model=HealthResponse, responses={503: {"model": HealthResponse}})
 async def health(request: Request) -> JSONResponse:
     """Whether the server can answer: 200 when it is ready, else 503."""
     lifecycle = cast(Lifecycle, request.app.state.lifecycle)
@@ -212,8 +212,10 @@ async def health(request: Request) -> JSONResponse:
     if serving is not None:
         fingerprint = serving.fingerprint
         indexes = serving.describe(serving.indexes) if serving.settings.keys_file is None else None
-    answer = HealthAnswer(status=lifecycle.state, message=lifecycle.message, fingerprint=fingerprint, indexes=indexes)
-    return JSONResponse(answer.model_dump(), 200 if lifecycle.state == "ready" else 503)
+    response = HealthResponse(
+        status=lifecycle.state, message=lifecycle.message, fingerprint=fingerprint, indexes=indexes
+    )
+    return JSONResponse(response.model_dump(), 200 if lifecycle.state == "ready" else 503)
 
 
 async def _rescored(
@@ -223,7 +225,7 @@ async def _rescored(
     task: Task,
     passages: NDArray[np.float32],
     truncated: Sequence[int],
-) -> RescoreAnswer:
+) -> RescoreResponse:
     query_truncated = False
     if body.query_vector is not None:
         query = _vectors([body.query_vector], models.dim, "query_vector")[0]
@@ -233,7 +235,7 @@ async def _rescored(
         encoded = await models.encode([body.query], "query")
         query, query_truncated = encoded.vectors[0], bool(encoded.truncated)
     logits = await models.score_vectors(query, passages, body.task or task)
-    return RescoreAnswer(
+    return RescoreResponse(
         scores=logits.tolist(),
         truncated=list(truncated),
         query_truncated=query_truncated,

@@ -58,13 +58,13 @@ class _PageFile:
 @router.api_route("/", methods=["GET", "HEAD"])
 def page(request: Request) -> Response:
     """The search page."""
-    return _answer(request, "index.html")
+    return _response(request, "index.html")
 
 
 @router.api_route("/docs", methods=["GET", "HEAD"])
 def api_pages(request: Request) -> Response:
     """The API documentation, rendered from ``/openapi.json``."""
-    return _answer(request, "docs.html")
+    return _response(request, "docs.html")
 
 
 @router.get("/page/settings.json")
@@ -111,7 +111,7 @@ def page_file(name: str, request: Request) -> Response:
     """A file of the page."""
     if name not in _files():
         raise NotFoundError(f"the page has no file {name!r}")
-    return _answer(request, name)
+    return _response(request, name)
 
 
 @router.get("/evaluation")
@@ -155,7 +155,7 @@ def _files() -> Mapping[str, _PageFile]:
     return files
 
 
-def _answer(request: Request, name: str) -> Response:
+def _response(request: Request, name: str) -> Response:
     file = _files()[name]
     headers = _headers(_FRAMING_POLICY if name == _FRAMING_PAGE else _POLICY)
     # Revalidated on every request, so that page and scripts match, but sent only if they have changed.

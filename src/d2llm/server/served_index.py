@@ -30,12 +30,12 @@ from d2llm.retrieval.context import AnswerContext, build_context
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import SearchSettings
-from d2llm.server.answer_schemas import TeacherAnswer
 from d2llm.server.batching import Batcher, Places
 from d2llm.server.errors import NotFoundError, NotReadyError, ServingError, is_clients
 from d2llm.server.logs import note_items
 from d2llm.server.model_service import ModelService, Observe, StudentLane
 from d2llm.server.ray_shards import RemoteStore, RemoteView, ShardCluster
+from d2llm.server.response_schemas import TeacherResponse
 from d2llm.server.schemas import BY_STUDENT
 from d2llm.server.served_version import (
     OpenVersion,
@@ -244,7 +244,7 @@ class ServedIndex:
 
         return await self.work(explain)
 
-    async def judge_pair(self, query: str, passage: Passage, task: Task) -> TeacherAnswer:
+    async def judge_pair(self, query: str, passage: Passage, task: Task) -> TeacherResponse:
         """The teacher's judgement of a pair.
 
         Raises:
@@ -256,11 +256,11 @@ class ServedIndex:
         if ranks_lists(judge):
             raise InputError(RANKING_TEACHER)
 
-        def work() -> TeacherAnswer:
+        def work() -> TeacherResponse:
             begin = time.perf_counter()
             judged, num_truncated = judge_passages(judge, query, [passage.full_text], task)
             log_odds = float(judged[0])
-            return TeacherAnswer(
+            return TeacherResponse(
                 log_odds=log_odds,
                 probability=float(expit(log_odds)),
                 seconds=time.perf_counter() - begin,

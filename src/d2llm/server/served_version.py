@@ -26,9 +26,9 @@ from d2llm.retrieval.reranker import OpenReranker
 from d2llm.retrieval.row_evidence import weights_for
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.retrieval.shard_search import source_names
-from d2llm.server.answer_schemas import ScorePart
 from d2llm.server.model_service import ModelService
 from d2llm.server.ray_shards import RemoteStore, RemoteView, ShardCluster
+from d2llm.server.response_schemas import ScorePart
 from d2llm.store.index_store import IndexStore
 from d2llm.store.sharded_store import Storage, is_sharded
 from d2llm.store.side_files import repeats_text

@@ -10,10 +10,10 @@ from fastapi import Depends, Request
 
 from d2llm.core.types import Passage
 from d2llm.server.access import no_index, wrong_index
-from d2llm.server.answer_schemas import ErrorAnswer
 from d2llm.server.errors import NotFoundError, Problem, ServingError, invalid
 from d2llm.server.keys import ApiKey
 from d2llm.server.logs import current_facts
+from d2llm.server.response_schemas import ErrorResponse
 from d2llm.server.served_index import ServedIndex
 from d2llm.server.serving import Services, Serving
 from d2llm.server.settings import ServeSettings
@@ -143,7 +143,7 @@ WritableIndex = Annotated[ServedIndex, Depends(writable_index_of)]
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": description}
+    status: {"model": ErrorResponse, "description": description}
     for status, description in {
         400: "The request is invalid",
         401: "The key is missing or unknown",

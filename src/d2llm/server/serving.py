@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from d2llm.core.errors import D2LLMError
 from d2llm.core.types import Task, default_task
-from d2llm.server.answer_schemas import ServedIndexAnswer
 from d2llm.server.model_service import ModelService
+from d2llm.server.response_schemas import ServedIndexResponse
 from d2llm.server.served_index import ServedIndex
 from d2llm.server.settings import ServeSettings
 from d2llm.server.slow_models import SlowModels
@@ -79,11 +79,11 @@ class Serving:
             return f"new versions of {len(problems)} indexes cannot be read; GET /v1/indexes says why"
         return "; ".join(f"{name}: a new version cannot be read: {problem}" for name, problem in problems.items())
 
-    def describe(self, names: Iterable[str]) -> list[ServedIndexAnswer]:
+    def describe(self, names: Iterable[str]) -> list[ServedIndexResponse]:
         """What is served of these indexes."""
         versions = {name: self.indexes[name].version for name in names}
         return [
-            ServedIndexAnswer(
+            ServedIndexResponse(
                 name=name,
                 version=version.view.version,
                 num_passages=len(version.view),

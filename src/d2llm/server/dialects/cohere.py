@@ -13,8 +13,6 @@ from typing import Any
 from fastapi import APIRouter
 from pydantic import Field
 
-from d2llm.server.answer_schemas import Answer
-from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects.shared import (
     ClientBody,
     RerankResult,
@@ -31,6 +29,8 @@ from d2llm.server.dialects.shared import (
 )
 from d2llm.server.errors import Problem
 from d2llm.server.large_bodies import BodyRoute
+from d2llm.server.response_schemas import ResponseBody
+from d2llm.server.responses import FastJSONResponse
 from d2llm.server.services import TheCatalog
 
 PATHS = ("/v2/rerank",)
@@ -51,25 +51,25 @@ class CohereRerankRequest(ClientBody):
     priority: int | None = Field(None, ge=0, le=999, description="Ignored.")
 
 
-class CohereVersion(Answer):
+class CohereVersion(ResponseBody):
     """The interface's version."""
 
     version: str
 
 
-class CohereUnits(Answer):
+class CohereUnits(ResponseBody):
     """A query with up to 100 documents is one unit."""
 
     search_units: int
 
 
-class CohereTokens(Answer):
+class CohereTokens(ResponseBody):
     """Number of tokens read."""
 
     input_tokens: int
 
 
-class CohereMeta(Answer):
+class CohereMeta(ResponseBody):
     """Metadata of the answer; ``warnings`` name texts that were cut."""
 
     api_version: CohereVersion
@@ -78,7 +78,7 @@ class CohereMeta(Answer):
     warnings: list[str] | None = None
 
 
-class CohereRerankAnswer(Answer):
+class CohereRerankResponse(ResponseBody):
     """The documents, best first."""
 
     id: str
@@ -86,7 +86,7 @@ class CohereRerankAnswer(Answer):
     meta: CohereMeta
 
 
-class CohereError(Answer):
+class CohereError(ResponseBody):
     """Every error of this interface."""
 
     id: str
@@ -96,7 +96,7 @@ class CohereError(Answer):
 router = APIRouter(tags=["Cohere"], responses=errors(CohereError), route_class=BodyRoute)
 
 
-@router.post("/v2/rerank", response_model=CohereRerankAnswer)
+@router.post("/v2/rerank", response_model=CohereRerankResponse)
 async def rerank(body: CohereRerankRequest, catalog: TheCatalog) -> FastJSONResponse:
     """Rank documents by how well they answer a query."""
     services, _ = select_model(catalog, body.model)

@@ -16,8 +16,6 @@ from fastapi import APIRouter
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from d2llm.server.answer_schemas import Answer
-from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects.shared import (
     CutOptions,
     RerankResult,
@@ -33,6 +31,8 @@ from d2llm.server.dialects.shared import (
 )
 from d2llm.server.errors import Problem, invalid
 from d2llm.server.large_bodies import BodyRoute
+from d2llm.server.response_schemas import ResponseBody
+from d2llm.server.responses import FastJSONResponse
 from d2llm.server.services import TheCatalog
 
 PATHS = ("/v1/rerank",)
@@ -80,14 +80,14 @@ class JinaRerankRequest(CutOptions):
     )
 
 
-class JinaUsage(Answer):
+class JinaUsage(ResponseBody):
     """Number of tokens read."""
 
     total_tokens: int
     prompt_tokens: int
 
 
-class JinaRerankAnswer(Answer):
+class JinaRerankResponse(ResponseBody):
     """The documents, best first; ``warnings`` name texts that were cut."""
 
     id: str
@@ -98,7 +98,7 @@ class JinaRerankAnswer(Answer):
     warnings: list[str] | None = None
 
 
-class JinaErrorDetail(Answer):
+class JinaErrorDetail(ResponseBody):
     """What went wrong; ``code`` is machine-readable."""
 
     message: str
@@ -106,7 +106,7 @@ class JinaErrorDetail(Answer):
     code: str
 
 
-class JinaFieldError(Answer):
+class JinaFieldError(ResponseBody):
     """What is wrong with a field."""
 
     field: str
@@ -115,7 +115,7 @@ class JinaFieldError(Answer):
     input: None = None
 
 
-class JinaError(Answer):
+class JinaError(ResponseBody):
     """Every error of this interface. For 401 and 422 ``detail`` is a text, else an object; 422 also has ``errors``."""
 
     detail: str | JinaErrorDetail
@@ -126,7 +126,7 @@ class JinaError(Answer):
 router = APIRouter(tags=["Jina"], responses=errors(JinaError), route_class=BodyRoute)
 
 
-@router.post("/v1/rerank", response_model=JinaRerankAnswer)
+@router.post("/v1/rerank", response_model=JinaRerankResponse)
 async def rerank(body: JinaRerankRequest, catalog: TheCatalog) -> FastJSONResponse:
     """Rank documents by how well they answer a query."""
     services, _ = select_model(catalog, body.model)
@@ -148,7 +148,7 @@ async def rerank(body: JinaRerankRequest, catalog: TheCatalog) -> FastJSONRespon
         remedy = f"shorten it, or leave {body.name_of('truncate')} out"
         refuse_cut(body.query, (0,) if scored.query_truncated else (), "query", models.max_query_tokens, remedy)
         refuse_cut(documents, scored.truncated, "documents", models.max_passage_tokens, remedy)
-    answer: dict[str, Any] = {
+    response: dict[str, Any] = {
         "id": f"rerank-{uuid.uuid4().hex}",
         "model": body.model or models.name,
         "object": "list",
@@ -158,7 +158,7 @@ async def rerank(body: JinaRerankRequest, catalog: TheCatalog) -> FastJSONRespon
         ),
     }
     warnings = cut_warnings(bool(query.cut) or scored.query_truncated, sized.truncated(scored.truncated), models)
-    return FastJSONResponse(answer | ({"warnings": warnings} if warnings else {}), headers=score_header(services))
+    return FastJSONResponse(response | ({"warnings": warnings} if warnings else {}), headers=score_header(services))
 
 
 def shape(problem: Problem) -> tuple[int, dict[str, Any]]:

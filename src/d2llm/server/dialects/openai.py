@@ -18,8 +18,6 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from d2llm.models.backbone import TextKind
-from d2llm.server.answer_schemas import Answer
-from d2llm.server.answers import FastJSONResponse, answer_of
 from d2llm.server.dialects.shared import (
     DIMENSIONS,
     ClientBody,
@@ -40,6 +38,8 @@ from d2llm.server.dialects.shared import (
 )
 from d2llm.server.errors import Problem, invalid
 from d2llm.server.large_bodies import BodyRoute
+from d2llm.server.response_schemas import ResponseBody
+from d2llm.server.responses import FastJSONResponse, response_of
 from d2llm.server.services import TheCatalog
 
 PATHS = ("/v1/embeddings", "/v1/models")
@@ -63,7 +63,7 @@ class EmbeddingsRequest(ClientBody):
     )
 
 
-class Embedding(Answer):
+class Embedding(ResponseBody):
     """A text's vector, of length 1."""
 
     object: Literal["embedding"]
@@ -71,14 +71,14 @@ class Embedding(Answer):
     embedding: list[float] | str
 
 
-class Usage(Answer):
+class Usage(ResponseBody):
     """Number of tokens read."""
 
     prompt_tokens: int
     total_tokens: int
 
 
-class EmbeddingsAnswer(Answer):
+class EmbeddingsResponse(ResponseBody):
     """Vectors of texts."""
 
     object: Literal["list"]
@@ -87,7 +87,7 @@ class EmbeddingsAnswer(Answer):
     usage: Usage
 
 
-class Model(Answer):
+class Model(ResponseBody):
     """An available model."""
 
     id: str
@@ -96,14 +96,14 @@ class Model(Answer):
     owned_by: str = "d2llm"
 
 
-class ModelsAnswer(Answer):
+class ModelsResponse(ResponseBody):
     """The available models."""
 
     object: Literal["list"] = "list"
     data: list[Model]
 
 
-class OpenAIErrorDetail(Answer):
+class OpenAIErrorDetail(ResponseBody):
     """What was wrong."""
 
     message: str
@@ -112,7 +112,7 @@ class OpenAIErrorDetail(Answer):
     code: str | None
 
 
-class OpenAIError(Answer):
+class OpenAIError(ResponseBody):
     """Every error of this interface."""
 
     error: OpenAIErrorDetail
@@ -121,7 +121,7 @@ class OpenAIError(Answer):
 router = APIRouter(tags=["OpenAI"], responses=errors(OpenAIError), route_class=BodyRoute)
 
 
-@router.post("/v1/embeddings", response_model=EmbeddingsAnswer)
+@router.post("/v1/embeddings", response_model=EmbeddingsResponse)
 async def embeddings(body: EmbeddingsRequest, catalog: TheCatalog) -> FastJSONResponse:
     """Embed texts as vectors of length 1."""
     services, suffix = select_model(catalog, body.model, suffixes=True)
@@ -139,20 +139,20 @@ async def embeddings(body: EmbeddingsRequest, catalog: TheCatalog) -> FastJSONRe
     if body.encoding_format == "base64":
         values = [base64.b64encode(vector).decode("ascii") for vector in vectors.astype("<f4")]
     num_tokens = sum(encoded.num_tokens)
-    answer = {
+    response = {
         "object": "list",
         "data": [{"object": "embedding", "index": place, "embedding": value} for place, value in enumerate(values)],
         "model": body.model,
         "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
     }
     headers = warning_header(texts_cut("input", sized.truncated(encoded.truncated), limit))
-    return await answer_of(lambda: answer, len(values), headers)
+    return await response_of(lambda: response, len(values), headers)
 
 
 @router.get("/v1/models")
-async def list_models(catalog: TheCatalog) -> ModelsAnswer:
+async def list_models(catalog: TheCatalog) -> ModelsResponse:
     """List the model names that a request may give."""
-    return ModelsAnswer(data=[Model(id=name) for name in offered_models(catalog, suffixes=True)])
+    return ModelsResponse(data=[Model(id=name) for name in offered_models(catalog, suffixes=True)])
 
 
 @router.get("/v1/models/{model:path}")

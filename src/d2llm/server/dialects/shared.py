@@ -23,9 +23,9 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 from d2llm.models.backbone import TextKind
-from d2llm.server.answer_schemas import Answer
 from d2llm.server.errors import Problem, ServingError, invalid
 from d2llm.server.model_service import Encoded, ModelService
+from d2llm.server.response_schemas import ResponseBody
 from d2llm.server.schemas import KnownFields, accepted_names, field_names
 from d2llm.server.services import Catalog
 from d2llm.server.serving import Services
@@ -98,13 +98,13 @@ class CutOptions(ClientBody):
         check_limit(self.max_tokens_per_doc, models.max_passage_tokens, self.name_of("max_tokens_per_doc"))
 
 
-class DocumentText(Answer):
+class DocumentText(ResponseBody):
     """A document."""
 
     text: str
 
 
-class RerankResult(Answer):
+class RerankResult(ResponseBody):
     """A ranked document: its ``index`` in the request, and the probability that it is relevant."""
 
     index: int

@@ -20,8 +20,6 @@ from pydantic import Field, RootModel, WrapValidator
 
 from d2llm import __version__
 from d2llm.models.backbone import TextKind
-from d2llm.server.answer_schemas import Answer
-from d2llm.server.answers import FastJSONResponse, answer_of
 from d2llm.server.dialects import jina
 from d2llm.server.dialects.shared import (
     DIMENSIONS,
@@ -45,6 +43,8 @@ from d2llm.server.dialects.shared import (
 )
 from d2llm.server.errors import Problem
 from d2llm.server.large_bodies import BodyRoute
+from d2llm.server.response_schemas import ResponseBody
+from d2llm.server.responses import FastJSONResponse, response_of
 from d2llm.server.services import TheCatalog, TheServices
 from d2llm.server.serving import Services
 
@@ -75,7 +75,7 @@ class EmbedRequest(ClientBody):
     dimensions: int | None = Field(None, ge=1, description=DIMENSIONS)
 
 
-class EmbedAnswer(RootModel[list[list[float]]]):
+class EmbedResponse(RootModel[list[list[float]]]):
     """A vector for each text."""
 
 
@@ -103,7 +103,7 @@ EitherRerankRequest: TypeAlias = Annotated[RerankRequest | jina.JinaRerankReques
 """With ``documents``, it is Jina's and vLLM's request. A union's own errors would name both kinds."""
 
 
-class Rank(Answer):
+class Rank(ResponseBody):
     """A ranked text: its ``index`` in the request, and its score."""
 
     index: int
@@ -111,7 +111,7 @@ class Rank(Answer):
     text: str | None = None
 
 
-class RerankAnswer(RootModel[list[Rank]]):
+class RerankResponse(RootModel[list[Rank]]):
     """The texts, best first."""
 
 
@@ -139,23 +139,23 @@ class SimilarityRequest(ClientBody):
     parameters: SimilarityParameters | None = None
 
 
-class SimilarityAnswer(RootModel[list[float]]):
+class SimilarityResponse(RootModel[list[float]]):
     """The cosine of each text's vector with the first's."""
 
 
-class EmbeddingPooling(Answer):
+class EmbeddingPooling(ResponseBody):
     """How a text's vector is pooled."""
 
     pooling: str
 
 
-class EmbeddingKind(Answer):
+class EmbeddingKind(ResponseBody):
     """A model that embeds."""
 
     embedding: EmbeddingPooling
 
 
-class InfoAnswer(Answer):
+class InfoResponse(ResponseBody):
     """The served model and its limits."""
 
     model_id: str
@@ -175,7 +175,7 @@ class InfoAnswer(Answer):
     docker_label: str | None = None
 
 
-class TEIError(Answer):
+class TEIError(ResponseBody):
     """Every error of this interface."""
 
     error: str
@@ -185,17 +185,17 @@ class TEIError(Answer):
 router = APIRouter(tags=["Text Embeddings Inference"], responses=errors(TEIError), route_class=BodyRoute)
 
 
-@router.post("/embed", response_model=EmbedAnswer)
+@router.post("/embed", response_model=EmbedResponse)
 async def embed_texts(body: EmbedRequest, services: TheServices) -> FastJSONResponse:
     """Embed texts."""
     width = check_dimensions(body.dimensions, services.models)
     vectors, warnings = await _vectors(services, body.inputs, "inputs", body)
     vectors = vectors[:, :width]
     values = list(unit_length(vectors) if body.normalize else vectors)
-    return await answer_of(lambda: values, len(values), warning_header(warnings))
+    return await response_of(lambda: values, len(values), warning_header(warnings))
 
 
-@router.post("/rerank", response_model=RerankAnswer | jina.JinaRerankAnswer)
+@router.post("/rerank", response_model=RerankResponse | jina.JinaRerankResponse)
 async def rerank(body: EitherRerankRequest, catalog: TheCatalog) -> FastJSONResponse:
     """Rank texts by how well they answer a query; a body with ``documents`` is answered like ``/v1/rerank``."""
     if isinstance(body, jina.JinaRerankRequest):
@@ -217,28 +217,28 @@ async def rerank(body: EitherRerankRequest, catalog: TheCatalog) -> FastJSONResp
         rank: dict[str, Any] = {"index": place, "score": values[place]}
         ranks.append(rank | ({"text": body.texts[place]} if body.return_text else {}))
     header = {} if body.raw_scores else score_header(services)
-    return _answer(
+    return _response(
         ranks,
         cut_warnings(bool(query.cut) or scored.query_truncated, texts.truncated(scored.truncated), models),
         header,
     )
 
 
-@router.post("/similarity", response_model=SimilarityAnswer)
+@router.post("/similarity", response_model=SimilarityResponse)
 async def similarity(body: SimilarityRequest, services: TheServices) -> FastJSONResponse:
     """Compute the cosines of a text with others, all encoded as passages unless ``prompt_name`` says otherwise."""
     parameters = body.parameters or SimilarityParameters()
     texts = [body.inputs.source_sentence, *body.inputs.sentences]
     vectors, warnings = await _vectors(services, texts, "inputs", parameters)
     vectors = unit_length(vectors)
-    return _answer(np.clip(vectors[1:] @ vectors[0], -1.0, 1.0), warnings)
+    return _response(np.clip(vectors[1:] @ vectors[0], -1.0, 1.0), warnings)
 
 
 @router.get("/info")
-async def info(services: TheServices) -> InfoAnswer:
+async def info(services: TheServices) -> InfoResponse:
     """The served model and its limits."""
     models, settings = services.models, services.settings
-    return InfoAnswer(
+    return InfoResponse(
         model_id=models.name,
         model_sha=models.fingerprint,
         model_dtype=str(models.student.compute_dtype).removeprefix("torch."),
@@ -263,7 +263,7 @@ def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
     return status, {"error": problem.message, "error_type": kind}
 
 
-def _answer(content: Any, warnings: list[str], headers: dict[str, str] | None = None) -> FastJSONResponse:
+def _response(content: Any, warnings: list[str], headers: dict[str, str] | None = None) -> FastJSONResponse:
     return FastJSONResponse(content, headers={**warning_header(warnings), **(headers or {})})
 
 

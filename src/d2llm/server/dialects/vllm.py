@@ -18,8 +18,6 @@ from fastapi import APIRouter
 from numpy.typing import NDArray
 from pydantic import AliasChoices, Field
 
-from d2llm.server.answer_schemas import Answer
-from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects.shared import (
     CutOptions,
     Texts,
@@ -34,6 +32,8 @@ from d2llm.server.dialects.shared import (
 )
 from d2llm.server.errors import Problem, invalid
 from d2llm.server.large_bodies import BodyRoute
+from d2llm.server.response_schemas import ResponseBody
+from d2llm.server.responses import FastJSONResponse
 from d2llm.server.services import TheCatalog
 
 PATHS = ("/score", "/v1/score")
@@ -62,7 +62,7 @@ class ScoreRequest(CutOptions):
     )
 
 
-class Score(Answer):
+class Score(ResponseBody):
     """A pair's score."""
 
     index: int
@@ -70,7 +70,7 @@ class Score(Answer):
     score: float
 
 
-class ScoreUsage(Answer):
+class ScoreUsage(ResponseBody):
     """Number of tokens read, counting each text once, as vLLM does for models that encode texts separately."""
 
     prompt_tokens: int
@@ -78,7 +78,7 @@ class ScoreUsage(Answer):
     completion_tokens: int
 
 
-class ScoreAnswer(Answer):
+class ScoreResponse(ResponseBody):
     """The pairs' scores, in the order of the request."""
 
     id: str
@@ -89,7 +89,7 @@ class ScoreAnswer(Answer):
     usage: ScoreUsage
 
 
-class VLLMErrorDetail(Answer):
+class VLLMErrorDetail(ResponseBody):
     """What was wrong; ``code`` is the status."""
 
     message: str
@@ -98,7 +98,7 @@ class VLLMErrorDetail(Answer):
     code: int
 
 
-class VLLMError(Answer):
+class VLLMError(ResponseBody):
     """Every error of this interface."""
 
     error: VLLMErrorDetail
@@ -107,8 +107,8 @@ class VLLMError(Answer):
 router = APIRouter(tags=["vLLM"], responses=errors(VLLMError), route_class=BodyRoute)
 
 
-@router.post("/v1/score", response_model=ScoreAnswer)
-@router.post("/score", response_model=ScoreAnswer)
+@router.post("/v1/score", response_model=ScoreResponse)
+@router.post("/score", response_model=ScoreResponse)
 async def score(body: ScoreRequest, catalog: TheCatalog) -> FastJSONResponse:
     """Score how well passages answer queries, pair by pair."""
     services, _ = select_model(catalog, body.model)

@@ -35,7 +35,7 @@ export function keepApiKey(key) {
  * Fetch a response of any type, from the index that the page's address names; throws an `ApiError` if it is an error.
  * `body` is sent as JSON, a `form` as it is.
  */
-export async function fetchAnswer(path, { method = "GET", body, form, signal } = {}) {
+export async function fetchResponse(path, { method = "GET", body, form, signal } = {}) {
   const headers = {};
   if (body !== undefined) headers["Content-Type"] = "application/json";
   if (apiKey()) headers.Authorization = `Bearer ${apiKey()}`;
@@ -62,5 +62,5 @@ export async function fetchAnswer(path, { method = "GET", body, form, signal } =
 
 /** Fetch JSON: by POST if there is a body, else by GET. */
 export async function ask(path, body, signal) {
-  return (await fetchAnswer(path, { method: body === undefined ? "GET" : "POST", body, signal })).json();
+  return (await fetchResponse(path, { method: body === undefined ? "GET" : "POST", body, signal })).json();
 }

@@ -1,7 +1,7 @@
 // The API documentation from /openapi.json: operations, bodies with their fields, answers, and a form to try each.
 
 import { BASE, keepIndexInLinks } from "./address.js";
-import { apiKey, fetchAnswer } from "./api.js";
+import { apiKey, fetchResponse } from "./api.js";
 import { byId, element, milliseconds } from "./dom.js";
 import { installTheme } from "./theme.js";
 
@@ -12,7 +12,7 @@ let api;
 
 async function show() {
   try {
-    api = await (await fetchAnswer("/openapi.json")).json();
+    api = await (await fetchResponse("/openapi.json")).json();
   } catch (error) {
     byId("operations").replaceChildren(element("p", { class: "problem" }, error.message));
     return;
@@ -55,7 +55,7 @@ function operationOf({ path, method, about }) {
     parameters(about.parameters || []),
     body ? [element("h3", {}, "Body"), fieldsOf(body, 0)] : null,
     element("h3", {}, "Answers"),
-    answers.map(([status, answer]) => answerOf(status, answer)),
+    answers.map(([status, answer]) => responseOf(status, answer)),
     trial(path, method, about.parameters || [], body, FORM_TYPE in content),
   );
 }
@@ -75,7 +75,7 @@ function parameters(list) {
   return [element("h3", {}, "Parameters"), element("dl", { class: "fields" }, rows)];
 }
 
-function answerOf(status, answer) {
+function responseOf(status, answer) {
   const schema = answer.content?.["application/json"]?.schema;
   const heading = [element("b", {}, status), ` ${answer.description || ""}`];
   if (!schema || !Object.keys(schema).length) return element("p", { class: "answer" }, heading);

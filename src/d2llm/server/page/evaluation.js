@@ -1,13 +1,13 @@
 // The evaluation report, in a sandboxed frame without scripts or network access.
 
 import { keepIndexInLinks } from "./address.js";
-import { fetchAnswer } from "./api.js";
+import { fetchResponse } from "./api.js";
 import { byId, element } from "./dom.js";
 import { installTheme } from "./theme.js";
 
 async function show() {
   try {
-    const response = await fetchAnswer("/evaluation");
+    const response = await fetchResponse("/evaluation");
     // Fetched instead of framed by URL, because a frame cannot send the API key.
     const frame = element("iframe", { class: "report", sandbox: "", title: "Evaluation report" });
     frame.srcdoc = await response.text();

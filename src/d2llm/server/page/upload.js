@@ -1,6 +1,6 @@
 // Adds documents: sends files in batches to POST /v1/files, where they are read, and names all that were skipped.
 
-import { fetchAnswer } from "./api.js";
+import { fetchResponse } from "./api.js";
 import { counted, element } from "./dom.js";
 import { droppedFiles, isLeftOut, mostBytes, refusalOf } from "./files.js";
 
@@ -53,7 +53,7 @@ export async function sendFiles(files, limits, { onProgress, signal }) {
 async function post(part, signal) {
   const form = new FormData();
   for (const [file, path] of part) form.append("file", file, path);
-  return (await fetchAnswer("/v1/files?lenient_metadata=true", { method: "POST", form, signal })).json();
+  return (await fetchResponse("/v1/files?lenient_metadata=true", { method: "POST", form, signal })).json();
 }
 
 /** The reason in a server's message, which names the file first, and the line if there is one. */

@@ -28,7 +28,7 @@ ScorePart = Literal["anchor", "windows", "tokens", "lexical", "interaction"]
 """A part of a student's score in an index, by its name in an explanation."""
 
 
-class Answer(BaseModel):
+class ResponseBody(BaseModel):
     """Base class of response bodies."""
 
     model_config = ConfigDict(extra="forbid", from_attributes=True)
@@ -75,7 +75,7 @@ Finite = Annotated[float | None, BeforeValidator(_finite)]
 """A number; null stands for minus infinity."""
 
 
-class ErrorDetail(Answer):
+class ErrorDetail(ResponseBody):
     """What was wrong."""
 
     kind: str
@@ -84,13 +84,13 @@ class ErrorDetail(Answer):
     request_id: str
 
 
-class ErrorAnswer(Answer):
+class ErrorResponse(ResponseBody):
     """Every error of this interface."""
 
     error: ErrorDetail
 
 
-class ShortPassage(Answer):
+class ShortPassage(ResponseBody):
     """A neighbour of a passage in its document."""
 
     id: str
@@ -99,7 +99,7 @@ class ShortPassage(Answer):
     score: float | None = None
 
 
-class DocumentAnswer(Answer):
+class DocumentResponse(ResponseBody):
     """The document of a ranked passage, with its next best passages."""
 
     id: str
@@ -108,7 +108,7 @@ class DocumentAnswer(Answer):
     others: Annotated[list[ShortPassage], BeforeValidator(_scored)]
 
 
-class PassageAnswer(Answer):
+class PassageResponse(ResponseBody):
     """A passage of the index."""
 
     id: str
@@ -129,13 +129,13 @@ class RatedPlace:
 
 
 def _of_rated_place(name: str) -> str | AliasPath:
-    """Where a field of ``RankedAnswer`` is read from."""
+    """Where a field of ``RankedResponse`` is read from."""
     if name in RatedPlace.__slots__:
         return name
-    return AliasPath("place", "passage", name) if name in PassageAnswer.model_fields else AliasPath("place", name)
+    return AliasPath("place", "passage", name) if name in PassageResponse.model_fields else AliasPath("place", name)
 
 
-class RankedAnswer(PassageAnswer):
+class RankedResponse(PassageResponse):
     """One place of a ranking.
 
     With explain, ``probability`` is that the passage is relevant, by the student's own score without words, windows and
@@ -154,12 +154,12 @@ class RankedAnswer(PassageAnswer):
     log_odds: float | None
     student_rank: int | None
     explanation: Explanation | None
-    document: DocumentAnswer | None
+    document: DocumentResponse | None
     before: list[ShortPassage]
     after: list[ShortPassage]
 
 
-class CertificateAnswer(Answer):
+class CertificateResponse(ResponseBody):
     """What is proved about a ranking; null stands for minus infinity."""
 
     num_scored: int
@@ -169,7 +169,7 @@ class CertificateAnswer(Answer):
     proved: int
 
 
-class IndexVersion(Answer):
+class IndexVersion(ResponseBody):
     """The index that answered, its version, and the name and content hash of its student."""
 
     name: str
@@ -178,7 +178,7 @@ class IndexVersion(Answer):
     fingerprint: str
 
 
-class RankingAnswer(Answer):
+class RankingResponse(ResponseBody):
     """Facts about a ranking. ``truncated``: the end of the query was not read. ``seconds``: time by stage.
 
     ``expansion``: what a language model added to the query; or null. ``selection``: the results were
@@ -192,7 +192,7 @@ class RankingAnswer(Answer):
     truncated: bool
     num_candidates: int
     seconds: dict[str, float]
-    certificate: CertificateAnswer | None
+    certificate: CertificateResponse | None
     reranking: RerankReport | None
     selection: Selection | None
     expansion: QueryExpansion | None
@@ -203,7 +203,7 @@ class RankingAnswer(Answer):
     request_id: str
 
 
-class ExcerptAnswer(Answer):
+class ExcerptResponse(ResponseBody):
     """Consecutive passages of a document around the results with these ranks; ``text`` has each part once."""
 
     document_id: str
@@ -212,14 +212,14 @@ class ExcerptAnswer(Answer):
     text: str
 
 
-class SearchAnswer(RankingAnswer):
+class SearchResponse(RankingResponse):
     """A ranking, best first, and its excerpts if they were requested."""
 
-    passages: list[RankedAnswer]
-    excerpts: list[ExcerptAnswer] | None
+    passages: list[RankedResponse]
+    excerpts: list[ExcerptResponse] | None
 
 
-class SourceAnswer(Answer):
+class SourceResponse(ResponseBody):
     """A source of a context: consecutive passages of a document; its header and text stand in the context."""
 
     number: int
@@ -235,7 +235,7 @@ class SourceAnswer(Answer):
     metadata: PlainMetadata
 
 
-class ContextAnswer(RankingAnswer):
+class ContextResponse(RankingResponse):
     """The best passages for a query as one text of at most ``max_tokens`` tokens, with numbered sources.
 
     ``left_out`` are the results that did not fit, ``num_neighbours_left_out`` counts neighbours that did not fit.
@@ -243,7 +243,7 @@ class ContextAnswer(RankingAnswer):
     """
 
     text: str
-    sources: list[SourceAnswer]
+    sources: list[SourceResponse]
     num_tokens: int
     max_tokens: int
     left_out: list[str]
@@ -251,7 +251,7 @@ class ContextAnswer(RankingAnswer):
     context_truncated: bool
 
 
-class TeacherAnswer(Answer):
+class TeacherResponse(ResponseBody):
     """The teacher's judgement of a query and a passage."""
 
     log_odds: float
@@ -260,7 +260,7 @@ class TeacherAnswer(Answer):
     truncated: bool
 
 
-class ExplainAnswer(Answer):
+class ExplainResponse(ResponseBody):
     """A passage's score for a query, in parts; word positions count characters of title, line break and text.
 
     ``truncated``: the end of the passage was not read; ``query_truncated``: the end of the query was not read.
@@ -277,10 +277,10 @@ class ExplainAnswer(Answer):
     truncated: bool
     query_truncated: bool
     no_interaction: str | None
-    teacher: TeacherAnswer | None
+    teacher: TeacherResponse | None
 
 
-class StudentAnswer(Answer):
+class StudentResponse(ResponseBody):
     """The student."""
 
     name: str
@@ -293,7 +293,7 @@ class StudentAnswer(Answer):
     relevance_score: str = Field(description="How rerank endpoints turn its scores into numbers in [0, 1].")
 
 
-class IndexAnswer(Answer):
+class IndexResponse(ResponseBody):
     """Facts about the index. ``num_shards``: null if it is not sharded. ``missing_shards``: left out of searches.
 
     ``score_parts``: what the student's score adds up in this index, for its task. ``candidate_sources``: what
@@ -311,7 +311,7 @@ class IndexAnswer(Answer):
     token_format: str | None
     task: Task
     chunking: Chunking | None
-    student: StudentAnswer
+    student: StudentResponse
     teacher: str | None
     writer: str | None
     fields: dict[str, str]
@@ -326,7 +326,7 @@ class IndexAnswer(Answer):
     d2llm: str
 
 
-class ServedIndexAnswer(Answer):
+class ServedIndexResponse(ResponseBody):
     """An index and the version served, with its student; ``problem``: why a newer version cannot be read, or empty."""
 
     name: str
@@ -338,13 +338,13 @@ class ServedIndexAnswer(Answer):
     problem: str
 
 
-class IndexesAnswer(Answer):
+class IndexesResponse(ResponseBody):
     """The indexes that the key may use, in the order in which the server was given them."""
 
-    indexes: list[ServedIndexAnswer]
+    indexes: list[ServedIndexResponse]
 
 
-class ReloadAnswer(Answer):
+class ReloadResponse(ResponseBody):
     """The version that is served now, its student, and whether it changed."""
 
     version: int | None
@@ -353,7 +353,7 @@ class ReloadAnswer(Answer):
     changed: bool
 
 
-class EncodeAnswer(Answer):
+class EncodeResponse(ResponseBody):
     """Vectors as the student returns them, not of unit length, with token counts and places of truncated texts."""
 
     vectors: list[list[float]]
@@ -364,7 +364,7 @@ class EncodeAnswer(Answer):
     fingerprint: str
 
 
-class RescoreAnswer(Answer):
+class RescoreResponse(ResponseBody):
     """The IEM's logits, in the order of the passages; ``truncated``: places of passage texts that were truncated."""
 
     scores: list[float]
@@ -374,7 +374,7 @@ class RescoreAnswer(Answer):
     fingerprint: str
 
 
-class HealthAnswer(Answer):
+class HealthResponse(ResponseBody):
     """Whether the server can answer, and with which student and indexes.
 
     ``fingerprint`` is null if there are several students; ``indexes`` is null if the server has keys (``/v1/indexes``).
@@ -383,10 +383,10 @@ class HealthAnswer(Answer):
     status: Literal["starting", "ready", "broken", "stopping"]
     message: str
     fingerprint: str | None
-    indexes: list[ServedIndexAnswer] | None
+    indexes: list[ServedIndexResponse] | None
 
 
-class PassagesAnswer(Answer):
+class PassagesResponse(ResponseBody):
     """Counts of passages by outcome; ``left_out`` counts dropped metadata values by field, with lenient_metadata."""
 
     num_passages: int
@@ -400,14 +400,14 @@ class PassagesAnswer(Answer):
     seconds: float
 
 
-class DocumentsAnswer(PassagesAnswer):
+class DocumentsResponse(PassagesResponse):
     """Counts of documents, and of their passages by outcome."""
 
     num_documents: int
     num_deleted: int
 
 
-class SkippedPartAnswer(Answer):
+class SkippedPartResponse(ResponseBody):
     """A part of a file that was left out, and why."""
 
     file: str = Field(validation_alias="id")
@@ -415,59 +415,59 @@ class SkippedPartAnswer(Answer):
     reason: str
 
 
-class FilesAnswer(DocumentsAnswer):
+class FilesResponse(DocumentsResponse):
     """Counts of the documents in files, and what was left out of them."""
 
-    skipped: list[SkippedPartAnswer]
+    skipped: list[SkippedPartResponse]
 
 
-class DeletedAnswer(Answer):
+class DeletedResponse(ResponseBody):
     """How many passages were deleted, and the new version."""
 
     num_deleted: int
     version: int | None
 
 
-class ListedDocumentAnswer(Answer):
+class ListedDocumentResponse(ResponseBody):
     """A document, and how many passages it has."""
 
     id: str
     num_passages: int
 
 
-class PassageListAnswer(Answer):
+class PassageListResponse(ResponseBody):
     """Ids of passages, in order; ``next_cursor`` is the cursor of the next page, null on the last one."""
 
     ids: list[str]
     next_cursor: str | None
 
 
-class DocumentListAnswer(Answer):
+class DocumentListResponse(ResponseBody):
     """Documents, in order; ``next_cursor`` is the cursor of the next page, null on the last one."""
 
-    documents: list[ListedDocumentAnswer]
+    documents: list[ListedDocumentResponse]
     next_cursor: str | None
 
 
-class DocumentPassagesAnswer(Answer):
+class DocumentPassagesResponse(ResponseBody):
     """A document's passages, ordered by position.
 
     ``repeated``: how many characters at the start of each passage's text repeat the end of the one before it.
     """
 
     id: str
-    passages: list[PassageAnswer]
+    passages: list[PassageResponse]
     repeated: list[int]
 
 
-class RestoredAnswer(Answer):
+class RestoredResponse(ResponseBody):
     """How many passages the restored index has, and the new version."""
 
     num_passages: int
     version: int | None
 
 
-class SnapshotAnswer(Answer):
+class SnapshotResponse(ResponseBody):
     """The names of all snapshots."""
 
     snapshots: list[str]

@@ -7,7 +7,7 @@ import math
 from datetime import datetime
 
 from d2llm.core.types import Certificate, Excerpt, MissingShard, Passage, Query, RankedDocument, RankedPassage, Ranking
-from d2llm.server.answers import FastJSONResponse, search_answer
+from d2llm.server.responses import FastJSONResponse, search_response
 
 BREAD = Passage(
     "bread", "Flour and water.", "Bread", "food", 1, {"day": datetime(2021, 5, 1), "year": 2021, "ok": True}
@@ -24,12 +24,12 @@ def test_a_ranking_is_its_own_answer():
         Query("q1", "bread"), (place,), 1, {"score": 0.1}, certificate, missing_shards=missing, num_shards=8
     )
     excerpts = [Excerpt((place,), (SALT, BREAD), "Salt is white. Flour and water.")]
-    answer = json.loads(bytes(FastJSONResponse(search_answer(ranking, excerpts, [0.25], **ORIGIN)).body))
-    assert answer["query"] == "bread"
-    assert (answer["missing_shards"], answer["shards"]) == ([7], "7/8")
-    assert answer["certificate"]["highest_bound_left"] is None
-    assert answer["certificate"]["kth_score"] == 2.5
-    (first,) = answer["passages"]
+    response = json.loads(bytes(FastJSONResponse(search_response(ranking, excerpts, [0.25], **ORIGIN)).body))
+    assert response["query"] == "bread"
+    assert (response["missing_shards"], response["shards"]) == ([7], "7/8")
+    assert response["certificate"]["highest_bound_left"] is None
+    assert response["certificate"]["kth_score"] == 2.5
+    (first,) = response["passages"]
     assert (first["id"], first["title"], first["rank"], first["score"], first["probability"]) == (
         *("bread", "Bread", 1, 2.5),
         0.25,
@@ -37,7 +37,7 @@ def test_a_ranking_is_its_own_answer():
     assert first["metadata"] == {"day": "2021-05-01T00:00:00", "year": 2021, "ok": True}
     assert first["document"]["others"] == [{"id": "salt", "title": "", "text": "Salt is white.", "score": 0.5}]
     assert first["before"] == [{"id": "salt", "title": "", "text": "Salt is white.", "score": None}]
-    assert answer["excerpts"] == [
+    assert response["excerpts"] == [
         {"document_id": "food", "passage_ids": ["salt", "bread"], "ranks": [1], "text": excerpts[0].text}
     ]
-    assert {name: answer[name] for name in ORIGIN} == ORIGIN
+    assert {name: response[name] for name in ORIGIN} == ORIGIN

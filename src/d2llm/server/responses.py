@@ -13,7 +13,7 @@ from d2llm.core.types import Excerpt, Explanation, Ranking
 from d2llm.models.probabilities import WEAK, WEAK_WITHOUT_WORDS
 from d2llm.ops.bm25_words import terms
 from d2llm.retrieval.context import AnswerContext
-from d2llm.server.answer_schemas import ContextAnswer, Joined, RatedPlace, SearchAnswer
+from d2llm.server.response_schemas import ContextResponse, Joined, RatedPlace, SearchResponse
 
 _FEW_ITEMS = 64  # passages or vectors, which are serialized within a few milliseconds
 
@@ -26,10 +26,10 @@ class FastJSONResponse(JSONResponse):
         return to_json(content, fallback=_plain)
 
 
-async def answer_of(
+async def response_of(
     make: Callable[[], Any], num_items: int, headers: Mapping[str, str] | None = None
 ) -> FastJSONResponse:
-    """The answer with the content that ``make`` returns; one of many items is made and serialized in another thread.
+    """The response with the content that ``make`` returns; one of many items is made and serialized in another thread.
 
     Vectors should be items of a list: between them, other threads can work.
     """
@@ -44,9 +44,9 @@ def _plain(value: Any) -> Any:
     return value.tolist()
 
 
-def search_answer(
+def search_response(
     ranking: Ranking, excerpts: Sequence[Excerpt] | None, probabilities: Sequence[float | None], **origin: Any
-) -> SearchAnswer:
+) -> SearchResponse:
     """A ranking with its excerpts, if they were requested, and the ``probabilities`` that its passages are relevant."""
     query_terms = frozenset(terms(ranking.query.text))
     passages = [
@@ -54,7 +54,7 @@ def search_answer(
         for place, probability in zip(ranking.passages, probabilities, strict=True)
     ]
     facts = _facts(ranking) | origin
-    return SearchAnswer.model_validate(Joined(ranking, passages=passages, excerpts=excerpts, **facts))
+    return SearchResponse.model_validate(Joined(ranking, passages=passages, excerpts=excerpts, **facts))
 
 
 def _is_weak(explanation: Explanation | None, probability: float | None, query_terms: Set[str]) -> bool | None:
@@ -67,11 +67,11 @@ def _is_weak(explanation: Explanation | None, probability: float | None, query_t
     return probability < (WEAK if explanation.terms else WEAK_WITHOUT_WORDS)
 
 
-def context_answer(context: AnswerContext, **origin: Any) -> ContextAnswer:
+def context_response(context: AnswerContext, **origin: Any) -> ContextResponse:
     """A context with facts about its ranking."""
     facts = _facts(context.ranking) | origin
     own = {"sources": context.sources, "context_truncated": context.truncated}
-    return ContextAnswer.model_validate(Joined(context.ranking, context, **own, **facts))
+    return ContextResponse.model_validate(Joined(context.ranking, context, **own, **facts))
 
 
 def _facts(ranking: Ranking) -> dict[str, Any]:

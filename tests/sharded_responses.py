@@ -33,7 +33,7 @@ def results_of(answer: dict[str, Any]) -> list[dict[str, Any]]:
     return [{name: value for name, value in place.items() if name not in left_out} for place in answer["passages"]]
 
 
-def assert_same_answers(address: str, num_shards: int) -> None:
+def assert_same_responses(address: str, num_shards: int) -> None:
     """A server's indexes "one" and "several", of 60 passages, answer alike."""
     for settings in SEARCHES:
         one, several = (search(f"{address}/indexes/{name}", **settings) for name in ("one", "several"))

@@ -12,11 +12,11 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
-from d2llm.server.answers import answer_of
+from d2llm.server.responses import response_of
 
 
 @pytest.mark.parametrize(("num_items", "elsewhere"), [(1, False), (64, False), (65, True), (2_000, True)])
-def test_an_answer_of_many_items_is_made_in_another_thread(num_items: int, elsewhere: bool):
+def test_a_response_of_many_items_is_made_in_another_thread(num_items: int, elsewhere: bool):
     threads: set[threading.Thread] = set()
 
     class Vector:
@@ -28,7 +28,7 @@ def test_an_answer_of_many_items_is_made_in_another_thread(num_items: int, elsew
         threads.add(threading.current_thread())
         return [Vector() for _ in range(num_items)]
 
-    response = asyncio.run(answer_of(make, num_items, {"X-Warning": "w"}))
+    response = asyncio.run(response_of(make, num_items, {"X-Warning": "w"}))
     assert json.loads(bytes(response.body)) == [[1.5]] * num_items
     assert response.headers["X-Warning"] == "w"
     assert (threading.current_thread() not in threads) == elsewhere
@@ -39,13 +39,13 @@ def test_others_work_while_vectors_are_serialized():
 
     async def main() -> tuple[float, float]:
         loop = asyncio.get_running_loop()
-        answer = asyncio.create_task(answer_of(lambda: vectors, len(vectors)))
+        response = asyncio.create_task(response_of(lambda: vectors, len(vectors)))
         began = before = loop.time()
         longest = 0.0
-        while not answer.done():
+        while not response.done():
             await asyncio.sleep(0)
             longest, before = max(longest, loop.time() - before), loop.time()
-        await answer
+        await response
         return longest, loop.time() - began
 
     pauses = [asyncio.run(main()) for _ in range(3)]
