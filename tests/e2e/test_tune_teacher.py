@@ -142,8 +142,8 @@ def test_unusable_folders_and_data_are_refused_before_tuning(tmp_path, llama, so
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("...")
     (tmp_path / "file").write_text("...")
-    for name in ("mine", "file"):
-        with pytest.raises(InputError, match=f"{name}: holds files that do not belong to a teacher"):
+    for name, reason in (("mine", "holds files that d2llm did not make"), ("file", "is a file")):
+        with pytest.raises(InputError, match=f"{name}: {reason}"):
             tune(llama, sources, tmp_path / name)
     with pytest.raises(InputError, match="nothing to tune the teacher on; mine a plan first"):
         tune(llama, [], tmp_path / "teacher")

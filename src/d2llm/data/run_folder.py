@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from d2llm.core.errors import RecipeError
+from d2llm.core.errors import InputError, RecipeError
+from d2llm.core.files import check_replaceable
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_data
@@ -70,6 +71,17 @@ class RunFolder:
 def is_finished(folder: Path) -> bool:
     """Whether a step has written its result to ``folder``."""
     return (folder / MANIFEST).is_file()
+
+
+def require_unfinished(folder: Path, kind: str) -> None:
+    """Check that a result of this kind can be written to ``folder``, before hours of work that end with it.
+
+    Raises:
+        InputError: it is there already, or the folder holds something else (``check_replaceable``).
+    """
+    if is_finished(folder):
+        raise InputError(f"{folder}: already holds a finished {kind}; give another folder, or delete it to start over")
+    check_replaceable(folder, kind)
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:

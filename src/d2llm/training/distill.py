@@ -5,30 +5,23 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from d2llm.core.errors import InputError, OutOfTimeError
-from d2llm.core.files import check_replaceable
+from d2llm.core.errors import InputError
 from d2llm.core.inputs import objects_of, strings_of
 from d2llm.core.progress import showing_progress
-from d2llm.core.time_limit import seconds_left, time_limit
-from d2llm.core.types import TASKS, EvidenceTerm, Task
+from d2llm.core.types import TASKS, Task
 from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
-from d2llm.data.run_folder import is_finished, working_folder
+from d2llm.data.run_folder import require_unfinished, working_folder
 from d2llm.data.training import TrainingSource, check_sources
-from d2llm.evaluation.judging import Budget, JudgingCounts, label_pool
-from d2llm.models.evidence import Evidence, TaskEvidence
-from d2llm.models.fitted_part import Widths
 from d2llm.models.student import Student
 from d2llm.models.student_files import KIND
-from d2llm.models.teachers.judge import Judge, identify_judge, judges_only_recorded, load_judge, ranks_lists
-from d2llm.models.token_vectors import TokenProjection
+from d2llm.models.teachers.judge import identify_judge, judges_only_recorded, ranks_lists
 from d2llm.recipe import (
-    LabellingConfig,
     Recipe,
     TeacherConfig,
     TeacherIdentity,
@@ -36,18 +29,15 @@ from d2llm.recipe import (
 )
 from d2llm.recipe.recipe_file import changed_settings
 from d2llm.training.checkpoints import remarks
-from d2llm.training.dev_sets import DevSet, make_dev_set
-from d2llm.training.fit_evidence import fit_evidence
-from d2llm.training.fit_probabilities import fit_probabilities
-from d2llm.training.fit_tokens import fit_tokens
+from d2llm.training.dev_sets import make_dev_set
+from d2llm.training.label import TeacherOnDemand
 from d2llm.training.losses import Preparation
 from d2llm.training.mining.complement import complement_words
 from d2llm.training.objective import OFFSET
 from d2llm.training.pretrain import pretrain_backbone, unlabelled_texts
 from d2llm.training.processes import Processes, joined_processes, own_device
-from d2llm.training.residual import AskTeacher
-from d2llm.training.training_loop import DistillRun, listed_passages
-from d2llm.training.word_scores import WordScores
+from d2llm.training.score_features import evidence_at_start, fit_beside, with_evidence
+from d2llm.training.training_loop import DistillRun
 
 _log = logging.getLogger(__name__)
 _PASSAGES_FOR_EACH_DIMENSION = 10
@@ -77,7 +67,7 @@ class DistillReport:
     share_kept: float
     is_untrained: bool
     dev: dict[str, dict[str, Any]]
-    seconds: float
+    seconds: float = 0.0
     evidence: dict[Task, dict[str, Any]] = field(default_factory=dict[Task, dict[str, Any]])
     probabilities: dict[Task, dict[str, Any]] = field(default_factory=dict[Task, dict[str, Any]])
     label_share: float | None = None
@@ -136,21 +126,13 @@ def distill(
         >>> run = Run("d2llm")  # doctest: +SKIP
         >>> distill(sources, "student", recipe=run.recipe, labels="labels", teacher=run.teacher)  # doctest: +SKIP
     """
-    folder, labels = Path(folder), Path(labels)
+    folder, labels, started = Path(folder), Path(labels), time.monotonic()
     sources, closed_gates = objects_of(sources, "sources", TrainingSource), strings_of(closed_gates, "closed_gates")
-    if is_finished(folder):
-        raise InputError(f"{folder}: already holds a finished student; give another folder, or delete it to start over")
-    check_replaceable(folder, KIND)
+    require_unfinished(folder, KIND)
     check_sources(sources)
-    started = time.monotonic()
     identity = identify_judge(teacher) if recipe.losses.imitates else _NO_TEACHER
     _check_asked(recipe, teacher)
-    labelled = [
-        _join(source, labels, _NO_TEACHER if source.dataset.name in closed_gates else identity, recipe)
-        for source in sources
-    ]
-    if not any(source.entries for source in labelled):
-        raise InputError(f"{labels}: no query of the plans has all its labels; finish `d2llm label` first")
+    labelled = _join_all(sources, labels, identity, closed_gates, recipe)
     training = recipe.training
     dev_sets = [
         make_dev_set(source, num_queries=training.dev_queries, num_passages=training.dev_passages, seed=recipe.seed)
@@ -158,21 +140,21 @@ def distill(
     ]
     run_folder = working_folder(folder)
     student = _starting_student(recipe, device=own_device(device), dtype=dtype)
-    started_from = student.fingerprint if recipe.training.start is not None else None
+    started_from = student.fingerprint if training.start is not None else None
     with joined_processes() as processes, showing_progress(None if processes.is_first else False):
         start_tokens, start_evidence = student.token_projection, student.evidence
         preparation = Preparation(recipe, student, labelled, processes, device, dtype)
         objective = recipe.losses.root.values()
         for loss in objective:
             loss.check_student(preparation)
-        if recipe.training.start is None:
+        if training.start is None:
             _pretrain(student, sources, recipe, run_folder, processes)
             _fit_pooling(student, sources, recipe, processes)
         if recipe.evidence.in_training:
-            evidence, start_tokens = _evidence_at_start(student, sources, recipe, run_folder, processes)
-            labelled, dev_sets = _with_evidence(labelled, dev_sets, evidence)
-        if recipe.training.complement_words is not None:
-            labelled = [complement_words(each, recipe.training.complement_words) for each in labelled]
+            evidence, start_tokens = evidence_at_start(student, sources, recipe, run_folder, processes)
+            labelled, dev_sets = with_evidence(labelled, dev_sets, evidence)
+        if training.complement_words is not None:
+            labelled = [complement_words(each, training.complement_words) for each in labelled]
         preparation.sources[:] = labelled
         inputs: dict[str, Any] = {}
         for loss in objective:
@@ -183,37 +165,32 @@ def distill(
             assert start_tokens is not None
             student.token_projection = start_tokens.to(student.backbone.device)
         settings = _run_settings(recipe, labelled, identity, started_from) | inputs
-        run = DistillRun(
-            student,
-            recipe,
-            labelled,
-            dev_sets,
-            settings,
-            run_folder,
-            processes,
-            _teacher_when_needed(teacher, recipe.labelling, device=device, dtype=dtype),
-        )
+        ask_teacher = TeacherOnDemand(teacher, recipe.labelling, device=device, dtype=dtype)
+        run = DistillRun(student, recipe, labelled, dev_sets, settings, run_folder, processes, ask_teacher)
         stopped_early = run.train()
-        run.merge_heads()
-        run.interpolate_with_start()
-        run.leave_out_pma()
-        run.train_interaction()
-        run.set_interaction_weights()
-        run.drop_idle_parts()
-        report = _report(run, folder, labelled, stopped_early, time.monotonic() - started)
+        run.finish_student()
+        report = _report(run, folder, labelled, stopped_early)
         if processes.is_first:
-            report = _fit_and_write(
-                run,
-                folder,
-                sources,
-                report,
-                teacher=identity.fingerprint,
-                closed=closed_gates,
-                tokens=start_tokens,
-                evidence=start_evidence,
-            )
-            report = replace(report, seconds=time.monotonic() - started)
-        return processes.from_first(report)  # wait until the student is written
+            fit_beside(run, sources, tokens=start_tokens, evidence=start_evidence)
+            report = _write(run, folder, report, identity.fingerprint, closed_gates)
+        return processes.from_first(replace(report, seconds=time.monotonic() - started))  # once the student is written
+
+
+def _join_all(
+    sources: Sequence[TrainingSource],
+    labels: Path,
+    identity: TeacherIdentity,
+    closed_gates: Collection[str],
+    recipe: Recipe,
+) -> list[LabelledSource]:
+    """The data sets with their labels, those with a closed gate without the teacher's."""
+    labelled = [
+        _join(source, labels, _NO_TEACHER if source.dataset.name in closed_gates else identity, recipe)
+        for source in sources
+    ]
+    if not any(source.entries for source in labelled):
+        raise InputError(f"{labels}: no query of the plans has all its labels; finish `d2llm label` first")
+    return labelled
 
 
 def _starting_student(recipe: Recipe, *, device: Any, dtype: str | None) -> Student:
@@ -252,14 +229,6 @@ def _check_asked(recipe: Recipe, teacher: TeacherConfig) -> None:
             "than most passages get: set teacher.recorded.unlisted, the grade of a passage that is in no list (such "
             "as 0), and label again; or delete the setting"
         )
-
-
-def _recorded(run: DistillRun) -> dict[str, Any]:
-    """What the losses say of the written student."""
-    recorded: dict[str, Any] = {}
-    for loss in run.recipe.losses.root.values():
-        recorded |= loss.record(is_trained=not run.keeps_start)
-    return recorded
 
 
 def _pretrain(
@@ -306,62 +275,28 @@ def _fit_pooling(student: Student, sources: Sequence[TrainingSource], recipe: Re
     student.pooling.load_state_dict(processes.from_first(student.pooling.state_dict()))
 
 
-def _fit_and_write(
-    run: DistillRun,
-    folder: Path,
-    sources: Sequence[TrainingSource],
-    report: DistillReport,
-    *,
-    teacher: str,
-    closed: Collection[str],
-    tokens: TokenProjection | None,
-    evidence: Evidence,
+def _write(
+    run: DistillRun, folder: Path, report: DistillReport, teacher: str, closed_gates: Collection[str]
 ) -> DistillReport:
-    """Fit the trained student's evidence and probabilities on dev, write the student, and complete the report.
-
-    ``tokens`` is the projection of tokens of the student that training started from, if it had one. One that was
-    trained together with the backbone remains as it is. ``evidence`` has the weights of that student, which remain for
-    each task for which none are fitted.
-    """
-    student, recipe = run.student.eval(), run.recipe
-    if student.token_projection is not None:
-        student.token_projection.requires_grad_(False)
-    judged = _judged(sources)
-    if recipe.evidence.token_vectors and judged and student.has_anchor and student.token_projection is None:
-        try:
-            with time_limit(seconds_left() - run.seconds_after("tokens")):
-                _fit_tokens(student, judged, recipe, start=tokens)
-        except OutOfTimeError:
-            student.token_projection = tokens
-            remarks.info(
-                "distill: there was no time to train token embeddings; %s",
-                "the score counts none" if tokens is None else "the projection that training started from is kept",
-            )
-    if student.token_projection is None:
-        student.token_projection = tokens
-    has_tokens = student.token_projection is not None
-    terms: list[EvidenceTerm] = [each for each in recipe.evidence.terms if has_tokens or each != "token_vectors"]
-    student.evidence = _with_inherited(_fit_evidence(student, sources, recipe, terms), evidence, student)
-    student.calibration = fit_probabilities(
-        student,
-        [(source.dataset, source.task) for source in sources],
-        num_queries=recipe.training.dev_queries,
-        seed=recipe.seed,
-    )
+    """Write the student, and complete the report by what was fitted beside it."""
+    student, recipe = run.student, run.recipe
     took_no_part = set[str]() if recipe.losses.imitates else {"teacher", "teacher_tuning"}
+    recorded: dict[str, Any] = {}
+    for loss in recipe.losses.root.values():
+        recorded |= loss.record(is_trained=not run.keeps_start)
     content = {
         "recipe": recipe.model_dump(mode="json", exclude=took_no_part),
         "settings": {name: value for name, value in run.settings.items() if name != "recipe"},
         "teacher": teacher,
-        "tasks": sorted({source.task for source in sources}),
+        "tasks": sorted({source.source.task for source in run.sources}),
         "steps": report.steps,
         "best_step": report.best_step,
         "dev": report.dev,
         "interaction_weights": report.interaction_weights,
         "share_kept": report.share_kept,
         **({} if report.label_share is None else {"label_share": report.label_share}),
-        "closed_gates": sorted(closed),
-        **_recorded(run),
+        "closed_gates": sorted(closed_gates),
+        **recorded,
         "offsets": {name.removeprefix(OFFSET): float(p.detach()) for name, p in run.offsets.items()},
     }
     student.save(folder, content=content)
@@ -373,19 +308,7 @@ def _fit_and_write(
     )
 
 
-def _with_inherited(fitted: Evidence, start: Evidence, student: Student) -> Evidence:
-    """The fitted evidence, and that of the student that training started from for the other tasks."""
-    if not (start.tasks and student.has_anchor):
-        return fitted
-    kept = start.inherited(has_tokens=student.token_projection is not None)
-    for task in sorted(kept.tasks.keys() - fitted.tasks.keys()):
-        remarks.info("distill: %s search: the weights of evidence are those of the start", task)
-    return kept.model_copy(update={"tasks": {**kept.tasks, **fitted.tasks}})
-
-
-def _report(
-    run: DistillRun, folder: Path, labelled: Sequence[LabelledSource], stopped_early: bool, seconds: float
-) -> DistillReport:
+def _report(run: DistillRun, folder: Path, labelled: Sequence[LabelledSource], stopped_early: bool) -> DistillReport:
     progress = run.progress
     has_interaction = run.has_stages and any(progress.interaction_weights.values())
     task_of: dict[str, Task] = {dev.name: dev.task for dev in run.dev_sets}
@@ -411,144 +334,6 @@ def _report(
             }
             for name, by_weight in progress.best_by_set.items()
         },
-        seconds=seconds,
-    )
-
-
-def _teacher_when_needed(
-    teacher: TeacherConfig, limits: LabellingConfig, *, device: str | None, dtype: str | None
-) -> AskTeacher:
-    """A function that lets the teacher judge more pairs in training; the teacher is loaded when first needed.
-
-    The ``limits`` are those of all its calls together; it raises an ``InputError`` if one is reached.
-    """
-    judge: Judge | None = None
-    spent, seconds = JudgingCounts(), 0.0
-
-    def ask(labelled: LabelledSource, passages: Mapping[str, Sequence[str]]) -> None:
-        nonlocal judge, spent, seconds
-        source, before = labelled.source, spent
-        missing = {query_id: labelled.labels.missing(query_id, ids) for query_id, ids in passages.items()}
-        num_missing = sum(map(len, missing.values()))
-        if not num_missing:
-            return
-        judge = judge or load_judge(teacher, device=device, dtype=dtype)
-        started = time.monotonic() - seconds
-        budget = Budget(limits, started)
-        spent = label_pool(
-            judge,
-            missing,
-            labelled.labels,
-            source.task,
-            query_text=source.query_text,
-            passage_text=source.passage_text,
-            title=f"labelling pairs of {source.dataset.name}",
-            budget=budget,
-            earlier=before,
-        )
-        seconds = time.monotonic() - started
-        num_judged = spent.pairs - before.pairs
-        for what, number in (
-            ("were truncated for the teacher", spent.truncated - before.truncated),
-            ("got no answer from the teacher and count as undecided", spent.undecided - before.undecided),
-        ):
-            if number:
-                _log.warning("%s: %d of %d pairs judged in training %s", source.dataset.name, number, num_judged, what)
-        if budget.ended_by is not None:
-            raise InputError(
-                f"{source.dataset.name}: {num_missing - num_judged:,} of {num_missing:,} pairs that the teacher is to "
-                f"judge in training have no label yet, because {budget.ended_by} was reached. Labels and progress are "
-                "kept: run the same command again to go on, or raise the limit"
-            )
-
-    return ask
-
-
-def _judged(sources: Sequence[TrainingSource]) -> list[TrainingSource]:
-    """The data sets that have a corpus and judged queries, in contrast to labelled pairs."""
-    return [source for source in sources if source.pairs is None]
-
-
-def _fit_tokens(
-    student: Student, judged: Sequence[TrainingSource], recipe: Recipe, *, start: TokenProjection | None
-) -> None:
-    fit_tokens(
-        student,
-        [source.dataset for source in judged],
-        recipe.training.tokens,
-        queries={source.dataset.name: [entry.query_id for entry in source.plan.entries] for source in judged},
-        start=start,
-        seed=recipe.seed,
-    )
-
-
-def _evidence_at_start(
-    student: Student, sources: Sequence[TrainingSource], recipe: Recipe, run_folder: Path, processes: Processes
-) -> tuple[Evidence, TokenProjection | None]:
-    """The weights of evidence beside the student before the first step, and its projection of tokens, if it counts.
-
-    Both are kept in the run's folder for a run that is resumed. A student without a projection gets one, trained on
-    states that do not change.
-    """
-    key = student.fingerprint
-    if processes.is_first and not Evidence.read(run_folder, key):
-        run_folder.mkdir(parents=True, exist_ok=True)
-        counted: list[EvidenceTerm] = [term for term in recipe.evidence.terms if term != "window_vectors"]
-        judged = _judged(sources)
-        if "token_vectors" in counted and judged and student.has_anchor:
-            if student.token_projection is None:
-                _fit_tokens(student, judged, recipe, start=None)
-            assert student.token_projection is not None
-            student.token_projection.write(run_folder, key)
-        fitted = _fit_evidence(student, sources, recipe, counted, use_nearest=False)
-        # Only an index knows how near the nearest passage is.
-        own, usable = student.evidence, dict[Task, TaskEvidence]()
-        for task, each in own.tasks.items():
-            weights = own.weights(task)
-            if weights.terms.keys() <= {*counted} and not weights.needs_nearest:
-                usable[task] = each
-        start = own.model_copy(update={"tasks": usable})
-        if chosen := _with_inherited(fitted, start, student):
-            chosen.write(run_folder, key)
-    processes.from_first(None)  # wait until both are written
-    widths = Widths(student.vector_dim, student.backbone.dim)
-    return Evidence.read(run_folder, key) or Evidence(), TokenProjection.read(run_folder, key, widths)
-
-
-def _with_evidence(
-    labelled: Sequence[LabelledSource], dev_sets: Sequence[DevSet], evidence: Evidence
-) -> tuple[list[LabelledSource], list[DevSet]]:
-    """The same data sets, whose scores count words and tokens where they have a weight; never for labelled pairs."""
-    sources, dev = list(labelled), list(dev_sets)
-    for place, each in enumerate(labelled):
-        weights = evidence.weights(each.source.task, stored=("token",))
-        if each.source.pairs is None and weights:
-            score_words = WordScores(each.source.dataset, weights) if weights.counts_words else None
-            token_weight = weights.terms.get("token_vectors", 0.0)
-            sources[place] = replace(each, score_words=score_words, token_weight=token_weight)
-            dev[place] = dev[place].with_evidence(score_words, token_weight)
-    return sources, dev
-
-
-def _fit_evidence(
-    student: Student,
-    sources: Sequence[TrainingSource],
-    recipe: Recipe,
-    terms: Sequence[EvidenceTerm],
-    *,
-    use_nearest: bool = True,
-) -> Evidence:
-    """Fit the evidence on the dev queries of the retrieval sets; labelled pairs have no corpus to count words in."""
-    if not terms or not student.has_anchor:
-        return Evidence()
-    return fit_evidence(
-        student,
-        [(source.dataset, source.task) for source in _judged(sources)],
-        terms=terms,
-        use_nearest=use_nearest,
-        num_queries=recipe.training.dev_queries,
-        num_passages=listed_passages(recipe.training),
-        seed=recipe.seed,
     )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from d2llm.core.errors import InputError
 from d2llm.core.progress import progress_bar
+from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource, check_sources
@@ -20,14 +22,17 @@ from d2llm.evaluation.judging import (
     QueryPairs,
     judge_pairs,
     judge_shard,
+    label_pool,
     with_rate,
 )
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import asks_endpoint, identify_judge, load_judge, ranks_lists
 from d2llm.ops.ranking import kendall_tau
-from d2llm.recipe import LabellingConfig, TeacherConfig
+from d2llm.recipe import LabellingConfig, TeacherConfig, TeacherIdentity
 from d2llm.runners.placement import load_work
 from d2llm.runners.runner import Runner, find_runner
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,19 +112,12 @@ def label(
     if settings.compared_students is not None:
         sources = _in_order_of_disagreement(sources, settings.compared_students, device=device, dtype=dtype)
     identity = identify_judge(teacher)
-    unfinished = partial(_unfinished, whole=ranks_lists(teacher))
-    work: list[tuple[TrainingSource, LabelStore]] = []
+    whole = ranks_lists(teacher)
     num_pairs = num_queries = finished_queries = finished_pairs = 0
-    for source in sources:
-        labels = LabelStore(
-            store,
-            teacher=identity.fingerprint,
-            prompt=identity.prompts[source.task],
-            dataset=source.dataset.name,
-        )
-        work.append((source, labels))
+    work = [(source, _labels_of(source, store, identity)) for source in sources]
+    for source, labels in work:
         for entry in source.entries_to_label:
-            num_unfinished = len(unfinished(labels, entry).passage_ids)
+            num_unfinished = len(_unfinished(labels, entry, whole=whole).passage_ids)
             num_pairs += num_unfinished
             num_queries += num_unfinished > 0
             finished_queries += num_unfinished == 0
@@ -132,7 +130,7 @@ def label(
         workers = runner.workers(load, device=device, gpus=teacher.num_gpus)
         with progress_bar("labelling pairs", num_pairs) as advance, workers as judges:
             for source, labels in work:
-                queries = (unfinished(labels, entry) for entry in source.entries_to_label)
+                queries = (_unfinished(labels, entry, whole=whole) for entry in source.entries_to_label)
                 judge_pairs(
                     judges,
                     budget.spend((query for query in queries if query.passage_ids), counts),
@@ -162,6 +160,56 @@ def label(
         unfinished_pairs=num_pairs - counts.pairs,
         ended_by=budget.ended_by,
     )
+
+
+class TeacherOnDemand:
+    """Lets a teacher judge more pairs in training; it is loaded when first needed.
+
+    The ``limits`` are those of all its calls together; a call raises an ``InputError`` if one is reached.
+    """
+
+    def __init__(
+        self, teacher: TeacherConfig, limits: LabellingConfig, *, device: str | None, dtype: str | None
+    ) -> None:
+        self._load = partial(load_judge, teacher, device=device, dtype=dtype)
+        self._limits, self._judge = limits, None
+        self._spent, self._seconds = JudgingCounts(), 0.0
+
+    def __call__(self, labelled: LabelledSource, passages: Mapping[str, Sequence[str]]) -> None:
+        """Judge those of the passages (query_id -> passage ids) that have no label yet."""
+        source, before, name = labelled.source, self._spent, labelled.source.dataset.name
+        missing = {query_id: labelled.labels.missing(query_id, ids) for query_id, ids in passages.items()}
+        num_missing = sum(map(len, missing.values()))
+        if not num_missing:
+            return
+        self._judge = self._judge or self._load()
+        started = time.monotonic() - self._seconds
+        budget = Budget(self._limits, started)
+        self._spent = label_pool(
+            self._judge,
+            missing,
+            labelled.labels,
+            source.task,
+            query_text=source.query_text,
+            passage_text=source.passage_text,
+            title=f"labelling pairs of {name}",
+            budget=budget,
+            earlier=before,
+        )
+        self._seconds = time.monotonic() - started
+        num_judged = self._spent.pairs - before.pairs
+        for what, number in (
+            ("were truncated for the teacher", self._spent.truncated - before.truncated),
+            ("got no answer from the teacher and count as undecided", self._spent.undecided - before.undecided),
+        ):
+            if number:
+                _log.warning("%s: %d of %d pairs judged in training %s", name, number, num_judged, what)
+        if budget.ended_by is not None:
+            raise InputError(
+                f"{name}: {num_missing - num_judged:,} of {num_missing:,} pairs that the teacher is to judge in "
+                f"training have no label yet, because {budget.ended_by} was reached. Labels and progress are kept: run "
+                "the same command again to go on, or raise the limit"
+            )
 
 
 def disagreements(source: TrainingSource, first: Student, second: Student) -> dict[str, float]:
@@ -202,6 +250,11 @@ def _in_order_of_disagreement(
         values = disagreements(source, first, second)
         ordered.append(replace(source, label_first=tuple(sorted(values, key=lambda name: (-values[name], name)))))
     return ordered
+
+
+def _labels_of(source: TrainingSource, store: Path, identity: TeacherIdentity) -> LabelStore:
+    prompt, dataset = identity.prompts[source.task], source.dataset.name
+    return LabelStore(store, teacher=identity.fingerprint, prompt=prompt, dataset=dataset)
 
 
 def _unfinished(labels: LabelStore, entry: PlanEntry, *, whole: bool) -> QueryPairs:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,11 @@ from d2llm.training.checkpoints import (
 from d2llm.training.processes import ALONE, Processes
 from d2llm.training.trackers import Tracker
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 BEST = "best.safetensors"
+_Report = TypeVar("_Report", bound="DataclassInstance")
 
 
 class Trainable:
@@ -282,3 +286,17 @@ class Trainer:
         assert self.folder is not None
         for name in (CHECKPOINT, BEST):
             (self.folder / name).unlink(missing_ok=True)
+
+
+def save_tuned(
+    report: _Report, save: Callable[[dict[str, Any]], str], content: Mapping[str, Any], trainers: Sequence[Trainer]
+) -> _Report:
+    """Save a tuned model with the report of its tuning, delete the checkpoints, and add the fingerprint to the report.
+
+    ``save`` gets what the manifest is to have beside the model, and returns the fingerprint.
+    """
+    values = {name: value for name, value in asdict(report).items() if name not in ("fingerprint", "folder")}
+    fingerprint = save({**content, "report": values})
+    for trainer in trainers:
+        trainer.delete_checkpoint()
+    return replace(report, fingerprint=fingerprint)

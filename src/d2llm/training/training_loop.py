@@ -179,6 +179,15 @@ class DistillRun(Trainable):
         self._remine((self.trainer.step - 1) // self.per_epoch)  # takes up the plans of a run that is resumed
         return self.trainer.train()
 
+    def finish_student(self) -> None:
+        """Run the stages that follow the training loop, each if it has something to do."""
+        self.merge_heads()
+        self.interpolate_with_start()
+        self.leave_out_pma()
+        self.train_interaction()
+        self.set_interaction_weights()
+        self.drop_idle_parts()
+
     @property
     def keeps_start(self) -> bool:
         """Whether the vectors are those of the start: no state was better on dev, or nothing of the change is kept."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +23,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2llm.core.errors import InputError
-from d2llm.core.files import check_replaceable
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.inputs import objects_of
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Qrels, Task
 from d2llm.data.beir import Dataset
-from d2llm.data.run_folder import is_finished, working_folder
+from d2llm.data.run_folder import require_unfinished, working_folder
 from d2llm.models.backbone import Backbone
 from d2llm.models.device import use_plain_attention_on_cpu
 from d2llm.models.listwise_reader import READER_KIND, ListwiseReader, ReadOrder
@@ -39,7 +39,7 @@ from d2llm.recipe import BackboneConfig, Lora, ReaderTuningConfig
 from d2llm.retrieval.protocols import task_for
 from d2llm.training.checkpoints import trainable
 from d2llm.training.ranked_lists import RankedLists, collect_lists, dev_queries, train_queries
-from d2llm.training.trainer import Trainable, Trainer
+from d2llm.training.trainer import Trainable, Trainer, save_tuned
 
 _WEIGHT_DECAY = 0.01
 _MEASURED_AT_ONCE = 64
@@ -143,9 +143,7 @@ def tune_reader(
     datasets = objects_of(datasets, "datasets", Dataset)
     config, folder, started = config or ReaderTuningConfig(), Path(folder), time.monotonic()
     task = task_for(student, task)
-    if is_finished(folder):
-        raise InputError(f"{folder}: already holds a finished reader; give another folder, or delete it to start over")
-    check_replaceable(folder, READER_KIND)
+    require_unfinished(folder, READER_KIND)
     chosen, num_shared = _choose(datasets, config, seed)
     backbone_config = BackboneConfig(model=config.model, layers=config.layers, tuning=Lora(**config.lora.model_dump()))
     backbone = Backbone.load(backbone_config, device=device, dtype=dtype)
@@ -173,17 +171,13 @@ def tune_reader(
         },
         seconds=time.monotonic() - started,
     )
-    content: dict[str, Any] = {
+    content = {
         "tuning": config.model_dump(mode="json"),
         "task": task,
         "seed": seed,
         "data": [dataset.name for dataset in datasets],
-        "report": {key: value for key, value in asdict(report).items() if key not in ("fingerprint", "folder")},
     }
-    fingerprint = reader.save(folder, content)
-    for stage in stages:
-        stage.delete_checkpoint()
-    return replace(report, fingerprint=fingerprint)
+    return save_tuned(report, partial(reader.save, folder), content, stages)
 
 
 def training_lists(lists: Sequence[RankedLists], number: int, seed: int) -> list[ReadList]:

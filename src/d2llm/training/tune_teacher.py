@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from d2llm.core.files import new_folder
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Task
 from d2llm.data.plan import TrainingPlan
-from d2llm.data.run_folder import is_finished, working_folder
+from d2llm.data.run_folder import require_unfinished, working_folder
 from d2llm.data.training import TrainingPair, TrainingSource, labelled_pairs
 from d2llm.models.device import choose_dtype, size_of_states, tokens_to_train
 from d2llm.models.interaction import TASKS
@@ -34,7 +34,7 @@ from d2llm.recipe import LocalTeacherConfig, Recipe, TeacherConfig, TeacherTunin
 from d2llm.recipe.recipe_file import tuning_settings
 from d2llm.training.checkpoints import BestState, trainable
 from d2llm.training.gradient_cache import backpropagate_parts, graph_room
-from d2llm.training.trainer import Trainable, Trainer
+from d2llm.training.trainer import Trainable, Trainer, save_tuned
 
 _PAIR_SHARE = 0.3  # weight of the yes/no loss when it is added to the softmax over lists
 _MAX_SHARE = 5  # at most one fifth of a plan is held out
@@ -88,22 +88,13 @@ def tune_teacher(
             this kind of teacher cannot be tuned, or the plans are too small to hold queries out.
         TrainingDivergedError: the loss is not finite; the last good checkpoint is kept.
     """
-    if is_finished(folder):
-        raise InputError(f"{folder}: already holds a finished teacher; give another folder, or delete it to start over")
-    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise InputError(f"{folder}: holds files that do not belong to a teacher; give a new or empty folder")
+    require_unfinished(folder, TEACHER_KIND)
     started = time.monotonic()
     training, dev_pairs = hold_out(sources, tuning, seed=seed) if tuning.eval_every and sources else (sources, [])
     pairs = labelled_pairs(training, num_negatives=tuning.num_negatives, max_queries=tuning.max_queries, seed=seed)
     if not pairs:
         raise InputError("the plans hold no queries, so there is nothing to tune the teacher on; mine a plan first")
-    learns_from: dict[str, str] = {}
-    if tuning.student is not None:
-        student = Student.load(tuning.student, device=device, dtype=dtype)
-        scored = with_student_scores([*pairs, *dev_pairs], student)
-        pairs, dev_pairs = scored[: len(pairs)], scored[len(pairs) :]
-        learns_from = {"learns_from": student.fingerprint}
-        del student
+    pairs, dev_pairs, learns_from = _with_targets(pairs, dev_pairs, tuning.student, device=device, dtype=dtype)
     model = _load(teacher, tuning, device=device, dtype=dtype)
     model.prepare_training(
         tuning.lora, tuning=tuning.tuning, gradient_checkpointing=tuning.gradient_checkpointing, seed=seed
@@ -140,17 +131,18 @@ def tune_teacher(
         best_step=trainer.best.step,
         dev=trainer.best.value,
     )
-    content: dict[str, Any] = {
+    content = {
         "tuning": tuning.model_dump(),
         "seed": seed,
         "settings": settings,
         "data": [source.dataset.name for source in sources],
-        "report": {key: value for key, value in asdict(report).items() if key not in ("fingerprint", "folder")},
     }
-    with new_folder(folder, kind=TEACHER_KIND) as temporary:
-        fingerprint = model.save(temporary, content)
-    trainer.delete_checkpoint()
-    return replace(report, fingerprint=fingerprint)
+
+    def save(content: dict[str, Any]) -> str:
+        with new_folder(folder, kind=TEACHER_KIND) as temporary:
+            return model.save(temporary, content)
+
+    return save_tuned(report, save, content, [trainer])
 
 
 class _Tuning(Trainable):
@@ -198,6 +190,17 @@ class _Tuning(Trainable):
 
 
 # Pairs that a student has scored -------------------------------------------------------------------------------------
+
+
+def _with_targets(
+    pairs: list[TrainingPair], dev_pairs: list[TrainingPair], name: str | None, *, device: str | None, dtype: str | None
+) -> tuple[list[TrainingPair], list[TrainingPair], dict[str, str]]:
+    """The pairs to learn and those of dev, with the scores of a student as targets, if it is named; its fingerprint."""
+    if name is None:
+        return pairs, dev_pairs, {}
+    student = Student.load(name, device=device, dtype=dtype)
+    scored = with_student_scores([*pairs, *dev_pairs], student)
+    return scored[: len(pairs)], scored[len(pairs) :], {"learns_from": student.fingerprint}
 
 
 def with_student_scores(pairs: Sequence[TrainingPair], student: Student) -> list[TrainingPair]:

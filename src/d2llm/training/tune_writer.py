@@ -5,17 +5,17 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from d2llm.core.errors import InputError
-from d2llm.core.files import check_replaceable, new_folder, write_bytes
+from d2llm.core.files import new_folder, write_bytes
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.inputs import objects_of
 from d2llm.core.table import Column, Table
 from d2llm.data.beir import Dataset
-from d2llm.data.run_folder import is_finished, working_folder
+from d2llm.data.run_folder import require_unfinished, working_folder
 from d2llm.models.device import inference, size_of_states, tokens_to_train
 from d2llm.models.sources import hub_name
 from d2llm.models.writers.local import WRITER_KIND, LocalWriter
@@ -23,7 +23,7 @@ from d2llm.models.writers.writer import Assignment, keywords_of, kind_of_query
 from d2llm.ops.batching import token_budget_batches
 from d2llm.recipe import LocalWriterConfig, WriterConfig, WriterTuningConfig
 from d2llm.training.checkpoints import BestState, trainable
-from d2llm.training.trainer import Trainable, Trainer
+from d2llm.training.trainer import Trainable, Trainer, save_tuned
 
 _SORTED_EXAMPLES = 2048  # number of examples that are sorted by length together
 _CARD_FILE = "README.md"
@@ -147,9 +147,7 @@ def tune_writer(
     """
     datasets = objects_of(datasets, "datasets", Dataset)
     writer, tuning, folder = writer or WriterConfig(), tuning or WriterTuningConfig(), Path(folder)
-    if is_finished(folder):
-        raise InputError(f"{folder}: already holds a finished writer; give another folder, or delete it to start over")
-    check_replaceable(folder, WRITER_KIND)
+    require_unfinished(folder, WRITER_KIND)
     if not isinstance(writer, LocalWriterConfig):
         raise InputError(
             f"writer '{writer.model}' is of kind {writer.kind} and has no weights to tune here; name a local model"
@@ -183,17 +181,15 @@ def tune_writer(
         dev_loss=run.dev_losses.get("after"),
         seconds=time.monotonic() - started,
     )
-    content: dict[str, Any] = {
-        "tuning": tuning.model_dump(),
-        "seed": seed,
-        "data": [dataset.name for dataset in datasets],
-        "report": {key: value for key, value in asdict(report).items() if key not in ("fingerprint", "folder")},
-    }
-    with new_folder(folder, kind=WRITER_KIND) as temporary:
-        fingerprint = model.save(temporary, content)
-        write_bytes(temporary / _CARD_FILE, _card(model, content, run.examples).encode())
-    trainer.delete_checkpoint()
-    return replace(report, fingerprint=fingerprint)
+    content = {"tuning": tuning.model_dump(), "seed": seed, "data": [dataset.name for dataset in datasets]}
+
+    def save(content: dict[str, Any]) -> str:
+        with new_folder(folder, kind=WRITER_KIND) as temporary:
+            fingerprint = model.save(temporary, content)
+            write_bytes(temporary / _CARD_FILE, _card(model, content, run.examples).encode())
+            return fingerprint
+
+    return save_tuned(report, save, content, [trainer])
 
 
 class _Tuning(Trainable):

@@ -1,0 +1,160 @@
+"""What the score of a distilled student counts beside its vectors: fitted before the first step, and after the last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from d2llm.core.errors import OutOfTimeError
+from d2llm.core.time_limit import seconds_left, time_limit
+from d2llm.core.types import EvidenceTerm, Task
+from d2llm.data.collation import LabelledSource
+from d2llm.data.training import TrainingSource
+from d2llm.models.evidence import Evidence, TaskEvidence
+from d2llm.models.fitted_part import Widths
+from d2llm.models.student import Student
+from d2llm.models.token_vectors import TokenProjection
+from d2llm.recipe import Recipe
+from d2llm.training.checkpoints import remarks
+from d2llm.training.dev_sets import DevSet
+from d2llm.training.fit_evidence import fit_evidence
+from d2llm.training.fit_probabilities import fit_probabilities
+from d2llm.training.fit_tokens import fit_tokens
+from d2llm.training.processes import Processes
+from d2llm.training.training_loop import DistillRun, listed_passages
+from d2llm.training.word_scores import WordScores
+
+
+def evidence_at_start(
+    student: Student, sources: Sequence[TrainingSource], recipe: Recipe, run_folder: Path, processes: Processes
+) -> tuple[Evidence, TokenProjection | None]:
+    """The weights of evidence beside the student before the first step, and its projection of tokens, if it counts.
+
+    Both are kept in the run's folder for a run that is resumed. A student without a projection gets one, trained on
+    states that do not change.
+    """
+    key = student.fingerprint
+    if processes.is_first and not Evidence.read(run_folder, key):
+        run_folder.mkdir(parents=True, exist_ok=True)
+        counted: list[EvidenceTerm] = [term for term in recipe.evidence.terms if term != "window_vectors"]
+        judged = _with_corpus(sources)
+        if "token_vectors" in counted and judged and student.has_anchor:
+            if student.token_projection is None:
+                _fit_tokens(student, judged, recipe, start=None)
+            assert student.token_projection is not None
+            student.token_projection.write(run_folder, key)
+        fitted = _fit_evidence(student, sources, recipe, counted, use_nearest=False)
+        # Only an index knows how near the nearest passage is.
+        own, usable = student.evidence, dict[Task, TaskEvidence]()
+        for task, each in own.tasks.items():
+            weights = own.weights(task)
+            if weights.terms.keys() <= {*counted} and not weights.needs_nearest:
+                usable[task] = each
+        start = own.model_copy(update={"tasks": usable})
+        if chosen := _with_inherited(fitted, start, student):
+            chosen.write(run_folder, key)
+    processes.from_first(None)  # wait until both are written
+    widths = Widths(student.vector_dim, student.backbone.dim)
+    return Evidence.read(run_folder, key) or Evidence(), TokenProjection.read(run_folder, key, widths)
+
+
+def with_evidence(
+    labelled: Sequence[LabelledSource], dev_sets: Sequence[DevSet], evidence: Evidence
+) -> tuple[list[LabelledSource], list[DevSet]]:
+    """The same data sets, whose scores count words and tokens where they have a weight; never for labelled pairs."""
+    sources, dev = list(labelled), list(dev_sets)
+    for place, each in enumerate(labelled):
+        weights = evidence.weights(each.source.task, stored=("token",))
+        if each.source.pairs is None and weights:
+            score_words = WordScores(each.source.dataset, weights) if weights.counts_words else None
+            token_weight = weights.terms.get("token_vectors", 0.0)
+            sources[place] = replace(each, score_words=score_words, token_weight=token_weight)
+            dev[place] = dev[place].with_evidence(score_words, token_weight)
+    return sources, dev
+
+
+def fit_beside(
+    run: DistillRun, sources: Sequence[TrainingSource], *, tokens: TokenProjection | None, evidence: Evidence
+) -> None:
+    """Fit the trained student's evidence and probabilities on dev.
+
+    ``tokens`` is the projection of tokens of the student that training started from, if it had one. One that was
+    trained together with the backbone remains as it is. ``evidence`` has the weights of that student, which remain for
+    each task for which none are fitted.
+    """
+    student, recipe = run.student.eval(), run.recipe
+    if student.token_projection is not None:
+        student.token_projection.requires_grad_(False)
+    judged = _with_corpus(sources)
+    if recipe.evidence.token_vectors and judged and student.has_anchor and student.token_projection is None:
+        try:
+            with time_limit(seconds_left() - run.seconds_after("tokens")):
+                _fit_tokens(student, judged, recipe, start=tokens)
+        except OutOfTimeError:
+            student.token_projection = tokens
+            remarks.info(
+                "distill: there was no time to train token embeddings; %s",
+                "the score counts none" if tokens is None else "the projection that training started from is kept",
+            )
+    if student.token_projection is None:
+        student.token_projection = tokens
+    has_tokens = student.token_projection is not None
+    terms: list[EvidenceTerm] = [each for each in recipe.evidence.terms if has_tokens or each != "token_vectors"]
+    student.evidence = _with_inherited(_fit_evidence(student, sources, recipe, terms), evidence, student)
+    student.calibration = fit_probabilities(
+        student,
+        [(source.dataset, source.task) for source in sources],
+        num_queries=recipe.training.dev_queries,
+        seed=recipe.seed,
+    )
+
+
+def _fit_evidence(
+    student: Student,
+    sources: Sequence[TrainingSource],
+    recipe: Recipe,
+    terms: Sequence[EvidenceTerm],
+    *,
+    use_nearest: bool = True,
+) -> Evidence:
+    """Fit the evidence on the dev queries of the retrieval sets; labelled pairs have no corpus to count words in."""
+    if not terms or not student.has_anchor:
+        return Evidence()
+    return fit_evidence(
+        student,
+        [(source.dataset, source.task) for source in _with_corpus(sources)],
+        terms=terms,
+        use_nearest=use_nearest,
+        num_queries=recipe.training.dev_queries,
+        num_passages=listed_passages(recipe.training),
+        seed=recipe.seed,
+    )
+
+
+def _fit_tokens(
+    student: Student, judged: Sequence[TrainingSource], recipe: Recipe, *, start: TokenProjection | None
+) -> None:
+    fit_tokens(
+        student,
+        [source.dataset for source in judged],
+        recipe.training.tokens,
+        queries={source.dataset.name: [entry.query_id for entry in source.plan.entries] for source in judged},
+        start=start,
+        seed=recipe.seed,
+    )
+
+
+def _with_inherited(fitted: Evidence, start: Evidence, student: Student) -> Evidence:
+    """The fitted evidence, and that of the student that training started from for the other tasks."""
+    if not (start.tasks and student.has_anchor):
+        return fitted
+    kept = start.inherited(has_tokens=student.token_projection is not None)
+    for task in sorted(kept.tasks.keys() - fitted.tasks.keys()):
+        remarks.info("distill: %s search: the weights of evidence are those of the start", task)
+    return kept.model_copy(update={"tasks": {**kept.tasks, **fitted.tasks}})
+
+
+def _with_corpus(sources: Sequence[TrainingSource]) -> list[TrainingSource]:
+    """The data sets that have a corpus and judged queries, in contrast to labelled pairs."""
+    return [source for source in sources if source.pairs is None]
