@@ -79,12 +79,3 @@ def test_judgements_of_unknown_passages_are_a_warning(tmp_path, tokenizer):
     warning = f"warning: {data}: test: 1 judgements point to unknown passages, first 1: nowhere"
     assert result.stderr.splitlines() == [warning]
     assert succeed("--quiet", "data", "check", data, "--tokenizer", tokenizer).stderr == ""
-
-
-def test_wrong_input(tmp_path, tokenizer):
-    arguments = ("data", "check", tmp_path, "--tokenizer")
-    fail(*arguments, tokenizer, containing=[str(tmp_path), "looked for files of pairs"])
-    fail("data", "check", tmp_path / "lost", "--tokenizer", tokenizer, containing=["no such file or folder"])
-    write_lines(tmp_path / "train.jsonl", [{"query": "a", "document": "b", "label": 1}, {"query": "a", "label": 1}])
-    fail(*arguments, tokenizer, containing=[f"{tmp_path / 'train.jsonl'}:2: field 'document' is missing"])
-    fail(*arguments, tmp_path / "no" / "such" / "model", containing=["no such folder"])

@@ -214,12 +214,6 @@ class TestFolders:
         assert report["result"]["num_documents"] == 1
         assert "empty.txt: it is empty" in result.stderr
 
-    def test_bad_input(self, tmp_path):
-        (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8")
-        fail("index", tmp_path / "i", "sync", tmp_path, containing=["there are no documents", "1 files have other"])
-        fail("index", tmp_path / "i", "sync", tmp_path / "gone", containing=["there is no such file or folder"])
-        assert not (tmp_path / "i").exists()
-
 
 class TestContext:
     """Results joined with the passages around them, and the context for an answer."""

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 
 from d2llm.data.trec import read_run
 from d2llm.models.student import Student
-from e2e.command_line import d2llm, fail, succeed, succeed_with_report, write_data, write_lines, write_qrels
+from e2e.command_line import fail, succeed, succeed_with_report, write_lines
 from e2e.small_corpus import SENTENCES
 from tiny_models import tiny_student_config
-from tiny_store import edit_manifest
 
 TEACHER = "teacher (reranking 3 of BM25 and D2LLM)"
 QUICK = ("--teacher-queries", 2, "--teacher-depth", 3, "--dtype", "float32")
@@ -76,11 +74,6 @@ def test_reports_of_several_sets_in_one_table(evaluated, tmp_path):
     assert means["BM25"] == {"value": 1.0, "num_sets": 2}
     assert "another set" in (tmp_path / "l.md").read_text()
     assert "another set" in (tmp_path / "l.html").read_text()
-
-
-def test_a_leaderboard_of_something_else(tmp_path):
-    (tmp_path / "data.json").write_text("{}")
-    fail("leaderboard", tmp_path / "data.json", containing=["data.json", "not the report of an evaluation"])
 
 
 def test_the_rows_are_printed_and_written(evaluated):
@@ -219,85 +212,3 @@ def test_pairs(options, tmp_path, monkeypatch):
     assert "<svg" in (tmp_path / "r.html").read_text(encoding="utf-8")
     arguments = ("evaluate", data, *options, "--save-runs", tmp_path / "runs")
     fail(*arguments, containing=["--save-runs", "single pairs, which have no rankings"])
-
-
-class TestBadInput:
-    @pytest.fixture
-    def data(self, tmp_path):
-        return write_data(tmp_path / "data")
-
-    def test_missing_data_and_unknown_splits(self, options, data):
-        fail("evaluate", data / "gone", *options, containing=[f"{data / 'gone'}: no such file or folder"])
-        fail("evaluate", data, *options, "--split", "night", containing=["split 'night' was not read; read: dev, test"])
-
-    @pytest.mark.parametrize(
-        ("judgements", "count"),
-        [([], 0), ([("q16", "gone"), ("q17", "lost")], 2)],
-        ids=["no judgements", "unknown ids"],
-    )
-    def test_judgements_without_a_relevant_passage(self, options, data, judgements, count):
-        write_qrels(data, "test", judgements)
-        message = f"none of its {count} queries has a relevant passage in the corpus"
-        fail("evaluate", data, *options, containing=["qrels/test.tsv", message])
-
-    def test_judgements_that_are_all_negative(self, options, data):
-        (data / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq16\ts16\t0\nq17\ts17\t0\n")
-        fail("evaluate", data, *options, containing=["none of its 2 queries has a relevant passage"])
-
-    def test_unknown_ids_are_a_counted_warning(self, options, data, tmp_path):
-        write_qrels(data, "test", [("q16", "s16"), ("q17", "gone"), ("nobody", "s1")])
-        result, report = succeed_with_report("evaluate", data, *options, folder=tmp_path)
-        warning = "test: 1 judgements point to unknown passages, first 1: gone"
-        assert warning in " ".join(result.stderr.split())
-        assert warning in report["result"]["notes"]
-        assert (report["result"]["num_items"], report["result"]["num_left_out"]) == (1, 2)
-
-    @pytest.mark.parametrize(
-        ("text", "message"),
-        [
-            ("q16 Q0 s1 1 1.0 x\nq16 Q0 s1 2 0.5 x\n", "x.run:2: passage 's1' is ranked twice for query 'q16'"),
-            ("q16 Q0 s1 1 nan x\n", "x.run:1: the score is nan, which cannot be ranked"),
-            ("q16 s1 1.0\n", "x.run:1: expected 6 columns"),
-            ("\n", "x.run: holds no ranking"),
-        ],
-    )
-    def test_malformed_runs(self, options, data, tmp_path, text, message):
-        (tmp_path / "x.run").write_text(text)
-        fail("evaluate", data, *options, "--run", tmp_path / "x.run", containing=[message])
-
-    def test_pairs_without_a_positive_one(self, options, tmp_path):
-        data = write_pairs(tmp_path / "pairs")
-        lines = (data / "test.jsonl").read_text().splitlines()
-        (data / "test.jsonl").write_text("\n".join(line for line in lines if json.loads(line)["label"] == 0))
-        fail("evaluate", data, *options, containing=["split 'test' has no positive pair, so nothing can be measured"])
-
-    def test_classes_that_are_not_inference_labels(self, options, tmp_path):
-        data = write_pairs(tmp_path / "pairs")
-        text = (data / "test.jsonl").read_text()
-        (data / "test.jsonl").write_text(text.replace('"label": 0', '"label": "sport"').replace(": 1}", ': "music"}'))
-        (data / "dev.jsonl").unlink()
-        fail("evaluate", data, *options, containing=["the class 'music'; known are yes/no labels", "contradiction"])
-
-    def test_an_index_of_another_student_in_the_work_folder(self, evaluated, place, tmp_path):
-        shutil.copytree(evaluated.folder / "work", tmp_path / "work")
-        shutil.rmtree(tmp_path / "work" / "measured")
-        for manifest in (tmp_path / "work" / "indexes").glob("*/manifest.json"):
-            edit_manifest(manifest.parent, student="somebody")
-        arguments = (*evaluated.arguments, "--work", tmp_path / "work")
-        fail(*arguments, containing=["the index was made by student somebody", "index the corpus again"])
-
-    def test_unknown_baselines(self, options, data):
-        message = "the baseline 'teacher' is not among the rows of this report: anchor, bm25, cosine_untuned, d2llm"
-        fail("evaluate", data, *options, "--baseline", "teacher", containing=[message])
-        result = d2llm("evaluate", data, *options, "--baseline", "best")
-        assert result.exit_code == 2
-        assert "cosine_tuned" in result.stderr  # one of the choices that are listed
-
-    def test_missing_models_and_labels(self, options, data, tmp_path):
-        message = "no student at 'nowhere'"
-        fail("evaluate", data, *options, "--tuned-cosine", "nowhere", containing=[message])
-        fail("evaluate", data, *options, "--paper-head", "nowhere", containing=[message])
-        fail("evaluate", data, *options, "--model", tmp_path / "none", containing=["no such folder"])
-        message = f"{tmp_path / 'none'}: holds no teacher labels; give the folder that d2llm label wrote"
-        fail("evaluate", data, *options, "--labels", tmp_path / "none", containing=[message])
-        fail("evaluate", data, *options, "--index", tmp_path / "none", containing=[f"{tmp_path / 'none'}"])

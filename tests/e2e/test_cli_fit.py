@@ -60,23 +60,6 @@ def test_by_default_a_local_model_writes_for_eight_hours(opened, documents):
     )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (["--hours", "1", "--minutes", "5"], ["--hours and --minutes", "give one"]),
-        (["--minutes", "0"], ["--minutes is 0", "above 0"]),
-        (["--prices", "1", "2"], ["--prices are about an endpoint", "--endpoint"]),
-        (["--endpoint", "http://127.0.0.1:1/v1"], ["--endpoint needs --writer", "name of a model"]),
-        (["--student", "nobody"], ["no student at 'nobody'", "d2llm-minilm"]),
-        (["--output", "."], ["holds something else than a fit", "--output"]),
-    ],
-    ids=lambda value: value[0],
-)
-def test_mistakes(documents, arguments, parts):
-    fail("fit", documents, *arguments, containing=parts)
-    assert not documents.with_name("docs.search").exists()
-
-
 @pytest.mark.parametrize("content", [None, "image"])
 def test_documents_that_cannot_be_read_leave_no_index(tmp_path, content):
     folder = tmp_path / "docs"

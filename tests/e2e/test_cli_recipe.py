@@ -12,7 +12,7 @@ from jsonschema import Draft7Validator
 from d2llm.core.shipped import shipped_recipes
 from d2llm.recipe.losses import LOSSES
 from d2llm.reports.methods import SECTIONS
-from e2e.command_line import fail, succeed, succeed_with_report
+from e2e.command_line import succeed, succeed_with_report
 
 SHIPPED = shipped_recipes()
 
@@ -38,17 +38,8 @@ def test_a_recipe_is_shown_by_what_it_changes() -> None:
     assert "d2llm-joint is valid; data sets: squad-sent (asymmetric)" in " ".join(output.split())
 
 
-def test_all_recipes_are_checked_and_the_first_wrong_one_is_named(tmp_path: Path) -> None:
-    wrong = tmp_path / "wrong.toml"
-    wrong.write_text("[training]\nepoch = 3\n")
+def test_the_shipped_recipes_are_valid() -> None:
     succeed("recipe", "check", *SHIPPED)
-    fail(
-        "recipe",
-        "check",
-        "d2llm",
-        wrong,
-        containing=[str(wrong), "unknown key 'training.epoch'; did you mean 'epochs'?"],
-    )
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -115,7 +106,3 @@ def test_a_method_is_shown_in_full_wherever_its_kind_is_one(tmp_path: Path) -> N
     assert "docs/log/2026-11.md#2026-11-20-a-remote-teacher-beside-the-local-one" in text
     assert "remote.api_key_env" in text
     assert "Base address, up to /v1." in text
-
-
-def test_an_unknown_method_is_refused_with_the_nearest() -> None:
-    fail("methods", "margin_mze", containing="there is no method 'margin_mze'; did you mean 'margin_mse'?")

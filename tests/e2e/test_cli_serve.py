@@ -75,10 +75,6 @@ def test_a_port_in_use_is_reported_before_loading():
         fail("serve", "no-such-index", "--port", port, containing=[f"port {port} of 127.0.0.1 is in use"])
 
 
-def test_a_missing_student_ends_it_with_a_clear_error():
-    fail("serve", "--student", "no-such-student", "--port", 0, containing=["no-such-student"])
-
-
 @pytest.mark.parametrize("option", ["--teacher", "--writer"])
 def test_a_model_that_only_searches_use_needs_an_index(option: str, index: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(app, "make_app", lambda settings: pytest.fail("an app was made"))
@@ -101,14 +97,6 @@ def test_a_folder_without_an_index_is_reported_before_loading(
     assert ("a 'index' is needed" if content == "student" else "is not a d2llm index folder") in line
 
 
-def test_one_of_several_folders_without_an_index_is_named(index: Path, tmp_path: Path):
-    fail("serve", index, f"faq={tmp_path}", "--port", 0, containing=["index 'faq': ", str(tmp_path)])
-
-
-def test_several_indexes_need_different_names(index: Path):
-    fail("serve", index, index, containing=["INDEX: index: two indexes are named 'index'", "index-2="])
-
-
 def test_several_indexes_are_served_by_their_names(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     served: list[object] = []
 
@@ -122,32 +110,6 @@ def test_several_indexes_are_served_by_their_names(index: Path, tmp_path: Path, 
     assert served == [{"index": index, "faq": index}]
     assert line.startswith(f"d2llm serves {index}, faq={index} on http://127.0.0.1:")
     assert json.loads(report.read_text())["result"]["settings"]["index"] == {"index": str(index), "faq": str(index)}
-
-
-def test_the_keys_file_must_exist(index: Path, tmp_path: Path):
-    fail("serve", index, "--keys-file", tmp_path / "none.json", "--port", 0, containing=["none.json", "d2llm keys"])
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        (None, "No such file"),
-        ("folder", "Is a directory"),
-        (b'{"verb": "evaluate"}', "not an HTML"),
-        (b"\xff\xfe", "UTF-8"),
-    ],
-)
-def test_the_report_must_be_an_html_file(index: Path, tmp_path: Path, content: object, problem: str):
-    path = tmp_path / "report.html"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        path.mkdir()
-    fail("serve", index, "--report", path, "--port", 0, containing=["report.html", problem, "evaluate --html"])
-
-
-def test_a_public_host_needs_keys_or_an_explicit_opt_out(index: Path):
-    fail("serve", index, "--host", "0.0.0.0", containing=["0.0.0.0", "d2llm keys", "allow_unauthenticated"])
 
 
 def test_without_a_key_only_health_and_static_pages_are_open(server: Server):
