@@ -183,7 +183,7 @@ COMMANDS = {
     "distill tiny.toml --variant cosin --out run": "mean 'cosine'?",
     "gate tiny.toml --teacher nobody --out run": "model 'nobody'",
     "mine tiny.toml --out run --json run/no/r.json": "there is no folder run/no to write it in",
-    "stack tiny.toml --member {root}/decoder --out run --html no/s.html": "there is no folder no to write it in",
+    "ensemble tiny.toml --member {root}/decoder --out run --html no/s.html": "there is no folder no to write it in",
     "ablate tiny.toml --out run --markdown no/t.md": "there is no folder no to write it in",
     "ablate --list --json no/t.json": "there is no folder no to write",
     "ablate": "RECIPE is missing",
