@@ -37,6 +37,7 @@ ALL = {1: 90.0, 2: 0.0, 3: 45.0}
         '{"results": [{"id": "[1]", "score": 90}, {"id": "[2]", "score": 0}, {"id": "[3]", "score": 45}]}',
         "| 1 | 90 |\n| 2 | 0 |\n| 3 | 45 |",
         "[1] 90\n[1] 90\n[2] 0\n[3] 45",
+        "Passage 1 shares 2 words; 3 of 5 do.\n\n[1] 90\n[2] 0\n[3] 45",
     ],
 )
 def test_grades_are_read_in_every_usual_form(answer: str) -> None:
@@ -64,6 +65,8 @@ def test_grades_are_read_in_every_usual_form(answer: str) -> None:
         ("<think>[1] 90\n[2] 0", {}),  # never ended to think
         ("[1] 90\n[2]", {1: 90.0}),
         ("90\n0\n45", {}),
+        ("[1] forty\n[2] forty-two\n[3] none", {}),
+        ("90 to 100: it answers the query fully\n70 to 89: it answers indirectly", {}),
     ],
 )
 def test_what_is_missing_or_doubtful_has_no_grade(answer: str, grades: dict[int, float]) -> None:
@@ -86,6 +89,8 @@ def test_what_is_missing_or_doubtful_has_no_grade(answer: str, grades: dict[int,
         "<think>[1] > [2] > [3]</think>[2] > [3] > [1]",
         "**[2] > [3] > [1]**",
         "[2]＞[3]＞[1]",
+        "Passage 3 is about 2 animals. So the order is:\n\n[2] > [3] > [1]",
+        "```json\n[2, 3, 1]\n```",
         "At first sight:\n[1] > [2] > [3]\nBut passage 2 alone answers it:\n[2] > [3] > [1]",
     ],
 )
@@ -102,6 +107,9 @@ def test_rankings_are_read_in_every_usual_form(answer: str) -> None:
         ("[2] > [2] > [1]", []),
         ("[2] > [4] > [1]", []),
         ("[0] > [1] > [2]", []),
+        ("[2] > [3] > [3]", []),
+        ("first > second > third", []),
+        ("[2] is the best, and I cannot tell the others apart.", []),
         ("<think>[1] > [2]", []),
     ],
 )
