@@ -101,14 +101,9 @@ def write_rule_labels(
     identity = identify_judge(teacher)
     for source in sources:
         labels = LabelStore(
-            store,
-            teacher=identity.fingerprint,
-            prompt=identity.prompts[source.task],
-            dataset=source.dataset.name,
+            store, teacher=identity.fingerprint, prompt=identity.prompts[source.task], dataset=source.dataset.name
         )
-        labels.write(
-            [_by_rule(e, reverse) for e in source.plan.entries if queries is None or e.query_id in queries],
-        )
+        labels.write([_by_rule(e, reverse) for e in source.plan.entries if queries is None or e.query_id in queries])
 
 
 JUDGEMENTS = {"in_batch_cross_entropy": 1.0, "anchor_cross_entropy": 1.0, "pair_cross_entropy": 1.0}

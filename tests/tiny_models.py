@@ -18,14 +18,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from d2llm.models.student import Student
-from d2llm.recipe import (
-    BackboneConfig,
-    InteractionConfig,
-    Lora,
-    Pooling,
-    StudentConfig,
-    TeacherConfig,
-)
+from d2llm.recipe import BackboneConfig, InteractionConfig, Lora, Pooling, StudentConfig, TeacherConfig
 
 DIM = 32
 MAX_TOKENS = 512

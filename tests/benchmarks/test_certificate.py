@@ -28,10 +28,7 @@ def test_invalid_arguments_are_rejected() -> None:
         num_rescored(np.ones(2), np.array([1.0, 1.1]), 1)
 
 
-@given(
-    st.lists(st.tuples(st.floats(-9, 9), st.floats(0, 5)), min_size=1, max_size=40),
-    st.integers(1, 12),
-)
+@given(st.lists(st.tuples(st.floats(-9, 9), st.floats(0, 5)), min_size=1, max_size=40), st.integers(1, 12))
 def test_unrescored_passages_cannot_be_in_the_top_k(pairs: list[tuple[float, float]], top_k: int) -> None:
     final = np.array([score for score, _ in pairs])
     bounds = final + np.array([slack for _, slack in pairs])

@@ -142,11 +142,7 @@ def test_standard_input_is_read_once(index: Path):
 
 
 def test_what_is_read_again_later_is_no_stream(index: Path, tmp_path: Path):
-    for arguments in (
-        ("index", index, "sync", "-"),
-        ("init", "-"),
-        ("keys", "/dev/stdin", "show"),
-    ):
+    for arguments in (("index", index, "sync", "-"), ("init", "-"), ("keys", "/dev/stdin", "show")):
         fail(*arguments, containing=["read again later"])
     assert len(Index.open(index, FakeStudent())) == 4
 

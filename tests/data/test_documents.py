@@ -174,8 +174,7 @@ class TestFormats:
 
 class TestSkipped:
     @pytest.mark.parametrize(
-        ("name", "reason"),
-        [("locked.pdf", "it is encrypted"), ("scanned.pdf", "it has no text; if it is scanned")],
+        ("name", "reason"), [("locked.pdf", "it is encrypted"), ("scanned.pdf", "it has no text; if it is scanned")]
     )
     def test_encrypted_and_scanned(self, name, reason):
         found = find_documents([FILES / name])

@@ -84,7 +84,7 @@ def test_a_draw_depends_only_on_query_and_seed() -> None:
     whole = by_query(labelled_pairs([training_source], num_negatives=4, max_queries=None, seed=5))
     plan = make_plan(training_source.plan.entries[::-2])
     part = by_query(
-        labelled_pairs([dataclasses.replace(training_source, plan=plan)], num_negatives=4, max_queries=None, seed=5),
+        labelled_pairs([dataclasses.replace(training_source, plan=plan)], num_negatives=4, max_queries=None, seed=5)
     )
     assert len(part) == 6
     assert {query: set(pairs) for query, pairs in part.items()} == {query: set(whole[query]) for query in part}

@@ -210,10 +210,7 @@ def test_a_wrong_kind_or_setting_names_the_nearest(tmp_path: Path) -> None:
         ('kind = "overlaps"', ["teacher: no kind of teacher 'overlaps'; did you mean 'overlap'?"]),
         ('kind = "overlap"\nslop = 2', ["unknown key 'teacher.slop'; did you mean 'slope'?"]),
         ("slope = 2", ["unknown key 'teacher.slope' of kind auto; it is a setting of kind overlap"]),
-        (
-            'kind = "overlap"\nmax_tokens = 99',
-            ["'teacher.max_tokens' of kind overlap; it is a setting of kind auto,"],
-        ),
+        ('kind = "overlap"\nmax_tokens = 99', ["'teacher.max_tokens' of kind overlap; it is a setting of kind auto,"]),
     ):
         recipe.write_text(f"[teacher]\n{text}\n")
         fail("recipe", "check", recipe, containing=[str(recipe), *parts])

@@ -117,8 +117,7 @@ def test_a_checkpoint_of_another_run_is_refused(place: Place, tmp_path: Path, mo
         with pytest.raises(TrainingDivergedError):
             place.run(tmp_path / "student")
     with pytest.raises(
-        InputError,
-        match=r"belongs to a run with other settings: training.learning_rate \(was 0.001, is 0.0005\)",
+        InputError, match=r"belongs to a run with other settings: training.learning_rate \(was 0.001, is 0.0005\)"
     ):
         place.run(tmp_path / "student", learning_rate=5e-4)
 

@@ -262,9 +262,7 @@ def test_a_verb_without_labels_asks_again_only_for_what_was_on_its_way(
     assert Counter(prompts(endpoint)).total() == 3 * usual.total() + CONCURRENCY  # each call asks
 
 
-def test_judge_goes_on_after_an_error_of_the_endpoint(
-    of_verb: tuple[LocalEndpoint, Callable[[str], Command]],
-) -> None:
+def test_judge_goes_on_after_an_error_of_the_endpoint(of_verb: tuple[LocalEndpoint, Callable[[str], Command]]) -> None:
     endpoint, arguments = of_verb[0], of_verb[1]("judge")
     succeed(*arguments)
     usual = len(prompts(endpoint))

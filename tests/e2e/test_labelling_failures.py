@@ -1,5 +1,5 @@
 """``d2llm label`` with a model that grades or ranks lists: its endpoint goes away, is slow, or costs money; its answers
-lack what was asked for; its context is short; passages tell it what to answer.
+lack what was asked for.
 
 Whatever ends a call, its labels are kept, and the same command asks only for what was not answered.
 """
@@ -24,14 +24,7 @@ from d2llm.models.remote import endpoint as remote_endpoint
 from d2llm.models.teachers.judge import identify_judge
 from d2llm.recipe.recipe_file import load_recipe
 from e2e.command_line import d2llm, fail, succeed, succeed_with_report
-from list_endpoint import (
-    KINDS,
-    counts_words,
-    grade,
-    judged_lists,
-    recipe_with_teacher,
-    shared_words,
-)
+from list_endpoint import KINDS, counts_words, grade, judged_lists, recipe_with_teacher, shared_words
 from local_endpoint import LocalEndpoint, Reply, Request, chat, local_endpoint
 from waiting import PATIENCE, until
 

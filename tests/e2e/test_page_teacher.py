@@ -102,11 +102,7 @@ def test_the_cascade_column_matches_the_api(visit, address):
     page = visit(f"{address}/{BESIDE}")
     wait_for_columns(page)
     columns = page.locator(".column")
-    assert columns.locator("h2").all_inner_texts() == [
-        "Ranked by Inner product",
-        "Ranked by IEM",
-        "Ranked by Cascade",
-    ]
+    assert columns.locator("h2").all_inner_texts() == ["Ranked by Inner product", "Ranked by IEM", "Ranked by Cascade"]
     answers = [search_api(address, rescore) for rescore in RANKINGS]
     ids = [[passage["id"] for passage in answer["passages"]] for answer in answers]
     assert [ids_of(column) for column in columns.all()] == ids

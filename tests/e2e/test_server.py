@@ -513,9 +513,7 @@ def test_a_writer_expands_queries(tmp_path):
                 expected = library.search(QUERY, top_k=20, expansion=Expansion(writer, method, number))
                 assert [hit["id"] for hit in answer["passages"]] == [hit.passage.id for hit in expected.passages]
                 np.testing.assert_allclose(
-                    [hit["score"] for hit in answer["passages"]],
-                    [hit.score for hit in expected.passages],
-                    atol=1e-4,
+                    [hit["score"] for hit in answer["passages"]], [hit.score for hit in expected.passages], atol=1e-4
                 )
                 assert answer["expansion"]["texts"] == list(expected.expansion.texts) != []
                 assert answer["seconds"].keys() >= {"queue", "expansion", "encode", "candidates", "score"}

@@ -182,10 +182,7 @@ def expected_answers(pairs: tuple[Pair, Pair], folders: tuple[Path, Path]) -> tu
 
 @pytest.mark.parametrize("way", ["in place", "by a link"])
 def test_each_response_comes_from_one_pair_during_the_swap(
-    pairs: tuple[Pair, Pair],
-    way: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    pairs: tuple[Pair, Pair], way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     old, new = pairs
     old.write(tmp_path / "old")

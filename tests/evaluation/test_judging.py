@@ -26,17 +26,7 @@ SCORES = {"q1": {"b": 2, "a": 1}, "q2": {"c": 1}, "q3": {"d": 1, "c": 1, "a": 0}
 
 
 def judge_tiny(judge, folder, *, pool=POOL, known=None, task="asymmetric"):
-    return judge_pool(
-        judge,
-        pool,
-        QUERIES,
-        PASSAGES,
-        task,
-        dataset="tiny",
-        store=folder,
-        known=known,
-        title="asking",
-    )
+    return judge_pool(judge, pool, QUERIES, PASSAGES, task, dataset="tiny", store=folder, known=known, title="asking")
 
 
 @pytest.mark.parametrize(
@@ -127,14 +117,7 @@ def test_pairs_stored_before_an_interruption_are_reused(tmp_path, monkeypatch):
 def test_truncated_pairs_are_counted(tmp_path):
     passages = PASSAGES | {"c": "word " * 300}
     judged = judge_pool(
-        FakeTeacher(),
-        POOL,
-        QUERIES,
-        passages,
-        "asymmetric",
-        dataset="tiny",
-        store=tmp_path / "store",
-        title="asking",
+        FakeTeacher(), POOL, QUERIES, passages, "asymmetric", dataset="tiny", store=tmp_path / "store", title="asking"
     )
     assert (judged.num_new, judged.num_truncated) == (6, 2)
 

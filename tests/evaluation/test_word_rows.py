@@ -220,11 +220,7 @@ def test_the_own_score_keeps_weight_one():
 
 def test_ablated_parts_of_the_score_get_rows(words, work):
     report = measure(words, everyone(student=WordyStudent()), work, num_candidates=260)
-    names = [
-        "D2LLM without BM25 of passages",
-        "D2LLM without BM25 of windows",
-        "D2LLM without the interaction",
-    ]
+    names = ["D2LLM without BM25 of passages", "D2LLM without BM25 of windows", "D2LLM without the interaction"]
     assert [row.name for row in report.rows if row.name.startswith("D2LLM without")] == names
     student = FakeStudent()
     texts = [passage.full_text for passage in words.passages.values()]

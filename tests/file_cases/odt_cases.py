@@ -260,11 +260,7 @@ def odt_cases() -> list[Case]:
             ("東京", "です", "مرحبا بالعالم", "हिन्दी में"),
         ),
         Case("headers.odt", odt(p("Body."), more={"styles.xml": _master("Contract 77-B")}), ("Body.", "Contract 77-B")),
-        Case(
-            "formula.odt",
-            odt(p("Mass: " + formula), more={"Object 1/content.xml": math}),
-            ("Mass:", "E = mc"),
-        ),
+        Case("formula.odt", odt(p("Mass: " + formula), more={"Object 1/content.xml": math}), ("Mass:", "E = mc")),
         Case(
             "fields.odt",
             odt(

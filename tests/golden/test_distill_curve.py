@@ -41,13 +41,7 @@ def run(folder: Path) -> dict[str, Any]:
         tiny_student_config(model), losses=LOSSES, learning_rate=1e-3, head_learning_rate=1e-2, eval_every=8
     )
     distill(
-        sources,
-        folder / "run",
-        recipe=recipe,
-        labels=folder / "labels",
-        teacher=teacher,
-        device="cpu",
-        dtype="float32",
+        sources, folder / "run", recipe=recipe, labels=folder / "labels", teacher=teacher, device="cpu", dtype="float32"
     )
     lines = [json.loads(line) for line in (folder / "run.run" / "log.jsonl").read_text("utf-8").splitlines()]
     return {

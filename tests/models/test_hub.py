@@ -262,8 +262,7 @@ class TestFetch:
             check_content(folder)
 
     @pytest.mark.parametrize(
-        ("name", "reason"),
-        [("somebody/nothing", "none that you may read"), (f"{NAME}@v9", "no such revision")],
+        ("name", "reason"), [("somebody/nothing", "none that you may read"), (f"{NAME}@v9", "no such revision")]
     )
     def test_missing_repositories_and_revisions_are_reported(self, hub, merged, name, reason):
         push_student(merged, NAME, token=OWNER_TOKEN)

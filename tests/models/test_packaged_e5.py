@@ -208,7 +208,7 @@ def test_a_small_file_becomes_the_bert_it_describes(usable, tmp_path):
     assert converted.config.layer_norm_eps == 1e-12
     tokenizer = load_tokenizer(str(folder))
     assert tokenizer.convert_ids_to_tokens(tokenizer("ab\x01 \t ａ～")["input_ids"]) == [
-        *("<s>", "▁ab", "▁", "a", "～", "</s>"),
+        *("<s>", "▁ab", "▁", "a", "～", "</s>")
     ]
     assert (tokenizer.pad_token, tokenizer.mask_token) == ("<pad>", "<mask>")
 
@@ -277,11 +277,7 @@ def test_missing_and_misformatted_weights_are_rejected(tmp_path):
 
 @pytest.mark.parametrize(
     ("offset", "problem"),
-    [
-        (10**12, "'l0.k.b' at bytes 1,000,000,000,000"),
-        (8, "'l0.k.b' at bytes 8 to 136"),
-        (None, "overlap"),
-    ],
+    [(10**12, "'l0.k.b' at bytes 1,000,000,000,000"), (8, "'l0.k.b' at bytes 8 to 136"), (None, "overlap")],
 )
 def test_misplaced_weights_are_rejected(tmp_path, offset, problem):
     content = bytearray(file_bytes(head(), tiny_contents()))

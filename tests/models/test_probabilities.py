@@ -15,10 +15,7 @@ from d2llm import Student
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
-from d2llm.models.probabilities import (
-    ProbabilityCalibration,
-    TaskCalibration,
-)
+from d2llm.models.probabilities import ProbabilityCalibration, TaskCalibration
 from d2llm.ops.calibration import expected_calibration_error, reliability_bins
 from d2llm.training.fit_probabilities import MIN_QUERIES, NUM_HARD, NUM_RANDOM, fit_probabilities, score_drawn
 from fake_models import FakeEncoded

@@ -16,13 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from d2llm.core.errors import MissingExtraError, ModelError, ModelNotFoundError
 from d2llm.models import sources
-from d2llm.models.sources import (
-    find_model_file,
-    fingerprint_model,
-    load_pretrained,
-    load_tokenizer,
-    locate_model,
-)
+from d2llm.models.sources import find_model_file, fingerprint_model, load_pretrained, load_tokenizer, locate_model
 from tiny_models import write_tiny_model
 
 

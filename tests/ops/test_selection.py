@@ -26,12 +26,7 @@ def test_ids_are_requested_only_for_ties():
     scores = np.array([3, 1, 2, 2, 5, 3, 1], np.float32)
     assert top_rows(
         scores, 4, lambda rows: requested.append(rows.tolist()) or [str(9 - row) for row in rows]
-    ).tolist() == [
-        4,
-        5,
-        0,
-        3,
-    ]
+    ).tolist() == [4, 5, 0, 3]
     assert [sorted(rows) for rows in requested] == [[0, 2, 3, 5]]  # one call, without rows 1, 4 and 6
     top_rows(np.array([3, 1, 2], np.float32), 2, lambda rows: pytest.fail("no two scores are equal"))
 

@@ -299,13 +299,7 @@ PIECES = """
 
 
 @settings(max_examples=examples(200))
-@given(
-    text=st.text(max_size=40)
-    | st.lists(
-        st.sampled_from([*TYPES, *PIECES.split()]),
-        max_size=14,
-    ).map(" ".join)
-)
+@given(text=st.text(max_size=40) | st.lists(st.sampled_from([*TYPES, *PIECES.split()]), max_size=14).map(" ".join))
 def test_any_text_is_a_filter_or_a_filter_error(text: str) -> None:
     try:
         sql = parse_filter(text, SCHEMA).sql

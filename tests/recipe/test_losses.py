@@ -50,10 +50,7 @@ def test_a_weight_or_a_table_and_what_is_not_named_takes_no_part() -> None:
         ("margin_mze = 0.0", "did you mean 'margin_mse'?"),
         ("margin_mse = -1", r"losses.margin_mse.weight: Input should be greater than or equal to 0 (got -1)"),
         ("margin_mse = nan", r"losses.margin_mse.weight: Input should be a finite number (got nan)"),
-        (
-            'margin_mse = "much"',
-            "should be a weight, such as 0.5, or a table of its settings (got 'much')",
-        ),
+        ('margin_mse = "much"', "should be a weight, such as 0.5, or a table of its settings (got 'much')"),
         ("margin_mse = true", "losses.margin_mse should be a weight"),
         (
             "contrastive_imitation = { temprature = 1 }",

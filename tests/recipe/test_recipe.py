@@ -7,13 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from d2llm.core.errors import RecipeError
-from d2llm.recipe import (
-    Lora,
-    Pretraining,
-    Recipe,
-    TeacherConfig,
-    TeacherTuningConfig,
-)
+from d2llm.recipe import Lora, Pretraining, Recipe, TeacherConfig, TeacherTuningConfig
 from d2llm.recipe.losses import Objective
 from d2llm.recipe.recipe_file import (
     changed_recipe,
@@ -278,10 +272,7 @@ def test_a_teacher_name_may_have_a_kind_prefix(text: str, kind: str, model: str)
         ),
         ('[teacher]\nkind = "vllm"\ndevice_map = "auto"', "unknown key 'teacher.device_map' of kind vllm"),
         ('[teacher]\nkind = "causal"\nenforce_eager = true', "'teacher.enforce_eager' of kind causal; .* kind vllm"),
-        (
-            '[teacher]\npositive_label = "yes"',
-            "'teacher.positive_label' of kind auto; .* kind classifier",
-        ),
+        ('[teacher]\npositive_label = "yes"', "'teacher.positive_label' of kind auto; .* kind classifier"),
         ('[teacher]\nkind = "causl"', "teacher: no kind of teacher 'causl'; did you mean 'causal'"),
         ('[teacher]\nkind = "causal"\nmax_token = 5', "unknown key 'teacher.max_token'; did you mean 'max_tokens'"),
         ('[teacher]\nkind = "remote"', "teacher.remote is missing; set it"),

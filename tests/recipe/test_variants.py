@@ -263,9 +263,7 @@ def test_variants_apply_to_recipes_whose_settings_they_exclude() -> None:
         "own",
         "Ditto, whitened and nested",
         {
-            "student": {
-                "pooling": {"kind": "whitening", "pooling": {"kind": "ditto", "layer": 0, "head": 1}},
-            },
+            "student": {"pooling": {"kind": "whitening", "pooling": {"kind": "ditto", "layer": 0, "head": 1}}},
             "losses": {"nested_cross_entropy": {"dims": (64,)}},
         },
     ).apply(recipe)

@@ -65,14 +65,7 @@ from tiny_data import everyday
 from tiny_models import tiny_student_config, write_tiny_model, write_trained_student
 
 LIST = re.compile(r"\b(Iterable|Iterator|Sequence|Collection|list|tuple|set|frozenset|List|Tuple|Set)\[")
-RESULTS = {
-    "AnswerContext",
-    "Excerpt",
-    "Explanation",
-    "PairDataset",
-    "RankedPassage",
-    "Ranking",
-}
+RESULTS = {"AnswerContext", "Excerpt", "Explanation", "PairDataset", "RankedPassage", "Ranking"}
 """Classes that d2llm makes and callers read."""
 OTHERS = {
     "Backbone.pad.ids": "rows of numbers",
@@ -327,10 +320,7 @@ CASES: dict[str, tuple[One, Call]] = {
         lambda _: TrecRun("ab", {"q": ("p",)}, {"q": {"p": 1.0}}),
         lambda w, v: Contenders(w.fake, runs=v).runs,
     ),
-    "Contenders.trained_on": (
-        lambda _: "ab",
-        lambda w, v: Contenders(w.fake, trained_on={"a student": v}).trained_on,
-    ),
+    "Contenders.trained_on": (lambda _: "ab", lambda w, v: Contenders(w.fake, trained_on={"a student": v}).trained_on),
     "Dataset.relevant_passages.splits": (lambda _: "train", lambda w, v: w.dataset.relevant_passages(v)),
     "Dataset.unshared_positives.others": (lambda _: "dev", lambda w, v: w.dataset.unshared_positives("train", v)),
     "EvaluationSettings.stored_as": (lambda _: "int8", lambda _, v: EvaluationSettings(stored_as=v)),
@@ -347,10 +337,7 @@ CASES: dict[str, tuple[One, Call]] = {
         lambda w, v: [each.passages for each in w.index().around(v)],
     ),
     "Index.build_ann.queries": (lambda _: "ab", lambda w, v: w.index().build_ann(queries=v)),
-    "Index.context.sources": (
-        lambda _: "bm25",
-        lambda w, v: make_student_index(w).context("text", sources=v).text,
-    ),
+    "Index.context.sources": (lambda _: "bm25", lambda w, v: make_student_index(w).context("text", sources=v).text),
     "Index.search.sources": (
         lambda _: "bm25",
         lambda w, v: [each.passage.id for each in w.index().search("text 12", sources=v).passages],
@@ -383,10 +370,7 @@ CASES: dict[str, tuple[One, Call]] = {
     "Run.ensemble.members": (lambda _: TeacherConfig(model="gone"), lambda w, v: w.run().ensemble(v)),
     "SearchSettings.sources": (lambda _: "bm25", lambda _, v: SearchSettings(sources=v)),
     "Student.encode_chunks.texts": (lambda _: "ab", lambda w, v: w.student.encode_chunks(v)),
-    "Student.encode_document.texts": (
-        lambda _: "ab",
-        lambda w, v: np.atleast_2d(w.student.encode_document(v)),
-    ),
+    "Student.encode_document.texts": (lambda _: "ab", lambda w, v: np.atleast_2d(w.student.encode_document(v))),
     "Student.encode_query.texts": (lambda _: "ab", lambda w, v: np.atleast_2d(w.student.encode_query(v))),
     "Student.rank.passages": (lambda _: "ab", lambda w, v: [each.passage for each in w.student.rank("a", v)]),
     "Student.encode_passages.texts": (lambda _: "ab", lambda w, v: w.student.encode_passages(v).vectors),
@@ -400,14 +384,8 @@ CASES: dict[str, tuple[One, Call]] = {
     "Student.term_factors.queries": (lambda _: "ab", lambda w, v: w.student.term_factors(v)),
     "Student.term_states.queries": (lambda _: "ab", lambda w, v: w.student.term_states(v)),
     "Student.tokenize.texts": (lambda _: "ab", lambda w, v: w.student.tokenize(v, "query").ids),
-    "Teacher.judge.pairs": (
-        lambda _: "ab",
-        lambda w, v: w.teacher.judge(v, "asymmetric").log_odds,
-    ),
-    "Teacher.judge_until_error.pairs": (
-        lambda _: "ab",
-        lambda w, v: w.teacher.judge_until_error(v, "asymmetric"),
-    ),
+    "Teacher.judge.pairs": (lambda _: "ab", lambda w, v: w.teacher.judge(v, "asymmetric").log_odds),
+    "Teacher.judge_until_error.pairs": (lambda _: "ab", lambda w, v: w.teacher.judge_until_error(v, "asymmetric")),
     "Teacher.score.pairs": (lambda _: "ab", lambda w, v: w.teacher.score(v)),
     "distill.closed_gates": (lambda _: "data", lambda w, v: distilled(w, [], v)),
     "distill.sources": (
@@ -418,10 +396,7 @@ CASES: dict[str, tuple[One, Call]] = {
         lambda _: "ab",
         lambda w, v: distill_static(w.student.backbone, v, w.new(), smoothing=0.001),
     ),
-    "encode.corpus": (
-        lambda _: Passage("ab", "a text"),
-        lambda w, v: d2llm.encode(v, w.fake, w.new()).num_passages,
-    ),
+    "encode.corpus": (lambda _: Passage("ab", "a text"), lambda w, v: d2llm.encode(v, w.fake, w.new()).num_passages),
     "evaluate.indexes": (
         lambda w: w.root / "gone",
         lambda w, v: d2llm.evaluate(w.dataset, Contenders(w.fake), indexes=v),
@@ -437,10 +412,7 @@ CASES: dict[str, tuple[One, Call]] = {
     "fit.examples": (lambda _: "ab", lambda _, v: FitSettings.of(examples=v)),
     "fit.exclude": (lambda _: "ab", lambda _, v: FitSettings.of(exclude=v).exclude),
     "fit.documents": (lambda w: w.root / "gone", lambda w, v: d2llm.fit(v, w.root / "fit-of-nothing")),
-    "fit_evidence.judged": (
-        lambda _: (everyday(), "asymmetric"),
-        lambda w, v: fit_evidence(w.student, v).model_dump(),
-    ),
+    "fit_evidence.judged": (lambda _: (everyday(), "asymmetric"), lambda w, v: fit_evidence(w.student, v).model_dump()),
     "fit_evidence.terms": (
         lambda _: "words",
         lambda w, v: fit_evidence(w.student, [(everyday(), "asymmetric")], terms=v).model_dump(),
@@ -449,10 +421,7 @@ CASES: dict[str, tuple[One, Call]] = {
         lambda _: (everyday(), "asymmetric"),
         lambda w, v: fit_probabilities(w.student, v).model_dump(),
     ),
-    "fit_scores.data": (
-        lambda _: everyday(),
-        lambda w, v: fit_scores(w.student, v, "asymmetric", token_vectors=True),
-    ),
+    "fit_scores.data": (lambda _: everyday(), lambda w, v: fit_scores(w.student, v, "asymmetric", token_vectors=True)),
     "fit_tokens.datasets": (lambda _: everyday(), lambda w, v: fit_tokens(w.student, v)),
     "fit_tokens.queries": (
         lambda _: "gone",

@@ -186,10 +186,7 @@ def test_an_endpoint_expands_queries_whatever_they_say(index):
 
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
-    [
-        ("multi", {"exact": True}, "expand with 'hyde'"),
-        ("multi", {"group": "sum"}, "set group to 'best'"),
-    ],
+    [("multi", {"exact": True}, "expand with 'hyde'"), ("multi", {"group": "sum"}, "set group to 'best'")],
 )
 def test_settings_that_contradict_an_expansion(index, method, settings, message):
     with pytest.raises(InputError, match=message):

@@ -5,13 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from d2llm.core.errors import (
-    DataFormatError,
-    DuplicateIdError,
-    FilterError,
-    IndexMismatchError,
-    InputError,
-)
+from d2llm.core.errors import DataFormatError, DuplicateIdError, FilterError, IndexMismatchError, InputError
 from d2llm.core.types import Passage
 from d2llm.data.indexed_corpus import check_corpus, iter_corpus
 from d2llm.retrieval import upserting

@@ -34,13 +34,7 @@ from d2llm.store.side_files import Chunking
 from d2llm.training import label as label_verb
 from d2llm.training.label import LabelReport
 from tiny_data import topics
-from tiny_models import (
-    DIM,
-    TEXTS,
-    tiny_student_config,
-    tiny_teacher_config,
-    write_tiny_model,
-)
+from tiny_models import DIM, TEXTS, tiny_student_config, tiny_teacher_config, write_tiny_model
 from waiting import until
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'd2llm[ray]'")

@@ -111,12 +111,7 @@ def test_the_device_cpu_leaves_gpus_alone():
         ([{"CPU": 2}], 3, 1, "3 workers need a core each, but the cluster has 2"),
         ([{}], None, 1, "the workers need a core each, but the cluster has 0"),
         ([{"CPU": 16, "GPU": 1}], 2, 1, "2 workers need a GPU each, but the cluster has room for 1"),
-        (
-            [{"CPU": 16, "GPU": 3}] * 2,
-            3,
-            2,
-            "3 workers need 2 GPUs of one machine each, but .* room for 2",
-        ),
+        ([{"CPU": 16, "GPU": 3}] * 2, 3, 2, "3 workers need 2 GPUs of one machine each, but .* room for 2"),
         ([{"CPU": 16, "GPU": 3}] * 2, None, 4, "1 worker needs 4 GPUs of one machine each, but .* room for 0"),
     ],
 )

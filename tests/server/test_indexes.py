@@ -145,10 +145,7 @@ def test_a_write_changes_the_named_index_alone(client: TestClient):
 
 def test_a_redirect_keeps_the_address(client: TestClient):
     response = client.get("/indexes/faq/v1/index/", follow_redirects=False)
-    assert (response.status_code, response.headers["Location"]) == (
-        307,
-        "http://127.0.0.1:8000/indexes/faq/v1/index",
-    )
+    assert (response.status_code, response.headers["Location"]) == (307, "http://127.0.0.1:8000/indexes/faq/v1/index")
     assert client.get("/indexes/faq/v1/index/").json()["name"] == "faq"
 
 

@@ -74,8 +74,7 @@ def test_removing_an_unknown_key_is_an_error(file: Path):
 
 
 @pytest.mark.parametrize(
-    "content",
-    ["", "[]", '{"version": 2}', '{"keys": [{"name": "a"}]}', '{"keys": [{"name": "a", "sha256": "00"}]}'],
+    "content", ["", "[]", '{"version": 2}', '{"keys": [{"name": "a"}]}', '{"keys": [{"name": "a", "sha256": "00"}]}']
 )
 def test_an_invalid_key_file_is_refused(file: Path, content: str):
     file.write_text(content)

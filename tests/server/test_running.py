@@ -48,8 +48,7 @@ def test_a_port_in_use_is_an_error_that_names_the_option():
 
 
 @pytest.mark.parametrize(
-    ("host", "message"),
-    [("no-such-host.invalid", "is unknown"), ("192.0.2.1", "is not an address of this machine")],
+    ("host", "message"), [("no-such-host.invalid", "is unknown"), ("192.0.2.1", "is not an address of this machine")]
 )
 def test_unknown_or_foreign_hosts_are_an_error(host: str, message: str):
     with pytest.raises(InputError, match=message):

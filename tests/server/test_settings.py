@@ -12,13 +12,7 @@ from d2llm.cli.main import app
 from d2llm.cli.options import parse_assignments
 from d2llm.core.errors import InputError
 from d2llm.core.settings import is_shown
-from d2llm.server.settings import (
-    LOOPBACK_NAMES,
-    LoadedSettings,
-    ServeSettings,
-    is_loopback,
-    load_settings,
-)
+from d2llm.server.settings import LOOPBACK_NAMES, LoadedSettings, ServeSettings, is_loopback, load_settings
 from e2e.command_line import fail, succeed_with_report
 
 
@@ -188,11 +182,7 @@ def test_all_bad_values_are_reported_at_once(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("assignments", "message"),
-    [
-        (["max_texts"], "write --set NAME=VALUE"),
-        (["port=1", "port=2"], "port: given twice"),
-    ],
+    ("assignments", "message"), [(["max_texts"], "write --set NAME=VALUE"), (["port=1", "port=2"], "port: given twice")]
 )
 def test_assignments_are_checked(assignments: list[str], message: str):
     with pytest.raises(InputError, match=message):

@@ -17,13 +17,7 @@ from d2llm.core.types import Task
 from d2llm.models.student import Student
 from d2llm.recipe import InteractionConfig
 from d2llm.training.choose_weights import choose_interaction_weights, value_by_set
-from d2llm.training.dev_sets import (
-    INTERACTION_WEIGHTS,
-    DevResult,
-    DevSet,
-    evaluate_dev,
-    make_dev_set,
-)
+from d2llm.training.dev_sets import INTERACTION_WEIGHTS, DevResult, DevSet, evaluate_dev, make_dev_set
 from tiny_data import make_source, topics
 from tiny_models import randomise, tiny_student_config, write_tiny_model
 

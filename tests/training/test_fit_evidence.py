@@ -218,12 +218,7 @@ class TestStudent:
         longer = replace(dataset, passages={name: Passage(name, text) for name, text in texts.items()})
         names = list(texts)
         result = make_evidence_lists(
-            student,
-            longer,
-            "asymmetric",
-            terms=("words", "window_vectors"),
-            num_passages=len(names),
-            depth=len(names),
+            student, longer, "asymmetric", terms=("words", "window_vectors"), num_passages=len(names), depth=len(names)
         )
         queries = dev_queries(longer, num_queries=200, seed=0)
         anchors = student.anchor_queries(
@@ -275,10 +270,7 @@ class TestStudent:
                 HEAD | {"tasks": {"asymmetric": {"weights": {"words": -1}, "dev": {}, "num_queries": {}}}},
                 "greater than or equal to 0",
             ),
-            (
-                HEAD | {"tasks": {"asymmetric": {"weights": {"sounds": 1}, "dev": {}, "num_queries": {}}}},
-                "sounds",
-            ),
+            (HEAD | {"tasks": {"asymmetric": {"weights": {"sounds": 1}, "dev": {}, "num_queries": {}}}}, "sounds"),
         ],
     )
     def test_invalid_evidence_files_are_rejected(self, tmp_path, content, problem):

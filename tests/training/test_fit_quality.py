@@ -120,10 +120,7 @@ def test_quality_is_stored_with_the_student(tmp_path: Path) -> None:
 def quality_of(weights: np.ndarray) -> PassageQuality:
     counts = {"tiny": 1}
     return PassageQuality(
-        weights=tuple(map(float, weights)),
-        num_passages=counts,
-        num_relevant=counts,
-        auc={"tiny": 0.7},
+        weights=tuple(map(float, weights)), num_passages=counts, num_relevant=counts, auc={"tiny": 0.7}
     )
 
 

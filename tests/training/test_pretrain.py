@@ -41,12 +41,7 @@ from tiny_distill import Place
 from tiny_models import TEXTS, tiny_student_config, tiny_tokenizer, word_tokenizer, write_tiny_model
 
 PASSAGES = [f"{one} {other}" for one in TEXTS for other in TEXTS if one != other]
-TAUGHT = {
-    "relations": {"relation_heads": 4},
-    "hidden_states": {},
-    "mutual_information": {},
-    "vectors": {},
-}
+TAUGHT = {"relations": {"relation_heads": 4}, "hidden_states": {}, "mutual_information": {}, "vectors": {}}
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from d2llm.core.errors import (
-    D2LLMError,
-    InputError,
-    MismatchError,
-    ModelError,
-    RecipeError,
-    StorageError,
-)
+from d2llm.core.errors import D2LLMError, InputError, MismatchError, ModelError, RecipeError, StorageError
 from d2llm.core.types import Passage
 from d2llm.models.attribution import attribute
 from d2llm.models.export.export import export

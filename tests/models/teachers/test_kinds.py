@@ -58,9 +58,7 @@ def write_classifier(folder: Path, architecture: str, **settings: Any) -> Path:
     tokenizer = tiny_tokenizer(is_decoder=False)
     has_token_types = architecture == "bert"
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>",
-        pair="<s> $A </s> $B:1 </s>:1",
-        special_tokens=[("<s>", 1), ("</s>", 2)],
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
     tokenizer.model_input_names = ["input_ids", *(["token_type_ids"] if has_token_types else []), "attention_mask"]
     tokenizer.save_pretrained(folder)
@@ -272,10 +270,7 @@ def test_unusable_teachers_are_rejected(tmp_path: Path, t5: Path) -> None:
     with pytest.raises(ModelError, match="has one output and no classes"):
         load(write_classifier(tmp_path / "one", "bert"), kind="classifier", positive_label="yes")
     path = tmp_path / "own.toml"
-    for yes, problem in (
-        ("absolutely", "is not one token"),
-        ("no", "'no' and 'no' are the same token"),
-    ):
+    for yes, problem in (("absolutely", "is not one token"), ("no", "'no' and 'no' are the same token")):
         section = f'template = "Q {{query}} P {{passage}} ?"\nyes = "{yes}"\nno = "no"\n'
         path.write_text(f"[symmetric]\n{section}[asymmetric]\n{section}")
         with pytest.raises(AnswerTokenError, match=problem):

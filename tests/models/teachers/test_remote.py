@@ -11,12 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2llm.core.errors import (
-    AnswerTokenError,
-    InputError,
-    MissingExtraError,
-    RecipeError,
-)
+from d2llm.core.errors import AnswerTokenError, InputError, MissingExtraError, RecipeError
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.judge import Judge
 from d2llm.models.teachers.prompts import Prompt, load_prompt
@@ -114,10 +109,7 @@ def test_only_the_exact_answer_words_count(top, expected):
     assert read_log_odds(top, PROMPT) == expected
 
 
-@given(
-    st.lists(st.floats(-8, 8), min_size=4, max_size=12, unique=True),
-    st.integers(2, 12),
-)
+@given(st.lists(st.floats(-8, 8), min_size=4, max_size=12, unique=True), st.integers(2, 12))
 def test_a_bound_is_never_on_the_wrong_side(logits, top_n):
     log_probabilities = np.array(logits) - np.log(np.exp(logits).sum())
     by_token = dict(zip([" yes", " no", *map(str, range(len(logits) - 2))], log_probabilities.tolist(), strict=True))

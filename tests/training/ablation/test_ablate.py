@@ -460,11 +460,7 @@ def assert_interval(interval: Interval | None, middle: float, half: float) -> No
 def test_labels_that_a_variant_asks_for_are_its_own(place: Place, tmp_path: Path) -> None:
     identity = identify_judge(place.teacher)
     source = place.source
-    key = {
-        "teacher": identity.fingerprint,
-        "prompt": identity.prompts[source.task],
-        "dataset": source.dataset.name,
-    }
+    key = {"teacher": identity.fingerprint, "prompt": identity.prompts[source.task], "dataset": source.dataset.name}
     before = LabelStore.open_for_reading(place.labels, **key).num_pairs
     recipe = small_recipe(place, residual=ResidualConfig(epochs=1, warmup_steps=0, batch_queries=4, num_near=5))
     report = run(place, tmp_path, recipe=recipe, variants=["ask-teacher", "in-batch-labels", "leave-out"], num_seeds=1)

@@ -37,11 +37,7 @@ class Encoder:
         self.vector_of = vector_of
 
     def encode(
-        self,
-        texts: Sequence[str],
-        *,
-        instruction: str | None = None,
-        advance: Callable[[int], None] | None = None,
+        self, texts: Sequence[str], *, instruction: str | None = None, advance: Callable[[int], None] | None = None
     ) -> Encoded:
         assert instruction is None
         if advance is not None:
