@@ -143,18 +143,6 @@ def test_evaluating_saved_runs_gives_the_same_figures(evaluated, place, options)
     assert f"{teacher_runs[0]}: 2 queries are not in the run and count as 0" in report["result"]["notes"]
 
 
-def test_a_second_call_reuses_earlier_measurements(evaluated, monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("it was measured already")
-
-    monkeypatch.setattr("d2llm.models.teachers.causal.CausalTeacher.judge", refuse)
-    monkeypatch.setattr("d2llm.models.student.Student.encode_passages", refuse)
-    _, report = succeed_with_report(*evaluated.arguments, folder=evaluated.folder)
-    for part in ("rows", "sample_rows", "comparisons", "agreement", "missing"):
-        assert report["result"][part] == evaluated.result[part]
-    assert report["result"]["notes"][-1].endswith("parts were measured by an earlier run")
-
-
 def test_the_baseline_can_be_chosen(evaluated):
     arguments = (*evaluated.arguments, "--baseline", "bm25", "--seed", 1)
     result, report = succeed_with_report(*arguments, folder=evaluated.folder)

@@ -194,15 +194,7 @@ def test_sources_with_the_same_name_are_rejected_up_front(model: Path, tmp_path:
     assert not (tmp_path / "store").exists()
 
 
-def test_query_ids_that_two_data_sets_share_are_kept_apart(model: Path, tmp_path: Path) -> None:
-    sources = [topics(num_train=2, name="one"), topics(num_train=3, name="two")]
-    config = tiny_teacher_config(model)
-    report = label(sources, tmp_path, teacher=config, device="cpu", dtype="float32")
-    assert report.queries == 5
-    assert [len(open_labels(data, tmp_path, config)) for data in sources] == [2, 3]
-
-
-def test_several_sources_in_one_store(model: Path, tmp_path: Path) -> None:
+def test_sources_in_one_store_are_kept_apart_though_they_share_query_ids(model: Path, tmp_path: Path) -> None:
     sources = [topics(num_train=3, name="one"), topics(num_train=5, shift=2, name="two", task="symmetric")]
     config = tiny_teacher_config(model)
     report = label(sources, tmp_path, teacher=config, device="cpu", dtype="float32")

@@ -122,33 +122,32 @@ def _start(folder: Path, vector_copies: VectorCopies) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("vector_copies", "num_kills"), [(2, 8), (1, 6)])
 def test_a_writer_killed_at_any_time(tmp_path, writers, vector_copies, num_kills):
-    seed = int(os.environ.get("D2LLM_TEST_SEED", "5"))
-    rng = random.Random(seed)
-    folder, log = tmp_path / "index", tmp_path / "log"
-    state, steps_hit = _start(folder, vector_copies), []
-    for number in range(TIMES * num_kills):
-        log.unlink(missing_ok=True)
-        task = {"folder": str(folder), "log": str(log), "state": state, "seed": seed * 1000 + number}
-        last = writers.run(task, seconds=rng.uniform(0.02, 0.4))
-        print("seed", task["seed"], "killed in", last.get("does", "between two steps"))
-        steps_hit.append(last.get("does"))
-        state = _check_after(folder, last)
-    assert len(set(steps_hit)) >= 2  # kinds of write; which ones, depends on the timing
+    steps_hit = _kill(writers, tmp_path, vector_copies, num_kills, lambda rng: ({}, rng.uniform(0.02, 0.4)))
+    assert len({*steps_hit}) >= 2  # kinds of write; which ones, depends on the timing
 
 
 @pytest.mark.parametrize(("vector_copies", "num_kills"), [(2, 12), (1, 10)])
 def test_a_writer_killed_before_or_after_a_write_call(tmp_path, writers, vector_copies, num_kills):
+    def at_a_call(rng):
+        return {"kill_at": rng.randint(1, 40), "after": rng.random() < 0.5}, None
+
+    steps_hit = _kill(writers, tmp_path, vector_copies, num_kills, at_a_call)
+    assert len({*steps_hit}) >= 3
+    assert "upsert" in steps_hit  # the most common step
+
+
+def _kill(writers, tmp_path, vector_copies, num_kills, choose):
+    """Kills writers, each as ``choose`` says (what it is told, and seconds); returns what each was doing."""
     seed = int(os.environ.get("D2LLM_TEST_SEED", "5"))
     rng = random.Random(seed)
     folder, log = tmp_path / "index", tmp_path / "log"
     state, steps_hit = _start(folder, vector_copies), []
     for number in range(TIMES * num_kills):
         log.unlink(missing_ok=True)
-        task = {"folder": str(folder), "log": str(log), "state": state, "seed": seed * 1000 + number}
-        task |= {"kill_at": rng.randint(1, 40), "after": rng.random() < 0.5}
-        last = writers.run(task)
-        print(task["seed"], "killed", "after" if task["after"] else "before", task["kill_at"], "in", last["does"])
-        steps_hit.append(last["does"])
+        told, seconds = choose(rng)
+        task = {"folder": str(folder), "log": str(log), "state": state, "seed": seed * 1000 + number} | told
+        last = writers.run(task, seconds=seconds)
+        print("seed", task["seed"], told, "killed in", last.get("does", "between two steps"))
+        steps_hit.append(last.get("does"))
         state = _check_after(folder, last)
-    assert len(set(steps_hit)) >= 3
-    assert "upsert" in steps_hit  # the most common step
+    return steps_hit

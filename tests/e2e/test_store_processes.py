@@ -14,9 +14,7 @@ from typing import Any
 
 import pytest
 
-from d2llm.core.errors import IndexLockedError
 from d2llm.store import vector_file
-from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import verify
 from d2llm.store.view import PassageView
 from store_reader import read, search
@@ -133,21 +131,3 @@ def test_users_without_write_permission_can_read(stranger, vectors):
     check_contents(PassageView(store), passages)
     assert verify(store).problems == []
     shutil.rmtree(folder)
-
-
-def test_the_lock_of_another_process_blocks_writing(tmp_path):
-    store = new_store(tmp_path / "index")
-    put(store, few_passages(3).values())
-    code = "import sys; from pathlib import Path; from d2llm.store.index_store import IndexStore\n"
-    code += "with IndexStore.open(Path(sys.argv[1])).writing(): print('held', flush=True); sys.stdin.read()"
-    writer = subprocess.Popen(
-        [sys.executable, "-c", code, str(store.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert writer.stdout is not None
-    assert writer.stdout.readline() == "held\n"
-    with pytest.raises(IndexLockedError, match="another process is writing"):
-        store.delete(["p1"])
-    check_contents(PassageView(store), few_passages(3))
-    writer.kill()
-    writer.wait()
-    assert IndexStore.open(store.folder).delete(["p1"]) == 1

@@ -107,12 +107,12 @@ def test_an_interrupted_sync_continues(index, folder, monkeypatch):
     assert contents(index).keys() == {"a.md#1", "a.md#2", "b.txt", "c.txt"}
 
 
-def test_a_document_written_in_part_is_read_again(index, folder, monkeypatch):
-    """Each passage is a commit here, and the process ends after the first of the document's two."""
+def sync_until(index, folder, passage, monkeypatch):
+    """Sync with each passage as a commit; the process ends before the one with this id."""
     original = upserting._Upsert._compare
 
     def ends(upsert, shard, block):
-        if block[0].id == "a.md#2":
+        if block[0].id == passage:
             raise KeyboardInterrupt
         return original(upsert, shard, block)
 
@@ -121,27 +121,19 @@ def test_a_document_written_in_part_is_read_again(index, folder, monkeypatch):
         patch.setattr(upserting._Upsert, "_compare", ends)
         with pytest.raises(KeyboardInterrupt):
             sync_documents(index, [folder])
+
+
+def test_a_document_written_in_part_is_read_again(index, folder, monkeypatch):
+    sync_until(index, folder, "a.md#2", monkeypatch)
     assert contents(index).keys() == {"a.md#1"}
     sync_documents(index, [folder])
     assert contents(index).keys() == {"a.md#1", "a.md#2", "b.txt", "c.txt"}
 
 
 def test_a_document_changed_in_part_is_read_again(index, folder, monkeypatch):
-    """As above, but the index has the document's earlier state."""
     sync_documents(index, [folder])
     write(folder / "a.md", "# A\nthe cow\n## B\nthe pig")
-    original = upserting._Upsert._compare
-
-    def ends(upsert, shard, block):
-        if block[0].id == "a.md#2":
-            raise KeyboardInterrupt
-        return original(upsert, shard, block)
-
-    monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(upserting._Upsert, "_compare", ends)
-        with pytest.raises(KeyboardInterrupt):
-            sync_documents(index, [folder])
+    sync_until(index, folder, "a.md#2", monkeypatch)
     assert [contents(index)[name] for name in ("a.md#1", "a.md#2")] == ["the cow", "the dog"]
     assert sync_documents(index, [folder]).num_unchanged == 2
     assert [contents(index)[name] for name in ("a.md#1", "a.md#2")] == ["the cow", "the pig"]
