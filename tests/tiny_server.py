@@ -9,22 +9,8 @@ from d2llm import Index, Passage, Student
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
 WORDS = [
-    "cat",
-    "dog",
-    "rain",
-    "bread",
-    "ship",
-    "book",
-    "train",
-    "snow",
-    "sun",
-    "field",
-    "house",
-    "salt",
-    "sea",
-    "star",
-    "noon",
-    "winter",
+    *("cat", "dog", "rain", "bread", "ship", "book", "train", "snow", "sun", "field", "house", "salt", "sea"),
+    *("star", "noon", "winter"),
 ]
 
 

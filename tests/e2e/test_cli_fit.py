@@ -27,16 +27,8 @@ def documents(tmp_path):
 def test_options_become_settings(opened, documents, tmp_path):
     (tmp_path / "examples.tsv").write_text("Pumps are cleaned weekly.\thow often to clean a pump\n")
     arguments = [
-        "--minutes",
-        "30",
-        "--student",
-        "d2llm-minilm",
-        "--seed",
-        "3",
-        "--exclude",
-        "*.log",
-        "--max-queries",
-        "9",
+        *("--minutes", "30", "--student", "d2llm-minilm", "--seed", "3", "--exclude", "*.log"),
+        *("--max-queries", "9"),
     ]
     arguments += ["--endpoint", "http://127.0.0.1:9/v1", "--writer", "large", "--prices", "0.5", "2", "--max-cost", "1"]
     result = succeed("fit", documents, *arguments, "--examples", tmp_path / "examples.tsv")

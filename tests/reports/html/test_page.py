@@ -128,15 +128,7 @@ def test_tables_contain_the_values_of_the_report():
         f"{comparison.adjusted_p:.4f}",
     ]
     assert table_rows(text, 3)[1] == [
-        "D2LLM",
-        "0.9100",
-        "0.9000",
-        "0.6100",
-        "0.8000",
-        "0.7700",
-        "0.7400",
-        "100",
-        "4,000",
+        *("D2LLM", "0.9100", "0.9000", "0.6100", "0.8000", "0.7700", "0.7400", "100", "4,000"),
     ]
     assert table_rows(text, 4)[1][:3] == ["BM25", "0.0988", "0.138"]
     for row in report.missing:
