@@ -1,4 +1,4 @@
-"""The command line from a folder of texts to search results. Wrong input is in test_cli_errors.py."""
+"""The command line from a folder of texts to search results. Wrong input is in test_mistakes.py."""
 
 from __future__ import annotations
 
