@@ -266,5 +266,3 @@ class TestContext:
         fail(*search, "--context", "90", "--tokenizer", "/nowhere", containing=["/nowhere: no such folder"])
         fail(*search, "--context", "90", "--excerpts", containing=["leave out --excerpts"])
         fail(*search, "--context", "90", "--explain", containing=["leave out --explain"])
-        fail(*search, "--context", "90", "--group", "best", containing=["group is 'best'"])
-        fail(*search, "--select-from", "20", containing=["select_from is for mmr and near_duplicates"])

@@ -252,19 +252,6 @@ class TestNearQueries:
 
 
 class TestTexts:
-    @pytest.mark.parametrize(
-        ("text", "expected"),
-        [
-            ("The  CAT, sat!", "the cat sat"),
-            ("１2ﬁ", "12fi"),
-            ("你好，世界。", "你好 世界"),
-            ("?!", ""),
-            ("नमस्ते", "नमस्ते"),
-        ],
-    )
-    def test_comparable(self, text, expected):
-        assert comparable(text) == expected
-
     def test_sampling_is_uniform_over_the_stream(self):
         drawn = np.zeros(40)
         for seed in range(2000):
