@@ -189,19 +189,15 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path):
     assert contents(tmp_path) == {"index/data": "new"}
 
 
-def test_foreign_files_are_never_replaced(tmp_path: Path):
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.txt").write_text("years")
-    with pytest.raises(InputError, match="home: holds files that d2llm did not make"), new_folder(tmp_path / "home"):
+@pytest.mark.parametrize(
+    ("file", "problem"), [("home/thesis.txt", "home: holds files that d2llm did not make"), ("home", "home: is a file")]
+)
+def test_foreign_files_are_never_replaced(tmp_path: Path, file: str, problem: str):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("years")
+    with pytest.raises(InputError, match=problem), new_folder(tmp_path / "home"):
         raise AssertionError("the block must not run")
-    assert contents(tmp_path) == {"home/thesis.txt": "years"}
-
-
-def test_a_file_is_never_replaced_by_a_folder(tmp_path: Path):
-    (tmp_path / "index").write_text("x")
-    with pytest.raises(InputError, match="index: is a file"), new_folder(tmp_path / "index"):
-        raise AssertionError("the block must not run")
-    assert contents(tmp_path) == {"index": "x"}
+    assert contents(tmp_path) == {file: "years"}
 
 
 @pytest.mark.parametrize("manifest", ['{"kind": "student"}', "{}", "[]", "{"])

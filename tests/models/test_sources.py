@@ -84,21 +84,18 @@ def test_a_path_that_does_not_exist_is_reported(name):
         locate_model(name)
 
 
-def test_a_folder_without_a_model_is_reported(tmp_path):
-    with pytest.raises(ModelNotFoundError, match=r"no config.json, so this is not a model folder"):
-        locate_model(str(tmp_path))
-
-
-def test_a_folder_without_weights_is_reported(llama):
-    (llama / "model.safetensors").unlink()
-    with pytest.raises(ModelNotFoundError, match=r"no safetensors weights.* Put model.safetensors there"):
-        locate_model(str(llama))
-
-
-def test_pickled_weights_are_never_loaded(llama):
-    (llama / "model.safetensors").unlink()
-    (llama / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ModelNotFoundError, match=r"Found pytorch_model.bin.*pickled weights are never loaded"):
+@pytest.mark.parametrize(
+    ("lost", "added", "problem"),
+    [
+        ("config.json", "notes.txt", "no config.json, so this is not a model folder"),
+        ("model.safetensors", "notes.txt", "no safetensors weights.* Put model.safetensors there"),
+        ("model.safetensors", "pytorch_model.bin", "Found pytorch_model.bin.*pickled weights are never loaded"),
+    ],
+)
+def test_a_folder_without_a_model_or_safe_weights_is_reported(llama, lost, added, problem):
+    (llama / lost).unlink()
+    (llama / added).write_bytes(b"")
+    with pytest.raises(ModelNotFoundError, match=problem):
         locate_model(str(llama))
 
 

@@ -102,17 +102,13 @@ def test_prometheus_can_parse_the_metrics_endpoint():
     assert families["d2llm_http_requests_in_flight"].samples[0].value == 1  # this request
 
 
-def test_a_refused_request_is_counted_for_its_route():
-    client = tiny_client(max_body_bytes=10)
-    client.post("/v1/search", json={"texts": [SECRET]})
-    labels = (("index", ""), ("method", "POST"), ("route", "/v1/search"), ("status", "413"))
-    assert samples(telemetry_of(client))["d2llm_http_requests_total", labels] == 1
-
-
-def test_a_failure_is_counted_as_500():
-    client = tiny_client()
-    client.post("/v1/fail", json={"texts": [SECRET]})
-    labels = (("index", ""), ("method", "POST"), ("route", "/v1/fail"), ("status", "500"))
+@pytest.mark.parametrize(
+    ("route", "limits", "status"), [("search", {"max_body_bytes": 10}, "413"), ("fail", {}, "500")]
+)
+def test_refused_and_failed_requests_are_counted_for_their_route(route, limits, status):
+    client = tiny_client(**limits)
+    client.post(f"/v1/{route}", json={"texts": [SECRET]})
+    labels = (("index", ""), ("method", "POST"), ("route", f"/v1/{route}"), ("status", status))
     assert samples(telemetry_of(client))["d2llm_http_requests_total", labels] == 1
 
 
