@@ -29,9 +29,9 @@ from untrained import make_student, ndcg, sample
 
 from d2llm.data.beir import read_beir
 from d2llm.models.backbone import Backbone
-from d2llm.models.static_model import distill_static
 from d2llm.models.student import Student
 from d2llm.recipe import BackboneConfig, Frozen, StudentConfig
+from d2llm.training.distill_static import distill_static
 
 SETS = ("squad-sent", "banking77", "covidqa")
 REPEATS = 3

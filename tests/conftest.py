@@ -47,7 +47,7 @@ NUMERIC_FILES = (
 # Left out by `make test-fast`: folders that start programs, servers and browsers, and slow files.
 SLOW_FOLDERS = ("e2e", "dialects", "parity")
 SLOW_FILES = (
-    *("data/labels", "demo/corpus", "integrations/mteb", "integrations/texts", "models/packaged_e5"),
+    *("data/labels", "demo/corpus", "integrations/mteb", "integrations/texts", "methods/backbones/e5"),
     *("evaluation/evaluate", "evaluation/evaluate_again", "evaluation/shortcuts", "evaluation/word_rows"),
     *("models/remote/endpoint", "models/remote/pace", "models/teachers/causal", "models/teachers/shared_prefix"),
     *(
@@ -71,7 +71,7 @@ CORE_E2E = ("architectures", "distill", "run", "server")
 REST_FILES = (
     *("cli/streams", "data/parser_workers", "data/table_files", "e2e/cli_documents", "e2e/cli_filter"),
     *("evaluation/evaluate_again", "evaluation/shortcuts", "evaluation/word_rows", "fitting/fit"),
-    *("models/packaged_e5", "ops/token_bounds", "property/sharded_search", "repository/one_as_list"),
+    *("methods/backbones/e5", "ops/token_bounds", "property/sharded_search", "repository/one_as_list"),
     *("server/fairness", "server/large_bodies", "server/running", "server/stopping", "server/uploads"),
     *("sizing/index_bytes", "training/pretrain", "training/tune_stopping"),
 )

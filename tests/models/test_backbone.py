@@ -7,7 +7,8 @@ import torch
 from transformers import BartConfig, BartModel, T5Config, T5Model
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.models.backbone import Backbone, layers_of
+from d2llm.models.backbone import Backbone
+from d2llm.models.pretrained import layers_of
 from d2llm.recipe import BackboneConfig, Pooling
 from tiny_models import ARCHITECTURES, DECODERS, TEXTS, randomise, tiny_tokenizer, write_tiny_model
 

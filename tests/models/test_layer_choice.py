@@ -11,8 +11,9 @@ import torch
 
 from d2llm.core.errors import InputError
 from d2llm.methods.poolings.ditto import Ditto, choose_head
-from d2llm.models.backbone import Backbone, layers_of
+from d2llm.models.backbone import Backbone
 from d2llm.models.layer_choice import choose_layers, layer_distances
+from d2llm.models.pretrained import layers_of
 from d2llm.models.student import Student
 from d2llm.recipe import BackboneConfig, Pooling
 from tiny_models import TEXTS, tiny_student_config, write_tiny_model

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from d2llm.core.errors import MissingExtraError, ModelError, ModelNotFoundError
+from d2llm.methods.backbones.gguf import GGUF
 from d2llm.models import sources
 from d2llm.models.sources import find_model_file, fingerprint_model, load_pretrained, load_tokenizer, locate_model
 from tiny_models import write_tiny_model
@@ -109,7 +110,7 @@ def test_a_gguf_is_converted_once(monkeypatch, tmp_path):
         converted.append(path)
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(sources, "_convert_gguf", convert)
+    monkeypatch.setattr(GGUF, "convert", convert)
     path = tmp_path / "small.Q4_1.gguf"
     path.write_bytes(b"GGUF")
     first = locate_model(str(path), cache=tmp_path / "cache")

@@ -171,7 +171,8 @@ def test_what_others_published_is_imported_only_if_it_is_named() -> None:
         "methods = lambda: {name for name in sys.modules if name.startswith('d2llm.methods.')}\n"
         "assert not methods()\n"
         "Recipe()\n"
-        "assert methods() == {'d2llm.methods.poolings', 'd2llm.methods.poolings.pma'}\n"  # the default
+        "defaults = {'backbones', 'backbones.minilm', 'poolings', 'poolings.pma'}\n"
+        "assert methods() == {f'd2llm.methods.{name}' for name in defaults}\n"
         "Recipe(losses={'ranknet': 1.0})\n"
         "assert 'd2llm.methods.losses.ranknet' in sys.modules\n"
         "assert 'd2llm.methods.losses.sinkhorn' not in sys.modules\n"

@@ -49,10 +49,10 @@ from d2llm.evaluation.loading import load_contenders
 from d2llm.fitting.fit import Fit
 from d2llm.models.backbone import Backbone
 from d2llm.models.listwise_reader import ListwiseReader
-from d2llm.models.static_model import distill_static
 from d2llm.models.writers.writer import Assignment, WrittenQueries
 from d2llm.recipe import BackboneConfig, TeacherConfig
 from d2llm.retrieval.expansion import Expansion
+from d2llm.training.distill_static import distill_static
 from d2llm.training.fit_evidence import fit_evidence
 from d2llm.training.fit_probabilities import fit_probabilities
 from d2llm.training.fit_scores import fit_scores
@@ -91,7 +91,7 @@ ELSEWHERE = {
     "d2llm.fitting.fit": ("Fit",),
     "d2llm.models.backbone": ("Backbone",),
     "d2llm.models.listwise_reader": ("ListwiseReader",),
-    "d2llm.models.static_model": ("distill_static",),
+    "d2llm.training.distill_static": ("distill_static",),
     "d2llm.models.teachers.judge": ("load_judge",),
     "d2llm.models.writers.writer": ("Assignment", "load_writer"),
     "d2llm.ops.gating": ("non_inferior",),

@@ -44,8 +44,8 @@ def distill_static(
     """
     from d2llm.data.indexed_corpus import open_corpus
     from d2llm.models.backbone import Backbone
-    from d2llm.models.static_model import distill_static
     from d2llm.recipe import BackboneConfig
+    from d2llm.training.distill_static import distill_static
 
     session = session_of(context)
     texts = open_corpus(corpus, **files.reading)

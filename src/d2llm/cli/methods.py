@@ -15,7 +15,10 @@ from d2llm.cli.verbs import verb
 def methods(
     context: typer.Context,
     kind: Annotated[
-        str | None, typer.Argument(metavar="KIND", help="Show this one in full, with its settings.")
+        str | None,
+        typer.Argument(
+            metavar="KIND", help="Show this one in full, with its settings, or all of a section: losses, backbones."
+        ),
     ] = None,
     json_path: JsonOption = None,
 ) -> None:
@@ -25,10 +28,13 @@ def methods(
     """
     from d2llm.core.errors import InputError
     from d2llm.core.names import suggestion
-    from d2llm.reports.methods import describe_methods, facts_table, methods_table, settings_table
+    from d2llm.reports.methods import SECTIONS, describe_methods, facts_table, methods_table, settings_table
 
     session, sections = session_of(context), describe_methods()
-    if kind is None:
+    names = {name: {name, f"{registry.what}s", name.rpartition(".")[2]} for name, registry in SECTIONS.items()}
+    listed = [section for section in sections if kind is None or kind in names[section]]
+    if kind is None or listed:
+        sections = {section: sections[section] for section in listed}
         for section, found in sections.items():
             session.show(methods_table(section, found))
     else:

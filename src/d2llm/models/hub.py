@@ -105,10 +105,10 @@ def fetch_student(repo_id: str, *, revision: str | None = None, token: str | Non
         # The cache names the folder after the commit, so both downloads are of the same version.
         folder = Path(snapshot_download(repo_id, revision=folder.name, token=token, allow_patterns=[*PATTERNS]))
     _refuse_code(folder)
-    if (remote := read_student_manifest(folder)[1].backbone.remote) is not None:
+    if (address := read_student_manifest(folder)[1].backbone.address) is not None:
         raise ModelError(
             f"the student '{repo_id}' would send your texts, and the key in an environment variable of its choice, to "
-            f"{remote.url}; download it yourself, check config.backbone.remote in its {MANIFEST}, and give its folder"
+            f"{address}; download it yourself, check config.backbone in its {MANIFEST}, and give its folder"
         )
     check_content(folder)
     return folder
@@ -170,7 +170,7 @@ def _additions(folder: Path, licence: str | None) -> list[CommitOperationAdd]:
     from huggingface_hub import CommitOperationAdd
 
     manifest, config = read_student_manifest(folder)
-    if config.backbone.remote is not None:
+    if config.backbone.address is not None:
         raise InputError(
             f"{folder}: its backbone is an API, and nobody should load a student that sends texts to an address "
             "unseen, so the Hub is no place for it; pass its folder on instead"

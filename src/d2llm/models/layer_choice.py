@@ -18,7 +18,8 @@ from torch import Tensor
 
 from d2llm.core.batches import batched
 from d2llm.core.errors import InputError
-from d2llm.models.backbone import Backbone, layers_of
+from d2llm.models.backbone import Backbone
+from d2llm.models.pretrained import layers_of
 
 _BATCH = 16
 

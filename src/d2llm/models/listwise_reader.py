@@ -28,9 +28,10 @@ from d2llm.core.inputs import texts_of
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest, write_manifest
 from d2llm.core.shipped import name_student
-from d2llm.models.backbone import Backbone, is_decoder
+from d2llm.models.backbone import Backbone
 from d2llm.models.device import inference, size_of_states, tokens_to_read
 from d2llm.models.length_limit import readable_tokens
+from d2llm.models.pretrained import is_decoder
 from d2llm.models.sources import load_tensors
 from d2llm.recipe import BackboneConfig
 

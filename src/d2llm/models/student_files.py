@@ -16,7 +16,7 @@ from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
 from d2llm.core.types import TASKS, Task
 from d2llm.models.sources import load_tensors
-from d2llm.recipe import StudentConfig, shaping_student_settings
+from d2llm.recipe import CustomBackbone, StudentConfig, shaping_student_settings
 from d2llm.recipe.kinds import describe_kind
 
 if TYPE_CHECKING:  # importing torch takes seconds, and a wrong name should be reported without it
@@ -87,10 +87,10 @@ def load_head(folder: Path, parts: Mapping[str, nn.Module]) -> None:
 def require_same_base(folder: Path, manifest: dict[str, Any], backbone: Backbone) -> None:
     """Raise a ``MismatchError`` unless the loaded backbone has the weights that the student was trained on."""
     fingerprint = backbone.fingerprint_base()
-    if fingerprint != manifest["base_fingerprint"] and not backbone.reads_tokens:
+    if fingerprint != manifest["base_fingerprint"] and isinstance(backbone.config, CustomBackbone):
         raise MismatchError(
-            f"{folder / MANIFEST}: the settings of the remote backbone are not those that the student was trained with "
-            "(model, revision, dimensions, shorten, query_body, passage_body); restore them, or train again"
+            f"{folder / MANIFEST}: the settings of the {backbone.config.kind} backbone are not those that the student "
+            "was trained with, so its vectors would be others; restore config.backbone, or train again"
         )
     if fingerprint != manifest["base_fingerprint"]:
         raise MismatchError(

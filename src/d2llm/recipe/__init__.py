@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
+from d2llm.recipe.backbone import BackboneConfig, CustomBackbone, Frozen, Full, Lora, Package, Tuning
 from d2llm.recipe.data import DataConfig, LabellingConfig, MiningConfig
 from d2llm.recipe.pooling import AutoPooling, ChangedPooling, Pooling
 from d2llm.recipe.pretraining import Pretraining
 from d2llm.recipe.recipe import Recipe
 from d2llm.recipe.sections import CompletionConfig, EndpointConfig, LoraConfig, Quantization, Section, WarmUpConfig
-from d2llm.recipe.student import (
-    BackboneConfig,
-    Frozen,
-    Full,
-    InteractionConfig,
-    Lora,
-    RemoteBackboneConfig,
-    StudentConfig,
-    Tuning,
-    shaping_student_settings,
-    untuned_config,
-)
+from d2llm.recipe.student import InteractionConfig, StudentConfig, shaping_student_settings, untuned_config
 from d2llm.recipe.teacher import (
     AutoTeacherConfig,
     CausalTeacherConfig,
@@ -61,6 +51,7 @@ __all__ = [
     "ClassifierTeacherConfig",
     "CompletionConfig",
     "CosineTeacherConfig",
+    "CustomBackbone",
     "DataConfig",
     "EndpointConfig",
     "EnsembleTeacherConfig",
@@ -80,6 +71,7 @@ __all__ = [
     "Lora",
     "LoraConfig",
     "MiningConfig",
+    "Package",
     "Pooling",
     "Pretraining",
     "PromptedTeacherConfig",
@@ -88,7 +80,6 @@ __all__ = [
     "ReaderTuningConfig",
     "Recipe",
     "RecordedConfig",
-    "RemoteBackboneConfig",
     "RemoteConfig",
     "RemoteTeacherConfig",
     "RemoteWriterConfig",

@@ -7,9 +7,11 @@ cannot be given with another, and other packages can add kinds.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, cast, get_args, get_origin
 
 from pydantic import (
+    BaseModel,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     SerializationInfo,
@@ -52,11 +54,11 @@ class SectionOfKind(Registered, Section):
         class Frozen(Tuning, kind="frozen"):
             pass
 
-        class BackboneConfig(Section):
+        class ModelConfig(Section):
             tuning: Tuning = Lora()
 
-        BackboneConfig.model_validate({"tuning": {"kind": "lora", "rank": 16}}).tuning.rank  # 16
-        BackboneConfig.model_validate({"tuning": "frozen"})
+        ModelConfig.model_validate({"tuning": {"kind": "lora", "rank": 16}}).tuning.rank  # 16
+        ModelConfig.model_validate({"tuning": "frozen"})
         Tuning(kind="lora", rank=16)  # Lora(rank=16)
     """
 
@@ -68,12 +70,17 @@ class SectionOfKind(Registered, Section):
         """On the base, an instance of the kind that ``kind`` names (``default_kind``)."""
         if not cls._is_base():
             return super().__new__(cls)
-        found: Any = cls.kinds.find(values.get("kind", cls.default_kind))
+        found: Any = cls.kinds.find(cls.kind_of(values))
         return found.__new__(found)
 
     @classmethod
     def _is_base(cls) -> bool:
         return not cls.kind and hasattr(cls, "kinds")
+
+    @classmethod
+    def kind_of(cls, values: Mapping[str, Any]) -> str:
+        """The kind that a section with these settings is of."""
+        return values.get("kind", cls.default_kind)
 
     @model_validator(mode="before")
     @classmethod
@@ -120,7 +127,12 @@ class SectionOfKind(Registered, Section):
 
     @model_serializer(mode="wrap")
     def _with_kind(self, handler: Any) -> dict[str, Any]:
-        return {"kind": self.kind} | handler(self)
+        values = handler(self)
+        return self._written_kind(values) | values
+
+    def _written_kind(self, values: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """The key that names the kind, beside the other settings as they are written."""
+        return {"kind": self.kind}
 
     @classmethod
     def of(cls, value: Any) -> Self:
@@ -135,7 +147,8 @@ class SectionOfKind(Registered, Section):
         if not isinstance(table, Mapping):
             raise _problem(lambda key: f"{key} should be a kind, or a table: write [{key}] (got {value!r})")
         settings = dict(cast("Mapping[str, Any]", table))
-        kind = settings.pop("kind", cls.default_kind)
+        kind: Any = cls.kind_of(settings)
+        settings.pop("kind", None)
         if not kind or not isinstance(kind, str):
             kinds = ", ".join(cls.kinds.kinds)
             raise _problem(lambda key: f"{key}.kind is missing; set it to one of: {kinds}")
@@ -169,7 +182,7 @@ def _describing(error: ValidationError, cls: type[SectionOfKind]) -> Callable[[s
             problems.append(
                 describe_kind(problem, path)
                 or _describe_other_kind(problem, path, cls)
-                or describe_problem(problem, path, lambda: _keys_of(cls))
+                or describe_problem(problem, path, partial(_keys_at, cls, problem["loc"][:-1]))
             )
         return "; ".join(problems)
 
@@ -199,8 +212,21 @@ def describe_kind(problem: Any, key: str) -> str | None:
     return problem["ctx"]["describe"](key) if problem["type"] == KIND_PROBLEM else None
 
 
-def _keys_of(cls: type[SectionOfKind]) -> list[str]:
-    return ["kind", *sorted(cls.model_fields)]
+def section_at(section: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
+    """The class of the section in another one at a location."""
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        candidates = (annotation, *get_args(annotation))
+        # get_origin: on Python 3.10 a parametrised type such as tuple[DataConfig, ...] passes isinstance(_, type)
+        section = next(c for c in candidates if isinstance(c, type) and not get_origin(c) and issubclass(c, BaseModel))
+    return section
+
+
+def _keys_at(cls: type[SectionOfKind], location: tuple[int | str, ...]) -> list[str]:
+    keys = sorted(section_at(cls, location).model_fields)
+    return keys if location else ["kind", *keys]
 
 
 def _problem(describe: Callable[[str], str]) -> PydanticCustomError:

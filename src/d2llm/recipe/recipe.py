@@ -52,11 +52,11 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_remote_backbone(self) -> Recipe:
-        if self.student.backbone.remote is not None and self.evidence.token_vectors:
+    def _check_tokens(self) -> Recipe:
+        if not self.student.backbone.reads_tokens and self.evidence.token_vectors:
             raise ValueError(
-                "evidence.token_vectors needs the states of tokens, and a remote backbone gives one vector for each "
-                "text: set token_vectors to false (words and window_vectors can be used)"
+                f"evidence.token_vectors needs the states of tokens, and a {self.student.backbone.kind} backbone gives "
+                "one vector for each text: set token_vectors to false (words and window_vectors can be used)"
             )
         return self
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from d2llm.core.errors import RecipeError
 from d2llm.core.names import describe_problem
@@ -19,7 +19,7 @@ from d2llm.recipe import (
     WriterConfig,
     shaping_student_settings,
 )
-from d2llm.recipe.kinds import SectionOfKind, describe_kind
+from d2llm.recipe.kinds import SectionOfKind, describe_kind, section_at
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -215,16 +215,4 @@ def _explain(problem: ErrorDetails) -> str:
         case "tuple_type":
             return f"{key} should be a list of tables: write [[{key}]]"
         case _:
-            return describe_problem(problem, key, lambda: sorted(_section_at(location[:-1]).model_fields))
-
-
-def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
-    section: type[BaseModel] = Recipe
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = section.model_fields[part].annotation
-        candidates = (annotation, *get_args(annotation))
-        # get_origin: on Python 3.10 a parametrised type such as tuple[DataConfig, ...] passes isinstance(_, type)
-        section = next(c for c in candidates if isinstance(c, type) and not get_origin(c) and issubclass(c, BaseModel))
-    return section
+            return describe_problem(problem, key, lambda: sorted(section_at(Recipe, location[:-1]).model_fields))

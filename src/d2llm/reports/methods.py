@@ -13,15 +13,15 @@ from pydantic import BaseModel
 from d2llm.core.registry import Registered, Registry
 from d2llm.core.settings import bound
 from d2llm.core.table import Cell, Column, Table
-from d2llm.recipe import Pooling, Pretraining, TeacherConfig, WriterConfig
+from d2llm.recipe import BackboneConfig, Pooling, Pretraining, TeacherConfig, Tuning, WriterConfig
 from d2llm.recipe.losses import LOSSES
 from d2llm.recipe.negatives import Sampling
-from d2llm.recipe.student import Tuning
 from d2llm.recipe.variants import VARIANTS, Variant
 from d2llm.retrieval.reranker import Reranker
 from d2llm.store.index_spec import VECTOR_FORMATS
 
 SECTIONS: Mapping[str, Registry[Any]] = {
+    "student.backbone": BackboneConfig.kinds,
     "student.pooling": Pooling.kinds,
     "losses": LOSSES,
     "training.pretraining": Pretraining.kinds,

@@ -21,8 +21,9 @@ from torch.utils.hooks import RemovableHandle
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.data.training import TrainingSource
-from d2llm.models.backbone import Backbone, is_decoder
+from d2llm.models.backbone import Backbone
 from d2llm.models.device import tokens_to_train
+from d2llm.models.pretrained import is_decoder
 from d2llm.models.sources import load_pretrained
 from d2llm.models.student import Student
 from d2llm.models.teachers.causal import AnswerHead

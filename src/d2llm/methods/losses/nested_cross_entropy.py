@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from d2llm.core.errors import InputError
 from d2llm.ops.losses import in_batch_cross_entropy
-from d2llm.recipe import Recipe
+from d2llm.recipe import CustomBackbone, Recipe
 from d2llm.recipe.losses import Loss
 from d2llm.training.losses import LossInput, Preparation
 
@@ -71,9 +71,9 @@ class NestedCrossEntropy(Loss, kind="nested_cross_entropy"):
                 "losses.nested_cross_entropy trains one inner product, but training.dual_head combines two at the end: "
                 "set dual_head to false, or delete nested_cross_entropy"
             )
-        if self.layers and backbone.remote is not None:
+        if self.layers and isinstance(backbone, CustomBackbone):
             raise ValueError(
-                "losses.nested_cross_entropy.layers trains layers, and those of a remote backbone are elsewhere: "
+                f"losses.nested_cross_entropy.layers trains layers, and a {backbone.kind} backbone has none here: "
                 "delete layers"
             )
         if self.layers and (weighing := recipe.student.pooling.weighing) is not None:

@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.methods.pretraining._imitation import Imitation, ImitationTask
-from d2llm.models.backbone import Backbone, layers_of
+from d2llm.models.backbone import Backbone
+from d2llm.models.pretrained import layers_of
 from d2llm.training.pretrain import NO_ATTENTION, PretrainingTask
 
 _ATTENTION_PARTS = (

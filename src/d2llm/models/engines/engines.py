@@ -31,7 +31,7 @@ from d2llm.core.types import EngineName
 from d2llm.models.device import choose_device, choose_dtype
 from d2llm.models.export.eight_bits import OPENVINO_GROUP, Runtime
 from d2llm.models.export.graphs import OPSET, write_text_graph
-from d2llm.recipe import StudentConfig
+from d2llm.recipe import CustomBackbone, StudentConfig
 
 if TYPE_CHECKING:
     from d2llm.models.student import Student
@@ -54,8 +54,8 @@ def choose_engine(
 
     That is OpenVINO if it is installed and the machine has no accelerator, or the CPU is requested; otherwise torch.
     OpenVINO crashes with another allocator than the C library's (``LD_PRELOAD``), so then it is torch as well. 8-bit
-    weights change the vectors, so ``auto`` never selects them. A student with a remote backbone (``config``) has
-    nothing that an engine could run, and one with two adapters more than a graph holds.
+    weights change the vectors, so ``auto`` never selects them. A student (``config``) whose backbone is not read by
+    transformers has nothing that an engine could run, and one with two adapters more than a graph holds.
 
     Raises:
         InputError: the name is unknown, or an engine does not support the student, the device, the number format or the
@@ -63,9 +63,12 @@ def choose_engine(
     """
     if name not in get_args(EngineName):
         raise InputError(f"unknown engine '{name}'; use one of {', '.join(get_args(EngineName))}")
-    if config is not None and config.backbone.remote is not None:
+    if config is not None and isinstance(config.backbone, CustomBackbone):
         if name not in ("torch", "auto"):
-            raise InputError(f"engine '{name}' runs a backbone here, but this student's is an API; leave engine out")
+            raise InputError(
+                f"engine '{name}' runs models of transformers, but this student's backbone is {config.backbone.kind}; "
+                "leave engine out"
+            )
         return "torch"
     if config is not None and config.backbone.has_two_adapters:
         if name not in ("torch", "auto"):

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.extras import require
 from d2llm.core.types import Task
-from d2llm.models.backbone import Backbone, last_states
+from d2llm.models.backbone import Backbone
 from d2llm.models.device import inference
 from d2llm.models.export.eight_bits import Runtime, quantise
 from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.pooling import TextPooling, to_sphere
+from d2llm.models.pretrained import last_states
 
 OPSET = 18
 """ONNX operator set: the first version for which torch's exporter supports everything the models need."""

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from d2llm.core.files import write_json
 from d2llm.core.types import Task, default_task
-from d2llm.models.backbone import SENTENCE_TRANSFORMERS_POOLINGS, search_query_tokens
+from d2llm.models.backbone import search_query_tokens
 from d2llm.models.interaction import CosineHead, Interaction
+from d2llm.models.pretrained import SENTENCE_TRANSFORMERS_POOLINGS
 from d2llm.models.student_files import BACKBONE_FOLDER, trained_tasks
-from d2llm.recipe import AutoPooling, StudentConfig
+from d2llm.recipe import AutoPooling, CustomBackbone, StudentConfig
 
 MODULES_FILE = "modules.json"
 _REQUIRES = ">=6"  # the first version whose Transformer has separate length limits for queries and passages
@@ -39,8 +40,8 @@ _MODULES = (
 
 def why_not_plain(config: StudentConfig) -> str | None:
     """Why sentence-transformers cannot load a student with this configuration without d2llm; None if it can."""
-    if config.backbone.remote is not None:
-        return "its vectors come from an embedding API"
+    if isinstance(config.backbone, CustomBackbone):
+        return f"its backbone is of kind '{config.backbone.kind}'"
     if config.backbone.has_two_adapters:
         return "it reads queries and passages with adapters of their own"
     if config.interaction.head == "paper":

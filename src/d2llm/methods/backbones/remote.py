@@ -1,4 +1,4 @@
-"""The remote backbone: vectors of texts from an embedding API (OpenAI-compatible ``/v1/embeddings``), never trained.
+"""Vectors of texts from an embedding API (OpenAI-compatible ``/v1/embeddings``), never trained.
 
 The rest of d2llm takes a text for one token: the token's id is that of the text's vector in a cache, its state is the
 vector, and the mean over the single token is the vector again. So everything that works on a frozen backbone's own
@@ -26,26 +26,94 @@ import torch
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from platformdirs import user_cache_path
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from pydantic import Field, model_validator
+from torch import Tensor
 
 from d2llm.core.batches import batched
 from d2llm.core.errors import InputError, ModelError
+from d2llm.core.files import MANIFEST_NAME
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.models.backbone import TOKENIZING, Backbone, TextKind, TokenizedTexts
 from d2llm.models.remote.endpoint import Endpoint
 from d2llm.models.remote.vector_cache import BLANK, VectorCache
 from d2llm.models.sources import find_model, load_tokenizer
-from d2llm.recipe import AutoPooling, BackboneConfig, Pooling, RemoteBackboneConfig
+from d2llm.recipe import CustomBackbone, EndpointConfig, Pooling
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 _remarks = logging.getLogger("d2llm.remarks")
 
 _TRIAL = "What do cows drink?"
 _REQUESTS_AT_ONCE = 4  # times the number of concurrent requests: the texts between two updates of a progress bar
+
+
+_REACHING = frozenset(
+    {"url", "api_key_env", "batch_texts", "concurrency", "requests_per_minute", "timeout_seconds", "patience_minutes"}
+)
+"""Settings that say how an endpoint is reached; vectors do not depend on them."""
+
+
+class RemoteBackboneConfig(EndpointConfig):
+    """The endpoint, which gives vectors of texts (docs/remote-backbone.md)."""
+
+    dimensions: int = Field(ge=1)
+    """Width of the vectors; an answer of another width is an error."""
+    shorten: bool = False
+    """Send ``dimensions`` with every request, so that a model that was trained for it shortens its vectors."""
+    batch_texts: int = Field(default=32, ge=1)
+    """Texts in one request."""
+    query_body: dict[str, Any] = Field(default={})
+    """More fields for requests with queries, such as ``{ input_type = "query" }``."""
+    passage_body: dict[str, Any] = Field(default={})
+    """The same for requests with passages."""
+
+
+class Remote(CustomBackbone, kind="remote"):
+    """The vectors of an embedding API, never trained, with the head distilled on top (docs/remote-backbone.md).
+
+    The kind of a backbone with the section ``remote``. Its ``tuning`` is ``frozen``, and its pooling ``auto``.
+    """
+
+    needs = frozenset({"endpoint"})
+    costs = "each text sent once; no training of the vectors"
+    measured = (
+        "minilm behind a local endpoint: .708 as it comes, .722 with a trained inner product, .741 with the "
+        "interaction, .783 with trained weights ([one "
+        "seed](log/2026-11.md#2026-11-25-a-head-on-vectors-of-an-embedding-api))"
+    )
+    reads_tokens = False
+
+    remote: RemoteBackboneConfig
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Remote:
+        if self.tuning.kind != "frozen":
+            raise ValueError(
+                f'tuning is "{self.tuning.kind}", but the weights of a remote backbone are elsewhere and cannot be '
+                'trained: set tuning = "frozen", or delete the section remote'
+            )
+        return self
+
+    @property
+    def address(self) -> str | None:
+        return self.remote.url
+
+    @classmethod
+    def shaping(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        remote = {name: value for name, value in values["remote"].items() if name not in _REACHING}
+        return super().shaping({**values, "remote": remote})
+
+    def open(
+        self,
+        pooling: Pooling | None,
+        *,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        student: Path | None,
+    ) -> RemoteBackbone:
+        del pooling  # vectors are finished
+        return RemoteBackbone(self, device=device, compute_dtype=compute_dtype, student=student)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,23 +137,18 @@ class RemoteBackbone(Backbone):
     (empty, or white space) is not sent, because endpoints refuse it; its vector is 0.
     """
 
+    config: Remote
+
     def __init__(
-        self,
-        config: BackboneConfig,
-        *,
-        device: torch.device,
-        compute_dtype: torch.dtype,
-        tokenizer: Path | None = None,
-        section: str = "student.backbone",
+        self, config: Remote, *, device: torch.device, compute_dtype: torch.dtype, student: Path | None = None
     ) -> None:
         """Ask for the vector of a short text, unless it is in the cache, so that a wrong setting is reported at once.
 
         Args:
-            config: has the section ``remote``.
+            config: says which endpoint.
             device: where vectors are scored.
             compute_dtype: number format of the head's products.
-            tokenizer: folder of a tokenizer that counts tokens in place of ``remote.tokenizer``.
-            section: the section of the settings that ``config`` is, for errors.
+            student: folder of the student that it belongs to, whose tokenizer counts tokens.
 
         Raises:
             MissingExtraError: the extra ``remote`` is not installed.
@@ -94,15 +157,11 @@ class RemoteBackbone(Backbone):
             ModelError: the endpoint is unreachable, refuses the key, or gives vectors of another width.
             StorageError: the cache cannot be read or written.
         """
-        nn.Module.__init__(self)  # not that of Backbone, which loads weights
-        assert config.remote is not None
-        self.config, self.compute_dtype = config, compute_dtype
-        self.remote: RemoteBackboneConfig = config.remote
-        self.pooling, self.own = AutoPooling(), Pooling.of("mean")
-        self.is_lean = False
-        self._section = section
+        super().__init__(config, compute_dtype=compute_dtype)
+        self.remote = config.remote
+        self._section = "student.backbone" if student is None else f"{student / MANIFEST_NAME}: config.backbone"
         self.register_buffer("_place", torch.zeros((), device=device), persistent=False)
-        self.tokenizer = _tokenizer(self.remote, tokenizer)
+        self.tokenizer = _tokenizer(self.remote, student)
         self.endpoint = self._open_endpoint()
         self.location = self.endpoint.address
         self.cache = VectorCache(_cache_file(config.model, self.fingerprint_base()), self.dim)
@@ -111,36 +170,14 @@ class RemoteBackbone(Backbone):
         self.tokenize([_TRIAL], "passage", prefix="")
 
     @property
-    def model(self) -> PreTrainedModel:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The weights, which are elsewhere.
-
-        Raises:
-            InputError: always.
-        """
-        raise InputError(
-            f"'{self.config.model}' is a model behind an API ({self.remote.url}), whose weights cannot be read or "
-            "exported; use a student with a local backbone for this"
-        )
-
-    @property
     def dim(self) -> int:
         """Width of the vectors."""
         return self.remote.dimensions
 
     @property
-    def state_size(self) -> int:
-        """0: it has no states here."""
-        return 0
-
-    @property
     def device(self) -> torch.device:
         """Where vectors are scored."""
         return self.get_buffer("_place").device
-
-    @property
-    def reads_tokens(self) -> bool:
-        """Whether there are states of tokens: no."""
-        return False
 
     @property
     def texts_at_once(self) -> int:
@@ -157,15 +194,6 @@ class RemoteBackbone(Backbone):
         remote = self.remote
         fields = [remote.revision, remote.dimensions, remote.shorten, remote.query_body, remote.passage_body]
         return fingerprint_json(["remote backbone", self.config.model, *fields])
-
-    def prepare_training(self, *, seed: int = 0) -> None:
-        """Make nothing trainable."""
-        del seed
-
-    def train(self, mode: bool = True) -> RemoteBackbone:
-        """Switch training mode, which changes nothing."""
-        nn.Module.train(self, mode)
-        return self
 
     def tokenize(
         self, texts: Sequence[str], kind: TextKind, *, prefix: str | None = None, limit: int | None = None
@@ -191,18 +219,6 @@ class RemoteBackbone(Backbone):
         """The vectors of texts as the states of one token each."""
         vectors = torch.from_numpy(self.cache.read(token_ids.flatten().tolist())).to(self.device)
         return vectors.view(*token_ids.shape, self.dim), mask.to(self.device, torch.bool)
-
-    def save_merged(self, folder: Path) -> None:
-        """Refuse: there are no weights.
-
-        Raises:
-            InputError: always.
-        """
-        del folder
-        raise InputError(
-            f"the weights of '{self.config.model}' are behind an API and cannot be saved; save the student with "
-            "merge=False"
-        )
 
     def _cut(self, texts: Sequence[str], limit: int) -> tuple[list[str], tuple[int, ...], tuple[int, ...]]:
         """Texts cut to ``limit`` tokens, the places of those that were cut, and how many tokens each has."""
@@ -343,6 +359,9 @@ def _tokenizer(config: RemoteBackboneConfig, folder: Path | None) -> PreTrainedT
 
 def _character_tokenizer(length: int) -> PreTrainedTokenizerFast:
     """A tokenizer whose tokens are any ``length`` characters: it only counts and cuts."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
     pieces = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{length}}}"), behavior="isolated")
     tokenizer.pre_tokenizer = pieces  # pyright: ignore[reportAttributeAccessIssue]

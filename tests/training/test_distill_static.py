@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.models.backbone import Backbone
-from d2llm.models.static_model import StaticReport, distill_static
 from d2llm.models.student import Student
 from d2llm.recipe import BackboneConfig, Frozen
+from d2llm.training.distill_static import StaticReport, distill_static
 from e2e.command_line import fail, succeed_with_report
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 

@@ -18,10 +18,10 @@ import pytest
 
 from d2llm.core.errors import D2LLMError, InputError, MismatchError, ModelError, RecipeError, StorageError
 from d2llm.core.types import Passage
+from d2llm.methods.backbones.remote import EndpointUsage, RemoteBackbone
 from d2llm.models.attribution import attribute
 from d2llm.models.export.export import export
 from d2llm.models.layer_choice import layer_distances
-from d2llm.models.remote.backbone import EndpointUsage, RemoteBackbone
 from d2llm.models.remote.vector_cache import VectorCache
 from d2llm.models.student import Student
 from d2llm.models.student_files import check_content
@@ -320,7 +320,7 @@ def test_a_student_is_not_loaded_with_other_vectors(
     manifest = json.loads((tmp_path / "student" / "manifest.json").read_text())
     manifest["config"]["backbone"]["remote"] |= change | {"shorten": "dimensions" in change}
     (tmp_path / "student" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(MismatchError, match=r"manifest.json: the settings of the remote backbone .*dimensions"):
+    with pytest.raises(MismatchError, match=r"manifest.json: the settings of the remote backbone .*restore"):
         Student.load(tmp_path / "student", device="cpu", dtype="float32")
 
 
@@ -373,7 +373,7 @@ def test_token_vectors_are_refused_in_a_recipe() -> None:
 def test_what_needs_tokens_or_weights_is_refused(endpoint: LocalEndpoint, tmp_path: Path) -> None:
     student = student_of(endpoint)
     student.save(tmp_path / "student")
-    with pytest.raises(InputError, match="late chunking needs the states of tokens, and 'served' is an embedding API"):
+    with pytest.raises(InputError, match="late chunking needs the states of tokens, and 'served' is a remote backbone"):
         _ = student.chunk_reader
     with pytest.raises(InputError, match=r"a weight for each word .* needs the states of tokens"):
         attribute(student, "a", "b", "asymmetric")
@@ -383,7 +383,7 @@ def test_what_needs_tokens_or_weights_is_refused(endpoint: LocalEndpoint, tmp_pa
         layer_distances(student.backbone, TEXTS)
     with pytest.raises(InputError, match="a graph of the backbone needs"):
         export(student, tmp_path / "onnx", "onnx")
-    with pytest.raises(InputError, match="engine 'onnx' runs a backbone here"):
+    with pytest.raises(InputError, match="engine 'onnx' runs models of transformers"):
         Student.load(tmp_path / "student", engine="onnx")
     with pytest.raises(InputError, match="merge=False"):
         student.save(tmp_path / "merged", merge=True)
