@@ -8,7 +8,7 @@ import pytest
 
 from d2llm import EvaluationSettings, Run, load_recipe
 from d2llm.core.errors import InputError
-from d2llm.training.run import Skipped
+from d2llm.training.open_run import Skipped
 
 
 @pytest.fixture(scope="module")

@@ -164,8 +164,7 @@ def _directive_class() -> Any:  # noqa: C901 - one class
         option_spec = _AnyOptions()
 
         def run(self) -> list[Any]:
-            name = self.name.lower()
-            argument = self.arguments[0] if self.arguments else ""
+            name, argument = self.name.lower(), self.arguments[0] if self.arguments else ""
             if argument and self.block_text.partition("\n")[0].rstrip().endswith("::"):  # it begins below the name
                 self.content = StringList([*argument.split("\n"), "", *self.content], "text")
                 argument = ""

@@ -119,6 +119,24 @@ def working_folder(result: Path) -> Path:
     return result.with_name(result.name + ".run")
 
 
+def put_aside(result: Path) -> Path | None:
+    """Rename a result and its working folder, so that nothing that took hours is lost; None if there is neither.
+
+    Returns:
+        The new place of the result, or of its working folder if only that exists.
+    """
+    places = [result, working_folder(result)]
+    number = 1
+    while any(_aside(path, result, number).exists() for path in places):
+        number += 1
+    moved = [path.rename(_aside(path, result, number)) for path in places if path.exists()]
+    return moved[0] if moved else None
+
+
+def _aside(path: Path, result: Path, number: int) -> Path:
+    return path.with_name(f"{result.name}.old-{number}{path.name.removeprefix(result.name)}")
+
+
 def companion(student: Path, variant: str) -> Path:
     """The folder of a variant of a student: beside the student, as ``<name>-<variant>``."""
     return student.with_name(f"{student.name}-{variant}")

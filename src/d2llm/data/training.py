@@ -84,7 +84,7 @@ def check_sources(sources: Sequence[TrainingSource]) -> None:
 
 
 def labelled_pairs(
-    sources: list[TrainingSource], *, num_negatives: int, max_queries: int | None, seed: int
+    sources: Sequence[TrainingSource], *, num_negatives: int, max_queries: int | None, seed: int
 ) -> list[TrainingPair]:
     """One positive and ``num_negatives`` negatives of each query, in an order fixed by ``seed``.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from d2llm.models.sources import is_student
 from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.models.teachers.judge import Judge, asks_endpoint, identify_judge, load_judge
-from d2llm.recipe import TeacherConfig, untuned_config
-from d2llm.retrieval.protocols import SearchStudent, TextEncoder
+from d2llm.recipe import StudentConfig, TeacherConfig, untuned_config
+from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.text_workers import create_student, encoder_loads, load_student
 from d2llm.runners.placement import Load
 
@@ -62,67 +62,108 @@ def load_contenders(
     """
     folder = find_student(student)
     manifest = read_manifest(folder, KIND, FORMAT_VERSION)
-    loads: dict[str, Load | None] = {}
-
-    def load_encoder(load: Callable[[], Student]) -> Student:
-        encoder = load()
-        loads.update(encoder_loads(encoder, load))
-        return encoder
-
-    model = load_encoder(partial(load_student, folder, device=device, dtype=dtype))
-    why: dict[SystemKind, str] = {}
-    untuned: TextEncoder | None = None
-    try:
-        untuned = load_encoder(partial(create_student, untuned_config(model.config), device=device, dtype=dtype))
-    except ModelNotFoundError as error:
-        why["cosine_untuned"] = str(error)
-    companions: dict[str, Student | None] = {}
-    for variant, named in ((TUNED_COSINE, tuned_cosine), (PAPER_HEAD, paper_head)):
-        place = companion(folder, variant) if named is None else find_student(named)
-        exists = is_finished(place)
-        load = partial(load_student, place, device=device, dtype=dtype)
-        companions[variant] = load_encoder(load) if exists else None
-        if not exists:
-            kind: SystemKind = "cosine_tuned" if variant == TUNED_COSINE else "paper_head"
-            why[kind] = f"{place.name} is not beside the student; train it: d2llm distill RECIPE --variant {variant}"
+    loader = _Loader(device, dtype)
+    model = loader.encoder(partial(load_student, folder, device=device, dtype=dtype))
+    untuned = loader.untuned(model.config)
+    cosine = loader.companion("cosine_tuned", folder, TUNED_COSINE, tuned_cosine)
+    paper = loader.companion("paper_head", folder, PAPER_HEAD, paper_head)
     judge: Judge | None = None
-    gpus: dict[str, int] = {}
-    if with_teacher:
-        config = teacher or _own_teacher(folder, manifest.get("teacher"))
-        if config is None:
-            why["teacher"] = "the teacher that the student was trained with was not found; name one"
-        else:
-            load_teacher = partial(load_judge, config, device=device, dtype=dtype)
-            judge = load_teacher()
-            loads[judge.fingerprint] = None if asks_endpoint(config) else load_teacher
-            gpus[judge.fingerprint] = config.num_gpus
+    if not with_teacher:
+        loader.why["teacher"] = "it was left out"
+    elif (config := teacher or _own_teacher(folder, manifest.get("teacher"))) is None:
+        loader.why["teacher"] = "the teacher that the student was trained with was not found; name one"
     else:
-        why["teacher"] = "it was left out"
-    named = strings_of(models, "models")
-    bi_encoders, cross_encoders = _externals(named, device, dtype, loads)
+        judge = loader.teacher(config)
+    names = strings_of(models, "models")
+    bi_encoders, cross_encoders = loader.others(names)
     trained_on = {NAME_D2LLM: _trained_on(folder)}
-    trained_on |= {Path(name).name: _trained_on(find_student(name)) for name in named if is_student(Path(name))}
+    trained_on |= {Path(name).name: _trained_on(find_student(name)) for name in names if is_student(Path(name))}
+    beside = {"tuned_cosine": cosine, "paper_head": paper, "teacher": judge}
     return Contenders(
         student=model,
         untuned=untuned,
-        tuned_cosine=companions[TUNED_COSINE],
-        paper_head=companions[PAPER_HEAD],
+        tuned_cosine=cosine,
+        paper_head=paper,
         teacher=judge,
         bi_encoders=bi_encoders,
         cross_encoders=cross_encoders,
         runs=[_named(read_run(path)) for path in paths_of(runs, "runs")],
-        why_missing=why,
+        why_missing=loader.why,
         provenance={
             "student": _provenance(folder.name, manifest),
-            "tuned_cosine": None if (cosine := companions[TUNED_COSINE]) is None else cosine.fingerprint,
-            "paper_head": None if (paper := companions[PAPER_HEAD]) is None else paper.fingerprint,
-            "teacher": None if judge is None else judge.fingerprint,
+            **{name: None if each is None else each.fingerprint for name, each in beside.items()},
         },
         notes=_gate_notes(manifest),
         trained_on=trained_on,
-        loads=loads,
-        gpus=gpus,
+        loads=loader.loads,
+        gpus=loader.gpus,
     )
+
+
+@dataclass
+class _Loader:
+    """Loads systems.
+
+    Attributes:
+        loads: how a worker loads each, by its fingerprint; None if it cannot.
+        gpus: how many GPUs the teacher needs, by its fingerprint.
+        why: why a system is missing.
+    """
+
+    device: str | None
+    dtype: str | None
+    loads: dict[str, Load | None] = field(default_factory=dict[str, "Load | None"])
+    gpus: dict[str, int] = field(default_factory=dict[str, int])
+    why: dict[SystemKind, str] = field(default_factory=dict[SystemKind, str])
+
+    def encoder(self, load: Callable[[], Student]) -> Student:
+        encoder = load()
+        self.loads.update(encoder_loads(encoder, load))
+        return encoder
+
+    def untuned(self, config: StudentConfig) -> Student | None:
+        """The backbone before training, if it can be had."""
+        untuned = untuned_config(config)
+        try:
+            return self.encoder(partial(create_student, untuned, device=self.device, dtype=self.dtype))
+        except ModelNotFoundError as error:
+            self.why["cosine_untuned"] = str(error)
+        return None
+
+    def companion(self, kind: SystemKind, student: Path, variant: str, named: str | Path | None) -> Student | None:
+        """A variant of a student: the named one, or that beside it, if there is one."""
+        place = companion(student, variant) if named is None else find_student(named)
+        if is_finished(place):
+            return self.encoder(partial(load_student, place, device=self.device, dtype=self.dtype))
+        self.why[kind] = f"{place.name} is not beside the student; train it: d2llm distill RECIPE --variant {variant}"
+        return None
+
+    def teacher(self, config: TeacherConfig) -> Judge:
+        load = partial(load_judge, config, device=self.device, dtype=self.dtype)
+        judge = load()
+        self.loads[judge.fingerprint] = None if asks_endpoint(config) else load
+        self.gpus[judge.fingerprint] = config.num_gpus
+        return judge
+
+    def others(self, models: Sequence[str]) -> tuple[dict[str, SearchStudent], dict[str, Judge]]:
+        """Other bi-encoders and cross-encoders, by the names of their rows."""
+        bi_encoders: dict[str, SearchStudent] = {}
+        cross_encoders: dict[str, Judge] = {}
+        for name in models:
+            if is_student(Path(name)):
+                load = partial(load_student, find_student(name), device=self.device, dtype=self.dtype)
+            else:
+                load = partial(load_external, name, device=self.device)
+            loaded = load()
+            self.loads[loaded.fingerprint] = load
+            label = Path(name).name
+            if label in bi_encoders or label in cross_encoders:
+                raise InputError(f"two models are called '{label}', which their rows would share; rename one folder")
+            if isinstance(loaded, Student | ExternalBiEncoder):
+                bi_encoders[label] = loaded
+            else:
+                cross_encoders[label] = loaded
+        return bi_encoders, cross_encoders
 
 
 def _own_teacher(student: Path, fingerprint: str | None) -> TeacherConfig | None:
@@ -136,29 +177,6 @@ def _own_teacher(student: Path, fingerprint: str | None) -> TeacherConfig | None
 def _named(run: TrecRun) -> TrecRun:
     """Rename a run that has the name of a standard row, because an earlier report saved it from that row."""
     return replace(run, name=f"{run.name} (run)") if run.name in OWN_NAMES else run
-
-
-def _externals(
-    models: Sequence[str], device: str | None, dtype: str | None, loads: dict[str, Load | None]
-) -> tuple[dict[str, SearchStudent], dict[str, Judge]]:
-    """Other models by the names of their rows; how a worker loads each is added to ``loads``."""
-    bi_encoders: dict[str, SearchStudent] = {}
-    cross_encoders: dict[str, Judge] = {}
-    for name in models:
-        if is_student(Path(name)):
-            load = partial(load_student, find_student(name), device=device, dtype=dtype)
-        else:
-            load = partial(load_external, name, device=device)
-        loaded = load()
-        loads[loaded.fingerprint] = load
-        label = Path(name).name
-        if label in bi_encoders or label in cross_encoders:
-            raise InputError(f"two models are called '{label}', which their rows would share; rename one folder")
-        if isinstance(loaded, Student | ExternalBiEncoder):
-            bi_encoders[label] = loaded
-        else:
-            cross_encoders[label] = loaded
-    return bi_encoders, cross_encoders
 
 
 def _trained_on(student: Path) -> tuple[str, ...]:

@@ -75,20 +75,8 @@ def evaluate_retrieval(
     subject = searched[[row.kind for row in students].index("d2llm")]
     shortcuts = measure_shortcuts(work, contenders, subject)
     lexical = work.store.system(work.key(NAME_BM25), lambda: lexical_system(NAME_BM25, work.passages, trial))
-    fused = [
-        hybrid_system(f"hybrid: {lexical.name} + {other.name}", lexical, other, trial)
-        for other in searched
-        if other.kind in ("cosine_untuned", "d2llm")
-    ]
-    cosine = next((row for row in reversed(students) if row.kind in ("cosine_tuned", "cosine_untuned")), None)
-    summed = None if cosine is None else fitted_sum(work, cosine)
-    if isinstance(summed, System):
-        fused.append(summed)
-    else:
-        reason = "there is no cosine to add to BM25" if summed is None else summed.reason
-        if settings.baseline == "fitted_sum":
-            raise InputError(f"the baseline 'fitted_sum' cannot be measured: {reason}")
-        shortcuts.missing += [summed] if summed is not None else []
+    fused, missing = _fused(work, students, lexical, searched)
+    shortcuts.missing += missing
     fitted = fitted_student(work, contenders.student) if settings.score_parts else None
     if isinstance(fitted, MissingRow):
         shortcuts.missing.append(fitted)
@@ -118,6 +106,25 @@ def evaluate_retrieval(
         teacher_scores,
         followers,
     ).report(num_left_out)
+
+
+def _fused(
+    work: RetrievalWork, students: Sequence[Contender], lexical: System, searched: Sequence[System]
+) -> tuple[list[System], list[MissingRow]]:
+    """BM25 with cosines and the student: fused by ranks, and summed with fitted weights, or why there is no sum."""
+    fused = [
+        hybrid_system(f"hybrid: {lexical.name} + {other.name}", lexical, other, work.trial)
+        for other in searched
+        if other.kind in ("cosine_untuned", "d2llm")
+    ]
+    cosine = next((row for row in reversed(students) if row.kind in ("cosine_tuned", "cosine_untuned")), None)
+    summed = None if cosine is None else fitted_sum(work, cosine)
+    if isinstance(summed, System):
+        return [*fused, summed], []
+    if work.settings.baseline == "fitted_sum":
+        reason = "there is no cosine to add to BM25" if summed is None else summed.reason
+        raise InputError(f"the baseline 'fitted_sum' cannot be measured: {reason}")
+    return fused, [] if summed is None else [summed]
 
 
 def _judged_queries(dataset: Dataset, split: str) -> tuple[list[Query], int]:

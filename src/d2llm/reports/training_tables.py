@@ -17,7 +17,7 @@ from d2llm.training.distill import DistillReport
 from d2llm.training.ensemble_teachers import EnsembleReport, TaskReport
 from d2llm.training.gate import GateReport, Precheck
 from d2llm.training.label import LabelReport
-from d2llm.training.run import Skipped
+from d2llm.training.open_run import Skipped
 from d2llm.training.sentences import describe_distillation, describe_gates, describe_labels, describe_precheck
 from d2llm.training.tune_teacher import TeacherTuningReport
 

@@ -139,18 +139,13 @@ def ensemble_teachers(
         raise InputError("an ensemble is fitted on dev queries, but no retrieval set has any; add one")
     loads = {} if load_student is None else encoder_loads(student, load_student)
     names = _names(members)
+    choose = partial(dev_queries, num_queries=num_queries, seed=seed, from_end=True)
     parts: list[EnsembleMember] = []
     judged_by: list[dict[str, JudgedDev]] = []
     with Placement(runner or LocalRunner(), device, loads).connected() as placement:
         dev_sets = [
             make_judge_dev_set(
-                dataset,
-                task,
-                dev_queries(dataset, num_queries=num_queries, seed=seed, from_end=True),
-                student=student,
-                depth=depth,
-                with_positives=True,
-                placement=placement,
+                dataset, task, choose(dataset), student=student, depth=depth, with_positives=True, placement=placement
             )
             for dataset, task in judged
         ]

@@ -32,7 +32,7 @@ from d2llm.retrieval.protocols import SearchStudent, term_factors
 from d2llm.retrieval.reading import read_passages, read_windows
 from d2llm.retrieval.row_evidence import mean_of_cosines, scored_list
 from d2llm.store.bm25 import WordIndex
-from d2llm.store.part_vectors import PartVectors
+from d2llm.store.part_vectors import EncodedParts, PartVectors
 from d2llm.store.vector_formats import make_format
 from d2llm.store.word_segment import WordSegment
 from d2llm.training.dev_sets import MIN_QUERIES, JudgedSet, dev_queries, judged_sets
@@ -195,63 +195,64 @@ def make_evidence_lists(
     texts = [query.text for query in queries]
     words_of_queries = [words.query(text, own) for text, own in zip(texts, term_factors(student, texts), strict=True)]
     by_words = [words.best(query_words, depth)[0] for query_words in words_of_queries]
-    own_passages = dataset.own_passages
-    own_rows = [np.array([row_of[each] for each in own_passages.of(query.id)], np.int64) for query in queries]
+    own_ids = [dataset.own_passages.of(query.id) for query in queries]
+    own_rows = [np.array([row_of[each] for each in own], np.int64) for own in own_ids]
     grades = [_grades(dataset, query, row_of) for query in queries]
     needed = np.unique(np.concatenate([*by_words, *(np.array([*judged], np.int64) for judged in grades)]))
-    others = np.setdiff1d(np.arange(len(ids)), needed).tolist()
-    extra = random.Random(seed).sample(others, min(len(others), max(0, num_passages - len(needed))))
-    pool = np.union1d(needed, np.array(extra, np.int64))
-    parts: tuple[PartKind, ...] = ("token",) if "token_vectors" in terms else ()
+    pool = _filled(needed, len(ids), num_passages, seed)
     with progress_bar(f"encoding {dataset.name} for its evidence", len(pool)) as advance:
-        expands = student.document_expansion is not None
         chosen = [dataset.passages[ids[row]] for row in pool]
-        read = read_passages(student, chosen, advance, parts=parts, expand=expands)
+        parts: set[PartKind] = {"token"} if "token_vectors" in terms else set()
+        read = read_passages(student, chosen, advance, parts=parts, expand=student.document_expansion is not None)
     passages = read.vectors
     if read.added is not None:  # passages outside the pool, of which no list has any, go without
-        added: list[Mapping[str, float]] = [{}] * len(ids)
-        for row, own in zip(pool.tolist(), read.added, strict=True):
-            added[row] = own
-        words = WordIndex([segment.with_added(added)])
+        added = dict(zip(pool.tolist(), read.added, strict=True))
+        words = WordIndex([segment.with_added([added.get(row, {}) for row in range(len(ids))])])
     vectors = student.encode_queries(texts).vectors
-    all_nearest: NDArray[np.float32] | None = None
-    if student.has_anchor:
-        all_nearest = np.array(
-            [(passages @ anchor).max() for anchor in student.anchor_queries(vectors, task)], np.float32
-        )
-    kept: list[int] = []
-    listed: list[NDArray[np.int64]] = []
-    scores: list[NDArray[np.float32]] = []
+    kept, listed, scores = list[int](), list[NDArray[np.int64]](), list[NDArray[np.float32]]()
     for number, (vector, lexical, judged) in enumerate(zip(vectors, by_words, grades, strict=True)):
         own = student.score(vector, passages, task)
-        nearest = pool[np.argsort(-own, kind="stable")[:depth]]
-        rows = np.setdiff1d(np.union1d(lexical, nearest), own_rows[number])
+        best = pool[np.argsort(-own, kind="stable")[:depth]]
+        rows = np.setdiff1d(np.union1d(lexical, best), own_rows[number])
         if not judged.keys().isdisjoint(rows.tolist()):
             kept.append(number)
             listed.append(rows)
             scores.append(own[np.searchsorted(pool, rows)])
-    best_windows: list[NDArray[np.float32] | None] = [None] * len(kept)
-    best_tokens: list[NDArray[np.float32] | None] = [None] * len(kept)
+    best_windows: Sequence[NDArray[np.float32] | None] = [None] * len(kept)
+    best_tokens: Sequence[NDArray[np.float32] | None] = best_windows
     if kept and "window_vectors" in terms:
         windows = _read_windows(student, dataset, ids, np.unique(np.concatenate(listed)), pool, passages)
         anchors = student.anchor_queries(vectors, task)
         best_windows = [windows.best(anchor, rows) for anchor, rows in zip(anchors[kept], listed, strict=True)]
     if kept and "token" in read.parts:
-        parts_read = read.parts["token"]
-        stored = make_format(PART_FORMATS["token"], parts_read.vectors.shape[1])
-        tokens = PartVectors.of_texts(parts_read.vectors, parts_read.counts, stored)
-        read_queries = student.encode_with_tokens([queries[number].text for number in kept], "query").tokens
-        assert read_queries is not None
-        best_tokens = [
-            tokens.sum_of_best(mean_of_cosines(own), np.searchsorted(pool, rows))
-            for own, rows in zip(read_queries.split(), listed, strict=True)
-        ]
+        places = [np.searchsorted(pool, rows) for rows in listed]
+        best_tokens = _best_tokens(student, [texts[number] for number in kept], read.parts["token"], places)
     lists = [
         scored_list(own, words, words_of_queries[number], rows, grades[number], terms, by_window, by_token)
         for number, own, rows, by_window, by_token in zip(kept, scores, listed, best_windows, best_tokens, strict=True)
     ]
     statistics = np.array([words_of_queries[number].statistics for number in kept], np.float32)
-    return EvidenceLists(dataset.name, lists, statistics, None if all_nearest is None else all_nearest[kept])
+    anchors = student.anchor_queries(vectors, task)[kept] if student.has_anchor else ()
+    nearest = np.array([(passages @ anchor).max() for anchor in anchors], np.float32)
+    return EvidenceLists(dataset.name, lists, statistics, nearest if student.has_anchor else None)
+
+
+def _filled(needed: NDArray[np.int64], num_rows: int, num_passages: int, seed: int) -> NDArray[np.int64]:
+    """The needed rows, and others at random up to this number, in order."""
+    others = np.setdiff1d(np.arange(num_rows), needed).tolist()
+    extra = random.Random(seed).sample(others, min(len(others), max(0, num_passages - len(needed))))
+    return np.union1d(needed, np.array(extra, np.int64))
+
+
+def _best_tokens(
+    student: SearchStudent, texts: Sequence[str], read: EncodedParts, places: Sequence[NDArray[np.int64]]
+) -> list[NDArray[np.float32]]:
+    """What token embeddings say of each query's passages, at these ``places`` among those that were ``read``."""
+    stored = make_format(PART_FORMATS["token"], read.vectors.shape[1])
+    tokens = PartVectors.of_texts(read.vectors, read.counts, stored)
+    queries = student.encode_with_tokens(texts, "query").tokens
+    assert queries is not None
+    return [tokens.sum_of_best(mean_of_cosines(own), rows) for own, rows in zip(queries.split(), places, strict=True)]
 
 
 def _read_windows(

@@ -11,6 +11,7 @@ from d2llm.core.inputs import objects_of
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.pairs import PairDataset, as_retrieval
+from d2llm.models.evidence import Evidence
 from d2llm.models.student import Student
 from d2llm.recipe import EvidenceConfig
 from d2llm.training.fit_document_expansion import fit_document_expansion
@@ -85,45 +86,36 @@ def fit_scores(
     judged: list[tuple[Dataset, Task]] = [
         (as_retrieval(dataset, "dev") if isinstance(dataset, PairDataset) else dataset, task) for dataset in data
     ]
-    if words and not student.has_anchor:
-        raise InputError("words are added to an inner product, which the head 'paper' does not have; leave them out")
     if token_vectors is None:
         token_vectors = student.token_projection is not None
-    if token_vectors and student.token_projection is None:
-        raise InputError("this student has no token embeddings; train them first with `d2llm fit-tokens`")
     retrieval_sets = [dataset for dataset in data if isinstance(dataset, Dataset)]
-    if (quality or term_weights or document_expansion) and not retrieval_sets:
-        raise InputError(
-            "quality, term_weights and document_expansion need a corpus, and labelled pairs have none; leave them out"
-        )
-    if (term_weights or document_expansion) and not words:
-        changed = "term_weights" if term_weights else "document_expansion"
-        raise InputError(f"{changed} changes what words count, so their weight must be fitted again; leave words true")
+    on_words: list[str] = [*["term_weights"] * term_weights, *["document_expansion"] * document_expansion]
+    _check(student, words=words, token_vectors=token_vectors, on_words=on_words)
+    _check_corpus(retrieval_sets, needs_one=quality or bool(on_words))
     if term_weights:
         student.term_weights = fit_term_weights(student, retrieval_sets, seed=seed)
     if document_expansion:
         student.document_expansion = fit_document_expansion(student, retrieval_sets, seed=seed)
-    evidence = None
+    new_evidence = Evidence()
     if words:
-        terms = EvidenceConfig(
+        config = EvidenceConfig(
             words=True, window_words=True, window_vectors=window_vectors, token_vectors=token_vectors
-        ).terms
+        )
         new_evidence = fit_evidence(
             student,
             judged,
-            terms=terms,
+            terms=config.terms,
             words_factor=words_factor,
             num_queries=num_queries,
             num_passages=num_passages,
             seed=seed,
         )
         student.evidence = new_evidence.model_copy(update={"tasks": {**student.evidence.tasks, **new_evidence.tasks}})
-        evidence = new_evidence.tasks.get(task)
     fitted = fit_probabilities(student, judged, num_queries=num_queries, seed=seed)
     student.calibration = fitted.model_copy(update={"tasks": {**student.calibration.tasks, **fitted.tasks}})
-    calibration = fitted.tasks.get(task)
     if quality:
         student.quality = fit_quality(student, retrieval_sets, seed=seed)
+    evidence, calibration = new_evidence.tasks.get(task), fitted.tasks.get(task)
     return FitScoresReport(
         task,
         None if evidence is None else evidence.model_dump(),
@@ -132,3 +124,22 @@ def fit_scores(
         student.term_weights.model_dump(exclude={"weights"}) if term_weights and student.term_weights else None,
         student.document_expansion.facts() if document_expansion and student.document_expansion else None,
     )
+
+
+def _check(student: Student, *, words: bool, token_vectors: bool, on_words: Sequence[str]) -> None:
+    """Refuse what this student cannot have, before anything is fitted; ``on_words`` changes what words count."""
+    if words and not student.has_anchor:
+        raise InputError("words are added to an inner product, which the head 'paper' does not have; leave them out")
+    if token_vectors and student.token_projection is None:
+        raise InputError("this student has no token embeddings; train them first with `d2llm fit-tokens`")
+    if on_words and not words:
+        raise InputError(
+            f"{on_words[0]} changes what words count, so their weight must be fitted again; leave words true"
+        )
+
+
+def _check_corpus(retrieval_sets: Sequence[Dataset], *, needs_one: bool) -> None:
+    if needs_one and not retrieval_sets:
+        raise InputError(
+            "quality, term_weights and document_expansion need a corpus, and labelled pairs have none; leave them out"
+        )

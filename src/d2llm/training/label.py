@@ -104,26 +104,19 @@ def label(
         MismatchError: a worker has other versions than this process, or another teacher at this path.
     """
     started = time.monotonic()
-    runner = find_runner(runner)
-    if not runner.is_local and asks_endpoint(teacher):
-        raise InputError("a remote teacher answers at the speed of its endpoint, so workers do not help; label locally")
+    runner = _runner_for(teacher, runner)
     check_sources(sources)
     settings = settings or LabellingConfig()
-    if settings.compared_students is not None:
-        sources = _in_order_of_disagreement(sources, settings.compared_students, device=device, dtype=dtype)
-    identity = identify_judge(teacher)
-    whole = ranks_lists(teacher)
-    num_pairs = num_queries = finished_queries = finished_pairs = 0
+    sources = _in_order_of_disagreement(sources, settings.compared_students, device=device, dtype=dtype)
+    identity, whole = identify_judge(teacher), ranks_lists(teacher)
     work = [(source, _labels_of(source, store, identity)) for source in sources]
-    for source, labels in work:
-        for entry in source.entries_to_label:
-            num_unfinished = len(_unfinished(labels, entry, whole=whole).passage_ids)
-            num_pairs += num_unfinished
-            num_queries += num_unfinished > 0
-            finished_queries += num_unfinished == 0
-            finished_pairs += len(entry.passage_ids) - num_unfinished
-    counts = JudgingCounts()
-    budget = Budget(settings, started)
+    left = [
+        (len(_unfinished(labels, entry, whole=whole).passage_ids), len(entry.passage_ids))
+        for source, labels in work
+        for entry in source.entries_to_label
+    ]
+    num_pairs, num_queries = sum(number for number, _ in left), sum(number > 0 for number, _ in left)
+    counts, budget = JudgingCounts(), Budget(settings, started)
     if num_pairs:
         load_teacher = partial(load_judge, teacher, device=device, dtype=dtype)
         load = partial(load_work, load_teacher, identity.fingerprint, judge_shard)
@@ -147,14 +140,14 @@ def label(
         teacher=identity.fingerprint,
         queries=num_queries,
         pairs=counts.pairs,
-        finished_queries=finished_queries,
+        finished_queries=len(left) - num_queries,
         num_truncated=counts.truncated,
         tokens=counts.tokens,
         seconds=seconds,
         pairs_per_second=counts.pairs / seconds,
         num_bounded=counts.bounded,
         num_undecided=counts.undecided,
-        finished_pairs=finished_pairs,
+        finished_pairs=sum(total for _, total in left) - num_pairs,
         written_tokens=counts.written_tokens,
         cost=counts.cost,
         unfinished_pairs=num_pairs - counts.pairs,
@@ -238,9 +231,11 @@ def disagreements(source: TrainingSource, first: Student, second: Student) -> di
 
 
 def _in_order_of_disagreement(
-    sources: Sequence[TrainingSource], students: tuple[str, str], *, device: str | None, dtype: str | None
-) -> list[TrainingSource]:
-    """The sources, each with the queries on which two students disagree most to be labelled first."""
+    sources: Sequence[TrainingSource], students: tuple[str, str] | None, *, device: str | None, dtype: str | None
+) -> Sequence[TrainingSource]:
+    """The sources, each with the queries on which the students, if any, disagree most to be labelled first."""
+    if students is None:
+        return sources
     first, second = (Student.load(name, device=device, dtype=dtype) for name in students)
     ordered: list[TrainingSource] = []
     for source in sources:
@@ -250,6 +245,13 @@ def _in_order_of_disagreement(
         values = disagreements(source, first, second)
         ordered.append(replace(source, label_first=tuple(sorted(values, key=lambda name: (-values[name], name)))))
     return ordered
+
+
+def _runner_for(teacher: TeacherConfig, runner: str | Runner) -> Runner:
+    found = find_runner(runner)
+    if not found.is_local and asks_endpoint(teacher):
+        raise InputError("a remote teacher answers at the speed of its endpoint, so workers do not help; label locally")
+    return found
 
 
 def _labels_of(source: TrainingSource, store: Path, identity: TeacherIdentity) -> LabelStore:

@@ -135,16 +135,7 @@ def starting_recipe(
             texts, limits, (encoder.query_prefix, encoder.passage_prefix), strict=True
         )
     )
-    alike = float(np.median(passages.lengths)) < _ALIKE * float(np.median(queries.lengths))
-    trained = student.trained_tasks
-    if task is not None:
-        reason, chosen = "as requested", task_for(student, task)
-    elif len(trained) == 1:
-        reason, chosen = "what the student to start from was trained for", trained[0]
-    else:
-        chosen = "symmetric" if alike else "asymmetric"
-        other = "asymmetric if a passage answers" if alike else "symmetric if it should say the same"
-        reason = f"{'queries and passages have about the same length; ' if alike else ''}use {other} instead"
+    chosen, reason = _choose_task(student, task, queries, passages)
     num_passages = len(dataset.passages) if isinstance(dataset, Dataset) else len(texts[1].texts)
     shared = 2 * num_left < num_train
     used = num_train if shared else num_left
@@ -171,6 +162,19 @@ def starting_recipe(
     )
     _ = result.recipe  # check that the text is a valid recipe
     return result
+
+
+def _choose_task(student: Student, task: Task | None, queries: _Side, passages: _Side) -> tuple[Task, str]:
+    """The task, and why it is that one."""
+    trained = student.trained_tasks
+    if task is not None:
+        return task_for(student, task), "as requested"
+    if len(trained) == 1:
+        return trained[0], "what the student to start from was trained for"
+    if float(np.median(passages.lengths)) < _ALIKE * float(np.median(queries.lengths)):
+        why = "queries and passages have about the same length; use asymmetric if a passage answers instead"
+        return "symmetric", why
+    return "asymmetric", "use symmetric if it should say the same instead"
 
 
 def _count(dataset: Dataset | PairDataset) -> tuple[int, int, int]:

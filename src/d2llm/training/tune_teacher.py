@@ -90,11 +90,7 @@ def tune_teacher(
     """
     require_unfinished(folder, TEACHER_KIND)
     started = time.monotonic()
-    training, dev_pairs = hold_out(sources, tuning, seed=seed) if tuning.eval_every and sources else (sources, [])
-    pairs = labelled_pairs(training, num_negatives=tuning.num_negatives, max_queries=tuning.max_queries, seed=seed)
-    if not pairs:
-        raise InputError("the plans hold no queries, so there is nothing to tune the teacher on; mine a plan first")
-    pairs, dev_pairs, learns_from = _with_targets(pairs, dev_pairs, tuning.student, device=device, dtype=dtype)
+    pairs, dev_pairs, learns_from = _pairs(sources, tuning, seed=seed, device=device, dtype=dtype)
     model = _load(teacher, tuning, device=device, dtype=dtype)
     model.prepare_training(
         tuning.lora, tuning=tuning.tuning, gradient_checkpointing=tuning.gradient_checkpointing, seed=seed
@@ -131,12 +127,8 @@ def tune_teacher(
         best_step=trainer.best.step,
         dev=trainer.best.value,
     )
-    content = {
-        "tuning": tuning.model_dump(),
-        "seed": seed,
-        "settings": settings,
-        "data": [source.dataset.name for source in sources],
-    }
+    names = [source.dataset.name for source in sources]
+    content = {"tuning": tuning.model_dump(), "seed": seed, "settings": settings, "data": names}
 
     def save(content: dict[str, Any]) -> str:
         with new_folder(folder, kind=TEACHER_KIND) as temporary:
@@ -192,13 +184,22 @@ class _Tuning(Trainable):
 # Pairs that a student has scored -------------------------------------------------------------------------------------
 
 
-def _with_targets(
-    pairs: list[TrainingPair], dev_pairs: list[TrainingPair], name: str | None, *, device: str | None, dtype: str | None
+def _pairs(
+    sources: Sequence[TrainingSource],
+    tuning: TeacherTuningConfig,
+    *,
+    seed: int,
+    device: str | None,
+    dtype: str | None,
 ) -> tuple[list[TrainingPair], list[TrainingPair], dict[str, str]]:
-    """The pairs to learn and those of dev, with the scores of a student as targets, if it is named; its fingerprint."""
-    if name is None:
+    """The pairs to learn, those of dev, and the fingerprint of the student whose scores are their targets, if any."""
+    training, dev_pairs = hold_out(sources, tuning, seed=seed) if tuning.eval_every and sources else (sources, [])
+    pairs = labelled_pairs(training, num_negatives=tuning.num_negatives, max_queries=tuning.max_queries, seed=seed)
+    if not pairs:
+        raise InputError("the plans hold no queries, so there is nothing to tune the teacher on; mine a plan first")
+    if tuning.student is None:
         return pairs, dev_pairs, {}
-    student = Student.load(name, device=device, dtype=dtype)
+    student = Student.load(tuning.student, device=device, dtype=dtype)
     scored = with_student_scores([*pairs, *dev_pairs], student)
     return scored[: len(pairs)], scored[len(pairs) :], {"learns_from": student.fingerprint}
 

@@ -22,7 +22,16 @@ from d2llm.retrieval.protocols import SearchStudent, TextEncoder
 from d2llm.runners.placement import HERE, Placement
 from d2llm.store.bm25 import bm25_lists
 from d2llm.training.mining.audit import Audit
-from d2llm.training.mining.choose import DatasetJudgements, Ranked, choose, draw_easy, key_of, random_of, work_folder
+from d2llm.training.mining.choose import (
+    DatasetJudgements,
+    Ranked,
+    Selection,
+    choose,
+    draw_easy,
+    key_of,
+    random_of,
+    work_folder,
+)
 from d2llm.training.mining.ranking import EncoderRanking, Lists
 from d2llm.training.mining.teacher import TeacherCheck
 
@@ -130,25 +139,30 @@ def mine(
         judged = DatasetJudgements(dataset, SameText(dataset))
         tally.own = dataset.own_passages.counts(positives)
         tally.same_text = sum(len(judged.repeats(query_id, ids)) for query_id, ids in positives.items())
-        entries: list[PlanEntry] = []
         selections = choose(
             dataset, queries, positives, judged, ranked, config, seeds=(seed,), teacher=teacher, record=audit.add
         )
         with progress_bar("choosing", len(queries)) as advance:
+            entries: list[PlanEntry] = []
             for item in selections:
-                query_id, hard = item.query.id, tuple(candidate.passage_id for candidate in item.kept)
-                no_easy = {*item.forbidden, *hard, *(drop.candidate.passage_id for drop in item.dropped)}
-                easy = draw_easy(corpus, no_easy, config.num_easy, random_of(seed, "easy", query_id))
-                if len(hard) < config.num_hard:
-                    tally.queries["too_few_hard"].append(query_id)
-                if len(easy) < config.num_easy:
-                    tally.queries["too_few_easy"].append(query_id)
-                entries.append(PlanEntry(query_id, item.positives, hard, tuple(easy)))
+                entries.append(_entry(item, corpus, config, seed, tally))
                 advance(1)
         tally.seconds["choosing"] = time.perf_counter() - begin
         del ranked, selections  # closes the memory map of the vectors before their folder is deleted
     tally.seconds["total"] = time.perf_counter() - start
     return MiningResult(entries, _report(dataset, split, entries, tally, audit, teacher), audit.to_json())
+
+
+def _entry(item: Selection, corpus: Sequence[str], config: MiningConfig, seed: int, tally: _Tally) -> PlanEntry:
+    """The hard negatives that were chosen for a query, with easy ones from the rest of the corpus."""
+    query_id, hard = item.query.id, tuple(candidate.passage_id for candidate in item.kept)
+    no_easy = {*item.forbidden, *hard, *(drop.candidate.passage_id for drop in item.dropped)}
+    easy = draw_easy(corpus, no_easy, config.num_easy, random_of(seed, "easy", query_id))
+    if len(hard) < config.num_hard:
+        tally.queries["too_few_hard"].append(query_id)
+    if len(easy) < config.num_easy:
+        tally.queries["too_few_easy"].append(query_id)
+    return PlanEntry(query_id, item.positives, hard, tuple(easy))
 
 
 def _rank(

@@ -10,7 +10,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from d2llm.data.labels import LabelStore
 from d2llm.data.open_data import open_data, open_source
@@ -29,9 +29,7 @@ from d2llm.runners.runner import Runner, find_runner
 from d2llm.training.mining.audit import audit_page
 from d2llm.training.mining.mine import mine
 from d2llm.training.mining.teacher import Judging, TeacherCheck, judge_texts
-
-if TYPE_CHECKING:
-    from d2llm.training.run import Run, Skipped
+from d2llm.training.open_run import OpenRun, Skipped
 
 _remarks = logging.getLogger("d2llm.remarks")
 _log = logging.getLogger(__name__)
@@ -40,7 +38,7 @@ _CALLS_TOGETHER = 16  # calls to the teacher on a cluster, about 32 queries each
 
 
 def mine_plans(
-    run: Run,
+    run: OpenRun,
     *,
     again: bool = False,
     student: str | None = None,
@@ -78,7 +76,7 @@ def mine_plans(
 
 
 def filter_plans(
-    run: Run, closed: Collection[str], *, runner: str | Runner = "local"
+    run: OpenRun, closed: Collection[str], *, runner: str | Runner = "local"
 ) -> dict[str, dict[str, Any] | Skipped] | Skipped:
     """See ``Run.filter``. The plans that the teacher was tuned on are kept; its judgements are added to the labels."""
     runner = find_runner(runner)
@@ -129,7 +127,7 @@ class _Miners:
     judging: Judging | None
 
     @classmethod
-    def load(cls, run: Run, mining: MiningConfig, runner: Runner) -> _Miners:
+    def load(cls, run: OpenRun, mining: MiningConfig, runner: Runner) -> _Miners:
         options = {"device": run.device, "dtype": run.dtype}
         encoder = student = None
         loads: Mapping[str, Load | None] = {}
@@ -145,7 +143,7 @@ class _Miners:
         return cls(encoder, student, Placement(runner, run.device, loads), judging)
 
 
-def _judging(run: Run, runner: Runner) -> Judging:
+def _judging(run: OpenRun, runner: Runner) -> Judging:
     """Where the run's teacher judges; a remote one is asked from here, as its endpoint sets the pace."""
     load = partial(load_judge, run.teacher, device=run.device, dtype=run.dtype)
     judge, placement = place_judge(run.teacher, load, runner, device=run.device)
@@ -154,7 +152,7 @@ def _judging(run: Run, runner: Runner) -> Judging:
 
 
 def _mine_one(
-    run: Run,
+    run: OpenRun,
     data: DataConfig,
     folder: Path,
     mining: MiningConfig,
@@ -210,7 +208,9 @@ def _mine_one(
     return report
 
 
-def _plan_pairs(run: Run, data: DataConfig, folder: Path, mining: MiningConfig, pairs: PairDataset) -> dict[str, Any]:
+def _plan_pairs(
+    run: OpenRun, data: DataConfig, folder: Path, mining: MiningConfig, pairs: PairDataset
+) -> dict[str, Any]:
     """Make the plan of a set of labelled pairs: the judged pairs, without a search."""
     training_set = read_pair_training_set(pairs)
     shared = shared_pairs(training_set, _SPLIT) if data.exclude_shared_passages else set[tuple[str, str]]()
@@ -236,7 +236,7 @@ def _plan_pairs(run: Run, data: DataConfig, folder: Path, mining: MiningConfig, 
     return report
 
 
-def _settings(run: Run, data: DataConfig, mining: MiningConfig) -> dict[str, Any]:
+def _settings(run: OpenRun, data: DataConfig, mining: MiningConfig) -> dict[str, Any]:
     """The settings of a recipe that affect a plan."""
     return {
         "seed": run.recipe.seed,
@@ -248,7 +248,7 @@ def _settings(run: Run, data: DataConfig, mining: MiningConfig) -> dict[str, Any
 
 
 def _compare_settings(
-    run: Run, data: DataConfig, folder: Path, mining: MiningConfig, *, remedy: str, teacher: str | None = None
+    run: OpenRun, data: DataConfig, folder: Path, mining: MiningConfig, *, remedy: str, teacher: str | None = None
 ) -> None:
     """Warn if a plan was made with other settings, or with another teacher than ``teacher``."""
     manifest = read_plan(folder).manifest
