@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,14 @@ from d2llm.training.checkpoints import (
 from d2llm.training.processes import ALONE, Processes
 from d2llm.training.trackers import Tracker
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
 BEST = "best.safetensors"
-_Report = TypeVar("_Report", bound="DataclassInstance")
+
+
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+_Report = TypeVar("_Report", bound=_Dataclass)
 
 
 class Trainable:
