@@ -142,7 +142,7 @@ def test_vectors_do_not_depend_on_padding_or_batch(tmp_path, architecture, monke
     student = trained(write_tiny_model(tmp_path / "model", architecture))
     texts = [*TEXTS, "a dog", " ".join(TEXTS[:4])]
     together = student.encode_passages(texts).vectors
-    monkeypatch.setattr("d2llm.models.student._BATCH_TEXTS", 1)
+    monkeypatch.setattr("d2llm.models.student_encoder._BATCH_TEXTS", 1)
     np.testing.assert_allclose(student.encode_passages(texts).vectors, together, rtol=0, atol=1e-4)
     np.testing.assert_allclose(student.encode_passages(texts[::-1]).vectors[::-1], together, rtol=0, atol=1e-4)
     monkeypatch.setattr("d2llm.models.vector_scorer.SCORE_BLOCK", 3)

@@ -146,7 +146,7 @@ def test_scores_do_not_depend_on_block_or_batch_size(llama, monkeypatch):
     student = trained(llama)
     expected = all_scores(student)
     monkeypatch.setattr("d2llm.models.vector_scorer.SCORE_BLOCK", 2)
-    monkeypatch.setattr("d2llm.models.student._BATCH_TEXTS", 1)
+    monkeypatch.setattr("d2llm.models.student_encoder._BATCH_TEXTS", 1)
     np.testing.assert_allclose(all_scores(student), expected, rtol=0, atol=1e-4)
 
 

@@ -34,7 +34,7 @@ from d2llm.models.export.graphs import OPSET, write_text_graph
 from d2llm.recipe import CustomBackbone, StudentConfig
 
 if TYPE_CHECKING:
-    from d2llm.models.student import Student
+    from d2llm.models.student_encoder import StudentEncoder
 
 Engine = Callable[[Sequence[Sequence[int]]], Float32[np.ndarray, "batch dim"]]
 """Computes the vectors of a batch of tokenized texts."""
@@ -112,7 +112,7 @@ def choose_products(engine: EngineName, device: torch.device, dtype: str | torch
     return torch.float32 if engine.startswith("onnx") else choose_dtype(device, dtype)
 
 
-def open_engine(student: Student, name: EngineName, *, dtype: torch.dtype = torch.float32) -> Engine | None:
+def open_engine(student: StudentEncoder, name: EngineName, *, dtype: torch.dtype = torch.float32) -> Engine | None:
     """The compiled engine of a student, its graph taken from the user's cache folder or exported now; None for torch.
 
     Args:
@@ -143,7 +143,7 @@ def _can_multiply(name: str, dtype: str | torch.dtype | None) -> bool:
     return dtype in ((*formats, "bfloat16", torch.bfloat16) if name.startswith("openvino") else formats)
 
 
-def _graph(student: Student, int8_for: Runtime | None) -> Path:
+def _graph(student: StudentEncoder, int8_for: Runtime | None) -> Path:
     """The file with the student's graph, exported if it is not in the cache."""
     require("onnx", extra="export", purpose="an engine other than torch")
     versions = [version(package) for package in ("d2llm", "torch", "transformers", "onnx")]

@@ -1,0 +1,360 @@
+"""From texts to vectors: the part of a student that reads (``Student`` has its folder, its training, its parts)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2llm.core.errors import InputError
+from d2llm.core.fallbacks import fell_back
+from d2llm.core.inputs import stream_of_objects, strings_of, texts_of
+from d2llm.core.types import EngineName, Span, WholeText
+from d2llm.models.backbone import Backbone, EncodedTexts, TextKind, TokenizedTexts, search_query_tokens
+from d2llm.models.device import inference, tokens_to_read
+from d2llm.models.engines.core_workers import map_on_cores
+from d2llm.models.engines.engines import Engine, open_engine
+from d2llm.models.late_chunking import ChunkReader, EncodedChunks
+from d2llm.models.pooling import TextPooling, to_sphere
+from d2llm.models.term_weights import TermWeights
+from d2llm.models.token_vectors import TokenProjection, TokenVectors
+from d2llm.models.vector_scorer import VectorScorer
+from d2llm.ops.batching import token_budget_batches
+from d2llm.ops.bm25_words import terms, tokens_of_terms
+from d2llm.recipe import StudentConfig
+
+_log = logging.getLogger(__name__)
+_BATCH_TEXTS, _QUERIES_AT_ONCE = 1_024, 256
+
+
+class StudentEncoder(VectorScorer):
+    """Makes vectors of texts and of their tokens, and weights of words, with a backbone, a pooling and an engine.
+
+    Subclasses set ``pooling``, and what was fitted: ``token_projection`` and ``term_weights``.
+    """
+
+    pooling: TextPooling
+    token_projection: TokenProjection | None
+    term_weights: TermWeights | None
+
+    def __init__(self, config: StudentConfig, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.max_query_tokens = search_query_tokens(config.backbone)  # may be lowered
+        self._engine: Engine | None = None
+        self._products: torch.dtype | None = None
+
+    @property
+    def vector_dim(self) -> int:
+        """Dimension of a text's vector."""
+        return self.pooling.dim
+
+    @property
+    def device(self) -> torch.device:
+        """Where texts are encoded and vectors scored."""
+        return self.backbone.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Number format of the products, both for encoding texts (with any engine) and for scoring."""
+        return self._products or self.backbone.compute_dtype
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens, including padding, that one core or an accelerator encodes at a time."""
+        return tokens_to_read(self.device, self.backbone.state_size)
+
+    @property
+    def token_dim(self) -> int | None:
+        """Width of a token's vector; None if this student has no projection of tokens."""
+        return None if self.token_projection is None else self.token_projection.dim
+
+    @property
+    def token_fingerprint(self) -> str | None:
+        """Content hash of the projection that makes the token embeddings, if there is one."""
+        return None if self.token_projection is None else self.token_projection.fingerprint
+
+    def use_engine(self, name: EngineName, *, dtype: torch.dtype | None = None) -> None:
+        """Encode texts with this engine from now on, using the current weights; scoring always uses torch.
+
+        ``dtype`` is the number format of the products from now on, including scoring; by default that of the weights.
+
+        Raises:
+            InputError: the weights are not float32 on the CPU, which every engine but torch requires.
+            MissingExtraError: the engine is not installed.
+        """
+        self._engine = open_engine(self, name, dtype=dtype or self.backbone.compute_dtype)
+        self._products = dtype
+
+    @property
+    def runs_in_torch(self) -> bool:
+        """Whether texts are encoded by torch, and not by another engine (``use_engine``)."""
+        return self._engine is None
+
+    def forward(self, token_ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]) -> Tensor:
+        """Vectors [batch, dim] of tokenized texts, float32."""
+        return self.pool(*self.backbone(token_ids, mask))
+
+    def pool(self, states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"]) -> Tensor:
+        """Vectors [batch, dim] of the backbone's states, right-padded."""
+        vectors = self.pooling(states, mask)
+        return to_sphere(vectors) if self.config.interaction.head == "cosine" else vectors
+
+    def encode_queries(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str | None = None,
+        advance: Callable[[int], None] | None = None,
+    ) -> EncodedTexts:
+        """Vectors of queries, cut to ``max_query_tokens``; ``advance`` is called with the number of texts finished.
+
+        An ``instruction`` is put before every query in place of ``backbone.query_prefix``.
+
+        Raises:
+            InputError: the instruction leaves no room for a query.
+        """
+        return self._encode(texts, "query", advance, instruction)
+
+    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
+        """Vectors of passages (title and text as one string); ``advance`` is called with the number finished."""
+        return self._encode(texts, "passage", advance)
+
+    def encode_query(self, texts: Sequence[str] | str, *, instruction: str | None = None) -> NDArray[np.float32]:
+        """Vectors of queries as an array: [dim] of one text, [n, dim] of a list; float32.
+
+        They are for queries of ``rank``, ``score`` and indexes; a query's vector differs from a passage's of the same
+        text if the backbone has prefixes. Texts longer than ``max_query_tokens`` are cut, and the log says how many;
+        ``encode_queries`` returns which.
+
+        Args:
+            texts: one text, or a list of them.
+            instruction: put before every query in place of ``backbone.query_prefix``.
+
+        Raises:
+            InputError: a value is not a text, or the instruction leaves no room for a query.
+
+        Example:
+            >>> from d2llm import Student
+            >>> student = Student.load("d2llm-minilm", device="cpu")
+            >>> student.encode_query("how hot should the water be?").shape
+            (384,)
+            >>> student.encode_query(["one", "two"]).shape
+            (2, 384)
+        """
+        return self._as_array(texts, partial(self.encode_queries, instruction=instruction))
+
+    def encode_document(self, texts: Sequence[str] | str) -> NDArray[np.float32]:
+        """Vectors of passages as an array: [dim] of one text, [n, dim] of a list; float32.
+
+        A title is the first line of its text. Texts longer than the student reads are cut, and the log says how many;
+        ``encode_passages`` returns which.
+
+        Raises:
+            InputError: a value is not a text.
+
+        Example:
+            >>> from d2llm import Student
+            >>> student = Student.load("d2llm-minilm", device="cpu")
+            >>> student.encode_document(["Green tea needs water of 80 °C.", "Bees make honey."]).shape
+            (2, 384)
+        """
+        return self._as_array(texts, self.encode_passages)
+
+    def _as_array(self, texts: Sequence[str] | str, encode: Callable[[list[str]], EncodedTexts]) -> NDArray[np.float32]:
+        read = encode(strings_of(texts, "texts"))
+        self._warn_of_cut(len(read.truncated), len(read.vectors))
+        return read.vectors[0] if isinstance(texts, str) else read.vectors
+
+    def _warn_of_cut(self, num_cut: int, num_texts: int) -> None:
+        if num_cut:
+            _log.warning("%d of %d texts are longer than the student reads: their ends are ignored", num_cut, num_texts)
+
+    def encode_with_tokens(
+        self,
+        texts: Sequence[str],
+        kind: TextKind,
+        *,
+        instruction: str | None = None,
+        advance: Callable[[int], None] | None = None,
+    ) -> EncodedTexts:
+        """Vectors of queries or passages and of their tokens, from one pass through the backbone, always by torch.
+
+        Of a long query, only the rarest tokens have vectors, multiplied by their share of its tokens, so that the mean
+        of their cosines is that of all, if the others' are 0 (``TokenProjection``). The tokens of an ``instruction``
+        have none.
+
+        Raises:
+            InputError: this student has no projection of tokens, the instruction leaves no room for a query, or the
+                tokenizer gives no character offsets, which an instruction requires.
+        """
+        texts, projection = texts_of(texts), self._require_projection()
+        if self._engine is not None:
+            fell_back("engine for token embeddings", "the graph gives vectors of texts only; torch encodes both")
+        tokenized, is_query = self.tokenize(texts, kind, instruction=instruction), kind == "query"
+        starts = [0] * len(texts) if instruction is None else self.backbone.first_own_tokens(texts, instruction)
+        places_of = projection.query_places if is_query else projection.places
+        token_rows: list[NDArray[np.float32]] = [np.zeros((0, projection.dim), np.float32)] * len(texts)
+
+        def read(batch: list[int]) -> Float32[np.ndarray, "batch dim"]:
+            with inference(self):
+                ids = [tokenized.ids[index] for index in batch]
+                states, mask = self.backbone(*self.backbone.pad(ids))
+                own_ids = [tokenized.ids[index][starts[index] :] for index in batch]
+                places = [
+                    [starts[index] + place for place in places_of(own)]
+                    for index, own in zip(batch, own_ids, strict=True)
+                ]
+                tokens = projection(torch.cat([states[row, kept] for row, kept in enumerate(places)])).cpu().numpy()
+                parts = np.split(tokens, np.cumsum([len(kept) for kept in places])[:-1])
+                for index, own, part in zip(batch, own_ids, parts, strict=True):
+                    share = projection.query_share(own) if is_query else 1.0
+                    token_rows[index] = part * np.float32(share)
+                return self.pool(states, mask).cpu().numpy()
+
+        encoded = self._read(tokenized, read, advance)
+        return replace(encoded, tokens=TokenVectors.join(token_rows, projection.dim))
+
+    def _require_projection(self) -> TokenProjection:
+        if self.token_projection is None:
+            raise InputError("this student has no token embeddings; train them with `d2llm fit-tokens`")
+        return self.token_projection
+
+    @property
+    def chunk_reader(self) -> ChunkReader:
+        """Reads long texts whole and pools chunks of them (late chunking).
+
+        Raises:
+            InputError: this student's pooling or tokenizer does not support it.
+        """
+        return ChunkReader(self.backbone, self.pooling, self.pool)
+
+    def term_states(self, queries: Sequence[str]) -> list[dict[str, Float32[np.ndarray, " dim"]]]:
+        """The state [dim] of each BM25 term of the queries: the mean over the tokens of its words, always by torch.
+
+        Terms beyond the student's limit have none.
+
+        Raises:
+            InputError: the backbone is remote, or its tokenizer gives no character offsets.
+        """
+        self.backbone.require_tokens("a weight for each word of a query")
+        if not getattr(self.backbone.tokenizer, "is_fast", False):
+            raise InputError("this student's tokenizer gives no character offsets, so words have no states")
+        queries = texts_of(queries, "queries")
+        tokenized = self.tokenize(queries, "query")
+        word_states: list[dict[str, Float32[np.ndarray, " dim"]]] = [{} for _ in queries]
+        for start in range(0, len(queries), _QUERIES_AT_ONCE):
+            batch = range(start, min(start + _QUERIES_AT_ONCE, len(queries)))
+            with inference(self):
+                states, _ = self.backbone(*self.backbone.pad([tokenized.ids[index] for index in batch]))
+            for index, own in zip(batch, states.float().cpu().numpy(), strict=True):
+                text = queries[index]
+                spans = self.backbone.token_places(text, len(tokenized.ids[index]), "query")
+                by_term = tokens_of_terms(text, spans)
+                word_states[index] = {term: own[places].mean(axis=0) for term, places in by_term.items() if places}
+        return word_states
+
+    def term_factors(self, queries: Sequence[str]) -> list[dict[str, float]] | None:
+        """How much each BM25 term of the queries counts; None if this was not fitted."""
+        queries = texts_of(queries, "queries")
+        if self.term_weights is None:
+            return None
+        factors: list[dict[str, float]] = []
+        for text, states in zip(queries, self.term_states(queries), strict=True):
+            values = dict.fromkeys(terms(text), self.term_weights.usual)
+            if states:
+                values |= dict(
+                    zip(states, self.term_weights.factors(np.stack([*states.values()])).tolist(), strict=True)
+                )
+            factors.append(values)
+        return factors
+
+    def encode_chunks(
+        self, texts: Iterable[tuple[WholeText, Sequence[Span]]], *, with_tokens: bool = False
+    ) -> EncodedChunks:
+        """Vectors of chunks of long texts, each encoded in the context of its whole text (``ChunkReader.encode``).
+
+        ``with_tokens``: also those of the chunks' tokens, which this student must have.
+        """
+        chunks = stream_of_objects(texts, "texts", tuple)
+        projection = self._require_projection() if with_tokens else None
+        with inference(self):
+            return ChunkReader(self.backbone, self.pooling, self.pool, projection).encode(chunks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out compiled and cast weights: a copy casts its weights itself and encodes with torch."""
+        return {**super().__getstate__(), "_engine": None, "_products": None}
+
+    def tokenize(self, texts: Sequence[str], kind: TextKind, *, instruction: str | None = None) -> TokenizedTexts:
+        """Token ids of each text as in a search, cut to the limit of its kind; cuts are counted.
+
+        An ``instruction`` is put before every query in place of the configured prefix.
+
+        Raises:
+            InputError: the instruction leaves no room for a query, or the texts are passages.
+        """
+        if instruction is not None:
+            if kind != "query":
+                raise InputError("an instruction is put before queries; leave it out for passages")
+            num_tokens = self.backbone.num_tokens(instruction)
+            if num_tokens >= self.max_query_tokens:
+                raise InputError(
+                    f"the instruction has {num_tokens} tokens, but the student reads only {self.max_query_tokens} of "
+                    "instruction and query together; shorten it"
+                )
+        limit = self.max_query_tokens if kind == "query" else None
+        return self.backbone.tokenize(texts, kind, prefix=instruction, limit=limit)
+
+    def encode_tokens(self, ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "batch dim"]:
+        """Vectors of one batch of tokenized texts, ideally of similar length (``batch_tokens``)."""
+        if self._engine is not None:
+            return self._engine(ids)
+        with inference(self):
+            return self(*self.backbone.pad(ids)).cpu().numpy()
+
+    def _encode(
+        self,
+        texts: Sequence[str],
+        kind: TextKind,
+        advance: Callable[[int], None] | None,
+        instruction: str | None = None,
+    ) -> EncodedTexts:
+        at_once = self.backbone.texts_at_once
+        texts = texts_of(texts)
+        if at_once is not None and len(texts) > at_once:
+            parts = [texts[start : start + at_once] for start in range(0, len(texts), at_once)]
+            encoded = [self._encode(part, kind, advance, instruction) for part in parts]
+            return EncodedTexts.join(encoded, self.vector_dim)
+        tokenized = self.tokenize(texts, kind, instruction=instruction)
+
+        def read(batch: list[int]) -> Float32[np.ndarray, "batch dim"]:
+            return self.encode_tokens([tokenized.ids[index] for index in batch])
+
+        return self._read(tokenized, read, advance)
+
+    def _read(
+        self,
+        tokenized: TokenizedTexts,
+        read: Callable[[list[int]], Float32[np.ndarray, "batch dim"]],
+        advance: Callable[[int], None] | None,
+    ) -> EncodedTexts:
+        """The vectors of tokenized texts; ``read`` gives those of a batch, named by the places of its texts."""
+        vectors = np.empty((len(tokenized.ids), self.vector_dim), dtype=np.float32)
+        over_batches = map_on_cores if self.backbone.device.type == "cpu" else map
+        sizes = list(map(len, tokenized.ids))
+        batches = list(token_budget_batches(sizes, max_tokens=self.batch_tokens, max_items=_BATCH_TEXTS))
+        with inference(self):
+            for batch, encoded in zip(batches, over_batches(read, batches), strict=True):
+                vectors[batch] = encoded
+                if advance is not None:
+                    advance(len(batch))
+        return EncodedTexts(vectors, tokenized.truncated, sum(tokenized.lengths), tuple(tokenized.lengths))
