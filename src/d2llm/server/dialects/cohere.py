@@ -19,10 +19,9 @@ from d2llm.server.dialects.shared import (
     Text,
     TextList,
     check_limit,
-    check_size,
-    cut_warnings,
     errors,
     rerank_results,
+    score_documents,
     score_header,
     select_model,
     status_of,
@@ -100,17 +99,13 @@ router = APIRouter(tags=["Cohere"], responses=errors(CohereError), route_class=B
 async def rerank(body: CohereRerankRequest, catalog: TheCatalog) -> FastJSONResponse:
     """Rank documents by how well they answer a query."""
     services, _ = select_model(catalog, body.model)
-    models = services.models
-    query = check_size(services, body.query, "query", cut=True)
-    documents = check_size(services, body.documents, "documents", cut=True)
-    check_limit(body.max_tokens_per_doc, models.max_passage_tokens, "max_tokens_per_doc")
-    scored = await models.score(query.texts[0], documents.texts, services.task)
+    check_limit(body.max_tokens_per_doc, services.models.max_passage_tokens, "max_tokens_per_doc")
+    scored, warnings = await score_documents(services, body.query, body.documents)
     meta: dict[str, Any] = {
         "api_version": {"version": "2"},
         "billed_units": {"search_units": math.ceil(len(body.documents) / _DOCUMENTS_A_UNIT)},
         "tokens": {"input_tokens": scored.num_tokens},
     }
-    warnings = cut_warnings(bool(query.cut) or scored.query_truncated, documents.truncated(scored.truncated), models)
     return FastJSONResponse(
         {
             "id": str(uuid.uuid4()),

@@ -20,11 +20,9 @@ from d2llm.server.dialects.shared import (
     CutOptions,
     RerankResult,
     Text,
-    check_size,
-    cut_warnings,
     errors,
-    refuse_cut,
     rerank_results,
+    score_documents,
     score_header,
     select_model,
     status_of,
@@ -141,13 +139,8 @@ async def rerank(body: JinaRerankRequest, catalog: TheCatalog) -> FastJSONRespon
             "rank_fields: only the field 'text' of a document is ranked; put what counts there, and leave this out"
         )
         raise invalid(message, "rank_fields")
-    query = check_size(services, body.query, "query", cut=body.truncate)
-    sized = check_size(services, documents, "documents", cut=body.truncate)
-    scored = await models.score(query.texts[0], sized.texts, services.task)
-    if not body.truncate:
-        remedy = f"shorten it, or leave {body.name_of('truncate')} out"
-        refuse_cut(body.query, (0,) if scored.query_truncated else (), "query", models.max_query_tokens, remedy)
-        refuse_cut(documents, scored.truncated, "documents", models.max_passage_tokens, remedy)
+    remedy = None if body.truncate else f"shorten it, or leave {body.name_of('truncate')} out"
+    scored, warnings = await score_documents(services, body.query, documents, remedy=remedy)
     response: dict[str, Any] = {
         "id": f"rerank-{uuid.uuid4().hex}",
         "model": body.model or models.name,
@@ -157,7 +150,6 @@ async def rerank(body: JinaRerankRequest, catalog: TheCatalog) -> FastJSONRespon
             services, scored.logits, documents, body.top_n or None, with_texts=body.return_documents
         ),
     }
-    warnings = cut_warnings(bool(query.cut) or scored.query_truncated, sized.truncated(scored.truncated), models)
     return FastJSONResponse(response | ({"warnings": warnings} if warnings else {}), headers=score_header(services))
 
 

@@ -29,10 +29,8 @@ from d2llm.server.dialects.shared import (
     embed,
     errors,
     offered_models,
-    refuse_cut,
     select_model,
     status_of,
-    texts_cut,
     unit_length,
     warning_header,
 )
@@ -129,11 +127,10 @@ async def embeddings(body: EmbeddingsRequest, catalog: TheCatalog) -> FastJSONRe
     limit = models.max_query_tokens if kind == "query" else models.max_passage_tokens
     check_cut(body.truncate_prompt_tokens, limit)
     cut = body.truncate == "END" or body.truncate_prompt_tokens is not None
-    sized = check_size(services, body.input, "input", cut=cut)
+    sized = check_size(services, body.input, "input", kind, None if cut else 'shorten it, or send truncate: "END"')
     width = check_dimensions(body.dimensions, models)
     encoded = await embed(services, sized.texts, kind)
-    if not cut:
-        refuse_cut(body.input, encoded.truncated, "input", limit, 'shorten it, or send truncate: "END"')
+    headers = warning_header(sized.warn(encoded.truncated, "input"))
     vectors = unit_length(encoded.vectors[:, :width])
     values: list[Any] = list(vectors)
     if body.encoding_format == "base64":
@@ -145,7 +142,6 @@ async def embeddings(body: EmbeddingsRequest, catalog: TheCatalog) -> FastJSONRe
         "model": body.model,
         "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
     }
-    headers = warning_header(texts_cut("input", sized.truncated(encoded.truncated), limit))
     return await response_of(lambda: response, len(values), headers)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -24,7 +24,7 @@ from typing_extensions import Self
 
 from d2llm.models.backbone import TextKind
 from d2llm.server.errors import Problem, ServingError, invalid
-from d2llm.server.model_service import Encoded, ModelService
+from d2llm.server.model_service import Encoded, ModelService, PassageScores
 from d2llm.server.response_schemas import ResponseBody
 from d2llm.server.schemas import KnownFields, accepted_names, field_names
 from d2llm.server.services import Catalog
@@ -182,26 +182,52 @@ def select_model(catalog: Catalog, name: str | None, *, suffixes: bool = False) 
 
 @dataclass(frozen=True, slots=True)
 class SizedTexts:
-    """Texts within the server's limits, and the places of those whose ends were left out for that."""
+    """Texts within the server's limits, to be read by the student.
+
+    Attributes:
+        texts: the texts.
+        cut: the places of those whose ends were left out for the server's limits.
+        where: the field of each place.
+        limit: how many tokens of a text the student reads.
+        remedy: how to allow that texts are cut, if it is not allowed.
+    """
 
     texts: list[str]
     cut: frozenset[int]
+    where: Callable[[int], str]
+    limit: int
+    remedy: str | None
 
-    def truncated(self, places: Sequence[int]) -> list[int]:
-        """The places of all texts of which an end was not read: these, and ``places``, those that the student cut."""
-        return sorted(self.cut.union(places))
+    def warn(self, truncated: Sequence[int], name: str) -> list[str]:
+        """Warnings for a client if the ends of some texts were not read: those that were cut, and the ``truncated``.
+
+        Raises:
+            ServingError: 413, with the place of the first such text, and the limit, if cutting is not allowed.
+        """
+        places = sorted(self.cut.union(truncated))
+        if not places:
+            return []
+        if self.remedy is None:
+            return [f"{name} were truncated to {self.limit} tokens: {', '.join(map(str, places))}"]
+        more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
+        field = self.where(places[0])
+        message = f"{field}: longer than the {self.limit} tokens that the model reads{more}; {self.remedy}"
+        raise ServingError(Problem(413, "too_large", message, field))
 
 
-def check_size(services: Services, texts: str | Sequence[str], field: str, *, cut: bool = False) -> SizedTexts:
+def check_size(
+    services: Services, texts: str | Sequence[str], field: str, kind: TextKind = "passage", remedy: str | None = None
+) -> SizedTexts:
     """Check the number and length of texts against the server's limits.
 
-    With ``cut``, the client has asked to truncate texts that are too long, so their ends are left out, whatever their
-    length: a student reads far less than the server's limit.
+    Without a ``remedy``, the client has asked to truncate texts that are too long, so their ends are left out, whatever
+    their length: a student reads far less than the server's limit. Otherwise they are refused, and it says how to
+    allow it.
 
     Raises:
         ServingError: 413, there are too many texts, or one is too long.
     """
-    settings = services.settings
+    settings, models = services.settings, services.models
     several = [texts] if isinstance(texts, str) else list(texts)
     if len(several) > settings.max_texts:
         message = (
@@ -209,27 +235,40 @@ def check_size(services: Services, texts: str | Sequence[str], field: str, *, cu
             f"them in parts, as clients do when told to (chunk_size or batch size = {settings.max_texts})"
         )
         raise ServingError(Problem(413, "too_large", message, field))
+
+    def where(place: int) -> str:
+        return field if isinstance(texts, str) else f"{field}.{place}"
+
     limit = settings.max_text_chars
     too_long = [place for place, text in enumerate(several) if len(text) > limit]
-    if too_long and not cut:
+    if too_long and remedy is not None:
         place = too_long[0]
-        where = field if isinstance(texts, str) else f"{field}.{place}"
-        message = f"{where}: {len(several[place]):,} characters; {limit:,} are allowed (max_text_chars)"
-        raise ServingError(Problem(413, "too_large", message, where))
-    return SizedTexts([text[:limit] for text in several] if too_long else several, frozenset(too_long))
+        message = f"{where(place)}: {len(several[place]):,} characters; {limit:,} are allowed (max_text_chars)"
+        raise ServingError(Problem(413, "too_large", message, where(place)))
+    return SizedTexts(
+        [text[:limit] for text in several] if too_long else several,
+        frozenset(too_long),
+        where,
+        models.max_query_tokens if kind == "query" else models.max_passage_tokens,
+        remedy,
+    )
 
 
-def refuse_cut(texts: str | list[str], places: Sequence[int], field: str, limit: int, remedy: str) -> None:
-    """Refuse texts that the student would truncate; ``remedy`` says how to allow it.
+async def score_documents(
+    services: Services, query: str, documents: Sequence[str], field: str = "documents", remedy: str | None = None
+) -> tuple[PassageScores, list[str]]:
+    """The scores of documents for a query, and warnings about texts that were cut; ``remedy`` as for ``check_size``.
 
     Raises:
-        ServingError: 413, with the place of the first such text, and the limit.
+        ServingError: 413, there are too many documents, or a text is too long.
     """
-    if places:
-        where = field if isinstance(texts, str) else f"{field}.{places[0]}"
-        more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
-        message = f"{where}: longer than the {limit} tokens that the model reads{more}; {remedy}"
-        raise ServingError(Problem(413, "too_large", message, where))
+    models = services.models
+    sized_query = check_size(services, query, "query", "query", remedy)
+    sized = check_size(services, documents, field, "passage", remedy)
+    scored = await models.score(sized_query.texts[0], sized.texts, services.task)
+    is_cut = sized_query.warn((0,) if scored.query_truncated else (), "query")
+    warnings = [f"the query was truncated to {models.max_query_tokens} tokens"] if is_cut else []
+    return scored, warnings + sized.warn(scored.truncated, "documents")
 
 
 def check_limit(tokens: int | None, limit: int, field: str) -> None:
@@ -301,17 +340,6 @@ def score_header(services: Services) -> dict[str, str]:
 def best_first(logits: NDArray[np.float32], top: int | None = None) -> list[int]:
     """The first ``top`` places by decreasing score; ties keep their order."""
     return np.argsort(-logits, kind="stable")[:top].tolist()
-
-
-def cut_warnings(query_cut: bool, places: Sequence[int], models: ModelService) -> list[str]:
-    """Warnings for a client whose query or documents were truncated."""
-    query = [f"the query was truncated to {models.max_query_tokens} tokens"] if query_cut else []
-    return query + texts_cut("documents", places, models.max_passage_tokens)
-
-
-def texts_cut(name: str, places: Sequence[int], limit: int) -> list[str]:
-    """Warnings for a client if some texts were truncated."""
-    return [f"{name} were truncated to {limit} tokens: {', '.join(map(str, places))}"] if places else []
 
 
 def warning_header(warnings: Sequence[str]) -> dict[str, str]:

@@ -31,13 +31,11 @@ from d2llm.server.dialects.shared import (
     best_first,
     check_dimensions,
     check_size,
-    cut_warnings,
     embed,
     errors,
-    refuse_cut,
+    score_documents,
     score_header,
     status_of,
-    texts_cut,
     unit_length,
     warning_header,
 )
@@ -202,14 +200,8 @@ async def rerank(body: EitherRerankRequest, catalog: TheCatalog) -> FastJSONResp
         return await jina.rerank(body, catalog)
     services = catalog.select()
     models = services.models
-    cut = body.truncate is not False
-    query, texts = (
-        check_size(services, each, name, cut=cut) for name, each in (("query", body.query), ("texts", body.texts))
-    )
-    scored = await models.score(query.texts[0], texts.texts, services.task)
-    if body.truncate is False:
-        refuse_cut(body.query, (0,) if scored.query_truncated else (), "query", models.max_query_tokens, _CUT)
-        refuse_cut(body.texts, scored.truncated, "texts", models.max_passage_tokens, _CUT)
+    remedy = _CUT if body.truncate is False else None
+    scored, warnings = await score_documents(services, body.query, body.texts, "texts", remedy)
     scores = scored.logits if body.raw_scores else models.probabilities(scored.logits, services.task)
     values = scores.tolist()
     ranks: list[dict[str, Any]] = []
@@ -217,11 +209,7 @@ async def rerank(body: EitherRerankRequest, catalog: TheCatalog) -> FastJSONResp
         rank: dict[str, Any] = {"index": place, "score": values[place]}
         ranks.append(rank | ({"text": body.texts[place]} if body.return_text else {}))
     header = {} if body.raw_scores else score_header(services)
-    return _response(
-        ranks,
-        cut_warnings(bool(query.cut) or scored.query_truncated, texts.truncated(scored.truncated), models),
-        header,
-    )
+    return _response(ranks, warnings, header)
 
 
 @router.post("/similarity", response_model=SimilarityResponse)
@@ -271,11 +259,7 @@ async def _vectors(
     services: Services, texts: str | list[str], field: str, options: EmbedRequest | SimilarityParameters
 ) -> tuple[NDArray[np.float32], list[str]]:
     """Vectors of texts, and warnings about those that were cut."""
-    sized = check_size(services, texts, field, cut=options.truncate is not False)
     kind = options.prompt_name or "passage"
+    sized = check_size(services, texts, field, kind, _CUT if options.truncate is False else None)
     encoded = await embed(services, sized.texts, kind)
-    models = services.models
-    limit = models.max_query_tokens if kind == "query" else models.max_passage_tokens
-    if options.truncate is False:
-        refuse_cut(texts, encoded.truncated, field, limit, _CUT)
-    return encoded.vectors, texts_cut("texts", sized.truncated(encoded.truncated), limit)
+    return encoded.vectors, sized.warn(encoded.truncated, "texts")

@@ -23,11 +23,9 @@ from d2llm.server.dialects.shared import (
     Texts,
     check_size,
     errors,
-    refuse_cut,
     score_header,
     select_model,
     status_of,
-    texts_cut,
     warning_header,
 )
 from d2llm.server.errors import Problem, invalid
@@ -117,8 +115,8 @@ async def score(body: ScoreRequest, catalog: TheCatalog) -> FastJSONResponse:
     name_1, name_2 = body.name_of("text_1"), body.name_of("text_2")
     is_cut = body.truncate_prompt_tokens is not None
     cut_1, cut_2 = is_cut or bool(body.max_tokens_per_query), is_cut or bool(body.max_tokens_per_doc)
-    sized_1 = check_size(services, body.text_1, name_1, cut=cut_1)
-    sized_2 = check_size(services, body.text_2, name_2, cut=cut_2)
+    sized_1 = check_size(services, body.text_1, name_1, "query", None if cut_1 else _CUT)
+    sized_2 = check_size(services, body.text_2, name_2, "passage", None if cut_2 else _CUT)
     queries, passages = sized_1.texts, sized_2.texts
     if len(queries) not in (1, len(passages)):
         message = (
@@ -127,10 +125,7 @@ async def score(body: ScoreRequest, catalog: TheCatalog) -> FastJSONResponse:
         raise invalid(message, name_1)
     read = await models.encode(queries, "query")
     passages_read = await models.encode(passages, "passage")
-    if not cut_1:
-        refuse_cut(body.text_1, read.truncated, name_1, models.max_query_tokens, _CUT)
-    if not cut_2:
-        refuse_cut(body.text_2, passages_read.truncated, name_2, models.max_passage_tokens, _CUT)
+    warnings = sized_1.warn(read.truncated, name_1) + sized_2.warn(passages_read.truncated, name_2)
     places_of: dict[str, list[int]] = {}
     for place in range(len(passages)):
         places_of.setdefault(queries[place % len(queries)], []).append(place)
@@ -152,13 +147,7 @@ async def score(body: ScoreRequest, catalog: TheCatalog) -> FastJSONResponse:
             ],
             "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens, "completion_tokens": 0},
         },
-        headers={
-            **warning_header(
-                texts_cut(name_1, sized_1.truncated(read.truncated), models.max_query_tokens)
-                + texts_cut(name_2, sized_2.truncated(passages_read.truncated), models.max_passage_tokens)
-            ),
-            **({} if is_raw else score_header(services)),
-        },
+        headers={**warning_header(warnings), **({} if is_raw else score_header(services))},
     )
 
 
