@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 from d2llm.server.errors import install_error_handlers
 from d2llm.server.logs import note_items
 from d2llm.server.middleware import install_middleware
+from d2llm.server.running import Lifecycle
 from d2llm.server.settings import ServeSettings
 from d2llm.server.telemetry import Telemetry, metrics_router
 
@@ -63,7 +64,9 @@ def tiny_app(settings: ServeSettings) -> FastAPI:
         return {"status": "ready"}
 
     install_error_handlers(app)
-    install_middleware(app, settings, app.state.telemetry)
+    lifecycle = Lifecycle()
+    lifecycle.state = "ready"
+    install_middleware(app, settings, app.state.telemetry, lifecycle)
     return app
 
 

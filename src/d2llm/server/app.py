@@ -25,7 +25,7 @@ from d2llm.runners.runner import find_runner
 from d2llm.server import corpus_routes, native, page_routes
 from d2llm.server.dialects import DIALECTS
 from d2llm.server.errors import install_error_handlers, naming_index, register_error_shape, without_places
-from d2llm.server.middleware import CancelWhenGone, ReadyGate, install_middleware
+from d2llm.server.middleware import install_middleware
 from d2llm.server.model_service import ModelService
 from d2llm.server.ray_students import StudentReplicas
 from d2llm.server.running import Lifecycle
@@ -71,9 +71,7 @@ def make_app(settings: ServeSettings) -> FastAPI:
         app.include_router(dialect.router)
         register_error_shape(dialect.PATHS, dialect.shape)
     app.include_router(page_routes.router)
-    app.add_middleware(ReadyGate, lifecycle=lifecycle)
-    app.add_middleware(CancelWhenGone)
-    install_middleware(app, settings, telemetry)
+    install_middleware(app, settings, telemetry, lifecycle)
     return app
 
 

@@ -12,7 +12,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from re import Pattern
 from urllib.parse import quote
@@ -64,7 +64,7 @@ _CORS_EXPOSED = (
 )
 
 
-def install_middleware(app: FastAPI, settings: ServeSettings, telemetry: Telemetry) -> None:
+def install_middleware(app: FastAPI, settings: ServeSettings, telemetry: Telemetry, lifecycle: Lifecycle) -> None:
     """Add all middleware to ``app``.
 
     Raises:
@@ -72,6 +72,8 @@ def install_middleware(app: FastAPI, settings: ServeSettings, telemetry: Telemet
     """
     ring = KeyRing(settings.keys_file) if settings.keys_file is not None else None
     storage = None if settings.rate_limit_storage is None else settings.rate_limit_storage.get_secret_value()
+    app.add_middleware(Gate, problem_of=partial(problem_of_state, lifecycle=lifecycle))
+    app.add_middleware(CancelWhenGone)
     app.add_middleware(HeadMiddleware)
     app.add_middleware(BodyMiddleware, max_body_bytes=settings.max_body_bytes, seconds=settings.request_seconds)
     app.add_middleware(
@@ -85,8 +87,8 @@ def install_middleware(app: FastAPI, settings: ServeSettings, telemetry: Telemet
             allow_headers=("*",),  # clients add their own, such as X-Stainless-Lang or traceparent
             expose_headers=_CORS_EXPOSED,
         )
-    app.add_middleware(OriginMiddleware, allowed=settings.cors_origins)
-    app.add_middleware(HostMiddleware, allowed=settings.host_names)
+    app.add_middleware(Gate, problem_of=partial(problem_of_origin, allowed=settings.cors_origins))
+    app.add_middleware(Gate, problem_of=partial(problem_of_host, allowed=settings.host_names))
     app.add_middleware(RequestMiddleware, routes=RouteTable(app), telemetry=telemetry, log_texts=settings.log_texts)
     app.add_middleware(IndexAddressMiddleware)
 
@@ -176,63 +178,69 @@ class RequestMiddleware:
                 log_request(facts, route, scope["method"], status or CLIENT_CLOSED, seconds, texts=self._log_texts)
 
 
-class HostMiddleware:
-    """Refuses requests for unknown hosts, as a protection against DNS rebinding.
+class Gate:
+    """Passes requests on, except those of which ``problem_of`` says why they are refused."""
+
+    def __init__(self, app: ASGIApp, problem_of: Callable[[Scope], Problem | None]) -> None:
+        self.app = app
+        self._problem_of = problem_of
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer with the problem, if there is one, else pass the request on."""
+        problem = self._problem_of(scope) if scope["type"] == "http" else None
+        if problem is None:
+            await self.app(scope, receive, send)
+        else:
+            await send_problem(scope, receive, send, problem)
+
+
+def problem_of_host(scope: Scope, *, allowed: Sequence[str]) -> Problem | None:
+    """Refuse requests for unknown hosts, as a protection against DNS rebinding.
 
     A web page in a browser may make its own host name resolve to this machine. It would then have the same origin as
     the server and could read everything.
     """
-
-    def __init__(self, app: ASGIApp, allowed: tuple[str, ...]) -> None:
-        self._app = app
-        self._allowed = tuple(name.lower().strip("[]") for name in allowed)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 400 if the host is unknown, else pass the request on."""
-        if scope["type"] == "http" and scope["path"] != _PROBE:
-            hosts = Headers(scope=scope).getlist("host")
-            if len(hosts) != 1 or not self._allows(_host_name(hosts[0])):
-                message = "this server does not accept the Host of the request; see its setting allowed_hosts"
-                await send_problem(scope, receive, send, Problem(400, "invalid_request", message))
-                return
-        await self._app(scope, receive, send)
-
-    def _allows(self, name: str) -> bool:
-        return any(
-            pattern in ("*", name) or (pattern.startswith("*.") and name.endswith(pattern[1:]))
-            for pattern in self._allowed
+    hosts = [_host_name(host) for host in Headers(scope=scope).getlist("host")]
+    patterns = [name.lower().strip("[]") for name in allowed]
+    if scope["path"] == _PROBE or (
+        len(hosts) == 1
+        and any(
+            pattern in ("*", hosts[0]) or (pattern.startswith("*.") and hosts[0].endswith(pattern[1:]))
+            for pattern in patterns
         )
+    ):
+        return None
+    message = "this server does not accept the Host of the request; see its setting allowed_hosts"
+    return Problem(400, "invalid_request", message)
 
 
-class OriginMiddleware:
-    """Refuses requests that a page of another origin makes a browser send, except those that only read.
+def problem_of_origin(scope: Scope, *, allowed: Sequence[str]) -> Problem | None:
+    """Refuse requests that a page of another origin makes a browser send, except those that only read.
 
     Browsers send forms, and requests without a body, without asking the server first. CORS only keeps the page from
     reading the answer. Clients that are not browsers send neither ``Origin`` nor ``Sec-Fetch-Site``.
     """
+    headers = Headers(scope=scope)
+    origins = headers.getlist("origin")
+    if (
+        scope["method"] in _READING_METHODS
+        or "*" in allowed
+        or (origins and all(origin in allowed for origin in origins))
+    ):
+        return None
+    is_own = all(_is_origin(origin, headers.get("host", "")) for origin in origins)
+    if is_own and headers.get("sec-fetch-site", "none") in ("same-origin", "none"):
+        return None
+    message = "this server does not accept changes from pages of other origins; see its setting cors_origins"
+    return Problem(403, "forbidden", message)
 
-    def __init__(self, app: ASGIApp, allowed: tuple[str, ...]) -> None:
-        self._app = app
-        self._allowed = allowed
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 403 if the request comes from a page of an origin that is not allowed, else pass it on."""
-        if (
-            scope["type"] == "http"
-            and scope["method"] not in _READING_METHODS
-            and not self._allows(Headers(scope=scope))
-        ):
-            message = "this server does not accept changes from pages of other origins; see its setting cors_origins"
-            await send_problem(scope, receive, send, Problem(403, "forbidden", message))
-            return
-        await self._app(scope, receive, send)
-
-    def _allows(self, headers: Headers) -> bool:
-        origins = headers.getlist("origin")
-        if "*" in self._allowed or (origins and all(origin in self._allowed for origin in origins)):
-            return True
-        is_own = all(_is_origin(origin, headers.get("host", "")) for origin in origins)
-        return is_own and headers.get("sec-fetch-site", "none") in ("same-origin", "none")
+def problem_of_state(scope: Scope, *, lifecycle: Lifecycle) -> Problem | None:
+    """Refuse requests (503) until the server is ready, except those that need no model."""
+    state = lifecycle.state
+    if state in ("ready", "stopping") or is_open(scope["path"]) or scope["path"] == "/metrics":
+        return None  # a stopping server still answers accepted requests
+    return NotReadyError(f"the server is {state}: {lifecycle.message}").problem
 
 
 class HeadMiddleware:
@@ -375,24 +383,6 @@ def _is_origin(origin: str, host: str) -> bool:
     scheme, separator, name = origin.lower().partition("://")
     port = {"http": ":80", "https": ":443"}.get(scheme, "")
     return bool(separator) and name.removesuffix(port) == host.strip().lower().removesuffix(port)
-
-
-class ReadyGate:
-    """Answers 503 until the server is ready, except to requests that need no model."""
-
-    def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
-        self.app = app
-        self._lifecycle = lifecycle
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on if the server is ready or no model is needed, else answer 503."""
-        state = self._lifecycle.state  # a stopping server still answers accepted requests
-        is_ready = scope["type"] != "http" or state in ("ready", "stopping")
-        if is_ready or is_open(scope["path"]) or scope["path"] == "/metrics":
-            await self.app(scope, receive, send)
-        else:
-            error = NotReadyError(f"the server is {state}: {self._lifecycle.message}")
-            await send_problem(scope, receive, send, error.problem)
 
 
 class CancelWhenGone:
