@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from d2llm.retrieval.cosine import ForwardingStudent
 from d2llm.retrieval.protocols import expansion_fingerprint
 from d2llm.server.batching import Batcher
 from d2llm.server.logs import note_items
+from d2llm.server.ray_students import StudentReplicas
 from d2llm.server.stopping import Stop
 
 Observe = Callable[[str, float], None]
@@ -46,6 +47,7 @@ class Encoded:
         truncated: places of the texts that were truncated to the student's limit.
         queued: seconds spent waiting.
         worked: seconds spent encoding, including the rest of the batches.
+        tokens: [tokens, token_dim], those of the tokens of a query, if they were requested.
     """
 
     vectors: NDArray[np.float32]
@@ -53,6 +55,7 @@ class Encoded:
     truncated: tuple[int, ...]
     queued: float = 0.0
     worked: float = 0.0
+    tokens: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,29 +75,6 @@ class PassageScores:
     query_truncated: bool = False
 
 
-class BatchEncoder(Protocol):
-    """Where batches are encoded, if not by the student in this process. Called in several threads.
-
-    ``num_batches`` is how many batches it takes at a time.
-    """
-
-    num_batches: int
-
-    def encode_tokens(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """As of ``Student``."""
-        ...
-
-    def encode_with_tokens(
-        self, texts: Sequence[str], kind: TextKind, *, instruction: str | None = None
-    ) -> EncodedTexts:
-        """As of ``Student``."""
-        ...
-
-    def stop(self) -> None:
-        """End what it has started."""
-        ...
-
-
 class ModelService:
     """One student, shared by all requests. ``name`` is its name for clients.
 
@@ -110,7 +90,7 @@ class ModelService:
         queue_texts: int = 2_048,
         batch_tokens: int | None = None,
         batch_wait_seconds: float = 0.0,
-        encoder: BatchEncoder | None = None,
+        encoder: StudentReplicas | None = None,
         observe: Observe = lambda _stage, _seconds: None,
         observe_batch: Callable[[int, float], None] = lambda _size, _seconds: None,
     ) -> None:
@@ -197,16 +177,16 @@ class ModelService:
             note_items(texts)
         return await self._encode([(texts, kind)], instruction=instruction, bounded=bounded)
 
-    async def encode_query_with_tokens(
-        self, text: str, *, instruction: str | None = None
-    ) -> tuple[Encoded, NDArray[np.float32]]:
-        """The vector of a query and those of its tokens [tokens, token_dim], from one pass through the backbone.
+    async def encode_query(self, text: str, *, instruction: str | None = None, with_tokens: bool = False) -> Encoded:
+        """The vector of a query; ``with_tokens`` also those of its tokens, from the same pass through the backbone.
 
         Raises:
             InputError: the instruction leaves no room for a query.
             OverloadedError: the queue is full.
             ModelError: a vector is not finite.
         """
+        if not with_tokens:
+            return await self.encode([text], "query", instruction=instruction)
         note_items([text])
         self._texts.require_room(1)
         received = time.perf_counter()
@@ -223,7 +203,7 @@ class ModelService:
         assert done.tokens is not None
         if not (np.isfinite(done.vectors).all() and np.isfinite(done.tokens.vectors).all()):
             raise ModelError("the student's vector of a text is not finite; check the student")
-        return Encoded(done.vectors, done.lengths, done.truncated, queued, worked), done.tokens.vectors
+        return Encoded(done.vectors, done.lengths, done.truncated, queued, worked, done.tokens.vectors)
 
     async def score(self, query: str, passages: Sequence[str], task: Task) -> PassageScores:
         """The IEM's scores of passages for a query.
@@ -390,21 +370,21 @@ class StudentLane(ForwardingStudent):
         parts: list[EncodedTexts] = []
         for start in range(0, len(texts), _TEXTS_WITH_TOKENS):
             some = texts[start : start + _TEXTS_WITH_TOKENS]
-            work = self._models.in_lane(partial(encode, some))
-            parts.append(self._stop.result(work, self._loop))
+            parts.append(self._in_lane(partial(encode, some)))
         return EncodedTexts.join(parts, self.vector_dim)
 
     def term_factors(self, queries: Sequence[str]) -> Sequence[Mapping[str, float]] | None:
         """How much the words of queries count, in turn with the shared batches."""
-        work = self._models.in_lane(lambda: self._models.student.term_factors(queries))
-        return self._stop.result(work, self._loop)
+        return self._in_lane(lambda: self._models.student.term_factors(queries))
 
     def encode_chunks(
         self, texts: Iterable[tuple[WholeText, Sequence[tuple[int, int]]]], *, with_tokens: bool = False
     ) -> EncodedChunks:
         """Encode parts of texts, in turn with the shared batches."""
-        work = self._models.in_lane(lambda: self._models.student.encode_chunks(texts, with_tokens=with_tokens))
-        return self._stop.result(work, self._loop)
+        return self._in_lane(lambda: self._models.student.encode_chunks(texts, with_tokens=with_tokens))
+
+    def _in_lane(self, work: Callable[[], _Value]) -> _Value:
+        return self._stop.result(self._models.in_lane(work), self._loop)
 
     def _encode(
         self,

@@ -112,11 +112,7 @@ class _Shard:
             ShardAwayError: none answers in time.
             D2LLMError: that of the shard.
         """
-
-        def begin(actor: Any) -> Any:
-            return getattr(actor, method).remote(version, *args, **options)
-
-        return self._ask(version, begin, self._settings.shard_seconds, is_step=True)
+        return self._ask(version, lambda actor: getattr(actor, method).remote(version, *args, **options), is_step=True)
 
     def stats(self, version: int) -> tuple[IndexStats, int]:
         """Statistics, and bytes; unlike the steps of a search, they may take long, and searches go on meanwhile.
@@ -124,14 +120,12 @@ class _Shard:
         Raises:
             ShardAwayError: no replica answers.
         """
+        control = {"concurrency_group": "control"}
+        return self._ask(version, lambda actor: actor.stats.options(**control).remote(version), is_step=False)
 
-        def begin(actor: Any) -> Any:
-            return actor.stats.options(concurrency_group="control").remote(version)
-
-        return self._ask(version, begin, _STATS_SECONDS, is_step=False)
-
-    def _ask(self, version: int, begin: Callable[[Any], Any], seconds: float, *, is_step: bool) -> Any:
+    def _ask(self, version: int, begin: Callable[[Any], Any], *, is_step: bool) -> Any:
         """``call``; a replica that does not answer a step of a search is not asked again until it is there."""
+        seconds = self._settings.shard_seconds if is_step else _STATS_SECONDS
         ray = import_ray()
         ready = sorted((one for one in self.replicas if version in one.ready), key=lambda one: one.num_calls)
         end = time.monotonic() + seconds

@@ -61,7 +61,7 @@ class _Replica:
 
 
 class StudentReplicas:
-    """Encodes batches on the replicas of a student (``model_service.BatchEncoder``)."""
+    """Encodes batches on the replicas of a student."""
 
     def __init__(self, student: Student, source: str, settings: ServeSettings) -> None:
         """Start the replicas, and wait for the first ones.

@@ -199,13 +199,10 @@ class ServedIndex:
 
     async def _rank(self, version: OpenVersion, query: str, settings: SearchSettings, *, iem: bool) -> Ranking:
         """The ranking by the student alone: encoded, and then ranked, in batches with other queries."""
-        tokens, instruction = None, settings.instruction
-        if version.counts_tokens(settings, iem=iem):
-            encoded, tokens = await version.models.encode_query_with_tokens(query, instruction=instruction)
-        else:
-            encoded = await version.models.encode([query], "query", instruction=instruction)
+        with_tokens = version.counts_tokens(settings, iem=iem)
+        encoded = await version.models.encode_query(query, instruction=settings.instruction, with_tokens=with_tokens)
         settings = settings.replace(instruction=None)  # it is in the vector
-        search = PendingSearch(version, query, encoded.vectors[0], settings, iem, tokens)
+        search = PendingSearch(version, query, encoded.vectors[0], settings, iem, encoded.tokens)
         done = await self._ranks.submit([search], bounded=False)
         (ranking,) = done.results
         seconds = {"queue": encoded.queued + done.queued, **ranking.seconds}

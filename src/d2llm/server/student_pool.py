@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -58,10 +57,6 @@ class StudentPool:
                 return
             del self._students[key], self._num_uses[key]
         await student.retire()
-
-    async def stop(self, timeout: float | None = None) -> None:
-        """Finish admitted work of all students, then stop them."""
-        await asyncio.gather(*(student.stop(timeout) for student in self.students))
 
     def _share(self, required: _Key) -> ModelService | None:
         with self._counting:
