@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and FAISS are imported
-os.environ.setdefault("LANCE_CPU_THREADS", "1")
 
 import numpy as np
 import torch

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and FAISS are imported
-os.environ.setdefault("LANCE_CPU_THREADS", "1")
 
 import numpy as np
 import torch
@@ -40,7 +39,6 @@ from scaling.data_sets import DATA, require
 from scaling.stores import build
 
 from d2llm import Student
-from d2llm.core.files import folder_bytes
 from d2llm.core.types import EvidenceTerm, Passage, Query
 from d2llm.data.beir import read_beir
 from d2llm.models.evidence import EvidenceWeights
@@ -144,8 +142,8 @@ def bytes_of(folder: Path) -> dict[str, int]:
         return sum(path.stat().st_size for path in folder.glob(pattern))
 
     vectors = files("vectors-*")  # once more in the table
-    table = folder_bytes(folder / "passages.lance")
-    others = files("manifest.json") + files("checksums.json")
+    table = files("passages.db*")
+    others = files("manifest.json")
     return {
         "texts and ids": table - vectors + others,
         "vectors": 2 * vectors,

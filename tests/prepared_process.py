@@ -1,6 +1,6 @@
 """Processes that start with the libraries loaded: forked from a server that has only imported them.
 
-Importing torch, Transformers and LanceDB takes seconds of CPU time. A test that needs its own process, to kill it, send
+Importing torch and Transformers takes seconds of CPU time. A test that needs its own process, to kill it, send
 it signals or limit its memory, can avoid that cost here. A test of import cost or of the start itself needs a real
 start instead: `subprocess`.
 """
@@ -24,7 +24,7 @@ _LIBRARIES = (
     "pytest",  # a child imports the main module of its parent, which is pytest's
     "torch",
     "peft",
-    "lancedb",
+    "sqlite3",
     "transformers.models.bert.modeling_bert",
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto",

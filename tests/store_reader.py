@@ -7,6 +7,7 @@ Commands: ``open FOLDER``, ``open`` (switches to the latest version), ``read``, 
 from __future__ import annotations
 
 import json
+import mmap  # noqa: F401  # the other user may not be able to import what is read late
 import os
 import sys
 from collections.abc import Callable
@@ -19,11 +20,8 @@ import numpy as np
 from d2llm.core.errors import D2LLMError
 from d2llm.core.types import Passage
 from d2llm.store.index_store import IndexStore
-from d2llm.store.lancedb_import import import_lancedb
 from d2llm.store.view import PassageView
 from tiny_store import DIM, live_rows, put
-
-import_lancedb()
 
 
 def read(view: PassageView) -> dict[str, Any]:
@@ -48,7 +46,7 @@ def write(store: IndexStore) -> list[str]:
         lambda: store.snapshot("b"),
         lambda: store.restore("a"),
         lambda: store.drop_snapshot("a"),
-        store.update_indices,
+        store.update_word_files,
     ]
     results: list[str] = []
     for call in calls:

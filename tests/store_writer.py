@@ -13,25 +13,21 @@ import random
 import shutil
 import signal
 import sys
-import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401  # before the fork, as lancedb below: otherwise a writer might be killed while importing
+import torch  # noqa: F401  # before the fork: otherwise a writer might be killed while importing
 
 import d2llm.store.inspection  # noqa: F401
 from d2llm.core.types import Passage
 from d2llm.store import word_files
 from d2llm.store.index_store import IndexStore
-from d2llm.store.lancedb_import import import_lancedb
 from d2llm.store.passage_table import PassageTable
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.vector_file import VectorFile
 from tiny_store import put
-
-import_lancedb()
 
 State = dict[str, Any]
 
@@ -48,8 +44,8 @@ HOOKED: list[tuple[Any, str]] = [
     (PassageTable, "put"),
     (PassageTable, "delete"),
     (PassageTable, "replace_all"),
-    (PassageTable, "build_indices"),
-    (PassageTable, "optimize"),
+    (PassageTable, "remove_older"),
+    (PassageTable, "copy_to"),
 ]
 
 
@@ -82,7 +78,7 @@ def _next_state(chance: random.Random, state: State) -> tuple[State, str, Any]:
     """A random action: the state after it, its name and its argument."""
     passages, snapshots = state["passages"], state["snapshots"]
     does = chance.choices(
-        ["upsert", "delete", "compact", "dense", "update_indices", "snapshot", "restore", "drop", "fields"],
+        ["upsert", "delete", "compact", "dense", "update_word_files", "snapshot", "restore", "drop", "fields"],
         [8, 4, 1, 2, 1, 2, 2, 1, 1],
     )[0]
     if does == "upsert":
@@ -123,7 +119,7 @@ def _do(store: IndexStore, does: str, what: Any) -> None:
     elif does in ("compact", "dense"):
         store.compact(timedelta(0), dense=does == "dense")
     else:
-        store.update_indices()
+        store.update_word_files()
 
 
 def _write(task: dict[str, Any]) -> None:
@@ -142,7 +138,6 @@ def _write(task: dict[str, Any]) -> None:
 
 def main() -> None:
     """Fork a writer for each line; print its process id, then when it has ended, and after another line its status."""
-    warnings.simplefilter("ignore", RuntimeWarning)  # LanceDB warns about forks, but has not been used yet
     print("ready", flush=True)
     while line := sys.stdin.readline():
         pid = os.fork()

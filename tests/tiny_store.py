@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.files import MANIFEST_NAME
 from d2llm.core.types import PartKind, Passage
-from d2llm.store.checksums import Record, read_record, take_sums, write_record
+from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.index_manifest import VectorCopies
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
@@ -128,6 +127,5 @@ def few_passages(number: int, start: int = 0, word: str = "word") -> dict[str, P
 
 def edit_manifest(folder: Path, **changes: object) -> None:
     """Change the manifest of an index, and its checksum with it."""
-    path, record = folder / MANIFEST_NAME, read_record(folder)
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    write_record(folder, Record(record.version, {**record.files, MANIFEST_NAME: take_sums(path)}))
+    path = folder / MANIFEST_NAME
+    write_checked(path, read_checked(path) | changes)

@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lancedb
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -25,7 +26,6 @@ from d2llm.core.types import PartKind, Passage, Task
 from d2llm.retrieval.index import Index
 from d2llm.store.blocks import table_block
 from d2llm.store.index_store import IndexStore
-from d2llm.store.lancedb_import import import_lancedb
 from d2llm.store.part_vectors import PartVectors
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.stored_vectors import VectorCopies
@@ -136,7 +136,7 @@ def lance_searches(
             column = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), part.shape[1])
             yield pa.record_batch([pa.array(np.arange(start, start + len(part))), column], schema=schema)
 
-    database = import_lancedb().connect(folder)
+    database = lancedb.connect(folder)
     flat: Any = database.create_table("flat", pa.RecordBatchReader.from_batches(schema, batches()))
     inverted: Any = database.create_table("ivf", pa.RecordBatchReader.from_batches(schema, batches()))
     written = time.process_time() - begin

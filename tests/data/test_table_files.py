@@ -196,7 +196,7 @@ class TestRows:
         assert (first.text, first.title, first.document_id, first.position) == ("an oak", *named, 2)
         assert (second.text, second.title, second.document_id, second.position) == ("an elm", "", "", 0)
         schema = MetadataSchema.infer([first, second], MetadataSchema({"year": "integer"}))
-        assert schema.columns([first, second])["year"].to_pylist() == [2020, None]
+        assert [schema.values(each)["year"] for each in (first, second)] == [2020, None]
 
     @pytest.mark.parametrize(
         ("name", "content", "reason"),

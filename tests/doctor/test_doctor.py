@@ -301,7 +301,7 @@ class TestStudentAndIndex:
 
     def test_an_index_with_a_damaged_table_is_a_problem(self, index, sandbox):
         folder = shutil.copytree(index, sandbox / "index")
-        shutil.rmtree(folder / "passages.lance" / "_versions")
+        (folder / "passages.db").write_bytes(b"damaged")
         [problem] = [f for f in examine(student=STUDENT, index=folder) if f.level == "problem"]
         assert problem.area == "index"
         assert problem.advice

@@ -108,7 +108,7 @@ def _check_after(folder: Path, last: dict[str, Any]) -> dict[str, Any]:
     new = {"after": [f"word after {view.version}", 1]}
     put(store, passages_of(new))  # the lock is free at once
     state = state | new
-    store.update_indices()
+    store.update_word_files()
     after = PassageView(store)
     assert sorted(after.ids(after.match("word", 100).rows)) == sorted(state)
     check_contents(after, _as_passages(state))

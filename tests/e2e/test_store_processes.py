@@ -55,7 +55,7 @@ class Reader:
 def test_readers_keep_their_version_while_a_writer_continues(tmp_path):
     store, passages = new_store(tmp_path / "index"), few_passages(20)
     put(store, passages.values())
-    store.update_indices()
+    store.update_word_files()
     readers = [Reader() for _ in range(2)]
     try:
         assert [reader.ask(f"open {store.folder}") for reader in readers] == [20] * 2
@@ -98,7 +98,7 @@ def test_users_without_write_permission_can_read(stranger, vectors):
     folder = Path(tempfile.mkdtemp(prefix="store-"))  # other users cannot enter pytest's own folders
     store, passages = new_store(folder / "index"), few_passages(20)
     put(store, passages.values())
-    store.update_indices()
+    store.update_word_files()
     store.snapshot("a")
     expected, expected_hits = read(PassageView(store)), search(PassageView(store), "own7")
     if vectors == "missing":

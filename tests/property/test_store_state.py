@@ -98,8 +98,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.compact(dense=dense)
 
     @rule()
-    def update_indices(self) -> None:
-        self.store.update_indices()
+    def update_word_files(self) -> None:
+        self.store.update_word_files()
 
     @rule()
     def reopen(self) -> None:

@@ -11,11 +11,8 @@ from d2llm.data.indexed_corpus import check_corpus, iter_corpus
 from d2llm.retrieval import upserting
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.settings import SearchSettings
-from d2llm.store.index_store import IndexStore
-from d2llm.store.passage_table import PassageTable
 from fake_models import FakeStudent, Interruption
 
-INDICES = [f"{name}_idx" for name in ("id", "d2_row", "document_id")]
 TEXTS = ["the cat sleeps", "the dog runs", "a fish swims", "a bird flies", "the horse eats", "cat and dog"]
 
 
@@ -58,39 +55,6 @@ class TestUpsert:
         report = index.upsert(passages())
         assert (report.version, report.num_unchanged) == (version, 6)
 
-    def test_ids_are_looked_up_in_the_table_from_before_the_upsert(self, index, monkeypatch):
-        monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
-        table_sizes, openings = [], []
-        by_ids, open_table = PassageTable.by_ids, IndexStore.table
-        monkeypatch.setattr(
-            PassageTable, "by_ids", lambda table, *names: table_sizes.append(len(table)) or by_ids(table, *names)
-        )
-        monkeypatch.setattr(IndexStore, "table", lambda store, *at: openings.append(at) or open_table(store, *at))
-        opened_before_blocks = 0
-
-        def new_passages():
-            nonlocal opened_before_blocks
-            opened_before_blocks = len(openings)
-            yield from [Passage(f"new{n}", f"text {n}", metadata={"year": n}) for n in range(5)]
-            yield from [Passage("p1", "the dog sleeps"), Passage("p2", TEXTS[2], metadata={"year": 1})]
-            yield Passage("p3", TEXTS[3], metadata={"year": 2003})
-
-        report = index.upsert(new_passages())
-        assert (report.num_added, report.num_updated, report.num_metadata, report.num_unchanged) == (5, 1, 1, 1)
-        assert set(table_sizes) == {6}
-        assert (
-            len(openings) - opened_before_blocks == 4 + 2
-        )  # once per block, once to update the indices and once for the report
-
-    def test_ids_of_a_new_index_are_looked_up_in_the_empty_table(self, student, tmp_path, monkeypatch):
-        monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
-        table_sizes, by_ids = [], PassageTable.by_ids
-        monkeypatch.setattr(
-            PassageTable, "by_ids", lambda table, *names: table_sizes.append(len(table)) or by_ids(table, *names)
-        )
-        assert Index.create(tmp_path / "new", student).upsert(passages()).num_added == 6
-        assert set(table_sizes) == {0}
-
     def test_the_index_may_change_while_passages_are_generated(self, index, monkeypatch):
         monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
 
@@ -102,18 +66,6 @@ class TestUpsert:
         report = index.upsert(deleting_passages())
         assert (report.num_added, report.num_unchanged) == (2, 4)
         assert {passage.id for passage in index.get([f"p{n}" for n in range(6)])} == {f"p{n}" for n in range(6)}
-
-    def test_rows_of_an_interrupted_upsert_are_indexed_first(self, student, tmp_path, monkeypatch):
-        """The second upsert builds the missing column indices before it looks up ids."""
-        monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
-        index = Index.create(tmp_path / "cut", student)
-        student.fail_after = 4
-        with pytest.raises(Interruption):
-            index.upsert(passages())
-        assert index.store.table().indices == {}
-        with pytest.raises(Interruption):
-            index.upsert(passages())
-        assert set(index.store.table().indices) == set(INDICES)
 
     def test_a_changed_text_replaces_the_old_one_immediately(self, index):
         assert search_ids(index, "cat sleeps", top_k=1) == ["p0"]

@@ -55,8 +55,8 @@ def test_each_part_is_as_large_as_predicted(built):
     index, plan, parts = built
     vectors = bytes_of(index, "vectors-*")
     in_table = vectors if plan.vector_copies == 2 else 0
-    table = folder_bytes(index.folder / "passages.lance") - in_table
-    assert parts["texts and ids"].disk == pytest.approx(table, rel=0.12)  # LanceDB compresses more rows better
+    table = (index.folder / "passages.db").stat().st_size - in_table
+    assert parts["texts and ids"].disk == pytest.approx(table, rel=0.05)
     assert parts[f"vectors, {plan.vector_format}"].disk == pytest.approx(vectors + in_table, rel=0.01)
     assert parts["words"].disk == pytest.approx(bytes_of(index, "words-*"), rel=0.05)
     if plan.window_vectors != "none":
@@ -68,7 +68,7 @@ def test_the_memory_of_a_view_is_as_predicted(built):
     index, plan, parts = built
     view = index.view
     assert parts[f"vectors, {plan.vector_format}"].memory == view.capacity * view.format.code_size
-    assert parts["texts and ids"].memory == view._row_ids.nbytes
+    assert parts["texts and ids"].memory == 0
     words = view.words
     norms = sum(norm.nbytes for norm in words._norms)
     assert parts["words"].memory == pytest.approx(words.num_bytes + norms, rel=0.05)

@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from d2llm.core.types import Passage
@@ -42,14 +41,9 @@ def test_stats(store):
     files = [path for path in store.folder.rglob("*") if path.is_file()]
     sizes = {path.stat().st_ino: path.stat().st_size for path in files}
     assert summary.bytes_per_passage == round(sum(sizes.values()) / 19, 1)
-    table_files = [path for path in (store.folder / "passages.lance").rglob("*") if path.is_file()]
-    assert summary.table_bytes == sum(path.stat().st_size for path in table_files)
+    assert summary.table_bytes == (store.folder / "passages.db").stat().st_size
     assert summary.vector_file_bytes == 22 * 16 + (store.folder / "vectors-0.json").stat().st_size
-    assert summary.unindexed == {}
     assert json.loads(json.dumps(asdict(summary)))["version"] == store.table().version
-    store.update_indices()
-    put(store, few_passages(3, start=90).values())
-    assert stats(store).unindexed == {"id_idx": 3, "d2_row_idx": 3, "document_id_idx": 3}
 
 
 def test_stats_of_an_empty_index(tmp_path):
@@ -58,7 +52,6 @@ def test_stats_of_an_empty_index(tmp_path):
 
 
 def test_an_intact_index_has_no_problems(store):
-    store.update_indices()
     store.snapshot("a")
     report = verify(store)
     assert report.problems == []
@@ -92,52 +85,84 @@ def test_vectors_that_differ_from_the_table_are_found(store):
     check_contents(PassageView(store), PASSAGES)
 
 
+def _all_records(table):
+    return [record for batch in table.batches() for record in batch]
+
+
 @pytest.mark.parametrize("column", ["title", "text", "year", "document_id", "position", "language", "id"])
 def test_changed_columns_are_found(store, column):
     """The hash covers every column that the user supplies, so flipped bytes in any of them are found."""
     table = store.table()
-    rows = table.columns(table.schema.names).to_pylist()
+    rows = _all_records(table)
     rows[3][column] = {"year": 7, "position": 9}.get(column, "other")
-    table.replace_all(table.schema, iter(pa.Table.from_pylist(rows, schema=table.schema).to_batches()))
+    table.replace_all(table.metadata, [rows])
     name = "other" if column == "id" else rows[3]["id"]
-    assert verify(store).problems == [f"1 passages in the table are not what was written, the first is {name!r}"]
+    [problem] = verify(store).problems
+    assert problem.startswith(f"passages.db: 1 passages are not what was written, the first is {name!r}")
 
 
 def test_duplicate_ids_and_rows_are_found(store):
     table = store.table()
-    rows = table.columns(table.schema.names).to_pylist()
-    table.replace_all(table.schema, iter(pa.Table.from_pylist([*rows, rows[0]], schema=table.schema).to_batches()))
-    assert verify(store).problems[:2] == [
-        "1 ids occur twice in the table",
-        "row numbers in the table are not distinct, or belong to several generations",
-    ]
+    rows = _all_records(table)
+    table.replace_all(table.metadata, [[*rows, rows[0]]])
+    first, second = verify(store).problems
+    assert first.startswith("passages.db: 1 ids occur twice")
+    assert second.startswith("passages.db: row numbers are not distinct, or belong to several generations")
 
 
-def test_a_damaged_table_is_found(store):
-    (path,) = (store.folder / "passages.lance" / "data").iterdir()
-    path.write_bytes(path.read_bytes()[:100])
-    (problem,) = verify(store).problems
-    assert problem.startswith(f"passages.lance/data/{path.name}: has 100 bytes where ")
-    (store.folder / "checksums.json").unlink()
-    problem, no_checksums = verify(IndexStore.open(store.folder), repair=True).problems
-    assert "checksums.json: is missing" in no_checksums
-    assert f"{store.folder}: version 2 of its table cannot be read" in problem
-
-
-def test_damaged_indices_are_found_and_rebuilt(store):
-    store.update_indices()
-    for path in (store.folder / "passages.lance" / "_indices").rglob("*.lance"):
-        path.write_bytes(b"")
-    problems = verify(store).problems
-    assert len(problems) == 6
-    assert all("/_indices/" in problem and "verify --repair` rebuilds it" in problem for problem in problems)
-    *_, rebuilt, removed = verify(store, repair=True).problems
-    assert rebuilt == "6 of the table's files were damaged indices, which were rebuilt"
-    assert removed == "earlier versions of the table were damaged and were removed: versions 3, 4, 5, 6, 7"
+def test_damaged_passages_are_taken_from_a_snapshot(store):
+    store.snapshot("a")
+    put(store, few_passages(2, start=50).values())
+    _replace_bytes(store.folder / "passages.db", b"own3", b"own9")
+    [problem] = verify(store).problems
+    assert "1 passages are not what was written, the first is 'p3'" in problem
+    _, rebuilt, taken = verify(store, repair=True).problems
+    assert rebuilt == "passages.db was rebuilt: 21 passages were read from it; earlier versions were left out"
+    assert taken == "1 damaged passages were taken from snapshots"
     assert verify(store).problems == []
-    view = PassageView(store)
-    check_contents(view, PASSAGES)
-    assert view.ids(view.match("own3", 3).rows) == ["p3"]
+    check_contents(PassageView(store), PASSAGES | few_passages(2, start=50))
+
+
+def test_lost_passages_are_named_and_left_out_only_on_request(store):
+    before = _replace_bytes(store.folder / "passages.db", b"own3", b"own9")
+    _, lost, *_ = verify(store, repair=True).problems
+    assert lost.startswith("passages.db: 1 of 20 passages are lost and in no snapshot, the first is 'p3'")
+    assert (store.folder / "passages.db").read_bytes() == before  # nothing was changed
+    assert verify(store, repair=True, drop_lost=True).problems[-1] == "1 passages are lost: 'p3'"
+    assert verify(store).problems == []
+    left = {name: passage for name, passage in PASSAGES.items() if name != "p3"}
+    check_contents(PassageView(store), left)
+    put(store, [PASSAGES["p3"]])
+    check_contents(PassageView(store), PASSAGES)
+
+
+@pytest.mark.parametrize("page", range(1, 12))
+def test_a_table_with_a_destroyed_page_is_rebuilt(store, page):
+    store.snapshot("a")
+    path = store.folder / "passages.db"
+    content = bytearray(path.read_bytes())
+    content[page * 8_192 : (page + 1) * 8_192] = bytes(8_192)
+    path.write_bytes(content)
+    problems = verify(store).problems
+    if page * 8_192 < len(content) and problems:
+        verify(store, repair=True)
+    assert verify(store).problems == []
+    check_contents(PassageView(IndexStore.open(store.folder)), PASSAGES)
+
+
+def test_a_table_that_cannot_be_opened_is_replaced_by_a_snapshot(store):
+    (store.folder / "passages.db").write_bytes(b"no database")
+    [problem] = verify(store).problems
+    assert "passages.db: cannot be read" in problem
+    assert "no snapshot has a whole copy: index the corpus again" in verify(store, repair=True).problems[1]
+    (store.folder / "passages.db").unlink()
+    assert "is missing" in verify(store).problems[0]
+
+
+def _replace_bytes(path, old, new):
+    content = path.read_bytes().replace(old, new)
+    path.write_bytes(content)
+    return content
 
 
 def test_a_damaged_snapshot_is_found(store):

@@ -147,7 +147,7 @@ def test_a_writer_killed_between_vectors_and_windows_is_harmless(index, monkeypa
 
 def test_reused_row_numbers_get_the_windows_of_their_own_texts(index, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "table_block", interrupt)  # its windows are written, but no version refers to them
+        patch.setattr(store_module, "record_of", interrupt)  # its windows are written, but no version refers to them
         with pytest.raises(KeyboardInterrupt):
             index.upsert(passages(lost="Not there. Not here. Nowhere."))
     for path in index.folder.glob("vectors-*"):

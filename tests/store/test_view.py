@@ -25,7 +25,7 @@ QUERY = np.random.default_rng(7).standard_normal(DIM).astype(np.float32)
 def store(tmp_path, request):
     store = new_store(tmp_path / "index", request.param)
     put(store, PASSAGES.values())
-    store.update_indices()
+    store.update_word_files()
     return store
 
 
@@ -135,8 +135,8 @@ def test_rows_are_returned_in_the_requested_order(store):
     store.delete(["p5"])
     put(store, few_passages(3, start=40, word="later").values())  # in another data file
     view = PassageView(store)
-    stored = view._table.columns(["id", "d2_row"])
-    id_of = dict(zip((np.asarray(stored["d2_row"]) & ROW_MASK).tolist(), stored["id"].to_pylist(), strict=True))
+    stored = [record for batch in view._table.batches(["id", "d2_row"]) for record in batch]
+    id_of = {record["d2_row"] & ROW_MASK: record["id"] for record in stored}
     rows = np.random.default_rng(0).permutation(np.tile(live_rows(view), 2))
     assert view.ids(rows) == [id_of[row] for row in rows.tolist()]
     assert [passage.id for passage in view.passages(rows)] == [id_of[row] for row in rows.tolist()]
@@ -152,7 +152,7 @@ def test_a_view_keeps_its_version(store):
     put(store, few_passages(20, start=20, word="changed").values())
     store.delete(["p1", "p2"])
     store.compact(dense=True)
-    store.update_indices()
+    store.update_word_files()
     after = PASSAGES | few_passages(20, start=20, word="changed")
     del after["p1"], after["p2"]
     check_contents(view, before)
@@ -242,7 +242,7 @@ def test_a_rebuild_during_a_concurrent_write_stays_in_memory(store, monkeypatch)
     monkeypatch.setattr(IndexStore, "writing", delete_then_lock)
     rebuilt = store.vectors.recover(table, "lost")
     assert rebuilt.file is None
-    np.testing.assert_array_equal(rebuilt.codes, table.codes())
+    np.testing.assert_array_equal(rebuilt.codes, table.codes(store.format.code_size))
     assert rebuilt.codes[0].any()
 
 

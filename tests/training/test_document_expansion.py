@@ -292,8 +292,8 @@ def test_a_server_adds_them_to_what_it_is_sent(expanding: Student, tmp_path: Pat
     by_hand = Index.create(tmp_path / "j", tmp_path / "student", device="cpu", dtype="float32")
     by_hand.upsert([*PASSAGES, Passage("new", "snow in winter")])
     added, expected = (
-        dict(zip(*(table[name].to_pylist() for name in ("id", "d2_words")), strict=True))
-        for table in (each.store.table().columns(["id", "d2_words"]) for each in (index, by_hand))
+        {record["id"]: record["d2_words"] for batch in each.store.table().batches() for record in batch}
+        for each in (index, by_hand)
     )
     assert added == expected
     assert added["new"]

@@ -426,14 +426,14 @@ def verify(
             "--repair", help="Rebuild damaged indices and vectors, and take other damaged files from snapshots."
         ),
     ] = False,
-    go_back: Annotated[
+    drop_lost: Annotated[
         bool,
-        typer.Option("--go-back", help="With --repair, if passages are damaged: return to the last intact version."),
+        typer.Option("--drop-lost", help="With --repair: leave out passages that cannot be restored."),
     ] = False,
 ) -> None:
     """Read the whole index and report what has changed since it was written."""
     session, index = session_of(context), opening.open(context)
-    report = index.verify(repair=repair, go_back=go_back)
+    report = index.verify(repair=repair, drop_lost=drop_lost)
     for problem in report.problems:
         session.complain("problem", problem)
     left = index.verify().problems if repair and report.problems else report.problems

@@ -143,12 +143,6 @@ def _check_index(folder: Path, device: str | None) -> Iterator[Finding]:
         made_with = index.storage.manifest.get("packages", {}).get("d2llm", "?")
         made = f"made with d2llm {made_with} (this: {__version__})"
         yield Finding("index", "contents", "ok", f"{stats.num_passages:,} passages at version {stats.version}, {made}")
-        if stats.unindexed:
-            lag = ", ".join(f"{name} {count:,}" for name, count in stats.unindexed.items())
-            advice = f"d2llm index {folder} compact"
-            yield Finding(
-                "index", "indices", "note", f"some rows are not indexed yet, so searches are slower: {lag}", advice
-            )
         yield Finding("index", "student", "ok", f"{index.student.fingerprint} is available and made this index")
         if stats.num_passages:
             passages = index.search(_QUESTION, top_k=1).passages

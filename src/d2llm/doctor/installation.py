@@ -16,7 +16,7 @@ from packaging.specifiers import SpecifierSet
 from d2llm.doctor.findings import Check, Finding
 
 # These contain shared libraries, which can fail to load even if pip reports no problem.
-_HEAVY = ("numpy", "torch", "transformers", "pyarrow", "lancedb", "faiss", "safetensors")
+_HEAVY = ("numpy", "torch", "transformers", "pyarrow", "faiss", "safetensors")
 _NOT_FOR_USERS = {"dev", "remote-test"}
 _EXTRA = re.compile(r"""extra\s*==\s*['"]([\w.-]+)['"]""")
 

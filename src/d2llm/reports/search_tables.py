@@ -169,9 +169,6 @@ def stats_table(stats: IndexStats) -> Table:
             f"{stats.ann_passages:,} passages, built to find {stats.ann_recall:.0%} of the candidates"
         )
         facts["approximate"] += f"; {later:,} more are scanned" if later > 0 else ""
-    if stats.unindexed:
-        lag = ", ".join(f"{name} {count:,}" for name, count in stats.unindexed.items())
-        facts["not indexed"] = f"{lag} (still searched, but more slowly; compact brings the indices up to date)"
     table = Table("", "", title=stats.folder, framed=False)
     for name, fact in facts.items():
         table.add_row(Cell(name, "cyan"), fact)

@@ -608,7 +608,7 @@ class Index:
             InputError: an id is not valid text.
         """
         distinct = list(dict.fromkeys(strings_of(ids, "ids")))
-        present = set(self.storage.table().by_ids(distinct, ["id"])["id"].to_pylist())
+        present = {record["id"] for record in self.storage.table().by_ids(distinct, ["id"])}
         return [passage_id for passage_id in distinct if passage_id not in present]
 
     @overload
@@ -774,8 +774,8 @@ class Index:
         """Contents of the latest version, and its size in bytes; of a sharded index, those of its shards together."""
         return stats_of_all(self.storage)
 
-    def verify(self, *, repair: bool = False, go_back: bool = False) -> VerifyReport:
-        """Check the integrity of the index; ``repair`` and ``go_back`` fix damage as in ``store.inspection.verify``.
+    def verify(self, *, repair: bool = False, drop_lost: bool = False) -> VerifyReport:
+        """Check the integrity of the index; ``repair`` and ``drop_lost`` fix damage as in ``store.inspection.verify``.
 
         If only one copy of the vectors is stored, the student encodes lost ones again; after an interruption, repeat
         the call to continue. Vectors of parts are stored once: if some are damaged, all are encoded again.
@@ -808,6 +808,8 @@ class Index:
                 advance(len(texts))
                 return parts
 
-            report = verify_all(self.storage, repair=repair, go_back=go_back, encode=encode, encode_parts=encode_parts)
+            report = verify_all(
+                self.storage, repair=repair, drop_lost=drop_lost, encode=encode, encode_parts=encode_parts
+            )
         self.refresh()
         return report

@@ -1,20 +1,15 @@
 """The ``shard`` verb: copy an index into shards. Nothing is encoded: vectors, parts and words are copied."""
 
-# pyright: reportUnknownParameterType=false
-# (pyarrow ships no types)
-
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import xxhash
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
@@ -22,16 +17,13 @@ from d2llm.core.files import MANIFEST_NAME, check_replaceable, folder_bytes, new
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import PartKind
-from d2llm.store.blocks import ROW_MASK
 from d2llm.store.bm25 import WordIndex
-from d2llm.store.checksums import RECORD_NAME
 from d2llm.store.index_manifest import SHARDED_KIND, find_index
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import PartVectors
-from d2llm.store.passage_table import PassageTable
+from d2llm.store.passage_table import PassageTable, Record, rows_of
 from d2llm.store.remote_shards import upload_shard
-from d2llm.store.schema import MetadataSchema
 from d2llm.store.sharded_store import (
     FORMAT_VERSION,
     ShardedStore,
@@ -92,12 +84,10 @@ def shard(index: str | Path, folder: str | Path, num_shards: int, *, remote: str
     check_replaceable(folder, SHARDED_KIND)
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: already holds an index; give another folder")
-    records = [(store.folder / RECORD_NAME).read_bytes() for store in source.stores]
-    key = fingerprint_json(
-        [FORMAT_VERSION, str(source.folder.resolve()), num_shards, [xxhash.xxh3_128_hexdigest(one) for one in records]]
-    )
+    tables = [store.table() for store in source.stores]
+    states = [[table.version, table.written] for table in tables]
+    key = fingerprint_json([FORMAT_VERSION, str(source.folder.resolve()), num_shards, states])
     draft = folder.parent / f".{folder.name}.work-{key}"
-    tables = [store.table(whole=True) for store in source.stores]  # copied damage would get matching checksums
     target = (
         ShardedStore.open(draft) if (draft / MANIFEST_NAME).is_file() else _create(draft, source, tables, num_shards)
     )
@@ -135,8 +125,7 @@ def _create(
     spec = StoredSpec.of_manifest(source.manifest)
     if spec.student_source is not None and spec.student_source.startswith("../"):  # relative to the source
         spec = spec.replace(student_source=str((source.folder / spec.student_source).resolve()))
-    metadata = MetadataSchema.from_arrow(tables[0].metadata_fields)
-    return ShardedStore.create(draft, spec, num_shards=num_shards, metadata=metadata)
+    return ShardedStore.create(draft, spec, num_shards=num_shards, metadata=tables[0].metadata)
 
 
 def _upload(target: ShardedStore, remote: str, folder: Path) -> None:
@@ -157,7 +146,7 @@ class _Copy:
         self._target = target
         self._advance = advance
         self._most = max(_MIN_ROWS, _HELD_ROWS // len(target.stores))
-        self._waiting: dict[int, list[pa.Table]] = {}
+        self._waiting: dict[int, list[Record]] = {}
         present = [hashes_of_ids(batch) for store in target.stores for batch in store.table().batches(["id"])]
         self._present = np.sort(np.concatenate([np.zeros(0, np.uint64), *present]))
         """Hashes of the ids that an interrupted call has written."""
@@ -170,37 +159,33 @@ class _Copy:
     def add(self, store: IndexStore, table: PassageTable) -> None:
         """Copy all passages of a store that are not there yet."""
         source = _Source(store, table)
-        for batch in table.batches():
-            rows = pa.Table.from_batches([batch])
-            if len(self._present):
-                rows = rows.filter(pa.array(~np.isin(hashes_of_ids(batch), self._present)))
-                self._advance(len(batch) - len(rows))
-            pairs = zip(rows["id"].to_pylist(), rows["document_id"].to_pylist(), strict=True)
-            shards = np.array([shard_of(*pair, len(self._target.stores)) for pair in pairs], np.int64)
-            for number in np.unique(shards).tolist():
+        for batch in table.intact_batches():  # copied damage would get matching hashes
+            present = np.isin(hashes_of_ids(batch), self._present)
+            self._advance(int(present.sum()))
+            for record in (record for record, is_there in zip(batch, present, strict=True) if not is_there):
+                number = shard_of(record["id"], record["document_id"], len(self._target.stores))
                 waiting = self._waiting.setdefault(number, [])
-                waiting.append(rows.take(np.flatnonzero(shards == number)))
-                if sum(map(len, waiting)) >= self._most:
+                waiting.append(record)
+                if len(waiting) >= self._most:
                     self._write(number, source)
         for number in list(self._waiting):
             self._write(number, source)
 
     def _write(self, number: int, source: _Source) -> None:
-        rows = pa.concat_tables(self._waiting.pop(number)).combine_chunks()
-        [batch] = rows.to_batches()
-        old = np.asarray(rows["d2_row"], np.int64) & ROW_MASK
+        records = self._waiting.pop(number)
+        old = rows_of(records)
         parts: dict[PartKind, tuple[NDArray[np.uint8], NDArray[np.int64]]] = {
             kind: part.take(old) for kind, part in source.parts.items()
         }
-        self._target.stores[number].append_rows(rows, source.codes_of(batch), source.words.take(old), parts)
-        self._advance(len(rows))
+        self._target.stores[number].append_rows(records, source.codes_of(records), source.words.take(old), parts)
+        self._advance(len(records))
 
 
 class _Source:
     """What an index has beside its table, all compared with checksums."""
 
     def __init__(self, store: IndexStore, table: PassageTable) -> None:
-        self.codes_of: Callable[[pa.RecordBatch], NDArray[np.uint8]] = store.vectors.codes_of_batches(table)
+        self.codes_of: Callable[[Sequence[Record]], NDArray[np.uint8]] = store.vectors.codes_of_batches(table)
         self.words: WordIndex = store.words(table, store.vectors.num_rows(table), whole=True).words
         self.parts: dict[PartKind, PartVectors] = {
             kind: store.parts(table, kind, whole=True) for kind in store.part_formats

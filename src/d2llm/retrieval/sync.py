@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, DEFAULT_SECONDS_PER_FILE, Passage
 from d2llm.data.documents import MAX_BYTES, SkippedFile, find_documents
@@ -126,19 +126,21 @@ _NUMBERS = ("num_passages", "row", "num_rows")
 def _known_files(index: Index) -> dict[str, _Known]:
     """The files whose documents an index has, by their ids."""
     table = index.storage.table()
-    fields = {item.name for item in table.metadata_fields}
+    fields = set(table.metadata.fields)
     if not len(table) or not set(_FILE) <= fields:
         return {}
     names = ["id", "document_id", *_FILE, *(name for name in _NUMBERS if name in fields)]
-    columns = table.columns(names, "path IS NOT NULL").to_pydict()
-    absent = [None] * len(columns["path"])
     known: dict[str, _Known] = {}
     states: dict[str, set[tuple[datetime, int, int]]] = {}
     counts: dict[str, Counter[tuple[int, int]]] = {}  # passages of each row, with how many it should have
-    rows: Any = zip(*(columns.get(name, absent) for name in ("id", "document_id", *_FILE, *_NUMBERS)), strict=True)
-    for passage, document, path, modified, size, num_passages, row, num_rows in rows:
-        known.setdefault(path, _Known()).passages[passage] = document or passage
-        states.setdefault(path, set()).add((modified, size, num_rows or 1))
+    for record in chain.from_iterable(table.batches(names)):
+        path: str | None = record["path"]
+        if path is None:
+            continue
+        passage: str = record["id"]
+        num_passages, row, num_rows = map(record.get, _NUMBERS)
+        known.setdefault(path, _Known()).passages[passage] = record["document_id"] or passage
+        states.setdefault(path, set()).add((record["modified"], record["file_bytes"], num_rows or 1))
         counts.setdefault(path, Counter())[row or 0, num_passages or 1] += 1
     for path, (first, *others) in states.items():  # others: passages of an earlier state of the file
         modified, size, num_rows = first

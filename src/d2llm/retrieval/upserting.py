@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import xxhash
 
@@ -90,17 +89,13 @@ def upsert_passages(
     if readers is None:
         readers = LocalWorkers(partial(read_passages, student, parts=kinds, expand=storage.stores[0].adds_words))
     with storage.writing():
-        # Ids are looked up in the table as it was before, which is indexed; no id can occur twice in one call. New rows
-        # of the growing table are not indexed, so that looking ids up there would get slower with each block.
-        for store in storage.stores:
-            store.update_indices()
         upsert = _Upsert(
             storage, advance, only_new=only_new, as_documents=as_documents, lenient_metadata=lenient_metadata
         )
         for read in readers.map(upsert.texts(passages), advance):
             upsert.write(read)
         for store in storage.stores:
-            store.update_indices()
+            store.update_word_files()
         report = replace(upsert.report, version=storage.table().version)
     if report.left_out:
         named = ", ".join(f"{name} ({count:,})" for name, count in report.left_out.items())
@@ -154,7 +149,7 @@ class _Upsert:
         if not self._as_documents:
             for before in self._before:
                 _refuse_documents(block, before)
-        known = MetadataSchema.from_arrow(self._tables[shard].metadata_fields)
+        known = self._tables[shard].metadata
         if self._lenient_metadata:
             block, left_out = known.leave_out_misfits(block)
             self.report = replace(self.report, left_out=Counter(self.report.left_out) + left_out)
@@ -163,12 +158,12 @@ class _Upsert:
                 self._tables[place] = each.table()
                 self._versions[place] = self._tables[place].version
         self._versions[shard] = self._tables[shard].version
-        changes = store.compare(block, self._tables[shard], before=self._before[shard])
+        changes = store.compare(block, self._tables[shard])
         if self._only_new and (changes.num_new < len(block) or len(self._before) > 1):
             ids = [passage.id for passage in block]
-            present = [row for before in self._before for row in before.by_ids(ids, ["id"])["id"].to_pylist()]
+            present = [row for before in self._before for row in before.by_ids(ids, ["id"])]
             if present:
-                problem = f"{len(present)} of the passages already exist, such as {present[0]!r}"
+                problem = f"{len(present)} of the passages already exist, such as {present[0]['id']!r}"
                 raise DuplicateIdError(self._storage.folder, f"{problem}; use upsert to update them")
         return changes
 
@@ -212,7 +207,7 @@ class _Upsert:
     def _ids_before(self, shard: int, ids: list[str]) -> list[str]:
         """Those of the ids that the shard had before the upsert."""
         before = self._before[shard]
-        return cast("list[str]", before.by_ids(ids, ["id"])["id"].to_pylist()) if len(before) else []
+        return [record["id"] for record in before.by_ids(ids, ["id"])]
 
 
 def _count_blank(block: Sequence[Passage], report: UpsertReport) -> UpsertReport:
@@ -300,7 +295,7 @@ def _refuse_repeated(block: list[Passage], seen_ids: set[int], folder: Path) -> 
 def _refuse_documents(block: Sequence[Passage], before: PassageTable) -> None:
     """Refuse ids of documents that are stored in pieces: such a document would be in the index twice."""
     names = [passage.id for passage in block if passage.document_id in ("", passage.id)]
-    pieces = before.by_ids([piece_id(name, 1) for name in names], ["id", "document_id"]).to_pylist()
+    pieces = before.by_ids([piece_id(name, 1) for name in names], ["id", "document_id"])
     split = [piece["document_id"] for piece in pieces if piece["id"] == piece_id(piece["document_id"], 1)]
     if split:
         raise InputError(

@@ -21,12 +21,8 @@ from d2llm.store.part_vectors import PLACE_BYTES
 from d2llm.store.vector_formats import VectorFormat, make_format
 from d2llm.store.word_files import SEGMENT_ROWS, segment_bytes
 
-_ID_BYTES = np.dtype(np.uint64).itemsize  # a view keeps a number for each row's id
 _NORM_BYTES = np.dtype(np.float32).itemsize  # and BM25 one for its length
-_POSTING_BYTES, _ADDED_TEXT_BYTES = (
-    6,
-    5,
-)  # of a word that a passage lacks: row and count, and its text as LanceDB stores it
+_POSTING_BYTES, _ADDED_TEXT_BYTES = 6, 9  # of a word that a passage lacks: row and count, and its text in the table
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +113,9 @@ def _parts(
     yield PartBytes(
         "texts and ids",
         round(num_passages * row),
-        num_passages * _ID_BYTES,
+        0,
         f"{texts.text_bytes:.0f} bytes of text stored as {texts.stored_text:.2f} times as many, {texts.row_bytes:.0f} "
-        f"for the rest ({texts.source}); in memory a number for each id; without metadata",
+        f"for the rest ({texts.source}); without metadata",
     )
     code_size = make_format(plan.vector_format, student.dim).code_size
     yield PartBytes(

@@ -347,7 +347,7 @@ class _Measuring:
             store = IndexStore.create(Path(folder) / "index", spec)
             begin = time.process_time()
             write_passages(store, passages, vectors)
-            store.update_indices()
+            store.update_word_files()
             seconds = time.process_time() - begin
             store.compact(timedelta(0))  # so that texts are read from one file
             view = PassageView(store)

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from d2llm.core.errors import InputError
-from d2llm.core.files import folder_bytes
 from d2llm.core.types import Passage
 from d2llm.ops.bm25_words import sentences, windows
 from d2llm.retrieval.upserting import BLOCK_PASSAGES
@@ -59,7 +58,7 @@ class TextFacts(BaseModel):
         vocabulary: different words of all passages in ``vocabulary_words`` words.
         vocabulary_growth: exponent of their growth with the number of words (Heaps' law).
         row_bytes: bytes in the table for a passage without text: id, row number, hash and indices.
-        stored_text: bytes of the table for a byte of text; the table compresses texts.
+        stored_text: bytes of the table for a byte of text.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -126,7 +125,7 @@ def read_text_facts(
     """Take the facts from passages; ``queries`` are typical ones, by default some words in a row of the passages.
 
     They are written to an index in a temporary folder, to see what its table takes; metadata are not counted. Give at
-    least a thousand: LanceDB compresses a smaller table less.
+    least a thousand: a smaller table has more unused bytes.
 
     Raises:
         InputError: there are fewer than 20 passages, or they have no text.
@@ -212,4 +211,4 @@ def _row_bytes(passages: Sequence[Passage]) -> float:
         store = IndexStore.create(Path(folder) / "index", StoredSpec(student="none", dim=1, vector_copies=1))
         write_passages(store, passages, np.zeros((len(passages), 1), np.float32))
         store.compact(timedelta(0))
-        return folder_bytes(store.folder / f"{NAME}.lance") / len(passages)
+        return (store.folder / NAME).stat().st_size / len(passages)

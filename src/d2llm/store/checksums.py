@@ -1,10 +1,9 @@
-"""Checksums of files (block by block), of small JSON files, and the record of the checksums of an index's table.
+"""Checksums of files, block by block, and of small JSON files.
 
 Without them, a flipped bit in a number would silently be read as another number.
 
 FileSums           size and checksums of a file, so that parts of it can be compared without reading all of it
 write_checked      writes a JSON file with a checksum of its content
-checksums.json     the checksums of the files of an index's table, and the version they belong to (``Record``)
 """
 
 from __future__ import annotations
@@ -18,15 +17,12 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from d2llm.core.files import MANIFEST_NAME, write_json
-from d2llm.store.lance_manifest import manifest_name
+from d2llm.core.files import write_json
 
 BLOCK_BYTES = 1 << 18
 _SAMPLED_BLOCKS = 32
 _DIGITS = 16  # of a block's checksum: xxh3, 64 bits
 _KEY = "own_checksum"
-RECORD_NAME = "checksums.json"
-TABLE_FOLDER = "passages.lance"
 
 FileState = tuple[int, ...]
 """Device, inode, size and modification time: if the state changes, the file must be checked again."""
@@ -74,7 +70,7 @@ def problem_of(path: Path, sums: FileSums, blocks: Collection[int] | None = None
 
 
 def sample_blocks(files: Mapping[str, FileSums]) -> dict[str, list[int]]:
-    """Blocks to check: the last of each file, where Lance keeps its metadata, and a random sample of all others."""
+    """Blocks to check: the last of each file and a random sample of all others."""
     blocks = {path: [sums.num_blocks - 1] for path, sums in files.items()}
     others = [(path, block) for path, sums in files.items() for block in range(sums.num_blocks - 1)]
     for path, block in random.sample(others, min(_SAMPLED_BLOCKS, len(others))):
@@ -124,53 +120,3 @@ def read_checked(path: Path, *, compare: bool = True) -> Any:
 def _json_checksum(value: dict[str, Any]) -> str:
     content = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return xxhash.xxh3_64_hexdigest(content.encode(errors="surrogatepass"))
-
-
-class Record(NamedTuple):
-    """The last committed version, and the checksums of the files by their paths in the index's folder."""
-
-    version: int
-    files: Mapping[str, FileSums]
-
-    def manifest_of(self, version: int) -> str | None:
-        """The path of the manifest of a version of the table, if it has a checksum."""
-        path = f"{TABLE_FOLDER}/{manifest_name(version)}"
-        return path if path in self.files else None
-
-
-class Damage(NamedTuple):
-    """A damaged file, what is wrong with it, and the versions that need it (empty: all versions)."""
-
-    path: str
-    problem: str
-    versions: list[int]
-
-
-def read_record(folder: Path) -> Record:
-    """The record in the folder of an index.
-
-    Raises:
-        OSError, ValueError, LookupError, TypeError: it is missing or cannot be used.
-    """
-    value: Any = read_checked(folder / RECORD_NAME)
-    if value["block_bytes"] != BLOCK_BYTES:
-        raise ValueError(f"its blocks have {value['block_bytes']} bytes; update d2llm")
-    return Record(value["version"], {path: FileSums(*sums) for path, sums in value["files"].items()})
-
-
-def write_record(folder: Path, record: Record) -> None:
-    """Write a record into the folder of an index, atomically."""
-    files = {path: [sums.num_bytes, sums.checksums] for path, sums in sorted(record.files.items())}
-    write_checked(folder / RECORD_NAME, {"version": record.version, "block_bytes": BLOCK_BYTES, "files": files})
-
-
-def remedy_for(path: str) -> str:
-    """What to do about a damaged file of an index."""
-    if path == MANIFEST_NAME:
-        return "put it back from a copy, or index the corpus again"
-    if path == RECORD_NAME or "/_indices/" in path:
-        return "`d2llm index ... verify --repair` rebuilds it from the table"
-    return (
-        "`d2llm index ... verify --repair` takes it from a snapshot with an intact copy, with --go-back it returns to "
-        "the last intact version; otherwise restore a snapshot, or index the corpus again"
-    )

@@ -1,7 +1,7 @@
 r"""The filter language: SQL-like conditions on the fields of passages, which are checked and then written out again.
 
 User input never reaches the database. It is split into tokens of a few allowed kinds, sqlglot parses them into a tree,
-the tree is checked against the index's fields, and SQL for LanceDB (DataFusion) is generated from it:
+the tree is checked against the index's fields, and parameterised SQL for SQLite is generated from it:
 
     year >= 2020 AND (language = 'de' OR language IS NULL) AND title NOT LIKE '%draft%'
 
@@ -27,7 +27,7 @@ from typing import cast
 from sqlglot import Expr, ParseError, Parser, Token, TokenError, Tokenizer, TokenType, exp
 
 from d2llm.core.errors import FilterError
-from d2llm.store.schema import FILTER_WORDS, FieldType, MetadataSchema, parse_timestamp
+from d2llm.store.schema import FILTER_WORDS, FieldType, MetadataSchema, microseconds_of, parse_timestamp
 
 MAX_LENGTH = 50_000
 """Maximum characters of a filter: enough for a thousand long ids, and parsed within a second."""
@@ -35,7 +35,7 @@ MAX_LENGTH = 50_000
 MAX_DEPTH = 16
 """Maximum nesting of parentheses, plus the consecutive NOTs before the innermost.
 
-sqlglot parses them recursively; LanceDB accepted 40 and refused 60.
+sqlglot parses them recursively.
 """
 
 MAX_COMPARISONS = 1_000
@@ -43,7 +43,7 @@ MAX_VALUES = 10_000
 """Maximum values of all IN lists together."""
 
 MAX_PATTERN = 1_000
-"""Maximum characters of a LIKE pattern, which becomes a regular expression of limited size."""
+"""Maximum characters of a LIKE pattern."""
 
 _PASSAGE_FIELDS: dict[str, FieldType] = {
     "id": "string",
@@ -94,15 +94,16 @@ _HINTS: dict[FieldType, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """A checked filter: ``text`` as the user wrote it, ``sql`` for LanceDB, and the ``fields`` that it uses."""
+    """A checked filter: ``text`` as the user wrote it, ``sql`` with ``values`` of its parameters, and ``fields``."""
 
     text: str
     sql: str
+    values: Mapping[str, str | int | float]
     fields: frozenset[str]
 
 
 def parse_filter(text: str, schema: MetadataSchema) -> Filter:
-    """Check a filter and translate it into SQL for LanceDB.
+    """Check a filter and translate it into SQL for SQLite.
 
     It may name the metadata fields of ``schema``, and ``id``, ``title``, ``document_id`` and ``position``.
 
@@ -119,7 +120,7 @@ def parse_filter(text: str, schema: MetadataSchema) -> Filter:
         sql = ""
     if depth > 2 * MAX_DEPTH:
         raise FilterError(f"filter {_short(text)}: it is nested too deeply; use fewer parentheses")
-    return Filter(text, sql, frozenset(writer.used))
+    return Filter(text, sql, writer.values, frozenset(writer.used))
 
 
 def _read_tokens(text: str) -> list[Token]:
@@ -192,6 +193,7 @@ class _Writer:
         self.text = text
         self.columns = columns
         self.used: set[str] = set()
+        self.values: dict[str, str | int | float] = {}
         self.num_comparisons = 0
         self.num_values = 0
         self.writers: dict[type[Expr], Callable[[Expr, bool], str]] = {
@@ -272,7 +274,7 @@ class _Writer:
             )
         if len(pattern.name) > MAX_PATTERN:
             raise self.error(node, f"a pattern has at most {MAX_PATTERN} characters; shorten it")
-        return f"{column} {'NOT LIKE' if negated else 'LIKE'} {written}"
+        return f"{column} {'NOT LIKE' if negated else 'LIKE'} {written} ESCAPE '\\'"
 
     def state(self, node: Expr, negated: bool) -> str:
         """A field that is null, or a boolean field that is true or false."""
@@ -327,7 +329,9 @@ class _Writer:
         if written is None:
             problem = f"field '{name}' is {kind}, and {self.piece(value)} does not fit; {_HINTS[kind]}"
             raise self.error(node, problem)
-        return written
+        mark = f"p{len(self.values)}"
+        self.values[mark] = written
+        return f":{mark}"
 
     def span(self, node: object) -> tuple[int, int]:
         nodes = node.walk() if isinstance(node, Expr) else ()
@@ -344,10 +348,10 @@ class _Writer:
         return _located(self.text, *self.span(node), problem)
 
 
-def _write(kind: FieldType, value: object, bits: int) -> str | None:
-    """SQL of a value for a field of this type; None if it does not fit."""
+def _write(kind: FieldType, value: object, bits: int) -> str | int | float | None:
+    """A value for a field of this type, as the table stores it; None if it does not fit."""
     if type(value) is exp.Boolean:
-        return ("TRUE" if value.this else "FALSE") if kind == "boolean" else None
+        return int(value.this) if kind == "boolean" else None
     negative = type(value) is exp.Neg
     literal = value.this if negative else value
     if type(literal) is not exp.Literal or kind == "boolean":
@@ -360,41 +364,36 @@ def _write(kind: FieldType, value: object, bits: int) -> str | None:
     return _write_number(kind, f"-{text}" if negative else text, bits)
 
 
-def _write_text(kind: FieldType, text: str) -> str | None:
+def _write_text(kind: FieldType, text: str) -> str | int | None:
     if kind == "string":
-        return "'" + text.replace("'", "''") + "'"
+        return text
     if kind == "timestamp":
         try:
-            moment = parse_timestamp(text)
+            return microseconds_of(parse_timestamp(text))
         except ValueError:
             return None
-        return f"TIMESTAMP '{moment.replace(tzinfo=None).isoformat(timespec='microseconds')}Z'"
     return None
 
 
-def _write_number(kind: FieldType, text: str, bits: int) -> str | None:
+def _write_number(kind: FieldType, text: str, bits: int) -> int | float | None:
     if kind == "number":
         number = float(text)
-        return repr(number) if math.isfinite(number) else None
+        return number if math.isfinite(number) else None
     if kind != "integer":
         return None
     try:
         exact = Decimal(text)
     except ArithmeticError:  # the exponent is out of range
         return None
-    # LanceDB refuses 1.0 for an integer column, so it is written as 1; values that are not integers are refused here.
     if exact.adjusted() > 19 or exact != exact.to_integral_value():
         return None
     integer = int(exact)
     limit = 2 ** (bits - 1)
-    if not -limit <= integer < limit:
-        return None
-    # LanceDB parses the lowest integer as the negation of one that is too large.
-    return str(integer) if integer != -(2**63) else f"({integer + 1} - 1)"
+    return integer if -limit <= integer < limit else None
 
 
 def _join(parts: Sequence[tuple[str, int]], word: str) -> tuple[str, int]:
-    """Conditions joined by AND or OR as a balanced tree, because LanceDB would nest a long chain deeply."""
+    """Conditions joined by AND or OR as a balanced tree: SQLite's parser allows a depth of 1,000."""
     if len(parts) == 1:
         return parts[0]
     half = len(parts) // 2

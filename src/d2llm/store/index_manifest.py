@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from d2llm.core.errors import DataFormatError
+from d2llm.core.errors import DamagedFileError, DataFormatError
 from d2llm.core.files import MANIFEST_NAME
-from d2llm.core.manifest import read_any_manifest, read_manifest, write_manifest
+from d2llm.core.manifest import package_versions, read_any_manifest, read_manifest
+from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.index_spec import StoredSpec
 
 KIND = "index"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 SHARDED_KIND = "sharded index"
 """Kind of a folder with several indexes (``sharded_store``)."""
 FIT_KIND, INDEX_OF_FIT = "search", "index"
@@ -35,8 +36,9 @@ VectorCopies = Literal[1, 2]
 
 
 def write_index_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write the manifest of an index."""
-    write_manifest(folder, KIND, FORMAT_VERSION, dict(content))
+    """Write the manifest of an index, atomically, with a checksum."""
+    head = {"kind": KIND, "format_version": FORMAT_VERSION, "packages": package_versions()}
+    write_checked(folder / MANIFEST_NAME, head | dict(content) | head)
 
 
 def require_index(folder: Path) -> None:
@@ -58,7 +60,14 @@ def read_index_manifest(folder: Path) -> dict[str, Any]:
     if read_any_manifest(folder, KIND).get("kind") == SHARDED_KIND:
         problem = "is a sharded index, but one that is not sharded is needed here; give that, or one of its shards"
         raise DataFormatError(folder, problem)
-    manifest = read_manifest(folder, KIND, FORMAT_VERSION)
+    read_manifest(folder, KIND, FORMAT_VERSION)
+    path = folder / MANIFEST_NAME
+    try:
+        manifest: dict[str, Any] = read_checked(path)
+    except (OSError, ValueError) as error:
+        raise DamagedFileError(
+            path, f"is damaged ({error}); put it back from a copy, or index the corpus again"
+        ) from error
     kinds = {"student": str, "task": str, "dim": int, "vector_format": str}
     wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
     if manifest.get("vector_copies") not in get_args(VectorCopies):

@@ -2,22 +2,18 @@
 
 INDEX/
   manifest.json         kind "index": student, task, vector format; written once
-  passages.lance        the table (``passage_table``): the source of truth, with versions
-  checksums.json        checksums of the table's files (``table_files``), and the version that readers open
+  passages.db           the table (``passage_table``): the source of truth, with versions
   vectors-<g>.bin/json  the vectors of generation g (``vector_file``): a copy of those in the table, or the only one
                         (``stored_vectors``); beside it, an approximate index (``ann``), which is not trusted
   words-<g>-...         the words of the same rows (``word_files``) for BM25, derived from the texts
   window-, token-...-<g>  vectors of parts of the same rows, if the index has them (``part_vectors``)
   chunking.json         how documents were chunked into passages, if they were (``side_files``)
-  snapshots/<name>      a read-only index folder, linked to the files at the time of the snapshot
+  snapshots/<name>      a read-only index folder: a copy of the table, and links to the other files
   write.lock            held by the writer
 
 Every write is one atomic commit: readers see all of it or nothing. Vectors are on disk before the commit that names
 their rows.
 """
-
-# pyright: reportUnknownParameterType=false
-# (pyarrow ships no types)
 
 from __future__ import annotations
 
@@ -26,28 +22,27 @@ import shutil
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError
+from d2llm.core.errors import DamagedFileError, DataFormatError, IndexLockedError, IndexMismatchError, InputError
 from d2llm.core.files import MANIFEST_NAME, check_replaceable, folder_bytes, new_folder
 from d2llm.core.shipped import name_student
 from d2llm.core.types import PART_KINDS, PART_NAMES, MissingShard, PartKind, Passage, is_text
-from d2llm.store import repair, vector_file, word_files
+from d2llm.store import vector_file, word_files
 from d2llm.store.blocks import (
     COMPARED,
     GENERATION_SHIFT,
     KEPT,
-    ROW_MASK,
     Changes,
     check_passages,
     compare,
-    table_block,
-    table_schema,
+    record_of,
     write_words,
 )
 from d2llm.store.index_manifest import KIND, VectorCopies, read_index_manifest, write_index_manifest
@@ -61,23 +56,22 @@ from d2llm.store.part_vectors import (
     open_parts,
     replace_parts,
 )
-from d2llm.store.passage_table import PassageTable
-from d2llm.store.schema import MetadataSchema
+from d2llm.store.passage_table import REMEDY, PassageTable, Record, rows_of
+from d2llm.store.schema import FieldType, MetadataSchema
 from d2llm.store.side_files import forget_chunking, read_chunking, side_files, write_chunking
-from d2llm.store.storage import link_or_copy, storage_errors
+from d2llm.store.storage import LOCK_NAME, link_or_copy, storage_errors
 from d2llm.store.stored_vectors import StoredVectors, stored_vectors
-from d2llm.store.table_files import TableFiles
 from d2llm.store.vector_file import IntactExtents, VectorFile
 from d2llm.store.vector_formats import VectorFormat, make_format
 from d2llm.store.word_segment import WordSegment
-from d2llm.store.write_lock import WriteLock
 
 KEEP_VERSIONS = timedelta(hours=1)
 """How long ``compact`` keeps an old version for readers that have it open."""
 _SNAPSHOTS = "snapshots"
 _SNAPSHOT_NAME = re.compile(r"[\w][\w.-]{0,99}")
+_COMPARED_BYTES = 8 << 20
+"""A table of at most so many bytes is compared with its hashes when an index is opened; a larger one by ``verify``."""
 _PART_ROWS = 256  # rows whose parts are encoded together in a repair
-_UNINDEXED_ROWS = 4_000  # maximum rows that are searched without an index before the indices are updated
 
 
 class IndexStore:
@@ -90,10 +84,10 @@ class IndexStore:
         self.vector_copies: VectorCopies = manifest["vector_copies"]
         self.part_formats = _part_formats(manifest)
         self.vectors: StoredVectors = stored_vectors(self, self.vector_copies)
-        self.files = TableFiles(folder)
         self.intact = IntactExtents()
         """What views of this store have compared; a store that is opened later may take it over."""
-        self._lock = WriteLock(folder, self.files, self._check_identity)
+        self._is_compared = False
+        self._lock = filelock.FileLock(folder / LOCK_NAME, timeout=0)  # one writer; a killed one releases it
 
     @classmethod
     def create(
@@ -119,16 +113,11 @@ class IndexStore:
         content = {**spec.model_dump(), "snapshot": None, **({} if shard is None else {"shard": dict(shard)})}
         part_formats = _part_formats(content)
         with storage_errors(folder), new_folder(folder, kind=KIND) as draft:
-            fields = (metadata or MetadataSchema()).arrow_fields()
-            schema = table_schema(
-                fields, code_size if spec.vector_copies == 2 else None, with_words=spec.document_expansion is not None
-            )
-            PassageTable.create(draft, schema)
+            PassageTable.create(draft, metadata or MetadataSchema()).close()
             VectorFile.create(draft, 0, code_size)
             for kind, part_format in part_formats.items():
                 create_parts(draft, 0, kind, part_format)
             write_index_manifest(draft, content)
-            TableFiles(draft).commit()
         return cls.open(folder)
 
     @classmethod
@@ -144,19 +133,20 @@ class IndexStore:
         except InputError as error:
             raise DataFormatError(folder / MANIFEST_NAME, f"is damaged ({error}); restore it from a copy") from error
 
-    def table(self, version: int | None = None, *, whole: bool = False) -> PassageTable:
-        """The table at a version, the latest by default; with ``whole``, after comparing every byte of it.
+    def table(self, version: int | None = None) -> PassageTable:
+        """The table at a version, the latest by default.
 
         Raises:
-            DamagedFileError: one of its files is damaged.
-            DataFormatError: it cannot be opened, or belongs to another index.
+            DamagedFileError: its file is damaged.
+            DataFormatError: it cannot be opened, or is that of another index.
         """
-        self._lock.finish()
-        table = PassageTable.open(self.folder, version, self.files, whole=whole)
-        code_size = self.format.code_size if self.vector_copies == 2 else None
-        # Compared as sets: metadata fields that were added later come last.
-        if set(table.schema) != set(table_schema(table.metadata_fields, code_size, with_words=self.adds_words)):
-            raise DataFormatError(self.folder, "its table has other columns than its manifest says; restore a copy")
+        table = PassageTable.open(self.folder, version)
+        if len(table) and table.code_size() != (self.format.code_size if self.vector_copies == 2 else None):
+            raise DataFormatError(self.folder, "its table has other vectors than its manifest says; restore a copy")
+        if not self._is_compared and table.num_bytes <= _COMPARED_BYTES:
+            for problem in table.problems():
+                raise DamagedFileError(table.path, f"{problem}; {REMEDY}")
+        self._is_compared = True
         return table
 
     @property
@@ -176,15 +166,13 @@ class IndexStore:
 
     @property
     def version(self) -> int:
-        """The latest version, which ``table`` would open, without opening it."""
-        self._lock.finish()
-        number = self.files.latest()
-        return self.table().version if number is None else number
+        """The latest version, which ``table`` would open."""
+        return self.table().version
 
     @property
     def metadata(self) -> MetadataSchema:
         """The metadata fields of the latest version of the table."""
-        return MetadataSchema.from_arrow(self.table().metadata_fields)
+        return self.table().metadata
 
     def check_student(self, fingerprint: str) -> None:
         """Raise an ``IndexMismatchError`` unless the student with this fingerprint made the vectors."""
@@ -213,8 +201,17 @@ class IndexStore:
     @contextmanager
     def locked(self) -> Generator[None]:
         """Like ``writing``, but also for a snapshot: its passages never change, but its vectors can be repaired."""
-        with self._lock.held():
+        with storage_errors(self.folder):
+            try:
+                self._lock.acquire()
+            except filelock.Timeout as error:
+                raise IndexLockedError(f"{self.folder}: another process is writing to it; try again later") from error
+        try:
+            if self._lock.lock_counter == 1:
+                self._check_identity()
             yield
+        finally:
+            self._lock.release()
 
     def _check_identity(self) -> None:
         """Files are found by folder name, so by now they may belong to another index."""
@@ -223,28 +220,22 @@ class IndexStore:
 
     # Changing passages ---------------------------------------------------------------------------------------------
 
-    def compare(
-        self, passages: Sequence[Passage], table: PassageTable | None = None, *, before: PassageTable | None = None
-    ) -> Changes:
+    def compare(self, passages: Sequence[Passage], table: PassageTable | None = None) -> Changes:
         """Find out which passages are new, have another text, differ otherwise, or are unchanged.
 
-        ``table`` is the latest version, opened under the lock. ``before`` is an earlier version with the same passages
-        of these ids; they are looked up there, because with indexed ids that does not slow down as rows are added.
+        ``table`` is the latest version, opened under the lock.
 
         Raises:
             DuplicateIdError: two of the passages share an id.
             InputError: a passage does not fit the schema, or has no id.
         """
         table = self.table() if table is None else table  # an empty one is falsy
-        schema = MetadataSchema.from_arrow(table.metadata_fields)
-        check_passages(passages, schema, self.folder)
+        check_passages(passages, table.metadata, self.folder)
         if self.vector_copies == 1 and any(passage.context for passage in passages):
             problem = "it keeps its vectors once, but those of late chunks cannot be encoded again from its table"
             raise InputError(f"{self.folder}: {problem}; chunk early, or use an index with two copies")
-        earlier = table if before is None else before
-        names = [*COMPARED, *(name for name in KEPT if name in earlier.schema.names)]
-        stored = earlier.by_ids([passage.id for passage in passages], names).to_pylist()
-        return compare(passages, {row["id"]: row for row in stored}, schema)
+        stored = table.by_ids([passage.id for passage in passages], [*COMPARED, *KEPT])
+        return compare(passages, {record["id"]: record for record in stored}, table.metadata)
 
     def write(
         self,
@@ -300,15 +291,17 @@ class IndexStore:
                 ),
                 *(own for _, _, own in changes.others),
             ]
-            metadata = MetadataSchema.from_arrow(table.metadata_fields)
             passages = [*changes.texts, *(passage for passage, _, _ in changes.others)]
-            block = table_block(passages, table.schema, metadata, rows, kept, column)
-            table.put(block, replaces=len(passages) > changes.num_new)
+            coded: Iterator[bytes | None] = repeat(None) if column is None else (code.tobytes() for code in column)
+            table.put(
+                record_of(passage, table.metadata, row, own | {"d2_vector": code})
+                for passage, row, own, code in zip(passages, rows.tolist(), kept, coded, strict=False)
+            )
             return table.version
 
     def append_rows(
         self,
-        rows: pa.Table,
+        records: Sequence[Record],
         codes: NDArray[np.uint8],
         words: WordSegment,
         parts: Mapping[PartKind, tuple[NDArray[np.uint8], NDArray[np.int64]]],
@@ -316,8 +309,8 @@ class IndexStore:
         """Add rows of another store's table as they are, without encoding anything, in one commit.
 
         Args:
-            rows: columns of the table, of passages that this store does not have; ``d2_row`` is replaced.
-            codes: [len(rows), code_size], their vectors in the format of this store.
+            records: all columns of passages that this store does not have; ``d2_row`` is replaced.
+            codes: [len(records), code_size], their vectors in the format of this store.
             words: their words, in the same order.
             parts: codes and counts of their parts, of each kind that the index stores.
 
@@ -335,10 +328,10 @@ class IndexStore:
                 word_files.write_segment(self.folder, generation, first, words)
                 for kind, (part_codes, counts) in parts.items():
                     append_parts(self.folder, generation, kind, self.part_formats[kind], first, part_codes, counts)
-            numbers = np.arange(first, first + len(codes)) | generation << GENERATION_SHIFT
-            place = rows.schema.get_field_index("d2_row")
-            moved = rows.set_column(place, rows.schema.field(place), pa.array(numbers, pa.int64()))
-            table.put(moved.select(table.schema.names).cast(table.schema), replaces=False)
+            table.put(
+                record | {"d2_row": (first + place) | generation << GENERATION_SHIFT}
+                for place, record in enumerate(records)
+            )
             return table.version
 
     def _part_codes(
@@ -371,27 +364,23 @@ class IndexStore:
         """
         with self.writing():
             known = self.metadata
-            self.table().add_columns(known.extend(fields).arrow_fields()[len(known.fields) :])
+            extended = known.extend(fields).fields
+            new: dict[str, FieldType] = {name: kind for name, kind in extended.items() if name not in known.fields}
+            self.table().add_fields(MetadataSchema(new))
 
-    def update_indices(self) -> None:
-        """Build missing indices and update those that lag behind."""
-        with self.writing():
-            table = self.table()
-            if len(table):
-                table.build_indices()
-                if max(table.indices.values(), default=0) > _UNINDEXED_ROWS:
-                    table.optimize(KEEP_VERSIONS)
-                self.update_word_files(table)
+    def update_word_files(self) -> None:
+        """Write missing word files of the latest version, and join small ones."""
+        with self.locked():
+            if len(table := self.table()):
+                self._update_word_files(table)
 
-    def update_word_files(self, table: PassageTable) -> None:
-        """Write missing word files of the latest version, and join small ones; requires the write lock."""
+    def _update_word_files(self, table: PassageTable) -> None:
         generation, num_rows = self.vectors.generation(table), self.vectors.file_to_extend(table).capacity
         with storage_errors(self.folder):
             word_files.update_word_files(self.folder, generation, num_rows, self._segment_of(table))
 
     def words(self, table: PassageTable, num_rows: int, *, whole: bool = False) -> word_files.Coverage:
         """The words of the first ``num_rows`` rows of a version; words that are in no file are read from the table."""
-        whole = whole or self.files.after_crash
         generation = self.vectors.generation(table)
         return word_files.open_words(self.folder, generation, num_rows, self._segment_of(table), whole=whole)
 
@@ -470,13 +459,12 @@ class IndexStore:
                 raise InputError(f"{self.folder}: there is already a snapshot {name!r}; choose another name")
             with storage_errors(target), new_folder(target, kind=KIND) as draft:
                 self.vectors.file_to_extend(table := self.table())  # ensures that the vectors are complete
-                self.files.link(table.version, draft)
+                table.copy_to(draft)
                 kept = [*vector_file.files_of(self.folder, self.vectors.generation(table)), *side_files(self.folder)]
                 for path in filter(Path.is_file, kept):
                     link_or_copy(path, draft / path.name)
                 content = {key: value for key, value in self.manifest.items() if key not in ("kind", "packages")}
                 write_index_manifest(draft, content | {"snapshot": name})
-                TableFiles(draft).commit()
         return target
 
     def drop_snapshot(self, name: str) -> None:
@@ -498,13 +486,12 @@ class IndexStore:
         with self.writing():
             source = IndexStore.open(self._existing_snapshot(name))
             chunking = read_chunking(source.folder)
-            repair.replace_if_damaged(self.files, source.files)
             num_passages = self._rewrite(source)
             if chunking is None:
                 forget_chunking(self.folder)
             else:
                 write_chunking(self.folder, chunking)
-            self.update_indices()
+            self.update_word_files()
             return num_passages
 
     def compact(self, keep: timedelta = KEEP_VERSIONS, *, dense: bool | None = None) -> tuple[int, int]:
@@ -518,9 +505,9 @@ class IndexStore:
             before, table = folder_bytes(self.folder), self.table()
             if dense or (dense is None and len(table) < 0.75 * self.vectors.file_to_extend(table).capacity):
                 self._rewrite(self)
-            self.update_indices()
-            self.table().optimize(keep)
-            used = {self.vectors.generation(self.table(version)) for version in self.table().versions()}
+            self.update_word_files()
+            (table := self.table()).remove_older(keep)
+            used = {self.vectors.generation(self.table(version)) for version in table.versions()}
             for generation in set(vector_file.generations(self.folder)) - used:
                 vector_file.remove(self.folder, generation)
             self._sweep()
@@ -528,7 +515,7 @@ class IndexStore:
 
     def _rewrite(self, source: IndexStore) -> int:
         """Replace the table by all rows of ``source``, with vectors of a new generation; returns the number of rows."""
-        table, rows = self.table(), source.table(whole=True)  # copied damage would get matching checksums
+        table, rows = self.table(), source.table()
         codes_of_batch = source.vectors.codes_of_batches(rows)
         num_rows = source.vectors.num_rows(rows)
         words = source.words(rows, num_rows, whole=True).words
@@ -539,18 +526,18 @@ class IndexStore:
         for kind, part_format in self.part_formats.items():
             create_parts(self.folder, generation, kind, part_format, since=table.version + 1)
 
-        def batches() -> Iterator[pa.RecordBatch]:
-            for batch in rows.batches():
-                first = file.append(codes_of_batch(batch))
-                numbers = np.arange(first, first + len(batch)) | generation << GENERATION_SHIFT
-                old = np.asarray(batch.column("d2_row")) & ROW_MASK
+        def batches() -> Iterator[list[Record]]:
+            for batch in rows.intact_batches():  # copied damage would get matching hashes
+                first, old = file.append(codes_of_batch(batch)), rows_of(batch)
                 word_files.write_segment(self.folder, generation, first, words.take(old))
                 for kind, part_format in self.part_formats.items():
                     append_parts(self.folder, generation, kind, part_format, first, *parts[kind].take(old))
-                place = batch.schema.get_field_index("d2_row")
-                yield batch.set_column(place, batch.schema.field(place), pa.array(numbers, pa.int64()))
+                yield [
+                    record | {"d2_row": (first + place) | generation << GENERATION_SHIFT}
+                    for place, record in enumerate(batch)
+                ]
 
-        table.replace_all(rows.schema, batches())
+        table.replace_all(rows.metadata, batches())
         return len(rows)
 
     def _sweep(self) -> None:
@@ -562,7 +549,6 @@ class IndexStore:
         ]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         word_files.sweep(self.folder)
-        repair.sweep(self.folder)
 
     def _existing_snapshot(self, name: str) -> Path:
         folder, present = self.snapshot_folder(name), self.snapshots()

@@ -7,20 +7,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
-from d2llm.core.errors import D2LLMError, DamagedFileError, DataFormatError, InputError
+from d2llm.core.errors import D2LLMError, DataFormatError, InputError
 from d2llm.core.files import folder_bytes
 from d2llm.core.shipped import name_student
 from d2llm.core.types import PART_NAMES, PartKind
 from d2llm.store import ann, word_files
-from d2llm.store.blocks import GENERATION_SHIFT, INTERNAL_COLUMNS, is_as_written
-from d2llm.store.checksums import remedy_for
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import EncodeParts
-from d2llm.store.passage_table import NAME, PassageTable
-from d2llm.store.repair import rebuild_record, repair_files
-from d2llm.store.schema import MetadataSchema
+from d2llm.store.passage_table import NAME, REMEDY, PassageTable
+from d2llm.store.repair import repair_table
 from d2llm.store.side_files import Chunking, read_chunking
 from d2llm.store.stored_vectors import Encode
 from d2llm.store.vector_file import ann_path_of
@@ -32,8 +27,7 @@ class IndexStats:
 
     Each vector is stored ``vector_copies`` times. Sizes in bytes: ``table_bytes`` includes indices and old versions,
     and ``bytes_per_passage`` covers everything including snapshots. ``ann_passages`` are in an approximate index that
-    was tuned for a recall of ``ann_recall``. ``unindexed`` maps indices to the number of passages that they do not
-    cover yet; these are searched too, but more slowly. ``chunking`` is how documents were chunked, if there were any;
+    was tuned for a recall of ``ann_recall``. ``chunking`` is how documents were chunked, if there were any;
     ``student_name`` is the name of the student with fingerprint ``student``. ``window_format`` and
     ``token_format`` are the formats of the window vectors and token embeddings, None if there are none. ``num_shards``
     is None for an index that is not sharded (``sharded_inspection.stats_of_all``).
@@ -63,7 +57,6 @@ class IndexStats:
     window_bytes: int
     token_format: str | None
     token_bytes: int
-    unindexed: dict[str, int]
     chunking: Chunking | None = None
     student_name: str | None = None
     num_shards: int | None = None
@@ -83,16 +76,18 @@ class VerifyReport:
 def stats(store: IndexStore) -> IndexStats:
     """Statistics of the latest version."""
     table = store.table()
-    vectors = store.vectors.read(table, np.asarray(table.columns(["d2_row"])["d2_row"], np.int64))
-    table_bytes = folder_bytes(store.folder / f"{NAME}.lance")
+    vectors = store.vectors.read(table, table.rows())
+    num_truncated, num_versions = table.num_truncated(), len(table.versions())
     record = _ann_record(store, table)
+    table_bytes = table.flush()
+    log_bytes = sum(path.stat().st_size for path in store.folder.glob(f"{NAME}-*"))  # while the index is open
     return IndexStats(
         folder=str(store.folder),
         num_passages=len(table),
         num_rows=len(vectors.codes),
-        num_truncated=len(table.columns(["id"], "d2_truncated")),
+        num_truncated=num_truncated,
         version=table.version,
-        num_versions=len(table.versions()),
+        num_versions=num_versions,
         snapshots=store.snapshots(),
         student=store.manifest["student"],
         task=store.manifest["task"],
@@ -100,18 +95,17 @@ def stats(store: IndexStore) -> IndexStats:
         vector_format=store.manifest["vector_format"],
         vector_bytes=store.format.code_size,
         vector_copies=store.vector_copies,
-        metadata=dict(MetadataSchema.from_arrow(table.metadata_fields).fields),
+        metadata=dict(table.metadata.fields),
         table_bytes=table_bytes,
         vector_file_bytes=sum(path.stat().st_size for path in store.folder.glob("vectors-*")),
         ann_passages=0 if record is None else record.num_rows,
         ann_recall=None if record is None else record.target,
-        bytes_per_passage=round(folder_bytes(store.folder) / max(len(table), 1), 1),
+        bytes_per_passage=round((folder_bytes(store.folder) - log_bytes) / max(len(table), 1), 1),
         word_bytes=sum(path.stat().st_size for path in store.folder.glob("words-*")),
         window_format=store.manifest["window_format"],
         window_bytes=_part_bytes(store, "window"),
         token_format=store.manifest["token_format"],
         token_bytes=_part_bytes(store, "token"),
-        unindexed={name: lag for name, lag in table.indices.items() if lag},
         chunking=read_chunking(store.folder),
         student_name=name_student(store.manifest["student"], store.manifest["student_source"]),
     )
@@ -121,34 +115,29 @@ def verify(
     store: IndexStore,
     *,
     repair: bool = False,
-    go_back: bool = False,
+    drop_lost: bool = False,
     encode: Encode | None = None,
     encode_parts: EncodeParts | None = None,
 ) -> VerifyReport:
-    """Read and check everything: all files against their checksums and, if the files are intact, texts against their
-    hashes, row numbers, vectors, and snapshots.
-
-    LanceDB trusts the bytes that it reads, and some kinds of damage crash the process, so it never gets to read damaged
-    files. An approximate index is compared with its checksum.
+    """Read and check everything: the table with all its versions, vectors, words, and snapshots.
 
     Args:
-        store: the store to check: its latest version completely, earlier versions, and snapshots.
-        repair: replace damaged files of the table by intact copies from snapshots, and rebuild indices
-            (``store.repair``). Rewrite damaged vector files: from the table, or, if the vectors are kept once, by
-            encoding lost ones. Texts and metadata can only be restored from a snapshot. An approximate
-            index is removed if it is damaged or belongs to other vectors.
-        go_back: with ``repair``, if passages are damaged: return to the last intact version and lose later changes.
+        store: the store to check.
+        repair: write a damaged table anew, with what can be read and what snapshots have (``store.repair``). Rewrite
+            damaged vector files: from the table, or, if the vectors are kept once, by encoding lost ones. An
+            approximate index is removed if it is damaged or belongs to other vectors.
+        drop_lost: with ``repair``: passages that cannot be restored leave the index.
         encode: encodes passages, if the vectors are kept once.
         encode_parts: encodes windows or tokens, if the index stores their vectors.
 
     Raises:
         IndexLockedError: another process is writing, and something must be repaired.
-        InputError: vectors must be encoded again, but ``encode`` is missing; or ``go_back`` without ``repair``.
+        InputError: vectors must be encoded again, but ``encode`` is missing; or ``drop_lost`` without ``repair``.
         StorageError: a repaired file cannot be written.
     """
-    if go_back and not repair:
-        raise InputError(f"{store.folder}: going back is part of a repair; add --repair")
-    options = _VerifyOptions(repair, go_back, encode, encode_parts)
+    if drop_lost and not repair:
+        raise InputError(f"{store.folder}: leaving out lost passages is part of a repair; add --repair")
+    options = _VerifyOptions(repair, drop_lost, encode, encode_parts)
     table, problems = _inspect(store, options)
     snapshots = store.snapshots()
     for name in snapshots:
@@ -166,26 +155,25 @@ class _VerifyOptions(NamedTuple):
     """The arguments of ``verify`` that say what it may do about problems."""
 
     repair: bool
-    go_back: bool
+    drop_lost: bool
     encode: Encode | None
     encode_parts: EncodeParts | None
 
 
 def _inspect(store: IndexStore, options: _VerifyOptions) -> tuple[PassageTable | None, list[str]]:
-    """The latest version of a store or snapshot (None if LanceDB must not read it), and its problems."""
-    lacking = list(_lacking_checksums(store))
+    """The latest version of a store or snapshot (None if it cannot be read), and its problems."""
     with store.locked() if options.repair else nullcontext():
-        damages = _damages(store)
+        damages, done = _table_problems(store), list[str]()
         if damages and options.repair:
-            done, left = _repair_files(store, options.go_back), _damages(store)
-            damages = [*(damage for damage in damages if damage not in left), *done, *left]
-            if left:
-                return None, damages
-        elif damages:
-            return None, damages
+            owner = store.folder.parents[1] if store.is_snapshot else store.folder
+            relatives = [owner, *(owner / "snapshots").glob("[!.]*")]
+            others = [folder for folder in relatives if folder != store.folder]
+            done = [*damages, *repair_table(store.folder, others, drop_lost=options.drop_lost)]
+            damages = _table_problems(store)
+        if damages:
+            return None, [*done, *(damage for damage in damages if damage not in done)]
         table = store.table()
-        problems = _problems(store, table, options)
-        return table, [*lacking, *damages, *problems]
+        return table, [*done, *_problems(store, table, options)]
 
 
 def _version_of(store: IndexStore) -> int:
@@ -195,54 +183,15 @@ def _version_of(store: IndexStore) -> int:
         return 0
 
 
-def _lacking_checksums(store: IndexStore) -> Iterator[str]:
-    """A problem if LanceDB wrote the latest version directly: its files cannot be compared."""
+def _table_problems(store: IndexStore) -> list[str]:
     try:
-        version, record = store.version, store.files.record()
-    except DamagedFileError:
-        return
-    if record is not None and version > record.version:
-        remedy = "the next write, or `d2llm index ... verify --repair`, adds them"
-        yield f"version {version} was written by LanceDB directly and has no checksums; {remedy}"
-
-
-def _damages(store: IndexStore) -> list[str]:
-    """Problems of damaged files of the table, with remedies."""
-    try:
-        damages, record = store.files.damages(), store.files.record()
-    except DamagedFileError as error:
+        return [f"{NAME}: {problem}; {REMEDY}" for problem in PassageTable.open(store.folder).problems()]
+    except D2LLMError as error:
         return [str(error)]
-    earlier = [damage for damage in damages if record and damage.versions and record.version not in damage.versions]
-    return [
-        f"{damage.path}: {damage.problem}"
-        + (f" (only earlier versions need it: {', '.join(map(str, damage.versions))})" if damage in earlier else "")
-        + f"; {remedy_for(damage.path)}"
-        for damage in damages
-    ]
-
-
-def _repair_files(store: IndexStore, go_back: bool) -> list[str]:
-    try:
-        store.files.record()
-    except DamagedFileError:
-        # Read without checksums; the rows' own hashes show whether they are intact.
-        with store.files.unchecked():
-            problems = list(_table_problems(store.table()))
-        if problems:
-            return problems
-        rebuild_record(store.files)
-        return ["the checksums and the table's indices were rebuilt after all of its rows were compared"]
-    owner = store.folder.parents[1] if store.is_snapshot else store.folder
-    relatives = [owner, *(owner / "snapshots").glob("[!.]*")]
-    others = [folder for folder in relatives if folder != store.folder]
-    return repair_files(store.files, others, go_back=go_back)
 
 
 def _problems(store: IndexStore, table: PassageTable, options: _VerifyOptions) -> list[str]:
-    """Problems of a store or snapshot. Vectors are checked only if the table is intact, because it rebuilds them."""
-    problems = list(_table_problems(table))
-    if problems:
-        return problems
+    """Problems of what is derived from an intact table, which rebuilds it."""
     problems = list(store.vectors.problems(table))
     repair = options.repair
     if problems and repair:
@@ -261,40 +210,12 @@ def _ann_record(store: IndexStore, table: PassageTable) -> ann.AnnRecord | None:
         return None
 
 
-def _table_problems(table: PassageTable) -> Iterator[str]:
-    try:
-        ids, rows = table.columns(["id"])["id"], np.asarray(table.columns(["d2_row"])["d2_row"], np.int64)
-        if len(ids.unique()) != len(ids):
-            yield f"{len(ids) - len(ids.unique())} ids occur twice in the table"
-        if len(np.unique(rows)) != len(rows) or len(np.unique(rows >> GENERATION_SHIFT)) > 1:
-            yield "row numbers in the table are not distinct, or belong to several generations"
-        names = [name for name in table.schema.names if name == "d2_hash" or name not in INTERNAL_COLUMNS]
-        records = (record for batch in table.batches(names) for record in batch.to_pylist())
-        changed = [record["id"] for record in records if not is_as_written(record)]
-        if changed:
-            yield f"{len(changed)} passages in the table are not what was written, the first is {changed[0]!r}"
-        yield from _index_problems(table, ids.to_pylist(), rows.tolist())
-    except D2LLMError as error:
-        yield str(error)
-
-
-def _index_problems(table: PassageTable, ids: list[str], rows: list[int]) -> Iterator[str]:
-    """Check that the indices find every id and row."""
-    advice = "`d2llm index ... compact --dense` rebuilds them"
-    try:
-        if sorted(table.by_ids(ids, ["id"])["id"].to_pylist()) != sorted(ids):
-            yield f"the index of ids does not find all of them; {advice}"
-        table.by_rows(rows, ["id"])
-    except DataFormatError as error:
-        yield f"an index of the table is damaged ({error.problem}); {advice}"
-
-
 def _word_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> list[str]:
     """Check that the words of all rows exist and are undamaged."""
     _, problems = store.words(table, store.vectors.num_rows(table), whole=True)
     if problems and repair:
         word_files.remove_damaged(store.folder, store.vectors.generation(table))
-        store.update_word_files(table)
+        store.update_word_files()
         return [f"{problem}; they were read again" for problem in problems]
     return [f"{problem}; `d2llm index ... verify --repair` reads them again from the table" for problem in problems]
 
@@ -341,7 +262,7 @@ def _ann_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> It
 
 def _snapshot_problems(store: IndexStore, name: str, options: _VerifyOptions) -> Iterator[str]:
     try:
-        _, problems = _inspect(IndexStore.open(store.snapshot_folder(name)), options._replace(go_back=False))
+        _, problems = _inspect(IndexStore.open(store.snapshot_folder(name)), options._replace(drop_lost=False))
         yield from problems
     except DataFormatError as error:
         yield str(error)

@@ -1,56 +1,88 @@
-"""The table of an index: ids, texts, metadata, vectors and row numbers in LanceDB, which versions every change.
+"""The passages of an index in SQLite: ids, texts, metadata and row numbers, with versions.
 
-LanceDB does not check that the bytes it reads are those that were written, so the files of a version are compared with
-d2llm's own checksums (``table_files``) before LanceDB reads them.
+INDEX/passages.db has four tables. ``passages`` has a row for each passage and each change of it: what is looked up and
+filtered by, and the version in which it appeared (born) and the one in which it was replaced or deleted (died). So a
+version is a condition: readers keep theirs while others write, and a deletion writes one number. ``bodies`` has what is
+read only with a passage: its text, the words added to it, and its vector if the index keeps two copies. ``fields`` has
+the metadata fields, ``versions`` the versions that can be opened.
 
-Columns: id, title, text, document_id, position; the user's metadata; and d2_row (the passage's row in the vector file,
-with its generation in the upper bits), d2_hash (hash of all user columns: ``blocks.row_hash``), d2_truncated (the
-student truncated the passage), d2_words (words added to it; absent if the index adds none), d2_vector (code of the
-vector, as in the vector file; absent if the index keeps its vectors once).
+Columns of a passage: id, title, text, document_id, position; the user's metadata; and d2_row (its row in the vector
+file, with the generation in the upper bits), d2_hash (``blocks.row_hash``, of what the user gave), d2_truncated (the
+student truncated it), d2_words, d2_vector. SQLite does not check the bytes that it reads. So d2_hash is compared
+whenever a passage is read, and ``d2_seal``, a hash of the other columns, whenever ``verify`` or a copy reads the row.
+
+Writing is in a WAL: readers never block a writer, nor it them. A commit is on disk when it returns
+(``synchronous=FULL``).
 """
-
-# pyright: reportUnknownParameterType=false
-# (pyarrow ships no types)
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Generator, Iterator, Sequence
-from contextlib import contextmanager
+import sqlite3
+import time
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from heapq import nsmallest
 from pathlib import Path
-from typing import Any, cast
+from threading import RLock
+from typing import Any
+from weakref import finalize
 
 import numpy as np
-import pyarrow as pa
+import xxhash
 from numpy.typing import NDArray
 
 from d2llm.core.batches import batched
-from d2llm.core.errors import DataFormatError, InputError
+from d2llm.core.errors import DamagedFileError, DataFormatError, InputError
 from d2llm.core.types import Passage, is_text
-from d2llm.store.blocks import INTERNAL_COLUMNS, ROW_MASK, codes_of, read_words
-from d2llm.store.checksums import Record
-from d2llm.store.lance_manifest import manifests
-from d2llm.store.lancedb_import import import_lancedb
-from d2llm.store.schema import TEXT_COLUMNS
-from d2llm.store.storage import first_line, is_panic, storage_errors
-from d2llm.store.table_files import TableFiles
+from d2llm.store.blocks import GENERATION_SHIFT, INTERNAL_COLUMNS, ROW_MASK, is_as_written, read_words
+from d2llm.store.schema import FieldType, MetadataSchema, microseconds_of, moment_of
+from d2llm.store.storage import storage_errors
 
-NAME = "passages"
+NAME = "passages.db"
 PAGE_SIZE = 100
 """Default number of ids per page of a list."""
-_KEYS = ("id", "d2_row", "document_id")  # the columns that rows are looked up by
-_ALL = (1 << 32) - 1  # LanceDB's default limit is 10
-_ASKED_AT_ONCE = 4_096  # ids or rows in one IN list
-_SPANS_AT_ONCE = 64  # spans in one condition
-_DELETED_AT_ONCE = 10_000
-_SCANNED_AT_ONCE = 16_384
-_FOREVER = timedelta(days=36_500)
-_FILE_FORMAT = "2.1"
-"""The version of Lance's file format. In the next, 2.2, a column whose values are all equal (no titles, no documents)
-is decoded as a whole to read one row: 13 ms for ten passages of a million."""
+REMEDY = "`d2llm index ... verify --repair` rebuilds what can be read, and takes the rest from snapshots"
+Record = dict[str, Any]
+"""A passage by column name, as far as the columns were asked for."""
+
+_FOREVER = (1 << 63) - 1  # died of a passage that lives
+_ASKED_AT_ONCE = 4_096  # values in one statement
+_SPANS_AT_ONCE = 256  # spans in one statement; SQLite allows a depth of 1,000
+_SCANNED_AT_ONCE = 8_192
+_BUSY_S = 60.0  # wait for a checkpoint of another process
+_PAGE_BYTES = 8_192
+_CACHE_KIB = 16_384
+_LEVEL = 6  # of compression: .61 of English texts of 500 characters, 12 µs
+
+_SCHEMA = """
+CREATE TABLE passages (
+    key INTEGER PRIMARY KEY, id TEXT NOT NULL, title TEXT NOT NULL, document_id TEXT NOT NULL,
+    position INTEGER NOT NULL, d2_row INTEGER NOT NULL, d2_hash TEXT NOT NULL, d2_truncated INTEGER NOT NULL,
+    born INTEGER NOT NULL, died INTEGER NOT NULL, d2_seal INTEGER NOT NULL{fields}) STRICT;
+CREATE TABLE bodies (key INTEGER PRIMARY KEY, text ANY NOT NULL, d2_words ANY NOT NULL, d2_vector BLOB) STRICT;
+CREATE TABLE fields (name TEXT PRIMARY KEY, kind TEXT NOT NULL, born INTEGER NOT NULL) STRICT;
+CREATE TABLE versions (version INTEGER PRIMARY KEY, seconds REAL NOT NULL, num_passages INTEGER NOT NULL) STRICT;
+CREATE INDEX by_id ON passages(id);
+CREATE INDEX by_row ON passages(d2_row);
+CREATE INDEX by_document ON passages(document_id, position) WHERE document_id <> '';
+CREATE INDEX by_death ON passages(died) WHERE died < 9223372036854775807;
+"""
+_DOCUMENT = "CASE document_id WHEN '' THEN id ELSE document_id END"
+"""The document of a passage; one without a document is its own."""
+_NOTHING: Mapping[str, Any] = {}
+_LIVES = "born <= :version AND died > :version"
+_OWN = ("id", "title", "document_id", "position", "d2_row", "d2_hash", "d2_truncated", "born", "died", "d2_seal")
+_BODY = ("text", "d2_words", "d2_vector")
+_OF_DOCUMENT = ("document_id <> '' AND document_id", "id")  # both have an index
+_TYPES: Mapping[FieldType, str] = {
+    "string": "TEXT",
+    "integer": "INTEGER",
+    "number": "REAL",
+    "boolean": "INTEGER",
+    "timestamp": "INTEGER",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,165 +93,218 @@ class ListedDocument:
     num_passages: int
 
 
-def quoted(value: str) -> str:
-    """A string as an SQL literal."""
-    return "'" + value.replace("'", "''") + "'"
-
-
 class PassageTable:
-    """One version of the table, opened for reading; methods that write require the write lock."""
+    """One version of the passages, opened for reading; methods that write require the write lock.
 
-    def __init__(self, folder: Path, table: Any, files: TableFiles) -> None:
+    After a write, the object is at the new version.
+    """
+
+    def __init__(self, folder: Path, connection: sqlite3.Connection, version: int) -> None:
         self.folder = folder
-        self._table = table
-        self._files = files
-        self._compared: set[tuple[int, tuple[str, ...]]] = set()  # versions and columns with compared indices
+        self.version = version
+        self._connection = connection
+        self._lock = RLock()
+        finalize(self, connection.close)
+        self._load()
 
     @classmethod
-    def create(cls, folder: Path, schema: pa.Schema) -> PassageTable:
-        """A new table without rows."""
+    def create(cls, folder: Path, metadata: MetadataSchema, version: int = 1) -> PassageTable:
+        """A new table without passages, of this version."""
         with storage_errors(folder):
-            files = TableFiles(folder)
-            files.replace(Record(0, {}))
-            return cls(folder, _connect(folder).create_table(NAME, schema=schema), files)
+            connection = _connect(folder / NAME, "rwc")
+            connection.execute(f"PRAGMA page_size={_PAGE_BYTES}")
+            connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
+            connection.execute("PRAGMA journal_mode=WAL")
+            fields = "".join(f", `{name}` {_TYPES[kind]}" for name, kind in metadata.fields.items())
+            connection.executescript("BEGIN;" + _SCHEMA.format(fields=fields))
+            rows = [(name, kind, version) for name, kind in metadata.fields.items()]
+            connection.executemany("INSERT INTO fields VALUES (?, ?, ?)", rows)
+            connection.execute("INSERT INTO versions VALUES (?, ?, 0)", (version, time.time()))
+            connection.execute("COMMIT")
+        return cls(folder, connection, version)
 
     @classmethod
-    def open(
-        cls, folder: Path, version: int | None = None, files: TableFiles | None = None, *, whole: bool = False
-    ) -> PassageTable:
+    def open(cls, folder: Path, version: int | None = None) -> PassageTable:
         """The table at a version, the latest by default. It stays at that version, even if new ones are written.
 
-        Files that ``files`` has already compared with their checksums are not compared again. ``whole``: compare them
-        completely, not only samples.
-
         Raises:
-            DamagedFileError: a file of the version is damaged.
             DataFormatError: there is no table, it is damaged, or it no longer has this version.
         """
-        files = TableFiles(folder) if files is None else files
-        number = files.ready(version, whole=whole)
+        path = folder / NAME
+        if not path.is_file():
+            raise DamagedFileError(path, "is missing; restore it from a copy or a snapshot, or index the corpus again")
         try:
-            table = _connect(folder).open_table(NAME)
-            table.checkout(table.version if number is None else number)
-            table.count_rows()
-        except BaseException as error:
-            if not (isinstance(error, Exception) or is_panic(error)):
-                raise
+            connection = _open(path)
+            known = [number for (number,) in connection.execute("SELECT version FROM versions ORDER BY version")]
+        except sqlite3.Error as error:
+            raise _damaged(path, error) from error
+        if not known or (version is not None and version not in known):
             subject = "its table" if version is None else f"version {version} of its table"
-            raise DataFormatError(folder, f"{subject} cannot be opened ({first_line(error)})") from error
-        return cls(folder, table, files)
+            raise DataFormatError(folder, f"{subject} cannot be opened (there is no such version any more)")
+        return cls(folder, connection, known[-1] if version is None else version)
 
-    @property
-    def version(self) -> int:
-        """LanceDB's number of this version."""
-        return cast(int, self._table.version)
-
-    @property
-    def schema(self) -> pa.Schema:
-        """All columns."""
-        return cast(pa.Schema, self._table.schema)
-
-    @property
-    def metadata_fields(self) -> list[pa.Field]:
-        """The metadata columns."""
-        return [field for field in self.schema if field.name not in (*TEXT_COLUMNS, *INTERNAL_COLUMNS)]
+    def _load(self) -> None:
+        with self._reading() as run:
+            rows = run("SELECT name, kind FROM fields WHERE born <= :version ORDER BY rowid").fetchall()
+            found = run("SELECT num_passages, seconds FROM versions WHERE version = :version").fetchone()
+        if found is None:
+            raise self._gone()
+        self._len, self.written = int(found[0]), float(found[1])
+        self.metadata = MetadataSchema(dict(rows))
 
     def __len__(self) -> int:
-        return cast(int, self._table.count_rows())
+        return self._len
 
-    def columns(self, names: Sequence[str], where: str | None = None) -> pa.Table:
-        """Some columns of all rows, or of those that satisfy an SQL condition."""
-        query = self._table.search().select(list(names)).limit(_ALL)
-        if where:
-            self._compare_indices(_KEYS)
-        return self._read(query.where(where) if where else query)
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder / NAME
 
-    def any_row(self) -> int | None:
-        """The row number (d2_row) of an arbitrary passage; None if there are no passages."""
-        numbers = self._read(self._table.search().select(["d2_row"]).limit(1))["d2_row"].to_pylist()
-        return cast(int, numbers[0]) if numbers else None
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file, without what is only in its WAL."""
+        return self.path.stat().st_size
 
-    def has_rows_from(self, row: int) -> bool:
-        """Whether a passage has this row number (d2_row) or a higher one."""
-        self._compare_indices(_KEYS)
-        return len(self._read(self._table.search().select(["d2_row"]).where(f"d2_row >= {row}").limit(1))) > 0
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of all columns of a passage, those of metadata included."""
+        return "id", "title", "text", "document_id", "position", *self.metadata.fields, *INTERNAL_COLUMNS
 
-    def batches(self, names: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """Some columns (all by default) of all rows, in batches of a few thousand rows."""
-        query = self._table.search().select(list(names or self.schema.names)).limit(_ALL)
-        with self._reading():
-            yield from query.to_batches(_SCANNED_AT_ONCE)
+    # Reading -------------------------------------------------------------------------------------------------------
 
-    def codes(self) -> NDArray[np.uint8]:
+    def rows(self) -> NDArray[np.int64]:
+        """The row number (d2_row) of every passage, in order."""
+        with self._reading() as run:
+            found = run(f"SELECT d2_row FROM passages WHERE {_LIVES} ORDER BY d2_row").fetchall()
+        return np.fromiter((row for (row,) in found), np.int64, len(found))
+
+    def last_row(self) -> int | None:
+        """The highest row number (d2_row); None if there are no passages."""
+        with self._reading() as run:
+            found = run(f"SELECT d2_row FROM passages WHERE {_LIVES} ORDER BY d2_row DESC LIMIT 1").fetchone()
+        return None if found is None else int(found[0])
+
+    def matching(self, condition: str, values: Mapping[str, Any]) -> NDArray[np.int64]:
+        """The row numbers (d2_row) of the passages that satisfy a condition in SQL (``filters``), in no order."""
+        with self._reading() as run:
+            found = run(f"SELECT d2_row FROM passages WHERE {_LIVES} AND ({condition})", values).fetchall()
+        return np.fromiter((row for (row,) in found), np.int64, len(found))
+
+    def num_truncated(self) -> int:
+        """Number of passages that the student truncated."""
+        with self._reading() as run:
+            return int(run(f"SELECT count(*) FROM passages WHERE {_LIVES} AND d2_truncated").fetchone()[0])
+
+    def batches(self, names: Sequence[str] | None = None) -> Iterator[list[Record]]:
+        """Some columns (all by default) of all passages, a few thousand at a time, in the order of writing."""
+        wanted, last = tuple(names or self.columns), 0
+        while True:  # no read transaction is open between two batches, so that writers can empty the WAL
+            where = f"{_LIVES} AND key > :last ORDER BY key LIMIT {_SCANNED_AT_ONCE}"
+            records = self._select(("key", *wanted), where, {"last": last})
+            if not records:
+                return
+            last = records[-1]["key"]
+            yield [{name: record[name] for name in wanted} for record in records]
+
+    def intact_batches(self) -> Iterator[list[Record]]:
+        """``batches`` with all columns, each compared with its hashes.
+
+        Raises:
+            DamagedFileError: a passage is not what was written.
+        """
+        for records in self.batches((*self.columns, "d2_seal")):
+            changed = [record["id"] for record in records if not is_intact(record)]
+            if changed:
+                problem = f"{len(changed)} passages are not what was written, the first is {changed[0]!r}"
+                raise DamagedFileError(self.path, f"{problem}; {REMEDY}")
+            yield [{name: record[name] for name in self.columns} for record in records]
+
+    def problems(self) -> Iterator[str]:
+        """Read everything, earlier versions included, and report damage."""
+        with self._reading() as run:
+            yield from (line for (line,) in run("PRAGMA integrity_check(20)") if line != "ok")
+            lives = np.array(run("SELECT born, died FROM passages").fetchall(), np.int64).reshape(-1, 2)
+            versions = run("SELECT version, num_passages FROM versions").fetchall()
+        for version, count in versions:
+            found = int(np.count_nonzero((lives[:, 0] <= version) & (lives[:, 1] > version)))
+            if found != count:
+                yield f"version {version} has {found:,} passages, but {count:,} were written"
+        rows, ids = list[int](), list[str]()
+        changed: list[str] = []
+        for records in self.batches((*self.columns, "d2_seal")):
+            changed += [record["id"] for record in records if not is_intact(record)]
+            rows += [record["d2_row"] for record in records]
+            ids += [record["id"] for record in records]
+        if changed:
+            yield f"{len(changed)} passages are not what was written, the first is {changed[0]!r}"
+        if len(set(ids)) != len(ids):
+            yield f"{len(ids) - len(set(ids))} ids occur twice"
+        if len(set(rows)) != len(rows) or len({row >> GENERATION_SHIFT for row in rows}) > 1:
+            yield "row numbers are not distinct, or belong to several generations"
+
+    def last_key(self) -> int:
+        """The highest key of a passage of any version, as far as it can be read."""
+        keys = [0]
+        for source in ("passages", "passages INDEXED BY by_row", "bodies"):
+            with suppress(DataFormatError), self._reading() as run:
+                keys.append(int(run(f"SELECT max(key) FROM {source}").fetchone()[0] or 0))
+        return max(keys)
+
+    def between(self, first: int, end: int) -> list[Record]:
+        """All columns, and the seal, of the passages with keys from ``first`` to ``end``."""
+        where = f"{_LIVES} AND key >= :first AND key < :end"
+        return self._select((*self.columns, "d2_seal"), where, {"first": first, "end": end})
+
+    def listed_ids(self) -> set[str]:
+        """The ids of the passages, as far as they can be read when titles or texts cannot; empty if they cannot."""
+        with suppress(DataFormatError), self._reading() as run:
+            return {name for (name,) in run(f"SELECT id FROM passages WHERE {_LIVES}")}
+        return set()
+
+    def codes(self, code_size: int) -> NDArray[np.uint8]:
         """The codes of all vectors by row [largest row + 1, code_size]; zeros for rows that this version lacks."""
-        rows = np.asarray(self.columns(["d2_row"])["d2_row"]) & ROW_MASK
-        size = self.schema.field("d2_vector").type.list_size
-        codes = np.zeros((int(rows.max()) + 1 if len(rows) else 0, size), np.uint8)
+        last = self.last_row()
+        codes = np.zeros((0 if last is None else (last & ROW_MASK) + 1, code_size), np.uint8)
         for batch in self.batches(["d2_row", "d2_vector"]):
-            codes[np.asarray(batch.column("d2_row")) & ROW_MASK] = codes_of(batch)
+            codes[rows_of(batch)] = codes_of(batch, code_size)
         return codes
 
-    def by_ids(self, ids: Sequence[str], names: Sequence[str]) -> pa.Table:
-        """Columns of the rows with these ids, in no order; missing ids are ignored."""
-        ids = ids if len(self) else []
-        conditions = (f"id IN ({', '.join(map(quoted, batch))})" for batch in batched(ids, _ASKED_AT_ONCE))
-        return self._join((self.columns(names, where) for where in conditions), names)
+    def by_ids(self, ids: Sequence[str], names: Sequence[str]) -> list[Record]:
+        """Columns of the passages with these ids, in no order; missing ids are left out."""
+        return self._where_in("id", list(dict.fromkeys(ids)), names)
 
-    def by_rows(self, rows: Sequence[int], names: Sequence[str]) -> pa.Table:
+    def by_rows(self, rows: Sequence[int], names: Sequence[str]) -> list[Record]:
         """Columns of the passages with these row numbers (d2_row), in their order.
 
         Raises:
             DataFormatError: a row is missing.
         """
-        conditions = (f"d2_row IN ({', '.join(map(str, batch))})" for batch in batched(rows, _ASKED_AT_ONCE))
-        table = self._join((self.columns(["d2_row", *names], where) for where in conditions), ["d2_row", *names])
-        place_of = {row: place for place, row in enumerate(table["d2_row"].to_pylist())}
-        missing = sum(row not in place_of for row in rows)
+        records = self._where_in("d2_row", list(dict.fromkeys(map(int, rows))), ["d2_row", *names])
+        found = {record["d2_row"]: record for record in records}
+        missing = sum(row not in found for row in rows)
         if missing:
-            raise self._lacks(missing, len(rows))
-        return table.take(np.array([place_of[row] for row in rows], np.int64)).select(list(names))
+            raise DataFormatError(self.folder, f"its table lacks {missing} of {len(rows)} requested rows")
+        return [{name: found[row][name] for name in names} for row in map(int, rows)]
 
-    def rows(self) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-        """The row number (d2_row) of every passage, and LanceDB's id of its row in this version, for ``take``."""
-        table = self._read(self._table.search().select(["d2_row"]).with_row_id(True).limit(_ALL))
-        return np.asarray(table["d2_row"], np.int64), np.asarray(table["_rowid"], np.uint64)
-
-    def take(self, row_ids: NDArray[np.uint64], names: Sequence[str]) -> pa.Table:
-        """Columns of the passages with these row ids (``rows``), in their order; fast, because it does not search.
-
-        Raises:
-            DataFormatError: a row is missing.
-        """
-        distinct, places = np.unique(row_ids, return_inverse=True)
-        table = self._read(self._table.take_row_ids(distinct.tolist()).select(list(names)).with_row_id())
-        taken = np.asarray(table["_rowid"], np.uint64)
-        order = np.argsort(taken)
-        if not np.array_equal(taken[order], distinct):
-            raise self._lacks(len(distinct) - len(taken), len(distinct))
-        return table.take(order[places]).select(list(names))
-
-    def around(self, places: Sequence[tuple[str, int]], distance: int, names: Sequence[str]) -> pa.Table:
+    def around(self, places: Sequence[tuple[str, int]], distance: int, names: Sequence[str]) -> list[Record]:
         """Columns of the passages at most ``distance`` positions from a (document_id, position), in no order."""
-        low, high = -(1 << 31), (1 << 31) - 1  # range of the column; LanceDB refuses other numbers
-        spans = [
-            f"(document_id = {quoted(document)} AND position BETWEEN {max(position - distance, low)} AND "
-            f"{min(position + distance, high)})"
-            for document, position in dict.fromkeys(places)
-        ]
-        conditions = (" OR ".join(batch) for batch in batched(spans, _SPANS_AT_ONCE))
-        table = self._join((self.columns(["d2_row", *names], where) for where in conditions), ["d2_row", *names])
-        _, first = np.unique(np.asarray(table["d2_row"]), return_index=True)  # spans may overlap
-        return table.take(first).select(list(names))
+        found: dict[int, Record] = {}  # spans may overlap
+        for batch in batched(list(dict.fromkeys(places)), _SPANS_AT_ONCE):
+            values, spans = dict[str, Any](), list[str]()
+            for place, (document, position) in enumerate(batch):
+                values |= {f"d{place}": document, f"a{place}": position - distance, f"b{place}": position + distance}
+                spans.append(f"(document_id = :d{place} AND position BETWEEN :a{place} AND :b{place})")
+            where = f"{_LIVES} AND document_id <> '' AND ({' OR '.join(spans)})"
+            records = self._select(("key", *names), where, values)
+            found |= {record.pop("key"): record for record in records}
+        return list(found.values())
 
     def parts(self, documents: Sequence[str]) -> list[tuple[str, str, int]]:
         """(id, document_id, position) of passages whose document_id or id is one of ``documents``, in no order."""
-        passages: list[tuple[str, str, int]] = []
-        names = ["id", "document_id", "position"]
-        for batch in batched(documents if len(self) else [], _ASKED_AT_ONCE):
-            listed = ", ".join(map(quoted, batch))
-            table = self.columns(names, f"document_id IN ({listed}) OR id IN ({listed})")
-            passages += zip(*(table[name].to_pylist() for name in names), strict=True)
-        return passages
+        names = ("id", "document_id", "position")
+        wanted = list(dict.fromkeys(documents))
+        found = {record["id"]: record for column in _OF_DOCUMENT for record in self._where_in(column, wanted, names)}
+        return [(record["id"], record["document_id"], record["position"]) for record in found.values()]
 
     def pieces_of(self, documents: Sequence[str]) -> dict[str, list[str]]:
         """Document id -> ids of its passages, ordered by position; missing documents are left out.
@@ -230,7 +315,7 @@ class PassageTable:
         for name in documents:
             _check_id(name)
         requested, places = set(documents), dict[str, list[tuple[int, str]]]()
-        for passage_id, document_id, position in self.parts(list(dict.fromkeys(documents))):
+        for passage_id, document_id, position in self.parts(list(requested)):
             if (document := document_id or passage_id) in requested:
                 places.setdefault(document, []).append((position, passage_id))
         return {name: [passage_id for _, passage_id in sorted(places[name])] for name in documents if name in places}
@@ -242,167 +327,295 @@ class PassageTable:
             InputError: ``cursor`` is not valid text, or ``limit`` is below 1.
         """
         _check_page(cursor, limit)
-        if not len(self):
-            return []
-        rows = self.columns(["id"], f"id > {quoted(cursor)}" if cursor else None)
-        return nsmallest(limit, cast("list[str]", rows["id"].to_pylist()))
+        where = f"{_LIVES} AND id > :cursor ORDER BY id LIMIT :limit"
+        return [record["id"] for record in self._select(("id",), where, {"cursor": cursor, "limit": limit})]
 
     def documents_after(self, cursor: str, limit: int) -> list[ListedDocument]:
         """Like ``ids_after``, for documents; a passage without a document counts as its own document."""
         _check_page(cursor, limit)
-        if not len(self):
-            return []
-        where = f"document_id > {quoted(cursor)} OR (document_id = '' AND id > {quoted(cursor)})" if cursor else None
-        columns = self.columns(["id", "document_id"], where)
-        ids, names = (cast("list[str]", columns[name].to_pylist()) for name in ("id", "document_id"))
-        counts = Counter(name or own for own, name in zip(ids, names, strict=True))
-        return [ListedDocument(name, counts[name]) for name in nsmallest(limit, counts)]
+        with self._reading() as run:
+            found = run(
+                f"SELECT {_DOCUMENT}, count(*) FROM passages WHERE {_LIVES} AND {_DOCUMENT} > :cursor "
+                f"GROUP BY {_DOCUMENT} ORDER BY {_DOCUMENT} LIMIT :limit",
+                {"cursor": cursor, "limit": limit},
+            ).fetchall()
+        return [ListedDocument(name, count) for name, count in found]
 
     def texts(self, first: int, end: int) -> Iterator[str]:
         """The full texts of the rows (d2_row) from ``first`` to ``end``; "" for rows without a passage."""
-        for title, text in self._values(first, end, ["title", "text"], ("", "")):
-            yield Passage("", text, title).full_text
+        for record in self._span(first, end, ("title", "text")):
+            yield Passage("", record["text"], record["title"]).full_text if record else ""
 
     def added_words(self, first: int, end: int) -> Iterator[dict[str, float]]:
         """The words added to the rows (d2_row) from ``first`` to ``end``, with their counts."""
-        for (stored,) in self._values(first, end, ["d2_words"], ("",)):
-            yield read_words(stored)
+        for record in self._span(first, end, ("d2_words",)):
+            yield read_words(record["d2_words"]) if record else {}
 
-    def _values(self, first: int, end: int, names: list[str], missing: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-        """Columns of the rows (d2_row) from ``first`` to ``end``; ``missing`` for rows without a passage."""
+    def _span(self, first: int, end: int, names: Sequence[str]) -> Iterator[Record | None]:
+        """Columns of the rows (d2_row) from ``first`` to ``end``; None for rows without a passage."""
         for start in range(first, end, _SCANNED_AT_ONCE):
             stop = min(start + _SCANNED_AT_ONCE, end)
-            table = self.columns(["d2_row", *names], f"d2_row >= {start} AND d2_row < {stop}")
-            values = dict(
-                zip(
-                    table["d2_row"].to_pylist(),
-                    zip(*(table[name].to_pylist() for name in names), strict=True),
-                    strict=True,
-                )
-            )
-            for row in range(start, stop):
-                yield values.get(row, missing)
+            where = f"{_LIVES} AND d2_row >= :start AND d2_row < :stop"
+            records = self._select(("d2_row", *names), where, {"start": start, "stop": stop})
+            found = {record["d2_row"]: record for record in records}
+            yield from (found.get(row) for row in range(start, stop))
 
-    @property
-    def indices(self) -> dict[str, int]:
-        """Index name -> number of rows that the index does not cover yet."""
-        self._compare_indices(_KEYS)
-        statistics = {index.name: self._table.index_stats(index.name) for index in self._table.list_indices()}
-        return {name: stats.num_unindexed_rows if stats else 0 for name, stats in statistics.items()}
-
-    # Writing -------------------------------------------------------------------------------------------------------
-
-    def put(self, rows: pa.Table, *, replaces: bool) -> None:
-        """Add rows in one commit; with ``replaces``, existing rows with the same ids are removed in the same commit."""
-        with self._change():
-            if replaces:
-                merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
-                merge.execute(rows)
-            else:
-                self._table.add(rows)
-
-    def delete(self, ids: Sequence[str]) -> int:
-        """Delete the passages with these ids; returns their number. One commit deletes up to ten thousand ids."""
-        before = 0
-        with self._change():
-            before = len(self)
-            for batch in batched(ids, _DELETED_AT_ONCE):
-                self._table.delete(f"id IN ({', '.join(map(quoted, batch))})")
-        return before - len(self)
-
-    def add_columns(self, fields: Sequence[pa.Field]) -> None:
-        """Add metadata columns; they are null in existing rows."""
-        with self._change():
-            self._table.add_columns(pa.schema(fields))
-
-    def replace_all(self, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
-        """Replace all rows in one commit. Earlier versions stay readable."""
-        failures: list[Exception] = []  # LanceDB reports errors of ``batches`` only as text
-
-        def recording_failures() -> Iterator[pa.RecordBatch]:
-            try:
-                yield from batches
-            except Exception as error:
-                failures.append(error)
-                raise
-
-        with storage_errors(self.folder):
-            reader = pa.RecordBatchReader.from_batches(schema, recording_failures())
-            try:
-                self._table = _connect(self.folder).create_table(NAME, reader, mode="overwrite")
-            except RuntimeError as error:
-                raise failures[0] if failures else error from None
-            self._files.commit()
-
-    def build_indices(self) -> None:
-        """Build missing indices on id, row and document."""
-        from lancedb.index import BTree
-
-        with storage_errors(self.folder):
-            self._table.checkout_latest()
-            self._compare_indices(_KEYS)
-            present = {index.name for index in self._table.list_indices()}
-            missing = [name for name in _KEYS if f"{name}_idx" not in present]
-        if missing:
-            with self._change(copies=True):
-                for name in missing:
-                    self._table.create_index(name, config=BTree())
-
-    def drop_indices(self, names: Collection[str]) -> None:
-        """Drop the indices of these names, without reading them."""
-        with self._change():
-            for name in names:
-                self._table.drop_index(name)
-
-    def optimize(self, keep: timedelta) -> None:
-        """Join small files, update the indices, and remove versions older than ``keep``."""
-        with self._change(copies=True):
-            self._table.optimize(cleanup_older_than=_FOREVER)
-        with storage_errors(self.folder):
-            self._files.remove_older(keep)
+    def code_size(self) -> int | None:
+        """Bytes of the vector of a passage; None if the table has no vectors, or no passages."""
+        with self._reading() as run:
+            found = run("SELECT length(d2_vector) FROM bodies LIMIT 1").fetchone()
+        return None if found is None else found[0]
 
     def versions(self) -> list[int]:
         """The versions that can still be opened."""
-        return sorted(manifests(self._files.table))
+        with self._reading() as run:
+            return [number for (number,) in run("SELECT version FROM versions ORDER BY version")]
+
+    # Writing -------------------------------------------------------------------------------------------------------
+
+    def put(self, records: Iterable[Record]) -> None:
+        """Add passages, with all columns, in one commit; present ones with the same ids are replaced."""
+        with self._change() as (execute, version):
+            self._insert(execute, version, records, replaces=True)
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Delete the passages with these ids in one commit; returns their number."""
+        before = len(self)
+        with self._change() as (execute, version):
+            for batch in batched(ids, _ASKED_AT_ONCE):
+                self._bury(execute, version, f"id IN ({', '.join('?' * len(batch))})", batch)
+        return before - len(self)
+
+    def add_fields(self, fields: MetadataSchema) -> None:
+        """Add metadata fields; they are empty in present passages."""
+        with self._change() as (execute, version):
+            for name, kind in fields.fields.items():
+                execute(f"ALTER TABLE passages ADD COLUMN `{name}` {_TYPES[kind]}", ())
+                execute("INSERT INTO fields VALUES (?, ?, ?)", (name, kind, version))
+
+    def replace_all(self, metadata: MetadataSchema, batches: Iterable[Sequence[Record]]) -> None:
+        """Replace all passages in one commit. Earlier versions stay readable."""
+        with self._change() as (execute, version):
+            self._bury(execute, version, "TRUE", ())
+            known = self.metadata.fields
+            for name, kind in metadata.fields.items():
+                if name not in known:
+                    execute(f"ALTER TABLE passages ADD COLUMN `{name}` {_TYPES[kind]}", ())
+                    execute("INSERT INTO fields VALUES (?, ?, ?)", (name, kind, version))
+            self.metadata = metadata
+            for batch in batches:
+                self._insert(execute, version, batch, replaces=False)
+
+    def remove_older(self, keep: timedelta) -> None:
+        """Remove versions older than ``keep``, apart from this one, and passages that no other version has."""
+        with storage_errors(self.folder), self._transaction() as execute:
+            limit = time.time() - keep.total_seconds()
+            execute("DELETE FROM versions WHERE version < ? AND seconds <= ?", (self.version, limit))
+            oldest = execute("SELECT min(version) FROM versions", ()).fetchone()[0]
+            gone = "SELECT key FROM passages WHERE died < 9223372036854775807 AND died <= ?"
+            execute(f"DELETE FROM bodies WHERE key IN ({gone})", (oldest,))
+            execute("DELETE FROM passages WHERE died < 9223372036854775807 AND died <= ?", (oldest,))
+        with storage_errors(self.folder), self._lock:
+            self._connection.executescript("PRAGMA incremental_vacuum")  # ``execute`` would free one page
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def copy_to(self, folder: Path) -> None:
+        """Write this version, under its number and without others, as a table of its own into a folder.
+
+        Raises:
+            DamagedFileError: a passage is not what was written: its copy would get matching hashes.
+        """
+        target = PassageTable.create(folder, self.metadata, self.version - 1)
+        target.replace_all(self.metadata, self.intact_batches())
+        target.remove_older(timedelta(0))
+        target.close()
+
+    def flush(self) -> int:
+        """Move what only the WAL has into the file, as far as nobody reads it; returns the bytes of the file."""
+        with self._lock, suppress(sqlite3.Error):  # where the folder cannot be written, there is nothing to move
+            self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        return self.num_bytes
+
+    def close(self) -> None:
+        """Close the file; the last to close it empties the WAL."""
+        with self._lock:
+            self._connection.close()
+
+    def _insert(self, execute: _Execute, version: int, records: Iterable[Record], *, replaces: bool) -> None:
+        names = [*_OWN, *self.metadata.fields]
+        put = (
+            f"INSERT INTO passages ({', '.join(f'`{name}`' for name in names)}) VALUES ({', '.join('?' * len(names))})"
+        )
+        for batch in batched(list(records), _ASKED_AT_ONCE):
+            if replaces:
+                ids = [record["id"] for record in batch]
+                self._bury(execute, version, f"id IN ({', '.join('?' * len(ids))})", ids)
+            for record in batch:
+                values = record | {"born": version, "died": _FOREVER, "d2_seal": seal_of(record)}
+                values |= {name: _stored(kind, record[name]) for name, kind in self.metadata.fields.items()}
+                key = execute(put, [values[name] for name in names]).lastrowid
+                body = (key, *map(_packed, (record["text"], record.get("d2_words", ""))), record.get("d2_vector"))
+                execute("INSERT INTO bodies VALUES (?, ?, ?, ?)", body)
+
+    def _bury(self, execute: _Execute, version: int, condition: str, values: Sequence[Any]) -> None:
+        execute(f"UPDATE passages SET died = ? WHERE died = {_FOREVER} AND {condition}", (version, *values))
 
     @contextmanager
-    def _change(self, *, copies: bool = False) -> Generator[None]:
-        """A change of the latest version, committed at the end. ``copies``: it copies rows, so verify them first."""
-        with storage_errors(self.folder):
-            self._table.checkout_latest()
-            if copies:
-                self._files.check(self.version, whole=True)
-            yield
-            self._files.commit()
-
-    def _compare_indices(self, columns: tuple[str, ...]) -> None:
-        """Compare the indices of some columns completely with their checksums, before their first use."""
-        use = (self.version, columns)
-        if use not in self._compared:
-            self._files.check_indices(self.version, [f"{name}_idx" for name in columns])
-            self._compared.add(use)
-
-    def _read(self, query: Any) -> pa.Table:
-        with self._reading():
-            return cast(pa.Table, query.to_arrow())
-
-    def _lacks(self, num_missing: int, num_requested: int) -> DataFormatError:
-        return DataFormatError(self.folder, f"its table lacks {num_missing} of {num_requested} requested rows")
+    def _change(self) -> Generator[tuple[_Execute, int]]:
+        """A change of the latest version: what executes statements, and the new version, committed at the end."""
+        with storage_errors(self.folder), self._transaction() as execute:
+            latest = execute("SELECT max(version) FROM versions", ()).fetchone()[0]
+            yield execute, latest + 1
+            count = execute(f"SELECT count(*) FROM passages WHERE died = {_FOREVER}", ()).fetchone()[0]
+            execute("INSERT INTO versions VALUES (?, ?, ?)", (latest + 1, time.time(), count))
+        self.version = latest + 1
+        self._load()
 
     @contextmanager
-    def _reading(self) -> Generator[None]:
-        try:
-            yield
-        except BaseException as error:
-            if not (isinstance(error, Exception) or is_panic(error)):
+    def _transaction(self) -> Generator[_Execute]:
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection.execute
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
                 raise
-            problem = f"version {self.version} of its table cannot be read ({first_line(error)})"
-            advice = "refresh or open it again, and run `d2llm index ... verify` if that does not help"
-            raise DataFormatError(self.folder, f"{problem}; {advice}") from error
 
-    def _join(self, tables: Iterator[pa.Table], names: Sequence[str]) -> pa.Table:
-        parts = list(tables)
-        return pa.concat_tables(parts) if parts else self.schema.empty_table().select(list(names))
+    # Helpers -------------------------------------------------------------------------------------------------------
+
+    def _where_in(self, column: str, values: Sequence[Any], names: Sequence[str]) -> list[Record]:
+        records: list[Record] = []
+        for batch in batched(values, _ASKED_AT_ONCE):
+            marks = ", ".join("?" * len(batch))
+            where = f"{column} IN ({marks}) AND born <= ? AND died > ?"
+            records += self._select(names, where, [*batch, self.version, self.version])
+        return records
+
+    def _select(self, names: Sequence[str], where: str, values: Mapping[str, Any] | Sequence[Any]) -> list[Record]:
+        """Columns of the passages that satisfy a condition, as they were given."""
+        listed = ", ".join(f"{'bodies' if name in _BODY else 'passages'}.`{name}`" for name in names)
+        source = "passages JOIN bodies USING (key)" if set(names) & set(_BODY) else "passages"
+        with self._reading() as run:
+            found = run(f"SELECT {listed} FROM {source} WHERE {where}", values).fetchall()
+        kinds: dict[str, str] = {**_KINDS, **self.metadata.fields}
+        readers = [_READERS.get(kinds.get(name, "")) for name in names]
+        if not any(readers):
+            return [dict(zip(names, row, strict=True)) for row in found]
+        return [
+            {
+                name: value if read is None or value is None else read(value)
+                for name, value, read in zip(names, row, readers, strict=True)
+            }
+            for row in found
+        ]
+
+    @contextmanager
+    def _reading(self) -> Generator[Callable[..., sqlite3.Cursor]]:
+        """What runs a statement of this version; errors become ``DataFormatError``."""
+
+        def run(statement: str, values: Mapping[str, Any] | Sequence[Any] = _NOTHING) -> sqlite3.Cursor:
+            named = {"version": self.version, **values} if isinstance(values, Mapping) else values
+            return self._connection.execute(statement, named)
+
+        def check() -> None:
+            if run("SELECT 1 FROM versions WHERE version = :version").fetchone() is None:
+                raise self._gone()
+
+        with self._lock:
+            try:
+                yield run
+                check()  # after reading: what was removed meanwhile may have been missing
+            except (sqlite3.Error, zlib.error, UnicodeDecodeError) as error:
+                raise _damaged(self.path, error) from error
+
+    def _gone(self) -> DataFormatError:
+        problem = f"version {self.version} of its table cannot be read (it was removed)"
+        return DataFormatError(self.folder, f"{problem}; refresh or open it again")
+
+
+_Execute = Callable[[str, Sequence[Any]], sqlite3.Cursor]
+_KINDS = {"d2_truncated": "boolean", "text": "packed text", "d2_words": "packed text"}
+
+
+def seal_of(record: Mapping[str, Any]) -> int:
+    """A hash of the columns of a passage that d2_hash does not cover, as a signed number of 64 bits."""
+    digest = xxhash.xxh3_64(f"{record['d2_row']} {record['d2_hash']} {bool(record['d2_truncated'])} ".encode())
+    digest.update(record.get("d2_words", "").encode())
+    digest.update(record.get("d2_vector") or b"")
+    return int.from_bytes(digest.digest(), "big", signed=True)
+
+
+def is_intact(record: Record) -> bool:
+    """Whether a passage with all columns, and its seal, is what was written."""
+    columns = {name: value for name, value in record.items() if name != "d2_seal"}
+    return record["d2_seal"] == seal_of(record) and is_as_written(columns)
+
+
+def codes_of(records: Sequence[Record], code_size: int) -> NDArray[np.uint8]:
+    """The codes [n, code_size] in the column of vectors."""
+    joined = b"".join(record["d2_vector"] for record in records)
+    return np.frombuffer(joined, np.uint8).reshape(len(records), code_size)
+
+
+def rows_of(records: Sequence[Record]) -> NDArray[np.int64]:
+    """The rows [n] in the vector file, without their generation."""
+    return np.fromiter((record["d2_row"] & ROW_MASK for record in records), np.int64, len(records))
+
+
+def _stored(kind: FieldType, value: Any) -> Any:
+    """A metadata value as SQLite stores it."""
+    if value is None:
+        return None
+    return microseconds_of(value) if kind == "timestamp" else value
+
+
+def _packed(text: str) -> str | bytes:
+    """A text as it takes fewer bytes: itself, or compressed."""
+    plain = text.encode()
+    packed = zlib.compress(plain, _LEVEL)
+    return packed if len(packed) < len(plain) else text
+
+
+def _unpacked(stored: str | bytes) -> str:
+    return stored if isinstance(stored, str) else zlib.decompress(stored).decode()
+
+
+_READERS: Mapping[str, Callable[[Any], Any]] = {
+    "boolean": bool,
+    "timestamp": moment_of,
+    "packed text": _unpacked,
+}
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    address = f"{path.resolve().as_uri()}?{mode if '=' in mode else f'mode={mode}'}"
+    connection = sqlite3.connect(
+        address, timeout=_BUSY_S, isolation_level=None, check_same_thread=False, cached_statements=256, uri=True
+    )
+    for pragma in ("synchronous=FULL", "case_sensitive_like=ON", f"cache_size=-{_CACHE_KIB}", "trusted_schema=OFF"):
+        connection.execute(f"PRAGMA {pragma}")
+    return connection
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """Opened for reading and writing; where the folder cannot be written, as a file that nobody changes."""
+    try:
+        connection = _connect(path, "rw")
+        connection.execute("SELECT version FROM versions LIMIT 1").fetchone()
+        return connection
+    except sqlite3.OperationalError:
+        wal = path.with_name(f"{path.name}-wal")
+        if wal.exists() and wal.stat().st_size:
+            raise  # a killed writer's last commits are in it, and only one who may write can put them into the file
+    with closing(_connect(path, "immutable=1")) as checked:
+        checked.execute("SELECT version FROM versions LIMIT 1").fetchone()
+    return _connect(path, "immutable=1")
+
+
+def _damaged(path: Path, error: Exception) -> DamagedFileError:
+    return DamagedFileError(path, f"cannot be read ({error}); {REMEDY}")
 
 
 def _check_id(name: str) -> None:
@@ -414,7 +627,3 @@ def _check_page(cursor: str, limit: int) -> None:
     _check_id(cursor)
     if type(limit) is not int or limit < 1:
         raise InputError(f"limit is {limit}, but must be at least 1")
-
-
-def _connect(folder: Path) -> Any:
-    return import_lancedb().connect(folder, storage_options={"new_table_data_storage_version": _FILE_FORMAT})

@@ -27,8 +27,7 @@ from d2llm.core.extras import require
 from d2llm.core.files import new_folder
 from d2llm.core.progress import progress_bar
 from d2llm.store.checksums import FileSums, problem_of, read_checked, take_sums, write_checked
-from d2llm.store.storage import first_line
-from d2llm.store.write_lock import LOCK_NAME
+from d2llm.store.storage import LOCK_NAME, first_line
 
 FILES_NAME = "files.json"
 EXTRA = "object-storage"

@@ -7,10 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import date, datetime, time, timezone
+from datetime import date, datetime, time, timedelta, timezone
 from typing import Any, Literal, cast, get_args
-
-import pyarrow as pa
 
 from d2llm.core.errors import InputError
 from d2llm.core.plain_values import plain_value
@@ -32,6 +30,7 @@ _TIMESTAMP = re.compile(
     r"(?:[T ](?P<minutes>[0-9]{2}:[0-9]{2})(?::(?P<seconds>[0-9]{2})(?:\.(?P<fraction>[0-9]{1,6}))?)?"
     r"(?P<zone>[Zz]|[+-][0-9]{2}:?[0-9]{2})?)?"
 )
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _NO_FIELDS: Mapping[str, FieldType] = {}
 
 
@@ -136,17 +135,6 @@ class MetadataSchema:
             fields[name] = cast("FieldType", kind.strip())  # checked by the class
         return cls(fields)
 
-    @classmethod
-    def from_arrow(cls, fields: Iterable[pa.Field]) -> MetadataSchema:  # pyright: ignore[reportUnknownParameterType]
-        """The schema with these ``arrow_fields``; ``InputError`` if one has a type that no metadata field has."""
-        kinds: dict[pa.DataType, FieldType] = {arrow: kind for kind, arrow in _ARROW_TYPES.items()}
-        field_types: dict[str, FieldType] = {}
-        for column in fields:
-            if column.type not in kinds:
-                raise InputError(f"metadata field '{column.name}': no metadata field has the Arrow type {column.type}")
-            field_types[column.name] = kinds[column.type]
-        return cls(field_types)
-
     def extend(self, other: MetadataSchema) -> MetadataSchema:
         """The fields of this schema, then the new ones of ``other``.
 
@@ -167,10 +155,6 @@ class MetadataSchema:
             {**self.fields, **{name: kind for name, kind in other.fields.items() if name not in self.fields}}
         )
 
-    def arrow_fields(self) -> list[pa.Field]:  # pyright: ignore[reportUnknownParameterType]
-        """One nullable Arrow field for each metadata field."""
-        return [pa.field(name, _ARROW_TYPES[kind]) for name, kind in self.fields.items()]
-
     def check(self, passage: Passage) -> None:
         """Raise an ``InputError`` if a field of the passage is unknown, or a value does not have the field's type."""
         for name, value in passage.metadata.items():
@@ -180,14 +164,10 @@ class MetadataSchema:
                 raise InputError(f"{where}: the index has no such field (it has: {known}); declare it or leave it out")
             _convert(value, self.fields[name], where)
 
-    def columns(self, passages: Sequence[Passage]) -> dict[str, pa.Array]:  # pyright: ignore[reportUnknownParameterType]
-        """One Arrow array per field, with one row per passage that ``check`` accepts; missing values are null."""
-        for passage in passages:
-            self.check(passage)
-        return {
-            name: pa.array([_convert(passage.metadata.get(name), kind, "") for passage in passages], _ARROW_TYPES[kind])
-            for name, kind in self.fields.items()
-        }
+    def values(self, passage: Passage) -> dict[str, object]:
+        """The value of each field of a passage, as stored; None where it has none. Raises as ``check`` does."""
+        self.check(passage)
+        return {name: _convert(passage.metadata.get(name), kind, "") for name, kind in self.fields.items()}
 
 
 def parse_timestamp(text: str) -> datetime:
@@ -205,6 +185,16 @@ def parse_timestamp(text: str) -> datetime:
     zone = zone if ":" in zone else f"{zone[:3]}:{zone[3:]}"
     iso = f"{match['date']}T{match['minutes'] or '00:00'}:{match['seconds'] or '00'}.{fraction}{zone}"
     return _utc(datetime.fromisoformat(iso))
+
+
+def microseconds_of(moment: datetime) -> int:
+    """Microseconds since 1970, as a point in time is stored."""
+    return (moment - _EPOCH) // timedelta(microseconds=1)
+
+
+def moment_of(microseconds: int) -> datetime:
+    """The point in time, in UTC, of so many microseconds since 1970."""
+    return _EPOCH + timedelta(microseconds=microseconds)
 
 
 def _utc(moment: datetime) -> datetime:
@@ -343,11 +333,4 @@ _CONVERSIONS: dict[FieldType, Callable[[Any], object]] = {
     "number": _to_number,
     "boolean": _to_boolean,
     "timestamp": _to_timestamp,
-}
-_ARROW_TYPES: dict[FieldType, pa.DataType] = {
-    "string": pa.string(),
-    "integer": pa.int64(),
-    "number": pa.float64(),
-    "boolean": pa.bool_(),
-    "timestamp": pa.timestamp("us", tz="UTC"),
 }

@@ -45,10 +45,6 @@ def stats_of_all(storage: IndexStore | ShardedStore) -> IndexStats:
 def sum_stats(storage: ShardedStore, all_stats: Sequence[IndexStats], num_bytes: int) -> IndexStats:
     """``stats_of_all`` from the statistics of the shards, which take ``num_bytes``."""
     sums = {name: sum(getattr(one, name) for one in all_stats) for name in _SUMMED}
-    unindexed: dict[str, int] = {}
-    for one in all_stats:
-        for name, lag in one.unindexed.items():
-            unindexed[name] = unindexed.get(name, 0) + lag
     recalls = [one.ann_recall for one in all_stats if one.ann_recall is not None]
     return replace(
         all_stats[0],
@@ -57,7 +53,6 @@ def sum_stats(storage: ShardedStore, all_stats: Sequence[IndexStats], num_bytes:
         snapshots=[],
         ann_recall=min(recalls, default=None),
         bytes_per_passage=round(num_bytes / max(sums["num_passages"], 1), 1),
-        unindexed=unindexed,
         chunking=read_chunking(storage.folder),
         num_shards=len(storage.records),
         **sums,
@@ -68,7 +63,7 @@ def verify_all(
     storage: IndexStore | ShardedStore,
     *,
     repair: bool = False,
-    go_back: bool = False,
+    drop_lost: bool = False,
     encode: Encode | None = None,
     encode_parts: EncodeParts | None = None,
 ) -> VerifyReport:
@@ -80,7 +75,7 @@ def verify_all(
         InputError, IndexLockedError, StorageError: as for ``inspection.verify``.
     """
     reports = [
-        verify(store, repair=repair, go_back=go_back, encode=encode, encode_parts=encode_parts)
+        verify(store, repair=repair, drop_lost=drop_lost, encode=encode, encode_parts=encode_parts)
         for store in storage.stores
     ]
     if not isinstance(storage, ShardedStore):
@@ -108,7 +103,7 @@ def _misplaced(storage: ShardedStore) -> Iterator[str]:
         wrong: list[str] = []
         for batch in store.table().batches(["id", "document_id"]):
             hashes.append(hashes_of_ids(batch))
-            pairs = zip(batch.column("id").to_pylist(), batch.column("document_id").to_pylist(), strict=True)
+            pairs = ((record["id"], record["document_id"]) for record in batch)
             wrong += [one for one, document in pairs if shard_of(one, document, len(storage.records)) != number]
         if wrong:
             yield (

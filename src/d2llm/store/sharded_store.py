@@ -13,20 +13,17 @@ A shard in object storage is read only. It is copied once into a cache folder, a
 (``remote_shards``).
 """
 
-# pyright: reportUnknownParameterType=false
-# (pyarrow ships no types)
-
 from __future__ import annotations
 
 import secrets
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
-import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
@@ -40,7 +37,7 @@ from d2llm.store.index_manifest import INDEX_FIELDS
 from d2llm.store.index_manifest import SHARDED_KIND as KIND
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore, check_maker
-from d2llm.store.passage_table import PassageTable
+from d2llm.store.passage_table import PassageTable, Record
 from d2llm.store.remote_shards import fetch_shard, is_url
 from d2llm.store.schema import FieldType, MetadataSchema
 from d2llm.store.storage import storage_errors
@@ -56,10 +53,10 @@ def shard_of(passage_id: str, document_id: str, num_shards: int) -> int:
     return xxhash.xxh3_64_intdigest((document_id or passage_id).encode()) % num_shards
 
 
-def hashes_of_ids(batch: pa.RecordBatch) -> NDArray[np.uint64]:
-    """Hashes of the ids [n] of a batch of a table's rows, to compare the passages of several shards."""
-    ids: list[str] = batch.column("id").to_pylist()
-    return np.fromiter((xxhash.xxh3_64_intdigest(one.encode()) for one in ids), np.uint64, len(ids))
+def hashes_of_ids(records: Sequence[Record]) -> NDArray[np.uint64]:
+    """Hashes of the ids [n] of some passages, to compare the passages of several shards."""
+    hashes = (xxhash.xxh3_64_intdigest(record["id"].encode()) for record in records)
+    return np.fromiter(hashes, np.uint64, len(records))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +90,13 @@ class ShardedTable:
         """The sum of the shards' versions, which grows with each change of a shard."""
         return sum(table.version for table in self.tables)
 
-    def by_ids(self, ids: Sequence[str], names: Sequence[str]) -> pa.Table:
+    def by_ids(self, ids: Sequence[str], names: Sequence[str]) -> list[Record]:
         """As of ``PassageTable``."""
-        return pa.concat_tables([table.by_ids(ids, names) for table in self.tables])
+        return [record for table in self.tables for record in table.by_ids(ids, names)]
 
-    def columns(self, names: Sequence[str], where: str | None = None) -> pa.Table:
+    def batches(self, names: Sequence[str] | None = None) -> Iterator[list[Record]]:
         """As of ``PassageTable``."""
-        return pa.concat_tables([table.columns(names, where) for table in self.tables])
+        return chain.from_iterable(table.batches(names) for table in self.tables)
 
     def parts(self, documents: Sequence[str]) -> list[tuple[str, str, int]]:
         """As of ``PassageTable``."""
@@ -115,9 +112,9 @@ class ShardedTable:
         }
 
     @property
-    def metadata_fields(self) -> list[pa.Field]:
-        """The metadata columns, which all shards have."""
-        return self.tables[0].metadata_fields
+    def metadata(self) -> MetadataSchema:
+        """The metadata fields, which all shards have."""
+        return self.tables[0].metadata
 
 
 class Storage(Protocol):

@@ -1,13 +1,16 @@
-"""File helpers of the store, and conversion of the many kinds of errors of LanceDB."""
+"""File helpers of the store, and conversion of errors of writing."""
 
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 from d2llm.core.errors import InputError, StorageError
+
+LOCK_NAME = "write.lock"
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
@@ -25,18 +28,11 @@ def storage_errors(folder: Path) -> Generator[None]:
         yield
     except (InputError, StorageError):
         raise
-    except BaseException as error:
-        if not (isinstance(error, OSError | RuntimeError | ValueError) or is_panic(error)):
-            raise
+    except (OSError, ValueError, RuntimeError, sqlite3.Error) as error:
         raise StorageError(
             f"{folder}: the index cannot be written ({first_line(error)}). What was committed before is kept; free "
             "disk space or grant write permission, then run the same command again"
         ) from error
-
-
-def is_panic(error: BaseException) -> bool:
-    """Whether this is a panic of LanceDB's Rust code, which is not an ``Exception`` in Python."""
-    return type(error).__name__ == "PanicException"
 
 
 def first_line(error: BaseException) -> str:

@@ -8,9 +8,6 @@ Both options are needed: with bfloat16, one copy takes 1,017 bytes per passage a
 late chunks, which cannot be encoded again from the table, need two.
 """
 
-# pyright: reportUnknownParameterType=false
-# (pyarrow ships no types)
-
 from __future__ import annotations
 
 import logging
@@ -19,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
-import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
@@ -27,9 +23,9 @@ from d2llm.core.errors import DataFormatError, InputError, StorageError
 from d2llm.core.fallbacks import count_fallback
 from d2llm.core.types import Passage
 from d2llm.store import vector_file
-from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK, codes_of
+from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK
 from d2llm.store.index_manifest import VectorCopies
-from d2llm.store.passage_table import PassageTable
+from d2llm.store.passage_table import PassageTable, Record, codes_of, rows_of
 from d2llm.store.schema import TEXT_COLUMNS
 from d2llm.store.storage import storage_errors
 from d2llm.store.vector_file import Salvage, VectorFile, VectorRows
@@ -54,13 +50,13 @@ class StoredVectors(ABC):
 
     def generation(self, table: PassageTable) -> int:
         """The generation of a version's vectors, shared by all its rows; a version without rows uses the newest."""
-        row = table.any_row()
+        row = table.last_row()
         return max(vector_file.generations(self.folder), default=0) if row is None else row >> GENERATION_SHIFT
 
     def num_rows(self, table: PassageTable) -> int:
         """Number of rows that a version needs, including dead ones before its last live one."""
-        rows = _rows_of(table) & ROW_MASK
-        return int(rows.max()) + 1 if len(rows) else 0
+        row = table.last_row()
+        return 0 if row is None else (row & ROW_MASK) + 1
 
     def read(self, table: PassageTable, rows: NDArray[np.int64]) -> VectorRows:
         """The vectors of a version with these rows (d2_row), all that it has; checksums are not compared.
@@ -88,7 +84,7 @@ class StoredVectors(ABC):
         generation = self.generation(table)
         try:
             file = VectorFile.open(self.folder, generation, self.code_size)
-            if file.since <= table.version and not table.has_rows_from(generation << GENERATION_SHIFT | file.capacity):
+            if file.since <= table.version and self.num_rows(table) <= file.capacity:
                 return file
             problem = f"{file.path.name} does not have the vectors of version {table.version}"
         except DataFormatError as error:
@@ -112,7 +108,7 @@ class StoredVectors(ABC):
         """Content of the table's vector column: new codes, then those of the kept rows; None if there is no column."""
 
     @abstractmethod
-    def codes_of_batches(self, table: PassageTable) -> Callable[[pa.RecordBatch], NDArray[np.uint8]]:
+    def codes_of_batches(self, table: PassageTable) -> Callable[[Sequence[Record]], NDArray[np.uint8]]:
         """A function that returns the verified codes [n, code_size] of a batch of the table's rows.
 
         Raises:
@@ -152,7 +148,7 @@ class CopiedVectors(StoredVectors):
                         return VectorRows(file.codes(), file)
             except StorageError as error:
                 _log.warning("%s: its vectors are held in memory (%s)", self.folder, error)
-        return VectorRows(table.codes(), None)
+        return VectorRows(table.codes(self.code_size), None)
 
     def recover_file(self, table: PassageTable, problem: str) -> VectorFile:
         """From the table."""
@@ -161,12 +157,12 @@ class CopiedVectors(StoredVectors):
 
     def column(self, table: PassageTable, codes: NDArray[np.uint8], kept: Sequence[int]) -> NDArray[np.uint8]:
         """New and kept codes."""
-        return np.concatenate([codes, codes_of(table.by_rows(kept, ["d2_vector"]))])
+        return np.concatenate([codes, codes_of(table.by_rows(kept, ["d2_vector"]), self.code_size)])
 
-    def codes_of_batches(self, table: PassageTable) -> Callable[[pa.RecordBatch], NDArray[np.uint8]]:
+    def codes_of_batches(self, table: PassageTable) -> Callable[[Sequence[Record]], NDArray[np.uint8]]:
         """From the table."""
         del table
-        return codes_of
+        return lambda records: codes_of(records, self.code_size)
 
     def problems(self, table: PassageTable) -> Iterator[str]:
         """Damaged parts of the file, or vectors that differ from those of the table."""
@@ -180,9 +176,9 @@ class CopiedVectors(StoredVectors):
         if damaged:
             yield f"{file.path.name}: {len(damaged)} of {len(file.extents)} parts are not what was written"
         for batch in table.batches(["d2_row", "d2_vector"]):
-            rows = np.asarray(batch.column("d2_row")) & ROW_MASK
+            rows, stored = rows_of(batch), codes_of(batch, self.code_size)
             inside = rows < len(codes)
-            differing += int((~inside).sum()) + int((codes[rows[inside]] != codes_of(batch)[inside]).any(axis=1).sum())
+            differing += int((~inside).sum()) + int((codes[rows[inside]] != stored[inside]).any(axis=1).sum())
         if differing and not damaged:
             yield f"{file.path.name}: {differing} vectors are not those of the table"
 
@@ -194,7 +190,8 @@ class CopiedVectors(StoredVectors):
     def _write_file(self, table: PassageTable) -> VectorFile:
         """Rows that the latest version lacks become zeros, so the file records the first version that it serves."""
         with storage_errors(self.folder):
-            return VectorFile.replace(self.folder, self.generation(table), table.codes(), since=table.version)
+            codes = table.codes(self.code_size)
+            return VectorFile.replace(self.folder, self.generation(table), codes, since=table.version)
 
 
 class SoleVectors(StoredVectors):
@@ -218,20 +215,17 @@ class SoleVectors(StoredVectors):
         """The table has no column of vectors."""
         del table, codes, kept
 
-    def codes_of_batches(self, table: PassageTable) -> Callable[[pa.RecordBatch], NDArray[np.uint8]]:
+    def codes_of_batches(self, table: PassageTable) -> Callable[[Sequence[Record]], NDArray[np.uint8]]:
         """From the file, after comparing all its checksums."""
-        codes, file = self.read(table, _rows_of(table))
+        codes, file = self.read(table, table.rows())
         if file is not None and file.damaged(codes):  # copying them would create matching checksums
             self._refuse(table, f"{file.path.name} is damaged")
 
-        def codes_of_batch(batch: pa.RecordBatch) -> NDArray[np.uint8]:
-            return codes[np.asarray(batch.column("d2_row")) & ROW_MASK]
-
-        return codes_of_batch
+        return lambda records: codes[rows_of(records)]
 
     def problems(self, table: PassageTable) -> Iterator[str]:
         """Damaged parts of the file, and how many passages have lost their vectors."""
-        rows, salvaged = _rows_of(table) & ROW_MASK, self._salvage(table)
+        rows, salvaged = table.rows() & ROW_MASK, self._salvage(table)
         num_lost = len(rows) - int(salvaged.whole[rows[rows < len(salvaged.whole)]].sum())
         # A version without rows has no file of its own: a killed writer may have left a later one beside it.
         is_unused = salvaged.is_later and not len(rows)
@@ -241,7 +235,7 @@ class SoleVectors(StoredVectors):
 
     def repair(self, table: PassageTable, encode: Encode | None) -> None:
         """Keeps intact rows and encodes lost ones again. If interrupted, the next repair continues there."""
-        rows = np.sort(_rows_of(table))
+        rows = table.rows()
         salvaged, generation = self._salvage(table), self.generation(table)
         live = np.zeros(int(rows[-1] & ROW_MASK) + 1 if len(rows) else 0, np.bool_)
         live[rows & ROW_MASK] = True
@@ -279,7 +273,7 @@ class SoleVectors(StoredVectors):
                     f"{self.folder}: its vectors are kept once; to repair them, a student must encode texts"
                 )
             stored = (lost + start) | generation << GENERATION_SHIFT
-            passages = [Passage(**record) for record in table.by_rows(stored.tolist(), TEXT_COLUMNS).to_pylist()]
+            passages = [Passage(**record) for record in table.by_rows(stored.tolist(), TEXT_COLUMNS)]
             codes[lost] = self.store.format.encode(encode(passages), [passage.id for passage in passages])
         return codes
 
@@ -302,14 +296,9 @@ def stored_vectors(store: IndexStore, copies: VectorCopies) -> StoredVectors:
     return SoleVectors(store) if copies == 1 else CopiedVectors(store)
 
 
-def _rows_of(table: PassageTable) -> NDArray[np.int64]:
-    return np.asarray(table.columns(["d2_row"])["d2_row"], np.int64)
-
-
 def _contents_of(table: PassageTable) -> str:
     """A hash of the assignment of passages to rows, to recognise an interrupted repair that can be continued."""
     total = 0  # a sum, because the rows come in no order
     for batch in table.batches(["d2_row", "d2_hash"]):
-        pairs = zip(batch.column("d2_row").to_pylist(), batch.column("d2_hash").to_pylist(), strict=True)
-        total += sum(xxhash.xxh3_64_intdigest(f"{row}:{digest}".encode()) for row, digest in pairs)
+        total += sum(xxhash.xxh3_64_intdigest(f"{one['d2_row']}:{one['d2_hash']}".encode()) for one in batch)
     return f"-{table.version}-{total % (1 << 64):016x}"

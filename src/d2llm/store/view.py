@@ -1,8 +1,5 @@
 """A read-only view of one version of a store, which concurrent writes do not affect."""
 
-# pyright: reportUnknownParameterType=false
-# (pyarrow ships no types)
-
 from __future__ import annotations
 
 import copy
@@ -10,10 +7,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DamagedFileError, DataFormatError, InputError
@@ -24,7 +20,7 @@ from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK, is_as_written
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import PartVectors
-from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
+from d2llm.store.passage_table import PAGE_SIZE, ListedDocument, Record
 from d2llm.store.scan import RowScan
 from d2llm.store.schema import TEXT_COLUMNS, MetadataSchema
 from d2llm.store.vector_file import VectorFile, VectorRows
@@ -33,7 +29,6 @@ from d2llm.store.word_segment import QueryWords, WordStatistics
 
 _log = logging.getLogger(__name__)
 _STORED_ROWS = 8_192  # rows encoded at a time for a view in another format
-_NO_ROW = np.iinfo(np.uint64).max  # replaces the id of a dead row
 
 
 class CandidateRows(NamedTuple):
@@ -67,7 +62,7 @@ class PassageView:
         self.dim: int = store.manifest["dim"]
         self.task: Task = store.manifest["task"]
         self.student_fingerprint: str = store.manifest["student"]
-        stored_rows, row_ids = self._table.rows()
+        stored_rows = self._table.rows()
         self.generation = int(stored_rows[0]) >> GENERATION_SHIFT if len(stored_rows) else 0
         self._len = len(stored_rows)
         self._vectors = store.vectors.read(self._table, stored_rows)
@@ -78,8 +73,6 @@ class PassageView:
             problem = "two passages of its table have the same row, or rows from two generations"
             raise DataFormatError(store.folder, f"{problem}; restore a snapshot, or index the corpus again")
         self.live: NDArray[np.bool_] | None = live if self._len < self.capacity else None
-        self._row_ids = np.full(self.capacity, _NO_ROW, np.uint64)
-        self._row_ids[stored_rows & ROW_MASK] = row_ids
         self._scan: RowScan | None = None
 
     @property
@@ -127,11 +120,7 @@ class PassageView:
     @property
     def metadata(self) -> MetadataSchema:
         """The metadata fields that a filter may name."""
-        return self._metadata
-
-    @cached_property
-    def _metadata(self) -> MetadataSchema:
-        return MetadataSchema.from_arrow(self._table.metadata_fields)
+        return self._table.metadata
 
     def check_student(self, fingerprint: str) -> None:
         """Raise an ``IndexMismatchError`` unless the student with this fingerprint made the vectors."""
@@ -139,7 +128,7 @@ class PassageView:
 
     def ids(self, rows: NDArray[np.int64]) -> list[str]:
         """The ids of the passages at some rows, in their order."""
-        return cast(list[str], self._take(rows, ["id"])["id"].to_pylist())
+        return [record["id"] for record in self._take(rows, ["id"])]
 
     def rows(self, ids: Sequence[str]) -> NDArray[np.int64]:
         """The rows of the passages with these ids, in their order.
@@ -151,8 +140,7 @@ class PassageView:
 
     def rows_of(self, ids: Sequence[str]) -> dict[str, int]:
         """The rows of those of these ids that exist."""
-        table = self._table.by_ids(list(dict.fromkeys(ids)), ["id", "d2_row"])
-        return dict(zip(table["id"].to_pylist(), (np.asarray(table["d2_row"]) & ROW_MASK).tolist(), strict=True))
+        return {record["id"]: record["d2_row"] & ROW_MASK for record in self._table.by_ids(ids, ["id", "d2_row"])}
 
     def passages(self, rows: NDArray[np.int64]) -> list[Passage]:
         """The passages at some rows, in their order; metadata fields without a value are left out."""
@@ -178,9 +166,7 @@ class PassageView:
 
     def documents(self, rows: NDArray[np.int64]) -> list[str]:
         """The document of each passage at some rows: its document_id, or its own id if it has none."""
-        table = self._take(rows, ["id", "document_id"])
-        ids, names = (cast(list[str], table[name].to_pylist()) for name in ("id", "document_id"))
-        return [name or own for own, name in zip(ids, names, strict=True)]
+        return [record["document_id"] or record["id"] for record in self._take(rows, ["id", "document_id"])]
 
     def neighbours(self, passages: Sequence[Passage], distance: int) -> list[Passage]:
         """The passages of the same documents at most ``distance`` positions away, by document and position.
@@ -353,9 +339,9 @@ class PassageView:
             return None
         from d2llm.store.filters import parse_filter  # imports sqlglot, which most searches do not need
 
-        condition = parse_filter(filter, self.metadata).sql
+        condition = parse_filter(filter, self.metadata)
         allowed = np.zeros(self.capacity, np.bool_)
-        allowed[np.asarray(self._table.columns(["d2_row"], condition)["d2_row"]) & ROW_MASK] = True
+        allowed[self._table.matching(condition.sql, condition.values) & ROW_MASK] = True
         return allowed
 
     def live_rows(self, allowed: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
@@ -369,20 +355,16 @@ class PassageView:
             return self.live if allowed is None else allowed
         return allowed & self.live
 
-    def _take(self, rows: NDArray[np.int64], names: Sequence[str]) -> pa.Table:
+    def _take(self, rows: NDArray[np.int64], names: Sequence[str]) -> list[Record]:
         requested = np.asarray(rows, np.int64)
-        inside = requested[(requested >= 0) & (requested < self.capacity)]
-        row_ids = self._row_ids[inside]
-        num_present = int(np.count_nonzero(row_ids != _NO_ROW))
-        if num_present < len(requested):
-            num_missing = len(requested) - num_present
-            problem = f"its table lacks {num_missing} of {len(requested)} requested rows"
+        num_outside = int(np.count_nonzero((requested < 0) | (requested >= self.capacity)))
+        if num_outside:
+            problem = f"its table lacks {num_outside} of {len(requested)} requested rows"
             raise DataFormatError(self.store.folder, problem)
-        return self._table.take(row_ids, names)
+        return self._table.by_rows((requested | self.generation << GENERATION_SHIFT).tolist(), names)
 
-    def _as_passages(self, table: pa.Table) -> list[Passage]:
-        """Rows of the table as passages. Their hashes reveal damage that the samples on opening missed."""
-        records = cast("list[dict[str, Any]]", table.to_pylist())
+    def _as_passages(self, records: Sequence[Record]) -> list[Passage]:
+        """Rows of the table as passages. Their hashes reveal damage: SQLite does not check the bytes that it reads."""
         changed = [record["id"] for record in records if not is_as_written(record)]
         if changed:
             problem = f"{len(changed)} passages in its table are not what was written, the first is {changed[0]!r}"
