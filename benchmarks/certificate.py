@@ -1,6 +1,6 @@
 """Cost of a proved ranking: nDCG@10 of a student against the share of the corpus that a certificate rescores.
 
-The interaction of an anchored student changes a score by at most B r_q r_p, so passages can be rescored from the
+The interaction of a dot student changes a score by at most B r_q r_p, so passages can be rescored from the
 highest upper bound down until no other can be among the first ten. A smaller weight r of the
 interaction gives a narrower bound, and another ranking; this script compares the two on dev queries.
 
@@ -82,7 +82,7 @@ def measure(student: Student, place: Path, task: Task, split: str, num_queries: 
     passages = student.encode_passages([passage.full_text for passage in dataset.passages.values()]).vectors
     queries = student.encode_queries([dataset.queries[query_id].text for query_id in chosen]).vectors
     rows: list[dict[str, float]] = []
-    anchors = student.anchor_queries(queries, task) @ passages.T
+    dots = student.query_vectors(queries, task) @ passages.T
     with torch.inference_mode():
         reach_of_passages = head.passage_bound(torch.from_numpy(passages)).numpy()
     for weight in WEIGHTS:
@@ -93,7 +93,7 @@ def measure(student: Student, place: Path, task: Task, split: str, num_queries: 
         shares: list[float] = []
         for number, query_id in enumerate(chosen):
             final = student.score(queries[number], passages, task, interaction_weight=weight)
-            upper = anchors[number] + reach_of_queries[number] * reach_of_passages + MARGIN
+            upper = dots[number] + reach_of_queries[number] * reach_of_passages + MARGIN
             rankings[query_id] = [passage_id for passage_id, _ in top_k(final, ids, TOP_K)]
             shares.append(num_rescored(upper, np.minimum(final, upper), TOP_K) / len(ids))
         values = per_query_measures(rankings, {q: judged[q] for q in chosen})["nDCG@10"]
@@ -155,8 +155,8 @@ def measure_speed(
         times: dict[str, list[float]] = {"scan_ms": [], "certified_ms": [], "full_ms": [], "share": []}
         weighted.score(queries[0], passages, task)  # casts the weights, once
         for query in queries:
-            anchor_query = student.anchor_queries(query[None], task)[0]
-            times["scan_ms"].append(milliseconds(lambda: view.scan(anchor_query, TOP_K)))  # noqa: B023 - used at once
+            dot_query = student.query_vectors(query[None], task)[0]
+            times["scan_ms"].append(milliseconds(lambda: view.scan(dot_query, TOP_K)))  # noqa: B023 - used at once
             start = time.process_time()
             found = certified_top_k(view, weighted, query, task, TOP_K, cached=cached)
             times["certified_ms"].append((time.process_time() - start) * 1e3)

@@ -72,7 +72,7 @@ def recipe(data: Path, seed: int, max_queries: int) -> Recipe:
                 max_query_tokens=64,
                 max_passage_tokens=256,
             ),
-            interaction=InteractionConfig(head="anchored", features="rich", dropout=0.2, gates=True),
+            interaction=InteractionConfig(head="dot", features="rich", dropout=0.2, gates=True),
         ),
         data=tuple(DataConfig(path=str(data / name), max_queries=max_queries) for name in SETS),
         mining=MiningConfig(sources=("bm25",)),

@@ -60,7 +60,7 @@ def main() -> None:
     run = Run(arguments.recipe, arguments.run, data=arguments.data, device="cpu", dtype="float32")
     sources = run.parts.sources(run.recipe)
     imitation = run.recipe.losses.with_imitation(
-        {"list_imitation": 0.5, "in_batch_cross_entropy": 0.0, "anchor_cross_entropy": 0.0}
+        {"list_imitation": 0.5, "in_batch_cross_entropy": 0.0, "dot_cross_entropy": 0.0}
     )
     recipe: Recipe = run.recipe.model_copy(update={"losses": imitation})
 

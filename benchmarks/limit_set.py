@@ -35,7 +35,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 QUICK_RESULTS = ROOT / "runs" / "benchmarks"
 IMAGES = ROOT / "docs" / "images"
 
-HEADS = ("cosine", "paper", "anchored", "anchored, B ≤ 64")
+HEADS = ("cosine", "paper", "dot", "dot, B ≤ 64")
 COLOURS: dict[str, str] = dict(zip(HEADS, ("#4477AA", "#EE6677", "#228833", "#AA3377"), strict=True))
 HIDDEN = 32
 CAPACITY_STEPS = 1000
@@ -70,7 +70,7 @@ class Head(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(20.0).log()) if name == "cosine" else None
         if name != "cosine":
             config = InteractionConfig(
-                head="paper" if name == "paper" else "anchored",
+                head="paper" if name == "paper" else "dot",
                 features="concat" if name == "paper" else "rich",
                 hidden_dim=hidden,
                 feature_dim=hidden,

@@ -24,7 +24,7 @@ from d2llm.data.limit_set import make_limit_set
 from d2llm.models.student import Student
 from d2llm.ops.losses import in_batch_cross_entropy
 from d2llm.recipe import StudentConfig, untuned_config
-from d2llm.retrieval.cosine import AnchorStudent, CosineStudent
+from d2llm.retrieval.cosine import CosineStudent, DotStudent
 from d2llm.store.bm25 import WordIndex
 
 TEXT_PERSONS, TEXT_DISTRACTORS, NUM_WORLDS = 30, 270, 20
@@ -82,7 +82,7 @@ def load_system(name: str) -> Any:
     if name == "cosine, untuned MiniLM":
         return CosineStudent(Student.create(untuned_config(StudentConfig())))
     student = Student.load("d2llm-minilm")
-    return AnchorStudent(student) if "cosine" in name else student
+    return DotStudent(student) if "cosine" in name else student
 
 
 @cache
@@ -124,7 +124,7 @@ def principal_directions(dim: int) -> Tensor:
 def fit_text(name: str, dim: int, seed: int) -> Cell:
     """A linear map of each side to ``dim`` and a head, fitted to the training worlds.
 
-    The maps start as the principal directions, so heads with an anchor start near MiniLM's own cosine.
+    The maps start as the principal directions, so heads with an inner product start near MiniLM's own cosine.
     """
     head = new_head(name, dim, seed, hidden=64)
     torch.manual_seed(seed)

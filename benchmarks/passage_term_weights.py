@@ -195,7 +195,7 @@ def prepare(student: Student, data: Dataset, cache: Path | None) -> Measured:
     ]
     query_rows, columns, counts = (np.array(each) for each in zip(*found, strict=True))
     times = csr_array((counts.astype(np.float64), (query_rows, columns)), shape=(len(texts), len(words.columns)))
-    inner = student.anchor_queries(student.encode_queries(texts).vectors, "asymmetric") @ words.vectors.T
+    inner = student.query_vectors(student.encode_queries(texts).vectors, "asymmetric") @ words.vectors.T
     print(f"{data.name}: read in {time.process_time() - begin:.0f} s of processor time", flush=True)
     return Measured(data.name, ids, words, qrels, times, inner, None, *train_queries(data, ids))
 

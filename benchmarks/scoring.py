@@ -1,7 +1,7 @@
 """Scoring speed of the student, compared with the plain procedure and the machine's own limit.
 
 One run, the same inputs, processor time in one thread (so that other work on the machine matters little):
-- a query against N passages with the default head (anchored, rich features): every pair's features written out,
+- a query against N passages with the default head (dot, rich features): every pair's features written out,
   [a; b; a * b; |a - b|], through the unsplit network in float32; `Student.score`, from float32 and from bfloat16
   vectors; and bare matrix products of exactly the shapes that scoring needs, in the same number format (the limit);
 - the cost of each choice of features and width: pairs per second at N, latency of 1,000 passages in two threads.
@@ -34,7 +34,7 @@ NUM_CANDIDATES = 1_000
 REPEATS = 9
 LIMIT_BLOCKS = (256, 512, 1024, NUM_PASSAGES)
 HEADS = [("paper", "concat", 256, 512)] + [
-    ("anchored", features, 384, hidden)
+    ("dot", features, 384, hidden)
     for features in ("concat", "product", "difference", "rich")
     for hidden in (128, 256, 512)
 ]

@@ -241,7 +241,7 @@ def shipped_speeds(student: Student, texts: TextFacts) -> Speeds:
     longer = texts.at(texts.tokens * bm25["characters a passage"] / texts.text_bytes)
     candidate_words = longer.of_candidates(counts_words=True).words
     candidates = "1,000 candidates and their windows, ms"
-    anchored = next(one for one in scoring["heads"] if (one["head"], one["features"], one["hidden"]) == SHIPPED_HEAD)
+    dot = next(one for one in scoring["heads"] if (one["head"], one["features"], one["hidden"]) == SHIPPED_HEAD)
     lists = scale["ann"]
     read = dim * (num * lists["share_probed"] + 4 * lists["num_lists"])
     samples = num_samples(num, lists["num_lists"], dim)
@@ -268,7 +268,7 @@ def shipped_speeds(student: Student, texts: TextFacts) -> Speeds:
         ),
         candidate_words=speed(1e6 * candidate_words / bm25[candidates]["p50"], "bm25", "1,000 candidates"),
         compared_tokens={"int4": speed(token_speed, "evidence", "tokens of 1,000 candidates")},
-        interaction_pairs=speed(1e6 / anchored["candidates_ms_one_thread"], "scoring", "anchored, rich, 512 wide"),
+        interaction_pairs=speed(1e6 / dot["candidates_ms_one_thread"], "scoring", "dot, rich, 512 wide"),
         result_ms=speed(whole, "scale", f"{num:,} passages"),
         written_text_bytes=speed(built["rows_per_cpu_second"] * built["text_bytes"], "scale", f"{num:,} passages"),
         multiplications=speed(
@@ -287,7 +287,7 @@ def shipped_speeds(student: Student, texts: TextFacts) -> Speeds:
     )
 
 
-SHIPPED_HEAD = ("anchored", "rich", 512)
+SHIPPED_HEAD = ("dot", "rich", 512)
 
 
 def shipped_ann() -> AnnFacts:

@@ -57,7 +57,7 @@ def rows_by_depth(folder: str, samples: Samples) -> list[dict[str, Any]]:
             found = student.encode_passages([*passages.values()]).vectors
             seconds += time.process_time() - started
             num_texts += len(passages)
-            mapped = student.anchor_queries(student.encode_queries([*queries.values()]).vectors, SETS[name])
+            mapped = student.query_vectors(student.encode_queries([*queries.values()]).vectors, SETS[name])
             row[name] = round(ndcg([*passages], found, [*queries], mapped, qrels), 4)
         rows.append(row | {"texts_per_s": round(num_texts / seconds, 1)})
         print(rows[-1], flush=True)

@@ -38,7 +38,7 @@ from d2llm.training.objective import batch_losses, batch_tokens, score_vectors, 
 
 PADDED = 250
 AT_A_TIME, HARD = 4, 4
-OWN_JUDGEMENTS = Objective.model_validate({"in_batch_cross_entropy": 1.0, "anchor_cross_entropy": 1.0}).root
+OWN_JUDGEMENTS = Objective.model_validate({"in_batch_cross_entropy": 1.0, "dot_cross_entropy": 1.0}).root
 RESULT = Path(__file__).parent / "results" / "training.json"
 
 

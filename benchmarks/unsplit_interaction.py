@@ -1,6 +1,6 @@
 """The interaction (IEM) of one pair, unsplit and in plain float operations: the reference for every faster path.
 
-Source: Liao et al., "D2LLM", ACL 2024, section 3.2; the anchored head and the rich features are additions of d2llm.
+Source: Liao et al., "D2LLM", ACL 2024, section 3.2; the dot head and the rich features are additions of d2llm.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def multilayer_perceptron(x: Float[Tensor, "*pairs in"], layers: Sequence[Linear
     return x
 
 
-def anchor_logit(
+def dot_logit(
     query: Float[Tensor, "*pairs dim"],
     passage: Float[Tensor, "*pairs dim"],
     query_map: Float[Tensor, "dim dim"],
     passage_map: Float[Tensor, "dim dim"],
     scale: float | Tensor,
 ) -> Float[Tensor, "*pairs"]:
-    """The anchor t <U a, V b> / dim; for U = V = I and vectors of norm sqrt(dim) it is t times their cosine."""
+    """The inner product t <U a, V b> / dim; for U = V = I and vectors of norm sqrt(dim) it is t times their cosine."""
     inner = ((query @ query_map.T) * (passage @ passage_map.T)).sum(dim=-1)
     return scale * inner / query.shape[-1]

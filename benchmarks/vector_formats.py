@@ -1,9 +1,9 @@
 """Cost of each format of stored vectors in quality, bytes and time.
 
-One run, the same vectors, on the dev splits of four data sets with the student `d2llm-minilm`: nDCG@10 by the anchor
-alone and by the full score on 1,000 candidates, both from the stored values, and the loss relative to float32. It also
-reports the bytes of a vector and the time of an exact scan for the best 1,000 of 100,000 rows on one thread, with
-FAISS' flat float32 index on the same rows as the peer.
+One run, the same vectors, on the dev splits of four data sets with the student `d2llm-minilm`: nDCG@10 by the inner
+product alone and by the full score on 1,000 candidates, both from the stored values, and the loss relative to float32.
+It also reports the bytes of a vector and the time of an exact scan for the best 1,000 of 100,000 rows on one thread,
+with FAISS' flat float32 index on the same rows as the peer.
 
 Queries are the first 300 of each dev split, in the order of the file. Licences: squad-sent and qnli CC BY-SA 4.0,
 banking77 CC BY 4.0, checkthat2020 for research only; they are only measured on, nothing is trained.
@@ -43,13 +43,13 @@ RESULT = Path(__file__).parent / "results" / "vector-formats.json"
 
 
 class Encoded(NamedTuple):
-    """A data set as vectors: of passages and queries, and the queries' anchors."""
+    """A data set as vectors: of passages and queries, and of queries for inner products."""
 
     ids: list[str]
     passages: np.ndarray
     query_ids: list[str]
     queries: np.ndarray
-    anchors: np.ndarray
+    dot_queries: np.ndarray
     qrels: dict[str, dict[str, int]]
     task: Task
 
@@ -61,22 +61,22 @@ def encode(student: Student, name: str) -> Encoded:
     query_ids = list(data.qrels["dev"])[:MAX_QUERIES]
     passages = student.encode_passages([data.passages[i].full_text for i in ids]).vectors
     queries = student.encode_queries([data.queries[i].text for i in query_ids]).vectors
-    anchors = student.anchor_queries(queries, SETS[name])
+    dot_queries = student.query_vectors(queries, SETS[name])
     qrels = {i: data.qrels["dev"][i] for i in query_ids}
-    return Encoded(ids, passages, query_ids, queries, anchors, qrels, SETS[name])
+    return Encoded(ids, passages, query_ids, queries, dot_queries, qrels, SETS[name])
 
 
 def quality(student: Student, data: Encoded, name: str) -> dict[str, float]:
-    """nDCG@10 by the anchor and by the full score, on the vectors as decoded from the format."""
+    """nDCG@10 by the inner product and by the full score, on the vectors as decoded from the format."""
     vector_format = make_format(name, data.passages.shape[1])
     codes = vector_format.encode(data.passages, data.ids)
     scan = RowScan(codes, vector_format)
-    rankings: dict[str, dict[str, list[str]]] = {"anchor": {}, "full": {}}
-    for query_id, query, anchor in zip(data.query_ids, data.queries, data.anchors, strict=True):
-        rows, _ = scan.search(anchor, CANDIDATES, ids_of=lambda rows: [data.ids[row] for row in rows])
+    rankings: dict[str, dict[str, list[str]]] = {"dot": {}, "full": {}}
+    for query_id, query, dot_query in zip(data.query_ids, data.queries, data.dot_queries, strict=True):
+        rows, _ = scan.search(dot_query, CANDIDATES, ids_of=lambda rows: [data.ids[row] for row in rows])
         scores = student.score(query, vector_format.decode(codes[rows]), data.task)
         best = rows[np.argsort(-scores, kind="stable")[:10]]
-        rankings["anchor"][query_id] = [data.ids[row] for row in rows[:10]]
+        rankings["dot"][query_id] = [data.ids[row] for row in rows[:10]]
         rankings["full"][query_id] = [data.ids[row] for row in best]
     return {
         kind: float(np.mean(list(per_query_measures(ranking, data.qrels)["nDCG@10"].values())))
@@ -135,7 +135,7 @@ def main() -> None:
         lost = {
             f"{set_name} {kind}": 100 * (1 - values[name][set_name][kind] / values["float32"][set_name][kind])
             for set_name in SETS
-            for kind in ("anchor", "full")
+            for kind in ("dot", "full")
         }
         rows[name] = {
             "bytes_per_vector": make_format(name, dim).code_size,
@@ -147,7 +147,7 @@ def main() -> None:
         }
         losses = "  ".join(f"{value:+6.2f}" for value in lost.values())
         print(f"{name:9} {make_format(name, dim).code_size:5} B  {times[name]:6.2f} ms   lost % {losses}")
-    print(f"FAISS flat float32: {times['FAISS flat']:.2f} ms   columns: {', '.join(SETS)} (anchor, full)")
+    print(f"FAISS flat float32: {times['FAISS flat']:.2f} ms   columns: {', '.join(SETS)} (dot, full)")
     setting = {"student": "d2llm-minilm", "split": "dev", "sets": sizes, "candidates": CANDIDATES, "dim": dim}
     scan = {"rows": SCAN_ROWS, "top_k": CANDIDATES, "threads": 1, "faiss_flat_ms": times["FAISS flat"]}
     RESULT.write_text(json.dumps({"setting": setting, "scan": scan, "formats": rows}, indent=2) + "\n")

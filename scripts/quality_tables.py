@@ -59,7 +59,7 @@ KINDS = {
     "cosine_untuned": "cosine, untuned",
     "cosine_tuned": "cosine, tuned",
     "paper_head": "paper head",
-    "anchor": "D2LLM's cosine",
+    "dot": "D2LLM's cosine",
     "d2llm": "D2LLM",
     "fitted_student": "D2LLM, fitted",
 }

@@ -40,7 +40,7 @@ class Interruption(Exception):
 
 
 class FakeStudent(PlainStudent):
-    """Anchor: 2 <q, p>. Interaction: bounded by 1. Texts over ``max_words`` words are truncated.
+    """Inner product: 2 <q, p>. Interaction: bounded by 1. Texts over ``max_words`` words are truncated.
 
     With ``fail_after`` it raises ``Interruption`` instead of encoding more than that many passages.
     """
@@ -50,13 +50,13 @@ class FakeStudent(PlainStudent):
         *,
         dim: int = 16,
         fingerprint: str = "fake-student",
-        head: str = "anchored",
+        head: str = "dot",
         max_words: int = 50,
         fail_after: int | None = None,
     ):
         self.fingerprint = fingerprint
         self.vector_dim = dim
-        self.has_anchor = head == "anchored"
+        self.has_dot = head == "dot"
         self.config = StudentConfig(interaction=InteractionConfig(head=head))
         self.max_words = max_words
         self.encoded_passages = 0
@@ -83,15 +83,15 @@ class FakeStudent(PlainStudent):
         self.encoded_passages += len(texts)
         return self._encode(texts, advance)
 
-    def anchor_queries(self, query_vectors, task):
-        assert self.has_anchor
+    def query_vectors(self, query_vectors, task):
+        assert self.has_dot
         return 2 * query_vectors
 
     def score(self, query_vector, passage_vectors, task):
         sign = 1 if task == "asymmetric" else -1
         # Not a matrix product: in BLAS the summation order within a row depends on the number of rows.
-        anchor = 2 * np.einsum("ij,j->i", passage_vectors, query_vector)
-        return anchor + sign * np.tanh(passage_vectors[:, 0] * query_vector[1])
+        dot = 2 * np.einsum("ij,j->i", passage_vectors, query_vector)
+        return dot + sign * np.tanh(passage_vectors[:, 0] * query_vector[1])
 
 
 def with_exact_products(encoded):
@@ -99,8 +99,8 @@ def with_exact_products(encoded):
     return FakeEncoded(np.round(4 * encoded.vectors) / 4, encoded.truncated, encoded.num_tokens)
 
 
-class AnchorStudent(FakeStudent):
-    """The anchor is the whole score, and inner products are exact: vector values are multiples of 1/4."""
+class DotStudent(FakeStudent):
+    """The inner product is the whole score, and inner products are exact: vector values are multiples of 1/4."""
 
     def _encode(self, texts, advance):
         return with_exact_products(super()._encode(texts, advance))
@@ -109,11 +109,11 @@ class AnchorStudent(FakeStudent):
         return 2 * np.einsum("ij,j->i", passage_vectors, query_vector)
 
 
-class PreparedAnchorStudent(AnchorStudent):
+class PreparedDotStudent(DotStudent):
     """As AnchorStudent, and tells a search that the interaction has weight 0; the interaction must not be computed."""
 
     def prepare(self, query_vector, task):
-        return FakeScorer(self.anchor_queries(query_vector[None], task)[0])
+        return FakeScorer(self.query_vectors(query_vector[None], task)[0])
 
     def passage_bound(self, passage_vectors):
         return np.ones(len(passage_vectors), np.float32)
@@ -121,11 +121,11 @@ class PreparedAnchorStudent(AnchorStudent):
 
 @dataclass(frozen=True)
 class FakeScorer:
-    anchor_query: np.ndarray
+    dot_query: np.ndarray
     bound: float = 0.0
 
     def __call__(self, passages):
-        return passages @ self.anchor_query
+        return passages @ self.dot_query
 
     def change(self, passages):
         raise AssertionError("an interaction without weight was asked")

@@ -40,9 +40,9 @@ class Indexed:
         scores = self.student.score(vector, vectors, task)
         return {passage.id: float(score) for passage, score in zip(PASSAGES, scores, strict=True)}
 
-    def anchors(self, query: str, texts: list[str]) -> list[float]:
-        """Inner products of the query's anchor vector with the passages' vectors."""
-        vector = self.student.anchor_queries(self.student.encode_queries([query]).vectors)[0]
+    def dots(self, query: str, texts: list[str]) -> list[float]:
+        """Inner products of the query's vector with the passages' vectors."""
+        vector = self.student.query_vectors(self.student.encode_queries([query]).vectors)[0]
         return (self.student.encode_passages(texts).vectors @ vector).tolist()
 
     def found(self, query: str, **settings: Any) -> list[tuple[str, float]]:

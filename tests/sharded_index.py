@@ -22,12 +22,12 @@ class BoundedScorer:
     bound: float = 1.0
 
     @property
-    def anchor_query(self):
+    def dot_query(self):
         return 2 * self.query
 
     def __call__(self, passages):
-        anchors = np.einsum("ij,j->i", passages, self.anchor_query)
-        return anchors + np.float32(self.bound) * self.change(passages)
+        dots = np.einsum("ij,j->i", passages, self.dot_query)
+        return dots + np.float32(self.bound) * self.change(passages)
 
     def change(self, passages):
         # In float64, because the last bits of numpy's tanh depend on the place in the array.
@@ -35,7 +35,7 @@ class BoundedScorer:
 
 
 class BoundedStudent(TokenStudent):
-    """A score like that of a real student: anchor, bounded interaction, words, windows and tokens."""
+    """A score like that of a real student: inner product, bounded interaction, words, windows and tokens."""
 
     bound = 1.0
     weights = WEIGHTS

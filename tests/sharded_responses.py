@@ -29,7 +29,7 @@ def search(address: str, **settings: Any) -> dict[str, Any]:
 
 
 def results_of(answer: dict[str, Any]) -> list[dict[str, Any]]:
-    left_out = ("score", "anchor_score", "log_odds")  # rounded differently in blocks of another size
+    left_out = ("score", "dot_score", "log_odds")  # rounded differently in blocks of another size
     return [{name: value for name, value in place.items() if name not in left_out} for place in answer["passages"]]
 
 

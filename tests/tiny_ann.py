@@ -24,13 +24,13 @@ class Vectors:
 class PlainStudent:
     """A student whose queries are the numbers of its vectors."""
 
-    def __init__(self, vectors=None, *, has_anchor=True):
+    def __init__(self, vectors=None, *, has_dot=True):
         self.fingerprint = "student"
-        self.has_anchor = has_anchor
+        self.has_dot = has_dot
         self.vectors = vectors
         self.asked: list[str] = []
 
-    def anchor_queries(self, vectors, task):
+    def query_vectors(self, vectors, task):
         del task
         return vectors
 

@@ -106,7 +106,7 @@ def write_rule_labels(
         labels.write([_by_rule(e, reverse) for e in source.plan.entries if queries is None or e.query_id in queries])
 
 
-JUDGEMENTS = {"in_batch_cross_entropy": 1.0, "anchor_cross_entropy": 1.0, "pair_cross_entropy": 1.0}
+JUDGEMENTS = {"in_batch_cross_entropy": 1.0, "dot_cross_entropy": 1.0, "pair_cross_entropy": 1.0}
 PUBLISHED = JUDGEMENTS | {
     "contrastive_imitation": 1.0,
     "rank_imitation_positive_hard": 1.0,

@@ -149,7 +149,7 @@ TINY_PMA = Pooling(kind="pma", num_heads=4)
 
 
 def tiny_student_config(model: Path | str, *, pooling: Pooling = TINY_PMA, **backbone: Any) -> StudentConfig:
-    """A small version of the default student (anchored, rich, warm) with the tiny model in ``model``."""
+    """A small version of the default student (dot, rich, warm) with the tiny model in ``model``."""
     settings = {"model": str(model), "tuning": Lora(rank=4, alpha=8.0), "max_passage_tokens": 64}
     return StudentConfig(
         backbone=BackboneConfig.model_validate(settings | {"max_query_tokens": 64} | backbone),

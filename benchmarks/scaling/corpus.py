@@ -107,7 +107,7 @@ class KnownVectors(PlainStudent):
     has in one of the real passages, with the noise that vectors of passages have; tokens of queries are real.
     """
 
-    has_anchor = True
+    has_dot = True
     token_fingerprint = "known"
 
     def __init__(self, student: Student, queries: Sequence[Queries], passages: Sequence[Passage] = ()) -> None:
@@ -121,7 +121,7 @@ class KnownVectors(PlainStudent):
             for own, token_ids in zip(read.split(), self._tokens(texts), strict=True):
                 self._token_vectors |= zip(token_ids, own, strict=True)
         self.fingerprint, self.config, self.vector_dim = student.fingerprint, student.config, student.vector_dim
-        self.anchor_queries, self.score = student.anchor_queries, student.score
+        self.query_vectors, self.score = student.query_vectors, student.score
         self._queries = {text: vector for of_task in queries for text, vector in zip(*of_task, strict=True)}
         self._pending: defaultdict[str, list[NDArray[np.float32]]] = defaultdict(list)
         self._random = np.random.default_rng(0)

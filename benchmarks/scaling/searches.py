@@ -74,7 +74,7 @@ def our_searches(
 
     Searches that count words rank differently from the truth they are compared with: only their time is meaningful.
     """
-    anchors = student.anchor_queries(task_queries.vectors, task)
+    dot_queries = student.query_vectors(task_queries.vectors, task)
     cached = CachedBounds(passage_bounds(view, student))
     queries = [Query(str(number), text) for number, text in enumerate(task_queries.texts)]
     approximate = None if view.ann is None else AnnSearch(view.ann, view.live, view.ids)
@@ -85,8 +85,8 @@ def our_searches(
         return ordered[top_rows(scores, TOP_K, lambda places: view.ids(ordered[places]))].tolist()
 
     def near(number: int, depth: int) -> NDArray[np.int64]:
-        hits = None if approximate is None else approximate.search(anchors[number], depth)
-        return view.scan(anchors[number], depth).rows if hits is None else hits[0]
+        hits = None if approximate is None else approximate.search(dot_queries[number], depth)
+        return view.scan(dot_queries[number], depth).rows if hits is None else hits[0]
 
     def certified(number: int) -> Sequence[int]:
         return certified_top_k(view, student, task_queries.vectors[number], task, TOP_K, cached=cached).rows.tolist()
@@ -96,11 +96,11 @@ def our_searches(
         return lambda number: [_row(place.passage.id) for place in searcher.rank([queries[number]])[0].passages]
 
     searches: dict[str, Search] = {
-        "d2llm, inner products alone": lambda number: view.scan(anchors[number], TOP_K).rows.tolist()
+        "d2llm, inner products alone": lambda number: view.scan(dot_queries[number], TOP_K).rows.tolist()
     }
     for depth in DEPTHS:
         searches[f"d2llm, scan {depth} + IEM"] = lambda number, depth=depth: rescored(
-            number, view.scan(anchors[number], depth).rows
+            number, view.scan(dot_queries[number], depth).rows
         )
     searches["d2llm, certified"] = certified
     searches["d2llm, scan 1000 + IEM, whole"] = whole()
@@ -124,7 +124,7 @@ def format_searches(
     vectors: NDArray[np.float32], names: Sequence[str], student: Student, task_queries: Queries, task: Task
 ) -> dict[str, Search]:
     """Searches on the vectors in other formats, in memory: the results of a store in that format."""
-    anchors = student.anchor_queries(task_queries.vectors, task)
+    dot_queries = student.query_vectors(task_queries.vectors, task)
     searches: dict[str, Search] = {}
     for name in names:
         stored = make_format(name, vectors.shape[1])
@@ -134,7 +134,9 @@ def format_searches(
         scan = RowScan(codes, stored)
 
         def search(number: int, scan: RowScan = scan, codes: NDArray[np.uint8] = codes, stored: Any = stored) -> Any:
-            rows = np.sort(scan.search(anchors[number], DEPTHS[0], ids_of=lambda rows: rows.astype(str).tolist())[0])
+            rows = np.sort(
+                scan.search(dot_queries[number], DEPTHS[0], ids_of=lambda rows: rows.astype(str).tolist())[0]
+            )
             scores = student.score(task_queries.vectors[number], stored.decode(codes[rows]), task)
             return rows[np.argsort(-scores, kind="stable")[:TOP_K]].tolist()
 
@@ -145,12 +147,12 @@ def format_searches(
 def faiss_searches(
     flat: Any, inverted: Any, student: Student, task_queries: Queries, task: Task, dim: int
 ) -> dict[str, Search]:
-    """FAISS on the same vectors in float32, searched with the anchor, alone or followed by the IEM."""
-    anchors = student.anchor_queries(task_queries.vectors, task)
+    """FAISS on the same vectors in float32, searched with the inner product, alone or followed by the IEM."""
+    dot_queries = student.query_vectors(task_queries.vectors, task)
     vectors = faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * dim).reshape(-1, dim)
 
     def first(index: Any, number: int, depth: int, **options: Any) -> NDArray[np.int64]:
-        rows = index.search(anchors[number][None], depth, **options)[1][0]
+        rows = index.search(dot_queries[number][None], depth, **options)[1][0]
         return rows[rows >= 0]
 
     def rescored(index: Any, number: int, **options: Any) -> Sequence[int]:

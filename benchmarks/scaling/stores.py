@@ -125,7 +125,7 @@ def lance_searches(
     folder: Path, vectors: NDArray[np.float32], student: Student, task_queries: Queries, task: Task
 ) -> tuple[dict[str, Search], dict[str, float]]:
     """A LanceDB table of the vectors in float32: flat, then with an IVF-PQ index. Also the processor time to build."""
-    anchors = student.anchor_queries(task_queries.vectors, task)
+    dot_queries = student.query_vectors(task_queries.vectors, task)
     shutil.rmtree(folder, ignore_errors=True)
     begin = time.process_time()
     schema = pa.schema({"row": pa.int64(), "vector": pa.list_(pa.float32(), vectors.shape[1])})
@@ -148,11 +148,11 @@ def lance_searches(
         return query.limit(TOP_K).select(["row", "_distance"]).to_arrow()["row"].to_pylist()
 
     searches: dict[str, Search] = {
-        "LanceDB flat": lambda number: rows_of(flat.search(anchors[number]).distance_type("dot"))
+        "LanceDB flat": lambda number: rows_of(flat.search(dot_queries[number]).distance_type("dot"))
     }
     for probes in PROBES[1:]:
         searches[f"LanceDB IVF-PQ, {probes} probes, re-ranked"] = lambda number, probes=probes: rows_of(
-            inverted.search(anchors[number]).distance_type("dot").nprobes(probes).refine_factor(10)
+            inverted.search(dot_queries[number]).distance_type("dot").nprobes(probes).refine_factor(10)
         )
     return searches, times
 
@@ -165,7 +165,7 @@ def chroma_search(
 
     ``python``: one that has ``chromadb``, if this one does not; its site-packages are appended to the path.
     """
-    anchors = student.anchor_queries(task_queries.vectors, task)
+    dot_queries = student.query_vectors(task_queries.vectors, task)
     program = Path(python or sys.executable).parent / "chroma"
     if python is not None:
         sys.path += [str(path) for path in Path(python).parents[1].glob("lib/python*/site-packages")]
@@ -193,7 +193,9 @@ def chroma_search(
         seconds = time.perf_counter() - begin
 
         def search(number: int) -> list[int]:
-            answer = collection.query(query_embeddings=anchors[number][None], n_results=TOP_K, include=["distances"])
+            answer = collection.query(
+                query_embeddings=dot_queries[number][None], n_results=TOP_K, include=["distances"]
+            )
             return [int(row) for row in answer["ids"][0]]
 
         yield {"Chroma server (HNSW)": search}, {"build_seconds": seconds, "version": chromadb.__version__}

@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks" / "llm_teacher"
 
 
 @pytest.fixture
-def anchored() -> Recipe:
+def dot() -> Recipe:
     return load_recipe(FOLDER / "squad-sent-banking77.toml")
 
 
@@ -22,11 +22,11 @@ def paper() -> Recipe:
     return load_recipe(FOLDER / "paper-head.toml")
 
 
-def test_both_recipes_share_plans_teacher_and_labels(anchored: Recipe, paper: Recipe) -> None:
+def test_both_recipes_share_plans_teacher_and_labels(dot: Recipe, paper: Recipe) -> None:
     def shared(recipe: Recipe) -> dict[str, Any]:
         return recipe.model_dump(include={"seed", "teacher", "teacher_tuning", "data", "mining", "gate", "labelling"})
 
-    assert shared(anchored) == shared(paper)
+    assert shared(dot) == shared(paper)
 
 
 def test_the_published_head_is_that_of_the_shipped_recipe(paper: Recipe) -> None:
@@ -38,14 +38,14 @@ def test_the_published_head_is_that_of_the_shipped_recipe(paper: Recipe) -> None
     assert differing == {"warmup_steps", "num_hard", "num_easy", "dev_queries", "dev_passages"}
 
 
-def test_the_plans_have_the_negatives_that_training_draws(anchored: Recipe, paper: Recipe) -> None:
-    for recipe in (anchored, paper):
+def test_the_plans_have_the_negatives_that_training_draws(dot: Recipe, paper: Recipe) -> None:
+    for recipe in (dot, paper):
         assert recipe.training.num_hard <= recipe.mining.num_hard
         assert recipe.training.num_easy <= recipe.mining.num_easy
 
 
-def test_every_published_ablation_changes_the_recipe(anchored: Recipe) -> None:
+def test_every_published_ablation_changes_the_recipe(dot: Recipe) -> None:
     published = [variant for variant in VARIANTS.values() if variant.group == "published"]
     assert len(published) == 8
     for variant in published:
-        assert variant.apply(anchored).model_copy(update={"name": anchored.name}) != anchored, variant.name
+        assert variant.apply(dot).model_copy(update={"name": dot.name}) != dot, variant.name

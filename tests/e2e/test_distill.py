@@ -318,7 +318,7 @@ def test_the_head_of_the_paper(place: Place, tmp_path: Path) -> None:
     assert report.interaction_weights == {"asymmetric": 1.0}
     assert set(report.dev["tiny"]["by_weight"]) == {"1.0"}
     assert Student.load(tmp_path / "student", device="cpu").fingerprint == report.fingerprint
-    assert all("anchor_cross_entropy" not in line for line in log_of(tmp_path / "student"))
+    assert all("dot_cross_entropy" not in line for line in log_of(tmp_path / "student"))
 
 
 # --- never worse than the start ---------------------------------------------------------------------------------------

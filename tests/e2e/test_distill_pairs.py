@@ -57,7 +57,7 @@ def pair_source(folder: Path, plan: Path) -> TrainingSource:
     return training_source(DataConfig(path=str(folder), task="symmetric"), read_plan(plan))
 
 
-PLAIN = Objective(JUDGEMENTS | {"pair_cross_entropy": {"anchor": 0.0}})
+PLAIN = Objective(JUDGEMENTS | {"pair_cross_entropy": {"dot": 0.0}})
 
 
 def test_pairs_alone_teach_a_student_without_a_teacher(place: Place, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_run_on_pairs_and_retrieval_resumes_exactly(place: Place, tmp_path: Pa
     steps = [line for line in log_of(tmp_path / "whole") if "loss" in line]
     assert {frozenset(name for name in line if "cross_entropy" in name) for line in steps} == {
         frozenset({"pair_cross_entropy"}),
-        frozenset({"in_batch_cross_entropy", "anchor_cross_entropy"}),
+        frozenset({"in_batch_cross_entropy", "dot_cross_entropy"}),
     }
     (tmp_path / "whole" / "manifest.json").unlink()
     for path in sorted((tmp_path / "whole").rglob("*"), reverse=True):

@@ -135,6 +135,6 @@ def test_without_imitation_no_labels_are_needed(place: Place, tmp_path: Path) ->
     report = place.run(tmp_path / "student", labels=tmp_path / "nothing", recipe=recipe)
     assert (report.steps, report.queries, report.unlabelled_queries) == (4, 16, 16)
     losses = [line for line in log_of(tmp_path / "student") if "loss" in line]
-    assert all({"in_batch_cross_entropy", "anchor_cross_entropy"} <= line.keys() for line in losses)
+    assert all({"in_batch_cross_entropy", "dot_cross_entropy"} <= line.keys() for line in losses)
     assert not any("imitation" in name for line in losses for name in line)
     assert not (tmp_path / "nothing").exists()

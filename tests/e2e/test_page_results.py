@@ -94,7 +94,7 @@ def facts_of(page):
 def test_an_interaction_that_adds_nothing_is_not_what_ranks(visit, address):
     facts = patient.get(f"{address}/v1/index").json()
     assert "interaction" not in facts["score_parts"]
-    assert {"anchor", "lexical"} <= set(facts["score_parts"])
+    assert {"dot", "lexical"} <= set(facts["score_parts"])
     page = visit(f"{address}/?q={QUESTION}")
     page.wait_for_selector(".card")
     names = page.locator("#ranks label").all_inner_texts()
@@ -105,7 +105,7 @@ def test_an_interaction_that_adds_nothing_is_not_what_ranks(visit, address):
     page.locator(".toggle-why").first.click()
     page.wait_for_selector(".text mark.weight")
     shown = [part.locator("dt").evaluate("dt => dt.firstChild.data") for part in page.locator(".parts > div").all()]
-    words = {"anchor": "Inner product", "windows": "Best window", "tokens": "Tokens", "lexical": "Words"}
+    words = {"dot": "Inner product", "windows": "Best window", "tokens": "Tokens", "lexical": "Words"}
     assert shown == [*(words[part] for part in facts["score_parts"]), "Student’s score"]
     assert "The score has no interaction: " in page.locator(".why").inner_text()
     assert "Words that raise the inner product are shaded" in page.locator(".why").inner_text()
@@ -118,7 +118,7 @@ def test_an_interaction_that_adds_nothing_is_not_what_ranks(visit, address):
 def test_an_interaction_that_counts_is_named(visit, tmp_path):
     with serve(make_app(tiny_settings(write_tiny_index(tmp_path, 8)))) as url:
         wait_until_ready(url)
-        assert patient.get(f"{url}/v1/index").json()["score_parts"] == ["anchor", "interaction"]
+        assert patient.get(f"{url}/v1/index").json()["score_parts"] == ["dot", "interaction"]
         page = visit(f"{url}/?q=cat")
         page.wait_for_selector(".card")
         assert page.locator("#ranks label").all_inner_texts() == ["Inner product", "IEM"]
@@ -133,7 +133,7 @@ def test_a_score_that_is_the_inner_product_is_offered_once(visit, tmp_path):
     Index.create(tmp_path / "index", tmp_path / "student", dtype="float32").upsert(tiny_passages(8))
     with serve(make_app(tiny_settings(tmp_path / "index"))) as url:
         wait_until_ready(url)
-        assert patient.get(f"{url}/v1/index").json()["score_parts"] == ["anchor"]
+        assert patient.get(f"{url}/v1/index").json()["score_parts"] == ["dot"]
         page = visit(f"{url}/?q=cat&rank=none&beside=1")
         page.wait_for_selector(".card")
         assert page.locator("#ranking").is_hidden()
@@ -228,7 +228,7 @@ def test_probabilities_are_those_of_the_students_calibration(address):
     for query in (QUESTION, NONSENSE[0]):
         answer = patient.post(f"{address}/v1/search", json={"query": query, "explain": True}).json()
         for passage in answer["passages"]:
-            own = passage["explanation"]["anchor"] + passage["explanation"]["interaction"]
+            own = passage["explanation"]["dot"] + passage["explanation"]["interaction"]
             expected = 1 / (1 + math.exp(-(fitted["slope"] * own + fitted["offset"])))
             assert passage["probability"] == pytest.approx(expected, rel=1e-6)
             words = passage["explanation"]["terms"]

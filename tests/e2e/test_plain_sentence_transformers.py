@@ -119,14 +119,12 @@ def students(tmp_path_factory, pushed):
     """By name: the student, its folder, and the task whose inner product the library computes."""
     root = tmp_path_factory.mktemp("students")
     written = {
-        "decoder": (write_student(root / "decoder", "llama", "anchored", Pooling(kind="last")), "asymmetric"),
-        "encoder": (write_student(root / "encoder", "bert", "anchored", Pooling(kind="mean")), "asymmetric"),
+        "decoder": (write_student(root / "decoder", "llama", "dot", Pooling(kind="last")), "asymmetric"),
+        "encoder": (write_student(root / "encoder", "bert", "dot", Pooling(kind="mean")), "asymmetric"),
         "weighted": (write_student(root / "weighted", "llama", "cosine", Pooling(kind="weighted_mean")), "asymmetric"),
         "first": (write_student(root / "first", "modernbert", "cosine", Pooling(kind="first")), "asymmetric"),
         "symmetric": (
-            write_student(
-                root / "symmetric", "bert", "anchored", Pooling(kind="mean"), content={"tasks": ["symmetric"]}
-            ),
+            write_student(root / "symmetric", "bert", "dot", Pooling(kind="mean"), content={"tasks": ["symmetric"]}),
             "symmetric",
         ),
     }
@@ -170,7 +168,7 @@ def assert_close(actual, expected):
 def test_the_library_alone_reproduces_the_students_numbers(students, outputs, name):
     student, _, task = students[name]
     passages = student.encode_passages(PASSAGES).vectors
-    queries = student.anchor_queries(student.encode_queries(QUERIES).vectors, task)
+    queries = student.query_vectors(student.encode_queries(QUERIES).vectors, task)
     output = outputs[name]
     assert_close(output["queries"], queries)
     assert_close(output["passages"], passages)
@@ -180,13 +178,13 @@ def test_the_library_alone_reproduces_the_students_numbers(students, outputs, na
         vectors = student.encode_queries(QUERIES).vectors
         assert_close(output["similarity"], np.stack([student.score(vector, passages, task) for vector in vectors]))
     if name == "symmetric":
-        other = student.anchor_queries(student.encode_queries(QUERIES).vectors, "asymmetric")
+        other = student.query_vectors(student.encode_queries(QUERIES).vectors, "asymmetric")
         assert np.abs(queries - other).max() > 0.1
 
 
 @pytest.mark.parametrize(
     ("head", "pooling", "reason"),
-    [("anchored", TINY_PMA, "pooling 'pma'"), ("paper", AutoPooling(), "no inner product")],
+    [("dot", TINY_PMA, "pooling 'pma'"), ("paper", AutoPooling(), "no inner product")],
 )
 def test_students_beyond_the_library_say_so_and_do_not_load(tmp_path, head, pooling, reason):
 
@@ -205,7 +203,7 @@ def test_students_beyond_the_library_say_so_and_do_not_load(tmp_path, head, pool
 def test_a_tokenizer_without_a_first_token(tmp_path):
     """It makes no token of an empty text, on which the library fails: the card says so."""
     remark = "Its tokenizer makes no token of an empty text"
-    student = write_student(tmp_path / "with", "llama", "anchored", Pooling(kind="last"))
+    student = write_student(tmp_path / "with", "llama", "dot", Pooling(kind="last"))
     assert remark not in (tmp_path / "with" / "student" / "README.md").read_text()
     student.backbone.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
     assert student.encode_passages([""]).vectors.shape == (1, student.vector_dim)

@@ -94,7 +94,7 @@ def test_training_changed_the_head(trained: Path, endpoint: LocalEndpoint) -> No
     is_trained = {
         task: not torch.equal(after[f"parameter/interaction.{name}"], before[name])
         for task in TASKS
-        for name in [f"anchors.{task}.query_map"]
+        for name in [f"dots.{task}.query_map"]
     }
     assert is_trained == {"symmetric": False, "asymmetric": True}  # the only data set is asymmetric
 
@@ -179,8 +179,8 @@ def test_a_d2llm_server_is_an_embedding_api(tmp_path: Path) -> None:
         for encode in ("encode_queries", "encode_passages"):
             vectors = getattr(student, encode)(SENTENCES[:5]).vectors
             expected = getattr(local, encode)(SENTENCES[:5]).vectors
-            if encode == "encode_queries":  # the server gives vectors whose inner products are the anchor
-                expected = local.anchor_queries(expected, "asymmetric")
+            if encode == "encode_queries":  # the server gives vectors whose inner products are the inner product
+                expected = local.query_vectors(expected, "asymmetric")
             expected *= local.vector_dim**0.5 / np.linalg.norm(expected, axis=1, keepdims=True)
             np.testing.assert_allclose(vectors, expected, atol=1e-4)
         with pytest.raises(InputError, match=r"lower student.backbone.max_passage_tokens"):

@@ -54,10 +54,10 @@ def test_an_untrained_student_equals_its_backbones_cosine(folder, student):
     report = measure(folder, Contenders(student, untuned=untuned), latency_queries=2)
     names = ["cosine, untuned", "cosine, D2LLM vectors", "D2LLM", "D2LLM, weights fitted here"]
     assert [row.name for row in report.rows][-4:] == names
-    cosine, anchor, d2llm, _ = report.rows[-4:]
+    cosine, dot, d2llm, _ = report.rows[-4:]
     for name in ("nDCG@10", "MRR@10", "MAP", "Recall@10", "Recall@100"):
         assert d2llm.measures[name].value == pytest.approx(cosine.measures[name].value, abs=1e-6)
-        assert anchor.measures[name].value == pytest.approx(cosine.measures[name].value, abs=1e-6)
+        assert dot.measures[name].value == pytest.approx(cosine.measures[name].value, abs=1e-6)
     assert report.baseline == "cosine, untuned"
     assert report.comparison("D2LLM", "nDCG@10").p_value == 1.0
     assert d2llm.measures["Recall@100"].value == 1.0

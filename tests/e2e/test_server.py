@@ -130,7 +130,7 @@ def test_a_context_is_that_of_the_library(index, post, order):
 def test_without_rescoring_the_inner_product_ranks(index, post):
     response = post("/v1/search", {"query": QUERY, "rescore": "none", "top_k": 60})
     scores = [hit["score"] for hit in response["passages"]]
-    np.testing.assert_allclose(scores, [hit["anchor_score"] for hit in response["passages"]], atol=1e-4)
+    np.testing.assert_allclose(scores, [hit["dot_score"] for hit in response["passages"]], atol=1e-4)
     rescored = post("/v1/search", {"query": QUERY, "top_k": 60})
     assert [hit["id"] for hit in rescored["passages"]] != [hit["id"] for hit in response["passages"]]
 
@@ -155,7 +155,7 @@ def test_an_explanation_splits_the_score_into_parts(index, post):
     hit = ranking.passages[0]
     response = post("/v1/explain", {"query": QUERY, "passage_id": hit.passage.id})
     assert response["score"] == pytest.approx(hit.score, rel=0.01)  # the index holds bfloat16
-    assert response["anchor"] + response["interaction"] == pytest.approx(response["score"], abs=1e-4)
+    assert response["dot"] + response["interaction"] == pytest.approx(response["score"], abs=1e-4)
     text = f"{response['title']}\n{response['text']}" if response["title"] else response["text"]
     assert [text[word["start"] : word["end"]] for word in response["words"]][:2] == text.split()[:2]
     assert response["teacher"] is None

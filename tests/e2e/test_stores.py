@@ -74,9 +74,9 @@ def test_there_are_more_passages_than_candidates(page):
 def test_rescoring_changes_the_scores_of_a_store(page, expected):
     """Otherwise the tests above would not notice if rescoring were left out."""
     query = page["student"].encode_queries([QUESTIONS[0]]).vectors
-    anchors = page["vectors"] @ page["head"].anchor_queries(query, "symmetric")[0]
+    dots = page["vectors"] @ page["head"].query_vectors(query, "symmetric")[0]
     rescored = [score for _, score in expected[QUESTIONS[0], "symmetric"]]
-    assert np.abs(np.sort(anchors)[::-1][:10] - rescored).max() > 0.1
+    assert np.abs(np.sort(dots)[::-1][:10] - rescored).max() > 0.1
 
 
 def test_the_output_shown_on_the_page_is_right(page):

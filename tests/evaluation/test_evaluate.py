@@ -400,7 +400,7 @@ def test_with_a_judge_as_baseline_only_the_sample_is_compared(words):
 
 
 @pytest.mark.parametrize(
-    ("baseline", "name"), [("bm25", "BM25"), ("hybrid", FUSION_UNTUNED), ("anchor", "cosine, D2LLM vectors")]
+    ("baseline", "name"), [("bm25", "BM25"), ("hybrid", FUSION_UNTUNED), ("dot", "cosine, D2LLM vectors")]
 )
 def test_the_baseline_can_be_chosen(baseline, name):
     report = measure(make_dataset(), everyone(), baseline=baseline)

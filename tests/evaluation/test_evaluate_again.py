@@ -271,7 +271,7 @@ def test_judgements_with_unknown_ids_are_counted(tmp_path):
 def test_a_missing_baseline_is_refused_before_any_work(baseline):
     student = FakeStudent()
     with pytest.raises(
-        InputError, match=f"the baseline '{baseline}' is not among the rows .*: anchor, bm25, d2llm, fitted_sum, hyb"
+        InputError, match=f"the baseline '{baseline}' is not among the rows .*: bm25, d2llm, dot, fitted_sum, hyb"
     ):
         measure(make_dataset(), Contenders(student), baseline=baseline)
     assert student.encoded_passages == 0

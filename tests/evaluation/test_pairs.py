@@ -424,7 +424,7 @@ def test_a_second_evaluation_reuses_all_results(sayings, tmp_path):
 def test_students_with_the_same_vectors_share_one_encoding(sayings):
     student = FakeStudent()
     report = measure(sayings, Contenders(student))
-    assert [row.kind for row in report.rows] == ["bm25", "anchor", "d2llm"]
+    assert [row.kind for row in report.rows] == ["bm25", "dot", "d2llm"]
     distinct = sum(len({pair.passage for pair in sayings.pairs(split)}) for split in ("test", "dev"))
     num_timed = 2 * min(len(sayings.pairs("test")), report.settings["latency_queries"])  # each alone, for both
     assert student.encoded_passages == distinct + num_timed

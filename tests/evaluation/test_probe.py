@@ -47,7 +47,7 @@ def make_texts(number: int, *, seed: int = 0) -> list[str]:
 class Student:
     """Vectors of a function of the text; the whole score is the inner product minus the passage's second number."""
 
-    has_anchor = True
+    has_dot = True
 
     def __init__(self, vector: Callable[[str], Sequence[float]]) -> None:
         self.vector = vector
@@ -60,7 +60,7 @@ class Student:
             advance(len(texts))
         return self.encode_queries(texts)
 
-    def anchor_queries(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
+    def query_vectors(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
         assert task == "asymmetric"
         return query_vectors
 

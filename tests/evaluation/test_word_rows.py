@@ -229,14 +229,14 @@ def test_ablated_parts_of_the_score_get_rows(words, work):
     def score(text):
         return student.score(student.encode_queries([text]).vectors[0], passages, "asymmetric")
 
-    def anchor(text):
-        return passages @ student.anchor_queries(student.encode_queries([text]).vectors, "asymmetric")[0]
+    def dot(text):
+        return passages @ student.query_vectors(student.encode_queries([text]).vectors, "asymmetric")[0]
 
     rankings = report.details.rankings
     check(rankings["D2LLM"], words, score, WEIGHTS)
     check(rankings[names[0]], words, score, {"window_words_share": 1.5})
     check(rankings[names[1]], words, score, {"words": 0.5})
-    check(rankings[names[2]], words, anchor, WEIGHTS)
+    check(rankings[names[2]], words, dot, WEIGHTS)
     assert {part.row for part in report.parts} == set(names)
     assert {part.baseline for part in report.parts} == {"D2LLM"}
     assert not {part.row for part in report.comparisons} & set(names)

@@ -43,7 +43,7 @@ def as_pairs(output):
 
 
 class TestEmbedders:
-    def test_the_inner_product_of_embeddings_is_the_anchor(self, indexed, folder):
+    def test_the_inner_product_of_embeddings_is_the_inner_product(self, indexed, folder):
         embedded = integration.D2LLMDocumentEmbedder(folder, **FLOAT32).run(
             [haystack.Document(content=text) for text in TEXTS]
         )["documents"]
@@ -52,7 +52,7 @@ class TestEmbedders:
         assert vectors.shape == (len(TEXTS), DIM)
         for query in QUERIES:
             vector = integration.D2LLMTextEmbedder(folder, **FLOAT32).run(query)["embedding"]
-            np.testing.assert_allclose(vectors @ vector, indexed.anchors(query, TEXTS), rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(vectors @ vector, indexed.dots(query, TEXTS), rtol=1e-5, atol=1e-5)
             assert integration.D2LLMTextEmbedder(folder, task="symmetric", **FLOAT32).run(query)["embedding"] != vector
 
     def test_titles_are_embedded_and_documents_are_copied(self, documents, indexed, folder):
@@ -73,8 +73,8 @@ class TestEmbedders:
         pipeline.add_component("retriever", InMemoryEmbeddingRetriever(store, top_k=8, scale_score=False))
         pipeline.connect("embedder.embedding", "retriever.query_embedding")
         output = pipeline.run({"embedder": {"text": QUERIES[0]}})["retriever"]
-        anchors = indexed.anchors(QUERIES[0], [passage.full_text for passage in PASSAGES])
-        expected = sorted(zip([p.id for p in PASSAGES], anchors, strict=True), key=lambda pair: -pair[1])
+        dots = indexed.dots(QUERIES[0], [passage.full_text for passage in PASSAGES])
+        expected = sorted(zip([p.id for p in PASSAGES], dots, strict=True), key=lambda pair: -pair[1])
         assert [document for document, _ in as_pairs(output)] == [passage for passage, _ in expected]
         np.testing.assert_allclose([s for _, s in as_pairs(output)], [s for _, s in expected], rtol=1e-4, atol=1e-5)
 

@@ -37,12 +37,12 @@ def as_pairs(documents):
 
 
 class TestEmbeddings:
-    def test_the_inner_product_of_embeddings_is_the_anchor(self, indexed):
+    def test_the_inner_product_of_embeddings_is_the_inner_product(self, indexed):
         embeddings = integration.D2LLMEmbeddings(indexed.student)
         vectors = np.array(embeddings.embed_documents(TEXTS))
         assert vectors.shape == (len(TEXTS), DIM)
         for query in QUERIES:
-            expected = indexed.anchors(query, TEXTS)
+            expected = indexed.dots(query, TEXTS)
             np.testing.assert_allclose(vectors @ embeddings.embed_query(query), expected, rtol=1e-5, atol=1e-5)
         symmetric = integration.D2LLMEmbeddings(indexed.student, task="symmetric")
         assert symmetric.embed_query(QUERIES[0]) != embeddings.embed_query(QUERIES[0])

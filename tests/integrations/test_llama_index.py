@@ -37,7 +37,7 @@ def as_pairs(nodes):
 
 
 class TestEmbedding:
-    def test_the_inner_product_of_embeddings_is_the_anchor(self, indexed):
+    def test_the_inner_product_of_embeddings_is_the_inner_product(self, indexed):
         embedding = integration.D2LLMEmbedding(student=indexed.student, embed_batch_size=3)
         vectors = embedding.get_text_embedding_batch(TEXTS)
         assert np.shape(vectors) == (len(TEXTS), DIM)
@@ -47,7 +47,7 @@ class TestEmbedding:
                 embedding.similarity(vector, text_vector, llama_index.base.embeddings.base.SimilarityMode.DOT_PRODUCT)
                 for text_vector in vectors
             ]
-            np.testing.assert_allclose(products, indexed.anchors(query, TEXTS), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(products, indexed.dots(query, TEXTS), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(embedding.get_text_embedding(TEXTS[0]), vectors[0], atol=1e-5)
         symmetric = integration.D2LLMEmbedding(student=indexed.student, task="symmetric")
         assert symmetric.get_query_embedding(QUERIES[0]) != embedding.get_query_embedding(QUERIES[0])

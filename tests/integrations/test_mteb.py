@@ -191,8 +191,8 @@ def test_retrieval_equals_our_own_search(model, student, tmp_path, name, task):
 def test_results_without_the_interaction_are_stored_separately(model, folder, tmp_path):
     bare = integration.load_mteb_model(folder, device="cpu", interaction=False)
     _, with_it, ours = run(model, retrieval_task(), tmp_path)
-    _, without, anchors = run(bare, retrieval_task(), tmp_path)
-    assert ours != anchors
+    _, without, dots = run(bare, retrieval_task(), tmp_path)
+    assert ours != dots
     assert with_it["ndcg_at_10"] != without["ndcg_at_10"]
     files = sorted(path.relative_to(tmp_path).parts for path in (tmp_path / "results").rglob("LocalRetrieval.json"))
     fingerprint = model.mteb_model_meta.revision
@@ -204,7 +204,7 @@ def test_results_without_the_interaction_are_stored_separately(model, folder, tm
     assert (metadata["name"], metadata["revision"]) == ("d2llm/tiny-student", fingerprint)
 
 
-def test_num_candidates_limits_the_anchor_search(folder, student, tmp_path):
+def test_num_candidates_limits_the_inner_product_search(folder, student, tmp_path):
     shallow = integration.load_mteb_model(folder, device="cpu", num_candidates=3)
     task = retrieval_task()
     task.load_data()
@@ -268,9 +268,9 @@ def test_the_interaction_changes_pair_scores(folder, student, tmp_path):
     _, _, predictions = run(bare, sts_task(), tmp_path)
     queries = student.encode_queries([first for first, _ in PAIRS]).vectors
     passages = student.encode_passages([second for _, second in PAIRS]).vectors
-    anchors = (student.anchor_queries(queries, "symmetric") * passages).sum(axis=1)
-    np.testing.assert_allclose(predictions["similarity_scores"], anchors, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(anchors, our_scores(student, PAIRS, "symmetric"), atol=1e-2)
+    dots = (student.query_vectors(queries, "symmetric") * passages).sum(axis=1)
+    np.testing.assert_allclose(predictions["similarity_scores"], dots, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(dots, our_scores(student, PAIRS, "symmetric"), atol=1e-2)
 
 
 @pytest.mark.parametrize("swapped", [False, True])

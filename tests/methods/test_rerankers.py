@@ -191,7 +191,7 @@ class TestSearch:
         ranking = index.search("the cat", top_k=7, rerank=cascade(FakeTeacher(), ERROR, min_gain=0.0))
         assert [hit.passage.id for hit in ranking.passages] == ["p0", "p1", "p4", "p5", "p6", "p2", "p3"]
 
-    def test_a_head_without_an_anchor(self, tmp_path):
+    def test_a_head_without_an_inner_product(self, tmp_path):
         index = Index.create(tmp_path / "i", FakeStudent(head="paper"))
         index.upsert([Passage(f"p{n}", text) for n, text in enumerate(TEXTS)])
         ranking = index.search("the cat", top_k=2, rerank=cascade(FakeTeacher(), ERROR, min_gain=0.0))

@@ -29,10 +29,8 @@ def test_score_is_the_students_and_splits_into_two_parts(student, task):
     query = student.encode_queries([QUERY]).vectors[0]
     vectors = student.encode_passages([PASSAGE]).vectors
     assert attribution.score == pytest.approx(float(student.score(query, vectors, task)[0]), abs=1e-4)
-    assert attribution.anchor == pytest.approx(
-        float(vectors[0] @ student.anchor_queries(query[None], task)[0]), abs=1e-4
-    )
-    assert attribution.anchor + attribution.interaction == pytest.approx(attribution.score, abs=1e-4)
+    assert attribution.dot == pytest.approx(float(vectors[0] @ student.query_vectors(query[None], task)[0]), abs=1e-4)
+    assert attribution.dot + attribution.interaction == pytest.approx(attribution.score, abs=1e-4)
 
 
 def test_words_are_the_passages_words_in_order(student):
@@ -76,12 +74,12 @@ def test_characters_of_scripts_without_spaces_are_words(student):
     assert [(word.start, word.end) for word in attribution.words] == [(0, 3), (4, 5), (6, 9), (10, 11), (11, 12)]
 
 
-def test_a_head_without_an_anchor_does_not_split_the_score(tmp_path):
+def test_a_head_without_an_inner_product_does_not_split_the_score(tmp_path):
     config = tiny_student_config(write_tiny_model(tmp_path / "m", "bert"))
     config = config.model_copy(update={"interaction": config.interaction.model_copy(update={"head": "paper"})})
     student = Student.create(config, dtype="float32")
     attribution = attribute(student, QUERY, PASSAGE, "asymmetric")
-    assert attribution.anchor is None
+    assert attribution.dot is None
     assert attribution.interaction is None
     assert len(attribution.words) == 11
 

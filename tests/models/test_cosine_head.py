@@ -14,7 +14,7 @@ from d2llm.models.scorer import QueryScorer
 from d2llm.models.student import Student
 from d2llm.recipe import AutoPooling, InteractionConfig, Pooling, StudentConfig, untuned_config
 from d2llm.recipe.variants import VARIANTS
-from d2llm.retrieval.cosine import AnchorStudent, CosineStudent
+from d2llm.retrieval.cosine import CosineStudent, DotStudent
 from fake_models import FakeStudent
 from tiny_data import tiny_recipe
 from tiny_distill import LEARNING, Place
@@ -71,14 +71,14 @@ def test_the_head_by_hand():
         output = head(queries, passages, task)
         torch.testing.assert_close(output.logits, 20 * cosines)
         assert output.features is None
-        assert torch.equal(output.anchor, output.logits)
+        assert torch.equal(output.dot, output.logits)
         search_scores = QueryScorer(head, None, queries[1], task, 2)(passages)
         torch.testing.assert_close(torch.from_numpy(search_scores), 20 * cosines[1])
-        torch.testing.assert_close(head.anchor_queries(queries, task) @ passages.T, 20 * cosines)
+        torch.testing.assert_close(head.query_vectors(queries, task) @ passages.T, 20 * cosines)
     with torch.no_grad():
         head.log_scale.fill_(np.log(7))
     torch.testing.assert_close(head(queries, passages, "symmetric").logits, 7 * cosines)
-    assert head.has_anchor
+    assert head.has_dot
 
 
 def test_scores_stay_float32_under_autocast():
@@ -99,7 +99,7 @@ def test_untrained_scores_are_twenty_times_the_cosine(bert, task):
     student = create(bert)
     pooled = unit(mean_pooled(student, TEXTS))
     np.testing.assert_allclose(scores(student, task), 20 * pooled[:3] @ pooled.T, rtol=0, atol=1e-4)
-    assert student.has_anchor
+    assert student.has_dot
     lengths = np.linalg.norm(student.encode_passages(TEXTS).vectors, axis=1)
     np.testing.assert_allclose(lengths, DIM**0.5, rtol=1e-5)
 
@@ -112,7 +112,7 @@ def test_trained_scores_are_the_scale_times_the_cosine(bert):
     np.testing.assert_allclose(scores(student), 11 * queries @ passages.T, rtol=0, atol=1e-4)
     assert np.abs(scores(student) - 11 / 20 * scores(create(bert))).max() > 0.1  # training changed the backbone
     vectors = student.encode_queries(QUERIES).vectors
-    inner_products = student.anchor_queries(vectors) @ student.encode_passages(TEXTS).vectors.T
+    inner_products = student.query_vectors(vectors) @ student.encode_passages(TEXTS).vectors.T
     np.testing.assert_allclose(inner_products, scores(student), rtol=0, atol=1e-4)
 
 
@@ -238,11 +238,11 @@ def test_a_zero_vector_has_cosine_zero():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_anchor_student_scores_by_the_anchor_alone(task):
+def test_dot_student_scores_by_the_inner_product_alone(task):
     student = FakeStudent()
-    anchor = AnchorStudent(student)
+    dot = DotStudent(student)
     query, passages = student.encode_queries(["cat dog"]).vectors[0], student.encode_passages(TEXTS).vectors
-    np.testing.assert_allclose(anchor.score(query, passages, task), 2 * passages @ query, rtol=1e-5)
-    assert np.array_equal(anchor.anchor_queries(query[None], task), student.anchor_queries(query[None], task))
-    assert anchor.fingerprint == student.fingerprint
-    assert anchor.config is student.config
+    np.testing.assert_allclose(dot.score(query, passages, task), 2 * passages @ query, rtol=1e-5)
+    assert np.array_equal(dot.query_vectors(query[None], task), student.query_vectors(query[None], task))
+    assert dot.fingerprint == student.fingerprint
+    assert dot.config is student.config

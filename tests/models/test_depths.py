@@ -106,10 +106,10 @@ def test_a_student_is_cut_to_the_depths_that_it_was_trained_for(bert: Path, tmp_
     # Its score is the inner product, computed here from the head's maps.
     head = loaded.interaction
     assert isinstance(head, Interaction)
-    assert head.anchors is not None
-    anchor = head.anchors["asymmetric"].state_dict()
-    mapped = [expected[0] @ anchor["query_map"].T.numpy(), expected[1] @ anchor["passage_map"].T.numpy()]
-    scores = float(anchor["log_scale"].exp()) / loaded.vector_dim * mapped[0][0] @ mapped[1].T
+    assert head.dots is not None
+    dot = head.dots["asymmetric"].state_dict()
+    mapped = [expected[0] @ dot["query_map"].T.numpy(), expected[1] @ dot["passage_map"].T.numpy()]
+    scores = float(dot["log_scale"].exp()) / loaded.vector_dim * mapped[0][0] @ mapped[1].T
     np.testing.assert_allclose(loaded.score(found[0][0], found[1], "asymmetric"), scores, rtol=1e-3, atol=1e-3)
     assert not loaded.evidence
     assert whole.backbone.num_layers == 3

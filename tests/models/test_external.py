@@ -66,7 +66,7 @@ def test_bi_encoder_gives_the_vectors_of_sentence_transformers(bi_encoder):
     np.testing.assert_allclose(passages.vectors, reference.encode_document(TEXTS, normalize_embeddings=True), atol=1e-6)
     unprompted = reference.encode(TEXTS[:3], normalize_embeddings=True)
     assert np.abs(queries.vectors - unprompted).max() > 0.01  # the prompt makes a difference
-    scores = model.score(model.anchor_queries(queries.vectors, "symmetric")[0], passages.vectors, "symmetric")
+    scores = model.score(model.query_vectors(queries.vectors, "symmetric")[0], passages.vectors, "symmetric")
     similarity = reference.similarity(reference.encode_query(TEXTS[:1]), reference.encode_document(TEXTS))
     np.testing.assert_allclose(scores, similarity[0].numpy(), atol=1e-5)
 

@@ -94,7 +94,7 @@ def test_idle_parts_leave_the_files_and_nothing_else_changes(base, tmp_path, cas
     if case == "pma":
         assert not any(".pma." in name for name in names["after"])
     if case == "both tasks":
-        assert all(name.startswith(("pooling.", "interaction.anchors.")) for name in names["after"])
+        assert all(name.startswith(("pooling.", "interaction.dots.")) for name in names["after"])
     if case == "one task" and branches == "per_task":
         assert not any("branches.asymmetric" in name for name in names["after"])
         assert any("branches.symmetric" in name for name in names["after"])
@@ -174,6 +174,6 @@ def test_a_recipe_may_leave_out_the_interaction_of_a_task(base):
         InteractionConfig(head="paper", tasks=("symmetric",))
     student = trained(base, tasks=("symmetric",))
     queries, passages, symmetric, asymmetric = outputs(student)
-    anchors = {task: student.anchor_queries(queries, task) @ passages.T for task in TASKS}
-    np.testing.assert_allclose(asymmetric, anchors["asymmetric"], rtol=1e-4)
-    assert np.abs(symmetric - anchors["symmetric"]).max() > 1e-3
+    dots = {task: student.query_vectors(queries, task) @ passages.T for task in TASKS}
+    np.testing.assert_allclose(asymmetric, dots["asymmetric"], rtol=1e-4)
+    assert np.abs(symmetric - dots["symmetric"]).max() > 1e-3

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from unsplit_interaction import anchor_logit, multilayer_perceptron, pair_features
+from unsplit_interaction import dot_logit, multilayer_perceptron, pair_features
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import TASKS
 from d2llm.models.interaction import Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
-from d2llm.ops.scoring import Linear, anchored_logit
+from d2llm.ops.scoring import Linear, bounded_logit
 from d2llm.recipe import InteractionConfig
 from tiny_models import randomise
 
@@ -19,14 +19,14 @@ DIM = 10
 FEATURES = ("rich", "concat", "product", "difference")
 ALL_CASES = [
     (head, features, branches, task)
-    for head in ("anchored", "paper")
+    for head in ("dot", "paper")
     for features in FEATURES
     for branches in ("per_task", "shared")
     for task in TASKS
 ]
 
 
-def make(head="anchored", features="rich", *, trained=True, **settings) -> Interaction:
+def make(head="dot", features="rich", *, trained=True, **settings) -> Interaction:
     torch.manual_seed(0)
     width = 7 if settings.get("layers") == 3 else 6
     config = InteractionConfig(head=head, features=features, hidden_dim=7, feature_dim=width, **settings)
@@ -49,7 +49,7 @@ def vectors(num, seed):
 
 
 def reference(module: Interaction, query, passage, task):
-    """Features, anchor and logit of one pair, from the unsplit functions."""
+    """Features, inner product and logit of one pair, from the unsplit functions."""
 
     def layer(linear):
         return Linear(linear.weight, linear.bias)
@@ -63,11 +63,11 @@ def reference(module: Interaction, query, passage, task):
         layers = [layer(module.first), layer(module.shared), layer(branch[0]), layer(branch[2])]
         features = multilayer_perceptron(inputs, layers)
     logit = torch.nn.functional.linear(features, module.output.weight, module.output.bias)[..., 0]
-    if module.anchors is None:
+    if module.dots is None:
         return features, None, logit
-    anchor = module.anchors[name]
-    inner = anchor_logit(query, passage, anchor.query_map, anchor.passage_map, anchor.log_scale.exp())
-    return features, inner, anchored_logit(inner, logit, module.bound(task))
+    dot = module.dots[name]
+    inner = dot_logit(query, passage, dot.query_map, dot.passage_map, dot.log_scale.exp())
+    return features, inner, bounded_logit(inner, logit, module.bound(task))
 
 
 def test_the_reference_functions_by_hand():
@@ -82,8 +82,8 @@ def test_the_reference_functions_by_hand():
     ]
     assert multilayer_perceptron(a, layers).tolist() == [3.0]  # relu([1.5, -1.5]) = [1.5, 0]
     identity = torch.eye(2)
-    assert anchor_logit(a, b, 2 * identity, identity, 10.0).item() == pytest.approx(10 * 2 * (3 - 8) / 2)
-    assert anchored_logit(torch.tensor(1.0), torch.tensor(100.0), 3.0).item() == pytest.approx(4.0)
+    assert dot_logit(a, b, 2 * identity, identity, 10.0).item() == pytest.approx(10 * 2 * (3 - 8) / 2)
+    assert bounded_logit(torch.tensor(1.0), torch.tensor(100.0), 3.0).item() == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize("layers", [3, 5])
@@ -94,17 +94,17 @@ def test_split_equals_unsplit(head, features, branches, task, layers):
     scores = module(queries, passages, task)
     assert scores.logits.dtype == torch.float64
     for i, query in enumerate(queries):
-        expected_features, anchor, logits = reference(module, query.expand(4, -1), passages, task)
+        expected_features, dot, logits = reference(module, query.expand(4, -1), passages, task)
         np.testing.assert_allclose(scores.features[i].detach(), expected_features.detach(), rtol=0, atol=1e-12)
         np.testing.assert_allclose(scores.logits[i].detach(), logits.detach(), rtol=0, atol=1e-12)
         searched = search_scores(module, query, passages, task)
         np.testing.assert_allclose(searched, logits.detach(), rtol=0, atol=1e-12)
-        if anchor is None:
-            assert scores.anchor is None
+        if dot is None:
+            assert scores.dot is None
         else:
-            np.testing.assert_allclose(scores.anchor[i].detach(), anchor.detach(), rtol=0, atol=1e-12)
-            inner = passages @ module.anchor_queries(query[None], task)[0]
-            np.testing.assert_allclose(inner.detach(), anchor.detach(), rtol=0, atol=1e-12)
+            np.testing.assert_allclose(scores.dot[i].detach(), dot.detach(), rtol=0, atol=1e-12)
+            inner = passages @ module.query_vectors(query[None], task)[0]
+            np.testing.assert_allclose(inner.detach(), dot.detach(), rtol=0, atol=1e-12)
 
 
 def test_the_authors_form_has_three_layers_and_features_after_a_relu():
@@ -125,7 +125,7 @@ def test_each_task_has_its_own_branch():
     module, queries, passages = make(), vectors(2, 1), vectors(3, 2)
     symmetric, asymmetric = (module(queries, passages, task) for task in TASKS)
     assert not torch.allclose(symmetric.features, asymmetric.features)
-    assert not torch.allclose(symmetric.anchor, asymmetric.anchor)
+    assert not torch.allclose(symmetric.dot, asymmetric.dot)
 
 
 def test_a_shared_branch_is_the_same_for_both_tasks():
@@ -133,10 +133,10 @@ def test_a_shared_branch_is_the_same_for_both_tasks():
     symmetric, asymmetric = (module(queries, passages, task) for task in TASKS)
     assert torch.equal(symmetric.features, asymmetric.features)
     assert torch.equal(symmetric.logits, asymmetric.logits)
-    assert set(module.branches) == set(module.anchors) == {"shared"}
+    assert set(module.branches) == set(module.dots) == {"shared"}
     module.interaction_weight("symmetric").fill_(0.5)  # the interaction weight is still per task
     halved = module(queries, passages, "symmetric")
-    torch.testing.assert_close(halved.logits - halved.anchor, (asymmetric.logits - asymmetric.anchor) / 2)
+    torch.testing.assert_close(halved.logits - halved.dot, (asymmetric.logits - asymmetric.dot) / 2)
 
 
 @pytest.mark.parametrize("features", FEATURES)
@@ -149,7 +149,7 @@ def test_the_first_layer_reads_the_configured_features(features):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_untrained_anchored_head_is_twenty_times_the_cosine(task):
+def test_untrained_dot_head_is_twenty_times_the_cosine(task):
     module = make(trained=False)
     queries, passages = (v / v.norm(dim=1, keepdim=True) * DIM**0.5 for v in (vectors(3, 1), vectors(4, 2)))
     cosines = queries @ passages.T / DIM
@@ -167,18 +167,18 @@ def test_gates_narrow_the_bound_of_each_pair(task):
     query_gate = torch.sigmoid(queries @ module.query_gate.weight[0] + module.query_gate.bias)
     passage_gate = torch.sigmoid(passages @ module.passage_gate.weight[0] + module.passage_gate.bias)
     gates = query_gate[:, None] * passage_gate[None, :]
-    expected = ungated.anchor + (ungated.logits - ungated.anchor) * gates
+    expected = ungated.dot + (ungated.logits - ungated.dot) * gates
     torch.testing.assert_close(gated.logits, expected, rtol=0, atol=1e-12)
     for row, query in enumerate(queries):
         searched = search_scores(module, query, passages, task)
         np.testing.assert_allclose(searched, expected[row].detach(), rtol=0, atol=1e-12)
     bound = module.query_bound(queries, task)[:, None] * module.passage_bound(passages)
     torch.testing.assert_close(bound, module.bound(task) * gates, rtol=0, atol=1e-12)
-    assert bool(((gated.logits - gated.anchor).abs() <= bound).all())
-    upper = torch.cat([module.anchor_queries(queries, task), module.query_bound(queries, task)[:, None]], dim=1)
+    assert bool(((gated.logits - gated.dot).abs() <= bound).all())
+    upper = torch.cat([module.query_vectors(queries, task), module.query_bound(queries, task)[:, None]], dim=1)
     stored = torch.cat([passages, module.passage_bound(passages)[:, None]], dim=1)
     # The upper bound is one inner product.
-    torch.testing.assert_close(upper @ stored.T, gated.anchor + bound, rtol=0, atol=1e-12)
+    torch.testing.assert_close(upper @ stored.T, gated.dot + bound, rtol=0, atol=1e-12)
 
 
 def test_gates_are_nearly_open_at_first():
@@ -192,14 +192,14 @@ def test_per_query_lists_score_like_all_pairs(gates):
     module, queries, passages = make(gates=gates), vectors(3, 1), vectors(4, 2)
     together = module(queries, passages, "symmetric")
     lists = module.score_lists(queries, passages.expand(3, -1, -1), "symmetric")
-    for name in ("logits", "anchor", "features"):
+    for name in ("logits", "dot", "features"):
         torch.testing.assert_close(getattr(lists, name), getattr(together, name), rtol=0, atol=1e-12)
     shuffled = torch.stack([passages[[2, 0]], passages[[3, 3]], passages[[1, 2]]])
     actual = module.score_lists(queries, shuffled, "symmetric").logits
     expected = torch.stack([together.logits[0, [2, 0]], together.logits[1, [3, 3]], together.logits[2, [1, 2]]])
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
-    anchors = module.score_anchors(queries, passages, "symmetric")
-    torch.testing.assert_close(anchors.logits, together.anchor, rtol=0, atol=1e-12)
+    dots = module.score_dots(queries, passages, "symmetric")
+    torch.testing.assert_close(dots.logits, together.dot, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -211,21 +211,21 @@ def test_the_interaction_stays_within_its_bound(task):
     scores = module(queries, passages, task)
     bound = module.bound(task).item()
     assert 0 < bound <= 0.25 * 3.0
-    change = (scores.logits - scores.anchor).abs().max().item()
+    change = (scores.logits - scores.dot).abs().max().item()
     assert 0.99 * bound < change <= bound * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_weight_zero_leaves_the_anchor_alone(task):
+def test_weight_zero_leaves_the_inner_product_alone(task):
     module, queries, passages = make(), vectors(3, 1), vectors(4, 2)
     other = TASKS[1 - TASKS.index(task)]
     module.interaction_weight(task).fill_(0.0)
     scores = module(queries, passages, task)
-    assert torch.equal(scores.logits, scores.anchor)
+    assert torch.equal(scores.logits, scores.dot)
     searched = search_scores(module, queries[0], passages, task)
-    np.testing.assert_allclose(searched, scores.anchor[0].detach(), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(searched, scores.dot[0].detach(), rtol=0, atol=1e-12)
     untouched = module(queries, passages, other)
-    assert not torch.equal(untouched.logits, untouched.anchor)
+    assert not torch.equal(untouched.logits, untouched.dot)
 
 
 def test_the_weight_is_saved_with_the_head():
@@ -237,20 +237,20 @@ def test_the_weight_is_saved_with_the_head():
     assert copy.interaction_weight("asymmetric").item() == 1.0
 
 
-def test_the_paper_head_has_no_anchor():
+def test_the_paper_head_has_no_inner_product():
     module = make("paper")
-    assert not module.has_anchor
-    with pytest.raises(InputError, match="head 'paper' has no anchor"):
-        module.anchor_queries(vectors(1, 1), "symmetric")
+    assert not module.has_dot
+    with pytest.raises(InputError, match="head 'paper' has no inner product"):
+        module.query_vectors(vectors(1, 1), "symmetric")
 
 
-def test_the_anchor_stays_float32_under_autocast():
+def test_the_inner_product_stays_float32_under_autocast():
     module = make().float()
     queries, passages = vectors(3, 1).float(), vectors(4, 2).float()
     expected = module(queries, passages, "asymmetric")
     with torch.autocast("cpu", torch.bfloat16):
         scores = module(queries, passages, "asymmetric")
-    assert torch.equal(scores.anchor, expected.anchor)
+    assert torch.equal(scores.dot, expected.dot)
     assert scores.logits.dtype == torch.float32
     torch.testing.assert_close(scores.logits, expected.logits, rtol=0, atol=0.2)
 
@@ -263,10 +263,10 @@ def test_every_parameter_of_the_task_gets_a_gradient():
     assert without_gradient == {name for name, _ in module.named_parameters() if ".asymmetric." in name}
 
 
-def inner_product(anchor, queries, passages) -> np.ndarray:
+def inner_product(dot, queries, passages) -> np.ndarray:
     """t <U a, V b> / dim of every query and passage."""
     query_map, passage_map, scale = (
-        each.detach().numpy() for each in (anchor.query_map, anchor.passage_map, anchor.log_scale.exp())
+        each.detach().numpy() for each in (dot.query_map, dot.passage_map, dot.log_scale.exp())
     )
     return scale * (queries.numpy() @ query_map.T) @ (passages.numpy() @ passage_map.T).T / DIM
 
@@ -276,26 +276,22 @@ def inner_product(anchor, queries, passages) -> np.ndarray:
 def test_two_heads_are_combined_into_one(branches, task):
     head = make(branches=branches, gates=True)
     head.split_heads()
-    randomise(head.teacher_anchors, seed=1)
+    randomise(head.teacher_dots, seed=1)
     queries, passages = vectors(3, seed=2), vectors(5, seed=3)
     name = task if branches == "per_task" else "shared"
-    labels, teacher = (
-        inner_product(anchors[name], queries, passages) for anchors in (head.anchors, head.teacher_anchors)
-    )
+    labels, teacher = (inner_product(dots[name], queries, passages) for dots in (head.dots, head.teacher_dots))
     assert np.abs(labels - teacher).min() > 1e-3
     head.label_share = 0.3
     combined = head(queries, passages, task)
-    np.testing.assert_allclose(combined.anchor.detach().numpy(), 0.3 * labels + 0.7 * teacher, rtol=1e-12)
+    np.testing.assert_allclose(combined.dot.detach().numpy(), 0.3 * labels + 0.7 * teacher, rtol=1e-12)
     by_head = head.score_heads(combined, queries, passages, task)
-    change = (combined.logits - combined.anchor).detach().numpy()
-    for scores, anchor in (by_head, labels), (by_head.teacher, teacher):
-        np.testing.assert_allclose(scores.anchor.detach().numpy(), anchor, rtol=1e-12)
-        np.testing.assert_allclose(scores.logits.detach().numpy(), anchor + change, rtol=1e-12)
+    change = (combined.logits - combined.dot).detach().numpy()
+    for scores, dot in (by_head, labels), (by_head.teacher, teacher):
+        np.testing.assert_allclose(scores.dot.detach().numpy(), dot, rtol=1e-12)
+        np.testing.assert_allclose(scores.logits.detach().numpy(), dot + change, rtol=1e-12)
     head.merge_heads()
     assert not any("teacher" in parameter for parameter in head.state_dict())
-    np.testing.assert_allclose(
-        inner_product(head.anchors[name], queries, passages), combined.anchor.detach(), rtol=1e-10
-    )
+    np.testing.assert_allclose(inner_product(head.dots[name], queries, passages), combined.dot.detach(), rtol=1e-10)
     merged = head(queries, passages, task)
     np.testing.assert_allclose(merged.logits.detach(), combined.logits.detach(), rtol=1e-10)
     for row, query in enumerate(queries):
@@ -308,6 +304,6 @@ def test_two_heads_share_the_interaction_and_begin_alike():
     head.split_heads()
     after = head(vectors(3, seed=2), vectors(5, seed=3), "symmetric")
     np.testing.assert_allclose(after.logits.detach(), before.logits.detach(), rtol=1e-12)
-    assert not any("anchors" in name for name in head.residual_parameters())
-    with pytest.raises(InputError, match=r"set student\.interaction\.head to 'anchored'"):
+    assert not any("dots" in name for name in head.residual_parameters())
+    with pytest.raises(InputError, match=r"set student\.interaction\.head to 'dot'"):
         make(head="paper").split_heads()

@@ -36,6 +36,6 @@ def test_a_forwarding_student_is_the_student_that_it_wraps():
     passages = student.encode_passages(["tea", "rain in spring"]).vectors
     for task in ("asymmetric", "symmetric"):
         assert np.array_equal(forwarding.score(query, passages, task), student.score(query, passages, task))
-    assert np.array_equal(forwarding.anchor_queries(query[None], "symmetric"), 2 * query[None])
-    assert forwarding.has_anchor
-    assert not ForwardingStudent(FakeStudent(head="paper")).has_anchor
+    assert np.array_equal(forwarding.query_vectors(query[None], "symmetric"), 2 * query[None])
+    assert forwarding.has_dot
+    assert not ForwardingStudent(FakeStudent(head="paper")).has_dot

@@ -35,7 +35,7 @@ class Numbered:
     """A student whose score depends on the pair's numbers: high for query n with passage n, else low, with noise."""
 
     fingerprint = "numbered"
-    has_anchor = True
+    has_dot = True
 
     def __init__(self, *, tells: float = 8.0) -> None:
         self.tells = tells

@@ -22,7 +22,7 @@ FEATURES = ("concat", "product", "difference", "rich")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 
-def make(head="anchored", features="rich", **settings) -> Interaction:
+def make(head="dot", features="rich", **settings) -> Interaction:
     torch.manual_seed(0)
     config = InteractionConfig(head=head, features=features, hidden_dim=HIDDEN, feature_dim=16, **settings)
     module = Interaction(config, DIM).eval()
@@ -60,22 +60,22 @@ def scores_in_numpy(module: Interaction, a, passages, task):
         hidden = np.maximum(layer("shared", hidden), 0)
         hidden = np.maximum(layer(f"branches.{task}.0", hidden), 0)
         g = layer("output", layer(f"branches.{task}.2", hidden))[0]
-        if not module.has_anchor:
+        if not module.has_dot:
             scores.append(g)
             continue
-        maps = [weights[f"anchors.{task}.{name}_map"] for name in ("query", "passage")]
-        anchor = np.exp(weights[f"anchors.{task}.log_scale"]) * (maps[0] @ a) @ (maps[1] @ b) / DIM
+        maps = [weights[f"dots.{task}.{name}_map"] for name in ("query", "passage")]
+        dot = np.exp(weights[f"dots.{task}.log_scale"]) * (maps[0] @ a) @ (maps[1] @ b) / DIM
         bound = weights[f"residual_{task}"] * module.config.max_bound / (1 + np.exp(-weights["raw_bound"]))
         if module.config.gates:
             for gate, vector in (("query_gate", a), ("passage_gate", b)):
                 bound = bound / (1 + np.exp(-layer(gate, vector)[0]))
-        scores.append(anchor + bound * np.tanh(g))
+        scores.append(dot + bound * np.tanh(g))
     return np.array(scores)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("features", FEATURES)
-@pytest.mark.parametrize(("head", "gates"), [("paper", False), ("anchored", False), ("anchored", True)])
+@pytest.mark.parametrize(("head", "gates"), [("paper", False), ("dot", False), ("dot", True)])
 def test_scores_equal_the_formula(head, gates, features, dtype):
     module, (query,), passages = make(head, features, gates=gates), vectors(1, 1), vectors(37, 2)
     for task in TASKS:
@@ -86,9 +86,9 @@ def test_scores_equal_the_formula(head, gates, features, dtype):
         largest = max(1, abs(expected).max()) if head == "paper" or dtype == torch.float32 else 4
         tolerance = TOLERANCE[dtype] * largest
         np.testing.assert_allclose(scores, expected, rtol=0, atol=tolerance)
-        if head == "anchored":  # the interaction must contribute more than the tolerance
-            anchors = passages @ prepare(module, query, task=task).anchor_query
-            assert abs(scores - anchors).max() > 5 * tolerance
+        if head == "dot":  # the interaction must contribute more than the tolerance
+            dots = passages @ prepare(module, query, task=task).dot_query
+            assert abs(scores - dots).max() > 5 * tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -138,7 +138,7 @@ def test_change_is_what_the_interaction_adds():
     with torch.inference_mode():
         bound = module.passage_bound(torch.from_numpy(passages)).numpy()
         assert score.bound == pytest.approx(module.query_bound(torch.from_numpy(query), "asymmetric").item())
-    np.testing.assert_allclose(passages @ score.anchor_query + score.bound * bound * change, score(passages), atol=1e-5)
+    np.testing.assert_allclose(passages @ score.dot_query + score.bound * bound * change, score(passages), atol=1e-5)
 
 
 def test_the_interaction_weight_can_be_overridden():
@@ -164,11 +164,11 @@ def test_weight_zero_skips_the_interaction(monkeypatch):
     monkeypatch.setattr(QueryScorer, "_interaction", lambda *_: pytest.fail("the interaction was computed"))
     score = prepare(module, query)
     assert score.bound == 0
-    np.testing.assert_allclose(score(passages), passages @ score.anchor_query, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(score(passages), passages @ score.dot_query, rtol=0, atol=1e-5)
     assert (score.change(passages) == 0).all()
 
 
-def test_the_cosine_head_scores_by_its_anchor_alone():
+def test_the_cosine_head_scores_by_its_inner_product_alone():
     head, (query,), passages = CosineHead(DIM), vectors(1, 1), vectors(9, 2)
     score = QueryScorer(head, None, torch.from_numpy(query), "symmetric", 4)
     np.testing.assert_allclose(score(passages), 20 * passages @ query / DIM, rtol=0, atol=1e-5)

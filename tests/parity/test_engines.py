@@ -52,12 +52,12 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "user_cache_path", lambda _: tmp_path / "cache")
 
 
-def make(folder: Path, architecture="bert", pooling="warm", head="anchored") -> Student:
+def make(folder: Path, architecture="bert", pooling="warm", head="dot") -> Student:
     model = write_tiny_model(folder / architecture, architecture)
     config = tiny_student_config(model).model_copy(
         update={
             "pooling": POOLINGS[pooling],
-            "interaction": InteractionConfig(head=head, hidden_dim=16, feature_dim=8, gates=head == "anchored"),
+            "interaction": InteractionConfig(head=head, hidden_dim=16, feature_dim=8, gates=head == "dot"),
         }
     )
     student = Student.create(config, device="cpu", dtype="float32")
@@ -86,7 +86,7 @@ def test_vectors_match_torch(architecture, pooling, engine, tmp_path):
     assert abs(expected - expected.mean(0)).max() > 0.1  # vectors of different texts differ by far more
 
 
-@pytest.mark.parametrize("head", ["anchored", "paper", "cosine"])
+@pytest.mark.parametrize("head", ["dot", "paper", "cosine"])
 def test_logits_of_exported_graphs(head, tmp_path):
     import onnxruntime
 

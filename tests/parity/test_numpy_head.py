@@ -43,12 +43,12 @@ HEADS = {"cosine": {"head": "cosine"}} | {
         "branches": branches,
         "gates": gates,
     }
-    for head, gates in (("paper", False), ("anchored", False), ("anchored", True))
+    for head, gates in (("paper", False), ("dot", False), ("dot", True))
     for features in FEATURES
     for branches in ("per_task", "shared")
 }
 HEADS |= {
-    f"anchored-only-{'-'.join(tasks) or 'inner product'}": {"head": "anchored", "gates": True, "tasks": tasks}
+    f"dot-only-{'-'.join(tasks) or 'inner product'}": {"head": "dot", "gates": True, "tasks": tasks}
     for tasks in (("symmetric",), ("asymmetric",), ())
 }
 
@@ -62,7 +62,7 @@ def student_scorer(head, query, task):
 @pytest.mark.parametrize("name", HEADS)
 def test_scores_match_the_students(name):
     module, (query,), passages = make(**HEADS[name]), vectors(1, 1), vectors(1100, 2)
-    if name.startswith("anchored") and module.has_interaction("asymmetric"):
+    if name.startswith("dot") and module.has_interaction("asymmetric"):
         module.interaction_weight("asymmetric").fill_(0.5)
     numpy_head = NumpyHead(head_arrays(module))
     for task in TASKS:
@@ -71,21 +71,21 @@ def test_scores_match_the_students(name):
         scores = numpy_head.score(query, passages, task)
         assert scores.dtype == np.float32
         np.testing.assert_allclose(scores, expected, rtol=0, atol=TOLERANCE * max(1, abs(expected).max()))
-        assert numpy_head.has_anchor == module.has_anchor
+        assert numpy_head.has_dot == module.has_dot
         assert numpy_head.has_interaction == any(map(module.has_interaction, TASKS))
-        if not numpy_head.has_anchor:
+        if not numpy_head.has_dot:
             continue
-        anchor_query = numpy_head.anchor_queries(query[None], task)[0]
-        np.testing.assert_allclose(anchor_query, scorer.anchor_query, rtol=0, atol=TOLERANCE * abs(anchor_query).max())
+        dot_query = numpy_head.query_vectors(query[None], task)[0]
+        np.testing.assert_allclose(dot_query, scorer.dot_query, rtol=0, atol=TOLERANCE * abs(dot_query).max())
         assert numpy_head.bound(query[None], task)[0] == pytest.approx(scorer.bound, rel=1e-6)
         if module.has_interaction(task):
-            assert abs(scores - passages @ anchor_query).max() > 0.05  # the interaction contributes to the score
+            assert abs(scores - passages @ dot_query).max() > 0.05  # the interaction contributes to the score
             bound = module.passage_bound(torch.from_numpy(passages)).detach()
             np.testing.assert_allclose(numpy_head.passage_bound(passages), bound, rtol=0, atol=1e-6)
 
 
 def test_weights_shared_by_both_tasks_are_stored_once():
-    weights = head_arrays(make("anchored", gates=True))
+    weights = head_arrays(make("dot", gates=True))
     assert weights["passage"].shape == (40, DIM)
     assert weights["symmetric/inner_1_weight"].shape == weights["asymmetric/inner_1_weight"].shape == (40, 40)
     assert "symmetric/passage" not in weights
@@ -93,7 +93,7 @@ def test_weights_shared_by_both_tasks_are_stored_once():
 
 
 def test_weight_zero_skips_the_interaction(monkeypatch):
-    module, (query,), passages = make("anchored"), vectors(1, 1), vectors(9, 2)
+    module, (query,), passages = make("dot"), vectors(1, 1), vectors(9, 2)
     module.interaction_weight("symmetric").fill_(0.0)
     numpy_head = NumpyHead(head_arrays(module))
     monkeypatch.setattr(NumpyHead, "_interaction", lambda *_: pytest.fail("the interaction was computed"))
@@ -105,7 +105,7 @@ def test_invalid_arguments_are_rejected():
     query, passages = vectors(1, 1)[0], vectors(3, 2)
     numpy_head = NumpyHead(head_arrays(make("paper")))
     with pytest.raises(ValueError, match="no inner product"):
-        numpy_head.anchor_queries(query[None], "symmetric")
+        numpy_head.query_vectors(query[None], "symmetric")
     with pytest.raises(ValueError, match="no task 'other'"):
         numpy_head.score(query, passages, "other")
     with pytest.raises(ValueError, match=r"got \[24\] and \[3, 23\]"):
@@ -142,7 +142,7 @@ def test_the_exported_folder_is_self_contained(student, tmp_path):
     assert set(report.files) == {"head.npz", "numpy_head.py"}
     manifest = read_manifest(folder, "export", 1)
     assert manifest["student"] == student.fingerprint
-    assert (manifest["format"], manifest["head"], manifest["dim"]) == ("numpy", "anchored", 32)
+    assert (manifest["format"], manifest["head"], manifest["dim"]) == ("numpy", "dot", 32)
 
     vectors = student.encode_passages(TEXTS).vectors
     np.save(folder / "vectors.npy", vectors)
@@ -154,7 +154,7 @@ def test_the_exported_folder_is_self_contained(student, tmp_path):
 def test_only_exports_are_replaced(student, tmp_path):
     export(student, tmp_path / "head", "numpy")
     export(student, tmp_path / "head", "numpy")
-    assert load(tmp_path / "head").has_anchor
+    assert load(tmp_path / "head").has_dot
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="that d2llm did not make"):

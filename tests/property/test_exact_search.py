@@ -34,13 +34,13 @@ DIM = 8
 class TinyStudent:
     """A real interaction without a backbone."""
 
-    def __init__(self, head="anchored", *, seed=0, gates=True, weight=1.0, features="rich", dtype=torch.float32):
+    def __init__(self, head="dot", *, seed=0, gates=True, weight=1.0, features="rich", dtype=torch.float32):
         torch.manual_seed(seed)
         config = InteractionConfig(head=head, features=features, hidden_dim=8, feature_dim=4, gates=gates)
         self.interaction = Interaction(config, DIM).eval()
         randomise(self.interaction, seed=seed, scale=0.5)
-        self.has_anchor = head == "anchored"
-        if self.has_anchor:
+        self.has_dot = head == "dot"
+        if self.has_dot:
             for task in TASKS:
                 self.interaction.interaction_weight(task).fill_(weight)
         with torch.inference_mode():
@@ -102,12 +102,12 @@ def random_case(seed):
 def brute_force(view, student, query, task, top_k, allowed, evidence=None):
     """Ranks all passages by scores in the arithmetic that the module documents."""
     score, rows = student.prepare(query, task), view.live_rows(allowed)
-    if score.anchor_query is None:
+    if score.dot_query is None:
         values = score(view.block(0, view.capacity))
     else:
         vectors = view.block(0, view.capacity)
         bound = np.float32(score.bound) * student.passage_bound(vectors)
-        values = vectors @ score.anchor_query
+        values = vectors @ score.dot_query
         if evidence is not None:
             values = values + evidence(np.arange(view.capacity))
         values = values + bound * score.change(vectors)
@@ -152,7 +152,7 @@ def test_ranking_with_evidence_matches_brute_force(monkeypatch):
         windows = [rng.standard_normal((rng.integers(0, 4), DIM)).astype(np.float32) for _ in texts]
         tokens = [on_sphere(rng.standard_normal((rng.integers(0, 5), 12))) for _ in range(len(texts) + 1)]
         task = TASKS[seed % 2]
-        anchor = student.prepare(query, task).anchor_query
+        dot = student.prepare(query, task).dot_query
         factor = (
             WordsFactor(
                 slopes=tuple(rng.standard_normal(4)),
@@ -171,7 +171,7 @@ def test_ranking_with_evidence_matches_brute_force(monkeypatch):
             rows,
             "w1 w2 w3 w10",
             EvidenceWeights(terms=weights, words_factor=factor),
-            anchor,
+            dot,
             tokens[0],
             nearest=float(rng.standard_normal()),
         )
@@ -223,7 +223,7 @@ def test_ranking_matches_brute_force_in_1050_random_cases(monkeypatch):
 @settings(max_examples=examples(30), deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([0, 1, 2, 3, 4]))
 def test_no_score_is_above_its_bound(seed, number):
-    """In float64, computed by the network itself: |score - anchor| <= R_q r_p."""
+    """In float64, computed by the network itself: |score - dot| <= R_q r_p."""
     student, (view, query, _, _, _) = STUDENTS[number], random_case(seed)
     vectors = view.block(0, view.capacity)
     query = query / max(1, np.abs(query).max())
@@ -232,16 +232,16 @@ def test_no_score_is_above_its_bound(seed, number):
         queries, passages = torch.from_numpy(query)[None].double(), torch.from_numpy(vectors).double()
         scores = module(queries, passages, "symmetric")
         bound = (module.query_bound(queries, "symmetric")[:, None] * module.passage_bound(passages)).numpy()
-        change = (scores.logits - scores.anchor).numpy()
-        assert (np.abs(change) <= bound + 1e-14 * np.abs(scores.anchor.numpy())).all()
+        change = (scores.logits - scores.dot).numpy()
+        assert (np.abs(change) <= bound + 1e-14 * np.abs(scores.dot.numpy())).all()
         single = student.prepare(query, "symmetric")
-    anchors = vectors @ single.anchor_query
+    dots = vectors @ single.dot_query
     bound = np.float32(single.bound) * student.passage_bound(vectors)
-    finals = anchors + bound * single.change(vectors)
-    assert (finals <= anchors + bound).all()
+    finals = dots + bound * single.change(vectors)
+    assert (finals <= dots + bound).all()
 
 
-@pytest.mark.parametrize("head", ["anchored", "paper"])
+@pytest.mark.parametrize("head", ["dot", "paper"])
 def test_ranks_proved_within_a_budget_are_exact(head, monkeypatch):
     monkeypatch.setattr(exact_search, "_FIRST_SCORED", 4)
     monkeypatch.setattr(exact_search, "_MAX_SCORED", 8)
@@ -284,7 +284,7 @@ def test_zero_interaction_weight_uses_only_the_scan(monkeypatch):
     result = certified_top_k(view, student, query, "symmetric", 5)
     assert result.certificate.proved == 5
     assert result.certificate.highest_bound_left <= result.certificate.kth_score
-    assert result.anchors is result.scores
+    assert result.dots is result.scores
 
 
 def test_reaches_are_computed_once_and_only_if_scans_fall_short(monkeypatch):
@@ -322,7 +322,7 @@ def test_a_student_without_bounds_is_scanned_in_full():
     scores = student.score(query, vectors, "asymmetric")
     assert result.rows.tolist() == np.argsort(-scores)[:3].tolist()
     assert result.certificate.num_scored == 50
-    np.testing.assert_allclose(result.anchors, 2 * vectors[result.rows] @ query, rtol=1e-5)
+    np.testing.assert_allclose(result.dots, 2 * vectors[result.rows] @ query, rtol=1e-5)
 
 
 def test_invalid_arguments_are_rejected_and_empty_views_are_not():

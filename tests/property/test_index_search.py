@@ -13,7 +13,7 @@ from d2llm.retrieval.search import search
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
 from examples import examples
-from fake_models import AnchorStudent, FakeScorer, FakeStudent, PreparedAnchorStudent
+from fake_models import DotStudent, FakeScorer, FakeStudent, PreparedDotStudent
 
 WORDS = ["cat", "dog", "fish", "bird", "horse", "sleeps", "runs", "swims", "flies", "eats"]
 texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map(" ".join)
@@ -55,7 +55,7 @@ def test_enough_candidates_give_the_exact_scan(index, student, text, top_k, num_
 
 @pytest.fixture(scope="module")
 def edited_index(tmp_path_factory):
-    index = Index.create(tmp_path_factory.mktemp("living") / "i", AnchorStudent(), vector_format="float32")
+    index = Index.create(tmp_path_factory.mktemp("living") / "i", DotStudent(), vector_format="float32")
     generator = np.random.default_rng(8)
     index.upsert(Passage(f"{n}", " ".join(generator.choice(WORDS, 2)), metadata={"n": n % 3}) for n in range(200))
     index.delete([str(n) for n in range(0, 200, 9)])
@@ -70,13 +70,13 @@ def edited_index(tmp_path_factory):
     condition=st.sampled_from([None, "n = 1", "n > 5"]),
     explain=st.booleans(),
 )
-def test_a_student_scored_by_its_anchor_is_ranked_by_the_scan(
+def test_a_student_scored_by_its_inner_product_is_ranked_by_the_scan(
     edited_index, queries, top_k, num_candidates, condition, explain
 ):
     options = {"top_k": top_k, "num_candidates": num_candidates, "filter": condition, "explain": explain}
-    slow = search(edited_index.view, AnchorStudent(), queries, **options)
+    slow = search(edited_index.view, DotStudent(), queries, **options)
     with mock.patch.object(FakeScorer, "__call__", side_effect=AssertionError("scored again")):
-        fast = search(edited_index.view, PreparedAnchorStudent(), queries, **options)
+        fast = search(edited_index.view, PreparedDotStudent(), queries, **options)
     assert [ranking.query.text for ranking in fast] == queries
     for actual, expected in zip(fast, slow, strict=True):
         assert actual.passages == expected.passages
@@ -90,8 +90,8 @@ def test_a_student_scored_by_its_anchor_is_ranked_by_the_scan(
 def test_options_that_need_more_candidates_get_them(edited_index, options):
     queries = ["cat sleeps", "dog fish runs"]
     for fast, slow in zip(
-        search(edited_index.view, PreparedAnchorStudent(), queries, top_k=4, **options),
-        search(edited_index.view, AnchorStudent(), queries, top_k=4, **options),
+        search(edited_index.view, PreparedDotStudent(), queries, top_k=4, **options),
+        search(edited_index.view, DotStudent(), queries, top_k=4, **options),
         strict=True,
     ):
         assert fast.passages == slow.passages

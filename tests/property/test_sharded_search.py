@@ -123,7 +123,7 @@ def test_an_exact_search_is_brute_force(pair, text, top_k, bound):
     vectors = student.encode_passages([passage.full_text for passage in passages]).vectors
     scorer = student.prepare(vector, "asymmetric")
     # In the order in which an exact search adds, because single sums may be almost 0.
-    added = vectors @ scorer.anchor_query + np.float32(0.7) * words.scores(words.query(text))
+    added = vectors @ scorer.dot_query + np.float32(0.7) * words.scores(words.query(text))
     scores = added + np.float32(bound) * scorer.change(vectors)
     expected = sorted(zip(scores.tolist(), [p.id for p in passages], strict=True), key=lambda pair: (-pair[0], pair[1]))
     index = Index.open(several.folder, student)

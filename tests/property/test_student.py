@@ -89,10 +89,10 @@ def test_adding_a_passage_never_changes_anothers_score(num_passages, num_added, 
 
 @settings(max_examples=20)
 @given(batch=texts, task=st.sampled_from(TASKS))
-def test_the_score_is_the_anchor_within_the_bound(batch, task):
+def test_the_score_is_the_inner_product_within_the_bound(batch, task):
     model = student("llama")
     queries, passages = model.encode_queries(batch).vectors, model.encode_passages(batch).vectors
-    anchors = model.anchor_queries(queries, task) @ passages.T
+    dots = model.query_vectors(queries, task) @ passages.T
     scores = np.stack([model.score(query, passages, task) for query in queries])
     bound = model.interaction.bound(task).item()
-    assert (np.abs(scores - anchors) <= bound + 1e-3).all()
+    assert (np.abs(scores - dots) <= bound + 1e-3).all()

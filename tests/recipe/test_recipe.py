@@ -289,7 +289,7 @@ def test_a_loss_without_what_it_needs_is_refused(tmp_path: Path):
         load_recipe(write_recipe(tmp_path, "[losses]\nin_batch_imitation = 0.5"))
     two = "[training]\ndual_head = true\n"
     for text, problem in (
-        ('[student.interaction]\nhead = "cosine"', 'student.interaction.head is "cosine": set it to "anchored"'),
+        ('[student.interaction]\nhead = "cosine"', 'student.interaction.head is "cosine": set it to "dot"'),
         ("[losses]\nin_batch_cross_entropy = 1.0", "no imitation has a weight above 0"),
         ("[losses]\nlist_imitation = 1.0", "no cross-entropy has a weight above 0"),
     ):

@@ -37,11 +37,11 @@ from tiny_models import write_tiny_model
 # Variants that change nothing in a shipped recipe.
 UNCHANGED = {
     "d2llm-llm-teacher": {
-        *("without-words", "anchored-head", "rich", "warm-start", "width-512", "one-stage", "no-gates"),
+        *("without-words", "dot-head", "rich", "warm-start", "width-512", "one-stage", "no-gates"),
         *("without-li", "not-quiet"),
     },
     "d2llm": {
-        *("anchored-head", "rich", "warm-start", "width-512", "gates", "without-ci", "without-ph", "without-hi"),
+        *("dot-head", "rich", "warm-start", "width-512", "gates", "without-ci", "without-ph", "without-hi"),
         *("without-fi", "list-imitation"),
     },
     "d2llm-paper": {
@@ -159,8 +159,8 @@ def test_every_variant_changes_the_model_or_its_training(name: str, build: Calla
         assert built_variants[features][0]["interaction.first.weight"][1] == parts * 32
     assert "pooling.gate" in built_variants["warm-start"][0]
     assert "pooling.gate" not in built_variants["cold-start"][0]
-    assert not any("anchors" in n for n in built_variants["paper-head"][0])
-    assert any("anchors" in n for n in built_variants["anchored-head"][0])
+    assert not any("dots" in n for n in built_variants["paper-head"][0])
+    assert any("dots" in n for n in built_variants["dot-head"][0])
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -74,7 +74,7 @@ def test_title_and_text_have_lines_of_their_own():
 
 def test_unused_parts_of_an_explanation_are_dashes():
     full = Explanation(
-        anchor=0.5,
+        dot=0.5,
         interaction=-0.0001,
         source_ranks={"bm25": 2},
         source_scores={"bm25": 7.25},

@@ -203,7 +203,7 @@ class TestSearch:
         for hit in ranking.passages:
             explanation = hit.explanation
             assert explanation is not None
-            assert explanation.anchor + explanation.interaction == pytest.approx(hit.score, abs=1e-5)
+            assert explanation.dot + explanation.interaction == pytest.approx(hit.score, abs=1e-5)
         by_id = {hit.passage.id: hit.explanation for hit in ranking.passages}
         cat = by_id.get("p0") or by_id["p5"]
         assert cat.terms["cat"] == 1  # the stem of the query word

@@ -11,7 +11,7 @@ from d2llm.core.types import Passage
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection
 from d2llm.ops.rereading import StudentError
-from d2llm.retrieval.cosine import AnchorStudent, CosineStudent
+from d2llm.retrieval.cosine import CosineStudent, DotStudent
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import Searcher
@@ -79,7 +79,7 @@ class TestVectors:
         bare = student.backbone.tokenize(QUERIES, "query", prefix="").ids
         assert student.tokenize(QUERIES, "query", instruction="").ids == bare
 
-    @pytest.mark.parametrize("wrap", [CosineStudent, AnchorStudent])
+    @pytest.mark.parametrize("wrap", [CosineStudent, DotStudent])
     def test_students_around_another_pass_it_on(self, indexed, wrap):
         vectors = wrap(indexed.student).encode_queries(QUERIES, instruction=INSTRUCTION).vectors
         own = indexed.student.encode_queries(QUERIES, instruction=INSTRUCTION).vectors

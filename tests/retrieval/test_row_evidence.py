@@ -97,8 +97,8 @@ def test_the_best_window_counts_by_its_inner_product():
     vectors = np.eye(4, dtype=np.float32)
     windows = [2 * vectors[:2], vectors[2:], vectors[:0], -vectors[:3]]
     rows = EvidenceRows(TEXTS[:4], windows, vectors)
-    anchor = np.array([0.5, 3.0, 1.0, -2.0], np.float32)
-    evidence = RowEvidence(rows, "zebra", EvidenceWeights(terms={"window_vectors": 0.5}), anchor)
+    dot_query = np.array([0.5, 3.0, 1.0, -2.0], np.float32)
+    evidence = RowEvidence(rows, "zebra", EvidenceWeights(terms={"window_vectors": 0.5}), dot_query)
     # The third row has no windows, so its own vector counts.
     np.testing.assert_allclose(evidence(np.arange(4)), [3.0, 0.5, 0.5, -0.25])
     np.testing.assert_array_equal(evidence(np.array([3, 0])), evidence(np.arange(4))[[3, 0]])
@@ -151,7 +151,7 @@ class TestSearch:
         explanation = ranking.passages[0].explanation
         assert explanation.source_ranks["bm25"] == 1
         assert explanation.lexical > 0
-        assert explanation.anchor + explanation.interaction + explanation.lexical == pytest.approx(
+        assert explanation.dot + explanation.interaction + explanation.lexical == pytest.approx(
             ranking.passages[0].score
         )
         vectors_only = index.search("rare gem", num_candidates=1, top_k=1, sources=("vectors",), explain=True)
@@ -197,7 +197,7 @@ class TestSearch:
         for query in ("rare gem", "common gem"):
             vector = student.encode_queries([query]).vectors
             own = student.score(vector[0], index.view.vectors(rows), "asymmetric")
-            nearest = (index.view.vectors(rows) @ student.anchor_queries(vector, "asymmetric")[0]).max()
+            nearest = (index.view.vectors(rows) @ student.query_vectors(vector, "asymmetric")[0]).max()
             assert abs(NEAREST_SLOPE * nearest) < 9
             evidence = RowEvidence(index.view, query, WEIGHTS, None)(rows) * np.exp(NEAREST_SLOPE * nearest)
             expected = {f"p{n}": score for n, score in zip(admitted, own + evidence, strict=True)}

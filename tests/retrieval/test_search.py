@@ -61,7 +61,7 @@ def test_rank_ids_gives_the_same_ranking_as_rank(index, student, changes):
         assert list(id_ranking.passages) == pairs(ranking)
 
 
-def test_rankings_have_texts_anchor_scores_and_timings(index, student):
+def test_rankings_have_texts_dot_scores_and_timings(index, student):
     (ranking,) = search(index, student, [Query("mine", QUERIES[0])], top_k=3)
     assert ranking.query == Query("mine", QUERIES[0])
     query = student.encode_queries([QUERIES[0]]).vectors[0]
@@ -69,8 +69,8 @@ def test_rankings_have_texts_anchor_scores_and_timings(index, student):
     for hit in ranking.passages:
         assert hit.passage == by_id[hit.passage.id]
         vector = student.encode_passages([hit.passage.full_text]).vectors[0]
-        assert hit.anchor_score == pytest.approx(2 * float(vector @ query), rel=1e-5)
-        assert abs(hit.score - hit.anchor_score) <= 1
+        assert hit.dot_score == pytest.approx(2 * float(vector @ query), rel=1e-5)
+        assert abs(hit.score - hit.dot_score) <= 1
     assert set(ranking.seconds) == {"encode", "candidates", "score"}
     assert all(value >= 0 for value in ranking.seconds.values())
 
@@ -82,8 +82,8 @@ def test_plain_text_queries_get_numbers_as_ids(index, student):
 
 def test_only_the_candidates_are_scored(index, student):
     (ranking,) = search(index, student, QUERIES[:1], top_k=2, num_candidates=2)
-    anchors = index.scan(student.anchor_queries(student.encode_queries(QUERIES[:1]).vectors, "asymmetric")[0], 2)
-    assert {passage_id for passage_id, _ in pairs(ranking)} == set(index.ids(anchors.rows))
+    dot_queries = index.scan(student.query_vectors(student.encode_queries(QUERIES[:1]).vectors, "asymmetric")[0], 2)
+    assert {passage_id for passage_id, _ in pairs(ranking)} == set(index.ids(dot_queries.rows))
 
 
 def test_top_k_beyond_the_corpus_returns_all(index, student):
@@ -120,7 +120,7 @@ def test_top_k_above_num_candidates_scores_top_k(index, student):
     assert len(ranking.passages) == ranking.num_candidates == 30
 
 
-def test_head_without_anchor_scans_everything(tmp_path):
+def test_head_without_inner_product_scans_everything(tmp_path):
     student = FakeStudent(head="paper")
     encode(PASSAGES, student, tmp_path / "i", vector_format="float32")
     (ranking,) = search(Index.open(tmp_path / "i").view, student, QUERIES[:1], top_k=4, num_candidates=4)
@@ -128,10 +128,10 @@ def test_head_without_anchor_scans_everything(tmp_path):
     assert [passage_id for passage_id, _ in pairs(ranking)] == [
         passage_id for passage_id, _ in brute_force(student, QUERIES[0])[:4]
     ]
-    assert all(hit.anchor_score is None for hit in ranking.passages)
+    assert all(hit.dot_score is None for hit in ranking.passages)
 
 
-def test_fusion_for_a_head_without_anchor_includes_what_words_find(tmp_path):
+def test_fusion_for_a_head_without_inner_product_includes_what_words_find(tmp_path):
     student = FakeStudent(head="paper")
     encode(PASSAGES, student, tmp_path / "i", vector_format="float32")
     index = Index.open(tmp_path / "i").view
@@ -289,7 +289,7 @@ class TestSelection:
         (ranking,), (ids,) = searcher.rank(QUERIES[:1]), searcher.rank_ids(QUERIES[:1])
         assert list(ids.passages) == pairs(ranking)
         for hit in ranking.passages:
-            assert hit.explanation.anchor + hit.explanation.interaction == pytest.approx(hit.score)
+            assert hit.explanation.dot + hit.explanation.interaction == pytest.approx(hit.score)
 
     @pytest.mark.parametrize(
         ("changes", "message"),

@@ -97,8 +97,8 @@ def test_a_students_manifest_says_its_tasks(student: Student, folder: Path, tmp_
     assert 'task="symmetric"' in (tmp_path / "copy" / "README.md").read_text(encoding="utf-8")
     assert Student.load("d2llm-minilm", device="cpu").trained_tasks == ("symmetric", "asymmetric")
     vectors = student.encode_queries(TEXTS[:2]).vectors
-    assert np.array_equal(student.anchor_queries(vectors), student.anchor_queries(vectors, "symmetric"))
-    assert not np.allclose(student.anchor_queries(vectors), student.anchor_queries(vectors, "asymmetric"))
+    assert np.array_equal(student.query_vectors(vectors), student.query_vectors(vectors, "symmetric"))
+    assert not np.allclose(student.query_vectors(vectors), student.query_vectors(vectors, "asymmetric"))
 
 
 def test_an_index_is_for_the_task_of_its_student(
@@ -198,7 +198,7 @@ def test_a_server_scores_for_the_task_of_its_student(student: Student, folder: P
 
 
 def test_adapters_take_the_task_of_the_student(student: Student, folder: Path) -> None:
-    vector = student.anchor_queries(student.encode_queries([TEXTS[0]]).vectors, "symmetric")[0]
+    vector = student.query_vectors(student.encode_queries([TEXTS[0]]).vectors, "symmetric")[0]
     pytest.importorskip("langchain_core", reason="needs LangChain: pip install 'd2llm[langchain]'")
     from langchain_core.documents import Document
 

@@ -35,7 +35,7 @@ STUDENT = StudentFacts(
     token_dim=16,
     max_tokens=256,
     max_query_tokens=16,
-    has_anchor=True,
+    has_dot=True,
     counts_interaction=False,
     formats={"window": "int3", "token": "int4"},
     weights=EvidenceWeights(),
@@ -83,9 +83,9 @@ def test_evidence_costs_words_windows_and_tokens():
     )
 
 
-def test_the_interaction_scores_candidates_or_without_an_anchor_everything():
+def test_the_interaction_scores_candidates_or_without_an_inner_product_everything():
     assert stages(replace(STUDENT, counts_interaction=True))["interaction"] == pytest.approx(10)
-    paper = stages(replace(STUDENT, has_anchor=False, counts_interaction=True))
+    paper = stages(replace(STUDENT, has_dot=False, counts_interaction=True))
     assert paper["interaction of every passage"] == pytest.approx(10_000)
     assert "scan of all vectors" not in paper
 
@@ -108,7 +108,7 @@ def test_when_an_index_is_approximate():
     assert can_approximate(PLAN, STUDENT, 1_000_000, ANN)
     assert not can_approximate(PLAN, STUDENT, 19_999, ANN)
     assert not can_approximate(PLAN.replace(recall=0.995), STUDENT, 1_000_000, ANN)
-    assert not can_approximate(PLAN, replace(STUDENT, has_anchor=False), 1_000_000, ANN)
+    assert not can_approximate(PLAN, replace(STUDENT, has_dot=False), 1_000_000, ANN)
     assert 0.9 < shipped_ann_facts().first_ten < 1
 
 

@@ -23,7 +23,7 @@ from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
 from d2llm.store.view import PassageView
-from fake_models import AnchorStudent, FakeStudent, PreparedAnchorStudent
+from fake_models import DotStudent, FakeStudent, PreparedDotStudent
 from tiny_ann import DIM, PlainStudent, clustered, new_ann_store, products, put_vectors
 
 NUM = 4_000
@@ -306,7 +306,7 @@ class TestRefused:
         with pytest.raises(IndexMismatchError):
             build_ann(store, FakeStudent())
         with pytest.raises(InputError, match="no inner product"):
-            build_ann(store, PlainStudent(has_anchor=False))
+            build_ann(store, PlainStudent(has_dot=False))
 
     @pytest.mark.parametrize("num", [0, 3, 499])
     def test_too_few_passages_are_rejected(self, tmp_path, num):
@@ -326,9 +326,9 @@ class TestRefused:
 
     def test_a_compaction_during_the_build_is_an_error(self, store):
         class CompactingStudent(PlainStudent):
-            def anchor_queries(self, vectors, task):
+            def query_vectors(self, vectors, task):
                 store.compact(dense=True)
-                return super().anchor_queries(vectors, task)
+                return super().query_vectors(vectors, task)
 
         with pytest.raises(InputError, match="compacted or restored during the build"):
             build_ann(store, CompactingStudent(), recall=0.9, depth=20)
@@ -355,8 +355,8 @@ class TestSearch:
         both = index.search("cat runs", sources=("ann", "bm25"), explain=True, **options)
         assert {name for hit in both.passages for name in hit.explanation.source_ranks} == {"ann", "bm25"}
 
-    def test_nothing_is_rescored_if_the_anchor_is_the_score(self, tmp_path):
-        student = AnchorStudent(dim=DIM)
+    def test_nothing_is_rescored_if_the_inner_product_is_the_score(self, tmp_path):
+        student = DotStudent(dim=DIM)
         words = ["cat", "dog", "fish", "bird", "horse", "sleeps", "runs", "swims", "flies", "eats"]
         rng = np.random.default_rng(1)
         index = Index.create(tmp_path / "i", student, vector_format="float32")
@@ -364,8 +364,8 @@ class TestSearch:
         index.build_ann(recall=0.9, depth=20)
         for query_text in ("cat runs", "horse eats fish"):
             options = {"num_candidates": 20, "top_k": 5, "sources": ("ann",)}
-            (slow,) = search(index.view, AnchorStudent(dim=DIM), [query_text], **options)
-            (fast,) = search(index.view, PreparedAnchorStudent(dim=DIM), [query_text], **options)
+            (slow,) = search(index.view, DotStudent(dim=DIM), [query_text], **options)
+            (fast,) = search(index.view, PreparedDotStudent(dim=DIM), [query_text], **options)
             assert fast.passages == slow.passages
             assert (fast.num_candidates, slow.num_candidates) == (5, 20)
 

@@ -53,19 +53,19 @@ def interrupt(*_arguments):
 def expected_scores(index, text, names):
     """Computed from the texts: the best inner product with a window, or with the passage's vector if it has none."""
     student = index.student
-    anchor = student.anchor_queries(student.encode_queries([text]).vectors, "asymmetric")[0]
+    dot_query = student.query_vectors(student.encode_queries([text]).vectors, "asymmetric")[0]
     scores = []
     for passage in index.get(names):
         spans = windows(passage.full_text)
         parts = [passage.full_text[start:end] for start, end in spans] if len(spans) > 1 else [passage.full_text]
-        scores.append(float((student.encode_passages(parts).vectors @ anchor).max()))
+        scores.append(float((student.encode_passages(parts).vectors @ dot_query).max()))
     return scores
 
 
 def stored_scores(index, text, names):
     student = index.student
-    anchor = student.anchor_queries(student.encode_queries([text]).vectors, "asymmetric")[0]
-    return index.view.best_windows(anchor, index.view.rows(names)).tolist()
+    dot_query = student.query_vectors(student.encode_queries([text]).vectors, "asymmetric")[0]
+    return index.view.best_windows(dot_query, index.view.rows(names)).tolist()
 
 
 def assert_windows(index, names=tuple(TEXTS)):
@@ -97,9 +97,8 @@ def test_the_score_includes_window_vectors(index):
         assert hit.score == pytest.approx(word_scores[hit.passage.id] + 2.0 * window_scores[hit.passage.id], rel=1e-4)
         explanation = hit.explanation
         assert explanation.windows == pytest.approx(2.0 * window_scores[hit.passage.id], rel=1e-5)
-        assert (
-            explanation.anchor + explanation.interaction + explanation.lexical + explanation.windows
-            == pytest.approx(hit.score, rel=1e-4)
+        assert explanation.dot + explanation.interaction + explanation.lexical + explanation.windows == pytest.approx(
+            hit.score, rel=1e-4
         )
     assert [hit.score for hit in plain.passages] != [hit.score for hit in ranking.passages]
     exact = index.search("a rare gem", exact=True, top_k=3)

@@ -70,7 +70,7 @@ def test_the_score_includes_tokens_and_the_exact_search_agrees(index):
         assert hit.score == pytest.approx(word_scores[hit.passage.id] + 5 * tokens[hit.passage.id], rel=1e-4)
         why = hit.explanation
         assert why.tokens == pytest.approx(5 * tokens[hit.passage.id], rel=1e-4, abs=1e-6)
-        assert why.anchor + why.interaction + why.lexical + why.tokens == pytest.approx(hit.score, rel=1e-4)
+        assert why.dot + why.interaction + why.lexical + why.tokens == pytest.approx(hit.score, rel=1e-4)
     exact = index.search("a rare gem", exact=True, top_k=3)
     assert [hit.passage.id for hit in exact.passages] == names[:3]
     assert exact.certificate.proved == 3

@@ -25,22 +25,22 @@ IDS = ("pa", "pb", "pc", "pd")
 
 
 class HandMadeStudent:
-    """Preset anchor scores and changes, [queries, passages]; encodes queries as unit vectors, passages as columns."""
+    """Preset inner products and changes, [queries, passages]; encodes queries as unit vectors, passages as columns."""
 
-    def __init__(self, anchors: np.ndarray, changes: np.ndarray, *, has_anchor: bool = True) -> None:
-        self.anchors, self.changes = anchors.astype(np.float32), changes.astype(np.float32)
-        self.has_anchor = has_anchor
+    def __init__(self, dots: np.ndarray, changes: np.ndarray, *, has_dot: bool = True) -> None:
+        self.dots, self.changes = dots.astype(np.float32), changes.astype(np.float32)
+        self.has_dot = has_dot
         self.interaction = SimpleNamespace(has_interaction=lambda task: True)
 
     def encode_queries(self, texts: list[str], *, advance: Callable[[int], None]) -> SimpleNamespace:
         advance(len(texts))
-        return SimpleNamespace(vectors=np.eye(len(self.anchors), dtype=np.float32)[[int(text) for text in texts]])
+        return SimpleNamespace(vectors=np.eye(len(self.dots), dtype=np.float32)[[int(text) for text in texts]])
 
     def encode_passages(self, texts: list[str], *, advance: Callable[[int], None]) -> SimpleNamespace:
         advance(len(texts))
-        return SimpleNamespace(vectors=np.ascontiguousarray(self.anchors.T))
+        return SimpleNamespace(vectors=np.ascontiguousarray(self.dots.T))
 
-    def anchor_queries(self, vectors: np.ndarray, task: Task) -> np.ndarray:
+    def query_vectors(self, vectors: np.ndarray, task: Task) -> np.ndarray:
         return vectors
 
     def score(self, query: np.ndarray, passages: np.ndarray, task: Task, *, interaction_weight: float) -> np.ndarray:
@@ -57,9 +57,9 @@ def discount(rank: int) -> float:
     return 1 / math.log2(1 + rank)
 
 
-# Query 0: pb is relevant. Anchor order pa 4, pb 3, pc 2, pd 1; the interaction moves pb by +2 and pa by -1:
+# Query 0: pb is relevant. Inner product order pa 4, pb 3, pc 2, pd 1; the interaction moves pb by +2 and pa by -1:
 #   r = 0: pb second; r = 0.25: pa 3.75, pb 3.5: second; r = 0.5: pa 3.5, pb 4: first; and so on.
-# Query 1: pa (grade 2) and pd (grade 1) are relevant. Anchor order pd, pa, pc, pb = 4, 3.5, 2, 1; pa changes by
+# Query 1: pa (grade 2) and pd (grade 1) are relevant. Inner product order pd, pa, pc, pb = 4, 3.5, 2, 1; pa changes by
 # -1.75, pc by +0.25:
 #   pd, pa, pc up to r = 0.5 (pa 2.625, pc 2.125); r = 0.75: pa 2.1875, pc 2.1875: a tie, broken by id;
 #   r = 1: pa 1.75, pc 2.25: pd, pc, pa.
@@ -84,8 +84,8 @@ def test_ndcg_at_each_weight_matches_hand_calculation() -> None:
     assert result.values == pytest.approx(BY_HAND, abs=1e-6)
 
 
-def test_student_without_anchor_is_measured_at_one_weight() -> None:
-    student = HandMadeStudent(ANCHORS, CHANGES, has_anchor=False)
+def test_student_without_inner_product_is_measured_at_one_weight() -> None:
+    student = HandMadeStudent(ANCHORS, CHANGES, has_dot=False)
     result = evaluate_dev(student, [dev_set(QRELS)])["set"]
     assert result.values == pytest.approx({1.0: BY_HAND[1.0]}, abs=1e-6)
 
@@ -106,11 +106,11 @@ def test_progress_counts_encoded_texts_and_ranked_queries(
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("has_anchor", [True, False])
-def test_non_finite_scores_raise_a_divergence_error(bad: float, has_anchor: bool) -> None:
+@pytest.mark.parametrize("has_dot", [True, False])
+def test_non_finite_scores_raise_a_divergence_error(bad: float, has_dot: bool) -> None:
     changes = CHANGES.copy()
     changes[1, 2] = bad
-    student = HandMadeStudent(ANCHORS, changes, has_anchor=has_anchor)
+    student = HandMadeStudent(ANCHORS, changes, has_dot=has_dot)
     with pytest.raises(TrainingDivergedError, match="dev queries of 'set' are not finite"):
         evaluate_dev(student, [dev_set(QRELS)])
 

@@ -16,7 +16,7 @@ from d2llm.data.beir import Dataset
 from d2llm.models.document_expansion import DocumentExpansion
 from d2llm.models.fitted_part import Widths
 from d2llm.models.student import Student
-from d2llm.retrieval.cosine import AnchorStudent
+from d2llm.retrieval.cosine import DotStudent
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.shard import shard
@@ -239,8 +239,8 @@ def test_an_index_takes_words_of_one_expansion_only(tmp_path: Path) -> None:
     plain.refresh()
     found, expected = (index.search("cats", evidence={"words": 1.0}) for index in (with_words, plain))
     assert found.passages == expected.passages
-    assert AnchorStudent(ExpandingStudent()).document_expansion is not None
-    assert AnchorStudent(FakeStudent()).document_expansion is None
+    assert DotStudent(ExpandingStudent()).document_expansion is not None
+    assert DotStudent(FakeStudent()).document_expansion is None
 
 
 def test_an_interrupted_run_does_not_mix_expansions(tmp_path: Path) -> None:

@@ -221,13 +221,13 @@ class TestStudent:
             student, longer, "asymmetric", terms=("words", "window_vectors"), num_passages=len(names), depth=len(names)
         )
         queries = dev_queries(longer, num_queries=200, seed=0)
-        anchors = student.anchor_queries(
+        dot_queries = student.query_vectors(
             student.encode_queries([query.text for query in queries]).vectors, "asymmetric"
         )
         windowed = [[text[start:end] for start, end in windows(text)] for text in texts.values()]
-        for (scores, _), anchor in zip(result.lists, anchors, strict=True):
+        for (scores, _), dot_query in zip(result.lists, dot_queries, strict=True):
             assert len(scores) == len(names)  # every passage is in the list, in corpus order
-            best = [float((student.encode_passages(parts).vectors @ anchor).max()) for parts in windowed]
+            best = [float((student.encode_passages(parts).vectors @ dot_query).max()) for parts in windowed]
             np.testing.assert_allclose(scores[:, 2], best, rtol=1e-3, atol=1e-3)
 
     def test_each_task_is_fitted_on_its_own_data(self, student, monkeypatch, caplog):

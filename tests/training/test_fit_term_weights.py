@@ -15,7 +15,7 @@ from d2llm.models.student import Student
 from d2llm.models.term_weights import TermWeights
 from d2llm.ops.bm25_words import placed_terms, terms
 from d2llm.ops.ridge import RidgeSet, choose_penalty, folds_of, ridge_weights
-from d2llm.retrieval.cosine import AnchorStudent
+from d2llm.retrieval.cosine import DotStudent
 from d2llm.retrieval.index import Index
 from d2llm.store.bm25 import WordIndex
 from d2llm.training.fit_scores import fit_scores
@@ -202,8 +202,8 @@ def test_a_search_counts_words_by_their_factors(tmp_path: Path, num_shards: int 
         if exact:
             assert ranking.certificate is not None
             assert ranking.certificate.proved == 4
-    assert AnchorStudent(student).term_factors([text]) == student.term_factors([text])
-    assert AnchorStudent(FakeStudent()).term_factors([text]) is None
+    assert DotStudent(student).term_factors([text]) == student.term_factors([text])
+    assert DotStudent(FakeStudent()).term_factors([text]) is None
 
 
 def test_the_verb_fits_words_before_their_weights(student: Student, tmp_path: Path) -> None:

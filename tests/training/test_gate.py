@@ -123,7 +123,7 @@ def test_lists_with_positives_leave_out_their_repeats():
     assert "a1" in dev_set.candidates["qa"]
 
 
-def test_a_head_without_an_anchor_proposes_by_cosine():
+def test_a_head_without_an_inner_product_proposes_by_cosine():
     dataset = everyday()
     queries = dev_queries(dataset, num_queries=2, seed=0)
     dev_set = make_judge_dev_set(

@@ -92,8 +92,8 @@ def test_gates_that_do_not_tighten_the_bound_become_constant(place: Place, usefu
     dev_set = make_dev_set(place.source, num_queries=50, num_passages=100, seed=0)
     passages = torch.from_numpy(student.encode_passages([*dev_set.passages.values()]).vectors)
     with torch.no_grad():
-        for anchor in head.anchors.values():
-            anchor.log_scale.sub_(3)
+        for dot in head.dots.values():
+            dot.log_scale.sub_(3)
         for gate in (head.query_gate, head.passage_gate):
             gate.weight.mul_(1e-4)
         if useful:  # open for half of the passages, closed for the others

@@ -42,7 +42,7 @@ ALL_WEIGHTS = Objective(
         "feature_imitation": 5.0,
         "subclass_imitation": 1.7,
         "in_batch_cross_entropy": 7.0,
-        "anchor_cross_entropy": 11.0,
+        "dot_cross_entropy": 11.0,
     }
 )
 POSITIVE = [[1, 0, 0, 0], [0, 0, 0, 1]]
@@ -92,8 +92,8 @@ def by_hand(scores: PairScores) -> dict[str, torch.Tensor]:
     features[0] = scores.features[0, [0, 2, 1]]
     features[1, :2] = scores.features[1, [3, 2]]
     listed = torch.tensor([[True, True, True], [True, True, False]])
-    assert scores.anchor is not None
-    change = scores.logits - scores.anchor  # by the interaction; the mean over a query's passages is removed
+    assert scores.dot is not None
+    change = scores.logits - scores.dot  # by the interaction; the mean over a query's passages is removed
     included = positive | hard | easy
     logits = scores.logits - (change * included).sum(1, keepdim=True) / included.sum(1, keepdim=True)
     return {
@@ -120,7 +120,7 @@ def by_hand(scores: PairScores) -> dict[str, torch.Tensor]:
             listed,
         ),
         "in_batch_cross_entropy": losses.in_batch_cross_entropy(logits, positive, positive | hard | easy),
-        "anchor_cross_entropy": losses.in_batch_cross_entropy(scores.anchor, positive, positive | hard | easy),
+        "dot_cross_entropy": losses.in_batch_cross_entropy(scores.dot, positive, positive | hard | easy),
     }
 
 
@@ -141,7 +141,7 @@ def test_the_authors_normalisation(scores: PairScores, batch: DistillationBatch)
     hard, positive = torch.from_numpy(batch.hard), torch.from_numpy(batch.positive)
     alone = losses.contrastive_imitation(
         scores.logits
-        - (scores.logits - scores.anchor).mul(hard | positive | torch.from_numpy(batch.easy)).sum(1)[:, None]
+        - (scores.logits - scores.dot).mul(hard | positive | torch.from_numpy(batch.easy)).sum(1)[:, None]
         / (hard | positive | torch.from_numpy(batch.easy)).sum(1)[:, None],
         torch.sigmoid(torch.from_numpy(batch.teacher_log_odds)),
         positive,
@@ -192,7 +192,7 @@ def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBa
         + 5 * parts["feature_imitation"]
         + 1.7 * parts["subclass_imitation"]
         + 7 * parts["in_batch_cross_entropy"]
-        + 11 * parts["anchor_cross_entropy"],
+        + 11 * parts["dot_cross_entropy"],
         rel=1e-5,
     )
 
@@ -214,10 +214,11 @@ def test_every_loss_has_a_gradient_of_its_own(scores: PairScores, batch: Distill
     terms = losses_of(scores, batch, alone)
     assert set(terms) == {name}
     weighted_sum(terms, alone.root).backward()
-    reached = {part: getattr(scores, part).grad is not None for part in ("logits", "anchor", "features")}
-    # Losses on the logits reach the anchor too: the change by the interaction is the logit less the anchor.
+    reached = {part: getattr(scores, part).grad is not None for part in ("logits", "dot", "features")}
+    # Losses on the logits reach the inner product too: the change by the interaction is the logit less the inner
+    # product.
     of_features = {key: {"features"} for key in ("feature_imitation", "subclass_imitation")}
-    expected = (of_features | {"anchor_cross_entropy": {"anchor"}}).get(name, {"logits", "anchor"})
+    expected = (of_features | {"dot_cross_entropy": {"dot"}}).get(name, {"logits", "dot"})
     assert reached == {part: part in expected for part in reached}
     # A passage outside all masks gets no gradient: p1 has no role for q1.
     for part in expected - {"features"}:
@@ -226,7 +227,7 @@ def test_every_loss_has_a_gradient_of_its_own(scores: PairScores, batch: Distill
 
 def test_a_constant_added_by_the_interaction_changes_no_loss(scores: PairScores, batch: DistillationBatch) -> None:
     shift = torch.tensor([[3.0], [-5.0]], requires_grad=True)
-    shifted = PairScores(scores.logits + shift, scores.anchor, scores.features)
+    shifted = PairScores(scores.logits + shift, scores.dot, scores.features)
     before, after = (losses_of(pair_scores, batch, ALL_WEIGHTS) for pair_scores in (scores, shifted))
     for name, value in before.items():
         assert after[name].item() == pytest.approx(value.item(), abs=1e-5), name
@@ -237,11 +238,11 @@ def test_a_constant_added_by_the_interaction_changes_no_loss(scores: PairScores,
 
 def test_words_are_part_of_the_score_and_not_of_the_interaction(scores: PairScores, batch: DistillationBatch) -> None:
     words = np.array([[0.5, 2.0, 0.0, 1.0], [3.0, 0.0, 0.25, 0.0]], np.float32)
-    assert scores.anchor is not None
+    assert scores.dot is not None
     with_words = PairScores(
-        scores.logits + torch.from_numpy(words), scores.anchor + torch.from_numpy(words), scores.features
+        scores.logits + torch.from_numpy(words), scores.dot + torch.from_numpy(words), scores.features
     )
-    expected = by_hand(with_words) | {"anchor_cross_entropy": by_hand(scores)["anchor_cross_entropy"]}
+    expected = by_hand(with_words) | {"dot_cross_entropy": by_hand(scores)["dot_cross_entropy"]}
     for name, value in losses_of(scores, replace(batch, word_scores=words), ALL_WEIGHTS).items():
         torch.testing.assert_close(value, expected[name], msg=name)
     paper = losses_of(PairScores(scores.logits, None, None), replace(batch, word_scores=words), ALL_WEIGHTS)
@@ -254,11 +255,11 @@ def test_tokens_are_part_of_the_score_and_have_a_loss_of_their_own(
     scores: PairScores, batch: DistillationBatch
 ) -> None:
     cosines = torch.tensor([[0.5, 0.2, 0.0, 0.9], [-1.0, 0.1, 0.25, 0.0]], requires_grad=True)
-    assert scores.anchor is not None
-    in_all = PairScores(scores.logits + 8 * cosines, scores.anchor + 8 * cosines, scores.features)
+    assert scores.dot is not None
+    in_all = PairScores(scores.logits + 8 * cosines, scores.dot + 8 * cosines, scores.features)
     positive, hard, easy = (torch.tensor(mask, dtype=torch.bool) for mask in (POSITIVE, HARD, EASY))
     expected = by_hand(in_all) | {
-        "anchor_cross_entropy": by_hand(scores)["anchor_cross_entropy"],
+        "dot_cross_entropy": by_hand(scores)["dot_cross_entropy"],
         "token_cross_entropy": losses.in_batch_cross_entropy(8 * cosines, positive, positive | hard | easy),
     }
     weights = ALL_WEIGHTS.with_losses({"token_cross_entropy": 2.5})
@@ -271,13 +272,13 @@ def test_tokens_are_part_of_the_score_and_have_a_loss_of_their_own(
     assert cosines.grad.abs().max().item() > 0
 
 
-def test_a_head_without_anchor_has_no_anchor_loss(scores: PairScores, batch: DistillationBatch) -> None:
+def test_a_head_without_inner_product_has_no_inner_product_loss(scores: PairScores, batch: DistillationBatch) -> None:
     paper = PairScores(scores.logits, None, scores.features)
-    assert set(losses_of(paper, batch, ALL_WEIGHTS)) == set(LOSS_NAMES) - {"anchor_cross_entropy"}
+    assert set(losses_of(paper, batch, ALL_WEIGHTS)) == set(LOSS_NAMES) - {"dot_cross_entropy"}
 
 
 def test_weights_that_leave_no_loss_are_rejected(scores: PairScores, batch: DistillationBatch) -> None:
-    weights = Objective({"anchor_cross_entropy": 1.0})
+    weights = Objective({"dot_cross_entropy": 1.0})
     terms = losses_of(PairScores(scores.logits, None, scores.features), batch, weights)
     with pytest.raises(InputError, match="no loss has a weight above 0"):
         weighted_sum(terms, weights.root)
@@ -308,14 +309,14 @@ def test_labelled_pairs_use_pointwise_cross_entropy(scores: PairScores, batch: D
     weights = ALL_WEIGHTS.with_losses({"pair_cross_entropy": {"teacher_share": share}})
     terms = losses_of(scores, pair_batch(batch), weights, offset=torch.tensor(0.5))
     assert set(terms) == {"pair_cross_entropy"}
-    assert scores.anchor is not None
-    whole, anchor = (cross_entropy_by_hand(logits, 0.5, share) for logits in (scores.logits, scores.anchor))
-    assert terms["pair_cross_entropy"].item() == pytest.approx(whole + 0.5 * anchor, rel=1e-5)
+    assert scores.dot is not None
+    whole, dot = (cross_entropy_by_hand(logits, 0.5, share) for logits in (scores.logits, scores.dot))
+    assert terms["pair_cross_entropy"].item() == pytest.approx(whole + 0.5 * dot, rel=1e-5)
 
 
 def test_unlabelled_pairs_get_no_gradient(scores: PairScores, batch: DistillationBatch) -> None:
     offset = torch.tensor(0.5, requires_grad=True)
-    weights = ALL_WEIGHTS.with_losses({"pair_cross_entropy": {"anchor": 0.0}})
+    weights = ALL_WEIGHTS.with_losses({"pair_cross_entropy": {"dot": 0.0}})
     weighted_sum(losses_of(scores, pair_batch(batch), weights, offset=offset), weights.root).backward()
     gradient = scores.logits.grad
     assert gradient is not None
@@ -324,7 +325,9 @@ def test_unlabelled_pairs_get_no_gradient(scores: PairScores, batch: Distillatio
     assert offset.grad.item() == pytest.approx(-gradient.sum().item(), rel=1e-5)
 
 
-def test_pairs_without_an_anchor_have_no_anchor_loss(scores: PairScores, batch: DistillationBatch) -> None:
+def test_pairs_without_an_inner_product_have_no_inner_product_loss(
+    scores: PairScores, batch: DistillationBatch
+) -> None:
     terms = losses_of(
         PairScores(scores.logits, None, None), pair_batch(batch), ALL_WEIGHTS.with_losses({"pair_cross_entropy": 1.0})
     )
@@ -348,7 +351,7 @@ def test_one_head_learns_judgements_and_the_other_imitates(two_heads: PairScores
     labels, teacher = by_hand(two_heads), by_hand(two_heads.teacher)
     assert actual.keys() == labels.keys()
     for name, value in actual.items():
-        of_labels = name in ("in_batch_cross_entropy", "anchor_cross_entropy")
+        of_labels = name in ("in_batch_cross_entropy", "dot_cross_entropy")
         torch.testing.assert_close(value, (labels if of_labels else teacher)[name], msg=name)
         if name not in ("feature_imitation", "subclass_imitation"):  # of the features that both heads share
             assert abs(labels[name].item() - teacher[name].item()) > 1e-6, name
@@ -357,9 +360,9 @@ def test_one_head_learns_judgements_and_the_other_imitates(two_heads: PairScores
 def test_words_are_part_of_the_scores_of_both_heads(two_heads: PairScores, batch: DistillationBatch) -> None:
     words = np.array([[0.5, 2.0, 0.0, 1.0], [3.0, 0.0, 0.25, 0.0]], np.float32)
     assert two_heads.teacher is not None
-    assert two_heads.teacher.anchor is not None
+    assert two_heads.teacher.dot is not None
     added = torch.from_numpy(words)
-    teacher = PairScores(two_heads.teacher.logits + added, two_heads.teacher.anchor + added, two_heads.features)
+    teacher = PairScores(two_heads.teacher.logits + added, two_heads.teacher.dot + added, two_heads.features)
     actual = losses_of(two_heads, replace(batch, word_scores=words), ALL_WEIGHTS)
     torch.testing.assert_close(actual["list_imitation"], by_hand(teacher)["list_imitation"])
 
@@ -371,7 +374,7 @@ def test_pairs_divide_their_target_between_the_heads(
     weights = ALL_WEIGHTS.with_losses({"pair_cross_entropy": {"teacher_share": share}})
     terms = losses_of(two_heads, pair_batch(batch), weights, offset=torch.tensor(0.5))
     expected = 0.0
-    for weight, part in (1.0, "logits"), (0.5, "anchor"):
+    for weight, part in (1.0, "logits"), (0.5, "dot"):
         own, teacher = getattr(two_heads, part), getattr(two_heads.teacher, part)
         expected += weight * (1 - share) * cross_entropy_by_hand(own, 0.5, 0.0)
         expected += weight * share * cross_entropy_by_hand(teacher, 0.5, 1.0)
@@ -423,9 +426,9 @@ def test_scores_match_texts_encoded_one_by_one(student: Student, long_batch: Dis
         query = student.encode_queries([long_batch.source.query_text(query_id)]).vectors
         one_by_one = student.score(query[0], passages, "symmetric")
         np.testing.assert_allclose(scores.logits[row].detach().numpy(), one_by_one, rtol=1e-4, atol=1e-4)
-        anchor = (student.anchor_queries(query, "symmetric") @ passages.T)[0]
-        assert scores.anchor is not None
-        np.testing.assert_allclose(scores.anchor[row].detach().numpy(), anchor, rtol=1e-4, atol=1e-4)
+        dot = (student.query_vectors(query, "symmetric") @ passages.T)[0]
+        assert scores.dot is not None
+        np.testing.assert_allclose(scores.dot[row].detach().numpy(), dot, rtol=1e-4, atol=1e-4)
     spread = float(scores.logits.detach().std())
     assert spread > 0.1  # the scores differ, so a wrong order would show
 
@@ -442,14 +445,14 @@ def test_a_paper_head_scores_a_batch_too(model: Path, long_batch: DistillationBa
     interaction = InteractionConfig(head="paper", features="concat", hidden_dim=16, feature_dim=8)
     config = tiny_student_config(model).model_copy(update={"interaction": interaction})
     scores = score_batch(Student.create(config, device="cpu", dtype="float32"), long_batch)
-    assert scores.anchor is None
+    assert scores.dot is None
     assert scores.logits.shape == (5, 17)
     assert scores.features.shape == (5, 17, 8)
 
 
 def test_the_data_set_s_own_judgements_are_no_scores_to_regress(scores: PairScores, batch: DistillationBatch) -> None:
     """They stand for certainty, and their size means nothing."""
-    weights = Objective({"score_regression": 1.0, "margin_mse": 1.0, "anchor_cross_entropy": 1.0})
+    weights = Objective({"score_regression": 1.0, "margin_mse": 1.0, "dot_cross_entropy": 1.0})
     other = replace(batch, teacher_log_odds=np.where(batch.labelled, batch.teacher_log_odds, np.float32(99.0)))
     before, after = (losses_of(scores, each, weights) for each in (batch, other))
     assert {name: value.item() for name, value in before.items()} == {

@@ -269,7 +269,7 @@ def test_a_student_without_an_inner_product(llama, root, tmp_path):
     config = tiny_student_config(root / "backbone")
     config = config.model_copy(update={"interaction": config.interaction.model_copy(update={"head": "paper"})})
     paper = Student.create(config, device="cpu", dtype="float32")
-    assert not paper.has_anchor
+    assert not paper.has_dot
     report = tune(paper, llama, tmp_path / "reader", lists=(4, 4))
     assert report.dev["tiny"].num_queries == 4
 

@@ -44,7 +44,7 @@ SystemKind = Literal[
     "cosine_untuned",
     "cosine_tuned",
     "paper_head",
-    "anchor",
+    "dot",
     "d2llm",
     "fitted_student",
     "shortcut",
@@ -52,7 +52,7 @@ SystemKind = Literal[
     "external",
 ]
 """Systems that an evaluation measures: ``hybrid`` fuses two rankings by rank, ``fitted_sum`` adds the scores of BM25
-and a cosine with weights fitted on dev queries, ``anchor`` is the inner-product part of a D2LLM student alone,
+and a cosine with weights fitted on dev queries, ``dot`` is the inner-product part of a D2LLM student alone,
 ``fitted_student`` is the student with weights of its evidence fitted on the same queries as those of the fitted sum,
 and ``shortcut`` is the same student with a cheaper search."""
 
@@ -238,14 +238,14 @@ class Candidate:
 class Explanation:
     """Why a passage has its rank.
 
-    ``anchor`` is the inner product, ``interaction`` what the IEM added to it (None if the head has no anchor),
+    ``dot`` is the inner product, ``interaction`` what the IEM added to it (None if the head has no inner product),
     ``lexical`` what BM25 added, ``windows`` what the best window's vector added, and ``tokens`` what the token
     embeddings added (None if the score does not use them). ``source_ranks`` and ``source_scores`` come from the sources
     that proposed the passage; ``terms`` counts the query's terms (stems, as BM25 uses them) in it, and ``term_places``
     says where they are in its full text (title, line break, text), in characters.
     """
 
-    anchor: float | None
+    dot: float | None
     interaction: float | None
     lexical: float | None
     windows: float | None
@@ -282,7 +282,7 @@ class RankedPassage:
         rank: from 1.
         passage: the passage; in a ranking of documents, the document's best one.
         score: what the ranking is sorted by: the student's score, or the reranker's.
-        anchor_score: inner-product part of the student's score, if the head has one.
+        dot_score: inner-product part of the student's score, if the head has one.
         explanation: why it has this rank, if requested.
         document: the document, in a ranking of documents.
         before: passages before it in its document, in order, if requested.
@@ -294,7 +294,7 @@ class RankedPassage:
     rank: int
     passage: Passage
     score: float
-    anchor_score: float | None = None
+    dot_score: float | None = None
     explanation: Explanation | None = None
     document: RankedDocument | None = None
     before: tuple[Passage, ...] = ()

@@ -136,7 +136,7 @@ def explain(index: Index, interaction_weight: float) -> ScoreReport:
                 title=place.passage.title,
                 right=is_right(question, place.passage),
                 score=place.score,
-                inner_product=parts.anchor,
+                inner_product=parts.dot,
                 words=parts.lexical,
                 windows=parts.windows,
                 tokens=parts.tokens,

@@ -19,7 +19,7 @@ from d2llm.demo.report import DemoAnswer, MessageReport, MessageSystem, top_plac
 from d2llm.models.interaction import Interaction
 from d2llm.models.student import Student
 from d2llm.ops.significance import paired_randomisation
-from d2llm.retrieval.cosine import AnchorStudent
+from d2llm.retrieval.cosine import DotStudent
 from d2llm.retrieval.protocols import SearchStudent
 
 TOP_K = 3
@@ -51,7 +51,7 @@ def interaction_weight(student: Student, task: Task) -> float:
     head = student.interaction
     if not isinstance(head, Interaction):
         return 0.0
-    return float(head.interaction_weight(task)) if head.has_anchor else 1.0
+    return float(head.interaction_weight(task)) if head.has_dot else 1.0
 
 
 def rank_messages(student: Student, cosine: SearchStudent) -> MessageReport:
@@ -68,12 +68,12 @@ def rank_messages(student: Student, cosine: SearchStudent) -> MessageReport:
     scores = {
         "cosine, untuned": _score(cosine, cosine.encode_queries(texts).vectors, cosine.encode_passages(texts).vectors)
     }
-    if student.has_anchor:
-        scores[_WITHOUT] = _score(AnchorStudent(student), *encoded)
+    if student.has_dot:
+        scores[_WITHOUT] = _score(DotStudent(student), *encoded)
     scores["D2LLM"] = _score(student, *encoded)
     hits = {name: request[_order(values)[:, :TOP_K]] == request[:, None] for name, values in scores.items()}
     p_value, gains, examples = None, np.zeros(len(passages), np.int64), ()
-    if student.has_anchor:
+    if student.has_dot:
         gains = hits["D2LLM"].sum(1) - hits[_WITHOUT].sum(1)
         p_value = paired_randomisation(hits["D2LLM"].sum(1), hits[_WITHOUT].sum(1))
         by_gain = np.argsort(-gains, kind="stable")

@@ -12,7 +12,7 @@ from d2llm.data.trec import TrecRun
 from d2llm.evaluation.report import EvaluationRow, MissingRow
 from d2llm.models.plain_student import PlainStudent
 from d2llm.models.teachers.judge import Judge
-from d2llm.retrieval.cosine import AnchorStudent, CosineStudent
+from d2llm.retrieval.cosine import CosineStudent, DotStudent
 from d2llm.retrieval.protocols import SearchStudent, TextEncoder
 from d2llm.runners.placement import Load
 
@@ -20,9 +20,9 @@ NAME_BM25 = "BM25"
 NAME_UNTUNED = "cosine, untuned"
 NAME_TUNED = "cosine, tuned"
 NAME_PAPER = "D2LLM, paper head"
-NAME_ANCHOR = "cosine, D2LLM vectors"
+NAME_DOT = "cosine, D2LLM vectors"
 NAME_D2LLM = "D2LLM"
-OWN_NAMES = (NAME_BM25, NAME_UNTUNED, NAME_TUNED, NAME_PAPER, NAME_ANCHOR, NAME_D2LLM)
+OWN_NAMES = (NAME_BM25, NAME_UNTUNED, NAME_TUNED, NAME_PAPER, NAME_DOT, NAME_D2LLM)
 _BASELINES: tuple[SystemKind, ...] = ("cosine_tuned", "cosine_untuned", "bm25")
 
 
@@ -90,7 +90,7 @@ class Contenders:
             (NAME_UNTUNED, "cosine_untuned", CosineStudent(self.untuned) if self.untuned is not None else None, top_k),
             (NAME_TUNED, "cosine_tuned", self.tuned_cosine, top_k),
             (NAME_PAPER, "paper_head", self.paper_head, top_k),
-            (NAME_ANCHOR, "anchor", AnchorStudent(self.student) if self.student.has_anchor else None, top_k),
+            (NAME_DOT, "dot", DotStudent(self.student) if self.student.has_dot else None, top_k),
             (NAME_D2LLM, "d2llm", self.student, num_candidates),
             *(
                 (name, "external", model, top_k if isinstance(model, PlainStudent) else num_candidates)
@@ -121,7 +121,7 @@ class Contenders:
             (NAME_UNTUNED, "cosine_untuned", self.untuned, "no untuned encoder was given"),
             (NAME_TUNED, "cosine_tuned", self.tuned_cosine, "no tuned cosine was given"),
             (NAME_PAPER, "paper_head", self.paper_head, "no student with the paper's head was given"),
-            (NAME_ANCHOR, "anchor", self.student.has_anchor or None, "the student's head has no inner-product part"),
+            (NAME_DOT, "dot", self.student.has_dot or None, "the student's head has no inner-product part"),
             (teacher_name(teacher_depth), "teacher", self.teacher, "no teacher was given"),
         ]
         return [

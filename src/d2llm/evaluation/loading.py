@@ -205,6 +205,6 @@ def _gate_notes(manifest: Mapping[str, Any]) -> tuple[str, ...]:
         why = "the recipe's maximum" if share == limit else "a larger share was no better on dev"
         notes.append(f"{share:.0%} of the change of weights in training was kept: {why}")
     off = [task for task, weight in manifest.get("interaction_weights", {}).items() if weight == 0]
-    if off and manifest["config"]["interaction"]["head"] == "anchored":
+    if off and manifest["config"]["interaction"]["head"] == "dot":
         notes.append(f"the interaction is switched off for {' and '.join(off)} search: on dev it added nothing")
     return tuple(notes)

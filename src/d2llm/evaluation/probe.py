@@ -52,7 +52,7 @@ class ProbedStudent(Protocol):
     """What is asked of a student."""
 
     @property
-    def has_anchor(self) -> bool:
+    def has_dot(self) -> bool:
         """Whether its score has an inner product."""
         ...
 
@@ -64,8 +64,8 @@ class ProbedStudent(Protocol):
         """Vectors of passages."""
         ...
 
-    def anchor_queries(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
-        """Vectors whose inner products with passages are the anchor of the score."""
+    def query_vectors(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
+        """Vectors whose inner products with passages are those of the score."""
         ...
 
     def score(
@@ -390,8 +390,8 @@ def rank(
     passage_vectors = student.encode_passages([passage.full_text for passage in passages]).vectors
     query_vectors = student.encode_queries([query.text for query in queries]).vectors
     scores: dict[str, NDArray[np.float32]] = {}
-    if student.has_anchor:
-        scores["student, inner product"] = student.anchor_queries(query_vectors, task) @ passage_vectors.T
+    if student.has_dot:
+        scores["student, inner product"] = student.query_vectors(query_vectors, task) @ passage_vectors.T
     scores["student"] = np.stack([student.score(vector, passage_vectors, task) for vector in query_vectors])
     for system, rows in scores.items():
         best = np.argsort(-rows, axis=1, kind="stable")[:, :_DEPTH]

@@ -72,7 +72,7 @@ def _stored_as(work: RetrievalWork, index: Index, vector_format: str) -> System:
 def _add_exact(rows: Shortcuts, work: RetrievalWork, index: Index) -> None:
     """Search exactly by the full score, with a certificate."""
     name = f"{NAME_D2LLM}, exact"
-    if not index.student.has_anchor:
+    if not index.student.has_dot:
         reason = "this student's head has no inner product, so its search is always exact"
         rows.missing.append(MissingRow(name, "shortcut", reason))
         return

@@ -23,7 +23,7 @@ from d2llm.evaluation.report import MissingRow
 from d2llm.evaluation.systems import RetrievalWork, System
 from d2llm.models.evidence import VECTOR_TERMS, EvidenceWeights
 from d2llm.ops.weighted_sum import sum_weights
-from d2llm.retrieval.cosine import AnchorStudent
+from d2llm.retrieval.cosine import DotStudent
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.protocols import SearchStudent, term_factors
 from d2llm.retrieval.row_evidence import mean_of_cosines, scored_list
@@ -53,7 +53,7 @@ def fitted_sum(work: RetrievalWork, contender: Contender) -> System | MissingRow
 
 def fitted_student(work: RetrievalWork, student: SearchStudent) -> System | MissingRow | None:
     """The student with weights of words, windows and tokens that were fitted here; None if it has no inner product."""
-    if not student.has_anchor:
+    if not student.has_dot:
         return None
     stored = work.index(student)[0].view.part_kinds
     kept = (term for term in get_args(EvidenceTerm) if VECTOR_TERMS.get(term) in {None, *stored})
@@ -134,7 +134,7 @@ def without_parts(work: RetrievalWork, student: SearchStudent, num_candidates: i
             add(name, student, student.evidence_weights(work.trial.task, stored=stored))
     if weights.words_factor is not None:
         add("the words factor", student, weights.model_copy(update={"words_factor": None}))
-    add("the interaction", AnchorStudent(student), weights)
+    add("the interaction", DotStudent(student), weights)
     return systems
 
 
@@ -165,20 +165,22 @@ def _fit(
         vectors, tokens = encoded.vectors, [mean_of_cosines(own) for own in encoded.tokens.split()]
     else:
         vectors = student.encode_queries(texts).vectors
-    anchors = student.anchor_queries(vectors, task)
+    dot_queries = student.query_vectors(vectors, task)
     lists: list[tuple[NDArray[np.float32], NDArray[np.float64]]] = []
     factors = term_factors(student, texts)
-    for query, vector, anchor, own_tokens, own_factors in zip(queries, vectors, anchors, tokens, factors, strict=True):
+    for query, vector, dot_query, own_tokens, own_factors in zip(
+        queries, vectors, dot_queries, tokens, factors, strict=True
+    ):
         grades = {p: grade for p, grade in qrels[query.id].items() if grade > 0 and p in work.dataset.passages}
         judged = dict(zip(view.rows(list(grades)).tolist(), grades.values(), strict=True))
         query_words = words.query(query.text, own_factors)
-        near, by_words = view.scan(anchor, _FIT_DEPTH).rows, words.best(query_words, _FIT_DEPTH)[0]
+        near, by_words = view.scan(dot_query, _FIT_DEPTH).rows, words.best(query_words, _FIT_DEPTH)[0]
         rows = np.union1d(near, by_words)  # a relevant passage that neither has would teach that low scores are good
         rows = np.setdiff1d(rows, view.rows([*work.trial.own.of(query.id)]))
         if judged.keys().isdisjoint(rows.tolist()):
             continue
         own = student.score(vector, view.vectors(rows), task)
-        best_windows = view.best_windows(anchor, rows) if "window_vectors" in terms else None
+        best_windows = view.best_windows(dot_query, rows) if "window_vectors" in terms else None
         best_tokens = None if own_tokens is None else view.best_tokens(own_tokens, rows)
         lists.append(scored_list(own, words, query_words, rows, judged, terms, best_windows, best_tokens))
     return dict(zip(terms, sum_weights(lists)[1:].tolist(), strict=True))

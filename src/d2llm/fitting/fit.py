@@ -867,12 +867,12 @@ def student_for(texts: Sequence[str]) -> str:
 
 def _row_names(student: str) -> dict[str, str]:
     """Names of rows of an evaluation -> their names in a fit, where there are several students."""
-    from d2llm.evaluation.contenders import NAME_ANCHOR, NAME_BM25, NAME_D2LLM
+    from d2llm.evaluation.contenders import NAME_BM25, NAME_D2LLM, NAME_DOT
 
     hybrid = f"hybrid: {NAME_BM25} + "
     return {
         NAME_D2LLM: student,
-        NAME_ANCHOR: f"{student}: vectors alone",
+        NAME_DOT: f"{student}: vectors alone",
         hybrid + NAME_D2LLM: hybrid + student,
     }
 

@@ -25,7 +25,7 @@ NUM_NEGATIVES = 2
 """Hard negatives of a query in each step."""
 
 _OBJECTIVE = Objective.model_validate(
-    {"in_batch_cross_entropy": 1.0, "anchor_cross_entropy": 1.0, "pair_cross_entropy": 1.0}
+    {"in_batch_cross_entropy": 1.0, "dot_cross_entropy": 1.0, "pair_cross_entropy": 1.0}
 )
 """Judgements alone."""
 _BATCH_QUERIES = 32

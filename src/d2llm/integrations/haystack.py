@@ -75,7 +75,7 @@ class _StudentComponent(_Component):
 
 @component
 class D2LLMTextEmbedder(_StudentComponent):
-    """The vector of a query, whose inner product with a passage's vector is the anchor logit.
+    """The vector of a query, whose inner product with a passage's vector is that of the score.
 
     Args:
         student: a student's folder, or the name of a shipped one.

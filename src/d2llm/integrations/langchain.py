@@ -19,7 +19,7 @@ from d2llm.integrations.texts import (
     passage_text,
     rank_texts,
     refuse_unknown,
-    require_anchor,
+    require_dot,
     search_settings,
 )
 from d2llm.models.student import Student
@@ -49,7 +49,7 @@ _MMR = 0.5  # LangChain's default of lambda_mult
 
 
 class D2LLMEmbeddings(Embeddings):
-    """A student's vectors. Their inner product is the anchor logit, so a vector store must compare by inner product.
+    """A student's vectors. Their inner product is that of the score, so a vector store must compare by inner product.
 
     Args:
         student: the student that encodes.
@@ -60,7 +60,7 @@ class D2LLMEmbeddings(Embeddings):
     """
 
     def __init__(self, student: Student, *, task: Task | None = None) -> None:
-        require_anchor(student)
+        require_dot(student)
         self.student = student
         self.task: Task = task_for(student, task)
 
@@ -69,7 +69,7 @@ class D2LLMEmbeddings(Embeddings):
         return embed_passages(self.student, texts).tolist()
 
     def embed_query(self, text: str) -> list[float]:
-        """The vector of a query, whose inner product with a passage's vector is the anchor logit."""
+        """The vector of a query, whose inner product with a passage's vector is that of the score."""
         return embed_queries(self.student, [text], self.task)[0].tolist()
 
 

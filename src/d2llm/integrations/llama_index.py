@@ -18,7 +18,7 @@ from d2llm.integrations.texts import (
     passage_text,
     rank_texts,
     refuse_unknown,
-    require_anchor,
+    require_dot,
     search_settings,
 )
 from d2llm.models.student import Student
@@ -37,7 +37,7 @@ from llama_index.core.schema import IndexNode, MetadataMode, NodeWithScore, Quer
 
 
 class D2LLMEmbedding(BaseEmbedding):
-    """A student's vectors. Their inner product is the anchor logit, so a vector store must compare by inner product.
+    """A student's vectors. Their inner product is that of the score, so a vector store must compare by inner product.
 
     LlamaIndex itself puts a node's metadata before its text (``excluded_embed_metadata_keys`` leaves some out).
 
@@ -59,7 +59,7 @@ class D2LLMEmbedding(BaseEmbedding):
         if options.get("embeddings_cache") is not None:
             raise InputError("embeddings_cache mixes up queries and passages of the same text; leave it out")
         if isinstance(student, Student):  # pyright: ignore[reportUnnecessaryIsInstance] - pydantic reports the rest
-            require_anchor(student)
+            require_dot(student)
             task = task_for(student, task)
             options = {"model_name": f"d2llm-{student.fingerprint}"} | options
         super().__init__(student=student, task=task, **options)  # pyright: ignore[reportCallIssue] - fields of this class

@@ -32,7 +32,7 @@ from d2llm.integrations.texts import title_of
 from d2llm.models.backbone import EncodedTexts
 from d2llm.models.student import Student, find_student
 from d2llm.ops.selection import ids_at, top_rows
-from d2llm.retrieval.cosine import AnchorStudent
+from d2llm.retrieval.cosine import DotStudent
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index, part_formats
 from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint
@@ -162,7 +162,7 @@ class D2LLMModel:
         num_proc: int | None = None,  # noqa: ARG002
         **kwargs: Any,  # noqa: ARG002
     ) -> dict[str, dict[str, float]]:
-        """Rank passages for each query: those that the anchor proposes, or exactly those in ``top_ranked``.
+        """Rank passages for each query: those that the inner product proposes, or exactly those in ``top_ranked``.
 
         Returns:
             query id -> passage id -> score, best first. Equal scores are made to differ in the last bit, so that mteb,
@@ -313,7 +313,7 @@ def load_mteb_model(
     """
     require("mteb", extra="mteb", purpose="the mteb model")
     student = Student.load(folder_or_name, device=device)
-    if not interaction and not student.has_anchor:
+    if not interaction and not student.has_dot:
         raise InputError("this student has the head 'paper', which scores by the interaction alone; keep it on")
     settings = {
         "num_candidates": (num_candidates, DEFAULT_NUM_CANDIDATES),
@@ -323,7 +323,7 @@ def load_mteb_model(
     }
     changed = {name: value for name, (value, default) in settings.items() if value != default}
     return D2LLMModel(
-        student if interaction else AnchorStudent(student),
+        student if interaction else DotStudent(student),
         model_meta(student, folder_or_name, changed, meta or {}),
         num_candidates=num_candidates,
         vector_format=vector_format,

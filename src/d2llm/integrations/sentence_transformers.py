@@ -20,7 +20,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.extras import require
 from d2llm.core.progress import showing_progress
 from d2llm.core.types import Task
-from d2llm.integrations.texts import checked_pair_scores, rank_texts, require_anchor, require_texts
+from d2llm.integrations.texts import checked_pair_scores, rank_texts, require_dot, require_texts
 from d2llm.models.student import Student
 from d2llm.retrieval.protocols import task_for
 
@@ -40,9 +40,9 @@ class _QueryPrompt(str):
 
 
 class StudentModule(InputModule):
-    """Backbone, pooling (PMA) and the anchor's side of queries, as one module of a ``SentenceTransformer``.
+    """Backbone, pooling (PMA) and the inner product's side of queries, as one module of a ``SentenceTransformer``.
 
-    ``encode_query`` returns ``Student.anchor_queries``, as does ``encode`` with the prompt named "query"; everything
+    ``encode_query`` returns ``Student.query_vectors``, as does ``encode`` with the prompt named "query"; everything
     else is encoded as a passage.
 
     Args:
@@ -58,7 +58,7 @@ class StudentModule(InputModule):
 
     def __init__(self, student: Student, task: Task | None = None) -> None:
         super().__init__()
-        require_anchor(student)
+        require_dot(student)
         if not student.runs_in_torch:
             raise InputError("sentence-transformers computes in torch; load the student with engine='torch'")
         self.student = student
@@ -131,7 +131,7 @@ class StudentModule(InputModule):
         states, mask = self.student.backbone(features["input_ids"], features["attention_mask"])
         vectors: Tensor = self.student.pool(states, mask)
         if features["is_query"]:
-            vectors = self.student.interaction.anchor_queries(vectors, self.task)
+            vectors = self.student.interaction.query_vectors(vectors, self.task)
         return {**features, "token_embeddings": states, "attention_mask": mask, "sentence_embedding": vectors}
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:  # noqa: ARG002
@@ -182,7 +182,7 @@ class StudentModule(InputModule):
 
 
 def as_sentence_transformer(student: Student, *, task: Task | None = None) -> SentenceTransformer:
-    """A student as a model of sentence-transformers, whose similarity of query and passage is the anchor logit.
+    """A student as a model of sentence-transformers, whose similarity of query and passage is that of the score.
 
     Use ``encode_query`` (or ``encode`` with ``prompt_name="query"``) for queries and ``encode_document`` for passages;
     plain ``encode`` encodes passages. ``half()`` and ``to()`` change the backbone; the head computes in float32. The

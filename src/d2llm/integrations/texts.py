@@ -67,14 +67,14 @@ def embed_passages(student: SearchStudent, texts: Sequence[str]) -> NDArray[np.f
 
 
 def embed_queries(student: SearchStudent, texts: Sequence[str], task: Task) -> NDArray[np.float32]:
-    """Vectors [n, dim] of queries, whose inner product with a passage's vector is the anchor logit.
+    """Vectors [n, dim] of queries, whose inner product with a passage's vector is that of the score.
 
     Raises:
         InputError: something is not a text, or the student's head has no inner product.
     """
-    require_anchor(student)
+    require_dot(student)
     require_texts(texts)
-    return student.anchor_queries(_read(student.encode_queries(texts), "queries"), task)
+    return student.query_vectors(_read(student.encode_queries(texts), "queries"), task)
 
 
 def search_settings(
@@ -108,13 +108,13 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str], noun: str) -> Non
             raise InputError(f"{noun} has no option {name!r}{hint}")
 
 
-def require_anchor(student: SearchStudent) -> None:
+def require_dot(student: SearchStudent) -> None:
     """Make sure that the student's vectors can be compared by inner product.
 
     Raises:
         InputError: the student's head has no inner-product part.
     """
-    if not student.has_anchor:
+    if not student.has_dot:
         raise InputError(
             "this student has the head 'paper', which has no inner product of vectors; use it to rerank instead"
         )

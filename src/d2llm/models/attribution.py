@@ -38,15 +38,15 @@ class Attribution:
 
     Attributes:
         score: final logit.
-        anchor: its inner-product part; None if the head has none.
-        interaction: what the IEM added; None if the head has no anchor.
+        dot: its inner-product part; None if the head has none.
+        interaction: what the IEM added; None if the head has no inner product.
         words: words of the passage as far as it was read, in order of position; their weights are in logits.
         truncated: whether the passage was cut.
         query_truncated: whether the query was cut.
     """
 
     score: float
-    anchor: float | None
+    dot: float | None
     interaction: float | None
     words: tuple[WordWeight, ...]
     truncated: bool
@@ -63,7 +63,7 @@ def why_no_interaction(student: Student, task: Task) -> str | None:
             f"this student has no interaction in {task} search: on the dev sets it added nothing to the inner product, "
             "so training left it out"
         )
-    if head.has_anchor and not float(head.interaction_weight(task)):
+    if head.has_dot and not float(head.interaction_weight(task)):
         return (
             f"the interaction's weight r is 0 in {task} search: on the dev sets it added nothing to the inner product, "
             "so training switched it off"
@@ -94,11 +94,11 @@ def attribute(student: Student, query: str, passage: str, task: Task) -> Attribu
     (gradient,) = cast("tuple[Tensor]", torch.autograd.grad(logit, states))
     weights: Float[Tensor, " tokens"] = (gradient * states).sum(-1)[0].detach()
     score = logit.item()
-    anchor = None if scores.anchor is None else scores.anchor[0, 0].item()
+    dot = None if scores.dot is None else scores.dot[0, 0].item()
     return Attribution(
         score=score,
-        anchor=anchor,
-        interaction=None if anchor is None else score - anchor,
+        dot=dot,
+        interaction=None if dot is None else score - dot,
         words=_words(passage, spans, weights.tolist()),
         truncated=bool(tokenized.truncated),
         query_truncated=bool(encoded.truncated),

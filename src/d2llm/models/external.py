@@ -54,7 +54,7 @@ class ExternalBiEncoder(PlainStudent):
     and passages are used.
     """
 
-    has_anchor = True
+    has_dot = True
 
     def __init__(self, model: Any, *, name: str, fingerprint: str) -> None:
         """Wrap a loaded ``SentenceTransformer``; ``load_external`` loads one from a folder.
@@ -93,7 +93,7 @@ class ExternalBiEncoder(PlainStudent):
         prompt = _prompt(self._model, ("document", "passage", "corpus"))
         return self._encode(self._model.encode_document, "document", prompt, texts, advance)
 
-    def anchor_queries(
+    def query_vectors(
         self,
         query_vectors: NDArray[np.float32],
         task: Task,  # noqa: ARG002 - part of the protocol

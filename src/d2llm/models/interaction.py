@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import TASKS, Task
-from d2llm.ops.scoring import Linear, anchored_logit
+from d2llm.ops.scoring import Linear, bounded_logit
 from d2llm.recipe import InteractionConfig
 
 _SHARED = "shared"
@@ -33,7 +33,7 @@ _INITIAL_SCALE = 20.0  # of the cosine: the usual temperature of contrastive tra
 class PairScores:
     """Scores of queries against passages.
 
-    ``logits`` is the final score z; ``anchor`` is its inner-product part (None for the paper head); ``features`` is
+    ``logits`` is the final score z; ``dot`` is its inner-product part (None for the paper head); ``features`` is
     y^S_ij, the student's counterpart of the teacher's score-token state (None for the cosine head). ``tokens`` is the
     mean best cosine of the query's tokens (``ops.scoring.mean_best_cosines``), which is not part of ``logits``; None if
     token embeddings do not count. In training with two heads, ``teacher`` has the scores of the head that imitates the
@@ -41,7 +41,7 @@ class PairScores:
     """
 
     logits: Float[Tensor, "queries passages"]
-    anchor: Float[Tensor, "queries passages"] | None
+    dot: Float[Tensor, "queries passages"] | None
     features: Float[Tensor, "queries passages feature_dim"] | None
     tokens: Float[Tensor, "queries passages"] | None = None
     teacher: PairScores | None = None
@@ -65,7 +65,7 @@ class SplitLayers:
     difference: Float[Tensor, "hidden dim"] | None = None
 
 
-class _Anchor(nn.Module):
+class _DotProduct(nn.Module):
     """The inner product t <U a, V b> / dim of one branch, with U = V = I at the start."""
 
     def __init__(self, dim: int) -> None:
@@ -78,7 +78,7 @@ class _Anchor(nn.Module):
         """V^T U a t / dim: the whole map is applied to the query, so passage vectors stay unchanged."""
         return vectors @ self.query_map.T @ self.passage_map * (self.log_scale.exp() / vectors.shape[-1])
 
-    def mix(self, other: _Anchor, share: float) -> None:
+    def mix(self, other: _DotProduct, share: float) -> None:
         """Become ``share`` of this inner product plus the rest of the other's, which is one inner product again.
 
         w t <U a, V b> + (1 - w) t' <U' a, V' b> = <M a, b>, with M = w t V^T U + (1 - w) t' V'^T U'.
@@ -99,7 +99,7 @@ class Interaction(nn.Module):
 
     f1 and f2 have two linear layers each, or one (``config.layers``).
 
-    Head ``paper``: z = w f2(f1(features)). Head ``anchored``: z = t <U a, V b> / dim + r B tanh(g), where g is the
+    Head ``paper``: z = w f2(f1(features)). Head ``dot``: z = t <U a, V b> / dim + r B tanh(g), where g is the
     output of the paper head, initially 0; B in (0, max_bound) is learned; r in [0, 1] is set for each task on dev after
     training. With gates, B is replaced by B r_q(a) r_p(b), with r_q = sigmoid(w a + c) and r_p alike. In a task that is
     not among ``config.tasks``, z is the inner product alone; without any task there is no network, bound or gate.
@@ -121,16 +121,16 @@ class Interaction(nn.Module):
             self.shared = nn.Linear(hidden, hidden) if config.layers == 5 else None
             self.branches = nn.ModuleDict({name: self._new_branch() for name in self._branch_names(config.tasks)})
             self.output = nn.Linear(config.feature_dim, 1)
-        self.anchors: nn.ModuleDict | None = None
-        self.teacher_anchors: nn.ModuleDict | None = None
+        self.dots: nn.ModuleDict | None = None
+        self.teacher_dots: nn.ModuleDict | None = None
         self.label_share = 0.5
         self.query_gate: nn.Linear | None = None
         self.passage_gate: nn.Linear | None = None
-        if config.head == "anchored":
-            self.anchors = nn.ModuleDict({name: _Anchor(dim) for name in self._branch_names(TASKS)})
+        if config.head == "dot":
+            self.dots = nn.ModuleDict({name: _DotProduct(dim) for name in self._branch_names(TASKS)})
             for task in config.tasks:
                 self.register_buffer(f"residual_{task}", torch.ones(()))
-        if config.head == "anchored" and config.tasks:
+        if config.head == "dot" and config.tasks:
             nn.init.zeros_(self.output.weight)
             nn.init.zeros_(self.output.bias)
             self.raw_bound = nn.Parameter(torch.zeros(()))
@@ -138,13 +138,13 @@ class Interaction(nn.Module):
                 self.query_gate, self.passage_gate = _open_gate(dim), _open_gate(dim)
 
     @property
-    def has_anchor(self) -> bool:
-        """Whether the score has an inner-product part (head ``anchored``)."""
-        return self.anchors is not None
+    def has_dot(self) -> bool:
+        """Whether the score has an inner-product part (head ``dot``)."""
+        return self.dots is not None
 
     def residual_parameters(self) -> dict[str, nn.Parameter]:
         """All parameters except those of the inner product, by name."""
-        inner_products = ("anchors.", "teacher_anchors.")
+        inner_products = ("dots.", "teacher_dots.")
         return {name: p for name, p in self.named_parameters() if not name.startswith(inner_products)}
 
     def split_heads(self) -> None:
@@ -157,24 +157,24 @@ class Interaction(nn.Module):
         Raises:
             InputError: the head is ``paper``, which has no inner product.
         """
-        if self.anchors is None:
-            raise InputError("training.dual_head needs an inner product; set student.interaction.head to 'anchored'")
-        self.teacher_anchors = deepcopy(self.anchors)
+        if self.dots is None:
+            raise InputError("training.dual_head needs an inner product; set student.interaction.head to 'dot'")
+        self.teacher_dots = deepcopy(self.dots)
 
     def merge_heads(self) -> None:
         """End the training with two heads: replace them by one with the same scores."""
-        if self.anchors is None or self.teacher_anchors is None:
+        if self.dots is None or self.teacher_dots is None:
             return
-        for name, anchor in self.anchors.items():
-            cast(_Anchor, anchor).mix(cast(_Anchor, self.teacher_anchors[name]), self.label_share)
-        self.teacher_anchors = None
+        for name, dot in self.dots.items():
+            cast(_DotProduct, dot).mix(cast(_DotProduct, self.teacher_dots[name]), self.label_share)
+        self.teacher_dots = None
 
     def drop_idle(self) -> list[str]:
-        """Remove what changes no score of an anchored head, and say what it was.
+        """Remove what changes no score of a dot head, and say what it was.
 
         That is a task's interaction of weight 0 or whose output is always 0, and gates that are the same for all texts.
         """
-        if not self.has_anchor:
+        if not self.has_dot:
             return []
         dropped: list[str] = []
         kept: tuple[Task, ...] = ()
@@ -268,7 +268,7 @@ class Interaction(nn.Module):
 
     def changes_scores(self, task: Task, *, interaction_weight: float | None = None) -> bool:
         """Whether a score is more than its inner product; ``interaction_weight`` as in ``bound``."""
-        if not self.has_anchor:
+        if not self.has_dot:
             return True
         if not self.has_interaction(task):
             return False
@@ -284,41 +284,41 @@ class Interaction(nn.Module):
             return torch.zeros(())
         return self.get_buffer(f"residual_{task}")
 
-    def anchor_queries(self, queries: Float[Tensor, "queries dim"], task: Task) -> Float[Tensor, "queries dim"]:
-        """The vectors whose inner product with a passage's vector is the anchor logit (anchored head only).
+    def query_vectors(self, queries: Float[Tensor, "queries dim"], task: Task) -> Float[Tensor, "queries dim"]:
+        """The vectors whose inner product with a passage's vector is that of the score (dot head only).
 
         Raises:
             InputError: the head is ``paper``.
         """
-        if self.anchors is None:
-            raise InputError("this student's head 'paper' has no anchor; use a student with the head 'anchored'")
-        by_head = [cast(_Anchor, anchors[self._branch(task)]).queries(queries) for anchors in self._anchors_by_head]
+        if self.dots is None:
+            raise InputError("this student's head 'paper' has no inner product; use a student with the head 'dot'")
+        by_head = [cast(_DotProduct, dots[self._branch(task)]).queries(queries) for dots in self._dots_by_head]
         return by_head[0] if len(by_head) == 1 else torch.lerp(by_head[1], by_head[0], self.label_share)
 
     def forward(
         self, queries: Float[Tensor, "queries dim"], passages: Float[Tensor, "passages dim"], task: Task
     ) -> PairScores:
         """Score every query against every passage."""
-        anchor = None if self.anchors is None else self._anchor_logits(queries, passages, task)
-        return self._score(queries.unsqueeze(1), passages.unsqueeze(0), anchor, task)
+        dot = None if self.dots is None else self._dot_logits(queries, passages, task)
+        return self._score(queries.unsqueeze(1), passages.unsqueeze(0), dot, task)
 
     def score_lists(
         self, queries: Float[Tensor, "queries dim"], passages: Float[Tensor, "queries passages dim"], task: Task
     ) -> PairScores:
         """Score every query against its own list of passages."""
-        anchor = None
-        if self.anchors is not None:
+        dot = None
+        if self.dots is not None:
             with torch.autocast(queries.device.type, enabled=False):
-                anchor_queries = self.anchor_queries(at_least_float32(queries), task)
-                anchor = (at_least_float32(passages) @ anchor_queries.unsqueeze(2)).squeeze(2)
-        return self._score(queries.unsqueeze(1), passages, anchor, task)
+                query_vectors = self.query_vectors(at_least_float32(queries), task)
+                dot = (at_least_float32(passages) @ query_vectors.unsqueeze(2)).squeeze(2)
+        return self._score(queries.unsqueeze(1), passages, dot, task)
 
-    def score_anchors(
+    def score_dots(
         self, queries: Float[Tensor, "queries dim"], passages: Float[Tensor, "passages dim"], task: Task
     ) -> PairScores:
         """Score every query against every passage by the inner product alone, for training without the interaction."""
-        anchor = self._anchor_logits(queries, passages, task)
-        return PairScores(anchor, anchor, None)
+        dot = self._dot_logits(queries, passages, task)
+        return PairScores(dot, dot, None)
 
     def score_heads(
         self,
@@ -328,31 +328,31 @@ class Interaction(nn.Module):
         task: Task,
     ) -> PairScores:
         """The scores of the two heads (``split_heads``), from those of their combination for the same texts."""
-        assert scores.anchor is not None
-        change = scores.logits - scores.anchor
+        assert scores.dot is not None
+        change = scores.logits - scores.dot
         with torch.autocast(queries.device.type, enabled=False):
             labels, teacher = (
-                cast(_Anchor, anchors[self._branch(task)]).queries(at_least_float32(queries))
+                cast(_DotProduct, dots[self._branch(task)]).queries(at_least_float32(queries))
                 @ at_least_float32(passages).T
-                for anchors in self._anchors_by_head
+                for dots in self._dots_by_head
             )
         of_teacher = PairScores(teacher + change, teacher, scores.features)
         return PairScores(labels + change, labels, scores.features, teacher=of_teacher)
 
     @property
-    def _anchors_by_head(self) -> list[nn.ModuleDict]:
-        return [anchors for anchors in (self.anchors, self.teacher_anchors) if anchors is not None]
+    def _dots_by_head(self) -> list[nn.ModuleDict]:
+        return [dots for dots in (self.dots, self.teacher_dots) if dots is not None]
 
     def _score(
         self,
         queries: Float[Tensor, "queries 1 dim"],
         passages: Float[Tensor, "_ passages dim"],
-        anchor: Float[Tensor, "queries passages"] | None,
+        dot: Float[Tensor, "queries passages"] | None,
         task: Task,
     ) -> PairScores:
         if not self.has_interaction(task):
-            assert anchor is not None
-            return PairScores(anchor, anchor, None)
+            assert dot is not None
+            return PairScores(dot, dot, None)
         hidden = self._query_half(queries) + nn.functional.linear(passages, self._part("b"))
         if "a * b" in self._places:
             hidden = hidden + (queries * passages) @ self._part("a * b").T
@@ -360,10 +360,10 @@ class Interaction(nn.Module):
             hidden = hidden + (queries - passages).abs() @ self._part("|a - b|").T
         features = self._after_first(hidden, task)
         logits = at_least_float32(self.output(self.dropout(features)).squeeze(-1))
-        if anchor is None:
+        if dot is None:
             return PairScores(logits, None, features)
         bound = self.query_bound(queries, task) * self.passage_bound(passages)
-        return PairScores(anchored_logit(anchor, logits, bound), anchor, features)
+        return PairScores(bounded_logit(dot, logits, bound), dot, features)
 
     def split_layers(self, task: Task) -> SplitLayers:
         """The weights in the form that a search uses (``models.scorer``), without dropout.
@@ -386,12 +386,12 @@ class Interaction(nn.Module):
             constant=constant,
         )
 
-    def _anchor_logits(
+    def _dot_logits(
         self, queries: Float[Tensor, "queries dim"], passages: Float[Tensor, "passages dim"], task: Task
     ) -> Float[Tensor, "queries passages"]:
         # In full precision even inside autocast, because an index searches by this score.
         with torch.autocast(queries.device.type, enabled=False):
-            return self.anchor_queries(at_least_float32(queries), task) @ at_least_float32(passages).T
+            return self.query_vectors(at_least_float32(queries), task) @ at_least_float32(passages).T
 
     def _part(self, name: str) -> Float[Tensor, "hidden dim"]:
         """Columns of the first layer for the feature a, b, a * b or |a - b|."""
@@ -414,7 +414,7 @@ class CosineHead(nn.Module):
     Vectors have norm sqrt(dim), so the cosine is just a scaled inner product.
     """
 
-    has_anchor = True
+    has_dot = True
 
     def has_interaction(self, task: Task) -> bool:  # noqa: ARG002 - same for every task
         """There is none."""
@@ -425,7 +425,7 @@ class CosineHead(nn.Module):
         self.dim = dim
         self.log_scale = nn.Parameter(torch.tensor(_INITIAL_SCALE).log())
 
-    def anchor_queries(
+    def query_vectors(
         self,
         queries: Float[Tensor, "queries dim"],
         task: Task,  # noqa: ARG002 - same for every task
@@ -438,7 +438,7 @@ class CosineHead(nn.Module):
     ) -> PairScores:
         """Score every query against every passage."""
         with torch.autocast(queries.device.type, enabled=False):
-            logits = self.anchor_queries(at_least_float32(queries), task) @ at_least_float32(passages).T
+            logits = self.query_vectors(at_least_float32(queries), task) @ at_least_float32(passages).T
         return PairScores(logits, logits, None)
 
 

@@ -26,7 +26,7 @@ _LINE = 120  # characters of a line of a card
 _TAGS = ["d2llm", "semantic-search", "dense-retrieval", "reranking"]
 _LIBRARY_TAG = "sentence-transformers"
 _HEADS = {
-    "anchored": "an inner product of the two vectors, which any vector index can search, plus a bounded interaction",
+    "dot": "an inner product of the two vectors, which any vector index can search, plus a bounded interaction",
     "paper": "an interaction network on the two vectors (the head of the D2LLM paper)",
     "cosine": "the cosine of the two vectors",
 }

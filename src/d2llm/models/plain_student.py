@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class PairScorer(Protocol):
-    """Scores passages for one prepared query: anchor + bound * r_p * change."""
+    """Scores passages for one prepared query: dot + bound * r_p * change."""
 
     @property
-    def anchor_query(self) -> NDArray[np.float32] | None:
-        """[dim]; its inner product with a passage's vector is the anchor. None if the score has no anchor."""
+    def dot_query(self) -> NDArray[np.float32] | None:
+        """[dim]; its inner product with a passage's vector is part of the score. None if the score has no such part."""
         ...
 
     @property
     def bound(self) -> float:
-        """The query's factor R_q in a pair's bound, at least 0; 0 if the anchor is the whole score."""
+        """The query's factor R_q in a pair's bound, at least 0; 0 if the inner product is the whole score."""
         ...
 
     def __call__(self, passages: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -46,7 +46,7 @@ class PlainStudent:
     """Base of a student without what ``Student`` may have beside its vectors; a subclass adds those and the score.
 
     Subclasses have what ``retrieval.protocols.SearchStudent`` asks for: ``fingerprint``, ``config``, ``vector_dim``,
-    ``encode_queries``, ``encode_passages``, ``has_anchor``, ``anchor_queries`` and ``score``.
+    ``encode_queries``, ``encode_passages``, ``has_dot``, ``query_vectors`` and ``score``.
     """
 
     token_dim: int | None = None

@@ -3,7 +3,8 @@
 Everything that depends only on the weights is folded and cast once per state of the weights, and everything that
 depends only on the query once per query. Each passage then takes one matrix product with [b; |a - b|] (with b alone if
 the features have no difference) and one per inner layer. Products use the number format that the machine multiplies
-fastest, in blocks whose activations stay in the cache. The anchor, the bound and the last layer's sum are float32.
+fastest, in blocks whose activations stay in the cache. The inner product, the bound and the last layer's sum are
+float32.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from d2llm.core.types import Task
 from d2llm.models.device import can_fuse_bfloat16_layers, fused_bfloat16_layer, pack_bfloat16_weight
 from d2llm.models.interaction import CosineHead, Interaction, at_least_float32
-from d2llm.ops.scoring import Linear, anchored_logit
+from d2llm.ops.scoring import Linear, bounded_logit
 
 _ROWS = 96
 """Blocks are padded to a multiple of this, so that the score of a passage does not depend on how many others are scored
@@ -74,9 +75,9 @@ class _ReluLayer:
 class QueryScorer:
     """The full score of one query with any passages, computed from their vectors.
 
-    ``bound`` is the query's part r B r_q(a) of the bound of a pair, 0 if the anchor is the whole score. ``block`` is
-    the number of passages scored at a time. ``interaction_weight`` replaces the head's own weight r, to measure the
-    effect of another value. Without ``weights``, the anchor is the whole score.
+    ``bound`` is the query's part r B r_q(a) of the bound of a pair, 0 if the inner product is the whole score.
+    ``block`` is the number of passages scored at a time. ``interaction_weight`` replaces the head's own weight r, to
+    measure the effect of another value. Without ``weights``, the inner product is the whole score.
     """
 
     def __init__(
@@ -96,20 +97,20 @@ class QueryScorer:
         self._block = block
         with torch.inference_mode():
             self.bound = 0.0
-            if weights is not None and isinstance(head, Interaction) and head.has_anchor:
+            if weights is not None and isinstance(head, Interaction) and head.has_dot:
                 self.bound = head.query_bound(query, task, interaction_weight=interaction_weight).item()
-            self._first = _first_layer(weights, query) if weights and (self.bound or not head.has_anchor) else None
+            self._first = _first_layer(weights, query) if weights and (self.bound or not head.has_dot) else None
 
     @cached_property
-    def _anchor(self) -> Float[Tensor, "1 dim"] | None:
+    def _dot(self) -> Float[Tensor, "1 dim"] | None:
         """Computed when it is needed: a search that only asks for the bound has it from its scan."""
         with torch.inference_mode():
-            return self._head.anchor_queries(self._query[None], self._task) if self._head.has_anchor else None
+            return self._head.query_vectors(self._query[None], self._task) if self._head.has_dot else None
 
     @property
-    def anchor_query(self) -> Float[np.ndarray, " dim"] | None:
-        """The vector whose inner product with a passage's vector is the anchor logit; None for head ``paper``."""
-        return None if self._anchor is None else self._anchor[0].cpu().numpy()
+    def dot_query(self) -> Float[np.ndarray, " dim"] | None:
+        """The vector whose inner product with a passage's vector is that of the score; None for head ``paper``."""
+        return None if self._dot is None else self._dot[0].cpu().numpy()
 
     def __call__(
         self, passages: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"]
@@ -120,7 +121,7 @@ class QueryScorer:
     def change(
         self, passages: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"]
     ) -> Float[np.ndarray, " passages"]:
-        """tanh(g) in [-1, 1], where logit = anchor + bound * r_p * tanh(g) (``Interaction.passage_bound``)."""
+        """tanh(g) in [-1, 1], where logit = dot + bound * r_p * tanh(g) (``Interaction.passage_bound``)."""
         return self._by_block(passages, self._change)
 
     def _by_block(
@@ -140,14 +141,14 @@ class QueryScorer:
             return torch.cat(scores).numpy()
 
     def _logits(self, vectors: Float[Tensor, "passages dim"], buffers: _Buffers | None) -> Float[Tensor, " passages"]:
-        if self._anchor is None:
+        if self._dot is None:
             return self._interaction(vectors, buffers)
         wide = at_least_float32(vectors)
-        anchors = (self._anchor @ wide.T)[0]
+        dots = (self._dot @ wide.T)[0]
         if not self.bound:
-            return anchors
+            return dots
         assert isinstance(self._head, Interaction)
-        return anchored_logit(anchors, self._interaction(vectors, buffers), self.bound * self._head.passage_bound(wide))
+        return bounded_logit(dots, self._interaction(vectors, buffers), self.bound * self._head.passage_bound(wide))
 
     def _change(self, vectors: Float[Tensor, "passages dim"], buffers: _Buffers | None) -> Float[Tensor, " passages"]:
         if not self.bound:

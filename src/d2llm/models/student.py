@@ -105,7 +105,7 @@ class Student(StudentEncoder):
         dtype: str | torch.dtype | None = None,
         seed: int = 0,
     ) -> Student:
-        """An untrained student; with the default (warm, anchored) configuration it scores as the backbone's cosine."""
+        """An untrained student; with the default (warm, dot) configuration it scores as the backbone's cosine."""
         return cls(config, Backbone.load(config.backbone, config.pooling, device=device, dtype=dtype), seed=seed)
 
     @classmethod
@@ -322,7 +322,7 @@ class Student(StudentEncoder):
         key = fingerprint_json([self.fingerprint, depth]) if self._has_merged_weights else None
         student._saved_fingerprint = key
         student._forget_fitted()
-        if isinstance(student.interaction, Interaction) and student.interaction.has_anchor:
+        if isinstance(student.interaction, Interaction) and student.interaction.has_dot:
             for task in student.interaction.config.tasks:
                 student.interaction.interaction_weight(task).zero_()
         return student
@@ -369,7 +369,7 @@ class Student(StudentEncoder):
         own, wanted = self.config, config
         pooling = wanted.pooling if wanted.pooling.without_gated() == own.pooling else own.pooling
         interaction = own.interaction
-        if interaction.head == wanted.interaction.head == "anchored":
+        if interaction.head == wanted.interaction.head == "dot":
             tasks = {*interaction.tasks, *wanted.interaction.tasks}
             update = {"tasks": tuple(task for task in TASKS if task in tasks)}
             update |= {"gates": interaction.gates or wanted.interaction.gates}

@@ -62,14 +62,14 @@ class VectorScorer(nn.Module):
         return _HeadAlone(copy.deepcopy(self.interaction).cpu(), self.fingerprint, self.compute_dtype)
 
     @property
-    def has_anchor(self) -> bool:
-        """Whether the score has an inner-product part that an index can search (heads ``anchored`` and ``cosine``)."""
-        return self.interaction.has_anchor
+    def has_dot(self) -> bool:
+        """Whether the score has an inner-product part that an index can search (heads ``dot`` and ``cosine``)."""
+        return self.interaction.has_dot
 
-    def anchor_queries(
+    def query_vectors(
         self, query_vectors: Float32[np.ndarray, "queries dim"], task: Task | None = None
     ) -> Float32[np.ndarray, "queries dim"]:
-        """The vectors whose inner product with a passage's vector is the anchor logit (anchored head only).
+        """The vectors whose inner product with a passage's vector is that of the score (dot head only).
 
         By default they are those of the task that the student was trained for, or asymmetric ones.
 
@@ -78,7 +78,7 @@ class VectorScorer(nn.Module):
         """
         with inference(self):
             queries = torch.from_numpy(query_vectors).to(self.device)
-            return self.interaction.anchor_queries(queries, task or default_task(self.trained_tasks)).cpu().numpy()
+            return self.interaction.query_vectors(queries, task or default_task(self.trained_tasks)).cpu().numpy()
 
     def passage_bound(self, passage_vectors: Float[np.ndarray, "passages dim"]) -> Float[np.ndarray, " passages"]:
         """The passages' part r_p(b) of the bound of a pair, in (0, 1]; the query's part is ``QueryScorer.bound``."""

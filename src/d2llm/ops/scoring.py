@@ -17,14 +17,14 @@ class Linear(NamedTuple):
     bias: Tensor | None
 
 
-def anchored_logit(
-    anchor: Float[Tensor, "*pairs"], interaction: Float[Tensor, "*pairs"], bound: float | Tensor
+def bounded_logit(
+    dot: Float[Tensor, "*pairs"], interaction: Float[Tensor, "*pairs"], bound: float | Tensor
 ) -> Float[Tensor, "*pairs"]:
-    """The score z = anchor + B tanh(g).
+    """The score z = dot + B tanh(g).
 
-    The interaction shifts the anchor by at most B, so a candidate list can be certified.
+    The interaction shifts the inner product by at most B, so a candidate list can be certified.
     """
-    return anchor + bound * torch.tanh(interaction)
+    return dot + bound * torch.tanh(interaction)
 
 
 def mean_best_cosines(

@@ -45,7 +45,7 @@ LOSSES: Registry[Loss] = Registry(
     dict.fromkeys(
         (
             "in_batch_cross_entropy",
-            "anchor_cross_entropy",
+            "dot_cross_entropy",
             "token_cross_entropy",
             "pair_cross_entropy",
             "list_imitation",

@@ -92,10 +92,10 @@ class Recipe(Section):
         if not self.training.dual_head:
             return self
         head, losses = self.student.interaction.head, self.losses
-        if head != "anchored":
+        if head != "dot":
             raise ValueError(
-                f'training.dual_head needs the inner products of an anchor, and student.interaction.head is "{head}": '
-                'set it to "anchored", or dual_head to false'
+                f'training.dual_head needs an inner product, and student.interaction.head is "{head}": '
+                'set it to "dot", or dual_head to false'
             )
         if not losses.needs & {"labels", "live_teacher"}:
             raise ValueError(

@@ -16,12 +16,12 @@ from d2llm.recipe.sections import Section
 class InteractionConfig(Section):
     """Interaction emulation module (IEM), or a cosine instead of it."""
 
-    head: Literal["anchored", "paper", "cosine"] = "anchored"
+    head: Literal["dot", "paper", "cosine"] = "dot"
     """``cosine``: a learned scale times the cosine of the vectors, without an IEM, as in a plain bi-encoder."""
     features: Literal["rich", "concat", "product", "difference"] = "rich"
     """Inputs of the IEM besides the vectors a and b: none (``concat``), a * b, |a - b|, or both (``rich``)."""
     tasks: tuple[Task, ...] = TASKS
-    """The tasks whose score has an interaction (anchored head); in the others the score is the inner product alone."""
+    """The tasks whose score has an interaction (dot head); in the others the score is the inner product alone."""
     branches: Literal["per_task", "shared"] = "per_task"
     """One branch of the IEM per task, or one shared by both."""
     layers: Literal[3, 5] = 5
@@ -33,10 +33,10 @@ class InteractionConfig(Section):
     """Width of the features; with three layers it is ``hidden_dim``."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     max_bound: float = Field(default=8.0, gt=0)
-    """Upper limit of B, the largest amount by which the interaction can change the logit (anchored head)."""
+    """Upper limit of B, the largest amount by which the interaction can change the logit (dot head)."""
     gates: bool = False
     """Bound the change by B r_q(a) r_p(b) with learned gates in (0, 1), one for the query and one for the passage
-    (anchored head). The upper bound is still an inner product, in one more dimension, and fewer passages must be
+    (dot head). The upper bound is still an inner product, in one more dimension, and fewer passages must be
     rescored for a certified ranking."""
 
     @field_validator("tasks")
@@ -48,8 +48,7 @@ class InteractionConfig(Section):
     def _check_tasks(self) -> InteractionConfig:
         if self.head == "paper" and self.tasks != TASKS:
             raise ValueError(
-                "the head 'paper' scores by its interaction alone, in every task: delete tasks, or set head to "
-                "'anchored'"
+                "the head 'paper' scores by its interaction alone, in every task: delete tasks, or set head to 'dot'"
             )
         return self
 

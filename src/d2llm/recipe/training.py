@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class ResidualConfig(WarmUpConfig):
-    """The second stage: trains the interaction alone, on vectors that are encoded once (anchored head)."""
+    """The second stage: trains the interaction alone, on vectors that are encoded once (dot head)."""
 
     epochs: int = Field(default=3, ge=0)
     """0: one stage, interaction and vectors together. Otherwise the first stage trains the vectors alone."""
@@ -67,7 +67,7 @@ class TrainingConfig(WarmUpConfig):
     starts from the pretrained backbone."""
     dual_head: bool = False
     """Two heads (DHO): one learns the data sets' judgements, the other imitates the teacher. At the end they are
-    combined with the weights that are best on dev, into one inner product, so the student is like any other (anchored
+    combined with the weights that are best on dev, into one inner product, so the student is like any other (dot
     head)."""
     complement_words: int | None = Field(default=None, ge=1)
     """Learn what words miss (CoRT): hard negatives are those of the plan that BM25 has among its first so many

@@ -124,9 +124,9 @@ _NO_EVIDENCE = {
 _NOT_NESTED = {"nested_cross_entropy": 0.0}  # the head 'paper' has no inner product, and two heads have two
 _PLAIN_LOSSES = {
     "in_batch_cross_entropy": 1.0,
-    "anchor_cross_entropy": 0.0,
+    "dot_cross_entropy": 0.0,
     "token_cross_entropy": 0.0,
-    "pair_cross_entropy": {"weight": 1.0, "anchor": 0.0},
+    "pair_cross_entropy": {"weight": 1.0, "dot": 0.0},
     "soft_expansion": 0.0,
 }
 
@@ -156,7 +156,7 @@ _BASELINES: _Group = {
     ),
     "paper": (
         "the published head: concatenated vectors, no inner product",
-        # Five times the rate of the anchored head: that one starts as a cosine, this one from random weights.
+        # Five times the rate of the dot head: that one starts as a cosine, this one from random weights.
         _student(interaction={"head": "paper", "features": "concat"})
         | {"training": {"head_learning_rate": 1e-3}, "evidence": _NO_EVIDENCE, "losses": _NOT_NESTED},
     ),
@@ -201,13 +201,13 @@ _OWN: _Group = {
         _student(pooling={"kind": "weighted_mean"}),
     ),
     "nested-dims": (
-        "head `anchored`, the first components of the vectors trained as vectors (Matryoshka)",
-        _student(interaction={"head": "anchored"})
+        "head `dot`, the first components of the vectors trained as vectors (Matryoshka)",
+        _student(interaction={"head": "dot"})
         | {"losses": {"nested_cross_entropy": {"dims": (64, 128, 256)}}, "training": {"dual_head": False}},
     ),
     "nested-depths": (
-        "head `anchored`, the vectors after 2 and 4 layers trained as vectors (2D Matryoshka)",
-        _student(interaction={"head": "anchored"})
+        "head `dot`, the vectors after 2 and 4 layers trained as vectors (2D Matryoshka)",
+        _student(interaction={"head": "dot"})
         | {"losses": {"nested_cross_entropy": {"layers": (2, 4)}}, "training": {"dual_head": False}},
     ),
     "subclass-imitation": (
@@ -216,7 +216,7 @@ _OWN: _Group = {
     ),
     "dual-head": (
         "judgements and teacher learnt by heads of their own, combined at the end (DHO)",
-        _student(interaction={"head": "anchored"})
+        _student(interaction={"head": "dot"})
         | _only(list_imitation=0.5)
         | {"losses": _NOT_NESTED, "training": {"dual_head": True}},
     ),
@@ -275,10 +275,10 @@ _OWN: _Group = {
     "without-words": ("without words (BM25) as evidence", {"evidence": _NO_EVIDENCE}),
     "without-li": ("without list imitation: cross-entropy alone", _without("list_imitation")),
     "paper-head": (
-        "head `paper` instead of `anchored`, same features",
+        "head `paper` instead of `dot`, same features",
         _student(interaction={"head": "paper"}) | {"losses": _NOT_NESTED},
     ),
-    "anchored-head": ("head `anchored` instead of `paper`, same features", _student(interaction={"head": "anchored"})),
+    "dot-head": ("head `dot` instead of `paper`, same features", _student(interaction={"head": "dot"})),
     "concat": ("features: the vectors alone", _student(interaction={"features": "concat"})),
     "product": ("features: the vectors and their product", _student(interaction={"features": "product"})),
     "difference": ("features: the vectors and their difference", _student(interaction={"features": "difference"})),

@@ -112,7 +112,7 @@ def explanation_table(ranking: Ranking) -> Table:
         terms = ", ".join(f"{term} {count}" for term, count in sorted(parts.terms.items(), key=lambda item: -item[1]))
         table.add_row(
             place.rank,
-            parts.anchor,
+            parts.dot,
             parts.lexical,
             parts.windows,
             parts.tokens,

@@ -72,9 +72,9 @@ class AnnReport:
 
 @dataclass(frozen=True, slots=True)
 class _TuningQueries:
-    """Queries for tuning: ``anchors`` [q, dim]; ``own`` [q], the row each was made from, excluded from its results."""
+    """``dot_queries`` [q, dim]; ``own`` [q], the row each was made from, excluded from its results."""
 
-    anchors: NDArray[np.float32]
+    dot_queries: NDArray[np.float32]
     own: NDArray[np.int64] | None
 
 
@@ -128,7 +128,7 @@ def build_ann(
     live = view.live_rows()
     tuning = _tuning_queries(view, student, texts, live, random)
     num_lists = num_lists or default_num_lists(len(live))
-    with progress_bar("building", len(live) + len(tuning.anchors)) as advance:
+    with progress_bar("building", len(live) + len(tuning.dot_queries)) as advance:
         index = _trained(view, live, num_lists, random)
         for start in range(0, len(live), _BLOCK_ROWS):
             rows = live[start : start + _BLOCK_ROWS]
@@ -145,14 +145,14 @@ def build_ann(
             [[1, 1]],
             recall,
             "passages" if tuning.own is not None else "given",
-            len(tuning.anchors),
+            len(tuning.dot_queries),
             [],
         )
         deepest = min(depth * _DEEPER, len(live) - 1)
         begin_exact = time.perf_counter()
         exact: list[NDArray[np.int64]] = []
-        for place in range(len(tuning.anchors)):
-            exact.append(_others(tuning, place, view.scan(tuning.anchors[place], deepest + 1).rows)[:deepest])
+        for place in range(len(tuning.dot_queries)):
+            exact.append(_others(tuning, place, view.scan(tuning.dot_queries[place], deepest + 1).rows)[:deepest])
             advance(1)
         _log.info("exact scans at depth %d: %.1f s", deepest, time.perf_counter() - begin_exact)
     ann = _tuned(view, AnnIndex(base, index, record), tuning, exact, depth)
@@ -184,7 +184,7 @@ def _checked(view: PassageView, student: SearchStudent, recall: float, depth: in
     view.check_student(student.fingerprint)
     if not 0 < recall <= 1 or depth < 1:
         raise InputError(f"recall is {recall} and depth is {depth}; recall must be in (0, 1] and depth at least 1")
-    if not student.has_anchor:
+    if not student.has_dot:
         raise InputError("this student's head has no inner product that an index could use; it is searched exactly")
     folder = view.store.folder
     if len(view) < MIN_PASSAGES:
@@ -207,12 +207,12 @@ def _tuning_queries(
 ) -> _TuningQueries:
     if texts is None:
         own = np.sort(random.choice(live, min(NUM_QUERIES, len(live)), replace=False))
-        return _TuningQueries(student.anchor_queries(view.vectors(own), view.task), own)
+        return _TuningQueries(student.query_vectors(view.vectors(own), view.task), own)
     if not texts:
         raise InputError("the list of queries is empty; give some, or omit it to use passages as queries")
     chosen = random.choice(len(texts), min(NUM_QUERIES, len(texts)), replace=False)
     vectors = student.encode_queries([texts[int(place)] for place in chosen]).vectors
-    return _TuningQueries(student.anchor_queries(vectors, view.task), None)
+    return _TuningQueries(student.query_vectors(vectors, view.task), None)
 
 
 def _trained(view: PassageView, live: NDArray[np.int64], num_lists: int, random: np.random.Generator) -> Any:
@@ -268,7 +268,7 @@ def _probes_needed(
     recalls = np.zeros((len(depths), len(exact), num_lists), np.float32)
     for query, rows in enumerate(exact):
         place = np.empty(num_lists, np.int64)
-        place[np.argsort(-(ann.centroids @ tuning.anchors[query]), kind="stable")] = np.arange(num_lists)
+        place[np.argsort(-(ann.centroids @ tuning.dot_queries[query]), kind="stable")] = np.arange(num_lists)
         places = place[ann.list_of[rows]]
         for number, depth in enumerate(depths):
             recalls[number, query] = np.cumsum(np.bincount(places[:depth], minlength=num_lists)) / min(depth, len(rows))
@@ -290,12 +290,12 @@ def _measured(
 ) -> Recall | None:
     """Measured recall at ``depth``; None if probing that many lists takes as long as the exact scan."""
     search = AnnSearch(ann, view.live, view.ids)
-    num_probes = search.num_probes(tuning.anchors[0], depth)
+    num_probes = search.num_probes(tuning.dot_queries[0], depth)
     if num_probes is None:
         return None
     recalls = np.zeros(len(exact))
     for place, rows in enumerate(exact):
-        result = search.search(tuning.anchors[place], depth if tuning.own is None else depth + 1)
+        result = search.search(tuning.dot_queries[place], depth if tuning.own is None else depth + 1)
         # If the lists hold too few rows, the exact scan answers.
         recalls[place] = 1.0 if result is None else np.isin(rows[:depth], _others(tuning, place, result[0])).mean()
     return Recall(depth, num_probes, float(recalls.mean()), float(_at_least(recalls)))
@@ -307,8 +307,8 @@ def _first_ten(
     """Mean share of the exact top ten that a search at ``depth`` finds."""
     search = AnnSearch(ann, view.live, view.ids)
     shares: list[float] = []
-    for anchor, rows in zip(tuning.anchors, exact, strict=True):
-        result = search.search(anchor, depth)
+    for dot_query, rows in zip(tuning.dot_queries, exact, strict=True):
+        result = search.search(dot_query, depth)
         shares.append(1.0 if result is None else float(np.isin(rows[: min(10, depth)], result[0]).mean()))
     return sum(shares) / len(shares)
 
@@ -317,11 +317,11 @@ def _times(view: PassageView, ann: AnnIndex, tuning: _TuningQueries, depth: int)
     """Median milliseconds of a search and of the exact scan."""
     search = AnnSearch(ann, view.live, view.ids)
     times: list[tuple[float, float]] = []
-    for anchor in tuning.anchors[:50]:
+    for dot_query in tuning.dot_queries[:50]:
         begin = time.perf_counter()
-        search.search(anchor, depth)
+        search.search(dot_query, depth)
         between = time.perf_counter()
-        view.scan(anchor, depth)
+        view.scan(dot_query, depth)
         times.append((1e3 * (between - begin), 1e3 * (time.perf_counter() - between)))
     ms, exact_ms = np.median(np.array(times), axis=0).tolist()
     return ms, exact_ms

@@ -1,6 +1,6 @@
 """Candidate sources: they propose passages of an index for scoring.
 
-``propose`` returns at most ``top_k`` rows, best first; ``anchor`` [dim] is the query's vector for inner products,
+``propose`` returns at most ``top_k`` rows, best first; ``dot_query`` [dim] is the query's vector for inner products,
 ``words`` are its words, if they were weighted already. The ``name`` of a source appears in explanations. To add one,
 write a class like those below and create it in ``ShardSearch``.
 """
@@ -25,23 +25,23 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class VectorSource:
-    """The highest inner products, by an exact scan of the stored vectors. Requires a head with an anchor."""
+    """The highest inner products, by an exact scan of the stored vectors. Requires a head with an inner product."""
 
     index: PassageView
     allowed: NDArray[np.bool_] | None
     name: str = "vectors"
 
     def propose(
-        self, query: Query, anchor: NDArray[np.float32] | None, top_k: int, words: QueryWords | None = None
+        self, query: Query, dot_query: NDArray[np.float32] | None, top_k: int, words: QueryWords | None = None
     ) -> CandidateRows:
         """The rows with the highest inner products."""
         del query, words
-        assert anchor is not None, "a search without an anchor has no vector source"
-        return self.index.scan(anchor, top_k, self.allowed)
+        assert dot_query is not None, "a search without an inner product has no vector source"
+        return self.index.scan(dot_query, top_k, self.allowed)
 
-    def propose_together(self, anchors: NDArray[np.float32], top_k: int) -> Sequence[CandidateRows]:
+    def propose_together(self, dot_queries: NDArray[np.float32], top_k: int) -> Sequence[CandidateRows]:
         """``propose`` for each of several queries [q, dim]."""
-        return self.index.scan_together(anchors, top_k, self.allowed)
+        return self.index.scan_together(dot_queries, top_k, self.allowed)
 
 
 class AnnSource:
@@ -59,16 +59,16 @@ class AnnSource:
             _log.warning("no usable approximate index (d2llm index INDEX ann builds one); using the exact scan")
 
     def propose(
-        self, query: Query, anchor: NDArray[np.float32] | None, top_k: int, words: QueryWords | None = None
+        self, query: Query, dot_query: NDArray[np.float32] | None, top_k: int, words: QueryWords | None = None
     ) -> CandidateRows:
         """The rows found, with exact inner products."""
         del words
         result = None
-        if self._search is not None and anchor is not None:
-            result = self._search.search(anchor, top_k)
+        if self._search is not None and dot_query is not None:
+            result = self._search.search(dot_query, top_k)
             if result is None:
                 count_fallback("approximate index")  # the exact scan is as fast, or reaches deeper
-        return self._exact.propose(query, anchor, top_k) if result is None else CandidateRows(*result)
+        return self._exact.propose(query, dot_query, top_k) if result is None else CandidateRows(*result)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +81,10 @@ class LexicalSource:
     name: str = "bm25"
 
     def propose(
-        self, query: Query, anchor: NDArray[np.float32] | None, top_k: int, words: QueryWords | None = None
+        self, query: Query, dot_query: NDArray[np.float32] | None, top_k: int, words: QueryWords | None = None
     ) -> CandidateRows:
         """The rows that BM25 finds."""
-        del anchor
+        del dot_query
         return self.index.match(query.text, top_k, self.filter, ties=self.ties, query_words=words)
 
 

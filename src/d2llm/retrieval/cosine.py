@@ -60,13 +60,13 @@ class ForwardingStudent(ForwardingEncoder):
         self.document_expansion = student.document_expansion
 
     @property
-    def has_anchor(self) -> bool:
+    def has_dot(self) -> bool:
         """Whether the student's score has an inner-product part."""
-        return self._student.has_anchor
+        return self._student.has_dot
 
-    def anchor_queries(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
-        """The student's anchor vectors."""
-        return self._student.anchor_queries(query_vectors, task)
+    def query_vectors(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
+        """The student's query vectors."""
+        return self._student.query_vectors(query_vectors, task)
 
     def score(
         self, query_vector: NDArray[np.float32], passage_vectors: NDArray[np.float32], task: Task
@@ -91,22 +91,22 @@ class ForwardingStudent(ForwardingEncoder):
 
 
 class _InnerProduct(PlainStudent):
-    """Scores by the inner product of a passage's vector with the query's anchor vector."""
+    """Scores by the inner product of a passage's vector with the query's vector."""
 
     @property
-    def has_anchor(self) -> bool:
+    def has_dot(self) -> bool:
         """True: the inner product is the score."""
         return True
 
-    def anchor_queries(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
-        """The anchor vectors."""
+    def query_vectors(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
+        """The query vectors."""
         raise NotImplementedError
 
     def score(
         self, query_vector: NDArray[np.float32], passage_vectors: NDArray[np.float32], task: Task
     ) -> NDArray[np.float32]:
         """[dim], [n, dim] -> inner products [n]."""
-        return passage_vectors @ self.anchor_queries(query_vector[None], task)[0]
+        return passage_vectors @ self.query_vectors(query_vector[None], task)[0]
 
 
 class CosineStudent(_InnerProduct, ForwardingEncoder):
@@ -131,7 +131,7 @@ class CosineStudent(_InnerProduct, ForwardingEncoder):
         """Passage vectors of length one."""
         return _unit(super().encode_passages(texts, advance=advance))
 
-    def anchor_queries(
+    def query_vectors(
         self,
         query_vectors: NDArray[np.float32],
         task: Task,  # noqa: ARG002 - part of the protocol
@@ -140,7 +140,7 @@ class CosineStudent(_InnerProduct, ForwardingEncoder):
         return query_vectors
 
 
-class AnchorScorer(_InnerProduct):
+class DotScorer(_InnerProduct):
     """A scorer without the rest of its score: by the inner-product part alone."""
 
     def __init__(self, scorer: VectorStudent) -> None:
@@ -151,16 +151,16 @@ class AnchorScorer(_InnerProduct):
         """The scorer's fingerprint: both can use the same index."""
         return self._scorer.fingerprint
 
-    def anchor_queries(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
-        """The scorer's anchor vectors."""
-        return self._scorer.anchor_queries(query_vectors, task)
+    def query_vectors(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
+        """The scorer's query vectors."""
+        return self._scorer.query_vectors(query_vectors, task)
 
 
-class AnchorStudent(AnchorScorer, ForwardingStudent):
+class DotStudent(DotScorer, ForwardingStudent):
     """A D2LLM student that scores by the inner-product part alone."""
 
     def __init__(self, student: SearchStudent) -> None:
-        AnchorScorer.__init__(self, student)
+        DotScorer.__init__(self, student)
         ForwardingStudent.__init__(self, student)
 
 

@@ -1,14 +1,14 @@
 """The exact top k of a corpus, proved without computing the full score of every passage.
 
-A final score is anchor + R_q r_p tanh(g) (method: ``models.interaction``), so it is at most its bound,
-anchor + R_q r_p. Evidence (``models.evidence``) counts as a part of the anchor: BM25 scores are computed for all rows
-at once, and for their best windows an upper bound. Passages are scored in order of decreasing bound until the k-th best
-score is above the bounds of all remaining passages. An exact scan for the highest anchors is usually enough, because no
-passage outside the scan has a higher anchor than the scan's last. If that proves nothing, and always with evidence, one
-pass over all vectors computes every bound.
+A final score is dot + R_q r_p tanh(g) (method: ``models.interaction``), so it is at most its bound,
+dot + R_q r_p. Evidence (``models.evidence``) counts as a part of the inner product: BM25 scores are computed for all
+rows at once, and for their best windows an upper bound. Passages are scored in order of decreasing bound until the k-th
+best score is above the bounds of all remaining passages. An exact scan for the highest inner products is usually
+enough, because no passage outside the scan has a higher inner product than the scan's last. If that proves nothing, and
+always with evidence, one pass over all vectors computes every bound.
 
 Exact means that the ranking (ties by id) equals that of all passages scored in the same arithmetic, in which
-score = float32(anchor + float32(bound * change)) and upper = float32(anchor + bound), with the anchors of the scan or
+score = float32(dot + float32(bound * change)) and upper = float32(dot + bound), with the inner products of the scan or
 of the full pass, and -1 <= change <= 1. Rounding is monotonic, so score <= bound holds in that arithmetic, regardless
 of the precision of the change. These scores differ from those of ``Student.score`` by float32 rounding at most, because
 a product over a different number of rows may be summed in a different order.
@@ -45,11 +45,11 @@ _NO_LIMIT = 1 << 62
 
 
 class CertifiedRows(NamedTuple):
-    """Rows int64 [k], final scores float32 [k] best first, their anchors or None, and the certificate."""
+    """Rows int64 [k], final scores float32 [k] best first, their inner products or None, and the certificate."""
 
     rows: NDArray[np.int64]
     scores: NDArray[np.float32]
-    anchors: NDArray[np.float32] | None
+    dots: NDArray[np.float32] | None
     certificate: Certificate
 
 
@@ -115,32 +115,32 @@ def certified_top_k(
     _check_masks(view, allowed)
     row_scorer = RowScorer(view, student, query_vector, task, evidence)
     scorer = row_scorer.prepared
-    if scorer is None or scorer.anchor_query is None:
+    if scorer is None or scorer.dot_query is None:
         rows = view.live_rows(allowed)
         uppers = np.broadcast_to(np.float32(np.inf), len(rows))
         in_order = iter([np.arange(len(rows), dtype=np.int64)])
         result = _score_from_the_top(view, rows, uppers, in_order, row_scorer, top_k, clock)
-        if student.has_anchor:
-            anchor_query = student.anchor_queries(query_vector[None], task)[0]
-            return result._replace(anchors=view.vectors(result.rows) @ anchor_query)
+        if student.has_dot:
+            dot_query = student.query_vectors(query_vector[None], task)[0]
+            return result._replace(dots=view.vectors(result.rows) @ dot_query)
         return result
     mask = view.mask(allowed)
     total = view.capacity if mask is None else int(np.count_nonzero(mask))
     if evidence is None:
         if scorer.bound == 0:
-            return _scan(view, scorer.anchor_query, total, top_k, allowed)
+            return _scan(view, scorer.dot_query, total, top_k, allowed)
         early = _by_scans(
-            view, student, row_scorer, scorer.bound, scorer.anchor_query, total, top_k, allowed, cached.values, clock
+            view, student, row_scorer, scorer.bound, scorer.dot_query, total, top_k, allowed, cached.values, clock
         )
         if early is not None:
             return early
     rows = view.live_rows(allowed)
-    anchors, bound = _pass(view, student, scorer, scorer.anchor_query, cached)
-    highest = anchors if evidence is None else anchors + evidence.bounds(view.capacity)
+    dots, bound = _pass(view, student, scorer, scorer.dot_query, cached)
+    highest = dots if evidence is None else dots + evidence.bounds(view.capacity)
     uppers = check_scores((highest + bound)[rows])
     parts = from_the_highest(uppers, max(_MAX_SCORED, top_k))
-    result = _score_from_the_top(view, rows, uppers, parts, _finals(row_scorer, anchors, bound), top_k, clock)
-    return result._replace(anchors=anchors[result.rows])
+    result = _score_from_the_top(view, rows, uppers, parts, _finals(row_scorer, dots, bound), top_k, clock)
+    return result._replace(dots=dots[result.rows])
 
 
 def _check_masks(view: PassageView, allowed: NDArray[np.bool_] | None) -> None:
@@ -150,10 +150,10 @@ def _check_masks(view: PassageView, allowed: NDArray[np.bool_] | None) -> None:
 
 
 def _scan(
-    view: PassageView, anchor_query: NDArray[np.float32], total: int, top_k: int, allowed: NDArray[np.bool_] | None
+    view: PassageView, dot_query: NDArray[np.float32], total: int, top_k: int, allowed: NDArray[np.bool_] | None
 ) -> CertifiedRows:
-    """The exact scan, if the score is the anchor alone; one row deeper, to get the best score that is left out."""
-    result = view.scan(anchor_query, top_k + 1, allowed)
+    """The exact scan, if the score is the inner product alone; one row deeper, for the best score left out."""
+    result = view.scan(dot_query, top_k + 1, allowed)
     rows, scores = result.rows[:top_k], result.scores[:top_k]
     next_score = float(result.scores[top_k]) if len(result.scores) > top_k else -math.inf
     kth_score = float(scores[-1]) if len(scores) else -math.inf
@@ -166,28 +166,28 @@ def _by_scans(
     student: VectorStudent,
     row_scorer: RowScorer,
     query_bound: float,
-    anchor_query: NDArray[np.float32],
+    dot_query: NDArray[np.float32],
     total: int,
     top_k: int,
     allowed: NDArray[np.bool_] | None,
     passage_bounds: NDArray[np.float32] | None,
     clock: _Clock,
 ) -> CertifiedRows | None:
-    """The top ``top_k`` from the passages with the highest anchors; None if these do not prove the ranking."""
+    """The top ``top_k`` from the passages with the highest inner products; None if these do not prove the ranking."""
     largest = np.float32(query_bound) * np.float32(1 if passage_bounds is None else passage_bounds.max(initial=0))
     for num_scanned in _SCANS:
-        if max(num_scanned, top_k) * _SCANNED_SHARE > total or not np.isfinite(anchor_query).all():
+        if max(num_scanned, top_k) * _SCANNED_SHARE > total or not np.isfinite(dot_query).all():
             return None
-        scanned = view.scan(anchor_query, max(num_scanned, top_k), allowed)
+        scanned = view.scan(dot_query, max(num_scanned, top_k), allowed)
         order = np.argsort(scanned.rows)
-        rows, anchors = scanned.rows[order], scanned.scores[order]
+        rows, dots = scanned.rows[order], scanned.scores[order]
         bound = student.passage_bound(view.vectors(rows)) if passage_bounds is None else passage_bounds[rows]
         bound = np.float32(query_bound) * bound
-        uppers = check_scores(anchors + bound)
+        uppers = check_scores(dots + bound)
         parts = from_the_highest(uppers, max(_MAX_SCORED, top_k))
-        final = _finals(row_scorer, anchors, bound, rows)
+        final = _finals(row_scorer, dots, bound, rows)
         result = _score_from_the_top(view, rows, uppers, parts, final, top_k, clock)
-        highest_left = max(result.certificate.highest_bound_left, float(anchors.min() + largest))
+        highest_left = max(result.certificate.highest_bound_left, float(dots.min() + largest))
         if max(result.certificate.kth_score, clock.floor) > highest_left or clock.num_fitting() == 0:
             certificate = replace(
                 result.certificate,
@@ -195,22 +195,22 @@ def _by_scans(
                 highest_bound_left=highest_left,
                 proved=int((result.scores > highest_left).sum()),
             )
-            return CertifiedRows(result.rows, result.scores, anchors[np.searchsorted(rows, result.rows)], certificate)
+            return CertifiedRows(result.rows, result.scores, dots[np.searchsorted(rows, result.rows)], certificate)
     return None
 
 
 def _finals(
     row_scorer: RowScorer,
-    anchors: NDArray[np.float32],
+    dots: NDArray[np.float32],
     bound: NDArray[np.float32],
     rows: NDArray[np.int64] | None = None,
 ) -> Callable[[NDArray[np.int64]], NDArray[np.float32]]:
-    """A function from rows to final scores; ``anchors`` and ``bound`` are for ``rows`` (ascending), or for all rows."""
+    """A function from rows to final scores; ``dots`` and ``bound`` are for ``rows`` (ascending), or for all rows."""
 
     def final(chosen: NDArray[np.int64]) -> NDArray[np.float32]:
         places = chosen if rows is None else np.searchsorted(rows, chosen)
         change = np.clip(row_scorer.change(chosen), -1, 1).astype(np.float32, copy=False)
-        base = anchors[places]
+        base = dots[places]
         if row_scorer.evidence is not None:
             base = base + row_scorer.evidence(chosen)
         return np.add(base, bound[places] * change, dtype=np.float32)
@@ -222,21 +222,21 @@ def _pass(
     view: PassageView,
     student: VectorStudent,
     scorer: PairScorer,
-    anchor_query: NDArray[np.float32],
+    dot_query: NDArray[np.float32],
     cached: CachedBounds,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Anchor and R_q r_p of every row, float32 [capacity]; values of deleted rows are arbitrary."""
-    anchors = np.empty(view.capacity, np.float32)
+    """Inner product and R_q r_p of every row, float32 [capacity]; values of deleted rows are arbitrary."""
+    dots = np.empty(view.capacity, np.float32)
     bound = np.empty(view.capacity, np.float32) if cached.values is None else cached.values
     for start in range(0, view.capacity, _PASS_ROWS):
         end = min(start + _PASS_ROWS, view.capacity)
         block = view.block(start, end)
-        anchors[start:end] = block @ anchor_query
+        dots[start:end] = block @ dot_query
         if cached.values is None:
             bound[start:end] = student.passage_bound(block)
     if cached.values is None:
         cached.keep(bound)
-    return anchors, np.float32(scorer.bound) * bound
+    return dots, np.float32(scorer.bound) * bound
 
 
 def _score_from_the_top(
@@ -331,7 +331,7 @@ def merge_certified(
     scores = np.concatenate([np.zeros(0, np.float32), *(part.scores for part in parts.values())])
     places = top_rows(scores, top_k, lambda chosen: ids_of(rows[chosen]))
     best = scores[places]
-    anchors = [part.anchors for part in parts.values() if part.anchors is not None]
+    dots = [part.dots for part in parts.values() if part.dots is not None]
     certificates = [part.certificate for part in parts.values()]
     limits = [
         part.certificate.highest_bound_left
@@ -345,5 +345,5 @@ def merge_certified(
         kth_score=float(best[-1]) if len(best) else -math.inf,
         proved=int((best > max(limits)).sum()) if limits else len(best),
     )
-    all_anchors = np.concatenate(anchors)[places] if len(anchors) == len(parts) else None
-    return CertifiedRows(rows[places], best, all_anchors, certificate)
+    all_dots = np.concatenate(dots)[places] if len(dots) == len(parts) else None
+    return CertifiedRows(rows[places], best, all_dots, certificate)

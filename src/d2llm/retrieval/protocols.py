@@ -139,12 +139,12 @@ class VectorStudent(Protocol):
         ...
 
     @property
-    def has_anchor(self) -> bool:
+    def has_dot(self) -> bool:
         """Whether part of the score is an inner product, which an index can search by."""
         ...
 
-    def anchor_queries(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
-        """[q, dim] -> [q, dim]; inner products of the result with passage vectors are the anchor logits."""
+    def query_vectors(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
+        """[q, dim] -> [q, dim]; inner products of the result with passage vectors are those of the score."""
         ...
 
     def score(

@@ -138,7 +138,7 @@ def group_passages(
 def show(
     index: SearchView,
     query: Query,
-    anchor: NDArray[np.float32] | None,
+    dot_query: NDArray[np.float32] | None,
     order: Order,
     *,
     evidence: EvidenceParts | None,
@@ -153,13 +153,13 @@ def show(
     documents: list[RankedDocument | None] = [None] * len(rows)
     if order.shown_documents is not None:
         documents = [*_documents(index, order, order.shown_documents, document_passages)]
-    anchors: list[float | None] = [None] * len(rows)
-    if anchor is not None and len(rows):
-        anchors = (index.vectors(rows) @ anchor).tolist()
+    dots: list[float | None] = [None] * len(rows)
+    if dot_query is not None and len(rows):
+        dots = (index.vectors(rows) @ dot_query).tolist()
     shown = tuple(
-        RankedPassage(rank, passage, score, anchor_score, document=document)
-        for rank, (passage, score, anchor_score, document) in enumerate(
-            zip(index.passages(rows), order.shown_scores, anchors, documents, strict=True), start=1
+        RankedPassage(rank, passage, score, dot_score, document=document)
+        for rank, (passage, score, dot_score, document) in enumerate(
+            zip(index.passages(rows), order.shown_scores, dots, documents, strict=True), start=1
         )
     )
     if evidence is not None:
@@ -224,10 +224,10 @@ def _explained(
             if term in query_terms:
                 term_places[term] = (*term_places.get(term, ()), span)
         why = Explanation(
-            anchor=place.anchor_score,
+            dot=place.dot_score,
             interaction=None
-            if place.anchor_score is None
-            else score - place.anchor_score - (word_score or 0.0) - (window_score or 0.0) - (token_score or 0.0),
+            if place.dot_score is None
+            else score - place.dot_score - (word_score or 0.0) - (window_score or 0.0) - (token_score or 0.0),
             lexical=word_score,
             windows=window_score,
             tokens=token_score,

@@ -34,7 +34,7 @@ class RowEvidence:
         index: PassageView,
         text: str,
         weights: EvidenceWeights,
-        anchor: NDArray[np.float32] | None,
+        dot_query: NDArray[np.float32] | None,
         tokens: NDArray[np.float32] | None = None,
         query_words: QueryWords | None = None,
         nearest: float | None = None,
@@ -45,7 +45,7 @@ class RowEvidence:
             index: the passages.
             text: the query's text.
             weights: those of the student for the task.
-            anchor: [dim], the query's vector for inner products.
+            dot_query: [dim], the query's vector for inner products.
             tokens: [tokens, token_dim], the vectors of its tokens, if these have a weight.
             query_words: its words, if they were weighted already, as those of a corpus of which this is a part.
             nearest: its highest inner product with a passage, if the weights depend on that.
@@ -55,7 +55,7 @@ class RowEvidence:
         self._passage_weight, self._window_weight = weights.word_weights(
             self._query.limit, self._query.statistics, nearest
         )
-        self._anchor, self._vector_weight = anchor, np.float32(weights.terms.get("window_vectors", 0.0))
+        self._dot_query, self._vector_weight = dot_query, np.float32(weights.terms.get("window_vectors", 0.0))
         self._token_weight, self._tokens = np.float32(weights.terms.get("token_vectors", 0.0)), None
         if self._token_weight:
             assert tokens is not None, "the tokens of the query have a weight, but no vectors"
@@ -104,8 +104,8 @@ class RowEvidence:
         return words + self._window_evidence(rows) if self._vector_weight else words
 
     def _window_evidence(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        assert self._anchor is not None, "windows are scored by inner products, which this student does not have"
-        return self._vector_weight * self._index.best_windows(self._anchor, rows)
+        assert self._dot_query is not None, "windows are scored by inner products, which this student does not have"
+        return self._vector_weight * self._index.best_windows(self._dot_query, rows)
 
     def _token_evidence(self, tokens: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         return self._token_weight * self._index.best_tokens(tokens, rows)

@@ -124,7 +124,7 @@ class _PreparedQuery:
 
     Attributes:
         sent: the query as shards get it.
-        anchor_is_score: whether its candidates' inner products are their final scores.
+        dot_is_score: whether its candidates' inner products are their final scores.
         depth: how many candidates each source proposes at first.
         scanned: by shard, the query's candidates from a scan shared with other queries, to that depth.
         seconds: time by stage, as in a ranking.
@@ -135,7 +135,7 @@ class _PreparedQuery:
     """
 
     sent: ShardQuery
-    anchor_is_score: bool
+    dot_is_score: bool
     depth: int
     scanned: Mapping[int, CandidateRows]
     seconds: dict[str, float]
@@ -203,7 +203,7 @@ class Searcher:
         self.weights = weights_for(index, student, self._task, self.settings.evidence)
         names = self.settings.proposers(counts_words=self.weights.counts_words)
         by_vectors = not {"vectors", "ann"}.isdisjoint(names)
-        self._exact = self.settings.exact or (by_vectors and not student.has_anchor)
+        self._exact = self.settings.exact or (by_vectors and not student.has_dot)
         if self._rephrases and self._exact:
             raise InputError(
                 "an exact search (a head without an inner product has no other) ranks by the scores of one query, not "
@@ -356,11 +356,11 @@ class Searcher:
         elif vectors is None:
             read = self._student.encode_queries(texts, instruction=instruction)
             vectors, cut = read.vectors, read.truncated
-        anchors = self._anchors(vectors)
+        dot_queries = self._dot_queries(vectors)
         seconds = (time.perf_counter() - begin) / len(queries)
         for at in range(0, len(queries), _SCANNED_AT_ONCE):
             part = slice(at, at + _SCANNED_AT_ONCE)
-            together = self._prepare_together(queries[part], vectors[part], anchors[part], tokens[part], seconds)
+            together = self._prepare_together(queries[part], vectors[part], dot_queries[part], tokens[part], seconds)
             for position, prepared in enumerate(together, at):
                 prepared.truncated = position in cut
                 yield prepared
@@ -403,7 +403,7 @@ class Searcher:
         self,
         queries: Sequence[Query],
         vectors: NDArray[np.float32],
-        anchors: Sequence[NDArray[np.float32] | None],
+        dot_queries: Sequence[NDArray[np.float32] | None],
         tokens: Sequence[NDArray[np.float32] | None],
         encode_seconds: float,
     ) -> Iterator[_PreparedQuery]:
@@ -412,19 +412,20 @@ class Searcher:
         missing: dict[int, MissingShard] = {}
         words = self._words(queries, missing)
         sent = [
-            ShardQuery(query, vector, anchor, own_tokens, own_words)
-            for query, vector, anchor, own_tokens, own_words in zip(
-                queries, vectors, anchors, tokens, words, strict=True
+            ShardQuery(query, vector, dot_query, own_tokens, own_words)
+            for query, vector, dot_query, own_tokens, own_words in zip(
+                queries, vectors, dot_queries, tokens, words, strict=True
             )
         ]
-        are_scores = [self._anchor_is_score(one) for one in sent]
+        are_scores = [self._dot_is_score(one) for one in sent]
         score_seconds = (time.perf_counter() - begin) / len(queries)
         begin = time.perf_counter()
-        # A scan orders rows by anchor. If the anchors are the scores, it need not go deeper than the ranking.
+        # A scan orders rows by inner product. If the inner products are the scores, it need not go deeper than the
+        # ranking.
         final = "vectors" in self._sources and all(are_scores)
         share = math.ceil(self.settings.num_candidates / max(len(self._sources), 1))
         depth = self.settings.ranking_depth if final else max(share, self.settings.ranking_depth)
-        together = [anchor for anchor in anchors if anchor is not None]
+        together = [dot_query for dot_query in dot_queries if dot_query is not None]
         scans: dict[int, Sequence[CandidateRows] | None] = {}
         if "vectors" in self._sources and len(together) > 1:
             stacked = np.stack(together)
@@ -499,19 +500,19 @@ class Searcher:
             raise ShardAwayError(f"no shard of the index answers; the first: {next(iter(missing.values())).problem}")
         return answers
 
-    def _anchor_is_score(self, sent: ShardQuery) -> bool:
+    def _dot_is_score(self, sent: ShardQuery) -> bool:
         """Whether the candidates' inner products are their final scores and nothing else changes their order."""
         if self._exact or self.weights or not self._in_students_order or self._sources not in (["vectors"], ["ann"]):
             return False
-        if not self._student.has_anchor:
+        if not self._student.has_dot:
             return False
         prepared = self._student.prepare(sent.vector, self._task)
         return prepared is not None and prepared.bound == 0
 
-    def _anchors(self, vectors: NDArray[np.float32]) -> Sequence[NDArray[np.float32] | None]:
-        if not self._student.has_anchor:
+    def _dot_queries(self, vectors: NDArray[np.float32]) -> Sequence[NDArray[np.float32] | None]:
+        if not self._student.has_dot:
             return [None] * len(vectors)
-        return list(self._student.anchor_queries(vectors, self._task))
+        return list(self._student.query_vectors(vectors, self._task))
 
     def _order(self, prepared: _PreparedQuery) -> Order:
         depth, deepest = prepared.depth, math.inf
@@ -548,7 +549,7 @@ class Searcher:
         passages = show(
             self._index,
             query,
-            prepared.sent.anchor,
+            prepared.sent.dot_query,
             order,
             evidence=explained,
             document_passages=self.settings.document_passages,
@@ -656,7 +657,7 @@ class Searcher:
         return merged
 
     def _score(self, prepared: _PreparedQuery, proposals: Mapping[str, CandidateRows], depth: int) -> ScoredCandidates:
-        if prepared.anchor_is_score:
+        if prepared.dot_is_score:
             (proposal,), top_k = proposals.values(), self.settings.ranking_depth
             rows, scores = proposal.rows[:top_k], proposal.scores[:top_k]
             check_scores(scores, prepared.query.id)

@@ -45,7 +45,7 @@ class ShardQuery:
     Attributes:
         query: text and id.
         vector: [dim].
-        anchor: [dim], for inner products; None if the head has none.
+        dot_query: [dim], for inner products; None if the head has none.
         tokens: [tokens, token_dim], the vectors of its tokens, if they have a weight.
         words: its words, weighted by the statistics of all shards; None if the search does not use words.
         nearest: the highest inner product with a passage of any shard that the filter admits; None unless the weight of
@@ -54,7 +54,7 @@ class ShardQuery:
 
     query: Query
     vector: NDArray[np.float32]
-    anchor: NDArray[np.float32] | None
+    dot_query: NDArray[np.float32] | None
     tokens: NDArray[np.float32] | None
     words: QueryWords | None
     nearest: float | None = None
@@ -80,7 +80,7 @@ class SearchedShard(Protocol):
         """What each source proposes."""
         ...
 
-    def scan_together(self, anchors: NDArray[np.float32], depth: int) -> Sequence[CandidateRows] | None:
+    def scan_together(self, dot_queries: NDArray[np.float32], depth: int) -> Sequence[CandidateRows] | None:
         """The proposals of the exact scan for several queries."""
         ...
 
@@ -187,18 +187,18 @@ class ShardSearch:
             if isinstance(source, VectorSource) and scanned is not None:
                 proposals[source.name] = scanned
             else:
-                proposals[source.name] = source.propose(query.query, query.anchor, depth, query.words)
+                proposals[source.name] = source.propose(query.query, query.dot_query, depth, query.words)
         return proposals
 
-    def scan_together(self, anchors: NDArray[np.float32], depth: int) -> Sequence[CandidateRows] | None:
+    def scan_together(self, dot_queries: NDArray[np.float32], depth: int) -> Sequence[CandidateRows] | None:
         """The proposals of the exact scan for several queries [q, dim]; None if it is not a source."""
         source = next((source for source in self._sources if isinstance(source, VectorSource)), None)
-        return None if source is None else source.propose_together(anchors, depth)
+        return None if source is None else source.propose_together(dot_queries, depth)
 
     def nearest(self, query: ShardQuery) -> float:
         """The highest inner product with a passage that the filter admits; minus infinity if there is none."""
-        assert query.anchor is not None, "without inner products, no passage is the nearest"
-        scores = self.view.scan(query.anchor, 1, self._allowed).scores
+        assert query.dot_query is not None, "without inner products, no passage is the nearest"
+        scores = self.view.scan(query.dot_query, 1, self._allowed).scores
         return float(scores[0]) if len(scores) else -math.inf
 
     def score(self, query: ShardQuery, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -233,5 +233,5 @@ class ShardSearch:
         if not self._weights:
             return None
         return RowEvidence(
-            self.view, query.query.text, self._weights, query.anchor, query.tokens, query.words, query.nearest
+            self.view, query.query.text, self._weights, query.dot_query, query.tokens, query.words, query.nearest
         )

@@ -260,13 +260,13 @@ class ModelService:
             return f"calibrated; task={task}; base-rate={calibration.base_rate:g}"
         return f"uncalibrated; task={task}; the sigmoid of the score, ordered but not a probability"
 
-    async def anchor_queries(self, vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
-        """[n, dim] anchor vectors; inner products with passages' vectors are the score's inner-product part.
+    async def query_vectors(self, vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
+        """[n, dim] query vectors; inner products with passages' vectors are the score's inner-product part.
 
         Raises:
             InputError: the student's head has no inner-product part.
         """
-        return await self._in_thread(lambda: self.student.anchor_queries(vectors, task))
+        return await self._in_thread(lambda: self.student.query_vectors(vectors, task))
 
     async def in_lane(self, work: Callable[[], _Value]) -> _Value:
         """Run other work that uses the student's backbone, in turn with batches of texts."""
@@ -402,6 +402,6 @@ class StudentLane(ForwardingStudent):
 
 def _own_score(explanation: Explanation | None) -> float | None:
     """The part of a passage's score that needs no index: what it is calibrated on."""
-    if explanation is None or explanation.anchor is None or explanation.interaction is None:
+    if explanation is None or explanation.dot is None or explanation.interaction is None:
         return None
-    return explanation.anchor + explanation.interaction
+    return explanation.dot + explanation.interaction

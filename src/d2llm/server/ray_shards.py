@@ -30,7 +30,7 @@ from d2llm.core.errors import D2LLMError, ShardAwayError
 from d2llm.core.types import MissingShard, PartKind, Task
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.models.student import Student
-from d2llm.retrieval.cosine import AnchorScorer
+from d2llm.retrieval.cosine import DotScorer
 from d2llm.retrieval.protocols import VectorStudent
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.runners.ray_cluster import import_ray, last_line, own_versions, require_room, task_error
@@ -279,8 +279,8 @@ class RemoteShardView:
         """
         if settings.filter is not None:
             parse_filter(settings.filter, self.metadata)
-        by_anchor = isinstance(student, AnchorScorer)
-        return _RemoteSearch(self, SearchSpec(secrets.token_hex(8), settings, task, weights, is_exact, by_anchor))
+        by_dot = isinstance(student, DotScorer)
+        return _RemoteSearch(self, SearchSpec(secrets.token_hex(8), settings, task, weights, is_exact, by_dot))
 
 
 @dataclass(frozen=True)
@@ -296,8 +296,8 @@ class _RemoteSearch:
     def count_words(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
         return self.view.rows_with(hashes)
 
-    def scan_together(self, anchors: NDArray[np.float32], depth: int) -> Sequence[CandidateRows] | None:
-        del anchors, depth
+    def scan_together(self, dot_queries: NDArray[np.float32], depth: int) -> Sequence[CandidateRows] | None:
+        del dot_queries, depth
         return None  # an actor has a scan of its own for each query, so that its answers are small
 
     propose = _step_in_actor("propose")

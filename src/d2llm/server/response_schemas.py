@@ -24,7 +24,7 @@ from d2llm.models.attribution import WordWeight
 from d2llm.server.schemas import Rescore
 from d2llm.store.side_files import Chunking
 
-ScorePart = Literal["anchor", "windows", "tokens", "lexical", "interaction"]
+ScorePart = Literal["dot", "windows", "tokens", "lexical", "interaction"]
 """A part of a student's score in an index, by its name in an explanation."""
 
 
@@ -150,7 +150,7 @@ class RankedResponse(PassageResponse):
     score: float
     probability: float | None
     weak: bool | None
-    anchor_score: float | None
+    dot_score: float | None
     log_odds: float | None
     student_rank: int | None
     explanation: Explanation | None
@@ -271,7 +271,7 @@ class ExplainResponse(ResponseBody):
     title: str
     text: str
     score: float
-    anchor: float | None
+    dot: float | None
     interaction: float | None
     words: tuple[WordWeight, ...]
     truncated: bool

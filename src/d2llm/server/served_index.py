@@ -271,7 +271,7 @@ class ServedIndex:
     def ways_to_rescore(self, version: OpenVersion) -> list[str]:
         """The values of ``rescore`` that are available: the student's, and kinds of rerankers that fit the index."""
         view, student = version.view, version.student
-        ways = [*BY_STUDENT] if student.has_anchor else ["iem"]
+        ways = [*BY_STUDENT] if student.has_dot else ["iem"]
         return ways + self.slow.usable_rerankers(lambda reranker: reranker.for_index(view, student, view.task))
 
     # Reading and changing ------------------------------------------------------------------------------------------

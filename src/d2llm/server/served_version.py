@@ -18,7 +18,7 @@ from d2llm.core.errors import D2LLMError
 from d2llm.core.files import MANIFEST_NAME
 from d2llm.core.types import Query, Ranking
 from d2llm.models.attribution import why_no_interaction
-from d2llm.retrieval.cosine import AnchorStudent
+from d2llm.retrieval.cosine import DotStudent
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.protocols import SearchStudent, SearchView
@@ -121,11 +121,11 @@ class OpenVersion:
 
     def score_parts(self) -> list[ScorePart]:
         """What the student's score adds up in this index, for its task."""
-        if not self.student.has_anchor:
+        if not self.student.has_dot:
             return ["interaction"]
         weights = weights_for(self.view, self.student, self.view.task)
         counts: dict[ScorePart, bool] = {
-            "anchor": True,
+            "dot": True,
             "windows": "window" in weights.part_kinds,
             "tokens": "token" in weights.part_kinds,
             "lexical": weights.counts_words,
@@ -136,7 +136,7 @@ class OpenVersion:
     def default_sources(self) -> list[str]:
         """The sources of candidates of a search that names none."""
         weights = weights_for(self.view, self.student, self.view.task)
-        return source_names(SearchSettings(), weights, is_exact=not self.student.has_anchor)
+        return source_names(SearchSettings(), weights, is_exact=not self.student.has_dot)
 
     def searcher(self, settings: SearchSettings, *, iem: bool) -> Searcher:
         """The shared searcher for these settings; use it within ``ranking``."""
@@ -151,7 +151,7 @@ class OpenVersion:
 
     def new_searcher(self, settings: SearchSettings, student: SearchStudent, *, iem: bool, **more: Any) -> Searcher:
         """A searcher that is not shared, and can be used at the same time as others; ``more``: as of ``Searcher``."""
-        student = student if iem else AnchorStudent(student)
+        student = student if iem else DotStudent(student)
         return Searcher(self.view, student, settings, allow_missing=self._allow_missing, **more)
 
 

@@ -17,7 +17,7 @@ from d2llm.core.files import folder_bytes
 from d2llm.core.types import PartKind, Task
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.models.vector_scorer import VectorScorer
-from d2llm.retrieval.cosine import AnchorScorer
+from d2llm.retrieval.cosine import DotScorer
 from d2llm.retrieval.exact_search import CachedBounds
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.retrieval.shard_search import ShardSearch
@@ -71,7 +71,7 @@ class SearchSpec:
     task: Task
     weights: EvidenceWeights
     is_exact: bool
-    by_anchor: bool
+    by_dot: bool
 
 
 class NotOpenError(Exception):
@@ -106,7 +106,7 @@ class _OpenShard:
         if search.key not in self._searches:
             self._searches[search.key] = ShardSearch(
                 self.view,
-                AnchorScorer(self._scorer) if search.by_anchor else self._scorer,
+                DotScorer(self._scorer) if search.by_dot else self._scorer,
                 search.settings,
                 search.task,
                 search.weights,

@@ -36,7 +36,7 @@ class StudentFacts:
         token_dim: width of a token's vector, None if it has none.
         max_tokens: tokens of a passage that it reads; it cuts longer ones.
         max_query_tokens: tokens of a query that get a vector.
-        has_anchor: whether part of the score is an inner product; without one, a search scores every passage.
+        has_dot: whether part of the score is an inner product; without one, a search scores every passage.
         counts_interaction: whether the interaction has a weight in the plan's task.
         formats: formats of the window vectors and token embeddings that the index stores.
         weights: the evidence that its score counts in such an index.
@@ -49,7 +49,7 @@ class StudentFacts:
     token_dim: int | None
     max_tokens: int
     max_query_tokens: int
-    has_anchor: bool
+    has_dot: bool
     counts_interaction: bool
     formats: dict[PartKind, str]
     weights: EvidenceWeights
@@ -73,8 +73,8 @@ class StudentFacts:
             token_dim=student.token_dim,
             max_tokens=student.config.backbone.max_passage_tokens,
             max_query_tokens=0 if projection is None else projection.max_query_tokens,
-            has_anchor=student.has_anchor,
-            counts_interaction=not student.has_anchor or prepared.bound > 0,
+            has_dot=student.has_dot,
+            counts_interaction=not student.has_dot or prepared.bound > 0,
             formats=formats,
             weights=student.evidence_weights(task, stored=frozenset(formats)),
             num_added_words=0 if (expansion := student.document_expansion) is None else expansion.num_words,

@@ -301,7 +301,7 @@ class _Measuring:
         if not self.student.interaction.has_interaction(self.task):
             return None
         vectors = self._vectors(_CANDIDATES, self.student.vector_dim)
-        weight = {"interaction_weight": 1.0} if self.student.has_anchor else {}
+        weight = {"interaction_weight": 1.0} if self.student.has_dot else {}
         scored = self._median(lambda query: self.student.score(query, vectors, self.task, **weight), list(vectors[:8]))
         return self._speed(_CANDIDATES / scored, advance)
 

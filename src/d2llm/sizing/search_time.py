@@ -90,7 +90,7 @@ def _stages(
     proposed = candidates / (2 if student.weights.counts_words else 1)  # by vectors; words propose the others
     code_size = make_format(plan.vector_format, student.dim).code_size
     weights = student.weights
-    if not student.has_anchor:
+    if not student.has_dot:
         yield _stage("interaction of every passage", num_passages, "pairs", speeds.interaction_pairs)
     elif ann is None:
         scan = speeds.scan_bytes.get(plan.vector_format)
@@ -100,7 +100,7 @@ def _stages(
         read = lists * student.dim * 4 + share * num_passages * student.dim
         basis = f"{lists:,} centroids and {share:.2%} of the passages: {ann.source}"
         yield _stage("approximate index", read, "bytes", speeds.ann_bytes, basis)
-    if student.has_anchor:  # once to rank the proposals, and once for the full score
+    if student.has_dot:  # once to rank the proposals, and once for the full score
         ranked = proposed if ann is None else min(num_taken(math.ceil(proposed)), num_passages)
         products = ranked + (candidates if weights or student.counts_interaction else 0)
         basis = f"{products:,.0f} of {student.dim} dimensions"
@@ -118,7 +118,7 @@ def _stages(
         speed = of_format.get(student.formats[kind])
         basis = f"{number:,.0f} of {dim} dimensions"
         yield _stage(f"vectors of candidates' {kind}s", number * dim, "dimensions", speed, basis)
-    if student.has_anchor and student.counts_interaction:
+    if student.has_dot and student.counts_interaction:
         yield _stage("interaction", candidates, "pairs", speeds.interaction_pairs)
     result = speeds.result_ms
     yield StageTime("texts of ten results", None if result is None else result.value, _source(result), per_shard=False)
@@ -147,7 +147,7 @@ def _source(speed: Speed | None) -> str:
 
 def can_approximate(plan: SizePlan, student: StudentFacts, num_passages: int, ann: AnnFacts) -> bool:
     """Whether an approximate index may be used: large enough an index, and no higher recall than it was measured at."""
-    return student.has_anchor and num_passages >= MIN_PASSAGES and plan.recall <= ann.first_ten
+    return student.has_dot and num_passages >= MIN_PASSAGES and plan.recall <= ann.first_ten
 
 
 def total_ms(stages: Iterable[StageTime]) -> float:

@@ -339,7 +339,7 @@ def evaluate_dev(
 class DevResult:
     """The dev measure by weight r of the interaction; ``by_item`` has the values of each query or pair.
 
-    The cosine and the head ``paper`` have only r = 1, an anchored head without an interaction in this task only r = 0.
+    The cosine and the head ``paper`` have only r = 1, a dot head without an interaction in this task only r = 0.
     """
 
     task: Task
@@ -417,7 +417,7 @@ def encode_together(
 
 def has_interaction_weight(student: Student, task: Task) -> bool:
     """Whether the score has an interaction in addition to its inner product, and so a weight r to choose."""
-    return student.has_anchor and student.interaction.has_interaction(task)
+    return student.has_dot and student.interaction.has_interaction(task)
 
 
 def measure_by_weight(student: Student, encoded: EncodedDev, *, advance: Callable[[int], None] = ignore) -> DevResult:
@@ -429,15 +429,15 @@ def measure_by_weight(student: Student, encoded: EncodedDev, *, advance: Callabl
     dev = encoded.dev
     scores: dict[float, Scores] = {1.0: _score(student, encoded, advance)}
     if has_interaction_weight(student, dev.task):
-        anchors = [
-            _anchor(student, query, encoded.passages[rows], dev.task)
+        dots = [
+            _dot(student, query, encoded.passages[rows], dev.task)
             for query, rows in zip(encoded.queries, encoded.rows, strict=True)
         ]
         scores = {
-            weight: [anchor + weight * (whole - anchor) for anchor, whole in zip(anchors, scores[1.0], strict=True)]
+            weight: [dot + weight * (whole - dot) for dot, whole in zip(dots, scores[1.0], strict=True)]
             for weight in INTERACTION_WEIGHTS
         }
-    elif isinstance(student.interaction, Interaction) and student.has_anchor:
+    elif isinstance(student.interaction, Interaction) and student.has_dot:
         scores = {0.0: scores[1.0]}
     words = [dev.word_scores[query_id] for query_id in dev.queries] if dev.word_scores else []
     for evidence in (words, encoded.token_scores):
@@ -468,13 +468,13 @@ def _score(student: Student, encoded: EncodedDev, advance: Callable[[int], None]
     return scores
 
 
-def _anchor(
+def _dot(
     student: Student, query: Float32[np.ndarray, " dim"], passages: Float32[np.ndarray, "passages dim"], task: Task
 ) -> Float32[np.ndarray, " passages"]:
-    """The anchor logits, computed exactly as in ``Student.score``, so that they equal its score without interaction."""
-    anchor_query = torch.from_numpy(student.anchor_queries(query[None], task))
+    """Inner products computed exactly as in ``Student.score``, equal to its score without interaction."""
+    dot_query = torch.from_numpy(student.query_vectors(query[None], task))
     blocks = torch.from_numpy(passages).split(SCORE_BLOCK)
-    return torch.cat([(anchor_query @ block.T)[0] for block in blocks]).numpy()
+    return torch.cat([(dot_query @ block.T)[0] for block in blocks]).numpy()
 
 
 # Dev sets for judges -------------------------------------------------------------------------------------------------
@@ -574,17 +574,17 @@ def judge_dev(judge: Judge, dev: DevSet, *, name: str, store: Path, placement: P
 def _nearest(
     dataset: Dataset, task: Task, queries: Sequence[Query], student: SearchStudent, depth: int, placement: Placement
 ) -> list[list[str]]:
-    searcher = student if student.has_anchor else CosineStudent(student)
+    searcher = student if student.has_dot else CosineStudent(student)
     texts = [passage.full_text for passage in dataset.passages.values()]
     with (
         progress_bar(f"encoding {dataset.name}", len(texts)) as advance,
         placement.workers(searcher, encode_shard) as workers,
     ):
         passages = encode_texts(workers, texts, "passage", advance=advance).vectors
-    anchors = searcher.anchor_queries(searcher.encode_queries([query.text for query in queries]).vectors, task)
-    if not (np.isfinite(passages).all() and np.isfinite(anchors).all()):
+    dots = searcher.query_vectors(searcher.encode_queries([query.text for query in queries]).vectors, task)
+    if not (np.isfinite(passages).all() and np.isfinite(dots).all()):
         raise ModelError(f"vectors of '{dataset.name}' are not finite; check the student that proposes candidates")
     ids, own = list(dataset.passages), dataset.own_passages
     extra = max((len(own.of(query.id)) for query in queries), default=0)
-    ranked = (ids_at(ids, rows) for rows in nearest_rows(anchors, passages, depth + extra, ids))
+    ranked = (ids_at(ids, rows) for rows in nearest_rows(dots, passages, depth + extra, ids))
     return [[p for p in each if p not in own.of(query.id)][:depth] for query, each in zip(queries, ranked, strict=True)]

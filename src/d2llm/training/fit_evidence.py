@@ -222,8 +222,10 @@ def make_evidence_lists(
     best_tokens: Sequence[NDArray[np.float32] | None] = best_windows
     if kept and "window_vectors" in terms:
         windows = _read_windows(student, dataset, ids, np.unique(np.concatenate(listed)), pool, passages)
-        anchors = student.anchor_queries(vectors, task)
-        best_windows = [windows.best(anchor, rows) for anchor, rows in zip(anchors[kept], listed, strict=True)]
+        dot_queries = student.query_vectors(vectors, task)
+        best_windows = [
+            windows.best(dot_query, rows) for dot_query, rows in zip(dot_queries[kept], listed, strict=True)
+        ]
     if kept and "token" in read.parts:
         places = [np.searchsorted(pool, rows) for rows in listed]
         best_tokens = _best_tokens(student, [texts[number] for number in kept], read.parts["token"], places)
@@ -232,9 +234,9 @@ def make_evidence_lists(
         for number, own, rows, by_window, by_token in zip(kept, scores, listed, best_windows, best_tokens, strict=True)
     ]
     statistics = np.array([words_of_queries[number].statistics for number in kept], np.float32)
-    anchors = student.anchor_queries(vectors, task)[kept] if student.has_anchor else ()
-    nearest = np.array([(passages @ anchor).max() for anchor in anchors], np.float32)
-    return EvidenceLists(dataset.name, lists, statistics, nearest if student.has_anchor else None)
+    dot_queries = student.query_vectors(vectors, task)[kept] if student.has_dot else ()
+    nearest = np.array([(passages @ dot_query).max() for dot_query in dot_queries], np.float32)
+    return EvidenceLists(dataset.name, lists, statistics, nearest if student.has_dot else None)
 
 
 def _filled(needed: NDArray[np.int64], num_rows: int, num_passages: int, seed: int) -> NDArray[np.int64]:

@@ -128,7 +128,7 @@ def fit_scores(
 
 def _check(student: Student, *, words: bool, token_vectors: bool, on_words: Sequence[str]) -> None:
     """Refuse what this student cannot have, before anything is fitted; ``on_words`` changes what words count."""
-    if words and not student.has_anchor:
+    if words and not student.has_dot:
         raise InputError("words are added to an inner product, which the head 'paper' does not have; leave them out")
     if token_vectors and student.token_projection is None:
         raise InputError("this student has no token embeddings; train them first with `d2llm fit-tokens`")

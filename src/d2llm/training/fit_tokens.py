@@ -40,7 +40,7 @@ from d2llm.training.trainer import Trainable, Trainer
 
 _BATCH_TEXTS, _LEAST_BATCH_TOKENS = 256, 2_048
 _PCA_TOKENS = 40_000
-_INITIAL_SCALE = 20.0  # of the mean cosine, as in the anchored head
+_INITIAL_SCALE = 20.0  # of the mean cosine, as in the dot head
 _COUNTED_PASSAGES = 5_000  # of each data set, to see which tokens are rare
 _MIN_RARITY = 0.01  # of tokens that all passages have
 
@@ -222,10 +222,10 @@ def _read(
     place_of = {row: place for place, row in enumerate(pool)}
     passages, vectors = _states(student, projection, [dataset.passages[ids[row]].full_text for row in pool], "passage")
     texts = [dataset.queries[query_id].text for query_id in chosen]
-    queries, anchors = _states(student, projection, texts, "query")
-    if student.has_anchor:
-        anchors = student.anchor_queries(anchors)
-    nearest = nearest_rows(anchors, vectors, min(config.depth, len(pool)))
+    queries, dot_queries = _states(student, projection, texts, "query")
+    if student.has_dot:
+        dot_queries = student.query_vectors(dot_queries)
+    nearest = nearest_rows(dot_queries, vectors, min(config.depth, len(pool)))
     negatives: list[list[int]] = []
     for lexical, near, excluded in zip(by_words, nearest, targets, strict=True):
         similar = [place for place in near.tolist() if pool[place] not in excluded]

@@ -72,10 +72,10 @@ def _measure(student: Student, used: Sequence[EncodedDev]) -> tuple[Items, float
         for query, rows in zip(encoded.queries, encoded.rows, strict=True):
             passages = encoded.passages[rows]
             scorer = student.prepare(query, encoded.dev.task)
-            anchor = student.score(query, passages, encoded.dev.task, interaction_weight=0.0)
+            dot = student.score(query, passages, encoded.dev.task, interaction_weight=0.0)
             scores.append(scorer(passages))
             if len(rows) > _DEPTH:
                 tenth = np.partition(scores[-1], -_DEPTH)[-_DEPTH]
-                left.append(int((anchor + scorer.bound * student.passage_bound(passages) >= tenth).sum()))
+                left.append(int((dot + scorer.bound * student.passage_bound(passages) >= tenth).sum()))
         items[encoded.dev.name] = by_place(encoded.dev.measure(scores).by_item)
     return items, fmean(left) if left else 0.0

@@ -171,9 +171,9 @@ def _without_common_change(scores: PairScores, candidates: Tensor) -> Tensor:
     that loss, and a bounded interaction would end with all its tanh at -1, where it has neither effect nor gradient.
     """
     logits = scores.logits.float()
-    if scores.anchor is None:
+    if scores.dot is None:
         return logits
-    return logits - losses.masked_mean(logits - scores.anchor.float(), candidates)[:, None]
+    return logits - losses.masked_mean(logits - scores.dot.float(), candidates)[:, None]
 
 
 class InBatchCrossEntropy(Loss, kind="in_batch_cross_entropy"):
@@ -194,17 +194,17 @@ class InBatchCrossEntropy(Loss, kind="in_batch_cross_entropy"):
         return value / len(inputs.batch.query_ids) if self.normalisation == "authors" else value
 
 
-class AnchorCrossEntropy(Loss, kind="anchor_cross_entropy"):
-    """The same for the inner-product part alone (anchored head): keeps the vectors useful on their own."""
+class DotCrossEntropy(Loss, kind="dot_cross_entropy"):
+    """The same for the inner-product part alone (dot head): keeps the vectors useful on their own."""
 
     needs = frozenset({"judgements"})
     of_vectors: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInput) -> Tensor | None:
-        anchor = inputs.scores.anchor
-        if anchor is None:
+        dot = inputs.scores.dot
+        if dot is None:
             return None
-        return losses.in_batch_cross_entropy(anchor.float(), inputs.positive, inputs.candidates)
+        return losses.in_batch_cross_entropy(dot.float(), inputs.positive, inputs.candidates)
 
 
 class TokenCrossEntropy(Loss, kind="token_cross_entropy"):
@@ -230,8 +230,8 @@ class PairCrossEntropy(Loss, kind="pair_cross_entropy"):
         ".918, .569, .572, .813 ([one seed](ablations.md#labelled-pairs), of the cosine three)"
     )
     of_pairs: ClassVar[bool] = True
-    anchor: float = Field(default=0.5, ge=0)
-    """Weight, beside that of the whole score, of the same for the inner-product part alone (anchored head)."""
+    dot: float = Field(default=0.5, ge=0)
+    """Weight, beside that of the whole score, of the same for the inner-product part alone (dot head)."""
     teacher_share: float = Field(default=0.0, ge=0, le=1)
     """Share of the teacher's P(yes) in the target; the rest is the data set's own label. Above 0, it is an imitation
     like the others: pairs are labelled by the teacher, whose gate is measured."""
@@ -246,8 +246,8 @@ class PairCrossEntropy(Loss, kind="pair_cross_entropy"):
     def __call__(self, inputs: LossInput) -> Tensor:
         scores, two = inputs.scores, inputs.scores.teacher
         value = self._of(inputs, scores.logits, None if two is None else two.logits)
-        if self.anchor and scores.anchor is not None:
-            value = value + self.anchor * self._of(inputs, scores.anchor, None if two is None else two.anchor)
+        if self.dot and scores.dot is not None:
+            value = value + self.dot * self._of(inputs, scores.dot, None if two is None else two.dot)
         return value
 
     def _of(self, inputs: LossInput, logits: Tensor, of_teacher: Tensor | None) -> Tensor:
@@ -295,7 +295,7 @@ class ContrastiveImitation(Loss, kind="contrastive_imitation"):
 
     normalisation: Normalisation = "mean"
     temperature: float = Field(default=1.0, gt=0)
-    """The anchored head also has a learned scale."""
+    """The dot head also has a learned scale."""
 
     def __call__(self, inputs: LossInput) -> Tensor:
         authors = self.normalisation == "authors"

@@ -48,11 +48,11 @@ def token_places(student: Student, batch: DistillationBatch, ids: Sequence[Seque
 
 
 def score_vectors(
-    student: Student, vectors: Tensor, batch: DistillationBatch, *, anchors_only: bool = False
+    student: Student, vectors: Tensor, batch: DistillationBatch, *, dots_only: bool = False
 ) -> PairScores:
     """Score all queries against all passages by their vectors [queries + passages, dim]; differentiable.
 
-    ``anchors_only`` scores by the inner product, without the interaction (anchored head).
+    ``dots_only`` scores by the inner product, without the interaction (dot head).
     """
     queries, passages = vectors.split([len(batch.query_ids), len(batch.passage_ids)])
     dtype = student.backbone.compute_dtype
@@ -61,8 +61,8 @@ def score_vectors(
         task = batch.source.task
         if not isinstance(head, Interaction):
             return head(queries, passages, task)
-        scores = head.score_anchors(queries, passages, task) if anchors_only else head(queries, passages, task)
-        return scores if head.teacher_anchors is None else head.score_heads(scores, queries, passages, task)
+        scores = head.score_dots(queries, passages, task) if dots_only else head(queries, passages, task)
+        return scores if head.teacher_dots is None else head.score_heads(scores, queries, passages, task)
 
 
 def with_tokens(
@@ -105,7 +105,7 @@ def weighted_sum(values: Mapping[str, Tensor], objective: Mapping[str, Loss]) ->
     if not values:
         raise InputError(
             "no loss has a weight above 0 that these data have (labelled pairs have pair_cross_entropy alone, and the "
-            "anchor's are for the head 'anchored'); set one in [losses]"
+            "inner product's are for the head 'dot'); set one in [losses]"
         )
     return torch.stack([objective[kind].weight * value for kind, value in values.items()]).sum()
 

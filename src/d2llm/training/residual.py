@@ -64,7 +64,7 @@ def train_residual(
     ask_teacher: AskTeacher,
     processes: Processes = ALONE,
 ) -> dict[str, DevResult]:
-    """Train the interaction of an anchored student on its own vectors, and keep the epoch with the best dev result.
+    """Train the interaction of a dot student on its own vectors, and keep the epoch with the best dev result.
 
     Dev results are taken at the best weight r of each task, which may be 0, so the result is never worse on dev than
     the inner product alone. Only the interaction changes; it is trained with r = 1, the value in a new student. The
@@ -75,7 +75,7 @@ def train_residual(
     on cached vectors is shorter than the exchange of its gradient would be.
 
     Args:
-        student: a student with the head ``anchored``.
+        student: a student with the head ``dot``.
         sources: data sets with their labels.
         dev_sets: dev sets for choosing the epoch and the weights.
         recipe: the recipe, with ``training.residual``, losses and seed.
@@ -207,8 +207,8 @@ class _Training(Trainable):
         width = min(self.config.num_near, near.shape[1])
         rows = [near[row, sorted(rng.sample(range(near.shape[1]), width))] for row in chosen]
         scores = self._score_lists(other.queries[chosen], pool[torch.from_numpy(np.stack(rows))], task)
-        assert scores.anchor is not None
-        change = scores.logits.float() - scores.anchor.float()
+        assert scores.dot is not None
+        change = scores.logits.float() - scores.dot.float()
         # A change that all have in common does not affect the ranking.
         return (change - change.mean(dim=1, keepdim=True)).square().mean()
 
@@ -241,11 +241,11 @@ def _vectors(
     near: NDArray[np.int64] | None = None
     near_queries: NDArray[np.int64] | None = None
     if not is_pairs:
-        anchors = student.anchor_queries(queries, source.source.task)
-        near = _nearest(anchors, passages, config.depth, f"neighbours in {name}")
+        dot_queries = student.query_vectors(queries, source.source.task)
+        near = _nearest(dot_queries, passages, config.depth, f"neighbours in {name}")
     if with_near_queries and source.source.task == "asymmetric":
-        anchors = student.anchor_queries(queries, "symmetric")
-        near_queries = _nearest(anchors, queries, config.num_near, f"similar queries in {name}")
+        dot_queries = student.query_vectors(queries, "symmetric")
+        near_queries = _nearest(dot_queries, queries, config.num_near, f"similar queries in {name}")
     rows = {passage_id: row for row, passage_id in enumerate(ids)}
     return _Vectors(source, torch.from_numpy(queries), torch.from_numpy(passages), ids, rows, near, near_queries)
 

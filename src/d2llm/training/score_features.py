@@ -39,7 +39,7 @@ def evidence_at_start(
         run_folder.mkdir(parents=True, exist_ok=True)
         counted: list[EvidenceTerm] = [term for term in recipe.evidence.terms if term != "window_vectors"]
         judged = _with_corpus(sources)
-        if "token_vectors" in counted and judged and student.has_anchor:
+        if "token_vectors" in counted and judged and student.has_dot:
             if student.token_projection is None:
                 _fit_tokens(student, judged, recipe, start=None)
             assert student.token_projection is not None
@@ -87,7 +87,7 @@ def fit_beside(
     if student.token_projection is not None:
         student.token_projection.requires_grad_(False)
     judged = _with_corpus(sources)
-    if recipe.evidence.token_vectors and judged and student.has_anchor and student.token_projection is None:
+    if recipe.evidence.token_vectors and judged and student.has_dot and student.token_projection is None:
         try:
             with time_limit(seconds_left() - run.seconds_after("tokens")):
                 _fit_tokens(student, judged, recipe, start=tokens)
@@ -119,7 +119,7 @@ def _fit_evidence(
     use_nearest: bool = True,
 ) -> Evidence:
     """Fit the evidence on the dev queries of the retrieval sets; labelled pairs have no corpus to count words in."""
-    if not terms or not student.has_anchor:
+    if not terms or not student.has_dot:
         return Evidence()
     return fit_evidence(
         student,
@@ -147,7 +147,7 @@ def _fit_tokens(
 
 def _with_inherited(fitted: Evidence, start: Evidence, student: Student) -> Evidence:
     """The fitted evidence, and that of the student that training started from for the other tasks."""
-    if not (start.tasks and student.has_anchor):
+    if not (start.tasks and student.has_dot):
         return fitted
     kept = start.inherited(has_tokens=student.token_projection is not None)
     for task in sorted(kept.tasks.keys() - fitted.tasks.keys()):

@@ -230,7 +230,7 @@ class DistillRun(Trainable):
         unless ``interpolate_with_start`` makes sure of that.
         """
         head, seed = self.student.interaction, self.recipe.seed
-        if not isinstance(head, Interaction) or head.teacher_anchors is None:
+        if not isinstance(head, Interaction) or head.teacher_dots is None:
             return
         self.student.eval()
         total = sum((1 + len(_LABEL_SHARES)) * len(dev.queries) + len(dev.passages) for dev in self.dev_sets)
@@ -419,7 +419,7 @@ class DistillRun(Trainable):
 
         def loss_of(encoded: Tensor, tokens: Sequence[Tensor]) -> Tensor:
             vectors, *nested = encoded.split(self.student.vector_dim, dim=1)
-            scores = score_vectors(self.student, vectors, batch, anchors_only=self.has_stages)
+            scores = score_vectors(self.student, vectors, batch, dots_only=self.has_stages)
             scores = with_tokens(self.student, scores, tokens, batch, ids)
             offset = self.offsets.get(offset_name(source.source))
             after = dict(zip(depths, nested, strict=True))
@@ -498,7 +498,7 @@ class DistillRun(Trainable):
         if not self.processes.is_first:
             return
         head = self.student.interaction
-        if isinstance(head, Interaction) and head.has_anchor and head.config.branches == "per_task":
+        if isinstance(head, Interaction) and head.has_dot and head.config.branches == "per_task":
             for task in head.config.tasks:
                 if task not in self.progress.interaction_weights:
                     head.interaction_weight(task).zero_()
@@ -523,7 +523,7 @@ def listed_passages(training: TrainingConfig) -> int:
 
 def _has_stages(student: Student, recipe: Recipe) -> bool:
     interaction = student.config.interaction
-    return recipe.training.residual.epochs > 0 and interaction.head == "anchored" and bool(interaction.tasks)
+    return recipe.training.residual.epochs > 0 and interaction.head == "dot" and bool(interaction.tasks)
 
 
 def _rounded(results: dict[str, DevResult]) -> dict[str, dict[str, float]]:

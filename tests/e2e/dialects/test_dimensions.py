@@ -18,7 +18,7 @@ def test_vectors_are_cut_to_the_widths_that_the_student_was_trained_for(folder, 
         tmp_path / "nested", content={"nested_dims": [8]}
     )
     passages = student.encode_passages(TEXTS).vectors[:, :8]
-    queries = student.anchor_queries(student.encode_queries(TEXTS).vectors)[:, :8]
+    queries = student.query_vectors(student.encode_queries(TEXTS).vectors)[:, :8]
     with serving(tmp_path / "nested", model_name=NAME) as address:
 
         def post(path: str, body: dict) -> httpx2.Response:
@@ -44,8 +44,8 @@ def test_the_kind_of_text_decides_which_adapter_reads_it(tmp_path):
     folder = write_trained_student(tmp_path, tuning=TWO_ADAPTERS)
     student = Student.load(folder, device="cpu", dtype="float32")
     passages = student.encode_passages(TEXTS).vectors
-    queries = student.anchor_queries(student.encode_queries(TEXTS).vectors)
-    as_passages = student.anchor_queries(passages)
+    queries = student.query_vectors(student.encode_queries(TEXTS).vectors)
+    as_passages = student.query_vectors(passages)
     assert np.abs(unit(queries) - unit(as_passages)).max() > 0.01
     with serving(folder, model_name=NAME) as address:
         for kind, expected in (("passage", passages), ("query", queries)):

@@ -51,10 +51,10 @@ def test_the_full_number_of_dimensions_may_be_requested(client, student):
     [{"model": f"{NAME}:query"}, {"model": NAME, "extra_body": {"input_type": "query"}}],
     ids=["name", "field"],
 )
-def test_query_vectors_rank_passages_by_the_anchor(client, student, options):
+def test_query_vectors_rank_passages_by_the_inner_product(client, student, options):
     query = np.array(client.embeddings.create(input=QUERY, **options).data[0].embedding)
-    anchor = student.anchor_queries(student.encode_queries([QUERY]).vectors)
-    assert np.allclose(query, unit(anchor)[0], atol=1e-6)
+    dot_query = student.query_vectors(student.encode_queries([QUERY]).vectors)
+    assert np.allclose(query, unit(dot_query)[0], atol=1e-6)
     assert not np.allclose(query, unit(student.encode_queries([QUERY]).vectors)[0], atol=1e-2)
 
 
@@ -64,7 +64,7 @@ def test_passage_is_the_default_input_type(client):
     assert plain == passage
 
 
-def test_a_student_without_an_anchor_gives_plain_query_vectors(folder):
+def test_a_student_without_an_inner_product_gives_plain_query_vectors(folder):
     config = tiny_student_config(write_tiny_model(folder / "plain", "bert"))
     config = config.model_copy(update={"interaction": config.interaction.model_copy(update={"head": "paper"})})
     student = Student.create(config, dtype="float32")
@@ -187,4 +187,4 @@ def test_langchain_embeddings(address, student):
     passages = module.OpenAIEmbeddings(model=NAME, **settings).embed_documents(TEXTS)
     query = module.OpenAIEmbeddings(model=f"{NAME}:query", **settings).embed_query(QUERY)
     assert np.allclose(passages, unit(student.encode_passages(TEXTS).vectors), atol=1e-6)
-    assert np.allclose(query, unit(student.anchor_queries(student.encode_queries([QUERY]).vectors))[0], atol=1e-6)
+    assert np.allclose(query, unit(student.query_vectors(student.encode_queries([QUERY]).vectors))[0], atol=1e-6)

@@ -30,12 +30,12 @@ def test_feature_extraction(client, address, student):
         client.feature_extraction(TEXTS, model=url, dimensions=4)
 
 
-def test_inner_products_of_raw_vectors_are_the_anchors(client, address, student):
+def test_inner_products_of_raw_vectors_are_the_inner_products(client, address, student):
     url = f"{address}/embed"
     query = client.feature_extraction(QUERY, model=url, prompt_name="query", normalize=False)[0]
     passages = client.feature_extraction(TEXTS, model=url, prompt_name="passage", normalize=False)
-    anchor = student.anchor_queries(student.encode_queries([QUERY]).vectors)[0]
-    assert np.allclose(passages @ query, student.encode_passages(TEXTS).vectors @ anchor, rtol=1e-4, atol=1e-3)
+    dot_query = student.query_vectors(student.encode_queries([QUERY]).vectors)[0]
+    assert np.allclose(passages @ query, student.encode_passages(TEXTS).vectors @ dot_query, rtol=1e-4, atol=1e-3)
 
 
 def test_feature_extraction_of_long_texts(client, address, student):

@@ -41,8 +41,8 @@ def test_haystacks_embedders(address, student, documents):
 
     settings = {"api_base_url": f"{address}/v1", "extra_parameters": {"truncate_prompt_tokens": -1}}
     query = VLLMTextEmbedder(model=f"{NAME}:query", **settings).run(QUERY)["embedding"]
-    anchor = student.anchor_queries(student.encode_queries([QUERY]).vectors)
-    assert np.allclose(query, unit(anchor)[0], atol=1e-6)
+    dot_query = student.query_vectors(student.encode_queries([QUERY]).vectors)
+    assert np.allclose(query, unit(dot_query)[0], atol=1e-6)
     passages = [replace(documents[0], content=LONG), *documents[1:]]
     embedded = VLLMDocumentEmbedder(model=NAME, **settings).run(passages)["documents"]
     vectors = student.encode_passages([LONG, *TEXTS[1:]]).vectors

@@ -58,7 +58,7 @@ def test_the_loss_by_hand(place: Place, batch: DistillationBatch) -> None:
 
     def expected(vectors: torch.Tensor, width: int) -> float:
         rows = vectors.double().numpy()[:, :width]
-        rows /= np.linalg.norm(rows, axis=1, keepdims=True)  # the anchor's maps are 1 before training
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)  # the inner product's maps are 1 before training
         logits = 20 * rows[:count] @ rows[count:].T
         values = []
         for query in range(count):

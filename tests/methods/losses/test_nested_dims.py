@@ -37,7 +37,7 @@ def recipe(place: Place, weights: Objective, **training: object) -> Recipe:
     return settings.model_copy(update={"losses": weights})
 
 
-def test_the_loss_compares_anchor_vectors_of_queries_with_vectors_of_passages(place: Place, tmp_path: Path) -> None:
+def test_the_loss_compares_dot_vectors_of_queries_with_vectors_of_passages(place: Place, tmp_path: Path) -> None:
     source = place.source
     store = LabelStore(tmp_path, teacher="none", prompt="none", dataset=source.dataset.name)
     labelled = LabelledSource.join(source, store, keep_unlabelled=True)
@@ -47,8 +47,8 @@ def test_the_loss_compares_anchor_vectors_of_queries_with_vectors_of_passages(pl
         vectors = student(*student.backbone.pad(batch_tokens(student, batch)))
         queries, passages = vectors[: len(batch.query_ids)], vectors[len(batch.query_ids) :]
         positive, hard, easy = (torch.from_numpy(mask) for mask in (batch.positive, batch.hard, batch.easy))
-        anchors = torch.from_numpy(student.anchor_queries(queries.numpy(), source.task))
-        expected = nested_cross_entropy(anchors, passages, positive, positive | hard | easy, DIMS)
+        dots = torch.from_numpy(student.query_vectors(queries.numpy(), source.task))
+        expected = nested_cross_entropy(dots, passages, positive, positive | hard | easy, DIMS)
         scores = score_batch(student, batch)
         actual = losses_of(scores, batch, WEIGHTS, student=student, vectors=vectors)
     assert actual[NESTED].item() == pytest.approx(expected.item(), rel=1e-5)

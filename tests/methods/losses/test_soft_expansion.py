@@ -25,7 +25,7 @@ from tiny_data import JUDGEMENTS, tiny_recipe
 from tiny_distill import LEARNING, Place, log_of, losses_of, score_batch
 from tiny_models import TEXTS, tiny_student_config
 
-ALONE = {"in_batch_cross_entropy": 0.0, "anchor_cross_entropy": 0.0}
+ALONE = {"in_batch_cross_entropy": 0.0, "dot_cross_entropy": 0.0}
 
 
 class RecordingWriter:

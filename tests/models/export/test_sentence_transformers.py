@@ -31,35 +31,35 @@ def model(student):
     return integration.as_sentence_transformer(student)
 
 
-def anchors(student, queries, passages, task="asymmetric"):
-    vectors = student.anchor_queries(student.encode_queries(queries).vectors, task)
+def dots(student, queries, passages, task="asymmetric"):
+    vectors = student.query_vectors(student.encode_queries(queries).vectors, task)
     return vectors @ student.encode_passages(passages).vectors.T
 
 
 class TestVectors:
     @pytest.mark.parametrize("task", ["asymmetric", "symmetric"])
-    def test_the_librarys_similarity_is_the_anchor_score(self, student, task):
+    def test_the_librarys_similarity_is_the_inner_product_score(self, student, task):
         model = integration.as_sentence_transformer(student, task=task)
         queries, passages = model.encode_query(QUERIES), model.encode_document(PASSAGES)
-        expected = anchors(student, QUERIES, PASSAGES, task)
+        expected = dots(student, QUERIES, PASSAGES, task)
         np.testing.assert_allclose(queries @ passages.T, expected, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(model.similarity(queries, passages), expected, rtol=1e-4, atol=1e-5)
         pairwise = model.similarity_pairwise(queries, passages[:3])
         np.testing.assert_allclose(pairwise, np.diagonal(expected), rtol=1e-4, atol=1e-5)
 
-    def test_semantic_search_is_the_ranking_by_anchors(self, student, model):
+    def test_semantic_search_is_the_ranking_by_inner_products(self, student, model):
         hits_by_query = library.util.semantic_search(
             model.encode_query(QUERIES, convert_to_tensor=True),
             model.encode_document(PASSAGES, convert_to_tensor=True),
             top_k=3,
             score_function=library.util.dot_score,
         )
-        for hits, scores in zip(hits_by_query, anchors(student, QUERIES, PASSAGES), strict=True):
+        for hits, scores in zip(hits_by_query, dots(student, QUERIES, PASSAGES), strict=True):
             assert [hit["corpus_id"] for hit in hits] == np.argsort(-scores)[:3].tolist()
 
     def test_query_and_passage_vectors_are_the_students(self, student, model):
         passages = student.encode_passages(TEXTS).vectors
-        queries = student.anchor_queries(student.encode_queries(TEXTS).vectors)
+        queries = student.query_vectors(student.encode_queries(TEXTS).vectors)
         np.testing.assert_allclose(model.encode_document(TEXTS), passages, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(model.encode(TEXTS), passages, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(model.encode_query(TEXTS), queries, rtol=1e-4, atol=1e-5)
@@ -170,7 +170,7 @@ class TestVectors:
         from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
         queries, corpus = dict(enumerate(QUERIES)), dict(enumerate(PASSAGES))
-        best = anchors(student, QUERIES, PASSAGES).argmax(axis=1)
+        best = dots(student, QUERIES, PASSAGES).argmax(axis=1)
         relevant = {str(n): {str(position)} for n, position in enumerate(best)}
         queries, corpus = ({str(n): text for n, text in texts.items()} for texts in (queries, corpus))
         evaluator = InformationRetrievalEvaluator(queries, corpus, relevant, show_progress_bar=False)

@@ -241,7 +241,7 @@ class TestOrder:
         fake = fake_training()
         report = run(place, tmp_path, variants=None, num_seeds=1)
         unchanged = (
-            *("anchored-head", "rich", "warm-start", "one-stage"),
+            *("dot-head", "rich", "warm-start", "one-stage"),
             *("no-gates", "without-li", "not-quiet", "without-words"),
         )
         assert report.same == dict.fromkeys(unchanged, "recipe")

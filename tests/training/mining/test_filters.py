@@ -191,7 +191,7 @@ class TestRelativeMargin:
 
         scores: dict[str, float]
         fingerprint: str = "s"
-        has_anchor: bool = True
+        has_dot: bool = True
         config: Any = None
 
         def _encode(self, texts: Any, advance: Any) -> Any:
@@ -209,7 +209,7 @@ class TestRelativeMargin:
 
         encode_queries = encode_passages
 
-        def anchor_queries(self, vectors: Any, task: str) -> Any:
+        def query_vectors(self, vectors: Any, task: str) -> Any:
             return np.array([[1.0, 0.0]] * len(vectors), np.float32)
 
         def score(self, query: Any, passages: Any, task: str) -> Any:
@@ -329,7 +329,7 @@ class TestStudentRanking:
         assert list(hard(result)) == [names[row] for row in np.argsort(-scores)]
         assert result.report["hard_negatives_from"] == {"student": 7}
 
-    def test_a_head_without_an_anchor_scores_every_passage(self):
+    def test_a_head_without_an_inner_product_scores_every_passage(self):
         student = FakeStudent(head="paper")
         assert len(hard(mined(world({"a": 1}), student=student, sources=["encoder"]))) == 7
 

@@ -64,7 +64,7 @@ class NestedCrossEntropy(Loss, kind="nested_cross_entropy"):
         if recipe.student.interaction.head == "paper":
             raise ValueError(
                 "losses.nested_cross_entropy needs inner products, which the head 'paper' does not have: set "
-                'student.interaction.head = "anchored" or "cosine", or delete nested_cross_entropy'
+                'student.interaction.head = "dot" or "cosine", or delete nested_cross_entropy'
             )
         if recipe.training.dual_head:
             raise ValueError(
@@ -123,7 +123,7 @@ class NestedCrossEntropy(Loss, kind="nested_cross_entropy"):
         values: list[Tensor] = []
         for vectors, in_full in counted:
             queries, passages = inputs.encoded(vectors)
-            queries = inputs.student.interaction.anchor_queries(queries, inputs.batch.source.task)
+            queries = inputs.student.interaction.query_vectors(queries, inputs.batch.source.task)
             widths = (*self.dims, vectors.shape[1]) if in_full else self.dims
             values.append(nested_cross_entropy(queries, passages, inputs.positive, inputs.candidates, widths))
         return torch.stack(values).mean()

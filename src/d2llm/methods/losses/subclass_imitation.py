@@ -37,7 +37,7 @@ class SubclassImitation(Loss, kind="subclass_imitation"):
         if recipe.student.interaction.head == "cosine":
             raise ValueError(
                 "losses.subclass_imitation needs the features of pairs, which the head 'cosine' does not have: set "
-                'student.interaction.head = "anchored" or "paper", or delete subclass_imitation'
+                'student.interaction.head = "dot" or "paper", or delete subclass_imitation'
             )
 
     def __call__(self, inputs: LossInput) -> Tensor | None:

@@ -154,11 +154,11 @@ def head_arrays(head: Interaction | CosineHead) -> dict[str, np.ndarray]:
 
 def _task_arrays(head: Interaction | CosineHead, task: Task) -> dict[str, np.ndarray]:
     if isinstance(head, CosineHead):
-        return {"anchor": _array(head.log_scale.exp() / head.dim)}
+        return {"dot": _array(head.log_scale.exp() / head.dim)}
     if not head.has_interaction(task):
         unit = torch.eye(head.dim, device=next(head.parameters()).device)
         bound = {"bound": head.bound(task)} if head.config.tasks else {}
-        return {name: _array(part) for name, part in {"anchor": head.anchor_queries(unit, task), **bound}.items()}
+        return {name: _array(part) for name, part in {"dot": head.query_vectors(unit, task), **bound}.items()}
     layers = head.split_layers(task)
     parts: dict[str, Tensor | None] = {
         "query": layers.query,
@@ -171,9 +171,9 @@ def _task_arrays(head: Interaction | CosineHead, task: Task) -> dict[str, np.nda
     }
     for number, layer in enumerate(layers.inner):
         parts |= {f"inner_{number}_weight": layer.weight, f"inner_{number}_bias": layer.bias}
-    if head.has_anchor:
-        # anchor_queries is linear, so its values for the unit vectors are its matrix.
-        parts["anchor"] = head.anchor_queries(torch.eye(head.dim, device=layers.last.device), task)
+    if head.has_dot:
+        # query_vectors is linear, so its values for the unit vectors are its matrix.
+        parts["dot"] = head.query_vectors(torch.eye(head.dim, device=layers.last.device), task)
         parts["bound"] = head.bound(task)
     for name, gate in (("query_gate", head.query_gate), ("passage_gate", head.passage_gate)):
         if gate is not None:

@@ -6,7 +6,7 @@ be copied into any program::
     head = load("FOLDER")
     logits = head.score(query_vector, passage_vectors, "asymmetric")
 
-The logit of vectors a and b is m(a) b + r r_q(a) r_p(b) tanh(g(a, b)). m(a) is the output of ``anchor_queries``, so any
+The logit of vectors a and b is m(a) b + r r_q(a) r_p(b) tanh(g(a, b)). m(a) is the output of ``query_vectors``, so any
 inner-product index can find candidates. The head ``paper`` is g alone, the head ``cosine`` m(a) b alone.
 """
 
@@ -34,22 +34,22 @@ class NumpyHead:
 
     def __init__(self, weights: Mapping[str, np.ndarray]) -> None:
         self._weights = weights
-        self.has_anchor = self._find("anchor", TASKS[0]) is not None
-        """Whether the score has an inner-product part that an index can search (heads ``anchored`` and ``cosine``)."""
+        self.has_dot = self._find("dot", TASKS[0]) is not None
+        """Whether the score has an inner-product part that an index can search (heads ``dot`` and ``cosine``)."""
         self.has_interaction = self._find("last", TASKS[0]) is not None
-        """Whether the score has an interaction part (heads ``anchored`` and ``paper``)."""
+        """Whether the score has an interaction part (heads ``dot`` and ``paper``)."""
 
-    def anchor_queries(self, query_vectors: np.ndarray, task: str) -> np.ndarray:
-        """The vectors [queries, dim] whose inner product with a passage vector is the anchor part of the score.
+    def query_vectors(self, query_vectors: np.ndarray, task: str) -> np.ndarray:
+        """The vectors [queries, dim] whose inner product with a passage vector is the inner product part of the score.
 
         Raises:
             ValueError: the head is ``paper``, or there is no such task.
         """
-        anchor = self._find("anchor", task)
-        if anchor is None:
-            raise ValueError("this head is 'paper', which has no inner product; use a student with the head 'anchored'")
+        dot = self._find("dot", task)
+        if dot is None:
+            raise ValueError("this head is 'paper', which has no inner product; use a student with the head 'dot'")
         queries = np.asarray(query_vectors, np.float32)
-        return queries * anchor if anchor.ndim == 0 else queries @ anchor
+        return queries * dot if dot.ndim == 0 else queries @ dot
 
     def bound(self, query_vectors: np.ndarray, task: str) -> np.ndarray:
         """The queries' part r r_q(a) [queries] of the interaction's bound; 0 if the interaction changes nothing."""
@@ -73,13 +73,13 @@ class NumpyHead:
                 f"expected one query vector [dim] and passage vectors [passages, dim], got {list(query.shape)} "
                 f"and {list(passages.shape)}"
             )
-        if not self.has_anchor:
+        if not self.has_dot:
             return self._interaction(query, passages, task)
-        anchors = passages @ self.anchor_queries(query[None], task)[0]
+        dots = passages @ self.query_vectors(query[None], task)[0]
         bound = self.bound(query[None], task)[0]
         if bound == 0:
-            return anchors
-        return anchors + bound * self.passage_bound(passages) * np.tanh(self._interaction(query, passages, task))
+            return dots
+        return dots + bound * self.passage_bound(passages) * np.tanh(self._interaction(query, passages, task))
 
     def _interaction(self, query: np.ndarray, passages: np.ndarray, task: str) -> np.ndarray:
         """The network's part g of the logit [passages]."""

@@ -2,7 +2,7 @@
 
 The library has a transformer, the usual poolings, unit length, and separate linear maps for queries and passages (its
 Router). That is enough for the inner product of a student whose texts are pooled with the backbone's own pooling: u of
-length 1, then sqrt(dim) u for a passage, and the vector of ``Student.anchor_queries`` for a query. The library has no
+length 1, then sqrt(dim) u for a passage, and the vector of ``Student.query_vectors`` for a query. The library has no
 pooling by attention (PMA) and no interaction. A student with PMA gets none of the files, because its vectors would
 differ.
 """
@@ -69,7 +69,7 @@ def write_plain_form(
     backbone = config.backbone
     unit = torch.eye(head.dim) * head.dim**0.5  # scales a vector of length 1 to the student's length
     with torch.no_grad():
-        query_rows = head.anchor_queries(unit.to(next(head.parameters()).device), task).float().cpu()
+        query_rows = head.query_vectors(unit.to(next(head.parameters()).device), task).float().cpu()
     write_json(
         folder / MODULES_FILE,
         [{"idx": n, "name": str(n), "path": path, "type": kind} for n, (path, kind) in enumerate(_MODULES)],

@@ -317,12 +317,12 @@ def check_dimensions(dimensions: int | None, models: ModelService) -> int:
 
 
 async def embed(services: Services, texts: Sequence[str], kind: TextKind) -> Encoded:
-    """Vectors of texts, ready for inner products: for queries, the anchor vectors of the student's head."""
+    """Vectors of texts, ready for inner products: for queries, the query vectors of the student's head."""
     models = services.models
     encoded = await models.encode(texts, kind)
-    if kind == "passage" or not models.student.has_anchor:
+    if kind == "passage" or not models.student.has_dot:
         return encoded
-    vectors = await models.anchor_queries(encoded.vectors, services.task)
+    vectors = await models.query_vectors(encoded.vectors, services.task)
     return Encoded(vectors, encoded.num_tokens, encoded.truncated)
 
 

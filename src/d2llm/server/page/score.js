@@ -4,7 +4,7 @@ import { isReranked } from "./search.js";
 
 /** The parts of a student's score, by their names in explanations: what they are called, and what they add. */
 export const PARTS = {
-  anchor: ["inner product", "from the two vectors alone"],
+  dot: ["inner product", "from the two vectors alone"],
   windows: ["best window", "added by its best two sentences"],
   tokens: ["tokens", "added by its most similar tokens"],
   lexical: ["words", "added by BM25"],
@@ -18,19 +18,19 @@ export function rankName(rank, index) {
   if (rank === "none") return INNER_PRODUCT;
   if (isReranked(rank)) return rank[0].toUpperCase() + rank.slice(1);
   const parts = index.score_parts.join();
-  if (parts === "anchor") return INNER_PRODUCT;
-  return parts === "interaction" || parts === "anchor,interaction" ? "IEM" : "Full score";
+  if (parts === "dot") return INNER_PRODUCT;
+  return parts === "interaction" || parts === "dot,interaction" ? "IEM" : "Full score";
 }
 
 /** The rankings to choose from: a student's score that is the inner product alone is offered once. */
 export function ranksOf(index) {
-  const isInnerProduct = index.score_parts.join() === "anchor";
+  const isInnerProduct = index.score_parts.join() === "dot";
   return index.rescore.filter((rank) => rank !== "none" || !isInnerProduct);
 }
 
 /** The parts that count in a ranking by the student. */
 export function partsOf(rank, index) {
-  return rank === "none" ? ["anchor"] : index.score_parts;
+  return rank === "none" ? ["dot"] : index.score_parts;
 }
 
 /** The parts of the score as a sum. */

@@ -43,14 +43,14 @@ async function weigh(passage, context, place, onWords) {
 
 /** What the words of a passage weigh in: the part of the score that comes from the vectors of whole texts. */
 function vectorsPart(index) {
-  const parts = index.score_parts.filter((part) => part === "anchor" || part === "interaction");
+  const parts = index.score_parts.filter((part) => part === "dot" || part === "interaction");
   return parts.length === index.score_parts.length ? "score" : parts.map((part) => PARTS[part][0]).join(" and ");
 }
 
 /** The parts that count in the ranking; of others, those that are not 0 for this passage. */
 function scoreParts(passage, { rank, index }) {
   const explanation = passage.explanation || {};
-  if (typeof explanation.anchor !== "number" || typeof explanation.interaction !== "number") {
+  if (typeof explanation.dot !== "number" || typeof explanation.interaction !== "number") {
     return element("p", {}, `Score ${passage.score.toFixed(3)}. It is one number, without parts.`);
   }
   const counting = partsOf(rank, index);

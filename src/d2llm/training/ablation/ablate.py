@@ -120,7 +120,7 @@ def train_and_measure(shared: RunSettings, recipe: Recipe, name: str, seed: int)
         seed=seed,
         ndcg=fmean(by_set.values()),
         by_set=by_set,
-        interaction_weights=weights if student.config.interaction.head == "anchored" else {},
+        interaction_weights=weights if student.config.interaction.head == "dot" else {},
         steps=manifest["steps"],
         best_step=manifest["best_step"],
         seconds=_seconds(working_folder(folder) / LOG),

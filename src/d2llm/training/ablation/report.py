@@ -26,9 +26,10 @@ class RunResult:
 
     ``by_set`` has the measure of each data set (``MeasuredSet.measure``), and ``ndcg`` is the mean over the data sets,
     which is nDCG@10 only if all of them are retrieval sets. ``interaction_weights`` has the weight r of the interaction
-    that the run chose for each task; it is empty for a head that is not an anchor with an interaction. ``best_step`` is
-    the step whose state was kept: 0 means that no state after the first was better. ``seconds`` is the training time
-    with dev evaluations, over all sessions of an interrupted run, without steps that were lost after a checkpoint.
+    that the run chose for each task; it is empty for a head that is not an inner product with an interaction.
+    ``best_step`` is the step whose state was kept: 0 means that no state after the first was better. ``seconds`` is the
+    training time with dev evaluations, over all sessions of an interrupted run, without steps that were lost after a
+    checkpoint.
     """
 
     variant: str

@@ -70,7 +70,7 @@ class EncoderRanking:
     def lists(self, top_k: int) -> Lists:
         """The ``top_k`` passages of each query by the full score, ties by id.
 
-        If the score has an inner-product part (anchor), only the best four times ``top_k`` passages by that part, at
+        If the score has an inner-product part (dot), only the best four times ``top_k`` passages by that part, at
         least 200, are scored in full; otherwise all passages are.
         """
         num_rescored = max(_RESCORED * top_k, _MIN_RESCORED)
@@ -89,11 +89,11 @@ class EncoderRanking:
         return self._student.score(self._queries[query], self._vectors[rows], self._task)
 
     def _candidates(self, top_k: int) -> list[NDArray[np.int64]]:
-        if not self._student.has_anchor:
+        if not self._student.has_dot:
             return [np.arange(len(self._ids))] * len(self._queries)
-        anchors = self._student.anchor_queries(self._queries, self._task)
+        dot_queries = self._student.query_vectors(self._queries, self._task)
         # Sorted rows, so that the vectors are read from the file sequentially.
-        return [np.sort(rows) for rows in nearest_rows(anchors, self._vectors, top_k, self._ids)]
+        return [np.sort(rows) for rows in nearest_rows(dot_queries, self._vectors, top_k, self._ids)]
 
 
 def encode_to_file(
