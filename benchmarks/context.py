@@ -87,10 +87,12 @@ def measure(student: Student, name: str) -> dict[str, dict[str, float]]:
                 [replace(data.passages[passage_id], title=context[passage_id]) for passage_id in sorted(chosen)]
             )
             rows[kind] = {"truncated": float(report.num_truncated)}
-            for how, evidence in (("vectors", {}), ("full score", None)):
+            for how, score_features in (("vectors", {}), ("full score", None)):
                 found = {
                     ranking.query.id: [passage_id for passage_id, _ in ranking.passages]
-                    for ranking in Searcher(index.view, student, SearchSettings(evidence=evidence)).rank_ids(queries)
+                    for ranking in Searcher(
+                        index.view, student, SearchSettings(score_features=score_features)
+                    ).rank_ids(queries)
                 }
                 rows[kind][how] = float(np.mean(list(per_query_measures(found, qrels)["nDCG@10"].values())))
         print(name, kind, rows[kind], flush=True)

@@ -3,7 +3,7 @@
     taskset -c 1 python benchmarks/instructions.py      some ten minutes on one core
 
 nDCG@10 on the first 300 dev queries of two data sets, among all of their passages, of two shipped students: with the
-whole score, and by the vectors alone (``evidence={}``). The difference from the plain query is paired, with its
+whole score, and by the vectors alone (``score_features={}``). The difference from the plain query is paired, with its
 standard error.
 
 Licences: squad-sent CC BY-SA 4.0, banking77 CC BY 4.0; they are only measured on, nothing is trained.
@@ -59,10 +59,10 @@ def rows_of(name: str, data_set: str) -> list[dict[str, Any]]:
     with TemporaryDirectory() as folder:
         index = Index.create(Path(folder) / "index", student, task=task)
         index.upsert(data.passages.values())
-        for score, evidence in (("whole score", None), ("vectors alone", {})):
+        for score, score_features in (("whole score", None), ("vectors alone", {})):
             plain = None
             for before, text in texts.items():
-                values = measure(index, queries, qrels, instruction=text, evidence=evidence)
+                values = measure(index, queries, qrels, instruction=text, score_features=score_features)
                 plain = values if plain is None else plain
                 changes = values - plain
                 row: dict[str, Any] = {"student": name, "set": data_set, "score": score, "before the query": before}

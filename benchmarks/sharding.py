@@ -31,7 +31,7 @@ from scaling.stores import build
 
 from d2llm import Student
 from d2llm.core.files import folder_bytes
-from d2llm.core.types import EvidenceTerm, Query
+from d2llm.core.types import Query, ScoreFeature
 from d2llm.models.backbone import EncodedTexts
 from d2llm.retrieval.protocols import SearchView
 from d2llm.retrieval.search import Searcher, SearchSettings
@@ -41,13 +41,13 @@ from d2llm.store.sharded_view import open_view
 
 STUDENT = "d2llm-minilm"
 GOAL = 1.5
-WINDOW_WORDS: dict[EvidenceTerm, float] = {"window_words": 0.08, "window_words_share": 17.0}  # as shipped
-TOKENS: dict[EvidenceTerm, float] = {"token_vectors": 38.3}
+WINDOW_WORDS: dict[ScoreFeature, float] = {"window_words": 0.08, "window_words_share": 17.0}  # as shipped
+TOKENS: dict[ScoreFeature, float] = {"token_vectors": 38.3}
 KINDS: dict[str, dict[str, Any]] = {
-    "vectors alone": {"evidence": {}},
-    "words of windows": {"evidence": WINDOW_WORDS},
-    "words of windows, tokens": {"evidence": WINDOW_WORDS | TOKENS},
-    "the same, proved exact": {"evidence": WINDOW_WORDS | TOKENS, "exact": True},
+    "vectors alone": {"score_features": {}},
+    "words of windows": {"score_features": WINDOW_WORDS},
+    "words of windows, tokens": {"score_features": WINDOW_WORDS | TOKENS},
+    "the same, proved exact": {"score_features": WINDOW_WORDS | TOKENS, "exact": True},
 }
 
 

@@ -4,11 +4,11 @@
     python benchmarks/size.py --passages 10000 100000 1000000 --written 65536 --json benchmarks/results/size.json
     python benchmarks/size.py --ship      write the figures that ship with d2llm, from benchmarks/results
 
-An index is built for each number of passages, as `evidence.py` does it: texts are variations of real ones, doubled in
-length, vectors of windows are random, those of tokens are variations too. Then the speeds of this machine are measured,
-as `d2llm size --measure` does, and facts about texts are taken from some of the passages. The prediction knows nothing
-of these indexes. With `--written`, larger indexes are filled up with copies of so many passages: other ids and vectors,
-the same texts.
+An index is built for each number of passages, as `score_features.py` does it: texts are variations of real ones,
+doubled in length, vectors of windows are random, those of tokens are variations too. Then the speeds of this machine
+are measured, as `d2llm size --measure` does, and facts about texts are taken from some of the passages. The prediction
+knows nothing of these indexes. With `--written`, larger indexes are filled up with copies of so many passages: other
+ids and vectors, the same texts.
 
 One thread, one query at a time, without encoding it; the kinds of search are interleaved for each query. Times are
 those of the processor; still, other work on the machine takes some of the memory's speed from one part or the other.
@@ -39,9 +39,9 @@ from scaling.data_sets import DATA, require
 from scaling.stores import build
 
 from d2llm import Student
-from d2llm.core.types import EvidenceTerm, Passage, Query
+from d2llm.core.types import Passage, Query, ScoreFeature
 from d2llm.data.beir import read_beir
-from d2llm.models.evidence import EvidenceWeights
+from d2llm.models.score_features import FeatureWeights
 from d2llm.retrieval.build_ann import ITERATIONS, MIN_PASSAGES, NUM_QUERIES, build_ann, num_samples
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.sizing.index_bytes import StudentFacts, index_parts
@@ -57,8 +57,8 @@ from d2llm.store.word_files import SEGMENT_ROWS
 STUDENT = "d2llm-minilm"
 RESULTS = Path(__file__).parent / "results"
 SHIPPED = Path(__file__).parents[1] / "src" / "d2llm" / "sizing"
-WORDS: dict[EvidenceTerm, float] = {"words": 0.1, "words_share": 2.0, "window_words": 0.05, "window_words_share": 1.0}
-KINDS: dict[str, dict[EvidenceTerm, float]] = {
+WORDS: dict[ScoreFeature, float] = {"words": 0.1, "words_share": 2.0, "window_words": 0.05, "window_words_share": 1.0}
+KINDS: dict[str, dict[ScoreFeature, float]] = {
     "vectors alone": {},
     "words, also of windows": WORDS,
     "words and vectors of windows": {**WORDS, "window_vectors": 0.5},
@@ -84,9 +84,9 @@ class Predictions:
         parts = index_parts(self.plan, self.student, self.texts, num_passages, approximate=approximate)
         return {part.part.split(",")[0]: part.disk for part in parts}
 
-    def ms(self, num_passages: int, terms: dict[EvidenceTerm, float], ann: AnnFacts | None = None) -> float:
+    def ms(self, num_passages: int, terms: dict[ScoreFeature, float], ann: AnnFacts | None = None) -> float:
         """Without encoding the query."""
-        student = replace(self.student, weights=EvidenceWeights(terms=terms))
+        student = replace(self.student, weights=FeatureWeights(terms=terms))
         return total_ms(search_stages(self.plan, student, self.texts, self.speeds, num_passages, ann=ann)[1:])
 
 
@@ -158,15 +158,15 @@ def times(
     student: Student,
     known: KnownVectors,
     queries: Queries,
-    kinds: dict[str, dict[EvidenceTerm, float]],
+    kinds: dict[str, dict[ScoreFeature, float]],
     *,
     approximate: bool,
 ) -> dict[str, float]:
     """Median milliseconds of a core for each kind of search of an encoded query, with reading the texts of results."""
     view = PassageView(store)
-    settings = {name: SearchSettings(task="asymmetric", evidence=terms) for name, terms in kinds.items()}
+    settings = {name: SearchSettings(task="asymmetric", score_features=terms) for name, terms in kinds.items()}
     if approximate:
-        settings["approximate"] = SearchSettings(task="asymmetric", evidence={}, sources=("ann",))
+        settings["approximate"] = SearchSettings(task="asymmetric", score_features={}, sources=("ann",))
     searchers = {name: Searcher(view, known, each) for name, each in settings.items()}
     kept: dict[str, list[float]] = {name: [] for name in searchers}
     for searcher in searchers.values():
@@ -206,7 +206,7 @@ def sentence_tokens(student: Student) -> float:
 
 def shipped_speeds(student: Student, texts: TextFacts) -> Speeds:
     """The speeds in benchmarks/results, of one core; ``texts`` are passages of the data sets that `bm25.py` reads."""
-    scale, evidence, bm25 = read_result("scale"), read_result("evidence"), read_result("bm25")
+    scale, score_features, bm25 = read_result("scale"), read_result("score-features"), read_result("bm25")
     encoding, teacher = read_result("encoding"), read_result("teacher")
     formats, scoring = read_result("vector-formats"), read_result("scoring")
 
@@ -224,16 +224,16 @@ def shipped_speeds(student: Student, texts: TextFacts) -> Speeds:
         scanned = formats["scan"]["rows"]
         value = scanned * kept["bytes_per_vector"] / kept["scan_ms"] * 1e3
         scans.setdefault(name, speed(value, "vector-formats", f"{scanned:,} passages"))
-    p50 = {name: values["p50"] for name, values in evidence["ms"].items()}
+    p50 = {name: values["p50"] for name, values in score_features["ms"].items()}
     window_ms = p50["words and vectors of windows"] - p50["small: words of windows"]
-    windows = 1_000 * evidence["windows a passage"]
+    windows = 1_000 * score_features["windows a passage"]
     products = {
         "bfloat16": speed(1_000 * dim / (scored_s - alone_s), "scale", "1,000 candidates"),
-        "int3": speed(1e3 * windows * dim / window_ms, "evidence", "windows of 1,000 candidates"),
+        "int3": speed(1e3 * windows * dim / window_ms, "score-features", "windows of 1,000 candidates"),
     }
     assert student.token_dim is not None
     token_ms = p50["full: words of windows, tokens"] - p50["small: words of windows"]
-    token_speed = 1e6 * evidence["tokens a passage"] * student.token_dim / token_ms
+    token_speed = 1e6 * score_features["tokens a passage"] * student.token_dim / token_ms
     row = encoding["rows"]["torch bfloat16"]
     tokens = row["texts_per_second"] * encoding["tokens"]["mean"] / encoding["threads"]
     best = "best 1,000 of all, ms"
@@ -256,7 +256,7 @@ def shipped_speeds(student: Student, texts: TextFacts) -> Speeds:
         threads=1,
         student=student.fingerprint,
         passage_tokens=speed(tokens, "encoding", f"torch in bfloat16, {encoding['threads']} threads"),
-        query_ms=speed(p50["encode"], "evidence", "questions of squad-sent"),
+        query_ms=speed(p50["encode"], "score-features", "questions of squad-sent"),
         scan_bytes=scans,
         products=products,
         ann_bytes=speed(read / (1e-3 * lists["ms"]), "scale", f"{num:,} passages, with 1,000 candidates"),
@@ -267,7 +267,7 @@ def shipped_speeds(student: Student, texts: TextFacts) -> Speeds:
             1e3 * bm25["passages"] * longer.query_postings / bm25[best]["p50"], "bm25", "questions of squad-sent"
         ),
         candidate_words=speed(1e6 * candidate_words / bm25[candidates]["p50"], "bm25", "1,000 candidates"),
-        compared_tokens={"int4": speed(token_speed, "evidence", "tokens of 1,000 candidates")},
+        compared_tokens={"int4": speed(token_speed, "score-features", "tokens of 1,000 candidates")},
         interaction_pairs=speed(1e6 / dot["candidates_ms_one_thread"], "scoring", "dot, rich, 512 wide"),
         result_ms=speed(whole, "scale", f"{num:,} passages"),
         written_text_bytes=speed(built["rows_per_cpu_second"] * built["text_bytes"], "scale", f"{num:,} passages"),

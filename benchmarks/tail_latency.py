@@ -5,8 +5,9 @@
 
 An index of `--passages` passages is built as `size.py` does it and searched by words, windows and vectors of tokens;
 the times of these searches, without encoding the query, are those of one shard. With `--recorded`, nothing is measured:
-the times are those of a log-normal distribution with the p50 and p95 of `evidence.py` (100,000 passages, by words, also
-of windows, on an idle machine). Larger shards take longer, but in a simulation all times scale with the median.
+the times are those of a log-normal distribution with the p50 and p95 of `score_features.py` (100,000 passages, by
+words, also of windows, on an idle machine). Larger shards take longer, but in a simulation all times scale with the
+median.
 
 Each shard has replicas with one core each; a query needs the answers of all shards; queries arrive at random (a Poisson
 process) and each takes, on each shard, a time that is drawn from the measured ones. A replica answers in order of
@@ -53,7 +54,7 @@ from d2llm.store.index_store import IndexStore
 from d2llm.store.view import PassageView
 
 POLICIES = {"one": (False, False), "shortest": (True, False), "hedged": (False, True), "both": (True, True)}
-EVIDENCE = Path(__file__).parent / "results" / "evidence.json"
+SCORE_FEATURES = Path(__file__).parent / "results" / "score-features.json"
 HEDGED_AFTER = 95  # percentile of the time until a shard has answered
 
 
@@ -67,7 +68,7 @@ def measured_times(passages: int, num_queries: int, rounds: int) -> NDArray[np.f
         folder = Path(place) / "index"
         build(folder, Corpus(real, vectors, passages, longer=2), known, "bfloat16", token_vectors="int4")
         weights = KINDS["words and vectors of tokens"]
-        searcher = Searcher(PassageView(IndexStore.open(folder)), known, SearchSettings(evidence=weights))
+        searcher = Searcher(PassageView(IndexStore.open(folder)), known, SearchSettings(score_features=weights))
         searcher.rank([Query("0", texts[0])])  # one-time work is not counted
         kept: list[float] = []
         for text in texts * rounds:
@@ -79,7 +80,7 @@ def measured_times(passages: int, num_queries: int, rounds: int) -> NDArray[np.f
 
 def recorded_times(number: int = 1_000) -> NDArray[np.float64]:
     """Evenly spread quantiles of the distribution of the recorded times."""
-    recorded = json.loads(EVIDENCE.read_text(encoding="utf-8"))["ms"]["small: words of windows"]
+    recorded = json.loads(SCORE_FEATURES.read_text(encoding="utf-8"))["ms"]["small: words of windows"]
     normal = NormalDist()
     spread = np.log(recorded["p95"] / recorded["p50"]) / normal.inv_cdf(0.95)
     shares = (np.arange(number) + 0.5) / number
@@ -198,7 +199,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     if args.recorded:
-        times, of_shard = recorded_times(), "recorded in evidence.json"
+        times, of_shard = recorded_times(), "recorded in score-features.json"
     else:
         require(*(DATA / name for name in SHARES))
         torch.set_num_threads(1)

@@ -51,7 +51,7 @@ from d2llm.models.teachers.lists import GRADES_PER_LOGIT
 from d2llm.ops.bm25_words import terms, tokens_of_terms
 from d2llm.ops.significance import bootstrap_interval, paired_randomisation
 from d2llm.retrieval.index import PART_FORMATS
-from d2llm.retrieval.row_evidence import mean_of_cosines
+from d2llm.retrieval.row_features import mean_of_cosines
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.part_vectors import PartVectors
 from d2llm.store.vector_formats import make_format
@@ -191,12 +191,12 @@ def _scores(
     query_tokens: NDArray[np.float32],
 ) -> NDArray[np.float32]:
     """The score of some passages in an index with tokens, and its parts, [n, 5]."""
-    evidence = student.evidence_weights(task)
-    passage_weight, window_weight = evidence.word_weights(query_words.limit, query_words.statistics)
+    score_features = student.feature_weights(task)
+    passage_weight, window_weight = score_features.word_weights(query_words.limit, query_words.statistics)
     passages, windows = words.score(query_words, rows)
     own = student.score(vector, vectors[rows], task)
     best = tokens.sum_of_best(mean_of_cosines(query_tokens), rows)
-    token_weight = evidence.terms.get("token_vectors", 0.0)
+    token_weight = score_features.terms.get("token_vectors", 0.0)
     total = own + passage_weight * passages + window_weight * windows + token_weight * best
     limit = query_words.limit or 1.0
     return np.stack([total, own, passages / limit, windows / limit, best], axis=1)

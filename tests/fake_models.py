@@ -10,8 +10,8 @@ from functools import partial
 import numpy as np
 
 from d2llm.core.types import PART_KINDS
-from d2llm.models.evidence import EvidenceWeights
 from d2llm.models.plain_student import PlainStudent
+from d2llm.models.score_features import FeatureWeights
 from d2llm.models.teachers.judge import Judgements
 from d2llm.models.token_vectors import TokenVectors
 from d2llm.recipe import InteractionConfig, StudentConfig
@@ -173,10 +173,10 @@ class TokenStudent(FakeStudent):
         super().__init__(**options)
         self.token_fingerprint = projection
 
-    def evidence_weights(self, task, *, stored=PART_KINDS):
+    def feature_weights(self, task, *, stored=PART_KINDS):
         if task != "asymmetric":
-            return EvidenceWeights()
-        return EvidenceWeights(terms=TOKEN_WEIGHTS if "token" in stored else {"words": 1.0})
+            return FeatureWeights()
+        return FeatureWeights(terms=TOKEN_WEIGHTS if "token" in stored else {"words": 1.0})
 
     def encode_with_tokens(self, texts, kind, *, instruction=None, advance=None):
         encode = partial(self.encode_queries, instruction=instruction) if kind == "query" else self.encode_passages

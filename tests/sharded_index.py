@@ -1,4 +1,4 @@
-"""A student with a bounded interaction and weighted evidence, and passages for tests of sharded indexes."""
+"""A student with a bounded interaction and weighted score features, and passages for tests of sharded indexes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from d2llm.core.types import PART_KINDS, Passage
-from d2llm.models.evidence import EvidenceWeights
+from d2llm.models.score_features import FeatureWeights
 from fake_models import TokenStudent, with_exact_products
 
 WORDS = ("apple", "pear", "quince", "medlar", "plum", "cherry", "sloe", "fig", "date", "lime")
@@ -52,9 +52,9 @@ class BoundedStudent(TokenStudent):
     def score(self, query_vector, passage_vectors, task):
         return self.prepare(query_vector, task)(passage_vectors)
 
-    def evidence_weights(self, task, *, stored=PART_KINDS):
+    def feature_weights(self, task, *, stored=PART_KINDS):
         named = {term: weight for term, weight in self.weights.items() if term.endswith("words")}
-        return EvidenceWeights(
+        return FeatureWeights(
             terms=named | {f"{kind}_vectors": self.weights.get(f"{kind}_vectors", 0.0) for kind in stored}
         )
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm import Student
-from d2llm.core.types import EvidenceTerm, Query, Task
+from d2llm.core.types import Query, ScoreFeature, Task
 from d2llm.ops.selection import top_rows
 from d2llm.retrieval.exact_search import CachedBounds, certified_top_k
 from d2llm.retrieval.search import Searcher, SearchSettings
@@ -26,12 +26,12 @@ TOP_K = 10
 DEPTHS = (1000, 200)
 PROBES = (8, 32, 128)
 
-_WORDS: dict[EvidenceTerm, float] = {
+_WORDS: dict[ScoreFeature, float] = {
     "words": 0.1,
     "words_share": 2.0,
 }  # as on squad-sent; only the time counts
-_WINDOWS: dict[EvidenceTerm, float] = {"window_words": 0.05, "window_words_share": 1.0}
-_WINDOW_VECTORS: dict[EvidenceTerm, float] = {"window_vectors": 0.5}
+_WINDOWS: dict[ScoreFeature, float] = {"window_words": 0.05, "window_words_share": 1.0}
+_WINDOW_VECTORS: dict[ScoreFeature, float] = {"window_vectors": 0.5}
 
 Search = Callable[[int], Sequence[int]]
 """The number of a query -> the rows of its first ten, best first."""
@@ -105,13 +105,13 @@ def our_searches(
     searches["d2llm, certified"] = certified
     searches["d2llm, scan 1000 + IEM, whole"] = whole()
     searches["d2llm, certified, whole"] = whole(exact=True)
-    searches["d2llm, words too, whole"] = whole(evidence=_WORDS)
-    searches["d2llm, words and windows too, whole"] = whole(evidence=_WORDS | _WINDOWS)
-    searches["d2llm, words and windows too, certified, whole"] = whole(evidence=_WORDS | _WINDOWS, exact=True)
+    searches["d2llm, words too, whole"] = whole(score_features=_WORDS)
+    searches["d2llm, words and windows too, whole"] = whole(score_features=_WORDS | _WINDOWS)
+    searches["d2llm, words and windows too, certified, whole"] = whole(score_features=_WORDS | _WINDOWS, exact=True)
     if view.windows is not None:
         weights = _WORDS | _WINDOWS | _WINDOW_VECTORS
-        searches["d2llm, words and windows' vectors too, whole"] = whole(evidence=weights)
-        searches["d2llm, words and windows' vectors too, certified, whole"] = whole(evidence=weights, exact=True)
+        searches["d2llm, words and windows' vectors too, whole"] = whole(score_features=weights)
+        searches["d2llm, words and windows' vectors too, certified, whole"] = whole(score_features=weights, exact=True)
     searches["d2llm, BM25 alone"] = lambda number: view.match(task_queries.texts[number], TOP_K).rows.tolist()
     if approximate is not None:
         for depth in DEPTHS:

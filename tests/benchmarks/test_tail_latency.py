@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("faiss")
 
-from tail_latency import EVIDENCE, recorded_times, shard_latencies, simulate
+from tail_latency import SCORE_FEATURES, recorded_times, shard_latencies, simulate
 
 
 def random():
@@ -57,7 +57,7 @@ def test_waiting_at_a_load_is_that_of_queueing_theory():
 
 
 def test_recorded_times_have_the_recorded_percentiles():
-    recorded = json.loads(EVIDENCE.read_text())["ms"]["small: words of windows"]
+    recorded = json.loads(SCORE_FEATURES.read_text())["ms"]["small: words of windows"]
     times = recorded_times()
     assert np.percentile(times, 50) == pytest.approx(recorded["p50"], rel=0.01)
     assert np.percentile(times, 95) == pytest.approx(recorded["p95"], rel=0.01)

@@ -76,11 +76,11 @@ class TestEditedRecipe:
         folder, arguments = run
         more = write_data(folder / "more")
         recipe = folder / "tiny.toml"
-        added = f'[[data]]\npath = "{more}"\ntask = "symmetric"\n[evidence]\nwords = true\nin_training = true\n'
+        added = f'[[data]]\npath = "{more}"\ntask = "symmetric"\n[score_features]\nwords = true\nin_training = true\n'
         recipe.write_text(f"{recipe.read_text()}\n{added}")
         (warning,) = warnings_of(succeed("distill", *arguments))
-        evidence = "evidence.in_training (was False, is True), evidence.words (was False, is True)"
-        assert f"kept: data.more (was not set, is set), {evidence}; distill with" in warning
+        score_features = "score_features.in_training (was False, is True), score_features.words (was False, is True)"
+        assert f"kept: data.more (was not set, is set), {score_features}; distill with" in warning
         (folder / "run" / "plans" / "more").mkdir()
         plan = json.loads((folder / "run" / "plans" / "everyday" / MANIFEST).read_text())
         (folder / "run" / "plans" / "more" / MANIFEST).write_text(json.dumps(plan | {"dataset": "more"}))
@@ -88,12 +88,12 @@ class TestEditedRecipe:
             (warning,) = warnings_of(succeed(verb, *arguments))
             assert "the plan of more; " in warning
 
-    def test_evidence_that_is_fitted_at_the_end_is_a_change_too(self, run):
+    def test_score_features_that_is_fitted_at_the_end_is_a_change_too(self, run):
         folder, arguments = run
         recipe = folder / "tiny.toml"
-        recipe.write_text(f"{recipe.read_text()}\n[evidence]\nwords = true\n")
+        recipe.write_text(f"{recipe.read_text()}\n[score_features]\nwords = true\n")
         (warning,) = warnings_of(succeed("distill", *arguments))
-        assert "kept: evidence.words (was False, is True); distill with --again" in warning
+        assert "kept: score_features.words (was False, is True); distill with --again" in warning
 
     def test_tune_teacher_warns_too_and_again_retunes(self, run):
         folder, arguments = run

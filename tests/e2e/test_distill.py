@@ -19,13 +19,13 @@ from d2llm.core import progress
 from d2llm.core.errors import InputError, TrainingDivergedError
 from d2llm.core.types import Task
 from d2llm.methods.losses.in_batch_imitation import LiveTeacher
-from d2llm.models.evidence import Evidence
 from d2llm.models.fitted_part import Widths
 from d2llm.models.interaction import make_head
+from d2llm.models.score_features import ScoreFeatures
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.models.token_vectors import TokenProjection
-from d2llm.recipe import EvidenceConfig, InteractionConfig, ResidualConfig
+from d2llm.recipe import InteractionConfig, ResidualConfig, ScoreFeaturesConfig
 from d2llm.recipe.losses import Objective
 from d2llm.training import distill as verb
 from d2llm.training import training_loop as loop
@@ -108,12 +108,14 @@ def test_words_count_in_training_with_weights_fitted_once(
     source = topics(num_dev=40, shift=0)  # a query has words of its relevant passages
     write_rule_labels(tmp_path / "labels", [source], place.teacher)
     fitted: list[bool] = []
-    fit = verb.fit_evidence
-    monkeypatch.setattr(verb, "fit_evidence", lambda *args, **options: fitted.append(True) or fit(*args, **options))
+    fit = verb.fit_score_features
+    monkeypatch.setattr(
+        verb, "fit_score_features", lambda *args, **options: fitted.append(True) or fit(*args, **options)
+    )
 
     def run(name: str, *, in_training: bool) -> DistillReport:
         recipe = tiny_recipe(tiny_student_config(place.model), **LEARNING).model_copy(
-            update={"evidence": EvidenceConfig(words=True, window_words=True, in_training=in_training)}
+            update={"score_features": ScoreFeaturesConfig(words=True, window_words=True, in_training=in_training)}
         )
         return place.run(tmp_path / name, source=source, labels=tmp_path / "labels", recipe=recipe)
 
@@ -124,7 +126,7 @@ def test_words_count_in_training_with_weights_fitted_once(
         next(line["loss"] for line in log_of(tmp_path / name) if "loss" in line) for name in ("without", "with")
     ]
     assert first_losses[1] < first_losses[0]  # words already tell the relevant passages
-    assert Evidence.read(tmp_path / "with.run", untrained(place).fingerprint).weights("asymmetric").counts_words
+    assert ScoreFeatures.read(tmp_path / "with.run", untrained(place).fingerprint).weights("asymmetric").counts_words
     shutil.rmtree(tmp_path / "with")
     again = run("with", in_training=True)
     assert len(fitted) == 4  # the weights in training are read again
@@ -144,7 +146,7 @@ def test_tokens_count_in_training_and_their_projection_is_trained_with_the_backb
     recipe = tiny_recipe(tiny_student_config(place.model), **LEARNING | {"tokens": {"dim": 4, "epochs": 1}})
     recipe = recipe.model_copy(
         update={
-            "evidence": EvidenceConfig(token_vectors=True, in_training=True),
+            "score_features": ScoreFeaturesConfig(token_vectors=True, in_training=True),
             "losses": recipe.losses.with_losses({"token_cross_entropy": 0.5}),
         }
     )
@@ -154,7 +156,7 @@ def test_tokens_count_in_training_and_their_projection_is_trained_with_the_backb
 
     report = run("student")
     key = untrained(place).fingerprint
-    weight = Evidence.read(tmp_path / "student.run", key).weights("asymmetric").terms["token_vectors"]
+    weight = ScoreFeatures.read(tmp_path / "student.run", key).weights("asymmetric").terms["token_vectors"]
     start = TokenProjection.read(tmp_path / "student.run", key, Widths(0, untrained(place).backbone.dim))
     student = Student.load(tmp_path / "student", device="cpu", dtype="float32")
     assert start is not None
@@ -169,7 +171,7 @@ def test_tokens_count_in_training_and_their_projection_is_trained_with_the_backb
     )
     first = untrained(place)
     first.token_projection = start
-    expected = evaluate_dev(first, [dev_set.with_evidence(None, weight)])["tiny"]
+    expected = evaluate_dev(first, [dev_set.with_score_features(None, weight)])["tiny"]
     assert report.dev["tiny"]["start"] == pytest.approx(max(expected.values.values()), abs=1e-6)
     # a run that is resumed reads both again, and its result is the same
     shutil.rmtree(tmp_path / "student")

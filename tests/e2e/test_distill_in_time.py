@@ -14,7 +14,7 @@ from d2llm.core.errors import OutOfTimeError
 from d2llm.core.time_limit import time_limit
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
-from d2llm.recipe import EvidenceConfig, Recipe, ResidualConfig
+from d2llm.recipe import Recipe, ResidualConfig, ScoreFeaturesConfig
 from d2llm.training import trainer
 from d2llm.training import training_loop as loop
 from d2llm.training.distill import DistillReport
@@ -43,7 +43,9 @@ class Work:
             "tokens": {"dim": 4, "epochs": 1},
         }
         recipe = tiny_recipe(tiny_student_config(self.place.model), **LEARNING | stages)
-        self.recipe: Recipe = recipe.model_copy(update={"evidence": EvidenceConfig(words=True, token_vectors=True)})
+        self.recipe: Recipe = recipe.model_copy(
+            update={"score_features": ScoreFeaturesConfig(words=True, token_vectors=True)}
+        )
 
     def run(self, folder: Path) -> DistillReport:
         return self.place.run(folder, source=self.source, labels=self.labels, recipe=self.recipe)
@@ -90,7 +92,7 @@ def test_with_enough_time_nothing_is_different(
     with time_limit(3_600.0):
         report = work.run(tmp_path / "student")
     assert report.fingerprint == unlimited[0].fingerprint
-    assert report.evidence == unlimited[0].evidence
+    assert report.score_features == unlimited[0].score_features
     assert any(line.get("stage") == "residual" for line in log_of(tmp_path / "student"))
     assert Student.load(tmp_path / "student", device="cpu").token_projection is not None
 
@@ -158,7 +160,7 @@ def test_without_time_there_are_no_vectors_of_tokens(
     assert "no time to train token embeddings; the score counts none" in caplog.text
     student = Student.load(tmp_path / "student", device="cpu")
     assert student.token_projection is None
-    assert "token_vectors" not in report.evidence["asymmetric"]["weights"]
+    assert "token_vectors" not in report.score_features["asymmetric"]["weights"]
 
 
 def test_a_run_that_is_out_of_time_continues(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from d2llm import Index, Student
-from d2llm.models.evidence import Evidence, TaskEvidence
+from d2llm.models.score_features import ScoreFeatures, TaskFeatureWeights
 from d2llm.models.token_vectors import TokenProjection
 from e2e.command_line import fail, succeed, succeed_with_report
 from local_endpoint import Reply, local_endpoint
@@ -32,8 +32,8 @@ def write_index_with_tokens(folder):
         torch.manual_seed(0)
         rarity = [0.0] * 4 + [1.0] * (len(student.backbone.tokenizer) - 4)
         student.token_projection = TokenProjection(student.backbone.dim, 8, rarity)
-    weights = TaskEvidence(weights={"words": 0.5, "token_vectors": 20.0}, dev={}, num_queries={})
-    student.evidence = Evidence(tasks={"asymmetric": weights})
+    weights = TaskFeatureWeights(weights={"words": 0.5, "token_vectors": 20.0}, dev={}, num_queries={})
+    student.score_features = ScoreFeatures(tasks={"asymmetric": weights})
     student.save(folder / "student")
     index = Index.create(folder / "index", folder / "student", dtype="float32", token_vectors="int8")
     index.upsert(tiny_passages())

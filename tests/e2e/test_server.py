@@ -205,7 +205,7 @@ def test_vectors_and_scores_are_the_students(index, post):
             422,
             "sources.0: Input should be 'vectors', 'ann' or",
         ),
-        ("/v1/search", {"query": "cat", "evidence": {}}, 422, "evidence: there is no such field"),
+        ("/v1/search", {"query": "cat", "score_features": {}}, 422, "score_features: there is no such field"),
         ("/v1/search", {"query": "cat", "mmr": 0.5, "select_from": 10**6}, 400, "select_from"),
         ("/v1/context", {"query": "cat", "max_tokens": 0}, 422, "max_tokens"),
         ("/v1/context", {"query": "cat", "max_tokens": 10**6}, 400, "max_tokens"),

@@ -21,7 +21,7 @@ pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'
 pytest.importorskip("ray.serve", reason="needs Ray Serve: pip install 'd2llm[ray-serve]'")
 
 from d2llm import Student
-from d2llm.models.evidence import Evidence, TaskEvidence, WordsFactor
+from d2llm.models.score_features import ScoreFeatures, TaskFeatureWeights, WordsFactor
 from d2llm.retrieval.shard import shard
 from d2llm.server.app import make_app
 from live_server import patient, serve, wait_until_ready
@@ -49,8 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
     student = Student.load(write_tiny_student(folder), dtype="float32")
     factor = WordsFactor(slopes=(0.0,) * 4, offset=0.0, lowest=-9.0, highest=9.0, nearest_slope=-0.1)
-    fitted = TaskEvidence(weights={"words": 1.0}, words_factor=factor, dev={}, num_queries={})
-    student.evidence = Evidence(tasks={"asymmetric": fitted})
+    fitted = TaskFeatureWeights(weights={"words": 1.0}, words_factor=factor, dev={}, num_queries={})
+    student.score_features = ScoreFeatures(tasks={"asymmetric": fitted})
     student.save(folder / "student-0")
     shard(write_tiny_index(folder), folder / "sharded", NUM_SHARDS)
     return folder

@@ -51,7 +51,7 @@ def expected(page, tmp_path_factory):
     return {
         (question, task): [
             (hit.passage.id, hit.score)
-            for hit in index.search([question], task=task, top_k=10, num_candidates=100, evidence={})[0].passages
+            for hit in index.search([question], task=task, top_k=10, num_candidates=100, score_features={})[0].passages
         ]
         for question in QUESTIONS
         for task in TASKS

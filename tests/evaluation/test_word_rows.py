@@ -11,7 +11,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import PART_KINDS
 from d2llm.evaluation import word_rows
 from d2llm.evaluation.contenders import Contenders
-from d2llm.models.evidence import EvidenceWeights, WordsFactor
+from d2llm.models.score_features import FeatureWeights, WordsFactor
 from d2llm.ops.weighted_sum import sum_weights
 from d2llm.store.bm25 import WordIndex
 from fake_models import FakeStudent, TokenStudent
@@ -25,16 +25,16 @@ WEIGHTS = {"words": 0.5, "window_words_share": 1.5}
 class WordyStudent(FakeStudent):
     """A student whose score includes word features."""
 
-    def evidence_weights(self, task, *, stored=PART_KINDS):
-        return EvidenceWeights(terms=WEIGHTS if task == "asymmetric" else {})
+    def feature_weights(self, task, *, stored=PART_KINDS):
+        return FeatureWeights(terms=WEIGHTS if task == "asymmetric" else {})
 
 
 class ScalingStudent(FakeStudent):
     """A student whose words count for half, whatever the query."""
 
-    def evidence_weights(self, task, *, stored=PART_KINDS):
+    def feature_weights(self, task, *, stored=PART_KINDS):
         factor = WordsFactor(slopes=(0.0,) * 4, offset=float(np.log(0.5)), lowest=-5, highest=5)
-        return EvidenceWeights(terms=WEIGHTS, words_factor=factor)
+        return FeatureWeights(terms=WEIGHTS, words_factor=factor)
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +188,7 @@ def test_weights_are_fitted_again_if_judgements_have_changed(words, without_resu
         assert len(fitted) == 2 * calls  # of the cosine and of the student
 
 
-def test_the_student_is_fitted_with_all_its_evidence(words, without_results, monkeypatch):
+def test_the_student_is_fitted_with_all_its_score_features(words, without_results, monkeypatch):
     columns = []
 
     def fit(lists):

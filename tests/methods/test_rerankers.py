@@ -10,7 +10,7 @@ from d2llm.core.errors import DataFormatError, InputError, ModelError
 from d2llm.core.types import Passage
 from d2llm.methods.rerankers import cascade as cascade_module
 from d2llm.methods.rerankers import teacher as teacher_module
-from d2llm.models.evidence import EvidenceWeights
+from d2llm.models.score_features import FeatureWeights
 from d2llm.models.student import Student
 from d2llm.ops.rereading import StudentError
 from d2llm.retrieval import reranker as search_module
@@ -225,9 +225,9 @@ def test_errors_are_stored_by_teacher_and_task(tmp_path):
     with pytest.raises(InputError, match="symmetric"):
         read_error(tmp_path, teacher, "symmetric")
     with pytest.raises(InputError, match="with its current scores"):
-        read_error(tmp_path, teacher, "asymmetric", EvidenceWeights(terms={"words": 0.5}))
-    write_error(tmp_path, teacher, "asymmetric", other_error, EvidenceWeights(terms={"words": 0.5}))
-    assert read_error(tmp_path, teacher, "asymmetric", EvidenceWeights(terms={"words": 0.5})) == other_error
+        read_error(tmp_path, teacher, "asymmetric", FeatureWeights(terms={"words": 0.5}))
+    write_error(tmp_path, teacher, "asymmetric", other_error, FeatureWeights(terms={"words": 0.5}))
+    assert read_error(tmp_path, teacher, "asymmetric", FeatureWeights(terms={"words": 0.5})) == other_error
     assert read_error(tmp_path, teacher, "asymmetric") == error
     (tmp_path / ERRORS_FILE).write_text('{"x": {"slope": -1, "intercept": 0, "sigma": 1}}')
     with pytest.raises(DataFormatError, match="calibrate again"):
@@ -246,9 +246,9 @@ def test_a_teacher_overrules_the_shipped_student(tmp_path):
                 log_odds=np.array([6.0 if "flour" in b else -6.0 for _, b in pairs]), num_truncated=0
             )
 
-    student_ranking = index.search("how long do cats sleep", evidence={})
+    student_ranking = index.search("how long do cats sleep", score_features={})
     reranker = cascade(FlourTeacher(), StudentError(1.0, -10.0, 5.0), 4)
-    ranking = index.search("how long do cats sleep", evidence={}, rerank=reranker)
+    ranking = index.search("how long do cats sleep", score_features={}, rerank=reranker)
     assert student_ranking.passages[0].passage.id == "0"
     assert (ranking.passages[0].passage.id, ranking.passages[0].score) == ("3", 6.0)
     assert (ranking.passages[0].student_rank, 1) in ranking.reranking.moved

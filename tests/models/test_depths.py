@@ -111,7 +111,7 @@ def test_a_student_is_cut_to_the_depths_that_it_was_trained_for(bert: Path, tmp_
     mapped = [expected[0] @ dot["query_map"].T.numpy(), expected[1] @ dot["passage_map"].T.numpy()]
     scores = float(dot["log_scale"].exp()) / loaded.vector_dim * mapped[0][0] @ mapped[1].T
     np.testing.assert_allclose(loaded.score(found[0][0], found[1], "asymmetric"), scores, rtol=1e-3, atol=1e-3)
-    assert not loaded.evidence
+    assert not loaded.score_features
     assert whole.backbone.num_layers == 3
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import TASKS
-from d2llm.models.evidence import Evidence, TaskEvidence
+from d2llm.models.score_features import ScoreFeatures, TaskFeatureWeights
 from d2llm.models.student import Student
 from d2llm.recipe import InteractionConfig, StudentConfig
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
@@ -125,15 +125,15 @@ def test_an_untrained_student_is_its_backbones_cosine(base, tmp_path):
 def test_what_was_fitted_remains(base, tmp_path):
     student = trained(base)
     close_gate(student)
-    fitted = TaskEvidence(weights={"window_words": 0.5}, dev={}, num_queries={})
-    student.evidence = Evidence(tasks={"asymmetric": fitted})
+    fitted = TaskFeatureWeights(weights={"window_words": 0.5}, dev={}, num_queries={})
+    student.score_features = ScoreFeatures(tasks={"asymmetric": fitted})
     student.save(tmp_path / "before")
     loaded = Student.load(tmp_path / "before", device="cpu", dtype="float32")
     before = loaded.fingerprint
     loaded.drop_idle_parts()
     loaded.save(tmp_path / "after")
     after = Student.load(tmp_path / "after", device="cpu", dtype="float32")
-    assert after.evidence.weights("asymmetric").terms == {"window_words": 0.5}
+    assert after.score_features.weights("asymmetric").terms == {"window_words": 0.5}
     assert f'"reduced_from": "{before}"' in (tmp_path / "after" / "manifest.json").read_text()
 
 

@@ -50,7 +50,7 @@ def test_a_ranking_is_that_of_an_index(student: Student, tmp_path: Path):
     index = Index.create(tmp_path / "index", student, vector_format="float32")
     passages = [Passage(f"p{number}", text, title="a title") for number, text in enumerate(TEXTS)]
     index.upsert(passages)
-    expected = index.search(QUERY, top_k=len(TEXTS), evidence={})
+    expected = index.search(QUERY, top_k=len(TEXTS), score_features={})
     actual = student.rank(QUERY, passages)
     assert isinstance(actual, Ranking)
     assert [(each.rank, each.passage) for each in actual] == [(each.rank, each.passage) for each in expected]

@@ -15,17 +15,17 @@ from hypothesis import strategies as st
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import TASKS
-from d2llm.models.evidence import EvidenceWeights, WordsFactor
 from d2llm.models.interaction import Interaction
+from d2llm.models.score_features import FeatureWeights, WordsFactor
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.ops.selection import from_the_highest, top_rows
 from d2llm.recipe import InteractionConfig
 from d2llm.retrieval import exact_search
 from d2llm.retrieval.exact_search import CachedBounds, certified_top_k
-from d2llm.retrieval.row_evidence import RowEvidence
-from evidence_rows import EvidenceRows
+from d2llm.retrieval.row_features import RowFeatures
 from examples import examples
 from fake_models import FakeStudent
+from feature_rows import FeatureRows
 from tiny_models import randomise
 
 DIM = 8
@@ -99,7 +99,7 @@ def random_case(seed):
     return ArrayView(vectors, live=live), query, allowed, int(rng.choice([1, 2, 5, 10, 50, 300])), rng
 
 
-def brute_force(view, student, query, task, top_k, allowed, evidence=None):
+def brute_force(view, student, query, task, top_k, allowed, score_features=None):
     """Ranks all passages by scores in the arithmetic that the module documents."""
     score, rows = student.prepare(query, task), view.live_rows(allowed)
     if score.dot_query is None:
@@ -108,8 +108,8 @@ def brute_force(view, student, query, task, top_k, allowed, evidence=None):
         vectors = view.block(0, view.capacity)
         bound = np.float32(score.bound) * student.passage_bound(vectors)
         values = vectors @ score.dot_query
-        if evidence is not None:
-            values = values + evidence(np.arange(view.capacity))
+        if score_features is not None:
+            values = values + score_features(np.arange(view.capacity))
         values = values + bound * score.change(vectors)
     assert values.dtype == np.float32
     order = sorted(rows.tolist(), key=lambda row: (-values[row], view.ids([row])[0]))[:top_k]
@@ -133,7 +133,7 @@ def on_sphere(vectors):
     return (vectors * (vectors.shape[1] ** 0.5 / np.linalg.norm(vectors, axis=1, keepdims=True))).astype(np.float32)
 
 
-def test_ranking_with_evidence_matches_brute_force(monkeypatch):
+def test_ranking_with_score_features_matches_brute_force(monkeypatch):
     monkeypatch.setattr(exact_search, "_FIRST_SCORED", 8)
     monkeypatch.setattr(exact_search, "_MAX_SCORED", 32)
     num_early = 0
@@ -164,19 +164,19 @@ def test_ranking_with_evidence_matches_brute_force(monkeypatch):
             if seed % 3
             else None
         )
-        rows = EvidenceRows(texts, windows, own, tokens[1:] or None)
+        rows = FeatureRows(texts, windows, own, tokens[1:] or None)
         if rows.tokens is None:
             weights["token_vectors"] = 0.0
-        evidence = RowEvidence(
+        score_features = RowFeatures(
             rows,
             "w1 w2 w3 w10",
-            EvidenceWeights(terms=weights, words_factor=factor),
+            FeatureWeights(terms=weights, words_factor=factor),
             dot,
             tokens[0],
             nearest=float(rng.standard_normal()),
         )
-        expected, values = brute_force(view, student, query, task, top_k, allowed, evidence)
-        result = certified_top_k(view, student, query, task, top_k, allowed=allowed, evidence=evidence)
+        expected, values = brute_force(view, student, query, task, top_k, allowed, score_features)
+        result = certified_top_k(view, student, query, task, top_k, allowed=allowed, score_features=score_features)
         assert result.rows.tolist() == expected, seed
         np.testing.assert_array_equal(result.scores, values[expected])
         assert result.certificate.proved == len(expected)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2llm.core.types import Passage
-from d2llm.models.evidence import EvidenceWeights, WordsFactor
+from d2llm.models.score_features import FeatureWeights, WordsFactor
 from d2llm.retrieval import exact_search
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import search
@@ -63,13 +63,13 @@ queries = st.lists(st.sampled_from([*WORDS, "nowhere"]), min_size=1, max_size=4)
     text=queries,
     top_k=st.sampled_from([1, 3, 10, 60, 500]),
     condition=st.sampled_from([None, "year >= 2002", "year = 1999"]),
-    evidence=st.sampled_from(
+    score_features=st.sampled_from(
         [
             None,
             {},
             {"words": 1.0, "words_share": 2.0},
             {"window_words": 3.0},
-            EvidenceWeights(terms={"words": 1.0, "window_words": 0.5}, words_factor=FACTOR),
+            FeatureWeights(terms={"words": 1.0, "window_words": 0.5}, words_factor=FACTOR),
         ]
     ),
     how=st.sampled_from(
@@ -89,8 +89,8 @@ queries = st.lists(st.sampled_from([*WORDS, "nowhere"]), min_size=1, max_size=4)
         ]
     ),
 )
-def test_a_sharded_search_is_that_of_one_index(pair, text, top_k, condition, evidence, how):
-    options = {"top_k": top_k, "filter": condition, "evidence": evidence, **how}
+def test_a_sharded_search_is_that_of_one_index(pair, text, top_k, condition, score_features, how):
+    options = {"top_k": top_k, "filter": condition, "score_features": score_features, **how}
     if how.get("sources") == ("bm25",):
         options["num_candidates"] = 500  # of passages that tie by BM25, another one may be the last candidate
     expected, actual = (index.search(text, **options) for index in pair)
@@ -116,7 +116,7 @@ def test_an_exact_search_is_brute_force(pair, text, top_k, bound):
     student = BoundedStudent()
     student.bound, student.weights = bound, {"words": 0.7}
     one, several = pair
-    evidence = {"words": 0.7}
+    score_features = {"words": 0.7}
     passages = one.view.passages(one.view.live_rows())
     words = WordIndex.from_texts([passage.full_text for passage in passages])
     vector = student.encode_queries([text]).vectors[0]
@@ -127,7 +127,7 @@ def test_an_exact_search_is_brute_force(pair, text, top_k, bound):
     scores = added + np.float32(bound) * scorer.change(vectors)
     expected = sorted(zip(scores.tolist(), [p.id for p in passages], strict=True), key=lambda pair: (-pair[0], pair[1]))
     index = Index.open(several.folder, student)
-    ranking = index.search(text, exact=True, top_k=top_k, evidence=evidence)
+    ranking = index.search(text, exact=True, top_k=top_k, score_features=score_features)
     np.testing.assert_allclose([score for _, score in results_of(ranking)], [s for s, _ in expected[:top_k]], rtol=1e-5)
     score_of = dict(zip([p.id for p in passages], scores.tolist(), strict=True))
     for passage_id, score in results_of(ranking):
@@ -141,7 +141,7 @@ def test_an_exact_search_is_brute_force(pair, text, top_k, bound):
 
 def test_several_queries_and_explanations_are_those_of_one_index(pair):
     texts = [f"{WORDS[n % 10]} {WORDS[n % 7]}" for n in range(40)]
-    for options in ({"explain": True}, {"sources": ("vectors",), "evidence": {}, "explain": True}):
+    for options in ({"explain": True}, {"sources": ("vectors",), "score_features": {}, "explain": True}):
         for expected, actual in zip(*(index.search(texts, **options) for index in pair), strict=True):
             assert [one.passage.id for one in actual.passages] == [one.passage.id for one in expected.passages]
             for mine, other in zip(actual.passages, expected.passages, strict=True):
@@ -187,7 +187,7 @@ def test_an_exact_search_asks_remote_shards_at_the_same_time(pair, text, top_k, 
     asked = Barrier(len(remote.shards))
     for view in remote.shards:
         view.all_asked = asked
-    options = {"exact": True, "top_k": top_k, "evidence": {"words": 0.7}}
+    options = {"exact": True, "top_k": top_k, "score_features": {"words": 0.7}}
     expected = several.search(text, **options)
     (actual,) = search(remote, student, [text], budget_ms=budget, **options)
     proof, other = actual.certificate, expected.certificate
@@ -210,9 +210,9 @@ def test_shards_after_the_first_score_less(pair):
     student = BoundedStudent()
     student.bound = 0.01
     texts = [f"{first} {second}" for first in WORDS[:5] for second in WORDS[5:]]
-    joint = Index.open(several.folder, student).search(texts, exact=True, top_k=3, evidence=NOTHING_ADDED)
+    joint = Index.open(several.folder, student).search(texts, exact=True, top_k=3, score_features=NOTHING_ADDED)
     alone = [
-        Index.open(store.folder, student).search(texts, exact=True, top_k=3, evidence=NOTHING_ADDED)
+        Index.open(store.folder, student).search(texts, exact=True, top_k=3, score_features=NOTHING_ADDED)
         for store in several.storage.stores
     ]
     together = sum(ranking.certificate.num_scored for ranking in joint)

@@ -144,13 +144,13 @@ def test_settings_that_only_one_side_has_are_named():
     assert changed_settings(before, after) == changes
     edited = changed(
         data=[{"path": "a", "task": "symmetric"}, {"path": "far/b", "task": "symmetric"}],
-        evidence={"words": True, "in_training": True},
+        score_features={"words": True, "in_training": True},
         training={"remine": True},
     )
     assert changed_settings(shaping_settings(changed()), shaping_settings(edited)) == [
         "data.b (was not set, is set)",
-        "evidence (was not set, is set)",
         "mining (was not set, is set)",
+        "score_features (was not set, is set)",
         "training.remine (was False, is True)",
     ]
 

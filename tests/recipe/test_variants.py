@@ -17,13 +17,13 @@ from d2llm.models.student import Student
 from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.recipe import (
     ChangedPooling,
-    EvidenceConfig,
     Full,
     InteractionConfig,
     Lora,
     Pooling,
     Recipe,
     ResidualConfig,
+    ScoreFeaturesConfig,
     StudentConfig,
     TrainingConfig,
 )
@@ -51,7 +51,7 @@ UNCHANGED = {
 }
 TAUGHT = {"labels", "live_teacher"}
 RECIPES = sorted(UNCHANGED)
-Built = tuple[dict[str, tuple[int, ...]], str, set[str], TrainingConfig, EvidenceConfig, tuple[int, ...], int]
+Built = tuple[dict[str, tuple[int, ...]], str, set[str], TrainingConfig, ScoreFeaturesConfig, tuple[int, ...], int]
 
 
 def narrow(pooling: Pooling) -> Pooling:
@@ -108,7 +108,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]
             student.backbone.own.kind,
             losses[kind],
             recipe.training,
-            recipe.evidence,
+            recipe.score_features,
             (
                 {kind: loss for kind, loss in recipe.losses.root.items() if loss.of_vectors},
                 recipe.student.backbone.has_two_adapters,

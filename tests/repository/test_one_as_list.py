@@ -53,8 +53,8 @@ from d2llm.models.writers.writer import Assignment, WrittenQueries
 from d2llm.recipe import BackboneConfig, TeacherConfig
 from d2llm.retrieval.expansion import Expansion
 from d2llm.training.distill_static import distill_static
-from d2llm.training.fit_evidence import fit_evidence
 from d2llm.training.fit_probabilities import fit_probabilities
+from d2llm.training.fit_score_features import fit_score_features
 from d2llm.training.fit_scores import fit_scores
 from d2llm.training.fit_tokens import fit_tokens
 from d2llm.training.tune_reader import tune_reader
@@ -104,7 +104,7 @@ ELSEWHERE = {
     "d2llm.sizing.size": ("size",),
     "d2llm.store.side_files": ("Chunking",),
     "d2llm.training.check_data": ("check_data",),
-    "d2llm.training.fit_evidence": ("fit_evidence",),
+    "d2llm.training.fit_score_features": ("fit_score_features",),
     "d2llm.training.fit_probabilities": ("fit_probabilities",),
     "d2llm.training.fit_scores": ("fit_scores",),
     "d2llm.training.fit_tokens": ("fit_tokens",),
@@ -376,9 +376,9 @@ CASES: dict[str, tuple[One, Call]] = {
     "Student.encode_passages.texts": (lambda _: "ab", lambda w, v: w.student.encode_passages(v).vectors),
     "Student.encode_queries.texts": (lambda _: "ab", lambda w, v: w.student.encode_queries(v).vectors),
     "Student.encode_with_tokens.texts": (lambda _: "ab", lambda w, v: w.student.encode_with_tokens(v, "query")),
-    "Student.evidence_weights.stored": (
+    "Student.feature_weights.stored": (
         lambda _: "window",
-        lambda w, v: w.student.evidence_weights("asymmetric", stored=v),
+        lambda w, v: w.student.feature_weights("asymmetric", stored=v),
     ),
     "Student.fit_pooling.passages": (lambda _: "ab", lambda w, v: w.student.fit_pooling(v)),
     "Student.term_factors.queries": (lambda _: "ab", lambda w, v: w.student.term_factors(v)),
@@ -412,10 +412,13 @@ CASES: dict[str, tuple[One, Call]] = {
     "fit.examples": (lambda _: "ab", lambda _, v: FitSettings.of(examples=v)),
     "fit.exclude": (lambda _: "ab", lambda _, v: FitSettings.of(exclude=v).exclude),
     "fit.documents": (lambda w: w.root / "gone", lambda w, v: d2llm.fit(v, w.root / "fit-of-nothing")),
-    "fit_evidence.judged": (lambda _: (everyday(), "asymmetric"), lambda w, v: fit_evidence(w.student, v).model_dump()),
-    "fit_evidence.terms": (
+    "fit_score_features.judged": (
+        lambda _: (everyday(), "asymmetric"),
+        lambda w, v: fit_score_features(w.student, v).model_dump(),
+    ),
+    "fit_score_features.terms": (
         lambda _: "words",
-        lambda w, v: fit_evidence(w.student, [(everyday(), "asymmetric")], terms=v).model_dump(),
+        lambda w, v: fit_score_features(w.student, [(everyday(), "asymmetric")], terms=v).model_dump(),
     ),
     "fit_probabilities.judged": (
         lambda _: (everyday(), "asymmetric"),

@@ -170,7 +170,7 @@ def test_a_search_setting_is_a_field_of_requests_with_its_help_default_and_bound
 
 def test_settings_for_python_only_are_in_no_request_and_no_option():
     hidden = SearchSettings.model_fields.keys() - SHOWN.keys()
-    assert hidden == {"evidence", "max_num_candidates", "document_passages"}
+    assert hidden == {"score_features", "max_num_candidates", "document_passages"}
     assert not hidden & {parameter.name for parameter in options_of("search").values()}
     for request, unknown in ((SearchRequest, hidden), (ContextRequest, {*hidden, "explain", "group"})):
         assert not unknown & request.model_json_schema()["properties"].keys()

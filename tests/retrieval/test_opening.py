@@ -272,7 +272,7 @@ def test_what_is_no_query_or_id_is_named(tmp_path: Path, wrong: Any):
         {"exact": 1},
         {"instruction": "\ud800"},
         {"hybrid": True},
-        {"evidence": 7},
+        {"score_features": 7},
         {"sources": 7},
     ],
 )

@@ -166,8 +166,8 @@ def test_an_approximate_index_in_each_shard(tmp_path, monkeypatch):
     index.refresh()
     assert all(view.ann is not None for view in index.view.shards)
     assert index.stats().ann_passages == len(index)
-    exact = dict(results_of(index.search("apple pear", sources=("vectors",), evidence={}, top_k=99)))
-    found = results_of(index.search("apple pear", sources=("ann",), evidence={}, top_k=4, num_candidates=4))
+    exact = dict(results_of(index.search("apple pear", sources=("vectors",), score_features={}, top_k=99)))
+    found = results_of(index.search("apple pear", sources=("ann",), score_features={}, top_k=4, num_candidates=4))
     assert len(found) == 4
     assert all(score == pytest.approx(exact[passage_id]) for passage_id, score in found)
 

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 
 from d2llm.core.types import Passage
-from d2llm.models.evidence import Evidence, TaskEvidence
+from d2llm.models.score_features import ScoreFeatures, TaskFeatureWeights
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection, skipped_tokens
 from d2llm.sizing.speeds import Speed, Speeds, TeacherSpeed
@@ -22,8 +22,8 @@ def token_student(folder) -> Student:
     rarity = [0.0 if token in skipped else 1.0 for token in range(vocabulary)]
     student.token_projection = TokenProjection(student.vector_dim, 16, rarity).eval()
     weights = {"words": 0.1, "window_words": 0.1, "window_vectors": 0.5, "token_vectors": 2.0}
-    task = TaskEvidence(weights=weights, dev={}, num_queries={})
-    student.evidence = Evidence(tasks={"asymmetric": task})
+    task = TaskFeatureWeights(weights=weights, dev={}, num_queries={})
+    student.score_features = ScoreFeatures(tasks={"asymmetric": task})
     return student
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2llm.models.evidence import EvidenceWeights
+from d2llm.models.score_features import FeatureWeights
 from d2llm.sizing.index_bytes import StudentFacts
 from d2llm.sizing.plan import SizePlan
 from d2llm.sizing.search_time import (
@@ -38,7 +38,7 @@ STUDENT = StudentFacts(
     has_dot=True,
     counts_interaction=False,
     formats={"window": "int3", "token": "int4"},
-    weights=EvidenceWeights(),
+    weights=FeatureWeights(),
 )
 TEXTS = (
     shipped_text_facts()
@@ -66,9 +66,9 @@ def test_a_scan_reads_all_vectors():
     )
 
 
-def test_evidence_costs_words_windows_and_tokens():
+def test_score_features_costs_words_windows_and_tokens():
     weights = {"words": 1.0, "window_words": 1.0, "window_vectors": 1.0, "token_vectors": 1.0}
-    times = stages(replace(STUDENT, weights=EvidenceWeights(terms=weights)))
+    times = stages(replace(STUDENT, weights=FeatureWeights(terms=weights)))
     assert times == pytest.approx(
         {
             "query": 10,

@@ -78,8 +78,8 @@ def test_shipped_figures_are_the_results_of_benchmarks(repository):
     assert speeds.passage_tokens is not None
     assert speeds.passage_tokens.value == pytest.approx(tokens)
     assert speeds.query_ms == Speed(
-        value=result("evidence")["ms"]["encode"]["p50"],
-        source="benchmarks/results/evidence.json, questions of squad-sent",
+        value=result("score-features")["ms"]["encode"]["p50"],
+        source="benchmarks/results/score-features.json, questions of squad-sent",
     )
     scanned_ms = scale["searches"]["asymmetric"]["rows"]["d2llm, inner products alone"]["cpu_ms"]
     assert speeds.scan_bytes["bfloat16"].value == pytest.approx(1_000_000 * 768 / scanned_ms * 1e3)

@@ -7,7 +7,7 @@ import pytest
 
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import PART_KINDS, Passage
-from d2llm.models.evidence import EvidenceWeights
+from d2llm.models.score_features import FeatureWeights
 from d2llm.ops.bm25_words import windows
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.reading import read_windows
@@ -29,10 +29,10 @@ WEIGHTS = {"words": 0.25, "window_vectors": 2.0}
 class WindowStudent(FakeStudent):
     """A student whose score counts windows, if the index has them."""
 
-    def evidence_weights(self, task, *, stored=PART_KINDS):
+    def feature_weights(self, task, *, stored=PART_KINDS):
         if task != "asymmetric":
-            return EvidenceWeights()
-        return EvidenceWeights(terms=WEIGHTS if "window" in stored else {"words": 1.0})
+            return FeatureWeights()
+        return FeatureWeights(terms=WEIGHTS if "window" in stored else {"words": 1.0})
 
 
 def passages(**texts):
@@ -86,8 +86,8 @@ def test_each_passage_has_the_windows_of_its_text(index):
 
 def test_the_score_includes_window_vectors(index):
     student = index.student
-    plain = index.search("a rare gem", evidence={}, sources=("vectors", "bm25"))
-    words = index.search("a rare gem", evidence={"words": 0.25})
+    plain = index.search("a rare gem", score_features={}, sources=("vectors", "bm25"))
+    words = index.search("a rare gem", score_features={"words": 0.25})
     ranking = index.search("a rare gem", explain=True)
     names = [hit.passage.id for hit in ranking.passages]
     assert set(names) == set(TEXTS)
@@ -104,7 +104,7 @@ def test_the_score_includes_window_vectors(index):
     exact = index.search("a rare gem", exact=True, top_k=3)
     assert [hit.passage.id for hit in exact.passages] == names[:3]
     assert exact.certificate.proved == 3
-    assert not student.evidence_weights("symmetric")
+    assert not student.feature_weights("symmetric")
 
 
 def test_windows_follow_updates_deletions_and_compaction(index):
@@ -168,7 +168,7 @@ def test_damage_is_found_and_repaired(index, name, damage):
     opened = Index.open(index.folder, WindowStudent())
     with pytest.raises(DataFormatError, match="verify --repair"):
         opened.search("a rare gem")
-    opened.search("a rare gem", evidence={})  # a search that does not count windows still works
+    opened.search("a rare gem", score_features={})  # a search that does not count windows still works
     (problem,) = opened.verify().problems
     assert "verify --repair" in problem
     (problem,) = opened.verify(repair=True).problems
@@ -195,11 +195,11 @@ def test_an_index_without_windows_uses_other_weights(tmp_path):
     assert index.stats().window_format is None
     assert not list(index.folder.glob("window-*"))
     ranking = index.search("a rare gem", explain=True)
-    words_ranking = index.search("a rare gem", evidence={"words": 1.0})
+    words_ranking = index.search("a rare gem", score_features={"words": 1.0})
     assert [hit.score for hit in ranking.passages] == [hit.score for hit in words_ranking.passages]
     assert all(hit.explanation.windows is None for hit in ranking.passages)
     with pytest.raises(InputError, match="index the corpus again with --window-vectors"):
-        index.search("a rare gem", evidence={"window_vectors": 1.0})
+        index.search("a rare gem", score_features={"window_vectors": 1.0})
 
 
 @pytest.mark.parametrize(("task", "expected"), [("asymmetric", "int3"), ("symmetric", None)])

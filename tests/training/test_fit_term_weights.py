@@ -194,9 +194,9 @@ def test_a_search_counts_words_by_their_factors(tmp_path: Path, num_shards: int 
     vectors = student.encode_passages([passage.full_text for passage in passages]).vectors
     own = student.score(student.encode_queries([text]).vectors[0], vectors, "asymmetric")
     expected = dict(zip("abcd", (own + 3.0 * scores).tolist(), strict=True))
-    evidence = {"words": 3.0}
+    score_features = {"words": 3.0}
     for exact in (False, True):
-        ranking = index.search(text, top_k=4, evidence=evidence, exact=exact)
+        ranking = index.search(text, top_k=4, score_features=score_features, exact=exact)
         results = {result.passage.id: result.score for result in ranking.passages}
         assert results == pytest.approx(expected, rel=1e-5)
         if exact:

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import Passage, Query, WholeText
 from d2llm.data.beir import Dataset
-from d2llm.models.evidence import Evidence, TaskEvidence
 from d2llm.models.fitted_part import Widths
+from d2llm.models.score_features import ScoreFeatures, TaskFeatureWeights
 from d2llm.models.sources import find_model, load_tokenizer
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection, skipped_tokens
@@ -22,7 +22,7 @@ from d2llm.recipe import StudentConfig, TokensConfig
 from d2llm.retrieval.index import Index
 from d2llm.store.side_files import Chunking
 from d2llm.training.dev_sets import dev_queries
-from d2llm.training.fit_evidence import fit_evidence, make_evidence_lists
+from d2llm.training.fit_score_features import fit_score_features, make_feature_lists
 from d2llm.training.fit_scores import fit_scores
 from d2llm.training.fit_tokens import _choose, _Examples, _loss, fit_tokens, token_rarity
 
@@ -49,9 +49,9 @@ def trained(dataset):
 
 
 def weighted(student, weights):
-    """Evidence for questions with these weights."""
-    task = TaskEvidence(weights=weights, dev={}, num_queries={})
-    return Evidence(tasks={"asymmetric": task})
+    """Score features for questions with these weights."""
+    task = TaskFeatureWeights(weights=weights, dev={}, num_queries={})
+    return ScoreFeatures(tasks={"asymmetric": task})
 
 
 def test_the_loss_falls_and_nothing_else_changes(trained, dataset):
@@ -135,8 +135,8 @@ def test_a_long_query_has_vectors_of_its_rarest_tokens(trained):
 
 def test_the_lists_of_the_fit_have_the_score_of_an_index(trained, dataset, tmp_path):
     student, _ = trained
-    lists = make_evidence_lists(student, dataset, "asymmetric", terms=("words", "token_vectors"), num_queries=4)
-    student.evidence = weighted(student, {"words": 0.5, "token_vectors": 30.0})
+    lists = make_feature_lists(student, dataset, "asymmetric", terms=("words", "token_vectors"), num_queries=4)
+    student.score_features = weighted(student, {"words": 0.5, "token_vectors": 30.0})
     index = Index.create(tmp_path / "index", student, vector_format="float32")
     index.upsert(dataset.passages.values())
     queries = dev_queries(dataset, num_queries=4, seed=0)
@@ -148,7 +148,7 @@ def test_the_lists_of_the_fit_have_the_score_of_an_index(trained, dataset, tmp_p
 
 def test_tokens_are_saved_and_searched(trained, dataset, tmp_path):
     student, report = trained
-    student.evidence = weighted(student, {"token_vectors": 30.0})
+    student.score_features = weighted(student, {"token_vectors": 30.0})
     student.save(tmp_path / "student")
     loaded = Student.load(tmp_path / "student", device="cpu", dtype="float32")
     assert loaded.token_fingerprint == report.fingerprint
@@ -183,7 +183,7 @@ def test_training_a_student_forgets_its_tokens(trained, dataset):
     with pytest.raises(InputError, match="train them first"):
         fit_scores(student, [dataset], "asymmetric", token_vectors=True)
     with pytest.raises(InputError, match="no token embeddings"):
-        fit_evidence(student, [(dataset, "asymmetric")], terms=("token_vectors",))
+        fit_score_features(student, [(dataset, "asymmetric")], terms=("token_vectors",))
 
 
 def test_what_cannot_be_trained_is_refused(dataset):
@@ -223,13 +223,13 @@ def test_other_relevant_passages_of_a_batch_are_no_negatives():
 
 def test_new_tokens_are_not_counted_with_the_weights_of_others(dataset):
     student = Student.create(StudentConfig(), device="cpu", dtype="float32")
-    words = TaskEvidence(weights={"words": 1.0}, dev={}, num_queries={})
-    counted = TaskEvidence(weights={"token_vectors": 3.0}, dev={}, num_queries={}, without_parts=words)
-    alone = TaskEvidence(weights={"token_vectors": 3.0}, dev={}, num_queries={})
-    student.evidence = Evidence(tasks={"asymmetric": counted, "symmetric": alone})
+    words = TaskFeatureWeights(weights={"words": 1.0}, dev={}, num_queries={})
+    counted = TaskFeatureWeights(weights={"token_vectors": 3.0}, dev={}, num_queries={}, without_parts=words)
+    alone = TaskFeatureWeights(weights={"token_vectors": 3.0}, dev={}, num_queries={})
+    student.score_features = ScoreFeatures(tasks={"asymmetric": counted, "symmetric": alone})
     fit_tokens(student, [dataset], TokensConfig(dim=4, epochs=1))
-    assert student.evidence_weights("asymmetric").terms == {"words": 1.0}
-    assert not student.evidence_weights("symmetric")
+    assert student.feature_weights("asymmetric").terms == {"words": 1.0}
+    assert not student.feature_weights("symmetric")
 
 
 def test_a_projection_of_another_student_or_damaged_is_refused(trained, tmp_path):
@@ -253,16 +253,18 @@ def test_a_projection_of_another_student_or_damaged_is_refused(trained, tmp_path
 
 
 def test_weights_follow_what_an_index_stores():
-    words = TaskEvidence(weights={"words": 1.0}, dev={}, num_queries={})
-    tokens = TaskEvidence(weights={"words": 2.0, "token_vectors": 3.0}, dev={}, num_queries={}, without_parts=words)
-    every = TaskEvidence(
+    words = TaskFeatureWeights(weights={"words": 1.0}, dev={}, num_queries={})
+    tokens = TaskFeatureWeights(
+        weights={"words": 2.0, "token_vectors": 3.0}, dev={}, num_queries={}, without_parts=words
+    )
+    every = TaskFeatureWeights(
         weights={"token_vectors": 4.0, "window_vectors": 5.0}, dev={}, num_queries={}, without_parts=tokens
     )
-    evidence = Evidence(tasks={"asymmetric": every})
-    assert evidence.weights("asymmetric").terms == {"token_vectors": 4.0, "window_vectors": 5.0}
-    assert evidence.weights("asymmetric", stored=("token",)).terms == {"words": 2.0, "token_vectors": 3.0}
-    assert evidence.weights("asymmetric", stored=("window",)).terms == {"words": 1.0}
-    assert evidence.weights("asymmetric", stored=()).terms == {"words": 1.0}
+    score_features = ScoreFeatures(tasks={"asymmetric": every})
+    assert score_features.weights("asymmetric").terms == {"token_vectors": 4.0, "window_vectors": 5.0}
+    assert score_features.weights("asymmetric", stored=("token",)).terms == {"words": 2.0, "token_vectors": 3.0}
+    assert score_features.weights("asymmetric", stored=("window",)).terms == {"words": 1.0}
+    assert score_features.weights("asymmetric", stored=()).terms == {"words": 1.0}
 
 
 @pytest.mark.parametrize("model", ["minilm", "smollm2"])

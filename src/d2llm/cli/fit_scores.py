@@ -103,7 +103,7 @@ def fit_scores(
     from d2llm.models.student import Student
     from d2llm.retrieval.protocols import task_for
     from d2llm.training.fit_scores import fit_scores
-    from d2llm.training.sentences import describe_calibration, describe_evidence
+    from d2llm.training.sentences import describe_calibration, describe_score_features
 
     session = session_of(context)
     splits = None if quality or term_weights or document_expansion else ["dev"]
@@ -130,7 +130,9 @@ def fit_scores(
         seed=seed,
     )
     model.save(out)
-    evidence = describe_evidence({chosen: report.evidence}) if report.evidence else "words were not fitted"
+    score_features = (
+        describe_score_features({chosen: report.score_features}) if report.score_features else "words were not fitted"
+    )
     probabilities = describe_calibration({chosen: report.probabilities} if report.probabilities else {})
     added = ""
     for name, measure, fitted in (
@@ -142,5 +144,5 @@ def fit_scores(
             added += f"; {name}: " + ", ".join(
                 f"{measure} {value:.3f} on {on}" for on, value in fitted[measure].items()
             )
-    session.say(f"fit-scores: {evidence}; probabilities: {probabilities}{added}; in {out}")
+    session.say(f"fit-scores: {score_features}; probabilities: {probabilities}{added}; in {out}")
     session.write_report(context, json_path, report)

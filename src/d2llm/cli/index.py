@@ -474,7 +474,7 @@ def calibrate(
     from d2llm.data.beir import read_queries
     from d2llm.models.teachers.judge import load_judge
     from d2llm.retrieval.calibrate import measure_error, write_error
-    from d2llm.retrieval.row_evidence import weights_for
+    from d2llm.retrieval.row_features import weights_for
 
     session = session_of(context)
     all_queries = list(read_queries(queries).values())
@@ -483,8 +483,8 @@ def calibrate(
     judge = load_judge(teacher_config(teacher, prompt), device=opening.device, dtype=opening.dtype)
     error = measure_error(index.view, index.student, judge, sample, task=task)
     index_task = task or index.view.task
-    evidence = weights_for(index.view, index.student, index_task)
-    file = write_error(folder_of(context), judge, index_task, error, evidence)
+    score_features = weights_for(index.view, index.student, index_task)
+    file = write_error(folder_of(context), judge, index_task, error, score_features)
     session.say(
         f"calibrate: a passage's log-odds are {error.slope:.3g} times the student's score, within {error.sigma:.2f} "
         f"(standard deviation over {error.num_pairs:,} pairs); stored in {file}"

@@ -53,8 +53,8 @@ SystemKind = Literal[
 ]
 """Systems that an evaluation measures: ``hybrid`` fuses two rankings by rank, ``fitted_sum`` adds the scores of BM25
 and a cosine with weights fitted on dev queries, ``dot`` is the inner-product part of a D2LLM student alone,
-``fitted_student`` is the student with weights of its evidence fitted on the same queries as those of the fitted sum,
-and ``shortcut`` is the same student with a cheaper search."""
+``fitted_student`` is the student with weights of its score features fitted on the same queries as those of the fitted
+sum, and ``shortcut`` is the same student with a cheaper search."""
 
 EngineName = Literal["auto", "torch", "onnx", "onnx-int8", "openvino", "openvino-int8"]
 """Engines that encode texts (``models.engines.engines``); ``auto``: the fastest one on this machine that gives the same
@@ -72,7 +72,7 @@ Ties = Literal["ids", "rows"]
 RunStep = Literal["mine", "tune-teacher", "ensemble", "gate", "filter", "distill"]
 """The steps of a run that can be repeated, in order. Labels are stored by teacher and pair and never computed again."""
 
-EvidenceTerm = Literal["words", "words_share", "window_words", "window_words_share", "window_vectors", "token_vectors"]
+ScoreFeature = Literal["words", "words_share", "window_words", "window_words_share", "window_vectors", "token_vectors"]
 """A term of a student's score besides the passage's vector: BM25 of the passage and of its best window, both also
 divided by the query's upper limit, the highest inner product with the vector of a window, and the mean, over the tokens
 of the query that count, of the highest cosine with a token of the passage."""

@@ -102,8 +102,8 @@ def changed_teacher(folder: Path, recipe: Recipe) -> list[str]:
 
 
 def _student_settings(recipe: Recipe) -> dict[str, Any]:
-    """Also those of evidence, which is fitted after the training."""
-    return {**shaping_settings(recipe), "evidence": recipe.evidence.model_dump(mode="json")}
+    """Also those of score features, which are fitted after the training."""
+    return {**shaping_settings(recipe), "score_features": recipe.score_features.model_dump(mode="json")}
 
 
 def training_source(data: DataConfig, plan: TrainingPlan) -> TrainingSource:

@@ -341,8 +341,8 @@ class RetrievalWork:
         return [name, *parts, self.corpus, fingerprint_json([texts, own]), trial.task, trial.top_k]
 
     def identity(self, model: SearchStudent) -> object:
-        """What a student's rankings depend on: its fingerprint, and the weights of the evidence in its scores."""
-        weights = model.evidence_weights(self.trial.task)
+        """What a student's rankings depend on: its fingerprint, and the weights of the score features in its scores."""
+        weights = model.feature_weights(self.trial.task)
         tokens = model.token_fingerprint
         parts = [each for each in (tokens, expansion_fingerprint(model)) if each]
         named = [model.fingerprint, weights.model_dump(mode="json"), *parts]
@@ -436,9 +436,9 @@ class RetrievalWork:
         if settings.instruction is None:  # workers encode plain queries
             encoded = self._encode(queries, index.student, with_tokens="token" in searcher.weights.part_kinds)
         system = student_system(name, kind, searcher, trial or self.trial, encoded)
-        evidence_bytes = searched.words.num_bytes if searcher.weights.counts_words else 0
+        feature_bytes = searched.words.num_bytes if searcher.weights.counts_words else 0
         parts = {"window": searched.windows, "token": searched.tokens}
-        evidence_bytes += sum(part.num_bytes for kind in searcher.weights.part_kinds if (part := parts[kind]))
+        feature_bytes += sum(part.num_bytes for kind in searcher.weights.part_kinds if (part := parts[kind]))
         num_cut = index.stats().num_truncated
         notes = (f"{num_cut:,} of {len(self.passages):,} passages were truncated",) if num_cut else ()
         return replace(
@@ -446,7 +446,7 @@ class RetrievalWork:
             costs={
                 **system.costs,
                 "passages_per_second": passages_per_second,
-                "bytes_per_passage": searched.format.code_size + evidence_bytes / max(len(searched), 1),
+                "bytes_per_passage": searched.format.code_size + feature_bytes / max(len(searched), 1),
             },
             fingerprint=index.student.fingerprint,
             notes=(*system.notes, *notes),

@@ -2,8 +2,8 @@
 
 The fitted sum of cosine and BM25 does not need D2LLM: it has two weights, fitted on the dev queries of the data set. So
 that the student can be compared with the same knowledge of the data set, there is a row of it with such weights for all
-its evidence, as ``d2llm fit-scores`` would fit them. If dev itself is measured, or there is no dev split, each half of
-the queries is ranked with the weights fitted on the other half.
+its score features, as ``d2llm fit-scores`` would fit them. If dev itself is measured, or there is no dev split, each
+half of the queries is ranked with the weights fitted on the other half.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.types import PART_NAMES, EvidenceTerm, Query, SystemKind
+from d2llm.core.types import PART_NAMES, Query, ScoreFeature, SystemKind
 from d2llm.evaluation.contenders import NAME_BM25, NAME_D2LLM, Contender
 from d2llm.evaluation.report import MissingRow
 from d2llm.evaluation.systems import RetrievalWork, System
-from d2llm.models.evidence import VECTOR_TERMS, EvidenceWeights
+from d2llm.models.score_features import VECTOR_TERMS, FeatureWeights
 from d2llm.ops.weighted_sum import sum_weights
 from d2llm.retrieval.cosine import DotStudent
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.protocols import SearchStudent, term_factors
-from d2llm.retrieval.row_evidence import mean_of_cosines, scored_list
+from d2llm.retrieval.row_features import mean_of_cosines, scored_list
 
-_FORMULA: dict[EvidenceTerm, str] = {
+_FORMULA: dict[ScoreFeature, str] = {
     "words": "BM25",
     "words_share": "BM25 / its bound",
     "window_words": "BM25 of the best window",
@@ -39,7 +39,7 @@ _FORMULA: dict[EvidenceTerm, str] = {
 _FIT_QUERIES, _FIT_DEPTH = 500, 100
 _MIN_QUERIES = 4  # two for each half
 
-_PARTS: dict[str, tuple[EvidenceTerm, ...]] = {
+_PARTS: dict[str, tuple[ScoreFeature, ...]] = {
     "BM25 of passages": ("words", "words_share"),
     "BM25 of windows": ("window_words", "window_words_share"),
 }
@@ -56,7 +56,7 @@ def fitted_student(work: RetrievalWork, student: SearchStudent) -> System | Miss
     if not student.has_dot:
         return None
     stored = work.index(student)[0].view.part_kinds
-    kept = (term for term in get_args(EvidenceTerm) if VECTOR_TERMS.get(term) in {None, *stored})
+    kept = (term for term in get_args(ScoreFeature) if VECTOR_TERMS.get(term) in {None, *stored})
     return _fitted(work, student, f"{NAME_D2LLM}, weights fitted here", "fitted_student", NAME_D2LLM, tuple(kept))
 
 
@@ -66,13 +66,13 @@ def _fitted(
     name: str,
     kind: SystemKind,
     own_name: str,
-    terms: Sequence[EvidenceTerm],
+    terms: Sequence[ScoreFeature],
 ) -> System | MissingRow:
     held_out = _dev_queries(work)
     if not held_out and len(work.trial.queries) < _MIN_QUERIES:
         return MissingRow(name, kind, "there are too few queries to fit its weights on")
 
-    def formula(weights: Mapping[EvidenceTerm, float]) -> str:
+    def formula(weights: Mapping[ScoreFeature, float]) -> str:
         # The two terms of a fitted sum are named even if one has no weight.
         parts = [f"{weight:.3g} x {_FORMULA[term]}" for term, weight in weights.items() if weight or len(terms) == 2]
         return " + ".join([f"1 x {own_name}", *parts])
@@ -110,14 +110,14 @@ def without_parts(work: RetrievalWork, student: SearchStudent, num_candidates: i
 
     The list is empty if the score is the inner product alone.
     """
-    weights = student.evidence_weights(work.trial.task)
+    weights = student.feature_weights(work.trial.task)
     if not weights:
         return []
     systems: list[System] = []
 
-    def add(part: str, model: SearchStudent, left: EvidenceWeights) -> None:
+    def add(part: str, model: SearchStudent, left: FeatureWeights) -> None:
         name = f"{NAME_D2LLM} without {part}"
-        settings = work.search_settings(num_candidates).replace(evidence=left, sources=("vectors", "bm25"))
+        settings = work.search_settings(num_candidates).replace(score_features=left, sources=("vectors", "bm25"))
 
         def measure() -> System:
             return work.measure(name, "shortcut", work.index(model)[0], settings)
@@ -131,7 +131,7 @@ def without_parts(work: RetrievalWork, student: SearchStudent, num_candidates: i
     for kind, name in PART_NAMES.items():
         if kind in weights.part_kinds:
             stored = weights.part_kinds - {kind}
-            add(name, student, student.evidence_weights(work.trial.task, stored=stored))
+            add(name, student, student.feature_weights(work.trial.task, stored=stored))
     if weights.words_factor is not None:
         add("the words factor", student, weights.model_copy(update={"words_factor": None}))
     add("the interaction", DotStudent(student), weights)
@@ -153,9 +153,9 @@ def _fit(
     index: Index,
     queries: Sequence[Query],
     qrels: Mapping[str, Mapping[str, int]],
-    terms: Sequence[EvidenceTerm],
-) -> dict[EvidenceTerm, float]:
-    """The weights of the evidence; the student's own score has weight 1."""
+    terms: Sequence[ScoreFeature],
+) -> dict[ScoreFeature, float]:
+    """The weights of the score features; the student's own score has weight 1."""
     view, student, task = index.unsharded_view, index.student, work.trial.task
     words, texts = view.words, [query.text for query in queries]
     tokens: Sequence[NDArray[np.float32] | None] = [None] * len(queries)
@@ -191,13 +191,13 @@ def _ranked(
     index: Index,
     name: str,
     kind: SystemKind,
-    weights: Mapping[EvidenceTerm, float],
+    weights: Mapping[ScoreFeature, float],
     queries: Sequence[Query],
 ) -> System:
     """Rank some of the queries with these weights; candidates come from vectors and words."""
     num_candidates = work.settings.num_candidates  # as many as for the student
     used = {term: weight for term, weight in weights.items() if weight}
-    settings = work.search_settings(num_candidates).replace(evidence=used, sources=("vectors", "bm25"))
+    settings = work.search_settings(num_candidates).replace(score_features=used, sources=("vectors", "bm25"))
     chosen = {query.id for query in queries}
     probes = [query for query in work.trial.probes if query.id in chosen] or queries[:1]
     return work.measure(name, kind, index, settings, trial=replace(work.trial, queries=queries, probes=probes))

@@ -32,7 +32,7 @@ from d2llm.fitting.settings import CriticSettings
 from d2llm.models.teachers.judge import Judge, ranks_lists
 from d2llm.models.writers.writer import QUERY_KINDS, QueryKind
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.row_evidence import weights_for
+from d2llm.retrieval.row_features import weights_for
 from d2llm.retrieval.search import Searcher
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.runners.placement import HERE, Placement

@@ -520,7 +520,7 @@ class Fit:
 
     def _is_weighted(self, student: Student) -> bool:
         """Whether the weights of a student's score were fitted here: those that it has are not the start's."""
-        own, start = (each.evidence.tasks.get(self.task) for each in (student, self._load(self.start)))
+        own, start = (each.score_features.tasks.get(self.task) for each in (student, self._load(self.start)))
         return own is not None and (start is None or own.inherited() != start.inherited())
 
     def serve_with(self, student: Path) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from d2llm.fitting.time_plan import TEACHER_SHARE, TimePlan
 from d2llm.recipe import (
     DataConfig,
-    EvidenceConfig,
     GateConfig,
     LabellingConfig,
     MiningConfig,
     Recipe,
     ResidualConfig,
+    ScoreFeaturesConfig,
     StudentConfig,
     TeacherConfig,
     TeacherTuningConfig,
@@ -74,7 +74,7 @@ def recipe_for_queries(
             dev_passages=min(_DEV_PASSAGES, plan.evaluated),
             residual=ResidualConfig(weight_decay=0.01, off_task_penalty=0.0),
         ),
-        evidence=EvidenceConfig(words=True, window_words=True, token_vectors=True),
+        score_features=ScoreFeaturesConfig(words=True, window_words=True, token_vectors=True),
     )
 
 

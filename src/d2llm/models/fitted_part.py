@@ -39,7 +39,7 @@ class FittedPart(FittedValues):
     kind: ClassVar[str]
     file_name: ClassVar[str]
     without: ClassVar[str]
-    """What the student does without it, for errors: "search without evidence"."""
+    """What the student does without it, for errors: "search without score features"."""
 
     @classmethod
     def read(cls: type[_Part], folder: Path, student: str, widths: Widths | None = None) -> _Part | None:

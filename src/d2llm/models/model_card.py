@@ -13,9 +13,9 @@ from typing import Any
 
 from d2llm.core.table import Column, Table
 from d2llm.models.backbone import search_query_tokens
-from d2llm.models.evidence import Evidence
 from d2llm.models.export.sentence_transformers import MODULES_FILE, task_of_plain, why_not_plain
 from d2llm.models.probabilities import ProbabilityCalibration
+from d2llm.models.score_features import ScoreFeatures
 from d2llm.models.sources import hub_name
 from d2llm.models.student_files import ADAPTER_FILE, BACKBONE_FOLDER, CARD_FILE, trained_tasks
 from d2llm.recipe import BackboneConfig, StudentConfig
@@ -194,8 +194,8 @@ def _scope(folder: Path, manifest: Mapping[str, Any]) -> str:
     if config.head != "cosine" and len(trained) > 1:
         other = next(each for each in trained if each != task)
         scope += f" The inner product of {other} search is another one, which only d2llm computes."
-    evidence = Evidence.read(folder, manifest["fingerprint"])
-    if evidence and evidence.weights(task):
+    score_features = ScoreFeatures.read(folder, manifest["fingerprint"])
+    if score_features and score_features.weights(task):
         scope += " What an index of d2llm adds to it (words, token embeddings) is left out."
     return scope
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError
 from d2llm.core.types import PART_KINDS, PartKind, Task, WholeText
 from d2llm.models.document_expansion import DocumentExpansion
-from d2llm.models.evidence import EvidenceWeights
 from d2llm.models.quality import PassageQuality
+from d2llm.models.score_features import FeatureWeights
 
 if TYPE_CHECKING:
     from d2llm.models.backbone import EncodedTexts, TextKind
@@ -67,14 +67,14 @@ class PlainStudent:
         """[n, dim] -> ones [n]."""
         return np.ones(len(passage_vectors), np.float32)
 
-    def evidence_weights(
+    def feature_weights(
         self,
         task: Task,  # noqa: ARG002
         *,
         stored: Collection[PartKind] | PartKind = PART_KINDS,  # noqa: ARG002
-    ) -> EvidenceWeights:
+    ) -> FeatureWeights:
         """None: only the vectors count."""
-        return EvidenceWeights()
+        return FeatureWeights()
 
     def term_factors(self, queries: Sequence[str]) -> Sequence[Mapping[str, float]] | None:  # noqa: ARG002
         """None: all words of a query count alike."""

@@ -30,7 +30,6 @@ from d2llm.models.backbone import Backbone, open_backbone
 from d2llm.models.device import choose_device
 from d2llm.models.document_expansion import DocumentExpansion
 from d2llm.models.engines.engines import choose_engine, choose_products
-from d2llm.models.evidence import Evidence, EvidenceWeights
 from d2llm.models.export.sentence_transformers import task_of_plain, why_not_plain, write_plain_form
 from d2llm.models.fitted_part import Widths
 from d2llm.models.hub import PushReport, fetch_student, find_student, push_student
@@ -39,6 +38,7 @@ from d2llm.models.model_card import model_card
 from d2llm.models.pooling import make_pooling, with_gated, without_gated
 from d2llm.models.probabilities import ProbabilityCalibration
 from d2llm.models.quality import PassageQuality
+from d2llm.models.score_features import FeatureWeights, ScoreFeatures
 from d2llm.models.sources import load_tensors
 from d2llm.models.student_encoder import StudentEncoder
 from d2llm.models.term_weights import TermWeights
@@ -48,7 +48,7 @@ from d2llm.recipe import StudentConfig
 
 _FITTED_PARTS = {
     "calibration": ProbabilityCalibration,
-    "evidence": Evidence,
+    "score_features": ScoreFeatures,
     "token_projection": TokenProjection,
     "term_weights": TermWeights,
     "document_expansion": DocumentExpansion,
@@ -65,7 +65,7 @@ class Student(StudentEncoder):
 
     Attributes:
         source: folder or name from which it can be loaded again; None if there is none.
-        evidence: weights of the score features that an index adds (``models.evidence``).
+        score_features: weights of the score features that an index adds (``models.score_features``).
         calibration: turns scores into probabilities (``models.probabilities``).
         token_projection: makes token embeddings (``models.token_vectors``).
         term_weights: how much each word of a query counts in BM25 (``models.term_weights``).
@@ -296,7 +296,7 @@ class Student(StudentEncoder):
     def cut(self, depth: int) -> Student:
         """A smaller and faster copy, whose backbone has only its first ``depth`` layers.
 
-        It scores by the inner product alone (r = 0), without evidence, token embeddings, probabilities, quality,
+        It scores by the inner product alone (r = 0), without score features, token embeddings, probabilities, quality,
         weights of words and added words, because all these were fitted to what comes after all layers. ``d2llm
         fit-scores`` fits all but the token embeddings again.
 
@@ -383,13 +383,13 @@ class Student(StudentEncoder):
         self.config = own.model_copy(update={"pooling": pooling, "interaction": interaction})
         self._kept_weights = {}
 
-    def evidence_weights(self, task: Task, *, stored: Collection[PartKind] | PartKind = PART_KINDS) -> EvidenceWeights:
+    def feature_weights(self, task: Task, *, stored: Collection[PartKind] | PartKind = PART_KINDS) -> FeatureWeights:
         """The weights of the terms that an index adds to the score of the vectors; empty if it adds none.
 
         ``stored`` are the parts of passages whose vectors the index has.
         """
         kinds = cast("list[PartKind]", strings_of(stored, "stored"))
-        return self.evidence.weights(task, stored=kinds)
+        return self.score_features.weights(task, stored=kinds)
 
     def prepare_training(self, *, seed: int = 0) -> None:
         """Make trainable what the configuration says; a loaded student continues from its merged weights."""
@@ -405,7 +405,7 @@ class Student(StudentEncoder):
     def _forget_fitted(self) -> None:
         """Drop everything that was fitted to this student, for a student whose vectors and scores are others."""
         self.calibration = ProbabilityCalibration()
-        self.evidence = Evidence()
+        self.score_features = ScoreFeatures()
         self.token_projection: TokenProjection | None = None
         self.quality: PassageQuality | None = None
         self.term_weights: TermWeights | None = None

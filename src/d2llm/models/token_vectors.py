@@ -1,8 +1,9 @@
 """Vectors of a text's tokens: the states of the backbone, projected to few dimensions.
 
 One vector per text loses what its single tokens say. Each token of a query looks for the most similar token of a
-passage, and the mean of these cosines is one more term of the score (``models.evidence``). This is the late interaction
-of Khattab and Zaharia, "ColBERT", SIGIR 2020, here beside the text's vector and its words, and without reading a text
+passage, and the mean of these cosines is one more term of the score (``models.score_features``). This is the late
+interaction of Khattab and Zaharia, "ColBERT", SIGIR 2020, here beside the text's vector and its words, and without
+reading a text
 again: its vector and those of its tokens come from the same pass through the backbone. Of a long query only the rarest
 tokens have vectors, those that say what it is about; the others count as cosines of 0 in the mean.
 
@@ -126,7 +127,7 @@ class TokenProjection(nn.Module):
         path = folder / cls.file_name
         if not path.is_file():
             return None
-        remedy = "restore the student's folder, or delete the file and evidence.json to search without them"
+        remedy = "restore the student's folder, or delete the file and score_features.json to search without them"
         tensors = load_tensors(path, remedy=remedy)
         weight, rarity = tensors.get("weight"), tensors.get("rarity")
         if weight is None or rarity is None or weight.ndim != 2 or weight.shape[1] != widths.states or rarity.ndim != 1:

@@ -2,7 +2,7 @@
 
     minimise over w >= 0   -mean over lists of  sum_j y_j log softmax(X w)_j
 
-X holds the scores of a list's passages, one column per kind of evidence, and y the judgements, summing to 1. The loss
+X holds the scores of a list's passages, one column per score feature, and y the judgements, summing to 1. The loss
 is convex in w, so the solution is the global minimum for any starting point. Source: Cao et al., "Learning to Rank:
 From Pairwise Approach to Listwise Approach", ICML 2007 (ListNet, top one), for a linear scorer.
 

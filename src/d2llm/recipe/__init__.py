@@ -33,9 +33,9 @@ from d2llm.recipe.teacher import (
     VllmTeacherConfig,
 )
 from d2llm.recipe.training import (
-    EvidenceConfig,
     GateConfig,
     ResidualConfig,
+    ScoreFeaturesConfig,
     TokensConfig,
     TrainingConfig,
 )
@@ -55,7 +55,6 @@ __all__ = [
     "DataConfig",
     "EndpointConfig",
     "EnsembleTeacherConfig",
-    "EvidenceConfig",
     "Frozen",
     "Full",
     "GateConfig",
@@ -84,6 +83,7 @@ __all__ = [
     "RemoteTeacherConfig",
     "RemoteWriterConfig",
     "ResidualConfig",
+    "ScoreFeaturesConfig",
     "Section",
     "Seq2SeqTeacherConfig",
     "StudentConfig",

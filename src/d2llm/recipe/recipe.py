@@ -9,7 +9,7 @@ from d2llm.recipe.losses import RECOMMENDED, Objective
 from d2llm.recipe.sections import Section
 from d2llm.recipe.student import StudentConfig
 from d2llm.recipe.teacher import AutoTeacherConfig, TeacherConfig
-from d2llm.recipe.training import EvidenceConfig, GateConfig, TrainingConfig
+from d2llm.recipe.training import GateConfig, ScoreFeaturesConfig, TrainingConfig
 from d2llm.recipe.tuning import TeacherTuningConfig
 
 
@@ -33,7 +33,7 @@ class Recipe(Section):
     labelling: LabellingConfig = LabellingConfig()
     losses: Objective = Field(default_factory=lambda: Objective.model_validate(RECOMMENDED))
     training: TrainingConfig = TrainingConfig()
-    evidence: EvidenceConfig = EvidenceConfig()
+    score_features: ScoreFeaturesConfig = ScoreFeaturesConfig()
 
     @model_validator(mode="after")
     def _check_tuning(self) -> Recipe:
@@ -53,9 +53,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_tokens(self) -> Recipe:
-        if not self.student.backbone.reads_tokens and self.evidence.token_vectors:
+        if not self.student.backbone.reads_tokens and self.score_features.token_vectors:
             raise ValueError(
-                f"evidence.token_vectors needs the states of tokens, and a {self.student.backbone.kind} backbone gives "
+                f"score_features.token_vectors needs the states of tokens, and a {self.student.backbone.kind} backbone gives "
                 "one vector for each text: set token_vectors to false (words and window_vectors can be used)"
             )
         return self

@@ -150,8 +150,8 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
     values["data"] = data
     if recipe.training.remine:
         values["mining"] = recipe.mining.model_dump(mode="json")
-    if recipe.evidence.in_training:
-        values["evidence"] = recipe.evidence.model_dump(mode="json")
+    if recipe.score_features.in_training:
+        values["score_features"] = recipe.score_features.model_dump(mode="json")
     return values
 
 

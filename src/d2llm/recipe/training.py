@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
-from d2llm.core.types import EvidenceTerm
+from d2llm.core.types import ScoreFeature
 from d2llm.recipe.pretraining import Pretraining
 from d2llm.recipe.sections import Section, WarmUpConfig
 
@@ -40,7 +40,7 @@ class ResidualConfig(WarmUpConfig):
 
 
 class TokensConfig(WarmUpConfig):
-    """The last stage: trains the projection that makes the token embeddings (``evidence.token_vectors``)."""
+    """The last stage: trains the projection that makes the token embeddings (``score_features.token_vectors``)."""
 
     dim: int = Field(default=64, ge=1)
     """Width of a token's vector, at most that of the backbone; with 4 bits for each dimension, 64 take 32 bytes."""
@@ -183,8 +183,8 @@ class GateConfig(Section):
     """If the gate is closed: learn from the data set's own judgements, learn from the teacher anyway, or stop."""
 
 
-class EvidenceConfig(Section):
-    """Terms to add to the student's score in an index, if they improve the dev results (``models.evidence``).
+class ScoreFeaturesConfig(Section):
+    """Terms to add to the student's score in an index, if they improve the dev results (``models.score_features``).
 
     The weights are fitted at the end of a run. The head ``paper`` gets none, because it has no inner product to which
     they could be added.
@@ -207,9 +207,9 @@ class EvidenceConfig(Section):
     together with the projection of tokens, as in ColBERT. The second stage counts words alone."""
 
     @property
-    def terms(self) -> tuple[EvidenceTerm, ...]:
+    def terms(self) -> tuple[ScoreFeature, ...]:
         """The terms that are added."""
-        chosen: dict[EvidenceTerm, bool] = {
+        chosen: dict[ScoreFeature, bool] = {
             "words": self.words,
             "words_share": self.words,
             "window_words": self.window_words,
@@ -220,7 +220,7 @@ class EvidenceConfig(Section):
         return tuple(term for term, is_chosen in chosen.items() if is_chosen)
 
     @model_validator(mode="after")
-    def _check_in_training(self) -> EvidenceConfig:
+    def _check_in_training(self) -> ScoreFeaturesConfig:
         if self.in_training and not (self.words or self.window_words or self.token_vectors):
             raise ValueError(
                 "in_training counts words and token embeddings in training, but neither words, window_words nor "

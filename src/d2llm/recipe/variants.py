@@ -114,7 +114,7 @@ def _whitened(pooling: Any) -> Pooling:
 _COSINE = {"interaction": {"head": "cosine"}}
 _FOUR_LAYERS = {"backbone": {"layers": (0, 1, 4, 5)}}
 _NO_PMA = {"pooling": _own}
-_NO_EVIDENCE = {
+_NO_SCORE_FEATURES = {
     "words": False,
     "window_words": False,
     "window_vectors": False,
@@ -152,13 +152,14 @@ def _only(**losses: Any) -> dict[str, Any]:
 _BASELINES: _Group = {
     "cosine": (
         "tuned cosine: the plain bi-encoder",
-        _student(**_COSINE, **_NO_PMA) | {"imitation": {}, "losses": _PLAIN_LOSSES, "evidence": _NO_EVIDENCE},
+        _student(**_COSINE, **_NO_PMA)
+        | {"imitation": {}, "losses": _PLAIN_LOSSES, "score_features": _NO_SCORE_FEATURES},
     ),
     "paper": (
         "the published head: concatenated vectors, no inner product",
         # Five times the rate of the dot head: that one starts as a cosine, this one from random weights.
         _student(interaction={"head": "paper", "features": "concat"})
-        | {"training": {"head_learning_rate": 1e-3}, "evidence": _NO_EVIDENCE, "losses": _NOT_NESTED},
+        | {"training": {"head_learning_rate": 1e-3}, "score_features": _NO_SCORE_FEATURES, "losses": _NOT_NESTED},
     ),
 }
 _PUBLISHED: _Group = {
@@ -272,7 +273,7 @@ _OWN: _Group = {
         "the backbone's pooling instead of PMA, whitened",
         _student(pooling=_whitened),
     ),
-    "without-words": ("without words (BM25) as evidence", {"evidence": _NO_EVIDENCE}),
+    "without-words": ("without words (BM25) as score features", {"score_features": _NO_SCORE_FEATURES}),
     "without-li": ("without list imitation: cross-entropy alone", _without("list_imitation")),
     "paper-head": (
         "head `paper` instead of `dot`, same features",

@@ -13,7 +13,7 @@ from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Task
 from d2llm.data.python_records import QueryLike, queries_of
-from d2llm.models.evidence import EvidenceWeights
+from d2llm.models.score_features import FeatureWeights
 from d2llm.models.teachers.judge import RANKING_TEACHER, Judge, ranks_lists
 from d2llm.ops.rereading import StudentError, calibrate_error
 from d2llm.retrieval.protocols import SearchStudent, SearchView
@@ -69,30 +69,31 @@ def write_error(
     judge: Judge,
     task: Task,
     error: StudentError,
-    evidence: EvidenceWeights | None = None,
+    score_features: FeatureWeights | None = None,
 ) -> Path:
     """Store an error beside an index, for this teacher and task; those of other teachers are kept. Returns the file.
 
-    ``evidence`` holds the evidence weights used in the scores (``weights_for``); each set of weights has its own error.
+    ``score_features`` holds the feature weights used in the scores (``weights_for``); each set of weights has its own
+    error.
     """
     file = folder / ERRORS_FILE
     known = _read_errors(file) if file.is_file() else {}
-    known[_key(judge, task, evidence)] = error
+    known[_key(judge, task, score_features)] = error
     write_checked(file, {key: asdict(value) for key, value in known.items()})
     return file
 
 
-def read_error(folder: Path, judge: Judge, task: Task, evidence: EvidenceWeights | None = None) -> StudentError:
+def read_error(folder: Path, judge: Judge, task: Task, score_features: FeatureWeights | None = None) -> StudentError:
     """The error that ``write_error`` stored.
 
     Raises:
-        InputError: no error is stored for this teacher, task and evidence, or the teacher ranks lists.
+        InputError: no error is stored for this teacher, task and score features, or the teacher ranks lists.
         DataFormatError: the file cannot be read.
     """
     if ranks_lists(judge):
         raise InputError(RANKING_TEACHER)
     file = folder / ERRORS_FILE
-    error = (_read_errors(file) if file.is_file() else {}).get(_key(judge, task, evidence))
+    error = (_read_errors(file) if file.is_file() else {}).get(_key(judge, task, score_features))
     if error is None:
         raise InputError(
             f"{folder}: the error of its student, with its current scores, against this teacher ({task}) has not been "
@@ -109,6 +110,6 @@ def _read_errors(file: Path) -> dict[str, StudentError]:
         raise DataFormatError(file, f"cannot be read ({error}); delete it and calibrate again") from error
 
 
-def _key(judge: Judge, task: Task, evidence: EvidenceWeights | None) -> str:
+def _key(judge: Judge, task: Task, score_features: FeatureWeights | None) -> str:
     key = f"{judge.fingerprint} {judge.prompt_fingerprint(task)} {task}"
-    return f"{key} {fingerprint_json(evidence.model_dump(mode='json'))}" if evidence else key
+    return f"{key} {fingerprint_json(score_features.model_dump(mode='json'))}" if score_features else key

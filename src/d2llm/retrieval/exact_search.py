@@ -1,11 +1,11 @@
 """The exact top k of a corpus, proved without computing the full score of every passage.
 
 A final score is dot + R_q r_p tanh(g) (method: ``models.interaction``), so it is at most its bound,
-dot + R_q r_p. Evidence (``models.evidence``) counts as a part of the inner product: BM25 scores are computed for all
-rows at once, and for their best windows an upper bound. Passages are scored in order of decreasing bound until the k-th
-best score is above the bounds of all remaining passages. An exact scan for the highest inner products is usually
-enough, because no passage outside the scan has a higher inner product than the scan's last. If that proves nothing, and
-always with evidence, one pass over all vectors computes every bound.
+dot + R_q r_p. Score features (``models.score_features``) count as a part of the inner product: BM25 scores are computed
+for all rows at once, and for their best windows an upper bound. Passages are scored in order of decreasing bound until
+the k-th best score is above the bounds of all remaining passages. An exact scan for the highest inner products is
+usually enough, because no passage outside the scan has a higher inner product than the scan's last. If that proves
+nothing, and always with score features, one pass over all vectors computes every bound.
 
 Exact means that the ranking (ties by id) equals that of all passages scored in the same arithmetic, in which
 score = float32(dot + float32(bound * change)) and upper = float32(dot + bound), with the inner products of the scan or
@@ -30,7 +30,7 @@ from d2llm.core.types import Certificate, Task
 from d2llm.models.plain_student import PairScorer
 from d2llm.ops.selection import check_scores, from_the_highest, top_rows
 from d2llm.retrieval.protocols import VectorStudent
-from d2llm.retrieval.row_evidence import RowEvidence
+from d2llm.retrieval.row_features import RowFeatures
 from d2llm.retrieval.row_scorer import RowScorer
 from d2llm.store.sharded_view import joint_rows
 from d2llm.store.view import PassageView
@@ -83,7 +83,7 @@ def certified_top_k(
     allowed: NDArray[np.bool_] | None = None,
     budget_ms: float | None = None,
     cached: CachedBounds | None = None,
-    evidence: RowEvidence | None = None,
+    score_features: RowFeatures | None = None,
     floor: float = -math.inf,
 ) -> CertifiedRows:
     """The ``top_k`` live and allowed passages with the highest final scores, with a proof; ties by id.
@@ -92,8 +92,8 @@ def certified_top_k(
     If the interaction has no weight, the index's exact scan is the answer. Memory: a few float32 numbers per row.
 
     If ``top_k`` exceeds the corpus, every passage is ranked. ``allowed`` [capacity] marks the rows that pass a filter;
-    None allows all. ``cached`` caches values for all rows of this view: this search reads and fills it. ``evidence``
-    is the query's, if the student's score has any.
+    None allows all. ``cached`` caches values for all rows of this view: this search reads and fills it.
+    ``score_features`` is the query's, if the student's score has any.
 
     ``floor``: passages with lower scores are of no interest, because ``top_k`` others that are not in this view have at
     least this score (``merge_certified``). The search ends as soon as no other passage can reach it; the ranking may
@@ -113,7 +113,7 @@ def certified_top_k(
         raise InputError(f"the budget is {budget_ms} ms, but must be at least 0")
     clock, cached = _Clock(begin, budget_ms, floor), cached or CachedBounds()
     _check_masks(view, allowed)
-    row_scorer = RowScorer(view, student, query_vector, task, evidence)
+    row_scorer = RowScorer(view, student, query_vector, task, score_features)
     scorer = row_scorer.prepared
     if scorer is None or scorer.dot_query is None:
         rows = view.live_rows(allowed)
@@ -126,7 +126,7 @@ def certified_top_k(
         return result
     mask = view.mask(allowed)
     total = view.capacity if mask is None else int(np.count_nonzero(mask))
-    if evidence is None:
+    if score_features is None:
         if scorer.bound == 0:
             return _scan(view, scorer.dot_query, total, top_k, allowed)
         early = _by_scans(
@@ -136,7 +136,7 @@ def certified_top_k(
             return early
     rows = view.live_rows(allowed)
     dots, bound = _pass(view, student, scorer, scorer.dot_query, cached)
-    highest = dots if evidence is None else dots + evidence.bounds(view.capacity)
+    highest = dots if score_features is None else dots + score_features.bounds(view.capacity)
     uppers = check_scores((highest + bound)[rows])
     parts = from_the_highest(uppers, max(_MAX_SCORED, top_k))
     result = _score_from_the_top(view, rows, uppers, parts, _finals(row_scorer, dots, bound), top_k, clock)
@@ -211,8 +211,8 @@ def _finals(
         places = chosen if rows is None else np.searchsorted(rows, chosen)
         change = np.clip(row_scorer.change(chosen), -1, 1).astype(np.float32, copy=False)
         base = dots[places]
-        if row_scorer.evidence is not None:
-            base = base + row_scorer.evidence(chosen)
+        if row_scorer.score_features is not None:
+            base = base + row_scorer.score_features(chosen)
         return np.add(base, bound[places] * change, dtype=np.float32)
 
     return final

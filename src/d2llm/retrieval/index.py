@@ -83,7 +83,7 @@ def part_formats(
     Raises:
         InputError: token embeddings are wanted, but the student has none.
     """
-    counted = student.evidence_weights(task).part_kinds
+    counted = student.feature_weights(task).part_kinds
     formats: dict[PartKind, str] = {}
     requests: dict[PartKind, str | None] = {"window": window_vectors, "token": token_vectors}
     for kind, requested in requests.items():

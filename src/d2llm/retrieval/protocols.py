@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from d2llm.core.types import PART_KINDS, MissingShard, PartKind, Task, WholeText, default_task
 from d2llm.models.document_expansion import DocumentExpansion
-from d2llm.models.evidence import EvidenceWeights
 from d2llm.models.plain_student import PairScorer
 from d2llm.models.quality import PassageQuality
+from d2llm.models.score_features import FeatureWeights
 from d2llm.store.sharded_view import ReadableView
 
 if TYPE_CHECKING:
@@ -180,8 +180,8 @@ class SearchStudent(TextEncoder, VectorStudent, Protocol):
         """What words an index adds to passages; None if this was not fitted."""
         ...
 
-    def evidence_weights(self, task: Task, *, stored: Collection[PartKind] = PART_KINDS) -> EvidenceWeights:
-        """The weights of the evidence from an index in the score; empty if only the vectors count.
+    def feature_weights(self, task: Task, *, stored: Collection[PartKind] = PART_KINDS) -> FeatureWeights:
+        """The weights of the score features from an index in the score; empty if only the vectors count.
 
         ``stored``: the parts of passages whose vectors the index has.
         """

@@ -24,7 +24,7 @@ from d2llm.core.types import (
 from d2llm.ops.diversity import DiverseResults
 from d2llm.retrieval.protocols import SearchView
 from d2llm.retrieval.reranker import Reranked
-from d2llm.retrieval.row_evidence import EvidenceParts
+from d2llm.retrieval.row_features import FeatureParts
 from d2llm.store.view import CandidateRows
 
 
@@ -141,13 +141,13 @@ def show(
     dot_query: NDArray[np.float32] | None,
     order: Order,
     *,
-    evidence: EvidenceParts | None,
+    score_features: FeatureParts | None,
     document_passages: int,
     neighbours: int,
 ) -> tuple[RankedPassage, ...]:
     """The results of a ranking, with texts and the parts that the settings request (``SearchSettings``).
 
-    ``evidence`` is that in the scores of the results; None: they are not explained.
+    ``score_features`` is that in the scores of the results; None: they are not explained.
     """
     rows = order.rows
     documents: list[RankedDocument | None] = [None] * len(rows)
@@ -162,8 +162,8 @@ def show(
             zip(index.passages(rows), order.shown_scores, dots, documents, strict=True), start=1
         )
     )
-    if evidence is not None:
-        shown = _explained(query, shown, order, evidence)
+    if score_features is not None:
+        shown = _explained(query, shown, order, score_features)
     if neighbours:
         shown = with_neighbours(index, shown, neighbours)
     return shown if order.reranked is None else _with_teacher(shown, order, order.reranked)
@@ -202,7 +202,7 @@ def with_neighbours(index: SearchView, places: Sequence[RankedPassage], distance
 
 
 def _explained(
-    query: Query, passages: tuple[RankedPassage, ...], order: Order, added: EvidenceParts
+    query: Query, passages: tuple[RankedPassage, ...], order: Order, added: FeatureParts
 ) -> tuple[RankedPassage, ...]:
     from d2llm.ops.bm25_words import placed_terms, terms
 

@@ -1,4 +1,4 @@
-"""Scores of an index's rows for one query: from their vectors and, if it counts, the evidence."""
+"""Scores of an index's rows for one query: from their vectors and, if it counts, the score features."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from numpy.typing import NDArray
 
 from d2llm.core.types import Task
 from d2llm.retrieval.protocols import VectorStudent
-from d2llm.retrieval.row_evidence import RowEvidence
+from d2llm.retrieval.row_features import RowFeatures
 from d2llm.store.view import PassageView
 
 _SCORED_AT_ONCE = 8_192  # rows: their vectors are in memory together
 
 
 class RowScorer:
-    """Scores rows of ``view`` for one query, and adds its ``evidence``, if any.
+    """Scores rows of ``view`` for one query, and adds its ``score_features``, if any.
 
     ``prepared`` is the student's scorer for the query, or None if its score has no bound.
     """
@@ -25,13 +25,13 @@ class RowScorer:
         student: VectorStudent,
         query_vector: NDArray[np.float32],
         task: Task,
-        evidence: RowEvidence | None = None,
+        score_features: RowFeatures | None = None,
     ) -> None:
         self._view = view
         self._student = student
         self._query_vector = query_vector
         self._task: Task = task
-        self.evidence = evidence
+        self.score_features = score_features
         self.prepared = student.prepare(query_vector, task)
 
     def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -44,7 +44,7 @@ class RowScorer:
             scores = self._student.score(self._query_vector, vectors, self._task)
         else:
             scores = self.prepared(vectors)
-        return scores if self.evidence is None else scores + self.evidence(rows)
+        return scores if self.score_features is None else scores + self.score_features(rows)
 
     def change(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The interaction as a share of its bound, [n] in [-1, 1]; only if there is ``prepared``."""

@@ -28,7 +28,7 @@ from d2llm.retrieval.expansion import Expansion, add_hypothetical_passages
 from d2llm.retrieval.protocols import SearchStudent, SearchView, term_factors
 from d2llm.retrieval.reranker import Candidates, OpenReranker, rerank_candidates
 from d2llm.retrieval.results import Order, ScoredCandidates, group_passages, rerank_report, show
-from d2llm.retrieval.row_evidence import EvidenceParts, weights_for
+from d2llm.retrieval.row_features import FeatureParts, weights_for
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.retrieval.shard_search import RemoteShard, SearchedShard, ShardQuery, ShardSearch, source_names
 from d2llm.store.sharded_view import ShardView, joint_rows, map_in_threads, merge_candidates, rows_by_shard
@@ -154,7 +154,7 @@ class Searcher:
     """``search`` for many calls: work that does not depend on the queries is done once. Arguments: see ``search``.
 
     Every shard of the index does its part (``ShardSearch``), in threads; what they return is merged here.
-    ``weights`` are those of the evidence in the scores.
+    ``weights`` are those of the score features in the scores.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class Searcher:
         self._index = index
         self._student = student
         self._task: Task = self.settings.task or index.task
-        self.weights = weights_for(index, student, self._task, self.settings.evidence)
+        self.weights = weights_for(index, student, self._task, self.settings.score_features)
         names = self.settings.proposers(counts_words=self.weights.counts_words)
         by_vectors = not {"vectors", "ann"}.isdisjoint(names)
         self._exact = self.settings.exact or (by_vectors and not student.has_dot)
@@ -545,13 +545,13 @@ class Searcher:
         query, seconds = prepared.query, prepared.seconds
         order = self._order(prepared)
         begin = time.perf_counter()
-        explained = self._evidence(prepared, order.rows) if self.settings.explain else None
+        explained = self._score_features(prepared, order.rows) if self.settings.explain else None
         passages = show(
             self._index,
             query,
             prepared.sent.dot_query,
             order,
-            evidence=explained,
+            score_features=explained,
             document_passages=self.settings.document_passages,
             neighbours=self.settings.neighbours,
         )
@@ -578,14 +578,14 @@ class Searcher:
             sources=tuple(self._sources),
         )
 
-    def _evidence(self, prepared: _PreparedQuery, rows: NDArray[np.int64]) -> EvidenceParts:
+    def _score_features(self, prepared: _PreparedQuery, rows: NDArray[np.int64]) -> FeatureParts:
         """What words, windows and tokens add to the scores of some rows [n]."""
         parts: dict[str, NDArray[np.float32]] = {}
         for shard_index, at, own in rows_by_shard(rows):
-            for name, values in self._shards[shard_index].evidence(prepared.sent, own)._asdict().items():
+            for name, values in self._shards[shard_index].score_features(prepared.sent, own)._asdict().items():
                 if values is not None:
                     parts.setdefault(name, np.zeros(len(rows), np.float32))[at] = values
-        return EvidenceParts(**parts)
+        return FeatureParts(**parts)
 
     def _candidates(self, prepared: _PreparedQuery, depth: int) -> ScoredCandidates:
         """At least ``depth`` candidates with the student's scores, if the index has that many."""

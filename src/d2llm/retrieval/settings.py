@@ -14,19 +14,19 @@ from d2llm.core.types import (
     DEFAULT_NUM_CANDIDATES,
     DEFAULT_TOP_K,
     ContextOrder,
-    EvidenceTerm,
     ExpansionMethod,
     Grouping,
+    ScoreFeature,
     SourceName,
     Task,
 )
 
 if TYPE_CHECKING:
-    from d2llm.models.evidence import EvidenceWeights
+    from d2llm.models.score_features import FeatureWeights
 
-    Evidence = EvidenceWeights | Mapping[EvidenceTerm, float]
+    ScoreFeatures = FeatureWeights | Mapping[ScoreFeature, float]
 else:
-    Evidence = Any  # the command line, which imports this module, has no use for NumPy
+    ScoreFeatures = Any  # the command line, which imports this module, has no use for NumPy
 
 MIN_CHUNK_TOKENS = 8
 """Least number of tokens of a passage."""
@@ -73,7 +73,7 @@ class SearchSettings(Settings):
         max_length=3,
         fail_fast=True,
     )
-    evidence: Evidence | None = setting(
+    score_features: ScoreFeatures | None = setting(
         None,
         "Weights of the terms of the score other than the vectors, replacing the student's; if empty, only the vectors "
         "count.",
@@ -160,14 +160,14 @@ class SearchSettings(Settings):
         Raises:
             InputError: settings contradict each other.
         """
-        terms = getattr(self.evidence, "terms", self.evidence or {})
+        terms = getattr(self.score_features, "terms", self.score_features or {})
         if not isinstance(terms, Mapping):
-            raise InputError(f"evidence is {shown(terms)}, but must be a dictionary of weights")
+            raise InputError(f"score_features is {shown(terms)}, but must be a dictionary of weights")
         for term, weight in cast("Mapping[str, float]", terms).items():
-            if term not in get_args(EvidenceTerm) or not 0 <= weight < math.inf:
+            if term not in get_args(ScoreFeature) or not 0 <= weight < math.inf:
                 raise InputError(
-                    f"evidence gives {term!r} the weight {weight}; weights must be at least 0, of: "
-                    f"{', '.join(get_args(EvidenceTerm))}"
+                    f"score_features gives {term!r} the weight {weight}; weights must be at least 0, of: "
+                    f"{', '.join(get_args(ScoreFeature))}"
                 )
         if self.exact and (self.hybrid is not None or self.sources not in (None, ("vectors",))):
             raise InputError("an exact search ranks all passages by the student's score: leave out hybrid and sources")

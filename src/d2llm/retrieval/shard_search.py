@@ -8,7 +8,7 @@ in another process (``SearchedShard``; ``server.ray_shards`` has such shards):
 2. ``propose``: the shard's best rows of each source of candidates. The best of all shards are the candidates. If the
    weight of words depends on how near the nearest passage is, and no source looks for it, ``nearest`` does.
 3. ``score``: full scores of the candidates that are in the shard. An exact search has ``certify`` instead of 2 and 3.
-4. Texts of the results, from the view (``ShardedView.passages``), and with ``explain`` the ``evidence`` for them.
+4. Texts of the results, from the view (``ShardedView.passages``), and with ``explain`` the ``score_features`` for them.
 
 Scores do not depend, but for rounding, on the shard that a passage is in, and candidates are chosen among all, so a
 sharded search ranks as a search of one index does. (Only candidates that tie with the last one by BM25 may be others.)
@@ -25,11 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.types import MissingShard, Query, Task
-from d2llm.models.evidence import EvidenceWeights
+from d2llm.models.score_features import FeatureWeights
 from d2llm.retrieval.candidates import AnnSource, CandidateSource, LexicalSource, VectorSource
 from d2llm.retrieval.exact_search import CachedBounds, CertifiedRows, certified_top_k
 from d2llm.retrieval.protocols import VectorStudent
-from d2llm.retrieval.row_evidence import EvidenceParts, RowEvidence
+from d2llm.retrieval.row_features import FeatureParts, RowFeatures
 from d2llm.retrieval.row_scorer import RowScorer
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.view import CandidateRows, PassageView
@@ -98,7 +98,7 @@ class SearchedShard(Protocol):
         """The best rows of the exact ranking, with a proof."""
         ...
 
-    def evidence(self, query: ShardQuery, rows: NDArray[np.int64]) -> EvidenceParts:
+    def score_features(self, query: ShardQuery, rows: NDArray[np.int64]) -> FeatureParts:
         """What words, windows and tokens add to the scores of some rows."""
         ...
 
@@ -108,13 +108,13 @@ class RemoteShard(Protocol):
     """The view of a shard that is searched in another process."""
 
     def begin_search(
-        self, student: VectorStudent, settings: SearchSettings, task: Task, weights: EvidenceWeights, *, is_exact: bool
+        self, student: VectorStudent, settings: SearchSettings, task: Task, weights: FeatureWeights, *, is_exact: bool
     ) -> SearchedShard:
         """Its part in a search; arguments as for ``ShardSearch``."""
         ...
 
 
-def source_names(settings: SearchSettings, weights: EvidenceWeights, *, is_exact: bool) -> list[str]:
+def source_names(settings: SearchSettings, weights: FeatureWeights, *, is_exact: bool) -> list[str]:
     """The names of the sources of candidates in a search with these settings."""
     names = settings.proposers(counts_words=weights.counts_words)
     chosen = [name for name in ("vectors", "ann") if name in names and not is_exact]
@@ -135,7 +135,7 @@ class ShardSearch:
         student: VectorStudent,
         settings: SearchSettings,
         task: Task,
-        weights: EvidenceWeights,
+        weights: FeatureWeights,
         *,
         is_exact: bool,
         cached: CachedBounds | None = None,
@@ -147,7 +147,7 @@ class ShardSearch:
             student: scores them.
             settings: how to search.
             task: the branch of the student's head.
-            weights: those of the evidence.
+            weights: those of the score features.
             is_exact: whether ``certify`` will be called instead of ``score``.
             cached: values that exact searches compute for all rows of this view.
 
@@ -205,7 +205,7 @@ class ShardSearch:
         """The full scores of some rows [n]."""
         if not len(rows):
             return _NOTHING
-        return RowScorer(self.view, self._student, query.vector, self._task, self._evidence(query))(rows)
+        return RowScorer(self.view, self._student, query.vector, self._task, self._score_features(query))(rows)
 
     def certify(
         self, query: ShardQuery, top_k: int, *, budget_ms: float | None = None, floor: float = -np.inf
@@ -220,18 +220,18 @@ class ShardSearch:
             allowed=self._allowed,
             budget_ms=budget_ms,
             cached=self._cached_bounds,
-            evidence=self._evidence(query),
+            score_features=self._score_features(query),
             floor=floor,
         )
 
-    def evidence(self, query: ShardQuery, rows: NDArray[np.int64]) -> EvidenceParts:
+    def score_features(self, query: ShardQuery, rows: NDArray[np.int64]) -> FeatureParts:
         """What words, windows and tokens add to the scores of some rows [n]."""
-        evidence = self._evidence(query)
-        return EvidenceParts() if evidence is None else evidence.parts(rows)
+        score_features = self._score_features(query)
+        return FeatureParts() if score_features is None else score_features.parts(rows)
 
-    def _evidence(self, query: ShardQuery) -> RowEvidence | None:
+    def _score_features(self, query: ShardQuery) -> RowFeatures | None:
         if not self._weights:
             return None
-        return RowEvidence(
+        return RowFeatures(
             self.view, query.query.text, self._weights, query.dot_query, query.tokens, query.words, query.nearest
         )

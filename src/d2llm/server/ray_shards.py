@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import D2LLMError, ShardAwayError
 from d2llm.core.types import MissingShard, PartKind, Task
-from d2llm.models.evidence import EvidenceWeights
+from d2llm.models.score_features import FeatureWeights
 from d2llm.models.student import Student
 from d2llm.retrieval.cosine import DotScorer
 from d2llm.retrieval.protocols import VectorStudent
@@ -270,7 +270,7 @@ class RemoteShardView:
     match = _in_actor("match")
 
     def begin_search(
-        self, student: VectorStudent, settings: SearchSettings, task: Task, weights: EvidenceWeights, *, is_exact: bool
+        self, student: VectorStudent, settings: SearchSettings, task: Task, weights: FeatureWeights, *, is_exact: bool
     ) -> _RemoteSearch:
         """The shard's part in a search (``retrieval.shard_search.RemoteShard``).
 
@@ -304,7 +304,7 @@ class _RemoteSearch:
     nearest = _step_in_actor("nearest")
     score = _step_in_actor("score")
     certify = _step_in_actor("certify")
-    evidence = _step_in_actor("evidence")
+    score_features = _step_in_actor("score_features")
 
 
 class RemoteStore(ShardedStore):

@@ -23,7 +23,7 @@ from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.protocols import SearchStudent, SearchView
 from d2llm.retrieval.reranker import OpenReranker
-from d2llm.retrieval.row_evidence import weights_for
+from d2llm.retrieval.row_features import weights_for
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.retrieval.shard_search import source_names
 from d2llm.server.model_service import ModelService
@@ -116,7 +116,7 @@ class OpenVersion:
         """Whether the scores of a search count the token embeddings."""
         if not iem:
             return False
-        weights = weights_for(self.view, self.student, settings.task or self.view.task, settings.evidence)
+        weights = weights_for(self.view, self.student, settings.task or self.view.task, settings.score_features)
         return "token" in weights.part_kinds
 
     def score_parts(self) -> list[ScorePart]:

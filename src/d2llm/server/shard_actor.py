@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.files import folder_bytes
 from d2llm.core.types import PartKind, Task
-from d2llm.models.evidence import EvidenceWeights
+from d2llm.models.score_features import FeatureWeights
 from d2llm.models.vector_scorer import VectorScorer
 from d2llm.retrieval.cosine import DotScorer
 from d2llm.retrieval.exact_search import CachedBounds
@@ -69,7 +69,7 @@ class SearchSpec:
     key: str
     settings: SearchSettings
     task: Task
-    weights: EvidenceWeights
+    weights: FeatureWeights
     is_exact: bool
     by_dot: bool
 

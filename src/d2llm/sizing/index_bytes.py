@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from d2llm.core.types import PartKind
-from d2llm.models.evidence import EvidenceWeights
+from d2llm.models.score_features import FeatureWeights
 from d2llm.models.student import Student
 from d2llm.retrieval.build_ann import default_num_lists
 from d2llm.retrieval.index import part_formats
@@ -39,7 +39,7 @@ class StudentFacts:
         has_dot: whether part of the score is an inner product; without one, a search scores every passage.
         counts_interaction: whether the interaction has a weight in the plan's task.
         formats: formats of the window vectors and token embeddings that the index stores.
-        weights: the evidence that its score counts in such an index.
+        weights: the score features that its score counts in such an index.
         num_added_words: words that the index adds to a passage, at most.
     """
 
@@ -52,7 +52,7 @@ class StudentFacts:
     has_dot: bool
     counts_interaction: bool
     formats: dict[PartKind, str]
-    weights: EvidenceWeights
+    weights: FeatureWeights
     num_added_words: int = 0
 
     @classmethod
@@ -76,7 +76,7 @@ class StudentFacts:
             has_dot=student.has_dot,
             counts_interaction=not student.has_dot or prepared.bound > 0,
             formats=formats,
-            weights=student.evidence_weights(task, stored=frozenset(formats)),
+            weights=student.feature_weights(task, stored=frozenset(formats)),
             num_added_words=0 if (expansion := student.document_expansion) is None else expansion.num_words,
         )
 

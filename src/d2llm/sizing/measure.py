@@ -104,7 +104,7 @@ class _Measuring:
         self.threads = torch.get_num_threads()
         self.process_bytes = resident_memory()
         self.random = np.random.default_rng(0)
-        self.counts_tokens = "token" in student.evidence_weights(task).part_kinds
+        self.counts_tokens = "token" in student.feature_weights(task).part_kinds
         self.source = f"measured on this machine, {date.today().isoformat()}"
 
     def speeds(self) -> Speeds:
@@ -351,7 +351,7 @@ class _Measuring:
             seconds = time.process_time() - begin
             store.compact(timedelta(0))  # so that texts are read from one file
             view = PassageView(store)
-            settings = SearchSettings(task=self.task, evidence={}, num_candidates=_CANDIDATES)
+            settings = SearchSettings(task=self.task, score_features={}, num_candidates=_CANDIDATES)
             searcher = Searcher(view, self.student, settings)
             whole = self._median(lambda vector: searcher.rank(["a query"], vectors=vector[None]), list(vectors[:32]))
             rows = [self.random.choice(len(passages), 10, replace=False) for _ in range(32)]

@@ -79,7 +79,7 @@ class WordIndex:
         self._corpus = corpus
         self._firsts = np.concatenate([[0], np.cumsum([len(segment) for segment in segments])]).astype(np.int64)
         self._live = None if live is None or live.all() else live
-        # A search needs the scores of one query twice: for its candidates, and as evidence.
+        # A search needs the scores of one query twice: for its candidates, and as score features.
         self._last_scores: tuple[QueryWords | None, _Scores] = (None, np.zeros(0, np.float32))
 
     @classmethod

@@ -331,7 +331,7 @@ class QueryWords:
 
     @property
     def statistics(self) -> NDArray[np.float32]:
-        """Statistics [4] of a query's words, for use in a score (``models.evidence.WordsFactor``).
+        """Statistics [4] of a query's words, for use in a score (``models.score_features.WordsFactor``).
 
         log(1 + number of words), log(1 + ``limit``), the largest weight as a share of ``limit``, and the share of words
         that no passage has.

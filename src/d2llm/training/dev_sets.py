@@ -40,7 +40,7 @@ from d2llm.ops.ranking import top_k
 from d2llm.ops.selection import ids_at, nearest_rows
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.protocols import SearchStudent
-from d2llm.retrieval.row_evidence import mean_of_cosines
+from d2llm.retrieval.row_features import mean_of_cosines
 from d2llm.retrieval.text_workers import encode_shard, encode_texts
 from d2llm.runners.placement import HERE, Placement
 from d2llm.store.bm25 import bm25_lists
@@ -118,7 +118,7 @@ class DevSet:
     word_scores: Mapping[str, NDArray[np.float32]] = field(default_factory=dict[str, NDArray[np.float32]])
     token_weight: float = 0.0
 
-    def with_evidence(self, score_words: ScorePassages | None, token_weight: float) -> DevSet:
+    def with_score_features(self, score_words: ScorePassages | None, token_weight: float) -> DevSet:
         """The same set, whose scores count words, if they are given, and token embeddings with this weight."""
         scores: dict[str, NDArray[np.float32]] = {}
         if score_words is not None:
@@ -440,10 +440,10 @@ def measure_by_weight(student: Student, encoded: EncodedDev, *, advance: Callabl
     elif isinstance(student.interaction, Interaction) and student.has_dot:
         scores = {0.0: scores[1.0]}
     words = [dev.word_scores[query_id] for query_id in dev.queries] if dev.word_scores else []
-    for evidence in (words, encoded.token_scores):
-        if evidence:
+    for score_features in (words, encoded.token_scores):
+        if score_features:
             scores = {
-                weight: [own + added for own, added in zip(weight_scores, evidence, strict=True)]
+                weight: [own + added for own, added in zip(weight_scores, score_features, strict=True)]
                 for weight, weight_scores in scores.items()
             }
     results = {weight: dev.measure(weight_scores) for weight, weight_scores in scores.items()}

@@ -36,7 +36,7 @@ from d2llm.training.mining.complement import complement_words
 from d2llm.training.objective import OFFSET
 from d2llm.training.pretrain import pretrain_backbone, unlabelled_texts
 from d2llm.training.processes import Processes, joined_processes, own_device
-from d2llm.training.score_features import evidence_at_start, fit_beside, with_evidence
+from d2llm.training.score_features import fit_beside, score_features_at_start, with_score_features
 from d2llm.training.training_loop import DistillRun
 
 _log = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ class DistillReport:
     weight r), and the number of queries or pairs. ``share_kept`` is the share of the change from the start that was
     kept (``training.choose_weights``). ``label_share``: with two heads, the weight of the one that learnt the data
     sets' judgements. ``is_untrained``: no state was better on dev than the start, so the start was
-    written. ``evidence`` has, for each task, the weights of the evidence beside the vectors, and its gain on dev.
+    written. ``score_features`` has, for each task, the weights of the score features beside the vectors, and its gain
+    on dev.
     ``probabilities`` has, for each task with enough dev queries, the function that turns scores into probabilities.
     """
 
@@ -68,7 +69,7 @@ class DistillReport:
     is_untrained: bool
     dev: dict[str, dict[str, Any]]
     seconds: float = 0.0
-    evidence: dict[Task, dict[str, Any]] = field(default_factory=dict[Task, dict[str, Any]])
+    score_features: dict[Task, dict[str, Any]] = field(default_factory=dict[Task, dict[str, Any]])
     probabilities: dict[Task, dict[str, Any]] = field(default_factory=dict[Task, dict[str, Any]])
     label_share: float | None = None
 
@@ -142,7 +143,7 @@ def distill(
     student = _starting_student(recipe, device=own_device(device), dtype=dtype)
     started_from = student.fingerprint if training.start is not None else None
     with joined_processes() as processes, showing_progress(None if processes.is_first else False):
-        start_tokens, start_evidence = student.token_projection, student.evidence
+        start_tokens, start_score_features = student.token_projection, student.score_features
         preparation = Preparation(recipe, student, labelled, processes, device, dtype)
         objective = recipe.losses.root.values()
         for loss in objective:
@@ -150,9 +151,9 @@ def distill(
         if training.start is None:
             _pretrain(student, sources, recipe, run_folder, processes)
             _fit_pooling(student, sources, recipe, processes)
-        if recipe.evidence.in_training:
-            evidence, start_tokens = evidence_at_start(student, sources, recipe, run_folder, processes)
-            labelled, dev_sets = with_evidence(labelled, dev_sets, evidence)
+        if recipe.score_features.in_training:
+            score_features, start_tokens = score_features_at_start(student, sources, recipe, run_folder, processes)
+            labelled, dev_sets = with_score_features(labelled, dev_sets, score_features)
         if training.complement_words is not None:
             labelled = [complement_words(each, training.complement_words) for each in labelled]
         preparation.sources[:] = labelled
@@ -171,7 +172,7 @@ def distill(
         run.finish_student()
         report = _report(run, folder, labelled, stopped_early)
         if processes.is_first:
-            fit_beside(run, sources, tokens=start_tokens, evidence=start_evidence)
+            fit_beside(run, sources, tokens=start_tokens, score_features=start_score_features)
             report = _write(run, folder, report, identity.fingerprint, closed_gates)
         return processes.from_first(replace(report, seconds=time.monotonic() - started))  # once the student is written
 
@@ -303,7 +304,7 @@ def _write(
     run.trainer.finish()
     return replace(
         report,
-        evidence={task: fitted.model_dump() for task, fitted in student.evidence.tasks.items()},
+        score_features={task: fitted.model_dump() for task, fitted in student.score_features.tasks.items()},
         probabilities={task: fitted.model_dump() for task, fitted in student.calibration.tasks.items()},
     )
 

@@ -1,4 +1,4 @@
-"""The verb ``fit-scores``: fits evidence weights and probabilities on dev without training the student."""
+"""The verb ``fit-scores``: fits feature weights and probabilities on dev without training the student."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from d2llm.core.inputs import objects_of
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.pairs import PairDataset, as_retrieval
-from d2llm.models.evidence import Evidence
+from d2llm.models.score_features import ScoreFeatures
 from d2llm.models.student import Student
-from d2llm.recipe import EvidenceConfig
+from d2llm.recipe import ScoreFeaturesConfig
 from d2llm.training.fit_document_expansion import fit_document_expansion
-from d2llm.training.fit_evidence import LISTED_PASSAGES, fit_evidence
 from d2llm.training.fit_probabilities import fit_probabilities
 from d2llm.training.fit_quality import fit_quality
+from d2llm.training.fit_score_features import LISTED_PASSAGES, fit_score_features
 from d2llm.training.fit_term_weights import fit_term_weights
 
 
 @dataclass(frozen=True, slots=True)
 class FitScoresReport:
-    """What was fitted for one task (``TaskEvidence``, ``TaskCalibration``); None if there were too few queries.
+    """What was fitted for one task (``TaskFeatureWeights``, ``TaskCalibration``); None if there were too few queries.
 
     ``quality`` is that of passages (``PassageQuality``), ``term_weights`` those of words (``TermWeights``) and
     ``document_expansion`` says what words passages lack (``DocumentExpansion``), without the functions' own weights;
@@ -31,7 +31,7 @@ class FitScoresReport:
     """
 
     task: Task
-    evidence: dict[str, Any] | None
+    score_features: dict[str, Any] | None
     probabilities: dict[str, Any] | None
     quality: dict[str, Any] | None = None
     term_weights: dict[str, Any] | None = None
@@ -73,7 +73,7 @@ def fit_scores(
         document_expansion: first fit what words passages lack, on the train split
             (``training.fit_document_expansion``); the weights are then fitted to passages with these words.
         num_queries: maximum number of queries per data set.
-        num_passages: minimum number of passages per data set to encode (``make_evidence_lists``).
+        num_passages: minimum number of passages per data set to encode (``make_feature_lists``).
         seed: seed of the choice of queries and passages.
 
     Raises:
@@ -96,12 +96,12 @@ def fit_scores(
         student.term_weights = fit_term_weights(student, retrieval_sets, seed=seed)
     if document_expansion:
         student.document_expansion = fit_document_expansion(student, retrieval_sets, seed=seed)
-    new_evidence = Evidence()
+    new_score_features = ScoreFeatures()
     if words:
-        config = EvidenceConfig(
+        config = ScoreFeaturesConfig(
             words=True, window_words=True, window_vectors=window_vectors, token_vectors=token_vectors
         )
-        new_evidence = fit_evidence(
+        new_score_features = fit_score_features(
             student,
             judged,
             terms=config.terms,
@@ -110,15 +110,17 @@ def fit_scores(
             num_passages=num_passages,
             seed=seed,
         )
-        student.evidence = new_evidence.model_copy(update={"tasks": {**student.evidence.tasks, **new_evidence.tasks}})
+        student.score_features = new_score_features.model_copy(
+            update={"tasks": {**student.score_features.tasks, **new_score_features.tasks}}
+        )
     fitted = fit_probabilities(student, judged, num_queries=num_queries, seed=seed)
     student.calibration = fitted.model_copy(update={"tasks": {**student.calibration.tasks, **fitted.tasks}})
     if quality:
         student.quality = fit_quality(student, retrieval_sets, seed=seed)
-    evidence, calibration = new_evidence.tasks.get(task), fitted.tasks.get(task)
+    score_features, calibration = new_score_features.tasks.get(task), fitted.tasks.get(task)
     return FitScoresReport(
         task,
-        None if evidence is None else evidence.model_dump(),
+        None if score_features is None else score_features.model_dump(),
         None if calibration is None else calibration.model_dump(),
         student.quality.model_dump(exclude={"weights"}) if quality and student.quality else None,
         student.term_weights.model_dump(exclude={"weights"}) if term_weights and student.term_weights else None,

@@ -89,8 +89,8 @@ def fit_tokens(
 ) -> FitTokensReport:
     """Train a student's token embeddings on the train splits of data sets; nothing else of it changes.
 
-    The weight of the tokens in the student's score is fitted afterwards (``training.fit_evidence``); it may be 0. Until
-    then the score does not count them.
+    The weight of the tokens in the student's score is fitted afterwards (``training.fit_score_features``); it may be 0.
+    Until then the score does not count them.
     Memory: two bytes for each dimension of the state of each token that is read.
 
     Args:
@@ -136,7 +136,9 @@ def fit_tokens(
         trainer.train()
     losses = np.reshape(trainer.losses, (config.epochs, -1)).mean(axis=1).tolist() if trainer.losses else []
     student.token_projection = projection.eval().requires_grad_(False)
-    student.evidence = student.evidence.without_tokens()  # those weights were fitted for another projection, if any
+    student.score_features = (
+        student.score_features.without_tokens()
+    )  # those weights were fitted for another projection, if any
     return FitTokensReport(
         projection.fingerprint, projection.dim, {each.name: len(each.queries) for each in examples}, tuple(losses)
     )

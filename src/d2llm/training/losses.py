@@ -151,10 +151,10 @@ class LossInput:
         return queries, passages
 
     def _final(self, scores: PairScores) -> Tensor:
-        return _without_common_change(scores, self.candidates) + self._evidence
+        return _without_common_change(scores, self.candidates) + self._score_features
 
     @cached_property
-    def _evidence(self) -> Tensor:
+    def _score_features(self) -> Tensor:
         """What words and tokens add to the scores: the gradient is then that of what they leave unexplained."""
         added = torch.zeros_like(self.scores.logits, dtype=torch.float32)
         if self.batch.word_scores is not None:
@@ -208,7 +208,7 @@ class DotCrossEntropy(Loss, kind="dot_cross_entropy"):
 
 
 class TokenCrossEntropy(Loss, kind="token_cross_entropy"):
-    """The same for the token embeddings alone, where they count in training (``evidence.in_training``)."""
+    """The same for the token embeddings alone, where they count in training (``score_features.in_training``)."""
 
     needs = frozenset({"judgements"})
     of_vectors: ClassVar[bool] = True

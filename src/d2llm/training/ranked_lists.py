@@ -100,7 +100,7 @@ def collect_lists(
         for split, ids in chosen.items()
     }
     corpus = fingerprint_passages(dataset.passages.values())
-    weights = student.evidence_weights(task).model_dump(mode="json")
+    weights = student.feature_weights(task).model_dump(mode="json")
     fingerprint = fingerprint_json([student.fingerprint, weights, corpus, judged, task, config.depth])
     file = folder / f"{dataset.name}.lists.safetensors"
     kept = _read(file, fingerprint)

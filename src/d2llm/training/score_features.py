@@ -8,45 +8,45 @@ from pathlib import Path
 
 from d2llm.core.errors import OutOfTimeError
 from d2llm.core.time_limit import seconds_left, time_limit
-from d2llm.core.types import EvidenceTerm, Task
+from d2llm.core.types import ScoreFeature, Task
 from d2llm.data.collation import LabelledSource
 from d2llm.data.training import TrainingSource
-from d2llm.models.evidence import Evidence, TaskEvidence
 from d2llm.models.fitted_part import Widths
+from d2llm.models.score_features import ScoreFeatures, TaskFeatureWeights
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection
 from d2llm.recipe import Recipe
 from d2llm.training.checkpoints import remarks
 from d2llm.training.dev_sets import DevSet
-from d2llm.training.fit_evidence import fit_evidence
 from d2llm.training.fit_probabilities import fit_probabilities
+from d2llm.training.fit_score_features import fit_score_features
 from d2llm.training.fit_tokens import fit_tokens
 from d2llm.training.processes import Processes
 from d2llm.training.training_loop import DistillRun, listed_passages
 from d2llm.training.word_scores import WordScores
 
 
-def evidence_at_start(
+def score_features_at_start(
     student: Student, sources: Sequence[TrainingSource], recipe: Recipe, run_folder: Path, processes: Processes
-) -> tuple[Evidence, TokenProjection | None]:
-    """The weights of evidence beside the student before the first step, and its projection of tokens, if it counts.
+) -> tuple[ScoreFeatures, TokenProjection | None]:
+    """The feature weights beside the student before the first step, and its projection of tokens, if it counts.
 
     Both are kept in the run's folder for a run that is resumed. A student without a projection gets one, trained on
     states that do not change.
     """
     key = student.fingerprint
-    if processes.is_first and not Evidence.read(run_folder, key):
+    if processes.is_first and not ScoreFeatures.read(run_folder, key):
         run_folder.mkdir(parents=True, exist_ok=True)
-        counted: list[EvidenceTerm] = [term for term in recipe.evidence.terms if term != "window_vectors"]
+        counted: list[ScoreFeature] = [term for term in recipe.score_features.terms if term != "window_vectors"]
         judged = _with_corpus(sources)
         if "token_vectors" in counted and judged and student.has_dot:
             if student.token_projection is None:
                 _fit_tokens(student, judged, recipe, start=None)
             assert student.token_projection is not None
             student.token_projection.write(run_folder, key)
-        fitted = _fit_evidence(student, sources, recipe, counted, use_nearest=False)
+        fitted = _fit_score_features(student, sources, recipe, counted, use_nearest=False)
         # Only an index knows how near the nearest passage is.
-        own, usable = student.evidence, dict[Task, TaskEvidence]()
+        own, usable = student.score_features, dict[Task, TaskFeatureWeights]()
         for task, each in own.tasks.items():
             weights = own.weights(task)
             if weights.terms.keys() <= {*counted} and not weights.needs_nearest:
@@ -56,38 +56,38 @@ def evidence_at_start(
             chosen.write(run_folder, key)
     processes.from_first(None)  # wait until both are written
     widths = Widths(student.vector_dim, student.backbone.dim)
-    return Evidence.read(run_folder, key) or Evidence(), TokenProjection.read(run_folder, key, widths)
+    return ScoreFeatures.read(run_folder, key) or ScoreFeatures(), TokenProjection.read(run_folder, key, widths)
 
 
-def with_evidence(
-    labelled: Sequence[LabelledSource], dev_sets: Sequence[DevSet], evidence: Evidence
+def with_score_features(
+    labelled: Sequence[LabelledSource], dev_sets: Sequence[DevSet], score_features: ScoreFeatures
 ) -> tuple[list[LabelledSource], list[DevSet]]:
     """The same data sets, whose scores count words and tokens where they have a weight; never for labelled pairs."""
     sources, dev = list(labelled), list(dev_sets)
     for place, each in enumerate(labelled):
-        weights = evidence.weights(each.source.task, stored=("token",))
+        weights = score_features.weights(each.source.task, stored=("token",))
         if each.source.pairs is None and weights:
             score_words = WordScores(each.source.dataset, weights) if weights.counts_words else None
             token_weight = weights.terms.get("token_vectors", 0.0)
             sources[place] = replace(each, score_words=score_words, token_weight=token_weight)
-            dev[place] = dev[place].with_evidence(score_words, token_weight)
+            dev[place] = dev[place].with_score_features(score_words, token_weight)
     return sources, dev
 
 
 def fit_beside(
-    run: DistillRun, sources: Sequence[TrainingSource], *, tokens: TokenProjection | None, evidence: Evidence
+    run: DistillRun, sources: Sequence[TrainingSource], *, tokens: TokenProjection | None, score_features: ScoreFeatures
 ) -> None:
-    """Fit the trained student's evidence and probabilities on dev.
+    """Fit the trained student's score features and probabilities on dev.
 
     ``tokens`` is the projection of tokens of the student that training started from, if it had one. One that was
-    trained together with the backbone remains as it is. ``evidence`` has the weights of that student, which remain for
-    each task for which none are fitted.
+    trained together with the backbone remains as it is. ``score_features`` has the weights of that student, which
+    remain for each task for which none are fitted.
     """
     student, recipe = run.student.eval(), run.recipe
     if student.token_projection is not None:
         student.token_projection.requires_grad_(False)
     judged = _with_corpus(sources)
-    if recipe.evidence.token_vectors and judged and student.has_dot and student.token_projection is None:
+    if recipe.score_features.token_vectors and judged and student.has_dot and student.token_projection is None:
         try:
             with time_limit(seconds_left() - run.seconds_after("tokens")):
                 _fit_tokens(student, judged, recipe, start=tokens)
@@ -100,8 +100,10 @@ def fit_beside(
     if student.token_projection is None:
         student.token_projection = tokens
     has_tokens = student.token_projection is not None
-    terms: list[EvidenceTerm] = [each for each in recipe.evidence.terms if has_tokens or each != "token_vectors"]
-    student.evidence = _with_inherited(_fit_evidence(student, sources, recipe, terms), evidence, student)
+    terms: list[ScoreFeature] = [each for each in recipe.score_features.terms if has_tokens or each != "token_vectors"]
+    student.score_features = _with_inherited(
+        _fit_score_features(student, sources, recipe, terms), score_features, student
+    )
     student.calibration = fit_probabilities(
         student,
         [(source.dataset, source.task) for source in sources],
@@ -110,18 +112,18 @@ def fit_beside(
     )
 
 
-def _fit_evidence(
+def _fit_score_features(
     student: Student,
     sources: Sequence[TrainingSource],
     recipe: Recipe,
-    terms: Sequence[EvidenceTerm],
+    terms: Sequence[ScoreFeature],
     *,
     use_nearest: bool = True,
-) -> Evidence:
-    """Fit the evidence on the dev queries of the retrieval sets; labelled pairs have no corpus to count words in."""
+) -> ScoreFeatures:
+    """Fit the weights on dev queries of retrieval sets; labelled pairs have no corpus to count words in."""
     if not terms or not student.has_dot:
-        return Evidence()
-    return fit_evidence(
+        return ScoreFeatures()
+    return fit_score_features(
         student,
         [(source.dataset, source.task) for source in _with_corpus(sources)],
         terms=terms,
@@ -145,13 +147,13 @@ def _fit_tokens(
     )
 
 
-def _with_inherited(fitted: Evidence, start: Evidence, student: Student) -> Evidence:
-    """The fitted evidence, and that of the student that training started from for the other tasks."""
+def _with_inherited(fitted: ScoreFeatures, start: ScoreFeatures, student: Student) -> ScoreFeatures:
+    """The fitted score features, and those of the student that training started from for the other tasks."""
     if not (start.tasks and student.has_dot):
         return fitted
     kept = start.inherited(has_tokens=student.token_projection is not None)
     for task in sorted(kept.tasks.keys() - fitted.tasks.keys()):
-        remarks.info("distill: %s search: the weights of evidence are those of the start", task)
+        remarks.info("distill: %s search: the feature weights are those of the start", task)
     return kept.model_copy(update={"tasks": {**kept.tasks, **fitted.tasks}})
 
 

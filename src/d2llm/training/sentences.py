@@ -83,20 +83,20 @@ def describe_labels(report: LabelReport) -> str:
 
 
 def describe_distillation(report: DistillReport) -> str:
-    """The result of a distillation: steps, dev, evidence, and the calibration of its probabilities."""
+    """The result of a distillation: steps, dev, score features, and the calibration of its probabilities."""
     dev = [
         f"{name} {result['start']:.3f} -> {result['kept']:.3f} ({result['num_items']:,} questions or pairs)"
         for name, result in report.dev.items()
     ]
-    words = f"{describe_evidence(report.evidence)}; " if report.evidence else ""
+    words = f"{describe_score_features(report.score_features)}; " if report.score_features else ""
     return (
         f"{report.steps:,} steps, best at {report.best_step:,}; dev: {', '.join(dev)}; {words}probabilities: "
         f"{describe_calibration(report.probabilities)}; in {report.folder}"
     )
 
 
-def describe_evidence(fitted: Mapping[Task, Mapping[str, Any]]) -> str:
-    """How much the evidence of words gains on dev, and where it is left out."""
+def describe_score_features(fitted: Mapping[Task, Mapping[str, Any]]) -> str:
+    """How much the score features gain on dev, and where it is left out."""
     parts: list[str] = []
     for task, result in fitted.items():
         changes = ", ".join(f"{name} {own:.3f} -> {fused:.3f}" for name, (own, fused) in result["dev"].items())
@@ -104,7 +104,7 @@ def describe_evidence(fitted: Mapping[Task, Mapping[str, Any]]) -> str:
             changes = "the weights of the student that training started from"
         is_used = any(result["weights"].values())
         left_out = "" if is_used else " (no better, so they are left out)"
-        parts.append(f"words and other evidence in the {task} score: {changes}{left_out}")
+        parts.append(f"words and other score features in the {task} score: {changes}{left_out}")
     return "; ".join(parts)
 
 

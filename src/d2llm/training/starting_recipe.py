@@ -26,7 +26,7 @@ from d2llm.recipe import AutoPooling, BackboneConfig, DataConfig, Recipe, Studen
 from d2llm.recipe.recipe_file import load_recipe_text, named_teacher
 from d2llm.retrieval.protocols import task_for
 from d2llm.training.checkpoints import usual_epochs
-from d2llm.training.fit_evidence import LISTED_DEPTH, LISTED_PASSAGES
+from d2llm.training.fit_score_features import LISTED_DEPTH, LISTED_PASSAGES
 
 _log = logging.getLogger(__name__)
 _SAMPLE = 2000  # texts whose length is measured
@@ -154,7 +154,7 @@ def starting_recipe(
             *_teacher_sections(teacher, encoder.model, used, isinstance(dataset, PairDataset)),
             _data_section(data, chosen, reason, shared, num_train, num_left),
             _training_section(used, epochs, start),
-            _EVIDENCE,
+            _SCORE_FEATURES,
         ]
     )
     result = StartingRecipe(
@@ -426,8 +426,8 @@ num_hard = {_NUM_HARD} # negatives of a query in a step, drawn again each epoch 
 num_easy = {_NUM_EASY}"""
 
 
-_EVIDENCE = """\
-[evidence] # BM25 as part of the score in an index: its weights are fitted on dev at the end, and 0 if it does not help
-words = true
+_SCORE_FEATURES = """\
+[score_features] # BM25 as part of the score in an index: its weights are fitted on dev at the end, and 0 if it does not
+help words = true
 window_words = true # BM25 of each two neighbouring sentences, which helps if passages are long
 token_vectors = true # vectors of single tokens, which see more than the passage's one vector; 32 bytes each"""

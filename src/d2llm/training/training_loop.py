@@ -51,7 +51,7 @@ from d2llm.training.dev_sets import (
     has_interaction_weight,
     measure_by_weight,
 )
-from d2llm.training.fit_evidence import LISTED_PASSAGES
+from d2llm.training.fit_score_features import LISTED_PASSAGES
 from d2llm.training.gradient_cache import backpropagate, graph_room
 from d2llm.training.idle_gates import make_idle_gates_constant
 from d2llm.training.losses import LossInput
@@ -205,7 +205,7 @@ class DistillRun(Trainable):
         num_listed = listed_passages(training)
         num_texts = sum(min(num_listed, len(each.source.dataset.passages)) for each in self.sources)
         num_texts += _CALIBRATED_TEXTS * num_queries
-        if stage != "tokens" and self.recipe.evidence.token_vectors:
+        if stage != "tokens" and self.recipe.score_features.token_vectors:
             num_texts += self.num_planned
         if stage != "tokens" and self.student.config.interaction.gates:
             num_texts += num_dev
@@ -517,7 +517,7 @@ class DistillRun(Trainable):
 
 
 def listed_passages(training: TrainingConfig) -> int:
-    """How many passages of a data set are encoded to fit weights of evidence; in limited time as suits its dev sets."""
+    """How many passages of a data set are encoded to fit feature weights; in limited time as suits its dev sets."""
     return LISTED_PASSAGES if math.isinf(seconds_left()) else min(LISTED_PASSAGES, 2 * training.dev_passages)
 
 

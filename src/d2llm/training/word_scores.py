@@ -1,4 +1,4 @@
-"""What words add to the scores of a data set's passages in training (``evidence.in_training``)."""
+"""What words add to the scores of a data set's passages in training (``score_features.in_training``)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.data.beir import Dataset
-from d2llm.models.evidence import EvidenceWeights
+from d2llm.models.score_features import FeatureWeights
 from d2llm.store.bm25 import WordIndex
 
 
 class WordScores:
     """The words' part of the score of any query and passage of one data set, with fixed weights."""
 
-    def __init__(self, dataset: Dataset, weights: EvidenceWeights) -> None:
+    def __init__(self, dataset: Dataset, weights: FeatureWeights) -> None:
         self._words = WordIndex.from_texts(passage.full_text for passage in dataset.passages.values())
         self._row_of = {passage_id: row for row, passage_id in enumerate(dataset.passages)}
         self._weights = weights

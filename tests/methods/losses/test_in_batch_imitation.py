@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from d2llm.core.errors import InputError
-from d2llm.core.types import EvidenceTerm
+from d2llm.core.types import ScoreFeature
 from d2llm.data.training import TrainingSource
 from d2llm.methods.losses.in_batch_imitation import LiveScores, LiveTeacher
 from d2llm.models.backbone import TextKind
-from d2llm.models.evidence import Evidence, TaskEvidence
+from d2llm.models.score_features import ScoreFeatures, TaskFeatureWeights
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection
 from d2llm.recipe.losses import Objective
@@ -35,9 +35,9 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
     randomise(student.interaction)
     rarity = [float(number % 5) for number in range(len(student.backbone.tokenizer))]  # every fifth token has no vector
     student.token_projection = TokenProjection(DIM, 8, rarity, max_query_tokens=MAX_TOKENS)
-    weights: dict[EvidenceTerm, float] = {"token_vectors": WEIGHT, "words": 3.0}
-    fitted = TaskEvidence(weights=weights, dev={}, num_queries={})
-    student.evidence = Evidence(tasks={"asymmetric": fitted})
+    weights: dict[ScoreFeature, float] = {"token_vectors": WEIGHT, "words": 3.0}
+    fitted = TaskFeatureWeights(weights=weights, dev={}, num_queries={})
+    student.score_features = ScoreFeatures(tasks={"asymmetric": fitted})
     return student
 
 

@@ -18,7 +18,7 @@ from d2llm.ops.rereading import StudentError, expected_log_odds, on_one_scale, r
 from d2llm.retrieval.calibrate import read_error
 from d2llm.retrieval.protocols import SearchStudent, SearchView
 from d2llm.retrieval.reranker import Candidates, OpenReranker, Reranked, TeacherReranker
-from d2llm.retrieval.row_evidence import weights_for
+from d2llm.retrieval.row_features import weights_for
 
 _DECAY = 0.5  # of the running mean of seconds per pair, at each batch: texts differ, and the first call is slow
 

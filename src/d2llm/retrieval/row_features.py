@@ -1,4 +1,4 @@
-"""Evidence: what an index adds to its passages' scores for one query (``models.evidence``)."""
+"""Score features: what an index adds to its passages' scores for one query (``models.score_features``)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import IndexMismatchError, InputError
-from d2llm.core.types import PART_NAMES, EvidenceTerm, Task
-from d2llm.models.evidence import EvidenceWeights
+from d2llm.core.types import PART_NAMES, ScoreFeature, Task
+from d2llm.models.score_features import FeatureWeights
 from d2llm.retrieval.protocols import SearchStudent, SearchView
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.view import PassageView
 from d2llm.store.word_segment import QueryWords
 
 
-class EvidenceParts(NamedTuple):
+class FeatureParts(NamedTuple):
     """What words, windows and tokens each add to the scores of some rows [n]; None if they do not count."""
 
     words: NDArray[np.float32] | None = None
@@ -26,14 +26,14 @@ class EvidenceParts(NamedTuple):
     tokens: NDArray[np.float32] | None = None
 
 
-class RowEvidence:
-    """The weighted sum of the evidence of rows, float32."""
+class RowFeatures:
+    """The weighted sum of the score features of rows, float32."""
 
     def __init__(
         self,
         index: PassageView,
         text: str,
-        weights: EvidenceWeights,
+        weights: FeatureWeights,
         dot_query: NDArray[np.float32] | None,
         tokens: NDArray[np.float32] | None = None,
         query_words: QueryWords | None = None,
@@ -62,25 +62,25 @@ class RowEvidence:
             self._tokens = mean_of_cosines(tokens)
 
     def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The evidence of some rows [n]."""
-        evidence = self._with_windows(self._word_evidence(rows), rows)
-        return evidence if self._tokens is None else evidence + self._token_evidence(self._tokens, rows)
+        """The score features of some rows [n]."""
+        score_features = self._with_windows(self._word_scores(rows), rows)
+        return score_features if self._tokens is None else score_features + self._token_scores(self._tokens, rows)
 
-    def parts(self, rows: NDArray[np.int64]) -> EvidenceParts:
-        """The evidence of some rows [n], by kind."""
-        return EvidenceParts(
-            self._word_evidence(rows) if self._passage_weight or self._window_weight else None,
-            self._window_evidence(rows) if self._vector_weight else None,
-            None if self._tokens is None else self._token_evidence(self._tokens, rows),
+    def parts(self, rows: NDArray[np.int64]) -> FeatureParts:
+        """The score features of some rows [n], by kind."""
+        return FeatureParts(
+            self._word_scores(rows) if self._passage_weight or self._window_weight else None,
+            self._window_scores(rows) if self._vector_weight else None,
+            None if self._tokens is None else self._token_scores(self._tokens, rows),
         )
 
-    def _word_evidence(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _word_scores(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         if not self._window_weight:
             return self._passage_weight * self._passages[rows]
         return self._sum(*self._words.score(self._query, rows))
 
     def bounds(self, num_rows: int) -> NDArray[np.float32]:
-        """Upper bounds of the evidence of the first rows, valid in the same float32 arithmetic."""
+        """Upper bounds of the score features of the first rows, valid in the same float32 arithmetic."""
         passages = self._passages[:num_rows]
         if self._window_weight:
             words = self._sum(passages, self._words.window_limits(self._query)[:num_rows])
@@ -101,13 +101,13 @@ class RowEvidence:
         return self._passage_weight * passages + self._window_weight * windows
 
     def _with_windows(self, words: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        return words + self._window_evidence(rows) if self._vector_weight else words
+        return words + self._window_scores(rows) if self._vector_weight else words
 
-    def _window_evidence(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _window_scores(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         assert self._dot_query is not None, "windows are scored by inner products, which this student does not have"
         return self._vector_weight * self._index.best_windows(self._dot_query, rows)
 
-    def _token_evidence(self, tokens: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _token_scores(self, tokens: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         return self._token_weight * self._index.best_tokens(tokens, rows)
 
 
@@ -123,18 +123,18 @@ def weights_for(
     index: SearchView,
     student: SearchStudent,
     task: Task,
-    requested: EvidenceWeights | Mapping[EvidenceTerm, float] | None = None,
-) -> EvidenceWeights:
+    requested: FeatureWeights | Mapping[ScoreFeature, float] | None = None,
+) -> FeatureWeights:
     """The weights for a search of an index: those requested, else the student's for what the index stores.
 
     Raises:
         InputError: windows or tokens have a weight, but the index does not store their vectors.
         IndexMismatchError: tokens have a weight, and their vectors in the index were made by another projection.
     """
-    if requested is not None and not isinstance(requested, EvidenceWeights):
-        requested = EvidenceWeights(terms=dict(requested))
+    if requested is not None and not isinstance(requested, FeatureWeights):
+        requested = FeatureWeights(terms=dict(requested))
     stored = index.part_kinds
-    weights = student.evidence_weights(task, stored=stored) if requested is None else requested
+    weights = student.feature_weights(task, stored=stored) if requested is None else requested
     for kind in weights.part_kinds - stored:
         raise InputError(
             f"{kind}_vectors have a weight, but this index stores no {PART_NAMES[kind]}; index the corpus again with "
@@ -150,7 +150,7 @@ def weights_for(
         if own != index.token_projection:
             raise IndexMismatchError(
                 f"this index has the token embeddings of projection {index.token_projection}, but the student has "
-                f"{own}; index the corpus again, or search with other evidence"
+                f"{own}; index the corpus again, or search with other score features"
             )
     return weights
 
@@ -161,18 +161,18 @@ def scored_list(
     query: QueryWords,
     rows: NDArray[np.int64],
     grades: Mapping[int, float],
-    terms: Sequence[EvidenceTerm],
+    terms: Sequence[ScoreFeature],
     best_windows: NDArray[np.float32] | None = None,
     best_tokens: NDArray[np.float32] | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """The scores [n, 1 + terms] of some rows [n], the student's ``own`` first, and their grades [n], 0 if not judged.
 
-    The terms are those that ``RowEvidence`` weights; ``best_windows`` [n] are for the term "window_vectors",
+    The terms are those that ``RowFeatures`` weights; ``best_windows`` [n] are for the term "window_vectors",
     ``best_tokens`` [n] for "token_vectors".
     """
     passage_scores, window_scores = words.score(query, rows)
     limit = query.limit or 1.0
-    values: dict[EvidenceTerm, NDArray[np.float32]] = {
+    values: dict[ScoreFeature, NDArray[np.float32]] = {
         "words": passage_scores,
         "words_share": passage_scores / limit,
         "window_words": window_scores,

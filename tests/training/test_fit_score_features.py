@@ -1,4 +1,4 @@
-"""Evidence weights: fitted only where they help, and measured on queries held out of the fit."""
+"""Score features weights: fitted only where they help, and measured on queries held out of the fit."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage
 from d2llm.data.pairs import read_pairs
-from d2llm.models.evidence import Evidence, EvidenceWeights, TaskEvidence, WordsFactor
+from d2llm.models.score_features import FeatureWeights, ScoreFeatures, TaskFeatureWeights, WordsFactor
 from d2llm.models.student import Student
 from d2llm.ops.bm25_words import windows
 from d2llm.ops.weighted_sum import sum_weights
 from d2llm.recipe import StudentConfig
-from d2llm.training import fit_evidence as module
+from d2llm.training import fit_score_features as module
 from d2llm.training.dev_sets import dev_queries
-from d2llm.training.fit_evidence import EvidenceLists, fit_evidence, fit_task_weights, make_evidence_lists
+from d2llm.training.fit_score_features import FeatureLists, fit_score_features, fit_task_weights, make_feature_lists
 from d2llm.training.fit_scores import fit_scores
 from tiny_data import topics
 from tiny_models import tiny_student_config, write_tiny_model
@@ -38,11 +38,11 @@ def lists(num, *, informative, seed=0):
     return examples
 
 
-def make_lists(name, examples, statistics=None) -> EvidenceLists:
-    return EvidenceLists(name, examples, np.zeros((len(examples), 1), np.float32) if statistics is None else statistics)
+def make_lists(name, examples, statistics=None) -> FeatureLists:
+    return FeatureLists(name, examples, np.zeros((len(examples), 1), np.float32) if statistics is None else statistics)
 
 
-def test_informative_evidence_gets_weight():
+def test_informative_score_features_gets_weight():
     fitted = fit_task_weights([make_lists("a", lists(200, informative=[0, 1]))], TERMS)
     own, fused = fitted.dev["a"]
     assert fused > own + 0.1
@@ -55,20 +55,20 @@ def test_a_set_without_a_list_is_left_out(tmp_path, caplog):
     student = Student.create(tiny_student_config(write_tiny_model(tmp_path / "model", "bert")), device="cpu")
     whole, far = topics(num_dev=40, name="whole").dataset, topics(num_dev=2, name="far").dataset
     monkeypatch = pytest.MonkeyPatch()
-    original = module.make_evidence_lists
+    original = module.make_feature_lists
 
     def none_for_far(student, dataset, task, **options):
         made = original(student, dataset, task, **options)
         return made if dataset is whole else replace(made, lists=[], statistics=made.statistics[:0])
 
     with monkeypatch.context() as patch, caplog.at_level("WARNING", logger="d2llm.remarks"):
-        patch.setattr(module, "make_evidence_lists", none_for_far)
-        evidence = fit_evidence(student, [(whole, "symmetric"), (far, "symmetric")], terms=["words"])
-    assert evidence.tasks["symmetric"].num_queries == {"whole": 40}
+        patch.setattr(module, "make_feature_lists", none_for_far)
+        score_features = fit_score_features(student, [(whole, "symmetric"), (far, "symmetric")], terms=["words"])
+    assert score_features.tasks["symmetric"].num_queries == {"whole": 40}
     assert "far: word weights are fitted without it" in caplog.text
 
 
-def test_uninformative_evidence_is_kept_only_with_a_gain():
+def test_uninformative_score_features_is_kept_only_with_a_gain():
     sets = [make_lists(name, lists(30, informative=[0], seed=n)) for n, name in enumerate("ab")]
     fitted = fit_task_weights(sets, TERMS)
     gain = np.mean([fused - own for own, fused in fitted.dev.values()])
@@ -93,9 +93,9 @@ def test_windows_get_weight_where_they_are_worth_reading(benefit, is_kept):
     else:
         assert fitted.weights == pytest.approx(without_vectors.weights, rel=1e-3)
         assert fitted.without_parts is None
-    evidence = Evidence(tasks={"asymmetric": fitted})
-    assert evidence.weights("asymmetric", stored=()).terms == pytest.approx(without_vectors.weights, rel=1e-3)
-    assert ("window" in evidence.weights("asymmetric").part_kinds) == is_kept
+    score_features = ScoreFeatures(tasks={"asymmetric": fitted})
+    assert score_features.weights("asymmetric", stored=()).terms == pytest.approx(without_vectors.weights, rel=1e-3)
+    assert ("window" in score_features.weights("asymmetric").part_kinds) == is_kept
 
 
 def test_an_index_may_lack_any_of_the_vectors_that_the_best_weights_need():
@@ -108,11 +108,11 @@ def test_an_index_may_lack_any_of_the_vectors_that_the_best_weights_need():
         parts[0] += 2
         examples.append((np.concatenate([scores[:, :2], parts], axis=1), grades))
     fitted = fit_task_weights([make_lists("a", examples)], terms)
-    evidence = Evidence(tasks={"asymmetric": fitted})
-    assert evidence.weights("asymmetric").part_kinds == {"window", "token"}
-    assert evidence.weights("asymmetric", stored=("token",)).part_kinds == {"token"}
+    score_features = ScoreFeatures(tasks={"asymmetric": fitted})
+    assert score_features.weights("asymmetric").part_kinds == {"window", "token"}
+    assert score_features.weights("asymmetric", stored=("token",)).part_kinds == {"token"}
     for stored in ((), ("window",)):
-        weights = evidence.weights("asymmetric", stored=stored)
+        weights = score_features.weights("asymmetric", stored=stored)
         assert not weights.part_kinds
         assert weights.counts_words
     useless = [(np.concatenate([s[:, :3], rng.standard_normal((len(s), 1))], axis=1), g) for s, g in examples]
@@ -150,7 +150,7 @@ def test_word_weight_depends_on_the_nearest_passage_if_that_is_better():
         scores[:, 1] *= 3
         scores[0, 1] += 12.0 * (near < 0)  # words mislead where a passage is near
     parts = (slice(None, 200), slice(200, None))
-    sets = [EvidenceLists(f"s{part}", examples[part], statistics[part], nearest[part]) for part in parts]
+    sets = [FeatureLists(f"s{part}", examples[part], statistics[part], nearest[part]) for part in parts]
     fitted = fit_task_weights(sets, TERMS)
     assert fitted.words_factor.nearest_slope < -0.5
     assert np.abs(fitted.words_factor.slopes).max() < 0.3
@@ -177,7 +177,7 @@ def test_uninformative_statistics_have_little_effect():
         assert fitted.words_factor is None or np.abs(fitted.words_factor.slopes).max() < 0.3
 
 
-HEAD = {"format_version": 1, "student": "x", "kind": "evidence"}
+HEAD = {"format_version": 1, "student": "x", "kind": "score_features"}
 
 
 class TestStudent:
@@ -197,7 +197,7 @@ class TestStudent:
 
         def lists_of(number: int) -> list[tuple[np.ndarray, np.ndarray]]:
             size = len(dataset.passages)
-            made = make_evidence_lists(student, dataset, "asymmetric", terms=TERMS[:2], depth=number, num_passages=size)
+            made = make_feature_lists(student, dataset, "asymmetric", terms=TERMS[:2], depth=number, num_passages=size)
             assert len(made.statistics) == len(made.lists) == len(made.nearest)
             if number == size:  # lists of all passages: this student's score is mostly the inner product
                 highest = [scores[:, 0].max() for scores, _ in made.lists]
@@ -217,7 +217,7 @@ class TestStudent:
         texts = {name: f"{passage.text} Also this. And that." for name, passage in dataset.passages.items()}
         longer = replace(dataset, passages={name: Passage(name, text) for name, text in texts.items()})
         names = list(texts)
-        result = make_evidence_lists(
+        result = make_feature_lists(
             student, longer, "asymmetric", terms=("words", "window_vectors"), num_passages=len(names), depth=len(names)
         )
         queries = dev_queries(longer, num_queries=200, seed=0)
@@ -233,30 +233,30 @@ class TestStudent:
     def test_each_task_is_fitted_on_its_own_data(self, student, monkeypatch, caplog):
         monkeypatch.setattr(module, "MIN_QUERIES", 1)
         dataset = topics().dataset
-        evidence = fit_evidence(student, [(dataset, "asymmetric")], terms=TERMS[:2])
-        assert evidence.tasks.keys() == {"asymmetric"}
-        assert evidence.tasks["asymmetric"].weights.keys() == set(TERMS[:2])
+        score_features = fit_score_features(student, [(dataset, "asymmetric")], terms=TERMS[:2])
+        assert score_features.tasks.keys() == {"asymmetric"}
+        assert score_features.tasks["asymmetric"].weights.keys() == set(TERMS[:2])
         monkeypatch.setattr(module, "MIN_QUERIES", 10_000)
         with caplog.at_level("WARNING", "d2llm.remarks"):
-            assert fit_evidence(student, [(dataset, "asymmetric")]).tasks == {}
+            assert fit_score_features(student, [(dataset, "asymmetric")]).tasks == {}
         assert "at least 10000 are needed" in caplog.text
-        with pytest.raises(InputError, match="no evidence to fit weights for"):
-            fit_evidence(student, [(dataset, "asymmetric")], terms=())
+        with pytest.raises(InputError, match="no score features to fit weights for"):
+            fit_score_features(student, [(dataset, "asymmetric")], terms=())
 
     def test_saving_weights_keeps_the_students_fingerprint(self, student, tmp_path):
         before = student.fingerprint
         weights = {"words": 0.5, "window_words": 0.0}
         factor = WordsFactor(slopes=(0.1, 0.2, 0.3, 0.4), offset=1.5, lowest=-2, highest=2, nearest_slope=-0.1)
-        fitted = TaskEvidence(weights=weights, words_factor=factor, dev={"a": (0.5, 0.6)}, num_queries={"a": 40})
-        student.evidence = Evidence(tasks={"asymmetric": fitted})
+        fitted = TaskFeatureWeights(weights=weights, words_factor=factor, dev={"a": (0.5, 0.6)}, num_queries={"a": 40})
+        student.score_features = ScoreFeatures(tasks={"asymmetric": fitted})
         student.save(tmp_path / "student")
         loaded = Student.load(tmp_path / "student", device="cpu", dtype="float32")
         assert loaded.fingerprint == before
-        assert loaded.evidence == student.evidence
-        assert loaded.evidence_weights("asymmetric") == EvidenceWeights(terms={"words": 0.5}, words_factor=factor)
-        assert not loaded.evidence_weights("symmetric")
+        assert loaded.score_features == student.score_features
+        assert loaded.feature_weights("asymmetric") == FeatureWeights(terms={"words": 0.5}, words_factor=factor)
+        assert not loaded.feature_weights("symmetric")
         loaded.prepare_training()
-        assert not loaded.evidence_weights("asymmetric")
+        assert not loaded.feature_weights("asymmetric")
 
     @pytest.mark.parametrize(
         ("content", "problem"),
@@ -264,7 +264,7 @@ class TestStudent:
             ("{", "cannot be read"),
             (HEAD | {"student": "other", "tasks": {}}, "was fitted to the student other"),
             (HEAD | {"format_version": 9, "tasks": {}}, "format version 9"),
-            (HEAD | {"kind": "probabilities", "tasks": {}}, "its kind is 'probabilities', not 'evidence'"),
+            (HEAD | {"kind": "probabilities", "tasks": {}}, "its kind is 'probabilities', not 'score_features'"),
             ({"tasks": {}}, "lacks 'student'"),
             (
                 HEAD | {"tasks": {"asymmetric": {"weights": {"words": -1}, "dev": {}, "num_queries": {}}}},
@@ -273,11 +273,11 @@ class TestStudent:
             (HEAD | {"tasks": {"asymmetric": {"weights": {"sounds": 1}, "dev": {}, "num_queries": {}}}}, "sounds"),
         ],
     )
-    def test_invalid_evidence_files_are_rejected(self, tmp_path, content, problem):
+    def test_invalid_score_features_files_are_rejected(self, tmp_path, content, problem):
         text = content if isinstance(content, str) else json.dumps(content)
-        (tmp_path / "evidence.json").write_text(text)
+        (tmp_path / "score_features.json").write_text(text)
         with pytest.raises(DataFormatError, match=re.escape(problem)) as error:
-            Evidence.read(tmp_path, "x")
+            ScoreFeatures.read(tmp_path, "x")
         assert "delete the file" in str(error.value) or "update d2llm" in str(error.value)
 
 
@@ -286,16 +286,16 @@ def test_scores_are_fitted_for_one_task_and_kept_for_the_other(tmp_path, monkeyp
     monkeypatch.setattr("d2llm.training.fit_probabilities.MIN_QUERIES", 1)
     model = write_tiny_model(tmp_path / "model", "modernbert", initializer_range=0.1)
     student = Student.create(tiny_student_config(model), device="cpu", dtype="float32")
-    kept = TaskEvidence(weights={"words": 2.0}, dev={}, num_queries={})
-    student.evidence = Evidence(tasks={"symmetric": kept})
+    kept = TaskFeatureWeights(weights={"words": 2.0}, dev={}, num_queries={})
+    student.score_features = ScoreFeatures(tasks={"symmetric": kept})
     report = fit_scores(student, [topics().dataset], "asymmetric")
-    assert student.evidence.tasks["symmetric"] == kept
-    assert report.evidence == student.evidence.tasks["asymmetric"].model_dump()
+    assert student.score_features.tasks["symmetric"] == kept
+    assert report.score_features == student.score_features.tasks["asymmetric"].model_dump()
     calibration = student.calibration.tasks.get("asymmetric")  # None where the scores separate nothing
     assert report.probabilities == (calibration and calibration.model_dump())
-    before = student.evidence
-    assert fit_scores(student, [topics().dataset], "asymmetric", words=False).evidence is None
-    assert student.evidence == before
+    before = student.score_features
+    assert fit_scores(student, [topics().dataset], "asymmetric", words=False).score_features is None
+    assert student.score_features == before
 
 
 def test_labelled_pairs_are_searched_for_each_other(tmp_path, monkeypatch):
@@ -308,9 +308,9 @@ def test_labelled_pairs_are_searched_for_each_other(tmp_path, monkeypatch):
     model = write_tiny_model(tmp_path / "model", "modernbert", initializer_range=0.1)
     student = Student.create(tiny_student_config(model), device="cpu", dtype="float32")
     report = fit_scores(student, [read_pairs(tmp_path / "dev.jsonl")], "symmetric", window_vectors=False)
-    assert report.evidence is not None
-    assert report.evidence["num_queries"] == {"dev": 12}
-    assert student.evidence.weights("symmetric")
+    assert report.score_features is not None
+    assert report.score_features["num_queries"] == {"dev": 12}
+    assert student.score_features.weights("symmetric")
 
 
 def test_uninformative_scores_get_no_weight():

@@ -1,4 +1,4 @@
-"""Evidence of words and windows in a score: the weighted sum, its upper bound, and its use in a search."""
+"""Score features of words and windows in a score: the weighted sum, its upper bound, and its use in a search."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import PART_KINDS, Passage
-from d2llm.models.evidence import EvidenceWeights, WordsFactor
+from d2llm.models.score_features import FeatureWeights, WordsFactor
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.row_evidence import RowEvidence
+from d2llm.retrieval.row_features import RowFeatures
 from d2llm.retrieval.search import search
-from evidence_rows import EvidenceRows
 from fake_models import FakeStudent
+from feature_rows import FeatureRows
 
 TEXTS = [
     "a rare gem. It is blue.",
@@ -22,7 +22,7 @@ TEXTS = [
     "nothing of it",
 ]
 TERMS = {"words": 0.5, "words_share": 3.0, "window_words": 0.25, "window_words_share": 1.5}
-WEIGHTS = EvidenceWeights(terms=TERMS)
+WEIGHTS = FeatureWeights(terms=TERMS)
 
 
 NEAREST_SLOPE = 0.05
@@ -31,49 +31,49 @@ NEAREST_SLOPE = 0.05
 class NearestStudent(FakeStudent):
     """A student whose words count more, the nearer the nearest passage is."""
 
-    def evidence_weights(self, task, *, stored=PART_KINDS):
+    def feature_weights(self, task, *, stored=PART_KINDS):
         factor = WordsFactor(slopes=(0.0,) * 4, offset=0.0, lowest=-9.0, highest=9.0, nearest_slope=NEAREST_SLOPE)
-        return EvidenceWeights(terms=TERMS, words_factor=factor)
+        return FeatureWeights(terms=TERMS, words_factor=factor)
 
 
 class WordyStudent(FakeStudent):
     """A student whose score counts words in one task."""
 
-    def evidence_weights(self, task, *, stored=PART_KINDS):
-        return WEIGHTS if task == "asymmetric" else EvidenceWeights()
+    def feature_weights(self, task, *, stored=PART_KINDS):
+        return WEIGHTS if task == "asymmetric" else FeatureWeights()
 
 
 @pytest.fixture(scope="module")
-def words() -> EvidenceRows:
-    return EvidenceRows(TEXTS)
+def words() -> FeatureRows:
+    return FeatureRows(TEXTS)
 
 
 @pytest.mark.parametrize("query", ["rare gem", "common common gem", "zebra", "?"])
-def test_evidence_is_the_weighted_sum_of_its_scores(words, query):
-    evidence = RowEvidence(words, query, WEIGHTS, None)
+def test_score_features_is_the_weighted_sum_of_its_scores(words, query):
+    score_features = RowFeatures(words, query, WEIGHTS, None)
     query_words = words.words.query(query)
     passages, windows = words.words.score(query_words, np.arange(5))
     limit = query_words.limit or 1.0
     expected = 0.5 * passages + 3 * passages / limit + 0.25 * windows + 1.5 * windows / limit
-    np.testing.assert_allclose(evidence(np.arange(5)), expected, rtol=1e-5)
-    np.testing.assert_array_equal(evidence(np.array([4, 0])), evidence(np.arange(5))[[4, 0]])
+    np.testing.assert_allclose(score_features(np.arange(5)), expected, rtol=1e-5)
+    np.testing.assert_array_equal(score_features(np.array([4, 0])), score_features(np.arange(5))[[4, 0]])
 
 
 def test_words_factor_scales_words_but_not_windows(words):
     rows, factor = np.arange(5), WordsFactor(slopes=(0.3, -0.2, 1.0, -2.0), offset=0.4, lowest=-1.0, highest=2.0)
     terms = {**TERMS, "window_vectors": 0.5}
     vectors = np.ones((5, 4), np.float32)
-    windowed = EvidenceRows(TEXTS, [vectors[:0]] * 5, vectors)
+    windowed = FeatureRows(TEXTS, [vectors[:0]] * 5, vectors)
     for query in ("rare gem", "common gem zebra", "gem"):
         exponent = 0.4 + words.words.query(query).statistics @ np.array([0.3, -0.2, 1.0, -2.0])
         assert -1 < exponent < 2
-        plain = RowEvidence(windowed, query, EvidenceWeights(terms=terms), vectors[0]).parts(rows)
-        evidence = RowEvidence(windowed, query, EvidenceWeights(terms=terms, words_factor=factor), vectors[0])
-        parts = evidence.parts(rows)
+        plain = RowFeatures(windowed, query, FeatureWeights(terms=terms), vectors[0]).parts(rows)
+        score_features = RowFeatures(windowed, query, FeatureWeights(terms=terms, words_factor=factor), vectors[0])
+        parts = score_features.parts(rows)
         np.testing.assert_allclose(parts.words, np.exp(exponent) * plain.words, rtol=1e-5)
         np.testing.assert_array_equal(parts.windows, plain.windows)  # the factor applies to words only
-        np.testing.assert_array_equal(evidence(rows), parts.words + parts.windows)
-        assert (evidence(rows) <= evidence.bounds(5)).all()
+        np.testing.assert_array_equal(score_features(rows), parts.words + parts.windows)
+        assert (score_features(rows) <= score_features.bounds(5)).all()
 
 
 def test_words_factor_is_clipped_to_its_fitted_range():
@@ -84,28 +84,28 @@ def test_words_factor_is_clipped_to_its_fitted_range():
 
 def test_words_count_less_where_a_passage_is_near(words):
     factor = WordsFactor(slopes=(0.0,) * 4, offset=0.4, lowest=-3.0, highest=2.0, nearest_slope=-0.1)
-    weights = EvidenceWeights(terms=TERMS, words_factor=factor)
+    weights = FeatureWeights(terms=TERMS, words_factor=factor)
     assert weights.needs_nearest
-    assert not EvidenceWeights(terms={"window_vectors": 1.0}, words_factor=factor).needs_nearest
-    plain = RowEvidence(words, "rare gem", WEIGHTS, None)(np.arange(5))
+    assert not FeatureWeights(terms={"window_vectors": 1.0}, words_factor=factor).needs_nearest
+    plain = RowFeatures(words, "rare gem", WEIGHTS, None)(np.arange(5))
     for nearest, exponent in ((5.0, -0.1), (-2.0, 0.6), (1000.0, -3.0), (-1000.0, 2.0)):
-        evidence = RowEvidence(words, "rare gem", weights, None, nearest=nearest)
-        np.testing.assert_allclose(evidence(np.arange(5)), np.exp(exponent) * plain, rtol=1e-5)
+        score_features = RowFeatures(words, "rare gem", weights, None, nearest=nearest)
+        np.testing.assert_allclose(score_features(np.arange(5)), np.exp(exponent) * plain, rtol=1e-5)
 
 
 def test_the_best_window_counts_by_its_inner_product():
     vectors = np.eye(4, dtype=np.float32)
     windows = [2 * vectors[:2], vectors[2:], vectors[:0], -vectors[:3]]
-    rows = EvidenceRows(TEXTS[:4], windows, vectors)
+    rows = FeatureRows(TEXTS[:4], windows, vectors)
     dot_query = np.array([0.5, 3.0, 1.0, -2.0], np.float32)
-    evidence = RowEvidence(rows, "zebra", EvidenceWeights(terms={"window_vectors": 0.5}), dot_query)
+    score_features = RowFeatures(rows, "zebra", FeatureWeights(terms={"window_vectors": 0.5}), dot_query)
     # The third row has no windows, so its own vector counts.
-    np.testing.assert_allclose(evidence(np.arange(4)), [3.0, 0.5, 0.5, -0.25])
-    np.testing.assert_array_equal(evidence(np.array([3, 0])), evidence(np.arange(4))[[3, 0]])
-    np.testing.assert_array_equal(evidence.bounds(4), evidence(np.arange(4)))
-    parts = evidence.parts(np.arange(4))
+    np.testing.assert_allclose(score_features(np.arange(4)), [3.0, 0.5, 0.5, -0.25])
+    np.testing.assert_array_equal(score_features(np.array([3, 0])), score_features(np.arange(4))[[3, 0]])
+    np.testing.assert_array_equal(score_features.bounds(4), score_features(np.arange(4)))
+    parts = score_features.parts(np.arange(4))
     assert parts.words is None
-    np.testing.assert_array_equal(parts.windows, evidence(np.arange(4)))
+    np.testing.assert_array_equal(parts.windows, score_features(np.arange(4)))
 
 
 def test_no_row_exceeds_its_bound():
@@ -116,13 +116,13 @@ def test_no_row_exceeds_its_bound():
             ". ".join(" ".join(rng.choice(vocabulary, rng.integers(1, 6))) for _ in range(rng.integers(1, 6))).upper()
             for _ in range(rng.integers(1, 30))
         ]
-        words = EvidenceRows(texts)
+        words = FeatureRows(texts)
         names = rng.choice(list(TERMS), rng.integers(1, 5), replace=False)
         weights = {str(name): float(rng.exponential()) for name in names}
-        evidence = RowEvidence(
-            words, " ".join(rng.choice(vocabulary, rng.integers(1, 8))), EvidenceWeights(terms=weights), None
+        score_features = RowFeatures(
+            words, " ".join(rng.choice(vocabulary, rng.integers(1, 8))), FeatureWeights(terms=weights), None
         )
-        values, bounds = evidence(np.arange(len(texts))), evidence.bounds(len(texts))
+        values, bounds = score_features(np.arange(len(texts))), score_features.bounds(len(texts))
         assert (values <= bounds).all(), seed
         if not {"window_words", "window_words_share"} & weights.keys():
             np.testing.assert_array_equal(values, bounds)
@@ -136,14 +136,16 @@ class TestSearch:
         index.upsert([Passage(f"p{n}", text or "of no words in the query") for n, text in enumerate(TEXTS)])
         return index
 
-    def test_scores_are_vector_scores_plus_evidence(self, index):
+    def test_scores_are_vector_scores_plus_score_features(self, index):
         (plain,) = search(index.view, FakeStudent(), ["rare gem"], sources=("vectors", "bm25"))
         wordy = index.search("rare gem")
-        evidence = RowEvidence(index.view, "rare gem", WEIGHTS, None)
-        evidence_scores = {name: float(evidence(index.view.rows([name]))[0]) for name in ("p0", "p1", "p2", "p3", "p4")}
+        score_features = RowFeatures(index.view, "rare gem", WEIGHTS, None)
+        feature_scores = {
+            name: float(score_features(index.view.rows([name]))[0]) for name in ("p0", "p1", "p2", "p3", "p4")
+        }
         vector_scores = {hit.passage.id: hit.score for hit in plain.passages}
         assert {hit.passage.id: hit.score for hit in wordy.passages} == pytest.approx(
-            {name: vector_scores[name] + evidence_scores[name] for name in vector_scores}
+            {name: vector_scores[name] + feature_scores[name] for name in vector_scores}
         )
 
     def test_bm25_proposes_candidates_too(self, index):
@@ -199,8 +201,8 @@ class TestSearch:
             own = student.score(vector[0], index.view.vectors(rows), "asymmetric")
             nearest = (index.view.vectors(rows) @ student.query_vectors(vector, "asymmetric")[0]).max()
             assert abs(NEAREST_SLOPE * nearest) < 9
-            evidence = RowEvidence(index.view, query, WEIGHTS, None)(rows) * np.exp(NEAREST_SLOPE * nearest)
-            expected = {f"p{n}": score for n, score in zip(admitted, own + evidence, strict=True)}
+            score_features = RowFeatures(index.view, query, WEIGHTS, None)(rows) * np.exp(NEAREST_SLOPE * nearest)
+            expected = {f"p{n}": score for n, score in zip(admitted, own + score_features, strict=True)}
             ranking = index.search(query, explain=True, **options)
             scores = {hit.passage.id: hit.score for hit in ranking.passages}
             assert scores
@@ -208,7 +210,7 @@ class TestSearch:
             if "sources" not in options:
                 assert scores.keys() == expected.keys()
             lexical = {hit.passage.id: hit.explanation.lexical for hit in ranking.passages}
-            by_name = dict(zip([f"p{n}" for n in admitted], evidence, strict=True))
+            by_name = dict(zip([f"p{n}" for n in admitted], score_features, strict=True))
             assert lexical == pytest.approx({name: by_name[name] for name in lexical}, rel=1e-5)
         nothing = index.search("rare gem", **({**options, "filter": "kind = 'odd' and kind = 'even'"}))
         assert nothing.passages == ()

@@ -1,4 +1,4 @@
-"""The evidence that an index holds for its rows besides their vectors, without an index."""
+"""The score features that an index holds for its rows besides their vectors, without an index."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from d2llm.store.part_vectors import PartVectors
 from d2llm.store.vector_formats import make_format, measured_norm
 
 
-class EvidenceRows:
+class FeatureRows:
     """The words of some texts, and optionally the vectors of their windows and tokens, [rows][parts, dim].
 
     A row without windows is scored by its own vector in ``own`` [rows, dim].

@@ -1,11 +1,11 @@
-"""What each kind of evidence is worth: students of several seeds, with one kind left out of the sum.
+"""What each score feature is worth: students of several seeds, with one kind left out of the sum.
 
-    python benchmarks/evidence_ablation.py DATA_FOLDER --seeds 3 --work runs/evidence \
-        --json benchmarks/results/evidence-ablation.json
+    python benchmarks/score_features_ablation.py DATA_FOLDER --seeds 3 --work runs/score-features \
+        --json benchmarks/results/score-features-ablation.json
 
 For each seed, one student is trained on some queries of each data set, without a teacher, and the vectors of tokens
-after it. Then its dev queries rank the passages near them, by words or by vectors. The weights of the evidence are
-fitted anew for each choice of terms, one set of weights for all data sets, and cross-fitted: each half of the dev
+after it. Then its dev queries rank the passages near them, by words or by vectors. The weights of the score features
+are fitted anew for each choice of terms, one set of weights for all data sets, and cross-fitted: each half of the dev
 queries is measured with weights fitted on the other half. A repeated call continues after the last finished seed.
 """
 
@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import Any, get_args
 
 from d2llm.core.files import write_json
-from d2llm.core.types import EvidenceTerm
+from d2llm.core.types import ScoreFeature
 from d2llm.data.beir import read_beir
 from d2llm.models.student import Student
 from d2llm.ops.significance import mean_interval
@@ -36,23 +36,23 @@ from d2llm.recipe import (
     TrainingConfig,
 )
 from d2llm.recipe.losses import Objective
-from d2llm.training.fit_evidence import fit_all_terms, make_evidence_lists
+from d2llm.training.fit_score_features import fit_all_terms, make_feature_lists
 from d2llm.training.fit_tokens import fit_tokens
 from d2llm.training.run import Run
 
 SETS = ("squad", "covidqa", "wikiqa")
-KINDS: dict[str, tuple[EvidenceTerm, ...]] = {
+KINDS: dict[str, tuple[ScoreFeature, ...]] = {
     "words": ("words", "words_share"),
     "words of windows": ("window_words", "window_words_share"),
     "vectors of windows": ("window_vectors",),
     "vectors of tokens": ("token_vectors",),
 }
-TERMS: tuple[EvidenceTerm, ...] = get_args(EvidenceTerm)
+TERMS: tuple[ScoreFeature, ...] = get_args(ScoreFeature)
 
 
-def choices() -> dict[str, list[EvidenceTerm]]:
+def choices() -> dict[str, list[ScoreFeature]]:
     """The rows of the table and their terms: all, each kind left out, each kind alone, and none."""
-    rows: dict[str, list[EvidenceTerm]] = {"all": list(TERMS)}
+    rows: dict[str, list[ScoreFeature]] = {"all": list(TERMS)}
     rows |= {f"all but {kind}": [term for term in TERMS if term not in own] for kind, own in KINDS.items()}
     both = {*KINDS["words"], *KINDS["words of windows"]}
     rows["all but both kinds of words"] = [term for term in TERMS if term not in both]
@@ -63,7 +63,7 @@ def choices() -> dict[str, list[EvidenceTerm]]:
 def recipe(data: Path, seed: int, max_queries: int) -> Recipe:
     """A small recipe without a teacher, of one branch: vectors first, then the interaction."""
     return Recipe(
-        name="evidence-ablation",
+        name="score_features-ablation",
         seed=seed,
         student=StudentConfig(
             backbone=BackboneConfig(
@@ -95,7 +95,7 @@ def measure(data: Path, work: Path, seed: int, max_queries: int) -> dict[str, di
     student = Student.load(run.parts.student)
     datasets = [read_beir(data / name, splits=["train", "dev", "test"]) for name in SETS]
     fit_tokens(student, datasets, TokensConfig(max_queries=max_queries), seed=seed)
-    lists = [make_evidence_lists(student, dataset, "asymmetric", terms=TERMS, seed=seed) for dataset in datasets]
+    lists = [make_feature_lists(student, dataset, "asymmetric", terms=TERMS, seed=seed) for dataset in datasets]
     dev = {
         name: fit_all_terms([each.of_terms(TERMS, terms) for each in lists], terms).dev
         for name, terms in choices().items()

@@ -10,23 +10,23 @@ import pytest
 import torch
 
 from d2llm.core.types import Task
-from d2llm.models.evidence import Evidence, TaskEvidence
+from d2llm.models.score_features import ScoreFeatures, TaskFeatureWeights
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection
-from d2llm.recipe import EvidenceConfig
+from d2llm.recipe import ScoreFeaturesConfig
 from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_distill import LEARNING, Place
 from tiny_models import DIM, tiny_student_config
 
-WITHOUT_TOKENS = TaskEvidence(weights={"words": 3.0}, dev={"old": (0.1, 0.2)}, num_queries={"old": 40})
-START: dict[Task, TaskEvidence] = {
-    "asymmetric": TaskEvidence(
+WITHOUT_TOKENS = TaskFeatureWeights(weights={"words": 3.0}, dev={"old": (0.1, 0.2)}, num_queries={"old": 40})
+START: dict[Task, TaskFeatureWeights] = {
+    "asymmetric": TaskFeatureWeights(
         weights={"words": 2.0, "window_words": 1.0, "window_vectors": 0.5, "token_vectors": 4.0},
         dev={"old": (0.1, 0.3)},
         num_queries={"old": 40},
         without_parts=WITHOUT_TOKENS,
     ),
-    "symmetric": TaskEvidence(weights={"words": 0.5}, dev={"old": (0.5, 0.6)}, num_queries={"old": 40}),
+    "symmetric": TaskFeatureWeights(weights={"words": 0.5}, dev={"old": (0.5, 0.6)}, num_queries={"old": 40}),
 }
 
 
@@ -38,20 +38,25 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.fixture(scope="module")
 def start(place: Place) -> Student:
     student = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
-    student.evidence = Evidence(tasks=START)
+    student.score_features = ScoreFeatures(tasks=START)
     torch.manual_seed(0)
     student.token_projection = TokenProjection(DIM, 4, [1.0] * len(student.backbone.tokenizer))
     student.save(place.folder / "start")
     return student
 
 
-def trained(place: Place, folder: Path, evidence: EvidenceConfig, *, num_dev: int) -> Student:
+def trained(place: Place, folder: Path, score_features: ScoreFeaturesConfig, *, num_dev: int) -> Student:
     settings: dict[str, Any] = {**LEARNING, "start": str(place.folder / "start"), "tokens": {"dim": 4}}
     recipe = tiny_recipe(tiny_student_config(place.model), **settings)
     source = topics(num_dev=num_dev, shift=0)
     labels = folder / "labels"
     write_rule_labels(labels, [source], place.teacher)
-    place.run(folder / "student", recipe=recipe.model_copy(update={"evidence": evidence}), source=source, labels=labels)
+    place.run(
+        folder / "student",
+        recipe=recipe.model_copy(update={"score_features": score_features}),
+        source=source,
+        labels=labels,
+    )
     return Student.load(folder / "student", device="cpu", dtype="float32")
 
 
@@ -60,29 +65,29 @@ def test_with_few_dev_queries_the_start_s_weights_remain(
     place: Place, start: Student, tmp_path: Path, words: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "d2llm.remarks"):
-        student = trained(place, tmp_path, EvidenceConfig(words=words, window_words=words), num_dev=8)
+        student = trained(place, tmp_path, ScoreFeaturesConfig(words=words, window_words=words), num_dev=8)
     assert student.fingerprint != start.fingerprint
     for task in ("asymmetric", "symmetric"):
-        assert student.evidence_weights(task) == start.evidence_weights(task)
-        assert student.evidence_weights(task, stored=()) == start.evidence_weights(task, stored=())
-        assert student.evidence.tasks[task].dev == {}  # it was not measured with this student
+        assert student.feature_weights(task) == start.feature_weights(task)
+        assert student.feature_weights(task, stored=()) == start.feature_weights(task, stored=())
+        assert student.score_features.tasks[task].dev == {}  # it was not measured with this student
     assert student.token_projection is not None
     assert start.token_projection is not None
     assert torch.equal(student.token_projection.weight, start.token_projection.weight)
-    assert "asymmetric search: the weights of evidence are those of the start" in caplog.text
+    assert "asymmetric search: the feature weights are those of the start" in caplog.text
 
 
 def test_with_enough_dev_queries_the_task_s_weights_are_fitted_anew(
     place: Place, start: Student, tmp_path: Path
 ) -> None:
-    student = trained(place, tmp_path, EvidenceConfig(words=True), num_dev=40)
-    fitted = student.evidence.tasks["asymmetric"]
+    student = trained(place, tmp_path, ScoreFeaturesConfig(words=True), num_dev=40)
+    fitted = student.score_features.tasks["asymmetric"]
     assert set(fitted.dev) == {"tiny"}
     assert fitted.weights != START["asymmetric"].weights
-    assert student.evidence_weights("symmetric") == start.evidence_weights("symmetric")
+    assert student.feature_weights("symmetric") == start.feature_weights("symmetric")
 
 
 def test_without_vectors_of_tokens_weights_that_need_none_are_inherited() -> None:
-    inherited = Evidence(tasks=START).inherited(has_tokens=False)
+    inherited = ScoreFeatures(tasks=START).inherited(has_tokens=False)
     assert inherited.weights("asymmetric").terms == {"words": 3.0}
     assert inherited.weights("symmetric").terms == {"words": 0.5}

@@ -1,4 +1,5 @@
-"""The weights of the evidence in a student's score, fitted on dev queries (``models.evidence``, ``ops.weighted_sum``).
+"""The weights of the score features in a student's score, fitted on dev queries (``models.score_features``,
+``ops.weighted_sum``).
 
 The student's own score keeps weight 1. Each task has one set of weights for all of its data sets, and every query
 counts equally in the fit. The reported results are cross-fitted: each half of the dev queries is measured with weights
@@ -22,15 +23,15 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import strings_of
 from d2llm.core.progress import progress_bar
-from d2llm.core.types import EvidenceTerm, PartKind, Query, Task
+from d2llm.core.types import PartKind, Query, ScoreFeature, Task
 from d2llm.data.beir import Dataset
-from d2llm.models.evidence import VECTOR_TERMS, Evidence, TaskEvidence, WordsFactor
+from d2llm.models.score_features import VECTOR_TERMS, ScoreFeatures, TaskFeatureWeights, WordsFactor
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.weighted_sum import beside_first, fit_scaled_weights, sum_weights
 from d2llm.retrieval.index import PART_FORMATS
 from d2llm.retrieval.protocols import SearchStudent, term_factors
 from d2llm.retrieval.reading import read_passages, read_windows
-from d2llm.retrieval.row_evidence import mean_of_cosines, scored_list
+from d2llm.retrieval.row_features import mean_of_cosines, scored_list
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.part_vectors import EncodedParts, PartVectors
 from d2llm.store.vector_formats import make_format
@@ -51,8 +52,8 @@ _remarks = logging.getLogger("d2llm.remarks")
 
 
 @dataclass(frozen=True, slots=True)
-class EvidenceLists:
-    """Lists of passages of the dev queries of one data set, scored by each kind of evidence.
+class FeatureLists:
+    """Lists of passages of the dev queries of one data set, scored by each score feature.
 
     Attributes:
         name: name of the data set.
@@ -66,10 +67,10 @@ class EvidenceLists:
     statistics: NDArray[np.float32]
     nearest: NDArray[np.float32] | None = None
 
-    def half(self, number: int) -> EvidenceLists:
+    def half(self, number: int) -> FeatureLists:
         """Every other query, starting with the first (0) or the second (1)."""
         nearest = None if self.nearest is None else self.nearest[number::2]
-        return EvidenceLists(self.name, self.lists[number::2], self.statistics[number::2], nearest)
+        return FeatureLists(self.name, self.lists[number::2], self.statistics[number::2], nearest)
 
     def inputs(self, kind: FactorKind) -> NDArray[np.float32]:
         """What a factor of this kind depends on, [queries, k] or [queries, k + 1]."""
@@ -78,24 +79,24 @@ class EvidenceLists:
         assert self.nearest is not None, "it is not known how near the nearest passages are"
         return np.concatenate([self.statistics, self.nearest[:, None]], axis=1)
 
-    def of_terms(self, terms: Sequence[EvidenceTerm], kept: Sequence[EvidenceTerm]) -> EvidenceLists:
+    def of_terms(self, terms: Sequence[ScoreFeature], kept: Sequence[ScoreFeature]) -> FeatureLists:
         """The same lists with the columns of the ``kept`` terms among its ``terms``."""
         columns = [0, *(1 + place for place, term in enumerate(terms) if term in kept)]
         return replace(self, lists=[(scores[:, columns], grades) for scores, grades in self.lists])
 
 
-def fit_evidence(
+def fit_score_features(
     student: SearchStudent,
     judged: Sequence[JudgedSet] | JudgedSet,
     *,
-    terms: Sequence[EvidenceTerm] | EvidenceTerm | None = None,
+    terms: Sequence[ScoreFeature] | ScoreFeature | None = None,
     words_factor: bool | None = None,
     use_nearest: bool = True,
     num_queries: int = 200,
     num_passages: int = LISTED_PASSAGES,
     seed: int = 0,
-) -> Evidence:
-    """Fit the weights of the score features for each task; set the result as the student's ``evidence``.
+) -> ScoreFeatures:
+    """Fit the weights of the score features for each task; the result becomes the student's ``score_features``.
 
     A task with fewer than ``MIN_QUERIES`` judged dev queries is left out, which is logged.
 
@@ -103,11 +104,11 @@ def fit_evidence(
         student: the student to whose score they are added.
         judged: data sets with a dev split, each with its task.
         terms: the score features that may be used; by default all that the student has.
-        words_factor: whether the weight of words depends on the query (``models.evidence.WordsFactor``); by default if
-            that is better.
+        words_factor: whether the weight of words depends on the query (``models.score_features.WordsFactor``); by
+            default if that is better.
         use_nearest: whether it may also depend on how near the nearest passage is, which only an index knows.
         num_queries: maximum number of queries per data set.
-        num_passages: minimum number of passages to encode per data set (``make_evidence_lists``).
+        num_passages: minimum number of passages to encode per data set (``make_feature_lists``).
         seed: seed of the choice of queries and passages.
 
     Raises:
@@ -115,13 +116,13 @@ def fit_evidence(
     """
     judged = judged_sets(judged)
     if terms is not None:
-        terms = cast("list[EvidenceTerm]", strings_of(terms, "terms"))
+        terms = cast("list[ScoreFeature]", strings_of(terms, "terms"))
     if terms is None:
         has_tokens = student.token_dim is not None
-        terms = [term for term in get_args(EvidenceTerm) if has_tokens or term != "token_vectors"]
+        terms = [term for term in get_args(ScoreFeature) if has_tokens or term != "token_vectors"]
     if not terms:
-        raise InputError("there is no evidence to fit weights for; name at least one term, such as 'words'")
-    tasks: dict[Task, TaskEvidence] = {}
+        raise InputError("there are no score features to fit weights for; name at least one term, such as 'words'")
+    tasks: dict[Task, TaskFeatureWeights] = {}
     names: list[Task] = sorted({task for _, task in judged})
     for task in names:
         own = [dataset for dataset, set_task in judged if set_task == task]
@@ -131,7 +132,7 @@ def fit_evidence(
             _warn_of_few(task, num_judged)
             continue
         lists = [
-            make_evidence_lists(
+            make_feature_lists(
                 student, dataset, task, terms=terms, num_queries=num_queries, num_passages=num_passages, seed=seed
             )
             for dataset in own
@@ -148,7 +149,7 @@ def fit_evidence(
             _warn_of_few(task, num_lists)
         else:
             tasks[task] = fit_task_weights(lists, terms, words_factor=words_factor)
-    return Evidence(tasks=tasks)
+    return ScoreFeatures(tasks=tasks)
 
 
 def _warn_of_few(task: Task, number: int) -> None:
@@ -157,17 +158,17 @@ def _warn_of_few(task: Task, number: int) -> None:
     )
 
 
-def make_evidence_lists(
+def make_feature_lists(
     student: SearchStudent,
     dataset: Dataset,
     task: Task,
     *,
-    terms: Sequence[EvidenceTerm],
+    terms: Sequence[ScoreFeature],
     num_queries: int = 200,
     depth: int = LISTED_DEPTH,
     num_passages: int = LISTED_PASSAGES,
     seed: int = 0,
-) -> EvidenceLists:
+) -> FeatureLists:
     """Score the nearest passages of dev queries, without the queries none of whose nearest passages is relevant.
 
     The nearest by words come from the whole corpus, the nearest by vectors from a part of it. Relevant passages that
@@ -175,10 +176,10 @@ def make_evidence_lists(
     would teach that low scores are good. On nfcorpus, with 38 relevant passages a query, no weight was left.
 
     Args:
-        student: the student whose evidence to score.
+        student: the student whose score features to score.
         dataset: a data set with judged dev queries.
         task: the task of its pairs.
-        terms: the kinds of evidence, in the order of the columns.
+        terms: the score features, in the order of the columns.
         num_queries: maximum number of dev queries.
         depth: how many of the best passages by words, and by vectors, are in a query's list.
         num_passages: minimum number of passages to encode: all positives, the best by words, and others at random.
@@ -200,7 +201,7 @@ def make_evidence_lists(
     grades = [_grades(dataset, query, row_of) for query in queries]
     needed = np.unique(np.concatenate([*by_words, *(np.array([*judged], np.int64) for judged in grades)]))
     pool = _filled(needed, len(ids), num_passages, seed)
-    with progress_bar(f"encoding {dataset.name} for its evidence", len(pool)) as advance:
+    with progress_bar(f"encoding {dataset.name} for its score features", len(pool)) as advance:
         chosen = [dataset.passages[ids[row]] for row in pool]
         parts: set[PartKind] = {"token"} if "token_vectors" in terms else set()
         read = read_passages(student, chosen, advance, parts=parts, expand=student.document_expansion is not None)
@@ -236,7 +237,7 @@ def make_evidence_lists(
     statistics = np.array([words_of_queries[number].statistics for number in kept], np.float32)
     dot_queries = student.query_vectors(vectors, task)[kept] if student.has_dot else ()
     nearest = np.array([(passages @ dot_query).max() for dot_query in dot_queries], np.float32)
-    return EvidenceLists(dataset.name, lists, statistics, nearest if student.has_dot else None)
+    return FeatureLists(dataset.name, lists, statistics, nearest if student.has_dot else None)
 
 
 def _filled(needed: NDArray[np.int64], num_rows: int, num_passages: int, seed: int) -> NDArray[np.int64]:
@@ -284,9 +285,10 @@ def _read_windows(
 
 
 def fit_task_weights(
-    sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], *, words_factor: bool | None = None
-) -> TaskEvidence:
-    """Fit weights for the data sets of one task; all are 0 if evidence is no better than the student's own score.
+    sets: Sequence[FeatureLists], terms: Sequence[ScoreFeature], *, words_factor: bool | None = None
+) -> TaskFeatureWeights:
+    """Fit weights for the data sets of one task; all are 0 if score features are no better than the student's own
+    score.
 
     If window vectors or token embeddings get a weight, the result also has weights for an index without them.
 
@@ -294,11 +296,11 @@ def fit_task_weights(
         InputError: a half of the lists has no relevant passage.
     """
     best = fit_all_terms(sets, terms, words_factor=words_factor)
-    lesser: TaskEvidence | None = None
+    lesser: TaskFeatureWeights | None = None
     for term, kind in VECTOR_TERMS.items():  # windows first: with them and tokens, those without windows come next
         if term not in terms:
             continue
-        kept: list[EvidenceTerm] = [other for other in terms if other != term]
+        kept: list[ScoreFeature] = [other for other in terms if other != term]
         without = fit_task_weights([each.of_terms(terms, kept) for each in sets], kept, words_factor=words_factor)
         if not best.weights[term] or _mean_after(best) < _mean_after(without) + MIN_PART_GAIN[kind]:
             return without
@@ -306,34 +308,36 @@ def fit_task_weights(
     return best.model_copy(update={"without_parts": lesser})
 
 
-def _mean_after(fitted: TaskEvidence) -> float:
+def _mean_after(fitted: TaskFeatureWeights) -> float:
     return float(np.mean([after for _, after in fitted.dev.values()]))
 
 
 class _Sum(NamedTuple):
-    """A weighted sum of a student's own score and evidence: weights [1 + terms], and l(q) if it was fitted."""
+    """A weighted sum of a student's own score and score features: weights [1 + terms], and l(q) if it was fitted."""
 
     weights: NDArray[np.float64]
     is_words: NDArray[np.bool_]
     factor: WordsFactor | None = None
 
-    def ndcg(self, evidence: EvidenceLists) -> list[float]:
+    def ndcg(self, score_features: FeatureLists) -> list[float]:
         """nDCG@10 of each list."""
         rankings: dict[str, list[str]] = {}
         qrels: dict[str, dict[str, int]] = {}
-        for number, ((scores, grades), statistics) in enumerate(zip(evidence.lists, evidence.statistics, strict=True)):
-            nearest = None if evidence.nearest is None else float(evidence.nearest[number])
+        for number, ((scores, grades), statistics) in enumerate(
+            zip(score_features.lists, score_features.statistics, strict=True)
+        ):
+            nearest = None if score_features.nearest is None else float(score_features.nearest[number])
             scale = 1.0 if self.factor is None else self.factor(statistics, nearest)
             order = np.argsort(-(scores @ np.where(self.is_words, scale * self.weights, self.weights)), kind="stable")
             rankings[str(number)] = [str(place) for place in order.tolist()]
             qrels[str(number)] = {str(place): int(grade) for place, grade in enumerate(grades.tolist()) if grade > 0}
         values = per_query_measures(rankings, qrels)[_MEASURE]
-        return [values[str(number)] for number in range(len(evidence.lists))]
+        return [values[str(number)] for number in range(len(score_features.lists))]
 
 
 def fit_all_terms(
-    sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], *, words_factor: bool | None = None
-) -> TaskEvidence:
+    sets: Sequence[FeatureLists], terms: Sequence[ScoreFeature], *, words_factor: bool | None = None
+) -> TaskFeatureWeights:
     """Fit weights as ``fit_task_weights`` does, but leave out no vectors of parts, however little they gain."""
     own = _Sum(np.eye(1, 1 + len(terms))[0], _are_words(terms))
     before = {each.name: float(np.mean(own.ndcg(each))) for each in sets}
@@ -342,7 +346,7 @@ def fit_all_terms(
     fitted = own
     if np.mean([*held_out.values()]) > np.mean([*before.values()]):
         fitted = _fit_sum(sets, terms, kind)
-    return TaskEvidence(
+    return TaskFeatureWeights(
         weights=dict(zip(terms, fitted.weights[1:].tolist(), strict=True)),
         words_factor=fitted.factor,
         dev={name: (before[name], held_out[name]) for name in before},
@@ -351,7 +355,7 @@ def fit_all_terms(
 
 
 def _best_factor(
-    sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], words_factor: bool | None
+    sets: Sequence[FeatureLists], terms: Sequence[ScoreFeature], words_factor: bool | None
 ) -> tuple[FactorKind | None, dict[str, list[float]]]:
     """What the weight of words should depend on, None for nothing, and ``_on_halves`` of sums with such a weight.
 
@@ -386,7 +390,7 @@ def _is_gain(
 
 
 def _on_halves(
-    sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], kind: FactorKind | None
+    sets: Sequence[FeatureLists], terms: Sequence[ScoreFeature], kind: FactorKind | None
 ) -> dict[str, list[float]]:
     """nDCG@10 of the queries of each data set; each half is ranked by a sum that was fitted on the other half."""
     halves = [[each.half(number) for each in sets] for number in (0, 1)]
@@ -399,7 +403,7 @@ def _on_halves(
 
 
 def _on_other_sets(
-    sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], kind: FactorKind | None
+    sets: Sequence[FeatureLists], terms: Sequence[ScoreFeature], kind: FactorKind | None
 ) -> dict[str, list[float]]:
     """nDCG@10 of the queries of each data set, ranked by a sum that was fitted on the other sets."""
     return {
@@ -408,7 +412,7 @@ def _on_other_sets(
     }
 
 
-def _fit_sum(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], kind: FactorKind | None) -> _Sum:
+def _fit_sum(sets: Sequence[FeatureLists], terms: Sequence[ScoreFeature], kind: FactorKind | None) -> _Sum:
     lists, is_words = [scored for each in sets for scored in each.lists], _are_words(terms)
     if kind is not None:
         inputs = np.concatenate([each.inputs(kind) for each in sets])
@@ -427,7 +431,7 @@ def _fit_sum(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], kind:
     return _Sum(sum_weights(lists), is_words)
 
 
-def _are_words(terms: Sequence[EvidenceTerm]) -> NDArray[np.bool_]:
+def _are_words(terms: Sequence[ScoreFeature]) -> NDArray[np.bool_]:
     return np.array([False, *(term not in VECTOR_TERMS for term in terms)])
 
 

@@ -1,4 +1,4 @@
-"""Evidence: the terms that an index adds to the score of the vectors.
+"""Score features: the terms that an index adds to the score of the vectors.
 
     z(q, p) = t <U y_q, V y_p> + w max_k t <U y_q, V y_pk> + v mean_i max_j cos(W x_qi, W x_pj)
             + l(q) sum_j w_j e_j(q, p) + B r_q r_p tanh(g(y_q, y_p))
@@ -8,13 +8,13 @@ all computed from data that an index stores once per passage. y_pk are the vecto
 own (``ops.bm25_words.windows``). x_qi and x_pj are the states of the backbone for the tokens of query and passage
 (``models.token_vectors``). e_j are the BM25 scores of the passage and of its best window, raw and divided by the
 query's upper limit, which no passage reaches. The weights w, v and w_j are at least 0, separate for each task, and
-fitted on dev (``training.fit_evidence``). l(q) scales the word terms for the query: an exponential function of how many
-words it has, what they weigh, how many of them are unknown, and how near the nearest passage is; 1 if not fitted. BM25
-needs a corpus, so a pair scored outside an index gets the score of its vectors alone.
+fitted on dev (``training.fit_score_features``). l(q) scales the word terms for the query: an exponential function of
+how many words it has, what they weigh, how many of them are unknown, and how near the nearest passage is; 1 if not
+fitted. BM25 needs a corpus, so a pair scored outside an index gets the score of its vectors alone.
 
-The weights are stored as ``evidence.json`` in a student's folder. Passage vectors do not depend on them, so an index
-is valid for the student with or without them. Vectors of windows and tokens take space and time, so an index may leave
-them out; it then uses other weights, fitted without them.
+The weights are stored as ``score_features.json`` in a student's folder. Passage vectors do not depend on them, so an
+index is valid for the student with or without them. Vectors of windows and tokens take space and time, so an index may
+leave them out; it then uses other weights, fitted without them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, NonNegativeFloat
 
-from d2llm.core.types import PART_KINDS, EvidenceTerm, PartKind, Task
+from d2llm.core.types import PART_KINDS, PartKind, ScoreFeature, Task
 from d2llm.models.fitted_part import FittedPart, FittedValues
 
-VECTOR_TERMS: dict[EvidenceTerm, PartKind] = {"window_vectors": "window", "token_vectors": "token"}
+VECTOR_TERMS: dict[ScoreFeature, PartKind] = {"window_vectors": "window", "token_vectors": "token"}
 """The terms that use vectors of parts of passages, which an index may or may not store; the others use words."""
 
 
@@ -64,10 +64,10 @@ class WordsFactor(FittedValues):
         return math.exp(min(max(exponent, self.lowest), self.highest))
 
 
-class EvidenceWeights(FittedValues):
+class FeatureWeights(FittedValues):
     """The weights of the terms in the score of an index's passages; the student's own score has weight 1."""
 
-    terms: dict[EvidenceTerm, NonNegativeFloat] = Field(default_factory=dict[EvidenceTerm, float])
+    terms: dict[ScoreFeature, NonNegativeFloat] = Field(default_factory=dict[ScoreFeature, float])
     words_factor: WordsFactor | None = None
 
     def __bool__(self) -> bool:
@@ -105,69 +105,69 @@ class EvidenceWeights(FittedValues):
         window = self.terms.get("window_words", 0.0) + self.terms.get("window_words_share", 0.0) / divisor
         return np.float32(scale * passage), np.float32(scale * window)
 
-    def without(self, terms: Collection[EvidenceTerm]) -> EvidenceWeights:
+    def without(self, terms: Collection[ScoreFeature]) -> FeatureWeights:
         """The same weights without some terms."""
         return self.model_copy(update={"terms": {term: w for term, w in self.terms.items() if term not in terms}})
 
 
-class TaskEvidence(FittedValues):
+class TaskFeatureWeights(FittedValues):
     """The weights of one task; the student's own score has weight 1.
 
     ``words_factor`` is l(q), None for 1. ``dev`` has two values of nDCG@10 for each data set: with the student's own
-    score, and with evidence whose weights were fitted without the queries measured; none if the weights are those of
-    the student that training started from. ``num_queries`` is the number of dev queries of each data set.
+    score, and with score features whose weights were fitted without the queries measured; none if the weights are those
+    of the student that training started from. ``num_queries`` is the number of dev queries of each data set.
     ``without_parts`` applies to an index without the vectors of parts that these weights need; None if they need none.
     """
 
-    weights: dict[EvidenceTerm, NonNegativeFloat]
+    weights: dict[ScoreFeature, NonNegativeFloat]
     words_factor: WordsFactor | None = None
     dev: dict[str, tuple[float, float]]
     num_queries: dict[str, int]
-    without_parts: TaskEvidence | None = None
+    without_parts: TaskFeatureWeights | None = None
 
-    def inherited(self) -> TaskEvidence:
+    def inherited(self) -> TaskFeatureWeights:
         """The same weights for a student that was trained from this one, on which they were not measured."""
         lesser = None if self.without_parts is None else self.without_parts.inherited()
         return self.model_copy(update={"dev": {}, "num_queries": {}, "without_parts": lesser})
 
 
-class Evidence(FittedPart):
-    """The evidence weights of one student, by task; a task without an entry has no evidence. False if none has any."""
+class ScoreFeatures(FittedPart):
+    """The feature weights of one student, by task; a task without an entry has none. False if none has any."""
 
-    kind: ClassVar[str] = "evidence"
-    file_name: ClassVar[str] = "evidence.json"
-    without: ClassVar[str] = "search without evidence"
+    kind: ClassVar[str] = "score_features"
+    file_name: ClassVar[str] = "score_features.json"
+    without: ClassVar[str] = "search without score features"
 
-    tasks: dict[Task, TaskEvidence] = Field(default={})
+    tasks: dict[Task, TaskFeatureWeights] = Field(default={})
 
     def __bool__(self) -> bool:
-        """Whether any task has evidence."""
+        """Whether any task has score features."""
         return bool(self.tasks)
 
-    def weights(self, task: Task, *, stored: Collection[PartKind] = PART_KINDS) -> EvidenceWeights:
+    def weights(self, task: Task, *, stored: Collection[PartKind] = PART_KINDS) -> FeatureWeights:
         """The non-zero weights of one task; ``stored`` are the parts of passages whose vectors the index has."""
         fitted = self.tasks.get(task)
         while fitted is not None:
-            kept: dict[EvidenceTerm, float] = {term: weight for term, weight in fitted.weights.items() if weight}
-            weights = EvidenceWeights(terms=kept, words_factor=fitted.words_factor)
+            kept: dict[ScoreFeature, float] = {term: weight for term, weight in fitted.weights.items() if weight}
+            weights = FeatureWeights(terms=kept, words_factor=fitted.words_factor)
             if weights.part_kinds <= set(stored):
                 return weights
             fitted = fitted.without_parts
-        return EvidenceWeights()
+        return FeatureWeights()
 
-    def inherited(self, *, has_tokens: bool) -> Evidence:
+    def inherited(self, *, has_tokens: bool) -> ScoreFeatures:
         """The same weights for a student that was trained from this one.
 
         Without ``has_tokens`` it has no token embeddings.
         """
-        evidence = self if has_tokens else self.without_tokens()
-        return Evidence(tasks={task: fitted.inherited() for task, fitted in evidence.tasks.items()})
+        score_features = self if has_tokens else self.without_tokens()
+        return ScoreFeatures(tasks={task: fitted.inherited() for task, fitted in score_features.tasks.items()})
 
-    def without_tokens(self) -> Evidence:
-        """The weights for indexes without token embeddings; a task without such weights has no evidence."""
-        tasks: dict[Task, TaskEvidence] = {}
+    def without_tokens(self) -> ScoreFeatures:
+        """The weights for indexes without token embeddings; a task without such weights has no score features."""
+        tasks: dict[Task, TaskFeatureWeights] = {}
         for task, fitted in self.tasks.items():
-            left: TaskEvidence | None = fitted
+            left: TaskFeatureWeights | None = fitted
             while left is not None and left.weights.get("token_vectors"):
                 left = left.without_parts
             if left is not None:

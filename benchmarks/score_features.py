@@ -1,7 +1,8 @@
-"""Cost of evidence: bytes and time of a search by vectors alone, with words, and with the vectors of windows or tokens.
+"""Cost of score features: bytes and time of a search by vectors alone, with words, and with the vectors of windows or
+tokens.
 
-    python benchmarks/evidence.py
-    python benchmarks/evidence.py --passages 100000 --json benchmarks/results/evidence.json
+    python benchmarks/score_features.py
+    python benchmarks/score_features.py --passages 100000 --json benchmarks/results/score-features.json
 
 The index is built as a user would build it, from real texts and variations of them (`scaling.corpus`), doubled in
 length so that most have several windows. Vectors of passages and tokens are real ones and variations, those of windows
@@ -27,22 +28,22 @@ from scaling.data_sets import DATA, require
 from scaling.stores import build
 
 from d2llm import Student
-from d2llm.core.types import EvidenceTerm, Query
+from d2llm.core.types import Query, ScoreFeature
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.store.index_store import IndexStore
 from d2llm.store.view import PassageView
 
 STUDENT = "d2llm-minilm"
-WORDS: dict[EvidenceTerm, float] = {"words": 0.1, "words_share": 2.0}  # as on squad-sent; only the time counts
-WINDOW_WORDS: dict[EvidenceTerm, float] = {"window_words": 0.08, "window_words_share": 17.0}  # as shipped
-TOKENS: dict[EvidenceTerm, float] = {"token_vectors": 38.3}
+WORDS: dict[ScoreFeature, float] = {"words": 0.1, "words_share": 2.0}  # as on squad-sent; only the time counts
+WINDOW_WORDS: dict[ScoreFeature, float] = {"window_words": 0.08, "window_words_share": 17.0}  # as shipped
+TOKENS: dict[ScoreFeature, float] = {"token_vectors": 38.3}
 KINDS: dict[str, dict[str, Any]] = {
-    "vectors alone": {"evidence": {}},
-    "small: words": {"evidence": WORDS},
-    "small: words of windows": {"evidence": WINDOW_WORDS},
-    "full: words of windows, tokens": {"evidence": WINDOW_WORDS | TOKENS},
-    "full, proved exact": {"evidence": WINDOW_WORDS | TOKENS, "exact": True},
-    "words and vectors of windows": {"evidence": WINDOW_WORDS | {"window_vectors": 0.5}},
+    "vectors alone": {"score_features": {}},
+    "small: words": {"score_features": WORDS},
+    "small: words of windows": {"score_features": WINDOW_WORDS},
+    "full: words of windows, tokens": {"score_features": WINDOW_WORDS | TOKENS},
+    "full, proved exact": {"score_features": WINDOW_WORDS | TOKENS, "exact": True},
+    "words and vectors of windows": {"score_features": WINDOW_WORDS | {"window_vectors": 0.5}},
 }
 
 
