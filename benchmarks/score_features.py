@@ -34,9 +34,9 @@ from d2llm.store.index_store import IndexStore
 from d2llm.store.view import PassageView
 
 STUDENT = "d2llm-minilm"
-WORDS: dict[ScoreFeature, float] = {"words": 0.1, "words_share": 2.0}  # as on squad-sent; only the time counts
-WINDOW_WORDS: dict[ScoreFeature, float] = {"window_words": 0.08, "window_words_share": 17.0}  # as shipped
-TOKENS: dict[ScoreFeature, float] = {"token_vectors": 38.3}
+WORDS: dict[ScoreFeature, float] = {"bm25": 0.1, "bm25_fraction": 2.0}  # as on squad-sent; only the time counts
+WINDOW_WORDS: dict[ScoreFeature, float] = {"window_bm25": 0.08, "window_bm25_fraction": 17.0}  # as shipped
+TOKENS: dict[ScoreFeature, float] = {"maxsim": 38.3}
 KINDS: dict[str, dict[str, Any]] = {
     "vectors alone": {"score_features": {}},
     "small: words": {"score_features": WORDS},

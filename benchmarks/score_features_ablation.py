@@ -42,10 +42,10 @@ from d2llm.training.run import Run
 
 SETS = ("squad", "covidqa", "wikiqa")
 KINDS: dict[str, tuple[ScoreFeature, ...]] = {
-    "words": ("words", "words_share"),
-    "words of windows": ("window_words", "window_words_share"),
+    "words": ("bm25", "bm25_fraction"),
+    "words of windows": ("window_bm25", "window_bm25_fraction"),
     "vectors of windows": ("window_vectors",),
-    "vectors of tokens": ("token_vectors",),
+    "vectors of tokens": ("maxsim",),
 }
 TERMS: tuple[ScoreFeature, ...] = get_args(ScoreFeature)
 

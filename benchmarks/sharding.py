@@ -41,8 +41,8 @@ from d2llm.store.sharded_view import open_view
 
 STUDENT = "d2llm-minilm"
 GOAL = 1.5
-WINDOW_WORDS: dict[ScoreFeature, float] = {"window_words": 0.08, "window_words_share": 17.0}  # as shipped
-TOKENS: dict[ScoreFeature, float] = {"token_vectors": 38.3}
+WINDOW_WORDS: dict[ScoreFeature, float] = {"window_bm25": 0.08, "window_bm25_fraction": 17.0}  # as shipped
+TOKENS: dict[ScoreFeature, float] = {"maxsim": 38.3}
 KINDS: dict[str, dict[str, Any]] = {
     "vectors alone": {"score_features": {}},
     "words of windows": {"score_features": WINDOW_WORDS},

@@ -57,12 +57,12 @@ from d2llm.store.word_files import SEGMENT_ROWS
 STUDENT = "d2llm-minilm"
 RESULTS = Path(__file__).parent / "results"
 SHIPPED = Path(__file__).parents[1] / "src" / "d2llm" / "sizing"
-WORDS: dict[ScoreFeature, float] = {"words": 0.1, "words_share": 2.0, "window_words": 0.05, "window_words_share": 1.0}
+WORDS: dict[ScoreFeature, float] = {"bm25": 0.1, "bm25_fraction": 2.0, "window_bm25": 0.05, "window_bm25_fraction": 1.0}
 KINDS: dict[str, dict[ScoreFeature, float]] = {
     "vectors alone": {},
     "words, also of windows": WORDS,
     "words and vectors of windows": {**WORDS, "window_vectors": 0.5},
-    "words and vectors of tokens": {**WORDS, "token_vectors": 30.0},
+    "words and vectors of tokens": {**WORDS, "maxsim": 30.0},
 }
 GOAL = 1.25
 

@@ -196,7 +196,7 @@ def _scores(
     passages, windows = words.score(query_words, rows)
     own = student.score(vector, vectors[rows], task)
     best = tokens.sum_of_best(mean_of_cosines(query_tokens), rows)
-    token_weight = score_features.terms.get("token_vectors", 0.0)
+    token_weight = score_features.terms.get("maxsim", 0.0)
     total = own + passage_weight * passages + window_weight * windows + token_weight * best
     limit = query_words.limit or 1.0
     return np.stack([total, own, passages / limit, windows / limit, best], axis=1)

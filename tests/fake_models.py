@@ -154,7 +154,7 @@ class FakeTeacher:
         return Judgements(np.array(shared, np.float32), None, num_truncated, num_tokens=0)
 
 
-TOKEN_WEIGHTS = {"words": 0.25, "token_vectors": 5.0}
+TOKEN_WEIGHTS = {"bm25": 0.25, "maxsim": 5.0}
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class TokenStudent(FakeStudent):
     def feature_weights(self, task, *, stored=PART_KINDS):
         if task != "asymmetric":
             return FeatureWeights()
-        return FeatureWeights(terms=TOKEN_WEIGHTS if "token" in stored else {"words": 1.0})
+        return FeatureWeights(terms=TOKEN_WEIGHTS if "token" in stored else {"bm25": 1.0})
 
     def encode_with_tokens(self, texts, kind, *, instruction=None, advance=None):
         encode = partial(self.encode_queries, instruction=instruction) if kind == "query" else self.encode_passages

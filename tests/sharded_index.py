@@ -11,7 +11,7 @@ from d2llm.models.score_features import FeatureWeights
 from fake_models import TokenStudent, with_exact_products
 
 WORDS = ("apple", "pear", "quince", "medlar", "plum", "cherry", "sloe", "fig", "date", "lime")
-WEIGHTS = {"words": 0.7, "window_words": 0.4, "window_vectors": 0.3, "token_vectors": 2.0}
+WEIGHTS = {"bm25": 0.7, "window_bm25": 0.4, "window_vectors": 0.3, "maxsim": 2.0}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class BoundedStudent(TokenStudent):
         return self.prepare(query_vector, task)(passage_vectors)
 
     def feature_weights(self, task, *, stored=PART_KINDS):
-        named = {term: weight for term, weight in self.weights.items() if term.endswith("words")}
+        named = {term: weight for term, weight in self.weights.items() if term.endswith("bm25")}
         return FeatureWeights(
             terms=named | {f"{kind}_vectors": self.weights.get(f"{kind}_vectors", 0.0) for kind in stored}
         )

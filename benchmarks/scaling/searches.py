@@ -27,10 +27,10 @@ DEPTHS = (1000, 200)
 PROBES = (8, 32, 128)
 
 _WORDS: dict[ScoreFeature, float] = {
-    "words": 0.1,
-    "words_share": 2.0,
+    "bm25": 0.1,
+    "bm25_fraction": 2.0,
 }  # as on squad-sent; only the time counts
-_WINDOWS: dict[ScoreFeature, float] = {"window_words": 0.05, "window_words_share": 1.0}
+_WINDOWS: dict[ScoreFeature, float] = {"window_bm25": 0.05, "window_bm25_fraction": 1.0}
 _WINDOW_VECTORS: dict[ScoreFeature, float] = {"window_vectors": 0.5}
 
 Search = Callable[[int], Sequence[int]]

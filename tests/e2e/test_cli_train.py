@@ -76,10 +76,10 @@ class TestEditedRecipe:
         folder, arguments = run
         more = write_data(folder / "more")
         recipe = folder / "tiny.toml"
-        added = f'[[data]]\npath = "{more}"\ntask = "symmetric"\n[score_features]\nwords = true\nin_training = true\n'
+        added = f'[[data]]\npath = "{more}"\ntask = "symmetric"\n[score_features]\nbm25 = true\nin_training = true\n'
         recipe.write_text(f"{recipe.read_text()}\n{added}")
         (warning,) = warnings_of(succeed("distill", *arguments))
-        score_features = "score_features.in_training (was False, is True), score_features.words (was False, is True)"
+        score_features = "score_features.in_training (was False, is True), score_features.bm25 (was False, is True)"
         assert f"kept: data.more (was not set, is set), {score_features}; distill with" in warning
         (folder / "run" / "plans" / "more").mkdir()
         plan = json.loads((folder / "run" / "plans" / "everyday" / MANIFEST).read_text())
@@ -91,9 +91,9 @@ class TestEditedRecipe:
     def test_score_features_that_is_fitted_at_the_end_is_a_change_too(self, run):
         folder, arguments = run
         recipe = folder / "tiny.toml"
-        recipe.write_text(f"{recipe.read_text()}\n[score_features]\nwords = true\n")
+        recipe.write_text(f"{recipe.read_text()}\n[score_features]\nbm25 = true\n")
         (warning,) = warnings_of(succeed("distill", *arguments))
-        assert "kept: score_features.words (was False, is True); distill with --again" in warning
+        assert "kept: score_features.bm25 (was False, is True); distill with --again" in warning
 
     def test_tune_teacher_warns_too_and_again_retunes(self, run):
         folder, arguments = run

@@ -115,7 +115,7 @@ def test_words_count_in_training_with_weights_fitted_once(
 
     def run(name: str, *, in_training: bool) -> DistillReport:
         recipe = tiny_recipe(tiny_student_config(place.model), **LEARNING).model_copy(
-            update={"score_features": ScoreFeaturesConfig(words=True, window_words=True, in_training=in_training)}
+            update={"score_features": ScoreFeaturesConfig(bm25=True, window_bm25=True, in_training=in_training)}
         )
         return place.run(tmp_path / name, source=source, labels=tmp_path / "labels", recipe=recipe)
 
@@ -146,7 +146,7 @@ def test_tokens_count_in_training_and_their_projection_is_trained_with_the_backb
     recipe = tiny_recipe(tiny_student_config(place.model), **LEARNING | {"tokens": {"dim": 4, "epochs": 1}})
     recipe = recipe.model_copy(
         update={
-            "score_features": ScoreFeaturesConfig(token_vectors=True, in_training=True),
+            "score_features": ScoreFeaturesConfig(maxsim=True, in_training=True),
             "losses": recipe.losses.with_losses({"token_cross_entropy": 0.5}),
         }
     )
@@ -156,7 +156,7 @@ def test_tokens_count_in_training_and_their_projection_is_trained_with_the_backb
 
     report = run("student")
     key = untrained(place).fingerprint
-    weight = ScoreFeatures.read(tmp_path / "student.run", key).weights("asymmetric").terms["token_vectors"]
+    weight = ScoreFeatures.read(tmp_path / "student.run", key).weights("asymmetric").terms["maxsim"]
     start = TokenProjection.read(tmp_path / "student.run", key, Widths(0, untrained(place).backbone.dim))
     student = Student.load(tmp_path / "student", device="cpu", dtype="float32")
     assert start is not None

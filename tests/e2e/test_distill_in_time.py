@@ -43,9 +43,7 @@ class Work:
             "tokens": {"dim": 4, "epochs": 1},
         }
         recipe = tiny_recipe(tiny_student_config(self.place.model), **LEARNING | stages)
-        self.recipe: Recipe = recipe.model_copy(
-            update={"score_features": ScoreFeaturesConfig(words=True, token_vectors=True)}
-        )
+        self.recipe: Recipe = recipe.model_copy(update={"score_features": ScoreFeaturesConfig(bm25=True, maxsim=True)})
 
     def run(self, folder: Path) -> DistillReport:
         return self.place.run(folder, source=self.source, labels=self.labels, recipe=self.recipe)
@@ -160,7 +158,7 @@ def test_without_time_there_are_no_vectors_of_tokens(
     assert "no time to train token embeddings; the score counts none" in caplog.text
     student = Student.load(tmp_path / "student", device="cpu")
     assert student.token_projection is None
-    assert "token_vectors" not in report.score_features["asymmetric"]["weights"]
+    assert "maxsim" not in report.score_features["asymmetric"]["weights"]
 
 
 def test_a_run_that_is_out_of_time_continues(

@@ -32,7 +32,7 @@ def write_index_with_tokens(folder):
         torch.manual_seed(0)
         rarity = [0.0] * 4 + [1.0] * (len(student.backbone.tokenizer) - 4)
         student.token_projection = TokenProjection(student.backbone.dim, 8, rarity)
-    weights = TaskFeatureWeights(weights={"words": 0.5, "token_vectors": 20.0}, dev={}, num_queries={})
+    weights = TaskFeatureWeights(weights={"bm25": 0.5, "maxsim": 20.0}, dev={}, num_queries={})
     student.score_features = ScoreFeatures(tasks={"asymmetric": weights})
     student.save(folder / "student")
     index = Index.create(folder / "index", folder / "student", dtype="float32", token_vectors="int8")

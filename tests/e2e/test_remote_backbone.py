@@ -52,7 +52,7 @@ def write_recipe(place: Path, folder: Path, url: str, *, dim: int = EMBEDDING_DI
     start, end = text.index("[student.backbone]"), text.index("[student.interaction]")
     text = text[:start] + BACKBONE.format(url=url, dim=dim) + text[end:]
     text = text.replace("residual.epochs = 0", "residual.epochs = 1")
-    text += "\n[score_features]\nwords = true\n" + more
+    text += "\n[score_features]\nbm25 = true\n" + more
     (folder / "remote.toml").write_text(text)
     return folder / "remote.toml"
 
@@ -141,8 +141,8 @@ def test_mistakes_are_found_before_the_work(place: Path, tmp_path: Path, endpoin
     fail(
         "mine", wrong_width, "--out", tmp_path / "run", containing=["gives vectors of 16 dimensions", "dimensions is 7"]
     )
-    tokens = write_recipe(place, tmp_path, endpoint.url, more="token_vectors = true\n")
-    fail("mine", tokens, "--out", tmp_path / "run", containing=["remote.toml", "score_features.token_vectors"])
+    tokens = write_recipe(place, tmp_path, endpoint.url, more="maxsim = true\n")
+    fail("mine", tokens, "--out", tmp_path / "run", containing=["remote.toml", "score_features.maxsim"])
 
 
 # --- d2llm's own server

@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
     student = Student.load(write_tiny_student(folder), dtype="float32")
     factor = WordsFactor(slopes=(0.0,) * 4, offset=0.0, lowest=-9.0, highest=9.0, nearest_slope=-0.1)
-    fitted = TaskFeatureWeights(weights={"words": 1.0}, words_factor=factor, dev={}, num_queries={})
+    fitted = TaskFeatureWeights(weights={"bm25": 1.0}, words_factor=factor, dev={}, num_queries={})
     student.score_features = ScoreFeatures(tasks={"asymmetric": fitted})
     student.save(folder / "student-0")
     shard(write_tiny_index(folder), folder / "sharded", NUM_SHARDS)

@@ -19,7 +19,7 @@ from tiny_evaluations import everyone, make_words, measure, with_indexes_of
 
 FITTED = "fitted sum: BM25 + cosine, tuned"
 FITTED_STUDENT = "D2LLM, weights fitted here"
-WEIGHTS = {"words": 0.5, "window_words_share": 1.5}
+WEIGHTS = {"bm25": 0.5, "window_bm25_fraction": 1.5}
 
 
 class WordyStudent(FakeStudent):
@@ -71,10 +71,10 @@ def by_hand(index, dataset, query, score, weights):
     passages, windows = index.score(query_terms, np.arange(len(index)))
     limit = query_terms.limit or 1.0
     features = {
-        "words": passages,
-        "words_share": passages / limit,
-        "window_words": windows,
-        "window_words_share": windows / limit,
+        "bm25": passages,
+        "bm25_fraction": passages / limit,
+        "window_bm25": windows,
+        "window_bm25_fraction": windows / limit,
     }
     total = score + sum(weight * features[term] for term, weight in weights.items())
     return dict(zip(dataset.passages, total.tolist(), strict=True))
@@ -121,14 +121,14 @@ def test_the_sum_ranks_by_weights_fitted_on_dev(words, without_results, monkeypa
         assert all(scores.shape == (len(grades), num_columns) for scores, grades in lists)
         assert all(sorted(set(grades)) >= [0, 1] for _, grades in lists)
     tuned = cosine_of(dataset, FakeStudent(fingerprint="tuned"))
-    check(report.details.rankings[FITTED], dataset, tuned, {"words": 0.25, "words_share": 2.0})
+    check(report.details.rankings[FITTED], dataset, tuned, {"bm25": 0.25, "bm25_fraction": 2.0})
     student = FakeStudent()
     passages = stored(student.encode_passages([passage.full_text for passage in dataset.passages.values()]).vectors)
     check(
         report.details.rankings[FITTED_STUDENT],
         dataset,
         lambda text: student.score(student.encode_queries([text]).vectors[0], passages, "asymmetric"),
-        {"words": 0.25, "words_share": 2.0},
+        {"bm25": 0.25, "bm25_fraction": 2.0},
     )
     for name, own in ((FITTED, "cosine"), (FITTED_STUDENT, "D2LLM")):
         (note,) = [note for note in report.notes if note.startswith(name)]
@@ -150,7 +150,7 @@ def test_without_dev_the_weights_are_cross_fitted(words, without_results, monkey
     tuned = cosine_of(words, FakeStudent(fingerprint="tuned"))
     for first, weight in ((0, 2.0), (1, 1.0)):
         half = {query_id: rankings[query_id] for query_id in list(rankings)[first::2]}
-        check(half, words, tuned, {"words": weight})
+        check(half, words, tuned, {"bm25": weight})
 
 
 def test_the_fitted_sum_can_be_the_baseline(words, work):
@@ -234,8 +234,8 @@ def test_ablated_parts_of_the_score_get_rows(words, work):
 
     rankings = report.details.rankings
     check(rankings["D2LLM"], words, score, WEIGHTS)
-    check(rankings[names[0]], words, score, {"window_words_share": 1.5})
-    check(rankings[names[1]], words, score, {"words": 0.5})
+    check(rankings[names[0]], words, score, {"window_bm25_fraction": 1.5})
+    check(rankings[names[1]], words, score, {"bm25": 0.5})
     check(rankings[names[2]], words, dot, WEIGHTS)
     assert {part.row for part in report.parts} == set(names)
     assert {part.baseline for part in report.parts} == {"D2LLM"}

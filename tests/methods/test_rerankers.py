@@ -225,9 +225,9 @@ def test_errors_are_stored_by_teacher_and_task(tmp_path):
     with pytest.raises(InputError, match="symmetric"):
         read_error(tmp_path, teacher, "symmetric")
     with pytest.raises(InputError, match="with its current scores"):
-        read_error(tmp_path, teacher, "asymmetric", FeatureWeights(terms={"words": 0.5}))
-    write_error(tmp_path, teacher, "asymmetric", other_error, FeatureWeights(terms={"words": 0.5}))
-    assert read_error(tmp_path, teacher, "asymmetric", FeatureWeights(terms={"words": 0.5})) == other_error
+        read_error(tmp_path, teacher, "asymmetric", FeatureWeights(terms={"bm25": 0.5}))
+    write_error(tmp_path, teacher, "asymmetric", other_error, FeatureWeights(terms={"bm25": 0.5}))
+    assert read_error(tmp_path, teacher, "asymmetric", FeatureWeights(terms={"bm25": 0.5})) == other_error
     assert read_error(tmp_path, teacher, "asymmetric") == error
     (tmp_path / ERRORS_FILE).write_text('{"x": {"slope": -1, "intercept": 0, "sigma": 1}}')
     with pytest.raises(DataFormatError, match="calibrate again"):

@@ -125,7 +125,7 @@ def test_an_untrained_student_is_its_backbones_cosine(base, tmp_path):
 def test_what_was_fitted_remains(base, tmp_path):
     student = trained(base)
     close_gate(student)
-    fitted = TaskFeatureWeights(weights={"window_words": 0.5}, dev={}, num_queries={})
+    fitted = TaskFeatureWeights(weights={"window_bm25": 0.5}, dev={}, num_queries={})
     student.score_features = ScoreFeatures(tasks={"asymmetric": fitted})
     student.save(tmp_path / "before")
     loaded = Student.load(tmp_path / "before", device="cpu", dtype="float32")
@@ -133,7 +133,7 @@ def test_what_was_fitted_remains(base, tmp_path):
     loaded.drop_idle_parts()
     loaded.save(tmp_path / "after")
     after = Student.load(tmp_path / "after", device="cpu", dtype="float32")
-    assert after.score_features.weights("asymmetric").terms == {"window_words": 0.5}
+    assert after.score_features.weights("asymmetric").terms == {"window_bm25": 0.5}
     assert f'"reduced_from": "{before}"' in (tmp_path / "after" / "manifest.json").read_text()
 
 

@@ -146,7 +146,7 @@ def test_ranking_with_score_features_matches_brute_force(monkeypatch):
             ". ".join(" ".join(rng.choice(words, 3)) for _ in range(rng.integers(0, 4)))
             for _ in view.ids(range(view.capacity))
         ]
-        names = ("words", "words_share", "window_words", "window_vectors", "token_vectors")
+        names = ("bm25", "bm25_fraction", "window_bm25", "window_vectors", "maxsim")
         weights = {name: float(rng.choice([0.0, 0.5, 4.0])) for name in names}
         own = view.vectors(np.arange(view.capacity))
         windows = [rng.standard_normal((rng.integers(0, 4), DIM)).astype(np.float32) for _ in texts]
@@ -166,7 +166,7 @@ def test_ranking_with_score_features_matches_brute_force(monkeypatch):
         )
         rows = FeatureRows(texts, windows, own, tokens[1:] or None)
         if rows.tokens is None:
-            weights["token_vectors"] = 0.0
+            weights["maxsim"] = 0.0
         score_features = RowFeatures(
             rows,
             "w1 w2 w3 w10",

@@ -24,7 +24,7 @@ from sharded_index import WORDS, BoundedStudent, random_passages, results_of
 
 STUDENT = BoundedStudent()
 FACTOR = WordsFactor(slopes=(0.2, 0.0, -0.5, 0.0), offset=0.1, lowest=-3.0, highest=3.0, nearest_slope=-0.3)
-NOTHING_ADDED = {"words": 0.0}
+NOTHING_ADDED = {"bm25": 0.0}
 
 
 @pytest.fixture(scope="module", params=[1, 4, 9])
@@ -67,9 +67,9 @@ queries = st.lists(st.sampled_from([*WORDS, "nowhere"]), min_size=1, max_size=4)
         [
             None,
             {},
-            {"words": 1.0, "words_share": 2.0},
-            {"window_words": 3.0},
-            FeatureWeights(terms={"words": 1.0, "window_words": 0.5}, words_factor=FACTOR),
+            {"bm25": 1.0, "bm25_fraction": 2.0},
+            {"window_bm25": 3.0},
+            FeatureWeights(terms={"bm25": 1.0, "window_bm25": 0.5}, words_factor=FACTOR),
         ]
     ),
     how=st.sampled_from(
@@ -114,9 +114,9 @@ def test_a_sharded_search_is_that_of_one_index(pair, text, top_k, condition, sco
 @given(text=queries, top_k=st.sampled_from([1, 5, 30]), bound=st.sampled_from([0.0, 1.0, 8.0]))
 def test_an_exact_search_is_brute_force(pair, text, top_k, bound):
     student = BoundedStudent()
-    student.bound, student.weights = bound, {"words": 0.7}
+    student.bound, student.weights = bound, {"bm25": 0.7}
     one, several = pair
-    score_features = {"words": 0.7}
+    score_features = {"bm25": 0.7}
     passages = one.view.passages(one.view.live_rows())
     words = WordIndex.from_texts([passage.full_text for passage in passages])
     vector = student.encode_queries([text]).vectors[0]
@@ -187,7 +187,7 @@ def test_an_exact_search_asks_remote_shards_at_the_same_time(pair, text, top_k, 
     asked = Barrier(len(remote.shards))
     for view in remote.shards:
         view.all_asked = asked
-    options = {"exact": True, "top_k": top_k, "score_features": {"words": 0.7}}
+    options = {"exact": True, "top_k": top_k, "score_features": {"bm25": 0.7}}
     expected = several.search(text, **options)
     (actual,) = search(remote, student, [text], budget_ms=budget, **options)
     proof, other = actual.certificate, expected.certificate

@@ -144,7 +144,7 @@ def test_settings_that_only_one_side_has_are_named():
     assert changed_settings(before, after) == changes
     edited = changed(
         data=[{"path": "a", "task": "symmetric"}, {"path": "far/b", "task": "symmetric"}],
-        score_features={"words": True, "in_training": True},
+        score_features={"bm25": True, "in_training": True},
         training={"remine": True},
     )
     assert changed_settings(shaping_settings(changed()), shaping_settings(edited)) == [

@@ -163,7 +163,7 @@ def passages_of(answer):
 
 index.upsert([Passage("thai", thai)])
 shown["words"] = [thai[start:end] for start, end in words(thai)]
-ranking = index.search(thai[4:8], sources=["bm25"], score_features={"words": 1})
+ranking = index.search(thai[4:8], sources=["bm25"], score_features={"bm25": 1})
 shown["found"] = [each.passage.id for each in ranking.passages]
 shown["python"] = [document.title for document in find_documents([note])]
 cli("index", path, "upsert", note)

@@ -417,7 +417,7 @@ CASES: dict[str, tuple[One, Call]] = {
         lambda w, v: fit_score_features(w.student, v).model_dump(),
     ),
     "fit_score_features.terms": (
-        lambda _: "words",
+        lambda _: "bm25",
         lambda w, v: fit_score_features(w.student, [(everyday(), "asymmetric")], terms=v).model_dump(),
     ),
     "fit_probabilities.judged": (

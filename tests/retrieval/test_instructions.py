@@ -156,7 +156,7 @@ class TestVectorsOfTokens:
         student = TokenStudent()
         index = Index.create(tmp_path / "i", student, vector_format="float32", token_vectors="float32")
         index.upsert(PASSAGES)
-        score_features = {"token_vectors": 5.0}
+        score_features = {"maxsim": 5.0}
         plain = index.search(FAKE_QUERY, score_features=score_features, explain=True, top_k=40)
         ranking = index.search(
             FAKE_QUERY, score_features=score_features, explain=True, top_k=40, instruction=FAKE_INSTRUCTION
@@ -176,7 +176,7 @@ class TestSearch:
         assert ids(ranking) != ids(fake_index.search(FAKE_QUERY, top_k=40))
 
     def test_words_are_those_of_the_plain_query(self, fake_index):
-        settings = {"score_features": {"words": 2.0}, "explain": True, "top_k": 40}
+        settings = {"score_features": {"bm25": 2.0}, "explain": True, "top_k": 40}
         plain = fake_index.search(FAKE_QUERY, **settings)
         ranking = fake_index.search(FAKE_QUERY, instruction=FAKE_INSTRUCTION, **settings)
         by_words = [

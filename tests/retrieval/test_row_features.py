@@ -21,7 +21,7 @@ TEXTS = [
     "",
     "nothing of it",
 ]
-TERMS = {"words": 0.5, "words_share": 3.0, "window_words": 0.25, "window_words_share": 1.5}
+TERMS = {"bm25": 0.5, "bm25_fraction": 3.0, "window_bm25": 0.25, "window_bm25_fraction": 1.5}
 WEIGHTS = FeatureWeights(terms=TERMS)
 
 
@@ -124,7 +124,7 @@ def test_no_row_exceeds_its_bound():
         )
         values, bounds = score_features(np.arange(len(texts))), score_features.bounds(len(texts))
         assert (values <= bounds).all(), seed
-        if not {"window_words", "window_words_share"} & weights.keys():
+        if not {"window_bm25", "window_bm25_fraction"} & weights.keys():
             np.testing.assert_array_equal(values, bounds)
 
 

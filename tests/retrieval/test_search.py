@@ -108,7 +108,7 @@ def test_candidates_of_documents_are_limited(student, tmp_path):
 
 
 def test_rows_scored_in_blocks_get_the_same_scores(index, student, monkeypatch):
-    settings = {"num_candidates": 100, "top_k": 100, "score_features": {"words": 0.3}}
+    settings = {"num_candidates": 100, "top_k": 100, "score_features": {"bm25": 0.3}}
     (together,) = search(index, student, QUERIES[:1], **settings)
     monkeypatch.setattr("d2llm.retrieval.row_scorer._SCORED_AT_ONCE", 7)
     (in_blocks,) = search(index, student, QUERIES[:1], **settings)

@@ -21,7 +21,7 @@ def token_student(folder) -> Student:
     skipped = set(skipped_tokens(student.backbone.tokenizer))
     rarity = [0.0 if token in skipped else 1.0 for token in range(vocabulary)]
     student.token_projection = TokenProjection(student.vector_dim, 16, rarity).eval()
-    weights = {"words": 0.1, "window_words": 0.1, "window_vectors": 0.5, "token_vectors": 2.0}
+    weights = {"bm25": 0.1, "window_bm25": 0.1, "window_vectors": 0.5, "maxsim": 2.0}
     task = TaskFeatureWeights(weights=weights, dev={}, num_queries={})
     student.score_features = ScoreFeatures(tasks={"asymmetric": task})
     return student

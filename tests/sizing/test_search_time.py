@@ -67,7 +67,7 @@ def test_a_scan_reads_all_vectors():
 
 
 def test_score_features_costs_words_windows_and_tokens():
-    weights = {"words": 1.0, "window_words": 1.0, "window_vectors": 1.0, "token_vectors": 1.0}
+    weights = {"bm25": 1.0, "window_bm25": 1.0, "window_vectors": 1.0, "maxsim": 1.0}
     times = stages(replace(STUDENT, weights=FeatureWeights(terms=weights)))
     assert times == pytest.approx(
         {

@@ -23,7 +23,7 @@ TEXTS = {
     "long": "The start of it. " * 5 + "A rare thing. The end.",
     "letters": "x" * 10_000,
 }
-WEIGHTS = {"words": 0.25, "window_vectors": 2.0}
+WEIGHTS = {"bm25": 0.25, "window_vectors": 2.0}
 
 
 class WindowStudent(FakeStudent):
@@ -32,7 +32,7 @@ class WindowStudent(FakeStudent):
     def feature_weights(self, task, *, stored=PART_KINDS):
         if task != "asymmetric":
             return FeatureWeights()
-        return FeatureWeights(terms=WEIGHTS if "window" in stored else {"words": 1.0})
+        return FeatureWeights(terms=WEIGHTS if "window" in stored else {"bm25": 1.0})
 
 
 def passages(**texts):
@@ -87,7 +87,7 @@ def test_each_passage_has_the_windows_of_its_text(index):
 def test_the_score_includes_window_vectors(index):
     student = index.student
     plain = index.search("a rare gem", score_features={}, sources=("vectors", "bm25"))
-    words = index.search("a rare gem", score_features={"words": 0.25})
+    words = index.search("a rare gem", score_features={"bm25": 0.25})
     ranking = index.search("a rare gem", explain=True)
     names = [hit.passage.id for hit in ranking.passages]
     assert set(names) == set(TEXTS)
@@ -195,7 +195,7 @@ def test_an_index_without_windows_uses_other_weights(tmp_path):
     assert index.stats().window_format is None
     assert not list(index.folder.glob("window-*"))
     ranking = index.search("a rare gem", explain=True)
-    words_ranking = index.search("a rare gem", score_features={"words": 1.0})
+    words_ranking = index.search("a rare gem", score_features={"bm25": 1.0})
     assert [hit.score for hit in ranking.passages] == [hit.score for hit in words_ranking.passages]
     assert all(hit.explanation.windows is None for hit in ranking.passages)
     with pytest.raises(InputError, match="index the corpus again with --window-vectors"):

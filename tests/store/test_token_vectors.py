@@ -61,7 +61,7 @@ def test_each_passage_has_the_tokens_of_its_text(index):
 
 
 def test_the_score_includes_tokens_and_the_exact_search_agrees(index):
-    words = index.search("a rare gem", score_features={"words": 0.25})
+    words = index.search("a rare gem", score_features={"bm25": 0.25})
     ranking = index.search("a rare gem", explain=True)
     names = [hit.passage.id for hit in ranking.passages]
     word_scores = {hit.passage.id: hit.score for hit in words.passages}
@@ -141,7 +141,7 @@ def test_an_index_without_tokens_uses_other_weights(tmp_path):
     ranking = index.search("a rare gem", explain=True)
     assert all(hit.explanation.tokens is None for hit in ranking.passages)
     with pytest.raises(InputError, match="stores no token embeddings"):
-        index.search("gem", score_features={"token_vectors": 1.0})
+        index.search("gem", score_features={"maxsim": 1.0})
 
 
 def test_a_new_index_stores_tokens_if_the_score_counts_them(tmp_path):
@@ -161,7 +161,7 @@ def test_tokens_of_another_projection_are_refused(index):
     assert len(other.search("gem", score_features={}).passages) == len(TEXTS)
     plain = Index.open(index.folder, FakeStudent())
     with pytest.raises(InputError, match="this student has no token embeddings"):
-        plain.search("gem", score_features={"token_vectors": 1.0})
+        plain.search("gem", score_features={"maxsim": 1.0})
 
 
 @pytest.mark.parametrize("vector_format", ["int8", "int4", "int3", "binary", "float32", "bfloat16"])

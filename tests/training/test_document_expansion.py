@@ -180,7 +180,7 @@ def expected_scores(student: ExpandingStudent, passages: list[Passage], text: st
 def check(index: Index, passages: list[Passage], text: str = "dog cats purple run") -> None:
     expected = expected_scores(ExpandingStudent(), passages, text)
     for exact in (False, True):
-        ranking = index.search(text, top_k=len(passages), score_features={"words": 3.0}, exact=exact)
+        ranking = index.search(text, top_k=len(passages), score_features={"bm25": 3.0}, exact=exact)
         assert {result.passage.id: result.score for result in ranking.passages} == pytest.approx(expected, rel=1e-5)
         if exact:
             assert ranking.certificate is not None
@@ -237,7 +237,7 @@ def test_an_index_takes_words_of_one_expansion_only(tmp_path: Path) -> None:
     with_words = Index.open(tmp_path / "plain", ExpandingStudent())  # an index from before adds none
     with_words.upsert(PASSAGES[2:])
     plain.refresh()
-    found, expected = (index.search("cats", score_features={"words": 1.0}) for index in (with_words, plain))
+    found, expected = (index.search("cats", score_features={"bm25": 1.0}) for index in (with_words, plain))
     assert found.passages == expected.passages
     assert DotStudent(ExpandingStudent()).document_expansion is not None
     assert DotStudent(FakeStudent()).document_expansion is None

@@ -24,7 +24,7 @@ from d2llm.training.fit_scores import fit_scores
 from tiny_data import topics
 from tiny_models import tiny_student_config, write_tiny_model
 
-TERMS = ("words", "words_share", "window_words", "window_words_share")
+TERMS = ("bm25", "bm25_fraction", "window_bm25", "window_bm25_fraction")
 
 
 def lists(num, *, informative, seed=0):
@@ -46,7 +46,7 @@ def test_informative_score_features_gets_weight():
     fitted = fit_task_weights([make_lists("a", lists(200, informative=[0, 1]))], TERMS)
     own, fused = fitted.dev["a"]
     assert fused > own + 0.1
-    assert fitted.weights["words"] == pytest.approx(1.0, abs=0.35)  # as good as the student's own score
+    assert fitted.weights["bm25"] == pytest.approx(1.0, abs=0.35)  # as good as the student's own score
     assert max(fitted.weights[term] for term in TERMS[1:]) < 0.35
     assert fitted.num_queries == {"a": 200}
 
@@ -63,7 +63,7 @@ def test_a_set_without_a_list_is_left_out(tmp_path, caplog):
 
     with monkeypatch.context() as patch, caplog.at_level("WARNING", logger="d2llm.remarks"):
         patch.setattr(module, "make_feature_lists", none_for_far)
-        score_features = fit_score_features(student, [(whole, "symmetric"), (far, "symmetric")], terms=["words"])
+        score_features = fit_score_features(student, [(whole, "symmetric"), (far, "symmetric")], terms=["bm25"])
     assert score_features.tasks["symmetric"].num_queries == {"whole": 40}
     assert "far: word weights are fitted without it" in caplog.text
 
@@ -78,13 +78,13 @@ def test_uninformative_score_features_is_kept_only_with_a_gain():
 
 @pytest.mark.parametrize(("benefit", "is_kept"), [(1.5, True), (0.0, False)])
 def test_windows_get_weight_where_they_are_worth_reading(benefit, is_kept):
-    terms = ("words", "window_vectors")
+    terms = ("bm25", "window_vectors")
     examples = [(scores[:, :3].copy(), grades) for scores, grades in lists(200, informative=[0, 1])]
     for scores, _ in examples:
         scores[0, 2] += benefit
     fitted = fit_task_weights([make_lists("a", examples)], terms)
     without_vectors = fit_task_weights(
-        [make_lists("a", [(scores[:, :2], grades) for scores, grades in examples])], ("words",)
+        [make_lists("a", [(scores[:, :2], grades) for scores, grades in examples])], ("bm25",)
     )
     if is_kept:
         assert fitted.weights["window_vectors"] == pytest.approx(1.0, abs=0.35)
@@ -100,7 +100,7 @@ def test_windows_get_weight_where_they_are_worth_reading(benefit, is_kept):
 
 def test_an_index_may_lack_any_of_the_vectors_that_the_best_weights_need():
     """Windows and tokens both help: there are weights with both, with tokens alone, and with words alone."""
-    terms = ("words", "window_vectors", "token_vectors")
+    terms = ("bm25", "window_vectors", "maxsim")
     rng = np.random.default_rng(0)
     examples = []
     for scores, grades in lists(200, informative=[0, 1]):
@@ -117,8 +117,8 @@ def test_an_index_may_lack_any_of_the_vectors_that_the_best_weights_need():
         assert weights.counts_words
     useless = [(np.concatenate([s[:, :3], rng.standard_normal((len(s), 1))], axis=1), g) for s, g in examples]
     without = fit_task_weights([make_lists("a", useless)], terms)
-    assert without.weights.keys() == {"words", "window_vectors"}
-    assert without.without_parts.weights.keys() == {"words"}
+    assert without.weights.keys() == {"bm25", "window_vectors"}
+    assert without.without_parts.weights.keys() == {"bm25"}
 
 
 def test_word_weight_depends_on_query_statistics():
@@ -218,7 +218,7 @@ class TestStudent:
         longer = replace(dataset, passages={name: Passage(name, text) for name, text in texts.items()})
         names = list(texts)
         result = make_feature_lists(
-            student, longer, "asymmetric", terms=("words", "window_vectors"), num_passages=len(names), depth=len(names)
+            student, longer, "asymmetric", terms=("bm25", "window_vectors"), num_passages=len(names), depth=len(names)
         )
         queries = dev_queries(longer, num_queries=200, seed=0)
         dot_queries = student.query_vectors(
@@ -245,7 +245,7 @@ class TestStudent:
 
     def test_saving_weights_keeps_the_students_fingerprint(self, student, tmp_path):
         before = student.fingerprint
-        weights = {"words": 0.5, "window_words": 0.0}
+        weights = {"bm25": 0.5, "window_bm25": 0.0}
         factor = WordsFactor(slopes=(0.1, 0.2, 0.3, 0.4), offset=1.5, lowest=-2, highest=2, nearest_slope=-0.1)
         fitted = TaskFeatureWeights(weights=weights, words_factor=factor, dev={"a": (0.5, 0.6)}, num_queries={"a": 40})
         student.score_features = ScoreFeatures(tasks={"asymmetric": fitted})
@@ -253,7 +253,7 @@ class TestStudent:
         loaded = Student.load(tmp_path / "student", device="cpu", dtype="float32")
         assert loaded.fingerprint == before
         assert loaded.score_features == student.score_features
-        assert loaded.feature_weights("asymmetric") == FeatureWeights(terms={"words": 0.5}, words_factor=factor)
+        assert loaded.feature_weights("asymmetric") == FeatureWeights(terms={"bm25": 0.5}, words_factor=factor)
         assert not loaded.feature_weights("symmetric")
         loaded.prepare_training()
         assert not loaded.feature_weights("asymmetric")
@@ -267,7 +267,7 @@ class TestStudent:
             (HEAD | {"kind": "probabilities", "tasks": {}}, "its kind is 'probabilities', not 'score_features'"),
             ({"tasks": {}}, "lacks 'student'"),
             (
-                HEAD | {"tasks": {"asymmetric": {"weights": {"words": -1}, "dev": {}, "num_queries": {}}}},
+                HEAD | {"tasks": {"asymmetric": {"weights": {"bm25": -1}, "dev": {}, "num_queries": {}}}},
                 "greater than or equal to 0",
             ),
             (HEAD | {"tasks": {"asymmetric": {"weights": {"sounds": 1}, "dev": {}, "num_queries": {}}}}, "sounds"),
@@ -286,7 +286,7 @@ def test_scores_are_fitted_for_one_task_and_kept_for_the_other(tmp_path, monkeyp
     monkeypatch.setattr("d2llm.training.fit_probabilities.MIN_QUERIES", 1)
     model = write_tiny_model(tmp_path / "model", "modernbert", initializer_range=0.1)
     student = Student.create(tiny_student_config(model), device="cpu", dtype="float32")
-    kept = TaskFeatureWeights(weights={"words": 2.0}, dev={}, num_queries={})
+    kept = TaskFeatureWeights(weights={"bm25": 2.0}, dev={}, num_queries={})
     student.score_features = ScoreFeatures(tasks={"symmetric": kept})
     report = fit_scores(student, [topics().dataset], "asymmetric")
     assert student.score_features.tasks["symmetric"] == kept

@@ -194,7 +194,7 @@ def test_a_search_counts_words_by_their_factors(tmp_path: Path, num_shards: int 
     vectors = student.encode_passages([passage.full_text for passage in passages]).vectors
     own = student.score(student.encode_queries([text]).vectors[0], vectors, "asymmetric")
     expected = dict(zip("abcd", (own + 3.0 * scores).tolist(), strict=True))
-    score_features = {"words": 3.0}
+    score_features = {"bm25": 3.0}
     for exact in (False, True):
         ranking = index.search(text, top_k=4, score_features=score_features, exact=exact)
         results = {result.passage.id: result.score for result in ranking.passages}

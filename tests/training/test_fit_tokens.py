@@ -135,8 +135,8 @@ def test_a_long_query_has_vectors_of_its_rarest_tokens(trained):
 
 def test_the_lists_of_the_fit_have_the_score_of_an_index(trained, dataset, tmp_path):
     student, _ = trained
-    lists = make_feature_lists(student, dataset, "asymmetric", terms=("words", "token_vectors"), num_queries=4)
-    student.score_features = weighted(student, {"words": 0.5, "token_vectors": 30.0})
+    lists = make_feature_lists(student, dataset, "asymmetric", terms=("bm25", "maxsim"), num_queries=4)
+    student.score_features = weighted(student, {"bm25": 0.5, "maxsim": 30.0})
     index = Index.create(tmp_path / "index", student, vector_format="float32")
     index.upsert(dataset.passages.values())
     queries = dev_queries(dataset, num_queries=4, seed=0)
@@ -148,7 +148,7 @@ def test_the_lists_of_the_fit_have_the_score_of_an_index(trained, dataset, tmp_p
 
 def test_tokens_are_saved_and_searched(trained, dataset, tmp_path):
     student, report = trained
-    student.score_features = weighted(student, {"token_vectors": 30.0})
+    student.score_features = weighted(student, {"maxsim": 30.0})
     student.save(tmp_path / "student")
     loaded = Student.load(tmp_path / "student", device="cpu", dtype="float32")
     assert loaded.token_fingerprint == report.fingerprint
@@ -183,7 +183,7 @@ def test_training_a_student_forgets_its_tokens(trained, dataset):
     with pytest.raises(InputError, match="train them first"):
         fit_scores(student, [dataset], "asymmetric", token_vectors=True)
     with pytest.raises(InputError, match="no token embeddings"):
-        fit_score_features(student, [(dataset, "asymmetric")], terms=("token_vectors",))
+        fit_score_features(student, [(dataset, "asymmetric")], terms=("maxsim",))
 
 
 def test_what_cannot_be_trained_is_refused(dataset):
@@ -223,12 +223,12 @@ def test_other_relevant_passages_of_a_batch_are_no_negatives():
 
 def test_new_tokens_are_not_counted_with_the_weights_of_others(dataset):
     student = Student.create(StudentConfig(), device="cpu", dtype="float32")
-    words = TaskFeatureWeights(weights={"words": 1.0}, dev={}, num_queries={})
-    counted = TaskFeatureWeights(weights={"token_vectors": 3.0}, dev={}, num_queries={}, without_parts=words)
-    alone = TaskFeatureWeights(weights={"token_vectors": 3.0}, dev={}, num_queries={})
+    words = TaskFeatureWeights(weights={"bm25": 1.0}, dev={}, num_queries={})
+    counted = TaskFeatureWeights(weights={"maxsim": 3.0}, dev={}, num_queries={}, without_parts=words)
+    alone = TaskFeatureWeights(weights={"maxsim": 3.0}, dev={}, num_queries={})
     student.score_features = ScoreFeatures(tasks={"asymmetric": counted, "symmetric": alone})
     fit_tokens(student, [dataset], TokensConfig(dim=4, epochs=1))
-    assert student.feature_weights("asymmetric").terms == {"words": 1.0}
+    assert student.feature_weights("asymmetric").terms == {"bm25": 1.0}
     assert not student.feature_weights("symmetric")
 
 
@@ -253,18 +253,16 @@ def test_a_projection_of_another_student_or_damaged_is_refused(trained, tmp_path
 
 
 def test_weights_follow_what_an_index_stores():
-    words = TaskFeatureWeights(weights={"words": 1.0}, dev={}, num_queries={})
-    tokens = TaskFeatureWeights(
-        weights={"words": 2.0, "token_vectors": 3.0}, dev={}, num_queries={}, without_parts=words
-    )
+    words = TaskFeatureWeights(weights={"bm25": 1.0}, dev={}, num_queries={})
+    tokens = TaskFeatureWeights(weights={"bm25": 2.0, "maxsim": 3.0}, dev={}, num_queries={}, without_parts=words)
     every = TaskFeatureWeights(
-        weights={"token_vectors": 4.0, "window_vectors": 5.0}, dev={}, num_queries={}, without_parts=tokens
+        weights={"maxsim": 4.0, "window_vectors": 5.0}, dev={}, num_queries={}, without_parts=tokens
     )
     score_features = ScoreFeatures(tasks={"asymmetric": every})
-    assert score_features.weights("asymmetric").terms == {"token_vectors": 4.0, "window_vectors": 5.0}
-    assert score_features.weights("asymmetric", stored=("token",)).terms == {"words": 2.0, "token_vectors": 3.0}
-    assert score_features.weights("asymmetric", stored=("window",)).terms == {"words": 1.0}
-    assert score_features.weights("asymmetric", stored=()).terms == {"words": 1.0}
+    assert score_features.weights("asymmetric").terms == {"maxsim": 4.0, "window_vectors": 5.0}
+    assert score_features.weights("asymmetric", stored=("token",)).terms == {"bm25": 2.0, "maxsim": 3.0}
+    assert score_features.weights("asymmetric", stored=("window",)).terms == {"bm25": 1.0}
+    assert score_features.weights("asymmetric", stored=()).terms == {"bm25": 1.0}
 
 
 @pytest.mark.parametrize("model", ["minilm", "smollm2"])

@@ -18,15 +18,15 @@ from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_distill import LEARNING, Place
 from tiny_models import DIM, tiny_student_config
 
-WITHOUT_TOKENS = TaskFeatureWeights(weights={"words": 3.0}, dev={"old": (0.1, 0.2)}, num_queries={"old": 40})
+WITHOUT_TOKENS = TaskFeatureWeights(weights={"bm25": 3.0}, dev={"old": (0.1, 0.2)}, num_queries={"old": 40})
 START: dict[Task, TaskFeatureWeights] = {
     "asymmetric": TaskFeatureWeights(
-        weights={"words": 2.0, "window_words": 1.0, "window_vectors": 0.5, "token_vectors": 4.0},
+        weights={"bm25": 2.0, "window_bm25": 1.0, "window_vectors": 0.5, "maxsim": 4.0},
         dev={"old": (0.1, 0.3)},
         num_queries={"old": 40},
         without_parts=WITHOUT_TOKENS,
     ),
-    "symmetric": TaskFeatureWeights(weights={"words": 0.5}, dev={"old": (0.5, 0.6)}, num_queries={"old": 40}),
+    "symmetric": TaskFeatureWeights(weights={"bm25": 0.5}, dev={"old": (0.5, 0.6)}, num_queries={"old": 40}),
 }
 
 
@@ -65,7 +65,7 @@ def test_with_few_dev_queries_the_start_s_weights_remain(
     place: Place, start: Student, tmp_path: Path, words: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "d2llm.remarks"):
-        student = trained(place, tmp_path, ScoreFeaturesConfig(words=words, window_words=words), num_dev=8)
+        student = trained(place, tmp_path, ScoreFeaturesConfig(bm25=words, window_bm25=words), num_dev=8)
     assert student.fingerprint != start.fingerprint
     for task in ("asymmetric", "symmetric"):
         assert student.feature_weights(task) == start.feature_weights(task)
@@ -80,7 +80,7 @@ def test_with_few_dev_queries_the_start_s_weights_remain(
 def test_with_enough_dev_queries_the_task_s_weights_are_fitted_anew(
     place: Place, start: Student, tmp_path: Path
 ) -> None:
-    student = trained(place, tmp_path, ScoreFeaturesConfig(words=True), num_dev=40)
+    student = trained(place, tmp_path, ScoreFeaturesConfig(bm25=True), num_dev=40)
     fitted = student.score_features.tasks["asymmetric"]
     assert set(fitted.dev) == {"tiny"}
     assert fitted.weights != START["asymmetric"].weights
@@ -89,5 +89,5 @@ def test_with_enough_dev_queries_the_task_s_weights_are_fitted_anew(
 
 def test_without_vectors_of_tokens_weights_that_need_none_are_inherited() -> None:
     inherited = ScoreFeatures(tasks=START).inherited(has_tokens=False)
-    assert inherited.weights("asymmetric").terms == {"words": 3.0}
-    assert inherited.weights("symmetric").terms == {"words": 0.5}
+    assert inherited.weights("asymmetric").terms == {"bm25": 3.0}
+    assert inherited.weights("symmetric").terms == {"bm25": 0.5}

@@ -72,7 +72,7 @@ Ties = Literal["ids", "rows"]
 RunStep = Literal["mine", "tune-teacher", "ensemble", "gate", "filter", "distill"]
 """The steps of a run that can be repeated, in order. Labels are stored by teacher and pair and never computed again."""
 
-ScoreFeature = Literal["words", "words_share", "window_words", "window_words_share", "window_vectors", "token_vectors"]
+ScoreFeature = Literal["bm25", "bm25_fraction", "window_bm25", "window_bm25_fraction", "window_vectors", "maxsim"]
 """A term of a student's score besides the passage's vector: BM25 of the passage and of its best window, both also
 divided by the query's upper limit, the highest inner product with the vector of a window, and the mean, over the tokens
 of the query that count, of the highest cosine with a token of the passage."""

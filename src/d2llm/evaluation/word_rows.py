@@ -29,26 +29,26 @@ from d2llm.retrieval.protocols import SearchStudent, term_factors
 from d2llm.retrieval.row_features import mean_of_cosines, scored_list
 
 _FORMULA: dict[ScoreFeature, str] = {
-    "words": "BM25",
-    "words_share": "BM25 / its bound",
-    "window_words": "BM25 of the best window",
-    "window_words_share": "BM25 of the best window / its bound",
+    "bm25": "BM25",
+    "bm25_fraction": "BM25 / its bound",
+    "window_bm25": "BM25 of the best window",
+    "window_bm25_fraction": "BM25 of the best window / its bound",
     "window_vectors": "best window's vector",
-    "token_vectors": "tokens",
+    "maxsim": "tokens",
 }
 _FIT_QUERIES, _FIT_DEPTH = 500, 100
 _MIN_QUERIES = 4  # two for each half
 
 _PARTS: dict[str, tuple[ScoreFeature, ...]] = {
-    "BM25 of passages": ("words", "words_share"),
-    "BM25 of windows": ("window_words", "window_words_share"),
+    "BM25 of passages": ("bm25", "bm25_fraction"),
+    "BM25 of windows": ("window_bm25", "window_bm25_fraction"),
 }
 
 
 def fitted_sum(work: RetrievalWork, contender: Contender) -> System | MissingRow:
     """The weighted sum of a system's score and BM25, over candidates from both."""
     name = f"fitted sum: {NAME_BM25} + {contender.name}"
-    return _fitted(work, contender.model, name, "fitted_sum", "cosine", ("words", "words_share"))
+    return _fitted(work, contender.model, name, "fitted_sum", "cosine", ("bm25", "bm25_fraction"))
 
 
 def fitted_student(work: RetrievalWork, student: SearchStudent) -> System | MissingRow | None:
@@ -159,7 +159,7 @@ def _fit(
     view, student, task = index.unsharded_view, index.student, work.trial.task
     words, texts = view.words, [query.text for query in queries]
     tokens: Sequence[NDArray[np.float32] | None] = [None] * len(queries)
-    if "token_vectors" in terms:
+    if "maxsim" in terms:
         encoded = student.encode_with_tokens(texts, "query")
         assert encoded.tokens is not None
         vectors, tokens = encoded.vectors, [mean_of_cosines(own) for own in encoded.tokens.split()]

@@ -74,7 +74,7 @@ def recipe_for_queries(
             dev_passages=min(_DEV_PASSAGES, plan.evaluated),
             residual=ResidualConfig(weight_decay=0.01, off_task_penalty=0.0),
         ),
-        score_features=ScoreFeaturesConfig(words=True, window_words=True, token_vectors=True),
+        score_features=ScoreFeaturesConfig(bm25=True, window_bm25=True, maxsim=True),
     )
 
 

@@ -30,7 +30,7 @@ from pydantic import Field, NonNegativeFloat
 from d2llm.core.types import PART_KINDS, PartKind, ScoreFeature, Task
 from d2llm.models.fitted_part import FittedPart, FittedValues
 
-VECTOR_TERMS: dict[ScoreFeature, PartKind] = {"window_vectors": "window", "token_vectors": "token"}
+VECTOR_TERMS: dict[ScoreFeature, PartKind] = {"window_vectors": "window", "maxsim": "token"}
 """The terms that use vectors of parts of passages, which an index may or may not store; the others use words."""
 
 
@@ -101,8 +101,8 @@ class FeatureWeights(FittedValues):
         """
         divisor = limit or 1.0  # without a known word all scores are 0
         scale = 1.0 if self.words_factor is None or not self.counts_words else self.words_factor(statistics, nearest)
-        passage = self.terms.get("words", 0.0) + self.terms.get("words_share", 0.0) / divisor
-        window = self.terms.get("window_words", 0.0) + self.terms.get("window_words_share", 0.0) / divisor
+        passage = self.terms.get("bm25", 0.0) + self.terms.get("bm25_fraction", 0.0) / divisor
+        window = self.terms.get("window_bm25", 0.0) + self.terms.get("window_bm25_fraction", 0.0) / divisor
         return np.float32(scale * passage), np.float32(scale * window)
 
     def without(self, terms: Collection[ScoreFeature]) -> FeatureWeights:
@@ -168,7 +168,7 @@ class ScoreFeatures(FittedPart):
         tasks: dict[Task, TaskFeatureWeights] = {}
         for task, fitted in self.tasks.items():
             left: TaskFeatureWeights | None = fitted
-            while left is not None and left.weights.get("token_vectors"):
+            while left is not None and left.weights.get("maxsim"):
                 left = left.without_parts
             if left is not None:
                 tasks[task] = left

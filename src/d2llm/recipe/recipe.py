@@ -53,10 +53,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_tokens(self) -> Recipe:
-        if not self.student.backbone.reads_tokens and self.score_features.token_vectors:
+        if not self.student.backbone.reads_tokens and self.score_features.maxsim:
             raise ValueError(
-                f"score_features.token_vectors needs the states of tokens, and a {self.student.backbone.kind} backbone gives "
-                "one vector for each text: set token_vectors to false (words and window_vectors can be used)"
+                f"score_features.maxsim needs the states of tokens, and a {self.student.backbone.kind} backbone gives "
+                "one vector for each text: set maxsim to false (bm25 and window_vectors can be used)"
             )
         return self
 

@@ -40,7 +40,7 @@ class ResidualConfig(WarmUpConfig):
 
 
 class TokensConfig(WarmUpConfig):
-    """The last stage: trains the projection that makes the token embeddings (``score_features.token_vectors``)."""
+    """The last stage: trains the projection that makes the token embeddings (``score_features.maxsim``)."""
 
     dim: int = Field(default=64, ge=1)
     """Width of a token's vector, at most that of the backbone; with 4 bits for each dimension, 64 take 32 bytes."""
@@ -190,14 +190,14 @@ class ScoreFeaturesConfig(Section):
     they could be added.
     """
 
-    words: bool = False
+    bm25: bool = False
     """BM25 of the passage."""
-    window_words: bool = False
+    window_bm25: bool = False
     """BM25 of the passage's best window; a window is two neighbouring sentences."""
     window_vectors: bool = False
     """The highest inner product with a window, each encoded on its own; indexing then encodes long passages two more
     times."""
-    token_vectors: bool = False
+    maxsim: bool = False
     """The mean, over the query's rarest tokens, of the highest cosine with a token of the passage. The vectors of
     tokens come from the same reading as the passage's own; an index stores 32 bytes for each token."""
     in_training: bool = False
@@ -210,20 +210,20 @@ class ScoreFeaturesConfig(Section):
     def terms(self) -> tuple[ScoreFeature, ...]:
         """The terms that are added."""
         chosen: dict[ScoreFeature, bool] = {
-            "words": self.words,
-            "words_share": self.words,
-            "window_words": self.window_words,
-            "window_words_share": self.window_words,
+            "bm25": self.bm25,
+            "bm25_fraction": self.bm25,
+            "window_bm25": self.window_bm25,
+            "window_bm25_fraction": self.window_bm25,
             "window_vectors": self.window_vectors,
-            "token_vectors": self.token_vectors,
+            "maxsim": self.maxsim,
         }
         return tuple(term for term, is_chosen in chosen.items() if is_chosen)
 
     @model_validator(mode="after")
     def _check_in_training(self) -> ScoreFeaturesConfig:
-        if self.in_training and not (self.words or self.window_words or self.token_vectors):
+        if self.in_training and not (self.bm25 or self.window_bm25 or self.maxsim):
             raise ValueError(
-                "in_training counts words and token embeddings in training, but neither words, window_words nor "
-                "token_vectors is true"
+                "in_training counts words and token embeddings in training, but neither bm25, window_bm25 nor "
+                "maxsim is true"
             )
         return self

@@ -115,10 +115,10 @@ _COSINE = {"interaction": {"head": "cosine"}}
 _FOUR_LAYERS = {"backbone": {"layers": (0, 1, 4, 5)}}
 _NO_PMA = {"pooling": _own}
 _NO_SCORE_FEATURES = {
-    "words": False,
-    "window_words": False,
+    "bm25": False,
+    "window_bm25": False,
     "window_vectors": False,
-    "token_vectors": False,
+    "maxsim": False,
     "in_training": False,
 }
 _NOT_NESTED = {"nested_cross_entropy": 0.0}  # the head 'paper' has no inner product, and two heads have two

@@ -56,7 +56,7 @@ class RowFeatures:
             self._query.limit, self._query.statistics, nearest
         )
         self._dot_query, self._vector_weight = dot_query, np.float32(weights.terms.get("window_vectors", 0.0))
-        self._token_weight, self._tokens = np.float32(weights.terms.get("token_vectors", 0.0)), None
+        self._token_weight, self._tokens = np.float32(weights.terms.get("maxsim", 0.0)), None
         if self._token_weight:
             assert tokens is not None, "the tokens of the query have a weight, but no vectors"
             self._tokens = mean_of_cosines(tokens)
@@ -144,7 +144,7 @@ def weights_for(
         own = student.token_fingerprint
         if own is None:
             raise InputError(
-                "token_vectors have a weight, but this student has no token embeddings; train them with `d2llm "
+                "maxsim has a weight, but this student has no token embeddings; train them with `d2llm "
                 "fit-tokens`, or leave that weight out"
             )
         if own != index.token_projection:
@@ -168,19 +168,19 @@ def scored_list(
     """The scores [n, 1 + terms] of some rows [n], the student's ``own`` first, and their grades [n], 0 if not judged.
 
     The terms are those that ``RowFeatures`` weights; ``best_windows`` [n] are for the term "window_vectors",
-    ``best_tokens`` [n] for "token_vectors".
+    ``best_tokens`` [n] for "maxsim".
     """
     passage_scores, window_scores = words.score(query, rows)
     limit = query.limit or 1.0
     values: dict[ScoreFeature, NDArray[np.float32]] = {
-        "words": passage_scores,
-        "words_share": passage_scores / limit,
-        "window_words": window_scores,
-        "window_words_share": window_scores / limit,
+        "bm25": passage_scores,
+        "bm25_fraction": passage_scores / limit,
+        "window_bm25": window_scores,
+        "window_bm25_fraction": window_scores / limit,
     }
     if best_windows is not None:
         values["window_vectors"] = best_windows
     if best_tokens is not None:
-        values["token_vectors"] = best_tokens
+        values["maxsim"] = best_tokens
     scores = np.stack([own, *(values[term] for term in terms)], axis=1)
     return scores, np.array([grades.get(row, 0) for row in rows.tolist()], np.float64)

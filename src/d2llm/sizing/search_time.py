@@ -110,7 +110,7 @@ def _stages(
     if weights.counts_words:
         yield _words(num_passages, texts, speeds)
     long = texts.of_candidates(counts_words=weights.counts_words)
-    if weights.terms.get("window_words") or weights.terms.get("window_words_share"):
+    if weights.terms.get("window_bm25") or weights.terms.get("window_bm25_fraction"):
         yield _stage("words of candidates' windows", candidates * long.words, "words", speeds.candidate_words)
     for kind in sorted(weights.part_kinds):
         of_format = speeds.products if kind == "window" else speeds.compared_tokens

@@ -119,9 +119,9 @@ def fit_score_features(
         terms = cast("list[ScoreFeature]", strings_of(terms, "terms"))
     if terms is None:
         has_tokens = student.token_dim is not None
-        terms = [term for term in get_args(ScoreFeature) if has_tokens or term != "token_vectors"]
+        terms = [term for term in get_args(ScoreFeature) if has_tokens or term != "maxsim"]
     if not terms:
-        raise InputError("there are no score features to fit weights for; name at least one term, such as 'words'")
+        raise InputError("there are no score features to fit weights for; name at least one term, such as 'bm25'")
     tasks: dict[Task, TaskFeatureWeights] = {}
     names: list[Task] = sorted({task for _, task in judged})
     for task in names:
@@ -203,7 +203,7 @@ def make_feature_lists(
     pool = _filled(needed, len(ids), num_passages, seed)
     with progress_bar(f"encoding {dataset.name} for its score features", len(pool)) as advance:
         chosen = [dataset.passages[ids[row]] for row in pool]
-        parts: set[PartKind] = {"token"} if "token_vectors" in terms else set()
+        parts: set[PartKind] = {"token"} if "maxsim" in terms else set()
         read = read_passages(student, chosen, advance, parts=parts, expand=student.document_expansion is not None)
     passages = read.vectors
     if read.added is not None:  # passages outside the pool, of which no list has any, go without

@@ -98,9 +98,7 @@ def fit_scores(
         student.document_expansion = fit_document_expansion(student, retrieval_sets, seed=seed)
     new_score_features = ScoreFeatures()
     if words:
-        config = ScoreFeaturesConfig(
-            words=True, window_words=True, window_vectors=window_vectors, token_vectors=token_vectors
-        )
+        config = ScoreFeaturesConfig(bm25=True, window_bm25=True, window_vectors=window_vectors, maxsim=token_vectors)
         new_score_features = fit_score_features(
             student,
             judged,

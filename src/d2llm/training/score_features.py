@@ -39,7 +39,7 @@ def score_features_at_start(
         run_folder.mkdir(parents=True, exist_ok=True)
         counted: list[ScoreFeature] = [term for term in recipe.score_features.terms if term != "window_vectors"]
         judged = _with_corpus(sources)
-        if "token_vectors" in counted and judged and student.has_dot:
+        if "maxsim" in counted and judged and student.has_dot:
             if student.token_projection is None:
                 _fit_tokens(student, judged, recipe, start=None)
             assert student.token_projection is not None
@@ -68,7 +68,7 @@ def with_score_features(
         weights = score_features.weights(each.source.task, stored=("token",))
         if each.source.pairs is None and weights:
             score_words = WordScores(each.source.dataset, weights) if weights.counts_words else None
-            token_weight = weights.terms.get("token_vectors", 0.0)
+            token_weight = weights.terms.get("maxsim", 0.0)
             sources[place] = replace(each, score_words=score_words, token_weight=token_weight)
             dev[place] = dev[place].with_score_features(score_words, token_weight)
     return sources, dev
@@ -87,7 +87,7 @@ def fit_beside(
     if student.token_projection is not None:
         student.token_projection.requires_grad_(False)
     judged = _with_corpus(sources)
-    if recipe.score_features.token_vectors and judged and student.has_dot and student.token_projection is None:
+    if recipe.score_features.maxsim and judged and student.has_dot and student.token_projection is None:
         try:
             with time_limit(seconds_left() - run.seconds_after("tokens")):
                 _fit_tokens(student, judged, recipe, start=tokens)
@@ -100,7 +100,7 @@ def fit_beside(
     if student.token_projection is None:
         student.token_projection = tokens
     has_tokens = student.token_projection is not None
-    terms: list[ScoreFeature] = [each for each in recipe.score_features.terms if has_tokens or each != "token_vectors"]
+    terms: list[ScoreFeature] = [each for each in recipe.score_features.terms if has_tokens or each != "maxsim"]
     student.score_features = _with_inherited(
         _fit_score_features(student, sources, recipe, terms), score_features, student
     )

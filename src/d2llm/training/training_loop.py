@@ -205,7 +205,7 @@ class DistillRun(Trainable):
         num_listed = listed_passages(training)
         num_texts = sum(min(num_listed, len(each.source.dataset.passages)) for each in self.sources)
         num_texts += _CALIBRATED_TEXTS * num_queries
-        if stage != "tokens" and self.recipe.score_features.token_vectors:
+        if stage != "tokens" and self.recipe.score_features.maxsim:
             num_texts += self.num_planned
         if stage != "tokens" and self.student.config.interaction.gates:
             num_texts += num_dev

@@ -365,11 +365,11 @@ def test_a_recipe_that_cannot_work_is_refused(sections: dict[str, Any], message:
 
 def test_token_vectors_are_refused_in_a_recipe() -> None:
     student = {"backbone": {"model": "served", "remote": {"url": "http://a/v1", "dimensions": 4}}}
-    with pytest.raises(RecipeError, match=r"score_features.token_vectors needs the states of tokens"):
-        parse_recipe({"student": student, "score_features": {"token_vectors": True}})
+    with pytest.raises(RecipeError, match=r"score_features.maxsim needs the states of tokens"):
+        parse_recipe({"student": student, "score_features": {"maxsim": True}})
     assert parse_recipe(
-        {"student": student, "score_features": {"words": True, "window_vectors": True}}
-    ).score_features.words
+        {"student": student, "score_features": {"bm25": True, "window_vectors": True}}
+    ).score_features.bm25
 
 
 def test_what_needs_tokens_or_weights_is_refused(endpoint: LocalEndpoint, tmp_path: Path) -> None:

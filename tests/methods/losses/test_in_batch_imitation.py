@@ -35,7 +35,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
     randomise(student.interaction)
     rarity = [float(number % 5) for number in range(len(student.backbone.tokenizer))]  # every fifth token has no vector
     student.token_projection = TokenProjection(DIM, 8, rarity, max_query_tokens=MAX_TOKENS)
-    weights: dict[ScoreFeature, float] = {"token_vectors": WEIGHT, "words": 3.0}
+    weights: dict[ScoreFeature, float] = {"maxsim": WEIGHT, "bm25": 3.0}
     fitted = TaskFeatureWeights(weights=weights, dev={}, num_queries={})
     student.score_features = ScoreFeatures(tasks={"asymmetric": fitted})
     return student

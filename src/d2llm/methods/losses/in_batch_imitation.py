@@ -63,7 +63,7 @@ class InBatchImitation(Loss, kind="in_batch_imitation"):
         identity: dict[str, Any] = {"live_teacher": teacher.fingerprint}
         if self.scores != "vectors" and teacher.token_fingerprint is not None:
             identity["live_tokens"] = teacher.token_fingerprint
-        weights = {task: teacher.feature_weights(task, stored=("token",)).terms.get("token_vectors") for task in TASKS}
+        weights = {task: teacher.feature_weights(task, stored=("token",)).terms.get("maxsim") for task in TASKS}
         if self.scores == "all" and any(weights.values()):
             identity["live_token_weights"] = weights
         return identity
@@ -93,7 +93,7 @@ class LiveTeacher:
         self._student, self._dataset = student, dataset
         self._task: Task = task
         self._only_tokens = scores == "tokens"
-        weight = student.feature_weights(task, stored=("token",)).terms.get("token_vectors", 0.0)
+        weight = student.feature_weights(task, stored=("token",)).terms.get("maxsim", 0.0)
         self.token_weight = weight if scores == "all" and student.token_projection is not None else 0.0
         """The weight of tokens beside the vectors."""
         if self._only_tokens and student.token_projection is None:
