@@ -24,7 +24,7 @@ from d2llm import Student
 from d2llm.core.files import folder_bytes
 from d2llm.core.types import PartKind, Passage, Task
 from d2llm.retrieval.index import Index
-from d2llm.store.blocks import table_block
+from d2llm.store.blocks import record_of
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import PartVectors
 from d2llm.store.schema import MetadataSchema
@@ -103,7 +103,7 @@ def append_copies(store: IndexStore, num_passages: int) -> None:
     Texts, words, windows and tokens of a copy are those of its original; as in ``retrieval.shard``, nothing is read.
     """
     view, random = PassageView(store), np.random.default_rng(0)
-    rows, schema = view.live_rows(), store.table().schema
+    rows = view.live_rows()
     step = min(BLOCK, len(rows))
     for number, start in enumerate(range(len(rows), num_passages, step)):
         chosen = np.sort(np.roll(rows, -number * step)[: num_passages - start][:step])
@@ -114,8 +114,16 @@ def append_copies(store: IndexStore, num_passages: int) -> None:
             replace(passage, id=f"copy-{row:07}") for row, passage in enumerate(view.passages(chosen), start=start)
         ]
         codes = store.format.encode(vectors, [passage.id for passage in passages])
-        kept = [{"d2_truncated": False, "d2_words": ""}] * len(chosen)
-        block = table_block(passages, schema, MetadataSchema({}), np.arange(len(chosen)), kept, codes)
+        has_vectors = store.vector_copies == 2
+        block = [
+            record_of(
+                passage,
+                MetadataSchema({}),
+                0,
+                {"d2_truncated": False, "d2_words": "", "d2_vector": code.tobytes() if has_vectors else None},
+            )
+            for passage, code in zip(passages, codes, strict=True)
+        ]
         parts: dict[PartKind, PartVectors | None] = {"window": view.windows, "token": view.tokens}
         taken: dict[PartKind, Any] = {kind: part.take(chosen) for kind, part in parts.items() if part is not None}
         store.append_rows(block, codes, view.own_words.take(chosen), taken)
