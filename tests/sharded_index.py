@@ -54,9 +54,8 @@ class BoundedStudent(TokenStudent):
 
     def feature_weights(self, task, *, stored=PART_KINDS):
         named = {term: weight for term, weight in self.weights.items() if term.endswith("bm25")}
-        return FeatureWeights(
-            terms=named | {f"{kind}_vectors": self.weights.get(f"{kind}_vectors", 0.0) for kind in stored}
-        )
+        of_parts = {"window": "window_vectors", "token": "maxsim"}
+        return FeatureWeights(terms=named | {of_parts[kind]: self.weights.get(of_parts[kind], 0.0) for kind in stored})
 
 
 def random_passages(number, seed=0, start=0):

@@ -95,6 +95,7 @@ def test_methods_are_listed_with_what_they_need_their_papers_and_what_was_measur
 def test_a_method_is_shown_in_full_wherever_its_kind_is_one(tmp_path: Path) -> None:
     result, report = succeed_with_report("methods", "remote", folder=tmp_path)
     assert {section: [*kinds] for section, kinds in report["result"].items()} == {
+        "student.backbone": ["remote"],
         "teacher": ["remote"],
         "writer": ["remote"],
     }

@@ -79,7 +79,7 @@ class TestEditedRecipe:
         added = f'[[data]]\npath = "{more}"\ntask = "symmetric"\n[score_features]\nbm25 = true\nin_training = true\n'
         recipe.write_text(f"{recipe.read_text()}\n{added}")
         (warning,) = warnings_of(succeed("distill", *arguments))
-        score_features = "score_features.in_training (was False, is True), score_features.bm25 (was False, is True)"
+        score_features = "score_features.bm25 (was False, is True), score_features.in_training (was False, is True)"
         assert f"kept: data.more (was not set, is set), {score_features}; distill with" in warning
         (folder / "run" / "plans" / "more").mkdir()
         plan = json.loads((folder / "run" / "plans" / "everyday" / MANIFEST).read_text())

@@ -27,7 +27,7 @@ from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.models.token_vectors import TokenProjection
 from d2llm.recipe import InteractionConfig, ResidualConfig, ScoreFeaturesConfig
 from d2llm.recipe.losses import Objective
-from d2llm.training import distill as verb
+from d2llm.training import score_features
 from d2llm.training import training_loop as loop
 from d2llm.training.checkpoints import adamw, trainable
 from d2llm.training.dev_sets import DevResult, evaluate_dev, make_dev_set
@@ -108,9 +108,9 @@ def test_words_count_in_training_with_weights_fitted_once(
     source = topics(num_dev=40, shift=0)  # a query has words of its relevant passages
     write_rule_labels(tmp_path / "labels", [source], place.teacher)
     fitted: list[bool] = []
-    fit = verb.fit_score_features
+    fit = score_features.fit_score_features
     monkeypatch.setattr(
-        verb, "fit_score_features", lambda *args, **options: fitted.append(True) or fit(*args, **options)
+        score_features, "fit_score_features", lambda *args, **options: fitted.append(True) or fit(*args, **options)
     )
 
     def run(name: str, *, in_training: bool) -> DistillReport:

@@ -17,7 +17,7 @@ KILLED_IN = {
     "reading": "fit.Fit, 'plan'",
     "writing": "draft_store.DraftStore, 'add', after=2",
     "reviewing": "fit, 'write_written_data'",
-    "training": "distill, '_fit_and_write'",
+    "training": "distill, '_write'",
     "comparing": "fit.Fit, 'serve_with'",
     "the last line": "fit.Fit, '_write_manifest', after=2",
 }

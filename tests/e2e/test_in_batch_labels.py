@@ -91,7 +91,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(place, tmp_path, 
             run(place, tmp_path / "stopped", monkeypatch)
     labels = place.store(tmp_path / "stopped" / "labels").num_pairs
     with monkeypatch.context() as patch:
-        patch.setattr("d2llm.training.distill.load_judge", refuse)  # all pairs of both epochs have labels by now
+        patch.setattr("d2llm.training.label.load_judge", refuse)  # all pairs of both epochs have labels by now
         run(place, tmp_path / "stopped", monkeypatch)
     assert place.store(tmp_path / "stopped" / "labels").num_pairs == labels
     for name in ("head.safetensors", "adapter.safetensors"):
@@ -104,7 +104,7 @@ def refuse(*_: Any, **__: Any) -> None:
 
 
 def test_the_teacher_is_not_asked_behind_a_closed_gate(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("d2llm.training.distill.load_judge", refuse)
+    monkeypatch.setattr("d2llm.training.label.load_judge", refuse)
     batches = run(place, tmp_path, monkeypatch, closed_gates=[place.source.dataset.name])
     assert not any(batch.labelled.any() for batch in batches)
 

@@ -16,7 +16,7 @@ from index_damage import DAMAGES, Case, cases, faults, kind_of, make_bases, run
 
 pytestmark = pytest.mark.timeout(1200)  # many cases
 
-NUM_CASES, NUM_REPAIRED = 100, 10
+NUM_CASES, NUM_REPAIRED = 100, 25
 _FILE_KINDS = (
     "passages.db",
     "words.bin",
@@ -63,9 +63,9 @@ def test_searching_a_small_index_detects_damage_by_itself(outcomes: Outcomes):
 
 def test_the_cases_do_damage_the_index(outcomes: Outcomes):
     """``verify`` finds most cases, in every kind of file and of every kind of damage: the damage is real."""
-    assert len(outcomes) >= 0.85 * NUM_CASES  # a file "of another" index may be the same
+    assert len(outcomes) >= 0.7 * NUM_CASES  # a file "of another" index may be the same, or the only one
     detected = [case for case, report in outcomes if report["verify"][0] != "good"]
-    assert len(detected) > 0.85 * len(outcomes)
+    assert len(detected) > 0.7 * len(outcomes)  # a page of the table may have unused bytes
     assert {case.how for case in detected} == set(DAMAGES)
     assert {kind_of(case.path) for case in detected} >= set(_FILE_KINDS)
     assert {case.base for case in detected} == {"two copies", "one copy", "snapshot", "compacted"}

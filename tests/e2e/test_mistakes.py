@@ -149,7 +149,7 @@ COMMANDS = {
     "search index cat --student student-1": "made by student",
     "search index cat --student owner/name": "HF_HUB_OFFLINE is set, so the Hub was not contacted",
     "search index cat --student encoder": "no student at 'encoder'",
-    "judge a b --teacher gpt9": "one of minilm, smollm2, e5",
+    "judge a b --teacher gpt9": "one of e5, minilm, smollm2",
     "judge a b --teacher wrong/short": "manifest.json: not valid JSON",
     "judge a b --teacher wrong/bare": "manifest.json: has no readable teacher configuration",
     "judge a b --teacher wrong/x.gguf": "cannot be read as a GGUF model",
@@ -280,6 +280,7 @@ def _contents(root):
     return {
         str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         for path in root.rglob("*")
+        if not path.name.startswith("passages.db-")  # SQLite's own, as long as this process has the index open
     }
 
 

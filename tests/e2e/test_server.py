@@ -413,6 +413,12 @@ def test_new_versions_and_indexes_load_without_failed_requests(tmp_path):
             corpus.write_text('{"_id": "only", "text": "the cat by the sea"}\n', encoding="utf-8")
             encode(corpus, writer.student, folder, student_source=str(tmp_path / "student-0"), overwrite=True)
             wait_for(1)
+            found_one = {"query": "the cat by the sea"}
+            until(
+                lambda: len(patient.post(f"{address}/v1/search", json=found_one).json()["passages"]) == 1,
+                "searches of the new index",
+            )
+            until(lambda: len(responses[-1].json()["passages"]) == 1, "an answer of the new index")
         finally:
             stop.set()
             for thread in threads:

@@ -77,7 +77,7 @@ def test_a_resumed_run_does_not_ask_the_teacher_again(place, tmp_path, monkeypat
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the teacher is loaded although it has nothing to judge")
 
-    monkeypatch.setattr("d2llm.training.distill.load_judge", refuse)
+    monkeypatch.setattr("d2llm.training.label.load_judge", refuse)
     place.run(tmp_path / "student", labels=tmp_path / "labels", residual=STAGE, unjudged="ask_teacher")
     assert place.store(tmp_path / "labels").num_pairs == num_labels
 
@@ -92,7 +92,7 @@ def test_neighbours_without_a_label_can_be_left_out(place, tmp_path, monkeypatch
 def test_the_teacher_is_not_asked_behind_a_closed_gate(place, tmp_path, monkeypatch):
     """A closed gate: the data set teaches without the teacher, and its neighbours count as irrelevant."""
     calls: list[Any] = []
-    monkeypatch.setattr("d2llm.training.distill.label_pool", lambda *args, **_: calls.append(args))
+    monkeypatch.setattr("d2llm.training.label.label_pool", lambda *args, **_: calls.append(args))
     monkeypatch.setattr(residual, "_draw", without_random(residual._draw))
     _, batches = run(place, tmp_path, monkeypatch, unjudged="ask_teacher", closed_gates=[place.source.dataset.name])
     assert calls == []

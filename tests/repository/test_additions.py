@@ -38,8 +38,10 @@ OPERATOR: Edits = {
     "d2llm.store.filters": [
         ("            exp.Like: self.like,\n", "            exp.Like: self.like,\n            exp.ILike: self.like,\n"),
         (
-            "return f\"{column} {'NOT LIKE' if negated else 'LIKE'} {written}\"",
-            "return f\"{column} {'NOT ' if negated else ''}{'I' if type(node) is exp.ILike else ''}LIKE {written}\"",
+            "return f\"{column} {'NOT LIKE' if negated else 'LIKE'} {written} ESCAPE '\\\\'\"",
+            "if type(node) is exp.ILike:\n"  # noqa: ISC004
+            '            column, written = f"lower({column})", f"lower({written})"\n'
+            "        return f\"{column} {'NOT LIKE' if negated else 'LIKE'} {written} ESCAPE '\\\\'\"",
         ),
     ],
 }
@@ -68,7 +70,7 @@ class AcmeRequest(ClientBody):
 async def embed(body: AcmeRequest, catalog: TheCatalog) -> FastJSONResponse:
     """Vectors of texts."""
     services, _ = select_model(catalog, body.model)
-    texts = check_size(services, body.words, "words", cut=True).texts
+    texts = check_size(services, body.words, "words").texts
     return FastJSONResponse({"acme": len(texts), "width": services.models.student.vector_dim})
 
 

@@ -195,7 +195,7 @@ def test_scores_of_pairs_are_the_local_ones(place, tmp_path):
 def test_contenders_without_loads_are_refused(place):
     dataset = read_beir(place / "everyday")
     model = Student.load(place / "tiny-student", **ON_CPU)
-    with pytest.raises(InputError, match="nothing says how they load the AnchorStudent"):
+    with pytest.raises(InputError, match="nothing says how they load the DotStudent"):
         evaluate(dataset, Contenders(student=model), EvaluationSettings(baseline="bm25"), runner=CopyRunner())
 
 

@@ -427,7 +427,7 @@ num_easy = {_NUM_EASY}"""
 
 
 _SCORE_FEATURES = """\
-[score_features] # BM25 as part of the score in an index: its weights are fitted on dev at the end, and 0 if it does not
-help words = true
+[score_features] # part of the score in an index: the weights are fitted on dev at the end, and 0 if they do not help
+bm25 = true
 window_bm25 = true # BM25 of each two neighbouring sentences, which helps if passages are long
 maxsim = true # vectors of single tokens, which see more than the passage's one vector; 32 bytes each"""
