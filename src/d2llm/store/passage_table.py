@@ -34,7 +34,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from d2llm.core.batches import batched
-from d2llm.core.errors import DamagedFileError, DataFormatError, InputError
+from d2llm.core.errors import D2LLMError, DamagedFileError, DataFormatError, InputError
 from d2llm.core.types import Passage, is_text
 from d2llm.store.blocks import GENERATION_SHIFT, INTERNAL_COLUMNS, ROW_MASK, is_as_written, read_words
 from d2llm.store.schema import FieldType, MetadataSchema, microseconds_of, moment_of
@@ -72,6 +72,7 @@ CREATE INDEX by_death ON passages(died) WHERE died < 9223372036854775807;
 _DOCUMENT = "CASE document_id WHEN '' THEN id ELSE document_id END"
 """The document of a passage; one without a document is its own."""
 _NOTHING: Mapping[str, Any] = {}
+_OTHER_TYPES = (TypeError, ValueError, OverflowError, AttributeError)  # a damaged column has a value of another type
 _LIVES = "born <= :version AND died > :version"
 _OWN = ("id", "title", "document_id", "position", "d2_row", "d2_hash", "d2_truncated", "born", "died", "d2_seal")
 _BODY = ("text", "d2_words", "d2_vector")
@@ -176,7 +177,7 @@ class PassageTable:
         """The row number (d2_row) of every passage, in order."""
         with self._reading() as run:
             found = run(f"SELECT d2_row FROM passages WHERE {_LIVES} ORDER BY d2_row").fetchall()
-        return np.fromiter((row for (row,) in found), np.int64, len(found))
+            return np.fromiter((row for (row,) in found), np.int64, len(found))
 
     def last_row(self) -> int | None:
         """The highest row number (d2_row); None if there are no passages."""
@@ -188,7 +189,7 @@ class PassageTable:
         """The row numbers (d2_row) of the passages that satisfy a condition in SQL (``filters``), in no order."""
         with self._reading() as run:
             found = run(f"SELECT d2_row FROM passages WHERE {_LIVES} AND ({condition})", values).fetchall()
-        return np.fromiter((row for (row,) in found), np.int64, len(found))
+            return np.fromiter((row for (row,) in found), np.int64, len(found))
 
     def num_truncated(self) -> int:
         """Number of passages that the student truncated."""
@@ -232,9 +233,10 @@ class PassageTable:
         rows, ids = list[int](), list[str]()
         changed: list[str] = []
         for records in self.batches((*self.columns, "d2_seal")):
+            intact = [record for record in records if is_intact(record)]
             changed += [record["id"] for record in records if not is_intact(record)]
-            rows += [record["d2_row"] for record in records]
-            ids += [record["id"] for record in records]
+            rows += [record["d2_row"] for record in intact]
+            ids += [record["id"] for record in intact]
         if changed:
             yield f"{len(changed)} passages are not what was written, the first is {changed[0]!r}"
         if len(set(ids)) != len(ids):
@@ -499,17 +501,17 @@ class PassageTable:
         source = "passages JOIN bodies USING (key)" if set(names) & set(_BODY) else "passages"
         with self._reading() as run:
             found = run(f"SELECT {listed} FROM {source} WHERE {where}", values).fetchall()
-        kinds: dict[str, str] = {**_KINDS, **self.metadata.fields}
-        readers = [_READERS.get(kinds.get(name, "")) for name in names]
-        if not any(readers):
-            return [dict(zip(names, row, strict=True)) for row in found]
-        return [
-            {
-                name: value if read is None or value is None else read(value)
-                for name, value, read in zip(names, row, readers, strict=True)
-            }
-            for row in found
-        ]
+            kinds: dict[str, str] = {**_KINDS, **self.metadata.fields}
+            readers = [_READERS.get(kinds.get(name, "")) for name in names]
+            if not any(readers):
+                return [dict(zip(names, row, strict=True)) for row in found]
+            return [
+                {
+                    name: value if read is None or value is None else read(value)
+                    for name, value, read in zip(names, row, readers, strict=True)
+                }
+                for row in found
+            ]
 
     @contextmanager
     def _reading(self) -> Generator[Callable[..., sqlite3.Cursor]]:
@@ -527,7 +529,9 @@ class PassageTable:
             try:
                 yield run
                 check()  # after reading: what was removed meanwhile may have been missing
-            except (sqlite3.Error, zlib.error, UnicodeDecodeError) as error:
+            except D2LLMError:
+                raise
+            except (sqlite3.Error, zlib.error, *_OTHER_TYPES) as error:
                 raise _damaged(self.path, error) from error
 
     def _gone(self) -> DataFormatError:
@@ -550,7 +554,10 @@ def seal_of(record: Mapping[str, Any]) -> int:
 def is_intact(record: Record) -> bool:
     """Whether a passage with all columns, and its seal, is what was written."""
     columns = {name: value for name, value in record.items() if name != "d2_seal"}
-    return record["d2_seal"] == seal_of(record) and is_as_written(columns)
+    try:
+        return record["d2_seal"] == seal_of(record) and is_as_written(columns)
+    except _OTHER_TYPES:
+        return False
 
 
 def codes_of(records: Sequence[Record], code_size: int) -> NDArray[np.uint8]:
