@@ -157,7 +157,7 @@ def cases(bases: dict[str, Path], number: int, seed: int, *, repair: bool = Fals
             kinds.setdefault((base, kind_of(path)), []).append(Case(base, path, "", 0))
     times = {"passages.db": 16, "words.bin": 4, "words.json": 4}
     turns = [(kind, how) for how in DAMAGES for kind in kinds for _ in range(times.get(kind[1], 1))]
-    turns = [turn for turn in turns if turn[0][1] != "passages.db" or turn[1] != "of another"]  # there is one of it
+    turns = [turn for turn in turns if turn[1] != "of another" or len(kinds[turn[0]]) > 1]  # another of its kind
     for place in range(number):
         if place % len(turns) == 0:
             chance.shuffle(turns)

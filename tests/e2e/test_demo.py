@@ -117,7 +117,7 @@ class TestFirstRun:
         assert index.store.manifest["student_source"] == student
         assert report.sizes.vector_per_passage == 2 * 384
         assert report.sizes.index > report.num_passages * 2 * 2 * 384
-        assert report.sizes.per_passage == pytest.approx(report.sizes.index / report.num_passages, rel=0.2)
+        assert report.sizes.per_passage == pytest.approx(report.sizes.index / report.num_passages, rel=0.01)
         assert report.sizes.student > 1_000_000
 
     def test_ranks_in_the_two_lists_agree(self, first):

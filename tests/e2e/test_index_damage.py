@@ -16,7 +16,7 @@ from index_damage import DAMAGES, Case, cases, faults, kind_of, make_bases, run
 
 pytestmark = pytest.mark.timeout(1200)  # many cases
 
-NUM_CASES, NUM_REPAIRED = 100, 25
+NUM_CASES, NUM_REPAIRED = 100, 80
 _FILE_KINDS = (
     "passages.db",
     "words.bin",
@@ -63,9 +63,9 @@ def test_searching_a_small_index_detects_damage_by_itself(outcomes: Outcomes):
 
 def test_the_cases_do_damage_the_index(outcomes: Outcomes):
     """``verify`` finds most cases, in every kind of file and of every kind of damage: the damage is real."""
-    assert len(outcomes) >= 0.7 * NUM_CASES  # a file "of another" index may be the same, or the only one
+    assert len(outcomes) >= 0.85 * NUM_CASES  # a file "of another" index may be the same
     detected = [case for case, report in outcomes if report["verify"][0] != "good"]
-    assert len(detected) > 0.7 * len(outcomes)  # a page of the table may have unused bytes
+    assert len(detected) > 0.85 * len(outcomes)
     assert {case.how for case in detected} == set(DAMAGES)
     assert {kind_of(case.path) for case in detected} >= set(_FILE_KINDS)
     assert {case.base for case in detected} == {"two copies", "one copy", "snapshot", "compacted"}
@@ -82,5 +82,8 @@ def test_errors_name_the_file_and_the_remedy(outcomes: Outcomes):
 def test_a_repair_restores_answers_or_reports_what_is_lost(all_outcomes: Outcomes):
     repairs = [(case, report) for case, report in all_outcomes if case.repair]
     assert [(case, faults(report), report) for case, report in repairs if faults(report)] == []
-    whole_again = [case for case, report in repairs if report["verify again"][0] == "good" != report["verify"][0]]
-    assert "passages.db" in {kind_of(case.path) for case in whole_again}  # what was lost was named, and is left out
+    refused = [(case, report) for case, report in repairs if report["search"][0] == "refused"]
+    repaired = [
+        case for case, report in refused if (report["verify again"][0], report["search again"][0]) == ("good", "same")
+    ]
+    assert "passages.db" in {kind_of(case.path) for case in repaired}

@@ -159,6 +159,15 @@ def test_a_table_that_cannot_be_opened_is_replaced_by_a_snapshot(store):
     assert "is missing" in verify(store).problems[0]
 
 
+def test_the_newest_whole_snapshot_takes_the_place_of_a_lost_table(store):
+    store.snapshot("older")
+    put(store, few_passages(2, start=50).values())
+    store.snapshot("newer")
+    (store.folder / "passages.db").write_bytes(b"no database")
+    assert "the table of 'newer' took its place" in verify(store, repair=True).problems[1]
+    check_contents(PassageView(IndexStore.open(store.folder)), PASSAGES | few_passages(2, start=50))
+
+
 def _replace_bytes(path, old, new):
     content = path.read_bytes().replace(old, new)
     path.write_bytes(content)

@@ -33,6 +33,7 @@ from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.store.index_manifest import KIND as INDEX_KIND
+from d2llm.store.passage_table import bytes_at_rest
 
 READING_SECONDS = 180.0
 """Time limit for encoding the corpus; a slower machine encodes only a part of it."""
@@ -153,7 +154,7 @@ def _index_corpus(
 
 def _sizes(index: Index, student_folder: Path) -> DemoSizes:
     return DemoSizes(
-        index=folder_bytes(index.folder),
+        index=bytes_at_rest(index.folder),
         per_passage=index.stats().bytes_per_passage,
         vector_per_passage=index.unsharded_view.format.code_size,
         student=folder_bytes(student_folder),

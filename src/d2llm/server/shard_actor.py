@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.files import folder_bytes
 from d2llm.core.types import PartKind, Task
 from d2llm.models.score_features import FeatureWeights
 from d2llm.models.vector_scorer import VectorScorer
@@ -24,6 +23,7 @@ from d2llm.retrieval.shard_search import ShardSearch
 from d2llm.runners.ray_cluster import as_worker
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import IndexStats, stats
+from d2llm.store.passage_table import bytes_at_rest
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.sharded_store import ShardRecord, open_shard
 from d2llm.store.view import PassageView
@@ -156,7 +156,7 @@ class ShardActor:
     def stats(self, version: int) -> tuple[IndexStats, int]:
         """The shard's statistics, and its bytes."""
         store = self._opened(version).store
-        return stats(store), folder_bytes(store.folder)
+        return stats(store), bytes_at_rest(store.folder)
 
     def _opened(self, version: int) -> _OpenShard:
         if version not in self._open:

@@ -27,7 +27,7 @@ COMPARED = ("id", "d2_row", "d2_hash")
 KEPT = ("d2_truncated", "d2_words")
 """The columns, besides that of the vector, that depend on a passage's text alone, as far as a table has them."""
 INTERNAL_COLUMNS = ("d2_row", "d2_hash", *KEPT, "d2_vector")
-_HASHED_APART = ("id", "title", "text", *INTERNAL_COLUMNS)
+_HASHED_APART = ("id", "title", "text", *INTERNAL_COLUMNS, "d2_seal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +128,14 @@ def compare(passages: Sequence[Passage], stored: Mapping[str, Mapping[str, Any]]
 
 def record_of(passage: Passage, metadata: MetadataSchema, row: int, kept: Mapping[str, Any]) -> dict[str, Any]:
     """A passage as a row of the table; ``kept`` are the values of its KEPT columns and of its vector, if stored."""
+    others = _others_of(passage, metadata)
     return {
         "id": passage.id,
         "title": passage.title,
         "text": passage.text,
-        **_others_of(passage, metadata),
+        **others,
         "d2_row": row,
-        "d2_hash": _hash_of(passage, metadata),
+        "d2_hash": row_hash(passage.id, passage.title, passage.text, others, passage.context),
         **kept,
     }
 

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from d2llm.core.errors import D2LLMError, DataFormatError, InputError
-from d2llm.core.files import folder_bytes
 from d2llm.core.shipped import name_student
 from d2llm.core.types import PART_NAMES, PartKind
 from d2llm.store import ann, word_files
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import EncodeParts
-from d2llm.store.passage_table import NAME, REMEDY, PassageTable
+from d2llm.store.passage_table import NAME, REMEDY, PassageTable, bytes_at_rest
 from d2llm.store.repair import repair_table
 from d2llm.store.side_files import Chunking, read_chunking
 from d2llm.store.stored_vectors import Encode
@@ -80,7 +79,6 @@ def stats(store: IndexStore) -> IndexStats:
     num_truncated, num_versions = table.num_truncated(), len(table.versions())
     record = _ann_record(store, table)
     table_bytes = table.flush()
-    log_bytes = sum(path.stat().st_size for path in store.folder.glob(f"{NAME}-*"))  # while the index is open
     return IndexStats(
         folder=str(store.folder),
         num_passages=len(table),
@@ -100,7 +98,7 @@ def stats(store: IndexStore) -> IndexStats:
         vector_file_bytes=sum(path.stat().st_size for path in store.folder.glob("vectors-*")),
         ann_passages=0 if record is None else record.num_rows,
         ann_recall=None if record is None else record.target,
-        bytes_per_passage=round((folder_bytes(store.folder) - log_bytes) / max(len(table), 1), 1),
+        bytes_per_passage=round(bytes_at_rest(store.folder) / max(len(table), 1), 1),
         word_bytes=sum(path.stat().st_size for path in store.folder.glob("words-*")),
         window_format=store.manifest["window_format"],
         window_bytes=_part_bytes(store, "window"),

@@ -21,7 +21,7 @@ import sqlite3
 import time
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.batches import batched
 from d2llm.core.errors import D2LLMError, DamagedFileError, DataFormatError, InputError
+from d2llm.core.files import folder_bytes
 from d2llm.core.types import Passage, is_text
 from d2llm.store.blocks import GENERATION_SHIFT, INTERNAL_COLUMNS, ROW_MASK, is_as_written, read_words
 from d2llm.store.schema import FieldType, MetadataSchema, microseconds_of, moment_of
@@ -233,10 +234,12 @@ class PassageTable:
         rows, ids = list[int](), list[str]()
         changed: list[str] = []
         for records in self.batches((*self.columns, "d2_seal")):
-            intact = [record for record in records if is_intact(record)]
-            changed += [record["id"] for record in records if not is_intact(record)]
-            rows += [record["d2_row"] for record in intact]
-            ids += [record["id"] for record in intact]
+            for record in records:
+                if is_intact(record):
+                    rows.append(record["d2_row"])
+                    ids.append(record["id"])
+                else:
+                    changed.append(record["id"])
         if changed:
             yield f"{len(changed)} passages are not what was written, the first is {changed[0]!r}"
         if len(set(ids)) != len(ids):
@@ -551,11 +554,15 @@ def seal_of(record: Mapping[str, Any]) -> int:
     return int.from_bytes(digest.digest(), "big", signed=True)
 
 
+def bytes_at_rest(folder: Path) -> int:
+    """Bytes of all files of an index, without SQLite's own, which are there only while a process has it open."""
+    return folder_bytes(folder) - sum(path.stat().st_size for path in folder.glob(f"{NAME}-*"))
+
+
 def is_intact(record: Record) -> bool:
     """Whether a passage with all columns, and its seal, is what was written."""
-    columns = {name: value for name, value in record.items() if name != "d2_seal"}
     try:
-        return record["d2_seal"] == seal_of(record) and is_as_written(columns)
+        return record["d2_seal"] == seal_of(record) and is_as_written(record)
     except _OTHER_TYPES:
         return False
 
@@ -597,7 +604,7 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
-    address = f"{path.resolve().as_uri()}?{mode if '=' in mode else f'mode={mode}'}"
+    address = f"{path.resolve().as_uri()}?mode={mode}"
     connection = sqlite3.connect(
         address, timeout=_BUSY_S, isolation_level=None, check_same_thread=False, cached_statements=256, uri=True
     )
@@ -616,9 +623,9 @@ def _open(path: Path) -> sqlite3.Connection:
         wal = path.with_name(f"{path.name}-wal")
         if wal.exists() and wal.stat().st_size:
             raise  # a killed writer's last commits are in it, and only one who may write can put them into the file
-    with closing(_connect(path, "immutable=1")) as checked:
-        checked.execute("SELECT version FROM versions LIMIT 1").fetchone()
-    return _connect(path, "immutable=1")
+    connection = _connect(path, "ro&immutable=1")
+    connection.execute("SELECT version FROM versions LIMIT 1").fetchone()
+    return connection
 
 
 def _damaged(path: Path, error: Exception) -> DamagedFileError:

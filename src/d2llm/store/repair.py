@@ -104,7 +104,8 @@ def _rewrite(folder: Path, table: PassageTable, records: Sequence[Record]) -> No
 
 def _replaced(folder: Path, others: Sequence[Path], problem: str) -> list[str]:
     """Of a file that cannot be opened at all: the newest whole snapshot takes its place."""
-    for other in sorted(others, key=lambda path: (path / NAME).stat().st_mtime if (path / NAME).is_file() else 0):
+    present = [path for path in others if (path / NAME).is_file()]
+    for other in sorted(present, key=lambda path: (path / NAME).stat().st_mtime, reverse=True):
         with suppress(D2LLMError), closing(PassageTable.open(other)) as table:
             if not list(table.problems()):
                 with storage_errors(folder), new_folder(folder / _FOLDER) as draft:

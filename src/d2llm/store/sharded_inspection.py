@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError
-from d2llm.core.files import folder_bytes
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import IndexStats, VerifyReport, stats, verify
 from d2llm.store.part_vectors import EncodeParts
+from d2llm.store.passage_table import bytes_at_rest
 from d2llm.store.sharded_store import ShardedStore, hashes_of_ids, shard_of
 from d2llm.store.side_files import read_chunking
 from d2llm.store.stored_vectors import Encode
@@ -39,7 +39,7 @@ def stats_of_all(storage: IndexStore | ShardedStore) -> IndexStats:
     all_stats = [stats(store) for store in storage.stores]
     if not isinstance(storage, ShardedStore):
         return all_stats[0]
-    return sum_stats(storage, all_stats, sum(folder_bytes(store.folder) for store in storage.stores))
+    return sum_stats(storage, all_stats, sum(bytes_at_rest(store.folder) for store in storage.stores))
 
 
 def sum_stats(storage: ShardedStore, all_stats: Sequence[IndexStats], num_bytes: int) -> IndexStats:
