@@ -280,9 +280,9 @@ class TestStudentAndIndex:
 
     def test_a_damaged_student_is_a_problem(self, sandbox):
         folder = shutil.copytree(find_student(STUDENT), sandbox / "student")
-        content = bytearray((folder / "adapter.safetensors").read_bytes())
+        content = bytearray((folder / "adapter_model.safetensors").read_bytes())
         content[-1] ^= 1
-        (folder / "adapter.safetensors").write_bytes(bytes(content))
+        (folder / "adapter_model.safetensors").write_bytes(bytes(content))
         [problem] = [f for f in examine(student=str(folder)) if f.level == "problem"]
         assert "damaged or belong to another student" in problem.result
         assert problem.advice == "fetch or restore the folder again"

@@ -94,7 +94,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(place, tmp_path, 
         patch.setattr("d2llm.training.label.load_judge", refuse)  # all pairs of both epochs have labels by now
         run(place, tmp_path / "stopped", monkeypatch)
     assert place.store(tmp_path / "stopped" / "labels").num_pairs == labels
-    for name in ("head.safetensors", "adapter.safetensors"):
+    for name in ("head.safetensors", "adapter_model.safetensors"):
         whole, resumed = (tmp_path / folder / "student" / name for folder in ("whole", "stopped"))
         assert whole.read_bytes() == resumed.read_bytes()
 

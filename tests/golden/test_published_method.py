@@ -310,11 +310,10 @@ def test_the_student_has_the_weights_after_the_last_step(runs: Runs) -> None:
     assert (runs.report.best_step, runs.report.steps) == (NUM_STEPS, NUM_STEPS)
     folder = runs.folder / "student"
     files = load_file(folder / "head.safetensors")
-    if (folder / "adapter.safetensors").is_file():
-        names = {".lora_down": ".lora_A.default.weight", ".lora_up": ".lora_B.default.weight"}  # alpha / rank is 1
-        for name, weight in load_file(folder / "adapter.safetensors").items():
-            layer, _, part = name.rpartition(".")
-            files[f"backbone.model.{layer}{names['.' + part]}"] = weight
+    if (folder / "adapter_model.safetensors").is_file():
+        for name, weight in load_file(folder / "adapter_model.safetensors").items():  # alpha / rank is 1
+            layer = name.removeprefix("base_model.model.").removesuffix(".weight")
+            files[f"backbone.model.{layer}.default.weight"] = weight
     else:
         files |= {f"backbone.model.{n}": w for n, w in load_file(folder / "backbone" / "model.safetensors").items()}
     assert files.keys() == runs.training.weights.keys()

@@ -105,8 +105,8 @@ class TestPush:
         push_student(folder, NAME, token=OWNER_TOKEN)
         copy = find_student(NAME)
         assert copy != folder
-        for path in folder.iterdir():
-            assert (copy / path.name).read_bytes() == path.read_bytes()
+        for path in filter(Path.is_file, folder.rglob("*")):
+            assert (copy / path.relative_to(folder)).read_bytes() == path.read_bytes()
 
     def test_the_repository_can_be_private(self, hub, merged):
         push_student(merged, NAME, private=True, token=OWNER_TOKEN)
@@ -117,16 +117,16 @@ class TestPush:
 
     def test_a_push_removes_the_files_of_an_earlier_student(self, hub, merged):
         commit_folder(hub, find_student("d2llm-minilm-cosine"))
-        assert "adapter.safetensors" in files_of(hub)
+        assert "adapter_model.safetensors" in files_of(hub)
         push_student(merged, NAME, token=OWNER_TOKEN)
-        assert "adapter.safetensors" not in files_of(hub)
+        assert "adapter_model.safetensors" not in files_of(hub)
         assert "backbone/model.safetensors" in files_of(hub)
 
     def test_a_push_can_go_to_a_branch(self, hub, merged):
         push_student(merged, NAME, token=OWNER_TOKEN)
         push_student(find_student("d2llm-minilm-cosine"), NAME, revision="v2", token=OWNER_TOKEN)
         assert "backbone/model.safetensors" in files_of(hub)
-        assert "adapter.safetensors" in files_of(hub, "v2")
+        assert "adapter_model.safetensors" in files_of(hub, "v2")
 
     def test_a_push_without_write_access_is_refused(self, hub, merged):
         with pytest.raises(InputError, match=r"'somebody/tiny' on the Hub cannot be written .*log in"):
@@ -154,7 +154,7 @@ class TestPush:
 
     def test_damaged_weights_are_refused(self, hub, tmp_path):
         folder = shutil.copytree(find_student("d2llm-minilm-cosine"), tmp_path / "student")
-        damage(folder / "adapter.safetensors")
+        damage(folder / "adapter_model.safetensors")
         with pytest.raises(ModelError, match="damaged or belong to another student"):
             push_student(folder, NAME, token=OWNER_TOKEN)
         assert hub.log == []
@@ -205,7 +205,7 @@ class TestFetch:
         manifest["config"]["backbone"] |= {"tuning": {"kind": "frozen"}, "remote": remote}
         manifest["config"]["pooling"] = {"kind": "auto"}
         (tmp_path / "student" / "manifest.json").write_text(json.dumps(manifest))
-        (tmp_path / "student" / "adapter.safetensors").unlink()
+        (tmp_path / "student" / "adapter_model.safetensors").unlink()
         commit_folder(hub, tmp_path / "student")
         for load in (find_student, Student.load, Student.from_pretrained):
             with pytest.raises(ModelError, match=r"somebody/tiny.* to https://elsewhere/v1; download it yourself"):
@@ -217,10 +217,10 @@ class TestFetch:
         monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)  # bytes written, and so kept, at a time
         folder = find_student("d2llm-minilm-cosine")
         commit_folder(hub, folder)
-        hub.break_after["adapter.safetensors"] = 1_000_000
+        hub.break_after["adapter_model.safetensors"] = 1_000_000
         copy = find_student(NAME)
-        assert hub.ranges == ["adapter.safetensors bytes=1000000-"]
-        assert (copy / "adapter.safetensors").read_bytes() == (folder / "adapter.safetensors").read_bytes()
+        assert hub.ranges == ["adapter_model.safetensors bytes=1000000-"]
+        assert (copy / "adapter_model.safetensors").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
 
     def test_cached_files_are_not_fetched_again(self, hub, merged):
         push_student(merged, NAME, token=OWNER_TOKEN)
@@ -248,7 +248,7 @@ class TestFetch:
 
     def test_damaged_weights_are_detected(self, hub, merged, tmp_path):
         folder = shutil.copytree(find_student("d2llm-minilm-cosine"), tmp_path / "adapter")
-        damage(folder / "adapter.safetensors")
+        damage(folder / "adapter_model.safetensors")
         commit_folder(hub, folder)
         with pytest.raises(ModelError, match="damaged or belong to another student"):
             Student.from_pretrained(NAME)

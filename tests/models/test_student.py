@@ -340,7 +340,7 @@ def test_a_missing_student_is_reported(tmp_path):
         load(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("name", ["head.safetensors", "adapter.safetensors"])
+@pytest.mark.parametrize("name", ["head.safetensors", "adapter_model.safetensors"])
 def test_damaged_tensors_are_reported(tmp_path, llama, name):
     trained(llama).save(tmp_path / "student")
     path = tmp_path / "student" / name
@@ -364,7 +364,7 @@ def test_a_mismatched_or_missing_head_is_reported(tmp_path, llama):
 
 def test_an_adapter_of_another_model_is_refused(tmp_path, llama):
     trained(llama).save(tmp_path / "student")
-    path = tmp_path / "student" / "adapter.safetensors"
+    path = tmp_path / "student" / "adapter_model.safetensors"
     save_file({name.replace("layers.1", "layers.7"): tensor for name, tensor in load_file(path).items()}, path)
     with pytest.raises(ModelError, match=r"changes layer 'layers.7"):
         load(tmp_path / "student")
@@ -423,7 +423,7 @@ def test_what_was_saved_must_not_change(llama, tmp_path, merge, changed):
         next(iter(tensors.values())).view(-1)[0] += 1
         save_file(tensors, folder / "head.safetensors")
     else:
-        path = next(folder.rglob("model.safetensors")) if merge else folder / "adapter.safetensors"
+        path = next(folder.rglob("model.safetensors")) if merge else folder / "adapter_model.safetensors"
         path.unlink()
     with pytest.raises(ModelError, match="damaged or belong to another student"):
         check_content(folder)

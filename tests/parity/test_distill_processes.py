@@ -115,7 +115,7 @@ def test_two_processes_match_one_process(
         if "loss" in one:
             assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
             assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
-    for name in ("head.safetensors", "adapter.safetensors"):
+    for name in ("head.safetensors", "adapter_model.safetensors"):
         one, two = (load_file(folder / name) for folder in folders)
         assert one.keys() == two.keys()
         for key, tensor in one.items():

@@ -23,7 +23,7 @@ from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model
 
 STEPS = 16  # 2 epochs of 4 + 4 batches
-STUDENT_FILES = ("head.safetensors", "adapter.safetensors")
+STUDENT_FILES = ("head.safetensors", "adapter_model.safetensors")
 
 
 def sources() -> list[TrainingSource]:
@@ -100,8 +100,8 @@ def test_the_reference_run_trains_properly(uninterrupted: tuple[DistillReport, P
     assert len(losses) == STEPS
     assert losses[-1] < losses[0]
     assert {line["task"] for line in log_of(folder) if "task" in line} == {"symmetric", "asymmetric"}
-    adapter = load_file(folder / "adapter.safetensors")
-    assert any(float(tensor.abs().sum()) > 0 for name, tensor in adapter.items() if name.endswith("lora_up"))
+    adapter = load_file(folder / "adapter_model.safetensors")
+    assert any(float(tensor.abs().sum()) > 0 for name, tensor in adapter.items() if name.endswith("lora_B.weight"))
 
 
 class Interrupted(Exception):

@@ -601,7 +601,7 @@ def test_a_distilled_student_is_pretrained_first(place: Place, tmp_path: Path) -
     adapters = {name: each for name, each in pretrained.items() if name.startswith("parameter/")}
     assert adapters
     assert all(min(each.shape) == 4 for each in adapters.values())
-    written = load_file(tmp_path / "taught" / "adapter.safetensors")
+    written = load_file(tmp_path / "taught" / "adapter_model.safetensors")
     assert all(min(each.shape) == 4 for each in written.values())  # the distillation trained the same adapters on
     recipe = json.loads((tmp_path / "taught" / "manifest.json").read_text(encoding="utf-8"))["recipe"]
     assert recipe["training"]["pretraining"]["kind"] == "vectors"

@@ -1,6 +1,7 @@
 """Low-rank adapters: trained through PEFT, stored and merged as plain tensors, so that loading needs no PEFT.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022: W' = W + (alpha / rank) B A.
+A student's adapter has PEFT's names on disk, so that transformers and sentence-transformers can load it with PEFT.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from d2llm.recipe import LoraConfig
 _Model = TypeVar("_Model", bound=nn.Module)
 _ADAPTER = "default"  # PEFT's name for the only adapter
 _DOWN, _UP = ".lora_down", ".lora_up"
+_PEFT_PREFIX, _PEFT_ENDS = "base_model.model.", {_DOWN: ".lora_A.weight", _UP: ".lora_B.weight"}
 
 
 def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> None:
@@ -92,6 +94,41 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
         state[name + _DOWN] = layer.lora_A[_ADAPTER].weight.detach().float().cpu().clone()
         state[name + _UP] = (layer.lora_B[_ADAPTER].weight.detach().float() * layer.scaling[_ADAPTER]).cpu()
     return state
+
+
+def with_peft_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors as PEFT names them in files; two adapters and other weights, which it cannot name, stay."""
+    named: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        layer, dot, part = name.rpartition(".")
+        if dot + part not in _PEFT_ENDS or ":" in name:
+            return state
+        named[f"{_PEFT_PREFIX}{layer}{_PEFT_ENDS[dot + part]}"] = tensor
+    return named
+
+
+def with_plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of ``with_peft_names``."""
+    plain: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        ends = (name.removesuffix(theirs) + ours for ours, theirs in _PEFT_ENDS.items() if name.endswith(theirs))
+        is_named = name.startswith(_PEFT_PREFIX)
+        plain[next(ends, name).removeprefix(_PEFT_PREFIX) if is_named else name] = tensor
+    return plain
+
+
+def peft_config(state: dict[str, Tensor], base: str) -> dict[str, Any]:
+    """What PEFT needs to know of an adapter, beside its tensors, to add it to the model ``base``."""
+    ranks = {name.removesuffix(_DOWN): len(tensor) for name, tensor in state.items() if name.endswith(_DOWN)}
+    rank = max(ranks.values())
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": rank,  # the tensors are scaled
+        "target_modules": sorted(ranks),
+        "inference_mode": True,
+    }
 
 
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:

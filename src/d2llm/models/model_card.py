@@ -17,7 +17,7 @@ from d2llm.models.export.sentence_transformers import MODULES_FILE, task_of_plai
 from d2llm.models.probabilities import ProbabilityCalibration
 from d2llm.models.score_features import ScoreFeatures
 from d2llm.models.sources import hub_name
-from d2llm.models.student_files import ADAPTER_FILE, BACKBONE_FOLDER, CARD_FILE, trained_tasks
+from d2llm.models.student_files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, BACKBONE_FOLDER, CARD_FILE, trained_tasks
 from d2llm.recipe import BackboneConfig, StudentConfig
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -84,8 +84,8 @@ def why_not_loadable(folder: Path, manifest: Mapping[str, Any]) -> str | None:
     if (reason := why_not_plain(StudentConfig.model_validate(manifest["config"]))) is not None:
         return reason
     return (
-        "its folder holds only what training changed, not the full weights; `d2llm push` and "
-        "`Student.save(folder, merge=True)` write those"
+        "its folder holds only what training changed, and the rest is not on the Hub with the same weights and layers; "
+        "`d2llm push` and `Student.save(folder, merge=True)` write all weights"
     )
 
 
@@ -166,16 +166,24 @@ def _plain(folder: Path, manifest: Mapping[str, Any]) -> str:
     backbone = manifest["config"]["backbone"]
     num_query_tokens = search_query_tokens(BackboneConfig(**backbone))
     if (reason := why_not_loadable(folder, manifest)) is not None:
-        whole = re.sub("`[^`]+`", lambda code: code[0].replace(" ", "\0"), reason)  # no line ends in code
-        problem = fill(f"Sentence-transformers alone cannot load it: {whole}.", _LINE, break_on_hyphens=False)
-        return "## Without d2llm\n\n" + problem.replace("\0", " ")
-    scope = _scope(folder, manifest)
-    return (
-        f"## Without d2llm\n\nSentence-transformers (6 or newer) loads it:\n\n{_PLAIN}\n\n{scope} In float32 the "
-        "numbers equal d2llm's up to rounding (a relative difference of 1e-5). `encode_query` reads at most "
-        f"{num_query_tokens} tokens; `encode_document`, and plain `encode`, read at most "
-        f"{backbone['max_passage_tokens']}, as a passage. Longer texts are cut without a warning.{_empty_texts(folder)}"
+        return f"## Without d2llm\n\n{_filled(f'Sentence-transformers alone cannot load it: {reason}.')}"
+    base = ""
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
+        base = f", with the package `peft`, and {hub_name(backbone['model'])} from the Hub"
+    numbers = (
+        f"{_scope(folder, manifest)} In float32 the numbers equal d2llm's up to rounding (a relative difference of "
+        f"1e-5). `encode_query` reads at most {num_query_tokens} tokens; `encode_document`, and plain `encode`, read "
+        f"at most {backbone['max_passage_tokens']}, as a passage. Longer texts are cut without a warning."
+        f"{_empty_texts(folder)}"
     )
+    loads = f"Sentence-transformers (6 or newer) loads it{base}:"
+    return f"## Without d2llm\n\n{_filled(loads)}\n\n{_PLAIN}\n\n{_filled(numbers)}"
+
+
+def _filled(text: str) -> str:
+    """A paragraph in lines, none of which ends in code."""
+    whole = re.sub("`[^`]+`", lambda code: code[0].replace(" ", "\0"), text)
+    return fill(whole, _LINE, break_on_hyphens=False).replace("\0", " ")
 
 
 def _scope(folder: Path, manifest: Mapping[str, Any]) -> str:
@@ -204,7 +212,8 @@ def _empty_texts(folder: Path) -> str:
     """A warning if the tokenizer makes no token of an empty text; d2llm then reads its closing token."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(folder / BACKBONE_FOLDER / "tokenizer.json"))
+    folder = folder / BACKBONE_FOLDER if (folder / BACKBONE_FOLDER).is_dir() else folder
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     if tokenizer.encode("").ids:
         return ""
     return (

@@ -129,6 +129,17 @@ def hub_name(name: str) -> str:
     return name if kind is None or kind.package is None else kind.package.hub_name
 
 
+def name_of_same_weights(name: str) -> str | None:
+    """The name on the Hub of a model whose weights are those that ``name`` has here; None if they may differ.
+
+    Those in a package are the same if they are a folder, and not a file of fewer bits.
+    """
+    kind = packaged_kind(name)
+    if kind is not None and kind.package is not None:
+        return None if Path(kind.package.path).suffix else kind.package.hub_name
+    return name if Path(locate_model(name)) == Path(name) and not Path(name).expanduser().exists() else None
+
+
 def fingerprint_model(location: str) -> str:
     """Fingerprint of the weights at ``location``, a return value of ``locate_model``.
 

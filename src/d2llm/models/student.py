@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from d2llm.core.errors import InputError
-from d2llm.core.files import new_folder
+from d2llm.core.files import new_folder, write_json
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.inputs import strings_of, texts_of
 from d2llm.core.manifest import source_of, write_manifest
@@ -30,10 +30,16 @@ from d2llm.models.backbone import Backbone, open_backbone
 from d2llm.models.device import choose_device
 from d2llm.models.document_expansion import DocumentExpansion
 from d2llm.models.engines.engines import choose_engine, choose_products
-from d2llm.models.export.sentence_transformers import task_of_plain, why_not_plain, write_plain_form
+from d2llm.models.export.sentence_transformers import (
+    base_of_adapter,
+    task_of_plain,
+    why_not_plain,
+    write_plain_form,
+)
 from d2llm.models.fitted_part import Widths
 from d2llm.models.hub import PushReport, fetch_student, find_student, push_student
 from d2llm.models.interaction import Interaction, make_head
+from d2llm.models.lora import peft_config, with_peft_names, with_plain_names
 from d2llm.models.model_card import model_card
 from d2llm.models.pooling import make_pooling, with_gated, without_gated
 from d2llm.models.probabilities import ProbabilityCalibration
@@ -158,7 +164,8 @@ class Student(StudentEncoder):
         if not merged:
             files.require_same_base(folder, manifest, backbone)
             if (folder / files.ADAPTER_FILE).is_file():
-                backbone.load_tuned_state(load_tensors(folder / files.ADAPTER_FILE, remedy=files.RESTORE), merge=True)
+                adapter = load_tensors(folder / files.ADAPTER_FILE, remedy=files.RESTORE)
+                backbone.load_tuned_state(with_plain_names(adapter), merge=True)
         student = cls(config, backbone)
         files.load_head(folder, student._head)
         student._saved_fingerprint = manifest["fingerprint"]
@@ -221,7 +228,7 @@ class Student(StudentEncoder):
             merge: write all weights of the backbone, with tuning merged, instead of the adapter and the backbone's
                 name. By default only if there is no adapter, because of full tuning or because the student was loaded
                 from a merged copy. Plain sentence-transformers can read a merged copy, unless ``why_not_plain`` says
-                otherwise.
+                otherwise; and one with an adapter, if the Hub has the backbone's weights (``base_of_adapter``).
             content: additional fields for the manifest (recipe, data, figures); by default those of the manifest that
                 the student was loaded from, if it was not trained since.
 
@@ -237,11 +244,13 @@ class Student(StudentEncoder):
             self.backbone.tokenizer.save_pretrained(temporary if not merge else temporary / files.BACKBONE_FOLDER)
             if merge:
                 self.backbone.save_merged(temporary / files.BACKBONE_FOLDER)
-                if why_not_plain(self.config) is None:
-                    task = task_of_plain(content)
-                    write_plain_form(temporary, self.config, self.backbone.own.kind, self.interaction, task)
             elif adapter := self.backbone.tuned_state():
-                save_file(adapter, temporary / files.ADAPTER_FILE)
+                save_file(with_peft_names(adapter), temporary / files.ADAPTER_FILE)
+                if (base := base_of_adapter(self.config)) is not None:
+                    write_json(temporary / files.ADAPTER_CONFIG_FILE, peft_config(adapter, base))
+            if merge or (temporary / files.ADAPTER_CONFIG_FILE).is_file():
+                task = task_of_plain(content)
+                write_plain_form(temporary, self.config, self.backbone.own.kind, self.interaction, task)
             manifest = {
                 **content,
                 "fingerprint": self.fingerprint,
@@ -489,5 +498,5 @@ def merge_student(folder: Path, copy: Path) -> None:
     Student.load(folder, device="cpu", dtype="float32").save(copy, merge=True)
     for path in folder.iterdir():
         is_written = any((copy / part / path.name).exists() for part in ("", files.BACKBONE_FOLDER))
-        if path.suffix == ".md" or (path.is_file() and path.name != files.ADAPTER_FILE and not is_written):
+        if path.suffix == ".md" or (path.is_file() and path.name not in files.ADAPTER_FILES and not is_written):
             shutil.copyfile(path, copy / path.name)

@@ -1,10 +1,11 @@
-"""The files that let plain sentence-transformers load a merged student with the library's own modules.
+"""The files that let plain sentence-transformers load a student with the library's own modules.
 
 The library has a transformer, the usual poolings, unit length, and separate linear maps for queries and passages (its
 Router). That is enough for the inner product of a student whose texts are pooled with the backbone's own pooling: u of
 length 1, then sqrt(dim) u for a passage, and the vector of ``Student.query_vectors`` for a query. The library has no
 pooling by attention (PMA) and no interaction. A student with PMA gets none of the files, because its vectors would
-differ.
+differ. The transformer's weights are all in the student's folder, or only an adapter is, and the library loads the rest
+from the Hub.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from d2llm.core.types import Task, default_task
 from d2llm.models.backbone import search_query_tokens
 from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.pretrained import SENTENCE_TRANSFORMERS_POOLINGS
+from d2llm.models.sources import name_of_same_weights
 from d2llm.models.student_files import BACKBONE_FOLDER, trained_tasks
 from d2llm.recipe import AutoPooling, CustomBackbone, StudentConfig
 
@@ -31,7 +33,6 @@ _REQUIRES = ">=6"  # the first version whose Transformer has separate length lim
 _BASE, _OWN = "sentence_transformers.base.modules", "sentence_transformers.sentence_transformer.modules"
 _DENSE = f"{_BASE}.dense.Dense"
 _MODULES = (
-    (BACKBONE_FOLDER, f"{_BASE}.transformer.Transformer"),
     ("1_Pooling", f"{_OWN}.pooling.Pooling"),
     ("2_Normalize", f"{_BASE}.normalize.Normalize"),
     ("3_Router", f"{_BASE}.router.Router"),
@@ -53,6 +54,14 @@ def why_not_plain(config: StudentConfig) -> str | None:
     return None
 
 
+def base_of_adapter(config: StudentConfig) -> str | None:
+    """The model on the Hub to which the library can add a student's adapter; None if it cannot load such a student."""
+    backbone = config.backbone
+    if why_not_plain(config) is not None or backbone.tuning.kind != "lora" or backbone.layers is not None:
+        return None
+    return name_of_same_weights(backbone.model)
+
+
 def task_of_plain(manifest: Mapping[str, Any]) -> Task:
     """The task whose inner product the library gets: symmetric only if the student was trained for nothing else."""
     return default_task(trained_tasks(manifest))
@@ -61,18 +70,23 @@ def task_of_plain(manifest: Mapping[str, Any]) -> Task:
 def write_plain_form(
     folder: Path, config: StudentConfig, pooling: str, head: Interaction | CosineHead, task: Task
 ) -> None:
-    """Add the library's files to a folder that has the backbone's weights and tokenizer in ``BACKBONE_FOLDER``.
+    """Add the library's files to a student's folder, or nothing if ``why_not_plain`` says that this cannot be.
 
-    ``why_not_plain`` must return None for ``config``. ``pooling`` is the kind of the backbone's own; the inner product
-    of ``head`` is written as it is for ``task``.
+    The backbone's weights and its tokenizer are in ``BACKBONE_FOLDER``; or the folder itself has an adapter and the
+    tokenizer. ``pooling`` is the kind of the backbone's own; the inner product of ``head`` is written as it is for
+    ``task``.
     """
+    if why_not_plain(config) is not None:
+        return
     backbone = config.backbone
+    transformer = BACKBONE_FOLDER if (folder / BACKBONE_FOLDER).is_dir() else ""
+    modules = ((transformer, f"{_BASE}.transformer.Transformer"), *_MODULES)
     unit = torch.eye(head.dim) * head.dim**0.5  # scales a vector of length 1 to the student's length
     with torch.no_grad():
         query_rows = head.query_vectors(unit.to(next(head.parameters()).device), task).float().cpu()
     write_json(
         folder / MODULES_FILE,
-        [{"idx": n, "name": str(n), "path": path, "type": kind} for n, (path, kind) in enumerate(_MODULES)],
+        [{"idx": n, "name": str(n), "path": path, "type": kind} for n, (path, kind) in enumerate(modules)],
     )
     write_json(
         folder / "config_sentence_transformers.json",
@@ -85,7 +99,7 @@ def write_plain_form(
         },
     )
     write_json(
-        folder / BACKBONE_FOLDER / "sentence_bert_config.json",
+        folder / transformer / "sentence_bert_config.json",
         {
             "transformer_task": "feature-extraction",
             # Texts are read as they are, even if the tokenizer has a chat template.
@@ -95,7 +109,7 @@ def write_plain_form(
             "document_length": backbone.max_passage_tokens,
         },
     )
-    tokenizer = folder / BACKBONE_FOLDER / "tokenizer_config.json"
+    tokenizer = folder / transformer / "tokenizer_config.json"
     settings = json.loads(tokenizer.read_text(encoding="utf-8"))
     # Plain `encode` reads texts as passages. Padding on the left would shift the positions.
     write_json(tokenizer, settings | {"model_max_length": backbone.max_passage_tokens, "padding_side": "right"})
