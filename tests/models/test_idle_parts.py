@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from d2llm.core.errors import InputError
+from d2llm.core.shipped import shipped_models
 from d2llm.core.types import TASKS
 from d2llm.models.score_features import ScoreFeatures, TaskFeatureWeights
 from d2llm.models.student import Student
@@ -98,6 +99,11 @@ def test_idle_parts_leave_the_files_and_nothing_else_changes(base, tmp_path, cas
     if case == "one task" and branches == "per_task":
         assert not any("branches.asymmetric" in name for name in names["after"])
         assert any("branches.symmetric" in name for name in names["after"])
+
+
+@pytest.mark.parametrize("name", shipped_models("students"))
+def test_no_student_ships_with_idle_parts(name):
+    assert Student.load(name, device="cpu", dtype="float32").drop_idle_parts() == ()
 
 
 def test_parts_that_count_stay(base):
