@@ -29,7 +29,8 @@ from d2llm.evaluation.contenders import Contenders
 from d2llm.evaluation.evaluate import evaluate
 from d2llm.evaluation.report import EvaluationReport
 from d2llm.evaluation.settings import EvaluationSettings
-from d2llm.fitting.fit import BASE_NAME, Fit
+from d2llm.fitting.compare import BASE_NAME
+from d2llm.fitting.fit import Fit
 from d2llm.fitting.settings import FitSettings
 from d2llm.fitting.training_data import DataReport
 from d2llm.models.student import Student
@@ -70,7 +71,7 @@ def measure(data: Path, work: Path, *, hours: float, writer: str, start: str, wi
         else:
             settings = FitSettings(hours=hours, student=start, writer=WriterConfig(model=writer))
         fitting = Fit([data], work / "fit", settings)
-        fitting.read()
+        fitting.served.read()
         before = work / "index-before"  # the fit replaces it, and the student to start from is measured with it
         if not before.exists():
             shutil.copytree(fitting.folder.index, before)

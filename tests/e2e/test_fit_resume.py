@@ -18,14 +18,14 @@ KILLED_IN = {
     "writing": "draft_store.DraftStore, 'add', after=2",
     "reviewing": "fit, 'write_written_data'",
     "training": "distill, '_write'",
-    "comparing": "fit.Fit, 'serve_with'",
-    "the last line": "fit.Fit, '_write_manifest', after=2",
+    "comparing": "served_index.ServedIndex, 'serve'",
+    "the last line": "fit_folder.FitFolder, 'write_manifest', after=2",
 }
 """When -> which function never returns from its call number ``after``."""
 RUN = f"""
 import os, signal, sys
 from pathlib import Path
-from d2llm.fitting import draft_store, fit, write_queries
+from d2llm.fitting import draft_store, fit, fit_folder, served_index, write_queries
 from d2llm.fitting.fit import Fit
 from d2llm.training import distill
 from tiny_fit import settings_for

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from d2llm.fitting import fit
+from d2llm.fitting import served_index
 from d2llm.models.student import Student
 from how_to import python_blocks
 from local_endpoint import local_endpoint
@@ -21,7 +21,7 @@ OLLAMA = "http://127.0.0.1:11434/v1"
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
     model = write_tiny_model(tmp_path / "model", "bert")
     Student.create(tiny_student_config(model), device="cpu", dtype="float32").save(tmp_path / "student")
-    monkeypatch.setattr(fit, "student_for", lambda _: str(tmp_path / "student"))
+    monkeypatch.setattr(served_index, "student_for", lambda _: str(tmp_path / "student"))
     monkeypatch.chdir(tmp_path)
     write_documents(tmp_path / "docs", 50)
     [block] = python_blocks(PAGE)

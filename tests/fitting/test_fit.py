@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import d2llm.fitting.fit as fit_module
 from d2llm.core.errors import InputError, OutOfTimeError
 from d2llm.core.manifest import read_manifest
 from d2llm.data.run_folder import is_finished
+from d2llm.fitting.compare import START_NAME, TRAINED_NAMES
 from d2llm.fitting.critic import CriticSettings
-from d2llm.fitting.fit import START_NAME, TRAINED_NAMES, Fit, fit, student_for
+from d2llm.fitting.fit import Fit, fit
 from d2llm.fitting.report import verdict_sentence
+from d2llm.fitting.served_index import student_for
 from d2llm.fitting.stages import Stages
 from d2llm.models.student import Student
 from d2llm.ops.gating import better
@@ -183,7 +186,7 @@ def half(student, endpoint, tmp_path_factory):
     settings = settings_for(student, endpoint.url, chunking=Chunking(64))
     done = Fit([documents], None, settings, device="cpu", dtype="float32")
     done._begin()
-    done.read()
+    done.served.read()
     done.write(60)
     return done
 
@@ -214,12 +217,12 @@ def test_mining_takes_its_vectors_from_the_index(student, endpoint, tmp_path, mo
     settings = settings_for(student, endpoint.url)
     done = Fit([write_documents(tmp_path / "docs")], None, settings, device="cpu", dtype="float32")
     done._begin()
-    done.read()
+    done.served.read()
     done.write(60)
     data = done.make_data(done.review())
     if is_replaced:
-        done.serve_with(other_student(done.index.student, tmp_path / "other"))
-    assert done._has_vectors_of_start != is_replaced
+        done.served.serve(other_student(done.served.index.student, tmp_path / "other"))
+    assert done.served.is_of_start != is_replaced
     encoded: list[str] = []
     shard = ranking.TextShard
     monkeypatch.setattr(ranking, "TextShard", lambda texts, kind: (encoded.extend(texts), shard(texts, kind))[1])
@@ -239,16 +242,18 @@ def other_student(student, folder):
 
 
 def test_an_index_and_a_student_that_do_not_fit_are_mended(half, tmp_path):
-    other = Student.load(other_student(half.index.student, tmp_path / "other"), device="cpu", dtype="float32")
-    assert other.fingerprint != half.index.student.fingerprint
-    half.serve_with(tmp_path / "other")
+    other = Student.load(other_student(half.served.index.student, tmp_path / "other"), device="cpu", dtype="float32")
+    assert other.fingerprint != half.served.index.student.fingerprint
+    half.served.serve(tmp_path / "other")
     assert Index.open(half.folder.index).student.fingerprint == other.fingerprint
     assert Index.open(half.folder.index).chunking == Chunking(64)
-    half._load(half.start).save(half.folder.student)  # as if the call had ended before the index was replaced
+    half.served.load(half.served.start).save(
+        half.folder.student
+    )  # as if the call had ended before the index was replaced
     mended = repeated(half)
-    mended.read()
-    assert mended.index.student.fingerprint == Student.load(half.start, device="cpu").fingerprint
-    assert len(mended.index) == NUM_DOCUMENTS
+    mended.served.read()
+    assert mended.served.index.student.fingerprint == Student.load(half.served.start, device="cpu").fingerprint
+    assert len(mended.served.index) == NUM_DOCUMENTS
 
 
 def test_writing_is_finished_for_these_settings_and_hours_only(half):
@@ -400,7 +405,7 @@ def test_a_trained_student_is_compared_even_if_the_time_seems_too_short(
         return trained
 
     monkeypatch.setattr(Fit, "train", slow)
-    monkeypatch.setattr(Fit, "_passages_per_second", lambda _: NUM_DOCUMENTS / seconds_of_pass)
+    monkeypatch.setattr(fit_module, "passages_per_second", lambda _: NUM_DOCUMENTS / seconds_of_pass)
     _, report, names = fit_anew(student, endpoint, tmp_path)
     assert (report.verdict is not None) == is_compared
     assert START_NAME in names
@@ -410,14 +415,14 @@ def test_a_trained_student_is_compared_even_if_the_time_seems_too_short(
 
 
 def test_the_untuned_student_is_left_out_of_a_comparison_first(student, endpoint, tmp_path, monkeypatch):
-    compare = Fit.compare
+    compare = fit_module.compare_students
 
-    def slow(self, data, base, trained, *, with_untuned=True):
+    def slow(*students, with_untuned):
         if with_untuned:
             raise OutOfTimeError  # as when encoding takes longer than planned
-        return compare(self, data, base, trained, with_untuned=with_untuned)
+        return compare(*students, with_untuned=with_untuned)
 
-    monkeypatch.setattr(Fit, "compare", slow)
+    monkeypatch.setattr(fit_module, "compare_students", slow)
     _, report, names = fit_anew(student, endpoint, tmp_path)
     assert report.verdict is not None
     assert names >= {START_NAME, "BM25", TRAINED}

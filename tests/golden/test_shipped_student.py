@@ -15,8 +15,8 @@ import pytest
 from d2llm import Passage, Student
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.search import search
 from e2e.small_corpus import QUESTIONS, SENTENCES
+from searching import search
 
 GOLDEN = Path(__file__).with_name("shipped_student.json")
 MORE_QUESTIONS = (

@@ -18,8 +18,8 @@ from d2llm.ops.measures import per_query_measures
 from d2llm.recipe import InteractionConfig
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.search import search
 from late_import import late_import
+from searching import search
 from tiny_models import TEXTS, tiny_student_config, write_tiny_model, write_trained_student
 
 mteb = late_import("mteb", reason="needs mteb: pip install 'd2llm[mteb]' (Python 3.11 or newer)")

@@ -9,11 +9,11 @@ from d2llm.core.types import Passage
 from d2llm.ops.selection import top_rows
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.search import search
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
 from examples import examples
 from fake_models import DotStudent, FakeScorer, FakeStudent, PreparedDotStudent
+from searching import search
 
 WORDS = ["cat", "dog", "fish", "bird", "horse", "sleeps", "runs", "swims", "flies", "eats"]
 texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map(" ".join)

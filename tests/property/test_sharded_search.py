@@ -13,13 +13,13 @@ from d2llm.core.types import Passage
 from d2llm.models.score_features import FeatureWeights, WordsFactor
 from d2llm.retrieval import exact_search
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.search import search
 from d2llm.retrieval.shard import shard
 from d2llm.retrieval.shard_search import ShardSearch
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.sharded_view import ShardedView
 from d2llm.store.view import PassageView
 from examples import examples
+from searching import search
 from sharded_index import WORDS, BoundedStudent, random_passages, results_of
 
 STUDENT = BoundedStudent()

@@ -15,7 +15,6 @@ from d2llm import Index, Passage, Query, Ranking
 from d2llm.core.types import QueryExpansion
 from d2llm.models.writers.writer import WrittenQueries
 from d2llm.retrieval.expansion import Expansion
-from d2llm.retrieval.search import Searcher, search
 from fake_models import FakeStudent
 
 Row = namedtuple("Row", ["id", "text"])
@@ -57,29 +56,19 @@ SEVERAL = [
 ]
 
 
-def searches(index: Index, queries: Any) -> list[Any]:
-    if not isinstance(queries, list | str | dict | tuple):
-        return [index.search(queries, top_k=2)]
-    return [
-        index.search(queries, top_k=2),
-        search(index.view, index.student, queries, top_k=2),
-        Searcher(index.view, index.student).rank(queries),
-    ]
-
-
 @pytest.mark.parametrize("query", ONE, ids=lambda value: type(value).__name__)
 def test_one_query_gives_its_ranking(index: Index, query: Any):
-    for ranking in searches(index, query):
-        assert isinstance(ranking, Ranking)
-        assert ranking.query.text == "text 2"
-        assert ranking.passages[0].passage.id == "p2"
+    ranking = index.search(query, top_k=2)
+    assert isinstance(ranking, Ranking)
+    assert ranking.query.text == "text 2"
+    assert ranking.passages[0].passage.id == "p2"
 
 
 @pytest.mark.parametrize("queries", SEVERAL, ids=lambda value: type(value).__name__)
 def test_a_list_or_table_of_one_gives_a_list(index: Index, queries: Any):
-    for rankings in searches(index, queries):
-        assert isinstance(rankings, list)
-        assert [ranking.query.text for ranking in rankings] == ["text 2"]
+    rankings = index.search(queries, top_k=2)
+    assert isinstance(rankings, list)
+    assert [ranking.query.text for ranking in rankings] == ["text 2"]
 
 
 def test_a_list_of_none_gives_none(index: Index):

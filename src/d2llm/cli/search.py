@@ -154,7 +154,7 @@ def search(
     from d2llm.reports.search_tables import ranking_list
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.protocols import task_for
-    from d2llm.retrieval.search import search
+    from d2llm.retrieval.search import Searcher
 
     session = session_of(context)
     all_queries = _read_queries(session, index, words or [], queries)
@@ -174,7 +174,7 @@ def search(
     )
     rerank = None if second_stage is None else second_stage.open(device=device, dtype=dtype)
     expanded = _expansion(expansion, writer, device=device, dtype=dtype)
-    rankings = search(opened.view, opened.student, all_queries, settings, rerank=rerank, expansion=expanded)
+    rankings = Searcher(opened.view, opened.student, settings, rerank=rerank, expansion=expanded).rank(all_queries)
     report: dict[str, Any] = {"student": opened.student.fingerprint, "rankings": rankings}
     for ranking in rankings:
         if text:

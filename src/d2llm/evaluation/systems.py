@@ -33,8 +33,9 @@ from d2llm.ops.fusion import reciprocal_rank_fusion
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index, part_formats
 from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint
+from d2llm.retrieval.query_preparation import ENCODED_AT_ONCE
 from d2llm.retrieval.reranker import OpenReranker
-from d2llm.retrieval.search import ENCODED_AT_ONCE, Searcher, SearchSettings
+from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.retrieval.text_workers import encode_shard, encode_texts
 from d2llm.runners.placement import HERE, Placement
 from d2llm.store.bm25 import WordIndex, rank_passages

@@ -12,10 +12,12 @@ work/           written queries, data sets, runs and measurements; may be delete
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from d2llm.core.errors import InputError
-from d2llm.core.manifest import FILE_NAME, read_any_manifest
+from d2llm.core.manifest import FILE_NAME, read_any_manifest, write_manifest
 from d2llm.store.index_manifest import FIT_KIND, INDEX_OF_FIT
 
 FORMAT_VERSION = 1
@@ -27,7 +29,6 @@ class FitFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.manifest = path / FILE_NAME
         self.index, self.student = path / INDEX_OF_FIT, path / "student"
         self.report_page, self.audit_page = path / "report.html", path / "audit.html"
         self.report, self.progress_page = path / "report.json", path / "progress.html"
@@ -35,6 +36,22 @@ class FitFolder:
         self.drafts, self.finished_writing = self.work / "drafts", self.work / "written.json"
         self.written, self.users = self.work / "data" / "written", self.work / "data" / "users"
         self.judgements, self.measured = self.work / "judgements", self.work / "measured"
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """What an earlier call has stored: the documents, the student to start from, and the one that it kept."""
+        return read_any_manifest(self.path) if (self.path / FILE_NAME).is_file() else {}
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether an earlier call has finished this fit."""
+        return self.manifest.get("kept") is not None
+
+    def write_manifest(self, documents: Sequence[Path], start: str, *, kept: str | None = None) -> None:
+        """Store what a call learns from; ``kept`` is for one that has finished."""
+        self.path.mkdir(parents=True, exist_ok=True)  # only now: documents without text leave no folder behind
+        content = {"documents": [str(path.resolve()) for path in documents], "start": start, "kept": kept}
+        write_manifest(self.path, FIT_KIND, FORMAT_VERSION, content)
 
     def run(self, key: str) -> Path:
         """The run folder of one training; ``key`` stands for everything that it learns from."""
@@ -60,6 +77,6 @@ def require_fit_folder(path: Path) -> FitFolder:
     folder = FitFolder(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return folder
-    if path.is_dir() and folder.manifest.is_file() and read_any_manifest(path).get("kind") == FIT_KIND:
+    if path.is_dir() and folder.manifest.get("kind") == FIT_KIND:
         return folder
     raise InputError(f"{path}: holds something else than a fit; give another folder (--output)")

@@ -12,12 +12,13 @@ from pydantic import TypeAdapter, ValidationError
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Task
-from d2llm.data.python_records import QueryLike, queries_of
+from d2llm.data.python_records import QueryLike
 from d2llm.models.score_features import FeatureWeights
 from d2llm.models.teachers.judge import RANKING_TEACHER, Judge, ranks_lists
 from d2llm.ops.rereading import StudentError, calibrate_error
 from d2llm.retrieval.protocols import SearchStudent, SearchView
-from d2llm.retrieval.search import search
+from d2llm.retrieval.search import Searcher
+from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.side_files import ERRORS_FILE
 
@@ -55,7 +56,8 @@ def measure_error(
     pairs: list[tuple[str, str]] = []
     scores: list[float] = []
     names: list[str] = []
-    for number, ranking in enumerate(search(index, student, queries_of(queries), top_k=depth, task=search_task)):
+    searcher = Searcher(index, student, SearchSettings(top_k=depth, task=search_task))
+    for number, ranking in enumerate(searcher.rank(queries)):
         passages = ranking.passages
         for place in np.unique(np.linspace(0, len(passages) - 1, min(num_passages, len(passages))).astype(np.int64)):
             pairs.append((ranking.query.text, passages[place].passage.full_text))

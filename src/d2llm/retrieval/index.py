@@ -34,7 +34,7 @@ from d2llm.core.types import (
     Ranking,
     Task,
 )
-from d2llm.data.python_records import PassageLike, QueryLike, one_query_of, passages_of
+from d2llm.data.python_records import PassageLike, QueryLike, is_one_query, one_query_of, passages_of
 from d2llm.retrieval.protocols import SearchStudent, SearchView, expansion_fingerprint, task_for
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.index_manifest import find_index
@@ -671,7 +671,7 @@ class Index:
         chosen = SearchSettings.of(settings, **changes)
         if chosen.task not in (None, self.view.task):
             task_for(self.student, chosen.task)  # warns
-        return Searcher(
+        rankings = Searcher(
             self.view,
             self.student,
             chosen,
@@ -680,6 +680,7 @@ class Index:
             expansion=expansion,
             allow_missing=self._allow_missing,
         ).rank(queries)
+        return rankings[0] if is_one_query(queries) else rankings
 
     def around(self, results: Iterable[RankedPassage] | RankedPassage, distance: int = 1) -> list[Excerpt]:
         """Results with the passages around them in their documents, neighbouring ones merged (``merge_neighbours``).

@@ -196,8 +196,7 @@ def make_feature_lists(
     texts = [query.text for query in queries]
     words_of_queries = [words.query(text, own) for text, own in zip(texts, term_factors(student, texts), strict=True)]
     by_words = [words.best(query_words, depth)[0] for query_words in words_of_queries]
-    own_ids = [dataset.own_passages.of(query.id) for query in queries]
-    own_rows = [np.array([row_of[each] for each in own], np.int64) for own in own_ids]
+    own_rows = [np.array([row_of[each] for each in dataset.own_passages.of(one.id)], np.int64) for one in queries]
     grades = [_grades(dataset, query, row_of) for query in queries]
     needed = np.unique(np.concatenate([*by_words, *(np.array([*judged], np.int64) for judged in grades)]))
     pool = _filled(needed, len(ids), num_passages, seed)
