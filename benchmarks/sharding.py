@@ -36,8 +36,8 @@ from d2llm.models.backbone import EncodedTexts
 from d2llm.retrieval.protocols import SearchView
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.retrieval.shard import shard
-from d2llm.store.sharded_store import open_storage
 from d2llm.store.sharded_view import open_view
+from d2llm.store.shards import Storage
 
 STUDENT = "d2llm-minilm"
 GOAL = 1.5
@@ -112,7 +112,7 @@ def measure(student: Student, args: argparse.Namespace, work: Path) -> dict[str,
     begin, processor = time.perf_counter(), time.process_time()
     report = shard(one, several, args.shards)
     seconds, processor = time.perf_counter() - begin, time.process_time() - processor
-    views: list[SearchView] = [open_view(open_storage(folder)) for folder in (one, several)]
+    views: list[SearchView] = [open_view(Storage.open(folder)) for folder in (one, several)]
     pairs: dict[str, Pair] = {}
     for name, kind in KINDS.items():
         number = min(args.proofs or len(texts), len(texts)) if kind.get("exact") else len(texts)

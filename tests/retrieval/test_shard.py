@@ -16,7 +16,7 @@ from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.shard import shard
 from d2llm.store.index_store import IndexStore
-from d2llm.store.sharded_store import ShardedStore, read_sharded_manifest, shard_of
+from d2llm.store.shards import Storage, read_sharded_manifest, shard_of
 from d2llm.store.side_files import Chunking, write_chunking
 from fake_models import FakeStudent, Interruption
 from sharded_index import BoundedStudent, random_passages, results_of
@@ -84,7 +84,7 @@ def test_a_document_stays_together_and_its_shard_is_stable(made):
 
 
 def test_each_shard_is_an_index_of_its_own(made):
-    for store in ShardedStore.open(made[0] / "three").stores:
+    for store in Storage.open(made[0] / "three").stores:
         shard_index = Index.open(store.folder, STUDENT)
         assert len(shard_index.search("apple").passages) == min(10, len(shard_index))
         assert shard_index.verify().problems == []

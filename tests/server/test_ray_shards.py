@@ -12,9 +12,10 @@ from d2llm import Index, Passage, Student
 from d2llm.core.errors import MismatchError
 from d2llm.retrieval.shard import shard
 from d2llm.runners.ray_cluster import own_versions
-from d2llm.server.ray_shards import RemoteStore, ShardCluster
+from d2llm.server.ray_shards import ShardCluster
 from d2llm.server.settings import ServeSettings
 from d2llm.server.shard_actor import NotOpenError, ShardActor, ShardVersion
+from d2llm.store.shards import Storage
 from tiny_server import write_tiny_index
 
 
@@ -26,7 +27,7 @@ def sharded(tmp_path: Path) -> Path:
 
 def latest(folder: Path) -> ShardVersion:
     """The latest version of shard 0."""
-    store = RemoteStore(folder)
+    store = Storage.of_manifest(folder)
     return ShardVersion(folder, dict(store.manifest), store.records[0], 0, 2)
 
 

@@ -10,7 +10,7 @@ from d2llm.core.errors import DataFormatError, InputError, MissingExtraError
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.shard import shard
 from d2llm.store import remote_shards
-from d2llm.store.sharded_store import ShardedStore
+from d2llm.store.shards import Storage
 from sharded_index import BoundedStudent, random_passages, results_of
 
 fsspec = pytest.importorskip("fsspec", reason="needs fsspec: pip install 'd2llm[object-storage]'")
@@ -127,10 +127,10 @@ def test_any_other_error_of_the_storage_names_the_url(one, tmp_path, monkeypatch
 def test_a_missing_package_and_an_unknown_protocol(one, tmp_path, monkeypatch):
     folder = put_away(one, tmp_path / "away")
     path = folder / "manifest.json"
-    store = ShardedStore.open(folder)
+    store = Storage.open(folder)
     from dataclasses import replace
 
-    from d2llm.store.sharded_store import write_sharded_manifest
+    from d2llm.store.shards import write_sharded_manifest
 
     records = [replace(record, address="no-such://bucket", files="x") for record in store.records]
     write_sharded_manifest(folder, store.manifest, records)

@@ -568,7 +568,7 @@ def _opened(folder: Path, spec: IndexSpec, writing: WritingOptions) -> Generator
     try:
         yield index
     except BaseException:
-        if not len(index.storage.table()):
+        if not len(index.storage):
             shutil.rmtree(folder, ignore_errors=True)
         raise
 

@@ -40,7 +40,6 @@ from d2llm.retrieval.text_workers import encode_shard, encode_texts
 from d2llm.runners.placement import HERE, Placement
 from d2llm.store.bm25 import WordIndex, rank_passages
 from d2llm.store.index_manifest import FORMAT_VERSION
-from d2llm.store.sharded_store import ShardedStore
 from d2llm.store.view import PassageView
 
 RankedIds = tuple[tuple[str, float], ...]
@@ -407,7 +406,7 @@ class RetrievalWork:
         return [
             index
             for index in self._given
-            if not isinstance(index.storage, ShardedStore)
+            if index.storage.num_shards is None
             and not (index.chunking is not None and index.chunking.late)
             and len(index) == len(self.passages)
             and fingerprint_passages(index.get(list(self.dataset.passages))) == self.corpus

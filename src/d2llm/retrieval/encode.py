@@ -32,7 +32,7 @@ from d2llm.runners.placement import Load, load_work
 from d2llm.runners.runner import Runner, Workers, find_runner
 from d2llm.store.index_manifest import FORMAT_VERSION, KIND, SHARDED_KIND
 from d2llm.store.index_spec import IndexSpec
-from d2llm.store.sharded_store import Storage, open_storage
+from d2llm.store.shards import Storage
 from d2llm.store.side_files import Chunking
 from d2llm.store.vector_formats import make_format
 
@@ -173,10 +173,10 @@ def encode(
                     readers=readers,
                 )
                 num_read = report.num_documents
-        if not len(index.storage.table()):
+        if not len(index.storage):
             raise InputError(f"{folder}: no document could be read; the first: {corpus.skipped[0]}")
     except BaseException:
-        if not len(index.storage.table()):  # nothing that another call could resume
+        if not len(index.storage):  # nothing that another call could resume
             shutil.rmtree(draft, ignore_errors=True)
         raise
     num_pruned = 0 if quality is None else _prune(index, quality, prune)
@@ -277,6 +277,6 @@ def _describe(fingerprint: str, token_projection: str | None, document_expansion
 def _no_other_writer(folder: Path) -> AbstractContextManager[None]:
     """Hold the write lock of the index to be replaced, so that no partial write ends up in the new one."""
     try:
-        return open_storage(folder).locked()
+        return Storage.open(folder).locked()
     except InputError:  # there is no index, or none that can be written
         return nullcontext()

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast, overload
@@ -45,8 +45,8 @@ from d2llm.store.part_vectors import EncodedParts
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.sharded_inspection import stats_of_all, verify_all
-from d2llm.store.sharded_store import ShardedStore, open_storage
 from d2llm.store.sharded_view import open_view
+from d2llm.store.shards import Storage
 from d2llm.store.side_files import Chunking, read_chunking, repeats_text
 from d2llm.store.view import PassageView
 
@@ -168,7 +168,7 @@ class Index:
 
     def __init__(
         self,
-        storage: IndexStore | ShardedStore,
+        storage: Storage,
         student: SearchStudent | str | Path | None,
         *,
         allow_missing: bool = False,
@@ -223,7 +223,7 @@ class Index:
         spec = settled(spec, loaded, task)
         folder = Path(folder)
         if exist_ok and (folder / MANIFEST_NAME).is_file():
-            index = cls(open_storage(folder), loaded)
+            index = cls(Storage.open(folder), loaded)
             index.storage.check_student(loaded.fingerprint)
             for name, given, actual in spec.differing(index.spec):
                 raise InputError(
@@ -231,8 +231,6 @@ class Index:
                     "Index.open, or give another folder"
                 )
             return index
-        num_shards = spec.num_shards
-        create = IndexStore.create if num_shards is None else partial(ShardedStore.create, num_shards=num_shards)
         tokens = loaded if spec.token_vectors is not None else None
         stored = StoredSpec(
             student=loaded.fingerprint,
@@ -247,13 +245,14 @@ class Index:
             token_projection=None if tokens is None else tokens.token_fingerprint,
             document_expansion=expansion_fingerprint(loaded),
         )
-        return cls(create(folder, stored, metadata=MetadataSchema(spec.metadata or {})), loaded)
+        fields = MetadataSchema(spec.metadata or {})
+        return cls(Storage.create(folder, stored, num_shards=spec.num_shards, metadata=fields), loaded)
 
     @property
     def spec(self) -> IndexSpec:
         """What this index was made to be."""
-        shards = len(self.storage.records) if isinstance(self.storage, ShardedStore) else None
-        return StoredSpec.of_manifest(self.storage.manifest).as_asked(self.storage.metadata.fields, shards)
+        storage = self.storage
+        return StoredSpec.of_manifest(storage.manifest).as_asked(storage.metadata.fields, storage.num_shards)
 
     @classmethod
     def open(
@@ -285,7 +284,7 @@ class Index:
             IndexMismatchError: a shard belongs to another index, or was made by another student.
             InputError: a shard in object storage cannot be read.
         """
-        storage = open_storage(find_index(Path(folder)), allow_missing=allow_missing)
+        storage = Storage.open(find_index(Path(folder)), allow_missing=allow_missing)
         return cls(storage, student, allow_missing=allow_missing, device=device, dtype=dtype, engine=engine, lean=lean)
 
     def __repr__(self) -> str:
@@ -299,11 +298,11 @@ class Index:
             size = f"cannot be read: {error}"
         student = name_student(manifest["student"], manifest["student_source"]).partition(" (")[0]
         task = "" if manifest["task"] == "asymmetric" else f", task {manifest['task']}"
-        shards = f", {len(self.storage.records)} shards" if isinstance(self.storage, ShardedStore) else ""
+        shards = "" if self.storage.num_shards is None else f", {self.storage.num_shards} shards"
         return f"Index({self.folder}, {size}{shards}, student {student}{task})"
 
     @property
-    def storage(self) -> IndexStore | ShardedStore:
+    def storage(self) -> Storage:
         """What is on disk.
 
         Raises:
@@ -352,13 +351,13 @@ class Index:
         Raises:
             InputError: it is sharded.
         """
-        if isinstance(self.storage, ShardedStore):
-            shard = self.storage.stores[0].folder
+        first = self.storage.stores[0]
+        if self.storage.num_shards is not None:
             raise InputError(
                 f"{self.folder}: this is not possible for a sharded index as a whole; do it for each of its "
-                f"{len(self.storage.records)} shards, which are indexes too, such as {shard}"
+                f"{self.storage.num_shards} shards, which are indexes too, such as {first.folder}"
             )
-        return self.storage
+        return first
 
     @property
     def unsharded_view(self) -> PassageView:
@@ -367,7 +366,7 @@ class Index:
         Raises:
             InputError: it is sharded.
         """
-        assert self.store is self.storage
+        _ = self.store
         return cast("PassageView", self.view)
 
     @cached_property
@@ -550,8 +549,8 @@ class Index:
         """
         documents = strings_of(ids, "ids")
         with self.storage.writing():
-            ids_by_document = self.storage.table().pieces_of(documents)
-            passage_ids = [passage_id for pieces in ids_by_document.values() for passage_id in pieces]
+            pieces = [table.pieces_of(documents) for table in self.storage.tables()]
+            passage_ids = [one for by_document in pieces for ids_of_one in by_document.values() for one in ids_of_one]
             return self.delete(passage_ids) if passage_ids else 0
 
     def compact(self, keep: timedelta = KEEP_VERSIONS, *, dense: bool | None = None) -> tuple[int, int]:
@@ -608,7 +607,7 @@ class Index:
             InputError: an id is not valid text.
         """
         distinct = list(dict.fromkeys(strings_of(ids, "ids")))
-        present = {record["id"] for record in self.storage.table().by_ids(distinct, ["id"])}
+        present = {record["id"] for table in self.storage.tables() for record in table.by_ids(distinct, ["id"])}
         return [passage_id for passage_id in distinct if passage_id not in present]
 
     @overload

@@ -24,12 +24,11 @@ from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import PartVectors
 from d2llm.store.passage_table import PassageTable, Record, rows_of
 from d2llm.store.remote_shards import upload_shard
-from d2llm.store.sharded_store import (
+from d2llm.store.shards import (
     FORMAT_VERSION,
-    ShardedStore,
     ShardRecord,
+    Storage,
     hashes_of_ids,
-    open_storage,
     shard_name,
     shard_of,
     write_sharded_manifest,
@@ -62,7 +61,7 @@ class ShardReport:
 def shard(index: str | Path, folder: str | Path, num_shards: int, *, remote: str | None = None) -> ShardReport:
     """Copy an index into a sharded index, whose searches give the same results; it appears when it is complete.
 
-    A passage goes to the shard that a hash of its document names (``store.sharded_store``). Memory does not grow with
+    A passage goes to the shard that a hash of its document names (``store.shards``). Memory does not grow with
     the index. An interrupted call continues when it is repeated. Approximate indexes and snapshots are not
     copied; build them for the shards.
 
@@ -80,17 +79,15 @@ def shard(index: str | Path, folder: str | Path, num_shards: int, *, remote: str
         StorageError: the shards cannot be written.
     """
     begin = time.perf_counter()
-    source, folder = open_storage(find_index(Path(index))), Path(folder)
+    source, folder = Storage.open(find_index(Path(index))), Path(folder)
     check_replaceable(folder, SHARDED_KIND)
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: already holds an index; give another folder")
-    tables = [store.table() for store in source.stores]
+    tables = source.tables()
     states = [[table.version, table.written] for table in tables]
     key = fingerprint_json([FORMAT_VERSION, str(source.folder.resolve()), num_shards, states])
     draft = folder.parent / f".{folder.name}.work-{key}"
-    target = (
-        ShardedStore.open(draft) if (draft / MANIFEST_NAME).is_file() else _create(draft, source, tables, num_shards)
-    )
+    target = Storage.open(draft) if (draft / MANIFEST_NAME).is_file() else _create(draft, source, tables, num_shards)
     with target.writing(), progress_bar("sharding", sum(map(len, tables))) as advance:
         copy = _Copy(target, advance)
         num_resumed = copy.num_present
@@ -105,7 +102,7 @@ def shard(index: str | Path, folder: str | Path, num_shards: int, *, remote: str
     else:
         _upload(target, remote.rstrip("/"), folder)
         shutil.rmtree(draft)
-    sizes = [record.num_passages for record in target.records]
+    sizes = [record.num_passages for record in target.records or ()]
     return ShardReport(
         folder,
         num_shards,
@@ -119,19 +116,17 @@ def shard(index: str | Path, folder: str | Path, num_shards: int, *, remote: str
     )
 
 
-def _create(
-    draft: Path, source: IndexStore | ShardedStore, tables: list[PassageTable], num_shards: int
-) -> ShardedStore:
+def _create(draft: Path, source: Storage, tables: list[PassageTable], num_shards: int) -> Storage:
     spec = StoredSpec.of_manifest(source.manifest)
     if spec.student_source is not None and spec.student_source.startswith("../"):  # relative to the source
         spec = spec.replace(student_source=str((source.folder / spec.student_source).resolve()))
-    return ShardedStore.create(draft, spec, num_shards=num_shards, metadata=tables[0].metadata)
+    return Storage.create(draft, spec, num_shards=num_shards, metadata=tables[0].metadata)
 
 
-def _upload(target: ShardedStore, remote: str, folder: Path) -> None:
+def _upload(target: Storage, remote: str, folder: Path) -> None:
     """Copy all shards into object storage, and write a sharded index that names them there."""
     records: list[ShardRecord] = []
-    for number, (record, store) in enumerate(zip(target.records, target.stores, strict=True)):
+    for number, (record, store) in enumerate(zip(target.records or (), target.stores, strict=True)):
         url = f"{remote}/{shard_name(number)}"
         records.append(replace(record, address=url, files=upload_shard(store.folder, url)))
     with new_folder(folder, kind=SHARDED_KIND) as new:
@@ -142,7 +137,7 @@ def _upload(target: ShardedStore, remote: str, folder: Path) -> None:
 class _Copy:
     """Rows on their way into the shards: they are collected by shard, and written many at a time."""
 
-    def __init__(self, target: ShardedStore, advance: Callable[[int], None]) -> None:
+    def __init__(self, target: Storage, advance: Callable[[int], None]) -> None:
         self._target = target
         self._advance = advance
         self._most = max(_MIN_ROWS, _HELD_ROWS // len(target.stores))

@@ -125,15 +125,15 @@ _NUMBERS = ("num_passages", "row", "num_rows")
 
 def _known_files(index: Index) -> dict[str, _Known]:
     """The files whose documents an index has, by their ids."""
-    table = index.storage.table()
-    fields = set(table.metadata.fields)
-    if not len(table) or not set(_FILE) <= fields:
+    tables = index.storage.tables()
+    fields = set(tables[0].metadata.fields)
+    if not any(map(len, tables)) or not set(_FILE) <= fields:
         return {}
     names = ["id", "document_id", *_FILE, *(name for name in _NUMBERS if name in fields)]
     known: dict[str, _Known] = {}
     states: dict[str, set[tuple[datetime, int, int]]] = {}
     counts: dict[str, Counter[tuple[int, int]]] = {}  # passages of each row, with how many it should have
-    for record in chain.from_iterable(table.batches(names)):
+    for record in chain.from_iterable(chain.from_iterable(table.batches(names) for table in tables)):
         path: str | None = record["path"]
         if path is None:
             continue

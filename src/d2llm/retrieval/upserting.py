@@ -21,7 +21,7 @@ from d2llm.runners.runner import LocalWorkers, Workers
 from d2llm.store.blocks import Changes
 from d2llm.store.passage_table import PassageTable
 from d2llm.store.schema import FieldType, MetadataSchema
-from d2llm.store.sharded_store import Storage
+from d2llm.store.shards import Storage
 
 BLOCK_PASSAGES = 2_048
 """Passages encoded at a time, for a commit or a file: the most work that an interruption can lose."""
@@ -96,7 +96,7 @@ def upsert_passages(
             upsert.write(read)
         for store in storage.stores:
             store.update_word_files()
-        report = replace(upsert.report, version=storage.table().version)
+        report = replace(upsert.report, version=storage.version)
     if report.left_out:
         named = ", ".join(f"{name} ({count:,})" for name, count in report.left_out.items())
         _log.warning("%s metadata values did not fit and were dropped: %s", f"{sum(report.left_out.values()):,}", named)
@@ -124,7 +124,7 @@ class _Upsert:
         self._storage = storage
         self._advance = advance
         self._only_new, self._as_documents, self._lenient_metadata = only_new, as_documents, lenient_metadata
-        self._before = [store.table() for store in storage.stores]  # as they were before
+        self._before = storage.tables()  # as they were before
         self._tables = list(self._before)  # their latest versions
         self._versions = [table.version for table in self._before]  # those that this upsert has made, or found
         self._seen_ids: set[int] = set()

@@ -15,7 +15,7 @@ from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.reading import EncodedPassages
 from d2llm.retrieval.upserting import UpsertReport, upsert_passages, warn_of_truncation
 from d2llm.runners.runner import Workers
-from d2llm.store.sharded_store import Storage
+from d2llm.store.shards import Storage
 from d2llm.store.side_files import Chunking, forget_chunking, read_chunking, write_chunking
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def upsert_documents(
             if unfinished:
                 unfinished[0] -= count
 
-        known, version = read_chunking(storage.folder), storage.table().version
+        known, version = read_chunking(storage.folder), storage.version
         try:
             _keep_chunking(storage, chunker.chunking)
             report = upsert_passages(
@@ -88,10 +88,10 @@ def upsert_documents(
             )
             num_deleted = _delete_earlier_forms(storage, num_pieces)
         except BaseException:
-            if known is None and storage.table().version == version:
+            if known is None and storage.version == version:
                 forget_chunking(storage.folder)  # nothing was written, so another chunking is still possible
             raise
-        version = storage.table().version
+        version = storage.version
     warn_of_truncation(report, _truncation_advice(chunker.chunking))
     values: dict[str, Any] = {item.name: getattr(report, item.name) for item in fields(report)} | {"version": version}
     return DocumentsReport(**values, num_documents=len(num_pieces), num_deleted=num_deleted)
@@ -108,7 +108,7 @@ def _keep_chunking(storage: Storage, chunking: Chunking) -> None:
     known = read_chunking(storage.folder)
     if known == chunking:
         return
-    if known is not None and len(storage.table()):
+    if known is not None and len(storage):
         raise InputError(
             f"{storage.folder}: its documents are split into {known}, and cannot also be split into {chunking}; omit "
             "the chunking, which the index stores, or make a new index"
@@ -117,7 +117,7 @@ def _keep_chunking(storage: Storage, chunking: Chunking) -> None:
 
 
 def _refuse_present(documents: Sequence[Passage], storage: Storage) -> None:
-    present = storage.table().parts([document.id for document in documents])
+    present = storage.parts([document.id for document in documents])
     if present:
         name = min(document_id or passage_id for passage_id, document_id, _ in present)
         problem = f"some of the documents already exist, such as {name!r}; use upsert to update them"
@@ -129,7 +129,7 @@ def _delete_earlier_forms(storage: Storage, num_pieces: Mapping[str, int]) -> in
     num_deleted = 0
     for some in batched(num_pieces, _DOCUMENTS_AT_ONCE):
         gone: list[str] = []
-        for passage_id, document_id, position in storage.table().parts(some):
+        for passage_id, document_id, position in storage.parts(some):
             if passage_id == piece_id(document_id, position) and passage_id not in num_pieces:
                 kept = num_pieces[document_id]
                 if kept == 1 or position > kept:

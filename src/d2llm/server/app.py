@@ -35,7 +35,7 @@ from d2llm.server.settings import ServeSettings
 from d2llm.server.slow_models import SlowModels
 from d2llm.server.student_pool import StudentPool
 from d2llm.server.telemetry import Telemetry, metrics_router
-from d2llm.store.sharded_store import Storage
+from d2llm.store.shards import Storage
 
 _log = logging.getLogger(__name__)
 _LEAST_SECONDS = 0.2  # for work to end by itself that has been told to stop

@@ -40,8 +40,8 @@ from d2llm.store.filters import parse_filter
 from d2llm.store.inspection import IndexStats
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.sharded_inspection import sum_stats
-from d2llm.store.sharded_store import ShardedStore, read_sharded_manifest
 from d2llm.store.sharded_view import ShardedView
+from d2llm.store.shards import Storage
 from d2llm.store.view import CandidateRows
 from d2llm.store.word_segment import WordStatistics
 
@@ -307,32 +307,10 @@ class _RemoteSearch:
     score_features = _step_in_actor("score_features")
 
 
-class RemoteStore(ShardedStore):
-    """A sharded index of which only the manifest is read here."""
-
-    def __init__(self, folder: Path) -> None:
-        """Read the manifest.
-
-        Raises:
-            DataFormatError: it is missing or damaged.
-        """
-        super().__init__(folder, *read_sharded_manifest(folder), stores={})
-
-    @property
-    def numbers(self) -> list[int]:
-        """The numbers of all shards."""
-        return [*range(len(self.records))]
-
-    @property
-    def version(self) -> int:
-        """The sum of the shards' versions."""
-        return sum(record.version for record in self.records)
-
-
 class RemoteView(ShardedView):
     """One version of an index whose shards are in actors."""
 
-    def __init__(self, store: RemoteStore, shards: Sequence[_Shard]) -> None:
+    def __init__(self, store: Storage, shards: Sequence[_Shard]) -> None:
         views = [RemoteShardView(shard, dict(store.manifest), self._corpus) for shard in shards]
         super().__init__(store, views)
         self._remote = views
@@ -386,7 +364,7 @@ class ShardCluster:
         self._stopped = False
         self._watching = threading.Thread(target=self._watch, name="shards", daemon=True)
 
-    def open(self, store: RemoteStore, student: Student) -> RemoteView:
+    def open(self, store: Storage, student: Student) -> RemoteView:
         """Let the shards of an index open the version that its manifest lists, and wait for them.
 
         Raises:
@@ -395,8 +373,8 @@ class ShardCluster:
         """
         ray = import_ray()
         desired = [
-            ShardVersion(store.folder.resolve(), dict(store.manifest), record, number, len(store.records))
-            for number, record in enumerate(store.records)
+            ShardVersion(store.folder.resolve(), dict(store.manifest), record, number, len(store.records or ()))
+            for number, record in enumerate(store.records or ())
         ]
         made_for = store.manifest["index"], student.fingerprint
         if made_for != self._made_for:

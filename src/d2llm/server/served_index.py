@@ -34,7 +34,7 @@ from d2llm.server.batching import Batcher, Places
 from d2llm.server.errors import NotFoundError, NotReadyError, ServingError, is_clients
 from d2llm.server.logs import note_items
 from d2llm.server.model_service import ModelService, Observe, StudentLane
-from d2llm.server.ray_shards import RemoteStore, RemoteView, ShardCluster
+from d2llm.server.ray_shards import RemoteView, ShardCluster
 from d2llm.server.response_schemas import TeacherResponse
 from d2llm.server.schemas import BY_STUDENT
 from d2llm.server.served_version import (
@@ -49,10 +49,9 @@ from d2llm.server.settings import ServeSettings
 from d2llm.server.slow_models import SlowModels
 from d2llm.server.stopping import Stop, in_stoppable_thread
 from d2llm.server.student_pool import StudentPool
-from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import IndexStats
 from d2llm.store.sharded_inspection import stats_of_all
-from d2llm.store.sharded_store import ShardedStore, is_sharded, open_storage
+from d2llm.store.shards import Storage, is_sharded
 
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
@@ -382,12 +381,12 @@ class ServedIndex:
                 if problem is not None:
                     _log.error("the index was not reloaded: %s", problem)
 
-    def open_storage(self, folder: Path | None = None) -> IndexStore | ShardedStore:
+    def open_storage(self, folder: Path | None = None) -> Storage:
         """The store that is in the folder now; of one whose shards are on a cluster, only the manifest is read."""
         folder = folder or self.folder.resolve()
         if self._cluster is not None and is_sharded(folder):
-            return RemoteStore(folder)
-        return open_storage(folder, allow_missing=self.settings.allow_missing_shards)
+            return Storage.of_manifest(folder)
+        return Storage.open(folder, allow_missing=self.settings.allow_missing_shards)
 
     def _begin(self, work: Coroutine[Any, Any, _Value]) -> asyncio.Future[_Value]:
         """Finish ``work`` even if the caller is cancelled: threads cannot stop, and no student should load twice."""

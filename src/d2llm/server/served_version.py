@@ -27,10 +27,10 @@ from d2llm.retrieval.row_features import weights_for
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.retrieval.shard_search import source_names
 from d2llm.server.model_service import ModelService
-from d2llm.server.ray_shards import RemoteStore, RemoteView, ShardCluster
+from d2llm.server.ray_shards import RemoteView, ShardCluster
 from d2llm.server.response_schemas import ScorePart
 from d2llm.store.index_store import IndexStore
-from d2llm.store.sharded_store import Storage, is_sharded
+from d2llm.store.shards import Storage, is_sharded
 from d2llm.store.side_files import repeats_text
 
 _log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class OpenVersion:
         self.repeats_text = repeats_text(folder)
         self._stores: Sequence[IndexStore] = ()
         if cluster is not None and is_sharded(folder):
-            remote = RemoteStore(folder)
+            remote = Storage.of_manifest(folder)
             remote.check_student(models.fingerprint)
             self.view: SearchView = cluster.open(remote, models.student)
         else:

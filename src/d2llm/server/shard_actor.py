@@ -25,7 +25,7 @@ from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import IndexStats, stats
 from d2llm.store.passage_table import bytes_at_rest
 from d2llm.store.schema import MetadataSchema
-from d2llm.store.sharded_store import ShardRecord, open_shard
+from d2llm.store.shards import ShardRecord, open_shard
 from d2llm.store.view import PassageView
 from d2llm.store.word_segment import WordStatistics
 

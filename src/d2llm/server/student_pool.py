@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from d2llm.server.model_service import ModelService
-from d2llm.store.sharded_store import Storage
+from d2llm.store.shards import Storage
 
 _Key = tuple[str, str | None, str | None]
 """Fingerprints of a student, of its projection of tokens and of its document expansion."""

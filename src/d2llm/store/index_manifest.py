@@ -15,7 +15,7 @@ from d2llm.store.index_spec import StoredSpec
 KIND = "index"
 FORMAT_VERSION = 4
 SHARDED_KIND = "sharded index"
-"""Kind of a folder with several indexes (``sharded_store``)."""
+"""Kind of a folder with several indexes (``shards``)."""
 FIT_KIND, INDEX_OF_FIT = "search", "index"
 """Kind of a folder that ``fit`` makes, and the name of the index in it."""
 INDEX_FIELDS = tuple(StoredSpec.model_fields)

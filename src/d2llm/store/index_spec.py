@@ -77,7 +77,7 @@ class IndexSpec(IndexShape):
         Shown(python_only=True),
     )
     num_shards: int | None = setting(
-        None, "Make a sharded index of this many shards (store.sharded_store).", Shown(python_only=True)
+        None, "Make a sharded index of this many shards (store.shards).", Shown(python_only=True)
     )
 
     def differing(self, made: IndexSpec, *, only_given: bool = False) -> list[tuple[str, object, object]]:

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import DamagedFileError, DataFormatError, IndexLockedError, IndexMismatchError, InputError
 from d2llm.core.files import MANIFEST_NAME, check_replaceable, folder_bytes, new_folder
 from d2llm.core.shipped import name_student
-from d2llm.core.types import PART_KINDS, PART_NAMES, MissingShard, PartKind, Passage, is_text
+from d2llm.core.types import PART_KINDS, PART_NAMES, PartKind, Passage, is_text
 from d2llm.store import vector_file, word_files
 from d2llm.store.blocks import (
     COMPARED,
@@ -100,7 +100,7 @@ class IndexStore:
     ) -> IndexStore:
         """A new store without passages; it appears at ``folder`` when it is complete.
 
-        ``shard`` says which shard of which sharded index this is (``sharded_store``); None: of none.
+        ``shard`` says which shard of which sharded index this is (``shards``); None: of none.
 
         Raises:
             InputError: the folder is not empty, or the format is unknown.
@@ -153,16 +153,6 @@ class IndexStore:
     def adds_words(self) -> bool:
         """Whether passages have words beside those of their texts (``models.document_expansion``)."""
         return self.manifest["document_expansion"] is not None
-
-    @property
-    def stores(self) -> tuple[IndexStore, ...]:
-        """The stores that hold the passages: this one (``ShardedStore`` has several)."""
-        return (self,)
-
-    def shard_of(self, passage: Passage) -> int:
-        """Which of ``stores`` a passage belongs in: the only one."""
-        del passage
-        return 0
 
     @property
     def version(self) -> int:
@@ -366,7 +356,8 @@ class IndexStore:
             known = self.metadata
             extended = known.extend(fields).fields
             new: dict[str, FieldType] = {name: kind for name, kind in extended.items() if name not in known.fields}
-            self.table().add_fields(MetadataSchema(new))
+            if new:
+                self.table().add_fields(MetadataSchema(new))
 
     def update_word_files(self) -> None:
         """Write missing word files of the latest version, and join small ones."""
@@ -440,11 +431,6 @@ class IndexStore:
         if not _SNAPSHOT_NAME.fullmatch(name):
             raise InputError(f"{name!r} cannot name a snapshot; use letters, digits, '-', '_' and '.', at most 100")
         return self.folder / _SNAPSHOTS / name
-
-    @property
-    def missing(self) -> tuple[MissingShard, ...]:
-        """The shards that could not be opened: none, as in ``ShardedStore``."""
-        return ()
 
     def snapshots(self) -> list[str]:
         """The names of the snapshots, sorted."""

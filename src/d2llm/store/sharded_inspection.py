@@ -9,11 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError
-from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import IndexStats, VerifyReport, stats, verify
 from d2llm.store.part_vectors import EncodeParts
 from d2llm.store.passage_table import bytes_at_rest
-from d2llm.store.sharded_store import ShardedStore, hashes_of_ids, shard_of
+from d2llm.store.shards import Storage, hashes_of_ids, shard_of
 from d2llm.store.side_files import read_chunking
 from d2llm.store.stored_vectors import Encode
 
@@ -31,18 +30,18 @@ _SUMMED = (
 )
 
 
-def stats_of_all(storage: IndexStore | ShardedStore) -> IndexStats:
+def stats_of_all(storage: Storage) -> IndexStats:
     """Statistics of the latest version; of a sharded index, the sums over its shards.
 
     The number of versions that can still be read and the recall of the approximate index are the smallest of a shard's.
     """
     all_stats = [stats(store) for store in storage.stores]
-    if not isinstance(storage, ShardedStore):
+    if storage.records is None:
         return all_stats[0]
     return sum_stats(storage, all_stats, sum(bytes_at_rest(store.folder) for store in storage.stores))
 
 
-def sum_stats(storage: ShardedStore, all_stats: Sequence[IndexStats], num_bytes: int) -> IndexStats:
+def sum_stats(storage: Storage, all_stats: Sequence[IndexStats], num_bytes: int) -> IndexStats:
     """``stats_of_all`` from the statistics of the shards, which take ``num_bytes``."""
     sums = {name: sum(getattr(one, name) for one in all_stats) for name in _SUMMED}
     recalls = [one.ann_recall for one in all_stats if one.ann_recall is not None]
@@ -54,13 +53,13 @@ def sum_stats(storage: ShardedStore, all_stats: Sequence[IndexStats], num_bytes:
         ann_recall=min(recalls, default=None),
         bytes_per_passage=round(num_bytes / max(sums["num_passages"], 1), 1),
         chunking=read_chunking(storage.folder),
-        num_shards=len(storage.records),
+        num_shards=storage.num_shards,
         **sums,
     )
 
 
 def verify_all(
-    storage: IndexStore | ShardedStore,
+    storage: Storage,
     *,
     repair: bool = False,
     drop_lost: bool = False,
@@ -78,7 +77,7 @@ def verify_all(
         verify(store, repair=repair, drop_lost=drop_lost, encode=encode, encode_parts=encode_parts)
         for store in storage.stores
     ]
-    if not isinstance(storage, ShardedStore):
+    if storage.records is None:
         return reports[0]
     problems = [f"shard {one.number} ({one.address}) is missing: {one.problem}" for one in storage.missing]
     for number, report in zip(storage.numbers, reports, strict=True):
@@ -96,7 +95,7 @@ def verify_all(
     )
 
 
-def _misplaced(storage: ShardedStore) -> Iterator[str]:
+def _misplaced(storage: Storage) -> Iterator[str]:
     """Problems with passages in wrong shards, or in several."""
     hashes: list[NDArray[np.uint64]] = []
     for number, store in zip(storage.numbers, storage.stores, strict=True):
@@ -104,7 +103,7 @@ def _misplaced(storage: ShardedStore) -> Iterator[str]:
         for batch in store.table().batches(["id", "document_id"]):
             hashes.append(hashes_of_ids(batch))
             pairs = ((record["id"], record["document_id"]) for record in batch)
-            wrong += [one for one, document in pairs if shard_of(one, document, len(storage.records)) != number]
+            wrong += [one for one, document in pairs if shard_of(one, document, storage.num_shards or 1) != number]
         if wrong:
             yield (
                 f"shard {number}: {len(wrong):,} passages belong in other shards, the first is {wrong[0]!r}; delete "

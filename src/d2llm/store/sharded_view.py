@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 from d2llm.core.types import MissingShard, PartKind, Passage, Task
 from d2llm.ops.selection import top_rows
 from d2llm.store.bm25 import ShardWords, query_words_of
-from d2llm.store.index_store import IndexStore
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.schema import MetadataSchema
-from d2llm.store.sharded_store import ShardedStore
+from d2llm.store.shards import Storage
 from d2llm.store.view import CandidateRows, PassageView, rows_in_order
 from d2llm.store.word_segment import QueryWords, WordStatistics
 
@@ -143,7 +142,7 @@ class ShardedView:
     ``version`` is the sum of the shards' versions. BM25 uses the statistics of all passages.
     """
 
-    def __init__(self, store: ShardedStore, shards: Sequence[ShardView] | None = None) -> None:
+    def __init__(self, store: Storage, shards: Sequence[ShardView] | None = None) -> None:
         """``shards``: the views of the shards, if they are in other processes."""
         self.store = store
         self.shards: Sequence[ShardView] = tuple(
@@ -173,9 +172,9 @@ class ShardedView:
         return self.store.missing
 
     @property
-    def num_shards(self) -> int:
+    def num_shards(self) -> int | None:
         """Number of shards, missing ones included."""
-        return len(self.store.records)
+        return self.store.num_shards
 
     @cached_property
     def word_statistics(self) -> WordStatistics:
@@ -306,6 +305,6 @@ def merge_candidates(
     return CandidateRows(rows[best], scores[best])
 
 
-def open_view(store: IndexStore | ShardedStore) -> PassageView | ShardedView:
+def open_view(store: Storage) -> PassageView | ShardedView:
     """The latest version of a store, sharded or not."""
-    return ShardedView(store) if isinstance(store, ShardedStore) else PassageView(store)
+    return PassageView(store.stores[0]) if store.num_shards is None else ShardedView(store)

@@ -1,4 +1,6 @@
-"""A sharded index: a folder with a manifest that lists ordinary indexes, its shards, in folders or in object storage.
+"""The stores of an index: a single one, or one for each shard.
+
+A sharded index is a folder with a manifest that lists ordinary indexes, its shards, in folders or in object storage:
 
 INDEX/
   manifest.json   kind "sharded index": student, formats, and the shards (``ShardRecord``), with a checksum
@@ -16,12 +18,11 @@ A shard in object storage is read only. It is copied once into a cache folder, a
 from __future__ import annotations
 
 import secrets
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import xxhash
@@ -39,7 +40,7 @@ from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore, check_maker
 from d2llm.store.passage_table import PassageTable, Record
 from d2llm.store.remote_shards import fetch_shard, is_url
-from d2llm.store.schema import FieldType, MetadataSchema
+from d2llm.store.schema import MetadataSchema
 from d2llm.store.storage import storage_errors
 from d2llm.store.vector_formats import VectorFormat
 
@@ -76,152 +77,50 @@ class ShardRecord:
     files: str = ""
 
 
-class ShardedTable:
-    """The tables of all shards as one, for what concerns single passages and documents."""
-
-    def __init__(self, tables: Sequence[PassageTable]) -> None:
-        self.tables = tables
-
-    def __len__(self) -> int:
-        return sum(map(len, self.tables))
-
-    @property
-    def version(self) -> int:
-        """The sum of the shards' versions, which grows with each change of a shard."""
-        return sum(table.version for table in self.tables)
-
-    def by_ids(self, ids: Sequence[str], names: Sequence[str]) -> list[Record]:
-        """As of ``PassageTable``."""
-        return [record for table in self.tables for record in table.by_ids(ids, names)]
-
-    def batches(self, names: Sequence[str] | None = None) -> Iterator[list[Record]]:
-        """As of ``PassageTable``."""
-        return chain.from_iterable(table.batches(names) for table in self.tables)
-
-    def parts(self, documents: Sequence[str]) -> list[tuple[str, str, int]]:
-        """As of ``PassageTable``."""
-        return [part for table in self.tables for part in table.parts(documents)]
-
-    def pieces_of(self, documents: Sequence[str]) -> dict[str, list[str]]:
-        """As of ``PassageTable``."""
-        pieces = [table.pieces_of(documents) for table in self.tables]
-        return {
-            name: [one for each in pieces for one in each.get(name, ())]
-            for name in documents
-            if any(name in each for each in pieces)
-        }
-
-    @property
-    def metadata(self) -> MetadataSchema:
-        """The metadata fields, which all shards have."""
-        return self.tables[0].metadata
-
-
-class Storage(Protocol):
-    """What an index needs of the store of its passages, whether that is one (``IndexStore``) or sharded."""
-
-    @property
-    def folder(self) -> Path:
-        """Its folder."""
-        ...
-
-    @property
-    def manifest(self) -> Mapping[str, Any]:
-        """Student, task and formats."""
-        ...
-
-    @property
-    def part_formats(self) -> Mapping[PartKind, VectorFormat]:
-        """The formats of the vectors of parts, by kind."""
-        ...
-
-    @property
-    def stores(self) -> Sequence[IndexStore]:
-        """The stores that hold the passages."""
-        ...
-
-    @property
-    def version(self) -> int:
-        """The latest version."""
-        ...
-
-    @property
-    def metadata(self) -> MetadataSchema:
-        """The metadata fields of the latest version."""
-        ...
-
-    @property
-    def missing(self) -> Sequence[MissingShard]:
-        """The shards that could not be opened."""
-        ...
-
-    def snapshots(self) -> list[str]:
-        """The names of the snapshots."""
-        ...
-
-    def shard_of(self, passage: Passage) -> int:
-        """Which of the stores a passage belongs in."""
-        ...
-
-    def table(self) -> PassageTable | ShardedTable:
-        """The latest version of the table."""
-        ...
-
-    def writing(self) -> Any:
-        """Hold the write lock, as a context; may be nested."""
-        ...
-
-    def check_student(self, fingerprint: str) -> None:
-        """Raise an ``IndexMismatchError`` unless the student with this fingerprint made the vectors."""
-        ...
-
-    def add_fields(self, fields: MetadataSchema) -> None:
-        """Add metadata fields that do not exist yet."""
-        ...
-
-    def delete(self, ids: Sequence[str]) -> int:
-        """Delete the passages with these ids; returns their number."""
-        ...
-
-
-class ShardedStore:
-    """The stores of all shards. Methods are those of ``IndexStore``; a change is one commit in each shard it concerns.
+class Storage:
+    """The stores of an index: a single one, or one for each shard. A change is one commit in each store it concerns.
 
     Readers may see a change in one shard before they see it in another. After an interruption, repeat the change.
+    ``records`` are what the manifest says about the shards; None if the index is not sharded.
     """
 
     def __init__(
         self,
         folder: Path,
         manifest: Mapping[str, Any],
-        records: Sequence[ShardRecord],
         stores: Mapping[int, IndexStore],
+        records: Sequence[ShardRecord] | None = None,
         missing: Sequence[MissingShard] = (),
     ) -> None:
         self.folder = folder
         self.manifest = manifest
-        self.records = list(records)
+        self.records = None if records is None else list(records)
         self.missing = tuple(missing)
         self._stores = dict(stores)
 
     @classmethod
-    def create(
-        cls, folder: Path, spec: StoredSpec, *, num_shards: int, metadata: MetadataSchema | None = None
-    ) -> ShardedStore:
-        """A new sharded index without passages in a folder that must not exist, or be empty.
+    def single(cls, store: IndexStore) -> Storage:
+        """That of an index that is not sharded."""
+        return cls(store.folder, store.manifest, {0: store})
 
-        The folder appears when all shards are in it.
+    @classmethod
+    def create(
+        cls, folder: Path, spec: StoredSpec, *, num_shards: int | None = None, metadata: MetadataSchema | None = None
+    ) -> Storage:
+        """A new index without passages in a folder that must not exist, or be empty; it appears when it is complete.
 
         Args:
             folder: where it goes.
-            num_shards: number of shards.
-            spec: what each shard is.
+            num_shards: number of shards; None: it is not sharded.
+            spec: what it, or each shard, is.
             metadata: fields with their types.
 
         Raises:
             InputError: the folder is not empty, the number of shards is not from 1 to 65,536, or a format is unknown.
             StorageError: it cannot be written.
         """
+        if num_shards is None:
+            return cls.single(IndexStore.create(folder, spec, metadata=metadata))
         if not 1 <= num_shards <= MAX_SHARDS:
             raise InputError(f"an index cannot have {num_shards:,} shards; give 1 to {MAX_SHARDS:,}")
         check_replaceable(folder, KIND)
@@ -245,17 +144,19 @@ class ShardedStore:
         return cls.open(folder)
 
     @classmethod
-    def open(cls, folder: Path, *, allow_missing: bool = False) -> ShardedStore:
-        """The sharded index in a folder.
+    def open(cls, folder: Path, *, allow_missing: bool = False) -> Storage:
+        """The index in a folder, sharded or not.
 
         ``allow_missing``: shards that cannot be opened are left out and listed in ``missing``.
 
         Raises:
-            DataFormatError: there is no sharded index, its manifest is damaged, or a shard is missing or damaged.
+            DataFormatError: there is no index, its manifest is damaged, or a shard is missing or damaged.
             IndexMismatchError: a shard belongs to another index, or was made by another student.
             InputError: a shard in object storage cannot be read.
             MissingExtraError: a shard is in object storage, but fsspec or what it needs for that is not installed.
         """
+        if not is_sharded(folder):
+            return cls.single(IndexStore.open(folder))
         manifest, records = read_sharded_manifest(folder)
         stores: dict[int, IndexStore] = {}
         missing: list[MissingShard] = []
@@ -270,17 +171,33 @@ class ShardedStore:
             raise InputError(
                 f"{folder}: none of its {len(records)} shards can be opened; the first: {missing[0].problem}"
             )
-        return cls(folder, manifest, records, stores, missing)
+        return cls(folder, manifest, stores, records, missing)
+
+    @classmethod
+    def of_manifest(cls, folder: Path) -> Storage:
+        """A sharded index whose shards are opened elsewhere: without ``stores``.
+
+        Raises:
+            DataFormatError: its manifest is missing or damaged.
+        """
+        manifest, records = read_sharded_manifest(folder)
+        return cls(folder, manifest, {}, records)
 
     @property
     def stores(self) -> list[IndexStore]:
-        """The stores of the shards that could be opened, in their order."""
+        """The stores that could be opened, in the order of the shards."""
         return list(self._stores.values())
 
     @property
+    def num_shards(self) -> int | None:
+        """Number of shards, missing ones included; None if the index is not sharded."""
+        return None if self.records is None else len(self.records)
+
+    @property
     def numbers(self) -> list[int]:
-        """The numbers of the shards that could be opened."""
-        return list(self._stores)
+        """The numbers of the shards that are not missing."""
+        missing = {shard.number for shard in self.missing}
+        return [number for number in range(self.num_shards or 1) if number not in missing]
 
     @property
     def part_formats(self) -> Mapping[PartKind, VectorFormat]:
@@ -289,25 +206,37 @@ class ShardedStore:
 
     @property
     def version(self) -> int:
-        """The sum of the shards' versions, which grows with each change of a shard."""
-        return sum(store.version for store in self.stores)
+        """The latest version; of a sharded index, the sum of the shards' versions, which grows with each change."""
+        listed = self.records or []
+        return sum(
+            self._stores[number].version if number in self._stores else listed[number].version
+            for number in self.numbers
+        )
 
     @property
     def metadata(self) -> MetadataSchema:
-        """The metadata fields, which all shards have."""
+        """The metadata fields of the latest version, which all shards have."""
         return self.stores[0].metadata
 
     def snapshots(self) -> list[str]:
-        """The names of the snapshots of the whole: there are none, only those of each shard."""
-        return []
+        """The names of the snapshots; a sharded index has none, only its shards do."""
+        return self.stores[0].snapshots() if self.records is None else []
 
     def shard_of(self, passage: Passage) -> int:
         """The number of the shard that a passage belongs in."""
-        return shard_of(passage.id, passage.document_id, len(self.records))
+        return shard_of(passage.id, passage.document_id, self.num_shards or 1)
 
-    def table(self) -> ShardedTable:
-        """The latest versions of the shards' tables."""
-        return ShardedTable([store.table() for store in self.stores])
+    def __len__(self) -> int:
+        """Number of passages of the latest version."""
+        return sum(map(len, self.tables()))
+
+    def tables(self) -> list[PassageTable]:
+        """The latest versions of the stores' tables."""
+        return [store.table() for store in self.stores]
+
+    def parts(self, documents: Sequence[str]) -> list[tuple[str, str, int]]:
+        """As of ``PassageTable``."""
+        return [part for table in self.tables() for part in table.parts(documents)]
 
     def check_student(self, fingerprint: str) -> None:
         """Raise an ``IndexMismatchError`` unless the student with this fingerprint made the vectors."""
@@ -315,23 +244,25 @@ class ShardedStore:
 
     @contextmanager
     def writing(self) -> Generator[None]:
-        """Hold the write locks of all shards, and write their versions into the manifest at the end; may be nested.
+        """Hold the write locks of all stores, and list the shards' versions in the manifest at the end; may be nested.
 
         Raises:
-            InputError: a shard is in object storage, or missing.
-            IndexLockedError: another process is writing to a shard.
+            InputError: a shard is in object storage, or missing; or this is a snapshot.
+            IndexLockedError: another process is writing.
         """
         for missing in self.missing:
             raise InputError(
                 f"{self.folder}: cannot be changed while shard {missing.number} is missing: {missing.problem}"
             )
-        for number, record in enumerate(self.records):
+        for number, record in enumerate(self.records or ()):
             if is_url(record.address):
                 raise InputError(
                     f"{self.folder}: shard {number} is in object storage ({record.address}), which is only read; "
                     "change the index that it was made from, and shard that again"
                 )
-        with self.locked():
+        with ExitStack() as locks:
+            for store in self.stores:
+                locks.enter_context(store.writing())
             try:
                 yield
             finally:
@@ -339,30 +270,27 @@ class ShardedStore:
 
     @contextmanager
     def locked(self) -> Generator[None]:
-        """Hold the write locks of all shards."""
+        """Hold the locks of all stores, without a change."""
         with ExitStack() as locks:
             for store in self.stores:
-                locks.enter_context(store.writing())
+                locks.enter_context(store.locked())
             yield
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Delete the passages with these ids, each from the shard that has it; returns their number."""
+        """Delete the passages with these ids, each from the store that has it; returns their number."""
         with self.writing():
             return sum(store.delete(ids) for store in self.stores)
 
     def add_fields(self, fields: MetadataSchema) -> None:
-        """Add metadata fields to all shards."""
+        """Add metadata fields that do not exist yet to all stores."""
         with self.writing():
             for store in self.stores:
-                known = store.metadata.fields
-                new: dict[str, FieldType] = {
-                    name: kind for name, kind in fields.fields.items() if known.get(name) != kind
-                }
-                if new:
-                    store.add_fields(MetadataSchema(new))
+                store.add_fields(fields)
 
     def save(self) -> None:
-        """Write the manifest with the current versions of the shards, if it has changed."""
+        """Write the manifest of a sharded index with the current versions of the shards, if it has changed."""
+        if self.records is None:
+            return
         records = list(self.records)
         for number, store in self._stores.items():
             table = store.table()
@@ -383,15 +311,6 @@ def is_sharded(folder: Path) -> bool:
         return read_checked(folder / MANIFEST_NAME, compare=False).get("kind") == KIND
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def open_storage(folder: Path, *, allow_missing: bool = False) -> IndexStore | ShardedStore:
-    """The store in a folder, sharded or not.
-
-    Raises:
-        DataFormatError, IndexMismatchError, InputError: as for ``IndexStore.open`` and ``ShardedStore.open``.
-    """
-    return ShardedStore.open(folder, allow_missing=allow_missing) if is_sharded(folder) else IndexStore.open(folder)
 
 
 def write_sharded_manifest(folder: Path, manifest: Mapping[str, Any], records: Iterable[ShardRecord]) -> None:
@@ -427,7 +346,7 @@ def open_shard(
     """The store of one shard of the sharded index in a folder, with this manifest.
 
     Raises:
-        DataFormatError, IndexMismatchError, InputError, MissingExtraError: as for ``ShardedStore.open``.
+        DataFormatError, IndexMismatchError, InputError, MissingExtraError: as for ``Storage.open``.
     """
     place = f"{folder}: shard {number} of {num_shards}"
     if is_url(record.address):
