@@ -22,13 +22,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Candidate, Passage, Query
+from d2llm.ops.kernels import MIN_ROWS, bm25_kernels
 from d2llm.ops.selection import ids_at, nth_highest, ranges, top_rows
 from d2llm.store.word_segment import (
     MAX_COUNT,
@@ -44,10 +45,15 @@ from d2llm.store.word_segment import (
     extents,
 )
 
+if TYPE_CHECKING:
+    from d2llm.ops.kernels import bm25
+
 K1 = 1.2
 B = 0.75
 
 _Scores = NDArray[np.float32]
+_NO_PLACES, _NO_ROWS, _NO_COUNTS = np.zeros(0, np.int64), np.zeros(0, np.uint32), np.zeros(0, np.uint16)
+_NO_EXTENTS = (_NO_PLACES, _NO_PLACES, _NO_PLACES)
 _MAX_COUNTS = 1 << 22  # counts of terms in sentences in memory at once, unless there are more sentences than this
 
 
@@ -114,6 +120,10 @@ class WordIndex:
         ]
         joined = WordSegment.join(parts)
         return joined if (np.diff(order) > 0).all() else joined.take(np.argsort(order))
+
+    @property
+    def _kernels(self) -> type[bm25] | None:
+        return bm25_kernels() if len(self) >= MIN_ROWS else None
 
     @property
     def num_bytes(self) -> int:
@@ -247,6 +257,8 @@ class WordIndex:
         ``allowed`` [rows] is true for rows that may be returned; by default all are. The scores are bit-identical to
         those of ``scores``.
         """
+        if (kernels := self._kernels) is not None and num > 0:
+            return self._best_compiled(kernels, query, num, allowed)
         scores = usable = self.scores(query)
         for mask in (self._live, allowed):
             if mask is not None:
@@ -255,16 +267,69 @@ class WordIndex:
         rows = np.flatnonzero(usable >= floor if floor > 0 else usable > 0)
         return rows, scores[rows]
 
+    def _best_compiled(
+        self, kernels: type[bm25], query: QueryWords, num: int, allowed: NDArray[np.bool_] | None
+    ) -> tuple[Rows, _Scores]:
+        masks = [mask for mask in (self._live, allowed) if mask is not None]
+        usable = np.zeros(0, np.bool_) if not masks else masks[0] if len(masks) == 1 else masks[0] & masks[1]
+        heap, size = np.zeros(min(num, len(self)), np.float32), 0
+        found: list[tuple[Rows, _Scores]] = []
+        for segment, first in zip(self._segments, self._firsts.tolist(), strict=False):
+            here = slice(first, first + len(segment))
+            texts, added = segment.extents_of(query.terms), _NO_EXTENTS
+            if segment.added is not None:
+                added = segment.added.extents_of(query.terms)
+            starts, ends, terms = (np.concatenate(both) for both in zip(texts, added, strict=True))
+            *rows_and_scores, size = kernels.best_rows(
+                segment.rows,
+                segment.counts,
+                *((_NO_ROWS, _NO_COUNTS) if segment.added is None else (segment.added.rows, segment.added.hundredths)),
+                starts,
+                ends,
+                query.weights[terms],
+                len(texts[0]),
+                self._norms[here],
+                usable[here],
+                first,
+                heap,
+                size,
+            )
+            found.append((rows_and_scores[0], rows_and_scores[1]))
+        rows = np.concatenate([_NO_PLACES, *(each for each, _ in found)])
+        scores = np.concatenate([np.zeros(0, np.float32), *(each for _, each in found)])
+        kept = scores >= heap[0] if size == len(heap) and size else np.ones(len(rows), np.bool_)
+        return rows[kept], scores[kept]
+
     def score(self, query: QueryWords, rows: Rows) -> tuple[_Scores, _Scores]:
         """BM25 of some rows [n], bit-identical to ``scores``, and of the best window of each [n]."""
         num_known = int(np.count_nonzero(query.weights))  # the others come last and add nothing
         owner = np.searchsorted(self._firsts, rows, side="right") - 1
         order = np.argsort(owner, kind="stable")  # groups the rows by segment
+        passages, windows = np.zeros(len(rows), np.float32), np.zeros(len(rows), np.float32)
+        kernels = self._kernels
+        if kernels is not None:
+            for at in np.unique(owner).tolist():
+                segment, places = self._segments[at], order[owner[order] == at]
+                scores, best_windows = np.zeros((2, len(places)), np.float32)
+                kernels.score_rows(
+                    segment.tokens,
+                    segment.offsets,
+                    rows[places] - self._firsts[at],
+                    segment.places(query.terms[:num_known]),
+                    query.weights[:num_known],
+                    len(segment.terms),
+                    self._norms[rows[places]],
+                    max(self._scored_by.mean_window_length, 1e-9),
+                    K1,
+                    B,
+                    scores,
+                    best_windows,
+                )
+                passages[places], windows[places] = scores, best_windows
         parts = [
             self._codes(at, query.terms[:num_known], rows[order[owner[order] == at]])
-            for at in np.unique(owner).tolist()
+            for at in np.unique(owner).tolist() if kernels is None
         ]
-        passages, windows = np.zeros(len(rows), np.float32), np.zeros(len(rows), np.float32)
         if parts:
             sizes, codes, norms = (np.concatenate(part) for part in zip(*parts, strict=True))
             passages[order], windows[order] = self._score_codes(query.weights[:num_known], sizes, codes, norms)

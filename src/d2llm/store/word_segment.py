@@ -95,6 +95,11 @@ class AddedWords:
                 yield number, slice(int(self.starts[place]), int(self.starts[place + 1]))
 
 
+    def extents_of(self, query_terms: NDArray[np.uint64]) -> tuple[Rows, Rows, Rows]:
+        """Of the query terms that a row has: start and end of their postings, and their indices in the query."""
+        return _extents_of(self.terms, self.starts, query_terms)
+
+
 @dataclass(frozen=True, slots=True)
 class WordSegment:
     """The words of consecutive rows, numbered from 0.
@@ -235,6 +240,10 @@ class WordSegment:
         """The indices of term hashes in ``terms``; -1 for terms that no text has."""
         return _places(self.terms, hashes)
 
+    def extents_of(self, query_terms: NDArray[np.uint64]) -> tuple[Rows, Rows, Rows]:
+        """Of the query terms that a text has: start and end of their postings, and their indices in the query."""
+        return _extents_of(self.terms, self.starts, query_terms)
+
     def postings(self, places: NDArray[np.int64]) -> list[slice]:
         """Where ``rows`` and ``counts`` have the postings of some terms; none for the place -1."""
         known = places[places >= 0]
@@ -352,6 +361,14 @@ def _places(vocabulary: NDArray[np.uint64], hashes: NDArray[np.uint64]) -> NDArr
         return np.full(len(hashes), -1, np.int64)
     places = np.minimum(np.searchsorted(vocabulary, hashes), len(vocabulary) - 1)
     return np.where(vocabulary[places] == hashes, places, -1)
+
+
+def _extents_of(
+    vocabulary: NDArray[np.uint64], starts: NDArray[np.int64], query_terms: NDArray[np.uint64]
+) -> tuple[Rows, Rows, Rows]:
+    places = _places(vocabulary, query_terms)
+    known = np.flatnonzero(places >= 0)
+    return starts[places[known]], starts[places[known] + 1], known
 
 
 def extents(segment: WordSegment, rows: Rows) -> tuple[Rows, Rows]:

@@ -1,0 +1,293 @@
+"""The loops of BM25 (``store.bm25``): the best rows of a segment, and given rows with their best windows.
+
+``best_rows`` finds the best rows by MaxScore (Turtle and Flood, Query evaluation: strategies and optimizations, 1995)
+over ranges of rows: once enough rows are known, a range is skipped if the weights of its terms together are too small,
+and the most frequent terms are only looked up for the rows that the rarer ones left in question. The terms of a query
+come by descending weight, so what is looked up is always the end of the list, and every score is summed in its order:
+bit for bit the score that reading all postings gives.
+
+Files may be damaged in ways that no sample shows, so no number that was read is used as an index unchecked.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownParameterType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+
+from __future__ import annotations
+
+import numpy as np
+from numba import types
+from numpy.typing import NDArray
+
+from d2llm.ops.kernels.compiler import compiled, inlined, read_only, written
+
+RANGE = 1 << 13
+"""Rows whose scores are in the cache at once."""
+_GROUP = 64  # rows whose sums are looked at only if one of them has a term
+_ROUNDING = 1.0 + 1e-5  # no sum in float32 is above the same sum of float64 bounds, times this
+_FILTER = 1 << 10  # of a row's words, most are seen not to be in the query by this many bits
+
+_u32, _u16, _f32, _i64 = (read_only(each) for each in (types.uint32, types.uint16, types.float32, types.int64))
+
+
+@inlined
+def _first_at_least(rows: NDArray[np.uint32], start: int, end: int, row: int) -> int:
+    """The first place from ``start`` on whose row is at least ``row``, by doubling steps; ``end`` if there is none."""
+    step, low = 1, start
+    while low + step < end and rows[low + step] < row:
+        low += step
+        step *= 2
+    high = min(low + step, end)
+    while low < high:
+        middle = (low + high) // 2
+        if rows[middle] < row:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@inlined
+def _keep(heap: NDArray[np.float32], size: int, score: np.float32) -> int:
+    """Add a score to the smallest-first heap of the best scores; returns the heap's new size."""
+    if size < len(heap):
+        place = size
+        while place > 0 and heap[(place - 1) // 2] > score:
+            heap[place] = heap[(place - 1) // 2]
+            place = (place - 1) // 2
+        heap[place] = score
+        return size + 1
+    if score <= heap[0]:
+        return size
+    place = 0
+    while True:
+        child = 2 * place + 1
+        if child >= size:
+            break
+        if child + 1 < size and heap[child + 1] < heap[child]:
+            child += 1
+        if heap[child] >= score:
+            break
+        heap[place] = heap[child]
+        place = child
+    heap[place] = score
+    return size
+
+
+@compiled(
+    types.Tuple((written(types.int64), written(types.float32), types.int64))(
+        *(_u32, _u16, _u32, _u16, _i64, _i64, _f32, types.int64, _f32, read_only(types.boolean), types.int64),
+        *(written(types.float32), types.int64),
+    )
+)
+def best_rows(
+    rows: NDArray[np.uint32],
+    counts: NDArray[np.uint16],
+    added_rows: NDArray[np.uint32],
+    hundredths: NDArray[np.uint16],
+    starts: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    num_texts: int,
+    norms: NDArray[np.float32],
+    usable: NDArray[np.bool_],
+    first: int,
+    heap: NDArray[np.float32],
+    size: int,
+) -> tuple[NDArray[np.int64], NDArray[np.float32], int]:
+    """The rows of a segment whose scores are above 0 and not below the lowest of the ``heap`` when it is full.
+
+    Args:
+        rows: the rows that contain a term, ascending for each term.
+        counts: how often the row has it.
+        added_rows: like ``rows``, of added words.
+        hundredths: their counts.
+        starts: [t] where each term's postings start, by descending weight: those of texts, then those of added words.
+        ends: [t] where they end.
+        weights: [t] the terms' weights.
+        num_texts: how many of the terms are those of texts.
+        norms: [n] the norm of each row.
+        usable: [n] whether a row may be returned; empty if all may.
+        first: number that the segment's first row has in the result.
+        heap: the best scores so far, of earlier segments; changed.
+        size: how many these are.
+
+    Returns:
+        Rows, scores, and the new size of the heap. Some rows may be below the heap's lowest score in the end.
+    """
+    num, num_terms = len(norms), len(weights)
+    places, stops = starts.copy(), np.empty(num_terms, np.int64)
+    rests = np.zeros(num_terms + 1, np.float64)  # the weights from a term on that occur in the range
+    sums, touched = np.zeros(RANGE, np.float32), np.zeros(RANGE // _GROUP, np.bool_)
+    chosen, scores = np.empty(RANGE, np.int64), np.empty(RANGE, np.float32)
+    found_rows, found_scores, found = np.empty(1024, np.int64), np.empty(1024, np.float32), 0
+    for begin in range(0, num, RANGE):
+        end = min(begin + RANGE, num)
+        for term in range(num_terms - 1, -1, -1):
+            of_texts = term < num_texts
+            stops[term] = _first_at_least(rows if of_texts else added_rows, places[term], ends[term], end)
+            rests[term] = rests[term + 1] + (weights[term] if stops[term] > places[term] else 0.0)
+        floor = np.float64(heap[0]) if size == len(heap) else 0.0
+        if rests[0] == 0.0 or rests[0] * _ROUNDING < floor:
+            places[:] = stops
+            continue
+        num_summed = num_terms
+        while num_summed > 1 and rests[num_summed - 1] * _ROUNDING < floor:
+            num_summed -= 1
+        for term in range(num_summed):
+            weight = weights[term]
+            for place in range(places[term], stops[term]):
+                row = np.int64(rows[place] if term < num_texts else added_rows[place])
+                if row < begin or row >= end:
+                    raise ValueError("the rows of a term are not ascending")
+                count = np.float32(counts[place]) if term < num_texts else np.float32(hundredths[place] / 100.0)
+                sums[row - begin] += weight * (count / (count + norms[row]))
+                touched[(row - begin) // _GROUP] = True
+        num_chosen = 0
+        for group in range((end - begin + _GROUP - 1) // _GROUP):
+            if not touched[group]:
+                continue
+            touched[group] = False
+            for at in range(group * _GROUP, min((group + 1) * _GROUP, end - begin)):
+                score = sums[at]
+                sums[at] = 0
+                if score > 0 and (score + rests[num_summed]) * _ROUNDING >= floor:
+                    if len(usable) == 0 or usable[begin + at]:
+                        chosen[num_chosen], scores[num_chosen] = begin + at, score
+                        num_chosen += 1
+        for term in range(num_summed, num_terms):
+            of_texts = term < num_texts
+            looked_up = rows if of_texts else added_rows
+            place, stop, kept = places[term], stops[term], 0
+            for at in range(num_chosen):
+                score, row = scores[at], chosen[at]
+                if (score + rests[term]) * _ROUNDING < floor:
+                    continue
+                place = _first_at_least(looked_up, place, stop, row)
+                if place < stop and looked_up[place] == row:
+                    count = np.float32(counts[place]) if of_texts else np.float32(hundredths[place] / 100.0)
+                    score += weights[term] * (count / (count + norms[row]))
+                chosen[kept], scores[kept] = row, score
+                kept += 1
+            num_chosen = kept
+        for at in range(num_chosen):
+            score = scores[at]
+            if score < floor:
+                continue
+            if found == len(found_rows):
+                kept = 0
+                for old in range(found):
+                    if found_scores[old] >= floor:
+                        found_rows[kept], found_scores[kept] = found_rows[old], found_scores[old]
+                        kept += 1
+                found = kept
+                if 2 * found > len(found_rows):
+                    found_rows = np.concatenate((found_rows, np.empty(len(found_rows), np.int64)))
+                    found_scores = np.concatenate((found_scores, np.empty(len(found_scores), np.float32)))
+            found_rows[found], found_scores[found] = first + chosen[at], score
+            found += 1
+            size = _keep(heap, size, score)
+            if size == len(heap):
+                floor = np.float64(heap[0])
+        places[:] = stops
+    return found_rows[:found].copy(), found_scores[:found].copy(), size
+
+
+@inlined
+def _sum_of_gains(
+    weights: NDArray[np.float32], one: NDArray[np.int64], other: NDArray[np.int64], norm: np.float32, most: int
+) -> np.float32:
+    """The score of a text in which each term occurs ``one`` + ``other`` times."""
+    score = np.float32(0)
+    for term in range(len(weights)):
+        times = min(one[term] + other[term], most)
+        if times > 0:
+            count = np.float32(times)
+            score += weights[term] * (count / (count + norm))
+    return score
+
+
+@compiled(
+    types.void(
+        *(_u32, _i64, _i64, _i64, _f32, types.uint32, _f32, types.float64, types.float64, types.float64),
+        *(written(types.float32), written(types.float32)),
+    )
+)
+def score_rows(
+    tokens: NDArray[np.uint32],
+    offsets: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    terms: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    sentence_end: int,
+    norms: NDArray[np.float32],
+    mean_window: float,
+    k1: float,
+    b: float,
+    passages: NDArray[np.float32],
+    windows: NDArray[np.float32],
+) -> None:
+    """Scores of some rows of a segment, and of the best window of each: two neighbouring sentences, or the only one.
+
+    Args:
+        tokens: the words of all rows, as numbers of terms.
+        offsets: where each row's words start, and the end.
+        rows: [n] which rows.
+        terms: [t] the query's terms by descending weight; -1 for terms that the segment lacks.
+        weights: [t] their weights.
+        sentence_end: the token that ends a sentence.
+        norms: [n] the norm of each of these rows.
+        mean_window: the mean number of words of a window.
+        k1: as in the formula.
+        b: as in the formula.
+        passages: [n] gets the scores of the rows.
+        windows: [n] gets those of their best windows.
+    """
+    num_terms = len(terms)
+    order = np.argsort(terms)
+    maybe = np.zeros(_FILTER, np.bool_)
+    for term in terms:
+        if term >= 0:
+            maybe[term % _FILTER] = True
+    whole = np.empty(num_terms, np.int64)
+    last, this = np.zeros(num_terms, np.int64), np.zeros(num_terms, np.int64)  # counts in two neighbouring sentences
+    for at in range(len(rows)):
+        begin, end = offsets[rows[at]], offsets[rows[at] + 1]
+        if begin < 0 or end < begin or end > len(tokens):
+            raise ValueError("the words of a row are not where they should be")
+        whole[:] = 0
+        last[:] = 0
+        this[:] = 0
+        num_sentences, last_length, length, last_hits, hits = 0, 0, 0, 0, 0
+        best = np.float32(0)
+        for place in range(begin, end):
+            token = tokens[place]
+            if token != sentence_end:
+                length += 1
+                if maybe[token % _FILTER]:
+                    low, high = 0, num_terms
+                    while low < high:
+                        middle = (low + high) // 2
+                        if terms[order[middle]] < token:
+                            low = middle + 1
+                        else:
+                            high = middle
+                    if low < num_terms and terms[order[low]] == token:
+                        this[order[low]] += 1
+                        hits += 1
+                continue
+            if num_sentences > 0 and last_hits + hits > 0:
+                norm = np.float32(k1 * (1 - b + b * np.float64(last_length + length) / mean_window))
+                best = max(best, _sum_of_gains(weights, last, this, norm, 1 << 62))
+            if hits > 0:
+                for term in range(num_terms):
+                    whole[term] += this[term]
+            if last_hits > 0:
+                last[:] = 0
+            last, this = this, last
+            num_sentences, last_length, length, last_hits, hits = num_sentences + 1, length, 0, hits, 0
+        if num_sentences == 1 and last_hits > 0:
+            norm = np.float32(k1 * (1 - b + b * np.float64(last_length) / mean_window))
+            best = _sum_of_gains(weights, last, this, norm, 1 << 62)
+        this[:] = 0
+        passages[at] = _sum_of_gains(weights, whole, this, norms[at], 65_535)
+        windows[at] = best
