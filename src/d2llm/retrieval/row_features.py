@@ -75,8 +75,6 @@ class RowFeatures:
         )
 
     def _word_scores(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        if not self._window_weight:
-            return self._passage_weight * self._passages[rows]
         return self._sum(*self._words.score(self._query, rows))
 
     def bounds(self, num_rows: int) -> NDArray[np.float32]:

@@ -22,17 +22,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Candidate, Passage, Query
-from d2llm.ops.kernels import MIN_ROWS, bm25_kernels
+from d2llm.ops.kernels import BM25
 from d2llm.ops.selection import ids_at, nth_highest, ranges, top_rows
 from d2llm.store.word_segment import (
     MAX_COUNT,
+    NO_WORDS,
     OTHER,
     SENTENCE_END,
     CountedTerms,
@@ -45,15 +46,10 @@ from d2llm.store.word_segment import (
     extents,
 )
 
-if TYPE_CHECKING:
-    from d2llm.ops.kernels import bm25
-
 K1 = 1.2
 B = 0.75
 
 _Scores = NDArray[np.float32]
-_NO_PLACES, _NO_ROWS, _NO_COUNTS = np.zeros(0, np.int64), np.zeros(0, np.uint32), np.zeros(0, np.uint16)
-_NO_EXTENTS = (_NO_PLACES, _NO_PLACES, _NO_PLACES)
 _MAX_COUNTS = 1 << 22  # counts of terms in sentences in memory at once, unless there are more sentences than this
 
 
@@ -120,10 +116,6 @@ class WordIndex:
         ]
         joined = WordSegment.join(parts)
         return joined if (np.diff(order) > 0).all() else joined.take(np.argsort(order))
-
-    @property
-    def _kernels(self) -> type[bm25] | None:
-        return bm25_kernels() if len(self) >= MIN_ROWS else None
 
     @property
     def num_bytes(self) -> int:
@@ -257,7 +249,7 @@ class WordIndex:
         ``allowed`` [rows] is true for rows that may be returned; by default all are. The scores are bit-identical to
         those of ``scores``.
         """
-        if (kernels := self._kernels) is not None and num > 0:
+        if (kernels := BM25.get(len(self))) is not None:
             return self._best_compiled(kernels, query, num, allowed)
         scores = usable = self.scores(query)
         for mask in (self._live, allowed):
@@ -268,97 +260,82 @@ class WordIndex:
         return rows, scores[rows]
 
     def _best_compiled(
-        self, kernels: type[bm25], query: QueryWords, num: int, allowed: NDArray[np.bool_] | None
+        self, kernels: Any, query: QueryWords, num: int, allowed: NDArray[np.bool_] | None
     ) -> tuple[Rows, _Scores]:
+        """``best``, without reading the postings that cannot matter."""
         masks = [mask for mask in (self._live, allowed) if mask is not None]
-        usable = np.zeros(0, np.bool_) if not masks else masks[0] if len(masks) == 1 else masks[0] & masks[1]
+        usable = np.logical_and.reduce(masks) if masks else np.zeros(0, np.bool_)
         heap, size = np.zeros(min(num, len(self)), np.float32), 0
-        found: list[tuple[Rows, _Scores]] = []
+        rows, scores = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
         for segment, first in zip(self._segments, self._firsts.tolist(), strict=False):
             here = slice(first, first + len(segment))
-            texts, added = segment.extents_of(query.terms), _NO_EXTENTS
-            if segment.added is not None:
-                added = segment.added.extents_of(query.terms)
-            starts, ends, terms = (np.concatenate(both) for both in zip(texts, added, strict=True))
-            *rows_and_scores, size = kernels.best_rows(
-                segment.rows,
-                segment.counts,
-                *((_NO_ROWS, _NO_COUNTS) if segment.added is None else (segment.added.rows, segment.added.hundredths)),
-                starts,
-                ends,
-                query.weights[terms],
-                len(texts[0]),
-                self._norms[here],
-                usable[here],
-                first,
-                heap,
-                size,
+            added = segment.added or NO_WORDS
+            texts, others = segment.extents_of(query.terms), added.extents_of(query.terms)
+            starts, ends, terms = (np.concatenate(both) for both in zip(texts, others, strict=True))
+            found = kernels.best_rows(
+                *(segment.rows, segment.counts, added.rows, added.hundredths),
+                *(starts, ends, query.weights[terms], len(texts.terms)),
+                *(self._norms[here], usable[here], first, heap, size),
             )
-            found.append((rows_and_scores[0], rows_and_scores[1]))
-        rows = np.concatenate([_NO_PLACES, *(each for each, _ in found)])
-        scores = np.concatenate([np.zeros(0, np.float32), *(each for _, each in found)])
-        kept = scores >= heap[0] if size == len(heap) and size else np.ones(len(rows), np.bool_)
-        return rows[kept], scores[kept]
+            rows.append(found[0])
+            scores.append(found[1])
+            size = found[2]
+        all_rows, all_scores = np.concatenate(rows), np.concatenate(scores)
+        if size < num:
+            return all_rows, all_scores
+        kept = all_scores >= heap[0]
+        return all_rows[kept], all_scores[kept]
 
     def score(self, query: QueryWords, rows: Rows) -> tuple[_Scores, _Scores]:
         """BM25 of some rows [n], bit-identical to ``scores``, and of the best window of each [n]."""
         num_known = int(np.count_nonzero(query.weights))  # the others come last and add nothing
         owner = np.searchsorted(self._firsts, rows, side="right") - 1
-        order = np.argsort(owner, kind="stable")  # groups the rows by segment
         passages, windows = np.zeros(len(rows), np.float32), np.zeros(len(rows), np.float32)
-        kernels = self._kernels
-        if kernels is not None:
-            for at in np.unique(owner).tolist():
-                segment, places = self._segments[at], order[owner[order] == at]
-                scores, best_windows = np.zeros((2, len(places)), np.float32)
-                kernels.score_rows(
-                    segment.tokens,
-                    segment.offsets,
-                    rows[places] - self._firsts[at],
-                    segment.places(query.terms[:num_known]),
-                    query.weights[:num_known],
-                    len(segment.terms),
-                    self._norms[rows[places]],
-                    max(self._scored_by.mean_window_length, 1e-9),
-                    K1,
-                    B,
-                    scores,
-                    best_windows,
-                )
-                passages[places], windows[places] = scores, best_windows
-        parts = [
-            self._codes(at, query.terms[:num_known], rows[order[owner[order] == at]])
-            for at in np.unique(owner).tolist() if kernels is None
-        ]
-        if parts:
-            sizes, codes, norms = (np.concatenate(part) for part in zip(*parts, strict=True))
-            passages[order], windows[order] = self._score_codes(query.weights[:num_known], sizes, codes, norms)
+        kernels = BM25.get(len(self))
+        for at in np.unique(owner).tolist():
+            places = np.flatnonzero(owner == at)
+            score = self._score_segment if kernels is None else partial(self._score_compiled, kernels)
+            passages[places], windows[places] = score(
+                at, query.terms[:num_known], query.weights[:num_known], rows[places]
+            )
         for holding, counts, weight, segment in self._added_postings(query):
             places = np.minimum(np.searchsorted(holding, rows - segment.start), len(holding) - 1)
             found = np.flatnonzero(holding[places] == rows - segment.start)
             _add_at(passages, found, weight * _shares(counts[places[found]], self._norms[rows[found]]))
         return passages, windows
 
-    def _codes(self, at: int, query_terms: NDArray[np.uint64], rows: Rows) -> tuple[Rows, NDArray[np.int32], _Scores]:
-        """For rows of a segment: their numbers of tokens, the tokens as indices of query terms, and the norms."""
+    def _score_compiled(
+        self, kernels: Any, at: int, terms: NDArray[np.uint64], weights: _Scores, rows: Rows
+    ) -> tuple[_Scores, _Scores]:
+        """``_score_segment``, without arrays of counts."""
+        segment = self._segments[at]
+        passages, windows = np.zeros((2, len(rows)), np.float32)
+        kernels.score_rows(
+            *(segment.tokens, segment.offsets, rows - self._firsts[at], segment.places(terms), weights),
+            *(len(segment.terms), self._norms[rows], self._mean_window, K1, B, passages, windows),
+        )
+        return passages, windows
+
+    @property
+    def _mean_window(self) -> float:
+        return max(self._scored_by.mean_window_length, 1e-9)
+
+    def _score_segment(
+        self, at: int, terms: NDArray[np.uint64], weights: _Scores, rows: Rows
+    ) -> tuple[_Scores, _Scores]:
+        """Scores of rows [n] of a segment and of their best windows [n], for a query's terms with these ``weights``.
+
+        Terms are counted in parts, so that a long query needs little memory.
+        """
         segment = self._segments[at]
         code_of = np.full(len(segment.terms) + 1, OTHER, np.int32)
-        places = segment.places(query_terms)
+        places = segment.places(terms)
         known = np.flatnonzero(places >= 0)
         code_of[places[known]] = known
         code_of[-1] = SENTENCE_END
-        here = rows - self._firsts[at]
-        starts, sizes = extents(segment, here)
-        return sizes, code_of[segment.tokens[ranges(starts, sizes)]], self._norms[rows]
-
-    def _score_codes(
-        self, weights: NDArray[np.float32], sizes: Rows, codes: NDArray[np.int32], norms: _Scores
-    ) -> tuple[_Scores, _Scores]:
-        """Scores of rows [n] and of their best windows [n], for a query's terms with these ``weights``.
-
-        ``sizes`` [n] are the rows' numbers of tokens; ``codes`` are the tokens of all rows: index of the query term,
-        ``OTHER``, or ``SENTENCE_END``. Terms are counted in parts, so that a long query needs little memory.
-        """
+        starts, sizes = extents(segment, rows - self._firsts[at])
+        codes = code_of[segment.tokens[ranges(starts, sizes)]]
+        norms = self._norms[rows]
         passages, best_windows = np.zeros(len(sizes), np.float32), np.zeros(len(sizes), np.float32)
         ends = np.flatnonzero(codes == SENTENCE_END)
         hits = np.flatnonzero(codes >= 0)
@@ -371,7 +348,7 @@ class WordIndex:
         filled = row[firsts]  # rows with a sentence
         windows = Windows.of_sentences(row)
         lengths = windows.sums(np.diff(ends, prepend=-1) - 1)
-        window_norms = _norm(lengths, max(self._scored_by.mean_window_length, 1e-9))
+        window_norms = _norm(lengths, self._mean_window)
         whole_scores, window_scores = np.zeros(len(filled), np.float32), np.zeros(len(ends), np.float32)
         column = (np.cumsum(np.bincount(occurring)) - 1)[term]
         width = max(1, _MAX_COUNTS // len(ends))

@@ -34,6 +34,14 @@ class Postings(NamedTuple):
     segment: slice
 
 
+class Extents(NamedTuple):
+    """Of the query terms that a segment has [t]: start and end of their postings, and their indices in the query."""
+
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    terms: NDArray[np.int64]
+
+
 @dataclass(frozen=True, slots=True)
 class AddedWords:
     """Words that some rows of a segment have beside those of their texts, which lack them.
@@ -94,10 +102,13 @@ class AddedWords:
             if place >= 0:
                 yield number, slice(int(self.starts[place]), int(self.starts[place + 1]))
 
-
-    def extents_of(self, query_terms: NDArray[np.uint64]) -> tuple[Rows, Rows, Rows]:
-        """Of the query terms that a row has: start and end of their postings, and their indices in the query."""
+    def extents_of(self, query_terms: NDArray[np.uint64]) -> Extents:
+        """Where the postings of the query terms that a row has are."""
         return _extents_of(self.terms, self.starts, query_terms)
+
+
+NO_WORDS = AddedWords.of_rows([])
+"""No added words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,8 +251,8 @@ class WordSegment:
         """The indices of term hashes in ``terms``; -1 for terms that no text has."""
         return _places(self.terms, hashes)
 
-    def extents_of(self, query_terms: NDArray[np.uint64]) -> tuple[Rows, Rows, Rows]:
-        """Of the query terms that a text has: start and end of their postings, and their indices in the query."""
+    def extents_of(self, query_terms: NDArray[np.uint64]) -> Extents:
+        """Where the postings of the query terms that a text has are."""
         return _extents_of(self.terms, self.starts, query_terms)
 
     def postings(self, places: NDArray[np.int64]) -> list[slice]:
@@ -363,12 +374,10 @@ def _places(vocabulary: NDArray[np.uint64], hashes: NDArray[np.uint64]) -> NDArr
     return np.where(vocabulary[places] == hashes, places, -1)
 
 
-def _extents_of(
-    vocabulary: NDArray[np.uint64], starts: NDArray[np.int64], query_terms: NDArray[np.uint64]
-) -> tuple[Rows, Rows, Rows]:
+def _extents_of(vocabulary: NDArray[np.uint64], starts: NDArray[np.int64], query_terms: NDArray[np.uint64]) -> Extents:
     places = _places(vocabulary, query_terms)
     known = np.flatnonzero(places >= 0)
-    return starts[places[known]], starts[places[known] + 1], known
+    return Extents(starts[places[known]], starts[places[known] + 1], known)
 
 
 def extents(segment: WordSegment, rows: Rows) -> tuple[Rows, Rows]:

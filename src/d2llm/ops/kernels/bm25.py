@@ -10,7 +10,7 @@ Files may be damaged in ways that no sample shows, so no number that was read is
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownParameterType=false
-# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -71,6 +71,102 @@ def _keep(heap: NDArray[np.float32], size: int, score: np.float32) -> int:
         place = child
     heap[place] = score
     return size
+
+
+@inlined
+def _gain(weight: np.float32, times: np.uint16, of_text: bool, norm: np.float32) -> np.float32:
+    """What a term adds to a row that has it so often; added words are counted in hundredths."""
+    count = np.float32(times) if of_text else np.float32(times / 100.0)
+    return weight * (count / (count + norm))
+
+
+@inlined
+def _add(
+    sums: NDArray[np.float32],
+    touched: NDArray[np.bool_],
+    rows: NDArray[np.uint32],
+    counts: NDArray[np.uint16],
+    of_text: bool,
+    places: tuple[int, int],
+    range_: tuple[int, int],
+    weight: np.float32,
+    norms: NDArray[np.float32],
+) -> None:
+    """Add the gains of a term to the sums of the rows of a range, and mark the groups of these rows."""
+    for place in range(places[0], places[1]):
+        row = np.int64(rows[place])
+        if row < range_[0] or row >= range_[1]:
+            raise ValueError("the rows of a term are not ascending")
+        sums[row - range_[0]] += _gain(weight, counts[place], of_text, norms[row])
+        touched[(row - range_[0]) // _GROUP] = True
+
+
+@inlined
+def _choose(
+    sums: NDArray[np.float32],
+    touched: NDArray[np.bool_],
+    range_: tuple[int, int],
+    usable: NDArray[np.bool_],
+    least: float,
+    chosen: NDArray[np.int64],
+    scores: NDArray[np.float32],
+) -> int:
+    """Write the usable rows of a range with a sum that is above 0 and at least ``least``; clears all sums."""
+    num_chosen, size = 0, range_[1] - range_[0]
+    for group in range((size + _GROUP - 1) // _GROUP):
+        if not touched[group]:
+            continue
+        touched[group] = False
+        for at in range(group * _GROUP, min((group + 1) * _GROUP, size)):
+            score = sums[at]
+            sums[at] = 0
+            if score > 0 and score >= least and (len(usable) == 0 or usable[range_[0] + at]):
+                chosen[num_chosen], scores[num_chosen] = range_[0] + at, score
+                num_chosen += 1
+    return num_chosen
+
+
+@inlined
+def _look_up(
+    chosen: NDArray[np.int64],
+    scores: NDArray[np.float32],
+    num_chosen: int,
+    least: float,
+    rows: NDArray[np.uint32],
+    counts: NDArray[np.uint16],
+    of_text: bool,
+    places: tuple[int, int],
+    weight: np.float32,
+    norms: NDArray[np.float32],
+) -> int:
+    """Add the gains of a term to the scores of the chosen rows that have at least ``least``; the others are dropped."""
+    place, kept = places[0], 0
+    for at in range(num_chosen):
+        score, row = scores[at], chosen[at]
+        if score < least:
+            continue
+        place = _first_at_least(rows, place, places[1], row)
+        if place < places[1] and rows[place] == row:
+            score += _gain(weight, counts[place], of_text, norms[row])
+        chosen[kept], scores[kept] = row, score
+        kept += 1
+    return kept
+
+
+@inlined
+def _make_room(
+    rows: NDArray[np.int64], scores: NDArray[np.float32], floor: float
+) -> tuple[NDArray[np.int64], NDArray[np.float32], int]:
+    """Drop the rows of a full list that are below the floor; a longer list if there are few."""
+    kept = 0
+    for at in range(len(rows)):
+        if scores[at] >= floor:
+            rows[kept], scores[kept] = rows[at], scores[at]
+            kept += 1
+    if 2 * kept > len(rows):
+        rows = np.concatenate((rows, np.empty(len(rows), np.int64)))
+        scores = np.concatenate((scores, np.empty(len(scores), np.float32)))
+    return rows, scores, kept
 
 
 @compiled(
@@ -134,61 +230,35 @@ def best_rows(
         while num_summed > 1 and rests[num_summed - 1] * _ROUNDING < floor:
             num_summed -= 1
         for term in range(num_summed):
-            weight = weights[term]
-            for place in range(places[term], stops[term]):
-                row = np.int64(rows[place] if term < num_texts else added_rows[place])
-                if row < begin or row >= end:
-                    raise ValueError("the rows of a term are not ascending")
-                count = np.float32(counts[place]) if term < num_texts else np.float32(hundredths[place] / 100.0)
-                sums[row - begin] += weight * (count / (count + norms[row]))
-                touched[(row - begin) // _GROUP] = True
-        num_chosen = 0
-        for group in range((end - begin + _GROUP - 1) // _GROUP):
-            if not touched[group]:
-                continue
-            touched[group] = False
-            for at in range(group * _GROUP, min((group + 1) * _GROUP, end - begin)):
-                score = sums[at]
-                sums[at] = 0
-                if score > 0 and (score + rests[num_summed]) * _ROUNDING >= floor:
-                    if len(usable) == 0 or usable[begin + at]:
-                        chosen[num_chosen], scores[num_chosen] = begin + at, score
-                        num_chosen += 1
+            extent, weight = (places[term], stops[term]), weights[term]
+            if term < num_texts:
+                _add(sums, touched, rows, counts, True, extent, (begin, end), weight, norms)
+            else:
+                _add(sums, touched, added_rows, hundredths, False, extent, (begin, end), weight, norms)
+        least = floor / _ROUNDING - rests[num_summed]
+        num_chosen = _choose(sums, touched, (begin, end), usable, least, chosen, scores)
         for term in range(num_summed, num_terms):
-            of_texts = term < num_texts
-            looked_up = rows if of_texts else added_rows
-            place, stop, kept = places[term], stops[term], 0
-            for at in range(num_chosen):
-                score, row = scores[at], chosen[at]
-                if (score + rests[term]) * _ROUNDING < floor:
-                    continue
-                place = _first_at_least(looked_up, place, stop, row)
-                if place < stop and looked_up[place] == row:
-                    count = np.float32(counts[place]) if of_texts else np.float32(hundredths[place] / 100.0)
-                    score += weights[term] * (count / (count + norms[row]))
-                chosen[kept], scores[kept] = row, score
-                kept += 1
-            num_chosen = kept
+            extent, weight, least = (places[term], stops[term]), weights[term], floor / _ROUNDING - rests[term]
+            if term < num_texts:
+                num_chosen = _look_up(chosen, scores, num_chosen, least, rows, counts, True, extent, weight, norms)
+            else:
+                num_chosen = _look_up(
+                    chosen, scores, num_chosen, least, added_rows, hundredths, False, extent, weight, norms
+                )
         for at in range(num_chosen):
             score = scores[at]
             if score < floor:
                 continue
             if found == len(found_rows):
-                kept = 0
-                for old in range(found):
-                    if found_scores[old] >= floor:
-                        found_rows[kept], found_scores[kept] = found_rows[old], found_scores[old]
-                        kept += 1
-                found = kept
-                if 2 * found > len(found_rows):
-                    found_rows = np.concatenate((found_rows, np.empty(len(found_rows), np.int64)))
-                    found_scores = np.concatenate((found_scores, np.empty(len(found_scores), np.float32)))
+                found_rows, found_scores, found = _make_room(found_rows, found_scores, floor)
             found_rows[found], found_scores[found] = first + chosen[at], score
             found += 1
             size = _keep(heap, size, score)
-            if size == len(heap):
-                floor = np.float64(heap[0])
+            floor = np.float64(heap[0]) if size == len(heap) else 0.0
         places[:] = stops
+    for term in range(num_terms):
+        if places[term] != ends[term]:
+            raise ValueError("the rows of a term are not ascending")
     return found_rows[:found].copy(), found_scores[:found].copy(), size
 
 
@@ -204,6 +274,19 @@ def _sum_of_gains(
             count = np.float32(times)
             score += weights[term] * (count / (count + norm))
     return score
+
+
+@inlined
+def _term_of(token: int, terms: NDArray[np.int64], order: NDArray[np.int64]) -> int:
+    """The index of a token in ``terms``, which ``order`` sorts; -1 if it is not among them."""
+    low, high = 0, len(terms)
+    while low < high:
+        middle = (low + high) // 2
+        if terms[order[middle]] < token:
+            low = middle + 1
+        else:
+            high = middle
+    return order[low] if low < len(terms) and terms[order[low]] == token else -1
 
 
 @compiled(
@@ -263,24 +346,16 @@ def score_rows(
             token = tokens[place]
             if token != sentence_end:
                 length += 1
-                if maybe[token % _FILTER]:
-                    low, high = 0, num_terms
-                    while low < high:
-                        middle = (low + high) // 2
-                        if terms[order[middle]] < token:
-                            low = middle + 1
-                        else:
-                            high = middle
-                    if low < num_terms and terms[order[low]] == token:
-                        this[order[low]] += 1
-                        hits += 1
+                term = _term_of(token, terms, order) if maybe[token % _FILTER] else -1
+                if term >= 0:
+                    this[term] += 1
+                    hits += 1
                 continue
             if num_sentences > 0 and last_hits + hits > 0:
                 norm = np.float32(k1 * (1 - b + b * np.float64(last_length + length) / mean_window))
                 best = max(best, _sum_of_gains(weights, last, this, norm, 1 << 62))
             if hits > 0:
-                for term in range(num_terms):
-                    whole[term] += this[term]
+                whole += this
             if last_hits > 0:
                 last[:] = 0
             last, this = this, last

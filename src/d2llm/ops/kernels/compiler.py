@@ -1,10 +1,12 @@
 """How the functions of this package are compiled. Imports numba."""
 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# (numba ships no types)
+# pyright: reportReturnType=false
+# (numba ships no types that fit: what it returns is called as the function is)
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -34,6 +36,7 @@ def compiled(signature: Any) -> Callable[[_Function], _Function]:
     """
 
     def compile_(function: _Function) -> _Function:
+        function = inspect.unwrap(function)  # tests check the types of arguments, by a wrapper
         try:
             return numba.njit(signature, nogil=True, cache=True)(function)
         except Exception as error:  # noqa: BLE001 - the cache cannot be read or written: numba has several errors
@@ -46,4 +49,4 @@ def compiled(signature: Any) -> Callable[[_Function], _Function]:
 
 def inlined(function: _Function) -> _Function:
     """A function that kernels call; it becomes a part of them."""
-    return numba.njit(nogil=True, inline="never")(function)
+    return numba.njit(nogil=True)(inspect.unwrap(function))

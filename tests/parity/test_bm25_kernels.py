@@ -1,0 +1,132 @@
+"""The compiled loops of BM25 against NumPy, bit for bit; how they are loaded, and what happens where they cannot be."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2llm.core.fallbacks import fallback_counts
+from d2llm.ops import kernels
+from d2llm.ops.kernels import BM25, CompiledLoops
+from d2llm.store.bm25 import WordIndex
+from d2llm.store.word_segment import WordSegment
+
+
+@contextmanager
+def compiled(is_compiled: bool) -> Iterator[None]:
+    before = kernels.MIN_ROWS
+    kernels.MIN_ROWS = 0 if is_compiled else 1 << 60
+    assert BM25.load() is not None
+    try:
+        yield
+    finally:
+        kernels.MIN_ROWS = before
+
+
+def random_index(random: np.random.Generator, num_rows: int, *, added: bool, dead: bool) -> WordIndex:
+    """Passages of one to four sentences of words that are rare and frequent, as in a language, in three segments."""
+    vocabulary = np.array([f"word{number}" for number in range(200)])
+    shares = 1 / np.arange(1, 201)
+    texts: list[str] = []
+    for _ in range(num_rows):
+        words = random.choice(vocabulary, random.integers(1, 40), p=shares / shares.sum())
+        cuts = np.sort(random.integers(0, len(words) + 1, random.integers(0, 4)))
+        texts.append(" ".join(" ".join(part).capitalize() + "." for part in np.split(words, cuts) if len(part)))
+    segments: list[WordSegment] = []
+    for start, end in ((0, num_rows // 2), (num_rows // 2, num_rows - 3), (num_rows - 3, num_rows)):
+        segment = WordSegment.from_texts(texts[start:end])
+        extra = [{f"extra{number}": float(random.uniform(0.1, 3))} for number in random.integers(0, 5, end - start)]
+        segments.append(segment.with_added(extra) if added else segment)
+    return WordIndex(segments, live=random.random(num_rows) < 0.8 if dead else None)
+
+
+def assert_equal_ways(index: WordIndex, text: str, num: int, allowed: np.ndarray | None) -> None:
+    query = index.query(text)
+    rows = np.random.default_rng(len(text)).integers(0, len(index), 50)
+    found = []
+    for is_compiled in (False, True):
+        with compiled(is_compiled):
+            best, scores = index.best(query, num, allowed=allowed)
+            order = np.argsort(best)
+            found.append((best[order], scores[order], *index.score(query, rows)))
+    for by_numpy, by_kernel in zip(*found, strict=True):
+        assert by_numpy.dtype == by_kernel.dtype
+        np.testing.assert_array_equal(by_kernel, by_numpy)
+
+
+@given(st.integers(0, 1 << 30), st.booleans(), st.booleans(), st.booleans(), st.integers(1, 60))
+def test_best_rows_and_scores_are_those_of_numpy(seed, added, dead, filtered, num):
+    random = np.random.default_rng(seed)
+    index = random_index(random, int(random.integers(6, 60)), added=added, dead=dead)
+    words = [f"word{number}" for number in random.integers(0, 220, random.integers(0, 12))]
+    text = " ".join([*words, *(["extra1", "extra2"] if added else [])])
+    assert_equal_ways(index, text, num, random.random(len(index)) < 0.5 if filtered else None)
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_ranges_and_terms_are_skipped_without_a_difference(added):
+    """More rows than a range has, so that bounds leave out ranges and frequent words."""
+    random = np.random.default_rng(5)
+    index = random_index(random, 9_000, added=added, dead=True)
+    for text in ("word0 word1 word2 word150 word199", "word0", "word7 word7 word30 extra3", "word0 word1 unknown"):
+        for num in (1, 10, 300):
+            assert_equal_ways(index, text, num, None)
+            assert_equal_ways(index, text, num, random.random(len(index)) < 0.01)
+
+
+def test_as_many_ties_as_rows():
+    index = WordIndex.from_texts(["the same words"] * 5_000)
+    for num in (1, 4_999, 5_000, 6_000):
+        assert_equal_ways(index, "same words", num, None)
+
+
+@pytest.mark.parametrize("part", ["rows", "offsets"])
+def test_damaged_words_are_an_error(part):
+    segment = WordSegment.from_texts(["one two. three", "two three"] * 50)
+    damaged = getattr(segment, part).copy()
+    damaged[len(damaged) // 2] = 1 << 31
+    index = WordIndex([dataclasses.replace(segment, **{part: damaged})])
+    query = index.query("one two three")
+    with compiled(True), pytest.raises(ValueError, match=r"not ascending|not where they should be"):
+        _ = index.best(query, 3) if part == "rows" else index.score(query, np.arange(100))
+
+
+def test_they_are_loaded_in_another_thread_after_a_few_calls():
+    loops = CompiledLoops("bm25")
+    assert loops.get(kernels.MIN_ROWS - 1) is None
+    assert [loops.get(kernels.MIN_ROWS) for _ in range(kernels.MIN_CALLS)] == [None] * kernels.MIN_CALLS
+    assert loops._thread is None
+    end = time.monotonic() + 60
+    while loops.get(kernels.MIN_ROWS) is None and time.monotonic() < end:
+        time.sleep(0.01)
+    assert loops.get(kernels.MIN_ROWS).RANGE > 0
+
+
+def test_without_numba_numpy_answers(caplog):
+    loops = CompiledLoops("missing")
+    before = fallback_counts().get("compiled loops", 0)
+    assert loops.load() is None
+    assert fallback_counts()["compiled loops"] == before + 1
+    assert "NumPy does their work" in caplog.text
+    loops.get(kernels.MIN_ROWS)
+    assert loops.get(kernels.MIN_ROWS) is None
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path):
+    """As in a read-only home folder: the loops are compiled, with a warning, and work."""
+    (tmp_path / "file").touch()
+    code = "from d2llm.ops.kernels import BM25; assert BM25.load() is not None"
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "file")}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "NUMBA_CACHE_DIR" in ran.stderr
