@@ -102,6 +102,15 @@ def _add(
 
 
 @inlined
+def _add_up(
+    weights: NDArray[np.float32], starts: NDArray[np.int64], ends: NDArray[np.int64], rests: NDArray[np.float64]
+) -> None:
+    """Write the sums of the weights from each term on, of terms that have postings here."""
+    for term in range(len(weights) - 1, -1, -1):
+        rests[term] = rests[term + 1] + (weights[term] if ends[term] > starts[term] else 0.0)
+
+
+@inlined
 def _choose(
     sums: NDArray[np.float32],
     touched: NDArray[np.bool_],
@@ -218,10 +227,9 @@ def best_rows(
     found_rows, found_scores, found = np.empty(1024, np.int64), np.empty(1024, np.float32), 0
     for begin in range(0, num, RANGE):
         end = min(begin + RANGE, num)
-        for term in range(num_terms - 1, -1, -1):
-            of_texts = term < num_texts
-            stops[term] = _first_at_least(rows if of_texts else added_rows, places[term], ends[term], end)
-            rests[term] = rests[term + 1] + (weights[term] if stops[term] > places[term] else 0.0)
+        for term in range(num_terms):
+            stops[term] = _first_at_least(rows if term < num_texts else added_rows, places[term], ends[term], end)
+        _add_up(weights, places, stops, rests)
         floor = np.float64(heap[0]) if size == len(heap) else 0.0
         if rests[0] == 0.0 or rests[0] * _ROUNDING < floor:
             places[:] = stops
