@@ -111,6 +111,15 @@ def _add_up(
 
 
 @inlined
+def _num_summed(rests: NDArray[np.float64], floor: float) -> int:
+    """How many terms must be read: a row that has only the others is below the floor."""
+    number = len(rests) - 1
+    while number > 1 and rests[number - 1] * _ROUNDING < floor:
+        number -= 1
+    return number
+
+
+@inlined
 def _choose(
     sums: NDArray[np.float32],
     touched: NDArray[np.bool_],
@@ -234,9 +243,7 @@ def best_rows(
         if rests[0] == 0.0 or rests[0] * _ROUNDING < floor:
             places[:] = stops
             continue
-        num_summed = num_terms
-        while num_summed > 1 and rests[num_summed - 1] * _ROUNDING < floor:
-            num_summed -= 1
+        num_summed = _num_summed(rests, floor)
         for term in range(num_summed):
             extent, weight = (places[term], stops[term]), weights[term]
             if term < num_texts:
@@ -264,9 +271,8 @@ def best_rows(
             size = _keep(heap, size, score)
             floor = np.float64(heap[0]) if size == len(heap) else 0.0
         places[:] = stops
-    for term in range(num_terms):
-        if places[term] != ends[term]:
-            raise ValueError("the rows of a term are not ascending")
+    if (places != ends).any():
+        raise ValueError("the rows of a term are not ascending")
     return found_rows[:found].copy(), found_scores[:found].copy(), size
 
 
