@@ -105,7 +105,7 @@ def _add(
 def _add_up(
     weights: NDArray[np.float32], starts: NDArray[np.int64], ends: NDArray[np.int64], rests: NDArray[np.float64]
 ) -> None:
-    """Write the sums of the weights from each term on, of terms that have postings here."""
+    """Write to ``rests`` the sums of the weights from each term on, of terms that have postings here."""
     for term in range(len(weights) - 1, -1, -1):
         rests[term] = rests[term + 1] + (weights[term] if ends[term] > starts[term] else 0.0)
 
@@ -229,8 +229,7 @@ def best_rows(
         Rows, scores, and the new size of the heap. Some rows may be below the heap's lowest score in the end.
     """
     num, num_terms = len(norms), len(weights)
-    places, stops = starts.copy(), np.empty(num_terms, np.int64)
-    rests = np.zeros(num_terms + 1, np.float64)  # the weights from a term on that occur in the range
+    places, stops, rests = starts.copy(), np.empty(num_terms, np.int64), np.zeros(num_terms + 1, np.float64)
     sums, touched = np.zeros(RANGE, np.float32), np.zeros(RANGE // _GROUP, np.bool_)
     chosen, scores = np.empty(RANGE, np.int64), np.empty(RANGE, np.float32)
     found_rows, found_scores, found = np.empty(1024, np.int64), np.empty(1024, np.float32), 0
