@@ -6,7 +6,7 @@ numbers of passages, of a teacher that reads the first n, and of the teacher on 
 that the teacher's weights were fitted on are left out; 40 others calibrate the student's error, and up to 120 are
 measured.
 
-The teacher judges every candidate once, and the policies are compared on these values. Times are measured with the
+The teacher scores every candidate once, and the policies are compared on these values. Times are measured with the
 cascade itself calling the teacher, on one thread. squad-sent (CC BY-SA 4.0) is a set that both were trained on, wikiqa
 (research only) one that neither has seen; nothing is trained here.
 """
@@ -30,7 +30,7 @@ from d2llm.core.types import Task
 from d2llm.data.beir import read_beir
 from d2llm.methods.rerankers.cascade import Cascade
 from d2llm.models.teachers.ensemble import ensemble_queries
-from d2llm.models.teachers.judge import Judge, load_judge
+from d2llm.models.teachers.pair_teacher import PairTeacher, load_teacher
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.rereading import StudentError, calibrate_error, on_one_scale
 from d2llm.recipe import TeacherConfig
@@ -76,13 +76,13 @@ class Known:
     def __init__(self, candidates: Candidates) -> None:
         self._values = dict(zip(candidates.texts, candidates.log_odds, strict=True))
 
-    def judge(self, pairs: Sequence[tuple[str, str]], task: Task) -> SimpleNamespace:
+    def score_pairs(self, pairs: Sequence[tuple[str, str]], task: Task) -> SimpleNamespace:
         """Look up the recorded log-odds of the pairs."""
         del task
         return SimpleNamespace(log_odds=np.array([self._values[text] for _, text in pairs]), num_truncated=0)
 
 
-def read(student: Student, judge: Judge, name: str, fitted: frozenset[str]) -> tuple[list[Candidates], float]:
+def read(student: Student, teacher: PairTeacher, name: str, fitted: frozenset[str]) -> tuple[list[Candidates], float]:
     """Queries with their first candidates, judged; and milliseconds per pair when many are judged in one call."""
     data = read_beir(DATA / name, splits=["dev"])
     ids = list(data.passages)
@@ -97,7 +97,7 @@ def read(student: Student, judge: Judge, name: str, fitted: frozenset[str]) -> t
         texts = [data.passages[ids[row]].full_text for row in best]
         query = data.queries[query_id].text
         start = time.perf_counter()
-        log_odds = judge.judge([(query, text) for text in texts], SETS[name]).log_odds
+        log_odds = teacher.score_pairs([(query, text) for text in texts], SETS[name]).log_odds
         seconds += time.perf_counter() - start
         kept = [ids[row] for row in best]
         judged.append(
@@ -136,9 +136,9 @@ def first_n_one_scale(query: Candidates, n: int, error: StudentError) -> np.ndar
     return on_one_scale(query.scores, np.arange(n), query.log_odds[:n].astype(np.float64), error)
 
 
-def measure(name: str, student: Student, judge: Judge, fitted: frozenset[str]) -> dict[str, object]:
+def measure(name: str, student: Student, teacher: PairTeacher, fitted: frozenset[str]) -> dict[str, object]:
     """Quality and cost on one data set."""
-    judged, pair_ms = read(student, judge, name, fitted)
+    judged, pair_ms = read(student, teacher, name, fitted)
     error, queries = fit(judged[:CALIBRATION_QUERIES]), judged[CALIBRATION_QUERIES:]
     values = {
         "student": ndcg(queries, lambda q: q.scores),
@@ -175,15 +175,15 @@ def measure(name: str, student: Student, judge: Judge, fitted: frozenset[str]) -
         },
         "teacher_pair_ms": pair_ms,
         "systems": rows,
-        "times": times(queries[:TIMED_QUERIES], judge, error, SETS[name]),
+        "times": times(queries[:TIMED_QUERIES], teacher, error, SETS[name]),
     }
 
 
-def times(queries: Sequence[Candidates], judge: Judge, error: StudentError, task: Task) -> dict[str, object]:
+def times(queries: Sequence[Candidates], teacher: PairTeacher, error: StudentError, task: Task) -> dict[str, object]:
     """Milliseconds per query for each budget of passages, for all candidates at once, and for a budget of time."""
 
     def run(cascade: Cascade) -> tuple[np.ndarray, np.ndarray]:
-        reranker = cascade.with_teacher(judge, error)
+        reranker = cascade.with_teacher(teacher, error)
         done = [rerank_candidates(reranker, q.text, q.ranking) for q in queries]
         return np.array([1e3 * one.seconds for one in done]), np.array([len(one.read) for one in done])
 
@@ -198,7 +198,7 @@ def times(queries: Sequence[Candidates], judge: Judge, error: StudentError, task
     all_ms: list[float] = []
     for query in queries:
         start = time.perf_counter()
-        judge.judge([(query.text, text) for text in query.texts], task)
+        teacher.score_pairs([(query.text, text) for text in query.texts], task)
         all_ms.append(1e3 * (time.perf_counter() - start))
     measured[f"teacher on all {CANDIDATES}"] = {"median_ms": float(np.median(all_ms))}
     ms, read = run(Cascade(num_passages=None, max_ms=BUDGET_MS))
@@ -219,10 +219,10 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     config = TeacherConfig(model=str(Path(sys.argv[1]) / "ensemble"))
-    student, judge, fitted = Student.load("d2llm-minilm"), load_judge(config), ensemble_queries(config)
+    student, teacher, fitted = Student.load("d2llm-minilm"), load_teacher(config), ensemble_queries(config)
     result: dict[str, object] = {}
     for name in SETS:
-        figures = result[name] = measure(name, student, judge, fitted.get(name, frozenset()))
+        figures = result[name] = measure(name, student, teacher, fitted.get(name, frozenset()))
         print(f"{name}: {json.dumps({key: value for key, value in figures.items() if key != 'systems'}, indent=1)}")
         for system, row in figures["systems"].items():  # type: ignore[attr-defined]
             print(f"  {system:24} {row['ndcg_at_10']:.4f}   {row['passages_read']:.1f} read")

@@ -30,7 +30,7 @@ from d2llm.data.training import TrainingPair
 from d2llm.models.device import choose_device, size_of_states, tokens_to_train
 from d2llm.models.student import Student
 from d2llm.models.teachers.causal import CausalTeacher
-from d2llm.models.teachers.judge import TextPair
+from d2llm.models.teachers.pair_teacher import TextPair
 from d2llm.models.writers.local import LocalWriter
 from d2llm.models.writers.writer import Assignment
 from d2llm.recipe import (
@@ -255,15 +255,19 @@ class Bench:
         operations = 4.0 * layer_weights(student.backbone.model) * tokens
         self.add(name, steps, count=5, unit="steps", operations=operations)
 
-    def judge(self, shape: str, pairs: int, quantization: Quantization = "none") -> None:
-        """A teacher's judgements of queries with their candidates."""
+    def score_pairs(self, shape: str, pairs: int, quantization: Quantization = "none") -> None:
+        """A teacher's scores of queries with their candidates."""
         teacher = self.teacher(shape, quantization)
         chosen = self.pairs[:pairs]
         tokens = sum(map(len, teacher.tokenize(chosen, "asymmetric")[0]))
         operations = 2.0 * layer_weights(self.teacher_layers(shape)) * tokens
         name = f"{shape}: judge" + ("" if quantization == "none" else f", {quantization}")
         self.add(
-            name, lambda: teacher.judge(chosen, "asymmetric"), count=len(chosen), unit="pairs", operations=operations
+            name,
+            lambda: teacher.score_pairs(chosen, "asymmetric"),
+            count=len(chosen),
+            unit="pairs",
+            operations=operations,
         )
 
     def teacher_layers(self, shape: str) -> torch.nn.Module:
@@ -333,13 +337,13 @@ def main() -> None:
         bench.encode("smollm2", options.texts // 5)
         for part_tokens in (2_048, None):
             bench.train("smollm2", part_tokens)
-        bench.judge("smollm2", len(pairs))
+        bench.score_pairs("smollm2", len(pairs))
         for part_tokens in (2_048, None):
             bench.tune("smollm2", 64, part_tokens)
         bench.write("smollm2", 128)
     if "7b" in options.shapes:
         for quantization in ("none", "8bit", "4bit"):
-            bench.judge("7b", len(pairs) // 4, quantization)
+            bench.score_pairs("7b", len(pairs) // 4, quantization)
         for part_tokens in (2_048, None):
             bench.tune("7b", 16, part_tokens, quantization="4bit")
 

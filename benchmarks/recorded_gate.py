@@ -30,7 +30,7 @@ from recorded_judge import GradedList, read_graded_lists, recorded_teacher, sets
 
 from d2llm.data.beir import Dataset, read_beir
 from d2llm.data.trec import read_run, write_run
-from d2llm.models.teachers.judge import Judge, load_judge
+from d2llm.models.teachers.pair_teacher import PairTeacher, load_teacher
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.significance import bootstrap_interval, paired_randomisation
 from d2llm.recipe import TeacherConfig
@@ -54,7 +54,7 @@ def rows(data: Path, runs: Path, name: str) -> dict[str, dict[str, float]]:
     dataset, lists = _dev_lists(data / name)
     qrels = {query: dataset.qrels["dev"][query] for query in lists}
     scored = {
-        "teacher": _judged(load_judge(recorded_teacher(data / name)), dataset, lists),
+        "teacher": _judged(load_teacher(recorded_teacher(data / name)), dataset, lists),
         "ceiling": {
             query: {passage: float(qrels[query].get(passage, 0)) for passage in each.passages}
             for query, each in lists.items()
@@ -69,7 +69,7 @@ def rows(data: Path, runs: Path, name: str) -> dict[str, dict[str, float]]:
     return {system: per_query_measures(_ranked(own), qrels)[MEASURE] for system, own in scored.items()}
 
 
-def write_cross_encoder_run(cross_encoder: Judge, data: Path, runs: Path, name: str) -> None:
+def write_cross_encoder_run(cross_encoder: PairTeacher, data: Path, runs: Path, name: str) -> None:
     """Write how a cross-encoder orders the dev lists of a data set, as one of the set's runs."""
     judged = _judged(cross_encoder, *_dev_lists(data / name))
     ranked = {query: [(each, judged[query][each]) for each in order] for query, order in _ranked(judged).items()}
@@ -84,13 +84,13 @@ def _dev_lists(folder: Path) -> tuple[Dataset, dict[str, GradedList]]:
     return read_beir(folder, splits=["train", "dev"]), lists
 
 
-def _judged(judge: Judge, dataset: Dataset, lists: Mapping[str, GradedList]) -> dict[str, dict[str, float]]:
+def _judged(teacher: PairTeacher, dataset: Dataset, lists: Mapping[str, GradedList]) -> dict[str, dict[str, float]]:
     """A judge's log-odds of the passages of each list."""
     pairs = [(query, passage) for query, each in lists.items() for passage in each.passages]
     texts = [(dataset.queries[query].text, dataset.passages[passage].full_text) for query, passage in pairs]
     task = next(iter(lists.values())).task
     scored: dict[str, dict[str, float]] = {query: {} for query in lists}
-    for (query, passage), value in zip(pairs, judge.judge(texts, task).log_odds.tolist(), strict=True):
+    for (query, passage), value in zip(pairs, teacher.score_pairs(texts, task).log_odds.tolist(), strict=True):
         scored[query][passage] = value
     return scored
 
@@ -154,7 +154,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.cross_encoder is not None:
         named = TeacherConfig(model=given.cross_encoder)
-        cross_encoder = load_judge(named, device=given.device, dtype="float32")  # bfloat16 makes ties
+        cross_encoder = load_teacher(named, device=given.device, dtype="float32")  # bfloat16 makes ties
         for name in given.sets:
             write_cross_encoder_run(cross_encoder, given.data, given.runs, name)
     measured: dict[str, dict[str, dict[str, float]]] = {}

@@ -61,8 +61,8 @@ def plan_of_lists(dataset: Dataset, lists: list[GradedList], part: Part) -> list
     entries: list[PlanEntry] = []
     corpus = sorted(dataset.passages) if part.easy else []
     for place, each in enumerate(train[: part.queries]):
-        is_judged = part.judged is None or place < part.judged
-        own = set(positives[each.query_id]) if is_judged else _graded_relevant(each)
+        is_scored = part.judged is None or place < part.judged
+        own = set(positives[each.query_id]) if is_scored else _graded_relevant(each)
         order = list(each.passages)
         random.Random(f"part {each.query_id}").shuffle(order)
         first = next(passage for passage in order if passage in own)

@@ -1,10 +1,10 @@
-"""Speed of the teacher's judgements compared with the plain procedure, on the same pairs in one run.
+"""Speed of the teacher's scores compared with the plain procedure, on the same pairs in one run.
 
 The plain procedure pads every pair to 250 tokens, eight at a time, and computes logits of the whole vocabulary at every
-position. `CausalTeacher.judge` avoids unnecessary padding, computes two logits per pair, reads a query once for all its
-candidates, and holds the weights in bfloat16 if that is fast on this machine. SmolLM2-135M; questions with their
-passages as in a plan (the positive and those that BM25 finds). Both prompts are measured: two thirds of `paper` stand
-behind the passage and cannot be shared, hardly anything of `short` does.
+position. `CausalTeacher.score_pairs` avoids unnecessary padding, computes two logits per pair, reads a query once for
+all its candidates, and holds the weights in bfloat16 if that is fast on this machine. SmolLM2-135M; questions with
+their passages as in a plan (the positive and those that BM25 finds). Both prompts are measured: two thirds of `paper`
+stand behind the passage and cannot be shared, hardly anything of `short` does.
 
 Times are CPU seconds of this process over all threads, so that a busy machine does not change them.
 """
@@ -23,7 +23,7 @@ import torch
 
 from d2llm.data.beir import read_beir
 from d2llm.models.teachers.causal import CausalTeacher
-from d2llm.models.teachers.judge import TextPair
+from d2llm.models.teachers.pair_teacher import TextPair
 from d2llm.recipe import CausalTeacherConfig
 from d2llm.store.bm25 import WordIndex, rank_passages
 
@@ -82,15 +82,15 @@ def measure(prompt: str, dtype: str, pairs: list[TextPair], num_plain: int) -> d
     """Pairs per second of both procedures, and the largest difference between their log-odds."""
     teacher = CausalTeacher.load(CausalTeacherConfig(prompt=prompt), device="cpu", dtype=dtype)
     plain_log_odds: list[np.ndarray] = []
-    teacher.judge(pairs[:PLAIN_PAIRS], TASK)  # warm-up: tests the cache, loads the weights
+    teacher.score_pairs(pairs[:PLAIN_PAIRS], TASK)  # warm-up: tests the cache, loads the weights
     plain_seconds = seconds(lambda: plain_log_odds.append(plain(teacher, pairs[:num_plain])))
-    judge_log_odds: list[np.ndarray] = []
-    judge_seconds = seconds(lambda: judge_log_odds.append(teacher.judge(pairs, TASK).log_odds))
+    teacher_log_odds: list[np.ndarray] = []
+    teacher_seconds = seconds(lambda: teacher_log_odds.append(teacher.score_pairs(pairs, TASK).log_odds))
     return {
         "tokens_per_pair": float(np.mean([len(ids) for ids in teacher.tokenize(pairs, TASK)[0]])),
         "plain_pairs_per_second": num_plain / plain_seconds,
-        "judge_pairs_per_second": len(pairs) / judge_seconds,
-        "largest_difference": float(np.abs(judge_log_odds[0][:num_plain] - plain_log_odds[0]).max()),
+        "judge_pairs_per_second": len(pairs) / teacher_seconds,
+        "largest_difference": float(np.abs(teacher_log_odds[0][:num_plain] - plain_log_odds[0]).max()),
     }
 
 

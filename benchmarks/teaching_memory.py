@@ -36,7 +36,7 @@ from d2llm.evaluation.systems import peak_memory
 from d2llm.models.backbone import EncodedTexts
 from d2llm.models.plain_student import PlainStudent
 from d2llm.models.teachers.identity import TeacherIdentity
-from d2llm.models.teachers.judge import Judgements, TextPair
+from d2llm.models.teachers.pair_teacher import TeacherScores, TextPair
 from d2llm.recipe import MiningConfig, StudentConfig, TeacherConfig
 from d2llm.store.bm25 import WordIndex
 from d2llm.training.label import label
@@ -94,10 +94,10 @@ class FakeTeacher:
     def prompt_fingerprint(self, task: Task) -> str:
         return task
 
-    def judge(self, pairs: Sequence[TextPair], task: Task, **_: Any) -> Judgements:
+    def score_pairs(self, pairs: Sequence[TextPair], task: Task, **_: Any) -> TeacherScores:
         del task
         odds = np.array([len(passage) - len(query) for query, passage in pairs], np.float32)
-        return Judgements(odds, np.resize(odds, (len(pairs), DIM)) + 1, 0, 0)
+        return TeacherScores(odds, np.resize(odds, (len(pairs), DIM)) + 1, 0, 0)
 
 
 def main() -> None:
@@ -171,8 +171,8 @@ def label_plan(dataset: Dataset, size: int) -> None:
     identity = TeacherIdentity(FakeTeacher.fingerprint, {task: task for task in TASKS})
     with (
         TemporaryDirectory() as folder,
-        patch("d2llm.training.label.load_judge", lambda *_, **__: FakeTeacher()),
-        patch("d2llm.training.label.identify_judge", lambda _: identity),
+        patch("d2llm.training.label.load_teacher", lambda *_, **__: FakeTeacher()),
+        patch("d2llm.training.label.identify_teacher", lambda _: identity),
     ):
         label([source], Path(folder) / "labels", teacher=TeacherConfig())
 

@@ -94,7 +94,7 @@ def main() -> None:
         overview,
         "### What each part of the score is worth",
         "\n".join(parts_table(retrieval)),
-        "### Against the teacher, on the queries or pairs that it judged",
+        "### Against the teacher, on the queries or pairs that it scored",
         TEACHER_NOTE,
         teacher_table(read_results(WITH_TEACHER)).to_markdown(),
         "Measured before the score counted words and tokens, beside the teacher that the student learnt from:",
@@ -106,8 +106,8 @@ def main() -> None:
             parts += [f"## {title}", tables]
             if worth := parts_table(of_kind(others, "retrieval")):
                 parts += ["What each part of the score is worth:", "\n".join(worth)]
-            if (judged := teacher_table(others)).rows:
-                parts += [OTHER_TEACHERS[name], judged.to_markdown()]
+            if (scored := teacher_table(others)).rows:
+                parts += [OTHER_TEACHERS[name], scored.to_markdown()]
             if (STUDENTS / name).is_dir():
                 put(STUDENTS / name / "README.md", tables)
     parts += [
@@ -304,10 +304,10 @@ def parts_table(retrieval: list[dict[str, Any]]) -> list[str]:
 
 
 def teacher_table(files: list[dict[str, Any]]) -> Table:
-    """The teacher beside the others on the queries or pairs that it judged, with the agreement."""
+    """The teacher beside the others on the queries or pairs that it scored, with the agreement."""
     values = [Column(name, ".3f") for name in ("teacher", "tuned", "D2LLM")]
     agreements = [Column(name, ".2f") for name in ("label loyalty", "Pearson", "Kendall", "top-10")]
-    table = Table("set", "measure", Column("judged", ","), *values, Column("kept"), *agreements)
+    table = Table("set", "measure", Column("scored", ","), *values, Column("kept"), *agreements)
     for file in files:
         report = file["result"]
         rows = {row["kind"]: row for row in report["sample_rows"] or report["rows"]}

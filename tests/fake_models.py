@@ -12,7 +12,7 @@ import numpy as np
 from d2llm.core.types import PART_KINDS
 from d2llm.models.plain_student import PlainStudent
 from d2llm.models.score_features import FeatureWeights
-from d2llm.models.teachers.judge import Judgements
+from d2llm.models.teachers.pair_teacher import TeacherScores
 from d2llm.models.token_vectors import TokenVectors
 from d2llm.recipe import InteractionConfig, StudentConfig
 
@@ -132,7 +132,7 @@ class FakeScorer:
 
 
 class FakeTeacher:
-    """Log-odds = number of shared words. Records the judged pairs; with ``fail_after`` it raises beyond that many."""
+    """Log-odds = number of shared words. Records the scored pairs; with ``fail_after`` it raises beyond that many."""
 
     def __init__(self, *, fingerprint: str = "fake-teacher", fail_after: int | None = None):
         self.fingerprint = fingerprint
@@ -142,7 +142,7 @@ class FakeTeacher:
     def prompt_fingerprint(self, task):
         return f"fake-prompt-{task}"
 
-    def judge(self, pairs, task, *, with_features=False, advance=None):
+    def score_pairs(self, pairs, task, *, with_features=False, advance=None):
         assert not with_features
         if self.fail_after is not None and len(self.pairs) + len(pairs) > self.fail_after:
             raise Interruption
@@ -151,7 +151,7 @@ class FakeTeacher:
         if advance is not None:
             advance(len(pairs))
         num_truncated = sum(len(b) > 1000 for _, b in pairs)
-        return Judgements(np.array(shared, np.float32), None, num_truncated, num_tokens=0)
+        return TeacherScores(np.array(shared, np.float32), None, num_truncated, num_tokens=0)
 
 
 TOKEN_WEIGHTS = {"bm25": 0.25, "maxsim": 5.0}

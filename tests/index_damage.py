@@ -58,10 +58,10 @@ class Case(NamedTuple):
     repair: bool = False
 
 
-class Judge:
-    """The judge whose student error is stored in the index."""
+class StoredTeacher:
+    """The teacher whose student error is stored in the index."""
 
-    fingerprint = "judge"
+    fingerprint = "teacher"
 
     def prompt_fingerprint(self, task: str) -> str:
         return task
@@ -113,7 +113,7 @@ def make_index(folder: Path, vector_copies: VectorCopies = 2) -> None:
     )
     with store.writing():
         write_ann(AnnIndex(base, index, record))
-    write_error(folder, Judge(), "asymmetric", StudentError(1.5, 0.25, 0.125, 0.5, 400))  # pyright: ignore[reportArgumentType]
+    write_error(folder, StoredTeacher(), "asymmetric", StudentError(1.5, 0.25, 0.125, 0.5, 400))  # pyright: ignore[reportArgumentType]
 
 
 def make_bases(folder: Path) -> dict[str, Path]:
@@ -253,7 +253,7 @@ def answers(folder: Path) -> dict[str, Any]:
     results["parts"] = sorted(view.store.table(view.version).parts(["d2", "p7"]))
     results["neighbours"] = [passage.id for passage in view.neighbours(view.get(["p6", "p30"]), 1)]
     with suppress(D2LLMError):  # missing or refused: it has to be measured again
-        error = read_error(folder, Judge(), "asymmetric")  # pyright: ignore[reportArgumentType]
+        error = read_error(folder, StoredTeacher(), "asymmetric")  # pyright: ignore[reportArgumentType]
         assert error == StudentError(1.5, 0.25, 0.125, 0.5, 400), "another error of the student"
     return json.loads(json.dumps(results, default=str))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from d2llm import Index, Passage
 from d2llm.core.types import Task
-from d2llm.models.teachers.judge import Judge, Judgements, TextPair, load_judge
+from d2llm.models.teachers.pair_teacher import PairTeacher, TeacherScores, TextPair, load_teacher
 from d2llm.ops.rereading import StudentError
 from d2llm.recipe import TeacherConfig
 from d2llm.retrieval.calibrate import write_error
@@ -99,8 +99,8 @@ def until(page: Any, expression: str, seconds: float = 20.0) -> None:
 class WatchedTeacher:
     """A teacher that a test can block, slow down or make fail; ``queries`` are those of its calls, in their order."""
 
-    def __init__(self, judge: Judge) -> None:
-        self._judge = judge
+    def __init__(self, teacher: PairTeacher) -> None:
+        self._teacher = teacher
         self.may_answer = threading.Event()
         self.reset()
 
@@ -113,23 +113,23 @@ class WatchedTeacher:
 
     @property
     def fingerprint(self) -> str:
-        return self._judge.fingerprint
+        return self._teacher.fingerprint
 
     def prompt_fingerprint(self, task: Task) -> str:
-        return self._judge.prompt_fingerprint(task)
+        return self._teacher.prompt_fingerprint(task)
 
-    def judge(self, pairs: Sequence[TextPair], task: Task, **options: Any) -> Judgements:
+    def score_pairs(self, pairs: Sequence[TextPair], task: Task, **options: Any) -> TeacherScores:
         self.queries.append(pairs[0][0])
         assert self.may_answer.wait(30), "a test did not let the teacher answer"
         time.sleep(self.seconds)
         if self.error is not None:
             raise self.error
-        return self._judge.judge(pairs, task, **options)
+        return self._teacher.score_pairs(pairs, task, **options)
 
 
 def write_taught_index(folder: Path) -> dict[str, Any]:
     """Server settings for a tiny index with a tiny language model as teacher and a stored student error."""
     index, teacher = write_tiny_index(folder), str(write_tiny_model(folder / "teacher", "llama"))
-    judge = load_judge(TeacherConfig(prompt="short").named(teacher), dtype="float32")
-    write_error(index, judge, "asymmetric", StudentError(0.1, 0.0, 0.5))  # uncertain about some passages, not about all
+    model = load_teacher(TeacherConfig(prompt="short").named(teacher), dtype="float32")
+    write_error(index, model, "asymmetric", StudentError(0.1, 0.0, 0.5))  # uncertain about some passages, not about all
     return {"index": index, "teacher": teacher, "prompt": "short", "teacher_ms": 60_000}

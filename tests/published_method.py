@@ -29,7 +29,7 @@ class Example:
     hard: Sequence[str]
     easy: Sequence[str]
     log_odds: Mapping[str, float]
-    """Of the passages that the teacher judged."""
+    """Of the passages that the teacher scored."""
     features: Mapping[str, Sequence[float]]
     """y^T of the positives and hard negatives."""
 

@@ -11,13 +11,13 @@ from d2llm.models.listwise_reader import ListwiseReader
 
 
 def cascade(
-    judge: Any, error: Any = None, num_passages: int | None = None, max_ms: float | None = None, **settings: Any
+    teacher: Any, error: Any = None, num_passages: int | None = None, max_ms: float | None = None, **settings: Any
 ) -> OpenCascade:
-    return Cascade(num_passages=num_passages, max_ms=max_ms, **settings).with_teacher(judge, error)
+    return Cascade(num_passages=num_passages, max_ms=max_ms, **settings).with_teacher(teacher, error)
 
 
-def teacher_reading(judge: Any, num_passages: int = 20, **settings: Any) -> OpenTeacherReading:
-    return TeacherReading(num_passages=num_passages, **settings).with_teacher(judge)
+def teacher_reading(teacher: Any, num_passages: int = 20, **settings: Any) -> OpenTeacherReading:
+    return TeacherReading(num_passages=num_passages, **settings).with_teacher(teacher)
 
 
 def listwise(reader: ListwiseReader, num_passages: int = 20) -> OpenListwise:

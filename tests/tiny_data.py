@@ -14,7 +14,7 @@ from d2llm.data.beir import Dataset
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.plan import PlanEntry, TrainingPlan
 from d2llm.data.training import TrainingSource
-from d2llm.models.teachers.judge import identify_judge
+from d2llm.models.teachers.pair_teacher import identify_teacher
 from d2llm.recipe import Recipe, StudentConfig, TeacherConfig, TrainingConfig
 from d2llm.recipe.losses import Objective
 from tiny_models import TEXTS
@@ -98,7 +98,7 @@ def write_rule_labels(
     With ``reverse`` positives and hard negatives are swapped. The cosines are 1 within the positives and within the
     hard negatives, and 0 between them.
     """
-    identity = identify_judge(teacher)
+    identity = identify_teacher(teacher)
     for source in sources:
         labels = LabelStore(
             store, teacher=identity.fingerprint, prompt=identity.prompts[source.task], dataset=source.dataset.name

@@ -15,7 +15,7 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.training import TrainingSource
 from d2llm.models.interaction import PairScores
 from d2llm.models.student import Student
-from d2llm.models.teachers.judge import identify_judge
+from d2llm.models.teachers.pair_teacher import identify_teacher
 from d2llm.recipe import Recipe, StudentConfig, TeacherConfig
 from d2llm.recipe.losses import Objective
 from d2llm.training import trainer
@@ -65,7 +65,7 @@ class Place:
 
     def store(self, folder: Path) -> LabelStore:
         """The labels of the teacher in a folder."""
-        identity, source = identify_judge(self.teacher), self.source
+        identity, source = identify_teacher(self.teacher), self.source
         return LabelStore(
             folder, teacher=identity.fingerprint, prompt=identity.prompts[source.task], dataset=source.dataset.name
         )

@@ -9,7 +9,7 @@ import pytest
 from recorded_judge import RECORDED, mean_grades, read_graded_lists, recorded_teacher, sets_with_dev
 
 from d2llm.data.beir import read_beir
-from d2llm.models.teachers.judge import load_judge
+from d2llm.models.teachers.pair_teacher import load_teacher
 
 PAIRS = {"atec": 1500, "lcqmc": 1500, "ocnli": 1500, "pawsx-zh": 1473, "stsb-zh": 1500}
 LISTS = sorted({path.stem for path in RECORDED.glob("*.jsonl")} - {*PAIRS})
@@ -51,9 +51,9 @@ def test_a_graded_teacher_repeats_what_was_recorded(shared_data: Path, name: str
     )
     pairs = [(each.query_id, passage_id) for each in lists for passage_id in each.passages]
     unknown = ("what do cows drink", "Cows drink water.")
-    judge = load_judge(recorded_teacher(shared_data / name))
+    teacher = load_teacher(recorded_teacher(shared_data / name))
     texts = [(dataset.queries[query].text, dataset.passages[passage].full_text) for query, passage in pairs]
-    result = judge.judge([*texts, unknown], lists[0].task)
+    result = teacher.score_pairs([*texts, unknown], lists[0].task)
     assert result.num_undecided == 1
     assert result.grades is not None
     assert np.isnan(result.grades[-1])
@@ -66,8 +66,8 @@ def test_passages_outside_the_lists_get_the_given_grade_and_unknown_queries_none
     outside = next(passage_id for passage_id in dataset.passages if passage_id not in one.passages)
     query = dataset.queries[one.query_id].text
     pairs = [(query, dataset.passages[passage_id].full_text) for passage_id in (*one.passages, outside)]
-    judge = load_judge(recorded_teacher(shared_data / "covidqa", unlisted=3))
-    result = judge.judge([*pairs, ("what do cows drink", "Grass.")], one.task)
+    teacher = load_teacher(recorded_teacher(shared_data / "covidqa", unlisted=3))
+    result = teacher.score_pairs([*pairs, ("what do cows drink", "Grass.")], one.task)
     assert result.grades is not None
     np.testing.assert_allclose(result.grades[:-1], [*one.grades, 3], rtol=1e-5)
     assert np.isnan(result.grades[-1])

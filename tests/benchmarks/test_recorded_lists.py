@@ -12,7 +12,7 @@ from d2llm import Run
 from d2llm.data.beir import read_beir
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry, read_plan, write_plan
-from d2llm.models.teachers.judge import identify_judge
+from d2llm.models.teachers.pair_teacher import identify_teacher
 
 RECIPE = """
 name = "beside"
@@ -76,7 +76,7 @@ def test_mined_queries_without_a_list_stay_beside_the_lists(run: Run) -> None:
     changed = [entry for entry in covidqa if entry != before[entry.query_id]]
     assert len(changed) == 50
     assert all({*entry.positives, *entry.hard_negatives} == {*lists[entry.query_id].passages} for entry in changed)
-    identity = identify_judge(run.recipe.teacher)
+    identity = identify_teacher(run.recipe.teacher)
     store = LabelStore(
         run.parts.labels, teacher=identity.fingerprint, prompt=identity.prompts["asymmetric"], dataset="covidqa"
     )

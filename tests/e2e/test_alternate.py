@@ -14,7 +14,7 @@ import pytest
 from d2llm.core.errors import InputError, RecipeError
 from d2llm.data.training import TrainingSource, labelled_pairs
 from d2llm.models.student import Student
-from d2llm.models.teachers.judge import load_judge
+from d2llm.models.teachers.pair_teacher import load_teacher
 from d2llm.recipe import LoraConfig, Pretraining, Recipe, TeacherTuningConfig
 from d2llm.recipe.losses import Objective
 from d2llm.training import alternate as verb
@@ -86,7 +86,7 @@ def test_a_teacher_learns_the_scores_of_a_student(
     texts = [(pair.query, pair.passage) for pair in pairs]
     tuned = recipe.teacher.model_copy(update={"model": str(tmp_path / "teacher")})
     before, after = (
-        np.corrcoef(load_judge(each, **CPU).judge(texts, "asymmetric").log_odds, targets)[0, 1]
+        np.corrcoef(load_teacher(each, **CPU).score_pairs(texts, "asymmetric").log_odds, targets)[0, 1]
         for each in (recipe.teacher, tuned)
     )
     assert after > max(0.5, before + 0.2)

@@ -75,7 +75,7 @@ def test_a_student_trains_saves_and_reloads(architecture, tmp_path):
 def test_a_teacher_trains_saves_and_reloads(architecture, tmp_path):
     folder = write_tiny_model(tmp_path / "model", architecture, **without_dropout(architecture))
     teacher = CausalTeacher.load(tiny_teacher_config(folder), device="cpu", dtype="float32")
-    untrained = teacher.judge(PAIRS, "asymmetric", with_features=True)
+    untrained = teacher.score_pairs(PAIRS, "asymmetric", with_features=True)
     assert np.isfinite(untrained.log_odds).all()
     assert untrained.features.shape == (8, DIM)
 
@@ -90,12 +90,12 @@ def test_a_teacher_trains_saves_and_reloads(architecture, tmp_path):
     before, after = train(teacher, loss, steps=5, rate=5e-3)
     assert after < before
 
-    expected = teacher.judge(PAIRS, "asymmetric").log_odds
+    expected = teacher.score_pairs(PAIRS, "asymmetric").log_odds
     (tmp_path / "teacher").mkdir()
     fingerprint = teacher.save(tmp_path / "teacher", {})
     loaded = CausalTeacher.load(TeacherConfig(model=str(tmp_path / "teacher")), device="cpu", dtype="float32")
     assert loaded.fingerprint == fingerprint
-    np.testing.assert_allclose(loaded.judge(PAIRS, "asymmetric").log_odds, expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(loaded.score_pairs(PAIRS, "asymmetric").log_odds, expected, rtol=0, atol=1e-4)
 
 
 def without_dropout(architecture: str) -> dict[str, float]:

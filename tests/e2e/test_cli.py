@@ -238,7 +238,7 @@ class TestSearch:
         result, report = succeed_with_report(*arguments, "--prompt", "short", "--dtype", "float32", folder=place)
         assert "what is [bold]this[/bold]?" in result.stdout  # Rich markup in a text is printed verbatim
         assert "a [link] in it" in result.stdout
-        judged = report["result"]["judgements"]
+        judged = report["result"]["scores"]
         assert [item["passage"] for item in judged] == ["a [link] in it", "two"]
         assert all(isinstance(item["log_odds"], float) for item in judged)
 

@@ -154,14 +154,16 @@ def test_the_baseline_can_be_chosen(evaluated):
 def test_existing_labels_spare_the_teacher(evaluated, tmp_path, monkeypatch):
     from d2llm.models.teachers.causal import CausalTeacher
 
-    batch_sizes, judge = [], CausalTeacher.judge
+    batch_sizes, score_pairs = [], CausalTeacher.score_pairs
     monkeypatch.setattr(
-        CausalTeacher, "judge", lambda self, pairs, task: (batch_sizes.append(len(pairs)), judge(self, pairs, task))[1]
+        CausalTeacher,
+        "score_pairs",
+        lambda self, pairs, task: (batch_sizes.append(len(pairs)), score_pairs(self, pairs, task))[1],
     )
-    (store,) = (evaluated.folder / "work" / "judgements").iterdir()
+    (store,) = (evaluated.folder / "work" / "labels").iterdir()
     succeed(*evaluated.arguments, "--work", tmp_path / "work", "--labels", store)
     assert batch_sizes == [3, 3, 3]  # only to measure its time: two queries, the first of them twice
-    assert not (tmp_path / "work" / "judgements").exists()
+    assert not (tmp_path / "work" / "labels").exists()
 
 
 def test_indexes_that_exist_are_searched(evaluated, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
 from d2llm.models.student import Student
-from d2llm.models.teachers.judge import identify_judge
+from d2llm.models.teachers.pair_teacher import identify_teacher
 from d2llm.recipe import TeacherConfig
 from e2e.command_line import d2llm, succeed, succeed_with_report, write_lines, write_recipe
 
@@ -90,7 +90,7 @@ class TestFinishedRun:
 
     def test_tuned_teacher_ranks_no_negative_above_the_positives(self, finished_run):
         run = finished_run[0] / "run"
-        identity = identify_judge(TeacherConfig(model=str(run / "teacher")))
+        identity = identify_teacher(TeacherConfig(model=str(run / "teacher")))
         key = {"teacher": identity.fingerprint, "prompt": identity.prompts["asymmetric"], "dataset": "everyday"}
         labels = LabelStore(run / "labels", **key)
         for entry in filtered_plan(run).entries:

@@ -21,10 +21,10 @@ from live_server import patient, serve, wait_until_ready
 from recipe.test_writers import THEIRS as WRITER
 from tiny_server import tiny_settings, write_tiny_index
 
-JUDGE = """
+TEACHER = """
 import numpy as np
 
-from d2llm.models.teachers.judge import Judgements
+from d2llm.models.teachers.pair_teacher import TeacherScores
 from d2llm.recipe import TeacherConfig
 
 
@@ -35,11 +35,11 @@ class Overlap:
     def prompt_fingerprint(self, task):
         return f"words-{task}"
 
-    def judge(self, pairs, task, *, with_features=False, advance=None):
+    def score_pairs(self, pairs, task, *, with_features=False, advance=None):
         shares = [len({*q.split()} & {*p.split()}) / len({*q.split()}) for q, p in pairs]
         if advance is not None:
             advance(len(pairs))
-        return Judgements(self.slope * (np.array(shares, np.float32) - 0.5), None, num_truncated=0, num_tokens=0)
+        return TeacherScores(self.slope * (np.array(shares, np.float32) - 0.5), None, num_truncated=0, num_tokens=0)
 
 
 class Theirs(TeacherConfig, kind="overlap"):
@@ -166,18 +166,18 @@ def test_an_answer_that_does_not_score_every_candidate_is_refused(tmp_path: Path
 
 
 @pytest.fixture
-def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(tmp_path / "site", JUDGE, TeacherConfig.kinds, {"overlap": "Theirs"}, monkeypatch)
+def overlap_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path / "site", TEACHER, TeacherConfig.kinds, {"overlap": "Theirs"}, monkeypatch)
 
 
-@pytest.mark.usefixtures("judge")
+@pytest.mark.usefixtures("overlap_teacher")
 def test_a_judge_of_another_package_judges_and_labels_and_is_tested(place: Path, tmp_path: Path) -> None:
     pair = ("judge", "green tea", "green leaves", "--teacher", "overlap:any")
     _, report = succeed_with_report(*pair, folder=tmp_path)
-    assert report["result"]["judgements"][0]["log_odds"] == pytest.approx(0.0)
+    assert report["result"]["scores"][0]["log_odds"] == pytest.approx(0.0)
     (tmp_path / "overlap.toml").write_text('[teacher]\nkind = "overlap"\nslope = 8\n')
     _, report = succeed_with_report("judge", "tea", "tea", "--teacher", tmp_path / "overlap.toml", folder=tmp_path)
-    assert report["result"]["judgements"][0]["log_odds"] == pytest.approx(4.0)
+    assert report["result"]["scores"][0]["log_odds"] == pytest.approx(4.0)
 
     text = (place / "tiny.toml").read_text()
     before, rest = text.split("[teacher]\n")
@@ -193,7 +193,7 @@ def test_a_judge_of_another_package_judges_and_labels_and_is_tested(place: Path,
     assert report["result"]["sets"][0]["name"] == "everyday"
     for teacher, is_another in (("overlap:other", False), (tmp_path / "overlap.toml", True)):  # slope is 2, then 8
         _, report = succeed_with_report("gate", *arguments, "--teacher", teacher, folder=tmp_path)
-        assert (report["result"]["num_judged"] > 0) == is_another
+        assert (report["result"]["num_scored"] > 0) == is_another
     succeed("label", *arguments)
     key = {"teacher": "overlap-2.0", "prompt": "words-asymmetric"}
     store = LabelStore.open_for_reading(tmp_path / "run" / "labels", dataset="everyday", **key)
@@ -203,7 +203,7 @@ def test_a_judge_of_another_package_judges_and_labels_and_is_tested(place: Path,
         assert [log_odds[name] for name in entry.positives] == pytest.approx([1.0] * len(entry.positives))
 
 
-@pytest.mark.usefixtures("judge")
+@pytest.mark.usefixtures("overlap_teacher")
 def test_a_wrong_kind_or_setting_names_the_nearest(tmp_path: Path) -> None:
     recipe = tmp_path / "wrong.toml"
     for text, parts in (

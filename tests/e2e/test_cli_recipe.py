@@ -66,7 +66,7 @@ def test_the_schema_refuses_what_a_run_would_refuse(schema: Draft7Validator, tex
 def test_the_schema_explains_every_setting(schema: Draft7Validator) -> None:
     definitions = schema.schema["$defs"]
     unknown = definitions["TrainingConfig"]["properties"]["in_batch_labels"]["description"]
-    assert unknown.startswith("Have the teacher judge every query of a batch")
+    assert unknown.startswith("Have the teacher score every query of a batch")
     assert {*definitions["Objective"]["properties"]} >= {*LOSSES.shipped}
     assert all(each["description"] for each in definitions["Objective"]["properties"].values())
 

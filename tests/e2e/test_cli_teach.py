@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from d2llm.models.teachers.judge import identify_judge
+from d2llm.models.teachers.pair_teacher import identify_teacher
 from d2llm.recipe import TeacherConfig
 from d2llm.training.gate import read_gate
 from e2e.command_line import fail, succeed, succeed_with_report, write_lines
@@ -37,10 +37,10 @@ def test_the_gate_is_evaluated_on_dev_and_saved(run):
         assert text in result.stdout
     assert "gate: closed for everyday" in result.stderr
     assert "its labels are used anyway" in result.stderr
-    teacher = identify_judge(TeacherConfig(model=str(folder / "run" / "teacher")))
+    teacher = identify_teacher(TeacherConfig(model=str(folder / "run" / "teacher")))
     assert read_gate(folder / "run", teacher.fingerprint) == {"everyday": False}
     _, repeated = succeed_with_report("gate", *arguments, folder=folder)
-    assert repeated["result"]["num_judged"] == 0
+    assert repeated["result"]["num_scored"] == 0
     assert repeated["result"]["sets"] == gate_report["sets"]
 
 

@@ -14,7 +14,7 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
 from d2llm.fitting import recipes
 from d2llm.models.student import Student
-from d2llm.models.teachers.judge import identify_judge, recorded_teacher
+from d2llm.models.teachers.pair_teacher import identify_teacher, recorded_teacher
 from d2llm.recipe import TeacherConfig
 from d2llm.recipe.recipe_file import named_teacher
 from e2e.command_line import fail, succeed_with_report, write_lines
@@ -55,7 +55,7 @@ def run_fit(folder: Path, student: Path, writer: LocalEndpoint, *teacher: object
 
 def judged_labels(folder: Path, teacher: TeacherConfig) -> dict[str, dict[str, float]]:
     """The log-odds that the fit's student learnt from, by the texts of query and passage."""
-    identity = identify_judge(teacher)
+    identity = identify_teacher(teacher)
     (run,) = (folder / "docs.search" / "work").glob("run-*-judged")
     assert json.loads((run / "student" / "manifest.json").read_text())["teacher"] == identity.fingerprint
     key = {"teacher": identity.fingerprint, "prompt": identity.prompts["asymmetric"], "dataset": "written"}

@@ -12,9 +12,9 @@ from d2llm.core.errors import InputError, RecipeError
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource
-from d2llm.evaluation import judging
+from d2llm.evaluation import pool_scores
 from d2llm.models.student import Student
-from d2llm.models.teachers.judge import identify_judge, load_judge
+from d2llm.models.teachers.pair_teacher import identify_teacher, load_teacher
 from d2llm.recipe import GateConfig, LabellingConfig, TeacherConfig
 from d2llm.recipe.recipe_file import named_teacher, parse_recipe
 from d2llm.training.ensemble_teachers import ensemble_teachers
@@ -52,7 +52,7 @@ def source() -> TrainingSource:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "_PAIRS_AT_ONCE", 1)  # a query at a time
+    monkeypatch.setattr(pool_scores, "_PAIRS_AT_ONCE", 1)  # a query at a time
 
 
 def labelled(source: TrainingSource, store: Path, endpoint: LocalEndpoint, **limits: float) -> LabelReport:
@@ -63,7 +63,7 @@ def labelled(source: TrainingSource, store: Path, endpoint: LocalEndpoint, **lim
 def test_labels_have_grades_and_cost(source: TrainingSource, tmp_path: Path) -> None:
     with local_endpoint(grader) as endpoint:
         report = labelled(source, tmp_path, endpoint)
-        identity = identify_judge(config(endpoint.url))
+        identity = identify_teacher(config(endpoint.url))
         again = labelled(source, tmp_path, endpoint)
     num_pairs = sum(len(entry.passage_ids) for entry in source.plan.entries)
     assert (report.pairs, report.ended_by, report.unfinished_pairs) == (num_pairs, None, 0)
@@ -119,8 +119,8 @@ def test_the_gate_opens_for_it_and_an_ensemble_of_it_alone_calibrates_its_grades
         alone, _ = ensemble.tasks["asymmetric"].rows
         assert alone.before is not None
         assert alone.after.log_loss < alone.before.log_loss
-        calibrated = load_judge(TeacherConfig(model=str(tmp_path / "ensemble")))
-        judged = calibrated.judge([("a?", "a 2"), ("a?", "b 1")], "asymmetric")
+        calibrated = load_teacher(TeacherConfig(model=str(tmp_path / "ensemble")))
+        judged = calibrated.score_pairs([("a?", "a 2"), ("a?", "b 1")], "asymmetric")
     good, bad = judged.log_odds
     assert good > 0 > bad
     assert (judged.num_tokens, judged.num_written_tokens) == (20, 2)
@@ -135,7 +135,7 @@ def test_a_file_names_it_on_the_command_line(tmp_path: Path) -> None:
         section = tmp_path / "section.toml"
         section.write_text(f'[teacher]\nkind = "graded"\nmodel = "grader"\n[teacher.remote]\nurl = "{endpoint.url}"\n')
         assert named_teacher(str(section)) == named_teacher(str(file))
-    judged = report["result"]["judgements"]
+    judged = report["result"]["scores"]
     assert [item["log_odds"] for item in judged] == pytest.approx([(62 - 70) / 12, (9 - 70) / 12], abs=1e-3)
     file.write_text('kind = "graded"\nmodl = "grader"\n')
     fail("judge", "q", "p", "--teacher", file, containing=["large.toml: unknown key 'teacher.modl'", "model"])
@@ -151,4 +151,4 @@ def test_a_recipe_says_what_does_not_go_with_it() -> None:
     with pytest.raises(RecipeError, match=r"max_cost needs prices"):
         parse_recipe({"teacher": teacher, "labelling": {"max_cost": 1}})
     with pytest.raises(InputError, match="has no address"):
-        load_judge(TeacherConfig(kind="graded", model="grader"))
+        load_teacher(TeacherConfig(kind="graded", model="grader"))

@@ -1,4 +1,4 @@
-"""``training.in_batch_labels``: the teacher judges all pairs of a batch before it is used."""
+"""``training.in_batch_labels``: the teacher scores all pairs of a batch before it is used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from d2llm.core.errors import InputError
 from d2llm.data.collation import DistillationBatch, LabelledSource
 from d2llm.models.teachers.ensemble import EnsembleMember, write_ensemble
-from d2llm.models.teachers.judge import identify_judge, load_judge
+from d2llm.models.teachers.pair_teacher import identify_teacher, load_teacher
 from d2llm.ops.ensemble import Ensemble
 from d2llm.recipe import LabellingConfig, TeacherConfig
 from d2llm.recipe.losses import Objective
@@ -57,14 +57,14 @@ def test_every_pair_of_a_batch_has_the_teachers_own_label(place, tmp_path, monke
     assert sum(map(unlabelled, batches)) == 0
     before, after = place.store(place.labels), place.store(tmp_path / "with" / "labels")
     assert after.num_pairs > before.num_pairs
-    judge, source = load_judge(place.teacher, device="cpu", dtype="float32"), place.source
+    teacher, source = load_teacher(place.teacher, device="cpu", dtype="float32"), place.source
     for entry in source.plan.entries:
         old, odds = before.log_odds(entry.query_id), after.log_odds(entry.query_id)
         assert old.items() <= odds.items()  # earlier labels are unchanged, and so are the cosines
         assert after.gram(entry.query_id)[0] == before.gram(entry.query_id)[0]
         new = [passage_id for passage_id in odds if passage_id not in old]
         texts = [(source.query_text(entry.query_id), source.passage_text(passage_id)) for passage_id in new]
-        expected = judge.judge(texts, source.task).log_odds.tolist()
+        expected = teacher.score_pairs(texts, source.task).log_odds.tolist()
         assert [odds[passage_id] for passage_id in new] == pytest.approx(expected, rel=1e-4, abs=1e-4)
     for batch in batches:
         for row, query_id in enumerate(batch.query_ids):
@@ -91,7 +91,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(place, tmp_path, 
             run(place, tmp_path / "stopped", monkeypatch)
     labels = place.store(tmp_path / "stopped" / "labels").num_pairs
     with monkeypatch.context() as patch:
-        patch.setattr("d2llm.training.label.load_judge", refuse)  # all pairs of both epochs have labels by now
+        patch.setattr("d2llm.training.label.load_teacher", refuse)  # all pairs of both epochs have labels by now
         run(place, tmp_path / "stopped", monkeypatch)
     assert place.store(tmp_path / "stopped" / "labels").num_pairs == labels
     for name in ("head.safetensors", "adapter_model.safetensors"):
@@ -104,7 +104,7 @@ def refuse(*_: Any, **__: Any) -> None:
 
 
 def test_the_teacher_is_not_asked_behind_a_closed_gate(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("d2llm.training.label.load_judge", refuse)
+    monkeypatch.setattr("d2llm.training.label.load_teacher", refuse)
     batches = run(place, tmp_path, monkeypatch, closed_gates=[place.source.dataset.name])
     assert not any(batch.labelled.any() for batch in batches)
 
@@ -117,8 +117,8 @@ def test_labels_for_mined_negatives_and_the_batch_come_together(place, tmp_path,
 def test_a_limit_ends_the_run_and_the_next_goes_on(place, tmp_path, monkeypatch):
     recipe = tiny_recipe(tiny_student_config(place.model), **LEARNING | {"in_batch_labels": True})
     limited = recipe.model_copy(update={"labelling": LabellingConfig(max_tokens=1)})
-    monkeypatch.setattr("d2llm.evaluation.judging._PAIRS_AT_ONCE", 8)  # looks at the limit after so many
-    with pytest.raises(InputError, match=r"pairs that the teacher is to judge .*labelling\.max_tokens = 1 was reached"):
+    monkeypatch.setattr("d2llm.evaluation.pool_scores._PAIRS_AT_ONCE", 8)  # looks at the limit after so many
+    with pytest.raises(InputError, match=r"pairs that the teacher is to score .*labelling\.max_tokens = 1 was reached"):
         run(place, tmp_path, monkeypatch, recipe=limited)
     begun = place.store(tmp_path / "labels").num_pairs
     assert begun > place.store(place.labels).num_pairs
@@ -133,7 +133,7 @@ def test_a_listwise_teacher_cannot_add_to_its_lists(place, tmp_path, setting, is
     remote = {"url": "http://127.0.0.1:9/v1", "revision": "1"}
     teacher = TeacherConfig.model_validate({"model": "any", "kind": "listwise", "remote": remote})
     if is_ensemble:
-        members = [EnsembleMember(each, identify_judge(each).fingerprint) for each in (teacher, place.teacher)]
+        members = [EnsembleMember(each, identify_teacher(each).fingerprint) for each in (teacher, place.teacher)]
         combined = Ensemble((0.0, 0.0), (1.0, 1.0), (1.0, 1.0), 0.0)
         write_ensemble(tmp_path / "ensemble", members, {place.source.task: combined}, {})
         teacher = TeacherConfig(model=str(tmp_path / "ensemble"))
@@ -162,7 +162,7 @@ def test_what_was_not_recorded_needs_a_grade(place, tmp_path, setting, is_ensemb
         teacher = TeacherConfig.model_validate(values)
         if not is_ensemble:
             return teacher
-        members = [EnsembleMember(each, identify_judge(each).fingerprint) for each in (teacher, place.teacher)]
+        members = [EnsembleMember(each, identify_teacher(each).fingerprint) for each in (teacher, place.teacher)]
         combined = Ensemble((0.0, 0.0), (1.0, 1.0), (1.0, 1.0), 0.0)
         write_ensemble(folder, members, {source.task: combined}, {})
         return TeacherConfig(model=str(folder))

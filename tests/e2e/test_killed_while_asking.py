@@ -17,7 +17,7 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
 from d2llm.fitting.draft_store import DraftStore
 from d2llm.methods.losses.soft_expansion import read_expansions
-from d2llm.models.teachers.judge import identify_judge
+from d2llm.models.teachers.pair_teacher import identify_teacher
 from d2llm.recipe.recipe_file import load_recipe
 from e2e.command_line import fail, succeed, write_lines
 from list_endpoint import KINDS, counts_words, recipe_with_teacher
@@ -149,7 +149,7 @@ def command(place: Path, tmp_path: Path) -> Callable[..., Command]:
 
 def results(folder: Path) -> object:
     """The plan of a run, and its labels."""
-    identity = identify_judge(load_recipe(str(folder / "recipe.toml")).teacher)
+    identity = identify_teacher(load_recipe(str(folder / "recipe.toml")).teacher)
     key = {"teacher": identity.fingerprint, "prompt": identity.prompts["asymmetric"], "dataset": "everyday"}
     labels, entries = LabelStore(folder / "run" / "labels", **key), read_plan(folder / "run/plans/everyday").entries
     assert labels.num_duplicates == 0
@@ -186,10 +186,10 @@ def test_mine_keeps_the_answers_of_a_query_that_is_not_finished_when_labels_are_
     command: Callable[..., Command], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Labels are written as soon as they can be; the plan is interrupted after a few of the queries of one call."""
-    from d2llm.evaluation import judging
+    from d2llm.evaluation import pool_scores
     from d2llm.training.mining.teacher import TeacherCheck
 
-    monkeypatch.setattr(judging, "_SHARD_SECONDS", 0.0)
+    monkeypatch.setattr(pool_scores, "_SHARD_SECONDS", 0.0)
     kept, keep = [0], TeacherCheck.keep
 
     def keep_and_copy(self: TeacherCheck, *arguments: object) -> None:

@@ -1,4 +1,4 @@
-"""Labelling with a real (tiny) teacher: labels are its judgements, and finished work is never judged again."""
+"""Labelling with a real (tiny) teacher: labels are its scores, and finished work is never scored again."""
 
 from __future__ import annotations
 
@@ -72,16 +72,16 @@ def test_labels_are_the_teachers_log_odds_and_feature_cosines(model: Path, tmp_p
     assert report.teacher == teacher.fingerprint
     for entry in data.plan.entries[::7]:
         pairs = [(data.query_text(entry.query_id), data.passage_text(p)) for p in entry.passage_ids]
-        judged = teacher.judge(pairs, task, with_features=True)
-        assert judged.log_odds.std() > 0.01
+        scores = teacher.score_pairs(pairs, task, with_features=True)
+        assert scores.log_odds.std() > 0.01
         log_odds = labels.log_odds(entry.query_id)
         assert list(log_odds) == list(entry.passage_ids)
-        np.testing.assert_allclose(list(log_odds.values()), judged.log_odds, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(list(log_odds.values()), scores.log_odds, rtol=1e-4, atol=1e-5)
 
         gram = labels.gram(entry.query_id)
         assert gram is not None
         assert gram[0] == entry.positives + entry.hard_negatives
-        features = judged.features[: len(gram[0])].astype(np.float64)
+        features = scores.features[: len(gram[0])].astype(np.float64)
         norms = np.sqrt((features**2).sum(axis=1))
         np.testing.assert_allclose(gram[1], features @ features.T / np.outer(norms, norms), rtol=0, atol=1e-5)
 
@@ -208,21 +208,21 @@ LABEL_FOREVER = """
 import sys, time
 from pathlib import Path
 import d2llm.training.label as verb
-from d2llm.evaluation import judging
+from d2llm.evaluation import pool_scores
 from d2llm.models.teachers.causal import CausalTeacher
 from tiny_data import topics
 from tiny_models import tiny_teacher_config
 
-judging._PAIRS_AT_ONCE, judging._SHARD_SECONDS = 36, 0.0  # of four queries
-judge = CausalTeacher.judge
+pool_scores._PAIRS_AT_ONCE, pool_scores._SHARD_SECONDS = 36, 0.0  # of four queries
+score_pairs = CausalTeacher.score_pairs
 
 def slowly(self, pairs, task, **options):
     time.sleep(0.05)  # so that the kill comes between shards as well as in the middle of one
     with open(sys.argv[3], "a") as file:
         file.write(f"{{len(pairs)}}\\n")
-    return judge(self, pairs, task, **options)
+    return score_pairs(self, pairs, task, **options)
 
-CausalTeacher.judge = slowly
+CausalTeacher.score_pairs = slowly
 teacher = tiny_teacher_config(Path(sys.argv[1]))
 verb.label([topics(num_train={num})], Path(sys.argv[2]), teacher=teacher, device="cpu", dtype="float32")
 """

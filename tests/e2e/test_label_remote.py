@@ -10,7 +10,7 @@ import pytest
 from d2llm.core.errors import ModelError
 from d2llm.data.labels import LabelStore
 from d2llm.data.training import TrainingSource
-from d2llm.evaluation import judging
+from d2llm.evaluation import pool_scores
 from d2llm.models.teachers.prompts import load_prompt
 from d2llm.models.teachers.remote import RemoteTeacher
 from d2llm.training import label as verb
@@ -38,8 +38,8 @@ def source() -> TrainingSource:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "_PAIRS_AT_ONCE", 9 * CHUNK)
-    monkeypatch.setattr(judging, "_SHARD_SECONDS", 0.0)
+    monkeypatch.setattr(pool_scores, "_PAIRS_AT_ONCE", 9 * CHUNK)
+    monkeypatch.setattr(pool_scores, "_SHARD_SECONDS", 0.0)
 
 
 def run(source: TrainingSource, store: Path, endpoint: LocalEndpoint) -> verb.LabelReport:

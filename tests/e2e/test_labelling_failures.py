@@ -19,9 +19,9 @@ import pytest
 from d2llm.data.beir import read_beir
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import TrainingPlan, read_plan
-from d2llm.evaluation import judging
+from d2llm.evaluation import pool_scores
 from d2llm.models.remote import endpoint as remote_endpoint
-from d2llm.models.teachers.judge import identify_judge
+from d2llm.models.teachers.pair_teacher import identify_teacher
 from d2llm.recipe.recipe_file import load_recipe
 from e2e.command_line import d2llm, fail, succeed, succeed_with_report
 from list_endpoint import KINDS, counts_words, grade, judged_lists, recipe_with_teacher, shared_words
@@ -53,7 +53,7 @@ class Labelling:
         return succeed_with_report(*self.command, folder=self.folder)[1]["result"]
 
     def labels(self) -> LabelStore:
-        identity = identify_judge(load_recipe(str(self.folder / "recipe.toml")).teacher)
+        identity = identify_teacher(load_recipe(str(self.folder / "recipe.toml")).teacher)
         key = {"teacher": identity.fingerprint, "prompt": identity.prompts["asymmetric"], "dataset": "everyday"}
         return LabelStore(self.folder / "run" / "labels", **key)
 
@@ -252,7 +252,7 @@ def test_an_endpoint_that_is_slow_from_the_beginning_is_not_said_to_be_away(labe
 def test_a_limit_says_what_is_left_and_the_same_command_goes_on(
     labelling: Labelling, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
-    monkeypatch.setattr(judging, "_PAIRS_AT_ONCE", 1)  # a query at a time
+    monkeypatch.setattr(pool_scores, "_PAIRS_AT_ONCE", 1)  # a query at a time
     prices = "price_per_million_prompt_tokens = 1000\nprice_per_million_written_tokens = 5000"
     with local_endpoint(counts_words) as endpoint:
         labelling.write(endpoint.url, remote=prices, settings=f"[labelling]\n{limit}")

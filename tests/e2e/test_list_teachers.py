@@ -10,7 +10,7 @@ import pytest
 
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
-from d2llm.models.teachers.judge import identify_judge, load_judge
+from d2llm.models.teachers.pair_teacher import identify_teacher, load_teacher
 from d2llm.ops.rereading import StudentError
 from d2llm.recipe.recipe_file import named_teacher
 from d2llm.retrieval.calibrate import write_error
@@ -37,7 +37,7 @@ def test_judge_orders_passages_by_what_the_model_answers(tmp_path: Path, kind: s
     passages = ["no", "the cat and the ship", "the cat"]
     with list_teacher(tmp_path, kind) as (file, endpoint):
         _, report = succeed_with_report("judge", QUERY, *passages, "--teacher", file, folder=tmp_path)
-    log_odds = {each["passage"]: each["log_odds"] for each in report["result"]["judgements"]}
+    log_odds = {each["passage"]: each["log_odds"] for each in report["result"]["scores"]}
     assert sorted(passages, key=lambda text: -log_odds[text]) == sorted(passages, key=lambda t: -shared_words(QUERY, t))
     assert len(endpoint.requests) == 2  # the trial, and one list
 
@@ -50,7 +50,7 @@ def test_a_run_tests_it_labels_with_it_and_learns_from_it(place: Path, tmp_path:
         recipe.write_text(recipe_with_teacher(place / "tiny.toml", teacher))
         arguments = (recipe, "--out", tmp_path / "run", "--dtype", "float32")
         _, report = succeed_with_report("run", *arguments, folder=tmp_path)
-        identity = identify_judge(named_teacher(str(file)))
+        identity = identify_teacher(named_teacher(str(file)))
         steps = report["result"]
         (row,) = steps["gate"]["sets"]
         assert row["teacher"] == 1  # a query is the beginning of its passage
@@ -106,8 +106,8 @@ def test_the_server_reranks_with_it(tiny_index: Path, tmp_path: Path, kind: str)
     texts = {passage.id: passage.full_text for passage in tiny_passages()}
     with list_teacher(tmp_path, kind) as (file, endpoint):
         if kind == "graded":
-            judge = load_judge(named_teacher(str(file)))
-            write_error(tiny_index, judge, "asymmetric", StudentError(1.0, 0.0, 50.0))
+            teacher = load_teacher(named_teacher(str(file)))
+            write_error(tiny_index, teacher, "asymmetric", StudentError(1.0, 0.0, 50.0))
         app = make_app(tiny_settings(tiny_index, teacher=str(file), teacher_ms=60_000))
         with serve(app) as address, httpx2.Client(base_url=address, timeout=PATIENCE) as http:
             wait_until_ready(address)

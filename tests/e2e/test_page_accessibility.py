@@ -36,8 +36,8 @@ def served(tmp_path_factory, report):
     with serve(app) as address:
         wait_until_ready(address)
         index = app.state.serving.indexes["index"]
-        index.slow.judge = WatchedTeacher(index.slow.judge)
-        yield address, index.slow.judge
+        index.slow.teacher = WatchedTeacher(index.slow.teacher)
+        yield address, index.slow.teacher
 
 
 @pytest.fixture

@@ -44,8 +44,8 @@ def serving(settings, **changes):
 def taught(settings):
     """The address of a server, and its teacher."""
     with serving(settings) as (address, index):
-        index.slow.judge = WatchedTeacher(index.slow.judge)
-        yield address, index.slow.judge
+        index.slow.teacher = WatchedTeacher(index.slow.teacher)
+        yield address, index.slow.teacher
 
 
 @pytest.fixture
@@ -311,8 +311,8 @@ def test_a_teacher_without_any_time_says_so(visit, settings):
 
 def test_a_teacher_that_runs_out_of_time_says_so(visit, settings):
     with serving(settings, teacher_ms=300) as (address, index):
-        index.slow.judge = WatchedTeacher(index.slow.judge)
-        index.slow.judge.seconds = 0.4
+        index.slow.teacher = WatchedTeacher(index.slow.teacher)
+        index.slow.teacher.seconds = 0.4
         page = visit(f"{address}/?q=the+cat+by+the+sea&rank=cascade")
         page.wait_for_selector(".card")
         note, scores = page.locator(".note").inner_text(), page.locator(".card .score").all_inner_texts()

@@ -70,7 +70,7 @@ def test_a_run_judges_dev_and_teaches_by_recorded_lists(recorded: tuple[Recorded
     gate = steps["gate"]
     (row,) = gate["sets"]
     assert (row["teacher"], row["is_open"]) == (1, True)  # a query is the beginning of its passage
-    assert gate["num_judged"] > 0
+    assert gate["num_scored"] > 0
     assert (gate["num_undecided"], gate["num_ungraded"], steps["label"]["num_undecided"]) == (0, 0, 0)
     manifest = json.loads((run.folder / "run" / "student" / "manifest.json").read_text())
     assert manifest["teacher"] == steps["label"]["teacher"]

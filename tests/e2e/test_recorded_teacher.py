@@ -13,7 +13,7 @@ from d2llm.core.errors import D2LLMError
 from d2llm.data.beir import read_beir
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
-from d2llm.models.teachers.judge import identify_judge, load_judge
+from d2llm.models.teachers.pair_teacher import identify_teacher, load_teacher
 from d2llm.recipe import TeacherConfig
 from e2e.command_line import fail, succeed, succeed_with_report, write_lines
 from list_endpoint import recipe_with_teacher
@@ -30,7 +30,7 @@ def test_judge_repeats_texts_and_ids(place: Path, tmp_path: Path) -> None:
     lists = tmp_path / "lists.jsonl"
     write_lines(lists, [{"query": "cats?", "passages": ["they  purr", "no"], "grades": [94, 10.0]}])
     _, report = succeed_with_report("judge", "cats?", "no", "they purr", "--recorded", lists, folder=tmp_path)
-    assert [each["log_odds"] for each in report["result"]["judgements"]] == pytest.approx([-5, 2])
+    assert [each["log_odds"] for each in report["result"]["scores"]] == pytest.approx([-5, 2])
     assert "1 of 1 pairs were not recorded" in succeed("judge", "dogs?", "no", "--recorded", lists).stderr
     write_lines(lists, [{"query_id": "q0", "passages": ["s0"], "grades": [grade]} for grade in (80, 84)])
     dataset = read_beir(place / "everyday")
@@ -38,10 +38,10 @@ def test_judge_repeats_texts_and_ids(place: Path, tmp_path: Path) -> None:
     fail("judge", *texts, "--recorded", lists, containing=["lists.jsonl", "--data"])
     arguments = ("judge", *texts, "--recorded", lists, "--data", place / "everyday")
     _, report = succeed_with_report(*arguments, folder=tmp_path)
-    assert report["result"]["judgements"][0]["log_odds"] == pytest.approx(1)  # the mean of two
+    assert report["result"]["scores"][0]["log_odds"] == pytest.approx(1)  # the mean of two
     assert (
         report["result"]["teacher"]
-        == identify_judge(teacher(lists).model_copy(update={"model": "recorded"})).fingerprint
+        == identify_teacher(teacher(lists).model_copy(update={"model": "recorded"})).fingerprint
     )
     fail("judge", "a", "b", "--recorded", lists, "--teacher", "cosine:minilm", containing=["graded:MODEL"])
     fail("judge", "a", "b", "--data", tmp_path, containing=["--recorded"])
@@ -67,14 +67,14 @@ def test_verbs_of_a_recipe_repeat_the_grades_and_count_what_was_not_recorded(pla
     result, report = succeed_with_report("label", *where, "--recorded", lists, folder=tmp_path)
     assert report["result"]["num_undecided"] == len(plan.entries)
     assert f"{len(plan.entries)} of them undecided" in result.stderr
-    live = identify_judge(TeacherConfig.model_validate({"kind": "graded", "model": "large", "remote": REMOTE}))
+    live = identify_teacher(TeacherConfig.model_validate({"kind": "graded", "model": "large", "remote": REMOTE}))
     key = {"teacher": live.fingerprint, "prompt": live.prompts["asymmetric"], "dataset": "everyday"}
     labels = LabelStore(tmp_path / "run" / "labels", **key)
     for entry in plan.entries:
         expected = {name: (grade - 70) / 12 for grade, name in enumerate(entry.passage_ids[:-1])}
         assert labels.log_odds(entry.query_id) == pytest.approx(expected | {entry.passage_ids[-1]: 0}, abs=1e-5)
     result, report = succeed_with_report("gate", *where, "--recorded", tmp_path, folder=tmp_path)
-    assert report["result"]["num_undecided"] == report["result"]["num_judged"] > 0  # no dev query was recorded
+    assert report["result"]["num_undecided"] == report["result"]["num_scored"] > 0  # no dev query was recorded
     assert "count as undecided" in result.stderr
     _, report = succeed_with_report("run", *where, "--recorded", lists, folder=tmp_path)
     manifest = json.loads((tmp_path / "run" / "student" / "manifest.json").read_text())
@@ -86,14 +86,14 @@ def test_verbs_of_a_recipe_repeat_the_grades_and_count_what_was_not_recorded(pla
 def test_passages_that_a_list_lacks_can_have_a_grade(tmp_path: Path) -> None:
     lists = tmp_path / "lists.jsonl"
     write_lines(lists, [{"query": "q", "passages": ["a"], "grades": [90], "task": "symmetric"}])
-    judge = load_judge(teacher(lists, unlisted=10))
-    result = judge.judge([("q", "a"), ("q", "b"), ("other", "b")], "symmetric")
+    model = load_teacher(teacher(lists, unlisted=10))
+    result = model.score_pairs([("q", "a"), ("q", "b"), ("other", "b")], "symmetric")
     np.testing.assert_allclose(result.log_odds, [20 / 12, -5, 0], rtol=1e-6)
     assert (result.num_undecided, result.features) == (1, None)
-    assert judge.judge([("q", "a")], "asymmetric").num_undecided == 1  # another question
-    plain = identify_judge(teacher(lists))
-    assert judge.fingerprint == plain.fingerprint
-    assert judge.prompt_fingerprint("symmetric") != plain.prompts["symmetric"]
+    assert model.score_pairs([("q", "a")], "asymmetric").num_undecided == 1  # another question
+    plain = identify_teacher(teacher(lists))
+    assert model.fingerprint == plain.fingerprint
+    assert model.prompt_fingerprint("symmetric") != plain.prompts["symmetric"]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_list_that_is_none_is_an_error_with_its_line(
     lists = tmp_path / "lists.jsonl"
     write_lines(lists, [{"query_id": "q0", "passages": ["s0"], "grades": [1]}, line])
     with pytest.raises(D2LLMError, match=f"lists.jsonl:2: .*{problem}"):
-        load_judge(teacher(lists, place / "everyday"))
+        load_teacher(teacher(lists, place / "everyday"))
 
 
 def test_grades_of_labelled_pairs_are_found_by_split_and_number(tmp_path: Path) -> None:
@@ -130,9 +130,11 @@ def test_grades_of_labelled_pairs_are_found_by_split_and_number(tmp_path: Path) 
     lists = tmp_path / "pairs-grades.jsonl"
     graded = [("train/1", "train/2", 70), ("train/3", "train/3", 94)]
     write_lines(lists, [{"query_id": one, "passages": [other], "grades": [grade]} for one, other, grade in graded])
-    result = load_judge(teacher(lists, pairs)).judge([("rain", "wet weather"), ("a cat", "a kitten")], "symmetric")
+    result = load_teacher(teacher(lists, pairs)).score_pairs(
+        [("rain", "wet weather"), ("a cat", "a kitten")], "symmetric"
+    )
     np.testing.assert_allclose(result.log_odds, [2, 0])
     assert result.num_undecided == 0
     write_lines(lists, [{"query_id": "train/2", "passages": ["train/2"], "grades": [1]}])
     with pytest.raises(D2LLMError, match="no query 'train/2'"):  # its text is that of pair 1
-        load_judge(teacher(lists, pairs))
+        load_teacher(teacher(lists, pairs))

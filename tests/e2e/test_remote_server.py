@@ -146,9 +146,9 @@ def pairs(shared_data: Path) -> list[tuple[str, str]]:
 def test_log_odds_agree_with_the_local_teachers(url: str, pairs: list[tuple[str, str]], prompt: str) -> None:
     # The server omits the log-probabilities where the model would end its text at once.
     config = config_for(url, top_logprobs=1000, unanswered="undecided").model_copy(update={"prompt": prompt})
-    remote = RemoteTeacher.load(config).judge(pairs, "asymmetric")
+    remote = RemoteTeacher.load(config).score_pairs(pairs, "asymmetric")
     teacher = CausalTeacher.load(TeacherConfig(model="smollm2", prompt=prompt), device="cpu", dtype="float32")
-    local = teacher.judge(pairs, "asymmetric")
+    local = teacher.score_pairs(pairs, "asymmetric")
     assert remote.num_truncated == 0
     answered = remote.log_odds != 0
     assert answered.sum() == len(pairs) - remote.num_undecided >= len(pairs) // 2
@@ -169,4 +169,4 @@ def test_a_wrong_key_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_prompt_beyond_the_servers_context_is_an_error(url: str) -> None:
     config = config_for(url).model_copy(update={"max_tokens": 2000})
     with pytest.raises(InputError, match="longer than 'smollm2' can read"):
-        RemoteTeacher.load(config).judge([("query", "word " * 1500)], "asymmetric")
+        RemoteTeacher.load(config).score_pairs([("query", "word " * 1500)], "asymmetric")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from d2llm import Index, Passage, encode
-from d2llm.models.teachers.judge import load_judge
+from d2llm.models.teachers.pair_teacher import load_teacher
 from d2llm.models.writers.writer import load_writer
 from d2llm.ops.rereading import StudentError
 from d2llm.recipe import TeacherConfig, WriterConfig, WriterEndpointConfig
@@ -467,8 +467,8 @@ def test_a_student_that_did_not_make_the_index_is_refused(folder, index):
 def test_a_teacher_reads_again(tmp_path):
     folder = write_tiny_index(tmp_path)
     teacher = write_tiny_model(tmp_path / "teacher", "llama")
-    judge = load_judge(TeacherConfig(model=str(teacher), prompt="short"), dtype="float32")
-    write_error(folder, judge, "asymmetric", StudentError(1.0, 0.0, 2.0))
+    model = load_teacher(TeacherConfig(model=str(teacher), prompt="short"), dtype="float32")
+    write_error(folder, model, "asymmetric", StudentError(1.0, 0.0, 2.0))
     passages = {passage.id: passage for passage in tiny_passages()}
     with serve(make_app(tiny_settings(folder, teacher=str(teacher), prompt="short", teacher_ms=60_000))) as address:
         wait_until_ready(address)
@@ -480,7 +480,7 @@ def test_a_teacher_reads_again(tmp_path):
             log_odds = [hit["log_odds"] for hit in reread["passages"]]
             assert log_odds == sorted(log_odds, reverse=True)
             pairs = [(QUERY, passages[hit["id"]].full_text) for hit in reread["passages"]]
-            np.testing.assert_allclose(log_odds, judge.judge(pairs, "asymmetric").log_odds, atol=1e-3)
+            np.testing.assert_allclose(log_odds, model.score_pairs(pairs, "asymmetric").log_odds, atol=1e-3)
             assert len(reread["reranking"]["read"]) == 12
             assert "rerank" in reread["seconds"]
             cascade = http.post("/v1/search", json=body | {"rescore": "cascade", "teacher_passages": 3}).json()

@@ -85,10 +85,10 @@ def test_tuning_separates_positives_from_negatives(tmp_path, llama, sources):
     tuned = CausalTeacher.load(TeacherConfig(model=str(tmp_path / "teacher")), device="cpu", dtype="float32")
     assert tuned.fingerprint == report.fingerprint
     asymmetric = [pair for pair in pairs if pair.task == "asymmetric"]
-    log_odds = tuned.judge([(pair.query, pair.passage) for pair in asymmetric], "asymmetric").log_odds
+    log_odds = tuned.score_pairs([(pair.query, pair.passage) for pair in asymmetric], "asymmetric").log_odds
     is_positive = np.array([pair.is_positive for pair in asymmetric])
     untuned = CausalTeacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32")
-    before = untuned.judge([(pair.query, pair.passage) for pair in asymmetric], "asymmetric").log_odds
+    before = untuned.score_pairs([(pair.query, pair.passage) for pair in asymmetric], "asymmetric").log_odds
 
     def separation(values):
         return values[is_positive].mean() - values[~is_positive].mean()
@@ -163,14 +163,14 @@ def test_tuning_a_tuned_teacher_starts_from_it(tmp_path, llama, sources):
     pairs = [("the cat", "a dog"), ("rain falls", "the old house")]
     judged = [
         CausalTeacher.load(TeacherConfig(model=report.folder), device="cpu", dtype="float32")
-        .judge(pairs, "asymmetric")
+        .score_pairs(pairs, "asymmetric")
         .log_odds
         for report in (first, second)
     ]
     np.testing.assert_allclose(judged[1], judged[0], rtol=0, atol=1e-4)  # the second tuning changed next to nothing
     untuned = (
         CausalTeacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32")
-        .judge(pairs, "asymmetric")
+        .score_pairs(pairs, "asymmetric")
         .log_odds
     )
     assert np.abs(untuned - judged[0]).max() > 0.05

@@ -1,4 +1,4 @@
-"""``training.unjudged``: the treatment of passages that training itself finds and the teacher has not judged."""
+"""``training.unjudged``: the treatment of passages that training itself finds and the teacher has not scored."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_resumed_run_does_not_ask_the_teacher_again(place, tmp_path, monkeypat
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the teacher is loaded although it has nothing to judge")
 
-    monkeypatch.setattr("d2llm.training.label.load_judge", refuse)
+    monkeypatch.setattr("d2llm.training.label.load_teacher", refuse)
     place.run(tmp_path / "student", labels=tmp_path / "labels", residual=STAGE, unjudged="ask_teacher")
     assert place.store(tmp_path / "labels").num_pairs == num_labels
 

@@ -205,7 +205,7 @@ def words():
 
 @pytest.fixture(scope="module")
 def full(words):
-    """A report with every kind of row; the teacher judges a sample."""
+    """A report with every kind of row; the teacher scores a sample."""
     other = {query: list(words.passages)[place : place + 9] for place, query in enumerate(words.queries)}
     contenders = everyone(
         bi_encoders={"their encoder": CosineStudent(FakeStudent(fingerprint="theirs"))},

@@ -92,14 +92,14 @@ def test_a_changed_student_is_measured_anew(dataset, work):
 
 
 def test_a_label_store_is_reused_but_not_modified(dataset, measured, work, tmp_path):
-    (store,) = (work / "judgements").iterdir()
+    (store,) = (work / "labels").iterdir()
     before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
     fully_labelled = everyone()
     two, three = (with_indexes_of(work, tmp_path / name) for name in ("two", "three"))
     report = measure(dataset, fully_labelled, two, labels=store, **SAMPLE)
     assert len(fully_labelled.teacher.pairs) == 10 + 4 * 10  # only to measure the time
     assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
-    assert not (two / "judgements").exists()
+    assert not (two / "labels").exists()
     without_store = measured[2]
     assert figures(report.rows[-1]) == figures(without_store.rows[-1])
     partly_labelled = everyone()
@@ -108,15 +108,15 @@ def test_a_label_store_is_reused_but_not_modified(dataset, measured, work, tmp_p
 
 
 def test_labels_of_another_teacher_are_ignored(dataset, work, tmp_path):
-    (store,) = (work / "judgements").iterdir()
+    (store,) = (work / "labels").iterdir()
     other = everyone(teacher=FakeTeacher(fingerprint="other"))
     measure(dataset, other, with_indexes_of(work, tmp_path / "two"), labels=store, **SAMPLE)
     assert len(other.teacher.pairs) == 90
 
 
 def test_interrupted_judging_is_resumed(dataset, work, tmp_path, monkeypatch):
-    monkeypatch.setattr("d2llm.evaluation.judging._SHARD_SECONDS", 0)
-    monkeypatch.setattr("d2llm.evaluation.judging._PAIRS_AT_ONCE", 80)
+    monkeypatch.setattr("d2llm.evaluation.pool_scores._SHARD_SECONDS", 0)
+    monkeypatch.setattr("d2llm.evaluation.pool_scores._PAIRS_AT_ONCE", 80)
     interrupted = everyone(teacher=FakeTeacher(fail_after=100))
     folder = tmp_path / "interrupted"
     with pytest.raises(Interruption):
@@ -129,7 +129,7 @@ def test_interrupted_judging_is_resumed(dataset, work, tmp_path, monkeypatch):
     apart = with_indexes_of(work, tmp_path / "uninterrupted")
     uninterrupted = measure(dataset, everyone(), apart, teacher_depth=10, teacher_queries=None)
     assert [figures(row) for row in report.rows] == [figures(row) for row in uninterrupted.rows]
-    assert report.sample_rows == ()  # the teacher judged all queries
+    assert report.sample_rows == ()  # the teacher scored all queries
 
 
 def test_interrupted_encoding_is_resumed(dataset, measured, tmp_path, monkeypatch):

@@ -128,8 +128,10 @@ def test_a_shipped_teacher_is_found_by_its_fingerprint(world, tmp_path, monkeypa
     for module in ("evaluation.loading", "core.shipped"):
         monkeypatch.setattr(f"d2llm.{module}.shipped_models", lambda _: shipped)
     loaded = []
-    judge = CausalTeacher.load(tiny_teacher_config(world.decoder), device="cpu", dtype="float32")
-    monkeypatch.setattr("d2llm.evaluation.loading.load_judge", lambda config, **_: loaded.append(config.model) or judge)
+    teacher = CausalTeacher.load(tiny_teacher_config(world.decoder), device="cpu", dtype="float32")
+    monkeypatch.setattr(
+        "d2llm.evaluation.loading.load_teacher", lambda config, **_: loaded.append(config.model) or teacher
+    )
     load(world.student(tmp_path / "far" / "student"))
     assert loaded == ["smart"]
 
@@ -191,7 +193,7 @@ def test_external_models_are_named_after_their_folders(world, others):
     assert list(contenders.cross_encoders) == ["cross"]
     rows = contenders.students(1000, 100)
     assert (rows[-1].name, rows[-1].kind, rows[-1].num_candidates) == ("bi", "external", 100)
-    assert [(name, kind) for name, kind, _ in contenders.judges(50)] == [("cross", "external")]
+    assert [(name, kind) for name, kind, _ in contenders.teachers(50)] == [("cross", "external")]
 
 
 def test_another_student_is_measured_with_its_whole_score_and_what_it_has_seen_is_said(world, tmp_path):

@@ -431,15 +431,15 @@ def test_students_with_the_same_vectors_share_one_encoding(sayings):
 
 
 def test_interrupted_judging_is_resumed(sayings, tmp_path, monkeypatch):
-    monkeypatch.setattr("d2llm.evaluation.judging._SHARD_SECONDS", 0)
-    monkeypatch.setattr("d2llm.evaluation.judging._PAIRS_AT_ONCE", 8)
+    monkeypatch.setattr("d2llm.evaluation.pool_scores._SHARD_SECONDS", 0)
+    monkeypatch.setattr("d2llm.evaluation.pool_scores._PAIRS_AT_ONCE", 8)
     interrupted, resumed = everyone(teacher=FakeTeacher(fail_after=50)), everyone()
     with pytest.raises(Interruption):
         measure(sayings, interrupted, tmp_path, teacher_queries=None)
-    num_judged = len(interrupted.teacher.pairs)
-    assert 40 < num_judged <= 50
+    num_scored = len(interrupted.teacher.pairs)
+    assert 40 < num_scored <= 50
     report = measure(sayings, resumed, tmp_path, teacher_queries=None)
-    assert len(resumed.teacher.pairs) == 100 - num_judged + 6
+    assert len(resumed.teacher.pairs) == 100 - num_scored + 6
     assert resumed.student.encoded_passages == 0
     assert report.row("teacher").num_items == 60
 

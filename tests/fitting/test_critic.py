@@ -10,12 +10,12 @@ import pytest
 from d2llm.core import progress
 from d2llm.core.errors import OutOfTimeError
 from d2llm.core.types import TASKS, Passage
-from d2llm.evaluation import judging
+from d2llm.evaluation import pool_scores
 from d2llm.fitting.critic import CriticSettings, review_queries
 from d2llm.fitting.draft_store import Draft, DraftStore, passage_hash
 from d2llm.fitting.report import audit_page
 from d2llm.models.student import Student
-from d2llm.models.teachers.judge import Judgements, load_judge, recorded_teacher
+from d2llm.models.teachers.pair_teacher import TeacherScores, load_teacher, recorded_teacher
 from d2llm.recipe.recipe_file import named_teacher
 from d2llm.retrieval.index import Index
 from list_endpoint import list_teacher
@@ -32,18 +32,18 @@ class TableTeacher:
 
     def __init__(self, log_odds):
         self.log_odds = log_odds
-        self.num_judged = 0
+        self.num_scored = 0
 
     def prompt_fingerprint(self, task):
         return f"table-{TASKS.index(task)}"
 
-    def judge(self, pairs, task, *, with_features=False, advance=None):
+    def score_pairs(self, pairs, task, *, with_features=False, advance=None):
         del task, with_features
-        self.num_judged += len(pairs)
+        self.num_scored += len(pairs)
         if advance is not None:
             advance(len(pairs))
         values = np.array([self.log_odds.get(pair, 1.0) for pair in pairs], np.float32)
-        return Judgements(values, None, num_truncated=0, num_tokens=0)
+        return TeacherScores(values, None, num_truncated=0, num_tokens=0)
 
 
 @pytest.fixture(scope="module")
@@ -123,37 +123,37 @@ def test_a_teacher_adds_positives_and_rejects_unanswered_queries(drafts, index, 
         (queries["p1"][0], REPEATED.text): -3.0,
     }
     teacher = TableTeacher(log_odds)
-    options = {"teacher": teacher, "judgements": tmp_path / "judgements", "settings": CriticSettings(depth=9)}
+    options = {"teacher": teacher, "label_store": tmp_path / "labels", "settings": CriticSettings(depth=9)}
     result = review(drafts(queries), index, **options)
     [kept] = result.kept
     assert (kept.positives, kept.log_odds) == (("p1", other), 2.0)
     assert result.reasons == {"not answered": 1}
-    assert (result.num_unjudged, teacher.num_judged) == (0, 12)
+    assert (result.num_unscored, teacher.num_scored) == (0, 12)
     again = review(DraftStore(tmp_path, "writer"), index, **options)
-    assert (again.kept, teacher.num_judged) == (result.kept, 12)
+    assert (again.kept, teacher.num_scored) == (result.kept, 12)
 
 
 def test_a_query_that_the_teacher_has_no_time_to_read_is_kept(drafts, index, tmp_path, monkeypatch):
     """What it has read by then counts, in the next call too."""
 
     def check_time():
-        if teacher.num_judged > 6:  # while it reads the second query
+        if teacher.num_scored > 6:  # while it reads the second query
             raise OutOfTimeError
 
     queries = {"p1": ["which animal runs fast"], "p2": ["what falls on the roof"]}
     own = [(queries[name][0], PASSAGES[number].full_text) for number, name in ((1, "p1"), (2, "p2"))]
     teacher = TableTeacher(dict.fromkeys(own, 5.0))
-    options = {"teacher": teacher, "judgements": tmp_path / "judgements", "settings": CriticSettings(depth=9)}
+    options = {"teacher": teacher, "label_store": tmp_path / "labels", "settings": CriticSettings(depth=9)}
     written = drafts(queries)
-    monkeypatch.setattr(judging, "_PAIRS_AT_ONCE", 1)  # one query at a time
+    monkeypatch.setattr(pool_scores, "_PAIRS_AT_ONCE", 1)  # one query at a time
     with monkeypatch.context() as patch:
         patch.setattr(progress, "check_time", check_time)
         hurried = review(written, index, **options)
-    assert (len(hurried.kept), hurried.num_unjudged) == (2, 1)
+    assert (len(hurried.kept), hurried.num_unscored) == (2, 1)
     assert sorted(query.log_odds or 0.0 for query in hurried.kept) == [0.0, 5.0]
-    teacher.num_judged = 0
+    teacher.num_scored = 0
     assert [query.log_odds for query in review(written, index, **options).kept] == [5.0, 5.0]
-    assert teacher.num_judged == 6
+    assert teacher.num_scored == 6
 
 
 def test_a_query_without_a_grade_is_kept_as_if_there_were_no_teacher(drafts, index, tmp_path):
@@ -163,33 +163,33 @@ def test_a_query_without_a_grade_is_kept_as_if_there_were_no_teacher(drafts, ind
     texts = [PASSAGES[2].full_text, best.full_text]
     lists = tmp_path / "lists.jsonl"
     lists.write_text(json.dumps({"query": "what falls on the roof", "passages": texts, "grades": [80, 85]}))
-    teacher = load_judge(recorded_teacher(named_teacher("graded:large"), lists))
-    options = {"judgements": tmp_path / "judgements", "settings": CriticSettings(depth=9, num_judged=8)}
+    teacher = load_teacher(recorded_teacher(named_teacher("graded:large"), lists))
+    options = {"label_store": tmp_path / "labels", "settings": CriticSettings(depth=9, num_scored=8)}
     result = review(written, index, teacher=teacher, **options)
     unread, read = sorted(result.kept, key=lambda query: query.written.passage_id)
     assert (unread.positives, unread.log_odds) == (("p1",), None)
     assert (read.positives, read.log_odds) == (("p2", best.id), pytest.approx(10 / 12))
-    assert (result.num_ungraded, result.num_unjudged) == (1, 0)
+    assert (result.num_ungraded, result.num_unscored) == (1, 0)
 
 
 def test_a_teacher_that_ranks_is_not_shown_a_single_passage(drafts, index, tmp_path):
     written = drafts({"p1": ["which animal runs fast"]})
     with list_teacher(tmp_path, "listwise") as (file, endpoint):
-        teacher = load_judge(named_teacher(str(file)))
-        options = {"teacher": teacher, "judgements": tmp_path / "judgements"}
-        alone = review(written, index, settings=CriticSettings(depth=9, num_judged=0), **options)
+        teacher = load_teacher(named_teacher(str(file)))
+        options = {"teacher": teacher, "label_store": tmp_path / "labels"}
+        alone = review(written, index, settings=CriticSettings(depth=9, num_scored=0), **options)
         assert len(endpoint.requests) == 1  # the trial
-        result = review(written, index, settings=CriticSettings(depth=9, num_judged=3), **options)
+        result = review(written, index, settings=CriticSettings(depth=9, num_scored=3), **options)
     assert [(query.log_odds, query.positives) for query in alone.kept] == [(None, ("p1",))]
-    assert alone.num_unjudged == 0
+    assert alone.num_unscored == 0
     assert [query.log_odds is None for query in result.kept] == [False]
 
 
 def test_a_query_that_many_passages_answer_is_too_general(drafts, index, tmp_path):
     teacher = TableTeacher({})  # every passage is as relevant as the own one
-    settings = CriticSettings(depth=9, num_judged=8, max_positives=3)
+    settings = CriticSettings(depth=9, num_scored=8, max_positives=3)
     written = drafts({"p1": ["which animal runs fast"]})
-    result = review(written, index, teacher=teacher, judgements=tmp_path / "judgements", settings=settings)
+    result = review(written, index, teacher=teacher, label_store=tmp_path / "labels", settings=settings)
     assert result.reasons == {"too general": 1}
     assert "9 passages answer it" in result.rejected[0].detail
 

@@ -302,17 +302,17 @@ def test_a_teacher_judges_the_queries_that_the_first_half_of_the_training_change
     documents = write_documents(tmp_path / "docs")
     teacher = tiny_teacher_config(write_tiny_model(tmp_path / "teacher"))
     # A random teacher finds half of what it reads relevant: with more, all training queries would share some with dev.
-    critic = CriticSettings(depth=NUM_DOCUMENTS, min_log_odds=-100.0, num_judged=1)
+    critic = CriticSettings(depth=NUM_DOCUMENTS, min_log_odds=-100.0, num_scored=1)
     settings = settings_for(student, endpoint.url, teacher=teacher, critic=critic)
     done = Fit([documents], None, settings, device="cpu", dtype="float32")
     assert done.finish() is not None
-    [judged] = done.folder.work.glob("run-*-judged")
-    [own] = set(done.folder.work.glob("run-*")) - {judged}
+    [taught] = done.folder.work.glob("run-*-taught")
+    [own] = set(done.folder.work.glob("run-*")) - {taught}
     assert is_finished(own / "student")
     assert not (own / "labels").exists()  # without a teacher
-    assert is_finished(judged / "student")
-    assert is_finished(judged / "labels")
-    recipe = json.loads((judged / "student" / "manifest.json").read_text())["recipe"]
+    assert is_finished(taught / "student")
+    assert is_finished(taught / "labels")
+    recipe = json.loads((taught / "student" / "manifest.json").read_text())["recipe"]
     [base] = done.folder.work.glob("base-*")
     assert recipe["labelling"]["compared_students"] == [str(base), str(own / "student")]
     assert recipe["training"]["start"] == str(own / "student")
@@ -323,7 +323,7 @@ def test_a_teacher_judges_the_queries_that_the_first_half_of_the_training_change
 def test_a_fit_whose_queries_all_share_passages_with_held_out_ones_trains_nothing(student, endpoint, tmp_path):
     documents = write_documents(tmp_path / "docs")
     teacher = tiny_teacher_config(write_tiny_model(tmp_path / "teacher"))
-    critic = CriticSettings(depth=NUM_DOCUMENTS, min_log_odds=-100.0, num_judged=NUM_DOCUMENTS, max_positives=10_000)
+    critic = CriticSettings(depth=NUM_DOCUMENTS, min_log_odds=-100.0, num_scored=NUM_DOCUMENTS, max_positives=10_000)
     settings = settings_for(student, endpoint.url, teacher=teacher, critic=critic)
     done = Fit([documents], None, settings, device="cpu", dtype="float32")
     report = done.finish()
@@ -440,8 +440,8 @@ def test_a_teacher_without_time_leaves_the_student_of_the_first_half(student, en
 
     monkeypatch.setattr(Run, "finish", slow)
     teacher = tiny_teacher_config(write_tiny_model(tmp_path / "teacher"))
-    critic = CriticSettings(depth=NUM_DOCUMENTS, min_log_odds=-100.0, num_judged=1)
+    critic = CriticSettings(depth=NUM_DOCUMENTS, min_log_odds=-100.0, num_scored=1)
     _, report, names = fit_anew(student, endpoint, tmp_path, teacher=teacher, critic=critic)
-    assert any("no time to train on the teacher's judgements" in note for note in report.notes)
+    assert any("no time to train on the teacher's scores" in note for note in report.notes)
     assert START_NAME in names
     assert report.verdict is not None

@@ -42,15 +42,11 @@ def test_training_on_queries_alone_asks_no_teacher() -> None:
     assert plain.training.max_minutes is None  # a fit limits the time of all that a training does
 
 
-@pytest.mark.parametrize(("seconds_per_judgement", "labelled", "gated"), [(0.1, [331, 36], 56), (60.0, [1, 1], 20)])
-def test_a_teacher_judges_as_much_as_its_time_allows(
-    seconds_per_judgement: float, labelled: list[int], gated: int
-) -> None:
+@pytest.mark.parametrize(("seconds_per_pair", "labelled", "gated"), [(0.1, [331, 36], 56), (60.0, [1, 1], 20)])
+def test_a_teacher_judges_as_much_as_its_time_allows(seconds_per_pair: float, labelled: list[int], gated: int) -> None:
     plan = TimePlan(0.0, HALF_AN_HOUR, 0.0, 1_000)
     first = recipe(1_000)
-    second = recipe_with_teacher(
-        first, "run/student", TeacherConfig(), plan, seconds_per_judgement=seconds_per_judgement
-    )
+    second = recipe_with_teacher(first, "run/student", TeacherConfig(), plan, seconds_per_pair=seconds_per_pair)
     assert [data.max_labelled for data in second.data] == labelled
     assert second.gate.queries == gated
     assert second.losses.imitates

@@ -28,7 +28,7 @@ from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
-from d2llm.models.teachers.judge import identify_judge
+from d2llm.models.teachers.pair_teacher import identify_teacher
 from d2llm.recipe import Full, Lora, Recipe, Tuning
 from d2llm.recipe.recipe_file import load_recipe
 from d2llm.training.distill import DistillReport, distill
@@ -120,7 +120,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     backbone = write_tiny_model(folder / "backbone", "bert", **no_dropout)
     teacher = tiny_teacher_config(write_tiny_model(folder / "teacher", "llama"))
     recipe = tiny_paper_recipe(backbone, request.param)
-    identity = identify_judge(teacher)
+    identity = identify_teacher(teacher)
     labelled: list[LabelledSource] = []
     for task in TASKS:
         key = {"teacher": identity.fingerprint, "prompt": identity.prompts[task], "dataset": task}

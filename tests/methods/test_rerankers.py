@@ -49,7 +49,7 @@ class Oracle:
     def prompt_fingerprint(self, task):
         return f"asks-{task}"
 
-    def judge(self, pairs, task):
+    def score_pairs(self, pairs, task):
         self.batches.append(len(pairs))
         self.clock.now += self.seconds * len(pairs)
         return SimpleNamespace(log_odds=np.array([self.log_odds[int(text)] for _, text in pairs]), num_truncated=1)
@@ -241,7 +241,7 @@ def test_a_teacher_overrules_the_shipped_student(tmp_path):
     index.upsert([Passage(str(n), text) for n, text in enumerate(texts)])
 
     class FlourTeacher(FakeTeacher):
-        def judge(self, pairs, task):
+        def score_pairs(self, pairs, task):
             return SimpleNamespace(
                 log_odds=np.array([6.0 if "flour" in b else -6.0 for _, b in pairs]), num_truncated=0
             )

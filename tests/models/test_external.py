@@ -141,19 +141,19 @@ def test_cross_encoder_gives_the_logits_of_sentence_transformers(library, tmp_pa
     model = load_external(folder, device="cpu")
     assert isinstance(model, ExternalCrossEncoder)
     finished = []
-    judged = model.judge(PAIRS, "symmetric", advance=finished.append)
+    judged = model.score_pairs(PAIRS, "symmetric", advance=finished.append)
     probabilities = reference.predict(PAIRS)  # after a sigmoid, whose inverse is the logit
     np.testing.assert_allclose(judged.log_odds, np.log(probabilities / (1 - probabilities)), atol=1e-4)
     assert finished == [len(PAIRS)]
     assert model.prompt_fingerprint("symmetric") == model.prompt_fingerprint("asymmetric")
-    assert model.judge([], "symmetric").log_odds.shape == (0,)
+    assert model.score_pairs([], "symmetric").log_odds.shape == (0,)
 
 
 def test_cross_encoder_counts_truncated_pairs(library, tmp_path):
     folder = write_cross_encoder(tmp_path / "model", num_labels=1, max_position_embeddings=20)
     pairs = [("a dog", "a cat"), *PAIRS]
     num_tokens = lengths([query for query, _ in pairs], [passage for _, passage in pairs])
-    judged = load_external(folder, device="cpu").judge(pairs, "symmetric")
+    judged = load_external(folder, device="cpu").score_pairs(pairs, "symmetric")
     assert 0 < judged.num_truncated == sum(length > 20 for length in num_tokens) < len(pairs)
     assert judged.num_tokens == sum(min(length, 20) for length in num_tokens)
 
@@ -161,7 +161,7 @@ def test_cross_encoder_counts_truncated_pairs(library, tmp_path):
 def test_cross_encoder_with_several_outputs(library, tmp_path):
     two = write_cross_encoder(tmp_path / "two", num_labels=2)
     logits = library.CrossEncoder(str(two), device="cpu").predict(PAIRS)
-    judged = load_external(two, device="cpu").judge(PAIRS, "symmetric")
+    judged = load_external(two, device="cpu").score_pairs(PAIRS, "symmetric")
     np.testing.assert_allclose(judged.log_odds, logits[:, 1] - logits[:, 0], atol=1e-5)
 
     names = {0: "entailment", 1: "not_entailment"}
@@ -169,7 +169,7 @@ def test_cross_encoder_with_several_outputs(library, tmp_path):
         tmp_path / "first", id2label=names, label2id={name: number for number, name in names.items()}
     )
     logits = library.CrossEncoder(str(first), device="cpu").predict(PAIRS)
-    judged = load_external(first, device="cpu").judge(PAIRS, "symmetric")
+    judged = load_external(first, device="cpu").score_pairs(PAIRS, "symmetric")
     np.testing.assert_allclose(judged.log_odds, logits[:, 0] - logits[:, 1], atol=1e-5)
 
     names = {0: "contradiction", 1: "Entailment", 2: "neutral"}
@@ -177,7 +177,7 @@ def test_cross_encoder_with_several_outputs(library, tmp_path):
         tmp_path / "nli", id2label=names, label2id={name: number for number, name in names.items()}
     )
     probabilities = library.CrossEncoder(str(nli), device="cpu").predict(PAIRS, apply_softmax=True)[:, 1]
-    judged = load_external(nli, device="cpu").judge(PAIRS, "symmetric")
+    judged = load_external(nli, device="cpu").score_pairs(PAIRS, "symmetric")
     np.testing.assert_allclose(judged.log_odds, np.log(probabilities / (1 - probabilities)), atol=1e-4)
 
     with pytest.raises(ModelError, match="none of which means yes"):

@@ -85,8 +85,8 @@ def test_gradients_of_a_student(tmp_path: Path, device: str, part_tokens: int | 
 def test_judgements(tmp_path: Path, architecture: str, device: str) -> None:
     config = tiny_teacher_config(write_tiny_model(tmp_path / "model", architecture))
     here, there = (CausalTeacher.load(config, device=place, dtype="float32") for place in ("cpu", device))
-    expected = here.judge(PAIRS, "asymmetric", with_features=True)
-    judgements = there.judge(PAIRS, "asymmetric", with_features=True)
+    expected = here.score_pairs(PAIRS, "asymmetric", with_features=True)
+    judgements = there.score_pairs(PAIRS, "asymmetric", with_features=True)
     np.testing.assert_allclose(judgements.log_odds, expected.log_odds, rtol=1e-3, atol=1e-3)
     assert expected.features is not None
     assert judgements.features is not None
@@ -116,8 +116,8 @@ def test_a_quantised_teacher_on_a_gpu(tmp_path: Path, bits: int) -> None:
     model = write_tiny_model(tmp_path / "model", "llama", hidden_size=64, intermediate_size=128)
     full = CausalTeacher.load(tiny_teacher_config(model), device="cuda", dtype="bfloat16")
     teacher = CausalTeacher.load(tiny_teacher_config(model, quantization=f"{bits}bit"), device="cuda")
-    expected = full.judge(PAIRS, "asymmetric").log_odds
-    assert np.corrcoef(teacher.judge(PAIRS, "asymmetric").log_odds, expected)[0, 1] > 0.8
+    expected = full.score_pairs(PAIRS, "asymmetric").log_odds
+    assert np.corrcoef(teacher.score_pairs(PAIRS, "asymmetric").log_odds, expected)[0, 1] > 0.8
     teacher.prepare_training(LoraConfig(rank=2, dropout=0.0), gradient_checkpointing=True)
     teacher.train()
     batch = [TrainingPair(query, passage, "asymmetric", float(query == passage)) for query, passage in PAIRS]

@@ -116,7 +116,7 @@ def test_a_full_report_has_a_table_for_each_part():
         for row in rows:
             actual = [cell.rstrip("*†") for cell in table[row.name]]
             assert actual == [*(f"{e.value:.4f}" for e in row.measures.values()), f"{row.num_items:,}"]
-    assert "The same systems on the 100 queries that the teacher judged" in " ".join(lines)
+    assert "The same systems on the 100 queries that the teacher scored" in " ".join(lines)
     assert not any("*" in cell or "†" in cell for row in sample.values() for cell in row)
     (d2llm,) = (row for row in report.agreement if row.name == "D2LLM")
     actual = d2llm.agreement

@@ -76,7 +76,7 @@ def test_all_other_parts_of_the_report_are_rendered():
     text = evaluation_document(report).to_markdown()
     assert "left out: 3 without a relevant passage in the corpus" in text
     assert "BGE reranker: no --model was given" in text
-    assert "the 100 queries that the teacher judged" in text
+    assert "the 100 queries that the teacher scored" in text
     assert all(f"- {note}" in text for note in report.notes)
     _, sample, comparisons, cost, agreement, calibration = tables(text)
     assert sample[1][1] == f"{report.sample_rows[0].measures['nDCG@10'].value:.4f}"

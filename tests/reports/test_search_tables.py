@@ -13,7 +13,7 @@ from d2llm.reports.search_tables import (
     context_remark,
     excerpt_list,
     explanation_table,
-    judgement_table,
+    pair_table,
     passage_lines,
     ranking_list,
 )
@@ -49,7 +49,7 @@ def test_ranking_and_judgement():
     assert "p[1]" in text
     assert "2.500" in text
     assert "…" in text
-    judged = printed(judgement_table("why?", ["because", "no"], [0.0, -2.0]), 100)
+    judged = printed(pair_table("why?", ["because", "no"], [0.0, -2.0]), 100)
     assert "0.5000" in judged
     assert "+0.000" in judged
     assert "0.1192" in judged  # 1 / (1 + e^2)

@@ -70,7 +70,7 @@ def python_names_in(text: str) -> set[str]:
 
 
 LOGGERS = {"d2llm.remarks"}
-ENTRY_POINTS = {"d2llm.judges", "d2llm.poolings", "d2llm.rerankers", "d2llm.writers"}
+ENTRY_POINTS = {"d2llm.teachers", "d2llm.poolings", "d2llm.rerankers", "d2llm.writers"}
 
 
 def python_name_exists(name: str) -> bool:

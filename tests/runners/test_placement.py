@@ -13,8 +13,8 @@ from d2llm.core.errors import InputError, MismatchError
 from d2llm.core.progress import ignore
 from d2llm.core.types import Passage
 from d2llm.evaluation import evaluate as evaluate_verb
-from d2llm.evaluation.judging import JudgeOnWorkers, place_judge
 from d2llm.evaluation.loading import load_contenders
+from d2llm.evaluation.pool_scores import TeacherOnWorkers, place_teacher
 from d2llm.models.teachers.ensemble import EnsembleMember, write_ensemble
 from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.ops.ensemble import Ensemble
@@ -62,7 +62,7 @@ def test_label_refuses_another_teacher_on_a_worker(tmp_path, monkeypatch):
     config = tiny_teacher_config(write_tiny_model(tmp_path))
     own = identify_local_teacher(config).fingerprint
     meant = replace(identify_local_teacher(config), fingerprint="0123456789abcdef")
-    monkeypatch.setattr(label_verb, "identify_judge", lambda _: meant)
+    monkeypatch.setattr(label_verb, "identify_teacher", lambda _: meant)
     with pytest.raises(MismatchError, match=rf"the \w+ on .* is {own}, but 0123456789abcdef is meant"):
         label_verb.label([topics(num_train=4)], tmp_path / "labels", teacher=config, device="cpu")
 
@@ -159,8 +159,8 @@ def test_vectors_of_tokens_of_an_encoder_without_any():
 
 
 def test_a_remote_teacher_works_here():
-    judge, placement = place_judge(REMOTE, partial(str, "loaded here"), CopyRunner(), device=None)
-    assert judge == "loaded here"
+    teacher, placement = place_teacher(REMOTE, partial(str, "loaded here"), CopyRunner(), device=None)
+    assert teacher == "loaded here"
     assert placement is HERE
 
 
@@ -168,19 +168,19 @@ def test_an_ensemble_with_a_remote_member_works_here(tmp_path):
     ensemble = Ensemble((0.0,), (1.0,), (1.0,), 1.0, 0.0)
     write_ensemble(tmp_path / "ensemble", [EnsembleMember(REMOTE, "remote")], {"asymmetric": ensemble}, {})
     config = TeacherConfig(model=str(tmp_path / "ensemble"), kind="ensemble")
-    assert place_judge(config, partial(str, "here"), CopyRunner(), device=None) == ("here", HERE)
+    assert place_teacher(config, partial(str, "here"), CopyRunner(), device=None) == ("here", HERE)
 
 
 def test_a_teacher_of_workers_is_not_loaded_here(tmp_path):
     config = tiny_teacher_config(write_tiny_model(tmp_path))
     runner = CopyRunner()
-    judge, placement = place_judge(config, partial(str, "never"), runner, device="cpu")
-    assert isinstance(judge, JudgeOnWorkers)
-    assert judge.fingerprint == identify_local_teacher(config).fingerprint
+    teacher, placement = place_teacher(config, partial(str, "never"), runner, device="cpu")
+    assert isinstance(teacher, TeacherOnWorkers)
+    assert teacher.fingerprint == identify_local_teacher(config).fingerprint
     assert placement.runner is runner
-    assert not placement.is_here(judge)
+    assert not placement.is_here(teacher)
     with pytest.raises(InputError, match="is not loaded in this process"):
-        judge.judge([("a", "b")], "asymmetric")
+        teacher.score_pairs([("a", "b")], "asymmetric")
 
 
 def test_this_process_needs_no_load():

@@ -18,7 +18,7 @@ import ray_work
 from d2llm.core.errors import InputError
 from d2llm.core.types import Passage
 from d2llm.data.labels import LabelStore
-from d2llm.evaluation.judging import LabelWriter
+from d2llm.evaluation.pool_scores import LabelWriter
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.models.token_vectors import TokenProjection
@@ -122,13 +122,13 @@ class InTurn:
 
     @contextmanager
     def workers(self, load, *, device=None, gpus=1):
-        self.judges = [load() for _ in range(self.num_workers)]
+        self.teachers = [load() for _ in range(self.num_workers)]
         yield self
 
     def map(self, shards, advance):
         shards = iter(shards)
         while batch := list(islice(shards, 2 * self.num_workers)):
-            results = [self.judges[number % self.num_workers](shard, advance) for number, shard in enumerate(batch)]
+            results = [self.teachers[number % self.num_workers](shard, advance) for number, shard in enumerate(batch)]
             yield from results
 
 

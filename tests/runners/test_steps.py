@@ -33,7 +33,7 @@ from d2llm.fitting.fit import Fit
 from d2llm.fitting.time_plan import TimePlan
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import identify_local_teacher
-from d2llm.models.teachers.judge import load_judge
+from d2llm.models.teachers.pair_teacher import load_teacher
 from d2llm.retrieval import query_preparation
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.text_workers import TextShard, encode_shard, encoder_loads, load_student
@@ -149,10 +149,10 @@ def figures(report: EvaluationReport) -> dict[str, Any]:
 def contenders(student: str | Path, teacher: Path) -> Contenders:
     """A student and a teacher, and how workers load them."""
     load = partial(load_student, student, **ON_CPU)
-    load_teacher = partial(load_judge, tiny_teacher_config(teacher), **ON_CPU)
-    model, judge = load(), load_teacher()
-    loads = {**encoder_loads(model, load), judge.fingerprint: load_teacher}
-    return Contenders(student=model, teacher=judge, loads=loads)
+    load_model = partial(load_teacher, tiny_teacher_config(teacher), **ON_CPU)
+    model, teacher = load(), load_model()
+    loads = {**encoder_loads(model, load), teacher.fingerprint: load_model}
+    return Contenders(student=model, teacher=teacher, loads=loads)
 
 
 def test_measures_of_a_shipped_student_are_the_local_ones(place, tmp_path, runner, monkeypatch):

@@ -18,7 +18,7 @@ pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'
 from d2llm import Student
 from d2llm.core.errors import ModelError
 from d2llm.core.types import Ranking
-from d2llm.models.teachers.judge import Judgements
+from d2llm.models.teachers.pair_teacher import TeacherScores
 from d2llm.models.writers.writer import Assignment, WrittenQueries
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.search import Searcher, SearchSettings
@@ -70,9 +70,9 @@ class WaitingTeacher(FakeTeacher):
         super().__init__()
         self._gate = gate
 
-    def judge(self, pairs: Any, task: Any, **options: Any) -> Judgements:
+    def score_pairs(self, pairs: Any, task: Any, **options: Any) -> TeacherScores:
         self._gate.wait()
-        return super().judge(pairs, task, **options)
+        return super().score_pairs(pairs, task, **options)
 
 
 class WaitingWriter:

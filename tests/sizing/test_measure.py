@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from d2llm.models.teachers.judge import load_judge
+from d2llm.models.teachers.pair_teacher import load_teacher
 from d2llm.sizing import measure
 from d2llm.sizing.measure import made_up_passages, measure_speeds
 from d2llm.sizing.plan import SizePlan
@@ -31,15 +31,15 @@ def little(monkeypatch):
         "_CENTROIDS": 64,
         "_MIN_QUERIES": 5,
         "_CANDIDATES": 50,
-        "_JUDGED_PAIRS": 4,
+        "_TIMED_PAIRS": 4,
     }.items():
         monkeypatch.setattr(measure, name, value)
 
 
 def test_every_speed_is_measured_and_answers_a_plan(tmp_path, little):
     student = token_student(tmp_path)
-    judge = load_judge(tiny_teacher_config(write_tiny_model(tmp_path / "teacher")), device="cpu", dtype="float32")
-    speeds = measure_speeds(student, passages(300), teachers={"tiny": lambda: judge}, seconds=0.01)
+    teacher = load_teacher(tiny_teacher_config(write_tiny_model(tmp_path / "teacher")), device="cpu", dtype="float32")
+    speeds = measure_speeds(student, passages(300), teachers={"tiny": lambda: teacher}, seconds=0.01)
     assert set(speeds.scan_bytes) == set(speeds.products) == set(FORMATS)
     assert set(speeds.compared_tokens) == {"int4"}
     for name in Speeds.model_fields:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import InputError
-from d2llm.models.teachers.judge import Judgements
+from d2llm.models.teachers.pair_teacher import TeacherScores
 from d2llm.ops.calibration import expected_calibration_error, log_loss, reliability_bins
 from d2llm.ops.ensemble import Ensemble, out_of_fold_log_odds
 from d2llm.recipe import TeacherConfig
@@ -32,9 +32,9 @@ class Noisy:
     def prompt_fingerprint(self, task):
         return task
 
-    def judge(self, pairs, task, **_):
+    def score_pairs(self, pairs, task, **_):
         self.asked += len(pairs)
-        return Judgements(np.array([self._say(*pair) for pair in pairs], np.float32), None, 1, 0)
+        return TeacherScores(np.array([self._say(*pair) for pair in pairs], np.float32), None, 1, 0)
 
     def _say(self, query, passage):
         error = np.random.default_rng(zlib.crc32(f"{self.fingerprint} {query} {passage}".encode())).normal(
@@ -44,17 +44,17 @@ class Noisy:
 
 
 @pytest.fixture
-def judges(monkeypatch):
+def teachers(monkeypatch):
     by_name = {
-        judge.fingerprint: judge
-        for judge in (
+        teacher.fingerprint: teacher
+        for teacher in (
             Noisy("llm", noise=0.4, factor=20),
             Noisy("cosine", noise=0.4, factor=0.01),
             Noisy("noise", noise=1, sense=0),
             Noisy("contrary", noise=0.4, sense=-1),
         )
     }
-    monkeypatch.setattr(verb, "load_judge", lambda config, **_: by_name[config.model])
+    monkeypatch.setattr(verb, "load_teacher", lambda config, **_: by_name[config.model])
     return by_name
 
 
@@ -68,7 +68,7 @@ def ensemble(folder, *names, datasets=None, **settings):
     )
 
 
-def test_helpful_members_get_weights_and_others_are_left_out(tmp_path, judges):
+def test_helpful_members_get_weights_and_others_are_left_out(tmp_path, teachers):
     report = ensemble(tmp_path / "ensemble", "llm", "cosine", "contrary")
     task_report = report.tasks["asymmetric"]
     rows = {row.name: row for row in task_report.rows}
@@ -90,12 +90,12 @@ def test_helpful_members_get_weights_and_others_are_left_out(tmp_path, judges):
     assert sorted(manifest["fitted_on"]["everyday"]["dev_queries"]) == sorted(f"q{letter}" for letter in "abcdefghijkl")
 
 
-def test_one_member_is_calibrated_and_measured_out_of_fold(tmp_path, judges):
+def test_one_member_is_calibrated_and_measured_out_of_fold(tmp_path, teachers):
     report = ensemble(tmp_path / "ensemble", "llm", l2=0.1, num_folds=4, seed=5)
     alone, together = report.tasks["asymmetric"].rows
     assert together.after == alone.after
     dataset = everyday()
-    dev_set = verb.make_judge_dev_set(
+    dev_set = verb.make_teacher_dev_set(
         dataset,
         "asymmetric",
         verb.dev_queries(dataset, num_queries=12, seed=5, from_end=True),
@@ -105,23 +105,23 @@ def test_one_member_is_calibrated_and_measured_out_of_fold(tmp_path, judges):
     )
     pairs = [(query, passage) for query, ids in dev_set.candidates.items() for passage in ids]
     texts = [(dataset.queries[query].text, dataset.passages[passage].full_text) for query, passage in pairs]
-    scores = judges["llm"].judge(texts, "asymmetric").log_odds[:, None]
+    scores = teachers["llm"].score_pairs(texts, "asymmetric").log_odds[:, None]
     labels = [passage == f"{query[1]}2" for query, passage in pairs]
     groups = [f"everyday:{query}" for query, _ in pairs]
     log_odds = out_of_fold_log_odds(scores, labels, groups, l2=0.1, num_folds=4, seed=5)
     assert alone.after.log_loss == pytest.approx(log_loss(log_odds, labels))
     assert alone.after.expected_error == pytest.approx(expected_calibration_error(reliability_bins(log_odds, labels)))
     assert alone.before.log_loss == pytest.approx(log_loss(scores[:, 0], labels))
-    assert report.num_judged == len(pairs)
+    assert report.num_scored == len(pairs)
 
 
-def test_combining_without_a_retrieval_set_is_rejected(tmp_path, judges):
+def test_combining_without_a_retrieval_set_is_rejected(tmp_path, teachers):
     with pytest.raises(InputError, match="no retrieval set has any"):
         ensemble(tmp_path / "ensemble", "llm", datasets=[])
     assert not (tmp_path / "ensemble").exists()
 
 
-def test_weights_are_fitted_per_task(tmp_path, judges):
+def test_weights_are_fitted_per_task(tmp_path, teachers):
     datasets = [(everyday(), "asymmetric"), (everyday("second"), "asymmetric"), (everyday("third"), "symmetric")]
     report = ensemble(tmp_path / "ensemble", "llm", "cosine", datasets=datasets, num_queries=6)
     assert {task: task_report.num_queries for task, task_report in report.tasks.items()} == {
@@ -133,22 +133,22 @@ def test_weights_are_fitted_per_task(tmp_path, judges):
     assert Ensemble(**{k: tuple(v) if isinstance(v, list) else v for k, v in tasks["symmetric"].items()}).bias < 0
 
 
-def test_judgements_are_reused_and_only_an_ensemble_is_replaced(tmp_path, judges):
+def test_judgements_are_reused_and_only_an_ensemble_is_replaced(tmp_path, teachers):
     first = ensemble(tmp_path / "ensemble", "llm")
-    num_asked = judges["llm"].asked
+    num_asked = teachers["llm"].asked
     second = ensemble(tmp_path / "ensemble", "llm", "cosine")
-    assert judges["llm"].asked == num_asked
-    assert first.num_judged == second.num_judged == num_asked  # the second time by the other member
+    assert teachers["llm"].asked == num_asked
+    assert first.num_scored == second.num_scored == num_asked  # the second time by the other member
     assert second.fingerprint != first.fingerprint
     assert ensemble(tmp_path / "ensemble", "llm", "cosine").fingerprint == second.fingerprint
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "manifest.json").write_text('{"kind": "student", "format_version": 1}')
     with pytest.raises(InputError, match="'student', which a 'ensemble' would replace"):
         ensemble(tmp_path / "other", "llm")
-    assert judges["llm"].asked == num_asked
+    assert teachers["llm"].asked == num_asked
 
 
-def test_invalid_members_are_rejected(tmp_path, judges):
+def test_invalid_members_are_rejected(tmp_path, teachers):
     with pytest.raises(InputError, match="at least one member"):
         ensemble(tmp_path / "ensemble")
     with pytest.raises(InputError, match="is the same teacher as another"):
@@ -158,8 +158,8 @@ def test_invalid_members_are_rejected(tmp_path, judges):
     assert not (tmp_path / "ensemble").exists()
 
 
-def test_the_page_has_a_diagram_for_every_calibration(tmp_path, judges):
-    judges["<b>llm</b>"] = judges["llm"]
+def test_the_page_has_a_diagram_for_every_calibration(tmp_path, teachers):
+    teachers["<b>llm</b>"] = teachers["llm"]
     report = ensemble(tmp_path / "ensemble", "<b>llm</b>", "cosine")
     page = page_of(stack_document(report))
     assert page.count("<svg") == 2 * 2 + 1

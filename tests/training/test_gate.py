@@ -20,13 +20,13 @@ from d2llm.data.training import TrainingSource
 from d2llm.models.interaction import PairScores
 from d2llm.models.student import Student
 from d2llm.models.teachers.cosine import CosineTeacher
-from d2llm.models.teachers.judge import Judgements
+from d2llm.models.teachers.pair_teacher import TeacherScores
 from d2llm.ops.measures import per_query_measures
 from d2llm.recipe import GateConfig, TeacherConfig
 from d2llm.recipe.losses import Objective
 from d2llm.reports.training_tables import gate_table
 from d2llm.training import gate as verb
-from d2llm.training.dev_sets import dev_queries, make_dev_pairs, make_judge_dev_set
+from d2llm.training.dev_sets import dev_queries, make_dev_pairs, make_teacher_dev_set
 from d2llm.training.gate import GATE_FILE, PRECHECK_QUERIES, gate, precheck, read_gate
 from d2llm.training.sentences import describe_gates, describe_precheck, gate_advice
 from fake_models import FakeStudent, Interruption
@@ -37,7 +37,7 @@ from tiny_models import tiny_student_config, write_tiny_model
 TEACHER = TeacherConfig(model="told")
 
 
-class OracleJudge:
+class OracleTeacher:
     """Knows the answers or, without ``right``, picks wrong ones; is interrupted after ``fail_after`` pairs."""
 
     def __init__(self, *, right=True, fingerprint="told", fail_after=None):
@@ -47,13 +47,13 @@ class OracleJudge:
     def prompt_fingerprint(self, task):
         return task
 
-    def judge(self, pairs, task, **_):
+    def score_pairs(self, pairs, task, **_):
         if self.fail_after is not None and self.asked >= self.fail_after:
             raise Interruption
         self.asked += len(pairs)
         best = "2" if self.right else "0"
         values = [query[0] == passage[0] and passage.endswith(best) for query, passage in pairs]
-        return Judgements(np.array(values, np.float32), None, 1, 0)
+        return TeacherScores(np.array(values, np.float32), None, 1, 0)
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,8 @@ def student(tmp_path_factory):
 def trial(student, tmp_path, monkeypatch):
     """Runs a gate with the given judge as the teacher."""
 
-    def run(judge, *, datasets=None, **settings):
-        monkeypatch.setattr(verb, "load_judge", lambda *_, **__: judge)
+    def run(teacher, *, datasets=None, **settings):
+        monkeypatch.setattr(verb, "load_teacher", lambda *_, **__: teacher)
         return gate(
             datasets or [(everyday(), "asymmetric")],
             tmp_path / "run",
@@ -101,7 +101,7 @@ def test_data_without_dev_queries_is_rejected(qrels):
 def test_lists_join_candidates_by_words_and_by_vectors():
     dataset, student = everyday(), FakeStudent()
     queries = dev_queries(dataset, num_queries=3, seed=0)
-    dev_set = make_judge_dev_set(dataset, "asymmetric", queries, student=student, depth=2, with_positives=False)
+    dev_set = make_teacher_dev_set(dataset, "asymmetric", queries, student=student, depth=2, with_positives=False)
     vectors = student.encode_passages([passage.full_text for passage in dataset.passages.values()]).vectors
     for query in queries:
         scores = vectors @ student.encode_queries([query.text]).vectors[0]
@@ -115,7 +115,7 @@ def test_lists_join_candidates_by_words_and_by_vectors():
 def test_lists_with_positives_leave_out_their_repeats():
     dataset = everyday()
     dataset.passages["a0"] = Passage("a0", dataset.passages["a2"].text.upper())
-    dev_set = make_judge_dev_set(
+    dev_set = make_teacher_dev_set(
         dataset, "asymmetric", [dataset.queries["qa"]], student=FakeStudent(), depth=3, with_positives=True
     )
     assert dev_set.candidates["qa"][0] == "a2"
@@ -126,20 +126,20 @@ def test_lists_with_positives_leave_out_their_repeats():
 def test_a_head_without_an_inner_product_proposes_by_cosine():
     dataset = everyday()
     queries = dev_queries(dataset, num_queries=2, seed=0)
-    dev_set = make_judge_dev_set(
+    dev_set = make_teacher_dev_set(
         dataset, "asymmetric", queries, student=FakeStudent(head="paper"), depth=2, with_positives=False
     )
     assert all(len(ids) >= 2 for ids in dev_set.candidates.values())
 
 
 def test_good_teacher_opens_and_bad_teacher_closes_the_gate(trial, student, tmp_path):
-    report = trial(OracleJudge())
+    report = trial(OracleTeacher())
     (row,) = report.sets
     assert (row.name, row.task, row.num_items, row.teacher, row.is_open) == ("everyday", "asymmetric", 12, 1.0, True)
     assert report.closed == ()
     # The cosine's value is the nDCG of the student's own scores on the same lists.
     dataset = everyday()
-    dev_set = make_judge_dev_set(
+    dev_set = make_teacher_dev_set(
         dataset,
         "asymmetric",
         dev_queries(dataset, num_queries=12, seed=0),
@@ -151,15 +151,15 @@ def test_good_teacher_opens_and_bad_teacher_closes_the_gate(trial, student, tmp_
     rankings = {}
     for query, ids in dev_set.candidates.items():
         pairs = [(dataset.queries[query].text, dataset.passages[passage].full_text) for passage in ids]
-        scores = dict(zip(ids, cosine.judge(pairs, "asymmetric").log_odds.tolist(), strict=True))
+        scores = dict(zip(ids, cosine.score_pairs(pairs, "asymmetric").log_odds.tolist(), strict=True))
         rankings[query] = sorted(ids, key=lambda passage, scores=scores: (-scores[passage], passage))
     expected = np.mean(list(per_query_measures(rankings, dev_set.qrels)["nDCG@10"].values()))
     assert row.cosine == pytest.approx(expected)
     assert row.difference == pytest.approx(1 - expected)
-    assert report.num_judged == sum(len(ids) for ids in dev_set.candidates.values())
+    assert report.num_scored == sum(len(ids) for ids in dev_set.candidates.values())
     assert report.cosine == student.fingerprint
 
-    wrong = trial(OracleJudge(right=False, fingerprint="wrong"))
+    wrong = trial(OracleTeacher(right=False, fingerprint="wrong"))
     assert wrong.sets[0].difference < 0
     assert not wrong.sets[0].is_open
     assert wrong.closed == ("everyday",)
@@ -176,7 +176,7 @@ def test_teacher_equal_to_the_cosine_keeps_the_gate_closed(trial, student):
 
 def test_a_task_pools_the_queries_of_its_sets(trial):
     datasets = [(everyday(), "asymmetric"), (everyday("second"), "asymmetric"), (everyday("third"), "symmetric")]
-    report = trial(OracleJudge(), datasets=datasets, queries=6)
+    report = trial(OracleTeacher(), datasets=datasets, queries=6)
     assert [(row.name, row.num_items) for row in report.sets] == [("everyday", 6), ("second", 6), ("third", 6)]
     assert [(row.name, row.num_items) for row in report.tasks] == [("asymmetric", 12), ("symmetric", 6)]
     assert report.tasks[0].cosine == pytest.approx((report.sets[0].cosine + report.sets[1].cosine) / 2)
@@ -184,24 +184,24 @@ def test_a_task_pools_the_queries_of_its_sets(trial):
 
 
 def test_judgements_survive_an_interruption(trial, monkeypatch, tmp_path):
-    from d2llm.evaluation import judging
+    from d2llm.evaluation import pool_scores
 
-    monkeypatch.setattr(judging, "_PAIRS_AT_ONCE", 10)
-    monkeypatch.setattr(judging, "_SHARD_SECONDS", 0)
+    monkeypatch.setattr(pool_scores, "_PAIRS_AT_ONCE", 10)
+    monkeypatch.setattr(pool_scores, "_SHARD_SECONDS", 0)
     with pytest.raises(Interruption):
-        trial(OracleJudge(fail_after=20))
+        trial(OracleTeacher(fail_after=20))
     assert not (tmp_path / "run" / GATE_FILE).exists()
-    resumed, whole = OracleJudge(), OracleJudge(fingerprint="whole")
+    resumed, whole = OracleTeacher(), OracleTeacher(fingerprint="whole")
     assert trial(resumed).sets[0].is_open
     trial(whole)
     assert 0 < resumed.asked <= whole.asked - 20
-    repeated = OracleJudge()
-    assert trial(repeated).num_judged == repeated.asked == 0
+    repeated = OracleTeacher()
+    assert trial(repeated).num_scored == repeated.asked == 0
 
 
 def test_queries_used_to_fit_an_ensemble_are_counted(trial, monkeypatch):
     monkeypatch.setattr(verb, "ensemble_queries", lambda config: {"everyday": frozenset({"qa", "qb", "other"})})
-    assert trial(OracleJudge()).num_seen == 2
+    assert trial(OracleTeacher()).num_seen == 2
 
 
 def test_a_foreign_gate_file_is_not_replaced(trial, tmp_path):
@@ -210,12 +210,12 @@ def test_a_foreign_gate_file_is_not_replaced(trial, tmp_path):
     for content, message in (("{", "not valid JSON"), ('{"kind": "door"}', "not a gate"), ("[]", "not a gate")):
         path.write_text(content)
         with pytest.raises(DataFormatError, match=message):
-            trial(OracleJudge())
+            trial(OracleTeacher())
         assert path.read_text() == content
 
 
 def test_gate_file_records_settings_and_packages(trial, tmp_path):
-    trial(OracleJudge(), alpha=0.01)
+    trial(OracleTeacher(), alpha=0.01)
     content = json.loads((tmp_path / "run" / GATE_FILE).read_text())
     assert (content["kind"], content["format_version"]) == ("gate", 1)
     assert "d2llm" in content["packages"]
@@ -241,17 +241,17 @@ def pair_set(truth, *, kind="binary", name="couples", split="dev"):
     return PairDataset(name, Path(name), kind, (), {split: pairs}, ())
 
 
-class ScoredJudge(OracleJudge):
+class ScoredTeacher(OracleTeacher):
     """Gives the passage "<name> <n>" the n-th score of that data set."""
 
     def __init__(self, fingerprint="says", **scores):
         super().__init__(fingerprint=fingerprint)
         self.scores = scores
 
-    def judge(self, pairs, task, **_):
+    def score_pairs(self, pairs, task, **_):
         self.asked += len(pairs)
         names_and_numbers = [passage.split() for _, passage in pairs]
-        return Judgements(
+        return TeacherScores(
             np.array([self.scores[name][int(n)] for name, n in names_and_numbers], np.float32), None, 0, 0
         )
 
@@ -272,7 +272,9 @@ YES_NO = ["1", "0"] * 10
 
 def test_binary_pairs_are_measured_by_average_precision(compare, tmp_path):
     right, wrong = [int(label) + n / 100 for n, label in enumerate(YES_NO)], [-int(label) for label in YES_NO]
-    report = compare(ScoredJudge(couples=right), ScoredJudge("cosine", couples=wrong), (pair_set(YES_NO), "symmetric"))
+    report = compare(
+        ScoredTeacher(couples=right), ScoredTeacher("cosine", couples=wrong), (pair_set(YES_NO), "symmetric")
+    )
     (row,) = report.sets
     assert (row.name, row.task, row.measure, row.num_items) == ("couples", "symmetric", "AP", 20)
     # All positives tie below the ten negatives, so they are retrieved together at a precision of 10 / 20.
@@ -281,25 +283,25 @@ def test_binary_pairs_are_measured_by_average_precision(compare, tmp_path):
     assert row.p_value < 0.001
     assert row.is_open
     assert report.closed == ()
-    assert report.num_judged == 20
+    assert report.num_scored == 20
     assert [dataclasses.replace(row, name="couples") for row in report.tasks] == [row]
     swapped = compare(
-        ScoredJudge("turned", couples=wrong), ScoredJudge("other", couples=right), (pair_set(YES_NO), "symmetric")
+        ScoredTeacher("turned", couples=wrong), ScoredTeacher("other", couples=right), (pair_set(YES_NO), "symmetric")
     )
     assert swapped.sets[0].difference == pytest.approx(-0.5)
     assert swapped.closed == ("couples",)
     assert read_gate(tmp_path / "run", "says") == {"couples": True}
     assert read_gate(tmp_path / "run", "turned") == {"couples": False}
     # A second run takes the values from the store and calls no judge.
-    repeated = ScoredJudge(couples=wrong)
-    assert compare(repeated, ScoredJudge("cosine"), (pair_set(YES_NO), "symmetric")).sets == report.sets
+    repeated = ScoredTeacher(couples=wrong)
+    assert compare(repeated, ScoredTeacher("cosine"), (pair_set(YES_NO), "symmetric")).sets == report.sets
     assert repeated.asked == 0
 
 
 def test_too_few_pairs_keep_the_gate_closed(compare):
     report = compare(
-        ScoredJudge(couples=[1, 0, 1, 0]),
-        ScoredJudge("cosine", couples=[0, 1, 0, 1]),
+        ScoredTeacher(couples=[1, 0, 1, 0]),
+        ScoredTeacher("cosine", couples=[0, 1, 0, 1]),
         (pair_set(YES_NO[:4]), "symmetric"),
     )
     assert report.sets[0].teacher == 1
@@ -310,12 +312,12 @@ def test_too_few_pairs_keep_the_gate_closed(compare):
 def test_graded_pairs_are_measured_by_spearman(compare):
     grades = list(range(16))
     sets = [(pair_set(grades, kind="scores"), "symmetric")]
-    report = compare(ScoredJudge(couples=grades), ScoredJudge("cosine", couples=grades[::-1]), *sets)
+    report = compare(ScoredTeacher(couples=grades), ScoredTeacher("cosine", couples=grades[::-1]), *sets)
     assert (report.sets[0].measure, report.sets[0].teacher, report.sets[0].cosine) == ("Spearman", 1, -1)
     assert report.sets[0].is_open
     # Two neighbours have swapped places, all others are in order.
     nearly = [1, 0, *grades[2:]]
-    report = compare(ScoredJudge("nearly", couples=nearly), ScoredJudge("right", couples=grades), *sets)
+    report = compare(ScoredTeacher("nearly", couples=nearly), ScoredTeacher("right", couples=grades), *sets)
     assert report.sets[0].teacher == pytest.approx(1 - 6 * 2 / (16 * (16**2 - 1)))
     assert not report.sets[0].is_open
 
@@ -332,7 +334,7 @@ def test_classes_use_thresholds_fitted_on_the_other_half(compare):
         shifted[int(pair.passage.split()[1])] = number[pair.label] + 10 * (counts[pair.label] % 2)
         counts[pair.label] += 1
     right = [number[label] for label in CLASSES]
-    report = compare(ScoredJudge(couples=right), ScoredJudge("cosine", couples=shifted), (dataset, "symmetric"))
+    report = compare(ScoredTeacher(couples=right), ScoredTeacher("cosine", couples=shifted), (dataset, "symmetric"))
     (row,) = report.sets
     assert (row.measure, row.teacher) == ("accuracy (3 classes)", 1)
     # One half's thresholds make the other all entailment or all contradiction: a third is right.
@@ -342,10 +344,10 @@ def test_classes_use_thresholds_fitted_on_the_other_half(compare):
 
 def test_a_class_too_rare_for_thresholds_is_rejected(compare):
     dataset = pair_set(CLASSES[:6], kind="classes")
-    compare(ScoredJudge(couples=range(6)), ScoredJudge("cosine", couples=range(6)), (dataset, "symmetric"))
+    compare(ScoredTeacher(couples=range(6)), ScoredTeacher("cosine", couples=range(6)), (dataset, "symmetric"))
     rare = pair_set(["contradiction", "neutral", "entailment", "contradiction", "neutral"], kind="classes")
     with pytest.raises(InputError, match="no pair of the dev split is 'entailment'"):
-        compare(ScoredJudge("b", couples=range(5)), ScoredJudge("c", couples=range(5)), (rare, "symmetric"))
+        compare(ScoredTeacher("b", couples=range(5)), ScoredTeacher("c", couples=range(5)), (rare, "symmetric"))
 
 
 def test_a_query_counts_as_ten_pairs_and_repeats_are_judged_once(compare):
@@ -353,19 +355,19 @@ def test_a_query_counts_as_ten_pairs_and_repeats_are_judged_once(compare):
     twin = dataclasses.replace(dataset.splits["dev"][0], id="twin")
     dataset = dataclasses.replace(dataset, splits={"dev": (*dataset.splits["dev"], twin)})
     scores = {"couples": [int(label) for label in YES_NO * 3]}
-    small = compare(ScoredJudge(**scores), ScoredJudge("cosine", **scores), (dataset, "symmetric"), queries=2)
-    assert (small.sets[0].num_items, small.num_judged) == (20, 20)
-    whole = compare(ScoredJudge(**scores), ScoredJudge("cosine", **scores), (dataset, "symmetric"), queries=7)
-    assert (whole.sets[0].num_items, whole.num_judged) == (61, 40)  # the larger sample contains the smaller
+    small = compare(ScoredTeacher(**scores), ScoredTeacher("cosine", **scores), (dataset, "symmetric"), queries=2)
+    assert (small.sets[0].num_items, small.num_scored) == (20, 20)
+    whole = compare(ScoredTeacher(**scores), ScoredTeacher("cosine", **scores), (dataset, "symmetric"), queries=7)
+    assert (whole.sets[0].num_items, whole.num_scored) == (61, 40)  # the larger sample contains the smaller
 
 
 def test_changed_texts_under_the_same_ids_are_judged_again(compare):
     scores = {"couples": [1, 0] * 10, "others": [0, 1] * 10}
-    before = compare(ScoredJudge(**scores), ScoredJudge("cosine", **scores), (pair_set(YES_NO), "symmetric"))
+    before = compare(ScoredTeacher(**scores), ScoredTeacher("cosine", **scores), (pair_set(YES_NO), "symmetric"))
     changed = dataclasses.replace(pair_set(YES_NO, name="others"), name="couples")
-    after = compare(ScoredJudge(**scores), ScoredJudge("cosine", **scores), (changed, "symmetric"))
+    after = compare(ScoredTeacher(**scores), ScoredTeacher("cosine", **scores), (changed, "symmetric"))
     assert (before.sets[0].teacher, after.sets[0].teacher) == (1, 0.5)
-    assert after.num_judged == 20
+    assert after.num_scored == 20
 
 
 def test_only_sets_with_the_same_measure_are_pooled(compare):
@@ -376,7 +378,7 @@ def test_only_sets_with_the_same_measure_are_pooled(compare):
     ]
     right = {name: [float(value) for value in truth] for name, truth in names.items()}
     wrong = {name: [-value for value in values] for name, values in right.items()}
-    report = compare(ScoredJudge(**right), ScoredJudge("cosine", **wrong | {"couples": right["couples"]}), *sets)
+    report = compare(ScoredTeacher(**right), ScoredTeacher("cosine", **wrong | {"couples": right["couples"]}), *sets)
     rows = [(row.name, row.measure, row.num_items, row.is_open) for row in report.tasks]
     assert rows == [("symmetric", "AP", 30, True), ("symmetric", "Spearman", 12, True)]
     assert report.tasks[0].cosine == pytest.approx((20 * 1 + 10 * 0.5) / 30)
@@ -436,8 +438,8 @@ def test_closed_pair_set_ignores_the_teachers_labels(kind, tmp_path):
 class TestFirstLook:
     @pytest.fixture
     def look(self, student, tmp_path, monkeypatch):
-        def run(judge):
-            monkeypatch.setattr(verb, "load_judge", lambda *_, **__: judge)
+        def run(teacher):
+            monkeypatch.setattr(verb, "load_teacher", lambda *_, **__: teacher)
             return precheck(
                 [(everyday(), "asymmetric")],
                 tmp_path / "run",
@@ -449,7 +451,7 @@ class TestFirstLook:
         return run
 
     def test_look_uses_bm25_candidates_and_stores_no_verdict(self, look, tmp_path):
-        report = look(OracleJudge())
+        report = look(OracleTeacher())
         (row,) = report.sets
         assert (row.name, row.num_items, row.teacher) == (
             "everyday",
@@ -457,16 +459,16 @@ class TestFirstLook:
             1.0,
         )  # all twelve queries are fewer than a look takes
         assert PRECHECK_QUERIES >= 12
-        assert report.num_judged == 12 * 3  # three passages match the words of each query; vectors propose no others
+        assert report.num_scored == 12 * 3  # three passages match the words of each query; vectors propose no others
         assert read_gate(tmp_path / "run", "told") is None
 
     def test_stored_judgements_are_reused(self, look):
-        look(OracleJudge())
-        assert look(OracleJudge(fail_after=0)).num_judged == 0
+        look(OracleTeacher())
+        assert look(OracleTeacher(fail_after=0)).num_scored == 0
 
     def test_sentence_says_whether_the_teacher_beats_the_cosine(self, look):
-        assert "is worse than the cosine by" in describe_precheck(look(OracleJudge(right=False)))
-        assert "is as good as the cosine or better" in describe_precheck(look(OracleJudge(fingerprint="other")))
+        assert "is worse than the cosine by" in describe_precheck(look(OracleTeacher(right=False)))
+        assert "is as good as the cosine or better" in describe_precheck(look(OracleTeacher(fingerprint="other")))
 
 
 def test_a_verdict_in_words():

@@ -15,9 +15,9 @@ import d2llm.training.label as verb
 from d2llm.core.errors import InputError
 from d2llm.core.types import TASKS, Task
 from d2llm.data.labels import LabelStore
-from d2llm.evaluation import judging
+from d2llm.evaluation import pool_scores
 from d2llm.models.teachers.identity import TeacherIdentity
-from d2llm.models.teachers.judge import Judgements, TextPair
+from d2llm.models.teachers.pair_teacher import TeacherScores, TextPair
 from d2llm.recipe import TeacherConfig
 from tiny_data import topics
 
@@ -36,31 +36,31 @@ class LengthTeacher:
     def prompt_fingerprint(self, task: Task) -> str:
         return f"length-{task}"
 
-    def judge(
+    def score_pairs(
         self,
         pairs: Sequence[TextPair],
         task: Task,
         *,
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
-    ) -> Judgements:
+    ) -> TeacherScores:
         del task
         self.asked.append(len(pairs))
         if advance is not None:
             advance(len(pairs))
         log_odds = np.array([len(passage) - len(query) for query, passage in pairs], dtype=np.float32)
         features = np.stack([log_odds, np.ones_like(log_odds)], axis=1) if with_features and self.has_features else None
-        return Judgements(log_odds, features, 0, len(pairs), num_bounded=1, num_undecided=2)
+        return TeacherScores(log_odds, features, 0, len(pairs), num_bounded=1, num_undecided=2)
 
 
 @pytest.fixture
 def teacher(monkeypatch: pytest.MonkeyPatch) -> LengthTeacher:
     teacher = LengthTeacher()
-    monkeypatch.setattr(verb, "load_judge", lambda *_, **__: teacher)
+    monkeypatch.setattr(verb, "load_teacher", lambda *_, **__: teacher)
     prompts = {task: teacher.prompt_fingerprint(task) for task in TASKS}
-    monkeypatch.setattr(verb, "identify_judge", lambda _: TeacherIdentity(teacher.fingerprint, prompts))
-    monkeypatch.setattr(judging, "_PAIRS_AT_ONCE", 36)  # the pairs of four queries
-    monkeypatch.setattr(judging, "_SHARD_SECONDS", 0.0)
+    monkeypatch.setattr(verb, "identify_teacher", lambda _: TeacherIdentity(teacher.fingerprint, prompts))
+    monkeypatch.setattr(pool_scores, "_PAIRS_AT_ONCE", 36)  # the pairs of four queries
+    monkeypatch.setattr(pool_scores, "_SHARD_SECONDS", 0.0)
     return teacher
 
 

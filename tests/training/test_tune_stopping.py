@@ -17,7 +17,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import Task
 from d2llm.data.training import TrainingPair
 from d2llm.models.teachers.causal import CausalTeacher
-from d2llm.models.teachers.judge import Judgements, identify_judge, load_judge
+from d2llm.models.teachers.pair_teacher import TeacherScores, identify_teacher, load_teacher
 from d2llm.recipe import LoraConfig, TeacherConfig, TeacherTuningConfig
 from d2llm.training import tune_teacher as verb
 from d2llm.training.tune_teacher import DevScore, hold_out, score_dev
@@ -86,9 +86,9 @@ class Parrot:
     def prompt_fingerprint(self, task: Task) -> str:
         return task
 
-    def judge(self, pairs: Any, task: Task, **options: object) -> Judgements:
+    def score_pairs(self, pairs: Any, task: Task, **options: object) -> TeacherScores:
         del task, options
-        return Judgements(np.array([self._said[p] for _, p in pairs], dtype=np.float32), None, 0, 0)
+        return TeacherScores(np.array([self._said[p] for _, p in pairs], dtype=np.float32), None, 0, 0)
 
 
 def test_dev_scores_match_hand_calculation() -> None:
@@ -129,11 +129,11 @@ def test_full_tuning_saves_a_complete_model(tmp_path: Path, llama: Path) -> None
     teacher = tiny_teacher_config(llama)
     report = tune(teacher, tmp_path / "full", tuning="full", learning_rate=1e-3)
     config = TeacherConfig(model=str(tmp_path / "full"))
-    tuned = load_judge(config, device="cpu", dtype="float32")
-    assert tuned.fingerprint == report.fingerprint == identify_judge(config).fingerprint
-    assert identify_judge(config).prompts["symmetric"] == tuned.prompt_fingerprint("symmetric")
-    before = load_judge(teacher, device="cpu", dtype="float32").judge(PAIRS, "asymmetric").log_odds
-    after = tuned.judge(PAIRS, "asymmetric").log_odds
+    tuned = load_teacher(config, device="cpu", dtype="float32")
+    assert tuned.fingerprint == report.fingerprint == identify_teacher(config).fingerprint
+    assert identify_teacher(config).prompts["symmetric"] == tuned.prompt_fingerprint("symmetric")
+    before = load_teacher(teacher, device="cpu", dtype="float32").score_pairs(PAIRS, "asymmetric").log_odds
+    after = tuned.score_pairs(PAIRS, "asymmetric").log_odds
     assert np.abs(after - before).max() > 0.01
     # plain transformers can load it
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "full")
@@ -148,8 +148,8 @@ def test_full_tuning_saves_a_complete_model(tmp_path: Path, llama: Path) -> None
     adapted = CausalTeacher.load(config, device="cpu", dtype="float32")
     adapted.prepare_training(LORA)
     adapted.save(tmp_path / "adapter", {})
-    reloaded = load_judge(TeacherConfig(model=str(tmp_path / "adapter")), device="cpu", dtype="float32")
-    np.testing.assert_allclose(reloaded.judge(PAIRS, "asymmetric").log_odds, after, rtol=0, atol=1e-4)
+    reloaded = load_teacher(TeacherConfig(model=str(tmp_path / "adapter")), device="cpu", dtype="float32")
+    np.testing.assert_allclose(reloaded.score_pairs(PAIRS, "asymmetric").log_odds, after, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
@@ -168,10 +168,10 @@ def test_a_classifier_learns(tmp_path: Path, tuning: str) -> None:
     )
     losses = [line["loss"] for line in log(tmp_path / "tuned") if "loss" in line]
     assert report.loss < 0.9 * np.mean(losses[:3])
-    tuned = load_judge(TeacherConfig(model=str(tmp_path / "tuned")), device="cpu", dtype="float32")
+    tuned = load_teacher(TeacherConfig(model=str(tmp_path / "tuned")), device="cpu", dtype="float32")
     assert tuned.fingerprint == report.fingerprint
-    before = load_judge(teacher, device="cpu", dtype="float32").judge(PAIRS, "asymmetric").log_odds
-    assert np.abs(tuned.judge(PAIRS, "asymmetric").log_odds - before).max() > 0.05
+    before = load_teacher(teacher, device="cpu", dtype="float32").score_pairs(PAIRS, "asymmetric").log_odds
+    assert np.abs(tuned.score_pairs(PAIRS, "asymmetric").log_odds - before).max() > 0.05
 
 
 def test_a_teacher_without_local_weights_is_rejected(tmp_path: Path) -> None:
@@ -210,15 +210,15 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_encoder_gets_a_head_by_tuning(encoder: Path, tmp_path: Path) -> None:
     teacher = TeacherConfig(model=str(encoder), kind="classifier", new_head=True, max_tokens=64)
     with pytest.raises(InputError, match="must be tuned before use; run tune-teacher"):
-        load_judge(teacher, device="cpu", dtype="float32")
+        load_teacher(teacher, device="cpu", dtype="float32")
     with pytest.raises(InputError, match=r"tuned with all weights; set teacher_tuning.tuning = 'full'"):
         tune(teacher, tmp_path / "refused")
     report = tune(teacher, tmp_path / "tuned", tuning="full", loss="lists", learning_rate=3e-3, epochs=6)
     losses = [line["loss"] for line in log(tmp_path / "tuned") if "loss" in line]
     assert np.mean(losses[-4:]) < np.mean(losses[:4])
-    judge = load_judge(TeacherConfig(model=str(tmp_path / "tuned")), device="cpu", dtype="float32")
-    assert judge.fingerprint == report.fingerprint
-    assert np.isfinite(judge.judge(PAIRS, "asymmetric").log_odds).all()
+    tuned = load_teacher(TeacherConfig(model=str(tmp_path / "tuned")), device="cpu", dtype="float32")
+    assert tuned.fingerprint == report.fingerprint
+    assert np.isfinite(tuned.score_pairs(PAIRS, "asymmetric").log_odds).all()
     own = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned")
     assert own.config.num_labels == 1
     again = tune(teacher, tmp_path / "again", tuning="full", loss="lists", learning_rate=3e-3, epochs=6)
@@ -237,7 +237,7 @@ def test_list_loss_is_softmax_plus_a_share_of_the_yes_no_loss(llama: Path) -> No
         TrainingPair("a dog runs", TEXTS[4], "symmetric", 1.0),
     ]
     loss, _ = verb.accumulate(model, pairs, 512, "lists")
-    odds = model.judge([(pair.query, pair.passage) for pair in pairs], "symmetric").log_odds.astype(float)
+    odds = model.score_pairs([(pair.query, pair.passage) for pair in pairs], "symmetric").log_odds.astype(float)
     softmax = [odds[0] - np.logaddexp.reduce(odds[:3]), odds[4] - np.logaddexp.reduce(odds[3:])]
     signs = np.array([1, -1, -1, -1, 1])
     expected = -np.mean(softmax) + 0.3 * np.logaddexp(0, -signs * odds).mean()
@@ -291,7 +291,7 @@ def test_both_passes_over_a_long_list_share_their_dropout(llama: Path) -> None:
     assert gradients_of(model) == recomputed
     model.eval()
     without = {
-        float(odds) for pair in pairs for odds in model.judge([(pair.query, pair.passage)], "symmetric").log_odds
+        float(odds) for pair in pairs for odds in model.score_pairs([(pair.query, pair.passage)], "symmetric").log_odds
     }
     assert without.isdisjoint({float(odds) for odds in outputs})  # dropout was active
 
@@ -311,7 +311,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path, llama
 
 @pytest.mark.parametrize("number", [8, 4])
 def test_adapters_are_tuned_on_quantised_weights(tmp_path: Path, llama: Path, number: int) -> None:
-    """QLoRA: the loss falls, and the tuned teacher judges on the same quantised weights."""
+    """QLoRA: the loss falls, and the tuned teacher scores on the same quantised weights."""
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'd2llm[large]'")
     settings = {"quantization": f"{number}bit", "gradient_checkpointing": True, "epochs": 6, "learning_rate": 0.02}
     teacher = tiny_teacher_config(llama)
@@ -319,17 +319,17 @@ def test_adapters_are_tuned_on_quantised_weights(tmp_path: Path, llama: Path, nu
     losses = [line["loss"] for line in log(tmp_path / "tuned") if "loss" in line]
     assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:8])
     config = TeacherConfig(model=str(tmp_path / "tuned"))
-    assert identify_judge(config).fingerprint == report.fingerprint
-    tuned = load_judge(config, device="cpu", dtype="float32")
+    assert identify_teacher(config).fingerprint == report.fingerprint
+    tuned = load_teacher(config, device="cpu", dtype="float32")
     assert isinstance(tuned, CausalTeacher)
     assert tuned.quantization == f"{number}bit"
-    on_full_weights = identify_judge(config.model_copy(update={"quantization": "none"}))
-    assert on_full_weights.fingerprint not in (report.fingerprint, identify_judge(teacher).fingerprint)
+    on_full_weights = identify_teacher(config.model_copy(update={"quantization": "none"}))
+    assert on_full_weights.fingerprint not in (report.fingerprint, identify_teacher(teacher).fingerprint)
 
 
 def test_a_teacher_that_vllm_runs_is_tuned_without_it(tmp_path: Path, llama: Path) -> None:
     report = tune(tiny_teacher_config(llama, kind="vllm"), tmp_path / "vllm")
     expected = tune(tiny_teacher_config(llama), tmp_path / "causal")
     assert report.fingerprint == expected.fingerprint
-    judged_by_vllm = TeacherConfig(model=str(tmp_path / "vllm"), kind="vllm")
-    assert identify_judge(judged_by_vllm).fingerprint == report.fingerprint
+    scored_by_vllm = TeacherConfig(model=str(tmp_path / "vllm"), kind="vllm")
+    assert identify_teacher(scored_by_vllm).fingerprint == report.fingerprint

@@ -74,7 +74,7 @@ def evaluate(
         ),
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="A label store with the teacher's judgements.")
+        Path | None, typer.Option(metavar="FOLDER", help="A label store with the teacher's scores.")
     ] = None,
     indexes: Annotated[
         list[Path] | None,

@@ -458,7 +458,7 @@ def calibrate(
         typer.Option(
             metavar="FILE",
             callback=input_path,
-            help="queries.jsonl or queries.jsonl.gz, with queries like those of later searches; no judgements needed.",
+            help="queries.jsonl or queries.jsonl.gz, with queries like those of later searches; no qrels needed.",
         ),
     ],
     num_queries: Annotated[int, typer.Option(min=1, help="Size of a random sample of them (always the same).")] = 40,
@@ -472,7 +472,7 @@ def calibrate(
     import random
 
     from d2llm.data.beir import read_queries
-    from d2llm.models.teachers.judge import load_judge
+    from d2llm.models.teachers.pair_teacher import load_teacher
     from d2llm.retrieval.calibrate import measure_error, write_error
     from d2llm.retrieval.row_features import weights_for
 
@@ -480,11 +480,11 @@ def calibrate(
     all_queries = list(read_queries(queries).values())
     sample = random.Random(0).sample(all_queries, min(num_queries, len(all_queries)))
     index = opening.open(context)
-    judge = load_judge(teacher_config(teacher, prompt), device=opening.device, dtype=opening.dtype)
-    error = measure_error(index.view, index.student, judge, sample, task=task)
+    model = load_teacher(teacher_config(teacher, prompt), device=opening.device, dtype=opening.dtype)
+    error = measure_error(index.view, index.student, model, sample, task=task)
     index_task = task or index.view.task
     score_features = weights_for(index.view, index.student, index_task)
-    file = write_error(folder_of(context), judge, index_task, error, score_features)
+    file = write_error(folder_of(context), model, index_task, error, score_features)
     session.say(
         f"calibrate: a passage's log-odds are {error.slope:.3g} times the student's score, within {error.sigma:.2f} "
         f"(standard deviation over {error.num_pairs:,} pairs); stored in {file}"

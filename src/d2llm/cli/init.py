@@ -47,7 +47,7 @@ def init(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Untuned model that judges pairs: a folder, a Hub name, or KIND:MODEL.",
+            help="Untuned model that scores pairs: a folder, a Hub name, or KIND:MODEL.",
             show_default="made from the backbone if there are at least 1,000 questions, else none",
         ),
     ] = None,

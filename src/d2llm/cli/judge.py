@@ -1,4 +1,4 @@
-"""The verb ``judge``: a teacher's judgement of a few passages."""
+"""The verb ``judge``: a teacher's scores of a few passages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from d2llm.core.types import Task
 def judge(
     context: typer.Context,
     query: Annotated[str, typer.Argument(metavar="QUERY", help="The query.")],
-    passages: Annotated[list[str], typer.Argument(metavar="PASSAGE", help="Texts to judge.")],
+    passages: Annotated[list[str], typer.Argument(metavar="PASSAGE", help="Texts to score.")],
     teacher: Annotated[
         str | None,
         teacher_option(
@@ -50,16 +50,16 @@ def judge(
     json_path: JsonOption = None,
 ) -> None:
     """Ask a teacher how likely a passage is to answer a query."""
-    from d2llm.models.teachers.judge import load_judge
-    from d2llm.reports.search_tables import judgement_table
+    from d2llm.models.teachers.pair_teacher import load_teacher
+    from d2llm.reports.search_tables import pair_table
 
     for text in (query, *passages):
         if not text.strip():
             raise InputError(f"{text!r} has no text; give a query and passages with words in them")
     session = session_of(context)
     config = recorded_teacher_config(teacher, prompt, recorded, data) or teacher_config("smollm2", prompt)
-    model = load_judge(config, device=device, dtype=dtype)
-    log_odds: list[float] = model.judge([(query, passage) for passage in passages], task).log_odds.tolist()
-    session.show(judgement_table(query, passages, log_odds))
-    judged = [{"passage": text, "log_odds": value} for text, value in zip(passages, log_odds, strict=True)]
-    session.write_report(context, json_path, {"teacher": model.fingerprint, "judgements": judged})
+    model = load_teacher(config, device=device, dtype=dtype)
+    log_odds: list[float] = model.score_pairs([(query, passage) for passage in passages], task).log_odds.tolist()
+    session.show(pair_table(query, passages, log_odds))
+    scores = [{"passage": text, "log_odds": value} for text, value in zip(passages, log_odds, strict=True)]
+    session.write_report(context, json_path, {"teacher": model.fingerprint, "scores": scores})

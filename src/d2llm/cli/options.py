@@ -81,7 +81,7 @@ def recorded_teacher_config(
     Raises:
         InputError: there is a data set, but nothing recorded with its ids, or the teacher gives no grades.
     """
-    from d2llm.models.teachers.judge import recorded_teacher
+    from d2llm.models.teachers.pair_teacher import recorded_teacher
 
     if recorded is not None:
         return recorded_teacher(teacher_config(teacher or "graded:recorded", prompt), recorded, data)

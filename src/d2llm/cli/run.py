@@ -97,7 +97,7 @@ def mine(
 ) -> None:
     """Choose positives and hard negatives for each training query.
 
-    Review audit.md in the plan's folder. If interrupted, the same command continues with what was encoded and judged,
+    Review audit.md in the plan's folder. If interrupted, the same command continues with what was encoded and scored,
     with any runner.
     """
     runner = place.find()

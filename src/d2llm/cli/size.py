@@ -55,7 +55,7 @@ def size(
     known_teacher(plan.teacher)
     session = session_of(context)
     from d2llm.models.student import Student
-    from d2llm.models.teachers.judge import load_judge
+    from d2llm.models.teachers.pair_teacher import load_teacher
     from d2llm.sizing.measure import made_up_passages, measure_speeds
     from d2llm.sizing.size import size as size_of
     from d2llm.sizing.speeds import keep_speeds
@@ -67,7 +67,7 @@ def size(
     speeds, report = None, None
     if measure:
         teacher = plan.teacher
-        teachers = {} if teacher is None else {teacher: lambda: load_judge(teacher_config(teacher, None))}
+        teachers = {} if teacher is None else {teacher: lambda: load_teacher(teacher_config(teacher, None))}
         passages = sample or made_up_passages(student)
         speeds = measure_speeds(student, passages, task=plan.task, teachers=teachers)
         session.say(f"kept in {keep_speeds(speeds)}")

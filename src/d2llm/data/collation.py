@@ -241,7 +241,7 @@ def collate(labelled: LabelledSource, draws: Sequence[Draw]) -> DistillationBatc
 def in_batch_pairs(
     batches: Iterable[tuple[LabelledSource, Sequence[Draw]]],
 ) -> dict[str, dict[str, list[str]]]:
-    """The passages that the teacher judges for all pairs of the batches to have a label: data set -> query id -> ids.
+    """The passages that the teacher scores for all pairs of the batches to have a label: data set -> query id -> ids.
 
     Left out are queries that learn from the data set's own judgements, and of the other queries' passages those that
     are no negatives, which are ignored in the batch.
@@ -275,7 +275,7 @@ def _collate(
     passage_ids: tuple[str, ...],
 ) -> DistillationBatch:
     shape = (len(draws), max(map(len, columns)))
-    positive, hard, easy, judged_by_teacher = (np.zeros(shape, bool) for _ in range(4))
+    positive, hard, easy, scored_by_teacher = (np.zeros(shape, bool) for _ in range(4))
     log_odds = np.full(shape, -np.inf, np.float32)
     width = max(len(draw.positives) + len(draw.hard) for draw in draws)
     targets = np.full(shape, np.nan, np.float32)
@@ -306,7 +306,7 @@ def _collate(
         for passage_id, value in labelled.labels.log_odds(draw.entry.query_id).items():
             if passage_id in column:
                 log_odds[row, column[passage_id]] = value
-                judged_by_teacher[row, column[passage_id]] = True
+                scored_by_teacher[row, column[passage_id]] = True
         own[row], gram[row] = _features(labelled.labels, draw, column, width)
     return DistillationBatch(
         source=labelled.source,
@@ -316,7 +316,7 @@ def _collate(
         hard=hard,
         easy=easy,
         teacher_log_odds=log_odds,
-        labelled=judged_by_teacher,
+        labelled=scored_by_teacher,
         own=own,
         gram=gram,
         targets=targets if any(draw.entry.targets for draw in draws) else None,

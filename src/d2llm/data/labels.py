@@ -1,4 +1,4 @@
-"""The label store: teachers' judgements of query-passage pairs, keyed by id, in Parquet shards.
+"""The label store: teachers' scores of query-passage pairs, keyed by id, in Parquet shards.
 
 Each ``write`` creates one shard: a file in ``labels/`` and a file of the same name in ``grams/``. A shard counts only
 if both exist, so a process may be killed at any moment: a query is either complete or absent. One store may hold labels
@@ -50,7 +50,7 @@ class LabelKey:
 
 @dataclass(frozen=True, eq=False)
 class QueryLabels:
-    """A teacher's judgements of the passages of one query.
+    """A teacher's scores of the passages of one query.
 
     ``log_odds`` [n] belongs to ``passage_ids``; ``gram`` [m, m] holds the cosines between the teacher's features of the
     first m passages (feature imitation), or is None. ``grades`` [n] are those from which a graded teacher's log-odds

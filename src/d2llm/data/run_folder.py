@@ -115,7 +115,7 @@ def training_source(data: DataConfig, plan: TrainingPlan) -> TrainingSource:
 
 
 def working_folder(result: Path) -> Path:
-    """The folder beside a result that has its checkpoint, log and stored judgements: ``<result>.run``."""
+    """The folder beside a result that has its checkpoint, log and stored labels: ``<result>.run``."""
     return result.with_name(result.name + ".run")
 
 

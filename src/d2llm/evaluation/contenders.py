@@ -11,7 +11,7 @@ from d2llm.core.types import SystemKind
 from d2llm.data.trec import TrecRun
 from d2llm.evaluation.report import EvaluationRow, MissingRow
 from d2llm.models.plain_student import PlainStudent
-from d2llm.models.teachers.judge import Judge
+from d2llm.models.teachers.pair_teacher import PairTeacher
 from d2llm.retrieval.cosine import CosineStudent, DotStudent
 from d2llm.retrieval.protocols import SearchStudent, TextEncoder
 from d2llm.runners.placement import Load
@@ -53,9 +53,9 @@ class Contenders:
     untuned: TextEncoder | None = None
     tuned_cosine: SearchStudent | None = None
     paper_head: SearchStudent | None = None
-    teacher: Judge | None = None
+    teacher: PairTeacher | None = None
     bi_encoders: Mapping[str, SearchStudent] = field(default_factory=dict[str, SearchStudent])
-    cross_encoders: Mapping[str, Judge] = field(default_factory=dict[str, Judge])
+    cross_encoders: Mapping[str, PairTeacher] = field(default_factory=dict[str, PairTeacher])
     runs: Sequence[TrecRun] = ()
     why_missing: Mapping[SystemKind, str] = field(default_factory=dict[SystemKind, str])
     provenance: Mapping[str, object] = field(default_factory=dict[str, object])
@@ -108,12 +108,12 @@ class Contenders:
         note = f"{' and '.join(seen)} {were} trained on other queries of {dataset}, which makes it easier"
         return (*self.notes, note)
 
-    def judges(self, teacher_depth: int | None) -> list[tuple[str, SystemKind, Judge]]:
+    def teachers(self, teacher_depth: int | None) -> list[tuple[str, SystemKind, PairTeacher]]:
         """The systems that encode query and passage together."""
-        judges: list[tuple[str, SystemKind, Judge]] = []
+        teachers: list[tuple[str, SystemKind, PairTeacher]] = []
         if self.teacher is not None:
-            judges.append((teacher_name(teacher_depth), "teacher", self.teacher))
-        return judges + [(name, "external", judge) for name, judge in self.cross_encoders.items()]
+            teachers.append((teacher_name(teacher_depth), "teacher", self.teacher))
+        return teachers + [(name, "external", teacher) for name, teacher in self.cross_encoders.items()]
 
     def missing_rows(self, teacher_depth: int | None) -> list[MissingRow]:
         """The standard rows that this report does not have, each with the reason."""
@@ -141,7 +141,11 @@ def check_baseline(contenders: Contenders, baseline: SystemKind | None, besides:
 
     ``besides`` are the kinds of rows that need no model.
     """
-    kinds = {*besides, *(row.kind for row in contenders.students(1, 1)), *(kind for _, kind, _ in contenders.judges(1))}
+    kinds = {
+        *besides,
+        *(row.kind for row in contenders.students(1, 1)),
+        *(kind for _, kind, _ in contenders.teachers(1)),
+    }
     if baseline is not None and baseline not in kinds:
         raise InputError(f"the baseline '{baseline}' is not among the rows of this report: {', '.join(sorted(kinds))}")
 

@@ -47,13 +47,13 @@ def evaluate(
         dataset: from ``read_beir``, ``read_pairs`` or ``open_data``.
         contenders: the student and what it is compared with.
         settings: split, task, depths, samples, seed.
-        work_folder: where indexes, measured systems and judgements are kept, so that an interrupted evaluation can
+        work_folder: where indexes, measured systems and labels are kept, so that an interrupted evaluation can
             continue and a repeated one can reuse them. None means a temporary folder.
-        labels: a label store, opened read-only; pairs that have a label in it are not judged again.
+        labels: a label store, opened read-only; pairs that have a label in it are not scored again.
         indexes: indexes of this corpus. One that a student made, with vectors stored as the evaluation stores them and
             with all that the student's score counts, is searched, so that the passages are not encoded again. Others
             (of other passages, late-chunked, sharded) are not used, which the notes say.
-        runner: where passages and, if they are many, queries are encoded and where teachers judge: in this process
+        runner: where passages and, if they are many, queries are encoded and where teachers score: in this process
             (``local``), or on the workers of a Ray cluster (``ray``, ``ray:ADDRESS``, or a ``RayRunner``), which load
             the models as ``contenders.loads`` says. Searches, and all latencies, are of this process; a remote teacher
             is asked from it.

@@ -89,16 +89,16 @@ Relevant = Mapping[str, frozenset[str]]
 
 
 def agreement_row(name: str, teacher: Scores, scores: Scores) -> AgreementRow:
-    """How well a system agrees with the teacher on the passages that the teacher judged."""
+    """How well a system agrees with the teacher on the passages that the teacher scored."""
     by_query = {
-        query_id: (list(judged.values()), [scores[query_id][passage_id] for passage_id in judged])
-        for query_id, judged in teacher.items()
-        if judged
+        query_id: (list(values.values()), [scores[query_id][passage_id] for passage_id in values])
+        for query_id, values in teacher.items()
+        if values
     }
     overlaps = [
-        top_k_overlap(_best_first(judged), _best_first({p: scores[query_id][p] for p in judged}))
-        for query_id, judged in teacher.items()
-        if len(judged) > 1
+        top_k_overlap(_best_first(values), _best_first({p: scores[query_id][p] for p in values}))
+        for query_id, values in teacher.items()
+        if len(values) > 1
     ]
     return AgreementRow(name, agreement(by_query), sum(overlaps) / len(overlaps) if overlaps else None)
 

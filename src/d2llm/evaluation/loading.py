@@ -20,7 +20,7 @@ from d2llm.models.external import ExternalBiEncoder, load_external
 from d2llm.models.sources import is_student
 from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import FORMAT_VERSION, KIND
-from d2llm.models.teachers.judge import Judge, asks_endpoint, identify_judge, load_judge
+from d2llm.models.teachers.pair_teacher import PairTeacher, asks_endpoint, identify_teacher, load_teacher
 from d2llm.recipe import StudentConfig, TeacherConfig, untuned_config
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.text_workers import create_student, encoder_loads, load_student
@@ -67,24 +67,24 @@ def load_contenders(
     untuned = loader.untuned(model.config)
     cosine = loader.companion("cosine_tuned", folder, TUNED_COSINE, tuned_cosine)
     paper = loader.companion("paper_head", folder, PAPER_HEAD, paper_head)
-    judge: Judge | None = None
+    pair_teacher: PairTeacher | None = None
     if not with_teacher:
         loader.why["teacher"] = "it was left out"
     elif (config := teacher or _own_teacher(folder, manifest.get("teacher"))) is None:
         loader.why["teacher"] = "the teacher that the student was trained with was not found; name one"
     else:
-        judge = loader.teacher(config)
+        pair_teacher = loader.teacher(config)
     names = strings_of(models, "models")
     bi_encoders, cross_encoders = loader.others(names)
     trained_on = {NAME_D2LLM: _trained_on(folder)}
     trained_on |= {Path(name).name: _trained_on(find_student(name)) for name in names if is_student(Path(name))}
-    beside = {"tuned_cosine": cosine, "paper_head": paper, "teacher": judge}
+    beside = {"tuned_cosine": cosine, "paper_head": paper, "teacher": pair_teacher}
     return Contenders(
         student=model,
         untuned=untuned,
         tuned_cosine=cosine,
         paper_head=paper,
-        teacher=judge,
+        teacher=pair_teacher,
         bi_encoders=bi_encoders,
         cross_encoders=cross_encoders,
         runs=[_named(read_run(path)) for path in paths_of(runs, "runs")],
@@ -138,17 +138,17 @@ class _Loader:
         self.why[kind] = f"{place.name} is not beside the student; train it: d2llm distill RECIPE --variant {variant}"
         return None
 
-    def teacher(self, config: TeacherConfig) -> Judge:
-        load = partial(load_judge, config, device=self.device, dtype=self.dtype)
-        judge = load()
-        self.loads[judge.fingerprint] = None if asks_endpoint(config) else load
-        self.gpus[judge.fingerprint] = config.num_gpus
-        return judge
+    def teacher(self, config: TeacherConfig) -> PairTeacher:
+        load = partial(load_teacher, config, device=self.device, dtype=self.dtype)
+        teacher = load()
+        self.loads[teacher.fingerprint] = None if asks_endpoint(config) else load
+        self.gpus[teacher.fingerprint] = config.num_gpus
+        return teacher
 
-    def others(self, models: Sequence[str]) -> tuple[dict[str, SearchStudent], dict[str, Judge]]:
+    def others(self, models: Sequence[str]) -> tuple[dict[str, SearchStudent], dict[str, PairTeacher]]:
         """Other bi-encoders and cross-encoders, by the names of their rows."""
         bi_encoders: dict[str, SearchStudent] = {}
-        cross_encoders: dict[str, Judge] = {}
+        cross_encoders: dict[str, PairTeacher] = {}
         for name in models:
             if is_student(Path(name)):
                 load = partial(load_student, find_student(name), device=self.device, dtype=self.dtype)
@@ -171,7 +171,7 @@ def _own_teacher(student: Path, fingerprint: str | None) -> TeacherConfig | None
     run = RunFolder(student.parent)
     beside = [str(place) for place in (run.teacher, run.ensemble) if is_finished(place)]
     configs = [TeacherConfig(model=model) for model in (*beside, *shipped_models("teachers"))]
-    return next((config for config in configs if identify_judge(config).fingerprint == fingerprint), None)
+    return next((config for config in configs if identify_teacher(config).fingerprint == fingerprint), None)
 
 
 def _named(run: TrecRun) -> TrecRun:

@@ -23,7 +23,7 @@ from d2llm.evaluation import figures
 from d2llm.evaluation.contenders import NAME_BM25, NAME_D2LLM, Contender, Contenders, check_baseline, choose_baseline
 from d2llm.evaluation.figures import adjusted
 from d2llm.evaluation.gold import Floats, Gold, Positions, measure_all, read_gold
-from d2llm.evaluation.judging import judge_pool
+from d2llm.evaluation.pool_scores import score_pool
 from d2llm.evaluation.report import (
     AgreementRow,
     Calibration,
@@ -40,7 +40,7 @@ from d2llm.evaluation.report import (
 )
 from d2llm.evaluation.settings import EvaluationSettings
 from d2llm.evaluation.systems import MeasuredStore, milliseconds, peak_memory, sample
-from d2llm.models.teachers.judge import Judge
+from d2llm.models.teachers.pair_teacher import PairTeacher
 from d2llm.ops.calibration import score_histogram
 from d2llm.ops.significance import bootstrap_statistic, resampled_p_value
 from d2llm.retrieval.protocols import SearchStudent
@@ -48,7 +48,7 @@ from d2llm.retrieval.reading import EncodedPairs, encode_pairs
 from d2llm.runners.placement import HERE, Placement
 from d2llm.store.bm25 import WordIndex
 
-_TIMED_JUDGEMENTS = 10  # number of pairs judged again, one by one and then as a batch, to measure the time
+_TIMED_PAIRS = 10  # number of pairs scored again, one by one and then as a batch, to measure the time
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +181,8 @@ def student_scores(work: PairWork, contenders: Sequence[Contender]) -> list[Scor
     ]
 
 
-def judge_scores(work: PairWork, name: str, kind: SystemKind, judge: Judge) -> ScoredSplits:
-    """A judge's scores of a sample of both splits."""
+def score_sample(work: PairWork, name: str, kind: SystemKind, teacher: PairTeacher) -> ScoredSplits:
+    """A teacher's scores of a sample of both splits."""
     parts = [(work.settings.split, work.pairs), ("tuning", work.tuning_pairs)]
     positions = [work.sample(len(pairs)) for _, pairs in parts]
     chosen = {
@@ -190,36 +190,38 @@ def judge_scores(work: PairWork, name: str, kind: SystemKind, judge: Judge) -> S
         for (label, pairs), of_split in zip(parts, positions, strict=True)
         for position in of_split.tolist()
     }
-    judged = judge_pool(
-        judge,
+    pool = score_pool(
+        teacher,
         {key: [key] for key in chosen},
         {key: pair.query for key, pair in chosen.items()},
         {key: pair.passage for key, pair in chosen.items()},
         work.settings.settled_task,
         dataset=work.dataset.name,
-        store=work.folder / "judgements" / work.content,
+        store=work.folder / "labels" / work.content,
         known=work.labels,
-        title=f"judging pairs with {name}",
+        title=f"scoring pairs with {name}",
         placement=work.placement,
     )
-    work.notes += [(name, note) for note in judged.notes]
+    work.notes += [(name, note) for note in pool.notes]
 
     def measure_time() -> dict[str, Any]:
-        probes = _texts(work.probes[:_TIMED_JUDGEMENTS])
+        probes = _texts(work.probes[:_TIMED_PAIRS])
         seconds: list[float] = []
         for pairs in (*([pair] for pair in probes), probes):
             begin = perf_counter()
-            judge.judge(pairs, work.settings.settled_task)
+            teacher.score_pairs(pairs, work.settings.settled_task)
             seconds.append(perf_counter() - begin)
         return {"alone": seconds[:-1], "costs": {"pairs_per_second": len(probes) / seconds[-1]}}
 
-    times = work.store.values([name, judge.fingerprint, work.content, work.settings.settled_task, "time"], measure_time)
+    times = work.store.values(
+        [name, teacher.fingerprint, work.content, work.settings.settled_task, "time"], measure_time
+    )
     scores = [
-        np.array([judged.scores[key][key] for key in (f"{label}:{pairs[p].id}" for p in of_split.tolist())])
+        np.array([pool.scores[key][key] for key in (f"{label}:{pairs[p].id}" for p in of_split.tolist())])
         for (label, pairs), of_split in zip(parts, positions, strict=True)
     ]
     cost = Cost(total=milliseconds(times["alone"]), **times["costs"])
-    return ScoredSplits(name, kind, positions[0], scores[0], positions[1], scores[1], cost, judge.fingerprint)
+    return ScoredSplits(name, kind, positions[0], scores[0], positions[1], scores[1], cost, teacher.fingerprint)
 
 
 def _texts(pairs: Sequence[LabelledPair]) -> list[tuple[str, str]]:
@@ -243,7 +245,7 @@ def evaluate_pairs(
     labels: Path | None,
     placement: Placement = HERE,
 ) -> EvaluationReport:
-    """See ``evaluation.evaluate.evaluate``; ``folder`` stores measured scores and judgements.
+    """See ``evaluation.evaluate.evaluate``; ``folder`` stores measured scores and labels.
 
     Thresholds are fitted on the split "dev", or on "train" if dev itself is measured. There is an ``InputError`` if
     classes have no such split, or the teacher's sample is too small to measure.
@@ -254,16 +256,16 @@ def evaluate_pairs(
     gold = read_gold(dataset, settings.split)
     tuning_gold = read_gold(dataset, tuning) if tuning_pairs else None
     work = PairWork(dataset, settings, pairs, tuning_pairs, folder, labels, placement)
-    judges = contenders.judges(None)
-    _check_measurable(work, gold, tuning_gold, sampled=bool(judges))
+    teachers = contenders.teachers(None)
+    _check_measurable(work, gold, tuning_gold, sampled=bool(teachers))
     students = contenders.students(settings.num_candidates, settings.top_k)
     by_vectors = groupby(students, key=lambda contender: contender.model.fingerprint)  # a student follows its cosine
     systems = [
         lexical_scores(work),
         *(scores for _, same_vectors in by_vectors for scores in student_scores(work, list(same_vectors))),
-        *(judge_scores(work, *judge) for judge in judges),
+        *(score_sample(work, *teacher) for teacher in teachers),
     ]
-    return _PairFigures(work, contenders, gold, tuning_gold, systems, [name for name, _, _ in judges]).report()
+    return _PairFigures(work, contenders, gold, tuning_gold, systems, [name for name, _, _ in teachers]).report()
 
 
 def _check_measurable(work: PairWork, gold: Gold, tuning_gold: Gold | None, *, sampled: bool) -> None:
@@ -291,14 +293,14 @@ Resampled = dict[str, tuple[Estimate, NDArray[np.float64]]]
 
 @dataclass
 class _PairFigures:
-    """Computes the report from the scores. ``judges`` are the systems that scored only a sample."""
+    """Computes the report from the scores. ``teachers`` are the systems that scored only a sample."""
 
     work: PairWork
     contenders: Contenders
     gold: Gold
     tuning_gold: Gold | None
     systems: Sequence[ScoredSplits]
-    judges: Sequence[str]
+    teachers: Sequence[str]
 
     def report(self) -> EvaluationReport:
         work, settings, gold = self.work, self.work.settings, self.gold
@@ -348,7 +350,7 @@ class _PairFigures:
                 values={
                     system.name: {gold.main_measure: tuple(self._item_values(system, self._all).tolist())}
                     for system in self.systems
-                    if system.name not in self.judges
+                    if system.name not in self.teachers
                 },
                 wins=wins,
                 losses=losses,
@@ -358,7 +360,7 @@ class _PairFigures:
     @cached_property
     def _sample(self) -> Positions:
         """Positions of the pairs that every system scored."""
-        return next((system.positions for system in self.systems if system.name in self.judges), self._all)
+        return next((system.positions for system in self.systems if system.name in self.teachers), self._all)
 
     @cached_property
     def _all(self) -> Positions:
@@ -416,7 +418,7 @@ class _PairFigures:
             for system in self.systems:
                 if system.name == baseline:
                     continue
-                source = on_sample if {system.name, baseline} & set(self.judges) else measured
+                source = on_sample if {system.name, baseline} & set(self.teachers) else measured
                 ours, theirs = source[system.name][measure], source[baseline][measure]
                 differences = ours[1] - theirs[1]
                 p_value = resampled_p_value(differences)
@@ -441,7 +443,7 @@ class _PairFigures:
                 top_10_overlap=None,
             )
             for system in self.systems
-            if system.name not in self.judges
+            if system.name not in self.teachers
         ]
 
     def _calibration(self) -> list[Calibration]:

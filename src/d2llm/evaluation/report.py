@@ -115,7 +115,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class AgreementRow:
-    """How well one system's scores agree with the teacher's, on the pairs that the teacher judged."""
+    """How well one system's scores agree with the teacher's, on the pairs that the teacher scored."""
 
     name: str
     agreement: Agreement
@@ -188,7 +188,7 @@ class EvaluationReport:
     ``kind`` says whether ``rows`` are over queries ("retrieval") or over pairs ("pairs"). ``num_left_out`` queries had
     no relevant passage in the corpus. ``num_own_passages`` passages are a query itself and were left out of its
     rankings; ``num_own_passages_judged_relevant`` have a query's text and are relevant to it, so they count. If the
-    teacher judged only a sample, ``num_items`` of its row is the size of the sample, and ``sample_rows`` holds every
+    teacher scored only a sample, ``num_items`` of its row is the size of the sample, and ``sample_rows`` holds every
     system on exactly that sample. ``baseline`` is the row that the others are compared with, ``subject`` the row that
     the examples are about, ``parts`` compares the subject with itself without a part of its score, and
     ``main_measure`` is the measure of the examples. ``notes`` are counts that a reader of the report should know

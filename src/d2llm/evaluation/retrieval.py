@@ -13,7 +13,7 @@ from d2llm.data.beir import Dataset
 from d2llm.evaluation import figures
 from d2llm.evaluation.contenders import NAME_BM25, Contender, Contenders, check_baseline, choose_baseline, teacher_name
 from d2llm.evaluation.figures import Values, compare_means, mean_row
-from d2llm.evaluation.judging import Pool, interleaved, judge_pool
+from d2llm.evaluation.pool_scores import Pool, interleaved, score_pool
 from d2llm.evaluation.report import (
     AgreementRow,
     Calibration,
@@ -39,12 +39,12 @@ from d2llm.evaluation.systems import (
     with_first_stages,
 )
 from d2llm.evaluation.word_rows import fitted_student, fitted_sum, without_parts
-from d2llm.models.teachers.judge import Judge
+from d2llm.models.teachers.pair_teacher import PairTeacher
 from d2llm.ops.measures import per_query_measures
 from d2llm.runners.placement import HERE, Placement
 
 MAIN_MEASURE = "nDCG@10"
-_TIMED_JUDGEMENTS = 5  # number of queries whose pool is judged again, one query at a time, to measure latency
+_TIMED_PAIRS = 5  # number of queries whose pool is scored again, one query at a time, to measure latency
 
 
 def evaluate_retrieval(
@@ -57,7 +57,7 @@ def evaluate_retrieval(
     placement: Placement = HERE,
     indexes: Sequence[Path] = (),
 ) -> EvaluationReport:
-    """See ``evaluation.evaluate.evaluate``; ``folder`` stores indexes, measured systems and judgements."""
+    """See ``evaluation.evaluate.evaluate``; ``folder`` stores indexes, measured systems and labels."""
     check_baseline(
         contenders, settings.baseline, ["bm25", "hybrid", "fitted_sum", *(["external"] if contenders.runs else [])]
     )
@@ -88,10 +88,10 @@ def evaluate_retrieval(
         query.id: interleaved([lexical.ids(query.id), subject.ids(query.id)], settings.teacher_depth)
         for query in work.sampled
     }
-    judges = contenders.judges(settings.teacher_depth)
-    judged = [_judge(work, name, kind, judge, pool, lexical, subject) for name, kind, judge in judges]
-    systems = [lexical, *fused, *searched, *parts, *shortcuts.systems, *(system for system, _ in judged), *runs]
-    teacher_scores = next((scores for system, scores in judged if system.kind == "teacher"), None)
+    teachers = contenders.teachers(settings.teacher_depth)
+    sampled = [_score(work, name, kind, teacher, pool, lexical, subject) for name, kind, teacher in teachers]
+    systems = [lexical, *fused, *searched, *parts, *shortcuts.systems, *(system for system, _ in sampled), *runs]
+    teacher_scores = next((scores for system, scores in sampled if system.kind == "teacher"), None)
     followers: dict[str, figures.Scores] = {}
     if teacher_scores is not None:
         followers = {row.name: _pool_scores(work, row, pool) for row in students}
@@ -99,7 +99,7 @@ def evaluate_retrieval(
         work,
         contenders,
         systems,
-        [name for name, _, _ in judges],
+        [name for name, _, _ in teachers],
         [system.name for system in parts],
         shortcuts,
         subject,
@@ -150,46 +150,46 @@ def _search(work: RetrievalWork, contender: Contender) -> System:
     return work.store.system(key, measure)
 
 
-def _judge(
-    work: RetrievalWork, name: str, kind: SystemKind, judge: Judge, pool: Pool, lexical: System, subject: System
+def _score(
+    work: RetrievalWork, name: str, kind: SystemKind, teacher: PairTeacher, pool: Pool, lexical: System, subject: System
 ) -> tuple[System, figures.Scores]:
-    """Rerank the pool with a judge; returns the system and its scores."""
+    """Rerank the pool with a teacher; returns the system and its scores."""
     texts = {query.id: query.text for query in work.sampled}
     passages = {p: work.dataset.passages[p].full_text for ids in pool.values() for p in ids}
-    judged = judge_pool(
-        judge,
+    scored = score_pool(
+        teacher,
         pool,
         texts,
         passages,
         work.settings.settled_task,
         dataset=work.dataset.name,
-        store=work.folder / "judgements" / work.corpus,
+        store=work.folder / "labels" / work.corpus,
         known=work.labels,
-        title=f"judging pairs with {name}",
+        title=f"scoring pairs with {name}",
         placement=work.placement,
     )
 
     def measure_time() -> list[float]:
         return list(
             timed(
-                lambda query: judge.judge(
+                lambda query: teacher.score_pairs(
                     [(query.text, passages[p]) for p in pool[query.id]], work.settings.settled_task
                 ),
-                list(work.sampled[:_TIMED_JUDGEMENTS]),
+                list(work.sampled[:_TIMED_PAIRS]),
             )
         )
 
-    seconds = work.store.values(work.key(name, judge.fingerprint, fingerprint_json(pool), "time"), measure_time)
+    seconds = work.store.values(work.key(name, teacher.fingerprint, fingerprint_json(pool), "time"), measure_time)
     sampled = replace(work.trial, queries=work.sampled)
-    system = reranked(subject, judged.scores, sampled, name=name, kind=kind)
-    num_timed = sum(len(pool[query.id]) for query in work.sampled[:_TIMED_JUDGEMENTS])
+    system = reranked(subject, scored.scores, sampled, name=name, kind=kind)
+    num_timed = sum(len(pool[query.id]) for query in work.sampled[:_TIMED_PAIRS])
     rate = num_timed / max(sum(seconds), 1e-9)
-    system = replace(system, fingerprint=judge.fingerprint, costs={"pairs_per_second": rate}, notes=judged.notes)
-    return with_first_stages(system, seconds, (lexical, subject)), judged.scores
+    system = replace(system, fingerprint=teacher.fingerprint, costs={"pairs_per_second": rate}, notes=scored.notes)
+    return with_first_stages(system, seconds, (lexical, subject)), scored.scores
 
 
 def _pool_scores(work: RetrievalWork, contender: Contender, pool: Pool) -> figures.Scores:
-    """A student's scores of the passages that the teacher judged."""
+    """A student's scores of the passages that the teacher scored."""
     texts = {query.id: query.text for query in work.sampled}
     view = work.index(contender.model)[0].view
 
@@ -209,14 +209,14 @@ def _pool_scores(work: RetrievalWork, contender: Contender, pool: Pool) -> figur
 class _RetrievalFigures:
     """Computes the report from the rankings.
 
-    ``judges`` are the rows that answered a sample of the queries, ``parts`` those of the student without a part of its
-    score; ``followers`` are the students' scores of the passages that the teacher judged.
+    ``teachers`` are the rows that answered a sample of the queries, ``parts`` those of the student without a part of
+    its score; ``followers`` are the students' scores of the passages that the teacher scored.
     """
 
     work: RetrievalWork
     contenders: Contenders
     systems: Sequence[System]
-    judges: Sequence[str]
+    teachers: Sequence[str]
     parts: Sequence[str]
     shortcuts: Shortcuts
     subject: System
@@ -228,7 +228,7 @@ class _RetrievalFigures:
         self._sampled_ids = [query.id for query in self.work.sampled]
         self._query_ids = {
             **{system.name: self._all_ids for system in self.systems},
-            **dict.fromkeys(self.judges, self._sampled_ids),
+            **dict.fromkeys(self.teachers, self._sampled_ids),
             **self.shortcuts.query_ids,
         }
         self._values: dict[str, Values] = {
@@ -246,7 +246,7 @@ class _RetrievalFigures:
         own = work.trial.own.counts(self._all_ids)
         rows = [self._row(system, self._query_ids[system.name]) for system in self.systems]
         sample_rows: list[EvaluationRow] = []
-        if self.judges and len(self._sampled_ids) < len(self._all_ids):
+        if self.teachers and len(self._sampled_ids) < len(self._all_ids):
             sample_rows = [self._row(system, self._sampled_ids) for system in self._comparable]
         baseline = choose_baseline(rows, settings.baseline)
         compared = [system.name for system in self._comparable if system.name not in self.parts]
@@ -298,14 +298,14 @@ class _RetrievalFigures:
         )
 
     def _calibration(self) -> tuple[Calibration, ...]:
-        """The calibration of the teacher and the student, on the passages that the teacher judged."""
+        """The calibration of the teacher and the student, on the passages that the teacher scored."""
         if self.teacher_scores is None:
             return ()
-        judge = teacher_name(self.work.settings.teacher_depth)
-        judged = {judge: self.teacher_scores, self.subject.name: self.followers[self.subject.name]}
+        name = teacher_name(self.work.settings.teacher_depth)
+        by_system = {name: self.teacher_scores, self.subject.name: self.followers[self.subject.name]}
         return tuple(
             figures.calibration(name, *figures.pool_labels(scores, self.work.relevant))
-            for name, scores in judged.items()
+            for name, scores in by_system.items()
         )
 
     def _notes(self) -> tuple[str, ...]:

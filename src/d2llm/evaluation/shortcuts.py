@@ -14,7 +14,7 @@ from d2llm.data.indexed_corpus import iter_corpus
 from d2llm.evaluation.contenders import NAME_D2LLM, Contenders
 from d2llm.evaluation.report import MissingRow
 from d2llm.evaluation.systems import RetrievalWork, System
-from d2llm.models.teachers.judge import RANKING_TEACHER, Judge, ranks_lists
+from d2llm.models.teachers.pair_teacher import RANKING_TEACHER, PairTeacher, ranks_lists
 from d2llm.ops.rereading import StudentError
 from d2llm.retrieval.build_ann import build_ann
 from d2llm.retrieval.calibrate import measure_error
@@ -101,7 +101,7 @@ def _add_ann(rows: Shortcuts, work: RetrievalWork, index: Index, recall: float) 
         rows.missing.append(MissingRow(name, "shortcut", str(error)))
 
 
-def _add_reranker(rows: Shortcuts, work: RetrievalWork, index: Index, teacher: Judge | None, named: str) -> None:
+def _add_reranker(rows: Shortcuts, work: RetrievalWork, index: Index, teacher: PairTeacher | None, named: str) -> None:
     """Let a reranker score the first passages again."""
     settings = named_reranker(named)
     name, uses_error = f"{NAME_D2LLM}, reranker {settings.kind}", False
@@ -123,12 +123,12 @@ def _add_reranker(rows: Shortcuts, work: RetrievalWork, index: Index, teacher: J
         if teacher is None or reason is not None:
             rows.missing.append(MissingRow(name, "shortcut", reason or ""))
             return
-        task, judge = work.trial.task, teacher
+        task, model = work.trial.task, teacher
         key = work.key(
             name,
             work.identity(index.student),
-            judge.fingerprint,
-            judge.prompt_fingerprint(task),
+            model.fingerprint,
+            model.prompt_fingerprint(task),
             fingerprint_json(settings.model_dump(mode="json")),
             search.num_candidates,
             work.settings.dtype,
@@ -137,11 +137,11 @@ def _add_reranker(rows: Shortcuts, work: RetrievalWork, index: Index, teacher: J
 
         def calibrate() -> dict[str, float]:
             chosen = held_out[:_CALIBRATING_QUERIES]
-            return asdict(measure_error(index.view, index.student, judge, chosen, task=task))
+            return asdict(measure_error(index.view, index.student, model, chosen, task=task))
 
         def measure_taught() -> System:
             error = StudentError(**work.store.values([*key, "error"], calibrate)) if uses_error else None
-            return measure(settings.with_teacher(judge, error))
+            return measure(settings.with_teacher(model, error))
 
         rows.systems.append(work.store.system(key, measure_taught))
     else:  # its models may have changed since they were measured

@@ -216,22 +216,22 @@ def run_system(run: TrecRun, trial: Trial, passages: Mapping[str, Passage]) -> S
 def reranked(
     first: System, scores: Mapping[str, Mapping[str, float]], trial: Trial, *, name: str, kind: SystemKind
 ) -> System:
-    """Rank the judged passages by score (ties by passage id), followed by the rest of ``first`` in its order."""
+    """Rank the scored passages by score (ties by passage id), followed by the rest of ``first`` in its order."""
     rankings: dict[str, RankedIds] = {}
     for query in trial.queries:
-        judged = sorted(scores[query.id].items(), key=lambda item: (-item[1], item[0]))
+        scored = sorted(scores[query.id].items(), key=lambda item: (-item[1], item[0]))
         rest = [passage_id for passage_id in first.ids(query.id) if passage_id not in scores[query.id]]
-        lowest = judged[-1][1] if judged else 0.0
-        unjudged = [(passage_id, lowest - rank) for rank, passage_id in enumerate(rest, start=1)]
-        rankings[query.id] = tuple((judged + unjudged)[: trial.top_k])
+        lowest = scored[-1][1] if scored else 0.0
+        unscored = [(passage_id, lowest - rank) for rank, passage_id in enumerate(rest, start=1)]
+        rankings[query.id] = tuple((scored + unscored)[: trial.top_k])
     return System(name, kind, rankings)
 
 
-def with_first_stages(system: System, judging: Sequence[float], first_stages: Sequence[System]) -> System:
-    """Add a reranker's times: the mean time of the systems that propose its candidates, plus the judging."""
+def with_first_stages(system: System, scoring: Sequence[float], first_stages: Sequence[System]) -> System:
+    """Add a reranker's times: the mean time of the systems that propose its candidates, plus the scoring."""
     proposing = sum(float(np.mean(stage.probe_seconds["total"])) for stage in first_stages)
     return replace(
-        system, probe_seconds={"total": tuple(proposing + seconds for seconds in judging), "score": tuple(judging)}
+        system, probe_seconds={"total": tuple(proposing + seconds for seconds in scoring), "score": tuple(scoring)}
     )
 
 
@@ -310,7 +310,7 @@ class MeasuredStore:
 
 @dataclass
 class RetrievalWork:
-    """The state of one evaluation. Judges answer the ``sampled`` queries; ``folder`` holds indexes and measurements.
+    """The state of one evaluation. Teachers score the ``sampled`` queries; ``folder`` holds indexes and measurements.
 
     ``indexes`` are made already; one that a student made of this corpus is searched instead of a new one.
     """

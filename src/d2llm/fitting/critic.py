@@ -25,11 +25,11 @@ from d2llm.core.time_limit import time_limit
 from d2llm.core.types import Passage, Query, Task
 from d2llm.data.labels import LabelStore
 from d2llm.data.same_text import comparable, jaccard, shingles
-from d2llm.evaluation.judging import PoolScores, judge_pool
+from d2llm.evaluation.pool_scores import PoolScores, score_pool
 from d2llm.fitting.draft_store import DraftStore, passage_hash
 from d2llm.fitting.query_rules import query_fault
 from d2llm.fitting.settings import CriticSettings
-from d2llm.models.teachers.judge import Judge, ranks_lists
+from d2llm.models.teachers.pair_teacher import PairTeacher, ranks_lists
 from d2llm.models.writers.writer import QUERY_KINDS, QueryKind
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.row_features import weights_for
@@ -78,13 +78,13 @@ class RejectedQuery:
 class Review:
     """What the critic kept and rejected.
 
-    Of those kept, the teacher had no time to read ``num_unjudged``, and gave no grade to the own passages of
+    Of those kept, the teacher had no time to read ``num_unscored``, and gave no grade to the own passages of
     ``num_ungraded``.
     """
 
     kept: tuple[KeptQuery, ...] = ()
     rejected: tuple[RejectedQuery, ...] = ()
-    num_unjudged: int = 0
+    num_unscored: int = 0
     num_ungraded: int = 0
     reasons: Mapping[str, int] = field(default_factory=dict[str, int])
 
@@ -95,8 +95,8 @@ def review_queries(
     index: Index,
     *,
     task: Task = "asymmetric",
-    teacher: Judge | None = None,
-    judgements: Path | None = None,
+    teacher: PairTeacher | None = None,
+    label_store: Path | None = None,
     seconds: float = math.inf,
     settings: CriticSettings | None = None,
     placement: Placement = HERE,
@@ -109,11 +109,11 @@ def review_queries(
         index: its index, which searches for the queries.
         task: the task of the queries.
         teacher: reads queries with their passages.
-        judgements: the folder of a label store that keeps what the teacher said, so that a call that was interrupted
+        label_store: the folder of a label store that keeps what the teacher said, so that a call that was interrupted
             need not ask again; required with a teacher.
-        seconds: time for the teacher; queries that it has not read by then are kept without its judgement.
+        seconds: time for the teacher; queries that it has not read by then are kept without its scores.
         settings: how strict to be.
-        placement: where the teacher judges.
+        placement: where the teacher scores.
     """
     chosen = settings or CriticSettings()
     by_id = {passage.id: passage for passage in passages}
@@ -128,18 +128,18 @@ def review_queries(
         alike = _same_texts(by_id[written.passage_id], (by_id[name] for name in ranking), chosen.same_text)
         rank = 1 + ranking.index(written.passage_id)
         kept.append(KeptQuery(written, (written.passage_id, *alike), rank))
-    num_unjudged = num_ungraded = 0
-    if teacher is not None and judgements is not None:
+    num_unscored = num_ungraded = 0
+    if teacher is not None and label_store is not None:
         rankings = dict(zip((written.id for written in candidates), retrieved, strict=True))
-        pool = _pool(kept, rankings, chosen.num_judged)
+        pool = _pool(kept, rankings, chosen.num_scored)
         if ranks_lists(teacher):  # a single passage cannot be ranked
             pool = {name: ids for name, ids in pool.items() if len(ids) > 1}
-        judged = _ask_teacher(teacher, pool, kept, by_id, task, judgements, seconds, placement)
+        scored = _ask_teacher(teacher, pool, kept, by_id, task, label_store, seconds, placement)
         log_odds = {
-            query_id: {name: value for name, value in values.items() if name not in judged.ungraded.get(query_id, ())}
-            for query_id, values in judged.scores.items()
+            query_id: {name: value for name, value in values.items() if name not in scored.ungraded.get(query_id, ())}
+            for query_id, values in scored.scores.items()
         }
-        num_unjudged = len(pool) - len(log_odds)
+        num_unscored = len(pool) - len(log_odds)
         own = {query.written.id: query.written.passage_id for query in kept}
         num_ungraded = sum(own[query_id] not in values for query_id, values in log_odds.items())
         minimum = -math.inf if ranks_lists(teacher) else chosen.min_log_odds
@@ -150,7 +150,7 @@ def review_queries(
     ]
     kept = [query for query in kept if len(query.positives) <= chosen.max_positives]
     reasons = Counter(query.reason for query in rejected)
-    return Review(tuple(kept), tuple(rejected), num_unjudged, num_ungraded, dict(reasons.most_common()))
+    return Review(tuple(kept), tuple(rejected), num_unscored, num_ungraded, dict(reasons.most_common()))
 
 
 def _written(drafts: DraftStore, passages: Iterable[Passage]) -> Iterator[WrittenQuery]:
@@ -207,34 +207,34 @@ def _pool(kept: Sequence[KeptQuery], rankings: Mapping[str, Sequence[str]], num_
 
 
 def _ask_teacher(
-    teacher: Judge,
+    teacher: PairTeacher,
     pool: Mapping[str, Sequence[str]],
     kept: Sequence[KeptQuery],
     passages: Mapping[str, Passage],
     task: Task,
-    judgements: Path,
+    label_store: Path,
     seconds: float,
     placement: Placement,
 ) -> PoolScores:
     """What the teacher says about those queries that it had time to read."""
-    judge = partial(
-        judge_pool,
+    score = partial(
+        score_pool,
         teacher,
         query_texts={query.written.id: query.written.text for query in kept},
         passage_texts={name: passages[name].full_text for names in pool.values() for name in names},
         task=task,
         dataset=DATASET,
-        store=judgements,
+        store=label_store,
         title="the teacher reads the queries",
         placement=placement,
     )
     try:
         with time_limit(seconds):
-            return judge(pool)
+            return score(pool)
     except OutOfTimeError:
         key = {"teacher": teacher.fingerprint, "prompt": teacher.prompt_fingerprint(task), "dataset": DATASET}
-        labels = LabelStore(judgements, **key)
-        return judge({name: ids for name, ids in pool.items() if not labels.missing(name, ids)})
+        labels = LabelStore(label_store, **key)
+        return score({name: ids for name, ids in pool.items() if not labels.missing(name, ids)})
 
 
 def _answered(
@@ -243,7 +243,7 @@ def _answered(
     minimum: float,
     rejected: list[RejectedQuery],
 ) -> Iterator[KeptQuery]:
-    """The queries that the teacher finds answered, with the positives that it adds, and those it has not judged."""
+    """The queries that the teacher finds answered, with the positives that it adds, and those it has not read."""
     for query in kept:
         values = log_odds.get(query.written.id, {})
         own = values.get(query.written.passage_id)

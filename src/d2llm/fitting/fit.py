@@ -29,7 +29,7 @@ from d2llm.core.shipped import DEFAULT_WRITER, MULTILINGUAL_STUDENT
 from d2llm.core.time_limit import time_limit
 from d2llm.data.beir import read_beir
 from d2llm.data.run_folder import is_finished
-from d2llm.evaluation.judging import place_judge
+from d2llm.evaluation.pool_scores import place_teacher
 from d2llm.fitting.compare import compare_students, is_weighted
 from d2llm.fitting.critic import Review, review_queries
 from d2llm.fitting.draft_store import DraftStore
@@ -38,7 +38,7 @@ from d2llm.fitting.recipes import NUM_NEGATIVES, dev_queries, recipe_for_queries
 from d2llm.fitting.report import FitReport, audit_page, outcome, report_page
 from d2llm.fitting.served_index import ServedIndex
 from d2llm.fitting.settings import FitSettings
-from d2llm.fitting.speeds import passages_per_second, seconds_per_judgement, seconds_per_search
+from d2llm.fitting.speeds import passages_per_second, seconds_per_pair, seconds_per_search
 from d2llm.fitting.stages import Stages
 from d2llm.fitting.time_plan import TimePlan, plan_time, searches_compared
 from d2llm.fitting.training_data import DataReport, read_judged, write_users_data, write_written_data
@@ -77,10 +77,10 @@ def fit(
         again: learn anew even if an earlier call has finished, for example after many documents have changed.
         device: where to compute; by default the best device available.
         dtype: number format of the models; by default the fastest on that device.
-        runner: where passages are encoded and the teacher judges: in this process (``local``), or on a Ray cluster
+        runner: where passages are encoded and the teacher scores: in this process (``local``), or on a Ray cluster
             (``ray``, ``ray:ADDRESS``, or a ``RayRunner``), whose machines need the folder at the same path. Writing,
             searching and training are in this process. The time plan counts passes over the corpus at the speed of the
-            runner, and training and judgements at that of this process.
+            runner, and training and scoring at that of this process.
         show_progress: whether to show progress (``core.progress.showing_progress``).
         changes: single fields of the settings, as in ``fit("docs", hours=0.5)``.
 
@@ -226,10 +226,10 @@ class Fit:
         """Review the written queries, of which a teacher reads as many as it has time for, and write the audit page."""
         teacher, placement = None, HERE
         if self.settings.teacher is not None:
-            from d2llm.models.teachers.judge import load_judge
+            from d2llm.models.teachers.pair_teacher import load_teacher
 
-            load = partial(load_judge, self.settings.teacher, device=self.device, dtype=self.dtype)
-            teacher, placement = place_judge(self.settings.teacher, load, self.runner, device=self.device)
+            load = partial(load_teacher, self.settings.teacher, device=self.device, dtype=self.dtype)
+            teacher, placement = place_teacher(self.settings.teacher, load, self.runner, device=self.device)
         written = json.loads(self.folder.finished_writing.read_text(encoding="utf-8"))
         review = review_queries(
             DraftStore(self.folder.drafts, written["writer"]),
@@ -237,13 +237,13 @@ class Fit:
             self.served.index,
             task=self.served.task,
             teacher=teacher,
-            judgements=self.folder.judgements,
+            label_store=self.folder.labels,
             seconds=seconds,
             settings=self.settings.critic,
             placement=placement,
         )
-        if review.num_unjudged:
-            self._note(f"the teacher had no time to read {review.num_unjudged:,} of the queries that were kept")
+        if review.num_unscored:
+            self._note(f"the teacher had no time to read {review.num_unscored:,} of the queries that were kept")
         if review.num_ungraded:
             self._note(
                 f"the teacher gave no grade to {review.num_ungraded:,} of the queries that passed the search, so they "
@@ -301,8 +301,8 @@ class Fit:
         """Train the student on the data sets; returns its folder.
 
         With a teacher, the student learns from the queries alone in the first half of the time. In the second half the
-        teacher judges those queries whose passages the student now ranks most differently, as many as there is time
-        for, and the student learns from these judgements too.
+        teacher scores those queries whose passages the student now ranks most differently, as many as there is time
+        for, and the student learns from these scores too.
 
         Raises:
             OutOfTimeError: the planned time has passed, and no student is finished.
@@ -315,14 +315,14 @@ class Fit:
             if teacher is None:
                 return trained
             try:
-                seconds = seconds_per_judgement(
+                seconds = seconds_per_pair(
                     teacher, self.served.passages, self.served.task, device=self.device, dtype=self.dtype
                 )
-                with_teacher = recipe_with_teacher(recipe, str(trained), teacher, plan, seconds_per_judgement=seconds)
-                judged = f"{fingerprint_json([key, teacher.model_dump(mode='json')])}-judged"
-                return self._finish_run(with_teacher, judged)
+                with_teacher = recipe_with_teacher(recipe, str(trained), teacher, plan, seconds_per_pair=seconds)
+                taught = f"{fingerprint_json([key, teacher.model_dump(mode='json')])}-taught"
+                return self._finish_run(with_teacher, taught)
             except OutOfTimeError:
-                self._note("there was no time to train on the teacher's judgements")
+                self._note("there was no time to train on the teacher's scores")
                 return trained
 
     def recipe(self, data: Mapping[str, DataReport], plan: TimePlan) -> Recipe:
@@ -485,13 +485,13 @@ class Fit:
 
         One at an endpoint gets a trial request, and recorded grades are read; others are looked for.
         """
-        from d2llm.models.teachers.judge import asks_endpoint, identify_judge, load_judge
+        from d2llm.models.teachers.pair_teacher import asks_endpoint, identify_teacher, load_teacher
 
         teacher = self.settings.teacher
         if teacher is not None:
-            identify_judge(teacher)
+            identify_teacher(teacher)
             if asks_endpoint(teacher):
-                load_judge(teacher, device=self.device, dtype=self.dtype)
+                load_teacher(teacher, device=self.device, dtype=self.dtype)
 
     def _begin(self) -> None:
         """Make the folder, or prepare a finished one for learning anew."""

@@ -35,7 +35,7 @@ class FitFolder:
         self.work = path / "work"
         self.drafts, self.finished_writing = self.work / "drafts", self.work / "written.json"
         self.written, self.users = self.work / "data" / "written", self.work / "data" / "users"
-        self.judgements, self.measured = self.work / "judgements", self.work / "measured"
+        self.labels, self.measured = self.work / "labels", self.work / "measured"
 
     @property
     def manifest(self) -> Mapping[str, Any]:

@@ -85,21 +85,21 @@ def dev_queries(plan: TimePlan) -> int:
 
 
 def recipe_with_teacher(
-    recipe: Recipe, student: str, teacher: TeacherConfig, plan: TimePlan, *, seconds_per_judgement: float
+    recipe: Recipe, student: str, teacher: TeacherConfig, plan: TimePlan, *, seconds_per_pair: float
 ) -> Recipe:
-    """The recipe that trains on with judgements of the queries whose passages start and student rank differently.
+    """The recipe that trains on with scores of the queries whose passages start and student rank differently.
 
     A quarter of the teacher's time is for the gate, the rest for labels.
 
     Args:
         recipe: what ``student`` was trained with (``recipe_for_queries``).
         student: the folder of the student to train on.
-        teacher: the model that judges.
+        teacher: the model that scores.
         plan: time for training, of which the first half has passed.
-        seconds_per_judgement: how long the teacher takes for one pair.
+        seconds_per_pair: how long the teacher takes for one pair.
     """
     seconds = plan.training * TEACHER_SHARE
-    num_pairs = seconds / seconds_per_judgement
+    num_pairs = seconds / seconds_per_pair
     num_gated = max(_MIN_GATED, min(_MAX_GATED, int(num_pairs / 4 / (2 * _GATE_DEPTH))))
     num_queries = int(num_pairs * 3 / 4 / (1 + recipe.mining.num_hard + recipe.mining.num_easy))
     total = _num_queries(recipe.data)

@@ -34,7 +34,7 @@ class CriticSettings:
         depth: the passage must be among this many first results of a search for its query.
         same_text: passages among those results are also relevant if their texts are at least this similar (Jaccard
             similarity of character trigrams).
-        num_judged: how many of the results a teacher reads.
+        num_scored: how many of the results a teacher reads.
         min_log_odds: log-odds of a teacher below which a query is not answered by its passage; not for one that ranks
             lists, whose log-odds only compare passages.
         max_positives: a query with more relevant passages is too general.
@@ -42,7 +42,7 @@ class CriticSettings:
 
     depth: int = 20
     same_text: float = 0.8
-    num_judged: int = 5
+    num_scored: int = 5
     min_log_odds: float = 0.0
     max_positives: int = 5
 
@@ -87,7 +87,7 @@ class FitSettings(Settings):
     critic: CriticSettings = setting(CriticSettings(), "How strictly queries are reviewed.", _PYTHON_ONLY)
     teacher: TeacherConfig | None = setting(
         None,
-        "A model that judges pairs, to review the queries and to learn from where it beats the cosine.",
+        "A model that scores pairs, to review the queries and to learn from where it beats the cosine.",
         _PYTHON_ONLY,
     )
     judged: str | Path | None = setting(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from d2llm.core.types import Passage
 
 _TIMED_PASSAGES, _TIMED_AT_ONCE, _TIMED_SECONDS = 512, 64, 2.0  # encoding is timed on so many, or for so long
-_TIMED_JUDGEMENTS, _TIMED_SEARCHES = 8, 8
+_TIMED_PAIRS, _TIMED_SEARCHES = 8, 8
 _QUERY_CHARACTERS = 60  # of the queries of timed judgements and searches
 _SECONDS_TO_LOOK_UP = 1e-5  # of a recorded grade
 
@@ -46,16 +46,16 @@ def seconds_per_search(served: ServedIndex) -> float:
     return (time.perf_counter() - started) / len(queries)
 
 
-def seconds_per_judgement(
+def seconds_per_pair(
     teacher: TeacherConfig, passages: Sequence[Passage], task: Task, *, device: str | None, dtype: str | None
 ) -> float:
-    """How long a teacher takes to judge one pair."""
-    from d2llm.models.teachers.judge import load_judge
+    """How long a teacher takes to score one pair."""
+    from d2llm.models.teachers.pair_teacher import load_teacher
 
     if isinstance(teacher, GradedTeacherConfig) and teacher.recorded is not None:
         return _SECONDS_TO_LOOK_UP
-    judge = load_judge(teacher, device=device, dtype=dtype)
-    texts = [passage.full_text for passage in passages[:_TIMED_JUDGEMENTS]]
+    model = load_teacher(teacher, device=device, dtype=dtype)
+    texts = [passage.full_text for passage in passages[:_TIMED_PAIRS]]
     started = time.perf_counter()
-    judge.judge([(texts[0][:_QUERY_CHARACTERS], text) for text in texts], task)
+    model.score_pairs([(texts[0][:_QUERY_CHARACTERS], text) for text in texts], task)
     return (time.perf_counter() - started) / len(texts)

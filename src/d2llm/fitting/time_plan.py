@@ -12,7 +12,7 @@ MIN_TRAINING_SECONDS = 60.0
 """With less time for training than this, nothing is trained: the weights of the score are fitted only."""
 MIN_WRITING_SECONDS = 30.0
 TEACHER_SHARE = 0.3
-"""Share of the time for training that goes to a teacher's judgements, if there is a teacher."""
+"""Share of the time for training that goes to a teacher's scores, if there is a teacher."""
 DEV_SHARE = 0.25
 """Share of the time for training that measuring on dev takes, about, at most; the dev sets are made small enough."""
 REVIEW_SHARE = 0.15

@@ -24,7 +24,7 @@ from d2llm.models.backbone import EncodedTexts
 from d2llm.models.device import choose_device, choose_dtype
 from d2llm.models.plain_student import PlainStudent
 from d2llm.models.sources import find_model, fingerprint_model, first_sentence, hub_snapshot, quiet_transformers
-from d2llm.models.teachers.judge import Judgements
+from d2llm.models.teachers.pair_teacher import TeacherScores
 
 _BLOCK = 256  # texts between progress reports
 _BATCH = 32
@@ -164,15 +164,15 @@ class ExternalCrossEncoder:
         """The same for every task, because the model has no prompt."""
         return "none"
 
-    def judge(
+    def score_pairs(
         self,
         pairs: Sequence[tuple[str, str]],
         task: Task,  # noqa: ARG002 - part of the protocol
         *,
         with_features: bool = False,  # noqa: ARG002 - the model has no features
         advance: Callable[[int], None] | None = None,
-    ) -> Judgements:
-        """Judge (query text, passage full text) pairs; ``advance`` is called with the number of pairs finished."""
+    ) -> TeacherScores:
+        """Score (query text, passage full text) pairs; ``advance`` is called with the number of pairs finished."""
         blocks = [np.empty(0, np.float32)]
         num_truncated = num_tokens = 0
         prompt = _prompt(self._model, ())
@@ -186,7 +186,7 @@ class ExternalCrossEncoder:
             blocks.append(self._log_odds(np.asarray(logits, np.float32)))
             if advance is not None:
                 advance(len(block))
-        return Judgements(np.concatenate(blocks), None, num_truncated, num_tokens)
+        return TeacherScores(np.concatenate(blocks), None, num_truncated, num_tokens)
 
     def _log_odds(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """[n] or [n, outputs] -> [n]."""

@@ -58,7 +58,7 @@ class MiningConfig(Section):
     0.05 is a common value."""
     teacher_margin: float | None = None
     """Drop a candidate if its teacher log-odds are above the mean log-odds of the positives minus this margin. Costs
-    one teacher pass per candidate; the judgements are kept in the label store. A run that tunes the teacher first mines
+    one teacher pass per candidate; the scores are kept in the label store. A run that tunes the teacher first mines
     without the margin, and afterwards with it and the tuned teacher."""
 
     @model_validator(mode="after")

@@ -158,17 +158,17 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
 def tuning_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings of a recipe that determine a tuned teacher, given its plans, as plain JSON.
 
-    Settings for judging are left out, and so are those that affect only speed, memory or convenience.
+    Settings for scoring are left out, and so are those that affect only speed, memory or convenience.
     """
     teacher, tuning = recipe.teacher, recipe.teacher_tuning
     # A teacher that vLLM runs is tuned as any other.
     tuned = teacher.as_kind("auto") if isinstance(teacher, VllmTeacherConfig) else teacher
-    judging = {"ensemble_with_cosine", "remote", "lists", "recorded", "dtype", "device_map", "quantization"}
+    scoring = {"ensemble_with_cosine", "remote", "lists", "recorded", "dtype", "device_map", "quantization"}
     values = tuning.model_dump(
         mode="json", exclude={"checkpoint_minutes", "graph_gib", "gradient_checkpointing", "quantization"}
     )
     values["quantization"] = tuning.base_quantization(teacher)
-    return {"teacher": tuned.model_dump(mode="json", exclude=judging), "teacher_tuning": values, "seed": recipe.seed}
+    return {"teacher": tuned.model_dump(mode="json", exclude=scoring), "teacher_tuning": values, "seed": recipe.seed}
 
 
 def changed_recipe(

@@ -1,6 +1,6 @@
 """The section ``[teacher]``: each kind of teacher has settings of its own and loads what it names.
 
-A package adds its own kind by an entry point in the group ``d2llm.judges``.
+A package adds its own kind by an entry point in the group ``d2llm.teachers``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from d2llm.recipe.sections import CompletionConfig, Quantization, Section
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from d2llm.models.teachers.judge import Judge
+    from d2llm.models.teachers.pair_teacher import PairTeacher
     from d2llm.recipe.recipe import Recipe
 
 
@@ -44,9 +44,9 @@ class TeacherConfig(SectionOfKind):
             stem: bool = True
 
             def load(self, *, device=None, dtype=None):
-                return OverlapJudge(stem=self.stem)  # a models.teachers.judge.Judge
+                return OverlapTeacher(stem=self.stem)  # a models.teachers.pair_teacher.Score
 
-        load_judge(TeacherConfig(kind="overlap", stem=False))
+        load_teacher(TeacherConfig(kind="overlap", stem=False))
     """
 
     kinds = Registry["TeacherConfig"](
@@ -58,12 +58,12 @@ class TeacherConfig(SectionOfKind):
             ),
             "d2llm.recipe.teacher",
         ),
-        "d2llm.judges",
+        "d2llm.teachers",
     )
     default_kind = "auto"
 
     ranks_lists: ClassVar[bool] = False
-    """Whether log-odds compare only the passages of one query that were judged in one call."""
+    """Whether log-odds compare only the passages of one query that were scored in one call."""
 
     model: str = "smollm2"
     """Local folder (also of a tuned teacher), Hub name, GGUF file, or ``smollm2``; for a remote teacher, the model's
@@ -71,14 +71,14 @@ class TeacherConfig(SectionOfKind):
     ensemble_with_cosine: bool = False
     """Learn from an ensemble of this teacher and the run's tuned cosine, calibrated on dev."""
 
-    def load(self, *, device: str | None = None, dtype: str | None = None) -> Judge:
-        """Load the teacher (``load_judge``); a kind defines it."""
+    def load(self, *, device: str | None = None, dtype: str | None = None) -> PairTeacher:
+        """Load the teacher (``load_teacher``); a kind defines it."""
         raise NotImplementedError
 
     def identify(self) -> TeacherIdentity:
         """The identity of ``load()``. A kind that can tell it without loading the model defines it anew."""
-        judge = self.load()
-        return TeacherIdentity(judge.fingerprint, {task: judge.prompt_fingerprint(task) for task in TASKS})
+        teacher = self.load()
+        return TeacherIdentity(teacher.fingerprint, {task: teacher.prompt_fingerprint(task) for task in TASKS})
 
     def check(self, recipe: Recipe) -> None:
         """Check that the rest of the recipe fits; raises a ``ValueError`` that says what to change."""
@@ -90,7 +90,7 @@ class TeacherConfig(SectionOfKind):
 
     @property
     def members(self) -> Sequence[TeacherConfig]:
-        """The teachers that judge: itself, or the members of an ensemble."""
+        """The teachers that score: itself, or the members of an ensemble."""
         return [self]
 
     @property
@@ -100,11 +100,11 @@ class TeacherConfig(SectionOfKind):
 
     @property
     def needs_tuning(self) -> bool:
-        """Whether its judgements mean nothing until it is tuned."""
+        """Whether its scores mean nothing until it is tuned."""
         return False
 
     @property
-    def judges_only_recorded(self) -> bool:
+    def scores_only_recorded(self) -> bool:
         """Whether a pair that was not recorded is undecided."""
         return False
 
@@ -143,18 +143,18 @@ def _section_of(field: FieldInfo) -> type[Section]:
 
 
 class _ShippedTeacher(TeacherConfig):
-    judge_class: ClassVar[str]
+    teacher_class: ClassVar[str]
     """Its class in ``models.teachers``: "module:Class"."""
 
-    def load(self, *, device: str | None = None, dtype: str | None = None) -> Judge:
-        return self._judge_class.load(self, device=device, dtype=dtype)
+    def load(self, *, device: str | None = None, dtype: str | None = None) -> PairTeacher:
+        return self._teacher_class.load(self, device=device, dtype=dtype)
 
     def identify(self) -> TeacherIdentity:
-        return self._judge_class.identify(self)
+        return self._teacher_class.identify(self)
 
     @property
-    def _judge_class(self) -> Any:
-        module, _, name = self.judge_class.partition(":")
+    def _teacher_class(self) -> Any:
+        module, _, name = self.teacher_class.partition(":")
         return getattr(import_module(f"d2llm.models.teachers.{module}"), name)
 
 
@@ -192,7 +192,7 @@ class LocalTeacherConfig(_ShippedTeacher):
 class AutoTeacherConfig(PromptedTeacherConfig, LocalTeacherConfig, kind="auto"):
     """A teacher whose kind follows from its folder: pretrained weights, a tuned teacher, a student, an ensemble."""
 
-    def load(self, *, device: str | None = None, dtype: str | None = None) -> Judge:
+    def load(self, *, device: str | None = None, dtype: str | None = None) -> PairTeacher:
         """As the kind that the folder shows."""
         return self.detected.load(device=device, dtype=dtype)
 
@@ -219,14 +219,14 @@ class CausalTeacherConfig(PromptedTeacherConfig, LocalTeacherConfig, kind="causa
         "SmolLM2-135M tuned on 3,000 queries: MRR .865 on squad-sent and .701 on banking77, an untuned cosine "
         ".871 and .775 ([one run](log/2026-11.md#2026-11-20-tuning-smollm2-135m-as-a-teacher-and-the-gate))"
     )
-    judge_class = "causal:CausalTeacher"
+    teacher_class = "causal:CausalTeacher"
 
 
 class Seq2SeqTeacherConfig(PromptedTeacherConfig, LocalTeacherConfig, kind="seq2seq"):
     """A sequence-to-sequence model, prompted as MonoT5 is."""
 
     paper = "Nogueira et al., EMNLP Findings 2020, arXiv 2003.06713 (MonoT5)"
-    judge_class = "seq2seq:Seq2SeqTeacher"
+    teacher_class = "seq2seq:Seq2SeqTeacher"
 
 
 class ClassifierTeacherConfig(LocalTeacherConfig, kind="classifier"):
@@ -237,7 +237,7 @@ class ClassifierTeacherConfig(LocalTeacherConfig, kind="classifier"):
         ".332; [one run, 47 to 60 dev queries](log/2026-11.md#2026-11-20-a-cross-encoder-of-the-students-own-"
         "size-as-a-teacher-and-stacked-with-the-cosine))"
     )
-    judge_class = "classifier:ClassifierTeacher"
+    teacher_class = "classifier:ClassifierTeacher"
     positive_label: str | None = None
     """With several classes: the class that means yes, as named in its config.json (``entailment``)."""
     new_head: bool = False
@@ -259,7 +259,7 @@ class VllmTeacherConfig(PromptedTeacherConfig, kind="vllm"):
 
     needs = frozenset({"gpu"})
     costs = "the package vllm, in an environment of its own"
-    judge_class = "vllm:VllmTeacher"
+    teacher_class = "vllm:VllmTeacher"
     dtype: NumberFormat | None = None
     """Number format of its weights and of its computations, unless ``--dtype`` names another."""
     tensor_parallel_size: int = Field(default=1, ge=1)
@@ -270,7 +270,7 @@ class VllmTeacherConfig(PromptedTeacherConfig, kind="vllm"):
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     """Share of each GPU's memory for weights and cache."""
     enforce_eager: bool = False
-    """Do not capture CUDA graphs: starts faster, judges a little more slowly."""
+    """Do not capture CUDA graphs: starts faster, scores a little more slowly."""
 
     def identify(self) -> TeacherIdentity:
         """That of the same causal teacher, unless vLLM quantises its weights."""
@@ -289,7 +289,7 @@ class TeacherEndpointConfig(CompletionConfig):
     """The endpoint of a teacher (docs/remote-teacher.md)."""
 
     unanswered: Literal["error", "undecided"] = "error"
-    """What to do with a pair that the model does not judge, after all attempts: stop, or count it as log-odds 0."""
+    """What to do with a pair that the model does not score, after all attempts: stop, or count it as log-odds 0."""
 
 
 class RemoteConfig(TeacherEndpointConfig):
@@ -316,7 +316,7 @@ class RemoteTeacherConfig(PromptedTeacherConfig, kind="remote"):
         "SmolLM2's Q4_1 file: log-odds .12 apart on average from the local teacher's (12 pairs of "
         "[squad-sent](log/2026-11.md#2026-11-20-a-remote-teacher-beside-the-local-one))"
     )
-    judge_class = "remote:RemoteTeacher"
+    teacher_class = "remote:RemoteTeacher"
     remote: RemoteConfig
 
     @property
@@ -400,7 +400,7 @@ class GradedTeacherConfig(ListTeacherConfig, kind="graded"):
     recorded: RecordedConfig | None = None
 
     @property
-    def judge_class(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def teacher_class(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Its class in ``models.teachers``: "module:Class"."""
         return "lists:GradedTeacher" if self.recorded is None else "recorded:RecordedTeacher"
 
@@ -410,7 +410,7 @@ class GradedTeacherConfig(ListTeacherConfig, kind="graded"):
         return self.remote
 
     @property
-    def judges_only_recorded(self) -> bool:
+    def scores_only_recorded(self) -> bool:
         """Whether its grades were recorded, and passages that a list does not have get none."""
         return self.recorded is not None and self.recorded.unlisted is None
 
@@ -419,7 +419,7 @@ class ListwiseTeacherConfig(ListTeacherConfig, kind="listwise"):
     """Any OpenAI-compatible endpoint: it ranks the passages of a query."""
 
     paper = "Sun et al., EMNLP 2023 (Is ChatGPT Good at Search?)"
-    judge_class = "lists:ListwiseTeacher"
+    teacher_class = "lists:ListwiseTeacher"
     ranks_lists = True
     remote: ListEndpointConfig
     lists: RankedListsConfig = RankedListsConfig()
@@ -436,7 +436,7 @@ class ListwiseTeacherConfig(ListTeacherConfig, kind="listwise"):
 class CosineTeacherConfig(_ShippedTeacher, kind="cosine"):
     """A student, or a bi-encoder: the score of two vectors."""
 
-    judge_class = "cosine:CosineTeacher"
+    teacher_class = "cosine:CosineTeacher"
 
 
 class EnsembleTeacherConfig(_ShippedTeacher, kind="ensemble"):
@@ -448,7 +448,7 @@ class EnsembleTeacherConfig(_ShippedTeacher, kind="ensemble"):
         "queries each](log/2026-11.md#2026-11-20-a-cross-encoder-of-the-students-own-size-as-a-teacher-and-"
         "stacked-with-the-cosine))"
     )
-    judge_class = "ensemble:EnsembleTeacher"
+    teacher_class = "ensemble:EnsembleTeacher"
 
     @property
     def members(self) -> Sequence[TeacherConfig]:

@@ -92,12 +92,12 @@ class TrainingConfig(WarmUpConfig):
     own judgements."""
     unjudged: Literal["negatives", "leave_out", "ask_teacher"] = "negatives"
     """What to do with passages that training itself finds near a query (neighbours in the second stage, negatives of
-    ``remine``) and that the teacher has not judged: treat them as irrelevant, leave them out, or have the teacher judge
-    them first, which takes time; the judgements are kept with the other labels. For queries that learn from the data
+    ``remine``) and that the teacher has not scored: treat them as irrelevant, leave them out, or have the teacher score
+    them first, which takes time; the scores are kept with the other labels. For queries that learn from the data
     set's own judgements, they are always treated as irrelevant."""
     in_batch_labels: bool = False
-    """Have the teacher judge every query of a batch with the passages of the batch's other queries too, before the
-    batch is used, as in the published training; the judgements are kept with the other labels. Otherwise such a passage
+    """Have the teacher score every query of a batch with the passages of the batch's other queries too, before the
+    batch is used, as in the published training; the scores are kept with the other labels. Otherwise such a passage
     is irrelevant, unless it has a label. For queries that learn from the data set's own judgements, it always is."""
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between dev evaluations; by default a fifth of the run's steps, at most 200."""
@@ -161,7 +161,7 @@ class TrainingConfig(WarmUpConfig):
 
     @property
     def asks_teacher(self) -> bool:
-        """Whether the teacher judges more pairs during the training, so that it must be there."""
+        """Whether the teacher scores more pairs during the training, so that it must be there."""
         return self.in_batch_labels or self.unjudged == "ask_teacher"
 
     @property

@@ -298,10 +298,10 @@ _OWN: _Group = {
     "one-stage": ("vectors and interaction trained together", {"training": {"residual": {"epochs": 0}}}),
     "not-quiet": ("no penalty on changes elsewhere", {"training": {"residual": {"off_task_penalty": 0.0}}}),
     "two-stages": ("first the vectors, then the interaction", {"training": {"residual": {"epochs": 4}}}),
-    "leave-out": ("neighbours that the teacher has not judged are left out", {"training": {"unjudged": "leave_out"}}),
-    "ask-teacher": ("the teacher judges every neighbour first", {"training": {"unjudged": "ask_teacher"}}),
+    "leave-out": ("neighbours that the teacher has not scored are left out", {"training": {"unjudged": "leave_out"}}),
+    "ask-teacher": ("the teacher scores every neighbour first", {"training": {"unjudged": "ask_teacher"}}),
     "in-batch-labels": (
-        "the teacher judges each query of a batch with every passage of it",
+        "the teacher scores each query of a batch with every passage of it",
         {"training": {"in_batch_labels": True}},
     ),
     "remine": (

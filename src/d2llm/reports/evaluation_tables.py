@@ -139,7 +139,7 @@ def agreement_table(report: EvaluationReport, *, tagged: bool = False) -> Table:
         Column("top-10 overlap", ".4f"),
         Column("queries", ","),
         Column("pairs", ","),
-        title="Agreement with the teacher, on what it judged",
+        title="Agreement with the teacher, on what it scored",
     )
     for row in report.agreement:
         agreement = row.agreement

@@ -79,9 +79,9 @@ def item_noun(report: EvaluationReport, count: int) -> str:
 
 
 def sample_title(report: EvaluationReport) -> str:
-    """The heading of the measures on what the teacher judged."""
+    """The heading of the measures on what the teacher scored."""
     count = report.sample_rows[0].num_items
-    return f"The same systems on the {count:,} {item_noun(report, count)} that the teacher judged"
+    return f"The same systems on the {count:,} {item_noun(report, count)} that the teacher scored"
 
 
 def verdict(report: EvaluationReport) -> str | None:

@@ -123,8 +123,8 @@ def explanation_table(ranking: Ranking) -> Table:
     return table
 
 
-def judgement_table(query: str, passages: Sequence[str], log_odds: Sequence[float]) -> Table:
-    """A teacher's judgement of each passage, in the order given: probability of yes, log-odds, text."""
+def pair_table(query: str, passages: Sequence[str], log_odds: Sequence[float]) -> Table:
+    """A teacher's score of each passage, in the order given: probability of yes, log-odds, text."""
     table = Table(Column("P(yes)", ".4f"), Column("log-odds", "+.3f"), "passage", title=query, framed=False)
     for passage, value in zip(passages, log_odds, strict=True):
         table.add_row(0.5 + 0.5 * math.tanh(value / 2), value, _beginning(passage))

@@ -101,7 +101,7 @@ def ensemble_tables(report: EnsembleReport) -> list[RenderableType]:
         "nDCG and MRR over lists that contain all positives. ECE: expected calibration error. Before: the score taken "
         "as log-odds; after: calibrated, each query by a fit without it."
     )
-    truncated = f" {report.num_truncated:,} of {report.num_judged:,} pairs judged now were truncated."
+    truncated = f" {report.num_truncated:,} of {report.num_scored:,} pairs scored now were truncated."
     return [*tables, Text(remark + truncated * bool(report.num_truncated))]
 
 

@@ -14,7 +14,7 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Task
 from d2llm.data.python_records import QueryLike
 from d2llm.models.score_features import FeatureWeights
-from d2llm.models.teachers.judge import RANKING_TEACHER, Judge, ranks_lists
+from d2llm.models.teachers.pair_teacher import RANKING_TEACHER, PairTeacher, ranks_lists
 from d2llm.ops.rereading import StudentError, calibrate_error
 from d2llm.retrieval.protocols import SearchStudent, SearchView
 from d2llm.retrieval.search import Searcher
@@ -28,19 +28,19 @@ _ERRORS = TypeAdapter(dict[str, StudentError])
 def measure_error(
     index: SearchView,
     student: SearchStudent,
-    judge: Judge,
+    teacher: PairTeacher,
     queries: Iterable[QueryLike] | QueryLike,
     *,
     task: Task | None = None,
     depth: int = 50,
     num_passages: int = 10,
 ) -> StudentError:
-    """Measure a student's error against a teacher on its own search results. Needs queries, but no judgements.
+    """Measure a student's error against a teacher on its own search results. Needs queries, but no qrels.
 
     Args:
         index: an index that the student made.
         student: ranks the passages.
-        judge: the teacher; it reads ``num_passages`` of each query's first ``depth``, evenly spaced.
+        teacher: it reads ``num_passages`` of each query's first ``depth``, evenly spaced.
         queries: queries similar to those expected; about 40 are enough.
         task: the task; None means the index's task.
         depth: how many of the student's top passages a reranker may read.
@@ -50,7 +50,7 @@ def measure_error(
         InputError: there are too few queries or passages, the student's scores do not increase with the teacher's, or
             the teacher ranks lists.
     """
-    if ranks_lists(judge):
+    if ranks_lists(teacher):
         raise InputError(RANKING_TEACHER)
     search_task: Task = task or index.task
     pairs: list[tuple[str, str]] = []
@@ -63,12 +63,12 @@ def measure_error(
             pairs.append((ranking.query.text, passages[place].passage.full_text))
             scores.append(passages[place].score)
             names.append(str(number))
-    return calibrate_error(scores, judge.judge(pairs, search_task).log_odds, names)
+    return calibrate_error(scores, teacher.score_pairs(pairs, search_task).log_odds, names)
 
 
 def write_error(
     folder: Path,
-    judge: Judge,
+    teacher: PairTeacher,
     task: Task,
     error: StudentError,
     score_features: FeatureWeights | None = None,
@@ -80,22 +80,24 @@ def write_error(
     """
     file = folder / ERRORS_FILE
     known = _read_errors(file) if file.is_file() else {}
-    known[_key(judge, task, score_features)] = error
+    known[_key(teacher, task, score_features)] = error
     write_checked(file, {key: asdict(value) for key, value in known.items()})
     return file
 
 
-def read_error(folder: Path, judge: Judge, task: Task, score_features: FeatureWeights | None = None) -> StudentError:
+def read_error(
+    folder: Path, teacher: PairTeacher, task: Task, score_features: FeatureWeights | None = None
+) -> StudentError:
     """The error that ``write_error`` stored.
 
     Raises:
         InputError: no error is stored for this teacher, task and score features, or the teacher ranks lists.
         DataFormatError: the file cannot be read.
     """
-    if ranks_lists(judge):
+    if ranks_lists(teacher):
         raise InputError(RANKING_TEACHER)
     file = folder / ERRORS_FILE
-    error = (_read_errors(file) if file.is_file() else {}).get(_key(judge, task, score_features))
+    error = (_read_errors(file) if file.is_file() else {}).get(_key(teacher, task, score_features))
     if error is None:
         raise InputError(
             f"{folder}: the error of its student, with its current scores, against this teacher ({task}) has not been "
@@ -112,6 +114,6 @@ def _read_errors(file: Path) -> dict[str, StudentError]:
         raise DataFormatError(file, f"cannot be read ({error}); delete it and calibrate again") from error
 
 
-def _key(judge: Judge, task: Task, score_features: FeatureWeights | None) -> str:
-    key = f"{judge.fingerprint} {judge.prompt_fingerprint(task)} {task}"
+def _key(teacher: PairTeacher, task: Task, score_features: FeatureWeights | None) -> str:
+    key = f"{teacher.fingerprint} {teacher.prompt_fingerprint(task)} {task}"
     return f"{key} {fingerprint_json(score_features.model_dump(mode='json'))}" if score_features else key

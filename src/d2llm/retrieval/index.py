@@ -53,7 +53,7 @@ from d2llm.store.view import PassageView
 # Reading an index without searching it requires neither torch nor a student, so these are imported where they are used.
 if TYPE_CHECKING:
     from d2llm.models.student import Student
-    from d2llm.models.teachers.judge import Judge
+    from d2llm.models.teachers.pair_teacher import PairTeacher
     from d2llm.ops.rereading import StudentError
     from d2llm.retrieval.build_ann import AnnReport
     from d2llm.retrieval.chunking import Chunker
@@ -758,7 +758,7 @@ class Index:
 
     def measure_error(
         self,
-        judge: Judge,
+        teacher: PairTeacher,
         queries: Iterable[QueryLike] | QueryLike,
         *,
         task: Task | None = None,
@@ -768,7 +768,9 @@ class Index:
         """The student's error against a teacher, for rerankers; see ``retrieval.calibrate.measure_error``."""
         from d2llm.retrieval.calibrate import measure_error
 
-        return measure_error(self.view, self.student, judge, queries, task=task, depth=depth, num_passages=num_passages)
+        return measure_error(
+            self.view, self.student, teacher, queries, task=task, depth=depth, num_passages=num_passages
+        )
 
     def stats(self) -> IndexStats:
         """Contents of the latest version, and its size in bytes; of a sharded index, those of its shards together."""

@@ -1,7 +1,7 @@
 """What a search needs of an index and of a student. ``Student`` has it all; another class may begin as a
 ``PlainStudent``.
 
-The protocol of teachers is ``models.teachers.judge.Judge``.
+The protocol of teachers is ``models.teachers.pair_teacher.PairTeacher``.
 """
 
 from __future__ import annotations

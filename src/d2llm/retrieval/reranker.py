@@ -16,7 +16,7 @@ from pydantic import Field
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.registry import Registry, modules_in
 from d2llm.core.types import DEFAULT_RERANKED_PASSAGES, Task
-from d2llm.models.teachers.judge import Judge, load_judge
+from d2llm.models.teachers.pair_teacher import PairTeacher, load_teacher
 from d2llm.ops.rereading import StudentError
 from d2llm.recipe.kinds import SectionOfKind
 from d2llm.recipe.recipe_file import named_section, named_teacher
@@ -132,7 +132,7 @@ class TeacherReranker(Reranker):
         """Load its teacher, and give it to it."""
         return self.with_teacher(self.load_teacher(device=device, dtype=dtype))
 
-    def load_teacher(self, *, device: str | None = None, dtype: str | None = None) -> Judge:
+    def load_teacher(self, *, device: str | None = None, dtype: str | None = None) -> PairTeacher:
         """Load its teacher.
 
         Raises:
@@ -140,9 +140,9 @@ class TeacherReranker(Reranker):
         """
         if self.model is None:
             raise InputError(f"the reranker '{self.kind}' needs a teacher: name one as {self.kind}:MODEL")
-        return load_judge(named_teacher(self.model, prompt=self.prompt), device=device, dtype=dtype)
+        return load_teacher(named_teacher(self.model, prompt=self.prompt), device=device, dtype=dtype)
 
-    def with_teacher(self, judge: Judge, error: StudentError | None = None) -> OpenReranker:
+    def with_teacher(self, teacher: PairTeacher, error: StudentError | None = None) -> OpenReranker:
         """The reranker with a loaded teacher; a kind defines it.
 
         ``error``: the student's error against it; by default the one that is stored with the index.
@@ -185,7 +185,7 @@ def named_reranker(text: str, **changes: Any) -> Reranker:
 
 
 def open_reranker(
-    reranker: RerankerLike, *, teacher: Judge | None = None, device: str | None = None, dtype: str | None = None
+    reranker: RerankerLike, *, teacher: PairTeacher | None = None, device: str | None = None, dtype: str | None = None
 ) -> OpenReranker:
     """Load a reranker, for one search or for many; ``teacher`` is that of one that needs a teacher and names none.
 

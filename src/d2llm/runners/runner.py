@@ -1,6 +1,6 @@
 """Runners: where the shards of a verb's work are done. The results are the same everywhere.
 
-A verb splits its work into shards (some pairs to judge, some passages to encode) and maps a function over them. What
+A verb splits its work into shards (some pairs to score, some passages to encode) and maps a function over them. What
 the function needs, such as a model, is loaded once by each worker.
 """
 

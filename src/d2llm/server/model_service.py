@@ -242,7 +242,7 @@ class ModelService:
         """How probable it is that each passage of a ranking is relevant, by the student's own score.
 
         None if the student is not calibrated for this task, if the explanations, which have the parts of that score,
-        were not requested, or if a teacher has judged the passage. ``iem``: whether the ranking is by the student's
+        were not requested, or if a teacher has scored the passage. ``iem``: whether the ranking is by the student's
         score, not by inner products alone.
         """
         has_score = iem or why_no_interaction(self.student, task) is not None

@@ -94,11 +94,11 @@ async def context(body: ContextRequest, request: Request, services: TheServices,
 
 @router.post("/v1/explain")
 async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) -> ExplainResponse:
-    """Explain a passage's score for a query, word by word; optionally with the teacher's judgement."""
+    """Explain a passage's score for a query, word by word; optionally with the teacher's score."""
     short_enough([body.query], services.settings, "query")
     task = body.task or services.task
     passage, explanation, no_interaction = await index.explain(body.query, body.passage_id, task)
-    teacher = await index.judge_pair(body.query, passage, task) if body.teacher else None
+    teacher = await index.score_pair(body.query, passage, task) if body.teacher else None
     return ExplainResponse.model_validate(Joined(passage, explanation, no_interaction=no_interaction, teacher=teacher))
 
 

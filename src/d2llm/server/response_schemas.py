@@ -141,7 +141,7 @@ class RankedResponse(PassageResponse):
     With explain, ``probability`` is that the passage is relevant, by the student's own score without words, windows and
     tokens. It is ``weak`` if that is low and the passage lacks words of the query, so that it probably does not fit:
     below 0.15, or below 0.5 if it has none of them. Both are null if the student's scores are not calibrated, if the
-    ranking does not have its score, or if a teacher has judged the passage.
+    ranking does not have its score, or if a teacher has scored the passage.
     """
 
     model_config = ConfigDict(alias_generator=AliasGenerator(validation_alias=_of_rated_place))
@@ -252,7 +252,7 @@ class ContextResponse(RankingResponse):
 
 
 class TeacherResponse(ResponseBody):
-    """The teacher's judgement of a query and a passage."""
+    """The teacher's score of a query and a passage."""
 
     log_odds: float
     probability: float

@@ -25,7 +25,7 @@ from d2llm.core.progress import showing_progress
 from d2llm.core.types import ContextOrder, Passage, Ranking, Task
 from d2llm.models.attribution import Attribution, attribute, why_no_interaction
 from d2llm.models.student import Student
-from d2llm.models.teachers.judge import RANKING_TEACHER, judge_passages, ranks_lists
+from d2llm.models.teachers.pair_teacher import RANKING_TEACHER, ranks_lists, score_passages
 from d2llm.retrieval.context import AnswerContext, build_context
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.index import Index
@@ -240,22 +240,22 @@ class ServedIndex:
 
         return await self.work(explain)
 
-    async def judge_pair(self, query: str, passage: Passage, task: Task) -> TeacherResponse:
-        """The teacher's judgement of a pair.
+    async def score_pair(self, query: str, passage: Passage, task: Task) -> TeacherResponse:
+        """The teacher's score of a pair.
 
         Raises:
-            InputError: there is no teacher, or it judges no single pair.
+            InputError: there is no teacher, or it scores no single pair.
             ModelError: the teacher's log-odds are not finite.
             OverloadedError: too many requests wait for the teacher.
         """
-        judge = self.slow.require_judge()
-        if ranks_lists(judge):
+        teacher = self.slow.require_teacher()
+        if ranks_lists(teacher):
             raise InputError(RANKING_TEACHER)
 
         def work() -> TeacherResponse:
             begin = time.perf_counter()
-            judged, num_truncated = judge_passages(judge, query, [passage.full_text], task)
-            log_odds = float(judged[0])
+            scored, num_truncated = score_passages(teacher, query, [passage.full_text], task)
+            log_odds = float(scored[0])
             return TeacherResponse(
                 log_odds=log_odds,
                 probability=float(expit(log_odds)),

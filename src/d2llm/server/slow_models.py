@@ -10,7 +10,7 @@ from typing import Any
 
 from d2llm.core.errors import InputError, MismatchError, ModelError
 from d2llm.core.types import ExpansionMethod
-from d2llm.models.teachers.judge import Judge, load_judge
+from d2llm.models.teachers.pair_teacher import PairTeacher, load_teacher
 from d2llm.models.writers.writer import Assignment, Writer, WrittenQueries, load_writer
 from d2llm.recipe import RemoteWriterConfig, WriterConfig, WriterEndpointConfig
 from d2llm.recipe.recipe_file import named_teacher, named_writer
@@ -30,7 +30,7 @@ class SlowModels:
     """Those of a server, shared by its indexes, with their queues; ``load`` loads those that the settings name.
 
     Attributes:
-        judge: the teacher, or None.
+        teacher: if there is one, else None.
         reranker: the one of the settings, or None; the teacher brings others.
         writer: expands queries, or None.
         reading: runs what uses the teacher or the reranker.
@@ -39,7 +39,7 @@ class SlowModels:
 
     def __init__(self, settings: ServeSettings) -> None:
         self._settings = settings
-        self.judge: Judge | None = None
+        self.teacher: PairTeacher | None = None
         self.reranker: OpenReranker | None = None
         self.writer: Writer | None = None
         self.reading = CallQueue("teacher", settings.queue_texts // _SEARCHES_A_READING)
@@ -53,9 +53,9 @@ class SlowModels:
         """
         settings, where = self._settings, {"device": self._settings.device, "dtype": self._settings.dtype}
         if settings.teacher is not None:
-            self.judge = load_judge(named_teacher(settings.teacher, prompt=settings.prompt), **where)
+            self.teacher = load_teacher(named_teacher(settings.teacher, prompt=settings.prompt), **where)
         if settings.reranker is not None:
-            self.reranker = open_reranker(settings.reranker, teacher=self.judge, **where)
+            self.reranker = open_reranker(settings.reranker, teacher=self.teacher, **where)
         if settings.writer is not None:
             self.writer = _DiscreetWriter(load_writer(_writer_config(settings, settings.writer), **where))
 
@@ -68,15 +68,15 @@ class SlowModels:
         """Finish admitted work, then stop."""
         await asyncio.gather(self.reading.stop(timeout), self.writing.stop(timeout))
 
-    def require_judge(self) -> Judge:
+    def require_teacher(self) -> PairTeacher:
         """The teacher.
 
         Raises:
             InputError: there is none.
         """
-        if self.judge is None:
+        if self.teacher is None:
             raise InputError("this server has no teacher; start it with --teacher, or rescore with 'iem' or 'none'")
-        return self.judge
+        return self.teacher
 
     def find_reranker(self, kind: str, **teacher_limits: Any) -> OpenReranker:
         """The reranker of a kind: that of the settings, or one that only needs the teacher, with these settings.
@@ -93,12 +93,12 @@ class SlowModels:
             settings = cls(**teacher_limits)
         except ValueError as error:
             raise InputError(f"the reranker '{kind}' cannot be used: {error}") from error
-        return settings.with_teacher(self.require_judge())
+        return settings.with_teacher(self.require_teacher())
 
     def usable_rerankers(self, fit: Callable[[OpenReranker], object]) -> list[str]:
         """The kinds of rerankers of which ``fit`` raises no ``InputError`` or ``MismatchError``."""
         kinds: list[str] = []
-        for kind in Reranker.kinds.kinds if self.judge is not None or self.reranker is not None else ():
+        for kind in Reranker.kinds.kinds if self.teacher is not None or self.reranker is not None else ():
             with suppress(InputError, MismatchError):
                 fit(self.find_reranker(kind))
                 kinds.append(kind)

@@ -24,7 +24,7 @@ from d2llm.core.machine import available_memory, resident_memory
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Passage, Task
 from d2llm.models.student import Student
-from d2llm.models.teachers.judge import Judge
+from d2llm.models.teachers.pair_teacher import PairTeacher
 from d2llm.retrieval.index import PART_FORMATS
 from d2llm.retrieval.protocols import task_for
 from d2llm.retrieval.search import Searcher, SearchSettings
@@ -51,7 +51,7 @@ _WRITTEN_PASSAGES = 20_000
 _TOKEN_ROWS, _TOKENS_OF_ROW = 10_000, 128
 _LISTS, _PROBES = 256, 32
 _CLUSTERED, _CENTROIDS = 4_096, 2_048
-_JUDGED_PAIRS = 40
+_TIMED_PAIRS = 40
 _MIN_QUERIES = 100
 
 Advance = Callable[[int], object]
@@ -63,7 +63,7 @@ def measure_speeds(
     *,
     task: Task | None = None,
     queries: Sequence[str] | None = None,
-    teachers: Mapping[str, Callable[[], Judge]] | None = None,
+    teachers: Mapping[str, Callable[[], PairTeacher]] | None = None,
     seconds: float = 1.5,
 ) -> Speeds:
     """Measure this machine, one core at a time; only passages are encoded on all of torch's threads.
@@ -75,7 +75,7 @@ def measure_speeds(
         passages: typical ones.
         task: in which the student's score is measured; by default what it was trained for.
         queries: typical ones; by default words in a row of the passages.
-        teachers: functions that load the judges to measure, by the name that a plan gives them.
+        teachers: functions that load the teachers to measure, by the name that a plan gives them.
         seconds: how long each speed is measured.
     """
     measuring = _Measuring(student, passages, queries, task_for(student, task), seconds)
@@ -142,18 +142,18 @@ class _Measuring:
                     process_bytes=None if process is None else self._speed(process),
                 )
 
-    def teacher(self, judge: Judge) -> TeacherSpeed:
+    def teacher(self, teacher: PairTeacher) -> TeacherSpeed:
         """Pairs of one query and some passages each, as in labelling."""
-        few = [(query, text) for query in self.queries[:2] for text in self.texts[: _JUDGED_PAIRS // 2]]
-        judge.judge(few[:2], self.task)
+        few = [(query, text) for query in self.queries[:2] for text in self.texts[: _TIMED_PAIRS // 2]]
+        teacher.score_pairs(few[:2], self.task)
         begin = time.process_time()
-        judgements = judge.judge(few, self.task)
+        scores = teacher.score_pairs(few, self.task)
         seconds = time.process_time() - begin
         lengths = self.student.tokenize([text for _, text in few], "passage").lengths
         return TeacherSpeed(
             value=len(few) / seconds,
             source=self.source,
-            pair_tokens=judgements.num_tokens / len(few),
+            pair_tokens=scores.num_tokens / len(few),
             passage_tokens=float(np.mean(lengths)),
         )
 

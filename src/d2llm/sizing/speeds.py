@@ -26,7 +26,7 @@ class Speed(BaseModel):
 
 
 class TeacherSpeed(Speed):
-    """Pairs that a teacher judges, a second: with the prompt ``pair_tokens`` long, of which ``passage_tokens`` vary."""
+    """Pairs that a teacher scores, a second: with the prompt ``pair_tokens`` long, of which ``passage_tokens`` vary."""
 
     pair_tokens: float = Field(gt=0)
     passage_tokens: float = Field(ge=0)
@@ -57,7 +57,7 @@ class Speeds(BaseModel):
         result_ms: milliseconds to read the texts of ten results, and for all else that does not depend on the size.
         written_text_bytes: bytes of texts that are written to an index, with their words, a second.
         multiplications: of the clustering that makes the lists of an approximate index, a second.
-        teachers: pairs that a teacher judges, a second, by teacher.
+        teachers: pairs that a teacher scores, a second, by teacher.
         slow_ratio: p99 of the time of a search over its median.
         process_bytes: memory of a process that has loaded the student.
     """

@@ -54,7 +54,7 @@ def alternate(
     there than that of the round before.
 
     Args:
-        sources: data sets with their plans, whose pairs are scored and judged.
+        sources: data sets with their plans, whose pairs are scored by both.
         folder: where to write ``start``, and ``round-<number>`` with the teacher, labels and student of each round.
         recipe: student, teacher, its tuning, losses, training and seed. Losses of judgements get the weight 0.
         rounds: the number of rounds.

@@ -1,7 +1,7 @@
 """Dev sets: queries or pairs of a dev split, the passages to score them with, and the measures of scores.
 
 All samples of dev queries come from ``dev_queries``. ``make_dev_set`` is for training, which repeatedly ranks a small
-corpus for its queries; ``make_judge_dev_set`` is for judges, which score a few candidates per query;
+corpus for its queries; ``make_teacher_dev_set`` is for teachers, which score a few candidates per query;
 ``make_dev_pairs`` is for both.
 """
 
@@ -29,11 +29,11 @@ from d2llm.data.pairs import LabelledPair, PairDataset
 from d2llm.data.same_text import SameText
 from d2llm.data.training import TrainingSource
 from d2llm.evaluation.gold import Gold, NliGold, measure_all, read_gold
-from d2llm.evaluation.judging import judge_pool
+from d2llm.evaluation.pool_scores import score_pool
 from d2llm.models.backbone import TextKind
 from d2llm.models.interaction import Interaction
 from d2llm.models.student import Student
-from d2llm.models.teachers.judge import Judge
+from d2llm.models.teachers.pair_teacher import PairTeacher
 from d2llm.models.vector_scorer import SCORE_BLOCK
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
@@ -184,7 +184,7 @@ def _cross_fitted(gold: NliGold, scores: NDArray[np.float64]) -> NDArray[np.floa
     return values
 
 
-# Samples of the dev split, for training and for judges ---------------------------------------------------------------
+# Samples of the dev split, for training and for teachers --------------------------------------------------------------
 
 
 def dev_queries(dataset: Dataset, *, num_queries: int, seed: int, from_end: bool = False) -> list[Query]:
@@ -477,10 +477,10 @@ def _dot(
     return torch.cat([(dot_query @ block.T)[0] for block in blocks]).numpy()
 
 
-# Dev sets for judges -------------------------------------------------------------------------------------------------
+# Dev sets for teachers ------------------------------------------------------------------------------------------------
 
 
-def make_judge_dev_set(
+def make_teacher_dev_set(
     dataset: Dataset,
     task: Task,
     queries: Sequence[Query],
@@ -527,8 +527,8 @@ def make_judge_dev_set(
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedDev:
-    """A judge's scores of a dev set, and counts of the ``num_new`` pairs judged now (``PoolScores``).
+class DevSetScores:
+    """A teacher's scores of a dev set, and counts of the ``num_new`` pairs scored now (``PoolScores``).
 
     ``is_ungraded`` says of each query's candidates to which a teacher of grades gave none.
     """
@@ -540,18 +540,20 @@ class JudgedDev:
     is_ungraded: Sequence[NDArray[np.bool_]]
 
 
-def judge_dev(judge: Judge, dev: DevSet, *, name: str, store: Path, placement: Placement = HERE) -> JudgedDev:
-    """Let a judge score the candidates of each query.
+def score_dev_set(
+    teacher: PairTeacher, dev: DevSet, *, name: str, store: Path, placement: Placement = HERE
+) -> DevSetScores:
+    """Let a teacher score the candidates of each query.
 
     Args:
-        judge: the teacher.
+        teacher: scores.
         dev: the queries and their candidates.
-        name: the judge's name in the progress bar.
-        store: folder of a label store; pairs with a label in it are not judged again.
-        placement: where the judge works.
+        name: the teacher's name in the progress bar.
+        store: folder of a label store; pairs with a label in it are not scored again.
+        placement: where the teacher works.
     """
-    pool = judge_pool(
-        judge,
+    pool = score_pool(
+        teacher,
         dev.candidates,
         dev.queries,
         dev.passages,
@@ -568,7 +570,7 @@ def judge_dev(judge: Judge, dev: DevSet, *, name: str, store: Path, placement: P
         np.array([passage_id in pool.ungraded.get(query_id, ()) for passage_id in ids], np.bool_)
         for query_id, ids in dev.candidates.items()
     ]
-    return JudgedDev(scores, pool.num_new, pool.num_truncated, pool.num_undecided, is_ungraded)
+    return DevSetScores(scores, pool.num_new, pool.num_truncated, pool.num_undecided, is_ungraded)
 
 
 def _nearest(

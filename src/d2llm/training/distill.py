@@ -1,4 +1,4 @@
-"""The verb ``distill``: trains a student on the teacher's judgements."""
+"""The verb ``distill``: trains a student on the teacher's scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from d2llm.data.run_folder import require_unfinished, working_folder
 from d2llm.data.training import TrainingSource, check_sources
 from d2llm.models.student import Student
 from d2llm.models.student_files import KIND
-from d2llm.models.teachers.judge import identify_judge, judges_only_recorded, ranks_lists
+from d2llm.models.teachers.pair_teacher import identify_teacher, ranks_lists, scores_only_recorded
 from d2llm.recipe import (
     Recipe,
     TeacherConfig,
@@ -131,7 +131,7 @@ def distill(
     sources, closed_gates = objects_of(sources, "sources", TrainingSource), strings_of(closed_gates, "closed_gates")
     require_unfinished(folder, KIND)
     check_sources(sources)
-    identity = identify_judge(teacher) if recipe.losses.imitates else _NO_TEACHER
+    identity = identify_teacher(teacher) if recipe.losses.imitates else _NO_TEACHER
     _check_asked(recipe, teacher)
     labelled = _join_all(sources, labels, identity, closed_gates, recipe)
     training = recipe.training
@@ -218,13 +218,13 @@ def _check_asked(recipe: Recipe, teacher: TeacherConfig) -> None:
     if not (recipe.losses.imitates and training.asks_teacher):
         return
     name = "in_batch_labels" if training.in_batch_labels else 'unjudged = "ask_teacher"'
-    asks = f"training.{name} has the teacher judge more passages of a query in training, but"
+    asks = f"training.{name} has the teacher score more passages of a query in training, but"
     if ranks_lists(teacher):
         raise InputError(
             f"{asks} one of kind listwise only orders those that it sees together, so its labels cannot be compared "
             "with those of the training set: use a teacher of another kind, such as graded, or delete the setting"
         )
-    if judges_only_recorded(teacher):
+    if scores_only_recorded(teacher):
         raise InputError(
             f"{asks} the grades of '{teacher.model}' were recorded, and other pairs would count as log-odds 0, more "
             "than most passages get: set teacher.recorded.unlisted, the grade of a passage that is in no list (such "

@@ -15,9 +15,9 @@ from d2llm.core.files import check_replaceable
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.run_folder import working_folder
-from d2llm.evaluation.judging import place_judge
+from d2llm.evaluation.pool_scores import place_teacher
 from d2llm.models.teachers.ensemble import ENSEMBLE_KIND, EnsembleMember, write_ensemble
-from d2llm.models.teachers.judge import load_judge
+from d2llm.models.teachers.pair_teacher import load_teacher
 from d2llm.ops.calibration import ReliabilityBin, expected_calibration_error, log_loss, reliability_bins
 from d2llm.ops.ensemble import DEFAULT_L2, Ensemble, fit_ensemble, out_of_fold_log_odds
 from d2llm.recipe import TeacherConfig
@@ -25,7 +25,7 @@ from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.text_workers import encoder_loads
 from d2llm.runners.placement import Placement
 from d2llm.runners.runner import LocalRunner, Runner
-from d2llm.training.dev_sets import DevSet, JudgedDev, dev_queries, judge_dev, make_judge_dev_set
+from d2llm.training.dev_sets import DevSet, DevSetScores, dev_queries, make_teacher_dev_set, score_dev_set
 
 _MEASURES = ("nDCG@10", "MRR@10")
 ENSEMBLE_NAME = "ensemble"
@@ -70,12 +70,12 @@ class TaskReport:
 
 @dataclass(frozen=True, slots=True)
 class EnsembleReport:
-    """The result of combining teachers. ``num_truncated`` of the ``num_judged`` pairs judged now were truncated."""
+    """The result of combining teachers. ``num_truncated`` of the ``num_scored`` pairs scored now were truncated."""
 
     folder: str
     fingerprint: str
     tasks: Mapping[Task, TaskReport]
-    num_judged: int
+    num_scored: int
     num_truncated: int
 
 
@@ -107,7 +107,7 @@ def ensemble_teachers(
 ) -> EnsembleReport:
     """Fit an ensemble to relevance on dev lists and write it to ``folder`` as a teacher of kind ``ensemble``.
 
-    A query's list has its positives, and the first ``depth`` passages of BM25 and of ``student``. Judgements are kept
+    A query's list has its positives, and the first ``depth`` passages of BM25 and of ``student``. Labels are kept
     in ``<folder>.run`` beside the folder, so an interrupted call can continue. A calibrated log-odds gives the
     probability of relevance among such candidates, not among all passages.
 
@@ -123,7 +123,7 @@ def ensemble_teachers(
         seed: seed of the sample and the folds.
         device: where to compute; by default the best device available.
         dtype: number format; by default the fastest on that device.
-        runner: where corpora are encoded and the members judge, by default in this process; remote members are asked
+        runner: where corpora are encoded and the members score, by default in this process; remote members are asked
             from here.
         load_student: for a cluster: how its workers load ``student``.
 
@@ -141,29 +141,29 @@ def ensemble_teachers(
     names = _names(members)
     choose = partial(dev_queries, num_queries=num_queries, seed=seed, from_end=True)
     parts: list[EnsembleMember] = []
-    judged_by: list[dict[str, JudgedDev]] = []
+    by_member: list[dict[str, DevSetScores]] = []
     with Placement(runner or LocalRunner(), device, loads).connected() as placement:
         dev_sets = [
-            make_judge_dev_set(
+            make_teacher_dev_set(
                 dataset, task, choose(dataset), student=student, depth=depth, with_positives=True, placement=placement
             )
             for dataset, task in judged
         ]
         for name, config in zip(names, members, strict=True):  # one after another, so that only one is in memory
-            load = partial(load_judge, config, device=device, dtype=dtype)
-            judge, place = place_judge(config, load, placement.runner, device=device)
-            if judge.fingerprint in (part.fingerprint for part in parts):
+            load = partial(load_teacher, config, device=device, dtype=dtype)
+            teacher, place = place_teacher(config, load, placement.runner, device=device)
+            if teacher.fingerprint in (part.fingerprint for part in parts):
                 raise InputError(f"member '{name}' is the same teacher as another member; name each once")
-            parts.append(EnsembleMember(config, judge.fingerprint))
+            parts.append(EnsembleMember(config, teacher.fingerprint))
             store = working_folder(folder)
-            judged_by.append(
-                {dev.name: judge_dev(judge, dev, name=name, store=store, placement=place) for dev in dev_sets}
+            by_member.append(
+                {dev.name: score_dev_set(teacher, dev, name=name, store=store, placement=place) for dev in dev_sets}
             )
     tasks: dict[Task, TaskReport] = {}
     ensembles: dict[Task, Ensemble] = {}
     different: list[Task] = list(dict.fromkeys(task for _, task in judged))
     for task in different:
-        pairs = _pairs_of(tuple(dev for dev in dev_sets if dev.task == task), judged_by)
+        pairs = _pairs_of(tuple(dev for dev in dev_sets if dev.task == task), by_member)
         ensembles[task] = fit_ensemble(pairs.scores, pairs.labels, l2=l2)
         tasks[task] = _report(pairs, names, ensembles[task], l2=l2, num_folds=num_folds, seed=seed)
     content = {
@@ -172,16 +172,16 @@ def ensemble_teachers(
         "report": {task: asdict(report) for task, report in tasks.items()},
     }
     fingerprint = write_ensemble(folder, parts, ensembles, content)
-    judgements = [each for by_set in judged_by for each in by_set.values()]
-    num_judged, num_truncated = sum(each.num_new for each in judgements), sum(each.num_truncated for each in judgements)
-    return EnsembleReport(str(folder), fingerprint, tasks, num_judged, num_truncated)
+    scores = [one for by_set in by_member for one in by_set.values()]
+    num_scored, num_truncated = sum(one.num_new for one in scores), sum(one.num_truncated for one in scores)
+    return EnsembleReport(str(folder), fingerprint, tasks, num_scored, num_truncated)
 
 
-def _pairs_of(dev_sets: tuple[DevSet, ...], judged_by: Sequence[Mapping[str, JudgedDev]]) -> _Pairs:
-    """The pairs of some dev sets; ``judged_by`` has each member's scores by data set."""
+def _pairs_of(dev_sets: tuple[DevSet, ...], by_member: Sequence[Mapping[str, DevSetScores]]) -> _Pairs:
+    """The pairs of some dev sets; ``by_member`` has each member's scores by data set."""
     rows = [(dev, query, passage) for dev in dev_sets for query, ids in dev.candidates.items() for passage in ids]
     member_scores = [
-        np.concatenate([values for dev in dev_sets for values in by_set[dev.name].scores]) for by_set in judged_by
+        np.concatenate([values for dev in dev_sets for values in by_set[dev.name].scores]) for by_set in by_member
     ]
     labels = [dev.qrels[query].get(passage, 0) > 0 for dev, query, passage in rows]
     groups = tuple(f"{dev.name}:{query}" for dev, query, _ in rows)

@@ -19,11 +19,11 @@ from d2llm.core.manifest import package_versions
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.pairs import PairDataset
-from d2llm.evaluation.judging import place_judge
+from d2llm.evaluation.pool_scores import place_teacher
 from d2llm.models.student import Student
 from d2llm.models.teachers.cosine import CosineTeacher
 from d2llm.models.teachers.ensemble import ensemble_queries
-from d2llm.models.teachers.judge import Judge, load_judge
+from d2llm.models.teachers.pair_teacher import PairTeacher, load_teacher
 from d2llm.ops.gating import better
 from d2llm.recipe import GateConfig, TeacherConfig
 from d2llm.retrieval.text_workers import encoder_loads
@@ -32,13 +32,13 @@ from d2llm.runners.runner import LocalRunner, Runner
 from d2llm.training.dev_sets import (
     PAIRS_PER_QUERY,
     DevSet,
-    JudgedDev,
+    DevSetScores,
     Measured,
     Scores,
     dev_queries,
-    judge_dev,
     make_dev_pairs,
-    make_judge_dev_set,
+    make_teacher_dev_set,
+    score_dev_set,
 )
 
 GATE_FILE = "gate.json"
@@ -73,7 +73,7 @@ class GateReport:
 
     ``num_seen`` of the queries were used to fit the weights of the teacher, if it is an ensemble. ``num_truncated`` of
     the
-    ``num_judged`` pairs judged now were truncated, ``num_undecided`` got no answer and count as log-odds 0;
+    ``num_scored`` pairs scored now were truncated, ``num_undecided`` got no answer and count as log-odds 0;
     ``num_ungraded`` of all candidates have no grade and come last in both rankings.
     """
 
@@ -83,7 +83,7 @@ class GateReport:
     sets: tuple[GateRow, ...]
     tasks: tuple[GateRow, ...]
     num_seen: int
-    num_judged: int
+    num_scored: int
     num_truncated: int
     num_undecided: int
     seconds: float
@@ -104,7 +104,7 @@ class Precheck:
     """How an untuned teacher compares with the cosine on a few queries. It is not a verdict and is not recorded."""
 
     sets: tuple[GateRow, ...]
-    num_judged: int
+    num_scored: int
     seconds: float
 
     @property
@@ -134,11 +134,11 @@ def gate(
     measure depends on the labels: average precision (yes or no), accuracy over three classes, or Spearman's
     correlation. The test uses one value per pair (``evaluation.gold``): for AP, the share of pairs with the other label
     that it is ranked correctly against; for a correlation, how close its ranks by score and by grade are. Thresholds
-    between classes are cross-fitted for both judges: fitted on one half of the sample and used on the other.
+    between classes are cross-fitted for both: fitted on one half of the sample and used on the other.
 
     The gate of a data set is open if the teacher has the higher measure, and a higher mean of these values with a
     p-value below ``settings.alpha``. With few items, a gate may stay closed that would open with more. The verdicts are
-    written to ``gate.json`` in ``folder``, beside those of other teachers. Judgements are kept in ``gate-judgements``,
+    written to ``gate.json`` in ``folder``, beside those of other teachers. Labels are kept in ``gate-labels``,
     so an interrupted call can continue.
 
     Args:
@@ -150,7 +150,7 @@ def gate(
         seed: seed of the sample and the test.
         device: where to compute; by default the best device available.
         dtype: number format; by default the fastest on that device.
-        runner: where corpora are encoded and the teacher judges, by default in this process. A remote teacher is asked
+        runner: where corpora are encoded and the teacher scores, by default in this process. A remote teacher is asked
             from here.
         load_student: for a cluster: how its workers load ``student``.
 
@@ -165,10 +165,10 @@ def gate(
     loads = {} if load_student is None else encoder_loads(student, load_student)
     with Placement(runner or LocalRunner(), device, loads).connected() as placement:
         sets = [_sample(dataset, task, student, settings, seed, placement) for dataset, task in judged]
-        by_cosine = _judge(CosineTeacher(student), sets, "cosine", folder)
-        load = partial(load_judge, teacher, device=device, dtype=dtype)
-        model, judging = place_judge(teacher, load, placement.runner, device=device)
-        by_teacher = _judge(model, sets, "teacher", folder, judging)
+        by_cosine = _score(CosineTeacher(student), sets, "cosine", folder)
+        load = partial(load_teacher, teacher, device=device, dtype=dtype)
+        model, where = place_teacher(teacher, load, placement.runner, device=device)
+        by_teacher = _score(model, sets, "teacher", folder, where)
     paired = _measure_both(sets, by_cosine, by_teacher)
     pooled: dict[tuple[Task, str], list[_PairedMeasures]] = {}
     for one in paired:
@@ -181,14 +181,14 @@ def gate(
         sets=tuple(_row(one.dev.name, [one], alpha=settings.alpha, seed=seed) for one in paired),
         tasks=tuple(_row(task, members, alpha=settings.alpha, seed=seed) for (task, _), members in pooled.items()),
         num_seen=sum(len(fitted_on.get(dev.name, frozenset()) & dev.queries.keys()) for dev in sets),
-        num_judged=sum(judged_dev.num_new for judged_dev in by_teacher),
-        num_truncated=sum(judged_dev.num_truncated for judged_dev in by_teacher),
-        num_undecided=sum(judged_dev.num_undecided for judged_dev in by_teacher),
+        num_scored=sum(dev_scores.num_new for dev_scores in by_teacher),
+        num_truncated=sum(dev_scores.num_truncated for dev_scores in by_teacher),
+        num_undecided=sum(dev_scores.num_undecided for dev_scores in by_teacher),
         seconds=time.monotonic() - started,
         num_ungraded=sum(
             int(each.sum())
-            for dev, judged_dev in zip(sets, by_teacher, strict=True)
-            for each in judged_dev.is_ungraded
+            for dev, dev_scores in zip(sets, by_teacher, strict=True)
+            for each in dev_scores.is_ungraded
             if dev.gold is None
         ),
     )
@@ -210,20 +210,20 @@ def precheck(
 ) -> Precheck:
     """Compare teacher and cosine on ``PRECHECK_QUERIES`` dev queries per data set, before hours are spent on tuning.
 
-    Both rank BM25's candidates, so no corpus has to be encoded. ``gate.json`` is not changed; judgements are kept with
+    Both rank BM25's candidates, so no corpus has to be encoded. ``gate.json`` is not changed; labels are kept with
     those of the gate. Arguments and errors are those of ``gate``.
     """
     started = time.monotonic()
     few = (settings or GateConfig()).model_copy(update={"queries": PRECHECK_QUERIES})
     sets = [_sample(dataset, task, None, few, seed) for dataset, task in judged]
-    by_cosine = _judge(CosineTeacher(student), sets, "cosine", folder)
-    model = load_judge(teacher, device=device, dtype=dtype)
-    by_teacher = _judge(model, sets, "untuned teacher", folder)
+    by_cosine = _score(CosineTeacher(student), sets, "cosine", folder)
+    model = load_teacher(teacher, device=device, dtype=dtype)
+    by_teacher = _score(model, sets, "untuned teacher", folder)
     return Precheck(
         sets=tuple(
             _row(one.dev.name, [one], alpha=few.alpha, seed=seed) for one in _measure_both(sets, by_cosine, by_teacher)
         ),
-        num_judged=sum(judged_dev.num_new for judged_dev in by_teacher),
+        num_scored=sum(dev_scores.num_new for dev_scores in by_teacher),
         seconds=time.monotonic() - started,
     )
 
@@ -233,7 +233,7 @@ def read_gate(folder: str | Path, teacher_fingerprint: str) -> dict[str, bool] |
 
     Args:
         folder: the run folder.
-        teacher_fingerprint: ``identify_judge(config).fingerprint``.
+        teacher_fingerprint: ``identify_teacher(config).fingerprint``.
 
     Raises:
         DataFormatError: ``gate.json`` exists and cannot be read.
@@ -251,15 +251,15 @@ class _PairedMeasures:
     teacher: Measured
 
 
-def _judge(
-    judge: Judge, sets: Sequence[DevSet], name: str, folder: Path, placement: Placement = HERE
-) -> list[JudgedDev]:
-    store = folder / "gate-judgements"
-    return [judge_dev(judge, dev, name=name, store=store, placement=placement) for dev in sets]
+def _score(
+    teacher: PairTeacher, sets: Sequence[DevSet], name: str, folder: Path, placement: Placement = HERE
+) -> list[DevSetScores]:
+    store = folder / "gate-labels"
+    return [score_dev_set(teacher, dev, name=name, store=store, placement=placement) for dev in sets]
 
 
 def _measure_both(
-    sets: Sequence[DevSet], by_cosine: Sequence[JudgedDev], by_teacher: Sequence[JudgedDev]
+    sets: Sequence[DevSet], by_cosine: Sequence[DevSetScores], by_teacher: Sequence[DevSetScores]
 ) -> list[_PairedMeasures]:
     return [
         _PairedMeasures(
@@ -271,7 +271,7 @@ def _measure_both(
     ]
 
 
-def _with_ungraded_last(dev: DevSet, scores: Scores, teacher: JudgedDev) -> Scores:
+def _with_ungraded_last(dev: DevSet, scores: Scores, teacher: DevSetScores) -> Scores:
     """The scores of a set's candidates, where those that the teacher gave no grade come last."""
     if dev.gold is not None:
         return scores
@@ -292,13 +292,13 @@ def _sample(
     if isinstance(dataset, PairDataset):
         return make_dev_pairs(dataset, task, num_pairs=PAIRS_PER_QUERY * settings.queries, seed=seed)
     queries = dev_queries(dataset, num_queries=settings.queries, seed=seed)
-    return make_judge_dev_set(
+    return make_teacher_dev_set(
         dataset, task, queries, student=student, depth=settings.depth, with_positives=False, placement=placement
     )
 
 
 def _row(name: str, paired: Sequence[_PairedMeasures], *, alpha: float, seed: int) -> GateRow:
-    """Compare both judges on one data set, or on the items of several with the same task and measure together."""
+    """Compare both on one data set, or on the items of several with the same task and measure together."""
     items = [f"{one.dev.name}:{item}" for one in paired for item in one.dev.item_ids]
     cosines, teachers = [one.cosine for one in paired], [one.teacher for one in paired]
     by_cosine, by_teacher = (

@@ -1,4 +1,4 @@
-"""The verb ``label``: lets the teacher judge every pair of the training plans that has no label yet."""
+"""The verb ``label``: lets the teacher score every pair of the training plans that has no label yet."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource, check_sources
-from d2llm.evaluation.judging import (
+from d2llm.evaluation.pool_scores import (
     Budget,
-    JudgingCounts,
     LabelWriter,
     QueryPairs,
-    judge_pairs,
-    judge_shard,
+    ScoringCounts,
+    label_pairs,
     label_pool,
+    score_shard,
     with_rate,
 )
 from d2llm.models.student import Student
-from d2llm.models.teachers.judge import asks_endpoint, identify_judge, load_judge, ranks_lists
+from d2llm.models.teachers.pair_teacher import asks_endpoint, identify_teacher, load_teacher, ranks_lists
 from d2llm.ops.ranking import kendall_tau
 from d2llm.recipe import LabellingConfig, TeacherConfig, TeacherIdentity
 from d2llm.runners.placement import load_work
@@ -39,11 +39,11 @@ _log = logging.getLogger(__name__)
 class LabelReport:
     """The result of a labelling run.
 
-    ``pairs`` were judged in this run. ``finished_pairs`` already had labels, and ``finished_queries`` already had all
+    ``pairs`` were scored in this run. ``finished_pairs`` already had labels, and ``finished_queries`` already had all
     of theirs. ``num_truncated`` pairs were truncated to the teacher's length limit. With a remote teacher,
     ``num_bounded`` log-odds are only a bound, ``num_undecided`` pairs got no answer, ``written_tokens`` are those of
     its answers, and ``cost`` is in the currency of its prices. ``ended_by`` is the limit that ended the labelling
-    before all of the ``unfinished_pairs`` were judged, None if there are none.
+    before all of the ``unfinished_pairs`` were scored, None if there are none.
     """
 
     store: str
@@ -78,9 +78,9 @@ def label(
 
     Labels are stored by (teacher, prompt, query_id, passage_id), in shards that are written every half minute: an
     interrupted run continues where it stopped, and the order of a plan does not matter. If a query has new positives or
-    hard negatives, all its pairs are judged again, because the Gram matrix needs the features of all of them; if only
-    its easy negatives are new, only those are judged. A teacher without features gives no Gram matrices. A teacher that
-    ranks lists judges all pairs of a query again if any is new, because it compares only the passages of one list.
+    hard negatives, all its pairs are scored again, because the Gram matrix needs the features of all of them; if only
+    its easy negatives are new, only those are scored. A teacher without features gives no Gram matrices. A teacher that
+    ranks lists scores all pairs of a query again if any is new, because it compares only the passages of one list.
     Memory holds the data, the plan, the labels that existed at the start, and those since the last shard.
 
     Args:
@@ -89,10 +89,10 @@ def label(
         teacher: the LLM, tuned or not, and its prompt.
         settings: if a data set has a limit of queries to label, those are labelled whose passages
             ``compared_students`` rank most differently (``disagreements``), instead of a random sample; and limits of
-            time, tokens and cost, at which labelling ends after the pairs that are being judged.
+            time, tokens and cost, at which labelling ends after the pairs that are being scored.
         device: where to compute; by default the best device available.
         dtype: number format; by default the fastest on that device.
-        runner: where the teacher judges: in this process (``local``), or on the workers of a Ray cluster (``ray``,
+        runner: where the teacher scores: in this process (``local``), or on the workers of a Ray cluster (``ray``,
             ``ray:ADDRESS``, or a ``RayRunner``), which load it from the same path. The pairs of a call to the teacher
             are the same, and this process alone writes the store.
 
@@ -108,7 +108,7 @@ def label(
     check_sources(sources)
     settings = settings or LabellingConfig()
     sources = _in_order_of_disagreement(sources, settings.compared_students, device=device, dtype=dtype)
-    identity, whole = identify_judge(teacher), ranks_lists(teacher)
+    identity, whole = identify_teacher(teacher), ranks_lists(teacher)
     work = [(source, _labels_of(source, store, identity)) for source in sources]
     left = [
         (len(_unfinished(labels, entry, whole=whole).passage_ids), len(entry.passage_ids))
@@ -116,16 +116,16 @@ def label(
         for entry in source.entries_to_label
     ]
     num_pairs, num_queries = sum(number for number, _ in left), sum(number > 0 for number, _ in left)
-    counts, budget = JudgingCounts(), Budget(settings, started)
+    counts, budget = ScoringCounts(), Budget(settings, started)
     if num_pairs:
-        load_teacher = partial(load_judge, teacher, device=device, dtype=dtype)
-        load = partial(load_work, load_teacher, identity.fingerprint, judge_shard)
+        load = partial(load_teacher, teacher, device=device, dtype=dtype)
+        load = partial(load_work, load, identity.fingerprint, score_shard)
         workers = runner.workers(load, device=device, gpus=teacher.num_gpus)
-        with progress_bar("labelling pairs", num_pairs) as advance, workers as judges:
+        with progress_bar("labelling pairs", num_pairs) as advance, workers as opened:
             for source, labels in work:
                 queries = (_unfinished(labels, entry, whole=whole) for entry in source.entries_to_label)
-                judge_pairs(
-                    judges,
+                label_pairs(
+                    opened,
                     budget.spend((query for query in queries if query.passage_ids), counts),
                     LabelWriter(labels, remember=False),  # each query occurs only once in a plan
                     source.task,
@@ -156,7 +156,7 @@ def label(
 
 
 class TeacherOnDemand:
-    """Lets a teacher judge more pairs in training; it is loaded when first needed.
+    """Lets a teacher score more pairs in training; it is loaded when first needed.
 
     The ``limits`` are those of all its calls together; a call raises an ``InputError`` if one is reached.
     """
@@ -164,22 +164,22 @@ class TeacherOnDemand:
     def __init__(
         self, teacher: TeacherConfig, limits: LabellingConfig, *, device: str | None, dtype: str | None
     ) -> None:
-        self._load = partial(load_judge, teacher, device=device, dtype=dtype)
-        self._limits, self._judge = limits, None
-        self._spent, self._seconds = JudgingCounts(), 0.0
+        self._load = partial(load_teacher, teacher, device=device, dtype=dtype)
+        self._limits, self._teacher = limits, None
+        self._spent, self._seconds = ScoringCounts(), 0.0
 
     def __call__(self, labelled: LabelledSource, passages: Mapping[str, Sequence[str]]) -> None:
-        """Judge those of the passages (query_id -> passage ids) that have no label yet."""
+        """Score those of the passages (query_id -> passage ids) that have no label yet."""
         source, before, name = labelled.source, self._spent, labelled.source.dataset.name
         missing = {query_id: labelled.labels.missing(query_id, ids) for query_id, ids in passages.items()}
         num_missing = sum(map(len, missing.values()))
         if not num_missing:
             return
-        self._judge = self._judge or self._load()
+        self._teacher = self._teacher or self._load()
         started = time.monotonic() - self._seconds
         budget = Budget(self._limits, started)
         self._spent = label_pool(
-            self._judge,
+            self._teacher,
             missing,
             labelled.labels,
             source.task,
@@ -190,16 +190,16 @@ class TeacherOnDemand:
             earlier=before,
         )
         self._seconds = time.monotonic() - started
-        num_judged = self._spent.pairs - before.pairs
+        num_scored = self._spent.pairs - before.pairs
         for what, number in (
             ("were truncated for the teacher", self._spent.truncated - before.truncated),
             ("got no answer from the teacher and count as undecided", self._spent.undecided - before.undecided),
         ):
             if number:
-                _log.warning("%s: %d of %d pairs judged in training %s", name, number, num_judged, what)
+                _log.warning("%s: %d of %d pairs scored in training %s", name, number, num_scored, what)
         if budget.ended_by is not None:
             raise InputError(
-                f"{name}: {num_missing - num_judged:,} of {num_missing:,} pairs that the teacher is to judge in "
+                f"{name}: {num_missing - num_scored:,} of {num_missing:,} pairs that the teacher is to score in "
                 f"training have no label yet, because {budget.ended_by} was reached. Labels and progress are kept: run "
                 "the same command again to go on, or raise the limit"
             )
@@ -260,9 +260,9 @@ def _labels_of(source: TrainingSource, store: Path, identity: TeacherIdentity) -
 
 
 def _unfinished(labels: LabelStore, entry: PlanEntry, *, whole: bool) -> QueryPairs:
-    """The passages of one query that still have to be judged; all of them if they are judged as a ``whole``."""
+    """The passages of one query that still have to be scored; all of them if they are scored as a ``whole``."""
     listed = entry.positives + entry.hard_negatives
-    # A query with labels but no Gram matrix was judged by a teacher without features, so it will never have cosines.
+    # A query with labels but no Gram matrix was scored by a teacher without features, so it will never have cosines.
     has_no_features = bool(labels.log_odds(entry.query_id)) and labels.gram(entry.query_id) is None
     if not has_no_features and labels.missing_cosines(entry.query_id, listed):
         return QueryPairs(entry.query_id, entry.passage_ids, len(listed))

@@ -128,10 +128,10 @@ class OpenRun:
 
         If ``gate.when_closed`` is "stop", a closed gate is an ``InputError``.
         """
-        from d2llm.models.teachers.judge import identify_judge
+        from d2llm.models.teachers.pair_teacher import identify_teacher
         from d2llm.training.gate import read_gate
 
-        gates = read_gate(self.parts.path, identify_judge(self.teacher).fingerprint)
+        gates = read_gate(self.parts.path, identify_teacher(self.teacher).fingerprint)
         if gates is None:
             _log.warning("the teacher was not tested on dev (d2llm gate); its labels are used without a test")
             return []
@@ -163,10 +163,10 @@ class OpenRun:
 
     def _teacher_fingerprint(self) -> str | None:
         """The fingerprint of ``teacher``; None if the teacher cannot be found."""
-        from d2llm.models.teachers.judge import identify_judge
+        from d2llm.models.teachers.pair_teacher import identify_teacher
 
         try:
-            return identify_judge(self.teacher).fingerprint
+            return identify_teacher(self.teacher).fingerprint
         except ModelError:
             return None
 
@@ -235,7 +235,7 @@ def with_data(recipe: Recipe, places: Sequence[str]) -> Recipe:
 
 def with_recorded(recipe: Recipe, lists: str | Path | None) -> Recipe:
     """The recipe whose teacher repeats ``lists``, if given, of the recipe's data sets."""
-    from d2llm.models.teachers.judge import recorded_teacher
+    from d2llm.models.teachers.pair_teacher import recorded_teacher
 
     teacher = recipe.teacher if lists is None else recorded_teacher(recipe.teacher, Path(lists))
     if not isinstance(teacher, GradedTeacherConfig) or teacher.recorded is None:

@@ -35,7 +35,7 @@ from d2llm.training.processes import ALONE, Processes
 from d2llm.training.trainer import Trainable, Trainer
 
 AskTeacher = Callable[[LabelledSource, Mapping[str, Sequence[str]]], None]
-"""Lets the teacher judge passages (query_id -> passage ids), and adds its labels to the data set's store."""
+"""Lets the teacher score passages (query_id -> passage ids), and adds its labels to the data set's store."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class _Training(Trainable):
 
     def __post_init__(self) -> None:
         self.config, self.results = self.recipe.training.residual, dict[str, DevResult]()
-        self.only_judged = self.recipe.training.unjudged != "negatives"
+        self.only_scored = self.recipe.training.unjudged != "negatives"
         self.objective = {kind: loss for kind, loss in self.recipe.losses.root.items() if not loss.of_vectors}
         self.parameters = self.head.residual_parameters()
         for parameter in self.parameters.values():
@@ -172,7 +172,7 @@ class _Training(Trainable):
         return {}
 
     def _loss(self, vectors: _Vectors, positions: Sequence[int], seed: str) -> Tensor:
-        draws = [_draw(vectors, position, self.config, seed, only_judged=self.only_judged) for position in positions]
+        draws = [_draw(vectors, position, self.config, seed, only_scored=self.only_scored) for position in positions]
         batch = collate_lists(vectors.labelled, draws)
         width = batch.positive.shape[1]
         lists = [[vectors.row[passage_id] for passage_id in draw.passage_ids] for draw in draws]
@@ -290,16 +290,16 @@ def _neighbours(vectors: _Vectors, position: int, config: ResidualConfig, seed: 
     return [vectors.ids[row] for row in rows], rng
 
 
-def _draw(vectors: _Vectors, position: int, config: ResidualConfig, seed: str, *, only_judged: bool) -> Draw:
+def _draw(vectors: _Vectors, position: int, config: ResidualConfig, seed: str, *, only_scored: bool) -> Draw:
     """Draw a positive, the plan's negatives, neighbours by inner product and random passages; for pairs, those judged.
 
-    ``only_judged`` keeps only neighbours that the teacher has judged, if the query learns from the teacher.
+    ``only_scored`` keeps only neighbours that the teacher has scored, if the query learns from the teacher.
     """
     entry = vectors.labelled.entries[position]
     if vectors.near is None:
         return Draw(entry, list(entry.positives), list(entry.hard_negatives), [])
     near, rng = _neighbours(vectors, position, config, seed)
-    if only_judged and entry.query_id not in vectors.labelled.unlabelled:
+    if only_scored and entry.query_id not in vectors.labelled.unlabelled:
         unjudged = {*vectors.labelled.labels.missing(entry.query_id, near)}
         near = [passage_id for passage_id in near if passage_id not in unjudged]
     others = [vectors.ids[rng.randrange(len(vectors.ids))] for _ in range(config.num_random)]

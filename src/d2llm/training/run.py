@@ -90,11 +90,11 @@ class Run(OpenRun):
         Args:
             again: repeat this step and those after it, except labels, which are stored by teacher and pair.
             after: called with the name and the result of each step.
-            runner: where mine, ensemble, gate, filter and label encode texts and judge pairs: in this process
+            runner: where mine, ensemble, gate, filter and label encode texts and score pairs: in this process
                 (``local``), or on a Ray cluster (``ray``, ``ray:ADDRESS``, or a ``RayRunner``). All training is in this
                 process, and a remote teacher is asked from it.
         """
-        from d2llm.models.teachers.judge import asks_endpoint
+        from d2llm.models.teachers.pair_teacher import asks_endpoint
         from d2llm.runners.runner import find_runner
 
         runner = find_runner(runner)
@@ -150,7 +150,7 @@ class Run(OpenRun):
             again: repeat finished plans too; their filtered versions are put aside.
             student: folder or name of a student to rank with, instead of the recipe's.
             before_tuning: if the recipe tunes the teacher first, leave the teacher's margin to ``filter``.
-            runner: where texts are encoded and the teacher judges (``finish``). The plans are the same.
+            runner: where texts are encoded and the teacher scores (``finish``). The plans are the same.
         """
         from d2llm.training.mining.plans import mine_plans
 
@@ -256,7 +256,7 @@ class Run(OpenRun):
             num_queries: number of queries per data set; by default the gate's.
             depth: number of candidates per query from BM25, and as many from the untuned cosine student; by
                 default the gate's.
-            runner: where the corpus is encoded and the members judge (``finish``).
+            runner: where the corpus is encoded and the members score (``finish``).
         """
         from d2llm.runners.runner import find_runner
         from d2llm.training.ensemble_teachers import ensemble_teachers
@@ -293,9 +293,9 @@ class Run(OpenRun):
             again: repeat the test if there is already a verdict for each data set.
             teacher: by default the run's.
             student: the student to beat; by default the recipe's backbone before training.
-            runner: where the corpus is encoded and the teacher judges (``finish``).
+            runner: where the corpus is encoded and the teacher scores (``finish``).
         """
-        from d2llm.models.teachers.judge import identify_judge
+        from d2llm.models.teachers.pair_teacher import identify_teacher
         from d2llm.retrieval.text_workers import load_student
         from d2llm.runners.runner import find_runner
         from d2llm.training.gate import gate, read_gate
@@ -303,7 +303,7 @@ class Run(OpenRun):
 
         chosen = teacher or self.teacher
         if not again:
-            known = read_gate(self.parts.path, identify_judge(chosen).fingerprint) or {}
+            known = read_gate(self.parts.path, identify_teacher(chosen).fingerprint) or {}
             if all(open_source(data.path, splits=["dev"]).name in known for data in self.recipe.data):
                 return self.skip(f"gate: the verdict on this teacher is in {self.parts.path}: {describe_gates(known)}")
         _remarks.info(
@@ -344,7 +344,7 @@ class Run(OpenRun):
 
     @_shows_progress
     def label(self, *, runner: str | Runner = "local") -> LabelReport:
-        """Let the teacher judge every pair of the plans that has no label yet; ``runner`` says where (``label``)."""
+        """Let the teacher score every pair of the plans that has no label yet; ``runner`` says where (``label``)."""
         from d2llm.training.label import label
         from d2llm.training.sentences import describe_labels
 
@@ -435,7 +435,7 @@ class Run(OpenRun):
         Args:
             settings: split, depths and so on; the task is that of each data set.
             with_teacher: also measure the teacher, which takes longest.
-            runner: where corpora are encoded and the teacher judges (``evaluation.evaluate``).
+            runner: where corpora are encoded and the teacher scores (``evaluation.evaluate``).
 
         Raises:
             InputError: there is no student yet.

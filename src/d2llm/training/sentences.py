@@ -46,7 +46,7 @@ def gate_advice(report: GateReport) -> str:
     if report.num_truncated:
         parts.append(f"{report.num_truncated:,} pairs were truncated to the teacher's length limit.")
     if report.num_undecided:
-        parts.append(f"{report.num_undecided:,} of {report.num_judged:,} pairs got no answer and count as undecided.")
+        parts.append(f"{report.num_undecided:,} of {report.num_scored:,} pairs got no answer and count as undecided.")
     if report.num_ungraded:
         parts.append(
             f"{report.num_ungraded:,} candidates have no grade of the teacher and come last in both rankings; record "

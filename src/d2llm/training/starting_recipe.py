@@ -103,7 +103,7 @@ def starting_recipe(
         data: anything that ``open_data`` reads, with judged questions (or pairs) in train and dev.
         backbone: the model that encodes each text alone; by default ``minilm``.
         start: a student to train further, a folder or a name, instead of a backbone.
-        teacher: a model that judges pairs; by default one trained on the questions if there are enough, or none.
+        teacher: a model that scores pairs; by default one trained on the questions if there are enough, or none.
         task: by default the one that ``start`` was trained for, if it is one; else ``asymmetric`` (a passage answers),
             unless queries and passages have about the same length.
         device: where to compute; by default the best device available.
@@ -391,7 +391,7 @@ alpha = 0.9 # closed if the teacher is worse than the cosine on dev: then only t
     return [
         f"""\
 # No teacher: {num_train:,} questions are too few to tune a small one that is better than the cosine, and a
-# worse one does not help. A teacher that judges well without tuning, such as a reranker or a large language model,
+# worse one does not help. A teacher that scores well without tuning, such as a reranker or a large language model,
 # does help: `d2llm init DATA --teacher MODEL` writes a recipe with it.
 [losses]
 {loss} # {meaning}"""

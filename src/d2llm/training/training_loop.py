@@ -353,17 +353,17 @@ class DistillRun(Trainable):
                 write_plan(folder, remined.plan.entries, {"remined": remined.plan.manifest.get("remined")})
             self.processes.from_first(None)  # wait until the plan is written
             mined = labelled.with_source(replace(labelled.source, plan=read_plan(folder)))
-            renewed.append(mined if self.recipe.training.unjudged == "negatives" else self._judged_alone(mined))
+            renewed.append(mined if self.recipe.training.unjudged == "negatives" else self._scored_alone(mined))
         self.sources = renewed
 
-    def _judged_alone(self, mined: LabelledSource) -> LabelledSource:
-        """Keep only the mined negatives that the teacher has judged; with "ask_teacher", it judges new ones first."""
+    def _scored_alone(self, mined: LabelledSource) -> LabelledSource:
+        """Keep only the mined negatives that the teacher has scored; with "ask_teacher", it scores new ones first."""
         if self.recipe.training.unjudged == "ask_teacher":
             labelled = (entry for entry in mined.entries if entry.query_id not in mined.unlabelled)
-            mined = self._let_teacher_judge(mined, {entry.query_id: entry.hard_negatives for entry in labelled})
+            mined = self._let_teacher_score(mined, {entry.query_id: entry.hard_negatives for entry in labelled})
         return mined.without_unjudged_negatives()
 
-    def _let_teacher_judge(self, labelled: LabelledSource, passages: Mapping[str, Sequence[str]]) -> LabelledSource:
+    def _let_teacher_score(self, labelled: LabelledSource, passages: Mapping[str, Sequence[str]]) -> LabelledSource:
         """The data set with the teacher's labels of these passages (query_id -> passage ids) beside those it has."""
         if self.processes.is_first:
             self.ask_teacher(labelled, passages)
@@ -377,7 +377,7 @@ class DistillRun(Trainable):
             return batches
         pairs = in_batch_pairs(batches)
         self.sources = [
-            self._let_teacher_judge(each, pairs[name]) if (name := each.source.dataset.name) in pairs else each
+            self._let_teacher_score(each, pairs[name]) if (name := each.source.dataset.name) in pairs else each
             for each in self.sources
         ]
         by_name = {each.source.dataset.name: each for each in self.sources}

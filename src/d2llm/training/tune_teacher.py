@@ -27,8 +27,8 @@ from d2llm.models.device import choose_dtype, size_of_states, tokens_to_train
 from d2llm.models.interaction import TASKS
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import TEACHER_KIND
-from d2llm.models.teachers.judge import Judge
 from d2llm.models.teachers.local import LocalTeacher
+from d2llm.models.teachers.pair_teacher import PairTeacher
 from d2llm.ops.batching import token_budget_batches
 from d2llm.recipe import LocalTeacherConfig, Recipe, TeacherConfig, TeacherTuningConfig, VllmTeacherConfig
 from d2llm.recipe.recipe_file import tuning_settings
@@ -277,7 +277,7 @@ def hold_out(
     return kept, pairs
 
 
-def score_dev(teacher: Judge, pairs: Sequence[TrainingPair]) -> DevScore:
+def score_dev(teacher: PairTeacher, pairs: Sequence[TrainingPair]) -> DevScore:
     """Measure a teacher on held-out pairs."""
     log_odds = np.empty(len(pairs), dtype=np.float32)
     by_list: dict[tuple[Task, str], list[int]] = {}
@@ -287,7 +287,7 @@ def score_dev(teacher: Judge, pairs: Sequence[TrainingPair]) -> DevScore:
         places = [index for (list_task, _), places in by_list.items() if list_task == task for index in places]
         if places:
             texts = [(pairs[index].query, pairs[index].passage) for index in places]
-            log_odds[places] = teacher.judge(texts, task).log_odds
+            log_odds[places] = teacher.score_pairs(texts, task).log_odds
     targets = torch.tensor([pair.target for pair in pairs])
     loss = functional.binary_cross_entropy_with_logits(torch.from_numpy(log_odds), targets)
     is_positive = np.array([pair.is_positive for pair in pairs])
@@ -310,12 +310,12 @@ def _load(
 ) -> LocalTeacher:
     """Load the teacher to tune; if all weights are tuned they are float32, whatever it computes in."""
     quantization = tuning.base_quantization(teacher)
-    if isinstance(teacher, VllmTeacherConfig):  # which only judges
+    if isinstance(teacher, VllmTeacherConfig):  # which only scores
         teacher = teacher.as_kind("auto")
     chosen = "float32" if tuning.tuning == "full" else dtype
     if teacher.needs_tuning and tuning.tuning != "full":
         raise InputError("a new head can only be tuned with all weights; set teacher_tuning.tuning = 'full'")
-    model: Judge | None = None
+    model: PairTeacher | None = None
     if isinstance(teacher, LocalTeacherConfig):
         model = teacher.model_copy(update={"quantization": quantization}).load(device=device, dtype=chosen)
     if not isinstance(teacher, LocalTeacherConfig) or not isinstance(model, LocalTeacher):

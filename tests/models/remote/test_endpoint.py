@@ -37,11 +37,11 @@ KEY = "sk-not-a-real-key-0123456789"
 
 
 def error_of(reply, *, times: int = 1, **settings: object) -> D2LLMError:
-    """The error raised by judging one pair, after exactly ``times`` requests."""
+    """The error raised by scoring one pair, after exactly ``times`` requests."""
     with local_endpoint(reply) as endpoint:
         teacher = remote_teacher(endpoint, patience_minutes=0, **settings)
         with pytest.raises(D2LLMError) as caught:
-            teacher.judge(PAIRS[:1], "asymmetric")
+            teacher.score_pairs(PAIRS[:1], "asymmetric")
         assert len(endpoint.requests) == times
     assert "served" in str(caught.value) or endpoint.url in str(caught.value)
     return caught.value
@@ -64,24 +64,24 @@ def test_answers_match_their_pairs_with_limited_concurrency():
         return answer_by_number(request, number)
 
     with local_endpoint(reply) as endpoint:
-        judged = remote_teacher(endpoint, concurrency=3).judge(PAIRS, "asymmetric", advance=done.append)
-        assert judged.log_odds.tolist() == [float(n) for n in range(12)]
+        scores = remote_teacher(endpoint, concurrency=3).score_pairs(PAIRS, "asymmetric", advance=done.append)
+        assert scores.log_odds.tolist() == [float(n) for n in range(12)]
         assert endpoint.most_at_once == 3
         assert sum(done) == 12
-        assert len(remote_teacher(endpoint).judge([], "asymmetric").log_odds) == 0
+        assert len(remote_teacher(endpoint).score_pairs([], "asymmetric").log_odds) == 0
 
 
 def test_pairs_of_one_query_are_sent_consecutively():
     pairs = [(f"query {n % 3}", f"passage {n}") for n in range(9)]
     with local_endpoint(answer_by_number) as endpoint:
-        judged = remote_teacher(endpoint, concurrency=1).judge(pairs, "asymmetric")
-    assert judged.log_odds.tolist() == [float(n) for n in range(9)]
+        scores = remote_teacher(endpoint, concurrency=1).score_pairs(pairs, "asymmetric")
+    assert scores.log_odds.tolist() == [float(n) for n in range(9)]
     assert [number_in(request) for request in endpoint.requests] == [0, 3, 6, 1, 4, 7, 2, 5, 8]
 
 
 def test_judging_works_inside_a_notebooks_event_loop():
     async def cell(teacher: RemoteTeacher) -> list[float]:
-        return teacher.judge(PAIRS[:2], "asymmetric").log_odds.tolist()
+        return teacher.score_pairs(PAIRS[:2], "asymmetric").log_odds.tolist()
 
     with local_endpoint(always(PLAIN)) as endpoint:
         assert asyncio.run(cell(remote_teacher(endpoint))) == [1.0, 1.0]
@@ -92,15 +92,17 @@ def test_calls_share_one_connection():
     with local_endpoint(always(PLAIN)) as endpoint:
         teacher = remote_teacher(endpoint)
         for _ in range(3):
-            assert teacher.judge(PAIRS[:1], "asymmetric").log_odds.tolist() == [1.0]
+            assert teacher.score_pairs(PAIRS[:1], "asymmetric").log_odds.tolist() == [1.0]
         assert endpoint.connections == 1
 
 
 def test_calls_from_several_threads_share_the_connections():
     with local_endpoint(answer_by_number) as endpoint, ThreadPoolExecutor(4) as threads:
         teacher = remote_teacher(endpoint, concurrency=2)
-        judged = threads.map(lambda n: teacher.judge(PAIRS[n : n + 3], "asymmetric").log_odds.tolist(), (0, 3, 6, 9))
-        assert [*judged] == [[float(n + k) for k in range(3)] for n in (0, 3, 6, 9)]
+        scores = threads.map(
+            lambda n: teacher.score_pairs(PAIRS[n : n + 3], "asymmetric").log_odds.tolist(), (0, 3, 6, 9)
+        )
+        assert [*scores] == [[float(n + k) for k in range(3)] for n in (0, 3, 6, 9)]
         assert endpoint.most_at_once == 2
         assert endpoint.connections <= 2
 
@@ -109,14 +111,14 @@ def test_a_connection_that_the_server_has_closed_is_opened_again():
     with local_endpoint(lambda request, number: Reply(PLAIN, hang_up=number == 1)) as endpoint:
         teacher = remote_teacher(endpoint)
         for _ in range(3):
-            assert teacher.judge(PAIRS[:1], "asymmetric").log_odds.tolist() == [1.0]
+            assert teacher.score_pairs(PAIRS[:1], "asymmetric").log_odds.tolist() == [1.0]
         assert endpoint.connections == 2
         assert len(endpoint.requests) == 4  # one of them without an answer
 
 
 def test_the_connections_of_an_endpoint_that_is_gone_are_closed():
     with local_endpoint(always(PLAIN)) as endpoint:
-        remote_teacher(endpoint).judge(PAIRS[:1], "asymmetric")
+        remote_teacher(endpoint).score_pairs(PAIRS[:1], "asymmetric")
         gc.collect()  # teacher and endpoint refer to each other
         until(lambda: endpoint.connections == endpoint.disconnections == 1, "the end of the connection")
 
@@ -124,8 +126,8 @@ def test_the_connections_of_an_endpoint_that_is_gone_are_closed():
 def test_a_forked_process_opens_connections_of_its_own():
     with local_endpoint(always(PLAIN)) as endpoint:
         teacher = remote_teacher(endpoint)
-        teacher.judge(PAIRS[:1], "asymmetric")
-        child = multiprocessing.get_context("fork").Process(target=teacher.judge, args=(PAIRS[:1], "asymmetric"))
+        teacher.score_pairs(PAIRS[:1], "asymmetric")
+        child = multiprocessing.get_context("fork").Process(target=teacher.score_pairs, args=(PAIRS[:1], "asymmetric"))
         child.start()
         child.join(PATIENCE)
         assert child.exitcode == 0
@@ -151,7 +153,7 @@ def test_ctrl_c_does_not_wait_for_pending_requests():
         threading.Thread(target=press).start()
         started = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            remote_teacher(endpoint).judge(PAIRS, "asymmetric")
+            remote_teacher(endpoint).score_pairs(PAIRS, "asymmetric")
         assert time.monotonic() - started < PATIENCE
 
 
@@ -187,11 +189,11 @@ def test_a_key_is_sent_but_never_shown(monkeypatch: pytest.MonkeyPatch, caplog: 
     monkeypatch.setenv("SOME_KEY", f" {KEY}\n")
     with caplog.at_level(logging.DEBUG), local_endpoint(always(PLAIN)) as endpoint:
         teacher = remote_teacher(endpoint, api_key_env="SOME_KEY")
-        teacher.judge(PAIRS[:1], "asymmetric")
+        teacher.score_pairs(PAIRS[:1], "asymmetric")
         assert endpoint.requests[0].headers["Authorization"] == f"Bearer {KEY}"
         endpoint.reply = lambda request, number: Reply(f"no: {request.headers['Authorization']}", status=403)
         with pytest.raises(ModelError) as caught:
-            teacher.judge(PAIRS[:1], "asymmetric")
+            teacher.score_pairs(PAIRS[:1], "asymmetric")
         assert len(endpoint.requests) == 2  # a refused key is not retried
     message = str(caught.value)
     assert "refuses the key (403): 'no: Bearer ***'; check the key in SOME_KEY" in message

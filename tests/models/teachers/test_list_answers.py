@@ -48,7 +48,7 @@ def test_grades_are_read_in_every_usual_form(answer: str) -> None:
     ("answer", "grades"),
     [
         ("", {}),
-        ("I cannot judge this.", {}),
+        ("I cannot score this.", {}),
         ("[1] 90\n[3] 45", {1: 90.0, 3: 45.0}),  # too few
         ("[1] 90\n[2] high\n[3] 45", {1: 90.0, 3: 45.0}),
         ("[1] 90\n[2] 101\n[3] 45", {1: 90.0, 3: 45.0}),

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from d2llm.core.errors import InputError, MissingExtraError, ModelError
 from d2llm.models.device import checkpoint_layers
 from d2llm.models.teachers.causal import CausalTeacher
-from d2llm.models.teachers.judge import identify_judge, load_judge
 from d2llm.models.teachers.loading import require_on_devices
+from d2llm.models.teachers.pair_teacher import identify_teacher, load_teacher
 from d2llm.recipe import LoraConfig, TeacherConfig
 from tiny_models import TEXTS, randomise, tiny_teacher_config, write_tiny_model
 
@@ -42,10 +42,10 @@ def bits(number: int) -> dict[str, Any]:
 def test_a_spread_teacher_judges_alike(llama: Path, full: CausalTeacher) -> None:
     """On a machine without GPUs, all of it is on the CPU."""
     pytest.importorskip("accelerate", reason="needs accelerate: pip install 'd2llm[large]'")
-    spread = load_judge(tiny_teacher_config(llama, device_map="auto"), dtype="float32")
+    spread = load_teacher(tiny_teacher_config(llama, device_map="auto"), dtype="float32")
     assert spread.fingerprint == full.fingerprint
     np.testing.assert_allclose(
-        spread.judge(PAIRS, TASK).log_odds, full.judge(PAIRS, TASK).log_odds, rtol=1e-3, atol=1e-3
+        spread.score_pairs(PAIRS, TASK).log_odds, full.score_pairs(PAIRS, TASK).log_odds, rtol=1e-3, atol=1e-3
     )
 
 
@@ -58,8 +58,8 @@ def test_layers_with_the_hooks_of_several_devices(llama: Path, full: CausalTeach
     for layer in (model.embed_tokens, *model.layers, model.norm):
         hook = hooks.AlignDevicesHook(execution_device="cpu", io_same_device=False, place_submodules=True)
         hooks.add_hook_to_module(layer, hook)
-    expected = full.judge(PAIRS, TASK).log_odds
-    np.testing.assert_allclose(teacher.judge(PAIRS, TASK).log_odds, expected, rtol=0, atol=1e-5)
+    expected = full.score_pairs(PAIRS, TASK).log_odds
+    np.testing.assert_allclose(teacher.score_pairs(PAIRS, TASK).log_odds, expected, rtol=0, atol=1e-5)
     assert teacher.why_not_shared() == ""
     teacher.prepare_training(LoraConfig(rank=2, dropout=0.0), gradient_checkpointing=checkpointing)
     teacher.train()
@@ -71,7 +71,7 @@ def test_layers_with_the_hooks_of_several_devices(llama: Path, full: CausalTeach
 
 def test_a_spread_teacher_cannot_be_on_one_device(llama: Path) -> None:
     with pytest.raises(InputError, match=r"spread over all GPUs .* so it cannot be on cuda:1 alone; leave the device"):
-        load_judge(tiny_teacher_config(llama, device_map="auto"), device="cuda:1")
+        load_teacher(tiny_teacher_config(llama, device_map="auto"), device="cuda:1")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_missing_package_is_named(llama: Path, package: str, monkeypatch: pyte
     with pytest.raises(
         MissingExtraError, match=rf"a teacher in 4 bits needs .*{package}.*pip install .*d2llm\[large\]"
     ):
-        load_judge(tiny_teacher_config(llama, quantization="4bit"), device="cpu")
+        load_teacher(tiny_teacher_config(llama, quantization="4bit"), device="cpu")
 
 
 @pytest.mark.parametrize(("number", "correlation"), [(8, 0.99), (4, 0.7)])
@@ -114,12 +114,12 @@ def test_a_quantised_teacher_is_another_one_that_judges_similarly(
     teacher = CausalTeacher.load(config, device="cpu", dtype="float32")
     layers = {type(module).__name__ for module in teacher.model.modules() if isinstance(module, torch.nn.Linear)}
     assert layers == {"Linear8bitLt" if number == 8 else "Linear4bit"}
-    judged, expected = (each.judge(PAIRS, TASK, with_features=True) for each in (teacher, full))
-    assert not np.allclose(judged.log_odds, expected.log_odds, atol=1e-4)
-    assert np.corrcoef(judged.log_odds, expected.log_odds)[0, 1] > correlation
-    assert judged.features is not None
-    assert teacher.fingerprint == identify_judge(config).fingerprint
-    assert len({teacher.fingerprint, full.fingerprint, identify_judge(tiny_teacher_config(llama)).fingerprint}) == 2
+    scores, expected = (each.score_pairs(PAIRS, TASK, with_features=True) for each in (teacher, full))
+    assert not np.allclose(scores.log_odds, expected.log_odds, atol=1e-4)
+    assert np.corrcoef(scores.log_odds, expected.log_odds)[0, 1] > correlation
+    assert scores.features is not None
+    assert teacher.fingerprint == identify_teacher(config).fingerprint
+    assert len({teacher.fingerprint, full.fingerprint, identify_teacher(tiny_teacher_config(llama)).fingerprint}) == 2
     assert teacher.why_not_shared() == ""
 
 
@@ -134,25 +134,25 @@ def test_an_adapter_is_computed_beside_quantised_weights(tmp_path: Path, llama: 
     """A teacher tuned on quantised weights is loaded on them, unless the full ones are requested."""
     settings = bits(number)
     teacher = CausalTeacher.load(tiny_teacher_config(llama, **settings), device="cpu", dtype="float32")
-    before = teacher.judge(PAIRS, TASK).log_odds
+    before = teacher.score_pairs(PAIRS, TASK).log_odds
     teacher.prepare_training(LoraConfig(rank=2, alpha=4.0))
     randomise(teacher.model, scale=0.2)
     teacher.eval()
-    tuned = teacher.judge(PAIRS, TASK).log_odds
+    tuned = teacher.score_pairs(PAIRS, TASK).log_odds
     assert np.abs(tuned - before).max() > 0.5
     (tmp_path / "tuned").mkdir()
     teacher.save(tmp_path / "tuned", {})
     config = TeacherConfig(model=str(tmp_path / "tuned"))
     again = CausalTeacher.load(config, device="cpu", dtype="float32")
     assert again.quantization == settings["quantization"]
-    assert again.fingerprint == teacher.fingerprint == identify_judge(config).fingerprint
+    assert again.fingerprint == teacher.fingerprint == identify_teacher(config).fingerprint
     np.testing.assert_allclose(
-        again.judge(PAIRS, TASK).log_odds, tuned, rtol=0, atol=0.05
+        again.score_pairs(PAIRS, TASK).log_odds, tuned, rtol=0, atol=0.05
     )  # CPU kernels round to bfloat16
     on_full = TeacherConfig(model=str(tmp_path / "tuned"), quantization="none")
     merged = CausalTeacher.load(on_full, device="cpu", dtype="float32")
-    assert merged.fingerprint == identify_judge(on_full).fingerprint != teacher.fingerprint
-    assert np.corrcoef(merged.judge(PAIRS, TASK).log_odds, tuned)[0, 1] > 0.6
+    assert merged.fingerprint == identify_teacher(on_full).fingerprint != teacher.fingerprint
+    assert np.corrcoef(merged.score_pairs(PAIRS, TASK).log_odds, tuned)[0, 1] > 0.6
 
 
 def test_a_teacher_tuned_on_quantised_weights_can_be_tuned_again(tmp_path: Path, llama: Path) -> None:
@@ -161,13 +161,13 @@ def test_a_teacher_tuned_on_quantised_weights_can_be_tuned_again(tmp_path: Path,
         teacher.prepare_training(LoraConfig(rank=2, alpha=4.0))
         randomise(teacher.model, scale=0.2, seed=number)
         teacher.eval()
-        expected = teacher.judge(PAIRS, TASK).log_odds
+        expected = teacher.score_pairs(PAIRS, TASK).log_odds
         (tmp_path / str(number)).mkdir()
         teacher.save(tmp_path / str(number), {})
         config = TeacherConfig(model=str(tmp_path / str(number)))
         teacher = CausalTeacher.load(config, device="cpu", dtype="float32")
         np.testing.assert_allclose(
-            teacher.judge(PAIRS, TASK).log_odds, expected, rtol=0, atol=0.05
+            teacher.score_pairs(PAIRS, TASK).log_odds, expected, rtol=0, atol=0.05
         )  # CPU kernels round to bfloat16
     ranks = {
         name.rpartition(".")[2]: tensor.shape
@@ -177,7 +177,7 @@ def test_a_teacher_tuned_on_quantised_weights_can_be_tuned_again(tmp_path: Path,
 
 
 def test_gradients_through_4_bit_weights_are_those_through_their_values(llama: Path) -> None:
-    """Also after the teacher has judged, for which bitsandbytes may store the weights in another layout."""
+    """Also after the teacher has scored, for which bitsandbytes may store the weights in another layout."""
     quantised = CausalTeacher.load(tiny_teacher_config(llama, **bits(4)), device="cpu", dtype="float32")
     plain = CausalTeacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32")
     from bitsandbytes.functional import dequantize_4bit
@@ -193,7 +193,7 @@ def test_gradients_through_4_bit_weights_are_those_through_their_values(llama: P
     for teacher in (quantised, plain):
         teacher.prepare_training(LoraConfig(rank=2, alpha=4.0, dropout=0.0))
         randomise(teacher.model, scale=0.1)
-        log_odds.append(teacher.judge(PAIRS, TASK).log_odds)
+        log_odds.append(teacher.score_pairs(PAIRS, TASK).log_odds)
         teacher.train()
         rows, _ = teacher.tokenize(PAIRS, TASK)
         teacher(*teacher.pad(rows), TASK)[0].square().mean().backward()
@@ -241,8 +241,8 @@ class TestGradientCheckpointing:
     def test_judging_is_unchanged(self, llama: Path, full: CausalTeacher) -> None:
         teacher = CausalTeacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32")
         teacher.prepare_training(LoraConfig(), gradient_checkpointing=True)
-        expected = full.judge(PAIRS, TASK).log_odds
-        np.testing.assert_allclose(teacher.judge(PAIRS, TASK).log_odds, expected, rtol=1e-4, atol=1e-4)
+        expected = full.score_pairs(PAIRS, TASK).log_odds
+        np.testing.assert_allclose(teacher.score_pairs(PAIRS, TASK).log_odds, expected, rtol=1e-4, atol=1e-4)
 
     def test_a_model_without_such_layers_is_refused(self) -> None:
         with pytest.raises(ModelError, match="no layers that support gradient checkpointing"):

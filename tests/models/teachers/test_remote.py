@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from d2llm.core.errors import AnswerTokenError, InputError, MissingExtraError, RecipeError
 from d2llm.models.teachers.causal import CausalTeacher
-from d2llm.models.teachers.judge import Judge
+from d2llm.models.teachers.pair_teacher import PairTeacher
 from d2llm.models.teachers.prompts import Prompt, load_prompt
 from d2llm.models.teachers.remote import RemoteTeacher, read_log_odds
 from d2llm.recipe.recipe_file import named_teacher
@@ -40,8 +40,8 @@ KEY = "sk-not-a-real-key-0123456789"
 def test_a_request_sends_the_prompt_for_a_single_token():
     with local_endpoint(always(PLAIN)) as endpoint:
         teacher = remote_teacher(endpoint, top_logprobs=7)
-        assert isinstance(teacher, Judge)
-        judged = teacher.judge([("how cats sleep", "Cats nap.")], "asymmetric", with_features=True)
+        assert isinstance(teacher, PairTeacher)
+        scores = teacher.score_pairs([("how cats sleep", "Cats nap.")], "asymmetric", with_features=True)
     (request,) = endpoint.requests
     assert request.path == "/v1/completions"
     assert request.body == {
@@ -52,16 +52,16 @@ def test_a_request_sends_the_prompt_for_a_single_token():
         "logprobs": 7,
     }
     assert "Authorization" not in request.headers
-    assert judged.log_odds.tolist() == [1.0]
-    assert judged.log_odds.dtype == np.float32
-    assert judged.features is None
-    assert (judged.num_truncated, judged.num_bounded, judged.num_undecided) == (0, 0, 0)
+    assert scores.log_odds.tolist() == [1.0]
+    assert scores.log_odds.dtype == np.float32
+    assert scores.features is None
+    assert (scores.num_truncated, scores.num_bounded, scores.num_undecided) == (0, 0, 0)
 
 
 def test_a_prompt_with_spaces_is_sent_as_it_is_written():
     with local_endpoint(always(PLAIN)) as endpoint:
         teacher = remote_teacher(endpoint, prompt="paper")
-        teacher.judge([("how cats sleep", "Cats nap.")], "asymmetric")
+        teacher.score_pairs([("how cats sleep", "Cats nap.")], "asymmetric")
     (request,) = endpoint.requests
     assert request.body["prompt"] == load_prompt("paper", "asymmetric").fill("how cats sleep", "Cats nap.")
     assert "#Q: how cats sleep" in request.body["prompt"]
@@ -70,7 +70,7 @@ def test_a_prompt_with_spaces_is_sent_as_it_is_written():
 
 def test_chat_sends_the_prompt_as_a_user_message():
     with local_endpoint(always(chat_completion({" no": -0.25, " yes": -2.0}))) as endpoint:
-        judged = remote_teacher(endpoint, api="chat", top_logprobs=5).judge([("a", "b")], "asymmetric")
+        scores = remote_teacher(endpoint, api="chat", top_logprobs=5).score_pairs([("a", "b")], "asymmetric")
     (request,) = endpoint.requests
     assert request.path == "/v1/chat/completions"
     content = "Query: a\nPassage: b\nDoes the passage answer the query?"
@@ -82,12 +82,12 @@ def test_chat_sends_the_prompt_as_a_user_message():
         "logprobs": True,
         "top_logprobs": 5,
     }
-    assert judged.log_odds.tolist() == [-1.75]
+    assert scores.log_odds.tolist() == [-1.75]
 
 
 def test_chat_shaped_answers_to_completions_are_read():
     with local_endpoint(always(chat_completion({" yes": -0.25, " no": -2.0}))) as endpoint:
-        assert remote_teacher(endpoint).judge([("a", "b")], "symmetric").log_odds.tolist() == [1.75]
+        assert remote_teacher(endpoint).score_pairs([("a", "b")], "symmetric").log_odds.tolist() == [1.75]
 
 
 PROMPT = Prompt("", "", "", " yes", " no")
@@ -139,10 +139,10 @@ def test_missing_answer_words_are_counted(caplog):
     with local_endpoint(half_answered) as endpoint:
         teacher = remote_teacher(endpoint, unanswered="undecided")
         with caplog.at_level(logging.WARNING):
-            judged = teacher.judge(PAIRS, "asymmetric")
-            teacher.judge(PAIRS, "asymmetric")
-    assert judged.log_odds.tolist() == [3.0, 0.0, -2.0] * 4
-    assert (judged.num_bounded, judged.num_undecided) == (4, 4)
+            scores = teacher.score_pairs(PAIRS, "asymmetric")
+            teacher.score_pairs(PAIRS, "asymmetric")
+    assert scores.log_odds.tolist() == [3.0, 0.0, -2.0] * 4
+    assert (scores.num_bounded, scores.num_undecided) == (4, 4)
     (record,) = caplog.records  # warns once, not at every call
     assert "of 12 pairs" in record.getMessage()
     assert "4 log-odds are bounds" in record.getMessage()
@@ -151,7 +151,7 @@ def test_missing_answer_words_are_counted(caplog):
 
 def test_pairs_without_an_answer_are_an_error_by_default():
     with local_endpoint(half_answered) as endpoint, pytest.raises(AnswerTokenError) as caught:
-        remote_teacher(endpoint).judge(PAIRS, "asymmetric")
+        remote_teacher(endpoint).score_pairs(PAIRS, "asymmetric")
     message = str(caught.value)
     assert "for 4 of 12 pairs neither ' yes' nor ' no' is among the 20 most likely" in message
     assert "'query 1'" in message
@@ -161,7 +161,7 @@ def test_pairs_without_an_answer_are_an_error_by_default():
 
 def test_an_immediate_end_of_text_is_an_error():
     with local_endpoint(always(completion({}))) as endpoint, pytest.raises(AnswerTokenError) as caught:
-        remote_teacher(endpoint).judge(PAIRS[:1], "asymmetric")
+        remote_teacher(endpoint).score_pairs(PAIRS[:1], "asymmetric")
     assert "'query 0', where the model ended its text at once" in str(caught.value)
 
 
@@ -191,10 +191,10 @@ def test_without_a_tokenizer_characters_are_counted():
         ("", ""),
     ]
     with local_endpoint(always(PLAIN)) as endpoint:
-        judged = remote_teacher(endpoint, max_tokens=40, characters_per_token=2.5, concurrency=1).judge(
+        scores = remote_teacher(endpoint, max_tokens=40, characters_per_token=2.5, concurrency=1).score_pairs(
             pairs, "asymmetric"
         )
-    assert judged.num_truncated == 3
+    assert scores.num_truncated == 3
     kept = [(text.count("q"), text.count("p")) for text in (prompt_slots(p, prompt) for p in endpoint.prompts)]
     half = room // 2
     assert kept == [(5, room - 5), (5, room - 5), (room - 10, 10), (half, room - half), (0, 0)]
@@ -214,8 +214,8 @@ def test_a_tokenizer_truncates_like_a_local_teacher(tmp_path: Path):
     ids, num_truncated = local.tokenize(pairs, "asymmetric")
     with local_endpoint(always(PLAIN)) as endpoint:
         teacher = remote_teacher(endpoint, tokenizer=str(tmp_path / "tokenizer"), max_tokens=100, concurrency=1)
-        judged = teacher.judge(pairs, "asymmetric")
-    assert judged.num_truncated == num_truncated == 3
+        scores = teacher.score_pairs(pairs, "asymmetric")
+    assert scores.num_truncated == num_truncated == 3
     sent = {text: prompt_slots(text, teacher.prompts["asymmetric"]) for text in endpoint.prompts}
     assert sorted(sent.values()) == sorted(
         prompt_slots(local.tokenizer.decode(row[1:]), teacher.prompts["asymmetric"]) for row in ids
@@ -233,14 +233,14 @@ def test_truncation_by_the_server_is_counted(tmp_path: Path, num_cut: int, expec
         return Reply(completion({" yes": -1.0, " no": -1.0}, num_prompt_tokens=num_read))
 
     with local_endpoint(reply) as endpoint:
-        judged = remote_teacher(endpoint, tokenizer=str(tmp_path)).judge(PAIRS, "asymmetric")
-    assert judged.num_truncated == expected
-    assert judged.num_tokens == sum(len(tokenizer(text)["input_ids"]) - num_cut for text in endpoint.prompts)
+        scores = remote_teacher(endpoint, tokenizer=str(tmp_path)).score_pairs(PAIRS, "asymmetric")
+    assert scores.num_truncated == expected
+    assert scores.num_tokens == sum(len(tokenizer(text)["input_ids"]) - num_cut for text in endpoint.prompts)
 
 
 def test_a_prompt_that_fills_max_tokens_is_rejected():
     with pytest.raises(InputError, match="prompt 'paper' alone fills"):
-        RemoteTeacher(remote_config("http://h/v1", prompt="paper", max_tokens=60)).judge(PAIRS, "asymmetric")
+        RemoteTeacher(remote_config("http://h/v1", prompt="paper", max_tokens=60)).score_pairs(PAIRS, "asymmetric")
 
 
 # --- identity

@@ -57,11 +57,11 @@ def test_sharing_gives_the_same_log_odds_and_features(
     expected, features = one_by_one(teacher, PAIRS)
     assert teacher.why_not_shared() == ""
     token_counts = count_tokens(monkeypatch, teacher)
-    judged = teacher.judge(PAIRS, "asymmetric", with_features=True)
-    np.testing.assert_allclose(judged.log_odds, expected, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(judged.features, features, rtol=0, atol=1e-3)
+    scores = teacher.score_pairs(PAIRS, "asymmetric", with_features=True)
+    np.testing.assert_allclose(scores.log_odds, expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(scores.features, features, rtol=0, atol=1e-3)
     assert np.ptp(expected) > 0.1
-    assert 0 < sum(token_counts) < judged.num_tokens  # fewer than without sharing, even with padding
+    assert 0 < sum(token_counts) < scores.num_tokens  # fewer than without sharing, even with padding
 
 
 def test_a_sliding_window_shorter_than_the_input(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_sliding_window_shorter_than_the_input(tmp_path: Path) -> None:
     pairs = [(query, passage) for query in ("the cat", LONG) for passage in (TEXTS[1], LONG)]
     expected, _ = one_by_one(teacher, pairs)
     assert teacher.why_not_shared() == ""
-    np.testing.assert_allclose(teacher.judge(pairs, "asymmetric").log_odds, expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(teacher.score_pairs(pairs, "asymmetric").log_odds, expected, rtol=0, atol=1e-4)
     # the window matters: a wider one gives other log-odds
     wide, _ = one_by_one(load(write_tiny_model(tmp_path / "wide", "gemma2", sliding_window=512), max_tokens=400), pairs)
     assert np.abs(wide - expected).max() > 1e-3
@@ -83,9 +83,9 @@ def test_truncated_pairs_give_the_same_log_odds(tmp_path: Path, max_tokens: int)
     teacher = load(write_tiny_model(tmp_path), max_tokens=max_tokens)
     pairs = [(query, passage) for query in (LONG, TEXTS[0]) for passage in (LONG, TEXTS[1], "dog", TEXTS[2] + LONG)]
     expected, _ = one_by_one(teacher, pairs)
-    judged = teacher.judge(pairs, "asymmetric")
-    np.testing.assert_allclose(judged.log_odds, expected, rtol=0, atol=1e-4)
-    assert judged.num_truncated >= 4
+    scores = teacher.score_pairs(pairs, "asymmetric")
+    np.testing.assert_allclose(scores.log_odds, expected, rtol=0, atol=1e-4)
+    assert scores.num_truncated >= 4
 
 
 def test_small_batches_and_single_pairs_give_the_same_log_odds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,19 +96,19 @@ def test_small_batches_and_single_pairs_give_the_same_log_odds(tmp_path: Path, m
     monkeypatch.setattr("d2llm.models.teachers.causal._PREFIX_TOKENS", 30)
     monkeypatch.setattr("d2llm.models.device._CPU_TOKENS", 64)
     finished: list[int] = []
-    judged = teacher.judge([pairs[position] for position in order], "asymmetric", advance=finished.append)
-    np.testing.assert_allclose(judged.log_odds, expected[order], rtol=0, atol=1e-4)
+    scores = teacher.score_pairs([pairs[position] for position in order], "asymmetric", advance=finished.append)
+    np.testing.assert_allclose(scores.log_odds, expected[order], rtol=0, atol=1e-4)
     assert sum(finished) == len(pairs)
 
 
 def test_adapters_apply_in_training_mode(tmp_path: Path) -> None:
     teacher = load(write_tiny_model(tmp_path))
-    before = teacher.judge(PAIRS, "asymmetric").log_odds
+    before = teacher.score_pairs(PAIRS, "asymmetric").log_odds
     teacher.prepare_training(LoraConfig(rank=2, alpha=4.0, dropout=0.5))
     randomise(teacher, scale=0.1)
     expected, _ = one_by_one(teacher.eval(), PAIRS)
     teacher.train()
-    log_odds = teacher.judge(PAIRS, "asymmetric").log_odds
+    log_odds = teacher.score_pairs(PAIRS, "asymmetric").log_odds
     np.testing.assert_allclose(log_odds, expected, rtol=0, atol=1e-4)
     assert np.abs(log_odds - before).max() > 0.05
 
@@ -128,7 +128,7 @@ def test_models_that_cannot_share_read_whole_pairs_and_say_why(
 
     monkeypatch.setattr(SharedPrefixes, "last_states", broken)
     with caplog.at_level("INFO", logger="d2llm"):
-        log_odds = teacher.judge(PAIRS, "asymmetric").log_odds
+        log_odds = teacher.score_pairs(PAIRS, "asymmetric").log_odds
     np.testing.assert_allclose(log_odds, expected, rtol=0, atol=1e-4)
     reason = "its cache cannot be shared (AttributeError: no keys here)" if failure == "raises" else "after a shared"
     assert reason in teacher.why_not_shared()
@@ -145,4 +145,4 @@ def test_smollm2_gives_the_same_log_odds() -> None:
     ]
     expected, _ = one_by_one(teacher, pairs)
     assert teacher.why_not_shared() == ""
-    np.testing.assert_allclose(teacher.judge(pairs, "asymmetric").log_odds, expected, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(teacher.score_pairs(pairs, "asymmetric").log_odds, expected, rtol=0, atol=1e-3)

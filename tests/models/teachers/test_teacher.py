@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import InputError, ModelNotFoundError
-from d2llm.models.teachers.judge import gives_grades, load_judge, ranks_lists
+from d2llm.models.teachers.pair_teacher import gives_grades, load_teacher, ranks_lists
 from d2llm.models.teachers.teacher import Teacher
 from d2llm.recipe import TeacherConfig
 from d2llm.recipe.recipe_file import named_teacher
@@ -32,13 +32,13 @@ def teacher(folder: Path) -> Teacher:
 
 
 def test_it_scores_as_the_teacher_of_its_kind(folder: Path, teacher: Teacher):
-    judge = load_judge(named_teacher(str(folder)), device="cpu", dtype="float32")
+    model = load_teacher(named_teacher(str(folder)), device="cpu", dtype="float32")
     for task in ("asymmetric", "symmetric"):
-        np.testing.assert_array_equal(teacher.score(PAIRS, task), judge.judge(PAIRS, task).log_odds)
-        assert teacher.prompt_fingerprint(task) == judge.prompt_fingerprint(task)
+        np.testing.assert_array_equal(teacher.score(PAIRS, task), model.score_pairs(PAIRS, task).log_odds)
+        assert teacher.prompt_fingerprint(task) == model.prompt_fingerprint(task)
     np.testing.assert_array_equal(teacher.score(PAIRS), teacher.score(PAIRS, "asymmetric"))
     assert teacher.score(PAIRS).shape == (5,)
-    assert teacher.fingerprint == judge.fingerprint
+    assert teacher.fingerprint == model.fingerprint
     assert not ranks_lists(teacher)
     assert not gives_grades(teacher)
 

@@ -17,7 +17,7 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
 from d2llm.data.pairs import LabelledPair, PairDataset
 from d2llm.data.training import TrainingSource
-from d2llm.models.teachers.judge import identify_judge
+from d2llm.models.teachers.pair_teacher import identify_teacher
 from d2llm.ops.significance import Interval
 from d2llm.recipe import DataConfig, Recipe, ResidualConfig
 from d2llm.recipe.losses import Objective
@@ -458,7 +458,7 @@ def assert_interval(interval: Interval | None, middle: float, half: float) -> No
 
 
 def test_labels_that_a_variant_asks_for_are_its_own(place: Place, tmp_path: Path) -> None:
-    identity = identify_judge(place.teacher)
+    identity = identify_teacher(place.teacher)
     source = place.source
     key = {"teacher": identity.fingerprint, "prompt": identity.prompts[source.task], "dataset": source.dataset.name}
     before = LabelStore.open_for_reading(place.labels, **key).num_pairs

@@ -17,7 +17,7 @@ from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.same_text import jaccard, shingles
-from d2llm.models.teachers.judge import Judgements, load_judge
+from d2llm.models.teachers.pair_teacher import TeacherScores, load_teacher
 from d2llm.recipe import MiningConfig
 from d2llm.recipe.negatives import RankWeighted, Sampling, Top
 from d2llm.recipe.recipe_file import named_teacher, parse_recipe
@@ -25,7 +25,7 @@ from d2llm.training.mining.audit import MarginHistogram, audit_page, rank_range
 from d2llm.training.mining.choose import order_candidates, random_of
 from d2llm.training.mining.mine import MiningResult, mine
 from d2llm.training.mining.ranking import encode_to_file, put_vectors
-from d2llm.training.mining.teacher import Judging, TeacherCheck
+from d2llm.training.mining.teacher import TeacherCheck, TeacherWorkers
 from fake_models import FakeStudent, Interruption
 from list_endpoint import counts_words, judged_lists, list_teacher
 from local_endpoint import Reply
@@ -60,19 +60,19 @@ class Teacher:
     def prompt_fingerprint(self, task: str) -> str:
         return "p"
 
-    def judge(self, pairs: Any, task: str, *, with_features: bool = False, advance: Any = None) -> Judgements:
+    def score_pairs(self, pairs: Any, task: str, *, with_features: bool = False, advance: Any = None) -> TeacherScores:
         assert with_features
         names = [text.split()[1][0] for _, text in pairs]
         self.asked.append(names)
         values = np.array([self.log_odds[name] for name in names], np.float32)
         features = np.array([[1.0, self.log_odds[name]] for name in names], np.float32)
-        return Judgements(values, features, 0, 0)
+        return TeacherScores(values, features, 0, 0)
 
 
-def check(folder: Path, dataset: Dataset, judge: Teacher | None, margin: float) -> TeacherCheck:
+def check(folder: Path, dataset: Dataset, teacher: Teacher | None, margin: float) -> TeacherCheck:
     store = LabelStore(folder, teacher="t", prompt="p", dataset="tiny")
-    judging = None if judge is None else Judging.here(judge)
-    return TeacherCheck(store, judging, "asymmetric", margin, dataset.passages)
+    workers = None if teacher is None else TeacherWorkers.here(teacher)
+    return TeacherCheck(store, workers, "asymmetric", margin, dataset.passages)
 
 
 LISTS = {"bm25": list("abcde"), "cosine": list("edxyz")}
@@ -245,7 +245,7 @@ class TestTeacherMargin:
         assert hard(result) == ("c", "d")  # b 2.5 > 3 - 2; d 1.0 is not above 1
         assert teacher.asked == [["a", "b", "c"], ["d"]]  # no more than needed, the positive once
         assert result.report["num_dropped"]["teacher_margin"] == 1
-        assert result.report["teacher"] == {"judged": 4, "truncated": 0, "without_label": 0}
+        assert result.report["teacher"] == {"scored": 4, "truncated": 0, "without_label": 0}
         histogram = result.audit["margins"]["teacher"]
         # kept 3 - -4 = 7 and 3 - 1 = 2, dropped 0.5; edges -8 -4 -2 -1 0 1 2 4 8
         assert histogram["kept"] == [0, 0, 0, 0, 0, 0, 0, 1, 1, 0]
@@ -277,7 +277,7 @@ class TestTeacherMargin:
         store.write([QueryLabels("q", ("a", "b", "c"), np.array([3, 2.5, -4], np.float32))])
         result = mined(dataset, check(tmp_path, dataset, None, 2.0), num_hard=3)
         assert hard(result) == ("c", "d", "e")
-        assert result.report["teacher"] == {"judged": 0, "truncated": 0, "without_label": 2}
+        assert result.report["teacher"] == {"scored": 0, "truncated": 0, "without_label": 2}
 
     def test_a_human_no_outweighs_the_teachers_yes(self, tmp_path):
         dataset = world({"a": 1, "b": 0})
@@ -286,8 +286,8 @@ class TestTeacherMargin:
     def test_labels_of_a_graded_teacher_keep_their_grades_and_what_came_before_an_error(self, tmp_path):
         dataset = world({"a": 1}, {"a": "cat sleeps", "b": "cat runs", "c": "dog", "d": "cat and mouse"})
         with list_teacher(tmp_path, "graded") as (file, endpoint):
-            judge = load_judge(named_teacher(str(file)))
-            teacher = check(tmp_path / "labels", dataset, judge, 1.0)
+            model = load_teacher(named_teacher(str(file)))
+            teacher = check(tmp_path / "labels", dataset, model, 1.0)
             mined(dataset, teacher, teacher_margin=1.0, num_hard=1)
             assert teacher.labels.read_again().grades("q") == {"a": 20, "b": 20, "d": 20}  # in two rounds
             last = len(endpoint.requests)
@@ -296,7 +296,7 @@ class TestTeacherMargin:
                 return counts_words(request, number) if number == last else Reply({"error": "expired"}, status=403)
 
             endpoint.reply = until_the_key_expires
-            teacher = check(tmp_path / "others", dataset, judge, 1.0)
+            teacher = check(tmp_path / "others", dataset, model, 1.0)
             with pytest.raises(ModelError, match="expired"):
                 mined(dataset, teacher, teacher_margin=1.0, num_hard=1)
         assert len(teacher.labels.read_again().grades("q")) == 2
@@ -305,8 +305,8 @@ class TestTeacherMargin:
         texts = {"a": "cat sleeps", "b": "cat", "c": "dog", "d": "cat and mouse", "e": "cat cat cat"}
         dataset = replace(world({"a": 1}, texts), queries={"q": Query("q", "cat mouse")})
         with list_teacher(tmp_path, "listwise") as (file, endpoint):
-            judge = load_judge(named_teacher(str(file)))
-            teacher = check(tmp_path / "labels", dataset, judge, 0.5)
+            model = load_teacher(named_teacher(str(file)))
+            teacher = check(tmp_path / "labels", dataset, model, 0.5)
             result = mined(dataset, teacher, teacher_margin=0.5, num_hard=1)
             lists = [judged_lists(request)[1] for request in endpoint.requests[1:]]
         assert all("cat sleeps" in texts and len(texts) > 1 for texts in lists)

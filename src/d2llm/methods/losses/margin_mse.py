@@ -1,4 +1,4 @@
-"""The teacher's differences between positives and negatives; of the pairs that it judged (Margin-MSE)."""
+"""The teacher's differences between positives and negatives; of the pairs that it scored (Margin-MSE)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from d2llm.training.losses import LossInput
 
 
 class MarginMSE(Loss, kind="margin_mse"):
-    """The teacher's differences between positives and negatives; of the pairs that it judged (Margin-MSE)."""
+    """The teacher's differences between positives and negatives; of the pairs that it scored (Margin-MSE)."""
 
     paper = "Hofstätter et al. 2020, arXiv 2010.02666"
     needs = frozenset({"labels"})

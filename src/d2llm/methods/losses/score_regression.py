@@ -1,4 +1,4 @@
-"""The teacher's log-odds themselves, up to an offset of the batch; of the pairs that it judged (DSE)."""
+"""The teacher's log-odds themselves, up to an offset of the batch; of the pairs that it scored (DSE)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from d2llm.training.losses import LossInput
 
 
 class ScoreRegression(Loss, kind="score_regression"):
-    """The teacher's log-odds themselves, up to an offset of the batch; of the pairs that it judged (DSE)."""
+    """The teacher's log-odds themselves, up to an offset of the batch; of the pairs that it scored (DSE)."""
 
     paper = "Barkan et al., AAAI 2020, arXiv 1908.05161 (Distilled Sentence Embedding)"
     needs = frozenset({"labels"})
@@ -40,8 +40,8 @@ def score_regression(
     Attentive Sentence-Pair Modeling via Distilled Sentence Embedding", AAAI 2020 (arXiv 1908.05161), which has no such
     offset.
     """
-    judged = mask & teacher_log_odds.isfinite()
-    student, teacher = zero_outside(judged, logits, teacher_log_odds)
-    differences, pairs = (student - teacher).flatten(), judged.flatten()
+    scored = mask & teacher_log_odds.isfinite()
+    student, teacher = zero_outside(scored, logits, teacher_log_odds)
+    differences, pairs = (student - teacher).flatten(), scored.flatten()
     offset = masked_mean(differences, pairs)
     return masked_mean((differences - offset).square(), pairs).to(logits.dtype)

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Task
-from d2llm.models.teachers.judge import RANKING_TEACHER, Judge, judge_passages, ranks_lists
+from d2llm.models.teachers.pair_teacher import RANKING_TEACHER, PairTeacher, ranks_lists, score_passages
 from d2llm.ops.rereading import StudentError, expected_log_odds, on_one_scale, reading_gains
 from d2llm.retrieval.calibrate import read_error
 from d2llm.retrieval.protocols import SearchStudent, SearchView
@@ -49,16 +49,16 @@ class Cascade(TeacherReranker, kind="cascade"):
     min_gain: float = Field(default=0.001, ge=0)
     """Minimum expected gain of reading a passage, in DCG of probabilities."""
 
-    def with_teacher(self, judge: Judge, error: StudentError | None = None) -> OpenCascade:
+    def with_teacher(self, teacher: PairTeacher, error: StudentError | None = None) -> OpenCascade:
         """Give it a teacher.
 
         Raises:
             InputError: the teacher ranks lists (``ranks_lists``): its log-odds cannot be compared with a student's, nor
                 from batch to batch.
         """
-        if ranks_lists(judge):
+        if ranks_lists(teacher):
             raise InputError(f"{RANKING_TEACHER}; or name the reranker teacher in place of {self.kind}")
-        return OpenCascade(self, judge, error)
+        return OpenCascade(self, teacher, error)
 
 
 @dataclass
@@ -73,7 +73,7 @@ class OpenCascade(OpenReranker):
     """A cascade with its teacher and the student's error against it."""
 
     settings: Cascade
-    judge: Judge
+    teacher: PairTeacher
     error: StudentError | None = None
     _pace: _Pace = field(default_factory=_Pace)
 
@@ -85,7 +85,7 @@ class OpenCascade(OpenReranker):
         """
         if self.error is not None:
             return self
-        return replace(self, error=read_error(index.folder, self.judge, task, weights_for(index, student, task)))
+        return replace(self, error=read_error(index.folder, self.teacher, task, weights_for(index, student, task)))
 
     def rerank(self, query: str, candidates: Candidates) -> Reranked:
         """Log-odds: the teacher's of passages that it read, else those of the expected probability.
@@ -146,7 +146,7 @@ class OpenCascade(OpenReranker):
 
     def _read(self, query: str, texts: Sequence[str], task: Task) -> tuple[NDArray[np.float64], int]:
         begin = time.perf_counter()
-        values, num_cut = judge_passages(self.judge, query, texts, task)
+        values, num_cut = score_passages(self.teacher, query, texts, task)
         seconds, before = (time.perf_counter() - begin) / len(texts), self._pace.seconds
         self._pace.seconds = seconds if before is None else _DECAY * before + (1 - _DECAY) * seconds
         return values, num_cut

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from d2llm.models.teachers.judge import Judge, judge_passages, ranks_lists
+from d2llm.models.teachers.pair_teacher import PairTeacher, ranks_lists, score_passages
 from d2llm.ops.rereading import StudentError
 from d2llm.retrieval.reranker import Candidates, OpenReranker, Reranked, TeacherReranker
 
@@ -27,10 +27,10 @@ class TeacherReading(TeacherReranker, kind="teacher"):
     )
     gives_log_odds: ClassVar[bool] = True
 
-    def with_teacher(self, judge: Judge, error: StudentError | None = None) -> OpenTeacherReading:
+    def with_teacher(self, teacher: PairTeacher, error: StudentError | None = None) -> OpenTeacherReading:
         """Give it a teacher; it needs no ``error``."""
         del error
-        return OpenTeacherReading(self, judge)
+        return OpenTeacherReading(self, teacher)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class OpenTeacherReading(OpenReranker):
     """The first passages, read by a teacher."""
 
     settings: TeacherReading
-    judge: Judge
+    teacher: PairTeacher
 
     def rerank(self, query: str, candidates: Candidates) -> Reranked:
         """The teacher's log-odds of the passages that it read, and shifted scores of the others below them.
@@ -49,12 +49,12 @@ class OpenTeacherReading(OpenReranker):
         begin, limit, max_ms = time.perf_counter(), self.settings.num_passages, self.settings.max_ms
         to_read = candidates.best_first[: None if limit is None else max(limit, candidates.top_k)]
         teacher_log_odds, num_truncated = np.zeros(0), 0
-        size = max(1, len(to_read)) if ranks_lists(self.judge) else self.settings.batch_passages
+        size = max(1, len(to_read)) if ranks_lists(self.teacher) else self.settings.batch_passages
         for start in range(0, len(to_read), size):
             if start and max_ms is not None and time.perf_counter() - begin > max_ms / 1e3:
                 break
             texts = candidates.texts(to_read[start : start + size])
-            values, num_cut = judge_passages(self.judge, query, texts, candidates.task)
+            values, num_cut = score_passages(self.teacher, query, texts, candidates.task)
             teacher_log_odds, num_truncated = np.append(teacher_log_odds, values), num_truncated + num_cut
         read = to_read[: len(teacher_log_odds)]
         return Reranked(

@@ -18,8 +18,8 @@ from d2llm.core.errors import ModelError
 from d2llm.core.fallbacks import count_fallback
 from d2llm.core.types import Task
 from d2llm.models.device import inference
-from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.models.teachers.local import Answers, LocalTeacher
+from d2llm.models.teachers.pair_teacher import TeacherScores, TextPair
 from d2llm.models.teachers.questions import Question, Questions
 from d2llm.models.teachers.shared_prefix import SharedPrefixes, why_not_shared
 from d2llm.ops.pooling import last_positions, to_right_padding
@@ -76,15 +76,15 @@ class CausalTeacher(LocalTeacher):
         rows = torch.arange(len(states), device=states.device)
         return self._answer(states[rows, last_positions(mask)], task)
 
-    def judge(
+    def score_pairs(
         self,
         pairs: Sequence[TextPair],
         task: Task,
         *,
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
-    ) -> Judgements:
-        """Judge pairs, in batches of similar length; arguments and result as for ``Judge.judge``.
+    ) -> TeacherScores:
+        """Score pairs, in batches of similar length; arguments and result as for ``PairTeacher.score_pairs``.
 
         Pairs of the same query share the work of reading it, so pass them in one call.
         """
@@ -92,12 +92,12 @@ class CausalTeacher(LocalTeacher):
         answers = Answers(len(pairs), self.dim if with_features else None)
         groups = self._sharing(inputs)
         for prefixes, places in groups:
-            self._judge_shared(prefixes, places, inputs, task, answers, advance)
+            self._score_shared(prefixes, places, inputs, task, answers, advance)
         shared = {place for _, places in groups for place in places}
         unshared = [place for place in range(len(inputs)) if place not in shared]
-        self._judge_whole([[*prefix, *suffix] for prefix, suffix in inputs], unshared, task, answers, advance)
+        self._score_whole([[*prefix, *suffix] for prefix, suffix in inputs], unshared, task, answers, advance)
         num_tokens = sum(len(prefix) + len(suffix) for prefix, suffix in inputs)
-        return Judgements(answers.log_odds, answers.features, num_truncated, num_tokens)
+        return TeacherScores(answers.log_odds, answers.features, num_truncated, num_tokens)
 
     def why_not_shared(self) -> str:
         """Why this architecture cannot share the work of reading a query; empty if it can."""
@@ -111,7 +111,7 @@ class CausalTeacher(LocalTeacher):
                 _log.info("'%s' reads every pair from the start: %s", self.config.model, self._no_sharing)
         return self._no_sharing
 
-    def _judging_part(self, whole: Any) -> nn.Module:
+    def _scoring_part(self, whole: Any) -> nn.Module:
         return whole.base_model
 
     def _answer(
@@ -132,7 +132,7 @@ class CausalTeacher(LocalTeacher):
             return []
         return [(group, [place for prefix in group for place in places[prefix]]) for group in _groups(list(places))]
 
-    def _judge_shared(
+    def _score_shared(
         self,
         prefixes: list[tuple[int, ...]],
         places: list[int],

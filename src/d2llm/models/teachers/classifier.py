@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from d2llm.core.errors import ModelError
 from d2llm.core.types import Task
 from d2llm.models.device import inference
-from d2llm.models.teachers.judge import TextPair
 from d2llm.models.teachers.local import LocalTeacher, fit_pairs
+from d2llm.models.teachers.pair_teacher import TextPair
 from d2llm.recipe import ClassifierTeacherConfig, LocalTeacherConfig
 
 _TokenAndType = tuple[int, int]

@@ -18,7 +18,7 @@ from d2llm.models.pair_scores import score_by_query
 from d2llm.models.sources import find_model, fingerprint_model
 from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import FORMAT_VERSION, KIND
-from d2llm.models.teachers.judge import Judgements, TextPair
+from d2llm.models.teachers.pair_teacher import TeacherScores, TextPair
 from d2llm.recipe import (
     BackboneConfig,
     StudentConfig,
@@ -83,14 +83,14 @@ class CosineTeacher:
         """Differs by task: there is no prompt, but the two tasks may be scored differently."""
         return _question(task)
 
-    def judge(
+    def score_pairs(
         self,
         pairs: Sequence[TextPair],
         task: Task,
         *,
         with_features: bool = False,  # noqa: ARG002 - a student has no features
         advance: Callable[[int], None] | None = None,
-    ) -> Judgements:
+    ) -> TeacherScores:
         """Score pairs by their vectors; ``advance`` is called with the number of pairs of each query."""
         queries, num_query_tokens = self._encode([query for query, _ in pairs], "query")
         passages, num_passage_tokens = self._encode([passage for _, passage in pairs], "passage")
@@ -98,7 +98,7 @@ class CosineTeacher:
         passage_vectors = {text: encoded.vector for text, encoded in passages.items()}
         log_odds = score_by_query(self.student, pairs, query_vectors, passage_vectors, task, advance)
         num_truncated = sum(queries[query].is_cut or passages[passage].is_cut for query, passage in pairs)
-        return Judgements(log_odds, None, num_truncated, num_query_tokens + num_passage_tokens)
+        return TeacherScores(log_odds, None, num_truncated, num_query_tokens + num_passage_tokens)
 
     def _encode(self, texts: Sequence[str], kind: TextKind) -> tuple[dict[str, _Encoded], int]:
         """Each distinct text with its vector, and how many tokens were read for those that were not cached."""

@@ -8,13 +8,13 @@ from typing import Any, ClassVar, TypeVar
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import TASKS, Task
 from d2llm.models.remote.kept_answers import using
-from d2llm.models.teachers.judge import LastingJudge
+from d2llm.models.teachers.pair_teacher import InterruptibleTeacher
 from d2llm.recipe import TeacherEndpointConfig, TeacherIdentity
 
 _Teacher = TypeVar("_Teacher", bound="EndpointTeacher")
 
 
-class EndpointTeacher(LastingJudge):
+class EndpointTeacher(InterruptibleTeacher):
     """A teacher at a remote endpoint; ``fingerprint`` depends on its model name and declared revision, not its address.
 
     Raises:

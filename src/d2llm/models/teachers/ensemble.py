@@ -1,4 +1,4 @@
-"""Several teachers combined: each judges a pair, and their scores are combined into one calibrated log-odds."""
+"""Several teachers combined: each scores a pair, and their scores are combined into one calibrated log-odds."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_manifest, write_manifest
 from d2llm.core.types import Task
 from d2llm.models.teachers.identity import find_kind
-from d2llm.models.teachers.judge import (
-    Judge,
-    Judgements,
-    LastingJudge,
-    PartlyJudged,
+from d2llm.models.teachers.pair_teacher import (
+    InterruptibleTeacher,
+    PairTeacher,
+    PartialScores,
+    TeacherScores,
     TextPair,
-    identify_judge,
-    judge_until_error,
-    load_judge,
+    identify_teacher,
+    load_teacher,
     ranks_lists,
+    score_until_error,
     shared_steps,
     whole_queries,
 )
@@ -46,11 +46,11 @@ class EnsembleMember:
     fingerprint: str
 
 
-class EnsembleTeacher(LastingJudge):
-    """A judge made of several; for each task, log-odds = bias + sum of weights times standardised scores."""
+class EnsembleTeacher(InterruptibleTeacher):
+    """A teacher made of several; for each task, log-odds = bias + sum of weights times standardised scores."""
 
     def __init__(
-        self, members: Sequence[Judge], ensembles: Mapping[Task, Ensemble], *, name: str = "the ensemble"
+        self, members: Sequence[PairTeacher], ensembles: Mapping[Task, Ensemble], *, name: str = "the ensemble"
     ) -> None:
         """Combine ``members``, in the order of the weights in ``ensembles``; ``name`` is for errors."""
         self.members = tuple(members)
@@ -70,17 +70,17 @@ class EnsembleTeacher(LastingJudge):
         """
         folder = Path(config.model)
         members, ensembles = _read(folder)
-        judges = [load_judge(member.config, device=device, dtype=dtype) for member in members]
-        for member, judge in zip(members, judges, strict=True):
-            _require_same(folder, member, judge.fingerprint)
-        return cls(judges, ensembles, name=str(folder))
+        teachers = [load_teacher(member.config, device=device, dtype=dtype) for member in members]
+        for member, teacher in zip(members, teachers, strict=True):
+            _require_same(folder, member, teacher.fingerprint)
+        return cls(teachers, ensembles, name=str(folder))
 
     @staticmethod
     def identify(config: TeacherConfig) -> TeacherIdentity:
         """The identity of ``load(config)``, computed without loading a model. Raises the same errors as ``load``."""
         folder = Path(config.model)
         members, ensembles = _read(folder)
-        identities = [identify_judge(member.config) for member in members]
+        identities = [identify_teacher(member.config) for member in members]
         for member, identity in zip(members, identities, strict=True):
             _require_same(folder, member, identity.fingerprint)
         prompts: dict[Task, str] = {
@@ -98,17 +98,17 @@ class EnsembleTeacher(LastingJudge):
         self._ensemble(task)
         return fingerprint_json([member.prompt_fingerprint(task) for member in self.members])
 
-    def judge_until_error(
+    def score_until_error(
         self,
         pairs: Sequence[TextPair],
         task: Task,
         *,
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
-    ) -> PartlyJudged:
-        """Judge pairs by every member with a weight for ``task``, until the first error (``LastingJudge``).
+    ) -> PartialScores:
+        """Score pairs by every member with a weight for ``task``, until the first error (``InterruptibleTeacher``).
 
-        The members after the one with the error judge only what it has judged before. The features are those of the
+        The members after the one with the error score only what it has scored before. The features are those of the
         first member that has any. Counts are summed over the members: a pair that two of them cut counts twice.
 
         Raises:
@@ -117,44 +117,44 @@ class EnsembleTeacher(LastingJudge):
         ensemble = self._ensemble(task)
         counting = [place for place, weight in enumerate(ensemble.weights) if weight > 0]
         step = shared_steps(advance, len(counting))
-        is_judged = np.ones(len(pairs), np.bool_)
+        is_scored = np.ones(len(pairs), np.bool_)
         scores = np.zeros((len(pairs), len(counting)), np.float32)
-        judgements: list[Judgements] = []
+        by_member: list[TeacherScores] = []
         features: NDArray[np.float32] | None = None
         first_error: BaseException | None = None
         for column, place in enumerate(counting):
-            places = np.flatnonzero(is_judged)
+            places = np.flatnonzero(is_scored)
             if not len(places):
                 break
-            partly = judge_until_error(
+            partly = score_until_error(
                 self.members[place],
                 [pairs[each] for each in places.tolist()],
                 task,
                 with_features=with_features and features is None,
                 advance=step,
             )
-            judgements.append(partly.judgements)
-            scores[places, column] = partly.judgements.log_odds
-            if partly.judgements.features is not None and features is None:
-                features = np.zeros((len(pairs), partly.judgements.features.shape[1]), np.float32)
-                features[places] = partly.judgements.features
+            by_member.append(partly.scores)
+            scores[places, column] = partly.scores.log_odds
+            if partly.scores.features is not None and features is None:
+                features = np.zeros((len(pairs), partly.scores.features.shape[1]), np.float32)
+                features[places] = partly.scores.features
             if partly.error is not None:
                 first_error = first_error or partly.error
-                is_judged[places] = partly.is_judged
-                is_judged = whole_queries(pairs, is_judged) if self.ranks_lists else is_judged
+                is_scored[places] = partly.is_scored
+                is_scored = whole_queries(pairs, is_scored) if self.ranks_lists else is_scored
         log_odds = ensemble.only(counting).log_odds(scores).astype(np.float32)
-        joined = Judgements(
+        joined = TeacherScores(
             log_odds,
             features,
             # Members mostly truncate the same pairs.
-            max(judgement.num_truncated for judgement in judgements),
-            sum(judgement.num_tokens for judgement in judgements),
-            sum(judgement.num_bounded for judgement in judgements),
-            sum(judgement.num_undecided for judgement in judgements),
-            num_written_tokens=sum(judgement.num_written_tokens for judgement in judgements),
-            cost=sum(judgement.cost for judgement in judgements),
+            max(one.num_truncated for one in by_member),
+            sum(one.num_tokens for one in by_member),
+            sum(one.num_bounded for one in by_member),
+            sum(one.num_undecided for one in by_member),
+            num_written_tokens=sum(one.num_written_tokens for one in by_member),
+            cost=sum(one.cost for one in by_member),
         )
-        return PartlyJudged(joined, is_judged, first_error)
+        return PartialScores(joined, is_scored, first_error)
 
     def _ensemble(self, task: Task) -> Ensemble:
         if task not in self.ensembles:

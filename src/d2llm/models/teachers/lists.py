@@ -9,9 +9,9 @@ settings. What an answer leaves out is shown again, in another order. A list tha
 endpoint refuses for its content, is graded in halves.
 
 A grade g becomes the log-odds (g - 70) / 12: in the rubric, 70 is where an answer begins, and over five data sets whose
-judgements are known, the fit of Platt's function to a large language model's grades is (g - 68) / 11.4. Between data
-sets it differs (from 45 to 92, and 4 to 12), so ``d2llm ensemble`` with this teacher alone fits it on a data set's dev
-queries. A ranking becomes the logarithms of the strengths of Plackett and Luce, which say nothing across queries.
+relevance scores are known, the fit of Platt's function to a large language model's grades is (g - 68) / 11.4. Between
+data sets it differs (from 45 to 92, and 4 to 12), so ``d2llm ensemble`` with this teacher alone fits it on a data set's
+dev queries. A ranking becomes the logarithms of the strengths of Plackett and Luce, which say nothing across queries.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from d2llm.models.remote.completions import (
 )
 from d2llm.models.remote.endpoint import TOO_LONG, quoted
 from d2llm.models.teachers.endpoint_teacher import EndpointTeacher
-from d2llm.models.teachers.judge import Judgements, PartlyJudged, TextPair, shared_steps, whole_queries
 from d2llm.models.teachers.list_answers import read_grades, read_ranking
 from d2llm.models.teachers.list_prompts import ListPrompt, load_list_prompt
+from d2llm.models.teachers.pair_teacher import PartialScores, TeacherScores, TextPair, shared_steps, whole_queries
 from d2llm.ops.plackett_luce import strengths
 from d2llm.recipe import GradedTeacherConfig, ListEndpointConfig, ListsConfig, ListwiseTeacherConfig
 
@@ -67,7 +67,7 @@ class _Shown:
 
 @dataclass(slots=True)
 class _Call:
-    """One call of ``judge``: its texts, and what has come of it so far."""
+    """One call of ``score_pairs``: its texts, and what has come of it so far."""
 
     prompt: ListPrompt
     texts: list[str]
@@ -86,7 +86,7 @@ class ListTeacher(EndpointTeacher):
     divides: ClassVar[bool] = False
     """Whether a list can be shown in halves."""
     ranks_lists = False
-    """Whether log-odds compare only the passages of one query (``judge.ranks_lists``)."""
+    """Whether log-odds compare only the passages of one query (``pair_teacher.ranks_lists``)."""
 
     def __init__(self, config: GradedTeacherConfig | ListwiseTeacherConfig) -> None:
         super().__init__(config)
@@ -122,23 +122,24 @@ class ListTeacher(EndpointTeacher):
         self._ask(call, [_Shown(_TRIAL[0], 0, [0])])
         return call.error
 
-    def judge_until_error(
+    def score_until_error(
         self,
         pairs: Sequence[TextPair],
         task: Task,
         *,
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
-    ) -> PartlyJudged:
-        """Judge pairs until the first error (``LastingJudge``): a pair is judged when all its orders are answered.
+    ) -> PartialScores:
+        """Score pairs until the first error (``InterruptibleTeacher``): a pair is scored when all its orders are
+        answered.
 
         Those with one query text are shown together. For a teacher that ranks lists, all pairs of its query must be
-        judged too. Pairs without a grade or a place in the order after all attempts are not judged, unless they count
+        scored too. Pairs without a grade or a place in the order after all attempts are not scored, unless they count
         as undecided. ``features`` is None, because an endpoint returns no states. ``advance`` is called from another
         thread. The errors are:
 
         - InputError: a passage alone, with its query, is longer than the endpoint can read.
-        - ModelError: some passages were not judged in ``lists.attempts`` answers, and ``remote.unanswered`` is
+        - ModelError: some passages were not scored in ``lists.attempts`` answers, and ``remote.unanswered`` is
           ``error``; the endpoint failed for longer than ``remote.patience_minutes``, or refuses requests.
         """
         del with_features
@@ -148,34 +149,34 @@ class ListTeacher(EndpointTeacher):
         by_query: dict[str, list[int]] = {}
         for place, (query, _) in enumerate(pairs):
             by_query.setdefault(query, []).append(place)
-        log_odds, grades, is_judged = self._judge_lists(call, by_query, shared_steps(advance, self.lists.orders))
+        log_odds, grades, is_scored = self._score_lists(call, by_query, shared_steps(advance, self.lists.orders))
         has_answer = np.isfinite(log_odds)
         if self.remote.unanswered == "error":
-            lacking = np.flatnonzero(is_judged & ~has_answer)
+            lacking = np.flatnonzero(is_scored & ~has_answer)
             if len(lacking):
                 call.error = call.error or self._unanswered(len(lacking), pairs, int(lacking[0]), call)
-            is_judged &= has_answer
+            is_scored &= has_answer
         if self.ranks_lists:
-            is_judged = whole_queries(pairs, is_judged)
-        num_undecided = int((is_judged & ~has_answer).sum())
+            is_scored = whole_queries(pairs, is_scored)
+        num_undecided = int((is_scored & ~has_answer).sum())
         if num_undecided:
             self.endpoint.warn_once(
                 "undecided", "%d of %d pairs have no answer: %s", num_undecided, len(pairs), call.problem
             )
         is_cut = [text != whole for text, (_, whole) in zip(call.texts, pairs, strict=True)]
-        judgements = Judgements(
+        scores = TeacherScores(
             np.nan_to_num(log_odds).astype(np.float32),
             None,
-            num_truncated=int((is_judged & np.array(is_cut, np.bool_)).sum()),
+            num_truncated=int((is_scored & np.array(is_cut, np.bool_)).sum()),
             num_tokens=call.num_read,
             num_undecided=num_undecided,
             num_written_tokens=call.num_written,
             cost=self.remote.cost(call.num_read, call.num_written) or 0.0,
             grades=None if grades is None else grades.astype(np.float32),
         )
-        return PartlyJudged(judgements, is_judged, call.error)
+        return PartialScores(scores, is_scored, call.error)
 
-    def _judge_lists(
+    def _score_lists(
         self, call: _Call, by_query: dict[str, list[int]], step: Callable[[int], None]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, NDArray[np.bool_]]:
         """The log-odds of a call's pairs, NaN where there is no answer, their grades, if there are any, and which pairs
@@ -271,7 +272,7 @@ class GradedTeacher(ListTeacher):
         """With a number that was among the settings of all lists: labels on disk have their keys from it."""
         return super().shown(lists) | {"step": 10}
 
-    def _judge_lists(
+    def _score_lists(
         self, call: _Call, by_query: dict[str, list[int]], step: Callable[[int], None]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, NDArray[np.bool_]]:
         num_left = np.full(len(call.texts), self.lists.orders)  # orders in which a passage may still get a grade
@@ -309,7 +310,7 @@ class ListwiseTeacher(ListTeacher):
     kind = "listwise"
     ranks_lists = True
 
-    def _judge_lists(
+    def _score_lists(
         self, call: _Call, by_query: dict[str, list[int]], step: Callable[[int], None]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, NDArray[np.bool_]]:
         alone = [query for query, places in by_query.items() if len(places) == 1]

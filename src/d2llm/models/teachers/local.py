@@ -58,8 +58,8 @@ from d2llm.models.teachers.identity import (
     require_same_base,
     with_quantization,
 )
-from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.models.teachers.loading import check_device, loading_options, prepare_quantized, require_on_devices
+from d2llm.models.teachers.pair_teacher import TeacherScores, TextPair
 from d2llm.ops.batching import pad_right, token_budget_batches
 from d2llm.ops.pair_truncation import cut_pair
 from d2llm.recipe import LocalTeacherConfig, LoraConfig, Quantization, TeacherIdentity
@@ -69,7 +69,7 @@ _BATCH_PAIRS = 256
 
 
 class Answers:
-    """The judgements of n pairs, filled in batch by batch."""
+    """The scores of n pairs, filled in batch by batch."""
 
     def __init__(self, num_pairs: int, dim: int | None) -> None:
         self.log_odds: NDArray[np.float32] = np.empty(num_pairs, dtype=np.float32)
@@ -87,7 +87,7 @@ class Answers:
 
 
 class LocalTeacher(nn.Module):
-    """A pretrained model that judges pairs; the kinds differ in how they ask and where they read the answer."""
+    """A pretrained model that scores pairs; the kinds differ in how they ask and where they read the answer."""
 
     kind: ClassVar[Literal["causal", "seq2seq", "classifier"]]
     _auto_class: ClassVar[str]
@@ -127,7 +127,7 @@ class LocalTeacher(nn.Module):
         require_on_devices(whole, self.config.model)
         whole = (whole if "device_map" in options else whole.to(device)).eval().requires_grad_(False)
         self._whole = (whole,)  # in a tuple, so that torch does not register its weights twice
-        self.model: nn.Module = self._judging_part(whole)
+        self.model: nn.Module = self._scoring_part(whole)
         prepare_quantized(self.model, self.quantization)
         self._adapter: dict[str, Tensor] = (
             load_tensors(tuned.folder / ADAPTER_FILE, remedy="restore the teacher's folder or tune it again")
@@ -187,20 +187,20 @@ class LocalTeacher(nn.Module):
     def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "pairs tokens"], Bool[Tensor, "pairs tokens"]]:
         return pad_right(rows, self._padding, self.device)
 
-    def judge(
+    def score_pairs(
         self,
         pairs: Sequence[TextPair],
         task: Task,
         *,
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
-    ) -> Judgements:
-        """Judge pairs, in batches of similar length; arguments and result as for ``Judge.judge``."""
+    ) -> TeacherScores:
+        """Score pairs, in batches of similar length; arguments and result as for ``PairTeacher.score_pairs``."""
         inputs, num_truncated = self.tokenize(pairs, task)
         answers = Answers(len(pairs), self.dim if with_features else None)
-        self._judge_whole(inputs, range(len(inputs)), task, answers, advance)
+        self._score_whole(inputs, range(len(inputs)), task, answers, advance)
         num_tokens = sum(map(len, inputs))
-        return Judgements(answers.log_odds, answers.features, num_truncated, num_tokens)
+        return TeacherScores(answers.log_odds, answers.features, num_truncated, num_tokens)
 
     def prepare_training(
         self,
@@ -282,11 +282,11 @@ class LocalTeacher(nn.Module):
         """Options of ``load_pretrained`` for the layers that produce the answer."""
         return {}
 
-    def _judging_part(self, whole: Any) -> nn.Module:
+    def _scoring_part(self, whole: Any) -> nn.Module:
         """The part of the model that adapters go into."""
         return cast(nn.Module, whole)
 
-    def _judge_whole(
+    def _score_whole(
         self,
         inputs: Sequence[Any],
         places: Sequence[int],
@@ -294,7 +294,7 @@ class LocalTeacher(nn.Module):
         answers: Answers,
         advance: Callable[[int], None] | None,
     ) -> None:
-        """Judge the inputs with the indices ``places``, each read as a whole."""
+        """Score the inputs with the indices ``places``, each read as a whole."""
         for chosen in self._batches(places, [len(inputs[place]) for place in places]):
             with inference(self):
                 log_odds, features = self(*self.pad([inputs[place] for place in chosen]), task)

@@ -22,8 +22,8 @@ from d2llm.data.beir import Dataset
 from d2llm.data.graded_lists import GradedList, read_graded_lists
 from d2llm.data.open_data import open_data
 from d2llm.data.pair_training import read_pair_training_set
-from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.models.teachers.lists import GradedTeacher, log_odds_of_grades
+from d2llm.models.teachers.pair_teacher import TeacherScores, TextPair
 from d2llm.recipe import GradedTeacherConfig, ListEndpointConfig, RecordedConfig, TeacherIdentity
 
 _log = logging.getLogger(__name__)
@@ -83,15 +83,15 @@ class RecordedTeacher:
         """Identity of the question."""
         return self._identity.prompts[task]
 
-    def judge(
+    def score_pairs(
         self,
         pairs: Sequence[TextPair],
         task: Task,
         *,
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
-    ) -> Judgements:
-        """Look the pairs up (``Judge.judge``), by their texts; several grades of a pair are averaged."""
+    ) -> TeacherScores:
+        """Look the pairs up (``PairTeacher.score_pairs``), by their texts; several grades of a pair are averaged."""
         del with_features
         grades = np.array([self._grade(self._grades[task], *pair) for pair in pairs], np.float64)
         undecided = np.isnan(grades)
@@ -104,7 +104,7 @@ class RecordedTeacher:
             self._has_warned = True
         if advance is not None:
             advance(len(pairs))
-        return Judgements(
+        return TeacherScores(
             np.where(undecided, 0, log_odds_of_grades(grades)).astype(np.float32),
             None,
             num_truncated=0,

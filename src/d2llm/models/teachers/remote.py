@@ -26,7 +26,7 @@ from d2llm.core.types import TASKS, Task
 from d2llm.models.remote.completions import Completions
 from d2llm.models.remote.endpoint import Answers
 from d2llm.models.teachers.endpoint_teacher import EndpointTeacher
-from d2llm.models.teachers.judge import Judgements, PartlyJudged, TextPair
+from d2llm.models.teachers.pair_teacher import PartialScores, TeacherScores, TextPair
 from d2llm.models.teachers.prompts import Prompt, load_prompt
 from d2llm.recipe import RemoteTeacherConfig
 
@@ -68,15 +68,16 @@ class RemoteTeacher(EndpointTeacher):
         """Ask about a pair."""
         return self._ask([self.prompts["asymmetric"].fill(*_TRIAL)]).error
 
-    def judge_until_error(
+    def score_until_error(
         self,
         pairs: Sequence[TextPair],
         task: Task,
         *,
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
-    ) -> PartlyJudged:
-        """Judge pairs until the first error (``LastingJudge``); a pair that must not be undecided is not judged.
+    ) -> PartialScores:
+        """Score pairs until the first error (``InterruptibleTeacher``); a pair that must not be undecided is not
+        scored.
 
         ``features`` is None, because an endpoint returns no states. The pairs of one query are sent one after the
         other, so that a server with prefix caching reads the query only once. ``advance`` is called from another
@@ -106,12 +107,12 @@ class RemoteTeacher(EndpointTeacher):
                 log_odds[index] = value
                 if not is_exact:
                     bounded.append(index)
-        is_judged = np.zeros(len(pairs), np.bool_)
-        is_judged[[*answers]] = True
+        is_scored = np.zeros(len(pairs), np.bool_)
+        is_scored[[*answers]] = True
         if unanswered and self.remote.unanswered == "error":
             first = unanswered[0]
             error = error or self._unanswered(len(unanswered), len(pairs), pairs[first], answers[first], prompt)
-            is_judged[unanswered] = False
+            is_scored[unanswered] = False
             unanswered = []
         lengths = self.endpoint.lengths.count(texts)
         num_read = {index: answer.num_prompt_tokens for index, answer in answers.items()}
@@ -122,21 +123,21 @@ class RemoteTeacher(EndpointTeacher):
         if bounded or unanswered or cut_there:
             self.endpoint.warn_once(
                 "read",
-                "of %d pairs judged, %d log-odds are bounds (one answer word not among the %d most likely tokens), %d "
+                "of %d pairs scored, %d log-odds are bounds (one answer word not among the %d most likely tokens), %d "
                 "undecided (neither), %d cut by the server",
                 *(len(answers), len(bounded), self.remote.top_logprobs, len(unanswered), len(cut_there)),
             )
-        judgements = Judgements(
+        scores = TeacherScores(
             log_odds,
             None,
-            num_truncated=sum(cut_here[index] or index in cut_there for index in np.flatnonzero(is_judged).tolist()),
+            num_truncated=sum(cut_here[index] or index in cut_there for index in np.flatnonzero(is_scored).tolist()),
             num_tokens=num_tokens,
             num_written_tokens=len(answers),
             cost=self.remote.cost(num_tokens, len(answers)) or 0.0,
             num_bounded=len(bounded),
             num_undecided=len(unanswered),
         )
-        return PartlyJudged(judgements, is_judged, error)
+        return PartialScores(scores, is_scored, error)
 
     def _ask(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> Answers[NextToken]:
         settings = self.remote.body(max_tokens=1, temperature=0)

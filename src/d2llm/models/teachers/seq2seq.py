@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from d2llm.core.types import TASKS, Task
-from d2llm.models.teachers.judge import TextPair
 from d2llm.models.teachers.local import LocalTeacher, fit_pairs
+from d2llm.models.teachers.pair_teacher import TextPair
 from d2llm.models.teachers.prompts import Prompt, load_prompt
 from d2llm.models.teachers.questions import find_answers
 from d2llm.recipe import LocalTeacherConfig, PromptedTeacherConfig

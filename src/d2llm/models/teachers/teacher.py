@@ -1,4 +1,4 @@
-"""``Teacher``: the public face of every kind of teacher (``judge.Judge``)."""
+"""``Teacher``: the public face of every kind of teacher (``pair_teacher.PairTeacher``)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from jaxtyping import Float32
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import pairs_of
 from d2llm.core.types import Task
-from d2llm.models.teachers.judge import (
-    Judge,
-    LastingJudge,
-    PartlyJudged,
+from d2llm.models.teachers.pair_teacher import (
+    InterruptibleTeacher,
+    PairTeacher,
+    PartialScores,
     TextPair,
     gives_grades,
-    judge_until_error,
-    load_judge,
+    load_teacher,
     ranks_lists,
+    score_until_error,
 )
 from d2llm.recipe import TeacherConfig
 from d2llm.recipe.recipe_file import named_teacher
 
 
-class Teacher(LastingJudge):
+class Teacher(InterruptibleTeacher):
     """A language model that reads a query and a passage together and says how likely the answer is yes.
 
     Load one with ``load``. It is accepted wherever d2llm takes a teacher, as in ``Index.measure_error``.
@@ -43,10 +43,10 @@ class Teacher(LastingJudge):
         True
     """
 
-    def __init__(self, judge: Judge, config: TeacherConfig) -> None:
-        self._open_judge: Judge | None = judge
+    def __init__(self, teacher: PairTeacher, config: TeacherConfig) -> None:
+        self._open_teacher: PairTeacher | None = teacher
         self.config = config
-        self.ranks_lists, self.gives_grades = ranks_lists(judge), gives_grades(judge)
+        self.ranks_lists, self.gives_grades = ranks_lists(teacher), gives_grades(teacher)
 
     @classmethod
     def load(cls, model: str | Path | TeacherConfig, *, device: str | None = None, dtype: str | None = None) -> Teacher:
@@ -64,7 +64,7 @@ class Teacher(LastingJudge):
             InputError: its head is new and was never tuned, or there is no such kind.
         """
         config = model if isinstance(model, TeacherConfig) else named_teacher(str(model))
-        return cls(load_judge(config, device=device, dtype=dtype), config)
+        return cls(load_teacher(config, device=device, dtype=dtype), config)
 
     def score(self, pairs: Sequence[TextPair], task: Task = "asymmetric") -> Float32[np.ndarray, " pairs"]:
         """Log-odds of yes over no [pairs], in the order of the pairs; above 0 is yes. A sigmoid makes probabilities.
@@ -82,47 +82,47 @@ class Teacher(LastingJudge):
             teacher = Teacher.load("smollm2")
             teacher.score([("what do bees make?", "Bees make honey."), ("what do bees make?", "Tea is hot.")])
         """
-        return self.judge(pairs, task).log_odds
+        return self.score_pairs(pairs, task).log_odds
 
     @property
     def fingerprint(self) -> str:
         """Equal if and only if two teachers are the same."""
-        return self._judge.fingerprint
+        return self._teacher.fingerprint
 
     def prompt_fingerprint(self, task: Task) -> str:
         """Equal if and only if two teachers ask the same question."""
-        return self._judge.prompt_fingerprint(task)
+        return self._teacher.prompt_fingerprint(task)
 
-    def judge_until_error(
+    def score_until_error(
         self,
         pairs: Sequence[TextPair],
         task: Task,
         *,
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
-    ) -> PartlyJudged:
-        """Scores with all that is known about them (``LastingJudge``)."""
-        return judge_until_error(
-            self._judge, pairs_of(pairs, "pairs"), task, with_features=with_features, advance=advance
+    ) -> PartialScores:
+        """Scores with all that is known about them (``InterruptibleTeacher``)."""
+        return score_until_error(
+            self._teacher, pairs_of(pairs, "pairs"), task, with_features=with_features, advance=advance
         )
 
     def close(self) -> None:
         """Let go of the model, or of its connections. A ``with`` block does this at its end."""
-        self._open_judge = None
+        self._open_teacher = None
 
     def __enter__(self) -> Teacher:
-        _ = self._judge  # refuses a closed one
+        _ = self._teacher  # refuses a closed one
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
     @property
-    def _judge(self) -> Judge:
-        if self._open_judge is None:
+    def _teacher(self) -> PairTeacher:
+        if self._open_teacher is None:
             raise InputError(f"this Teacher ({self.config.model}) was closed; load it again with Teacher.load")
-        return self._open_judge
+        return self._open_teacher
 
     def __repr__(self) -> str:
-        state = "closed" if self._open_judge is None else f"fingerprint {self.fingerprint[:12]}"
+        state = "closed" if self._open_teacher is None else f"fingerprint {self.fingerprint[:12]}"
         return f"Teacher({self.config.model}, kind {self.config.kind}, {state})"

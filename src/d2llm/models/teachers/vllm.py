@@ -42,7 +42,7 @@ from d2llm.models.teachers.identity import (
     read_tuned_teacher,
     require_same_base,
 )
-from d2llm.models.teachers.judge import Judgements, TextPair
+from d2llm.models.teachers.pair_teacher import TeacherScores, TextPair
 from d2llm.models.teachers.questions import Questions
 from d2llm.recipe import PromptedTeacherConfig, TeacherIdentity, VllmTeacherConfig
 
@@ -67,7 +67,7 @@ class VllmTeacher:
         kind = find_kind(config.as_kind("auto"))
         if kind != "causal":
             raise ModelError(
-                f"'{config.model}' is a {kind} model, but vLLM judges with causal language models only; leave the "
+                f"'{config.model}' is a {kind} model, but vLLM scores with causal language models only; leave the "
                 "teacher's kind out"
             )
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would report its use to its makers
@@ -126,15 +126,15 @@ class VllmTeacher:
         """Identity of the question for ``task`` (including the length limit)."""
         return self._prompts[task]
 
-    def judge(
+    def score_pairs(
         self,
         pairs: Sequence[TextPair],
         task: Task,
         *,
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
-    ) -> Judgements:
-        """Judge pairs (``Judge.judge``). ``features`` is None, because the engine returns no states.
+    ) -> TeacherScores:
+        """Score pairs (``PairTeacher.score_pairs``). ``features`` is None, because the engine returns no states.
 
         Raises:
             AnswerTokenError: the engine did not return the log-probabilities of both answer words.
@@ -160,7 +160,7 @@ class VllmTeacher:
                 log_odds[place] = self._log_odds(output, task)
             if advance is not None:
                 advance(len(chosen))
-        return Judgements(log_odds, None, num_truncated, sum(len(prefix) + len(rest) for prefix, rest in inputs))
+        return TeacherScores(log_odds, None, num_truncated, sum(len(prefix) + len(rest) for prefix, rest in inputs))
 
     def _sampling_of(self, vllm: Any, answer_ids: tuple[int, int]) -> Any:
         # The token that is drawn takes one of the places, so it has to be one of the two.

@@ -1,4 +1,4 @@
-// Explains a passage's rank: the parts of its score, its words, its sources, and the teacher's judgement.
+// Explains a passage's rank: the parts of its score, its words, its sources, and the teacher's score.
 
 import { ask, problemText } from "./api.js";
 import { element, milliseconds, percent, signed } from "./dom.js";

@@ -25,7 +25,7 @@ from d2llm.data.training import TrainingSource, check_sources
 from d2llm.models.device import choose_device, choose_dtype
 from d2llm.models.student import Student
 from d2llm.models.student_files import FORMAT_VERSION, KIND
-from d2llm.models.teachers.judge import identify_judge
+from d2llm.models.teachers.pair_teacher import identify_teacher
 from d2llm.recipe import Recipe, TeacherConfig
 from d2llm.recipe.variants import VARIANTS, find_variant
 from d2llm.training.ablation.report import (
@@ -133,7 +133,7 @@ def train_and_measure(shared: RunSettings, recipe: Recipe, name: str, seed: int)
 
 
 def _own_labels(shared: RunSettings, student: Path) -> Path:
-    """A copy of the label store for a run that lets the teacher judge more: other runs must not see those labels."""
+    """A copy of the label store for a run that lets the teacher score more: other runs must not see those labels."""
     labels = working_folder(student) / "labels"
     if shared.labels.is_dir() and not labels.is_dir():
         with new_folder(labels) as temporary:
@@ -315,7 +315,7 @@ def _labelled(
     """The queries of each plan that have all the labels they need: none if the data set's gate is closed."""
     if not is_finished(labels) and not all(source.dataset.name in closed_gates for source in sources):
         raise InputError(f"{labels}: there are no labels yet; run `d2llm label` with this recipe first")
-    identity = identify_judge(teacher)
+    identity = identify_teacher(teacher)
     labelled: list[set[str]] = []
     for source in sources:
         if source.dataset.name in closed_gates:
@@ -374,7 +374,7 @@ def _settings(
     dtype: str | None,
 ) -> dict[str, Any]:
     """Everything that affects the runs, except variant and seed."""
-    identity = identify_judge(teacher) if labelled is not None else None
+    identity = identify_teacher(teacher) if labelled is not None else None
     plans = [{entry.query_id for entry in source.plan.entries} for source in sources]
     counts = None if labelled is None else [len(a & b) for a, b in zip(plans, labelled, strict=True)]
     target = choose_device(device)

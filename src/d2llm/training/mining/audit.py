@@ -173,7 +173,7 @@ def _summary(report: dict[str, Any], audit: dict[str, Any]) -> str:
         ("passages with the text of a positive, left out", report["num_same_text_as_positive"]),
         ("passages that are the query itself, left out", report["num_own_passages"]),
         ("positives with the query's own text, kept", report["num_own_passages_judged_relevant"]),
-        ("pairs judged by the teacher", report["teacher"]["judged"]),
+        ("pairs scored by the teacher", report["teacher"]["scored"]),
         ("candidates kept without a teacher label", report["teacher"]["without_label"]),
     ):
         table.add_row(name, count)

@@ -71,7 +71,7 @@ def draw_easy(corpus: Sequence[str], forbidden: Collection[str], num_easy: int, 
 REASONS = {
     "near_duplicate": "text nearly the same as that of a positive (likeness above the limit)",
     "relative_margin": "the encoder scores it as high as a positive",
-    "teacher_margin": "the teacher judges it as relevant as a positive",
+    "teacher_margin": "the teacher scores it as relevant as a positive",
 }
 """Why a candidate may be a positive, as the audit explains it; each is a setting of ``[mining]``."""
 
@@ -116,8 +116,8 @@ def select(
 ) -> None:
     """Try the candidates of some queries until each has ``num_hard`` negatives or no candidate is left.
 
-    Each round proposes as many candidates as are still missing, so that the teacher judges many pairs at once, and few
-    that are not needed. The pairs of a block are judged in one call.
+    Each round proposes as many candidates as are still missing, so that the teacher scores many pairs at once, and few
+    that are not needed. The pairs of a block are scored in one call.
     """
     unfinished = [list(block) for block in blocks]
     while unfinished:
@@ -125,7 +125,7 @@ def select(
             [(item, _propose(item, num_hard - len(item.kept), checks)) for item in block] for block in unfinished
         ]
         if teacher is not None:
-            teacher.judge(
+            teacher.score(
                 [
                     [
                         (item.query, item.positives + tuple(c.passage_id for c in candidates))
@@ -204,7 +204,7 @@ def _teacher_drop(teacher: TeacherCheck, item: Selection, candidate: NegativeCan
     return Dropped(candidate, "teacher_margin", value, limit)
 
 
-_QUERIES_AT_ONCE = 32  # number of queries whose candidates the teacher judges in one call
+_QUERIES_AT_ONCE = 32  # number of queries whose candidates the teacher scores in one call
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def choose(
 ) -> Iterator[Selection]:
     """Yield the hard negatives of each query, in the order of the queries, which is also that of the lists.
 
-    The draw of a query depends on ``seeds`` and its id. The teacher judges candidates for its margin. ``record`` is
+    The draw of a query depends on ``seeds`` and its id. The teacher scores candidates for its margin. ``record`` is
     called with each query's selection and the scores of its passages, by scorer and passage id.
     """
     checks: list[CandidateCheck] = []

@@ -18,7 +18,7 @@ def complement_words(labelled: LabelledSource, depth: int) -> LabelledSource:
     there; a query of which it has all, and labelled pairs, keep theirs.
 
     Source: Wrzalik and Krechel, "CoRT: Complementary Rankings from Transformers", NAACL 2021 (arXiv 2010.10252), whose
-    negatives come from BM25's ranking. Here they are also negatives of the plan, which the teacher has judged, and the
+    negatives come from BM25's ranking. Here they are also negatives of the plan, which the teacher has scored, and the
     losses are the recipe's. That positives which BM25 misses come first is an addition.
 
     Raises:

@@ -92,7 +92,7 @@ def mine(
         config: numbers of negatives, ranges, sampling and filters.
         encoder: ranks by its cosine; without it and ``student``, only BM25 is used.
         student: ranks by its full score, instead of ``encoder``.
-        teacher: judges candidates for ``config.teacher_margin``.
+        teacher: scores candidates for ``config.teacher_margin``.
         task: the task, which decides the branch of the student's interaction.
         seed: seed of the draws and of the sample of queries.
         max_queries: mine a random sample of this many queries (a larger sample contains a smaller one).
@@ -256,7 +256,7 @@ def _report(
         "num_dropped": audit.num_dropped,
         "hard_negatives_from": dict(sorted(audit.hard_from.items())),
         "teacher": {
-            "judged": teacher.counts.pairs if teacher else 0,
+            "scored": teacher.counts.pairs if teacher else 0,
             "truncated": teacher.counts.truncated if teacher else 0,
             "without_label": audit.num_without_label if teacher else 0,
         },

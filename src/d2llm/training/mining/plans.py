@@ -18,17 +18,17 @@ from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set, shar
 from d2llm.data.pairs import PairDataset, PairSource
 from d2llm.data.plan import read_plan, write_plan
 from d2llm.data.run_folder import is_finished, manifest_of
-from d2llm.evaluation.judging import place_judge
+from d2llm.evaluation.pool_scores import place_teacher
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import find_tuned_teacher
-from d2llm.models.teachers.judge import identify_judge, load_judge, ranks_lists
+from d2llm.models.teachers.pair_teacher import identify_teacher, load_teacher, ranks_lists
 from d2llm.recipe import DataConfig, MiningConfig
 from d2llm.retrieval.text_workers import create_student, encoder_loads, load_student
 from d2llm.runners.placement import Load, Placement
 from d2llm.runners.runner import Runner, find_runner
 from d2llm.training.mining.audit import audit_page
 from d2llm.training.mining.mine import mine
-from d2llm.training.mining.teacher import Judging, TeacherCheck, judge_texts
+from d2llm.training.mining.teacher import TeacherCheck, TeacherWorkers, score_texts
 from d2llm.training.open_run import OpenRun, Skipped
 
 _remarks = logging.getLogger("d2llm.remarks")
@@ -78,7 +78,7 @@ def mine_plans(
 def filter_plans(
     run: OpenRun, closed: Collection[str], *, runner: str | Runner = "local"
 ) -> dict[str, dict[str, Any] | Skipped] | Skipped:
-    """See ``Run.filter``. The plans that the teacher was tuned on are kept; its judgements are added to the labels."""
+    """See ``Run.filter``. The plans that the teacher was tuned on are kept; its scores are added to the labels."""
     runner = find_runner(runner)
     mining = run.recipe.mining
     if mining.teacher_margin is None:
@@ -87,7 +87,7 @@ def filter_plans(
         return run.skip("filter: mine has filtered already, because no teacher is tuned")
     reports: dict[str, dict[str, Any] | Skipped] = {}
     miners: _Miners | None = None
-    teacher = identify_judge(run.teacher).fingerprint
+    teacher = identify_teacher(run.teacher).fingerprint
     with ExitStack() as connection:
         for data in run.recipe.data:
             mined, folder = run.parts.plan(data), run.parts.filtered_plan(data)
@@ -116,15 +116,15 @@ def _without_margin(mining: MiningConfig) -> MiningConfig:
 
 @dataclass(frozen=True)
 class _Miners:
-    """What mines: at most one of encoder and student, where they encode, and where the teacher judges for the margin.
+    """What mines: at most one of encoder and student, where they encode, and where the teacher scores for the margin.
 
-    Encoder and student also score passages here. The teacher is loaded only where it judges.
+    Encoder and student also score passages here. The teacher is loaded only where it scores.
     """
 
     encoder: Student | None
     student: Student | None
     placement: Placement
-    judging: Judging | None
+    teacher: TeacherWorkers | None
 
     @classmethod
     def load(cls, run: OpenRun, mining: MiningConfig, runner: Runner) -> _Miners:
@@ -139,16 +139,16 @@ class _Miners:
             load = partial(create_student, run.recipe.student, **options, seed=run.recipe.seed)
             encoder = load()
             loads = encoder_loads(encoder, load)
-        judging = None if mining.teacher_margin is None else _judging(run, runner)
-        return cls(encoder, student, Placement(runner, run.device, loads), judging)
+        teacher = None if mining.teacher_margin is None else _teacher_workers(run, runner)
+        return cls(encoder, student, Placement(runner, run.device, loads), teacher)
 
 
-def _judging(run: OpenRun, runner: Runner) -> Judging:
-    """Where the run's teacher judges; a remote one is asked from here, as its endpoint sets the pace."""
-    load = partial(load_judge, run.teacher, device=run.device, dtype=run.dtype)
-    judge, placement = place_judge(run.teacher, load, runner, device=run.device)
-    num_together = 1 if placement.is_here(judge) else _CALLS_TOGETHER
-    return Judging(partial(placement.workers, judge, judge_texts), num_together, ranks_lists(run.teacher))
+def _teacher_workers(run: OpenRun, runner: Runner) -> TeacherWorkers:
+    """Where the run's teacher scores; a remote one is asked from here, as its endpoint sets the pace."""
+    load = partial(load_teacher, run.teacher, device=run.device, dtype=run.dtype)
+    teacher, placement = place_teacher(run.teacher, load, runner, device=run.device)
+    num_together = 1 if placement.is_here(teacher) else _CALLS_TOGETHER
+    return TeacherWorkers(partial(placement.workers, teacher, score_texts), num_together, ranks_lists(run.teacher))
 
 
 def _mine_one(
@@ -167,10 +167,10 @@ def _mine_one(
     held_out = [split for split in ("dev", "test") if split in dataset.qrels]
     teacher = None
     if mining.teacher_margin is not None:
-        identity = identify_judge(run.teacher)
+        identity = identify_teacher(run.teacher)
         prompt = identity.prompts[data.task]
         labels = LabelStore(run.parts.labels, teacher=identity.fingerprint, prompt=prompt, dataset=dataset.name)
-        teacher = TeacherCheck(labels, miners.judging, data.task, mining.teacher_margin, dataset.passages)
+        teacher = TeacherCheck(labels, miners.teacher, data.task, mining.teacher_margin, dataset.passages)
     work = run.parts.mining_work(data)
     with nullcontext() if teacher is None else teacher.answers.used():
         result = mine(

@@ -1,4 +1,4 @@
-"""The teacher's log-odds of candidates, from the label store or judged now and added to it."""
+"""The teacher's log-odds of candidates, from the label store or scored now and added to it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from jaxtyping import Float32
 from d2llm.core.progress import ignore
 from d2llm.core.types import Passage, Query, Task
 from d2llm.data.labels import LabelStore, QueryLabels
-from d2llm.evaluation.judging import JudgingCounts, LabelWriter, gram_matrix
+from d2llm.evaluation.pool_scores import LabelWriter, ScoringCounts, gram_matrix
 from d2llm.models.remote.kept_answers import KeptAnswers
-from d2llm.models.teachers.judge import Judge, PartlyJudged, TextPair, judge_until_error, ranks_lists
+from d2llm.models.teachers.pair_teacher import PairTeacher, PartialScores, TextPair, ranks_lists, score_until_error
 from d2llm.runners.placement import HERE
 from d2llm.runners.runner import Workers
 
 
 @dataclass(frozen=True, slots=True)
 class PairTexts:
-    """Pairs to judge in one call, with their features."""
+    """Pairs to score in one call, with their features."""
 
     texts: list[TextPair]
     task: Task
@@ -31,35 +31,35 @@ class PairTexts:
         return len(self.texts)
 
 
-def judge_texts(judge: Judge, pairs: PairTexts, advance: Callable[[int], None]) -> PartlyJudged:
-    """Judge some pairs; ``advance`` is called with the number of pairs finished."""
-    return judge_until_error(judge, pairs.texts, pairs.task, with_features=True, advance=advance)
+def score_texts(teacher: PairTeacher, pairs: PairTexts, advance: Callable[[int], None]) -> PartialScores:
+    """Score some pairs; ``advance`` is called with the number of pairs finished."""
+    return score_until_error(teacher, pairs.texts, pairs.task, with_features=True, advance=advance)
 
 
 @dataclass(frozen=True)
-class Judging:
-    """Where a teacher judges candidates: ``open`` starts workers that do ``judge_texts``.
+class TeacherWorkers:
+    """Where a teacher scores candidates: ``open`` starts workers that do ``score_texts``.
 
     ``num_together`` calls to the teacher are made at a time, each about a few queries; on a cluster so many that its
     workers are busy. ``ranks_lists``: the teacher's log-odds compare only passages of one call.
     """
 
-    open: Callable[[], AbstractContextManager[Workers[PairTexts, PartlyJudged]]]
+    open: Callable[[], AbstractContextManager[Workers[PairTexts, PartialScores]]]
     num_together: int = 1
     ranks_lists: bool = False
 
     @classmethod
-    def here(cls, judge: Judge) -> Judging:
-        """Judging by a teacher in this process."""
-        return cls(partial(HERE.workers, judge, judge_texts), ranks_lists=ranks_lists(judge))
+    def here(cls, teacher: PairTeacher) -> TeacherWorkers:
+        """A teacher in this process."""
+        return cls(partial(HERE.workers, teacher, score_texts), ranks_lists=ranks_lists(teacher))
 
 
 class TeacherCheck:
     """Log-odds of candidates and positives, for the teacher's margin.
 
-    Pairs in the store ``labels`` of this teacher and prompt are not judged again, and new labels are added to it;
-    ``counts`` are those of the pairs judged now. If ``judging`` is None, only stored labels are used. A candidate with
-    log-odds above the mean of the positives minus ``margin`` is not a negative. A teacher that ranks lists judges the
+    Pairs in the store ``labels`` of this teacher and prompt are not scored again, and new labels are added to it;
+    ``counts`` are those of the pairs scored now. If ``workers`` is None, only stored labels are used. A candidate with
+    log-odds above the mean of the positives minus ``margin`` is not a negative. A teacher that ranks lists scores the
     positives again with each of a query's candidates, and these labels are not stored: each is about another list.
 
     Workers are started by the first call that needs them; ``close`` ends them. Answers of an endpoint are kept until
@@ -67,14 +67,19 @@ class TeacherCheck:
     """
 
     def __init__(
-        self, labels: LabelStore, judging: Judging | None, task: Task, margin: float, passages: Mapping[str, Passage]
+        self,
+        labels: LabelStore,
+        workers: TeacherWorkers | None,
+        task: Task,
+        margin: float,
+        passages: Mapping[str, Passage],
     ) -> None:
         self.labels = labels
-        self.counts = JudgingCounts()
-        self.num_together = 1 if judging is None else judging.num_together
-        self._judging, self._margin, self._passages = judging, margin, passages
+        self.counts = ScoringCounts()
+        self.num_together = 1 if workers is None else workers.num_together
+        self._teacher, self._margin, self._passages = workers, margin, passages
         self._open = ExitStack()
-        self._judges: Workers[PairTexts, PartlyJudged] | None = None
+        self._workers: Workers[PairTexts, PartialScores] | None = None
         self._task: Task = task
         self._writer = LabelWriter(labels)
         self._finished: list[QueryLabels] = []
@@ -87,31 +92,31 @@ class TeacherCheck:
         """The answers of an endpoint of which nothing is stored yet."""
         return self._writer.answers
 
-    def judge(self, calls: Sequence[Sequence[tuple[Query, Sequence[str]]]]) -> None:
-        """Let the teacher judge the passages that have no label yet; no query is in two of the calls to it."""
-        if self._judging is None:
+    def score(self, calls: Sequence[Sequence[tuple[Query, Sequence[str]]]]) -> None:
+        """Let the teacher score the passages that have no label yet; no query is in two of the calls to it."""
+        if self._teacher is None:
             return
         new = [[pair for query, ids in call for pair in self._without_label(query, ids)] for call in calls]
         new = [pairs for pairs in new if pairs]
         if not new:
             return
-        if self._judges is None:
-            self._judges = self._open.enter_context(self._judging.open())
+        if self._workers is None:
+            self._workers = self._open.enter_context(self._teacher.open())
         shards = (
             PairTexts([(query.text, self._passages[passage_id].full_text) for query, passage_id in pairs], self._task)
             for pairs in new
         )
-        for pairs, partly in zip(new, self._judges.map(shards, ignore), strict=True):
-            judgements = partly.judgements
+        for pairs, partly in zip(new, self._workers.map(shards, ignore), strict=True):
+            scores = partly.scores
             for number, (query, passage_id) in enumerate(pairs):
-                if not partly.is_judged[number]:
+                if not partly.is_scored[number]:
                     continue
-                self._new_log_odds.setdefault(query.id, {})[passage_id] = float(judgements.log_odds[number])
-                if judgements.features is not None:
-                    self._features[query.id, passage_id] = judgements.features[number]
-                if judgements.grades is not None:
-                    self._grades[query.id, passage_id] = float(judgements.grades[number])
-            self.counts.add(JudgingCounts.count(partly))
+                self._new_log_odds.setdefault(query.id, {})[passage_id] = float(scores.log_odds[number])
+                if scores.features is not None:
+                    self._features[query.id, passage_id] = scores.features[number]
+                if scores.grades is not None:
+                    self._grades[query.id, passage_id] = float(scores.grades[number])
+            self.counts.add(ScoringCounts.count(partly))
             if partly.error is not None:
                 raise partly.error
 
@@ -121,7 +126,7 @@ class TeacherCheck:
         Raises the same errors as ``LabelWriter.write``.
         """
         self._open.close()
-        self._judges = None
+        self._workers = None
         for query_id in [*self._new_log_odds]:
             self.keep(query_id, ())
         if not self._ranks_lists:
@@ -129,13 +134,13 @@ class TeacherCheck:
 
     @property
     def _ranks_lists(self) -> bool:
-        return self._judging is not None and self._judging.ranks_lists
+        return self._teacher is not None and self._teacher.ranks_lists
 
     def _without_label(self, query: Query, passage_ids: Sequence[str]) -> list[tuple[Query, str]]:
         if self._ranks_lists:
             return [(query, name) for name in passage_ids]
-        judged = self._new_log_odds.get(query.id, ())
-        return [(query, name) for name in self.labels.missing(query.id, passage_ids) if name not in judged]
+        scored = self._new_log_odds.get(query.id, ())
+        return [(query, name) for name in self.labels.missing(query.id, passage_ids) if name not in scored]
 
     def log_odds(self, query_id: str, passage_id: str) -> float | None:
         """The teacher's log-odds; None if there is no label."""
@@ -155,7 +160,7 @@ class TeacherCheck:
         """Add the labels of a finished query to the store, with the Gram matrix of ``listed`` if possible.
 
         ``listed`` are its positives and hard negatives, in the order of ``label``. If their matrix is stored, ``label``
-        only has to judge the easy negatives.
+        only has to score the easy negatives.
         """
         labels = self._labels(query_id, listed)
         if labels is not None:

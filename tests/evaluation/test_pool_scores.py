@@ -1,4 +1,4 @@
-"""Judging a pool of passages: the order of the pairs, what is judged, stored and reused."""
+"""Scoring a pool of passages: the order of the pairs, what is scored, stored and reused."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from d2llm.core.errors import ModelError
 from d2llm.data.labels import LabelStore
-from d2llm.evaluation import judging
-from d2llm.evaluation.judging import interleaved, judge_pool
-from d2llm.models.teachers.judge import load_judge, recorded_teacher
+from d2llm.evaluation import pool_scores
+from d2llm.evaluation.pool_scores import interleaved, score_pool
+from d2llm.models.teachers.pair_teacher import load_teacher, recorded_teacher
 from d2llm.recipe.recipe_file import named_teacher
 from fake_models import FakeTeacher, Interruption
 from list_endpoint import judged_lists, list_teacher
@@ -25,8 +25,8 @@ KEY = {"teacher": "fake-teacher", "prompt": "fake-prompt-asymmetric", "dataset":
 SCORES = {"q1": {"b": 2, "a": 1}, "q2": {"c": 1}, "q3": {"d": 1, "c": 1, "a": 0}}
 
 
-def judge_tiny(judge, folder, *, pool=POOL, known=None, task="asymmetric"):
-    return judge_pool(judge, pool, QUERIES, PASSAGES, task, dataset="tiny", store=folder, known=known, title="asking")
+def score_tiny(teacher, folder, *, pool=POOL, known=None, task="asymmetric"):
+    return score_pool(teacher, pool, QUERIES, PASSAGES, task, dataset="tiny", store=folder, known=known, title="asking")
 
 
 @pytest.mark.parametrize(
@@ -51,43 +51,43 @@ def test_a_deeper_interleaving_extends_a_shallower_one(rankings, depth):
 
 
 def test_every_pair_is_judged_once_and_stored(tmp_path):
-    judge = FakeTeacher()
-    judged = judge_tiny(judge, tmp_path / "store")
-    assert judged.scores == SCORES
-    assert [list(scores) for scores in judged.scores.values()] == list(POOL.values())  # in the pool's order
-    assert judge.pairs == [(QUERIES[query], PASSAGES[passage]) for query, ids in POOL.items() for passage in ids]
-    assert (judged.num_new, judged.num_truncated) == (6, 0)
+    teacher = FakeTeacher()
+    scores = score_tiny(teacher, tmp_path / "store")
+    assert scores.scores == SCORES
+    assert [list(scores) for scores in scores.scores.values()] == list(POOL.values())  # in the pool's order
+    assert teacher.pairs == [(QUERIES[query], PASSAGES[passage]) for query, ids in POOL.items() for passage in ids]
+    assert (scores.num_new, scores.num_truncated) == (6, 0)
     stored = LabelStore.open_for_reading(tmp_path / "store", **KEY)
     assert {query: stored.log_odds(query) for query in POOL} == SCORES
     assert stored.gram("q1") is None
 
 
 def test_nothing_is_judged_again(tmp_path):
-    judge_tiny(FakeTeacher(), tmp_path / "store")
+    score_tiny(FakeTeacher(), tmp_path / "store")
     second = FakeTeacher()
-    judged = judge_tiny(second, tmp_path / "store")
-    assert (judged.scores, judged.num_new, second.pairs) == (SCORES, 0, [])
+    scores = score_tiny(second, tmp_path / "store")
+    assert (scores.scores, scores.num_new, second.pairs) == (SCORES, 0, [])
     third = FakeTeacher()
-    judged = judge_tiny(third, tmp_path / "store", pool=POOL | {"q2": ["a", "c"]})
+    scores = score_tiny(third, tmp_path / "store", pool=POOL | {"q2": ["a", "c"]})
     assert third.pairs == [("fish", "cat")]
-    assert judged.scores["q2"] == {"a": 0, "c": 1}
+    assert scores.scores["q2"] == {"a": 0, "c": 1}
 
 
 def test_another_judge_or_task_is_judged_separately(tmp_path):
-    judge_tiny(FakeTeacher(), tmp_path / "store")
+    score_tiny(FakeTeacher(), tmp_path / "store")
     other, task = FakeTeacher(fingerprint="other"), FakeTeacher()
-    judge_tiny(other, tmp_path / "store")
-    judge_tiny(task, tmp_path / "store", task="symmetric")
+    score_tiny(other, tmp_path / "store")
+    score_tiny(task, tmp_path / "store", task="symmetric")
     assert len(other.pairs) == len(task.pairs) == 6
 
 
 def test_known_labels_are_used_but_not_copied(tmp_path):
-    judge_tiny(FakeTeacher(), tmp_path / "known", pool={"q1": ["a", "b"], "q3": ["d"]})
+    score_tiny(FakeTeacher(), tmp_path / "known", pool={"q1": ["a", "b"], "q3": ["d"]})
     before = sorted(path.read_bytes() for path in (tmp_path / "known").rglob("*.*"))
-    judge = FakeTeacher()
-    judged = judge_tiny(judge, tmp_path / "store", known=tmp_path / "known")
-    assert judge.pairs == [("fish", "red fish"), ("red bird", "red fish"), ("red bird", "cat")]
-    assert judged.scores == SCORES
+    teacher = FakeTeacher()
+    scores = score_tiny(teacher, tmp_path / "store", known=tmp_path / "known")
+    assert teacher.pairs == [("fish", "red fish"), ("red bird", "red fish"), ("red bird", "cat")]
+    assert scores.scores == SCORES
     assert sorted(path.read_bytes() for path in (tmp_path / "known").rglob("*.*")) == before
     stored = LabelStore(tmp_path / "store", **KEY)
     assert stored.num_pairs == 3
@@ -95,54 +95,54 @@ def test_known_labels_are_used_but_not_copied(tmp_path):
 
 def test_own_judgements_take_precedence_over_known_labels(tmp_path):
     class Contrary(FakeTeacher):
-        def judge(self, pairs, task, **options):
-            judged = super().judge(pairs, task, **options)
-            return replace(judged, log_odds=-judged.log_odds)
+        def score_pairs(self, pairs, task, **options):
+            scores = super().score_pairs(pairs, task, **options)
+            return replace(scores, log_odds=-scores.log_odds)
 
-    judge_tiny(Contrary(), tmp_path / "known")
-    judge_tiny(FakeTeacher(), tmp_path / "store")
-    assert judge_tiny(FakeTeacher(), tmp_path / "store", known=tmp_path / "known").scores == SCORES
+    score_tiny(Contrary(), tmp_path / "known")
+    score_tiny(FakeTeacher(), tmp_path / "store")
+    assert score_tiny(FakeTeacher(), tmp_path / "store", known=tmp_path / "known").scores == SCORES
 
 
 def test_pairs_stored_before_an_interruption_are_reused(tmp_path, monkeypatch):
-    monkeypatch.setattr(judging, "_PAIRS_AT_ONCE", 3)
-    monkeypatch.setattr(judging, "_SHARD_SECONDS", 0)
+    monkeypatch.setattr(pool_scores, "_PAIRS_AT_ONCE", 3)
+    monkeypatch.setattr(pool_scores, "_SHARD_SECONDS", 0)
     with pytest.raises(Interruption):
-        judge_tiny(FakeTeacher(fail_after=4), tmp_path / "store")
-    judge = FakeTeacher()
-    assert judge_tiny(judge, tmp_path / "store").scores == SCORES
-    assert judge.pairs == [("red bird", PASSAGES[passage]) for passage in "dca"]
+        score_tiny(FakeTeacher(fail_after=4), tmp_path / "store")
+    teacher = FakeTeacher()
+    assert score_tiny(teacher, tmp_path / "store").scores == SCORES
+    assert teacher.pairs == [("red bird", PASSAGES[passage]) for passage in "dca"]
 
 
 def test_truncated_pairs_are_counted(tmp_path):
     passages = PASSAGES | {"c": "word " * 300}
-    judged = judge_pool(
+    scores = score_pool(
         FakeTeacher(), POOL, QUERIES, passages, "asymmetric", dataset="tiny", store=tmp_path / "store", title="asking"
     )
-    assert (judged.num_new, judged.num_truncated) == (6, 2)
+    assert (scores.num_new, scores.num_truncated) == (6, 2)
 
 
 def test_a_nan_score_is_refused(tmp_path):
     class Broken(FakeTeacher):
-        def judge(self, pairs, task, **options):
-            judged = super().judge(pairs, task, **options)
-            return replace(judged, log_odds=judged.log_odds * float("nan"))
+        def score_pairs(self, pairs, task, **options):
+            scores = super().score_pairs(pairs, task, **options)
+            return replace(scores, log_odds=scores.log_odds * float("nan"))
 
     with pytest.raises(ModelError, match="log-odds of query 'q1' and passage 'b' are nan"):
-        judge_tiny(Broken(), tmp_path / "store")
+        score_tiny(Broken(), tmp_path / "store")
 
 
 def test_an_empty_pool_judges_nothing(tmp_path):
-    judged = judge_tiny(FakeTeacher(), tmp_path / "store", pool={"q1": []})
-    assert (judged.scores, judged.num_new) == ({"q1": {}}, 0)
+    scores = score_tiny(FakeTeacher(), tmp_path / "store", pool={"q1": []})
+    assert (scores.scores, scores.num_new) == ({"q1": {}}, 0)
     assert not (tmp_path / "store").exists()
 
 
 def test_the_progress_bar_shows_pairs_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 102.0, 110.0])
-    monkeypatch.setattr(judging, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(pool_scores, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     updates: list[tuple[int, str]] = []
-    count = judging.with_rate(lambda number, note="": updates.append((number, note)))
+    count = pool_scores.with_rate(lambda number, note="": updates.append((number, note)))
     count(10)
     count(40)
     assert updates == [(10, "5.0 pairs/s"), (40, "5.0 pairs/s")]
@@ -150,11 +150,11 @@ def test_the_progress_bar_shows_pairs_per_second(monkeypatch: pytest.MonkeyPatch
 
 def test_lists_are_judged_again_as_a_whole_by_a_teacher_that_ranks_them(tmp_path):
     with list_teacher(tmp_path, "listwise") as (file, endpoint):
-        judge = load_judge(named_teacher(str(file)))
+        teacher = load_teacher(named_teacher(str(file)))
 
         def shown(pool, folder, known=None):
             before = len(endpoint.requests)
-            scores = judge_tiny(judge, tmp_path / folder, pool=pool, known=known and tmp_path / known).scores
+            scores = score_tiny(teacher, tmp_path / folder, pool=pool, known=known and tmp_path / known).scores
             assert {name: {*values} for name, values in scores.items()} == {name: {*ids} for name, ids in pool.items()}
             return [sorted(judged_lists(request)[1]) for request in endpoint.requests[before:]]
 
@@ -170,8 +170,8 @@ def test_lists_are_judged_again_as_a_whole_by_a_teacher_that_ranks_them(tmp_path
 def test_passages_without_a_grade_are_named(tmp_path):
     lists = tmp_path / "lists.jsonl"
     lists.write_text('{"query": "cat dog", "passages": ["cat"], "grades": [90]}\n')
-    judge = load_judge(recorded_teacher(named_teacher("graded:large"), lists))
-    for _ in range(2):  # judged now, and read again
-        result = judge_tiny(judge, tmp_path / "store")
+    teacher = load_teacher(recorded_teacher(named_teacher("graded:large"), lists))
+    for _ in range(2):  # scored now, and read again
+        result = score_tiny(teacher, tmp_path / "store")
         assert result.ungraded == {"q1": {"b"}, "q2": {"c"}, "q3": {"a", "c", "d"}}
-    assert judge_tiny(FakeTeacher(), tmp_path / "other").ungraded == {}
+    assert score_tiny(FakeTeacher(), tmp_path / "other").ungraded == {}

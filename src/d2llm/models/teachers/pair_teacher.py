@@ -1,4 +1,4 @@
-"""The protocol of all judges: models that read query and passage together and return log-odds."""
+"""The protocol of all teachers: models that read query and passage together and return log-odds."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from d2llm.recipe import GradedTeacherConfig, RecordedConfig, TeacherConfig, Tea
 RANKING_TEACHER = (
     "this teacher ranks the passages of a list, so its log-odds cannot be compared with the student's scores: it can "
     "reorder the top of a ranking (by a reranker that needs no calibration), but neither choose what to "
-    "read nor judge a single passage; for that, use a teacher of kind graded"
+    "read nor score a single passage; for that, use a teacher of kind graded"
 )
 TextPair = tuple[str, str]
 """Query text and full passage text."""
 
 
 @dataclass(frozen=True, slots=True)
-class Judgements:
-    """A judge's answers for n pairs: log-odds of yes over no, and features of the score token if it has any."""
+class TeacherScores:
+    """A teacher's answers for n pairs: log-odds of yes over no, and features of the score token if it has any."""
 
     log_odds: Float32[np.ndarray, " pairs"]
     features: Float32[np.ndarray, "pairs dim"] | None
@@ -46,45 +46,45 @@ class Judgements:
 
 
 @dataclass(frozen=True, slots=True)
-class PartlyJudged:
-    """What a judge had judged when an error ended its work; without an ``error``, all pairs.
+class PartialScores:
+    """What a teacher had scored when an error ended its work; without an ``error``, all pairs.
 
-    Of the ``judgements``, those of other pairs mean nothing; their counts are about what was done.
+    Of the ``scores``, those of other pairs mean nothing; their counts are about what was done.
     """
 
-    judgements: Judgements
-    is_judged: Bool[np.ndarray, " pairs"]
+    scores: TeacherScores
+    is_scored: Bool[np.ndarray, " pairs"]
     error: BaseException | None = None
 
-    def require_all(self) -> Judgements:
-        """The judgements of all pairs, or the error."""
+    def require_all(self) -> TeacherScores:
+        """The scores of all pairs, or the error."""
         if self.error is not None:
             raise self.error
-        return self.judgements
+        return self.scores
 
 
 @runtime_checkable
-class Judge(Protocol):
+class PairTeacher(Protocol):
     """A teacher of any kind, or another model that reads query and passage together."""
 
     @property
     def fingerprint(self) -> str:
-        """Equal if and only if two judges are the same."""
+        """Equal if and only if two teachers are the same."""
         ...
 
     def prompt_fingerprint(self, task: Task) -> str:
-        """Equal if and only if two judges ask the same question."""
+        """Equal if and only if two teachers ask the same question."""
         ...
 
-    def judge(
+    def score_pairs(
         self,
         pairs: Sequence[TextPair],
         task: Task,
         *,
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
-    ) -> Judgements:
-        """Judge pairs; the result is in their order.
+    ) -> TeacherScores:
+        """Score pairs; the result is in their order.
 
         Args:
             pairs: query text and full passage text.
@@ -96,48 +96,48 @@ class Judge(Protocol):
 
 
 @runtime_checkable
-class LastingJudge(Judge, Protocol):
-    """A judge whose answers cost money, or come from afar: an error must not lose those that came before it.
+class InterruptibleTeacher(PairTeacher, Protocol):
+    """A teacher whose answers cost money, or come from afar: an error must not lose those that came before it.
 
-    A class that inherits from it has ``judge`` by its ``judge_until_error``.
+    A class that inherits from it has ``score_pairs`` by its ``score_until_error``.
     """
 
-    def judge(
+    def score_pairs(
         self,
         pairs: Sequence[TextPair],
         task: Task,
         *,
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
-    ) -> Judgements:
-        """Judge pairs (``Judge.judge``); the first error is raised."""
-        return self.judge_until_error(pairs, task, with_features=with_features, advance=advance).require_all()
+    ) -> TeacherScores:
+        """Score pairs (``PairTeacher.score_pairs``); the first error is raised."""
+        return self.score_until_error(pairs, task, with_features=with_features, advance=advance).require_all()
 
-    def judge_until_error(
+    def score_until_error(
         self,
         pairs: Sequence[TextPair],
         task: Task,
         *,
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
-    ) -> PartlyJudged:
-        """Like ``judge``; an error or an interruption that comes after the first answer is not raised but returned."""
+    ) -> PartialScores:
+        """Like ``score_pairs``; an error or an interruption after the first answer is not raised but returned."""
         ...
 
 
-def judge_until_error(
-    judge: Judge,
+def score_until_error(
+    teacher: PairTeacher,
     pairs: Sequence[TextPair],
     task: Task,
     *,
     with_features: bool = False,
     advance: Callable[[int], None] | None = None,
-) -> PartlyJudged:
-    """Judge pairs (``Judge.judge``); what a ``LastingJudge`` has judged before an error is returned with it."""
-    if isinstance(judge, LastingJudge):
-        return judge.judge_until_error(pairs, task, with_features=with_features, advance=advance)
-    judgements = judge.judge(pairs, task, with_features=with_features, advance=advance)
-    return PartlyJudged(judgements, np.ones(len(pairs), np.bool_))
+) -> PartialScores:
+    """Score pairs (``PairTeacher.score_pairs``); what came before an error is returned with it."""
+    if isinstance(teacher, InterruptibleTeacher):
+        return teacher.score_until_error(pairs, task, with_features=with_features, advance=advance)
+    scores = teacher.score_pairs(pairs, task, with_features=with_features, advance=advance)
+    return PartialScores(scores, np.ones(len(pairs), np.bool_))
 
 
 def shared_steps(advance: Callable[[int], None] | None, number: int) -> Callable[[int], None]:
@@ -153,13 +153,13 @@ def shared_steps(advance: Callable[[int], None] | None, number: int) -> Callable
     return step
 
 
-def whole_queries(pairs: Sequence[TextPair], is_judged: Bool[np.ndarray, " pairs"]) -> Bool[np.ndarray, " pairs"]:
-    """Of the pairs that are judged, those of queries without any pair that is not."""
-    unfinished = {query for (query, _), judged in zip(pairs, is_judged, strict=True) if not judged}
+def whole_queries(pairs: Sequence[TextPair], is_scored: Bool[np.ndarray, " pairs"]) -> Bool[np.ndarray, " pairs"]:
+    """Of the pairs that are scored, those of queries without any pair that is not."""
+    unfinished = {query for (query, _), scored in zip(pairs, is_scored, strict=True) if not scored}
     return np.array([query not in unfinished for query, _ in pairs], np.bool_)
 
 
-def load_judge(config: TeacherConfig, *, device: str | None = None, dtype: str | None = None) -> Judge:
+def load_teacher(config: TeacherConfig, *, device: str | None = None, dtype: str | None = None) -> PairTeacher:
     """Load a teacher of any kind.
 
     Raises:
@@ -174,8 +174,8 @@ def load_judge(config: TeacherConfig, *, device: str | None = None, dtype: str |
     return config.load(device=device, dtype=dtype)
 
 
-def identify_judge(config: TeacherConfig) -> TeacherIdentity:
-    """The identity of ``load_judge(config)``, computed without loading the model.
+def identify_teacher(config: TeacherConfig) -> TeacherIdentity:
+    """The identity of ``load_teacher(config)``, computed without loading the model.
 
     Raises:
         ModelNotFoundError: there are no usable weights.
@@ -206,8 +206,8 @@ def recorded_teacher(config: TeacherConfig, lists: Path, data: Path | None = Non
     return config.model_copy(update={"recorded": recorded})
 
 
-def ranks_lists(teacher: Judge | TeacherConfig) -> bool:
-    """Whether log-odds compare only the passages of one query that were judged in one call: kind ``listwise``.
+def ranks_lists(teacher: PairTeacher | TeacherConfig) -> bool:
+    """Whether log-odds compare only the passages of one query that were scored in one call: kind ``listwise``.
 
     It is also true of an ensemble with such a member.
     """
@@ -216,24 +216,26 @@ def ranks_lists(teacher: Judge | TeacherConfig) -> bool:
     return bool(getattr(teacher, "ranks_lists", False))
 
 
-def judge_passages(judge: Judge, query: str, texts: Sequence[str], task: Task) -> tuple[NDArray[np.float64], int]:
+def score_passages(
+    teacher: PairTeacher, query: str, texts: Sequence[str], task: Task
+) -> tuple[NDArray[np.float64], int]:
     """The teacher's log-odds [n] of a query with passages, and how many passages it read only in part.
 
     Raises:
         ModelError: the teacher returned a log-odds value that is not finite.
     """
-    judgements = judge.judge([(query, text) for text in texts], task)
-    values = np.asarray(judgements.log_odds, np.float64)
+    scores = teacher.score_pairs([(query, text) for text in texts], task)
+    values = np.asarray(scores.log_odds, np.float64)
     if not np.isfinite(values).all():
         raise ModelError(f"the teacher's log-odds for the query {query!r} are not all finite; check the teacher")
-    return values, judgements.num_truncated
+    return values, scores.num_truncated
 
 
-def judges_only_recorded(teacher: TeacherConfig) -> bool:
+def scores_only_recorded(teacher: TeacherConfig) -> bool:
     """Whether a pair that was not recorded is undecided; also true of an ensemble with such a member."""
-    return any(member.judges_only_recorded for member in teacher.members)
+    return any(member.scores_only_recorded for member in teacher.members)
 
 
-def gives_grades(teacher: Judge) -> bool:
+def gives_grades(teacher: PairTeacher) -> bool:
     """Whether a pair that has an answer has a grade too: kind ``graded``, from an endpoint or recorded."""
     return bool(getattr(teacher, "gives_grades", False))

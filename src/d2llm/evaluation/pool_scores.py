@@ -1,4 +1,4 @@
-"""Judges each pair once: log-odds go to a label store, from which an interrupted call continues.
+"""Scores each pair once: log-odds go to a label store, from which an interrupted call continues.
 
 ``label``, ``mine``, ``gate``, ``ensemble_teachers`` and ``evaluate`` all use this module.
 """
@@ -21,16 +21,16 @@ from d2llm.core.types import Task
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.models.remote.kept_answers import KeptAnswers
 from d2llm.models.remote.limits import Limits
-from d2llm.models.teachers.judge import (
-    Judge,
-    Judgements,
-    PartlyJudged,
+from d2llm.models.teachers.pair_teacher import (
+    PairTeacher,
+    PartialScores,
+    TeacherScores,
     TextPair,
     asks_endpoint,
     gives_grades,
-    identify_judge,
-    judge_until_error,
+    identify_teacher,
     ranks_lists,
+    score_until_error,
 )
 from d2llm.recipe import LabellingConfig, TeacherConfig, TeacherIdentity
 from d2llm.runners.placement import HERE, Placement
@@ -42,7 +42,7 @@ _SHARD_SECONDS = 30.0  # the most work that can be lost if the process is killed
 
 @dataclass(frozen=True, slots=True)
 class QueryPairs:
-    """A query and its passages to judge; the Gram matrix of the teacher's features covers the first ``num_listed``."""
+    """A query and its passages to score; the Gram matrix of the teacher's features covers the first ``num_listed``."""
 
     query_id: str
     passage_ids: tuple[str, ...]
@@ -50,8 +50,8 @@ class QueryPairs:
 
 
 @dataclass(slots=True)
-class JudgingCounts:
-    """The number of pairs judged in this call, and sums of the counts in ``Judgements``."""
+class ScoringCounts:
+    """The number of pairs scored in this call, and sums of the counts in ``TeacherScores``."""
 
     pairs: int = 0
     truncated: int = 0
@@ -62,42 +62,42 @@ class JudgingCounts:
     cost: float = 0.0
 
     @classmethod
-    def count(cls, partly: PartlyJudged) -> JudgingCounts:
-        """The counts of one call to a judge."""
-        judgements = partly.judgements
+    def count(cls, partly: PartialScores) -> ScoringCounts:
+        """The counts of one call to a teacher."""
+        scores = partly.scores
         return cls(
-            int(partly.is_judged.sum()),
-            judgements.num_truncated,
-            judgements.num_tokens,
-            judgements.num_bounded,
-            judgements.num_undecided,
-            judgements.num_written_tokens,
-            judgements.cost,
+            int(partly.is_scored.sum()),
+            scores.num_truncated,
+            scores.num_tokens,
+            scores.num_bounded,
+            scores.num_undecided,
+            scores.num_written_tokens,
+            scores.cost,
         )
 
-    def add(self, other: JudgingCounts) -> None:
+    def add(self, other: ScoringCounts) -> None:
         """Add the counts of other pairs."""
         for each in fields(self):
             setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
 
 
 class Budget:
-    """What judging may cost by ``settings``; ``ended_by`` is the limit that was reached, if one was."""
+    """What scoring may cost by ``settings``; ``ended_by`` is the limit that was reached, if one was."""
 
     def __init__(self, settings: LabellingConfig, started: float) -> None:
         self._limits = Limits(settings.max_minutes, settings.max_tokens, settings.max_cost)
         self._started = started
         self.ended_by: str | None = None
 
-    def spend(self, queries: Iterable[QueryPairs], counts: JudgingCounts) -> Iterator[QueryPairs]:
-        """The queries, until a limit is reached; ``counts`` are updated while they are judged."""
+    def spend(self, queries: Iterable[QueryPairs], counts: ScoringCounts) -> Iterator[QueryPairs]:
+        """The queries, until a limit is reached; ``counts`` are updated while they are scored."""
         for query in queries:
             self.ended_by = self.ended_by or self._reached(counts)
             if self.ended_by is not None:
                 return
             yield query
 
-    def _reached(self, counts: JudgingCounts) -> str | None:
+    def _reached(self, counts: ScoringCounts) -> str | None:
         # Every call gets further, even if loading the teacher takes longer than it may.
         minutes = (time.monotonic() - self._started) / 60 if counts.pairs else 0.0
         limit = self._limits.reached(minutes, counts.tokens + counts.written_tokens, counts.cost)
@@ -106,7 +106,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class PairShard:
-    """Some queries with all their pairs, which are judged in one call; ``texts`` are those of the pairs, in order."""
+    """Some queries with all their pairs, which are scored in one call; ``texts`` are those of the pairs, in order."""
 
     queries: list[QueryPairs]
     texts: list[TextPair]
@@ -117,25 +117,25 @@ class PairShard:
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedShard:
+class ScoredShard:
     """The labels of a shard's queries, in order; those that there are if an ``error`` ended the work early."""
 
     labels: list[QueryLabels]
-    counts: JudgingCounts
+    counts: ScoringCounts
     error: BaseException | None = None
 
 
-def judge_shard(judge: Judge, shard: PairShard, advance: Callable[[int], None]) -> JudgedShard:
-    """Judge the pairs of a shard; ``advance`` is called with the number of pairs finished."""
+def score_shard(teacher: PairTeacher, shard: PairShard, advance: Callable[[int], None]) -> ScoredShard:
+    """Score the pairs of a shard; ``advance`` is called with the number of pairs finished."""
     with_features = any(query.num_listed for query in shard.queries)
-    partly = judge_until_error(judge, shard.texts, shard.task, with_features=with_features, advance=advance)
-    labels = _by_query(shard.queries, partly.judgements, partly.is_judged)
-    return JudgedShard(labels, JudgingCounts.count(partly), partly.error)
+    partly = score_until_error(teacher, shard.texts, shard.task, with_features=with_features, advance=advance)
+    labels = _by_query(shard.queries, partly.scores, partly.is_scored)
+    return ScoredShard(labels, ScoringCounts.count(partly), partly.error)
 
 
 @dataclass(frozen=True)
-class JudgeOnWorkers:
-    """A judge that only the workers of a cluster load; here it is known by its identity."""
+class TeacherOnWorkers:
+    """A teacher that only the workers of a cluster load; here it is known by its identity."""
 
     identity: TeacherIdentity
 
@@ -148,30 +148,30 @@ class JudgeOnWorkers:
         """That of the teacher's question."""
         return self.identity.prompts[task]
 
-    def judge(
+    def score_pairs(
         self,
         pairs: Sequence[TextPair],
         task: Task,
         *,
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
-    ) -> Judgements:
+    ) -> TeacherScores:
         """Raises an ``InputError``: it is not loaded here."""
         del pairs, task, with_features, advance
-        raise InputError("this teacher judges on the workers of a cluster and is not loaded in this process")
+        raise InputError("this teacher scores on the workers of a cluster and is not loaded in this process")
 
 
-def place_judge(
-    config: TeacherConfig, load: Callable[[], Judge], runner: Runner, *, device: str | None
-) -> tuple[Judge, Placement]:
+def place_teacher(
+    config: TeacherConfig, load: Callable[[], PairTeacher], runner: Runner, *, device: str | None
+) -> tuple[PairTeacher, Placement]:
     """A teacher, and where it works: on the workers of a cluster, which alone load it, or in this process.
 
     A teacher that asks an endpoint does so from this process. ``load`` loads the teacher; it must be picklable.
     """
     if runner.is_local or asks_endpoint(config):
         return load(), HERE
-    judge = JudgeOnWorkers(identify_judge(config))
-    return judge, Placement(runner, device, {judge.fingerprint: load}, {judge.fingerprint: config.num_gpus})
+    teacher = TeacherOnWorkers(identify_teacher(config))
+    return teacher, Placement(runner, device, {teacher.fingerprint: load}, {teacher.fingerprint: config.num_gpus})
 
 
 class LabelWriter:
@@ -210,15 +210,15 @@ class LabelWriter:
             lost = sum(len(item.passage_ids) for item in self._unwritten)
             raise InputError(
                 f"{self.labels.folder}: labels cannot be written ({error.strerror or error}). The shards written "
-                f"before are complete and are kept; the last {lost} pairs judged are lost. Free some space and run the "
+                f"before are complete and are kept; the last {lost} pairs scored are lost. Free some space and run the "
                 "same command again to continue"
             ) from error
         self._unwritten, self._last_written = [], time.monotonic()
         self.answers.clear()
 
 
-def judge_pairs(
-    judges: Workers[PairShard, JudgedShard],
+def label_pairs(
+    workers: Workers[PairShard, ScoredShard],
     queries: Iterable[QueryPairs],
     writer: LabelWriter,
     task: Task,
@@ -226,18 +226,18 @@ def judge_pairs(
     query_text: Callable[[str], str],
     passage_text: Callable[[str], str],
     advance: Callable[[int], None],
-    counts: JudgingCounts,
+    counts: ScoringCounts,
 ) -> None:
-    """Judge pairs that have no label yet, a few hundred at a time, write the labels, and update ``counts``.
+    """Score pairs that have no label yet, a few hundred at a time, write the labels, and update ``counts``.
 
-    ``judges`` do ``judge_shard``, here or elsewhere. ``queries`` are consumed lazily; ``query_text`` and
+    ``workers`` do ``score_shard``, here or elsewhere. ``queries`` are consumed lazily; ``query_text`` and
     ``passage_text`` return the text of an id; ``advance`` is called with the number of pairs finished. The
-    labels of all that was judged are written, whatever ends the work early: an endpoint that fails, Ctrl-C, a time
+    labels of all that was scored are written, whatever ends the work early: an endpoint that fails, Ctrl-C, a time
     limit. A process that is killed leaves the answers of an endpoint in the store's folder, for the next.
 
     Raises:
         InputError: a shard or an answer cannot be written.
-        ModelError: some of the judge's log-odds are not numbers, or it cannot be asked any more.
+        ModelError: some of the teacher's log-odds are not numbers, or it cannot be asked any more.
     """
     shards = (
         PairShard(chunk, [(query_text(q.query_id), passage_text(p)) for q in chunk for p in q.passage_ids], task)
@@ -245,11 +245,11 @@ def judge_pairs(
     )
     with writer.answers.used():
         try:
-            for judged in judges.map(shards, advance):
-                counts.add(judged.counts)
-                writer.add(judged.labels)
-                if judged.error is not None:
-                    raise judged.error
+            for scored in workers.map(shards, advance):
+                counts.add(scored.counts)
+                writer.add(scored.labels)
+                if scored.error is not None:
+                    raise scored.error
         finally:
             writer.write()
 
@@ -260,7 +260,7 @@ def gram_matrix(features: Float32[np.ndarray, "m dim"]) -> Float32[np.ndarray, "
     return directions @ directions.T
 
 
-def with_rate(advance: Advance, counts: JudgingCounts | None = None) -> Callable[[int], None]:
+def with_rate(advance: Advance, counts: ScoringCounts | None = None) -> Callable[[int], None]:
     """Wrap ``advance`` so that the progress bar also shows the pairs per second since this call, and the cost so far.
 
     ``counts`` are updated while the work goes on.
@@ -281,7 +281,7 @@ def with_rate(advance: Advance, counts: JudgingCounts | None = None) -> Callable
 class PoolScores:
     """Scores by query_id and passage_id.
 
-    Of the ``num_new`` pairs judged now, ``num_truncated`` were truncated and ``num_undecided`` got no answer.
+    Of the ``num_new`` pairs scored now, ``num_truncated`` were truncated and ``num_undecided`` got no answer.
     ``ungraded`` are the passages to which a teacher of grades gave none, now or before, by query_id.
     """
 
@@ -296,7 +296,7 @@ class PoolScores:
         """The notes for a report on truncated and undecided pairs, if there are any."""
         counts = {"were truncated": self.num_truncated, "are undecided (log-odds 0)": self.num_undecided}
         return tuple(
-            f"{number:,} of {self.num_new:,} pairs judged now {what}" for what, number in counts.items() if number
+            f"{number:,} of {self.num_new:,} pairs scored now {what}" for what, number in counts.items() if number
         )
 
 
@@ -311,7 +311,7 @@ def interleaved(rankings: Sequence[Sequence[str]], depth: int) -> list[str]:
 
 
 def label_pool(
-    judge: Judge,
+    teacher: PairTeacher,
     pool: Pool,
     labels: LabelStore,
     task: Task,
@@ -321,22 +321,22 @@ def label_pool(
     title: str,
     placement: Placement = HERE,
     budget: Budget | None = None,
-    earlier: JudgingCounts | None = None,
-) -> JudgingCounts:
-    """Judge every pair of the pool and add the labels to an open store; ``judge_pool`` also reads them back.
+    earlier: ScoringCounts | None = None,
+) -> ScoringCounts:
+    """Score every pair of the pool and add the labels to an open store; ``score_pool`` also reads them back.
 
-    ``query_text`` and ``passage_text`` return the text of an id; ``placement`` says where the judge works. If the
-    ``budget`` is spent, some queries are left out; what was judged ``earlier`` counts too, and in the result. Errors
-    are those of ``judge_pairs`` and ``Placement.workers``.
+    ``query_text`` and ``passage_text`` return the text of an id; ``placement`` says where the teacher works. If the
+    ``budget`` is spent, some queries are left out; what was scored ``earlier`` counts too, and in the result. Errors
+    are those of ``label_pairs`` and ``Placement.workers``.
     """
     queries = [QueryPairs(query_id, tuple(passage_ids)) for query_id, passage_ids in pool.items() if passage_ids]
-    counts = replace(earlier) if earlier is not None else JudgingCounts()
+    counts = replace(earlier) if earlier is not None else ScoringCounts()
     if not queries:
         return counts
     num_pairs = sum(len(query.passage_ids) for query in queries)
-    with progress_bar(title, num_pairs) as advance, placement.workers(judge, judge_shard) as judges:
-        judge_pairs(
-            judges,
+    with progress_bar(title, num_pairs) as advance, placement.workers(teacher, score_shard) as workers:
+        label_pairs(
+            workers,
             queries if budget is None else budget.spend(queries, counts),
             LabelWriter(labels),
             task,
@@ -348,8 +348,8 @@ def label_pool(
     return counts
 
 
-def judge_pool(
-    judge: Judge,
+def score_pool(
+    teacher: PairTeacher,
     pool: Pool,
     query_texts: Mapping[str, str],
     passage_texts: Mapping[str, str],
@@ -361,15 +361,15 @@ def judge_pool(
     title: str,
     placement: Placement = HERE,
 ) -> PoolScores:
-    """Score every pair of the pool; pairs with a label in ``store`` or ``known`` are not judged again.
+    """Score every pair of the pool; pairs with a label in ``store`` or ``known`` are not scored again.
 
-    A teacher that ranks lists judges all passages of a query again if any is new, or if their labels are in two stores.
+    A teacher that ranks lists scores all passages of a query again if any is new, or if their labels are in two stores.
 
     ``query_texts`` and ``passage_texts`` map ids to texts. New labels are written to the label store in the folder
     ``store``; ``known`` is the folder of another store of the same data set (labels made for training), only read.
-    ``placement`` says where the judge works. Errors are those of ``label_pool``.
+    ``placement`` says where the teacher works. Errors are those of ``label_pool``.
     """
-    key = {"teacher": judge.fingerprint, "prompt": judge.prompt_fingerprint(task), "dataset": dataset}
+    key = {"teacher": teacher.fingerprint, "prompt": teacher.prompt_fingerprint(task), "dataset": dataset}
     labels = LabelStore(store, **key)
     earlier = LabelStore(known, **key) if known is not None else None
     scores: dict[str, dict[str, float]] = {
@@ -379,12 +379,12 @@ def judge_pool(
     for query_id, passage_ids in pool.items():
         not_here = labels.missing(query_id, passage_ids)
         nowhere = tuple(name for name in not_here if name not in scores[query_id])
-        if ranks_lists(judge):
+        if ranks_lists(teacher):
             is_known = not not_here or scores[query_id].keys() >= {*passage_ids}
             nowhere = () if is_known else tuple(passage_ids)
         missing[query_id] = nowhere
     counts = label_pool(
-        judge,
+        teacher,
         missing,
         labels,
         task,
@@ -397,7 +397,7 @@ def judge_pool(
     for query_id, passage_ids in pool.items():
         values = scores[query_id] | labels.log_odds(query_id)
         scores[query_id] = {passage_id: values[passage_id] for passage_id in passage_ids}
-        if gives_grades(judge):
+        if gives_grades(teacher):
             grades = (earlier.grades(query_id) if earlier is not None else {}) | labels.grades(query_id)
             ungraded[query_id] = frozenset(passage_ids) - grades.keys()
     return PoolScores(scores, counts.pairs, counts.truncated, counts.undecided, ungraded)
@@ -416,21 +416,22 @@ def _chunks(queries: Iterable[QueryPairs]) -> Iterator[list[QueryPairs]]:
 
 
 def _by_query(
-    queries: Sequence[QueryPairs], judgements: Judgements, is_judged: Bool[np.ndarray, " pairs"]
+    queries: Sequence[QueryPairs], scores: TeacherScores, is_scored: Bool[np.ndarray, " pairs"]
 ) -> list[QueryLabels]:
-    """Split the judgements of a chunk by query; one with features is left out unless all its pairs are judged."""
-    log_odds, features, grades = judgements.log_odds, judgements.features, judgements.grades
+    """Split the scores of a chunk by query; one with features is left out unless all its pairs are scored."""
+    log_odds, features, grades = scores.log_odds, scores.features, scores.grades
     labels: list[QueryLabels] = []
     start = 0
     for query in queries:
-        judged = start + np.flatnonzero(is_judged[start : start + len(query.passage_ids)])
+        rows = start + np.flatnonzero(is_scored[start : start + len(query.passage_ids)])
         gram = None
         if features is not None and query.num_listed:
-            judged = judged if len(judged) == len(query.passage_ids) else judged[:0]
+            rows = rows if len(rows) == len(query.passage_ids) else rows[:0]
             gram = gram_matrix(features[start : start + query.num_listed])
-        if len(judged):
-            passage_ids = tuple(query.passage_ids[place - start] for place in judged.tolist())
-            own = None if grades is None else grades[judged]
-            labels.append(QueryLabels(query.query_id, passage_ids, log_odds[judged], gram, own))
+        if len(rows):
+            passage_ids = tuple(query.passage_ids[row - start] for row in rows.tolist())
+            labels.append(
+                QueryLabels(query.query_id, passage_ids, log_odds[rows], gram, None if grades is None else grades[rows])
+            )
         start += len(query.passage_ids)
     return labels
