@@ -101,7 +101,7 @@ class TestFinishedRun:
     def test_pairs_judged_by_the_filter_are_not_judged_again(self, finished_run):
         _, _, result = finished_run
         filter_report = result["filter"]["everyday"]
-        assert filter_report["teacher"]["judged"] >= 12 + filter_report["num_hard_negatives"]
+        assert filter_report["teacher"]["scored"] >= 12 + filter_report["num_hard_negatives"]
         assert result["label"]["pairs"] == filter_report["num_easy_negatives"]
         assert result["label"]["finished_pairs"] == 12 + filter_report["num_hard_negatives"]
 
@@ -230,7 +230,7 @@ class TestSeparateSteps:
         run = tmp_path / "run"
         _, first = succeed_with_report("mine", *arguments, folder=tmp_path)
         untuned = mined_plan(run).manifest["teacher"]
-        assert first["result"]["everyday"]["teacher"]["judged"] > 0
+        assert first["result"]["everyday"]["teacher"]["scored"] > 0
         succeed("tune-teacher", *arguments)
         succeed("mine", *arguments, "--again")
         teacher = manifest(run / "teacher")["fingerprint"]
@@ -284,7 +284,7 @@ class TestSeparateSteps:
         assert "teacher" not in mined_plan(tmp_path / "run").manifest
         succeed("tune-teacher", *arguments)
         _, report = succeed_with_report("run", *arguments, folder=tmp_path)
-        assert report["result"]["filter"]["everyday"]["teacher"]["judged"] > 0
+        assert report["result"]["filter"]["everyday"]["teacher"]["scored"] > 0
         assert (
             filtered_plan(tmp_path / "run").manifest["teacher"] == manifest(tmp_path / "run" / "teacher")["fingerprint"]
         )

@@ -62,7 +62,7 @@ def test_the_teacher_margin_saves_its_judgements_as_labels(place, reports, tmp_p
     run = tmp_path / "run"
     _, report = succeed_with_report("mine", recipe, "--out", run, "--dtype", "float32", folder=tmp_path)
     mined = report["result"]["everyday"]
-    assert mined["teacher"]["judged"] >= 12 + mined["num_hard_negatives"]
+    assert mined["teacher"]["scored"] >= 12 + mined["num_hard_negatives"]
     _, report = succeed_with_report("label", recipe, "--out", run, "--dtype", "float32", folder=tmp_path)
     # Positives and hard negatives were judged while mining; only the easy negatives are left to judge.
     full = [entry for entry in read_run_plan(run).entries if len(entry.hard_negatives) == 3]
@@ -72,7 +72,7 @@ def test_the_teacher_margin_saves_its_judgements_as_labels(place, reports, tmp_p
         odds = labels.log_odds(entry.query_id)
         assert max(odds[p] for p in entry.hard_negatives) <= odds[entry.positives[0]]
     _, report = succeed_with_report("mine", recipe, "--out", run, "--again", "--dtype", "float32", folder=tmp_path)
-    assert report["result"]["everyday"]["teacher"]["judged"] == 0
+    assert report["result"]["everyday"]["teacher"]["scored"] == 0
 
 
 def _label_key(run):

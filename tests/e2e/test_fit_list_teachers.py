@@ -53,10 +53,10 @@ def run_fit(folder: Path, student: Path, writer: LocalEndpoint, *teacher: object
     return succeed_with_report(*arguments, *endpoint, *teacher, folder=folder)[1]["result"]
 
 
-def judged_labels(folder: Path, teacher: TeacherConfig) -> dict[str, dict[str, float]]:
+def taught_labels(folder: Path, teacher: TeacherConfig) -> dict[str, dict[str, float]]:
     """The log-odds that the fit's student learnt from, by the texts of query and passage."""
     identity = identify_teacher(teacher)
-    (run,) = (folder / "docs.search" / "work").glob("run-*-judged")
+    (run,) = (folder / "docs.search" / "work").glob("run-*-taught")
     assert json.loads((run / "student" / "manifest.json").read_text())["teacher"] == identity.fingerprint
     key = {"teacher": identity.fingerprint, "prompt": identity.prompts["asymmetric"], "dataset": "written"}
     labels = LabelStore.open_for_reading(run / "labels", **key)
@@ -90,7 +90,7 @@ def test_a_graded_teacher_reviews_the_queries_and_teaches_the_student(
     assert report["rejected"]["not answered"] > 0  # a query with few words of its passage
     assert report["num_kept"] > 0
     assert report["notes"] == []
-    for query, passages in judged_labels(folder, named_teacher(str(folder / "graded.toml"))).items():
+    for query, passages in taught_labels(folder, named_teacher(str(folder / "graded.toml"))).items():
         for passage, log_odds in passages.items():
             assert log_odds == pytest.approx((grade(query, passage) - 70) / 12, abs=1e-5)
 
@@ -112,7 +112,7 @@ def test_recorded_grades_make_the_same_fit(
         name: report[name] for name in ("num_kept", "rejected", "data", "notes")
     }
     live = named_teacher(str(folder / "graded.toml"))
-    assert judged_labels(tmp_path, recorded_teacher(teacher, lists)) == judged_labels(folder, live)
+    assert taught_labels(tmp_path, recorded_teacher(teacher, lists)) == taught_labels(folder, live)
 
 
 def test_a_listwise_teacher_compares_and_rejects_nothing(tmp_path: Path, student: Path, writer: LocalEndpoint) -> None:
@@ -120,7 +120,7 @@ def test_a_listwise_teacher_compares_and_rejects_nothing(tmp_path: Path, student
         report = run_fit(tmp_path, student, writer, "--teacher", file)
         assert all(len(judged_lists(request)[1]) > 1 for request in endpoint.requests[1:] if "zorb" in request.prompt)
     assert "not answered" not in report["rejected"]
-    for query, passages in judged_labels(tmp_path, named_teacher(str(file))).items():
+    for query, passages in taught_labels(tmp_path, named_teacher(str(file))).items():
         best_first = sorted(passages, key=lambda passage: -passages[passage])
         shared = [shared_words(query, passage) for passage in best_first]
         assert shared == sorted(shared, reverse=True)
