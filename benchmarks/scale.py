@@ -36,8 +36,8 @@ from scaling.stores import build, chroma_search, lance_searches
 from d2llm import Student
 from d2llm.core.types import TASKS, Task
 from d2llm.retrieval.build_ann import MIN_PASSAGES, build_ann
+from d2llm.retrieval.local_segment import LocalSegment
 from d2llm.store.index_store import IndexStore
-from d2llm.store.view import PassageView
 
 STUDENT = "d2llm-minilm"
 PART = 100_000  # passages in comparisons that need no more
@@ -143,7 +143,7 @@ class Run:
         inverted.train(held[np.sort(np.random.default_rng(0).choice(size, min(size, 40 * num_lists), replace=False))])
         inverted.add(held)
         self.result["faiss_ivf"] = {"lists": num_lists, "build_cpu_s": time.process_time() - begin}
-        view = PassageView(store)
+        view = LocalSegment(store)
         self.result["searches"] = {}
         for task in TASKS:
             queries = self.queries[task]

@@ -27,11 +27,9 @@ from scaling.corpus import SHARES, Corpus, KnownVectors, read_real, write_json
 from scaling.data_sets import DATA, require
 from scaling.stores import build
 
-from d2llm import Student
+from d2llm import Index, Student
 from d2llm.core.types import Query, ScoreFeature
 from d2llm.retrieval.search import Searcher, SearchSettings
-from d2llm.store.index_store import IndexStore
-from d2llm.store.view import PassageView
 
 STUDENT = "d2llm-minilm"
 WORDS: dict[ScoreFeature, float] = {"bm25": 0.1, "bm25_fraction": 2.0}  # as on squad-sent; only the time counts
@@ -62,13 +60,14 @@ def measure(student: Student, passages: int, num_real: int, num_queries: int, ca
             window_vectors="int3",
             token_vectors="int4",
         )
-        view = PassageView(IndexStore.open(folder))
+        index = Index.open(folder)
+        view = index.unsharded_view
         assert view.windows is not None
         assert view.tokens is not None
         windows = int(view.windows.counts(view.live_rows()).sum()) / passages
         tokens = int(view.tokens.counts(view.live_rows()).sum()) / passages
         searchers = {
-            name: Searcher(view, known, SearchSettings(task="asymmetric", **kind)) for name, kind in KINDS.items()
+            name: Searcher(index.view, known, SearchSettings(task="asymmetric", **kind)) for name, kind in KINDS.items()
         }
         for searcher in searchers.values():
             searcher.rank([Query("0", task_queries.texts[0])])  # one-time work is not counted

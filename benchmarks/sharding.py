@@ -33,10 +33,10 @@ from d2llm import Student
 from d2llm.core.files import folder_bytes
 from d2llm.core.types import Query, ScoreFeature
 from d2llm.models.backbone import EncodedTexts
-from d2llm.retrieval.protocols import SearchView
+from d2llm.retrieval.local_segment import open_view
 from d2llm.retrieval.search import Searcher, SearchSettings
+from d2llm.retrieval.segments import IndexView
 from d2llm.retrieval.shard import shard
-from d2llm.store.sharded_view import open_view
 from d2llm.store.shards import Storage
 
 STUDENT = "d2llm-minilm"
@@ -54,7 +54,7 @@ KINDS: dict[str, dict[str, Any]] = {
 class Pair:
     """A kind of search in one index and in its shards: their times and results, query by query."""
 
-    def __init__(self, views: list[SearchView], student: KnownVectors, num_queries: int, **kind: Any) -> None:
+    def __init__(self, views: list[IndexView], student: KnownVectors, num_queries: int, **kind: Any) -> None:
         self.num_queries = num_queries
         self._searchers = [Searcher(view, student, SearchSettings(task="asymmetric", **kind)) for view in views]
         self._ms: list[list[float]] = [[], []]
@@ -112,7 +112,7 @@ def measure(student: Student, args: argparse.Namespace, work: Path) -> dict[str,
     begin, processor = time.perf_counter(), time.process_time()
     report = shard(one, several, args.shards)
     seconds, processor = time.perf_counter() - begin, time.process_time() - processor
-    views: list[SearchView] = [open_view(Storage.open(folder)) for folder in (one, several)]
+    views: list[IndexView] = [open_view(Storage.open(folder)) for folder in (one, several)]
     pairs: dict[str, Pair] = {}
     for name, kind in KINDS.items():
         number = min(args.proofs or len(texts), len(texts)) if kind.get("exact") else len(texts)

@@ -43,6 +43,7 @@ from d2llm.core.types import Passage, Query, ScoreFeature
 from d2llm.data.beir import read_beir
 from d2llm.models.score_features import FeatureWeights
 from d2llm.retrieval.build_ann import ITERATIONS, MIN_PASSAGES, NUM_QUERIES, build_ann, num_samples
+from d2llm.retrieval.local_segment import open_view
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.sizing.index_bytes import StudentFacts, index_parts
 from d2llm.sizing.measure import measure_speeds
@@ -51,7 +52,7 @@ from d2llm.sizing.search_time import AnnFacts, search_stages, total_ms
 from d2llm.sizing.speeds import Speed, Speeds, TeacherSpeed
 from d2llm.sizing.texts import TextFacts, read_text_facts
 from d2llm.store.index_store import IndexStore
-from d2llm.store.view import PassageView
+from d2llm.store.shards import Storage
 from d2llm.store.word_files import SEGMENT_ROWS
 
 STUDENT = "d2llm-minilm"
@@ -163,7 +164,7 @@ def times(
     approximate: bool,
 ) -> dict[str, float]:
     """Median milliseconds of a core for each kind of search of an encoded query, with reading the texts of results."""
-    view = PassageView(store)
+    view = open_view(Storage.single(store))
     settings = {name: SearchSettings(task="asymmetric", score_features=terms) for name, terms in kinds.items()}
     if approximate:
         settings["approximate"] = SearchSettings(task="asymmetric", score_features={}, sources=("ann",))

@@ -47,11 +47,9 @@ from scaling.data_sets import DATA, require
 from scaling.stores import build
 from size import KINDS, STUDENT
 
-from d2llm import Student
+from d2llm import Index, Student
 from d2llm.core.types import Query
 from d2llm.retrieval.search import Searcher, SearchSettings
-from d2llm.store.index_store import IndexStore
-from d2llm.store.view import PassageView
 
 POLICIES = {"one": (False, False), "shortest": (True, False), "hedged": (False, True), "both": (True, True)}
 SCORE_FEATURES = Path(__file__).parent / "results" / "score-features.json"
@@ -68,7 +66,7 @@ def measured_times(passages: int, num_queries: int, rounds: int) -> NDArray[np.f
         folder = Path(place) / "index"
         build(folder, Corpus(real, vectors, passages, longer=2), known, "bfloat16", token_vectors="int4")
         weights = KINDS["words and vectors of tokens"]
-        searcher = Searcher(PassageView(IndexStore.open(folder)), known, SearchSettings(score_features=weights))
+        searcher = Searcher(Index.open(folder).view, known, SearchSettings(score_features=weights))
         searcher.rank([Query("0", texts[0])])  # one-time work is not counted
         kept: list[float] = []
         for text in texts * rounds:

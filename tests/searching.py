@@ -8,14 +8,15 @@ from typing import Any
 from d2llm.core.types import Ranking
 from d2llm.data.python_records import QueryLike
 from d2llm.retrieval.expansion import Expansion
-from d2llm.retrieval.protocols import SearchStudent, SearchView
+from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.reranker import OpenReranker
 from d2llm.retrieval.search import Searcher
+from d2llm.retrieval.segments import IndexView
 from d2llm.retrieval.settings import SearchSettings
 
 
 def search(
-    index: SearchView,
+    index: IndexView,
     student: SearchStudent,
     queries: Iterable[QueryLike],
     settings: SearchSettings | None = None,

@@ -14,11 +14,13 @@ from d2llm import Student
 from d2llm.core.types import Query, ScoreFeature, Task
 from d2llm.ops.selection import top_rows
 from d2llm.retrieval.exact_search import CachedBounds, certified_top_k
+from d2llm.retrieval.local_segment import LocalSegment
 from d2llm.retrieval.search import Searcher, SearchSettings
+from d2llm.retrieval.segments import IndexView
 from d2llm.store.ann import AnnSearch
 from d2llm.store.scan import RowScan
+from d2llm.store.shards import Storage
 from d2llm.store.vector_formats import make_format
-from d2llm.store.view import PassageView
 from scaling.array_view import ArrayView, passage_bounds
 from scaling.corpus import BLOCK, KnownVectors, Queries
 
@@ -68,12 +70,13 @@ def true_rankings(
 
 
 def our_searches(
-    view: PassageView, student: Student, known: KnownVectors, task_queries: Queries, task: Task
+    view: LocalSegment, student: Student, known: KnownVectors, task_queries: Queries, task: Task
 ) -> dict[str, Search]:
     """The searches of a store. "whole" includes everything that a user waits for except encoding, also the texts.
 
     Searches that count words rank differently from the truth they are compared with: only their time is meaningful.
     """
+    index = IndexView(Storage.single(view.store), [view])
     dot_queries = student.query_vectors(task_queries.vectors, task)
     cached = CachedBounds(passage_bounds(view, student))
     queries = [Query(str(number), text) for number, text in enumerate(task_queries.texts)]
@@ -92,7 +95,7 @@ def our_searches(
         return certified_top_k(view, student, task_queries.vectors[number], task, TOP_K, cached=cached).rows.tolist()
 
     def whole(**settings: Any) -> Search:
-        searcher = Searcher(view, known, SearchSettings(task=task, top_k=TOP_K, **settings), cached=cached)
+        searcher = Searcher(index, known, SearchSettings(task=task, top_k=TOP_K, **settings), cached=cached)
         return lambda number: [_row(place.passage.id) for place in searcher.rank([queries[number]])[0].passages]
 
     searches: dict[str, Search] = {

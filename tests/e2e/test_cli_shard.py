@@ -47,7 +47,7 @@ def test_the_page_runs_as_written(folder):
     assert "0 problems" in outputs["index docs.shards verify"].stderr
     assert "shards" in outputs["index docs.shards stats"].stdout
     sharded = Index.open("docs.shards")
-    assert (len(sharded), len(sharded.view.shards)) == (len(SENTENCES), 4)
+    assert (len(sharded), len(sharded.view.segments)) == (len(SENTENCES), 4)
     (best,) = sharded.search("who looks after the bees?", top_k=1).passages
     assert best.passage.id == "bees"
     expected = ranking("docs.index", SENTENCES[7], folder)

@@ -114,7 +114,7 @@ class TestFirstRun:
         assert report.num_passages == len(corpus.passages)
         index = Index.open(demo_folder / "d2llm").view
         assert index.ids(index.live_rows()) == [passage.id for passage in corpus.passages]
-        assert index.store.manifest["student_source"] == student
+        assert index.storage.manifest["student_source"] == student
         assert report.sizes.vector_per_passage == 2 * 384
         assert report.sizes.index > report.num_passages * 2 * 2 * 384
         assert report.sizes.per_passage == pytest.approx(report.sizes.index / report.num_passages, rel=0.01)

@@ -95,5 +95,5 @@ def test_a_shard_may_go_and_come_back(sharded: Path):
 
 def test_the_tiny_index_has_passages_in_every_shard(sharded: Path):
     view = Index.open(sharded).view
-    assert [len(part) > 5 for part in view.shards] == [True] * 3
+    assert [len(part) > 5 for part in view.segments] == [True] * 3
     assert len(view) == len(tiny_passages())

@@ -13,11 +13,10 @@ from d2llm.core.types import Passage
 from d2llm.models.score_features import FeatureWeights, WordsFactor
 from d2llm.retrieval import exact_search
 from d2llm.retrieval.index import Index
+from d2llm.retrieval.local_segment import LocalSearch, LocalSegment
+from d2llm.retrieval.segments import IndexView
 from d2llm.retrieval.shard import shard
-from d2llm.retrieval.shard_search import ShardSearch
 from d2llm.store.bm25 import WordIndex
-from d2llm.store.sharded_view import ShardedView
-from d2llm.store.view import PassageView
 from examples import examples
 from searching import search
 from sharded_index import WORDS, BoundedStudent, random_passages, results_of
@@ -43,7 +42,7 @@ def pair(request, tmp_path_factory):
         index.delete_documents(["d2"])
     assert len(one) == len(several)
     assert several.verify().problems == []
-    sizes = [len(view) for view in several.view.shards]
+    sizes = [len(view) for view in several.view.segments]
     assert len(sizes) == request.param
     return one, several
 
@@ -154,16 +153,17 @@ def test_several_queries_and_explanations_are_those_of_one_index(pair):
                     assert mine.explanation.source_ranks["vectors"] == other.explanation.source_ranks["vectors"]
 
 
-class RemoteShardView(PassageView):
+class RemoteSegment(LocalSegment):
     """A shard that is searched as if it were in another process: certificates wait until all shards are asked."""
 
+    is_remote = True
     all_asked: Barrier
 
-    def begin_search(self, student, settings, task, weights, *, is_exact):
-        return WaitingShardSearch(self, student, settings, task, weights, is_exact=is_exact)
+    def begin_search(self, student, settings, task, weights, *, is_exact, cached):
+        return WaitingSearch(self, student, settings, task, weights, is_exact=is_exact)
 
 
-class WaitingShardSearch(ShardSearch):
+class WaitingSearch(LocalSearch):
     def certify(self, query, top_k, **options):
         self.view.all_asked.wait(timeout=30)
         return super().certify(query, top_k, **options)
@@ -180,12 +180,12 @@ def test_an_exact_search_asks_remote_shards_at_the_same_time(pair, text, top_k, 
     student = BoundedStudent()
     student.bound = bound
     several = Index.open(pair[1].folder, student)
-    remote = ShardedView(
+    remote = IndexView(
         several.storage,
-        [RemoteShardView(store, corpus=lambda: remote.word_statistics) for store in several.storage.stores],
+        [RemoteSegment(store, corpus=lambda: remote.word_statistics) for store in several.storage.stores],
     )
-    asked = Barrier(len(remote.shards))
-    for view in remote.shards:
+    asked = Barrier(len(remote.segments))
+    for view in remote.segments:
         view.all_asked = asked
     options = {"exact": True, "top_k": top_k, "score_features": {"bm25": 0.7}}
     expected = several.search(text, **options)
@@ -205,7 +205,7 @@ def test_an_exact_search_asks_remote_shards_at_the_same_time(pair, text, top_k, 
 def test_shards_after_the_first_score_less(pair):
     """What the first shards found spares the others work; on their own they would need a proof of three places each."""
     several = pair[1]
-    if len(several.view.shards) != 4:
+    if len(several.view.segments) != 4:
         pytest.skip("needs shards of some size")
     student = BoundedStudent()
     student.bound = 0.01

@@ -41,7 +41,7 @@ class FailingStudent(FakeStudent):
 
 def contents(folder):
     """The manifest of the index, and its passages with their vectors."""
-    index = Index.open(folder).view
+    index = Index.open(folder).unsharded_view
     rows = index.live_rows()
     vectors = [vector.tolist() for vector in index.vectors(rows)]
     return index.store.manifest, list(zip(index.passages(rows), vectors, strict=True))
@@ -55,7 +55,7 @@ def test_vectors_texts_and_report(tmp_path):
     assert index.view.passages(rows) == PASSAGES
     expected = student.encode_passages([passage.full_text for passage in PASSAGES])
     np.testing.assert_array_equal(index.view.vectors(rows), expected.vectors)
-    index = index.view
+    index = index.unsharded_view
     assert index.task == "symmetric"
     # Untitled: 5 words. Titled: "title n" + 5 = 7 words, of which 6 are read. 11 of 23 have a title.
     assert (report.num_passages, report.num_truncated, report.num_tokens) == (23, 11, 12 * 5 + 11 * 6)

@@ -139,7 +139,7 @@ class TestSearch:
     def test_scores_are_vector_scores_plus_score_features(self, index):
         (plain,) = search(index.view, FakeStudent(), ["rare gem"], sources=("vectors", "bm25"))
         wordy = index.search("rare gem")
-        score_features = RowFeatures(index.view, "rare gem", WEIGHTS, None)
+        score_features = RowFeatures(index.unsharded_view, "rare gem", WEIGHTS, None)
         feature_scores = {
             name: float(score_features(index.view.rows([name]))[0]) for name in ("p0", "p1", "p2", "p3", "p4")
         }
@@ -201,7 +201,9 @@ class TestSearch:
             own = student.score(vector[0], index.view.vectors(rows), "asymmetric")
             nearest = (index.view.vectors(rows) @ student.query_vectors(vector, "asymmetric")[0]).max()
             assert abs(NEAREST_SLOPE * nearest) < 9
-            score_features = RowFeatures(index.view, query, WEIGHTS, None)(rows) * np.exp(NEAREST_SLOPE * nearest)
+            score_features = RowFeatures(index.unsharded_view, query, WEIGHTS, None)(rows) * np.exp(
+                NEAREST_SLOPE * nearest
+            )
             expected = {f"p{n}": score for n, score in zip(admitted, own + score_features, strict=True)}
             ranking = index.search(query, explain=True, **options)
             scores = {hit.passage.id: hit.score for hit in ranking.passages}

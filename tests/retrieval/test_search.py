@@ -83,7 +83,9 @@ def test_plain_text_queries_get_numbers_as_ids(index, student):
 
 def test_only_the_candidates_are_scored(index, student):
     (ranking,) = search(index, student, QUERIES[:1], top_k=2, num_candidates=2)
-    dot_queries = index.scan(student.query_vectors(student.encode_queries(QUERIES[:1]).vectors, "asymmetric")[0], 2)
+    dot_queries = index.segments[0].scan(
+        student.query_vectors(student.encode_queries(QUERIES[:1]).vectors, "asymmetric")[0], 2
+    )
     assert {passage_id for passage_id, _ in pairs(ranking)} == set(index.ids(dot_queries.rows))
 
 

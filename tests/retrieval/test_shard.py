@@ -44,7 +44,7 @@ def three(made, tmp_path):
 def contents(index):
     """Passages with their vectors and parts, by id."""
     values = {}
-    for view in index.view.shards:
+    for view in index.view.segments:
         rows = view.live_rows()
         windows, tokens = view.windows.take(rows), view.tokens.take(rows)
         ends = [np.cumsum(counts) for _, counts in (windows, tokens)]
@@ -62,7 +62,7 @@ def test_nothing_is_lost_or_encoded(made):
     one, three = Index.open(folder / "one", STUDENT), Index.open(folder / "three", STUDENT)
     assert contents(three) == contents(one)
     assert (report.num_passages, report.num_shards, report.num_resumed) == (len(one), 3, 0)
-    sizes = [len(view) for view in three.view.shards]
+    sizes = [len(view) for view in three.view.segments]
     assert (report.fewest, report.most) == (min(sizes), max(sizes))
     assert three.chunking == Chunking(64)
     assert three.verify().problems == []
@@ -73,7 +73,7 @@ def test_nothing_is_lost_or_encoded(made):
 def test_a_document_stays_together_and_its_shard_is_stable(made):
     three = Index.open(made[0] / "three", STUDENT)
     places = {}
-    for number, view in enumerate(three.view.shards):
+    for number, view in enumerate(three.view.segments):
         for passage in view.passages(view.live_rows()):
             places.setdefault(passage.document_id or passage.id, set()).add(number)
             assert shard_of(passage.id, passage.document_id, 3) == number
@@ -116,7 +116,7 @@ def test_vectors_stored_once_or_twice_in_any_number_of_shards(tmp_path, copies):
     shard(tmp_path / "i", tmp_path / "s", 12)  # some are empty
     several = Index.open(tmp_path / "s", FakeStudent())
     assert several.stats().vector_copies == copies
-    assert min(len(view) for view in several.view.shards) == 0
+    assert min(len(view) for view in several.view.segments) == 0
     assert results_of(several.search("apple", top_k=20)) == results_of(index.search("apple", top_k=20))
     shard(tmp_path / "s", tmp_path / "again", 2)
     again = Index.open(tmp_path / "again", FakeStudent())
@@ -164,7 +164,7 @@ def test_an_approximate_index_in_each_shard(tmp_path, monkeypatch):
     for store in index.storage.stores:
         build_ann(store, STUDENT, recall=0.9, depth=3)
     index.refresh()
-    assert all(view.ann is not None for view in index.view.shards)
+    assert all(view.ann is not None for view in index.view.segments)
     assert index.stats().ann_passages == len(index)
     exact = dict(results_of(index.search("apple pear", sources=("vectors",), score_features={}, top_k=99)))
     found = results_of(index.search("apple pear", sources=("ann",), score_features={}, top_k=4, num_candidates=4))
@@ -247,7 +247,7 @@ class TestBadInput:
         assert (missing.number, missing.address) == (1, "shard-0001")
         assert "is missing" in missing.problem
         whole = Index.open(made[0] / "three", STUDENT)
-        there = [passage for number in (0, 2) for passage in whole.view.shards[number].list_passages(limit=99)]
+        there = [passage for number in (0, 2) for passage in whole.view.segments[number].list_passages(limit=99)]
         assert sorted(passage_id for passage_id, _ in results_of(ranking)) == sorted(there)
         index.search("apple", neighbours=1)
         with pytest.raises(InputError, match="cannot be changed while shard 1 is missing"):
@@ -259,16 +259,16 @@ class TestBadInput:
 
     @pytest.mark.parametrize("step", ["propose", "score", "certify"])
     def test_a_shard_that_fails_during_a_search(self, three, monkeypatch, step):
-        from d2llm.retrieval.shard_search import ShardSearch
+        from d2llm.retrieval.local_segment import LocalSearch
 
-        original = getattr(ShardSearch, step)
+        original = getattr(LocalSearch, step)
 
         def fails(shard, *arguments, **options):
             if shard.view.store.folder.name == "shard-0002":
                 raise OSError(5, "Input/output error")
             return original(shard, *arguments, **options)
 
-        monkeypatch.setattr(ShardSearch, step, fails)
+        monkeypatch.setattr(LocalSearch, step, fails)
         exact = step == "certify"
         with pytest.raises(OSError, match="Input/output"):
             Index.open(three, STUDENT).search("apple", exact=exact)

@@ -66,7 +66,7 @@ def test_each_part_is_as_large_as_predicted(built):
 
 def test_the_memory_of_a_view_is_as_predicted(built):
     index, plan, parts = built
-    view = index.view
+    view = index.unsharded_view
     assert parts[f"vectors, {plan.vector_format}"].memory == view.capacity * view.format.code_size
     assert parts["texts and ids"].memory == 0
     words = view.words
@@ -133,5 +133,5 @@ def test_words_that_passages_lack_are_counted(student, tmp_path):
     parts = {part.part: part for part in index_parts(plan, facts, read, NUM, approximate=False)}
     more = folder_bytes(with_words.folder) - folder_bytes(without.folder)
     assert parts["words that passages lack"].disk == pytest.approx(more, rel=0.25)
-    grown = with_words.view.words.num_bytes - without.view.words.num_bytes
+    grown = with_words.unsharded_view.words.num_bytes - without.unsharded_view.words.num_bytes
     assert parts["words that passages lack"].memory == pytest.approx(grown, rel=0.05)

@@ -65,7 +65,7 @@ def expected_scores(index, text, names):
 def stored_scores(index, text, names):
     student = index.student
     dot_query = student.query_vectors(student.encode_queries([text]).vectors, "asymmetric")[0]
-    return index.view.best_windows(dot_query, index.view.rows(names)).tolist()
+    return index.unsharded_view.best_windows(dot_query, index.view.rows(names)).tolist()
 
 
 def assert_windows(index, names=tuple(TEXTS)):
@@ -75,7 +75,7 @@ def assert_windows(index, names=tuple(TEXTS)):
 
 
 def test_each_passage_has_the_windows_of_its_text(index):
-    counts = index.view.windows.counts(index.view.rows(list(TEXTS))).tolist()
+    counts = index.unsharded_view.windows.counts(index.view.rows(list(TEXTS))).tolist()
     assert counts[:4] == [0, 0, 2, 0]
     assert counts[4] == 6
     assert counts[5] > 10  # an overlong sentence is cut
@@ -116,7 +116,7 @@ def test_windows_follow_updates_deletions_and_compaction(index):
     assert_windows(index, remaining)
     index.compact(dense=True)
     assert_windows(index, remaining)
-    assert index.view.capacity == len(remaining)
+    assert index.unsharded_view.capacity == len(remaining)
     index.upsert(passages(later="One. Two. Three. Four."))
     assert_windows(index, [*remaining, "later"])
     assert index.verify().problems == []
@@ -180,7 +180,7 @@ def test_damage_is_found_and_repaired(index, name, damage):
 
 
 def test_a_version_from_before_a_repair_has_no_windows(index):
-    old_view = index.view
+    old_view = index.unsharded_view
     (index.folder / "window-places-0.bin").unlink()
     # There is nothing to encode, so the missing file is not noticed.
     index.upsert([Passage("short", TEXTS["short"], metadata={"year": 1})])

@@ -47,12 +47,12 @@ def expected_scores(index, text, names):
 
 def assert_tokens(index, names=tuple(TEXTS)):
     query = index.student.words("a rare gem")
-    stored = index.view.best_tokens(query / query.size, index.view.rows(names))
+    stored = index.unsharded_view.best_tokens(query / query.size, index.view.rows(names))
     np.testing.assert_allclose(stored, expected_scores(index, "a rare gem", names), rtol=1e-5, atol=1e-6)
 
 
 def test_each_passage_has_the_tokens_of_its_text(index):
-    counts = index.view.tokens.counts(index.view.rows(list(TEXTS))).tolist()
+    counts = index.unsharded_view.tokens.counts(index.view.rows(list(TEXTS))).tolist()
     assert counts == [5, 6, 0, 3, 50]
     assert_tokens(index)
     facts = index.stats()

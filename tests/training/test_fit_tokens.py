@@ -90,7 +90,7 @@ def test_tokens_of_late_chunks_have_seen_the_whole_text(trained, tmp_path):
     assert student.encode_chunks([(WholeText(text), [(0, 5)])]).tokens is None
     index = Index.create(tmp_path / "late", student, token_vectors="int8")
     index.upsert_documents([Passage("d", f"{text} " * 4), Passage("short", "Red.")], Chunking(32, late=True))
-    counts = index.view.tokens.counts(index.view.live_rows())
+    counts = index.unsharded_view.tokens.counts(index.view.live_rows())
     assert len(counts) > 2
     assert counts.min() > 0
     assert index.verify().problems == []

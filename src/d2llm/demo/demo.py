@@ -226,7 +226,7 @@ def _earlier(target: Path, student: SearchStudent) -> Index | None:
         return None
     try:
         index = Index.open(target, student)
-        index.view.check_student(student.fingerprint)
+        index.storage.check_student(student.fingerprint)
     except (DataFormatError, IndexMismatchError):
         return None  # encode fails if the folder must not be replaced
     return index

@@ -32,15 +32,16 @@ from d2llm.models.backbone import EncodedTexts
 from d2llm.ops.fusion import reciprocal_rank_fusion
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index, part_formats
+from d2llm.retrieval.local_segment import LocalSegment
 from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint
 from d2llm.retrieval.query_preparation import ENCODED_AT_ONCE
 from d2llm.retrieval.reranker import OpenReranker
 from d2llm.retrieval.search import Searcher, SearchSettings
+from d2llm.retrieval.segments import IndexView
 from d2llm.retrieval.text_workers import encode_shard, encode_texts
 from d2llm.runners.placement import HERE, Placement
 from d2llm.store.bm25 import WordIndex, rank_passages
 from d2llm.store.index_manifest import FORMAT_VERSION
-from d2llm.store.view import PassageView
 
 RankedIds = tuple[tuple[str, float], ...]
 """Passage ids with their scores, best first."""
@@ -419,7 +420,7 @@ class RetrievalWork:
         index: Index,
         settings: SearchSettings,
         *,
-        view: PassageView | None = None,
+        view: LocalSegment | None = None,
         trial: Trial | None = None,
         rerank: OpenReranker | None = None,
         passages_per_second: float | None = None,
@@ -430,7 +431,7 @@ class RetrievalWork:
         encoding speed.
         """
         searched = view or index.unsharded_view
-        searcher = Searcher(searched, index.student, settings, rerank=rerank)
+        searcher = Searcher(IndexView(index.storage, [searched]), index.student, settings, rerank=rerank)
         queries = (trial or self.trial).queries
         encoded = None
         if settings.instruction is None:  # workers encode plain queries

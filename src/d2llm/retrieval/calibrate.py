@@ -16,8 +16,9 @@ from d2llm.data.python_records import QueryLike
 from d2llm.models.score_features import FeatureWeights
 from d2llm.models.teachers.pair_teacher import RANKING_TEACHER, PairTeacher, ranks_lists
 from d2llm.ops.rereading import StudentError, calibrate_error
-from d2llm.retrieval.protocols import SearchStudent, SearchView
+from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.search import Searcher
+from d2llm.retrieval.segments import IndexView
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.side_files import ERRORS_FILE
@@ -26,7 +27,7 @@ _ERRORS = TypeAdapter(dict[str, StudentError])
 
 
 def measure_error(
-    index: SearchView,
+    index: IndexView,
     student: SearchStudent,
     teacher: PairTeacher,
     queries: Iterable[QueryLike] | QueryLike,

@@ -2,7 +2,7 @@
 
 ``propose`` returns at most ``top_k`` rows, best first; ``dot_query`` [dim] is the query's vector for inner products,
 ``words`` are its words, if they were weighted already. The ``name`` of a source appears in explanations. To add one,
-write a class like those below and create it in ``ShardSearch``.
+write a class like those below and create it in ``LocalSearch``.
 """
 
 from __future__ import annotations

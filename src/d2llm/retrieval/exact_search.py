@@ -32,7 +32,7 @@ from d2llm.ops.selection import check_scores, from_the_highest, top_rows
 from d2llm.retrieval.protocols import VectorStudent
 from d2llm.retrieval.row_features import RowFeatures
 from d2llm.retrieval.row_scorer import RowScorer
-from d2llm.store.sharded_view import joint_rows
+from d2llm.retrieval.segments import joint_rows
 from d2llm.store.view import PassageView
 
 _PASS_ROWS = 8_192  # block size of the pass over all vectors: 12 MB in float32 at width 384
@@ -62,11 +62,11 @@ class CachedBounds:
 
     def __init__(self, values: NDArray[np.float32] | None = None) -> None:
         self.values = values
-        self._shards: dict[int, CachedBounds] = {}
+        self._segments: dict[int, CachedBounds] = {}
 
-    def of_shard(self, place: int) -> CachedBounds:
-        """The cache for one of the shards of a view; that of the first is this one."""
-        return self._shards.setdefault(place, CachedBounds()) if place else self
+    def of_segment(self, place: int) -> CachedBounds:
+        """The cache for one of the segments of an index; that of the first is this one."""
+        return self._segments.setdefault(place, CachedBounds()) if place else self
 
     def keep(self, values: NDArray[np.float32]) -> None:
         """Keep the values of all rows; if all are 1, as without gates, they take no memory."""
@@ -314,20 +314,20 @@ def _ranked(
 def merge_certified(
     parts: Mapping[int, CertifiedRows], top_k: int, ids_of: Callable[[NDArray[np.int64]], Sequence[str]]
 ) -> CertifiedRows:
-    """The top ``top_k`` of several shards from those of each, as joint rows, with the proof that follows from theirs.
+    """The top ``top_k`` of several segments from those of each, as joint rows, with the proof that follows from theirs.
 
-    A passage that a shard has left out is not among the best of all if it is not among the best ``top_k`` of its shard.
-    If a shard has not proved all of its places (a budget, or a floor), its passages that were not scored have scores of
-    at most ``highest_bound_left``, so that what is above all these bounds is certain.
+    A passage that a segment has left out is not among the best of all if it is not among the best ``top_k`` of its
+    segment. If a segment has not proved all of its places (a budget, or a floor), its passages that were not scored
+    have scores of at most ``highest_bound_left``, so that what is above all these bounds is certain.
 
     Args:
-        parts: what ``certified_top_k`` gave for each shard, with the same ``top_k``, by the place of the shard.
+        parts: what ``certified_top_k`` gave for each segment, with the same ``top_k``, by the place of the segment.
         top_k: length of the ranking.
         ids_of: returns the ids of joint rows.
     """
     if list(parts) == [0]:
         return parts[0]
-    rows = np.concatenate([np.zeros(0, np.int64), *(joint_rows(shard, part.rows) for shard, part in parts.items())])
+    rows = np.concatenate([np.zeros(0, np.int64), *(joint_rows(segment, part.rows) for segment, part in parts.items())])
     scores = np.concatenate([np.zeros(0, np.float32), *(part.scores for part in parts.values())])
     places = top_rows(scores, top_k, lambda chosen: ids_of(rows[chosen]))
     best = scores[places]

@@ -35,7 +35,10 @@ from d2llm.core.types import (
     Task,
 )
 from d2llm.data.python_records import PassageLike, QueryLike, is_one_query, one_query_of, passages_of
-from d2llm.retrieval.protocols import SearchStudent, SearchView, expansion_fingerprint, task_for
+from d2llm.retrieval.exact_search import CachedBounds
+from d2llm.retrieval.local_segment import LocalSegment, open_view
+from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint, task_for
+from d2llm.retrieval.segments import IndexView
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.index_manifest import find_index
 from d2llm.store.index_spec import IndexSpec, StoredSpec
@@ -45,10 +48,8 @@ from d2llm.store.part_vectors import EncodedParts
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.sharded_inspection import stats_of_all, verify_all
-from d2llm.store.sharded_view import open_view
 from d2llm.store.shards import Storage
 from d2llm.store.side_files import Chunking, read_chunking, repeats_text
-from d2llm.store.view import PassageView
 
 # Reading an index without searching it requires neither torch nor a student, so these are imported where they are used.
 if TYPE_CHECKING:
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
     from d2llm.retrieval.build_ann import AnnReport
     from d2llm.retrieval.chunking import Chunker
     from d2llm.retrieval.context import AnswerContext
-    from d2llm.retrieval.exact_search import CachedBounds
     from d2llm.retrieval.expansion import Expansion
     from d2llm.retrieval.reading import EncodedPassages
     from d2llm.retrieval.reranker import RerankerLike
@@ -360,14 +360,14 @@ class Index:
         return first
 
     @property
-    def unsharded_view(self) -> PassageView:
-        """``view`` of an index that is not sharded, for what needs all vectors in one file.
+    def unsharded_view(self) -> LocalSegment:
+        """The only segment of an index that is not sharded, for what needs all vectors in one file.
 
         Raises:
             InputError: it is sharded.
         """
         _ = self.store
-        return cast("PassageView", self.view)
+        return cast("LocalSegment", self.view.segments[0])
 
     @cached_property
     def student(self) -> SearchStudent:
@@ -390,14 +390,12 @@ class Index:
         return student
 
     @cached_property
-    def view(self) -> SearchView:
+    def view(self) -> IndexView:
         """The version of the index that this object reads."""
         return open_view(self.storage)
 
     @cached_property
     def _cached_bounds(self) -> CachedBounds:
-        from d2llm.retrieval.exact_search import CachedBounds
-
         return CachedBounds()
 
     def refresh(self) -> None:

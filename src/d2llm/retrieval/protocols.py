@@ -1,4 +1,4 @@
-"""What a search needs of an index and of a student. ``Student`` has it all; another class may begin as a
+"""What a search needs of a student. ``Student`` has it all; another class may begin as a
 ``PlainStudent``.
 
 The protocol of teachers is ``models.teachers.pair_teacher.PairTeacher``.
@@ -8,66 +8,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.types import PART_KINDS, MissingShard, PartKind, Task, WholeText, default_task
+from d2llm.core.types import PART_KINDS, PartKind, Task, WholeText, default_task
 from d2llm.models.document_expansion import DocumentExpansion
 from d2llm.models.plain_student import PairScorer
 from d2llm.models.quality import PassageQuality
 from d2llm.models.score_features import FeatureWeights
-from d2llm.store.sharded_view import ReadableView
 
 if TYPE_CHECKING:
     from d2llm.models.backbone import EncodedTexts, TextKind
     from d2llm.models.late_chunking import EncodedChunks
-    from d2llm.store.sharded_view import ShardView
-    from d2llm.store.view import CandidateRows
 
 
 _log = logging.getLogger(__name__)
-
-
-class SearchView(ReadableView, Protocol):
-    """One version of an index, sharded (``ShardedView``) or not (``PassageView``), as searches and readers use it.
-
-    Rows are those of the index, or of all its shards (``joint_rows``).
-    """
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the index."""
-        ...
-
-    @property
-    def shards(self) -> Sequence[ShardView]:
-        """The parts that are searched one by one."""
-        ...
-
-    @property
-    def missing(self) -> Sequence[MissingShard]:
-        """Shards that could not be opened, and are not searched."""
-        ...
-
-    @property
-    def num_shards(self) -> int | None:
-        """Number of shards, missing ones included; None if the index is not sharded."""
-        ...
-
-    def check_student(self, fingerprint: str) -> None:
-        """Raise an ``IndexMismatchError`` unless the student with this fingerprint made the vectors."""
-        ...
-
-    def rows(self, ids: Sequence[str]) -> NDArray[np.int64]:
-        """The rows of the passages with these ids, in their order."""
-        ...
-
-    def match(self, text: str, top_k: int, filter: str | None = None) -> CandidateRows:  # noqa: A002
-        """The best passages of a query text by BM25, best first, ties by id."""
-        ...
 
 
 class TextEncoder(Protocol):

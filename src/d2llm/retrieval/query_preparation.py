@@ -16,10 +16,10 @@ from d2llm.core.types import Query, QueryExpansion, Task
 from d2llm.data.python_records import QueryLike, queries_of
 from d2llm.models.score_features import FeatureWeights
 from d2llm.retrieval.expansion import Expansion, add_hypothetical_passages
+from d2llm.retrieval.local_segment import SegmentQuery
 from d2llm.retrieval.protocols import SearchStudent
-from d2llm.retrieval.searched_shards import Missing, SearchedShards
+from d2llm.retrieval.searched_segments import Missing, SearchedSegments
 from d2llm.retrieval.settings import SearchSettings
-from d2llm.retrieval.shard_search import ShardQuery
 from d2llm.store.view import CandidateRows
 
 ENCODED_AT_ONCE = 256
@@ -37,18 +37,18 @@ class PreparedQuery:
     It is not frozen: it is prepared in several steps, and its ranking adds to ``seconds`` and ``missing``.
 
     Attributes:
-        sent: the query as shards get it.
+        sent: the query as segments get it.
         dot_is_score: whether its candidates' inner products are their final scores.
         depth: how many candidates each source proposes at first.
-        scanned: by shard, the query's candidates from a scan shared with other queries, to that depth.
+        scanned: by segment, the query's candidates from a scan shared with other queries, to that depth.
         seconds: time by stage, as in a ranking.
         truncated: whether the query is longer than the student reads.
-        missing: by shard, why it gave no answer to this query.
+        missing: by segment, why it gave no answer to this query.
         expansion: what a language model added to the query, or None.
         rephrasings: other queries with its meaning, prepared like this one.
     """
 
-    sent: ShardQuery
+    sent: SegmentQuery
     dot_is_score: bool
     depth: int
     scanned: Mapping[int, CandidateRows]
@@ -69,7 +69,7 @@ class QueryPreparation:
 
     def __init__(
         self,
-        shards: SearchedShards,
+        segments: SearchedSegments,
         student: SearchStudent,
         settings: SearchSettings,
         task: Task,
@@ -78,10 +78,10 @@ class QueryPreparation:
         *,
         may_skip_score: bool,
     ) -> None:
-        self._shards, self._student, self._settings = shards, student, settings
+        self._segments, self._student, self._settings = segments, student, settings
         self._task: Task = task
         self._weights, self._expansion = weights, expansion
-        only_vectors = not weights and shards.sources in (["vectors"], ["ann"])
+        only_vectors = not weights and segments.sources in (["vectors"], ["ann"])
         self._may_skip_score = may_skip_score and only_vectors and student.has_dot
 
     def prepare(
@@ -203,24 +203,24 @@ class QueryPreparation:
         """Queries ready to be ranked, after one shared scan for all of them if the exact scan is a source."""
         begin = time.perf_counter()
         missing: Missing = {}
-        words = self._shards.words(queries, missing)
-        sent = [ShardQuery(*parts) for parts in zip(queries, vectors, dots, tokens, words, strict=True)]
+        words = self._segments.words(queries, missing)
+        sent = [SegmentQuery(*parts) for parts in zip(queries, vectors, dots, tokens, words, strict=True)]
         are_scores = [self._dot_is_score(one) for one in sent]
         score_seconds = (time.perf_counter() - begin) / len(queries)
         begin = time.perf_counter()
         # A scan orders rows by inner product. If the inner products are the scores, it need not go deeper than the
         # ranking.
-        sources, depth = self._shards.sources, self._settings.ranking_depth
+        sources, depth = self._segments.sources, self._settings.ranking_depth
         if not ("vectors" in sources and all(are_scores)):
             depth = max(depth, math.ceil(self._settings.num_candidates / max(len(sources), 1)))
-        scans = self._shards.scan_together(dots, depth, missing)
+        scans = self._segments.scan_together(dots, depth, missing)
         scan_seconds = (time.perf_counter() - begin) / len(queries)
         for number, (one, is_score) in enumerate(zip(sent, are_scores, strict=True)):
-            scanned = {shard_number: candidates[number] for shard_number, candidates in scans.items()}
+            scanned = {place: candidates[number] for place, candidates in scans.items()}
             seconds = {"encode": encode_seconds, "candidates": scan_seconds, "score": score_seconds}
             yield PreparedQuery(one, is_score, depth, scanned, seconds, missing=dict(missing))
 
-    def _dot_is_score(self, sent: ShardQuery) -> bool:
+    def _dot_is_score(self, sent: SegmentQuery) -> bool:
         """Whether the candidates' inner products are their final scores and nothing else changes their order."""
         if not self._may_skip_score:
             return False

@@ -20,7 +20,8 @@ from d2llm.models.teachers.pair_teacher import PairTeacher, load_teacher
 from d2llm.ops.rereading import StudentError
 from d2llm.recipe.kinds import SectionOfKind
 from d2llm.recipe.recipe_file import named_section, named_teacher
-from d2llm.retrieval.protocols import SearchStudent, SearchView
+from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.segments import IndexView
 
 _MARGIN = 1.0  # between the passages that were read and the others, so that none of them tie
 
@@ -156,7 +157,7 @@ class OpenReranker(ABC):
 
     settings: Reranker
 
-    def for_index(self, index: SearchView, student: SearchStudent, task: Task) -> OpenReranker:
+    def for_index(self, index: IndexView, student: SearchStudent, task: Task) -> OpenReranker:
         """The reranker for searches of an index; raises a ``D2LLMError`` if it cannot rerank what the student finds."""
         del index, student, task
         return self

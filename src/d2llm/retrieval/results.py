@@ -22,9 +22,9 @@ from d2llm.core.types import (
     Span,
 )
 from d2llm.ops.diversity import DiverseResults
-from d2llm.retrieval.protocols import SearchView
 from d2llm.retrieval.reranker import Reranked
 from d2llm.retrieval.row_features import FeatureParts
+from d2llm.retrieval.segments import IndexView
 from d2llm.store.view import CandidateRows
 
 
@@ -136,7 +136,7 @@ def group_passages(
 
 
 def show(
-    index: SearchView,
+    index: IndexView,
     query: Query,
     dot_query: NDArray[np.float32] | None,
     order: Order,
@@ -170,7 +170,7 @@ def show(
 
 
 def _documents(
-    index: SearchView, order: Order, documents: Sequence[GroupedDocument], shown: int
+    index: IndexView, order: Order, documents: Sequence[GroupedDocument], shown: int
 ) -> list[RankedDocument]:
     others = [document.places[1:shown] for document in documents]
     flat = np.array([place for places in others for place in places], np.int64)
@@ -186,7 +186,7 @@ def _documents(
     ]
 
 
-def with_neighbours(index: SearchView, places: Sequence[RankedPassage], distance: int) -> tuple[RankedPassage, ...]:
+def with_neighbours(index: IndexView, places: Sequence[RankedPassage], distance: int) -> tuple[RankedPassage, ...]:
     """Each result with the passages up to ``distance`` positions before and after it in its document."""
     around: dict[str, list[Passage]] = {}
     for passage in index.neighbours([place.passage for place in places], distance):

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from d2llm.core.errors import IndexMismatchError, InputError
 from d2llm.core.types import PART_NAMES, ScoreFeature, Task
 from d2llm.models.score_features import FeatureWeights
-from d2llm.retrieval.protocols import SearchStudent, SearchView
+from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.segments import IndexView
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.view import PassageView
 from d2llm.store.word_segment import QueryWords
@@ -118,7 +119,7 @@ def mean_of_cosines(tokens: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def weights_for(
-    index: SearchView,
+    index: IndexView,
     student: SearchStudent,
     task: Task,
     requested: FeatureWeights | Mapping[ScoreFeature, float] | None = None,

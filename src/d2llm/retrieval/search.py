@@ -1,4 +1,4 @@
-"""Searching an index: candidates of all its shards get the full score, and the best of them are the results."""
+"""Searching an index: candidates of all its segments get the full score, and the best of them are the results."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from d2llm.ops.same_statement import Statement
 from d2llm.ops.selection import check_scores, top_rows
 from d2llm.retrieval.exact_search import CachedBounds
 from d2llm.retrieval.expansion import Expansion
-from d2llm.retrieval.protocols import SearchStudent, SearchView
+from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.query_preparation import PreparedQuery, QueryPreparation, Tokens
 from d2llm.retrieval.reranker import Candidates, OpenReranker, rerank_candidates
 from d2llm.retrieval.results import Order, ScoredCandidates, group_passages, rerank_report, show
 from d2llm.retrieval.row_features import weights_for
-from d2llm.retrieval.searched_shards import Missing, SearchedShards
+from d2llm.retrieval.searched_segments import Missing, SearchedSegments
+from d2llm.retrieval.segments import IndexView
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.view import CandidateRows
 
@@ -37,13 +38,13 @@ _WIDENED = 4  # factor for the number of candidates, if these belong to too few 
 class Searcher:
     """Searches an index, many times: work that does not depend on the queries is done once.
 
-    Every shard of the index does its part (``ShardSearch``), in threads. ``weights`` are those of the score features in
-    the scores.
+    Every segment of the index does its part (``LocalSearch``), in threads. ``weights`` are those of the score features
+    in the scores.
     """
 
     def __init__(
         self,
-        index: SearchView,
+        index: IndexView,
         student: SearchStudent,
         settings: SearchSettings | None = None,
         *,
@@ -71,7 +72,7 @@ class Searcher:
             MismatchError: the reranker is for another student.
         """
         self.settings = settings = settings or SearchSettings()
-        index.check_student(student.fingerprint)
+        index.storage.check_student(student.fingerprint)
         self._index = index
         self._task: Task = settings.task or index.task
         self.weights = weights_for(index, student, self._task, settings.score_features)
@@ -79,7 +80,7 @@ class Searcher:
         self._exact = settings.exact or (by_vectors and not student.has_dot)
         _check_stages(settings, rerank, expansion, is_exact=self._exact)
         self._rerank = None if rerank is None else rerank.for_index(index, student, self._task)
-        self._shards = SearchedShards(
+        self._segments = SearchedSegments(
             index,
             student,
             settings,
@@ -93,7 +94,7 @@ class Searcher:
         in_order = rerank is None and settings.hybrid is None and not rephrases
         self._in_students_order = in_order and settings.group == "passage"
         self._preparation = QueryPreparation(
-            self._shards,
+            self._segments,
             student,
             settings,
             self._task,
@@ -127,7 +128,7 @@ class Searcher:
         if tokens is not None and any(own is None for own in tokens):
             tokens = None
         prepared = self._preparation.prepare(queries, vectors=vectors, tokens=tokens)
-        return [self._shards.retrying_without_lost(partial(self._shown, one)) for one in prepared]
+        return [self._segments.retrying_without_lost(partial(self._shown, one)) for one in prepared]
 
     def rank_ids(
         self,
@@ -149,7 +150,7 @@ class Searcher:
         rankings: list[IdRanking] = []
         prepared = self._preparation.prepare(queries, vectors=vectors, tokens=tokens, title=title)
         for position, one in enumerate(prepared):
-            order = self._shards.retrying_without_lost(partial(self._order, one))
+            order = self._segments.retrying_without_lost(partial(self._order, one))
             passages = tuple(zip(self._index.ids(order.rows), order.shown_scores, strict=True))
             rankings.append(IdRanking(one.query, passages, one.truncated or position in cut))
         return rankings
@@ -157,7 +158,7 @@ class Searcher:
     def _order(self, prepared: PreparedQuery) -> Order:
         depth, deepest = prepared.depth, math.inf
         if self.settings.max_num_candidates is not None:
-            num_proposals = max(len(self._shards.sources), 1) * (1 + len(prepared.rephrasings))
+            num_proposals = max(len(self._segments.sources), 1) * (1 + len(prepared.rephrasings))
             deepest = self.settings.max_num_candidates // num_proposals
         while True:
             scored = self._candidates(prepared, depth)
@@ -171,7 +172,7 @@ class Searcher:
         query, seconds = prepared.query, prepared.seconds
         order = self._order(prepared)
         begin = time.perf_counter()
-        explained = self._shards.score_features(prepared.sent, order.rows) if self.settings.explain else None
+        explained = self._segments.score_features(prepared.sent, order.rows) if self.settings.explain else None
         passages = show(
             self._index,
             query,
@@ -200,8 +201,8 @@ class Searcher:
             selection=order.selection,
             expansion=prepared.expansion,
             missing_shards=tuple({shard.number: shard for shard in missing}.values()),
-            num_shards=self._index.num_shards,
-            sources=tuple(self._shards.sources),
+            num_shards=self._index.storage.num_shards,
+            sources=tuple(self._segments.sources),
         )
 
     def _candidates(self, prepared: PreparedQuery, depth: int) -> ScoredCandidates:
@@ -221,8 +222,8 @@ class Searcher:
     def _proposals(self, prepared: PreparedQuery, depth: int, missing: Missing) -> dict[str, CandidateRows]:
         """What each source proposes for one phrasing of a query, which then knows how near the nearest passage is."""
         scanned = prepared.scanned if depth == prepared.depth else {}
-        proposals = self._shards.propose(prepared.sent, depth, missing, scanned)
-        prepared.sent = self._shards.with_nearest(prepared.sent, proposals, missing)
+        proposals = self._segments.propose(prepared.sent, depth, missing, scanned)
+        prepared.sent = self._segments.with_nearest(prepared.sent, proposals, missing)
         return proposals
 
     def _score(self, prepared: PreparedQuery, proposals: Mapping[str, CandidateRows], depth: int) -> ScoredCandidates:
@@ -234,7 +235,7 @@ class Searcher:
         # Sorted rows are read from disk sequentially; the final order is made later.
         rows = np.unique(np.concatenate([proposal.rows for proposal in proposals.values()]))
         phrasings = (prepared, *prepared.rephrasings)
-        rows, all_scores = self._shards.score([one.sent for one in phrasings], rows, prepared.missing)
+        rows, all_scores = self._segments.score([one.sent for one in phrasings], rows, prepared.missing)
         for one, scores in zip(phrasings, all_scores, strict=True):
             check_scores(scores, one.query.id)
         is_all = all(len(proposal.rows) < depth for proposal in proposals.values())
@@ -245,7 +246,7 @@ class Searcher:
     ) -> ScoredCandidates:
         top_k = self.settings.ranking_depth if self._in_students_order else depth
         try:
-            certified = self._shards.certify(prepared.sent, top_k, prepared.missing)
+            certified = self._segments.certify(prepared.sent, top_k, prepared.missing)
         except ModelError as error:
             raise ModelError(f"query {prepared.query.id!r}: {error}") from error
         # It only proves the student's order of passages.
@@ -254,7 +255,7 @@ class Searcher:
         # BM25's proposals in a fusion need not be among the student's best.
         proposed = np.concatenate([np.zeros(0, np.int64), *(proposal.rows for proposal in proposals.values())])
         others = np.setdiff1d(proposed, certified.rows)
-        others, (more,) = self._shards.score([prepared.sent], others, prepared.missing)
+        others, (more,) = self._segments.score([prepared.sent], others, prepared.missing)
         rows, scores = np.concatenate([certified.rows, others]), np.concatenate([certified.scores, more])
         return ScoredCandidates(rows, scores, certified.certificate.num_scored, proposals, certificate, is_all)
 

@@ -20,7 +20,8 @@ from d2llm.models.hub import find_student
 from d2llm.models.student import Student
 from d2llm.models.student_files import read_student_manifest
 from d2llm.retrieval.index import find_source
-from d2llm.retrieval.protocols import SearchView, task_for
+from d2llm.retrieval.protocols import task_for
+from d2llm.retrieval.segments import IndexView
 from d2llm.runners.runner import find_runner
 from d2llm.server import corpus_routes, native, page_routes
 from d2llm.server.dialects import DIALECTS
@@ -205,7 +206,7 @@ def _watch(serving: Serving, telemetry: Telemetry) -> None:
         telemetry.watch_student("", partial(student_of, None))
 
 
-def _view_of(index: ServedIndex) -> SearchView:
+def _view_of(index: ServedIndex) -> IndexView:
     return index.version.view
 
 

@@ -21,17 +21,19 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import D2LLMError, ShardAwayError
-from d2llm.core.types import MissingShard, PartKind, Task
+from d2llm.core.types import Task
 from d2llm.models.score_features import FeatureWeights
 from d2llm.models.student import Student
 from d2llm.retrieval.cosine import DotScorer
+from d2llm.retrieval.exact_search import CachedBounds
 from d2llm.retrieval.protocols import VectorStudent
+from d2llm.retrieval.segments import IndexView
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.runners.ray_cluster import import_ray, last_line, own_versions, require_room, task_error
 from d2llm.server.settings import ServeSettings
@@ -40,7 +42,6 @@ from d2llm.store.filters import parse_filter
 from d2llm.store.inspection import IndexStats
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.sharded_inspection import sum_stats
-from d2llm.store.sharded_view import ShardedView
 from d2llm.store.shards import Storage
 from d2llm.store.view import CandidateRows
 from d2llm.store.word_segment import WordStatistics
@@ -101,9 +102,6 @@ class _Shard:
 
     def is_ready(self, version: int) -> bool:
         return any(version in replica.ready for replica in self.replicas)
-
-    def missing(self, error: Exception | str) -> MissingShard:
-        return MissingShard(self.desired.number, self.desired.record.address, str(error))
 
     def call(self, version: int, method: str, *args: Any, **options: Any) -> Any:
         """What a replica answers: the one with the fewest calls, or, if it fails, the next.
@@ -187,16 +185,16 @@ class _Shard:
 
 
 def _in_actor(name: str) -> Any:
-    """A method of ``PassageView`` for ``RemoteShardView``, called where the shard is."""
+    """A method of ``PassageView`` for ``RemoteSegment``, called where the shard is."""
 
-    def call(self: RemoteShardView, *args: Any, **options: Any) -> Any:
+    def call(self: RemoteSegment, *args: Any, **options: Any) -> Any:
         return self.shard.call(self.version, "read", self.corpus(), name, *args, **options)
 
     return call
 
 
 def _step_in_actor(name: str) -> Any:
-    """A method of ``ShardSearch`` for ``_RemoteSearch``, called where the shard is."""
+    """A method of ``LocalSearch`` for ``_RemoteSearch``, called where the shard is."""
 
     def call(self: _RemoteSearch, *args: Any, **options: Any) -> Any:
         view = self.view
@@ -205,18 +203,22 @@ def _step_in_actor(name: str) -> Any:
     return call
 
 
-class RemoteShardView:
-    """One version of a shard that actors hold (``store.sharded_view.ShardView``, ``RemoteShard``)."""
+class RemoteSegment:
+    """One version of a shard that actors hold (``retrieval.segments.Segment``)."""
 
-    def __init__(self, shard: _Shard, manifest: dict[str, Any], corpus: Callable[[], WordStatistics]) -> None:
+    is_remote = True
+
+    def __init__(self, shard: _Shard, corpus: Callable[[], WordStatistics]) -> None:
+        """``corpus`` gives the statistics of the words of all shards that have been opened."""
         self.shard = shard
         self.version = shard.desired.version
-        self.dim: int = manifest["dim"]
-        self.task: Task = manifest["task"]
-        self.student_fingerprint: str = manifest["student"]
-        self.token_projection: str | None = manifest["token_projection"]
         self.corpus = corpus
         self._latest: ShardFacts | None = shard.facts.get(self.version)
+
+    @property
+    def away(self) -> str | None:
+        """Why no replica answers now; None if one does."""
+        return None if self.shard.is_ready(self.version) else str(self.shard.error or "it is being started")
 
     @property
     def facts(self) -> ShardFacts:
@@ -225,12 +227,7 @@ class RemoteShardView:
         return self._latest or ShardFacts(self.shard.desired.record.num_passages)
 
     @property
-    def has_facts(self) -> bool:
-        """Whether the shard has been opened."""
-        return self.facts is self._latest
-
-    @property
-    def own_words(self) -> RemoteShardView:
+    def own_words(self) -> RemoteSegment:
         """This: it has the methods that are needed of the words."""
         return self
 
@@ -251,11 +248,6 @@ class RemoteShardView:
         """The metadata fields that a filter may name."""
         return self.facts.metadata
 
-    @property
-    def part_kinds(self) -> frozenset[PartKind]:
-        """The kinds of parts whose vectors the index stores."""
-        return self.facts.part_kinds
-
     live_rows = _in_actor("live_rows")
     ids = _in_actor("ids")
     rows_of = _in_actor("rows_of")
@@ -270,13 +262,21 @@ class RemoteShardView:
     match = _in_actor("match")
 
     def begin_search(
-        self, student: VectorStudent, settings: SearchSettings, task: Task, weights: FeatureWeights, *, is_exact: bool
+        self,
+        student: VectorStudent,
+        settings: SearchSettings,
+        task: Task,
+        weights: FeatureWeights,
+        *,
+        is_exact: bool,
+        cached: CachedBounds | None = None,
     ) -> _RemoteSearch:
-        """The shard's part in a search (``retrieval.shard_search.RemoteShard``).
+        """The shard's part in a search; its actors have the student, and caches of their own.
 
         Raises:
             FilterError: the filter cannot be parsed, or does not fit the metadata.
         """
+        del cached
         if settings.filter is not None:
             parse_filter(settings.filter, self.metadata)
         by_dot = isinstance(student, DotScorer)
@@ -285,13 +285,10 @@ class RemoteShardView:
 
 @dataclass(frozen=True)
 class _RemoteSearch:
-    """A shard's part in a search (``retrieval.shard_search.SearchedShard``)."""
+    """A shard's part in a search (``retrieval.segments.SegmentSearch``)."""
 
-    view: RemoteShardView
+    view: RemoteSegment
     search: SearchSpec
-
-    def missing(self, error: Exception) -> MissingShard:
-        return self.view.shard.missing(error)
 
     def count_words(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
         return self.view.rows_with(hashes)
@@ -307,49 +304,15 @@ class _RemoteSearch:
     score_features = _step_in_actor("score_features")
 
 
-class RemoteView(ShardedView):
-    """One version of an index whose shards are in actors."""
+def stats_of_remote(index: IndexView) -> IndexStats:
+    """Statistics of a version of an index whose shards are in actors.
 
-    def __init__(self, store: Storage, shards: Sequence[_Shard]) -> None:
-        views = [RemoteShardView(shard, dict(store.manifest), self._corpus) for shard in shards]
-        super().__init__(store, views)
-        self._remote = views
-        self.part_kinds = self._opened.part_kinds
-        self._whole_corpus: WordStatistics | None = None
-
-    @property
-    def missing(self) -> Sequence[MissingShard]:
-        """The shards that do not answer now."""
-        away = [view.shard for view in self._remote if not view.shard.is_ready(view.version)]
-        return [shard.missing(shard.error or "it is being started") for shard in away]
-
-    @property
-    def metadata(self) -> MetadataSchema:
-        """The metadata fields that a filter may name."""
-        return self._opened.metadata
-
-    @property
-    def _opened(self) -> RemoteShardView:
-        """A shard that has been opened, if there is one."""
-        return next((view for view in self._remote if view.has_facts), self._remote[0])
-
-    def _corpus(self) -> WordStatistics:
-        """The statistics of the words of all passages of shards that have been opened; each step of a search has it."""
-        if self._whole_corpus is not None:
-            return self._whole_corpus
-        statistics = sum((view.statistics for view in self._remote), WordStatistics())
-        if all(view.has_facts for view in self._remote):
-            self._whole_corpus = statistics
-        return statistics
-
-    def stats(self) -> IndexStats:
-        """Statistics of this version.
-
-        Raises:
-            ShardAwayError: a shard does not answer.
-        """
-        of_shards = [view.shard.stats(view.version) for view in self._remote]
-        return sum_stats(self.store, [one for one, _ in of_shards], sum(num_bytes for _, num_bytes in of_shards))
+    Raises:
+        ShardAwayError: a shard does not answer.
+    """
+    segments = cast("Sequence[RemoteSegment]", index.segments)
+    of_shards = [segment.shard.stats(segment.version) for segment in segments]
+    return sum_stats(index.storage, [one for one, _ in of_shards], sum(num_bytes for _, num_bytes in of_shards))
 
 
 class ShardCluster:
@@ -364,7 +327,7 @@ class ShardCluster:
         self._stopped = False
         self._watching = threading.Thread(target=self._watch, name="shards", daemon=True)
 
-    def open(self, store: Storage, student: Student) -> RemoteView:
+    def open(self, store: Storage, student: Student) -> IndexView:
         """Let the shards of an index open the version that its manifest lists, and wait for them.
 
         Raises:
@@ -405,7 +368,8 @@ class ShardCluster:
         with self._changed:
             for shard in self._shards:
                 shard.serve_desired()
-        return RemoteView(store, self._shards)
+        view = IndexView(store, [RemoteSegment(shard, lambda: view.word_statistics) for shard in self._shards])
+        return view
 
     def stop(self) -> None:
         """End the actors."""

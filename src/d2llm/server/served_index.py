@@ -34,7 +34,7 @@ from d2llm.server.batching import Batcher, Places
 from d2llm.server.errors import NotFoundError, NotReadyError, ServingError, is_clients
 from d2llm.server.logs import note_items
 from d2llm.server.model_service import ModelService, Observe, StudentLane
-from d2llm.server.ray_shards import RemoteView, ShardCluster
+from d2llm.server.ray_shards import ShardCluster, stats_of_remote
 from d2llm.server.response_schemas import TeacherResponse
 from d2llm.server.schemas import BY_STUDENT
 from d2llm.server.served_version import (
@@ -281,8 +281,8 @@ class ServedIndex:
 
     def stats(self, version: OpenVersion) -> IndexStats:
         """Statistics of the latest version of the index that is served as ``version``; call it in ``read``."""
-        if isinstance(version.view, RemoteView):
-            return version.view.stats()
+        if version.view.is_remote:
+            return stats_of_remote(version.view)
         storage = self.open_storage()
         storage.check_student(version.models.fingerprint)
         return stats_of_all(storage)
@@ -434,7 +434,8 @@ class ServedIndex:
 
     def _latest_identity(self) -> tuple[int, ...]:
         folder = self.folder.resolve()  # once: a link may be set to another folder meanwhile
-        return identity_of(manifest_state(folder), self.open_storage(folder))
+        state, storage = manifest_state(folder), self.open_storage(folder)
+        return identity_of(state, storage.version, storage)
 
     def _latest(self) -> tuple[Path, ModelService]:
         """The folder that ``folder`` leads to now, and the student that made the index in it."""

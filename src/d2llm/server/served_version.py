@@ -21,13 +21,14 @@ from d2llm.models.attribution import why_no_interaction
 from d2llm.retrieval.cosine import DotStudent
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.protocols import SearchStudent, SearchView
+from d2llm.retrieval.local_segment import source_names
+from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.reranker import OpenReranker
 from d2llm.retrieval.row_features import weights_for
 from d2llm.retrieval.search import Searcher, SearchSettings
-from d2llm.retrieval.shard_search import source_names
+from d2llm.retrieval.segments import IndexView
 from d2llm.server.model_service import ModelService
-from d2llm.server.ray_shards import RemoteView, ShardCluster
+from d2llm.server.ray_shards import ShardCluster
 from d2llm.server.response_schemas import ScorePart
 from d2llm.store.index_store import IndexStore
 from d2llm.store.shards import Storage, is_sharded
@@ -85,8 +86,8 @@ class OpenVersion:
         self._stores: Sequence[IndexStore] = ()
         if cluster is not None and is_sharded(folder):
             remote = Storage.of_manifest(folder)
-            remote.check_student(models.fingerprint)
-            self.view: SearchView = cluster.open(remote, models.student)
+            remote.check_student(models.fingerprint)  # before actors open it
+            self.view: IndexView = cluster.open(remote, models.student)
         else:
             index = Index.open(folder, self.student, allow_missing=allow_missing)
             known = {} if before is None else {store.folder: store.intact for store in before._stores}
@@ -95,18 +96,16 @@ class OpenVersion:
                 store.intact = known.get(store.folder, store.intact)
             self.view = index.view
         # Of the version that was read: writers may have added newer ones.
-        self.identity = identity_of(file, self.view)
-        self._allow_missing = allow_missing or isinstance(self.view, RemoteView)
+        self.identity = identity_of(file, self.view.version, self.view.storage)
+        self._allow_missing = allow_missing or self.view.is_remote
         for shard in self.view.missing:
             _log.error("%s: shard %d is left out of searches: %s", folder.name, shard.number, shard.problem)
         self._searchers: OrderedDict[tuple[SearchSettings, bool], Searcher] = OrderedDict()
         self._choosing = threading.Lock()
         # Held while a shared searcher ranks: its cache for exact searches (``CachedBounds``) is for one thread at a
         # time, while the view and the student's head are for several. Shards on a cluster have caches of their own.
-        self.ranking: AbstractContextManager[object] = (
-            nullcontext() if isinstance(self.view, RemoteView) else threading.Lock()
-        )
-        self.view.check_student(models.fingerprint)
+        self.ranking: AbstractContextManager[object] = nullcontext() if self.view.is_remote else threading.Lock()
+        self.view.storage.check_student(models.fingerprint)
         if len(self.view):  # warm up: the first search of a version takes longer
             self.searcher(SearchSettings(top_k=1), iem=True).rank(
                 ["warm"], vectors=np.zeros((1, models.dim), np.float32)
@@ -195,13 +194,12 @@ def rank_alone(
     return ranking
 
 
-def identity_of(manifest: tuple[int, int], index: SearchView | Storage) -> tuple[int, ...]:
-    """Identifies an index, its version, and the shards that are missing.
+def identity_of(manifest: tuple[int, int], version: int, storage: Storage) -> tuple[int, ...]:
+    """Identifies an index, its version, and the shards that could not be opened.
 
     The manifest is written once per index; that of a sharded one, with every change.
     """
-    missing = () if isinstance(index, RemoteView) else index.missing  # these come back by themselves
-    return (*manifest, index.version, *(shard.number for shard in missing))
+    return (*manifest, version, *(shard.number for shard in storage.missing))
 
 
 def manifest_state(folder: Path) -> tuple[int, int]:

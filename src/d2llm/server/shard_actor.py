@@ -13,20 +13,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.types import PartKind, Task
+from d2llm.core.types import Task
 from d2llm.models.score_features import FeatureWeights
 from d2llm.models.vector_scorer import VectorScorer
 from d2llm.retrieval.cosine import DotScorer
 from d2llm.retrieval.exact_search import CachedBounds
+from d2llm.retrieval.local_segment import LocalSearch, LocalSegment
 from d2llm.retrieval.settings import SearchSettings
-from d2llm.retrieval.shard_search import ShardSearch
 from d2llm.runners.ray_cluster import as_worker
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import IndexStats, stats
 from d2llm.store.passage_table import bytes_at_rest
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.shards import ShardRecord, open_shard
-from d2llm.store.view import PassageView
 from d2llm.store.word_segment import WordStatistics
 
 _KEPT_SEARCHES = 64  # per version: each holds the rows that its filter allows
@@ -59,12 +58,11 @@ class ShardFacts(NamedTuple):
     num_passages: int
     metadata: MetadataSchema = MetadataSchema()
     statistics: WordStatistics = WordStatistics()
-    part_kinds: frozenset[PartKind] = frozenset()
 
 
 @dataclass(frozen=True)
 class SearchSpec:
-    """What a ``ShardSearch`` depends on; ``key`` stands for the rest."""
+    """What a ``LocalSearch`` depends on; ``key`` stands for the rest."""
 
     key: str
     settings: SearchSettings
@@ -86,13 +84,11 @@ class _OpenShard:
         if before is not None:
             self.store.intact = before.intact  # only new files are compared with their checksums
         self._corpus = WordStatistics()
-        self.view = PassageView(self.store, shard.version, corpus=lambda: self._corpus)
+        self.view = LocalSegment(self.store, shard.version, corpus=lambda: self._corpus)
         self._scorer = scorer
         self._cached_bounds = CachedBounds()
-        self._searches: OrderedDict[str, ShardSearch] = OrderedDict()
-        self.facts = ShardFacts(
-            len(self.view), self.view.metadata, self.view.own_words.statistics, self.view.part_kinds
-        )
+        self._searches: OrderedDict[str, LocalSearch] = OrderedDict()
+        self.facts = ShardFacts(len(self.view), self.view.metadata, self.view.own_words.statistics)
 
     def within(self, corpus: WordStatistics) -> _OpenShard:
         """This shard, as part of the corpus with these statistics."""
@@ -102,10 +98,9 @@ class _OpenShard:
             self._searches.clear()
         return self
 
-    def search(self, search: SearchSpec) -> ShardSearch:
+    def search(self, search: SearchSpec) -> LocalSearch:
         if search.key not in self._searches:
-            self._searches[search.key] = ShardSearch(
-                self.view,
+            self._searches[search.key] = self.view.begin_search(
                 DotScorer(self._scorer) if search.by_dot else self._scorer,
                 search.settings,
                 search.task,
@@ -142,7 +137,7 @@ class ShardActor:
     def search(
         self, version: int, corpus: WordStatistics, search: SearchSpec, method: str, *args: Any, **options: Any
     ) -> Any:
-        """One step of a search: a method of ``ShardSearch``."""
+        """One step of a search: a method of ``LocalSearch``."""
         return getattr(self._opened(version).within(corpus).search(search), method)(*args, **options)
 
     def read(self, version: int, corpus: WordStatistics, method: str, *args: Any, **options: Any) -> Any:

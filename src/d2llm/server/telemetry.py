@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from d2llm import __version__
 from d2llm.core.fallbacks import fallback_counts
-from d2llm.retrieval.protocols import SearchView
+from d2llm.retrieval.segments import IndexView
 
 STAGES = ("queue", "expansion", "encode", "candidates", "score", "rerank", "teacher")
 """Stages of a request: queueing, encoding, finding candidates, scoring by the IEM, reading by the teacher."""
@@ -108,7 +108,7 @@ class Telemetry:
         """Call ``num_queued`` at each exposition, in the thread that handles it."""
         self._queue.set_function(lambda: float(num_queued()))
 
-    def watch_index(self, name: str, view: Callable[[], SearchView]) -> None:
+    def watch_index(self, name: str, view: Callable[[], IndexView]) -> None:
         """Call ``view`` at each exposition for the served version of an index."""
         self._index_version.labels(name).set_function(lambda: float(view().version))
         self._index_passages.labels(name).set_function(lambda: float(len(view())))

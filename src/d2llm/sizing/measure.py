@@ -26,6 +26,7 @@ from d2llm.core.types import Passage, Task
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import PairTeacher
 from d2llm.retrieval.index import PART_FORMATS
+from d2llm.retrieval.local_segment import open_view
 from d2llm.retrieval.protocols import task_for
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.sizing.speeds import Speed, Speeds, TeacherSpeed, processor_name
@@ -36,8 +37,8 @@ from d2llm.store.index_store import IndexStore
 from d2llm.store.load_faiss import load_faiss
 from d2llm.store.part_vectors import PartVectors
 from d2llm.store.scan import RowScan
+from d2llm.store.shards import Storage
 from d2llm.store.vector_formats import FORMATS, VectorFormat, make_format
-from d2llm.store.view import PassageView
 from d2llm.store.word_segment import WordSegment
 
 _SCANNED_BYTES = 256 << 20  # of vectors: more than a processor's caches, little enough for a small machine
@@ -350,7 +351,7 @@ class _Measuring:
             store.update_word_files()
             seconds = time.process_time() - begin
             store.compact(timedelta(0))  # so that texts are read from one file
-            view = PassageView(store)
+            view = open_view(Storage.single(store))
             settings = SearchSettings(task=self.task, score_features={}, num_candidates=_CANDIDATES)
             searcher = Searcher(view, self.student, settings)
             whole = self._median(lambda vector: searcher.rank(["a query"], vectors=vector[None]), list(vectors[:32]))

@@ -7,13 +7,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DamagedFileError, DataFormatError, InputError
-from d2llm.core.types import MissingShard, PartKind, Passage, Task, Ties, is_text
+from d2llm.core.types import PartKind, Passage, Task, Ties, is_text
 from d2llm.ops.selection import top_rows
 from d2llm.store.ann import AnnBase, AnnIndex
 from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK, is_as_written
@@ -27,6 +27,7 @@ from d2llm.store.vector_file import VectorFile, VectorRows
 from d2llm.store.vector_formats import make_format
 from d2llm.store.word_segment import QueryWords, WordStatistics
 
+_View = TypeVar("_View", bound="PassageView")
 _log = logging.getLogger(__name__)
 _STORED_ROWS = 8_192  # rows encoded at a time for a view in another format
 
@@ -83,7 +84,7 @@ class PassageView:
     def __len__(self) -> int:
         return self._len
 
-    def stored_as(self, vector_format: str) -> PassageView:
+    def stored_as(self: _View, vector_format: str) -> _View:
         """The same version with its vectors in another format, in memory, to measure the cost of fewer bits.
 
         Raises:
@@ -101,21 +102,6 @@ class PassageView:
         view._vectors = VectorRows(codes, None)
         view._scan = RowScan(codes, view.format)
         return view
-
-    @property
-    def shards(self) -> tuple[PassageView, ...]:
-        """The parts that are searched one by one: this view alone (``ShardedView`` has several)."""
-        return (self,)
-
-    @property
-    def missing(self) -> tuple[MissingShard, ...]:
-        """Shards that could not be opened: none."""
-        return ()
-
-    @property
-    def num_shards(self) -> None:
-        """None: an index that is not sharded, or a single shard."""
-        return None
 
     @property
     def metadata(self) -> MetadataSchema:
@@ -301,16 +287,6 @@ class PassageView:
 
     def _parts(self, kind: PartKind) -> PartVectors | None:
         return self.store.parts(self._table, kind, self.capacity) if kind in self.store.part_formats else None
-
-    @property
-    def part_kinds(self) -> frozenset[PartKind]:
-        """The kinds of parts whose vectors the index stores."""
-        return frozenset(self.store.part_formats)
-
-    @property
-    def token_projection(self) -> str | None:
-        """The fingerprint of the projection that made the token vectors."""
-        return self.store.manifest["token_projection"]
 
     def best_windows(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The highest inner product of a query [dim] with a window of each row [n] (``PartVectors.best``).

@@ -16,9 +16,10 @@ from d2llm.core.types import Task
 from d2llm.models.teachers.pair_teacher import RANKING_TEACHER, PairTeacher, ranks_lists, score_passages
 from d2llm.ops.rereading import StudentError, expected_log_odds, on_one_scale, reading_gains
 from d2llm.retrieval.calibrate import read_error
-from d2llm.retrieval.protocols import SearchStudent, SearchView
+from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.reranker import Candidates, OpenReranker, Reranked, TeacherReranker
 from d2llm.retrieval.row_features import weights_for
+from d2llm.retrieval.segments import IndexView
 
 _DECAY = 0.5  # of the running mean of seconds per pair, at each batch: texts differ, and the first call is slow
 
@@ -77,7 +78,7 @@ class OpenCascade(OpenReranker):
     error: StudentError | None = None
     _pace: _Pace = field(default_factory=_Pace)
 
-    def for_index(self, index: SearchView, student: SearchStudent, task: Task) -> OpenCascade:
+    def for_index(self, index: IndexView, student: SearchStudent, task: Task) -> OpenCascade:
         """The cascade with the error that is stored with an index.
 
         Raises:

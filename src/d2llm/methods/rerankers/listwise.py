@@ -9,8 +9,9 @@ from pydantic import Field
 
 from d2llm.core.types import DEFAULT_RERANKED_PASSAGES, Task
 from d2llm.models.listwise_reader import ListwiseReader
-from d2llm.retrieval.protocols import SearchStudent, SearchView
+from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.reranker import Candidates, OpenReranker, Reranked, Reranker
+from d2llm.retrieval.segments import IndexView
 
 
 class Listwise(Reranker, kind="listwise"):
@@ -44,7 +45,7 @@ class OpenListwise(OpenReranker):
     settings: Listwise
     reader: ListwiseReader
 
-    def for_index(self, index: SearchView, student: SearchStudent, task: Task) -> OpenListwise:
+    def for_index(self, index: IndexView, student: SearchStudent, task: Task) -> OpenListwise:
         """Itself.
 
         Raises:

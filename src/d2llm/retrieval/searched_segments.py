@@ -1,4 +1,4 @@
-"""The shards of an index in a search: each is asked, and what they answer is merged."""
+"""The segments of an index in a search: each is asked, and what they answer is merged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,27 +16,34 @@ from d2llm.core.errors import DataFormatError, ShardAwayError, StorageError
 from d2llm.core.types import MissingShard, Query, Task
 from d2llm.models.score_features import FeatureWeights
 from d2llm.retrieval.exact_search import CachedBounds, CertifiedRows, merge_certified
-from d2llm.retrieval.protocols import SearchStudent, SearchView, term_factors
+from d2llm.retrieval.local_segment import SegmentQuery, source_names
+from d2llm.retrieval.protocols import SearchStudent, term_factors
 from d2llm.retrieval.row_features import FeatureParts
+from d2llm.retrieval.segments import (
+    IndexView,
+    SegmentSearch,
+    joint_rows,
+    map_in_threads,
+    merge_candidates,
+    rows_by_segment,
+)
 from d2llm.retrieval.settings import SearchSettings
-from d2llm.retrieval.shard_search import RemoteShard, SearchedShard, ShardQuery, ShardSearch, source_names
-from d2llm.store.sharded_view import ShardView, joint_rows, map_in_threads, merge_candidates, rows_by_shard
-from d2llm.store.view import CandidateRows, PassageView
+from d2llm.store.view import CandidateRows
 from d2llm.store.word_segment import CountedTerms, QueryWords
 
-_SPARE_ROWS = 16  # of a shard's first proposals beyond its expected share
+_SPARE_ROWS = 16  # of a segment's first proposals beyond its expected share
 _NOTHING = np.zeros(0, np.float32)
 _Answer = TypeVar("_Answer")
 Missing = dict[int, MissingShard]
-"""By shard, why it gave no answer to a query; it is not asked again."""
+"""By segment, why it gave no answer to a query; it is not asked again."""
 
 
-class SearchedShards:
-    """All shards of an index, in one search. Rows are joint ones; ``sources`` are those of the candidates."""
+class SearchedSegments:
+    """All segments of an index, in one search. Rows are joint ones; ``sources`` are those of the candidates."""
 
     def __init__(
         self,
-        index: SearchView,
+        index: IndexView,
         student: SearchStudent,
         settings: SearchSettings,
         task: Task,
@@ -46,29 +53,26 @@ class SearchedShards:
         cached: CachedBounds,
         allow_missing: bool,
     ) -> None:
-        """Prepare what does not depend on the query; arguments as for ``Searcher`` and ``ShardSearch``."""
+        """Prepare what does not depend on the query; arguments as for ``Searcher`` and ``LocalSearch``."""
         self._index, self._student, self._settings, self._weights = index, student, settings, weights
         self._allow_missing = allow_missing
         self.sources = source_names(settings, weights, is_exact=is_exact)
 
-        def begin(view: ShardView, own: CachedBounds) -> SearchedShard:
-            if isinstance(view, RemoteShard):
-                return view.begin_search(student, settings, task, weights, is_exact=is_exact)
-            local = cast("PassageView", view)
-            return ShardSearch(local, student, settings, task, weights, is_exact=is_exact, cached=own)
-
-        self._shards = [begin(view, cached.of_shard(number)) for number, view in enumerate(index.shards)]
+        self._searches = [
+            segment.begin_search(student, settings, task, weights, is_exact=is_exact, cached=cached.of_segment(place))
+            for place, segment in enumerate(index.segments)
+        ]
 
     def words(self, queries: Sequence[Query], missing: Missing) -> list[QueryWords | None]:
-        """The words of each query, weighted by how many passages have them, in all shards that answer."""
+        """The words of each query, weighted by how many passages have them, in all segments that answer."""
         if not self._weights and "bm25" not in self.sources:
             return [None] * len(queries)
         texts = [query.text for query in queries]
         factors = term_factors(self._student, texts)
         counted = [CountedTerms.from_text(text, own) for text, own in zip(texts, factors, strict=True)]
         hashes = np.concatenate([one.hashes for one in counted])
-        counts = self._ask(missing, lambda _, shard: shard.count_words(hashes))
-        num_passages = sum(len(self._index.shards[number]) for number in counts)
+        counts = self._ask(missing, lambda _, segment: segment.count_words(hashes))
+        num_passages = sum(len(self._index.segments[number]) for number in counts)
         rows_with = sum(counts.values(), np.zeros(len(hashes), np.int64))
         ends = np.cumsum([len(one.hashes) for one in counted])
         return [
@@ -78,24 +82,26 @@ class SearchedShards:
     def scan_together(
         self, dots: Sequence[NDArray[np.float32] | None], depth: int, missing: Missing
     ) -> dict[int, Sequence[CandidateRows]]:
-        """What the exact scan proposes for several queries, by shard; nothing for one query, or if it is no source."""
+        """What the exact scan proposes for several queries, by segment; nothing for one, or if it is no source."""
         together = [dot for dot in dots if dot is not None]
         if "vectors" not in self.sources or len(together) < 2:
             return {}
         stacked, share = np.stack(together), self._share(depth)
-        scans = self._ask(missing, lambda _, shard: shard.scan_together(stacked, share))
+        scans = self._ask(missing, lambda _, segment: segment.scan_together(stacked, share))
         return {number: scanned for number, scanned in scans.items() if scanned is not None}
 
     def propose(
-        self, query: ShardQuery, depth: int, missing: Missing, scanned: Mapping[int, CandidateRows]
+        self, query: SegmentQuery, depth: int, missing: Missing, scanned: Mapping[int, CandidateRows]
     ) -> dict[str, CandidateRows]:
-        """What each source proposes for a query: the best ``depth`` of what the shards propose.
+        """What each source proposes for a query: the best ``depth`` of what the segments propose.
 
-        Passages are in shards at random, so each shard is first asked for little more than its share. If even the last
-        of these is among the best of all, it may have more of them, and is asked again.
+        Passages are in shards at random, so each is first asked for little more than its share. If even the last of
+        these is among the best of all, it may have more of them, and is asked again.
         """
         share = self._share(depth)
-        proposals = self._ask(missing, lambda number, shard: shard.propose(query, share, scanned=scanned.get(number)))
+        proposals = self._ask(
+            missing, lambda number, segment: segment.propose(query, share, scanned=scanned.get(number))
+        )
         merged = self._merged(proposals, depth)
         more = [
             number
@@ -105,10 +111,12 @@ class SearchedShards:
         ]
         if not more:
             return merged
-        again = self._ask(missing, lambda _, shard: shard.propose(query, depth), dict.fromkeys(more))
+        again = self._ask(missing, lambda _, segment: segment.propose(query, depth), dict.fromkeys(more))
         return self._merged({number: again.get(number, own) for number, own in proposals.items()}, depth)
 
-    def with_nearest(self, query: ShardQuery, proposals: Mapping[str, CandidateRows], missing: Missing) -> ShardQuery:
+    def with_nearest(
+        self, query: SegmentQuery, proposals: Mapping[str, CandidateRows], missing: Missing
+    ) -> SegmentQuery:
         """The query with how near the nearest passage is, if the weight of words depends on it."""
         if not self._weights.needs_nearest or query.nearest is not None:
             return query
@@ -116,18 +124,18 @@ class SearchedShards:
         if len(by_vectors):
             nearest = float(by_vectors[0])
         else:
-            nearest = max(self._ask(missing, lambda _, shard: shard.nearest(query)).values())
+            nearest = max(self._ask(missing, lambda _, segment: segment.nearest(query)).values())
         # If nothing may be found, nothing will be scored either.
         return replace(query, nearest=0.0 if nearest == -math.inf else nearest)
 
     def score(
-        self, phrasings: Sequence[ShardQuery], rows: NDArray[np.int64], missing: Missing
+        self, phrasings: Sequence[SegmentQuery], rows: NDArray[np.int64], missing: Missing
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The rows [n] whose shards answer, and their scores for each phrasing of a query [phrasings, n]."""
-        parts = {number: (at, own) for number, at, own in rows_by_shard(rows)}
+        """The rows [n] whose segments answer, and their scores for each phrasing of a query [phrasings, n]."""
+        parts = {number: (at, own) for number, at, own in rows_by_segment(rows)}
 
-        def score(number: int, shard: SearchedShard) -> NDArray[np.float32]:
-            return np.stack([shard.score(phrasing, parts[number][1]) for phrasing in phrasings])
+        def score(number: int, segment: SegmentSearch) -> NDArray[np.float32]:
+            return np.stack([segment.score(phrasing, parts[number][1]) for phrasing in phrasings])
 
         is_scored = np.zeros(len(rows), np.bool_)
         all_scores = np.zeros((len(phrasings), len(rows)), np.float32)
@@ -136,23 +144,23 @@ class SearchedShards:
             all_scores[:, parts[number][0]] = scores
         return rows[is_scored], all_scores[:, is_scored]
 
-    def certify(self, query: ShardQuery, top_k: int, missing: Missing) -> CertifiedRows:
-        """The exact ranking of all shards with its proof.
+    def certify(self, query: SegmentQuery, top_k: int, missing: Missing) -> CertifiedRows:
+        """The exact ranking of all segments with its proof.
 
-        In this process, one shard after the other answers, and only looks for what those before it do not exceed.
+        In this process, one segment after the other answers, and only looks for what those before it do not exceed.
         Shards in other processes answer at the same time: each does more work, but they take as long as the slowest.
         """
         begin, budget = time.perf_counter(), self._settings.budget_ms
-        in_turn = not all(isinstance(view, RemoteShard) for view in self._index.shards)
+        in_turn = not self._index.is_remote
         merging = threading.Lock()
-        best: NDArray[np.float32] = _NOTHING  # the top_k best scores of the shards so far, in any order
+        best: NDArray[np.float32] = _NOTHING  # the top_k best scores of the segments so far, in any order
 
-        def certify(_: int, shard: SearchedShard) -> CertifiedRows:
+        def certify(_: int, segment: SegmentSearch) -> CertifiedRows:
             nonlocal best
             left = None if budget is None else max(0.0, budget - 1e3 * (time.perf_counter() - begin))
             known = best
             floor = float(known.min()) if len(known) == top_k else -math.inf
-            certified = shard.certify(query, top_k, budget_ms=left, floor=floor)
+            certified = segment.certify(query, top_k, budget_ms=left, floor=floor)
             with merging:
                 scores = np.concatenate((best, certified.scores))
                 best = np.partition(scores, len(scores) - top_k)[-top_k:] if len(scores) > top_k else scores
@@ -160,18 +168,18 @@ class SearchedShards:
 
         return merge_certified(self._ask(missing, certify, in_turn=in_turn), top_k, self._index.ids)
 
-    def score_features(self, query: ShardQuery, rows: NDArray[np.int64]) -> FeatureParts:
+    def score_features(self, query: SegmentQuery, rows: NDArray[np.int64]) -> FeatureParts:
         """What words, windows and tokens add to the scores of some rows [n]."""
         parts: dict[str, NDArray[np.float32]] = {}
-        for number, at, own in rows_by_shard(rows):
-            for name, values in self._shards[number].score_features(query, own)._asdict().items():
+        for number, at, own in rows_by_segment(rows):
+            for name, values in self._searches[number].score_features(query, own)._asdict().items():
                 if values is not None:
                     parts.setdefault(name, np.zeros(len(rows), np.float32))[at] = values
         return FeatureParts(**parts)
 
     def retrying_without_lost(self, rank: Callable[[], _Answer]) -> _Answer:
-        """``rank()``; if a shard is lost after it has proposed passages, once more without it, if that is allowed."""
-        for _ in self._shards:
+        """``rank()``; if a segment is lost after it has proposed passages, once more without it, if that is allowed."""
+        for _ in self._searches:
             try:
                 return rank()
             except ShardAwayError:
@@ -182,30 +190,29 @@ class SearchedShards:
     def _ask(
         self,
         missing: Missing,
-        step: Callable[[int, SearchedShard], _Answer],
+        step: Callable[[int, SegmentSearch], _Answer],
         numbers: Iterable[int] | None = None,
         *,
         in_turn: bool = False,
     ) -> dict[int, _Answer]:
-        """The answers of all shards, or of some, by their numbers; ``in_turn``: not at the same time.
+        """The answers of all segments, or of some, by their numbers; ``in_turn``: not at the same time.
 
-        A shard that cannot be read is added to ``missing``, if that is allowed.
+        A segment that cannot be read is added to ``missing``, if that is allowed.
 
         Raises:
-            ShardAwayError: no shard can be read.
+            ShardAwayError: no segment can be read.
         """
         answers: dict[int, _Answer] = {}
-        chosen = range(len(self._shards)) if numbers is None else numbers
+        chosen = range(len(self._searches)) if numbers is None else numbers
         readable = [number for number in chosen if number not in missing]
 
         def answer(number: int) -> _Answer | MissingShard:
-            shard = self._shards[number]
             try:
-                return step(number, shard)
+                return step(number, self._searches[number])
             except (DataFormatError, StorageError, OSError) as error:
                 if not self._allow_missing:
                     raise
-                return shard.missing(error)
+                return self._index.lost(number, error)
 
         results = map(answer, readable) if in_turn else map_in_threads(answer, readable)
         for number, one in zip(readable, results, strict=True):
@@ -213,20 +220,20 @@ class SearchedShards:
                 missing[number] = one
             else:
                 answers[number] = one
-        if len(missing) == len(self._shards):
+        if len(missing) == len(self._searches):
             raise ShardAwayError(f"no shard of the index answers; the first: {next(iter(missing.values())).problem}")
         return answers
 
     def _share(self, depth: int) -> int:
-        """How many of the best ``depth`` rows a shard is first asked for: seldom fewer than it has of them."""
-        mean = depth / len(self._shards)
-        return depth if len(self._shards) == 1 else min(depth, math.ceil(mean + 4 * math.sqrt(mean)) + _SPARE_ROWS)
+        """How many of the best ``depth`` rows a segment is first asked for: seldom fewer than it has of them."""
+        mean = depth / len(self._searches)
+        return depth if len(self._searches) == 1 else min(depth, math.ceil(mean + 4 * math.sqrt(mean)) + _SPARE_ROWS)
 
     def _merged(self, proposals: Mapping[int, Mapping[str, CandidateRows]], depth: int) -> dict[str, CandidateRows]:
-        """The best ``depth`` rows of each source, from those of the shards."""
+        """The best ``depth`` rows of each source, from those of the segments."""
         merged: dict[str, CandidateRows] = {}
         for name in self.sources:
             by_ids = name != "bm25" or self._settings.hybrid is not None
-            by_shard = {number: own[name] for number, own in proposals.items()}
-            merged[name] = merge_candidates(by_shard, depth, self._index.ids if by_ids else None)
+            by_segment = {number: own[name] for number, own in proposals.items()}
+            merged[name] = merge_candidates(by_segment, depth, self._index.ids if by_ids else None)
         return merged

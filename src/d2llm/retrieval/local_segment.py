@@ -1,16 +1,16 @@
-"""One shard's part in a search: what it proposes, full scores, and proofs. An index that is not sharded is one shard.
+"""A segment in this process, and its part in a search: what it proposes, full scores, and proofs.
 
-A search has up to four rounds, and in each a shard gets plain values and returns plain values, so that it can also be
-in another process (``SearchedShard``; ``server.ray_shards`` has such shards):
+A search has up to four rounds, and in each a segment gets plain values and returns plain values, so that it can also be
+in another process (``SegmentSearch``; ``server.ray_shards`` has such ones):
 
-1. ``count_words``: how many passages of the shard have the query's words, so that all shards weight them alike
+1. ``count_words``: how many passages of the segment have the query's words, so that all segments weight them alike
    (``bm25.CountedTerms``). The other statistics (``WordStatistics``) belong to the version, not to the query.
-2. ``propose``: the shard's best rows of each source of candidates. The best of all shards are the candidates. If the
-   weight of words depends on how near the nearest passage is, and no source looks for it, ``nearest`` does.
-3. ``score``: full scores of the candidates that are in the shard. An exact search has ``certify`` instead of 2 and 3.
-4. Texts of the results, from the view (``ShardedView.passages``), and with ``explain`` the ``score_features`` for them.
+2. ``propose``: the segment's best rows of each source of candidates. The best of all segments are the candidates. If
+   the weight of words depends on how near the nearest passage is, and no source looks for it, ``nearest`` does.
+3. ``score``: full scores of the candidates that are in the segment. An exact search has ``certify`` instead of 2 and 3.
+4. Texts of the results, from the view (``IndexView.passages``), and with ``explain`` the ``score_features`` for them.
 
-Scores do not depend, but for rounding, on the shard that a passage is in, and candidates are chosen among all, so a
+Scores do not depend, but for rounding, on the segment that a passage is in, and candidates are chosen among all, so a
 sharded search ranks as a search of one index does. (Only candidates that tie with the last one by BM25 may be others.)
 """
 
@@ -19,19 +19,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.types import MissingShard, Query, Task
+from d2llm.core.types import Query, Task
 from d2llm.models.score_features import FeatureWeights
 from d2llm.retrieval.candidates import AnnSource, CandidateSource, LexicalSource, VectorSource
 from d2llm.retrieval.exact_search import CachedBounds, CertifiedRows, certified_top_k
 from d2llm.retrieval.protocols import VectorStudent
 from d2llm.retrieval.row_features import FeatureParts, RowFeatures
 from d2llm.retrieval.row_scorer import RowScorer
+from d2llm.retrieval.segments import IndexView
 from d2llm.retrieval.settings import SearchSettings
+from d2llm.store.shards import Storage
 from d2llm.store.view import CandidateRows, PassageView
 from d2llm.store.word_segment import QueryWords
 
@@ -39,17 +40,17 @@ _NOTHING = np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
-class ShardQuery:
-    """A query as every shard gets it.
+class SegmentQuery:
+    """A query as every segment gets it.
 
     Attributes:
         query: text and id.
         vector: [dim].
         dot_query: [dim], for inner products; None if the head has none.
         tokens: [tokens, token_dim], the vectors of its tokens, if they have a weight.
-        words: its words, weighted by the statistics of all shards; None if the search does not use words.
-        nearest: the highest inner product with a passage of any shard that the filter admits; None unless the weight of
-            words depends on it.
+        words: its words, weighted by the statistics of all segments; None if the search does not use words.
+        nearest: the highest inner product with a passage of any segment that the filter admits; None unless the weight
+            of words depends on it.
     """
 
     query: Query
@@ -58,60 +59,6 @@ class ShardQuery:
     tokens: NDArray[np.float32] | None
     words: QueryWords | None
     nearest: float | None = None
-
-
-class SearchedShard(Protocol):
-    """One shard's part in a search, wherever it is done. ``ShardSearch`` does it in this process.
-
-    A shard that cannot answer raises a ``DataFormatError``, ``StorageError`` or ``OSError``.
-    """
-
-    def missing(self, error: Exception) -> MissingShard:
-        """What a ranking says about the shard if it could not answer."""
-        ...
-
-    def count_words(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """The number of the shard's passages that have each of these terms."""
-        ...
-
-    def propose(
-        self, query: ShardQuery, depth: int, *, scanned: CandidateRows | None = None
-    ) -> dict[str, CandidateRows]:
-        """What each source proposes."""
-        ...
-
-    def scan_together(self, dot_queries: NDArray[np.float32], depth: int) -> Sequence[CandidateRows] | None:
-        """The proposals of the exact scan for several queries."""
-        ...
-
-    def nearest(self, query: ShardQuery) -> float:
-        """The highest inner product."""
-        ...
-
-    def score(self, query: ShardQuery, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The full scores of some rows."""
-        ...
-
-    def certify(
-        self, query: ShardQuery, top_k: int, *, budget_ms: float | None = None, floor: float = -np.inf
-    ) -> CertifiedRows:
-        """The best rows of the exact ranking, with a proof."""
-        ...
-
-    def score_features(self, query: ShardQuery, rows: NDArray[np.int64]) -> FeatureParts:
-        """What words, windows and tokens add to the scores of some rows."""
-        ...
-
-
-@runtime_checkable
-class RemoteShard(Protocol):
-    """The view of a shard that is searched in another process."""
-
-    def begin_search(
-        self, student: VectorStudent, settings: SearchSettings, task: Task, weights: FeatureWeights, *, is_exact: bool
-    ) -> SearchedShard:
-        """Its part in a search; arguments as for ``ShardSearch``."""
-        ...
 
 
 def source_names(settings: SearchSettings, weights: FeatureWeights, *, is_exact: bool) -> list[str]:
@@ -123,8 +70,35 @@ def source_names(settings: SearchSettings, weights: FeatureWeights, *, is_exact:
     return chosen
 
 
-class ShardSearch:
-    """A search of one shard. Rows are those of the shard.
+class LocalSegment(PassageView):
+    """A segment in this process."""
+
+    is_remote = False
+    away = None
+
+    def begin_search(
+        self,
+        student: VectorStudent,
+        settings: SearchSettings,
+        task: Task,
+        weights: FeatureWeights,
+        *,
+        is_exact: bool,
+        cached: CachedBounds | None = None,
+    ) -> LocalSearch:
+        """Its part in a search; arguments as for ``LocalSearch``."""
+        return LocalSearch(self, student, settings, task, weights, is_exact=is_exact, cached=cached)
+
+
+def open_view(storage: Storage) -> IndexView:
+    """The latest version of an index whose segments are in this process."""
+    corpus = None if len(storage.stores) == 1 else lambda: view.word_statistics
+    view = IndexView(storage, [LocalSegment(store, corpus=corpus) for store in storage.stores])
+    return view
+
+
+class LocalSearch:
+    """A search of one segment. Rows are those of the segment.
 
     Call it in one thread at a time, because exact searches fill ``cached``. Others may search the same view meanwhile.
     """
@@ -169,17 +143,12 @@ class ShardSearch:
                 ties = "rows" if settings.hybrid is None else "ids"
                 self._sources.append(LexicalSource(view, settings.filter, ties))
 
-    def missing(self, error: Exception) -> MissingShard:
-        """What a ranking says about the shard if it could not be read."""
-        store = self.view.store
-        return MissingShard(store.manifest.get("shard", {}).get("number", 0), str(store.folder), str(error))
-
     def count_words(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """The number of the shard's passages that have each of these terms [n]."""
+        """The number of the segment's passages that have each of these terms [n]."""
         return self.view.own_words.rows_with(hashes)
 
     def propose(
-        self, query: ShardQuery, depth: int, *, scanned: CandidateRows | None = None
+        self, query: SegmentQuery, depth: int, *, scanned: CandidateRows | None = None
     ) -> dict[str, CandidateRows]:
         """What each source proposes, at most ``depth`` rows; ``scanned`` is that of the exact scan, if it is known."""
         proposals: dict[str, CandidateRows] = {}
@@ -195,22 +164,22 @@ class ShardSearch:
         source = next((source for source in self._sources if isinstance(source, VectorSource)), None)
         return None if source is None else source.propose_together(dot_queries, depth)
 
-    def nearest(self, query: ShardQuery) -> float:
+    def nearest(self, query: SegmentQuery) -> float:
         """The highest inner product with a passage that the filter admits; minus infinity if there is none."""
         assert query.dot_query is not None, "without inner products, no passage is the nearest"
         scores = self.view.scan(query.dot_query, 1, self._allowed).scores
         return float(scores[0]) if len(scores) else -math.inf
 
-    def score(self, query: ShardQuery, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def score(self, query: SegmentQuery, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The full scores of some rows [n]."""
         if not len(rows):
             return _NOTHING
         return RowScorer(self.view, self._student, query.vector, self._task, self._score_features(query))(rows)
 
     def certify(
-        self, query: ShardQuery, top_k: int, *, budget_ms: float | None = None, floor: float = -np.inf
+        self, query: SegmentQuery, top_k: int, *, budget_ms: float | None = None, floor: float = -np.inf
     ) -> CertifiedRows:
-        """The shard's ``top_k`` rows of the exact ranking, with a proof (``certified_top_k``)."""
+        """The segment's ``top_k`` rows of the exact ranking, with a proof (``certified_top_k``)."""
         return certified_top_k(
             self.view,
             self._student,
@@ -224,12 +193,12 @@ class ShardSearch:
             floor=floor,
         )
 
-    def score_features(self, query: ShardQuery, rows: NDArray[np.int64]) -> FeatureParts:
+    def score_features(self, query: SegmentQuery, rows: NDArray[np.int64]) -> FeatureParts:
         """What words, windows and tokens add to the scores of some rows [n]."""
         score_features = self._score_features(query)
         return FeatureParts() if score_features is None else score_features.parts(rows)
 
-    def _score_features(self, query: ShardQuery) -> RowFeatures | None:
+    def _score_features(self, query: SegmentQuery) -> RowFeatures | None:
         if not self._weights:
             return None
         return RowFeatures(

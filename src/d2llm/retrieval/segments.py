@@ -1,0 +1,345 @@
+"""An index as searches and readers see it: one version of each of its segments, of which there is at least one.
+
+A segment is a store (``store.index_store``): the whole index, or a shard of it, in this process (``LocalSegment``) or
+in another (``server.ray_shards``). A row of an index is the row of a segment, with the segment's place in the upper
+bits (``joint_rows``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from heapq import nsmallest
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.types import PART_KINDS, MissingShard, PartKind, Passage, Task
+from d2llm.ops.selection import top_rows
+from d2llm.store.bm25 import ShardWords, query_words_of
+from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
+from d2llm.store.schema import MetadataSchema
+from d2llm.store.shards import Storage
+from d2llm.store.view import CandidateRows, rows_in_order
+from d2llm.store.word_segment import QueryWords, WordStatistics
+
+if TYPE_CHECKING:
+    from d2llm.models.score_features import FeatureWeights
+    from d2llm.retrieval.exact_search import CachedBounds, CertifiedRows
+    from d2llm.retrieval.local_segment import SegmentQuery
+    from d2llm.retrieval.protocols import VectorStudent
+    from d2llm.retrieval.row_features import FeatureParts
+    from d2llm.retrieval.settings import SearchSettings
+
+_SEGMENT_SHIFT = 40
+_ROW_MASK = (1 << _SEGMENT_SHIFT) - 1
+_NUM_THREADS = 64  # most of them wait, if the segments are in other processes
+_Item = TypeVar("_Item")
+_Value = TypeVar("_Value")
+
+
+def joint_rows(segment: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rows of a segment as rows of the index; those of the first stay the same."""
+    return rows | segment << _SEGMENT_SHIFT
+
+
+def rows_by_segment(rows: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+    """Rows of an index [n] by segment: its place, the places [m] of its rows in ``rows``, and its own rows [m]."""
+    segments = rows >> _SEGMENT_SHIFT
+    places = [(segment, np.flatnonzero(segments == segment)) for segment in np.unique(segments).tolist()]
+    return [(segment, at, rows[at] & _ROW_MASK) for segment, at in places]
+
+
+class Segment(Protocol):
+    """One version of a segment: its passages, and its part in searches. Methods are those of ``PassageView``."""
+
+    version: int
+    is_remote: bool
+
+    def __len__(self) -> int: ...
+
+    @property
+    def away(self) -> str | None:
+        """Why it does not answer now; None if it does."""
+        ...
+
+    @property
+    def own_words(self) -> ShardWords:
+        """The words of these passages alone."""
+        ...
+
+    @property
+    def metadata(self) -> MetadataSchema:
+        """The metadata fields that a filter may name."""
+        ...
+
+    def begin_search(
+        self,
+        student: VectorStudent,
+        settings: SearchSettings,
+        task: Task,
+        weights: FeatureWeights,
+        *,
+        is_exact: bool,
+        cached: CachedBounds | None = None,
+    ) -> SegmentSearch:
+        """Its part in a search; arguments as for ``LocalSearch``."""
+        ...
+
+    def match(
+        self,
+        text: str,
+        top_k: int,
+        filter: str | None = None,  # noqa: A002
+        *,
+        query_words: QueryWords | None = None,
+    ) -> CandidateRows:
+        """The best passages of a query text by BM25."""
+        ...
+
+    def live_rows(self) -> NDArray[np.int64]:
+        """The rows of all passages."""
+        ...
+
+    def ids(self, rows: NDArray[np.int64]) -> list[str]:
+        """The ids of the passages at some rows, in their order."""
+        ...
+
+    def rows_of(self, ids: Sequence[str]) -> dict[str, int]:
+        """Rows of the given ids; missing ones are left out."""
+        ...
+
+    def passages(self, rows: NDArray[np.int64]) -> list[Passage]:
+        """The passages at some rows, in their order."""
+        ...
+
+    def documents(self, rows: NDArray[np.int64]) -> list[str]:
+        """The document of each passage at some rows."""
+        ...
+
+    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The vectors of some rows, float32 [len(rows), dim]."""
+        ...
+
+    def get(self, ids: Sequence[str]) -> list[Passage]:
+        """The passages with these ids, in their order; missing ones are left out."""
+        ...
+
+    def document(self, document_id: str) -> list[Passage]:
+        """The passages of a document, by position; empty if the document is missing."""
+        ...
+
+    def neighbours(self, passages: Sequence[Passage], distance: int) -> list[Passage]:
+        """The passages of the same documents at most ``distance`` positions away, by document and position."""
+        ...
+
+    def list_passages(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[str]:
+        """The first ``limit`` passage ids after ``cursor``, in order."""
+        ...
+
+    def list_documents(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[ListedDocument]:
+        """Like ``list_passages``, for documents."""
+        ...
+
+
+class SegmentSearch(Protocol):
+    """A segment's part in a search, wherever it is done. ``LocalSearch`` does it in this process.
+
+    A segment that cannot answer raises a ``DataFormatError``, ``StorageError`` or ``OSError``.
+    """
+
+    def count_words(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """The number of passages that have each of these terms."""
+        ...
+
+    def propose(
+        self, query: SegmentQuery, depth: int, *, scanned: CandidateRows | None = None
+    ) -> dict[str, CandidateRows]:
+        """What each source proposes."""
+        ...
+
+    def scan_together(self, dot_queries: NDArray[np.float32], depth: int) -> Sequence[CandidateRows] | None:
+        """The proposals of the exact scan for several queries."""
+        ...
+
+    def nearest(self, query: SegmentQuery) -> float:
+        """The highest inner product."""
+        ...
+
+    def score(self, query: SegmentQuery, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The full scores of some rows."""
+        ...
+
+    def certify(
+        self, query: SegmentQuery, top_k: int, *, budget_ms: float | None = None, floor: float = -np.inf
+    ) -> CertifiedRows:
+        """The best rows of the exact ranking, with a proof."""
+        ...
+
+    def score_features(self, query: SegmentQuery, rows: NDArray[np.int64]) -> FeatureParts:
+        """What words, windows and tokens add to the scores of some rows."""
+        ...
+
+
+class IndexView:
+    """One version of an index. BM25 uses the statistics of all its passages.
+
+    ``version`` is the sum of the segments' versions; ``dim`` is the width of a vector, ``task`` the default task of a
+    search, ``student_fingerprint`` that of the student that made the vectors, ``token_projection`` that of the
+    projection that made the token embeddings. ``part_kinds`` are the kinds of parts whose vectors are stored,
+    ``metadata`` the fields that a filter may name.
+    """
+
+    def __init__(self, storage: Storage, segments: Sequence[Segment]) -> None:
+        self.storage = storage
+        self.segments = tuple(segments)
+        manifest = storage.manifest
+        self.dim: int = manifest["dim"]
+        self.task: Task = manifest["task"]
+        self.student_fingerprint: str = manifest["student"]
+        self.token_projection: str | None = manifest["token_projection"]
+        self.part_kinds: frozenset[PartKind] = frozenset(kind for kind in PART_KINDS if manifest[f"{kind}_format"])
+        self.metadata = next((one for one in self.segments if one.away is None), self.segments[0]).metadata
+        self.version = sum(segment.version for segment in self.segments)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the index."""
+        return self.storage.folder
+
+    def __len__(self) -> int:
+        return sum(map(len, self.segments))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether all segments are in other processes."""
+        return all(segment.is_remote for segment in self.segments)
+
+    @property
+    def missing(self) -> tuple[MissingShard, ...]:
+        """Shards that could not be opened, or do not answer now, and are not searched."""
+        away = [(place, segment.away) for place, segment in enumerate(self.segments)]
+        return (*self.storage.missing, *(self.lost(place, problem) for place, problem in away if problem is not None))
+
+    def lost(self, place: int, problem: object) -> MissingShard:
+        """What a ranking says about a segment that cannot be read."""
+        number, records = self.storage.numbers[place], self.storage.records
+        return MissingShard(number, str(self.folder) if records is None else records[number].address, str(problem))
+
+    @property
+    def word_statistics(self) -> WordStatistics:
+        """The statistics of the words of all passages of segments that have been opened."""
+        return sum((segment.own_words.statistics for segment in self.segments), WordStatistics())
+
+    def live_rows(self) -> NDArray[np.int64]:
+        """The rows of all passages, segment by segment."""
+        return np.concatenate([joint_rows(place, segment.live_rows()) for place, segment in enumerate(self.segments)])
+
+    def ids(self, rows: NDArray[np.int64]) -> list[str]:
+        """The ids of the passages at some rows, in their order."""
+        return self._gather(rows, lambda segment, own: segment.ids(own))
+
+    def rows(self, ids: Sequence[str]) -> NDArray[np.int64]:
+        """The rows of the passages with these ids, in their order.
+
+        Raises:
+            InputError: a passage is missing.
+        """
+        row_of: dict[str, int] = {}
+        for place, segment in enumerate(self.segments):
+            present = segment.rows_of(ids)
+            row_of |= zip(present, joint_rows(place, np.array([*present.values()], np.int64)).tolist(), strict=True)
+        return rows_in_order(row_of, ids, self.folder)
+
+    def passages(self, rows: NDArray[np.int64]) -> list[Passage]:
+        """The passages at some rows, in their order."""
+        return self._gather(rows, lambda segment, own: segment.passages(own))
+
+    def documents(self, rows: NDArray[np.int64]) -> list[str]:
+        """The document of each passage at some rows: its document_id, or its own id if it has none."""
+        return self._gather(rows, lambda segment, own: segment.documents(own))
+
+    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The vectors of some rows, float32 [len(rows), dim]."""
+        vectors = np.zeros((len(rows), self.dim), np.float32)
+        for place, at, own in rows_by_segment(rows):
+            vectors[at] = self.segments[place].vectors(own)
+        return vectors
+
+    def get(self, ids: Sequence[str]) -> list[Passage]:
+        """The passages with these ids, in their order; missing ones are left out."""
+        passages = {passage.id: passage for segment in self.segments for passage in segment.get(ids)}
+        return [passages[passage_id] for passage_id in dict.fromkeys(ids) if passage_id in passages]
+
+    def document(self, document_id: str) -> list[Passage]:
+        """The passages of a document, by position; empty if the document is missing."""
+        return [passage for segment in self.segments for passage in segment.document(document_id)]
+
+    def neighbours(self, passages: Sequence[Passage], distance: int) -> list[Passage]:
+        """The passages of the same documents at most ``distance`` positions away, by document and position."""
+        nearby: list[Passage] = []
+        numbers = [self.storage.shard_of(passage) for passage in passages]
+        for number, segment in zip(self.storage.numbers, self.segments, strict=True):
+            own = [passage for passage, other in zip(passages, numbers, strict=True) if other == number]
+            nearby += segment.neighbours(own, distance) if own else []
+        return sorted(nearby, key=lambda passage: (passage.document_id, passage.position, passage.id))
+
+    def list_passages(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[str]:
+        """The first ``limit`` passage ids after ``cursor``, in order."""
+        return nsmallest(limit, [one for segment in self.segments for one in segment.list_passages(cursor, limit)])
+
+    def list_documents(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[ListedDocument]:
+        """Like ``list_passages``, for documents; a passage without a document counts as its own document."""
+        documents = [one for segment in self.segments for one in segment.list_documents(cursor, limit)]
+        return nsmallest(limit, documents, key=lambda document: document.id)
+
+    def match(self, text: str, top_k: int, filter: str | None = None) -> CandidateRows:  # noqa: A002
+        """The best passages of a query text by BM25, best first, ties by id, among those that pass the filter.
+
+        Raises:
+            InputError, FilterError: as for ``PassageView.match``.
+        """
+        words = query_words_of([segment.own_words for segment in self.segments], text)
+        found = [segment.match(text, top_k, filter, query_words=words) for segment in self.segments]
+        return merge_candidates(dict(enumerate(found)), top_k, self.ids)
+
+    def _gather(
+        self, rows: NDArray[np.int64], read: Callable[[Segment, NDArray[np.int64]], list[_Value]]
+    ) -> list[_Value]:
+        """What the segments have at some rows [n], in their order."""
+        if len(self.segments) == 1:
+            return read(self.segments[0], rows)
+        values: dict[int, _Value] = {}
+        parts = rows_by_segment(rows)
+        answers = map_in_threads(lambda part: read(self.segments[part[0]], part[2]), parts)
+        for (_, places, _), own in zip(parts, answers, strict=True):
+            values |= zip(places.tolist(), own, strict=True)
+        return [values[place] for place in range(len(rows))]
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="d2llm-segment")
+
+
+def map_in_threads(work: Callable[[_Item], _Value], items: Sequence[_Item]) -> Iterator[_Value]:
+    """The results of ``work`` for some items, in their order: in threads, if there are several.
+
+    Searching and reading a segment mostly wait for the disk or calculate without Python. ``work`` must not call this.
+    """
+    return map(work, items) if len(items) < 2 else _threads().map(work, items)
+
+
+def merge_candidates(
+    proposals: Mapping[int, CandidateRows], top_k: int, ids_of: Callable[[NDArray[np.int64]], Sequence[str]] | None
+) -> CandidateRows:
+    """The best ``top_k`` of the segments' proposals, as joint rows; ``ids_of`` gives their ids, None: ties by row."""
+    if list(proposals) == [0]:
+        return proposals[0]
+    rows = np.concatenate([np.zeros(0, np.int64), *(joint_rows(place, one.rows) for place, one in proposals.items())])
+    scores = np.concatenate([np.zeros(0, np.float32), *(one.scores for one in proposals.values())])
+    best = top_rows(scores, top_k, None if ids_of is None else lambda places: ids_of(rows[places]))
+    return CandidateRows(rows[best], scores[best])
