@@ -34,7 +34,7 @@ from d2llm.retrieval.segments import IndexView
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.shards import Storage
 from d2llm.store.view import CandidateRows, PassageView
-from d2llm.store.word_segment import QueryWords
+from d2llm.store.word_segment import QueryWords, WordStatistics
 
 _NOTHING = np.zeros(0, np.float32)
 
@@ -75,6 +75,15 @@ class LocalSegment(PassageView):
 
     is_remote = False
     away = None
+
+    @property
+    def word_statistics(self) -> WordStatistics:
+        """The statistics of the words of these passages alone."""
+        return self.own_words.statistics
+
+    def count_words(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """The number of passages that have each of these terms [n]."""
+        return self.own_words.rows_with(hashes)
 
     def begin_search(
         self,
@@ -142,10 +151,6 @@ class LocalSearch:
             else:
                 ties = "rows" if settings.hybrid is None else "ids"
                 self._sources.append(LexicalSource(view, settings.filter, ties))
-
-    def count_words(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """The number of the segment's passages that have each of these terms [n]."""
-        return self.view.own_words.rows_with(hashes)
 
     def propose(
         self, query: SegmentQuery, depth: int, *, scanned: CandidateRows | None = None

@@ -71,8 +71,9 @@ class SearchedSegments:
         factors = term_factors(self._student, texts)
         counted = [CountedTerms.from_text(text, own) for text, own in zip(texts, factors, strict=True)]
         hashes = np.concatenate([one.hashes for one in counted])
-        counts = self._ask(missing, lambda _, segment: segment.count_words(hashes))
-        num_passages = sum(len(self._index.segments[number]) for number in counts)
+        segments = self._index.segments
+        counts = self._ask(missing, lambda place, _: segments[place].count_words(hashes))
+        num_passages = sum(len(segments[place]) for place in counts)
         rows_with = sum(counts.values(), np.zeros(len(hashes), np.int64))
         ends = np.cumsum([len(one.hashes) for one in counted])
         return [

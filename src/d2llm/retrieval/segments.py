@@ -19,12 +19,11 @@ from numpy.typing import NDArray
 
 from d2llm.core.types import PART_KINDS, MissingShard, PartKind, Passage, Task
 from d2llm.ops.selection import top_rows
-from d2llm.store.bm25 import ShardWords, query_words_of
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.shards import Storage
 from d2llm.store.view import CandidateRows, rows_in_order
-from d2llm.store.word_segment import QueryWords, WordStatistics
+from d2llm.store.word_segment import CountedTerms, QueryWords, WordStatistics
 
 if TYPE_CHECKING:
     from d2llm.models.score_features import FeatureWeights
@@ -67,8 +66,12 @@ class Segment(Protocol):
         ...
 
     @property
-    def own_words(self) -> ShardWords:
-        """The words of these passages alone."""
+    def word_statistics(self) -> WordStatistics:
+        """The statistics of the words of these passages alone; empty until it has been opened."""
+        ...
+
+    def count_words(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """The number of passages that have each of these terms [n]."""
         ...
 
     @property
@@ -151,10 +154,6 @@ class SegmentSearch(Protocol):
     A segment that cannot answer raises a ``DataFormatError``, ``StorageError`` or ``OSError``.
     """
 
-    def count_words(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """The number of passages that have each of these terms."""
-        ...
-
     def propose(
         self, query: SegmentQuery, depth: int, *, scanned: CandidateRows | None = None
     ) -> dict[str, CandidateRows]:
@@ -232,7 +231,7 @@ class IndexView:
     @property
     def word_statistics(self) -> WordStatistics:
         """The statistics of the words of all passages of segments that have been opened."""
-        return sum((segment.own_words.statistics for segment in self.segments), WordStatistics())
+        return sum((segment.word_statistics for segment in self.segments), WordStatistics())
 
     def live_rows(self) -> NDArray[np.int64]:
         """The rows of all passages, segment by segment."""
@@ -302,7 +301,9 @@ class IndexView:
         Raises:
             InputError, FilterError: as for ``PassageView.match``.
         """
-        words = query_words_of([segment.own_words for segment in self.segments], text)
+        counted = CountedTerms.from_text(text)
+        rows_with = np.sum([segment.count_words(counted.hashes) for segment in self.segments], axis=0)
+        words = counted.weighted(rows_with, self.word_statistics.num_passages)
         found = [segment.match(text, top_k, filter, query_words=words) for segment in self.segments]
         return merge_candidates(dict(enumerate(found)), top_k, self.ids)
 

@@ -227,16 +227,11 @@ class RemoteSegment:
         return self._latest or ShardFacts(self.shard.desired.record.num_passages)
 
     @property
-    def own_words(self) -> RemoteSegment:
-        """This: it has the methods that are needed of the words."""
-        return self
-
-    @property
-    def statistics(self) -> WordStatistics:
-        """Those of the words of these passages."""
+    def word_statistics(self) -> WordStatistics:
+        """The statistics of the words of these passages alone; empty until it has been opened."""
         return self.facts.statistics
 
-    def rows_with(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+    def count_words(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
         """The number of passages that have each of these terms [n]."""
         return self.shard.call(self.version, "count_words", hashes)
 
@@ -289,9 +284,6 @@ class _RemoteSearch:
 
     view: RemoteSegment
     search: SearchSpec
-
-    def count_words(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-        return self.view.rows_with(hashes)
 
     def scan_together(self, dot_queries: NDArray[np.float32], depth: int) -> Sequence[CandidateRows] | None:
         del dot_queries, depth

@@ -88,7 +88,7 @@ class _OpenShard:
         self._scorer = scorer
         self._cached_bounds = CachedBounds()
         self._searches: OrderedDict[str, LocalSearch] = OrderedDict()
-        self.facts = ShardFacts(len(self.view), self.view.metadata, self.view.own_words.statistics)
+        self.facts = ShardFacts(len(self.view), self.view.metadata, self.view.word_statistics)
 
     def within(self, corpus: WordStatistics) -> _OpenShard:
         """This shard, as part of the corpus with these statistics."""
@@ -146,7 +146,7 @@ class ShardActor:
 
     def count_words(self, version: int, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
         """The number of passages that have each of these terms [n]."""
-        return self._opened(version).view.own_words.rows_with(hashes)
+        return self._opened(version).view.count_words(hashes)
 
     def stats(self, version: int) -> tuple[IndexStats, int]:
         """The shard's statistics, and its bytes."""

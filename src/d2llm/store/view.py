@@ -262,13 +262,9 @@ class PassageView:
         """BM25 of this version's passages, by row; there may be rows beyond ``capacity``, which do not count."""
         return self.own_words if self._corpus is None else self.own_words.within(self._corpus())
 
-    @property
+    @cached_property
     def own_words(self) -> WordIndex:
         """``words``, scored by the statistics of these passages alone."""
-        return self._own_words
-
-    @cached_property
-    def _own_words(self) -> WordIndex:
         words, problems = self.store.words(self._table, self.capacity)
         if problems:
             remedy = "`d2llm index ... compact` or `verify --repair` writes them" if len(self) else ""
