@@ -8,7 +8,7 @@ import pytest
 from d2llm.core.types import Passage
 from d2llm.retrieval import build_ann as module
 from d2llm.retrieval.index import Index
-from d2llm.store.index_store import IndexStore
+from d2llm.store.shards import Storage
 from e2e.command_line import d2llm, fail
 from fake_models import FakeStudent
 
@@ -21,7 +21,7 @@ def folder(tmp_path, monkeypatch):
     index = Index.create(tmp_path / "i", student)
     words = [f"w{n}" for n in range(40)]
     index.upsert([Passage(f"{n}", f"{' '.join(random.choice(words, 4))} {n}") for n in range(900)])
-    monkeypatch.setattr(Index, "open", lambda folder, *_, **__: Index(IndexStore.open(folder), student))
+    monkeypatch.setattr(Index, "open", lambda folder, *_, **__: Index(Storage.open(folder), student))
     return tmp_path / "i"
 
 
