@@ -32,7 +32,7 @@ from scaling.stores import build
 from d2llm import Student
 from d2llm.core.files import folder_bytes
 from d2llm.core.types import Query, ScoreFeature
-from d2llm.models.backbone import EncodedTexts
+from d2llm.models.tokens import EncodedTexts
 from d2llm.retrieval.local_segment import open_view
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.retrieval.segments import IndexView

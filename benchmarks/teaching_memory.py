@@ -33,10 +33,10 @@ from d2llm.data.passage_store import PassageStore
 from d2llm.data.plan import PlanEntry, TrainingPlan
 from d2llm.data.training import TrainingSource
 from d2llm.evaluation.systems import peak_memory
-from d2llm.models.backbone import EncodedTexts
 from d2llm.models.plain_student import PlainStudent
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.pair_teacher import TeacherScores, TextPair
+from d2llm.models.tokens import EncodedTexts
 from d2llm.recipe import MiningConfig, StudentConfig, TeacherConfig
 from d2llm.store.bm25 import WordIndex
 from d2llm.training.label import label

@@ -13,7 +13,7 @@ from d2llm.core.types import PART_KINDS
 from d2llm.models.plain_student import PlainStudent
 from d2llm.models.score_features import FeatureWeights
 from d2llm.models.teachers.pair_teacher import TeacherScores
-from d2llm.models.token_vectors import TokenVectors
+from d2llm.models.tokens import TokenVectors
 from d2llm.recipe import InteractionConfig, StudentConfig
 
 

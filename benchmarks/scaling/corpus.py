@@ -24,9 +24,8 @@ from numpy.typing import NDArray
 from d2llm import Student
 from d2llm.core.types import Passage, Task
 from d2llm.data.beir import read_beir
-from d2llm.models.backbone import EncodedTexts, TextKind
 from d2llm.models.plain_student import PlainStudent
-from d2llm.models.token_vectors import TokenVectors
+from d2llm.models.tokens import EncodedTexts, TextKind, TokenVectors
 
 SHARES = {"squad-sent": 0.38, "quora": 0.50, "medquad": 0.12}  # data set -> its share of the real passages
 ASKED: dict[Task, str] = {

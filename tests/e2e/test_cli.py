@@ -227,11 +227,10 @@ class TestSearch:
 
     def test_a_search_imports_only_what_it_needs(self, index):
         modules, packages = imported_by("search", index, "ships at sea")
-        unneeded = {"transformers", "huggingface_hub", "peft", "docutils", "turbohtml", "sqlglot", "fastapi"}
-        assert {"torch", "tokenizers", "faiss"} <= packages
-        assert not {*unneeded, "scipy", "sympy", "bm25s", "pyarrow", "pandas"} & packages
-        assert "torch._dynamo" not in modules
-        assert len(modules) < 2000
+        unneeded = {"torch", "transformers", "huggingface_hub", "peft", "docutils", "turbohtml", "sqlglot", "fastapi"}
+        assert {"tokenizers", "faiss"} <= packages
+        assert not {*unneeded, "scipy", "jaxtyping", "bm25s", "pyarrow", "pandas"} & packages
+        assert len(modules) < 1100
 
     def test_judge_prints_texts_verbatim_and_reports_log_odds(self, place):
         arguments = ("judge", "what is [bold]this[/bold]?", "a [link] in it", "two", "--teacher", place / "decoder")

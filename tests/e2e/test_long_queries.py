@@ -7,7 +7,6 @@ import json
 import pytest
 
 from d2llm import Index, Student
-from d2llm.models.attribution import why_no_interaction
 from e2e.command_line import succeed
 from tiny_server import tiny_settings, write_tiny_index
 
@@ -108,7 +107,7 @@ def test_responses_name_the_student(ask):
 
 def test_a_zero_interaction_weight_is_explained(index):
     student = Index.open(index, dtype="float32").student
-    assert why_no_interaction(student, "asymmetric") is None
+    assert student.why_no_interaction("asymmetric") is None
     student.interaction.interaction_weight("asymmetric").zero_()
-    assert "weight r is 0 in asymmetric search" in why_no_interaction(student, "asymmetric")
-    assert why_no_interaction(student, "symmetric") is None
+    assert "weight r is 0 in asymmetric search" in student.why_no_interaction("asymmetric")
+    assert student.why_no_interaction("symmetric") is None

@@ -25,7 +25,7 @@ from d2llm.evaluation.probe import (
     rank,
     sample_sentences,
 )
-from d2llm.models.backbone import EncodedTexts
+from d2llm.models.tokens import EncodedTexts
 from d2llm.reports.html.page import page as page_of
 from d2llm.reports.probe import probe_document, probe_tables
 

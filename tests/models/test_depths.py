@@ -128,15 +128,13 @@ def test_what_was_fitted_to_all_layers_does_not_stay_with_fewer(bert: Path, tmp_
     assert whole.term_weights is not None
 
 
-def test_other_depths_and_students_loaded_to_encode_are_refused(bert: Path, tmp_path: Path) -> None:
+def test_other_depths_are_refused(bert: Path, tmp_path: Path) -> None:
     trained(bert).save(tmp_path / "plain")
     trained(bert).save(tmp_path / "nested", content={"nested_depths": [1]})
     with pytest.raises(InputError, match=r"to be cut to 1 layers; train one with losses\.nested_cross_entropy\.layers"):
         Student.load(tmp_path / "plain", device="cpu").cut(1)
     with pytest.raises(InputError, match="not trained to be cut to 2 layers; cut it to 1"):
         Student.load(tmp_path / "nested", device="cpu").cut(2)
-    with pytest.raises(InputError, match="load it with lean=False to cut it"):
-        Student.load(tmp_path / "nested", device="cpu", lean=True).cut(1)
     with pytest.raises(InputError, match="the student folder is in float32"):
         export(Student.load(tmp_path / "nested", device="cpu"), tmp_path / "s", "student", int8=True)
 

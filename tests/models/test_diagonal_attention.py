@@ -55,7 +55,7 @@ def test_a_saved_student_and_a_graph_give_the_same_vectors(tmp_path: Path) -> No
     expected = student.encode_queries(TEXTS[:3]).vectors
     for merge in (False, True):
         student.save(tmp_path / str(merge), merge=merge)
-        loaded = Student.load(tmp_path / str(merge), device="cpu", dtype="float32", lean=True)
+        loaded = Student.load(tmp_path / str(merge), device="cpu", dtype="float32")
         np.testing.assert_allclose(loaded.encode_queries(TEXTS[:3]).vectors, expected, rtol=1e-5, atol=1e-6)
     ids, mask = student.backbone.pad(student.backbone.tokenize(TEXTS[:3], "query").ids)
     with torch.inference_mode():

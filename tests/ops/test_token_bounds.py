@@ -9,9 +9,9 @@ import string
 import pytest
 
 from d2llm.core.errors import ModelNotFoundError
-from d2llm.models.backbone import token_ends
 from d2llm.models.length_limit import TextLengths
 from d2llm.models.sources import find_model, load_tokenizer
+from d2llm.models.tokens import token_ends
 from d2llm.ops.token_bounds import bounded_ends
 
 _random = random.Random(0)

@@ -79,7 +79,7 @@ def test_another_package_adds_a_backbone(
         assert (change.max() > 1e-3) == (tuning == "full")
         vectors = student.encode_passages(TEXTS).vectors
         student.save(tmp_path / "copy")
-        again = Student.load(tmp_path / "copy", device="cpu", dtype="float32", lean=True, engine="auto")
+        again = Student.load(tmp_path / "copy", device="cpu", dtype="float32", engine="auto")
         np.testing.assert_array_equal(again.encode_passages(TEXTS).vectors, vectors)
         assert again.fingerprint == student.fingerprint
         assert describe_methods()["student.backbone"]["hashed"].paper == "Weinberger et al., ICML 2009"

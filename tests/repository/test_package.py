@@ -13,6 +13,7 @@ import pytest
 
 import conftest
 import d2llm
+import d2llm.recipe
 
 SOURCE = Path(d2llm.__file__).parent
 PUBLIC = sorted(set(d2llm.__all__) - {"__version__"})
@@ -28,6 +29,7 @@ def test_importing_d2llm_is_cheap():
 import sys
 before = set(sys.modules)
 import d2llm
+import d2llm.recipe
 print(*sorted(set(sys.modules) - before))
 """
     loaded = run_python(code).stdout.split()
@@ -66,9 +68,10 @@ def test_all_matches_dir_and_star_import():
     assert set(d2llm.__all__) <= set(names)
 
 
-def test_all_matches_the_names_for_type_checkers():
+@pytest.mark.parametrize(("package", "names"), [("", PUBLIC), ("recipe", sorted(d2llm.recipe.__all__))])
+def test_all_matches_the_names_for_type_checkers(package: str, names: list[str]):
     """The names imported under TYPE_CHECKING come from the same modules as in the lazy import."""
-    tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
+    tree = ast.parse((SOURCE / package / "__init__.py").read_text(encoding="utf-8"))
     type_checked = {
         alias.name: node.module
         for branch in tree.body
@@ -77,8 +80,8 @@ def test_all_matches_the_names_for_type_checkers():
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert sorted(type_checked) == PUBLIC
-    assert type_checked == d2llm._HOME_OF
+    assert sorted(type_checked) == names
+    assert type_checked == importlib.import_module(f"d2llm.{package}".rstrip("."))._HOME_OF
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

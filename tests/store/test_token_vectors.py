@@ -7,7 +7,7 @@ import pytest
 
 from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError
 from d2llm.core.types import Passage
-from d2llm.models.token_vectors import TokenVectors
+from d2llm.models.tokens import TokenVectors
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import Searcher
 from fake_models import FakeStudent, TokenStudent

@@ -34,6 +34,7 @@ from d2llm.retrieval.settings import (
 
 if TYPE_CHECKING:
     from d2llm.core.types import Certificate, Excerpt, Query, QueryExpansion, Ranking, RerankReport, Selection
+    from d2llm.models.student import Student
     from d2llm.retrieval.expansion import Expansion
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.protocols import SearchStudent
@@ -166,7 +167,7 @@ def search(
         settings = context_settings(settings)
         if tokenizer is not None:
             named_tokenizer(tokenizer)  # loaded now, so that a mistake is reported before the search
-    opened = Index.open(index, student, device=device, dtype=dtype, engine=engine, lean=True)
+    opened = Index.open(index, student, device=device, dtype=dtype, engine=engine, lean=queries is None)
     if not len(opened.view):
         raise InputError(f"{index}: holds no passages; add some with d2llm index {index} upsert CORPUS")
     index_task = (
@@ -198,13 +199,12 @@ def _show_context(
     session: Session, index: Index, ranking: Ranking, settings: ContextSettings, tokenizer: str | None
 ) -> dict[str, Any]:
     """Print the context that a ranking gives; returns its fields for a report, without the ranking."""
-    from d2llm.models.student import Student
     from d2llm.reports.search_tables import context_remark
     from d2llm.retrieval.context import build_context, named_tokenizer
 
     context = build_context(
         ranking,
-        cast(Student, index.student).backbone.token_ends if tokenizer is None else named_tokenizer(tokenizer),
+        cast("Student", index.student).backbone.token_ends if tokenizer is None else named_tokenizer(tokenizer),
         settings.max_tokens,
         order=settings.order,
         overlapping=index.repeats_text,
@@ -226,16 +226,13 @@ def _show_excerpts(session: Session, index: Index, ranking: Ranking) -> list[Exc
 
 def _explain(session: Session, ranking: Ranking, settings: SearchSettings, student: SearchStudent, task: Task) -> None:
     """Print the explanation of a ranking, how it was selected, its teacher's changes and its proof."""
-    from d2llm.models.attribution import why_no_interaction
-    from d2llm.models.student import Student
     from d2llm.reports.search_tables import explanation_table
 
     if not ranking.passages:
         session.complain("warning", f"no passage was found for {ranking.query.text!r}{_why_none(settings)}")
     if settings.explain:
         session.show(explanation_table(ranking))
-        reason = why_no_interaction(student, task) if isinstance(student, Student) else None
-        if reason is not None:
+        if (reason := student.why_no_interaction(task)) is not None:
             session.say(f"search: {reason}")
     if ranking.expansion is not None and ranking.expansion.texts:
         session.say(_expansion_lines(ranking.expansion))

@@ -29,7 +29,7 @@ from d2llm.core.progress import progress_bar
 from d2llm.core.types import Passage, Query, Task
 from d2llm.data.granularity import make_granularity
 from d2llm.data.limit_set import make_limit_set
-from d2llm.models.backbone import EncodedTexts
+from d2llm.models.tokens import EncodedTexts
 from d2llm.ops.bm25_words import sentences
 from d2llm.ops.measures import per_query_measures
 from d2llm.store.bm25 import bm25_lists

@@ -28,7 +28,7 @@ from d2llm.data.own_passages import OwnPassages
 from d2llm.data.trec import TrecRun
 from d2llm.evaluation.report import Cost, Latency
 from d2llm.evaluation.settings import EvaluationSettings
-from d2llm.models.backbone import EncodedTexts
+from d2llm.models.tokens import EncodedTexts
 from d2llm.ops.fusion import reciprocal_rank_fusion
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index, part_formats

@@ -29,8 +29,8 @@ from d2llm.core.shipped import DEFAULT_STUDENT, shipped_models
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES, TASKS, Passage, Query, Task
 from d2llm.integrations.mteb_tasks import PAIR_TYPES, branch_of
 from d2llm.integrations.texts import title_of
-from d2llm.models.backbone import EncodedTexts
 from d2llm.models.student import Student, find_student
+from d2llm.models.tokens import EncodedTexts
 from d2llm.ops.selection import ids_at, top_rows
 from d2llm.retrieval.cosine import DotStudent
 from d2llm.retrieval.encode import encode

@@ -20,7 +20,7 @@ from d2llm.retrieval.reading import encode_pairs
 from d2llm.retrieval.search import SearchSettings
 
 if TYPE_CHECKING:
-    from d2llm.models.backbone import EncodedTexts
+    from d2llm.models.tokens import EncodedTexts
 
 _log = logging.getLogger(__name__)
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from d2llm.core.errors import InputError
 from d2llm.core.types import Task
 from d2llm.models.device import inference
-from d2llm.models.interaction import CosineHead
 from d2llm.models.student import Student
 from d2llm.ops.words import words
 
@@ -53,33 +52,13 @@ class Attribution:
     query_truncated: bool = False
 
 
-def why_no_interaction(student: Student, task: Task) -> str | None:
-    """Why a student's interaction adds nothing to the score of any pair in a task; None if it adds something."""
-    head = student.interaction
-    if isinstance(head, CosineHead):
-        return "this student has no interaction: its head is the cosine"
-    if not head.has_interaction(task):
-        return (
-            f"this student has no interaction in {task} search: on the dev sets it added nothing to the inner product, "
-            "so training left it out"
-        )
-    if head.has_dot and not float(head.interaction_weight(task)):
-        return (
-            f"the interaction's weight r is 0 in {task} search: on the dev sets it added nothing to the inner product, "
-            "so training switched it off"
-        )
-    return None
-
-
 def attribute(student: Student, query: str, passage: str, task: Task) -> Attribution:
     """What each word of a passage (its full text) adds to its score with a query.
 
     Raises:
-        InputError: the student's tokenizer gives no character offsets, or was loaded only to encode texts.
+        InputError: the student's tokenizer gives no character offsets.
     """
     student.backbone.require_tokens("a weight for each word of a passage")
-    if student.backbone.is_lean:
-        raise InputError("this student was loaded only to encode texts and score; load it with lean=False")
     if not getattr(student.backbone.tokenizer, "is_fast", False):
         raise InputError("this student's tokenizer gives no character offsets, so its words cannot be weighted")
     tokenized = student.tokenize([passage], "passage")

@@ -3,92 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.inputs import texts_of
-from d2llm.core.types import Span, is_text
 from d2llm.models.device import choose_device, choose_dtype
-from d2llm.models.token_vectors import TokenVectors
+from d2llm.models.tokens import TextReader
 from d2llm.ops.batching import pad_right
-from d2llm.ops.token_bounds import bounded_ends
 from d2llm.recipe import AutoPooling, BackboneConfig, Pooling
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-TextKind = Literal["query", "passage"]
-
-TOKENIZING = Lock()
-"""Held while a student's tokenizer runs: its truncation setting is state that all threads share."""
+    from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True, slots=True)
-class TokenizedTexts:
-    """Token ids of each text, with special tokens; ``truncated`` has the indices of those over the limit.
-
-    If queries have an adapter of their own, the ids of their tokens are ~id, below 0, so that wherever texts are read
-    together, each row says which adapter reads it.
-
-    ``counts`` has the number of tokens of each text, where an id stands for a whole text (a remote backbone).
-    """
-
-    ids: list[list[int]]
-    truncated: tuple[int, ...] = ()
-    counts: tuple[int, ...] | None = None
-
-    @property
-    def num_truncated(self) -> int:
-        """How many texts were truncated."""
-        return len(self.truncated)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Number of tokens of each text."""
-        return [len(ids) for ids in self.ids] if self.counts is None else [*self.counts]
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedTexts:
-    """Vectors of n texts, the indices of those cut to the length limit, and the tokens read, in total and per text.
-
-    ``tokens`` are the vectors of the texts' tokens, if they were requested (``Student.encode_with_tokens``).
-    """
-
-    vectors: Float32[np.ndarray, "texts dim"]
-    truncated: tuple[int, ...]
-    num_tokens: int
-    lengths: tuple[int, ...] = ()
-    tokens: TokenVectors | None = None
-
-    @property
-    def num_truncated(self) -> int:
-        """How many texts were truncated."""
-        return len(self.truncated)
-
-    @classmethod
-    def join(cls, parts: Sequence[EncodedTexts], dim: int) -> EncodedTexts:
-        """The texts of all parts, which have vectors [n, dim], in order."""
-        starts = np.cumsum([0, *(len(part.vectors) for part in parts)]).tolist()
-        tokens = [part.tokens for part in parts if part.tokens is not None]
-        return cls(
-            np.concatenate([np.zeros((0, dim), np.float32), *(part.vectors for part in parts)]),
-            tuple(start + place for start, part in zip(starts, parts, strict=False) for place in part.truncated),
-            sum(part.num_tokens for part in parts),
-            tuple(length for part in parts for length in part.lengths),
-            TokenVectors(*(np.concatenate(each) for each in zip(*tokens, strict=True))) if tokens else None,
-        )
-
-
-class Backbone(nn.Module):
+class Backbone(TextReader, nn.Module):
     """What reads texts: ``tokenize`` and ``pad`` give the ids of tokens, ``forward`` their states.
 
     The base of ``PretrainedBackbone`` and of what other kinds open (``recipe.CustomBackbone``). A subclass has ``dim``,
@@ -100,11 +32,7 @@ class Backbone(nn.Module):
         own: the pooling without weights that is the backbone's own (``Pooling.own``), never ``auto``.
         compute_dtype: number format of matrix products.
         location: where its weights are.
-        is_lean: whether it can only encode texts, and not be trained, saved or exported (``models.engines.lean``).
-        query_model: what reads queries, if that is another model.
     """
-
-    tokenizer: PreTrainedTokenizerBase
 
     def __init__(
         self,
@@ -121,7 +49,6 @@ class Backbone(nn.Module):
         self.location = config.model
         self.pooling = pooling or AutoPooling()
         self.own = Pooling.of(auto_pooling) if isinstance(self.pooling.own, AutoPooling) else self.pooling.own
-        self.is_lean = False
         self.query_model: PreTrainedModel | None = None
 
     @classmethod
@@ -211,11 +138,7 @@ class Backbone(nn.Module):
         raise InputError(f"a {self.config.kind} backbone cannot be cut to {depth} layers")
 
     def prepare_training(self, *, seed: int = 0) -> None:  # noqa: ARG002 - for adapters
-        """Make trainable what ``config.tuning`` says: everything, or nothing.
-
-        Raises:
-            InputError: the backbone can only encode texts (``is_lean``).
-        """
+        """Make trainable what ``config.tuning`` says: everything, or nothing."""
         self.requires_grad_(self.config.tuning.kind == "full")
 
     def tuned_state(self) -> dict[str, Tensor]:
@@ -248,82 +171,6 @@ class Backbone(nn.Module):
             f"{folder}: the weights of a {self.config.kind} backbone cannot be saved as a model of their own; save the "
             "student with merge=False"
         )
-
-    def tokenize(
-        self, texts: Sequence[str], kind: TextKind, *, prefix: str | None = None, limit: int | None = None
-    ) -> TokenizedTexts:
-        """Token ids of each text with its prefix, cut to the limit; cuts are counted. Thread-safe.
-
-        If ``prefix`` or ``limit`` is None, the configuration's value for the kind is used, as in training.
-
-        Raises:
-            InputError: ``texts`` is a single string, or a text holds a lone surrogate.
-        """
-        prefixed, limit = self._prepare(texts, kind, prefix, limit)
-        if not prefixed:
-            return TokenizedTexts([])
-        # Only texts over the limit are tokenized twice, so that the tokenizer keeps its closing special token.
-        with TOKENIZING:
-            ids = cast("list[list[int]]", self.tokenizer(prefixed, truncation=False, verbose=False)["input_ids"])
-            too_long = [index for index, row in enumerate(ids) if len(row) > limit]
-            if too_long:
-                cut = self.tokenizer([prefixed[index] for index in too_long], truncation=True, max_length=limit)
-                for index, row in zip(too_long, cast("list[list[int]]", cut["input_ids"]), strict=True):
-                    ids[index] = row
-        # A tokenizer without special tokens returns no token for an empty text, but a model needs at least one.
-        fallback = self.tokenizer.eos_token_id or self.tokenizer.pad_token_id or 0
-        rows = [row or [cast(int, fallback)] for row in ids]
-        if kind == "query" and self.query_model is not None:
-            rows = [[~token for token in row] for row in rows]
-        return TokenizedTexts(rows, tuple(too_long))
-
-    def _prepare(
-        self, texts: Sequence[str], kind: TextKind, prefix: str | None, limit: int | None
-    ) -> tuple[list[str], int]:
-        """The texts with their prefix, checked, and their limit in tokens (``tokenize``)."""
-        texts = texts_of(texts)
-        if prefix is None:
-            prefix = self.config.query_prefix if kind == "query" else self.config.passage_prefix
-        if limit is None:
-            limit = self.config.max_query_tokens if kind == "query" else self.config.max_passage_tokens
-        _check_text(prefix)
-        return [prefix + text for text in texts], limit
-
-    def num_tokens(self, text: str) -> int:
-        """How many tokens a text has, with special tokens.
-
-        Raises:
-            InputError: the text holds a lone surrogate.
-        """
-        _check_text(text)
-        with TOKENIZING:
-            ids = cast("list[list[int]]", self.tokenizer([text], truncation=False, verbose=False)["input_ids"])
-        return len(ids[0])
-
-    def first_own_tokens(self, texts: Sequence[str], prefix: str) -> list[int]:
-        """The place of each text's first token in its ids with this prefix; a token of both belongs to the text.
-
-        Raises:
-            InputError: the tokenizer gives no character offsets.
-        """
-        texts_offsets = _offsets(self.tokenizer, [prefix + text for text in texts_of(texts)])
-        return [
-            next((place for place, (_, end) in enumerate(offsets) if end > len(prefix)), len(offsets))
-            for offsets in texts_offsets
-        ]
-
-    def token_ends(self, text: str) -> list[int]:
-        """Where the tokens of a text end, in characters, without prefix and special tokens (``token_ends``)."""
-        return token_ends(self.tokenizer, text)
-
-    def token_places(self, text: str, num_tokens: int, kind: TextKind = "passage") -> list[Span]:
-        """Character spans in a text, by default a passage, of the ``num_tokens`` tokens of ``tokenize``.
-
-        Needs a fast tokenizer. The span of a special token is empty.
-        """
-        prefix = self.config.query_prefix if kind == "query" else self.config.passage_prefix
-        (offsets,) = _offsets(self.tokenizer, [prefix + text], max_tokens=num_tokens)
-        return [(start - len(prefix), end - len(prefix)) for start, end in offsets]
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
         """Token ids as one right-padded tensor, and the mask of real tokens."""
@@ -376,7 +223,6 @@ def open_backbone(
     *,
     device: torch.device,
     compute_dtype: torch.dtype,
-    lean_tokenizer: Path | None = None,
     auto_pooling: str | None = None,
     student: Path | None = None,
 ) -> Backbone:
@@ -394,59 +240,5 @@ def open_backbone(
         pooling,
         device=device,
         compute_dtype=compute_dtype,
-        lean_tokenizer=lean_tokenizer,
         auto_pooling=auto_pooling,
     )
-
-
-def _check_text(text: str) -> None:
-    if not is_text(text):
-        raise InputError(f"{text[:100]!r}: is not valid Unicode text; write it as UTF-8")
-
-
-def token_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Where the tokens of a text end, in characters, without special tokens; their number is the text's length.
-
-    What the vocabulary lacks, or the tokenizer leaves out, counts as many tokens as it may be for a model that reads it
-    (``ops.token_bounds``): long strings of letters, emoji, blank lines.
-
-    Raises:
-        InputError: the tokenizer gives no character offsets.
-    """
-    tokens = _offsets(tokenizer, [text], add_special_tokens=False)[0]
-    (ids,) = tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"]
-    unknown: int | None = getattr(tokenizer, "unk_token_id", None)
-    return bounded_ends(text, tokens, [token == unknown for token in ids])
-
-
-def _offsets(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[str],
-    *,
-    max_tokens: int | None = None,
-    add_special_tokens: bool = True,
-) -> list[list[Span]]:
-    """The span of each token of each text, cut to ``max_tokens``, in characters; that of a special token is empty."""
-    try:
-        with TOKENIZING:
-            encoded = tokenizer(
-                texts,
-                truncation=max_tokens is not None,
-                max_length=max_tokens,
-                add_special_tokens=add_special_tokens,
-                return_offsets_mapping=True,
-                verbose=False,
-            )
-    except NotImplementedError as error:
-        raise InputError(
-            "this tokenizer gives no character offsets, so its tokens cannot be counted; name another tokenizer"
-        ) from error
-    return cast("list[list[Span]]", encoded["offset_mapping"])
-
-
-def search_query_tokens(config: BackboneConfig) -> int:
-    """How many tokens of a query a search reads: as many as of a passage, even if training read fewer.
-
-    The backbone encodes both in the same way, and queries of the usual length keep their vectors (docs/log).
-    """
-    return max(config.max_query_tokens, config.max_passage_tokens)

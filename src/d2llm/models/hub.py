@@ -18,8 +18,7 @@ from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.names import did_you_mean
 from d2llm.core.shipped import shipped_models
-from d2llm.models.model_card import HUB_ID, model_card, why_not_loadable
-from d2llm.models.sources import first_sentence
+from d2llm.models.sources import HUB_ID, first_sentence
 from d2llm.models.student_files import (
     BACKBONE_FOLDER,
     CARD_FILE,
@@ -143,6 +142,7 @@ def push_student(
     from huggingface_hub import CommitOperationDelete, HfApi
 
     from d2llm import __version__
+    from d2llm.models.model_card import why_not_loadable  # imports torch
 
     if not HUB_ID.fullmatch(repo_id):
         raise InputError(f"'{repo_id}' is not a valid repository name on the Hub; give owner/name")
@@ -168,6 +168,8 @@ def push_student(
 
 def _additions(folder: Path, licence: str | None) -> list[CommitOperationAdd]:
     from huggingface_hub import CommitOperationAdd
+
+    from d2llm.models.model_card import model_card
 
     manifest, config = read_student_manifest(folder)
     if config.backbone.address is not None:

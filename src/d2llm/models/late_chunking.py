@@ -18,10 +18,11 @@ from torch import Tensor
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Span, WholeText
-from d2llm.models.backbone import TOKENIZING, Backbone
+from d2llm.models.backbone import Backbone
 from d2llm.models.length_limit import readable_tokens
 from d2llm.models.pooling import TextPooling
-from d2llm.models.token_vectors import TokenProjection, TokenVectors
+from d2llm.models.token_vectors import TokenProjection
+from d2llm.models.tokens import TOKENIZING, TokenVectors
 from d2llm.ops.batching import pad_right, token_budget_batches
 
 _LEAST_WINDOW = 16
@@ -103,8 +104,6 @@ class ChunkReader:
                 "text and not a chunk of it; split the text before encoding, or use a student with mean pooling, or "
                 "with PMA without warm start"
             )
-        if backbone.is_lean:
-            raise InputError("this student was loaded only to encode texts and score; load it with lean=False")
         if not backbone.tokenizer.is_fast:
             raise InputError(
                 f"the tokenizer of '{backbone.config.model}' gives no character offsets; split the text before "

@@ -15,8 +15,8 @@ from d2llm.models.quality import PassageQuality
 from d2llm.models.score_features import FeatureWeights
 
 if TYPE_CHECKING:
-    from d2llm.models.backbone import EncodedTexts, TextKind
     from d2llm.models.late_chunking import EncodedChunks
+    from d2llm.models.tokens import EncodedTexts, TextKind
 
 
 @runtime_checkable
@@ -42,6 +42,27 @@ class PairScorer(Protocol):
         ...
 
 
+def why_no_interaction(head: str, weight: float | None, task: Task) -> str | None:
+    """Why an interaction adds nothing to the score of any pair in a task; None if it adds something.
+
+    ``head`` is the kind of head (``InteractionConfig.head``), ``weight`` the interaction's weight r in the task; None
+    if it has none.
+    """
+    if head == "cosine":
+        return "this student has no interaction: its head is the cosine"
+    if weight is None:
+        return (
+            f"this student has no interaction in {task} search: on the dev sets it added nothing to the inner product, "
+            "so training left it out"
+        )
+    if head == "dot" and not weight:
+        return (
+            f"the interaction's weight r is 0 in {task} search: on the dev sets it added nothing to the inner product, "
+            "so training switched it off"
+        )
+    return None
+
+
 class PlainStudent:
     """Base of a student without what ``Student`` may have beside its vectors; a subclass adds those and the score.
 
@@ -61,6 +82,10 @@ class PlainStudent:
 
     def prepare(self, query_vector: NDArray[np.float32], task: Task) -> PairScorer | None:  # noqa: ARG002
         """None: its score has no known bound."""
+        return None
+
+    def why_no_interaction(self, task: Task) -> str | None:  # noqa: ARG002
+        """None: there is nothing to say about it."""
         return None
 
     def passage_bound(self, passage_vectors: NDArray[np.float32]) -> NDArray[np.float32]:

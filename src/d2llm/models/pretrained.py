@@ -21,7 +21,6 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.models.backbone import Backbone, load_weights
 from d2llm.models.depths import final_module, read_depths
 from d2llm.models.device import use_plain_attention_on_cpu
-from d2llm.models.engines.lean import open_lean
 from d2llm.models.length_limit import check_limits
 from d2llm.models.lora import (
     adapter_state,
@@ -47,7 +46,7 @@ from d2llm.ops.pooling import to_right_padding
 from d2llm.recipe import AutoPooling, BackboneConfig, Lora, Pooling
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 _MODEL = "model"
 _QUERY = "query:"  # before the names of the tensors of the queries' adapter, if there are two
@@ -66,14 +65,11 @@ class PretrainedBackbone(Backbone):
         *,
         device: torch.device,
         compute_dtype: torch.dtype,
-        lean_tokenizer: Path | None = None,
         auto_pooling: str | None = None,
     ) -> None:
         """Load the weights that ``config.model`` names, for a pooling of their states, by default ``auto``.
 
-        ``auto_pooling`` is the kind of pooling that ``auto`` stands for; by default, the model's folder says it. If
-        ``lean_tokenizer`` is the folder of a tokenizer, the model is loaded without ``transformers`` where possible
-        (``models.engines.lean``): the backbone can then encode texts, but not be trained, saved or exported.
+        ``auto_pooling`` is the kind of pooling that ``auto`` stands for; by default, the model's folder says it.
 
         Raises:
             ModelNotFoundError: no usable weights there.
@@ -84,19 +80,9 @@ class PretrainedBackbone(Backbone):
         super().__init__(config, pooling, compute_dtype=compute_dtype)
         self.location = find_model(config.model)
         weight_dtype = torch.float32 if config.tuning.kind == "full" else compute_dtype
-        lean = None
-        # The lean model gives no attention, and is no decoder.
-        if lean_tokenizer is not None and self.pooling.weighing is None and not config.bidirectional:
-            lean = open_lean(self.location, lean_tokenizer, dtype=weight_dtype)
-        self.is_lean = lean is not None
-        if lean is not None:
-            # Typed as the usual classes; the lean ones have every method that encoding calls.
-            self.tokenizer = cast("PreTrainedTokenizerBase", lean.tokenizer)
-            self._modules[_MODEL] = lean.model.to(device).eval()
-        else:
-            self.tokenizer = load_tokenizer(self.location)
-            model: Any = _load_model(self.location, weight_dtype)
-            self._modules[_MODEL] = model.to(device).eval()
+        self.tokenizer = load_tokenizer(self.location)
+        model: Any = _load_model(self.location, weight_dtype)
+        self._modules[_MODEL] = model.to(device).eval()
         self.model.requires_grad_(False)
         if config.tuning.kind == "lora" and not any(isinstance(part, nn.Linear) for part in self.model.modules()):
             raise InputError(
@@ -143,10 +129,8 @@ class PretrainedBackbone(Backbone):
         """Remove all layers but the first ``depth``, in place.
 
         Raises:
-            InputError: there are not so many, or the backbone was loaded with ``lean_tokenizer``.
+            InputError: there are not so many.
         """
-        if self.is_lean:
-            raise InputError("this student was loaded only to encode texts; load it with lean=False to cut it")
         modules: set[str] = set()
         for prefix, model in self._models.items():
             keep_layers(model, depth, name=self.config.model)
@@ -159,13 +143,7 @@ class PretrainedBackbone(Backbone):
         return fingerprint_model(self.location)
 
     def prepare_training(self, *, seed: int = 0) -> None:
-        """Make trainable what ``config.tuning`` says: adapters, everything, or nothing. Adapters that are there stay.
-
-        Raises:
-            InputError: the backbone was loaded with ``lean_tokenizer``.
-        """
-        if self.is_lean:
-            raise InputError("this student was loaded only to encode texts; load it with lean=False to train it")
+        """Make trainable what ``config.tuning`` says: adapters (those there stay), everything, or nothing."""
         if isinstance(self.config.tuning, Lora) and not has_adapters(self.model):
             for number, model in enumerate(self._models.values()):
                 attach_lora(model, self.config.tuning, seed=seed + number)

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -28,10 +29,13 @@ from d2llm.core.shipped import shipped_models
 from d2llm.recipe import BackboneConfig
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 _FINGERPRINT_BLOCK = 1 << 20
 _ORIGIN = "-origin.txt"  # in a converted folder, after the kind: the fingerprint of the file
@@ -218,6 +222,16 @@ def model_type(location: str) -> str:
 def load_tensors(path: Path, *, remedy: str) -> dict[str, Tensor]:
     """Load a safetensors file that d2llm wrote; a ``ModelError`` with this ``remedy`` if it cannot be read."""
     from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} cannot be read: {error}; {remedy}") from error
+
+
+def load_arrays(path: Path, *, remedy: str) -> dict[str, NDArray[Any]]:
+    """``load_tensors``, as arrays, which have no bfloat16."""
+    from safetensors.numpy import load_file
 
     try:
         return load_file(path)

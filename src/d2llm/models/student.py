@@ -122,7 +122,6 @@ class Student(StudentEncoder):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         engine: EngineName = "torch",
-        lean: bool = False,
     ) -> Student:
         """Load a student that ``save`` wrote: a folder, the name of one shipped with d2llm, or a name on the Hub.
 
@@ -133,8 +132,6 @@ class Student(StudentEncoder):
             device: device to run on; by default the fastest here.
             dtype: number format of the products; by default the fastest here.
             engine: engine that encodes texts (``models.engines.engines``).
-            lean: load only what encodes and scores texts, if the backbone allows it (``models.engines.lean``), which is
-                quicker.
 
         Raises:
             InputError: the engine cannot be used with this device or number format.
@@ -157,7 +154,6 @@ class Student(StudentEncoder):
             config.pooling,
             device=chosen,
             compute_dtype=products if engine == "torch" else torch.float32,  # which the export to a graph requires
-            lean_tokenizer=Path(source if merged else folder) if lean and engine == "torch" else None,
             auto_pooling=manifest["pooling"],
             student=folder,
         )
@@ -310,7 +306,7 @@ class Student(StudentEncoder):
         fit-scores`` fits all but the token embeddings again.
 
         Raises:
-            InputError: the student was not trained for this depth, or was loaded with ``lean=True``.
+            InputError: the student was not trained for this depth.
         """
         if depth not in self.nested_depths:
             depths = " or ".join(map(str, self.nested_depths))

@@ -18,14 +18,23 @@ from d2llm.core.errors import InputError
 from d2llm.core.fallbacks import fell_back
 from d2llm.core.inputs import stream_of_objects, strings_of, texts_of
 from d2llm.core.types import EngineName, Span, WholeText
-from d2llm.models.backbone import Backbone, EncodedTexts, TextKind, TokenizedTexts, search_query_tokens
+from d2llm.models.backbone import Backbone
 from d2llm.models.device import inference, tokens_to_read
 from d2llm.models.engines.core_workers import map_on_cores
 from d2llm.models.engines.engines import Engine, open_engine
 from d2llm.models.late_chunking import ChunkReader, EncodedChunks
 from d2llm.models.pooling import TextPooling, to_sphere
 from d2llm.models.term_weights import TermWeights
-from d2llm.models.token_vectors import TokenProjection, TokenVectors
+from d2llm.models.token_vectors import TokenProjection
+from d2llm.models.tokens import (
+    NO_TOKENS,
+    EncodedTexts,
+    TextKind,
+    TokenizedTexts,
+    TokenVectors,
+    search_query_tokens,
+    tokenize_search,
+)
 from d2llm.models.vector_scorer import VectorScorer
 from d2llm.ops.batching import token_budget_batches
 from d2llm.ops.bm25_words import terms, tokens_of_terms
@@ -200,9 +209,8 @@ class StudentEncoder(VectorScorer):
         texts, projection = texts_of(texts), self._require_projection()
         if self._engine is not None:
             fell_back("engine for token embeddings", "the graph gives vectors of texts only; torch encodes both")
-        tokenized, is_query = self.tokenize(texts, kind, instruction=instruction), kind == "query"
+        tokenized = self.tokenize(texts, kind, instruction=instruction)
         starts = [0] * len(texts) if instruction is None else self.backbone.first_own_tokens(texts, instruction)
-        places_of = projection.query_places if is_query else projection.places
         token_rows: list[NDArray[np.float32]] = [np.zeros((0, projection.dim), np.float32)] * len(texts)
 
         def read(batch: list[int]) -> Float32[np.ndarray, "batch dim"]:
@@ -210,14 +218,14 @@ class StudentEncoder(VectorScorer):
                 ids = [tokenized.ids[index] for index in batch]
                 states, mask = self.backbone(*self.backbone.pad(ids))
                 own_ids = [tokenized.ids[index][starts[index] :] for index in batch]
-                places = [
-                    [starts[index] + place for place in places_of(own)]
-                    for index, own in zip(batch, own_ids, strict=True)
+                chosen = [projection.chosen(own, kind) for own in own_ids]
+                kept = [
+                    [starts[index] + place for place in places]
+                    for index, (places, _) in zip(batch, chosen, strict=True)
                 ]
-                tokens = projection(torch.cat([states[row, kept] for row, kept in enumerate(places)])).cpu().numpy()
-                parts = np.split(tokens, np.cumsum([len(kept) for kept in places])[:-1])
-                for index, own, part in zip(batch, own_ids, parts, strict=True):
-                    share = projection.query_share(own) if is_query else 1.0
+                tokens = projection(torch.cat([states[row, places] for row, places in enumerate(kept)])).cpu().numpy()
+                parts = np.split(tokens, np.cumsum([len(places) for places in kept])[:-1])
+                for index, (_, share), part in zip(batch, chosen, parts, strict=True):
                     token_rows[index] = part * np.float32(share)
                 return self.pool(states, mask).cpu().numpy()
 
@@ -226,7 +234,7 @@ class StudentEncoder(VectorScorer):
 
     def _require_projection(self) -> TokenProjection:
         if self.token_projection is None:
-            raise InputError("this student has no token embeddings; train them with `d2llm fit-tokens`")
+            raise InputError(NO_TOKENS)
         return self.token_projection
 
     @property
@@ -302,17 +310,7 @@ class StudentEncoder(VectorScorer):
         Raises:
             InputError: the instruction leaves no room for a query, or the texts are passages.
         """
-        if instruction is not None:
-            if kind != "query":
-                raise InputError("an instruction is put before queries; leave it out for passages")
-            num_tokens = self.backbone.num_tokens(instruction)
-            if num_tokens >= self.max_query_tokens:
-                raise InputError(
-                    f"the instruction has {num_tokens} tokens, but the student reads only {self.max_query_tokens} of "
-                    "instruction and query together; shorten it"
-                )
-        limit = self.max_query_tokens if kind == "query" else None
-        return self.backbone.tokenize(texts, kind, prefix=instruction, limit=limit)
+        return tokenize_search(self.backbone, texts, kind, instruction=instruction, limit=self.max_query_tokens)
 
     def encode_tokens(self, ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "batch dim"]:
         """Vectors of one batch of tokenized texts, ideally of similar length (``batch_tokens``)."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # importing torch takes seconds, and a wrong name should be r
     from torch import Tensor, nn
 
     from d2llm.models.backbone import Backbone
+    from d2llm.models.engines.lean_bert import LeanBert
 
 KIND = "student"
 FORMAT_VERSION = 4
@@ -85,7 +86,7 @@ def load_head(folder: Path, parts: Mapping[str, nn.Module]) -> None:
         ) from error
 
 
-def require_same_base(folder: Path, manifest: dict[str, Any], backbone: Backbone) -> None:
+def require_same_base(folder: Path, manifest: dict[str, Any], backbone: Backbone | LeanBert) -> None:
     """Raise a ``MismatchError`` unless the loaded backbone has the weights that the student was trained on."""
     fingerprint = backbone.fingerprint_base()
     if fingerprint != manifest["base_fingerprint"] and isinstance(backbone.config, CustomBackbone):

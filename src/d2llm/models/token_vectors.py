@@ -14,22 +14,18 @@ student with or without it. An index with token embeddings names the projection 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from d2llm.core.errors import ModelError
 from d2llm.models.fitted_part import Widths
 from d2llm.models.pooling import to_sphere
-from d2llm.models.sources import load_metadata, load_tensors
+from d2llm.models.tokens import ChosenTokens, StoredProjection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,24 +33,7 @@ if TYPE_CHECKING:
 _PART = "\ufffd"  # a token of some bytes of a character is decoded as this
 
 
-class TokenVectors(NamedTuple):
-    """The vectors [sum of counts, token_dim] of the tokens of n texts, text after text, and their counts [n]."""
-
-    vectors: NDArray[np.float32]
-    counts: NDArray[np.int64]
-
-    @classmethod
-    def join(cls, texts: Sequence[NDArray[np.float32]], dim: int) -> TokenVectors:
-        """The tokens of all texts, given by text."""
-        counts = np.array([len(text) for text in texts], np.int64)
-        return cls(np.concatenate([np.zeros((0, dim), np.float32), *texts]), counts)
-
-    def split(self) -> list[NDArray[np.float32]]:
-        """The vectors [tokens, token_dim] of each text."""
-        return np.split(self.vectors, np.cumsum(self.counts)[:-1]) if len(self.counts) else []
-
-
-class TokenProjection(nn.Module):
+class TokenProjection(ChosenTokens, nn.Module):
     """From the states of tokens to their vectors, of norm sqrt(token_dim): a linear map without bias.
 
     Attributes:
@@ -64,7 +43,6 @@ class TokenProjection(nn.Module):
         max_query_tokens: of a query only so many tokens have vectors, the rarest.
     """
 
-    file_name: ClassVar[str] = "tokens.safetensors"
     rarity: Tensor
 
     def __init__(self, dim: int, token_dim: int, rarity: Sequence[float], *, max_query_tokens: int = 16) -> None:
@@ -73,7 +51,7 @@ class TokenProjection(nn.Module):
         self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(token_dim, dim)))
         self.register_buffer("rarity", torch.tensor(rarity, dtype=torch.float32))
         self.max_query_tokens = max_query_tokens
-        self._rarity: list[float] = self.rarity.tolist()
+        self.rarities: list[float] = self.rarity.tolist()
 
     @property
     def dim(self) -> int:
@@ -84,32 +62,11 @@ class TokenProjection(nn.Module):
         """The token embeddings, float32."""
         return to_sphere(states.float() @ self.weight.T)
 
-    def places(self, token_ids: Sequence[int]) -> list[int]:
-        """The places of a passage's tokens that get a vector."""
-        return [place for place, token in enumerate(token_ids) if self._rarity_of(token) > 0]
-
-    def query_places(self, token_ids: Sequence[int]) -> list[int]:
-        """The places of a query's tokens that get a vector."""
-        places = self.places(token_ids)
-        places.sort(key=lambda place: -self._rarity_of(token_ids[place]))  # stable: of equal tokens the first
-        return sorted(places[: self.max_query_tokens])
-
-    def query_share(self, token_ids: Sequence[int]) -> float:
-        """The share of a query's tokens that get a vector; 1 for all but long queries."""
-        return min(1.0, self.max_query_tokens / max(len(self.places(token_ids)), 1))
-
-    def _rarity_of(self, token: int) -> float:
-        return self._rarity[max(token, ~token)]  # a query's tokens may be below 0 (``TokenizedTexts``)
-
     @property
     def fingerprint(self) -> str:
         """Content hash."""
-        digest = hashlib.sha256()
-        digest.update(str(self.max_query_tokens).encode())
-        for tensor in (self.weight, self.rarity):
-            digest.update(str(tuple(tensor.shape)).encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        weight, rarity = (tensor.detach().cpu().contiguous().numpy() for tensor in (self.weight, self.rarity))
+        return StoredProjection(weight, rarity, self.max_query_tokens).fingerprint
 
     def write(self, folder: Path, student: str) -> None:
         """Write the projection into the folder of the student with this fingerprint."""
@@ -124,21 +81,15 @@ class TokenProjection(nn.Module):
         Raises:
             ModelError: it cannot be read, does not fit the width of the states, or belongs to another student.
         """
-        path = folder / cls.file_name
-        if not path.is_file():
+        stored = StoredProjection.read(folder, student, widths)
+        if stored is None:
             return None
-        remedy = "restore the student's folder, or delete the file and score_features.json to search without them"
-        tensors = load_tensors(path, remedy=remedy)
-        weight, rarity = tensors.get("weight"), tensors.get("rarity")
-        if weight is None or rarity is None or weight.ndim != 2 or weight.shape[1] != widths.states or rarity.ndim != 1:
-            raise ModelError(f"{path} does not fit a student whose states have {widths.states} dimensions; {remedy}")
-        metadata = load_metadata(path)
-        if (owner := metadata.get("student")) != student:
-            raise ModelError(f"{path} was trained for the student {owner}, but this one is {student}; {remedy}")
-        if not (limit := metadata.get("max_query_tokens", "")).isdecimal() or int(limit) < 1:
-            raise ModelError(f"{path} does not say how many tokens of a query count; {remedy}")
-        projection = cls(widths.states, len(weight), rarity.tolist(), max_query_tokens=int(limit))
-        projection.load_state_dict(tensors)
+        projection = cls(
+            widths.states, len(stored.weight), stored.rarity.tolist(), max_query_tokens=stored.max_query_tokens
+        )
+        projection.load_state_dict(
+            {"weight": torch.from_numpy(stored.weight), "rarity": torch.from_numpy(stored.rarity)}
+        )
         return projection.eval()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from d2llm.core.types import Task, default_task
 from d2llm.models.device import inference
 from d2llm.models.interaction import CosineHead, Interaction
-from d2llm.models.plain_student import PlainStudent
+from d2llm.models.plain_student import PlainStudent, why_no_interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
 
 SCORE_BLOCK = 480
@@ -87,6 +87,14 @@ class VectorScorer(nn.Module):
             return np.ones(len(passage_vectors), np.float32)
         with inference(self):
             return head.passage_bound(torch.from_numpy(passage_vectors).to(self.device)).cpu().numpy()
+
+    def why_no_interaction(self, task: Task) -> str | None:
+        """Why the interaction adds nothing to the score of any pair in a task; None if it adds something."""
+        head = self.interaction
+        if isinstance(head, CosineHead):
+            return why_no_interaction("cosine", None, task)
+        weight = float(head.interaction_weight(task)) if head.has_interaction(task) else None
+        return why_no_interaction("dot" if head.has_dot else "paper", weight, task)
 
     def prepare(
         self, query_vector: Float32[np.ndarray, " dim"], task: Task, *, interaction_weight: float | None = None

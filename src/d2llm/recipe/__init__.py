@@ -1,104 +1,137 @@
-"""Recipes: everything that shapes a run, in sections."""
+"""Recipes: everything that shapes a run, in sections. Each is imported when it is first used."""
 
 from __future__ import annotations
 
-from d2llm.recipe.backbone import BackboneConfig, CustomBackbone, Frozen, Full, Lora, Package, Tuning
-from d2llm.recipe.data import DataConfig, LabellingConfig, MiningConfig
-from d2llm.recipe.pooling import AutoPooling, ChangedPooling, Pooling
-from d2llm.recipe.pretraining import Pretraining
-from d2llm.recipe.recipe import Recipe
-from d2llm.recipe.sections import CompletionConfig, EndpointConfig, LoraConfig, Quantization, Section, WarmUpConfig
-from d2llm.recipe.student import InteractionConfig, StudentConfig, shaping_student_settings, untuned_config
-from d2llm.recipe.teacher import (
-    AutoTeacherConfig,
-    CausalTeacherConfig,
-    ClassifierTeacherConfig,
-    CosineTeacherConfig,
-    EnsembleTeacherConfig,
-    GradedTeacherConfig,
-    ListEndpointConfig,
-    ListsConfig,
-    ListTeacherConfig,
-    ListwiseTeacherConfig,
-    LocalTeacherConfig,
-    PromptedTeacherConfig,
-    RankedListsConfig,
-    RecordedConfig,
-    RemoteConfig,
-    RemoteTeacherConfig,
-    Seq2SeqTeacherConfig,
-    TeacherConfig,
-    TeacherEndpointConfig,
-    TeacherIdentity,
-    VllmTeacherConfig,
-)
-from d2llm.recipe.training import (
-    GateConfig,
-    ResidualConfig,
-    ScoreFeaturesConfig,
-    TokensConfig,
-    TrainingConfig,
-)
-from d2llm.recipe.tuning import ReaderTuningConfig, TeacherTuningConfig, WriterTuningConfig
-from d2llm.recipe.writer import LocalWriterConfig, RemoteWriterConfig, WriterConfig, WriterEndpointConfig
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "AutoPooling",
-    "AutoTeacherConfig",
-    "BackboneConfig",
-    "CausalTeacherConfig",
-    "ChangedPooling",
-    "ClassifierTeacherConfig",
-    "CompletionConfig",
-    "CosineTeacherConfig",
-    "CustomBackbone",
-    "DataConfig",
-    "EndpointConfig",
-    "EnsembleTeacherConfig",
-    "Frozen",
-    "Full",
-    "GateConfig",
-    "GradedTeacherConfig",
-    "InteractionConfig",
-    "LabellingConfig",
-    "ListEndpointConfig",
-    "ListTeacherConfig",
-    "ListsConfig",
-    "ListwiseTeacherConfig",
-    "LocalTeacherConfig",
-    "LocalWriterConfig",
-    "Lora",
-    "LoraConfig",
-    "MiningConfig",
-    "Package",
-    "Pooling",
-    "Pretraining",
-    "PromptedTeacherConfig",
-    "Quantization",
-    "RankedListsConfig",
-    "ReaderTuningConfig",
-    "Recipe",
-    "RecordedConfig",
-    "RemoteConfig",
-    "RemoteTeacherConfig",
-    "RemoteWriterConfig",
-    "ResidualConfig",
-    "ScoreFeaturesConfig",
-    "Section",
-    "Seq2SeqTeacherConfig",
-    "StudentConfig",
-    "TeacherConfig",
-    "TeacherEndpointConfig",
-    "TeacherIdentity",
-    "TeacherTuningConfig",
-    "TokensConfig",
-    "TrainingConfig",
-    "Tuning",
-    "VllmTeacherConfig",
-    "WarmUpConfig",
-    "WriterConfig",
-    "WriterEndpointConfig",
-    "WriterTuningConfig",
-    "shaping_student_settings",
-    "untuned_config",
-]
+if TYPE_CHECKING:
+    from d2llm.recipe.backbone import BackboneConfig as BackboneConfig
+    from d2llm.recipe.backbone import CustomBackbone as CustomBackbone
+    from d2llm.recipe.backbone import Frozen as Frozen
+    from d2llm.recipe.backbone import Full as Full
+    from d2llm.recipe.backbone import Lora as Lora
+    from d2llm.recipe.backbone import Package as Package
+    from d2llm.recipe.backbone import Tuning as Tuning
+    from d2llm.recipe.data import DataConfig as DataConfig
+    from d2llm.recipe.data import LabellingConfig as LabellingConfig
+    from d2llm.recipe.data import MiningConfig as MiningConfig
+    from d2llm.recipe.pooling import AutoPooling as AutoPooling
+    from d2llm.recipe.pooling import ChangedPooling as ChangedPooling
+    from d2llm.recipe.pooling import Pooling as Pooling
+    from d2llm.recipe.pretraining import Pretraining as Pretraining
+    from d2llm.recipe.recipe import Recipe as Recipe
+    from d2llm.recipe.sections import CompletionConfig as CompletionConfig
+    from d2llm.recipe.sections import EndpointConfig as EndpointConfig
+    from d2llm.recipe.sections import LoraConfig as LoraConfig
+    from d2llm.recipe.sections import Quantization as Quantization
+    from d2llm.recipe.sections import Section as Section
+    from d2llm.recipe.sections import WarmUpConfig as WarmUpConfig
+    from d2llm.recipe.student import InteractionConfig as InteractionConfig
+    from d2llm.recipe.student import StudentConfig as StudentConfig
+    from d2llm.recipe.student import shaping_student_settings as shaping_student_settings
+    from d2llm.recipe.student import untuned_config as untuned_config
+    from d2llm.recipe.teacher import AutoTeacherConfig as AutoTeacherConfig
+    from d2llm.recipe.teacher import CausalTeacherConfig as CausalTeacherConfig
+    from d2llm.recipe.teacher import ClassifierTeacherConfig as ClassifierTeacherConfig
+    from d2llm.recipe.teacher import CosineTeacherConfig as CosineTeacherConfig
+    from d2llm.recipe.teacher import EnsembleTeacherConfig as EnsembleTeacherConfig
+    from d2llm.recipe.teacher import GradedTeacherConfig as GradedTeacherConfig
+    from d2llm.recipe.teacher import ListEndpointConfig as ListEndpointConfig
+    from d2llm.recipe.teacher import ListsConfig as ListsConfig
+    from d2llm.recipe.teacher import ListTeacherConfig as ListTeacherConfig
+    from d2llm.recipe.teacher import ListwiseTeacherConfig as ListwiseTeacherConfig
+    from d2llm.recipe.teacher import LocalTeacherConfig as LocalTeacherConfig
+    from d2llm.recipe.teacher import PromptedTeacherConfig as PromptedTeacherConfig
+    from d2llm.recipe.teacher import RankedListsConfig as RankedListsConfig
+    from d2llm.recipe.teacher import RecordedConfig as RecordedConfig
+    from d2llm.recipe.teacher import RemoteConfig as RemoteConfig
+    from d2llm.recipe.teacher import RemoteTeacherConfig as RemoteTeacherConfig
+    from d2llm.recipe.teacher import Seq2SeqTeacherConfig as Seq2SeqTeacherConfig
+    from d2llm.recipe.teacher import TeacherConfig as TeacherConfig
+    from d2llm.recipe.teacher import TeacherEndpointConfig as TeacherEndpointConfig
+    from d2llm.recipe.teacher import TeacherIdentity as TeacherIdentity
+    from d2llm.recipe.teacher import VllmTeacherConfig as VllmTeacherConfig
+    from d2llm.recipe.training import GateConfig as GateConfig
+    from d2llm.recipe.training import ResidualConfig as ResidualConfig
+    from d2llm.recipe.training import ScoreFeaturesConfig as ScoreFeaturesConfig
+    from d2llm.recipe.training import TokensConfig as TokensConfig
+    from d2llm.recipe.training import TrainingConfig as TrainingConfig
+    from d2llm.recipe.tuning import ReaderTuningConfig as ReaderTuningConfig
+    from d2llm.recipe.tuning import TeacherTuningConfig as TeacherTuningConfig
+    from d2llm.recipe.tuning import WriterTuningConfig as WriterTuningConfig
+    from d2llm.recipe.writer import LocalWriterConfig as LocalWriterConfig
+    from d2llm.recipe.writer import RemoteWriterConfig as RemoteWriterConfig
+    from d2llm.recipe.writer import WriterConfig as WriterConfig
+    from d2llm.recipe.writer import WriterEndpointConfig as WriterEndpointConfig
+
+_HOME_OF = {
+    "AutoPooling": "d2llm.recipe.pooling",
+    "AutoTeacherConfig": "d2llm.recipe.teacher",
+    "BackboneConfig": "d2llm.recipe.backbone",
+    "CausalTeacherConfig": "d2llm.recipe.teacher",
+    "ChangedPooling": "d2llm.recipe.pooling",
+    "ClassifierTeacherConfig": "d2llm.recipe.teacher",
+    "CompletionConfig": "d2llm.recipe.sections",
+    "CosineTeacherConfig": "d2llm.recipe.teacher",
+    "CustomBackbone": "d2llm.recipe.backbone",
+    "DataConfig": "d2llm.recipe.data",
+    "EndpointConfig": "d2llm.recipe.sections",
+    "EnsembleTeacherConfig": "d2llm.recipe.teacher",
+    "Frozen": "d2llm.recipe.backbone",
+    "Full": "d2llm.recipe.backbone",
+    "GateConfig": "d2llm.recipe.training",
+    "GradedTeacherConfig": "d2llm.recipe.teacher",
+    "InteractionConfig": "d2llm.recipe.student",
+    "LabellingConfig": "d2llm.recipe.data",
+    "ListEndpointConfig": "d2llm.recipe.teacher",
+    "ListTeacherConfig": "d2llm.recipe.teacher",
+    "ListsConfig": "d2llm.recipe.teacher",
+    "ListwiseTeacherConfig": "d2llm.recipe.teacher",
+    "LocalTeacherConfig": "d2llm.recipe.teacher",
+    "LocalWriterConfig": "d2llm.recipe.writer",
+    "Lora": "d2llm.recipe.backbone",
+    "LoraConfig": "d2llm.recipe.sections",
+    "MiningConfig": "d2llm.recipe.data",
+    "Package": "d2llm.recipe.backbone",
+    "Pooling": "d2llm.recipe.pooling",
+    "Pretraining": "d2llm.recipe.pretraining",
+    "PromptedTeacherConfig": "d2llm.recipe.teacher",
+    "Quantization": "d2llm.recipe.sections",
+    "RankedListsConfig": "d2llm.recipe.teacher",
+    "ReaderTuningConfig": "d2llm.recipe.tuning",
+    "Recipe": "d2llm.recipe.recipe",
+    "RecordedConfig": "d2llm.recipe.teacher",
+    "RemoteConfig": "d2llm.recipe.teacher",
+    "RemoteTeacherConfig": "d2llm.recipe.teacher",
+    "RemoteWriterConfig": "d2llm.recipe.writer",
+    "ResidualConfig": "d2llm.recipe.training",
+    "ScoreFeaturesConfig": "d2llm.recipe.training",
+    "Section": "d2llm.recipe.sections",
+    "Seq2SeqTeacherConfig": "d2llm.recipe.teacher",
+    "StudentConfig": "d2llm.recipe.student",
+    "TeacherConfig": "d2llm.recipe.teacher",
+    "TeacherEndpointConfig": "d2llm.recipe.teacher",
+    "TeacherIdentity": "d2llm.recipe.teacher",
+    "TeacherTuningConfig": "d2llm.recipe.tuning",
+    "TokensConfig": "d2llm.recipe.training",
+    "TrainingConfig": "d2llm.recipe.training",
+    "Tuning": "d2llm.recipe.backbone",
+    "VllmTeacherConfig": "d2llm.recipe.teacher",
+    "WarmUpConfig": "d2llm.recipe.sections",
+    "WriterConfig": "d2llm.recipe.writer",
+    "WriterEndpointConfig": "d2llm.recipe.writer",
+    "WriterTuningConfig": "d2llm.recipe.tuning",
+    "shaping_student_settings": "d2llm.recipe.student",
+    "untuned_config": "d2llm.recipe.student",
+}
+
+__all__ = [*_HOME_OF]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value

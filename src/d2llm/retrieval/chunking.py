@@ -11,8 +11,8 @@ from typing import Any
 from d2llm.core.batches import batched
 from d2llm.core.errors import InputError
 from d2llm.core.types import LateChunk, Passage, SectionedPassage, WholeText, piece_id
-from d2llm.models.backbone import TOKENIZING
 from d2llm.models.student import Student
+from d2llm.models.tokens import TOKENIZING
 from d2llm.retrieval.settings import MIN_CHUNK_TOKENS
 from d2llm.retrieval.split_tables import TableSplitter
 from d2llm.retrieval.text_splitter import TextSplitter

@@ -19,8 +19,8 @@ from d2llm.core.types import (
     RankedPassage,
     Ranking,
 )
-from d2llm.models.backbone import token_ends
 from d2llm.models.sources import find_model, load_tokenizer
+from d2llm.models.tokens import token_ends
 from d2llm.ops.pair_truncation import cut_pair
 from d2llm.retrieval.chunking import HEADING_SEPARATOR
 from d2llm.retrieval.excerpts import merge_neighbours

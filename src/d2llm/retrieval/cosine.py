@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.types import Task
-from d2llm.models.backbone import EncodedTexts, TextKind
 from d2llm.models.plain_student import PlainStudent
+from d2llm.models.tokens import EncodedTexts, TextKind
 from d2llm.retrieval.protocols import SearchStudent, TextEncoder, VectorStudent
 
 

@@ -274,8 +274,8 @@ class Index:
             device: device of the student.
             dtype: its number format.
             engine: the engine that encodes texts (``models.engines.engines``).
-            lean: if the student allows it, load only what is needed to encode queries and score (``Student.load``);
-                faster for a few searches without changes.
+            lean: if the student allows it, read it without torch, in float32 on the CPU (``models.engines.lean``): much
+                quicker for a few searches without changes.
             allow_missing: search a sharded index without the shards that cannot be read; rankings name them
                 (``Ranking.missing_shards``).
 
@@ -381,9 +381,9 @@ class Index:
         if source is None:
             source = find_source(self.storage.manifest["student_source"], self.folder)
         if isinstance(source, str | Path):
-            from d2llm.models.student import Student
+            from d2llm.models.engines.lean import load_to_search
 
-            student: SearchStudent = Student.load(source, **self._loading)
+            student: SearchStudent = load_to_search(source, **self._loading)
         else:
             student = source
         self.storage.check_student(student.fingerprint)

@@ -20,8 +20,8 @@ from d2llm.models.quality import PassageQuality
 from d2llm.models.score_features import FeatureWeights
 
 if TYPE_CHECKING:
-    from d2llm.models.backbone import EncodedTexts, TextKind
     from d2llm.models.late_chunking import EncodedChunks
+    from d2llm.models.tokens import EncodedTexts, TextKind
 
 
 _log = logging.getLogger(__name__)
@@ -142,6 +142,10 @@ class SearchStudent(TextEncoder, VectorStudent, Protocol):
 
         ``stored``: the parts of passages whose vectors the index has.
         """
+        ...
+
+    def why_no_interaction(self, task: Task) -> str | None:
+        """Why an interaction adds nothing to the score of any pair in a task; None if one does, or may."""
         ...
 
     def term_factors(self, queries: Sequence[str]) -> Sequence[Mapping[str, float]] | None:

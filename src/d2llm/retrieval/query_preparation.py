@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +16,14 @@ from d2llm.core.progress import progress_bar
 from d2llm.core.types import Query, QueryExpansion, Task
 from d2llm.data.python_records import QueryLike, queries_of
 from d2llm.models.score_features import FeatureWeights
-from d2llm.retrieval.expansion import Expansion, add_hypothetical_passages
 from d2llm.retrieval.local_segment import SegmentQuery
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.searched_segments import Missing, SearchedSegments
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.view import CandidateRows
+
+if TYPE_CHECKING:
+    from d2llm.retrieval.expansion import Expansion
 
 ENCODED_AT_ONCE = 256
 """Queries that are encoded together: enough for full batches, few enough to keep the progress bar moving."""
@@ -179,6 +182,8 @@ class QueryPreparation:
 
     def _hypothetical(self, queries: Sequence[Query], expansion: Expansion) -> Iterator[PreparedQuery]:
         """``_block`` for queries whose vectors include those of hypothetical passages."""
+        from d2llm.retrieval.expansion import add_hypothetical_passages
+
         texts = [query.text for query in queries]
         expansions = expansion.expand(texts)
         begin = time.perf_counter()

@@ -13,7 +13,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import LateChunk, PartKind, Passage, Task, WholeText
 from d2llm.models.pair_scores import score_by_query
-from d2llm.models.token_vectors import TokenVectors
+from d2llm.models.tokens import TokenVectors
 from d2llm.ops.bm25_words import windows
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.text_workers import encode_shard, encode_texts
@@ -21,7 +21,7 @@ from d2llm.runners.placement import HERE, Placement
 from d2llm.store.part_vectors import EncodedParts
 
 if TYPE_CHECKING:
-    from d2llm.models.backbone import EncodedTexts
+    from d2llm.models.tokens import EncodedTexts
 
 _WINDOWS_AT_ONCE = 128  # passages whose windows are encoded together
 

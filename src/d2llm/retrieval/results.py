@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +22,12 @@ from d2llm.core.types import (
     Span,
 )
 from d2llm.ops.diversity import DiverseResults
-from d2llm.retrieval.reranker import Reranked
 from d2llm.retrieval.row_features import FeatureParts
 from d2llm.retrieval.segments import IndexView
 from d2llm.store.view import CandidateRows
+
+if TYPE_CHECKING:
+    from d2llm.retrieval.reranker import Reranked
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,23 +14,25 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import IdRanking, Query, Ranking, Task
 from d2llm.data.python_records import QueryLike
-from d2llm.models.backbone import EncodedTexts
+from d2llm.models.tokens import EncodedTexts
 from d2llm.ops.bm25_words import terms
 from d2llm.ops.diversity import select_diverse
 from d2llm.ops.fusion import reciprocal_rank_scores
-from d2llm.ops.same_statement import Statement
 from d2llm.ops.selection import check_scores, top_rows
 from d2llm.retrieval.exact_search import CachedBounds
-from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.query_preparation import PreparedQuery, QueryPreparation, Tokens
-from d2llm.retrieval.reranker import Candidates, OpenReranker, rerank_candidates
 from d2llm.retrieval.results import Order, ScoredCandidates, group_passages, rerank_report, show
 from d2llm.retrieval.row_features import weights_for
 from d2llm.retrieval.searched_segments import Missing, SearchedSegments
 from d2llm.retrieval.segments import IndexView
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.view import CandidateRows
+
+# Most searches have none of these, which import much.
+if TYPE_CHECKING:
+    from d2llm.retrieval.expansion import Expansion
+    from d2llm.retrieval.reranker import OpenReranker
 
 _WIDENED = 4  # factor for the number of candidates, if these belong to too few documents
 
@@ -284,6 +286,8 @@ class Searcher:
             fused = reciprocal_rank_scores(rankings, weights=weights)
             final = np.array([fused[row] for row in rows.tolist()], np.float32)
         if self._rerank is not None:
+            from d2llm.retrieval.reranker import Candidates, rerank_candidates
+
             best_first = best(final, len(rows))
             student_ranks = np.empty(len(rows), np.int64)
             student_ranks[best_first] = np.arange(1, len(rows) + 1)
@@ -308,6 +312,8 @@ class Searcher:
 
     def _select(self, query: Query, order: Order) -> Order:
         """The diverse or distinct results of a ranking."""
+        from d2llm.ops.same_statement import Statement
+
         statements: list[Statement] = []
         query_terms = frozenset(terms(query.text))
         same: dict[int, int] = {}

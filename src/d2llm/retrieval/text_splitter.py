@@ -8,7 +8,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from d2llm.models.backbone import TOKENIZING
+from d2llm.models.tokens import TOKENIZING
 from d2llm.ops.bm25_words import sentences
 
 _BLOCK = 1 << 16  # characters tokenized at once

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2llm.core.progress import ignore
-from d2llm.models.backbone import EncodedTexts, TextKind
+from d2llm.models.tokens import EncodedTexts, TextKind
 from d2llm.recipe import StudentConfig
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.protocols import TextEncoder

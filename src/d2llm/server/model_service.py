@@ -18,11 +18,10 @@ from scipy.special import expit
 
 from d2llm.core.errors import ModelError
 from d2llm.core.types import Explanation, Ranking, Task, WholeText
-from d2llm.models.attribution import why_no_interaction
-from d2llm.models.backbone import TOKENIZING, EncodedTexts, TextKind, TokenizedTexts
 from d2llm.models.engines.core_workers import core_pool
 from d2llm.models.late_chunking import EncodedChunks
 from d2llm.models.student import Student
+from d2llm.models.tokens import TOKENIZING, EncodedTexts, TextKind, TokenizedTexts
 from d2llm.retrieval.cosine import ForwardingStudent
 from d2llm.retrieval.protocols import expansion_fingerprint
 from d2llm.server.batching import Batcher
@@ -245,7 +244,7 @@ class ModelService:
         were not requested, or if a teacher has scored the passage. ``iem``: whether the ranking is by the student's
         score, not by inner products alone.
         """
-        has_score = iem or why_no_interaction(self.student, task) is not None
+        has_score = iem or self.student.why_no_interaction(task) is not None
         if task not in self.student.calibration.tasks or not has_score:
             return [None] * len(ranking.passages)
         scores = [None if place.log_odds is not None else _own_score(place.explanation) for place in ranking.passages]

@@ -23,7 +23,7 @@ from typing_extensions import Self
 from d2llm.core.names import did_you_mean, suggestion
 from d2llm.core.settings import LENIENT_HELP, narrowed, shown_as
 from d2llm.core.types import MAX_ID_CHARS, Task
-from d2llm.models.backbone import TextKind
+from d2llm.models.tokens import TextKind
 from d2llm.retrieval.reranker import Reranker, TeacherReranker
 from d2llm.retrieval.settings import (
     ChunkingSettings,

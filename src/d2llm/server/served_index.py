@@ -23,7 +23,7 @@ from scipy.special import expit
 from d2llm.core.errors import D2LLMError, InputError, ModelError
 from d2llm.core.progress import showing_progress
 from d2llm.core.types import ContextOrder, Passage, Ranking, Task
-from d2llm.models.attribution import Attribution, attribute, why_no_interaction
+from d2llm.models.attribution import Attribution, attribute
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import RANKING_TEACHER, ranks_lists, score_passages
 from d2llm.retrieval.context import AnswerContext, build_context
@@ -236,7 +236,7 @@ class ServedIndex:
             student = version.models.student
             with self._explaining:
                 words = await version.models.in_lane(lambda: attribute(student, query, passage.full_text, task))
-            return passage, words, why_no_interaction(student, task)
+            return passage, words, student.why_no_interaction(task)
 
         return await self.work(explain)
 

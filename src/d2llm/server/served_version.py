@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from d2llm.core.errors import D2LLMError
 from d2llm.core.files import MANIFEST_NAME
 from d2llm.core.types import Query, Ranking
-from d2llm.models.attribution import why_no_interaction
 from d2llm.retrieval.cosine import DotStudent
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.index import Index
@@ -128,7 +127,7 @@ class OpenVersion:
             "windows": "window" in weights.part_kinds,
             "tokens": "token" in weights.part_kinds,
             "lexical": weights.counts_words,
-            "interaction": why_no_interaction(self.models.student, self.view.task) is None,
+            "interaction": self.models.student.why_no_interaction(self.view.task) is None,
         }
         return [part for part, is_counted in counts.items() if is_counted]
 

@@ -30,10 +30,10 @@ from d2llm.data.same_text import SameText
 from d2llm.data.training import TrainingSource
 from d2llm.evaluation.gold import Gold, NliGold, measure_all, read_gold
 from d2llm.evaluation.pool_scores import score_pool
-from d2llm.models.backbone import TextKind
 from d2llm.models.interaction import Interaction
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import PairTeacher
+from d2llm.models.tokens import TextKind
 from d2llm.models.vector_scorer import SCORE_BLOCK
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k

@@ -26,10 +26,10 @@ from d2llm.core.inputs import objects_of, strings_of
 from d2llm.core.progress import progress_bar
 from d2llm.data.beir import Dataset
 from d2llm.data.same_text import SameText
-from d2llm.models.backbone import TextKind
 from d2llm.models.device import inference
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection, skipped_tokens
+from d2llm.models.tokens import TextKind
 from d2llm.ops.batching import even_batches, token_budget_batches
 from d2llm.ops.scoring import mean_best_cosines
 from d2llm.ops.selection import nearest_rows

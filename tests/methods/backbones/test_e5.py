@@ -29,6 +29,7 @@ from d2llm.methods.backbones import e5
 from d2llm.methods.backbones._e5_file import dequantise, read_e5
 from d2llm.methods.backbones.e5 import E5, build_tokenizer
 from d2llm.models import sources
+from d2llm.models.engines.lean import open_lean
 from d2llm.models.sources import converted, find_model, fingerprint_model, load_tokenizer, locate_model
 from d2llm.models.student import Student
 from d2llm.recipe import BackboneConfig, StudentConfig
@@ -602,8 +603,7 @@ class TestModel:
             (student.encode_passages(texts), loaded.encode_passages(texts)),
         ):
             np.testing.assert_array_equal(original.vectors, reloaded.vectors)
-        lean = Student.load(tmp_path / "student", device="cpu", dtype="float32", lean=True)
-        assert lean.backbone.is_lean
+        lean = open_lean(tmp_path / "student")
         assert lean.tokenize(texts, "query") == student.tokenize(texts, "query")
 
     def test_sentence_transformers_reads_the_folder(self, student):

@@ -393,7 +393,7 @@ def test_what_needs_tokens_or_weights_is_refused(endpoint: LocalEndpoint, tmp_pa
         _ = student.backbone.model
     assert not (tmp_path / "onnx").exists()
     assert not (tmp_path / "merged").exists()
-    assert Student.load(tmp_path / "student", engine="auto", lean=True).encode_passages(["a"]).vectors.any()
+    assert Student.load(tmp_path / "student", engine="auto").encode_passages(["a"]).vectors.any()
     assert "head.py" in " ".join(export(student, tmp_path / "numpy", "numpy").files)
 
 

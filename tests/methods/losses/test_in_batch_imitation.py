@@ -14,10 +14,10 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import ScoreFeature
 from d2llm.data.training import TrainingSource
 from d2llm.methods.losses.in_batch_imitation import LiveScores, LiveTeacher
-from d2llm.models.backbone import TextKind
 from d2llm.models.score_features import ScoreFeatures, TaskFeatureWeights
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection
+from d2llm.models.tokens import TextKind
 from d2llm.recipe.losses import Objective
 from tiny_data import JUDGEMENTS, tiny_recipe, topics
 from tiny_distill import LEARNING, Place, log_of

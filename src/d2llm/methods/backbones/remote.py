@@ -33,10 +33,11 @@ from d2llm.core.batches import batched
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.files import MANIFEST_NAME
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.models.backbone import TOKENIZING, Backbone, TextKind, TokenizedTexts
+from d2llm.models.backbone import Backbone
 from d2llm.models.remote.endpoint import Endpoint
 from d2llm.models.remote.vector_cache import BLANK, VectorCache
 from d2llm.models.sources import find_model, load_tokenizer
+from d2llm.models.tokens import TOKENIZING, TextKind, TokenizedTexts
 from d2llm.recipe import CustomBackbone, EndpointConfig, Pooling
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from torch import Tensor
 from d2llm.core.errors import InputError
 from d2llm.core.types import TASKS, Task
 from d2llm.data.beir import Dataset
-from d2llm.models.backbone import TextKind
 from d2llm.models.pooling import to_sphere
 from d2llm.models.student import Student
+from d2llm.models.tokens import TextKind
 from d2llm.ops.losses import list_imitation
 from d2llm.ops.scoring import mean_best_cosines
 from d2llm.recipe.losses import Loss

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from d2llm.core.batches import batched
 from d2llm.core.errors import InputError
-from d2llm.models.backbone import Backbone, TextKind
+from d2llm.models.backbone import Backbone
+from d2llm.models.tokens import TextKind
 from d2llm.ops.pooling import mean_of_tokens
 from d2llm.recipe.pooling import Pooling
 

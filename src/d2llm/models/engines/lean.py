@@ -1,200 +1,226 @@
-"""A BERT and its tokenizer without ``transformers``, for a process that only encodes a few texts, such as a CLI search.
+"""A student without torch and transformers, for a process that only encodes a few texts, such as a CLI search.
 
-Importing ``transformers`` and loading a small model with it takes longer than everything else in such a search. This is
-the same encoder, with the same operations and parameter names, so a student's adapter fits it, and the same tokenizer,
-loaded from the file in the student's folder. Only plain BERT models are supported: ``open_lean`` returns None for all
-others, which are then loaded with ``transformers``. A test checks that both give the same states.
+Importing torch takes as long as everything else in such a search together, and transformers twice as long. This is
+the same encoder, with NumPy, on the weights and the adapter in their files. Only plain BERT models with the usual
+poolings are supported: ``open_lean`` returns None for all others, which are then loaded as a ``Student``. A test checks
+that both give the same vectors.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.nn import functional
+import numpy as np
+from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
-from d2llm.models.sources import load_tensors
+from d2llm.core.inputs import texts_of
+from d2llm.core.types import PART_KINDS, PartKind, Task, default_task
+from d2llm.models import student_files as files
+from d2llm.models.document_expansion import DocumentExpansion
+from d2llm.models.engines.lean_bert import LeanBert
+from d2llm.models.engines.lean_head import LeanHead
+from d2llm.models.engines.lean_layers import Arrays
+from d2llm.models.engines.lean_pooling import LeanPooling, to_sphere
+from d2llm.models.fitted_part import Widths
+from d2llm.models.hub import find_student
+from d2llm.models.plain_student import PairScorer, PlainStudent, why_no_interaction
+from d2llm.models.quality import PassageQuality
+from d2llm.models.score_features import FeatureWeights, ScoreFeatures
+from d2llm.models.sources import load_arrays
+from d2llm.models.term_weights import TermWeights
+from d2llm.models.tokens import (
+    NO_TOKENS,
+    EncodedTexts,
+    StoredProjection,
+    TextKind,
+    TokenizedTexts,
+    TokenVectors,
+    search_query_tokens,
+    tokenize_search,
+)
+from d2llm.recipe import CustomBackbone, StudentConfig
 
-_SIZES = {"hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"}
-_LIMITS = {"max_position_embeddings", "type_vocab_size", "vocab_size", "layer_norm_eps"}
-_NOT_USED = ("pooler.", "cls.", "embeddings.position_ids")
-_MODEL_FILE, _TOKENIZER_FILE = "model.safetensors", "tokenizer.json"
+if TYPE_CHECKING:
+    from d2llm.models.student import Student
 
 
-class LeanTokenizer:
-    """The part of the ``transformers`` tokenizer interface that ``Backbone`` uses to encode texts."""
+class LeanStudent(PlainStudent):
+    """Encodes texts one by one and scores their vectors, as the ``Student`` in the same folder does in float32."""
 
-    is_fast = True
-    """It gives character offsets."""
+    has_dot = True
 
-    def __init__(self, folder: Path) -> None:
-        from tokenizers import Tokenizer
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        config: StudentConfig,
+        *,
+        backbone: LeanBert,
+        pooling: LeanPooling,
+        head: LeanHead,
+    ) -> None:
+        self.config, self.backbone = config, backbone
+        self.fingerprint: str = manifest["fingerprint"]
+        self.vector_dim = backbone.dim
+        self.max_query_tokens = search_query_tokens(config.backbone)
+        self._manifest, self._pooling, self._head = manifest, pooling, head
+        widths = Widths(self.vector_dim, backbone.dim)
+        self._score_features = ScoreFeatures.read(folder, self.fingerprint, widths) or ScoreFeatures()
+        self.quality = PassageQuality.read(folder, self.fingerprint, widths)
+        self.document_expansion = DocumentExpansion.read(folder, self.fingerprint, widths)
+        self._projection = StoredProjection.read(folder, self.fingerprint, widths)
+        if self._projection is not None:
+            self.token_dim, self.token_fingerprint = len(self._projection.weight), self._projection.fingerprint
 
-        self._tokenizer: Any = Tokenizer.from_file(str(folder / _TOKENIZER_FILE))
-        self._tokenizer.no_padding()
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        self.eos_token_id = self._id(settings.get("eos_token"))
-        self.pad_token_id = self._id(settings["pad_token"])
-        self.unk_token_id = self._id(settings.get("unk_token"))
+    @property
+    def trained_tasks(self) -> tuple[Task, ...]:
+        """The tasks of the data that it was trained on; empty if it was not trained."""
+        return files.trained_tasks(self._manifest)
 
-    def __call__(
+    def tokenize(self, texts: Sequence[str], kind: TextKind, *, instruction: str | None = None) -> TokenizedTexts:
+        """As ``StudentEncoder.tokenize``."""
+        return tokenize_search(self.backbone, texts, kind, instruction=instruction, limit=self.max_query_tokens)
+
+    def encode_queries(
+        self, texts: Sequence[str], *, instruction: str | None = None, advance: Callable[[int], None] | None = None
+    ) -> EncodedTexts:
+        """Vectors of queries."""
+        return self._encode(texts, "query", instruction, advance, None)
+
+    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
+        """Vectors of passages."""
+        return self._encode(texts, "passage", None, advance, None)
+
+    def encode_with_tokens(
         self,
         texts: Sequence[str],
+        kind: TextKind,
         *,
-        truncation: bool = False,
-        max_length: int | None = None,
-        add_special_tokens: bool = True,
-        return_offsets_mapping: bool = False,
-        verbose: bool = True,
-    ) -> dict[str, list[list[Any]]]:
-        """Token ids of texts, cut to ``max_length`` if ``truncation`` is set, and the tokens' spans if requested."""
-        del verbose
-        if truncation:
-            self._tokenizer.enable_truncation(max_length)
-        else:
-            self._tokenizer.no_truncation()
-        # Only encode_batch computes the spans.
-        encode = self._tokenizer.encode_batch if return_offsets_mapping else self._tokenizer.encode_batch_fast
-        encodings: list[Any] = encode(list(texts), add_special_tokens=add_special_tokens)
-        encoded = {"input_ids": [encoding.ids for encoding in encodings]}
-        return encoded | {"offset_mapping": [e.offsets for e in encodings]} if return_offsets_mapping else encoded
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Not supported: a student loaded with ``lean=True`` lacks some of the files to save.
+        instruction: str | None = None,
+        advance: Callable[[int], None] | None = None,
+    ) -> EncodedTexts:
+        """Vectors of texts and of their tokens.
 
         Raises:
-            InputError: always.
+            InputError: this student has no projection of tokens.
         """
-        raise InputError(f"{folder}: this student was loaded only to encode texts; load it with lean=False to save it")
+        if self._projection is None:
+            raise InputError(NO_TOKENS)
+        return self._encode(texts, kind, instruction, advance, self._projection)
 
-    def _id(self, token: str | None) -> int | None:
-        return None if token is None else self._tokenizer.token_to_id(token)
+    def _encode(
+        self,
+        texts: Sequence[str],
+        kind: TextKind,
+        instruction: str | None,
+        advance: Callable[[int], None] | None,
+        projection: StoredProjection | None,
+    ) -> EncodedTexts:
+        texts = texts_of(texts)
+        tokenized = self.tokenize(texts, kind, instruction=instruction)
+        starts = [0] * len(texts)
+        if projection is not None and instruction is not None:
+            starts = self.backbone.first_own_tokens(texts, instruction)
+        vectors, tokens = np.zeros((len(texts), self.vector_dim), np.float32), list[NDArray[np.float32]]()
+        for row, (ids, start) in enumerate(zip(tokenized.ids, starts, strict=True)):
+            states = self.backbone.states(ids)
+            vectors[row] = self._pool(states)
+            if projection is not None:
+                places, share = projection.chosen(ids[start:], kind)
+                own = states[start:][places]
+                tokens.append(to_sphere(own @ projection.weight.T) * np.float32(share))
+            if advance is not None:
+                advance(1)
+        lengths = tuple(tokenized.lengths)
+        joined = None if projection is None else TokenVectors.join(tokens, len(projection.weight))
+        return EncodedTexts(vectors, tokenized.truncated, sum(lengths), lengths, joined)
 
+    def _pool(self, states: NDArray[np.float32]) -> NDArray[np.float32]:
+        vector = self._pooling(states)
+        return to_sphere(vector) if self.config.interaction.head == "cosine" else vector
 
-class _Linear(nn.Linear):
-    """A layer without random initialisation, because its weights come from a file."""
+    def query_vectors(self, query_vectors: NDArray[np.float32], task: Task | None = None) -> NDArray[np.float32]:
+        """The vectors whose inner product with a passage's vector is that of the score."""
+        return self._head.query_vectors(query_vectors, task or default_task(self.trained_tasks))
 
-    def reset_parameters(self) -> None:
-        """Do nothing."""
+    def prepare(self, query_vector: NDArray[np.float32], task: Task) -> PairScorer:
+        """A scorer of this query against any passages."""
+        return self._head.scorer(query_vector, task)
 
+    def score(
+        self,
+        query_vector: NDArray[np.float32],
+        passage_vectors: NDArray[np.float32],
+        task: Task,
+    ) -> NDArray[np.float32]:
+        """Final logits of one query against passages."""
+        return self.prepare(query_vector, task)(passage_vectors)
 
-class _Embedding(nn.Embedding):
-    """A layer without random initialisation, because its weights come from a file."""
+    def passage_bound(self, passage_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The passages' part of the bound of a pair (``VectorScorer.passage_bound``)."""
+        return self._head.passage_bound(passage_vectors)
 
-    def reset_parameters(self) -> None:
-        """Do nothing."""
+    def why_no_interaction(self, task: Task) -> str | None:
+        """Why the interaction adds nothing to the score of any pair in a task; None if it adds something."""
+        config = self.config.interaction
+        return why_no_interaction(config.head, self._head.weight(task) if task in config.tasks else None, task)
 
-
-class LeanBert(nn.Module):
-    """A BERT encoder without dropout that returns the last layer's states. Module names match the weights' names."""
-
-    def __init__(self, config: SimpleNamespace) -> None:
-        super().__init__()
-        self.config = config
-        dim, eps = config.hidden_size, config.layer_norm_eps
-        self.embeddings = nn.ModuleDict(
-            {
-                "word_embeddings": _Embedding(config.vocab_size, dim),
-                "position_embeddings": _Embedding(config.max_position_embeddings, dim),
-                "token_type_embeddings": _Embedding(config.type_vocab_size, dim),
-                "LayerNorm": nn.LayerNorm(dim, eps=eps),
-            }
-        )
-        layers = (_Layer(dim, config.intermediate_size, eps) for _ in range(config.num_hidden_layers))
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
-
-    def forward(
-        self, input_ids: Int[Tensor, "batch tokens"], attention_mask: Int[Tensor, "batch tokens"]
-    ) -> SimpleNamespace:
-        """``last_hidden_state`` [batch, tokens, dim]; tokens with mask 0 are ignored."""
-        parts = self.embeddings
-        types = parts["token_type_embeddings"](torch.zeros_like(input_ids))
-        positions = parts["position_embeddings"](torch.arange(input_ids.shape[1], device=input_ids.device)[None])
-        states = parts["LayerNorm"](parts["word_embeddings"](input_ids) + types + positions)
-        key_mask = None if bool(attention_mask.all()) else attention_mask.bool()[:, None, None, :]
-        for layer in cast(nn.ModuleList, self.encoder["layer"]):
-            states = layer(states, key_mask, self.config.num_attention_heads)
-        return SimpleNamespace(last_hidden_state=states)
-
-
-class _Layer(nn.Module):
-    """Attention and a feed-forward layer, each followed by a residual sum and a LayerNorm."""
-
-    def __init__(self, dim: int, inner: int, eps: float) -> None:
-        super().__init__()
-        projections = nn.ModuleDict({name: _Linear(dim, dim) for name in ("query", "key", "value")})
-        self.attention = nn.ModuleDict({"self": projections, "output": _residual(dim, dim, eps)})
-        self.intermediate = nn.ModuleDict({"dense": _Linear(dim, inner)})
-        self.output = _residual(inner, dim, eps)
-
-    def forward(
-        self, states: Float[Tensor, "batch tokens dim"], key_mask: Tensor | None, num_heads: int
-    ) -> Float[Tensor, "batch tokens dim"]:
-        project = cast(nn.ModuleDict, self.attention["self"])
-        shape = (*states.shape[:2], num_heads, -1)
-        query, key, value = (project[name](states).view(shape).transpose(1, 2) for name in ("query", "key", "value"))
-        scale = 1 / math.sqrt(query.shape[-1])
-        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, scale=scale)
-        states = _add(self.attention["output"], attended.transpose(1, 2).reshape(states.shape), states)
-        return _add(self.output, functional.gelu(self.intermediate["dense"](states)), states)
+    def feature_weights(self, task: Task, *, stored: Collection[PartKind] | PartKind = PART_KINDS) -> FeatureWeights:
+        """The weights of the score features that an index adds; ``stored`` are the parts whose vectors it has."""
+        return self._score_features.weights(task, stored=[stored] if isinstance(stored, str) else stored)
 
 
-class LeanParts(NamedTuple):
-    """The encoder and its tokenizer."""
+def load_to_search(folder_or_name: str | Path, *, lean: bool = False, **loading: Any) -> Student | LeanStudent:
+    """The student that ``Student.load`` gives with these arguments, or a lean one if that can be."""
+    if lean and (student := open_lean(folder_or_name, **loading)) is not None:
+        return student
+    from d2llm.models.student import Student
 
-    model: LeanBert
-    tokenizer: LeanTokenizer
+    return Student.load(folder_or_name, **loading)
 
 
-def open_lean(location: str, tokenizer_folder: Path, *, dtype: torch.dtype) -> LeanParts | None:
-    """Load the model at ``location`` (a local folder) and a student's tokenizer; None if they are of another kind.
+def open_lean(
+    folder_or_name: str | Path, *, device: str | None = None, dtype: str | None = None, engine: str = "torch"
+) -> LeanStudent | None:
+    """The student that ``Student.load`` would load, if it can be read without torch; None if not.
 
-    A student of a model with a large vocabulary may come without a tokenizer; then the model's own is used.
+    None also stands for what ``Student.load`` reports: damaged files, weights that do not fit.
 
     Raises:
-        ModelError: the weights cannot be read.
+        ModelNotFoundError: there is no such student, or not the model that it was made from.
+        DataFormatError: its manifest, or the file of a fitted part, is damaged.
+        MismatchError: the pretrained backbone is not the one that the student was trained on.
     """
-    folder = Path(location)
-    if not (tokenizer_folder / _TOKENIZER_FILE).is_file():
-        tokenizer_folder = folder
-    if not (folder / _MODEL_FILE).is_file() or not (tokenizer_folder / _TOKENIZER_FILE).is_file():
+    if device not in (None, "cpu") or dtype not in (None, "float32") or engine != "torch":
         return None
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    settings: dict[str, Any] = json.loads((tokenizer_folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    plain = config.get("model_type") == "bert" and config.get("hidden_act") == "gelu"
-    plain = plain and config.get("position_embedding_type", "absolute") == "absolute"
-    plain = plain and not config.get("is_decoder") and "quantization_config" not in config
-    plain = plain and config.keys() >= _SIZES | _LIMITS and isinstance(settings.get("pad_token"), str)
-    if not plain:
+    folder = find_student(folder_or_name)
+    manifest, config = files.read_student_manifest(folder)
+    backbone = config.backbone
+    if isinstance(backbone, CustomBackbone) or backbone.has_two_adapters or backbone.bidirectional:
         return None
-    model = LeanBert(SimpleNamespace(**config))
-    state, expected = _weights(folder), model.state_dict()
-    if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in expected.items()}:
+    if config.interaction.head == "paper" or (folder / TermWeights.file_name).is_file():
         return None
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
-    return LeanParts(model, LeanTokenizer(tokenizer_folder))
-
-
-def _weights(folder: Path) -> dict[str, Tensor]:
-    """The encoder's weights in the file, without the prefix that models with a head add to their names."""
-    state = load_tensors(folder / _MODEL_FILE, remedy="restore the model's folder")
-    named = {name.removeprefix("bert."): tensor for name, tensor in state.items()}
-    return {name: tensor for name, tensor in named.items() if not name.startswith(_NOT_USED)}
-
-
-def _residual(inner: int, dim: int, eps: float) -> nn.ModuleDict:
-    return nn.ModuleDict({"dense": _Linear(inner, dim), "LayerNorm": nn.LayerNorm(dim, eps=eps)})
-
-
-def _add(parts: nn.Module, change: Tensor, states: Tensor) -> Tensor:
-    """LayerNorm of the states plus a dense layer of the change."""
-    named = cast(nn.ModuleDict, parts)
-    return named["LayerNorm"](named["dense"](change) + states)
+    merged = folder / files.BACKBONE_FOLDER
+    adapter: Arrays = {}
+    if merged.is_dir():
+        backbone = backbone.model_copy(update={"model": str(merged), "layers": None})
+    elif (folder / files.ADAPTER_FILE).is_file():
+        adapter = load_arrays(folder / files.ADAPTER_FILE, remedy=files.RESTORE)
+    model = LeanBert.open(backbone, merged if merged.is_dir() else folder, adapter)
+    if model is None:
+        return None
+    arrays = load_arrays(folder / files.HEAD_FILE, remedy=files.RESTORE)
+    parts = {
+        part: {name: array for name, array in arrays.items() if name.startswith(part)}
+        for part in ("pooling.", "interaction.")
+    }
+    pooling = LeanPooling(config.pooling, manifest["pooling"], model.dim, parts["pooling."])
+    head = LeanHead(config.interaction, model.dim, parts["interaction."])
+    if not pooling.fits or not head.fits:
+        return None
+    if not merged.is_dir():
+        files.require_same_base(folder, manifest, model)
+    return LeanStudent(folder, manifest, config, backbone=model, pooling=pooling, head=head)

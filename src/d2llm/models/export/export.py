@@ -17,13 +17,13 @@ from d2llm.core.extras import require_openvino
 from d2llm.core.files import folder_bytes, new_folder
 from d2llm.core.manifest import write_manifest
 from d2llm.core.types import TASKS, Task
-from d2llm.models.backbone import search_query_tokens
 from d2llm.models.export import numpy_head
 from d2llm.models.export.eight_bits import Runtime
 from d2llm.models.export.graphs import write_score_graph, write_text_graph
 from d2llm.models.export.sentence_transformers import why_not_plain
 from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.student import Student
+from d2llm.models.tokens import search_query_tokens
 
 KIND = "export"
 FORMAT_VERSION = 1

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from d2llm.core.files import write_json
 from d2llm.core.types import Task, default_task
-from d2llm.models.backbone import search_query_tokens
 from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.pretrained import SENTENCE_TRANSFORMERS_POOLINGS
 from d2llm.models.sources import name_of_same_weights
 from d2llm.models.student_files import BACKBONE_FOLDER, trained_tasks
+from d2llm.models.tokens import search_query_tokens
 from d2llm.recipe import AutoPooling, CustomBackbone, StudentConfig
 
 MODULES_FILE = "modules.json"

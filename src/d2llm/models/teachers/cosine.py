@@ -13,12 +13,12 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_manifest
 from d2llm.core.shipped import shipped_models
 from d2llm.core.types import TASKS, Task
-from d2llm.models.backbone import TextKind
 from d2llm.models.pair_scores import score_by_query
 from d2llm.models.sources import find_model, fingerprint_model
 from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.models.teachers.pair_teacher import TeacherScores, TextPair
+from d2llm.models.tokens import TextKind
 from d2llm.recipe import (
     BackboneConfig,
     StudentConfig,

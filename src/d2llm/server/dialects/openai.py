@@ -17,7 +17,7 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from pydantic import Field
 
-from d2llm.models.backbone import TextKind
+from d2llm.models.tokens import TextKind
 from d2llm.server.dialects.shared import (
     DIMENSIONS,
     ClientBody,

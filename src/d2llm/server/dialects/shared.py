@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
-from d2llm.models.backbone import TextKind
+from d2llm.models.tokens import TextKind
 from d2llm.server.errors import Problem, ServingError, invalid
 from d2llm.server.model_service import Encoded, ModelService, PassageScores
 from d2llm.server.response_schemas import ResponseBody

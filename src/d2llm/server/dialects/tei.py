@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field, RootModel, WrapValidator
 
 from d2llm import __version__
-from d2llm.models.backbone import TextKind
+from d2llm.models.tokens import TextKind
 from d2llm.server.dialects import jina
 from d2llm.server.dialects.shared import (
     DIMENSIONS,
