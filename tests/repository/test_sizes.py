@@ -8,7 +8,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "src" / "d2llm"
 MAX_FILE, MAX_FUNCTION = 600, 60
-LONG_FILES = {"retrieval/index.py": 815, "store/passage_table.py": 643}
+LONG_FILES = {"retrieval/index.py": 814, "store/passage_table.py": 643}
 LONG_FUNCTIONS = {
     "cli/encode.py: encode": 67,
     "cli/evaluate.py: evaluate": 128,

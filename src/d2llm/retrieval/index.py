@@ -43,11 +43,10 @@ from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.index_manifest import find_index
 from d2llm.store.index_spec import IndexSpec, StoredSpec
 from d2llm.store.index_store import KEEP_VERSIONS, IndexStore
-from d2llm.store.inspection import IndexStats, VerifyReport
+from d2llm.store.inspection import IndexStats, VerifyReport, stats_of_all, verify_all
 from d2llm.store.part_vectors import EncodedParts
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.schema import MetadataSchema
-from d2llm.store.sharded_inspection import stats_of_all, verify_all
 from d2llm.store.shards import Storage
 from d2llm.store.side_files import Chunking, read_chunking, repeats_text
 

@@ -39,9 +39,8 @@ from d2llm.runners.ray_cluster import import_ray, last_line, own_versions, requi
 from d2llm.server.settings import ServeSettings
 from d2llm.server.shard_actor import NotOpenError, SearchSpec, ShardActor, ShardFacts, ShardVersion
 from d2llm.store.filters import parse_filter
-from d2llm.store.inspection import IndexStats
+from d2llm.store.inspection import IndexStats, sum_stats
 from d2llm.store.schema import MetadataSchema
-from d2llm.store.sharded_inspection import sum_stats
 from d2llm.store.shards import Storage
 from d2llm.store.view import CandidateRows
 from d2llm.store.word_segment import WordStatistics

@@ -49,8 +49,7 @@ from d2llm.server.settings import ServeSettings
 from d2llm.server.slow_models import SlowModels
 from d2llm.server.stopping import Stop, in_stoppable_thread
 from d2llm.server.student_pool import StudentPool
-from d2llm.store.inspection import IndexStats
-from d2llm.store.sharded_inspection import stats_of_all
+from d2llm.store.inspection import IndexStats, stats_of_all
 from d2llm.store.shards import Storage, is_sharded
 
 _log = logging.getLogger(__name__)
