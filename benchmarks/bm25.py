@@ -24,7 +24,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-from scaling.corpus import SHARES, write_json
+from scaling.corpus import FRACTIONS, write_json
 from scaling.data_sets import DATA, require
 
 from d2llm.data.beir import read_beir
@@ -40,9 +40,9 @@ def texts(data: Path, number: int) -> Iterator[str]:
     """Texts of real passages, then mixtures of them; deterministic."""
     real: list[str] = []
     ends: list[int] = []
-    for name, share in SHARES.items():
+    for name, fraction in FRACTIONS.items():
         part_texts = [passage.full_text for passage in read_beir(data / name, splits=["dev"]).passages.values()]
-        real += part_texts[: max(1, round(share * number))]
+        real += part_texts[: max(1, round(fraction * number))]
         ends.append(len(real))
     random = np.random.default_rng(0)
     firsts = [0, *ends]
@@ -53,8 +53,8 @@ def texts(data: Path, number: int) -> Iterator[str]:
             continue
         part = int(np.searchsorted(ends, row % len(real), side="right"))
         words, ending = one.split(), real[int(random.integers(firsts[part], ends[part]))].split()
-        share = random.uniform(0, 0.5)
-        yield " ".join([*words[int(share * len(words)) :], *ending[len(ending) - int(share * len(ending)) :]])
+        fraction = random.uniform(0, 0.5)
+        yield " ".join([*words[int(fraction * len(words)) :], *ending[len(ending) - int(fraction * len(ending)) :]])
 
 
 def percentiles(work: Callable[[Any], object], inputs: list[Any]) -> dict[str, float]:
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="also measure bm25s")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
-    require(*(args.data / name for name in SHARES))
+    require(*(args.data / name for name in FRACTIONS))
     row = measure(args.data, args.passages, args.queries, peer=args.peer)
     for name, value in row.items():
         print(f"{name:<40} {value}")

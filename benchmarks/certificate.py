@@ -1,4 +1,4 @@
-"""Cost of a proved ranking: nDCG@10 of a student against the share of the corpus that a certificate rescores.
+"""Cost of a proved ranking: nDCG@10 of a student against the fraction of the corpus that a certificate rescores.
 
 The interaction of a dot student changes a score by at most B r_q r_p, so passages can be rescored from the
 highest upper bound down until no other can be among the first ten. A smaller weight r of the
@@ -72,7 +72,7 @@ def num_rescored(upper_bounds: NDArray[np.floating[Any]], final_scores: NDArray[
 
 
 def measure(student: Student, place: Path, task: Task, split: str, num_queries: int) -> list[dict[str, float]]:
-    """For each weight r: nDCG@10, mean and 95th percentile of the share rescored, and the bound."""
+    """For each weight r: nDCG@10, mean and 95th percentile of the fraction rescored, and the bound."""
     head = student.interaction
     assert isinstance(head, Interaction)
     dataset = read_beir(place)
@@ -90,20 +90,20 @@ def measure(student: Student, place: Path, task: Task, split: str, num_queries: 
             reach_of_queries = head.query_bound(torch.from_numpy(queries), task, interaction_weight=weight).numpy()
             bound = float(head.bound(task, interaction_weight=weight))
         rankings: dict[str, list[str]] = {}
-        shares: list[float] = []
+        fractions: list[float] = []
         for number, query_id in enumerate(chosen):
             final = student.score(queries[number], passages, task, interaction_weight=weight)
             upper = dots[number] + reach_of_queries[number] * reach_of_passages + MARGIN
             rankings[query_id] = [passage_id for passage_id, _ in top_k(final, ids, TOP_K)]
-            shares.append(num_rescored(upper, np.minimum(final, upper), TOP_K) / len(ids))
+            fractions.append(num_rescored(upper, np.minimum(final, upper), TOP_K) / len(ids))
         values = per_query_measures(rankings, {q: judged[q] for q in chosen})["nDCG@10"]
         rows.append(
             {
                 "weight": weight,
                 "bound": bound,
                 "ndcg": float(np.mean(list(values.values()))),
-                "share_mean": float(np.mean(shares)),
-                "share_p95": float(np.percentile(shares, 95)),
+                "share_mean": float(np.mean(fractions)),
+                "share_p95": float(np.percentile(fractions, 95)),
             }
         )
     return rows
@@ -141,7 +141,7 @@ class WeightedStudent(ForwardingStudent):
 def measure_speed(
     student: Student, place: Path, task: Task, split: str, num_queries: int, num_passages: int
 ) -> list[dict[str, float]]:
-    """For each weight r: mean milliseconds of the scan, the certified top ten and the full scan; the share scored."""
+    """For each weight r: mean milliseconds of the scan, the certified top ten, the full scan; the fraction scored."""
     dataset = read_beir(place)
     ids = list(dataset.passages)[:num_passages]
     passages = student.encode_passages([dataset.passages[passage_id].full_text for passage_id in ids]).vectors

@@ -46,7 +46,7 @@ TRAINED_NAME = "trained on written queries, but not kept"
 MAX_REAL_QUERIES = 2_000
 """The upper limit is trained on no more real queries than this, which a fit of an hour could have had written."""
 RECORDED_NAME = "recorded"
-_RECORDED_SHARE = 0.95  # of the recorded queries; the writing stops there, because rules drop a few
+_RECORDED_FRACTION = 0.95  # of the recorded queries; the writing stops there, because rules drop a few
 
 
 def untuned(folder: Path, backbone: str) -> Path:
@@ -66,7 +66,7 @@ def measure(data: Path, work: Path, *, hours: float, writer: str, start: str, wi
             config = RemoteWriterConfig(model=RECORDED_NAME, remote=remote)
             num_recorded = sum(len(queries) for queries in read_recorded(data.name).values())
             settings = FitSettings(
-                hours=hours, student=start, writer=config, max_queries=round(_RECORDED_SHARE * num_recorded)
+                hours=hours, student=start, writer=config, max_queries=round(_RECORDED_FRACTION * num_recorded)
             )
         else:
             settings = FitSettings(hours=hours, student=start, writer=WriterConfig(model=writer))

@@ -2,8 +2,8 @@
 
 The weights are random, in the shapes of models that are used: speed does not depend on their values, and nothing has
 to be fetched. Tokenizers and texts are real: questions with the passages that BM25 finds, as in `teacher.py`. Beside
-each speed stands the share of the GPU's speed that it comes to: two operations for each weight of the layers and token
-(four where adapters are trained), over the speed of large bfloat16 products, measured in the same run.
+each speed stands the fraction of the GPU's speed that it comes to: two operations for each weight of the layers and
+token (four where adapters are trained), over the speed of large bfloat16 products, measured in the same run.
 
     python benchmarks/gpu.py [--shapes minilm smollm2 7b] [--work FOLDER]
 """

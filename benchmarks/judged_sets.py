@@ -24,13 +24,13 @@ from recorded_writer import written_queries
 from d2llm.data.beir import read_beir
 
 RELEVANT = 70
-_DEV_SHARE = 0.2
+_DEV_FRACTION = 0.2
 
 
 def split_of(name: str) -> str:
     """The split of everything that was made of one passage or query."""
     draw = int.from_bytes(hashlib.sha256(f"judged set {name}".encode()).digest()[:8], "big") / 2**64
-    return "dev" if draw < _DEV_SHARE else "train"
+    return "dev" if draw < _DEV_FRACTION else "train"
 
 
 def write_written(data: Path, out: Path, name: str) -> str:

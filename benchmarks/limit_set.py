@@ -136,8 +136,8 @@ def optimise(groups: list[dict[str, Any]], steps: int, loss: Callable[[], Tensor
     return steps
 
 
-def share_right(scores: Tensor, relevant: Tensor) -> float:
-    """Share of the queries whose two answers are the first two."""
+def fraction_right(scores: Tensor, relevant: Tensor) -> float:
+    """Fraction of the queries whose two answers are the first two."""
     return relevant.gather(1, scores.topk(2, dim=1).indices).all(dim=1).double().mean().item()
 
 
@@ -161,7 +161,7 @@ def fit_vectors(
         nonlocal best, calls
         scores = head(queries, passages)
         if calls % 20 == 0:
-            best = max(best, share_right(scores, relevant))
+            best = max(best, fraction_right(scores, relevant))
         calls += 1
         return None if best == 1 else in_batch_cross_entropy(scores, relevant, everything)
 
@@ -171,7 +171,7 @@ def fit_vectors(
         groups.append({"params": list(head.parameters()), "lr": rates[1]})
     steps = optimise(groups, CAPACITY_STEPS, loss)
     with torch.no_grad():
-        best = max(best, share_right(head(queries, passages), relevant))
+        best = max(best, fraction_right(head(queries, passages), relevant))
     return {"right": best, "steps": steps}
 
 
@@ -201,7 +201,7 @@ def capacity(cells: Cells, name: str, dim: int, num_passages: int, seed: int) ->
 def constructed(num_passages: int, dtype: torch.dtype) -> float:
     """Share right of the constructed vectors of width 4, rounded to ``dtype``."""
     queries, passages = (torch.from_numpy(part).to(dtype).double() for part in moment_curve(num_passages))
-    return share_right(queries @ passages.T, qrels_of(num_passages)[1])
+    return fraction_right(queries @ passages.T, qrels_of(num_passages)[1])
 
 
 def capacity_plan(*, full: bool) -> list[tuple[int, int, int]]:
@@ -214,7 +214,7 @@ def capacity_plan(*, full: bool) -> list[tuple[int, int, int]]:
 
 
 def measure_capacity(cells: Cells, *, full: bool) -> dict[tuple[str, int], dict[int, float]]:
-    """(head, width) -> passages -> share of queries right, mean over seeds."""
+    """(head, width) -> passages -> fraction of queries right, mean over seeds."""
     means: dict[tuple[str, int], dict[int, float]] = {}
     for dim, size, num_seeds in capacity_plan(full=full):
         for name in HEADS:

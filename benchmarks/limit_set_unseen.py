@@ -25,10 +25,10 @@ from limit_set import (
     capacity_rates,
     draw_by_width,
     fit_vectors,
+    fraction_right,
     new_head,
     optimise,
     qrels_of,
-    share_right,
 )
 from torch import Tensor, nn
 
@@ -42,7 +42,7 @@ ORIGINS = ("as drawn", "fitted in one world", f"fitted in {NUM_WORLDS} worlds")
 
 
 def fit_worlds(head: Head, dim: int, seed: int, rates: tuple[float, float]) -> float:
-    """Fit one head and the vectors of several worlds, one world per step; returns the mean share right."""
+    """Fit one head and the vectors of several worlds, one world per step; returns the mean fraction right."""
     torch.manual_seed(seed)
     pairs, relevant = qrels_of(NUM_PASSAGES)
     worlds = [
@@ -60,11 +60,11 @@ def fit_worlds(head: Head, dim: int, seed: int, rates: tuple[float, float]) -> f
     ]
     optimise(groups, CAPACITY_STEPS * NUM_WORLDS, loss)
     with torch.no_grad():
-        return float(np.mean([share_right(head(*world), relevant) for world in worlds]))
+        return float(np.mean([fraction_right(head(*world), relevant) for world in worlds]))
 
 
 def frozen(cells: Cells, name: str, origin: str, seed: int) -> Cell:
-    """Fit vectors of a new world to a frozen head; ``source`` is the share right in the head's own world."""
+    """Fit vectors of a new world to a frozen head; ``source`` is the fraction right in the head's own world."""
     rates = capacity_rates(cells, name)
 
     def measure() -> Cell:
@@ -101,7 +101,7 @@ def fit_composed(name: str, dim: int, seed: int, rate: float) -> Cell:
     optimise([{"params": parameters, "lr": rate}], UNSEEN_STEPS, loss)
     with torch.no_grad():
         parts = {"train": train, "dev": dev, "right": test}
-        return {part: share_right(scores(rows), relevant[rows]) for part, rows in parts.items()}
+        return {part: fraction_right(scores(rows), relevant[rows]) for part, rows in parts.items()}
 
 
 def unseen(cells: Cells, name: str, dim: int, seed: int) -> Cell:
@@ -122,7 +122,7 @@ def measure_unseen(cells: Cells, *, full: bool) -> dict[str, dict[int, list[Cell
 
 def print_unseen(cells: dict[str, dict[int, list[Cell]]]) -> None:
     dims = list(cells[HEADS[0]])
-    print(f"\nUnseen queries, n = {NUM_PASSAGES}: share right of test pairs, mean (range over seeds); train:\n")
+    print(f"\nUnseen queries, n = {NUM_PASSAGES}: fraction right of test pairs, mean (range over seeds); train:\n")
     table = Table("head", *(Column(f"width {dim}") for dim in dims))
     for name, by_dim in cells.items():
         shown: list[str] = []
@@ -134,7 +134,7 @@ def print_unseen(cells: dict[str, dict[int, list[Cell]]]) -> None:
 
 
 def print_frozen(cells: Cells) -> None:
-    print(f"\nFrozen head, new vectors, width {FROZEN_DIM}, n = {NUM_PASSAGES}: share right (in its own world)\n")
+    print(f"\nFrozen head, new vectors, width {FROZEN_DIM}, n = {NUM_PASSAGES}: fraction right (in its own world)\n")
     table = Table("head", *(Column(origin) for origin in ("initial weights", *ORIGINS[1:])))
     for name in (HEADS[1], HEADS[3]):
         columns: list[str] = []
@@ -154,11 +154,11 @@ def main() -> None:
     print_unseen(unseen_cells)
     if options.full:
         print_frozen(cells)
-        shares = {
+        fractions = {
             name: {dim: [cell["right"] for cell in of_seeds] for dim, of_seeds in by_dim.items()}
             for name, by_dim in unseen_cells.items()
         }
-        draw_by_width(shares, {}, "unseen queries with both\nanswers on top", "limit-set-unseen.svg")
+        draw_by_width(fractions, {}, "unseen queries with both\nanswers on top", "limit-set-unseen.svg")
     cells.report()
 
 

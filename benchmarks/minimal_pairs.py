@@ -252,7 +252,7 @@ def draw(rows: dict[str, list[Cell]]) -> None:
             panel.plot(mean, place, "o", color=colour, markersize=5)
         panel.axvline(0.5, color="#999999", linestyle=":", linewidth=1)
         panel.set(title=kind, xlim=(-0.03, 1.03), xticks=(0, 0.5, 1), yticks=range(len(names)), yticklabels=names)
-    figure.supxlabel("share of items whose right passage is scored above the wrong one (dotted: chance)", fontsize=9)
+    figure.supxlabel("fraction of items whose right passage is scored above the wrong one (dotted: chance)", fontsize=9)
     save(figure, "minimal-pairs.svg")
 
 

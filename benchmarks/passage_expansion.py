@@ -9,9 +9,9 @@ words that queries may have for it. Here two ways that need no training of the b
 have a word that it lacks:
 
     queries      y, how likely it is that a query to which the passage is relevant has the word: a linear function of
-                 the passage's vector, fitted by ridge regression to the share of its relevant train queries that have
-                 it; as a count, y divided by its mean over the words that the passage has. Words of at least two train
-                 queries; passages that dev queries judge are not in the fit.
+                 the passage's vector, fitted by ridge regression to the fraction of its relevant train queries that
+                 have it; as a count, y divided by its mean over the words that the passage has. Words of at least two
+                 train queries; passages that dev queries judge are not in the fit.
     neighbours   the mean count of the word in the ten passages with the nearest vectors (Tao et al. 2006)
 
 Each passage gets the k words with the highest count times idf, with a times this count; BM25 stays as it is otherwise
@@ -47,10 +47,10 @@ from passage_term_weights import (
     bm25,
     chosen,
     compared,
+    fractions,
     idf_of,
     keep_row,
     prepare,
-    shares,
     sizes_of,
     with_windows,
 )
@@ -112,13 +112,13 @@ def fit_likely(measured: Measured) -> Likely:
     """Fit y to the train queries, with the penalty that predicts passages best which were left out."""
     names = [*measured.words.columns]
     fitted = sorted(measured.train_terms)
-    share: dict[tuple[int, str], float] = {}
+    fraction: dict[tuple[int, str], float] = {}
     num_queries: dict[str, int] = {}
     for place, row in enumerate(fitted):
         queries = measured.train_terms[row]
         for own in queries:
             for term in own:
-                share[place, term] = share.get((place, term), 0) + 1 / len(queries)
+                fraction[place, term] = fraction.get((place, term), 0) + 1 / len(queries)
                 num_queries[term] = num_queries.get(term, 0) + 1
     columns = measured.words.columns
     terms = np.array(
@@ -126,7 +126,7 @@ def fit_likely(measured: Measured) -> Likely:
     )
     column_of = {names[term]: column for column, term in enumerate(terms.tolist())}
     targets = np.zeros((len(fitted), len(terms)))
-    for (place, term), value in share.items():
+    for (place, term), value in fraction.items():
         if term in column_of:
             targets[place, column_of[term]] = value
     features = measured.words.vectors[fitted].astype(np.float64)
@@ -170,8 +170,8 @@ def by_neighbours(measured: Measured) -> Added:
         similar[np.arange(end - start), np.arange(start, end)] = -np.inf
         nearest = np.argpartition(-similar, NUM_NEIGHBOURS, axis=1)[:, :NUM_NEIGHBOURS]
         rows = np.repeat(np.arange(end - start), NUM_NEIGHBOURS)
-        share = np.full(nearest.size, 1 / NUM_NEIGHBOURS)
-        mean = csr_array((share, (rows, nearest.ravel())), shape=(end - start, len(vectors)))
+        fraction = np.full(nearest.size, 1 / NUM_NEIGHBOURS)
+        mean = csr_array((fraction, (rows, nearest.ravel())), shape=(end - start, len(vectors)))
         found: Any = mean @ counts
         return np.asarray(found.toarray())
 
@@ -190,13 +190,13 @@ def with_added(measured: Measured, added: Added, number: int, amount: float) -> 
         terms=np.concatenate([words.terms, terms]),
         counts=np.concatenate([words.counts, amount * counts]),
     )
-    return bm25(longer, measured.times, shares(longer, longer.counts), idf_of(words))
+    return bm25(longer, measured.times, fractions(longer, longer.counts), idf_of(words))
 
 
 def measure(measured: Measured, added: Added) -> dict[str, Any]:
     """nDCG@10 of every number of words and amount, in each system."""
     words = measured.words
-    plain = bm25(words, measured.times, shares(words, words.counts))
+    plain = bm25(words, measured.times, fractions(words, words.counts))
     settings = [(number, amount) for number in NUM_WORDS for amount in AMOUNTS]
     scores = {setting: with_added(measured, added, *setting) for setting in settings}
     content: dict[str, Any] = {}
@@ -216,7 +216,7 @@ def measure_linear(measured: Measured, likely: Likely) -> dict[str, Any]:
     """nDCG@10 of sums with the two inner products of passages with the words of queries."""
     words = measured.words
     times, idf = measured.times[:, likely.terms], idf_of(words)[likely.terms]
-    plain = bm25(words, measured.times, shares(words, words.counts))
+    plain = bm25(words, measured.times, fractions(words, words.counts))
     columns = likely.weights @ (times * idf[None]).T.toarray(), likely.weights @ times.T.toarray()
     more = [(words.vectors @ each).T.astype(np.float64) for each in columns]
     content: dict[str, Any] = {}

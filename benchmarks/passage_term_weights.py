@@ -5,7 +5,7 @@
         --json benchmarks/results/passage-term-weights.json       everything in docs/log, 20 minutes of one core
 
 For each word of a passage, y is how likely it is that a query to which the passage is relevant contains the word: a
-linear function of the mean of the last layer's states of its tokens, fitted by ridge regression to the share of the
+linear function of the mean of the last layer's states of its tokens, fitted by ridge regression to the fraction of the
 passage's relevant train queries that contain it (DeepCT-Index: Dai and Callan 2019, arXiv 1910.10687, which tunes a
 BERT for it). Passages that dev queries judge are not in the fit. How y changes the count tf of the word in the passage,
 or its gain in BM25:
@@ -20,7 +20,7 @@ whose r is then 1; and once more with the words of queries weighted too (``d2llm
 --term-weights``), whose own gain is measured beside it.
 
 nDCG@10 on dev queries of BM25 alone, and of sums fitted on half of the dev queries and measured on the other half: the
-student's inner product with BM25 and its share of the query's limit, and with the same of the best window of two
+student's inner product with BM25 and its fraction of the query's limit, and with the same of the best window of two
 sentences too, which is not weighted. (The interaction of this student has no weight for questions, so its inner product
 is its score.) "chosen": a (for deepct, k1; a = 0, BM25 as it is, is always a choice) by the half on which the sum was
 fitted. Differences are paired by query; "error" is their standard error.
@@ -207,7 +207,7 @@ def with_windows(data: Dataset, measured: Measured) -> Measured:
     index = WordIndex.from_texts(data.passages[each].full_text for each in ids)
     rows = np.arange(len(ids))
     scores = [index.score(index.query(text), rows) for text in texts]
-    own = bm25(words, measured.times, shares(words, words.counts))
+    own = bm25(words, measured.times, fractions(words, words.counts))
     assert np.allclose(own, [by_passage for by_passage, _ in scores], atol=1e-3), "BM25 is not that of d2llm"
     return measured._replace(windows=np.array([by_window for _, by_window in scores]))
 
@@ -236,8 +236,8 @@ def idf_of(words: PassageWords) -> Floats:
     return np.log1p((len(words.vectors) - rows_with + 0.5) / (rows_with + 0.5))
 
 
-def shares(words: PassageWords, counts: Floats, k1: float = K1) -> Floats:
-    """The share of its weight that each posting gets [p], by counts [p]; lengths are the sums of counts."""
+def fractions(words: PassageWords, counts: Floats, k1: float = K1) -> Floats:
+    """The fraction of its weight that each posting gets [p], by counts [p]; lengths are the sums of counts."""
     lengths = np.bincount(words.rows, counts, minlength=len(words.vectors))
     norms = k1 * (1 - B + B * lengths / lengths.mean())
     return counts / (counts + norms[words.rows])
@@ -255,16 +255,16 @@ def bm25(words: PassageWords, times: csr_array, gains: Floats, idf: Floats | Non
 def gains_of(words: PassageWords, y: Floats, family: Family, number: float) -> Floats:
     """The gain [p] of each posting, less its idf; ``number`` is k1 or a."""
     if family == "deepct":
-        return shares(words, DEEPCT_SCALE * np.sqrt(y), number)
+        return fractions(words, DEEPCT_SCALE * np.sqrt(y), number)
     if family == "word":
         means = np.bincount(words.terms, y) / np.bincount(words.terms)
-        return shares(words, words.counts * (1 - number + number * y / means[words.terms]))
+        return fractions(words, words.counts * (1 - number + number * y / means[words.terms]))
     sums, lengths = np.bincount(words.rows, words.counts * y), np.bincount(words.rows, words.counts)
     means = sums / np.maximum(lengths, 1)
     factors = 1 - number + number * y / means[words.rows]
     if family == "count":
-        return shares(words, words.counts * factors)
-    return shares(words, words.counts) * factors
+        return fractions(words, words.counts * factors)
+    return fractions(words, words.counts) * factors
 
 
 # The fit of y --------------------------------------------------------------------------------------------------------
@@ -276,23 +276,23 @@ def is_common(words: PassageWords) -> NDArray[np.bool_]:
 
 
 def ridge_set(measured: Measured, *, common: bool = True) -> RidgeSet:
-    """The states of the words of passages with train queries, and the share of these that have each word."""
+    """The states of the words of passages with train queries, and the fraction of these that have each word."""
     words = measured.words
     names = [*words.columns]
     usable = words.is_read & np.isin(words.rows, [*measured.train_terms])
     fitted = np.flatnonzero(usable if common else usable & ~is_common(words))
-    shares_of = [
+    fractions_of = [
         float(np.mean([names[words.terms[at]] in own for own in measured.train_terms[int(words.rows[at])]]))
         for at in fitted
     ]
     _, numbers = np.unique(words.rows[fitted], return_inverse=True)
     random_order = np.random.default_rng(0).permutation(numbers.max() + 1)
     folds = folds_of(len(random_order))[random_order][numbers]
-    return RidgeSet(words.states[fitted].astype(np.float64), np.array(shares_of), folds)
+    return RidgeSet(words.states[fitted].astype(np.float64), np.array(fractions_of), folds)
 
 
 def explained(predictions: Floats, targets: Floats) -> float:
-    """The share of the targets' variance that predictions of their differences from the mean explain."""
+    """The fraction of the targets' variance that predictions of their differences from the mean explain."""
     differences = targets - targets.mean()
     return 1 - float(((predictions - differences) ** 2).mean() / differences.var())
 
@@ -368,7 +368,7 @@ def alone(measured: Measured, words: Floats) -> Result:
 
 
 def beside(measured: Measured, words: Floats, *, windows: bool, more: Sequence[Floats] = ()) -> Result:
-    """The sum of the inner product, BM25 and its share of the query's limit, those of windows, and ``more``."""
+    """The sum of the inner product, BM25 and its fraction of the query's limit, those of windows, and ``more``."""
     limits = np.maximum(np.asarray(measured.times @ idf_of(measured.words)), 1e-9)[:, None]
     parts = [measured.inner, words, words / limits]
     if windows:
@@ -420,7 +420,7 @@ def measure(
     """Some families with these y, in some systems."""
     words = measured.words
     bases = {
-        name: SYSTEMS[name](measured, bm25(words, measured.times, shares(words, words.counts))) for name in systems
+        name: SYSTEMS[name](measured, bm25(words, measured.times, fractions(words, words.counts))) for name in systems
     }
     content: dict[str, Any] = {name: {"as it is": round(float(base.values.mean()), 4)} for name, base in bases.items()}
     everything: dict[str, list[Result]] = {name: [base] for name, base in bases.items()}
@@ -446,7 +446,7 @@ def measure_queries(measured: Measured, weighted: Measured) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for name in [*SYSTEMS][:2]:
         base, result = (
-            SYSTEMS[name](each, bm25(each.words, each.times, shares(each.words, each.words.counts))).values
+            SYSTEMS[name](each, bm25(each.words, each.times, fractions(each.words, each.words.counts))).values
             for each in (measured, weighted)
         )
         content[name] = {"as it is": round(float(base.mean()), 4), "weighted": compared(result, base)}

@@ -27,7 +27,7 @@ os.environ.setdefault("LANCE_CPU_THREADS", "1")
 import faiss
 import numpy as np
 import torch
-from scaling.corpus import ASKED, SHARES, Corpus, KnownVectors, read_real, write_json
+from scaling.corpus import ASKED, FRACTIONS, Corpus, KnownVectors, read_real, write_json
 from scaling.data_sets import DATA, require
 from scaling.processes import measure_fresh
 from scaling.searches import faiss_searches, format_searches, measure, our_searches, true_rankings
@@ -152,8 +152,8 @@ class Run:
             searches |= format_searches(held, FORMATS[1:], self.student, queries, task)
             searches |= faiss_searches(flat, inverted, self.student, queries, task, dim)
             rows = measure(searches, truth.rows)
-            self.result["searches"][task] = {"certified_share": truth.share, "rows": rows}
-            print(f"\n{task}, {ASKED[task]}: {size:,} passages, {truth.share:.2%} scored for the certificate")
+            self.result["searches"][task] = {"certified_share": truth.fraction, "rows": rows}
+            print(f"\n{task}, {ASKED[task]}: {size:,} passages, {truth.fraction:.2%} scored for the certificate")
             _print_rows(rows)
 
     def measure_others(self) -> None:
@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for the indices; by default a temporary folder")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    require(*(DATA / name for name in SHARES))
+    require(*(DATA / name for name in FRACTIONS))
     options.real = options.real or (28_000 if options.passages >= PART else 1_000)
     options.others = options.others or (OTHERS_PART if options.passages >= PART else 5_000)
     options.queries = options.queries or (200 if options.passages >= PART else 20)

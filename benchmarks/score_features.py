@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and FAISS are impo
 
 import numpy as np
 import torch
-from scaling.corpus import SHARES, Corpus, KnownVectors, read_real, write_json
+from scaling.corpus import FRACTIONS, Corpus, KnownVectors, read_real, write_json
 from scaling.data_sets import DATA, require
 from scaling.stores import build
 
@@ -100,7 +100,7 @@ def measure(student: Student, passages: int, num_real: int, num_queries: int, ca
         },
         "share of passages that the exact search scores": round(float(np.median(scored)), 3),
         "ms": {
-            name: {f"p{share}": round(float(np.percentile(values, share)), 1) for share in (50, 95)}
+            name: {f"p{percentile}": round(float(np.percentile(values, percentile)), 1) for percentile in (50, 95)}
             for name, values in times.items()
         },
     }
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder in which to cache the real passages' vectors")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
-    require(*(DATA / name for name in SHARES))
+    require(*(DATA / name for name in FRACTIONS))
     torch.set_num_threads(1)
     row = measure(Student.load(STUDENT), args.passages, args.real, args.queries, args.cache)
     alone, encode = row["ms"]["vectors alone"]["p50"], row["ms"]["encode"]["p50"]

@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and FAISS are impo
 
 import numpy as np
 import torch
-from scaling.corpus import SHARES, Corpus, KnownVectors, read_real, write_json
+from scaling.corpus import FRACTIONS, Corpus, KnownVectors, read_real, write_json
 from scaling.data_sets import DATA, require
 from scaling.stores import build
 
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="empty folder in which the indexes stay, instead")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
-    require(*(DATA / name for name in SHARES))
+    require(*(DATA / name for name in FRACTIONS))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=args.work) as place:
         row = measure(Student.load(STUDENT), args, args.keep or Path(place))

@@ -34,7 +34,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and FAISS are impo
 
 import numpy as np
 import torch
-from scaling.corpus import SHARES, Corpus, KnownVectors, Queries, read_real, write_json
+from scaling.corpus import FRACTIONS, Corpus, KnownVectors, Queries, read_real, write_json
 from scaling.data_sets import DATA, require
 from scaling.stores import build
 
@@ -125,9 +125,9 @@ def built_ann(store: IndexStore, student: Student) -> tuple[AnnFacts, int]:
     """
     report = build_ann(store, student)
     [tuned] = [one for one in report.recalls if one.depth == report.depth]
-    share = tuned.num_probes / report.num_lists
+    fraction = tuned.num_probes / report.num_lists
     facts = AnnFacts(
-        source="this index", passages=report.num_passages, first_ten=1.0, num_probes=tuned.num_probes, share=share
+        source="this index", passages=report.num_passages, first_ten=1.0, num_probes=tuned.num_probes, fraction=fraction
     )
     return facts, report.num_bytes
 
@@ -189,12 +189,12 @@ def read_result(name: str) -> dict[str, Any]:
 def benchmark_texts(student: Student) -> TextFacts:
     """Facts about passages of squad-sent, quora and medquad, and questions of squad-sent."""
     passages: list[Passage] = []
-    for name, share in SHARES.items():
+    for name, fraction in FRACTIONS.items():
         content = read_beir(DATA / name, splits=["dev"])
-        passages += list(content.passages.values())[: round(4_000 * share)]
+        passages += list(content.passages.values())[: round(4_000 * fraction)]
     dev = read_beir(DATA / "squad-sent", splits=["dev"])
     questions = [dev.queries[query_id].text for query_id in list(dev.qrels["dev"])[:100]]
-    facts = read_text_facts(passages, student, f"4,000 passages of {', '.join(SHARES)}", queries=questions)
+    facts = read_text_facts(passages, student, f"4,000 passages of {', '.join(FRACTIONS)}", queries=questions)
     # Of a user's passages only the mean length is known; as parts of documents, they differ less than these.
     return facts.model_copy(update={"lengths": (1.0,)})
 
@@ -301,7 +301,7 @@ def shipped_ann() -> AnnFacts:
         # Passages served as queries there and found all ten; of 101,583 real texts .997 were found (docs/index.md).
         first_ten=min(ann["first_ten"], 0.997),
         num_probes=tuned["num_probes"],
-        share=ann["share_probed"],
+        fraction=ann["share_probed"],
     )
 
 
@@ -332,7 +332,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--ship", action="store_true", help="write what ships with d2llm instead")
     args = parser.parse_args()
-    require(*(DATA / name for name in SHARES))
+    require(*(DATA / name for name in FRACTIONS))
     torch.set_num_threads(1)
     student = Student.load(STUDENT)
     if args.ship:

@@ -42,7 +42,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and FAISS are impo
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scaling.corpus import SHARES, Corpus, KnownVectors, read_real, write_json
+from scaling.corpus import FRACTIONS, Corpus, KnownVectors, read_real, write_json
 from scaling.data_sets import DATA, require
 from scaling.stores import build
 from size import KINDS, STUDENT
@@ -81,8 +81,10 @@ def recorded_times(number: int = 1_000) -> NDArray[np.float64]:
     recorded = json.loads(SCORE_FEATURES.read_text(encoding="utf-8"))["ms"]["small: words of windows"]
     normal = NormalDist()
     spread = np.log(recorded["p95"] / recorded["p50"]) / normal.inv_cdf(0.95)
-    shares = (np.arange(number) + 0.5) / number
-    return recorded["p50"] * np.exp(spread * np.array([normal.inv_cdf(share) for share in shares.tolist()]))
+    percentiles = (np.arange(number) + 0.5) / number
+    return recorded["p50"] * np.exp(
+        spread * np.array([normal.inv_cdf(percentile) for percentile in percentiles.tolist()])
+    )
 
 
 @dataclass
@@ -178,8 +180,10 @@ def simulate(
             )
             slowest = np.maximum(slowest, latencies)
             work += done / shards
-        shares = {f"p{share:g}": float(np.percentile(slowest[counted], share)) for share in (50, 99)}
-        rows[name] = shares | {"work": work}
+        percentiles = {
+            f"p{percentile:g}": float(np.percentile(slowest[counted], percentile)) for percentile in (50, 99)
+        }
+        rows[name] = percentiles | {"work": work}
     return rows
 
 
@@ -199,11 +203,13 @@ def main() -> None:
     if args.recorded:
         times, of_shard = recorded_times(), "recorded in score-features.json"
     else:
-        require(*(DATA / name for name in SHARES))
+        require(*(DATA / name for name in FRACTIONS))
         torch.set_num_threads(1)
         times = measured_times(args.passages, args.measured_queries, args.rounds)
         of_shard = f"{args.passages:,} passages"
-    one = {f"p{share:g}": float(np.percentile(times, share)) for share in (50, 95, 99)} | {"mean": float(times.mean())}
+    one = {f"p{percentile:g}": float(np.percentile(times, percentile)) for percentile in (50, 95, 99)} | {
+        "mean": float(times.mean())
+    }
     print(f"one shard, {of_shard}: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in one.items()))
     results: list[dict[str, Any]] = []
     for load in args.loads:

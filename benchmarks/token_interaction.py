@@ -217,7 +217,7 @@ def _terms_of_tokens(student: Student, query: Query) -> list[set[str]]:
 
 
 def _idf(words: WordIndex, of_token: Sequence[set[str]], num_passages: int) -> NDArray[np.float32]:
-    """The idf of each token's rarest term, as a share of the largest possible."""
+    """The idf of each token's rarest term, as a fraction of the largest possible."""
     largest = np.log(1 + (num_passages + 0.5) / 0.5)
     values = []
     for own in of_token:
@@ -497,7 +497,7 @@ TRIES = (
     *((name, "tokens") for name in ("pairs", "small steps", "judgements", "both")),
     *(("grades", design) for design in ("words", "tokens", "generated", "kernels", "transformer")),
 )
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _BATCH = 32
 Values = NDArray[np.float64]
 BOUND = 4.0  # the most that g adds, in units of the student's score
@@ -576,12 +576,12 @@ def ndcg(scores: Tensor, lists: Lists) -> Values:
 
 
 def changes(model: Added, lists: Lists) -> dict[float, Values]:
-    """What a trained design changes in nDCG@10 of each list, by the share of it that is added."""
+    """What a trained design changes in nDCG@10 of each list, by the fraction of it that is added."""
     own = lists.scores[:, :, 0]
     with torch.inference_mode():
         added = torch.cat([model(lists.take(part)) for part in torch.arange(len(lists)).split(50)]) - own
     before = ndcg(own, lists)
-    return {share: ndcg(own + share * added, lists) - before for share in SHARES}
+    return {fraction: ndcg(own + fraction * added, lists) - before for fraction in FRACTIONS}
 
 
 def try_of(name: str, sets: Mapping[str, Mapping[str, Lists]], others: Sequence[str], seed: int) -> Training:
@@ -625,23 +625,23 @@ def on_others(
 ) -> dict[str, Any]:
     """A design trained on the other data sets, measured on one that is left out.
 
-    ``full``: all of what it adds. ``chosen``: the share of it that is best on the dev queries of the other sets.
+    ``full``: all of what it adds. ``chosen``: the fraction of it that is best on the dev queries of the other sets.
     ``train``: the same share on the train queries of the set that is left out, if the student was not trained on them.
     """
     others = [other for other in sets if other != held_out]
-    full, chosen, train_queries, shares, epochs = [], [], [], [], []
+    full, chosen, train_queries, fractions, epochs = [], [], [], [], []
     for seed in range(seeds):
         model, epoch = train(design, try_of(name, sets, others, seed))
         by_set = [changes(model, sets[other]["dev"]) for other in others]
-        share = max(SHARES, key=lambda each: (fmean(float(own[each].mean()) for own in by_set), -each))
+        fraction = max(FRACTIONS, key=lambda tried: (fmean(float(own[tried].mean()) for own in by_set), -tried))
         own = changes(model, sets[held_out]["dev"])
         full.append(own[1.0])
-        chosen.append(own[share])
-        shares.append(share)
+        chosen.append(own[fraction])
+        fractions.append(fraction)
         epochs.append(epoch)
         if held_out not in KNOWN_SETS:
-            train_queries.append(changes(model, judged(sets[held_out]["judged"], JUDGED_QUERIES))[share])
-    found = {"full": summary(full), "chosen": summary(chosen), "shares": shares, "epochs": epochs}
+            train_queries.append(changes(model, judged(sets[held_out]["judged"], JUDGED_QUERIES))[fraction])
+    found = {"full": summary(full), "chosen": summary(chosen), "shares": fractions, "epochs": epochs}
     return found | ({"train": summary(train_queries)} if train_queries else {})
 
 
@@ -747,11 +747,11 @@ def table(results: Mapping[str, Any]) -> str:
     lines.append("| - | today's score | " + " | ".join(before) + " | |")
     rows = [(name, design, own, "chosen") for name, by in results["others"].items() for design, own in by.items()]
     rows += [("the set itself", design, own, "full") for design, own in results["own"].items()]
-    for name, design, own, share in rows:
-        found = [own[each][share] if each in own else None for each in names]
+    for name, design, own, fraction in rows:
+        found = [own[each][fraction] if each in own else None for each in names]
         cells = ["" if each is None else f"{1e3 * each['mean']:+.1f}{'*' * (each['p'] < 0.05)}" for each in found]
         # The mean of the sets that every row has.
-        mean = fmean(own[each][share]["mean"] for each in names if each in results["others"]["grades"]["tokens"])
+        mean = fmean(own[each][fraction]["mean"] for each in names if each in results["others"]["grades"]["tokens"])
         lines.append(f"| {name} | {design} | " + " | ".join(cells) + f" | {1e3 * mean:+.1f} |")
     return "\n".join(lines)
 

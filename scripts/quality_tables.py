@@ -47,7 +47,7 @@ OTHER_TEACHERS = {
     "of multilingual-e5-small, all weights tuned on 5,000 questions of squad-sent and then on 300 queries of each of "
     "nine sets, cmrc2018 and drcd among them. It reranks 20 passages, half of them the student's best, half BM25's.",
     "d2llm-pairs-zh": "Beside a cross-encoder of multilingual-e5-small, all weights tuned on the same pairs, on 1,000 "
-    "test pairs of each set. The student did not learn from it: a fault kept `teacher_share` from using a "
+    "test pairs of each set. The student did not learn from it: a fault kept `teacher_weight` from using a "
     "teacher where no other loss imitates one, so it was trained on the data sets' labels alone.",
 }
 CHINESE = {"cmrc2018", "drcd", "xquad-zh", "atec", "lcqmc", "ocnli", "pawsx-zh", "stsb-zh"}

@@ -27,7 +27,7 @@ from d2llm.data.beir import read_beir
 from d2llm.models.plain_student import PlainStudent
 from d2llm.models.tokens import EncodedTexts, TextKind, TokenVectors
 
-SHARES = {"squad-sent": 0.38, "quora": 0.50, "medquad": 0.12}  # data set -> its share of the real passages
+FRACTIONS = {"squad-sent": 0.38, "quora": 0.50, "medquad": 0.12}  # data set -> its fraction of the real passages
 ASKED: dict[Task, str] = {
     "symmetric": "quora",
     "asymmetric": "squad-sent",
@@ -82,20 +82,20 @@ class Corpus:
         rows = np.arange(start, end)
         source = rows % len(self._real)
         other = self._neighbours[source, random.integers(_NEIGHBOURS, size=len(rows))]
-        share = np.where(rows < len(self._real), 0, random.uniform(0, 0.5, len(rows))).astype(np.float32)
+        fraction = np.where(rows < len(self._real), 0, random.uniform(0, 0.5, len(rows))).astype(np.float32)
         noise = random.standard_normal((len(rows), self._vectors.shape[1]), np.float32)
-        made = (1 - share[:, None]) * self._vectors[source] + share[:, None] * self._vectors[other]
+        made = (1 - fraction[:, None]) * self._vectors[source] + fraction[:, None] * self._vectors[other]
         made /= np.linalg.norm(made, axis=1, keepdims=True)
         made = with_noise(made, noise) * np.linalg.norm(self._vectors[source], axis=1, keepdims=True)
         made[rows < len(self._real)] = self._vectors[source[rows < len(self._real)]]
-        parts = zip(rows.tolist(), source.tolist(), other.tolist(), share.tolist(), strict=True)
+        parts = zip(rows.tolist(), source.tolist(), other.tolist(), fraction.tolist(), strict=True)
         return [self._passage(*part) for part in parts], made
 
-    def _passage(self, row: int, source: int, other: int, share: float) -> Passage:
+    def _passage(self, row: int, source: int, other: int, fraction: float) -> Passage:
         one = self._real[source]
         words, ending = one.text.split(), self._real[other].text.split()
-        kept = len(words) - int(share * len(words))
-        text = " ".join([*words[:kept], *ending[len(ending) - int(share * len(ending)) :]])
+        kept = len(words) - int(fraction * len(words))
+        text = " ".join([*words[:kept], *ending[len(ending) - int(fraction * len(ending)) :]])
         return Passage(f"passage-{row:07}", " ".join([text] * self._longer), one.title)
 
 
@@ -203,9 +203,9 @@ def read_real(
     """
     passages: list[Passage] = []
     texts: dict[Task, list[str]] = {}
-    for name, share in SHARES.items():
+    for name, fraction in FRACTIONS.items():
         content = read_beir(data / name, splits=["dev"])
-        passages += list(content.passages.values())[: round(share * num_passages)]
+        passages += list(content.passages.values())[: round(fraction * num_passages)]
         for task, data_set in ASKED.items():
             if data_set == name:
                 texts[task] = [content.queries[query_id].text for query_id in list(content.qrels["dev"])[:num_queries]]

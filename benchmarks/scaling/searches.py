@@ -40,10 +40,10 @@ Search = Callable[[int], Sequence[int]]
 
 
 class Truth(NamedTuple):
-    """The top ten of all passages by the full score, for each query, and the share of passages scored to prove it."""
+    """The top ten of all passages by the full score, for each query, and the fraction of passages scored for it."""
 
     rows: list[list[int]]
-    share: float
+    fraction: float
 
 
 def true_rankings(
@@ -57,16 +57,16 @@ def true_rankings(
     view: Any = ArrayView(vectors)  # what is read of a PassageView
     cached = CachedBounds(passage_bounds(view, student))
     rows: list[list[int]] = []
-    shares: list[float] = []
+    fractions: list[float] = []
     for number, query in enumerate(task_queries.vectors):
         found = certified_top_k(view, student, query, task, TOP_K, cached=cached)
         rows.append(found.rows.tolist())
-        shares.append(found.certificate.num_scored / len(vectors))
+        fractions.append(found.certificate.num_scored / len(vectors))
         if number < num_checked:
             blocks = (student.score(query, vectors[at : at + 65_536], task) for at in range(0, len(vectors), 65_536))
             best = np.sort(np.concatenate(list(blocks)))[::-1][:TOP_K]
             assert np.allclose(best, found.scores, atol=1e-3), f"certified {found.scores}, all {best}"
-    return Truth(rows, float(np.mean(shares)))
+    return Truth(rows, float(np.mean(fractions)))
 
 
 def our_searches(

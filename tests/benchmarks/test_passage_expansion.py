@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from passage_expansion import by_neighbours, by_queries, counts_of, fit_likely, with_added
-from passage_term_weights import Measured, PassageWords, bm25, shares
+from passage_term_weights import Measured, PassageWords, bm25, fractions
 from scipy.sparse import csr_array
 
 TERMS = ("cat", "mat", "dog", "pond")
@@ -63,7 +63,7 @@ def test_bm25_with_added_words(measured, monkeypatch):
     monkeypatch.setattr("passage_expansion.NUM_NEIGHBOURS", 1)
     added = by_neighbours(measured)
     words = measured.words
-    plain = bm25(words, measured.times, shares(words, words.counts))
+    plain = bm25(words, measured.times, fractions(words, words.counts))
     assert with_added(measured, added, 0, 1.0) == pytest.approx(plain)
     with_one = with_added(measured, added, 5, 1.0)
     assert plain[1].tolist() == pytest.approx([plain[1, 0], 0, 0])

@@ -1,4 +1,4 @@
-"""Epochs over several data sets: the share of each set and the queries of each batch."""
+"""Epochs over several data sets: the fraction of each set and the queries of each batch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def ids(batches: Batches, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("temperature", "shares"),
+    ("temperature", "fractions"),
     [
         (1, {"large": 27, "middle": 8, "small": 1}),
         # cube roots 3 : 2 : 1 of 36 batches
@@ -56,11 +56,11 @@ def ids(batches: Batches, name: str) -> list[str]:
     ],
 )
 def test_shares_match_hand_calculation(
-    three_sets: list[LabelledSource], temperature: float, shares: dict[str, int]
+    three_sets: list[LabelledSource], temperature: float, fractions: dict[str, int]
 ) -> None:
     for epoch in range(3):
         batches = drawn(three_sets, epoch, temperature=temperature)
-        assert names(batches) == shares
+        assert names(batches) == fractions
         assert len(batches) == batches_per_epoch(three_sets, 4) == 36
 
 

@@ -322,9 +322,9 @@ class TestUnreadable:
         ],
     )
     def test_files_that_end_too_early(self, tmp_path, name, data):
-        for share in (0.05, 0.5, 0.9):
+        for fraction in (0.05, 0.5, 0.9):
             with pytest.raises(UnreadableFileError, match=r"^it cannot be parsed"):
-                read(tmp_path, name, data[: int(share * len(data))])
+                read(tmp_path, name, data[: int(fraction * len(data))])
 
     @pytest.mark.parametrize(
         ("name", "data"),

@@ -229,13 +229,15 @@ def test_two_heads_end_as_one(place: Place, tmp_path: Path, residual_epochs: int
     stages = {"residual": ResidualConfig(epochs=residual_epochs)}
     recipe = tiny_recipe(tiny_student_config(place.model), **LEARNING | stages | {"dual_head": True})
     report = place.run(tmp_path / "student", recipe=recipe.model_copy(update={"losses": weights}))
-    combinations = {line["label_share"]: line["dev"] for line in log_of(tmp_path / "student") if "label_share" in line}
-    values = {share: max(dev["tiny"].values()) for share, dev in combinations.items()}
+    combinations = {
+        line["label_weight"]: line["dev"] for line in log_of(tmp_path / "student") if "label_weight" in line
+    }
+    values = {fraction: max(dev["tiny"].values()) for fraction, dev in combinations.items()}
     assert values.keys() == {0.0, 0.25, 0.5, 0.75, 1.0}
-    assert values[report.label_share or 0.0] == max(values.values())
+    assert values[report.label_weight or 0.0] == max(values.values())
     assert report.dev["tiny"]["kept"] > report.dev["tiny"]["start"]
     manifest = json.loads((tmp_path / "student" / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["label_share"] == report.label_share
+    assert manifest["label_weight"] == report.label_weight
     reloaded = Student.load(tmp_path / "student", device="cpu", dtype="float32")
     assert reloaded.fingerprint == report.fingerprint
     head = load_file(tmp_path / "student" / "head.safetensors")

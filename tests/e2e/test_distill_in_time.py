@@ -187,8 +187,8 @@ def test_dev_is_measured_less_often_if_that_takes_too_much_of_the_time(
     recipe = work.recipe.model_copy(
         update={"training": work.recipe.training.model_copy(update={"eval_every": 1, "patience": 100})}
     )
-    for name, share, expected in (("all", 0.25, NUM_STEPS + 1), ("few", 0.0, 2)):
-        monkeypatch.setattr(loop, "_MEASURING_SHARE", share)
+    for name, fraction, expected in (("all", 0.25, NUM_STEPS + 1), ("few", 0.0, 2)):
+        monkeypatch.setattr(loop, "_MEASURING_FRACTION", fraction)
         with time_limit(3_600.0):
             work.place.run(tmp_path / name, source=work.source, labels=work.labels, recipe=recipe)
         steps = measured_steps(tmp_path / name)

@@ -100,14 +100,14 @@ def test_a_run_on_pairs_and_retrieval_resumes_exactly(place: Place, tmp_path: Pa
 def test_interpolation_keeps_one_of_the_measured_shares(place: Place, tmp_path: Path) -> None:
     student = tiny_student_config(place.model, pooling=AutoPooling())
     report = place.run(tmp_path / "student", student=student, interpolation=(0.5, 0.999))  # no PMA to leave out later
-    shares = {line["share"]: line["dev"] for line in log_of(tmp_path / "student") if "share" in line}
-    assert set(shares) == {0.5, 0.999, 1.0}
-    assert report.share_kept in shares
+    fractions = {line["fraction"]: line["dev"] for line in log_of(tmp_path / "student") if "fraction" in line}
+    assert set(fractions) == {0.5, 0.999, 1.0}
+    assert report.fraction_kept in fractions
     assert report.dev["tiny"]["by_weight"] == {
-        weight: pytest.approx(value, abs=1e-5) for weight, value in shares[report.share_kept]["tiny"].items()
+        weight: pytest.approx(value, abs=1e-5) for weight, value in fractions[report.fraction_kept]["tiny"].items()
     }
     manifest = json.loads((tmp_path / "student" / "manifest.json").read_text())
-    assert manifest["share_kept"] == report.share_kept
+    assert manifest["fraction_kept"] == report.fraction_kept
     assert Student.load(tmp_path / "student", device="cpu").fingerprint == report.fingerprint
 
 

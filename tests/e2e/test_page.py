@@ -140,13 +140,13 @@ def test_the_controls_are_made_of_the_settings_of_a_search(visit, address, monke
     monkeypatch.setattr("d2llm.server.page_routes.SearchRequest", EditedRequest)
     page = visit(address)
     search(page, QUESTION)
-    count, share = page.locator("#k"), page.locator("#hybrid")
+    count, fraction = page.locator("#k"), page.locator("#hybrid")
     assert [count.get_attribute(name) for name in ("min", "max")] == ["2", "7"]
     assert page.locator("label", has=count).get_attribute("title") == "How many to show."
-    assert [share.get_attribute(name) for name in ("min", "max")] == ["10", "90"]
+    assert [fraction.get_attribute(name) for name in ("min", "max")] == ["10", "90"]
     assert page.get_by_label("How many").get_attribute("id") == "k"
     assert page.get_by_role("checkbox", name="Mixed").get_attribute("id") == "hybrid-on"
-    assert share.get_attribute("aria-label") == "Mixed: BM25 in percent"
+    assert fraction.get_attribute("aria-label") == "Mixed: BM25 in percent"
     for name, control in (("sources", "source"), ("exact", "exact"), ("filter", "filter")):
         label = page.locator(f"[data-of={control}]").last.text_content()
         assert label == SearchRequest.model_fields[name].title

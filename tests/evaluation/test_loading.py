@@ -258,7 +258,7 @@ def test_notes_mention_closed_gates(world, tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     changes = {
         "closed_gates": ["squad"],
-        "share_kept": 0.5,
+        "fraction_kept": 0.5,
         "recipe": {"training": {"max_interpolation": 0.5}},
         "interaction_weights": {"symmetric": 0.0, "asymmetric": 1.0},
     }

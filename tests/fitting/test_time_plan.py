@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from d2llm.fitting.recipes import recipe_for_queries
-from d2llm.fitting.time_plan import DEV_SHARE, MIN_TRAINING_SECONDS, MIN_WRITING_SECONDS, plan_time
+from d2llm.fitting.time_plan import DEV_FRACTION, MIN_TRAINING_SECONDS, MIN_WRITING_SECONDS, plan_time
 from d2llm.recipe import DataConfig, StudentConfig
 
 
@@ -100,7 +100,7 @@ def test_dev_takes_at_most_a_share_of_the_time_for_training(minutes, rate):
     result = plan(minutes, num_passages=1_500, rate=rate, has_vectors=True)
     dev = 8 * min(1_500, result.evaluated) / rate
     if result.training:
-        assert dev <= 1.2 * DEV_SHARE * result.training or result.evaluated == 200
+        assert dev <= 1.2 * DEV_FRACTION * result.training or result.evaluated == 200
         assert result.max_queries * 16 / rate >= 0.5 * result.training  # most is for training
     assert plan(480).evaluated == 2_000
 

@@ -63,12 +63,12 @@ def test_a_single_long_document_is_split_in_parts():
 @pytest.mark.parametrize(("split", "large_shares"), [("test", (0.15, 0.15)), ("dev", (0.1, 0.05))])
 def test_more_queries_make_smaller_held_out_shares(split, large_shares):
     passages = corpus(2_000, 10)
-    shares = [
+    fractions = [
         sum(each == split for each in split_passages(passages, ids(passages)[::every], 0).values()) / 20_000
         for every in (200, 10, 1)
     ]
-    assert shares[0] == pytest.approx(0.01, abs=0.002)  # a fifth of the 100 documents that have a query
-    assert shares[1:] == pytest.approx(large_shares, abs=0.002)
+    assert fractions[0] == pytest.approx(0.01, abs=0.002)  # a fifth of the 100 documents that have a query
+    assert fractions[1:] == pytest.approx(large_shares, abs=0.002)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -79,8 +79,8 @@ def test_kinds_without_a_share_are_not_written(store):
 def test_the_share_of_a_kind_is_how_often_it_comes_first(store):
     writer = CountingWriter()
     write(passages(200, 1), writer, store, kinds={"question": 0.8, "keywords": 0.2}, budget=WritingBudget(queries=200))
-    share = sum(task.kind == "question" for task in writer.assignments[:200]) / 200
-    assert 0.7 < share < 0.9
+    fraction = sum(task.kind == "question" for task in writer.assignments[:200]) / 200
+    assert 0.7 < fraction < 0.9
 
 
 @pytest.mark.parametrize(

@@ -104,13 +104,13 @@ class Runs:
     expected_log: list[dict[str, float]]
 
     def differences(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
-        """By tensor: how far it is from the expected one, as a share of the change since the start."""
-        shares: dict[str, float] = {}
+        """By tensor: how far it is from the expected one, as a fraction of the change since the start."""
+        fractions: dict[str, float] = {}
         for name, weight in weights.items():
             change = self.training.weights[name] - self.start[name]
             error = (weight.double() - self.training.weights[name]).norm()
-            shares[name] = float(error / change.norm()) if change.any() else float(error)
-        return shares
+            fractions[name] = float(error / change.norm()) if change.any() else float(error)
+        return fractions
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -301,7 +301,7 @@ def test_the_weights_after_the_last_step(runs: Runs) -> None:
     checkpoint = load_file(runs.folder / "student.run" / "checkpoint.safetensors")
     weights = {name.removeprefix("parameter/"): w for name, w in checkpoint.items() if name.startswith("parameter/")}
     assert weights.keys() == runs.training.weights.keys()
-    wrong = {name: share for name, share in runs.differences(weights).items() if share > CHANGE}
+    wrong = {name: fraction for name, fraction in runs.differences(weights).items() if fraction > CHANGE}
     # A softmax does not depend on the bias of its keys: their gradient is 0, and in the run what rounding leaves of it.
     assert {name for name in wrong if not name.endswith("key.bias")} == set()
 
@@ -317,7 +317,7 @@ def test_the_student_has_the_weights_after_the_last_step(runs: Runs) -> None:
     else:
         files |= {f"backbone.model.{n}": w for n, w in load_file(folder / "backbone" / "model.safetensors").items()}
     assert files.keys() == runs.training.weights.keys()
-    wrong = {name: share for name, share in runs.differences(files).items() if share > CHANGE}
+    wrong = {name: fraction for name, fraction in runs.differences(files).items() if fraction > CHANGE}
     assert {name for name in wrong if not name.endswith("key.bias")} == set()
 
 

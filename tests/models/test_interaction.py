@@ -281,7 +281,7 @@ def test_two_heads_are_combined_into_one(branches, task):
     name = task if branches == "per_task" else "shared"
     labels, teacher = (inner_product(dots[name], queries, passages) for dots in (head.dots, head.teacher_dots))
     assert np.abs(labels - teacher).min() > 1e-3
-    head.label_share = 0.3
+    head.label_weight = 0.3
     combined = head(queries, passages, task)
     np.testing.assert_allclose(combined.dot.detach().numpy(), 0.3 * labels + 0.7 * teacher, rtol=1e-12)
     by_head = head.score_heads(combined, queries, passages, task)

@@ -49,8 +49,10 @@ class Numbered:
 
     def score(self, query, passages, task):
         is_own = passages[:, 0] % 1000 == query[0]
-        shares = (12.9898 * passages[:, 0].astype(np.float64) + 78.233 * query[0]) * 0.6180339887 % 1.0
-        noise = np.clip(1.5 * ndtri(shares), -3.0, 3.0)  # normal, so that the true probability is a logistic function
+        fractions = (12.9898 * passages[:, 0].astype(np.float64) + 78.233 * query[0]) * 0.6180339887 % 1.0
+        noise = np.clip(
+            1.5 * ndtri(fractions), -3.0, 3.0
+        )  # normal, so that the true probability is a logistic function
         return (2.0 + self.tells * is_own + noise).astype(np.float32)
 
 

@@ -20,7 +20,7 @@ def by_query(values):
 
 
 def exact_p_worse(start, end):
-    """The share of all sign flips whose mean difference is at most the observed one."""
+    """The fraction of all sign flips whose mean difference is at most the observed one."""
     differences = np.array(end) - np.array(start)
     flips = np.array(list(itertools.product((-1, 1), repeat=len(differences))))
     return float((flips @ differences <= differences.sum() + 1e-12).mean())

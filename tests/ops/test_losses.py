@@ -283,7 +283,7 @@ def softmax(values: np.ndarray, i: int) -> dict[int, float]:
 
 
 def divergence(target: dict[int, float], student: dict[int, float]) -> float:
-    return sum(share * math.log(share / student[j]) for j, share in target.items() if share)
+    return sum(fraction * math.log(fraction / student[j]) for j, fraction in target.items() if fraction)
 
 
 def reference_recalibrated(z: np.ndarray, s: np.ndarray) -> float:
@@ -292,7 +292,7 @@ def reference_recalibrated(z: np.ndarray, s: np.ndarray) -> float:
         if not target:
             return []
         if known:
-            unsure = -sum(share * math.log(share) for share in target.values()) / math.log(max(2, len(target)))
+            unsure = -sum(fraction * math.log(fraction) for fraction in target.values()) / math.log(max(2, len(target)))
             unsure = min(1.0, unsure)  # the sum of equal shares rounds
             target = {j: (1 - unsure) * p + unsure * (j in known) / len(known) for j, p in target.items()}
         return [divergence(target, softmax(z, i))]
@@ -303,7 +303,7 @@ def reference_recalibrated(z: np.ndarray, s: np.ndarray) -> float:
 def reference_weighted(z: np.ndarray, s: np.ndarray) -> float:
     total = weights = 0.0
     for i in range(len(ROLES)):
-        weight = sum(share for j, share in softmax(s, i).items() if j in members(POSITIVES, i))
+        weight = sum(fraction for j, fraction in softmax(s, i).items() if j in members(POSITIVES, i))
         total += weight * divergence(softmax(s, i), softmax(z, i))
         weights += weight
     return total / weights
@@ -636,16 +636,16 @@ def test_feature_imitation_uses_lists_of_at_least_two() -> None:
 
 def projected(vectors: NDArray[np.float64], weights: NDArray[np.float64], sums: NDArray[np.float64] | None = None):
     """Projections on the principal directions of weighted vectors, by the covariance; and the directions as sums."""
-    shares = weights / weights.sum()
-    centred = vectors - shares @ vectors
+    fractions = weights / weights.sum()
+    centred = vectors - fractions @ vectors
     if sums is not None:  # the directions of other vectors
         directions = (sums.T @ centred).T
         return centred @ (directions / np.linalg.norm(directions, axis=0)), sums
-    variances, directions = np.linalg.eigh(centred.T @ (shares[:, None] * centred))
+    variances, directions = np.linalg.eigh(centred.T @ (fractions[:, None] * centred))
     first = np.argsort(-variances)[:2]
     projections = centred @ directions[:, first]
     # A direction is the sum of the centred vectors, each times its share and its projection, over the variance.
-    return projections, shares[:, None] * projections / variances[first]
+    return projections, fractions[:, None] * projections / variances[first]
 
 
 def test_subclass_imitation_by_principal_components_of_the_features() -> None:

@@ -33,10 +33,10 @@ def compiled(is_compiled: bool) -> Iterator[None]:
 def random_index(random: np.random.Generator, num_rows: int, *, added: bool, dead: bool) -> WordIndex:
     """Passages of one to four sentences of words that are rare and frequent, as in a language, in three segments."""
     vocabulary = np.array([f"word{number}" for number in range(200)])
-    shares = 1 / np.arange(1, 201)
+    fractions = 1 / np.arange(1, 201)
     texts: list[str] = []
     for _ in range(num_rows):
-        words = random.choice(vocabulary, random.integers(1, 40), p=shares / shares.sum())
+        words = random.choice(vocabulary, random.integers(1, 40), p=fractions / fractions.sum())
         cuts = np.sort(random.integers(0, len(words) + 1, random.integers(0, 4)))
         texts.append(" ".join(" ".join(part).capitalize() + "." for part in np.split(words, cuts) if len(part)))
     segments: list[WordSegment] = []

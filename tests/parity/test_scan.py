@@ -54,9 +54,9 @@ def test_faiss_and_numpy_agree(name, dim, top_k):
     fast, plain = RowScan(codes, kind), RowScan(codes, kind, use_faiss=False)
     assert fast._index is not None
     assert plain._index is None
-    for share in (None, 0.01, 0.6):
+    for fraction in (None, 0.01, 0.6):
         query = rng.standard_normal(dim).astype(np.float32)
-        mask = None if share is None else rng.random(5000) < share
+        mask = None if fraction is None else rng.random(5000) < fraction
         results = [scan.search(query, top_k, mask, ids_of=row_ids) for scan in (fast, plain)]
         np.testing.assert_array_equal(results[0][0], results[1][0])
         np.testing.assert_array_equal(results[0][1], results[1][1])

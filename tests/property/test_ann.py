@@ -38,13 +38,13 @@ def views(request, tmp_path_factory):
 @given(
     version=st.integers(0, 2),
     top_k=st.integers(1, 700) | st.integers(1, 30),
-    share=st.sampled_from([None, 0.0, 0.01, 0.2, 0.6, 0.95]),
+    fraction=st.sampled_from([None, 0.0, 0.01, 0.2, 0.6, 0.95]),
     seed=st.integers(0, 1_000),
 )
-def test_rows_are_allowed_complete_and_ordered(views, version, top_k, share, seed):
+def test_rows_are_allowed_complete_and_ordered(views, version, top_k, fraction, seed):
     view = views[version]
     query = clustered(1, seed=seed + 10, dim=DIM_HERE)[0]
-    allowed = None if share is None else np.random.default_rng(seed).random(view.capacity) < share
+    allowed = None if fraction is None else np.random.default_rng(seed).random(view.capacity) < fraction
     eligible = np.ones(view.capacity, np.bool_) if view.live is None else view.live.copy()
     if allowed is not None:
         eligible &= allowed

@@ -189,7 +189,7 @@ def test_ranking_matches_brute_force_in_1050_random_cases(monkeypatch):
     monkeypatch.setattr(exact_search, "_MAX_SCORED", 32)
     by_scans = mock.Mock(wraps=exact_search._by_scans)
     monkeypatch.setattr(exact_search, "_by_scans", by_scans)
-    monkeypatch.setattr(exact_search, "_SCANNED_SHARE", 2)
+    monkeypatch.setattr(exact_search, "_SCAN_MULTIPLE", 2)
     full_pass = mock.Mock(wraps=exact_search._pass)
     monkeypatch.setattr(exact_search, "_pass", full_pass)
     num_tied = num_early = 0
@@ -252,7 +252,7 @@ def test_ranks_proved_within_a_budget_are_exact(head, monkeypatch):
         top_k = int(rng.integers(1, 8))
         expected, _ = brute_force(view, student, query, "symmetric", top_k, allowed)
         monkeypatch.setattr(exact_search, "_SCANS", [(), (6, 30)][seed % 2])
-        monkeypatch.setattr(exact_search, "_SCANNED_SHARE", 2)
+        monkeypatch.setattr(exact_search, "_SCAN_MULTIPLE", 2)
         fitting = itertools.chain([5] * (seed % 6), itertools.repeat(0))
         monkeypatch.setattr(exact_search._Clock, "num_fitting", mock.Mock(side_effect=fitting))
         result = certified_top_k(view, student, query, "symmetric", top_k, allowed=allowed, budget_ms=1)
@@ -288,7 +288,7 @@ def test_zero_interaction_weight_uses_only_the_scan(monkeypatch):
 
 
 def test_reaches_are_computed_once_and_only_if_scans_fall_short(monkeypatch):
-    monkeypatch.setattr(exact_search, "_SCANNED_SHARE", 2)
+    monkeypatch.setattr(exact_search, "_SCAN_MULTIPLE", 2)
     generator = np.random.default_rng(3)
     view = ArrayView(generator.standard_normal((9_000, DIM)).astype(np.float32))
     query, kept = generator.standard_normal(DIM).astype(np.float32), CachedBounds()

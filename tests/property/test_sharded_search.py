@@ -50,7 +50,7 @@ def pair(request, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """Proofs before everything is scored."""
-    for name, value in (("_FIRST_SCORED", 4), ("_MAX_SCORED", 8), ("_SCANS", (8, 16)), ("_SCANNED_SHARE", 2)):
+    for name, value in (("_FIRST_SCORED", 4), ("_MAX_SCORED", 8), ("_SCANS", (8, 16)), ("_SCAN_MULTIPLE", 2)):
         monkeypatch.setattr(exact_search, name, value)
 
 

@@ -91,7 +91,7 @@ def test_what_leads_to_the_inputs_of_a_loss_does_not_shape_the_student() -> None
 
 
 def test_imitation_is_replaced_for_lists_and_for_pairs() -> None:
-    objective = Objective({"pair_cross_entropy": {"teacher_share": 0.5}, "nested_cross_entropy": {"dims": (8,)}})
+    objective = Objective({"pair_cross_entropy": {"teacher_weight": 0.5}, "nested_cross_entropy": {"dims": (8,)}})
     assert objective.imitates
     lists = objective.with_imitation({"ranknet": 2.0}, of_pairs=False)
     assert {kind for kind, loss in lists.root.items() if "labels" in loss.learns_from} == {

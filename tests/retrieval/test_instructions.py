@@ -124,9 +124,9 @@ class TestVectorsOfTokens:
         end = len(ids[0]) - closing
         kept = student.token_projection(states[0, end - own : end]).detach().numpy()
         encoded = student.encode_with_tokens([text], "query", instruction=INSTRUCTION)
-        share = min(1.0, 4 / own)
+        fraction = min(1.0, 4 / own)
         assert encoded.tokens.counts.tolist() == [min(4, own)]
-        np.testing.assert_allclose(encoded.tokens.vectors, share * kept[:4], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(encoded.tokens.vectors, fraction * kept[:4], rtol=1e-4, atol=1e-4)
         pooled = student.pool(states, mask).detach().numpy()
         np.testing.assert_allclose(encoded.vectors, pooled, rtol=1e-4, atol=1e-4)
 

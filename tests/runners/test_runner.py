@@ -12,7 +12,7 @@ import pytest
 
 from d2llm.core.errors import InputError, MissingExtraError, Terminated
 from d2llm.runners.ray_cluster import _stopped_by_sigterm
-from d2llm.runners.ray_runner import Share, _share
+from d2llm.runners.ray_runner import Reservation, _reservation
 from d2llm.runners.runner import LocalRunner, LocalWorkers, find_runner
 
 
@@ -75,20 +75,20 @@ def test_the_local_verbs_do_not_import_ray():
 
 
 @pytest.mark.parametrize(
-    ("nodes", "num_workers", "share"),
+    ("nodes", "num_workers", "reservation"),
     [
-        ([{"CPU": 8}], None, Share(1, cpus=8, gpus=0)),
-        ([{"CPU": 8}], 3, Share(3, cpus=2, gpus=0)),
-        ([{"CPU": 8}, {"CPU": 4}], None, Share(2, cpus=4, gpus=0)),
-        ([{"CPU": 64}, {"CPU": 4}], None, Share(2, cpus=32, gpus=0)),  # both on the large node
-        ([{"CPU": 5}, {"CPU": 5}], 4, Share(4, cpus=2, gpus=0)),
-        ([{"CPU": 4}, {}], None, Share(1, cpus=4, gpus=0)),  # a head without cores of its own
-        ([{"CPU": 16, "GPU": 4}, {"CPU": 16, "GPU": 4}, {"CPU": 64}], None, Share(8, cpus=1, gpus=1)),
-        ([{"CPU": 16, "GPU": 4}], 2, Share(2, cpus=1, gpus=1)),
+        ([{"CPU": 8}], None, Reservation(1, cpus=8, gpus=0)),
+        ([{"CPU": 8}], 3, Reservation(3, cpus=2, gpus=0)),
+        ([{"CPU": 8}, {"CPU": 4}], None, Reservation(2, cpus=4, gpus=0)),
+        ([{"CPU": 64}, {"CPU": 4}], None, Reservation(2, cpus=32, gpus=0)),  # both on the large node
+        ([{"CPU": 5}, {"CPU": 5}], 4, Reservation(4, cpus=2, gpus=0)),
+        ([{"CPU": 4}, {}], None, Reservation(1, cpus=4, gpus=0)),  # a head without cores of its own
+        ([{"CPU": 16, "GPU": 4}, {"CPU": 16, "GPU": 4}, {"CPU": 64}], None, Reservation(8, cpus=1, gpus=1)),
+        ([{"CPU": 16, "GPU": 4}], 2, Reservation(2, cpus=1, gpus=1)),
     ],
 )
-def test_workers_share_the_cluster(nodes, num_workers, share):
-    assert _share(nodes, num_workers, gpus=1) == share
+def test_workers_share_the_cluster(nodes, num_workers, reservation):
+    assert _reservation(nodes, num_workers, gpus=1) == reservation
 
 
 @pytest.mark.parametrize(
@@ -98,11 +98,11 @@ def test_a_worker_can_have_several_gpus_of_one_node(gpus, num_workers, expected)
     nodes = [{"CPU": 16, "GPU": 4}, {"CPU": 16, "GPU": 3}, {"CPU": 4}]
     if gpus == 3:
         nodes = nodes[1:]
-    assert _share(nodes, num_workers, gpus=gpus) == Share(expected, cpus=1, gpus=gpus)
+    assert _reservation(nodes, num_workers, gpus=gpus) == Reservation(expected, cpus=1, gpus=gpus)
 
 
 def test_the_device_cpu_leaves_gpus_alone():
-    assert _share([{"CPU": 16, "GPU": 4}], None, gpus=0) == Share(1, cpus=16, gpus=0)
+    assert _reservation([{"CPU": 16, "GPU": 4}], None, gpus=0) == Reservation(1, cpus=16, gpus=0)
 
 
 @pytest.mark.parametrize(
@@ -117,4 +117,4 @@ def test_the_device_cpu_leaves_gpus_alone():
 )
 def test_more_workers_than_the_cluster_has_room_for(nodes, num_workers, gpus, problem):
     with pytest.raises(InputError, match=problem):
-        _share(nodes, num_workers, gpus=gpus)
+        _reservation(nodes, num_workers, gpus=gpus)

@@ -55,6 +55,6 @@ def test_the_policies_are_what_the_simulation_gave(page, repository):
     for result in content["results"]:
         for name, policy in result["policies"].items():
             setting = [f"{result['shards']:,}", f"{result['load']:.0%}".replace("%", " %"), name]
-            times = [f"{policy[share] / median:.1f}" for share in ("p50", "p99")]
+            times = [f"{policy[fraction] / median:.1f}" for fraction in ("p50", "p99")]
             expected.append([*setting, *times, f"{policy['work']:.2f}"])
     assert rows_of(page, "shards") == [row for row in expected if row[0] != "100"]

@@ -16,8 +16,8 @@ from d2llm.sizing.plan import SizePlan
 from d2llm.sizing.search_time import (
     AnnFacts,
     can_approximate,
+    fraction_that_waits,
     search_stages,
-    share_that_waits,
     shipped_ann_facts,
     slowest_of,
     total_ms,
@@ -27,7 +27,7 @@ from d2llm.sizing.texts import shipped_text_facts
 from sizing.sized_index import made_up_speeds
 
 PLAN = SizePlan(passages=1_000_000, tokens=100)
-ANN = AnnFacts(source="a test", passages=1_000_000, first_ten=0.99, num_probes=40, share=0.01)
+ANN = AnnFacts(source="a test", passages=1_000_000, first_ten=0.99, num_probes=40, fraction=0.01)
 STUDENT = StudentFacts(
     name="student",
     fingerprint="one",
@@ -98,10 +98,10 @@ def test_an_approximate_index_reads_centroids_and_some_lists():
 
 
 def test_the_share_that_is_read():
-    assert ANN.share_at(1_000_000) == pytest.approx(0.01)
-    assert ANN.share_at(10**9) == pytest.approx(0.01)  # never a smaller share
-    assert ANN.share_at(10_000) == pytest.approx(40 / 400)  # never fewer lists
-    assert ANN.share_at(25) == 1
+    assert ANN.fraction_at(1_000_000) == pytest.approx(0.01)
+    assert ANN.fraction_at(10**9) == pytest.approx(0.01)  # never a smaller share
+    assert ANN.fraction_at(10_000) == pytest.approx(40 / 400)  # never fewer lists
+    assert ANN.fraction_at(25) == 1
 
 
 def test_when_an_index_is_approximate():
@@ -129,23 +129,23 @@ def test_the_slowest_of_shards_against_drawn_times():
     """Maxima of drawn log-normal times have the predicted quantiles."""
     spread = math.log(3) / 2.3263479
     drawn = 20 * np.exp(spread * np.random.default_rng(0).standard_normal((20_000, 16))).max(axis=1)
-    for share in (0.5, 0.99):
-        assert slowest_of(16, 20, 3, share) == pytest.approx(np.quantile(drawn, share), rel=0.05)
+    for fraction in (0.5, 0.99):
+        assert slowest_of(16, 20, 3, fraction) == pytest.approx(np.quantile(drawn, fraction), rel=0.05)
     assert slowest_of(1, 20, 3, 0.5) == pytest.approx(20)
     assert slowest_of(1, 20, 3, 0.99) == pytest.approx(60)
 
 
 def test_queues_by_hand():
-    assert share_that_waits(1, 0.5) == pytest.approx(0.5)  # one core waits as often as it is busy
-    assert share_that_waits(2, 1.0) == pytest.approx(1 / 3)  # Erlang C of two cores, one of them busy
+    assert fraction_that_waits(1, 0.5) == pytest.approx(0.5)  # one core waits as often as it is busy
+    assert fraction_that_waits(2, 1.0) == pytest.approx(1 / 3)  # Erlang C of two cores, one of them busy
     assert wait_ms(1, 0.5, 10, 0.99) == pytest.approx(10 / 0.5 * math.log(0.5 / 0.01))
     assert wait_ms(64, 1.0, 10, 0.99) == 0
     with pytest.raises(ValueError):
-        share_that_waits(2, 2.0)
+        fraction_that_waits(2, 2.0)
 
 
 @given(st.integers(1, 200), st.floats(0.01, 0.99))
 def test_the_share_that_waits_is_a_share_and_grows_with_the_load(cores, load):
-    waiting = share_that_waits(cores, load * cores)
+    waiting = fraction_that_waits(cores, load * cores)
     assert 0 <= waiting <= 1
-    assert waiting <= share_that_waits(cores, (load + (1 - load) / 2) * cores) + 1e-12
+    assert waiting <= fraction_that_waits(cores, (load + (1 - load) / 2) * cores) + 1e-12

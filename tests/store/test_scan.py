@@ -66,13 +66,13 @@ def test_products_equal_in_float32_are_still_ordered_correctly(use_faiss):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("share", [None, 0.0003, 0.02, 0.5, 0.98])
-def test_best_rows_match_brute_force_in_every_format(name, share):
+@pytest.mark.parametrize("fraction", [None, 0.0003, 0.02, 0.5, 0.98])
+def test_best_rows_match_brute_force_in_every_format(name, fraction):
     vectors, query = random_vectors(9000, 48), random_vectors(1, 48, seed=7)[0]
     scan = make_scan(vectors, name)
     vector_format = make_format(name, 48)
     products = vector_format.decode(vector_format.encode(vectors, [""] * 9000)).astype(np.float64) @ query
-    mask = None if share is None else np.random.default_rng(3).random(9000) < share
+    mask = None if fraction is None else np.random.default_rng(3).random(9000) < fraction
     allowed = np.flatnonzero(mask) if mask is not None else np.arange(9000)
     rows, scores = scan.search(query, 50, mask, ids_of=ids_in_reverse_row_order)
     assert len(rows) == min(50, len(allowed))
@@ -122,11 +122,11 @@ def test_invalid_queries_are_rejected():
     st.sampled_from([None, 0.1, 0.5, 0.9]),
     st.booleans(),
 )
-def test_smaller_top_k_returns_a_prefix_with_equal_scores(name, num, top_k, seed, share, use_faiss):
+def test_smaller_top_k_returns_a_prefix_with_equal_scores(name, num, top_k, seed, fraction, use_faiss):
     rng = np.random.default_rng(seed)
     # Rows are drawn with repeats, so products tie both above and at the cutoff.
     scan = make_scan(random_vectors(20, 32, seed)[rng.integers(0, 20, num)], name, use_faiss=use_faiss)
-    mask = None if share is None else rng.random(num) < share
+    mask = None if fraction is None else rng.random(num) < fraction
     query = random_vectors(1, 32, seed + 1)[0]
     rows, scores = scan.search(query, top_k, mask, ids_of=ids_in_reverse_row_order)
     all_rows, all_scores = scan.search(query, num, mask, ids_of=ids_in_reverse_row_order)

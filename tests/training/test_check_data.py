@@ -270,10 +270,10 @@ class TestTexts:
         finished = []
         lengths = measure_lengths("queries", sample, lambda texts: [len(text) for text in texts], 80, finished.append)
         assert lengths.percentiles == {50: 50, 75: 75, 90: 90, 95: 95, 99: 99, 100: 100}
-        assert lengths.share_over == pytest.approx(0.2)
+        assert lengths.fraction_over == pytest.approx(0.2)
         assert lengths.bars == tuple(
-            (bound, pytest.approx(share))
-            for bound, share in zip([*range(10, 90, 10), None], [0.1] * 8 + [0.2], strict=True)
+            (bound, pytest.approx(fraction))
+            for bound, fraction in zip([*range(10, 90, 10), None], [0.1] * 8 + [0.2], strict=True)
         )
         assert sum(finished) == lengths.num_texts == lengths.num_all == 100
         assert measure_lengths("queries", Sample(5), len, 80, finished.append) is None

@@ -1,4 +1,4 @@
-"""Interpolation between the weights before and after training: which share of the training is kept."""
+"""Interpolation between the weights before and after training: which fraction of the training is kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from d2llm.core.types import Task
-from d2llm.training.choose_weights import choose_interaction_weights, choose_share, interpolate, items_at_best_weight
+from d2llm.training.choose_weights import choose_fraction, choose_interaction_weights, interpolate, items_at_best_weight
 from d2llm.training.dev_sets import DevResult
 
 NUM = 40
@@ -41,7 +41,7 @@ def test_interpolation_scales_the_adapters_product_by_the_share() -> None:
 
 
 @pytest.mark.parametrize(
-    ("by_share", "kept"),
+    ("by_weight", "kept"),
     [
         ({0.5: (0.6, 0.6), 1.0: (0.6, 0.6)}, 0.5),  # half the change is as good as all
         ({0.5: (0.6, 0.6), 1.0: (0.7, 0.7)}, 1.0),  # half the change is worse
@@ -50,28 +50,28 @@ def test_interpolation_scales_the_adapters_product_by_the_share() -> None:
         ({0.25: (0.6, 0.6), 0.5: (0.7, 0.6), 1.0: (0.5, 0.5)}, 0.5),  # half the change is better than all
     ],
 )
-def test_smallest_sufficient_share_is_kept(by_share: dict[float, tuple[float, float]], kept: float) -> None:
+def test_smallest_sufficient_share_is_kept(by_weight: dict[float, tuple[float, float]], kept: float) -> None:
     start = items_at_best_weight({"a": result(0.5), "b": result(0.5)})
 
-    def measure(share: float) -> dict[str, DevResult]:
-        first, second = by_share.get(share, (0.5, 0.5))
+    def measure(fraction: float) -> dict[str, DevResult]:
+        first, second = by_weight.get(fraction, (0.5, 0.5))
         return {"a": result(first), "b": result(second)}
 
-    share, results = choose_share([s for s in by_share if s < 1], measure, start, seed=0)
-    assert share == kept
-    assert set(results) == set(by_share) | ({0.0} if kept == 0 else set())
+    fraction, results = choose_fraction([s for s in by_weight if s < 1], measure, start, seed=0)
+    assert fraction == kept
+    assert set(results) == set(by_weight) | ({0.0} if kept == 0 else set())
 
 
 def test_kept_share_never_exceeds_the_largest() -> None:
     start = items_at_best_weight({"a": result(0.5)})
 
-    def measure(share: float) -> dict[str, DevResult]:
-        return {"a": result(0.5 + 0.4 * share)}  # keeps getting better
+    def measure(fraction: float) -> dict[str, DevResult]:
+        return {"a": result(0.5 + 0.4 * fraction)}  # keeps getting better
 
-    share, results = choose_share([0.25, 0.5, 0.75], measure, start, seed=0, largest=0.6)
-    assert share == 0.6
+    fraction, results = choose_fraction([0.25, 0.5, 0.75], measure, start, seed=0, largest=0.6)
+    assert fraction == 0.6
     assert set(results) == {0.25, 0.5, 0.6}
-    assert choose_share([], measure, start, seed=0, largest=0.5)[0] == 0.5
+    assert choose_fraction([], measure, start, seed=0, largest=0.5)[0] == 0.5
 
 
 def test_weight_that_harms_any_set_is_not_chosen() -> None:

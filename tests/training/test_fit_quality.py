@@ -175,9 +175,9 @@ class TestEncode:
         assert len(Index.open(tmp_path / "i", student)) == 23
 
     def test_shares_and_students_that_cannot_prune_are_refused(self, student: FakeStudent, tmp_path: Path) -> None:
-        for share in (-0.1, 1.0):
-            with pytest.raises(InputError, match=f"prune is {share:g}, but must be a share"):
-                encode(PASSAGES, student, tmp_path / "i", prune=share)
+        for fraction in (-0.1, 1.0):
+            with pytest.raises(InputError, match=f"prune is {fraction:g}, but must be a fraction"):
+                encode(PASSAGES, student, tmp_path / "i", prune=fraction)
         with pytest.raises(InputError, match="fit-scores --quality"):
             encode(PASSAGES, FakeStudent(), tmp_path / "i", prune=0.5)
 

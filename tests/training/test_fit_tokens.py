@@ -103,7 +103,7 @@ def test_of_a_long_query_only_the_rarest_tokens_count():
     assert projection.query_places(ids) == [2, 5, 6]
     assert projection.query_places([1, 0, 1, 3, 1, 1]) == [0, 2, 4]  # of equal tokens the first
     assert projection.query_places([0]) == []
-    assert [projection.query_share(each) for each in (ids, [1, 2, 3, 0], [])] == [0.6, 1.0, 1.0]
+    assert [projection.query_fraction(each) for each in (ids, [1, 2, 3, 0], [])] == [0.6, 1.0, 1.0]
 
 
 def test_a_token_is_rare_if_few_passages_have_it(trained, dataset):
@@ -129,8 +129,8 @@ def test_a_long_query_has_vectors_of_its_rarest_tokens(trained):
     assert kept == "everyone knows " * 7 + "everyone zebra"  # no passage has zebra, all have the others
     (first,) = student.encode_with_tokens([text], "query").tokens.split()
     (whole,) = student.encode_with_tokens([text], "passage").tokens.split()
-    share = 16 / 42  # the other tokens count as cosines of 0
-    assert all(np.abs(whole - row / share).max(axis=1).min() < 1e-3 for row in first)  # as a passage would have them
+    fraction = 16 / 42  # the other tokens count as cosines of 0
+    assert all(np.abs(whole - row / fraction).max(axis=1).min() < 1e-3 for row in first)  # as a passage would have them
 
 
 def test_the_lists_of_the_fit_have_the_score_of_an_index(trained, dataset, tmp_path):

@@ -420,19 +420,19 @@ def test_closed_pair_set_ignores_the_teachers_labels(kind, tmp_path):
     assert untaught.num_unlabelled == len(plan.entries)
     assert taught.num_unlabelled == 0
 
-    def losses(joined, share):
+    def losses(joined, fraction):
         ((labelled, draws),) = epoch_batches([joined], epoch=0, batch_queries=64, num_hard=1, num_easy=0, seed=0)
         batch = collate(labelled, draws)
         logits = torch.linspace(0.5, 3, batch.positive.size).reshape(batch.positive.shape)
-        objective = Objective({"pair_cross_entropy": {"teacher_share": share}, "list_imitation": 1.0})
+        objective = Objective({"pair_cross_entropy": {"teacher_weight": fraction}, "list_imitation": 1.0})
         terms = losses_of(PairScores(logits, logits / 2, None), batch, objective)
         return {name: value.item() for name, value in terms.items()}
 
     own = losses(untaught, 0.0)
     assert set(own) == {"pair_cross_entropy"}
-    for share in (0.5, 1.0):
-        assert losses(untaught, share) == pytest.approx(own, rel=1e-5)
-        assert losses(taught, share) != pytest.approx(own, rel=1e-2)
+    for fraction in (0.5, 1.0):
+        assert losses(untaught, fraction) == pytest.approx(own, rel=1e-5)
+        assert losses(taught, fraction) != pytest.approx(own, rel=1e-2)
 
 
 class TestFirstLook:

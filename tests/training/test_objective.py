@@ -294,23 +294,25 @@ def pair_batch(batch: DistillationBatch) -> DistillationBatch:
     return replace(batch, targets=np.array(TARGETS, np.float32))
 
 
-def cross_entropy_by_hand(logits: torch.Tensor, offset: float, share: float) -> float:
+def cross_entropy_by_hand(logits: torch.Tensor, offset: float, fraction: float) -> float:
     values: list[float] = []
     for row, column in JUDGED:
         teacher = 1 / (1 + math.exp(-LOG_ODDS[row][column]))
-        target = (1 - share) * TARGETS[row][column] + share * teacher
+        target = (1 - fraction) * TARGETS[row][column] + fraction * teacher
         yes = 1 / (1 + math.exp(offset - logits[row, column].item()))
         values.append(-target * math.log(yes) - (1 - target) * math.log(1 - yes))
     return sum(values) / len(values)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_labelled_pairs_use_pointwise_cross_entropy(scores: PairScores, batch: DistillationBatch, share: float) -> None:
-    weights = ALL_WEIGHTS.with_losses({"pair_cross_entropy": {"teacher_share": share}})
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_labelled_pairs_use_pointwise_cross_entropy(
+    scores: PairScores, batch: DistillationBatch, fraction: float
+) -> None:
+    weights = ALL_WEIGHTS.with_losses({"pair_cross_entropy": {"teacher_weight": fraction}})
     terms = losses_of(scores, pair_batch(batch), weights, offset=torch.tensor(0.5))
     assert set(terms) == {"pair_cross_entropy"}
     assert scores.dot is not None
-    whole, dot = (cross_entropy_by_hand(logits, 0.5, share) for logits in (scores.logits, scores.dot))
+    whole, dot = (cross_entropy_by_hand(logits, 0.5, fraction) for logits in (scores.logits, scores.dot))
     assert terms["pair_cross_entropy"].item() == pytest.approx(whole + 0.5 * dot, rel=1e-5)
 
 
@@ -367,17 +369,17 @@ def test_words_are_part_of_the_scores_of_both_heads(two_heads: PairScores, batch
     torch.testing.assert_close(actual["list_imitation"], by_hand(teacher)["list_imitation"])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
 def test_pairs_divide_their_target_between_the_heads(
-    two_heads: PairScores, batch: DistillationBatch, share: float
+    two_heads: PairScores, batch: DistillationBatch, fraction: float
 ) -> None:
-    weights = ALL_WEIGHTS.with_losses({"pair_cross_entropy": {"teacher_share": share}})
+    weights = ALL_WEIGHTS.with_losses({"pair_cross_entropy": {"teacher_weight": fraction}})
     terms = losses_of(two_heads, pair_batch(batch), weights, offset=torch.tensor(0.5))
     expected = 0.0
     for weight, part in (1.0, "logits"), (0.5, "dot"):
         own, teacher = getattr(two_heads, part), getattr(two_heads.teacher, part)
-        expected += weight * (1 - share) * cross_entropy_by_hand(own, 0.5, 0.0)
-        expected += weight * share * cross_entropy_by_hand(teacher, 0.5, 1.0)
+        expected += weight * (1 - fraction) * cross_entropy_by_hand(own, 0.5, 0.0)
+        expected += weight * fraction * cross_entropy_by_hand(teacher, 0.5, 1.0)
     assert terms["pair_cross_entropy"].item() == pytest.approx(expected, rel=1e-5)
 
 

@@ -248,7 +248,7 @@ def test_what_follows_is_the_second_part_of_a_passage(model: Path, tmp_path: Pat
 def test_a_decoder_learns_to_read_both_ways(tuning: str, tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "llama", "llama")
     student = new_student(folder, tuning=tuning, bidirectional=True)
-    settings = config("masked_next_token", epochs=6, masked_share=0.3, learning_rate=1e-2)
+    settings = config("masked_next_token", epochs=6, masked_fraction=0.3, learning_rate=1e-2)
     report = pretrain_backbone(student, PASSAGES[:16], tmp_path / "run", settings)
     assert report.last_loss < 0.96 * report.first_loss
     student.save(tmp_path / "student")

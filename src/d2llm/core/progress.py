@@ -171,13 +171,13 @@ def _lines(description: str, total: int | None, done: int, limit: float) -> Adva
             return
         logged = now
         seconds = now - started
-        share = ""
+        of_total = ""
         if total:
             needed = seconds * (total - finished) / (finished - done) if finished > done else math.inf
             needed = min(needed, max(0.0, limit - seconds))
             left = f", {_duration(needed)} left" if math.isfinite(needed) else ""
-            share = f" of {total:,} ({finished / total:.0%}) after {_duration(seconds)}{left}"
-        _remarks.info("%s: %s%s%s", description, f"{finished:,}", share, f", {remark}" if remark else "")
+            of_total = f" of {total:,} ({finished / total:.0%}) after {_duration(seconds)}{left}"
+        _remarks.info("%s: %s%s%s", description, f"{finished:,}", of_total, f", {remark}" if remark else "")
 
     return advance
 

@@ -57,9 +57,10 @@ class SharedPositives:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Lengths in tokens, including special tokens. ``bars`` are (upper bound, share); the last bar has no bound.
+    """Lengths in tokens, including special tokens. ``bars`` are (upper bound, fraction); the last bar has no bound.
 
-    ``num_texts`` of ``num_all`` were measured. ``share_over`` is the share of texts with more than ``limit`` tokens.
+    ``num_texts`` of ``num_all`` were measured. ``fraction_over`` is the fraction of texts with more than ``limit``
+    tokens.
     """
 
     label: str
@@ -67,7 +68,7 @@ class Lengths:
     num_all: int
     percentiles: Mapping[int, int]
     limit: int
-    share_over: float
+    fraction_over: float
     bars: tuple[tuple[int | None, float], ...]
 
 

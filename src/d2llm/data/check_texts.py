@@ -60,10 +60,10 @@ def measure_lengths(
     # Bars of equal width up to the limit, and one for longer texts.
     bounds = sorted({-(-limit * place // _NUM_BARS) for place in range(1, _NUM_BARS + 1)})
     places = np.searchsorted(bounds, values)  # the first bar whose upper bound is not below the value
-    shares = np.bincount(places, minlength=len(bounds) + 1) / len(values)
-    bars = tuple(zip([*bounds, None], shares.tolist(), strict=True))
-    share_over = float((values > limit).mean())
-    return Lengths(label, len(lengths), sample.num_seen, percentiles, limit, share_over, bars)
+    fractions = np.bincount(places, minlength=len(bounds) + 1) / len(values)
+    bars = tuple(zip([*bounds, None], fractions.tolist(), strict=True))
+    fraction_over = float((values > limit).mean())
+    return Lengths(label, len(lengths), sample.num_seen, percentiles, limit, fraction_over, bars)
 
 
 def guess_languages(label: str, texts: Sequence[str]) -> Languages | None:

@@ -164,12 +164,14 @@ def epoch_batches(
     repeatedly, in a new order each time; an epoch continues where the previous one stopped.
 
     A batch has at most ``batch_queries``; the batches of one data set have equal sizes. A data set of m batches gets a
-    share proportional to m^(1/T) of the batches of an epoch, whose total the temperature T does not change. With T = 1
-    every query is used once per epoch.
+    number in proportion to m^(1/T) of the batches of an epoch, whose total the temperature T does not change. With T =
+    1 every query is used once per epoch.
     """
     per_pass = _batches_per_pass(sources, batch_queries)
     batches: list[tuple[LabelledSource, list[Draw]]] = []
-    for source, num_per_pass, num_per_epoch in zip(sources, per_pass, _shares(per_pass, temperature), strict=True):
+    for source, num_per_pass, num_per_epoch in zip(
+        sources, per_pass, _batches_per_epoch(per_pass, temperature), strict=True
+    ):
         numbers = range(epoch * num_per_epoch, (epoch + 1) * num_per_epoch)
         for round_number in sorted({number // num_per_pass for number in numbers}):
             round_batches = _round(source, round_number, batch_queries, (num_positives, num_hard, num_easy), seed)
@@ -190,15 +192,15 @@ def _batches_per_pass(sources: Sequence[LabelledSource], batch_queries: int) -> 
     return [even_batches(len(source.entries), batch_queries)[0] for source in sources]
 
 
-def _shares(per_pass: Sequence[int], temperature: float) -> list[int]:
+def _batches_per_epoch(per_pass: Sequence[int], temperature: float) -> list[int]:
     """Batches of each data set per epoch, with unchanged total: rounded down, the rest to the largest remainders."""
     weights = [float(count) ** (1 / temperature) if count else 0.0 for count in per_pass]
     exact = [sum(per_pass) * weight / (sum(weights) or 1.0) for weight in weights]
-    shares = [int(value) for value in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda place: shares[place] - exact[place])
-    for place in by_remainder[: sum(per_pass) - sum(shares)]:
-        shares[place] += 1
-    return shares
+    counts = [int(value) for value in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda place: counts[place] - exact[place])
+    for place in by_remainder[: sum(per_pass) - sum(counts)]:
+        counts[place] += 1
+    return counts
 
 
 def _round(

@@ -95,7 +95,7 @@ def find_dialect(text: str, delimiter: str | None = None) -> Dialect:
         width, score = _consistency(rows)
         # Quotes that are read as such are the rule: without them, rows must fit much better.
         quality = score + (0.1 if candidate.has_quotes else 0.0) + (0.05 if candidate.escape else 0.0)
-        decimals = _share_of_decimals(rows, candidate.delimiter)
+        decimals = _fraction_of_decimals(rows, candidate.delimiter)
         if width > 1 and (quality, decimals, width) > best_score:
             best = Dialect(candidate.delimiter, candidate.escape, candidate.has_quotes, width)
             best_score = (quality, decimals, width)
@@ -103,7 +103,7 @@ def find_dialect(text: str, delimiter: str | None = None) -> Dialect:
 
 
 def _consistency(rows: _Rows) -> tuple[int, float]:
-    """The most frequent width above 1, and the share of the rows below titles that have it."""
+    """The most frequent width above 1, and the fraction of the rows below titles that have it."""
     widths = Counter(len(row) for row in rows if len(row) > 1)
     if not widths:
         return 1, 0.0
@@ -113,8 +113,8 @@ def _consistency(rows: _Rows) -> tuple[int, float]:
     return width, sum(len(row) == width for row in table) / len(table) - _COST_OF_TITLES * (num_titles > 0)
 
 
-def _share_of_decimals(rows: _Rows, delimiter: str) -> float:
-    """The share of values that are numbers with decimal commas, which a comma as delimiter would divide."""
+def _fraction_of_decimals(rows: _Rows, delimiter: str) -> float:
+    """The fraction of values that are numbers with decimal commas, which a comma as delimiter would divide."""
     if delimiter == ",":
         return 0.0
     values = [value for row in rows for value in row]

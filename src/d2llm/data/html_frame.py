@@ -42,7 +42,7 @@ _LINK_LISTS = _words(
 )
 """Classes and ids of lists of links around a page's text."""
 _BARS = frozenset({"bottomnav", "subnav", "topnav"})
-_MANY_LINKS, _FEWER_LINKS = 0.8, 0.3  # shares of the text: for those names, and for what says that it is navigation
+_MANY_LINKS, _FEWER_LINKS = 0.8, 0.3  # fractions of the text: for those names, and for what says that it is navigation
 _INLINE = frozenset({"a", "abbr", "b", "button", "em", "i", "span", "strong", "sup", "svg"})
 
 
@@ -76,12 +76,14 @@ def is_frame(node: Element) -> bool:
         names = (node.text, attribute(node, "title"), attribute(node, "aria-label"))
         return any(re.fullmatch(_COPY, name.strip()) for name in names)
     if tag == "nav":
-        return _share_of_links(node) >= _FEWER_LINKS
+        return _fraction_of_links(node) >= _FEWER_LINKS
     if not attributes:
         return False
     role = attribute(node, "role")
     if role in ("navigation", "doc-toc", "search"):
-        return _share_of_links(node) >= _FEWER_LINKS or (role == "search" and len(node.text.strip()) < _LONGEST_LABEL)
+        return _fraction_of_links(node) >= _FEWER_LINKS or (
+            role == "search" and len(node.text.strip()) < _LONGEST_LABEL
+        )
     if tag in _INLINE and attribute(node, "aria-hidden") == "true" and _is_ornament(node):
         return True
     names = [name.lower() for name in (*_classes(node), attribute(node, "id")) if name]
@@ -89,9 +91,9 @@ def is_frame(node: Element) -> bool:
         text = node.text.strip()
         return len(text) <= _LONGEST_LABEL or not re.search(r"[^\W\d]", text)
     if any(name in _BARS for name in names):
-        return _share_of_links(node) >= _FEWER_LINKS
+        return _fraction_of_links(node) >= _FEWER_LINKS
     if any(name in _LINK_LISTS for name in names) or ("contents" in names and ("local" in names or "topic" in names)):
-        return _share_of_links(node) >= _MANY_LINKS
+        return _fraction_of_links(node) >= _MANY_LINKS
     return any(_COOKIES.search(name) for name in names) and len(node.text) < _LONGEST_COOKIE_NOTICE
 
 
@@ -118,7 +120,7 @@ def _classes(node: Element) -> list[str]:
     return value if isinstance(value, list) else (value or "").split()
 
 
-def _share_of_links(node: Element) -> float:
+def _fraction_of_links(node: Element) -> float:
     """The part of an element's text that is in links."""
     links = [node] if node.tag == "a" else node.find_all("a")
     length = len("".join(node.text.split()))

@@ -39,7 +39,8 @@ FILE_TYPES = (".parquet", ".jsonl", ".csv")
 class LabelSet:
     """Counts of one set: queries, pairs, pairs that were labelled more than once, and queries with a Gram matrix.
 
-    ``share_yes`` of the pairs have log-odds above 0; ``mean`` and ``spread`` (standard deviation) are of the log-odds.
+    ``fraction_yes`` of the pairs have log-odds above 0; ``mean`` and ``spread`` (standard deviation) are of the
+    log-odds.
     """
 
     teacher: str
@@ -49,7 +50,7 @@ class LabelSet:
     num_pairs: int
     num_repeated: int
     num_grams: int
-    share_yes: float
+    fraction_yes: float
     mean: float
     spread: float
 
@@ -209,7 +210,7 @@ def _counted(store: LabelStore) -> LabelSet:
         num_pairs=store.num_pairs,
         num_repeated=store.num_duplicates,
         num_grams=sum(store.gram(name) is not None for name in store.query_ids),
-        share_yes=float((values > 0).mean()),
+        fraction_yes=float((values > 0).mean()),
         mean=float(values.mean()),
         spread=float(values.std()),
     )

@@ -22,7 +22,7 @@ from d2llm.core.types import Passage, Query
 KIND = "limit-set"
 FORMAT_VERSION = 1
 SPLITS = ("train", "dev", "test")
-_DEV_SHARE, _TEST_SHARE = 0.1, 0.3
+_DEV_FRACTION, _TEST_FRACTION = 0.1, 0.3
 _NUM_DISTRACTOR_THINGS = 100
 _LEAST_PERSONS = 5  # ten queries: one for dev, three for test
 
@@ -176,7 +176,7 @@ def write_limit_set(folder: Path, *, num_persons: int = 32, num_distractors: int
 
 
 def _splits(pairs: list[tuple[int, int]], generator: np.random.Generator) -> dict[str, dict[str, dict[str, int]]]:
-    num_dev, num_test = round(_DEV_SHARE * len(pairs)), round(_TEST_SHARE * len(pairs))
+    num_dev, num_test = round(_DEV_FRACTION * len(pairs)), round(_TEST_FRACTION * len(pairs))
     order = generator.permutation(len(pairs)).tolist()
     parts = order[num_dev + num_test :], order[:num_dev], order[num_dev : num_dev + num_test]
     return {

@@ -93,7 +93,8 @@ class QuestionReport:
 class MessageSystem:
     """How well one scorer finds messages with the same request; each message is a query, and all others are ranked.
 
-    ``precision``: share of the first three messages that make the same request; ``first``: the same for the first one.
+    ``precision``: fraction of the first three messages that make the same request; ``first``: the same for the first
+    one.
     """
 
     name: str

@@ -72,7 +72,7 @@ class BinaryGold:
         return pair_measures.binary_measurer(scores, self.positive[positions], thresholds=thresholds)
 
     def item_values(self, scores: Floats, positions: Positions, thresholds: tuple[float, float] | None) -> Floats:
-        """1 for a right answer, else 0; without thresholds the share of pairs of the other label ranked correctly."""
+        """1 for a right answer, else 0; without thresholds the fraction of pairs of the other label ranked right."""
         if thresholds is not None:
             return ((scores >= thresholds[0]) == self.positive[positions]).astype(np.float64)
         return _right_side(scores, self.positive[positions])
@@ -181,11 +181,11 @@ def read_gold(dataset: PairDataset, split: str) -> BinaryGold | NliGold | Graded
 
 
 def _right_side(scores: Floats, positive: NDArray[np.bool_]) -> Floats:
-    """For each pair, the share of pairs with the other label that it is ranked correctly against; ties count half."""
-    shares = np.empty(len(scores))
+    """For each pair, the fraction of pairs of the other label that it is ranked correctly against; ties count half."""
+    fractions = np.empty(len(scores))
     for label in (True, False):
         others: Sequence[float] = np.sort(scores[positive != label]).tolist()
         own = scores[positive == label]
         below = (np.searchsorted(others, own, "left") + np.searchsorted(others, own, "right")) / 2 / len(others)
-        shares[positive == label] = below if label else 1 - below
-    return shares
+        fractions[positive == label] = below if label else 1 - below
+    return fractions

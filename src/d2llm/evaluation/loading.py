@@ -188,22 +188,22 @@ def _trained_on(student: Path) -> tuple[str, ...]:
 def _provenance(name: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """How the student was made, from its manifest."""
     names = ("fingerprint", "base_fingerprint", "teacher", "recipe", "interaction_weights", "packages")
-    optional = ("closed_gates", "share_kept")
+    optional = ("closed_gates", "fraction_kept")
     return {"name": name, **{key: manifest[key] for key in (*names, *optional) if key in manifest}}
 
 
 def _gate_notes(manifest: Mapping[str, Any]) -> tuple[str, ...]:
-    """Remarks on how the student was trained: closed gates, the share kept, interactions with weight 0."""
+    """Remarks on how the student was trained: closed gates, the fraction kept, interactions with weight 0."""
     notes: list[str] = []
     if closed := manifest.get("closed_gates"):
         notes.append(
             f"the teacher's gate was closed for {', '.join(closed)}: there the student was trained on the data set's "
             "own judgements"
         )
-    if (share := manifest.get("share_kept", 1.0)) < 1:
+    if (fraction := manifest.get("fraction_kept", 1.0)) < 1:
         limit = manifest["recipe"]["training"]["max_interpolation"]
-        why = "the recipe's maximum" if share == limit else "a larger share was no better on dev"
-        notes.append(f"{share:.0%} of the change of weights in training was kept: {why}")
+        why = "the recipe's maximum" if fraction == limit else "a larger fraction was no better on dev"
+        notes.append(f"{fraction:.0%} of the change of weights in training was kept: {why}")
     off = [task for task, weight in manifest.get("interaction_weights", {}).items() if weight == 0]
     if off and manifest["config"]["interaction"]["head"] == "dot":
         notes.append(f"the interaction is switched off for {' and '.join(off)} search: on dev it added nothing")

@@ -35,7 +35,7 @@ from d2llm.ops.measures import per_query_measures
 from d2llm.store.bm25 import bm25_lists
 
 SHOWN_MEASURES = ("R-precision", "nDCG@10", "Recall@100")
-"""R-precision: of the first R passages, the share that is relevant; R is the number of relevant ones."""
+"""R-precision: of the first R passages, the fraction that is relevant; R is the number of relevant ones."""
 _LENGTHS = range(5, 31)  # words of a sentence
 _LEAST_TEXTS = 200
 _LENGTH_CLASSES = 4
@@ -43,7 +43,7 @@ _WORD_CLASSES = 20
 _TEXTS_PER_WORD = 10
 _FREQUENT = 50  # of the most frequent words, which say little of a text
 _BAG_WORDS = 2000
-_TEST_SHARE = 0.2  # as much again chooses the penalty
+_TEST_FRACTION = 0.2  # as much again chooses the penalty
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 _DEPTH = 100
 
@@ -300,7 +300,7 @@ class _Replacement:
 def probe_task(student: ProbedStudent, task: ProbingTask, *, seed: int) -> ProbingResult:
     """Train the classifiers of one task on three fifths of its texts and measure them on one fifth."""
     order = random.Random(f"{seed}:{task.name}").sample(range(len(task.texts)), len(task.texts))
-    num_test = round(_TEST_SHARE * len(order))
+    num_test = round(_TEST_FRACTION * len(order))
     test, dev, train = order[:num_test], order[num_test : 2 * num_test], order[2 * num_test :]
     with progress_bar(f"probing {task.name}", len(task.texts)) as advance:
         vectors = student.encode_passages(task.texts, advance=advance).vectors

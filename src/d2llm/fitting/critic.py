@@ -39,7 +39,7 @@ from d2llm.runners.placement import HERE, Placement
 
 DATASET = "written"
 """Name of the data set that written queries make up."""
-_SHARE_OF_WORDS = 0.5  # of a search that fuses the ranks of the score and of BM25
+_BM25_WEIGHT = 0.5  # of a search that fuses the ranks of the score and of BM25
 
 
 class WrittenQuery(NamedTuple):
@@ -186,7 +186,7 @@ def _round_trips(queries: Sequence[WrittenQuery], index: Index, task: Task, dept
     """
     if not queries:
         return []
-    hybrid = None if weights_for(index.view, index.student, task).counts_words else _SHARE_OF_WORDS
+    hybrid = None if weights_for(index.view, index.student, task).counts_words else _BM25_WEIGHT
     searcher = Searcher(index.view, index.student, SearchSettings(task=task, top_k=depth, hybrid=hybrid))
     rankings = searcher.rank_ids([Query(query.id, query.text) for query in queries], title="searching for the queries")
     return [[passage_id for passage_id, _ in ranking.passages] for ranking in rankings]

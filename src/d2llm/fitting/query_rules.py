@@ -19,8 +19,8 @@ passage" instead of its subject, or is in a script that the passage does not hav
 
 MIN_UNITS, MAX_UNITS = 2, 60
 """Minimum and maximum number of words of a query; in scripts without spaces, of characters (at most twice as many)."""
-COPIED_UNITS, COPIED_SHARE = 6, 0.8
-"""A query is a copy if a run of at least this many words, and at least this share of its words, is in the passage."""
+COPIED_UNITS, COPIED_FRACTION = 6, 0.8
+"""A query is a copy if a run of so many words, and of at least this fraction of its words, is in the passage."""
 
 _ABOUT_THE_TEXT = re.compile(
     r"\b(this|the|given|above|following|provided) (passage|text|article|document|paragraph|authors?|excerpt)\b"
@@ -46,7 +46,7 @@ def query_fault(query: str, passage: str) -> QueryFault | None:
     if is_unspaced and not passage_is_unspaced:
         return "other script"
     longest = _longest_shared_run(units, passage_units)
-    if longest >= COPIED_UNITS and longest >= COPIED_SHARE * len(units):
+    if longest >= COPIED_UNITS and longest >= COPIED_FRACTION * len(units):
         return "copied"
     return None
 

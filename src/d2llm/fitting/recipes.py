@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from d2llm.fitting.time_plan import TEACHER_SHARE, TimePlan
+from d2llm.fitting.time_plan import TEACHER_FRACTION, TimePlan
 from d2llm.recipe import (
     DataConfig,
     GateConfig,
@@ -52,14 +52,14 @@ def recipe_for_queries(
         seed: of everything that is drawn.
     """
     num_train = _num_queries(data)
-    share = min(1.0, plan.max_queries / num_train)
+    fraction = min(1.0, plan.max_queries / num_train)
     affordable = max(1, plan.max_queries // num_train)
     return Recipe(
         name="fit",
         seed=seed,
         student=student,
         data=tuple(
-            one.model_copy(update={"max_queries": max(1, round(share * (one.max_queries or 0)))}) for one in data
+            one.model_copy(update={"max_queries": max(1, round(fraction * (one.max_queries or 0)))}) for one in data
         ),
         mining=MiningConfig(student=start),
         losses=_OBJECTIVE,
@@ -98,7 +98,7 @@ def recipe_with_teacher(
         plan: time for training, of which the first half has passed.
         seconds_per_pair: how long the teacher takes for one pair.
     """
-    seconds = plan.training * TEACHER_SHARE
+    seconds = plan.training * TEACHER_FRACTION
     num_pairs = seconds / seconds_per_pair
     num_gated = max(_MIN_GATED, min(_MAX_GATED, int(num_pairs / 4 / (2 * _GATE_DEPTH))))
     num_queries = int(num_pairs * 3 / 4 / (1 + recipe.mining.num_hard + recipe.mining.num_easy))

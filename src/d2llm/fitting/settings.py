@@ -22,7 +22,7 @@ else:
 
 DEFAULT_HOURS = 8.0
 DEFAULT_KINDS: Kinds = {"question": 0.7, "keywords": 0.3}
-"""Share of each kind of query among the first queries of the passages."""
+"""Fraction of each kind of query among the first queries of the passages."""
 _PYTHON_ONLY = Shown(python_only=True)
 
 

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 TRAINING_PASSES = 4
 """What training on a text costs, in passes of plain encoding: two forward and one backward pass."""
-WRITING_SHARE = 0.55
-"""Share of the time for writing and training that goes to writing."""
+WRITING_FRACTION = 0.55
+"""Fraction of the time for writing and training that goes to writing."""
 MIN_TRAINING_SECONDS = 60.0
 """With less time for training than this, nothing is trained: the weights of the score are fitted only."""
 MIN_WRITING_SECONDS = 30.0
-TEACHER_SHARE = 0.3
-"""Share of the time for training that goes to a teacher's scores, if there is a teacher."""
-DEV_SHARE = 0.25
-"""Share of the time for training that measuring on dev takes, about, at most; the dev sets are made small enough."""
-REVIEW_SHARE = 0.15
-"""Share of the time for writing and training in which a teacher, if there is one, reads the written queries."""
+TEACHER_FRACTION = 0.3
+"""Fraction of the time for training that goes to a teacher's scores, if there is a teacher."""
+DEV_FRACTION = 0.25
+"""Fraction of the time for training that measuring on dev takes, about, at most; the dev sets are made small enough."""
+REVIEW_FRACTION = 0.15
+"""Fraction of the time for writing and training in which a teacher, if there is one, reads the written queries."""
 _HELD_OUT_QUERIES = 300  # planned for, before it is known how many there are
 _OVERHEAD_SECONDS = 60.0  # loading models, fitting weights, writing reports
 _EVALUATED_PASSAGES, _MIN_PASSAGES = 2_000, 200  # encoded in each evaluation on dev, and for fitting weights
@@ -89,12 +89,12 @@ def plan_time(
     """
     one_pass = num_passages / (corpus_passages_per_second or passages_per_second)
     searching = searches_compared(trained=True, untuned=True) * _HELD_OUT_QUERIES * seconds_per_search
-    review_share = REVIEW_SHARE if has_teacher and not is_reviewed else 0.0
+    review_fraction = REVIEW_FRACTION if has_teacher and not is_reviewed else 0.0
     mining = 0.0 if has_vectors else one_pass
     learning = (seconds_left - _OVERHEAD_SECONDS - searching - one_pass - mining) * (
-        1 if is_written else 1 - WRITING_SHARE
+        1 if is_written else 1 - WRITING_FRACTION
     )
-    in_time = int(DEV_SHARE * learning * passages_per_second / _NUM_EVALUATIONS)
+    in_time = int(DEV_FRACTION * learning * passages_per_second / _NUM_EVALUATIONS)
     evaluated = max(_MIN_PASSAGES, min(_EVALUATED_PASSAGES, in_time))
     evaluation = min(num_passages, evaluated) / passages_per_second
     # The untuned student and the trained one are compared, or the trained one alone.
@@ -102,21 +102,21 @@ def plan_time(
         (_OVERHEAD_SECONDS + searching + num_compared * one_pass, mining + num_evaluations * evaluation)
         for num_compared, num_evaluations in ((2, _NUM_EVALUATIONS), (1, _NUM_EVALUATIONS), (1, _MIN_EVALUATIONS))
     ]
-    # Writing gets its share of what the last option leaves: the later stages adapt if others use the same cores.
+    # Writing gets its fraction of what the last option leaves: the later stages adapt if others use the same cores.
     free = seconds_left - sum(options[-1])
-    reviewing = max(0.0, free * review_share)
-    writing = 0.0 if is_written else max(MIN_WRITING_SECONDS, free * (WRITING_SHARE - review_share))
+    reviewing = max(0.0, free * review_fraction)
+    writing = 0.0 if is_written else max(MIN_WRITING_SECONDS, free * (WRITING_FRACTION - review_fraction))
     enough = max(MIN_TRAINING_SECONDS, (free - writing - reviewing) / 2)  # half of what the last option leaves
     for measuring, preparing in options:
         steps = seconds_left - measuring - preparing - writing - reviewing
         if steps >= enough:
-            own = steps * (1 - TEACHER_SHARE if has_teacher else 1)
+            own = steps * (1 - TEACHER_FRACTION if has_teacher else 1)
             per_query = (2 + num_negatives) * TRAINING_PASSES / passages_per_second
             return TimePlan(writing, preparing + steps, measuring, max(1, int(own / per_query)), reviewing, evaluated)
     measuring = _OVERHEAD_SECONDS + searching
     if seconds_left >= measuring + one_pass + MIN_WRITING_SECONDS:
         measuring += one_pass
     free = seconds_left - measuring
-    reviewing = max(0.0, free * review_share)
+    reviewing = max(0.0, free * review_fraction)
     writing = 0.0 if is_written else max(MIN_WRITING_SECONDS, free - reviewing)
     return TimePlan(writing, 0.0, measuring, 0, reviewing, evaluated)

@@ -28,9 +28,9 @@ SPLITS = ("train", "dev", "test")
 KIND, FORMAT_VERSION = "training data", 1
 HELD_OUT_QUERIES = 200
 """How many written queries dev and test should each have, if that is not more than a fifth of all."""
-MIN_SHARES = {"test": 0.15, "dev": 0.05}
-"""The least share of all queries that they get. Test has more, because a small gain of a training is not significant on
-two hundred queries, and hundreds more of thousands are hardly missed in training."""
+MIN_FRACTIONS = {"test": 0.15, "dev": 0.05}
+"""The least fraction of all queries that they get. Test has more, because a small gain of a training is not significant
+on two hundred queries, and hundreds more of thousands are hardly missed in training."""
 MIN_HELD_OUT = 10
 """How many documents (or parts) with queries dev and test should each have at least, but never more than a fifth."""
 FEW_DOCUMENTS = 50
@@ -38,7 +38,7 @@ FEW_DOCUMENTS = 50
 PART_PASSAGES = 8
 """Passages of one part of a document."""
 
-_USER_SHARES = {"dev": 0.2, "test": 0.3}  # the rest is for training
+_USER_FRACTIONS = {"dev": 0.2, "test": 0.3}  # the rest is for training
 _DOCUMENT_DEPTH = 200  # results in which the passage of a clicked document is looked for
 
 Judged = tuple[str, str, int]
@@ -102,7 +102,7 @@ def write_written_data(
 def split_passages(passages: Sequence[Passage], source_ids: Sequence[str], seed: int) -> dict[str, str]:
     """The split of each passage: the same for all passages of a document, or of a part of one if there are few.
 
-    Test and dev get documents in a random order, until they have their share of the queries and enough documents.
+    Test and dev get documents in a random order, until they have their fraction of the queries and enough documents.
 
     Args:
         passages: the corpus.
@@ -116,10 +116,10 @@ def split_passages(passages: Sequence[Passage], source_ids: Sequence[str], seed:
     fewest = min(MIN_HELD_OUT, len(num_queries) // 5)
     waiting = sorted(num_queries, key=lambda name: random.Random(f"{seed}:{name}").random(), reverse=True)
     split_of: dict[str, str] = {}
-    for split, least in MIN_SHARES.items():
-        share = min(0.2, max(least, HELD_OUT_QUERIES / max(1, len(source_ids))))
+    for split, least in MIN_FRACTIONS.items():
+        fraction = min(0.2, max(least, HELD_OUT_QUERIES / max(1, len(source_ids))))
         num_documents = num_taken = 0
-        while waiting and (num_documents < fewest or num_taken < share * len(source_ids)):
+        while waiting and (num_documents < fewest or num_taken < fraction * len(source_ids)):
             name = waiting.pop()
             split_of[name] = split
             num_documents, num_taken = num_documents + 1, num_taken + num_queries[name]
@@ -211,9 +211,9 @@ def write_users_data(
 
 
 def _split_queries(query_ids: Iterable[str], seed: int) -> dict[str, str]:
-    """The split of each query: shares of a random order."""
+    """The split of each query: fractions of a random order."""
     ordered = sorted(query_ids, key=lambda query_id: random.Random(f"{seed}:{query_id}").random())
-    num_dev, num_test = (round(_USER_SHARES[split] * len(ordered)) for split in ("dev", "test"))
+    num_dev, num_test = (round(_USER_FRACTIONS[split] * len(ordered)) for split in ("dev", "test"))
     splits = ["dev"] * num_dev + ["test"] * num_test + ["train"] * (len(ordered) - num_dev - num_test)
     return dict(zip(ordered, splits, strict=True))
 

@@ -115,7 +115,7 @@ def write_queries(
     drafts = store.of(hashes)
     pending = _pending(_assignments(eligible, kinds, examples, seed), store)
     ended_by: str | None = None
-    num_asked = len(hashes) * sum(share > 0 for share in kinds.values())
+    num_asked = len(hashes) * sum(weight > 0 for weight in kinds.values())
     seconds = math.inf if budget.seconds is None else budget.seconds
     answers = KeptAnswers(store.path.with_name("answers"), writer.fingerprint)
     with answers.used(), progress_bar("writing queries", num_asked, done=len(drafts), seconds=seconds) as advance:
@@ -212,10 +212,10 @@ def _pending(assignments: Iterable[_PassageAssignment], store: DraftStore) -> It
 
 
 def _kinds_in_order(text_hash: str, kinds: Mapping[QueryKind, float], seed: int) -> list[QueryKind]:
-    """A random order of the kinds; a kind with a greater share tends to come earlier (Efraimidis and Spirakis 2006)."""
+    """A random order of the kinds; a kind of greater weight tends to come earlier (Efraimidis and Spirakis 2006)."""
     rng = random.Random(f"{seed}:{text_hash}")
     keys: dict[QueryKind, float] = {
-        kind: rng.random() ** (1 / share) for kind, share in sorted(kinds.items()) if share > 0
+        kind: rng.random() ** (1 / weight) for kind, weight in sorted(kinds.items()) if weight > 0
     }
     return sorted(keys, key=keys.__getitem__, reverse=True)
 

@@ -50,7 +50,7 @@ class DocumentExpansion:
         weights: [dim, terms], float32.
         rarity: [terms], the idf of each word among the passages of the fit.
         num_passages: of each data set of the fit, the passages that a query of it has, by name.
-        explained: of each data set, how much of the variance of the shares is explained by fits that left them out.
+        explained: of each data set, how much of the variance of the fractions is explained by fits that left them out.
         num_words: words that are added to a passage, at most.
         amount: what part of its predicted count a word gets.
     """

@@ -25,7 +25,7 @@ _SHARED = "shared"
 _PAIR_FEATURES = {"concat": (), "product": ("a * b",), "difference": ("|a - b|",), "rich": ("a * b", "|a - b|")}
 _LAYER_NAMES = {"a": "query", "b": "passage", "a * b": "product", "|a - b|": "difference"}
 _OPEN = 3.0  # sigmoid(3) = 0.95
-_MAX_SHARE = 0.999  # of the largest bound; 1 cannot be reached
+_MAX_FRACTION = 0.999  # of the largest bound; 1 cannot be reached
 _INITIAL_SCALE = 20.0  # of the cosine: the usual temperature of contrastive training, 0.05
 
 
@@ -78,13 +78,13 @@ class _DotProduct(nn.Module):
         """V^T U a t / dim: the whole map is applied to the query, so passage vectors stay unchanged."""
         return vectors @ self.query_map.T @ self.passage_map * (self.log_scale.exp() / vectors.shape[-1])
 
-    def mix(self, other: _DotProduct, share: float) -> None:
-        """Become ``share`` of this inner product plus the rest of the other's, which is one inner product again.
+    def mix(self, other: _DotProduct, weight: float) -> None:
+        """Become ``weight`` times this inner product plus the rest of the other's, which is one inner product again.
 
         w t <U a, V b> + (1 - w) t' <U' a, V' b> = <M a, b>, with M = w t V^T U + (1 - w) t' V'^T U'.
         """
         with torch.no_grad():
-            parts = [(share, self), (1 - share, other)]
+            parts = [(weight, self), (1 - weight, other)]
             scale = torch.stack([weight * part.log_scale.exp() for weight, part in parts]).sum()
             maps = [
                 weight * part.log_scale.exp() * (part.passage_map.T @ part.query_map) / scale for weight, part in parts
@@ -104,7 +104,7 @@ class Interaction(nn.Module):
     training. With gates, B is replaced by B r_q(a) r_p(b), with r_q = sigmoid(w a + c) and r_p alike. In a task that is
     not among ``config.tasks``, z is the inner product alone; without any task there is no network, bound or gate.
 
-    While it is trained with two heads (``split_heads``), z is ``label_share`` of the score of the head that learns the
+    While it is trained with two heads (``split_heads``), z is ``label_weight`` of the score of the head that learns the
     data sets' judgements, plus the rest of that of the head that imitates the teacher. Both have an inner product of
     their own and the same interaction.
     """
@@ -123,7 +123,7 @@ class Interaction(nn.Module):
             self.output = nn.Linear(config.feature_dim, 1)
         self.dots: nn.ModuleDict | None = None
         self.teacher_dots: nn.ModuleDict | None = None
-        self.label_share = 0.5
+        self.label_weight = 0.5
         self.query_gate: nn.Linear | None = None
         self.passage_gate: nn.Linear | None = None
         if config.head == "dot":
@@ -166,7 +166,7 @@ class Interaction(nn.Module):
         if self.dots is None or self.teacher_dots is None:
             return
         for name, dot in self.dots.items():
-            cast(_DotProduct, dot).mix(cast(_DotProduct, self.teacher_dots[name]), self.label_share)
+            cast(_DotProduct, dot).mix(cast(_DotProduct, self.teacher_dots[name]), self.label_weight)
         self.teacher_dots = None
 
     def drop_idle(self) -> list[str]:
@@ -216,8 +216,8 @@ class Interaction(nn.Module):
                 last.weight.zero_()
                 last.bias.zero_()
             if config.gates and self.query_gate is None:
-                share = torch.sigmoid(self.raw_bound) / torch.sigmoid(torch.tensor(_OPEN)) ** 2
-                head.raw_bound.copy_(torch.logit(share.clamp(max=_MAX_SHARE)))
+                fraction = torch.sigmoid(self.raw_bound) / torch.sigmoid(torch.tensor(_OPEN)) ** 2
+                head.raw_bound.copy_(torch.logit(fraction.clamp(max=_MAX_FRACTION)))
         return head
 
     def _fold_constant_gates(self) -> bool:
@@ -226,10 +226,10 @@ class Interaction(nn.Module):
         if not gates or any(bool(gate.weight.any()) for gate in gates):
             return False
         with torch.no_grad():
-            share = torch.sigmoid(self.raw_bound)
+            fraction = torch.sigmoid(self.raw_bound)
             for gate in gates:
-                share = share * torch.sigmoid(gate.bias[0])
-            self.raw_bound.copy_(torch.logit(share))
+                fraction = fraction * torch.sigmoid(gate.bias[0])
+            self.raw_bound.copy_(torch.logit(fraction))
         self.query_gate = self.passage_gate = None
         return True
 
@@ -293,7 +293,7 @@ class Interaction(nn.Module):
         if self.dots is None:
             raise InputError("this student's head 'paper' has no inner product; use a student with the head 'dot'")
         by_head = [cast(_DotProduct, dots[self._branch(task)]).queries(queries) for dots in self._dots_by_head]
-        return by_head[0] if len(by_head) == 1 else torch.lerp(by_head[1], by_head[0], self.label_share)
+        return by_head[0] if len(by_head) == 1 else torch.lerp(by_head[1], by_head[0], self.label_weight)
 
     def forward(
         self, queries: Float[Tensor, "queries dim"], passages: Float[Tensor, "passages dim"], task: Task

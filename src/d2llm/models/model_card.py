@@ -151,7 +151,7 @@ def _probabilities(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
         "Scores only rank passages; `student.calibration.probabilities(scores, task)`, and a server's relevance "
         f"scores, say how likely a passage is relevant if {calibration.base_rate:.0%} of the passages are (1 relevant, "
         f"{calibration.num_hard} sharing the query's words, {calibration.num_random} drawn at random). For another "
-        "mixture they are not the share of relevant passages, but the ranking is unchanged."
+        "mixture they are not the fraction of relevant passages, but the ranking is unchanged."
     )
     figures = Column("expected calibration error before", ".3f"), Column("after", ".3f")
     table = Table("task", Column("dev queries"), *figures)

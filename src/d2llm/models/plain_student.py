@@ -38,7 +38,7 @@ class PairScorer(Protocol):
         ...
 
     def change(self, passages: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[n, dim] -> the interaction as a share of its bound, [n] in [-1, 1]."""
+        """[n, dim] -> the interaction as a fraction of its bound, [n] in [-1, 1]."""
         ...
 
 

@@ -62,7 +62,7 @@ class ProbabilityCalibration(FittedPart):
 
     @property
     def base_rate(self) -> float:
-        """The share of relevant passages in the mixture of the fit."""
+        """The fraction of relevant passages in the mixture of the fit."""
         return 1 / (1 + self.num_hard + self.num_random)
 
     def probabilities(self, scores: ArrayLike, task: Task) -> NDArray[np.float64]:

@@ -198,9 +198,9 @@ class StudentEncoder(VectorScorer):
     ) -> EncodedTexts:
         """Vectors of queries or passages and of their tokens, from one pass through the backbone, always by torch.
 
-        Of a long query, only the rarest tokens have vectors, multiplied by their share of its tokens, so that the mean
-        of their cosines is that of all, if the others' are 0 (``TokenProjection``). The tokens of an ``instruction``
-        have none.
+        Of a long query, only the rarest tokens have vectors, multiplied by their fraction of its tokens, so that the
+        mean of their cosines is that of all, if the others' are 0 (``TokenProjection``). The tokens of an
+        ``instruction`` have none.
 
         Raises:
             InputError: this student has no projection of tokens, the instruction leaves no room for a query, or the
@@ -225,8 +225,8 @@ class StudentEncoder(VectorScorer):
                 ]
                 tokens = projection(torch.cat([states[row, places] for row, places in enumerate(kept)])).cpu().numpy()
                 parts = np.split(tokens, np.cumsum([len(places) for places in kept])[:-1])
-                for index, (_, share), part in zip(batch, chosen, parts, strict=True):
-                    token_rows[index] = part * np.float32(share)
+                for index, (_, fraction), part in zip(batch, chosen, parts, strict=True):
+                    token_rows[index] = part * np.float32(fraction)
                 return self.pool(states, mask).cpu().numpy()
 
         encoded = self._read(tokenized, read, advance)

@@ -1,6 +1,6 @@
 """How much each word of a query counts in BM25: a linear function of the word's state in the query.
 
-A word's factor is the share of the query's relevant passages that can be expected to contain it, so that a word of
+A word's factor is the fraction of the query's relevant passages that can be expected to contain it, so that a word of
 which relevant passages have synonyms counts less than its rarity says. A search multiplies the idf of the word by it;
 BM25 remains a sum over the postings of the query's words, so exact searches stay exact and indexes stay as they are.
 
@@ -24,7 +24,7 @@ class TermWeights(FittedPart):
     """Factor of a word = max(floor, offset + w . x) for its state x, the mean of those of its tokens in the query.
 
     It was fitted on ``num_words`` words of queries of data sets, by name. ``explained`` is how much of the variance
-    of the true shares of each set the factors explain, by fits that left these queries out.
+    of the true fractions of each set the factors explain, by fits that left these queries out.
     """
 
     kind: ClassVar[str] = "term_weights"

@@ -65,10 +65,10 @@ class ChosenTokens:
         return [place for place, token in enumerate(token_ids) if self._rarity_of(token) > 0]
 
     def chosen(self, token_ids: Sequence[int], kind: TextKind) -> tuple[list[int], float]:
-        """The places of a text's tokens that get a vector, and the share of its tokens that they are."""
+        """The places of a text's tokens that get a vector, and the fraction of its tokens that they are."""
         if kind == "passage":
             return self.places(token_ids), 1.0
-        return self.query_places(token_ids), self.query_share(token_ids)
+        return self.query_places(token_ids), self.query_fraction(token_ids)
 
     def query_places(self, token_ids: Sequence[int]) -> list[int]:
         """The places of a query's tokens that get a vector."""
@@ -76,8 +76,8 @@ class ChosenTokens:
         places.sort(key=lambda place: -self._rarity_of(token_ids[place]))  # stable: of equal tokens the first
         return sorted(places[: self.max_query_tokens])
 
-    def query_share(self, token_ids: Sequence[int]) -> float:
-        """The share of a query's tokens that get a vector; 1 for all but long queries."""
+    def query_fraction(self, token_ids: Sequence[int]) -> float:
+        """The fraction of a query's tokens that get a vector; 1 for all but long queries."""
         return min(1.0, self.max_query_tokens / max(len(self.places(token_ids)), 1))
 
     def _rarity_of(self, token: int) -> float:

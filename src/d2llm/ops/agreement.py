@@ -37,7 +37,7 @@ class Agreement:
 
 
 def label_loyalty(teacher_log_odds: ArrayLike, student_logits: ArrayLike, *, student_threshold: float) -> float:
-    """Share of the pairs [n] to which teacher and student give the same yes or no.
+    """Fraction of the pairs [n] to which teacher and student give the same yes or no.
 
     The teacher says yes at log-odds of at least 0, the student at logits of at least ``student_threshold``.
 
@@ -81,7 +81,7 @@ def probability_loyalty(teacher_log_odds: ArrayLike, student_logits: ArrayLike) 
 def top_k_overlap(first: Sequence[str], second: Sequence[str], k: int = 10) -> float:
     """Overlap of the first ``k`` places of two rankings, in [0, 1].
 
-    If both rankings are shorter than ``k``, the share is of the longer one; two empty rankings agree fully.
+    If both rankings are shorter than ``k``, the fraction is of the longer one; two empty rankings agree fully.
 
     Raises:
         InputError: k is below 1.

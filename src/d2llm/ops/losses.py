@@ -111,11 +111,11 @@ def list_imitation(
 
     L_i = sum_{j in C} p_ij log( p_ij / q_ij ),  p_i = softmax_C(l_i / t),  q_i = softmax_C(z_i)
 
-    An offset shared by the teacher's log-odds, such as the share of relevant passages in its calibration data, cancels
-    in p. The teacher's probabilities contain that offset: if few candidates are relevant, they are small even for a
-    passage that the teacher prefers by far. Counted: queries with a candidate of log-odds above -inf. Kullback-Leibler
-    divergence of list-wise distributions: Cao et al., "Learning to Rank", ICML 2007 (ListNet); for the distillation of
-    cross-encoders: Ren et al., "RocketQAv2", EMNLP 2021, section 3.2.
+    An offset shared by the teacher's log-odds, such as the fraction of relevant passages in its calibration data,
+    cancels in p. The teacher's probabilities contain that offset: if few candidates are relevant, they are small even
+    for a passage that the teacher prefers by far. Counted: queries with a candidate of log-odds above -inf.
+    Kullback-Leibler divergence of list-wise distributions: Cao et al., "Learning to Rank", ICML 2007 (ListNet); for the
+    distillation of cross-encoders: Ren et al., "RocketQAv2", EMNLP 2021, section 3.2.
 
     Log-odds of -inf mean that a passage is certainly not relevant. With a temperature above 1, the teacher is treated
     as less certain than its log-odds say.
@@ -234,8 +234,8 @@ def drawing_loss(
     steps = orders.shape[1]
     is_drawn = functional.one_hot(orders, logits.shape[-1]).cumsum(dim=1)
     before = torch.cat([torch.zeros_like(is_drawn[:, :1]), is_drawn[:, :-1]], dim=1) > 0
-    log_shares = logits.masked_fill(before, -torch.inf).log_softmax(dim=-1)
-    losses = -log_shares.gather(2, orders[:, :, None])[:, :, 0]
+    log_probabilities = logits.masked_fill(before, -torch.inf).log_softmax(dim=-1)
+    losses = -log_probabilities.gather(2, orders[:, :, None])[:, :, 0]
     weights = 1 / torch.arange(1, steps + 1, device=logits.device)
     return (losses @ (weights / weights.sum())).mean()
 

@@ -23,7 +23,7 @@ class Measure:
     meaning: str
 
 
-_RECALL = "share of the relevant passages that are in the top ranks"
+_RECALL = "fraction of the relevant passages that are in the top ranks"
 MEASURES = {
     "nDCG@10": Measure(
         "nDCG@10",

@@ -37,12 +37,12 @@ Raises:
 NLI_CLASSES = ("contradiction", "neutral", "entailment")
 """By ascending score: the higher the score, the more the first text entails the second."""
 MEANINGS = {
-    "accuracy": "share of the pairs that are put into the right class, with the threshold chosen on other pairs",
+    "accuracy": "fraction of the pairs that are put into the right class, with the threshold chosen on other pairs",
     "F1": "harmonic mean of precision and recall of yes, with the threshold chosen on other pairs",
     "AP": "precision at each correct yes, averaged, when the pairs are sorted by score; needs no threshold",
     "AUC": "probability that a yes pair scores above a no pair; 0.5 is guessing",
-    "precision": "share of correct pairs among those classified as yes",
-    "recall": "share of the yes pairs that are classified as yes",
+    "precision": "fraction of correct pairs among those classified as yes",
+    "recall": "fraction of the yes pairs that are classified as yes",
     "Pearson": "correlation of the scores with the grades; 1 is a straight line",
     "Spearman": "correlation of the order of the scores with that of the grades; 1 is the same order",
 }
@@ -87,7 +87,7 @@ def best_threshold(scores: ArrayLike, labels: ArrayLike, *, measure: Literal["ac
 
 
 def accuracy_at(scores: ArrayLike, labels: ArrayLike, threshold: float) -> float:
-    """Share of the pairs [n] whose answer, score >= threshold, is the label."""
+    """Fraction of the pairs [n] whose answer, score >= threshold, is the label."""
     values, truth = _checked(scores, labels)
     return float(np.mean((values >= threshold) == truth))
 

@@ -99,8 +99,8 @@ def on_one_scale(
     expected = error.log_odds(scores)
     if len(read):
         known = len(read) * error.query_sigma**2
-        share = known / (known + error.sigma**2) if known else 0.0
-        expected += share * float((log_odds - expected[read]).mean())
+        weight = known / (known + error.sigma**2) if known else 0.0
+        expected += weight * float((log_odds - expected[read]).mean())
         expected[read] = log_odds
     return expected
 

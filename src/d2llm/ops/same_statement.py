@@ -31,7 +31,7 @@ _DECISIVE = frozenset(
     )
 )
 _SHORTEST = 12  # content words; in a shorter text each word matters
-_OTHER_WORDS = 0.25  # share of a longer text's content words that may be other words for the same
+_OTHER_WORDS = 0.25  # fraction of a longer text's content words that may be other words for the same
 # Signs that say as much as words: of money, mathematics, per cent, degrees; a minus.
 _SIGN = re.compile(r"[%‰°±×÷=<>+€$£¥₹₽₩#@&§²³/]|(?<!\w)[-\u2212\u2013](?=[\d.,])")
 

@@ -84,7 +84,7 @@ def bootstrap_interval(
 ) -> Interval:
     """Percentile bootstrap interval of the mean over queries; for a paired comparison, pass the differences.
 
-    ``confidence`` is the share of the resampled means inside the interval, in (0, 1).
+    ``confidence`` is the fraction of the resampled means inside the interval, in (0, 1).
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, section 13.3.
     """

@@ -52,7 +52,7 @@ def aligned_states(
     places, teacher_places, weights = torch.from_numpy(np.concatenate(pairs).T.astype(np.int64)).to(teacher.device)
     flat, weights = rows * num_tokens + places, weights.float()
     sums = weights.new_zeros(len(pairs) * num_tokens).index_add(0, flat, weights)
-    shares = (weights / sums[flat])[:, None]
+    fractions = (weights / sums[flat])[:, None]
     states = weights.new_zeros(len(sums), teacher.shape[2])
-    states = states.index_add(0, flat, shares * teacher[rows, teacher_places].float())
+    states = states.index_add(0, flat, fractions * teacher[rows, teacher_places].float())
     return states.unflatten(0, (len(pairs), num_tokens)), (sums > 0).unflatten(0, (len(pairs), num_tokens))

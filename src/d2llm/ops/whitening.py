@@ -8,7 +8,7 @@ from jaxtyping import Float, Float64
 from d2llm.core.errors import InputError
 
 _NEGLIGIBLE = 1e-9
-"""Directions whose variance is below this share of the largest one are left out: they hold rounding errors."""
+"""Directions whose variance is below this fraction of the largest one are left out: they hold rounding errors."""
 
 
 def whitening(

@@ -54,7 +54,7 @@ class MiningConfig(Section):
     """Drop a candidate if its text is more similar to a positive's than this (Jaccard similarity of character
     trigrams); 1 drops only identical texts."""
     relative_margin: float | None = Field(default=None, ge=0)
-    """Drop a candidate if the encoder scores it above the mean score of the positives minus this share of that mean;
+    """Drop a candidate if the encoder scores it above the mean score of the positives minus this fraction of that mean;
     0.05 is a common value."""
     teacher_margin: float | None = None
     """Drop a candidate if its teacher log-odds are above the mean log-odds of the positives minus this margin. Costs

@@ -82,9 +82,9 @@ class WarmUpConfig(Section):
     """How the learning rate rises at the start of a run; afterwards it falls linearly to 0."""
 
     warmup_fraction: float = Field(default=0.1, ge=0, le=1)
-    """Share of the steps during which the rate rises from 0 to its full value."""
+    """Fraction of the steps during which the rate rises from 0 to its full value."""
     warmup_steps: int | None = Field(default=None, ge=0)
-    """A number of steps instead of the share."""
+    """A number of steps instead of the fraction."""
 
     def warmup_of(self, total_steps: int) -> int:
         """Number of warm-up steps in a run of ``total_steps``."""

@@ -268,7 +268,7 @@ class VllmTeacherConfig(PromptedTeacherConfig, kind="vllm"):
     """A method by which vLLM quantises the weights while it loads them, such as ``fp8`` or ``bitsandbytes``. A model
     that was stored quantised needs no setting."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
-    """Share of each GPU's memory for weights and cache."""
+    """Fraction of each GPU's memory for weights and cache."""
     enforce_eager: bool = False
     """Do not capture CUDA graphs: starts faster, scores a little more slowly."""
 

@@ -113,7 +113,7 @@ class TrainingConfig(WarmUpConfig):
     checkpoint_minutes: float = Field(default=5.0, gt=0)
     """Maximum time between checkpoints. A checkpoint is also saved when Ctrl-C or SIGTERM stops the run."""
     sampling_temperature: float = Field(default=1.0, ge=1)
-    """T: a data set of n queries has a share proportional to n^(1/T) in the batches. 1: in proportion to its size;
+    """T: a data set of n queries has a fraction proportional to n^(1/T) in the batches. 1: in proportion to its size;
     above 1: small sets are sampled more often and large ones less, with the same number of batches."""
     part_tokens: int | None = Field(default=None, ge=1)
     """Tokens, including padding, in one pass through the backbone; by default 512 on a CPU, where larger passes are no

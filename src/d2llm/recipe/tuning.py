@@ -95,9 +95,9 @@ class WriterTuningConfig(Section):
     """Train on a random sample of this many queries of each data set."""
     dev_queries: int = Field(default=100, ge=0)
     """Dev queries of each data set on which the loss is measured before and after training."""
-    keywords_share: float = Field(default=0.25, ge=0, le=1)
-    """Share of the English questions to turn into keyword queries, by leaving out function words: data sets have hardly
-    any."""
+    keywords_fraction: float = Field(default=0.25, ge=0, le=1)
+    """Fraction of the English questions to turn into keyword queries, by leaving out function words: data sets have
+    hardly any."""
     exclude_shared_passages: bool = True
     """Leave out training queries that share a positive with a dev or test query."""
     checkpoint_minutes: float = Field(default=5.0, gt=0)

@@ -145,7 +145,7 @@ def _without(*losses: str) -> dict[str, Any]:
 
 
 def _only(**losses: Any) -> dict[str, Any]:
-    """Imitation by these losses alone; labelled pairs, for which none of them is, keep the teacher's share."""
+    """Imitation by these losses alone; labelled pairs, for which none of them is, keep the teacher's weight."""
     return {"imitation": losses}
 
 

@@ -55,7 +55,7 @@ def _leak_table(report: DataReport) -> Table:
 
 def _shared_table(report: DataReport) -> Table:
     title = "Relevant passages that splits share (usual where one corpus serves all)"
-    table = Table("splits", Column("count", ","), Column("share", ".1%"), title=title)
+    table = Table("splits", Column("count", ","), Column("fraction", ".1%"), title=title)
     for shared in report.shared_positives:
         table.add_row(f"{shared.first} / {shared.second}", shared.count, shared.count / shared.total)
     return table
@@ -72,16 +72,16 @@ def _length_table(lengths: Lengths) -> Table:
     texts = "all" if lengths.num_texts == lengths.num_all else f"a sample of {lengths.num_texts:,} of"
     table = Table(
         "tokens",
-        Column("share", ".1%"),
+        Column("fraction", ".1%"),
         "",
-        title=f"Tokens of {texts} {lengths.num_all:,} {lengths.label}; {lengths.share_over:.2%} are over "
+        title=f"Tokens of {texts} {lengths.num_all:,} {lengths.label}; {lengths.fraction_over:.2%} are over "
         f"{lengths.limit}",
         caption="percentiles: " + ", ".join(f"{p}%: {length:,}" for p, length in lengths.percentiles.items()),
     )
-    highest = max(share for _, share in lengths.bars)
-    for bound, share in lengths.bars:
+    highest = max(fraction for _, fraction in lengths.bars)
+    for bound, fraction in lengths.bars:
         name = f"to {bound:,}" if bound is not None else f"over {lengths.limit:,}"
-        table.add_row(name, share, "█" * round(_BAR_WIDTH * share / highest))
+        table.add_row(name, fraction, "█" * round(_BAR_WIDTH * fraction / highest))
     return table
 
 
@@ -89,9 +89,9 @@ def _language_table(report: DataReport) -> Table:
     title = "Languages detected in a sample (a guess, often wrong for short texts)"
     table = Table("texts", Column("sampled", ","), "languages", title=title)
     for languages in report.languages:
-        shares = [f"{name} {count / languages.num_texts:.1%}" for name, count in languages.counts.items()]
-        rest = len(shares) - _NUM_LANGUAGES
-        first = shares[:_NUM_LANGUAGES] + ([f"{rest} more"] if rest > 0 else [])
+        fractions = [f"{name} {count / languages.num_texts:.1%}" for name, count in languages.counts.items()]
+        rest = len(fractions) - _NUM_LANGUAGES
+        first = fractions[:_NUM_LANGUAGES] + ([f"{rest} more"] if rest > 0 else [])
         table.add_row(languages.label, languages.num_texts, ", ".join(first))
     return table
 
@@ -109,11 +109,11 @@ def label_table(counts: LabelCounts) -> Table:
         Column("spread", ".2f"),
         title=f"{counts.store}: {counts.num_shards:,} shards, {counts.num_bytes / 2**20:,.1f} MiB",
         caption="repeated: pairs labelled more than once, of which the last label counts; with features: queries with "
-        "cosines between the teacher's features; yes: share of pairs with log-odds above 0; spread: standard deviation",
+        "cosines between the teacher's features; yes: fraction with log-odds above 0; spread: standard deviation",
     )
     for one in counts.sets:
         table.add_row(
             *(one.dataset, one.teacher, one.prompt, one.num_queries, one.num_pairs, one.num_repeated, one.num_grams),
-            *(one.share_yes, one.mean, one.spread),
+            *(one.fraction_yes, one.mean, one.spread),
         )
     return table

@@ -46,9 +46,9 @@ _MORE_PROBES = 1.15
 class AnnReport:
     """What was built: a file of ``num_bytes`` for ``num_passages`` in ``num_lists`` lists.
 
-    ``recalls`` holds, for several depths, the share of the exact top ``depth`` that a search of that depth finds: the
-    mean over ``num_queries`` queries and its lower bound at 95 % confidence. ``first_ten`` is the share of the exact
-    top ten among the candidates of a search at the report's ``depth``, which is what a final ranking needs.
+    ``recalls`` holds, for several depths, the fraction of the exact top ``depth`` that a search of that depth finds:
+    the mean over ``num_queries`` queries and its lower bound at 95 % confidence. ``first_ten`` is the fraction of the
+    exact top ten among the candidates of a search at the report's ``depth``, which is what a final ranking needs.
     ``queries`` is "given" or "passages". ``ms`` and ``exact_ms`` are the times of a search at ``depth`` and of the
     exact scan.
     """
@@ -106,7 +106,7 @@ def build_ann(
     Args:
         store: the index.
         student: the student that made its vectors.
-        recall: the share of the exact top ``depth`` to find, above 0 and at most 1, with 95 % confidence.
+        recall: the fraction of the exact top ``depth`` to find, above 0 and at most 1, with 95 % confidence.
             Misses are mostly at the end: at 0.95 of 1,000, 0.997 of the first ten were found (101,583 real texts).
         depth: the number of candidates of a search.
         queries: queries similar to those expected, not used for anything else. By default, passages of the index serve
@@ -246,9 +246,9 @@ def _tuned(
         ann = AnnIndex(ann.base, ann.faiss_index, replace(ann.record, probes=ladder))
         recalls = [_measured(view, ann, tuning, exact, at) for at in reported]
         if recalls[-1] is None:
-            share = float(ann.probes_for(np.array([depth], np.float64))[0]) / num_lists
+            fraction = float(ann.probes_for(np.array([depth], np.float64))[0]) / num_lists
             raise InputError(
-                f"{view.store.folder}: finding {target:.4g} of the first {depth:,} would read {share:.0%} of the "
+                f"{view.store.folder}: finding {target:.4g} of the first {depth:,} would read {fraction:.0%} of the "
                 "vectors, and the exact scan is faster; lower the recall or the depth, or search exactly"
             )
         measured = [recall for recall in recalls if recall is not None]
@@ -260,7 +260,7 @@ def _tuned(
 def _probes_needed(
     ann: AnnIndex, tuning: _TuningQueries, exact: Sequence[NDArray[np.int64]], depths: Sequence[int]
 ) -> NDArray[np.float64]:
-    """The smallest number of probes at each depth whose lists hold the target's share of the exact results.
+    """The smallest number of probes at each depth whose lists hold the target's fraction of the exact results.
 
     No search is needed: a row is found if its list is probed, so the rank of its list gives the number of probes.
     """
@@ -304,13 +304,13 @@ def _measured(
 def _first_ten(
     view: PassageView, ann: AnnIndex, tuning: _TuningQueries, exact: Sequence[NDArray[np.int64]], depth: int
 ) -> float:
-    """Mean share of the exact top ten that a search at ``depth`` finds."""
+    """Mean fraction of the exact top ten that a search at ``depth`` finds."""
     search = AnnSearch(ann, view.live, view.ids)
-    shares: list[float] = []
+    fractions: list[float] = []
     for dot_query, rows in zip(tuning.dot_queries, exact, strict=True):
         result = search.search(dot_query, depth)
-        shares.append(1.0 if result is None else float(np.isin(rows[: min(10, depth)], result[0]).mean()))
-    return sum(shares) / len(shares)
+        fractions.append(1.0 if result is None else float(np.isin(rows[: min(10, depth)], result[0]).mean()))
+    return sum(fractions) / len(fractions)
 
 
 def _times(view: PassageView, ann: AnnIndex, tuning: _TuningQueries, depth: int) -> tuple[float, float]:

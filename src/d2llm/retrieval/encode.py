@@ -92,7 +92,8 @@ def encode(
         folder: the index's folder. Until the index is complete, it is in a hidden folder next to it.
         spec: what the index is to be.
         chunking: how long texts are split into passages; None makes each text a passage.
-        prune: leave out this share of the passages, those that the student's quality (``models.quality``) puts lowest.
+        prune: leave out this fraction of the passages, those that the student's quality (``models.quality``) puts
+            lowest.
         student_source: the folder or name that the student was loaded from, stored so that a search can load it again;
             by default the one that the student remembers.
         overwrite: replace an index at ``folder``, including its snapshots.
@@ -107,7 +108,7 @@ def encode(
 
     Raises:
         InputError: there are no passages, ``folder`` exists, a format is unknown, a vector is not finite, there is no
-            such runner or cluster, or a cluster cannot know where the student is; ``prune`` is not a share, or the
+            such runner or cluster, or a cluster cannot know where the student is; ``prune`` is not a fraction, or the
             student has no quality.
         MismatchError: a worker has other versions than this process, or another student at this path.
         ModelError: workers end again and again.
@@ -204,7 +205,7 @@ def encode(
 def _find_quality(student: SearchStudent, prune: float) -> PassageQuality | None:
     """The quality by which passages are left out; None if none are."""
     if not 0 <= prune < 1:
-        raise InputError(f"prune is {prune:g}, but must be a share of the passages: at least 0 and below 1")
+        raise InputError(f"prune is {prune:g}, but must be a fraction of the passages: at least 0 and below 1")
     if not prune:
         return None
     if student.quality is None:
@@ -215,14 +216,14 @@ def _find_quality(student: SearchStudent, prune: float) -> PassageQuality | None
     return student.quality
 
 
-def _prune(index: Index, quality: PassageQuality, share: float) -> int:
+def _prune(index: Index, quality: PassageQuality, fraction: float) -> int:
     """Delete the passages with the lowest quality from an index, ties by id, and free their space; how many."""
     view = index.view
     rows = view.live_rows()
     blocks = [rows[start : start + BLOCK_PASSAGES] for start in range(0, len(rows), BLOCK_PASSAGES)]
     qualities = np.concatenate([quality.of(view.vectors(block)) for block in blocks])
     ids = np.array(view.ids(rows))
-    lowest = np.lexsort((ids, qualities))[: int(share * len(rows))]
+    lowest = np.lexsort((ids, qualities))[: int(fraction * len(rows))]
     if len(lowest):
         index.delete(ids[lowest].tolist())
         index.compact(timedelta(0), dense=True)

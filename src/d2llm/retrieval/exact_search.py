@@ -38,7 +38,7 @@ from d2llm.store.view import PassageView
 _PASS_ROWS = 8_192  # block size of the pass over all vectors: 12 MB in float32 at width 384
 _SCANS = (1_024, 8_192)
 """Sizes of the scans tried before the pass over all vectors, which takes as long as six scans."""
-_SCANNED_SHARE = 8  # if the corpus is smaller than this multiple of a scan's size, use the full pass instead
+_SCAN_MULTIPLE = 8  # if the corpus is smaller than this multiple of a scan's size, use the full pass instead
 _FIRST_SCORED, _MAX_SCORED = 128, 4_096  # passages scored at a time: few at first, as the proof may be found early
 _MIN_SCORED = 64  # near the deadline, smaller calls are not worth their overhead
 _NO_LIMIT = 1 << 62
@@ -176,7 +176,7 @@ def _by_scans(
     """The top ``top_k`` from the passages with the highest inner products; None if these do not prove the ranking."""
     largest = np.float32(query_bound) * np.float32(1 if passage_bounds is None else passage_bounds.max(initial=0))
     for num_scanned in _SCANS:
-        if max(num_scanned, top_k) * _SCANNED_SHARE > total or not np.isfinite(dot_query).all():
+        if max(num_scanned, top_k) * _SCAN_MULTIPLE > total or not np.isfinite(dot_query).all():
             return None
         scanned = view.scan(dot_query, max(num_scanned, top_k), allowed)
         order = np.argsort(scanned.rows)

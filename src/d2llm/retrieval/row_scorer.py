@@ -47,6 +47,6 @@ class RowScorer:
         return scores if self.score_features is None else scores + self.score_features(rows)
 
     def change(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The interaction as a share of its bound, [n] in [-1, 1]; only if there is ``prepared``."""
+        """The interaction as a fraction of its bound, [n] in [-1, 1]; only if there is ``prepared``."""
         assert self.prepared is not None
         return self.prepared.change(self._view.vectors(rows))

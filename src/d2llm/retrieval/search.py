@@ -274,15 +274,15 @@ class Searcher:
         final: NDArray[np.floating[Any]] = scored.scores
         reranked, student_ranks = None, None
         if self.settings.hybrid is not None or scored.rephrasing_scores:
-            share = self.settings.hybrid
+            bm25_weight = self.settings.hybrid
             phrasings = (scored.scores, *scored.rephrasing_scores)
             rankings = [rows[best(scores, len(rows))].tolist() for scores in phrasings]
             num_others = len(scored.rephrasing_scores)
             # The query counts as much as all other phrasings together.
             weights = [float(max(1, num_others)), *[1.0] * num_others]
-            if share is not None:
+            if bm25_weight is not None:
                 rankings += [one.rows.tolist() for name, one in scored.proposals.items() if name.startswith("bm25")]
-                weights = [2 * part * weight for part in (1 - share, share) for weight in weights]
+                weights = [2 * part * weight for part in (1 - bm25_weight, bm25_weight) for weight in weights]
             fused = reciprocal_rank_scores(rankings, weights=weights)
             final = np.array([fused[row] for row in rows.tolist()], np.float32)
         if self._rerank is not None:

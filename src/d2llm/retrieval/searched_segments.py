@@ -31,7 +31,7 @@ from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.view import CandidateRows
 from d2llm.store.word_segment import CountedTerms, QueryWords
 
-_SPARE_ROWS = 16  # of a segment's first proposals beyond its expected share
+_SPARE_ROWS = 16  # of a segment's first proposals beyond those expected
 _NOTHING = np.zeros(0, np.float32)
 _Answer = TypeVar("_Answer")
 Missing = dict[int, MissingShard]
@@ -87,8 +87,8 @@ class SearchedSegments:
         together = [dot for dot in dots if dot is not None]
         if "vectors" not in self.sources or len(together) < 2:
             return {}
-        stacked, share = np.stack(together), self._share(depth)
-        scans = self._ask(missing, lambda _, segment: segment.scan_together(stacked, share))
+        stacked, first_depth = np.stack(together), self._first_depth(depth)
+        scans = self._ask(missing, lambda _, segment: segment.scan_together(stacked, first_depth))
         return {number: scanned for number, scanned in scans.items() if scanned is not None}
 
     def propose(
@@ -96,19 +96,19 @@ class SearchedSegments:
     ) -> dict[str, CandidateRows]:
         """What each source proposes for a query: the best ``depth`` of what the segments propose.
 
-        Passages are in shards at random, so each is first asked for little more than its share. If even the last of
+        Passages are in shards at random, so each is first asked for little more than its part. If even the last of
         these is among the best of all, it may have more of them, and is asked again.
         """
-        share = self._share(depth)
+        first_depth = self._first_depth(depth)
         proposals = self._ask(
-            missing, lambda number, segment: segment.propose(query, share, scanned=scanned.get(number))
+            missing, lambda number, segment: segment.propose(query, first_depth, scanned=scanned.get(number))
         )
         merged = self._merged(proposals, depth)
         more = [
             number
             for number, own in proposals.items()
             for name, one in own.items()
-            if len(one.rows) == share < depth and joint_rows(number, one.rows[-1:]) in merged[name].rows
+            if len(one.rows) == first_depth < depth and joint_rows(number, one.rows[-1:]) in merged[name].rows
         ]
         if not more:
             return merged
@@ -225,7 +225,7 @@ class SearchedSegments:
             raise ShardAwayError(f"no shard of the index answers; the first: {next(iter(missing.values())).problem}")
         return answers
 
-    def _share(self, depth: int) -> int:
+    def _first_depth(self, depth: int) -> int:
         """How many of the best ``depth`` rows a segment is first asked for: seldom fewer than it has of them."""
         mean = depth / len(self._searches)
         return depth if len(self._searches) == 1 else min(depth, math.ceil(mean + 4 * math.sqrt(mean)) + _SPARE_ROWS)

@@ -15,7 +15,7 @@ _BLOCK = 1 << 16  # characters tokenized at once
 _LONGEST_TOKEN = 32  # characters; what is longer is a word that the tokenizer does not know, whose length counts
 _CHARACTERS_PER_TOKEN = 4  # of such words
 _LONGEST_GAP = 64  # characters without a token, such as white space, that cost nothing
-_LEAST_SHARE = 0.5  # of a piece, before it ends at the end of a paragraph although another sentence would fit
+_MIN_FRACTION = 0.5  # of a piece, before it ends at the end of a paragraph although another sentence would fit
 
 _PARAGRAPH = re.compile(r"\n[^\S\n]*\n\s*")
 _STOP = re.compile(r"[.!?…。！？؟۔।॥։።።፧។။]+[\"'”’»›」』）)\]]*$")
@@ -80,7 +80,7 @@ class TextSplitter:
             if first + room >= len(tokens):
                 end = len(text)
             else:
-                least = tokens[first + int(_LEAST_SHARE * room)]
+                least = tokens[first + int(_MIN_FRACTION * room)]
                 end = _last_boundary(text, start, least, tokens[first + room - 1], paragraphs, stops)
             # Beside other text, a tokenizer may need fewer tokens for the same letters.
             excess = len(self._token_ends(text[start:end].strip())) - self._room

@@ -221,12 +221,12 @@ def _count_blank(block: Sequence[Passage], report: UpsertReport) -> UpsertReport
 def warn_of_truncation(report: UpsertReport, advice: str) -> None:
     """Warn if passages were too long to be read whole."""
     if report.num_truncated:
-        share = report.num_truncated / report.num_encoded
+        fraction = report.num_truncated / report.num_encoded
         _log.warning(
             "%s of the %s encoded passages (%.0f%%) are longer than the student reads: their ends are ignored. %s",
             f"{report.num_truncated:,}",
             f"{report.num_encoded:,}",
-            100 * share,
+            100 * fraction,
             advice,
         )
 

@@ -85,7 +85,7 @@ class RayRunner:
         Raises:
             InputError: the cluster cannot be reached.
         """
-        if self._idle is not None:  # is connected, and another connection's idle workers would hold its share
+        if self._idle is not None:  # is connected, and another connection's idle workers would hold its resources
             yield self
             return
         with connection(self.address):
@@ -110,8 +110,8 @@ class RayRunner:
             raise InputError(f"on a cluster Ray assigns the devices; give '{device.partition(':')[0]}', not '{device}'")
         with connection(self.address):
             per_worker = 0 if device in {"cpu", "mps"} else self.gpus_per_worker or gpus
-            share = _share(alive_nodes(), self.num_workers, gpus=per_worker)
-            workers = RayWorkers[_Shard, _Result](load, share, self._idle)
+            reservation = _reservation(alive_nodes(), self.num_workers, gpus=per_worker)
+            workers = RayWorkers[_Shard, _Result](load, reservation, self._idle)
             try:
                 yield workers
             finally:
@@ -119,7 +119,7 @@ class RayRunner:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Reservation:
     """What each of ``num_workers`` workers reserves."""
 
     num_workers: int
@@ -127,8 +127,8 @@ class Share:
     gpus: int
 
 
-def _share(nodes: Sequence[Mapping[str, float]], num_workers: int | None, *, gpus: int) -> Share:
-    """How the workers share the resources of nodes, each ``{"CPU": 8.0, "GPU": 2.0, ...}``.
+def _reservation(nodes: Sequence[Mapping[str, float]], num_workers: int | None, *, gpus: int) -> Reservation:
+    """How workers divide the resources of nodes, each ``{"CPU": 8.0, "GPU": 2.0, ...}``.
 
     On GPUs, each worker takes ``gpus`` of one node; 0: all work on CPUs. On CPUs, each takes as many cores as possible
     such that all find room.
@@ -143,18 +143,18 @@ def _share(nodes: Sequence[Mapping[str, float]], num_workers: int | None, *, gpu
             needs = f"{num_workers or 1} {'worker needs' if num_workers in (None, 1) else 'workers need'}"
             each = "a GPU each" if gpus == 1 else f"{gpus} GPUs of one machine each"
             raise InputError(f"{needs} {each}, but the cluster has room for {room} of them; give other numbers")
-        return Share(num_workers or room, cpus=1, gpus=gpus)
+        return Reservation(num_workers or room, cpus=1, gpus=gpus)
     cores = [int(node.get("CPU", 0)) for node in nodes]
     count = num_workers or sum(number > 0 for number in cores)
     if not 0 < count <= sum(cores):
         raise InputError(f"{count or 'the'} workers need a core each, but the cluster has {sum(cores)}; add nodes")
     most = max(size for size in range(1, max(cores) + 1) if sum(number // size for number in cores) >= count)
-    return Share(count, cpus=most, gpus=0)
+    return Reservation(count, cpus=most, gpus=0)
 
 
 @dataclass(frozen=True, slots=True)
 class _IdleActor:
-    """An actor without work, and its share of the cluster."""
+    """An actor without work, and what it reserves of the cluster."""
 
     actor: Any
     cpus: int
@@ -185,16 +185,16 @@ class RayWorkers(Generic[_Shard, _Result]):
     """
 
     def __init__(
-        self, load: Callable[[], Work[_Shard, _Result]], share: Share, idle: list[_IdleActor] | None = None
+        self, load: Callable[[], Work[_Shard, _Result]], reservation: Reservation, idle: list[_IdleActor] | None = None
     ) -> None:
         self._ray = import_ray()
         self._load = self._ray.cloudpickle.dumps(load)
-        self._share = share
+        self._reservation = reservation
         self._idle = idle
         for one in list(idle or ()):
-            if idle and (one.cpus, one.gpus) != (share.cpus, share.gpus):
+            if idle and (one.cpus, one.gpus) != (reservation.cpus, reservation.gpus):
                 idle.remove(one)
-                self._ray.kill(one.actor)  # or these workers might wait for its share
+                self._ray.kill(one.actor)  # or these workers might wait for its resources
         self._deaths_at_start = 0
         self._workers: list[_Worker] = []
 
@@ -212,12 +212,12 @@ class RayWorkers(Generic[_Shard, _Result]):
         deaths: Counter[int] = Counter()
         first = 0  # the number of the next result
         while True:
-            has_room = len(unfinished) + len(results) < _SHARDS_HELD_PER_WORKER * self._share.num_workers
+            has_room = len(unfinished) + len(results) < _SHARDS_HELD_PER_WORKER * self._reservation.num_workers
             item = next(rest, None) if has_room else None
             if item is not None:
                 unfinished[item[0]] = item[1]
                 waiting.append(item[0])
-                if len(self._workers) < min(self._share.num_workers, len(unfinished)):
+                if len(self._workers) < min(self._reservation.num_workers, len(unfinished)):
                     self._workers.append(self._start())
             elif not unfinished:
                 return
@@ -234,7 +234,7 @@ class RayWorkers(Generic[_Shard, _Result]):
         for worker in self._workers:
             if self._idle is not None and worker.next is None:
                 worker.actor.rest.remote()
-                self._idle.append(_IdleActor(worker.actor, self._share.cpus, self._share.gpus))
+                self._idle.append(_IdleActor(worker.actor, self._reservation.cpus, self._reservation.gpus))
             else:
                 self._ray.kill(worker.actor)
 
@@ -242,7 +242,7 @@ class RayWorkers(Generic[_Shard, _Result]):
         if self._idle:
             actor = self._idle.pop().actor
         else:
-            options = {"num_cpus": self._share.cpus, "num_gpus": self._share.gpus}
+            options = {"num_cpus": self._reservation.cpus, "num_gpus": self._reservation.gpus}
             actor = self._ray.remote(_Actor).options(**options).remote()
         return _Worker(actor, actor.start.remote(own_versions(), str(Path.cwd()), self._load))
 
@@ -262,7 +262,7 @@ class RayWorkers(Generic[_Shard, _Result]):
         if wait and not ready:
             ready, _ = self._ray.wait(list(workers), timeout=_WAIT_SECONDS)
         if wait and not ready and all(worker.starting for worker in self._workers):
-            needs = f"{self._share.gpus} GPU" if self._share.gpus else f"{self._share.cpus} CPUs"
+            needs = f"{self._reservation.gpus} GPU" if self._reservation.gpus else f"{self._reservation.cpus} CPUs"
             _remarks.info("waiting for a worker to start, which needs %s and loads its model", needs)
         results: list[tuple[int, _Result]] = []
         for reference in ready:

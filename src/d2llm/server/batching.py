@@ -27,7 +27,7 @@ _Value = TypeVar("_Value")
 _NEW_WEIGHT = 0.2  # weight of each batch in the running mean of seconds per item
 _ITEMS_A_TURN = 16
 _BATCHES_IN_SIGHT = 16  # a batch picks items of similar cost from this many batches' worth of waiting items
-_MIN_BATCH = 0.25  # as a share of the largest; smaller batches are inefficient
+_MIN_BATCH = 0.25  # as a fraction of the largest; smaller batches are inefficient
 
 
 class Places:

@@ -28,9 +28,9 @@ class AnnFacts(BaseModel):
     Attributes:
         source: where it was measured.
         passages: in an index of so many passages.
-        first_ten: share of the exact first ten that it found.
+        first_ten: fraction of the exact first ten that it found.
         num_probes: lists that were read for 1,000 candidates.
-        share: the share of the passages in them.
+        fraction: that of the passages in them.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -39,11 +39,11 @@ class AnnFacts(BaseModel):
     passages: int
     first_ten: float
     num_probes: int
-    share: float
+    fraction: float
 
-    def share_at(self, num_passages: int) -> float:
-        """The share of so many passages that is read: never fewer lists, nor a smaller share, than was measured."""
-        return min(1.0, max(self.share, self.num_probes / default_num_lists(num_passages)))
+    def fraction_at(self, num_passages: int) -> float:
+        """The fraction of so many passages that is read: never fewer lists, nor a smaller one, than was measured."""
+        return min(1.0, max(self.fraction, self.num_probes / default_num_lists(num_passages)))
 
 
 def shipped_ann_facts() -> AnnFacts:
@@ -96,9 +96,9 @@ def _stages(
         scan = speeds.scan_bytes.get(plan.vector_format)
         yield _stage("scan of all vectors", num_passages * code_size, "bytes", scan)
     else:
-        lists, share = default_num_lists(num_passages), ann.share_at(num_passages)
-        read = lists * student.dim * 4 + share * num_passages * student.dim
-        basis = f"{lists:,} centroids and {share:.2%} of the passages: {ann.source}"
+        lists, fraction = default_num_lists(num_passages), ann.fraction_at(num_passages)
+        read = lists * student.dim * 4 + fraction * num_passages * student.dim
+        basis = f"{lists:,} centroids and {fraction:.2%} of the passages: {ann.source}"
         yield _stage("approximate index", read, "bytes", speeds.ann_bytes, basis)
     if student.has_dot:  # once to rank the proposals, and once for the full score
         ranked = proposed if ann is None else min(num_taken(math.ceil(proposed)), num_passages)
@@ -155,18 +155,18 @@ def total_ms(stages: Iterable[StageTime]) -> float:
     return sum(stage.ms for stage in stages if stage.ms is not None)
 
 
-def slowest_of(num_shards: int, median: float, slow_ratio: float, share: float) -> float:
-    """The time within which a share of the searches has the answers of all shards.
+def slowest_of(num_shards: int, median: float, slow_ratio: float, fraction: float) -> float:
+    """The time within which a fraction of the searches has the answers of all shards.
 
     The times of a shard are taken as log-normal with this median, and a p99 of ``slow_ratio`` medians, and as
     independent.
     """
     spread = math.log(slow_ratio) / NormalDist().inv_cdf(_SLOWEST)
-    return median * math.exp(spread * NormalDist().inv_cdf(share ** (1 / num_shards)))
+    return median * math.exp(spread * NormalDist().inv_cdf(fraction ** (1 / num_shards)))
 
 
-def share_that_waits(cores: int, busy: float) -> float:
-    """The share of queries that wait for a free core, if ``busy`` of them are, on average (Erlang's C formula).
+def fraction_that_waits(cores: int, busy: float) -> float:
+    """The fraction of queries that wait for a free core, if ``busy`` of them are, on average (Erlang's C formula).
 
     Raises:
         ValueError: all are always busy, so the queue grows without end.
@@ -179,7 +179,7 @@ def share_that_waits(cores: int, busy: float) -> float:
     return lost / (1 - busy / cores * (1 - lost))
 
 
-def wait_ms(cores: int, busy: float, work_ms: float, share: float) -> float:
-    """The milliseconds within which a share of the queries has a core, at exponentially distributed times of work."""
-    waiting = share_that_waits(cores, busy)
-    return max(0.0, work_ms / (cores - busy) * math.log(waiting / (1 - share))) if waiting else 0.0
+def wait_ms(cores: int, busy: float, work_ms: float, fraction: float) -> float:
+    """The milliseconds within which a fraction of queries has a core, at exponentially distributed times of work."""
+    waiting = fraction_that_waits(cores, busy)
+    return max(0.0, work_ms / (cores - busy) * math.log(waiting / (1 - fraction))) if waiting else 0.0

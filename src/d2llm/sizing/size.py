@@ -29,7 +29,7 @@ from d2llm.sizing.texts import TextFacts, shipped_text_facts
 from d2llm.store.vector_formats import make_format
 
 MAX_LOAD = 0.7
-"""Share of the time that cores may be busy. Beyond it, queries wait longer and longer for a free one."""
+"""Fraction of the time that cores may be busy. Beyond it, queries wait longer and longer for a free one."""
 MONTH_HOURS = 730
 _GIB = 1 << 30
 _USED_MEMORY = 0.9  # of a machine; the rest is for what other programs and each search need
@@ -50,7 +50,7 @@ class Machines:
     """The machines for a plan's queries a second.
 
     ``cores`` are needed. A machine holds up to ``shards_each`` shards, and each shard is on ``replicas`` machines;
-    there are ``num`` machines in all. ``load`` is the share of the time that their cores are busy.
+    there are ``num`` machines in all. ``load`` is the fraction of the time that their cores are busy.
     """
 
     num: int
@@ -225,8 +225,10 @@ class _Sizing:
         """The parts of all shards, and a program with the student on each machine."""
         passages = math.ceil(self.plan.passages / num_shards)
         shard = self._parts(passages, approximate=approximate)
-        share = self.plan.passages / passages  # the last shard may be smaller
-        parts = [replace(part, disk=round(share * part.disk), memory=round(share * part.memory)) for part in shard]
+        fraction = self.plan.passages / passages  # the last shard may be smaller
+        parts = [
+            replace(part, disk=round(fraction * part.disk), memory=round(fraction * part.memory)) for part in shard
+        ]
         process = self.speeds.process_bytes
         source = "not measured" if process is None else process.source
         basis = f"{num_machines:,} {'process' if num_machines == 1 else 'processes'}: {source}"
@@ -309,13 +311,13 @@ class _Sizing:
         """
         rounds = math.ceil(math.ceil(num_shards / num_machines) / self.machine_cores)
 
-        def latency(share: float, ratio: float) -> float:
-            slowest = rounds * slowest_of(num_shards, shard_ms, ratio, share)
-            own = slowest_of(1, once_ms, ratio, share)
+        def latency(fraction: float, ratio: float) -> float:
+            slowest = rounds * slowest_of(num_shards, shard_ms, ratio, fraction)
+            own = slowest_of(1, once_ms, ratio, fraction)
             if machines is None:
                 return own + slowest
             work_ms = shard_ms + once_ms / num_shards
-            return own + slowest + wait_ms(self.machine_cores, machines.load * self.machine_cores, work_ms, share)
+            return own + slowest + wait_ms(self.machine_cores, machines.load * self.machine_cores, work_ms, fraction)
 
         ratio = self.speeds.slow_ratio
         median = latency(0.5, 1.0 if ratio is None else ratio.value)

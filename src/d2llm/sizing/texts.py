@@ -32,7 +32,7 @@ SAMPLE_PASSAGES = 4_000
 """Maximum number of passages from which ``TextFacts`` are taken."""
 _MIN_PASSAGES = 20
 _QUERY_WORDS = 10
-_BEST_SHARE = 40  # a query's candidates by words: the best fortieth of a sample
+_BEST_DIVISOR = 40  # a query's candidates by words: the best fortieth of a sample
 _LENGTHS = 20
 _NO_LIMIT = 1 << 40  # tokens of a passage: what a student would cut is counted too
 _Item = TypeVar("_Item")
@@ -49,9 +49,9 @@ class TextFacts(BaseModel):
         distinct_words: different ones among them.
         sentences: sentences.
         windows: windows that have a vector of their own: none if a passage has only one.
-        token_vectors: share of the tokens that get a vector.
-        lengths: tokens of a passage in each twentieth of them, from the shortest to the longest, as shares of the mean:
-            a student cuts the long ones, though not one of mean length. Only 1: all are taken as equally long.
+        token_vectors: fraction of the tokens that get a vector.
+        lengths: tokens of a passage in each twentieth of them, from the shortest to the longest, as fractions of the
+            mean: a student cuts the long ones, though not one of mean length. Only 1: all are taken as equally long.
         query_postings: how many of a query's different words a passage has; a search reads so many postings a passage.
         candidate_length: how much longer than the mean the passages are that BM25 ranks first: of short and long texts,
             the long ones have more of a query's words.
@@ -187,7 +187,7 @@ def _query_facts(segment: WordSegment, queries: Sequence[str]) -> tuple[float, f
     num_words: list[float] = []
     for query in map(index.query, queries):
         num_postings.append(count_postings(segment, query))
-        rows, _ = index.best(query, max(1, len(segment) // _BEST_SHARE))
+        rows, _ = index.best(query, max(1, len(segment) // _BEST_DIVISOR))
         num_words += [float(segment.lengths[rows].mean())] if len(rows) else []
     return sum(num_postings) / len(num_postings), sum(num_words) / max(len(num_words), 1)
 

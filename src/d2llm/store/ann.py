@@ -36,13 +36,13 @@ from d2llm.store.vector_formats import VectorFormat
 
 _log = logging.getLogger(__name__)
 _SPARE_ROWS = 32  # candidates beyond top_k (at least an eighth of it), because 8 bits do not rank rows exactly
-_MAX_PROBED_SHARE = 0.5  # probing more than this share of the rows takes as long as the exact scan (measured)
+_MAX_PROBED_FRACTION = 0.5  # probing more than this fraction of the rows takes as long as the exact scan (measured)
 _READ_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """Share of the exact top ``depth`` that was found: mean over queries, and lower bound (95 %)."""
+    """Fraction of the exact top ``depth`` that was found: mean over queries, and lower bound (95 %)."""
 
     depth: int
     num_probes: int
@@ -216,21 +216,21 @@ class AnnSearch:
     def num_probes(self, query: NDArray[np.float32], top_k: int) -> int | None:
         """Number of lists to probe; None if the exact scan is as fast.
 
-        If a share s of the rows in the lists near the query is allowed, the best k allowed rows reach as deep as the
+        If a fraction s of the rows in the lists near the query is allowed, the best k allowed rows reach as deep as the
         best k/s rows overall, so as many lists are probed as for that depth.
         """
         if top_k > self._head:
             return None
         if self._allowed is None:
             num_probes = self._ann.probes_for(np.array([top_k], np.float64))[0]
-            return int(num_probes) if num_probes <= _MAX_PROBED_SHARE * self._ann.record.num_lists else None
+            return int(num_probes) if num_probes <= _MAX_PROBED_FRACTION * self._ann.record.num_lists else None
         nearest = np.argsort(-(self._ann.centroids @ query), kind="stable")
         allowed = np.cumsum(self._allowed[nearest])
         with np.errstate(divide="ignore"):
             depths = top_k * np.cumsum(self._ann.sizes[nearest]) / allowed
         enough = np.arange(1, len(nearest) + 1) >= self._ann.probes_for(depths)
         first = int(np.argmax(enough))
-        if not enough[first] or allowed[first] > _MAX_PROBED_SHARE * self._head:
+        if not enough[first] or allowed[first] > _MAX_PROBED_FRACTION * self._head:
             return None
         return first + 1
 

@@ -242,7 +242,7 @@ class RotatedFormat(VectorFormat):
     step: ClassVar[float]
     """Distance of adjacent levels: 8 bits span +-8 standard deviations; the others preserve a normal vector's norm."""
     largest_error: ClassVar[float]
-    """A vector is refused if the stored one differs from it by more than this share of its norm."""
+    """A vector is refused if the stored one differs from it by more than this fraction of its norm."""
 
     def __init__(self, dim: int) -> None:
         self.dim = dim

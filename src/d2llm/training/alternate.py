@@ -123,7 +123,7 @@ def recipe_of_round(recipe: Recipe, number: int, before: str) -> Recipe:
         "losses": {
             "in_batch_cross_entropy": 0.0,
             "dot_cross_entropy": 0.0,
-            "pair_cross_entropy": {"teacher_share": 1.0},
+            "pair_cross_entropy": {"teacher_weight": 1.0},
         },
         "training": {"start": before, "unlabelled": "leave_out"},
     }

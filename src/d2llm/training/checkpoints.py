@@ -208,7 +208,7 @@ def warmup_steps(config: WarmUpConfig, total_steps: int) -> int:
     if 2 * steps > total_steps:
         _log.warning(
             "the warm-up takes %d of %d steps, so the run hardly trains: remove warmup_steps from the recipe, and set "
-            "warmup_fraction, the share of the steps (usually 0.1)",
+            "warmup_fraction, the fraction of the steps (usually 0.1)",
             min(steps, total_steps),
             total_steps,
         )

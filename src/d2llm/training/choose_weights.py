@@ -1,8 +1,8 @@
-"""Chooses how much of a training to keep: a share of the change of weights, and each task's interaction weight r.
+"""Chooses how much of a training to keep: a fraction of the change of weights, and each task's interaction weight r.
 
 Source: Wortsman et al., "Robust Fine-Tuning of Zero-Shot Models", CVPR 2022: weights between the pretrained and the
 tuned ones keep most of the gain and lose less on data that the training has not seen. A dev set from the training's own
-data cannot measure that loss, so the smallest share that dev cannot distinguish from the best is kept.
+data cannot measure that loss, so the smallest fraction that dev cannot distinguish from the best is kept.
 """
 
 from __future__ import annotations
@@ -23,44 +23,44 @@ Items = dict[str, dict[str, float]]
 
 
 def interpolate(
-    parameters: Mapping[str, nn.Parameter], start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float
+    parameters: Mapping[str, nn.Parameter], start: Mapping[str, Tensor], end: Mapping[str, Tensor], fraction: float
 ) -> None:
-    """Set the parameters to ``share`` of the way from ``start`` to ``end``.
+    """Set the parameters to ``fraction`` of the way from ``start`` to ``end``.
 
     A low-rank adapter's change is the product of two matrices and 0 at the start. Only the second matrix is scaled, so
-    the product is exactly ``share`` of the whole change.
+    the product is exactly ``fraction`` of the whole change.
     """
     with torch.no_grad():
         for name, parameter in parameters.items():
             first = end[name] if ".lora_A." in name else start[name]
-            parameter.copy_(torch.lerp(first.to(parameter.device), end[name].to(parameter.device), share))
+            parameter.copy_(torch.lerp(first.to(parameter.device), end[name].to(parameter.device), fraction))
 
 
-def choose_share(
-    shares: Sequence[float],
+def choose_fraction(
+    fractions: Sequence[float],
     measure: Callable[[float], dict[str, DevResult]],
     start: Mapping[str, Mapping[str, float]],
     *,
     seed: int,
     largest: float = 1.0,
 ) -> tuple[float, dict[float, dict[str, DevResult]]]:
-    """The smallest share of the change that is not worse than the start, nor than the best share.
+    """The smallest fraction of the change that is not worse than the start, nor than the best fraction.
 
-    First, the shares that are significantly worse than the start on some data set are dropped. Of the others, the
-    smallest share is chosen that is not significantly worse on any data set than the one with the best mean. If no
-    share is left, the result is 0: the start itself. The tests are paired randomisation tests, one-sided at .05
+    First, the fractions that are significantly worse than the start on some data set are dropped. Of the others, the
+    smallest fraction is chosen that is not significantly worse on any data set than the one with the best mean. If no
+    fraction is left, the result is 0: the start itself. The tests are paired randomisation tests, one-sided at .05
     (``ops.gating.non_inferior``), against the items ``start`` (``items_at_best_weight``).
 
-    ``measure`` returns the dev results of a share in (0, 1]; ``largest`` is always tried, larger ones never. Returns
-    the share, and the dev results of all shares that were tried.
+    ``measure`` returns the dev results of a fraction in (0, 1]; ``largest`` is always tried, larger ones never. Returns
+    the fraction, and the dev results of all fractions that were tried.
     """
-    results = {share: measure(share) for share in sorted({s for s in shares if s < largest} | {largest})}
-    items: dict[float, Items] = {share: items_at_best_weight(result) for share, result in results.items()}
-    sound = [share for share in results if not worse_sets(start, items[share], seed=seed)]
+    results = {fraction: measure(fraction) for fraction in sorted({s for s in fractions if s < largest} | {largest})}
+    items: dict[float, Items] = {fraction: items_at_best_weight(result) for fraction, result in results.items()}
+    sound = [fraction for fraction in results if not worse_sets(start, items[fraction], seed=seed)]
     if not sound:
         return 0.0, {0.0: measure(0.0), **results}
-    best = max(sound, key=lambda share: mean_value(results[share]))
-    return min(share for share in sound if not worse_sets(items[best], items[share], seed=seed)), results
+    best = max(sound, key=lambda fraction: mean_value(results[fraction]))
+    return min(fraction for fraction in sound if not worse_sets(items[best], items[fraction], seed=seed)), results
 
 
 def worse_sets(

@@ -49,8 +49,8 @@ class DistillReport:
     """The result of a distillation.
 
     ``dev`` has, by data set, the dev measure at the start, at the last evaluation, and of the kept state (also by
-    weight r), and the number of queries or pairs. ``share_kept`` is the share of the change from the start that was
-    kept (``training.choose_weights``). ``label_share``: with two heads, the weight of the one that learnt the data
+    weight r), and the number of queries or pairs. ``fraction_kept`` is the fraction of the change from the start that
+    was kept (``training.choose_weights``). ``label_weight``: with two heads, the weight of the one that learnt the data
     sets' judgements. ``is_untrained``: no state was better on dev than the start, so the start was
     written. ``score_features`` has, for each task, the weights of the score features beside the vectors, and its gain
     on dev.
@@ -65,13 +65,13 @@ class DistillReport:
     queries: int
     unlabelled_queries: int
     interaction_weights: dict[Task, float]
-    share_kept: float
+    fraction_kept: float
     is_untrained: bool
     dev: dict[str, dict[str, Any]]
     seconds: float = 0.0
     score_features: dict[Task, dict[str, Any]] = field(default_factory=dict[Task, dict[str, Any]])
     probabilities: dict[Task, dict[str, Any]] = field(default_factory=dict[Task, dict[str, Any]])
-    label_share: float | None = None
+    label_weight: float | None = None
 
 
 def distill(
@@ -266,12 +266,12 @@ def _fit_pooling(student: Student, sources: Sequence[TrainingSource], recipe: Re
     if not any(stage.is_fitted_to_passages for stage in student.pooling.stages):
         return
     if processes.is_first:
-        share = -(-_PASSAGES_FOR_EACH_DIMENSION * student.backbone.dim // len(sources))
+        per_source = -(-_PASSAGES_FOR_EACH_DIMENSION * student.backbone.dim // len(sources))
         passages: list[str] = []
         for source in sources:
             ids = sorted(source.dataset.passages)
             random.Random(f"{recipe.seed}:{source.dataset.name}").shuffle(ids)
-            passages += [source.passage_text(passage_id) for passage_id in ids[:share]]
+            passages += [source.passage_text(passage_id) for passage_id in ids[:per_source]]
         student.fit_pooling(passages)
     student.pooling.load_state_dict(processes.from_first(student.pooling.state_dict()))
 
@@ -294,8 +294,8 @@ def _write(
         "best_step": report.best_step,
         "dev": report.dev,
         "interaction_weights": report.interaction_weights,
-        "share_kept": report.share_kept,
-        **({} if report.label_share is None else {"label_share": report.label_share}),
+        "fraction_kept": report.fraction_kept,
+        **({} if report.label_weight is None else {"label_weight": report.label_weight}),
         "closed_gates": sorted(closed_gates),
         **recorded,
         "offsets": {name.removeprefix(OFFSET): float(p.detach()) for name, p in run.offsets.items()},
@@ -322,8 +322,8 @@ def _report(run: DistillRun, folder: Path, labelled: Sequence[LabelledSource], s
         queries=sum(len(source.entries) for source in labelled),
         unlabelled_queries=sum(source.num_unlabelled for source in labelled),
         interaction_weights=progress.interaction_weights,
-        share_kept=progress.share_kept,
-        label_share=progress.label_share,
+        fraction_kept=progress.fraction_kept,
+        label_weight=progress.label_weight,
         is_untrained=run.keeps_start and not has_interaction,
         dev={
             name: {

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from d2llm.models.backbone import Backbone
 
 SMOOTHING = 1e-3
-"""a in the weight a / (a + p) of a token that is the share p of all tokens."""
+"""a in the weight a / (a + p) of a token that is the fraction p of all tokens."""
 _WHITENING = 0.5
 """Each principal component is divided by this power of its standard deviation: 0 leaves it, 1 makes all equal."""
 _TOKENS_AT_ONCE, _TEXTS_AT_ONCE = 1_024, 1_000
@@ -53,7 +53,7 @@ _CONFIG = {
 class StaticReport:
     """What a static model was made of.
 
-    ``variance`` is the share of the vectors' variance that ``dim`` kept. ``skipped`` are documents that could not be
+    ``variance`` is the fraction of the vectors' variance that ``dim`` kept. ``skipped`` are documents that could not be
     read, if the caller adds them.
     """
 
@@ -108,16 +108,16 @@ def distill_static(
         variances, directions = variances.flip(0).clamp(min=0), directions.flip(1)  # largest first
         kept = backbone.dim if dim is None else dim
         scale = variances[:kept].clamp(min=1e-12).sqrt() ** _WHITENING
-        shares = (counts + _UNSEEN) / (counts + _UNSEEN).sum()
-        weights = smoothing / (smoothing + shares)
+        fractions = (counts + _UNSEEN) / (counts + _UNSEEN).sum()
+        weights = smoothing / (smoothing + fractions)
         embeddings = (vectors.double() @ (directions[:, :kept] / scale) * weights[:, None]).float()
         embeddings[special] = 0  # as model2vec, which leaves them out
         write_json(unfinished / "config.json", _CONFIG | {"hidden_dim": kept, "vocab_size": len(embeddings)})
         save_file({"embeddings": embeddings.contiguous()}, unfinished / "model.safetensors", metadata={"format": "pt"})
         backbone.tokenizer.save_pretrained(unfinished)
         (unfinished / "modules.json").write_text(json.dumps(_MODULES, indent=1), encoding="utf-8")
-    share = float(variances[:kept].sum() / variances.sum())
-    return StaticReport(len(embeddings), kept, share, num_passages, int(counts.sum()))
+    fraction = float(variances[:kept].sum() / variances.sum())
+    return StaticReport(len(embeddings), kept, fraction, num_passages, int(counts.sum()))
 
 
 def _count_tokens(backbone: Backbone, passages: Iterable[str]) -> tuple[Float64[Tensor, " tokens"], int]:

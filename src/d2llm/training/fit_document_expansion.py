@@ -25,11 +25,11 @@ _Floats = NDArray[np.float64]
 
 
 class _Passages(NamedTuple):
-    """Passages of a data set: texts, and for each the share of its queries that have a word, by word."""
+    """Passages of a data set: texts, and for each the fraction of its queries that have a word, by word."""
 
     name: str
     texts: list[str]
-    shares: list[dict[str, float]]
+    fractions: list[dict[str, float]]
     num_queries: Counter[str]
     num_passages_with: Counter[str]
     num_counted: int
@@ -47,8 +47,9 @@ def fit_document_expansion(
 ) -> DocumentExpansion:
     """Fit how likely a query for a passage has each word, from the passage's vector.
 
-    Words of at least two queries; a linear function for each, by ridge regression on the share of a passage's queries
-    that have the word. The penalty is the one with the smallest error on five parts of the passages that were left out.
+    Words of at least two queries; a linear function for each, by ridge regression on the fraction of a passage's
+    queries that have the word. The penalty is the one with the smallest error on five parts of the passages that were
+    left out.
 
     Args:
         student: makes the vectors.
@@ -72,17 +73,17 @@ def fit_document_expansion(
     texts = [text for each in sets for text in each.texts]
     with progress_bar("encoding passages with queries", len(texts)) as advance:
         features = student.encode_passages(texts, advance=advance).vectors.astype(np.float64)
-    shares = np.zeros((len(features), len(vocabulary)))
-    for row, own in enumerate(share for each in sets for share in each.shares):
+    fractions = np.zeros((len(features), len(vocabulary)))
+    for row, own in enumerate(fraction for each in sets for fraction in each.fractions):
         for term, value in own.items():
             if term in place_of:
-                shares[row, place_of[term]] = value
+                fractions[row, place_of[term]] = value
     set_of = np.repeat(np.arange(len(sets)), [len(each.texts) for each in sets])
-    whole = RidgeSet(features, shares, np.concatenate([folds_of(len(each.texts)) for each in sets]))
+    whole = RidgeSet(features, fractions, np.concatenate([folds_of(len(each.texts)) for each in sets]))
     errors = _errors_apart(whole, set_of)
     penalty = min(PENALTIES, key=lambda each: float(errors[each].sum()))
-    usual, middle = shares.mean(axis=0), features.mean(axis=0)
-    variances = np.bincount(set_of, ((shares - usual) ** 2).sum(axis=1))
+    usual, middle = fractions.mean(axis=0), features.mean(axis=0)
+    variances = np.bincount(set_of, ((fractions - usual) ** 2).sum(axis=1))
     return DocumentExpansion(
         terms=tuple(vocabulary),
         usual=usual.astype(np.float32),
@@ -116,17 +117,17 @@ def _passages_of(dataset: Dataset, split: str, max_passages: int, seed: int) -> 
             f"split, but at least {_MIN_PASSAGES} are needed to learn what words passages lack; use another data set"
         )
     chosen = sorted(queries_of, key=lambda name: key_of(seed, "document expansion", name))[:max_passages]
-    shares: list[dict[str, float]] = []
+    fractions: list[dict[str, float]] = []
     for passage_id in chosen:
         queries = queries_of[passage_id]
         counts = Counter(word for words in queries for word in words)
-        shares.append({word: number / len(queries) for word, number in counts.items()})
+        fractions.append({word: number / len(queries) for word, number in counts.items()})
     num_with = Counter[str]()
     counted = sorted(dataset.passages, key=lambda name: key_of(seed, "rarity", name))[:max_passages]
     for passage_id in counted:
         num_with.update({*terms(dataset.passages[passage_id].full_text)})
     texts = [dataset.passages[passage_id].full_text for passage_id in chosen]
-    return _Passages(dataset.name, texts, shares, num_queries, num_with, len(counted))
+    return _Passages(dataset.name, texts, fractions, num_queries, num_with, len(counted))
 
 
 def _rarity(vocabulary: Sequence[str], sets: Sequence[_Passages]) -> _Floats:

@@ -22,10 +22,10 @@ _MIN_QUERIES = 20  # queries
 def fit_term_weights(
     student: Student, data: Sequence[Dataset], *, split: str = "train", max_queries: int = 2_000, seed: int = 0
 ) -> TermWeights:
-    """Fit the factors of a query's words to the share of its relevant passages that contain each of them.
+    """Fit the factors of a query's words to the fraction of its relevant passages that contain each of them.
 
     A linear function of the words' states, by ridge regression; its penalty is the one whose factors explain
-    most of the shares' variance in five parts of the queries that were left out.
+    most of the fractions' variance in five parts of the queries that were left out.
 
     Args:
         student: makes the states.
@@ -49,15 +49,15 @@ def fit_term_weights(
         passages = {passage_id for query_id in chosen for passage_id in positives[query_id]}
         terms_of = {passage_id: {*terms(dataset.passages[passage_id].full_text)} for passage_id in passages}
         states: list[NDArray[np.float32]] = []
-        shares: list[float] = []
+        fractions: list[float] = []
         folds: list[int] = []
         words = student.term_states([dataset.queries[query_id].text for query_id in chosen])
         for query_id, own, fold in zip(chosen, words, folds_of(len(chosen)).tolist(), strict=True):
             for term, state in own.items():
                 states.append(state)
-                shares.append(fmean(term in terms_of[passage_id] for passage_id in positives[query_id]))
+                fractions.append(fmean(term in terms_of[passage_id] for passage_id in positives[query_id]))
                 folds.append(fold)
-        sets[dataset.name] = RidgeSet(np.array(states, np.float64), np.array(shares), np.array(folds, np.int64))
+        sets[dataset.name] = RidgeSet(np.array(states, np.float64), np.array(fractions), np.array(folds, np.int64))
     each = [*sets.values()]
     penalty, explained = choose_penalty(each, _explained)
     weights = ridge_weights(each, penalty)
@@ -73,6 +73,6 @@ def fit_term_weights(
 
 
 def _explained(predictions: NDArray[np.float64], targets: NDArray[np.float64]) -> float:
-    """The share of the targets' variance [n] that predictions [n] of their differences from the mean explain."""
+    """The fraction of the targets' variance [n] that predictions [n] of their differences from the mean explain."""
     differences = targets - targets.mean()
     return 1 - float(((predictions - differences) ** 2).mean() / max(float(differences.var()), 1e-12))

@@ -132,9 +132,9 @@ def gate(
     search would find them. The measure is nDCG@10. Candidates without a grade of a graded teacher (it was not recorded,
     or the teacher gave none) come last in both rankings. On labelled pairs, both score a sample of the dev pairs. The
     measure depends on the labels: average precision (yes or no), accuracy over three classes, or Spearman's
-    correlation. The test uses one value per pair (``evaluation.gold``): for AP, the share of pairs with the other label
-    that it is ranked correctly against; for a correlation, how close its ranks by score and by grade are. Thresholds
-    between classes are cross-fitted for both: fitted on one half of the sample and used on the other.
+    correlation. The test uses one value per pair (``evaluation.gold``): for AP, the fraction of pairs with the other
+    label that it is ranked correctly against; for a correlation, how close its ranks by score and by grade are.
+    Thresholds between classes are cross-fitted for both: fitted on one half of the sample and used on the other.
 
     The gate of a data set is open if the teacher has the higher measure, and a higher mean of these values with a
     p-value below ``settings.alpha``. With few items, a gate may stay closed that would open with more. The verdicts are

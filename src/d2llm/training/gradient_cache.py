@@ -28,7 +28,7 @@ from d2llm.training.processes import ALONE, Processes
 
 _SEEDS_PER_STEP = 1 << 20  # more than the parts of a batch, so that no two parts of a run share their dropout
 _NUM_SEEDS = 1 << 63  # that torch takes
-_SHARE = 3  # use a third of the free memory; the rest is for recomputed parts, gradients, dev, and other programs
+_MEMORY_DIVISOR = 3  # use a third of the free memory; the rest is for recomputed parts, gradients, dev, others
 ALLOCATED = {"cpu": 1.7}
 """Bytes allocated per byte of activations: memory freed in between is fragmented (docs/log)."""
 _GIB = 1 << 30
@@ -47,7 +47,7 @@ def graph_room(settings: TrainingConfig | TeacherTuningConfig, device: torch.dev
         return settings.graph_gib * _GIB
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
     free = free_memory(device)
-    room = _UNKNOWN if free is None else free // _SHARE // sharing
+    room = _UNKNOWN if free is None else free // _MEMORY_DIVISOR // sharing
     measured = "the free memory is unknown on this system" if free is None else f"{free / _GIB:.1f} GiB are free"
     section = "training" if isinstance(settings, TrainingConfig) else "teacher_tuning"
     remarks.info(

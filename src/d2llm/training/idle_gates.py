@@ -37,11 +37,11 @@ def make_idle_gates_constant(student: Student, dev_sets: Sequence[DevSet], *, se
     gates = (head.query_gate, head.passage_gate)
     learned = [(gate.weight.detach().clone(), gate.bias.detach().clone()) for gate in gates]
     before, to_score = _measure(student, used)
-    share = fmean(_mean_share(student, head, encoded) for encoded in used)
+    mean_gate = fmean(_mean_gate(student, head, encoded) for encoded in used)
     with torch.no_grad():
         for gate in gates:
             gate.weight.zero_()
-            gate.bias.fill_(float(torch.logit(torch.tensor(share**0.5, dtype=torch.float64))))
+            gate.bias.fill_(float(torch.logit(torch.tensor(mean_gate**0.5, dtype=torch.float64))))
     after, to_score_without = _measure(student, used)
     lost = fmean(fmean(before[name].values()) - fmean(after[name].values()) for name in before)
     if worse_sets(before, after, seed=seed) or lost > _TOLERATED or to_score_without > _MORE * to_score:
@@ -53,7 +53,7 @@ def make_idle_gates_constant(student: Student, dev_sets: Sequence[DevSet], *, se
     return True
 
 
-def _mean_share(student: Student, head: Interaction, encoded: EncodedDev) -> float:
+def _mean_gate(student: Student, head: Interaction, encoded: EncodedDev) -> float:
     """The mean of r_q r_p over the pairs of a dev set."""
     queries, passages = (torch.from_numpy(each).to(student.device) for each in (encoded.queries, encoded.passages))
     with torch.inference_mode():

@@ -232,16 +232,16 @@ class PairCrossEntropy(Loss, kind="pair_cross_entropy"):
     of_pairs: ClassVar[bool] = True
     dot: float = Field(default=0.5, ge=0)
     """Weight, beside that of the whole score, of the same for the inner-product part alone (dot head)."""
-    teacher_share: float = Field(default=0.0, ge=0, le=1)
-    """Share of the teacher's P(yes) in the target; the rest is the data set's own label. Above 0, it is an imitation
+    teacher_weight: float = Field(default=0.0, ge=0, le=1)
+    """Weight of the teacher's P(yes) in the target; the rest is the data set's own label. Above 0, it is an imitation
     like the others: pairs are labelled by the teacher, whose gate is measured."""
 
     @property
     def learns_from(self) -> frozenset[Need]:
-        return self.needs | frozenset[Need]({"labels"}) if self.teacher_share else self.needs
+        return self.needs | frozenset[Need]({"labels"}) if self.teacher_weight else self.needs
 
     def without_imitation(self) -> Loss:
-        return self.model_copy(update={"teacher_share": 0.0})
+        return self.model_copy(update={"teacher_weight": 0.0})
 
     def __call__(self, inputs: LossInput) -> Tensor:
         scores, two = inputs.scores, inputs.scores.teacher
@@ -254,14 +254,14 @@ class PairCrossEntropy(Loss, kind="pair_cross_entropy"):
         assert inputs.batch.targets is not None
         own = inputs.on_device(inputs.batch.targets)
         judged = torch.isfinite(own)
-        own, share = own.nan_to_num(), self.teacher_share
+        own, weight = own.nan_to_num(), self.teacher_weight
         middle = 0.0 if inputs.offset is None else inputs.offset
         logits = logits.float() - middle
         if of_teacher is None:
-            return losses.pair_cross_entropy(logits, (1 - share) * own + share * inputs.probabilities, judged)
+            return losses.pair_cross_entropy(logits, (1 - weight) * own + weight * inputs.probabilities, judged)
         # The cross-entropy is linear in its target, so this is the same loss if both heads have the same scores.
         imitation = losses.pair_cross_entropy(of_teacher.float() - middle, inputs.probabilities, judged)
-        return (1 - share) * losses.pair_cross_entropy(logits, own, judged) + share * imitation
+        return (1 - weight) * losses.pair_cross_entropy(logits, own, judged) + weight * imitation
 
 
 class ListImitation(Loss, kind="list_imitation"):

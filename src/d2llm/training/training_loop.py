@@ -35,8 +35,8 @@ from d2llm.recipe import Recipe, TrainingConfig
 from d2llm.recipe.recipe_file import shaping_settings
 from d2llm.training.checkpoints import BestState, epochs_of, remarks, trainable, warmup_steps
 from d2llm.training.choose_weights import (
+    choose_fraction,
     choose_interaction_weights,
-    choose_share,
     interpolate,
     items_at_best_weight,
     mean_value,
@@ -75,10 +75,10 @@ from d2llm.training.trainer import Trainable, Trainer
 _log = logging.getLogger(__name__)
 _OFFSET_RATE = 0.03  # in units of the logit, whose scale starts at 20
 _NUM_EVALUATIONS, _MAX_STEPS_BETWEEN = 5, 200
-_LEAST_SHARE = 0.5  # of limited time that the first stage gets, however long the others will take
-_MEASURING_SHARE = 0.25  # of limited time; evaluations between start and end that would take more are left out
+_MIN_FRACTION = 0.5  # of limited time that the first stage gets, however long the others will take
+_MEASURING_FRACTION = 0.25  # of limited time; evaluations between start and end that would take more are left out
 _CALIBRATED_TEXTS = 10  # encoded for each dev query to fit probabilities
-_LABEL_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_LABEL_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass
@@ -90,8 +90,8 @@ class DistillProgress:
     start_items: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
     best_by_set: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
     interaction_weights: dict[Task, float] = field(default_factory=dict[Task, float])
-    share_kept: float = 1.0
-    label_share: float | None = None
+    fraction_kept: float = 1.0
+    label_weight: float | None = None
     seconds_per_text: float = 0.0
 
 
@@ -191,11 +191,11 @@ class DistillRun(Trainable):
     @property
     def keeps_start(self) -> bool:
         """Whether the vectors are those of the start: no state was better on dev, or nothing of the change is kept."""
-        return self.trainer.best.step == 0 or self.progress.share_kept == 0
+        return self.trainer.best.step == 0 or self.progress.fraction_kept == 0
 
     def reserved_seconds(self) -> float:
         """What the other stages need, at most half of the time."""
-        return min(self.seconds_after("vectors"), (1 - _LEAST_SHARE) * self.trainer.limit)
+        return min(self.seconds_after("vectors"), (1 - _MIN_FRACTION) * self.trainer.limit)
 
     def seconds_after(self, stage: Literal["vectors", "interaction", "tokens"]) -> float:
         """How long what follows a stage will take, nearly all of it for encoding texts."""
@@ -210,9 +210,9 @@ class DistillRun(Trainable):
         if stage != "tokens" and self.student.config.interaction.gates:
             num_texts += num_dev
         if stage == "vectors":
-            num_shares = 1 + len(training.interpolation) if training.interpolates else 0
-            num_shares += self.student.pooling.gated is not None
-            num_texts += (1 + num_shares) * num_dev + (num_dev + self.num_planned if self.has_stages else 0)
+            num_fractions = 1 + len(training.interpolation) if training.interpolates else 0
+            num_fractions += self.student.pooling.gated is not None
+            num_texts += (1 + num_fractions) * num_dev + (num_dev + self.num_planned if self.has_stages else 0)
         return num_texts * self.progress.seconds_per_text
 
     def may_evaluate(self) -> bool:
@@ -221,7 +221,7 @@ class DistillRun(Trainable):
             return True
         needed = self.progress.seconds_per_text * sum(dev_set.num_texts for dev_set in self.dev_sets)
         needed *= 2  # also at the end
-        return self.processes.from_first(self.measuring_seconds + needed <= _MEASURING_SHARE * self.trainer.limit)
+        return self.processes.from_first(self.measuring_seconds + needed <= _MEASURING_FRACTION * self.trainer.limit)
 
     def merge_heads(self) -> None:
         """Combine the two heads, if there are two, with the weight that is best on dev; even weights if all are equal.
@@ -233,29 +233,29 @@ class DistillRun(Trainable):
         if not isinstance(head, Interaction) or head.teacher_dots is None:
             return
         self.student.eval()
-        total = sum((1 + len(_LABEL_SHARES)) * len(dev.queries) + len(dev.passages) for dev in self.dev_sets)
-        by_share: dict[float, dict[str, DevResult]] = {}
+        total = sum((1 + len(_LABEL_WEIGHTS)) * len(dev.queries) + len(dev.passages) for dev in self.dev_sets)
+        by_weight: dict[float, dict[str, DevResult]] = {}
         with progress_bar("measuring combinations of the heads", total) as advance:
             encoded = [
                 encode_dev(self.student, dev, advance=advance, processes=self.processes) for dev in self.dev_sets
             ]
-            for share in _LABEL_SHARES if self.processes.is_first else ():
-                head.label_share = share
-                by_share[share] = {e.dev.name: measure_by_weight(self.student, e, advance=advance) for e in encoded}
-        by_share = self.processes.from_first(by_share)
+            for weight in _LABEL_WEIGHTS if self.processes.is_first else ():
+                head.label_weight = weight
+                by_weight[weight] = {e.dev.name: measure_by_weight(self.student, e, advance=advance) for e in encoded}
+        by_weight = self.processes.from_first(by_weight)
         sound = [
-            share
-            for share, results in by_share.items()
+            weight
+            for weight, results in by_weight.items()
             if not worse_sets(self.progress.start_items, items_at_best_weight(results), seed=seed)
         ]
-        allowed = list(by_share) if self.recipe.training.interpolates else sound or [0.5]
-        share = max(allowed, key=lambda share: (mean_value(by_share[share]), -abs(share - 0.5)))
-        head.label_share = self.progress.label_share = share
+        allowed = list(by_weight) if self.recipe.training.interpolates else sound or [0.5]
+        weight = max(allowed, key=lambda weight: (mean_value(by_weight[weight]), -abs(weight - 0.5)))
+        head.label_weight = self.progress.label_weight = weight
         head.merge_heads()
         self.parameters = trainable(self.student) | self.offsets
-        self._adopt(by_share[share])
-        for each, results in by_share.items():
-            self.trainer.write(self.trainer.step, label_share=each, dev=_rounded(results))
+        self._adopt(by_weight[weight])
+        for weight, results in by_weight.items():
+            self.trainer.write(self.trainer.step, label_weight=weight, dev=_rounded(results))
 
     def interpolate_with_start(self) -> None:
         """Undo as much of the change as possible without a significant loss on dev (``training.choose_weights``)."""
@@ -264,23 +264,23 @@ class DistillRun(Trainable):
             return
         end = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
-        def measure(share: float) -> dict[str, DevResult]:
-            interpolate(self.parameters, self.start, end, share)
-            return self.processes.from_first(self._dev_results(f"measuring {share:.0%} of the change on dev"))
+        def measure(fraction: float) -> dict[str, DevResult]:
+            interpolate(self.parameters, self.start, end, fraction)
+            return self.processes.from_first(self._dev_results(f"measuring {fraction:.0%} of the change on dev"))
 
         self.student.eval()
-        share, results = choose_share(
+        fraction, results = choose_fraction(
             training.interpolation,
             measure,
             progress.start_items,
             seed=self.recipe.seed,
             largest=training.max_interpolation,
         )
-        interpolate(self.parameters, self.start, end, share)
-        self._adopt(results[share])
-        progress.share_kept = share
-        for each, share_results in results.items():
-            self.trainer.write(self.trainer.step, share=each, dev=_rounded(share_results))
+        interpolate(self.parameters, self.start, end, fraction)
+        self._adopt(results[fraction])
+        progress.fraction_kept = fraction
+        for tried, dev_results in results.items():
+            self.trainer.write(self.trainer.step, fraction=tried, dev=_rounded(dev_results))
 
     def leave_out_pma(self) -> None:
         """Set the gate of PMA to 0, unless some dev set is significantly worse without it (``choose_weights``)."""

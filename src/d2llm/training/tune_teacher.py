@@ -36,8 +36,8 @@ from d2llm.training.checkpoints import BestState, trainable
 from d2llm.training.gradient_cache import backpropagate_parts, graph_room
 from d2llm.training.trainer import Trainable, Trainer, save_tuned
 
-_PAIR_SHARE = 0.3  # weight of the yes/no loss when it is added to the softmax over lists
-_MAX_SHARE = 5  # at most one fifth of a plan is held out
+_PAIR_WEIGHT = 0.3  # weight of the yes/no loss when it is added to the softmax over lists
+_HELD_OUT_DIVISOR = 5  # at most one fifth of a plan is held out
 _ALL = 1_000_000
 _SORTED_BATCHES = 16  # number of batches whose pairs are sorted by length together
 
@@ -261,7 +261,7 @@ def hold_out(
     for source in sources:
         entries = sorted(source.plan.entries, key=lambda entry: entry.query_id)
         random.Random(f"{seed}:dev:{source.dataset.name}").shuffle(entries)
-        dev = entries[: min(tuning.dev_queries, len(entries) // _MAX_SHARE)]
+        dev = entries[: min(tuning.dev_queries, len(entries) // _HELD_OUT_DIVISOR)]
         dev_positives = {passage_id for entry in dev for passage_id in entry.positives}
         dev_ids = {entry.query_id for entry in dev}
         rest = [e for e in source.plan.entries if e.query_id not in dev_ids and dev_positives.isdisjoint(e.positives)]
@@ -367,7 +367,7 @@ def accumulate(
     """Add the gradient of a batch's loss, in parts of about ``part_tokens`` to limit memory.
 
     The loss of pairs is the mean yes/no cross-entropy; that of lists is a softmax over each query's passages, plus a
-    share of the yes/no cross-entropy. A list that exceeds ``part_tokens`` is computed in several parts; those whose
+    fraction of the yes/no cross-entropy. A list that exceeds ``part_tokens`` is computed in several parts; those whose
     activations do not fit into ``room`` (``graph_room``) are computed twice, with the same dropout. Returns the loss
     and the number of truncated pairs.
     """
@@ -377,7 +377,7 @@ def accumulate(
     for place, pair in enumerate(batch):
         places.setdefault(pair.query if loss == "lists" else place, []).append(place)
     lists = list(places.values())
-    pair_share = _PAIR_SHARE if loss == "lists" else 1.0
+    pair_weight = _PAIR_WEIGHT if loss == "lists" else 1.0
     lengths = [max(len(inputs[place]) for place in list_places) * len(list_places) for list_places in lists]
     together = token_budget_batches(lengths, max_tokens=part_tokens, max_items=len(lists))
     seeds: list[int] = torch.randint(1 << 31, (len(together),)).tolist()
@@ -391,7 +391,7 @@ def accumulate(
 
         def loss_of(log_odds: Tensor, targets: Tensor = targets, sizes: Sequence[int] = sizes) -> Tensor:
             yes_or_no = functional.binary_cross_entropy_with_logits(log_odds, targets, reduction="sum")
-            part_loss = pair_share * yes_or_no / len(batch)
+            part_loss = pair_weight * yes_or_no / len(batch)
             for scores, labels in zip(log_odds.split(sizes), targets.split(sizes), strict=True):
                 if loss == "lists" and float(labels.sum()) > 0:
                     part_loss = part_loss + functional.cross_entropy(scores, labels / labels.sum()) / len(lists)

@@ -85,7 +85,7 @@ class WriterTuningReport:
 def writer_data(datasets: Sequence[Dataset], tuning: WriterTuningConfig, *, seed: int = 0) -> WriterData:
     """One example for each query of the train and dev splits, with one of its positives, drawn at random.
 
-    A share of the training questions become keyword queries. A data set that was read without a dev split has no dev
+    A fraction of the training questions become keyword queries. A data set that was read without a dev split has no dev
     examples.
 
     Raises:
@@ -103,7 +103,7 @@ def writer_data(datasets: Sequence[Dataset], tuning: WriterTuningConfig, *, seed
         positives = dataset.unshared_positives("train", held_out if tuning.exclude_shared_passages else [])
         num_shared += len(dataset.unshared_positives("train")) - len(positives)
         examples = _examples(dataset, positives, seed)[: tuning.max_queries]
-        training += [_as_keywords(example, tuning.keywords_share, seed) for example in examples]
+        training += [_as_keywords(example, tuning.keywords_fraction, seed) for example in examples]
         if "dev" in held_out:
             dev += _examples(dataset, dataset.positives("dev"), seed)[: tuning.dev_queries]
     if not training:
@@ -273,10 +273,10 @@ def _examples(dataset: Dataset, positives: dict[str, tuple[str, ...]], seed: int
     return examples
 
 
-def _as_keywords(example: WriterExample, share: float, seed: int) -> WriterExample:
-    """A share of the questions as keyword queries; other examples unchanged."""
+def _as_keywords(example: WriterExample, fraction: float, seed: int) -> WriterExample:
+    """A fraction of the questions as keyword queries; other examples unchanged."""
     assignment = example.assignment
-    if assignment.kind != "question" or random.Random(f"{seed}:{example.query}").random() >= share:
+    if assignment.kind != "question" or random.Random(f"{seed}:{example.query}").random() >= fraction:
         return example
     keywords = keywords_of(example.query)
     return example if keywords is None else WriterExample(replace(assignment, kind="keywords"), keywords)

@@ -50,7 +50,7 @@ def batch(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Distillatio
 
 
 def test_the_loss_by_hand(place: Place, batch: DistillationBatch) -> None:
-    """-log of the share of a relevant passage, by 20 times the cosine, at 8 components and in full; means of these."""
+    """-log of a relevant passage's softmax, by 20 times the cosine, at 8 components and in full; means of these."""
     student = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
     count = len(batch.query_ids)
     whole, shallow = (torch.randn(count + len(batch.passage_ids), DIM) for _ in range(2))

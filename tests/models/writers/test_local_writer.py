@@ -174,9 +174,9 @@ def test_a_row_samples_from_the_likeliest_tokens():
     ):
         chosen = _Sampler(draws, temperature=temperature, top_p=top_p)(torch.zeros(4000, 1, dtype=torch.long), scores)
         assert (chosen == 0).sum(1).tolist() == [1] * 4000
-        shares = np.bincount(chosen.argmax(1).numpy(), minlength=4) / 4000
-        np.testing.assert_allclose(shares, expected, rtol=0, atol=0.03)
-        assert (shares[np.array(expected) == 0] == 0).all()
+        fractions = np.bincount(chosen.argmax(1).numpy(), minlength=4) / 4000
+        np.testing.assert_allclose(fractions, expected, rtol=0, atol=0.03)
+        assert (fractions[np.array(expected) == 0] == 0).all()
 
 
 def test_sampling_from_a_large_vocabulary_is_exact(monkeypatch: pytest.MonkeyPatch):

@@ -106,8 +106,8 @@ class TestOrder:
             order_candidates(lists, (), 0, RankWeighted(), random_of(seed))[0].passage_id for seed in range(4000)
         )
         # weights 1, 1/2, 1/3: shares 6/11, 3/11, 2/11; the standard deviation of a share is below 0.008
-        for name, share in (("a", 6 / 11), ("b", 3 / 11), ("c", 2 / 11)):
-            assert firsts[name] / 4000 == pytest.approx(share, abs=0.03)
+        for name, fraction in (("a", 6 / 11), ("b", 3 / 11), ("c", 2 / 11)):
+            assert firsts[name] / 4000 == pytest.approx(fraction, abs=0.03)
 
     def test_another_sampling_is_one_class(self):
         """It has settings of its own, and is used by its name in a recipe, in Python and when mining again."""

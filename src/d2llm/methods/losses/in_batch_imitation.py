@@ -114,7 +114,7 @@ class LiveTeacher:
             self._passages.update(zip(new, self._read(texts, "passage"), strict=True))
         (vector, tokens), passages = self._queries[query], [self._passages[passage_id] for passage_id in passage_ids]
         if self._only_tokens:
-            # Those of a long query were multiplied by a share, and the sum is over all that have a vector.
+            # Those of a long query were multiplied by a fraction, and the sum is over all that have a vector.
             return len(tokens) * _mean_best(to_sphere(torch.from_numpy(tokens).float()), passages)
         scores = self._student.score(vector, np.stack([each for each, _ in passages]), self._task)
         if self.token_weight:

@@ -89,9 +89,9 @@ def subclass_imitation(
     with torch.autocast(features.device.type, enabled=False):
         own = features @ features.mT
         for weights in (yes, mask.to(yes.dtype) - yes):
-            shares = weights / weights.sum(dim=1, keepdim=True).clamp(min=smallest)
-            centred, own_centred = (_centred(each, shares) for each in (gram, own))
-            roots = shares.sqrt()
+            fractions = weights / weights.sum(dim=1, keepdim=True).clamp(min=smallest)
+            centred, own_centred = (_centred(each, fractions) for each in (gram, own))
+            roots = fractions.sqrt()
             variances, vectors = torch.linalg.eigh(roots[:, :, None] * centred * roots[:, None, :])
             variances, vectors = (each.flip(-1)[..., :num_directions] for each in (variances, vectors))
             sums = roots[:, :, None] * vectors  # [queries, entries, directions]: each direction as a sum of entries
@@ -106,7 +106,7 @@ def subclass_imitation(
     return masked_mean(masked_mean(total, mask), mask.sum(dim=1) >= 2).to(student_features.dtype)
 
 
-def _centred(gram: Tensor, shares: Tensor) -> Tensor:
-    """Inner products [queries, entries, entries] of vectors after their mean, weighted by shares, is taken away."""
-    by_mean = gram @ shares[:, :, None]  # [queries, entries, 1]
-    return gram - by_mean - by_mean.mT + (shares[:, None, :] @ by_mean)
+def _centred(gram: Tensor, fractions: Tensor) -> Tensor:
+    """Inner products [queries, entries, entries] of vectors after their mean, weighted by fractions, is taken away."""
+    by_mean = gram @ fractions[:, :, None]  # [queries, entries, 1]
+    return gram - by_mean - by_mean.mT + (fractions[:, None, :] @ by_mean)

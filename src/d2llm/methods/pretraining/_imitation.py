@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from d2llm.recipe import Recipe
 
 _FITTED_TEXTS = 2_000  # on which a map to a strange teacher is fitted before the first step
-_FIT_PENALTY = 0.1  # as a share of the mean variance of a component
+_FIT_PENALTY = 0.1  # as a fraction of the mean variance of a component
 _COMPARED_TEXTS = 100
 
 
@@ -193,7 +193,7 @@ class ImitationTask(PretrainingTask):
 
 
 def fit_linear(linear: nn.Linear, features: Float[Tensor, "rows width"], targets: Float[Tensor, "rows other"]) -> float:
-    """Make a linear map the ridge regression of targets on features; the share of their variance that it explains."""
+    """Make a linear map the ridge regression of targets on features; the explained fraction of variance."""
     one, other = (each.double().cpu().numpy() for each in (features, targets))
     middle, target_middle = one.mean(axis=0), other.mean(axis=0)
     weight = ridge_weights([RidgeSet(one, other, folds_of(len(one)))], _FIT_PENALTY)

@@ -33,8 +33,8 @@ class MaskedNextToken(Pretraining, kind="masked_next_token"):
         "([one seed](log/2026-11.md#2026-11-25-words-and-masked-tokens-before-distillation))"
     )
 
-    masked_share: float = Field(default=0.2, gt=0, lt=1)
-    """Share of a text's tokens that are masked."""
+    masked_fraction: float = Field(default=0.2, gt=0, lt=1)
+    """Fraction of a text's tokens that are masked."""
 
     def check(self, recipe: Recipe) -> None:
         """Refuse a decoder that reads in one direction."""
@@ -59,7 +59,7 @@ class _MaskedTokens(PretrainingTask):
 
     def __init__(self, backbone: Backbone, config: MaskedNextToken, seed: int) -> None:
         super().__init__(backbone, config, seed)
-        self.share, self.mask_id = config.masked_share, _mask_id(backbone)
+        self.fraction, self.mask_id = config.masked_fraction, _mask_id(backbone)
 
     def build(self) -> None:
         self.head = word_head(self.backbone)
@@ -68,18 +68,18 @@ class _MaskedTokens(PretrainingTask):
         """How badly the masked tokens of each text are predicted."""
         for part in self.parts(batch):
             texts = [batch[index] for index in part]
-            masks = [mask_tokens(ids, self.share, self.mask_id, rng) for ids in texts]
+            masks = [mask_tokens(ids, self.fraction, self.mask_id, rng) for ids in texts]
             states, _ = self.backbone(*self.backbone.pad([ids for ids, _ in masks]))
             values = masked_next_token_loss(states, texts, [places for _, places in masks], self.head)
             yield values.sum() / len(batch)
 
 
-def mask_tokens(ids: Sequence[int], share: float, mask_id: int, rng: random.Random) -> tuple[list[int], list[int]]:
-    """Token ids with a ``share`` of them, at least one, replaced by the mask, and the places of these, in order.
+def mask_tokens(ids: Sequence[int], fraction: float, mask_id: int, rng: random.Random) -> tuple[list[int], list[int]]:
+    """Token ids with a ``fraction`` of them, at least one, replaced by the mask, and the places of these, in order.
 
     The first token stays, because no state is before it. A text of one token has no masks.
     """
-    places = sorted(rng.sample(range(1, len(ids)), max(1, round(share * (len(ids) - 1))))) if len(ids) > 1 else []
+    places = sorted(rng.sample(range(1, len(ids)), max(1, round(fraction * (len(ids) - 1))))) if len(ids) > 1 else []
     masked = [*ids]
     for place in places:
         masked[place] = mask_id

@@ -129,9 +129,9 @@ class LeanStudent(PlainStudent):
             states = self.backbone.states(ids)
             vectors[row] = self._pool(states)
             if projection is not None:
-                places, share = projection.chosen(ids[start:], kind)
+                places, fraction = projection.chosen(ids[start:], kind)
                 own = states[start:][places]
-                tokens.append(to_sphere(own @ projection.weight.T) * np.float32(share))
+                tokens.append(to_sphere(own @ projection.weight.T) * np.float32(fraction))
             if advance is not None:
                 advance(1)
         lengths = tuple(tokenized.lengths)

@@ -149,12 +149,12 @@ def reliability(calibration: Calibration, identity: str) -> Markup:
         width,
         height,
         title=f"Calibration of {calibration.name}",
-        description=f"Share of yes pairs against the predicted probability, in {len(calibration.bins)} bins. "
+        description=f"Fraction of yes pairs against the predicted probability, in {len(calibration.bins)} bins. "
         f"Expected error {calibration.expected_error:.4f} over {calibration.num_pairs:,} pairs.",
     )
     ticks = [0, 0.2, 0.4, 0.6, 0.8, 1]
     _grid(root, frame, x, y, ticks, ticks)
-    _axis_titles(root, frame, "predicted probability of yes", "actual share of yes")
+    _axis_titles(root, frame, "predicted probability of yes", "actual fraction of yes")
     svg.line(root, "diagonal", x(0), y(0), x(1), y(1))
     most = max(part.count for part in calibration.bins)
     floor, tallest = height - 4, 38.0
@@ -175,8 +175,8 @@ def histogram(counts: ScoreHistogram, identity: str, *, name: str, labels: tuple
     """Score distributions of the two labels, each normalised to shares; ``labels`` are their names."""
     width, height = 360.0, 250.0
     frame = svg.Box(50, 12, width - 12, height - 44)
-    shares = [_shares(counts.positive), _shares(counts.negative)]
-    highest = max([*shares[0], *shares[1]]) or 1.0
+    fractions = [_fractions(counts.positive), _fractions(counts.negative)]
+    highest = max([*fractions[0], *fractions[1]]) or 1.0
     low, high = counts.edges[0], counts.edges[-1]
     x = svg.linear(low, high, frame.left, frame.right)
     y = svg.linear(0, highest * 1.05, frame.bottom, frame.top)
@@ -188,16 +188,16 @@ def histogram(counts: ScoreHistogram, identity: str, *, name: str, labels: tuple
         description=f"Histogram of {sum(counts.positive):,} {labels[0]} and {sum(counts.negative):,} {labels[1]}.",
     )
     _grid(root, frame, x, y, svg.linear_ticks(low, high, 5), svg.linear_ticks(0, highest * 1.05, 4), percent=True)
-    _axis_titles(root, frame, "score", "share")
-    for side, values in (("negative", shares[1]), ("positive", shares[0])):
+    _axis_titles(root, frame, "score", "fraction")
+    for side, values in (("negative", fractions[1]), ("positive", fractions[0])):
         steps = [
             f"H{x(right):.2f}V{y(after):.2f}" for right, after in zip(counts.edges[1:], [*values[1:], 0], strict=True)
         ]
         svg.add(root, "path", class_=f"mark {side}", d=f"M{x(low):.2f} {y(0):.2f}V{y(values[0]):.2f}{''.join(steps)}Z")
     for place, (left, right) in enumerate(pairwise(counts.edges)):
         text = f"{left:.3g} to {right:.3g}: " + ", ".join(
-            f"{label} {side[place]:,} ({share[place]:.1%})"
-            for label, side, share in zip(labels, (counts.positive, counts.negative), shares, strict=True)
+            f"{label} {side[place]:,} ({side_fractions[place]:.1%})"
+            for label, side, side_fractions in zip(labels, (counts.positive, counts.negative), fractions, strict=True)
         )
         bin_ = _titled(root, "bin", text)
         wide, high = x(right) - x(left), frame.bottom - frame.top
@@ -205,7 +205,7 @@ def histogram(counts: ScoreHistogram, identity: str, *, name: str, labels: tuple
     return svg.markup(root)
 
 
-def _shares(counts: Sequence[int]) -> list[float]:
+def _fractions(counts: Sequence[int]) -> list[float]:
     total = sum(counts) or 1
     return [count / total for count in counts]
 
