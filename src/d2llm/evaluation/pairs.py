@@ -177,7 +177,8 @@ def student_scores(work: PairWork, contenders: Sequence[Contender]) -> list[Scor
         }
 
     return [
-        work.scored(each.name, each.kind, each.model.fingerprint, partial(measure, each.model)) for each in contenders
+        work.scored(contender.name, contender.kind, contender.model.fingerprint, partial(measure, contender.model))
+        for contender in contenders
     ]
 
 

@@ -170,7 +170,7 @@ def probe(
         fingerprint,
         task,
         seed,
-        tuple(probe_task(student, each, seed=seed) for each in tasks),
+        tuple(probe_task(student, task, seed=seed) for task in tasks),
         (
             *rank(
                 student, "LIMIT", limit_set.passages, limit_set.queries, judged, dict.fromkeys(judged, "pairs"), task
@@ -240,7 +240,7 @@ def _word_content(texts: Sequence[str], words: Sequence[Sequence[str]], counts: 
     for text, each in zip(texts, words, strict=True):
         if len(present := {word.lower() for word in each} & by_word.keys()) == 1:
             by_word[present.pop()].append(text)
-    used = [each for each in by_word.values() if len(each) >= _TEXTS_PER_WORD]
+    used = [texts for texts in by_word.values() if len(texts) >= _TEXTS_PER_WORD]
     if len(used) < 2:
         return None
     smallest = min(map(len, used))

@@ -227,7 +227,10 @@ class EvaluationReport:
 
     def comparison(self, row: str, measure: str) -> Comparison | None:
         """The comparison of a row with the baseline in one measure; None for the baseline itself."""
-        return next((each for each in self.comparisons if (each.row, each.measure) == (row, measure)), None)
+        return next(
+            (comparison for comparison in self.comparisons if (comparison.row, comparison.measure) == (row, measure)),
+            None,
+        )
 
     def renamed(self, names: Mapping[str, str]) -> EvaluationReport:
         """The same report with other names of rows: old name -> new name."""
@@ -236,20 +239,23 @@ class EvaluationReport:
             return names.get(name, name)
 
         def compared(comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
-            return tuple(replace(each, row=new(each.row), baseline=new(each.baseline)) for each in comparisons)
+            return tuple(
+                replace(comparison, row=new(comparison.row), baseline=new(comparison.baseline))
+                for comparison in comparisons
+            )
 
         return replace(
             self,
             subject=new(self.subject),
             baseline=None if self.baseline is None else new(self.baseline),
-            rows=tuple(replace(each, name=new(each.name)) for each in self.rows),
-            missing=tuple(replace(each, name=new(each.name)) for each in self.missing),
-            sample_rows=tuple(replace(each, name=new(each.name)) for each in self.sample_rows),
+            rows=tuple(replace(row, name=new(row.name)) for row in self.rows),
+            missing=tuple(replace(row, name=new(row.name)) for row in self.missing),
+            sample_rows=tuple(replace(row, name=new(row.name)) for row in self.sample_rows),
             comparisons=compared(self.comparisons),
             parts=compared(self.parts),
-            agreement=tuple(replace(each, name=new(each.name)) for each in self.agreement),
-            calibration=tuple(replace(each, name=new(each.name)) for each in self.calibration),
-            histograms=tuple(replace(each, name=new(each.name)) for each in self.histograms),
+            agreement=tuple(replace(agreement, name=new(agreement.name)) for agreement in self.agreement),
+            calibration=tuple(replace(calibration, name=new(calibration.name)) for calibration in self.calibration),
+            histograms=tuple(replace(histogram, name=new(histogram.name)) for histogram in self.histograms),
             details=replace(
                 self.details,
                 values={new(name): values for name, values in self.details.values.items()},

@@ -363,7 +363,7 @@ def about_row(report: EvaluationReport, name: str, dataset: Dataset) -> Evaluati
     assert measure is not None
     assert report.baseline is not None
     ours, theirs = (
-        dict(zip(details.item_ids, details.values[each][measure], strict=True)) for each in (name, report.baseline)
+        dict(zip(details.item_ids, details.values[system][measure], strict=True)) for system in (name, report.baseline)
     )
     positives = dataset.positives(report.split)
     relevant = {query_id: frozenset(positives[query_id]) for query_id in details.item_ids}

@@ -98,7 +98,7 @@ class Trial:
     def without_own(self, query_id: str, ranking: Iterable[tuple[str, float]]) -> RankedIds:
         """The first ``top_k`` passages of a query's ranking that are not the query itself."""
         own = self.own.of(query_id)
-        return tuple(islice((each for each in ranking if each[0] not in own), self.top_k))
+        return tuple(islice((hit for hit in ranking if hit[0] not in own), self.top_k))
 
 
 def sample(total: int, size: int | None, seed: int) -> NDArray[np.intp]:
@@ -166,7 +166,8 @@ def student_system(
             rankings,
             {"total": totals, **parts},
             {
-                "pairs_per_second": sum(each.num_candidates for each in probe_answers) / max(sum(parts["score"]), 1e-9),
+                "pairs_per_second": sum(answer.num_candidates for answer in probe_answers)
+                / max(sum(parts["score"]), 1e-9),
                 "peak_memory_mib": peak(),
             },
             notes=(f"{num_cut:,} of {len(ranked):,} queries were truncated",) if num_cut else (),
@@ -185,7 +186,7 @@ def hybrid_system(name: str, first: System, second: System, trial: Trial) -> Sys
         "hybrid",
         rankings,
         {"total": tuple(first_time + second_time for first_time, second_time in totals)},
-        {"bytes_per_passage": sum(each.costs.get("bytes_per_passage") or 0 for each in (first, second))},
+        {"bytes_per_passage": sum(system.costs.get("bytes_per_passage") or 0 for system in (first, second))},
     )
 
 

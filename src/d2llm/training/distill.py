@@ -155,14 +155,14 @@ def distill(
             score_features, start_tokens = score_features_at_start(student, sources, recipe, run_folder, processes)
             labelled, dev_sets = with_score_features(labelled, dev_sets, score_features)
         if training.complement_words is not None:
-            labelled = [complement_words(each, training.complement_words) for each in labelled]
+            labelled = [complement_words(source, training.complement_words) for source in labelled]
         preparation.sources[:] = labelled
         inputs: dict[str, Any] = {}
         for loss in objective:
             inputs |= loss.prepare(preparation)
         labelled = preparation.sources
         student.prepare_training(seed=recipe.seed)
-        if any(each.token_weight for each in labelled):
+        if any(source.token_weight for source in labelled):
             assert start_tokens is not None
             student.token_projection = start_tokens.to(student.backbone.device)
         settings = _run_settings(recipe, labelled, identity, started_from) | inputs

@@ -65,21 +65,21 @@ def fit_document_expansion(
         InputError: too few passages are relevant to a query, or no word is in two queries.
     """
     sets = [_passages_of(dataset, split, max_passages, seed) for dataset in data]
-    num_queries = sum((each.num_queries for each in sets), Counter[str]())
+    num_queries = sum((data_set.num_queries for data_set in sets), Counter[str]())
     vocabulary = sorted(term for term, number in num_queries.items() if number >= _MIN_QUERIES)
     if not vocabulary:
         raise InputError(f"no word is in two of the queries of '{split}'; use a data set with more of them")
     place_of = {term: place for place, term in enumerate(vocabulary)}
-    texts = [text for each in sets for text in each.texts]
+    texts = [text for data_set in sets for text in data_set.texts]
     with progress_bar("encoding passages with queries", len(texts)) as advance:
         features = student.encode_passages(texts, advance=advance).vectors.astype(np.float64)
     fractions = np.zeros((len(features), len(vocabulary)))
-    for row, own in enumerate(fraction for each in sets for fraction in each.fractions):
+    for row, own in enumerate(fraction for data_set in sets for fraction in data_set.fractions):
         for term, value in own.items():
             if term in place_of:
                 fractions[row, place_of[term]] = value
-    set_of = np.repeat(np.arange(len(sets)), [len(each.texts) for each in sets])
-    whole = RidgeSet(features, fractions, np.concatenate([folds_of(len(each.texts)) for each in sets]))
+    set_of = np.repeat(np.arange(len(sets)), [len(data_set.texts) for data_set in sets])
+    whole = RidgeSet(features, fractions, np.concatenate([folds_of(len(data_set.texts)) for data_set in sets]))
     errors = _errors_apart(whole, set_of)
     penalty = min(PENALTIES, key=lambda each: float(errors[each].sum()))
     usual, middle = fractions.mean(axis=0), features.mean(axis=0)
@@ -90,7 +90,7 @@ def fit_document_expansion(
         middle=middle.astype(np.float32),
         weights=ridge_weights([whole], penalty).astype(np.float32),
         rarity=_rarity(vocabulary, sets).astype(np.float32),
-        num_passages={each.name: len(each.texts) for each in sets},
+        num_passages={data_set.name: len(data_set.texts) for data_set in sets},
         explained={
             each.name: round(1 - float(error / max(variance, 1e-12)), 4)
             for each, error, variance in zip(sets, errors[penalty], variances, strict=True)
@@ -132,8 +132,8 @@ def _passages_of(dataset: Dataset, split: str, max_passages: int, seed: int) -> 
 
 def _rarity(vocabulary: Sequence[str], sets: Sequence[_Passages]) -> _Floats:
     """The idf of each word among the passages of all data sets (``store.bm25``)."""
-    num_with = np.array([sum(each.num_passages_with[term] for each in sets) for term in vocabulary], np.float64)
-    num = sum(each.num_counted for each in sets)
+    num_with = np.array([sum(data_set.num_passages_with[term] for data_set in sets) for term in vocabulary], np.float64)
+    num = sum(data_set.num_counted for data_set in sets)
     return np.log1p((num - num_with + 0.5) / (num_with + 0.5))
 
 

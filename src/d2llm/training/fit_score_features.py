@@ -143,8 +143,8 @@ def fit_score_features(
                     "%s: word weights are fitted without it: no dev query has a relevant passage among its nearest",
                     each.name,
                 )
-        lists = [each if use_nearest else replace(each, nearest=None) for each in lists if each.lists]
-        num_lists = sum(len(each.lists) for each in lists)
+        lists = [scored if use_nearest else replace(scored, nearest=None) for scored in lists if scored.lists]
+        num_lists = sum(len(scored.lists) for scored in lists)
         if num_lists < MIN_QUERIES:
             _warn_of_few(task, num_lists)
         else:
@@ -196,7 +196,7 @@ def make_feature_lists(
     texts = [query.text for query in queries]
     words_of_queries = [words.query(text, own) for text, own in zip(texts, term_factors(student, texts), strict=True)]
     by_words = [words.best(query_words, depth)[0] for query_words in words_of_queries]
-    own_rows = [np.array([row_of[each] for each in dataset.own_passages.of(one.id)], np.int64) for one in queries]
+    own_rows = [np.array([row_of[name] for name in dataset.own_passages.of(one.id)], np.int64) for one in queries]
     grades = [_grades(dataset, query, row_of) for query in queries]
     needed = np.unique(np.concatenate([*by_words, *(np.array([*judged], np.int64) for judged in grades)]))
     pool = _filled(needed, len(ids), num_passages, seed)
@@ -300,7 +300,9 @@ def fit_task_weights(
         if term not in terms:
             continue
         kept: list[ScoreFeature] = [other for other in terms if other != term]
-        without = fit_task_weights([each.of_terms(terms, kept) for each in sets], kept, words_factor=words_factor)
+        without = fit_task_weights(
+            [data_set.of_terms(terms, kept) for data_set in sets], kept, words_factor=words_factor
+        )
         if not best.weights[term] or _mean_after(best) < _mean_after(without) + MIN_PART_GAIN[kind]:
             return without
         lesser = lesser or without
@@ -339,7 +341,7 @@ def fit_all_terms(
 ) -> TaskFeatureWeights:
     """Fit weights as ``fit_task_weights`` does, but leave out no vectors of parts, however little they gain."""
     own = _Sum(np.eye(1, 1 + len(terms))[0], _are_words(terms))
-    before = {each.name: float(np.mean(own.ndcg(each))) for each in sets}
+    before = {data_set.name: float(np.mean(own.ndcg(data_set))) for data_set in sets}
     kind, after = _best_factor(sets, terms, words_factor)
     held_out = {name: float(np.mean(values)) for name, values in after.items()}
     fitted = own
@@ -349,7 +351,7 @@ def fit_all_terms(
         weights=dict(zip(terms, fitted.weights[1:].tolist(), strict=True)),
         words_factor=fitted.factor,
         dev={name: (before[name], held_out[name]) for name in before},
-        num_queries={each.name: len(each.lists) for each in sets},
+        num_queries={data_set.name: len(data_set.lists) for data_set in sets},
     )
 
 
@@ -365,7 +367,7 @@ def _best_factor(
     on_others: dict[str, list[float]] | None = None
     kinds: list[FactorKind] = [] if words_factor is False or not _are_words(terms).any() else ["words", "nearest"]
     for kind in kinds:
-        if kind == best or (kind == "nearest" and any(each.nearest is None for each in sets)):
+        if kind == best or (kind == "nearest" and any(data_set.nearest is None for data_set in sets)):
             continue
         better = _on_halves(sets, terms, kind)
         if not _is_gain(on_halves, better, num_errors=_MIN_STANDARD_ERRORS):
@@ -392,8 +394,8 @@ def _on_halves(
     sets: Sequence[FeatureLists], terms: Sequence[ScoreFeature], kind: FactorKind | None
 ) -> dict[str, list[float]]:
     """nDCG@10 of the queries of each data set; each half is ranked by a sum that was fitted on the other half."""
-    halves = [[each.half(number) for each in sets] for number in (0, 1)]
-    by_set: dict[str, list[float]] = {each.name: [] for each in sets}
+    halves = [[data_set.half(number) for data_set in sets] for number in (0, 1)]
+    by_set: dict[str, list[float]] = {data_set.name: [] for data_set in sets}
     for measured, others in (halves, halves[::-1]):
         fitted = _fit_sum(others, terms, kind)
         for half in measured:
@@ -406,15 +408,15 @@ def _on_other_sets(
 ) -> dict[str, list[float]]:
     """nDCG@10 of the queries of each data set, ranked by a sum that was fitted on the other sets."""
     return {
-        held_out.name: _fit_sum([each for each in sets if each is not held_out], terms, kind).ndcg(held_out)
+        held_out.name: _fit_sum([data_set for data_set in sets if data_set is not held_out], terms, kind).ndcg(held_out)
         for held_out in sets
     }
 
 
 def _fit_sum(sets: Sequence[FeatureLists], terms: Sequence[ScoreFeature], kind: FactorKind | None) -> _Sum:
-    lists, is_words = [scored for each in sets for scored in each.lists], _are_words(terms)
+    lists, is_words = [scored for data_set in sets for scored in data_set.lists], _are_words(terms)
     if kind is not None:
-        inputs = np.concatenate([each.inputs(kind) for each in sets])
+        inputs = np.concatenate([data_set.inputs(kind) for data_set in sets])
         fitted = fit_scaled_weights(lists, inputs, is_words)
         if fitted.weights.any():
             exponents = inputs @ fitted.slopes + fitted.offset

@@ -140,7 +140,10 @@ def fit_tokens(
         student.score_features.without_tokens()
     )  # those weights were fitted for another projection, if any
     return FitTokensReport(
-        projection.fingerprint, projection.dim, {each.name: len(each.queries) for each in examples}, tuple(losses)
+        projection.fingerprint,
+        projection.dim,
+        {example.name: len(example.queries) for example in examples},
+        tuple(losses),
     )
 
 
@@ -155,7 +158,9 @@ def token_rarity(student: Student, datasets: Sequence[Dataset], *, seed: int = 0
         ids = list(dataset.passages)
         if len(ids) > _COUNTED_PASSAGES:
             ids = random.Random(f"{seed}:rarity:{dataset.name}").sample(ids, _COUNTED_PASSAGES)
-        for token_ids in student.tokenize([dataset.passages[each].full_text for each in ids], "passage").ids:
+        for token_ids in student.tokenize(
+            [dataset.passages[passage_id].full_text for passage_id in ids], "passage"
+        ).ids:
             having[np.unique(token_ids)] += 1
         total += len(ids)
     rarity = np.maximum(np.log((total + 1) / (having + 0.5)), _MIN_RARITY)
@@ -265,7 +270,7 @@ def _states(
 
 def _start_from_principal_components(projection: TokenProjection, examples: Sequence[_Examples]) -> None:
     """Start with the directions in which the states of tokens differ most."""
-    passages = [states for each in examples for states in each.passages]
+    passages = [states for example in examples for states in example.passages]
     random.Random(0).shuffle(passages)
     sample: list[Tensor] = []
     for states in passages:

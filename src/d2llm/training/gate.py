@@ -186,9 +186,9 @@ def gate(
         num_undecided=sum(dev_scores.num_undecided for dev_scores in by_teacher),
         seconds=time.monotonic() - started,
         num_ungraded=sum(
-            int(each.sum())
+            int(flags.sum())
             for dev, dev_scores in zip(sets, by_teacher, strict=True)
-            for each in dev_scores.is_ungraded
+            for flags in dev_scores.is_ungraded
             if dev.gold is None
         ),
     )
@@ -302,13 +302,13 @@ def _row(name: str, paired: Sequence[_PairedMeasures], *, alpha: float, seed: in
     items = [f"{one.dev.name}:{item}" for one in paired for item in one.dev.item_ids]
     cosines, teachers = [one.cosine for one in paired], [one.teacher for one in paired]
     by_cosine, by_teacher = (
-        dict(zip(items, np.concatenate([each.by_item for each in measured]).tolist(), strict=True))
+        dict(zip(items, np.concatenate([result.by_item for result in measured]).tolist(), strict=True))
         for measured in (cosines, teachers)
     )
     test = better(by_cosine, by_teacher, alpha=alpha, seed=seed)
-    sizes = [len(each.by_item) for each in cosines]
+    sizes = [len(cosine.by_item) for cosine in cosines]
     cosine, teacher = (
-        float(np.average([each.value for each in measured], weights=sizes)) for measured in (cosines, teachers)
+        float(np.average([result.value for result in measured], weights=sizes)) for measured in (cosines, teachers)
     )
     return GateRow(
         name,

@@ -45,7 +45,7 @@ class Preparation:
     @property
     def with_lists(self) -> list[LabelledSource]:
         """The data sets whose queries have lists, in contrast to labelled pairs."""
-        return [each for each in self.sources if each.source.pairs is None]
+        return [source for source in self.sources if source.source.pairs is None]
 
     def add_pair_input(self, name: str, source: LabelledSource, values: ScorePassages) -> None:
         """Let every batch of a data set have a number for each query and passage (``LossInput.pair_input``)."""

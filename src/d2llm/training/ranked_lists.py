@@ -96,7 +96,7 @@ def collect_lists(
             "the data set out"
         )
     judged = {
-        split: [[each, dataset.queries[each].text, dataset.qrels[split][each]] for each in ids]
+        split: [[query_id, dataset.queries[query_id].text, dataset.qrels[split][query_id]] for query_id in ids]
         for split, ids in chosen.items()
     }
     corpus = fingerprint_passages(dataset.passages.values())
@@ -122,14 +122,14 @@ def _ranked(index: Index, dataset: Dataset, split: str, query_ids: Sequence[str]
     own = dataset.own_passages
     extra = max((len(own.of(query_id)) for query_id in query_ids), default=0)
     rankings = [
-        [each for each in ranking.passages if each.passage.id not in own.of(ranking.query.id)][:depth]
+        [hit for hit in ranking.passages if hit.passage.id not in own.of(ranking.query.id)][:depth]
         for ranking in index.search(queries, top_k=min(depth + extra, len(index)))
     ]
-    ids = [[each.passage.id for each in ranking] for ranking in rankings]
+    ids = [[hit.passage.id for hit in ranking] for ranking in rankings]
     vectors = [index.view.vectors(index.view.rows(own)) for own in ids]
     judged = [dataset.qrels[split][query_id] for query_id in query_ids]
     grades = [[of_query.get(each, 0) for each in own] for of_query, own in zip(judged, ids, strict=True)]
-    scores = [[each.score for each in ranking] for ranking in rankings]
+    scores = [[hit.score for hit in ranking] for ranking in rankings]
     shape = (len(ids), depth)
     return RankedLists(
         list(query_ids),

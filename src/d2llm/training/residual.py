@@ -162,7 +162,10 @@ class _Training(Trainable):
     def evaluate(self) -> dict[str, DevResult]:
         self.student.eval()
         with progress_bar("measuring on dev", sum(len(encoded.queries) for encoded in self.dev)) as advance:
-            return {each.dev.name: measure_by_weight(self.student, each, advance=advance) for each in self.dev}
+            return {
+                encoded_dev.dev.name: measure_by_weight(self.student, encoded_dev, advance=advance)
+                for encoded_dev in self.dev
+            }
 
     def record(self, results: dict[str, DevResult], step: int, best: BestState) -> dict[str, Any]:
         if step:

@@ -100,7 +100,7 @@ def fit_beside(
     if student.token_projection is None:
         student.token_projection = tokens
     has_tokens = student.token_projection is not None
-    terms: list[ScoreFeature] = [each for each in recipe.score_features.terms if has_tokens or each != "maxsim"]
+    terms: list[ScoreFeature] = [term for term in recipe.score_features.terms if has_tokens or term != "maxsim"]
     student.score_features = _with_inherited(
         _fit_score_features(student, sources, recipe, terms), score_features, student
     )

@@ -134,7 +134,7 @@ class DistillRun(Trainable):
         if self.has_stages and isinstance(student.interaction, Interaction):
             for parameter in student.interaction.residual_parameters().values():
                 parameter.requires_grad_(False)
-        tasks: set[Task] = {each.source.task for each in sources}
+        tasks: set[Task] = {source.source.task for source in sources}
         for task in sorted(tasks):
             if has_interaction_weight(student, task) and isinstance(student.interaction, Interaction):
                 # The weight that was chosen for the start may be 0, and an interaction of weight 0 learns nothing.
@@ -150,7 +150,7 @@ class DistillRun(Trainable):
         self.total_steps = self.per_epoch * epochs_of(recipe.training, self.per_epoch)
         self.room = graph_room(recipe.training, student.backbone.device)
         self.measuring_seconds = 0.0
-        self.num_planned = sum(len(each.entries) + len(each.passage_ids) for each in sources)
+        self.num_planned = sum(len(source.entries) + len(source.passage_ids) for source in sources)
         training, key = recipe.training, fingerprint_json({**settings, "recipe": shaping_settings(recipe)})
         self.trainer = Trainer(
             self,
@@ -203,7 +203,7 @@ class DistillRun(Trainable):
         num_queries = sum(len(dev_set.queries) for dev_set in self.dev_sets)
         # For weights and probabilities:
         num_listed = listed_passages(training)
-        num_texts = sum(min(num_listed, len(each.source.dataset.passages)) for each in self.sources)
+        num_texts = sum(min(num_listed, len(source.source.dataset.passages)) for source in self.sources)
         num_texts += _CALIBRATED_TEXTS * num_queries
         if stage != "tokens" and self.recipe.score_features.maxsim:
             num_texts += self.num_planned
@@ -377,10 +377,10 @@ class DistillRun(Trainable):
             return batches
         pairs = in_batch_pairs(batches)
         self.sources = [
-            self._let_teacher_score(each, pairs[name]) if (name := each.source.dataset.name) in pairs else each
-            for each in self.sources
+            self._let_teacher_score(source, pairs[name]) if (name := source.source.dataset.name) in pairs else source
+            for source in self.sources
         ]
-        by_name = {each.source.dataset.name: each for each in self.sources}
+        by_name = {source.source.dataset.name: source for source in self.sources}
         return [(by_name[labelled.source.dataset.name], draws) for labelled, draws in batches]
 
     def _draw_batches(self, epoch: int) -> list[tuple[LabelledSource, list[Draw]]]:

@@ -154,7 +154,7 @@ def tune_reader(
         dataset.name: collect_lists(student, dataset, chosen[dataset.name], task=task, config=config, folder=run_folder)
         for dataset in datasets
     }
-    train = [each["train"] for each in lists.values()]
+    train = [splits["train"] for splits in lists.values()]
     stages = train_reader(reader, train, config, run_folder, _settings(reader, train, config, seed), seed=seed)
     reader.eval()
     report = ReaderTuningReport(
@@ -210,13 +210,13 @@ def measure(reader: ListwiseReader, lists: RankedLists, qrels: Qrels, *, seed: i
             read += reader.rank(lists.queries[part], list(lists.vectors[part]))
             advance(len(lists.queries[part]))
     rng, depth = random.Random(seed), lists.grades.shape[1]
-    by_logits = [np.argsort(-each.logits, kind="stable").tolist() for each in read]
+    by_logits = [np.argsort(-scored.logits, kind="stable").tolist() for scored in read]
     mixed = [[rng.sample(range(depth), depth) for _ in read] for _ in range(_MIXED_ORDERS)]
     return ReaderFigures(
         num_queries=len(lists),
         student=float(ndcg(lists, [range(depth)] * len(lists), qrels).mean()),
         first_step=float(ndcg(lists, by_logits, qrels).mean()),
-        decoded=float(ndcg(lists, [each.order.tolist() for each in read], qrels).mean()),
+        decoded=float(ndcg(lists, [scored.order.tolist() for scored in read], qrels).mean()),
         random=float(np.mean([ndcg(lists, orders, qrels) for orders in mixed])),
     )
 
@@ -292,8 +292,10 @@ class _Stage(Trainable):
 
 def loss_of(reader: ListwiseReader, batch: Sequence[ReadList]) -> Tensor:
     """The mean loss of drawing the lists' passages in the order to learn."""
-    orders = [each.target[: reader.steps] for each in batch]
-    logits = reader.step_logits([each.query for each in batch], np.stack([each.vectors for each in batch]), orders)
+    orders = [example.target[: reader.steps] for example in batch]
+    logits = reader.step_logits(
+        [example.query for example in batch], np.stack([example.vectors for example in batch]), orders
+    )
     return drawing_loss(logits, torch.tensor(orders, device=logits.device))
 
 
@@ -310,7 +312,7 @@ def _choose(
         train, shared = train_queries(dataset, config)
         chosen[dataset.name] = {"train": train, "dev": dev_queries(dataset, config.dev_queries, seed)}
         num_shared += shared
-    num_train = sum(len(each["train"]) for each in chosen.values())
+    num_train = sum(len(splits["train"]) for splits in chosen.values())
     if num_train < config.batch_lists:
         raise InputError(
             f"there are only {num_train} train queries with a relevant passage in {', '.join(names) or '(no data)'}, "
