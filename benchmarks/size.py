@@ -42,14 +42,14 @@ from d2llm import Student
 from d2llm.core.types import Passage, Query, ScoreFeature
 from d2llm.data.beir import read_beir
 from d2llm.models.score_features import FeatureWeights
-from d2llm.retrieval.build_ann import ITERATIONS, MIN_PASSAGES, NUM_QUERIES, build_ann, num_samples
+from d2llm.retrieval.build_ann import MIN_PASSAGES, build_ann
 from d2llm.retrieval.local_segment import open_view
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.sizing.index_bytes import StudentFacts, index_parts
 from d2llm.sizing.measure import measure_speeds
 from d2llm.sizing.plan import SizePlan
 from d2llm.sizing.search_time import AnnFacts, search_stages, total_ms
-from d2llm.sizing.speeds import Speed, Speeds, TeacherSpeed
+from d2llm.sizing.speeds import GRAPH_ROWS, Speed, Speeds, TeacherSpeed
 from d2llm.sizing.texts import TextFacts, read_text_facts
 from d2llm.store.index_store import IndexStore
 from d2llm.store.shards import Storage
@@ -121,13 +121,15 @@ def measure(
 def built_ann(store: IndexStore, student: Student) -> tuple[AnnFacts, int]:
     """Build an approximate index; what it reads, and its bytes.
 
-    How many lists must be read depends on the texts: that is an input, as it is for `d2llm size`.
+    How many rows must be compared depends on the texts: that is an input, as it is for `d2llm size`.
     """
     report = build_ann(store, student)
-    [tuned] = [one for one in report.recalls if one.depth == report.depth]
-    fraction = tuned.num_probes / report.num_lists
     facts = AnnFacts(
-        source="this index", passages=report.num_passages, first_ten=1.0, num_probes=tuned.num_probes, fraction=fraction
+        source="this index",
+        passages=report.num_passages,
+        first_ten=1.0,
+        candidates=report.depth,
+        compared=report.num_compared,
     )
     return facts, report.num_bytes
 
@@ -243,10 +245,7 @@ def shipped_speeds(student: Student, texts: TextFacts) -> Speeds:
     candidate_words = longer.of_candidates(counts_words=True).words
     candidates = "1,000 candidates and their windows, ms"
     dot = next(one for one in scoring["heads"] if (one["head"], one["features"], one["hidden"]) == SHIPPED_HEAD)
-    lists = scale["ann"]
-    read = dim * (num * lists["share_probed"] + 4 * lists["num_lists"])
-    samples = num_samples(num, lists["num_lists"], dim)
-    compared_lists = lists["num_lists"] * dim * (ITERATIONS * samples + num)
+    graph = read_result("engine")["graph"]
     built = scale["build"]
     whole = exact["d2llm, ann 1000 + IEM, whole"]["cpu_ms"] - exact["d2llm, ann 1000 + IEM"]["cpu_ms"]
     slow = scale["searches"]["symmetric"]["rows"]["d2llm, scan 1000 + IEM, whole"]
@@ -260,7 +259,9 @@ def shipped_speeds(student: Student, texts: TextFacts) -> Speeds:
         query_ms=speed(p50["encode"], "score-features", "questions of squad-sent"),
         scan_bytes=scans,
         products=products,
-        ann_bytes=speed(read / (1e-3 * lists["ms"]), "scale", f"{num:,} passages, with 1,000 candidates"),
+        compared_rows=speed(
+            graph["num_compared"] / (1e-3 * graph["ms"]), "engine", f"{graph['num_passages']:,} passages"
+        ),
         segment_ms=speed(
             bm25["weighing the words of a query, ms"]["p50"] / segments, "bm25", "weighing a query's words"
         ),
@@ -272,8 +273,10 @@ def shipped_speeds(student: Student, texts: TextFacts) -> Speeds:
         interaction_pairs=speed(1e6 / dot["candidates_ms_one_thread"], "scoring", "dot, rich, 512 wide"),
         result_ms=speed(whole, "scale", f"{num:,} passages"),
         written_text_bytes=speed(built["rows_per_cpu_second"] * built["text_bytes"], "scale", f"{num:,} passages"),
-        multiplications=speed(
-            compared_lists / (lists["cpu_seconds"] - NUM_QUERIES * alone_s), "scale", f"{num:,} passages"
+        linked_rows=speed(
+            graph["num_passages"] / graph["cpu_seconds"] * math.log(graph["num_passages"]) / math.log(GRAPH_ROWS),
+            "engine",
+            f"{graph['num_passages']:,} passages",
         ),
         teachers={
             "smollm2": TeacherSpeed(
@@ -292,16 +295,14 @@ SHIPPED_HEAD = ("dot", "rich", 512)
 
 
 def shipped_ann() -> AnnFacts:
-    """What the approximate index of a million passages reads."""
-    ann = read_result("scale")["ann"]
-    [tuned] = [one for one in ann["recalls"] if one["depth"] == ann["depth"]]
+    """What the approximate index of the benchmark of the engine compares."""
+    graph = read_result("engine")["graph"]
     return AnnFacts(
-        source=f"benchmarks/results/scale.json, {ann['target']:.0%} of the first {ann['depth']:,}",
-        passages=ann["num_passages"],
-        # Passages served as queries there and found all ten; of 101,583 real texts .997 were found (docs/index.md).
-        first_ten=min(ann["first_ten"], 0.997),
-        num_probes=tuned["num_probes"],
-        fraction=ann["share_probed"],
+        source=f"benchmarks/results/engine.json, {graph['target']:.0%} of the first {graph['depth']:,}",
+        passages=graph["num_passages"],
+        first_ten=min(graph["first_ten"], 0.997),  # passages served as queries there and found all ten
+        candidates=graph["depth"],
+        compared=graph["num_compared"],
     )
 
 

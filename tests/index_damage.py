@@ -94,9 +94,9 @@ def make_index(folder: Path, vector_copies: VectorCopies = 2) -> None:
     assert base is not None
     assert vectors is not None
     rows = live_rows(view)
-    index = faiss.index_factory(DIM, "IVF6,SQ8", faiss.METRIC_INNER_PRODUCT)
+    index = faiss.index_factory(DIM, "HNSW16,SQ8", faiss.METRIC_INNER_PRODUCT)
     index.train(view.vectors(rows))
-    index.add_with_ids(view.vectors(rows), rows)
+    index.add(view.block(0, view.capacity))
     record = AnnRecord(
         "student",
         "bfloat16",
@@ -104,12 +104,11 @@ def make_index(folder: Path, vector_copies: VectorCopies = 2) -> None:
         vectors.since,
         view.capacity,
         len(rows),
-        6,
-        [[1, 3], [20, 3]],
+        [[1, 20], [20, 40]],
         0.9,
         "given",
         3,
-        [{"depth": 5, "num_probes": 3, "recall": 1.0, "at_least": 0.9}],
+        [{"depth": 5, "effort": 20, "recall": 1.0, "at_least": 0.9}],
     )
     with store.writing():
         write_ann(AnnIndex(base, index, record))

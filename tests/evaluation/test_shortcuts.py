@@ -99,7 +99,8 @@ def test_approximate_search_is_tuned_on_dev_queries(words, work, monkeypatch):
 
 def test_approximate_search_gets_a_row(words, without_results, monkeypatch):
     monkeypatch.setattr(building, "MIN_PASSAGES", 1)
-    monkeypatch.setattr("d2llm.store.ann.AnnSearch.num_probes", lambda self, dot_query, top_k: 5)
+    monkeypatch.setattr("d2llm.store.ann.MAX_EFFORT", 1.0)
+    monkeypatch.setattr(building, "MAX_EFFORT", 1.0)
     settings = {"ann_recall": 0.5, "num_candidates": 20} | NO_SHORTCUTS
     report = measure(words, everyone(), without_results, **settings)
     row = rows_of(report)["D2LLM, approximate (0.5)"]

@@ -9,11 +9,20 @@ from d2llm.core.types import Query
 from d2llm.retrieval import build_ann as module
 from d2llm.retrieval.build_ann import build_ann
 from d2llm.retrieval.candidates import AnnSource
+from d2llm.store import ann
 from d2llm.store.view import PassageView
 from examples import examples
 from tiny_ann import PlainStudent, clustered, new_ann_store, put_vectors
 
 NUM, DIM_HERE = 600, 16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_rows():
+    """With so few rows, the exact scan would always be as fast."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ann, "MAX_EFFORT", 0.5)
+        yield
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "int3"])
@@ -23,6 +32,7 @@ def views(request, tmp_path_factory):
     store = new_ann_store(folder / "i", clustered(NUM, dim=DIM_HERE), request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MIN_PASSAGES", 100)
+        patch.setattr(module, "MAX_EFFORT", 0.5)
         build_ann(store, PlainStudent(), recall=0.8, depth=20)
     versions = [PassageView(store)]
     # Every vector twice, so that scores tie.

@@ -17,7 +17,7 @@ LONG_FUNCTIONS = {
     "cli/search.py: search": 93,
     "demo/demo.py: run_demo": 64,
     "fitting/write_queries.py: write_queries": 72,
-    "retrieval/build_ann.py: build_ann": 68,
+    "retrieval/build_ann.py: build_ann": 67,
     "retrieval/encode.py: encode": 95,
 }
 """What is still over the limit, with its present length. Lower an entry when the code becomes shorter; add none."""

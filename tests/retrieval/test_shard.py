@@ -159,6 +159,7 @@ def test_an_interrupted_copy_continues(made, tmp_path, monkeypatch):
 
 def test_an_approximate_index_in_each_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(build_ann_module, "MIN_PASSAGES", 5)
+    monkeypatch.setattr(build_ann_module, "MAX_EFFORT", 1.0)
     index = Index.create(tmp_path / "i", STUDENT, num_shards=2, window_vectors=None, token_vectors=None)
     index.upsert(random_passages(600))
     for store in index.storage.stores:

@@ -26,8 +26,9 @@ from d2llm.sizing.search_time import (
 from d2llm.sizing.texts import shipped_text_facts
 from sizing.sized_index import made_up_speeds
 
+NUM_CANDIDATES = 200
 PLAN = SizePlan(passages=1_000_000, tokens=100)
-ANN = AnnFacts(source="a test", passages=1_000_000, first_ten=0.99, num_probes=40, fraction=0.01)
+ANN = AnnFacts(source="a test", passages=1_000_000, first_ten=0.99, candidates=100, compared=3_000)
 STUDENT = StudentFacts(
     name="student",
     fingerprint="one",
@@ -62,7 +63,7 @@ def stages(student=STUDENT, *, num=1_000_000, ann=None, plan=PLAN):
 
 def test_a_scan_reads_all_vectors():
     assert stages() == pytest.approx(
-        {"query": 10, "scan of all vectors": 200, "candidates' vectors": 1, "texts of ten results": 2}
+        {"query": 10, "scan of all vectors": 200, "candidates' vectors": 0.2, "texts of ten results": 2}
     )
 
 
@@ -73,35 +74,35 @@ def test_score_features_costs_words_windows_and_tokens():
         {
             "query": 10,
             "scan of all vectors": 200,
-            "candidates' vectors": 1.5,  # 500 proposed by vectors, and all 1,000 scored
+            "candidates' vectors": 0.3,  # 100 proposed by vectors, and all 200 scored
             "words of every passage": 15 + 8 * 0.1,  # 1.5 million postings in 8 segments
-            "words of candidates' windows": 8,
-            "vectors of candidates' tokens": 5,
-            "vectors of candidates' windows": 3,
+            "words of candidates' windows": 1.6,
+            "vectors of candidates' tokens": 1,
+            "vectors of candidates' windows": 0.6,
             "texts of ten results": 2,
         }
     )
 
 
 def test_the_interaction_scores_candidates_or_without_an_inner_product_everything():
-    assert stages(replace(STUDENT, counts_interaction=True))["interaction"] == pytest.approx(10)
+    assert stages(replace(STUDENT, counts_interaction=True))["interaction"] == pytest.approx(2)
     paper = stages(replace(STUDENT, has_dot=False, counts_interaction=True))
     assert paper["interaction of every passage"] == pytest.approx(10_000)
     assert "scan of all vectors" not in paper
 
 
-def test_an_approximate_index_reads_centroids_and_some_lists():
-    read = 4_000 * 100 * 4 + 0.01 * 1_000_000 * 100
+def test_an_approximate_index_compares_some_rows():
     times = stages(ann=ANN)
-    assert times["approximate index"] == pytest.approx(1e3 * read / 1e9)
-    assert times["candidates' vectors"] == pytest.approx(1.125)  # an eighth more, since 8 bits do not rank exactly
+    assert times["approximate index"] == pytest.approx(1e3 * 3_000 * NUM_CANDIDATES / 100 / 1e6)
+    assert times["candidates' vectors"] == pytest.approx(NUM_CANDIDATES / 1_000)
 
 
-def test_the_share_that_is_read():
-    assert ANN.fraction_at(1_000_000) == pytest.approx(0.01)
-    assert ANN.fraction_at(10**9) == pytest.approx(0.01)  # never a smaller share
-    assert ANN.fraction_at(10_000) == pytest.approx(40 / 400)  # never fewer lists
-    assert ANN.fraction_at(25) == 1
+def test_rows_compared_grow_with_the_logarithm_of_the_passages_and_with_the_candidates():
+    assert ANN.compared_at(1_000_000, 100) == pytest.approx(3_000)
+    assert ANN.compared_at(10**9, 100) == pytest.approx(4_500)
+    assert ANN.compared_at(1_000_000, 500) == pytest.approx(15_000)
+    assert ANN.compared_at(1_000_000, 10) == pytest.approx(3_000)  # a search is never less deep than was measured
+    assert ANN.compared_at(1_000, 100) == 1_000
 
 
 def test_when_an_index_is_approximate():

@@ -17,6 +17,7 @@ from d2llm.retrieval.build_ann import build_ann
 from d2llm.retrieval.candidates import AnnSource
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
+from d2llm.store import ann
 from d2llm.store.ann import AnnSearch
 from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.index_spec import StoredSpec
@@ -34,6 +35,8 @@ QUERY = Query("q", "text")
 def _lower_minimum_passages():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MIN_PASSAGES", 500)
+        patch.setattr(ann, "MAX_EFFORT", 0.25)  # few rows: the exact scan would always be as fast
+        patch.setattr(module, "MAX_EFFORT", 0.25)
         yield
 
 
@@ -89,8 +92,8 @@ class TestRecall:
         view = PassageView(store)
         assert recall_of(view, unseen, 50) >= 0.88
         assert recall_of(view, unseen, 10) >= 0.86
-        # If every list were probed, the recall would prove nothing.
-        assert view.ann.record.probes[-1][1] < view.ann.record.num_lists
+        # If every row were compared, the recall would prove nothing.
+        assert view.ann.record.efforts[-1][1] < NUM / 4
 
     def test_recall_holds_on_real_texts(self, tmp_path):
         corpus = Path(__file__).parents[3] / "shared/data/wikiqa/corpus.jsonl.gz"
@@ -104,10 +107,10 @@ class TestRecall:
         assert recall_of(PassageView(store), vectors[8_000:], 100) >= 0.88
 
     def test_a_passage_used_as_a_query_does_not_count_itself(self, tmp_path):
-        """Unclustered vectors: each finds itself with one probe, but its nearest neighbour only with many."""
+        """Unclustered vectors: each finds itself at once, but its nearest neighbour only with more effort."""
         vectors = np.random.default_rng(0).standard_normal((1_000, DIM)).astype(np.float32)
         (measured,) = build_ann(new_ann_store(tmp_path / "i", vectors), PlainStudent(), recall=0.5, depth=1).recalls
-        assert measured.num_probes >= 5
+        assert measured.recall < 1
         tuning_queries = module._TuningQueries(np.zeros((1, 2), np.float32), np.array([7]))
         assert module._others(tuning_queries, 0, np.array([3, 7, 5])).tolist() == [3, 5]
 
@@ -115,10 +118,15 @@ class TestRecall:
         assert module._at_least(np.array([1.0, 0.5, 0.75, 0.75])) == pytest.approx(0.75 - 1.645 * 0.2041241 / 2)
         assert module._at_least(np.array([[0.5, 1.0]])).tolist() == [0.5, 1.0]
 
-    def test_probes_are_interpolated_up_to_the_deepest_tuned_depth(self, store):
-        ann = PassageView(store).ann
-        ann._log_depths, ann._log_probes = np.log([10, 1000]), np.log([4, 16])
-        assert ann.probes_for(np.array([1, 10, 100, 1000, 1001, np.inf])).tolist() == [4, 4, 8, 16, np.inf, np.inf]
+    def test_efforts_are_interpolated_up_to_the_deepest_tuned_depth(self, store):
+        graph = PassageView(store).ann
+        graph._log_depths, graph._log_efforts = np.log([10, 1000]), np.log([40, 160])
+        assert [graph.effort_for(depth) for depth in (1, 10, 100, 1000, 1001)] == [40, 40, 80, 160, None]
+
+    def test_an_effort_that_takes_as_long_as_the_exact_scan_is_not_made(self, store):
+        graph = PassageView(store).ann
+        graph._log_depths, graph._log_efforts = np.log([10, 1000]), np.log([NUM / 4, NUM / 4 + 10])
+        assert [graph.effort_for(depth) for depth in (10, 1000)] == [NUM // 4, None]
 
 
 class TestAnswers:
@@ -244,7 +252,7 @@ class TestDamage:
             ({"vector_format": "int8"}, "other vectors"),
             ({"since": 3}, "other vectors"),
             ({"covered": NUM + 1}, "built over version"),
-            ({"probes": []}, "not enough values|zero-size|unpack"),
+            ({"efforts": []}, "not enough values|zero-size|unpack"),
             ({"covered": None}, "not supported"),
         ],
     )
@@ -278,10 +286,10 @@ class TestDamage:
         assert sorted(path.name for path in store.folder.glob("*ann-*")) == ["ann-1.faiss", "ann-1.json"]
         assert recall_of(PassageView(store), clustered(50, seed=8), 20) >= 0.88
 
-    def test_deleted_rows_are_not_indexed(self, store):
+    def test_deleted_rows_are_in_the_graph_but_are_not_found(self, store):
         store.delete([f"p{n:06d}" for n in range(0, NUM, 3)])
         report = build_ann(store, PlainStudent(), recall=0.9, depth=20)
-        assert report.num_passages == len(PassageView(store)) == PassageView(store).ann.faiss_index.ntotal
+        assert report.num_passages == len(PassageView(store)) == PassageView(store).ann.record.num_rows
 
 
 class TestRefused:
@@ -293,7 +301,7 @@ class TestRefused:
             ({"depth": 0}, "at least 1"),
             ({"depth": 1_001}, "more than a quarter of its 4,000"),
             ({"queries": []}, "the list of queries is empty"),
-            ({"recall": 1.0, "depth": 900}, "the exact scan is faster; lower the recall"),
+            ({"recall": 1.0, "depth": 900}, "take as long as the exact scan; lower the recall"),
         ],
     )
     def test_invalid_options_are_rejected_and_change_no_files(self, store, options, message):
@@ -344,7 +352,7 @@ class TestSearch:
             [Passage(f"{n}", f"{' '.join(rng.choice(words, 3))} {n}", metadata={"year": n % 50}) for n in range(900)]
         )
         report = index.build_ann(recall=0.9, depth=20)
-        assert report.bytes_per_passage < 2 * (DIM + 8)  # with few passages the centroids take a notable share
+        assert report.bytes_per_passage < 200
         options = {"num_candidates": 20, "top_k": 5}
         approximate = index.search("cat runs", sources=("ann",), explain=True, **options)
         exact = index.search("cat runs", **options)

@@ -40,7 +40,7 @@ from d2llm.cli.word_order import check_index_first
 from d2llm.core.errors import InputError
 from d2llm.core.settings import LENIENT_HELP
 from d2llm.core.shipped import DEFAULT_STUDENT
-from d2llm.core.types import DEFAULT_NUM_CANDIDATES
+from d2llm.core.types import DEFAULT_ANN_RECALL, DEFAULT_NUM_CANDIDATES
 from d2llm.retrieval.settings import ChunkingSettings
 from d2llm.store.index_spec import IndexSpec
 
@@ -351,7 +351,7 @@ def ann(
     opening: OpeningOptions,
     recall: Annotated[
         float, typer.Option(min=0, max=1, help="Fraction of the exact candidates that it should find.")
-    ] = 0.95,
+    ] = DEFAULT_ANN_RECALL,
     depth: Annotated[int, typer.Option(min=1, help="Number of candidates of a search.")] = DEFAULT_NUM_CANDIDATES,
     queries: Annotated[
         Path | None,

@@ -26,8 +26,10 @@ DEFAULT_TOP_K = 10
 """Length of a ranking."""
 MAX_ID_CHARS = 4_096
 """Longest id of a passage or a document: as long as a path may be. An id is in every search result."""
-DEFAULT_NUM_CANDIDATES = 1_000
+DEFAULT_NUM_CANDIDATES = 200
 """Number of passages that get the full score in a search."""
+DEFAULT_ANN_RECALL = 0.98
+"""Of the exact candidates, in an approximate index; more of the first ten are found."""
 DEFAULT_SECONDS_PER_FILE = 120.0
 """Documents that take longer to read are skipped."""
 DEFAULT_MEMORY_PER_FILE = 2 << 30

@@ -372,6 +372,7 @@ class RetrievalWork:
                 model,
                 target,
                 vector_format=dtype,
+                approximate=False,
                 window_vectors=parts.get("window"),
                 token_vectors=parts.get("token"),
                 runner=self.placement.runner,

@@ -181,7 +181,7 @@ def ann_remark(report: AnnReport) -> str:
     queries = "given queries" if report.queries == "given" else "passages as queries"
     slower = "" if report.ms < report.exact_ms else "; the exact scan is faster here, so do not use this index"
     return (
-        f"ann: {report.num_passages:,} passages in {report.num_lists:,} lists, {report.bytes_per_passage:,.0f} bytes "
+        f"ann: {report.num_passages:,} passages, {report.bytes_per_passage:,.0f} bytes "
         f"each, built in {report.seconds:,.1f} s. It finds {recall.recall:.4f} (at least {recall.at_least:.4f}) of the "
         f"first {recall.depth:,} and {report.first_ten:.4f} of the first ten, measured with {report.num_queries:,} "
         f"{queries}; {report.ms:.2f} ms a search, {report.exact_ms:.2f} ms exactly{slower}"

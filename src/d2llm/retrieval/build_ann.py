@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import IndexLockedError, InputError
 from d2llm.core.progress import progress_bar
-from d2llm.core.types import DEFAULT_NUM_CANDIDATES
+from d2llm.core.types import DEFAULT_ANN_RECALL, DEFAULT_NUM_CANDIDATES
 from d2llm.data.python_records import QueryLike, queries_of
 from d2llm.retrieval.protocols import SearchStudent
-from d2llm.store.ann import AnnBase, AnnIndex, AnnRecord, AnnSearch, Recall, write_ann
+from d2llm.store.ann import MAX_EFFORT, NEIGHBOURS, AnnBase, AnnIndex, AnnRecord, AnnSearch, Recall, write_ann
 from d2llm.store.index_store import IndexStore
 from d2llm.store.load_faiss import load_faiss
 from d2llm.store.storage import storage_errors
@@ -30,33 +31,32 @@ MIN_PASSAGES = 20_000
 """With fewer passages, the exact scan is faster."""
 NUM_QUERIES = 400
 """Maximum number of queries used to measure recall."""
-_LISTS = 4.0  # lists = 4 sqrt(n), FAISS's rule; twice as many probe 15 % fewer rows but train five times as long
-_SAMPLES_PER_LIST = 40  # FAISS warns below 39
-_SAMPLE_BYTES = 256 << 20
-ITERATIONS = 8
-"""Of the clustering that makes the lists; each compares all samples with all lists."""
+CONSTRUCTION_EFFORT = 100
+"""Rows in view while the neighbours of a new one are chosen; 60 find fewer, 200 take twice as long for little."""
+_SAMPLE_ROWS = 65_536  # by which the range of 8-bit numbers is chosen
 _BLOCK_ROWS = 16_384
 _DEEPER = 8  # with a filter that keeps 1/8 of the rows, a top-k search reaches as deep as an unfiltered top-8k search
 _REPORTED = (10, 100)  # depths reported in addition to the requested one
+_MORE_EFFORT = 1.4
+_FARTHER = 3  # factor for the effort if passages were the queries: questions are farther from passages
+_DUE, _COVERED = 0.05, 0.8
 _ONE_SIDED_95 = 1.645
-_MORE_PROBES = 1.15
 
 
 @dataclass(frozen=True, slots=True)
 class AnnReport:
-    """What was built: a file of ``num_bytes`` for ``num_passages`` in ``num_lists`` lists.
+    """What was built: a file of ``num_bytes`` for ``num_passages``.
 
     ``recalls`` holds, for several depths, the fraction of the exact top ``depth`` that a search of that depth finds:
     the mean over ``num_queries`` queries and its lower bound at 95 % confidence. ``first_ten`` is the fraction of the
     exact top ten among the candidates of a search at the report's ``depth``, which is what a final ranking needs.
     ``queries`` is "given" or "passages". ``ms`` and ``exact_ms`` are the times of a search at ``depth`` and of the
-    exact scan.
+    exact scan; such a search compares ``num_compared`` rows with the query.
     """
 
     folder: str
     version: int
     num_passages: int
-    num_lists: int
     target: float
     depth: int
     recalls: list[Recall]
@@ -65,6 +65,7 @@ class AnnReport:
     num_queries: int
     ms: float
     exact_ms: float
+    num_compared: float
     num_bytes: int
     bytes_per_passage: float
     seconds: float
@@ -78,40 +79,29 @@ class _TuningQueries:
     own: NDArray[np.int64] | None
 
 
-def default_num_lists(num_passages: int) -> int:
-    """The number of lists of an approximate index, unless another is given."""
-    return round(_LISTS * num_passages**0.5)
-
-
-def num_samples(num_passages: int, num_lists: int, dim: int) -> int:
-    """The number of vectors that are clustered to make the lists."""
-    return min(num_passages, num_lists * _SAMPLES_PER_LIST, _SAMPLE_BYTES // (4 * dim))
-
-
 def build_ann(
     store: IndexStore,
     student: SearchStudent,
     *,
-    recall: float = 0.95,
+    recall: float = DEFAULT_ANN_RECALL,
     depth: int = DEFAULT_NUM_CANDIDATES,
     queries: Iterable[QueryLike] | QueryLike | None = None,
-    num_lists: int | None = None,
     seed: int = 0,
 ) -> AnnReport:
-    """Build an approximate index of the latest version and choose how many lists a search probes.
+    """Build an approximate index of the latest version and choose how far a search of it goes.
 
     Other processes may write meanwhile: the write lock is held only while the file is moved into place. Passages they
-    add are scanned exactly until the approximate index is built again.
+    add are scanned exactly until the approximate index is built again. The graph is built by all threads that FAISS
+    may use, so two builds differ a little.
 
     Args:
         store: the index.
         student: the student that made its vectors.
         recall: the fraction of the exact top ``depth`` to find, above 0 and at most 1, with 95 % confidence.
-            Misses are mostly at the end: at 0.95 of 1,000, 0.997 of the first ten were found (101,583 real texts).
+            Misses are mostly at the end, so that more of the first ten are found.
         depth: the number of candidates of a search.
         queries: queries similar to those expected, not used for anything else. By default, passages of the index serve
             as queries, each to find other passages; real queries are distributed differently and may find less.
-        num_lists: number of lists; by default 4 sqrt(passages).
         seed: seed of the sample.
 
     Raises:
@@ -127,21 +117,19 @@ def build_ann(
     random = np.random.default_rng(seed)
     live = view.live_rows()
     tuning = _tuning_queries(view, student, texts, live, random)
-    num_lists = num_lists or default_num_lists(len(live))
-    with progress_bar("building", len(live) + len(tuning.dot_queries)) as advance:
-        index = _trained(view, live, num_lists, random)
-        for start in range(0, len(live), _BLOCK_ROWS):
-            rows = live[start : start + _BLOCK_ROWS]
-            index.add_with_ids(view.vectors(rows), rows)
-            advance(len(rows))
+    with progress_bar("building", view.capacity + len(tuning.dot_queries)) as advance:
+        graph = _empty_graph(view, live, random)
+        for start in range(0, view.capacity, _BLOCK_ROWS):
+            end = min(start + _BLOCK_ROWS, view.capacity)
+            graph.add(_directions(view.block(start, end)))
+            advance(end - start)
         record = AnnRecord(
             base.student,
             base.format.kind,
             base.version,
             base.since,
-            int(live[-1]) + 1,
+            view.capacity,
             len(live),
-            num_lists,
             [[1, 1]],
             recall,
             "passages" if tuning.own is not None else "given",
@@ -152,20 +140,21 @@ def build_ann(
         begin_exact = time.perf_counter()
         exact: list[NDArray[np.int64]] = []
         for place in range(len(tuning.dot_queries)):
-            exact.append(_others(tuning, place, view.scan(tuning.dot_queries[place], deepest + 1).rows)[:deepest])
+            # Among all rows, dead ones too: these are in the graph, and a search goes past them.
+            rows, _ = base.scan.search(tuning.dot_queries[place], deepest + 1, ids_of=lambda rows: rows.astype(str))
+            exact.append(_others(tuning, place, rows)[:deepest])
             advance(1)
         _log.info("exact scans at depth %d: %.1f s", deepest, time.perf_counter() - begin_exact)
-    ann = _tuned(view, AnnIndex(base, index, record), tuning, exact, depth)
+    ann = _tuned(view, AnnIndex(base, graph, record), tuning, exact, depth)
     with store.writing(), storage_errors(store.folder):
         if store.vectors.generation(store.table()) != base.generation:
             raise InputError(f"{store.folder}: the index was compacted or restored during the build; build again")
         record = write_ann(ann)
-    ms, exact_ms = _times(view, ann, tuning, depth)
+    ms, exact_ms, num_compared = _times(view, ann, tuning, depth)
     return AnnReport(
         folder=str(store.folder),
         version=base.version,
         num_passages=len(live),
-        num_lists=num_lists,
         target=recall,
         depth=depth,
         recalls=[Recall(**values) for values in record.recalls],  # pyright: ignore[reportArgumentType]
@@ -174,10 +163,31 @@ def build_ann(
         num_queries=record.num_queries,
         ms=ms,
         exact_ms=exact_ms,
+        num_compared=num_compared,
         num_bytes=record.num_bytes,
         bytes_per_passage=round(record.num_bytes / len(live), 1),
         seconds=time.perf_counter() - begin,
     )
+
+
+def renew_ann(store: IndexStore, student: SearchStudent, num_encoded: int) -> None:
+    """Build the approximate index of a store after so many of its passages were encoded, if that is worth it.
+
+    It must be wanted (``IndexShape.approximate``), cover less than four fifths of the rows, and be due: who encoded a
+    twentieth of the passages waited longer for that than for this. Where it cannot be built, the exact scan is used.
+    """
+    if not store.manifest.get("approximate", True) or not student.has_dot or num_encoded < MIN_PASSAGES * _DUE:
+        return
+    view = PassageView(store)
+    if len(view) < MIN_PASSAGES or num_encoded < _DUE * len(view):
+        return
+    covered = 0 if view.ann is None else view.ann.record.covered
+    if covered >= _COVERED * view.capacity:
+        return
+    try:
+        build_ann(store, student)
+    except (InputError, IndexLockedError) as error:
+        _log.info("no approximate index: %s", error)
 
 
 def _checked(view: PassageView, student: SearchStudent, recall: float, depth: int) -> AnnBase:
@@ -215,16 +225,22 @@ def _tuning_queries(
     return _TuningQueries(student.query_vectors(vectors, view.task), None)
 
 
-def _trained(view: PassageView, live: NDArray[np.int64], num_lists: int, random: np.random.Generator) -> Any:
-    """A trained FAISS index without rows. Centroids have length 1, since all vectors have about the same length."""
+def _empty_graph(view: PassageView, live: NDArray[np.int64], random: np.random.Generator) -> Any:
+    """FAISS' index without rows. While it is built, it has a copy of the vectors in 8 bits a dimension."""
     faiss = load_faiss()
-    sample_size = num_samples(len(live), num_lists, view.dim)
-    sample = view.vectors(np.sort(random.choice(live, sample_size, replace=False)))
-    kind, metric = faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
-    index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(view.dim), view.dim, num_lists, kind, metric)
-    index.cp.niter, index.cp.spherical, index.cp.min_points_per_centroid = ITERATIONS, True, 1
-    index.train(sample)
-    return index
+    graph = faiss.IndexHNSWSQ(view.dim, faiss.ScalarQuantizer.QT_8bit, NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
+    graph.hnsw.efConstruction = CONSTRUCTION_EFFORT
+    graph.train(_directions(view.vectors(np.sort(random.choice(live, min(_SAMPLE_ROWS, len(live)), replace=False)))))
+    return graph
+
+
+def _directions(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The vectors with length 1: among inner products, long vectors would be the neighbours of all others.
+
+    Rows are linked by direction and searched by inner product. Of the fake student's vectors of wikiqa, whose norms are
+    4 to 85, that finds all of the first 100 where links by inner product find .83.
+    """
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def _others(tuning: _TuningQueries, place: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -235,48 +251,31 @@ def _others(tuning: _TuningQueries, place: int, rows: NDArray[np.int64]) -> NDAr
 def _tuned(
     view: PassageView, ann: AnnIndex, tuning: _TuningQueries, exact: Sequence[NDArray[np.int64]], depth: int
 ) -> AnnIndex:
-    """The index with as many probes at each depth as the target needs, confirmed by searches."""
-    target, num_lists = ann.record.target, ann.record.num_lists
+    """The index with as much effort at each depth as the target needs."""
     deepest = min(len(rows) for rows in exact)
     reported = sorted({*(shallow for shallow in _REPORTED if shallow < depth), depth})
     depths = sorted({*reported, *(min(depth * 2**double, deepest) for double in range(1, _DEEPER.bit_length()))})
-    probes = np.maximum.accumulate(_probes_needed(ann, tuning, exact, depths))
-    while True:
-        ladder = [[at, int(count)] for at, count in zip(depths, probes, strict=True)]
-        ann = AnnIndex(ann.base, ann.faiss_index, replace(ann.record, probes=ladder))
-        recalls = [_measured(view, ann, tuning, exact, at) for at in reported]
-        if recalls[-1] is None:
-            fraction = float(ann.probes_for(np.array([depth], np.float64))[0]) / num_lists
-            raise InputError(
-                f"{view.store.folder}: finding {target:.4g} of the first {depth:,} would read {fraction:.0%} of the "
-                "vectors, and the exact scan is faster; lower the recall or the depth, or search exactly"
-            )
-        measured = [recall for recall in recalls if recall is not None]
-        if all(recall.at_least >= target for recall in measured):
-            return AnnIndex(ann.base, ann.faiss_index, replace(ann.record, recalls=[asdict(one) for one in measured]))
-        probes = np.minimum(np.ceil(probes * _MORE_PROBES), num_lists)  # 8-bit codes lose some recall
-
-
-def _probes_needed(
-    ann: AnnIndex, tuning: _TuningQueries, exact: Sequence[NDArray[np.int64]], depths: Sequence[int]
-) -> NDArray[np.float64]:
-    """The smallest number of probes at each depth whose lists hold the target's fraction of the exact results.
-
-    No search is needed: a row is found if its list is probed, so the rank of its list gives the number of probes.
-    """
-    num_lists = ann.record.num_lists
-    recalls = np.zeros((len(depths), len(exact), num_lists), np.float32)
-    for query, rows in enumerate(exact):
-        place = np.empty(num_lists, np.int64)
-        place[np.argsort(-(ann.centroids @ tuning.dot_queries[query]), kind="stable")] = np.arange(num_lists)
-        places = place[ann.list_of[rows]]
-        for number, depth in enumerate(depths):
-            recalls[number, query] = np.cumsum(np.bincount(places[:depth], minlength=num_lists)) / min(depth, len(rows))
-    needed = [
-        np.argmax(_at_least(recalls_at_depth.astype(np.float64)) >= ann.record.target) + 1
-        for recalls_at_depth in recalls
-    ]
-    return np.array(needed, np.float64)
+    efforts: list[list[int]] = []
+    recalls: list[Recall] = []
+    for at in depths:
+        effort = max(at, efforts[-1][1] if efforts else 1)
+        while (found := _measured(ann, tuning, exact, at, effort)).at_least < ann.record.target:
+            effort = math.ceil(effort * _MORE_EFFORT)
+            if effort > MAX_EFFORT * view.capacity:
+                break
+        if found.at_least < ann.record.target:
+            if at <= depth:
+                raise InputError(
+                    f"{view.store.folder}: finding {ann.record.target:.4g} of the first {at:,} would take as long as "
+                    "the exact scan; lower the recall or the depth, or search exactly"
+                )
+            break
+        efforts.append([at, effort])
+        recalls += [found] if at in reported else []
+    if tuning.own is not None:
+        efforts = [[at, _FARTHER * effort] for at, effort in efforts]
+    tuned = replace(ann.record, efforts=efforts, recalls=[asdict(each) for each in recalls])
+    return AnnIndex(ann.base, ann.graph, tuned)
 
 
 def _at_least(recalls: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -286,19 +285,15 @@ def _at_least(recalls: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _measured(
-    view: PassageView, ann: AnnIndex, tuning: _TuningQueries, exact: Sequence[NDArray[np.int64]], depth: int
-) -> Recall | None:
-    """Measured recall at ``depth``; None if probing that many lists takes as long as the exact scan."""
-    search = AnnSearch(ann, view.live, view.ids)
-    num_probes = search.num_probes(tuning.dot_queries[0], depth)
-    if num_probes is None:
-        return None
+    ann: AnnIndex, tuning: _TuningQueries, exact: Sequence[NDArray[np.int64]], depth: int, effort: int
+) -> Recall:
+    """Recall at ``depth`` with so much effort."""
     recalls = np.zeros(len(exact))
     for place, rows in enumerate(exact):
-        result = search.search(tuning.dot_queries[place], depth if tuning.own is None else depth + 1)
-        # If the lists hold too few rows, the exact scan answers.
-        recalls[place] = 1.0 if result is None else np.isin(rows[:depth], _others(tuning, place, result[0])).mean()
-    return Recall(depth, num_probes, float(recalls.mean()), float(_at_least(recalls)))
+        wanted = rows[:depth]
+        found = ann.nearest(tuning.dot_queries[place], depth + int(tuning.own is not None), effort)
+        recalls[place] = np.isin(wanted, _others(tuning, place, found)).sum() / max(len(wanted), 1)
+    return Recall(depth, effort, float(recalls.mean()), float(_at_least(recalls)))
 
 
 def _first_ten(
@@ -309,19 +304,21 @@ def _first_ten(
     fractions: list[float] = []
     for dot_query, rows in zip(tuning.dot_queries, exact, strict=True):
         result = search.search(dot_query, depth)
-        fractions.append(1.0 if result is None else float(np.isin(rows[: min(10, depth)], result[0]).mean()))
+        wanted = (rows if view.live is None else rows[view.live[rows]])[: min(10, depth)]
+        fractions.append(1.0 if result is None else float(np.isin(wanted, result[0]).mean()))
     return sum(fractions) / len(fractions)
 
 
-def _times(view: PassageView, ann: AnnIndex, tuning: _TuningQueries, depth: int) -> tuple[float, float]:
-    """Median milliseconds of a search and of the exact scan."""
-    search = AnnSearch(ann, view.live, view.ids)
-    times: list[tuple[float, float]] = []
+def _times(view: PassageView, ann: AnnIndex, tuning: _TuningQueries, depth: int) -> tuple[float, float, float]:
+    """Median milliseconds of a search and of the exact scan, and the mean number of rows that a search compares."""
+    search, counts = AnnSearch(ann, view.live, view.ids), load_faiss().cvar.hnsw_stats
+    times: list[tuple[float, float, float]] = []
     for dot_query in tuning.dot_queries[:50]:
+        counts.reset()
         begin = time.perf_counter()
         search.search(dot_query, depth)
         between = time.perf_counter()
         view.scan(dot_query, depth)
-        times.append((1e3 * (between - begin), 1e3 * (time.perf_counter() - between)))
-    ms, exact_ms = np.median(np.array(times), axis=0).tolist()
-    return ms, exact_ms
+        times.append((1e3 * (between - begin), 1e3 * (time.perf_counter() - between), counts.ndis))
+    ms, exact_ms, _ = np.median(np.array(times), axis=0).tolist()
+    return ms, exact_ms, float(np.mean([compared for _, _, compared in times]))

@@ -47,9 +47,8 @@ class VectorSource:
 class AnnSource:
     """Nearly the highest inner products, from an approximate index, or from the exact scan if that is as fast."""
 
-    name = "ann"
-
-    def __init__(self, index: PassageView, allowed: NDArray[np.bool_] | None) -> None:
+    def __init__(self, index: PassageView, allowed: NDArray[np.bool_] | None, name: str = "ann") -> None:
+        self.name = name
         self._exact = VectorSource(index, allowed)
         self._search: AnnSearch | None = None
         if index.ann is not None:

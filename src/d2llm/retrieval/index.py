@@ -22,6 +22,7 @@ from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.settings import shows
 from d2llm.core.shipped import name_student
 from d2llm.core.types import (
+    DEFAULT_ANN_RECALL,
     DEFAULT_CONTEXT_TOKENS,
     DEFAULT_NUM_CANDIDATES,
     ContextOrder,
@@ -741,15 +742,14 @@ class Index:
     def build_ann(
         self,
         *,
-        recall: float = 0.95,
+        recall: float = DEFAULT_ANN_RECALL,
         depth: int = DEFAULT_NUM_CANDIDATES,
         queries: Iterable[QueryLike] | QueryLike | None = None,
-        seed: int = 0,
     ) -> AnnReport:
         """Build an approximate index for searches with ``sources=("ann",)``; see ``retrieval.build_ann.build_ann``."""
         from d2llm.retrieval.build_ann import build_ann
 
-        report = build_ann(self.store, self.student, recall=recall, depth=depth, queries=queries, seed=seed)
+        report = build_ann(self.store, self.student, recall=recall, depth=depth, queries=queries)
         self.refresh()
         return report
 

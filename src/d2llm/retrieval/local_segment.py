@@ -144,7 +144,9 @@ class LocalSearch:
         self._allowed = view.select(settings.filter)
         self._sources: list[CandidateSource] = []
         for name in source_names(settings, weights, is_exact=is_exact):
-            if name == "vectors":
+            if name == "vectors" and settings.sources is None and view.ann is not None:
+                self._sources.append(AnnSource(view, self._allowed, name))
+            elif name == "vectors":
                 self._sources.append(VectorSource(view, self._allowed))
             elif name == "ann":
                 self._sources.append(AnnSource(view, self._allowed))

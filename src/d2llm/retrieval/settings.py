@@ -64,9 +64,12 @@ class SearchSettings(Settings):
     )
     sources: tuple[SourceName, ...] | None = setting(
         None,
-        "Sources of candidates, which all get the full score; ann is faster, with the recall measured when it was "
-        "built. A fusion with BM25 always has bm25.",
-        Shown(option="source", default="vectors, and bm25 if the student's score counts words"),
+        "Sources of candidates, which all get the full score. vectors, if named, is an exact scan; ann is an "
+        "approximate index, with the recall measured when it was built. A fusion with BM25 always has bm25.",
+        Shown(
+            option="source",
+            default="vectors, by the approximate index if there is one, and bm25 if the student's score counts words",
+        ),
         title="Candidates",
         strict=False,
         min_length=1,

@@ -15,6 +15,7 @@ import xxhash
 from d2llm.core.errors import DuplicateIdError, IndexMismatchError, InputError
 from d2llm.core.progress import Advance, ignore
 from d2llm.core.types import PartKind, Passage, piece_id
+from d2llm.retrieval.build_ann import renew_ann
 from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint
 from d2llm.retrieval.reading import EncodedPassages, read_passages
 from d2llm.runners.runner import LocalWorkers, Workers
@@ -97,6 +98,8 @@ def upsert_passages(
         for store in storage.stores:
             store.update_word_files()
         report = replace(upsert.report, version=storage.version)
+    for store in storage.stores:
+        renew_ann(store, student, report.num_encoded)
     if report.left_out:
         named = ", ".join(f"{name} ({count:,})" for name, count in report.left_out.items())
         _log.warning("%s metadata values did not fit and were dropped: %s", f"{sum(report.left_out.values()):,}", named)

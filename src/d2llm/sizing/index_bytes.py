@@ -11,7 +11,6 @@ import numpy as np
 from d2llm.core.types import PartKind
 from d2llm.models.score_features import FeatureWeights
 from d2llm.models.student import Student
-from d2llm.retrieval.build_ann import default_num_lists
 from d2llm.retrieval.index import part_formats
 from d2llm.retrieval.protocols import task_for
 from d2llm.sizing.plan import SizePlan
@@ -153,9 +152,8 @@ def _parts(
             f"holds twice ({texts.source})",
         )
     if approximate:
-        num_lists = default_num_lists(num_passages)
-        size = ann_bytes(num_passages, num_lists, student.dim)
-        yield PartBytes("approximate index", size, size, f"8 bits a dimension and a row number, in {num_lists:,} lists")
+        size = ann_bytes(num_passages)
+        yield PartBytes("approximate index", size, size, "the neighbours of each row in a graph")
 
 
 def word_bytes(texts: TextFacts, num_passages: int) -> int:

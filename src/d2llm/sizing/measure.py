@@ -25,12 +25,14 @@ from d2llm.core.progress import progress_bar
 from d2llm.core.types import Passage, Task
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import PairTeacher
+from d2llm.retrieval.build_ann import CONSTRUCTION_EFFORT
 from d2llm.retrieval.index import PART_FORMATS
 from d2llm.retrieval.local_segment import open_view
 from d2llm.retrieval.protocols import task_for
 from d2llm.retrieval.search import Searcher, SearchSettings
-from d2llm.sizing.speeds import Speed, Speeds, TeacherSpeed, processor_name
+from d2llm.sizing.speeds import GRAPH_ROWS, Speed, Speeds, TeacherSpeed, processor_name
 from d2llm.sizing.texts import count_postings, word_queries, write_passages
+from d2llm.store.ann import NEIGHBOURS
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
@@ -50,8 +52,6 @@ _WORD_PASSAGES = 2_000
 _WORD_ROWS = 1 << 16
 _WRITTEN_PASSAGES = 20_000
 _TOKEN_ROWS, _TOKENS_OF_ROW = 10_000, 128
-_LISTS, _PROBES = 256, 32
-_CLUSTERED, _CENTROIDS = 4_096, 2_048
 _TIMED_PAIRS = 40
 _MIN_QUERIES = 100
 
@@ -120,6 +120,7 @@ class _Measuring:
                     scans[name], products[name] = self._speed(scan, advance), self._speed(product)
                 segment_ms, postings, candidate_words = self._words()
                 pairs = self._interaction(advance)
+                compared, linked = self._graph()
                 result_ms, written = self._index(scans["bfloat16"], products["bfloat16"], pairs)
                 process = self.process_bytes
                 return Speeds(
@@ -130,7 +131,7 @@ class _Measuring:
                     query_ms=self._speed(self._query_ms(), advance),
                     scan_bytes=scans,
                     products=products,
-                    ann_bytes=self._speed(self._approximate(), advance),
+                    compared_rows=self._speed(compared, advance),
                     segment_ms=self._speed(segment_ms),
                     postings=self._speed(postings, advance),
                     candidate_words=self._speed(candidate_words, advance),
@@ -138,7 +139,7 @@ class _Measuring:
                     interaction_pairs=pairs,
                     result_ms=self._speed(result_ms, advance),
                     written_text_bytes=self._speed(written, advance),
-                    multiplications=self._speed(self._multiplications(), advance),
+                    linked_rows=self._speed(linked, advance),
                     slow_ratio=self._speed(self._slow_ratio()),
                     process_bytes=None if process is None else self._speed(process),
                 )
@@ -306,33 +307,24 @@ class _Measuring:
         scored = self._median(lambda query: self.student.score(query, vectors, self.task, **weight), list(vectors[:8]))
         return self._speed(_CANDIDATES / scored, advance)
 
-    def _approximate(self) -> float:
-        """Bytes of lists, a second."""
+    def _graph(self) -> tuple[float, float]:
+        """Rows that a search of an approximate index compares, a second, and rows that are linked while it is built."""
         faiss: Any = load_faiss()
         dim = self.student.vector_dim
-        vectors = self._vectors(_DISTINCT_VECTORS, dim)
-        kind, metric = faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
-        index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(dim), dim, _LISTS, kind, metric)
-        index.cp.niter, index.cp.min_points_per_centroid = 1, 1
-        index.train(vectors)
-        num_rows = max(_DISTINCT_VECTORS, _SCANNED_BYTES // dim // 4)
-        for _ in range(num_rows // len(vectors)):
-            index.add(vectors)
-        sizes = np.array([index.invlists.list_size(number) for number in range(_LISTS)])
-        parameters = faiss.SearchParametersIVF(nprobe=_PROBES)
+        vectors = self._vectors(GRAPH_ROWS, dim)
+        graph = faiss.IndexHNSWSQ(dim, faiss.ScalarQuantizer.QT_8bit, NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
+        graph.hnsw.efConstruction = CONSTRUCTION_EFFORT
+        graph.train(vectors[:_DISTINCT_VECTORS])
+        begin = time.perf_counter()
+        graph.add(vectors)
+        linked = GRAPH_ROWS / (time.perf_counter() - begin)
+        parameters = faiss.SearchParametersHNSW(efSearch=_CANDIDATES)
         queries = vectors[:8]
-        probed = index.quantizer.search(queries, _PROBES)[1]
-        read = float(sizes[probed].sum(axis=1).mean()) * dim
-        return read / self._median(lambda each: index.search(each[None], _CANDIDATES, params=parameters), list(queries))
-
-    def _multiplications(self) -> float:
-        """Multiplications of clustering, a second: the nearest centroid of some vectors."""
-        faiss: Any = load_faiss()
-        dim = self.student.vector_dim
-        index = faiss.IndexFlatIP(dim)
-        index.add(self._vectors(_CENTROIDS, dim))
-        vectors = self._vectors(_CLUSTERED, dim)
-        return _CLUSTERED * _CENTROIDS * dim / self._median(lambda each: index.search(each, 1), [vectors])
+        faiss.cvar.hnsw_stats.reset()
+        graph.search(queries, _CANDIDATES, params=parameters)
+        compared = faiss.cvar.hnsw_stats.ndis / len(queries)
+        searched = self._median(lambda each: graph.search(each[None], _CANDIDATES, params=parameters), list(queries))
+        return compared / searched, linked
 
     def _index(self, scan: Speed, product: Speed, pairs: Speed | None) -> tuple[float, float]:
         """Milliseconds of a search that do not depend on the size, and bytes of text that are written a second.

@@ -10,12 +10,11 @@ from statistics import NormalDist
 
 from pydantic import BaseModel, ConfigDict
 
-from d2llm.retrieval.build_ann import MIN_PASSAGES, default_num_lists
+from d2llm.retrieval.build_ann import MIN_PASSAGES
 from d2llm.sizing.index_bytes import StudentFacts, parts_of_passage
 from d2llm.sizing.plan import SizePlan, in_words
 from d2llm.sizing.speeds import Speed, Speeds
 from d2llm.sizing.texts import TextFacts
-from d2llm.store.ann import num_taken
 from d2llm.store.vector_formats import make_format
 from d2llm.store.word_files import SEGMENT_ROWS
 
@@ -23,14 +22,14 @@ _MEDIAN, _SLOWEST = 0.5, 0.99
 
 
 class AnnFacts(BaseModel):
-    """What an approximate index reads to find most of the exact first thousand; it depends on the texts.
+    """What an approximate index reads to find most of the exact candidates; it depends on the texts.
 
     Attributes:
         source: where it was measured.
         passages: in an index of so many passages.
         first_ten: fraction of the exact first ten that it found.
-        num_probes: lists that were read for 1,000 candidates.
-        fraction: that of the passages in them.
+        candidates: when so many were searched for.
+        compared: so many rows were compared.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -38,12 +37,13 @@ class AnnFacts(BaseModel):
     source: str
     passages: int
     first_ten: float
-    num_probes: int
-    fraction: float
+    candidates: float
+    compared: float
 
-    def fraction_at(self, num_passages: int) -> float:
-        """The fraction of so many passages that is read: never fewer lists, nor a smaller one, than was measured."""
-        return min(1.0, max(self.fraction, self.num_probes / default_num_lists(num_passages)))
+    def compared_at(self, num_passages: int, num_candidates: float) -> float:
+        """The rows compared among so many passages; they grow with the logarithm of these, and with the candidates."""
+        growth = math.log(num_passages) / math.log(self.passages)
+        return min(num_passages, self.compared * growth * max(1.0, num_candidates / self.candidates))
 
 
 def shipped_ann_facts() -> AnnFacts:
@@ -96,13 +96,10 @@ def _stages(
         scan = speeds.scan_bytes.get(plan.vector_format)
         yield _stage("scan of all vectors", num_passages * code_size, "bytes", scan)
     else:
-        lists, fraction = default_num_lists(num_passages), ann.fraction_at(num_passages)
-        read = lists * student.dim * 4 + fraction * num_passages * student.dim
-        basis = f"{lists:,} centroids and {fraction:.2%} of the passages: {ann.source}"
-        yield _stage("approximate index", read, "bytes", speeds.ann_bytes, basis)
+        compared = ann.compared_at(num_passages, proposed)
+        yield _stage("approximate index", compared, "rows compared", speeds.compared_rows, ann.source)
     if student.has_dot:  # once to rank the proposals, and once for the full score
-        ranked = proposed if ann is None else min(num_taken(math.ceil(proposed)), num_passages)
-        products = ranked + (candidates if weights or student.counts_interaction else 0)
+        products = proposed + (candidates if weights or student.counts_interaction else 0)
         basis = f"{products:,.0f} of {student.dim} dimensions"
         yield _stage(
             "candidates' vectors", products * student.dim, "dimensions", speeds.products.get(plan.vector_format), basis

@@ -11,7 +11,7 @@ import torch
 from d2llm.core.errors import InputError
 from d2llm.core.machine import available_memory, usable_cores
 from d2llm.models.student import Student
-from d2llm.retrieval.build_ann import ITERATIONS, NUM_QUERIES, default_num_lists, num_samples
+from d2llm.retrieval.build_ann import NUM_QUERIES
 from d2llm.sizing.index_bytes import PartBytes, StudentFacts, index_parts
 from d2llm.sizing.plan import SizePlan, in_words
 from d2llm.sizing.search_time import (
@@ -24,7 +24,7 @@ from d2llm.sizing.search_time import (
     total_ms,
     wait_ms,
 )
-from d2llm.sizing.speeds import Speed, Speeds, read_speeds, shipped_speeds
+from d2llm.sizing.speeds import GRAPH_ROWS, Speed, Speeds, read_speeds, shipped_speeds
 from d2llm.sizing.texts import TextFacts, shipped_text_facts
 from d2llm.store.vector_formats import make_format
 
@@ -344,16 +344,14 @@ class _Sizing:
         return self._timed("encode passages", tokens, "tokens", self.speeds.passage_tokens, basis)
 
     def _approximate_index(self, num_shards: int, passages: int) -> Work:
-        """Clustering of samples, assignment of all vectors, and the exact scans that tune the number of probes."""
-        dim, lists = self.student.dim, default_num_lists(passages)
-        samples = num_samples(passages, lists, dim)
-        amount = float(num_shards) * lists * dim * (ITERATIONS * samples + passages)
-        basis = f"{ITERATIONS} times {samples:,} samples and once all passages, each with {lists:,} lists"
-        work = self._timed("build the approximate index", amount, "multiplications", self.speeds.multiplications, basis)
+        """Linking all rows, and the exact scans that tune the effort of a search."""
+        rows = float(num_shards * passages) * math.log(max(passages, 2)) / math.log(GRAPH_ROWS)
+        basis = f"{num_shards * passages:,} rows, each linked among {passages:,}"
+        work = self._timed("build the approximate index", rows, "rows", self.speeds.linked_rows, basis)
         scan = self.speeds.scan_bytes.get(self.plan.vector_format)
         if work.core_hours is None or scan is None:
             return replace(work, core_hours=None, hours=None)
-        code_size = make_format(self.plan.vector_format, dim).code_size
+        code_size = make_format(self.plan.vector_format, self.student.dim).code_size
         seconds = num_shards * NUM_QUERIES * passages * code_size / scan.value
         hours = work.core_hours + seconds / 3600
         basis = f"{work.basis}; {NUM_QUERIES} exact scans to tune it"

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import write_json
 
+GRAPH_ROWS = 16_384
+"""Rows of the graph by which ``linked_rows`` is measured; linking a row takes longer among more, by the logarithm."""
 _CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -47,7 +49,7 @@ class Speeds(BaseModel):
         query_ms: milliseconds to encode a query, with the vectors of its tokens if the score counts them.
         scan_bytes: bytes of vectors that the exact scan reads, a second, by format.
         products: dimensions of single vectors that are multiplied with a query, a second, by format.
-        ann_bytes: bytes of its lists that an approximate index reads, a second.
+        compared_rows: rows that a search of an approximate index compares with a query, a second.
         segment_ms: milliseconds of BM25 for each segment of words, however few they are.
         postings: postings of BM25, a second.
         candidate_words: words of candidates in which BM25 looks for those of a query, a second.
@@ -56,7 +58,7 @@ class Speeds(BaseModel):
         interaction_pairs: pairs that the interaction scores, a second.
         result_ms: milliseconds to read the texts of ten results, and for all else that does not depend on the size.
         written_text_bytes: bytes of texts that are written to an index, with their words, a second.
-        multiplications: of the clustering that makes the lists of an approximate index, a second.
+        linked_rows: rows that are linked while an approximate index of ``GRAPH_ROWS`` is built, a second.
         teachers: pairs that a teacher scores, a second, by teacher.
         slow_ratio: p99 of the time of a search over its median.
         process_bytes: memory of a process that has loaded the student.
@@ -71,7 +73,7 @@ class Speeds(BaseModel):
     query_ms: Speed | None = None
     scan_bytes: dict[str, Speed] = Field(default_factory=dict[str, Speed])
     products: dict[str, Speed] = Field(default_factory=dict[str, Speed])
-    ann_bytes: Speed | None = None
+    compared_rows: Speed | None = None
     segment_ms: Speed | None = None
     postings: Speed | None = None
     candidate_words: Speed | None = None
@@ -79,7 +81,7 @@ class Speeds(BaseModel):
     interaction_pairs: Speed | None = None
     result_ms: Speed | None = None
     written_text_bytes: Speed | None = None
-    multiplications: Speed | None = None
+    linked_rows: Speed | None = None
     teachers: dict[str, TeacherSpeed] = Field(default_factory=dict[str, TeacherSpeed])
     slow_ratio: Speed | None = None
     process_bytes: Speed | None = None

@@ -1,12 +1,17 @@
-"""Approximate candidates: FAISS IVF-SQ8 over the vectors of one generation, memory-mapped from its file.
+"""Approximate candidates: a graph of neighbours (HNSW) over the vectors of one generation.
 
-ann-<generation>.faiss   rows in lists around centroids, 8 bits per dimension; the ids in it are row numbers
-ann-<generation>.json    ``AnnRecord``: what it was built from, how many lists are probed, recall, a checksum
+ann-<generation>.faiss   FAISS' graph without vectors: the neighbours of each row, on several levels
+ann-<generation>.json    ``AnnRecord``: what it was built from, how far it is searched, recall, a checksum
 
-A row keeps its number permanently, so one file serves every later version of its generation: rows that are no longer
-live are excluded from a search, and rows from ``covered`` on were added later and are scanned exactly. The file only
-proposes candidates; their inner products are computed from the stored vectors, so scores are those of the exact scan,
-and 8 bits cost no recall. The file is derived data and never trusted: if it does not fit, the exact scan is used.
+The graph is searched over the stored vectors, in place, so it takes some 150 bytes a row and no second copy of them. A
+row keeps its number permanently, so one file serves every later version of its generation: rows from ``covered`` on
+were added later and are scanned exactly. Rows that are no longer live, or that a filter leaves out, remain in the graph
+and are dropped from what was found; if too few are left, it is searched deeper, and where that would take as long, the
+exact scan answers. Inner products are computed as by the exact scan. The file is derived data and never trusted: if it
+does not fit, the exact scan is used.
+
+Source: Malkov and Yashunin, Efficient and robust approximate nearest neighbor search using hierarchical navigable small
+world graphs, IEEE TPAMI 2020.
 """
 
 # pyright: reportUnknownParameterType=false, reportUnknownMemberType=false
@@ -15,6 +20,7 @@ and 8 bits cost no recall. The file is derived data and never trusted: if it doe
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -30,13 +36,18 @@ from d2llm.core.fallbacks import count_fallback
 from d2llm.ops.selection import top_rows
 from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.load_faiss import load_faiss
-from d2llm.store.scan import IdsOf, RowScan
+from d2llm.store.scan import IdsOf, RowScan, one_thread
 from d2llm.store.vector_file import ann_path_of
 from d2llm.store.vector_formats import VectorFormat
 
 _log = logging.getLogger(__name__)
-_SPARE_ROWS = 32  # candidates beyond top_k (at least an eighth of it), because 8 bits do not rank rows exactly
-_MAX_PROBED_FRACTION = 0.5  # probing more than this fraction of the rows takes as long as the exact scan (measured)
+NEIGHBOURS = 16
+"""Of a row, on each level above the lowest; there it has twice as many."""
+MAX_EFFORT = 1 / 32
+"""With an effort of more than this fraction of the rows, a search takes as long as the exact scan (measured)."""
+_MIN_FRACTION = 1 / 8  # if fewer of the rows may be returned, the exact scan reads only them
+_DEEPER = 3  # factor for the depth, if too few of the rows that were found may be returned
+_BYTES_PER_ROW = 2 * NEIGHBOURS * 4 + 4 + 8 + NEIGHBOURS * 4 / 15  # lowest level, its number, its place; higher levels
 _READ_BYTES = 1 << 24
 
 
@@ -45,7 +56,7 @@ class Recall:
     """Fraction of the exact top ``depth`` that was found: mean over queries, and lower bound (95 %)."""
 
     depth: int
-    num_probes: int
+    effort: int
     recall: float
     at_least: float
 
@@ -59,10 +70,9 @@ class AnnRecord:
         vector_format: format of the stored vectors.
         version: version of the table; earlier versions have rows that it lacks.
         since: ``since`` of the vector file (``vector_file``); another value means that rows may have been renumbered.
-        covered: the live rows below this number are in the index; rows from it on are not.
-        num_rows: number of rows in the index.
-        num_lists: number of lists that the rows are in.
-        probes: [depth, lists probed for it], ascending.
+        covered: the rows below this number are in the graph; rows from it on are not.
+        num_rows: number of the live ones among them.
+        efforts: [depth, rows that are kept in view while it is searched for (efSearch)], ascending.
         target: the requested recall.
         queries: "given", or "passages" if passages of the index served as queries.
         num_queries: number of queries.
@@ -77,8 +87,7 @@ class AnnRecord:
     since: int
     covered: int
     num_rows: int
-    num_lists: int
-    probes: list[list[int]]
+    efforts: list[list[int]]
     target: float
     queries: str
     num_queries: int
@@ -109,53 +118,50 @@ class AnnBase:
 class AnnIndex:
     """An approximate index of the vectors of ``base``."""
 
-    def __init__(self, base: AnnBase, index: Any, record: AnnRecord) -> None:
+    def __init__(self, base: AnnBase, graph: Any, record: AnnRecord) -> None:
+        """Args: ``graph``, FAISS' index, whose own vectors, if it has any, are not used any more."""
+        if base.scan.faiss_index is None:
+            raise ValueError("this FAISS cannot search the stored vectors in place")
         self.base = base
         self.record = record
-        self.faiss_index = index
-        depths, probes = np.array(record.probes, np.float64).T
-        self._log_depths, self._log_probes = np.log(depths), np.log(probes)
+        self.graph = graph
+        if graph.own_fields and graph.storage is not None:
+            graph.storage.this.own(True)  # frees the copy with which the graph was built
+        graph.own_fields, graph.storage = False, base.scan.faiss_index
+        graph.d = base.scan.faiss_index.d  # that of a query as the format has it
+        depths, efforts = np.array(record.efforts, np.float64).T
+        self._log_depths, self._log_efforts = np.log(depths), np.log(efforts)
 
     @classmethod
     def open(cls, base: AnnBase) -> AnnIndex | None:
-        """The approximate index of these vectors, memory-mapped; None if there is none, or it is unusable (logged)."""
+        """The approximate index of these vectors; None if there is none, or it is unusable (logged)."""
         if not base.path.with_suffix(".json").is_file():
             return None
         try:
             record = _read_record(base)
-            faiss = load_faiss()
-            return cls(base, faiss.read_index(os.fspath(base.path), faiss.IO_FLAG_MMAP_IFC), record)
-        except (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError) as error:
+            graph = load_faiss().read_index(os.fspath(base.path))
+            if graph.ntotal != record.covered:
+                raise ValueError(f"it has {graph.ntotal} rows, but {record.covered} are recorded; build it again")
+            return cls(base, graph, record)
+        except (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, ImportError) as error:
             count_fallback("approximate index")
             _log.warning("%s: cannot be used (%s); the exact scan is used", base.path, error)
             return None
 
-    def probes_for(self, depths: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Number of lists to probe for each depth; infinite beyond the deepest tuned depth."""
-        logs = np.log(np.maximum(depths, 1))
-        probes = np.ceil(np.exp(np.interp(logs, self._log_depths, self._log_probes)) - 1e-6)
-        return np.where(logs > self._log_depths[-1] + 1e-9, np.inf, probes)
+    def effort_for(self, depth: float) -> int | None:
+        """The effort of a search for the best ``depth`` rows; None if the exact scan is as fast."""
+        log_depth = np.log(max(depth, 1))
+        if log_depth > self._log_depths[-1] + 1e-9:
+            return None
+        effort = int(np.ceil(np.exp(np.interp(log_depth, self._log_depths, self._log_efforts)) - 1e-6))
+        return effort if effort <= MAX_EFFORT * self.record.covered else None
 
-    @cached_property
-    def list_of(self) -> NDArray[np.int32]:
-        """[covered] the list of each row; -1 for rows that were not live."""
-        faiss = load_faiss()
-        lists, list_of = self.faiss_index.invlists, np.full(self.record.covered, -1, np.int32)
-        for number in range(self.record.num_lists):
-            size = lists.list_size(number)
-            if size:
-                list_of[faiss.rev_swig_ptr(lists.get_ids(number), size)] = number
-        return list_of
-
-    @cached_property
-    def sizes(self) -> NDArray[np.int64]:
-        """[num_lists] number of rows in each list."""
-        return np.bincount(self.list_of[self.list_of >= 0], minlength=self.record.num_lists)
-
-    @cached_property
-    def centroids(self) -> NDArray[np.float32]:
-        """[num_lists, dim]."""
-        return self.faiss_index.quantizer.reconstruct_n(0, self.record.num_lists)
+    def nearest(self, query: NDArray[np.float32], depth: int, effort: int) -> NDArray[np.int64]:
+        """Rows of the graph with nearly the highest inner products with a query [dim], at most ``depth``."""
+        parameters = load_faiss().SearchParametersHNSW(efSearch=effort)
+        with one_thread():
+            labels = self.graph.search(self.base.format.faiss_query(query), depth, params=parameters)[1][0]
+        return labels[labels >= 0]
 
     @cached_property
     def tail(self) -> RowScan:
@@ -170,18 +176,10 @@ class AnnSearch:
         """Args: ``mask`` [capacity], the rows that may be returned, all of them live; None means all rows."""
         self._ann = ann
         self._ids_of = ids_of
+        self._mask = mask
         covered = ann.record.covered
-        num_tail = len(ann.base.codes) - covered
-        self._head = ann.record.num_rows
-        self._allowed: NDArray[np.int64] | None = None
-        self._selector: Any = None
-        self._tail_mask = None if mask is None else mask[covered:]
-        self._tail = num_tail if mask is None else int(np.count_nonzero(mask[covered:]))
-        if mask is not None and (head := np.flatnonzero(mask[:covered])).size < ann.record.num_rows:
-            faiss = load_faiss()
-            self._head = len(head)
-            self._allowed = np.bincount(ann.list_of[head], minlength=ann.record.num_lists)
-            self._selector = faiss.IDSelectorBitmap(np.packbits(mask[:covered], bitorder="little"))
+        self._num_head = covered if mask is None else int(np.count_nonzero(mask[:covered]))
+        self._num_tail = len(ann.base.codes) - covered if mask is None else int(np.count_nonzero(mask[covered:]))
 
     def search(self, query: NDArray[np.float32], top_k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
         """Approximately the rows with the highest inner products with ``query`` [dim], best first, ties by id.
@@ -195,44 +193,34 @@ class AnnSearch:
         """
         ann, query = self._ann, np.ascontiguousarray(query, np.float32)
         ann.base.scan.check(query, top_k)
-        num_probes = self.num_probes(query, top_k)
-        if num_probes is None:
-            return None
-        faiss = load_faiss()
-        options = {} if self._selector is None else {"sel": self._selector}
-        parameters = faiss.SearchParametersIVF(nprobe=num_probes, **options)
-        take = min(num_taken(top_k), self._head)
-        labels = ann.faiss_index.search(query[None], take, params=parameters)[1][0]
-        rows = labels[labels >= 0]
-        if len(rows) < min(top_k, self._head):
+        rows = self._search_head(query, top_k)
+        if rows is None:
             return None
         scores = ann.base.scan.products(query, rows)
-        if self._tail:
+        if self._num_tail:
             later, later_scores = self._search_tail(query, top_k)
             rows, scores = np.concatenate((rows, later)), np.concatenate((scores, later_scores))
         best = top_rows(scores, top_k, lambda places: self._ids_of(rows[places]))
         return rows[best], scores[best]
 
-    def num_probes(self, query: NDArray[np.float32], top_k: int) -> int | None:
-        """Number of lists to probe; None if the exact scan is as fast.
+    def _search_head(self, query: NDArray[np.float32], top_k: int) -> NDArray[np.int64] | None:
+        """The rows of the graph, at least ``top_k`` that may be returned; None if the exact scan is as fast.
 
-        If a fraction s of the rows in the lists near the query is allowed, the best k allowed rows reach as deep as the
-        best k/s rows overall, so as many lists are probed as for that depth.
+        If a fraction f of the rows near the query may be returned, the best k of these reach as deep as the best k/f of
+        all, so that many are searched for.
         """
-        if top_k > self._head:
+        covered = self._ann.record.covered
+        fraction = self._num_head / max(covered, 1)
+        if top_k > self._num_head or fraction < _MIN_FRACTION:
             return None
-        if self._allowed is None:
-            num_probes = self._ann.probes_for(np.array([top_k], np.float64))[0]
-            return int(num_probes) if num_probes <= _MAX_PROBED_FRACTION * self._ann.record.num_lists else None
-        nearest = np.argsort(-(self._ann.centroids @ query), kind="stable")
-        allowed = np.cumsum(self._allowed[nearest])
-        with np.errstate(divide="ignore"):
-            depths = top_k * np.cumsum(self._ann.sizes[nearest]) / allowed
-        enough = np.arange(1, len(nearest) + 1) >= self._ann.probes_for(depths)
-        first = int(np.argmax(enough))
-        if not enough[first] or allowed[first] > _MAX_PROBED_FRACTION * self._head:
-            return None
-        return first + 1
+        depth = math.ceil(top_k / fraction)
+        while (effort := self._ann.effort_for(depth)) is not None:
+            rows = self._ann.nearest(query, min(depth, covered), effort)
+            allowed = rows if self._mask is None else rows[self._mask[rows]]
+            if len(allowed) >= top_k:
+                return allowed
+            depth *= _DEEPER
+        return None
 
     def _search_tail(self, query: NDArray[np.float32], top_k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         covered = self._ann.record.covered
@@ -240,20 +228,14 @@ class AnnSearch:
         def ids_of(rows: NDArray[np.int64]) -> Sequence[str]:
             return self._ids_of(rows + covered)
 
-        rows, scores = self._ann.tail.search(query, top_k, self._tail_mask, ids_of=ids_of)
+        mask = None if self._mask is None else self._mask[covered:]
+        rows, scores = self._ann.tail.search(query, top_k, mask, ids_of=ids_of)
         return rows + covered, scores
 
 
-def num_taken(top_k: int) -> int:
-    """How many rows an approximate search for ``top_k`` takes from the lists, to compute their products exactly."""
-    return top_k + max(_SPARE_ROWS, top_k // 8)
-
-
-def ann_bytes(num_rows: int, num_lists: int, dim: int) -> int:
-    """The size of the file of an approximate index, but for its header: codes, row numbers and centroids."""
-    faiss = load_faiss()
-    code_size: int = faiss.ScalarQuantizer(dim, faiss.ScalarQuantizer.QT_8bit).code_size
-    return num_rows * (code_size + np.dtype(np.int64).itemsize) + num_lists * dim * np.dtype(np.float32).itemsize
+def ann_bytes(num_rows: int) -> int:
+    """The size of the file of an approximate index, nearly."""
+    return math.ceil(num_rows * _BYTES_PER_ROW)
 
 
 def write_ann(ann: AnnIndex) -> AnnRecord:
@@ -266,7 +248,7 @@ def write_ann(ann: AnnIndex) -> AnnRecord:
     for left in path.parent.glob(".ann-*.new"):
         left.unlink()
     draft = path.with_name(f".{path.stem}.new")
-    faiss.write_index(ann.faiss_index, os.fspath(draft))
+    faiss.write_index(ann.graph, os.fspath(draft), faiss.IO_FLAG_SKIP_STORAGE)
     with draft.open("rb+") as file:
         os.fsync(file.fileno())
     record = replace(ann.record, num_bytes=draft.stat().st_size, checksum=_checksum(draft))

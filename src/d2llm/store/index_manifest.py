@@ -13,7 +13,7 @@ from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.index_spec import StoredSpec
 
 KIND = "index"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 SHARDED_KIND = "sharded index"
 """Kind of a folder with several indexes (``shards``)."""
 FIT_KIND, INDEX_OF_FIT = "search", "index"

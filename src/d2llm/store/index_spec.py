@@ -42,6 +42,11 @@ class IndexShape(Settings):
         le=2,
     )
 
+    approximate: bool = setting(
+        True,
+        "For a new index: from 20,000 passages on, build an approximate index when many are added, and search with it.",
+    )
+
     def shape(self) -> dict[str, Any]:
         """These settings, without those of a subclass."""
         return {name: getattr(self, name) for name in IndexShape.model_fields}

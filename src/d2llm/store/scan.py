@@ -52,6 +52,11 @@ class RowScan:
         self._index = self._index_over(codes)
         self._rounding = _BFLOAT16_ERROR if self._index is not None and self._rounds_queries() else 0.0
 
+    @property
+    def faiss_index(self) -> Any:
+        """FAISS' index that has these rows as its codes, in place; None if there is none."""
+        return self._index
+
     def search(
         self,
         query: NDArray[np.float32],
@@ -81,7 +86,7 @@ class RowScan:
             return np.zeros(0, np.int64), np.zeros(0, np.float32)
         take = top_k + max(_SPARE_ROWS, top_k // 8)
         while True:
-            with _one_thread(self._faiss):
+            with one_thread():
                 rows, lowest = self._propose(query, min(take, num_allowed), mask)
             scores = self.products(query, rows)
             if take >= num_allowed or self._is_enough(query, scores, lowest, top_k):
@@ -303,8 +308,9 @@ class _BestOfEach:
 
 
 @contextmanager
-def _one_thread(faiss: Any) -> Generator[None]:
+def one_thread() -> Generator[None]:
     """FAISS parallelises over queries, not rows: for one query, other threads only spin (measured: twice the time)."""
+    faiss = _import_faiss()
     if faiss is None:
         yield
         return

@@ -1,0 +1,207 @@
+"""The engine beside the parts that anyone can put together: one run, the same passages and queries, one thread.
+
+    pip install usearch tantivy
+    python benchmarks/engine.py                                   20,000 passages, a few minutes
+    python benchmarks/engine.py --passages 100000 --work INDICES --json benchmarks/results/engine.json
+
+Each query goes to all searches in turn, without being read again: its vector and those of its tokens are known. Times
+are those of the processor, so other work matters little. "By hand" is an approximate index of usearch (HNSW, 16-bit
+numbers), an inverted index of tantivy (English stems), and MaxSim in NumPy over both lists, 16-bit tokens; its scores
+are added with the weights of the student. Recall is that of the first ten against the full score of every passage; that
+of "by hand" is lower also because its BM25 is another one. Passages are real ones and variations (`scaling.corpus`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and FAISS are imported
+
+import faiss
+import numpy as np
+import torch
+from scaling.corpus import FRACTIONS, Corpus, KnownVectors, read_real, write_json
+from scaling.data_sets import DATA, require
+from scaling.stores import build
+
+from d2llm import Student
+from d2llm.core.manifest import package_versions
+from d2llm.core.types import Query
+from d2llm.ops.kernels import BM25
+from d2llm.retrieval.build_ann import build_ann
+from d2llm.retrieval.local_segment import open_view
+from d2llm.retrieval.row_features import mean_of_cosines
+from d2llm.retrieval.search import Searcher
+from d2llm.retrieval.segments import IndexView
+from d2llm.retrieval.settings import SearchSettings
+from d2llm.sizing.speeds import processor_name
+from d2llm.store.index_store import IndexStore
+from d2llm.store.shards import Storage
+from d2llm.store.view import PassageView
+
+STUDENT = "d2llm-minilm"
+TASK = "asymmetric"
+TOP_K = 10
+EACH = 100  # candidates of each of the parts put together by hand
+EXPANSION = 300  # of usearch: with it, it finds as much of the first hundred as our approximate index
+
+Encoded = tuple[str, np.ndarray, list[np.ndarray]]
+"""A query's text, its vector [1, dim], and the vectors of its tokens."""
+
+
+class ByHand:
+    """usearch, tantivy and NumPy, as anybody would put them together."""
+
+    def __init__(self, view: PassageView, student: Student, texts: Sequence[str], folder: Path) -> None:
+        import tantivy
+        from usearch.index import Index as Graph
+
+        self.student = student
+        self.weights = student.feature_weights(TASK)
+        self.vectors = np.concatenate([view.block(at, min(at + 8_192, len(view))) for at in range(0, len(view), 8_192)])
+        self.graph = Graph(
+            ndim=view.dim, metric="ip", dtype="f16", connectivity=16, expansion_add=100, expansion_search=EXPANSION
+        )
+        self.graph.add(np.arange(len(self.vectors)), self.vectors / np.linalg.norm(self.vectors[0]), threads=1)
+        schema = tantivy.SchemaBuilder()
+        schema.add_integer_field("row", stored=True)
+        schema.add_text_field("text", stored=False, tokenizer_name="en_stem")
+        folder.mkdir()
+        self.words = tantivy.Index(schema.build(), path=str(folder))
+        writer = self.words.writer(num_threads=1)
+        for row, text in enumerate(texts):
+            writer.add_document(tantivy.Document(row=row, text=text))
+        writer.commit()
+        writer.wait_merging_threads()
+        self.words.reload()
+        assert view.tokens is not None
+        codes, counts = view.tokens.take(np.arange(len(view)))
+        decode = view.store.part_formats["token"].decode
+        self.tokens = np.concatenate(
+            [decode(codes[at : at + 65_536]).astype(np.float16) for at in range(0, len(codes), 65_536)]
+        )
+        self.ends = np.cumsum(counts)
+        self.starts = self.ends - counts
+
+    def rank(self, query: Encoded) -> list[int]:
+        """Rows of the first ten."""
+        text, vector, tokens = query
+        dot = self.student.query_vectors(vector, TASK)[0]
+        near = self.graph.search(dot, EACH, threads=1).keys.astype(np.int64)
+        words = "".join(each if each.isalnum() else " " for each in text).lower()
+        searcher = self.words.searcher()
+        hits = searcher.search(self.words.parse_query(words, ["text"]), EACH).hits
+        bm25 = {int(searcher.doc(address)["row"][0]): score for score, address in hits}
+        rows = np.union1d(near, np.array(list(bm25), np.int64))
+        scores = self.vectors[rows] @ dot
+        counts = self.ends[rows] - self.starts[rows]
+        places = np.repeat(self.starts[rows] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+        products = self.tokens[places].astype(np.float32) @ mean_of_cosines(tokens[0]).T
+        best = np.maximum.reduceat(products, np.cumsum(counts) - counts, axis=0).sum(axis=1)
+        weight = self.weights.terms.get("window_bm25", 0.0)
+        scores += self.weights.terms["maxsim"] * best + weight * np.array([bm25.get(row, 0.0) for row in rows.tolist()])
+        return rows[np.argsort(-scores)[:TOP_K]].tolist()
+
+
+def ours(view: IndexView, known: KnownVectors, **settings: Any) -> Callable[[Encoded], list[int]]:
+    """A search of d2llm; rows of the first ten."""
+    searcher = Searcher(view, known, SearchSettings(task=TASK, top_k=TOP_K, **settings))
+
+    def rank(query: Encoded) -> list[int]:
+        [ranking] = searcher.rank([Query("1", query[0])], vectors=query[1], tokens=query[2])
+        return [int(each.passage.id.rsplit("-", 1)[1]) for each in ranking.passages]
+
+    return rank
+
+
+def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Times, recall and bytes."""
+    student = Student.load(STUDENT)
+    real, vectors, of_task, _ = read_real(student, DATA, args.real, args.queries, args.work)
+    known = KnownVectors(student, list(of_task.values()), real)
+    corpus, folder = Corpus(real, vectors, args.passages, longer=2), work / f"engine-{args.passages}"
+    if not folder.exists():
+        build(folder, corpus, known, "bfloat16", token_vectors="int4")
+    queries: list[Encoded] = []
+    for text in of_task[TASK].texts:
+        read = student.encode_with_tokens([text], "query")
+        assert read.tokens is not None
+        queries.append((text, read.vectors, read.tokens.split()))
+    store = IndexStore.open(folder)
+    begin = time.process_time()
+    report = build_ann(store, student)
+    graph = asdict(report) | {"folder": "", "cpu_seconds": time.process_time() - begin}
+    view = open_view(Storage.single(store))
+    assert BM25.load() is not None
+    weights = student.feature_weights(TASK, stored=view.part_kinds).terms
+    of_words = {name: weight for name, weight in weights.items() if name != "maxsim"}
+    searches = {
+        "full score": ours(view, known, score_features=weights),
+        "full score, all vectors scanned": ours(view, known, score_features=weights, sources=("vectors", "bm25")),
+        "vectors and words": ours(view, known, score_features=of_words),
+        "vectors alone": ours(view, known, score_features={}),
+        "vectors alone, all scanned": ours(view, known, score_features={}, sources=("vectors",)),
+    }
+    if not args.no_peers:
+        texts = [passage.full_text for passages, _ in corpus.blocks() for passage in passages]
+        searches["by hand: usearch, tantivy, MaxSim"] = ByHand(PassageView(store), student, texts, work / "words").rank
+    everything = ours(
+        view, known, score_features=weights, num_candidates=2 * args.passages, sources=("vectors", "bm25")
+    )
+    truth = [everything(query) for query in queries]
+    times: dict[str, list[float]] = {name: [] for name in searches}
+    found: dict[str, list[float]] = {name: [] for name in searches}
+    for rank in searches.values():
+        rank(queries[0])
+    for query, best in zip(queries, truth, strict=True):
+        for name, rank in searches.items():
+            begin = time.process_time()
+            rows = rank(query)
+            times[name].append(1e3 * (time.process_time() - begin))
+            found[name].append(len(set(rows) & set(best)) / len(best))
+    return {
+        "passages": args.passages,
+        "queries": len(queries),
+        "machine": processor_name(),
+        "packages": package_versions(),
+        "graph": graph,
+        "searches": {
+            name: {
+                "ms": {f"p{each}": float(np.percentile(values, each)) for each in (50, 90)},
+                "recall": float(np.mean(found[name])),
+            }
+            for name, values in times.items()
+        },
+    }
+
+
+def main() -> None:
+    """Measure, print and optionally write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--passages", type=int, default=20_000)
+    parser.add_argument("--real", type=int, default=5_000, help="real passages among them; the rest are variations")
+    parser.add_argument("--queries", type=int, default=100)
+    parser.add_argument("--work", type=Path, help="folder of the index and of the real passages' vectors, used again")
+    parser.add_argument("--no-peers", action="store_true", help="measure d2llm alone")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    require(*(DATA / name for name in FRACTIONS))
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        result = measure(args, args.work or Path(place))
+    for name, row in result["searches"].items():
+        print(f"{name:40} p50 {row['ms']['p50']:7.2f} ms, p90 {row['ms']['p90']:7.2f} ms, recall {row['recall']:.3f}")
+    if args.json:
+        write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    main()
