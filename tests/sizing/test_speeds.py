@@ -83,4 +83,4 @@ def test_shipped_figures_are_the_results_of_benchmarks(repository):
     )
     scanned_ms = scale["searches"]["asymmetric"]["rows"]["d2llm, inner products alone"]["cpu_ms"]
     assert speeds.scan_bytes["bfloat16"].value == pytest.approx(1_000_000 * 768 / scanned_ms * 1e3)
-    assert shipped_ann_facts().fraction == scale["ann"]["share_probed"]
+    assert shipped_ann_facts().compared == result("engine")["graph"]["num_compared"]
