@@ -246,6 +246,7 @@ def answers(folder: Path) -> dict[str, Any]:
     results["match filtered"] = sorted(view.ids(view.match("common", 99, FILTERS[0]).rows))
     for condition in FILTERS:
         mask = view.select(condition)
+        assert mask is not None
         results[f"filter {condition}"] = sorted(view.ids(np.flatnonzero(mask)))
     results["get"] = [passage.text for passage in view.get(["p7", "p1", "p12", "p63", "p59"])]
     results["rows"] = view.ids(view.rows(["p7", "p12", "p63"]))

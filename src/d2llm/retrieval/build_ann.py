@@ -141,7 +141,7 @@ def build_ann(
         exact: list[NDArray[np.int64]] = []
         for place in range(len(tuning.dot_queries)):
             # Among all rows, dead ones too: these are in the graph, and a search goes past them.
-            rows, _ = base.scan.search(tuning.dot_queries[place], deepest + 1, ids_of=lambda rows: rows.astype(str))
+            rows, _ = base.scan.search(tuning.dot_queries[place], deepest + 1, ids_of=_row_names)
             exact.append(_others(tuning, place, rows)[:deepest])
             advance(1)
         _log.info("exact scans at depth %d: %.1f s", deepest, time.perf_counter() - begin_exact)
@@ -241,6 +241,10 @@ def _directions(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     4 to 85, that finds all of the first 100 where links by inner product find .83.
     """
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _row_names(rows: NDArray[np.int64]) -> list[str]:
+    return [str(row) for row in rows.tolist()]
 
 
 def _others(tuning: _TuningQueries, place: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -365,26 +365,6 @@ class WordIndex:
         passages[filled] = whole_scores
         best_windows[filled] = np.maximum.reduceat(np.where(windows.exist, window_scores, 0), firsts)
         return passages, best_windows
-
-
-class ShardWords(Protocol):
-    """The words of a part of a corpus: a ``WordIndex``, or one in another process."""
-
-    @property
-    def statistics(self) -> WordStatistics:
-        """Their statistics."""
-        ...
-
-    def rows_with(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """The number of passages that have each of these terms [n]."""
-        ...
-
-
-def query_words_of(indexes: Sequence[ShardWords], text: str) -> QueryWords:
-    """The words of a query and their weights in a corpus that consists of the rows of several indexes."""
-    counted = CountedTerms.from_text(text)
-    rows_with = sum((index.rows_with(counted.hashes) for index in indexes), np.zeros(len(counted.hashes), np.int64))
-    return counted.weighted(rows_with, sum(index.statistics.num_passages for index in indexes))
 
 
 def rank_passages(index: WordIndex, ids: Sequence[str], texts: Iterable[str], top_k: int) -> Iterator[list[Candidate]]:
