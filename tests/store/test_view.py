@@ -10,6 +10,7 @@ import pytest
 from d2llm.core.errors import DataFormatError, FilterError, IndexMismatchError, InputError
 from d2llm.core.types import Passage
 from d2llm.store import vector_file
+from d2llm.store import view as module
 from d2llm.store.blocks import ROW_MASK
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import verify
@@ -85,6 +86,22 @@ def test_word_search_with_a_filter(store):
     store.delete(["p4"])
     assert view.ids(view.match("own4", 9).rows) == ["p4"]
     assert len(PassageView(store).match("own4", 9).rows) == 0
+
+
+def test_the_rows_of_a_filter_are_kept_for_a_version(store):
+    view = PassageView(store)
+    first = view.select("year < 2003")
+    assert view.select("year < 2003") is first
+    with pytest.raises(ValueError, match="read-only"):
+        first[0] = True
+    for year in range(2010, 2030):  # more than are kept
+        view.select(f"year < {year}")
+    assert len(view._selected) == module._KEPT_FILTERS
+    again = view.select("year < 2003")
+    assert again is not first
+    assert again.tolist() == first.tolist()
+    store.delete(["p1"])
+    assert sorted(PassageView(store).ids(PassageView(store).match("common", 99, "year < 2003").rows)) == ["p0", "p2"]
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ from d2llm.store.part_vectors import (
 from d2llm.store.passage_table import REMEDY, PassageTable, Record, rows_of
 from d2llm.store.schema import FieldType, MetadataSchema
 from d2llm.store.side_files import forget_chunking, read_chunking, side_files, write_chunking
-from d2llm.store.storage import LOCK_NAME, link_or_copy, storage_errors
+from d2llm.store.storage import LOCK_NAME, link_or_copy, storage_errors, warn_of_network
 from d2llm.store.stored_vectors import StoredVectors, stored_vectors
 from d2llm.store.vector_file import IntactExtents, VectorFile
 from d2llm.store.vector_formats import VectorFormat, make_format
@@ -88,6 +88,7 @@ class IndexStore:
         """What views of this store have compared; a store that is opened later may take it over."""
         self._is_compared = False
         self._lock = filelock.FileLock(folder / LOCK_NAME, timeout=0)  # one writer; a killed one releases it
+        warn_of_network(folder)
 
     @classmethod
     def create(

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
 import sqlite3
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from d2llm.core.errors import InputError, StorageError
 
 LOCK_NAME = "write.lock"
+_log = logging.getLogger(__name__)
+_MOUNTS = Path("/proc/self/mountinfo")
+_OVER_A_NETWORK = frozenset(
+    {
+        "9p",
+        "afs",
+        "ceph",
+        "cifs",
+        "fuse.glusterfs",
+        "fuse.s3fs",
+        "fuse.sshfs",
+        "glusterfs",
+        "lustre",
+        "nfs",
+        "nfs4",
+        "smb3",
+    }
+)
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
@@ -38,3 +59,37 @@ def storage_errors(folder: Path) -> Generator[None]:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+@cache
+def warn_of_network(folder: Path) -> None:
+    """Log a warning, once, if a folder is on a file system that other machines share.
+
+    SQLite coordinates readers and a writer by memory that the processes of one machine share, and by locks that such
+    file systems may not keep (https://sqlite.org/wal.html).
+    """
+    kind = file_system(folder)
+    if kind in _OVER_A_NETWORK:
+        _log.warning(
+            "%s is on a network file system (%s): an index there may be damaged if several machines use it, or if its "
+            "locks fail. Keep it on a disk of this machine; to serve it elsewhere, copy a snapshot",
+            folder,
+            kind,
+        )
+
+
+def file_system(folder: Path) -> str | None:
+    """The type of the file system of a folder, as Linux names it; None on other systems."""
+    try:
+        lines = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    wanted = os.path.realpath(folder)
+    best, kind = "", None
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        mounted = before.split(" ")[4].replace("\\040", " ")
+        is_inside = wanted == mounted or wanted.startswith(mounted.rstrip("/") + "/")
+        if is_inside and len(mounted) >= len(best):  # the last of several at one place hides the others
+            best, kind = mounted, after.split(" ")[0]
+    return kind

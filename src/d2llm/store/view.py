@@ -29,6 +29,7 @@ from d2llm.store.word_segment import QueryWords, WordStatistics
 
 _View = TypeVar("_View", bound="PassageView")
 _log = logging.getLogger(__name__)
+_KEPT_FILTERS = 16  # each a byte for each row
 _STORED_ROWS = 8_192  # rows encoded at a time for a view in another format
 
 
@@ -75,6 +76,7 @@ class PassageView:
             raise DataFormatError(store.folder, f"{problem}; restore a snapshot, or index the corpus again")
         self.live: NDArray[np.bool_] | None = live if self._len < self.capacity else None
         self._scan: RowScan | None = None
+        self._selected: dict[str, NDArray[np.bool_]] = {}  # by filter: a version never changes
 
     @property
     def folder(self) -> Path:
@@ -302,18 +304,24 @@ class PassageView:
         return self.tokens.sum_of_best(queries, rows)
 
     def select(self, filter: str | None) -> NDArray[np.bool_] | None:  # noqa: A002
-        """The rows that a filter allows, as a mask [capacity]; None without a filter.
+        """The rows that a filter allows, as a read-only mask [capacity]; None without a filter.
 
         Raises:
             FilterError: the filter cannot be parsed, or does not fit the metadata.
         """
         if filter is None:
             return None
+        if (kept := self._selected.get(filter)) is not None:
+            return kept
         from d2llm.store.filters import parse_filter  # imports sqlglot, which most searches do not need
 
         condition = parse_filter(filter, self.metadata)
         allowed = np.zeros(self.capacity, np.bool_)
         allowed[self._table.matching(condition.sql, condition.values) & ROW_MASK] = True
+        allowed.flags.writeable = False
+        for oldest in list(self._selected)[: 1 - _KEPT_FILTERS]:
+            self._selected.pop(oldest, None)
+        self._selected[filter] = allowed
         return allowed
 
     def live_rows(self, allowed: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
