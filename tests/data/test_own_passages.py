@@ -12,7 +12,7 @@ from d2llm.data.beir import Dataset, read_beir
 from d2llm.data.own_passages import OwnCounts
 from d2llm.evaluation.contenders import NAME_BM25, Contenders
 from d2llm.recipe import MiningConfig
-from d2llm.training.dev_sets import make_dev_set, make_judge_dev_set
+from d2llm.training.dev_sets import make_dev_set, make_teacher_dev_set
 from d2llm.training.mining.mine import mine
 from fake_models import FakeStudent, FakeTeacher
 from tiny_evaluations import everyone, figures, measure, run
@@ -166,7 +166,7 @@ def test_dev_sets_are_without_the_query_itself():
     dev = make_dev_set(source, num_queries=3, num_passages=6, seed=0)
     assert all(query_id not in ids for query_id, ids in dev.candidates.items())
     assert all(len(ids) == 5 for ids in dev.candidates.values())
-    judged = make_judge_dev_set(
+    judged = make_teacher_dev_set(
         DUPLICATES, "symmetric", list(DUPLICATES.queries.values()), student=FakeStudent(), depth=5, with_positives=False
     )
     assert all(query_id not in ids for query_id, ids in judged.candidates.items())

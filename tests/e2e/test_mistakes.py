@@ -341,7 +341,7 @@ def test_any_permission_error_names_the_file(monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", "/secret/file")
 
-    monkeypatch.setattr("d2llm.retrieval.search.search", refuse)
+    monkeypatch.setattr("d2llm.retrieval.search.Searcher", refuse)
     _assert_refused("search", "index", "cat", fragments=["/secret/file: Permission denied; check the path, its perm"])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from d2llm.core.settings import TASK_HELP, Settings, Shown, setting
-from d2llm.core.types import DEFAULT_NUM_CANDIDATES, SystemKind, Task
+from d2llm.core.types import SystemKind, Task
 
 if TYPE_CHECKING:
     from d2llm.retrieval.protocols import SearchStudent
@@ -34,7 +34,11 @@ class EvaluationSettings(Settings):
     top_k: int = setting(
         RECALL_DEPTH, "Length of the rankings, at least 100 (Recall@100).", _PYTHON_ONLY, ge=RECALL_DEPTH
     )
-    num_candidates: int = setting(DEFAULT_NUM_CANDIDATES, "Passages that get the student's full score.", ge=1)
+    num_candidates: int = setting(
+        1_000,
+        "Passages that get the student's full score; more than in a search, because recall is measured deeper.",
+        ge=1,
+    )
     teacher_depth: int = setting(50, "Passages that the teacher reranks, alternately from BM25 and the student.", ge=1)
     teacher_queries: int | None = setting(
         100, "Size of the random sample of queries or pairs for the teacher; 0: all.", ge=0
