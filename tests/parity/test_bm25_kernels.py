@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compiled_loops import compiled
 from d2llm.core.fallbacks import fallback_counts
 from d2llm.ops import kernels
-from d2llm.ops.kernels import BM25, CompiledLoops, compiler
+from d2llm.ops.kernels import CompiledLoops, compiler
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.word_segment import WordSegment
-
-
-@contextmanager
-def compiled(is_compiled: bool) -> Iterator[None]:
-    before = kernels.MIN_ROWS
-    kernels.MIN_ROWS = 0 if is_compiled else 1 << 60
-    assert BM25.load() is not None
-    try:
-        yield
-    finally:
-        kernels.MIN_ROWS = before
 
 
 def random_index(random: np.random.Generator, num_rows: int, *, added: bool, dead: bool) -> WordIndex:
@@ -87,7 +75,7 @@ def test_as_many_ties_as_rows():
         assert_equal_ways(index, "same words", num, None)
 
 
-@pytest.mark.parametrize("part", ["rows", "offsets"])
+@pytest.mark.parametrize("part", ["rows", "offsets", "starts"])
 def test_damaged_words_are_an_error(part):
     segment = WordSegment.from_texts(["one two. three", "two three"] * 50)
     damaged = getattr(segment, part).copy()
@@ -95,7 +83,7 @@ def test_damaged_words_are_an_error(part):
     index = WordIndex([dataclasses.replace(segment, **{part: damaged})])
     query = index.query("one two three")
     with compiled(True), pytest.raises(ValueError, match=r"not ascending|not where they should be"):
-        _ = index.best(query, 3) if part == "rows" else index.score(query, np.arange(100))
+        _ = index.score(query, np.arange(100)) if part == "offsets" else index.best(query, 3)
 
 
 def test_they_are_loaded_in_another_thread_after_a_few_calls():

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2llm.ops import kernels
+from compiled_loops import compiled
 from d2llm.ops.bm25_words import sentences, terms, windows
 from d2llm.store import bm25
 from d2llm.store.bm25 import WordIndex, rank_passages
@@ -31,11 +31,8 @@ VOCABULARY = ["cat", "dog", "mat", "zebra", "猫", "北京", "9", "naïve"]
 @pytest.fixture(scope="module", params=["numpy", "compiled"], autouse=True)
 def way(request):
     """Every test is run both ways; each must give the same bits."""
-    before = kernels.MIN_ROWS
-    kernels.MIN_ROWS = 0 if request.param == "compiled" else 1 << 60
-    assert kernels.BM25.load() is not None
-    yield request.param
-    kernels.MIN_ROWS = before
+    with compiled(request.param == "compiled"):
+        yield request.param
 
 
 texts = st.lists(

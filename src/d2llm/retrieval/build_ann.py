@@ -118,7 +118,7 @@ def build_ann(
     live = view.live_rows()
     tuning = _tuning_queries(view, student, texts, live, random)
     with progress_bar("building", view.capacity + len(tuning.dot_queries)) as advance:
-        graph = _empty_graph(view, live, random)
+        graph = empty_graph(_sample(view, live, random))
         for start in range(0, view.capacity, _BLOCK_ROWS):
             end = min(start + _BLOCK_ROWS, view.capacity)
             graph.add(_directions(view.block(start, end)))
@@ -176,7 +176,7 @@ def renew_ann(store: IndexStore, student: SearchStudent, num_encoded: int) -> No
     It must be wanted (``IndexShape.approximate``), cover less than four fifths of the rows, and be due: who encoded a
     twentieth of the passages waited longer for that than for this. Where it cannot be built, the exact scan is used.
     """
-    if not store.manifest.get("approximate", True) or not student.has_dot or num_encoded < MIN_PASSAGES * _DUE:
+    if not store.manifest["approximate"] or not student.has_dot or num_encoded < MIN_PASSAGES * _DUE:
         return
     view = PassageView(store)
     if len(view) < MIN_PASSAGES or num_encoded < _DUE * len(view):
@@ -225,13 +225,21 @@ def _tuning_queries(
     return _TuningQueries(student.query_vectors(vectors, view.task), None)
 
 
-def _empty_graph(view: PassageView, live: NDArray[np.int64], random: np.random.Generator) -> Any:
-    """FAISS' index without rows. While it is built, it has a copy of the vectors in 8 bits a dimension."""
+def empty_graph(sample: NDArray[np.float32]) -> Any:
+    """FAISS' index without rows, for vectors like those of a sample [n, dim].
+
+    While it is built, it has a copy of the vectors in 8 bits a dimension.
+    """
     faiss = load_faiss()
-    graph = faiss.IndexHNSWSQ(view.dim, faiss.ScalarQuantizer.QT_8bit, NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
+    graph = faiss.IndexHNSWSQ(sample.shape[1], faiss.ScalarQuantizer.QT_8bit, NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
     graph.hnsw.efConstruction = CONSTRUCTION_EFFORT
-    graph.train(_directions(view.vectors(np.sort(random.choice(live, min(_SAMPLE_ROWS, len(live)), replace=False)))))
+    graph.train(sample)
     return graph
+
+
+def _sample(view: PassageView, live: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.float32]:
+    rows = np.sort(random.choice(live, min(_SAMPLE_ROWS, len(live)), replace=False))
+    return _directions(view.vectors(rows))
 
 
 def _directions(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

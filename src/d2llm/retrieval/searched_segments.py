@@ -57,7 +57,6 @@ class SearchedSegments:
         self._index, self._student, self._settings, self._weights = index, student, settings, weights
         self._allow_missing = allow_missing
         self.sources = source_names(settings, weights, is_exact=is_exact)
-
         self._searches = [
             segment.begin_search(student, settings, task, weights, is_exact=is_exact, cached=cached.of_segment(place))
             for place, segment in enumerate(index.segments)

@@ -25,14 +25,13 @@ from d2llm.core.progress import progress_bar
 from d2llm.core.types import Passage, Task
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import PairTeacher
-from d2llm.retrieval.build_ann import CONSTRUCTION_EFFORT
+from d2llm.retrieval.build_ann import empty_graph
 from d2llm.retrieval.index import PART_FORMATS
 from d2llm.retrieval.local_segment import open_view
 from d2llm.retrieval.protocols import task_for
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.sizing.speeds import GRAPH_ROWS, Speed, Speeds, TeacherSpeed, processor_name
 from d2llm.sizing.texts import count_postings, word_queries, write_passages
-from d2llm.store.ann import NEIGHBOURS
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
@@ -310,11 +309,8 @@ class _Measuring:
     def _graph(self) -> tuple[float, float]:
         """Rows that a search of an approximate index compares, a second, and rows that are linked while it is built."""
         faiss: Any = load_faiss()
-        dim = self.student.vector_dim
-        vectors = self._vectors(GRAPH_ROWS, dim)
-        graph = faiss.IndexHNSWSQ(dim, faiss.ScalarQuantizer.QT_8bit, NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
-        graph.hnsw.efConstruction = CONSTRUCTION_EFFORT
-        graph.train(vectors[:_DISTINCT_VECTORS])
+        vectors = self._vectors(GRAPH_ROWS, self.student.vector_dim)
+        graph = empty_graph(vectors[:_DISTINCT_VECTORS])
         begin = time.perf_counter()
         graph.add(vectors)
         linked = GRAPH_ROWS / (time.perf_counter() - begin)

@@ -194,7 +194,7 @@ def _query_facts(segment: WordSegment, queries: Sequence[str]) -> tuple[float, f
 
 def count_postings(segment: WordSegment, query: QueryWords) -> int:
     """The postings of a query's terms in a segment."""
-    return sum(part.stop - part.start for part in segment.postings(segment.places(query.terms)))
+    return sum(part.stop - part.start for part, _ in segment.extents_of(query.terms).slices())
 
 
 def write_passages(store: IndexStore, passages: Sequence[Passage], vectors: NDArray[np.float32]) -> None:

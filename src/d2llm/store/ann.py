@@ -158,8 +158,9 @@ class AnnIndex:
 
     def nearest(self, query: NDArray[np.float32], depth: int, effort: int) -> NDArray[np.int64]:
         """Rows of the graph with nearly the highest inner products with a query [dim], at most ``depth``."""
-        parameters = load_faiss().SearchParametersHNSW(efSearch=effort)
-        with one_thread():
+        faiss = load_faiss()
+        parameters = faiss.SearchParametersHNSW(efSearch=effort)
+        with one_thread(faiss):
             labels = self.graph.search(self.base.format.faiss_query(query), depth, params=parameters)[1][0]
         return labels[labels >= 0]
 

@@ -225,10 +225,9 @@ class WordIndex:
         from some 300,000 rows on.
         """
         for segment, first in zip(self._segments, self._firsts.tolist(), strict=False):
-            places = segment.places(query.terms)
-            for part, weight in zip(segment.postings(places), query.weights[places >= 0], strict=True):
+            for part, term in segment.extents_of(query.terms).slices():
                 rows = segment.rows[part].astype(np.intp)
-                yield Postings(rows, segment.counts[part], weight, slice(first, first + len(segment)))
+                yield Postings(rows, segment.counts[part], query.weights[term], slice(first, first + len(segment)))
 
     def _added_postings(self, query: QueryWords) -> Iterator[Postings]:
         """The postings of the query's terms among the added words of all segments, in the order of the terms in each.
@@ -238,10 +237,10 @@ class WordIndex:
         for segment, first in zip(self._segments, self._firsts.tolist(), strict=False):
             if segment.added is None:
                 continue
-            for number, part in segment.added.postings(query.terms):
+            for part, term in segment.added.extents_of(query.terms).slices():
                 rows = segment.added.rows[part].astype(np.intp)
                 counts = np.divide(segment.added.hundredths[part], 100, dtype=np.float32)
-                yield Postings(rows, counts, query.weights[number], slice(first, first + len(segment)))
+                yield Postings(rows, counts, query.weights[term], slice(first, first + len(segment)))
 
     def best(self, query: QueryWords, num: int, *, allowed: NDArray[np.bool_] | None = None) -> tuple[Rows, _Scores]:
         """The live rows with the ``num`` highest scores above 0, plus those tied with the last, in no order.
@@ -292,9 +291,9 @@ class WordIndex:
         owner = np.searchsorted(self._firsts, rows, side="right") - 1
         passages, windows = np.zeros(len(rows), np.float32), np.zeros(len(rows), np.float32)
         kernels = BM25.get(len(self))
+        score = self._score_segment if kernels is None else partial(self._score_compiled, kernels)
         for at in np.unique(owner).tolist():
             places = np.flatnonzero(owner == at)
-            score = self._score_segment if kernels is None else partial(self._score_compiled, kernels)
             passages[places], windows[places] = score(
                 at, query.terms[:num_known], query.weights[:num_known], rows[places]
             )

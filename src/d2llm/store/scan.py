@@ -86,7 +86,7 @@ class RowScan:
             return np.zeros(0, np.int64), np.zeros(0, np.float32)
         take = top_k + max(_SPARE_ROWS, top_k // 8)
         while True:
-            with one_thread():
+            with one_thread(self._faiss):
                 rows, lowest = self._propose(query, min(take, num_allowed), mask)
             scores = self.products(query, rows)
             if take >= num_allowed or self._is_enough(query, scores, lowest, top_k):
@@ -308,9 +308,8 @@ class _BestOfEach:
 
 
 @contextmanager
-def one_thread() -> Generator[None]:
+def one_thread(faiss: Any) -> Generator[None]:
     """FAISS parallelises over queries, not rows: for one query, other threads only spin (measured: twice the time)."""
-    faiss = _import_faiss()
     if faiss is None:
         yield
         return

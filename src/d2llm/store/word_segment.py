@@ -41,6 +41,11 @@ class Extents(NamedTuple):
     ends: NDArray[np.int64]
     terms: NDArray[np.int64]
 
+    def slices(self) -> Iterator[tuple[slice, int]]:
+        """Of each term: where its postings are, and its index."""
+        for start, end, term in zip(self.starts.tolist(), self.ends.tolist(), self.terms.tolist(), strict=True):
+            yield slice(start, end), term
+
 
 @dataclass(frozen=True, slots=True)
 class AddedWords:
@@ -95,12 +100,6 @@ class AddedWords:
     def lengths(self, num_rows: int) -> NDArray[np.int64]:
         """The hundredths of all words of each of ``num_rows`` rows."""
         return np.bincount(self.rows, self.hundredths, num_rows).astype(np.int64)
-
-    def postings(self, query_terms: NDArray[np.uint64]) -> Iterator[tuple[int, slice]]:
-        """Of each query term that a row has: its index, and where ``rows`` and ``hundredths`` have its postings."""
-        for number, place in enumerate(_places(self.terms, query_terms).tolist()):
-            if place >= 0:
-                yield number, slice(int(self.starts[place]), int(self.starts[place + 1]))
 
     def extents_of(self, query_terms: NDArray[np.uint64]) -> Extents:
         """Where the postings of the query terms that a row has are."""
@@ -254,11 +253,6 @@ class WordSegment:
     def extents_of(self, query_terms: NDArray[np.uint64]) -> Extents:
         """Where the postings of the query terms that a text has are."""
         return _extents_of(self.terms, self.starts, query_terms)
-
-    def postings(self, places: NDArray[np.int64]) -> list[slice]:
-        """Where ``rows`` and ``counts`` have the postings of some terms; none for the place -1."""
-        known = places[places >= 0]
-        return [slice(*ends) for ends in zip(self.starts[known].tolist(), self.starts[known + 1].tolist(), strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

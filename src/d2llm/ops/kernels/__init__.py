@@ -22,7 +22,7 @@ _COMPILING = 2.0  # seconds from which loading was compiling
 MIN_ROWS = 20_000
 """With fewer rows, NumPy is as fast."""
 MIN_CALLS = 3
-"""A program that asks less often has ended before kernels are loaded."""
+"""A program that asks less often has ended before kernels are loaded. A search asks twice."""
 
 
 class CompiledLoops:

@@ -30,6 +30,15 @@ _u32, _u16, _f32, _i64 = (read_only(each) for each in (types.uint32, types.uint1
 
 
 @inlined
+def _checked(starts: NDArray[np.int64], ends: NDArray[np.int64], num_texts: int, num: int, num_added: int) -> int:
+    """The number of terms, whose postings must be among the ``num`` of texts or the ``num_added`` of added words."""
+    for term in range(len(starts)):
+        if starts[term] < 0 or ends[term] < starts[term] or ends[term] > (num if term < num_texts else num_added):
+            raise ValueError("the postings of a term are not where they should be")
+    return len(starts)
+
+
+@inlined
 def _first_at_least(rows: NDArray[np.uint32], start: int, end: int, row: int) -> int:
     """The first place from ``start`` on whose row is at least ``row``, by doubling steps; ``end`` if there is none."""
     step, low = 1, start
@@ -228,7 +237,7 @@ def best_rows(
     Returns:
         Rows, scores, and the new size of the heap. Some rows may be below the heap's lowest score in the end.
     """
-    num, num_terms = len(norms), len(weights)
+    num, num_terms = len(norms), _checked(starts, ends, num_texts, len(rows), len(added_rows))
     places, stops, rests = starts.copy(), np.empty(num_terms, np.int64), np.zeros(num_terms + 1, np.float64)
     sums, touched = np.zeros(RANGE, np.float32), np.zeros(RANGE // _GROUP, np.bool_)
     chosen, scores = np.empty(RANGE, np.int64), np.empty(RANGE, np.float32)

@@ -1,0 +1,20 @@
+"""Tests of BM25 by its compiled loops, or by NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from d2llm.ops import kernels
+
+
+@contextmanager
+def compiled(is_compiled: bool) -> Iterator[None]:
+    """Within it, indexes of any size are searched by compiled loops, or none is."""
+    assert kernels.BM25.load() is not None
+    before = kernels.MIN_ROWS
+    kernels.MIN_ROWS = 0 if is_compiled else 1 << 60
+    try:
+        yield
+    finally:
+        kernels.MIN_ROWS = before
