@@ -14,6 +14,7 @@ of "by hand" is lower also because its BM25 is another one. Passages are real on
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import tempfile
 import time
@@ -60,8 +61,8 @@ class ByHand:
     """usearch, tantivy and NumPy, as anybody would put them together."""
 
     def __init__(self, view: PassageView, student: Student, texts: Sequence[str], folder: Path) -> None:
-        import tantivy
-        from usearch.index import Index as Graph
+        import tantivy  # pyright: ignore[reportMissingImports]
+        from usearch.index import Index as Graph  # pyright: ignore[reportMissingImports]
 
         self.student = student
         self.weights = student.feature_weights(TASK)
@@ -110,6 +111,12 @@ class ByHand:
         return rows[np.argsort(-scores)[:TOP_K]].tolist()
 
 
+def not_installed() -> str:
+    """Which of the peers' packages are missing; empty: none."""
+    missing = [name for name in ("usearch", "tantivy") if importlib.util.find_spec(name) is None]
+    return f"not installed: pip install {' '.join(missing)}" if missing else ""
+
+
 def ours(view: IndexView, known: KnownVectors, **settings: Any) -> Callable[[Encoded], list[int]]:
     """A search of d2llm; rows of the first ten."""
     searcher = Searcher(view, known, SearchSettings(task=TASK, top_k=TOP_K, **settings))
@@ -149,7 +156,8 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "vectors alone": ours(view, known, score_features={}),
         "vectors alone, all scanned": ours(view, known, score_features={}, sources=("vectors",)),
     }
-    if not args.no_peers:
+    skipped = not_installed() if not args.no_peers else "not asked for"
+    if not skipped:
         texts = [passage.full_text for passages, _ in corpus.blocks() for passage in passages]
         searches["by hand: usearch, tantivy, MaxSim"] = ByHand(PassageView(store), student, texts, work / "words").rank
     everything = ours(
@@ -179,7 +187,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
             }
             for name, values in times.items()
         },
-    }
+    } | ({"by hand": skipped} if skipped else {})
 
 
 def main() -> None:
@@ -199,6 +207,8 @@ def main() -> None:
         result = measure(args, args.work or Path(place))
     for name, row in result["searches"].items():
         print(f"{name:40} p50 {row['ms']['p50']:7.2f} ms, p90 {row['ms']['p90']:7.2f} ms, recall {row['recall']:.3f}")
+    if "by hand" in result:
+        print(f"{'by hand':40} {result['by hand']}")
     if args.json:
         write_json(args.json, result)
 
