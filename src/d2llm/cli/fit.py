@@ -135,8 +135,8 @@ def fit(
         return
     from d2llm.reports.evaluation_tables import measure_table
 
-    for name, each in report.reports.items():
-        session.show(measure_table(each, each.rows, title=f"Held-out queries: {name}"))
+    for name, set_report in report.reports.items():
+        session.show(measure_table(set_report, set_report.rows, title=f"Held-out queries: {name}"))
     session.show(fitted.stages.table())
     session.say(verdict_sentence(report))
     session.say(f"Report: {fitted.folder.report_page}. Next: d2llm serve {fitted.folder.path}")

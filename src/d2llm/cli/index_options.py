@@ -111,8 +111,8 @@ def warn_of_skipped(session: Session, skipped: Sequence[SkippedFile]) -> None:
 
     One is named for each reason, the rarest reasons first.
     """
-    files = [each for each in skipped if not each.part]
-    parts = [each for each in skipped if each.part]
+    files = [file for file in skipped if not file.part]
+    parts = [file for file in skipped if file.part]
     for some, problem in ((files, "files could not be read"), (parts, "parts of files were left out")):
         if some:
             session.complain("warning", f"{len(some):,} {problem}: {_examples(some)}")

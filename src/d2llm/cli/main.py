@@ -25,7 +25,7 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 """What a shell reports for a program stopped by Ctrl-C, and for one ended by SIGTERM."""
 _VERBS = all_verbs()
-_SHOW_ANSWERS = {each.name for each in _VERBS if each.shows_answers}
+_SHOW_ANSWERS = {verb.name for verb in _VERBS if verb.shows_answers}
 _ANYWHERE = {"--verbose", "-v", "--quiet", "-q"}
 
 

@@ -141,7 +141,7 @@ def input_path(context: typer.Context, path: InputPath) -> InputPath:
     if path is None:
         return path
     given: list[Path | str] = [*path] if isinstance(path, list) else [path]
-    paths = [type(each)(_copied(context, each)) for each in given]
+    paths = [type(given_path)(_copied(context, given_path)) for given_path in given]
     return cast(InputPath, paths if isinstance(path, list) else paths[0])
 
 
@@ -151,9 +151,11 @@ def lasting_input_path(path: InputPath) -> InputPath:
     Raises:
         InputError: it is a stream.
     """
-    for each in path if isinstance(path, list) else [path]:
-        if each is not None and (str(each) == "-" or files.is_stream(Path(each))):
-            raise InputError(f"{each}: is read again later, and so must be a file or folder; write it to a file first")
+    for argument in path if isinstance(path, list) else [path]:
+        if argument is not None and (str(argument) == "-" or files.is_stream(Path(argument))):
+            raise InputError(
+                f"{argument}: is read again later, and so must be a file or folder; write it to a file first"
+            )
     return path
 
 
@@ -420,7 +422,7 @@ def with_option_groups(verb: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(verb)
     def call(**values: Any) -> None:
         for name, group in groups.items():
-            given = {each.name: _given(values.pop(each.name)) for each in _parameters(group)}
+            given = {parameter.name: _given(values.pop(parameter.name)) for parameter in _parameters(group)}
             values[name] = _made(group, {name: value for name, value in given.items() if value is not None})
         verb(**values)
 
@@ -448,7 +450,7 @@ def _made(group: Any, given: dict[str, Any]) -> Any:
 def _given(value: Any) -> Any:
     """The value of an option, with plain strings in place of choices."""
     return (
-        tuple(each.value for each in value)
+        tuple(member.value for member in value)
         if isinstance(value, list) and value[:1] and isinstance(value[0], Enum)
         else value
     )
@@ -491,8 +493,10 @@ def _option(name: str, field: FieldInfo) -> Any:
     """The option of one setting."""
     words, kind = shown_as(field), field.annotation
     if is_list(field):  # Typer knows lists of choices, but not tuples and literals
-        (choices,) = (get_args(each)[0] for each in (kind, *get_args(kind)) if get_origin(each) is tuple)
-        named = Enum(name, {each: each for each in get_args(choices)}, type=str) if get_args(choices) else choices
+        (choices,) = (
+            get_args(annotation)[0] for annotation in (kind, *get_args(kind)) if get_origin(annotation) is tuple
+        )
+        named = Enum(name, {choice: choice for choice in get_args(choices)}, type=str) if get_args(choices) else choices
         kind = list[named] | None  # pyright: ignore[reportInvalidTypeForm]
     option = typer.Option(
         option_name(name, field),

@@ -175,7 +175,7 @@ def _hush_libraries() -> None:
 def _named(value: object, names: Mapping[str, str]) -> object:
     """An argument as it was given, where it is the copy of a stream."""
     if isinstance(value, list):
-        return [_named(each, names) for each in cast("list[object]", value)]
+        return [_named(item, names) for item in cast("list[object]", value)]
     return names.get(str(value), value) if isinstance(value, str | Path) else value
 
 

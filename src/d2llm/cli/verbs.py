@@ -79,5 +79,5 @@ def all_verbs() -> list[Verb]:
             import_module(f"{d2llm.cli.__name__}.{module.name}")
     places = {name: place for place, name in enumerate(_ORDER)}
     return sorted(
-        _verbs.values(), key=lambda each: (HEADINGS.index(each.heading), places.get(each.name, len(places)), each.name)
+        _verbs.values(), key=lambda verb: (HEADINGS.index(verb.heading), places.get(verb.name, len(places)), verb.name)
     )

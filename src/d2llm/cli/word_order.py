@@ -62,7 +62,7 @@ def check_index_first(index: Path, verb: str, others: Sequence[Path]) -> None:
         return
     for other in others:
         if is_index(other) or not other.exists():
-            rest = [str(index), *(str(each) for each in others if each != other)]
+            rest = [str(index), *(str(word) for word in others if word != other)]
             line = _line("index", other, verb, *rest)
             raise InputError(f"{index}: is not an index; the index comes first; write: {line}")
 

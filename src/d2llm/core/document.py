@@ -137,11 +137,11 @@ def escape(text: str) -> str:
 def _tree(value: object) -> str:
     if isinstance(value, Mapping):
         named = cast("Mapping[str, object]", value or {"–": ""})
-        lines = (f"<dt><bdi>{escape_html(key)}</bdi></dt><dd>{_tree(each)}</dd>\n" for key, each in named.items())
+        lines = (f"<dt><bdi>{escape_html(key)}</bdi></dt><dd>{_tree(item)}</dd>\n" for key, item in named.items())
         return f'<dl class="tree">\n{"".join(lines)}</dl>'
     if isinstance(value, list | tuple):
         listed = cast("Sequence[object]", value)
-        if any(isinstance(each, Mapping) for each in listed):
-            return "".join(_tree(each) for each in listed)
+        if any(isinstance(item, Mapping) for item in listed):
+            return "".join(_tree(item) for item in listed)
         value = ", ".join(map(str, listed))
     return "–" if value is None else f"<bdi>{escape_html(str(value))}</bdi>"

@@ -49,9 +49,9 @@ def descriptor_of(path: Path) -> int | None:
     name = path.absolute()
     for _ in range(_MAX_LINKS):
         try:
-            for each in (name, name.parent.resolve() / name.name):
-                number = _STANDARD.get(each.as_posix())
-                match = _DESCRIPTOR.fullmatch(each.as_posix())
+            for candidate in (name, name.parent.resolve() / name.name):
+                number = _STANDARD.get(candidate.as_posix())
+                match = _DESCRIPTOR.fullmatch(candidate.as_posix())
                 if match and match[1] in (None, "self", str(os.getpid())):
                     number = int(match[2])
                 if number is not None:

@@ -64,8 +64,8 @@ def pairs_of(values: Iterable[tuple[str, str]], name: str) -> tuple[tuple[str, s
     for place, value in enumerate(pairs):
         if isinstance(value, str) or not isinstance(value, Sequence) or len(cast("Sequence[object]", value)) != 2:
             raise InputError(f"{name}[{place}] is {shown(value)}, but must be a pair of two strings")
-        for each in cast("Sequence[object]", value):
-            check_string(each, f"a part of {name}[{place}]")
+        for item in cast("Sequence[object]", value):
+            check_string(item, f"a part of {name}[{place}]")
     return tuple((first, second) for first, second in pairs)
 
 
@@ -148,5 +148,5 @@ def _check_strings(place: int, value: object, *, name: str) -> None:
 
 def _check_kinds(place: int, value: object, *, name: str, kinds: tuple[type[Any], ...]) -> None:
     if not isinstance(value, kinds):
-        names = " or ".join(each.__name__ for each in kinds)
+        names = " or ".join(kind.__name__ for kind in kinds)
         raise InputError(f"{name}[{place}] is {shown(value)}, but must be a {names}")

@@ -97,7 +97,7 @@ class Registry(Generic[T]):
     @property
     def _entry_points(self) -> dict[str, EntryPoint]:
         if self._plugins is None:
-            self._plugins = {each.name: each for each in entry_points(group=self.group)}
+            self._plugins = {entry_point.name: entry_point for entry_point in entry_points(group=self.group)}
         return self._plugins
 
     def _load(self, kind: str, plugin: EntryPoint) -> None:

@@ -73,17 +73,17 @@ def narrowed(kind: type[BaseModel], name: str, shown: Shown | None = None, *, no
 
 def shown_as(field: FieldInfo) -> Shown:
     """How a field is shown."""
-    return next((each for each in field.metadata if isinstance(each, Shown)), Shown())
+    return next((mark for mark in field.metadata if isinstance(mark, Shown)), Shown())
 
 
 def is_shown(field: FieldInfo) -> bool:
     """Whether a field says how it is shown."""
-    return any(isinstance(each, Shown) for each in field.metadata)
+    return any(isinstance(mark, Shown) for mark in field.metadata)
 
 
 def bound(field: FieldInfo, name: str) -> Any:
     """A bound of a field, as in ``bound(field, "ge")``; None if it has none."""
-    return next((getattr(each, name) for each in field.metadata if hasattr(each, name)), None)
+    return next((getattr(mark, name) for mark in field.metadata if hasattr(mark, name)), None)
 
 
 class Settings(BaseModel):
@@ -109,8 +109,8 @@ class Settings(BaseModel):
         try:
             super().__init__(**{name: _plain(name, value, fields[name]) for name, value in values.items()})
         except ValidationError as error:
-            first = {str(each["loc"][0]): each for each in reversed(error.errors(include_url=False))}
-            problems = [_problem(each, fields[name].description) for name, each in reversed(first.items())]
+            first = {str(problem["loc"][0]): problem for problem in reversed(error.errors(include_url=False))}
+            problems = [_problem(problem, fields[name].description) for name, problem in reversed(first.items())]
             raise InputError("; ".join(problems)) from None
         self.check()
 
@@ -179,13 +179,13 @@ def _plain(name: str, value: Any, field: FieldInfo) -> Any:
 
 def is_list(field: FieldInfo) -> bool:
     """Whether a field has several values."""
-    return any(get_origin(each) is tuple for each in (field.annotation, *get_args(field.annotation)))
+    return any(get_origin(annotation) is tuple for annotation in (field.annotation, *get_args(field.annotation)))
 
 
 def _problem(problem: ErrorDetails, purpose: str | None) -> str:
     """What is wrong with a value, and what the setting is for."""
     first, *rest = problem["loc"]
-    name, value, ctx = f"{first}{''.join(f'[{each}]' for each in rest)}", problem["input"], problem.get("ctx", {})
+    name, value, ctx = f"{first}{''.join(f'[{key}]' for key in rest)}", problem["input"], problem.get("ctx", {})
     match problem["type"]:
         case "missing":
             return f"{name} is missing. It is for: {purpose}"
@@ -224,7 +224,7 @@ def shows(kind: type[Settings]) -> Callable[[_Function], _Function]:
 
     def decorate(function: _Function) -> _Function:
         own = signature(function)
-        given = [each for each in own.parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
+        given = [parameter for parameter in own.parameters.values() if parameter.kind is not Parameter.VAR_KEYWORD]
         settings = signature(kind).parameters.values()
         cast(Any, function).__signature__ = own.replace(parameters=[*given, *settings])
         return function

@@ -26,9 +26,9 @@ def short_repr(self: Any) -> str:
     """``__repr__`` of a dataclass or a class of pydantic."""
     if is_dataclass(self):
         defaults = {
-            each.name: each.default if each.default_factory is MISSING else each.default_factory()
-            for each in fields(self)
-            if each.repr
+            attribute.name: attribute.default if attribute.default_factory is MISSING else attribute.default_factory()
+            for attribute in fields(self)
+            if attribute.repr
         }
     else:
         kinds = type(self).model_fields.items()

@@ -220,7 +220,7 @@ def _assigned(node: Node, first: int) -> Sequence[_Definition]:
         value = value.named_children[0]
     arguments = value.child_by_field_name("arguments")
     values = [value, *(arguments.named_children if arguments else ())]
-    if any(each.type in _ASSIGNED_FUNCTIONS for each in values):
+    if any(assigned.type in _ASSIGNED_FUNCTIONS for assigned in values):
         return [_Definition(first, _end(node), _name(node))]
     parts = _definitions(value) if value.type in _BODIES else ()
     return [_Definition(first, _end(node), _name(node), parts)] if parts else []

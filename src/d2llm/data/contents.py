@@ -53,7 +53,7 @@ class SectionWriter:
         if not text:
             return
         self._close(followed_by=level)
-        self._headings = [*(each for each in self._headings if each[0] < level), (level, text)]
+        self._headings = [*(heading for heading in self._headings if heading[0] < level), (level, text)]
         self._is_leaf = True
 
     def part(self, *headings: str, page: int | None = None, is_leaf: bool = False) -> None:

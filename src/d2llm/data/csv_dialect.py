@@ -80,11 +80,11 @@ def find_dialect(text: str, delimiter: str | None = None) -> Dialect:
     """The dialect in which most of the first rows have the same number of columns, and most columns."""
     sample = text[:_SAMPLE_CHARACTERS]
     is_cut = len(text) > len(sample)
-    candidates = [Dialect(each, escape) for each in delimiter or _DELIMITERS for escape in (None, "\\")]
+    candidates = [Dialect(character, escape) for character in delimiter or _DELIMITERS for escape in (None, "\\")]
     if '\\"' not in sample:
         candidates = candidates[::2]
     if sample.count('"') % 2:  # one of them is no quote
-        candidates += [Dialect(each, has_quotes=False) for each in delimiter or _DELIMITERS]
+        candidates += [Dialect(character, has_quotes=False) for character in delimiter or _DELIMITERS]
     best, best_score = Dialect(delimiter or ","), (0.0, 0.0, 0)
     for candidate in candidates:
         try:
@@ -107,7 +107,7 @@ def _consistency(rows: _Rows) -> tuple[int, float]:
     widths = Counter(len(row) for row in rows if len(row) > 1)
     if not widths:
         return 1, 0.0
-    width = max(widths, key=lambda each: (widths[each], each))
+    width = max(widths, key=lambda size: (widths[size], size))
     num_titles = _num_title_rows(rows, width)
     table = rows[num_titles:]
     return width, sum(len(row) == width for row in table) / len(table) - _COST_OF_TITLES * (num_titles > 0)

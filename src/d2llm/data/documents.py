@@ -115,7 +115,7 @@ class DocumentFiles:
         return None if any(file.path.suffix.lower() in TABLES for file in self.files) else len(self.files)
 
     def __iter__(self) -> Iterator[Passage]:
-        return (document for each in self.by_file() for document in each.documents)
+        return (document for of_file in self.by_file() for document in of_file.documents)
 
     def by_file(self) -> Iterator[FileDocuments]:
         """The documents of each file that can be read."""

@@ -56,7 +56,7 @@ class _Book:
         self._labels = dict(reversed(list(self._navigation())))  # file -> labels that lead to it, outermost first
 
     def read(self) -> FileContents:
-        title = next((" ".join("".join(each.itertext()).split()) for each in self._root.iter("{*}title")), "")
+        title = next((" ".join("".join(element.itertext()).split()) for element in self._root.iter("{*}title")), "")
         sections: list[Section] = []
         num_encrypted = 0
         for reference in self._root.iter("{*}itemref"):
@@ -87,7 +87,11 @@ class _Book:
 
     def _find_package(self) -> str:
         container = self._archive.optional_xml("META-INF/container.xml")
-        paths = [each.get("full-path", "") for each in container.iter("{*}rootfile")] if container is not None else []
+        paths = (
+            [rootfile.get("full-path", "") for rootfile in container.iter("{*}rootfile")]
+            if container is not None
+            else []
+        )
         known = [name for path in paths if (name := self._archive.find(unquote(path)) or self._archive.find(path))]
         found = known or self._archive.matching(r".*\.opf")
         if not found:
@@ -119,7 +123,7 @@ class _Book:
         """The file at an address, which may be percent-encoded, or be written as the file's name."""
         path = address.partition("#")[0]
         candidates = (unquote(path), path, unquote(address), address)
-        return next((name for each in candidates if (name := self._archive.find(self._absolute(each)))), None)
+        return next((name for candidate in candidates if (name := self._archive.find(self._absolute(candidate)))), None)
 
     def _absolute(self, address: str) -> str:
         return posixpath.normpath(posixpath.join("/", self._folder, address)).lstrip("/")
@@ -153,10 +157,10 @@ class _Book:
             folder = posixpath.dirname(name or "")
             entries = (
                 (
-                    each
+                    ordered_list
                     for nav in root.iter("{*}nav")
                     if attribute(nav, "type") == "toc"
-                    for each in nav.iterfind("{*}ol")
+                    for ordered_list in nav.iterfind("{*}ol")
                 )
                 if is_page
                 else root.iter("{*}navMap")
@@ -166,7 +170,7 @@ class _Book:
 
     def _entries(self, parent: Element, folder: str, labels: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...]]]:
         for entry in parent.iterfind("{*}li" if local_name(parent) == "ol" else "{*}navPoint"):
-            label = next((each for each in entry if local_name(each) in ("a", "span", "navLabel")), None)
+            label = next((child for child in entry if local_name(child) in ("a", "span", "navLabel")), None)
             text = " ".join("".join(label.itertext()).split()) if label is not None else ""
             path = (*labels, text) if text else labels
             target = label if label is not None and label.get("href") else entry.find("{*}content")
@@ -181,7 +185,7 @@ class _Book:
 
 def _drawing_sections(root: Element) -> Iterator[Section]:
     """The texts of an SVG drawing."""
-    parts = (each for each in root.iter() if local_name(each) in ("text", "title", "desc"))
+    parts = (node for node in root.iter() if local_name(node) in ("text", "title", "desc"))
     text = "\n".join(filter(None, (" ".join("".join(part.itertext()).split()) for part in parts)))
     if text:
         yield Section(text)

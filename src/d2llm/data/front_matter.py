@@ -97,11 +97,11 @@ def _collect(
     if budget[0] < 0 or depth > _DEEPEST:
         raise _NotFieldsError
     if isinstance(value, dict):
-        for key, each in cast("dict[Any, Any]", value).items():
-            _collect(f"{name}_{_text(key)}", each, leaves, budget, depth=depth + 1, listed=listed)
+        for key, item in cast("dict[Any, Any]", value).items():
+            _collect(f"{name}_{_text(key)}", item, leaves, budget, depth=depth + 1, listed=listed)
     elif isinstance(value, list | tuple | set):
-        for each in cast("list[Any]", value):
-            _collect(name, each, leaves, budget, depth=depth + 1, listed=True)
+        for item in cast("list[Any]", value):
+            _collect(name, item, leaves, budget, depth=depth + 1, listed=True)
     elif value is not None:
         leaf = leaves.setdefault(re.sub(r"\W+", "_", name.strip()), _Leaf())
         leaf.values.append(value)

@@ -69,5 +69,5 @@ def _graded_list(path: Path, number: int, values: Fields) -> GradedList:
 
 def _is_list(value: Any, kind: type | tuple[type, ...]) -> bool:
     return isinstance(value, list) and all(
-        isinstance(each, kind) and not isinstance(each, bool) for each in cast("list[Any]", value)
+        isinstance(item, kind) and not isinstance(item, bool) for item in cast("list[Any]", value)
     )

@@ -103,7 +103,9 @@ def _is_sign(node: Element) -> bool:
     if "#" in attribute(node, "href") or not text:
         if not text:
             pictures = node.find_all("img")
-            return bool(pictures) and all(re.fullmatch(_ICONS, attribute(each, "alt").strip()) for each in pictures)
+            return bool(pictures) and all(
+                re.fullmatch(_ICONS, attribute(picture, "alt").strip()) for picture in pictures
+            )
         return bool(re.fullmatch(_SIGNS, text) or re.fullmatch(_SKIP, text))
     is_source = any(name in ("src", "srclink", "viewcode-link", "viewcode-back") for name in _classes(node))
     return is_source and bool(re.fullmatch(_SOURCE, text))

@@ -81,7 +81,7 @@ def _escaped(text: str) -> str:
 
 
 def _page_title(document: Any) -> str:
-    title = next((each for each in document.find_all("title") if not is_drawing(each)), None)
+    title = next((element for element in document.find_all("title") if not is_drawing(element)), None)
     return " ".join(title.text.split()) if title is not None else ""
 
 

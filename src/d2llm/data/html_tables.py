@@ -66,7 +66,7 @@ def table_lines(rows: Sequence[_Row]) -> str:
     for number, row in enumerate(rows):
         lines.append(f"| {' | '.join(row.cells)} |")
         is_last_header = row.is_header and (number + 1 == len(rows) or not rows[number + 1].is_header)
-        if is_last_header and all(each.is_header for each in rows[:number]):
+        if is_last_header and all(header_row.is_header for header_row in rows[:number]):
             lines.append("|" + " --- |" * len(row.cells))
     return "\n".join(lines)
 

@@ -167,30 +167,30 @@ class Archive:
         folder, _, file = name.rpartition("/")
         root = self.optional_xml(posixpath.join(folder, "_rels", f"{file}.rels"))
         relations: dict[str, Relation] = {}
-        for each in root if root is not None else ():
-            kind = each.get("Type", "").rpartition("/")[2]
-            target = each.get("Target", "")
-            inside = each.get("TargetMode") != "External"
+        for element in root if root is not None else ():
+            kind = element.get("Type", "").rpartition("/")[2]
+            target = element.get("Target", "")
+            inside = element.get("TargetMode") != "External"
             path = posixpath.normpath(posixpath.join("/", folder, target)).lstrip("/") if inside else ""
             if inside and self.find(path) is None and self.find(unquote(path)):
                 path = unquote(path)
-            relations[each.get("Id", "")] = Relation(kind, path)
+            relations[element.get("Id", "")] = Relation(kind, path)
         return relations
 
     def skip_embedded(self, relations: dict[str, Relation]) -> None:
         """Note the files and objects that a part contains."""
-        for each in relations.values():
-            if each.kind in _EMBEDDED and each.target:
-                self.skip(each.target, _EMBEDDED[each.kind])
+        for relation in relations.values():
+            if relation.kind in _EMBEDDED and relation.target:
+                self.skip(relation.target, _EMBEDDED[relation.kind])
 
     def main_part(self, default: str) -> str:
         """The name of the part with the document itself."""
-        named = [each.target for each in self.relations("").values() if each.kind == "officeDocument"]
+        named = [relation.target for relation in self.relations("").values() if relation.kind == "officeDocument"]
         return next((name for name in named if self.find(name)), default)
 
     def title(self) -> str:
         """The title among the properties of an Office file."""
-        named = [each.target for each in self.relations("").values() if each.kind == "core-properties"]
+        named = [relation.target for relation in self.relations("").values() if relation.kind == "core-properties"]
         root = self.optional_xml((named or ["docProps/core.xml"])[0])
         return " ".join((root.findtext("{*}title") or "").split()) if root is not None else ""
 
@@ -235,7 +235,7 @@ def _drawing_runs(element: Element) -> Iterator[str]:
         elif name == "tab":
             yield "\t"
         elif name == "AlternateContent":
-            yield from choice(child, lambda each: "".join(_drawing_runs(each)))
+            yield from choice(child, lambda branch: "".join(_drawing_runs(branch)))
         elif name in ("oMath", "oMathPara"):
             yield equation(child)
         elif name == "fld" and child.get("type") == "slidenum":
@@ -246,8 +246,8 @@ def _drawing_runs(element: Element) -> Iterator[str]:
 
 def choice(alternatives: Element, read: Callable[[Element], _Content]) -> Iterator[_Content]:
     """What the first alternative with any content says: programs draw one of them."""
-    for each in alternatives:
-        content = read(each)
+    for alternative in alternatives:
+        content = read(alternative)
         if content:
             yield content
             return
@@ -294,9 +294,9 @@ def _group(text: str) -> str:
 def _property(element: Element, name: str) -> str:
     for child in element:
         if local_name(child).endswith("Pr"):
-            for each in child:
-                if local_name(each) == name:
-                    return attribute(each, "val")
+            for setting in child:
+                if local_name(setting) == name:
+                    return attribute(setting, "val")
     return ""
 
 

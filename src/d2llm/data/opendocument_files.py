@@ -97,7 +97,7 @@ class _Text:
             for child in page
             if local_name(child).startswith(("header", "footer"))
         ]
-        for number in [each for child in around for each in child.iter("{*}page-number", "{*}page-count")]:
+        for number in [field for child in around for field in child.iter("{*}page-number", "{*}page-count")]:
             number.text = ""
         texts = [text for text in dict.fromkeys(map(self._apart, around)) if text]
         if texts:
@@ -154,8 +154,8 @@ class _Text:
 
     def _write_after(self) -> None:
         after, self._after = self._after, []
-        for each in after:
-            self._writer.block(self._apart(each))
+        for sibling in after:
+            self._writer.block(self._apart(sibling))
 
     def _list(self, element: Element, depth: int, style: str) -> None:
         kind, ending, number = self._list_levels.get((style, depth), ("", "", 1))
@@ -242,7 +242,7 @@ class _Text:
             return " ".join((written.text or "").split())
         if local_name(root) == "math":
             return " ".join("".join(root.itertext()).split())
-        return "; ".join(filter(None, (self._line(each) for each in root.iter("{*}p"))))
+        return "; ".join(filter(None, (self._line(paragraph) for paragraph in root.iter("{*}p"))))
 
     def _table(self, table: Element, *, is_body: bool) -> None:
         rows = list(_repeated(table, "table-row", is_blank=lambda row: not any(map(_has_content, row))))

@@ -218,7 +218,7 @@ class _Pool:
         try:
             worker, line = self._replies.get(timeout=max(0.0, deadline - time.monotonic()))
         except Empty:
-            for worker in [each for each in self._workers if each.number is not None and each.deadline <= deadline]:
+            for worker in [busy for busy in self._workers if busy.number is not None and busy.deadline <= deadline]:
                 too_slow = "to read" if worker.has_started else "to start its parser"
                 self._remove(worker, UnreadableFileError(f"it takes more than {self._limit(worker):g} s {too_slow}"))
             return

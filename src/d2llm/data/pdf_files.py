@@ -90,8 +90,8 @@ class _Reader:
         texts = _with_whole_words([text for text, _, _ in pages])
         sections: list[Section] = []
         for number, (text, (_, fields, notes)) in enumerate(zip(texts, pages, strict=True), start=1):
-            each = ((text, ()), (fields, ("Form fields",)), (notes, ("Notes",)))
-            sections += [Section(part, headings, number) for part, headings in each if part.strip()]
+            contents = ((text, ()), (fields, ("Form fields",)), (notes, ("Notes",)))
+            sections += [Section(part, headings, number) for part, headings in contents if part.strip()]
         self._skip_attachments()
         if pictures and sections:
             self._skipped.append(

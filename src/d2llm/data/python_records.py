@@ -155,12 +155,12 @@ def _record(value: object) -> dict[str, Any] | None:
     if isinstance(value, Mapping):
         fields: Fields = cast("Fields", value)
     elif hasattr(value, "_asdict"):
-        fields = {name: each for name, each in cast(Any, value)._asdict().items() if name != "Index"}
+        fields = {name: item for name, item in cast(Any, value)._asdict().items() if name != "Index"}
     elif hasattr(value, "keys") and hasattr(value, "__getitem__"):
         fields = {name: cast(Any, value)[name] for name in cast(Any, value).keys()}  # noqa: SIM118 - it is no mapping
     else:
         return None
-    return {str(name): plain_value(each) for name, each in fields.items()}
+    return {str(name): plain_value(item) for name, item in fields.items()}
 
 
 def _check_passage(passage: Passage, where: str) -> None:

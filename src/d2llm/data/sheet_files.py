@@ -76,11 +76,11 @@ class _Workbook:
         return FileContents(self._archive.title(), tuple(self._writer.finish()), skipped=tuple(self._archive.skipped))
 
     def _related(self, kind: str) -> Element | None:
-        name = next((each.target for each in self._links.values() if each.kind == kind), "")
+        name = next((relation.target for relation in self._links.values() if relation.kind == kind), "")
         return self._archive.optional_xml(name) if name else None
 
     def _read_strings(self) -> Iterator[str]:
-        name = next((each.target for each in self._links.values() if each.kind == "sharedStrings"), "")
+        name = next((relation.target for relation in self._links.values() if relation.kind == "sharedStrings"), "")
         if self._archive.find(name):
             yield from map(_string, self._archive.elements(name, "si"))
 
@@ -90,8 +90,8 @@ class _Workbook:
         if root is None:
             return []
         codes = {
-            int(each.get("numFmtId", 0)): each.get("formatCode", GENERAL)
-            for each in root.iterfind("{*}numFmts/{*}numFmt")
+            int(number_format.get("numFmtId", 0)): number_format.get("formatCode", GENERAL)
+            for number_format in root.iterfind("{*}numFmts/{*}numFmt")
         }
         styles = root.iterfind("{*}cellXfs/{*}xf")
         numbers = (int(style.get("numFmtId", 0)) for style in styles)
@@ -108,7 +108,7 @@ class _Workbook:
         for text in _tables(sheet.rows):
             self._writer.block(text)
         links = self._archive.relations(part)
-        drawings = [each for each in links.values() if each.kind == "drawing" and each.target]
+        drawings = [relation for relation in links.values() if relation.kind == "drawing" and relation.target]
         for drawing in drawings:
             for text in self._drawing_texts(drawing):
                 self._writer.block(text)
@@ -123,21 +123,21 @@ class _Workbook:
         root = self._archive.optional_xml(drawing.target)
         if root is not None:
             yield drawing_text(root)
-        for each in self._archive.relations(drawing.target).values():
-            chart = self._archive.optional_xml(each.target) if each.kind == "chart" else None
+        for relation in self._archive.relations(drawing.target).values():
+            chart = self._archive.optional_xml(relation.target) if relation.kind == "chart" else None
             if chart is not None:
                 yield chart_text(chart)
 
     def _comments(self, links: dict[str, Relation]) -> Iterator[tuple[str, str]]:
         """The places and texts of comments and conversations."""
-        threads = [each for each in links.values() if each.kind == "threadedComment"]
-        for each in threads:
-            root = self._archive.optional_xml(each.target)
+        threads = [relation for relation in links.values() if relation.kind == "threadedComment"]
+        for relation in threads:
+            root = self._archive.optional_xml(relation.target)
             for comment in root if root is not None else ():
                 if text := (comment.findtext("{*}text") or "").strip():
                     yield comment.get("ref", ""), text
-        for each in links.values():
-            root = self._archive.optional_xml(each.target) if each.kind == "comments" else None
+        for relation in links.values():
+            root = self._archive.optional_xml(relation.target) if relation.kind == "comments" else None
             for comment in root.iter("{*}comment") if root is not None else ():
                 texts = comment.find("{*}text")
                 text = _string(texts).strip() if texts is not None else ""
@@ -207,13 +207,11 @@ class _Workbook:
 def _string(item: Element) -> str:
     """The text of a string, without what tells how its signs are pronounced."""
     texts = (
-        each
+        run
         for child in item
-        for each in (
-            [child] if local_name(child) == "t" else child.iterfind("{*}t") if local_name(child) == "r" else ()
-        )
+        for run in ([child] if local_name(child) == "t" else child.iterfind("{*}t") if local_name(child) == "r" else ())
     )
-    return _unescaped("".join(each.text or "" for each in texts))
+    return _unescaped("".join(run.text or "" for run in texts))
 
 
 def _unescaped(text: str) -> str:

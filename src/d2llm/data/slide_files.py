@@ -84,7 +84,7 @@ class _Presentation:
             for text in self._shapes(tree):
                 self._writer.block(text)
         for kind, heading in _LATER.items():
-            texts = [self._part_text(each.target) for each in self._links.values() if each.kind == kind]
+            texts = [self._part_text(relation.target) for relation in self._links.values() if relation.kind == kind]
             if any(texts):
                 self._writer.part(title, heading, page=number)
                 for text in texts:
@@ -108,7 +108,7 @@ class _Presentation:
             elif name == "graphicFrame":
                 yield from self._frame(child)
             elif name == "AlternateContent":
-                for texts in choice(child, lambda each: [*filter(None, self._shapes(each))]):
+                for texts in choice(child, lambda branch: [*filter(None, self._shapes(branch))]):
                     yield from texts
             elif not name.endswith("Pr"):
                 yield from self._shapes(child)
@@ -141,9 +141,11 @@ class _Presentation:
         if kind == "chartSpace":
             return chart_text(root)
         if kind == "notes":
-            shapes = (each for each in root.iter("{*}sp") if _placeholder(each) not in _NUMBERS | {"hdr", "dt", "ftr"})
+            shapes = (
+                shape for shape in root.iter("{*}sp") if _placeholder(shape) not in _NUMBERS | {"hdr", "dt", "ftr"}
+            )
             return "\n\n".join(filter(None, map(_shape_text, shapes)))
-        plain = (text for each in root.iter("{*}text") if (text := (each.text or "").strip()))  # of older comments
+        plain = (text for node in root.iter("{*}text") if (text := (node.text or "").strip()))  # of older comments
         return "\n\n".join(filter(None, [*plain, drawing_text(root)]))
 
 

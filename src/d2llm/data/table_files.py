@@ -184,7 +184,7 @@ def _json(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, Pairs | dict):
         pairs = value.items() if isinstance(value, dict) else value
-        return "{" + ", ".join(f"{_json(str(name))}: {_json(each)}" for name, each in cast(Any, pairs)) + "}"
+        return "{" + ", ".join(f"{_json(str(name))}: {_json(item)}" for name, item in cast(Any, pairs)) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_json, cast("list[Any]", value))) + "]"
     text = _scalar_text(value)
@@ -196,8 +196,8 @@ def _plain_value(value: Any) -> Any:
     if isinstance(value, Written):
         return json.loads(value)
     if isinstance(value, Pairs):
-        return {name: _plain_value(each) for name, each in value}
-    return [_plain_value(each) for each in cast("list[Any]", value)] if isinstance(value, list) else value
+        return {name: _plain_value(item) for name, item in value}
+    return [_plain_value(item) for item in cast("list[Any]", value)] if isinstance(value, list) else value
 
 
 def _without_halves(text: str) -> str:

@@ -93,7 +93,7 @@ class _Document:
         return FileContents(self.title, tuple(self._writer.finish()), skipped=tuple(self._archive.skipped))
 
     def _related(self, kind: str) -> list[Element]:
-        names = dict.fromkeys(each.target for each in self._relations.values() if each.kind == kind)
+        names = dict.fromkeys(relation.target for relation in self._relations.values() if relation.kind == kind)
         roots = [self._archive.optional_xml(name) for name in names if name]
         return [root for root in roots if root is not None]
 
@@ -168,8 +168,8 @@ class _Document:
             self._joined = text
         elif text.strip():
             self._write_paragraph(text, properties, is_body=is_body)
-        for each in after:
-            self._writer.block(self._content(each))
+        for sibling in after:
+            self._writer.block(self._content(sibling))
             self._in_list = False
 
     def _write_paragraph(self, text: str, properties: Element, *, is_body: bool) -> None:
@@ -224,16 +224,16 @@ class _Document:
         return ""
 
     def _alternative(self, alternatives: Element) -> str:
-        def read(each: Element) -> str:
+        def read(branch: Element) -> str:
             before = len(self._after)
-            text = self._runs(each)
+            text = self._runs(branch)
             return text or " " * (len(self._after) - before)
 
         return next((text for text in choice(alternatives, read) if text.strip(" ")), "")
 
     def _ruby(self, ruby: Element) -> str:
         base, reading = (
-            ("".join(self._runs(each) for each in ruby.iterfind(f"{{*}}{name}"))) for name in ("rubyBase", "rt")
+            ("".join(self._runs(element) for element in ruby.iterfind(f"{{*}}{name}"))) for name in ("rubyBase", "rt")
         )
         return f"{base}({reading})" if reading else base
 
@@ -260,8 +260,8 @@ class _Document:
         after, self._after = self._after, []
         self._writer.block(markdown_table(_with_one_header(rows, [self._row_texts(row) for row in self._spans(cells)])))
         notes, self._after = self._after, after
-        for each in notes:
-            self._writer.block(self._content(each))
+        for note in notes:
+            self._writer.block(self._content(note))
 
     def _row_texts(self, row: list[tuple[str, int]]) -> list[str]:
         return [text for cell, width in row for text in (cell, *[""] * (width - 1))]
@@ -357,7 +357,7 @@ def _chosen(mark: Element) -> str:
     choices = mark.find("{*}ffData/{*}ddList")
     if choices is None:
         return ""
-    entries = [attribute(each, "val") for each in choices.iterfind("{*}listEntry")]
+    entries = [attribute(entry, "val") for entry in choices.iterfind("{*}listEntry")]
     number = int(_child_value(choices, "result") or _child_value(choices, "default") or 0)
     return entries[number] if number < len(entries) else ""
 

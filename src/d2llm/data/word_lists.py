@@ -16,18 +16,20 @@ class ListLabels:
 
     def __init__(self, numbering: Element | None) -> None:
         root: Any = numbering if numbering is not None else ()
-        abstract = {attribute(each, "abstractNumId"): each for each in root if each.tag.endswith("}abstractNum")}
+        abstract = {
+            attribute(element, "abstractNumId"): element for element in root if element.tag.endswith("}abstractNum")
+        }
         self._levels: dict[str, dict[int, _Level]] = {}
         self._shared: dict[str, str] = {}  # number of a list -> what it shares its counters with
         self._counters: dict[str, dict[int, int]] = {}
-        for each in root:
-            if not each.tag.endswith("}num"):
+        for element in root:
+            if not element.tag.endswith("}num"):
                 continue
-            number = attribute(each, "numId")
-            link = each.find("{*}abstractNumId")
+            number = attribute(element, "numId")
+            link = element.find("{*}abstractNumId")
             base = attribute(link, "val") if link is not None else ""
             levels = _levels(abstract.get(base))
-            overrides = list(each.iterfind("{*}lvlOverride"))
+            overrides = list(element.iterfind("{*}lvlOverride"))
             for override in overrides:
                 level = int(attribute(override, "ilvl", "0"))
                 levels |= _levels(override)
@@ -45,7 +47,7 @@ class ListLabels:
         here = levels.get(level, _Level("bullet", "", 1))
         counters = self._counters.setdefault(self._shared[number], {})
         counters[level] = counters.get(level, here.start - 1) + 1
-        for deeper in [each for each in counters if each > level]:
+        for deeper in [counted for counted in counters if counted > level]:
             del counters[deeper]
         if here.kind == "bullet":
             return _INDENT * level, "- "
@@ -73,18 +75,18 @@ class _Level:
 
 def _levels(definition: Element | None) -> dict[int, _Level]:
     levels: dict[int, _Level] = {}
-    for each in definition.iterfind("{*}lvl") if definition is not None else ():
+    for level in definition.iterfind("{*}lvl") if definition is not None else ():
 
-        def value(name: str, default: str, element: Element = each) -> str:
+        def value(name: str, default: str, element: Element = level) -> str:
             child = element.find(f"{{*}}{name}")
             return attribute(child, "val", default) if child is not None else default
 
         start = value("start", "1")
-        levels[int(attribute(each, "ilvl", "0"))] = _Level(
+        levels[int(attribute(level, "ilvl", "0"))] = _Level(
             value("numFmt", "decimal"),
             value("lvlText", ""),
             int(start) if start.isdigit() else 1,
-            is_legal=each.find("{*}isLgl") is not None,
+            is_legal=level.find("{*}isLgl") is not None,
         )
     return levels
 

@@ -91,7 +91,7 @@ def load_contenders(
         why_missing=loader.why,
         provenance={
             "student": _provenance(folder.name, manifest),
-            **{name: None if each is None else each.fingerprint for name, each in beside.items()},
+            **{name: None if system is None else system.fingerprint for name, system in beside.items()},
         },
         notes=_gate_notes(manifest),
         trained_on=trained_on,

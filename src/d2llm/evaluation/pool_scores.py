@@ -77,8 +77,8 @@ class ScoringCounts:
 
     def add(self, other: ScoringCounts) -> None:
         """Add the counts of other pairs."""
-        for each in fields(self):
-            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+        for attribute in fields(self):
+            setattr(self, attribute.name, getattr(self, attribute.name) + getattr(other, attribute.name))
 
 
 class Budget:

@@ -210,7 +210,7 @@ def sample_sentences(passages: Iterable[Passage], number: int, *, seed: int) -> 
 def probing_tasks(texts: Sequence[str], *, seed: int) -> tuple[ProbingTask, ...]:
     """The tasks that can be made from these texts; word content is left out if no two words are frequent enough."""
     words = [text.split() for text in texts]
-    counts = Counter(word.lower() for each in words for word in {*each} if _is_plain(word))
+    counts = Counter(word.lower() for text_words in words for word in {*text_words} if _is_plain(word))
     tasks = [_length(texts, words), _word_content(texts, words, counts)]
     tasks += [
         _changed("word order", texts, words, _swap, seed=seed),
@@ -226,7 +226,7 @@ def _is_plain(word: str) -> bool:
 
 def _length(texts: Sequence[str], words: Sequence[Sequence[str]]) -> ProbingTask:
     """How many words a text has, in four classes of about equal size."""
-    lengths = np.array([len(each) for each in words])
+    lengths = np.array([len(text_words) for text_words in words])
     limits = np.unique(np.quantile(lengths, np.arange(1, _LENGTH_CLASSES) / _LENGTH_CLASSES))
     classes = np.unique(np.searchsorted(limits, lengths), return_inverse=True)[1]
     return ProbingTask("length", tuple(texts), tuple(classes.tolist()))
@@ -237,14 +237,14 @@ def _word_content(texts: Sequence[str], words: Sequence[Sequence[str]], counts: 
     frequent = [word for word, count in counts.most_common()[_FREQUENT:] if count >= _TEXTS_PER_WORD and len(word) > 3]
     chosen = frequent[:_WORD_CLASSES]
     by_word: dict[str, list[str]] = {word: [] for word in chosen}
-    for text, each in zip(texts, words, strict=True):
-        if len(present := {word.lower() for word in each} & by_word.keys()) == 1:
+    for text, text_words in zip(texts, words, strict=True):
+        if len(present := {word.lower() for word in text_words} & by_word.keys()) == 1:
             by_word[present.pop()].append(text)
     used = [texts for texts in by_word.values() if len(texts) >= _TEXTS_PER_WORD]
     if len(used) < 2:
         return None
     smallest = min(map(len, used))
-    pairs = [(text, label) for label, each in enumerate(used) for text in each[:smallest]]
+    pairs = [(text, label) for label, texts_of_label in enumerate(used) for text in texts_of_label[:smallest]]
     return ProbingTask("word content", *zip(*pairs, strict=True))
 
 
@@ -259,8 +259,8 @@ def _changed(
     """Whether a text was changed, as every second one is; texts that cannot be changed are left out."""
     rng = random.Random(f"{seed}:{name}")
     rows: list[tuple[str, int]] = []
-    for text, each in zip(texts, words, strict=True):
-        changed = change(each, rng)
+    for text, text_words in zip(texts, words, strict=True):
+        changed = change(text_words, rng)
         if changed is not None:
             label = len(rows) % 2
             rows.append((" ".join(changed) if label else text, label))
@@ -326,8 +326,8 @@ def _bags(texts: Sequence[str], train: Sequence[int]) -> NDArray[np.float32]:
     counts = Counter(word for place in train for word in sorted(words[place]))
     column = {word: place for place, (word, _) in enumerate(counts.most_common(_BAG_WORDS))}
     bags = np.zeros((len(texts), len(column)), np.float32)
-    for row, each in enumerate(words):
-        bags[row, [column[word] for word in each if word in column]] = 1
+    for row, text_words in enumerate(words):
+        bags[row, [column[word] for word in text_words if word in column]] = 1
     return bags
 
 
@@ -349,7 +349,7 @@ def classifier_accuracy(
         _accuracies(values, target, torch.from_numpy(train), [torch.from_numpy(dev), torch.from_numpy(test)], penalty)
         for penalty in _PENALTIES
     ]
-    return max(results, key=lambda each: each[0])[1]
+    return max(results, key=lambda result: result[0])[1]
 
 
 def _accuracies(values: Tensor, target: Tensor, train: Tensor, parts: Sequence[Tensor], penalty: float) -> list[float]:
@@ -403,7 +403,7 @@ def rank(
         judged = {query_id: dict(grades) for query_id, grades in qrels.items() if kinds[query_id] == kind}
         for system, ranking in rankings.items():
             values = per_query_measures(ranking, judged)
-            means = {measure: fmean(each.values()) for measure, each in values.items()}
+            means = {measure: fmean(per_query.values()) for measure, per_query in values.items()}
             means["R-precision"] = fmean(
                 len({*ranking[query_id][: len(grades)]} & grades.keys()) / len(grades)
                 for query_id, grades in judged.items()

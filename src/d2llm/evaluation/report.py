@@ -60,9 +60,9 @@ class Cost:
         """Heading and value of each column of a report."""
         return {
             heading: getattr(value, part) if part and value is not None else value
-            for each in fields(self)
-            for value in [getattr(self, each.name)]
-            for heading, part in each.metadata.items()
+            for attribute in fields(self)
+            for value in [getattr(self, attribute.name)]
+            for heading, part in attribute.metadata.items()
         }
 
 

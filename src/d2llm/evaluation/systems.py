@@ -346,7 +346,7 @@ class RetrievalWork:
         """What a student's rankings depend on: its fingerprint, and the weights of the score features in its scores."""
         weights = model.feature_weights(self.trial.task)
         tokens = model.token_fingerprint
-        parts = [each for each in (tokens, expansion_fingerprint(model)) if each]
+        parts = [name for name in (tokens, expansion_fingerprint(model)) if name]
         named = [model.fingerprint, weights.model_dump(mode="json"), *parts]
         return named if weights else model.fingerprint
 
@@ -362,7 +362,7 @@ class RetrievalWork:
         dtype, rate = self.settings.dtype, None
         parts, tokens = self._parts_of(model)
         words = expansion_fingerprint(model)
-        named = [*parts.values(), *(each for each in (tokens, words) if each)]
+        named = [*parts.values(), *(name for name in (tokens, words) if name)]
         name = "-".join([model.fingerprint, self.corpus, dtype, str(FORMAT_VERSION), *named])
         made = next((index.folder for index in self._of_corpus if self._is_made_by(model, index)), None)
         target = made or self.folder / "indexes" / name

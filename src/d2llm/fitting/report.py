@@ -69,10 +69,10 @@ class FitReport:
 def report_page(report: FitReport, stages: Table) -> str:
     """The report as a page: the verdict, all systems on held-out queries, what was read and written, the stages."""
     sections: list[Section] = []
-    for name, each in report.reports.items():
-        title = _set_title(name, each)
-        sections.append(Section(title, [measure_table(each, each.rows, title=f"Held-out queries: {name}")]))
-        sections += [Section(table.title, [table], level=3) for table in _examples(each)]
+    for name, set_report in report.reports.items():
+        title = _set_title(name, set_report)
+        sections.append(Section(title, [measure_table(set_report, set_report.rows, title=f"Held-out queries: {name}")]))
+        sections += [Section(table.title, [table], level=3) for table in _examples(set_report)]
     facts = _facts(report)
     sections += [Section(facts.title, [facts, *map(Note, report.notes)]), Section(stages.title, [stages])]
     return page(Document(report.folder.name, sections, introduction=verdict_sentence(report)))

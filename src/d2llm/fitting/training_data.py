@@ -81,7 +81,7 @@ def write_written_data(
     trained = set(trained_on)
     reserved = {name for name, split in split_of.items() if split != "train"}
     held_out = reserved.union(*(query.positives for query in kept if query.written.passage_id in reserved))
-    for query in sorted(kept, key=lambda each: each.written.id):
+    for query in sorted(kept, key=lambda kept_query: kept_query.written.id):
         split = split_of[query.written.passage_id]
         if not (held_out if split == "train" else trained).isdisjoint(query.positives):
             num_shared += 1

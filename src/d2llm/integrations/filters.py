@@ -97,8 +97,8 @@ def llama_index_condition(filters: Any) -> str | None:
     if not hasattr(filters, "filters"):
         raise FilterError(f"filters: MetadataFilters or a dictionary is needed, but {type(filters).__name__} was given")
     parts = [
-        llama_index_condition(each) if hasattr(each, "filters") else _llama_index_comparison(each)
-        for each in filters.filters
+        llama_index_condition(member) if hasattr(member, "filters") else _llama_index_comparison(member)
+        for member in filters.filters
     ]
     operator = str(getattr(filters.condition, "value", filters.condition) or "and").upper()
     given = [part for part in parts if part]
@@ -107,17 +107,18 @@ def llama_index_condition(filters: Any) -> str | None:
     return _joined(operator, given) if given else None
 
 
-def _llama_index_comparison(each: Any) -> str:
-    operator = str(getattr(each.operator, "value", each.operator))
+def _llama_index_comparison(comparison: Any) -> str:
+    operator = str(getattr(comparison.operator, "value", comparison.operator))
     if operator in _LLAMA_INDEX_OPERATORS:
-        return _comparison(each.key, _LLAMA_INDEX_OPERATORS[operator], each.value)
-    if operator in ("text_match", "contains") and isinstance(each.value, str):
-        return _like(each.key, f"%{_escaped(each.value)}%")
+        return _comparison(comparison.key, _LLAMA_INDEX_OPERATORS[operator], comparison.value)
+    if operator in ("text_match", "contains") and isinstance(comparison.value, str):
+        return _like(comparison.key, f"%{_escaped(comparison.value)}%")
     if operator == "is_empty":
-        return _missing(each.key)
+        return _missing(comparison.key)
     raise FilterError(
-        f"filters: '{each.key}' cannot be compared by {operator!r} with {each.value!r:.60}: fields have one value, and "
-        f"texts are compared as they are written; use {', '.join(_LLAMA_INDEX_OPERATORS)}, text_match or is_empty"
+        f"filters: '{comparison.key}' cannot be compared by {operator!r} with {comparison.value!r:.60}: fields have "
+        f"one value, and texts are compared as they are written; use {', '.join(_LLAMA_INDEX_OPERATORS)}, text_match "
+        "or is_empty"
     )
 
 
@@ -126,10 +127,10 @@ def _entry(name: str, value: Any) -> str:
     if name in ("$and", "$or"):
         if not isinstance(value, list | tuple):
             raise FilterError(f"filter: {name} needs a list of conditions, but has {value!r:.60}")
-        conditions = [dictionary_condition(each) for each in cast("list[object]", value)]
+        conditions = [dictionary_condition(item) for item in cast("list[object]", value)]
         if None in conditions:
             raise FilterError(f"filter: a condition of {name} is empty; leave it out")
-        return _joined(name[1:].upper(), [str(each) for each in conditions])
+        return _joined(name[1:].upper(), [str(condition) for condition in conditions])
     if name == "$not":
         condition = dictionary_condition(value)
         if condition is None:
@@ -141,7 +142,7 @@ def _entry(name: str, value: Any) -> str:
         comparisons = cast("Mapping[object, Any]", value).items()
         if not comparisons:
             raise FilterError(f"filter: '{name}' is compared with nothing; give a value, or {{'$eq': value}}")
-        return _joined("AND", [_operation(name, str(operator), each) for operator, each in comparisons])
+        return _joined("AND", [_operation(name, str(operator), operand) for operator, operand in comparisons])
     return _comparison(name, "in" if isinstance(value, list | tuple | set | frozenset) else "==", value)
 
 
@@ -180,8 +181,8 @@ def _comparison(field: str, operator: str, value: Any) -> str:
     if operator == "in":
         if not isinstance(value, list | tuple | set | frozenset):
             raise FilterError(f"filters: 'in' on '{field}' needs a list of values, but has {value!r:.60}")
-        values = [plain_value(each) for each in cast("list[object]", value)]
-        written = ", ".join(_written(field, each) for each in values if each is not None)
+        values = [plain_value(item) for item in cast("list[object]", value)]
+        written = ", ".join(_written(field, item) for item in values if item is not None)
         parts = [f"({name} IN ({written}) AND {given})"] if written else []
         parts += [_missing(field)] if None in values else []
         return _joined("OR", parts) if parts else _NOTHING

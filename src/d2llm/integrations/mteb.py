@@ -136,7 +136,7 @@ class D2LLMModel:
         formats = part_formats(self._student, "asymmetric")
         tokens = self._student.token_fingerprint
         made_with = (tokens if "token" in formats else None, expansion_fingerprint(self._student))
-        parts = [*formats.values(), *(each for each in made_with if each)]
+        parts = [*formats.values(), *(name for name in made_with if name)]
         name = "-".join([self._student.fingerprint, content, self._vector_format, str(FORMAT_VERSION), *parts])
         parent = self._work_folder
         if parent is None:

@@ -89,7 +89,7 @@ def search_settings(
     for name, value in changes.items():
         field = names.get(name, name)
         if field in renamed:
-            both = " and ".join(each for each in changes if names.get(each, each) == field)
+            both = " and ".join(change for change in changes if names.get(change, change) == field)
             raise InputError(f"{both} are the same setting; give one of them")
         renamed[field] = value
     return SearchSettings.of(settings, **renamed)

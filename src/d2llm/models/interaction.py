@@ -371,7 +371,7 @@ class Interaction(nn.Module):
         With five layers, no ReLU follows a branch's last one, so it and the output layer are merged into one vector.
         """
         branch = [
-            each for each in cast(nn.Sequential, self.branches[self._branch(task)]) if isinstance(each, nn.Linear)
+            layer for layer in cast(nn.Sequential, self.branches[self._branch(task)]) if isinstance(layer, nn.Linear)
         ]
         last, constant = self.output.weight[0], self.output.bias[0]
         inner = branch[:1]

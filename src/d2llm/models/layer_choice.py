@@ -55,7 +55,7 @@ def layer_distances(backbone: Backbone, texts: Sequence[str]) -> list[float]:
             for batch in batched(texts, _BATCH):
                 states.clear()
                 _, mask = backbone(*backbone.pad(backbone.tokenize(batch, "passage").ids))
-                real = [each.reshape(*mask.shape, -1)[mask].float() for each in states]
+                real = [state.reshape(*mask.shape, -1)[mask].float() for state in states]
                 for number, (before, after) in enumerate(pairwise(real)):
                     cosines = torch.cosine_similarity(before, after, dim=1).clamp(-1, 1)
                     sums[number] += float((cosines.arccos() / torch.pi).sum())

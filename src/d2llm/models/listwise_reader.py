@@ -107,7 +107,7 @@ class ListwiseReader(nn.Module):
         ]
         # Padding comes last, and no token attends to later ones, so no mask is needed.
         states = self._states(nn.utils.rnn.pad_sequence(rows, batch_first=True))
-        last = [states[row, len(each) - len(orders[0]) : len(each)] for row, each in enumerate(rows)]
+        last = [states[row, len(token_ids) - len(orders[0]) : len(token_ids)] for row, token_ids in enumerate(rows)]
         return self._logits(torch.stack(last), passages)
 
     def rank(self, queries: Sequence[str], vectors: Sequence[Float32[np.ndarray, "_ dim"]]) -> list[ReadOrder]:
@@ -176,7 +176,7 @@ class ListwiseReader(nn.Module):
     @property
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the network, and the scale of the logits."""
-        return {name: each for name, each in self.named_parameters() if not name.startswith("backbone.")}
+        return {name: parameter for name, parameter in self.named_parameters() if not name.startswith("backbone.")}
 
     def save(self, folder: str | Path, content: Mapping[str, Any] | None = None) -> str:
         """Write the reader as a folder, atomically; returns its fingerprint.
@@ -187,7 +187,7 @@ class ListwiseReader(nn.Module):
         Raises:
             InputError: ``folder`` holds something else than a reader.
         """
-        tensors = {name: each.detach().cpu().contiguous() for name, each in self.own_parameters.items()}
+        tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self.own_parameters.items()}
         weights = save(tensors | self.backbone.tuned_state())
         own = {
             "backbone": self.backbone.config.model_dump(mode="json"),

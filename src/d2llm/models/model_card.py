@@ -199,7 +199,7 @@ def _scope(folder: Path, manifest: Mapping[str, Any]) -> str:
         scope = f"That is this student's full score in {task} search."
     trained = trained_tasks(manifest)
     if config.head != "cosine" and len(trained) > 1:
-        other = next(each for each in trained if each != task)
+        other = next(other_task for other_task in trained if other_task != task)
         scope += f" The inner product of {other} search is another one, which only d2llm computes."
     score_features = ScoreFeatures.read(folder, manifest["fingerprint"])
     if score_features and score_features.weights(task):

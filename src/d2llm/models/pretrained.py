@@ -333,8 +333,10 @@ def _sees_what_follows(model: nn.Module) -> bool:
     device = next(model.parameters()).device
     ids = torch.tensor([[3, 3, 3], [3, 3, 4]], device=device)
     with torch.no_grad():
-        states = [model(input_ids=each[None], attention_mask=torch.ones_like(each[None])) for each in ids]
-    first, other = (each.last_hidden_state[0, 0].float() for each in states)
+        states = [
+            model(input_ids=token_ids[None], attention_mask=torch.ones_like(token_ids[None])) for token_ids in ids
+        ]
+    first, other = (output.last_hidden_state[0, 0].float() for output in states)
     return not torch.allclose(first, other, rtol=1e-4, atol=1e-6)
 
 

@@ -320,7 +320,7 @@ class Student(StudentEncoder):
         backbone = self.config.backbone.model_copy(update={"layers": kept})
         student.config = self.config.model_copy(update={"backbone": backbone})
         recorded = {name: value for name, value in self._recorded.items() if name in ("recipe", "tasks", "nested_dims")}
-        if shallower := [each for each in self.nested_depths if each < depth]:
+        if shallower := [shallow for shallow in self.nested_depths if shallow < depth]:
             recorded["nested_depths"] = shallower
         student._recorded = recorded | {"cut_from": self.fingerprint}
         # Merged weights have no adapter to compute a fingerprint from.
@@ -475,7 +475,7 @@ class Student(StudentEncoder):
         self._warn_of_cut(len(documents.truncated), len(given))
         encoded = time.perf_counter()
         scores = self.score(read.vectors[0], documents.vectors, task or default_task(self.trained_tasks))
-        order = top_rows(check_scores(scores, asked.id), len(given), partial(ids_at, [each.id for each in given]))
+        order = top_rows(check_scores(scores, asked.id), len(given), partial(ids_at, [passage.id for passage in given]))
         results = tuple(
             RankedPassage(rank, given[row], float(scores[row])) for rank, row in enumerate(order.tolist(), start=1)
         )

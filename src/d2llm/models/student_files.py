@@ -47,8 +47,8 @@ def read_student_manifest(folder: Path) -> tuple[dict[str, Any], StudentConfig]:
     try:
         return manifest, StudentConfig.model_validate(manifest["config"])
     except ValidationError as error:
-        located = [(".".join(map(str, ("config", *each["loc"]))), each) for each in error.errors()]
-        problems = [describe_kind(each, key) or f"{key}: {each['msg']}" for key, each in located]
+        located = [(".".join(map(str, ("config", *problem["loc"]))), problem) for problem in error.errors()]
+        problems = [describe_kind(problem, key) or f"{key}: {problem['msg']}" for key, problem in located]
         remedy = "update d2llm, install the package that has what is missing, or restore the folder"
         raise DataFormatError(
             folder / MANIFEST, f"its configuration cannot be read ({'; '.join(problems)}); {remedy}"

@@ -176,7 +176,7 @@ class EncodedTexts:
             tuple(start + place for start, part in zip(starts, parts, strict=False) for place in part.truncated),
             sum(part.num_tokens for part in parts),
             tuple(length for part in parts for length in part.lengths),
-            TokenVectors(*(np.concatenate(each) for each in zip(*tokens, strict=True))) if tokens else None,
+            TokenVectors(*(np.concatenate(arrays) for arrays in zip(*tokens, strict=True))) if tokens else None,
         )
 
 

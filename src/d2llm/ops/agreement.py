@@ -73,7 +73,7 @@ def probability_loyalty(teacher_log_odds: ArrayLike, student_logits: ArrayLike) 
     fitted = minimize(cross_entropy, np.zeros(2), jac=gradient, method="BFGS", options={"gtol": 1e-9}).x
     student = expit(fitted[0] * standard + fitted[1])
     middle = (teacher + student) / 2
-    entropies = [entr(each) + entr(1 - each) for each in (middle, teacher, student)]
+    entropies = [entr(probabilities) + entr(1 - probabilities) for probabilities in (middle, teacher, student)]
     divergences = (entropies[0] - (entropies[1] + entropies[2]) / 2) / np.log(2)
     return round(1 - float(np.mean(np.sqrt(divergences.clip(min=0)))), 6)
 

@@ -63,7 +63,9 @@ def per_query_measures(rankings: Mapping[str, Sequence[str]], qrels: Qrels) -> d
         if isinstance(measure.formula, str):
             names[ir_measures.parse_measure(measure.formula)] = name
         else:
-            values[name] |= {each: float(measure.formula(answered[each], qrels[each])) for each in answered}
+            values[name] |= {
+                query_id: float(measure.formula(answered[query_id], qrels[query_id])) for query_id in answered
+            }
     if not answered:
         return values
     # Scores derived from ranks preserve our order of ties; trec_eval would break ties by descending id.

@@ -47,8 +47,11 @@ class Moments(NamedTuple):
         """The moments of sets whose means do not count."""
         dim = sets[0].features.shape[1]
         products, correlations = np.zeros((dim, dim)), np.zeros((dim, *sets[0].targets.shape[1:]))
-        for each in sets:
-            features, targets = each.features - each.features.mean(axis=0), each.targets - each.targets.mean(axis=0)
+        for one_set in sets:
+            features, targets = (
+                one_set.features - one_set.features.mean(axis=0),
+                one_set.targets - one_set.targets.mean(axis=0),
+            )
             products += features.T @ features / len(targets) / len(sets)
             correlations += features.T @ targets / len(targets) / len(sets)
         return cls(products, correlations)
@@ -68,16 +71,16 @@ def choose_penalty(
 
     Each fifth of the rows is predicted by weights that were fitted without it, less the mean of these predictions.
     """
-    without = [Moments.of([each.only(each.folds != fold) for each in sets]) for fold in range(NUM_FOLDS)]
+    without = [Moments.of([one_set.only(one_set.folds != fold) for one_set in sets]) for fold in range(NUM_FOLDS)]
     by_penalty: dict[float, list[float]] = {}
     for penalty in PENALTIES:
-        predictions = [np.zeros(len(each.targets)) for each in sets]
+        predictions = [np.zeros(len(one_set.targets)) for one_set in sets]
         for fold, moments in enumerate(without):
             weights = moments.weights(penalty)
-            for each, predicted in zip(sets, predictions, strict=True):
-                values = each.features[each.folds == fold] @ weights
-                predicted[each.folds == fold] = values - values.mean()
-        by_penalty[penalty] = [measure(own, each.targets) for own, each in zip(predictions, sets, strict=True)]
+            for one_set, predicted in zip(sets, predictions, strict=True):
+                values = one_set.features[one_set.folds == fold] @ weights
+                predicted[one_set.folds == fold] = values - values.mean()
+        by_penalty[penalty] = [measure(own, one_set.targets) for own, one_set in zip(predictions, sets, strict=True)]
     best = max(PENALTIES, key=lambda penalty: (np.mean(by_penalty[penalty]), penalty))
     return best, by_penalty[best]
 

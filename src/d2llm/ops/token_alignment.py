@@ -28,7 +28,7 @@ def align_tokens(text: str, spans: Sequence[Span], teacher_spans: Sequence[Span]
     """
     letters = np.cumsum([0, *(not character.isspace() for character in text)])  # before each place of the text
     one, other = (
-        letters[np.asarray(each, np.int64).reshape(-1, 2).clip(0, len(text))] for each in (spans, teacher_spans)
+        letters[np.asarray(bounds, np.int64).reshape(-1, 2).clip(0, len(text))] for bounds in (spans, teacher_spans)
     )
     shared = np.minimum(one[:, None, 1], other[:, 1]) - np.maximum(one[:, None, 0], other[:, 0])
     places, teacher_places = (shared > 0).nonzero()
@@ -48,7 +48,7 @@ def aligned_states(
         pairs: which tokens share how many characters, for each text (``align_tokens``).
         num_tokens: width of the student's batch, padding included.
     """
-    rows = torch.from_numpy(np.repeat(np.arange(len(pairs)), [len(each) for each in pairs])).to(teacher.device)
+    rows = torch.from_numpy(np.repeat(np.arange(len(pairs)), [len(aligned) for aligned in pairs])).to(teacher.device)
     places, teacher_places, weights = torch.from_numpy(np.concatenate(pairs).T.astype(np.int64)).to(teacher.device)
     flat, weights = rows * num_tokens + places, weights.float()
     sums = weights.new_zeros(len(pairs) * num_tokens).index_add(0, flat, weights)

@@ -230,8 +230,8 @@ def _loss(kind: str, value: Any) -> Loss:
         return cls.model_validate(value)
     except ValidationError as error:
         problems = [
-            describe_kind(each, path) or describe_problem(each, path, lambda: sorted(cls.model_fields))
-            for each in error.errors()
-            if (path := ".".join(["losses", kind, *map(str, each["loc"])]))
+            describe_kind(details, path) or describe_problem(details, path, lambda: sorted(cls.model_fields))
+            for details in error.errors()
+            if (path := ".".join(["losses", kind, *map(str, details["loc"])]))
         ]
         raise PydanticCustomError("loss", "{problem}", {"problem": "; ".join(problems)}) from error

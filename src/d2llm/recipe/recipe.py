@@ -64,7 +64,7 @@ class Recipe(Section):
     def _check_adapters(self) -> Recipe:
         if not self.student.backbone.has_two_adapters:
             return self
-        if self.data and all(each.task == "symmetric" for each in self.data):
+        if self.data and all(data_set.task == "symmetric" for data_set in self.data):
             raise ValueError(
                 'student.backbone.tuning.adapters is "two", but in every data set the two texts of a pair have '
                 "the same role: delete adapters, or add an asymmetric set"

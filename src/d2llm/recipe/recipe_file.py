@@ -106,7 +106,7 @@ def named_section(text: str, section: str, base: type[_Kind], named: Callable[[s
         values = read_toml(Path(text), RecipeError)
         return base.model_validate({**values.get(section, values), **changes})
     except ValidationError as error:
-        problems = [cast("ErrorDetails", {**each, "loc": (section, *each["loc"])}) for each in error.errors()]
+        problems = [cast("ErrorDetails", {**details, "loc": (section, *details["loc"])}) for details in error.errors()]
         where = text if is_file else f"the {section} '{text}'"
         raise RecipeError(f"{where}: " + "; ".join(map(_explain, problems))) from error
 

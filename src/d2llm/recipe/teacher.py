@@ -139,7 +139,7 @@ class TeacherConfig(SectionOfKind):
 
 def _section_of(field: FieldInfo) -> type[Section]:
     candidates = (field.annotation, *get_args(field.annotation))
-    return next(each for each in candidates if isinstance(each, type) and issubclass(each, Section))
+    return next(candidate for candidate in candidates if isinstance(candidate, type) and issubclass(candidate, Section))
 
 
 class _ShippedTeacher(TeacherConfig):
@@ -454,4 +454,4 @@ class EnsembleTeacherConfig(_ShippedTeacher, kind="ensemble"):
     def members(self) -> Sequence[TeacherConfig]:
         """The teachers of the ensemble in the folder ``model``, and of ensembles among them."""
         ensemble: Sequence[TeacherConfig] = import_module("d2llm.models.teachers.ensemble").ensemble_members(self)
-        return [each for member in ensemble for each in member.members]
+        return [single for member in ensemble for single in member.members]

@@ -161,7 +161,7 @@ def _settings(cls: type[BaseModel], prefix: str = "", given: BaseModel | None = 
     for name, field in cls.model_fields.items():
         limits = [f"{sign} {bound(field, key):g}" for key, sign in _BOUNDS.items() if bound(field, key) is not None]
         default: Any = field.get_default(call_default_factory=True) if given is None else getattr(given, name)
-        inner = next((each for each in _flat(field.annotation) if _is_section(each)), None)
+        inner = next((annotation for annotation in _flat(field.annotation) if _is_section(annotation)), None)
         required = field.is_required() and given is None
         yield (
             f"{prefix}{name}",
@@ -183,8 +183,8 @@ def _default(value: Any) -> str:
 
 def _flat(annotation: Any) -> Iterator[Any]:
     yield annotation
-    for each in get_args(annotation):
-        yield from _flat(each)
+    for alternative in get_args(annotation):
+        yield from _flat(alternative)
 
 
 def _is_section(annotation: Any) -> bool:
@@ -198,7 +198,7 @@ def _type(annotation: Any) -> str:
     if origin is Literal:
         return " | ".join(map(str, parts))
     if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(_type(each) for each in parts if each is not type(None)))
+        return " or ".join(dict.fromkeys(_type(alternative) for alternative in parts if alternative is not type(None)))
     if origin is tuple:
         return f"list of {_type(parts[0])}"
     if isinstance(annotation, type) and issubclass(annotation, Registered):

@@ -66,9 +66,9 @@ def _plan_words(step: str, name: str, counts: Mapping[str, Any] | Skipped) -> st
 def rounds_table(rounds: Sequence[Round]) -> Table:
     """The dev measure of each round's student, before and after the round."""
     table = Table("round", "data", Column("before", ".4f"), Column("after", ".4f"), "student", title="Round by round")
-    for each in rounds:
-        for name, dev in each.dev.items():
-            table.add_row(str(each.number), name, dev["start"], dev["kept"], each.student)
+    for finished in rounds:
+        for name, dev in finished.dev.items():
+            table.add_row(str(finished.number), name, dev["start"], dev["kept"], finished.student)
     return table
 
 

@@ -141,8 +141,8 @@ def _reservation(nodes: Sequence[Mapping[str, float]], num_workers: int | None, 
         room = sum(number // gpus for number in present)
         if (num_workers or 1) > room:
             needs = f"{num_workers or 1} {'worker needs' if num_workers in (None, 1) else 'workers need'}"
-            each = "a GPU each" if gpus == 1 else f"{gpus} GPUs of one machine each"
-            raise InputError(f"{needs} {each}, but the cluster has room for {room} of them; give other numbers")
+            what = "a GPU each" if gpus == 1 else f"{gpus} GPUs of one machine each"
+            raise InputError(f"{needs} {what}, but the cluster has room for {room} of them; give other numbers")
         return Reservation(num_workers or room, cpus=1, gpus=gpus)
     cores = [int(node.get("CPU", 0)) for node in nodes]
     count = num_workers or sum(number > 0 for number in cores)

@@ -589,4 +589,7 @@ def _nearest(
     ids, own = list(dataset.passages), dataset.own_passages
     extra = max((len(own.of(query.id)) for query in queries), default=0)
     ranked = (ids_at(ids, rows) for rows in nearest_rows(dots, passages, depth + extra, ids))
-    return [[p for p in each if p not in own.of(query.id)][:depth] for query, each in zip(queries, ranked, strict=True)]
+    return [
+        [p for p in passage_ids if p not in own.of(query.id)][:depth]
+        for query, passage_ids in zip(queries, ranked, strict=True)
+    ]

@@ -81,7 +81,7 @@ def fit_document_expansion(
     set_of = np.repeat(np.arange(len(sets)), [len(data_set.texts) for data_set in sets])
     whole = RidgeSet(features, fractions, np.concatenate([folds_of(len(data_set.texts)) for data_set in sets]))
     errors = _errors_apart(whole, set_of)
-    penalty = min(PENALTIES, key=lambda each: float(errors[each].sum()))
+    penalty = min(PENALTIES, key=lambda candidate: float(errors[candidate].sum()))
     usual, middle = fractions.mean(axis=0), features.mean(axis=0)
     variances = np.bincount(set_of, ((fractions - usual) ** 2).sum(axis=1))
     return DocumentExpansion(
@@ -92,8 +92,8 @@ def fit_document_expansion(
         rarity=_rarity(vocabulary, sets).astype(np.float32),
         num_passages={data_set.name: len(data_set.texts) for data_set in sets},
         explained={
-            each.name: round(1 - float(error / max(variance, 1e-12)), 4)
-            for each, error, variance in zip(sets, errors[penalty], variances, strict=True)
+            data_set.name: round(1 - float(error / max(variance, 1e-12)), 4)
+            for data_set, error, variance in zip(sets, errors[penalty], variances, strict=True)
         },
         num_words=num_words,
         amount=amount,

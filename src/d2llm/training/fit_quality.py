@@ -59,10 +59,10 @@ def fit_quality(
             texts = [dataset.passages[passage_id].full_text for passage_id in ids]
             vectors = student.encode_passages(texts, advance=advance).vectors
         sets[dataset.name] = RidgeSet(directions(vectors), labels, folds_of(len(ids)))
-    each = [*sets.values()]
-    penalty, aucs = choose_penalty(each, _auc)
+    fitted = [*sets.values()]
+    penalty, aucs = choose_penalty(fitted, _auc)
     return PassageQuality(
-        weights=tuple(ridge_weights(each, penalty).tolist()),
+        weights=tuple(ridge_weights(fitted, penalty).tolist()),
         num_passages={name: len(one.targets) for name, one in sets.items()},
         num_relevant={name: int(one.targets.sum()) for name, one in sets.items()},
         auc=dict(zip(sets, aucs, strict=True)),

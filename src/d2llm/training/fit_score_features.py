@@ -137,11 +137,11 @@ def fit_score_features(
             )
             for dataset in own
         ]
-        for each in lists:
-            if not each.lists:
+        for feature_lists in lists:
+            if not feature_lists.lists:
                 _remarks.warning(
                     "%s: word weights are fitted without it: no dev query has a relevant passage among its nearest",
-                    each.name,
+                    feature_lists.name,
                 )
         lists = [scored if use_nearest else replace(scored, nearest=None) for scored in lists if scored.lists]
         num_lists = sum(len(scored.lists) for scored in lists)

@@ -58,11 +58,11 @@ def fit_term_weights(
                 fractions.append(fmean(term in terms_of[passage_id] for passage_id in positives[query_id]))
                 folds.append(fold)
         sets[dataset.name] = RidgeSet(np.array(states, np.float64), np.array(fractions), np.array(folds, np.int64))
-    each = [*sets.values()]
-    penalty, explained = choose_penalty(each, _explained)
-    weights = ridge_weights(each, penalty)
-    usual = fmean(float(one.targets.mean()) for one in each)
-    middle = np.mean([one.features.mean(axis=0) for one in each], axis=0)
+    fitted = [*sets.values()]
+    penalty, explained = choose_penalty(fitted, _explained)
+    weights = ridge_weights(fitted, penalty)
+    usual = fmean(float(one.targets.mean()) for one in fitted)
+    middle = np.mean([one.features.mean(axis=0) for one in fitted], axis=0)
     return TermWeights(
         weights=tuple(weights.tolist()),
         offset=usual - float(middle @ weights),

@@ -90,7 +90,7 @@ def backpropagate(
         if not depths and (projection is None or not any(counts)):
             return student(token_ids, mask)
         (*nested, states), mask = student.backbone.states_at(token_ids, mask, depths)
-        vectors = torch.cat([student.pool(each, mask) for each in (states, *nested)], dim=1)
+        vectors = torch.cat([student.pool(state, mask) for state in (states, *nested)], dim=1)
         if projection is None or not any(counts):
             return vectors
         tokens = vectors.new_zeros(len(part), max(counts), token_dim)

@@ -55,7 +55,9 @@ def make_idle_gates_constant(student: Student, dev_sets: Sequence[DevSet], *, se
 
 def _mean_gate(student: Student, head: Interaction, encoded: EncodedDev) -> float:
     """The mean of r_q r_p over the pairs of a dev set."""
-    queries, passages = (torch.from_numpy(each).to(student.device) for each in (encoded.queries, encoded.passages))
+    queries, passages = (
+        torch.from_numpy(vectors).to(student.device) for vectors in (encoded.queries, encoded.passages)
+    )
     with torch.inference_mode():
         bound = head.bound(encoded.dev.task)
         of_queries = (head.query_bound(queries, encoded.dev.task) / bound).cpu().numpy()

@@ -56,7 +56,7 @@ class Preparation:
         self._replace(source, replace(source, query_inputs={**source.query_inputs, name: vectors}))
 
     def _replace(self, source: LabelledSource, changed: LabelledSource) -> None:
-        place = next(place for place, each in enumerate(self.sources) if each is source)
+        place = next(place for place, other in enumerate(self.sources) if other is source)
         self.sources[place] = changed
 
 

@@ -128,7 +128,7 @@ def _ranked(index: Index, dataset: Dataset, split: str, query_ids: Sequence[str]
     ids = [[hit.passage.id for hit in ranking] for ranking in rankings]
     vectors = [index.view.vectors(index.view.rows(own)) for own in ids]
     judged = [dataset.qrels[split][query_id] for query_id in query_ids]
-    grades = [[of_query.get(each, 0) for each in own] for of_query, own in zip(judged, ids, strict=True)]
+    grades = [[of_query.get(passage_id, 0) for passage_id in own] for of_query, own in zip(judged, ids, strict=True)]
     scores = [[hit.score for hit in ranking] for ranking in rankings]
     shape = (len(ids), depth)
     return RankedLists(
@@ -144,9 +144,9 @@ def _ranked(index: Index, dataset: Dataset, split: str, query_ids: Sequence[str]
 def _write(file: Path, lists: dict[str, RankedLists], fingerprint: str) -> None:
     arrays: dict[str, NDArray[Any]] = {}
     texts: dict[str, Any] = {}
-    for split, each in lists.items():
-        arrays |= {f"{split}/{name}": getattr(each, name) for name in _ARRAYS}
-        texts[split] = [each.query_ids, each.queries, each.ids]
+    for split, ranked in lists.items():
+        arrays |= {f"{split}/{name}": getattr(ranked, name) for name in _ARRAYS}
+        texts[split] = [ranked.query_ids, ranked.queries, ranked.ids]
     write_bytes(file, save(arrays, {"fingerprint": fingerprint, "texts": json.dumps(texts)}))
 
 

@@ -99,7 +99,7 @@ def train_residual(
         dev = [encode_dev(student, dev_set, advance=advance, processes=processes) for dev_set in dev_sets]
     if not processes.is_first:
         return {}
-    sets = [_vectors(student, *each, config, with_near_queries=needs_queries) for each in encoded]
+    sets = [_vectors(student, *of_set, config, with_near_queries=needs_queries) for of_set in encoded]
     if recipe.training.unjudged == "ask_teacher":
         for vectors in sets:
             ask_teacher(vectors.labelled, _drawn_neighbours(vectors, config, recipe.seed))

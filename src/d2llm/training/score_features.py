@@ -47,10 +47,10 @@ def score_features_at_start(
         fitted = _fit_score_features(student, sources, recipe, counted, use_nearest=False)
         # Only an index knows how near the nearest passage is.
         own, usable = student.score_features, dict[Task, TaskFeatureWeights]()
-        for task, each in own.tasks.items():
+        for task, task_weights in own.tasks.items():
             weights = own.weights(task)
             if weights.terms.keys() <= {*counted} and not weights.needs_nearest:
-                usable[task] = each
+                usable[task] = task_weights
         start = own.model_copy(update={"tasks": usable})
         if chosen := _with_inherited(fitted, start, student):
             chosen.write(run_folder, key)
@@ -64,12 +64,12 @@ def with_score_features(
 ) -> tuple[list[LabelledSource], list[DevSet]]:
     """The same data sets, whose scores count words and tokens where they have a weight; never for labelled pairs."""
     sources, dev = list(labelled), list(dev_sets)
-    for place, each in enumerate(labelled):
-        weights = score_features.weights(each.source.task, stored=("token",))
-        if each.source.pairs is None and weights:
-            score_words = WordScores(each.source.dataset, weights) if weights.counts_words else None
+    for place, labelled_source in enumerate(labelled):
+        weights = score_features.weights(labelled_source.source.task, stored=("token",))
+        if labelled_source.source.pairs is None and weights:
+            score_words = WordScores(labelled_source.source.dataset, weights) if weights.counts_words else None
             token_weight = weights.terms.get("maxsim", 0.0)
-            sources[place] = replace(each, score_words=score_words, token_weight=token_weight)
+            sources[place] = replace(labelled_source, score_words=score_words, token_weight=token_weight)
             dev[place] = dev[place].with_score_features(score_words, token_weight)
     return sources, dev
 

@@ -338,7 +338,7 @@ def _toml(value: object) -> str:
     """A value of a recipe as TOML writes it."""
     if isinstance(value, dict):
         items = cast("dict[str, object]", value).items()
-        return "{ " + ", ".join(f"{name} = {_toml(each)}" for name, each in items if each is not None) + " }"
+        return "{ " + ", ".join(f"{name} = {_toml(item)}" for name, item in items if item is not None) + " }"
     return json.dumps(value, ensure_ascii=False)
 
 

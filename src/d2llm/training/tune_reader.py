@@ -160,7 +160,7 @@ def tune_reader(
     report = ReaderTuningReport(
         folder=str(folder),
         fingerprint="",
-        num_lists={name: int(each["train"].grades.any(axis=1).sum()) for name, each in lists.items()},
+        num_lists={name: int(of_set["train"].grades.any(axis=1).sum()) for name, of_set in lists.items()},
         num_shared=num_shared,
         steps=sum(stage.step for stage in stages),
         losses=tuple(stage.mean_losses for stage in stages),
@@ -330,6 +330,8 @@ def _settings(
         "tuning": config.model_dump(mode="json", exclude={"checkpoint_minutes", "model", "dev_queries"}),
         "model": reader.backbone.fingerprint_base(),
         "student": reader.student,
-        "lists": fingerprint_json([[each.query_ids, each.queries, each.ids, each.grades.tolist()] for each in lists]),
+        "lists": fingerprint_json(
+            [[ranked.query_ids, ranked.queries, ranked.ids, ranked.grades.tolist()] for ranked in lists]
+        ),
         "seed": seed,
     }

@@ -212,7 +212,7 @@ class RemoteBackbone(Backbone):
         prefixed, limit = self._prepare(texts, kind, prefix, limit)
         cut, truncated, counts = self._cut(prefixed, limit)
         ids = self._vector_ids(cut, kind)
-        return TokenizedTexts([[each] for each in ids], truncated, counts)
+        return TokenizedTexts([[token_id] for token_id in ids], truncated, counts)
 
     def forward(
         self, token_ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]

@@ -46,16 +46,16 @@ class InBatchImitation(Loss, kind="in_batch_imitation"):
 
     def prepare(self, preparation: Preparation) -> dict[str, Any]:
         teacher = Student.load(self.teacher, device=own_device(preparation.device), dtype=preparation.dtype)
-        for each in preparation.with_lists:  # labelled pairs are not compared with one another
-            live = LiveTeacher(teacher, each.source.dataset, each.source.task, scores=self.scores)
+        for labelled in preparation.with_lists:  # labelled pairs are not compared with one another
+            live = LiveTeacher(teacher, labelled.source.dataset, labelled.source.task, scores=self.scores)
             if self.scores == "all" and not live.token_weight:
                 remarks.info(
                     "distill: the live teacher's score gives tokens no weight in %s search, so on %s its vectors alone "
                     "count",
-                    each.source.task,
-                    each.source.dataset.name,
+                    labelled.source.task,
+                    labelled.source.dataset.name,
                 )
-            preparation.add_pair_input(self.kind, each, live)
+            preparation.add_pair_input(self.kind, labelled, live)
         return self._identity(teacher)
 
     def _identity(self, teacher: Student) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class LiveTeacher:
         if self._only_tokens:
             # Those of a long query were multiplied by a fraction, and the sum is over all that have a vector.
             return len(tokens) * _mean_best(to_sphere(torch.from_numpy(tokens).float()), passages)
-        scores = self._student.score(vector, np.stack([each for each, _ in passages]), self._task)
+        scores = self._student.score(vector, np.stack([passage_vector for passage_vector, _ in passages]), self._task)
         if self.token_weight:
             scores = scores + np.float32(self.token_weight) * _mean_best(torch.from_numpy(tokens).float(), passages)
         return scores
@@ -125,7 +125,7 @@ class LiveTeacher:
         if self._only_tokens or self.token_weight:
             encoded = self._student.encode_with_tokens(texts, kind)
             assert encoded.tokens is not None
-            tokens = [each.astype(np.float16) for each in encoded.tokens.split()]
+            tokens = [of_passage.astype(np.float16) for of_passage in encoded.tokens.split()]
         else:
             encode = self._student.encode_queries if kind == "query" else self._student.encode_passages
             encoded, tokens = encode(texts), [_NO_TOKENS] * len(texts)

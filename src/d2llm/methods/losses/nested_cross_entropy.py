@@ -109,7 +109,7 @@ class NestedCrossEntropy(Loss, kind="nested_cross_entropy"):
 
     def record(self, *, is_trained: bool) -> dict[str, Any]:
         if not is_trained:
-            parts = " or ".join(str(each) for each in (self.dims, self.layers) if each)
+            parts = " or ".join(str(nested) for nested in (self.dims, self.layers) if nested)
             _log.warning("no trained state was better on dev than the start, so the vectors cannot be cut to %s", parts)
             return {"nested_dims": []}
         depths = {"nested_depths": [*self.layers]} if self.layers else {}

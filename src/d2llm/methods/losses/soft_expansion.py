@@ -69,17 +69,19 @@ class SoftExpansion(Loss, kind="soft_expansion"):
 
     def prepare(self, preparation: Preparation) -> dict[str, Any]:
         passages = self._passages(preparation)
-        for each in preparation.with_lists:
-            query_ids = [entry.query_id for entry in each.entries]
-            vectors = expanded_vectors(preparation.student, each.source, query_ids, passages)
-            preparation.add_query_input(self.kind, each, vectors)
+        for labelled in preparation.with_lists:
+            query_ids = [entry.query_id for entry in labelled.entries]
+            vectors = expanded_vectors(preparation.student, labelled.source, query_ids, passages)
+            preparation.add_query_input(self.kind, labelled, vectors)
         return {"expansions": fingerprint_json(passages)}
 
     def _passages(self, preparation: Preparation) -> Passages:
         """The hypothetical passages of the queries of retrieval sets; a writer, if any, writes missing ones."""
         processes, file = preparation.processes, Path(self.passages)
         queries = dict.fromkeys(
-            each.source.query_text(entry.query_id) for each in preparation.with_lists for entry in each.entries
+            labelled.source.query_text(entry.query_id)
+            for labelled in preparation.with_lists
+            for entry in labelled.entries
         )
         if not queries:
             raise InputError(

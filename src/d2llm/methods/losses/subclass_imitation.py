@@ -90,10 +90,10 @@ def subclass_imitation(
         own = features @ features.mT
         for weights in (yes, mask.to(yes.dtype) - yes):
             fractions = weights / weights.sum(dim=1, keepdim=True).clamp(min=smallest)
-            centred, own_centred = (_centred(each, fractions) for each in (gram, own))
+            centred, own_centred = (_centred(products, fractions) for products in (gram, own))
             roots = fractions.sqrt()
             variances, vectors = torch.linalg.eigh(roots[:, :, None] * centred * roots[:, None, :])
-            variances, vectors = (each.flip(-1)[..., :num_directions] for each in (variances, vectors))
+            variances, vectors = (values.flip(-1)[..., :num_directions] for values in (variances, vectors))
             sums = roots[:, :, None] * vectors  # [queries, entries, directions]: each direction as a sum of entries
             own_variances = (sums * (own_centred @ sums)).sum(dim=1)
             scale = variances[:, :1, None].clamp(min=smallest).sqrt()
@@ -101,7 +101,9 @@ def subclass_imitation(
                 (products @ sums) / lengths[:, None].clamp(min=smallest).sqrt() / scale
                 for products, lengths in ((centred, variances), (own_centred, own_variances))
             )
-            target, predicted = (torch.cat([each, -each], dim=2).log_softmax(dim=2) for each in (target, predicted))
+            target, predicted = (
+                torch.cat([cosines, -cosines], dim=2).log_softmax(dim=2) for cosines in (target, predicted)
+            )
             total = total + weights * (target.exp() * (target - predicted)).sum(dim=2)
     return masked_mean(masked_mean(total, mask), mask.sum(dim=1) >= 2).to(student_features.dtype)
 

@@ -118,7 +118,7 @@ def _vectors_by_head(
         for batch in batched(texts, _BATCH):
             ids, mask = backbone.pad(backbone.tokenize(batch, kind).ids)
             output: Any = backbone.model(input_ids=ids, attention_mask=mask.long(), output_attentions=True)
-            weights = torch.stack([attention_to_itself(each, mask) for each in output.attentions])
+            weights = torch.stack([attention_to_itself(attention, mask) for attention in output.attentions])
             pooled = torch.einsum("lbht,btd->lhbd", weights, output.last_hidden_state.float())
             vectors.append(torch.nn.functional.normalize(pooled, dim=-1))
     return torch.cat(vectors, dim=2)

@@ -117,7 +117,7 @@ class ImitationTask(PretrainingTask):
         readings = [self.readings[tuple(ids)] for ids in texts] if self.readings else []
         return {
             "teacher": self.taught_by.fingerprint_base(),
-            "readings": [[each.ids, each.pairs.tolist()] for each in readings],
+            "readings": [[read.ids, read.pairs.tolist()] for read in readings],
         }
 
     @property
@@ -166,10 +166,10 @@ class ImitationTask(PretrainingTask):
         states, mask = self.backbone(token_ids, mask)
         readings = [self.readings[tuple(ids)] for ids in texts] if self.readings else []
         with torch.no_grad():
-            read = self.taught_by.pad([each.ids for each in readings]) if readings else (token_ids, mask)
+            read = self.taught_by.pad([reading.ids for reading in readings]) if readings else (token_ids, mask)
             teacher_states, teacher_mask = self.taught_by(*read)
             if readings and self.imitation.aligns_tokens:
-                pairs = [each.pairs for each in readings]
+                pairs = [reading.pairs for reading in readings]
                 teacher_states, mask = aligned_states(teacher_states, pairs, states.shape[1])
         return states, mask, teacher_states, teacher_mask
 
@@ -194,7 +194,7 @@ class ImitationTask(PretrainingTask):
 
 def fit_linear(linear: nn.Linear, features: Float[Tensor, "rows width"], targets: Float[Tensor, "rows other"]) -> float:
     """Make a linear map the ridge regression of targets on features; the explained fraction of variance."""
-    one, other = (each.double().cpu().numpy() for each in (features, targets))
+    one, other = (matrix.double().cpu().numpy() for matrix in (features, targets))
     middle, target_middle = one.mean(axis=0), other.mean(axis=0)
     weight = ridge_weights([RidgeSet(one, other, folds_of(len(one)))], _FIT_PENALTY)
     with torch.no_grad():
@@ -208,7 +208,7 @@ def fit_linear(linear: nn.Linear, features: Float[Tensor, "rows width"], targets
 def _same_tokens(backbone: Backbone, teacher: Backbone, texts: Sequence[str], config: Imitation) -> bool:
     """Whether the teacher reads ``texts`` as the same tokens; if not, whether the objective can do without."""
     one, other = (
-        each.tokenize(texts, "passage", prefix="", limit=config.max_tokens).ids for each in (backbone, teacher)
+        model.tokenize(texts, "passage", prefix="", limit=config.max_tokens).ids for model in (backbone, teacher)
     )
     if one == other and backbone.tokenizer.get_vocab() == teacher.tokenizer.get_vocab():
         return True
@@ -219,7 +219,7 @@ def _same_tokens(backbone: Backbone, teacher: Backbone, texts: Sequence[str], co
             "attention cannot be compared; use a teacher with the same tokenizer, or one of the kinds "
             "hidden_states, mutual_information and vectors"
         )
-    slow = [each.config.model for each in (backbone, teacher) if not getattr(each.tokenizer, "is_fast", False)]
+    slow = [model.config.model for model in (backbone, teacher) if not getattr(model.tokenizer, "is_fast", False)]
     if config.aligns_tokens and slow:
         raise InputError(
             f"pretraining.teacher: '{taught_by}' reads other tokens than the student's backbone '{own}', and the "
@@ -233,7 +233,7 @@ def _readings(
     backbone: Backbone, teacher: Backbone, texts: Sequence[str], kind: TextKind, config: Imitation
 ) -> dict[tuple[int, ...], Reading]:
     """How the teacher, with its own prefixes and cut to as many tokens, reads texts, by the student's tokens."""
-    own, taught = (each.tokenize(texts, kind, limit=config.max_tokens).ids for each in (backbone, teacher))
+    own, taught = (model.tokenize(texts, kind, limit=config.max_tokens).ids for model in (backbone, teacher))
     readings: dict[tuple[int, ...], Reading] = {}
     for text, ids, teacher_ids in zip(texts, own, taught, strict=True):
         if not config.aligns_tokens:
@@ -248,8 +248,8 @@ def _readings(
 
 def _report_left_out(readings: Sequence[Reading]) -> None:
     """Say how many of the student's tokens have none of the teacher's; refuse texts in which no token has one."""
-    total = sum(each.num_tokens for each in readings)
-    compared = sum(len({*each.pairs[:, 0].tolist()}) for each in readings)
+    total = sum(read.num_tokens for read in readings)
+    compared = sum(len({*read.pairs[:, 0].tolist()}) for read in readings)
     if not compared:
         raise InputError(
             "pretraining.teacher: no token of the student shares a character with one of the teacher, so their states "

@@ -98,13 +98,13 @@ def masked_next_token_loss(
     "LLM2Vec: Large Language Models Are Secretly Powerful Text Encoders", COLM 2024 (arXiv 2404.05961), section 2, the
     second of three steps; the third is ``simcse``.
     """
-    rows = [row for row, each in enumerate(places) for _ in each]
-    columns = [place for each in places for place in each]
+    rows = [row for row, in_row in enumerate(places) for _ in in_row]
+    columns = [place for in_row in places for place in in_row]
     target = torch.tensor([ids[row][column] for row, column in zip(rows, columns, strict=True)], device=states.device)
     before = states[rows, [column - 1 for column in columns]]
     losses = functional.cross_entropy(head(before).float(), target.long(), reduction="none")
     sums = losses.new_zeros(len(ids)).index_add(0, torch.tensor(rows, device=states.device, dtype=torch.long), losses)
-    return sums / torch.tensor([max(1, len(each)) for each in places], device=states.device)
+    return sums / torch.tensor([max(1, len(in_row)) for in_row in places], device=states.device)
 
 
 def _mask_id(backbone: Backbone) -> int:

@@ -67,10 +67,10 @@ class _Relations(ImitationTask):
         self.attention = [_Attention(model, layer, self.heads) for model, layer in pairs]
 
     def hooks(self) -> list[RemovableHandle]:
-        return [hook for each in self.attention for hook in each.listen()]
+        return [hook for layer in self.attention for hook in layer.listen()]
 
     def differences(self, states: Tensor, mask: Tensor, teacher_states: Tensor, teacher_mask: Tensor) -> Tensor:  # noqa: ARG002
-        own, taught = (each.vectors for each in self.attention)
+        own, taught = (layer.vectors for layer in self.attention)
         values = [
             relation_divergence(one, other, mask, heads=self.heads) for one, other in zip(own, taught, strict=True)
         ]

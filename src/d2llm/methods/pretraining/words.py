@@ -95,6 +95,7 @@ def word_loss(logits: Float[Tensor, "texts vocabulary"], words: Sequence[Sequenc
     """
     log_probabilities = logits.float().log_softmax(dim=1)
     losses = [
-        -row[[*{*each}]].mean() if each else row.sum() * 0 for row, each in zip(log_probabilities, words, strict=True)
+        -row[[*{*of_text}]].mean() if of_text else row.sum() * 0
+        for row, of_text in zip(log_probabilities, words, strict=True)
     ]
     return torch.stack(losses)

@@ -70,12 +70,12 @@ class VectorCache:
         with self._transaction() as connection:
             for part in batched({*ids} - {BLANK}, _ROWS_AT_ONCE):
                 blobs |= connection.execute(f"SELECT id, vector FROM vectors WHERE id IN ({_marks(part)})", part)
-        if any(len(blobs.get(each, b"")) != 4 * self.dim for each in ids):
+        if any(len(blobs.get(number, b"")) != 4 * self.dim for number in ids):
             raise StorageError(
                 f"{self.path}: lacks a vector that was there, or is damaged; delete it, and run the command again: the "
                 "vectors are asked for again"
             )
-        content = b"".join(blobs[each] for each in ids)
+        content = b"".join(blobs[number] for number in ids)
         return np.frombuffer(content, "<f4").astype(np.float32).reshape(len(ids), self.dim)
 
     @contextmanager

@@ -128,7 +128,7 @@ class EnsembleTeacher(InterruptibleTeacher):
                 break
             partly = score_until_error(
                 self.members[place],
-                [pairs[each] for each in places.tolist()],
+                [pairs[index] for index in places.tolist()],
                 task,
                 with_features=with_features and features is None,
                 advance=step,

@@ -289,7 +289,7 @@ class GradedTeacher(ListTeacher):
                 grades = read_grades(answer.text, len(shown.passages))
                 for place, grade in grades.items():
                     found[shown.passages[place - 1]].append(grade)
-                left = [each for place, each in enumerate(shown.passages, start=1) if place not in grades]
+                left = [passage for place, passage in enumerate(shown.passages, start=1) if place not in grades]
                 num_shown = shown.num_shown + 1
                 if left:
                     call.problem = self._describe(answer)
@@ -297,7 +297,7 @@ class GradedTeacher(ListTeacher):
                 if left and num_shown < self.lists.attempts:
                     again = self._order(left, shown.order, shown.query, num_shown)
                     missing.append(_Shown(shown.query, shown.order, again, num_shown))
-                num_left[[each for each in shown.passages if each not in again]] -= 1
+                num_left[[passage for passage in shown.passages if passage not in again]] -= 1
                 step(len(shown.passages) - len(again))
             todo = missing
         grades = np.array([math.fsum(values) / len(values) if values else math.nan for values in found])
@@ -372,10 +372,13 @@ class ListwiseTeacher(ListTeacher):
             for shown, answer in self._ask(call, list(todo.values())):
                 place = place_of[id(shown)]
                 del todo[place]
-                order = [shown.passages[each - 1] for each in read_ranking(answer.text, len(shown.passages))]
+                order = [shown.passages[rank - 1] for rank in read_ranking(answer.text, len(shown.passages))]
                 if len(order) > len(results[place][1]):
                     placed = set(order)
-                    results[place] = (order + [each for each in windows[place].passages if each not in placed], placed)
+                    results[place] = (
+                        order + [passage for passage in windows[place].passages if passage not in placed],
+                        placed,
+                    )
                 if len(order) < len(shown.passages):
                     call.problem = self._describe(answer)
                     if shown.num_shown + 1 < self.lists.attempts:
@@ -392,7 +395,7 @@ def log_odds_of_grades(grades: NDArray[np.float64]) -> NDArray[np.float64]:
 def _parts(order: list[int], size: int) -> list[list[int]]:
     """The order in parts of nearly the same length, at most ``size``."""
     number = math.ceil(len(order) / size)
-    ends = [round(len(order) * each / number) for each in range(number + 1)]
+    ends = [round(len(order) * end / number) for end in range(number + 1)]
     return [order[start:end] for start, end in pairwise(ends)]
 
 

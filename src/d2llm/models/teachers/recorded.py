@@ -124,11 +124,11 @@ class RecordedTeacher:
 
     def _add(self, file: Path, data: str | None) -> None:
         texts = _Texts(file, data)
-        for each in read_graded_lists(file):
-            query, passages = texts.of(each)
-            for task in each.tasks:
+        for graded in read_graded_lists(file):
+            query, passages = texts.of(graded)
+            for task in graded.tasks:
                 own = self._grades[task].setdefault(_plain(query), {})
-                for passage, grade in zip(passages, each.grades, strict=True):
+                for passage, grade in zip(passages, graded.grades, strict=True):
                     own.setdefault(_plain(passage), []).append(grade)
 
 
@@ -138,17 +138,17 @@ class _Texts:
     def __init__(self, file: Path, data: str | None) -> None:
         self._file, self._data = file, data
 
-    def of(self, each: GradedList) -> tuple[str, list[str]]:
+    def of(self, graded: GradedList) -> tuple[str, list[str]]:
         """The texts of a list: its query's, and its passages'."""
-        if each.are_texts:
-            return each.query, list(each.passages)
+        if graded.are_texts:
+            return graded.query, list(graded.passages)
         queries, passages = self._dataset.queries, self._dataset.passages
-        if each.query not in queries:
-            raise self._unknown(each, "query", each.query)
-        for name in each.passages:
+        if graded.query not in queries:
+            raise self._unknown(graded, "query", graded.query)
+        for name in graded.passages:
             if name not in passages:
-                raise self._unknown(each, "passage", name)
-        return queries[each.query].text, [passages[name].full_text for name in each.passages]
+                raise self._unknown(graded, "passage", name)
+        return queries[graded.query].text, [passages[name].full_text for name in graded.passages]
 
     @cached_property
     def _dataset(self) -> Dataset:
@@ -161,9 +161,9 @@ class _Texts:
         dataset = open_data(self._data)
         return dataset if isinstance(dataset, Dataset) else read_pair_training_set(dataset).dataset
 
-    def _unknown(self, each: GradedList, what: str, name: str) -> InputError:
+    def _unknown(self, graded: GradedList, what: str, name: str) -> InputError:
         return InputError(
-            f"{self._file}:{each.line}: {self._data} has no {what} '{name}'; give the data set that these lists were "
+            f"{self._file}:{graded.line}: {self._data} has no {what} '{name}'; give the data set that these lists were "
             "made of, or delete the line"
         )
 

@@ -211,7 +211,7 @@ def ablate(
     names = _trainable(recipe) if variants is None else variants
     recipes, same = _distinct(_shortened(recipe, max_queries, epochs), names)
     check_sources(sources)
-    needs_labels = any(each.losses.imitates for each in recipes.values())
+    needs_labels = any(recipe.losses.imitates for recipe in recipes.values())
     some = recipe.training.unlabelled == "own_labels"
     labelled = _labelled(sources, labels, teacher, closed_gates, other_sets_suffice=some) if needs_labels else None
     notes = list(_left_out(recipe, sources, labelled))

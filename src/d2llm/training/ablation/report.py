@@ -139,7 +139,7 @@ class AblationReport:
 
 def named_measures(sets: Sequence[MeasuredSet]) -> str:
     """The distinct measures of these data sets: "nDCG@10", or "nDCG@10 and AP"."""
-    return " and ".join(dict.fromkeys(each.measure for each in sets))
+    return " and ".join(dict.fromkeys(data_set.measure for data_set in sets))
 
 
 def summarise(names: Sequence[str], results: Sequence[RunResult]) -> tuple[AblationRow, tuple[AblationRow, ...]]:
