@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from d2llm.core.types import Span
@@ -16,9 +16,13 @@ _snowball: Any = importlib.import_module("Stemmer")  # ships no types
 # white space and anything but a lower-case letter ("e.g. this" does not end it).
 # Closing quotes and brackets belong to the sentence.
 _FULL_STOPS = "。！？；．｡।॥۔؟؛።፧։།༎។៕။"
-_SENTENCE_END = re.compile(rf"()\n+|(?<=[{_FULL_STOPS}])([”’」』）]*)|(?<=[.!?;:…])([\"'”’»)\]]*)\s+(?=[^\sa-z])")
+_SENTENCE_END = re.compile(  # one class of characters comes first, which is found several times as fast
+    rf"[\n{_FULL_STOPS}.!?;:…](?:(?<=\n)|(?<=[{_FULL_STOPS}])[”’」』）]*|(?<=[.!?;:…])[\"'”’»)\]]*(?=\s+[^\sa-z]))"
+)
 _LONGEST_SENTENCE = 400  # characters; longer ones are split, so that tables and lists have windows too
 WINDOW_SENTENCES = 2
+END_OF_SENTENCE = "\n"
+_ASCII_WORD = re.compile(f"[a-z0-9]+|{END_OF_SENTENCE}")
 
 
 def terms(text: str) -> list[str]:
@@ -26,23 +30,30 @@ def terms(text: str) -> list[str]:
 
     In order, but for the pairs of a run of such a script, which follow its words. Only ASCII words are stemmed.
     """
-    # A stemmer is not thread-safe, and creating one takes less than a microsecond.
-    stemmer = _snowball.Stemmer("english", 0)
-    words = words_and_pairs(fold(text))
+    stem = stemmer()
+    return [stem(word) for word in words_and_pairs(fold(text))]
+
+
+def stemmer() -> Callable[[str], str]:
+    """What makes terms of words, for one thread; creating it takes less than a microsecond."""
+    stem = _snowball.Stemmer("english", 0).stemWord
+    return lambda word: stem(word) if word.isascii() else word
+
+
+def unstemmed(text: str) -> list[str]:
+    """What ``terms`` gives for the sentences of a text, before stemming, with a ``END_OF_SENTENCE`` after each."""
+    parts = [text[start:end] for start, end in sentences(text)]
     if text.isascii():
-        return stemmer.stemWords(words)
-    stem = stemmer.stemWord
-    return [stem(word) if word.isascii() else word for word in words]
+        return _ASCII_WORD.findall("".join([f"{part}{END_OF_SENTENCE}" for part in parts]).lower())
+    return [word for part in parts for word in (*words_and_pairs(fold(part)), END_OF_SENTENCE)]
 
 
 def placed_terms(text: str) -> list[tuple[Span, str]]:
     """The terms of a text, and where each is in it; a term that is there several times comes as often."""
-    stem = _snowball.Stemmer("english", 0).stemWord
+    stem = stemmer()
     folded, places = placed_fold(text)
     spans = [span for run in runs(folded) for span in (*run.words, *run.pairs)]
-    found = [folded[start:end] for start, end in spans]
-    terms = [stem(word) if word.isascii() else word for word in found]
-    return [((places[start][0], places[end - 1][1]), term) for (start, end), term in zip(spans, terms, strict=True)]
+    return [((places[start][0], places[end - 1][1]), stem(folded[start:end])) for start, end in spans]
 
 
 def tokens_of_terms(text: str, spans: Sequence[Span]) -> dict[str, list[int]]:
@@ -59,7 +70,7 @@ def sentences(text: str) -> list[Span]:
     spans: list[Span] = []
     start = 0
     for match in _SENTENCE_END.finditer(text):
-        spans += _without_margins(text, start, match.end(match.lastindex or 0))
+        spans += _without_margins(text, start, match.end())
         start = match.end()
     return spans + _without_margins(text, start, len(text))
 
@@ -78,17 +89,16 @@ def windows(text: str) -> list[Span]:
 
 def _without_margins(text: str, start: int, end: int) -> list[Span]:
     """A sentence without surrounding white space, split if it is too long; empty if nothing is left."""
+    end = start + len(text[start:end].rstrip())
     pieces: list[Span] = []
-    while True:
-        while start < end and text[start].isspace():
+    while start < end:
+        if text[start].isspace():
             start += 1
-        while end > start and text[end - 1].isspace():
-            end -= 1
-        if start >= end:
-            return pieces
+            continue
         cut = end
         if end - start > _LONGEST_SENTENCE:
             space = text.rfind(" ", start + _LONGEST_SENTENCE // 2, start + _LONGEST_SENTENCE)
             cut = space if space > 0 else start + _LONGEST_SENTENCE
         pieces.append((start, cut))
         start = cut
+    return pieces

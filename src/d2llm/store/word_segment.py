@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
@@ -10,7 +11,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from d2llm.ops.bm25_words import WINDOW_SENTENCES, sentences, terms
+from d2llm.ops.bm25_words import END_OF_SENTENCE, WINDOW_SENTENCES, stemmer, terms, unstemmed
 from d2llm.ops.selection import ranges
 from d2llm.ops.words import needs_dictionary
 
@@ -18,7 +19,7 @@ Rows = NDArray[np.int64]
 _Number = TypeVar("_Number", np.int64, np.float32)
 MAX_COUNT = np.iinfo(np.uint16).max
 OTHER, SENTENCE_END = -1, -2  # tokens of a passage that are not query terms
-_KNOWN_TERMS = 1 << 20  # hashes kept in memory while texts are read
+_KNOWN_WORDS = 1 << 20  # kept in memory while texts are read
 
 
 class Postings(NamedTuple):
@@ -143,28 +144,18 @@ class WordSegment:
     @classmethod
     def from_texts(cls, texts: Iterable[str], *, advance: Callable[[int], object] | None = None) -> WordSegment:
         """The words of some texts; ``advance`` is called with 1 after each."""
-        hashes: list[int] = []
-        ends: list[int] = []  # sentence ends, as indices into ``hashes``
-        offsets = [0]
-        known: dict[str, int] = {}
+        numbers, offsets = array("I"), array("q", [0])
+        known = _NumberedWords()
         by_dictionary = False
         for text in texts:
             by_dictionary = by_dictionary or needs_dictionary(text)
-            spans = sentences(text)
-            for start, end in spans:
-                for term in terms(text[start:end]):
-                    number = known.get(term)
-                    if number is None:
-                        if len(known) >= _KNOWN_TERMS:
-                            known.clear()
-                        number = known[term] = _hash(term)
-                    hashes.append(number)
-                ends.append(len(hashes))
-            offsets.append(len(hashes) + len(ends))
+            numbers.extend(map(known.__getitem__, unstemmed(text)))
+            offsets.append(len(numbers))
             if advance is not None:
                 advance(1)
-        vocabulary, places = np.unique(np.array(hashes, np.uint64), return_inverse=True)
-        tokens = np.insert(places.astype(np.uint32), np.array(ends, np.int64), np.uint32(len(vocabulary)))
+        vocabulary, places = np.unique(np.array(known.hashes, np.uint64), return_inverse=True)
+        place_of = np.append(len(vocabulary), places).astype(np.uint32)
+        tokens = place_of[np.frombuffer(numbers, np.uint32)]
         segment = cls._from_tokens(vocabulary, tokens, np.array(offsets, np.int64))
         return replace(segment, by_dictionary=by_dictionary)
 
@@ -354,6 +345,23 @@ class QueryWords:
         largest = float(self.weights[0]) / limit if limit else 0.0
         unknown = self.num_unknown / self.num_terms if self.num_terms else 1.0
         return np.array([np.log1p(self.num_terms), np.log1p(limit), largest, unknown], np.float32)
+
+
+class _NumberedWords(dict[str, int]):
+    """Numbers of words, from 1 on in the order of the hashes of their terms; 0 is the end of a sentence."""
+
+    def __init__(self) -> None:
+        super().__init__({END_OF_SENTENCE: 0})
+        self.hashes: list[int] = []
+        self._stem = stemmer()
+
+    def __missing__(self, word: str) -> int:
+        if len(self) > _KNOWN_WORDS:
+            self.clear()
+            self[END_OF_SENTENCE] = 0
+        self.hashes.append(_hash(self._stem(word)))
+        self[word] = number = len(self.hashes)
+        return number
 
 
 def _hash(term: str) -> int:
