@@ -1,4 +1,4 @@
-"""Tests of BM25 by its compiled loops, or by NumPy."""
+"""Tests of compiled loops and of NumPy, which does the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from d2llm.ops import kernels
 @contextmanager
 def compiled(is_compiled: bool) -> Iterator[None]:
     """Within it, indexes of any size are searched by compiled loops, or none is."""
-    assert kernels.BM25.load() is not None
+    for loops in (kernels.BM25, kernels.MAXSIM):
+        assert loops.load() is not None
     before = kernels.MIN_ROWS
     kernels.MIN_ROWS = 0 if is_compiled else 1 << 60
     try:

@@ -6,7 +6,7 @@ import numpy as np
 
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.part_vectors import PartVectors
-from d2llm.store.vector_formats import make_format, measured_norm
+from d2llm.store.vector_formats import make_format
 
 
 class FeatureRows:
@@ -44,4 +44,4 @@ def part_vectors(parts, dim, vector_format):
     stored = make_format(vector_format, dim)
     places = np.stack([np.cumsum(counts) - counts, counts], axis=1)
     codes = stored.encode(vectors, [""] * len(vectors))
-    return PartVectors(places, codes, stored, measured_norm(codes, stored))
+    return PartVectors(places, codes, stored)

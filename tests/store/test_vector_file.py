@@ -89,17 +89,6 @@ def test_extents_that_are_not_intact_are_compared_again(tmp_path, monkeypatch):
     assert [extent.start for extent in intact.damaged(replaced, replaced.codes())] == [0]
 
 
-def test_the_largest_norm_is_kept_if_it_is_known_for_all_rows(tmp_path):
-    file = VectorFile.create(tmp_path, 0, SIZE)
-    file.append(_codes(2), largest_norm=3.0)
-    file.append(_codes(2), largest_norm=2.0)
-    assert VectorFile.open(tmp_path, 0, SIZE).largest_norm == 3.0
-    file.append(_codes(2))
-    assert VectorFile.open(tmp_path, 0, SIZE).largest_norm is None
-    file.append(_codes(2), largest_norm=2.0)
-    assert VectorFile.open(tmp_path, 0, SIZE).largest_norm is None
-
-
 def test_a_new_extent_begins_when_one_is_full(tmp_path, monkeypatch):
     monkeypatch.setattr(vector_file, "_JOINED_ROWS", 8)
     file = VectorFile.create(tmp_path, 0, SIZE)

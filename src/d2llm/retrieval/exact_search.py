@@ -1,11 +1,11 @@
 """The exact top k of a corpus, proved without computing the full score of every passage.
 
 A final score is dot + R_q r_p tanh(g) (method: ``models.interaction``), so it is at most its bound,
-dot + R_q r_p. Score features (``models.score_features``) count as a part of the inner product: BM25 scores are computed
-for all rows at once, and for their best windows an upper bound. Passages are scored in order of decreasing bound until
-the k-th best score is above the bounds of all remaining passages. An exact scan for the highest inner products is
-usually enough, because no passage outside the scan has a higher inner product than the scan's last. If that proves
-nothing, and always with score features, one pass over all vectors computes every bound.
+dot + R_q r_p. Score features (``models.score_features``) count as a part of the inner product: BM25 scores and MaxSim
+are computed for all rows at once, and for BM25 of their best windows an upper bound. Passages are scored in order of
+decreasing bound until the k-th best score is above the bounds of all remaining passages. An exact scan for the highest
+inner products is usually enough, because no passage outside the scan has a higher inner product than the scan's last.
+If that proves nothing, and always with score features, one pass over all vectors computes every bound.
 
 Exact means that the ranking (ties by id) equals that of all passages scored in the same arithmetic, in which
 score = float32(dot + float32(bound * change)) and upper = float32(dot + bound), with the inner products of the scan or

@@ -85,11 +85,9 @@ class RowFeatures:
             words = self._sum(passages, self._words.window_limits(self._query)[:num_rows])
         else:
             words = self._passage_weight * passages
-        bounds = self._with_windows(words, np.arange(num_rows, dtype=np.int64))
-        if self._tokens is not None:
-            assert self._index.tokens is not None
-            bounds = bounds + self._token_weight * self._index.tokens.limit(self._tokens)
-        return bounds
+        rows = np.arange(num_rows, dtype=np.int64)
+        bounds = self._with_windows(words, rows)
+        return bounds if self._tokens is None else bounds + self._token_scores(self._tokens, rows)
 
     @cached_property
     def _passages(self) -> NDArray[np.float32]:

@@ -11,7 +11,6 @@ once; damaged ones are encoded again by ``repair``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +21,11 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError
 from d2llm.core.types import PartKind
+from d2llm.ops.kernels import MAXSIM
 from d2llm.ops.selection import ranges
 from d2llm.store.scan import RowScan
 from d2llm.store.vector_file import PART_PLACES, PART_VECTORS, IntactExtents, VectorFile
-from d2llm.store.vector_formats import VectorFormat, make_format, measured_norm
+from d2llm.store.vector_formats import VectorFormat, make_format
 
 _PLACE = np.dtype("<i8")
 PLACE_BYTES = 2 * _PLACE.itemsize
@@ -59,15 +59,10 @@ class PartVectors:
         places: NDArray[np.int64],
         codes: NDArray[np.uint8],
         vector_format: VectorFormat,
-        largest_norm: float = math.inf,
     ) -> None:
-        """Args: ``places`` [rows, 2], first part and number of parts of each row; ``codes`` [parts, bytes].
-
-        No part has a norm above ``largest_norm``, which ``limit`` needs.
-        """
+        """Args: ``places`` [rows, 2], first part and number of parts of each row; ``codes`` [parts, bytes]."""
         self._places = places
         self._format = vector_format
-        self._largest_norm = largest_norm
         self.codes = codes
 
     @classmethod
@@ -120,23 +115,22 @@ class PartVectors:
         scores = np.zeros(len(rows), np.float32)
         if not len(queries):
             return scores
-        starts, counts = self._places[rows].T
+        starts, counts = np.ascontiguousarray(self._places[rows].T)
         nonempty = np.flatnonzero(counts)
-        multiply, scale, shift = self._format.multiplier(queries)
-        for block in _blocks(counts[nonempty]):
-            places = nonempty[block]
-            products = multiply(self.codes[ranges(starts[places], counts[places])])
-            firsts = np.cumsum(counts[places]) - counts[places]
-            best = np.maximum.reduceat(products, firsts, axis=0)
-            scores[places] = scale * best.sum(axis=1, dtype=np.float64) + shift.sum()
+        starts, counts = starts[nonempty], counts[nonempty]
+        multiplier = self._format.multiplier(queries)
+        kernels = None if multiplier.whole is None else MAXSIM.get(len(self._places))
+        if kernels is not None:
+            best = np.empty(len(nonempty), np.int64)
+            kernels.sum_of_best(self.codes, starts, counts, kernels.arranged(multiplier.whole), multiplier.bits, best)
+            scores[nonempty] = multiplier.scale * best + multiplier.shift.sum()
+            return scores
+        for block in _blocks(counts):
+            products = multiplier.multiply(self.codes[ranges(starts[block], counts[block])])
+            firsts = np.cumsum(counts[block]) - counts[block]
+            sums = np.maximum.reduceat(products, firsts, axis=0).sum(axis=1, dtype=np.float64)
+            scores[nonempty[block]] = multiplier.scale * sums + multiplier.shift.sum()
         return scores
-
-    def limit(self, queries: NDArray[np.float32]) -> np.float32:
-        """An upper bound of ``sum_of_best`` for these queries [m, dim] and any rows."""
-        norms = np.linalg.norm(queries.astype(np.float64), axis=1).sum()
-        if not norms:
-            return np.float32(0)
-        return np.nextafter(np.float32(1.005 * norms * self._largest_norm), np.float32(np.inf))  # queries are rounded
 
     def take(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """The codes of the parts of some rows, row after row, and the number of parts of each row."""
@@ -178,7 +172,7 @@ def append_parts(
     """
     parts = VectorFile.open(folder, generation, vector_format.code_size, name=PART_VECTORS[kind])
     places = VectorFile.open(folder, generation, PLACE_BYTES, name=PART_PLACES[kind])
-    start = _append_codes(parts, codes, vector_format)
+    start = parts.append(codes) if len(codes) else parts.capacity
     own = _places(start, counts)
     if places.capacity <= first:
         places.append(np.concatenate([_places(start, np.zeros(first - places.capacity, np.int64)), own]))
@@ -211,7 +205,7 @@ def open_parts(
     """
     if not num_rows:
         return PartVectors(
-            np.zeros((capacity, 2), np.int64), np.zeros((0, vector_format.code_size), np.uint8), vector_format, 0.0
+            np.zeros((capacity, 2), np.int64), np.zeros((0, vector_format.code_size), np.uint8), vector_format
         )
     opened: list[tuple[VectorFile, NDArray[np.uint8]]] = []
     for name, code_size in ((PART_VECTORS[kind], vector_format.code_size), (PART_PLACES[kind], PLACE_BYTES)):
@@ -225,14 +219,14 @@ def open_parts(
         if problem is not None:
             raise DataFormatError(file.path, problem)
         opened.append((file, codes))
-    (file, codes), (_, stored) = opened
+    (_, codes), (_, stored) = opened
     places = np.zeros((capacity, 2), np.int64)
     written = np.ascontiguousarray(stored[:capacity]).view(_PLACE).reshape(-1, 2)
     places[: len(written)] = written
     if (places < 0).any() or (places.sum(axis=1) > len(codes)).any():
         problem = f"names {kind}s that do not exist; `d2llm index ... verify --repair` encodes them again"
         raise DataFormatError(folder / f"{PART_PLACES[kind]}-{generation}.bin", problem)
-    return PartVectors(places, codes, vector_format, math.inf if file.largest_norm is None else file.largest_norm)
+    return PartVectors(places, codes, vector_format)
 
 
 def replace_parts(
@@ -252,18 +246,11 @@ def replace_parts(
     parts = VectorFile.begin(folder, generation, vector_format.code_size, since=since, name=PART_VECTORS[kind])
     places = VectorFile.begin(folder, generation, PLACE_BYTES, since=since, name=PART_PLACES[kind])
     for codes, counts in blocks:
-        start = _append_codes(parts, codes, vector_format)
+        start = parts.append(codes) if len(codes) else parts.capacity
         if len(counts):
             places.append(_places(start, counts))
     parts.take_place(folder)
     places.take_place(folder)
-
-
-def _append_codes(parts: VectorFile, codes: NDArray[np.uint8], vector_format: VectorFormat) -> int:
-    """Append the codes of parts; returns the number of the first."""
-    if not len(codes):
-        return parts.capacity
-    return parts.append(codes, largest_norm=measured_norm(codes, vector_format))
 
 
 def _places(start: int, counts: NDArray[np.int64]) -> NDArray[np.uint8]:

@@ -2,8 +2,7 @@
 
 vectors-<generation>.bin    the codes of row 0, row 1, ... (``code_size`` bytes each)
 vectors-<generation>.json   code_size; since: the first version of the table that the file serves; extents: which rows
-                            were written together, with a checksum of their bytes; largest_norm of a row, if its
-                            writer measured it; a checksum of this JSON
+                            were written together, with a checksum of their bytes; a checksum of this JSON
 
 Vectors of parts are in files of the same format under other names (``part_vectors``).
 
@@ -112,13 +111,11 @@ class VectorFile:
         code_size: int,
         extents: list[Extent],
         since: int = 0,
-        largest_norm: float | None = None,
     ) -> None:
         self.path = path
         self.code_size = code_size
         self.extents = extents
         self.since = since
-        self.largest_norm = largest_norm
         self.inode = (0, 0)
         """Device and number of the file that ``codes`` mapped."""
 
@@ -172,9 +169,7 @@ class VectorFile:
         for path in (self.path, self.path.with_suffix(".json")):
             path.replace(folder / path.name)
         shutil.rmtree(self.path.parent, ignore_errors=True)
-        return VectorFile(
-            folder / self.path.name, self.code_size, self.extents, self.since, largest_norm=self.largest_norm
-        )
+        return VectorFile(folder / self.path.name, self.code_size, self.extents, self.since)
 
     @classmethod
     def open(cls, folder: Path, generation: int, code_size: int, *, name: str = NAME) -> VectorFile:
@@ -201,10 +196,9 @@ class VectorFile:
             record = read_checked(path.with_suffix(".json"), compare=compare)
             extents = [Extent(*extent) for extent in record["extents"]]
             size, since = record["code_size"], record["since"]
-            largest_norm = record.get("largest_norm")
             if size != code_size or {type(size), type(since)} != {int} or size < 1 or not _fit(extents):
                 raise ValueError(f"{path.stem}.json does not describe these vectors")
-            return cls(path, size, extents, since, largest_norm)
+            return cls(path, size, extents, since)
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise _unusable(path, name, error) from error
 
@@ -218,14 +212,9 @@ class VectorFile:
         """Size of the rows in bytes."""
         return self.capacity * self.code_size
 
-    def append(self, codes: NDArray[np.uint8], *, largest_norm: float | None = None) -> int:
-        """Append codes [n, code_size], durably; returns the number of the first new row.
-
-        If it is given for all codes, ``self.largest_norm`` becomes that of all rows.
-        """
+    def append(self, codes: NDArray[np.uint8]) -> int:
+        """Append codes [n, code_size], durably; returns the number of the first new row."""
         first = self.capacity
-        norms = [largest_norm, *([self.largest_norm] if first else [])]
-        self.largest_norm = None if None in norms else max(norm for norm in norms if norm is not None)
         content = np.ascontiguousarray(codes)
         with self.path.open("r+b") as stream:
             stream.seek(first * self.code_size)
@@ -267,9 +256,7 @@ class VectorFile:
 
     def _write_extents(self) -> None:
         extents = [[extent.start, extent.count, extent.checksum] for extent in self.extents]
-        record: dict[str, Any] = {"code_size": self.code_size, "since": self.since, "extents": extents}
-        if self.largest_norm is not None:
-            record["largest_norm"] = self.largest_norm
+        record = {"code_size": self.code_size, "since": self.since, "extents": extents}
         write_checked(self.path.with_suffix(".json"), record)
 
 

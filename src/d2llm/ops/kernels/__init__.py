@@ -71,3 +71,5 @@ class CompiledLoops:
 
 BM25 = CompiledLoops("bm25")
 """The loops of ``store.bm25``."""
+MAXSIM = CompiledLoops("maxsim")
+"""The loop of ``store.part_vectors``."""

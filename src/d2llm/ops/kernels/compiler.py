@@ -18,9 +18,9 @@ _log = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def read_only(dtype: Any) -> Any:
-    """The type of a contiguous array [n] that a kernel only reads, such as a part of a file in memory."""
-    return types.Array(dtype, 1, "C", readonly=True)
+def read_only(dtype: Any, num_axes: int = 1) -> Any:
+    """The type of a contiguous array that a kernel only reads, such as a part of a file in memory."""
+    return types.Array(dtype, num_axes, "C", readonly=True)
 
 
 def written(dtype: Any) -> Any:

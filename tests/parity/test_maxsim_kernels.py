@@ -1,0 +1,88 @@
+"""The compiled loop of MaxSim against NumPy, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compiled_loops import compiled
+from d2llm.ops.kernels import MAXSIM
+from d2llm.store.part_vectors import PartVectors
+from d2llm.store.vector_formats import make_format
+
+loops = MAXSIM.load()
+
+
+def random_parts(random: np.random.Generator, vector_format: str, dim: int, num_rows: int) -> PartVectors:
+    """Rows of 0 to 20 parts."""
+    counts = random.integers(0, 21, num_rows)
+    vectors = random.standard_normal((int(counts.sum()), dim)).astype(np.float32)
+    vectors *= dim**0.5 / np.linalg.norm(vectors, axis=1, keepdims=True)  # the norm that codes are made for
+    return PartVectors.of_texts(vectors, counts, make_format(vector_format, dim))
+
+
+def by_both(parts: PartVectors, queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    results: list[np.ndarray] = []
+    for is_compiled in (False, True):
+        with compiled(is_compiled):
+            results.append(parts.sum_of_best(queries, rows))
+    by_numpy, by_kernel = results
+    assert by_numpy.dtype == by_kernel.dtype
+    return by_numpy, by_kernel
+
+
+@given(
+    st.integers(0, 1 << 30),
+    st.sampled_from(["int4", "int8", "int3", "float32"]),
+    st.sampled_from([8, 20, 33, 64, 100]),
+    st.integers(0, 40),
+)
+def test_sums_are_those_of_numpy(seed, vector_format, dim, num_queries):
+    """int3 and float32 have no loop: they go on as they are."""
+    random = np.random.default_rng(seed)
+    parts = random_parts(random, vector_format, dim, 30)
+    queries = (random.standard_normal((num_queries, dim)) * random.uniform(1e-3, 1e3)).astype(np.float32)
+    by_numpy, by_kernel = by_both(parts, queries, random.integers(0, 30, 25))
+    np.testing.assert_array_equal(by_kernel, by_numpy)
+
+
+@pytest.mark.parametrize("vector_format", ["int4", "int8"])
+def test_the_largest_numbers_do_not_overflow(vector_format):
+    """Queries and parts with the highest and lowest numbers in every dimension, and products below 0 only."""
+    made = make_format(vector_format, 64)
+    for code, sign in ((255, 1), (255, -1), (0, 1), (0, -1)):
+        parts = PartVectors(np.array([[0, 2]]), np.full((2, made.code_size), code, np.uint8), made)
+        turned = np.full((1, 64), 1e4 * sign, np.float32)
+        # The query whose rotation is the same number everywhere: the rotation keeps inner products.
+        basis = np.array([made.turn(row) for row in np.eye(64, dtype=np.float32)])
+        queries = (turned @ basis.T).astype(np.float32)
+        by_numpy, by_kernel = by_both(parts, np.repeat(queries, 3, axis=0), np.array([0]))
+        np.testing.assert_array_equal(by_kernel, by_numpy)
+        expected = 3 * float((made.levels(parts.codes[:1]) @ turned[0])[0])
+        np.testing.assert_allclose(by_kernel, expected, rtol=1e-3)
+
+
+def test_queries_are_arranged_in_blocks_and_pairs():
+    queries = np.arange(17 * 5, dtype=np.int16).reshape(17, 5)
+    arranged = loops.arranged(queries)
+    assert arranged.shape == (2, 3, loops.LANES, 2)
+    assert arranged[1, 2, 0].tolist() == [queries[16, 4], 0]
+    assert not arranged[1, :, 1:].any()
+
+
+@pytest.mark.parametrize(("starts", "counts"), [([-1], [2]), ([3], [2]), ([0], [0]), ([0], [-1]), ([5], [1])])
+def test_rows_without_their_parts_are_an_error(starts, counts):
+    codes, queries = np.zeros((4, 4), np.uint8), loops.arranged(np.ones((3, 8), np.int16))
+    with pytest.raises(ValueError, match="not where they should be"):
+        loops.sum_of_best(codes, np.array(starts), np.array(counts), queries, 4, np.zeros(1, np.int64))
+
+
+def test_another_width_is_an_error():
+    queries = loops.arranged(np.ones((3, 10), np.int16))
+    for bits, width in ((4, 4), (4, 6), (8, 8), (8, 12)):
+        with pytest.raises(ValueError, match="different widths"):
+            loops.sum_of_best(
+                np.zeros((4, width), np.uint8), np.zeros(1, int), np.ones(1, int), queries, bits, np.zeros(1, np.int64)
+            )
