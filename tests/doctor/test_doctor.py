@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
 import sys
 from importlib import metadata
 
+import numba
 import numpy as np
 import pytest
 from huggingface_hub import constants, set_client_factory
@@ -22,6 +26,8 @@ from d2llm.doctor.findings import Check
 from d2llm.doctor.installation import install_checks
 from d2llm.doctor.machine import machine_checks, openmp_runtimes
 from d2llm.models.hub import find_student
+from d2llm.ops import kernels
+from d2llm.ops.kernels import compiler
 from e2e.command_line import d2llm, succeed_with_report
 from fake_hub import FakeHub
 from plain_cpu import without_bfloat16
@@ -62,6 +68,29 @@ def install():
 
 
 NUM_CHECKS = 19  # with an index
+
+
+class TestCompiledLoops:
+    def test_without_numba(self, monkeypatch):
+        monkeypatch.setattr(kernels, "ALL", (kernels.CompiledLoops("missing"),))
+        [finding] = doctor_machine.loops_check().findings()
+        assert finding.level == "note"
+        assert "NumPy does their work" in finding.result
+
+    def test_without_a_folder_to_keep_them(self, monkeypatch):
+        monkeypatch.setattr(compiler, "_kernels", [numba.njit(lambda number: number)])
+        [finding] = doctor_machine.loops_check().findings()
+        assert finding.level == "note"
+        assert "cannot be kept" in finding.result
+        assert "NUMBA_CACHE_DIR" in finding.advice
+
+    def test_loaded_ones_are_not_compiled_again(self, monkeypatch):
+        code = compiler.CompiledCode(2, 0, 2, ["somewhere"])
+        monkeypatch.setattr(compiler, "compiled_code", lambda: code)
+        [finding] = doctor_machine.loops_check().findings()
+        assert finding.level == "ok"
+        assert finding.result.startswith("0 of 2 compiled in ")
+        assert finding.result.endswith("kept in somewhere")
 
 
 class TestChecksThatFail:
@@ -269,6 +298,17 @@ class TestStudentAndIndex:
         assert by_check["index", "search"]["level"] == "ok"
         assert by_check["student", "scores"]["level"] == "ok"
         assert "8 passages" in result.stdout
+
+    def test_loops_are_compiled_on_request(self, sandbox):
+        code = "import sys; from d2llm.cli.main import main; sys.exit(main())"
+        command = [sys.executable, "-c", code, "doctor", "--student", STUDENT, "--warm", "--json", "report.json"]
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(sandbox / "numba")}
+        subprocess.run(command, cwd=sandbox, env=environment, capture_output=True, check=True)
+        findings = json.loads((sandbox / "report.json").read_text())["result"]["findings"]
+        [finding] = [finding for finding in findings if finding["subject"] == "compiled loops"]
+        assert finding["level"] == "ok"
+        assert re.match(r"(\d+) of \1 compiled in ", finding["result"])
+        assert str(sandbox / "numba") in finding["result"]
 
     def test_a_missing_student_is_a_problem(self, sandbox):
         result = d2llm("doctor", "--student", "nobody", "--json", sandbox / "report.json")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -112,6 +115,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, caplog):
     import numba
 
     njit = numba.njit
+    monkeypatch.setattr(compiler, "_kernels", [])
 
     def without_cache(*arguments, cache=False, **options):
         if cache:
@@ -122,3 +126,34 @@ def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, caplog):
     double = compiler.compiled(numba.types.int64(numba.types.int64))(lambda number: 2 * number)
     assert double(21) == 42
     assert "NUMBA_CACHE_DIR" in caplog.text
+    assert compiler.compiled_code() == (1, 1, 0, [])
+
+
+KERNEL = """
+from numba import types
+from d2llm.ops.kernels.compiler import compiled, compiled_code
+
+@compiled(types.float64(types.float64))
+def half(number):
+    return number / 2
+
+assert half(3.0) == 1.5
+print(compiled_code().num_compiled, compiled_code().num_kept)
+"""
+
+
+def test_kept_code_is_not_used_by_another_processor(tmp_path):
+    (tmp_path / "half.py").write_text(KERNEL)
+
+    def compiled_and_kept(**processor: str) -> list[str]:
+        paths = {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+        command = [sys.executable, "-c", "import half"]
+        done = subprocess.run(command, env=os.environ | paths | processor, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    other = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    assert compiled_and_kept() == ["1", "1"]
+    assert compiled_and_kept() == ["0", "1"]
+    assert compiled_and_kept(**other) == ["1", "1"]
+    assert compiled_and_kept(**other) == ["0", "1"]
+    assert compiled_and_kept() == ["0", "1"]

@@ -23,6 +23,9 @@ def doctor(
         str, typer.Option(metavar="NAME_OR_FOLDER", help=STUDENT_HELP)
     ] = DEFAULT_STUDENT,  # not StudentOption: a missing student is one of the findings
     index: Annotated[Path | None, typer.Option(metavar="INDEX", help="Also check an index, with its student.")] = None,
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Also compile the loops of searches now, once for this machine and user.")
+    ] = False,
     device: DeviceOption = None,
     json_path: JsonOption = None,
 ) -> None:
@@ -34,7 +37,7 @@ def doctor(
     from d2llm.doctor.findings import findings_table
 
     session = session_of(context)
-    findings = list(examine(student=student, index=index, device=device))
+    findings = list(examine(student=student, index=index, device=device, warm=warm))
     problems = sum(finding.level == "problem" for finding in findings)
     session.show(findings_table(findings))
     session.write_report(context, json_path, {"findings": findings, "num_problems": problems})

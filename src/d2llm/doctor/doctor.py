@@ -22,13 +22,16 @@ _TEXTS = ("Iterating over an open file gives its lines.", "Sockets send bytes ov
 _QUESTION = "how do I read a file line by line?"
 
 
-def examine(*, student: str, index: Path | None = None, device: str | None = None) -> Iterator[Finding]:
+def examine(
+    *, student: str, index: Path | None = None, device: str | None = None, warm: bool = False
+) -> Iterator[Finding]:
     """Run all checks and yield their findings.
 
     Args:
         student: a folder or name; it is loaded and scores two sentences.
         index: a folder; it is opened and searched with its own student.
         device: where the student computes.
+        warm: compile all loops now.
     """
     usable = True
     for check in install_checks():
@@ -38,7 +41,7 @@ def examine(*, student: str, index: Path | None = None, device: str | None = Non
     if not usable:
         return  # everything below needs these packages
     checks = [
-        *_machine_checks(device),
+        *_machine_checks(device, warm=warm),
         Check("places", "cache folder", lambda: _writable("cache folder", user_cache_path("d2llm"))),
         Check("places", "cache of the Hub", _hub_cache),
         Check("places", "Hugging Face Hub", _hub),
@@ -50,14 +53,14 @@ def examine(*, student: str, index: Path | None = None, device: str | None = Non
         yield from check.findings()
 
 
-def _machine_checks(device: str | None) -> list[Check]:
+def _machine_checks(device: str | None, *, warm: bool) -> list[Check]:
     try:  # imported here, because it imports torch and faiss
-        from d2llm.doctor.machine import machine_checks
+        from d2llm.doctor.machine import loops_check, machine_checks
     except Exception as error:  # noqa: BLE001 - a broken library may raise anything
         reason = f"{type(error).__name__}: {error}"
         finding = Finding("device", "import", "problem", reason, "install d2llm again, in a new environment")
         return [Check("device", "import", lambda: finding)]
-    return machine_checks(device)
+    return [*machine_checks(device), *([loops_check()] if warm else [])]
 
 
 def _hub_cache() -> Finding:

@@ -14,11 +14,13 @@ import torch
 
 from d2llm.core.errors import InputError
 from d2llm.core.machine import available_memory, replaced_allocator, usable_cores
+from d2llm.core.progress import progress_bar
 from d2llm.core.types import Task
 from d2llm.doctor.findings import Check, Finding
 from d2llm.models.device import can_fuse_bfloat16_layers, choose_device, choose_dtype, cpu_has_fast_bfloat16
 from d2llm.models.interaction import Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
+from d2llm.ops import kernels
 from d2llm.recipe import InteractionConfig
 from d2llm.store.load_faiss import load_faiss
 
@@ -51,6 +53,34 @@ def machine_checks(device: str | None = None) -> list[Check]:
         Check("kernels", "interaction", _interaction),
         Check("kernels", "speed", _speed),
     ]
+
+
+def loops_check() -> Check:
+    """Compiles all loops, unless that was done before, so that no later program has to."""
+    return Check("kernels", "compiled loops", _compile_loops)
+
+
+def _compile_loops() -> Finding:
+    begin = time.perf_counter()
+    with progress_bar("compile loops", len(kernels.ALL)) as advance:
+        for loops in kernels.ALL:
+            if loops.load() is None:
+                advice = (
+                    "pip install --force-reinstall numba; without it, searches of large indexes are slower, not wrong"
+                )
+                return Finding(
+                    "kernels", "compiled loops", "note", "numba cannot be used: NumPy does their work", advice
+                )
+            advance(1)
+    seconds = time.perf_counter() - begin
+    from d2llm.ops.kernels.compiler import compiled_code  # needs numba
+
+    code = compiled_code()
+    result = f"{code.num_compiled} of {code.number} compiled in {seconds:.1f} s"
+    if code.num_kept < code.number:
+        advice = "set NUMBA_CACHE_DIR to a folder that can be written"
+        return Finding("kernels", "compiled loops", "note", f"{result}; they cannot be kept for the next start", advice)
+    return Finding("kernels", "compiled loops", "ok", f"{result}, kept in {', '.join(code.folders)}")
 
 
 def _processor() -> Finding:

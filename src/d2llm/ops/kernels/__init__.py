@@ -36,7 +36,7 @@ class CompiledLoops:
 
     def __init__(self, name: str) -> None:
         """Args: ``name`` of the module in this package."""
-        self._name = name
+        self.name = name
         self._module: Any = None
         self._calls = 0
         self._thread: threading.Thread | None = None
@@ -51,7 +51,7 @@ class CompiledLoops:
         if self._module is None and self._thread is None:
             self._calls += 1
             if self._calls > MIN_CALLS:
-                self._thread = threading.Thread(target=self.load, name=f"compile {self._name}", daemon=True)
+                self._thread = threading.Thread(target=self.load, name=f"compile {self.name}", daemon=True)
                 self._thread.start()
         return self._module
 
@@ -59,13 +59,13 @@ class CompiledLoops:
         """The module, loaded now; None, with a warning, on a machine that cannot compile it."""
         start = time.perf_counter()
         try:
-            self._module = import_module(f"{__name__}.{self._name}")
+            self._module = import_module(f"{__name__}.{self.name}")
         except Exception as error:  # noqa: BLE001 - numba is missing, broken, or does not know this processor
             fell_back("compiled loops", f"numba cannot be used ({error}); NumPy does their work, several times slower")
             return None
         seconds = time.perf_counter() - start
         if seconds > _COMPILING:
-            _log.info("compiled the loops of %s in %.1f s; they are kept for the next start", self._name, seconds)
+            _log.info("compiled the loops of %s in %.1f s; they are kept for the next start", self.name, seconds)
         return self._module
 
 
@@ -73,3 +73,4 @@ BM25 = CompiledLoops("bm25")
 """The loops of ``store.bm25``."""
 MAXSIM = CompiledLoops("maxsim")
 """The loop of ``store.part_vectors``."""
+ALL = (BM25, MAXSIM)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numba
 from numba import types
 
 _log = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_kernels: list[Any] = []
 
 
 def read_only(dtype: Any, num_axes: int = 1) -> Any:
@@ -38,13 +39,34 @@ def compiled(signature: Any) -> Callable[[_Function], _Function]:
     def compile_(function: _Function) -> _Function:
         function = inspect.unwrap(function)  # tests check the types of arguments, by a wrapper
         try:
-            return numba.njit(signature, nogil=True, cache=True)(function)
+            kernel = numba.njit(signature, nogil=True, cache=True)(function)
         except Exception as error:  # noqa: BLE001 - the cache cannot be read or written: numba has several errors
             kernel = numba.njit(signature, nogil=True)(function)
             _log.warning("compiled code cannot be kept (%s); set NUMBA_CACHE_DIR to a folder for it", error)
-            return kernel
+        _kernels.append(kernel)
+        return kernel
 
     return compile_
+
+
+class CompiledCode(NamedTuple):
+    """Of the kernels of this process: how many, how many of them were compiled by it, and the folders that keep them.
+
+    ``num_kept`` is smaller than ``number`` where no folder can be written.
+    """
+
+    number: int
+    num_compiled: int
+    num_kept: int
+    folders: list[str]
+
+
+def compiled_code() -> CompiledCode:
+    """What was compiled, and where it is kept."""
+    statistics = [kernel.stats for kernel in _kernels]
+    folders = [each.cache_path for each in statistics if each.cache_path is not None]
+    num_loaded = sum(bool(each.cache_hits) for each in statistics)
+    return CompiledCode(len(_kernels), len(_kernels) - num_loaded, len(folders), sorted({*folders}))
 
 
 def inlined(function: _Function) -> _Function:
