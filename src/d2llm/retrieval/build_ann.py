@@ -178,9 +178,10 @@ def renew_ann(store: IndexStore, student: SearchStudent, num_encoded: int) -> No
     """
     if not store.manifest["approximate"] or not student.has_dot or num_encoded < MIN_PASSAGES * _DUE:
         return
-    view = PassageView(store)
-    if len(view) < MIN_PASSAGES or num_encoded < _DUE * len(view):
+    num_passages = len(store.table())
+    if num_passages < MIN_PASSAGES or num_encoded < _DUE * num_passages:
         return
+    view = PassageView(store)
     covered = 0 if view.ann is None else view.ann.record.covered
     if covered >= _COVERED * view.capacity:
         return

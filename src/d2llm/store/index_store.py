@@ -364,12 +364,9 @@ class IndexStore:
         """Write missing word files of the latest version, and join small ones."""
         with self.locked():
             if len(table := self.table()):
-                self._update_word_files(table)
-
-    def _update_word_files(self, table: PassageTable) -> None:
-        generation, num_rows = self.vectors.generation(table), self.vectors.file_to_extend(table).capacity
-        with storage_errors(self.folder):
-            word_files.update_word_files(self.folder, generation, num_rows, self._segment_of(table))
+                generation, num_rows = self.vectors.generation(table), self.vectors.file_to_extend(table).capacity
+                with storage_errors(self.folder):
+                    word_files.update_word_files(self.folder, generation, num_rows, self._segment_of(table))
 
     def words(self, table: PassageTable, num_rows: int, *, whole: bool = False) -> word_files.Coverage:
         """The words of the first ``num_rows`` rows of a version; words that are in no file are read from the table."""

@@ -24,6 +24,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -74,6 +75,9 @@ _DOCUMENT = "CASE document_id WHEN '' THEN id ELSE document_id END"
 """The document of a passage; one without a document is its own."""
 _NOTHING: Mapping[str, Any] = {}
 _OTHER_TYPES = (TypeError, ValueError, OverflowError, AttributeError)  # a damaged column has a value of another type
+_LATEST = "SELECT max(version), num_passages, (SELECT ifnull(max(key), 0) FROM passages) FROM versions"
+_DIED = "FROM passages WHERE died < 9223372036854775807 AND died"  # as the condition of an index says it
+_GROWTH = f"SELECT (SELECT count(*) FROM passages WHERE key > ?) - (SELECT count(*) {_DIED} = ?)"
 _LIVES = "born <= :version AND died > :version"
 _OWN = ("id", "title", "document_id", "position", "d2_row", "d2_hash", "d2_truncated", "born", "died", "d2_seal")
 _BODY = ("text", "d2_words", "d2_vector")
@@ -137,13 +141,14 @@ class PassageTable:
             raise DamagedFileError(path, "is missing; restore it from a copy or a snapshot, or index the corpus again")
         try:
             connection = _open(path)
-            known = [number for (number,) in connection.execute("SELECT version FROM versions ORDER BY version")]
+            wanted = "SELECT max(version) FROM versions WHERE version = coalesce(?, version)"
+            found = connection.execute(wanted, (version,)).fetchone()[0]
         except sqlite3.Error as error:
             raise _damaged(path, error) from error
-        if not known or (version is not None and version not in known):
+        if found is None:
             subject = "its table" if version is None else f"version {version} of its table"
             raise DataFormatError(folder, f"{subject} cannot be opened (there is no such version any more)")
-        return cls(folder, connection, known[-1] if version is None else version)
+        return cls(folder, connection, found)
 
     def _load(self) -> None:
         with self._reading() as run:
@@ -176,21 +181,18 @@ class PassageTable:
 
     def rows(self) -> NDArray[np.int64]:
         """The row number (d2_row) of every passage, in order."""
-        with self._reading() as run:
-            found = run(f"SELECT d2_row FROM passages WHERE {_LIVES} ORDER BY d2_row").fetchall()
-            return np.fromiter((row for (row,) in found), np.int64, len(found))
+        return np.sort(self.matching("TRUE", _NOTHING))
 
     def last_row(self) -> int | None:
         """The highest row number (d2_row); None if there are no passages."""
         with self._reading() as run:
-            found = run(f"SELECT d2_row FROM passages WHERE {_LIVES} ORDER BY d2_row DESC LIMIT 1").fetchone()
-        return None if found is None else int(found[0])
+            return run(f"SELECT max(d2_row) FROM passages WHERE {_LIVES}").fetchone()[0]
 
     def matching(self, condition: str, values: Mapping[str, Any]) -> NDArray[np.int64]:
         """The row numbers (d2_row) of the passages that satisfy a condition in SQL (``filters``), in no order."""
         with self._reading() as run:
-            found = run(f"SELECT d2_row FROM passages WHERE {_LIVES} AND ({condition})", values).fetchall()
-            return np.fromiter((row for (row,) in found), np.int64, len(found))
+            found = run(f"SELECT d2_row FROM passages WHERE {_LIVES} AND ({condition})", values)
+            return np.fromiter(chain.from_iterable(found), np.int64)
 
     def num_truncated(self) -> int:
         """Number of passages that the student truncated."""
@@ -286,8 +288,7 @@ class PassageTable:
         """
         records = self._where_in("d2_row", list(dict.fromkeys(map(int, rows))), ["d2_row", *names])
         found = {record["d2_row"]: record for record in records}
-        missing = sum(row not in found for row in rows)
-        if missing:
+        if missing := sum(row not in found for row in rows):
             raise DataFormatError(self.folder, f"its table lacks {missing} of {len(rows)} requested rows")
         return [{name: found[row][name] for name in names} for row in map(int, rows)]
 
@@ -417,9 +418,8 @@ class PassageTable:
             limit = time.time() - keep.total_seconds()
             execute("DELETE FROM versions WHERE version < ? AND seconds <= ?", (self.version, limit))
             oldest = execute("SELECT min(version) FROM versions", ()).fetchone()[0]
-            gone = "SELECT key FROM passages WHERE died < 9223372036854775807 AND died <= ?"
-            execute(f"DELETE FROM bodies WHERE key IN ({gone})", (oldest,))
-            execute("DELETE FROM passages WHERE died < 9223372036854775807 AND died <= ?", (oldest,))
+            execute(f"DELETE FROM bodies WHERE key IN (SELECT key {_DIED} <= ?)", (oldest,))
+            execute(f"DELETE {_DIED} <= ?", (oldest,))
         with storage_errors(self.folder), self._lock:
             self._connection.executescript("PRAGMA incremental_vacuum")  # ``execute`` would free one page
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -469,10 +469,10 @@ class PassageTable:
     def _change(self) -> Generator[tuple[_Execute, int]]:
         """A change of the latest version: what executes statements, and the new version, committed at the end."""
         with storage_errors(self.folder), self._transaction() as execute:
-            latest = execute("SELECT max(version) FROM versions", ()).fetchone()[0]
+            latest, count, last = execute(_LATEST, ()).fetchone()
             yield execute, latest + 1
-            count = execute(f"SELECT count(*) FROM passages WHERE died = {_FOREVER}", ()).fetchone()[0]
-            execute("INSERT INTO versions VALUES (?, ?, ?)", (latest + 1, time.time(), count))
+            growth = execute(_GROWTH, (last, latest + 1)).fetchone()[0]  # counting all of a million would take longer
+            execute("INSERT INTO versions VALUES (?, ?, ?)", (latest + 1, time.time(), count + growth))
         self.version = latest + 1
         self._load()
 
