@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.types import Query, Task
+from d2llm.models.plain_student import PairScorer
 from d2llm.models.score_features import FeatureWeights
 from d2llm.retrieval.candidates import AnnSource, CandidateSource, LexicalSource, VectorSource
 from d2llm.retrieval.exact_search import CachedBounds, CertifiedRows, certified_top_k
@@ -51,6 +52,7 @@ class SegmentQuery:
         words: its words, weighted by the statistics of all segments; None if the search does not use words.
         nearest: the highest inner product with a passage of any segment that the filter admits; None unless the weight
             of words depends on it.
+        scorer: the student's for this query, if it was prepared; it stays in this process.
     """
 
     query: Query
@@ -59,6 +61,10 @@ class SegmentQuery:
     tokens: NDArray[np.float32] | None
     words: QueryWords | None
     nearest: float | None = None
+    scorer: PairScorer | None = field(default=None, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[type[SegmentQuery], tuple[object, ...]]:
+        return SegmentQuery, (self.query, self.vector, self.dot_query, self.tokens, self.words, self.nearest)
 
 
 def source_names(settings: SearchSettings, weights: FeatureWeights, *, is_exact: bool) -> list[str]:
@@ -181,7 +187,8 @@ class LocalSearch:
         """The full scores of some rows [n]."""
         if not len(rows):
             return _NOTHING
-        return RowScorer(self.view, self._student, query.vector, self._task, self._score_features(query))(rows)
+        score_features = self._score_features(query)
+        return RowScorer(self.view, self._student, query.vector, self._task, score_features, query.scorer)(rows)
 
     def certify(
         self, query: SegmentQuery, top_k: int, *, budget_ms: float | None = None, floor: float = -np.inf

@@ -21,6 +21,7 @@ from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.searched_segments import Missing, SearchedSegments
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.view import CandidateRows
+from d2llm.store.word_segment import QueryWords
 
 if TYPE_CHECKING:
     from d2llm.retrieval.expansion import Expansion
@@ -41,7 +42,7 @@ class PreparedQuery:
 
     Attributes:
         sent: the query as segments get it.
-        dot_is_score: whether its candidates' inner products are their final scores.
+        dot_is_score: whether its candidates' inner products are their final scores, and nothing changes their order.
         depth: how many candidates each source proposes at first.
         scanned: by segment, the query's candidates from a scan shared with other queries, to that depth.
         seconds: time by stage, as in a ranking.
@@ -150,13 +151,10 @@ class QueryPreparation:
         elif vectors is None:
             read = self._student.encode_queries(texts, instruction=instruction)
             vectors, cut = read.vectors, read.truncated
-        dots: Tokens = [None] * len(queries)
-        if self._student.has_dot:
-            dots = list(self._student.query_vectors(vectors, self._task))
         seconds = (time.perf_counter() - begin) / len(queries)
         for at in range(0, len(queries), _SCANNED_AT_ONCE):
             part = slice(at, at + _SCANNED_AT_ONCE)
-            together = self._together(queries[part], vectors[part], dots[part], tokens[part], seconds)
+            together = self._together(queries[part], vectors[part], tokens[part], seconds)
             for position, prepared in enumerate(together, at):
                 prepared.truncated = position in cut
                 yield prepared
@@ -201,7 +199,6 @@ class QueryPreparation:
         self,
         queries: Sequence[Query],
         vectors: NDArray[np.float32],
-        dots: Tokens,
         tokens: Tokens,
         encode_seconds: float,
     ) -> Iterator[PreparedQuery]:
@@ -209,8 +206,8 @@ class QueryPreparation:
         begin = time.perf_counter()
         missing: Missing = {}
         words = self._segments.words(queries, missing)
-        sent = [SegmentQuery(*parts) for parts in zip(queries, vectors, dots, tokens, words, strict=True)]
-        are_scores = [self._dot_is_score(one) for one in sent]
+        sent = [self._sent(*parts) for parts in zip(queries, vectors, tokens, words, strict=True)]
+        are_scores = [self._may_skip_score and one.scorer is not None and one.scorer.bound == 0 for one in sent]
         score_seconds = (time.perf_counter() - begin) / len(queries)
         begin = time.perf_counter()
         # A scan orders rows by inner product. If the inner products are the scores, it need not go deeper than the
@@ -218,16 +215,24 @@ class QueryPreparation:
         sources, depth = self._segments.sources, self._settings.ranking_depth
         if not ("vectors" in sources and all(are_scores)):
             depth = max(depth, math.ceil(self._settings.num_candidates / max(len(sources), 1)))
-        scans = self._segments.scan_together(dots, depth, missing)
+        scans = self._segments.scan_together([one.dot_query for one in sent], depth, missing)
         scan_seconds = (time.perf_counter() - begin) / len(queries)
         for number, (one, is_score) in enumerate(zip(sent, are_scores, strict=True)):
             scanned = {place: candidates[number] for place, candidates in scans.items()}
             seconds = {"encode": encode_seconds, "candidates": scan_seconds, "score": score_seconds}
             yield PreparedQuery(one, is_score, depth, scanned, seconds, missing=dict(missing))
 
-    def _dot_is_score(self, sent: SegmentQuery) -> bool:
-        """Whether the candidates' inner products are their final scores and nothing else changes their order."""
-        if not self._may_skip_score:
-            return False
-        scorer = self._student.prepare(sent.vector, self._task)
-        return scorer is not None and scorer.bound == 0
+    def _sent(
+        self,
+        query: Query,
+        vector: NDArray[np.float32],
+        tokens: NDArray[np.float32] | None,
+        words: QueryWords | None,
+    ) -> SegmentQuery:
+        """A query for segments; its vector for inner products does not depend on the queries prepared with it."""
+        scorer, dot = self._student.prepare(vector, self._task), None
+        if self._student.has_dot:
+            dot = None if scorer is None else scorer.dot_query
+            # Not for several queries at once: the order of summation in BLAS depends on their number.
+            dot = self._student.query_vectors(vector[None], self._task)[0] if dot is None else dot
+        return SegmentQuery(query, vector, dot, tokens, words, scorer=scorer)

@@ -98,6 +98,12 @@ class Order:
         """The rows of the passages to show."""
         return self.scored.rows[self.places]
 
+    def shown_rows(self, document_passages: int) -> NDArray[np.int64]:
+        """The rows of all passages to show: ``rows``, and of documents at most so many passages each."""
+        documents = self.shown_documents or ()
+        others = [place for document in documents for place in document.places[1:document_passages]]
+        return np.concatenate([self.rows, self.scored.rows[np.array(others, np.int64)]])
+
     @property
     def shown_scores(self) -> list[float]:
         """The scores of what is shown: passages, or documents."""
@@ -142,6 +148,7 @@ def show(
     query: Query,
     dot_query: NDArray[np.float32] | None,
     order: Order,
+    texts: Mapping[int, Passage],
     *,
     score_features: FeatureParts | None,
     document_passages: int,
@@ -149,19 +156,20 @@ def show(
 ) -> tuple[RankedPassage, ...]:
     """The results of a ranking, with texts and the parts that the settings request (``SearchSettings``).
 
-    ``score_features`` is that in the scores of the results; None: they are not explained.
+    ``texts`` has the passages at ``order.shown_rows``. ``score_features`` is that in the scores of the results; None:
+    they are not explained.
     """
     rows = order.rows
     documents: list[RankedDocument | None] = [None] * len(rows)
     if order.shown_documents is not None:
-        documents = [*_documents(index, order, order.shown_documents, document_passages)]
+        documents = _documents(order, order.shown_documents, document_passages, texts)
     dots: list[float | None] = [None] * len(rows)
     if dot_query is not None and len(rows):
         dots = (index.vectors(rows) @ dot_query).tolist()
     shown = tuple(
         RankedPassage(rank, passage, score, dot_score, document=document)
         for rank, (passage, score, dot_score, document) in enumerate(
-            zip(index.passages(rows), order.shown_scores, dots, documents, strict=True), start=1
+            zip(map(texts.__getitem__, rows.tolist()), order.shown_scores, dots, documents, strict=True), start=1
         )
     )
     if score_features is not None:
@@ -172,19 +180,18 @@ def show(
 
 
 def _documents(
-    index: IndexView, order: Order, documents: Sequence[GroupedDocument], shown: int
-) -> list[RankedDocument]:
-    others = [document.places[1:shown] for document in documents]
-    flat = np.array([place for places in others for place in places], np.int64)
-    texts = iter(index.passages(order.scored.rows[flat]))
+    order: Order, documents: Sequence[GroupedDocument], shown: int, texts: Mapping[int, Passage]
+) -> list[RankedDocument | None]:
     return [
         RankedDocument(
             document.id,
             float(order.scores[document.places[0]]),
             len(document.places),
-            tuple((next(texts), float(order.scores[place])) for place in places),
+            tuple(
+                (texts[int(order.scored.rows[place])], float(order.scores[place])) for place in document.places[1:shown]
+            ),
         )
-        for document, places in zip(documents, others, strict=True)
+        for document in documents
     ]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.types import Task
+from d2llm.models.plain_student import PairScorer
 from d2llm.retrieval.protocols import VectorStudent
 from d2llm.retrieval.row_features import RowFeatures
 from d2llm.store.view import PassageView
@@ -16,7 +17,7 @@ _SCORED_AT_ONCE = 8_192  # rows: their vectors are in memory together
 class RowScorer:
     """Scores rows of ``view`` for one query, and adds its ``score_features``, if any.
 
-    ``prepared`` is the student's scorer for the query, or None if its score has no bound.
+    ``prepared`` is the student's scorer for the query, made now unless it is given; None if its score has no bound.
     """
 
     def __init__(
@@ -26,13 +27,14 @@ class RowScorer:
         query_vector: NDArray[np.float32],
         task: Task,
         score_features: RowFeatures | None = None,
+        prepared: PairScorer | None = None,
     ) -> None:
         self._view = view
         self._student = student
         self._query_vector = query_vector
         self._task: Task = task
         self.score_features = score_features
-        self.prepared = student.prepare(query_vector, task)
+        self.prepared = prepared or student.prepare(query_vector, task)
 
     def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Final logits [n] of the query with the passages at some rows [n]."""

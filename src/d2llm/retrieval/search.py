@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d2llm.core.batches import batched
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.types import IdRanking, Query, Ranking, Task
+from d2llm.core.types import IdRanking, Passage, Query, Ranking, Task
 from d2llm.data.python_records import QueryLike
 from d2llm.models.tokens import EncodedTexts
 from d2llm.ops.bm25_words import terms
@@ -25,7 +26,7 @@ from d2llm.retrieval.query_preparation import PreparedQuery, QueryPreparation, T
 from d2llm.retrieval.results import Order, ScoredCandidates, group_passages, rerank_report, show
 from d2llm.retrieval.row_features import weights_for
 from d2llm.retrieval.searched_segments import Missing, SearchedSegments
-from d2llm.retrieval.segments import IndexView
+from d2llm.retrieval.segments import IndexView, map_queries
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.view import CandidateRows
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from d2llm.retrieval.expansion import Expansion
     from d2llm.retrieval.reranker import OpenReranker
 
+RANKED_AT_ONCE = 32
+"""Queries that are ranked together: their results' texts are read by one statement."""
 _WIDENED = 4  # factor for the number of candidates, if these belong to too few documents
 
 
@@ -121,7 +124,7 @@ class Searcher:
         Returns:
             One ranking per query; passages are best first, ties by passage id. ``seconds`` holds "encode",
             "candidates", "score" and, with a reranker, "rerank", with an expansion, "expansion". For work done on
-            several queries together (expanding and encoding 256, the exact scan 32), each query gets the mean.
+            several queries together (expanding and encoding 256, scanning and reading texts 32), each gets the mean.
 
         Raises:
             InputError: a query has no text, or vectors do not fit the search.
@@ -129,8 +132,10 @@ class Searcher:
         """
         if tokens is not None and any(own is None for own in tokens):
             tokens = None
-        prepared = self._preparation.prepare(queries, vectors=vectors, tokens=tokens)
-        return [self._segments.retrying_without_lost(partial(self._shown, one)) for one in prepared]
+        prepared, rankings = self._preparation.prepare(queries, vectors=vectors, tokens=tokens), list[Ranking]()
+        for block in batched(prepared, RANKED_AT_ONCE):
+            rankings += self._segments.retrying_without_lost(partial(self._shown, block))
+        return rankings
 
     def rank_ids(
         self,
@@ -151,11 +156,20 @@ class Searcher:
             tokens = None if encoded.tokens is None else encoded.tokens.split()
         rankings: list[IdRanking] = []
         prepared = self._preparation.prepare(queries, vectors=vectors, tokens=tokens, title=title)
-        for position, one in enumerate(prepared):
-            order = self._segments.retrying_without_lost(partial(self._order, one))
-            passages = tuple(zip(self._index.ids(order.rows), order.shown_scores, strict=True))
-            rankings.append(IdRanking(one.query, passages, one.truncated or position in cut))
+        for block in batched(prepared, RANKED_AT_ONCE):
+            orders = self._segments.retrying_without_lost(partial(self._orders, block))
+            ids = iter(self._index.ids(np.concatenate([order.rows for order in orders])))
+            for one, order in zip(block, orders, strict=True):
+                passages = tuple((next(ids), score) for score in order.shown_scores)
+                rankings.append(IdRanking(one.query, passages, one.truncated or len(rankings) in cut))
         return rankings
+
+    def _orders(self, block: Sequence[PreparedQuery]) -> list[Order]:
+        """The order of the candidates of some queries, which are ranked on different cores if nothing forbids it."""
+        is_shared = self._exact or self._rerank is not None  # ``CachedBounds``, a reranker's model
+        if is_shared or any(segment.is_remote for segment in self._index.segments):
+            return list(map(self._order, block))
+        return list(map_queries(self._order, block))
 
     def _order(self, prepared: PreparedQuery) -> Order:
         depth, deepest = prepared.depth, math.inf
@@ -170,9 +184,19 @@ class Searcher:
                 return self._ranked(prepared.query, scored, documents)
             depth = int(min(_WIDENED * depth, deepest))
 
-    def _shown(self, prepared: PreparedQuery) -> Ranking:
+    def _shown(self, block: Sequence[PreparedQuery]) -> list[Ranking]:
+        """The rankings of some queries, whose texts are read together."""
+        orders = self._orders(block)
+        begin = time.perf_counter()
+        rows = np.unique(np.concatenate([order.shown_rows(self.settings.document_passages) for order in orders]))
+        texts = dict(zip(rows.tolist(), self._index.passages(rows), strict=True))
+        seconds = (time.perf_counter() - begin) / len(block)
+        return [self._ranking(*each, texts, seconds) for each in zip(block, orders, strict=True)]
+
+    def _ranking(
+        self, prepared: PreparedQuery, order: Order, texts: Mapping[int, Passage], text_seconds: float
+    ) -> Ranking:
         query, seconds = prepared.query, prepared.seconds
-        order = self._order(prepared)
         begin = time.perf_counter()
         explained = self._segments.score_features(prepared.sent, order.rows) if self.settings.explain else None
         passages = show(
@@ -180,11 +204,12 @@ class Searcher:
             query,
             prepared.sent.dot_query,
             order,
+            texts,
             score_features=explained,
             document_passages=self.settings.document_passages,
             neighbours=self.settings.neighbours,
         )
-        seconds["score"] += time.perf_counter() - begin
+        seconds["score"] += text_seconds + time.perf_counter() - begin
         report = None
         if self._rerank is not None:
             report = rerank_report(self._rerank.settings.kind, order)

@@ -7,6 +7,7 @@ bits (``joint_rows``).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -332,6 +333,15 @@ def map_in_threads(work: Callable[[_Item], _Value], items: Sequence[_Item]) -> I
     Searching and reading a segment mostly wait for the disk or calculate without Python. ``work`` must not call this.
     """
     return map(work, items) if len(items) < 2 else _threads().map(work, items)
+
+
+def map_queries(work: Callable[[_Item], _Value], items: Sequence[_Item]) -> Iterator[_Value]:
+    """The results of ``work`` for some queries, in their order: on all cores that torch uses, if it is loaded."""
+    if "torch" not in sys.modules:  # not worth importing it
+        return map(work, items)
+    from d2llm.models.engines.core_workers import map_on_cores
+
+    return map_on_cores(work, items)
 
 
 def merge_candidates(

@@ -28,6 +28,7 @@ from d2llm.core.registry import Registered, Registry
 from d2llm.store.index_spec import VECTOR_FORMATS
 
 _NORMS_AT_ONCE = 1_024
+_ON_ONE_CORE = 1 << 18  # products of numbers; OpenBLAS uses more cores for more
 
 FORMATS = tuple(VECTOR_FORMATS.shipped)
 """Names of the formats that ship."""
@@ -303,7 +304,7 @@ class RotatedFormat(VectorFormat):
         columns = whole.T.astype(np.float32, order="C")
 
         def multiply(codes: NDArray[np.uint8]) -> NDArray[np.floating[Any]]:
-            return self._numbers(codes).astype(np.float32) @ columns
+            return _product_on_one_core(self._numbers(codes).astype(np.float32), columns)
 
         # A level is step times its number, less half of the range of levels.
         shift = -unit * self.step * largest / 2 * whole.sum(1)
@@ -417,6 +418,18 @@ class Binary(RotatedFormat, kind="binary"):
     )
 
     bits, step, largest_error = 1, 2.0, np.inf
+
+
+def _product_on_one_core(rows: NDArray[np.float32], columns: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``rows @ columns`` in parts so small that OpenBLAS does not share them among cores.
+
+    It would gain little, and its threads would take the cores from other queries, and from those that are encoded.
+    """
+    products = np.empty((len(rows), columns.shape[1]), np.float32)
+    size = max(1, _ON_ONE_CORE // max(1, columns.size))
+    for start in range(0, len(rows), size):
+        np.matmul(rows[start : start + size], columns, out=products[start : start + size])
+    return products
 
 
 def _rotate(vectors: NDArray[Any]) -> NDArray[Any]:
