@@ -27,6 +27,7 @@ COMPARED = ("id", "d2_row", "d2_hash")
 KEPT = ("d2_truncated", "d2_words")
 """The columns, besides that of the vector, that depend on a passage's text alone, as far as a table has them."""
 INTERNAL_COLUMNS = ("d2_row", "d2_hash", *KEPT, "d2_vector")
+_to_json = json.JSONEncoder(sort_keys=True, default=datetime.isoformat).encode
 _HASHED_APART = ("id", "title", "text", *INTERNAL_COLUMNS, "d2_seal")
 
 
@@ -51,13 +52,10 @@ def row_hash(passage_id: str, title: str, text: str, others: Mapping[str, Any], 
     which cannot be derived from the other columns. If the first or the last part differs, the text must be encoded
     again.
     """
-    digest = xxhash.xxh3_128()
-    for part in (passage_id.encode(), title.encode(), text.encode()):
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    present = {name: value for name, value in others.items() if value is not None}
-    rest = json.dumps(present, sort_keys=True, default=datetime.isoformat)
-    return digest.hexdigest() + xxhash.xxh3_64_hexdigest((rest + context).encode()) + context
+    parts = (passage_id.encode(), title.encode(), text.encode())
+    content = b"".join([piece for part in parts for piece in (len(part).to_bytes(8, "little"), part)])
+    rest = _to_json({name: value for name, value in others.items() if value is not None})
+    return xxhash.xxh3_128_hexdigest(content) + xxhash.xxh3_64_hexdigest((rest + context).encode()) + context
 
 
 def is_as_written(record: Mapping[str, Any]) -> bool:
