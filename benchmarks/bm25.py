@@ -29,11 +29,14 @@ from scaling.data_sets import DATA, require
 
 from d2llm.data.beir import read_beir
 from d2llm.ops.bm25_words import terms
+from d2llm.ops.kernels import BM25
+from d2llm.sizing.texts import count_postings
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.word_segment import WordSegment
 
 SEGMENT = 1 << 17  # rows: the size to which an index merges its segments
 TOP = 1_000
+DEPTHS = (10, 100, 1_000, 10_000)
 
 
 def texts(data: Path, number: int) -> Iterator[str]:
@@ -88,6 +91,11 @@ def measure(data: Path, number: int, num_queries: int, *, peer: bool) -> dict[st
         np.concatenate([index.best(query, TOP // 2)[0][: TOP // 2], random.integers(number, size=TOP)])[:TOP]
         for query in queries
     ]
+    kernels = BM25.load()
+    read = {
+        depth: float(np.mean([index.best_compiled(kernels, query, depth)[2] for query in queries])) for depth in DEPTHS
+    }
+    every = float(np.mean([sum(count_postings(segment, query) for segment in segments) for query in queries]))
     row: dict[str, Any] = {
         "passages": number,
         "queries": len(queries),
@@ -95,7 +103,12 @@ def measure(data: Path, number: int, num_queries: int, *, peer: bool) -> dict[st
         "passages read a second": round(number / seconds),
         "bytes a passage": round(index.num_bytes / number, 1),
         "weighing the words of a query, ms": percentiles(index.query, questions),
-        f"best {TOP:,} of all, ms": percentiles(lambda query: index.best(query, TOP), queries),
+        "postings of a query's words": round(every),
+        "of which are read": {str(depth): round(number / every, 4) for depth, number in read.items()},
+        **{
+            f"best {depth:,} of all, ms": percentiles(lambda query, depth=depth: index.best(query, depth), queries)
+            for depth in DEPTHS
+        },
         f"{TOP:,} candidates and their windows, ms": percentiles(
             lambda pair: index.score(*pair), list(zip(queries, candidates, strict=True))
         ),

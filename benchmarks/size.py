@@ -48,7 +48,7 @@ from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.sizing.index_bytes import StudentFacts, index_parts
 from d2llm.sizing.measure import measure_speeds
 from d2llm.sizing.plan import SizePlan
-from d2llm.sizing.search_time import AnnFacts, search_stages, total_ms
+from d2llm.sizing.search_time import AnnFacts, MaxScoreFacts, search_stages, total_ms
 from d2llm.sizing.speeds import GRAPH_ROWS, Speed, Speeds, TeacherSpeed
 from d2llm.sizing.texts import TextFacts, read_text_facts
 from d2llm.store.index_store import IndexStore
@@ -115,7 +115,9 @@ def measure(
     compared = {name: row(predictions.ms(size, terms), ms[name]) for name, terms in kinds.items()}
     if ann is not None:
         compared["approximate"] = row(predictions.ms(size, {}, ann), ms["approximate"])
-    return {"passages": size, "bytes": rows, "ms": compared}
+    inputs = {"texts": predictions.texts, "speeds": predictions.speeds, **({"ann": ann} if ann is not None else {})}
+    dumped = {name: model.model_dump(mode="json") for name, model in inputs.items()}
+    return {"passages": size, "bytes": rows, "ms": compared, "predicted from": dumped}
 
 
 def built_ann(store: IndexStore, student: Student) -> tuple[AnnFacts, int]:
@@ -167,7 +169,12 @@ def times(
 ) -> dict[str, float]:
     """Median milliseconds of a core for each kind of search of an encoded query, with reading the texts of results."""
     view = open_view(Storage.single(store))
-    settings = {name: SearchSettings(task="asymmetric", score_features=terms) for name, terms in kinds.items()}
+    settings = {
+        name: SearchSettings(
+            task="asymmetric", score_features=terms, sources=("vectors", "bm25") if terms else ("vectors",)
+        )
+        for name, terms in kinds.items()
+    }
     if approximate:
         settings["approximate"] = SearchSettings(task="asymmetric", score_features={}, sources=("ann",))
     searchers = {name: Searcher(view, known, each) for name, each in settings.items()}
@@ -266,7 +273,8 @@ def shipped_speeds(student: Student, texts: TextFacts) -> Speeds:
             bm25["weighing the words of a query, ms"]["p50"] / segments, "bm25", "weighing a query's words"
         ),
         postings=speed(
-            1e3 * bm25["passages"] * longer.query_postings / bm25[best]["p50"], "bm25", "questions of squad-sent"
+            1e3 * bm25["postings of a query's words"] * bm25["of which are read"]["1000"] / bm25[best]["p50"],
+            *("bm25", "questions of squad-sent"),
         ),
         candidate_words=speed(1e6 * candidate_words / bm25[candidates]["p50"], "bm25", "1,000 candidates"),
         compared_tokens={"int4": speed(token_speed, "score-features", "tokens of 1,000 candidates")},
@@ -291,6 +299,15 @@ def shipped_speeds(student: Student, texts: TextFacts) -> Speeds:
     )
 
 
+def shipped_maxscore() -> MaxScoreFacts:
+    """How much BM25 reads."""
+    bm25 = read_result("bm25")
+    return MaxScoreFacts(
+        source=f"benchmarks/results/bm25.json, {bm25['passages']:,} passages",
+        read=tuple((int(depth) / bm25["passages"], read) for depth, read in bm25["of which are read"].items()),
+    )
+
+
 SHIPPED_HEAD = ("dot", "rich", 512)
 
 
@@ -309,7 +326,12 @@ def shipped_ann() -> AnnFacts:
 def ship(student: Student) -> None:
     """Write what ships with d2llm."""
     texts = benchmark_texts(student)
-    shipped = {"texts": texts, "speeds": shipped_speeds(student, texts), "ann": shipped_ann()}
+    shipped = {
+        "texts": texts,
+        "speeds": shipped_speeds(student, texts),
+        "ann": shipped_ann(),
+        "maxscore": shipped_maxscore(),
+    }
     for name, content in shipped.items():
         text = json.dumps(content.model_dump(mode="json"), indent=1)
         (SHIPPED / f"{name}.json").write_text(text + "\n", encoding="utf-8")

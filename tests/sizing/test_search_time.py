@@ -15,10 +15,12 @@ from d2llm.sizing.index_bytes import StudentFacts
 from d2llm.sizing.plan import SizePlan
 from d2llm.sizing.search_time import (
     AnnFacts,
+    MaxScoreFacts,
     can_approximate,
     fraction_that_waits,
     search_stages,
     shipped_ann_facts,
+    shipped_maxscore_facts,
     slowest_of,
     total_ms,
     wait_ms,
@@ -27,6 +29,7 @@ from d2llm.sizing.texts import shipped_text_facts
 from sizing.sized_index import made_up_speeds
 
 NUM_CANDIDATES = 200
+READ = shipped_maxscore_facts()
 PLAN = SizePlan(passages=1_000_000, tokens=100)
 ANN = AnnFacts(source="a test", passages=1_000_000, first_ten=0.99, candidates=100, compared=3_000)
 STUDENT = StudentFacts(
@@ -75,7 +78,7 @@ def test_score_features_costs_words_windows_and_tokens():
             "query": 10,
             "scan of all vectors": 200,
             "candidates' vectors": 0.3,  # 100 proposed by vectors, and all 200 scored
-            "words of every passage": 15 + 8 * 0.1,  # 1.5 million postings in 8 segments
+            "best passages by words": 15 * READ.fraction(100, 1_000_000) + 8 * 0.1,  # of 1.5 million, in 8 segments
             "words of candidates' windows": 1.6,
             "vectors of candidates' tokens": 1,
             "vectors of candidates' windows": 0.6,
@@ -103,6 +106,21 @@ def test_rows_compared_grow_with_the_logarithm_of_the_passages_and_with_the_cand
     assert ANN.compared_at(1_000_000, 500) == pytest.approx(15_000)
     assert ANN.compared_at(1_000_000, 10) == pytest.approx(3_000)  # a search is never less deep than was measured
     assert ANN.compared_at(1_000, 100) == 1_000
+
+
+def test_bm25_reads_a_fraction_of_the_postings():
+    facts = MaxScoreFacts(source="a test", read=((1e-4, 0.1), (1e-2, 0.4)))
+    assert facts.fraction(100, 1_000_000) == pytest.approx(0.1)
+    assert facts.fraction(1_000, 1_000_000) == pytest.approx(0.2)  # a power law between
+    assert facts.fraction(1, 1_000_000) == pytest.approx(0.025)  # and beyond
+    assert facts.fraction(100_000, 1_000_000) == pytest.approx(0.4**0.5)  # towards everything for everything
+    assert facts.fraction(200, 100) == pytest.approx(1)
+
+
+@given(st.integers(1, 10_000), st.integers(1, 10_000), st.integers(10_000, 10**10))
+def test_more_candidates_read_more(some, others, num_passages):
+    few, many = sorted([some, others])
+    assert 0 < READ.fraction(few, num_passages) <= READ.fraction(many, num_passages) <= 1
 
 
 def test_when_an_index_is_approximate():

@@ -8,7 +8,7 @@ import pytest
 
 from d2llm.models.hub import find_student
 from d2llm.sizing import speeds as kept
-from d2llm.sizing.search_time import shipped_ann_facts
+from d2llm.sizing.search_time import shipped_ann_facts, shipped_maxscore_facts
 from d2llm.sizing.speeds import Speed, TeacherSpeed, keep_speeds, read_speeds, shipped_speeds, speeds_path
 from sizing.sized_index import made_up_speeds
 
@@ -84,3 +84,10 @@ def test_shipped_figures_are_the_results_of_benchmarks(repository):
     scanned_ms = scale["searches"]["asymmetric"]["rows"]["d2llm, inner products alone"]["cpu_ms"]
     assert speeds.scan_bytes["bfloat16"].value == pytest.approx(1_000_000 * 768 / scanned_ms * 1e3)
     assert shipped_ann_facts().compared == result("engine")["graph"]["num_compared"]
+
+
+def test_shipped_fractions_of_postings_are_those_of_the_benchmark(repository):
+    bm25 = json.loads((repository / "benchmarks" / "results" / "bm25.json").read_text())
+    facts = shipped_maxscore_facts()
+    for depth, fraction in bm25["of which are read"].items():
+        assert facts.fraction(int(depth), bm25["passages"]) == pytest.approx(fraction)

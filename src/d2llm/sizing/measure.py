@@ -25,6 +25,7 @@ from d2llm.core.progress import progress_bar
 from d2llm.core.types import Passage, Task
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import PairTeacher
+from d2llm.ops.kernels import BM25, MAXSIM, MIN_ROWS
 from d2llm.retrieval.build_ann import empty_graph
 from d2llm.retrieval.index import PART_FORMATS
 from d2llm.retrieval.local_segment import open_view
@@ -50,7 +51,7 @@ _ENCODED_PASSAGES = 256
 _WORD_PASSAGES = 2_000
 _WORD_ROWS = 1 << 16
 _WRITTEN_PASSAGES = 20_000
-_TOKEN_ROWS, _TOKENS_OF_ROW = 10_000, 128
+_TOKEN_ROWS, _TOKENS_OF_ROW = MIN_ROWS, 128
 _TIMED_PAIRS = 40
 _MIN_QUERIES = 100
 
@@ -266,17 +267,20 @@ class _Measuring:
         return 1e3 * max(little - few * posting, little / 100), 1 / posting, num_words / scored
 
     def _best_of(self, segment: WordSegment) -> tuple[float, float]:
-        """Mean postings of a query in a segment, and mean seconds to weigh it and find its best passages."""
-        index = WordIndex([segment])
-        weighed = [index.query(query) for query in self.queries]
-        num_postings = sum(count_postings(segment, query) for query in weighed)
+        """Mean postings that are read for a query in a segment, and mean seconds to weigh it and find its passages."""
+        index, kernels = WordIndex([segment]), BM25.load()
 
-        def all_queries(queries: Sequence[str]) -> None:
-            for query in queries:
-                index.best(index.query(query), _CANDIDATES)
+        def best(query: str) -> int:
+            weighed = index.query(query)
+            if kernels is not None:
+                return index.best_compiled(kernels, weighed, _CANDIDATES)[2]
+            index.best(weighed, _CANDIDATES)
+            return count_postings(segment, weighed)
 
-        number = len(self.queries)
-        return num_postings / number, self._median(all_queries, [self.queries]) / number
+        def all_queries(queries: Sequence[str]) -> float:
+            return sum(map(best, queries)) / len(queries)
+
+        return all_queries(self.queries), self._median(all_queries, [self.queries]) / len(self.queries)
 
     def _tokens(self, advance: Advance) -> dict[str, Speed]:
         """Dimensions of candidates' tokens, a second, in the default format; nothing if the student has none."""
@@ -289,6 +293,7 @@ class _Measuring:
         places = np.stack([np.cumsum(counts) - counts, counts], axis=1)
         query = self._vectors(projection.max_query_tokens, projection.dim)
         rows = [self._rows(_TOKEN_ROWS) for _ in range(8)]
+        MAXSIM.load()
         with TemporaryDirectory() as folder, (Path(folder) / "tokens").open("w+b") as file:
             file.write(self._codes(vector_format, int(counts.sum())).data)
             file.flush()

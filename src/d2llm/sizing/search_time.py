@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from statistics import NormalDist
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from d2llm.retrieval.build_ann import MIN_PASSAGES
@@ -49,6 +51,37 @@ class AnnFacts(BaseModel):
 def shipped_ann_facts() -> AnnFacts:
     """Those of the benchmark of a million passages."""
     return AnnFacts.model_validate_json((files("d2llm.sizing") / "ann.json").read_text(encoding="utf-8"))
+
+
+class MaxScoreFacts(BaseModel):
+    """How many of the postings of a query's words BM25 reads to find the best passages; it depends on the texts.
+
+    Attributes:
+        source: where it was measured.
+        read: the fractions of the postings that are read, after the fraction of all passages that is searched for:
+            ascending pairs. All of them are read for all passages.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    source: str
+    read: tuple[tuple[float, float], ...]
+
+    def fraction(self, num_candidates: float, num_passages: float) -> float:
+        """The fraction that is read for so many candidates of so many passages, by a power law between the pairs.
+
+        Beyond the least that was measured, the power law of the first two pairs continues.
+        """
+        wanted, read = np.log(np.array([*self.read, (1.0, 1.0)])).T
+        at = math.log(min(1.0, num_candidates / num_passages))
+        slope = (read[1] - read[0]) / (wanted[1] - wanted[0])
+        return math.exp(read[0] + slope * (at - wanted[0]) if at < wanted[0] else np.interp(at, wanted, read))
+
+
+@cache
+def shipped_maxscore_facts() -> MaxScoreFacts:
+    """Those of the benchmark of a million passages."""
+    return MaxScoreFacts.model_validate_json((files("d2llm.sizing") / "maxscore.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +138,7 @@ def _stages(
             "candidates' vectors", products * student.dim, "dimensions", speeds.products.get(plan.vector_format), basis
         )
     if weights.counts_words:
-        yield _words(num_passages, texts, speeds)
+        yield _words(num_passages, proposed, texts, speeds)
     long = texts.of_candidates(counts_words=weights.counts_words)
     if weights.terms.get("window_bm25") or weights.terms.get("window_bm25_fraction"):
         yield _stage("words of candidates' windows", candidates * long.words, "words", speeds.candidate_words)
@@ -121,8 +154,12 @@ def _stages(
     yield StageTime("texts of ten results", None if result is None else result.value, _source(result), per_shard=False)
 
 
-def _words(num_passages: int, texts: TextFacts, speeds: Speeds) -> StageTime:
-    stage = _stage("words of every passage", num_passages * texts.query_postings, "postings", speeds.postings)
+def _words(num_passages: int, num_candidates: float, texts: TextFacts, speeds: Speeds) -> StageTime:
+    facts = shipped_maxscore_facts()
+    fraction = facts.fraction(num_candidates, num_passages)
+    read = fraction * num_passages * texts.query_postings
+    basis = f"{fraction:.0%} of the postings: {facts.source}"
+    stage = _stage("best passages by words", read, "postings", speeds.postings, basis)
     num_segments = math.ceil(num_passages / SEGMENT_ROWS)
     if stage.ms is None or speeds.segment_ms is None:
         return stage

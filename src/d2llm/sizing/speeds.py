@@ -51,7 +51,7 @@ class Speeds(BaseModel):
         products: dimensions of single vectors that are multiplied with a query, a second, by format.
         compared_rows: rows that a search of an approximate index compares with a query, a second.
         segment_ms: milliseconds of BM25 for each segment of words, however few they are.
-        postings: postings of BM25, a second.
+        postings: postings that BM25 reads, a second.
         candidate_words: words of candidates in which BM25 looks for those of a query, a second.
         compared_tokens: dimensions of the vectors of candidates' tokens that are compared with all tokens of a query, a
             second, by format.

@@ -52,7 +52,8 @@ class TextFacts(BaseModel):
         token_vectors: fraction of the tokens that get a vector.
         lengths: tokens of a passage in each twentieth of them, from the shortest to the longest, as fractions of the
             mean: a student cuts the long ones, though not one of mean length. Only 1: all are taken as equally long.
-        query_postings: how many of a query's different words a passage has; a search reads so many postings a passage.
+        query_postings: how many of a query's different words a passage has: of so many postings a passage, a search
+            reads a fraction (``search_time.MaxScoreFacts``).
         candidate_length: how much longer than the mean the passages are that BM25 ranks first: of short and long texts,
             the long ones have more of a query's words.
         vocabulary: different words of all passages in ``vocabulary_words`` words.

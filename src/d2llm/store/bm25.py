@@ -248,8 +248,9 @@ class WordIndex:
         ``allowed`` [rows] is true for rows that may be returned; by default all are. The scores are bit-identical to
         those of ``scores``.
         """
-        if (kernels := BM25.get(len(self))) is not None:
-            return self._best_compiled(kernels, query, num, allowed)
+        kernels = BM25.get(len(self))
+        if kernels is not None:
+            return self.best_compiled(kernels, query, num, allowed)[:2]
         scores = usable = self.scores(query)
         for mask in (self._live, allowed):
             if mask is not None:
@@ -258,13 +259,13 @@ class WordIndex:
         rows = np.flatnonzero(usable >= floor if floor > 0 else usable > 0)
         return rows, scores[rows]
 
-    def _best_compiled(
-        self, kernels: Any, query: QueryWords, num: int, allowed: NDArray[np.bool_] | None
-    ) -> tuple[Rows, _Scores]:
-        """``best``, without reading the postings that cannot matter."""
+    def best_compiled(
+        self, kernels: Any, query: QueryWords, num: int, allowed: NDArray[np.bool_] | None = None
+    ) -> tuple[Rows, _Scores, int]:
+        """``best`` without the postings that cannot matter, and how many were read; ``kernels`` are ``BM25.load()``."""
         masks = [mask for mask in (self._live, allowed) if mask is not None]
         usable = np.logical_and.reduce(masks) if masks else np.zeros(0, np.bool_)
-        heap, size = np.zeros(min(num, len(self)), np.float32), 0
+        heap, size, num_read = np.zeros(min(num, len(self)), np.float32), 0, 0
         rows, scores = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
         for segment, first in zip(self._segments, self._firsts.tolist(), strict=False):
             here = slice(first, first + len(segment))
@@ -279,11 +280,12 @@ class WordIndex:
             rows.append(found[0])
             scores.append(found[1])
             size = found[2]
+            num_read += found[3]
         all_rows, all_scores = np.concatenate(rows), np.concatenate(scores)
         if size < num:
-            return all_rows, all_scores
+            return all_rows, all_scores, num_read
         kept = all_scores >= heap[0]
-        return all_rows[kept], all_scores[kept]
+        return all_rows[kept], all_scores[kept], num_read
 
     def score(self, query: QueryWords, rows: Rows) -> tuple[_Scores, _Scores]:
         """BM25 of some rows [n], bit-identical to ``scores``, and of the best window of each [n]."""

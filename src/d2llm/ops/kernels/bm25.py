@@ -197,7 +197,7 @@ def _make_room(
 
 
 @compiled(
-    types.Tuple((written(types.int64), written(types.float32), types.int64))(
+    types.Tuple((written(types.int64), written(types.float32), types.int64, types.int64))(
         *(_u32, _u16, _u32, _u16, _i64, _i64, _f32, types.int64, _f32, read_only(types.boolean), types.int64),
         *(written(types.float32), types.int64),
     )
@@ -216,7 +216,7 @@ def best_rows(
     first: int,
     heap: NDArray[np.float32],
     size: int,
-) -> tuple[NDArray[np.int64], NDArray[np.float32], int]:
+) -> tuple[NDArray[np.int64], NDArray[np.float32], int, int]:
     """The rows of a segment whose scores are above 0 and not below the lowest of the ``heap`` when it is full.
 
     Args:
@@ -235,13 +235,14 @@ def best_rows(
         size: how many these are.
 
     Returns:
-        Rows, scores, and the new size of the heap. Some rows may be below the heap's lowest score in the end.
+        Rows, scores, the new size of the heap, and how many postings were read. Some rows may be below the heap's
+        lowest score in the end.
     """
     num, num_terms = len(norms), _checked(starts, ends, num_texts, len(rows), len(added_rows))
     places, stops, rests = starts.copy(), np.empty(num_terms, np.int64), np.zeros(num_terms + 1, np.float64)
     sums, touched = np.zeros(RANGE, np.float32), np.zeros(RANGE // _GROUP, np.bool_)
     chosen, scores = np.empty(RANGE, np.int64), np.empty(RANGE, np.float32)
-    found_rows, found_scores, found = np.empty(1024, np.int64), np.empty(1024, np.float32), 0
+    found_rows, found_scores, found, num_read = np.empty(1024, np.int64), np.empty(1024, np.float32), 0, 0
     for begin in range(0, num, RANGE):
         end = min(begin + RANGE, num)
         for term in range(num_terms):
@@ -253,7 +254,7 @@ def best_rows(
             continue
         num_summed = _num_summed(rests, floor)
         for term in range(num_summed):
-            extent, weight = (places[term], stops[term]), weights[term]
+            extent, weight, num_read = (places[term], stops[term]), weights[term], num_read + stops[term] - places[term]
             if term < num_texts:
                 _add(sums, touched, rows, counts, True, extent, (begin, end), weight, norms)
             else:
@@ -262,6 +263,7 @@ def best_rows(
         num_chosen = _choose(sums, touched, (begin, end), usable, least, chosen, scores)
         for term in range(num_summed, num_terms):
             extent, weight, least = (places[term], stops[term]), weights[term], floor / _ROUNDING - rests[term]
+            num_read += min(num_chosen, extent[1] - extent[0])
             if term < num_texts:
                 num_chosen = _look_up(chosen, scores, num_chosen, least, rows, counts, True, extent, weight, norms)
             else:
@@ -275,13 +277,12 @@ def best_rows(
             if found == len(found_rows):
                 found_rows, found_scores, found = _make_room(found_rows, found_scores, floor)
             found_rows[found], found_scores[found] = first + chosen[at], score
-            found += 1
-            size = _keep(heap, size, score)
+            found, size = found + 1, _keep(heap, size, score)
             floor = np.float64(heap[0]) if size == len(heap) else 0.0
         places[:] = stops
     if (places != ends).any():
         raise ValueError("the rows of a term are not ascending")
-    return found_rows[:found].copy(), found_scores[:found].copy(), size
+    return found_rows[:found].copy(), found_scores[:found].copy(), size, num_read
 
 
 @inlined
