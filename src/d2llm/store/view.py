@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +18,7 @@ from d2llm.ops.selection import top_rows
 from d2llm.store.ann import AnnBase, AnnIndex
 from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK, is_as_written
 from d2llm.store.bm25 import WordIndex
+from d2llm.store.filter_indexes import filtered
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import PartVectors
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument, Record
@@ -317,7 +318,8 @@ class PassageView:
 
         condition = parse_filter(filter, self.metadata)
         allowed = np.zeros(self.capacity, np.bool_)
-        allowed[self._table.matching(condition.sql, condition.values) & ROW_MASK] = True
+        find = partial(self._table.matching, condition.sql, condition.values)
+        allowed[filtered(find, self._table.path, condition.fields, len(self._table)) & ROW_MASK] = True
         allowed.flags.writeable = False
         for oldest in list(self._selected)[: 1 - _KEPT_FILTERS]:
             self._selected.pop(oldest, None)
