@@ -1,14 +1,17 @@
 """The engine beside the parts that anyone can put together: one run, the same passages and queries, one thread.
 
-    pip install usearch tantivy
+    pip install usearch tantivy lancedb
     python benchmarks/engine.py                                   20,000 passages, a few minutes
     python benchmarks/engine.py --passages 100000 --work INDICES --json benchmarks/results/engine.json
 
-Each query goes to all searches in turn, without being read again: its vector and those of its tokens are known. Times
-are those of the processor, so other work matters little. "By hand" is an approximate index of usearch (HNSW, 16-bit
+Each query goes to all searches, in random order because each leaves caches to the next that hold its own data. Nothing
+is read again: the query's vector and those of its tokens are known. Times are those of the processor, so other work
+matters little. "By hand" is an approximate index of usearch (HNSW, 16-bit
 numbers), an inverted index of tantivy (English stems), and MaxSim in NumPy over both lists, 16-bit tokens; its scores
 are added with the weights of the student. Recall is that of the first ten against the full score of every passage; that
-of "by hand" is lower also because its BM25 is another one. Passages are real ones and variations (`scaling.corpus`).
+of "by hand" is lower also because its BM25 is another one. LanceDB and FAISS rank by other scores. PyLate's index
+(fast-plaid 1.7) is built for older versions of torch, and crashes with 2.13. Passages are real ones and variations
+(`scaling.corpus`).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import random
 import shutil
 import tempfile
 import time
@@ -29,6 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and FAISS are impo
 
 import faiss
 import numpy as np
+import pyarrow as pa
 import torch
 from scaling.corpus import FRACTIONS, Corpus, KnownVectors, read_real, write_json
 from scaling.data_sets import DATA, require
@@ -99,7 +104,7 @@ class ByHand:
         text, vector, tokens = query
         dot = self.student.query_vectors(vector, TASK)[0]
         near = self.graph.search(dot, EACH, threads=1).keys.astype(np.int64)
-        words = "".join(each if each.isalnum() else " " for each in text).lower()
+        words = "".join(letter if letter.isalnum() else " " for letter in text).lower()
         searcher = self.words.searcher()
         hits = searcher.search(self.words.parse_query(words, ["text"]), EACH).hits
         bm25 = {int(searcher.doc(address)["row"][0]): score for score, address in hits}
@@ -114,9 +119,44 @@ class ByHand:
         return rows[np.argsort(-scores)[:TOP_K]].tolist()
 
 
+class FaissFlat:
+    """The vectors alone, as floats of 32 bits, all compared."""
+
+    def __init__(self, vectors: np.ndarray, student: Student) -> None:
+        self.student = student
+        self.index: Any = faiss.IndexFlatIP(vectors.shape[1])
+        self.index.add(vectors)
+
+    def rank(self, query: Encoded) -> list[int]:
+        """Rows of the first ten."""
+        return self.index.search(self.student.query_vectors(query[1], TASK), TOP_K)[1][0].tolist()
+
+
+class LanceHybrid:
+    """LanceDB's hybrid search: a graph of the vectors, an inverted index of the words, reciprocal rank fusion."""
+
+    def __init__(self, vectors: np.ndarray, student: Student, texts: Sequence[str], folder: Path) -> None:
+        import lancedb
+
+        self.student = student
+        shutil.rmtree(folder, ignore_errors=True)
+        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+        rows = pa.table({"row": np.arange(len(vectors)), "vector": column, "text": list(texts)})
+        self.table: Any = lancedb.connect(folder).create_table("passages", rows)
+        self.table.create_index(metric="dot", index_type="IVF_HNSW_SQ", vector_column_name="vector")
+        self.table.create_fts_index("text", language="English", stem=True)
+
+    def rank(self, query: Encoded) -> list[int]:
+        """Rows of the first ten."""
+        vector = self.student.query_vectors(query[1], TASK)[0]
+        words = "".join(letter if letter.isalnum() else " " for letter in query[0])
+        search = self.table.search(query_type="hybrid").vector(vector).text(words).distance_type("dot")
+        return search.limit(TOP_K).select(["row"]).to_arrow()["row"].to_pylist()
+
+
 def not_installed() -> str:
     """Which of the peers' packages are missing; empty: none."""
-    missing = [name for name in ("usearch", "tantivy") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("usearch", "tantivy", "lancedb") if importlib.util.find_spec(name) is None]
     return f"not installed: pip install {' '.join(missing)}" if missing else ""
 
 
@@ -163,7 +203,10 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     skipped = not_installed() if not args.no_peers else "not asked for"
     if not skipped:
         texts = [passage.full_text for passages, _ in corpus.blocks() for passage in passages]
-        searches["by hand: usearch, tantivy, MaxSim"] = ByHand(PassageView(store), student, texts, work / "words").rank
+        by_hand = ByHand(PassageView(store), student, texts, work / "words")
+        searches["by hand: usearch, tantivy, MaxSim"] = by_hand.rank
+        searches["FAISS, vectors alone, all compared"] = FaissFlat(by_hand.vectors, student).rank
+        searches["LanceDB, hybrid"] = LanceHybrid(by_hand.vectors, student, texts, work / "lance").rank
     everything = ours(
         view, known, score_features=weights, num_candidates=2 * args.passages, sources=("vectors", "bm25")
     )
@@ -171,11 +214,12 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     times: dict[str, list[float]] = defaultdict(list)
     found: dict[str, list[float]] = defaultdict(list)
     proved = {"full score, proved": ours(view, known, score_features=weights, exact=True)}
+    random.seed(0)
     for group in (searches, proved):  # apart, because a proof reads all tokens, which then fill the processor's caches
         for rank in group.values():
             rank(queries[0])
         for query, best in zip(queries, truth, strict=True):
-            for name, rank in group.items():
+            for name, rank in random.sample([*group.items()], len(group)):
                 begin = time.process_time()
                 rows = rank(query)
                 times[name].append(1e3 * (time.process_time() - begin))
