@@ -28,7 +28,7 @@ from scaling.stores import build
 from d2llm import Student
 from d2llm.core.manifest import package_versions
 from d2llm.core.types import Query, Ranking
-from d2llm.ops.kernels import BM25
+from d2llm.ops.kernels import ALL
 from d2llm.retrieval.build_ann import build_ann
 from d2llm.retrieval.local_segment import open_view
 from d2llm.retrieval.search import Searcher
@@ -74,7 +74,7 @@ def quickest(single: Run, together: Run, runs: int) -> dict[str, float]:
 
 def measure(passages: int, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Both ways of every search of an index of so many passages."""
-    student = Student.load(STUDENT, engine="auto")
+    student = Student.load(STUDENT)
     real, vectors, of_task, _ = read_real(student, DATA, REAL, args.queries, work)
     known = KnownVectors(student, list(of_task.values()))
     folder = work / f"batches-{passages}"
@@ -89,10 +89,12 @@ def measure(passages: int, args: argparse.Namespace, work: Path) -> dict[str, An
     query_vectors, tokens = encoded.vectors, encoded.tokens.split()
     view = open_view(Storage.single(IndexStore.open(folder)))
     weights = student.feature_weights(TASK, stored=view.part_kinds).terms
-    BM25.load()
+    for loops in ALL:
+        loops.load()
     rows: dict[str, Any] = {}
     for name, settings in SEARCHES.items():
-        searcher = Searcher(view, known, SearchSettings(**{"task": TASK, "score_features": weights} | settings))
+        chosen: dict[str, Any] = {"task": TASK, "score_features": weights} | settings
+        searcher = Searcher(view, known, SearchSettings(**chosen))
         searcher.rank(queries[:40])
 
         def single(searcher: Searcher = searcher) -> list[Ranking]:

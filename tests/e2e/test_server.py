@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import threading
 from collections import Counter
 from dataclasses import asdict
@@ -168,6 +169,9 @@ def test_vectors_and_scores_are_the_students(index, post):
     response = post("/v1/encode", {"texts": texts, "kind": "passage"})
     vectors = student.encode_passages(texts).vectors
     np.testing.assert_allclose(response["vectors"], vectors, atol=1e-4)
+    binary = post("/v1/encode", {"texts": texts, "kind": "passage", "encoding_format": "base64"})["vectors"]
+    read = np.stack([np.frombuffer(base64.b64decode(one), "<f4") for one in binary])
+    np.testing.assert_allclose(read, vectors, atol=1e-4)
     expected = student.score(np.array(query, np.float32), vectors, "asymmetric")
     for passage_input in ({"passages": texts}, {"passage_vectors": response["vectors"]}):
         for query_input in ({"query": QUERY}, {"query_vector": query}):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from d2llm.models.student import Student
 from d2llm.models.tokens import TOKENIZING, EncodedTexts, TextKind, TokenizedTexts
 from d2llm.retrieval.cosine import ForwardingStudent
 from d2llm.retrieval.protocols import expansion_fingerprint
-from d2llm.server.batching import Batcher
+from d2llm.server.batching import Batcher, Done
 from d2llm.server.logs import note_items
 from d2llm.server.ray_students import StudentReplicas
 from d2llm.server.stopping import Stop
@@ -32,6 +31,7 @@ from d2llm.server.stopping import Stop
 Observe = Callable[[str, float], None]
 _FEW_CHARACTERS = 10_000  # tokenized in the event loop's thread, since switching threads costs more
 _CHARACTERS_A_TURN = 100_000  # tokenized at a time, so that other requests do not wait long
+_CHARACTERS_A_TOKEN = 4  # more or less
 _TEXTS_WITH_TOKENS = 32  # encoded at a time for a write, so that queries do not wait long
 _Value = TypeVar("_Value")
 
@@ -74,6 +74,31 @@ class PassageScores:
     query_truncated: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A text in the queue: its token ids, or, if the vectors of its tokens are wanted, a query with its instruction."""
+
+    ids: Sequence[int] = ()
+    query: str | None = None
+    instruction: str | None = None
+
+    @property
+    def cost(self) -> int:
+        """Its number of tokens; of a query that was not tokenized yet, an estimate."""
+        if self.query is None:
+            return len(self.ids)
+        return 2 + (len(self.query) + len(self.instruction or "")) // _CHARACTERS_A_TOKEN
+
+
+class _ReadText(NamedTuple):
+    """The vector of a text; of a query, also those of its tokens, their number, and whether it was truncated."""
+
+    vector: NDArray[np.float32]
+    tokens: NDArray[np.float32] | None = None
+    num_tokens: int = 0
+    truncated: bool = False
+
+
 class ModelService:
     """One student, shared by all requests. ``name`` is its name for clients.
 
@@ -110,12 +135,12 @@ class ModelService:
         elif student.backbone.device.type == "cpu":
             # One more batch than threads waits for the next free core.
             lanes, num_lanes = core_pool(), torch.get_num_threads() + 1
-        self._texts: Batcher[Sequence[int], NDArray[np.float32]] = Batcher(
+        self._texts: Batcher[_Text, _ReadText] = Batcher(
             self._encode_batch,
             name="encode",
             max_queued=queue_texts,
             max_batch=self.batch_tokens,
-            cost=len,
+            cost=lambda text: text.cost,
             wait_seconds=batch_wait_seconds,
             observe_batch=observe_batch,
             lanes=lanes,
@@ -187,22 +212,10 @@ class ModelService:
         if not with_tokens:
             return await self.encode([text], "query", instruction=instruction)
         note_items([text])
-        self._texts.require_room(1)
-        received = time.perf_counter()
-
-        def read() -> tuple[EncodedTexts, float]:
-            begin = time.perf_counter()
-            encoder = self._encoder or self.student
-            return encoder.encode_with_tokens([text], "query", instruction=instruction), begin
-
-        done, begun = await self.in_lane(read)
-        worked, queued = time.perf_counter() - begun, begun - received
-        self._observe("queue", queued)
-        self._observe("encode", worked)
-        assert done.tokens is not None
-        if not (np.isfinite(done.vectors).all() and np.isfinite(done.tokens.vectors).all()):
-            raise ModelError("the student's vector of a text is not finite; check the student")
-        return Encoded(done.vectors, done.lengths, done.truncated, queued, worked, done.tokens.vectors)
+        done = await self._submit([_Text(query=text, instruction=instruction)])
+        (read,) = done.results
+        truncated = (0,) if read.truncated else ()
+        return Encoded(read.vector[None], (read.num_tokens,), truncated, done.queued, done.worked, read.tokens)
 
     async def score(self, query: str, passages: Sequence[str], task: Task) -> PassageScores:
         """The IEM's scores of passages for a query.
@@ -296,11 +309,15 @@ class ModelService:
                 truncated += [len(ids) + place for place in tokenized.truncated]
                 ids += tokenized.ids
                 lengths += tokenized.lengths
-        done = await self._texts.submit(ids, bounded=bounded)
+        done = await self._submit([_Text(own) for own in ids], bounded=bounded)
+        vectors = np.stack([read.vector for read in done.results])
+        return Encoded(vectors, tuple(lengths), tuple(truncated), done.queued, done.worked)
+
+    async def _submit(self, texts: Sequence[_Text], *, bounded: bool = True) -> Done[_ReadText]:
+        done = await self._texts.submit(texts, bounded=bounded)
         self._observe("queue", done.queued)
         self._observe("encode", done.worked)
-        vectors = np.stack(done.results)
-        return Encoded(vectors, tuple(lengths), tuple(truncated), done.queued, done.worked)
+        return done
 
     def _slices(self, texts: Sequence[str]) -> Iterator[Sequence[str]]:
         """Parts of a request's texts, between which those of other requests are tokenized."""
@@ -323,11 +340,34 @@ class ModelService:
             return await asyncio.to_thread(tokenize)
         return tokenize()
 
-    def _encode_batch(self, ids: Sequence[Sequence[int]]) -> Sequence[NDArray[np.float32]]:
-        vectors = (self._encoder or self.student).encode_tokens(ids)
-        if not np.isfinite(vectors).all():
-            raise ModelError("the student's vector of a text is not finite; check the student")
-        return list(vectors)
+    def _encode_batch(self, texts: Sequence[_Text]) -> list[_ReadText | Exception]:
+        """What was read of each text: those without token embeddings together, and queries by instruction."""
+        places: dict[tuple[bool, str | None], list[int]] = {}
+        for place, text in enumerate(texts):
+            places.setdefault((text.query is None, text.instruction), []).append(place)
+        results: dict[int, _ReadText | Exception] = {}
+        for (has_ids, instruction), own in places.items():
+            chosen = [texts[place] for place in own]
+            read = self._read_ids(chosen) if has_ids else self._read_queries(chosen, instruction)
+            results |= zip(own, map(_checked, read), strict=True)
+        return [results[place] for place in range(len(texts))]
+
+    def _read_ids(self, texts: Sequence[_Text]) -> list[_ReadText]:
+        vectors = (self._encoder or self.student).encode_tokens([text.ids for text in texts])
+        return list(map(_ReadText, vectors))
+
+    def _read_queries(self, texts: Sequence[_Text], instruction: str | None) -> list[_ReadText]:
+        encoder = self._encoder or self.student
+        read = encoder.encode_with_tokens([text.query or "" for text in texts], "query", instruction=instruction)
+        assert read.tokens is not None
+        truncated = [place in read.truncated for place in range(len(texts))]
+        return list(map(_ReadText, read.vectors, read.tokens.split(), read.lengths, truncated))
+
+
+def _checked(read: _ReadText) -> _ReadText | ModelError:
+    """What was read of a text, or the error of this text alone."""
+    is_finite = np.isfinite(read.vector).all() and (read.tokens is None or np.isfinite(read.tokens).all())
+    return read if is_finite else ModelError("the student's vector of a text is not finite; check the student")
 
 
 class StudentLane(ForwardingStudent):

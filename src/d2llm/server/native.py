@@ -35,7 +35,7 @@ from d2llm.server.response_schemas import (
     RescoreResponse,
     SearchResponse,
 )
-from d2llm.server.responses import FastJSONResponse, context_response, response_of, search_response
+from d2llm.server.responses import FastJSONResponse, context_response, listed_vectors, response_of, search_response
 from d2llm.server.running import Lifecycle
 from d2llm.server.schemas import (
     BY_STUDENT,
@@ -167,7 +167,7 @@ async def encode(body: EncodeRequest, services: TheServices) -> JSONResponse:
     short_enough(body.texts, services.settings, "texts")
     encoded = await services.models.encode(body.texts, body.kind)
     response = {
-        "vectors": list(encoded.vectors),
+        "vectors": listed_vectors(encoded.vectors, body.encoding_format),
         "num_tokens": encoded.num_tokens,
         "truncated": encoded.truncated,
         "dim": services.models.dim,

@@ -356,7 +356,7 @@ class ReloadResponse(ResponseBody):
 class EncodeResponse(ResponseBody):
     """Vectors as the student returns them, not of unit length, with token counts and places of truncated texts."""
 
-    vectors: list[list[float]]
+    vectors: list[list[float] | str]
     num_tokens: list[int]
     truncated: list[int]
     dim: int

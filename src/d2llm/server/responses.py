@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic_core import to_json
 from starlette.responses import JSONResponse
 
@@ -38,6 +41,13 @@ async def response_of(
         return FastJSONResponse(make(), headers=headers)
 
     return respond() if num_items <= _FEW_ITEMS else await asyncio.to_thread(respond)
+
+
+def listed_vectors(vectors: NDArray[np.float32], encoding: str | None) -> list[Any]:
+    """Vectors [n, dim] as the items of a body: arrays, or with "base64" texts of float32 numbers, little-endian."""
+    if encoding != "base64":
+        return list(vectors)
+    return [base64.b64encode(vector).decode("ascii") for vector in np.ascontiguousarray(vectors, "<f4")]
 
 
 def _plain(value: Any) -> Any:

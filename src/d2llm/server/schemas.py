@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import (
     AfterValidator,
@@ -36,6 +36,9 @@ from d2llm.server.errors import MAX_PROBLEMS
 
 BY_STUDENT = ("none", "iem")
 """The values of ``rescore`` that are no rerankers: by inner product, and by the student's score."""
+VectorEncoding = Literal["float", "base64"]
+"""How a body writes a vector."""
+BASE64 = "base64: float32, little-endian."
 _MAX_SUGGESTIONS = 3  # similar names are looked for only so often: a client may send a million unknown ones
 MAX_EXPANSIONS = 10
 """Maximum number of texts that a writer adds to one query of a client."""
@@ -165,6 +168,7 @@ class EncodeRequest(Body):
 
     texts: list[NonEmpty] = Field(min_length=1, fail_fast=True)
     kind: TextKind
+    encoding_format: VectorEncoding = Field("float", description=BASE64)
 
 
 class RescoreRequest(Body):

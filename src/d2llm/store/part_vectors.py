@@ -119,7 +119,7 @@ class PartVectors:
         nonempty = np.flatnonzero(counts)
         starts, counts = starts[nonempty], counts[nonempty]
         multiplier = self._format.multiplier(queries)
-        kernels = None if multiplier.whole is None else MAXSIM.get(len(self._places))
+        kernels = None if multiplier.whole is None else MAXSIM.get(len(self.codes))
         if kernels is not None:
             best = np.empty(len(nonempty), np.int64)
             kernels.sum_of_best(self.codes, starts, counts, kernels.arranged(multiplier.whole), multiplier.bits, best)

@@ -10,7 +10,6 @@ openai 3.52.0.
 
 from __future__ import annotations
 
-import base64
 import time
 from typing import Any, Literal
 
@@ -37,7 +36,8 @@ from d2llm.server.dialects.shared import (
 from d2llm.server.errors import Problem, invalid
 from d2llm.server.large_bodies import BodyRoute
 from d2llm.server.response_schemas import ResponseBody
-from d2llm.server.responses import FastJSONResponse, response_of
+from d2llm.server.responses import FastJSONResponse, listed_vectors, response_of
+from d2llm.server.schemas import BASE64, VectorEncoding
 from d2llm.server.services import TheCatalog
 
 PATHS = ("/v1/embeddings", "/v1/models")
@@ -50,7 +50,7 @@ class EmbeddingsRequest(ClientBody):
     input: Texts = Field(description="A text or a list of texts; token ids are refused.", examples=["a cat on a mat"])
     model: str = Field(description="The model's name, alone or with :query or :passage.")
     dimensions: int | None = Field(None, ge=1, description=DIMENSIONS)
-    encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: float32, little-endian.")
+    encoding_format: VectorEncoding | None = Field(None, description=BASE64)
     user: str | None = Field(None, description="Ignored.")
     input_type: TextKind | None = Field(None, description="Whether the texts are queries or passages.")
     truncate: Truncate = Field(
@@ -132,9 +132,7 @@ async def embeddings(body: EmbeddingsRequest, catalog: TheCatalog) -> FastJSONRe
     encoded = await embed(services, sized.texts, kind)
     headers = warning_header(sized.warn(encoded.truncated, "input"))
     vectors = unit_length(encoded.vectors[:, :width])
-    values: list[Any] = list(vectors)
-    if body.encoding_format == "base64":
-        values = [base64.b64encode(vector).decode("ascii") for vector in vectors.astype("<f4")]
+    values = listed_vectors(vectors, body.encoding_format)
     num_tokens = sum(encoded.num_tokens)
     response = {
         "object": "list",
