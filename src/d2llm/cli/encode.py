@@ -56,7 +56,7 @@ def encode(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing index.")] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    engine: EngineOption = "torch",
+    engine: EngineOption = "auto",
     json_path: JsonOption = None,
 ) -> None:
     """Build a new index from a whole corpus.

@@ -88,7 +88,7 @@ class WritingOptions(FileOptions):
     lenient_metadata: Annotated[bool, typer.Option("--lenient-metadata", help=LENIENT_HELP)] = False
     device: DeviceOption = None
     dtype: DtypeOption = None
-    engine: EngineOption = "torch"
+    engine: EngineOption = "auto"
     json_path: JsonOption = None
 
 

@@ -148,7 +148,7 @@ def search(
     writer: WriterOptions,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    engine: EngineOption = "torch",
+    engine: EngineOption = "auto",
     json_path: JsonOption = None,
 ) -> None:
     """Find the passages of an index that answer a query, best first."""

@@ -59,7 +59,7 @@ class StudentModule(InputModule):
     def __init__(self, student: Student, task: Task | None = None) -> None:
         super().__init__()
         require_dot(student)
-        if not student.runs_in_torch:
+        if student.engine != "torch":
             raise InputError("sentence-transformers computes in torch; load the student with engine='torch'")
         self.student = student
         self.task: Task = task_for(student, task)

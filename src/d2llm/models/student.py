@@ -144,16 +144,16 @@ class Student(StudentEncoder):
         folder = find_student(folder_or_name)
         manifest, config = files.read_student_manifest(folder)
         merged = (folder / files.BACKBONE_FOLDER).is_dir()
-        engine = choose_engine(engine, config, device=device, dtype=dtype)
-        chosen = choose_device(device if engine == "torch" else "cpu")
-        products = choose_products(engine, chosen, dtype)
+        planned = choose_engine(engine, config, device=device, dtype=dtype)
+        chosen = choose_device(device if planned == "torch" else "cpu")
+        products = choose_products(planned, chosen, dtype)
         source = folder / files.BACKBONE_FOLDER if merged else config.backbone.model
         cut: dict[str, Any] = {"layers": None} if merged else {}  # merged weights are those of the kept layers only
         backbone = open_backbone(
             config.backbone.model_copy(update={"model": str(source)} | cut),
             config.pooling,
             device=chosen,
-            compute_dtype=products if engine == "torch" else torch.float32,  # which the export to a graph requires
+            compute_dtype=products if planned == "torch" else torch.float32,  # which the export to a graph requires
             auto_pooling=manifest["pooling"],
             student=folder,
         )
@@ -173,7 +173,7 @@ class Student(StudentEncoder):
                 setattr(student, name, read)
         if student.token_projection is not None:
             student.token_projection.to(chosen)
-        student.use_engine(engine, dtype=products)
+        student.use_engine("torch" if planned == "torch" else engine, dtype=products)
         student.source = source_of(folder_or_name)
         return student
 

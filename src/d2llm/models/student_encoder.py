@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2llm.core.errors import InputError
-from d2llm.core.fallbacks import fell_back
 from d2llm.core.inputs import stream_of_objects, strings_of, texts_of
 from d2llm.core.types import EngineName, Span, WholeText
 from d2llm.models.backbone import Backbone
@@ -105,9 +104,9 @@ class StudentEncoder(VectorScorer):
         self._products = dtype
 
     @property
-    def runs_in_torch(self) -> bool:
-        """Whether texts are encoded by torch, and not by another engine (``use_engine``)."""
-        return self._engine is None
+    def engine(self) -> EngineName:
+        """The engine that encodes texts (``use_engine``)."""
+        return "torch" if self._engine is None else self._engine.name
 
     def forward(self, token_ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]) -> Tensor:
         """Vectors [batch, dim] of tokenized texts, float32."""
@@ -196,7 +195,7 @@ class StudentEncoder(VectorScorer):
         instruction: str | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> EncodedTexts:
-        """Vectors of queries or passages and of their tokens, from one pass through the backbone, always by torch.
+        """Vectors of queries or passages and of their tokens, from one pass through the backbone.
 
         Of a long query, only the rarest tokens have vectors, multiplied by their fraction of its tokens, so that the
         mean of their cosines is that of all, if the others' are 0 (``TokenProjection``). The tokens of an
@@ -207,16 +206,13 @@ class StudentEncoder(VectorScorer):
                 tokenizer gives no character offsets, which an instruction requires.
         """
         texts, projection = texts_of(texts), self._require_projection()
-        if self._engine is not None:
-            fell_back("engine for token embeddings", "the graph gives vectors of texts only; torch encodes both")
         tokenized = self.tokenize(texts, kind, instruction=instruction)
         starts = [0] * len(texts) if instruction is None else self.backbone.first_own_tokens(texts, instruction)
         token_rows: list[NDArray[np.float32]] = [np.zeros((0, projection.dim), np.float32)] * len(texts)
 
         def read(batch: list[int]) -> Float32[np.ndarray, "batch dim"]:
             with inference(self):
-                ids = [tokenized.ids[index] for index in batch]
-                states, mask = self.backbone(*self.backbone.pad(ids))
+                vectors, states = self._read_ids([tokenized.ids[index] for index in batch])
                 own_ids = [tokenized.ids[index][starts[index] :] for index in batch]
                 chosen = [projection.chosen(own, kind) for own in own_ids]
                 kept = [
@@ -227,9 +223,9 @@ class StudentEncoder(VectorScorer):
                 parts = np.split(tokens, np.cumsum([len(places) for places in kept])[:-1])
                 for index, (_, fraction), part in zip(batch, chosen, parts, strict=True):
                     token_rows[index] = part * np.float32(fraction)
-                return self.pool(states, mask).cpu().numpy()
+                return vectors.cpu().numpy()
 
-        encoded = self._read(tokenized, read, advance)
+        encoded = self._read_batches(tokenized, read, advance)
         return replace(encoded, tokens=TokenVectors.join(token_rows, projection.dim))
 
     def _require_projection(self) -> TokenProjection:
@@ -247,7 +243,7 @@ class StudentEncoder(VectorScorer):
         return ChunkReader(self.backbone, self.pooling, self.pool)
 
     def term_states(self, queries: Sequence[str]) -> list[dict[str, Float32[np.ndarray, " dim"]]]:
-        """The state [dim] of each BM25 term of the queries: the mean over the tokens of its words, always by torch.
+        """The state [dim] of each BM25 term of the queries: the mean over the tokens of its words.
 
         Terms beyond the student's limit have none.
 
@@ -263,7 +259,7 @@ class StudentEncoder(VectorScorer):
         for start in range(0, len(queries), _QUERIES_AT_ONCE):
             batch = range(start, min(start + _QUERIES_AT_ONCE, len(queries)))
             with inference(self):
-                states, _ = self.backbone(*self.backbone.pad([tokenized.ids[index] for index in batch]))
+                _, states = self._read_ids([tokenized.ids[index] for index in batch])
             for index, own in zip(batch, states.float().cpu().numpy(), strict=True):
                 text = queries[index]
                 spans = self.backbone.token_places(text, len(tokenized.ids[index]), "query")
@@ -314,10 +310,19 @@ class StudentEncoder(VectorScorer):
 
     def encode_tokens(self, ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "batch dim"]:
         """Vectors of one batch of tokenized texts, ideally of similar length (``batch_tokens``)."""
-        if self._engine is not None:
-            return self._engine(ids)
         with inference(self):
-            return self(*self.backbone.pad(ids)).cpu().numpy()
+            return self._read_ids(ids)[0].cpu().numpy()
+
+    def _read_ids(
+        self, ids: Sequence[Sequence[int]]
+    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch tokens states"]]:
+        """Vectors of one batch of tokenized texts and the states of their tokens, by the engine; for inference."""
+        padded, mask = self.backbone.pad(ids)
+        if self._engine is not None:
+            read = self._engine.run(padded.numpy(), mask.long().numpy())
+            return torch.from_numpy(read.vectors), torch.from_numpy(read.states)
+        states, mask = self.backbone(padded, mask)
+        return self.pool(states, mask), states
 
     def _encode(
         self,
@@ -337,9 +342,9 @@ class StudentEncoder(VectorScorer):
         def read(batch: list[int]) -> Float32[np.ndarray, "batch dim"]:
             return self.encode_tokens([tokenized.ids[index] for index in batch])
 
-        return self._read(tokenized, read, advance)
+        return self._read_batches(tokenized, read, advance)
 
-    def _read(
+    def _read_batches(
         self,
         tokenized: TokenizedTexts,
         read: Callable[[list[int]], Float32[np.ndarray, "batch dim"]],

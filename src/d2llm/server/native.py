@@ -208,12 +208,16 @@ async def health(request: Request) -> JSONResponse:
     """Whether the server can answer: 200 when it is ready, else 503."""
     lifecycle = cast(Lifecycle, request.app.state.lifecycle)
     serving: Serving | None = getattr(request.app.state, "serving", None)
-    fingerprint, indexes = None, None
+    student, indexes = None, None
     if serving is not None:
-        fingerprint = serving.fingerprint
+        student = serving.student
         indexes = serving.describe(serving.indexes) if serving.settings.keys_file is None else None
     response = HealthResponse(
-        status=lifecycle.state, message=lifecycle.message, fingerprint=fingerprint, indexes=indexes
+        status=lifecycle.state,
+        message=lifecycle.message,
+        fingerprint=None if student is None else student.fingerprint,
+        engine=None if student is None else student.student.engine,
+        indexes=indexes,
     )
     return JSONResponse(response.model_dump(), 200 if lifecycle.state == "ready" else 503)
 

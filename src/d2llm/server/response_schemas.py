@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasGenerator, AliasPath, BaseModel, BeforeValidator, ConfigDict, Field
 
 from d2llm.core.types import (
+    EngineName,
     Explanation,
     MetadataValue,
     MissingShard,
@@ -327,7 +328,10 @@ class IndexResponse(ResponseBody):
 
 
 class ServedIndexResponse(ResponseBody):
-    """An index and the version served, with its student; ``problem``: why a newer version cannot be read, or empty."""
+    """An index and the version served, with its student and the engine that reads queries (``models.engines``).
+
+    ``problem``: why a newer version cannot be read, or empty.
+    """
 
     name: str
     version: int | None
@@ -335,6 +339,7 @@ class ServedIndexResponse(ResponseBody):
     task: Task
     student: str
     fingerprint: str
+    engine: EngineName
     problem: str
 
 
@@ -377,12 +382,14 @@ class RescoreResponse(ResponseBody):
 class HealthResponse(ResponseBody):
     """Whether the server can answer, and with which student and indexes.
 
-    ``fingerprint`` is null if there are several students; ``indexes`` is null if the server has keys (``/v1/indexes``).
+    ``engine`` reads queries. It and ``fingerprint`` are null if there are several students; ``indexes`` is null if the
+    server has keys (``/v1/indexes``).
     """
 
     status: Literal["starting", "ready", "broken", "stopping"]
     message: str
     fingerprint: str | None
+    engine: EngineName | None
     indexes: list[ServedIndexResponse] | None
 
 

@@ -64,10 +64,12 @@ class Serving:
         return self.students.students if self.alone is None else (self.alone,)
 
     @property
-    def fingerprint(self) -> str | None:
-        """The fingerprint of the student, or None if there are several."""
-        fingerprints = {self.now(name).models.fingerprint for name in self.indexes or (None,)}
-        return fingerprints.pop() if len(fingerprints) == 1 else None
+    def student(self) -> ModelService | None:
+        """The student, or None if there are several."""
+        students = {
+            services.fingerprint: services for services in (self.now(n).models for n in self.indexes or (None,))
+        }
+        return students.popitem()[1] if len(students) == 1 else None
 
     @property
     def problem(self) -> str:
@@ -90,6 +92,7 @@ class Serving:
                 task=version.view.task,
                 student=version.models.name,
                 fingerprint=version.models.fingerprint,
+                engine=version.models.student.engine,
                 problem=self.problems.get(name, ""),
             )
             for name, version in versions.items()

@@ -1,19 +1,21 @@
 """Engines that encode texts: torch, or a compiled graph of the same student on the CPU.
 
-A graph is exported once per student, engine and package versions, and kept in the user's cache folder. Scoring always
-uses torch: it takes only a few matrix products, which ``models.scorer`` already runs at full speed.
+A graph gives the vectors of texts and the states of their tokens, from which token embeddings are made. It is exported
+once per student, engine and package versions, and kept in the user's cache folder. Scoring always uses torch: it takes
+only a few matrix products, which ``models.scorer`` already runs at full speed.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from threading import local
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
@@ -28,19 +30,42 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.machine import replaced_allocator
 from d2llm.core.manifest import FILE_NAME, write_manifest
 from d2llm.core.types import EngineName
-from d2llm.models.device import choose_device, choose_dtype
+from d2llm.models.device import choose_device, choose_dtype, inference
 from d2llm.models.export.eight_bits import OPENVINO_GROUP, Runtime
 from d2llm.models.export.graphs import OPSET, write_text_graph
+from d2llm.models.hub import find_student
+from d2llm.models.student_files import read_student_manifest
 from d2llm.recipe import CustomBackbone, StudentConfig
 
 if TYPE_CHECKING:
     from d2llm.models.student_encoder import StudentEncoder
 
-Engine = Callable[[Sequence[Sequence[int]]], Float32[np.ndarray, "batch dim"]]
-"""Computes the vectors of a batch of tokenized texts."""
+_log = logging.getLogger(__name__)
+_KIND, _FORMAT_VERSION, _FILE = "engine", 3, "text.onnx"
+_FASTEST: tuple[EngineName, ...] = ("openvino", "onnx")
+"""Engines that give the same vectors as torch, fastest first (``benchmarks/encoding.py``)."""
+_PACKAGES = {"openvino": ("openvino", "onnx"), "onnx": ("onnxruntime", "onnx")}
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+"""How far ``auto`` lets the numbers of an engine be from torch's in float32, as a fraction of the largest."""
+_PROBES = ("", "what do bees make?", "北京大学在哪里 где живут пчёлы", "Bees make honey from nectar. " * 10)
 
-_KIND, _FORMAT_VERSION, _FILE = "engine", 2, "text.onnx"
-_Run = Callable[[Int[np.ndarray, "batch tokens"], Int[np.ndarray, "batch tokens"]], Float32[np.ndarray, "batch dim"]]
+
+class ReadTexts(NamedTuple):
+    """What an engine reads from tokenized texts; states of padding mean nothing."""
+
+    vectors: Float32[np.ndarray, "batch dim"]
+    states: Float32[np.ndarray, "batch tokens states"]
+
+
+_Run = Callable[[Int[np.ndarray, "batch tokens"], Int[np.ndarray, "batch tokens"]], ReadTexts]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A compiled graph; ``run`` takes token ids and their mask, padded on the right."""
+
+    name: EngineName
+    run: _Run
 
 
 def choose_engine(
@@ -52,10 +77,10 @@ def choose_engine(
 ) -> EngineName:
     """The requested engine; ``auto`` is the fastest one that gives the same vectors on this machine.
 
-    That is OpenVINO if it is installed and the machine has no accelerator, or the CPU is requested; otherwise torch.
-    OpenVINO crashes with another allocator than the C library's (``LD_PRELOAD``), so then it is torch as well. 8-bit
-    weights change the vectors, so ``auto`` never selects them. A student (``config``) whose backbone is not read by
-    transformers has nothing that an engine could run, and one with two adapters more than a graph holds.
+    That is OpenVINO, or ONNX Runtime, if it is installed and the machine has no accelerator, or the CPU is requested;
+    otherwise torch. OpenVINO crashes with another allocator than the C library's (``LD_PRELOAD``), so then it is not
+    used. 8-bit weights change the vectors, so ``auto`` never selects them. A student (``config``) whose backbone is not
+    read by transformers has nothing that an engine could run, and one with two adapters more than a graph holds.
 
     Raises:
         InputError: the name is unknown, or an engine does not support the student, the device, the number format or the
@@ -79,11 +104,12 @@ def choose_engine(
         return "torch"
     on_cpu = choose_device(device).type == "cpu"
     if name == "auto":
-        reason = _why_not_openvino(dtype, on_cpu=on_cpu)
-        if reason is None:
-            return "openvino"
-        fell_back("engine OpenVINO", f"{reason}; torch encodes", level=logging.INFO)
-        return "torch"
+        reasons = {engine: _why_not(engine, dtype, on_cpu=on_cpu) for engine in _FASTEST}
+        usable = [engine for engine, reason in reasons.items() if reason is None]
+        if not usable:
+            told = "; ".join(f"{engine}: {reason}" for engine, reason in reasons.items())
+            fell_back("engine auto", f"torch encodes ({told})", level=logging.INFO)
+        return usable[0] if usable else "torch"
     if name.startswith("openvino") and (allocator := replaced_allocator()):
         raise InputError(
             f"engine '{name}' crashes with {allocator} in place of the C library's allocator; unset LD_PRELOAD, or use "
@@ -96,13 +122,13 @@ def choose_engine(
     return cast(EngineName, name)
 
 
-def _why_not_openvino(dtype: str | torch.dtype | None, *, on_cpu: bool) -> str | None:
-    """Why ``auto`` does not choose OpenVINO; None if it does."""
-    if missing := [package for package in ("openvino", "onnx") if not find_spec(package)]:
+def _why_not(engine: EngineName, dtype: str | torch.dtype | None, *, on_cpu: bool) -> str | None:
+    """Why ``auto`` does not choose an engine; None if it may."""
+    if missing := [package for package in _PACKAGES[engine] if not find_spec(package)]:
         return f"{' and '.join(missing)} not installed"
-    if not on_cpu or not _can_multiply("openvino", dtype):
-        return "it computes on CPUs in float32 or bfloat16"
-    if allocator := replaced_allocator():
+    if not on_cpu or not _can_multiply(engine, dtype):
+        return "it computes on CPUs, in float32" + (" or bfloat16" if engine == "openvino" else "")
+    if engine == "openvino" and (allocator := replaced_allocator()):
         return f"it crashes with {allocator} in place of the C library's allocator (LD_PRELOAD)"
     return None
 
@@ -112,30 +138,82 @@ def choose_products(engine: EngineName, device: torch.device, dtype: str | torch
     return torch.float32 if engine.startswith("onnx") else choose_dtype(device, dtype)
 
 
+def prepared_engine(
+    name: EngineName, student: str | Path, *, device: str | torch.device | None = None, dtype: str | None = None
+) -> EngineName:
+    """The engine to load a student with where nothing may be exported: torch in place of ``auto`` without a graph.
+
+    Raises:
+        InputError: as ``choose_engine``.
+        ModelNotFoundError: there is no such student.
+        DataFormatError: its manifest is damaged.
+    """
+    if name != "auto":
+        return name
+    folder = find_student(student)
+    manifest, config = read_student_manifest(folder)
+    if (chosen := choose_engine(name, config, device=device, dtype=dtype)) == "torch":
+        return chosen
+    if (_graph_folder(manifest["fingerprint"], None) / FILE_NAME).is_file():
+        return name
+    fell_back(
+        f"engine {chosen}",
+        f"it needs a graph of {folder.name}, which `d2llm index`, `encode` and `serve` make, and Student.load("
+        f"..., engine='{chosen}'); torch encodes",
+        level=logging.INFO,
+    )
+    return "torch"
+
+
 def open_engine(student: StudentEncoder, name: EngineName, *, dtype: torch.dtype = torch.float32) -> Engine | None:
     """The compiled engine of a student, its graph taken from the user's cache folder or exported now; None for torch.
 
     Args:
         student: a student with weights in float32 on the CPU, as the export requires.
-        name: name of the engine.
+        name: name of the engine; ``auto`` takes the fastest one that agrees with torch about a few texts.
         dtype: number format of its products (``choose_products``).
 
     Raises:
         InputError: the student's weights are not float32 on the CPU.
         MissingExtraError: the engine is not installed.
     """
-    if name == "auto" and student.backbone.compute_dtype != torch.float32:
-        name = "torch"
-    name = choose_engine(name, student.config, device=student.backbone.device, dtype=dtype)
-    if name == "torch":
+    device = student.backbone.device
+    if name != "auto":
+        name = choose_engine(name, student.config, device=device, dtype=dtype)
+        return None if name == "torch" else _open(student, name, dtype)
+    exportable = student.backbone.compute_dtype == torch.float32
+    if not exportable or choose_engine("auto", student.config, device=device, dtype=dtype) == "torch":
         return None
-    run = _RUNTIMES[name](_graph(student, _INT8.get(name)), dtype)
+    for engine in _FASTEST:
+        if _why_not(engine, dtype, on_cpu=True) is not None:
+            continue
+        try:
+            opened = _open(student, engine, dtype)
+            difference = _difference(student, opened)
+        except Exception as error:  # noqa: BLE001 - a runtime may raise anything, and torch can always encode
+            fell_back(f"engine {engine}", f"{type(error).__name__}: {error}; another engine encodes")
+            continue
+        if difference <= _TOLERANCE[dtype]:
+            return opened
+        fell_back(f"engine {engine}", f"it differs from torch by {difference:.2g} on this CPU; another engine encodes")
+    return None
 
-    def encode(ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "batch dim"]:
-        token_ids, mask = student.backbone.pad(ids)
-        return run(token_ids.numpy(), mask.long().numpy())
 
-    return encode
+def _open(student: StudentEncoder, name: EngineName, dtype: torch.dtype) -> Engine:
+    return Engine(name, _RUNTIMES[name](_graph(student, _INT8.get(name)), dtype))
+
+
+def _difference(student: StudentEncoder, engine: Engine) -> float:
+    """How far vectors and states of texts of all sorts are from torch's in float32, as a fraction of the largest."""
+    ids, mask = student.backbone.pad(student.tokenize(_PROBES, "passage").ids)
+    with inference(student):
+        states, _ = student.backbone(ids, mask)
+        vectors = student.pool(states, mask).numpy()
+    read = engine.run(ids.numpy(), mask.long().numpy())
+    real = mask.numpy()
+    pairs = ((read.vectors, vectors), (read.states[real], states.numpy()[real]))
+    differences = [float(abs(actual - exact).max() / abs(exact).max()) for actual, exact in pairs]
+    return max(differences) if np.isfinite(differences).all() else float("inf")
 
 
 def _can_multiply(name: str, dtype: str | torch.dtype | None) -> bool:
@@ -143,13 +221,19 @@ def _can_multiply(name: str, dtype: str | torch.dtype | None) -> bool:
     return dtype in ((*formats, "bfloat16", torch.bfloat16) if name.startswith("openvino") else formats)
 
 
+def _graph_folder(fingerprint: str, int8_for: Runtime | None) -> Path:
+    """Where the graph of the student with this fingerprint is kept."""
+    versions = [version(package) for package in ("d2llm", "torch", "transformers", "onnx")]
+    key = fingerprint_json([fingerprint, int8_for, OPSET, _FORMAT_VERSION, versions])
+    return user_cache_path("d2llm") / "engines" / key
+
+
 def _graph(student: StudentEncoder, int8_for: Runtime | None) -> Path:
     """The file with the student's graph, exported if it is not in the cache."""
     require("onnx", extra="export", purpose="an engine other than torch")
-    versions = [version(package) for package in ("d2llm", "torch", "transformers", "onnx")]
-    key = fingerprint_json([student.fingerprint, int8_for, OPSET, _FORMAT_VERSION, versions])
-    folder = user_cache_path("d2llm") / "engines" / key
+    folder = _graph_folder(student.fingerprint, int8_for)
     if not (folder / FILE_NAME).is_file():
+        _log.info("exporting the graph of the student %s, once; it is kept in %s", student.fingerprint, folder)
         with new_folder(folder, kind=_KIND) as temporary:
             write_text_graph(
                 student.backbone, student.pooling, student.interaction, temporary / _FILE, int8_for=int8_for
@@ -166,8 +250,8 @@ def _onnx_runtime(file: Path, dtype: torch.dtype) -> _Run:
     options.log_severity_level = 3
     session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
-    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+    def run(ids: np.ndarray, mask: np.ndarray) -> ReadTexts:
+        return ReadTexts(*session.run(list(ReadTexts._fields), {"input_ids": ids, "attention_mask": mask}))
 
     return run
 
@@ -186,14 +270,17 @@ def _openvino(file: Path, dtype: torch.dtype) -> _Run:
         compiled = thread.submit(lambda: openvino.Core().compile_model(str(file), "CPU", settings)).result()
     thread_state = local()  # an infer request serves one caller at a time
 
-    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def run(ids: np.ndarray, mask: np.ndarray) -> ReadTexts:
         if not hasattr(thread_state, "request"):
             thread_state.request = compiled.create_infer_request()
-        return thread_state.request.infer({"input_ids": ids, "attention_mask": mask}, share_inputs=True)[0]
+        read = thread_state.request.infer({"input_ids": ids, "attention_mask": mask}, share_inputs=True)
+        return ReadTexts(*(read[name] for name in ReadTexts._fields))
 
     # Run once in one thread: two threads that create OpenVINO's first tensors at the same time deadlock, because one
     # waits for the GIL while it holds the lock of a C++ static that the other waits for.
-    if len(run(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64))) != 1:  # seen with 8-bit weights and a lower ISA
+    if (
+        len(run(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64)).vectors) != 1
+    ):  # seen with 8-bit weights and a lower ISA
         raise ModelError(
             "OpenVINO returns no vector for a text with this student on this CPU; unset ONEDNN_MAX_CPU_ISA if it is "
             "set, or use another engine"

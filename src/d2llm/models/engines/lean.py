@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import texts_of
-from d2llm.core.types import PART_KINDS, PartKind, Task, default_task
+from d2llm.core.types import PART_KINDS, EngineName, PartKind, Task, default_task
 from d2llm.models import student_files as files
 from d2llm.models.document_expansion import DocumentExpansion
 from d2llm.models.engines.lean_bert import LeanBert
@@ -173,17 +173,29 @@ class LeanStudent(PlainStudent):
         return self._score_features.weights(task, stored=[stored] if isinstance(stored, str) else stored)
 
 
-def load_to_search(folder_or_name: str | Path, *, lean: bool = False, **loading: Any) -> Student | LeanStudent:
-    """The student that ``Student.load`` gives with these arguments, or a lean one if that can be."""
-    if lean and (student := open_lean(folder_or_name, **loading)) is not None:
+def load_to_search(
+    folder_or_name: str | Path,
+    *,
+    lean: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    engine: EngineName = "auto",
+) -> Student | LeanStudent:
+    """The student that ``Student.load`` gives with these arguments, or a lean one if that can be.
+
+    Nothing is exported for the engine ``auto``: it is torch until there is a graph (``engines.prepared_engine``).
+    """
+    if lean and (student := open_lean(folder_or_name, device=device, dtype=dtype, engine=engine)) is not None:
         return student
+    from d2llm.models.engines.engines import prepared_engine
     from d2llm.models.student import Student
 
-    return Student.load(folder_or_name, **loading)
+    prepared = prepared_engine(engine, folder_or_name, device=device, dtype=dtype)
+    return Student.load(folder_or_name, device=device, dtype=dtype, engine=prepared)
 
 
 def open_lean(
-    folder_or_name: str | Path, *, device: str | None = None, dtype: str | None = None, engine: str = "torch"
+    folder_or_name: str | Path, *, device: str | None = None, dtype: str | None = None, engine: EngineName = "auto"
 ) -> LeanStudent | None:
     """The student that ``Student.load`` would load, if it can be read without torch; None if not.
 
@@ -194,7 +206,7 @@ def open_lean(
         DataFormatError: its manifest, or the file of a fitted part, is damaged.
         MismatchError: the pretrained backbone is not the one that the student was trained on.
     """
-    if device not in (None, "cpu") or dtype not in (None, "float32") or engine != "torch":
+    if device not in (None, "cpu") or dtype not in (None, "float32") or engine not in ("auto", "torch"):
         return None
     folder = find_student(folder_or_name)
     manifest, config = files.read_student_manifest(folder)

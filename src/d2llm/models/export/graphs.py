@@ -1,4 +1,4 @@
-"""Export a student as ONNX graphs: from tokens to a vector, and from vectors to logits.
+"""Export a student as ONNX graphs: from tokens to a vector and states, and from vectors to logits.
 
 Both are traced from the student's own modules, so there is no second definition of what it computes. The same ONNX file
 works with ONNX Runtime and OpenVINO.
@@ -29,7 +29,7 @@ OPSET = 18
 
 
 class TextGraph(nn.Module):
-    """Token ids and mask [batch, tokens], padded on the right, to vectors [batch, dim]."""
+    """Token ids and mask [batch, tokens], padded on the right, to vectors [batch, dim] and the tokens' states."""
 
     def __init__(self, backbone: Backbone, pooling: TextPooling, *, on_sphere: bool) -> None:
         super().__init__()
@@ -40,11 +40,11 @@ class TextGraph(nn.Module):
 
     def forward(
         self, input_ids: Int[Tensor, "batch tokens"], attention_mask: Int[Tensor, "batch tokens"]
-    ) -> Float[Tensor, "batch dim"]:
-        """Vectors of tokenized texts."""
+    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch tokens states"]]:
+        """Vectors of tokenized texts, and the states of their tokens, from which token embeddings are made."""
         states = last_states(self.model, input_ids, attention_mask, self._weighing)
         vectors = self.pooling(states, attention_mask.bool())
-        return to_sphere(vectors) if self._on_sphere else vectors
+        return (to_sphere(vectors) if self._on_sphere else vectors), states
 
 
 class ScoreGraph(nn.Module):
@@ -93,13 +93,13 @@ def write_text_graph(
     mask = torch.tensor([[1] * 16, [1] * 9 + [0] * 7, [1] * 3 + [0] * 13])
     examples = {"input_ids": mask * 5, "attention_mask": mask}
     dynamic = {0: "batch", 1: "tokens"}
-    sizes = {"input_ids": dynamic, "attention_mask": dynamic, "vectors": {0: "batch"}}
+    sizes = {"input_ids": dynamic, "attention_mask": dynamic, "vectors": {0: "batch"}, "states": dynamic}
     config: Any = backbone.model.config
     attention: str = config._attn_implementation
     # Plain attention: the runtimes fuse its products again, and are no slower.
     backbone.model.set_attn_implementation("eager")
     try:
-        _export(graph, examples, "vectors", sizes, file)
+        _export(graph, examples, ["vectors", "states"], sizes, file)
     finally:
         backbone.model.set_attn_implementation(attention)
     if int8_for is not None:
@@ -115,11 +115,11 @@ def write_score_graph(head: Interaction | CosineHead, task: Task, file: Path) ->
     examples = {"query_vectors": torch.ones(2, head.dim), "passage_vectors": torch.ones(3, head.dim)}
     queries, passages = {0: "queries"}, {0: "passages"}
     sizes = {"query_vectors": queries, "passage_vectors": passages, "logits": queries | {1: "passages"}}
-    _export(ScoreGraph(head, task), examples, "logits", sizes, file)
+    _export(ScoreGraph(head, task), examples, ["logits"], sizes, file)
 
 
 def _export(
-    graph: nn.Module, examples: dict[str, Tensor], output: str, sizes: dict[str, dict[int, str]], file: Path
+    graph: nn.Module, examples: dict[str, Tensor], outputs: list[str], sizes: dict[str, dict[int, str]], file: Path
 ) -> None:
     require("onnx", extra="export", purpose="writing ONNX files")
     with inference(graph), warnings.catch_warnings():
@@ -132,7 +132,7 @@ def _export(
                 tuple(examples.values()),
                 str(file),
                 input_names=list(examples),
-                output_names=[output],
+                output_names=outputs,
                 dynamic_axes=sizes,
                 opset_version=OPSET,
                 dynamo=False,
