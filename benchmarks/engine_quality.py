@@ -2,7 +2,8 @@
 
 For each data set: the first dev queries, with all their relevant passages and a number of others, sampled with a
 fixed seed. Using fewer passages than the whole corpus raises every figure, so only differences between rows count.
-Every passage gets the full score.
+Every passage gets the full score. With --only-queries, an index has vectors and token embeddings in float32, each
+engine encodes queries alone, and rankings are those of its searches.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
-from d2llm import Student
+from d2llm import Index, Student
 from d2llm.core.manifest import package_versions
 from d2llm.core.types import EngineName
 from d2llm.data.beir import Dataset
@@ -24,6 +26,7 @@ from d2llm.ops.measures import per_query_measures
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 RESULT = Path(__file__).parent / "results" / "engine-quality.json"
+QUERIES_RESULT = RESULT.with_name("engine-quality-queries.json")
 ENGINES: tuple[EngineName, ...] = ("torch", "onnx", "openvino", "onnx-int8", "openvino-int8")
 IN_BFLOAT16: tuple[EngineName, ...] = ("openvino", "openvino-int8")
 
@@ -62,23 +65,49 @@ def measure(student: Student, dataset: Dataset, num_queries: int, num_passages: 
     return values
 
 
+def measure_queries(student: Student, dataset: Dataset, num_queries: int, num_passages: int) -> dict[str, float]:
+    """nDCG@10 of searches by the engine that encodes queries, and how many first passages are other ones than torch's.
+
+    The index has what the student's score counts, in float32.
+    """
+    queries, passages = sample(dataset, num_queries, num_passages)
+    qrels = {name: dataset.qrels["dev"][name] for name in queries}
+    values: dict[str, float] = {}
+    student.use_engine("torch")
+    with TemporaryDirectory() as folder, Index.create(Path(folder) / "index", student, task="asymmetric") as index:
+        index.upsert(dataset.passages[name] for name in passages)
+        firsts: list[str] = []
+        for engine in ENGINES:
+            student.use_engine(engine)
+            results = index.search([dataset.queries[name] for name in queries], top_k=10)
+            rankings = {name: [each.passage.id for each in row] for name, row in zip(queries, results, strict=True)}
+            values[engine] = float(np.mean(list(per_query_measures(rankings, qrels)["nDCG@10"].values())))
+            first = [ranking[0] for ranking in rankings.values()]
+            firsts = firsts or first
+            values[f"{engine} other first"] = float(np.mean([a != b for a, b in zip(first, firsts, strict=True)]))
+    return values
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--student", default="d2llm-minilm")
     parser.add_argument("--data", type=Path, nargs="*", default=[DATA / n for n in ("wikiqa", "nfcorpus", "stackfaq")])
     parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--passages", type=int, default=1000)
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--only-queries", action="store_true")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    out = arguments.out or (QUERIES_RESULT if arguments.only_queries else RESULT)
     student = Student.load(arguments.student, device="cpu", dtype="float32")
     rows: dict[str, dict[str, float]] = {}
     for folder in arguments.data:
         dataset = open_data(folder, splits=["dev"])
         assert isinstance(dataset, Dataset)
-        rows[folder.name] = measure(student, dataset, arguments.queries, arguments.passages)
+        measured = measure_queries if arguments.only_queries else measure
+        rows[folder.name] = measured(student, dataset, arguments.queries, arguments.passages)
         print(folder.name, {name: round(value, 4) for name, value in rows[folder.name].items()})
     result = {"student": arguments.student, "queries": arguments.queries, "passages": arguments.passages}
-    arguments.out.write_text(
+    out.write_text(
         json.dumps({**result, "packages": package_versions(), "nDCG@10": rows}, indent=2) + "\n", encoding="utf-8"
     )
 

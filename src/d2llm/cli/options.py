@@ -216,7 +216,7 @@ DtypeOption = Annotated[
 EngineOption = Annotated[
     EngineName,
     typer.Option(
-        help="Engine that encodes texts: auto picks the fastest available one that gives the same vectors; int8 ones "
+        help="Engine that encodes texts: auto picks the fastest installed one that gives the same vectors; int8 ones "
         "are faster but change vectors slightly."
     ),
 ]

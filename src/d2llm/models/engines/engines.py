@@ -105,11 +105,12 @@ def choose_engine(
     on_cpu = choose_device(device).type == "cpu"
     if name == "auto":
         reasons = {engine: _why_not(engine, dtype, on_cpu=on_cpu) for engine in _FASTEST}
-        usable = [engine for engine, reason in reasons.items() if reason is None]
-        if not usable:
-            told = "; ".join(f"{engine}: {reason}" for engine, reason in reasons.items())
-            fell_back("engine auto", f"torch encodes ({told})", level=logging.INFO)
-        return usable[0] if usable else "torch"
+        for engine in _FASTEST:
+            if reasons[engine] is None:
+                return engine
+        told = "; ".join(f"{engine}: {reason}" for engine, reason in reasons.items())
+        fell_back("engine auto", f"torch encodes ({told})", level=logging.INFO)
+        return "torch"
     if name.startswith("openvino") and (allocator := replaced_allocator()):
         raise InputError(
             f"engine '{name}' crashes with {allocator} in place of the C library's allocator; unset LD_PRELOAD, or use "
