@@ -25,6 +25,7 @@ from d2llm.doctor.doctor import examine
 from d2llm.doctor.findings import Check
 from d2llm.doctor.installation import install_checks
 from d2llm.doctor.machine import machine_checks, openmp_runtimes
+from d2llm.models.engines.engines import choose_engine
 from d2llm.models.hub import find_student
 from d2llm.ops import kernels
 from d2llm.ops.kernels import compiler
@@ -302,13 +303,17 @@ class TestStudentAndIndex:
     def test_loops_are_compiled_on_request(self, sandbox):
         code = "import sys; from d2llm.cli.main import main; sys.exit(main())"
         command = [sys.executable, "-c", code, "doctor", "--student", STUDENT, "--warm", "--json", "report.json"]
-        environment = os.environ | {"NUMBA_CACHE_DIR": str(sandbox / "numba")}
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(sandbox / "numba"), "XDG_CACHE_HOME": str(sandbox / "cache")}
         subprocess.run(command, cwd=sandbox, env=environment, capture_output=True, check=True)
         findings = json.loads((sandbox / "report.json").read_text())["result"]["findings"]
         [finding] = [finding for finding in findings if finding["subject"] == "compiled loops"]
         assert finding["level"] == "ok"
         assert re.match(r"(\d+) of \1 compiled in ", finding["result"])
         assert str(sandbox / "numba") in finding["result"]
+        [finding] = [finding for finding in findings if finding["subject"] == "engine"]
+        graphs = [*(sandbox / "cache" / "d2llm" / "engines").glob("*/text.onnx")]
+        assert finding["result"] == f"{choose_engine('auto')} reads texts"
+        assert bool(graphs) == (choose_engine("auto") != "torch")
 
     def test_a_missing_student_is_a_problem(self, sandbox):
         result = d2llm("doctor", "--student", "nobody", "--json", sandbox / "report.json")

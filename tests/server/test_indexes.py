@@ -245,14 +245,18 @@ def test_each_index_changes_to_another_student_by_itself(folders: dict[str, Path
         assert client.post("/indexes/faq/v1/index/reload").json()["changed"]
         fingerprints = {index["name"]: index["fingerprint"] for index in client.get("/health").json()["indexes"]}
         assert fingerprints["docs"] == old.fingerprint != fingerprints["faq"]
-        assert client.get("/health").json()["fingerprint"] is None
+        health = client.get("/health").json()
+        assert (health["fingerprint"], health["engine"]) == (None, None)
+        assert {index["engine"] for index in health["indexes"]} == {old.student.engine}
         assert len(served.loaded) == 2
         for name in folders:  # the old student still works for the index that has it
             assert client.post(f"/indexes/{name}/v1/search", json={"query": QUERY}).status_code == 200
         point("docs")
         client.portal.call(served.reload)  # pyright: ignore[reportOptionalMemberAccess]
         until(lambda: len(served.loaded) == 1, "the end of the old student")
-        assert served.loaded[0].fingerprint == fingerprints["faq"] == client.get("/health").json()["fingerprint"]
+        health = client.get("/health").json()
+        assert served.loaded[0].fingerprint == fingerprints["faq"] == health["fingerprint"]
+        assert health["engine"] == old.student.engine
         assert ids(client.post("/indexes/docs/v1/search", json={"query": QUERY})) == {f"q{n}" for n in range(8)}
 
 

@@ -24,7 +24,10 @@ def doctor(
     ] = DEFAULT_STUDENT,  # not StudentOption: a missing student is one of the findings
     index: Annotated[Path | None, typer.Option(metavar="INDEX", help="Also check an index, with its student.")] = None,
     warm: Annotated[
-        bool, typer.Option("--warm", help="Also compile the loops of searches now, once for this machine and user.")
+        bool,
+        typer.Option(
+            "--warm", help="Also compile the loops of searches and export the student's graph, once for this user."
+        ),
     ] = False,
     device: DeviceOption = None,
     json_path: JsonOption = None,

@@ -31,7 +31,7 @@ def examine(
         student: a folder or name; it is loaded and scores two sentences.
         index: a folder; it is opened and searched with its own student.
         device: where the student computes.
-        warm: compile all loops now.
+        warm: compile all loops, and export the student's graph, now.
     """
     usable = True
     for check in install_checks():
@@ -45,7 +45,7 @@ def examine(
         Check("places", "cache folder", lambda: _writable("cache folder", user_cache_path("d2llm"))),
         Check("places", "cache of the Hub", _hub_cache),
         Check("places", "Hugging Face Hub", _hub),
-        Check("student", student, lambda: _check_student(student, device)),
+        Check("student", student, lambda: _check_student(student, device, warm=warm)),
     ]
     if index is not None:
         checks.append(Check("index", str(index), lambda: _check_index(index, device)))
@@ -106,7 +106,8 @@ def _hub() -> Finding:
     return Finding("places", "Hugging Face Hub", "ok", f"{constants.ENDPOINT} answers ({status})")
 
 
-def _check_student(name: str, device: str | None) -> Iterator[Finding]:
+def _check_student(name: str, device: str | None, *, warm: bool) -> Iterator[Finding]:
+    from d2llm.models.engines.engines import prepared_engine
     from d2llm.models.hub import find_student
     from d2llm.models.student import Student
     from d2llm.models.student_files import check_content
@@ -115,9 +116,11 @@ def _check_student(name: str, device: str | None) -> Iterator[Finding]:
         folder = find_student(name)
         check_content(folder)
         yield Finding("student", "weights", "ok", f"{folder}, matching its manifest")
-        student = Student.load(folder, device=device)
+        engine = "auto" if warm else prepared_engine("auto", folder, device=device)
+        student = Student.load(folder, device=device, engine=engine)
         base, dtype = student.backbone.location, str(student.compute_dtype).removeprefix("torch.")
         yield Finding("student", "backbone", "ok", f"{base}, {student.vector_dim} wide, in {dtype}")
+        yield Finding("student", "engine", "ok", f"{student.engine} reads texts")
         calibrated = ", ".join(sorted(student.calibration.tasks)) or "no task: scores only rank passages"
         yield Finding("student", "probabilities", "ok", f"calibrated for {calibrated}")
         started = time.perf_counter()
