@@ -205,8 +205,7 @@ class Index:
             exist_ok: open the index if there is one in the folder, which must be as these arguments describe it.
             device: device of the student, if it has to be loaded.
             dtype: its number format.
-            engine: the engine that encodes texts (``models.engines.engines``); ``auto`` exports the student's graph if
-                there is none, which takes a few seconds once.
+            engine: the engine that encodes texts; ``auto`` exports the student's graph once (``models.engines.engines``).
             changes: override single fields of the spec, as in ``Index.create(folder, student, vector_format="int8")``.
 
         Raises:
@@ -274,8 +273,7 @@ class Index:
             student: the student that made the index, if it has been moved since.
             device: device of the student.
             dtype: its number format.
-            engine: the engine that encodes texts (``models.engines.engines``); ``auto`` exports nothing, so that it is
-                torch if the student's graph was not exported on this machine.
+            engine: the engine that encodes texts; ``auto`` is torch if no graph was exported on this machine.
             lean: if the student allows it, read it without torch, in float32 on the CPU (``models.engines.lean``): much
                 quicker for a few searches without changes.
             allow_missing: search a sharded index without the shards that cannot be read; rankings name them
