@@ -205,7 +205,7 @@ class Index:
             exist_ok: open the index if there is one in the folder, which must be as these arguments describe it.
             device: device of the student, if it has to be loaded.
             dtype: its number format.
-            engine: the engine that encodes texts; ``auto`` exports the student's graph once (``models.engines.engines``).
+            engine: the engine that encodes texts; ``auto`` exports the student's graph once (``models.engines``).
             changes: override single fields of the spec, as in ``Index.create(folder, student, vector_format="int8")``.
 
         Raises:
