@@ -15,8 +15,8 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 
-from d2llm import Student
-from d2llm.core.errors import ModelError
+from d2llm import Index, Passage, Student
+from d2llm.core.errors import FilterError, ModelError
 from d2llm.core.types import Ranking
 from d2llm.models.teachers.pair_teacher import TeacherScores
 from d2llm.models.writers.writer import Assignment, WrittenQueries
@@ -157,3 +157,23 @@ def test_rankings_at_the_same_time_are_those_one_by_one(folder: Path, models: Mo
             np.testing.assert_allclose(
                 [hit.score for hit in other.passages], [hit.score for hit in alone.passages], rtol=1e-5
             )
+
+
+def test_a_batch_of_different_searches_of_two_versions_ranks_each_as_alone(folder: Path, models: ModelService) -> None:
+    older = OpenVersion(folder, models)
+    Index.open(folder, models.student).upsert([Passage("new", "a cat by the sea at noon", metadata={"year": 2003})])
+    newer = OpenVersion(folder, models, older)
+    settings = [PLAIN, EXACT, *(PLAIN.replace(filter=condition) for condition in ("year = 2003", "language = 'de'"))]
+    searches = [pending(version, query, one) for one in settings for version in (older, newer) for query in QUERIES]
+    bad = pending(newer, QUERIES[0], PLAIN.replace(filter="no_such_field = 1"))
+    together = rank_together([*searches[:9], bad, *searches[9:]])
+    assert isinstance(together.pop(9), FilterError)
+    for search, ranking in zip(searches, together, strict=True):
+        (alone,) = rank_together([search])
+        assert isinstance(ranking, Ranking)
+        assert isinstance(alone, Ranking)
+        assert ranking.query.text == search.query
+        assert ranking.passages == alone.passages
+        assert ranking.index_version == search.version.view.version
+    found = {place.passage.id for ranking in together if isinstance(ranking, Ranking) for place in ranking.passages}
+    assert "new" in found
