@@ -13,9 +13,9 @@ def compiled(is_compiled: bool) -> Iterator[None]:
     """Within it, indexes of any size are searched by compiled loops, or none is."""
     for loops in (kernels.BM25, kernels.MAXSIM):
         assert loops.load() is not None
-    before = kernels.MIN_ROWS
-    kernels.MIN_ROWS = 0 if is_compiled else 1 << 60
+    before = kernels.MIN_PARTS
+    kernels.MIN_PARTS = 0 if is_compiled else 1 << 60
     try:
         yield
     finally:
-        kernels.MIN_ROWS = before
+        kernels.MIN_PARTS = before

@@ -91,13 +91,13 @@ def test_damaged_words_are_an_error(part):
 
 def test_they_are_loaded_in_another_thread_after_a_few_calls():
     loops = CompiledLoops("bm25")
-    assert loops.get(kernels.MIN_ROWS - 1) is None
-    assert [loops.get(kernels.MIN_ROWS) for _ in range(kernels.MIN_CALLS)] == [None] * kernels.MIN_CALLS
+    assert loops.get(kernels.MIN_PARTS - 1) is None
+    assert [loops.get(kernels.MIN_PARTS) for _ in range(kernels.MIN_CALLS)] == [None] * kernels.MIN_CALLS
     assert loops._thread is None
     end = time.monotonic() + 60
-    while loops.get(kernels.MIN_ROWS) is None and time.monotonic() < end:
+    while loops.get(kernels.MIN_PARTS) is None and time.monotonic() < end:
         time.sleep(0.01)
-    assert loops.get(kernels.MIN_ROWS).RANGE > 0
+    assert loops.get(kernels.MIN_PARTS).RANGE > 0
 
 
 def test_without_numba_numpy_answers(caplog):
@@ -106,8 +106,8 @@ def test_without_numba_numpy_answers(caplog):
     assert loops.load() is None
     assert fallback_counts()["compiled loops"] == before + 1
     assert "NumPy does their work" in caplog.text
-    loops.get(kernels.MIN_ROWS)
-    assert loops.get(kernels.MIN_ROWS) is None
+    loops.get(kernels.MIN_PARTS)
+    assert loops.get(kernels.MIN_PARTS) is None
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, caplog):

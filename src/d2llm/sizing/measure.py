@@ -25,7 +25,7 @@ from d2llm.core.progress import progress_bar
 from d2llm.core.types import Passage, Task
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import PairTeacher
-from d2llm.ops.kernels import BM25, MAXSIM, MIN_ROWS
+from d2llm.ops.kernels import BM25, MAXSIM, MIN_PARTS
 from d2llm.retrieval.build_ann import empty_graph
 from d2llm.retrieval.index import PART_FORMATS
 from d2llm.retrieval.local_segment import open_view
@@ -51,7 +51,7 @@ _ENCODED_PASSAGES = 256
 _WORD_PASSAGES = 2_000
 _WORD_ROWS = 1 << 16
 _WRITTEN_PASSAGES = 20_000
-_TOKEN_ROWS, _TOKENS_OF_ROW = MIN_ROWS, 128
+_TOKEN_ROWS, _TOKENS_OF_ROW = MIN_PARTS, 128
 _TIMED_PAIRS = 40
 _MIN_QUERIES = 100
 

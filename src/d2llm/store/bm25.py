@@ -125,6 +125,10 @@ class WordIndex:
     # The corpus as a whole -----------------------------------------------------------------------------------------
 
     @cached_property
+    def _num_words(self) -> int:
+        return sum(len(segment.tokens) for segment in self._segments)
+
+    @cached_property
     def _num_live(self) -> int:
         return len(self) if self._live is None else int(self._live.sum())
 
@@ -248,7 +252,7 @@ class WordIndex:
         ``allowed`` [rows] is true for rows that may be returned; by default all are. The scores are bit-identical to
         those of ``scores``.
         """
-        kernels = BM25.get(len(self))
+        kernels = BM25.get(self._num_words)
         if kernels is not None:
             return self.best_compiled(kernels, query, num, allowed)[:2]
         scores = usable = self.scores(query)
@@ -292,7 +296,7 @@ class WordIndex:
         num_known = int(np.count_nonzero(query.weights))  # the others come last and add nothing
         owner = np.searchsorted(self._firsts, rows, side="right") - 1
         passages, windows = np.zeros(len(rows), np.float32), np.zeros(len(rows), np.float32)
-        kernels = BM25.get(len(self))
+        kernels = BM25.get(self._num_words)
         score = self._score_segment if kernels is None else partial(self._score_compiled, kernels)
         for at in np.unique(owner).tolist():
             places = np.flatnonzero(owner == at)

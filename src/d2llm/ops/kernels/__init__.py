@@ -19,8 +19,8 @@ from d2llm.core.fallbacks import fell_back
 
 _log = logging.getLogger(__name__)
 _COMPILING = 2.0  # seconds from which loading was compiling
-MIN_ROWS = 20_000
-"""With fewer rows, NumPy is as fast."""
+MIN_PARTS = 20_000
+"""With fewer words or token embeddings, NumPy is as fast."""
 MIN_CALLS = 3
 """A program that asks less often has ended before kernels are loaded. A search asks twice."""
 
@@ -41,12 +41,13 @@ class CompiledLoops:
         self._calls = 0
         self._thread: threading.Thread | None = None
 
-    def get(self, num_rows: int) -> Any:
-        """The module, for a call about so many rows; None if NumPy is as fast, or while it is not loaded.
+    def get(self, num_parts: int) -> Any:
+        """The module, for a call about an index of so many words or token embeddings; None while it is not loaded.
 
-        Numbers of calls and of rows alone decide whether it is loaded, so no call waits for it.
+        Numbers of calls and of parts alone decide whether it is loaded, so no call waits for it. None also if there are
+        so few parts that NumPy is as fast.
         """
-        if num_rows < MIN_ROWS:
+        if num_parts < MIN_PARTS:
             return None
         if self._module is None and self._thread is None:
             self._calls += 1
