@@ -2,8 +2,8 @@
 
 Each number of threads has a process of its own, in which the engines take turns of some calls; figures are medians in
 milliseconds, tokenizing included; ``cpu`` is the time of all threads together, which a busy machine changes little.
-``cold`` is a process that reads one question and ends, such as `d2llm search`: milliseconds from the start of its
-imports to the first vector, by the lean student and by each runtime with the graph alone.
+``cold`` is a process that reads one question and ends, such as `d2llm search`: milliseconds from opening to the first
+vector, after the imports of d2llm, by the lean student and by each runtime with the graph alone, its import included.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def read_cold(name: str, graph: Path, repeats: int) -> dict[str, float]:
     """Median milliseconds of a process's imports, of opening, and of reading the first question."""
     measured: dict[str, float] = {}
     for engine, code in _COLD.items():
-        timed = f"import sys, time\nbegin = time.perf_counter()\n{code}\nprint(time.perf_counter() - begin)"
+        timed = f"import sys, time\nimport d2llm.models.engines.lean\nbegin = time.perf_counter()\n{code}\nprint(time.perf_counter() - begin)"
         command = [sys.executable, "-c", timed, name, str(graph), QUESTION]
         runs = [
             float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(repeats)

@@ -21,6 +21,7 @@ from d2llm.models.backbone import Backbone
 from d2llm.models.device import inference, tokens_to_read
 from d2llm.models.engines.core_workers import map_on_cores
 from d2llm.models.engines.engines import Engine, open_engine
+from d2llm.models.engines.lean_pooling import project_tokens
 from d2llm.models.late_chunking import ChunkReader, EncodedChunks
 from d2llm.models.pooling import TextPooling, to_sphere
 from d2llm.models.term_weights import TermWeights
@@ -219,7 +220,11 @@ class StudentEncoder(VectorScorer):
                     [starts[index] + place for place in places]
                     for index, (places, _) in zip(batch, chosen, strict=True)
                 ]
-                tokens = projection(torch.cat([states[row, places] for row, places in enumerate(kept)])).cpu().numpy()
+                rows = torch.cat([states[row, places] for row, places in enumerate(kept)])
+                if self._engine is None:
+                    tokens = projection(rows).cpu().numpy()
+                else:
+                    tokens = project_tokens(rows.numpy(), projection.weight.detach().numpy())
                 parts = np.split(tokens, np.cumsum([len(places) for places in kept])[:-1])
                 for index, (_, fraction), part in zip(batch, chosen, parts, strict=True):
                     token_rows[index] = part * np.float32(fraction)

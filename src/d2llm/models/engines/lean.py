@@ -23,7 +23,7 @@ from d2llm.models.document_expansion import DocumentExpansion
 from d2llm.models.engines.lean_bert import LeanBert
 from d2llm.models.engines.lean_head import LeanHead
 from d2llm.models.engines.lean_layers import Arrays
-from d2llm.models.engines.lean_pooling import LeanPooling, to_sphere
+from d2llm.models.engines.lean_pooling import LeanPooling, project_tokens, to_sphere
 from d2llm.models.fitted_part import Widths
 from d2llm.models.hub import find_student
 from d2llm.models.plain_student import PairScorer, PlainStudent, why_no_interaction
@@ -131,7 +131,7 @@ class LeanStudent(PlainStudent):
             if projection is not None:
                 places, fraction = projection.chosen(ids[start:], kind)
                 own = states[start:][places]
-                tokens.append(to_sphere(own @ projection.weight.T) * np.float32(fraction))
+                tokens.append(project_tokens(own, projection.weight) * np.float32(fraction))
             if advance is not None:
                 advance(1)
         lengths = tuple(tokenized.lengths)

@@ -68,6 +68,14 @@ def to_sphere(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     return vectors / np.maximum(norms, np.float32(1e-12)) * np.float32(vectors.shape[-1] ** 0.5)
 
 
+def project_tokens(states: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Token embeddings [tokens, token_dim] of states, as ``models.token_vectors`` makes them, in this thread alone.
+
+    A product of BLAS this small takes .01 ms, or as long as a busy core keeps its other threads waiting.
+    """
+    return to_sphere(np.einsum("td,kd->tk", states, weight))
+
+
 def _pma_shapes(config: Any, dim: int) -> dict[str, tuple[int, ...]]:
     inner, seeds = config.feedforward_dim or dim, config.num_seeds
     layers = dict.fromkeys(("query", "key", "value", "output"), (dim, dim))
