@@ -86,7 +86,8 @@ def read_cold(name: str, graph: Path, repeats: int) -> dict[str, float]:
     """Median milliseconds of a process's imports, of opening, and of reading the first question."""
     measured: dict[str, float] = {}
     for engine, code in _COLD.items():
-        timed = f"import sys, time\nimport d2llm.models.engines.lean\nbegin = time.perf_counter()\n{code}\nprint(time.perf_counter() - begin)"
+        imports = "import sys, time\nimport d2llm.models.engines.lean"
+        timed = f"{imports}\nbegin = time.perf_counter()\n{code}\nprint(time.perf_counter() - begin)"
         command = [sys.executable, "-c", timed, name, str(graph), QUESTION]
         runs = [
             float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(repeats)

@@ -220,11 +220,7 @@ class StudentEncoder(VectorScorer):
                     [starts[index] + place for place in places]
                     for index, (places, _) in zip(batch, chosen, strict=True)
                 ]
-                rows = torch.cat([states[row, places] for row, places in enumerate(kept)])
-                if self._engine is None:
-                    tokens = projection(rows).cpu().numpy()
-                else:
-                    tokens = project_tokens(rows.numpy(), projection.weight.detach().numpy())
+                tokens = self._token_embeddings(states, kept)
                 parts = np.split(tokens, np.cumsum([len(places) for places in kept])[:-1])
                 for index, (_, fraction), part in zip(batch, chosen, parts, strict=True):
                     token_rows[index] = part * np.float32(fraction)
@@ -232,6 +228,18 @@ class StudentEncoder(VectorScorer):
 
         encoded = self._read_batches(tokenized, read, advance)
         return replace(encoded, tokens=TokenVectors.join(token_rows, projection.dim))
+
+    def _token_embeddings(
+        self, states: Float[Tensor, "batch tokens states"], places: Sequence[Sequence[int]]
+    ) -> NDArray[np.float32]:
+        """The embeddings of a batch's tokens at these places of each text, text after text."""
+        projection = self._require_projection()
+        if self._engine is None:
+            return projection(torch.cat([states[row, kept] for row, kept in enumerate(places)])).cpu().numpy()
+        # Not by torch, whose threads a busy core keeps waiting for longer than a graph takes.
+        rows = states.numpy()
+        own = np.concatenate([rows[row, kept] for row, kept in enumerate(places)])
+        return project_tokens(own, projection.weight.detach().numpy())
 
     def _require_projection(self) -> TokenProjection:
         if self.token_projection is None:
