@@ -147,12 +147,14 @@ def main() -> None:
             "clients": CLIENTS,
             "cores": os.cpu_count(),
         }
-        with served(folder, device="cpu") as url, httpx2.Client(timeout=60) as http:
+        with served(folder, device="cpu") as server, httpx2.Client(timeout=60) as http:
+            url = server.address
             whole = {query: ask(http, url, query)["ids"] for query in queries}
             result["one process, one client"] = times([ask(http, url, query) for query in queries])
             result["one process"] = times(load(url, queries, LOAD_SECONDS))
-        small = {"shard_cpus": 1 / (2 * options.shards), "student_cpus": 0.25}
-        with served(folder, device="cpu", runner="ray", **small) as url, httpx2.Client(timeout=60) as http:
+        small: dict[str, Any] = {"shard_cpus": 1 / (2 * options.shards), "student_cpus": 0.25}
+        with served(folder, device="cpu", runner="ray", **small) as server, httpx2.Client(timeout=60) as http:
+            url = server.address
             ours = {query: ask(http, url, query)["ids"] for query in queries}
             result["same rankings"] = sum(ours[query] == whole[query] for query in queries)
             result["on Ray, one client"] = times([ask(http, url, query) for query in queries])
