@@ -129,7 +129,7 @@ def runs(folded: str) -> Iterator[Run]:
             singles = [(at, at + 1) for at in range(start, end)]
             yield Run(singles, [(at, at + 2) for at in range(start, end - 1)], is_spaced=False)
         else:
-            syllables = [each.span() for each in _scripts().syllable.finditer(folded, start, end)]
+            syllables = [syllable.span() for syllable in _scripts().syllable.finditer(folded, start, end)]
             found = syllables
             if kind == "dictionary":
                 found = [(start + first, start + last) for first, last in _dictionary_words(match[0])]

@@ -287,7 +287,7 @@ def _tuned(
         recalls += [found] if at in reported else []
     if tuning.own is not None:
         efforts = [[at, _FARTHER * effort] for at, effort in efforts]
-    tuned = replace(ann.record, efforts=efforts, recalls=[asdict(each) for each in recalls])
+    tuned = replace(ann.record, efforts=efforts, recalls=[asdict(recall) for recall in recalls])
     return AnnIndex(ann.base, ann.graph, tuned)
 
 

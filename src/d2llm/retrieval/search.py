@@ -191,7 +191,7 @@ class Searcher:
         rows = np.unique(np.concatenate([order.shown_rows(self.settings.document_passages) for order in orders]))
         texts = dict(zip(rows.tolist(), self._index.passages(rows), strict=True))
         seconds = (time.perf_counter() - begin) / len(block)
-        return [self._ranking(*each, texts, seconds) for each in zip(block, orders, strict=True)]
+        return [self._ranking(*query_and_order, texts, seconds) for query_and_order in zip(block, orders, strict=True)]
 
     def _ranking(
         self, prepared: PreparedQuery, order: Order, texts: Mapping[int, Passage], text_seconds: float
@@ -359,7 +359,7 @@ class Searcher:
             near_duplicates=self.settings.near_duplicates,
             says_the_same=says_the_same,
         )
-        left_out, better = (self._index.ids(order.rows[[*each]]) if same else [] for each in (same, same.values()))
+        left_out, better = (self._index.ids(order.rows[[*rows]]) if same else [] for rows in (same, same.values()))
         return order.selected(selected, dict(zip(left_out, better, strict=True)))
 
     def _texts(self, rows: NDArray[np.int64]) -> list[str]:

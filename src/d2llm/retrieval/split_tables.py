@@ -86,7 +86,7 @@ class TableSplitter:
         rows = [text[slice(*span)] for span in table.rows]
         names = _names(header)
         records = [_record(names, row) for row in rows]
-        in_header, *in_rows = self._count([f"{each}\n" for each in (header, *rows)])
+        in_header, *in_rows = self._count([f"{row}\n" for row in (header, *rows)])
         repeats_header = in_header <= self._room // _HEADER_OF_ROOM
         parts = rows if repeats_header else records
         sizes = in_rows if repeats_header else self._count([f"{record}\n\n" for record in records])

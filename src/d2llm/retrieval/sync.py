@@ -81,16 +81,16 @@ def sync_documents(
     before: list[dict[str, str]] = []  # what the index had of the files that were read or are gone
 
     def read() -> Iterator[Passage]:
-        for each in changed.by_file():
-            before.append(known.get(each.file.id, _Known()).passages)
-            read_ids.update(name for document in each.documents for name in (document.id, document.document_id))
-            yield from each.documents
+        for contents in changed.by_file():
+            before.append(known.get(contents.file.id, _Known()).passages)
+            read_ids.update(name for document in contents.documents for name in (document.id, document.document_id))
+            yield from contents.documents
 
     written = index.upsert_documents(read(), chunking, lenient_metadata=True, num_documents=changed.num_documents)
     names = {file.id for file in documents.files}
     unread = tuple(skipped.id for skipped in documents.skipped)
     gone = sorted(
-        name for name in known.keys() - names if not any(name == each or name.startswith(f"{each}/") for each in unread)
+        name for name in known.keys() - names if not any(name == path or name.startswith(f"{path}/") for path in unread)
     )
     before += [known[name].passages for name in gone]
     # A row may have moved to another file.

@@ -157,8 +157,8 @@ class _Upsert:
             block, left_out = known.leave_out_misfits(block)
             self.report = replace(self.report, left_out=Counter(self.report.left_out) + left_out)
         if _add_new_fields(self._storage, block, known):
-            for place, each in enumerate(self._storage.stores):
-                self._tables[place] = each.table()
+            for place, other in enumerate(self._storage.stores):
+                self._tables[place] = other.table()
                 self._versions[place] = self._tables[place].version
         self._versions[shard] = self._tables[shard].version
         changes = store.compare(block, self._tables[shard])

@@ -250,7 +250,7 @@ def request_id_of(request: Request) -> str:
 def _methods(app: FastAPI, path: str) -> list[str]:
     """All methods that the OpenAPI document has for a path; Starlette only knows those of a single route."""
     paths = cast("dict[str, dict[str, Any]]", app.openapi()["paths"])
-    matching = [each for each in paths if re.fullmatch(re.sub(r"\\\{[^}]*\}", ".+", re.escape(each)), path)]
+    matching = [known for known in paths if re.fullmatch(re.sub(r"\\\{[^}]*\}", ".+", re.escape(known)), path)]
     # Parameters may contain slashes, so ".../{name}" also matches ".../x/restore"; prefer the more specific template.
     matching.sort(key=lambda template: len(re.sub(r"\{[^}]*\}", "", template)))
     methods = {method.upper() for method in paths[matching[-1]]} if matching else set[str]()

@@ -453,7 +453,9 @@ class RouteTable:
 
     def prepare(self) -> None:
         """Collect the templates. FastAPI then computes what included routers add to their routes, once."""
-        routes = ((getattr(each, "path", None), getattr(each, "path_format", None)) for each in _routes_of(self._app))
+        routes = (
+            (getattr(route, "path", None), getattr(route, "path_format", None)) for route in _routes_of(self._app)
+        )
         # "/v1/passages/all" is not the passage "all"; a parameter that takes slashes takes what nothing else does.
         ordered = sorted(
             {(path, template) for path, template in routes if path and template},

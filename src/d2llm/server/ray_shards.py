@@ -332,11 +332,11 @@ class ShardCluster:
         ]
         made_for = store.manifest["index"], student.fingerprint
         if made_for != self._made_for:
-            each = self._settings.shard_replicas
+            replicas = self._settings.shard_replicas
             require_room(
                 "CPU",
-                len(desired) * each * self._settings.shard_cpus,
-                f"{len(desired)} shards with {each} actors each, of {self._settings.shard_cpus:g} CPUs,",
+                len(desired) * replicas * self._settings.shard_cpus,
+                f"{len(desired)} shards with {replicas} actors each, of {self._settings.shard_cpus:g} CPUs,",
                 "shard_cpus",
             )
             scorer, shards = ray.put(student.without_backbone()), [_Shard(one, self._settings) for one in desired]

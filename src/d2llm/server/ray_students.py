@@ -83,9 +83,9 @@ class StudentReplicas:
         self._name = f"d2llm-{student.fingerprint}"
         self._away = threading.Event()
         self._stopped = threading.Event()
-        for kind, each in (("CPU", settings.student_cpus), ("GPU", settings.student_gpus)):
+        for kind, size in (("CPU", settings.student_cpus), ("GPU", settings.student_gpus)):
             who = f"{settings.student_replicas} replicas of the student"
-            require_room(kind, settings.student_replicas * each, who, "student_replicas or what each reserves")
+            require_room(kind, settings.student_replicas * size, who, "student_replicas or what each reserves")
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         self._handle = self._deploy(source, settings)
 

@@ -104,19 +104,19 @@ def sent_fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
     """The fields that a client may send, by name."""
     unknown = model.unknown if issubclass(model, KnownFields) else frozenset[str]()
     fields = model.model_fields.items()
-    return {name: each for name, each in fields if name not in unknown and not shown_as(each).python_only}
+    return {name: field for name, field in fields if name not in unknown and not shown_as(field).python_only}
 
 
 def field_names(name: str, field: FieldInfo) -> list[str]:
     """The names that a field may have in a body, the usual one first."""
     alias = field.validation_alias
     choices = alias.choices if isinstance(alias, AliasChoices) else [alias or name]
-    return [each for each in choices if isinstance(each, str)]
+    return [choice for choice in choices if isinstance(choice, str)]
 
 
 def accepted_names(model: type[BaseModel]) -> list[str]:
     """The names that the fields of a body may have."""
-    return [each for name, field in sent_fields(model).items() for each in field_names(name, field)]
+    return [alias for name, field in sent_fields(model).items() for alias in field_names(name, field)]
 
 
 class Body(KnownFields):

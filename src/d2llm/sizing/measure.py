@@ -181,9 +181,9 @@ class _Measuring:
         times: list[float] = []
         until = time.perf_counter() + self.seconds
         while len(times) < fewest or time.perf_counter() < until:
-            each = next(endless)
+            item = next(endless)
             begin = clock()
-            work(each)
+            work(item)
             times.append(clock() - begin)
         return np.array(times)
 
@@ -224,7 +224,7 @@ class _Measuring:
         scan = RowScan(self._codes(vector_format, num_rows), vector_format)
         queries = self._vectors(8, vector_format.dim)
         rows = [self._rows(num_rows) for _ in queries]
-        single = self._median(lambda each: scan.products(queries[0], each), rows) / _mean_length(rows)
+        single = self._median(lambda some_rows: scan.products(queries[0], some_rows), rows) / _mean_length(rows)
         search = self._median(lambda query: scan.search(query, _CANDIDATES, ids_of=_any_ids), queries)
         return num_rows * vector_format.code_size / max(
             search - _CANDIDATES * single, search / 2
@@ -299,7 +299,7 @@ class _Measuring:
             file.flush()
             codes = np.memmap(file, np.uint8, "r", shape=(int(counts.sum()), vector_format.code_size))
             parts = PartVectors(places, codes, vector_format)
-            compared = self._median(lambda each: parts.sum_of_best(query, each), rows)
+            compared = self._median(lambda some_rows: parts.sum_of_best(query, some_rows), rows)
         return {name: self._speed(_mean_length(rows) * _TOKENS_OF_ROW * projection.dim / compared, advance)}
 
     def _interaction(self, advance: Advance) -> Speed | None:
@@ -324,7 +324,9 @@ class _Measuring:
         faiss.cvar.hnsw_stats.reset()
         graph.search(queries, _CANDIDATES, params=parameters)
         compared = faiss.cvar.hnsw_stats.ndis / len(queries)
-        searched = self._median(lambda each: graph.search(each[None], _CANDIDATES, params=parameters), list(queries))
+        searched = self._median(
+            lambda query_vector: graph.search(query_vector[None], _CANDIDATES, params=parameters), list(queries)
+        )
         return compared / searched, linked
 
     def _index(self, scan: Speed, product: Speed, pairs: Speed | None) -> tuple[float, float]:
@@ -334,7 +336,7 @@ class _Measuring:
         """
         vectors = self._vectors(_WRITTEN_PASSAGES, self.student.vector_dim)  # distinct: equal ones are ordered by id
         copies = range(-(-_WRITTEN_PASSAGES // len(self.passages)))
-        passages = [replace(each, id=f"{each.id}-{copy}") for copy in copies for each in self.passages]
+        passages = [replace(passage, id=f"{passage.id}-{copy}") for copy in copies for passage in self.passages]
         passages = passages[:_WRITTEN_PASSAGES]
         with TemporaryDirectory() as folder:
             spec = StoredSpec(student=self.student.fingerprint, dim=self.student.vector_dim)
@@ -355,7 +357,7 @@ class _Measuring:
         scored = 0.0 if pairs is None else _CANDIDATES / pairs.value
         counts_interaction = self.student.prepare(vectors[0], self.task).bound > 0
         stages = scanned + singly + (singly + scored if counts_interaction else 0)
-        text_bytes = sum(len(each.full_text.encode()) for each in passages)
+        text_bytes = sum(len(passage.full_text.encode()) for passage in passages)
         return 1e3 * max(texts, whole - stages), text_bytes / seconds
 
 

@@ -407,7 +407,7 @@ def bm25_lists(
         rankings = rank_passages(index, ids, (query.text for query in queries), depth)
         for query, candidates in zip(queries, rankings, strict=True):
             own = unwanted.get(query.id, ())
-            lists.append([each.passage_id for each in candidates if each.passage_id not in own][:top_k])
+            lists.append([candidate.passage_id for candidate in candidates if candidate.passage_id not in own][:top_k])
             advance(1)
     return lists
 

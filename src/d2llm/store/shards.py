@@ -359,7 +359,7 @@ def open_shard(
             )
     store = IndexStore.open(path)
     if store.manifest["student"] != manifest["student"]:
-        maker, other = (name_student(each["student"], each["student_source"]) for each in (manifest, store.manifest))
+        maker, other = (name_student(spec["student"], spec["student_source"]) for spec in (manifest, store.manifest))
         raise IndexMismatchError(
             f"{place} in {record.address} was made by student {other}, but the index by {maker}; put the right shard "
             "there, or shard the index again"

@@ -178,7 +178,7 @@ def update_word_files(folder: Path, generation: int, num_rows: int, segment_of: 
     parts = _cover(_parts(folder, generation), num_rows)
     for group in _groups(parts):
         opened = [_open(part, whole=True) for part in group]
-        segments = [each for each in opened if not isinstance(each, str)]
+        segments = [segment for segment in opened if not isinstance(segment, str)]
         if len(segments) == len(group):  # damaged ones are left as they are until a repair
             _write(folder, generation, group[0].first, WordSegment.join(segments))
             for part in group:

@@ -175,10 +175,10 @@ class WordSegment:
             tokens.append(places[segment.tokens])
             num_tokens += len(segment.tokens)
         firsts = np.cumsum([0, *map(len, segments)]).tolist()
-        added = {first: each.added for first, each in zip(firsts, segments, strict=False) if each.added is not None}
+        added = {first: part.added for first, part in zip(firsts, segments, strict=False) if part.added is not None}
         joined = AddedWords.join(added) if added else None
         segment = cls._from_tokens(vocabulary, np.concatenate(tokens), np.concatenate(offsets), joined)
-        return replace(segment, by_dictionary=any(each.by_dictionary for each in segments))
+        return replace(segment, by_dictionary=any(part.by_dictionary for part in segments))
 
     @classmethod
     def _from_tokens(

@@ -121,9 +121,9 @@ class LeanBert(TextReader):
             return False
         names = {name.removeprefix("bert."): name for name in file.keys()}  # noqa: SIM118 - it is no dictionary
         slices = {name: file.get_slice(named) for name, named in names.items() if not name.startswith(_NOT_USED)}
-        if {name: tuple(each.get_shape()) for name, each in slices.items()} != shapes:
+        if {name: tuple(part.get_shape()) for name, part in slices.items()} != shapes:
             return False
-        if not {each.get_dtype() for each in slices.values()} <= {"F32", "F16"}:
+        if not {part.get_dtype() for part in slices.values()} <= {"F32", "F16"}:
             return False
         self._words = slices.pop(_WORDS)  # only the rows of the texts' tokens are read
         unused = tuple(f"{_LAYER}{n}." for n in range(self.num_layers, _num_layers(shapes)))

@@ -135,7 +135,7 @@ def _shapes(config: InteractionConfig, dim: int) -> dict[str, tuple[int, ...]]:
         return {"log_scale": ()}
     names = {tasks: (*tasks,) if config.branches == "per_task" else (_SHARED,) for tasks in (TASKS, config.tasks)}
     maps = ("query_map", "passage_map")
-    shapes: dict[str, tuple[int, ...]] = {f"dots.{name}.{each}": (dim, dim) for name in names[TASKS] for each in maps}
+    shapes: dict[str, tuple[int, ...]] = {f"dots.{name}.{layer}": (dim, dim) for name in names[TASKS] for layer in maps}
     shapes |= {f"dots.{name}.log_scale": () for name in names[TASKS]}
     if not config.tasks:
         return shapes

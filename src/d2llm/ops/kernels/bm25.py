@@ -26,7 +26,7 @@ _GROUP = 64  # rows whose sums are looked at only if one of them has a term
 _ROUNDING = 1.0 + 1e-5  # no sum in float32 is above the same sum of float64 bounds, times this
 _FILTER = 1 << 10  # of a row's words, most are seen not to be in the query by this many bits
 
-_u32, _u16, _f32, _i64 = (read_only(each) for each in (types.uint32, types.uint16, types.float32, types.int64))
+_u32, _u16, _f32, _i64 = (read_only(dtype) for dtype in (types.uint32, types.uint16, types.float32, types.int64))
 
 
 @inlined

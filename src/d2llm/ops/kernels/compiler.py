@@ -64,8 +64,8 @@ class CompiledCode(NamedTuple):
 def compiled_code() -> CompiledCode:
     """What was compiled, and where it is kept."""
     statistics = [kernel.stats for kernel in _kernels]
-    folders = [each.cache_path for each in statistics if each.cache_path is not None]
-    num_loaded = sum(bool(each.cache_hits) for each in statistics)
+    folders = [kernel.cache_path for kernel in statistics if kernel.cache_path is not None]
+    num_loaded = sum(bool(kernel.cache_hits) for kernel in statistics)
     return CompiledCode(len(_kernels), len(_kernels) - num_loaded, len(folders), sorted({*folders}))
 
 

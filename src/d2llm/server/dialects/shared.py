@@ -53,7 +53,7 @@ class ClientBody(KnownFields):
         sent = cast("dict[str, Any]", body)
         names: dict[str, str] = {}
         for name, field in cls.model_fields.items():
-            used = [each for each in field_names(name, field) if each in sent]
+            used = [alias for alias in field_names(name, field) if alias in sent]
             if len(used) > 1:
                 kind = PydanticCustomError("twice", "{problem}", {"problem": f"it is the same as {used[0]}; send one"})
                 raise ValidationError.from_exception_data(cls.__name__, [{"type": kind, "loc": (used[1],), "input": 0}])
