@@ -104,9 +104,8 @@ class ByHand:
         text, vector, tokens = query
         dot = self.student.query_vectors(vector, TASK)[0]
         near = self.graph.search(dot, EACH, threads=1).keys.astype(np.int64)
-        words = "".join(letter if letter.isalnum() else " " for letter in text).lower()
         searcher = self.words.searcher()
-        hits = searcher.search(self.words.parse_query(words, ["text"]), EACH).hits
+        hits = searcher.search(self.words.parse_query(plain_words(text), ["text"]), EACH).hits
         bm25 = {int(searcher.doc(address)["row"][0]): score for score, address in hits}
         rows = np.union1d(near, np.array(list(bm25), np.int64))
         scores = self.vectors[rows] @ dot
@@ -149,9 +148,13 @@ class LanceHybrid:
     def rank(self, query: Encoded) -> list[int]:
         """Rows of the first ten."""
         vector = self.student.query_vectors(query[1], TASK)[0]
-        words = "".join(letter if letter.isalnum() else " " for letter in query[0])
-        search = self.table.search(query_type="hybrid").vector(vector).text(words).distance_type("dot")
+        search = self.table.search(query_type="hybrid").vector(vector).text(plain_words(query[0])).distance_type("dot")
         return search.limit(TOP_K).select(["row"]).to_arrow()["row"].to_pylist()
+
+
+def plain_words(text: str) -> str:
+    """A query without what the query languages of others read as operators."""
+    return "".join(letter if letter.isalnum() else " " for letter in text).lower()
 
 
 def not_installed() -> str:

@@ -24,6 +24,7 @@ _BUSY_S = 10.0  # wait for a writer; else the next slow filter tries again
 _SAMPLED_ROWS = 1_000  # of an index, from which SQLite learns which of several is best
 
 _making: set[tuple[Path, str]] = set()
+"""Fields that a thread is at work for; which have an index, the table itself knows."""
 _lock = threading.Lock()
 
 
@@ -48,15 +49,19 @@ def _make(path: Path, fields: Collection[str]) -> None:
     begin = time.perf_counter()
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", timeout=_BUSY_S, uri=True)) as connection:
-            for name in fields:
+            present = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'index'")}
+            missing = [name for name in fields if f"filter_{name}" not in present]
+            if not missing:
+                return
+            for name in missing:
                 index = f"CREATE INDEX IF NOT EXISTS `filter_{name}` ON passages(`{name}`, born, died, d2_row)"
                 connection.execute(index)
             connection.execute(f"PRAGMA analysis_limit={_SAMPLED_ROWS}")
             connection.execute("ANALYZE passages")
             connection.commit()
+        _log.info("%s: indexed %s in %.1f s, because filters are slow", path, missing, time.perf_counter() - begin)
     except sqlite3.Error as error:
         _log.info("%s: fields that filters name cannot be indexed (%s)", path, error)
+    finally:
         with _lock:
             _making.difference_update((path, name) for name in fields)
-        return
-    _log.info("%s: indexed %s in %.1f s, because filters are slow", path, fields, time.perf_counter() - begin)

@@ -279,9 +279,8 @@ def _openvino(file: Path, dtype: torch.dtype) -> _Run:
 
     # Run once in one thread: two threads that create OpenVINO's first tensors at the same time deadlock, because one
     # waits for the GIL while it holds the lock of a C++ static that the other waits for.
-    if (
-        len(run(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64)).vectors) != 1
-    ):  # seen with 8-bit weights and a lower ISA
+    first = run(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64))
+    if len(first.vectors) != 1:  # seen with 8-bit weights and a lower ISA
         raise ModelError(
             "OpenVINO returns no vector for a text with this student on this CPU; unset ONEDNN_MAX_CPU_ISA if it is "
             "set, or use another engine"
