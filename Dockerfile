@@ -11,9 +11,10 @@ WORKDIR /app
 COPY Makefile constraints.txt pyproject.toml README.md LICENSE ./
 COPY scripts scripts
 COPY src src
+COPY packages packages
 ARG TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 ENV PIP_NO_CACHE_DIR=1
-RUN make setup EXTRAS=serve TORCH="$TORCH"
+RUN make setup EXTRAS=mcp TORCH="$TORCH"
 
 USER d2llm
 WORKDIR /data

@@ -17,7 +17,7 @@ export PYTHON TORCH TORCH_PINNED EXTRAS
 export PYTHONDONTWRITEBYTECODE := # compiled modules are kept: the tests start Python hundreds of times
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-fast test-avx2 test-remote check fuzz bench clean
+.PHONY: help setup demo test test-all test-fast test-avx2 test-remote check docs fuzz bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -38,7 +38,7 @@ test-all: setup ## set up and run all tests, with more examples; ARGS="-m rest" 
 	@echo "==> running all tests in $(WORKERS) processes"
 	@D2LLM_TEST_ALL=1 $(PYTEST)s --durations=5 --durations-min=5 $(ARGS)
 
-test-fast: setup ## set up and run the quick tests, which start no programs: about three minutes
+test-fast: setup ## set up and run the quick tests, which start no programs: two minutes
 	@echo "==> running the quick tests in $(WORKERS) processes"
 	@$(PYTEST) -m "not slow" $(ARGS)
 
@@ -63,6 +63,10 @@ check: setup ## set up and check format, lint, types and import order
 	@echo "==> checking the import order (import-linter)"
 	@$(BIN)/lint-imports
 
+docs: setup ## set up and build the documentation as a site, in site/; broken links are errors
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build $(ARGS)
+	@echo "==> to read it: $(BIN)/python -m http.server --directory site"
+
 fuzz: setup ## set up and send the server requests that its OpenAPI description allows, and others
 	@$(BIN)/python scripts/fuzz_api.py $(ARGS)
 
@@ -74,5 +78,5 @@ bench: setup ## set up and run every benchmark, printing its table
 
 clean: ## remove .venv, caches and builds
 	@echo "==> removing .venv, caches and builds"
-	@rm -rf .venv build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.* htmlcov
+	@rm -rf .venv build dist site .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.* htmlcov
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -30,7 +30,7 @@ from d2llm.data.beir import Dataset, read_beir
 from d2llm.ops.measures import per_query_measures
 from d2llm.retrieval.chunking import Chunker
 from d2llm.retrieval.index import Index
-from d2llm.store.side_files import Chunking
+from d2llm.store.index_manifest import Chunking
 
 SPLITS = ((256, 0), (128, 0), (128, 32))
 LATE = (256, 128)

@@ -3,7 +3,8 @@
 One run on all cores (or --threads), with the rows interleaved on an otherwise idle machine; each row reports the
 minimum of its repeats. Texts are real passages of several data sets, of mixed lengths, truncated to the same number of
 tokens by all; every row gets texts and returns vectors, tokenizing included. Besides the speed, it measures how far the
-vectors are from torch's in float32.
+vectors are from torch's in float32, and what fraction of the machine's limit is reached: operations for the texts
+themselves, over those of the fastest products of the model's shapes in the row's number format (``scaling.roofline``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scaling.roofline import Encoder, measure_limits
 
 from d2llm import Student
 from d2llm.core.manifest import package_versions
@@ -109,10 +111,23 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     texts = read_texts(arguments.data, arguments.texts)
     encoders = rows(arguments.student)
-    lengths = Student.load(arguments.student).tokenize(texts, "passage").lengths
+    student = Student.load(arguments.student)
+    lengths = student.tokenize(texts, "passage").lengths
+    encoder = Encoder.shape_of(student.backbone.model)
+    formats = ["float32", "int8", *(["bfloat16"] if cpu_has_fast_bfloat16() else [])]
+    limits = measure_limits(encoder, formats)
     rows_measured = measure(encoders, texts, arguments.repeats)
+    limits = {name: max(value, limits[name]) for name, value in measure_limits(encoder, formats).items()}
+    operations = encoder.forward((1, length) for length in lengths) / len(texts) / 1e9
+    print("limits, GFLOP/s:", ", ".join(f"{name} {value:,.0f}" for name, value in limits.items()))
     for name, row in rows_measured.items():
-        print(f"{name:24} {row['texts_per_second']:8.1f} texts/s  x{row['ratio']:.2f}  {row.get('least_cosine', '')}")
+        number_format = next((other for other in ("int8", "bfloat16") if other in name), "float32")
+        row["gflop_per_second"] = operations * row["texts_per_second"]
+        row["fraction_of_limit"] = row["gflop_per_second"] / limits[number_format]
+        print(
+            f"{name:24} {row['texts_per_second']:8.1f} texts/s  x{row['ratio']:.2f}  "
+            f"{row['fraction_of_limit']:4.0%} of the limit  {row.get('least_cosine', '')}"
+        )
     result = {
         "student": arguments.student,
         "data": [folder.name for folder in arguments.data],
@@ -121,6 +136,7 @@ def main() -> None:
         "threads": arguments.threads,
         "bfloat16_products": cpu_has_fast_bfloat16(),
         "packages": package_versions(),
+        "limits": limits,
         "rows": rows_measured,
     }
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

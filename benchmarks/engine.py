@@ -3,15 +3,16 @@
     pip install usearch tantivy lancedb
     python benchmarks/engine.py                                   20,000 passages, a few minutes
     python benchmarks/engine.py --passages 100000 --work INDICES --json benchmarks/results/engine.json
+    python scripts/quality_tables.py                              README's table of costs, from that file
 
 Each query goes to all searches, in random order because each leaves caches to the next that hold its own data. Nothing
-is read again: the query's vector and those of its tokens are known. Times are those of the processor, so other work
-matters little. "By hand" is an approximate index of usearch (HNSW, 16-bit
-numbers), an inverted index of tantivy (English stems), and MaxSim in NumPy over both lists, 16-bit tokens; its scores
-are added with the weights of the student. Recall is that of the first ten against the full score of every passage; that
-of "by hand" is lower also because its BM25 is another one. LanceDB and FAISS rank by other scores. PyLate's index
-(fast-plaid 1.7) is built for older versions of torch, and crashes with 2.13. Passages are real ones and variations
-(`scaling.corpus`).
+is read again: the query's vector and those of its tokens are known. How long reading takes is measured apart, and so is
+a cross-encoder of the student's size, which reads the query with the first 20 passages. Times are those of the
+processor, so other work matters little. "By hand" is an approximate index of usearch (HNSW, 16-bit numbers), an
+inverted index of tantivy (English stems), and MaxSim in NumPy over both lists, 16-bit tokens; its scores are added with
+the weights of the student. Recall is that of the first ten against the full score of every passage; that of "by hand"
+is lower also because its BM25 is another one. LanceDB and FAISS rank by other scores. PyLate's index (fast-plaid 1.7)
+is built for older versions of torch, and crashes with 2.13. Passages are real ones and variations (`scaling.corpus`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and FAISS are imported
@@ -42,10 +44,12 @@ from scaling.stores import build
 from d2llm import Student
 from d2llm.core.manifest import package_versions
 from d2llm.core.types import Query
+from d2llm.models.row_features import mean_of_cosines
+from d2llm.models.teachers.pair_teacher import score_passages
 from d2llm.ops.kernels import BM25, MAXSIM
+from d2llm.recipe import ClassifierTeacherConfig
 from d2llm.retrieval.build_ann import build_ann
 from d2llm.retrieval.local_segment import open_view
-from d2llm.retrieval.row_features import mean_of_cosines
 from d2llm.retrieval.search import Searcher
 from d2llm.retrieval.segments import IndexView
 from d2llm.retrieval.settings import SearchSettings
@@ -57,6 +61,7 @@ from d2llm.store.view import PassageView
 STUDENT = "d2llm-minilm"
 TASK = "asymmetric"
 TOP_K = 10
+SHOWN = 20  # passages that the cross-encoder reads with a query
 EACH = 100  # candidates of each of the parts put together by hand
 EXPANSION = 300  # of usearch: with it, it finds as much of the first hundred as our approximate index
 
@@ -174,6 +179,34 @@ def ours(view: IndexView, known: KnownVectors, **settings: Any) -> Callable[[Enc
     return rank
 
 
+def reading(texts: Sequence[str], shown: Sequence[Sequence[str]]) -> dict[str, dict[str, float]]:
+    """Times of what models read: queries by the student, and by a cross-encoder, each with the passages shown."""
+    student = Student.load(STUDENT, engine="auto")
+    # Its head is new: the scores mean nothing, but take as long as any.
+    cross_encoder = ClassifierTeacherConfig(model="minilm", new_head=True, max_tokens=256).load(device="cpu")
+    works: dict[str, Callable[[int], object]] = {
+        "vector of a query": lambda place: student.encode_queries([texts[place]]),
+        "vector and tokens of a query": lambda place: student.encode_with_tokens([texts[place]], "query"),
+        f"cross-encoder, {SHOWN} passages": lambda place: score_passages(
+            cross_encoder, texts[place], shown[place], TASK
+        ),
+    }
+    times: dict[str, dict[str, float]] = {}
+    for name, work in works.items():
+        values: list[float] = []
+        for place in (0, *range(len(texts))):
+            begin = time.process_time()
+            work(place)
+            values.append(1e3 * (time.process_time() - begin))
+        times[name] = percentiles(values[1:])
+    return times
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """The median and the 90th percentile."""
+    return {f"p{each}": float(np.percentile(values, each)) for each in (50, 90)}
+
+
 def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Times, recall and bytes."""
     student = Student.load(STUDENT)
@@ -202,6 +235,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "vectors and words": ours(view, known, score_features=of_words),
         "vectors alone": ours(view, known, score_features={}),
         "vectors alone, all scanned": ours(view, known, score_features={}, sources=("vectors",)),
+        "words alone": lambda query: view.segments[0].match(query[0], TOP_K).rows.tolist(),
     }
     skipped = not_installed() if not args.no_peers else "not asked for"
     if not skipped:
@@ -227,15 +261,22 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
                 rows = rank(query)
                 times[name].append(1e3 * (time.process_time() - begin))
                 found[name].append(len(set(rows) & set(best)) / len(best))
+    searcher = Searcher(view, known, SearchSettings(task=TASK, top_k=SHOWN))
+    shown: list[list[str]] = []
+    for text, vectors_of_query, tokens in queries:
+        [ranking] = searcher.rank([Query("1", text)], vectors=vectors_of_query, tokens=tokens)
+        shown.append([result.passage.full_text for result in ranking.passages])
     return {
         "passages": args.passages,
+        "characters a passage": round(fmean(len(p.full_text) for passages, _ in corpus.blocks() for p in passages), 1),
         "queries": len(queries),
         "machine": processor_name(),
         "packages": package_versions(),
         "graph": graph,
+        "reading": reading([query[0] for query in queries], shown),
         "searches": {
             name: {
-                "ms": {f"p{each}": float(np.percentile(values, each)) for each in (50, 90)},
+                "ms": percentiles(values),
                 "recall": float(np.mean(found[name])),
             }
             for name, values in times.items()
@@ -260,6 +301,8 @@ def main() -> None:
         result = measure(args, args.work or Path(place))
     for name, row in result["searches"].items():
         print(f"{name:40} p50 {row['ms']['p50']:7.2f} ms, p90 {row['ms']['p90']:7.2f} ms, recall {row['recall']:.3f}")
+    for name, row in result["reading"].items():
+        print(f"{name:40} p50 {row['p50']:7.2f} ms, p90 {row['p90']:7.2f} ms")
     if "by hand" in result:
         print(f"{'by hand':40} {result['by hand']}")
     if args.json:

@@ -115,7 +115,7 @@ def _trained_on_real_queries(fitting: Fit, data: Path, work: Path) -> Path:
     own = recipe.data[0].model_copy(update={"path": str(data)} | changes)
     run = Run(recipe.model_copy(update={"data": (own,)}), work / "real-run")
     run.finish()
-    return run.parts.student
+    return run.folder.student
 
 
 def rows(report: EvaluationReport) -> list[dict[str, Any]]:

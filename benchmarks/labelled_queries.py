@@ -58,7 +58,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     run = Run(arguments.recipe, arguments.run, data=arguments.data, device="cpu", dtype="float32")
-    sources = run.parts.sources(run.recipe)
+    sources = run.folder.sources(run.recipe)
     imitation = run.recipe.losses.with_imitation(
         {"list_imitation": 0.5, "in_batch_cross_entropy": 0.0, "dot_cross_entropy": 0.0}
     )
@@ -67,9 +67,9 @@ def main() -> None:
     def measured(chosen: list[TrainingSource], trained: Recipe, variants: list[str]) -> Any:
         return ablate(
             chosen,
-            run.parts.path / "ablation",
+            run.folder.path / "ablation",
             recipe=trained,
-            labels=run.parts.labels,
+            labels=run.folder.labels,
             teacher=run.teacher,
             variants=variants,
             num_seeds=1,

@@ -107,7 +107,7 @@ def make_run(run: Run, part: Part, *, beside: bool = False) -> LabelReport:
 
     Plans are last, and one of them has all that the mined one had: who is interrupted repeats the call.
     """
-    lists_alone = Run(run.recipe, run.parts.path / "lists") if beside else run
+    lists_alone = Run(run.recipe, run.folder.path / "lists") if beside else run
     listed: list[DataConfig] = []
     plans: list[tuple[Path, str, list[PlanEntry]]] = []
     for data in run.recipe.data:
@@ -119,20 +119,20 @@ def make_run(run: Run, part: Part, *, beside: bool = False) -> LabelReport:
         is_retrieval = isinstance(dataset, Dataset)
         entries = plan_of_lists(dataset, lists, part) if is_retrieval else plan_of_graded_pairs(dataset, lists, part)
         listed.append(data)
-        _write(lists_alone.parts.plan(data), name, entries)
+        _write(lists_alone.folder.plan(data), name, entries)
         if beside:
             own = {entry.query_id for entry in entries}
-            mined = [entry for entry in read_plan(run.parts.plan(data)).entries if entry.query_id not in own]
-            plans.append((run.parts.plan(data), name, sorted([*entries, *mined], key=lambda entry: entry.query_id)))
+            mined = [entry for entry in read_plan(run.folder.plan(data)).entries if entry.query_id not in own]
+            plans.append((run.folder.plan(data), name, sorted([*entries, *mined], key=lambda entry: entry.query_id)))
     recipe = run.recipe.model_copy(update={"data": tuple(listed)})
-    report = Run(recipe, lists_alone.parts.path).label()
+    report = Run(recipe, lists_alone.folder.path).label()
     if report.num_undecided:
         raise ValueError(f"{report.num_undecided} pairs of the lists were not recorded")
     for plan in plans:
         _write(*plan)
     if beside:
-        shutil.copytree(lists_alone.parts.labels, run.parts.labels, dirs_exist_ok=True)
-        shutil.rmtree(lists_alone.parts.path)
+        shutil.copytree(lists_alone.folder.labels, run.folder.labels, dirs_exist_ok=True)
+        shutil.rmtree(lists_alone.folder.path)
     return report
 
 

@@ -92,7 +92,7 @@ def measure(data: Path, work: Path, seed: int, max_queries: int) -> dict[str, di
     """Train a student, and measure each choice of terms: nDCG@10 by data set."""
     run = Run(recipe(data, seed, max_queries), work / f"seed-{seed}")
     run.finish()
-    student = Student.load(run.parts.student)
+    student = Student.load(run.folder.student)
     datasets = [read_beir(data / name, splits=["train", "dev", "test"]) for name in SETS]
     fit_tokens(student, datasets, TokensConfig(max_queries=max_queries), seed=seed)
     lists = [make_feature_lists(student, dataset, "asymmetric", terms=TERMS, seed=seed) for dataset in datasets]

@@ -2,7 +2,7 @@
 
     python benchmarks/size.py                                     10,000 and 20,000 passages
     python benchmarks/size.py --passages 1000000 --real 5000 --queries 100 --index INDICES/engine-1000000
-    python benchmarks/size.py --ship      write the figures that ship with d2llm, from benchmarks/results
+    python benchmarks/size.py --ship      write the figures that ship with d2llm
 
 An index is built for each number of passages, as `score_features.py` does it: texts are variations of real ones,
 doubled in length, vectors of windows are random, those of tokens are variations too. With `--index`, it is the one that
@@ -14,16 +14,15 @@ ids and vectors, the same texts.
 One thread, one query at a time, without encoding it; the kinds of search are interleaved for each query. Times are
 those of the processor; still, other work on the machine takes some of the memory's speed from one part or the other.
 
-What ships with d2llm is not this machine's: `--ship` derives it from the results of other benchmarks, which were
-measured on idle machines. Speeds that no benchmark has measured are left out, and `d2llm size` says so. Licences of the
-texts: squad-sent CC BY-SA 4.0, medquad CC BY 4.0, quora for research only; only facts such as their lengths are kept.
+What ships with d2llm are the speeds of the machine on which `--ship` is run, which must be idle, and what other
+benchmarks have found of teachers, of the approximate index and of BM25. Licences of the texts: squad-sent CC BY-SA 4.0,
+medquad CC BY 4.0, quora for research only; only facts such as their lengths are kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import tempfile
 import time
@@ -51,11 +50,10 @@ from d2llm.sizing.index_bytes import StudentFacts, index_parts
 from d2llm.sizing.measure import measure_speeds
 from d2llm.sizing.plan import SizePlan
 from d2llm.sizing.search_time import AnnFacts, MaxScoreFacts, search_stages, total_ms
-from d2llm.sizing.speeds import GRAPH_ROWS, Speed, Speeds, TeacherSpeed
-from d2llm.sizing.texts import TextFacts, read_text_facts
+from d2llm.sizing.speeds import Speed, Speeds, TeacherSpeed
+from d2llm.sizing.texts import read_text_facts
 from d2llm.store.index_store import IndexStore
 from d2llm.store.shards import Storage
-from d2llm.store.word_files import SEGMENT_ROWS
 
 STUDENT = "d2llm-minilm"
 RESULTS = Path(__file__).parent / "results"
@@ -68,6 +66,7 @@ KINDS: dict[str, dict[ScoreFeature, float]] = {
     "words and vectors of tokens": {**WORDS, "maxsim": 30.0},
 }
 GOAL = 1.25
+MACHINE = "servers of two cores with AVX512-BF16"  # on which what ships is measured
 
 
 class Predictions:
@@ -200,17 +199,14 @@ def read_result(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def benchmark_texts(student: Student) -> TextFacts:
-    """Facts about passages of squad-sent, quora and medquad, and questions of squad-sent."""
+def benchmark_passages() -> tuple[list[Passage], list[str]]:
+    """Passages of squad-sent, quora and medquad, and questions of squad-sent."""
     passages: list[Passage] = []
     for name, fraction in FRACTIONS.items():
         content = read_beir(DATA / name, splits=["dev"])
         passages += list(content.passages.values())[: round(4_000 * fraction)]
     dev = read_beir(DATA / "squad-sent", splits=["dev"])
-    questions = [dev.queries[query_id].text for query_id in list(dev.qrels["dev"])[:100]]
-    facts = read_text_facts(passages, student, f"4,000 passages of {', '.join(FRACTIONS)}", queries=questions)
-    # Of a user's passages only the mean length is known; as parts of documents, they differ less than these.
-    return facts.model_copy(update={"lengths": (1.0,)})
+    return passages, [dev.queries[query_id].text for query_id in list(dev.qrels["dev"])[:100]]
 
 
 def sentence_tokens(student: Student) -> float:
@@ -219,89 +215,28 @@ def sentence_tokens(student: Student) -> float:
     return float(np.mean(student.tokenize([passage.full_text for passage in passages], "passage").lengths))
 
 
-def shipped_speeds(student: Student, texts: TextFacts) -> Speeds:
-    """The speeds in benchmarks/results, of one core; ``texts`` are passages of the data sets that `bm25.py` reads."""
-    scale, score_features, bm25 = read_result("scale"), read_result("score-features"), read_result("bm25")
-    encoding, teacher = read_result("encoding"), read_result("teacher")
-    formats, scoring = read_result("vector-formats"), read_result("scoring")
-
-    def speed(value: float, name: str, what: str) -> Speed:
-        return Speed(value=value, source=f"benchmarks/results/{name}.json, {what}")
-
-    exact = scale["searches"]["asymmetric"]["rows"]
-    dim = scale["setting"]["dim"]
-    num, vector_bytes = scale["build"]["rows"], scale["build"]["vector_bytes"]
-    alone_s, scored_s = (
-        exact[f"d2llm, {kind}"]["cpu_ms"] / 1e3 for kind in ("inner products alone", "scan 1000 + IEM")
-    )
-    scans = {"bfloat16": speed(num * vector_bytes / alone_s, "scale", f"{num:,} passages")}
-    for name, kept in formats["formats"].items():
-        scanned = formats["scan"]["rows"]
-        value = scanned * kept["bytes_per_vector"] / kept["scan_ms"] * 1e3
-        scans.setdefault(name, speed(value, "vector-formats", f"{scanned:,} passages"))
-    p50 = {name: values["p50"] for name, values in score_features["ms"].items()}
-    window_ms = p50["words and vectors of windows"] - p50["small: words of windows"]
-    windows = 1_000 * score_features["windows a passage"]
-    products = {
-        "bfloat16": speed(1_000 * dim / (scored_s - alone_s), "scale", "1,000 candidates"),
-        "int3": speed(1e3 * windows * dim / window_ms, "score-features", "windows of 1,000 candidates"),
-    }
-    assert student.token_dim is not None
-    token_ms = p50["full: words of windows, tokens"] - p50["small: words of windows"]
-    token_speed = 1e6 * score_features["tokens a passage"] * student.token_dim / token_ms
-    row = encoding["rows"]["torch bfloat16"]
-    tokens = row["texts_per_second"] * encoding["tokens"]["mean"] / encoding["threads"]
-    best = "best 1,000 of all, ms"
-    segments = math.ceil(bm25["passages"] / SEGMENT_ROWS)
-    longer = texts.at(texts.tokens * bm25["characters a passage"] / texts.text_bytes)
-    candidate_words = longer.of_candidates(counts_words=True).words
-    candidates = "1,000 candidates and their windows, ms"
-    dot = next(one for one in scoring["heads"] if (one["head"], one["features"], one["hidden"]) == SHIPPED_HEAD)
-    graph = read_result("engine")["graph"]
-    built = scale["build"]
-    whole = exact["d2llm, ann 1000 + IEM, whole"]["cpu_ms"] - exact["d2llm, ann 1000 + IEM"]["cpu_ms"]
-    slow = scale["searches"]["symmetric"]["rows"]["d2llm, scan 1000 + IEM, whole"]
-    memory = scale["fresh"]["warm"]["memory_mb"]["student"]
+def shipped_speeds(student: Student, passages: list[Passage], questions: list[str], seconds: float) -> Speeds:
+    """Those of this machine, as a user measures them, and those of the teacher of `teacher.py`."""
+    measured = measure_speeds(student, passages, queries=questions, seconds=seconds)
+    content = measured.model_dump_json().replace("measured on this machine", f"`d2llm size --measure` on {MACHINE}")
+    teacher = read_result("teacher")
     judged = teacher["rows"]["paper, bfloat16"]
-    return Speeds(
-        machine="servers of two cores with AVX512-BF16",
-        threads=1,
-        student=student.fingerprint,
-        passage_tokens=speed(tokens, "encoding", f"torch in bfloat16, {encoding['threads']} threads"),
-        query_ms=speed(p50["encode"], "score-features", "questions of squad-sent"),
-        scan_bytes=scans,
-        products=products,
-        compared_rows=speed(
-            graph["num_compared"] / (1e-3 * graph["ms"]), "engine", f"{graph['num_passages']:,} passages"
-        ),
-        segment_ms=speed(
-            bm25["weighing the words of a query, ms"]["p50"] / segments, "bm25", "weighing a query's words"
-        ),
-        postings=speed(
-            1e3 * bm25["postings of a query's words"] * bm25["of which are read"]["1000"] / bm25[best]["p50"],
-            *("bm25", "questions of squad-sent"),
-        ),
-        candidate_words=speed(1e6 * candidate_words / bm25[candidates]["p50"], "bm25", "1,000 candidates"),
-        compared_tokens={"int4": speed(token_speed, "score-features", "tokens of 1,000 candidates")},
-        interaction_pairs=speed(1e6 / dot["candidates_ms_one_thread"], "scoring", "dot, rich, 512 wide"),
-        result_ms=speed(whole, "scale", f"{num:,} passages"),
-        written_text_bytes=speed(built["rows_per_cpu_second"] * built["text_bytes"], "scale", f"{num:,} passages"),
-        linked_rows=speed(
-            graph["num_passages"] / graph["cpu_seconds"] * math.log(graph["num_passages"]) / math.log(GRAPH_ROWS),
-            "engine",
-            f"{graph['num_passages']:,} passages",
-        ),
-        teachers={
-            "smollm2": TeacherSpeed(
-                value=judged["judge_pairs_per_second"] / teacher["threads"],
-                source="benchmarks/results/teacher.json, prompt paper in bfloat16",
-                pair_tokens=judged["tokens_per_pair"],
-                passage_tokens=sentence_tokens(student),
-            )
-        },
-        slow_ratio=speed(slow["p99_ms"] / slow["p50_ms"], "scale", "on a machine with other work"),
-        process_bytes=speed((memory["RssAnon"] + memory["RssFile"]) * 2**20, "scale", "opened, with the student"),
+    smollm2 = TeacherSpeed(
+        value=judged["judge_pairs_per_second"] / teacher["threads"],
+        source="benchmarks/results/teacher.json, prompt paper in bfloat16",
+        pair_tokens=judged["tokens_per_pair"],
+        passage_tokens=sentence_tokens(student),
     )
+    # The student has an interaction for the other task only.
+    dot = next(
+        one
+        for one in read_result("scoring")["heads"]
+        if (one["head"], one["features"], one["hidden"]) == ("dot", "rich", 512)
+    )
+    source = "benchmarks/results/scoring.json, dot, rich, 512 wide"
+    pairs = Speed(value=1e6 / dot["candidates_ms_one_thread"], source=source)
+    update = {"machine": MACHINE, "teachers": {"smollm2": smollm2}, "interaction_pairs": pairs}
+    return Speeds.model_validate_json(content).model_copy(update=update)
 
 
 def shipped_maxscore() -> MaxScoreFacts:
@@ -311,9 +246,6 @@ def shipped_maxscore() -> MaxScoreFacts:
         source=f"benchmarks/results/bm25.json, {bm25['passages']:,} passages",
         read=tuple((int(depth) / bm25["passages"], read) for depth, read in bm25["of which are read"].items()),
     )
-
-
-SHIPPED_HEAD = ("dot", "rich", 512)
 
 
 def shipped_ann() -> AnnFacts:
@@ -328,12 +260,14 @@ def shipped_ann() -> AnnFacts:
     )
 
 
-def ship(student: Student) -> None:
+def ship(student: Student, seconds: float) -> None:
     """Write what ships with d2llm."""
-    texts = benchmark_texts(student)
+    passages, questions = benchmark_passages()
+    texts = read_text_facts(passages, student, f"4,000 passages of {', '.join(FRACTIONS)}", queries=questions)
     shipped = {
-        "texts": texts,
-        "speeds": shipped_speeds(student, texts),
+        # Of a user's passages only the mean length is known; as parts of documents, they differ less than these.
+        "texts": texts.model_copy(update={"lengths": (1.0,)}),
+        "speeds": shipped_speeds(student, passages, questions, seconds),
         "ann": shipped_ann(),
         "maxscore": shipped_maxscore(),
     }
@@ -356,13 +290,13 @@ def main() -> None:
     parser.add_argument("--index", type=Path, help="the index of these passages, as engine.py --work leaves it")
     parser.add_argument("--cache", type=Path, help="folder in which to cache the real passages' vectors")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--ship", action="store_true", help="write what ships with d2llm instead")
+    parser.add_argument("--ship", action="store_true", help="write the figures that ship with d2llm instead")
     args = parser.parse_args()
     require(*(DATA / name for name in FRACTIONS))
     torch.set_num_threads(1)
     student = Student.load(STUDENT)
     if args.ship:
-        ship(student)
+        ship(student, args.seconds)
         return
     real, vectors, queries, _ = read_real(student, DATA, args.real, args.queries, args.cache)
     results: list[dict[str, Any]] = []

@@ -28,8 +28,7 @@ import numpy as np
 
 from d2llm.core.files import write_json
 from d2llm.core.types import TASKS, Passage, Query, Task
-from d2llm.data.beir import Dataset
-from d2llm.data.passage_store import PassageStore
+from d2llm.data.beir import Dataset, PassageStore
 from d2llm.data.plan import PlanEntry, TrainingPlan
 from d2llm.data.training import TrainingSource
 from d2llm.evaluation.systems import peak_memory

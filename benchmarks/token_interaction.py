@@ -47,11 +47,11 @@ from torch import Tensor, nn
 from d2llm import Student
 from d2llm.core.types import Query, Task
 from d2llm.data.beir import Dataset, read_beir
+from d2llm.models.row_features import mean_of_cosines
 from d2llm.models.teachers.lists import GRADES_PER_LOGIT
 from d2llm.ops.bm25_words import terms, tokens_of_terms
 from d2llm.ops.significance import bootstrap_interval, paired_randomisation
-from d2llm.retrieval.index import PART_FORMATS
-from d2llm.retrieval.row_features import mean_of_cosines
+from d2llm.retrieval.open_index import PART_FORMATS
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.part_vectors import PartVectors
 from d2llm.store.vector_formats import make_format
@@ -207,7 +207,7 @@ def _terms_of_tokens(student: Student, query: Query) -> list[set[str]]:
     projection = student.token_projection
     assert projection is not None
     (token_ids,) = student.tokenize([query.text], "query").ids
-    places = projection.query_places(token_ids)
+    places = projection.query_positions(token_ids)
     spans = student.backbone.token_places(query.text, len(token_ids), "query")
     found: list[set[str]] = [set() for _ in places]
     for term, own in tokens_of_terms(query.text, [spans[place] for place in places]).items():

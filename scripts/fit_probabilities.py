@@ -19,7 +19,7 @@ from d2llm import Student, open_data
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.pair_training import read_pair_training_set
-from d2llm.models.probabilities import ProbabilityCalibration
+from d2llm.models.probabilities import ProbabilityCalibration, TaskCalibration
 from d2llm.ops.calibration import expected_calibration_error, reliability_bins
 from d2llm.training.fit_probabilities import fit_probabilities, score_drawn
 
@@ -40,9 +40,11 @@ def main() -> None:
         ]
         calibration = fit_probabilities(student, judged, num_queries=arguments.queries)
         calibration.write(folder, student.fingerprint)
-        for task, fitted in calibration.tasks.items():
+        named: list[tuple[str, TaskCalibration]] = [*calibration.tasks.items()]
+        named += [(f"{task}, with score features", fitted) for task, fitted in calibration.with_features.items()]
+        for name, fitted in named:
             print(
-                f"{folder.name} {task}: slope {fitted.slope:.4f}, offset {fitted.offset:.4f}, "
+                f"{folder.name} {name}: slope {fitted.slope:.4f}, offset {fitted.offset:.4f}, "
                 f"{sum(fitted.num_queries.values())} queries, {fitted.num_pairs} pairs, expected calibration error "
                 f"{fitted.error_before:.4f} before, {fitted.error_after:.4f} after",
                 flush=True,

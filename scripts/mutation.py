@@ -6,7 +6,7 @@ A copy of the working tree is changed, never the tree itself. The tests run once
 line; then once a mutant, with the tests that execute its line. A mutant changes one place: a comparison, an arithmetic
 or Boolean operator, a number, a condition, a value returned. Type annotations, defaults of settings and texts are left
 alone. The score is the fraction of a random sample that makes a test fail or run over its time; a line that no test
-executes counts as not noticed.
+executes counts as not noticed. A constant of a module is tried with the tests that execute anything of the module.
 
 Packages exist (mutmut, cosmic-ray), but they run all tests for each mutant, or each test in a process of its own, which
 loads PyTorch anew: minutes a mutant here, where a fork of a process that has loaded it takes seconds.
@@ -181,9 +181,13 @@ def tests_by_line(copy: Path, folder: str, tests: list[str]) -> dict[tuple[str, 
     files = {f"{path.relative_to(copy).with_suffix('')}".replace("/", "."): path for path in copy.glob("tests/**/*.py")}
     found: dict[tuple[str, int], list[str]] = {}
     for path in data.measured_files():
-        for line, contexts in data.contexts_by_lineno(path).items():
-            nodes = (node_of(context, files, copy) for context in contexts if context)
-            found[str(Path(path).relative_to(copy)), line] = sorted({node for node in nodes if node})
+        lines = {
+            line: {node for context in contexts if context and (node := node_of(context, files, copy))}
+            for line, contexts in data.contexts_by_lineno(path).items()
+        }
+        whole = set[str]().union(*lines.values())  # a line that an import executed can change what any of them does
+        for line, nodes in lines.items():
+            found[str(Path(path).relative_to(copy)), line] = sorted(nodes or whole)
     return found
 
 

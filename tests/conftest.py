@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from examples import examples
 from plain_cpu import without_bfloat16
 
 # A shell that runs the tests in the background makes them ignore SIGINT, which some tests send.
@@ -22,8 +23,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 # The machine may be busy: a slow example is not a failure, and pytest-timeout catches hanging tests.
 # The same examples in every run, so that a change is judged by what it changed; the profile "random" draws others.
-settings.register_profile("d2llm", deadline=None, derandomize=True)
-settings.register_profile("random", deadline=None)
+settings.register_profile("d2llm", deadline=None, derandomize=True, max_examples=examples(100))
+settings.register_profile("random", deadline=None, max_examples=examples(100))
 settings.load_profile("d2llm")
 
 if os.environ.get("D2LLM_TEST_NETWORK") != "1":
@@ -44,23 +45,24 @@ NUMERIC_FILES = (
     *("store/ann", "store/scan", "store/vector_file", "store/vector_formats", "store/view"),
 )
 
-# Left out by `make test-fast`: folders that start programs, servers and browsers, and slow files.
-SLOW_FOLDERS = ("e2e", "dialects", "parity")
+# Left out by `make test-fast`, with what `make test` leaves out: folders that start programs, servers and browsers, and
+# slow files. Single tests are marked where they are.
+SLOW_FOLDERS = ("e2e",)
 SLOW_FILES = (
-    *("data/labels", "demo/corpus", "integrations/mteb", "integrations/texts", "methods/backbones/e5"),
-    *("evaluation/evaluate", "evaluation/evaluate_again", "evaluation/shortcuts", "evaluation/word_rows"),
-    *("models/remote/endpoint", "models/remote/pace", "models/teachers/causal", "models/teachers/shared_prefix"),
+    *("cli/verbs", "data/labels", "evaluation/evaluate", "models/engines/lean", "models/export/sentence_transformers"),
+    *("models/external", "models/idle_parts", "models/remote/endpoint", "models/remote/pace"),
+    *("models/teachers/causal", "models/teachers/shared_prefix", "property/ann", "property/batches"),
+    *("property/engines", "property/exact_search", "property/index_search", "property/store_state"),
     *(
-        "property/ann",
-        "property/exact_search",
-        "property/index_search",
-        "property/sharded_search",
-        "property/store_state",
+        "repository/additions",
+        "repository/examples",
+        "repository/site",
+        "retrieval/chunking",
+        "retrieval/shard",
+        "retrieval/sync",
     ),
-    *("retrieval/chunking", "retrieval/shard", "retrieval/sync", "server/running", "server/slow_clients"),
-    *("cli/verbs", "repository/additions", "store/index_spec"),
-    *("fitting/fit", "runners/ray_runner", "runners/ray_verbs", "runners/steps", "sizing/index_bytes"),
-    *("store/ann", "store/part_vectors", "store/remote_shards", "training/residual", "training/tune_stopping"),
+    *("retrieval/tasks", "server/http_protocol", "server/slow_clients", "store/ann", "store/index_spec"),
+    *("store/part_vectors", "store/remote_shards", "training/fit_tokens", "training/idle_parts", "training/residual"),
 )
 
 # Left out by `make test`, which has ten minutes, and run by `make test-all`: what a change of the core seldom breaks
@@ -71,7 +73,7 @@ CORE_E2E = ("architectures", "distill", "run", "server")
 REST_FILES = (
     *("cli/streams", "data/parser_workers", "data/table_files", "e2e/cli_documents", "e2e/cli_filter"),
     *("evaluation/evaluate_again", "evaluation/shortcuts", "evaluation/word_rows", "fitting/fit"),
-    *("methods/backbones/e5", "ops/token_bounds", "property/sharded_search", "repository/one_as_list"),
+    *("ops/token_bounds", "property/sharded_search", "repository/one_as_list"),
     *("server/fairness", "server/large_bodies", "server/running", "server/stopping", "server/uploads"),
     *("sizing/index_bytes", "training/pretrain", "training/tune_stopping"),
 )
@@ -92,7 +94,8 @@ def file_of(name: str) -> Path:
 
 @cache  # there are thousands of tests, in a few hundred files
 def _is_among(path: Path, folders: tuple[str, ...], files: tuple[str, ...]) -> bool:
-    return path.parent.name in folders or path in map(file_of, files)
+    within = path.relative_to(Path(__file__).parent).parts[:-1]
+    return not set(within).isdisjoint(folders) or path in map(file_of, files)
 
 
 def _is_rest(path: Path) -> bool:
@@ -101,13 +104,17 @@ def _is_rest(path: Path) -> bool:
     return not is_core or _is_among(path, REST_FOLDERS, REST_FILES)
 
 
+def _is_slow(path: Path) -> bool:
+    return _is_rest(path) or _is_among(path, SLOW_FOLDERS, SLOW_FILES)
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Do not import the files that ``-m "not slow"`` or ``-m "not rest"`` leaves out: their libraries load slowly."""
     if collection_path.suffix != ".py" or not collection_path.name.startswith("test_"):
         return None
     match config.getoption("markexpr"):
         case "not slow":
-            leaves_out = _is_among(collection_path, SLOW_FOLDERS, SLOW_FILES)
+            leaves_out = _is_slow(collection_path)
         case "not rest":
             leaves_out = _is_rest(collection_path)
         case _:
@@ -137,7 +144,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _is_among(item.path, NUMERIC_FOLDERS, NUMERIC_FILES):
             item.add_marker(pytest.mark.numeric)
-        if _is_among(item.path, SLOW_FOLDERS, SLOW_FILES):
+        if _is_slow(item.path):
             item.add_marker(pytest.mark.slow)
         if _is_rest(item.path):
             item.add_marker(pytest.mark.rest)

@@ -13,21 +13,8 @@ from d2llm.core.types import PART_KINDS
 from d2llm.models.plain_student import PlainStudent
 from d2llm.models.score_features import FeatureWeights
 from d2llm.models.teachers.pair_teacher import TeacherScores
-from d2llm.models.tokens import TokenVectors
+from d2llm.models.tokens import EncodedTexts, TokenVectors
 from d2llm.recipe import InteractionConfig, StudentConfig
-
-
-@dataclass(frozen=True)
-class FakeEncoded:
-    vectors: np.ndarray
-    truncated: tuple[int, ...]
-    num_tokens: int
-    lengths: tuple[int, ...] = ()
-    tokens: None = None
-
-    @property
-    def num_truncated(self):
-        return len(self.truncated)
 
 
 @functools.cache
@@ -72,7 +59,7 @@ class FakeStudent(PlainStudent):
             advance(len(texts))
         lengths = [len(of_text) for of_text in words]
         cut = tuple(place for place, n in enumerate(lengths) if n > self.max_words)
-        return FakeEncoded(vectors, cut, sum(min(n, self.max_words) for n in lengths))
+        return EncodedTexts(vectors, cut, sum(min(n, self.max_words) for n in lengths))
 
     def encode_queries(self, texts, *, instruction=None, advance=None):
         return self._encode([f"{instruction or ''}{text}" for text in texts], advance)
@@ -96,7 +83,7 @@ class FakeStudent(PlainStudent):
 
 def with_exact_products(encoded):
     """The same vectors as multiples of 1/4, whose inner products are the same in whatever order they are summed."""
-    return FakeEncoded(np.round(4 * encoded.vectors) / 4, encoded.truncated, encoded.num_tokens)
+    return EncodedTexts(np.round(4 * encoded.vectors) / 4, encoded.truncated, encoded.num_tokens)
 
 
 class DotStudent(FakeStudent):
@@ -157,13 +144,6 @@ class FakeTeacher:
 TOKEN_WEIGHTS = {"bm25": 0.25, "maxsim": 5.0}
 
 
-@dataclass(frozen=True)
-class TokenEncoded(FakeEncoded):
-    """What ``encode_with_tokens`` returns."""
-
-    tokens: TokenVectors
-
-
 class TokenStudent(FakeStudent):
     """A student with a vector of norm sqrt(dim) for each word, whose score counts them, if the index has them."""
 
@@ -182,7 +162,7 @@ class TokenStudent(FakeStudent):
         encode = partial(self.encode_queries, instruction=instruction) if kind == "query" else self.encode_passages
         encoded = encode(texts, advance=advance)
         tokens = TokenVectors.join([self.words(text) for text in texts], self.token_dim)
-        return TokenEncoded(encoded.vectors, encoded.truncated, encoded.num_tokens, tokens=tokens)
+        return EncodedTexts(encoded.vectors, encoded.truncated, encoded.num_tokens, tokens=tokens)
 
     def words(self, text):
         vectors = [_word_vector(f"{self.token_fingerprint} {w}", self.token_dim) for w in text.lower().split()]

@@ -25,6 +25,9 @@ class FeatureRows:
         if tokens is not None:
             self.tokens = part_vectors(tokens, tokens[0].shape[1], "int4")
 
+    def vectors(self, rows):
+        return self._own[rows]
+
     def best_windows(self, query, rows):
         scores = self.windows.best(query, rows)
         without_windows = np.isneginf(scores)

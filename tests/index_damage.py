@@ -250,7 +250,7 @@ def answers(folder: Path) -> dict[str, Any]:
         results[f"filter {condition}"] = sorted(view.ids(np.flatnonzero(mask)))
     results["get"] = [passage.text for passage in view.get(["p7", "p1", "p12", "p63", "p59"])]
     results["rows"] = view.ids(view.rows(["p7", "p12", "p63"]))
-    results["parts"] = sorted(view.store.table(view.version).parts(["d2", "p7"]))
+    results["parts"] = sorted(view.store.table(view.version).positions_of(["d2", "p7"]))
     results["neighbours"] = [passage.id for passage in view.neighbours(view.get(["p6", "p30"]), 1)]
     with suppress(D2LLMError):  # missing or refused: it has to be measured again
         error = read_error(folder, StoredTeacher(), "asymmetric")  # pyright: ignore[reportArgumentType]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from d2llm.core.types import Passage
+from d2llm.models import plain_student
+from d2llm.models.tokens import EncodedTexts
+from d2llm.recipe import StudentConfig
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
 from d2llm.store.view import PassageView
@@ -16,17 +19,15 @@ from d2llm.store.view import PassageView
 DIM = 32
 
 
-@dataclass
-class Vectors:
-    vectors: np.ndarray
+class PlainStudent(plain_student.PlainStudent):
+    """A student whose queries are the numbers of its vectors; without vectors, a text has one of its own."""
 
+    config = StudentConfig()
 
-class PlainStudent:
-    """A student whose queries are the numbers of its vectors."""
-
-    def __init__(self, vectors=None, *, has_dot=True):
+    def __init__(self, vectors=None, *, has_dot=True, dim=DIM):
         self.fingerprint = "student"
         self.has_dot = has_dot
+        self.vector_dim = dim
         self.vectors = vectors
         self.asked: list[str] = []
 
@@ -34,9 +35,18 @@ class PlainStudent:
         del task
         return vectors
 
-    def encode_queries(self, texts):
+    def encode_queries(self, texts, *, instruction=None, advance=None):
+        del instruction, advance
         self.asked += texts
-        return Vectors(self.vectors[[int(text) for text in texts]])
+        if self.vectors is None:
+            vectors = np.stack([clustered(1, seed=zlib.crc32(text.encode()), dim=self.vector_dim)[0] for text in texts])
+        else:
+            vectors = self.vectors[[int(text) for text in texts]]
+        return EncodedTexts(vectors, (), len(texts))
+
+    def score(self, query_vector, passage_vectors, task):
+        del task
+        return np.einsum("ij,j->i", passage_vectors, query_vector)
 
 
 def clustered(num, seed=0, dim=DIM, num_clusters=25):

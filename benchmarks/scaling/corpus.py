@@ -54,20 +54,26 @@ class Corpus:
         self._real = passages
         self._vectors = vectors
         self._longer = longer
-        self.size = size
+        self.start, self.size = 0, size
         search = faiss.IndexFlatIP(vectors.shape[1])
         search.add(vectors)
         self._neighbours = search.search(vectors, _NEIGHBOURS + 1)[1][:, 1:]
 
     def blocks(self) -> Iterator[tuple[list[Passage], NDArray[np.float32]]]:
         """All passages with their vectors, ``BLOCK`` at a time."""
-        for start in range(0, self.size, BLOCK):
+        for start in range(self.start, self.size, BLOCK):
             yield self._block(start, min(start + BLOCK, self.size))
 
     def first(self, number: int) -> Corpus:
         """The first passages."""
         part = copy.copy(self)
         part.size = min(number, self.size)
+        return part
+
+    def after(self, number: int) -> Corpus:
+        """The passages after the first ones."""
+        part = copy.copy(self)
+        part.start = number
         return part
 
     def vectors(self) -> NDArray[np.float32]:
@@ -107,11 +113,10 @@ class KnownVectors(PlainStudent):
     """
 
     has_dot = True
-    token_fingerprint = "known"
 
     def __init__(self, student: Student, queries: Sequence[Queries], passages: Sequence[Passage] = ()) -> None:
         self._student = student
-        self.token_dim = student.token_dim
+        self.token_dim, self.token_fingerprint = student.token_dim, student.token_fingerprint
         self._token_vectors: dict[int, NDArray[np.float32]] = {}
         if passages:
             texts = [passage.full_text for passage in passages]
@@ -155,7 +160,10 @@ class KnownVectors(PlainStudent):
         instruction: str | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> EncodedTexts:
+        """The known vectors; other queries are encoded, such as those that measure an approximate index."""
         del instruction, advance
+        if unknown := [text for text in texts if text not in self._queries]:
+            self._queries |= zip(unknown, self._student.encode_queries(unknown).vectors, strict=True)
         return EncodedTexts(np.stack([self._queries[text] for text in texts]), (), 0)
 
     def encode_with_tokens(
@@ -185,7 +193,7 @@ class KnownVectors(PlainStudent):
         projection = self._student.token_projection
         assert projection is not None, "a student without vectors of tokens"
         for ids in self._student.tokenize(texts, "passage").ids:
-            yield [ids[place] for place in projection.places(ids)]
+            yield [ids[place] for place in projection.positions(ids)]
 
 
 def with_noise(vectors: NDArray[np.float32], noise: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -15,7 +15,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import lancedb
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -133,6 +132,8 @@ def lance_searches(
     folder: Path, vectors: NDArray[np.float32], student: Student, task_queries: Queries, task: Task
 ) -> tuple[dict[str, Search], dict[str, float]]:
     """A LanceDB table of the vectors in float32: flat, then with an IVF-PQ index. Also the processor time to build."""
+    import lancedb  # here, because it loads slowly, and the tests of what is measured do without it
+
     dot_queries = student.query_vectors(task_queries.vectors, task)
     shutil.rmtree(folder, ignore_errors=True)
     begin = time.process_time()

@@ -45,12 +45,12 @@ def run(shared_data: Path, tmp_path: Path) -> Run:
             PlanEntry(query, tuple(sorted(own)), (next(p for p in dataset.passages if p not in own),), ())
             for query, own in sorted(positives.items())
         ]
-        write_plan(run.parts.plan(data), entries, {"dataset": name, "split": "train", "report": {}})
+        write_plan(run.folder.plan(data), entries, {"dataset": name, "split": "train", "report": {}})
     return run
 
 
 def plans(run: Run) -> list[tuple[PlanEntry, ...]]:
-    return [read_plan(run.parts.plan(data)).entries for data in run.recipe.data]
+    return [read_plan(run.folder.plan(data)).entries for data in run.recipe.data]
 
 
 def test_an_interrupted_call_keeps_what_was_mined(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_mined_queries_without_a_list_stay_beside_the_lists(run: Run) -> None:
     assert all({*entry.positives, *entry.hard_negatives} == {*lists[entry.query_id].passages} for entry in changed)
     identity = identify_teacher(run.recipe.teacher)
     store = LabelStore(
-        run.parts.labels, teacher=identity.fingerprint, prompt=identity.prompts["asymmetric"], dataset="covidqa"
+        run.folder.labels, teacher=identity.fingerprint, prompt=identity.prompts["asymmetric"], dataset="covidqa"
     )
     assert {*store.query_ids} == {entry.query_id for entry in changed}
     assert not any(store.missing(entry.query_id, entry.passage_ids) for entry in changed)

@@ -53,7 +53,8 @@ def test_help_shows_every_word_of_its_source(path):
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: " ".join(path) or "d2llm")
 def test_help_has_groups_of_options_and_words_for_their_values(path):
     command = COMMANDS[path]
-    options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
+    parameters = command.get_params(typer.Context(command, help_option_names=[]))
+    options = [parameter for parameter in parameters if parameter.param_type_name == "option"]
     for option in options:
         assert option.metavar is not None, option.name
         assert bool(option.metavar) != option.is_flag, option.name

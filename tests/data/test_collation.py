@@ -139,7 +139,7 @@ def test_labels_apply_to_passages_drawn_by_other_queries_too(tmp_path: Path) -> 
 
 def test_gram_follows_the_drawn_order(tmp_path: Path) -> None:
     batch = batch_of(tmp_path)
-    own_ids = [[COLUMNS[column] if column >= 0 else None for column in row] for row in batch.own]
+    own_ids = [[COLUMNS[column] if column >= 0 else None for column in row] for row in batch.gram_columns]
     assert own_ids == [["a1", "h2", "h1"], ["b1", "a2", None], ["c1", "b1-twin", "h1"]]
     # Stored for qa: a1, a2, h1, h2. Drawn: a1, h2, h1.
     np.testing.assert_array_equal(batch.gram[0], np.array([[1, 0.2, 0.1], [0.2, 1, 0.5], [0.1, 0.5, 1]], np.float32))
@@ -149,7 +149,7 @@ def test_gram_follows_the_drawn_order(tmp_path: Path) -> None:
 
 def test_without_stored_grams_no_feature_is_imitated(tmp_path: Path) -> None:
     batch = batch_of(tmp_path, with_grams=False)
-    assert (batch.own == -1).all()
+    assert (batch.gram_columns == -1).all()
     assert np.isfinite(batch.teacher_log_odds[:, :3]).any()
 
 
@@ -157,7 +157,7 @@ def test_gram_of_an_earlier_plan_is_used_for_what_it_covers(tmp_path: Path) -> N
     labels = store(tmp_path)
     labels.write([QueryLabels("qa", ("h1", "a1", "x"), np.zeros(3, np.float32), GRAM_A[:3, :3])])
     batch = collate(LabelledSource.join(source(), labels), DRAWS)
-    assert [COLUMNS[column] for column in batch.own[0] if column >= 0] == ["a1", "h1"]
+    assert [COLUMNS[column] for column in batch.gram_columns[0] if column >= 0] == ["a1", "h1"]
     np.testing.assert_array_equal(batch.gram[0, :2, :2], np.array([[1, 0.9], [0.9, 1]], np.float32))
 
 
@@ -183,7 +183,7 @@ def test_own_labels_replace_missing_teacher_labels(tmp_path: Path) -> None:
     assert by_id.pop("b1") == 20.0  # P(yes) = 1 - 2e-9
     assert by_id.pop("a2") == -20.0
     assert set(by_id.values()) == {NONE}
-    assert (batch.own[1] == -1).all()
+    assert (batch.gram_columns[1] == -1).all()
     assert marked(batch.easy)[1] == {"a1", "h1", "h2", "e1", "c1", "c1-twin"}
     np.testing.assert_array_equal(batch.teacher_log_odds[0], batch_of(tmp_path / "all").teacher_log_odds[0])
 
@@ -192,7 +192,7 @@ def test_a_query_without_hard_negatives_makes_a_batch(tmp_path: Path) -> None:
     batch = collate(LabelledSource.join(source(), store(tmp_path)), [Draw(QA, ["a1"], [], ["e1"])])
     assert batch.passage_ids == ("a1", "e1")
     assert not batch.hard.any()
-    np.testing.assert_array_equal(batch.own, [[0]])
+    np.testing.assert_array_equal(batch.gram_columns, [[0]])
 
 
 def test_the_teacher_judges_every_pair_of_a_batch_that_plays_a_role(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2llm.core.types import Passage
-from d2llm.data import passage_store
-from d2llm.data.passage_store import PassageStore
+from d2llm.data import beir
+from d2llm.data.beir import PassageStore
 
 TEXT = st.text(st.characters(), max_size=20)  # including lone surrogates
 PASSAGES = st.dictionaries(TEXT, st.tuples(TEXT, TEXT), max_size=12)
@@ -21,7 +21,7 @@ PASSAGES = st.dictionaries(TEXT, st.tuples(TEXT, TEXT), max_size=12)
 def test_store_equals_the_mapping_it_was_made_from(contents, read_at_once):
     passages = {key: Passage(key, text, title) for key, (text, title) in contents.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passage_store, "_READ_AT_ONCE", read_at_once)
+        patch.setattr(beir, "_READ_AT_ONCE", read_at_once)
         store = PassageStore(passages.values())
         assert len(store) == len(passages)
         assert list(store) == list(passages)
@@ -41,7 +41,7 @@ def test_unknown_ids_are_absent():
 
 
 def test_ids_with_equal_hashes_are_distinguished(monkeypatch):
-    monkeypatch.setattr(passage_store, "_key", lambda _: 7)
+    monkeypatch.setattr(beir, "_key", lambda _: 7)
     store = PassageStore(Passage(name, name.upper()) for name in "abc")
     assert [store[name].text for name in "bca"] == ["B", "C", "A"]
     assert "d" not in store

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from d2llm.data.csv_dialect import table_rows
 from d2llm.data.documents import find_documents
 from d2llm.data.indexed_corpus import open_corpus
+from d2llm.data.table_files import table_rows
 from d2llm.store.schema import MetadataSchema
 
 

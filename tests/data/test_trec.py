@@ -56,6 +56,7 @@ def test_different_tags_are_counted(tmp_path):
         ("q1 Q0 d3 4 1.0", "expected 6 columns .* found 5"),
         ("q1 Q0 d3 4 1.0 my run", "found 7"),
         ("q1 Q0 d3 4 high x", "score must be a number, found 'high'"),
+        ("q1 Q0 d3 4 nan x", "the score is nan, which cannot be ranked"),
         ("q1 Q0 d3 4 nan x", "score is nan"),
         ("q1 Q0 d3 4 -inf x", "score is -inf"),
         ("q1 Q0 d3 4.5 1.0 x", "rank must be a whole number, found '4.5'"),
@@ -100,7 +101,7 @@ def test_values_the_format_cannot_hold_are_rejected(tmp_path):
 word = st.text(st.characters(blacklist_categories=("Z", "C")), min_size=1, max_size=4)
 
 
-@settings(max_examples=examples(60), deadline=None)
+@settings(max_examples=examples(60))
 @given(
     scored=st.dictionaries(
         word, st.dictionaries(word, st.floats(-1e300, 1e300), min_size=1, max_size=6), min_size=1, max_size=4

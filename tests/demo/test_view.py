@@ -49,7 +49,7 @@ MESSAGES = MessageReport(
 )
 SCORE = ScoreReport(
     question="How do I turn the crank?",
-    places=(
+    passages=(
         ScoredPlace("b", "b()", True, 11.25, 8.0, 1.25, None, 2.0, 0.0),
         ScoredPlace("c", LONG, False, 9.5, 9.0, 0.0, None, 0.5, 0.0),
     ),

@@ -19,11 +19,9 @@ from huggingface_hub.utils._http import default_client_factory
 from d2llm import Index, Passage
 from d2llm.core.errors import ModelError
 from d2llm.doctor import doctor
-from d2llm.doctor import installation as doctor_install
 from d2llm.doctor import machine as doctor_machine
-from d2llm.doctor.doctor import examine
+from d2llm.doctor.doctor import examine, install_checks
 from d2llm.doctor.findings import Check
-from d2llm.doctor.installation import install_checks
 from d2llm.doctor.machine import machine_checks, openmp_runtimes
 from d2llm.models.engines.engines import choose_engine
 from d2llm.models.hub import find_student
@@ -105,7 +103,7 @@ class TestChecksThatFail:
         def findings(check):
             number = len(checks)
             checks.append(check)
-            run = fail if number == broken else lambda: doctor_install.Finding(check.area, check.subject, "ok", "good")
+            run = fail if number == broken else lambda: doctor.Finding(check.area, check.subject, "ok", "good")
             yield from original(Check(check.area, check.subject, run))
 
         def fail():
@@ -163,14 +161,14 @@ class TestInstall:
         assert finding.advice.startswith("pip install 'scipy>=1")
 
     def test_a_broken_import_stops_further_checks(self, monkeypatch):
-        original = doctor_install.importlib.import_module
+        original = doctor.importlib.import_module
 
         def broken(name):
             if name == "faiss":
                 raise ImportError("libgomp.so.1: cannot open shared object file")
             return original(name)
 
-        monkeypatch.setattr(doctor_install.importlib, "import_module", broken)
+        monkeypatch.setattr(doctor.importlib, "import_module", broken)
         findings = list(examine(student=STUDENT))
         assert {finding.area for finding in findings} == {"install"}
         assert finding_named(findings, "import").advice == "pip install --force-reinstall faiss-cpu"
@@ -300,6 +298,7 @@ class TestStudentAndIndex:
         assert by_check["student", "scores"]["level"] == "ok"
         assert "8 passages" in result.stdout
 
+    @pytest.mark.slow
     def test_loops_are_compiled_on_request(self, sandbox):
         code = "import sys; from d2llm.cli.main import main; sys.exit(main())"
         command = [sys.executable, "-c", code, "doctor", "--student", STUDENT, "--warm", "--json", "report.json"]

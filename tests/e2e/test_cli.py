@@ -21,7 +21,7 @@ from e2e.small_corpus import SENTENCES
 VERBS = [
     *("fit", "init", "run", "mine", "tune-teacher", "ensemble", "gate", "label", "distill", "distill-static"),
     *("fit-tokens", "fit-scores", "tune-reader", "methods"),
-    *("encode", "shard", "search", "serve", "evaluate", "leaderboard", "probe", "ablate", "demo", "judge"),
+    *("encode", "shard", "search", "serve", "mcp", "evaluate", "leaderboard", "probe", "ablate", "demo", "judge"),
     *("export", "push", "doctor", "size"),
 ]
 

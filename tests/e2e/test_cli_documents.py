@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -166,6 +167,24 @@ class TestFolders:
         _, report = index_with_report(tmp_path, index, "sync", folder, "--exclude", "*.docx", "--file-seconds", 60)
         assert report["gone"] == ["bees.docx", "clocks.pdf"]
         assert report["num_unchanged"] == 3
+
+    def test_results_for_programs_have_times_as_text(self, tmp_path):
+        folder, index = tmp_path / "texts", tmp_path / "i"
+        folder.mkdir()
+        (folder / "ships.txt").write_text("Ships at sea carry grain.")
+        (folder / "birds.txt").write_text("Birds sing in the morning.\n")
+        os.utime(folder / "ships.txt", (1_700_000_000, 1_700_000_000))
+        succeed("index", index, "sync", folder)
+        _, report = succeed_with_report("search", index, "ships", "at", "sea", folder=tmp_path)
+        result = succeed("search", index, "ships", "at", "sea", "--jsonl", "-")
+        rows = [json.loads(line) for line in result.stdout.splitlines()]
+        assert [(row["rank"], row["id"]) for row in rows] == [(1, "ships.txt"), (2, "birds.txt")]
+        assert rows[0]["query"] == "ships at sea"
+        assert rows[0]["text"] == "Ships at sea carry grain."
+        assert "2023-11-14T22:13:20+00:00" in rows[0]["metadata"].values()
+        passages = [hit["passage"] for hit in report["result"]["rankings"][0]["passages"]]
+        assert [row["metadata"] for row in rows] == [passage["metadata"] for passage in passages]
+        assert "Ships at sea" in result.stderr  # the ranking for people
 
     def test_parts_that_were_left_out_are_counted_and_named(self, tmp_path):
         """On the command line and in the report of every verb that reads files."""

@@ -151,7 +151,7 @@ def test_the_baseline_can_be_chosen(evaluated):
     assert "D2LLM against BM25" in result.stdout
 
 
-def test_existing_labels_spare_the_teacher(evaluated, tmp_path, monkeypatch):
+def test_existing_labels_and_indexes_are_used(evaluated, tmp_path, monkeypatch):
     from d2llm.models.teachers.causal import CausalTeacher
 
     batch_sizes, score_pairs = [], CausalTeacher.score_pairs
@@ -161,14 +161,10 @@ def test_existing_labels_spare_the_teacher(evaluated, tmp_path, monkeypatch):
         lambda self, pairs, task: (batch_sizes.append(len(pairs)), score_pairs(self, pairs, task))[1],
     )
     (store,) = (evaluated.folder / "work" / "labels").iterdir()
-    succeed(*evaluated.arguments, "--work", tmp_path / "work", "--labels", store)
+    indexes = [option for index in (evaluated.folder / "work" / "indexes").iterdir() for option in ("--index", index)]
+    result = succeed(*evaluated.arguments, "--work", tmp_path / "work", "--labels", store, *indexes)
     assert batch_sizes == [3, 3, 3]  # only to measure its time: two queries, the first of them twice
     assert not (tmp_path / "work" / "labels").exists()
-
-
-def test_indexes_that_exist_are_searched(evaluated, tmp_path):
-    options = [option for index in (evaluated.folder / "work" / "indexes").iterdir() for option in ("--index", index)]
-    result = succeed(*evaluated.arguments, "--work", tmp_path / "work", *options)
     assert not (tmp_path / "work" / "indexes").exists()
     assert "was not searched" not in result.stdout
 

@@ -9,7 +9,7 @@ import numpy as np
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
 from d2llm.models.student import Student
-from e2e.command_line import d2llm, fail, succeed, succeed_with_report, write_recipe
+from e2e.command_line import fail, succeed_with_report, write_recipe
 
 
 def read_run_plan(run):
@@ -80,25 +80,3 @@ def _label_key(run):
 
     row = pq.read_table(next((run / "labels" / "labels").glob("*.parquet"))).slice(0, 1).to_pylist()[0]
     return {"prompt": row["prompt"], "dataset": "everyday"}
-
-
-def test_an_interrupted_run_goes_on(place, reports, tmp_path, monkeypatch):
-    arguments = ("mine", place / "tiny.toml", "--out", tmp_path / "run", "--dtype", "float32")
-
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("d2llm.training.mining.mine.choose", interrupt)
-        assert d2llm(*arguments).exit_code != 0
-    [work] = (tmp_path / "run" / "plans").iterdir()
-    assert work.name == ".everyday.mining"
-
-    def refuse(*_, **__):
-        raise AssertionError("encoded again")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Student, "encode_passages", refuse)
-        succeed(*arguments)
-    assert read_run_plan(tmp_path / "run").entries == read_run_plan(place / "run").entries
-    assert [path.name for path in (tmp_path / "run" / "plans").iterdir()] == ["everyday"]

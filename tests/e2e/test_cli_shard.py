@@ -41,7 +41,7 @@ def ranking(index, query, folder):
 
 def test_the_page_runs_as_written(folder):
     outputs = {" ".join(command[:3]): succeed(*command) for command in commands()}
-    assert f"{len(SENTENCES)} passages copied into 4 shards of " in outputs["shard docs.index --parts"].stderr
+    assert f"{len(SENTENCES)} passages copied into 4 shards of " in outputs["shard docs.index --shards"].stderr
     assert "1 added" in outputs["index docs.shards upsert"].stderr
     assert "1 of 1 passages deleted" in outputs["index docs.shards delete"].stderr
     assert "0 problems" in outputs["index docs.shards verify"].stderr
@@ -52,17 +52,17 @@ def test_the_page_runs_as_written(folder):
     assert best.passage.id == "bees"
     expected = ranking("docs.index", SENTENCES[7], folder)
     assert ranking("straight.shards", SENTENCES[7], folder) == expected
-    result, report = succeed_with_report("shard", "straight.shards", "--parts", 2, "--out", "two", folder=folder)
+    result, report = succeed_with_report("shard", "straight.shards", "--shards", 2, "--out", "two", folder=folder)
     assert report["result"]["num_shards"] == 2
     assert "into 2 shards" in result.stderr
     assert ranking("two", SENTENCES[7], folder) == expected
 
     # Mistakes.
-    fail("shard", "docs.index", "--parts", 2, "--out", "two", containing=["two: already holds an index"])
-    fail("shard", "nowhere", "--parts", 2, "--out", "x", containing=["nowhere", "check the path"])
+    fail("shard", "docs.index", "--shards", 2, "--out", "two", containing=["two: already holds an index"])
+    fail("shard", "nowhere", "--shards", 2, "--out", "x", containing=["nowhere", "check the path"])
     fail("index", "two", "snapshot", "a", containing=["not possible for a sharded index as a whole", "shard-0000"])
     url = "no-such://bucket/docs"
-    fail("shard", "docs.index", "--parts", 2, "--out", "x", "--remote", url, containing=[url, "Protocol not known"])
+    fail("shard", "docs.index", "--shards", 2, "--out", "x", "--remote", url, containing=[url, "Protocol not known"])
     shutil.rmtree(folder / "two" / "shard-0001")
     fail("search", "two", "bees", containing=["shard-0001: is missing, but is two: shard 1 of 2; put it back"])
     manifest = json.loads((folder / "docs.shards" / "manifest.json").read_text())

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from datetime import datetime, timezone
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import parse_qs, quote
 
 import pytest
 
@@ -15,7 +15,7 @@ from d2llm.core.shipped import shipped_models
 from d2llm.models.student import Student
 from d2llm.recipe import InteractionConfig
 from d2llm.retrieval.sync import sync_documents
-from d2llm.store.side_files import Chunking
+from d2llm.store.index_manifest import Chunking
 from e2e.small_corpus import SENTENCES
 from page_server import HOSTILE, HOSTILE_QUERY, overflow, search, until
 from tiny_models import tiny_student_config, write_tiny_model
@@ -75,7 +75,7 @@ def address(folder):
 
 
 def state_of(page):
-    return {name: values[0] for name, values in parse_qs(urlsplit(page.url).query).items()}
+    return {name: values[0] for name, values in parse_qs(page.evaluate("location.search.slice(1)")).items()}
 
 
 def card_of(page, part):
@@ -336,6 +336,7 @@ def test_a_link_opens_the_document_and_closing_it_leaves_the_search(visit, addre
     page.wait_for_selector("#document .part.opened")
     page.keyboard.press("Escape")
     assert page.locator("#document").is_hidden()
+    page.wait_for_url(lambda url: "open=" not in url)  # the closed dialog tells so after it is hidden
     assert state_of(page) == {"q": "Step 28 of the manual"}
     for parameters in (f"q={QUESTION}&k=1&open=notes.txt", "open=notes.txt"):  # no result of this search, no search
         page.goto(f"{address}/?{parameters}")

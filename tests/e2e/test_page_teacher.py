@@ -18,7 +18,7 @@ from tiny_server import tiny_settings
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 
 from d2llm.server.app import make_app
-from d2llm.store.side_files import ERRORS_FILE
+from d2llm.store.index_manifest import ERRORS_FILE
 from live_server import serve, wait_until_ready
 
 QUERY = "the cat by the sea"

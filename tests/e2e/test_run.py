@@ -31,8 +31,8 @@ def test_a_run_finishes_every_step_and_is_evaluated(run, caplog):
     assert [step for step, _ in order] == list(results) == steps
     assert order == list(results.items())
     assert "distill: " in caplog.text
-    assert (run.parts.student / "manifest.json").is_file()
-    assert run.teacher.model == str(run.parts.teacher)
+    assert (run.folder.student / "manifest.json").is_file()
+    assert run.teacher.model == str(run.folder.teacher)
 
     repeated = run.finish()
     assert {step for step, result in repeated.items() if isinstance(result, Skipped)} >= {"gate", "distill"}
@@ -45,13 +45,13 @@ def test_a_run_finishes_every_step_and_is_evaluated(run, caplog):
     assert reports["everyday"].task == run.recipe.data[0].task  # the data set's own task, not that of the settings
     assert "teacher" in kinds_of(reports["everyday"])
     assert {"bm25", "d2llm"} <= kinds_of(reports["everyday"])
-    assert (run.parts.path / "evaluation").is_dir()
+    assert (run.folder.path / "evaluation").is_dir()
     assert "teacher" not in kinds_of(run.evaluate(settings, with_teacher=False)["everyday"])
 
 
 def test_a_run_accepts_a_recipe_object(place, tmp_path):
     run = Run(load_recipe(str(place / "tiny.toml")), tmp_path / "other")
-    assert run.parts.path == tmp_path / "other"
+    assert run.folder.path == tmp_path / "other"
     with pytest.raises(InputError, match="there is no training plan yet"):
         run.distill()
     assert not (tmp_path / "other").exists()

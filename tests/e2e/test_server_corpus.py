@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from d2llm import Index, Passage, Student
-from d2llm.store.side_files import Chunking
+from d2llm.store.index_manifest import Chunking
 from file_cases.epub_cases import epub, page
 from tiny_models import TEXTS
 from tiny_server import tiny_settings, write_tiny_index, write_tiny_student

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from d2llm.core.errors import DataFormatError, DuplicateIdError, InputError, ModelError, ModelNotFoundError
+from d2llm.core.errors import InputError, ModelError
 from d2llm.data.trec import read_run, write_run
 from d2llm.evaluation.loading import load_contenders
 from d2llm.models.student import Student
@@ -153,14 +153,6 @@ def test_companions_can_be_given_explicitly(world, tmp_path):
         world.run / "student", tuned_cosine=companion, paper_head=world.run / "student-paper", with_teacher=False
     )
     assert contenders.tuned_cosine.fingerprint == fingerprint(companion)
-    for option in ("tuned_cosine", "paper_head"):
-        with pytest.raises(ModelNotFoundError, match="no student at 'nowhere'"):
-            load(world.run / "student", with_teacher=False, **{option: "nowhere"})
-
-
-def test_an_unknown_student_is_an_error():
-    with pytest.raises(ModelNotFoundError, match="no student at 'nobody'"):
-        load("nobody")
 
 
 # --- other systems ----------------------------------------------------------------------------------------------------
@@ -221,9 +213,6 @@ def test_conflicting_or_unsupported_models_are_rejected(world, others, tmp_path)
     shutil.copytree(others / "cross", tmp_path / "bi")
     with pytest.raises(InputError, match="two models are called 'bi', which their rows would share; rename one folder"):
         load(student, with_teacher=False, models=[str(others / "bi"), str(tmp_path / "bi")])
-    shutil.copytree(others / "bi", tmp_path / "BM25")
-    with pytest.raises(InputError, match="share: BM25; rename one"):
-        load(student, with_teacher=False, models=[str(tmp_path / "BM25")])
     with pytest.raises(ModelError, match="LlamaForCausalLM"):
         load(student, with_teacher=False, models=[str(world.decoder)])
 
@@ -235,22 +224,6 @@ def test_runs_are_named_after_their_tag(world, tmp_path):
     contenders = load(student, with_teacher=False, runs=[tmp_path / "a.run", tmp_path / "b.run"])
     assert [run.name for run in contenders.runs] == ["theirs", "D2LLM (run)"]  # "D2LLM" is the student's own row
     assert contenders.runs[0] == read_run(tmp_path / "a.run")
-    with pytest.raises(InputError, match="two systems have the same name, which their rows would share: theirs"):
-        load(student, with_teacher=False, runs=[tmp_path / "a.run", tmp_path / "a.run"])
-
-
-@pytest.mark.parametrize(
-    ("line", "error", "message"),
-    [
-        ("q Q0 p 2 0.5 x", DuplicateIdError, r"x\.run:2: passage 'p' is ranked twice for query 'q'"),
-        ("q Q0 o 2 nan x", DataFormatError, r"x\.run:2: the score is nan, which cannot be ranked"),
-        ("q Q0 o 2 much x", DataFormatError, r"x\.run:2: the score must be a number"),
-    ],
-)
-def test_invalid_runs_are_rejected(world, tmp_path, line, error, message):
-    (tmp_path / "x.run").write_text(f"q Q0 p 1 1.0 x\n{line}\n")
-    with pytest.raises(error, match=message):
-        load(world.run / "student", with_teacher=False, runs=[tmp_path / "x.run"])
 
 
 def test_notes_mention_closed_gates(world, tmp_path):

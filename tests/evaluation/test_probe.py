@@ -27,7 +27,7 @@ from d2llm.evaluation.probe import (
 )
 from d2llm.models.tokens import EncodedTexts
 from d2llm.reports.html.page import page as page_of
-from d2llm.reports.probe import probe_document, probe_tables
+from d2llm.reports.leaderboard import probe_document, probe_tables
 
 VOCABULARY = [
     f"{a}{b}{c}"

@@ -24,7 +24,7 @@ from d2llm.models.student import Student
 from d2llm.ops.gating import better
 from d2llm.recipe import Recipe
 from d2llm.retrieval.index import Index
-from d2llm.store.side_files import Chunking
+from d2llm.store.index_manifest import Chunking
 from d2llm.training.mining import ranking
 from d2llm.training.run import Run
 from local_endpoint import local_endpoint

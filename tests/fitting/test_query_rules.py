@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from d2llm.fitting.query_rules import MAX_UNITS, query_fault
+from d2llm.fitting.critic import MAX_UNITS, query_fault
 
 PASSAGE = "The index keeps two copies of each vector. A damaged copy is repaired from the other one, without encoding."
 CHINESE = "索引为每个向量保存两份副本。损坏的副本会从另一份恢复，无需重新编码。"

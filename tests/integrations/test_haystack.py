@@ -124,7 +124,9 @@ class TestRanker:
 class TestRetriever:
     def test_results_equal_those_of_the_index(self, indexed, retriever):
         for query in QUERIES:
-            assert as_pairs(retriever.run(query)) == indexed.found(query)
+            found, expected = dict(as_pairs(retriever.run(query))), dict(indexed.found(query))
+            assert list(found) == list(expected)
+            assert found == pytest.approx(expected, rel=1e-5)  # it may read the query in another engine
         (first,) = retriever.run(TEXTS[5], filters={"field": "id", "operator": "==", "value": "p5"})["documents"]
         metadata = {"title": "the reads", "document_id": "d1", "position": 1, "year": 2005, "language": "en"}
         assert (first.id, first.content, first.meta) == ("p5", TEXTS[5], metadata)

@@ -7,12 +7,10 @@ import pytest
 from pydantic import ValidationError
 
 from d2llm.core.errors import FilterError, InputError
-from d2llm.models.student import Student
-from d2llm.recipe import InteractionConfig
 from d2llm.retrieval.search import SearchSettings
 from indexed_student import PASSAGES, QUERIES, make_indexed
 from late_import import late_import
-from tiny_models import DIM, TEXTS, tiny_student_config, write_tiny_model
+from tiny_models import DIM, TEXTS
 
 llama_index = late_import("llama_index.core", reason="pip install 'd2llm[llama-index]'")
 integration = late_import("d2llm.integrations.llama_index")
@@ -73,7 +71,7 @@ class TestEmbedding:
         assert "student" not in embedding.to_dict()
         assert embedding.to_dict()["class_name"] == "D2LLMEmbedding"
 
-    def test_unsupported_settings_and_texts_are_rejected(self, indexed, tmp_path):
+    def test_unsupported_settings_texts_and_heads_are_rejected(self, indexed, monkeypatch):
         with pytest.raises(InputError, match="embeddings_cache"):
             integration.D2LLMEmbedding(
                 student=indexed.student, embeddings_cache=llama_index.storage.kvstore.SimpleKVStore()
@@ -82,12 +80,9 @@ class TestEmbedding:
             integration.D2LLMEmbedding(student="d2llm-minilm")
         with pytest.raises(InputError, match="a text is needed"):
             integration.D2LLMEmbedding(student=indexed.student).get_query_embedding(3)
-        config = tiny_student_config(write_tiny_model(tmp_path / "backbone"))
-        head = InteractionConfig(head="paper", hidden_dim=16, feature_dim=8)
-        with pytest.raises(InputError, match="'paper'"):
-            integration.D2LLMEmbedding(
-                student=Student.create(config.model_copy(update={"interaction": head}), device="cpu")
-            )
+        monkeypatch.setattr(type(indexed.student), "has_dot", property(lambda self: False))
+        with pytest.raises(InputError, match="no inner product"):
+            integration.D2LLMEmbedding(student=indexed.student)
 
 
 class TestRerank:

@@ -13,7 +13,6 @@ import pytest
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import Passage
 from d2llm.integrations.texts import (
-    checked_pair_scores,
     embed_passages,
     embed_queries,
     passage_metadata,
@@ -21,6 +20,7 @@ from d2llm.integrations.texts import (
     rank_texts,
 )
 from d2llm.models.student import Student
+from d2llm.models.text_scores import TextScorer
 from d2llm.recipe import InteractionConfig
 from tiny_models import TEXTS, tiny_student_config, write_tiny_model, write_trained_student
 
@@ -54,7 +54,7 @@ class RecordingStudent:
 def test_pair_scores_encode_each_text_once(student, task):
     pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[1]), (TEXTS[0], TEXTS[0]), (TEXTS[0], TEXTS[1])]
     recorder = RecordingStudent(student)
-    scores = checked_pair_scores(recorder, pairs, task)
+    scores = TextScorer(recorder, task=task).read_pairs(pairs).scores()
     assert sorted(recorder.read) == sorted(
         [("query", TEXTS[0]), ("query", TEXTS[2]), ("passage", TEXTS[1]), ("passage", TEXTS[0])]
     )
@@ -76,7 +76,6 @@ def test_rankings_are_by_score_with_stable_ties(student):
 
 
 def test_empty_input_gives_empty_output(student):
-    assert checked_pair_scores(student, [], "symmetric").shape == (0,)
     assert rank_texts(student, "a", [], "symmetric") == []
     assert embed_passages(student, []).shape == embed_queries(student, [], "symmetric").shape == (0, 32)
 
@@ -95,8 +94,6 @@ def test_titles_are_encoded_as_in_an_index():
 
 
 def test_invalid_texts_are_rejected(student, tmp_path):
-    with pytest.raises(InputError, match="a text is needed, but int was given"):
-        checked_pair_scores(student, [("a", 7)], "symmetric")
     with pytest.raises(InputError, match="a text is needed, but NoneType"):
         rank_texts(student, None, ["a"], "symmetric")
     with pytest.raises(InputError, match="put it in a list"):
@@ -109,20 +106,18 @@ def test_invalid_texts_are_rejected(student, tmp_path):
         embed_queries(Student.create(paper, device="cpu"), ["a"], "symmetric")
 
 
-def test_nan_scores_are_an_error(student):
-    class Broken(RecordingStudent):
-        def score(self, query, passages, task):
-            return np.full(len(passages), np.nan, np.float32)
-
+def test_nan_scores_are_an_error(student, monkeypatch):
+    monkeypatch.setattr(
+        TextScorer, "score", lambda _self, _query, _texts, rows, **_: np.full(len(rows), np.nan, np.float32)
+    )
     with pytest.raises(ModelError, match="2 of 2 scores are NaN"):
-        checked_pair_scores(Broken(student), [("a", "b"), ("a", "c")], "symmetric")
+        student.predict([("a", "b"), ("a", "c")])
 
 
 def test_truncated_texts_are_reported(student, caplog):
     with caplog.at_level(logging.WARNING):
         rank_texts(student, " ".join(TEXTS), ["rain", " ".join(TEXTS * 3)], "asymmetric")
-    assert "1 of 1 queries were too long" in caplog.text
-    assert "1 of 2 passages were too long" in caplog.text
+    assert "2 of 3 texts are longer than the student reads" in caplog.text
 
 
 def test_threads_share_a_student(student):

@@ -18,7 +18,7 @@ from d2llm.retrieval.calibrate import read_error, write_error
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.reranker import Candidates, open_reranker, rerank_candidates
 from d2llm.retrieval.search import Searcher, SearchSettings
-from d2llm.store.side_files import ERRORS_FILE
+from d2llm.store.index_manifest import ERRORS_FILE
 from fake_models import FakeStudent, FakeTeacher
 from rerankers import cascade, teacher_reading
 

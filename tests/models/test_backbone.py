@@ -172,10 +172,10 @@ def test_no_key_value_cache_is_returned(folders):
 
 
 def test_pooling_follows_the_kind_of_model(tmp_path, folders):
-    assert load(folders["bert"]).own.kind == "mean"
-    assert load(folders["bert"], Pooling(kind="first")).own.kind == "first"
+    assert load(folders["bert"]).own_pooling.kind == "mean"
+    assert load(folders["bert"], Pooling(kind="first")).own_pooling.kind == "first"
     for architecture in DECODERS[:3]:
-        assert load(write_tiny_model(tmp_path / architecture, architecture)).own.kind == "last"
+        assert load(write_tiny_model(tmp_path / architecture, architecture)).own_pooling.kind == "last"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_pooling_follows_the_models_own_setting(tmp_path, settings, expected):
     folder = write_tiny_model(tmp_path / "bert", "bert")
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
-    assert load(folder).own.kind == expected
+    assert load(folder).own_pooling.kind == expected
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_a_pooling_that_no_backbone_has_must_be_replaced_by_hand(tmp_path, setti
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ModelError, match=f"is pooled by {named}, which is none of"):
         load(folder)
-    assert load(folder, Pooling(kind="mean")).own.kind == "mean"
+    assert load(folder, Pooling(kind="mean")).own_pooling.kind == "mean"
 
 
 # --- training
@@ -276,7 +276,7 @@ def test_the_encoder_of_a_t5_model_is_a_backbone(tmp_path):
     model.save_pretrained(tmp_path)
     tiny_tokenizer(is_decoder=False).save_pretrained(tmp_path)
     backbone = load(tmp_path)
-    assert backbone.own.kind == "mean"
+    assert backbone.own_pooling.kind == "mean"
     assert not any("decoder" in name for name, _ in backbone.model.named_parameters())
     ids = backbone.tokenize(TEXTS[:1], "query").ids
     with torch.inference_mode():
@@ -302,7 +302,7 @@ def test_a_bidirectional_decoder_sees_what_follows_with_every_attention(tmp_path
     folder = write_tiny_model(tmp_path / architecture, architecture)
     plain = Backbone.load(BackboneConfig(model=str(folder)), device="cpu", dtype="float32")
     backbone = Backbone.load(BackboneConfig(model=str(folder), bidirectional=True), device="cpu", dtype="float32")
-    assert (plain.own.kind, backbone.own.kind) == ("last", "mean")
+    assert (plain.own_pooling.kind, backbone.own_pooling.kind) == ("last", "mean")
     ids = [[1, 10, 11, 12], [1, 10, 11, 13], [1, 10]]
     outputs = {}
     for attention in ("sdpa", "eager") if architecture != "gemma2" else ("eager",):

@@ -25,7 +25,7 @@ def pool(states: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
 
 def module_of(pooling: Pooling, own: str = "mean") -> TextPooling:
     """The module for a backbone that is only as wide and has such a pooling of its own."""
-    backbone: Any = SimpleNamespace(dim=DIM, own=Pooling(kind=own))
+    backbone: Any = SimpleNamespace(dim=DIM, own_pooling=Pooling(kind=own))
     return make_pooling(pooling, backbone)
 
 

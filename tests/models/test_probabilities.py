@@ -15,10 +15,11 @@ from d2llm import Student
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
+from d2llm.models.plain_student import PlainStudent
 from d2llm.models.probabilities import ProbabilityCalibration, TaskCalibration
+from d2llm.models.tokens import EncodedTexts
 from d2llm.ops.calibration import expected_calibration_error, reliability_bins
 from d2llm.training.fit_probabilities import MIN_QUERIES, NUM_HARD, NUM_RANDOM, fit_probabilities, score_drawn
-from fake_models import FakeEncoded
 from tiny_models import tiny_student_config, write_tiny_model
 
 SLOPE, OFFSET = 0.7, -5.0
@@ -31,7 +32,7 @@ def calibration(**tasks: TaskCalibration) -> ProbabilityCalibration:
     return ProbabilityCalibration(num_hard=1, num_random=8, tasks=tasks or {"asymmetric": FITTED})
 
 
-class Numbered:
+class Numbered(PlainStudent):
     """A student whose score depends on the pair's numbers: high for query n with passage n, else low, with noise."""
 
     fingerprint = "numbered"
@@ -40,12 +41,15 @@ class Numbered:
     def __init__(self, *, tells: float = 8.0) -> None:
         self.tells = tells
 
-    def _encode(self, texts, advance=None):
+    def _encode(self, texts, *, instruction=None, advance=None):
         if advance is not None:
             advance(len(texts))
-        return FakeEncoded(np.array([[int(text.split()[0])] for text in texts], np.float32), (), len(texts))
+        return EncodedTexts(np.array([int(text.split()[0]) for text in texts], np.float32)[:, None], (), len(texts))
 
     encode_queries = encode_passages = _encode
+
+    def query_vectors(self, query_vectors, task):
+        return query_vectors
 
     def score(self, query, passages, task):
         is_own = passages[:, 0] % 1000 == query[0]

@@ -11,6 +11,7 @@ import pytest
 
 from d2llm import Index, Passage, Query, Ranking, Student
 from d2llm.core.errors import InputError, ModelError
+from d2llm.models.text_scores import TextScorer
 from tiny_models import TEXTS, write_trained_student
 
 QUERY = TEXTS[0]
@@ -82,6 +83,6 @@ def test_wrong_arguments_are_named(student: Student, monkeypatch: pytest.MonkeyP
         student.rank(QUERY, ["a", 7])  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match="texts is 7"):
         student.encode_query(7)  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(student, "score", lambda *_: np.full(1, np.nan, np.float32))
+    monkeypatch.setattr(TextScorer, "score", lambda *_: np.full(1, np.nan, np.float32))
     with pytest.raises(ModelError, match="NaN"):
         student.rank(QUERY, ["a"])

@@ -102,13 +102,13 @@ def test_bfloat16_passages_score_like_their_float32_values(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_scores_do_not_depend_on_blocks_or_threads(dtype, num_threads):
-    module, (query,), passages = make(gates=True), vectors(1, 1), vectors(203, 2)
+    module, (query,), passages = make(gates=True), vectors(1, 1), vectors(67, 2)
     before = torch.get_num_threads()
     expected = prepare(module, query, dtype=dtype, block=512)(passages)
-    order = np.random.default_rng(3).permutation(203)
+    order = np.random.default_rng(3).permutation(67)
     torch.set_num_threads(num_threads)
     try:
-        scores_by_block = [prepare(module, query, dtype=dtype, block=block)(passages) for block in (1, 7, 32, 100, 512)]
+        scores_by_block = [prepare(module, query, dtype=dtype, block=block)(passages) for block in (1, 7, 32, 512)]
         shuffled = prepare(module, query, dtype=dtype, block=50)(passages[order])
     finally:
         torch.set_num_threads(before)

@@ -257,6 +257,7 @@ np.save(sys.argv[2], student.encode_queries(["the cat sat on the mat"]).vectors)
 """
 
 
+@pytest.mark.slow
 def test_loading_needs_no_peft(tmp_path, llama):
     student = trained(llama)
     student.save(tmp_path / "student")

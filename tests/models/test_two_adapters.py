@@ -164,7 +164,7 @@ def test_tokens_of_queries_have_the_places_of_the_same_tokens_of_passages(folder
     projection = student.token_projection = TokenProjection(DIM, 8, rarity, max_query_tokens=4)
     (query,), (passage,) = (student.tokenize(TEXTS[:1], kind).ids for kind in ("query", "passage"))
     assert query == [-1 - token for token in passage]
-    assert projection.query_places(query) == projection.query_places(passage)
+    assert projection.query_positions(query) == projection.query_positions(passage)
     encoded = student.encode_with_tokens(TEXTS[:1], "query")
     np.testing.assert_allclose(encoded.vectors, student.encode_queries(TEXTS[:1]).vectors, rtol=1e-4, atol=1e-4)
     assert encoded.tokens is not None

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from d2llm.core.errors import InputError
 from d2llm.ops.calibration import expected_calibration_error, log_loss, reliability_bins
 from d2llm.ops.ensemble import Ensemble, fit_ensemble, fit_logistic, out_of_fold_log_odds
-from examples import examples
 
 
 def sigmoid(values):
@@ -60,7 +59,6 @@ def test_the_optimum_matches_scipy(l2):
     assert loss(np.array([*weights, bias])) <= optimum.fun + 1e-12
 
 
-@settings(max_examples=examples(100))
 @example(190, 4, 1e-6)  # L-BFGS-B stopped at a gradient of 1e-5 here
 @given(st.integers(0, 10_000), st.integers(1, 5), st.sampled_from([0.0, 1e-6, 1e-3, 0.1, 3.0]))
 def test_the_optimality_conditions_hold(seed, num_members, l2):

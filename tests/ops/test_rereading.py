@@ -110,7 +110,7 @@ def test_reading_pays_around_the_cutoff():
     assert reading_gains(np.zeros(0), np.zeros(0, bool), 1.0, 6).tolist() == []
 
 
-@settings(max_examples=examples(60), deadline=None)
+@settings(max_examples=examples(60))
 @given(
     st.lists(st.floats(-8, 8), min_size=1, max_size=9),
     st.integers(1, 12),

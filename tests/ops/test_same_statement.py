@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from d2llm.ops.bm25_words import terms
-from d2llm.ops.same_statement import Statement
+from d2llm.ops.diversity import Statement
 
 LONG = (
     "Let the kettle cool before you pour the water over green tea leaves, because boiling water makes the drink "

@@ -17,7 +17,7 @@ from compiled_loops import compiled
 from d2llm.core.fallbacks import fallback_counts
 from d2llm.ops import kernels
 from d2llm.ops.kernels import CompiledLoops, compiler
-from d2llm.store.bm25 import WordIndex
+from d2llm.store.bm25 import WordIndex, bounds_of_segment
 from d2llm.store.word_segment import WordSegment
 
 
@@ -87,6 +87,35 @@ def test_damaged_words_are_an_error(part):
     query = index.query("one two three")
     with compiled(True), pytest.raises(ValueError, match=r"not ascending|not where they should be"):
         _ = index.score(query, np.arange(100)) if part == "offsets" else index.best(query, 3)
+
+
+def test_damaged_bounds_are_an_error():
+    segment = WordSegment.from_texts(["one two", "two three"] * 400)
+    bounds = bounds_of_segment(segment)
+    assert len(bounds.terms) == 3
+    index = WordIndex([dataclasses.replace(segment, bounds=bounds._replace(shares=bounds.shares[:-1]))])
+    with compiled(True), pytest.raises(ValueError, match="not where they should be"):
+        index.best(index.query("one two three"), 3)
+
+
+def test_bounds_skip_postings():
+    """A term is frequent, but in each range but one it is found only in long passages."""
+    random = np.random.default_rng(0)
+    long = " ".join(f"filler{number}" for number in random.integers(0, 50, 60))
+    texts = [f"common {long}"] * 20_000 + ["common rare"] * 30
+    segment = WordSegment.from_texts(texts)
+    found = {}
+    for name, bounds in (
+        ("computed", None),
+        ("none", bounds_of_segment(segment)._replace(terms=np.zeros(0, np.uint32))),
+    ):
+        index = WordIndex([dataclasses.replace(segment, bounds=bounds)]).only(np.ones(len(texts), np.bool_))
+        query = index.query("common rare")
+        found[name] = index.best_compiled(kernels.BM25.load(), query, 20)
+    assert sorted(found["computed"][0].tolist()) == sorted(found["none"][0].tolist()) == list(range(20_000, 20_030))
+    reversed_index = WordIndex([WordSegment.from_texts(texts[::-1])])
+    read = reversed_index.best_compiled(kernels.BM25.load(), reversed_index.query("common"), 20)[2]
+    assert read <= 8192  # of 20,030: the first range has the best, the others cannot reach them
 
 
 def test_they_are_loaded_in_another_thread_after_a_few_calls():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from d2llm.core.types import Query
 from d2llm.retrieval import build_ann as module
 from d2llm.retrieval.build_ann import build_ann
-from d2llm.retrieval.candidates import AnnSource
+from d2llm.retrieval.local_segment import AnnSource
 from d2llm.store import ann
 from d2llm.store.view import PassageView
 from examples import examples
@@ -33,7 +33,7 @@ def views(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MIN_PASSAGES", 100)
         patch.setattr(module, "MAX_EFFORT", 0.5)
-        build_ann(store, PlainStudent(), recall=0.8, depth=20)
+        build_ann(store, PlainStudent(dim=DIM_HERE), recall=0.8, depth=20)
     versions = [PassageView(store)]
     # Every vector twice, so that scores tie.
     put_vectors(store, NUM - 20, np.repeat(clustered(40, seed=2, dim=DIM_HERE), 2, axis=0), "other")
@@ -44,7 +44,7 @@ def views(request, tmp_path_factory):
     return versions
 
 
-@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     version=st.integers(0, 2),
     top_k=st.integers(1, 700) | st.integers(1, 30),

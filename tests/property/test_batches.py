@@ -72,7 +72,7 @@ def of(ranking):
 texts = st.lists(st.sampled_from([*WORDS, "nowhere"]), min_size=1, max_size=4).map(" ".join)
 
 
-@settings(max_examples=examples(40), deadline=None)
+@settings(max_examples=examples(40))
 @given(
     queries=st.lists(texts, min_size=1, max_size=45),
     at_once=st.sampled_from([1, 5, 32]),

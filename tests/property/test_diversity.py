@@ -30,13 +30,13 @@ def cosines(ranking: list[tuple[float, list[int]]]) -> np.ndarray:
         return np.nan_to_num(vectors @ vectors.T / np.outer(lengths, lengths))
 
 
-@settings(max_examples=examples(40), deadline=None)
+@settings(max_examples=examples(40))
 @given(rankings, st.integers(1, 30))
 def test_weight_one_is_the_ranking(ranking, top_k):
     assert select(ranking, top_k, mmr=1.0).indices.tolist() == list(range(min(top_k, len(ranking))))
 
 
-@settings(max_examples=examples(40), deadline=None)
+@settings(max_examples=examples(40))
 @given(rankings, st.integers(1, 30), st.none() | weights, st.none() | thresholds)
 def test_the_best_stays_first_and_nothing_comes_twice(ranking, top_k, mmr, near_duplicates):
     indices, num_left_out = select(ranking, top_k, mmr=mmr, near_duplicates=near_duplicates)
@@ -49,7 +49,7 @@ def test_the_best_stays_first_and_nothing_comes_twice(ranking, top_k, mmr, near_
         assert np.all(np.diff(indices) > 0)
 
 
-@settings(max_examples=examples(40), deadline=None)
+@settings(max_examples=examples(40))
 @given(rankings, thresholds)
 def test_whatever_is_left_out_is_like_a_better_result(ranking, threshold):
     indices, num_left_out = select(ranking, len(ranking), near_duplicates=threshold)
@@ -63,7 +63,7 @@ def test_whatever_is_left_out_is_like_a_better_result(ranking, threshold):
         assert not better or alike[kept, better].max() < threshold + 1e-5
 
 
-@settings(max_examples=examples(40), deadline=None)
+@settings(max_examples=examples(40))
 @given(rankings, weights, st.integers(1, 30))
 def test_a_longer_selection_begins_with_a_shorter_one(ranking, mmr, top_k):
     shorter, longer = (select(ranking, k, mmr=mmr).indices.tolist() for k in (top_k, top_k + 1))

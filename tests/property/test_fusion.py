@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from d2llm.ops.fusion import reciprocal_rank_fusion
-from examples import examples
 
 rankings = st.lists(st.lists(st.sampled_from("abcdefgh"), unique=True), max_size=5)
 
 
-@settings(max_examples=examples(100), deadline=None)
 @given(rankings=rankings, data=st.data())
 def test_fusion_does_not_depend_on_the_order_of_rankings(rankings: list[list[str]], data: st.DataObject) -> None:
     assert reciprocal_rank_fusion(data.draw(st.permutations(rankings))) == reciprocal_rank_fusion(rankings)
 
 
-@settings(max_examples=examples(100), deadline=None)
 @given(rankings=rankings, k=st.integers(0, 100))
 def test_fusion_matches_its_formula(rankings: list[list[str]], k: int) -> None:
     fused = reciprocal_rank_fusion(rankings, k=k)

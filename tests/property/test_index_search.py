@@ -38,7 +38,7 @@ def ranked_hits(index, student, text, **arguments):
     return [(hit.rank, hit.passage.id, hit.score) for hit in ranking.passages]
 
 
-@settings(max_examples=examples(30), deadline=None)
+@settings(max_examples=examples(30))
 @given(text=texts, top_k=st.integers(1, 160), exact=st.booleans())
 def test_top_k_is_a_prefix_of_top_k_plus_one(index, student, text, top_k, exact):
     shorter = ranked_hits(index, student, text, top_k=top_k, exact=exact)
@@ -46,7 +46,7 @@ def test_top_k_is_a_prefix_of_top_k_plus_one(index, student, text, top_k, exact)
     assert shorter == longer[:top_k]
 
 
-@settings(max_examples=examples(30), deadline=None)
+@settings(max_examples=examples(30))
 @given(text=texts, top_k=st.integers(1, 160), num_candidates=st.integers(150, 400))
 def test_enough_candidates_give_the_exact_scan(index, student, text, top_k, num_candidates):
     proposed = ranked_hits(index, student, text, top_k=top_k, num_candidates=num_candidates)
@@ -62,7 +62,7 @@ def edited_index(tmp_path_factory):
     return index
 
 
-@settings(max_examples=examples(40), deadline=None)
+@settings(max_examples=examples(40))
 @given(
     queries=st.lists(texts, min_size=1, max_size=40),
     top_k=st.integers(1, 210),
@@ -98,7 +98,7 @@ def test_options_that_need_more_candidates_get_them(edited_index, options):
         assert fast.num_candidates == slow.num_candidates > 4
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(queries=st.lists(texts, min_size=2, max_size=70), group=st.sampled_from(["passage", "best"]))
 def test_batched_queries_are_ranked_as_single_ones(edited_index, queries, group):
     student = FakeStudent()
@@ -108,7 +108,6 @@ def test_batched_queries_are_ranked_as_single_ones(edited_index, queries, group)
         assert ranking.passages == alone.passages
 
 
-@settings(max_examples=examples(100), deadline=None)
 @given(
     scores=st.lists(st.sampled_from([0.0, -0.0, 1.0, 1.5, -2.0]), max_size=30),
     top_k=st.integers(1, 35),
@@ -124,7 +123,7 @@ def test_top_rows_equals_sorting_everything(scores, top_k, shuffle):
 texts_of_any_kind = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     contents=st.lists(
         st.tuples(texts_of_any_kind.filter(bool), texts_of_any_kind, texts_of_any_kind),

@@ -68,7 +68,7 @@ def select_passages(batch: Batch, order: Tensor) -> Batch:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(batch=batches, data=st.data())
 def test_the_order_of_passages_does_not_matter(name: str, batch: Batch, data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(batch["logits"].shape[1])))
@@ -78,7 +78,7 @@ def test_the_order_of_passages_does_not_matter(name: str, batch: Batch, data: st
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(batch=batches, data=st.data())
 def test_the_order_of_queries_does_not_matter(name: str, batch: Batch, data: st.DataObject) -> None:
     order = torch.tensor(data.draw(st.permutations(range(batch["logits"].shape[0]))))
@@ -87,7 +87,7 @@ def test_the_order_of_queries_does_not_matter(name: str, batch: Batch, data: st.
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(batch=batches, data=st.data(), garbage=st.sampled_from([0.0, -7.5, float("nan"), float("inf")]))
 def test_a_masked_passage_changes_nothing(name: str, batch: Batch, data: st.DataObject, garbage: float) -> None:
     num_passages = batch["logits"].shape[1]
@@ -100,7 +100,7 @@ def test_a_masked_passage_changes_nothing(name: str, batch: Batch, data: st.Data
     assert loss_of(name, longer) == pytest.approx(loss_of(name, batch), rel=1e-9, abs=1e-12)
 
 
-@settings(max_examples=examples(50), deadline=None)
+@settings(max_examples=examples(50))
 @given(batch=batches, offset=st.floats(-100, 100), scale=st.floats(0.1, 10))
 def test_correlation_ignores_offset_and_scale_of_logits_and_teacher(batch: Batch, offset: float, scale: float) -> None:
     expected = loss_of("rank_imitation_positive_hard", batch)
@@ -109,7 +109,7 @@ def test_correlation_ignores_offset_and_scale_of_logits_and_teacher(batch: Batch
         assert moved == pytest.approx(expected, rel=1e-8, abs=1e-9)
 
 
-@settings(max_examples=examples(50), deadline=None)
+@settings(max_examples=examples(50))
 @given(batch=batches, offset=st.floats(-100, 100))
 def test_losses_of_differences_ignore_an_offset_of_the_logits(batch: Batch, offset: float) -> None:
     for name in ("in_batch_cross_entropy", "list_imitation", "rank_imitation_hard_easy"):
@@ -117,7 +117,7 @@ def test_losses_of_differences_ignore_an_offset_of_the_logits(batch: Batch, offs
         assert moved == pytest.approx(loss_of(name, batch), rel=1e-8, abs=1e-10)
 
 
-@settings(max_examples=examples(50), deadline=None)
+@settings(max_examples=examples(50))
 @given(batch=batches)
 def test_losses_stay_within_their_ranges(batch: Batch) -> None:
     for name in NAMES:
@@ -126,7 +126,7 @@ def test_losses_stay_within_their_ranges(batch: Batch) -> None:
     assert loss_of("feature_imitation", batch) <= 4 + 1e-12
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(batch=batches)
 def test_a_student_equal_to_its_teacher_has_no_loss(batch: Batch) -> None:
     unit = torch.nn.functional.normalize(batch["features"], dim=2)

@@ -40,7 +40,7 @@ def shuffled(dataset: Dataset, order: random.Random) -> Dataset:
     return Dataset("d", Path("d"), shuffle(dataset.passages), shuffle(dataset.queries), {"train": train})
 
 
-@settings(deadline=None, max_examples=examples(60))
+@settings(max_examples=examples(60))
 @given(dataset=datasets(), seed=st.integers(0, 9), order=st.randoms(use_true_random=False))
 def test_shuffling_the_files_changes_no_draw(dataset: Dataset, seed: int, order: random.Random) -> None:
     config = MiningConfig(num_hard=2, num_easy=2, range_max=5, range_min=1)
@@ -51,7 +51,7 @@ def test_shuffling_the_files_changes_no_draw(dataset: Dataset, seed: int, order:
     assert {e.query_id: set(e.positives) for e in entries} == {e.query_id: set(e.positives) for e in shuffled_entries}
 
 
-@settings(deadline=None, max_examples=examples(60))
+@settings(max_examples=examples(60))
 @given(dataset=datasets(), seed=st.integers(0, 9), num_easy=st.integers(0, 20), num_hard=st.integers(0, 9))
 def test_lists_are_disjoint_and_as_long_as_the_corpus_allows(
     dataset: Dataset, seed: int, num_easy: int, num_hard: int

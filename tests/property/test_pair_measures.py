@@ -22,7 +22,7 @@ tied = st.sampled_from([-2.0, -0.0, 0.0, 1.0, 1.0000001, 5e-324, 1e308, -1e308])
 score = tied | st.floats(-1e308, 1e308)
 binary = st.lists(st.tuples(score, st.booleans()), min_size=2, max_size=25)
 ordinal = st.lists(st.tuples(score, st.integers(0, 2)), min_size=3, max_size=9)
-PROPERTY = settings(max_examples=examples(50), deadline=None)
+PROPERTY = settings(max_examples=examples(50))
 
 
 def unzip(pairs):

@@ -2,25 +2,22 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from d2llm.ops.ranking import top_k
-from examples import examples
 
 # Few distinct values, so that ties are common
 tied_scores = st.sampled_from([-1.5, -0.0, 0.0, 1.0, 1.0000001, float("inf"), float("-inf")])
 items = st.dictionaries(st.text(max_size=3), tied_scores | st.floats(allow_nan=False, width=32), max_size=30)
 
 
-@settings(max_examples=examples(200), deadline=None)
 @given(items=items, k=st.integers(0, 35))
 def test_top_k_equals_the_full_sort(items: dict[str, float], k: int) -> None:
     expected = sorted(items.items(), key=lambda item: (-item[1], item[0]))[:k]
     assert top_k(np.array(list(items.values())), list(items), k) == expected
 
 
-@settings(max_examples=examples(100), deadline=None)
 @given(items=items, k=st.integers(0, 35))
 def test_top_k_is_a_prefix_of_top_k_plus_one(items: dict[str, float], k: int) -> None:
     scores = torch.tensor(list(items.values()), dtype=torch.bfloat16)  # rounding makes more ties
@@ -29,7 +26,6 @@ def test_top_k_is_a_prefix_of_top_k_plus_one(items: dict[str, float], k: int) ->
     assert len(longer) == min(k + 1, len(items))
 
 
-@settings(max_examples=examples(100), deadline=None)
 @given(items=items, k=st.integers(0, 35), data=st.data())
 def test_the_order_of_items_does_not_matter(items: dict[str, float], k: int, data: st.DataObject) -> None:
     shuffled = dict(data.draw(st.permutations(list(items.items()))))

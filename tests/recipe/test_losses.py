@@ -165,6 +165,7 @@ def test_another_package_adds_a_loss_by_an_entry_point(tmp_path: Path) -> None:
     assert "has the entry point d2llm.losses: wrong = their_loss:Theirs, which is no loss of kind 'wrong'" in wrong
 
 
+@pytest.mark.slow
 def test_what_others_published_is_imported_only_if_it_is_named() -> None:
     program = (
         "import sys\nfrom d2llm.recipe import Recipe\nimport d2llm.training.distill\n"

@@ -118,8 +118,8 @@ def test_a_pooling_of_ones_own_is_known_at_once(place: Place) -> None:
 )
 def test_the_own_pooling_has_no_weights(pooling: object, own: str) -> None:
     config = StudentConfig.model_validate({"pooling": pooling})
-    assert config.pooling.own.kind == own
-    assert not config.pooling.own.is_trained
+    assert config.pooling.weightless.kind == own
+    assert not config.pooling.weightless.is_trained
 
 
 def test_what_is_trained_says_so() -> None:

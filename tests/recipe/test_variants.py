@@ -105,7 +105,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]
             losses[kind] = set(losses_of(score_batch(student, batch), batch, recipe.losses))
         return (
             shapes,
-            student.backbone.own.kind,
+            student.backbone.own_pooling.kind,
             losses[kind],
             recipe.training,
             recipe.score_features,

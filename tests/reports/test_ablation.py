@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from d2llm.core.types import Task
+from d2llm.recipe import GradedTeacherConfig
 from d2llm.recipe.recipe_file import load_recipe
 from d2llm.recipe.variants import VARIANTS
 from d2llm.reports.ablation import ablation_document, ablation_table, forest_plot, groups, remarks, variants_table
@@ -175,6 +176,14 @@ class TestListing:
         lines = [line for line in table.splitlines() if "changes nothing" in line]
         assert {"concat", "cold-start"} < {line.split("│")[1].strip() for line in lines}
         assert len(lines) < 10
+
+    def test_variants_that_a_recipe_cannot_have_are_marked(self) -> None:
+        recipe = load_recipe("d2llm-paper")
+        graded = recipe.model_copy(
+            update={"teacher": GradedTeacherConfig(), "losses": recipe.losses.with_imitation({}, of_pairs=True)}
+        )
+        lines = [line for line in printed(variants_table(graded)).splitlines() if "not possible" in line]
+        assert [line.split("│")[1].strip() for line in lines] == ["subclass-imitation"]
 
 
 class TestPage:

@@ -55,7 +55,7 @@ class TestDockerfile:
 
     def test_files_needed_to_build_the_package_are_copied(self):
         copied = {name for *names, _ in instructions("COPY") for name in names}
-        needed = {"Makefile", "scripts", "constraints.txt", "pyproject.toml", "README.md", "LICENSE", "src"}
+        needed = {"Makefile", "scripts", "constraints.txt", "pyproject.toml", "README.md", "LICENSE", "src", "packages"}
         assert needed <= copied
 
     def test_the_image_is_set_up_with_make(self):
@@ -108,7 +108,7 @@ class TestSetup:
             own = re.findall(r"^d2llm\[(.*)\]$", "\n".join(extras[name]), re.MULTILINE)
             waiting += [extra for names in own for extra in names.split(",") if extra not in installed]
         # `models` is installed without its dependencies; vLLM needs a GPU; the last one compiles, for make test-remote.
-        assert extras.keys() - installed == {"models", "vllm", "remote-test"}
+        assert extras.keys() - installed == {"minilm", "models", "vllm", "remote-test"}
 
     @pytest.mark.parametrize(("arguments", "installed"), [([], "train,gguf,dev"), (["EXTRAS=serve"], "serve")])
     def test_make_setup_installs_the_chosen_extras(self, tmp_path, arguments, installed):

@@ -153,6 +153,7 @@ def test_the_licence_is_the_standard_text(repository: Path):
     assert hashlib.sha256(text).hexdigest() == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["mine", "tune-teacher", "label", "distill", "run"])
 def test_a_missing_recipe_is_an_error_before_torch_is_loaded(verb, tmp_path):
     code = (

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 LONGEST_LINE = 200
 PAGES = sorted(
     page
-    for pattern in ("*.md", "docs/**/*.md", "benchmarks/**/*.md", "src/**/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "benchmarks/**/*.md", "src/**/*.md", "packages/**/*.md")
     for page in ROOT.glob(pattern)
     if not re.fullmatch(r"\d{4}-\d\d", page.stem)  # a month of the log keeps its entries as they were written
 )
@@ -67,7 +67,7 @@ def test_all_pages_are_read():
     names = {str(page.relative_to(ROOT)) for page in PAGES}
     assert {"README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/index.md"} <= names
     assert {"docs/how-to/serve.md", "docs/log/README.md", "benchmarks/judgements/README.md"} <= names
-    assert "src/d2llm/shipped/students/d2llm-minilm/README.md" in names
+    assert "packages/d2llm-models-minilm/src/d2llm_models/students/d2llm-minilm/README.md" in names
 
 
 @pytest.mark.parametrize(
@@ -95,10 +95,10 @@ def test_the_tables_of_pages_are_as_the_scripts_write_them(tmp_path, monkeypatch
     shutil.copy(ROOT / "README.md", tmp_path)
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "results").symlink_to(ROOT / "benchmarks" / "results")
-    students = Path("src", "d2llm", "shipped", "students")
-    for card in (ROOT / students).glob("*/README.md"):
-        (tmp_path / students / card.parent.name).mkdir(parents=True)
-        shutil.copy(card, tmp_path / students / card.parent.name)
+    for card in ROOT.glob("packages/*/src/d2llm_models/students/*/README.md"):
+        copied = tmp_path / card.relative_to(ROOT)
+        copied.parent.mkdir(parents=True)
+        shutil.copy(card, copied)
     pages = {page: page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.md")}
     monkeypatch.setattr(sys, "path", [str(tmp_path / "scripts"), *sys.path])
     monkeypatch.delitem(sys.modules, "prose", raising=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import inspect
 import re
 from collections import Counter
@@ -28,6 +27,7 @@ from d2llm.server.schemas import ContextRequest, SearchRequest
 from d2llm.server.settings import ServeSettings
 from d2llm.sizing.plan import SizePlan
 from d2llm.store.index_spec import IndexSpec
+from repository_scripts import load_script
 
 SHOWN = {
     name: field
@@ -38,15 +38,11 @@ SHOWN = {
 
 
 @cache
-def tables(repository: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("settings_tables", repository / "scripts" / "settings_tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tables() -> Any:
+    return load_script("settings_tables")
 
 
+@cache
 def options_of(*verb: str) -> dict[str, Any]:
     command: Any = typer.main.get_command(app)
     for word in verb:
@@ -211,12 +207,25 @@ def test_something_else_than_settings_is_named():
 
 
 def test_the_tables_of_the_documentation_are_those_of_the_classes(repository: Path):
-    made = tables(repository)
+    made = tables()
     named = [found["name"] for path in made.PAGES for found in made.BLOCK.finditer(path.read_text(encoding="utf-8"))]
-    assert sorted(named) == sorted(made.TABLES)
+    assert sorted(named) == sorted(made.BLOCKS)
     for path in made.PAGES:
         page = path.read_text(encoding="utf-8")
         assert made.written(page) == page, f"{path.name} differs; run: python scripts/settings_tables.py"
+
+
+def test_every_setting_and_environment_variable_is_on_the_pages(repository: Path):
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in tables().PAGES)
+    fields = {name for kind in KINDS for name in kind.model_fields}
+    assert {name for name in fields if f"`{name}`" not in pages} == set()
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (repository / "src").rglob("*.py"))
+    variables = {
+        *re.findall(r"environ(?:\.\w+\(|\[)\s*\"([A-Z_]+)\"", source),
+        *re.findall(r"\"(D2LLM_[A-Z_]+)", source),
+    }
+    assert len(variables) > 12
+    assert {name for name in variables if f"`{name}" not in pages} == set()
 
 
 def test_no_help_text_of_a_setting_is_written_twice(repository: Path):

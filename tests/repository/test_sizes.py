@@ -1,4 +1,4 @@
-"""No file of the package has over 600 lines, and no function over 60, but for a list that may only become shorter."""
+"""No file of the package has over 600 lines, and no function over 60."""
 
 from __future__ import annotations
 
@@ -8,19 +8,6 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "src" / "d2llm"
 MAX_FILE, MAX_FUNCTION = 600, 60
-LONG_FILES = {"retrieval/index.py": 814, "store/passage_table.py": 643}
-LONG_FUNCTIONS = {
-    "cli/encode.py: encode": 67,
-    "cli/evaluate.py: evaluate": 128,
-    "cli/fit.py: fit": 96,
-    "cli/fit_scores.py: fit_scores": 118,
-    "cli/search.py: search": 93,
-    "demo/demo.py: run_demo": 64,
-    "fitting/write_queries.py: write_queries": 72,
-    "retrieval/build_ann.py: build_ann": 67,
-    "retrieval/encode.py: encode": 95,
-}
-"""What is still over the limit, with its present length. Lower an entry when the code becomes shorter; add none."""
 
 
 def functions_of(node: ast.AST, owner: str = "") -> Iterator[tuple[str, int]]:
@@ -44,12 +31,12 @@ def sources() -> Iterator[tuple[str, str]]:
 
 def test_no_file_is_long():
     lengths = {name: len(text.splitlines()) for name, text in sources()}
-    assert {name: length for name, length in lengths.items() if length > MAX_FILE} == LONG_FILES
+    assert not {name: length for name, length in lengths.items() if length > MAX_FILE}
 
 
 def test_no_function_is_long():
     lengths = {f"{file}: {name}": length for file, text in sources() for name, length in functions_of(ast.parse(text))}
-    assert {name: length for name, length in lengths.items() if length > MAX_FUNCTION} == LONG_FUNCTIONS
+    assert not {name: length for name, length in lengths.items() if length > MAX_FUNCTION}
 
 
 def test_a_docstring_is_no_code():

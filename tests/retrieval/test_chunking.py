@@ -14,7 +14,7 @@ from d2llm.ops.rereading import StudentError
 from d2llm.retrieval.chunking import Chunker
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.results import group_passages
-from d2llm.store.side_files import Chunking
+from d2llm.store.index_manifest import Chunking
 from examples import examples
 from fake_models import FakeStudent, FakeTeacher
 from rerankers import cascade
@@ -26,7 +26,7 @@ def test_best_and_sum_match_hand_computed_scores():
     scores = np.log(np.array([4.0, 3.0, 2.0, 1.5, 1.0]))
     documents = ["b", "a", "a", "a", "c"]
     best = group_passages(scores, np.arange(5), documents, "best", 2)
-    assert [(document.id, round(np.exp(document.score), 6), document.places) for document in best] == [
+    assert [(document.id, round(np.exp(document.score), 6), document.positions) for document in best] == [
         ("b", 4.0, [0]),
         ("a", 3.0, [1, 2, 3]),
         ("c", 1.0, [4]),
@@ -44,7 +44,7 @@ def test_tied_documents_are_ordered_by_id():
     assert [document.id for document in ranking] == ["a", "b", "c"]
 
 
-@settings(max_examples=examples(80), deadline=None)
+@settings(max_examples=examples(80))
 @given(st.lists(st.tuples(st.floats(-50, 50), st.integers(0, 4)), min_size=1, max_size=12), st.integers(1, 5))
 def test_sum_scores_exceed_the_best_by_at_most_log_count(items, num_parts):
     scores = np.array([score for score, _ in items])
@@ -52,8 +52,8 @@ def test_sum_scores_exceed_the_best_by_at_most_log_count(items, num_parts):
     order = np.argsort(-scores, kind="stable")
     best = {document.id: document.score for document in group_passages(scores, order, documents, "best", num_parts)}
     for document in group_passages(scores, order, documents, "sum", num_parts):
-        assert best[document.id] == max(scores[position] for position in document.places)
-        num_counted = min(num_parts, len(document.places))
+        assert best[document.id] == max(scores[position] for position in document.positions)
+        num_counted = min(num_parts, len(document.positions))
         assert best[document.id] <= document.score <= best[document.id] + np.log(num_counted) + 1e-9
         if num_counted == 1:
             assert document.score == best[document.id]
@@ -176,7 +176,7 @@ class TestChunks:
             last = before.text[before.text.rindex("Sentence") :]
             assert after.text.startswith(last)
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(st.text(alphabet="ab .\n猫。é!", max_size=300))
     def test_nothing_but_white_space_is_lost(self, student, text):
         pieces = Chunker(student, Chunking(12)).split(Passage("d", text))

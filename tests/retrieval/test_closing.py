@@ -12,6 +12,7 @@ import pytest
 
 from d2llm import Index, Passage
 from d2llm.core.errors import InputError
+from d2llm.retrieval.open_index import OpenIndex
 from fake_models import FakeStudent, FakeTeacher
 
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
@@ -29,16 +30,17 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "around": ([],),
     "context": ("a",),
     "measure_error": (FakeTeacher(), "a"),
+    "scoring_corpus": (FakeStudent(),),
 }
 USES: dict[str, Callable[[Index], Any]] = {
     **{
         name: lambda index, name=name: getattr(index, name)(*ARGUMENTS.get(name, ()))
-        for name, member in vars(Index).items()
+        for name, member in {**vars(OpenIndex), **vars(Index)}.items()
         if inspect.isfunction(member) and not name.startswith("_") and name != "close"
     },
     **{
         name: lambda index, name=name: getattr(index, name)
-        for name, member in vars(Index).items()
+        for name, member in {**vars(OpenIndex), **vars(Index)}.items()
         if isinstance(member, property | cached_property) and not name.startswith("_") and name != "folder"
     },
     "len": len,

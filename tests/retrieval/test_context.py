@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from d2llm.core.errors import InputError, ModelNotFoundError
 from d2llm.core.types import Passage, Query, RankedPassage, Ranking
 from d2llm.retrieval.context import build_context, context_settings, named_tokenizer
-from d2llm.retrieval.excerpts import merge_neighbours
+from d2llm.retrieval.results import merge_neighbours
 from d2llm.retrieval.settings import SearchSettings
 from examples import examples
 from indexed_student import PASSAGES, QUERIES, make_indexed
@@ -134,7 +134,7 @@ def test_a_best_result_longer_than_the_limit_keeps_its_first_tokens():
     assert (nothing.left_out, nothing.truncated) == (("p0",), False)
 
 
-@settings(max_examples=examples(40), deadline=None)
+@settings(max_examples=examples(40))
 @given(
     st.lists(st.sampled_from([*MANUAL, *SINGLES]), min_size=1, max_size=6, unique_by=lambda passage: passage.id),
     st.integers(1, 90),
@@ -177,7 +177,7 @@ def filled_by_trial(ranking, max_tokens, **options):
     return whole(chosen).text
 
 
-@settings(max_examples=examples(60), deadline=None)
+@settings(max_examples=examples(60))
 @given(
     st.permutations([*MANUAL, *SINGLES, *OTHERS]).flatmap(
         lambda passages: st.integers(2, len(passages)).map(lambda n: passages[:n])

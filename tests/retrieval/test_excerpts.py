@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Passage, RankedPassage
-from d2llm.retrieval.excerpts import merge_neighbours
 from d2llm.retrieval.index import Index
+from d2llm.retrieval.results import merge_neighbours
 from examples import examples
 from fake_models import FakeStudent
 
@@ -67,7 +67,7 @@ def test_results_of_one_search_can_be_merged(index):
     assert sorted(names) == sorted(passage.id for passage in [*DOCUMENT, *OTHER, SINGLE])
 
 
-@settings(max_examples=examples(40), deadline=None)
+@settings(max_examples=examples(40))
 @given(st.lists(st.integers(0, 11), min_size=1, max_size=6, unique=True), st.integers(0, 3))
 def test_every_passage_is_in_one_excerpt(places, distance):
     results = [

@@ -13,7 +13,7 @@ from d2llm.retrieval.chunking import Chunker
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
 from d2llm.store.blocks import ROW_HASH_LENGTH, row_hash
-from d2llm.store.side_files import Chunking
+from d2llm.store.index_manifest import Chunking
 from fake_models import FakeStudent
 from tiny_models import TEXTS, tiny_student_config, write_tiny_model
 

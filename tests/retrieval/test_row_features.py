@@ -7,9 +7,9 @@ import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import PART_KINDS, Passage
+from d2llm.models.row_features import RowFeatures
 from d2llm.models.score_features import FeatureWeights, WordsFactor
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.row_features import RowFeatures
 from fake_models import FakeStudent
 from feature_rows import FeatureRows
 from searching import search
@@ -67,9 +67,9 @@ def test_words_factor_scales_words_but_not_windows(words):
     for query in ("rare gem", "common gem zebra", "gem"):
         exponent = 0.4 + words.words.query(query).statistics @ np.array([0.3, -0.2, 1.0, -2.0])
         assert -1 < exponent < 2
-        plain = RowFeatures(windowed, query, FeatureWeights(terms=terms), vectors[0]).parts(rows)
+        plain = RowFeatures(windowed, query, FeatureWeights(terms=terms), vectors[0]).by_kind(rows)
         score_features = RowFeatures(windowed, query, FeatureWeights(terms=terms, words_factor=factor), vectors[0])
-        parts = score_features.parts(rows)
+        parts = score_features.by_kind(rows)
         np.testing.assert_allclose(parts.words, np.exp(exponent) * plain.words, rtol=1e-5)
         np.testing.assert_array_equal(parts.windows, plain.windows)  # the factor applies to words only
         np.testing.assert_array_equal(score_features(rows), parts.words + parts.windows)
@@ -103,7 +103,7 @@ def test_the_best_window_counts_by_its_inner_product():
     np.testing.assert_allclose(score_features(np.arange(4)), [3.0, 0.5, 0.5, -0.25])
     np.testing.assert_array_equal(score_features(np.array([3, 0])), score_features(np.arange(4))[[3, 0]])
     np.testing.assert_array_equal(score_features.bounds(4), score_features(np.arange(4)))
-    parts = score_features.parts(np.arange(4))
+    parts = score_features.by_kind(np.arange(4))
     assert parts.words is None
     np.testing.assert_array_equal(parts.windows, score_features(np.arange(4)))
 

@@ -8,7 +8,7 @@ from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import Searcher
 from d2llm.retrieval.settings import SearchSettings
-from fake_models import FakeStudent, FakeTeacher
+from fake_models import FakeStudent, FakeTeacher, PreparedDotStudent
 from rerankers import cascade
 from searching import search
 
@@ -52,6 +52,20 @@ def test_ranking_equals_brute_force(index, student, exact, task):
         np.testing.assert_allclose([s for _, s in pairs(ranking)], [s for _, s in expected], rtol=1e-5)
         assert [hit.rank for hit in ranking.passages] == [1, 2, 3, 4, 5, 6, 7]
         assert ranking.num_candidates == (120 if exact else 60)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_query_is_prepared_once(exact, tmp_path, monkeypatch):
+    encode(PASSAGES, PreparedDotStudent(), tmp_path / "i", vector_format="float32")
+    prepare, tasks = PreparedDotStudent.prepare, []
+
+    def counting(student, query_vector, task):
+        tasks.append(task)
+        return prepare(student, query_vector, task)
+
+    monkeypatch.setattr(PreparedDotStudent, "prepare", counting)
+    search(Index.open(tmp_path / "i").view, PreparedDotStudent(), QUERIES, exact=exact)
+    assert len(tasks) == len(QUERIES)
 
 
 @pytest.mark.parametrize("changes", [{}, {"exact": True}, {"hybrid": 0.5}, {"group": "sum", "top_k": 4}])
@@ -113,7 +127,7 @@ def test_candidates_of_documents_are_limited(student, tmp_path):
 def test_rows_scored_in_blocks_get_the_same_scores(index, student, monkeypatch):
     settings = {"num_candidates": 100, "top_k": 100, "score_features": {"bm25": 0.3}}
     (together,) = search(index, student, QUERIES[:1], **settings)
-    monkeypatch.setattr("d2llm.retrieval.row_scorer._SCORED_AT_ONCE", 7)
+    monkeypatch.setattr("d2llm.models.row_features._SCORED_AT_ONCE", 7)
     (in_blocks,) = search(index, student, QUERIES[:1], **settings)
     assert pairs(in_blocks) == pairs(together)
 

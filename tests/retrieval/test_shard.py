@@ -15,9 +15,10 @@ from d2llm.retrieval.build_ann import build_ann
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.shard import shard
+from d2llm.store.index_manifest import Chunking, write_chunking
 from d2llm.store.index_store import IndexStore
+from d2llm.store.passage_table import bytes_at_rest
 from d2llm.store.shards import Storage, read_sharded_manifest, shard_of
-from d2llm.store.side_files import Chunking, write_chunking
 from fake_models import FakeStudent, Interruption
 from sharded_index import BoundedStudent, random_passages, results_of
 
@@ -107,6 +108,8 @@ def test_reading_a_sharded_index(made):
     mine, other = three.stats(), one.stats()
     assert (mine.num_passages, mine.num_shards, other.num_shards) == (other.num_passages, 3, None)
     assert (mine.metadata, mine.vector_format) == (other.metadata, other.vector_format)
+    num_bytes = sum(bytes_at_rest(store.folder) for store in three.storage.stores)
+    assert mine.bytes_per_passage == round(num_bytes / len(three), 1)
 
 
 @pytest.mark.parametrize("copies", [1, 2])

@@ -7,8 +7,8 @@ import pytest
 from d2llm.core.types import LateChunk, Passage, Section, SectionedPassage
 from d2llm.models.student import Student
 from d2llm.retrieval.chunking import Chunker
-from d2llm.retrieval.split_tables import TableSplitter
-from d2llm.store.side_files import Chunking
+from d2llm.retrieval.text_splitter import TableSplitter
+from d2llm.store.index_manifest import Chunking
 
 HEADER = "| Fruit | Price |\n| --- | --- |"
 
@@ -88,6 +88,14 @@ def test_a_long_row_says_which_column_goes_on():
     assert all(piece.startswith("Kind: Oak\nCare: w") for piece in pieces[:-1])
     assert " ".join(piece.removeprefix("Kind: Oak\nCare: ") for piece in pieces[:-1]) == care
     assert pieces[-1] == "| Kind | Care |\n| --- | --- |\n| Elm | none |"
+
+
+def test_a_text_of_at_most_a_quarter_of_a_piece_begins_the_table_after_it():
+    table = f"{HEADER}\n{rows(12)}"
+    assert split(f"One two three four five.\n\n{table}", 20)[0].startswith(f"One two three four five.\n\n{HEADER}\n")
+    alone, first, *_ = split(f"One two three four five six.\n\n{table}", 20)
+    assert alone == "One two three four five six."
+    assert first.startswith(HEADER)
 
 
 def test_text_with_bars_is_no_table():

@@ -6,13 +6,12 @@ import itertools
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from d2llm.retrieval import text_splitter
 from d2llm.retrieval.text_splitter import TextSplitter
-from examples import examples
 
 
 def word_tokenizer() -> Tokenizer:
@@ -92,7 +91,11 @@ class TestLimits:
         assert max(map(len, pieces(text, 64))) <= 64 * 64
         assert "".join("".join(pieces(text, 64)).split()) == "".join(text.split())
 
-    @settings(max_examples=examples(200), deadline=None)
+    def test_a_word_of_more_than_32_characters_counts_as_a_token_for_each_four(self):
+        assert pieces(" ".join(["a" * 32] * 4), room=2) == [" ".join(["a" * 32] * 2)] * 2
+        assert max(map(len, pieces(" ".join(["a" * 33] * 4), room=8))) <= 32
+        assert pieces("a" * 100, room=10) == ["a" * 40, "a" * 40, "a" * 20]
+
     @given(
         st.text(alphabet="ab.!? \n\t\"'(),;:-|#1\u3002\u732b\u00e9\u0301\u200d", max_size=400),
         st.integers(4, 40),
@@ -109,7 +112,6 @@ class TestLimits:
         assert all(at in covered for at, character in enumerate(text) if not character.isspace())
         assert all(one[0] < two[0] for one, two in itertools.pairwise(repeated))
 
-    @settings(max_examples=examples(100), deadline=None)
     @given(st.lists(st.integers(1, 14), min_size=2, max_size=30))
     def test_a_piece_ends_with_a_sentence_if_one_fits(self, lengths):
         text = " ".join("Word" + " word" * (length - 1) + "." for length in lengths)

@@ -29,8 +29,8 @@ from d2llm.retrieval.chunking import default_chunking
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
 from d2llm.runners.ray_runner import RayRunner
+from d2llm.store.index_manifest import Chunking
 from d2llm.store.index_store import IndexStore
-from d2llm.store.side_files import Chunking
 from d2llm.training import label as label_verb
 from d2llm.training.label import LabelReport
 from tiny_data import topics

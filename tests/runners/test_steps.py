@@ -83,7 +83,7 @@ def open_run(place: Path, folder: Path, **changes: str) -> Run:
 def labels_of(run: Run) -> dict[str, Any]:
     identity = identify_local_teacher(run.teacher)
     store = LabelStore.open_for_reading(
-        run.parts.labels, teacher=identity.fingerprint, prompt=identity.prompts["asymmetric"], dataset="everyday"
+        run.folder.labels, teacher=identity.fingerprint, prompt=identity.prompts["asymmetric"], dataset="everyday"
     )
     return {query_id: store.log_odds(query_id) for query_id in store.query_ids}
 
@@ -106,7 +106,7 @@ def test_plans_audits_and_labels_are_the_local_ones(place, tmp_path, runner, mon
         die_once(monkeypatch, placements, "load_work", tmp_path / "died")
     there.mine(runner=runner)
     [data] = here.recipe.data
-    folders = [run.parts.plan(data) for run in (here, there)]
+    folders = [run.folder.plan(data) for run in (here, there)]
     assert read_plan(folders[1]).entries == read_plan(folders[0]).entries
     for name in ("audit.json", "audit.md"):
         assert (folders[1] / name).read_bytes() == (folders[0] / name).read_bytes()
@@ -129,12 +129,12 @@ def test_a_whole_run_is_the_local_one(place, tmp_path):
     assert runner.num_loads == 4  # mine: encoder; gate: encoder, teacher; label: teacher
     assert gate_rows(there) == gate_rows(here)
     assert labels_of(there) == labels_of(here)
-    fingerprints = [Student.load(run.parts.student, **ON_CPU).fingerprint for run in (here, there)]
+    fingerprints = [Student.load(run.folder.student, **ON_CPU).fingerprint for run in (here, there)]
     assert fingerprints[0] == fingerprints[1]
 
 
 def gate_rows(run: Run) -> list[dict[str, Any]]:
-    [report] = json.loads((run.parts.path / "gate.json").read_text())["gates"].values()
+    [report] = json.loads((run.folder.path / "gate.json").read_text())["gates"].values()
     return report["sets"]
 
 

@@ -11,10 +11,9 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
-from d2llm.server import limits
-from d2llm.server.access import is_open, scope_needed
+from d2llm.server import access
+from d2llm.server.access import Allowance, RateLimiter, is_open, scope_needed
 from d2llm.server.keys import add_key, remove_key
-from d2llm.server.limits import Allowance, RateLimiter
 from tiny_app import tiny_client
 
 SEARCH = {"texts": ["q"]}
@@ -163,7 +162,7 @@ def test_without_keys_addresses_are_limited_only_if_configured():
 
 def test_requests_are_forgotten_after_a_minute(monkeypatch: pytest.MonkeyPatch):
     now = [1_000_000.0]
-    for module in (limits, sys.modules["limits.storage.memory"], sys.modules["limits.strategies"]):
+    for module in (access, sys.modules["limits.storage.memory"], sys.modules["limits.strategies"]):
         monkeypatch.setattr(f"{module.__name__}.time.time", lambda: now[0])
     limiter = RateLimiter()
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
-from d2llm.server.body_text import problem_of_text
+from d2llm.server.large_bodies import problem_of_text
 from tiny_app import tiny_client
 
 LONE_SURROGATE = "\ud83d"

@@ -34,25 +34,38 @@ def names(number: int) -> bytes:
 
 
 ATTACKS = {
-    "unknown names, .9 MB": ("/v1/search", b'{"query":"x",' + names(100_000) + b"}", 422),
-    "unknown names, 16 MB": ("/v1/search", b'{"query":"x",' + names(1_300_000) + b"}", 422),
+    "unknown names, .9 MB": ("/v1/search", lambda: b'{"query":"x",' + names(100_000) + b"}", 422),
+    "unknown names, 16 MB": ("/v1/search", lambda: b'{"query":"x",' + names(1_300_000) + b"}", 422),
     "unknown names in OpenAI's interface": (
         "/v1/embeddings",
-        b'{"input":"x","model":"m",' + names(500_000) + b"}",
+        lambda: b'{"input":"x","model":"m",' + names(500_000) + b"}",
         400,
     ),
-    "unknown names in Cohere's interface": ("/v2/rerank", b'{"query":"x",' + names(500_000) + b"}", 422),
-    "one long unknown name": ("/v1/search", b'{"query":"x","' + b"quer" * (SIZE // 4) + b'":1}', 422),
-    "more values than bytes for them": ("/v1/encode", many(b'{"kind":"query","texts":[', b"[]", b"]}"), 413),
-    "numbers in place of texts": ("/v1/encode", many(b'{"kind":"query","texts":[', b"1234567", b"]}"), 422),
-    "objects in place of vectors": ("/v1/rescore", many(b'{"query":"x","passage_vectors":[', b'{"a": 0}', b"]}"), 413),
-    "texts in place of numbers": ("/v1/rescore", many(b'{"query":"x","passage_vectors":[[', b'"1234567"', b"]]}"), 422),
-    "half of a surrogate pair at the end": ("/v1/search", b"{" + names(1_000_000) + b',"query":"\\ud83d"}', 422),
-    "a long model": ("/v1/embeddings", b'{"input":"x","model":"' + b"m" * SIZE + b'"}', 404),
-    "a long filter": ("/v1/search", many(b'{"query":"x","filter":"', b"year = 1 AND year", b'"}'), 400),
-    "a long id": ("/v1/explain", b'{"query":"x","passage_id":"' + b"i" * SIZE + b'"}', 422),
-    "no JSON at the end": ("/v1/search", b'{"query":"x",' + names(1_000_000), 400),
+    "unknown names in Cohere's interface": ("/v2/rerank", lambda: b'{"query":"x",' + names(500_000) + b"}", 422),
+    "one long unknown name": ("/v1/search", lambda: b'{"query":"x","' + b"quer" * (SIZE // 4) + b'":1}', 422),
+    "more values than bytes for them": ("/v1/encode", lambda: many(b'{"kind":"query","texts":[', b"[]", b"]}"), 413),
+    "numbers in place of texts": ("/v1/encode", lambda: many(b'{"kind":"query","texts":[', b"1234567", b"]}"), 422),
+    "objects in place of vectors": (
+        "/v1/rescore",
+        lambda: many(b'{"query":"x","passage_vectors":[', b'{"a": 0}', b"]}"),
+        413,
+    ),
+    "texts in place of numbers": (
+        "/v1/rescore",
+        lambda: many(b'{"query":"x","passage_vectors":[[', b'"1234567"', b"]]}"),
+        422,
+    ),
+    "half of a surrogate pair at the end": (
+        "/v1/search",
+        lambda: b"{" + names(1_000_000) + b',"query":"\\ud83d"}',
+        422,
+    ),
+    "a long model": ("/v1/embeddings", lambda: b'{"input":"x","model":"' + b"m" * SIZE + b'"}', 404),
+    "a long filter": ("/v1/search", lambda: many(b'{"query":"x","filter":"', b"year = 1 AND year", b'"}'), 400),
+    "a long id": ("/v1/explain", lambda: b'{"query":"x","passage_id":"' + b"i" * SIZE + b'"}', 422),
+    "no JSON at the end": ("/v1/search", lambda: b'{"query":"x",' + names(1_000_000), 400),
 }
+"""A path, the body, which is made when it is sent, and the status of the answer."""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +77,8 @@ def server() -> Iterator[AttackedServer]:
 @pytest.mark.parametrize("name", ATTACKS)
 def test_others_hardly_wait_for_a_large_body(server: AttackedServer, name: str):
     path, body, status = ATTACKS[name]
-    attack = server.under(lambda: server.post(path, body))
+    content = body()
+    attack = server.under(lambda: server.post(path, content))
     assert attack.answer.status == status, attack.answer.body
     assert len(json.dumps(attack.answer.body)) < 20_000
     assert attack.longest_wait < LONGEST_WAIT

@@ -15,8 +15,8 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
 from d2llm.core.errors import InputError
-from d2llm.server import limits
-from d2llm.server.limits import RateLimiter
+from d2llm.server import access
+from d2llm.server.access import RateLimiter
 from d2llm.server.running import listen
 from tiny_app import tiny_client
 from waiting import until
@@ -49,12 +49,12 @@ def test_without_redis_a_server_counts_locally(
     listening: socket.socket, hangs: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     pytest.importorskip("redis", reason="needs the extra 'redis'")
-    monkeypatch.setattr(limits, "_PATIENCE", 0.3)
+    monkeypatch.setattr(access, "_PATIENCE", 0.3)
     address = f"redis://127.0.0.1:{listening.getsockname()[1]}"
     if not hangs:
         listening.close()
     client = tiny_client(requests_per_minute=3, rate_limit_storage=address)
-    monkeypatch.setattr(limits, "_PAUSE", 1_000.0)
+    monkeypatch.setattr(access, "_PAUSE", 1_000.0)
     with caplog.at_level(logging.ERROR):
         statuses = [client.post("/v1/search", json={"texts": ["q"]}).status_code for _ in range(5)]
     assert statuses == [200, 200, 200, 429, 429]
@@ -112,7 +112,7 @@ def test_two_servers_share_their_counts(redis: Redis):
 
 
 def test_a_storage_that_comes_back_is_used_again(redis: Redis, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(limits, "_PAUSE", 0.2)
+    monkeypatch.setattr(access, "_PAUSE", 0.2)
 
     async def main() -> None:
         limiter, other = RateLimiter(redis.address), RateLimiter(redis.address)

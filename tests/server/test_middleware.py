@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
@@ -13,7 +13,7 @@ pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
 from starlette.types import Message, Receive, Scope, Send
 
-from d2llm.server.middleware import SECURITY_HEADERS, BodyMiddleware
+from d2llm.server.middleware import SECURITY_HEADERS, BodyMiddleware, CancelWhenGone
 from tiny_app import tiny_client
 
 SEARCH = {"texts": ["q"]}
@@ -284,3 +284,56 @@ def test_whatever_can_be_got_has_a_head():
         .head("/health", headers={"Origin": "https://a.example"})
         .headers["Access-Control-Allow-Origin"]
     )
+
+
+# Disconnects
+
+
+async def _with_client(messages: list[str], work: Callable[[Message], Awaitable[None]]) -> list[Message]:
+    """What is sent to a client that sends these messages, and then nothing."""
+    waiting: list[Message] = [{"type": f"http.{kind}", "body": b"{}"} for kind in messages]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        await asyncio.sleep(0.01)
+        return waiting.pop(0) if waiting else await asyncio.Event().wait()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        await work(await receive())
+        await send({"type": "http.response.body", "body": b"done"})
+        await asyncio.sleep(0.05)
+
+    await CancelWhenGone(app)({"type": "http"}, receive, send)
+    await asyncio.sleep(0)
+    return sent
+
+
+async def _never(_message: Message) -> None:
+    await asyncio.Event().wait()
+
+
+async def _nothing(message: Message) -> None:
+    assert message["body"] == b"{}"
+
+
+def test_work_ends_when_the_client_has_gone():
+    assert asyncio.run(asyncio.wait_for(_with_client(["request", "disconnect"], _never), 5)) == []
+
+
+def test_a_client_that_leaves_after_the_response_cancels_nothing():
+    sent = asyncio.run(asyncio.wait_for(_with_client(["request", "disconnect"], _nothing), 5))
+    assert [message["body"] for message in sent] == [b"done"]
+
+
+def test_work_that_is_cancelled_for_another_reason_says_so():
+    async def cancel() -> None:
+        task = asyncio.ensure_future(_with_client(["request"], _never))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await task
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(cancel())

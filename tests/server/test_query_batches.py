@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -37,26 +38,31 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
 
 
 class Recorded:
-    """A student's ``encode_with_tokens`` that records its calls; the first waits until ``open`` is set."""
+    """A student's ``encode_token_rows`` that records its calls; the first waits until ``open`` is set."""
 
     def __init__(self, student: Student) -> None:
-        self._encode = student.encode_with_tokens
-        self.calls: list[tuple[list[str], str | None]] = []
+        self._encode, self._student = student.encode_token_rows, student
+        self.calls: list[list[list[int]]] = []
         self.open = threading.Event()
 
-    def __call__(self, texts: Sequence[str], kind: Any, *, instruction: str | None = None, **more: Any) -> Any:
-        self.calls.append(([*texts], instruction))
+    def __call__(self, ids: Sequence[Sequence[int]], kind: Any, starts: Sequence[int]) -> Any:
+        self.calls.append([*map(list, ids)])
         assert self.open.wait(PATIENCE)
-        read = self._encode(texts, kind, instruction=instruction, **more)
-        if BAD in texts:
-            read.vectors[[*texts].index(BAD)] = np.nan
-        return read
+        vectors, rows = self._encode(ids, kind, starts)
+        (bad,) = self.ids_of([BAD])
+        if bad in self.calls[-1]:
+            vectors[self.calls[-1].index(bad)] = np.nan
+        return vectors, rows
+
+    def ids_of(self, texts: Sequence[str], instruction: str | None = None) -> list[list[int]]:
+        """The token ids of queries."""
+        return self._student.tokenize(texts, "query", instruction=instruction).ids
 
 
 @pytest.fixture
 def recorded(student: Student, monkeypatch: pytest.MonkeyPatch) -> Recorded:
     recorded = Recorded(student)
-    monkeypatch.setattr(student, "encode_with_tokens", recorded)
+    monkeypatch.setattr(student, "encode_token_rows", recorded)
     return recorded
 
 
@@ -67,7 +73,9 @@ def one_lane(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def expected(student: Student, query: str, instruction: str | None = None) -> Any:
-    read = Student.encode_with_tokens(student, [query], "query", instruction=instruction)
+    unrecorded = copy.copy(student)
+    unrecorded.__dict__.pop("encode_token_rows", None)
+    read = unrecorded.encode_with_tokens([query], "query", instruction=instruction)
     assert read.tokens is not None
     return read
 
@@ -75,7 +83,7 @@ def expected(student: Student, query: str, instruction: str | None = None) -> An
 def check(student: Student, encoded: Encoded, query: str, instruction: str | None = None) -> None:
     alone = expected(student, query, instruction)
     np.testing.assert_allclose(encoded.vectors, alone.vectors, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(encoded.tokens, alone.tokens.vectors, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(encoded.tokens[0], alone.tokens.vectors, rtol=1e-4, atol=1e-5)
     assert encoded.num_tokens == alone.lengths
     assert encoded.truncated == alone.truncated
 
@@ -83,9 +91,9 @@ def check(student: Student, encoded: Encoded, query: str, instruction: str | Non
 async def waiting(models: ModelService, recorded: Recorded, queries: Sequence[str]) -> list[Any]:
     """Tasks of these queries, which wait while another one is read."""
     models.start()
-    first = asyncio.create_task(models.encode_query("rain", with_tokens=True))
+    first = asyncio.create_task(models.encode(["rain"], "query", with_tokens=True))
     await soon(lambda: recorded.calls)
-    tasks = [asyncio.create_task(models.encode_query(query, with_tokens=True)) for query in queries]
+    tasks = [asyncio.create_task(models.encode([query], "query", with_tokens=True)) for query in queries]
     await soon(lambda: models.num_queued == len(queries))
     return [first, *tasks]
 
@@ -97,7 +105,10 @@ def test_queries_that_wait_are_read_together(student, recorded):
         tasks = await waiting(models, recorded, QUERIES)
         recorded.open.set()
         _, *encoded = await asyncio.gather(*tasks)
-        assert [sorted(texts) for texts, _ in recorded.calls] == [["rain"], sorted(QUERIES)]
+        assert [sorted(ids) for ids in recorded.calls] == [
+            recorded.ids_of(["rain"]),
+            sorted(recorded.ids_of(QUERIES)),
+        ]
         for query, one in zip(QUERIES, encoded, strict=True):
             check(student, one, query)
         assert [bool(one.truncated) for one in encoded] == [query.startswith("sun") for query in QUERIES]
@@ -112,7 +123,7 @@ def test_instructions_and_plain_texts_share_the_queue(student, recorded):
         models = ModelService(student, "tiny")
         tasks = await waiting(models, recorded, QUERIES[:2])
         told = [
-            asyncio.create_task(models.encode_query(query, with_tokens=True, instruction="find a book: "))
+            asyncio.create_task(models.encode([query], "query", with_tokens=True, instruction="find a book: "))
             for query in QUERIES[:2]
         ]
         plain = asyncio.create_task(models.encode(["a ship at noon"], "passage"))
@@ -123,7 +134,8 @@ def test_instructions_and_plain_texts_share_the_queue(student, recorded):
             check(student, await task, query, "find a book: ")
         vectors = student.encode_passages(["a ship at noon"]).vectors
         np.testing.assert_allclose((await plain).vectors, vectors, rtol=1e-4, atol=1e-5)
-        assert sorted(str(instruction) for _, instruction in recorded.calls) == ["None", "None", "find a book: "]
+        both = [*recorded.ids_of(QUERIES[:2]), *recorded.ids_of(QUERIES[:2], "find a book: ")]
+        assert [sorted(ids) for ids in recorded.calls] == [recorded.ids_of(["rain"]), sorted(both)]
         await models.stop()
 
     asyncio.run(main())
@@ -155,7 +167,7 @@ def test_a_client_that_leaves_takes_its_query_along(student, recorded):
         recorded.open.set()
         await asyncio.gather(*tasks, return_exceptions=True)
         check(student, await stays, QUERIES[1])
-        assert [texts for texts, _ in recorded.calls] == [["rain"], [QUERIES[1]]]
+        assert recorded.calls == [recorded.ids_of(["rain"]), recorded.ids_of([QUERIES[1]])]
         await models.stop()
 
     asyncio.run(main())
@@ -167,11 +179,11 @@ def test_a_full_queue_refuses_and_a_stopping_one_finishes(student, recorded):
         models = ModelService(student, "tiny", queue_texts=2)
         tasks = await waiting(models, recorded, QUERIES[:2])
         with pytest.raises(OverloadedError):
-            await models.encode_query(QUERIES[2], with_tokens=True)
+            await models.encode([QUERIES[2]], "query", with_tokens=True)
         stopped = asyncio.create_task(models.stop(PATIENCE))
         await asyncio.sleep(0)
         with pytest.raises(NotReadyError):
-            await models.encode_query(QUERIES[2], with_tokens=True)
+            await models.encode([QUERIES[2]], "query", with_tokens=True)
         recorded.open.set()
         for query, encoded in zip(["rain", *QUERIES], await asyncio.gather(*tasks), strict=False):
             check(student, encoded, query)

@@ -33,6 +33,7 @@ def little(monkeypatch):
         monkeypatch.setattr(measure, name, value)
 
 
+@pytest.mark.slow
 def test_every_speed_is_measured_and_answers_a_plan(tmp_path, little):
     student = token_student(tmp_path)
     teacher = load_teacher(tiny_teacher_config(write_tiny_model(tmp_path / "teacher")), device="cpu", dtype="float32")
@@ -53,7 +54,7 @@ def test_every_speed_is_measured_and_answers_a_plan(tmp_path, little):
 
 
 def test_passages_are_made_up_of_the_students_words(tmp_path):
-    made = made_up_passages(token_student(tmp_path), number=50, words=40)
+    made = made_up_passages(token_student(tmp_path), num_passages=50, words=40)
     assert len({passage.id for passage in made}) == 50
     assert all(len(passage.text.split()) == 40 and passage.text.count(".") == 2 for passage in made)
     counts = [passage.text.lower().count(made[0].text.split()[0].lower()) for passage in made]

@@ -14,14 +14,18 @@ from d2llm.core.errors import IndexLockedError, IndexMismatchError, InputError
 from d2llm.core.types import Passage, Query
 from d2llm.retrieval import build_ann as module
 from d2llm.retrieval.build_ann import build_ann
-from d2llm.retrieval.candidates import AnnSource
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
+from d2llm.retrieval.local_segment import AnnSource, open_view
+from d2llm.retrieval.search import Searcher
+from d2llm.retrieval.settings import SearchSettings
 from d2llm.store import ann
 from d2llm.store.ann import AnnSearch
 from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
+from d2llm.store.inspection import stats
+from d2llm.store.shards import Storage
 from d2llm.store.view import PassageView
 from fake_models import DotStudent, FakeStudent, PreparedDotStudent
 from searching import search
@@ -301,7 +305,7 @@ class TestRefused:
             ({"depth": 0}, "at least 1"),
             ({"depth": 1_001}, "more than a quarter of its 4,000"),
             ({"queries": []}, "the list of queries is empty"),
-            ({"recall": 1.0, "depth": 900}, "take as long as the exact scan; lower the recall"),
+            ({"recall": 1.0, "depth": 1_000}, "take as long as the exact scan; lower the recall"),
         ],
     )
     def test_invalid_options_are_rejected_and_change_no_files(self, store, options, message):
@@ -334,8 +338,12 @@ class TestRefused:
 
     def test_a_compaction_during_the_build_is_an_error(self, store):
         class CompactingStudent(PlainStudent):
+            compacted = False
+
             def query_vectors(self, vectors, task):
-                store.compact(dense=True)
+                if not self.compacted:
+                    store.compact(dense=True)
+                    self.compacted = True
                 return super().query_vectors(vectors, task)
 
         with pytest.raises(InputError, match="compacted or restored during the build"):
@@ -388,3 +396,37 @@ class TestSearch:
         encode([Passage("a", "cat"), Passage("b", "dog")], student, tmp_path / "i")
         (ranking,) = search(Index.open(tmp_path / "i").view, student, ["dog"], sources=("ann",))
         assert ranking.certificate is not None
+
+
+class TestFirstTen:
+    """The fraction of the first ten of an exact search that a search by default finds."""
+
+    def test_report_record_and_statistics_agree(self, tmp_path):
+        store = new_ann_store(tmp_path / "i", clustered(NUM))
+        report = build_ann(store, PlainStudent(), recall=0.9, depth=20)
+        assert report.num_ranked == module.NUM_RANKED
+        assert 0 < report.first_ten <= 1
+        assert PassageView(store).ann.record.first_ten == stats(store).first_ten == report.first_ten
+
+    def test_given_queries_match_a_calculation_by_hand(self, tmp_path):
+        """With a score that is not the inner product, so that candidates by vectors miss some of the best."""
+
+        class OtherStudent(PlainStudent):
+            def score(self, query_vector, passage_vectors, task):
+                return super().score(query_vector, passage_vectors, task) + 20 * passage_vectors[:, 0]
+
+        store = new_ann_store(tmp_path / "i", clustered(NUM))
+        student = OtherStudent(clustered(30, seed=5))
+        names = [str(number) for number in range(30)]
+        report = build_ann(store, student, recall=0.5, depth=20, queries=names)
+        view = open_view(Storage.single(store))
+        found = Searcher(view, student, SearchSettings(top_k=10)).rank(names)
+        fractions = []
+        for query, ranking in zip(student.vectors, found, strict=True):
+            passages = view.segments[0]
+            first = products(passages, np.eye(DIM)[0])
+            best = np.argsort(-(products(passages, query) + 20 * first), kind="stable")[:10]
+            fractions.append(len({f"p{row:06d}" for row in best} & {one.passage.id for one in ranking.passages}) / 10)
+        assert report.num_ranked == 30
+        assert report.first_ten == pytest.approx(np.mean(fractions))
+        assert 0.1 < report.first_ten < 0.9

@@ -88,6 +88,14 @@ def test_unchanged_passages_write_nothing(store):
     assert sorted(store.folder.rglob("*")) == files
 
 
+def test_the_version_is_read_without_the_rows(store, monkeypatch):
+    version, reopened = store.version, IndexStore.open(store.folder)
+    monkeypatch.setattr("d2llm.store.passage_table.PassageTable.problems", lambda _table: ["a row was changed"])
+    assert reopened.version == version
+    with pytest.raises(DamagedFileError, match="a row was changed"):
+        reopened.table()
+
+
 @BOTH_FORMS
 def test_metadata_changes_keep_row_vector_and_truncation_flag(store):
     with store.writing():

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from d2llm.core.errors import DamagedFileError, DataFormatError, InputError, StorageError
 from d2llm.core.types import Passage
-from d2llm.store.blocks import record_of
-from d2llm.store.passage_table import NAME, PassageTable, rows_of
+from d2llm.store.blocks import record_of, rows_of
+from d2llm.store.passage_table import NAME, PassageTable
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.storage import link_or_copy
 
@@ -207,7 +207,12 @@ def test_documents_and_their_parts(table):
         "p1": ["p1"],
         "p0": ["p0", "d2"],
     }
-    assert sorted(table.parts(["d", "d2"])) == [("d#1", "d", 1), ("d#2", "d", 2), ("d#3", "d", 3), ("d2", "p0", 9)]
+    assert sorted(table.positions_of(["d", "d2"])) == [
+        ("d#1", "d", 1),
+        ("d#2", "d", 2),
+        ("d#3", "d", 3),
+        ("d2", "p0", 9),
+    ]
     near = table.around([("d", 1), ("d", 2), ("p1", 0)], 1, ["id"])  # p1 has no document, so no neighbours
     assert sorted(record["id"] for record in near) == ["d#1", "d#2", "d#3"]
     assert table.around([("d", 2**31 - 1)], 2**31, ["id"])

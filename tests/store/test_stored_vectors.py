@@ -204,6 +204,7 @@ def test_an_index_without_passages_has_nothing_to_lose(store, damage):
     _damage(store.folder, damage)
     store.delete(list(PASSAGES))
     assert len(PassageView(store).scan(QUERY, 3).rows) == 0
+    assert store.vectors.recover(store.table(), "lost").codes.shape == (0, CODE_SIZE)
     put(store, few_passages(3).values())
     check_contents(PassageView(store), few_passages(3))
     assert verify(store).problems == []

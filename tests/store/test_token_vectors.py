@@ -194,6 +194,8 @@ def test_whole_queries_keep_every_sum_below_what_float32_holds():
         assert np.array_equal(whole, np.round(whole))
         assert np.abs(whole).max() < 2**24
         assert multiplier.scale > 0
+        if multiplier.whole is not None:  # whatever the rows, each of which has 64 numbers of so many bits
+            assert int(np.abs(multiplier.whole).max()) * (2**multiplier.bits - 1) * 64 < 2**24
     assert parts.sum_of_best(query[:0], np.arange(2)).tolist() == [0.0, 0.0]
 
 

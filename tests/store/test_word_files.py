@@ -11,7 +11,7 @@ import pytest
 from d2llm.core.types import Passage
 from d2llm.ops import words
 from d2llm.store import word_files
-from d2llm.store.bm25 import WordIndex
+from d2llm.store.bm25 import WordIndex, bounds_of_segment
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import stats, verify
 from d2llm.store.view import PassageView
@@ -52,6 +52,17 @@ def test_segments_survive_a_round_trip(tmp_path):
     opened = open_words(tmp_path, 0, 40, unreadable, whole=True)
     assert opened.problems == []
     assert scores(opened.words) == EXPECTED
+
+
+def test_bounds_of_frequent_terms_survive_a_round_trip(tmp_path):
+    segment = WordSegment.from_texts(["ship anchor", "ship harbour harbour"] * 300)
+    write_segment(tmp_path, 0, 0, segment)
+    stored = open_words(tmp_path, 0, 600, unreadable, whole=True).words._segments[0].bounds
+    computed = bounds_of_segment(segment)
+    assert stored is not None
+    assert stored.mean_length == computed.mean_length == 2.5
+    assert stored.shares.tolist() == computed.shares.tolist()
+    assert stored.terms.tolist() == computed.terms.tolist() == [0, 1, 2]
 
 
 def test_added_words_survive_a_round_trip_and_joining(tmp_path):

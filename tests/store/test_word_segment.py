@@ -40,7 +40,7 @@ PIECES = (
 )
 MARKS = " .!?;:\n\t\"')]aA1_é。」”"
 any_text = st.lists(
-    st.one_of(st.sampled_from(PIECES), st.text(max_size=6), st.text(" .!?;:\n\t\"')]aA1_é。」”", max_size=12)),
+    st.one_of(st.sampled_from(PIECES), st.text(max_size=6), st.text(MARKS, max_size=12)),
     max_size=12,
 ).map("".join)
 

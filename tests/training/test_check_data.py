@@ -11,8 +11,7 @@ import pytest
 
 from d2llm.core.errors import DataFormatError, DuplicateIdError, InputError
 from d2llm.data.beir import beir_source
-from d2llm.data.check import read_through
-from d2llm.data.check_leaks import near_queries
+from d2llm.data.check import near_queries, read_through
 from d2llm.data.check_report import Leak, SharedPositives, SplitCounts
 from d2llm.data.check_texts import Sample, guess_languages, hash64, measure_lengths
 from d2llm.data.open_data import open_source

@@ -18,9 +18,10 @@ from d2llm.models.score_features import ScoreFeatures, TaskFeatureWeights
 from d2llm.models.sources import find_model, load_tokenizer
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection, skipped_tokens
+from d2llm.models.tokens import StoredProjection
 from d2llm.recipe import StudentConfig, TokensConfig
 from d2llm.retrieval.index import Index
-from d2llm.store.side_files import Chunking
+from d2llm.store.index_manifest import Chunking
 from d2llm.training.dev_sets import dev_queries
 from d2llm.training.fit_score_features import fit_score_features, make_feature_lists
 from d2llm.training.fit_scores import fit_scores
@@ -99,10 +100,10 @@ def test_tokens_of_late_chunks_have_seen_the_whole_text(trained, tmp_path):
 def test_of_a_long_query_only_the_rarest_tokens_count():
     projection = TokenProjection(4, 2, [0.0, 1.0, 3.0, 0.5, 3.0], max_query_tokens=3)
     ids = [0, 3, 2, 0, 1, 4, 2]
-    assert projection.places(ids) == [1, 2, 4, 5, 6]
-    assert projection.query_places(ids) == [2, 5, 6]
-    assert projection.query_places([1, 0, 1, 3, 1, 1]) == [0, 2, 4]  # of equal tokens the first
-    assert projection.query_places([0]) == []
+    assert projection.positions(ids) == [1, 2, 4, 5, 6]
+    assert projection.query_positions(ids) == [2, 5, 6]
+    assert projection.query_positions([1, 0, 1, 3, 1, 1]) == [0, 2, 4]  # of equal tokens the first
+    assert projection.query_positions([0]) == []
     assert [projection.query_fraction(each) for each in (ids, [1, 2, 3, 0], [])] == [0.6, 1.0, 1.0]
 
 
@@ -125,7 +126,7 @@ def test_a_long_query_has_vectors_of_its_rarest_tokens(trained):
     counts = student.encode_with_tokens([text, "", "?", "zebra"], "query").tokens.counts
     assert counts.tolist() == [16, 0, 0, 1]
     ids = student.tokenize([text], "query").ids[0]
-    kept = student.backbone.tokenizer.decode([ids[place] for place in student.token_projection.query_places(ids)])
+    kept = student.backbone.tokenizer.decode([ids[place] for place in student.token_projection.query_positions(ids)])
     assert kept == "everyone knows " * 7 + "everyone zebra"  # no passage has zebra, all have the others
     (first,) = student.encode_with_tokens([text], "query").tokens.split()
     (whole,) = student.encode_with_tokens([text], "passage").tokens.split()
@@ -274,3 +275,26 @@ def test_tokens_without_a_letter_or_digit_are_skipped(model):
     assert not set(kept) & set("()–?;!\n.")
     assert all(word in kept.lower() for word in ("is", "really", "35", "6"))
     assert set(tokenizer.all_special_ids) <= skipped
+
+
+def test_the_fingerprint_is_hashed_once_for_the_same_weights(monkeypatch):
+    """Every search compares it with the index's, so it must not cost one a hash of all weights."""
+    hashed = []
+    real = StoredProjection.__init__
+    monkeypatch.setattr(StoredProjection, "__init__", lambda self, *args: (hashed.append(1), real(self, *args))[1])
+    projection = TokenProjection(8, 4, [1.0, 2.0, 3.0])
+    before = projection.fingerprint
+    assert projection.fingerprint == before
+    assert len(hashed) == 1
+    kept = {name: tensor.clone() for name, tensor in projection.state_dict().items()}
+    with torch.no_grad():
+        projection.weight.mul_(2)
+    changed = projection.fingerprint
+    with torch.no_grad():
+        projection.rarity[1] = 5
+    assert len({before, changed, projection.fingerprint}) == 3
+    projection.load_state_dict(kept)
+    assert projection.fingerprint == before
+    projection.weight = torch.nn.Parameter(projection.weight.detach() + 1)
+    assert projection.fingerprint != before
+    assert len(hashed) == 5

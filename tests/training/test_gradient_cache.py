@@ -107,7 +107,7 @@ def in_parts(
         student,
         batch_tokens(student, batch),
         loss_function(student, batch),
-        places=token_places(student, batch, batch_tokens(student, batch)),
+        token_positions=token_places(student, batch, batch_tokens(student, batch)),
         part_tokens=part_tokens,
         room=room,
         seed=seed,
@@ -134,7 +134,7 @@ def test_gradient_equals_that_of_one_pass(
     assert_same(in_parts(student, batch, room=room, part_tokens=part_tokens), expected)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(part_tokens=st.integers(1, 300), room=st.integers(0, 1 << 22))
 def test_gradient_does_not_depend_on_part_size_or_room(
     student: Student, batch: DistillationBatch, part_tokens: int, room: int
@@ -286,12 +286,12 @@ def mean_best_cosines_one_by_one(student: Student, batch: DistillationBatch) -> 
     num_queries = len(batch.query_ids)
     rows: list[Tensor] = []
     for query, query_ids in zip(vectors[:num_queries], ids[:num_queries], strict=True):
-        own = query[projection.query_places(query_ids)]
+        own = query[projection.query_positions(query_ids)]
         others = [
-            passage[projection.places(row)]
+            passage[projection.positions(row)]
             for passage, row in zip(vectors[num_queries:], ids[num_queries:], strict=True)
         ]
-        best = [(own @ passage.T).amax(1).sum() / len(projection.places(query_ids)) for passage in others]
+        best = [(own @ passage.T).amax(1).sum() / len(projection.positions(query_ids)) for passage in others]
         rows.append(torch.stack(best))
     return torch.stack(rows)
 

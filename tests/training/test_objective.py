@@ -159,9 +159,9 @@ def test_the_authors_normalisation(scores: PairScores, batch: DistillationBatch)
 def test_the_authors_feature_imitation_sums_over_the_queries_with_features(
     scores: PairScores, batch: DistillationBatch
 ) -> None:
-    own = batch.own.copy()
-    own[1] = -1  # the store has no cosines of the second query
-    first = replace(batch, own=own)
+    columns = batch.gram_columns.copy()
+    columns[1] = -1  # the store has no cosines of the second query
+    first = replace(batch, gram_columns=columns)
     ours, theirs = (
         losses_of(scores, first, ALL_WEIGHTS.with_losses({"feature_imitation": {"normalisation": name}}))[
             "feature_imitation"

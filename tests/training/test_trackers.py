@@ -92,6 +92,7 @@ def test_mlflow_resumes_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert client.get_metric_history(run.info.run_id, "dev/set/0.5")[2].value == pytest.approx(0.3)
 
 
+@pytest.mark.slow
 def test_wandb_offline_keeps_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -58,12 +58,12 @@ def check(
 
 
 def _leak_message(report: DataReport) -> str:
-    parts = [
+    leaks = [
         f"{leak.count} of {leak.second} in {leak.first} ({leak.kind}: "
         f"{', '.join(' = '.join(ids) for ids in leak.examples[:_NUM_NAMED])})"
         for leak in report.leaks
     ]
     return (
-        f"{report.path}: {report.num_leaks} leaks between splits: {'; '.join(parts)}. Results measured on such splits "
+        f"{report.path}: {report.num_leaks} leaks between splits: {'; '.join(leaks)}. Results measured on such splits "
         "are too high: remove these from one split, or accept them with --allow-leaks"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -67,15 +67,15 @@ def encode(
     from d2llm.core.manifest import source_of
     from d2llm.data.indexed_corpus import open_corpus
     from d2llm.models.student import Student
+    from d2llm.reports.search_tables import encode_remark
     from d2llm.retrieval.chunking import default_chunking
     from d2llm.retrieval.encode import encode
 
     session = session_of(context)
     runner = place.find()
-    if runner.is_local:
-        model = Student.load(student, device=device, dtype=dtype, engine=engine)
-    else:  # its workers encode; here the student only splits texts, and this machine may lack their device
-        model = Student.load(student, device="cpu")
+    loading: dict[str, Any] = {"device": device, "dtype": dtype, "engine": engine}
+    # The workers of a cluster encode; here the student only splits texts, and this machine may lack their device.
+    model = Student.load(student, **(loading if runner.is_local else dict[str, Any](device="cpu")))
     chunking = chunking_of(splitting, model) or default_chunking(model)
     texts = open_corpus(corpus, **files.reading)
     report = encode(
@@ -89,16 +89,9 @@ def encode(
         student_source=source_of(student),
         overwrite=overwrite,
         runner=runner,
-        device=device,
-        dtype=dtype,
-        engine=engine,
+        **loading,
     )
-    pruned = f", of which {report.num_pruned:,} were left out for their quality" if report.num_pruned else ""
-    session.say(
-        f"encode: {report.num_documents:,} texts in {report.num_passages:,} passages{pruned}, {report.num_truncated:,} "
-        f"truncated; {report.seconds:,.1f} s, {report.bytes_per_passage:,.0f} bytes each "
-        f"({report.vector_bytes_per_passage:,} of vector), in {out}"
-    )
+    session.say(encode_remark(report))
     warn_of_skipped(session, report.skipped)
     warn_of_links(session, texts.links)
     session.write_report(context, json_path, report)

@@ -29,7 +29,7 @@ _COMMON = {
     "A new index": (*(name for name in IndexSpec.model_fields if name not in _OTHER_NAMES), "field", "shards", "prune"),
     "Language model that writes": ("writer", "endpoint", "api_key_env"),
     "Where it runs": ("device", "dtype", "engine", "runner", "workers", "gpus_per_worker"),
-    "Output": ("json_path", "markdown", "html", "save_runs"),
+    "Output": ("json_path", "jsonl", "markdown", "html", "save_runs"),
 }
 _NEW_INDEX = {"A new index": ("task",)}
 _OWN: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -117,9 +117,9 @@ def tidy_help(command: Any, name: str = "") -> None:
 
 def groups_of(verb: str) -> dict[str, str]:
     """The heading that each option of a verb is under, by the option's name; others are under "Options"."""
-    own = {option: heading for heading, names in _OWN.get(verb, {}).items() for option in names}
+    specific = {option: heading for heading, names in _OWN.get(verb, {}).items() for option in names}
     common = {option: heading for heading, names in _COMMON.items() for option in names}
-    return common | own
+    return common | specific
 
 
 def _name_value(option: Any, context: typer.Context) -> None:

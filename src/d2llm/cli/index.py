@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from d2llm.models.student import Student
     from d2llm.retrieval.build_ann import AnnReport
     from d2llm.retrieval.index import Index
-    from d2llm.retrieval.upserting_documents import DocumentsReport
+    from d2llm.retrieval.upserting import DocumentsReport
 
 _FOLDER = "d2llm.store"
 _NAMED = 20  # number of missing ids to list
@@ -474,7 +474,7 @@ def calibrate(
     from d2llm.data.beir import read_queries
     from d2llm.models.teachers.pair_teacher import load_teacher
     from d2llm.retrieval.calibrate import measure_error, write_error
-    from d2llm.retrieval.row_features import weights_for
+    from d2llm.retrieval.feature_weights import weights_for
 
     session = session_of(context)
     all_queries = list(read_queries(queries).values())

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from d2llm.data.documents import SkippedFile
     from d2llm.models.student import Student
     from d2llm.retrieval.index import Index
-    from d2llm.store.side_files import Chunking
+    from d2llm.store.index_manifest import Chunking
 
 _NAMED = 5  # number of reasons to list
 
@@ -112,8 +112,8 @@ def warn_of_skipped(session: Session, skipped: Sequence[SkippedFile]) -> None:
     One is named for each reason, the rarest reasons first.
     """
     files = [file for file in skipped if not file.part]
-    parts = [file for file in skipped if file.part]
-    for some, problem in ((files, "files could not be read"), (parts, "parts of files were left out")):
+    file_parts = [file for file in skipped if file.part]
+    for some, problem in ((files, "files could not be read"), (file_parts, "parts of files were left out")):
         if some:
             session.complain("warning", f"{len(some):,} {problem}: {_examples(some)}")
 

@@ -80,5 +80,5 @@ def export(
     session_of(context).say(f"labels: {_pairs(num_pairs)} in {out}")
 
 
-def _pairs(number: int) -> str:
-    return f"{number:,} pair{'' if number == 1 else 's'}"
+def _pairs(num_pairs: int) -> str:
+    return f"{num_pairs:,} pair{'' if num_pairs == 1 else 's'}"

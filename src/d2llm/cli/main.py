@@ -36,6 +36,14 @@ class _Program(Verbs):
         super().__init__(**settings)
         tidy_help(self)
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The options; typer adds those of completion late, and says ``<bool>`` behind them."""
+        params = super().get_params(ctx)
+        for option in params:
+            if str(option.name).endswith("_completion"):
+                option.metavar = ""
+        return params
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Also accept ``--verbose`` and ``--quiet`` after the verb."""
         end = args.index("--") if "--" in args else len(args)
@@ -73,7 +81,6 @@ app = typer.Typer(
     help="Distil a large language model's judgement into a small, fast search model, and search with it.",
     epilog="Start with: d2llm demo. Then: d2llm index, d2llm search. For help on a verb: d2llm VERB --help",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -230,6 +230,16 @@ JsonOption = Annotated[
         help="Also write the result as JSON; -: to standard output.",
     ),
 ]
+JsonLinesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--jsonl",
+        metavar="PATH",
+        dir_okay=False,
+        callback=output_file,
+        help="Also write each result as one line of JSON; -: to standard output.",
+    ),
+]
 MarkdownOption = Annotated[
     Path | None,
     typer.Option("--markdown", metavar="PATH", dir_okay=False, callback=output_file, help="Also write Markdown."),
@@ -397,7 +407,7 @@ class RunOptions:
         from d2llm.training.run import Run
 
         run = Run(recipe, self.out, data=self.data or (), recorded=self.recorded, device=self.device, dtype=self.dtype)
-        in_existing_folder_or_run(run.parts.path, [self.json_path, *files])
+        in_existing_folder_or_run(run.folder.path, [self.json_path, *files])
         return run
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -14,6 +14,7 @@ from d2llm.cli.options import (
     DeviceOption,
     DtypeOption,
     EngineOption,
+    JsonLinesOption,
     JsonOption,
     WriterOptions,
     input_path,
@@ -45,6 +46,23 @@ _NAMED = 5  # number of queries to list in a warning
 _PATIENCE_MINUTES = 1.0  # with a writer's endpoint that fails: then the plain query is searched
 _EXPANDING_WRITER = "smollm2"
 
+QueriesOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        callback=input_path,
+        help="Also search for each query of queries.jsonl or queries.jsonl.gz; -: standard input.",
+    ),
+]
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="With --context: the model whose tokens count, a folder or a name.",
+        show_default="the student",
+    ),
+]
+
 
 def _expansion(
     settings: ExpansionSettings, writer: WriterOptions, *, device: str | None, dtype: str | None
@@ -68,20 +86,39 @@ def _expansion(
     return Expansion(loaded, settings.expand, settings.expansions)
 
 
-def _reranker(name: str | None, assignments: list[str]) -> Reranker | None:
-    """The settings of the reranker that options name.
+@dataclass(frozen=True)
+class RerankerOptions:
+    """Options that name a second stage."""
 
-    Raises:
-        InputError: a setting is given without a reranker.
-        RecipeError: there is no such reranker, or it has wrong settings.
-    """
-    if name is None:
-        if assignments:
-            raise InputError("--reranker-set is for --reranker KIND; add it, or leave it out")
-        return None
-    from d2llm.retrieval.reranker import named_reranker
+    reranker: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND:MODEL",
+            help="A second stage that scores the first passages again: KIND, KIND:MODEL, or a TOML file; kinds: "
+            "`d2llm methods`.",
+        ),
+    ] = None
+    reranker_set: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="A setting of the reranker, such as num_passages=10; may be given several times."
+        ),
+    ] = None
 
-    return named_reranker(name, **parse_assignments(assignments, "--reranker-set"))
+    def find(self) -> Reranker | None:
+        """The settings of the reranker; None if none is named.
+
+        Raises:
+            InputError: a setting is given without a reranker.
+            RecipeError: there is no such reranker, or it has wrong settings.
+        """
+        if self.reranker is None:
+            if self.reranker_set:
+                raise InputError("--reranker-set is for --reranker KIND; add it, or leave it out")
+            return None
+        from d2llm.retrieval.reranker import named_reranker
+
+        return named_reranker(self.reranker, **parse_assignments(self.reranker_set or [], "--reranker-set"))
 
 
 def _check_context(context: Mapping[str, Any], tokenizer: str | None, settings: SearchSettings, excerpts: bool) -> None:
@@ -108,51 +145,24 @@ def search(
         list[str] | None, typer.Argument(metavar="QUERY", help="What to search for; all words are one query.")
     ] = None,
     *,
-    queries: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            callback=input_path,
-            help="Also search for each query of queries.jsonl or queries.jsonl.gz; -: standard input.",
-        ),
-    ] = None,
+    queries: QueriesOption = None,
     student: Annotated[
         str | None, student_option(help="The student that made the index, if it has moved since.")
     ] = None,
     settings: SearchSettings,
     around: ExcerptSettings,
     text: Annotated[dict[str, Any], ContextSettings],
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="With --context: the model whose tokens count, a folder or a name.",
-            show_default="the student",
-        ),
-    ] = None,
-    reranker: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KIND:MODEL",
-            help="A second stage that scores the first passages again: KIND, KIND:MODEL, or a TOML file; kinds: "
-            "`d2llm methods`.",
-        ),
-    ] = None,
-    reranker_set: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE", help="A setting of the reranker, such as num_passages=10; may be given several times."
-        ),
-    ] = None,
+    tokenizer: TokenizerOption = None,
+    stage: RerankerOptions,
     expansion: ExpansionSettings,
     writer: WriterOptions,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     engine: EngineOption = "auto",
     json_path: JsonOption = None,
+    jsonl: JsonLinesOption = None,
 ) -> None:
     """Find the passages of an index that answer a query, best first."""
-    from d2llm.reports.search_tables import ranking_list
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.protocols import task_for
     from d2llm.retrieval.search import Searcher
@@ -160,7 +170,7 @@ def search(
     session = session_of(context)
     all_queries = _read_queries(session, index, words or [], queries)
     _check_context(text, tokenizer, settings, around.excerpts)
-    second_stage = _reranker(reranker, reranker_set or [])
+    second_stage = stage.find()
     if text:
         from d2llm.retrieval.context import context_settings, named_tokenizer
 
@@ -178,21 +188,46 @@ def search(
     rankings = Searcher(opened.view, opened.student, settings, rerank=rerank, expansion=expanded).rank(all_queries)
     report: dict[str, Any] = {"student": opened.student.fingerprint, "rankings": rankings}
     for ranking in rankings:
-        if text:
-            if len(rankings) > 1:
-                session.write(ranking.query.text)
-            shown = _show_context(session, opened, ranking, ContextSettings(**text), tokenizer)
-            report.setdefault("contexts", []).append(shown)
-        elif around.excerpts:
-            report.setdefault("excerpts", []).append(_show_excerpts(session, opened, ranking))
-        else:
-            session.show(ranking_list(ranking))
+        shown = _show(session, opened, ranking, text, tokenizer, is_one=len(rankings) == 1, excerpts=around.excerpts)
+        for name, value in shown.items():
+            report.setdefault(name, []).append(value)
         _explain(session, ranking, settings, opened.student, index_task)
-    if (remark := _truncated_queries(rankings, opened.student, settings.instruction)) is not None:
-        session.complain("warning", remark)
-    if (remark := _plain_queries(rankings)) is not None:
-        session.complain("warning", remark)
+    for remark in (_truncated_queries(rankings, opened.student, settings.instruction), _plain_queries(rankings)):
+        if remark is not None:
+            session.complain("warning", remark)
     session.write_report(context, json_path, report)
+    session.write_lines(jsonl, _rows(rankings))
+
+
+def _rows(rankings: Iterable[Ranking]) -> Iterator[dict[str, object]]:
+    """Each result with its query, for programs that read line by line."""
+    for ranking in rankings:
+        for result in ranking.passages:
+            place = {"query_id": ranking.query.id, "query": ranking.query.text, "rank": result.rank}
+            yield {**place, "score": result.score, **asdict(result.passage)}
+
+
+def _show(
+    session: Session,
+    index: Index,
+    ranking: Ranking,
+    text: Mapping[str, Any],
+    tokenizer: str | None,
+    *,
+    is_one: bool,
+    excerpts: bool,
+) -> dict[str, Any]:
+    """Print a ranking as the options say; returns what a report has of it besides the ranking, by name."""
+    from d2llm.reports.search_tables import ranking_list
+
+    if text:
+        if not is_one:
+            session.write(ranking.query.text)
+        return {"contexts": _show_context(session, index, ranking, ContextSettings(**text), tokenizer)}
+    if excerpts:
+        return {"excerpts": _show_excerpts(session, index, ranking)}
+    session.show(ranking_list(ranking))
+    return {}
 
 
 def _show_context(
@@ -217,7 +252,7 @@ def _show_context(
 def _show_excerpts(session: Session, index: Index, ranking: Ranking) -> list[Excerpt]:
     """Print the results of a ranking with the passages around them, as parts of their documents."""
     from d2llm.reports.search_tables import excerpt_list
-    from d2llm.retrieval.excerpts import merge_neighbours
+    from d2llm.retrieval.results import merge_neighbours
 
     excerpts = merge_neighbours(ranking.passages, overlapping=index.repeats_text)
     session.show(excerpt_list(ranking, excerpts))

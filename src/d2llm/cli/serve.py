@@ -72,12 +72,11 @@ def serve(
 
 def _serve(context: typer.Context, loaded: LoadedSettings, json_path: Path | None) -> None:
     from d2llm.runners.runner import find_runner
-    from d2llm.server.errors import naming_index
+    from d2llm.server.errors import require_indexes
     from d2llm.server.logs import start_logs
     from d2llm.server.running import listen, run_app, url_of
     from d2llm.server.settings import LOOPBACK_NAMES, is_loopback
     from d2llm.server.tracing import start_tracing
-    from d2llm.store.index_manifest import require_index
 
     session, settings = session_of(context), loaded.settings
     bound = listen(settings.host, settings.port)
@@ -95,9 +94,7 @@ def _serve(context: typer.Context, loaded: LoadedSettings, json_path: Path | Non
 
     with contextlib.ExitStack() as undo:
         undo.callback(bound.close)
-        for name, folder in settings.index.items():
-            with naming_index(name, settings.index):
-                require_index(folder)  # before anything is loaded
+        require_indexes(settings.index)
         undo.callback(start_logs(settings))
         from d2llm.server.app import make_app  # takes seconds; a port in use has been reported by now
         from d2llm.server.serving import Serving

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
+from datetime import date
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
@@ -115,6 +117,15 @@ class Session:
         }
         write_json(path, report)
 
+    def write_lines(self, path: Path | None, rows: Iterable[object]) -> None:
+        """Write one line of JSON for each row; nothing if ``path`` is None."""
+        if path is None:
+            return
+        from d2llm.core.files import write_bytes
+
+        lines = (json.dumps(_plain(row), ensure_ascii=False) for row in rows)
+        write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
+
 
 def session_of(context: typer.Context) -> Session:
     """The session that the program's options created."""
@@ -180,7 +191,7 @@ def _named(value: object, names: Mapping[str, str]) -> object:
 
 
 def _plain(value: object) -> Any:
-    """Convert dataclasses, paths, numpy numbers and containers to plain JSON values; NaN and infinity become null."""
+    """Convert dataclasses, paths, dates, numpy numbers and containers to plain JSON; NaN and infinity become null."""
     if hasattr(value, "to_json"):
         value = cast(Any, value).to_json()
     if is_dataclass(value) and not isinstance(value, type):
@@ -193,6 +204,8 @@ def _plain(value: object) -> Any:
         return [_plain(item) for item in cast("list[object]", value)]
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, date):  # a time, too
+        return value.isoformat()
     if hasattr(value, "tolist"):  # numpy, whole arrays too
         return _plain(cast(Any, value).tolist())
     if isinstance(value, float):

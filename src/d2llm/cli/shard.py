@@ -16,7 +16,7 @@ from d2llm.cli.verbs import verb
 def shard(
     context: typer.Context,
     index: Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder; it is not changed.")],
-    parts: Annotated[int, typer.Option(metavar="N", min=1, help="Number of shards.")],
+    shards: Annotated[int, typer.Option(metavar="N", min=1, help="Number of shards.")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the sharded index goes.")],
     remote: Annotated[
         str | None,
@@ -36,7 +36,7 @@ def shard(
     from d2llm.retrieval.shard import shard
 
     session = session_of(context)
-    report = shard(index, out, parts, remote=remote)
+    report = shard(index, out, shards, remote=remote)
     resumed = f", {report.num_resumed:,} of them by an earlier call" if report.num_resumed else ""
     session.say(
         f"shard: {report.num_passages:,} passages copied{resumed} into {report.num_shards:,} shards of "

@@ -77,7 +77,8 @@ def all_verbs() -> list[Verb]:
     for module in pkgutil.iter_modules(d2llm.cli.__path__):
         if module.name != "main":
             import_module(f"{d2llm.cli.__name__}.{module.name}")
-    places = {name: place for place, name in enumerate(_ORDER)}
+    positions = {name: index for index, name in enumerate(_ORDER)}
     return sorted(
-        _verbs.values(), key=lambda verb: (HEADINGS.index(verb.heading), places.get(verb.name, len(places)), verb.name)
+        _verbs.values(),
+        key=lambda verb: (HEADINGS.index(verb.heading), positions.get(verb.name, len(positions)), verb.name),
     )

@@ -97,9 +97,9 @@ def _advice_for_named(group: str, verbs: Mapping[str, object], words: Sequence[s
 
 def _advice_for_group(group: str, verbs: Mapping[str, object], words: Sequence[str]) -> str | None:
     """Advice for the words after ``data`` or ``labels``, whose verbs come first."""
-    for place, word in enumerate(words[1:], start=1):
+    for index, word in enumerate(words[1:], start=1):
         if word in verbs:
-            return f"the verb comes first; write: {_line(group, word, *words[:place], *words[place + 1 :])}"
+            return f"the verb comes first; write: {_line(group, word, *words[:index], *words[index + 1 :])}"
     return None
 
 

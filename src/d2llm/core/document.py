@@ -120,9 +120,9 @@ class Document:
         """The document in GitHub's Markdown, without what only a page can show."""
         texts = [f"# {escape(self.title)}", escape(self.introduction)]
         for section in self.sections:
-            parts = [text for part in section.parts if (text := part.to_markdown())]
+            blocks = [text for part in section.parts if (text := part.to_markdown())]
             heading = f"{'#' * section.level} {escape(section.title)}"
-            texts += [heading, *parts] if parts and section.title else parts
+            texts += [heading, *blocks] if blocks and section.title else blocks
         text = "\n\n".join(text for text in texts if text) + "\n"
         # Truncated JSON texts may contain lone surrogates, which are replaced.
         return text.encode("utf-8", "replace").decode("utf-8")

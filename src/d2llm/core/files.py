@@ -50,12 +50,12 @@ def descriptor_of(path: Path) -> int | None:
     for _ in range(_MAX_LINKS):
         try:
             for candidate in (name, name.parent.resolve() / name.name):
-                number = _STANDARD.get(candidate.as_posix())
+                descriptor = _STANDARD.get(candidate.as_posix())
                 match = _DESCRIPTOR.fullmatch(candidate.as_posix())
                 if match and match[1] in (None, "self", str(os.getpid())):
-                    number = int(match[2])
-                if number is not None:
-                    return number
+                    descriptor = int(match[2])
+                if descriptor is not None:
+                    return descriptor
             name = name.parent / name.readlink()
         except (OSError, RuntimeError):  # no link, or links that lead in a circle
             return None
@@ -76,15 +76,15 @@ def is_stream(path: Path) -> bool:
 @contextmanager
 def _opened_stream(path: Path, *, writing: bool) -> Generator[BinaryIO]:
     """A stream, open; errors name it. Standard input and output stay open, and what was printed before comes first."""
-    number = descriptor_of(path)
-    standard = {0: sys.stdin, 1: sys.stdout, 2: sys.stderr}.get(-1 if number is None else number)
+    descriptor = descriptor_of(path)
+    standard = {0: sys.stdin, 1: sys.stdout, 2: sys.stderr}.get(-1 if descriptor is None else descriptor)
     try:
         if standard is not None and hasattr(standard, "buffer"):
             if writing:
                 standard.flush()
             opened: Any = nullcontext(standard.buffer)
-        elif number is not None:
-            opened = os.fdopen(os.dup(number), "wb" if writing else "rb")
+        elif descriptor is not None:
+            opened = os.fdopen(os.dup(descriptor), "wb" if writing else "rb")
         else:
             opened = os.fdopen(os.open(path, os.O_WRONLY if writing else os.O_RDONLY), "wb" if writing else "rb")
         with opened as stream:

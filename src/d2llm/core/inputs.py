@@ -26,8 +26,8 @@ def strings_of(values: Iterable[str] | str, name: str) -> list[str]:
         InputError: the values cannot be listed, or one of them is not a string of valid Unicode.
     """
     strings = _listed(values, name, str)
-    for place, value in enumerate(strings):
-        _check_strings(place, value, name=name)
+    for index, value in enumerate(strings):
+        _check_strings(index, value, name=name)
     return cast("list[str]", strings)
 
 
@@ -61,11 +61,11 @@ def pairs_of(values: Iterable[tuple[str, str]], name: str) -> tuple[tuple[str, s
         InputError: the values cannot be listed, or one of them is not a pair of strings.
     """
     pairs = _listed(values, name)
-    for place, value in enumerate(pairs):
+    for index, value in enumerate(pairs):
         if isinstance(value, str) or not isinstance(value, Sequence) or len(cast("Sequence[object]", value)) != 2:
-            raise InputError(f"{name}[{place}] is {shown(value)}, but must be a pair of two strings")
+            raise InputError(f"{name}[{index}] is {shown(value)}, but must be a pair of two strings")
         for item in cast("Sequence[object]", value):
-            check_string(item, f"a part of {name}[{place}]")
+            check_string(item, f"a part of {name}[{index}]")
     return tuple((first, second) for first, second in pairs)
 
 
@@ -76,9 +76,9 @@ def paths_of(values: Iterable[str | Path] | str | Path, name: str) -> list[Path]
         InputError: the values cannot be listed, or one of them is not a path.
     """
     paths = _listed(values, name, str, os.PathLike)
-    for place, value in enumerate(paths):
+    for index, value in enumerate(paths):
         if not isinstance(value, str | os.PathLike):
-            raise InputError(f"{name}[{place}] is {shown(value)}, but must be a path")
+            raise InputError(f"{name}[{index}] is {shown(value)}, but must be a path")
     return [Path(cast("str | os.PathLike[str]", path)) for path in paths]
 
 
@@ -90,8 +90,8 @@ def objects_of(values: Iterable[_Item] | _Item, name: str, kind: type[Any] | tup
     """
     kinds = kind if isinstance(kind, tuple) else (kind,)
     objects = _listed(values, name, *kinds)
-    for place, value in enumerate(objects):
-        _check_kinds(place, value, name=name, kinds=kinds)
+    for index, value in enumerate(objects):
+        _check_kinds(index, value, name=name, kinds=kinds)
     return cast("list[_Item]", objects)
 
 
@@ -137,8 +137,8 @@ def _iterable(values: object, name: str) -> Iterable[Any]:
 
 
 def _checked(values: Iterable[_Item], check: Callable[[int, object], None]) -> Iterator[_Item]:
-    for place, value in enumerate(values):
-        check(place, value)
+    for index, value in enumerate(values):
+        check(index, value)
         yield value
 
 

@@ -8,9 +8,20 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+_CPUINFO = Path("/proc/cpuinfo")
 _MEMINFO, _STATUS, _GROUP = Path("/proc/meminfo"), Path("/proc/self/status"), Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
 _ALLOCATOR = re.compile(r"lib(jemalloc|tcmalloc|mimalloc)")
+
+
+def cpu_fact(name: str) -> str:
+    """What the system says of the CPU: "vendor_id" (as in "AuthenticAMD"), "model name"; empty if it does not."""
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    facts = (line.partition(":") for line in lines)
+    return next((value.strip() for key, _, value in facts if key.strip() == name), "")
 
 
 def usable_cores() -> int:
@@ -24,7 +35,7 @@ def available_memory() -> int | None:
     The minimum of the system's free memory, what is left within the limit of a container or another control group, and
     what `ulimit` leaves of the address space (-v) or of the data (-d).
     """
-    free = _numbers(_MEMINFO).get("MemAvailable")
+    free = _first_numbers(_MEMINFO).get("MemAvailable")
     if free is None:
         return None
     return max(0, min([free * 1024, *_left_by_groups(), *_left_by_limits()]))
@@ -32,7 +43,7 @@ def available_memory() -> int | None:
 
 def resident_memory() -> int | None:
     """Bytes of memory that this process occupies now; None if the system does not report it."""
-    size = _numbers(_STATUS).get("VmRSS")
+    size = _first_numbers(_STATUS).get("VmRSS")
     return None if size is None else size * 1024
 
 
@@ -84,7 +95,7 @@ def _left_by_group(root: Path, path: str, limit: str, used: str, files: str) -> 
             continue
         if maximum != "max":
             # The page cache counts as used, but is freed when memory is needed.
-            yield int(maximum) - max(0, int(current) - _numbers(folder / "memory.stat").get(files, 0))
+            yield int(maximum) - max(0, int(current) - _first_numbers(folder / "memory.stat").get(files, 0))
 
 
 def _left_by_limits() -> Iterator[int]:
@@ -92,18 +103,18 @@ def _left_by_limits() -> Iterator[int]:
         import resource
     except ImportError:  # not on Windows
         return
-    usage = _numbers(_STATUS)
+    usage = _first_numbers(_STATUS)
     for kind, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
         limit, _ = resource.getrlimit(kind)
         if limit != resource.RLIM_INFINITY and name in usage:
             yield limit - usage[name] * 1024
 
 
-def _numbers(path: Path) -> dict[str, int]:
+def _first_numbers(path: Path) -> dict[str, int]:
     """Name and first number of each line of a kernel file; empty if there is no such file."""
     try:
         lines = path.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return {}
-    parts = [line.replace(":", " ").split() for line in lines]
-    return {words[0]: int(words[1]) for words in parts if len(words) > 1 and words[1].isdigit()}
+    fields = [line.replace(":", " ").split() for line in lines]
+    return {words[0]: int(words[1]) for words in fields if len(words) > 1 and words[1].isdigit()}

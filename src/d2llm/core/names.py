@@ -49,7 +49,9 @@ def describe_problem(problem: ErrorDetails, key: str, known: Callable[[], Iterab
         case "missing":
             return f"{key} is missing; set it"
         case _:
-            return f"{key}: {problem['msg']} (got {problem['input']!r})"
+            message = problem["msg"].removeprefix("Value error, ")
+            value = "" if isinstance(problem["input"], Mapping) else f" (got {problem['input']!r})"
+            return (f"{key}: " if key else "") + message + value
 
 
 def suggestion(name: str, known: Iterable[str], listing: str) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
-from inspect import Parameter, Signature, signature
+from inspect import Parameter, Signature, cleandoc, signature
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticUndefined
 from typing_extensions import Self
 
 from d2llm.core.errors import InputError
@@ -59,12 +60,24 @@ def setting(default: Any, help: str, shown: Shown | None = None, **bounds: Any) 
     return field
 
 
-def narrowed(kind: type[BaseModel], name: str, shown: Shown | None = None, *, note: str = "", **bounds: Any) -> Any:
+def narrowed(
+    kind: type[BaseModel],
+    name: str,
+    shown: Shown | None = None,
+    *,
+    note: str = "",
+    description: str = "",
+    default: Any = PydanticUndefined,
+    **bounds: Any,
+) -> Any:
     """The field of a class, for another that bounds it further, or shows it in another way.
 
-    ``note`` is added to its help text.
+    ``note`` is added to its help text, in whose place a ``description`` is; ``default`` is in place of its own.
     """
     field, narrower = copy(kind.model_fields[name]), Field(**bounds)
+    field.description = description or field.description
+    if default is not PydanticUndefined:
+        field.default = default
     if note and field.description:
         field.description = f"{field.description.rstrip('.')}; {note}."
     field.metadata = [*([] if shown is None else [shown]), *field.metadata, *narrower.metadata]
@@ -121,7 +134,7 @@ class Settings(BaseModel):
         """Let ``help`` and completion show the fields, without what is for other interfaces."""
         fields = cls.model_fields
         lines = (f"    {name}: {field.description}" for name, field in fields.items())
-        cls.__doc__ = "\n".join([f"{cls.__doc__}\n\nAttributes:", *lines])
+        cls.__doc__ = "\n".join([f"{cleandoc(cls.__doc__ or '')}\n\nAttributes:", *lines])
         cls.__signature__ = Signature(
             [
                 Parameter(
@@ -156,7 +169,8 @@ class Settings(BaseModel):
         """
         if not isinstance(settings, cls | None):
             raise InputError(f"the settings are {shown(settings)}, but must be {cls.__name__}, or given one by one")
-        values = {} if settings is None else {name: getattr(settings, name) for name in cls.model_fields}
+        given = () if settings is None else settings.model_fields_set
+        values = {name: getattr(settings, name) for name in cls.model_fields if name in given}
         return cls(**{**values, **changes})
 
     def replace(self, **changes: Any) -> Self:
@@ -223,10 +237,10 @@ def shows(kind: type[Settings]) -> Callable[[_Function], _Function]:
     """Let ``help`` and completion show every setting of a function that takes them as ``**changes``."""
 
     def decorate(function: _Function) -> _Function:
-        own = signature(function)
-        given = [parameter for parameter in own.parameters.values() if parameter.kind is not Parameter.VAR_KEYWORD]
+        original = signature(function)
+        given = [parameter for parameter in original.parameters.values() if parameter.kind is not Parameter.VAR_KEYWORD]
         settings = signature(kind).parameters.values()
-        cast(Any, function).__signature__ = own.replace(parameters=[*given, *settings])
+        cast(Any, function).__signature__ = original.replace(parameters=[*given, *settings])
         return function
 
     return decorate

@@ -120,10 +120,10 @@ class Table:
 
         headings = [column.heading for column in self.columns]
         grid = Grid(box=box.HEAVY_HEAD if self.framed else None, show_header=any(headings), header_style="bold")
-        for place, column in enumerate(self.columns):
+        for index, column in enumerate(self.columns):
             width = column.max_width
             if column.align == "right":  # no wider than its figures and the words of its heading
-                lines = [line for row in self.rows for line in _lines(column, row.cells[place])]
+                lines = [line for row in self.rows for line in _lines(column, row.cells[index])]
                 needed = max(map(len, [*lines, *column.heading.split()]), default=0)
                 width = min(needed, width or needed)
             grid.add_column(Text(column.heading), justify=column.align, max_width=width, overflow="fold")

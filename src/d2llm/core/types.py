@@ -163,9 +163,9 @@ class Passage:
         return ""
 
 
-def piece_id(document_id: str, number: int) -> str:
+def piece_id(document_id: str, piece_number: int) -> str:
     """The id of a document's piece; pieces are numbered from 1."""
-    return f"{document_id}#{number}"
+    return f"{document_id}#{piece_number}"
 
 
 Span = tuple[int, int]

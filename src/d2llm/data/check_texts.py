@@ -58,9 +58,9 @@ def measure_lengths(
     # method: the length of an actual text, not an interpolated value
     percentiles = {p: int(np.percentile(values, p, method="inverted_cdf")) for p in _PERCENTILES}
     # Bars of equal width up to the limit, and one for longer texts.
-    bounds = sorted({-(-limit * place // _NUM_BARS) for place in range(1, _NUM_BARS + 1)})
-    places = np.searchsorted(bounds, values)  # the first bar whose upper bound is not below the value
-    fractions = np.bincount(places, minlength=len(bounds) + 1) / len(values)
+    bounds = sorted({-(-limit * index // _NUM_BARS) for index in range(1, _NUM_BARS + 1)})
+    bar_indices = np.searchsorted(bounds, values)  # the first bar whose upper bound is not below the value
+    fractions = np.bincount(bar_indices, minlength=len(bounds) + 1) / len(values)
     bars = tuple(zip([*bounds, None], fractions.tolist(), strict=True))
     fraction_over = float((values > limit).mean())
     return Lengths(label, len(lengths), sample.num_seen, percentiles, limit, fraction_over, bars)

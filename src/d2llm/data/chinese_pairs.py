@@ -108,7 +108,7 @@ def table_records(path: Path, *, target: Target | None = None) -> Iterator[tuple
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Sequence[str]]]:
-    lines = ((number, text) for number, text in read_lines(path) if text.strip())
+    lines = ((line_number, text) for line_number, text in read_lines(path) if text.strip())
     first = next(lines, None)
     if first is None:
         return
@@ -117,8 +117,8 @@ def _rows(path: Path) -> Iterator[tuple[int, Sequence[str]]]:
     if separator is None:
         yield from _comma_rows(path)
         return
-    for number, text in lines:  # no quoting: the texts of these sets contain unpaired quotation marks
-        yield number, [field.strip() for field in text.split(separator)]
+    for line_number, text in lines:  # no quoting: the texts of these sets contain unpaired quotation marks
+        yield line_number, [field.strip() for field in text.split(separator)]
 
 
 def _comma_rows(path: Path) -> Iterator[tuple[int, Sequence[str]]]:

@@ -88,7 +88,7 @@ class _Definition:
     first: int
     end: int
     name: str
-    parts: tuple[_Definition, ...] = ()
+    members: tuple[_Definition, ...] = ()
 
 
 def python_sections(text: str) -> Iterator[Section]:
@@ -156,13 +156,13 @@ def _sections(rows: Sequence[str], definitions: Sequence[_Definition]) -> Iterat
             at = end
         add(end, headings)
 
-    def cut(parts: Sequence[_Definition], headings: tuple[str, ...]) -> None:
-        for part in parts:
+    def cut(members: Sequence[_Definition], headings: tuple[str, ...]) -> None:
+        for part in members:
             if not is_short(part.first):
                 add(part.first, headings)
             inside = (*headings, part.name) if part.name else headings
-            cut(part.parts, inside)
-            (close if part.parts else add)(part.end, inside)
+            cut(part.members, inside)
+            (close if part.members else add)(part.end, inside)
 
     cut(definitions, ())
     close(len(rows), ())
@@ -175,8 +175,8 @@ def _python_definitions(body: Sequence[ast.stmt]) -> tuple[_Definition, ...]:
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
-            parts = _python_definitions(node.body) if isinstance(node, ast.ClassDef) else ()
-            definitions.append(_Definition(first, node.end_lineno or node.lineno, node.name, parts))
+            members = _python_definitions(node.body) if isinstance(node, ast.ClassDef) else ()
+            definitions.append(_Definition(first, node.end_lineno or node.lineno, node.name, members))
     return tuple(definitions)
 
 
@@ -222,8 +222,8 @@ def _assigned(node: Node, first: int) -> Sequence[_Definition]:
     values = [value, *(arguments.named_children if arguments else ())]
     if any(assigned.type in _ASSIGNED_FUNCTIONS for assigned in values):
         return [_Definition(first, _end(node), _name(node))]
-    parts = _definitions(value) if value.type in _BODIES else ()
-    return [_Definition(first, _end(node), _name(node), parts)] if parts else []
+    members = _definitions(value) if value.type in _BODIES else ()
+    return [_Definition(first, _end(node), _name(node), members)] if members else []
 
 
 def _has_body(node: Node) -> bool:

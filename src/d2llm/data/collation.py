@@ -59,8 +59,10 @@ class LabelledSource:
         Its positives are those of the plan and of the data set's train split; a plan may have only some of them.
         """
         positives = {*entry.positives, *self.judged_relevant.get(entry.query_id, ())}
-        own = self.source.dataset.own_passages.of(entry.query_id) if self.source.pairs is None else frozenset[str]()
-        return positives | self.same_text.duplicates_of(positives) | own
+        own_passages = (
+            self.source.dataset.own_passages.of(entry.query_id) if self.source.pairs is None else frozenset[str]()
+        )
+        return positives | self.same_text.duplicates_of(positives) | own_passages
 
     @classmethod
     def join(cls, source: TrainingSource, labels: LabelStore, *, keep_unlabelled: bool = False) -> LabelledSource:
@@ -100,10 +102,12 @@ class LabelledSource:
 class DistillationBatch:
     """Q queries of one data set against the N passages of all of them together.
 
-    All arrays but ``own`` and ``gram`` are [Q, N]. ``teacher_log_odds`` is -inf where there is no label (P(yes) = 0).
+    All arrays but ``gram_columns`` and ``gram`` are [Q, N]. ``teacher_log_odds`` is -inf where there is no label
+    (P(yes) = 0).
     ``targets``, for labelled pairs only, is the data set's own probability of a yes, NaN for pairs that were not
-    judged. ``own`` [Q, n] holds for each query the columns of its positive and hard negatives, -1 for padding and where
-    the store has no cosines; ``gram`` [Q, n, n] holds the cosines of the teacher's features over these passages.
+    judged. ``gram_columns`` [Q, n] holds for each query the columns of its positive and hard negatives, -1 for padding
+    and where the store has no cosines; ``gram`` [Q, n, n] holds the cosines of the teacher's features over these
+    passages.
     ``labelled`` says which pairs have a label of the teacher. ``word_scores`` is what words add to the scores; None if
     they add nothing. ``token_weight`` is the weight of the token embeddings. ``pair_inputs`` [Q, N] and
     ``query_inputs`` [Q, dim], NaN for queries without one, have what single losses need.
@@ -117,7 +121,7 @@ class DistillationBatch:
     easy: NDArray[np.bool_]
     teacher_log_odds: NDArray[np.float32]
     labelled: NDArray[np.bool_]
-    own: NDArray[np.int64]
+    gram_columns: NDArray[np.int64]
     gram: NDArray[np.float32]
     targets: NDArray[np.float32] | None = None
     word_scores: NDArray[np.float32] | None = None
@@ -173,7 +177,7 @@ def epoch_batches(
         sources, per_pass, _batches_per_epoch(per_pass, temperature), strict=True
     ):
         numbers = range(epoch * num_per_epoch, (epoch + 1) * num_per_epoch)
-        for round_number in sorted({number // num_per_pass for number in numbers}):
+        for round_number in sorted({n // num_per_pass for n in numbers}):
             round_batches = _round(source, round_number, batch_queries, (num_positives, num_hard, num_easy), seed)
             batches += [(source, round_batches[n % num_per_pass]) for n in numbers if n // num_per_pass == round_number]
     random.Random(f"{seed}:{epoch}").shuffle(batches)
@@ -204,13 +208,13 @@ def _batches_per_epoch(per_pass: Sequence[int], temperature: float) -> list[int]
 
 
 def _round(
-    source: LabelledSource, number: int, batch_queries: int, sizes: tuple[int, int, int], seed: int
+    source: LabelledSource, round_number: int, batch_queries: int, sizes: tuple[int, int, int], seed: int
 ) -> list[list[Draw]]:
-    """The batches of the ``number``-th pass over all queries; ``sizes`` are those of ``_draw``."""
+    """The batches of one pass over all queries, the ``round_number``-th; ``sizes`` are those of ``_draw``."""
     entries = list(source.entries)
-    rng = random.Random(f"{seed}:{number}:{source.source.dataset.name}")
+    rng = random.Random(f"{seed}:{round_number}:{source.source.dataset.name}")
     rng.shuffle(entries)
-    draws = [_draw(entry, number, sizes, seed) for entry in entries]
+    draws = [_draw(entry, round_number, sizes, seed) for entry in entries]
     _, size = even_batches(len(draws), batch_queries)
     return [draws[start : start + size] for start in range(0, len(draws), size)]
 
@@ -256,9 +260,9 @@ def in_batch_pairs(
             if entry.targets or entry.query_id in labelled.unlabelled:
                 continue
             ignored = labelled.never_negative(entry).difference(draw.positives)
-            own = pairs.setdefault(labelled.source.dataset.name, {}).setdefault(entry.query_id, {})
-            own.update(dict.fromkeys(passage_id for passage_id in of_batch if passage_id not in ignored))
-    return {name: {query_id: [*own] for query_id, own in queries.items()} for name, queries in pairs.items()}
+            ids = pairs.setdefault(labelled.source.dataset.name, {}).setdefault(entry.query_id, {})
+            ids.update(dict.fromkeys(passage_id for passage_id in of_batch if passage_id not in ignored))
+    return {name: {query_id: [*ids] for query_id, ids in queries.items()} for name, queries in pairs.items()}
 
 
 def collate_lists(labelled: LabelledSource, draws: Sequence[Draw]) -> DistillationBatch:
@@ -281,7 +285,7 @@ def _collate(
     log_odds = np.full(shape, -np.inf, np.float32)
     width = max(len(draw.positives) + len(draw.hard) for draw in draws)
     targets = np.full(shape, np.nan, np.float32)
-    own = np.full((len(draws), width), -1, np.int64)
+    gram_columns = np.full((len(draws), width), -1, np.int64)
     gram = np.zeros((len(draws), width, width), np.float32)
     word_scores = np.zeros(shape, np.float32)
     pair_inputs = {name: np.zeros(shape, np.float32) for name in labelled.pair_inputs}
@@ -309,7 +313,7 @@ def _collate(
             if passage_id in column:
                 log_odds[row, column[passage_id]] = value
                 scored_by_teacher[row, column[passage_id]] = True
-        own[row], gram[row] = _features(labelled.labels, draw, column, width)
+        gram_columns[row], gram[row] = _features(labelled.labels, draw, column, width)
     return DistillationBatch(
         source=labelled.source,
         query_ids=tuple(draw.entry.query_id for draw in draws),
@@ -319,7 +323,7 @@ def _collate(
         easy=easy,
         teacher_log_odds=log_odds,
         labelled=scored_by_teacher,
-        own=own,
+        gram_columns=gram_columns,
         gram=gram,
         targets=targets if any(draw.entry.targets for draw in draws) else None,
         word_scores=None if labelled.score_words is None else word_scores,
@@ -343,11 +347,11 @@ def _features(
     labels: LabelStore, draw: Draw, column: Mapping[str, int], width: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Columns [width] and teacher cosines [width, width] of a draw's positives and hard negatives, in this order."""
-    own, gram = np.full(width, -1, np.int64), np.zeros((width, width), np.float32)
+    gram_columns, gram = np.full(width, -1, np.int64), np.zeros((width, width), np.float32)
     passage_ids, cosines = labels.gram(draw.entry.query_id) or ((), np.zeros((0, 0), np.float32))
     place = {passage_id: index for index, passage_id in enumerate(passage_ids)}
     listed = [passage_id for passage_id in draw.positives + draw.hard if passage_id in place]
     chosen = [place[passage_id] for passage_id in listed]
-    own[: len(listed)] = [column[passage_id] for passage_id in listed]
+    gram_columns[: len(listed)] = [column[passage_id] for passage_id in listed]
     gram[: len(listed), : len(listed)] = cosines[np.ix_(chosen, chosen)]
-    return own, gram
+    return gram_columns, gram

@@ -254,10 +254,10 @@ def _as_documents(file: DocumentFile, contents: FileContents) -> FileDocuments:
 
 def _row_documents(file: DocumentFile, contents: FileContents, facts: Mapping[str, MetadataValue]) -> Iterator[Passage]:
     """The documents of a table's rows; those of no corpus say which row they are."""
-    for number, row in enumerate(contents.rows, start=1):
-        own = {(f"own_{name}" if name.lower() in _FACTS else name): value for name, value in row.metadata.items()}
-        counted = {"row": number, "num_rows": len(contents.rows)} if facts or not contents.is_corpus else {}
-        metadata = {**own, **facts, **counted}
+    for row_number, row in enumerate(contents.rows, start=1):
+        columns = {(f"own_{name}" if name.lower() in _FACTS else name): value for name, value in row.metadata.items()}
+        counted = {"row": row_number, "num_rows": len(contents.rows)} if facts or not contents.is_corpus else {}
+        metadata = {**columns, **facts, **counted}
         if contents.is_corpus and (row.document_id or row.position):
             yield replace(row, metadata=metadata)
             continue

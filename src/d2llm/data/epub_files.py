@@ -140,8 +140,8 @@ class _Book:
         around = labels[:-1] if has_headings else labels
         for section in sections:
             if section.text.strip():
-                own = [heading for heading in section.headings if heading not in around]
-                yield replace(section, headings=(*around, *own))
+                new_headings = [heading for heading in section.headings if heading not in around]
+                yield replace(section, headings=(*around, *new_headings))
 
     def _navigation(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """The files that the table of contents names, with the labels that lead to each."""
@@ -185,7 +185,7 @@ class _Book:
 
 def _drawing_sections(root: Element) -> Iterator[Section]:
     """The texts of an SVG drawing."""
-    parts = (node for node in root.iter() if local_name(node) in ("text", "title", "desc"))
-    text = "\n".join(filter(None, (" ".join("".join(part.itertext()).split()) for part in parts)))
+    nodes = (node for node in root.iter() if local_name(node) in ("text", "title", "desc"))
+    text = "\n".join(filter(None, (" ".join("".join(part.itertext()).split()) for part in nodes)))
     if text:
         yield Section(text)

@@ -65,7 +65,7 @@ def read_contents(path: Path) -> FileContents:
     else:
         text = decoded_text(_read_bytes(path), with_declaration=suffix in _HTML)
         if suffix in _MARKDOWN:
-            from d2llm.data.front_matter import read_front_matter
+            from d2llm.data.markdown import read_front_matter
 
             front_matter = read_front_matter(text)
             title, metadata, text = front_matter.title, dict(front_matter.fields), text[front_matter.end :]

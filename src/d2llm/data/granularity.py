@@ -70,21 +70,23 @@ def make_granularity(num_passages: int = 200, *, seed: int = 0) -> GranularitySe
     rng = random.Random(seed)
     passages: list[Passage] = []
     relevant: dict[tuple[Granularity, str], dict[str, int]] = {}
-    for number in range(num_passages):
-        scene = [*_SCENES][number % len(_SCENES)]
+    for index in range(num_passages):
+        scene = [*_SCENES][index % len(_SCENES)]
         things = [(rng.choice(_COLOURS), thing) for thing in rng.sample(_THINGS, _THINGS_PER_PASSAGE)]
-        places = rng.sample(_PLACES, _THINGS_PER_PASSAGE)
-        rest = [f"There is a {colour} {thing} {place}." for (colour, thing), place in zip(things, places, strict=True)]
-        passages.append(Passage(f"p{number}", " ".join([_SCENES[scene], *rest])))
+        locations = rng.sample(_PLACES, _THINGS_PER_PASSAGE)
+        rest = [
+            f"There is a {colour} {thing} {place}." for (colour, thing), place in zip(things, locations, strict=True)
+        ]
+        passages.append(Passage(f"p{index}", " ".join([_SCENES[scene], *rest])))
         views: list[tuple[Granularity, str]] = [("scene", scene)]
         for colour, thing in things:
             views.append(("entity", f"the {thing}"))
             views.append(("detail", f"the {colour} {thing}"))
         for one in views:
-            relevant.setdefault(one, {})[f"p{number}"] = 1
+            relevant.setdefault(one, {})[f"p{index}"] = 1
     order: tuple[Granularity, ...] = ("scene", "entity", "detail")
     named = sorted(relevant, key=lambda one: (order.index(one[0]), one[1]))
-    ids = {one: f"q{number}" for number, one in enumerate(named)}
+    ids = {one: f"q{index}" for index, one in enumerate(named)}
     return GranularitySet(
         tuple(passages),
         tuple(Query(identifier, text) for (_, text), identifier in ids.items()),

@@ -17,7 +17,78 @@ from turbohtml import CData, DocumentFragment, Element, Node, Text
 
 from d2llm.core.types import Section
 from d2llm.data.html_frame import attribute, is_drawing, is_frame, is_hidden
-from d2llm.data.html_tables import grid_rows, is_grid, table_lines
+
+_LONGEST_REPEATED = 100  # characters; a longer cell over several rows or columns stands once
+_MAX_COLUMNS = 1_000  # of one cell, as in browsers
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    cells: Sequence[str]
+    is_header: bool
+
+
+def is_grid(table: Element) -> bool:
+    """Whether a table is one of values; others arrange parts of a page, or have more in their cells than words."""
+    if table.attrs.get("role") in ("presentation", "none") or table.select_one("table, h1, h2, h3, h4, h5, h6, pre"):
+        return False
+    rows = table.find_all("tr")
+    return any(len(_cells(row)) > 1 for row in rows) or any(
+        cell.tag == "th" for row in rows[:1] for cell in _cells(row)
+    )
+
+
+def grid_rows(table: Element, text_of: Callable[[Element], str]) -> list[_Row]:
+    """The rows of a table of values; a cell over several rows or columns stands in each."""
+    rows: list[_Row] = []
+    below: dict[int, tuple[int, str]] = {}  # column -> rows that a cell above still takes, and its text
+    for row in table.find_all("tr"):
+        texts: list[str] = []
+
+        def fill(texts: list[str] = texts) -> None:
+            while len(texts) in below:
+                num_rows, text = below.pop(len(texts))
+                if num_rows > 1:
+                    below[len(texts)] = (num_rows - 1, text)
+                texts.append(text)
+
+        cells = _cells(row)
+        for cell in cells:
+            fill()
+            text = text_of(cell)
+            repeated = text if len(text) <= _LONGEST_REPEATED else ""
+            num_rows, num_columns = _span(cell, "rowspan"), _span(cell, "colspan")
+            for column in range(num_columns):
+                if num_rows > 1:
+                    below[len(texts)] = (num_rows - 1, repeated)
+                texts.append(repeated if column else text)
+        fill()
+        if any(texts):
+            is_header = all(cell.tag == "th" for cell in cells) or (
+                isinstance(row.parent, Element) and row.parent.tag == "thead"
+            )
+            rows.append(_Row(texts, is_header))
+    return rows
+
+
+def table_lines(rows: Sequence[_Row]) -> str:
+    """A table in the form of Markdown; a row of hyphens ends its header, if it has one."""
+    lines: list[str] = []
+    for index, row in enumerate(rows):
+        lines.append(f"| {' | '.join(row.cells)} |")
+        is_last_header = row.is_header and (index + 1 == len(rows) or not rows[index + 1].is_header)
+        if is_last_header and all(header_row.is_header for header_row in rows[:index]):
+            lines.append("|" + " --- |" * len(row.cells))
+    return "\n".join(lines)
+
+
+def _cells(row: Element) -> list[Element]:
+    return [cell for cell in row.children if isinstance(cell, Element) and cell.tag in ("td", "th")]
+
+
+def _span(cell: Element, name: str) -> int:
+    text = str(cell.attrs.get(name) or "1").strip()
+    return max(1, min(int(text), _MAX_COLUMNS)) if text.isdecimal() and len(text) < 6 else 1
 
 
 def _words(names: str) -> frozenset[str]:
@@ -97,11 +168,11 @@ def _comparable(name: str) -> str:
 
 
 @dataclass
-class _Part:
+class _PageSection:
     """What is below a heading: the headings with their levels, and blocks of text with what separates them.
 
-    ``opens``: the last of the headings is this part's own, and no earlier part has it. ``num_signatures`` of the blocks
-    are those of what a manual defines.
+    ``opens``: the last of the headings is this section's own, and no earlier section has it.
+    ``num_signatures``: how many of the blocks are those of what a manual defines.
     """
 
     headings: Sequence[tuple[int, str]] = ()
@@ -114,7 +185,7 @@ class _Part:
 class _List:
     """A list that is being read: the number of its next item, or None without numbers, and how many it has had."""
 
-    number: int | None
+    next_number: int | None
     num_items: int = 0
 
 
@@ -123,7 +194,7 @@ class _Reader:
 
     def __init__(self, *, with_frame: bool = False, depth: int = 0) -> None:
         self._with_frame, self._depth = with_frame, depth
-        self._parts = [_Part()]
+        self._page_sections = [_PageSection()]
         self._line: list[str] = []  # texts of the block that is being read
         self._verbatim = 0  # how many elements around it keep their lines
         self._in_heading = False
@@ -146,10 +217,12 @@ class _Reader:
                 item()
         self._break()
         sections: list[Section] = []
-        for part, following in zip(self._parts, [*self._parts[1:], _Part()], strict=True):
-            names = tuple(name for _, name in part.headings)
-            text = "".join(part.blocks).strip("\n")
-            if not text and part.opens and len(following.headings) <= len(names):
+        for page_section, following in zip(
+            self._page_sections, [*self._page_sections[1:], _PageSection()], strict=True
+        ):
+            names = tuple(name for _, name in page_section.headings)
+            text = "".join(page_section.blocks).strip("\n")
+            if not text and page_section.opens and len(following.headings) <= len(names):
                 text = names[-1]
             if text:
                 sections.append(Section(text, names))
@@ -190,12 +263,12 @@ class _Reader:
     def _add(self, text: str) -> None:
         """Add a block, behind the marker of its list's item."""
         indent = "  " * (len(self._lists) - 1) if self._marker else ""
-        self._parts[-1].blocks.append(("\n" if self._is_tight else "\n\n") + indent + self._marker + text)
+        self._page_sections[-1].blocks.append(("\n" if self._is_tight else "\n\n") + indent + self._marker + text)
         self._marker, self._is_tight = "", False
 
-    def _open_part(self, level: int, name: str) -> None:
-        above = [heading for heading in self._parts[-1].headings if heading[0] < level]
-        self._parts.append(_Part([*above, (level, name)], opens=True))
+    def _open_section(self, level: int, name: str) -> None:
+        above = [heading for heading in self._page_sections[-1].headings if heading[0] < level]
+        self._page_sections.append(_PageSection([*above, (level, name)], opens=True))
         self._marker, self._is_tight = "", False
 
     def _flat(self, node: Element) -> str:
@@ -213,7 +286,7 @@ class _Reader:
             name = _one_line(self._line).rstrip(" ¶§")
             self._line, self._in_heading = [], False
             if name:
-                self._open_part(int(node.tag[1]), name)
+                self._open_section(int(node.tag[1]), name)
 
         self._in_heading = True
         waiting.append(end)
@@ -233,7 +306,7 @@ class _Reader:
                 self._add("")
                 self._is_tight = True
             if text:
-                self._parts[-1].blocks.append(("\n" if self._is_tight else "\n\n") + text)
+                self._page_sections[-1].blocks.append(("\n" if self._is_tight else "\n\n") + text)
                 self._is_tight = False
 
         self._verbatim += 1
@@ -246,7 +319,7 @@ class _Reader:
             self._lists.pop()
             self._marker, self._is_tight = "", False
 
-        self._lists.append(_List(_number(node, "start", 1) if node.tag == "ol" else None))
+        self._lists.append(_List(_integer_attribute(node, "start", 1) if node.tag == "ol" else None))
         waiting.append(end)
         return True
 
@@ -255,9 +328,9 @@ class _Reader:
             return True
         around = self._lists[-1] if self._lists else _List(None)
         self._marker = "- "
-        if around.number is not None:
-            number = _number(node, "value", around.number)
-            self._marker, around.number = f"{number}. ", number + 1
+        if around.next_number is not None:
+            item_number = _integer_attribute(node, "value", around.next_number)
+            self._marker, around.next_number = f"{item_number}. ", item_number + 1
         self._is_tight = around.num_items > 0 or len(self._lists) > 1
         around.num_items += 1
         return True
@@ -267,23 +340,27 @@ class _Reader:
         first = next((child for child in node.children if isinstance(child, Element)), None)
         if first is None or self._in_heading or not first.select_one(".sig-name, .descname"):
             return True
-        headings = self._parts[-1].headings
+        headings = self._page_sections[-1].headings
         level = max(_LEVEL_OF_DEFINITIONS, headings[-1][0] + 1 if headings else 0)
 
         def end() -> None:
             self._break()
-            self._parts.append(_Part(headings))
+            self._page_sections.append(_PageSection(headings))
 
         def define(term: Element) -> None:
             signature = self._flat(term)
-            part = self._parts[-1]
-            is_another = part.opens and part.headings[-1][0] == level and part.num_signatures == len(part.blocks)
+            page_section = self._page_sections[-1]
+            is_another = (
+                page_section.opens
+                and page_section.headings[-1][0] == level
+                and page_section.num_signatures == len(page_section.blocks)
+            )
             if signature and not is_another:
-                self._open_part(level, _name_of(term, signature))
+                self._open_section(level, _name_of(term, signature))
             if signature:
                 self._is_tight = True
                 self._add(signature)
-                self._parts[-1].num_signatures += 1
+                self._page_sections[-1].num_signatures += 1
 
         waiting.append(end)
         for child in reversed(node.children):
@@ -385,15 +462,15 @@ def _one_line(texts: Sequence[str]) -> str:
     return re.sub(rf" ?{_BREAK} ?", "\n", line).strip(" \n")
 
 
-def _number(node: Element, name: str, default: int) -> int:
+def _integer_attribute(node: Element, name: str, default: int) -> int:
     text = attribute(node, name).strip()
     return int(text) if re.fullmatch(r"-?\d{1,9}", text) else default
 
 
 def _name_of(term: Element, signature: str) -> str:
     """The name of what a manual defines, with brackets if it has arguments."""
-    parts = term.select(".sig-prename, .sig-name, .descclassname, .descname")
-    name = "".join(part.text for part in parts if not part.parent or not part.parent.closest(".sig-name, .descname"))
+    elements = term.select(".sig-prename, .sig-name, .descclassname, .descname")
+    name = "".join(part.text for part in elements if not part.parent or not part.parent.closest(".sig-name, .descname"))
     name = " ".join((name or signature.partition("(")[0]).split())
     return name[:_LONGEST_NAME] + ("()" if "(" in signature and name in signature else "")
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from d2llm.core.errors import DataFormatError
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
 from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, DEFAULT_SECONDS_PER_FILE, Passage
-from d2llm.data.corpus_records import corpus_passages
 from d2llm.data.documents import SkippedFile, find_documents
 from d2llm.data.file_contents import SUFFIXES
 from d2llm.data.lines import read_records, refuse_duplicate
+from d2llm.data.python_records import corpus_passages
 from d2llm.data.table_files import is_corpus_record
 
 _FILES = ("corpus.jsonl", "corpus.jsonl.gz")

@@ -105,7 +105,7 @@ def merge_labels(folders: Sequence[str | Path] | str | Path, out: str | Path) ->
     if out.exists():
         raise InputError(f"{out}: already exists; give a new folder, and delete the old stores once it is complete")
     keys = {folder: label_keys(folder) for folder in sources}
-    all_keys = sorted({key for own in keys.values() for key in own})
+    all_keys = sorted({key for store_keys in keys.values() for key in store_keys})
     num_queries = num_pairs = num_repeated = 0
     largest = 0.0
     with new_folder(out, kind=KIND) as draft, progress_bar("merging labels", None) as advance:
@@ -232,5 +232,5 @@ def _merged(query_id: str, stores: Sequence[LabelStore]) -> tuple[QueryLabels, l
     first = () if gram is None else gram[0]
     passage_ids = tuple(dict.fromkeys((*first, *values)))  # a Gram matrix is of the first passages
     log_odds = np.array([values[passage_id] for passage_id in passage_ids], np.float32)
-    own = np.array([grades.get(passage_id, np.nan) for passage_id in passage_ids], np.float32) if grades else None
-    return QueryLabels(query_id, passage_ids, log_odds, None if gram is None else gram[1], own), differences
+    graded = np.array([grades.get(passage_id, np.nan) for passage_id in passage_ids], np.float32) if grades else None
+    return QueryLabels(query_id, passage_ids, log_odds, None if gram is None else gram[1], graded), differences

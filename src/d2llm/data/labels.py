@@ -90,8 +90,8 @@ class _Ids:
 
     def encode(self, ids: Sequence[str]) -> NDArray[np.int32]:
         """The numbers of ids [n]; new ids get the next ones."""
-        places = self.place_of
-        return np.fromiter((places.setdefault(one, len(places)) for one in ids), np.int32, len(ids))
+        place_of = self.place_of
+        return np.fromiter((place_of.setdefault(one, len(place_of)) for one in ids), np.int32, len(ids))
 
 
 class _Texts:
@@ -102,9 +102,9 @@ class _Texts:
         self._ends = np.cumsum([0, *map(len, encoded)])
         self._content = b"".join(encoded)
 
-    def take(self, places: Iterable[int]) -> list[str]:
+    def take(self, positions: Iterable[int]) -> list[str]:
         """The texts at some places."""
-        return [self._content[self._ends[place] : self._ends[place + 1]].decode() for place in places]
+        return [self._content[self._ends[index] : self._ends[index + 1]].decode() for index in positions]
 
 
 class _StoredLabels:
@@ -312,8 +312,8 @@ class LabelStore:
     def _next_name(self) -> str:
         """Later shards sort later; the random part prevents name clashes of concurrent writers."""
         used = [path.name for kind in ("labels", "grams") for path in (self.folder / kind).glob("[0-9]*.parquet")]
-        number = max((int(name.partition("-")[0]) for name in used), default=0) + 1
-        return f"{number:010d}-{secrets.token_hex(4)}.parquet"
+        next_number = max((int(name.partition("-")[0]) for name in used), default=0) + 1
+        return f"{next_number:010d}-{secrets.token_hex(4)}.parquet"
 
     def _label_rows(self, labels: Sequence[QueryLabels]) -> Iterator[tuple[Any, ...]]:
         for item in labels:

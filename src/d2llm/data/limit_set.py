@@ -147,10 +147,10 @@ def make_limit_set(num_persons: int = 32, *, num_distractors: int = 0, seed: int
     num_liked = min(num_persons - 1, len(others))
     liked.extend(_drawn(others, num_liked, generator) for _ in range(num_distractors))
     passages = tuple(
-        Passage(f"p{number}", f"{name} likes {_listed(_drawn(own, len(own), generator))}.")
-        for number, (name, own) in enumerate(zip(_names(len(liked), generator), liked, strict=True))
+        Passage(f"p{index}", f"{name} likes {_listed(_drawn(things, len(things), generator))}.")
+        for index, (name, things) in enumerate(zip(_names(len(liked), generator), liked, strict=True))
     )
-    queries = tuple(Query(f"q{number}", f"Who likes {thing}?") for number, thing in enumerate(queried))
+    queries = tuple(Query(f"q{index}", f"Who likes {thing}?") for index, thing in enumerate(queried))
     return LimitSet(passages, queries, _splits(pairs, generator))
 
 
@@ -178,20 +178,20 @@ def write_limit_set(folder: Path, *, num_persons: int = 32, num_distractors: int
 def _splits(pairs: list[tuple[int, int]], generator: np.random.Generator) -> dict[str, dict[str, dict[str, int]]]:
     num_dev, num_test = round(_DEV_FRACTION * len(pairs)), round(_TEST_FRACTION * len(pairs))
     order = generator.permutation(len(pairs)).tolist()
-    parts = order[num_dev + num_test :], order[:num_dev], order[num_dev : num_dev + num_test]
+    split_pairs = order[num_dev + num_test :], order[:num_dev], order[num_dev : num_dev + num_test]
     return {
-        split: {f"q{number}": {f"p{person}": 1 for person in pairs[number]} for number in sorted(part)}
-        for split, part in zip(SPLITS, parts, strict=True)
+        split: {f"q{index}": {f"p{person}": 1 for person in pairs[index]} for index in sorted(part)}
+        for split, part in zip(SPLITS, split_pairs, strict=True)
     }
 
 
-def _names(number: int, generator: np.random.Generator) -> list[str]:
-    places = generator.choice(len(_FIRST_NAMES) * len(_LAST_NAMES), number, replace=False).tolist()
-    return [f"{_FIRST_NAMES[place % len(_FIRST_NAMES)]} {_LAST_NAMES[place // len(_FIRST_NAMES)]}" for place in places]
+def _names(count: int, generator: np.random.Generator) -> list[str]:
+    drawn = generator.choice(len(_FIRST_NAMES) * len(_LAST_NAMES), count, replace=False).tolist()
+    return [f"{_FIRST_NAMES[index % len(_FIRST_NAMES)]} {_LAST_NAMES[index // len(_FIRST_NAMES)]}" for index in drawn]
 
 
-def _drawn(values: list[str], number: int, generator: np.random.Generator) -> list[str]:
-    return [values[index] for index in generator.choice(len(values), number, replace=False)]
+def _drawn(values: list[str], count: int, generator: np.random.Generator) -> list[str]:
+    return [values[index] for index in generator.choice(len(values), count, replace=False)]
 
 
 def _listed(things: list[str]) -> str:

@@ -38,12 +38,12 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         if is_stream(path):
             problem = "a pipe or device is no file; write it to a file (the command line does so itself, also for -)"
         raise DataFormatError(path, problem)
-    number = 0
+    line_number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                yield number, text.rstrip("\r\n")
+            for line_number, raw in enumerate(file, start=1):
+                text = raw.decode("utf-8-sig" if line_number == 1 else "utf-8")
+                yield line_number, text.rstrip("\r\n")
     except UnicodeDecodeError as error:
         with path.open("rb") as file:
             is_gzip = path.suffix != ".gz" and file.read(2) == b"\x1f\x8b"
@@ -52,11 +52,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataFormatError(
             path,
             f"not valid UTF-8 ({error.reason} at byte {error.start} of the line); save the file as UTF-8",
-            line=number,
+            line=line_number,
         ) from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataFormatError(
-            path, f"damaged or truncated gzip ({error}); fetch or write the file again", line=number + 1
+            path, f"damaged or truncated gzip ({error}); fetch or write the file again", line=line_number + 1
         ) from error
     except OSError as error:
         raise DataFormatError(path, f"cannot be read ({error.strerror}); check its rights and the disk") from error
@@ -131,13 +131,13 @@ def parquet_rows(paths: Sequence[Path]) -> Iterator[tuple[int, Fields]]:
     import pyarrow as pa  # slow to import
     import pyarrow.parquet as pq
 
-    number = 0
+    row_number = 0
     for path in paths:
         try:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(batch_size=_BATCH_ROWS):
                     for row in batch.to_pylist():
-                        number += 1
-                        yield number, cast("Fields", row)
+                        row_number += 1
+                        yield row_number, cast("Fields", row)
         except (pa.ArrowException, OSError) as error:
             raise DataFormatError(path, f"cannot be read as Parquet ({error}); write the file again") from error

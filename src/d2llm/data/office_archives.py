@@ -255,27 +255,27 @@ def choice(alternatives: Element, read: Callable[[Element], _Content]) -> Iterat
 
 def equation(element: Element) -> str:
     """An equation in one line: a/b, x^2, √(x)."""
-    parts = {
+    operands = {
         name: "".join(map(equation, part)) for part in element if (name := local_name(part)) and not name.endswith("Pr")
     }
     match local_name(element):
         case "t":
             return str(element.text or "")
         case "f":
-            return f"{_group(parts.get('num', ''))}/{_group(parts.get('den', ''))}"
+            return f"{_group(operands.get('num', ''))}/{_group(operands.get('den', ''))}"
         case "sSup":
-            return f"{parts.get('e', '')}^{_group(parts.get('sup', ''))}"
+            return f"{operands.get('e', '')}^{_group(operands.get('sup', ''))}"
         case "sSub":
-            return f"{parts.get('e', '')}_{_group(parts.get('sub', ''))}"
+            return f"{operands.get('e', '')}_{_group(operands.get('sub', ''))}"
         case "sSubSup":
-            return f"{parts.get('e', '')}_{_group(parts.get('sub', ''))}^{_group(parts.get('sup', ''))}"
+            return f"{operands.get('e', '')}_{_group(operands.get('sub', ''))}^{_group(operands.get('sup', ''))}"
         case "rad":
-            return f"{parts.get('deg', '')}√{_group(parts.get('e', ''))}"
+            return f"{operands.get('deg', '')}√{_group(operands.get('e', ''))}"
         case "nary":
             limits = "".join(
-                sign + _group(parts[name]) for sign, name in (("_", "sub"), ("^", "sup")) if parts.get(name)
+                sign + _group(operands[name]) for sign, name in (("_", "sub"), ("^", "sup")) if operands.get(name)
             )
-            return f"{_property(element, 'chr') or '∫'}{limits} {parts.get('e', '')}"
+            return f"{_property(element, 'chr') or '∫'}{limits} {operands.get('e', '')}"
         case "d":
             inside = (_property(element, "sepChr") or "|").join(
                 "".join(map(equation, e)) for e in element.iterfind("{*}e")
@@ -310,8 +310,8 @@ def chart_text(root: Element) -> str:
         names.update(_points(series, "cat", "xVal"))
         columns.append((name, _points(series, "val", "yVal")))
     rows = [["", *(name for name, _ in columns)]]
-    numbers = sorted({*names, *(number for _, values in columns for number in values)})
-    rows += ([names.get(number, ""), *(values.get(number, "") for _, values in columns)] for number in numbers)
+    numbers = sorted({*names, *(index for _, values in columns for index in values)})
+    rows += ([names.get(index, ""), *(values.get(index, "") for _, values in columns)] for index in numbers)
     return "\n\n".join(filter(None, [*titles, markdown_table(rows) if columns else ""]))
 
 

@@ -97,8 +97,8 @@ class _Text:
             for child in page
             if local_name(child).startswith(("header", "footer"))
         ]
-        for number in [field for child in around for field in child.iter("{*}page-number", "{*}page-count")]:
-            number.text = ""
+        for counter in [field for child in around for field in child.iter("{*}page-number", "{*}page-count")]:
+            counter.text = ""
         texts = [text for text in dict.fromkeys(map(self._apart, around)) if text]
         if texts:
             self._writer.part("Headers and footers")
@@ -158,13 +158,13 @@ class _Text:
             self._writer.block(self._apart(sibling))
 
     def _list(self, element: Element, depth: int, style: str) -> None:
-        kind, ending, number = self._list_levels.get((style, depth), ("", "", 1))
+        kind, ending, item_number = self._list_levels.get((style, depth), ("", "", 1))
         is_first = depth == 1
         for item in element:
             start = attribute(item, "start-value")
-            number = int(start) if start.isdigit() else number
+            item_number = int(start) if start.isdigit() else item_number
             has_label = local_name(item) == "list-item"
-            label = f"{_number(number, kind)}{ending} " if kind else "- "
+            label = f"{_written_number(item_number, kind)}{ending} " if kind else "- "
             for child in item:
                 if local_name(child) == "list":
                     self._list(child, depth + 1, attribute(child, "style-name") or style)
@@ -178,7 +178,7 @@ class _Text:
                     self._write_after()
                 else:
                     self._blocks([child], is_body=False)
-            number += local_name(item) == "list-item"
+            item_number += local_name(item) == "list-item"
 
     def _line(self, element: Element, within: Element | None = None) -> str:
         """The text of a paragraph, in which white space counts once, as ODF has elements for more."""
@@ -300,6 +300,6 @@ def _repeated_cells(row: Element) -> Iterator[Element]:
         yield from [cell] * min(int(attribute(cell, "number-columns-repeated", "1")), _MAX_REPETITIONS)
 
 
-def _number(number: int, kind: str) -> str:
+def _written_number(value: int, kind: str) -> str:
     kinds = {"a": "lowerLetter", "A": "upperLetter", "i": "lowerRoman", "I": "upperRoman"}
-    return written_number(number, kinds.get(kind, "decimal"))
+    return written_number(value, kinds.get(kind, "decimal"))

@@ -52,9 +52,9 @@ class OwnPassages:
     def counts(self, query_ids: Iterable[str]) -> OwnCounts:
         """How many of these queries have passages of their own, and how many passages these are."""
         ids = set(query_ids)
-        own = [passages for query_id, passages in self.by_query.items() if query_id in ids]
+        left_out = [passages for query_id, passages in self.by_query.items() if query_id in ids]
         judged = [passages for query_id, passages in self.judged.items() if query_id in ids]
-        return OwnCounts(len(own), sum(map(len, own)), sum(map(len, judged)))
+        return OwnCounts(len(left_out), sum(map(len, left_out)), sum(map(len, judged)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +67,15 @@ class OwnCounts:
 
     def __str__(self) -> str:
         """For a report; empty if there is nothing to say."""
-        parts: list[str] = []
+        sentences: list[str] = []
         if self.num_left_out:
             owners = f"of {self.num_queries:,} queries"
-            parts.append(f"{self.num_left_out:,} passages, {owners}, are the query itself and were left out")
+            sentences.append(f"{self.num_left_out:,} passages, {owners}, are the query itself and were left out")
         if self.num_judged:
-            parts.append(
+            sentences.append(
                 f"{self.num_judged:,} passages with a query's own text are judged relevant to it and were kept"
             )
-        return "; ".join(parts)
+        return "; ".join(sentences)
 
 
 def find_own_passages(dataset: Dataset) -> OwnPassages:
@@ -100,10 +100,10 @@ def find_own_passages(dataset: Dataset) -> OwnPassages:
     if by_id:
         for query_id in shared:
             found[query_id].add(query_id)
-    own = {query_id: frozenset(ids - relevant[query_id]) for query_id, ids in found.items()}
+    unjudged = {query_id: frozenset(ids - relevant[query_id]) for query_id, ids in found.items()}
     judged = {query_id: frozenset(ids & relevant[query_id]) for query_id, ids in found.items()}
     return OwnPassages(
-        {query_id: ids for query_id, ids in own.items() if ids},
+        {query_id: ids for query_id, ids in unjudged.items() if ids},
         {query_id: ids for query_id, ids in judged.items() if ids},
         by_id,
     )

@@ -90,9 +90,11 @@ def shared_pairs(pairs: PairTrainingSet, split: str) -> set[tuple[str, str]]:
         for query_id, judged in by_query.items()
         for passage_id in judged
     }
-    own = {(query_id, passage_id) for query_id, judged in pairs.targets.get(split, {}).items() for passage_id in judged}
-    others = {text for key, text in texts.items() if key not in own}
-    return {key for key in own if texts[key] in others}
+    keys = {
+        (query_id, passage_id) for query_id, judged in pairs.targets.get(split, {}).items() for passage_id in judged
+    }
+    others = {text for key, text in texts.items() if key not in keys}
+    return {key for key in keys if texts[key] in others}
 
 
 def plan_of_pairs(

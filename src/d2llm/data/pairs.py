@@ -110,7 +110,7 @@ def as_retrieval(dataset: PairDataset, split: str) -> Dataset:
         judged = grades.setdefault(pair.query, {})
         judged[id_of[pair.passage]] = max(int(positive), judged.get(id_of[pair.passage], 0))
     relevant = {text: judged for text, judged in grades.items() if any(judged.values())}
-    queries = {f"query-{number}": Query(f"query-{number}", text) for number, text in enumerate(relevant)}
+    queries = {f"query-{index}": Query(f"query-{index}", text) for index, text in enumerate(relevant)}
     return Dataset(
         dataset.name,
         dataset.path,

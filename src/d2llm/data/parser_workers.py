@@ -86,22 +86,22 @@ def read_in_workers(
     """
     pool = _Pool(paths, seconds, memory, chars, reader)
     try:
-        for number in range(len(paths)):
-            yield pool.outcome(number)
+        for index in range(len(paths)):
+            yield pool.outcome(index)
     finally:
         pool.close()
 
 
 @dataclass(eq=False)
 class _Worker:
-    """A process that reads files. ``number`` is the file that it is reading, if any, until ``deadline``.
+    """A process that reads files. ``file_index`` is that of the file that it is reading, if any, until ``deadline``.
 
     ``has_started`` is false as long as it imports what it needs.
     """
 
     process: subprocess.Popen[bytes]
     messages: IO[bytes]  # its standard error
-    number: int | None = None
+    file_index: int | None = None
     deadline: float = 0.0
     num_files: int = 0
     has_started: bool = False
@@ -145,15 +145,15 @@ class _Pool:
         self._waited = 0.0  # seconds
         self._max_workers = min(usable_cores(), _MAX_WORKERS)
 
-    def outcome(self, number: int) -> Outcome:
+    def outcome(self, index: int) -> Outcome:
         """Wait until a file has been read. Call for each file once, in order."""
-        self._assign(number)
-        while number not in self._outcomes:
+        self._assign(index)
+        while index not in self._outcomes:
             began = time.monotonic()
             self._receive()
             self._waited += time.monotonic() - began
-            self._assign(number)
-        return self._outcomes.pop(number)
+            self._assign(index)
+        return self._outcomes.pop(index)
 
     def close(self) -> None:
         """End all workers."""
@@ -167,7 +167,7 @@ class _Pool:
             self._send(self._start(), self._again.pop())
         limit = self._max_workers if self._waited > _PATIENCE_SECONDS else 1
         while self._next < min(len(self._paths), oldest + 2 * self._max_workers):
-            worker = next((worker for worker in self._workers if worker.number is None), None)
+            worker = next((worker for worker in self._workers if worker.file_index is None), None)
             if worker is None and len(self._workers) < limit:
                 worker = self._start()
             if worker is None:
@@ -198,10 +198,10 @@ class _Pool:
                 self._replies.put((worker, line))
         self._replies.put((worker, b""))
 
-    def _send(self, worker: _Worker, number: int) -> None:
-        worker.number = number
+    def _send(self, worker: _Worker, index: int) -> None:
+        worker.file_index = index
         worker.deadline = time.monotonic() + self._limit(worker)
-        request: dict[str, Any] = {"path": str(self._paths[number]), "seconds": self._seconds, "memory": self._memory}
+        request: dict[str, Any] = {"path": str(self._paths[index]), "seconds": self._seconds, "memory": self._memory}
         request["chars"] = self._chars
         with contextlib.suppress(OSError):  # it has died while idle, which its listener reports
             pipe = cast("IO[bytes]", worker.process.stdin)
@@ -214,11 +214,11 @@ class _Pool:
 
     def _receive(self) -> None:
         """Wait for a reply, the end of a worker or a deadline."""
-        deadline = min(worker.deadline for worker in self._workers if worker.number is not None)
+        deadline = min(worker.deadline for worker in self._workers if worker.file_index is not None)
         try:
             worker, line = self._replies.get(timeout=max(0.0, deadline - time.monotonic()))
         except Empty:
-            for worker in [busy for busy in self._workers if busy.number is not None and busy.deadline <= deadline]:
+            for worker in [busy for busy in self._workers if busy.file_index is not None and busy.deadline <= deadline]:
                 too_slow = "to read" if worker.has_started else "to start its parser"
                 self._remove(worker, UnreadableFileError(f"it takes more than {self._limit(worker):g} s {too_slow}"))
             return
@@ -227,19 +227,19 @@ class _Pool:
         if line == b"\n":
             worker.has_started = True
             worker.deadline = time.monotonic() + self._limit(worker)
-        elif line.endswith(b"\n") and worker.number is not None:
-            self._outcomes[worker.number] = _outcome(json.loads(line))
-            worker.number = None
+        elif line.endswith(b"\n") and worker.file_index is not None:
+            self._outcomes[worker.file_index] = _outcome(json.loads(line))
+            worker.file_index = None
             worker.num_files += 1
-        elif worker.number is not None and worker.num_files:
-            self._again.append(worker.number)
+        elif worker.file_index is not None and worker.num_files:
+            self._again.append(worker.file_index)
             self._remove(worker)
         else:
             self._remove(worker, UnreadableFileError(worker.reason_of_death(self._memory)))
 
     def _remove(self, worker: _Worker, error: UnreadableFileError | None = None) -> None:
-        if worker.number is not None and error is not None:
-            self._outcomes[worker.number] = error
+        if worker.file_index is not None and error is not None:
+            self._outcomes[worker.file_index] = error
         self._workers.remove(worker)
         worker.close()
 
@@ -313,8 +313,8 @@ def _limit_memory(limit: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
 
 
-def _gibibytes(number: int) -> str:
-    return f"{number / 2**30:.3g} GiB"
+def _gibibytes(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.3g} GiB"
 
 
 def _reply(reader: Reader, path: Path, chars: TextLimits | None) -> dict[str, Any]:

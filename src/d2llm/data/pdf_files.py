@@ -75,23 +75,23 @@ class _Reader:
     def read(self) -> FileContents:
         pages: list[tuple[str, str, str]] = []
         pictures: list[int] = []
-        for number in range(1, len(self._document) + 1):
+        for page_number in range(1, len(self._document) + 1):
             try:
-                page = self._document[number - 1]
+                page = self._document[page_number - 1]
             except self._error as error:
-                self._skipped.append(SkippedPart(f"page {number}", f"it cannot be parsed ({error})"))
+                self._skipped.append(SkippedPart(f"page {page_number}", f"it cannot be parsed ({error})"))
                 pages.append(("", "", ""))
                 continue
             with closing(page):
-                parts = self._read_page(page)
-                if not "".join(parts).strip() and self._has_picture(page):
-                    pictures.append(number)
-            pages.append(parts)
+                page_texts = self._read_page(page)
+                if not "".join(page_texts).strip() and self._has_picture(page):
+                    pictures.append(page_number)
+            pages.append(page_texts)
         texts = _with_whole_words([text for text, _, _ in pages])
         sections: list[Section] = []
-        for number, (text, (_, fields, notes)) in enumerate(zip(texts, pages, strict=True), start=1):
+        for page_number, (text, (_, fields, notes)) in enumerate(zip(texts, pages, strict=True), start=1):
             contents = ((text, ()), (fields, ("Form fields",)), (notes, ("Notes",)))
-            sections += [Section(part, headings, number) for part, headings in contents if part.strip()]
+            sections += [Section(part, headings, page_number) for part, headings in contents if part.strip()]
         self._skip_attachments()
         if pictures and sections:
             self._skipped.append(
@@ -120,8 +120,8 @@ class _Reader:
         return text, "\n".join(fields), "\n\n".join(dict.fromkeys(notes))
 
     def _annotations(self, page: Any) -> Iterator[Any]:
-        for number in range(self._raw.FPDFPage_GetAnnotCount(page)):
-            annotation = self._raw.FPDFPage_GetAnnot(page, number)
+        for index in range(self._raw.FPDFPage_GetAnnotCount(page)):
+            annotation = self._raw.FPDFPage_GetAnnot(page, index)
             if annotation:
                 try:
                     yield annotation
@@ -147,9 +147,9 @@ class _Reader:
         name = self._string(raw.FPDFAnnot_GetFormFieldAlternateName, form, annotation).strip() or path
         value = self._string(raw.FPDFAnnot_GetFormFieldValue, form, annotation)
         chosen = [
-            self._string(raw.FPDFAnnot_GetOptionLabel, form, annotation, number)
-            for number in range(max(0, raw.FPDFAnnot_GetOptionCount(form, annotation)))
-            if raw.FPDFAnnot_IsOptionSelected(form, annotation, number)
+            self._string(raw.FPDFAnnot_GetOptionLabel, form, annotation, index)
+            for index in range(max(0, raw.FPDFAnnot_GetOptionCount(form, annotation)))
+            if raw.FPDFAnnot_IsOptionSelected(form, annotation, index)
         ]
         value = ", ".join(chosen) or value
         if value.strip() and path not in self._known_fields:
@@ -166,8 +166,8 @@ class _Reader:
         return room.raw[: size - 2].decode("utf-16-le", errors="replace")
 
     def _skip_attachments(self) -> None:
-        for number in range(self._raw.FPDFDoc_GetAttachmentCount(self._document)):
-            self._skip_attachment(self._raw.FPDFDoc_GetAttachment(self._document, number))
+        for index in range(self._raw.FPDFDoc_GetAttachmentCount(self._document)):
+            self._skip_attachment(self._raw.FPDFDoc_GetAttachment(self._document, index))
 
     def _skip_attachment(self, attachment: Any) -> None:
         if attachment:

@@ -92,38 +92,38 @@ def read_plan(folder: Path) -> TrainingPlan:
     if not path.is_file():
         raise DataFormatError(path, f"not found beside its manifest; {_REMEDY}")
     entries: dict[str, PlanEntry] = {}
-    for number, raw in enumerate(path.read_bytes().splitlines(), start=1):
-        entry = _parse(path, number, raw)
+    for line_number, raw in enumerate(path.read_bytes().splitlines(), start=1):
+        entry = _parse(path, line_number, raw)
         if entry.query_id in entries:
-            raise DuplicateIdError(path, f"query '{entry.query_id}' has a second entry; {_REMEDY}", line=number)
+            raise DuplicateIdError(path, f"query '{entry.query_id}' has a second entry; {_REMEDY}", line=line_number)
         entries[entry.query_id] = entry
     if fingerprint_files([path]) != manifest.get("content_hash"):
         raise DataFormatError(path, f"was changed after it was made (its hash is not the manifest's); {_REMEDY}")
     return TrainingPlan(tuple(entries.values()), manifest)
 
 
-def _parse(path: Path, number: int, raw: bytes) -> PlanEntry:
+def _parse(path: Path, line_number: int, raw: bytes) -> PlanEntry:
     try:
         value: object = json.loads(raw)
     except ValueError as error:  # UnicodeDecodeError is one too
-        raise DataFormatError(path, f"not valid JSON ({error}); {_REMEDY}", line=number) from error
+        raise DataFormatError(path, f"not valid JSON ({error}); {_REMEDY}", line=line_number) from error
     record = cast("dict[str, object]", value) if isinstance(value, dict) else {}
     query_id = record.get("query_id")
     if not isinstance(query_id, str):
-        raise DataFormatError(path, f"'query_id' must be a string; {_REMEDY}", line=number)
+        raise DataFormatError(path, f"'query_id' must be a string; {_REMEDY}", line=line_number)
     lists: list[tuple[str, ...]] = []
     for name in ("positives", "hard_negatives", "easy_negatives"):
         ids = record.get(name)
         if not isinstance(ids, list) or not all(isinstance(item, str) for item in cast("list[object]", ids)):
-            raise DataFormatError(path, f"'{name}' must be a list of passage ids; {_REMEDY}", line=number)
+            raise DataFormatError(path, f"'{name}' must be a list of passage ids; {_REMEDY}", line=line_number)
         lists.append(tuple(cast("list[str]", ids)))
     targets = record.get("targets", [])
     items = cast("list[object]", targets) if isinstance(targets, list) else [None]
     if not all(isinstance(item, (int, float)) and 0 <= item <= 1 for item in items):
-        raise DataFormatError(path, f"'targets' must be a list of numbers from 0 to 1; {_REMEDY}", line=number)
+        raise DataFormatError(path, f"'targets' must be a list of numbers from 0 to 1; {_REMEDY}", line=line_number)
     entry = PlanEntry(query_id, *lists, targets=tuple(float(cast("float", item)) for item in items))
     if entry.targets and len(entry.targets) != len(entry.positives) + len(entry.hard_negatives):
         raise DataFormatError(
-            path, f"'targets' must have a number for each positive and hard negative; {_REMEDY}", line=number
+            path, f"'targets' must have a number for each positive and hard negative; {_REMEDY}", line=line_number
         )
     return entry

@@ -7,16 +7,54 @@ A record is read like a line of a corpus file (``corpus_records``): ``id`` (or `
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import tee
 from pathlib import Path
 from typing import Any, cast
 
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.inputs import check_string, shown
 from d2llm.core.plain_values import plain_value
-from d2llm.core.types import Passage, Query
-from d2llm.data.beir import iter_queries
-from d2llm.data.corpus_records import corpus_passages
-from d2llm.data.lines import Fields
+from d2llm.core.types import MetadataValue, Passage, Query
+from d2llm.data.beir import iter_passages, iter_queries
+from d2llm.data.lines import Fields, type_name, wrong_type
+
+_KNOWN = ("_id", "id", "text", "title", "document_id", "position", "metadata")
+
+
+def corpus_passages(
+    file: Path, records: Iterable[tuple[int, Fields]], *, with_metadata: bool = True
+) -> Iterator[tuple[int, Passage]]:
+    """Numbered passages of numbered records; ``DataFormatError`` if one is malformed, or there are none."""
+    records, again = tee(records)  # advanced together, so that only one record is held
+    for (line, passage), (_, record) in zip(iter_passages(file, records), again, strict=True):
+        yield line, _with_metadata(file, line, record, passage) if with_metadata else passage
+
+
+def _with_metadata(file: Path, line: int, record: Fields, passage: Passage) -> Passage:
+    if "_id" in record and str(record.get("id", passage.id)) != passage.id:
+        problem = f"has '_id' {record['_id']!r} and 'id' {record['id']!r}; keep one of them"
+        raise DataFormatError(file, problem, line=line)
+    document_id, position = plain_value(record.get("document_id")), plain_value(record.get("position"))
+    if isinstance(position, float) and position.is_integer():  # as pandas has those of a column with missing ones
+        position = int(position)
+    if isinstance(document_id, int) and not isinstance(document_id, bool):
+        document_id = str(document_id)
+    if not isinstance(document_id, str | None):
+        raise wrong_type(file, line, "document_id", document_id)
+    if not isinstance(position, int | None) or isinstance(position, bool):
+        raise DataFormatError(file, f"field 'position' must be a whole number, found {position!r}", line=line)
+    nested = plain_value(record.get("metadata"))
+    if not isinstance(nested, dict | None):
+        problem = f"field 'metadata' must be an object, found {type_name(nested)}; --no-metadata ignores all metadata"
+        raise DataFormatError(file, problem, line=line)
+    values: dict[str, Any] = {name: value for name, value in record.items() if name not in _KNOWN}
+    for name, value in cast("dict[str, Any]", nested or {}).items():
+        if name in values:
+            raise DataFormatError(file, f"field '{name}' occurs twice, also in 'metadata'; keep one", line=line)
+        values[name] = value
+    metadata = cast("dict[str, MetadataValue]", values)
+    return Passage(passage.id, passage.text, passage.title, document_id or "", position or 0, metadata)
+
 
 PassageLike = Passage | Mapping[str, Any]
 """A passage, or a dictionary with its fields."""
@@ -38,10 +76,10 @@ def passages_of(
         InputError: something is no passage, or a field has the wrong type.
     """
     kinds = (str, Passage) if texts else Passage
-    for number, value in enumerate(_entries(passages, name, kinds, _PASSAGE), start=1):
-        where = f"{name}[{number - 1}]"
+    for position, value in enumerate(_entries(passages, name, kinds, _PASSAGE), start=1):
+        where = f"{name}[{position - 1}]"
         if texts and isinstance(value, str | Query):
-            value = Passage(str(number), value) if isinstance(value, str) else Passage(value.id, value.text)
+            value = Passage(str(position), value) if isinstance(value, str) else Passage(value.id, value.text)
         if isinstance(value, Passage):
             _check_passage(value, where)
             yield value
@@ -50,7 +88,7 @@ def passages_of(
         if record is None:
             raise InputError(f"{where} is {shown(value)}; {_PASSAGE}")
         try:
-            ((_, passage),) = corpus_passages(Path(name), [(number, record)])
+            ((_, passage),) = corpus_passages(Path(name), [(position, record)])
         except DataFormatError as error:
             raise InputError(f"{where}: {error.problem}") from error
         yield passage
@@ -77,10 +115,10 @@ def queries_of(queries: Iterable[QueryLike] | QueryLike, name: str = "queries") 
         InputError: something is no query, or has no text.
     """
     converted: list[Query] = []
-    for number, value in enumerate(_entries(queries, name, (str, Query), _QUERY), start=1):
-        where = f"{name}[{number - 1}]"
+    for position, value in enumerate(_entries(queries, name, (str, Query), _QUERY), start=1):
+        where = f"{name}[{position - 1}]"
         if isinstance(value, str):
-            query = Query(str(number), value)
+            query = Query(str(position), value)
         elif isinstance(value, Query):
             query = value
         else:
@@ -88,9 +126,9 @@ def queries_of(queries: Iterable[QueryLike] | QueryLike, name: str = "queries") 
             if record is None:
                 raise InputError(f"{where} is {shown(value)}; {_QUERY}")
             if "id" not in record and "_id" not in record:
-                record["id"] = str(number)
+                record["id"] = str(position)
             try:
-                ((_, query),) = iter_queries(Path(name), [(number, record)])
+                ((_, query),) = iter_queries(Path(name), [(position, record)])
             except DataFormatError as error:
                 raise InputError(f"{where}: {error.problem}") from error
         check_string(query.id, f"the id of {where}")
@@ -141,12 +179,12 @@ def _named_entries(values: Mapping[str, Any], name: str, kinds: type[Any] | tupl
             value = Query(key, value)
         if isinstance(value, Mapping) and "text" in value:
             value = {"id": key, **cast("Mapping[str, Any]", value)}
-        own = value.get("id") if isinstance(value, dict) else getattr(value, "id", None)
-        if own is None or isinstance(value, str):
+        record_id = value.get("id") if isinstance(value, dict) else getattr(value, "id", None)
+        if record_id is None or isinstance(value, str):
             fields = ", ".join(map(repr, list(values)[:8]))
             raise InputError(f"{name} is a dictionary without 'text' (its keys: {fields}); give a list")
-        if str(own) != str(key):
-            raise InputError(f"{name}[{key!r}] has the id {own!r}; make them the same")
+        if str(record_id) != str(key):
+            raise InputError(f"{name}[{key!r}] has the id {record_id!r}; make them the same")
         yield value
 
 

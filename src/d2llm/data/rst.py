@@ -79,8 +79,8 @@ def role_text(name: str, text: str) -> str:
         return target[1]
     if shortened := _SHORTENED.fullmatch(text):
         return shortened[1] + (shortened[2] or "")
-    number = re.fullmatch(r"(\d+)(#.*)?", text)
-    return f"{name.upper()} {number[1]}" if number and name in _NUMBERED else text.removeprefix("!")
+    numbered = re.fullmatch(r"(\d+)(#.*)?", text)
+    return f"{name.upper()} {numbered[1]}" if numbered and name in _NUMBERED else text.removeprefix("!")
 
 
 def rst_as_html(text: str) -> str:
@@ -96,10 +96,10 @@ def rst_as_html(text: str) -> str:
         for field in list(tree.findall(nodes.field)):
             if field[0].astext() in _FIELDS_FOR_SPHINX:
                 field.parent.remove(field)
-        parts: Any = core.publish_from_doctree(tree, writer="html5", settings_overrides=_SETTINGS)
+        html: Any = core.publish_from_doctree(tree, writer="html5", settings_overrides=_SETTINGS)
     except Exception:  # noqa: BLE001 - such as RecursionError: a fault of the parser must not lose the text
         return f"<pre>\n{escape(text, quote=False)}</pre>"
-    return str(parts)
+    return str(html)
 
 
 @contextmanager

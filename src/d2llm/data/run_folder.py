@@ -125,16 +125,16 @@ def put_aside(result: Path) -> Path | None:
     Returns:
         The new place of the result, or of its working folder if only that exists.
     """
-    places = [result, working_folder(result)]
-    number = 1
-    while any(_aside(path, result, number).exists() for path in places):
-        number += 1
-    moved = [path.rename(_aside(path, result, number)) for path in places if path.exists()]
+    paths = [result, working_folder(result)]
+    suffix = 1
+    while any(_aside(path, result, suffix).exists() for path in paths):
+        suffix += 1
+    moved = [path.rename(_aside(path, result, suffix)) for path in paths if path.exists()]
     return moved[0] if moved else None
 
 
-def _aside(path: Path, result: Path, number: int) -> Path:
-    return path.with_name(f"{result.name}.old-{number}{path.name.removeprefix(result.name)}")
+def _aside(path: Path, result: Path, suffix: int) -> Path:
+    return path.with_name(f"{result.name}.old-{suffix}{path.name.removeprefix(result.name)}")
 
 
 def companion(student: Path, variant: str) -> Path:

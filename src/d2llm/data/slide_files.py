@@ -51,10 +51,10 @@ class _Presentation:
         self._links: dict[str, Relation] = {}  # of the slide that is being read
 
     def read(self) -> FileContents:
-        for number, name in enumerate(self._slides(), start=1):
+        for slide_number, name in enumerate(self._slides(), start=1):
             root = self._archive.optional_xml(name)
             if root is not None:
-                self._slide(number, name, root)
+                self._slide(slide_number, name, root)
         for heading, pattern in _UNLINKED.items():
             for name in self._archive.matching(pattern):
                 if name not in self._read and (text := self._part_text(name)):
@@ -76,17 +76,17 @@ class _Presentation:
                 names.append(relation.target)
         return names or self._archive.matching(r"ppt/slides/slide\d+\.xml")
 
-    def _slide(self, number: int, name: str, root: Element) -> None:
+    def _slide(self, slide_number: int, name: str, root: Element) -> None:
         self._links = self._archive.relations(name)
         title = " ".join(" ".join(self._titles(root)).split())
-        self._writer.part(title, page=number, is_leaf=True)
+        self._writer.part(title, page=slide_number, is_leaf=True)
         for tree in root.iterfind("{*}cSld/{*}spTree"):
             for text in self._shapes(tree):
                 self._writer.block(text)
         for kind, heading in _LATER.items():
             texts = [self._part_text(relation.target) for relation in self._links.values() if relation.kind == kind]
             if any(texts):
-                self._writer.part(title, heading, page=number)
+                self._writer.part(title, heading, page=slide_number)
                 for text in texts:
                     self._writer.block(text)
         self._archive.skip_embedded(self._links)

@@ -157,16 +157,18 @@ def _qrels(path: Path, rows: Rows) -> dict[str, dict[str, int]]:
 
 
 def _judgements(path: Path, rows: Rows) -> Iterator[tuple[int, tuple[str, str, int]]]:
-    for number, row in rows:
+    for row_number, row in rows:
         if missing := [column for column in _QRELS_COLUMNS if column not in row]:
-            raise DataFormatError(path, f"columns missing: {', '.join(missing)}; found: {', '.join(row)}", line=number)
+            raise DataFormatError(
+                path, f"columns missing: {', '.join(missing)}; found: {', '.join(row)}", line=row_number
+            )
         query_id, passage_id, grade = (row[column] for column in _QRELS_COLUMNS)
         identifiers = [_text_id(query_id), _text_id(passage_id)]
         if not all(isinstance(identifier, str) and identifier for identifier in identifiers):
-            raise DataFormatError(path, f"an id is missing: {query_id!r}, {passage_id!r}", line=number)
+            raise DataFormatError(path, f"an id is missing: {query_id!r}, {passage_id!r}", line=row_number)
         if not isinstance(grade, int | float) or not float(grade).is_integer():
-            raise DataFormatError(path, f"the score must be a whole number, found {grade!r}", line=number)
-        yield number, (cast(str, identifiers[0]), cast(str, identifiers[1]), int(grade))
+            raise DataFormatError(path, f"the score must be a whole number, found {grade!r}", line=row_number)
+        yield row_number, (cast(str, identifiers[0]), cast(str, identifiers[1]), int(grade))
 
 
 def _brief(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from d2llm.data.contents import FileContents, SectionWriter, UnreadableFileError, markdown_table
 from d2llm.data.office_archives import (
@@ -23,7 +24,49 @@ from d2llm.data.office_archives import (
     local_name,
 )
 from d2llm.data.word_lists import ListLabels
-from d2llm.data.word_symbols import symbol, with_symbols
+
+_PRIVATE = 0xF000  # where Word puts the characters of such fonts
+_SYMBOL = dict(
+    zip(
+        (*range(0x20, 0x7F), *range(0xA1, 0xF0), *range(0xF1, 0xFF)),
+        " !∀#∃%&∍()∗+,−./0123456789:;<=>?≅ΑΒΧΔΕΦΓΗΙϑΚΛΜΝΟΠΘΡΣΤΥςΩΞΨΖ[∴]⊥_‾αβχδεφγηιϕκλμνοπθρστυϖωξψζ{|}∼"
+        "ϒ′≤⁄∞ƒ♣♦♥♠↔←↑→↓°±″≥×∝∂•÷≠≡≈…⏐⎯↵ℵℑℜ℘⊗⊕∅∩∪⊃⊇⊄⊂⊆∈∉∠∇®©™∏√⋅¬∧∨⇔⇐⇑⇒⇓◊〈®©™∑⎛⎜⎝⎡⎢⎣⎧⎨⎩⎪"
+        "〉∫⌠⎮⌡⎞⎟⎠⎤⎥⎦⎫⎬⎭",
+        strict=True,
+    )
+)
+_WINGDINGS = {
+    0x21: "✏", 0x22: "✂", 0x28: "☎", 0x2A: "✉", 0x4A: "☺", 0x4C: "☹", 0x6C: "●", 0x6E: "■", 0x6F: "□", 0x71: "❑",
+    0x76: "❖", 0x9F: "•", 0xA7: "▪", 0xA8: "◻", 0xD8: "➢", 0xDF: "←", 0xE0: "→", 0xE1: "↑", 0xE2: "↓", 0xE8: "➔",
+    0xF0: "⇨", 0xFB: "✗", 0xFC: "✓", 0xFD: "☒", 0xFE: "☑",
+}  # fmt: skip
+_FONTS = {"symbol": _SYMBOL, "wingdings": _WINGDINGS}
+
+
+def symbol(font: str, place: str) -> str:
+    """The character at a place, in hexadecimal digits, of a font; U+FFFD if it is not known."""
+    try:
+        code = int(place, 16)
+    except ValueError:
+        return "\N{REPLACEMENT CHARACTER}"
+    known = _FONTS.get(font.casefold())
+    if known is None:
+        return "\N{REPLACEMENT CHARACTER}" if 0xE000 <= code < 0xF900 or code > 0x10FFFF else chr(code)
+    return known.get(code & 0xFF, "\N{REPLACEMENT CHARACTER}")
+
+
+def with_symbols(text: str, run: Any) -> str:
+    """The text of a run whose characters may be places in such a font."""
+    if not any(_PRIVATE <= ord(character) < _PRIVATE + 256 for character in text):
+        return text
+    fonts = run.find("{*}rPr/{*}rFonts")
+    font = attribute(fonts, "ascii") or attribute(fonts, "hAnsi") if fonts is not None else ""
+    known = _FONTS.get(font.casefold(), _SYMBOL)
+    return "".join(
+        known.get(ord(c) - _PRIVATE, "\N{REPLACEMENT CHARACTER}") if _PRIVATE <= ord(c) < _PRIVATE + 256 else c
+        for c in text
+    )
+
 
 _CONTAINERS = frozenset({"sdt", "sdtContent", "customXml", "smartTag", "ins", "moveTo", "body", "dir", "bdo"})
 """Elements around paragraphs, rows, cells and runs that say nothing by themselves."""
@@ -108,20 +151,20 @@ class _Document:
     def _write_last(self) -> None:
         """What belongs to no place of the text, and notes that no place refers to."""
         notes = [note for notes in self._notes.values() for note in notes.values()]
-        self._write_part("Notes", [self._content(note) for note in notes])
+        self._write_section("Notes", [self._content(note) for note in notes])
         comments = self._archive.matching(r"word/comments\.xml")
-        self._write_part("Comments", [self._content(c) for root in self._roots(comments) for c in _comments(root)])
+        self._write_section("Comments", [self._content(c) for root in self._roots(comments) for c in _comments(root)])
         diagrams = self._archive.matching(r"word/diagrams/data\d+\.xml")
-        self._write_part("Diagrams", map(drawing_text, self._roots(diagrams)))
+        self._write_section("Diagrams", map(drawing_text, self._roots(diagrams)))
         charts = self._archive.matching(r"word/charts/chart\d+\.xml")
-        self._write_part("Charts", map(chart_text, self._roots(charts)))
+        self._write_section("Charts", map(chart_text, self._roots(charts)))
         around = [*self._related("header"), *self._related("footer")]
-        self._write_part("Headers and footers", [self._content(root) for root in around])
+        self._write_section("Headers and footers", [self._content(root) for root in around])
 
     def _roots(self, names: Iterable[str]) -> list[Element]:
         return [root for name in names if (root := self._archive.optional_xml(name)) is not None]
 
-    def _write_part(self, heading: str, texts: Iterable[str]) -> None:
+    def _write_section(self, heading: str, texts: Iterable[str]) -> None:
         known = dict.fromkeys(text.strip() for text in texts)
         if any(known):
             self._writer.part(heading)
@@ -322,8 +365,8 @@ class _Styles:
         for _, source in self._sources(style, properties):
             found = source.find("{*}numPr") if source is not None else None
             level = level or _child_value(found, "ilvl")
-            if number := _child_value(found, "numId"):
-                return number, int(level) if level.isdigit() else 0
+            if list_id := _child_value(found, "numId"):
+                return list_id, int(level) if level.isdigit() else 0
         return "", 0
 
     def _sources(self, style: str, properties: Element | None) -> Iterator[tuple[str, Element | None]]:
@@ -358,8 +401,8 @@ def _chosen(mark: Element) -> str:
     if choices is None:
         return ""
     entries = [attribute(entry, "val") for entry in choices.iterfind("{*}listEntry")]
-    number = int(_child_value(choices, "result") or _child_value(choices, "default") or 0)
-    return entries[number] if number < len(entries) else ""
+    index = int(_child_value(choices, "result") or _child_value(choices, "default") or 0)
+    return entries[index] if index < len(entries) else ""
 
 
 def _description(properties: Element) -> str:

@@ -25,7 +25,7 @@ class ListLabels:
         for element in root:
             if not element.tag.endswith("}num"):
                 continue
-            number = attribute(element, "numId")
+            list_id = attribute(element, "numId")
             link = element.find("{*}abstractNumId")
             base = attribute(link, "val") if link is not None else ""
             levels = _levels(abstract.get(base))
@@ -36,16 +36,16 @@ class ListLabels:
                 start = override.find("{*}startOverride")
                 if start is not None and level in levels:
                     levels[level] = levels[level].starting_at(int(attribute(start, "val", "1")))
-            self._levels[number] = levels
-            self._shared[number] = f"{number} alone" if overrides else base
+            self._levels[list_id] = levels
+            self._shared[list_id] = f"{list_id} alone" if overrides else base
 
-    def next(self, number: str, level: int) -> tuple[str, str]:
+    def next(self, list_id: str, level: int) -> tuple[str, str]:
         """The indent and the label ("2. ", "- ") of the next item of a list, both empty if there is no such list."""
-        levels = self._levels.get(number)
-        if not levels or number == "0":
+        levels = self._levels.get(list_id)
+        if not levels or list_id == "0":
             return "", ""
         here = levels.get(level, _Level("bullet", "", 1))
-        counters = self._counters.setdefault(self._shared[number], {})
+        counters = self._counters.setdefault(self._shared[list_id], {})
         counters[level] = counters.get(level, here.start - 1) + 1
         for deeper in [counted for counted in counters if counted > level]:
             del counters[deeper]
@@ -91,24 +91,24 @@ def _levels(definition: Element | None) -> dict[int, _Level]:
     return levels
 
 
-def written_number(number: int, kind: str) -> str:
+def written_number(value: int, kind: str) -> str:
     """A number as a letter, in Roman digits, or as it is, by Word's name of the kind."""
-    if kind in ("lowerLetter", "upperLetter") and number > 0:
-        letter = chr(ord("a") + (number - 1) % 26) * ((number - 1) // 26 + 1)
+    if kind in ("lowerLetter", "upperLetter") and value > 0:
+        letter = chr(ord("a") + (value - 1) % 26) * ((value - 1) // 26 + 1)
         return letter if kind == "lowerLetter" else letter.upper()
-    if kind in ("lowerRoman", "upperRoman") and 0 < number < 4000:
-        roman = _roman(number)
+    if kind in ("lowerRoman", "upperRoman") and 0 < value < 4000:
+        roman = _roman(value)
         return roman.lower() if kind == "lowerRoman" else roman
-    return f"{number:02}" if kind == "decimalZero" else str(number)
+    return f"{value:02}" if kind == "decimalZero" else str(value)
 
 
-def _roman(number: int) -> str:
+def _roman(rest: int) -> str:
     text = ""
     for value, letters in zip(
         (1000, 900, 500, 400, 100, 90, 50, 40, 10, 9, 5, 4, 1),
         ["M", "CM", "D", "CD", "C", "XC", "L", "XL", "X", "IX", "V", "IV", "I"],
         strict=True,
     ):
-        text += letters * (number // value)
-        number %= value
+        text += letters * (rest // value)
+        rest %= value
     return text

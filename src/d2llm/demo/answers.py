@@ -84,23 +84,24 @@ class Candidates:
         self._index = index
         texts = [question.text for question in QUESTIONS]
         self._d2llm = [
-            [(place.passage, place.score) for place in ranking.passages] for ranking in index.search(texts, top_k=DEPTH)
+            [(result.passage, result.score) for result in ranking.passages]
+            for ranking in index.search(texts, top_k=DEPTH)
         ]
         self._bm25: list[list[tuple[Passage, float]]] = []
         for text in texts:
             matches = index.view.match(text, DEPTH)
             passages = index.view.passages(matches.rows)
             self._bm25.append(list(zip(passages, np.asarray(matches.scores).tolist(), strict=True)))
-        proposed = {passage.id: passage for number in range(len(texts)) for passage in self.top(number, _PROPOSED)}
+        proposed = {passage.id: passage for position in range(len(texts)) for passage in self.top(position, _PROPOSED)}
         vectors = cosine.encode_passages([passage.full_text for passage in proposed.values()]).vectors
         scores = cosine.encode_queries(texts).vectors @ vectors.T
         self._cosine = [dict(zip(proposed, row.tolist(), strict=True)) for row in scores]
         self._proposed = proposed
 
-    def top(self, number: int, top_k: int) -> list[Passage]:
+    def top(self, position: int, top_k: int) -> list[Passage]:
         """The first passages of D2LLM and of BM25 for a question, without duplicates."""
-        places = [*self._d2llm[number][:top_k], *self._bm25[number][:top_k]]
-        return list({passage.id: passage for passage, _ in places}.values())
+        hits = [*self._d2llm[position][:top_k], *self._bm25[position][:top_k]]
+        return list({passage.id: passage for passage, _ in hits}.values())
 
     def answer(self) -> QuestionReport:
         """The top of BM25 and D2LLM, and whether the untuned cosine has a right answer in its top."""
@@ -112,13 +113,13 @@ class Candidates:
             d2llm = top_places(by_d2llm, by_bm25, is_answer, TOP_K)
             answers.append(DemoAnswer(question.text, tuple(sorted(question.right_ids & ids)), baseline, d2llm))
         right_cosine = tuple(
-            any(is_right(question, passage) for passage in self._cosine_top(number))
-            for number, question in enumerate(QUESTIONS)
+            any(is_right(question, passage) for passage in self._cosine_top(position))
+            for position, question in enumerate(QUESTIONS)
         )
         return QuestionReport(tuple(answers), right_cosine, len(self._proposed))
 
-    def _cosine_top(self, number: int) -> list[Passage]:
-        ranked = sorted((-score, passage_id) for passage_id, score in self._cosine[number].items())
+    def _cosine_top(self, position: int) -> list[Passage]:
+        ranked = sorted((-score, passage_id) for passage_id, score in self._cosine[position].items())
         return [self._proposed[passage_id] for _, passage_id in ranked[:TOP_K]]
 
 
@@ -126,24 +127,24 @@ def explain(index: Index, interaction_weight: float) -> ScoreReport:
     """The parts of the scores of the best passages for one question."""
     question = QUESTIONS[EXPLAINED]
     ranking = index.search(question.text, top_k=TOP_K, explain=True)
-    places: list[ScoredPlace] = []
-    for place in ranking.passages:
-        parts = place.explanation
-        assert parts is not None
-        places.append(
+    passages: list[ScoredPlace] = []
+    for result in ranking.passages:
+        explanation = result.explanation
+        assert explanation is not None
+        passages.append(
             ScoredPlace(
-                passage_id=place.passage.id,
-                title=place.passage.title,
-                right=is_right(question, place.passage),
-                score=place.score,
-                inner_product=parts.dot,
-                words=parts.lexical,
-                windows=parts.windows,
-                tokens=parts.tokens,
-                interaction=parts.interaction,
+                passage_id=result.passage.id,
+                title=result.passage.title,
+                right=is_right(question, result.passage),
+                score=result.score,
+                inner_product=explanation.dot,
+                words=explanation.lexical,
+                windows=explanation.windows,
+                tokens=explanation.tokens,
+                interaction=explanation.interaction,
             )
         )
-    return ScoreReport(question.text, tuple(places), interaction_weight)
+    return ScoreReport(question.text, tuple(passages), interaction_weight)
 
 
 def is_right(question: DemoQuestion, passage: Passage) -> bool:

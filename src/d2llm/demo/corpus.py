@@ -119,8 +119,8 @@ def _to_passages(entries: Iterable[_Entry], *, num_modules: int) -> Corpus:
         else:
             known.add(key)
             num_documented += 1
-            for number, piece in enumerate(cut(text), start=1):
-                passage_id = entry.name if number == 1 else f"{entry.name}#{number}"
+            for piece_number, piece in enumerate(cut(text), start=1):
+                passage_id = entry.name if piece_number == 1 else f"{entry.name}#{piece_number}"
                 passages.append(Passage(passage_id, piece, entry.signature))
     return Corpus(
         passages=tuple(passages),
@@ -144,12 +144,12 @@ def choose_groups(passages: Iterable[Passage], num_passages: int, needed: Collec
     """
     sizes = Counter(group_of(passage.id) for passage in passages)
     chosen = sizes.keys() & set(needed)
-    number = sum(sizes[group] for group in chosen)
+    num_chosen = sum(sizes[group] for group in chosen)
     for group in sorted(sizes.keys() - chosen, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        if number >= num_passages:
+        if num_chosen >= num_passages:
             break
         chosen.add(group)
-        number += sizes[group]
+        num_chosen += sizes[group]
     return chosen
 
 
@@ -162,8 +162,8 @@ def cut(text: str, max_words: int = MAX_WORDS) -> list[str]:
     room = 0
     for paragraph in re.split(r"\n\s*\n", text):
         separator = "\n\n"
-        parts = [paragraph] if len(paragraph.split()) <= max_words else _lines(paragraph, max_words)
-        for part in parts:
+        paragraphs = [paragraph] if len(paragraph.split()) <= max_words else _lines(paragraph, max_words)
+        for part in paragraphs:
             num_words = len(part.split())
             if pieces and num_words <= room:
                 pieces[-1] += separator + part
@@ -196,11 +196,11 @@ def _find_modules(stdlib: Path) -> Iterator[tuple[str, Path]]:
         elif (stdlib / top / "__init__.py").is_file():
             paths = [stdlib / top / "__init__.py"] if top in _SKIPPED_PACKAGES else sorted((stdlib / top).rglob("*.py"))
             for path in paths:
-                parts = path.relative_to(stdlib).with_suffix("").parts
-                parts = parts[:-1] if parts[-1] == "__init__" else parts
-                hidden = any(part.startswith("_") or part in _SKIPPED for part in parts)
-                if not hidden and parts != ("collections", "abc"):
-                    yield ".".join(parts), path
+                names = path.relative_to(stdlib).with_suffix("").parts
+                names = names[:-1] if names[-1] == "__init__" else names
+                hidden = any(part.startswith("_") or part in _SKIPPED for part in names)
+                if not hidden and names != ("collections", "abc"):
+                    yield ".".join(names), path
 
 
 def _read_module(module: str, path: Path, stdlib: Path) -> Iterator[_Entry]:

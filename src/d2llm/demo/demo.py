@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -45,10 +46,12 @@ _ADDRESS = "http://127.0.0.1:8000"  # of `d2llm serve`, by default
 
 
 @contextmanager
-def _measured(seconds: dict[str, float], step: str) -> Generator[None]:
+def _step(view: DemoView, seconds: dict[str, float], title: str, name: str) -> Generator[None]:
+    """Show a step's title, and note how long the step takes."""
+    view.step(title)
     begin = time.perf_counter()
     yield
-    seconds[step] = time.perf_counter() - begin
+    seconds[name] = time.perf_counter() - begin
 
 
 def run_demo(
@@ -74,35 +77,31 @@ def run_demo(
     begin = time.perf_counter()
     folder = user_cache_path("d2llm") / "demo" if folder is None else Path(folder).expanduser()
     view, seconds = DemoView(console), dict[str, float]()
+    step = partial(_step, view, seconds)
     student_folder = find_student(student)  # fails at once, and lists the available students
     _require_weights(student_folder)
     _require_folder(folder)
 
-    view.step("The corpus: the documentation of your own Python")
-    with _measured(seconds, "corpus"):
+    with step("The corpus: the documentation of your own Python", "corpus"):
         whole = build_corpus()
     view.corpus(whole, seconds["corpus"])
 
-    view.step("The index: every passage is encoded once, as a vector")
-    with _measured(seconds, "models"):
+    with step("The index: every passage is encoded once, as a vector", "models"):
         model = Student.load(student)
         cosine = CosineStudent(Student.create(untuned_config(model.config)))
     index = _index_corpus(whole, model, student, folder, reading_seconds, view, seconds)
 
-    view.step(f"The answers: {len(QUESTIONS)} questions, keyword search (BM25) beside D2LLM")
-    with _measured(seconds, "questions"):
+    with step(f"The answers: {len(QUESTIONS)} questions, keyword search (BM25) beside D2LLM", "questions"):
         candidates = Candidates(index, cosine)
         questions = candidates.answer()
     baseline_name = Path(model.config.backbone.model).name
     view.answers(questions, baseline_name, depth=DEPTH)
 
-    view.step("The score: what it adds up")
-    with _measured(seconds, "score"):
+    with step("The score: what it adds up", "score"):
         score = explain(index, interaction_weight(model, index.view.task))
     view.score(score, student)
 
-    view.step("The interaction: messages that ask the same thing in other words")
-    with _measured(seconds, "messages"):
+    with step("The interaction: messages that ask the same thing in other words", "messages"):
         message_report = rank_messages(model, cosine)
     view.messages(message_report, student, baseline_name)
 
@@ -142,8 +141,9 @@ def _index_corpus(
     """The index of the corpus, or of the part that this machine encodes in time; an earlier demo's is updated."""
     target = folder / _INDEX
     earlier = _earlier(target, model)
-    with _measured(seconds, "speed"):
-        passages, rate = _choose_passages(whole, model, earlier, reading_seconds)
+    begin = time.perf_counter()
+    passages, rate = _choose_passages(whole, model, earlier, reading_seconds)
+    seconds["speed"] = time.perf_counter() - begin
     view.announce_index(student, len(passages), len(whole.passages), rate=rate, seconds=reading_seconds, folder=folder)
     index, needed = _make_index(passages, model, target, earlier, student_source=source_of(student))
     view.index(index, needed)
@@ -248,8 +248,10 @@ def _next_commands(student: str, index: Path) -> tuple[tuple[str, str], ...]:
 
 def _program() -> str:
     """How a shell runs this program: by its name, or by its path if it is not where a shell looks for programs."""
-    own = Path(sys.argv[0])
-    if shutil.which("d2llm") is not None or own.name != "d2llm" or not own.is_file():
+    program = Path(sys.argv[0])
+    if shutil.which("d2llm") is not None or program.name != "d2llm" or not program.is_file():
         return "d2llm"
     here = Path.cwd()
-    return shlex.quote(str(own.relative_to(here) if own.is_absolute() and own.is_relative_to(here) else own))
+    return shlex.quote(
+        str(program.relative_to(here) if program.is_absolute() and program.is_relative_to(here) else program)
+    )

@@ -35,9 +35,9 @@ MESSAGES: dict[str, list[str]] = read_toml(Path(__file__).with_name("messages.to
 def messages() -> list[Passage]:
     """The messages as passages; the title is the request, the id the request with a number ("card lost 2")."""
     return [
-        Passage(f"{request} {number}", text, request)
+        Passage(f"{request} {position}", text, request)
         for request, texts in MESSAGES.items()
-        for number, text in enumerate(texts, start=1)
+        for position, text in enumerate(texts, start=1)
     ]
 
 

@@ -148,7 +148,7 @@ class ScoreReport:
     """
 
     question: str
-    places: tuple[ScoredPlace, ...]
+    passages: tuple[ScoredPlace, ...]
     interaction_weight: float
 
 

@@ -100,20 +100,20 @@ class DemoView:
 
     def answers(self, report: QuestionReport, baseline: str, *, depth: int) -> None:
         """Print one table for each question, and how often a right passage was among the first."""
-        top_k, number = len(report.answers[0].d2llm), len(report.answers)
+        top_k, num_questions = len(report.answers[0].d2llm), len(report.answers)
         self._say(
             "✓ marks a right answer, named before any system was run. D2LLM's other marks compare with BM25: = the "
             f"same rank, ▲2 two ranks higher, ▼1 one lower, new (9) ninth in BM25's ranking, so not in its top {top_k}."
             " The question's words are highlighted."
         )
-        for place, answer in enumerate(report.answers, start=1):
-            self._print(self._answer_table(f"{place}. {answer.question}", answer, ("BM25", "D2LLM"), depth))
+        for index, answer in enumerate(report.answers, start=1):
+            self._print(self._answer_table(f"{index}. {answer.question}", answer, ("BM25", "D2LLM"), depth))
         self._say(
-            f"A right answer in the top {top_k}: BM25 {report.num_right_baseline}/{number}, D2LLM "
-            f"{report.num_right_d2llm}/{number}; the cosine of untuned {baseline}, among the "
-            f"{report.num_candidates:,} passages that the two rank first, {report.num_right_cosine}/{number}. "
-            f"{number} questions show how search works, not how well; d2llm evaluate measures quality on many judged "
-            "queries."
+            f"A right answer in the top {top_k}: BM25 {report.num_right_baseline}/{num_questions}, D2LLM "
+            f"{report.num_right_d2llm}/{num_questions}; the cosine of untuned {baseline}, among the "
+            f"{report.num_candidates:,} passages that the two rank first, {report.num_right_cosine}/{num_questions}. "
+            f"{num_questions} questions show how search works, not how well; d2llm evaluate measures quality on many "
+            "judged queries."
         )
 
     def score(self, report: ScoreReport, student: str) -> None:
@@ -122,7 +122,7 @@ class DemoView:
             "D2LLM's score of a passage is a sum of what different views of it say. These are its parts for the first "
             "answers to one of the questions:"
         )
-        parts = {
+        fields = {
             "inner product": "inner_product",
             "words": "words",
             "sentences": "windows",
@@ -131,12 +131,12 @@ class DemoView:
         }
         shown = {
             name: field
-            for name, field in parts.items()
-            if any(getattr(place, field) is not None for place in report.places)
+            for name, field in fields.items()
+            if any(getattr(place, field) is not None for place in report.passages)
         }
         columns = [Column(name, ".2f") for name in shown]
         table = Table("passage", Column("score", ".2f"), *columns, title=self._plain(report.question), framed=False)
-        for place in report.places:
+        for place in report.passages:
             title = self._plain(f"✓ {place.title}" if place.right else place.title)
             table.add_row(title, Cell(place.score, "bold"), *(getattr(place, field) for field in shown.values()))
         self._print(table)
@@ -206,12 +206,12 @@ class DemoView:
             table.add_column(system, ratio=1)
         words = set(terms(answer.question)) - _FUNCTION_WORDS
         for ours, theirs in zip_longest(answer.d2llm, answer.baseline):  # BM25 may find fewer
-            left = self._place(theirs, "", words) if theirs else ""
-            right = self._place(ours, _movement(ours, len(answer.d2llm), depth), words) if ours else ""
+            left = self._result(theirs, "", words) if theirs else ""
+            right = self._result(ours, _movement(ours, len(answer.d2llm), depth), words) if ours else ""
             table.add_row(left, right)
         return table
 
-    def _place(self, place: DemoPlace, movement: str, words: set[str]) -> RenderableType:
+    def _result(self, place: DemoPlace, movement: str, words: set[str]) -> RenderableType:
         title = Text(f"{place.rank} ", no_wrap=True, overflow=self._overflow)
         if place.right:
             title.append("✓ ", style="bold green")

@@ -76,8 +76,8 @@ def _compile_loops() -> Finding:
     from d2llm.ops.kernels.compiler import compiled_code  # needs numba
 
     code = compiled_code()
-    result = f"{code.num_compiled} of {code.number} compiled in {seconds:.1f} s"
-    if code.num_kept < code.number:
+    result = f"{code.num_compiled} of {code.num_functions} compiled in {seconds:.1f} s"
+    if code.num_kept < code.num_functions:
         advice = "set NUMBA_CACHE_DIR to a folder that can be written"
         return Finding("kernels", "compiled loops", "note", f"{result}; they cannot be kept for the next start", advice)
     return Finding("kernels", "compiled loops", "ok", f"{result}, kept in {', '.join(code.folders)}")

@@ -185,7 +185,11 @@ def _right_side(scores: Floats, positive: NDArray[np.bool_]) -> Floats:
     fractions = np.empty(len(scores))
     for label in (True, False):
         others: Sequence[float] = np.sort(scores[positive != label]).tolist()
-        own = scores[positive == label]
-        below = (np.searchsorted(others, own, "left") + np.searchsorted(others, own, "right")) / 2 / len(others)
+        label_scores = scores[positive == label]
+        below = (
+            (np.searchsorted(others, label_scores, "left") + np.searchsorted(others, label_scores, "right"))
+            / 2
+            / len(others)
+        )
         fractions[positive == label] = below if label else 1 - below
     return fractions

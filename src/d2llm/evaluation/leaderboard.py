@@ -166,8 +166,8 @@ class _Labels:
         for report in reports:
             for row in report["rows"]:
                 fingerprints.setdefault(row["name"], set()).add(_fingerprint(report, row))
-        self._several = {name for name, own in fingerprints.items() if len(own) > 1}
-        students = {(own["name"], own["fingerprint"]) for own in map(_student, reports)}
+        self._several = {name for name, different in fingerprints.items() if len(different) > 1}
+        students = {(student["name"], student["fingerprint"]) for student in map(_student, reports)}
         self._repeated = {name for name, count in Counter(name for name, _ in students).items() if count > 1}
 
     def of(self, report: _Report, row: dict[str, Any]) -> str:
@@ -217,7 +217,11 @@ def _row(
     return LeaderboardRow(
         name,
         values,
-        {measure: Mean(fmean(own), len(own)) for measure, own in of_measure.items() if own},
+        {
+            measure: Mean(fmean(differences), len(differences))
+            for measure, differences in of_measure.items()
+            if differences
+        },
         len(compared),
         tuple(one for one in sure if compared[one][0] > 0),
         tuple(one for one in sure if compared[one][0] < 0),

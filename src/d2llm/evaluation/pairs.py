@@ -94,8 +94,8 @@ class PairWork:
     @property
     def probes(self) -> list[LabelledPair]:
         """The pairs that are timed."""
-        places = sample(len(self.pairs), self.settings.latency_queries, self.settings.seed)
-        return [self.pairs[place] for place in places]
+        positions = sample(len(self.pairs), self.settings.latency_queries, self.settings.seed)
+        return [self.pairs[index] for index in positions]
 
     def scored(
         self, name: str, kind: SystemKind, fingerprint: str | None, measure: Callable[[], dict[str, Any]]
@@ -184,11 +184,11 @@ def student_scores(work: PairWork, contenders: Sequence[Contender]) -> list[Scor
 
 def score_sample(work: PairWork, name: str, kind: SystemKind, teacher: PairTeacher) -> ScoredSplits:
     """A teacher's scores of a sample of both splits."""
-    parts = [(work.settings.split, work.pairs), ("tuning", work.tuning_pairs)]
-    positions = [work.sample(len(pairs)) for _, pairs in parts]
+    splits = [(work.settings.split, work.pairs), ("tuning", work.tuning_pairs)]
+    positions = [work.sample(len(pairs)) for _, pairs in splits]
     chosen = {
         f"{label}:{pairs[position].id}": pairs[position]
-        for (label, pairs), of_split in zip(parts, positions, strict=True)
+        for (label, pairs), of_split in zip(splits, positions, strict=True)
         for position in of_split.tolist()
     }
     pool = score_pool(
@@ -219,7 +219,7 @@ def score_sample(work: PairWork, name: str, kind: SystemKind, teacher: PairTeach
     )
     scores = [
         np.array([pool.scores[key][key] for key in (f"{label}:{pairs[p].id}" for p in of_split.tolist())])
-        for (label, pairs), of_split in zip(parts, positions, strict=True)
+        for (label, pairs), of_split in zip(splits, positions, strict=True)
     ]
     cost = Cost(total=milliseconds(times["alone"]), **times["costs"])
     return ScoredSplits(name, kind, positions[0], scores[0], positions[1], scores[1], cost, teacher.fingerprint)

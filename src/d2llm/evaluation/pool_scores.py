@@ -296,7 +296,7 @@ class PoolScores:
         """The notes for a report on truncated and undecided pairs, if there are any."""
         counts = {"were truncated": self.num_truncated, "are undecided (log-odds 0)": self.num_undecided}
         return tuple(
-            f"{number:,} of {self.num_new:,} pairs scored now {what}" for what, number in counts.items() if number
+            f"{count:,} of {self.num_new:,} pairs scored now {what}" for what, count in counts.items() if count
         )
 
 

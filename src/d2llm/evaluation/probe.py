@@ -180,8 +180,9 @@ def probe(
     )
 
 
-def sample_sentences(passages: Iterable[Passage], number: int, *, seed: int) -> list[str]:
-    """At most ``number`` different sentences of 5 to 30 words, drawn at random from all passages, in random order.
+def sample_sentences(passages: Iterable[Passage], num_sentences: int, *, seed: int) -> list[str]:
+    """At most ``num_sentences`` different sentences of 5 to 30 words, drawn at random from all passages, in random
+    order.
 
     Raises:
         InputError: there are fewer than 200.
@@ -193,9 +194,9 @@ def sample_sentences(passages: Iterable[Passage], number: int, *, seed: int) -> 
             if len(sentence.split()) not in _LENGTHS:
                 continue
             num_seen += 1
-            if len(kept) < number:
+            if len(kept) < num_sentences:
                 kept.append(sentence)
-            elif (place := rng.randrange(num_seen)) < number:
+            elif (place := rng.randrange(num_seen)) < num_sentences:
                 kept[place] = sentence
     kept = [*dict.fromkeys(kept)]
     rng.shuffle(kept)
@@ -269,14 +270,14 @@ def _changed(
 
 def _swap(words: list[str], rng: random.Random) -> list[str] | None:
     """Exchange two different neighbouring words."""
-    places = [
+    positions = [
         place
         for place, (one, other) in enumerate(pairwise(words))
         if one != other and _is_plain(one) and _is_plain(other)
     ]
-    if not places:
+    if not positions:
         return None
-    place = rng.choice(places)
+    place = rng.choice(positions)
     return [*words[:place], words[place + 1], words[place], *words[place + 2 :]]
 
 
@@ -285,13 +286,13 @@ class _Replacement:
 
     def __init__(self, counts: Counter[str]) -> None:
         self.words = [word for word, _ in counts.most_common()[_FREQUENT:] if len(word) > 3]
-        self.place_of = {word: place for place, word in enumerate(self.words)}
+        self.place_of = {word: index for index, word in enumerate(self.words)}
 
     def __call__(self, words: list[str], rng: random.Random) -> list[str] | None:
-        places = [place for place, word in enumerate(words) if word in self.place_of]
-        if not places:
+        positions = [place for place, word in enumerate(words) if word in self.place_of]
+        if not positions:
             return None
-        place = rng.choice(places)
+        place = rng.choice(positions)
         rank = self.place_of[words[place]]
         near = [word for word in self.words[max(0, rank - 5) : rank + 6] if word not in words]
         return [*words[:place], rng.choice(near), *words[place + 1 :]] if near else None
@@ -305,16 +306,16 @@ def probe_task(student: ProbedStudent, task: ProbingTask, *, seed: int) -> Probi
     with progress_bar(f"probing {task.name}", len(task.texts)) as advance:
         vectors = student.encode_passages(task.texts, advance=advance).vectors
     labels = np.array(task.labels)
-    parts = [np.array(part) for part in (train, dev, test)]
+    splits = [np.array(part) for part in (train, dev, test)]
     majority = np.bincount(labels[train]).argmax()
-    accuracy = classifier_accuracy(vectors, labels, *parts)
+    accuracy = classifier_accuracy(vectors, labels, *splits)
     return ProbingResult(
         task.name,
         task.num_classes,
         len(train),
         len(test),
         float((labels[test] == majority).mean()),
-        classifier_accuracy(_bags(task.texts, train), labels, *parts),
+        classifier_accuracy(_bags(task.texts, train), labels, *splits),
         accuracy,
         1.96 * (accuracy * (1 - accuracy) / len(test)) ** 0.5,
     )
@@ -352,7 +353,7 @@ def classifier_accuracy(
     return max(results, key=lambda result: result[0])[1]
 
 
-def _accuracies(values: Tensor, target: Tensor, train: Tensor, parts: Sequence[Tensor], penalty: float) -> list[float]:
+def _accuracies(values: Tensor, target: Tensor, train: Tensor, splits: Sequence[Tensor], penalty: float) -> list[float]:
     """Accuracy on each part of the classifier with this penalty."""
     weights = torch.zeros(values.shape[1], int(target.max()) + 1, requires_grad=True)
     bias = torch.zeros(weights.shape[1], requires_grad=True)
@@ -371,7 +372,7 @@ def _accuracies(values: Tensor, target: Tensor, train: Tensor, parts: Sequence[T
     optimizer.step(loss)  # pyright: ignore[reportArgumentType] - a closure may return a tensor
     with torch.no_grad():
         right = (values @ weights + bias).argmax(dim=1) == target
-    return [float(right[part].float().mean()) for part in parts]
+    return [float(right[part].float().mean()) for part in splits]
 
 
 def rank(
@@ -396,7 +397,7 @@ def rank(
     for system, rows in scores.items():
         best = np.argsort(-rows, axis=1, kind="stable")[:, :_DEPTH]
         rankings[system] = {
-            query.id: [ids[place] for place in row] for query, row in zip(queries, best.tolist(), strict=True)
+            query.id: [ids[index] for index in row] for query, row in zip(queries, best.tolist(), strict=True)
         }
     results: list[RankingResult] = []
     for kind in dict.fromkeys(kinds.values()):

@@ -82,7 +82,7 @@ def evaluate_retrieval(
         shortcuts.missing.append(fitted)
     elif fitted is not None:
         searched.append(fitted)
-    parts = without_parts(work, contenders.student, settings.num_candidates) if settings.score_parts else []
+    ablated = without_parts(work, contenders.student, settings.num_candidates) if settings.score_parts else []
     runs = [run_system(run, trial, dataset.passages) for run in contenders.runs]
     pool = {
         query.id: interleaved([lexical.ids(query.id), subject.ids(query.id)], settings.teacher_depth)
@@ -90,7 +90,7 @@ def evaluate_retrieval(
     }
     teachers = contenders.teachers(settings.teacher_depth)
     sampled = [_score(work, name, kind, teacher, pool, lexical, subject) for name, kind, teacher in teachers]
-    systems = [lexical, *fused, *searched, *parts, *shortcuts.systems, *(system for system, _ in sampled), *runs]
+    systems = [lexical, *fused, *searched, *ablated, *shortcuts.systems, *(system for system, _ in sampled), *runs]
     teacher_scores = next((scores for system, scores in sampled if system.kind == "teacher"), None)
     followers: dict[str, figures.Scores] = {}
     if teacher_scores is not None:
@@ -100,7 +100,7 @@ def evaluate_retrieval(
         contenders,
         systems,
         [name for name, _, _ in teachers],
-        [system.name for system in parts],
+        [system.name for system in ablated],
         shortcuts,
         subject,
         teacher_scores,
@@ -209,7 +209,7 @@ def _pool_scores(work: RetrievalWork, contender: Contender, pool: Pool) -> figur
 class _RetrievalFigures:
     """Computes the report from the rankings.
 
-    ``teachers`` are the rows that answered a sample of the queries, ``parts`` those of the student without a part of
+    ``teachers`` are the rows that answered a sample of the queries, ``ablated`` those of the student without a part of
     its score; ``followers`` are the students' scores of the passages that the teacher scored.
     """
 
@@ -217,7 +217,7 @@ class _RetrievalFigures:
     contenders: Contenders
     systems: Sequence[System]
     teachers: Sequence[str]
-    parts: Sequence[str]
+    ablated: Sequence[str]
     shortcuts: Shortcuts
     subject: System
     teacher_scores: figures.Scores | None
@@ -243,13 +243,13 @@ class _RetrievalFigures:
     def report(self, num_left_out: int) -> EvaluationReport:
         """The whole report; ``num_left_out`` queries of the split have no relevant passage."""
         work, settings = self.work, self.work.settings
-        own = work.trial.own.counts(self._all_ids)
+        own_passages = work.trial.own_passages.counts(self._all_ids)
         rows = [self._row(system, self._query_ids[system.name]) for system in self.systems]
         sample_rows: list[EvaluationRow] = []
         if self.teachers and len(self._sampled_ids) < len(self._all_ids):
             sample_rows = [self._row(system, self._sampled_ids) for system in self._comparable]
         baseline = choose_baseline(rows, settings.baseline)
-        compared = [system.name for system in self._comparable if system.name not in self.parts]
+        compared = [system.name for system in self._comparable if system.name not in self.ablated]
         histograms = [
             figures.ranking_histogram(system, work.relevant)
             for system in self.systems
@@ -263,8 +263,8 @@ class _RetrievalFigures:
             num_passages=len(work.passages),
             num_items=len(self._all_ids),
             num_left_out=num_left_out,
-            num_own_passages=own.num_left_out,
-            num_own_passages_judged_relevant=own.num_judged,
+            num_own_passages=own_passages.num_left_out,
+            num_own_passages_judged_relevant=own_passages.num_judged,
             main_measure=MAIN_MEASURE,
             subject=self.subject.name,
             baseline=baseline,
@@ -272,7 +272,7 @@ class _RetrievalFigures:
             missing=(*self.contenders.missing_rows(settings.teacher_depth), *self.shortcuts.missing),
             sample_rows=tuple(sample_rows),
             comparisons=self._compare(baseline, compared),
-            parts=self._compare(self.subject.name, [self.subject.name, *self.parts]),
+            parts=self._compare(self.subject.name, [self.subject.name, *self.ablated]),
             agreement=self._agreement(),
             calibration=self._calibration(),
             histograms=tuple(histogram for histogram in histograms if histogram is not None),
@@ -315,7 +315,7 @@ class _RetrievalFigures:
         of_systems = [(system.name, note) for system in self.systems for note in system.notes]
         return (
             *self.contenders.notes_on(work.dataset.name),
-            *([note] if (note := str(self.work.trial.own.counts(self._all_ids))) else []),
+            *([note] if (note := str(self.work.trial.own_passages.counts(self._all_ids))) else []),
             *work.dataset.issues,
             *figures.joined_notes(of_systems),
             *work.notes,

@@ -31,8 +31,9 @@ from d2llm.evaluation.settings import EvaluationSettings
 from d2llm.models.tokens import EncodedTexts
 from d2llm.ops.fusion import reciprocal_rank_fusion
 from d2llm.retrieval.encode import encode
-from d2llm.retrieval.index import Index, part_formats
+from d2llm.retrieval.index import Index
 from d2llm.retrieval.local_segment import LocalSegment
+from d2llm.retrieval.open_index import part_formats
 from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint
 from d2llm.retrieval.query_preparation import ENCODED_AT_ONCE
 from d2llm.retrieval.reranker import OpenReranker
@@ -80,25 +81,25 @@ class System:
 class Trial:
     """The queries that every system answers, with ``top_k`` passages each.
 
-    ``probes`` are the queries that are timed. ``own`` are passages that are the query itself, which every system leaves
-    out (``data.own_passages``).
+    ``probes`` are the queries that are timed. ``own_passages`` are those that are the query itself; every system leaves
+    them out (``data.own_passages``).
     """
 
     queries: Sequence[Query]
     probes: Sequence[Query]
     task: Task
     top_k: int
-    own: OwnPassages = field(default_factory=OwnPassages)
+    own_passages: OwnPassages = field(default_factory=OwnPassages)
 
     @property
     def num_own(self) -> int:
         """How many passages more than ``top_k`` a system must rank, so that as many are left."""
-        return max((len(self.own.of(query.id)) for query in self.queries), default=0)
+        return max((len(self.own_passages.of(query.id)) for query in self.queries), default=0)
 
     def without_own(self, query_id: str, ranking: Iterable[tuple[str, float]]) -> RankedIds:
         """The first ``top_k`` passages of a query's ranking that are not the query itself."""
-        own = self.own.of(query_id)
-        return tuple(islice((hit for hit in ranking if hit[0] not in own), self.top_k))
+        own_ids = self.own_passages.of(query_id)
+        return tuple(islice((hit for hit in ranking if hit[0] not in own_ids), self.top_k))
 
 
 def sample(total: int, size: int | None, seed: int) -> NDArray[np.intp]:
@@ -156,7 +157,7 @@ def student_system(
         num_cut = sum(ranking.truncated for ranking in ranked)
         probe_answers = [searcher.rank([query])[0] for query in (trial.probes[0], *trial.probes)][1:]
         totals = timed(lambda query: searcher.rank([query]), trial.probes)
-        parts = {
+        seconds = {
             part: tuple(ranking.seconds[part] for ranking in probe_answers)
             for part in ("encode", "candidates", "score")
         }
@@ -164,10 +165,10 @@ def student_system(
             name,
             kind,
             rankings,
-            {"total": totals, **parts},
+            {"total": totals, **seconds},
             {
                 "pairs_per_second": sum(answer.num_candidates for answer in probe_answers)
-                / max(sum(parts["score"]), 1e-9),
+                / max(sum(seconds["score"]), 1e-9),
                 "peak_memory_mib": peak(),
             },
             notes=(f"{num_cut:,} of {len(ranked):,} queries were truncated",) if num_cut else (),
@@ -202,7 +203,7 @@ def run_system(run: TrecRun, trial: Trial, passages: Mapping[str, Passage]) -> S
     }
     num_unknown = sum(passage_id not in passages for query_id in rankings for passage_id in run.rankings[query_id])
     num_own = sum(
-        passage_id in trial.own.of(query_id) for query_id in rankings for passage_id in run.rankings[query_id]
+        passage_id in trial.own_passages.of(query_id) for query_id in rankings for passage_id in run.rankings[query_id]
     )
     counts = {
         "queries of the run are not judged here and were left out": len(run.rankings.keys() - query_ids),
@@ -335,19 +336,23 @@ class RetrievalWork:
         self._part_formats: dict[str, dict[PartKind, str]] = {}
         self._encoded: dict[object, EncodedTexts] = {}
 
-    def key(self, name: str, *parts: object) -> list[object]:
-        """The key of a measured system: its name, ``parts``, the corpus and the queries."""
+    def key(self, name: str, *details: object) -> list[object]:
+        """The key of a measured system: its name, ``details``, the corpus and the queries."""
         trial = self.trial
         texts = [[(query.id, query.text) for query in queries] for queries in (trial.queries, trial.probes)]
-        own = sorted((query.id, sorted(trial.own.of(query.id))) for query in trial.queries if trial.own.of(query.id))
-        return [name, *parts, self.corpus, fingerprint_json([texts, own]), trial.task, trial.top_k]
+        own_passages = sorted(
+            (query.id, sorted(trial.own_passages.of(query.id)))
+            for query in trial.queries
+            if trial.own_passages.of(query.id)
+        )
+        return [name, *details, self.corpus, fingerprint_json([texts, own_passages]), trial.task, trial.top_k]
 
     def identity(self, model: SearchStudent) -> object:
         """What a student's rankings depend on: its fingerprint, and the weights of the score features in its scores."""
         weights = model.feature_weights(self.trial.task)
         tokens = model.token_fingerprint
-        parts = [name for name in (tokens, expansion_fingerprint(model)) if name]
-        named = [model.fingerprint, weights.model_dump(mode="json"), *parts]
+        fingerprints = [name for name in (tokens, expansion_fingerprint(model)) if name]
+        named = [model.fingerprint, weights.model_dump(mode="json"), *fingerprints]
         return named if weights else model.fingerprint
 
     def store_parts_for(self, student: SearchStudent) -> None:
@@ -360,9 +365,9 @@ class RetrievalWork:
     def index(self, model: SearchStudent) -> tuple[Index, float | None]:
         """The index of a model, and the passages encoded per second if it had to be built now."""
         dtype, rate = self.settings.dtype, None
-        parts, tokens = self._parts_of(model)
+        formats, tokens = self._parts_of(model)
         words = expansion_fingerprint(model)
-        named = [*parts.values(), *(name for name in (tokens, words) if name)]
+        named = [*formats.values(), *(name for name in (tokens, words) if name)]
         name = "-".join([model.fingerprint, self.corpus, dtype, str(FORMAT_VERSION), *named])
         made = next((index.folder for index in self._of_corpus if self._is_made_by(model, index)), None)
         target = made or self.folder / "indexes" / name
@@ -373,8 +378,8 @@ class RetrievalWork:
                 target,
                 vector_format=dtype,
                 approximate=False,
-                window_vectors=parts.get("window"),
-                token_vectors=parts.get("token"),
+                window_vectors=formats.get("window"),
+                token_vectors=formats.get("token"),
                 runner=self.placement.runner,
                 device=self.placement.device,
                 load_student=self.placement.load(model),
@@ -384,8 +389,8 @@ class RetrievalWork:
 
     def _parts_of(self, model: SearchStudent) -> tuple[Mapping[PartKind, str], str | None]:
         """The formats of the parts in a model's index, and what fingerprint its projection has if tokens count."""
-        parts = self._part_formats.get(model.fingerprint, {})
-        return parts, model.token_fingerprint if "token" in parts else None
+        formats = self._part_formats.get(model.fingerprint, {})
+        return formats, model.token_fingerprint if "token" in formats else None
 
     def unused_indexes(self, models: Sequence[SearchStudent]) -> list[Path]:
         """The given indexes that are not searched for any of the models."""
@@ -394,11 +399,11 @@ class RetrievalWork:
 
     def _is_made_by(self, model: SearchStudent, index: Index) -> bool:
         """Whether a given index has what a new one of a model would have."""
-        manifest, (parts, tokens) = index.storage.manifest, self._parts_of(model)
+        manifest, (formats, tokens) = index.storage.manifest, self._parts_of(model)
         return (
             manifest["student"] == model.fingerprint
             and manifest["vector_format"] == self.settings.dtype
-            and all(manifest[f"{kind}_format"] == name for kind, name in parts.items())
+            and all(manifest[f"{kind}_format"] == name for kind, name in formats.items())
             and tokens in (None, manifest["token_projection"])
             and expansion_fingerprint(model) == manifest["document_expansion"]
         )
@@ -440,8 +445,8 @@ class RetrievalWork:
             encoded = self._encode(queries, index.student, with_tokens="token" in searcher.weights.part_kinds)
         system = student_system(name, kind, searcher, trial or self.trial, encoded)
         feature_bytes = searched.words.num_bytes if searcher.weights.counts_words else 0
-        parts = {"window": searched.windows, "token": searched.tokens}
-        feature_bytes += sum(part.num_bytes for kind in searcher.weights.part_kinds if (part := parts[kind]))
+        part_vectors = {"window": searched.windows, "token": searched.tokens}
+        feature_bytes += sum(part.num_bytes for kind in searcher.weights.part_kinds if (part := part_vectors[kind]))
         num_cut = index.stats().num_truncated
         notes = (f"{num_cut:,} of {len(self.passages):,} passages were truncated",) if num_cut else ()
         return replace(

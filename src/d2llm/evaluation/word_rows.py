@@ -21,12 +21,12 @@ from d2llm.core.types import PART_NAMES, Query, ScoreFeature, SystemKind
 from d2llm.evaluation.contenders import NAME_BM25, NAME_D2LLM, Contender
 from d2llm.evaluation.report import MissingRow
 from d2llm.evaluation.systems import RetrievalWork, System
+from d2llm.models.row_features import mean_of_cosines, scored_list
 from d2llm.models.score_features import VECTOR_TERMS, FeatureWeights
 from d2llm.ops.weighted_sum import sum_weights
 from d2llm.retrieval.cosine import DotStudent
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.protocols import SearchStudent, term_factors
-from d2llm.retrieval.row_features import mean_of_cosines, scored_list
 
 _FORMULA: dict[ScoreFeature, str] = {
     "bm25": "BM25",
@@ -74,8 +74,8 @@ def _fitted(
 
     def formula(weights: Mapping[ScoreFeature, float]) -> str:
         # The two terms of a fitted sum are named even if one has no weight.
-        parts = [f"{weight:.3g} x {_FORMULA[term]}" for term, weight in weights.items() if weight or len(terms) == 2]
-        return " + ".join([f"1 x {own_name}", *parts])
+        summands = [f"{weight:.3g} x {_FORMULA[term]}" for term, weight in weights.items() if weight or len(terms) == 2]
+        return " + ".join([f"1 x {own_name}", *summands])
 
     def measure() -> System:
         index, _ = work.index(model)
@@ -145,7 +145,7 @@ def _dev_queries(work: RetrievalWork) -> list[Query]:
     positives = work.dataset.positives("dev")
     chosen = [work.dataset.queries[query_id] for query_id, relevant in positives.items() if relevant]
     order = np.random.default_rng(work.settings.seed).permutation(len(chosen))[:_FIT_QUERIES]
-    return [chosen[place] for place in order]
+    return [chosen[index] for index in order]
 
 
 def _fit(
@@ -162,7 +162,7 @@ def _fit(
     if "maxsim" in terms:
         encoded = student.encode_with_tokens(texts, "query")
         assert encoded.tokens is not None
-        vectors, tokens = encoded.vectors, [mean_of_cosines(own) for own in encoded.tokens.split()]
+        vectors, tokens = encoded.vectors, [mean_of_cosines(embeddings) for embeddings in encoded.tokens.split()]
     else:
         vectors = student.encode_queries(texts).vectors
     dot_queries = student.query_vectors(vectors, task)
@@ -176,13 +176,13 @@ def _fit(
         query_words = words.query(query.text, own_factors)
         near, by_words = view.scan(dot_query, _FIT_DEPTH).rows, words.best(query_words, _FIT_DEPTH)[0]
         rows = np.union1d(near, by_words)  # a relevant passage that neither has would teach that low scores are good
-        rows = np.setdiff1d(rows, view.rows([*work.trial.own.of(query.id)]))
+        rows = np.setdiff1d(rows, view.rows([*work.trial.own_passages.of(query.id)]))
         if judged.keys().isdisjoint(rows.tolist()):
             continue
-        own = student.score(vector, view.vectors(rows), task)
+        student_scores = student.score(vector, view.vectors(rows), task)
         best_windows = view.best_windows(dot_query, rows) if "window_vectors" in terms else None
         best_tokens = None if own_tokens is None else view.best_tokens(own_tokens, rows)
-        lists.append(scored_list(own, words, query_words, rows, judged, terms, best_windows, best_tokens))
+        lists.append(scored_list(student_scores, words, query_words, rows, judged, terms, best_windows, best_tokens))
     return dict(zip(terms, sum_weights(lists)[1:].tolist(), strict=True))
 
 

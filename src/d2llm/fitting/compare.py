@@ -81,8 +81,8 @@ def compare_students(
 
 def is_weighted(student: Student, served: ServedIndex) -> bool:
     """Whether the weights of a student's score were fitted here: those that it has are not the start's."""
-    own, start = (one.score_features.tasks.get(served.task) for one in (student, served.load(served.start)))
-    return own is not None and (start is None or own.inherited() != start.inherited())
+    fitted, start = (one.score_features.tasks.get(served.task) for one in (student, served.load(served.start)))
+    return fitted is not None and (start is None or fitted.inherited() != start.inherited())
 
 
 def _contenders(

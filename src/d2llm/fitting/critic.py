@@ -1,23 +1,28 @@
 """Chooses, among the queries that a writer wrote, those worth learning from, and says why the others are not.
 
-First come rules that need no model (``fitting.query_rules``) and repeated queries. Then a round trip: a search for the
+First come rules that need no model (``fitting.critic``) and repeated queries. Then a round trip: a search for the
 query must find the passage that it was written for among the first results, or the query fits too many passages, or
 none (Dai et al., "Promptagator", ICLR 2023). The search counts words, even if the student's score does not yet: queries
 kept by the cosine alone would say that words count for little. Passages that say the same as that passage count as
 relevant too. A teacher, if there is one, reads the query with its passage and with the best other results: those that
 it finds at least as relevant become positives as well, and a query that it finds unanswered is left out (Lee et al.,
 "Gecko", 2024).
+
+A query stands for what a user would type who has not seen the passage. A copy of its words is found by any search and
+teaches nothing; "What does the author say?" is found by none.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from d2llm.core.errors import OutOfTimeError
 from d2llm.core.fingerprint import fingerprint_json
@@ -27,15 +32,66 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.same_text import comparable, jaccard, shingles
 from d2llm.evaluation.pool_scores import PoolScores, score_pool
 from d2llm.fitting.draft_store import DraftStore, passage_hash
-from d2llm.fitting.query_rules import query_fault
 from d2llm.fitting.settings import CriticSettings
 from d2llm.models.teachers.pair_teacher import PairTeacher, ranks_lists
 from d2llm.models.writers.writer import QUERY_KINDS, QueryKind
+from d2llm.ops.words import fold, runs
+from d2llm.retrieval.feature_weights import weights_for
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.row_features import weights_for
 from d2llm.retrieval.search import Searcher
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.runners.placement import HERE, Placement
+
+QueryFault = Literal["empty", "too short", "too long", "copied", "about the text", "other script"]
+"""Why a query is not used: it has no words, too few or too many, repeats the passage word for word, asks about "the
+passage" instead of its subject, or is in a script that the passage does not have."""
+
+MIN_UNITS, MAX_UNITS = 2, 60
+"""Minimum and maximum number of words of a query; in scripts without spaces, of characters (at most twice as many)."""
+COPIED_UNITS, COPIED_FRACTION = 6, 0.8
+"""A query is a copy if a run of so many words, and of at least this fraction of its words, is in the passage."""
+
+_ABOUT_THE_TEXT = re.compile(
+    r"\b(this|the|given|above|following|provided) (passage|text|article|document|paragraph|authors?|excerpt)\b"
+    r"|\b(this|the above|the following|the given) (section|snippet|context|study|paper)\b"
+    r"|\b(dieser|diesem|der|im) (text|artikel|abschnitt|autor)\b|\b(ce|cet|le|l') ?(texte|article|passage|auteur)\b"
+    r"|\b(este|el) (texto|artículo|pasaje|autor)\b|本文|文中|这段|這段|上文|文章|作者|この文章|이 글|본문",
+    re.IGNORECASE,
+)
+
+
+def query_fault(query: str, passage: str) -> QueryFault | None:
+    """The first rule that a query written for a passage breaks, or None."""
+    units, is_unspaced = _units(query)
+    passage_units, passage_is_unspaced = _units(passage)
+    if not units:
+        return "empty"
+    if len(units) < MIN_UNITS:
+        return "too short"
+    if len(units) > MAX_UNITS * (2 if is_unspaced else 1):
+        return "too long"
+    if _ABOUT_THE_TEXT.search(query) and not _ABOUT_THE_TEXT.search(passage):
+        return "about the text"
+    if is_unspaced and not passage_is_unspaced:
+        return "other script"
+    longest = _longest_shared_run(units, passage_units)
+    if longest >= COPIED_UNITS and longest >= COPIED_FRACTION * len(units):
+        return "copied"
+    return None
+
+
+def _units(text: str) -> tuple[list[str], bool]:
+    """The words of a text, of some scripts its characters (``ops.words``), and whether it is in one without spaces."""
+    folded = fold(text)
+    found = list(runs(folded))
+    return [folded[start:end] for run in found for start, end in run.words], any(not run.is_spaced for run in found)
+
+
+def _longest_shared_run(query: list[str], passage: list[str]) -> int:
+    """The length of the longest run of units that both have."""
+    matcher: Callable[..., SequenceMatcher[str]] = SequenceMatcher
+    return matcher(None, passage, query, autojunk=False).find_longest_match().size
+
 
 DATASET = "written"
 """Name of the data set that written queries make up."""
@@ -140,8 +196,8 @@ def review_queries(
             for query_id, values in scored.scores.items()
         }
         num_unscored = len(pool) - len(log_odds)
-        own = {query.written.id: query.written.passage_id for query in kept}
-        num_ungraded = sum(own[query_id] not in values for query_id, values in log_odds.items())
+        passage_of = {query.written.id: query.written.passage_id for query in kept}
+        num_ungraded = sum(passage_of[query_id] not in values for query_id, values in log_odds.items())
         minimum = -math.inf if ranks_lists(teacher) else chosen.min_log_odds
         kept = list(_answered(kept, log_odds, minimum, rejected))
     general = [query for query in kept if len(query.positives) > chosen.max_positives]
@@ -193,8 +249,12 @@ def _round_trips(queries: Sequence[WrittenQuery], index: Index, task: Task, dept
 
 
 def _same_texts(passage: Passage, others: Iterable[Passage], threshold: float) -> list[str]:
-    own = shingles(passage.text)
-    return [other.id for other in others if other.id != passage.id and jaccard(own, shingles(other.text)) >= threshold]
+    passage_shingles = shingles(passage.text)
+    return [
+        other.id
+        for other in others
+        if other.id != passage.id and jaccard(passage_shingles, shingles(other.text)) >= threshold
+    ]
 
 
 def _pool(kept: Sequence[KeptQuery], rankings: Mapping[str, Sequence[str]], num_others: int) -> dict[str, list[str]]:
@@ -246,12 +306,14 @@ def _answered(
     """The queries that the teacher finds answered, with the positives that it adds, and those it has not read."""
     for query in kept:
         values = log_odds.get(query.written.id, {})
-        own = values.get(query.written.passage_id)
-        if own is None:
+        passage_log_odds = values.get(query.written.passage_id)
+        if passage_log_odds is None:
             yield query
             continue
-        if own < minimum:
-            rejected.append(RejectedQuery(query.written, "not answered", f"the teacher's log-odds are {own:.1f}"))
+        if passage_log_odds < minimum:
+            rejected.append(
+                RejectedQuery(query.written, "not answered", f"the teacher's log-odds are {passage_log_odds:.1f}")
+            )
             continue
-        added = [name for name, value in values.items() if name not in query.positives and value >= own]
-        yield KeptQuery(query.written, (*query.positives, *added), query.rank, own)
+        added = [name for name, value in values.items() if name not in query.positives and value >= passage_log_odds]
+        yield KeptQuery(query.written, (*query.positives, *added), query.rank, passage_log_odds)

@@ -99,14 +99,14 @@ class DraftStore:
         if complete < len(content):
             with self.path.open("r+b") as file:
                 file.truncate(complete)
-        for number, line in enumerate(content[:complete].splitlines(), start=1):
+        for line_number, line in enumerate(content[:complete].splitlines(), start=1):
             try:
                 values: dict[str, Any] = json.loads(line)
                 values["queries"] = tuple(values["queries"])
                 draft = Draft(**values)
             except (ValueError, TypeError, KeyError) as error:
                 problem = f"is not a written query ({error}); delete the line, and it will be written again"
-                raise DataFormatError(self.path, problem, line=number) from error
+                raise DataFormatError(self.path, problem, line=line_number) from error
             self._remember(draft)
 
     def _remember(self, draft: Draft) -> None:

@@ -38,9 +38,15 @@ from d2llm.fitting.recipes import NUM_NEGATIVES, dev_queries, recipe_for_queries
 from d2llm.fitting.report import FitReport, audit_page, outcome, report_page
 from d2llm.fitting.served_index import ServedIndex
 from d2llm.fitting.settings import FitSettings
-from d2llm.fitting.speeds import passages_per_second, seconds_per_pair, seconds_per_search
 from d2llm.fitting.stages import Stages
-from d2llm.fitting.time_plan import TimePlan, plan_time, searches_compared
+from d2llm.fitting.time_plan import (
+    TimePlan,
+    passages_per_second,
+    plan_time,
+    searches_compared,
+    seconds_per_pair,
+    seconds_per_search,
+)
 from d2llm.fitting.training_data import DataReport, read_judged, write_users_data, write_written_data
 from d2llm.fitting.write_queries import WritingBudget, WritingReport, write_queries
 from d2llm.ops.gating import GateTest
@@ -364,10 +370,10 @@ class Fit:
         run = Run(recipe, self.folder.run(key), device=self.device, dtype=self.dtype)
         if self.served.is_of_start:
             for data in recipe.data:
-                if not is_finished(run.parts.plan(data)):
-                    self._put_vectors(run.parts.mining_work(data))
+                if not is_finished(run.folder.plan(data)):
+                    self._put_vectors(run.folder.mining_work(data))
         run.finish(runner=self.runner)
-        return run.parts.student
+        return run.folder.student
 
     def _put_vectors(self, folder: Path) -> None:
         """Put the vectors of the index, which the student to start from made, into the folder in which a run mines."""
@@ -393,10 +399,10 @@ class Fit:
         attempts = [(trained, True), (trained, False)] if trained else [(None, True)]
         ranking = [searching * searches_compared(student is not None, untuned) for student, untuned in attempts]
         ranking.append(searching * searches_compared(False, False))
-        for number, (student, with_untuned) in enumerate(attempts):
-            later = sum(ranking[number + 1 :])  # to rank without what is left out
+        for position, (student, with_untuned) in enumerate(attempts):
+            later = sum(ranking[position + 1 :])  # to rank without what is left out
             num_passes = with_untuned + (student is not None and self.served.lacks_index_of(student))
-            needed = one_pass * num_passes + ranking[number]
+            needed = one_pass * num_passes + ranking[position]
             if student is not None and not with_untuned:
                 needed /= 2
             if self.stages.seconds_left - later >= needed:

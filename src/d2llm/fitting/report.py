@@ -103,8 +103,8 @@ def audit_page(review: Review, texts: Mapping[str, str], *, seed: int = 0) -> st
     rng = random.Random(seed)
     counts = Table("outcome", Column("queries", ","), title="Outcomes")
     counts.add_row(Cell("kept", "bold"), len(review.kept))
-    for reason, number in review.reasons.items():
-        counts.add_row(reason, number)
+    for reason, count in review.reasons.items():
+        counts.add_row(reason, count)
     rejections: list[Table] = []
     for reason in review.reasons:
         rejected = [query for query in review.rejected if query.reason == reason]
@@ -138,8 +138,8 @@ def _facts(report: FitReport) -> Table:
     table.add_row("tokens that the writer wrote", writing.num_written_tokens)
     table.add_row("queries kept by the critic", report.num_kept)
     for name, data in report.data.items():
-        for split, number in data.queries.items():
-            table.add_row(f"{name}: {split}", number)
+        for split, count in data.queries.items():
+            table.add_row(f"{name}: {split}", count)
     return table
 
 

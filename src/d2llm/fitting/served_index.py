@@ -24,7 +24,7 @@ from d2llm.fitting.settings import FitSettings
 from d2llm.retrieval.protocols import expansion_fingerprint, task_for
 from d2llm.retrieval.text_workers import load_student
 from d2llm.runners.runner import Runner
-from d2llm.store.side_files import Chunking, write_chunking
+from d2llm.store.index_manifest import Chunking, write_chunking
 
 if TYPE_CHECKING:
     from d2llm.models.student import Student
@@ -202,7 +202,7 @@ class ServedIndex:
 
     def _folder_of(self, student: Student) -> Path:
         """Where an index of the passages that a student made is, or will be made."""
-        from d2llm.retrieval.index import check_parts
+        from d2llm.retrieval.open_index import check_parts
 
         try:
             self.index.store.check_student(student.fingerprint)
@@ -232,17 +232,21 @@ class ServedIndex:
     @property
     def _excluded(self) -> list[str]:
         """What to leave out of the documents: what the settings say, and this fit's own folder."""
-        own = self.folder.path.resolve()
-        inside = [own.relative_to(path.resolve()) for path in self.documents if own.is_relative_to(path.resolve())]
+        fit_folder = self.folder.path.resolve()
+        inside = [
+            fit_folder.relative_to(path.resolve())
+            for path in self.documents
+            if fit_folder.is_relative_to(path.resolve())
+        ]
         return [*self.settings.exclude, *(f"/{path.as_posix()}/" for path in inside)]
 
     def _note_skipped(self, skipped: Sequence[SkippedFile]) -> None:
         files = [file for file in skipped if not file.part]
-        parts = [file for file in skipped if file.part]
+        file_parts = [file for file in skipped if file.part]
         if files:
             self._note(f"{len(files):,} files could not be read, such as {files[0]}")
-        if parts:
-            self._note(f"{len(parts):,} parts of files were left out, such as {parts[0]}")
+        if file_parts:
+            self._note(f"{len(file_parts):,} parts of files were left out, such as {file_parts[0]}")
 
 
 def student_for(texts: Sequence[str]) -> str:

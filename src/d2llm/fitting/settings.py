@@ -14,7 +14,7 @@ from d2llm.core.types import Task
 if TYPE_CHECKING:
     from d2llm.models.writers.writer import QueryKind
     from d2llm.recipe import TeacherConfig, WriterConfig
-    from d2llm.store.side_files import Chunking
+    from d2llm.store.index_manifest import Chunking
 
     Kinds = Mapping[QueryKind, float]
 else:

@@ -72,8 +72,8 @@ class Stages:
         for name, stage in self.stages.items():
             if name in seconds:
                 stage.planned = seconds[name]
-        parts = [f"{STAGES[name]} {_minutes(s.planned)}" for name, s in self.stages.items() if name in seconds]
-        _remarks.info("plan: %s; %s left", ", ".join(parts), _minutes(self.seconds_left))
+        entries = [f"{STAGES[name]} {_minutes(s.planned)}" for name, s in self.stages.items() if name in seconds]
+        _remarks.info("plan: %s; %s left", ", ".join(entries), _minutes(self.seconds_left))
         self.write_page()
 
     @contextmanager

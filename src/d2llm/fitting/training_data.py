@@ -144,18 +144,18 @@ def read_judged(path: Path) -> list[Judged]:
         DataFormatError: a line has another form.
     """
     judged: list[Judged] = []
-    for number, line in read_lines(path):
+    for line_number, line in read_lines(path):
         if not line.strip():
             continue
         fields = [field.strip() for field in line.split("\t")]
         if len(fields) not in (2, 3) or not fields[0] or not fields[1]:
             problem = f"must be 'query<TAB>id' or 'query<TAB>id<TAB>grade', found {line[:80]!r}"
-            raise DataFormatError(path, problem, line=number)
+            raise DataFormatError(path, problem, line=line_number)
         try:
             judged.append((fields[0], fields[1], int(fields[2]) if len(fields) == 3 else 1))
         except ValueError as error:
             problem = f"the grade must be a whole number, found {fields[2]!r}"
-            raise DataFormatError(path, problem, line=number) from error
+            raise DataFormatError(path, problem, line=line_number) from error
     if not judged:
         raise DataFormatError(path, "holds no queries; each line must be 'query<TAB>id' or 'query<TAB>id<TAB>grade'")
     return judged
@@ -168,12 +168,12 @@ def read_examples(path: Path) -> tuple[tuple[str, str], ...]:
         DataFormatError: a line has another form.
     """
     examples: list[tuple[str, str]] = []
-    for number, line in read_lines(path):
+    for line_number, line in read_lines(path):
         if not line.strip():
             continue
         passage, _, query = (field.strip() for field in line.partition("\t"))
         if not passage or not query:
-            raise DataFormatError(path, f"must be 'passage<TAB>query', found {line[:80]!r}", line=number)
+            raise DataFormatError(path, f"must be 'passage<TAB>query', found {line[:80]!r}", line=line_number)
         examples.append((passage, query))
     return tuple(examples)
 
@@ -223,10 +223,10 @@ def _resolve(
 ) -> tuple[list[tuple[str, str, int]], int]:
     """Rows (query id, passage id, grade), each pair once, and the number of ids that are not in the corpus."""
     ids = {passage.id for passage in passages}
-    parts: dict[str, list[str]] = {}
+    by_document: dict[str, list[str]] = {}
     for passage in passages:
-        parts.setdefault(_document_of(passage), []).append(passage.id)
-    of_documents = dict.fromkeys(text for text, name, _ in judged if name not in ids and name in parts)
+        by_document.setdefault(_document_of(passage), []).append(passage.id)
+    of_documents = dict.fromkeys(text for text, name, _ in judged if name not in ids and name in by_document)
     searcher = Searcher(index.view, index.student, SearchSettings(task=task, top_k=_DOCUMENT_DEPTH))
     rankings = searcher.rank_ids([Query(query_ids[text], text) for text in of_documents]) if of_documents else []
     rank_of = {
@@ -238,9 +238,9 @@ def _resolve(
         query_id = query_ids[text]
         if name in ids:
             chosen = name
-        elif name in parts:
+        elif name in by_document:
             ranks = rank_of[query_id]
-            chosen = min(parts[name], key=lambda passage_id: ranks.get(passage_id, len(ranks)))
+            chosen = min(by_document[name], key=lambda passage_id: ranks.get(passage_id, len(ranks)))
         else:
             num_unknown += 1
             continue

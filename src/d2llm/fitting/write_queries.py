@@ -69,6 +69,13 @@ class WritingReport:
     ended_by: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class _PassageAssignment:
+    passage_hash: str
+    kind: QueryKind
+    task: Assignment
+
+
 def write_queries(
     passages: Sequence[Passage],
     writer: Writer,
@@ -97,24 +104,12 @@ def write_queries(
             prices.
         ModelError: the writer failed for longer than its patience; what was written is kept.
     """
-    if not any(kinds.values()):
-        raise InputError("there are no kinds of queries to write; name at least one: question, keywords or statement")
-    if budget.money is not None and config.cost(*store.num_tokens) is None:
-        raise InputError(
-            "a budget in money needs the writer's prices: set price_per_million_prompt_tokens and "
-            "price_per_million_written_tokens in its section remote, or give the budget in tokens"
-        )
+    _check(kinds, budget, config, store)
     started = time.monotonic()
-    eligible = [passage for passage in passages if len(passage.text.strip()) >= MIN_CHARACTERS]
-    if not eligible:
-        raise InputError(
-            f"none of the {len(passages):,} passages has {MIN_CHARACTERS} characters of text to ask about; give longer "
-            "documents, or larger passages"
-        )
+    eligible = _eligible(passages)
     hashes = {passage_hash(passage) for passage in eligible}
     drafts = store.of(hashes)
     pending = _pending(_assignments(eligible, kinds, examples, seed), store)
-    ended_by: str | None = None
     num_asked = len(hashes) * sum(weight > 0 for weight in kinds.values())
     seconds = math.inf if budget.seconds is None else budget.seconds
     answers = KeptAnswers(store.path.with_name("answers"), writer.fingerprint)
@@ -126,22 +121,11 @@ def write_queries(
             batch = list(islice(pending, _ASSIGNMENTS_AT_ONCE))
             if not batch:
                 break
-            written = write_until_error(writer, [assignment.task for assignment in batch])
-            added = [
-                Draft(
-                    batch[place].passage_hash,
-                    batch[place].kind,
-                    answer.queries,
-                    answer.num_prompt_tokens,
-                    answer.num_written_tokens,
-                    answer.problem,
-                )
-                for place, answer in written.by_place.items()
-            ]
+            added, error = _write(batch, writer)
             store.add(added)
             answers.clear()
-            if written.error is not None:
-                raise written.error
+            if error is not None:
+                raise error
             drafts += added
             cost = config.cost(*store.num_tokens)
             advance(len(batch), f"cost {cost:.2f}" if cost else "")
@@ -160,11 +144,42 @@ def write_queries(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _PassageAssignment:
-    passage_hash: str
-    kind: QueryKind
-    task: Assignment
+def _check(kinds: Mapping[QueryKind, float], budget: WritingBudget, config: WriterConfig, store: DraftStore) -> None:
+    if not any(kinds.values()):
+        raise InputError("there are no kinds of queries to write; name at least one: question, keywords or statement")
+    if budget.money is not None and config.cost(*store.num_tokens) is None:
+        raise InputError(
+            "a budget in money needs the writer's prices: set price_per_million_prompt_tokens and "
+            "price_per_million_written_tokens in its section remote, or give the budget in tokens"
+        )
+
+
+def _eligible(passages: Sequence[Passage]) -> list[Passage]:
+    """The passages that are long enough to ask about."""
+    eligible = [passage for passage in passages if len(passage.text.strip()) >= MIN_CHARACTERS]
+    if not eligible:
+        raise InputError(
+            f"none of the {len(passages):,} passages has {MIN_CHARACTERS} characters of text to ask about; give longer "
+            "documents, or larger passages"
+        )
+    return eligible
+
+
+def _write(batch: Sequence[_PassageAssignment], writer: Writer) -> tuple[list[Draft], BaseException | None]:
+    """What the writer answered, and the error that ended it, if one did."""
+    written = write_until_error(writer, [assignment.task for assignment in batch])
+    drafts = [
+        Draft(
+            batch[place].passage_hash,
+            batch[place].kind,
+            answer.queries,
+            answer.num_prompt_tokens,
+            answer.num_written_tokens,
+            answer.problem,
+        )
+        for place, answer in written.by_place.items()
+    ]
+    return drafts, written.error
 
 
 def in_rounds(passages: Iterable[Passage], seed: int) -> list[Passage]:
@@ -175,11 +190,11 @@ def in_rounds(passages: Iterable[Passage], seed: int) -> list[Passage]:
     rng = random.Random(seed)
     documents = [by_document[name] for name in sorted(by_document)]
     rng.shuffle(documents)
-    for parts in documents:
-        parts.sort(key=lambda passage: passage.id)
-        rng.shuffle(parts)
-    longest = max((len(parts) for parts in documents), default=0)
-    return [parts[turn] for turn in range(longest) for parts in documents if turn < len(parts)]
+    for document in documents:
+        document.sort(key=lambda passage: passage.id)
+        rng.shuffle(document)
+    longest = max((len(document) for document in documents), default=0)
+    return [document[turn] for turn in range(longest) for document in documents if turn < len(document)]
 
 
 def _assignments(

@@ -33,8 +33,8 @@ _NOTHING = "(id IS NULL)"  # true for no passage
 
 def all_of(conditions: Sequence[str | None]) -> str | None:
     """One condition that is true where all of these are; None if there are none."""
-    parts = [part for part in conditions if part]
-    return " AND ".join(f"({part})" for part in parts) if len(parts) > 1 else next(iter(parts), None)
+    given = [part for part in conditions if part]
+    return " AND ".join(f"({part})" for part in given) if len(given) > 1 else next(iter(given), None)
 
 
 def one_of(field: str, values: Sequence[str]) -> str:
@@ -82,8 +82,8 @@ def dictionary_condition(filters: object) -> str | None:
             f'filter: {type(filters).__name__} cannot be used; give a condition such as "year >= 2020 AND language = '
             "'en'\", or a dictionary such as {'year': {'$gte': 2020}, 'language': 'en'}"
         )
-    parts = [_entry(str(name), value) for name, value in cast("Mapping[object, Any]", filters).items()]
-    return _joined("AND", parts) if parts else None
+    entries = [_entry(str(name), value) for name, value in cast("Mapping[object, Any]", filters).items()]
+    return _joined("AND", entries) if entries else None
 
 
 def llama_index_condition(filters: Any) -> str | None:
@@ -96,12 +96,12 @@ def llama_index_condition(filters: Any) -> str | None:
         return dictionary_condition(cast("Mapping[str, Any]", filters))
     if not hasattr(filters, "filters"):
         raise FilterError(f"filters: MetadataFilters or a dictionary is needed, but {type(filters).__name__} was given")
-    parts = [
+    converted = [
         llama_index_condition(member) if hasattr(member, "filters") else _llama_index_comparison(member)
         for member in filters.filters
     ]
     operator = str(getattr(filters.condition, "value", filters.condition) or "and").upper()
-    given = [part for part in parts if part]
+    given = [part for part in converted if part]
     if operator == "NOT":  # none of them is true
         return _joined("NOT", [_joined("OR", given)]) if given else None
     return _joined(operator, given) if given else None
@@ -164,11 +164,11 @@ def _operation(field: str, operator: str, value: Any) -> str:
     return _comparison(field, _DICTIONARY_OPERATORS[operator], value)
 
 
-def _joined(operator: str, parts: Sequence[str]) -> str:
-    if not parts:
+def _joined(operator: str, conditions: Sequence[str]) -> str:
+    if not conditions:
         raise FilterError(f"filters: {operator} has no conditions; give it one")
-    joined = f" {'OR' if operator == 'OR' else 'AND'} ".join(parts)
-    grouped = joined if len(parts) == 1 else f"({joined})"
+    joined = f" {'OR' if operator == 'OR' else 'AND'} ".join(conditions)
+    grouped = joined if len(conditions) == 1 else f"({joined})"
     return f"NOT {grouped}" if operator == "NOT" else grouped
 
 
@@ -183,9 +183,9 @@ def _comparison(field: str, operator: str, value: Any) -> str:
             raise FilterError(f"filters: 'in' on '{field}' needs a list of values, but has {value!r:.60}")
         values = [plain_value(item) for item in cast("list[object]", value)]
         written = ", ".join(_written(field, item) for item in values if item is not None)
-        parts = [f"({name} IN ({written}) AND {given})"] if written else []
-        parts += [_missing(field)] if None in values else []
-        return _joined("OR", parts) if parts else _NOTHING
+        conditions = [f"({name} IN ({written}) AND {given})"] if written else []
+        conditions += [_missing(field)] if None in values else []
+        return _joined("OR", conditions) if conditions else _NOTHING
     value = plain_value(value)
     if value is None and operator == "==":
         return _missing(field)

@@ -138,12 +138,13 @@ class D2LLMDocumentEmbedder(_StudentComponent):
 
 @component
 class D2LLMRanker(_StudentComponent):
-    """Orders documents by the student's full score (IEM).
+    """Orders documents by the student's full score (``Student.rank``).
 
     Args:
         student: a student's folder, or the name of a shipped one.
         top_k: how many documents to keep; None means all.
-        task: the branch of the IEM; None: that of what the student was trained for.
+        index: the folder of an index that the student made, which knows how rare words are; None: tables that ship do.
+        task: the branch of the IEM; None: that of the index, or of what the student was trained for.
         device: where it computes; None: chosen automatically.
         dtype: its number format; None: chosen automatically.
 
@@ -156,12 +157,15 @@ class D2LLMRanker(_StudentComponent):
         student: str = DEFAULT_STUDENT,
         *,
         top_k: int | None = DEFAULT_TOP_K,
+        index: str | None = None,
         task: Task | None = None,
         device: str | None = None,
         dtype: str | None = None,
     ) -> None:
         check_top_k(top_k)
         self.student = str(student)
+        self.index = None if index is None else str(index)
+        self._opened: Index | None = None
         self.top_k = top_k
         self.task: Task | None = task
         self.device = device
@@ -179,7 +183,9 @@ class D2LLMRanker(_StudentComponent):
         documents = _without_repetitions(objects_of(documents, "documents", Document))
         texts = [_text(document) for document in documents]
         student, kept = self._ready(), self.top_k if top_k is None else top_k
-        ranked = rank_texts(student, query, texts, task_for(student, self.task), kept)
+        if self.index is not None and self._opened is None:
+            self._opened = Index.open(Path(self.index), student)
+        ranked = rank_texts(student, query, texts, self.task, kept, self._opened)
         return {"documents": [replace(documents[place], score=score) for place, score in ranked]}
 
 
@@ -239,7 +245,7 @@ class D2LLMRetriever(_Component):
             self.top_k if top_k is None else top_k, self.filters if filters is None else filters
         )
         ranking = self._ready().search(query, settings)
-        return {"documents": [_document(place) for place in ranking.passages]}
+        return {"documents": [_document(result) for result in ranking.passages]}
 
     def _ready(self) -> Index:
         if self._index is None:

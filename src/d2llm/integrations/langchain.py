@@ -74,9 +74,10 @@ class D2LLMEmbeddings(Embeddings):
 
 
 class D2LLMReranker(BaseDocumentCompressor):
-    """Orders documents by the student's full score (IEM), which is added to the metadata as ``relevance_score``.
+    """Orders documents by the student's full score (``Student.rank``); the metadata get it as ``relevance_score``.
 
-    Of a document it reads the ``title`` in the metadata, if there is one, and the text.
+    Of a document it reads the ``title`` in the metadata, if there is one, and the text. How rare words are is known
+    from ``index``, which the student made, or, without one, from tables that ship.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -84,6 +85,7 @@ class D2LLMReranker(BaseDocumentCompressor):
     student: Student
     task: Task | None = None
     top_k: int | None = Field(default=None, ge=1)
+    index: Index | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -104,7 +106,7 @@ class D2LLMReranker(BaseDocumentCompressor):
         """
         documents = objects_of(documents, "documents", Document)
         texts = [passage_text(document.page_content, document.metadata) for document in documents]
-        ranked = rank_texts(self.student, query, texts, task_for(self.student, self.task), self.top_k)
+        ranked = rank_texts(self.student, query, texts, self.task, self.top_k, self.index)
         return [
             documents[place].model_copy(update={"metadata": {**documents[place].metadata, SCORE: score}})
             for place, score in ranked
@@ -132,11 +134,11 @@ class D2LLMRetriever(BaseRetriever):
     @model_validator(mode="before")
     @classmethod
     def _read_settings(cls, values: dict[str, Any]) -> dict[str, Any]:
-        own = {name: value for name, value in values.items() if name in cls.model_fields}
-        changes = {name: value for name, value in values.items() if name not in own}
+        fields = {name: value for name, value in values.items() if name in cls.model_fields}
+        changes = {name: value for name, value in values.items() if name not in fields}
         if changes:
-            own["settings"] = _changed(own.get("settings"), _without_search_type(changes))
-        return own
+            fields["settings"] = _changed(fields.get("settings"), _without_search_type(changes))
+        return fields
 
     def _get_relevant_documents(
         self,
@@ -146,7 +148,7 @@ class D2LLMRetriever(BaseRetriever):
         **changes: Any,
     ) -> list[Document]:
         ranking = self.index.search(query, _changed(self.settings, changes))
-        return [_document(place) for place in ranking.passages]
+        return [_document(result) for result in ranking.passages]
 
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **changes: Any

@@ -89,14 +89,16 @@ class D2LLMEmbedding(BaseEmbedding):
 
 
 class D2LLMRerank(BaseNodePostprocessor):
-    """Orders nodes by the student's full score (IEM).
+    """Orders nodes by the student's full score (``Student.rank``).
 
-    Of a node it reads the ``title`` in the metadata, if there is one, and the text; other metadata are ignored.
+    Of a node it reads the ``title`` in the metadata, if there is one, and the text; other metadata are ignored. How
+    rare words are is known from ``index``, which the student made, or, without one, from tables that ship.
     """
 
     student: Student = Field(exclude=True)
     task: Task | None = None
     top_n: int | None = Field(default=None, ge=1)
+    index: Index | None = Field(default=None, exclude=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -115,7 +117,7 @@ class D2LLMRerank(BaseNodePostprocessor):
         if query_bundle is None:
             raise InputError("there is no query to rank the nodes for; give query_str or query_bundle")
         texts = [passage_text(node.node.get_content(MetadataMode.NONE), node.node.metadata) for node in nodes]
-        ranked = rank_texts(self.student, query_bundle.query_str, texts, task_for(self.student, self.task), self.top_n)
+        ranked = rank_texts(self.student, query_bundle.query_str, texts, self.task, self.top_n, self.index)
         return [NodeWithScore(node=nodes[place].node, score=score) for place, score in ranked]
 
 
@@ -184,7 +186,7 @@ class D2LLMRetriever(BaseRetriever):
                 "give one text, or use index.search(query, expansion=...)"
             )
         ranking = self.index.search(query_bundle.query_str, self.settings)
-        return [NodeWithScore(node=_node(place), score=place.score) for place in ranking.passages]
+        return [NodeWithScore(node=_node(result), score=result.score) for result in ranking.passages]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve, query_bundle)

@@ -34,7 +34,8 @@ from d2llm.models.tokens import EncodedTexts
 from d2llm.ops.selection import ids_at, top_rows
 from d2llm.retrieval.cosine import DotStudent
 from d2llm.retrieval.encode import encode
-from d2llm.retrieval.index import Index, part_formats
+from d2llm.retrieval.index import Index
+from d2llm.retrieval.open_index import part_formats
 from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.store.index_manifest import FORMAT_VERSION
@@ -136,8 +137,8 @@ class D2LLMModel:
         formats = part_formats(self._student, "asymmetric")
         tokens = self._student.token_fingerprint
         made_with = (tokens if "token" in formats else None, expansion_fingerprint(self._student))
-        parts = [*formats.values(), *(name for name in made_with if name)]
-        name = "-".join([self._student.fingerprint, content, self._vector_format, str(FORMAT_VERSION), *parts])
+        suffixes = [*formats.values(), *(name for name in made_with if name)]
+        name = "-".join([self._student.fingerprint, content, self._vector_format, str(FORMAT_VERSION), *suffixes])
         parent = self._work_folder
         if parent is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="d2llm-mteb-")  # this deletes the previous one
@@ -269,8 +270,8 @@ class D2LLMModel:
             passages = view.vectors(np.array([row_of[passage_id] for passage_id in ids], np.int64))
             scores = self._student.score(vector, passages, task)
             _refuse_nan(scores, f"query {query.id!r}")
-            places = top_rows(scores, top_k, partial(ids_at, ids)).tolist()
-            rankings[query.id] = _falling([(ids[place], float(scores[place])) for place in places])
+            positions = top_rows(scores, top_k, partial(ids_at, ids)).tolist()
+            rankings[query.id] = _falling([(ids[index], float(scores[index])) for index in positions])
         return rankings
 
     def _as_side(self, source: _Source, vectors: NDArray[np.float32], side: _Side) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""A student as a ``SentenceTransformer`` (its vectors), and its full score (IEM) as a ``CrossEncoder``.
+"""A student as a ``SentenceTransformer`` (its vectors), and its full score as a ``CrossEncoder``.
 
 A saved model is a normal sentence-transformers folder. Its first module is a class of this package, which the library
 imports only with ``SentenceTransformer(folder, trust_remote_code=True)``. No code is loaded from the folder.
@@ -20,8 +20,9 @@ from d2llm.core.errors import InputError
 from d2llm.core.extras import require
 from d2llm.core.progress import showing_progress
 from d2llm.core.types import Task
-from d2llm.integrations.texts import checked_pair_scores, rank_texts, require_dot, require_texts
+from d2llm.integrations.texts import rank_texts, require_dot, require_texts, task_of
 from d2llm.models.student import Student
+from d2llm.retrieval.index import Index
 from d2llm.retrieval.protocols import task_for
 
 require("sentence_transformers", extra="sentence-transformers", purpose="a student in sentence-transformers")
@@ -205,14 +206,15 @@ def as_sentence_transformer(student: Student, *, task: Task | None = None) -> Se
 
 
 class StudentCrossEncoder:
-    """The student's full score (IEM) with the methods of the library's ``CrossEncoder``.
+    """The student's full score (``Student.rank``) with the methods of the library's ``CrossEncoder``.
 
     Unlike a cross-encoder, it encodes each distinct text once, on its own. Scores are logits, like those of a
     cross-encoder with one output and no activation.
 
     Args:
         student: the student that encodes and scores.
-        task: the branch of the IEM; by default that of what the student was trained for.
+        task: the branch of the IEM; by default that of the index, or of what the student was trained for.
+        index: an index that the student made, which knows how rare words are; by default tables that ship do.
         activation_fn: default function that is applied to the logits (a tensor).
     """
 
@@ -223,10 +225,12 @@ class StudentCrossEncoder:
         student: Student,
         *,
         task: Task | None = None,
+        index: Index | None = None,
         activation_fn: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.student = student
-        self.task: Task = task_for(student, task)
+        self.index = index
+        self.task: Task = task_of(student, task, index)
         self.activation_fn: Callable[[Tensor], Tensor] = activation_fn or torch.nn.Identity()
         self.model_card_data = CrossEncoderModelCardData()  # the library's evaluators write their results here
 
@@ -265,7 +269,7 @@ class StudentCrossEncoder:
         is_single = bool(items) and isinstance(items[0], str)
         pairs = [_pair(pair) for pair in ([items] if is_single else items)]
         with torch.inference_mode(), showing_progress(show_progress_bar):
-            logits = torch.from_numpy(checked_pair_scores(self.student, pairs, self.task))
+            logits = torch.from_numpy(self.student.predict(pairs, index=self.index, task=self.task))
             scores = (activation_fn or self.activation_fn)(logits)
         if convert_to_tensor:
             return scores[0] if is_single else scores
@@ -299,7 +303,7 @@ class StudentCrossEncoder:
         """
         _refuse(prompt_name=prompt_name, prompt=prompt, device=device, pool=pool, chunk_size=chunk_size)
         with showing_progress(show_progress_bar):
-            ranked = rank_texts(self.student, query, documents, self.task, top_k)
+            ranked = rank_texts(self.student, query, documents, self.task, top_k, self.index)
         scores: list[float] = (activation_fn or self.activation_fn)(torch.tensor([s for _, s in ranked])).tolist()
         return [
             {"corpus_id": place, "score": score} | ({"text": documents[place]} if return_documents else {})
@@ -320,4 +324,5 @@ def _refuse_given(arguments: Mapping[str, object], reason: str) -> None:
 def _pair(pair: Any) -> tuple[str, str]:
     if isinstance(pair, str) or not isinstance(pair, Sequence) or len(cast("Sequence[object]", pair)) != 2:
         raise InputError(f"a pair of two texts is needed, but {pair!r:.80} was given")
+    require_texts([*pair])
     return pair[0], pair[1]

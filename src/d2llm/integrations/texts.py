@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.errors import InputError, ModelError
+from d2llm.core.errors import InputError
 from d2llm.core.inputs import texts_of
 from d2llm.core.names import did_you_mean
 from d2llm.core.plain_values import plain_value
 from d2llm.core.types import Passage, Task
-from d2llm.retrieval.protocols import SearchStudent
-from d2llm.retrieval.reading import encode_pairs
+from d2llm.retrieval.protocols import SearchStudent, task_for
 from d2llm.retrieval.search import SearchSettings
 
 if TYPE_CHECKING:
+    from d2llm.models.student import Student
     from d2llm.models.tokens import EncodedTexts
+    from d2llm.retrieval.index import Index
 
 _log = logging.getLogger(__name__)
 
@@ -120,39 +121,34 @@ def require_dot(student: SearchStudent) -> None:
         )
 
 
-def checked_pair_scores(student: SearchStudent, pairs: Sequence[tuple[str, str]], task: Task) -> NDArray[np.float32]:
-    """The student's logits [n] of (query, passage) pairs of texts; each distinct query or passage is encoded once.
-
-    Raises:
-        InputError: something is not a text.
-        ModelError: a score is not a number.
-    """
-    require_texts([text for pair in pairs for text in pair])
-    encoded = encode_pairs(student, pairs)
-    _read(encoded.queries, "queries")
-    _read(encoded.passages, "passages")
-    scores = encoded.score(student, task)
-    num_nan = int(np.isnan(scores).sum())
-    if num_nan:
-        raise ModelError(f"{num_nan} of {len(scores)} scores are NaN; check the student")
-    return scores
-
-
 def rank_texts(
-    student: SearchStudent, query: str, texts: Sequence[str], task: Task, top_k: int | None = None
+    student: Student,
+    query: str,
+    texts: Sequence[str],
+    task: Task | None = None,
+    top_k: int | None = None,
+    index: Index | None = None,
 ) -> list[tuple[int, float]]:
-    """Position in ``texts`` and score of the best ``top_k`` (None: all), best first, ties in input order.
+    """Position in ``texts`` and score (``Student.rank``) of the best ``top_k`` (None: all), best first.
+
+    Ties are in input order. ``task`` is by default that of the ``index``, or what the student was trained for.
 
     Raises:
         InputError: something is not a text, or ``top_k`` is below 1.
+        IndexMismatchError: another student made the index.
         ModelError: a score is not a number.
     """
     check_top_k(top_k)
     require_texts([query])
     require_texts(texts)
-    scores = checked_pair_scores(student, [(query, text) for text in texts], task)
+    scores = student.predict([(query, text) for text in texts], index=index, task=task_of(student, task, index))
     order = np.argsort(-scores, kind="stable")[:top_k]
     return [(int(place), float(scores[place])) for place in order]
+
+
+def task_of(student: Student, task: Task | None, index: Index | None) -> Task:
+    """The task of a reranker: the given one, else that of its index, or what the student was trained for."""
+    return index.view.task if task is None and index is not None else task_for(student, task)
 
 
 def check_top_k(top_k: int | None) -> None:

@@ -87,12 +87,12 @@ def attribute(student: Student, query: str, passage: str, task: Task) -> Attribu
 def _words(text: str, spans: list[tuple[int, int]], weights: list[float]) -> tuple[WordWeight, ...]:
     """The words that were read, with the sum of their tokens' weights; a token over several words goes to the first."""
     read_to = max((end for _, end in spans), default=0)
-    places = words(text[: max(0, read_to)])
-    sums = [0.0] * len(places)
+    word_spans = words(text[: max(0, read_to)])
+    sums = [0.0] * len(word_spans)
     index = 0
     for (start, end), weight in zip(spans, weights, strict=False):
-        while index < len(places) and places[index][1] <= start:
+        while index < len(word_spans) and word_spans[index][1] <= start:
             index += 1
-        if index < len(places) and places[index][0] < end and end > start:
+        if index < len(word_spans) and word_spans[index][0] < end and end > start:
             sums[index] += weight
-    return tuple(WordWeight(start, end, weight) for (start, end), weight in zip(places, sums, strict=True))
+    return tuple(WordWeight(start, end, weight) for (start, end), weight in zip(word_spans, sums, strict=True))

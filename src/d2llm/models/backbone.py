@@ -29,7 +29,7 @@ class Backbone(TextReader, nn.Module):
 
     Attributes:
         pooling: what its states are for; it may weigh them by the model's attention.
-        own: the pooling without weights that is the backbone's own (``Pooling.own``), never ``auto``.
+        own_pooling: the pooling without weights that is the backbone's own (``Pooling.weightless``), never ``auto``.
         compute_dtype: number format of matrix products.
         location: where its weights are.
     """
@@ -48,7 +48,9 @@ class Backbone(TextReader, nn.Module):
         self.compute_dtype = compute_dtype
         self.location = config.model
         self.pooling = pooling or AutoPooling()
-        self.own = Pooling.of(auto_pooling) if isinstance(self.pooling.own, AutoPooling) else self.pooling.own
+        self.own_pooling = (
+            Pooling.of(auto_pooling) if isinstance(self.pooling.weightless, AutoPooling) else self.pooling.weightless
+        )
         self.query_model: PreTrainedModel | None = None
 
     @classmethod
@@ -81,7 +83,7 @@ class Backbone(TextReader, nn.Module):
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether there are states of tokens; some kinds have vectors of whole texts only."""
+        """Whether it gives token states; some kinds only give vectors of whole texts."""
         return self.config.reads_tokens
 
     @property
@@ -90,7 +92,7 @@ class Backbone(TextReader, nn.Module):
         return None
 
     def require_tokens(self, purpose: str) -> None:
-        """Raise an ``InputError`` if there are no states of tokens, which ``purpose`` needs."""
+        """Raise an ``InputError`` if it gives no token states, which ``purpose`` needs."""
         if not self.reads_tokens:
             raise InputError(
                 f"{purpose} needs the states of tokens, and '{self.config.model}' is a {self.config.kind} backbone, "
@@ -199,7 +201,7 @@ class Backbone(TextReader, nn.Module):
         self, states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"]
     ) -> Float[Tensor, "batch dim"]:
         """The backbone's own pooling, in float32."""
-        return self.own.pool(states.float(), mask)
+        return self.own_pooling.pool(states.float(), mask)
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], *, name: str) -> None:

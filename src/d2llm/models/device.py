@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
 
 def devices_here() -> list[str]:
     """The names of the devices on this machine that torch can use."""
-    accelerators = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    accelerators = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     return ["cpu", *accelerators, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
@@ -82,25 +82,44 @@ def can_fuse_bfloat16_layers() -> bool:
     weight = torch.linspace(-1, 1, 32 * 32).view(32, 32).bfloat16()
     inputs, bias = weight.flip(0), weight[0].clone()
     expected = torch.nn.functional.linear(inputs.float(), weight.float(), bias.float()).relu_()
+    return computes(
+        lambda: onednn_linear(inputs, pack_bfloat16_weight(weight), bias, activation="relu"),
+        expected,
+        tolerance=0.02 * float(expected.max()),
+        name="fused bfloat16 layers",
+        otherwise="layers are computed one by one",
+    )
+
+
+def computes(work: Callable[[], Tensor], expected: Tensor, *, tolerance: float, name: str, otherwise: str) -> bool:
+    """Whether an operation that is not part of torch's public API is in this build, runs on this CPU, and is right.
+
+    If not, what is done ``otherwise`` goes into the log, under this name.
+    """
     try:
-        result = fused_bfloat16_layer(inputs, pack_bfloat16_weight(weight), bias)
+        result = work()
     except (AttributeError, RuntimeError) as error:  # no such operation in this build; not on this CPU
-        fell_back("fused bfloat16 layers", f"{error}; layers are computed one by one", level=logging.INFO)
+        fell_back(name, f"{error}; {otherwise}", level=logging.INFO)
         return False
-    is_correct = bool((result.float() - expected).abs().max() <= 0.02 * expected.max())
-    if not is_correct:
-        fell_back("fused bfloat16 layers", "their result is wrong on this CPU; layers are computed one by one")
-    return is_correct
+    is_right = bool((result.float() - expected).abs().max() <= tolerance)
+    if not is_right:
+        fell_back(name, f"their result is wrong on this CPU; {otherwise}")
+    return is_right
 
 
 def pack_bfloat16_weight(weight: Tensor) -> Tensor:
-    """A layer's weights [out, in] in oneDNN's internal layout, for use with ``fused_bfloat16_layer`` only."""
+    """A layer's weights [out, in] in oneDNN's internal layout, for use with ``onednn_linear`` only."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
-def fused_bfloat16_layer(inputs: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
-    """relu(W x + b) of inputs [n, in] with packed weights, [n, out]; only if ``can_fuse_bfloat16_layers``."""
-    return torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, "relu", [], "")
+def onednn_linear(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: Literal["none", "relu"] = "none"
+) -> Tensor:
+    """The activation of W x + b as one operation of oneDNN: inputs [..., in], weight [out, in] or packed, [..., out].
+
+    The operation is not part of torch's public API: use it where ``computes`` has found it right.
+    """
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, activation, [], "")
 
 
 def choose_dtype(device: torch.device, dtype: str | torch.dtype | None = None) -> torch.dtype:
@@ -219,3 +238,10 @@ def inference(model: nn.Module) -> Generator[None]:
     finally:
         if was_training:
             model.train()
+
+
+def weights_state(model: nn.Module) -> list[tuple[int, int]]:
+    """A value that changes when any weight does: the memory address of each and how often it was written to."""
+    weights = [*model.parameters(), *model.buffers()]
+    # Tensors created in inference mode do not count writes, but they cannot be trained either.
+    return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]  # pyright: ignore[reportPrivateUsage]

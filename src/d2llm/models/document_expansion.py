@@ -69,18 +69,18 @@ class DocumentExpansion:
 
     def words(self, vectors: NDArray[np.float32], full_texts: Sequence[str]) -> list[dict[str, float]]:
         """The words that each of some passages lacks, with counts above 0, by its vector [dim] of [n, dim]."""
-        place_of = {term: place for place, term in enumerate(self.terms)}
+        place_of = {term: index for index, term in enumerate(self.terms)}
         words: list[dict[str, float]] = []
         for start in range(0, len(full_texts), _BLOCK):
             texts, block = full_texts[start : start + _BLOCK], vectors[start : start + _BLOCK]
             likely = np.maximum(self.usual + (block.astype(np.float32) - self.middle) @ self.weights, 0)
-            for text, own in zip(texts, likely, strict=True):
+            for text, row in zip(texts, likely, strict=True):
                 present = [place_of[term] for term in {*terms(text)} if term in place_of]
-                mean = max(float(own[present].mean()), _LEAST_MEAN) if present else _LEAST_MEAN
-                counts = np.round(self.amount / mean * own, 2)
+                mean = max(float(row[present].mean()), _LEAST_MEAN) if present else _LEAST_MEAN
+                counts = np.round(self.amount / mean * row, 2)
                 counts[present] = 0
                 best = np.argsort(-counts * self.rarity, kind="stable")[: self.num_words].tolist()
-                words.append({self.terms[place]: round(float(counts[place]), 2) for place in best if counts[place] > 0})
+                words.append({self.terms[index]: round(float(counts[index]), 2) for index in best if counts[index] > 0})
         return words
 
     @property

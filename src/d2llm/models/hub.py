@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.names import did_you_mean
-from d2llm.core.shipped import shipped_models
+from d2llm.core.shipped import PACKAGES, find_shipped, shipped_models
 from d2llm.models.sources import HUB_ID, first_sentence
 from d2llm.models.student_files import (
     BACKBONE_FOLDER,
@@ -64,16 +64,15 @@ def find_student(folder_or_name: str | Path) -> Path:
     if (folder / MANIFEST).is_file():
         return folder
     name = str(folder_or_name)
-    shipped = shipped_models("students")
-    if name in shipped:
-        return shipped[name]
+    if (shipped := find_shipped(name, "students")) is not None:
+        return shipped
     repo_id, _, revision = name.partition("@")
     if HUB_ID.fullmatch(repo_id) and not folder.exists() and not Path(repo_id.partition("/")[0]).is_dir():
         return fetch_student(repo_id, revision=revision or None)
     raise ModelNotFoundError(
         f"no student at '{name}': give a folder that `d2llm distill` wrote, or a name on the Hub (owner/name)"
-        + (f", or one of the shipped students: {', '.join(shipped)}" if shipped else "")
-        + did_you_mean(name, shipped)
+        f", or one of the shipped students: {', '.join(known := PACKAGES['students'] | shipped_models('students'))}"
+        + did_you_mean(name, known)
     )
 
 

@@ -84,10 +84,11 @@ class _DotProduct(nn.Module):
         w t <U a, V b> + (1 - w) t' <U' a, V' b> = <M a, b>, with M = w t V^T U + (1 - w) t' V'^T U'.
         """
         with torch.no_grad():
-            parts = [(weight, self), (1 - weight, other)]
-            scale = torch.stack([weight * part.log_scale.exp() for weight, part in parts]).sum()
+            weighted = [(weight, self), (1 - weight, other)]
+            scale = torch.stack([weight * part.log_scale.exp() for weight, part in weighted]).sum()
             maps = [
-                weight * part.log_scale.exp() * (part.passage_map.T @ part.query_map) / scale for weight, part in parts
+                weight * part.log_scale.exp() * (part.passage_map.T @ part.query_map) / scale
+                for weight, part in weighted
             ]
             self.query_map.copy_(torch.stack(maps).sum(dim=0))
             self.passage_map.copy_(torch.eye(len(self.passage_map)))
@@ -114,7 +115,7 @@ class Interaction(nn.Module):
         self.config = config
         self.dim = dim
         hidden = config.hidden_dim
-        self._places = {name: place for place, name in enumerate(("a", "b", *_PAIR_FEATURES[config.features]))}
+        self._places = {name: index for index, name in enumerate(("a", "b", *_PAIR_FEATURES[config.features]))}
         self.dropout = nn.Dropout(config.dropout)
         if config.tasks:
             self.first = nn.Linear(len(self._places) * dim, hidden)
@@ -143,7 +144,7 @@ class Interaction(nn.Module):
         return self.dots is not None
 
     def residual_parameters(self) -> dict[str, nn.Parameter]:
-        """All parameters except those of the inner product, by name."""
+        """All parameters except the inner product's, by name."""
         inner_products = ("dots.", "teacher_dots.")
         return {name: p for name, p in self.named_parameters() if not name.startswith(inner_products)}
 
@@ -353,11 +354,11 @@ class Interaction(nn.Module):
         if not self.has_interaction(task):
             assert dot is not None
             return PairScores(dot, dot, None)
-        hidden = self._query_half(queries) + nn.functional.linear(passages, self._part("b"))
+        hidden = self._query_half(queries) + nn.functional.linear(passages, self._weight_columns("b"))
         if "a * b" in self._places:
-            hidden = hidden + (queries * passages) @ self._part("a * b").T
+            hidden = hidden + (queries * passages) @ self._weight_columns("a * b").T
         if "|a - b|" in self._places:
-            hidden = hidden + (queries - passages).abs() @ self._part("|a - b|").T
+            hidden = hidden + (queries - passages).abs() @ self._weight_columns("|a - b|").T
         features = self._after_first(hidden, task)
         logits = at_least_float32(self.output(self.dropout(features)).squeeze(-1))
         if dot is None:
@@ -379,7 +380,7 @@ class Interaction(nn.Module):
             inner, features = [self.shared, branch[0]], branch[1]
             last, constant = last @ features.weight, last @ features.bias + constant
         return SplitLayers(
-            **{_LAYER_NAMES[name]: self._part(name) for name in self._places},
+            **{_LAYER_NAMES[name]: self._weight_columns(name) for name in self._places},
             bias=self.first.bias,
             inner=tuple(Linear(layer.weight, layer.bias) for layer in inner),
             last=last,
@@ -393,13 +394,13 @@ class Interaction(nn.Module):
         with torch.autocast(queries.device.type, enabled=False):
             return self.query_vectors(at_least_float32(queries), task) @ at_least_float32(passages).T
 
-    def _part(self, name: str) -> Float[Tensor, "hidden dim"]:
+    def _weight_columns(self, name: str) -> Float[Tensor, "hidden dim"]:
         """Columns of the first layer for the feature a, b, a * b or |a - b|."""
         place = self._places[name]
         return self.first.weight[:, place * self.dim : (place + 1) * self.dim]
 
     def _query_half(self, queries: Float[Tensor, "*queries dim"]) -> Float[Tensor, "*queries hidden"]:
-        return nn.functional.linear(queries, self._part("a"), self.first.bias)
+        return nn.functional.linear(queries, self._weight_columns("a"), self.first.bias)
 
     def _after_first(self, hidden: Float[Tensor, "*pairs hidden"], task: Task) -> Float[Tensor, "*pairs feature_dim"]:
         shared = torch.relu(hidden)

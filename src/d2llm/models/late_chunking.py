@@ -100,9 +100,9 @@ class ChunkReader:
         if any(stage.takes_one_token for stage in pooling.stages):
             # The first token is the same for every chunk; the last was trained to represent all text before it.
             raise InputError(
-                f"'{backbone.config.model}' is pooled by its {backbone.own.kind} token, which represents the whole "
-                "text and not a chunk of it; split the text before encoding, or use a student with mean pooling, or "
-                "with PMA without warm start"
+                f"'{backbone.config.model}' is pooled by its {backbone.own_pooling.kind} token, which represents the "
+                "whole text and not a chunk of it; split the text before encoding, or use a student with mean pooling, "
+                "or with PMA without warm start"
             )
         if not backbone.tokenizer.is_fast:
             raise InputError(
@@ -223,7 +223,7 @@ class ChunkReader:
         chunks = [(row, index, positions) for row, window in enumerate(windows) for index, positions in window.chunks]
         if self._projection is not None:
             for row, index, positions in chunks:
-                kept = self._projection.places([windows[row].ids[position] for position in positions])
+                kept = self._projection.positions([windows[row].ids[position] for position in positions])
                 tokens[index] = self._projection(states[row, [positions[place] for place in kept]]).cpu().numpy()
         lengths = [len(positions) for _, _, positions in chunks]
         for batch in token_budget_batches(lengths, max_tokens=_BATCH_TOKENS, max_items=_BATCH_ROWS):

@@ -56,9 +56,9 @@ def layer_distances(backbone: Backbone, texts: Sequence[str]) -> list[float]:
                 states.clear()
                 _, mask = backbone(*backbone.pad(backbone.tokenize(batch, "passage").ids))
                 real = [state.reshape(*mask.shape, -1)[mask].float() for state in states]
-                for number, (before, after) in enumerate(pairwise(real)):
+                for index, (before, after) in enumerate(pairwise(real)):
                     cosines = torch.cosine_similarity(before, after, dim=1).clamp(-1, 1)
-                    sums[number] += float((cosines.arccos() / torch.pi).sum())
+                    sums[index] += float((cosines.arccos() / torch.pi).sum())
                 num_tokens += len(real[0])
     finally:
         for hook in hooks:
@@ -74,5 +74,5 @@ def choose_layers(distances: Sequence[float], count: int) -> tuple[int, ...]:
     """
     if not 1 <= count <= len(distances):
         raise InputError(f"{count} layers cannot be kept of {len(distances)}; give a number from 1 to {len(distances)}")
-    by_distance = sorted(range(len(distances)), key=lambda number: (-distances[number], number))
+    by_distance = sorted(range(len(distances)), key=lambda index: (-distances[index], index))
     return tuple(sorted(by_distance[:count]))

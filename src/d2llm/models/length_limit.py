@@ -90,4 +90,4 @@ class TextLengths:
         (``ops.token_bounds``: other scripts, emoji, digits)
         """
         units = (math.ceil(cost * self._characters_per_token) for cost in costs(text, long_runs=False))
-        return [end for end, number in enumerate(units, start=1) for _ in range(max(1, number))]
+        return [end for end, num_units in enumerate(units, start=1) for _ in range(max(1, num_units))]

@@ -101,9 +101,10 @@ class ListwiseReader(nn.Module):
         """Logits of each step, after the passages before it in the given orders [lists, steps] were read."""
         queries = texts_of(queries, "queries")
         passages = self._project(vectors)
-        starts = [self._start(query, own) for query, own in zip(queries, passages, strict=True)]
+        starts = [self._start(query, tokens) for query, tokens in zip(queries, passages, strict=True)]
         rows = [
-            torch.cat([start, own[[*order[:-1]]]]) for start, own, order in zip(starts, passages, orders, strict=True)
+            torch.cat([start, tokens[[*order[:-1]]]])
+            for start, tokens, order in zip(starts, passages, orders, strict=True)
         ]
         # Padding comes last, and no token attends to later ones, so no mask is needed.
         states = self._states(nn.utils.rnn.pad_sequence(rows, batch_first=True))
@@ -118,23 +119,23 @@ class ListwiseReader(nn.Module):
             InputError: there are more passages than the model can read.
         """
         queries = texts_of(queries, "queries")
-        for own in vectors:
-            if own.shape[1] != self.vector_dim:
+        for matrix in vectors:
+            if matrix.shape[1] != self.vector_dim:
                 raise MismatchError(
-                    f"the passages' vectors have {own.shape[1]} dimensions, but this reader reads {self.vector_dim}; "
-                    "tune one for this index"
+                    f"the passages' vectors have {matrix.shape[1]} dimensions, but this reader reads "
+                    f"{self.vector_dim}; tune one for this index"
                 )
         by_shape: dict[tuple[int, int], list[int]] = {}
         results = [ReadOrder(np.zeros(0, np.float32), np.zeros(0, np.int64))] * len(queries)
-        for place, (query, own) in enumerate(zip(queries, vectors, strict=True)):
-            if len(own):
-                by_shape.setdefault((sum(map(len, self._prompt(query))), len(own)), []).append(place)
+        for place, (query, matrix) in enumerate(zip(queries, vectors, strict=True)):
+            if len(matrix):
+                by_shape.setdefault((sum(map(len, self._prompt(query))), len(matrix)), []).append(place)
         room = tokens_to_read(self.backbone.device, size_of_states(self.backbone.model))
-        for (num_tokens, num_passages), places in by_shape.items():
+        for (num_tokens, num_passages), positions in by_shape.items():
             self._require_room(num_tokens + num_passages + min(self.steps, num_passages) - 1)
             size = max(1, room // (num_tokens + num_passages))
-            for start in range(0, len(places), size):
-                batch = places[start : start + size]
+            for start in range(0, len(positions), size):
+                batch = positions[start : start + size]
                 stacked = np.stack([vectors[place] for place in batch])
                 for place, read in zip(batch, self._draw([queries[place] for place in batch], stacked), strict=True):
                     results[place] = read
@@ -144,10 +145,12 @@ class ListwiseReader(nn.Module):
         """``rank`` for prompts of one length."""
         with inference(self):
             # Threads may compute equal rows differently in the last bit: each distinct vector is computed once.
-            distinct = torch.from_numpy(np.stack([_first_equals(own) for own in vectors])).to(self.backbone.device)
+            distinct = torch.from_numpy(np.stack([_first_equals(matrix) for matrix in vectors])).to(
+                self.backbone.device
+            )
             lists = torch.arange(len(queries), device=distinct.device)[:, None]
             passages = self._project(vectors)[lists, distinct]
-            inputs = torch.stack([self._start(query, own) for query, own in zip(queries, passages, strict=True)])
+            inputs = torch.stack([self._start(query, tokens) for query, tokens in zip(queries, passages, strict=True)])
             cache, rows = DynamicCache(), lists[:, 0]
             is_drawn = torch.zeros(passages.shape[:2], dtype=torch.bool, device=passages.device)
             drawn: list[Tensor] = []
@@ -159,10 +162,10 @@ class ListwiseReader(nn.Module):
                 is_drawn[rows, drawn[-1]] = True
                 inputs = passages[rows, drawn[-1]][:, None]
             orders: list[list[int]] = torch.stack(drawn, dim=1).tolist()
-        others = [[place for place in range(vectors.shape[1]) if place not in order] for order in orders]
+        others = [[index for index in range(vectors.shape[1]) if index not in order] for order in orders]
         return [
-            ReadOrder(own, np.array(order + rest, np.int64))
-            for own, order, rest in zip(first.cpu().numpy(), orders, others, strict=True)
+            ReadOrder(logits, np.array(order + rest, np.int64))
+            for logits, order, rest in zip(first.cpu().numpy(), orders, others, strict=True)
         ]
 
     def require_student(self, fingerprint: str) -> None:
@@ -189,18 +192,18 @@ class ListwiseReader(nn.Module):
         """
         tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self.own_parameters.items()}
         weights = save(tensors | self.backbone.tuned_state())
-        own = {
+        identity = {
             "backbone": self.backbone.config.model_dump(mode="json"),
             "base_fingerprint": self.backbone.fingerprint_base(),
             "student": self.student,
             "vector_dim": self.vector_dim,
             "steps": self.steps,
         }
-        named = {**own, "backbone": self.backbone.num_layers}
+        named = {**identity, "backbone": self.backbone.num_layers}
         fingerprint = fingerprint_json([named, hashlib.sha256(weights).hexdigest()])
         with new_folder(Path(folder), kind=READER_KIND) as temporary:
             write_bytes(temporary / _FILE, weights)
-            manifest = {**(content or {}), "fingerprint": fingerprint, **own}
+            manifest = {**(content or {}), "fingerprint": fingerprint, **identity}
             write_manifest(temporary, READER_KIND, READER_FORMAT_VERSION, manifest)
         return fingerprint
 
@@ -245,8 +248,8 @@ class ListwiseReader(nn.Module):
 
     def _prompt(self, query: str) -> tuple[list[int], list[int]]:
         """Tokens before the passages, and after them."""
-        parts = (f"Query: {query}", "\nPassages:", "\nBest first:")
-        first, middle, last = (self.backbone.tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
+        pieces = (f"Query: {query}", "\nPassages:", "\nBest first:")
+        first, middle, last = (self.backbone.tokenizer(part, add_special_tokens=False)["input_ids"] for part in pieces)
         return [*cast("list[int]", first)[:_QUERY_TOKENS], *cast("list[int]", middle)], cast("list[int]", last)
 
     def _start(self, query: str, passages: Tensor) -> Tensor:

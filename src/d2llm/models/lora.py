@@ -63,7 +63,7 @@ def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> None:
 
 
 def sharing_copy(model: _Model) -> _Model:
-    """A copy of a model that has the same tensors as weights, so that it takes no memory until adapters differ."""
+    """A copy of a model that shares its weights, so that it takes no memory until adapters differ."""
     return deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
@@ -205,8 +205,8 @@ def join_adapters(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[s
     """One adapter that makes the changes of both: their ranks are concatenated."""
     joined = dict(first)
     for name, tensor in second.items():
-        parts = [first[name], tensor] if name in first else [tensor]
-        joined[name] = torch.cat(parts, dim=0 if name.endswith(_DOWN) else 1)
+        tensors = [first[name], tensor] if name in first else [tensor]
+        joined[name] = torch.cat(tensors, dim=0 if name.endswith(_DOWN) else 1)
     return joined
 
 

@@ -138,8 +138,16 @@ def _body(folder: Path, manifest: Mapping[str, Any]) -> str:
         f"passage; longer texts are cut, and counted\n- Fingerprint: `{manifest['fingerprint']}`"
     )
     use = _USE.replace("asymmetric", task_of_plain(manifest))
-    parts = [about, facts, "## Use", use, *_probabilities(folder, manifest), *_training(manifest), *_figures(manifest)]
-    return "\n\n".join(["# A d2llm student", *parts]) + "\n"
+    sections = [
+        about,
+        facts,
+        "## Use",
+        use,
+        *_probabilities(folder, manifest),
+        *_training(manifest),
+        *_figures(manifest),
+    ]
+    return "\n\n".join(["# A d2llm student", *sections]) + "\n"
 
 
 def _probabilities(folder: Path, manifest: Mapping[str, Any]) -> list[str]:

@@ -35,12 +35,12 @@ def score_by_query(
     ``advance`` is called with the number of pairs of each query.
     """
     places_of: dict[str, list[int]] = {}
-    for place, (query, _) in enumerate(pairs):
-        places_of.setdefault(query, []).append(place)
+    for index, (query, _) in enumerate(pairs):
+        places_of.setdefault(query, []).append(index)
     scores = np.empty(len(pairs), np.float32)
-    for query, places in places_of.items():
-        vectors = np.stack([passages[pairs[place][1]] for place in places])
-        scores[places] = student.score(queries[query], vectors, task)
+    for query, positions in places_of.items():
+        vectors = np.stack([passages[pairs[index][1]] for index in positions])
+        scores[positions] = student.score(queries[query], vectors, task)
         if advance is not None:
-            advance(len(places))
+            advance(len(positions))
     return scores

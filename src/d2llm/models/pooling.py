@@ -81,7 +81,7 @@ def make_pooling(kind: Pooling, backbone: Backbone) -> TextPooling:
         InputError: the backbone does not fit.
     """
     if isinstance(kind, AutoPooling):
-        kind = backbone.own
+        kind = backbone.own_pooling
     return kind.module(backbone) or WeightlessPooling(kind, backbone.dim)
 
 

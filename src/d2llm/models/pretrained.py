@@ -21,6 +21,7 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.models.backbone import Backbone, load_weights
 from d2llm.models.depths import final_module, read_depths
 from d2llm.models.device import use_plain_attention_on_cpu
+from d2llm.models.fast_layers import sum_gradients_by_row
 from d2llm.models.length_limit import check_limits
 from d2llm.models.lora import (
     adapter_state,
@@ -105,8 +106,8 @@ class PretrainedBackbone(Backbone):
         self.query_model = sharing_copy(self.model) if config.has_two_adapters else None
         self._merged_adapter: dict[str, Tensor] = {}
         self._final: list[nn.Module] = []  # what follows the last layer: in a list, as it is a part of the model
-        if isinstance(self.pooling.own, AutoPooling):
-            self.own = Pooling.of(auto_pooling or _auto_pooling(config, self.location, self.model.config))
+        if isinstance(self.pooling.weightless, AutoPooling):
+            self.own_pooling = Pooling.of(auto_pooling or _auto_pooling(config, self.location, self.model.config))
         limits = {"max_query_tokens": config.max_query_tokens, "max_passage_tokens": config.max_passage_tokens}
         check_limits(self.model.config, config.model, limits)
 
@@ -145,10 +146,11 @@ class PretrainedBackbone(Backbone):
     def prepare_training(self, *, seed: int = 0) -> None:
         """Make trainable what ``config.tuning`` says: adapters (those there stay), everything, or nothing."""
         if isinstance(self.config.tuning, Lora) and not has_adapters(self.model):
-            for number, model in enumerate(self._models.values()):
-                attach_lora(model, self.config.tuning, seed=seed + number)
+            for index, model in enumerate(self._models.values()):
+                attach_lora(model, self.config.tuning, seed=seed + index)
         elif self.config.tuning.kind == "full":
             self.model.requires_grad_(True)
+            sum_gradients_by_row(self.model)
         for model in self._models.values():
             use_plain_attention_on_cpu(model)
 
@@ -242,8 +244,8 @@ class PretrainedBackbone(Backbone):
         models = (self.model, ~is_query), (self.query_model, is_query)
         read = [(rows, self._read(model, token_ids[rows], mask[rows], depths)) for model, rows in models if rows.any()]
         together = [states.new_zeros(*token_ids.shape, self.dim) for states in read[0][1]]
-        for rows, parts in read:
-            for states, part in zip(together, parts, strict=True):
+        for rows, read_states in read:
+            for states, part in zip(together, read_states, strict=True):
                 states[rows] = part
         return together, mask
 
@@ -280,7 +282,7 @@ def last_states(
 
 
 def keep_layers(model: nn.Module, layers: int | Sequence[int], *, name: str) -> None:
-    """Remove all layers of a model but the first ``layers``, or but those of these numbers, in place.
+    """Keep the first ``layers`` layers of a model, or the listed ones, and remove the others in place.
 
     Raises:
         InputError: the model (``name`` in the message) has fewer layers.
@@ -296,12 +298,12 @@ def keep_layers(model: nn.Module, layers: int | Sequence[int], *, name: str) -> 
         if isinstance(layers, int):
             raise InputError(f"layers is {layers}, but '{name}' has {total}; set layers to {total} or less")
         raise InputError(f"layers names layer {kept[-1]}, but '{name}' has only layers 0 to {total - 1}")
-    for number in reversed(range(total)):
-        if number not in kept:
-            del stack[number]
+    for index in reversed(range(total)):
+        if index not in kept:
+            del stack[index]
     config.num_hidden_layers = len(stack)
     if getattr(config, "layer_types", None) is not None:
-        config.layer_types = [config.layer_types[number] for number in kept]
+        config.layer_types = [config.layer_types[index] for index in kept]
 
 
 def read_both_ways(model: nn.Module, *, name: str) -> None:

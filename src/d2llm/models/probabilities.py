@@ -43,6 +43,9 @@ class TaskCalibration(FittedValues):
 class ProbabilityCalibration(FittedPart):
     """The calibration of a student's scores, by task; false if there is none.
 
+    ``tasks`` are for scores of vectors alone. ``with_features`` are for those that count score features too, of texts
+    that are in no index (``Student.rank``); a task without features has none.
+
     A probability refers to a mixture of ``1 + num_hard + num_random`` passages per query: one is relevant,
     ``num_hard`` share the query's words (BM25's first ten, or judged and not relevant) and ``num_random`` are drawn
     from the corpus.
@@ -55,6 +58,7 @@ class ProbabilityCalibration(FittedPart):
     num_hard: int = 0
     num_random: int = 0
     tasks: dict[Task, TaskCalibration] = Field(default={})
+    with_features: dict[Task, TaskCalibration] = Field(default={})
 
     def __bool__(self) -> bool:
         """Whether the scores of any task were calibrated."""
@@ -65,9 +69,9 @@ class ProbabilityCalibration(FittedPart):
         """The fraction of relevant passages in the mixture of the fit."""
         return 1 / (1 + self.num_hard + self.num_random)
 
-    def probabilities(self, scores: ArrayLike, task: Task) -> NDArray[np.float64]:
+    def probabilities(self, scores: ArrayLike, task: Task, *, with_features: bool = False) -> NDArray[np.float64]:
         """Probabilities [n] that passages with these scores [n] are relevant; ``InputError`` if none were fitted."""
-        fitted = self.tasks.get(task)
+        fitted = (self.with_features if with_features else self.tasks).get(task)
         if fitted is None:
             raise InputError(
                 f"this student's scores were not calibrated for {task} search, so it has no probabilities; use its "

@@ -10,7 +10,8 @@ own (``ops.bm25_words.windows``). x_qi and x_pj are the states of the backbone f
 query's upper limit, which no passage reaches. The weights w, v and w_j are at least 0, separate for each task, and
 fitted on dev (``training.fit_score_features``). l(q) scales the word terms for the query: an exponential function of
 how many words it has, what they weigh, how many of them are unknown, and how near the nearest passage is; 1 if not
-fitted. BM25 needs a corpus, so a pair scored outside an index gets the score of its vectors alone.
+fitted. BM25 needs a corpus: for texts that are in no index, it is a named index, or tables that
+ship (``models.text_scores``).
 
 The weights are stored as ``score_features.json`` in a student's folder. Passage vectors do not depend on them, so an
 index is valid for the student with or without them. Vectors of windows and tokens take space and time, so an index may
@@ -106,7 +107,7 @@ class FeatureWeights(FittedValues):
         return np.float32(scale * passage), np.float32(scale * window)
 
     def without(self, terms: Collection[ScoreFeature]) -> FeatureWeights:
-        """The same weights without some terms."""
+        """The weights without the given terms."""
         return self.model_copy(update={"terms": {term: w for term, w in self.terms.items() if term not in terms}})
 
 

@@ -18,7 +18,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from d2llm.core.types import Task
-from d2llm.models.device import can_fuse_bfloat16_layers, fused_bfloat16_layer, pack_bfloat16_weight
+from d2llm.models.device import (
+    can_fuse_bfloat16_layers,
+    onednn_linear,
+    pack_bfloat16_weight,
+    weights_state,
+)
 from d2llm.models.interaction import CosineHead, Interaction, at_least_float32
 from d2llm.ops.scoring import Linear, bounded_logit
 
@@ -48,11 +53,11 @@ class HeadWeights:
         self.inner = [_ReluLayer(layer.weight.to(dtype), _cast(layer.bias, dtype)) for layer in layers.inner]
         self.last, self.constant = layers.last, layers.constant
         self.dtype = dtype
-        self._state = _state(head)
+        self._state = weights_state(head)
 
     def is_of(self, head: Interaction, dtype: torch.dtype) -> bool:
         """Whether these are the folded weights of ``head`` in its current state, and in the number format ``dtype``."""
-        return dtype == self._requested_dtype and self._state == _state(head)
+        return dtype == self._requested_dtype and self._state == weights_state(head)
 
 
 class _ReluLayer:
@@ -68,7 +73,7 @@ class _ReluLayer:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         if self._is_packed:
-            return fused_bfloat16_layer(inputs, self._weight, self._bias)
+            return onednn_linear(inputs, self._weight, self._bias, activation="relu")
         return nn.functional.linear(inputs, self._weight, self._bias).relu_()
 
 
@@ -191,17 +196,10 @@ def _padded(num: int) -> int:
 def _first_layer(weights: HeadWeights, query: Float[Tensor, " dim"]) -> Linear:
     """The first layer for one query, as a function of b or of [b; |a - b|]; the query's half goes into the bias."""
     passage = weights.passage if weights.product is None else torch.addcmul(weights.passage, weights.product, query)
-    parts = [passage.to(weights.dtype), *([] if weights.difference is None else [weights.difference])]
-    return Linear(torch.cat(parts, dim=1), _cast(nn.functional.linear(query, *weights.query), weights.dtype))
+    blocks = [passage.to(weights.dtype), *([] if weights.difference is None else [weights.difference])]
+    return Linear(torch.cat(blocks, dim=1), _cast(nn.functional.linear(query, *weights.query), weights.dtype))
 
 
 def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     assert bias is not None
     return bias.to(dtype)
-
-
-def _state(head: Interaction) -> list[tuple[int, int]]:
-    """A value that changes when any weight does: the memory address of each and how often it was written to."""
-    weights = [*head.parameters(), *head.buffers()]
-    # Tensors created in inference mode do not count writes, but they cannot be trained either.
-    return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]  # pyright: ignore[reportPrivateUsage]

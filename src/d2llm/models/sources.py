@@ -25,7 +25,7 @@ from d2llm.core.errors import DataFormatError, ModelError, ModelNotFoundError
 from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import new_folder
 from d2llm.core.manifest import read_any_manifest
-from d2llm.core.shipped import shipped_models
+from d2llm.core.shipped import find_shipped
 from d2llm.recipe import BackboneConfig
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _advice() -> str:
 def is_student(path: Path) -> bool:
     """Whether this is a student's folder, or the name of one that ships with d2llm."""
     if not path.exists():
-        return str(path) in shipped_models("students")
+        return find_shipped(str(path), "students") is not None
     try:
         return path.is_dir() and read_any_manifest(path).get("kind") == "student"
     except DataFormatError:
@@ -193,6 +193,9 @@ def load_pretrained(
             f"model '{location}' lacks {len(missing)} of the weights of a {type(model).__name__} "
             f"({', '.join(missing[:3])}, ...); use a model of that kind"
         )
+    from d2llm.models.fast_layers import use_fast_products
+
+    use_fast_products(model)
     return model
 
 

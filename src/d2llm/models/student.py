@@ -14,16 +14,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import nn
 
 from d2llm.core.errors import InputError
 from d2llm.core.files import new_folder, write_json
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.inputs import strings_of, texts_of
+from d2llm.core.inputs import pairs_of, strings_of, texts_of
 from d2llm.core.manifest import source_of, write_manifest
-from d2llm.core.types import PART_KINDS, TASKS, EngineName, PartKind, RankedPassage, Ranking, Task, default_task
+from d2llm.core.types import PART_KINDS, TASKS, EngineName, PartKind, RankedPassage, Ranking, Task
 from d2llm.data.python_records import PassageLike, QueryLike, one_query_of, passages_of
 from d2llm.models import student_files as files
 from d2llm.models.backbone import Backbone, open_backbone
@@ -48,6 +50,7 @@ from d2llm.models.score_features import FeatureWeights, ScoreFeatures
 from d2llm.models.sources import load_tensors
 from d2llm.models.student_encoder import StudentEncoder
 from d2llm.models.term_weights import TermWeights
+from d2llm.models.text_scores import ScoringIndex, TextScorer
 from d2llm.models.token_vectors import TokenProjection
 from d2llm.ops.selection import check_scores, ids_at, top_rows
 from d2llm.recipe import StudentConfig
@@ -64,7 +67,7 @@ _FITTED_PARTS = {
 
 
 class Student(StudentEncoder):
-    """A model that encodes queries and passages separately, and scores pairs of them from their vectors.
+    """A model that encodes queries and passages separately, and scores pairs of them from what it encoded.
 
     A backbone and its pooling (PMA is pooling by multihead attention) make one vector for each text. The score is their
     inner product and what the interaction emulation module (IEM), a small network on both vectors, adds to it.
@@ -200,7 +203,7 @@ class Student(StudentEncoder):
         return student
 
     def push_to_hub(self, repo_id: str, *, merge: bool | None = None, **options: Any) -> PushReport:
-        """Push the student to the Hub; ``options`` are those of ``hub.push_student``.
+        """Push the student to the Hub; ``options`` as for ``hub.push_student``.
 
         ``merge`` is as for ``save``, but defaults to true if plain sentence-transformers can load a merged copy.
 
@@ -246,12 +249,12 @@ class Student(StudentEncoder):
                     write_json(temporary / files.ADAPTER_CONFIG_FILE, peft_config(adapter, base))
             if merge or (temporary / files.ADAPTER_CONFIG_FILE).is_file():
                 task = task_of_plain(content)
-                write_plain_form(temporary, self.config, self.backbone.own.kind, self.interaction, task)
+                write_plain_form(temporary, self.config, self.backbone.own_pooling.kind, self.interaction, task)
             manifest = {
                 **content,
                 "fingerprint": self.fingerprint,
                 "config": self.config.model_dump(mode="json"),
-                "pooling": self.backbone.own.kind,
+                "pooling": self.backbone.own_pooling.kind,
                 "base_fingerprint": self.backbone.fingerprint_base(),
             }
             manifest[files.CONTENT_HASH] = files.content_sha256(temporary, manifest)
@@ -285,7 +288,7 @@ class Student(StudentEncoder):
 
     @property
     def trained_tasks(self) -> tuple[Task, ...]:
-        """The tasks of the data that it was trained on; empty if it was not trained."""
+        """Tasks of its training data; empty if untrained."""
         return files.trained_tasks(self._recorded)
 
     @property
@@ -371,9 +374,9 @@ class Student(StudentEncoder):
         They add nothing until they are trained: PMA with a gate of 0, interactions whose output is constant. Gates of
         the bound are open, and the bound is as much larger.
         """
-        own, wanted = self.config, config
-        pooling = wanted.pooling if wanted.pooling.without_gated() == own.pooling else own.pooling
-        interaction = own.interaction
+        current, wanted = self.config, config
+        pooling = wanted.pooling if wanted.pooling.without_gated() == current.pooling else current.pooling
+        interaction = current.interaction
         if interaction.head == wanted.interaction.head == "dot":
             tasks = {*interaction.tasks, *wanted.interaction.tasks}
             update = {"tasks": tuple(task for task in TASKS if task in tasks)}
@@ -381,11 +384,11 @@ class Student(StudentEncoder):
             interaction = interaction.model_copy(update=update)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            if pooling != own.pooling:
+            if pooling != current.pooling:
                 self.pooling = with_gated(self.pooling, make_pooling(pooling, self.backbone).to(self.device))
-            if isinstance(self.interaction, Interaction) and interaction != own.interaction:
+            if isinstance(self.interaction, Interaction) and interaction != current.interaction:
                 self.interaction = self.interaction.extended(interaction)
-        self.config = own.model_copy(update={"pooling": pooling, "interaction": interaction})
+        self.config = current.model_copy(update={"pooling": pooling, "interaction": interaction})
         self._kept_weights = {}
 
     def feature_weights(self, task: Task, *, stored: Collection[PartKind] | PartKind = PART_KINDS) -> FeatureWeights:
@@ -443,21 +446,28 @@ class Student(StudentEncoder):
         query: QueryLike,
         passages: Iterable[PassageLike | str] | PassageLike | str,
         *,
+        top_k: int | None = None,
+        index: ScoringIndex | None = None,
         task: Task | None = None,
         instruction: str | None = None,
     ) -> Ranking:
-        """Rank passages for a query without an index, by the score of their vectors; all of them, best first.
+        """Rank passages for a query without putting them into an index; best first.
 
-        The score is a logit. It lacks what only an index can add: words (BM25), windows, and vectors of tokens.
+        The score, a logit, is the one that the passages would have in an index: of vectors, words, token embeddings and
+        interaction, whichever the student counts (``score_features``). How rare words are is known from ``index`` or,
+        without one, from tables that ship with d2llm (``store.background_words``).
 
         Args:
             query: a text, a ``Query``, or a dictionary with ``text``.
             passages: texts, whose ids are their numbers from 1; or passages, dictionaries, rows, or a table.
-            task: by default the one that the student was trained for, or asymmetric.
+            top_k: how many to return; by default all.
+            index: an ``Index`` that this student made; the scores are those of its searches.
+            task: by default that of the index, else the one that the student was trained for, or asymmetric.
             instruction: put before the query in place of ``backbone.query_prefix``.
 
         Raises:
-            InputError: there is not exactly one query, or something is no passage.
+            InputError: there is not exactly one query, something is no passage, or ``top_k`` is below 1.
+            IndexMismatchError: another student made the index.
             ModelError: a score is NaN.
 
         Example:
@@ -466,21 +476,57 @@ class Student(StudentEncoder):
             >>> ranking = student.rank("what do bees make?", ["Green tea needs hot water.", "Bees make honey."])
             >>> [result.passage.text for result in ranking]
             ['Bees make honey.', 'Green tea needs hot water.']
+            >>> student.rank("what do bees make?", ["Tea is hot.", "Bees make honey."], top_k=1)[0].passage.id
+            '2'
         """
+        if top_k is not None and top_k < 1:
+            raise InputError(f"top_k is {top_k}, but must be at least 1; leave it out for all")
         asked = one_query_of(query, "a ranking")
         given = list(passages_of(passages, texts=True))
+        scorer = TextScorer.of(self, index, task)
         begin = time.perf_counter()
-        read = self.encode_queries([asked.text], instruction=instruction)
-        documents = self.encode_passages([passage.full_text for passage in given])
-        self._warn_of_cut(len(documents.truncated), len(given))
+        (read_query,), read = scorer.read_queries([asked.text], instruction=instruction)
+        texts = scorer.read_texts([passage.full_text for passage in given])
+        self._warn_of_cut(len(texts.encoded.truncated), len(given))
         encoded = time.perf_counter()
-        scores = self.score(read.vectors[0], documents.vectors, task or default_task(self.trained_tasks))
-        order = top_rows(check_scores(scores, asked.id), len(given), partial(ids_at, [passage.id for passage in given]))
+        scores = check_scores(scorer.score(read_query, texts), asked.id)
+        order = top_rows(scores, top_k or len(given), partial(ids_at, [passage.id for passage in given]))
         results = tuple(
             RankedPassage(rank, given[row], float(scores[row])) for rank, row in enumerate(order.tolist(), start=1)
         )
         seconds = {"encode": encoded - begin, "score": time.perf_counter() - encoded}
         return Ranking(asked, results, len(given), seconds, truncated=bool(len(read.truncated)))
+
+    def predict(
+        self,
+        pairs: Iterable[tuple[str, str]] | tuple[str, str],
+        *,
+        index: ScoringIndex | None = None,
+        task: Task | None = None,
+    ) -> NDArray[np.float32]:
+        """The scores [n] of pairs (query, passage) of texts, or of one pair, as in ``rank``.
+
+        Each distinct text is read once.
+
+        Texts longer than the student reads are cut, and the log says how many.
+
+        Raises:
+            InputError: something is not a pair of texts.
+            IndexMismatchError: another student made the index.
+            ModelError: a score is NaN.
+
+        Example:
+            >>> from d2llm import Student
+            >>> student = Student.load("d2llm-minilm", device="cpu")
+            >>> honey, tea = student.predict([("what do bees make?", text) for text in ("Honey.", "Tea is hot.")])
+            >>> bool(honey > tea)
+            True
+        """
+        is_one = isinstance(pairs, tuple) and all(isinstance(part, str) for part in pairs)
+        checked = pairs_of(cast("Any", [pairs] if is_one else pairs), "pairs")
+        read = TextScorer.of(self, index, task).read_pairs(checked)
+        self._warn_of_cut(read.num_truncated, len(read.queries) + len(read.texts))
+        return check_scores(read.scores()).astype(np.float32)
 
 
 def merge_student(folder: Path, copy: Path) -> None:

@@ -212,34 +212,46 @@ class StudentEncoder(VectorScorer):
         token_rows: list[NDArray[np.float32]] = [np.zeros((0, projection.dim), np.float32)] * len(texts)
 
         def read(batch: list[int]) -> Float32[np.ndarray, "batch dim"]:
-            with inference(self):
-                vectors, states = self._read_ids([tokenized.ids[index] for index in batch])
-                own_ids = [tokenized.ids[index][starts[index] :] for index in batch]
-                chosen = [projection.chosen(own, kind) for own in own_ids]
-                kept = [
-                    [starts[index] + place for place in places]
-                    for index, (places, _) in zip(batch, chosen, strict=True)
-                ]
-                tokens = self._token_embeddings(states, kept)
-                parts = np.split(tokens, np.cumsum([len(places) for places in kept])[:-1])
-                for index, (_, fraction), part in zip(batch, chosen, parts, strict=True):
-                    token_rows[index] = part * np.float32(fraction)
-                return vectors.cpu().numpy()
+            ids, first_tokens = [tokenized.ids[index] for index in batch], [starts[index] for index in batch]
+            vectors, rows = self.encode_token_rows(ids, kind, first_tokens)
+            for index, row in zip(batch, rows, strict=True):
+                token_rows[index] = row
+            return vectors
 
         encoded = self._read_batches(tokenized, read, advance)
         return replace(encoded, tokens=TokenVectors.join(token_rows, projection.dim))
 
+    def encode_token_rows(
+        self, ids: Sequence[Sequence[int]], kind: TextKind, starts: Sequence[int]
+    ) -> tuple[Float32[np.ndarray, "batch dim"], list[NDArray[np.float32]]]:
+        """Like ``encode_tokens``; also the vectors [tokens, token_dim] of the tokens of each text.
+
+        The tokens before each text's start are those of an instruction, which have no vectors.
+        """
+        projection = self._require_projection()
+        with inference(self):
+            vectors, states = self._read_ids(ids)
+            chosen = [projection.chosen(text_ids[start:], kind) for text_ids, start in zip(ids, starts, strict=True)]
+            kept = [
+                [start + position for position in positions]
+                for start, (positions, _) in zip(starts, chosen, strict=True)
+            ]
+            tokens = self._token_embeddings(states, kept)
+            by_text = np.split(tokens, np.cumsum([len(positions) for positions in kept])[:-1])
+            rows = [part * np.float32(fraction) for part, (_, fraction) in zip(by_text, chosen, strict=True)]
+            return vectors.cpu().numpy(), rows
+
     def _token_embeddings(
-        self, states: Float[Tensor, "batch tokens states"], places: Sequence[Sequence[int]]
+        self, states: Float[Tensor, "batch tokens states"], positions: Sequence[Sequence[int]]
     ) -> NDArray[np.float32]:
         """The embeddings of a batch's tokens at these places of each text, text after text."""
         projection = self._require_projection()
         if self._engine is None:
-            return projection(torch.cat([states[row, kept] for row, kept in enumerate(places)])).cpu().numpy()
+            return projection(torch.cat([states[row, kept] for row, kept in enumerate(positions)])).cpu().numpy()
         # Not by torch, whose threads a busy core keeps waiting for longer than a graph takes.
         rows = states.numpy()
-        own = np.concatenate([rows[row, kept] for row, kept in enumerate(places)])
-        return project_tokens(own, projection.weight.detach().numpy())
+        token_states = np.concatenate([rows[row, kept] for row, kept in enumerate(positions)])
+        return project_tokens(token_states, projection.weight.detach().numpy())
 
     def _require_projection(self) -> TokenProjection:
         if self.token_projection is None:
@@ -273,11 +285,13 @@ class StudentEncoder(VectorScorer):
             batch = range(start, min(start + _QUERIES_AT_ONCE, len(queries)))
             with inference(self):
                 _, states = self._read_ids([tokenized.ids[index] for index in batch])
-            for index, own in zip(batch, states.float().cpu().numpy(), strict=True):
+            for index, text_states in zip(batch, states.float().cpu().numpy(), strict=True):
                 text = queries[index]
                 spans = self.backbone.token_places(text, len(tokenized.ids[index]), "query")
                 by_term = tokens_of_terms(text, spans)
-                word_states[index] = {term: own[places].mean(axis=0) for term, places in by_term.items() if places}
+                word_states[index] = {
+                    term: text_states[positions].mean(axis=0) for term, positions in by_term.items() if positions
+                }
         return word_states
 
     def term_factors(self, queries: Sequence[str]) -> list[dict[str, float]] | None:
@@ -347,8 +361,8 @@ class StudentEncoder(VectorScorer):
         at_once = self.backbone.texts_at_once
         texts = texts_of(texts)
         if at_once is not None and len(texts) > at_once:
-            parts = [texts[start : start + at_once] for start in range(0, len(texts), at_once)]
-            encoded = [self._encode(part, kind, advance, instruction) for part in parts]
+            batches = [texts[start : start + at_once] for start in range(0, len(texts), at_once)]
+            encoded = [self._encode(part, kind, advance, instruction) for part in batches]
             return EncodedTexts.join(encoded, self.vector_dim)
         tokenized = self.tokenize(texts, kind, instruction=instruction)
 

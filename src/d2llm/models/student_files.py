@@ -60,16 +60,16 @@ def trained_tasks(manifest: Mapping[str, Any]) -> tuple[Task, ...]:
     return tuple(task for task in TASKS if task in manifest.get("tasks", ()))
 
 
-def head_tensors(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def head_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """The weights of a student's parts other than the backbone, named ``<part>.<weight>``."""
     return {
         f"{part}.{name}": tensor.detach().cpu().contiguous()
-        for part, module in parts.items()
+        for part, module in modules.items()
         for name, tensor in module.state_dict().items()
     }
 
 
-def load_head(folder: Path, parts: Mapping[str, nn.Module]) -> None:
+def load_head(folder: Path, modules: Mapping[str, nn.Module]) -> None:
     """Load the weights in a student's folder into its parts other than the backbone.
 
     Raises:
@@ -77,7 +77,7 @@ def load_head(folder: Path, parts: Mapping[str, nn.Module]) -> None:
     """
     state = load_tensors(folder / HEAD_FILE, remedy=RESTORE)
     try:
-        for part, module in parts.items():
+        for part, module in modules.items():
             prefix = part + "."
             module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     except RuntimeError as error:
@@ -123,8 +123,8 @@ def content_sha256(folder: Path, manifest: Mapping[str, Any]) -> str:
     identity = [manifest[name] for name in ("fingerprint", "base_fingerprint", "pooling")]
     saved = json.dumps([*identity, shaping_student_settings(manifest["config"])], sort_keys=True)
     digest = hashlib.sha256(saved.encode())
-    places = (folder / HEAD_FILE, folder / ADAPTER_FILE, *sorted((folder / BACKBONE_FOLDER).glob("*.safetensors")))
-    for path in places:
+    paths = (folder / HEAD_FILE, folder / ADAPTER_FILE, *sorted((folder / BACKBONE_FOLDER).glob("*.safetensors")))
+    for path in paths:
         if path.is_file():
             digest.update(path.name.encode())
             with path.open("rb") as file:
@@ -134,7 +134,7 @@ def content_sha256(folder: Path, manifest: Mapping[str, Any]) -> str:
 
 
 def check_content(folder: Path) -> None:
-    """Check that a student's configuration and weights are those that were saved.
+    """Check that a student's configuration and weights are as saved.
 
     Raises:
         DataFormatError: there is no manifest, or it is damaged.

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from d2llm.models.device import weights_state
 from d2llm.models.fitted_part import Widths
 from d2llm.models.pooling import to_sphere
 from d2llm.models.tokens import ChosenTokens, StoredProjection
@@ -52,6 +53,7 @@ class TokenProjection(ChosenTokens, nn.Module):
         self.register_buffer("rarity", torch.tensor(rarity, dtype=torch.float32))
         self.max_query_tokens = max_query_tokens
         self.rarities: list[float] = self.rarity.tolist()
+        self._hashed: tuple[list[tuple[int, int]], str] | None = None
 
     @property
     def dim(self) -> int:
@@ -64,9 +66,12 @@ class TokenProjection(ChosenTokens, nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Content hash."""
-        weight, rarity = (tensor.detach().cpu().contiguous().numpy() for tensor in (self.weight, self.rarity))
-        return StoredProjection(weight, rarity, self.max_query_tokens).fingerprint
+        """Content hash, computed again only if a weight has changed: every search compares it with the index's."""
+        state = weights_state(self)
+        if self._hashed is None or self._hashed[0] != state:
+            weight, rarity = (tensor.detach().cpu().contiguous().numpy() for tensor in (self.weight, self.rarity))
+            self._hashed = state, StoredProjection(weight, rarity, self.max_query_tokens).fingerprint
+        return self._hashed[1]
 
     def write(self, folder: Path, student: str) -> None:
         """Write the projection into the folder of the student with this fingerprint."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
@@ -60,25 +61,25 @@ class ChosenTokens:
     rarities: list[float]
     max_query_tokens: int
 
-    def places(self, token_ids: Sequence[int]) -> list[int]:
+    def positions(self, token_ids: Sequence[int]) -> list[int]:
         """The places of a passage's tokens that get a vector."""
-        return [place for place, token in enumerate(token_ids) if self._rarity_of(token) > 0]
+        return [index for index, token in enumerate(token_ids) if self._rarity_of(token) > 0]
 
     def chosen(self, token_ids: Sequence[int], kind: TextKind) -> tuple[list[int], float]:
         """The places of a text's tokens that get a vector, and the fraction of its tokens that they are."""
         if kind == "passage":
-            return self.places(token_ids), 1.0
-        return self.query_places(token_ids), self.query_fraction(token_ids)
+            return self.positions(token_ids), 1.0
+        return self.query_positions(token_ids), self.query_fraction(token_ids)
 
-    def query_places(self, token_ids: Sequence[int]) -> list[int]:
+    def query_positions(self, token_ids: Sequence[int]) -> list[int]:
         """The places of a query's tokens that get a vector."""
-        places = self.places(token_ids)
-        places.sort(key=lambda place: -self._rarity_of(token_ids[place]))  # stable: of equal tokens the first
-        return sorted(places[: self.max_query_tokens])
+        positions = self.positions(token_ids)
+        positions.sort(key=lambda place: -self._rarity_of(token_ids[place]))  # stable: of equal tokens the first
+        return sorted(positions[: self.max_query_tokens])
 
     def query_fraction(self, token_ids: Sequence[int]) -> float:
         """The fraction of a query's tokens that get a vector; 1 for all but long queries."""
-        return min(1.0, self.max_query_tokens / max(len(self.places(token_ids)), 1))
+        return min(1.0, self.max_query_tokens / max(len(self.positions(token_ids)), 1))
 
     def _rarity_of(self, token: int) -> float:
         return self.rarities[max(token, ~token)]  # a query's tokens may be below 0 (``TokenizedTexts``)
@@ -91,7 +92,7 @@ class StoredProjection(ChosenTokens):
         self.weight, self.rarity, self.max_query_tokens = weight, rarity, max_query_tokens
         self.rarities = rarity.tolist()
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Content hash."""
         digest = hashlib.sha256(str(self.max_query_tokens).encode())
@@ -167,15 +168,15 @@ class EncodedTexts:
         return len(self.truncated)
 
     @classmethod
-    def join(cls, parts: Sequence[EncodedTexts], dim: int) -> EncodedTexts:
+    def join(cls, batches: Sequence[EncodedTexts], dim: int) -> EncodedTexts:
         """The texts of all parts, which have vectors [n, dim], in order."""
-        starts = np.cumsum([0, *(len(part.vectors) for part in parts)]).tolist()
-        tokens = [part.tokens for part in parts if part.tokens is not None]
+        starts = np.cumsum([0, *(len(part.vectors) for part in batches)]).tolist()
+        tokens = [part.tokens for part in batches if part.tokens is not None]
         return cls(
-            np.concatenate([np.zeros((0, dim), np.float32), *(part.vectors for part in parts)]),
-            tuple(start + place for start, part in zip(starts, parts, strict=False) for place in part.truncated),
-            sum(part.num_tokens for part in parts),
-            tuple(length for part in parts for length in part.lengths),
+            np.concatenate([np.zeros((0, dim), np.float32), *(part.vectors for part in batches)]),
+            tuple(start + place for start, part in zip(starts, batches, strict=False) for place in part.truncated),
+            sum(part.num_tokens for part in batches),
+            tuple(length for part in batches for length in part.lengths),
             TokenVectors(*(np.concatenate(arrays) for arrays in zip(*tokens, strict=True))) if tokens else None,
         )
 
@@ -252,7 +253,7 @@ class TextReader:
         """
         texts_offsets = _offsets(self.tokenizer, [prefix + text for text in texts_of(texts)])
         return [
-            next((place for place, (_, end) in enumerate(offsets) if end > len(prefix)), len(offsets))
+            next((index for index, (_, end) in enumerate(offsets) if end > len(prefix)), len(offsets))
             for offsets in texts_offsets
         ]
 

@@ -89,8 +89,8 @@ def top_k_overlap(first: Sequence[str], second: Sequence[str], k: int = 10) -> f
     if k < 1:
         raise InputError(f"k is {k}, but must be at least 1")
     left, right = set(first[:k]), set(second[:k])
-    places = max(len(left), len(right))
-    return len(left & right) / places if places else 1.0
+    depth = max(len(left), len(right))
+    return len(left & right) / depth if depth else 1.0
 
 
 def agreement(by_query: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Agreement:

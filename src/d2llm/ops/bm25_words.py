@@ -42,27 +42,27 @@ def stemmer() -> Callable[[str], str]:
 
 def unstemmed(text: str) -> list[str]:
     """What ``terms`` gives for the sentences of a text, before stemming, with a ``END_OF_SENTENCE`` after each."""
-    parts = [text[start:end] for start, end in sentences(text)]
+    sentence_texts = [text[start:end] for start, end in sentences(text)]
     if text.isascii():
-        return _ASCII_WORD.findall("".join([f"{part}{END_OF_SENTENCE}" for part in parts]).lower())
-    return [word for part in parts for word in (*words_and_pairs(fold(part)), END_OF_SENTENCE)]
+        return _ASCII_WORD.findall("".join([f"{part}{END_OF_SENTENCE}" for part in sentence_texts]).lower())
+    return [word for part in sentence_texts for word in (*words_and_pairs(fold(part)), END_OF_SENTENCE)]
 
 
 def placed_terms(text: str) -> list[tuple[Span, str]]:
     """The terms of a text, and where each is in it; a term that is there several times comes as often."""
     stem = stemmer()
-    folded, places = placed_fold(text)
+    folded, origins = placed_fold(text)
     spans = [span for run in runs(folded) for span in (*run.words, *run.pairs)]
-    return [((places[start][0], places[end - 1][1]), stem(folded[start:end])) for start, end in spans]
+    return [((origins[start][0], origins[end - 1][1]), stem(folded[start:end])) for start, end in spans]
 
 
 def tokens_of_terms(text: str, spans: Sequence[Span]) -> dict[str, list[int]]:
     """For each term, which of a model's tokens, at these character spans of the text, overlap its words."""
-    places: dict[str, list[int]] = {}
+    by_term: dict[str, list[int]] = {}
     for (first, end), term in placed_terms(text):
         tokens = [at for at, span in enumerate(spans) if max(span[0], first) < min(span[1], end)]
-        places.setdefault(term, []).extend(tokens)
-    return places
+        by_term.setdefault(term, []).extend(tokens)
+    return by_term
 
 
 def sentences(text: str) -> list[Span]:

@@ -50,16 +50,16 @@ def reliability_bins(log_odds: ArrayLike, labels: ArrayLike, *, num_bins: int = 
     values, truth = _checked(log_odds, labels, num_bins)
     probabilities = sigmoid(values)
     edges = np.linspace(0, 1, num_bins + 1)
-    places = np.clip(np.searchsorted(edges, probabilities, side="right") - 1, 0, num_bins - 1)
+    bins = np.clip(np.searchsorted(edges, probabilities, side="right") - 1, 0, num_bins - 1)
     return [
         ReliabilityBin(
-            low=float(edges[place]),
-            high=float(edges[place + 1]),
-            mean_probability=float(probabilities[places == place].mean()),
-            fraction_positive=float(truth[places == place].mean()),
-            count=int((places == place).sum()),
+            low=float(edges[index]),
+            high=float(edges[index + 1]),
+            mean_probability=float(probabilities[bins == index].mean()),
+            fraction_positive=float(truth[bins == index].mean()),
+            count=int((bins == index).sum()),
         )
-        for place in np.unique(places).tolist()
+        for index in np.unique(bins).tolist()
     ]
 
 

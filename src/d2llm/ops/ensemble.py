@@ -138,7 +138,7 @@ def out_of_fold_log_odds(
     if len(names) < 2:
         raise InputError("cross-validation over queries needs at least two of them; give more queries")
     order = np.random.default_rng(seed).permutation(len(names))
-    fold_of = {names[index]: place % num_folds for place, index in enumerate(order.tolist())}
+    fold_of = {names[index]: position % num_folds for position, index in enumerate(order.tolist())}
     folds = np.array([fold_of[group] for group in groups])
     log_odds = np.empty(len(values))
     for fold in np.unique(folds).tolist():

@@ -47,11 +47,11 @@ def reciprocal_rank_scores(
     if len(ranking_weights) != len(rankings) or not all(weight >= 0 for weight in ranking_weights):
         raise InputError(f"the weights of {len(rankings)} rankings are {ranking_weights}; give each one of at least 0")
     terms: defaultdict[_Item, list[float]] = defaultdict(list)
-    for number, (ranking, weight) in enumerate(zip(rankings, ranking_weights, strict=True), start=1):
+    for position, (ranking, weight) in enumerate(zip(rankings, ranking_weights, strict=True), start=1):
         seen: set[_Item] = set()
         for rank, item in enumerate(ranking, start=1):
             if item in seen:
-                raise InputError(f"ranking {number} holds '{item}' twice (again at rank {rank}); keep one")
+                raise InputError(f"ranking {position} holds '{item}' twice (again at rank {rank}); keep one")
             seen.add(item)
             terms[item].append(weight / (k + rank))
     # fsum rounds once, so equal sets of ranks give equal scores, whichever rankings they come from.

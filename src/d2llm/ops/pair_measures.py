@@ -153,12 +153,12 @@ def ordinal_thresholds(scores: ArrayLike, classes: ArrayLike) -> tuple[float, fl
         InputError: a class does not occur.
     """
     values, truth = _paired(scores, classes)
-    for number in range(3):
-        if not (truth == number).any():
-            raise InputError(f"no pair is of class {number}: three-way thresholds need all of 0, 1 and 2")
+    for label in range(3):
+        if not (truth == label).any():
+            raise InputError(f"no pair is of class {label}: three-way thresholds need all of 0, 1 and 2")
     order, num_above, thresholds = _cuts(values)
     num_zeros, num_ones, num_twos = (
-        np.concatenate([[0], np.cumsum(truth[order] == number)])[num_above] for number in range(3)
+        np.concatenate([[0], np.cumsum(truth[order] == label)])[num_above] for label in range(3)
     )
     upper_gain = num_twos - num_ones
     best_so_far = np.maximum.accumulate(upper_gain)
@@ -184,8 +184,8 @@ def fit_nli(scores: ArrayLike, classes: Sequence[str]) -> NliThresholds:
         InputError: a class is unknown or does not occur.
     """
     values, numbers = _paired(scores, _nli_numbers(classes))
-    for number, name in enumerate(NLI_CLASSES):
-        if not (numbers == number).any():
+    for label, name in enumerate(NLI_CLASSES):
+        if not (numbers == label).any():
             raise InputError(f"no pair of the dev split is '{name}', so no threshold can be chosen; use another split")
     decided = numbers != 1
     return NliThresholds(
@@ -304,9 +304,9 @@ class _Sorted:
         """
         if not len(rows):
             raise InputError("there are no pairs to measure")
-        places, truth = self.place[rows], self.truth[rows]
-        pairs = np.bincount(places, minlength=self.num_places)
-        matches = np.bincount(places[truth], minlength=self.num_places)
+        positions, truth = self.place[rows], self.truth[rows]
+        pairs = np.bincount(positions, minlength=self.num_places)
+        matches = np.bincount(positions[truth], minlength=self.num_places)
         drawn = pairs > 0
         cuts = _Cuts(pairs[drawn], matches[drawn])
         _require_both(int(cuts.hits[-1]), len(rows))

@@ -22,7 +22,7 @@ def cut_pair(pair: tuple[str, str], ends: tuple[Sequence[int], Sequence[int]], r
     """
     counts = fit_pair(len(ends[0]), len(ends[1]), room)
     query, passage = (
-        text if count >= len(places) else text[: places[count - 1]] if count else ""
-        for text, places, count in zip(pair, ends, counts, strict=True)
+        text if count >= len(text_ends) else text[: text_ends[count - 1]] if count else ""
+        for text, text_ends, count in zip(pair, ends, counts, strict=True)
     )
     return query, passage

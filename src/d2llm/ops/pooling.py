@@ -69,7 +69,7 @@ class LastPooling(Pooling, kind="last"):
     """The last token, which has read the whole text in a decoder."""
 
     measured = (
-        "instead of PMA: -.018 on squad-sent and banking77, -.020 on wikiqa and quora ([two "
+        "instead of PMA: -.018 ±.006 on squad-sent and banking77, -.022 ±.016 on wikiqa and quora ([three "
         "seeds](ablations.md#the-published-objective-taught-by-grades-that-are-better-than-the-student))"
     )
     takes_one_token: ClassVar[bool] = True

@@ -65,7 +65,7 @@ def calibrate_error(scores: ArrayLike, log_odds: ArrayLike, queries: Sequence[st
         raise InputError(f"{student.shape} scores, {teacher.shape} log-odds, {len(queries)} queries: give as many each")
     if not (np.isfinite(student).all() and np.isfinite(teacher).all()):
         raise InputError("a score or log-odds is not a finite number; check the student and the teacher")
-    place_of = {query: place for place, query in enumerate(dict.fromkeys(queries))}
+    place_of = {query: index for index, query in enumerate(dict.fromkeys(queries))}
     group, num_queries = np.array([place_of[query] for query in queries], np.int64), len(place_of)
     freedom = len(student) - num_queries - 1
     if freedom < 1:
@@ -131,11 +131,11 @@ def reading_gains(
     """
     worth = 1 / np.log2(np.arange(min(top_k, len(log_odds))) + 2)
     now = sigmoid(expected_log_odds(log_odds, unread, sigma))
-    places = np.flatnonzero(unread)
-    outcomes = np.tile(now, (len(places), len(_NODES), 1))
-    outcomes[np.arange(len(places)), :, places] = sigmoid(log_odds[places, None] + sigma * _NODES)
+    positions = np.flatnonzero(unread)
+    outcomes = np.tile(now, (len(positions), len(_NODES), 1))
+    outcomes[np.arange(len(positions)), :, positions] = sigmoid(log_odds[positions, None] + sigma * _NODES)
     gains = np.zeros(len(log_odds))
-    gains[places] = (_best(outcomes, len(worth)) @ worth) @ _WEIGHTS - _best(now, len(worth)) @ worth
+    gains[positions] = (_best(outcomes, len(worth)) @ worth) @ _WEIGHTS - _best(now, len(worth)) @ worth
     return np.maximum(gains, 0.0)  # negative only through rounding
 
 

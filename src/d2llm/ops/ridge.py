@@ -80,7 +80,9 @@ def choose_penalty(
             for one_set, predicted in zip(sets, predictions, strict=True):
                 values = one_set.features[one_set.folds == fold] @ weights
                 predicted[one_set.folds == fold] = values - values.mean()
-        by_penalty[penalty] = [measure(own, one_set.targets) for own, one_set in zip(predictions, sets, strict=True)]
+        by_penalty[penalty] = [
+            measure(predicted, one_set.targets) for predicted, one_set in zip(predictions, sets, strict=True)
+        ]
     best = max(PENALTIES, key=lambda penalty: (np.mean(by_penalty[penalty]), penalty))
     return best, by_penalty[best]
 

@@ -67,17 +67,17 @@ def top_rows(
     return rows[:top_k]
 
 
-def nth_highest(values: NDArray[np.floating[Any]], number: int) -> np.floating[Any]:
-    """The ``number``-th highest of the values [n], counted from 1; no NaN.
+def nth_highest(values: NDArray[np.floating[Any]], n: int) -> np.floating[Any]:
+    """The ``n``-th highest of the values [n], counted from 1; no NaN.
 
     Of many values, only those are sorted that a sample shows to be among the highest.
     """
     sample = values[::_SAMPLED]
-    place = len(sample) - _SAMPLE_MARGIN - 2 * number // _SAMPLED
+    place = len(sample) - _SAMPLE_MARGIN - 2 * n // _SAMPLED
     if place > 0:
         highest = values[values >= np.partition(sample, place)[place]]
-        values = highest if len(highest) >= number else values
-    place = len(values) - number
+        values = highest if len(highest) >= n else values
+    place = len(values) - n
     return np.partition(values, place)[place]
 
 
@@ -94,10 +94,10 @@ def from_the_highest(bounds: NDArray[np.float32], first: int) -> Iterator[NDArra
     size = first
     while len(left):
         size = min(size, len(left))
-        places = np.argpartition(-bounds[left], size - 1)
-        part = left[places[:size]]
+        order = np.argpartition(-bounds[left], size - 1)
+        part = left[order[:size]]
         yield part[np.argsort(-bounds[part], kind="stable")]
-        left = left[places[size:]]
+        left = left[order[size:]]
         size *= 2
 
 
@@ -127,8 +127,8 @@ def nearest_rows(
 
 def ids_at(ids: Sequence[str], rows: NDArray[np.int64]) -> list[str]:
     """The ids of some rows, from ids in row order; pass ``partial(ids_at, ids)`` to ``top_rows`` as ``ids_of``."""
-    places: list[int] = rows.tolist()
-    return [ids[row] for row in places]
+    listed: list[int] = rows.tolist()
+    return [ids[row] for row in listed]
 
 
 def ranges(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:

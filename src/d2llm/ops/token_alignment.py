@@ -31,8 +31,8 @@ def align_tokens(text: str, spans: Sequence[Span], teacher_spans: Sequence[Span]
         letters[np.asarray(bounds, np.int64).reshape(-1, 2).clip(0, len(text))] for bounds in (spans, teacher_spans)
     )
     shared = np.minimum(one[:, None, 1], other[:, 1]) - np.maximum(one[:, None, 0], other[:, 0])
-    places, teacher_places = (shared > 0).nonzero()
-    return np.stack([places, teacher_places, shared[places, teacher_places]], axis=1).astype(np.int32)
+    positions, teacher_places = (shared > 0).nonzero()
+    return np.stack([positions, teacher_places, shared[positions, teacher_places]], axis=1).astype(np.int32)
 
 
 def aligned_states(
@@ -49,8 +49,8 @@ def aligned_states(
         num_tokens: width of the student's batch, padding included.
     """
     rows = torch.from_numpy(np.repeat(np.arange(len(pairs)), [len(aligned) for aligned in pairs])).to(teacher.device)
-    places, teacher_places, weights = torch.from_numpy(np.concatenate(pairs).T.astype(np.int64)).to(teacher.device)
-    flat, weights = rows * num_tokens + places, weights.float()
+    positions, teacher_places, weights = torch.from_numpy(np.concatenate(pairs).T.astype(np.int64)).to(teacher.device)
+    flat, weights = rows * num_tokens + positions, weights.float()
     sums = weights.new_zeros(len(pairs) * num_tokens).index_add(0, flat, weights)
     fractions = (weights / sums[flat])[:, None]
     states = weights.new_zeros(len(sums), teacher.shape[2])

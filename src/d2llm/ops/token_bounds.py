@@ -63,8 +63,8 @@ def _ends(text: str, start: int, end: int, *, at_least: int = 0) -> list[int]:
         return [end]
     ends: list[int] = []
     total = 0.0
-    for place, cost in enumerate(costs(part), start=start + 1):
+    for index, cost in enumerate(costs(part), start=start + 1):
         total += cost
-        ends += [place] * (math.floor(total + 1e-9) - len(ends))
+        ends += [index] * (math.floor(total + 1e-9) - len(ends))
     missing = max(at_least, math.ceil(total - 1e-9)) - len(ends)
     return ends + [end] * missing

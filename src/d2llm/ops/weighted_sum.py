@@ -90,10 +90,10 @@ class _Fit:
     """All lists concatenated, with their columns scaled to a mean square of 1."""
 
     def __init__(self, lists: Lists, ridge: float) -> None:
-        self.kept = [place for place, (_, grades) in enumerate(lists) if len(grades) and grades.max() > 0]
+        self.kept = [index for index, (_, grades) in enumerate(lists) if len(grades) and grades.max() > 0]
         if not self.kept:
             raise InputError("no list has a relevant passage, so weights cannot be fitted; give judged queries")
-        judged = [lists[place] for place in self.kept]
+        judged = [lists[index] for index in self.kept]
         scores = np.concatenate([scores for scores, _ in judged]).astype(np.float64)
         if not np.isfinite(scores).all():
             raise InputError("some scores are not finite, so weights cannot be fitted; check the student")
@@ -159,5 +159,5 @@ def _minimum(
     """Where a loss, given with its gradient, is least; the first ``num_positive`` parameters are at least 0."""
     from scipy.optimize import minimize  # slow to import
 
-    bounds = [(0.0 if place < num_positive else None, None) for place in range(len(start))]
+    bounds = [(0.0 if index < num_positive else None, None) for index in range(len(start))]
     return np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x, np.float64)

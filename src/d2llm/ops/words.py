@@ -110,12 +110,12 @@ def placed_fold(text: str) -> tuple[str, list[Span]]:
     """The folded text, and for each of its characters the part of the text that it is made from."""
     if text.isascii():
         return text.lower(), [(at, at + 1) for at in range(len(text))]
-    parts: list[str] = []
-    places: list[Span] = []
+    folded: list[str] = []
+    origins: list[Span] = []
     for match in _scripts().cluster.finditer(text):
-        parts.append(fold(match[0]))
-        places += [match.span()] * len(parts[-1])
-    return "".join(parts), places
+        folded.append(fold(match[0]))
+        origins += [match.span()] * len(folded[-1])
+    return "".join(folded), origins
 
 
 def runs(folded: str) -> Iterator[Run]:
@@ -169,8 +169,8 @@ def _run_pattern(folded: str) -> re.Pattern[str]:
 
 def words(text: str) -> list[Span]:
     """Where the words of a text are in it, as it is written."""
-    folded, places = placed_fold(text)
-    found = ((places[start][0], places[end - 1][1]) for run in runs(folded) for start, end in run.words)
+    folded, origins = placed_fold(text)
+    found = ((origins[start][0], origins[end - 1][1]) for run in runs(folded) for start, end in run.words)
     return [*dict.fromkeys(found)]  # several may be made from one character
 
 

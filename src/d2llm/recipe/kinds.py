@@ -87,8 +87,8 @@ class SectionOfKind(Registered, Section):
     def _without_kind(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        own = cast("Mapping[str, Any]", values)
-        return {name: value for name, value in own.items() if not (name == "kind" and value == cls.kind)}
+        given = cast("Mapping[str, Any]", values)
+        return {name: value for name, value in given.items() if not (name == "kind" and value == cls.kind)}
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

@@ -67,7 +67,7 @@ class Pooling(SectionOfKind):
         return type(self).pool is Pooling.pool
 
     @property
-    def own(self) -> Pooling:
+    def weightless(self) -> Pooling:
         """The pooling without weights in it, for what reads or trains the backbone alone; ``auto`` if there is none."""
         return AutoPooling() if self.is_trained else self
 
@@ -134,9 +134,9 @@ class ChangedPooling(Pooling):
         return self.pooling
 
     @property
-    def own(self) -> Pooling:
+    def weightless(self) -> Pooling:
         """That of ``pooling``."""
-        return self.pooling.own
+        return self.pooling.weightless
 
     def without_gated(self) -> Pooling:
         """The same over ``pooling`` without it."""

@@ -103,6 +103,6 @@ def untuned_config(config: StudentConfig) -> StudentConfig:
     """A baseline: a student's backbone before training, with the pooling it was pretrained with."""
     return StudentConfig(
         backbone=config.backbone.model_copy(update={"tuning": Frozen(), "bidirectional": False}),
-        pooling=config.pooling.own,
+        pooling=config.pooling.weightless,
         interaction=InteractionConfig(head="cosine"),
     )

@@ -78,17 +78,17 @@ def _overlaid(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
     return result
 
 
-def _own(pooling: Any) -> Pooling:
+def _weightless(pooling: Any) -> Pooling:
     """The pooling without PMA, and without what changes its vectors."""
-    return Pooling.of(pooling).own
+    return Pooling.of(pooling).weightless
 
 
-def _with_own(pooling: Any, kind: str) -> Pooling:
+def _with_weightless(pooling: Any, kind: str) -> Pooling:
     """The pooling with another one in place of the backbone's own."""
     pooling = Pooling.of(pooling)
     if not isinstance(pooling, ChangedPooling):
         return Pooling.of(kind)
-    return pooling.model_copy(update={"pooling": _with_own(pooling.pooling, kind)})
+    return pooling.model_copy(update={"pooling": _with_weightless(pooling.pooling, kind)})
 
 
 def _with_pma(pooling: Any, /, **changes: Any) -> Pooling:
@@ -101,19 +101,19 @@ def _with_pma(pooling: Any, /, **changes: Any) -> Pooling:
     return pooling.model_copy(update={"pooling": _with_pma(pooling.pooling, **changes)})
 
 
-def _pma_beside(pooling: Any, own: Pooling) -> Pooling:
+def _pma_beside(pooling: Any, weightless: Pooling) -> Pooling:
     """Its PMA beside another pooling; that pooling alone if there is no PMA."""
     pma = next((stage for stage in Pooling.of(pooling).stages if stage.kind == "pma"), None)
-    return own if pma is None else pma.model_copy(update={"pooling": own, "warm_start": True})
+    return weightless if pma is None else pma.model_copy(update={"pooling": weightless, "warm_start": True})
 
 
 def _whitened(pooling: Any) -> Pooling:
-    return Pooling.of({"kind": "whitening", "pooling": _own(pooling)})
+    return Pooling.of({"kind": "whitening", "pooling": _weightless(pooling)})
 
 
 _COSINE = {"interaction": {"head": "cosine"}}
 _FOUR_LAYERS = {"backbone": {"layers": (0, 1, 4, 5)}}
-_NO_PMA = {"pooling": _own}
+_NO_PMA = {"pooling": _weightless}
 _NO_SCORE_FEATURES = {
     "bm25": False,
     "window_bm25": False,
@@ -238,7 +238,9 @@ _OWN: _Group = {
     "words": ("the backbone first taught to say from a text's vector which words it has (LLaRA)", _pretrained("words")),
     "bidirectional": (
         "a decoder that first learnt to read in both directions (LLM2Vec)",
-        _pretrained("masked_next_token", backbone={"bidirectional": True}, pooling=partial(_with_own, kind="mean")),
+        _pretrained(
+            "masked_next_token", backbone={"bidirectional": True}, pooling=partial(_with_weightless, kind="mean")
+        ),
     ),
     "four-layers": ("layers 0, 1, 4 and 5 of the backbone alone", _student(**_FOUR_LAYERS)),
     "four-layers-vectors": (
@@ -265,7 +267,7 @@ _OWN: _Group = {
         "vectors of 128 dimensions by a trained projection, which starts as principal components (HPD)",
         _student(
             pooling=lambda pooling: Pooling.of(
-                {"kind": "projection", "dim": 128, "pooling": _with_pma(pooling, pooling=_own(pooling))}
+                {"kind": "projection", "dim": 128, "pooling": _with_pma(pooling, pooling=_weightless(pooling))}
             )
         ),
     ),
@@ -289,7 +291,7 @@ _OWN: _Group = {
     "width-1024": ("IEM of width 1,024", _student(interaction={"hidden_dim": 1024, "feature_dim": 1024})),
     "cold-start": (
         "PMA alone, no warm start",
-        _student(pooling=lambda pooling: _with_pma(pooling, warm_start=False, pooling=_own(pooling))),
+        _student(pooling=lambda pooling: _with_pma(pooling, warm_start=False, pooling=_weightless(pooling))),
     ),
     "warm-start": (
         "PMA beside the backbone's pooling",

@@ -8,11 +8,12 @@ from typing import get_args
 from xml.etree.ElementTree import Element
 
 from d2llm.core.document import Document, Figures, Items, Note, Section, Values
+from d2llm.core.errors import RecipeError
 from d2llm.core.table import Cell, Column, Style, Table
 from d2llm.core.types import Task
 from d2llm.ops.significance import Interval
 from d2llm.recipe import Recipe
-from d2llm.recipe.variants import VARIANTS, VariantGroup
+from d2llm.recipe.variants import VARIANTS, Variant, VariantGroup
 from d2llm.reports.html import svg
 from d2llm.training.ablation.report import BASE, MEASURE, AblationReport, AblationRow
 
@@ -90,15 +91,23 @@ def _plot_caption(report: AblationReport) -> str:
 
 
 def variants_table(recipe: Recipe | None) -> Table:
-    """All variants by group; with a recipe, those that change nothing in it are marked."""
+    """All variants by group; with a recipe, those are marked that change nothing in it, and those it cannot have."""
     table = Table("variant", "what it is")
     for group in _GROUPS:
         table.add_section(group)
         for variant in VARIANTS.values():
             if variant.group == group:
-                same = recipe is not None and variant.apply(recipe).model_copy(update={"name": recipe.name}) == recipe
-                table.add_row(variant.name, variant.title + " (changes nothing in this recipe)" * same)
+                table.add_row(variant.name, variant.title + ("" if recipe is None else _effect(variant, recipe)))
     return table
+
+
+def _effect(variant: Variant, recipe: Recipe) -> str:
+    """What to remark about a variant of this recipe; empty if it can be trained and differs."""
+    try:
+        changed = variant.apply(recipe)
+    except RecipeError:
+        return " (not possible in this recipe)"
+    return " (changes nothing in this recipe)" if changed.model_copy(update={"name": recipe.name}) == recipe else ""
 
 
 def listed() -> list[dict[str, str]]:

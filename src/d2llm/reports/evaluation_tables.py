@@ -23,15 +23,15 @@ def evaluation_tables(report: EvaluationReport) -> list[RenderableType]:
     measures = measure_table(report, report.rows, title=facts)
     for row in report.missing:
         measures.add_row(f"{row.name}: not measured, {row.reason}", *(None for _ in measures.columns[1:]))
-    parts: list[RenderableType] = [measures]
+    renderables: list[RenderableType] = [measures]
     if report.sample_rows:
-        parts.append(measure_table(report, report.sample_rows, title=phrases.sample_title(report), marks=False))
+        renderables.append(measure_table(report, report.sample_rows, title=phrases.sample_title(report), marks=False))
     if report.agreement:
-        parts.append(agreement_table(report))
-    parts.append(cost_table(report))
+        renderables.append(agreement_table(report))
+    renderables.append(cost_table(report))
     verdict = phrases.verdict(report)
     remarks = [phrases.legend(report), *([verdict] if verdict else []), *report.notes]
-    return [*parts, Text("\n".join(remarks))]
+    return [*renderables, Text("\n".join(remarks))]
 
 
 def evaluation_document(report: EvaluationReport) -> Document:
@@ -121,8 +121,8 @@ def cost_table(report: EvaluationReport, *, tagged: bool = False) -> Table:
     """What each system costs; costs that were not measured for any system are left out."""
     columns = phrases.cost_columns(report.rows)
     table = Table(_SYSTEM, *(Column(heading) for heading, _ in columns), title="Cost, one at a time")
-    for place, row in enumerate(report.rows):
-        cells = [costs[place] for _, costs in columns]
+    for index, row in enumerate(report.rows):
+        cells = [costs[index] for _, costs in columns]
         table.add_row(_system(report, row.name, tagged), *cells, highlighted=row.name == report.subject)
     return table
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel
 
 from d2llm.core.registry import Registered, Registry
-from d2llm.core.settings import bound
+from d2llm.core.settings import bound, shown_as
 from d2llm.core.table import Cell, Column, Table
 from d2llm.recipe import BackboneConfig, Pooling, Pretraining, TeacherConfig, Tuning, WriterConfig
 from d2llm.recipe.losses import LOSSES
@@ -35,7 +36,7 @@ SECTIONS: Mapping[str, Registry[Any]] = {
 """All kinds, by the setting that names one."""
 
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-_TYPES = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+_TYPES = {bool: "true or false", int: "whole number", float: "number", str: "text", Path: "path", Any: "object"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ def plain(text: str) -> str:
 
 def _facts(section: str, cls: type[Registered]) -> MethodFacts:
     needs = ", ".join(sorted(cls.needs)).replace("_", " ")
-    fields = _settings(cls) if issubclass(cls, BaseModel) else ()
+    fields = settings_of(cls) if issubclass(cls, BaseModel) else ()
     return MethodFacts(
         what=_one_line((cls.__doc__ or "").split("\n\n")[0]),
         needs=_one_line("; ".join(filter(None, (needs, cls.costs)))),
@@ -156,7 +157,9 @@ def _is_of(variant: Variant, section: str, kind: str) -> bool:
     return variant.group != "baseline" and bool(named.get("kind") == kind or named.get(kind) or leaves_out)
 
 
-def _settings(cls: type[BaseModel], prefix: str = "", given: BaseModel | None = None) -> Iterator[tuple[str, Setting]]:
+def settings_of(
+    cls: type[BaseModel], prefix: str = "", given: BaseModel | None = None
+) -> Iterator[tuple[str, Setting]]:
     """The settings of a class, and of the sections in it; ``given``: the section that is the default."""
     for name, field in cls.model_fields.items():
         limits = [f"{sign} {bound(field, key):g}" for key, sign in _BOUNDS.items() if bound(field, key) is not None]
@@ -167,12 +170,16 @@ def _settings(cls: type[BaseModel], prefix: str = "", given: BaseModel | None = 
             f"{prefix}{name}",
             Setting(
                 " ".join([_type(field.annotation), *limits]),
-                "must be given" if required else "" if inner and default is not None else _default(default),
+                "must be given"
+                if required
+                else ""
+                if inner and default is not None
+                else shown_as(field).default or _default(default),
                 _one_line(field.description or ""),
             ),
         )
         if inner is not None:
-            yield from _settings(inner, f"{prefix}{name}.", default if isinstance(default, BaseModel) else None)
+            yield from settings_of(inner, f"{prefix}{name}.", default if isinstance(default, BaseModel) else None)
 
 
 def _default(value: Any) -> str:
@@ -192,15 +199,17 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _type(annotation: Any) -> str:
-    origin, parts = get_origin(annotation), get_args(annotation)
+    origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _type(parts[0])
+        return _type(arguments[0])
     if origin is Literal:
-        return " | ".join(map(str, parts))
+        return " | ".join(map(str, arguments))
     if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(_type(alternative) for alternative in parts if alternative is not type(None)))
+        return " or ".join(
+            dict.fromkeys(_type(alternative) for alternative in arguments if alternative is not type(None))
+        )
     if origin is tuple:
-        return f"list of {_type(parts[0])}"
+        return f"list of {_type(arguments[0])}"
     if isinstance(annotation, type) and issubclass(annotation, Registered):
         return annotation.kinds.what
     return _TYPES.get(annotation, "table")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -12,11 +12,13 @@ from rich.styled import Styled
 from rich.text import Text
 
 from d2llm.core.table import Cell, Column, Table
+from d2llm.ops.bm25_words import placed_terms
 
 if TYPE_CHECKING:
     from d2llm.core.types import Excerpt, Passage, RankedPassage, Ranking
     from d2llm.retrieval.build_ann import AnnReport
     from d2llm.retrieval.context import AnswerContext
+    from d2llm.retrieval.encode import EncodeReport
     from d2llm.store.inspection import IndexStats
 
 _SHOWN_CHARACTERS = 300
@@ -25,28 +27,30 @@ _SHOWN_CHARACTERS = 300
 def ranking_list(ranking: Ranking) -> RenderableType:
     """One query with its passages, best first: rank, score and id, and the start of the text; neighbours in grey.
 
-    An id is never wrapped, however long it is, so that it can be copied.
+    An id is never wrapped, however long it is, so that it can be copied. Words of the query are underlined.
     """
-    width = len(str(len(ranking.passages)))
-    parts: list[RenderableType] = [_unbroken(Text(ranking.query.text, style="bold"))]
-    for place in ranking.passages:
-        parts += [part for passage in place.before for part in _neighbour(passage, width)]
-        parts += _result(place, width)
-        parts += [part for passage in place.after for part in _neighbour(passage, width)]
-    return Group(*parts)
+    width, terms = len(str(len(ranking.passages))), _terms(ranking)
+    renderables: list[RenderableType] = [_unbroken(Text(ranking.query.text, style="bold"))]
+    for result in ranking.passages:
+        renderables += [part for passage in result.before for part in _neighbour(passage, width)]
+        renderables += _result(result, width, terms)
+        renderables += [part for passage in result.after for part in _neighbour(passage, width)]
+    return Group(*renderables)
 
 
 def excerpt_list(ranking: Ranking, excerpts: Sequence[Excerpt]) -> RenderableType:
     """The results of a query in the order of their documents, with neighbours in grey; a line before each excerpt."""
-    width = len(str(len(ranking.passages)))
-    parts: list[RenderableType] = [_unbroken(Text(ranking.query.text, style="bold"))]
+    width, terms = len(str(len(ranking.passages))), _terms(ranking)
+    renderables: list[RenderableType] = [_unbroken(Text(ranking.query.text, style="bold"))]
     for excerpt in excerpts:
         results = {result.passage.id: result for result in excerpt.results}
-        parts.append(_unbroken(Text(excerpt.passages[0].document_id or excerpt.passages[0].id, style="bold cyan")))
+        renderables.append(
+            _unbroken(Text(excerpt.passages[0].document_id or excerpt.passages[0].id, style="bold cyan"))
+        )
         for passage in excerpt.passages:
             result = results.get(passage.id)
-            parts += _neighbour(passage, width) if result is None else _result(result, width)
-    return Group(*parts)
+            renderables += _neighbour(passage, width) if result is None else _result(result, width, terms)
+    return Group(*renderables)
 
 
 def context_remark(context: AnswerContext) -> str:
@@ -61,9 +65,13 @@ def context_remark(context: AnswerContext) -> str:
     return remark
 
 
-def _result(place: RankedPassage, width: int) -> list[RenderableType]:
+def _terms(ranking: Ranking) -> set[str]:
+    return {term for _, term in placed_terms(ranking.query.text)}
+
+
+def _result(place: RankedPassage, width: int, terms: Set[str]) -> list[RenderableType]:
     head = Text.assemble(f"{place.rank:{width}}  {place.score:.3f}  ", (place.passage.id, "cyan"))
-    return [_unbroken(head), *_text_lines(place.passage, width)]
+    return [_unbroken(head), *_text_lines(place.passage, width, terms)]
 
 
 def _neighbour(passage: Passage, width: int) -> list[RenderableType]:
@@ -73,14 +81,18 @@ def _neighbour(passage: Passage, width: int) -> list[RenderableType]:
     ]
 
 
-def _text_lines(passage: Passage, width: int) -> list[RenderableType]:
+def _text_lines(passage: Passage, width: int, terms: Set[str]) -> list[RenderableType]:
     """The title, if there is one, and the start of the text, each on lines of its own."""
-    title = [Styled(_indented(passage.title, width), "bold")] if passage.title else []
-    return [*title, _indented(passage.text, width)]
+    title = [Styled(_indented(passage.title, width, terms), "bold")] if passage.title else []
+    return [*title, _indented(passage.text, width, terms)]
 
 
-def _indented(text: str, width: int) -> RenderableType:
-    return Padding(Text(_beginning(text)), (0, 0, 0, width + 2))
+def _indented(text: str, width: int, terms: Set[str] = frozenset()) -> RenderableType:
+    line = Text(_beginning(text))
+    for (start, end), term in placed_terms(line.plain) if terms else ():
+        if term in terms:
+            line.stylize("underline", start, end)
+    return Padding(line, (0, 0, 0, width + 2))
 
 
 def _unbroken(line: Text) -> Text:
@@ -102,21 +114,23 @@ def explanation_table(ranking: Ranking) -> Table:
         title="why",
         framed=False,
     )
-    for place in ranking.passages:
-        parts = place.explanation
-        if parts is None:
+    for result in ranking.passages:
+        explanation = result.explanation
+        if explanation is None:
             continue
         ranks = ", ".join(
-            f"{name} {rank} ({parts.source_scores[name]:.3f})" for name, rank in parts.source_ranks.items()
+            f"{name} {rank} ({explanation.source_scores[name]:.3f})" for name, rank in explanation.source_ranks.items()
         )
-        terms = ", ".join(f"{term} {count}" for term, count in sorted(parts.terms.items(), key=lambda item: -item[1]))
+        terms = ", ".join(
+            f"{term} {count}" for term, count in sorted(explanation.terms.items(), key=lambda item: -item[1])
+        )
         table.add_row(
-            place.rank,
-            parts.dot,
-            parts.lexical,
-            parts.windows,
-            parts.tokens,
-            None if parts.interaction is None else round(parts.interaction, 3) or 0.0,  # no -0.000
+            result.rank,
+            explanation.dot,
+            explanation.lexical,
+            explanation.windows,
+            explanation.tokens,
+            None if explanation.interaction is None else round(explanation.interaction, 3) or 0.0,  # no -0.000
             ranks or None,
             terms or None,
         )
@@ -166,13 +180,24 @@ def stats_table(stats: IndexStats) -> Table:
     if stats.ann_passages:
         later = stats.num_passages - stats.ann_passages
         facts["approximate"] = (
-            f"{stats.ann_passages:,} passages, built to find {stats.ann_recall:.0%} of the candidates"
+            f"{stats.ann_passages:,} passages, built to find {stats.ann_recall:.0%} of the candidates; with it, "
+            f"{stats.first_ten:.0%} of the first ten of an exact search are found"
         )
         facts["approximate"] += f"; {later:,} more are scanned" if later > 0 else ""
     table = Table("", "", title=stats.folder, framed=False)
     for name, fact in facts.items():
         table.add_row(Cell(name, "cyan"), fact)
     return table
+
+
+def encode_remark(report: EncodeReport) -> str:
+    """One line with the size of a new index and how long it took."""
+    pruned = f", of which {report.num_pruned:,} were left out for their quality" if report.num_pruned else ""
+    return (
+        f"encode: {report.num_documents:,} texts in {report.num_passages:,} passages{pruned}, {report.num_truncated:,} "
+        f"truncated; {report.seconds:,.1f} s, {report.bytes_per_passage:,.0f} bytes each "
+        f"({report.vector_bytes_per_passage:,} of vector), in {report.folder}"
+    )
 
 
 def ann_remark(report: AnnReport) -> str:
@@ -183,8 +208,9 @@ def ann_remark(report: AnnReport) -> str:
     return (
         f"ann: {report.num_passages:,} passages, {report.bytes_per_passage:,.0f} bytes "
         f"each, built in {report.seconds:,.1f} s. It finds {recall.recall:.4f} (at least {recall.at_least:.4f}) of the "
-        f"first {recall.depth:,} and {report.first_ten:.4f} of the first ten, measured with {report.num_queries:,} "
-        f"{queries}; {report.ms:.2f} ms a search, {report.exact_ms:.2f} ms exactly{slower}"
+        f"first {recall.depth:,} by vectors, measured with {report.num_queries:,} {queries}; {report.ms:.2f} ms a "
+        f"search, {report.exact_ms:.2f} ms exactly{slower}. A search by default finds {report.first_ten:.4f} of the "
+        f"first ten of an exact one ({report.num_ranked:,} queries)"
     )
 
 

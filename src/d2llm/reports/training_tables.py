@@ -39,8 +39,8 @@ def _step_words(step: str, result: Any) -> str:
     if isinstance(result, Skipped):
         return result.skipped.removeprefix(f"{step}: ")
     if isinstance(result, dict):
-        parts = cast("dict[str, Any]", result)
-        return "; ".join(f"{name}: {_plan_words(step, name, counts)}" for name, counts in parts.items())
+        plans = cast("dict[str, Any]", result)
+        return "; ".join(f"{name}: {_plan_words(step, name, counts)}" for name, counts in plans.items())
     if isinstance(result, Precheck):
         return describe_precheck(result).removeprefix("precheck: ")
     if isinstance(result, TeacherTuningReport):
@@ -147,7 +147,7 @@ def stack_document(report: EnsembleReport) -> Document:
 def _diagrams(task: str, report: TaskReport) -> list[list[tuple[str, str]]]:
     """For each row, its diagrams before (if there is one) and after calibration, with captions."""
     rows: list[list[tuple[str, str]]] = []
-    for number, row in enumerate(report.rows):
+    for index, row in enumerate(report.rows):
         pair: list[tuple[str, str]] = []
         for when, figures in (("before", row.before), ("after", row.after)):
             if figures is not None:
@@ -155,6 +155,6 @@ def _diagrams(task: str, report: TaskReport) -> list[list[tuple[str, str]]]:
                 caption = f"{name}: ECE {figures.expected_error:.4f}, log-loss {figures.log_loss:.4f}"
                 num_pairs = sum(part.count for part in figures.bins)
                 calibration = Calibration(name, figures.bins, figures.expected_error, num_pairs)
-                pair.append((charts.reliability(calibration, f"plot-{task}-{number}-{when}"), caption))
+                pair.append((charts.reliability(calibration, f"plot-{task}-{index}-{when}"), caption))
         rows.append(pair)
     return rows

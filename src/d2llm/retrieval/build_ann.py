@@ -10,19 +10,25 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import IndexLockedError, InputError
-from d2llm.core.progress import progress_bar
-from d2llm.core.types import DEFAULT_ANN_RECALL, DEFAULT_NUM_CANDIDATES
+from d2llm.core.progress import Advance, progress_bar
+from d2llm.core.types import DEFAULT_ANN_RECALL, DEFAULT_NUM_CANDIDATES, Query
 from d2llm.data.python_records import QueryLike, queries_of
+from d2llm.retrieval.local_segment import LocalSegment
 from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.search import Searcher
+from d2llm.retrieval.segments import IndexView
+from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.ann import MAX_EFFORT, NEIGHBOURS, AnnBase, AnnIndex, AnnRecord, AnnSearch, Recall, write_ann
 from d2llm.store.index_store import IndexStore
 from d2llm.store.load_faiss import load_faiss
+from d2llm.store.shards import Storage
 from d2llm.store.storage import storage_errors
 from d2llm.store.view import PassageView
 
@@ -33,6 +39,10 @@ NUM_QUERIES = 400
 """Maximum number of queries used to measure recall."""
 CONSTRUCTION_EFFORT = 100
 """Rows in view while the neighbours of a new one are chosen; 60 find fewer, 200 take twice as long for little."""
+NUM_RANKED = 40
+"""Maximum number of queries whose final ranking is compared with that of an exact search."""
+_FIRST = 10
+_QUERY_WORDS = 12
 _SAMPLE_ROWS = 65_536  # by which the range of 8-bit numbers is chosen
 _BLOCK_ROWS = 16_384
 _DEEPER = 8  # with a filter that keeps 1/8 of the rows, a top-k search reaches as deep as an unfiltered top-8k search
@@ -49,9 +59,9 @@ class AnnReport:
 
     ``recalls`` holds, for several depths, the fraction of the exact top ``depth`` that a search of that depth finds:
     the mean over ``num_queries`` queries and its lower bound at 95 % confidence. ``first_ten`` is the fraction of the
-    exact top ten among the candidates of a search at the report's ``depth``, which is what a final ranking needs.
-    ``queries`` is "given" or "passages". ``ms`` and ``exact_ms`` are the times of a search at ``depth`` and of the
-    exact scan; such a search compares ``num_compared`` rows with the query.
+    first ten passages of an exact search, by the full score, that a search with default settings ranks there: the
+    mean over ``num_ranked`` queries. ``queries`` is "given" or "passages". ``ms`` and ``exact_ms`` are the times of a
+    search at ``depth`` and of the exact scan; such a search compares ``num_compared`` rows with the query.
     """
 
     folder: str
@@ -61,6 +71,7 @@ class AnnReport:
     depth: int
     recalls: list[Recall]
     first_ten: float
+    num_ranked: int
     queries: str
     num_queries: int
     ms: float
@@ -73,10 +84,10 @@ class AnnReport:
 
 @dataclass(frozen=True, slots=True)
 class _TuningQueries:
-    """``dot_queries`` [q, dim]; ``own`` [q], the row each was made from, excluded from its results."""
+    """``dot_queries`` [q, dim]; ``source_rows`` [q], the row each was made from, excluded from its results."""
 
     dot_queries: NDArray[np.float32]
-    own: NDArray[np.int64] | None
+    source_rows: NDArray[np.int64] | None
 
 
 def build_ann(
@@ -112,7 +123,7 @@ def build_ann(
     """
     begin = time.perf_counter()
     texts = None if queries is None else [query.text for query in queries_of(queries)]
-    view = PassageView(store)
+    view = LocalSegment(store)
     base = _checked(view, student, recall, depth)
     random = np.random.default_rng(seed)
     live = view.live_rows()
@@ -123,29 +134,13 @@ def build_ann(
             end = min(start + _BLOCK_ROWS, view.capacity)
             graph.add(_directions(view.block(start, end)))
             advance(end - start)
-        record = AnnRecord(
-            base.student,
-            base.format.kind,
-            base.version,
-            base.since,
-            view.capacity,
-            len(live),
-            [[1, 1]],
-            recall,
-            "passages" if tuning.own is not None else "given",
-            len(tuning.dot_queries),
-            [],
-        )
+        record = _record(base, tuning, len(live), view.capacity, recall)
         deepest = min(depth * _DEEPER, len(live) - 1)
-        begin_exact = time.perf_counter()
-        exact: list[NDArray[np.int64]] = []
-        for place in range(len(tuning.dot_queries)):
-            # Among all rows, dead ones too: these are in the graph, and a search goes past them.
-            rows, _ = base.scan.search(tuning.dot_queries[place], deepest + 1, ids_of=_row_names)
-            exact.append(_others(tuning, place, rows)[:deepest])
-            advance(1)
-        _log.info("exact scans at depth %d: %.1f s", deepest, time.perf_counter() - begin_exact)
+        exact = _exact(base, tuning, deepest, advance)
     ann = _tuned(view, AnnIndex(base, graph, record), tuning, exact, depth)
+    ranked = _ranked_queries(view, texts, random)
+    first_ten = _first_ten(view.with_ann(ann), student, ranked)
+    ann = AnnIndex(base, graph, replace(ann.record, first_ten=first_ten))
     with store.writing(), storage_errors(store.folder):
         if store.vectors.generation(store.table()) != base.generation:
             raise InputError(f"{store.folder}: the index was compacted or restored during the build; build again")
@@ -158,7 +153,8 @@ def build_ann(
         target=recall,
         depth=depth,
         recalls=[Recall(**values) for values in record.recalls],  # pyright: ignore[reportArgumentType]
-        first_ten=_first_ten(view, ann, tuning, exact, depth),
+        first_ten=first_ten,
+        num_ranked=len(ranked),
         queries=record.queries,
         num_queries=record.num_queries,
         ms=ms,
@@ -217,12 +213,12 @@ def _tuning_queries(
     random: np.random.Generator,
 ) -> _TuningQueries:
     if texts is None:
-        own = np.sort(random.choice(live, min(NUM_QUERIES, len(live)), replace=False))
-        return _TuningQueries(student.query_vectors(view.vectors(own), view.task), own)
+        source_rows = np.sort(random.choice(live, min(NUM_QUERIES, len(live)), replace=False))
+        return _TuningQueries(student.query_vectors(view.vectors(source_rows), view.task), source_rows)
     if not texts:
         raise InputError("the list of queries is empty; give some, or omit it to use passages as queries")
     chosen = random.choice(len(texts), min(NUM_QUERIES, len(texts)), replace=False)
-    vectors = student.encode_queries([texts[int(place)] for place in chosen]).vectors
+    vectors = student.encode_queries([texts[int(index)] for index in chosen]).vectors
     return _TuningQueries(student.query_vectors(vectors, view.task), None)
 
 
@@ -236,6 +232,23 @@ def empty_graph(sample: NDArray[np.float32]) -> Any:
     graph.hnsw.efConstruction = CONSTRUCTION_EFFORT
     graph.train(sample)
     return graph
+
+
+def _record(base: AnnBase, tuning: _TuningQueries, num_rows: int, covered: int, recall: float) -> AnnRecord:
+    """What is known before the search of the graph is tuned."""
+    return AnnRecord(
+        base.student,
+        base.format.kind,
+        base.version,
+        base.since,
+        covered,
+        num_rows,
+        [[1, 1]],
+        recall,
+        "passages" if tuning.source_rows is not None else "given",
+        len(tuning.dot_queries),
+        [],
+    )
 
 
 def _sample(view: PassageView, live: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.float32]:
@@ -257,8 +270,20 @@ def _row_names(rows: NDArray[np.int64]) -> list[str]:
 
 
 def _others(tuning: _TuningQueries, place: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Rows found for a query, without the passage it was made from."""
-    return rows if tuning.own is None else rows[rows != tuning.own[place]]
+    """Rows found for a query, excluding its source passage."""
+    return rows if tuning.source_rows is None else rows[rows != tuning.source_rows[place]]
+
+
+def _exact(base: AnnBase, tuning: _TuningQueries, depth: int, advance: Advance) -> list[NDArray[np.int64]]:
+    """The nearest rows of each query: among all rows, as the graph has dead ones too, and a search goes past them."""
+    begin = time.perf_counter()
+    exact: list[NDArray[np.int64]] = []
+    for index, dot_query in enumerate(tuning.dot_queries):
+        rows, _ = base.scan.search(dot_query, depth + 1, ids_of=_row_names)
+        exact.append(_others(tuning, index, rows)[:depth])
+        advance(1)
+    _log.info("exact scans at depth %d: %.1f s", depth, time.perf_counter() - begin)
+    return exact
 
 
 def _tuned(
@@ -285,7 +310,7 @@ def _tuned(
             break
         efforts.append([at, effort])
         recalls += [found] if at in reported else []
-    if tuning.own is not None:
+    if tuning.source_rows is not None:
         efforts = [[at, _FARTHER * effort] for at, effort in efforts]
     tuned = replace(ann.record, efforts=efforts, recalls=[asdict(recall) for recall in recalls])
     return AnnIndex(ann.base, ann.graph, tuned)
@@ -300,26 +325,39 @@ def _at_least(recalls: NDArray[np.float64]) -> NDArray[np.float64]:
 def _measured(
     ann: AnnIndex, tuning: _TuningQueries, exact: Sequence[NDArray[np.int64]], depth: int, effort: int
 ) -> Recall:
-    """Recall at ``depth`` with so much effort."""
+    """Recall at ``depth`` with this effort."""
     recalls = np.zeros(len(exact))
-    for place, rows in enumerate(exact):
+    for index, rows in enumerate(exact):
         wanted = rows[:depth]
-        found = ann.nearest(tuning.dot_queries[place], depth + int(tuning.own is not None), effort)
-        recalls[place] = np.isin(wanted, _others(tuning, place, found)).sum() / max(len(wanted), 1)
+        found = ann.nearest(tuning.dot_queries[index], depth + int(tuning.source_rows is not None), effort)
+        recalls[index] = np.isin(wanted, _others(tuning, index, found)).sum() / max(len(wanted), 1)
     return Recall(depth, effort, float(recalls.mean()), float(_at_least(recalls)))
 
 
-def _first_ten(
-    view: PassageView, ann: AnnIndex, tuning: _TuningQueries, exact: Sequence[NDArray[np.int64]], depth: int
-) -> float:
-    """Mean fraction of the exact top ten that a search at ``depth`` finds."""
-    search = AnnSearch(ann, view.live, view.ids)
+def _ranked_queries(
+    view: PassageView, texts: Sequence[str] | None, random: np.random.Generator
+) -> list[tuple[Query, str]]:
+    """A sample of the queries, or the beginnings of passages; each with the id of its passage, if any."""
+    if texts is not None:
+        chosen = random.choice(len(texts), min(NUM_RANKED, len(texts)), replace=False)
+        return [(Query(str(index), texts[int(index)]), "") for index in chosen]
+    live = view.live_rows()
+    passages = view.passages(np.sort(random.choice(live, min(NUM_RANKED, len(live)), replace=False)))
+    return [(Query(p.id, " ".join(p.full_text.split()[:_QUERY_WORDS])), p.id) for p in passages]
+
+
+def _first_ten(view: LocalSegment, student: SearchStudent, queries: Sequence[tuple[Query, str]]) -> float:
+    """Mean fraction of the first ten of an exact search that a search by default ranks there, without the sources."""
+    index = IndexView(Storage.single(view.store), [view])
+    rankings = [
+        Searcher(index, student, SearchSettings(top_k=_FIRST + 1, exact=is_exact)).rank([query for query, _ in queries])
+        for is_exact in (True, False)
+    ]
     fractions: list[float] = []
-    for dot_query, rows in zip(tuning.dot_queries, exact, strict=True):
-        result = search.search(dot_query, depth)
-        wanted = (rows if view.live is None else rows[view.live[rows]])[: min(10, depth)]
-        fractions.append(1.0 if result is None else float(np.isin(wanted, result[0]).mean()))
-    return sum(fractions) / len(fractions)
+    for (_, source), *both in zip(queries, *rankings, strict=True):
+        ids = [[one.passage.id for one in ranking.passages if one.passage.id != source][:_FIRST] for ranking in both]
+        fractions.append(len({*ids[0]} & {*ids[1]}) / max(len(ids[0]), 1))
+    return fmean(fractions)
 
 
 def _times(view: PassageView, ann: AnnIndex, tuning: _TuningQueries, depth: int) -> tuple[float, float, float]:

@@ -21,7 +21,7 @@ from d2llm.retrieval.search import Searcher
 from d2llm.retrieval.segments import IndexView
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.checksums import read_checked, write_checked
-from d2llm.store.side_files import ERRORS_FILE
+from d2llm.store.index_manifest import ERRORS_FILE
 
 _ERRORS = TypeAdapter(dict[str, StudentError])
 
@@ -58,12 +58,12 @@ def measure_error(
     scores: list[float] = []
     names: list[str] = []
     searcher = Searcher(index, student, SearchSettings(top_k=depth, task=search_task))
-    for number, ranking in enumerate(searcher.rank(queries)):
+    for position, ranking in enumerate(searcher.rank(queries)):
         passages = ranking.passages
         for place in np.unique(np.linspace(0, len(passages) - 1, min(num_passages, len(passages))).astype(np.int64)):
             pairs.append((ranking.query.text, passages[place].passage.full_text))
             scores.append(passages[place].score)
-            names.append(str(number))
+            names.append(str(position))
     return calibrate_error(scores, teacher.score_pairs(pairs, search_task).log_odds, names)
 
 

@@ -14,9 +14,8 @@ from d2llm.core.types import LateChunk, Passage, SectionedPassage, WholeText, pi
 from d2llm.models.student import Student
 from d2llm.models.tokens import TOKENIZING
 from d2llm.retrieval.settings import MIN_CHUNK_TOKENS
-from d2llm.retrieval.split_tables import TableSplitter
-from d2llm.retrieval.text_splitter import TextSplitter
-from d2llm.store.side_files import CHUNK_TOKENS, Chunking, read_chunking
+from d2llm.retrieval.text_splitter import TableSplitter, TextSplitter
+from d2llm.store.index_manifest import CHUNK_TOKENS, Chunking, read_chunking
 
 HEADING_SEPARATOR = " > "
 """What stands between the headings in the title of a piece."""

@@ -23,7 +23,7 @@ from d2llm.models.sources import find_model, load_tokenizer
 from d2llm.models.tokens import token_ends
 from d2llm.ops.pair_truncation import cut_pair
 from d2llm.retrieval.chunking import HEADING_SEPARATOR
-from d2llm.retrieval.excerpts import merge_neighbours
+from d2llm.retrieval.results import merge_neighbours
 from d2llm.retrieval.settings import SearchSettings
 
 NEAR_DUPLICATES = 0.95
@@ -236,7 +236,9 @@ class _Packer:
         else:
             every = {**self._pieces, name: pieces}
             pieces, first, before = self._arranged([one for some in every.values() for one in some]), 1, 0
-        headers = (self._count_line(f"{_header(number, one.heading)}\n") for number, one in enumerate(pieces, first))
+        headers = (
+            self._count_line(f"{_header(position, one.heading)}\n") for position, one in enumerate(pieces, first)
+        )
         inner_tokens = before + sum(headers) + sum(one.inner_tokens for one in pieces)
         return first - 1 + len(pieces), inner_tokens, pieces[-1]
 
@@ -275,7 +277,7 @@ class _Packer:
 
     def _sources(self, results: Sequence[RankedPassage]) -> tuple[ContextSource, ...]:
         pieces = self._arranged(self._pieces_of(results))
-        return tuple(_source(number, piece) for number, piece in enumerate(pieces, start=1))
+        return tuple(_source(position, piece) for position, piece in enumerate(pieces, start=1))
 
     def _pieces_of(self, results: Sequence[RankedPassage]) -> list[_Piece]:
         return [
@@ -288,8 +290,8 @@ class _Packer:
         arranged = sorted(pieces, key=lambda piece: piece.excerpt.results[0].rank)
         if self._order == "document":
             first: dict[str, int] = {}
-            for number, piece in enumerate(arranged):
-                first.setdefault(_document_name(piece.excerpt.passages[0]), number)
+            for position, piece in enumerate(arranged):
+                first.setdefault(_document_name(piece.excerpt.passages[0]), position)
             arranged.sort(
                 key=lambda piece: (
                     first[_document_name(piece.excerpt.passages[0])],
@@ -330,15 +332,15 @@ def _heading(excerpt: Excerpt) -> str:
     return " ".join(", ".join([name, *(part for part in (pages, path) if part)]).split())
 
 
-def _header(number: int, heading: str) -> str:
-    return f"[{number}] {heading}".rstrip()
+def _header(position: int, heading: str) -> str:
+    return f"[{position}] {heading}".rstrip()
 
 
-def _source(number: int, piece: _Piece) -> ContextSource:
+def _source(position: int, piece: _Piece) -> ContextSource:
     excerpt, labels, best = piece.excerpt, _labels(piece.excerpt), piece.excerpt.results[0]
     return ContextSource(
-        number=number,
-        header=_header(number, piece.heading),
+        number=position,
+        header=_header(position, piece.heading),
         text=excerpt.text,
         title=labels.title,
         pages=labels.pages,
@@ -354,10 +356,10 @@ def _source(number: int, piece: _Piece) -> ContextSource:
 def _labels(excerpt: Excerpt) -> _Labels:
     first = excerpt.passages[0]
     heading = str(first.metadata.get("heading") or "")
-    parts = [first.title, "" if first.title.endswith(heading) else heading]
+    headings = [first.title, "" if first.title.endswith(heading) else heading]
     pages = {passage.metadata.get("page") for passage in excerpt.passages}
     return _Labels(
-        title=HEADING_SEPARATOR.join(part for part in parts if part),
+        title=HEADING_SEPARATOR.join(part for part in headings if part),
         pages=tuple(sorted(page for page in pages if isinstance(page, int))),
         path=str(first.metadata.get("path") or ""),
     )

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -23,18 +23,20 @@ from d2llm.data.documents import SkippedFile
 from d2llm.data.indexed_corpus import Corpus, open_corpus
 from d2llm.data.python_records import PassageLike, passages_of
 from d2llm.models.quality import PassageQuality
-from d2llm.retrieval.index import Index, settled
+from d2llm.retrieval.index import Index
+from d2llm.retrieval.open_index import settled
 from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint, task_for
 from d2llm.retrieval.reading import EncodedPassages, read_passages
 from d2llm.retrieval.text_workers import load_student as load_named_student
-from d2llm.retrieval.upserting import BLOCK_PASSAGES
+from d2llm.retrieval.upserting import BLOCK_PASSAGES, DocumentsReport, UpsertReport
 from d2llm.runners.placement import Load, load_work
 from d2llm.runners.runner import Runner, Workers, find_runner
-from d2llm.store.index_manifest import FORMAT_VERSION, KIND, SHARDED_KIND
+from d2llm.store.index_manifest import FORMAT_VERSION, KIND, SHARDED_KIND, Chunking
 from d2llm.store.index_spec import IndexSpec
 from d2llm.store.shards import Storage
-from d2llm.store.side_files import Chunking
 from d2llm.store.vector_formats import make_format
+
+_Readers: TypeAlias = AbstractContextManager[Workers[Sequence[Passage], EncodedPassages] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,62 +126,26 @@ def encode(
     """
     folder = Path(folder)
     spec = IndexSpec.of(spec, **changes)
-    spec = settled(
-        spec, student, spec.task or task_for(student)
-    )  # its creation compares a given one with the student's
+    spec = settled(spec, student, spec.task or task_for(student))  # its creation compares the task with the student's
     runner = find_runner(runner)
-    loading = {"device": device, "dtype": dtype, "engine": engine}
     student_source = student_source or getattr(student, "source", None)
-    load = _find_load(runner, load_student, student_source, loading)
-    check_replaceable(folder, KIND if spec.num_shards is None else SHARDED_KIND)
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise InputError(
-            f"{folder}: already holds an index; give another folder, or replace it (--overwrite; in Python, "
-            "overwrite=True)"
-        )
+    load = _find_load(runner, load_student, student_source, {"device": device, "dtype": dtype, "engine": engine})
+    _check_folder(folder, spec, overwrite=overwrite)
     make_format(spec.vector_format, student.vector_dim)
     quality = _find_quality(student, prune)
-    if isinstance(corpus, str | Path):
-        corpus = open_corpus([Path(corpus)])
-    elif not isinstance(corpus, Corpus):
-        passages = list(passages_of(corpus, "corpus"))
-        corpus = Corpus(passages, len(passages), fingerprint_passages(passages))
-    num_documents = corpus.num_documents
-    if num_documents == 0:
+    texts = _corpus_of(corpus)
+    if texts.num_documents == 0:
         raise InputError(f"{folder}: there are no passages; an index needs at least one")
     pruning = None if quality is None else [prune, quality.model_dump()]
-    key = _draft_key(student, corpus.fingerprint, spec, chunking, pruning)
+    key = _draft_key(student, texts.fingerprint, spec, chunking, pruning)
     draft = folder.parent / f".{folder.name}.work-{key}"
     begin = time.perf_counter()
     if (draft / MANIFEST_NAME).is_file():
         index = Index.open(draft, student)
     else:
         index = Index.create(draft, student, spec, student_source=student_source)
-    try:
-        with _readers(runner, index.storage, load, device=device) as readers:
-            if chunking is None:
-                report = index.upsert(
-                    corpus.passages,
-                    lenient_metadata=corpus.from_files,
-                    num_passages=num_documents,
-                    readers=readers,
-                )
-                num_read = report.num_passages
-            else:
-                report = index.upsert_documents(
-                    corpus.passages,
-                    chunking,
-                    lenient_metadata=corpus.from_files,
-                    num_documents=num_documents,
-                    readers=readers,
-                )
-                num_read = report.num_documents
-        if not len(index.storage):
-            raise InputError(f"{folder}: no document could be read; the first: {corpus.skipped[0]}")
-    except BaseException:
-        if not len(index.storage):  # nothing that another call could resume
-            shutil.rmtree(draft, ignore_errors=True)
-        raise
+    readers = _readers(runner, index.storage, load, device=device)
+    report = _fill(index, texts, chunking, readers, folder=folder)
     num_pruned = 0 if quality is None else _prune(index, quality, prune)
     facts = index.stats()
     with _no_other_writer(folder):
@@ -187,7 +153,7 @@ def encode(
     seconds = time.perf_counter() - begin
     return EncodeReport(
         folder=folder,
-        num_documents=num_read,
+        num_documents=report.num_documents if isinstance(report, DocumentsReport) else report.num_passages,
         num_passages=report.num_passages,
         num_resumed=report.num_unchanged,
         num_truncated=facts.num_truncated,
@@ -197,9 +163,48 @@ def encode(
         vector_bytes_per_passage=facts.vector_bytes,
         bytes_per_passage=facts.bytes_per_passage,
         num_blank=report.num_blank,
-        skipped=tuple(corpus.skipped),
+        skipped=tuple(texts.skipped),
         num_pruned=num_pruned,
     )
+
+
+def _check_folder(folder: Path, spec: IndexSpec, *, overwrite: bool) -> None:
+    """Refuse to replace what d2llm did not write, and an index without ``overwrite``."""
+    check_replaceable(folder, KIND if spec.num_shards is None else SHARDED_KIND)
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise InputError(
+            f"{folder}: already holds an index; give another folder, or replace it (--overwrite; in Python, "
+            "overwrite=True)"
+        )
+
+
+def _corpus_of(corpus: str | Path | Corpus | Iterable[PassageLike] | PassageLike) -> Corpus:
+    if isinstance(corpus, str | Path):
+        return open_corpus([Path(corpus)])
+    if isinstance(corpus, Corpus):
+        return corpus
+    passages = list(passages_of(corpus, "corpus"))
+    return Corpus(passages, len(passages), fingerprint_passages(passages))
+
+
+def _fill(index: Index, corpus: Corpus, chunking: Chunking | None, readers: _Readers, *, folder: Path) -> UpsertReport:
+    """Encode the texts of a corpus into an index; one that has none of them in the end is deleted."""
+    lenient, num = corpus.from_files, corpus.num_documents
+    try:
+        with readers as workers:
+            if chunking is None:
+                report = index.upsert(corpus.passages, lenient_metadata=lenient, num_passages=num, readers=workers)
+            else:
+                report = index.upsert_documents(
+                    corpus.passages, chunking, lenient_metadata=lenient, num_documents=num, readers=workers
+                )
+        if not len(index.storage):
+            raise InputError(f"{folder}: no document could be read; the first: {corpus.skipped[0]}")
+    except BaseException:
+        if not len(index.storage):  # nothing that another call could resume
+            shutil.rmtree(index.folder, ignore_errors=True)
+        raise
+    return report
 
 
 def _find_quality(student: SearchStudent, prune: float) -> PassageQuality | None:
@@ -249,9 +254,7 @@ def _draft_key(
     return fingerprint_json([FORMAT_VERSION, made_by, corpus, spec.model_dump(), pieces, pruning])
 
 
-def _readers(
-    runner: Runner, storage: Storage, load: Load | None, *, device: str | None
-) -> AbstractContextManager[Workers[Sequence[Passage], EncodedPassages] | None]:
+def _readers(runner: Runner, storage: Storage, load: Load | None, *, device: str | None) -> _Readers:
     """The workers of a cluster that encode passages for an index; None in this process, whose student does it."""
     if runner.is_local or load is None:
         return nullcontext()
@@ -271,8 +274,8 @@ def _identify(student: SearchStudent, *, tokens: bool, words: bool) -> str:
 
 def _describe(fingerprint: str, token_projection: str | None, document_expansion: str | None) -> str:
     named = {"projection": token_projection, "document expansion": document_expansion}
-    parts = [f"{name} {value}" for name, value in named.items() if value is not None]
-    return f"{fingerprint} with {' and '.join(parts)}" if parts else fingerprint
+    descriptions = [f"{name} {value}" for name, value in named.items() if value is not None]
+    return f"{fingerprint} with {' and '.join(descriptions)}" if descriptions else fingerprint
 
 
 def _no_other_writer(folder: Path) -> AbstractContextManager[None]:

@@ -28,10 +28,9 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError
 from d2llm.core.types import Certificate, Task
 from d2llm.models.plain_student import PairScorer
+from d2llm.models.row_features import RowFeatures, RowScorer
 from d2llm.ops.selection import check_scores, from_the_highest, top_rows
 from d2llm.retrieval.protocols import VectorStudent
-from d2llm.retrieval.row_features import RowFeatures
-from d2llm.retrieval.row_scorer import RowScorer
 from d2llm.retrieval.segments import joint_rows
 from d2llm.store.view import PassageView
 
@@ -85,6 +84,7 @@ def certified_top_k(
     cached: CachedBounds | None = None,
     score_features: RowFeatures | None = None,
     floor: float = -math.inf,
+    prepared: PairScorer | None = None,
 ) -> CertifiedRows:
     """The ``top_k`` live and allowed passages with the highest final scores, with a proof; ties by id.
 
@@ -93,7 +93,8 @@ def certified_top_k(
 
     If ``top_k`` exceeds the corpus, every passage is ranked. ``allowed`` [capacity] marks the rows that pass a filter;
     None allows all. ``cached`` caches values for all rows of this view: this search reads and fills it.
-    ``score_features`` is the query's, if the student's score has any.
+    ``score_features`` is the query's, if the student's score has any; ``prepared`` is the student's scorer for the
+    query, made now unless it is given.
 
     ``floor``: passages with lower scores are of no interest, because ``top_k`` others that are not in this view have at
     least this score (``merge_certified``). The search ends as soon as no other passage can reach it; the ranking may
@@ -113,7 +114,7 @@ def certified_top_k(
         raise InputError(f"the budget is {budget_ms} ms, but must be at least 0")
     clock, cached = _Clock(begin, budget_ms, floor), cached or CachedBounds()
     _check_masks(view, allowed)
-    row_scorer = RowScorer(view, student, query_vector, task, score_features)
+    row_scorer = RowScorer(view, student, query_vector, task, score_features, prepared)
     scorer = row_scorer.prepared
     if scorer is None or scorer.dot_query is None:
         rows = view.live_rows(allowed)
@@ -138,8 +139,8 @@ def certified_top_k(
     dots, bound = _pass(view, student, scorer, scorer.dot_query, cached)
     highest = dots if score_features is None else dots + score_features.bounds(view.capacity)
     uppers = check_scores((highest + bound)[rows])
-    parts = from_the_highest(uppers, max(_MAX_SCORED, top_k))
-    result = _score_from_the_top(view, rows, uppers, parts, _finals(row_scorer, dots, bound), top_k, clock)
+    blocks = from_the_highest(uppers, max(_MAX_SCORED, top_k))
+    result = _score_from_the_top(view, rows, uppers, blocks, _finals(row_scorer, dots, bound), top_k, clock)
     return result._replace(dots=dots[result.rows])
 
 
@@ -184,9 +185,9 @@ def _by_scans(
         bound = student.passage_bound(view.vectors(rows)) if passage_bounds is None else passage_bounds[rows]
         bound = np.float32(query_bound) * bound
         uppers = check_scores(dots + bound)
-        parts = from_the_highest(uppers, max(_MAX_SCORED, top_k))
+        blocks = from_the_highest(uppers, max(_MAX_SCORED, top_k))
         final = _finals(row_scorer, dots, bound, rows)
-        result = _score_from_the_top(view, rows, uppers, parts, final, top_k, clock)
+        result = _score_from_the_top(view, rows, uppers, blocks, final, top_k, clock)
         highest_left = max(result.certificate.highest_bound_left, float(dots.min() + largest))
         if max(result.certificate.kth_score, clock.floor) > highest_left or clock.num_fitting() == 0:
             certificate = replace(
@@ -208,12 +209,12 @@ def _finals(
     """A function from rows to final scores; ``dots`` and ``bound`` are for ``rows`` (ascending), or for all rows."""
 
     def final(chosen: NDArray[np.int64]) -> NDArray[np.float32]:
-        places = chosen if rows is None else np.searchsorted(rows, chosen)
+        positions = chosen if rows is None else np.searchsorted(rows, chosen)
         change = np.clip(row_scorer.change(chosen), -1, 1).astype(np.float32, copy=False)
-        base = dots[places]
+        base = dots[positions]
         if row_scorer.score_features is not None:
             base = base + row_scorer.score_features(chosen)
-        return np.add(base, bound[places] * change, dtype=np.float32)
+        return np.add(base, bound[positions] * change, dtype=np.float32)
 
     return final
 
@@ -243,17 +244,17 @@ def _score_from_the_top(
     view: PassageView,
     rows: NDArray[np.int64],
     uppers: NDArray[np.float32],
-    parts: Iterator[NDArray[np.int64]],
+    blocks: Iterator[NDArray[np.int64]],
     score: Callable[[NDArray[np.int64]], NDArray[np.float32]],
     top_k: int,
     clock: _Clock,
 ) -> CertifiedRows:
-    """Score passages in the order of ``parts`` (places in ``rows``, by falling bound) until the top k are certain."""
+    """Score passages in the order of ``blocks`` (places in ``rows``, by falling bound) until the top k are certain."""
     scored: list[NDArray[np.int64]] = []
     scores = [np.zeros(0, np.float32)]
     best = scores[0]  # the top_k best scores so far, in any order
     num, size = 0, max(_FIRST_SCORED, top_k)
-    for part in parts:
+    for part in blocks:
         start = 0
         while start < len(part):
             highest_left = float(uppers[part[start]])
@@ -299,8 +300,8 @@ def _ranked(
     highest_left: float,
 ) -> CertifiedRows:
     rows, values = np.concatenate([np.zeros(0, np.int64), *scored]), np.concatenate(scores)
-    places = top_rows(values, top_k, lambda places: view.ids(rows[places]))
-    best = values[places]
+    positions = top_rows(values, top_k, lambda positions: view.ids(rows[positions]))
+    best = values[positions]
     certificate = Certificate(
         num_scored=len(rows),
         num_left=total - len(rows),
@@ -308,11 +309,11 @@ def _ranked(
         kth_score=float(best[-1]) if len(best) else -math.inf,
         proved=int((best > highest_left).sum()) if len(rows) < total else len(best),
     )
-    return CertifiedRows(rows[places], best, None, certificate)
+    return CertifiedRows(rows[positions], best, None, certificate)
 
 
 def merge_certified(
-    parts: Mapping[int, CertifiedRows], top_k: int, ids_of: Callable[[NDArray[np.int64]], Sequence[str]]
+    by_segment: Mapping[int, CertifiedRows], top_k: int, ids_of: Callable[[NDArray[np.int64]], Sequence[str]]
 ) -> CertifiedRows:
     """The top ``top_k`` of several segments from those of each, as joint rows, with the proof that follows from theirs.
 
@@ -321,21 +322,23 @@ def merge_certified(
     have scores of at most ``highest_bound_left``, so that what is above all these bounds is certain.
 
     Args:
-        parts: what ``certified_top_k`` gave for each segment, with the same ``top_k``, by the place of the segment.
+        by_segment: what ``certified_top_k`` gave for each segment, with the same ``top_k``, by its place.
         top_k: length of the ranking.
         ids_of: returns the ids of joint rows.
     """
-    if list(parts) == [0]:
-        return parts[0]
-    rows = np.concatenate([np.zeros(0, np.int64), *(joint_rows(segment, part.rows) for segment, part in parts.items())])
-    scores = np.concatenate([np.zeros(0, np.float32), *(part.scores for part in parts.values())])
-    places = top_rows(scores, top_k, lambda chosen: ids_of(rows[chosen]))
-    best = scores[places]
-    dots = [part.dots for part in parts.values() if part.dots is not None]
-    certificates = [part.certificate for part in parts.values()]
+    if list(by_segment) == [0]:
+        return by_segment[0]
+    rows = np.concatenate(
+        [np.zeros(0, np.int64), *(joint_rows(segment, part.rows) for segment, part in by_segment.items())]
+    )
+    scores = np.concatenate([np.zeros(0, np.float32), *(part.scores for part in by_segment.values())])
+    positions = top_rows(scores, top_k, lambda chosen: ids_of(rows[chosen]))
+    best = scores[positions]
+    dots = [part.dots for part in by_segment.values() if part.dots is not None]
+    certificates = [part.certificate for part in by_segment.values()]
     limits = [
         part.certificate.highest_bound_left
-        for part in parts.values()
+        for part in by_segment.values()
         if part.certificate.num_left and not part.certificate.proved == len(part.rows) == top_k
     ]
     certificate = Certificate(
@@ -345,5 +348,5 @@ def merge_certified(
         kth_score=float(best[-1]) if len(best) else -math.inf,
         proved=int((best > max(limits)).sum()) if limits else len(best),
     )
-    all_dots = np.concatenate(dots)[places] if len(dots) == len(parts) else None
-    return CertifiedRows(rows[places], best, all_dots, certificate)
+    all_dots = np.concatenate(dots)[positions] if len(dots) == len(by_segment) else None
+    return CertifiedRows(rows[positions], best, all_dots, certificate)

@@ -53,7 +53,7 @@ class Expansion:
         if settings.expand is None:
             raise InputError("expand is None, but must be 'multi' or 'hyde'; for no expansion, give no Expansion")
         self.method: ExpansionMethod = settings.expand
-        self.number = settings.expansions or EXPANSION_TEXTS[self.method]
+        self.num_texts = settings.expansions or EXPANSION_TEXTS[self.method]
         self.seed = seed
 
     @overload
@@ -82,13 +82,13 @@ class Expansion:
             return [QueryExpansion(self.method, (), seconds, problem=str(error)) for _ in queries]
         seconds = (time.perf_counter() - begin) / len(queries)
         size = len(assignments) // len(queries)
-        parts = [written[start : start + size] for start in range(0, len(written), size)]
-        return [self._result(query, part, seconds) for query, part in zip(queries, parts, strict=True)]
+        by_query = [written[start : start + size] for start in range(0, len(written), size)]
+        return [self._result(query, part, seconds) for query, part in zip(queries, by_query, strict=True)]
 
     def _assignments(self, query: str) -> list[Assignment]:
         if self.method == "multi":
-            return [Assignment(query, "rephrasing", self.number, seed=self.seed)]
-        return [Assignment(query, "answer", seed=self.seed + number) for number in range(self.number)]
+            return [Assignment(query, "rephrasing", self.num_texts, seed=self.seed)]
+        return [Assignment(query, "answer", seed=self.seed + offset) for offset in range(self.num_texts)]
 
     def _result(self, query: str, written: Sequence[WrittenQueries], seconds: float) -> QueryExpansion:
         texts: dict[str, str] = {}
@@ -114,7 +114,7 @@ def add_hypothetical_passages(
     inner products against that of words stays the same. The expansions come back with the number of passages that the
     student read only in part.
     """
-    owners = [number for number, expansion in enumerate(expansions) for _ in expansion.texts]
+    owners = [index for index, expansion in enumerate(expansions) for _ in expansion.texts]
     if not owners:
         return query_vectors, list(expansions)
     read = student.encode_passages([text for expansion in expansions for text in expansion.texts])

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from datetime import timedelta
-from functools import cache, cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast, overload
 
-import numpy as np
-from numpy.typing import NDArray
-
-from d2llm.core.errors import D2LLMError, IndexMismatchError, InputError
+from d2llm.core.errors import InputError
 from d2llm.core.files import MANIFEST_NAME
 from d2llm.core.inputs import objects_of, strings_of
-from d2llm.core.manifest import source_of
-from d2llm.core.progress import Advance, progress_bar
+from d2llm.core.progress import progress_bar
 from d2llm.core.settings import shows
-from d2llm.core.shipped import name_student
 from d2llm.core.types import (
     DEFAULT_ANN_RECALL,
     DEFAULT_CONTEXT_TOKENS,
@@ -28,7 +20,6 @@ from d2llm.core.types import (
     ContextOrder,
     EngineName,
     Excerpt,
-    PartKind,
     Passage,
     Query,
     RankedPassage,
@@ -36,23 +27,20 @@ from d2llm.core.types import (
     Task,
 )
 from d2llm.data.python_records import PassageLike, QueryLike, is_one_query, one_query_of, passages_of
-from d2llm.retrieval.exact_search import CachedBounds
-from d2llm.retrieval.local_segment import LocalSegment, open_view
-from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint, task_for
-from d2llm.retrieval.segments import IndexView
+from d2llm.retrieval.open_index import OpenIndex, known_source, settled, stored_spec
+from d2llm.retrieval.protocols import SearchStudent, task_for
 from d2llm.retrieval.settings import SearchSettings
-from d2llm.store.index_manifest import find_index
-from d2llm.store.index_spec import IndexSpec, StoredSpec
-from d2llm.store.index_store import KEEP_VERSIONS, IndexStore
-from d2llm.store.inspection import IndexStats, VerifyReport, stats_of_all, verify_all
-from d2llm.store.part_vectors import EncodedParts
+from d2llm.store.index_manifest import Chunking, find_index
+from d2llm.store.index_spec import IndexSpec
+from d2llm.store.index_store import KEEP_VERSIONS
+from d2llm.store.inspection import IndexStats, VerifyReport, stats_of_all
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.shards import Storage
-from d2llm.store.side_files import Chunking, read_chunking, repeats_text
 
 # Reading an index without searching it requires neither torch nor a student, so these are imported where they are used.
 if TYPE_CHECKING:
+    from d2llm.models.protocols import ScoringStudent
     from d2llm.models.student import Student
     from d2llm.models.teachers.pair_teacher import PairTeacher
     from d2llm.ops.rereading import StudentError
@@ -62,93 +50,15 @@ if TYPE_CHECKING:
     from d2llm.retrieval.expansion import Expansion
     from d2llm.retrieval.reading import EncodedPassages
     from d2llm.retrieval.reranker import RerankerLike
-    from d2llm.retrieval.upserting import UpsertReport
-    from d2llm.retrieval.upserting_documents import DocumentsReport
+    from d2llm.retrieval.scoring_corpus import IndexCorpus
+    from d2llm.retrieval.upserting import DocumentsReport, UpsertReport
     from d2llm.runners.runner import Workers
 
 
 _log = logging.getLogger(__name__)
 
-PART_FORMATS: dict[PartKind, str] = {"window": "int3", "token": "int4"}
-"""Default formats of window vectors and token embeddings (``store.vector_formats``)."""
 
-
-def part_formats(
-    student: SearchStudent, task: Task, *, window_vectors: str | None = "auto", token_vectors: str | None = "auto"
-) -> dict[PartKind, str]:
-    """The formats of the vectors of parts that a new index stores, by kind.
-
-    None and "none" leave a kind out; "auto" stores it in the default format if the student's score counts it.
-
-    Raises:
-        InputError: token embeddings are wanted, but the student has none.
-    """
-    counted = student.feature_weights(task).part_kinds
-    formats: dict[PartKind, str] = {}
-    requests: dict[PartKind, str | None] = {"window": window_vectors, "token": token_vectors}
-    for kind, requested in requests.items():
-        if requested == "auto":
-            requested = PART_FORMATS[kind] if kind in counted else None
-        if requested not in {None, "none"}:
-            formats[kind] = str(requested)
-    if "token" in formats and not student.token_dim:
-        raise InputError("this student has no token embeddings; train them with `d2llm fit-tokens`, or leave them out")
-    return formats
-
-
-def settled(spec: IndexSpec, student: SearchStudent, task: Task) -> IndexSpec:
-    """The spec of an index of a student for a task, with formats in place of "auto"."""
-    formats = part_formats(student, task, window_vectors=spec.window_vectors, token_vectors=spec.token_vectors)
-    return spec.replace(task=task, window_vectors=formats.get("window"), token_vectors=formats.get("token"))
-
-
-def check_parts(store: IndexStore, student: SearchStudent, task: Task) -> None:
-    """Check that an index stores the token embeddings that a student's score counts, and the words that it adds.
-
-    Raises:
-        IndexMismatchError: it stores none, or those of another projection or document expansion.
-    """
-    if store.manifest["document_expansion"] != expansion_fingerprint(student):
-        raise IndexMismatchError(f"{store.folder}: it lacks the words that the student adds to passages, or has others")
-    if "token" in part_formats(student, task) and store.manifest["token_projection"] != student.token_fingerprint:
-        raise IndexMismatchError(f"{store.folder}: it lacks the token embeddings that the student's score counts")
-
-
-def find_source(source: object, folder: Path) -> str:
-    """The folder or name of the student that is stored with an index; ``../NAME`` is a folder beside the index.
-
-    Raises:
-        InputError: none is stored, or the folder no longer exists.
-    """
-    if not isinstance(source, str):
-        raise InputError(
-            f"{folder}: the index does not say where its student is; give it with --student (in Python, "
-            "Index.open(folder, student))"
-        )
-    if source.startswith("../"):
-        source = str(folder.resolve() / source)
-    if Path(source).is_absolute() and not Path(source).is_dir():
-        raise InputError(f"{folder}: its student was in {source}, which does not exist; give it with --student")
-    return source
-
-
-def _known_source(student: SearchStudent | str | Path, folder: Path) -> str | None:
-    """What an index stores about where its student can be loaded from; None, with a warning, if nobody knows."""
-    if not isinstance(student, str | Path) and not hasattr(student, "source"):
-        return None  # not one of ours
-    source = source_of(student) if isinstance(student, str | Path) else getattr(student, "source", None)
-    if isinstance(source, str) and not (Path(source).is_absolute() and not Path(source).is_dir()):
-        return source
-    _log.warning(
-        "%s: the student was not loaded from a folder or by name, so that this index cannot find it again: give it "
-        "whenever you open the index, as in Index.open(folder, student), or save it and name its folder here "
-        "(student_source)",
-        folder,
-    )
-    return None
-
-
-class Index:
+class Index(OpenIndex):
     """A folder of passages that can be searched and changed. Make one with ``create``; open one with ``open``.
 
     All reads see one version of it until ``refresh``; a write through this object refreshes it.
@@ -165,20 +75,6 @@ class Index:
         Index(tea.index, 2 passages, student d2llm-minilm)
         >>> index.close()
     """
-
-    def __init__(
-        self,
-        storage: Storage,
-        student: SearchStudent | str | Path | None,
-        *,
-        allow_missing: bool = False,
-        **loading: Any,
-    ) -> None:
-        self._storage = storage
-        self._is_closed = False
-        self._allow_missing = allow_missing
-        self._student_or_source = student
-        self._loading = loading
 
     @classmethod
     @shows(IndexSpec)
@@ -231,28 +127,10 @@ class Index:
                     "Index.open, or give another folder"
                 )
             return index
-        tokens = loaded if spec.token_vectors is not None else None
-        stored = StoredSpec(
-            student=loaded.fingerprint,
-            student_config=loaded.config.model_dump(mode="json"),
-            student_source=_known_source(student, folder) if student_source is None or is_named else student_source,
-            task=task,
-            dim=loaded.vector_dim,
-            **spec.shape(),
-            window_format=spec.window_vectors,
-            token_format=spec.token_vectors,
-            token_dim=None if tokens is None else tokens.token_dim,
-            token_projection=None if tokens is None else tokens.token_fingerprint,
-            document_expansion=expansion_fingerprint(loaded),
-        )
+        where = known_source(student, folder) if student_source is None or is_named else student_source
+        stored = stored_spec(spec, loaded, where)
         fields = MetadataSchema(spec.metadata or {})
         return cls(Storage.create(folder, stored, num_shards=spec.num_shards, metadata=fields), loaded)
-
-    @property
-    def spec(self) -> IndexSpec:
-        """What this index was made to be."""
-        storage = self.storage
-        return StoredSpec.of_manifest(storage.manifest).as_asked(storage.metadata.fields, storage.num_shards)
 
     @classmethod
     def open(
@@ -286,123 +164,6 @@ class Index:
         """
         storage = Storage.open(find_index(Path(folder)), allow_missing=allow_missing)
         return cls(storage, student, allow_missing=allow_missing, device=device, dtype=dtype, engine=engine, lean=lean)
-
-    def __repr__(self) -> str:
-        """What it is, in one line; ``stats`` says more."""
-        if self._is_closed:
-            return f"Index({self.folder}, closed)"
-        manifest = self.storage.manifest
-        try:
-            size = f"{len(self):,} passage{'' if len(self) == 1 else 's'}"
-        except D2LLMError as error:
-            size = f"cannot be read: {error}"
-        student = name_student(manifest["student"], manifest["student_source"]).partition(" (")[0]
-        task = "" if manifest["task"] == "asymmetric" else f", task {manifest['task']}"
-        shards = "" if self.storage.num_shards is None else f", {self.storage.num_shards} shards"
-        return f"Index({self.folder}, {size}{shards}, student {student}{task})"
-
-    @property
-    def storage(self) -> Storage:
-        """What is on disk.
-
-        Raises:
-            InputError: the index was closed.
-        """
-        if self._is_closed:
-            raise InputError(f"{self.folder}: this Index was closed; open it again with Index.open")
-        return self._storage
-
-    def close(self) -> None:
-        """Let go of the files and the student. Everything written is on disk already; closing again does nothing.
-
-        A ``with`` block does this at its end.
-
-        Example::
-
-            with Index.open("docs.index") as index:
-                print(index.search("how hot should the water be?")[0].passage.text)
-        """
-        self._is_closed = True
-        self._student_or_source = None
-        for name in ("view", "student", "_cached_bounds"):
-            self.__dict__.pop(name, None)
-
-    def __enter__(self) -> Index:
-        _ = self.storage  # refuses a closed one
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __len__(self) -> int:
-        return len(self.view)
-
-    @property
-    def folder(self) -> Path:
-        """Folder of the index."""
-        return self._storage.folder
-
-    @property
-    def store(self) -> IndexStore:
-        """The store of an index that is not sharded.
-
-        Raises:
-            InputError: it is sharded.
-        """
-        first = self.storage.stores[0]
-        if self.storage.num_shards is not None:
-            raise InputError(
-                f"{self.folder}: this is not possible for a sharded index as a whole; do it for each of its "
-                f"{self.storage.num_shards} shards, which are indexes too, such as {first.folder}"
-            )
-        return first
-
-    @property
-    def unsharded_view(self) -> LocalSegment:
-        """The only segment of an index that is not sharded, for what needs all vectors in one file.
-
-        Raises:
-            InputError: it is sharded.
-        """
-        _ = self.store
-        return cast("LocalSegment", self.view.segments[0])
-
-    @cached_property
-    def student(self) -> SearchStudent:
-        """The student that made the vectors.
-
-        Raises:
-            InputError: the index does not say where it is.
-            IndexMismatchError: the loaded student did not make this index.
-        """
-        source = self._student_or_source
-        if source is None:
-            source = find_source(self.storage.manifest["student_source"], self.folder)
-        if isinstance(source, str | Path):
-            from d2llm.models.engines.lean import load_to_search
-
-            student: SearchStudent = load_to_search(source, **self._loading)
-        else:
-            student = source
-        self.storage.check_student(student.fingerprint)
-        return student
-
-    @cached_property
-    def view(self) -> IndexView:
-        """The version of the index that this object reads."""
-        return open_view(self.storage)
-
-    @cached_property
-    def _cached_bounds(self) -> CachedBounds:
-        return CachedBounds()
-
-    def refresh(self) -> None:
-        """Switch to the latest version."""
-        _ = self.storage  # refuses a closed one
-        for name in ("view", "_cached_bounds"):
-            self.__dict__.pop(name, None)
 
     # Changing ------------------------------------------------------------------------------------------------------
 
@@ -495,7 +256,7 @@ class Index:
             InputError: the index has a different chunking, or as for ``upsert`` or ``Chunker``.
         """
         from d2llm.retrieval.chunking import Chunker, choose_chunking
-        from d2llm.retrieval.upserting_documents import upsert_documents
+        from d2llm.retrieval.upserting import upsert_documents
 
         student = self.student
         if isinstance(chunking, Chunker):
@@ -516,16 +277,6 @@ class Index:
             )
         finally:
             self.refresh()
-
-    @property
-    def chunking(self) -> Chunking | None:
-        """How documents are split into passages; None if the index has no documents yet."""
-        return read_chunking(self.storage.folder)
-
-    @property
-    def repeats_text(self) -> bool:
-        """Whether passages may begin with text that repeats the end of the one before (``Chunking.chunk_overlap``)."""
-        return repeats_text(self.storage.folder)
 
     def delete(self, ids: Iterable[str] | str) -> int:
         """Delete passages, in one step from vectors, BM25 and results; returns their number.
@@ -571,7 +322,7 @@ class Index:
     # Reading -------------------------------------------------------------------------------------------------------
 
     def get(self, ids: Iterable[str] | str) -> list[Passage]:
-        """The passages with these ids, in the order of the ids; missing ones are left out.
+        """Passages with the given ids, in the same order; missing ids are skipped.
 
         Raises:
             InputError: an id is not valid text.
@@ -599,7 +350,7 @@ class Index:
         return self.view.list_documents(cursor, limit)
 
     def missing(self, ids: Iterable[str] | str) -> list[str]:
-        """The ids that the latest version does not have, in their order, without repetitions.
+        """Ids that are not in the latest version, in the given order, without duplicates.
 
         Raises:
             InputError: an id is not valid text.
@@ -679,6 +430,16 @@ class Index:
         ).rank(queries)
         return rankings[0] if is_one_query(queries) else rankings
 
+    def scoring_corpus(self, student: ScoringStudent, task: Task | None = None) -> IndexCorpus:
+        """The latest version as the corpus of texts that are not in it (``Student.rank(..., index=index)``).
+
+        Raises:
+            IndexMismatchError: another student made the index.
+        """
+        from d2llm.retrieval.scoring_corpus import IndexCorpus
+
+        return IndexCorpus(self.view, cast("SearchStudent", student), task, allow_missing=self._allow_missing)
+
     def around(self, results: Iterable[RankedPassage] | RankedPassage, distance: int = 1) -> list[Excerpt]:
         """Results with the passages around them in their documents, neighbouring ones merged (``merge_neighbours``).
 
@@ -689,8 +450,7 @@ class Index:
         Raises:
             InputError: ``distance`` is below 0.
         """
-        from d2llm.retrieval.excerpts import merge_neighbours
-        from d2llm.retrieval.results import with_neighbours
+        from d2llm.retrieval.results import merge_neighbours, with_neighbours
 
         if distance < 0:
             raise InputError(f"distance is {distance}, but counts positions: give 0 or more")
@@ -785,30 +545,8 @@ class Index:
             IndexLockedError: something has to be repaired, but another process is writing.
             StorageError: a repaired file cannot be written.
         """
-        with ExitStack() as stack:
-            from d2llm.retrieval.reading import read_tokens, read_windows
-            from d2llm.retrieval.upserting import check_projection
+        from d2llm.retrieval.verify import verify_index
 
-            @cache
-            def bar(title: str) -> Advance:  # made when there is something to encode
-                return stack.enter_context(progress_bar(title, None))
-
-            def encode(passages: Sequence[Passage]) -> NDArray[np.float32]:
-                advance = bar("encoding again")
-                encoded = self.student.encode_passages([passage.full_text for passage in passages])
-                advance(len(passages))
-                return encoded.vectors
-
-            def encode_parts(kind: PartKind, texts: Sequence[str]) -> EncodedParts:
-                if kind == "token":
-                    check_projection(self.storage, self.student)
-                advance = bar(f"reading {kind}s again")
-                parts = (read_windows if kind == "window" else read_tokens)(self.student, texts)
-                advance(len(texts))
-                return parts
-
-            report = verify_all(
-                self.storage, repair=repair, drop_lost=drop_lost, encode=encode, encode_parts=encode_parts
-            )
+        report = verify_index(self.storage, lambda: self.student, repair=repair, drop_lost=drop_lost)
         self.refresh()
         return report

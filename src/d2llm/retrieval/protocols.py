@@ -7,27 +7,24 @@ The protocol of teachers is ``models.teachers.pair_teacher.PairTeacher``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.types import PART_KINDS, PartKind, Task, WholeText, default_task
-from d2llm.models.document_expansion import DocumentExpansion
-from d2llm.models.plain_student import PairScorer
+from d2llm.core.types import Task, WholeText, default_task
+from d2llm.models.protocols import PreparingScorer, ScoringStudent, TokenEncoder
 from d2llm.models.quality import PassageQuality
-from d2llm.models.score_features import FeatureWeights
 
 if TYPE_CHECKING:
     from d2llm.models.late_chunking import EncodedChunks
-    from d2llm.models.tokens import EncodedTexts, TextKind
 
 
 _log = logging.getLogger(__name__)
 
 
-class TextEncoder(Protocol):
+class TextEncoder(TokenEncoder, Protocol):
     """Encodes queries and passages into vectors, each text by itself."""
 
     @property
@@ -45,73 +42,18 @@ class TextEncoder(Protocol):
         """Width of a text's vector."""
         ...
 
-    def encode_queries(
-        self,
-        texts: Sequence[str],
-        *,
-        instruction: str | None = None,
-        advance: Callable[[int], None] | None = None,
-    ) -> EncodedTexts:
-        """Encode queries; ``advance`` is called with the number of texts finished since the last call.
-
-        ``instruction``: put before each query, in place of what is put there otherwise.
-        """
-        ...
-
-    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
-        """Encode passages (title and text as one string)."""
-        ...
-
-    @property
-    def token_dim(self) -> int | None:
-        """Width of a token's vector; None if there are no token embeddings."""
-        ...
-
     @property
     def token_fingerprint(self) -> str | None:
         """Hash of what makes the token embeddings; None if there are none."""
         ...
 
-    def encode_with_tokens(
-        self,
-        texts: Sequence[str],
-        kind: TextKind,
-        *,
-        instruction: str | None = None,
-        advance: Callable[[int], None] | None = None,
-    ) -> EncodedTexts:
-        """Encode queries or passages; the result's ``tokens`` are the vectors of their tokens.
 
-        ``instruction``: put before each query, as in ``encode_queries``; its tokens are not among those of the result.
-        """
-        ...
-
-
-class VectorStudent(Protocol):
+class VectorStudent(PreparingScorer, Protocol):
     """Scores passages for a query, from their vectors alone."""
 
     @property
     def fingerprint(self) -> str:
         """Hash that identifies the student."""
-        ...
-
-    @property
-    def has_dot(self) -> bool:
-        """Whether part of the score is an inner product, which an index can search by."""
-        ...
-
-    def query_vectors(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
-        """[q, dim] -> [q, dim]; inner products of the result with passage vectors are those of the score."""
-        ...
-
-    def score(
-        self, query_vector: NDArray[np.float32], passage_vectors: NDArray[np.float32], task: Task
-    ) -> NDArray[np.float32]:
-        """[dim], [n, dim] -> final logits [n]."""
-        ...
-
-    def prepare(self, query_vector: NDArray[np.float32], task: Task) -> PairScorer | None:
-        """A scorer for one query [dim]; None if the score is not an inner product plus a bounded change."""
         ...
 
     def passage_bound(self, passage_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -124,7 +66,7 @@ class VectorStudent(Protocol):
         ...
 
 
-class SearchStudent(TextEncoder, VectorStudent, Protocol):
+class SearchStudent(TextEncoder, VectorStudent, ScoringStudent, Protocol):
     """An encoder that also scores passages, and may know more about them; ``PlainStudent`` is one that does not."""
 
     @property
@@ -132,24 +74,8 @@ class SearchStudent(TextEncoder, VectorStudent, Protocol):
         """Which passages answer queries at all; None if it was not fitted."""
         ...
 
-    @property
-    def document_expansion(self) -> DocumentExpansion | None:
-        """What words an index adds to passages; None if this was not fitted."""
-        ...
-
-    def feature_weights(self, task: Task, *, stored: Collection[PartKind] = PART_KINDS) -> FeatureWeights:
-        """The weights of the score features from an index in the score; empty if only the vectors count.
-
-        ``stored``: the parts of passages whose vectors the index has.
-        """
-        ...
-
     def why_no_interaction(self, task: Task) -> str | None:
         """Why an interaction adds nothing to the score of any pair in a task; None if one does, or may."""
-        ...
-
-    def term_factors(self, queries: Sequence[str]) -> Sequence[Mapping[str, float]] | None:
-        """How much each term of each query counts in BM25; None if all count alike."""
         ...
 
     def encode_chunks(

@@ -15,6 +15,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Query, QueryExpansion, Task
 from d2llm.data.python_records import QueryLike, queries_of
+from d2llm.models.row_features import dot_query
 from d2llm.models.score_features import FeatureWeights
 from d2llm.retrieval.local_segment import SegmentQuery
 from d2llm.retrieval.protocols import SearchStudent
@@ -169,14 +170,14 @@ class QueryPreparation:
         ]
         prepared = self._block(phrasings, None)
         for expanded in expansions:
-            own = next(prepared)
-            own.rephrasings = tuple(next(prepared) for _ in expanded.texts)
-            for other in own.rephrasings:
+            phrased = next(prepared)
+            phrased.rephrasings = tuple(next(prepared) for _ in expanded.texts)
+            for other in phrased.rephrasings:
                 for stage, seconds in other.seconds.items():
-                    own.seconds[stage] += seconds
-            own.seconds["expansion"] = expanded.seconds
-            own.expansion = replace(expanded, num_truncated=sum(other.truncated for other in own.rephrasings))
-            yield own
+                    phrased.seconds[stage] += seconds
+            phrased.seconds["expansion"] = expanded.seconds
+            phrased.expansion = replace(expanded, num_truncated=sum(other.truncated for other in phrased.rephrasings))
+            yield phrased
 
     def _hypothetical(self, queries: Sequence[Query], expansion: Expansion) -> Iterator[PreparedQuery]:
         """``_block`` for queries whose vectors include those of hypothetical passages."""
@@ -189,11 +190,11 @@ class QueryPreparation:
         vectors, expansions = add_hypothetical_passages(self._student, read.vectors, expansions)
         seconds = (time.perf_counter() - begin) / len(queries)
         prepared = self._block(queries, vectors)
-        for position, (own, expanded) in enumerate(zip(prepared, expansions, strict=True)):
-            own.seconds["encode"] += seconds
-            own.seconds["expansion"] = expanded.seconds
-            own.expansion, own.truncated = expanded, position in read.truncated
-            yield own
+        for position, (phrased, expanded) in enumerate(zip(prepared, expansions, strict=True)):
+            phrased.seconds["encode"] += seconds
+            phrased.seconds["expansion"] = expanded.seconds
+            phrased.expansion, phrased.truncated = expanded, position in read.truncated
+            yield phrased
 
     def _together(
         self,
@@ -206,7 +207,7 @@ class QueryPreparation:
         begin = time.perf_counter()
         missing: Missing = {}
         words = self._segments.words(queries, missing)
-        sent = [self._sent(*parts) for parts in zip(queries, vectors, tokens, words, strict=True)]
+        sent = [self._sent(*inputs) for inputs in zip(queries, vectors, tokens, words, strict=True)]
         are_scores = [self._may_skip_score and one.scorer is not None and one.scorer.bound == 0 for one in sent]
         score_seconds = (time.perf_counter() - begin) / len(queries)
         begin = time.perf_counter()
@@ -217,8 +218,8 @@ class QueryPreparation:
             depth = max(depth, math.ceil(self._settings.num_candidates / max(len(sources), 1)))
         scans = self._segments.scan_together([one.dot_query for one in sent], depth, missing)
         scan_seconds = (time.perf_counter() - begin) / len(queries)
-        for number, (one, is_score) in enumerate(zip(sent, are_scores, strict=True)):
-            scanned = {place: candidates[number] for place, candidates in scans.items()}
+        for index, (one, is_score) in enumerate(zip(sent, are_scores, strict=True)):
+            scanned = {place: candidates[index] for place, candidates in scans.items()}
             seconds = {"encode": encode_seconds, "candidates": scan_seconds, "score": score_seconds}
             yield PreparedQuery(one, is_score, depth, scanned, seconds, missing=dict(missing))
 
@@ -229,10 +230,7 @@ class QueryPreparation:
         tokens: NDArray[np.float32] | None,
         words: QueryWords | None,
     ) -> SegmentQuery:
-        """A query for segments; its vector for inner products does not depend on the queries prepared with it."""
-        scorer, dot = self._student.prepare(vector, self._task), None
-        if self._student.has_dot:
-            dot = None if scorer is None else scorer.dot_query
-            # Not for several queries at once: the order of summation in BLAS depends on their number.
-            dot = self._student.query_vectors(vector[None], self._task)[0] if dot is None else dot
+        """A query for segments."""
+        scorer = self._student.prepare(vector, self._task)
+        dot = dot_query(self._student, vector, self._task, scorer)
         return SegmentQuery(query, vector, dot, tokens, words, scorer=scorer)

@@ -13,8 +13,8 @@ from d2llm.core.errors import InputError
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import LateChunk, PartKind, Passage, Task, WholeText
 from d2llm.models.pair_scores import score_by_query
+from d2llm.models.text_scores import window_texts
 from d2llm.models.tokens import TokenVectors
-from d2llm.ops.bm25_words import windows
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.text_workers import encode_shard, encode_texts
 from d2llm.runners.placement import HERE, Placement
@@ -93,8 +93,8 @@ def _read_texts(
         if with_tokens:
             encoded = student.encode_with_tokens(texts, "passage", advance=advance)
             assert encoded.tokens is not None
-            for place, own in zip(alone, encoded.tokens.split(), strict=True):
-                tokens[place] = own
+            for place, embeddings in zip(alone, encoded.tokens.split(), strict=True):
+                tokens[place] = embeddings
         else:
             encoded = student.encode_passages(texts, advance=advance)
         vectors[alone] = encoded.vectors
@@ -105,18 +105,18 @@ def _read_texts(
         if isinstance(passage, LateChunk):
             chunks.setdefault(passage.whole, []).append((place, passage))
     if chunks:
-        spans = ((whole, [(chunk.start, chunk.end) for _, chunk in parts]) for whole, parts in chunks.items())
+        spans = ((whole, [(chunk.start, chunk.end) for _, chunk in members]) for whole, members in chunks.items())
         read = student.encode_chunks(spans, with_tokens=True) if with_tokens else student.encode_chunks(spans)
-        places = [place for parts in chunks.values() for place, _ in parts]
-        vectors[places] = read.vectors
+        positions = [place for members in chunks.values() for place, _ in members]
+        vectors[positions] = read.vectors
         if read.tokens is not None:
-            for place, own in zip(places, read.tokens.split(), strict=True):
-                tokens[place] = own
-        truncated += [places[place] for place in read.truncated]
+            for place, embeddings in zip(positions, read.tokens.split(), strict=True):
+                tokens[place] = embeddings
+        truncated += [positions[place] for place in read.truncated]
         num_tokens += read.num_tokens
         num_windows = read.num_windows
         if advance is not None:
-            advance(len(places))
+            advance(len(positions))
     read_parts: dict[PartKind, EncodedParts] = {}
     if with_tokens:
         read_parts["token"] = EncodedParts(*TokenVectors.join(tokens, student.token_dim or 0))
@@ -136,13 +136,13 @@ def _read_windows(
     student: SearchStudent, passages: Sequence[Passage], advance: Callable[[int], None] | None
 ) -> EncodedParts:
     """Encode the windows of some passages at a time, to advance the progress bar, which counts passages."""
-    parts = [EncodedParts(np.zeros((0, student.vector_dim), np.float32), np.zeros(0, np.int64), 0)]
+    encoded = [EncodedParts(np.zeros((0, student.vector_dim), np.float32), np.zeros(0, np.int64), 0)]
     for start in range(0, len(passages), _WINDOWS_AT_ONCE):
         block = passages[start : start + _WINDOWS_AT_ONCE]
-        parts.append(read_windows(student, [passage.full_text for passage in block]))
+        encoded.append(read_windows(student, [passage.full_text for passage in block]))
         if advance is not None:
             advance(len(block))
-    vectors, counts, num_tokens = zip(*parts, strict=True)
+    vectors, counts, num_tokens = zip(*encoded, strict=True)
     return EncodedParts(np.concatenate(vectors), np.concatenate(counts), sum(num_tokens))
 
 
@@ -153,17 +153,11 @@ def read_windows(
 
     ``advance`` is called with the number of windows finished since the last call.
     """
-    texts: list[str] = []
-    counts: list[int] = []
-    for text in full_texts:
-        spans = windows(text)
-        encoded_spans = spans if len(spans) > 1 else []
-        texts += [text[start:end] for start, end in encoded_spans]
-        counts.append(len(encoded_spans))
+    texts, counts = window_texts(full_texts)
     if not texts:
-        return EncodedParts(np.zeros((0, student.vector_dim), np.float32), np.array(counts, np.int64), 0)
+        return EncodedParts(np.zeros((0, student.vector_dim), np.float32), counts, 0)
     encoded = student.encode_passages(texts, advance=advance)
-    return EncodedParts(encoded.vectors, np.array(counts, np.int64), encoded.num_tokens)
+    return EncodedParts(encoded.vectors, counts, encoded.num_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,11 @@
-"""Turns ordered candidates into results: texts, documents, neighbours, explanations, the teacher's scores."""
+"""Turns ordered candidates into results: texts, documents, neighbours, explanations, the teacher's scores.
+
+Excerpts are results with the passages around them, merged into consecutive parts of their documents.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -11,6 +15,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.types import (
     Certificate,
+    Excerpt,
     Explanation,
     Grouping,
     Passage,
@@ -21,8 +26,8 @@ from d2llm.core.types import (
     Selection,
     Span,
 )
+from d2llm.models.row_features import FeatureParts
 from d2llm.ops.diversity import DiverseResults
-from d2llm.retrieval.row_features import FeatureParts
 from d2llm.retrieval.segments import IndexView
 from d2llm.store.view import CandidateRows
 
@@ -36,7 +41,7 @@ class GroupedDocument:
 
     id: str
     score: float
-    places: list[int]
+    positions: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,22 +91,22 @@ class Order:
         return [self.documents[index] for index in self.chosen.tolist()]
 
     @property
-    def places(self) -> NDArray[np.int64]:
+    def positions(self) -> NDArray[np.int64]:
         """The passages to show, as places among the candidates."""
         documents = self.shown_documents
         if documents is None:
             return self.best_first if self.chosen is None else self.best_first[self.chosen]
-        return np.array([document.places[0] for document in documents], np.int64)
+        return np.array([document.positions[0] for document in documents], np.int64)
 
     @property
     def rows(self) -> NDArray[np.int64]:
         """The rows of the passages to show."""
-        return self.scored.rows[self.places]
+        return self.scored.rows[self.positions]
 
     def shown_rows(self, document_passages: int) -> NDArray[np.int64]:
         """The rows of all passages to show: ``rows``, and of documents at most so many passages each."""
         documents = self.shown_documents or ()
-        others = [place for document in documents for place in document.places[1:document_passages]]
+        others = [place for document in documents for place in document.positions[1:document_passages]]
         return np.concatenate([self.rows, self.scored.rows[np.array(others, np.int64)]])
 
     @property
@@ -109,7 +114,7 @@ class Order:
         """The scores of what is shown: passages, or documents."""
         documents = self.shown_documents
         if documents is None:
-            return self.scores[self.places].tolist()
+            return self.scores[self.positions].tolist()
         return [document.score for document in documents]
 
 
@@ -131,14 +136,14 @@ def group_passages(
     Source: Dai and Callan, "Deeper Text Understanding for IR with Contextual Neural Language Modeling", SIGIR 2019,
     section 3.
     """
-    places: dict[str, list[int]] = {}
+    positions: dict[str, list[int]] = {}
     order: list[int] = best_first.tolist()
-    for place in order:
-        places.setdefault(documents[place], []).append(place)
+    for index in order:
+        positions.setdefault(documents[index], []).append(index)
     summed = num_parts if how == "sum" else 1
     grouped = [
         GroupedDocument(name, float(np.logaddexp.reduce(scores[document_places[:summed]])), document_places)
-        for name, document_places in places.items()
+        for name, document_places in positions.items()
     ]
     return sorted(grouped, key=lambda document: (-document.score, document.id))
 
@@ -185,23 +190,24 @@ def _documents(
     return [
         RankedDocument(
             document.id,
-            float(order.scores[document.places[0]]),
-            len(document.places),
+            float(order.scores[document.positions[0]]),
+            len(document.positions),
             tuple(
-                (texts[int(order.scored.rows[place])], float(order.scores[place])) for place in document.places[1:shown]
+                (texts[int(order.scored.rows[place])], float(order.scores[place]))
+                for place in document.positions[1:shown]
             ),
         )
         for document in documents
     ]
 
 
-def with_neighbours(index: IndexView, places: Sequence[RankedPassage], distance: int) -> tuple[RankedPassage, ...]:
+def with_neighbours(index: IndexView, ranked: Sequence[RankedPassage], distance: int) -> tuple[RankedPassage, ...]:
     """Each result with the passages up to ``distance`` positions before and after it in its document."""
     around: dict[str, list[Passage]] = {}
-    for passage in index.neighbours([place.passage for place in places], distance):
+    for passage in index.neighbours([place.passage for place in ranked], distance):
         around.setdefault(passage.document_id, []).append(passage)
     filled: list[RankedPassage] = []
-    for place in places:
+    for place in ranked:
         at = place.passage.position
         others = [other for other in around.get(place.passage.document_id, []) if other.id != place.passage.id]
         before = tuple(other for other in others if at - distance <= other.position < at)
@@ -216,8 +222,10 @@ def _explained(
     from d2llm.ops.bm25_words import placed_terms, terms
 
     query_terms = set(terms(query.text))
-    proposals, shown = order.scored.proposals, order.places
-    places = {name: {row: at for at, row in enumerate(proposal.rows.tolist())} for name, proposal in proposals.items()}
+    proposals, shown = order.scored.proposals, order.positions
+    ranks_by_source = {
+        name: {row: at for at, row in enumerate(proposal.rows.tolist())} for name, proposal in proposals.items()
+    }
     explained: list[RankedPassage] = []
     rows, scores = order.scored.rows[shown].tolist(), order.scored.scores[shown].tolist()
     nothing: list[None] = [None] * len(rows)
@@ -227,7 +235,7 @@ def _explained(
     for place, row, score, word_score, window_score, token_score in zip(
         passages, rows, scores, lexical, windows, tokens, strict=True
     ):
-        at = {name: place_of[row] for name, place_of in places.items() if row in place_of}
+        at = {name: place_of[row] for name, place_of in ranks_by_source.items() if row in place_of}
         term_places: dict[str, tuple[Span, ...]] = {}
         for span, term in placed_terms(place.passage.full_text):
             if term in query_terms:
@@ -256,7 +264,7 @@ def _with_teacher(shown: tuple[RankedPassage, ...], order: Order, reranked: Rera
         teacher_log_odds = dict(zip(reranked.read.tolist(), reranked.log_odds.tolist(), strict=True))
     return tuple(
         replace(one, log_odds=teacher_log_odds.get(place), student_rank=int(order.student_ranks[place]))
-        for one, place in zip(shown, order.places.tolist(), strict=True)
+        for one, place in zip(shown, order.positions.tolist(), strict=True)
     )
 
 
@@ -268,3 +276,96 @@ def rerank_report(kind: str, order: Order) -> RerankReport:
     moved = tuple((int(old), new) for new, old in enumerate(ranks[order.best_first], start=1) if old != new)
     read, unsure = tuple(ranks[reranked.read].tolist()), tuple(sorted(ranks[reranked.unsure].tolist()))
     return RerankReport(kind, read, unsure, moved, reranked.num_truncated, reranked.seconds, reranked.out_of_time)
+
+
+_LEAST_REPEATED = 8  # characters; a shorter repetition is more likely a coincidence than an overlap of passages
+
+
+def merge_neighbours(results: Sequence[RankedPassage], *, overlapping: bool = False) -> list[Excerpt]:
+    """Results with the passages before and after them as excerpts, in the order of their best results.
+
+    Results of one document belong to the same excerpt if the passages around them overlap or follow each other
+    directly, by position. A passage without a document is an excerpt of its own.
+
+    Args:
+        results: results of a search, best first, with their neighbours in ``before`` and ``after``.
+        overlapping: whether a passage may begin with text that repeats the end of the one before (``chunk_overlap``);
+            such text is kept once.
+    """
+    by_document: dict[str, list[RankedPassage]] = {}
+    for result in results:
+        passage = result.passage
+        name = f"document {passage.document_id}" if passage.document_id else f"passage {passage.id}"
+        by_document.setdefault(name, []).append(result)
+    stretches = [stretch for members in by_document.values() for stretch in _stretches(members)]
+    excerpts = [_excerpt(stretch, overlapping=overlapping) for stretch in stretches]
+    return sorted(excerpts, key=lambda excerpt: excerpt.results[0].rank)
+
+
+@dataclass(slots=True)
+class _Stretch:
+    """Results whose neighbourhoods touch, and the highest position that these reach."""
+
+    results: list[RankedPassage]
+    end: int
+
+
+def _stretches(results: Sequence[RankedPassage]) -> list[_Stretch]:
+    """The results of one document, grouped; in the order of the document."""
+    spans = sorted((*_span(result), index) for index, result in enumerate(results))
+    stretches: list[_Stretch] = []
+    for start, end, index in spans:
+        if stretches and start <= stretches[-1].end + 1:
+            stretches[-1].results.append(results[index])
+            stretches[-1].end = max(stretches[-1].end, end)
+        else:
+            stretches.append(_Stretch([results[index]], end))
+    return stretches
+
+
+def _span(result: RankedPassage) -> tuple[int, int]:
+    """The first and the last position of a result and its neighbours."""
+    positions = [passage.position for passage in (*result.before, result.passage, *result.after)]
+    return min(positions), max(positions)
+
+
+def _excerpt(stretch: _Stretch, *, overlapping: bool) -> Excerpt:
+    results = sorted(stretch.results, key=lambda result: result.rank)
+    neighbours = [passage for result in results for passage in (*result.before, *result.after)]
+    # A result replaces the same passage among the neighbours of another: it may be shortened.
+    by_id = {passage.id: passage for passage in [*neighbours, *(result.passage for result in results)]}
+    passages = tuple(sorted(by_id.values(), key=lambda passage: (passage.position, passage.id)))
+    return Excerpt(tuple(results), passages, _joined(passages, overlapping=overlapping))
+
+
+def num_repeated(passages: Sequence[Passage]) -> list[int]:
+    """How many characters at the start of each of some consecutive passages repeat the end of the one before it.
+
+    Passages with different titles are of different sections, which do not overlap.
+    """
+    return [0] + [
+        _num_repeated(before.text, passage.text) if passage.title == before.title else 0
+        for before, passage in itertools.pairwise(passages)
+    ]
+
+
+def _joined(passages: Sequence[Passage], *, overlapping: bool) -> str:
+    """The texts of consecutive passages, a line each; a new title begins a paragraph."""
+    text = passages[0].text
+    counts = num_repeated(passages) if overlapping else [0] * len(passages)
+    for (before, passage), repeated in zip(itertools.pairwise(passages), counts[1:], strict=True):
+        if passage.title != before.title:
+            text = f"{text}\n\n{passage.title}\n{passage.text}" if passage.title else f"{text}\n\n{passage.text}"
+            continue
+        rest = passage.text[repeated:].lstrip() if repeated else passage.text
+        text = f"{text}\n{rest}" if rest else text
+    return text
+
+
+def _num_repeated(before: str, after: str) -> int:
+    """How many characters at the start of a text repeat the end of the one before it."""
+    beginning = after[:_LEAST_REPEATED]
+    start = before.find(beginning) if len(beginning) == _LEAST_REPEATED else -1
+    while start >= 0 and not after.startswith(before[start:]):
+        start = before.find(beginning, start + 1)
+    return len(before) - start if start >= 0 else 0

@@ -21,10 +21,10 @@ from d2llm.ops.diversity import select_diverse
 from d2llm.ops.fusion import reciprocal_rank_scores
 from d2llm.ops.selection import check_scores, top_rows
 from d2llm.retrieval.exact_search import CachedBounds
+from d2llm.retrieval.feature_weights import weights_for
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.query_preparation import PreparedQuery, QueryPreparation, Tokens
 from d2llm.retrieval.results import Order, ScoredCandidates, group_passages, rerank_report, show
-from d2llm.retrieval.row_features import weights_for
 from d2llm.retrieval.searched_segments import Missing, SearchedSegments
 from d2llm.retrieval.segments import IndexView, map_queries
 from d2llm.retrieval.settings import SearchSettings
@@ -130,7 +130,7 @@ class Searcher:
             InputError: a query has no text, or vectors do not fit the search.
             ModelError: a score is NaN, or the reranker did not score all candidates.
         """
-        if tokens is not None and any(own is None for own in tokens):
+        if tokens is not None and any(embeddings is None for embeddings in tokens):
             tokens = None
         prepared, rankings = self._preparation.prepare(queries, vectors=vectors, tokens=tokens), list[Ranking]()
         for block in batched(prepared, RANKED_AT_ONCE):
@@ -236,9 +236,9 @@ class Searcher:
         """At least ``depth`` candidates with the student's scores, if the index has that many."""
         begin = time.perf_counter()
         proposals = self._proposals(prepared, depth, prepared.missing)
-        for number, other in enumerate(prepared.rephrasings, start=1):
+        for position, other in enumerate(prepared.rephrasings, start=1):
             others = self._proposals(other, depth, prepared.missing)
-            proposals |= {f"{name} for rephrasing {number}": proposal for name, proposal in others.items()}
+            proposals |= {f"{name} for rephrasing {position}": proposal for name, proposal in others.items()}
         scoring_begin = time.perf_counter()
         score = self._score_exactly if self._exact else self._score
         scored = score(prepared, proposals, depth)
@@ -294,7 +294,7 @@ class Searcher:
         rows, top_k = scored.rows, self.settings.top_k
 
         def best(scores: NDArray[np.floating[Any]], count: int) -> NDArray[np.int64]:
-            return top_rows(scores, count, lambda places: self._index.ids(rows[places]))
+            return top_rows(scores, count, lambda positions: self._index.ids(rows[positions]))
 
         final: NDArray[np.floating[Any]] = scored.scores
         reranked, student_ranks = None, None
@@ -319,8 +319,8 @@ class Searcher:
             candidates = Candidates(
                 scored.scores,
                 best_first,
-                texts=lambda places: self._texts(rows[places]),
-                vectors=lambda places: self._index.vectors(rows[places]),
+                texts=lambda positions: self._texts(rows[positions]),
+                vectors=lambda positions: self._index.vectors(rows[positions]),
                 task=self._task,
                 top_k=top_k,
             )
@@ -337,7 +337,7 @@ class Searcher:
 
     def _select(self, query: Query, order: Order) -> Order:
         """The diverse or distinct results of a ranking."""
-        from d2llm.ops.same_statement import Statement
+        from d2llm.ops.diversity import Statement
 
         statements: list[Statement] = []
         query_terms = frozenset(terms(query.text))

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError, ShardAwayError, StorageError
 from d2llm.core.types import MissingShard, Query, Task
+from d2llm.models.row_features import FeatureParts
 from d2llm.models.score_features import FeatureWeights
 from d2llm.retrieval.exact_search import CachedBounds, CertifiedRows, merge_certified
 from d2llm.retrieval.local_segment import SegmentQuery, source_names
 from d2llm.retrieval.protocols import SearchStudent, term_factors
-from d2llm.retrieval.row_features import FeatureParts
 from d2llm.retrieval.segments import (
     IndexView,
     SegmentSearch,
@@ -58,8 +58,10 @@ class SearchedSegments:
         self._allow_missing = allow_missing
         self.sources = source_names(settings, weights, is_exact=is_exact)
         self._searches = [
-            segment.begin_search(student, settings, task, weights, is_exact=is_exact, cached=cached.of_segment(place))
-            for place, segment in enumerate(index.segments)
+            segment.begin_search(
+                student, settings, task, weights, is_exact=is_exact, cached=cached.of_segment(position)
+            )
+            for position, segment in enumerate(index.segments)
         ]
 
     def words(self, queries: Sequence[Query], missing: Missing) -> list[QueryWords | None]:
@@ -68,7 +70,10 @@ class SearchedSegments:
             return [None] * len(queries)
         texts = [query.text for query in queries]
         factors = term_factors(self._student, texts)
-        counted = [CountedTerms.from_text(text, own) for text, own in zip(texts, factors, strict=True)]
+        return [*self.weigh([*map(CountedTerms.from_text, texts, factors)], missing)]
+
+    def weigh(self, counted: Sequence[CountedTerms], missing: Missing) -> list[QueryWords]:
+        """The words of queries, weighted by how many passages have them."""
         hashes = np.concatenate([one.hashes for one in counted])
         segments = self._index.segments
         counts = self._ask(missing, lambda place, _: segments[place].count_words(hashes))
@@ -76,7 +81,8 @@ class SearchedSegments:
         rows_with = sum(counts.values(), np.zeros(len(hashes), np.int64))
         ends = np.cumsum([len(one.hashes) for one in counted])
         return [
-            one.weighted(own, num_passages) for one, own in zip(counted, np.split(rows_with, ends[:-1]), strict=True)
+            one.weighted(num_with, num_passages)
+            for one, num_with in zip(counted, np.split(rows_with, ends[:-1]), strict=True)
         ]
 
     def scan_together(
@@ -88,7 +94,7 @@ class SearchedSegments:
             return {}
         stacked, first_depth = np.stack(together), self._first_depth(depth)
         scans = self._ask(missing, lambda _, segment: segment.scan_together(stacked, first_depth))
-        return {number: scanned for number, scanned in scans.items() if scanned is not None}
+        return {place: scanned for place, scanned in scans.items() if scanned is not None}
 
     def propose(
         self, query: SegmentQuery, depth: int, missing: Missing, scanned: Mapping[int, CandidateRows]
@@ -100,19 +106,19 @@ class SearchedSegments:
         """
         first_depth = self._first_depth(depth)
         proposals = self._ask(
-            missing, lambda number, segment: segment.propose(query, first_depth, scanned=scanned.get(number))
+            missing, lambda place, segment: segment.propose(query, first_depth, scanned=scanned.get(place))
         )
         merged = self._merged(proposals, depth)
         more = [
-            number
-            for number, own in proposals.items()
-            for name, one in own.items()
-            if len(one.rows) == first_depth < depth and joint_rows(number, one.rows[-1:]) in merged[name].rows
+            place
+            for place, by_source in proposals.items()
+            for name, one in by_source.items()
+            if len(one.rows) == first_depth < depth and joint_rows(place, one.rows[-1:]) in merged[name].rows
         ]
         if not more:
             return merged
         again = self._ask(missing, lambda _, segment: segment.propose(query, depth), dict.fromkeys(more))
-        return self._merged({number: again.get(number, own) for number, own in proposals.items()}, depth)
+        return self._merged({place: again.get(place, by_source) for place, by_source in proposals.items()}, depth)
 
     def with_nearest(
         self, query: SegmentQuery, proposals: Mapping[str, CandidateRows], missing: Missing
@@ -132,16 +138,16 @@ class SearchedSegments:
         self, phrasings: Sequence[SegmentQuery], rows: NDArray[np.int64], missing: Missing
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The rows [n] whose segments answer, and their scores for each phrasing of a query [phrasings, n]."""
-        parts = {number: (at, own) for number, at, own in rows_by_segment(rows)}
+        by_segment = {place: (at, segment_rows) for place, at, segment_rows in rows_by_segment(rows)}
 
-        def score(number: int, segment: SegmentSearch) -> NDArray[np.float32]:
-            return np.stack([segment.score(phrasing, parts[number][1]) for phrasing in phrasings])
+        def score(place: int, segment: SegmentSearch) -> NDArray[np.float32]:
+            return np.stack([segment.score(phrasing, by_segment[place][1]) for phrasing in phrasings])
 
         is_scored = np.zeros(len(rows), np.bool_)
         all_scores = np.zeros((len(phrasings), len(rows)), np.float32)
-        for number, scores in self._ask(missing, score, parts).items():
-            is_scored[parts[number][0]] = True
-            all_scores[:, parts[number][0]] = scores
+        for place, scores in self._ask(missing, score, by_segment).items():
+            is_scored[by_segment[place][0]] = True
+            all_scores[:, by_segment[place][0]] = scores
         return rows[is_scored], all_scores[:, is_scored]
 
     def certify(self, query: SegmentQuery, top_k: int, missing: Missing) -> CertifiedRows:
@@ -170,12 +176,12 @@ class SearchedSegments:
 
     def score_features(self, query: SegmentQuery, rows: NDArray[np.int64]) -> FeatureParts:
         """What words, windows and tokens add to the scores of some rows [n]."""
-        parts: dict[str, NDArray[np.float32]] = {}
-        for number, at, own in rows_by_segment(rows):
-            for name, values in self._searches[number].score_features(query, own)._asdict().items():
+        added: dict[str, NDArray[np.float32]] = {}
+        for place, at, segment_rows in rows_by_segment(rows):
+            for name, values in self._searches[place].score_features(query, segment_rows)._asdict().items():
                 if values is not None:
-                    parts.setdefault(name, np.zeros(len(rows), np.float32))[at] = values
-        return FeatureParts(**parts)
+                    added.setdefault(name, np.zeros(len(rows), np.float32))[at] = values
+        return FeatureParts(**added)
 
     def retrying_without_lost(self, rank: Callable[[], _Answer]) -> _Answer:
         """``rank()``; if a segment is lost after it has proposed passages, once more without it, if that is allowed."""
@@ -204,22 +210,22 @@ class SearchedSegments:
         """
         answers: dict[int, _Answer] = {}
         chosen = range(len(self._searches)) if numbers is None else numbers
-        readable = [number for number in chosen if number not in missing]
+        readable = [place for place in chosen if place not in missing]
 
-        def answer(number: int) -> _Answer | MissingShard:
+        def answer(place: int) -> _Answer | MissingShard:
             try:
-                return step(number, self._searches[number])
+                return step(place, self._searches[place])
             except (DataFormatError, StorageError, OSError) as error:
                 if not self._allow_missing:
                     raise
-                return self._index.lost(number, error)
+                return self._index.lost(place, error)
 
         results = map(answer, readable) if in_turn else map_in_threads(answer, readable)
-        for number, one in zip(readable, results, strict=True):
+        for place, one in zip(readable, results, strict=True):
             if isinstance(one, MissingShard):
-                missing[number] = one
+                missing[place] = one
             else:
-                answers[number] = one
+                answers[place] = one
         if len(missing) == len(self._searches):
             raise ShardAwayError(f"no shard of the index answers; the first: {next(iter(missing.values())).problem}")
         return answers
@@ -234,6 +240,6 @@ class SearchedSegments:
         merged: dict[str, CandidateRows] = {}
         for name in self.sources:
             by_ids = name != "bm25" or self._settings.hybrid is not None
-            by_segment = {number: own[name] for number, own in proposals.items()}
+            by_segment = {place: by_source[name] for place, by_source in proposals.items()}
             merged[name] = merge_candidates(by_segment, depth, self._index.ids if by_ids else None)
         return merged

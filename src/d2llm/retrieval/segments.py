@@ -27,11 +27,11 @@ from d2llm.store.view import CandidateRows, rows_in_order
 from d2llm.store.word_segment import CountedTerms, QueryWords, WordStatistics
 
 if TYPE_CHECKING:
+    from d2llm.models.row_features import FeatureParts
     from d2llm.models.score_features import FeatureWeights
     from d2llm.retrieval.exact_search import CachedBounds, CertifiedRows
     from d2llm.retrieval.local_segment import SegmentQuery
     from d2llm.retrieval.protocols import VectorStudent
-    from d2llm.retrieval.row_features import FeatureParts
     from d2llm.retrieval.settings import SearchSettings
 
 _SEGMENT_SHIFT = 40
@@ -49,8 +49,8 @@ def joint_rows(segment: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
 def rows_by_segment(rows: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
     """Rows of an index [n] by segment: its place, the places [m] of its rows in ``rows``, and its own rows [m]."""
     segments = rows >> _SEGMENT_SHIFT
-    places = [(segment, np.flatnonzero(segments == segment)) for segment in np.unique(segments).tolist()]
-    return [(segment, at, rows[at] & _ROW_MASK) for segment, at in places]
+    by_segment = [(segment, np.flatnonzero(segments == segment)) for segment in np.unique(segments).tolist()]
+    return [(segment, at, rows[at] & _ROW_MASK) for segment, at in by_segment]
 
 
 class Segment(Protocol):
@@ -72,7 +72,7 @@ class Segment(Protocol):
         ...
 
     def count_words(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """The number of passages that have each of these terms [n]."""
+        """Number of passages that contain each term [n]."""
         ...
 
     @property
@@ -109,7 +109,7 @@ class Segment(Protocol):
         ...
 
     def ids(self, rows: NDArray[np.int64]) -> list[str]:
-        """The ids of the passages at some rows, in their order."""
+        """Ids of the passages in the given rows, in the same order."""
         ...
 
     def rows_of(self, ids: Sequence[str]) -> dict[str, int]:
@@ -117,7 +117,7 @@ class Segment(Protocol):
         ...
 
     def passages(self, rows: NDArray[np.int64]) -> list[Passage]:
-        """The passages at some rows, in their order."""
+        """Passages in the given rows, in the same order."""
         ...
 
     def documents(self, rows: NDArray[np.int64]) -> list[str]:
@@ -125,11 +125,11 @@ class Segment(Protocol):
         ...
 
     def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The vectors of some rows, float32 [len(rows), dim]."""
+        """Vectors of the given rows, float32 [len(rows), dim]."""
         ...
 
     def get(self, ids: Sequence[str]) -> list[Passage]:
-        """The passages with these ids, in their order; missing ones are left out."""
+        """Passages with the given ids, in the same order; missing ids are skipped."""
         ...
 
     def document(self, document_id: str) -> list[Passage]:
@@ -226,8 +226,8 @@ class IndexView:
 
     def lost(self, place: int, problem: object) -> MissingShard:
         """What a ranking says about a segment that cannot be read."""
-        number, records = self.storage.numbers[place], self.storage.records
-        return MissingShard(number, str(self.folder) if records is None else records[number].address, str(problem))
+        shard, records = self.storage.numbers[place], self.storage.records
+        return MissingShard(shard, str(self.folder) if records is None else records[shard].address, str(problem))
 
     @property
     def word_statistics(self) -> WordStatistics:
@@ -236,41 +236,41 @@ class IndexView:
 
     def live_rows(self) -> NDArray[np.int64]:
         """The rows of all passages, segment by segment."""
-        return np.concatenate([joint_rows(place, segment.live_rows()) for place, segment in enumerate(self.segments)])
+        return np.concatenate([joint_rows(index, segment.live_rows()) for index, segment in enumerate(self.segments)])
 
     def ids(self, rows: NDArray[np.int64]) -> list[str]:
-        """The ids of the passages at some rows, in their order."""
-        return self._gather(rows, lambda segment, own: segment.ids(own))
+        """Ids of the passages in the given rows, in the same order."""
+        return self._gather(rows, lambda segment, rows: segment.ids(rows))
 
     def rows(self, ids: Sequence[str]) -> NDArray[np.int64]:
-        """The rows of the passages with these ids, in their order.
+        """Rows of the given ids, in the same order.
 
         Raises:
             InputError: a passage is missing.
         """
         row_of: dict[str, int] = {}
-        for place, segment in enumerate(self.segments):
+        for index, segment in enumerate(self.segments):
             present = segment.rows_of(ids)
-            row_of |= zip(present, joint_rows(place, np.array([*present.values()], np.int64)).tolist(), strict=True)
+            row_of |= zip(present, joint_rows(index, np.array([*present.values()], np.int64)).tolist(), strict=True)
         return rows_in_order(row_of, ids, self.folder)
 
     def passages(self, rows: NDArray[np.int64]) -> list[Passage]:
-        """The passages at some rows, in their order."""
-        return self._gather(rows, lambda segment, own: segment.passages(own))
+        """Passages in the given rows, in the same order."""
+        return self._gather(rows, lambda segment, rows: segment.passages(rows))
 
     def documents(self, rows: NDArray[np.int64]) -> list[str]:
-        """The document of each passage at some rows: its document_id, or its own id if it has none."""
-        return self._gather(rows, lambda segment, own: segment.documents(own))
+        """Document of the passage in each row: its document_id, or its id if it has none."""
+        return self._gather(rows, lambda segment, rows: segment.documents(rows))
 
     def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The vectors of some rows, float32 [len(rows), dim]."""
+        """Vectors of the given rows, float32 [len(rows), dim]."""
         vectors = np.zeros((len(rows), self.dim), np.float32)
-        for place, at, own in rows_by_segment(rows):
-            vectors[at] = self.segments[place].vectors(own)
+        for place, at, segment_rows in rows_by_segment(rows):
+            vectors[at] = self.segments[place].vectors(segment_rows)
         return vectors
 
     def get(self, ids: Sequence[str]) -> list[Passage]:
-        """The passages with these ids, in their order; missing ones are left out."""
+        """Passages with the given ids, in the same order; missing ids are skipped."""
         passages = {passage.id: passage for segment in self.segments for passage in segment.get(ids)}
         return [passages[passage_id] for passage_id in dict.fromkeys(ids) if passage_id in passages]
 
@@ -282,9 +282,9 @@ class IndexView:
         """The passages of the same documents at most ``distance`` positions away, by document and position."""
         nearby: list[Passage] = []
         numbers = [self.storage.shard_of(passage) for passage in passages]
-        for number, segment in zip(self.storage.numbers, self.segments, strict=True):
-            own = [passage for passage, other in zip(passages, numbers, strict=True) if other == number]
-            nearby += segment.neighbours(own, distance) if own else []
+        for shard, segment in zip(self.storage.numbers, self.segments, strict=True):
+            members = [passage for passage, other in zip(passages, numbers, strict=True) if other == shard]
+            nearby += segment.neighbours(members, distance) if members else []
         return sorted(nearby, key=lambda passage: (passage.document_id, passage.position, passage.id))
 
     def list_passages(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[str]:
@@ -315,11 +315,11 @@ class IndexView:
         if len(self.segments) == 1:
             return read(self.segments[0], rows)
         values: dict[int, _Value] = {}
-        parts = rows_by_segment(rows)
-        answers = map_in_threads(lambda part: read(self.segments[part[0]], part[2]), parts)
-        for (_, places, _), own in zip(parts, answers, strict=True):
-            values |= zip(places.tolist(), own, strict=True)
-        return [values[place] for place in range(len(rows))]
+        by_segment = rows_by_segment(rows)
+        answers = map_in_threads(lambda part: read(self.segments[part[0]], part[2]), by_segment)
+        for (_, positions, _), answer in zip(by_segment, answers, strict=True):
+            values |= zip(positions.tolist(), answer, strict=True)
+        return [values[index] for index in range(len(rows))]
 
 
 @cache
@@ -352,5 +352,5 @@ def merge_candidates(
         return proposals[0]
     rows = np.concatenate([np.zeros(0, np.int64), *(joint_rows(place, one.rows) for place, one in proposals.items())])
     scores = np.concatenate([np.zeros(0, np.float32), *(one.scores for one in proposals.values())])
-    best = top_rows(scores, top_k, None if ids_of is None else lambda places: ids_of(rows[places]))
+    best = top_rows(scores, top_k, None if ids_of is None else lambda positions: ids_of(rows[positions]))
     return CandidateRows(rows[best], scores[best])

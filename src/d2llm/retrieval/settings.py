@@ -281,7 +281,7 @@ class ChunkingSettings(Settings):
             InputError: settings contradict each other.
         """
         numbers = (self.chunk_tokens, self.chunk_overlap, self.late_window)
-        if self.whole and (self.late or any(number is not None for number in numbers)):
+        if self.whole and (self.late or any(value is not None for value in numbers)):
             raise InputError("whole splits nothing; leave out chunk_tokens, chunk_overlap, late and late_window")
         if self.late_window is not None and not self.late:
             raise InputError("late_window is for late; give both, or leave it out")

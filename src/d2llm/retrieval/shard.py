@@ -17,12 +17,13 @@ from d2llm.core.files import MANIFEST_NAME, check_replaceable, folder_bytes, new
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import PartKind
+from d2llm.store.blocks import rows_of
 from d2llm.store.bm25 import WordIndex
-from d2llm.store.index_manifest import SHARDED_KIND, find_index
+from d2llm.store.index_manifest import SHARDED_KIND, copy_side_files, find_index
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import PartVectors
-from d2llm.store.passage_table import PassageTable, Record, rows_of
+from d2llm.store.passage_table import PassageTable, Record
 from d2llm.store.remote_shards import upload_shard
 from d2llm.store.shards import (
     FORMAT_VERSION,
@@ -33,7 +34,6 @@ from d2llm.store.shards import (
     shard_of,
     write_sharded_manifest,
 )
-from d2llm.store.side_files import copy_side_files
 
 _HELD_ROWS = 1 << 16  # in memory at once, over all shards,
 _MIN_ROWS = 1_024  # unless there are so many shards that each would be written in smaller pieces
@@ -126,8 +126,8 @@ def _create(draft: Path, source: Storage, tables: list[PassageTable], num_shards
 def _upload(target: Storage, remote: str, folder: Path) -> None:
     """Copy all shards into object storage, and write a sharded index that names them there."""
     records: list[ShardRecord] = []
-    for number, (record, store) in enumerate(zip(target.records or (), target.stores, strict=True)):
-        url = f"{remote}/{shard_name(number)}"
+    for position, (record, store) in enumerate(zip(target.records or (), target.stores, strict=True)):
+        url = f"{remote}/{shard_name(position)}"
         records.append(replace(record, address=url, files=upload_shard(store.folder, url)))
     with new_folder(folder, kind=SHARDED_KIND) as new:
         copy_side_files(target.folder, new)
@@ -158,21 +158,21 @@ class _Copy:
             present = np.isin(hashes_of_ids(batch), self._present)
             self._advance(int(present.sum()))
             for record in (record for record, is_there in zip(batch, present, strict=True) if not is_there):
-                number = shard_of(record["id"], record["document_id"], len(self._target.stores))
-                waiting = self._waiting.setdefault(number, [])
+                shard_number = shard_of(record["id"], record["document_id"], len(self._target.stores))
+                waiting = self._waiting.setdefault(shard_number, [])
                 waiting.append(record)
                 if len(waiting) >= self._most:
-                    self._write(number, source)
-        for number in list(self._waiting):
-            self._write(number, source)
+                    self._write(shard_number, source)
+        for shard_number in list(self._waiting):
+            self._write(shard_number, source)
 
-    def _write(self, number: int, source: _Source) -> None:
-        records = self._waiting.pop(number)
+    def _write(self, shard_number: int, source: _Source) -> None:
+        records = self._waiting.pop(shard_number)
         old = rows_of(records)
         parts: dict[PartKind, tuple[NDArray[np.uint8], NDArray[np.int64]]] = {
             kind: part.take(old) for kind, part in source.parts.items()
         }
-        self._target.stores[number].append_rows(records, source.codes_of(records), source.words.take(old), parts)
+        self._target.stores[shard_number].append_rows(records, source.codes_of(records), source.words.take(old), parts)
         self._advance(len(records))
 
 

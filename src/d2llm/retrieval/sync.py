@@ -12,8 +12,8 @@ from pathlib import Path
 from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, DEFAULT_SECONDS_PER_FILE, Passage
 from d2llm.data.documents import MAX_BYTES, SkippedFile, find_documents
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.upserting_documents import DocumentsReport
-from d2llm.store.side_files import Chunking
+from d2llm.retrieval.upserting import DocumentsReport
+from d2llm.store.index_manifest import Chunking
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,9 @@ def _known_files(index: Index) -> dict[str, _Known]:
         counts.setdefault(path, Counter())[row or 0, num_passages or 1] += 1
     for path, (first, *others) in states.items():  # others: passages of an earlier state of the file
         modified, size, num_rows = first
-        is_whole = len(counts[path]) == num_rows and all(count == number for (_, number), count in counts[path].items())
+        is_whole = len(counts[path]) == num_rows and all(
+            count == num_passages for (_, num_passages), count in counts[path].items()
+        )
         if is_whole and not others:
             known[path].state = (modified.replace(tzinfo=timezone.utc), size)
     return known

@@ -61,8 +61,8 @@ def encode_texts(
     """
     starts = range(0, max(1, len(texts)), block)
     shards = (TextShard(texts[start : start + block], kind, with_tokens=with_tokens) for start in starts)
-    parts = list(workers.map(shards, advance))
-    return parts[0] if len(parts) == 1 else EncodedTexts.join(parts, parts[0].vectors.shape[1])
+    encoded = list(workers.map(shards, advance))
+    return encoded[0] if len(encoded) == 1 else EncodedTexts.join(encoded, encoded[0].vectors.shape[1])
 
 
 def encoder_loads(encoder: TextEncoder, load: Callable[[], TextEncoder]) -> dict[str, Load | None]:

@@ -1,4 +1,7 @@
-"""Upserts passages into an index's store. Only new or changed texts are encoded; each commit adds a few thousand."""
+"""Upserts passages and documents into an index's store.
+
+Only new or changed texts are encoded, and each commit adds a few thousand passages.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,30 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from d2llm.core.batches import batched
 from d2llm.core.errors import DuplicateIdError, IndexMismatchError, InputError
-from d2llm.core.progress import Advance, ignore
+from d2llm.core.progress import Advance, ignore, progress_bar
 from d2llm.core.types import PartKind, Passage, piece_id
 from d2llm.retrieval.build_ann import renew_ann
 from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint
 from d2llm.retrieval.reading import EncodedPassages, read_passages
 from d2llm.runners.runner import LocalWorkers, Workers
 from d2llm.store.blocks import Changes
+from d2llm.store.index_manifest import Chunking, forget_chunking, read_chunking, write_chunking
 from d2llm.store.passage_table import PassageTable
 from d2llm.store.schema import FieldType, MetadataSchema
 from d2llm.store.shards import Storage
+
+if TYPE_CHECKING:
+    from d2llm.retrieval.chunking import Chunker
+
 
 BLOCK_PASSAGES = 2_048
 """Passages encoded at a time, for a commit or a file: the most work that an interruption can lose."""
@@ -157,9 +167,9 @@ class _Upsert:
             block, left_out = known.leave_out_misfits(block)
             self.report = replace(self.report, left_out=Counter(self.report.left_out) + left_out)
         if _add_new_fields(self._storage, block, known):
-            for place, other in enumerate(self._storage.stores):
-                self._tables[place] = other.table()
-                self._versions[place] = self._tables[place].version
+            for index, other in enumerate(self._storage.stores):
+                self._tables[index] = other.table()
+                self._versions[index] = self._tables[index].version
         self._versions[shard] = self._tables[shard].version
         changes = store.compare(block, self._tables[shard])
         if self._only_new and (changes.num_new < len(block) or len(self._before) > 1):
@@ -199,12 +209,12 @@ class _Upsert:
         """
         ids = [passage.id for passage in block]
         moved: set[str] = set()
-        for place, store in enumerate(self._storage.stores):
-            if place != shard and (elsewhere := self._ids_before(place, ids)):
+        for index, store in enumerate(self._storage.stores):
+            if index != shard and (elsewhere := self._ids_before(index, ids)):
                 store.delete(elsewhere)
                 moved.update(elsewhere)
-                self._tables[place] = store.table()
-                self._versions[place] = self._tables[place].version
+                self._tables[index] = store.table()
+                self._versions[index] = self._tables[index].version
         return len(moved.difference(self._ids_before(shard, list(moved)))) if moved else 0
 
     def _ids_before(self, shard: int, ids: list[str]) -> list[str]:
@@ -237,21 +247,21 @@ def warn_of_truncation(report: UpsertReport, advice: str) -> None:
 def check_projection(storage: Storage, student: SearchStudent) -> None:
     """Refuse a student whose token embeddings cannot be compared with those that the index stores."""
     made_by = storage.manifest["token_projection"]
-    own = student.token_fingerprint
-    if own != made_by:
+    projection = student.token_fingerprint
+    if projection != made_by:
         raise IndexMismatchError(
-            f"{storage.folder}: its token embeddings were made by projection {made_by}, but the student has {own}; "
-            "use the student that made the index, or index the corpus again"
+            f"{storage.folder}: its token embeddings were made by projection {made_by}, but the student has "
+            f"{projection}; use the student that made the index, or index the corpus again"
         )
 
 
 def check_expansion(storage: Storage, student: SearchStudent) -> None:
     """Refuse a student that would add other words to passages than the index has."""
-    made_by, own = storage.manifest["document_expansion"], expansion_fingerprint(student)
-    if made_by is not None and own != made_by:
+    made_by, expansion = storage.manifest["document_expansion"], expansion_fingerprint(student)
+    if made_by is not None and expansion != made_by:
         raise IndexMismatchError(
             f"{storage.folder}: its passages have words added by document expansion {made_by}, but the student has "
-            f"{own or 'none'}; use the student that made the index, or index the corpus again"
+            f"{expansion or 'none'}; use the student that made the index, or index the corpus again"
         )
 
 
@@ -306,3 +316,122 @@ def _refuse_documents(block: Sequence[Passage], before: PassageTable) -> None:
             f"{split[0]!r}; delete the document first (on the command line delete --document), or upsert it as a "
             "document (upsert_documents, or /v1/documents)"
         )
+
+
+_DOCUMENTS_AT_ONCE = 1_024
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentsReport(UpsertReport):
+    """What ``upsert_documents`` did: the ``UpsertReport``, the number of documents, and of deleted passages."""
+
+    num_documents: int = 0
+    num_deleted: int = 0
+
+
+def upsert_documents(
+    storage: Storage,
+    student: SearchStudent,
+    documents: Iterable[Passage],
+    chunker: Chunker,
+    *,
+    only_new: bool = False,
+    lenient_metadata: bool = False,
+    num_documents: int | None = None,
+    readers: Workers[Sequence[Passage], EncodedPassages] | None = None,
+) -> DocumentsReport:
+    """Split documents and add or update their passages (``Index.upsert_documents``).
+
+    After an interruption, repeat the call to continue; until it has finished, passages of earlier versions of the
+    documents may remain.
+    """
+    num_pieces: dict[str, int] = {}
+    unfinished: deque[int] = deque()  # numbers of pieces of the documents being written
+
+    def pieces() -> Iterator[Passage]:
+        for block in batched(documents, _DOCUMENTS_AT_ONCE):
+            if only_new:
+                _refuse_present(block, storage)
+            for document in block:
+                if document.id in num_pieces:
+                    problem = f"two documents share the id {document.id!r}; keep one of them"
+                    raise DuplicateIdError(storage.folder, problem)
+                new_pieces = chunker.split(document)
+                num_pieces[document.id] = len(new_pieces)
+                unfinished.append(len(new_pieces))
+                yield from new_pieces
+
+    with storage.writing(), progress_bar("indexing", num_documents) as advance:
+
+        def finish(count: int, note: str = "", /) -> None:
+            while unfinished and count >= unfinished[0]:
+                count -= unfinished.popleft()
+                advance(1, note)
+            if unfinished:
+                unfinished[0] -= count
+
+        known, version = read_chunking(storage.folder), storage.version
+        try:
+            _keep_chunking(storage, chunker.chunking)
+            report = upsert_passages(
+                storage,
+                student,
+                pieces(),
+                only_new=only_new,
+                as_documents=True,
+                lenient_metadata=lenient_metadata,
+                advance=finish,
+                readers=readers,
+            )
+            num_deleted = _delete_earlier_forms(storage, num_pieces)
+        except BaseException:
+            if known is None and storage.version == version:
+                forget_chunking(storage.folder)  # nothing was written, so another chunking is still possible
+            raise
+        version = storage.version
+    warn_of_truncation(report, _truncation_advice(chunker.chunking))
+    values: dict[str, Any] = {item.name: getattr(report, item.name) for item in fields(report)} | {"version": version}
+    return DocumentsReport(**values, num_documents=len(num_pieces), num_deleted=num_deleted)
+
+
+def _truncation_advice(chunking: Chunking) -> str:
+    if chunking.chunk_tokens is None:
+        return "This index does not split texts; a new one (with --chunk-tokens) splits them into passages"
+    return "Their titles take up more than half of a passage; shorten them, or use larger passages in a new index"
+
+
+def _keep_chunking(storage: Storage, chunking: Chunking) -> None:
+    """Store the chunking with the index; an empty index may still change it."""
+    known = read_chunking(storage.folder)
+    if known == chunking:
+        return
+    if known is not None and len(storage):
+        raise InputError(
+            f"{storage.folder}: its documents are split into {known}, and cannot also be split into {chunking}; omit "
+            "the chunking, which the index stores, or make a new index"
+        )
+    write_chunking(storage.folder, chunking)
+
+
+def _refuse_present(documents: Sequence[Passage], storage: Storage) -> None:
+    present = storage.positions_of([document.id for document in documents])
+    if present:
+        name = min(document_id or passage_id for passage_id, document_id, _ in present)
+        problem = f"some of the documents already exist, such as {name!r}; use upsert to update them"
+        raise DuplicateIdError(storage.folder, problem)
+
+
+def _delete_earlier_forms(storage: Storage, num_pieces: Mapping[str, int]) -> int:
+    """Delete pieces that documents no longer have, and single passages that are now split; returns the number."""
+    num_deleted = 0
+    for some in batched(num_pieces, _DOCUMENTS_AT_ONCE):
+        gone: list[str] = []
+        for passage_id, document_id, position in storage.positions_of(some):
+            if passage_id == piece_id(document_id, position) and passage_id not in num_pieces:
+                kept = num_pieces[document_id]
+                if kept == 1 or position > kept:
+                    gone.append(passage_id)
+            elif num_pieces.get(passage_id, 1) > 1:
+                gone.append(passage_id)
+        num_deleted += storage.delete(gone) if gone else 0
+    return num_deleted

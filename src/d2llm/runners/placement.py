@@ -121,9 +121,9 @@ def load_same(load: Callable[[], _Model], identity: str, identify: Callable[[_Mo
         MismatchError: there is another model at the same place on this machine.
     """
     model = load()
-    if (own := identify(model)) != identity:
+    if (actual := identify(model)) != identity:
         raise MismatchError(
-            f"the {type(model).__name__} on {platform.node()} is {own}, but {identity} is meant; put the same model at "
-            "the same path on every machine"
+            f"the {type(model).__name__} on {platform.node()} is {actual}, but {identity} is meant; put the same model "
+            "at the same path on every machine"
         )
     return model

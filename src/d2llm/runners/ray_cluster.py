@@ -49,8 +49,10 @@ def check_versions(versions: Mapping[str, str]) -> None:
     Raises:
         MismatchError: they differ.
     """
-    own = own_versions()
-    differences = [f"{name} {own[name]} instead of {other}" for name, other in versions.items() if own[name] != other]
+    installed = own_versions()
+    differences = [
+        f"{name} {installed[name]} instead of {other}" for name, other in versions.items() if installed[name] != other
+    ]
     if differences:
         raise MismatchError(
             f"the node {platform.node()} of the Ray cluster has {', '.join(differences)}; install the same versions on "
@@ -69,16 +71,16 @@ def task_error(error: Any, *kinds: type[Exception]) -> Exception:
     return error.cause if isinstance(error.cause, (D2LLMError, *kinds)) else error
 
 
-def require_room(kind: str, number: float, who: str, remedy: str) -> None:
+def require_room(kind: str, needed: float, who: str, remedy: str) -> None:
     """Check that the cluster has resources of a kind ("CPU").
 
     Raises:
         InputError: ``who`` needs more than there are.
     """
     present = import_ray().cluster_resources().get(kind, 0.0)
-    if number > present:
+    if needed > present:
         raise InputError(
-            f"{who} need {number:g} {kind}s, but the cluster has {present:g}; add nodes, or set {remedy} lower"
+            f"{who} need {needed:g} {kind}s, but the cluster has {present:g}; add nodes, or set {remedy} lower"
         )
 
 
@@ -137,8 +139,8 @@ def _stopped_by_sigterm(handler: Any) -> Generator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-def _terminate(number: int, frame: object) -> None:
-    del number, frame
+def _terminate(signal_number: int, frame: object) -> None:
+    del signal_number, frame
     raise Terminated
 
 

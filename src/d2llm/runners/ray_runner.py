@@ -138,17 +138,17 @@ def _reservation(nodes: Sequence[Mapping[str, float]], num_workers: int | None, 
     """
     present = [int(node.get("GPU", 0)) for node in nodes]
     if gpus and any(present):
-        room = sum(number // gpus for number in present)
+        room = sum(num_gpus // gpus for num_gpus in present)
         if (num_workers or 1) > room:
             needs = f"{num_workers or 1} {'worker needs' if num_workers in (None, 1) else 'workers need'}"
             what = "a GPU each" if gpus == 1 else f"{gpus} GPUs of one machine each"
             raise InputError(f"{needs} {what}, but the cluster has room for {room} of them; give other numbers")
         return Reservation(num_workers or room, cpus=1, gpus=gpus)
     cores = [int(node.get("CPU", 0)) for node in nodes]
-    count = num_workers or sum(number > 0 for number in cores)
+    count = num_workers or sum(num_cores > 0 for num_cores in cores)
     if not 0 < count <= sum(cores):
         raise InputError(f"{count or 'the'} workers need a core each, but the cluster has {sum(cores)}; add nodes")
-    most = max(size for size in range(1, max(cores) + 1) if sum(number // size for number in cores) >= count)
+    most = max(size for size in range(1, max(cores) + 1) if sum(num_cores // size for num_cores in cores) >= count)
     return Reservation(count, cpus=most, gpus=0)
 
 
@@ -222,9 +222,9 @@ class RayWorkers(Generic[_Shard, _Result]):
             elif not unfinished:
                 return
             self._hand_out(waiting, unfinished)
-            for number, result in self._collect(waiting, deaths, wait=item is None):
-                advance(len(unfinished.pop(number)))
-                results[number] = result
+            for index, result in self._collect(waiting, deaths, wait=item is None):
+                advance(len(unfinished.pop(index)))
+                results[index] = result
             while first in results:
                 yield results.pop(first)
                 first += 1
@@ -252,8 +252,8 @@ class RayWorkers(Generic[_Shard, _Result]):
         for most in range(_SHARDS_PER_WORKER):
             for worker in started:
                 if waiting and len(worker.shards) == most:
-                    number = waiting.popleft()
-                    worker.shards.append((number, worker.actor.do.remote(shards[number])))
+                    index = waiting.popleft()
+                    worker.shards.append((index, worker.actor.do.remote(shards[index])))
 
     def _collect(self, waiting: deque[int], deaths: Counter[int], *, wait: bool) -> list[tuple[int, _Result]]:
         """The results that have arrived, with the numbers of their shards; ``wait`` until something happens."""
@@ -292,15 +292,15 @@ class RayWorkers(Generic[_Shard, _Result]):
                 ) from error
             _log.warning("a worker on the Ray cluster has died while it started; another one is started (%s)", reason)
         else:
-            number = worker.shards[0][0]
-            deaths[number] += 1
-            if deaths[number] >= _MAX_DEATHS:
+            index = worker.shards[0][0]
+            deaths[index] += 1
+            if deaths[index] >= _MAX_DEATHS:
                 raise ModelError(
                     f"{_MAX_DEATHS} workers on the Ray cluster have died with the same part of the work ({reason}); "
                     "perhaps their memory is too small. Finished parts are kept: run the same command again to continue"
                 ) from error
             _log.warning("a worker on the Ray cluster has died; its work is done again (%s)", reason)
-        waiting.extendleft(number for number, _ in reversed(worker.shards))
+        waiting.extendleft(index for index, _ in reversed(worker.shards))
         self._ray.kill(worker.actor)  # it may only be out of reach
         self._workers[self._workers.index(worker)] = self._start()
 

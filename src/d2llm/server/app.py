@@ -9,23 +9,34 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from d2llm import __version__
 from d2llm.core.errors import D2LLMError, InputError
+from d2llm.core.extras import require
 from d2llm.models.hub import find_student
 from d2llm.models.student import Student
 from d2llm.models.student_files import read_student_manifest
-from d2llm.retrieval.index import find_source
+from d2llm.retrieval.open_index import find_source
 from d2llm.retrieval.protocols import task_for
 from d2llm.retrieval.segments import IndexView
 from d2llm.runners.runner import find_runner
 from d2llm.server import corpus_routes, native, page_routes
 from d2llm.server.dialects import DIALECTS
-from d2llm.server.errors import install_error_handlers, naming_index, register_error_shape, without_places
+from d2llm.server.errors import (
+    install_error_handlers,
+    json_rpc_shape,
+    naming_index,
+    register_error_shape,
+    without_places,
+)
 from d2llm.server.middleware import install_middleware
 from d2llm.server.model_service import ModelService
 from d2llm.server.ray_students import StudentReplicas
@@ -72,8 +83,31 @@ def make_app(settings: ServeSettings) -> FastAPI:
         app.include_router(dialect.router)
         register_error_shape(dialect.PATHS, dialect.shape)
     app.include_router(page_routes.router)
+    app.router.routes.append(Route("/mcp", _AgentRoute(settings, private), methods=["POST"]))
+    register_error_shape(("/mcp",), json_rpc_shape)
     install_middleware(app, settings, telemetry, lifecycle)
     return app
+
+
+class _AgentRoute:
+    """The Model Context Protocol; what it needs is imported with the first request.
+
+    Raises:
+        MissingExtraError: its package is not installed.
+    """
+
+    def __init__(self, settings: ServeSettings, private: list[Path]) -> None:
+        self._settings, self._private = settings, private
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        protocol = await asyncio.to_thread(self._import)
+        await protocol.answer(scope, receive, send, self._settings, self._private)
+
+    @staticmethod
+    def _import() -> ModuleType:
+        require("mcp", extra="mcp", purpose="the Model Context Protocol")
+        return import_module("d2llm.server.mcp")
 
 
 @asynccontextmanager

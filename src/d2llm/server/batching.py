@@ -33,8 +33,8 @@ _MIN_BATCH = 0.25  # as a fraction of the largest; smaller batches are inefficie
 class Places:
     """Limits concurrent work that has no queue: use as a context manager; raises OverloadedError if all are taken."""
 
-    def __init__(self, number: int, retry_after: float = 1.0) -> None:
-        self._free = number
+    def __init__(self, num_places: int, retry_after: float = 1.0) -> None:
+        self._free = num_places
         self._retry_after = retry_after
 
     def __enter__(self) -> None:
@@ -72,12 +72,12 @@ class _Place(Generic[_Item, _Result]):
     """An item of a group."""
 
     group: _Group[_Item, _Result]
-    number: int
+    position: int
     cost: float
 
     @property
     def item(self) -> _Item:
-        return self.group.items[self.number]
+        return self.group.items[self.position]
 
 
 class Batcher(Generic[_Item, _Result]):
@@ -170,10 +170,10 @@ class Batcher(Generic[_Item, _Result]):
             OverloadedError: the queue is full.
             NotReadyError: the server is stopping.
         """
-        if self._closed:
-            raise NotReadyError("the server is stopping")
         if bounded:
             self.require_room(len(items))
+        elif self._closed:
+            raise NotReadyError("the server is stopping")
         future: asyncio.Future[Done[_Result]] = asyncio.get_running_loop().create_future()
         group = _Group[_Item, _Result](items, future, time.perf_counter(), [*range(len(items))])
         self._groups.append(group)
@@ -190,7 +190,10 @@ class Batcher(Generic[_Item, _Result]):
 
         Raises:
             OverloadedError: the queue is full.
+            NotReadyError: the server is stopping.
         """
+        if self._closed:
+            raise NotReadyError("the server is stopping")
         if self._num_queued and self._num_queued + num_items > self._max_queued:
             raise OverloadedError(retry_after=max(1.0, self._num_queued * self._item_seconds / self._num_lanes))
 
@@ -237,7 +240,7 @@ class Batcher(Generic[_Item, _Result]):
         latest = seconds / len(taken)
         self._item_seconds += _NEW_WEIGHT * (latest - self._item_seconds) if self._item_seconds else latest
         for place, result in zip(taken, results, strict=True):
-            _deliver(place.group, place.number, result)
+            _deliver(place.group, place.position, result)
 
     def _take(self) -> list[_Place[_Item, _Result]]:
         """The next batch: the item that has waited longest, and the items in sight with the most similar costs."""
@@ -263,11 +266,11 @@ class Batcher(Generic[_Item, _Result]):
         """Remove these from the queue; a group with items left moves to the end."""
         numbers: dict[_Group[_Item, _Result], set[int]] = {}
         for place in taken:
-            numbers.setdefault(place.group, set()).add(place.number)
+            numbers.setdefault(place.group, set()).add(place.position)
         now = time.perf_counter()
         for group, removed in numbers.items():
             group.began = group.began or now
-            group.waiting = [number for number in group.waiting if number not in removed]
+            group.waiting = [position for position in group.waiting if position not in removed]
             self._groups.remove(group)
             if group.waiting:
                 self._groups.append(group)
@@ -275,16 +278,16 @@ class Batcher(Generic[_Item, _Result]):
 
     def _in_sight(self) -> list[_Place[_Item, _Result]]:
         """A few items of each group, enough for several batches, longest-waiting first."""
-        places: list[_Place[_Item, _Result]] = []
+        in_sight: list[_Place[_Item, _Result]] = []
         room = self._max_batch * _BATCHES_IN_SIGHT
         for group in self._groups:
-            for number in group.waiting[:_ITEMS_A_TURN]:
-                place = _Place(group, number, self._cost(group.items[number]))
+            for position in group.waiting[:_ITEMS_A_TURN]:
+                place = _Place(group, position, self._cost(group.items[position]))
                 room -= place.cost
-                places.append(place)
+                in_sight.append(place)
             if room < 0:
                 break
-        return places
+        return in_sight
 
     def _run_apart(self, items: Sequence[_Item]) -> list[_Result | Exception]:
         """Run a batch; if it fails, run its halves, so that only items that fail alone get an error."""

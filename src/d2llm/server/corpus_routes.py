@@ -14,9 +14,9 @@ from d2llm.core.settings import bound
 from d2llm.core.types import Passage
 from d2llm.models.student import Student
 from d2llm.retrieval.chunking import Chunker, changed_chunking
-from d2llm.retrieval.excerpts import num_repeated
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.upserting_documents import DocumentsReport
+from d2llm.retrieval.results import num_repeated
+from d2llm.retrieval.upserting import DocumentsReport
 from d2llm.server.errors import NotFoundError
 from d2llm.server.large_bodies import BodyRoute
 from d2llm.server.logs import note_items
@@ -127,8 +127,8 @@ async def upsert_documents(body: DocumentsRequest, index: WritableIndex) -> Docu
     The index stores its chunking and refuses documents with a different one.
     """
     few_enough(len(body.documents), index.settings, "documents")
-    for place, document in enumerate(body.documents):
-        short_enough([document.title], index.settings, f"documents.{place}.title")
+    for position, document in enumerate(body.documents):
+        short_enough([document.title], index.settings, f"documents.{position}.title")
     documents = [Passage(**document.model_dump()) for document in body.documents]
     few_enough_characters(documents, index.settings, "documents")
     report = await _upsert_documents(

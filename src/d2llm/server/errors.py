@@ -29,6 +29,7 @@ from d2llm.core.errors import (
     StorageError,
 )
 from d2llm.server.logs import current_facts
+from d2llm.store.index_manifest import require_index
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +52,10 @@ ProblemKind = Literal[
 _QUOTED = 200  # characters of a client's text in a message
 MAX_PROBLEMS = 100
 """Of a body with more unknown fields than this, the others are not counted."""
-_MAX_SHOWN = 4_000  # characters of a message: clients may quote long texts in what they send
+MAX_SHOWN = 4_000
+"""Characters of a message: clients may quote long texts in what they send."""
+
+_JSON_RPC_INVALID, _JSON_RPC_INTERNAL = -32600, -32603
 
 _KINDS: dict[int, ProblemKind] = {
     401: "unauthorized",
@@ -153,6 +157,17 @@ def naming_index(name: str, indexes: Sized) -> Generator[None]:
         raise D2LLMError(f"index '{name}': {error}") from error
 
 
+def require_indexes(indexes: Mapping[str, Path]) -> None:
+    """Make sure that each folder holds an index, before anything is loaded.
+
+    Raises:
+        D2LLMError: one does not.
+    """
+    for name, folder in indexes.items():
+        with naming_index(name, indexes):
+            require_index(folder)
+
+
 _shapes: dict[str, Shape] = {}
 
 
@@ -172,10 +187,21 @@ def plain_shape(problem: Problem) -> tuple[int, dict[str, Any]]:
     return problem.status, {"error": error}
 
 
+def json_rpc_shape(problem: Problem) -> tuple[int, dict[str, Any]]:
+    """The shape of the Model Context Protocol, for requests that do not reach it."""
+    code = _JSON_RPC_INTERNAL if problem.status >= 500 else _JSON_RPC_INVALID
+    data = {"kind": problem.kind, "request_id": problem.request_id}
+    return problem.status, {
+        "jsonrpc": "2.0",
+        "id": None,
+        "error": {"code": code, "message": problem.message, "data": data},
+    }
+
+
 def problem_response(path: str, problem: Problem) -> Response:
     """The response to a request for ``path``, in the shape of its interface."""
     field = None if problem.field is None else shortened(problem.field)
-    problem = replace(problem, message=shortened(problem.message, _MAX_SHOWN), field=field)
+    problem = replace(problem, message=shortened(problem.message, MAX_SHOWN), field=field)
     matching = [prefix for prefix in _shapes if path == prefix or path.startswith(prefix.rstrip("/") + "/")]
     status, body = (_shapes[max(matching, key=len)] if matching else plain_shape)(problem)
     headers = dict(problem.headers or {})

@@ -142,18 +142,18 @@ class _ErrorRenderer:
         if isinstance(error, tuple):
             error = cast("tuple[Any, ...]", error)[1]
         if isinstance(error, BaseException):
-            event["exception"] = "".join(self._parts(error)).rstrip()
+            event["exception"] = "".join(self._traceback_lines(error)).rstrip()
         return event
 
-    def _parts(self, error: BaseException) -> list[str]:
+    def _traceback_lines(self, error: BaseException) -> list[str]:
         if self._messages:
             return traceback.format_exception(error)
         chain = [error]
         while (earlier := chain[-1].__cause__ or chain[-1].__context__) and earlier not in chain:
             chain.append(earlier)
-        parts: list[str] = []
+        lines: list[str] = []
         for link in reversed(chain):
-            parts += ["Traceback (most recent call last):\n", *traceback.format_tb(link.__traceback__)]
+            lines += ["Traceback (most recent call last):\n", *traceback.format_tb(link.__traceback__)]
             reason = f": {link.strerror}" if isinstance(link, OSError) and link.strerror else ""
-            parts.append(f"{type(link).__qualname__}{reason}\n")
-        return parts
+            lines.append(f"{type(link).__qualname__}{reason}\n")
+        return lines

@@ -7,14 +7,16 @@ context variables and hides disconnects.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import re
+import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from re import Pattern
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import structlog
@@ -24,12 +26,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from d2llm.server.access import AccessMiddleware, is_open
-from d2llm.server.body_text import problem_of_text
+from d2llm.server.access import AccessMiddleware, RateLimiter, is_open
 from d2llm.server.errors import NotReadyError, Problem, problem_for_client, send_problem
 from d2llm.server.keys import KeyRing
-from d2llm.server.large_bodies import LARGE_BYTES, in_body_thread, problem_of_body
-from d2llm.server.limits import RateLimiter
+from d2llm.server.large_bodies import LARGE_BYTES, in_body_thread, problem_of_body, problem_of_text
 from d2llm.server.logs import begin_facts, log_request
 from d2llm.server.running import Lifecycle
 from d2llm.server.settings import ServeSettings
@@ -37,6 +37,7 @@ from d2llm.server.telemetry import Telemetry
 from d2llm.server.uploads import FILES_PATH, FORM_TYPE
 
 _log = logging.getLogger(__name__)
+_Value = TypeVar("_Value")
 
 SECURITY_HEADERS: Mapping[str, str] = {
     "X-Content-Type-Options": "nosniff",
@@ -145,7 +146,8 @@ class RequestMiddleware:
             return
         start_time = time.perf_counter()
         facts = begin_facts(_id_of(Headers(scope=scope)))
-        scope.setdefault("state", {})["request_id"] = facts.request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = facts.request_id
         status: int | None = None
 
         async def send_with_headers(message: Message) -> None:
@@ -160,7 +162,8 @@ class RequestMiddleware:
             await send(message)
 
         self._telemetry.begin_request()
-        with structlog.contextvars.bound_contextvars(request_id=facts.request_id):
+        # What the request uses until its response is sent is entered into the stack.
+        with structlog.contextvars.bound_contextvars(request_id=facts.request_id), ExitStack() as state["resources"]:
             try:
                 await self._app(scope, receive, send_with_headers)
             except asyncio.CancelledError:  # the time is up for accepted requests
@@ -282,7 +285,7 @@ class BodyMiddleware:
         read: bytes | Problem | None = self._problem_of_headers(scope["method"], headers, takes_form)
         if read is None and _has_body(headers):
             try:
-                read = await asyncio.wait_for(self._read(receive), self._seconds)
+                read = await _in_time(self._read(receive), self._seconds)
             except asyncio.TimeoutError:
                 read = self._too_slow()
             if read is None:
@@ -388,7 +391,8 @@ def _is_origin(origin: str, host: str) -> bool:
 class CancelWhenGone:
     """Cancels a request's work if its connection is closed before the response is complete.
 
-    Starlette itself would finish the work. Items that wait in a queue are removed (``batching``).
+    Starlette itself would finish the work. Items that wait in a queue are removed (``batching``). It stands behind
+    ``BodyMiddleware``, so the first message is the whole body.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -399,23 +403,26 @@ class CancelWhenGone:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        messages: asyncio.Queue[Message] = asyncio.Queue(1)  # size 1: the body is read no faster than it is consumed
-        answered = False
+        work = asyncio.current_task()
+        assert work is not None, "an ASGI application runs in a task"
+        body: Message | None = await receive()
+        answered = is_gone = False
 
         async def listen() -> None:
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return
-                await messages.put(message)
+            nonlocal is_gone
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            if not answered:
+                is_gone = True
+                work.cancel()
 
         async def next_message() -> Message:
-            waiting = asyncio.ensure_future(messages.get())
-            await asyncio.wait({waiting, listener}, return_when=asyncio.FIRST_COMPLETED)
-            if waiting.done():
-                return waiting.result()
-            waiting.cancel()
-            return {"type": "http.disconnect"}
+            nonlocal body
+            if body is None:
+                await asyncio.shield(listener)
+                return {"type": "http.disconnect"}
+            message, body = body, None
+            return message
 
         async def send_on(message: Message) -> None:
             nonlocal answered
@@ -423,16 +430,24 @@ class CancelWhenGone:
             answered = answered or (message["type"] == "http.response.body" and not message.get("more_body", False))
 
         listener = asyncio.ensure_future(listen())
-        work = asyncio.ensure_future(self.app(scope, next_message, send_on))
         try:
-            await asyncio.wait({listener, work}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done() and not answered:
-                work.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await work
+            await self.app(scope, next_message, send_on)
+        except asyncio.CancelledError:
+            if not is_gone:  # the time is up for accepted requests
+                raise
+            if sys.version_info >= (3, 11):
+                work.uncancel()
         finally:
+            answered = True
             listener.cancel()
-            work.cancel()
+
+
+async def _in_time(work: Coroutine[Any, Any, _Value], seconds: float) -> _Value:
+    """``asyncio.wait_for``, which before Python 3.12 starts a task for work that mostly need not wait at all."""
+    if sys.version_info < (3, 11):
+        return await asyncio.wait_for(work, seconds)
+    async with asyncio.timeout(seconds):
+        return await work
 
 
 _TAKES_SLASHES = re.compile(r":(any)?path\}")  # parameters of these kinds

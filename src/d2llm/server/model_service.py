@@ -19,8 +19,10 @@ from d2llm.core.errors import ModelError
 from d2llm.core.types import Explanation, Ranking, Task, WholeText
 from d2llm.models.engines.core_workers import core_pool
 from d2llm.models.late_chunking import EncodedChunks
+from d2llm.models.score_features import FeatureWeights
 from d2llm.models.student import Student
-from d2llm.models.tokens import TOKENIZING, EncodedTexts, TextKind, TokenizedTexts
+from d2llm.models.text_scores import ScoringCorpus, TextQuery, TextScorer, window_texts
+from d2llm.models.tokens import TOKENIZING, EncodedTexts, TextKind, TokenizedTexts, TokenVectors
 from d2llm.retrieval.cosine import ForwardingStudent
 from d2llm.retrieval.protocols import expansion_fingerprint
 from d2llm.server.batching import Batcher, Done
@@ -31,8 +33,6 @@ from d2llm.server.stopping import Stop
 Observe = Callable[[str, float], None]
 _FEW_CHARACTERS = 10_000  # tokenized in the event loop's thread, since switching threads costs more
 _CHARACTERS_A_TURN = 100_000  # tokenized at a time, so that other requests do not wait long
-_CHARACTERS_A_TOKEN = 4  # more or less
-_TEXTS_WITH_TOKENS = 32  # encoded at a time for a write, so that queries do not wait long
 _Value = TypeVar("_Value")
 
 
@@ -46,7 +46,7 @@ class Encoded:
         truncated: places of the texts that were truncated to the student's limit.
         queued: seconds spent waiting.
         worked: seconds spent encoding, including the rest of the batches.
-        tokens: [tokens, token_dim], those of the tokens of a query, if they were requested.
+        tokens: [tokens, token_dim] of each text, those of its tokens, if they were requested.
     """
 
     vectors: NDArray[np.float32]
@@ -54,49 +54,51 @@ class Encoded:
     truncated: tuple[int, ...]
     queued: float = 0.0
     worked: float = 0.0
-    tokens: NDArray[np.float32] | None = None
+    tokens: Sequence[NDArray[np.float32]] | None = None
+
+    def texts(self, first: int, token_dim: int | None) -> EncodedTexts:
+        """The texts from ``first`` on, as a student returns them; ``token_dim`` is the width of a token's vector."""
+        truncated = tuple(place - first for place in self.truncated if place >= first)
+        lengths = self.num_tokens[first:]
+        tokens = None if self.tokens is None else TokenVectors.join(self.tokens[first:], token_dim or 0)
+        return EncodedTexts(self.vectors[first:], truncated, sum(lengths), lengths, tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class PassageScores:
-    """Scores of passages for a query.
+    """Scores of passages for a query, or for a query each.
 
     Attributes:
-        logits: [n] logits of the IEM; ``ModelService.probabilities`` converts them to probabilities.
-        num_tokens: total tokens of query and passages, after truncation.
+        scores: [n]; ``ModelService.probabilities`` converts them to probabilities.
+        num_tokens: total tokens of queries and passages, after truncation.
         truncated: places of the passages that were truncated to the student's limit.
-        query_truncated: whether the query was truncated.
+        truncated_queries: places of the queries that were.
+        corpus: by what their words were weighted.
     """
 
-    logits: NDArray[np.float32]
+    scores: NDArray[np.float32]
     num_tokens: int
     truncated: tuple[int, ...]
-    query_truncated: bool = False
+    truncated_queries: tuple[int, ...]
+    corpus: ScoringCorpus
 
 
-@dataclass(frozen=True, slots=True)
-class _Text:
-    """A text in the queue: its token ids, or, if the vectors of its tokens are wanted, a query with its instruction."""
+class _Text(NamedTuple):
+    """A text in the queue: its token ids, and, if the vectors of its tokens are wanted, its kind and its first token.
 
-    ids: Sequence[int] = ()
-    query: str | None = None
-    instruction: str | None = None
+    The tokens before that are those of an instruction.
+    """
 
-    @property
-    def cost(self) -> int:
-        """Its number of tokens; of a query that was not tokenized yet, an estimate."""
-        if self.query is None:
-            return len(self.ids)
-        return 2 + (len(self.query) + len(self.instruction or "")) // _CHARACTERS_A_TOKEN
+    ids: Sequence[int]
+    kind: TextKind | None = None
+    start: int = 0
 
 
 class _ReadText(NamedTuple):
-    """The vector of a text; of a query, also those of its tokens, their number, and whether it was truncated."""
+    """The vector of a text; on request those of its tokens."""
 
     vector: NDArray[np.float32]
     tokens: NDArray[np.float32] | None = None
-    num_tokens: int = 0
-    truncated: bool = False
 
 
 class ModelService:
@@ -140,7 +142,7 @@ class ModelService:
             name="encode",
             max_queued=queue_texts,
             max_batch=self.batch_tokens,
-            cost=lambda text: text.cost,
+            cost=lambda text: len(text.ids),
             wait_seconds=batch_wait_seconds,
             observe_batch=observe_batch,
             lanes=lanes,
@@ -188,9 +190,17 @@ class ModelService:
         await self.stop()
 
     async def encode(
-        self, texts: Sequence[str], kind: TextKind, *, instruction: str | None = None, bounded: bool = True
+        self,
+        texts: Sequence[str],
+        kind: TextKind,
+        *,
+        instruction: str | None = None,
+        with_tokens: bool = False,
+        bounded: bool = True,
     ) -> Encoded:
-        """Vectors of texts; ``instruction`` as in ``Student.encode_queries``, ``bounded`` as in ``Batcher.submit``.
+        """Vectors of texts, and ``with_tokens`` those of their tokens, from the same pass through the backbone.
+
+        ``instruction`` is as in ``Student.encode_queries``, ``bounded`` as in ``Batcher.submit``.
 
         Raises:
             InputError: the instruction leaves no room for a query.
@@ -199,36 +209,64 @@ class ModelService:
         """
         if bounded:  # the texts of a write are noted by the write itself
             note_items(texts)
-        return await self._encode([(texts, kind)], instruction=instruction, bounded=bounded)
+        return await self._encode([(texts, kind)], instruction=instruction, with_tokens=with_tokens, bounded=bounded)
 
-    async def encode_query(self, text: str, *, instruction: str | None = None, with_tokens: bool = False) -> Encoded:
-        """The vector of a query; ``with_tokens`` also those of its tokens, from the same pass through the backbone.
+    async def score(self, queries: Sequence[str], passages: Sequence[str], corpus: ScoringCorpus) -> PassageScores:
+        """The scores of passages, as in ``Student.rank``: for the only query, or each for the query in its place.
 
-        Raises:
-            InputError: the instruction leaves no room for a query.
-            OverloadedError: the queue is full.
-            ModelError: a vector is not finite.
-        """
-        if not with_tokens:
-            return await self.encode([text], "query", instruction=instruction)
-        note_items([text])
-        done = await self._submit([_Text(query=text, instruction=instruction)])
-        (read,) = done.results
-        truncated = (0,) if read.truncated else ()
-        return Encoded(read.vector[None], (read.num_tokens,), truncated, done.queued, done.worked, read.tokens)
-
-    async def score(self, query: str, passages: Sequence[str], task: Task) -> PassageScores:
-        """The IEM's scores of passages for a query.
+        Each distinct query is read once.
 
         Raises:
             OverloadedError: the queue is full.
             ModelError: a vector or score is not finite.
         """
-        note_items((query, *passages))
-        encoded = await self._encode([([query], "query"), (passages, "passage")])
-        logits = await self.score_vectors(encoded.vectors[0], encoded.vectors[1:], task)
-        truncated = tuple(place - 1 for place in encoded.truncated if place)
-        return PassageScores(logits, sum(encoded.num_tokens), truncated, 0 in encoded.truncated)
+        note_items((*queries, *passages))
+        scorer = TextScorer(self.student, corpus)
+        rows_of: dict[str, list[int]] = {}
+        for row in range(len(passages)):
+            rows_of.setdefault(queries[row % len(queries)], []).append(row)
+        distinct = [*rows_of]
+        encoded = await self._encode([(distinct, "query"), (passages, "passage")], with_tokens=scorer.with_tokens)
+        windows = None
+        if scorer.with_windows:
+            some, counts = window_texts(passages)
+            windows = TokenVectors((await self._encode([(some, "passage")], bounded=False)).vectors, counts)
+        factors = await self._factors(scorer, distinct)
+
+        def score() -> NDArray[np.float32]:
+            num = len(distinct)
+            texts = scorer.rows_of(passages, encoded.texts(num, self.student.token_dim), windows)
+            scores = np.zeros(len(passages), np.float32)
+            for place, (text, rows) in enumerate(rows_of.items()):
+                tokens = None if encoded.tokens is None else encoded.tokens[place]
+                query = TextQuery(text, encoded.vectors[place], tokens, factors[place])
+                scores[rows] = scorer.score(query, texts, np.array(rows, np.int64))
+            return scores
+
+        scores = _finite(await self._in_thread(score))
+        cut = {place for place in encoded.truncated if place < len(distinct)}
+        cut_queries = tuple(place for place, text in enumerate(queries) if distinct.index(text) in cut) if cut else ()
+        cut_passages = tuple(place - len(distinct) for place in encoded.truncated if place >= len(distinct))
+        return PassageScores(scores, sum(encoded.num_tokens), cut_passages, cut_queries, corpus)
+
+    async def read_query(self, text: str, corpus: ScoringCorpus) -> tuple[TextQuery, bool]:
+        """A query to score passages of an index, and whether it was truncated.
+
+        Raises:
+            OverloadedError: the queue is full.
+            ModelError: a vector is not finite.
+        """
+        scorer = TextScorer(self.student, corpus)
+        encoded = await self.encode([text], "query", with_tokens=scorer.with_tokens)
+        (factors,) = await self._factors(scorer, [text])
+        tokens = None if encoded.tokens is None else encoded.tokens[0]
+        return TextQuery(text, encoded.vectors[0], tokens, factors), bool(encoded.truncated)
+
+    async def _factors(self, scorer: TextScorer, queries: Sequence[str]) -> Sequence[Mapping[str, float] | None]:
+        """How much the terms of each query count; None if all count alike."""
+        if self.student.term_weights is None:
+            return [None] * len(queries)
+        return await self.in_lane(lambda: scorer.factors(queries)) or [None] * len(queries)
 
     async def score_vectors(
         self, query: NDArray[np.float32], passages: NDArray[np.float32], task: Task
@@ -238,17 +276,22 @@ class ModelService:
         Raises:
             ModelError: a score is not finite.
         """
-        logits = await self._in_thread(lambda: self.student.score(query, passages, task))
-        if not np.isfinite(logits).all():
-            raise ModelError("a score is not finite; check the student")
-        return logits
+        return _finite(await self._in_thread(lambda: self.student.score(query, passages, task)))
 
-    def probabilities(self, logits: NDArray[np.float32], task: Task) -> NDArray[np.float64]:
-        """Scores [n] as numbers in [0, 1]: calibrated if the student is calibrated for this task, else the sigmoid."""
+    def probabilities(self, scored: PassageScores) -> NDArray[np.float64]:
+        """Scores [n] as numbers in [0, 1]: calibrated if the student is calibrated for them, else the sigmoid."""
+        corpus = scored.corpus
+        if self._is_calibrated(corpus.task, corpus.weights):
+            calibration, has_features = self.student.calibration, bool(corpus.weights)
+            return calibration.probabilities(scored.scores, corpus.task, with_features=has_features)
+        return np.asarray(expit(scored.scores.astype(np.float64)))
+
+    def _is_calibrated(self, task: Task, weights: FeatureWeights) -> bool:
+        """Whether the scores with these weights are: those of the vectors, and those with all features."""
         calibration = self.student.calibration
-        if task in calibration.tasks:
-            return calibration.probabilities(logits, task)
-        return np.asarray(expit(logits.astype(np.float64)))
+        if not weights:
+            return task in calibration.tasks
+        return task in calibration.with_features and weights == self.student.feature_weights(task)
 
     def probabilities_of(self, ranking: Ranking, task: Task, *, iem: bool) -> list[float | None]:
         """How probable it is that each passage of a ranking is relevant, by the student's own score.
@@ -260,16 +303,17 @@ class ModelService:
         has_score = iem or self.student.why_no_interaction(task) is not None
         if task not in self.student.calibration.tasks or not has_score:
             return [None] * len(ranking.passages)
-        scores = [None if place.log_odds is not None else _own_score(place.explanation) for place in ranking.passages]
+        scores = [
+            None if result.log_odds is not None else _own_score(result.explanation) for result in ranking.passages
+        ]
         known = np.array([0.0 if score is None else score for score in scores], np.float64)
         values = self.student.calibration.probabilities(known, task).tolist()
         return [None if score is None else value for score, value in zip(scores, values, strict=True)]
 
-    def probability_kind(self, task: Task) -> str:
-        """How ``probabilities`` are computed, as a short text for a header."""
-        calibration = self.student.calibration
-        if task in calibration.tasks:
-            return f"calibrated; task={task}; base-rate={calibration.base_rate:g}"
+    def probability_kind(self, task: Task, weights: FeatureWeights | None = None) -> str:
+        """How ``probabilities`` are computed from scores with these weights, by default the student's, for a header."""
+        if self._is_calibrated(task, self.student.feature_weights(task) if weights is None else weights):
+            return f"calibrated; task={task}; base-rate={self.student.calibration.base_rate:g}"
         return f"uncalibrated; task={task}; the sigmoid of the score, ordered but not a probability"
 
     async def query_vectors(self, vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
@@ -289,29 +333,35 @@ class ModelService:
 
     async def _encode(
         self,
-        parts: Sequence[tuple[Sequence[str], TextKind]],
+        groups: Sequence[tuple[Sequence[str], TextKind]],
         *,
         instruction: str | None = None,
+        with_tokens: bool = False,
         bounded: bool = True,
     ) -> Encoded:
-        """Vectors of the texts of all parts, one part after the other; an ``instruction`` is for parts of queries."""
-        num_texts = sum(len(texts) for texts, _ in parts)
+        """What is read of the texts of all groups, one after the other; an ``instruction`` is for groups of queries."""
+        num_texts = sum(len(texts) for texts, _ in groups)
         if not num_texts:
-            return Encoded(np.zeros((0, self.dim), np.float32), (), ())
+            return Encoded(np.zeros((0, self.dim), np.float32), (), (), tokens=() if with_tokens else None)
         if bounded:
             self._texts.require_room(num_texts)
-        ids: list[Sequence[int]] = []
+        items: list[_Text] = []
         lengths: list[int] = []
         truncated: list[int] = []
-        for texts, kind in parts:
+        for texts, kind in groups:
             for some in self._slices(texts):
                 tokenized = await self._tokenize(some, kind, instruction)
-                truncated += [len(ids) + place for place in tokenized.truncated]
-                ids += tokenized.ids
+                truncated += [len(items) + place for place in tokenized.truncated]
                 lengths += tokenized.lengths
-        done = await self._submit([_Text(own) for own in ids], bounded=bounded)
+                starts = [0] * len(some)
+                if with_tokens and instruction is not None:
+                    starts = self.student.backbone.first_own_tokens(some, instruction)
+                wanted = kind if with_tokens else None
+                items += [_Text(ids, wanted, start) for ids, start in zip(tokenized.ids, starts, strict=True)]
+        done = await self._submit(items, bounded=bounded)
         vectors = np.stack([read.vector for read in done.results])
-        return Encoded(vectors, tuple(lengths), tuple(truncated), done.queued, done.worked)
+        tokens = [read.tokens for read in done.results if read.tokens is not None] if with_tokens else None
+        return Encoded(vectors, tuple(lengths), tuple(truncated), done.queued, done.worked, tokens)
 
     async def _submit(self, texts: Sequence[_Text], *, bounded: bool = True) -> Done[_ReadText]:
         done = await self._texts.submit(texts, bounded=bounded)
@@ -325,10 +375,10 @@ class ModelService:
             yield texts
             return
         start = num_characters = 0
-        for place, text in enumerate(texts):
-            if num_characters + len(text) > _CHARACTERS_A_TURN and place > start:
-                yield texts[start:place]
-                start, num_characters = place, 0
+        for index, text in enumerate(texts):
+            if num_characters + len(text) > _CHARACTERS_A_TURN and index > start:
+                yield texts[start:index]
+                start, num_characters = index, 0
             num_characters += len(text)
         yield texts[start:]
 
@@ -341,27 +391,27 @@ class ModelService:
         return tokenize()
 
     def _encode_batch(self, texts: Sequence[_Text]) -> list[_ReadText | Exception]:
-        """What was read of each text: those without token embeddings together, and queries by instruction."""
-        places: dict[tuple[bool, str | None], list[int]] = {}
-        for place, text in enumerate(texts):
-            places.setdefault((text.query is None, text.instruction), []).append(place)
+        """What was read of each text: those without token embeddings together, the others by kind."""
+        by_kind: dict[TextKind | None, list[int]] = {}
+        for index, text in enumerate(texts):
+            by_kind.setdefault(text.kind, []).append(index)
         results: dict[int, _ReadText | Exception] = {}
-        for (has_ids, instruction), own in places.items():
-            chosen = [texts[place] for place in own]
-            read = self._read_ids(chosen) if has_ids else self._read_queries(chosen, instruction)
-            results |= zip(own, map(_checked, read), strict=True)
-        return [results[place] for place in range(len(texts))]
+        for kind, positions in by_kind.items():
+            read = self._read([texts[index] for index in positions], kind)
+            results |= zip(positions, map(_checked, read), strict=True)
+        return [results[index] for index in range(len(texts))]
 
-    def _read_ids(self, texts: Sequence[_Text]) -> list[_ReadText]:
-        vectors = (self._encoder or self.student).encode_tokens([text.ids for text in texts])
-        return list(map(_ReadText, vectors))
+    def _read(self, texts: Sequence[_Text], kind: TextKind | None) -> Iterable[_ReadText]:
+        encoder, ids = self._encoder or self.student, [text.ids for text in texts]
+        if kind is None:
+            return map(_ReadText, encoder.encode_tokens(ids))
+        return map(_ReadText, *encoder.encode_token_rows(ids, kind, [text.start for text in texts]))
 
-    def _read_queries(self, texts: Sequence[_Text], instruction: str | None) -> list[_ReadText]:
-        encoder = self._encoder or self.student
-        read = encoder.encode_with_tokens([text.query or "" for text in texts], "query", instruction=instruction)
-        assert read.tokens is not None
-        truncated = [place in read.truncated for place in range(len(texts))]
-        return list(map(_ReadText, read.vectors, read.tokens.split(), read.lengths, truncated))
+
+def _finite(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    if not np.isfinite(scores).all():
+        raise ModelError("a score is not finite; check the student")
+    return scores
 
 
 def _checked(read: _ReadText) -> _ReadText | ModelError:
@@ -404,13 +454,8 @@ class StudentLane(ForwardingStudent):
         instruction: str | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> EncodedTexts:
-        """Encode texts and their tokens, some at a time, in turn with the shared batches."""
-        encode = partial(self._models.student.encode_with_tokens, kind=kind, instruction=instruction, advance=advance)
-        parts: list[EncodedTexts] = []
-        for start in range(0, len(texts), _TEXTS_WITH_TOKENS):
-            some = texts[start : start + _TEXTS_WITH_TOKENS]
-            parts.append(self._in_lane(partial(encode, some)))
-        return EncodedTexts.join(parts, self.vector_dim)
+        """Encode texts and their tokens in the shared batches."""
+        return self._encode(texts, kind, advance, instruction, with_tokens=True)
 
     def term_factors(self, queries: Sequence[str]) -> Sequence[Mapping[str, float]] | None:
         """How much the words of queries count, in turn with the shared batches."""
@@ -431,12 +476,14 @@ class StudentLane(ForwardingStudent):
         kind: TextKind,
         advance: Callable[[int], None] | None,
         instruction: str | None = None,
+        *,
+        with_tokens: bool = False,
     ) -> EncodedTexts:
-        work = self._models.encode(texts, kind, instruction=instruction, bounded=False)
+        work = self._models.encode(texts, kind, instruction=instruction, with_tokens=with_tokens, bounded=False)
         done = self._stop.result(work, self._loop)
         if advance is not None:
             advance(len(texts))
-        return EncodedTexts(done.vectors, done.truncated, sum(done.num_tokens), done.num_tokens)
+        return done.texts(0, self.token_dim)
 
 
 def _own_score(explanation: Explanation | None) -> float | None:

@@ -12,17 +12,18 @@ import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from d2llm import __version__
 from d2llm.core.errors import D2LLMError, InputError
 from d2llm.core.types import Excerpt, Ranking, Task
-from d2llm.retrieval.context import context_settings
-from d2llm.retrieval.excerpts import merge_neighbours
+from d2llm.retrieval.context import AnswerContext, context_settings
 from d2llm.retrieval.expansion import Expansion
+from d2llm.retrieval.results import merge_neighbours
 from d2llm.retrieval.settings import ExpansionSettings, SearchSettings
 from d2llm.server.errors import Problem, ServingError, invalid, request_id_of
 from d2llm.server.large_bodies import BodyRoute
-from d2llm.server.model_service import ModelService
+from d2llm.server.model_service import Encoded, ModelService
 from d2llm.server.response_schemas import (
     ContextResponse,
     EncodeResponse,
@@ -55,7 +56,7 @@ from d2llm.server.services import (
     TheServices,
     at_most,
     few_enough,
-    index_of,
+    require_index,
     short_enough,
 )
 from d2llm.server.serving import Services, Serving
@@ -67,10 +68,10 @@ health_router = APIRouter(tags=["operations"])
 
 
 @router.post("/v1/search", response_model=SearchResponse)
-async def search(body: SearchRequest, request: Request, services: TheServices, index: TheIndex) -> JSONResponse:
+async def search(body: SearchRequest, request: Request, services: TheServices) -> JSONResponse:
     """Find the passages that answer a query, best first."""
-    limits = services.settings
-    settings = _limited(body.query, _settings_of(body, limits), limits)
+    limits, index = services.settings, require_index(services)
+    settings = _limited(body.query, settings_of(body, limits), limits)
     teacher_limits, expansion = _teacher_limits(body, limits), _expansion_of(body, index)
     ranking, student = await index.search(body.query, settings, body.rescore, teacher_limits, expansion)
     excerpts = await index.read(partial(_excerpts, ranking)) if body.excerpts else None
@@ -81,20 +82,32 @@ async def search(body: SearchRequest, request: Request, services: TheServices, i
 
 
 @router.post("/v1/context", response_model=ContextResponse)
-async def context(body: ContextRequest, request: Request, services: TheServices, index: TheIndex) -> JSONResponse:
+async def context(body: ContextRequest, request: Request, services: TheServices) -> JSONResponse:
     """The best passages for a query as one text with numbered sources, for a language model to answer from."""
-    limits = services.settings
-    settings = _limited(body.query, context_settings(_settings_of(body, limits)), limits)
-    max_tokens = _number_of(body, "max_tokens", limits.max_context_tokens)
+    index = require_index(services)
+    context, student = await answer_context(body, services)
+    return FastJSONResponse(context_response(context, **_origin(request, index, context.ranking, student)))
+
+
+async def answer_context(body: ContextRequest, services: Services) -> tuple[AnswerContext, ModelService]:
+    """The context for a query, and the student that ranked its passages.
+
+    Raises:
+        ServingError: something is above the server's limits, or there is no index.
+        InputError: the settings contradict each other, or do not fit the index.
+    """
+    limits, index = services.settings, require_index(services)
+    settings = _limited(body.query, context_settings(settings_of(body, limits)), limits)
+    max_tokens = number_of(body, "max_tokens", limits.max_context_tokens)
     teacher_limits, expansion = _teacher_limits(body, limits), _expansion_of(body, index)
     ranking, student = await index.search(body.query, settings, body.rescore, teacher_limits, expansion)
-    context = await index.context(ranking, student, max_tokens, body.order)
-    return FastJSONResponse(context_response(context, **_origin(request, index, ranking, student)))
+    return await index.context(ranking, student, max_tokens, body.order), student
 
 
 @router.post("/v1/explain")
-async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) -> ExplainResponse:
+async def explain(body: ExplainRequest, services: TheServices) -> ExplainResponse:
     """Explain a passage's score for a query, word by word; optionally with the teacher's score."""
+    index = require_index(services)
     short_enough([body.query], services.settings, "query")
     task = body.task or services.task
     passage, explanation, no_interaction = await index.explain(body.query, body.passage_id, task)
@@ -117,7 +130,7 @@ async def index_facts(index: TheIndex) -> IndexResponse:
         models,
         head=config.interaction.head,
         backbone=_name_of(config.backbone.model),
-        relevance_score=models.probability_kind(version.view.task),
+        relevance_score=models.probability_kind(version.view.task, version.corpus(version.view.task).weights),
     )
     facts = Joined(
         stats,
@@ -179,28 +192,36 @@ async def encode(body: EncodeRequest, services: TheServices) -> JSONResponse:
 
 @router.post("/v1/rescore")
 async def rescore(body: RescoreRequest, services: TheServices) -> RescoreResponse:
-    """Score passages, given as texts, ids or vectors, for a query."""
-    ids = body.passage_ids
-    texts = body.passages
-    values = body.passage_vectors
-    models = services.models
-    if ids is not None:
-        index = await index_of(services)
-        at_most(len(ids), services.settings.max_num_candidates, "passage_ids", "max_num_candidates")
+    """Score passages, given as texts, ids or vectors, for a query.
 
-        version, stored = await index.read(lambda version: (version, version.view.vectors(version.view.rows(ids))))
-        return await _rescored(body, services, version.models, version.view.task, stored, ())
-    truncated: Sequence[int] = ()
-    if texts is not None:
-        few_enough(len(texts), services.settings, "passages")
-        short_enough(texts, services.settings, "passages")
-        encoded = await models.encode(texts, "passage")
-        passages, truncated = encoded.vectors, encoded.truncated
-    else:
-        assert values is not None
-        at_most(len(values), services.settings.max_num_candidates, "passage_vectors", "max_num_candidates")
-        passages = _vectors(values, models.dim, "passage_vectors")
-    return await _rescored(body, services, models, services.task, passages, truncated)
+    Passages of an index and texts get the score of a search. If a vector takes the place of a text, on either side, the
+    scores are those of the vectors alone.
+    """
+    if body.query is not None:
+        short_enough([body.query], services.settings, "query")
+    if body.passages is not None:
+        few_enough(len(body.passages), services.settings, "passages")
+        short_enough(body.passages, services.settings, "passages")
+        if body.query is not None:
+            scored, models = await services.score([body.query], body.passages, body.task)
+            return _rescored(models, scored.scores, scored.truncated, query_truncated=bool(scored.truncated_queries))
+        encoded = await services.models.encode(body.passages, "passage")
+        return await _rescored_vectors(body, services.models, body.task or services.task, encoded)
+    if body.passage_ids is not None:
+        index = require_index(services)
+        at_most(len(body.passage_ids), services.settings.max_num_candidates, "passage_ids", "max_num_candidates")
+        if body.query is not None:
+            scores, is_cut, models = await index.score_passages(body.query, body.passage_ids, body.task)
+            return _rescored(models, scores, query_truncated=is_cut)
+        ids = body.passage_ids
+        version, vectors = await index.read(lambda version: (version, version.view.vectors(version.view.rows(ids))))
+        task = body.task or version.view.task
+        return await _rescored_vectors(body, version.models, task, Encoded(vectors, (), ()))
+    assert body.passage_vectors is not None
+    values = body.passage_vectors
+    at_most(len(values), services.settings.max_num_candidates, "passage_vectors", "max_num_candidates")
+    vectors = _vectors(values, services.models.dim, "passage_vectors")
+    return await _rescored_vectors(body, services.models, body.task or services.task, Encoded(vectors, (), ()))
 
 
 @health_router.get("/health", response_model=HealthResponse, responses={503: {"model": HealthResponse}})
@@ -222,25 +243,26 @@ async def health(request: Request) -> JSONResponse:
     return JSONResponse(response.model_dump(), 200 if lifecycle.state == "ready" else 503)
 
 
-async def _rescored(
-    body: RescoreRequest,
-    services: Services,
-    models: ModelService,
-    task: Task,
-    passages: NDArray[np.float32],
-    truncated: Sequence[int],
+async def _rescored_vectors(
+    body: RescoreRequest, models: ModelService, task: Task, passages: Encoded
 ) -> RescoreResponse:
+    """The scores of passages' vectors."""
     query_truncated = False
     if body.query_vector is not None:
         query = _vectors([body.query_vector], models.dim, "query_vector")[0]
     else:
         assert body.query is not None
-        short_enough([body.query], services.settings, "query")
         encoded = await models.encode([body.query], "query")
         query, query_truncated = encoded.vectors[0], bool(encoded.truncated)
-    logits = await models.score_vectors(query, passages, body.task or task)
+    scores = await models.score_vectors(query, passages.vectors, task)
+    return _rescored(models, scores, passages.truncated, query_truncated=query_truncated)
+
+
+def _rescored(
+    models: ModelService, scores: NDArray[np.float32], truncated: Sequence[int] = (), *, query_truncated: bool
+) -> RescoreResponse:
     return RescoreResponse(
-        scores=logits.tolist(),
+        scores=scores.tolist(),
         truncated=list(truncated),
         query_truncated=query_truncated,
         student=models.name,
@@ -266,20 +288,20 @@ def _origin(request: Request, index: ServedIndex, ranking: Ranking, student: Mod
     }
 
 
-def _number_of(body: RankingRequest, name: str, limit: int) -> int:
+def number_of(body: BaseModel, name: str, limit: int) -> int:
     """A number of a request; a default is lowered to the server's limit.
 
     Raises:
         ServingError: 400, the client's number is above the limit.
     """
-    number: int = getattr(body, name)
+    value: int = getattr(body, name)
     if name not in body.model_fields_set:
-        return min(number, limit)
-    at_most(number, limit, name, "max_context_tokens" if name == "max_tokens" else f"max_{name}")
-    return number
+        return min(value, limit)
+    at_most(value, limit, name, "max_context_tokens" if name == "max_tokens" else f"max_{name}")
+    return value
 
 
-def _settings_of(body: RankingRequest, limits: ServeSettings) -> SearchSettings:
+def settings_of(body: RankingRequest, limits: ServeSettings) -> SearchSettings:
     """The settings of a search.
 
     Raises:
@@ -287,8 +309,8 @@ def _settings_of(body: RankingRequest, limits: ServeSettings) -> SearchSettings:
     """
     return SearchSettings.of(
         body,
-        top_k=_number_of(body, "top_k", limits.max_top_k),
-        num_candidates=_number_of(body, "num_candidates", limits.max_num_candidates),
+        top_k=number_of(body, "top_k", limits.max_top_k),
+        num_candidates=number_of(body, "num_candidates", limits.max_num_candidates),
         max_num_candidates=limits.max_num_candidates,
     )
 
@@ -351,9 +373,9 @@ def _name_of(model: str) -> str:
 
 
 def _vectors(values: Sequence[Sequence[float]], dim: int, name: str) -> NDArray[np.float32]:
-    for place, value in enumerate(values):
+    for index, value in enumerate(values):
         if len(value) != dim:
-            raise invalid(f"{name}: number {place} has {len(value)} components, but the student uses {dim}", name)
+            raise invalid(f"{name}: number {index} has {len(value)} components, but the student uses {dim}", name)
     with np.errstate(over="ignore"):
         vectors = np.array(values, np.float32)
     if not np.isfinite(vectors).all():

@@ -127,8 +127,8 @@ class _Shard:
         ready = sorted((one for one in self.replicas if version in one.ready), key=lambda one: one.num_calls)
         end = time.monotonic() + seconds
         problem = "it is being started"
-        for place, replica in enumerate(ready):
-            left = max(0.0, end - time.monotonic()) / (len(ready) - place)
+        for index, replica in enumerate(ready):
+            left = max(0.0, end - time.monotonic()) / (len(ready) - index)
             try:
                 with replica.busy():
                     return ray.get(begin(replica.actor), timeout=left)
@@ -327,8 +327,8 @@ class ShardCluster:
         """
         ray = import_ray()
         desired = [
-            ShardVersion(store.folder.resolve(), dict(store.manifest), record, number, len(store.records or ()))
-            for number, record in enumerate(store.records or ())
+            ShardVersion(store.folder.resolve(), dict(store.manifest), record, shard_number, len(store.records or ()))
+            for shard_number, record in enumerate(store.records or ())
         ]
         made_for = store.manifest["index"], student.fingerprint
         if made_for != self._made_for:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import D2LLMError, ModelError
 from d2llm.core.extras import require
 from d2llm.models.student import Student
-from d2llm.models.tokens import EncodedTexts, TextKind
+from d2llm.models.tokens import TextKind
 from d2llm.runners.placement import load_same
 from d2llm.runners.ray_cluster import as_worker, import_ray, last_line, own_versions, require_room, task_error
 from d2llm.server.settings import ServeSettings
@@ -49,11 +49,11 @@ class _Replica:
         """As of ``Student``."""
         return self._student.encode_tokens(ids)
 
-    def encode_with_tokens(
-        self, texts: Sequence[str], kind: TextKind, *, instruction: str | None = None
-    ) -> EncodedTexts:
+    def encode_token_rows(
+        self, ids: Sequence[Sequence[int]], kind: TextKind, starts: Sequence[int]
+    ) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
         """As of ``Student``."""
-        return self._student.encode_with_tokens(texts, kind, instruction=instruction)
+        return self._student.encode_token_rows(ids, kind, starts)
 
     def ping(self) -> int:
         """Its process id: it is there."""
@@ -93,11 +93,11 @@ class StudentReplicas:
         """The vectors of a batch of tokenized texts."""
         return self._encode("encode_tokens", ids)
 
-    def encode_with_tokens(
-        self, texts: Sequence[str], kind: TextKind, *, instruction: str | None = None
-    ) -> EncodedTexts:
-        """The vectors of texts and of their tokens."""
-        return self._encode("encode_with_tokens", texts, kind, instruction=instruction)
+    def encode_token_rows(
+        self, ids: Sequence[Sequence[int]], kind: TextKind, starts: Sequence[int]
+    ) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
+        """The vectors of a batch of tokenized texts and of their tokens."""
+        return self._encode("encode_token_rows", ids, kind, starts)
 
     def stop(self) -> None:
         """End the replicas."""
@@ -141,11 +141,11 @@ class StudentReplicas:
             ) from error
         return handle
 
-    def _encode(self, method: str, *args: Any, **options: Any) -> Any:
+    def _encode(self, method: str, *args: Any) -> Any:
         ray = import_ray()
         if not self._away.is_set():
             try:
-                return getattr(self._handle, method).remote(*args, **options).result(timeout_s=_BATCH_SECONDS)
+                return getattr(self._handle, method).remote(*args).result(timeout_s=_BATCH_SECONDS)
             except ray.exceptions.RayTaskError as error:
                 raise task_error(error) from None
             except (ray.exceptions.RayError, TimeoutError, self._serve.exceptions.RayServeException) as error:
@@ -153,7 +153,7 @@ class StudentReplicas:
                 if not self._away.is_set():
                     self._away.set()
                     threading.Thread(target=self._wait, name="replicas", daemon=True).start()
-        return getattr(self._student, method)(*args, **options)
+        return getattr(self._student, method)(*args)
 
     def _wait(self) -> None:
         """Wait until a replica answers again."""

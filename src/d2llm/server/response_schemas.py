@@ -23,7 +23,7 @@ from d2llm.core.types import (
 )
 from d2llm.models.attribution import WordWeight
 from d2llm.server.schemas import Rescore
-from d2llm.store.side_files import Chunking
+from d2llm.store.index_manifest import Chunking
 
 ScorePart = Literal["dot", "windows", "tokens", "lexical", "interaction"]
 """A part of a student's score in an index, by its name in an explanation."""
@@ -60,7 +60,7 @@ def _scored(passages: Sequence[tuple[Passage, float]]) -> list[Joined]:
     return [Joined(passage, score=score) for passage, score in passages]
 
 
-def _numbers(shards: Sequence[MissingShard]) -> list[int]:
+def _shard_numbers(shards: Sequence[MissingShard]) -> list[int]:
     return [shard.number for shard in shards]
 
 
@@ -70,7 +70,7 @@ def _finite(value: float) -> float | None:
 
 PlainMetadata = Annotated[dict[str, str | int | float | bool | None], BeforeValidator(_plain_metadata)]
 """Metadata of a passage; times are texts."""
-MissingShards = Annotated[list[int], BeforeValidator(_numbers)]
+MissingShards = Annotated[list[int], BeforeValidator(_shard_numbers)]
 """The numbers of shards."""
 Finite = Annotated[float | None, BeforeValidator(_finite)]
 """A number; null stands for minus infinity."""
@@ -370,7 +370,7 @@ class EncodeResponse(ResponseBody):
 
 
 class RescoreResponse(ResponseBody):
-    """The IEM's logits, in the order of the passages; ``truncated``: places of passage texts that were truncated."""
+    """The scores, in the order of the passages; ``truncated``: places of passage texts that were truncated."""
 
     scores: list[float]
     truncated: list[int]

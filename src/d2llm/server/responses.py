@@ -80,8 +80,8 @@ def _is_weak(explanation: Explanation | None, probability: float | None, query_t
 def context_response(context: AnswerContext, **origin: Any) -> ContextResponse:
     """A context with facts about its ranking."""
     facts = _facts(context.ranking) | origin
-    own = {"sources": context.sources, "context_truncated": context.truncated}
-    return ContextResponse.model_validate(Joined(context.ranking, context, **own, **facts))
+    fields = {"sources": context.sources, "context_truncated": context.truncated}
+    return ContextResponse.model_validate(Joined(context.ranking, context, **fields, **facts))
 
 
 def _facts(ranking: Ranking) -> dict[str, Any]:

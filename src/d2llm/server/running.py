@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import logging
 import math
 import os
@@ -26,6 +27,7 @@ from d2llm.server.settings import ServeSettings
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.05
+_NEW_OBJECTS = 10_000  # a search makes some thousands; a garbage collection begins after so many
 _TICKS_PER_CHECK = 5
 _LAST_SECONDS = 4.0  # after the limit of a shutdown, for work that is told to stop
 _Handler = Callable[[int, FrameType | None], object]
@@ -150,7 +152,15 @@ async def _watch(server: _Server, lifecycle: Lifecycle, on_ready: Callable[[], N
         server.failure = lifecycle.message
         server.should_exit = True
     else:
+        _spare_collections()
         on_ready()
+
+
+def _spare_collections() -> None:
+    """Keep what was loaded out of garbage collections: going over millions of objects took 6% of a search's time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_NEW_OBJECTS, *gc.get_threshold()[1:])
 
 
 def _end_process() -> None:
@@ -217,21 +227,21 @@ class _Server(uvicorn.Server):
         handlers: dict[int, _Handler] = {signal.SIGINT: self._end, signal.SIGTERM: self._end}
         if hasattr(signal, "SIGHUP"):
             handlers[signal.SIGHUP] = lambda _number, _frame: loop.call_soon_threadsafe(self._begin, self._hang_up)
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        before = {signal_number: signal.signal(signal_number, handler) for signal_number, handler in handlers.items()}
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for signal_number, handler in before.items():
+                signal.signal(signal_number, handler)
 
-    def _end(self, number: int, frame: FrameType | None) -> None:
+    def _end(self, signal_number: int, frame: FrameType | None) -> None:
         """Stop in time: a thread that does not end would keep the process, and with it the lock of an index."""
         if self._lifecycle.stop_by is None:
             self._lifecycle.stop_by = time.monotonic() + self._shutdown_seconds
             last = threading.Timer(self._shutdown_seconds + _LAST_SECONDS, _end_process)
             last.daemon = True
             last.start()
-        self.handle_exit(number, frame)
+        self.handle_exit(signal_number, frame)
 
     def _begin(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         task = asyncio.get_running_loop().create_task(work())

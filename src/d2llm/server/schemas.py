@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -83,8 +84,8 @@ class KnownFields(BaseModel):
         known = accepted_names(cls)
         unknown = (name for name in names if name not in known)
         problems: list[InitErrorDetails] = []
-        for number, name in enumerate(islice(unknown, 1 + MAX_PROBLEMS)):
-            hint = did_you_mean(name, known) if number < _MAX_SUGGESTIONS else ""
+        for position, name in enumerate(islice(unknown, 1 + MAX_PROBLEMS)):
+            hint = did_you_mean(name, known) if position < _MAX_SUGGESTIONS else ""
             kind = PydanticCustomError("extra_forbidden", "{problem}", {"problem": f"there is no such field{hint}"})
             problems.append({"type": kind, "loc": (name,), "input": 0})
         if problems:
@@ -114,9 +115,10 @@ def field_names(name: str, field: FieldInfo) -> list[str]:
     return [choice for choice in choices if isinstance(choice, str)]
 
 
-def accepted_names(model: type[BaseModel]) -> list[str]:
+@cache
+def accepted_names(model: type[BaseModel]) -> tuple[str, ...]:
     """The names that the fields of a body may have."""
-    return [alias for name, field in sent_fields(model).items() for alias in field_names(name, field)]
+    return tuple(alias for name, field in sent_fields(model).items() for alias in field_names(name, field))
 
 
 class Body(KnownFields):

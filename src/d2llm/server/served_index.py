@@ -11,13 +11,15 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from scipy.special import expit
 
 from d2llm.core.errors import D2LLMError, InputError, ModelError
@@ -198,9 +200,13 @@ class ServedIndex:
     async def _rank(self, version: OpenVersion, query: str, settings: SearchSettings, *, iem: bool) -> Ranking:
         """The ranking by the student alone: encoded, and then ranked, in batches with other queries."""
         with_tokens = version.counts_tokens(settings, iem=iem)
-        encoded = await version.models.encode_query(query, instruction=settings.instruction, with_tokens=with_tokens)
-        settings = settings.replace(instruction=None)  # it is in the vector
-        search = PendingSearch(version, query, encoded.vectors[0], settings, iem, encoded.tokens)
+        encoded = await version.models.encode(
+            [query], "query", instruction=settings.instruction, with_tokens=with_tokens
+        )
+        if settings.instruction is not None:
+            settings = settings.replace(instruction=None)  # it is in the vector
+        tokens = None if encoded.tokens is None else encoded.tokens[0]
+        search = PendingSearch(version, query, encoded.vectors[0], settings, iem, tokens)
         done = await self._ranks.submit([search], bounded=False)
         (ranking,) = done.results
         seconds = {"queue": encoded.queued + done.queued, **ranking.seconds}
@@ -238,6 +244,23 @@ class ServedIndex:
             return passage, words, student.why_no_interaction(task)
 
         return await self.work(explain)
+
+    async def score_passages(
+        self, query: str, ids: Sequence[str], task: Task | None
+    ) -> tuple[NDArray[np.float32], bool, ModelService]:
+        """The scores of passages as in a search, whether the query was truncated, and the student.
+
+        Raises:
+            InputError: there is no such passage.
+        """
+
+        async def score(version: OpenVersion) -> tuple[NDArray[np.float32], bool, ModelService]:
+            corpus = version.corpus(task or version.view.task)
+            read, is_cut = await version.models.read_query(query, corpus)
+            scores = await _in(self._reads, lambda: corpus.score(read, version.view.rows(ids)))
+            return scores, is_cut, version.models
+
+        return await self.work(score)
 
     async def score_pair(self, query: str, passage: Passage, task: Task) -> TeacherResponse:
         """The teacher's score of a pair.

@@ -16,22 +16,23 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import D2LLMError
 from d2llm.core.files import MANIFEST_NAME
-from d2llm.core.types import Query, Ranking
+from d2llm.core.types import Query, Ranking, Task
 from d2llm.retrieval.cosine import DotStudent
 from d2llm.retrieval.expansion import Expansion
+from d2llm.retrieval.feature_weights import weights_for
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.local_segment import source_names
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.reranker import OpenReranker
-from d2llm.retrieval.row_features import weights_for
+from d2llm.retrieval.scoring_corpus import IndexCorpus
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.retrieval.segments import IndexView
 from d2llm.server.model_service import ModelService
 from d2llm.server.ray_shards import ShardCluster
 from d2llm.server.response_schemas import ScorePart
+from d2llm.store.index_manifest import repeats_text
 from d2llm.store.index_store import IndexStore
 from d2llm.store.shards import Storage, is_sharded
-from d2llm.store.side_files import repeats_text
 
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
@@ -100,6 +101,7 @@ class OpenVersion:
         for shard in self.view.missing:
             _log.error("%s: shard %d is left out of searches: %s", folder.name, shard.number, shard.problem)
         self._searchers: OrderedDict[tuple[SearchSettings, bool], Searcher] = OrderedDict()
+        self._corpora: dict[Task, IndexCorpus] = {}
         self._choosing = threading.Lock()
         # Held while a shared searcher ranks: its cache for exact searches (``CachedBounds``) is for one thread at a
         # time, while the view and the student's head are for several. Shards on a cluster have caches of their own.
@@ -116,6 +118,13 @@ class OpenVersion:
             return False
         weights = weights_for(self.view, self.student, settings.task or self.view.task, settings.score_features)
         return "token" in weights.part_kinds
+
+    def corpus(self, task: Task) -> IndexCorpus:
+        """The index as the corpus of texts that are not in it."""
+        with self._choosing:
+            if task not in self._corpora:
+                self._corpora[task] = IndexCorpus(self.view, self.student, task, allow_missing=self._allow_missing)
+            return self._corpora[task]
 
     def score_parts(self) -> list[ScorePart]:
         """What the student's score adds up in this index, for its task."""
@@ -156,22 +165,22 @@ class OpenVersion:
 def rank_together(searches: Sequence[PendingSearch]) -> list[Ranking | Exception]:
     """Rank queries; those with the same version and settings are ranked together."""
     together: dict[tuple[OpenVersion, SearchSettings, bool], list[int]] = {}
-    for place, search in enumerate(searches):
-        together.setdefault((search.version, search.settings, search.iem), []).append(place)
+    for index, search in enumerate(searches):
+        together.setdefault((search.version, search.settings, search.iem), []).append(index)
     results: dict[int, Ranking | Exception] = {}
-    for (version, settings, iem), places in together.items():
+    for (version, settings, iem), positions in together.items():
         try:
             searcher = version.searcher(settings, iem=iem)
         except D2LLMError as error:
-            results |= dict.fromkeys(places, error)
+            results |= dict.fromkeys(positions, error)
             continue
-        queries = [Query(str(place), searches[place].query) for place in places]
-        chosen = [searches[place] for place in places]
+        queries = [Query(str(index), searches[index].query) for index in positions]
+        chosen = [searches[index] for index in positions]
         vectors, tokens = np.stack([search.vector for search in chosen]), [search.tokens for search in chosen]
         with version.ranking:
             rankings = searcher.rank(queries, vectors=vectors, tokens=tokens)
-        results |= dict(zip(places, rankings, strict=True))
-    return [results[place] for place in range(len(searches))]
+        results |= dict(zip(positions, rankings, strict=True))
+    return [results[index] for index in range(len(searches))]
 
 
 def rank_alone(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Annotated, Any, cast
 
@@ -85,37 +85,38 @@ class Catalog:
         return Problem(404, "not_found", f"the model {name!r} does not exist; there is {', '.join(offered)}", "model")
 
 
-# Coroutines because FastAPI runs plain functions in a thread, which costs more than the functions themselves.
+# Coroutines because FastAPI runs plain functions in a thread, which costs more than the functions themselves. They call
+# each other, not by ``Depends``: FastAPI takes as long to resolve each as most of them to run.
 
 
-async def catalog_of(request: Request) -> AsyncGenerator[Catalog]:
+async def catalog_of(request: Request) -> Catalog:
     """The indexes that a request may use.
 
     Raises:
         NotFoundError: its address names an index that is not served.
     """
-    name, key = getattr(request.state, "index_name", None), getattr(request.state, "api_key", None)
-    with ExitStack() as stack:
-        yield Catalog(cast(Serving, request.app.state.serving), key, name, stack)
+    state = request.scope["state"]
+    serving = cast(Serving, request.app.state.serving)
+    return Catalog(serving, state.get("api_key"), state.get("index_name"), state["resources"])
 
 
 TheCatalog = Annotated[Catalog, Depends(catalog_of)]
 
 
-async def services_of(catalog: TheCatalog) -> Services:
+async def services_of(request: Request) -> Services:
     """The services of the index that a request is for.
 
     Raises:
         ServingError: it names none, and may use several.
     """
-    return catalog.select()
+    return (await catalog_of(request)).select()
 
 
 TheServices = Annotated[Services, Depends(services_of)]
 
 
-async def index_of(services: TheServices) -> ServedIndex:
-    """The index.
+def require_index(services: Services) -> ServedIndex:
+    """The index of these services.
 
     Raises:
         NotFoundError: only a student is served.
@@ -125,18 +126,39 @@ async def index_of(services: TheServices) -> ServedIndex:
     return services.index
 
 
+def require_writable(services: Services) -> ServedIndex:
+    """The index of these services, to be changed.
+
+    Raises:
+        NotFoundError: only a student is served.
+        ServingError: 403, the server is read-only.
+    """
+    index = require_index(services)
+    if not index.settings.writable:
+        raise ServingError(Problem(403, "forbidden", "this server does not change its index (writable = false)"))
+    return index
+
+
+async def index_of(request: Request) -> ServedIndex:
+    """The index that a request is for.
+
+    Raises:
+        NotFoundError: only a student is served.
+        ServingError: it names none, and may use several.
+    """
+    return require_index(await services_of(request))
+
+
 TheIndex = Annotated[ServedIndex, Depends(index_of)]
 
 
-async def writable_index_of(index: TheIndex) -> ServedIndex:
+async def writable_index_of(request: Request) -> ServedIndex:
     """The index, for a request that changes it.
 
     Raises:
         ServingError: 403, the server is read-only.
     """
-    if not index.settings.writable:
-        raise ServingError(Problem(403, "forbidden", "this server does not change its index (writable = false)"))
-    return index
+    return require_writable(await services_of(request))
 
 
 WritableIndex = Annotated[ServedIndex, Depends(writable_index_of)]
@@ -162,25 +184,25 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def at_most(number: int, limit: int, name: str, setting: str) -> None:
+def at_most(value: int, limit: int, name: str, setting: str) -> None:
     """Check a number against the server's limit, which is its ``setting``.
 
     Raises:
         ServingError: 400, the number is too large.
     """
-    if number > limit:
-        raise invalid(f"{name}: {number:,} is more than this server allows ({limit:,}, its setting {setting})", name)
+    if value > limit:
+        raise invalid(f"{name}: {value:,} is more than this server allows ({limit:,}, its setting {setting})", name)
 
 
-def few_enough(number: int, limits: ServeSettings, name: str) -> None:
+def few_enough(count: int, limits: ServeSettings, name: str) -> None:
     """Check the number of a request's texts against the server's limit.
 
     Raises:
         ServingError: 400, there are too many.
     """
-    if number > limits.max_texts:
+    if count > limits.max_texts:
         raise invalid(
-            f"{name}: {number:,} is more than this server takes in a request ({limits.max_texts:,}, its setting "
+            f"{name}: {count:,} is more than this server takes in a request ({limits.max_texts:,}, its setting "
             "max_texts); send them in parts",
             name,
         )
@@ -192,9 +214,9 @@ def few_enough_characters(documents: Iterable[Passage], limits: ServeSettings, n
     Raises:
         ServingError: 400, a document has too many characters.
     """
-    for place, document in enumerate(documents):
+    for index, document in enumerate(documents):
         if len(document.text) > limits.max_document_chars:
-            where = f"{name}.{place}.text"
+            where = f"{name}.{index}.text"
             raise invalid(
                 f"{where}: {len(document.text):,} characters; this server splits texts of up to "
                 f"{limits.max_document_chars:,} (max_document_chars); send it in parts",
@@ -208,9 +230,9 @@ def short_enough(texts: Sequence[str], limits: ServeSettings, name: str) -> None
     Raises:
         ServingError: 400, a text has too many characters.
     """
-    for place, text in enumerate(texts):
+    for index, text in enumerate(texts):
         if len(text) > limits.max_text_chars:
-            where = name if len(texts) == 1 else f"{name}.{place}"
+            where = name if len(texts) == 1 else f"{name}.{index}"
             raise invalid(
                 f"{where}: {len(text):,} characters; this server accepts {limits.max_text_chars:,} (max_text_chars)",
                 where,

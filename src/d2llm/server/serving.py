@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from d2llm.core.errors import D2LLMError
 from d2llm.core.types import Task, default_task
-from d2llm.server.model_service import ModelService
+from d2llm.models.text_scores import Background
+from d2llm.server.model_service import ModelService, PassageScores
 from d2llm.server.response_schemas import ServedIndexResponse
 from d2llm.server.served_index import ServedIndex
+from d2llm.server.served_version import OpenVersion
 from d2llm.server.settings import ServeSettings
 from d2llm.server.slow_models import SlowModels
 from d2llm.server.student_pool import StudentPool
@@ -28,6 +30,23 @@ class Services:
     models: ModelService
     index: ServedIndex | None
     task: Task
+
+    async def score(
+        self, queries: Sequence[str], passages: Sequence[str], task: Task | None = None
+    ) -> tuple[PassageScores, ModelService]:
+        """The scores of passages, as of ``ModelService.score``, and the student; words are weighted by the index.
+
+        Without an index, they are weighted by the background.
+        """
+
+        async def score(version: OpenVersion) -> tuple[PassageScores, ModelService]:
+            corpus = version.corpus(task or version.view.task)
+            return await version.models.score(queries, passages, corpus), version.models
+
+        if self.index is not None:
+            return await self.index.work(score)
+        corpus = Background(self.models.student, task or self.task)
+        return await self.models.score(queries, passages, corpus), self.models
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from pydantic import (
 
 from d2llm.core.errors import InputError
 from d2llm.core.names import suggestion
-from d2llm.core.settings import DTYPE_HELP, Shown, setting
+from d2llm.core.settings import DTYPE_HELP, Shown, narrowed, setting
 from d2llm.core.toml import read_toml
 from d2llm.core.types import EngineName, NumberFormat
 from d2llm.store.index_manifest import find_index
@@ -224,6 +224,23 @@ class ServeSettings(BaseModel):
         """``allowed_hosts``, plus ``host`` unless it is a wildcard address."""
         own_address = () if self.host in _WILDCARD_ADDRESSES else (self.host,)
         return tuple(dict.fromkeys((*self.allowed_hosts, *own_address)))
+
+
+_HIDDEN = Shown(python_only=True)
+
+
+class AgentSettings(ServeSettings):
+    """The settings of ``d2llm mcp``, which has no address and no keys: its client has started it."""
+
+    host: str = narrowed(ServeSettings, "host", _HIDDEN)
+    port: int = narrowed(ServeSettings, "port", _HIDDEN)
+    keys_file: Path | None = narrowed(ServeSettings, "keys_file", _HIDDEN)
+    report: Path | None = narrowed(ServeSettings, "report", _HIDDEN)
+    writable: bool = setting(
+        False,
+        "Whether the client may change the indexes.",
+        Shown(option="writable/--read-only", default="read-only"),
+    )
 
 
 def is_loopback(host: str) -> bool:

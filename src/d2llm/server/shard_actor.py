@@ -38,7 +38,7 @@ class ShardVersion:
     folder: Path
     manifest: dict[str, Any]
     record: ShardRecord
-    number: int
+    shard_number: int
     num_shards: int
 
     @property
@@ -49,7 +49,7 @@ class ShardVersion:
     @property
     def place(self) -> str:
         """Which shard it is, for messages."""
-        return f"shard {self.number} of {self.num_shards}"
+        return f"shard {self.shard_number} of {self.num_shards}"
 
 
 class ShardFacts(NamedTuple):
@@ -80,7 +80,7 @@ class _OpenShard:
     """One version of a shard in an actor. Call it in one thread at a time."""
 
     def __init__(self, shard: ShardVersion, scorer: VectorScorer, before: IndexStore | None) -> None:
-        self.store = open_shard(shard.folder, shard.manifest, shard.number, shard.record, shard.num_shards)
+        self.store = open_shard(shard.folder, shard.manifest, shard.shard_number, shard.record, shard.num_shards)
         if before is not None:
             self.store.intact = before.intact  # only new files are compared with their checksums
         self._corpus = WordStatistics()

@@ -104,7 +104,7 @@ class SlowModels:
                 kinds.append(kind)
         return kinds
 
-    def find_expansion(self, method: ExpansionMethod, number: int | None = None) -> Expansion:
+    def find_expansion(self, method: ExpansionMethod, num_texts: int | None = None) -> Expansion:
         """An expansion by the writer.
 
         Raises:
@@ -112,7 +112,7 @@ class SlowModels:
         """
         if self.writer is None:
             raise InputError("this server has no writer to expand queries; start it with --writer, or leave out expand")
-        return Expansion(self.writer, method, number)
+        return Expansion(self.writer, method, num_texts)
 
 
 class _DiscreetWriter:

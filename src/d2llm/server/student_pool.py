@@ -61,7 +61,7 @@ class StudentPool:
     def _share(self, required: _Key) -> ModelService | None:
         with self._counting:
             for key, student in self._students.items():
-                if all(wanted in (None, own) for wanted, own in zip(required, key, strict=True)):
+                if all(wanted in (None, known) for wanted, known in zip(required, key, strict=True)):
                     self._num_uses[key] += 1
                     return student
             return None

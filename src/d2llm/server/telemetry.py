@@ -59,15 +59,14 @@ class Telemetry:
             registry=self.registry,
         )
         self._in_flight = Gauge("d2llm_http_requests_in_flight", "Requests in progress.", registry=self.registry)
-        self._stages = Histogram(
+        stages = Histogram(
             "d2llm_stage_seconds",
             "Seconds per stage of a request: queue, expansion, encode, candidates, score, teacher.",
             ("stage",),
             buckets=_STAGE_SECONDS,
             registry=self.registry,
         )
-        for stage in STAGES:
-            self._stages.labels(stage)  # shown from the start, as zero
+        self._of_stage = {stage: stages.labels(stage) for stage in STAGES}  # shown from the start, as zero
         self._queue = Gauge("d2llm_queue_texts", "Texts waiting to be encoded.", registry=self.registry)
         self._batches = Histogram("d2llm_batch_texts", "Texts per batch.", buckets=_BATCH_TEXTS, registry=self.registry)
         self._batch_seconds = Counter("d2llm_batch_seconds", "Seconds spent encoding batches.", registry=self.registry)
@@ -91,7 +90,7 @@ class Telemetry:
         """Record the seconds of a stage that has just ended; ``stage`` is one of ``STAGES``."""
         if stage not in STAGES:
             raise ValueError(f"'{stage}' is not a stage of a request; the stages are: {', '.join(STAGES)}")
-        self._stages.labels(stage).observe(seconds)
+        self._of_stage[stage].observe(seconds)
         for listen in self._stage_listeners:
             listen(stage, seconds)
 

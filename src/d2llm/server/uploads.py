@@ -161,15 +161,15 @@ def _name_of(part: Any) -> str:
 def _stored(names_and_contents: Iterable[tuple[str, bytes]], folder: Path, limits: ServeSettings) -> list[DocumentFile]:
     """The files of an upload in a folder, under their numbers; the ids are the names that they were sent with."""
     files: list[DocumentFile] = []
-    for number, (name, content) in enumerate(names_and_contents, start=1):
+    for file_number, (name, content) in enumerate(names_and_contents, start=1):
         if not name:
-            raise invalid(f"file number {number} of the form has no name; send it with one (filename=)", "file")
+            raise invalid(f"file number {file_number} of the form has no name; send it with one (filename=)", "file")
         suffix = PurePath(name.lower().removesuffix(".gz")).suffix
         if suffix not in SUFFIXES or (name.lower().endswith(".gz") and suffix != ".jsonl"):
             raise invalid(f"{name}: files of this type cannot be read; send one of {' '.join(FILE_TYPES)}", "file")
         if name.lower().endswith(".gz"):
             content = _unpacked(name, content, _MAX_UNPACKED * limits.max_body_bytes)
-        path = folder / f"{number}{suffix}"
+        path = folder / f"{file_number}{suffix}"
         path.write_bytes(content)
         files.append(DocumentFile(path, name, len(content), None))
     return files

@@ -11,7 +11,7 @@ import numpy as np
 from d2llm.core.types import PartKind
 from d2llm.models.score_features import FeatureWeights
 from d2llm.models.student import Student
-from d2llm.retrieval.index import part_formats
+from d2llm.retrieval.open_index import part_formats
 from d2llm.retrieval.protocols import task_for
 from d2llm.sizing.plan import SizePlan
 from d2llm.sizing.texts import TextFacts
@@ -102,10 +102,10 @@ def index_parts(
     plan: SizePlan, student: StudentFacts, texts: TextFacts, num_passages: int, *, approximate: bool
 ) -> list[PartBytes]:
     """The parts of a compacted index of ``num_passages`` such passages; ``texts`` are as long as the plan's."""
-    return list(_parts(plan, student, texts, num_passages, approximate=approximate))
+    return list(_part_bytes(plan, student, texts, num_passages, approximate=approximate))
 
 
-def _parts(
+def _part_bytes(
     plan: SizePlan, student: StudentFacts, texts: TextFacts, num_passages: int, *, approximate: bool
 ) -> Iterator[PartBytes]:
     row = texts.row_bytes + texts.stored_text * texts.text_bytes
@@ -131,25 +131,25 @@ def _parts(
         f"{texts.words:.0f} words, {texts.distinct_words:.0f} of them different, {texts.sentences:.1f} sentences "
         f"({texts.source})",
     )
-    if number := student.num_added_words:
+    if per_passage := student.num_added_words:
         yield PartBytes(
             "words that passages lack",
-            num_passages * number * (_POSTING_BYTES + _ADDED_TEXT_BYTES),
-            num_passages * number * _POSTING_BYTES,
-            f"at most {number} words a passage, {_POSTING_BYTES} bytes each in the words and {_ADDED_TEXT_BYTES} in "
-            "the table",
+            num_passages * per_passage * (_POSTING_BYTES + _ADDED_TEXT_BYTES),
+            num_passages * per_passage * _POSTING_BYTES,
+            f"at most {per_passage} words a passage, {_POSTING_BYTES} bytes each in the words and {_ADDED_TEXT_BYTES} "
+            "in the table",
         )
     for kind in student.formats:
-        number = parts_of_passage(kind, student, texts)
+        per_passage = parts_of_passage(kind, student, texts)
         part_size = student.part_format(kind).code_size
-        places = num_passages * PLACE_BYTES
-        codes = round(num_passages * number * part_size)
+        place_bytes = num_passages * PLACE_BYTES
+        codes = round(num_passages * per_passage * part_size)
         yield PartBytes(
             f"vectors of {kind}s, {student.formats[kind]}",
-            codes + places,
-            codes + 2 * places,
-            f"{number:.1f} {kind}s a passage, {part_size} bytes each, and {PLACE_BYTES} for their place, which memory "
-            f"holds twice ({texts.source})",
+            codes + place_bytes,
+            codes + 2 * place_bytes,
+            f"{per_passage:.1f} {kind}s a passage, {part_size} bytes each, and {PLACE_BYTES} for their place, which "
+            f"memory holds twice ({texts.source})",
         )
     if approximate:
         size = ann_bytes(num_passages)

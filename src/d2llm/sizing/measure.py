@@ -27,8 +27,8 @@ from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import PairTeacher
 from d2llm.ops.kernels import BM25, MAXSIM, MIN_PARTS
 from d2llm.retrieval.build_ann import empty_graph
-from d2llm.retrieval.index import PART_FORMATS
 from d2llm.retrieval.local_segment import open_view
+from d2llm.retrieval.open_index import PART_FORMATS
 from d2llm.retrieval.protocols import task_for
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.sizing.speeds import GRAPH_ROWS, Speed, Speeds, TeacherSpeed, processor_name
@@ -81,8 +81,8 @@ def measure_speeds(
     """
     measuring = _Measuring(student, passages, queries, task_for(student, task), seconds)
     speeds = measuring.speeds()
-    own = {name: measuring.teacher(load()) for name, load in (teachers or {}).items()}
-    return speeds.model_copy(update={"teachers": own})
+    teacher_speeds = {name: measuring.teacher(load()) for name, load in (teachers or {}).items()}
+    return speeds.model_copy(update={"teachers": teacher_speeds})
 
 
 class _Measuring:
@@ -206,8 +206,8 @@ class _Measuring:
         codes = vector_format.encode(random, [""] * len(random))
         return np.tile(codes, (-(-num_rows // len(codes)), 1))[:num_rows]
 
-    def _vectors(self, number: int, dim: int) -> NDArray[np.float32]:
-        vectors = self.random.standard_normal((number, dim), np.float32)
+    def _vectors(self, count: int, dim: int) -> NDArray[np.float32]:
+        vectors = self.random.standard_normal((count, dim), np.float32)
         return vectors * np.float32(dim**0.5) / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     def _rows(self, num_rows: int) -> NDArray[np.int64]:
@@ -290,7 +290,7 @@ class _Measuring:
         name = PART_FORMATS["token"]
         vector_format = make_format(name, projection.dim)
         counts = np.full(_TOKEN_ROWS, _TOKENS_OF_ROW, np.int64)
-        places = np.stack([np.cumsum(counts) - counts, counts], axis=1)
+        extents = np.stack([np.cumsum(counts) - counts, counts], axis=1)
         query = self._vectors(projection.max_query_tokens, projection.dim)
         rows = [self._rows(_TOKEN_ROWS) for _ in range(8)]
         MAXSIM.load()
@@ -298,8 +298,8 @@ class _Measuring:
             file.write(self._codes(vector_format, int(counts.sum())).data)
             file.flush()
             codes = np.memmap(file, np.uint8, "r", shape=(int(counts.sum()), vector_format.code_size))
-            parts = PartVectors(places, codes, vector_format)
-            compared = self._median(lambda some_rows: parts.sum_of_best(query, some_rows), rows)
+            token_vectors = PartVectors(extents, codes, vector_format)
+            compared = self._median(lambda some_rows: token_vectors.sum_of_best(query, some_rows), rows)
         return {name: self._speed(_mean_length(rows) * _TOKENS_OF_ROW * projection.dim / compared, advance)}
 
     def _interaction(self, advance: Advance) -> Speed | None:
@@ -361,7 +361,7 @@ class _Measuring:
         return 1e3 * max(texts, whole - stages), text_bytes / seconds
 
 
-def made_up_passages(student: Student, number: int = 400, words: int = 100) -> list[Passage]:
+def made_up_passages(student: Student, num_passages: int = 400, words: int = 100) -> list[Passage]:
     """Passages of words of the student's vocabulary, where no others are at hand; the commonest words repeat most.
 
     The word of rank r has a probability in proportion to 1 / r (Zipf's law); a sentence has 20 words.
@@ -370,18 +370,18 @@ def made_up_passages(student: Student, number: int = 400, words: int = 100) -> l
     random = np.random.default_rng(0)
     chances = 1 / np.arange(1, len(vocabulary) + 1)
     order = random.permutation(len(vocabulary))
-    drawn = order[random.choice(len(vocabulary), (number, words), p=chances / chances.sum())]
+    drawn = order[random.choice(len(vocabulary), (num_passages, words), p=chances / chances.sum())]
     return [
-        Passage(f"passage-{row}", " ".join(_sentence([vocabulary[place] for place in places])))
-        for row, places in enumerate(drawn.tolist())
+        Passage(f"passage-{row}", " ".join(_sentence([vocabulary[index] for index in indices])))
+        for row, indices in enumerate(drawn.tolist())
     ]
 
 
 def _sentence(words: Sequence[str], length: int = 20) -> list[str]:
     """The words with a full stop after every 20, and a capital after it."""
     return [
-        word.capitalize() if number % length == 0 else f"{word}." if number % length == length - 1 else word
-        for number, word in enumerate(words)
+        word.capitalize() if position % length == 0 else f"{word}." if position % length == length - 1 else word
+        for position, word in enumerate(words)
     ]
 
 

@@ -144,10 +144,10 @@ def _stages(
         yield _stage("words of candidates' windows", candidates * long.words, "words", speeds.candidate_words)
     for kind in sorted(weights.part_kinds):
         of_format = speeds.products if kind == "window" else speeds.compared_tokens
-        number, dim = candidates * parts_of_passage(kind, student, long), student.part_format(kind).dim
+        num_vectors, dim = candidates * parts_of_passage(kind, student, long), student.part_format(kind).dim
         speed = of_format.get(student.formats[kind])
-        basis = f"{number:,.0f} of {dim} dimensions"
-        yield _stage(f"vectors of candidates' {kind}s", number * dim, "dimensions", speed, basis)
+        basis = f"{num_vectors:,.0f} of {dim} dimensions"
+        yield _stage(f"vectors of candidates' {kind}s", num_vectors * dim, "dimensions", speed, basis)
     if student.has_dot and student.counts_interaction:
         yield _stage("interaction", candidates, "pairs", speeds.interaction_pairs)
     result = speeds.result_ms
@@ -208,8 +208,8 @@ def fraction_that_waits(cores: int, busy: float) -> float:
     if busy >= cores:
         raise ValueError(f"{busy:g} busy cores of {cores}")
     lost = 1.0  # Erlang's B, which is recursive in the number of cores
-    for number in range(1, cores + 1):
-        lost = busy * lost / (number + busy * lost)
+    for num_cores in range(1, cores + 1):
+        lost = busy * lost / (num_cores + busy * lost)
     return lost / (1 - busy / cores * (1 - lost))
 
 

@@ -189,8 +189,8 @@ class _Sizing:
         machines = self._machines(num_shards, num_machines, core_ms)
         if machines is not None:
             num_machines = machines.num // machines.replicas
-        parts = self._all_parts(num_shards, num_machines, approximate=approximate)
-        disk, memory = sum(part.disk for part in parts), sum(part.memory for part in parts)
+        entries = self._bytes_of_shards(num_shards, num_machines, approximate=approximate)
+        disk, memory = sum(part.disk for part in entries), sum(part.memory for part in entries)
         unmeasured = [stage.stage for stage in stages if stage.ms is None]
         p50, p99 = self._latencies(once_ms, shard_ms, num_shards, num_machines, machines)
         work = list(self._work(num_shards, passages, approximate=approximate))
@@ -200,7 +200,7 @@ class _Sizing:
             speeds=str(self.speeds),
             measured=self.is_measured,
             texts=self.texts.source,
-            parts=parts,
+            parts=entries,
             disk_bytes=disk,
             memory_bytes=memory,
             num_shards=num_shards,
@@ -218,24 +218,24 @@ class _Sizing:
             remarks=list(self._remarks(num_shards, num_machines, unmeasured, work)),
         )
 
-    def _parts(self, passages: int, *, approximate: bool) -> list[PartBytes]:
+    def _bytes_of_shard(self, passages: int, *, approximate: bool) -> list[PartBytes]:
         return index_parts(self.plan, self.student, self.texts, passages, approximate=approximate)
 
-    def _all_parts(self, num_shards: int, num_machines: int, *, approximate: bool) -> list[PartBytes]:
+    def _bytes_of_shards(self, num_shards: int, num_machines: int, *, approximate: bool) -> list[PartBytes]:
         """The parts of all shards, and a program with the student on each machine."""
         passages = math.ceil(self.plan.passages / num_shards)
-        shard = self._parts(passages, approximate=approximate)
+        shard = self._bytes_of_shard(passages, approximate=approximate)
         fraction = self.plan.passages / passages  # the last shard may be smaller
-        parts = [
+        entries = [
             replace(part, disk=round(fraction * part.disk), memory=round(fraction * part.memory)) for part in shard
         ]
         process = self.speeds.process_bytes
         source = "not measured" if process is None else process.source
         basis = f"{num_machines:,} {'process' if num_machines == 1 else 'processes'}: {source}"
-        return [*parts, PartBytes("programs with the student", 0, num_machines * self.process_bytes, basis)]
+        return [*entries, PartBytes("programs with the student", 0, num_machines * self.process_bytes, basis)]
 
     def _shard_memory(self, passages: int, *, approximate: bool) -> int:
-        return sum(part.memory for part in self._parts(passages, approximate=approximate))
+        return sum(part.memory for part in self._bytes_of_shard(passages, approximate=approximate))
 
     def _most_shards(self, passages: int, *, approximate: bool) -> int:
         """How many shards of so many passages the memory of a machine holds."""
@@ -313,11 +313,11 @@ class _Sizing:
 
         def latency(fraction: float, ratio: float) -> float:
             slowest = rounds * slowest_of(num_shards, shard_ms, ratio, fraction)
-            own = slowest_of(1, once_ms, ratio, fraction)
+            once = slowest_of(1, once_ms, ratio, fraction)
             if machines is None:
-                return own + slowest
+                return once + slowest
             work_ms = shard_ms + once_ms / num_shards
-            return own + slowest + wait_ms(self.machine_cores, machines.load * self.machine_cores, work_ms, fraction)
+            return once + slowest + wait_ms(self.machine_cores, machines.load * self.machine_cores, work_ms, fraction)
 
         ratio = self.speeds.slow_ratio
         median = latency(0.5, 1.0 if ratio is None else ratio.value)

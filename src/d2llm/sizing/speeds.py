@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import write_json
+from d2llm.core.machine import cpu_fact
 
 GRAPH_ROWS = 16_384
 """Rows of the graph by which ``linked_rows`` is measured; linking a row takes longer among more, by the logarithm."""
-_CPUINFO = Path("/proc/cpuinfo")
 
 
 class Speed(BaseModel):
@@ -98,11 +98,7 @@ class Speeds(BaseModel):
 
 def processor_name() -> str:
     """The name of this machine's processor."""
-    try:
-        names = re.findall(r"^model name\s*:\s*(.+)$", _CPUINFO.read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        names = []
-    return names[0].strip() if names else platform.processor() or platform.machine()
+    return cpu_fact("model name") or platform.processor() or platform.machine()
 
 
 def speeds_path(student: str, threads: int) -> Path:

@@ -144,9 +144,9 @@ def read_text_facts(
     growth = math.log(len(segment.terms) / len(half.terms)) / math.log(num_words / int(half.lengths.sum()))
     ids = student.backbone.tokenize(texts, "passage", limit=_NO_LIMIT).ids
     projection = student.token_projection
-    with_vectors = 0 if projection is None else sum(len(projection.places(row)) for row in ids)
+    with_vectors = 0 if projection is None else sum(len(projection.positions(row)) for row in ids)
     num_tokens = sum(map(len, ids))
-    parts = np.array_split(np.sort([len(row) for row in ids]), _LENGTHS)
+    groups = np.array_split(np.sort([len(row) for row in ids]), _LENGTHS)
     num_postings, candidate_words = _query_facts(segment, queries or word_queries(texts))
     empty = _row_bytes([replace(passage, title="", text="") for passage in sample])
     return TextFacts(
@@ -165,20 +165,20 @@ def read_text_facts(
         vocabulary_growth=min(max(growth, 0.0), 1.0),
         row_bytes=empty,
         stored_text=max(0.0, _row_bytes(sample) - empty) * len(sample) / text_bytes,
-        lengths=tuple(float(part.mean()) * len(sample) / num_tokens for part in parts),
+        lengths=tuple(float(part.mean()) * len(sample) / num_tokens for part in groups),
     )
 
 
-def word_queries(texts: Sequence[str], number: int = 100) -> list[str]:
+def word_queries(texts: Sequence[str], count: int = 100) -> list[str]:
     """Queries made of some words in a row, from the middle of texts."""
-    words = [text.split() for text in _spread(texts, number)]
+    words = [text.split() for text in _spread(texts, count)]
     return [" ".join(row[len(row) // 2 :][:_QUERY_WORDS]) for row in words if row]
 
 
-def _spread(items: Sequence[_Item], number: int) -> list[_Item]:
+def _spread(items: Sequence[_Item], count: int) -> list[_Item]:
     """At most so many of the items, evenly spread."""
-    places = np.linspace(0, len(items) - 1, min(number, len(items))).astype(np.int64)
-    return [items[place] for place in places.tolist()]
+    positions = np.linspace(0, len(items) - 1, min(count, len(items))).astype(np.int64)
+    return [items[index] for index in positions.tolist()]
 
 
 def _query_facts(segment: WordSegment, queries: Sequence[str]) -> tuple[float, float]:

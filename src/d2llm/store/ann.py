@@ -77,6 +77,7 @@ class AnnRecord:
         queries: "given", or "passages" if passages of the index served as queries.
         num_queries: number of queries.
         recalls: measured recall by depth.
+        first_ten: the fraction of the first ten passages of an exact search that a search by default ranks there.
         num_bytes: size of the file.
         checksum: checksum of the file (xxh3, 64 bits).
     """
@@ -92,6 +93,7 @@ class AnnRecord:
     queries: str
     num_queries: int
     recalls: list[dict[str, float]]
+    first_ten: float = 0.0
     num_bytes: int = 0
     checksum: str = ""
 
@@ -201,7 +203,7 @@ class AnnSearch:
         if self._num_tail:
             later, later_scores = self._search_tail(query, top_k)
             rows, scores = np.concatenate((rows, later)), np.concatenate((scores, later_scores))
-        best = top_rows(scores, top_k, lambda places: self._ids_of(rows[places]))
+        best = top_rows(scores, top_k, lambda positions: self._ids_of(rows[positions]))
         return rows[best], scores[best]
 
     def _search_head(self, query: NDArray[np.float32], top_k: int) -> NDArray[np.int64] | None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from d2llm.core.errors import DuplicateIdError, InputError
 from d2llm.core.types import MAX_ID_CHARS, Passage, is_text
@@ -29,6 +32,9 @@ KEPT = ("d2_truncated", "d2_words")
 INTERNAL_COLUMNS = ("d2_row", "d2_hash", *KEPT, "d2_vector")
 _to_json = json.JSONEncoder(sort_keys=True, default=datetime.isoformat).encode
 _HASHED_APART = ("id", "title", "text", *INTERNAL_COLUMNS, "d2_seal")
+WRONG_TYPES = (TypeError, ValueError, OverflowError, AttributeError)
+"""What reading a damaged column raises, whose value has another type."""
+_LEVEL = 6  # of compression: .61 of English texts of 500 characters, 12 µs
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +58,8 @@ def row_hash(passage_id: str, title: str, text: str, others: Mapping[str, Any], 
     which cannot be derived from the other columns. If the first or the last part differs, the text must be encoded
     again.
     """
-    parts = (passage_id.encode(), title.encode(), text.encode())
-    content = b"".join([piece for part in parts for piece in (len(part).to_bytes(8, "little"), part)])
+    fields = (passage_id.encode(), title.encode(), text.encode())
+    content = b"".join([piece for part in fields for piece in (len(part).to_bytes(8, "little"), part)])
     rest = _to_json({name: value for name, value in others.items() if value is not None})
     return xxhash.xxh3_128_hexdigest(content) + xxhash.xxh3_64_hexdigest((rest + context).encode()) + context
 
@@ -115,7 +121,7 @@ def compare(passages: Sequence[Passage], stored: Mapping[str, Mapping[str, Any]]
     num_unchanged = 0
     for passage in passages:
         now, record = _hash_of(passage, metadata), stored.get(passage.id)
-        if record is None or _encoded_parts(record["d2_hash"]) != _encoded_parts(now):
+        if record is None or _hashes_of_encoded_fields(record["d2_hash"]) != _hashes_of_encoded_fields(now):
             texts.append(passage)
         elif record["d2_hash"] != now:
             others.append((passage, record["d2_row"], {name: record[name] for name in KEPT}))
@@ -147,6 +153,45 @@ def _hash_of(passage: Passage, metadata: MetadataSchema) -> str:
     return row_hash(passage.id, passage.title, passage.text, _others_of(passage, metadata), passage.context)
 
 
-def _encoded_parts(stored_hash: str) -> tuple[str, str]:
+def _hashes_of_encoded_fields(stored_hash: str) -> tuple[str, str]:
     """The parts of a row's hash that determine its vector."""
     return stored_hash[:TEXT_HASH_LENGTH], stored_hash[ROW_HASH_LENGTH:]
+
+
+def seal_of(record: Mapping[str, Any]) -> int:
+    """A hash of the columns of a passage that d2_hash does not cover, as a signed number of 64 bits."""
+    digest = xxhash.xxh3_64(f"{record['d2_row']} {record['d2_hash']} {bool(record['d2_truncated'])} ".encode())
+    digest.update(record.get("d2_words", "").encode())
+    digest.update(record.get("d2_vector") or b"")
+    return int.from_bytes(digest.digest(), "big", signed=True)
+
+
+def is_intact(record: Mapping[str, Any]) -> bool:
+    """Whether a passage with all columns, and its seal, is what was written."""
+    try:
+        return record["d2_seal"] == seal_of(record) and is_as_written(record)
+    except WRONG_TYPES:
+        return False
+
+
+def codes_of(records: Sequence[Mapping[str, Any]], code_size: int) -> NDArray[np.uint8]:
+    """The codes [n, code_size] in the column of vectors."""
+    joined = b"".join(record["d2_vector"] for record in records)
+    return np.frombuffer(joined, np.uint8).reshape(len(records), code_size)
+
+
+def rows_of(records: Sequence[Mapping[str, Any]]) -> NDArray[np.int64]:
+    """The rows [n] in the vector file, without their generation."""
+    return np.fromiter((record["d2_row"] & ROW_MASK for record in records), np.int64, len(records))
+
+
+def pack_text(text: str) -> str | bytes:
+    """A text as it takes fewer bytes: itself, or compressed."""
+    plain = text.encode()
+    packed = zlib.compress(plain, _LEVEL)
+    return packed if len(packed) < len(plain) else text
+
+
+def unpack_text(stored: str | bytes) -> str:
+    """The text that ``pack_text`` packed."""
+    return stored if isinstance(stored, str) else zlib.decompress(stored).decode()

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Candidate, Passage, Query
+from d2llm.ops.bm25_bounds import TermBounds, bounds_of
 from d2llm.ops.kernels import BM25
 from d2llm.ops.selection import ids_at, nth_highest, ranges, top_rows
 from d2llm.store.word_segment import (
@@ -107,14 +108,14 @@ class WordIndex:
         return WordIndex(self._segments, live=self._live, corpus=corpus)
 
     def take(self, rows: Rows) -> WordSegment:
-        """The words of some rows, in their order, as a segment."""
+        """A segment with the words of the given rows, in the same order."""
         owner = np.searchsorted(self._firsts, rows, side="right") - 1
         order = np.argsort(owner, kind="stable")
-        parts = [
+        taken = [
             self._segments[at].take(rows[order[owner[order] == at]] - self._firsts[at])
             for at in np.unique(owner).tolist()
         ]
-        joined = WordSegment.join(parts)
+        joined = WordSegment.join(taken)
         return joined if (np.diff(order) > 0).all() else joined.take(np.argsort(order))
 
     @property
@@ -170,6 +171,11 @@ class WordIndex:
         )
 
     @cached_property
+    def _bounds(self) -> list[TermBounds]:
+        """Bounds of the terms of each segment, for the compiled search alone."""
+        return [bounds_of_segment(segment) for segment in self._segments]
+
+    @cached_property
     def _dead_counts(self) -> list[NDArray[np.int64] | None]:
         """For each segment, how many dead rows contain each of its terms."""
         counts: list[NDArray[np.int64] | None] = []
@@ -197,11 +203,11 @@ class WordIndex:
         """The number of live rows that contain each of these distinct terms [n]."""
         rows_with = np.zeros(len(hashes), np.int64)
         for segment, dead in zip(self._segments, self._dead_counts, strict=True):
-            places = segment.places(hashes)
-            known = places >= 0
-            rows_with[known] += segment.starts[places[known] + 1] - segment.starts[places[known]]
+            positions = segment.positions(hashes)
+            known = positions >= 0
+            rows_with[known] += segment.starts[positions[known] + 1] - segment.starts[positions[known]]
             if dead is not None:
-                rows_with[known] -= dead[places[known]]
+                rows_with[known] -= dead[positions[known]]
         return rows_with
 
     def scores(self, query: QueryWords) -> _Scores:
@@ -271,14 +277,17 @@ class WordIndex:
         usable = np.logical_and.reduce(masks) if masks else np.zeros(0, np.bool_)
         heap, size, num_read = np.zeros(min(num, len(self)), np.float32), 0, 0
         rows, scores = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
-        for segment, first in zip(self._segments, self._firsts.tolist(), strict=False):
+        mean = max(self._scored_by.mean_length, 1e-9)
+        for segment, bounds, first in zip(self._segments, self._bounds, self._firsts.tolist(), strict=False):
             here = slice(first, first + len(segment))
             added = segment.added or NO_WORDS
             texts, others = segment.extents_of(query.terms), added.extents_of(query.terms)
-            starts, ends, terms = (np.concatenate(both) for both in zip(texts, others, strict=True))
+            starts, ends, terms, positions = (np.concatenate(both) for both in zip(texts, others, strict=True))
+            positions[len(texts.terms) :] = -1  # added words have no bounds
             found = kernels.best_rows(
                 *(segment.rows, segment.counts, added.rows, added.hundredths),
                 *(starts, ends, query.weights[terms], len(texts.terms)),
+                *(bounds.shares, bounds.starts_of(positions, len(segment)), bounds.mean_length / mean),
                 *(self._norms[here], usable[here], first, heap, size),
             )
             rows.append(found[0])
@@ -299,14 +308,14 @@ class WordIndex:
         kernels = BM25.get(self._num_words)
         score = self._score_segment if kernels is None else partial(self._score_compiled, kernels)
         for at in np.unique(owner).tolist():
-            places = np.flatnonzero(owner == at)
-            passages[places], windows[places] = score(
-                at, query.terms[:num_known], query.weights[:num_known], rows[places]
+            positions = np.flatnonzero(owner == at)
+            passages[positions], windows[positions] = score(
+                at, query.terms[:num_known], query.weights[:num_known], rows[positions]
             )
         for holding, counts, weight, segment in self._added_postings(query):
-            places = np.minimum(np.searchsorted(holding, rows - segment.start), len(holding) - 1)
-            found = np.flatnonzero(holding[places] == rows - segment.start)
-            _add_at(passages, found, weight * _shares(counts[places[found]], self._norms[rows[found]]))
+            positions = np.minimum(np.searchsorted(holding, rows - segment.start), len(holding) - 1)
+            found = np.flatnonzero(holding[positions] == rows - segment.start)
+            _add_at(passages, found, weight * _shares(counts[positions[found]], self._norms[rows[found]]))
         return passages, windows
 
     def _score_compiled(
@@ -316,7 +325,7 @@ class WordIndex:
         segment = self._segments[at]
         passages, windows = np.zeros((2, len(rows)), np.float32)
         kernels.score_rows(
-            *(segment.tokens, segment.offsets, rows - self._firsts[at], segment.places(terms), weights),
+            *(segment.tokens, segment.offsets, rows - self._firsts[at], segment.positions(terms), weights),
             *(len(segment.terms), self._norms[rows], self._mean_window, K1, B, passages, windows),
         )
         return passages, windows
@@ -334,9 +343,9 @@ class WordIndex:
         """
         segment = self._segments[at]
         code_of = np.full(len(segment.terms) + 1, OTHER, np.int32)
-        places = segment.places(terms)
-        known = np.flatnonzero(places >= 0)
-        code_of[places[known]] = known
+        positions = segment.positions(terms)
+        known = np.flatnonzero(positions >= 0)
+        code_of[positions[known]] = known
         code_of[-1] = SENTENCE_END
         starts, sizes = extents(segment, rows - self._firsts[at])
         codes = code_of[segment.tokens[ranges(starts, sizes)]]
@@ -361,8 +370,8 @@ class WordIndex:
         for start in range(0, len(occurring), width):
             part = weights[occurring[start : start + width]]
             chosen = slice(None) if is_short else (column >= start) & (column < start + len(part))
-            places = (column[chosen] - start) * len(ends) + sentence[chosen]
-            counts = np.bincount(places, minlength=len(part) * len(ends)).astype(np.float32)
+            cells = (column[chosen] - start) * len(ends) + sentence[chosen]
+            counts = np.bincount(cells, minlength=len(part) * len(ends)).astype(np.float32)
             counts = counts.reshape(len(part), len(ends))
             whole = np.minimum(np.add.reduceat(counts, firsts, axis=1), MAX_COUNT)
             _add_gains(whole_scores, part, whole, norms[filled])
@@ -370,6 +379,15 @@ class WordIndex:
         passages[filled] = whole_scores
         best_windows[filled] = np.maximum.reduceat(np.where(windows.exist, window_scores, 0), firsts)
         return passages, best_windows
+
+
+def bounds_of_segment(segment: WordSegment) -> TermBounds:
+    """What the frequent terms can give to a score in each range of rows: as stored, or computed."""
+    if segment.bounds is not None:
+        return segment.bounds
+    lengths = segment.all_lengths
+    mean = max(float(lengths.mean()), 1e-9) if len(lengths) else 1.0
+    return bounds_of(segment.starts, segment.rows, segment.counts, _norm(lengths, mean), mean)
 
 
 def rank_passages(index: WordIndex, ids: Sequence[str], texts: Iterable[str], top_k: int) -> Iterator[list[Candidate]]:
@@ -381,7 +399,7 @@ def rank_passages(index: WordIndex, ids: Sequence[str], texts: Iterable[str], to
         rows, scores = index.best(index.query(text), top_k)
         names = ids_at(ids, rows)
         best = top_rows(scores, top_k, partial(ids_at, names))
-        yield [Candidate(names[int(place)], float(scores[place])) for place in best]
+        yield [Candidate(names[int(position)], float(scores[position])) for position in best]
 
 
 def bm25_lists(
@@ -406,8 +424,10 @@ def bm25_lists(
         index = WordIndex.from_texts(texts, advance=advance)
         rankings = rank_passages(index, ids, (query.text for query in queries), depth)
         for query, candidates in zip(queries, rankings, strict=True):
-            own = unwanted.get(query.id, ())
-            lists.append([candidate.passage_id for candidate in candidates if candidate.passage_id not in own][:top_k])
+            excluded = unwanted.get(query.id, ())
+            lists.append(
+                [candidate.passage_id for candidate in candidates if candidate.passage_id not in excluded][:top_k]
+            )
             advance(1)
     return lists
 
@@ -418,8 +438,8 @@ def _norm(lengths: NDArray[np.integer] | NDArray[np.float64], mean: float) -> _S
 
 def _shares(counts: NDArray[np.integer] | NDArray[np.float32], norms: _Scores) -> _Scores:
     """The share of a term's weight that a text gets: tf / (tf + norm)."""
-    number: _Scores = counts.astype(np.float32, copy=False)
-    return np.divide(number, number + norms, dtype=np.float32)
+    frequencies: _Scores = counts.astype(np.float32, copy=False)
+    return np.divide(frequencies, frequencies + norms, dtype=np.float32)
 
 
 def _add_at(sums: _Scores, rows: NDArray[np.intp], values: _Scores | np.float32) -> None:
@@ -429,5 +449,5 @@ def _add_at(sums: _Scores, rows: NDArray[np.intp], values: _Scores | np.float32)
 
 def _add_gains(scores: _Scores, weights: NDArray[np.float32], counts: NDArray[np.float32], norms: _Scores) -> None:
     """Add the gains of terms, from counts [terms, n], to scores [n], in the same order as the postings."""
-    for weight, own in zip(weights, counts, strict=True):
-        scores += weight * _shares(own, norms)
+    for weight, term_counts in zip(weights, counts, strict=True):
+        scores += weight * _shares(term_counts, norms)

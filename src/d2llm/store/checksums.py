@@ -111,8 +111,8 @@ def read_checked(path: Path, *, compare: bool = True) -> Any:
         ValueError: the file is not JSON, or is not what was written.
     """
     value = json.loads(path.read_bytes().decode("utf-8"))
-    own = value.pop(_KEY, None) if isinstance(value, dict) else None
-    if compare and (own is None or own != _json_checksum(value)):
+    stored = value.pop(_KEY, None) if isinstance(value, dict) else None
+    if compare and (stored is None or stored != _json_checksum(value)):
         raise ValueError(f"{path.name} is not what was written")
     return value
 

@@ -215,8 +215,8 @@ class _Writer:
         if type(node) is exp.Not:
             return self.condition(node.this, not negated)
         if isinstance(node, (exp.And, exp.Or)):
-            parts = [self.condition(part, negated) for part in node.flatten()]
-            return _join(parts, "AND" if isinstance(node, exp.And) != negated else "OR")
+            conditions = [self.condition(part, negated) for part in node.flatten()]
+            return _join(conditions, "AND" if isinstance(node, exp.And) != negated else "OR")
         writer = self.writers.get(type(node))
         if writer is None:
             raise self.error(node, "this is not a condition; compare a field with a value, as in year >= 2020")
@@ -335,10 +335,10 @@ class _Writer:
 
     def span(self, node: object) -> tuple[int, int]:
         nodes = node.walk() if isinstance(node, Expr) else ()
-        places = [cast("dict[str, int]", part.meta) for part in nodes if "start" in part.meta]
-        if not places:
+        spans = [cast("dict[str, int]", part.meta) for part in nodes if "start" in part.meta]
+        if not spans:
             return 0, len(self.text)
-        return min(place["start"] for place in places), max(place["end"] for place in places) + 1
+        return min(place["start"] for place in spans), max(place["end"] for place in spans) + 1
 
     def piece(self, node: object) -> str:
         start, end = self.span(node)
@@ -377,8 +377,8 @@ def _write_text(kind: FieldType, text: str) -> str | int | None:
 
 def _write_number(kind: FieldType, text: str, bits: int) -> int | float | None:
     if kind == "number":
-        number = float(text)
-        return number if math.isfinite(number) else None
+        value = float(text)
+        return value if math.isfinite(value) else None
     if kind != "integer":
         return None
     try:
@@ -392,12 +392,12 @@ def _write_number(kind: FieldType, text: str, bits: int) -> int | float | None:
     return integer if -limit <= integer < limit else None
 
 
-def _join(parts: Sequence[tuple[str, int]], word: str) -> tuple[str, int]:
+def _join(conditions: Sequence[tuple[str, int]], word: str) -> tuple[str, int]:
     """Conditions joined by AND or OR as a balanced tree: SQLite's parser allows a depth of 1,000."""
-    if len(parts) == 1:
-        return parts[0]
-    half = len(parts) // 2
-    (left, left_depth), (right, right_depth) = _join(parts[:half], word), _join(parts[half:], word)
+    if len(conditions) == 1:
+        return conditions[0]
+    half = len(conditions) // 2
+    (left, left_depth), (right, right_depth) = _join(conditions[:half], word), _join(conditions[half:], word)
     return f"({left} {word} {right})", max(left_depth, right_depth) + 1
 
 

@@ -43,9 +43,19 @@ from d2llm.store.blocks import (
     check_passages,
     compare,
     record_of,
+    rows_of,
     write_words,
 )
-from d2llm.store.index_manifest import KIND, VectorCopies, read_index_manifest, write_index_manifest
+from d2llm.store.index_manifest import (
+    KIND,
+    VectorCopies,
+    forget_chunking,
+    read_chunking,
+    read_index_manifest,
+    side_files,
+    write_chunking,
+    write_index_manifest,
+)
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.part_vectors import (
     EncodedParts,
@@ -56,9 +66,8 @@ from d2llm.store.part_vectors import (
     open_parts,
     replace_parts,
 )
-from d2llm.store.passage_table import REMEDY, PassageTable, Record, rows_of
+from d2llm.store.passage_table import REMEDY, PassageTable, Record
 from d2llm.store.schema import FieldType, MetadataSchema
-from d2llm.store.side_files import forget_chunking, read_chunking, side_files, write_chunking
 from d2llm.store.storage import LOCK_NAME, link_or_copy, storage_errors, warn_of_network
 from d2llm.store.stored_vectors import StoredVectors, stored_vectors
 from d2llm.store.vector_file import IntactExtents, VectorFile
@@ -157,8 +166,8 @@ class IndexStore:
 
     @property
     def version(self) -> int:
-        """The latest version, which ``table`` would open."""
-        return self.table().version
+        """The latest version, which ``table`` would open; a server asks for it every second, so no row is read."""
+        return PassageTable.open(self.folder).version
 
     @property
     def metadata(self) -> MetadataSchema:
@@ -277,16 +286,16 @@ class IndexStore:
             rows = np.concatenate([np.arange(first, first + len(codes)) | generation << GENERATION_SHIFT, kept_rows])
             kept = [
                 *(
-                    {"d2_truncated": place in truncated, "d2_words": write_words(own)}
-                    for place, own in enumerate(words_of)
+                    {"d2_truncated": index in truncated, "d2_words": write_words(added_words)}
+                    for index, added_words in enumerate(words_of)
                 ),
-                *(own for _, _, own in changes.others),
+                *(columns for _, _, columns in changes.others),
             ]
             passages = [*changes.texts, *(passage for passage, _, _ in changes.others)]
             coded: Iterator[bytes | None] = repeat(None) if column is None else (code.tobytes() for code in column)
             table.put(
-                record_of(passage, table.metadata, row, own | {"d2_vector": code})
-                for passage, row, own, code in zip(passages, rows.tolist(), kept, coded, strict=False)
+                record_of(passage, table.metadata, row, columns | {"d2_vector": code})
+                for passage, row, columns, code in zip(passages, rows.tolist(), kept, coded, strict=False)
             )
             return table.version
 
@@ -320,8 +329,8 @@ class IndexStore:
                 for kind, (part_codes, counts) in parts.items():
                     append_parts(self.folder, generation, kind, self.part_formats[kind], first, part_codes, counts)
             table.put(
-                record | {"d2_row": (first + place) | generation << GENERATION_SHIFT}
-                for place, record in enumerate(records)
+                record | {"d2_row": (first + index) | generation << GENERATION_SHIFT}
+                for index, record in enumerate(records)
             )
             return table.version
 
@@ -403,9 +412,9 @@ class IndexStore:
         def blocks() -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
             for start in range(0, num_rows, _PART_ROWS):
                 end = min(start + _PART_ROWS, num_rows)
-                parts = read(kind, list(table.texts(first_row + start, first_row + end)))
-                owners = np.repeat(np.arange(start, end), parts.counts).tolist()
-                yield vector_format.encode(parts.vectors, [f"row {row}" for row in owners]), parts.counts
+                encoded = read(kind, list(table.texts(first_row + start, first_row + end)))
+                owners = np.repeat(np.arange(start, end), encoded.counts).tolist()
+                yield vector_format.encode(encoded.vectors, [f"row {row}" for row in owners]), encoded.counts
 
         with storage_errors(self.folder):
             replace_parts(self.folder, generation, kind, vector_format, blocks(), since=table.version)
@@ -517,8 +526,8 @@ class IndexStore:
                 for kind, part_format in self.part_formats.items():
                     append_parts(self.folder, generation, kind, part_format, first, *parts[kind].take(old))
                 yield [
-                    record | {"d2_row": (first + place) | generation << GENERATION_SHIFT}
-                    for place, record in enumerate(batch)
+                    record | {"d2_row": (first + index) | generation << GENERATION_SHIFT}
+                    for index, record in enumerate(batch)
                 ]
 
         table.replace_all(rows.metadata, batches())

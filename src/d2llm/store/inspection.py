@@ -1,27 +1,143 @@
-"""Statistics and verification of an index, sharded or not, and of each of its stores."""
+"""Statistics and verification of an index, sharded or not, and of each of its stores; repair of a damaged table.
+
+A repair requires the write lock. The rows that can be read and are what was written go into a new file. What is lost
+is taken from a snapshot, if that has the passage with a vector of the same generation. Passages that are in no snapshot
+are lost: their ids are named, and they leave the index only on request, because then nothing tells any more that they
+are missing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+import shutil
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import D2LLMError, DataFormatError, InputError
+from d2llm.core.files import new_folder
 from d2llm.core.shipped import name_student
 from d2llm.core.types import PART_NAMES, PartKind
 from d2llm.store import ann, word_files
+from d2llm.store.blocks import GENERATION_SHIFT, is_intact
+from d2llm.store.index_manifest import Chunking, read_chunking
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import EncodeParts
-from d2llm.store.passage_table import NAME, REMEDY, PassageTable, bytes_at_rest
-from d2llm.store.repair import repair_table
+from d2llm.store.passage_table import NAME, REMEDY, PassageTable, Record, bytes_at_rest
 from d2llm.store.shards import Storage, hashes_of_ids, shard_of
-from d2llm.store.side_files import Chunking, read_chunking
+from d2llm.store.storage import storage_errors
 from d2llm.store.stored_vectors import Encode
 from d2llm.store.vector_file import ann_path_of
+
+_FOLDER = ".passages.new"
+_SCANNED_AT_ONCE = 4_096
+
+
+def repair_table(folder: Path, others: Iterable[Path], *, drop_lost: bool = False) -> list[str]:
+    """Write the table in the folder of an index anew, as far as possible; returns messages about what was done.
+
+    ``others`` are folders of indexes with the same passages, such as its snapshots. ``drop_lost``: passages that cannot
+    be restored leave the index; without it, nothing is changed if there are some.
+
+    Raises:
+        StorageError: the new file cannot be written.
+        DamagedFileError: nothing of the file can be read.
+    """
+    others = list(others)
+    shutil.rmtree(folder / _FOLDER, ignore_errors=True)  # left by an interrupted repair
+    try:
+        table = PassageTable.open(folder)
+    except D2LLMError as error:
+        return _replaced(folder, others, str(error))
+    with closing(table):
+        intact = list(_readable(table))
+        if not intact and len(table):
+            return _replaced(folder, others, f"{NAME}: none of its {len(table):,} passages can be read")
+        missing = table.listed_ids() - {record["id"] for record in intact}
+        num_lost = max(len(missing), len(table) - len(intact))
+        restored = list(_from_others(others, missing, intact)) if num_lost else []
+        num_lost -= len(restored)
+        if num_lost and not drop_lost:
+            named = f", the first is {min(missing)!r}" if missing else ""
+            problem = f"{NAME}: {num_lost:,} of {len(table):,} passages are lost and in no snapshot{named}"
+            remedy = "`d2llm index ... verify --repair --drop-lost` keeps the others; then upsert the lost ones again"
+            return [f"{problem}; {remedy}"]
+        _rewrite(folder, table, [*intact, *restored])
+    done = [f"{NAME} was rebuilt: {len(intact):,} passages were read from it; earlier versions were left out"]
+    if restored:
+        done.append(f"{len(restored):,} damaged passages were taken from snapshots")
+    if num_lost:
+        lost = sorted(missing - {record["id"] for record in restored})
+        done.append(f"{num_lost:,} passages are lost: {', '.join(map(repr, lost[:20])) or 'their ids cannot be read'}")
+    return done
+
+
+def _readable(table: PassageTable) -> Iterator[Record]:
+    """The passages of the latest version that can be read and are what was written."""
+    top = table.last_key()
+    spans = [(start, min(start + _SCANNED_AT_ONCE, top + 1)) for start in range(0, top + 1, _SCANNED_AT_ONCE)]
+    while spans:
+        first, end = spans.pop()
+        try:
+            yield from (
+                {name: record[name] for name in table.columns}
+                for record in table.between(first, end)
+                if is_intact(record)
+            )
+        except D2LLMError:  # a damaged page: read around it
+            if end - first > 1:
+                middle = (first + end) // 2
+                spans += [(first, middle), (middle, end)]
+
+
+def _from_others(others: Sequence[Path], missing: set[str], intact: Sequence[Record]) -> Iterator[Record]:
+    generations = {record["d2_row"] >> GENERATION_SHIFT for record in intact}
+    used, wanted = {record["d2_row"] for record in intact}, set(missing)
+    for folder in others:
+        with suppress(D2LLMError, sqlite3.Error), closing(PassageTable.open(folder)) as table:
+            for record in table.by_ids(sorted(wanted), (*table.columns, "d2_seal")):
+                fits = not generations or record["d2_row"] >> GENERATION_SHIFT in generations
+                if fits and record["d2_row"] not in used and is_intact(record):
+                    used.add(record["d2_row"])
+                    wanted.discard(record["id"])
+                    yield {name: record[name] for name in table.columns}
+
+
+def _rewrite(folder: Path, table: PassageTable, records: Sequence[Record]) -> None:
+    """A new file with these passages, at the version after the latest, takes the place of the damaged one."""
+    with storage_errors(folder), new_folder(folder / _FOLDER) as draft:
+        PassageTable.create(draft, table.metadata, table.version).close()
+        with closing(PassageTable.open(draft)) as new:
+            new.replace_all(table.metadata, [records])
+    _replace_table(folder)
+
+
+def _replaced(folder: Path, others: Sequence[Path], problem: str) -> list[str]:
+    """Of a file that cannot be opened at all: the newest whole snapshot takes its place."""
+    present = [path for path in others if (path / NAME).is_file()]
+    for other in sorted(present, key=lambda path: (path / NAME).stat().st_mtime, reverse=True):
+        with suppress(D2LLMError), closing(PassageTable.open(other)) as table:
+            if not list(table.problems()):
+                with storage_errors(folder), new_folder(folder / _FOLDER) as draft:
+                    table.copy_to(draft)
+                _replace_table(folder)
+                return [f"{problem}; the table of {other.name!r} took its place: later changes are lost"]
+    return [f"{problem}; no snapshot has a whole copy: index the corpus again"]
+
+
+def _replace_table(folder: Path) -> None:
+    """Move the new file to where the damaged one was. Its WAL goes first: it must never be read into the new file."""
+    with storage_errors(folder):
+        for ending in ("-wal", "-shm"):
+            (folder / f"{NAME}{ending}").unlink(missing_ok=True)
+        (folder / _FOLDER / NAME).replace(folder / NAME)
+        (folder / _FOLDER).rmdir()
+
 
 _SUMMED = (
     "num_passages",
@@ -43,10 +159,11 @@ class IndexStats:
 
     Each vector is stored ``vector_copies`` times. Sizes in bytes: ``table_bytes`` includes indices and old versions,
     and ``bytes_per_passage`` covers everything including snapshots. ``ann_passages`` are in an approximate index that
-    was tuned for a recall of ``ann_recall``. ``chunking`` is how documents were chunked, if there were any;
-    ``student_name`` is the name of the student with fingerprint ``student``. ``window_format`` and
-    ``token_format`` are the formats of the window vectors and token embeddings, None if there are none. ``num_shards``
-    is None for an index that is not sharded (``stats_of_all``).
+    was tuned for a recall of ``ann_recall`` among the candidates; ``first_ten`` of the first ten passages of an exact
+    search are those of a search by default, measured when it was built. ``chunking`` is how documents were chunked,
+    if there were any; ``student_name`` is the name of the student with fingerprint ``student``. ``window_format`` and
+    ``token_format`` are the formats of the window vectors and token embeddings, None if there are none.
+    ``num_shards`` is None for an index that is not sharded (``stats_of_all``).
     """
 
     folder: str
@@ -67,6 +184,7 @@ class IndexStats:
     vector_file_bytes: int
     ann_passages: int
     ann_recall: float | None
+    first_ten: float | None
     bytes_per_passage: float
     word_bytes: int
     window_format: str | None
@@ -115,6 +233,7 @@ def stats(store: IndexStore) -> IndexStats:
         vector_file_bytes=sum(path.stat().st_size for path in store.folder.glob("vectors-*")),
         ann_passages=0 if record is None else record.num_rows,
         ann_recall=None if record is None else record.target,
+        first_ten=None if record is None else record.first_ten,
         bytes_per_passage=round(bytes_at_rest(store.folder) / max(len(table), 1), 1),
         word_bytes=sum(path.stat().st_size for path in store.folder.glob("words-*")),
         window_format=store.manifest["window_format"],
@@ -138,7 +257,7 @@ def verify(
 
     Args:
         store: the store to check.
-        repair: write a damaged table anew, with what can be read and what snapshots have (``store.repair``). Rewrite
+        repair: write a damaged table anew, with what can be read and what snapshots have. Rewrite
             damaged vector files: from the table, or, if the vectors are kept once, by encoding lost ones. An
             approximate index is removed if it is damaged or belongs to other vectors.
         drop_lost: with ``repair``: passages that cannot be restored leave the index.
@@ -286,7 +405,7 @@ def _snapshot_problems(store: IndexStore, name: str, options: _VerifyOptions) ->
 def stats_of_all(storage: Storage) -> IndexStats:
     """Statistics of the latest version; of a sharded index, the sums over its shards.
 
-    The number of versions that can still be read and the recall of the approximate index are the smallest of a shard's.
+    The number of versions that can be read and the recalls of the approximate index are the smallest of a shard's.
     """
     all_stats = [stats(store) for store in storage.stores]
     if storage.records is None:
@@ -298,12 +417,14 @@ def sum_stats(storage: Storage, all_stats: Sequence[IndexStats], num_bytes: int)
     """``stats_of_all`` from the statistics of the shards, which take ``num_bytes``."""
     sums = {name: sum(getattr(one, name) for one in all_stats) for name in _SUMMED}
     recalls = [one.ann_recall for one in all_stats if one.ann_recall is not None]
+    first_ten = [one.first_ten for one in all_stats if one.first_ten is not None]
     return replace(
         all_stats[0],
         folder=str(storage.folder),
         num_versions=min(one.num_versions for one in all_stats),
         snapshots=[],
         ann_recall=min(recalls, default=None),
+        first_ten=min(first_ten, default=None),
         bytes_per_passage=round(num_bytes / max(sums["num_passages"], 1), 1),
         chunking=read_chunking(storage.folder),
         num_shards=storage.num_shards,
@@ -333,8 +454,8 @@ def verify_all(
     if storage.records is None:
         return reports[0]
     problems = [f"shard {one.number} ({one.address}) is missing: {one.problem}" for one in storage.missing]
-    for number, report in zip(storage.numbers, reports, strict=True):
-        problems += [f"shard {number}: {problem}" for problem in report.problems]
+    for shard, report in zip(storage.numbers, reports, strict=True):
+        problems += [f"shard {shard}: {problem}" for problem in report.problems]
     try:
         problems += _misplaced(storage)
     except DataFormatError as error:
@@ -351,15 +472,15 @@ def verify_all(
 def _misplaced(storage: Storage) -> Iterator[str]:
     """Problems with passages in wrong shards, or in several."""
     hashes: list[NDArray[np.uint64]] = []
-    for number, store in zip(storage.numbers, storage.stores, strict=True):
+    for shard, store in zip(storage.numbers, storage.stores, strict=True):
         wrong: list[str] = []
         for batch in store.table().batches(["id", "document_id"]):
             hashes.append(hashes_of_ids(batch))
             pairs = ((record["id"], record["document_id"]) for record in batch)
-            wrong += [one for one, document in pairs if shard_of(one, document, storage.num_shards or 1) != number]
+            wrong += [one for one, document in pairs if shard_of(one, document, storage.num_shards or 1) != shard]
         if wrong:
             yield (
-                f"shard {number}: {len(wrong):,} passages belong in other shards, the first is {wrong[0]!r}; delete "
+                f"shard {shard}: {len(wrong):,} passages belong in other shards, the first is {wrong[0]!r}; delete "
                 "them and upsert them into the sharded index"
             )
     all_hashes = np.concatenate([np.zeros(0, np.uint64), *hashes])

@@ -56,12 +56,12 @@ class PartVectors:
 
     def __init__(
         self,
-        places: NDArray[np.int64],
+        extents: NDArray[np.int64],
         codes: NDArray[np.uint8],
         vector_format: VectorFormat,
     ) -> None:
-        """Args: ``places`` [rows, 2], first part and number of parts of each row; ``codes`` [parts, bytes]."""
-        self._places = places
+        """Args: ``extents`` [rows, 2], first part and number of parts of each row; ``codes`` [parts, bytes]."""
+        self._extents = extents
         self._format = vector_format
         self.codes = codes
 
@@ -74,9 +74,9 @@ class PartVectors:
         ``vectors`` [sum of counts, dim] are text after text; ``vector_format`` stores them, by default as they are.
         """
         stored = vector_format or make_format("float32", vectors.shape[1])
-        places = np.stack([np.cumsum(counts) - counts, counts], axis=1)
+        extents = np.stack([np.cumsum(counts) - counts, counts], axis=1)
         return cls(
-            places, stored.encode(vectors, [str(row) for row in np.repeat(np.arange(len(counts)), counts)]), stored
+            extents, stored.encode(vectors, [str(row) for row in np.repeat(np.arange(len(counts)), counts)]), stored
         )
 
     @cached_property
@@ -86,18 +86,18 @@ class PartVectors:
     @property
     def num_bytes(self) -> int:
         """Size of codes and places."""
-        return self.codes.nbytes + self._places.nbytes
+        return self.codes.nbytes + self._extents.nbytes
 
     def counts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Number of parts of some rows [n]."""
-        return self._places[rows, 1]
+        return self._extents[rows, 1]
 
     def best(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The highest inner product of a query [dim] with a part of each row [n]; -inf for rows without parts.
 
         Each product is summed in a fixed order, whichever other rows are requested (``RowScan.products``).
         """
-        starts, counts = self._places[rows].T
+        starts, counts = self._extents[rows].T
         scores = np.full(len(rows), -np.inf, np.float32)
         nonempty = np.flatnonzero(counts)
         if len(nonempty):
@@ -115,7 +115,7 @@ class PartVectors:
         scores = np.zeros(len(rows), np.float32)
         if not len(queries):
             return scores
-        starts, counts = np.ascontiguousarray(self._places[rows].T)
+        starts, counts = np.ascontiguousarray(self._extents[rows].T)
         nonempty = np.flatnonzero(counts)
         starts, counts = starts[nonempty], counts[nonempty]
         multiplier = self._format.multiplier(queries)
@@ -134,8 +134,22 @@ class PartVectors:
 
     def take(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """The codes of the parts of some rows, row after row, and the number of parts of each row."""
-        starts, counts = self._places[rows].T
+        starts, counts = self._extents[rows].T
         return np.asarray(self.codes[ranges(starts, counts)]), counts
+
+
+def best_windows(
+    windows: PartVectors, scan: RowScan, query: NDArray[np.float32], rows: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """The highest inner product of a query [dim] with a window of each row [n] (``PartVectors.best``).
+
+    For a row with a single window, which is not stored, it is the product with its own vector, which ``scan`` has.
+    """
+    scores = windows.best(query, rows)
+    alone = np.flatnonzero(np.isneginf(scores))
+    if len(alone):
+        scores[alone] = scan.products(query, rows[alone])
+    return scores
 
 
 def _blocks(counts: NDArray[np.int64]) -> Iterator[slice]:
@@ -170,17 +184,19 @@ def append_parts(
         DataFormatError: the existing files cannot be used.
         OSError: the files cannot be written.
     """
-    parts = VectorFile.open(folder, generation, vector_format.code_size, name=PART_VECTORS[kind])
-    places = VectorFile.open(folder, generation, PLACE_BYTES, name=PART_PLACES[kind])
-    start = parts.append(codes) if len(codes) else parts.capacity
-    own = _places(start, counts)
-    if places.capacity <= first:
-        places.append(np.concatenate([_places(start, np.zeros(first - places.capacity, np.int64)), own]))
+    vectors = VectorFile.open(folder, generation, vector_format.code_size, name=PART_VECTORS[kind])
+    extents = VectorFile.open(folder, generation, PLACE_BYTES, name=PART_PLACES[kind])
+    start = vectors.append(codes) if len(codes) else vectors.capacity
+    new_extents = _packed_extents(start, counts)
+    if extents.capacity <= first:
+        extents.append(
+            np.concatenate([_packed_extents(start, np.zeros(first - extents.capacity, np.int64)), new_extents])
+        )
         return
     # Row numbers that no version names are reused after a vector file was rewritten.
-    kept = np.array(places.codes()[:first])
-    draft = VectorFile.begin(folder, generation, PLACE_BYTES, since=places.since, name=PART_PLACES[kind])
-    draft.append(np.concatenate([kept, own]))
+    kept = np.array(extents.codes()[:first])
+    draft = VectorFile.begin(folder, generation, PLACE_BYTES, since=extents.since, name=PART_PLACES[kind])
+    draft.append(np.concatenate([kept, new_extents]))
     draft.take_place(folder)
 
 
@@ -220,13 +236,13 @@ def open_parts(
             raise DataFormatError(file.path, problem)
         opened.append((file, codes))
     (_, codes), (_, stored) = opened
-    places = np.zeros((capacity, 2), np.int64)
+    extents = np.zeros((capacity, 2), np.int64)
     written = np.ascontiguousarray(stored[:capacity]).view(_PLACE).reshape(-1, 2)
-    places[: len(written)] = written
-    if (places < 0).any() or (places.sum(axis=1) > len(codes)).any():
+    extents[: len(written)] = written
+    if (extents < 0).any() or (extents.sum(axis=1) > len(codes)).any():
         problem = f"names {kind}s that do not exist; `d2llm index ... verify --repair` encodes them again"
         raise DataFormatError(folder / f"{PART_PLACES[kind]}-{generation}.bin", problem)
-    return PartVectors(places, codes, vector_format)
+    return PartVectors(extents, codes, vector_format)
 
 
 def replace_parts(
@@ -243,17 +259,17 @@ def replace_parts(
     Raises:
         OSError: they cannot be written; the existing files are kept.
     """
-    parts = VectorFile.begin(folder, generation, vector_format.code_size, since=since, name=PART_VECTORS[kind])
-    places = VectorFile.begin(folder, generation, PLACE_BYTES, since=since, name=PART_PLACES[kind])
+    vectors = VectorFile.begin(folder, generation, vector_format.code_size, since=since, name=PART_VECTORS[kind])
+    extents = VectorFile.begin(folder, generation, PLACE_BYTES, since=since, name=PART_PLACES[kind])
     for codes, counts in blocks:
-        start = parts.append(codes) if len(codes) else parts.capacity
+        start = vectors.append(codes) if len(codes) else vectors.capacity
         if len(counts):
-            places.append(_places(start, counts))
-    parts.take_place(folder)
-    places.take_place(folder)
+            extents.append(_packed_extents(start, counts))
+    vectors.take_place(folder)
+    extents.take_place(folder)
 
 
-def _places(start: int, counts: NDArray[np.int64]) -> NDArray[np.uint8]:
+def _packed_extents(start: int, counts: NDArray[np.int64]) -> NDArray[np.uint8]:
     """The places of rows with these numbers of parts, whose first part is ``start``, as bytes."""
-    places = np.stack([start + np.cumsum(counts) - counts, counts], axis=1).astype(_PLACE)
-    return places.view(np.uint8).reshape(len(counts), PLACE_BYTES)
+    extents = np.stack([start + np.cumsum(counts) - counts, counts], axis=1).astype(_PLACE)
+    return extents.view(np.uint8).reshape(len(counts), PLACE_BYTES)

@@ -31,16 +31,27 @@ from typing import Any
 from weakref import finalize
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from d2llm.core.batches import batched
 from d2llm.core.errors import D2LLMError, DamagedFileError, DataFormatError, InputError
 from d2llm.core.files import folder_bytes
 from d2llm.core.types import Passage, is_text
-from d2llm.store.blocks import GENERATION_SHIFT, INTERNAL_COLUMNS, ROW_MASK, is_as_written, read_words
+from d2llm.store.blocks import (
+    GENERATION_SHIFT,
+    INTERNAL_COLUMNS,
+    ROW_MASK,
+    WRONG_TYPES,
+    codes_of,
+    is_intact,
+    pack_text,
+    read_words,
+    rows_of,
+    seal_of,
+    unpack_text,
+)
 from d2llm.store.schema import FieldType, MetadataSchema, microseconds_of, moment_of
-from d2llm.store.storage import storage_errors
+from d2llm.store.storage import connect, open_to_read, storage_errors
 
 NAME = "passages.db"
 PAGE_SIZE = 100
@@ -53,10 +64,7 @@ _FOREVER = (1 << 63) - 1  # died of a passage that lives
 _ASKED_AT_ONCE = 4_096  # values in one statement
 _SPANS_AT_ONCE = 256  # spans in one statement; SQLite allows a depth of 1,000
 _SCANNED_AT_ONCE = 8_192
-_BUSY_S = 60.0  # wait for a checkpoint of another process
 _PAGE_BYTES = 8_192
-_CACHE_KIB = 16_384
-_LEVEL = 6  # of compression: .61 of English texts of 500 characters, 12 µs
 
 _SCHEMA = """
 CREATE TABLE passages (
@@ -68,13 +76,12 @@ CREATE TABLE fields (name TEXT PRIMARY KEY, kind TEXT NOT NULL, born INTEGER NOT
 CREATE TABLE versions (version INTEGER PRIMARY KEY, seconds REAL NOT NULL, num_passages INTEGER NOT NULL) STRICT;
 CREATE INDEX by_id ON passages(id);
 CREATE INDEX by_row ON passages(d2_row);
-CREATE INDEX by_document ON passages(document_id, position) WHERE document_id <> '';
+CREATE INDEX found ON passages(document_id, position) WHERE document_id <> '';
 CREATE INDEX by_death ON passages(died) WHERE died < 9223372036854775807;
 """
 _DOCUMENT = "CASE document_id WHEN '' THEN id ELSE document_id END"
 """The document of a passage; one without a document is its own."""
 _NOTHING: Mapping[str, Any] = {}
-_OTHER_TYPES = (TypeError, ValueError, OverflowError, AttributeError)  # a damaged column has a value of another type
 _LATEST = "SELECT max(version), num_passages, (SELECT ifnull(max(key), 0) FROM passages) FROM versions"
 _DIED = "FROM passages WHERE died < 9223372036854775807 AND died"  # as the condition of an index says it
 _GROWTH = f"SELECT (SELECT count(*) FROM passages WHERE key > ?) - (SELECT count(*) {_DIED} = ?)"
@@ -117,7 +124,7 @@ class PassageTable:
     def create(cls, folder: Path, metadata: MetadataSchema, version: int = 1) -> PassageTable:
         """A new table without passages, of this version."""
         with storage_errors(folder):
-            connection = _connect(folder / NAME, "rwc")
+            connection = connect(folder / NAME, "rwc")
             connection.execute(f"PRAGMA page_size={_PAGE_BYTES}")
             connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
             connection.execute("PRAGMA journal_mode=WAL")
@@ -140,7 +147,7 @@ class PassageTable:
         if not path.is_file():
             raise DamagedFileError(path, "is missing; restore it from a copy or a snapshot, or index the corpus again")
         try:
-            connection = _open(path)
+            connection = open_to_read(path)
             wanted = "SELECT max(version) FROM versions WHERE version = coalesce(?, version)"
             found = connection.execute(wanted, (version,)).fetchone()[0]
         except sqlite3.Error as error:
@@ -292,20 +299,20 @@ class PassageTable:
             raise DataFormatError(self.folder, f"its table lacks {missing} of {len(rows)} requested rows")
         return [{name: found[row][name] for name in names} for row in map(int, rows)]
 
-    def around(self, places: Sequence[tuple[str, int]], distance: int, names: Sequence[str]) -> list[Record]:
+    def around(self, positions: Sequence[tuple[str, int]], distance: int, names: Sequence[str]) -> list[Record]:
         """Columns of the passages at most ``distance`` positions from a (document_id, position), in no order."""
         found: dict[int, Record] = {}  # spans may overlap
-        for batch in batched(list(dict.fromkeys(places)), _SPANS_AT_ONCE):
+        for batch in batched(list(dict.fromkeys(positions)), _SPANS_AT_ONCE):
             values, spans = dict[str, Any](), list[str]()
-            for place, (document, position) in enumerate(batch):
-                values |= {f"d{place}": document, f"a{place}": position - distance, f"b{place}": position + distance}
-                spans.append(f"(document_id = :d{place} AND position BETWEEN :a{place} AND :b{place})")
+            for index, (document, position) in enumerate(batch):
+                values |= {f"d{index}": document, f"a{index}": position - distance, f"b{index}": position + distance}
+                spans.append(f"(document_id = :d{index} AND position BETWEEN :a{index} AND :b{index})")
             where = f"{_LIVES} AND document_id <> '' AND ({' OR '.join(spans)})"
             records = self._select(("key", *names), where, values)
             found |= {record.pop("key"): record for record in records}
         return list(found.values())
 
-    def parts(self, documents: Sequence[str]) -> list[tuple[str, str, int]]:
+    def positions_of(self, documents: Sequence[str]) -> list[tuple[str, str, int]]:
         """(id, document_id, position) of passages whose document_id or id is one of ``documents``, in no order."""
         names = ("id", "document_id", "position")
         wanted = list(dict.fromkeys(documents))
@@ -320,11 +327,11 @@ class PassageTable:
         """
         for name in documents:
             _check_id(name)
-        requested, places = set(documents), dict[str, list[tuple[int, str]]]()
-        for passage_id, document_id, position in self.parts(list(requested)):
+        requested, found = set(documents), dict[str, list[tuple[int, str]]]()
+        for passage_id, document_id, position in self.positions_of(list(requested)):
             if (document := document_id or passage_id) in requested:
-                places.setdefault(document, []).append((position, passage_id))
-        return {name: [passage_id for _, passage_id in sorted(places[name])] for name in documents if name in places}
+                found.setdefault(document, []).append((position, passage_id))
+        return {name: [passage_id for _, passage_id in sorted(found[name])] for name in documents if name in found}
 
     def ids_after(self, cursor: str, limit: int) -> list[str]:
         """The first ``limit`` passage ids after ``cursor``, in code point order.
@@ -375,7 +382,7 @@ class PassageTable:
     def versions(self) -> list[int]:
         """The versions that can still be opened."""
         with self._reading() as run:
-            return [number for (number,) in run("SELECT version FROM versions ORDER BY version")]
+            return [version for (version,) in run("SELECT version FROM versions ORDER BY version")]
 
     # Writing -------------------------------------------------------------------------------------------------------
 
@@ -459,7 +466,7 @@ class PassageTable:
                 values = record | {"born": version, "died": _FOREVER, "d2_seal": seal_of(record)}
                 values |= {name: _stored(kind, record[name]) for name, kind in self.metadata.fields.items()}
                 key = execute(put, [values[name] for name in names]).lastrowid
-                body = (key, *map(_packed, (record["text"], record.get("d2_words", ""))), record.get("d2_vector"))
+                body = (key, *map(pack_text, (record["text"], record.get("d2_words", ""))), record.get("d2_vector"))
                 execute("INSERT INTO bodies VALUES (?, ?, ?, ?)", body)
 
     def _bury(self, execute: _Execute, version: int, condition: str, values: Sequence[Any]) -> None:
@@ -487,8 +494,6 @@ class PassageTable:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
-
-    # Helpers -------------------------------------------------------------------------------------------------------
 
     def _where_in(self, column: str, values: Sequence[Any], names: Sequence[str]) -> list[Record]:
         records: list[Record] = []
@@ -534,7 +539,7 @@ class PassageTable:
                 check()  # after reading: what was removed meanwhile may have been missing
             except D2LLMError:
                 raise
-            except (sqlite3.Error, zlib.error, *_OTHER_TYPES) as error:
+            except (sqlite3.Error, zlib.error, *WRONG_TYPES) as error:
                 raise _damaged(self.path, error) from error
 
     def _gone(self) -> DataFormatError:
@@ -546,36 +551,9 @@ _Execute = Callable[[str, Sequence[Any]], sqlite3.Cursor]
 _KINDS = {"d2_truncated": "boolean", "text": "packed text", "d2_words": "packed text"}
 
 
-def seal_of(record: Mapping[str, Any]) -> int:
-    """A hash of the columns of a passage that d2_hash does not cover, as a signed number of 64 bits."""
-    digest = xxhash.xxh3_64(f"{record['d2_row']} {record['d2_hash']} {bool(record['d2_truncated'])} ".encode())
-    digest.update(record.get("d2_words", "").encode())
-    digest.update(record.get("d2_vector") or b"")
-    return int.from_bytes(digest.digest(), "big", signed=True)
-
-
 def bytes_at_rest(folder: Path) -> int:
     """Bytes of all files of an index, without SQLite's own, which are there only while a process has it open."""
     return folder_bytes(folder) - sum(path.stat().st_size for path in folder.glob(f"{NAME}-*"))
-
-
-def is_intact(record: Record) -> bool:
-    """Whether a passage with all columns, and its seal, is what was written."""
-    try:
-        return record["d2_seal"] == seal_of(record) and is_as_written(record)
-    except _OTHER_TYPES:
-        return False
-
-
-def codes_of(records: Sequence[Record], code_size: int) -> NDArray[np.uint8]:
-    """The codes [n, code_size] in the column of vectors."""
-    joined = b"".join(record["d2_vector"] for record in records)
-    return np.frombuffer(joined, np.uint8).reshape(len(records), code_size)
-
-
-def rows_of(records: Sequence[Record]) -> NDArray[np.int64]:
-    """The rows [n] in the vector file, without their generation."""
-    return np.fromiter((record["d2_row"] & ROW_MASK for record in records), np.int64, len(records))
 
 
 def _stored(kind: FieldType, value: Any) -> Any:
@@ -585,47 +563,11 @@ def _stored(kind: FieldType, value: Any) -> Any:
     return microseconds_of(value) if kind == "timestamp" else value
 
 
-def _packed(text: str) -> str | bytes:
-    """A text as it takes fewer bytes: itself, or compressed."""
-    plain = text.encode()
-    packed = zlib.compress(plain, _LEVEL)
-    return packed if len(packed) < len(plain) else text
-
-
-def _unpacked(stored: str | bytes) -> str:
-    return stored if isinstance(stored, str) else zlib.decompress(stored).decode()
-
-
 _READERS: Mapping[str, Callable[[Any], Any]] = {
     "boolean": bool,
     "timestamp": moment_of,
-    "packed text": _unpacked,
+    "packed text": unpack_text,
 }
-
-
-def _connect(path: Path, mode: str) -> sqlite3.Connection:
-    address = f"{path.resolve().as_uri()}?mode={mode}"
-    connection = sqlite3.connect(
-        address, timeout=_BUSY_S, isolation_level=None, check_same_thread=False, cached_statements=256, uri=True
-    )
-    for pragma in ("synchronous=FULL", "case_sensitive_like=ON", f"cache_size=-{_CACHE_KIB}", "trusted_schema=OFF"):
-        connection.execute(f"PRAGMA {pragma}")
-    return connection
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    """Opened for reading and writing; where the folder cannot be written, as a file that nobody changes."""
-    try:
-        connection = _connect(path, "rw")
-        connection.execute("SELECT version FROM versions LIMIT 1").fetchone()
-        return connection
-    except sqlite3.OperationalError:
-        wal = path.with_name(f"{path.name}-wal")
-        if wal.exists() and wal.stat().st_size:
-            raise  # a killed writer's last commits are in it, and only one who may write can put them into the file
-    connection = _connect(path, "ro&immutable=1")
-    connection.execute("SELECT version FROM versions LIMIT 1").fetchone()
-    return connection
 
 
 def _damaged(path: Path, error: Exception) -> DamagedFileError:

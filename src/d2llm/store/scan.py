@@ -32,7 +32,7 @@ IdsOf = Callable[[NDArray[np.int64]], Sequence[str]]
 
 _FLOAT32_ERROR = 2.0**-24
 _BFLOAT16_ERROR = 2.0**-8  # of a number that is cut off; half of it if it is rounded to the nearest
-_SPARE_ROWS = 32  # candidates beyond top_k (at least an eighth of it), so that one pass is nearly always enough
+_SPARE_ROWS = 128  # candidates beyond top_k (at least an eighth of it): reading all rows twice takes much longer
 _WIDEN = 4
 _BLOCK_ROWS = 1_024  # rows that numpy decodes at a time: they stay in the cache
 _PRODUCT_ROWS = 256  # summed in float64 at a time: larger arrays need new memory pages, which takes 4 times as long
@@ -92,7 +92,7 @@ class RowScan:
             if take >= num_allowed or self._is_enough(query, scores, lowest, top_k):
                 break
             take *= _WIDEN
-        best = top_rows(scores, top_k, lambda places: ids_of(rows[places]))
+        best = top_rows(scores, top_k, lambda positions: ids_of(rows[positions]))
         return rows[best], scores[best]
 
     def search_together(
@@ -125,7 +125,7 @@ class RowScan:
                 if len(rows) < num_allowed and not self._is_enough(query, scores, lowest, top_k):
                     results.append(self.search(query, top_k, mask, ids_of=ids_of))
                     continue
-                best = top_rows(scores, top_k, lambda places, rows=rows: ids_of(rows[places]))
+                best = top_rows(scores, top_k, lambda positions, rows=rows: ids_of(rows[positions]))
                 results.append((rows[best], scores[best]))
         return results
 
@@ -205,8 +205,8 @@ class RowScan:
             part = allowed[start : start + _GATHER_ROWS]
             whole = part[-1] - part[0] + 1 == len(part)
             codes = self._codes[part[0] : part[-1] + 1] if whole else self._codes[part]
-            part_scores, places = self._index_over(codes).search(faiss_query, min(take, len(part)))
-            rows, scores = np.concatenate((rows, part[places[0]])), np.concatenate((scores, part_scores[0]))
+            part_scores, positions = self._index_over(codes).search(faiss_query, min(take, len(part)))
+            rows, scores = np.concatenate((rows, part[positions[0]])), np.concatenate((scores, part_scores[0]))
             if len(scores) > take:
                 best = np.argpartition(scores, len(scores) - take)[len(scores) - take :]
                 rows, scores = rows[best], scores[best]
@@ -273,12 +273,12 @@ class _BestOfEach:
 
     def add(self, rows: NDArray[np.int64], scores: NDArray[np.float32]) -> None:
         """Add new rows [n] with their products [n, queries]."""
-        places = np.flatnonzero(scores > self._lowest)
-        above, queries = np.divmod(places, len(self._lowest))
+        flat = np.flatnonzero(scores > self._lowest)
+        above, queries = np.divmod(flat, len(self._lowest))
         self._rows.append(rows[above])
         self._queries.append(queries.astype(np.int16))
-        self._scores.append(scores.reshape(-1)[places])
-        self._num += len(places)
+        self._scores.append(scores.reshape(-1)[flat])
+        self._num += len(flat)
         if self._num > 2 * len(self._lowest) * max(self._take, _BLOCK_ROWS):
             self._drop()
 
@@ -296,15 +296,15 @@ class _BestOfEach:
         ends = np.cumsum(np.bincount(queries, minlength=len(self._lowest)))
         kept: list[NDArray[np.int64]] = []
         for query, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-            places = np.arange(start, end)
-            if len(places) > self._take:
-                places = start + np.argpartition(scores[start:end], len(places) - self._take)[-self._take :]
-            if len(places) == self._take:
-                self._lowest[query] = scores[places].min()
-            kept.append(places)
-        places = np.concatenate(kept)
-        self._rows, self._queries, self._scores = [rows[places]], [queries[order][places]], [scores[places]]
-        self._num = len(places)
+            positions = np.arange(start, end)
+            if len(positions) > self._take:
+                positions = start + np.argpartition(scores[start:end], len(positions) - self._take)[-self._take :]
+            if len(positions) == self._take:
+                self._lowest[query] = scores[positions].min()
+            kept.append(positions)
+        positions = np.concatenate(kept)
+        self._rows, self._queries, self._scores = [rows[positions]], [queries[order][positions]], [scores[positions]]
+        self._num = len(positions)
 
 
 @contextmanager

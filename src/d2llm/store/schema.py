@@ -145,10 +145,10 @@ class MetadataSchema:
             InputError: a field has another type in ``other``.
         """
         for name, kind in other.fields.items():
-            own = self.fields.get(name, kind)
-            if own != kind and (own, kind) != ("number", "integer"):
+            present = self.fields.get(name, kind)
+            if present != kind and (present, kind) != ("number", "integer"):
                 raise InputError(
-                    f"metadata field '{name}' is {own} in this index and cannot become {kind}; "
+                    f"metadata field '{name}' is {present} in this index and cannot become {kind}; "
                     "use another name, or build a new index"
                 )
         return MetadataSchema(
@@ -292,14 +292,14 @@ def _to_number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _misfit(value, "a number")
     try:
-        number = float(value)
+        converted = float(value)
     except OverflowError:
         raise _misfit(value, "a number that 64 bits can hold") from None
-    if not math.isfinite(number):
+    if not math.isfinite(converted):
         raise _misfit(value, "a finite number")
-    if number != value:  # Python compares integers with floats exactly
+    if converted != value:  # Python compares integers with floats exactly
         raise _misfit(value, "a number that a 64-bit float holds exactly")
-    return number
+    return converted
 
 
 def _to_boolean(value: Any) -> bool:

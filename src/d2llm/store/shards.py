@@ -129,17 +129,19 @@ class Storage:
         name = secrets.token_hex(8)
         with storage_errors(folder), new_folder(folder, kind=KIND) as draft:
             stores = {
-                number: IndexStore.create(
-                    draft / shard_name(number),
+                shard_number: IndexStore.create(
+                    draft / shard_name(shard_number),
                     spec,
                     metadata=metadata,
-                    shard={"number": number, "of": num_shards, "index": name},
+                    shard={"number": shard_number, "of": num_shards, "index": name},
                 )
-                for number in range(num_shards)
+                for shard_number in range(num_shards)
             }
             shared = {key: stores[0].manifest[key] for key in INDEX_FIELDS}
             manifest = {"kind": KIND, "format_version": FORMAT_VERSION, "packages": package_versions(), "index": name}
-            records = [ShardRecord(shard_name(number), store.version, 0) for number, store in stores.items()]
+            records = [
+                ShardRecord(shard_name(shard_number), store.version, 0) for shard_number, store in stores.items()
+            ]
             write_sharded_manifest(draft, manifest | shared, records)
         return cls.open(folder)
 
@@ -160,13 +162,13 @@ class Storage:
         manifest, records = read_sharded_manifest(folder)
         stores: dict[int, IndexStore] = {}
         missing: list[MissingShard] = []
-        for number, record in enumerate(records):
+        for shard_number, record in enumerate(records):
             try:
-                stores[number] = open_shard(folder, manifest, number, record, len(records))
+                stores[shard_number] = open_shard(folder, manifest, shard_number, record, len(records))
             except D2LLMError as error:
                 if not allow_missing:
                     raise
-                missing.append(MissingShard(number, record.address, str(error)))
+                missing.append(MissingShard(shard_number, record.address, str(error)))
         if not stores:
             raise InputError(
                 f"{folder}: none of its {len(records)} shards can be opened; the first: {missing[0].problem}"
@@ -197,7 +199,7 @@ class Storage:
     def numbers(self) -> list[int]:
         """The numbers of the shards that are not missing."""
         missing = {shard.number for shard in self.missing}
-        return [number for number in range(self.num_shards or 1) if number not in missing]
+        return [shard_number for shard_number in range(self.num_shards or 1) if shard_number not in missing]
 
     @property
     def part_formats(self) -> Mapping[PartKind, VectorFormat]:
@@ -209,8 +211,8 @@ class Storage:
         """The latest version; of a sharded index, the sum of the shards' versions, which grows with each change."""
         listed = self.records or []
         return sum(
-            self._stores[number].version if number in self._stores else listed[number].version
-            for number in self.numbers
+            self._stores[shard_number].version if shard_number in self._stores else listed[shard_number].version
+            for shard_number in self.numbers
         )
 
     @property
@@ -234,9 +236,9 @@ class Storage:
         """The latest versions of the stores' tables."""
         return [store.table() for store in self.stores]
 
-    def parts(self, documents: Sequence[str]) -> list[tuple[str, str, int]]:
+    def positions_of(self, documents: Sequence[str]) -> list[tuple[str, str, int]]:
         """As of ``PassageTable``."""
-        return [part for table in self.tables() for part in table.parts(documents)]
+        return [part for table in self.tables() for part in table.positions_of(documents)]
 
     def check_student(self, fingerprint: str) -> None:
         """Raise an ``IndexMismatchError`` unless the student with this fingerprint made the vectors."""
@@ -254,10 +256,10 @@ class Storage:
             raise InputError(
                 f"{self.folder}: cannot be changed while shard {missing.number} is missing: {missing.problem}"
             )
-        for number, record in enumerate(self.records or ()):
+        for shard_number, record in enumerate(self.records or ()):
             if is_url(record.address):
                 raise InputError(
-                    f"{self.folder}: shard {number} is in object storage ({record.address}), which is only read; "
+                    f"{self.folder}: shard {shard_number} is in object storage ({record.address}), which is only read; "
                     "change the index that it was made from, and shard that again"
                 )
         with ExitStack() as locks:
@@ -292,17 +294,17 @@ class Storage:
         if self.records is None:
             return
         records = list(self.records)
-        for number, store in self._stores.items():
+        for shard_number, store in self._stores.items():
             table = store.table()
-            records[number] = replace(records[number], version=table.version, num_passages=len(table))
+            records[shard_number] = replace(records[shard_number], version=table.version, num_passages=len(table))
         if records != self.records:
             self.records = records
             write_sharded_manifest(self.folder, self.manifest, records)
 
 
-def shard_name(number: int) -> str:
+def shard_name(shard_number: int) -> str:
     """The name of a shard's folder."""
-    return f"shard-{number:04}"
+    return f"shard-{shard_number:04}"
 
 
 def is_sharded(folder: Path) -> bool:
@@ -341,16 +343,16 @@ def read_sharded_manifest(folder: Path) -> tuple[dict[str, Any], list[ShardRecor
 
 
 def open_shard(
-    folder: Path, manifest: Mapping[str, Any], number: int, record: ShardRecord, num_shards: int
+    folder: Path, manifest: Mapping[str, Any], shard_number: int, record: ShardRecord, num_shards: int
 ) -> IndexStore:
     """The store of one shard of the sharded index in a folder, with this manifest.
 
     Raises:
         DataFormatError, IndexMismatchError, InputError, MissingExtraError: as for ``Storage.open``.
     """
-    place = f"{folder}: shard {number} of {num_shards}"
+    place = f"{folder}: shard {shard_number} of {num_shards}"
     if is_url(record.address):
-        path = fetch_shard(record.address, record.files, name=f"{manifest['index']}-{number}")
+        path = fetch_shard(record.address, record.files, name=f"{manifest['index']}-{shard_number}")
     else:
         path = folder / record.address
         if not path.is_dir():
@@ -364,9 +366,9 @@ def open_shard(
             f"{place} in {record.address} was made by student {other}, but the index by {maker}; put the right shard "
             "there, or shard the index again"
         )
-    own = store.manifest.get("shard")
+    recorded = store.manifest.get("shard")
     differing = [name for name in _COMPARED if store.manifest[name] != manifest[name]]
-    if own != {"number": number, "of": num_shards, "index": manifest["index"]} or differing:
+    if recorded != {"number": shard_number, "of": num_shards, "index": manifest["index"]} or differing:
         what = "it is not the shard that was written there"
         if differing:
             what = f"it has another {', '.join(differing)}"

@@ -1,4 +1,4 @@
-"""File helpers of the store, and conversion of errors of writing."""
+"""File helpers and connections of the store, and conversion of errors of writing."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from d2llm.core.errors import InputError, StorageError
 
 LOCK_NAME = "write.lock"
 _log = logging.getLogger(__name__)
+_BUSY_S = 60.0  # wait for a checkpoint of another process
+_CACHE_KIB = 16_384
 _MOUNTS = Path("/proc/self/mountinfo")
 _OVER_A_NETWORK = frozenset(
     {
@@ -93,3 +95,29 @@ def file_system(folder: Path) -> str | None:
         if is_inside and len(mounted) >= len(best):  # the last of several at one place hides the others
             best, kind = mounted, after.split(" ")[0]
     return kind
+
+
+def connect(path: Path, mode: str) -> sqlite3.Connection:
+    """A connection to a database of SQLite, with what the store asks of one."""
+    address = f"{path.resolve().as_uri()}?mode={mode}"
+    connection = sqlite3.connect(
+        address, timeout=_BUSY_S, isolation_level=None, check_same_thread=False, cached_statements=256, uri=True
+    )
+    for pragma in ("synchronous=FULL", "case_sensitive_like=ON", f"cache_size=-{_CACHE_KIB}", "trusted_schema=OFF"):
+        connection.execute(f"PRAGMA {pragma}")
+    return connection
+
+
+def open_to_read(path: Path) -> sqlite3.Connection:
+    """Opened for reading and writing; where the folder cannot be written, as a file that nobody changes."""
+    try:
+        connection = connect(path, "rw")
+        connection.execute("SELECT version FROM versions LIMIT 1").fetchone()
+        return connection
+    except sqlite3.OperationalError:
+        wal = path.with_name(f"{path.name}-wal")
+        if wal.exists() and wal.stat().st_size:
+            raise  # a killed writer's last commits are in it, and only one who may write can put them into the file
+    connection = connect(path, "ro&immutable=1")
+    connection.execute("SELECT version FROM versions LIMIT 1").fetchone()
+    return connection

@@ -23,9 +23,9 @@ from d2llm.core.errors import DataFormatError, InputError, StorageError
 from d2llm.core.fallbacks import count_fallback
 from d2llm.core.types import Passage
 from d2llm.store import vector_file
-from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK
+from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK, codes_of, rows_of
 from d2llm.store.index_manifest import VectorCopies
-from d2llm.store.passage_table import PassageTable, Record, codes_of, rows_of
+from d2llm.store.passage_table import PassageTable, Record
 from d2llm.store.schema import TEXT_COLUMNS
 from d2llm.store.storage import storage_errors
 from d2llm.store.vector_file import Salvage, VectorFile, VectorRows
@@ -59,7 +59,7 @@ class StoredVectors(ABC):
         return 0 if row is None else (row & ROW_MASK) + 1
 
     def read(self, table: PassageTable, rows: NDArray[np.int64]) -> VectorRows:
-        """The vectors of a version with these rows (d2_row), all that it has; checksums are not compared.
+        """All vectors of a version with these rows (d2_row); checksums are not compared.
 
         Raises:
             DataFormatError: the file is missing or damaged or lacks rows, and there is no other copy.

@@ -173,7 +173,7 @@ class VectorFile:
 
     @classmethod
     def open(cls, folder: Path, generation: int, code_size: int, *, name: str = NAME) -> VectorFile:
-        """The file as described by its list of extents; checksums are not compared.
+        """The file that a list of extents describes; checksums are not compared.
 
         Raises:
             DataFormatError: a part is missing, is too short, or does not fit ``code_size``.
@@ -190,7 +190,7 @@ class VectorFile:
     def _described(
         cls, folder: Path, generation: int, code_size: int, name: str = NAME, *, compare: bool = True
     ) -> VectorFile:
-        """The file as described by its list of extents, whether the rows exist or not."""
+        """The file that a list of extents describes; its rows may be missing."""
         path = path_of(folder, generation, name)
         try:
             record = read_checked(path.with_suffix(".json"), compare=compare)
@@ -281,8 +281,8 @@ def salvage(folder: Path, generation: int, code_size: int, *, version: int) -> S
             whole[extent.start : extent.end] = True
         else:
             num_damaged += 1
-    parts = f"{file.path.name}: {num_damaged} of {len(file.extents)} parts are not what was written"
-    return Salvage(codes, whole, problem or (parts if num_damaged else None))
+    damage = f"{file.path.name}: {num_damaged} of {len(file.extents)} parts are not what was written"
+    return Salvage(codes, whole, problem or (damage if num_damaged else None))
 
 
 def path_of(folder: Path, generation: int, name: str = NAME) -> Path:
@@ -298,9 +298,9 @@ def ann_path_of(folder: Path, generation: int) -> Path:
 def generations(folder: Path) -> Iterator[int]:
     """The generations that have files."""
     for path in folder.glob("vectors-*.bin"):
-        number = path.stem.removeprefix("vectors-")
-        if number.isdecimal():
-            yield int(number)
+        generation = path.stem.removeprefix("vectors-")
+        if generation.isdecimal():
+            yield int(generation)
 
 
 def files_of(folder: Path, generation: int) -> list[Path]:

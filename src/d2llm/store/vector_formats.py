@@ -272,10 +272,10 @@ class RotatedFormat(VectorFormat):
 
     def levels(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Levels [n, dim] of the rotated vectors."""
-        numbers = self._numbers(codes)
+        numbers = self._level_indices(codes)
         return (numbers.astype(np.float32) + np.float32(0.5 - 2 ** (self.bits - 1))) * np.float32(self.step)
 
-    def _numbers(self, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def _level_indices(self, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The numbers [n, dim] of the levels, from 0."""
         if self.bits == 8:
             return codes
@@ -304,7 +304,7 @@ class RotatedFormat(VectorFormat):
         columns = whole.T.astype(np.float32, order="C")
 
         def multiply(codes: NDArray[np.uint8]) -> NDArray[np.floating[Any]]:
-            return _product_on_one_core(self._numbers(codes).astype(np.float32), columns)
+            return _product_on_one_core(self._level_indices(codes).astype(np.float32), columns)
 
         # A level is step times its number, less half of the range of levels.
         shift = -unit * self.step * largest / 2 * whole.sum(1)

@@ -20,7 +20,7 @@ from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK, is_as_written
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.filter_indexes import filtered
 from d2llm.store.index_store import IndexStore
-from d2llm.store.part_vectors import PartVectors
+from d2llm.store.part_vectors import PartVectors, best_windows
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument, Record
 from d2llm.store.scan import RowScan
 from d2llm.store.schema import TEXT_COLUMNS, MetadataSchema
@@ -106,6 +106,12 @@ class PassageView:
         view._scan = RowScan(codes, view.format)
         return view
 
+    def with_ann(self: _View, ann: AnnIndex) -> _View:
+        """The same version, searched with an approximate index that is not on disk yet."""
+        view = copy.copy(self)
+        view.__dict__["ann"] = ann
+        return view
+
     @property
     def metadata(self) -> MetadataSchema:
         """The metadata fields that a filter may name."""
@@ -116,11 +122,11 @@ class PassageView:
         self.store.check_student(fingerprint)
 
     def ids(self, rows: NDArray[np.int64]) -> list[str]:
-        """The ids of the passages at some rows, in their order."""
+        """Ids of the passages in the given rows, in the same order."""
         return [record["id"] for record in self._take(rows, ["id"])]
 
     def rows(self, ids: Sequence[str]) -> NDArray[np.int64]:
-        """The rows of the passages with these ids, in their order.
+        """Rows of the given ids, in the same order.
 
         Raises:
             InputError: a passage is missing.
@@ -128,15 +134,15 @@ class PassageView:
         return rows_in_order(self.rows_of(ids), ids, self.store.folder)
 
     def rows_of(self, ids: Sequence[str]) -> dict[str, int]:
-        """The rows of those of these ids that exist."""
+        """Rows of the given ids; missing ids are skipped."""
         return {record["id"]: record["d2_row"] & ROW_MASK for record in self._table.by_ids(ids, ["id", "d2_row"])}
 
     def passages(self, rows: NDArray[np.int64]) -> list[Passage]:
-        """The passages at some rows, in their order; metadata fields without a value are left out."""
+        """Passages in the given rows, in the same order; empty metadata fields are left out."""
         return self._as_passages(self._take(rows, self._columns))
 
     def get(self, ids: Sequence[str]) -> list[Passage]:
-        """The passages with these ids, in their order; missing ones are left out."""
+        """Passages with the given ids, in the same order; missing ids are skipped."""
         distinct = list(dict.fromkeys(ids))
         passages = {passage.id: passage for passage in self._as_passages(self._table.by_ids(distinct, self._columns))}
         return [passages[passage_id] for passage_id in distinct if passage_id in passages]
@@ -154,7 +160,7 @@ class PassageView:
         return self._table.documents_after(cursor, limit)
 
     def documents(self, rows: NDArray[np.int64]) -> list[str]:
-        """The document of each passage at some rows: its document_id, or its own id if it has none."""
+        """Document of the passage in each row: its document_id, or its id if it has none."""
         return [record["document_id"] or record["id"] for record in self._take(rows, ["id", "document_id"])]
 
     def neighbours(self, passages: Sequence[Passage], distance: int) -> list[Passage]:
@@ -162,8 +168,8 @@ class PassageView:
 
         The given passages are included. A passage without a document_id has no neighbours.
         """
-        places = [(passage.document_id, passage.position) for passage in passages if passage.document_id]
-        nearby = self._as_passages(self._table.around(places, distance, self._columns))
+        positions = [(passage.document_id, passage.position) for passage in passages if passage.document_id]
+        nearby = self._as_passages(self._table.around(positions, distance, self._columns))
         return sorted(nearby, key=lambda passage: (passage.document_id, passage.position, passage.id))
 
     @cached_property
@@ -171,7 +177,7 @@ class PassageView:
         return [*TEXT_COLUMNS, *self.metadata.fields, "d2_hash"]
 
     def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The vectors of some rows, float32 [len(rows), dim]."""
+        """Vectors of the given rows, float32 [len(rows), dim]."""
         self._check()
         return self.format.decode(self._vectors.codes[rows])
 
@@ -254,8 +260,8 @@ class PassageView:
             problem = f"its words are damaged ({error}); `d2llm index ... verify --repair` reads them again"
             raise DamagedFileError(self.store.folder, problem) from error
 
-        def ids_of(places: NDArray[np.int64]) -> list[str]:
-            return self.ids(rows[places])
+        def ids_of(positions: NDArray[np.int64]) -> list[str]:
+            return self.ids(rows[positions])
 
         best = top_rows(scores, min(top_k, len(rows)), ids_of if ties == "ids" else None)
         return CandidateRows(rows[best], scores[best])
@@ -277,27 +283,20 @@ class PassageView:
     @cached_property
     def windows(self) -> PartVectors | None:
         """The window vectors of this version's passages, by row; None if the index stores none (``open_parts``)."""
-        return self._parts("window")
+        return self._part_vectors("window")
 
     @cached_property
     def tokens(self) -> PartVectors | None:
         """The token vectors of this version's passages, by row; None if the index stores none (``open_parts``)."""
-        return self._parts("token")
+        return self._part_vectors("token")
 
-    def _parts(self, kind: PartKind) -> PartVectors | None:
+    def _part_vectors(self, kind: PartKind) -> PartVectors | None:
         return self.store.parts(self._table, kind, self.capacity) if kind in self.store.part_formats else None
 
     def best_windows(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The highest inner product of a query [dim] with a window of each row [n] (``PartVectors.best``).
-
-        For a passage with a single window, it is the product with its own vector.
-        """
+        """The highest inner product of a query [dim] with a window of each row [n] (``part_vectors.best_windows``)."""
         assert self.windows is not None, "this index stores no window vectors"
-        scores = self.windows.best(query, rows)
-        alone = np.flatnonzero(np.isneginf(scores))
-        if len(alone):
-            scores[alone] = self._check().products(query, rows[alone])
-        return scores
+        return best_windows(self.windows, self._check(), query, rows)
 
     def best_tokens(self, queries: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The sum of the highest products of a query's tokens [m, dim] with tokens of each row [n]."""
@@ -327,12 +326,12 @@ class PassageView:
         return allowed
 
     def live_rows(self, allowed: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
-        """The live rows, or the live rows among the allowed ones, in order."""
+        """Live rows in ascending order, among the allowed ones if any are given."""
         mask = self.mask(allowed)
         return np.arange(self.capacity, dtype=np.int64) if mask is None else np.flatnonzero(mask)
 
     def mask(self, allowed: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
-        """The live rows among the allowed ones; None means all rows."""
+        """Mask of the rows that are live and allowed; None if all are."""
         if allowed is None or self.live is None:
             return self.live if allowed is None else allowed
         return allowed & self.live

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from d2llm.ops.bm25_bounds import TermBounds
 from d2llm.ops.words import rule_of_words
-from d2llm.store.bm25 import WordIndex
+from d2llm.store.bm25 import WordIndex, bounds_of_segment
 from d2llm.store.checksums import (
     BLOCK_BYTES,
     FileSums,
@@ -58,11 +59,12 @@ _ADDED_TYPES = {
     name: np.dtype(kind) for name, kind in {"terms": "<u8", "starts": "<i8", "rows": "<u4", "hundredths": "<u2"}.items()
 }
 _ADDED = "added_"  # before the names of arrays of added words, which are there if a row has some
+_BOUND_TYPES = {"bound_terms": np.dtype("<u4"), "bound_shares": np.dtype("u1")}
 
 _log = logging.getLogger(__name__)
 
 
-class _Part(NamedTuple):
+class _SegmentFile(NamedTuple):
     """A segment on disk."""
 
     first: int
@@ -82,7 +84,7 @@ class Coverage(NamedTuple):
 
 
 def segment_bytes(num_rows: float, num_terms: float, num_postings: float, num_tokens: float) -> float:
-    """The size of a segment's arrays in bytes.
+    """The size of a segment's arrays in bytes, without the bounds of frequent terms (one per cent of it).
 
     Args:
         num_rows: number of rows.
@@ -103,7 +105,9 @@ def segment_bytes(num_rows: float, num_terms: float, num_postings: float, num_to
 
 def files_of(folder: Path, generation: int) -> list[Path]:
     """The files of the segments of a generation."""
-    return [path for part in _parts(folder, generation) for path in (part.path, part.record)]
+    return [
+        path for segment_file in _segment_files(folder, generation) for path in (segment_file.path, segment_file.record)
+    ]
 
 
 def write_segment(folder: Path, generation: int, first: int, segment: WordSegment) -> None:
@@ -114,9 +118,9 @@ def write_segment(folder: Path, generation: int, first: int, segment: WordSegmen
     Raises:
         OSError: the files cannot be written.
     """
-    for part in _parts(folder, generation):
-        if part.end > first:
-            _remove(part)
+    for segment_file in _segment_files(folder, generation):
+        if segment_file.end > first:
+            _remove(segment_file)
     if len(segment):
         _write(folder, generation, first, segment)
 
@@ -127,11 +131,11 @@ def open_words(folder: Path, generation: int, num_rows: int, segment_of: Segment
     ``segment_of`` reads the words of rows whose files are missing or damaged. ``whole``: compare all bytes with their
     checksums, not only samples.
     """
-    opened_parts: dict[_Part, WordSegment | str] = {}
+    opened_files: dict[_SegmentFile, WordSegment | str] = {}
     for _ in range(_OPENINGS):
-        parts = _cover(_parts(folder, generation), num_rows)
-        opened_parts = {part: _open(part, whole=whole) for part in parts}
-        if all(part.record.exists() for part in parts):
+        files = _cover(_segment_files(folder, generation), num_rows)
+        opened_files = {segment_file: _open(segment_file, whole=whole) for segment_file in files}
+        if all(segment_file.record.exists() for segment_file in files):
             break
     segments: list[WordSegment] = []
     problems: list[str] = []
@@ -144,13 +148,13 @@ def open_words(folder: Path, generation: int, num_rows: int, segment_of: Segment
             missing += int(np.count_nonzero(segment.lengths))
         at = max(at, end)
 
-    for part, opened in opened_parts.items():
+    for segment_file, opened in opened_files.items():
         if isinstance(opened, str):
-            problems.append(f"{part.path.name} {opened}")
+            problems.append(f"{segment_file.path.name} {opened}")
             continue
-        fill(part.first)
+        fill(segment_file.first)
         segments.append(opened)
-        at = part.end
+        at = segment_file.end
     fill(num_rows)
     if missing:
         problems.append(f"the words of {missing:,} passages are in no file")
@@ -165,35 +169,35 @@ def update_word_files(folder: Path, generation: int, num_rows: int, segment_of: 
     Raises:
         OSError: the files cannot be written.
     """
-    for part in _parts(folder, generation):
-        if _has_other_rule(part):
-            _remove(part)
+    for segment_file in _segment_files(folder, generation):
+        if _has_other_rule(segment_file):
+            _remove(segment_file)
     at = 0
-    for part in [*_cover(_parts(folder, generation), num_rows), None]:
-        end = num_rows if part is None else part.first
+    for segment_file in [*_cover(_segment_files(folder, generation), num_rows), None]:
+        end = num_rows if segment_file is None else segment_file.first
         for first in range(at, end, SEGMENT_ROWS):
             last = min(first + SEGMENT_ROWS, end)
             _write(folder, generation, first, segment_of(first, last))
-        at = end if part is None else part.end
-    parts = _cover(_parts(folder, generation), num_rows)
-    for group in _groups(parts):
-        opened = [_open(part, whole=True) for part in group]
+        at = end if segment_file is None else segment_file.end
+    files = _cover(_segment_files(folder, generation), num_rows)
+    for group in _groups(files):
+        opened = [_open(segment_file, whole=True) for segment_file in group]
         segments = [segment for segment in opened if not isinstance(segment, str)]
         if len(segments) == len(group):  # damaged ones are left as they are until a repair
             _write(folder, generation, group[0].first, WordSegment.join(segments))
-            for part in group:
-                _remove(part)
-    needed = set(_cover(_parts(folder, generation), num_rows))
-    for part in _parts(folder, generation):
-        if part not in needed:
-            _remove(part)
+            for segment_file in group:
+                _remove(segment_file)
+    needed = set(_cover(_segment_files(folder, generation), num_rows))
+    for segment_file in _segment_files(folder, generation):
+        if segment_file not in needed:
+            _remove(segment_file)
 
 
 def remove_damaged(folder: Path, generation: int) -> None:
     """Remove damaged segments; ``update_word_files`` then reads their rows again."""
-    for part in _parts(folder, generation):
-        if isinstance(_open(part, whole=True), str):
-            _remove(part)
+    for segment_file in _segment_files(folder, generation):
+        if isinstance(_open(segment_file, whole=True), str):
+            _remove(segment_file)
 
 
 def sweep(folder: Path) -> None:
@@ -205,38 +209,38 @@ def sweep(folder: Path) -> None:
             path.unlink()
 
 
-def _parts(folder: Path, generation: int) -> list[_Part]:
-    parts: list[_Part] = []
+def _segment_files(folder: Path, generation: int) -> list[_SegmentFile]:
+    files: list[_SegmentFile] = []
     for record in folder.glob(f"{_NAME}-{generation}-*-*.json"):
         numbers = record.stem.split("-")[2:]
         if len(numbers) == 2 and all(map(str.isdecimal, numbers)):
-            parts.append(_Part(int(numbers[0]), int(numbers[1]), record.with_suffix(".bin")))
-    return sorted(parts, key=lambda part: (part.first, -part.end))
+            files.append(_SegmentFile(int(numbers[0]), int(numbers[1]), record.with_suffix(".bin")))
+    return sorted(files, key=lambda segment_file: (segment_file.first, -segment_file.end))
 
 
-def _cover(parts: Sequence[_Part], num_rows: int) -> list[_Part]:
-    """Parts without overlaps; of overlapping parts, the largest."""
-    chosen: list[_Part] = []
+def _cover(files: Sequence[_SegmentFile], num_rows: int) -> list[_SegmentFile]:
+    """Non-overlapping segments: of those that overlap, the largest."""
+    chosen: list[_SegmentFile] = []
     at = 0
-    for part in parts:
-        if at <= part.first < num_rows and part.first < part.end:
-            chosen.append(part)
-            at = part.end
+    for segment_file in files:
+        if at <= segment_file.first < num_rows and segment_file.first < segment_file.end:
+            chosen.append(segment_file)
+            at = segment_file.end
     return chosen
 
 
-def _groups(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
+def _groups(files: Sequence[_SegmentFile]) -> Iterator[list[_SegmentFile]]:
     """Neighbours to join, so that each segment is at least twice as large as the next, up to the maximum size.
 
     A row is then rewritten once per doubling of the number of rows, not with each addition.
     """
-    stack: list[list[_Part]] = []
+    stack: list[list[_SegmentFile]] = []
 
-    def size(group: list[_Part]) -> int:
+    def size(group: list[_SegmentFile]) -> int:
         return group[-1].end - group[0].first
 
-    for part in parts:
-        stack.append([part])
+    for segment_file in files:
+        stack.append([segment_file])
         while (
             len(stack) > 1
             and stack[-2][-1].end == stack[-1][0].first
@@ -251,15 +255,17 @@ def _groups(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
 def _write(folder: Path, generation: int, first: int, segment: WordSegment) -> None:
     name = f"{_NAME}-{generation}-{first}-{first + len(segment)}"
     draft, path = folder / f".{name}.new", folder / f"{name}.bin"
-    places: dict[str, list[int]] = {}
+    extents: dict[str, list[int]] = {}
+    bounds = bounds_of_segment(segment)
     with draft.open("wb") as file:
         arrays = {name: np.ascontiguousarray(getattr(segment, name), kind) for name, kind in _TYPES.items()}
+        arrays |= {"bound_terms": bounds.terms, "bound_shares": bounds.shares}
         if segment.added is not None:
             for name, kind in _ADDED_TYPES.items():
                 arrays[_ADDED + name] = np.ascontiguousarray(getattr(segment.added, name), kind)
         for array_name, array in arrays.items():
             file.write(bytes(-file.tell() % _ALIGNMENT))
-            places[array_name] = [file.tell(), len(array)]
+            extents[array_name] = [file.tell(), len(array)]
             file.write(array.data)
         file.flush()
         os.fsync(file.fileno())
@@ -268,7 +274,8 @@ def _write(folder: Path, generation: int, first: int, segment: WordSegment) -> N
     content = {
         "rule": rule_of_words(by_dictionary=segment.by_dictionary),
         "by_dictionary": segment.by_dictionary,
-        "arrays": places,
+        "mean_length": bounds.mean_length,
+        "arrays": extents,
         "num_bytes": sums.num_bytes,
         "block_bytes": BLOCK_BYTES,
         "checksums": sums.checksums,
@@ -276,47 +283,51 @@ def _write(folder: Path, generation: int, first: int, segment: WordSegment) -> N
     write_checked(path.with_suffix(".json"), content)
 
 
-def _open(part: _Part, *, whole: bool) -> WordSegment | str:
+def _open(segment_file: _SegmentFile, *, whole: bool) -> WordSegment | str:
     """A segment mapped into memory, or what is wrong with it."""
     try:
-        record = read_checked(part.record)
+        record = read_checked(segment_file.record)
         if record["block_bytes"] != BLOCK_BYTES:
             return f"has blocks of {record['block_bytes']} bytes"
         if (problem := _other_rule(record)) is not None:
             return problem
         sums = FileSums(record["num_bytes"], record["checksums"])
-        blocks = None if whole else sample_blocks({part.path.name: sums})[part.path.name]
-        if (problem := problem_of(part.path, sums, blocks)) is not None:
+        blocks = None if whole else sample_blocks({segment_file.path.name: sums})[segment_file.path.name]
+        if (problem := problem_of(segment_file.path, sums, blocks)) is not None:
             return problem
-        content = np.asarray(np.memmap(part.path, np.uint8, "r"))  # slicing a memmap takes 5 times as long
+        content = np.asarray(np.memmap(segment_file.path, np.uint8, "r"))  # slicing a memmap takes 5 times as long
         arrays: dict[str, NDArray[Any]] = {}
-        types = _TYPES | {_ADDED + name: kind for name, kind in _ADDED_TYPES.items()}
+        types = _TYPES | _BOUND_TYPES | {_ADDED + name: kind for name, kind in _ADDED_TYPES.items()}
         for name, (start, length) in record["arrays"].items():
             arrays[name] = content[start : start + length * types[name].itemsize].view(types[name])
             if len(arrays[name]) != length:
                 return f"does not hold its {name}"
         added = {name: array for name in _ADDED_TYPES if (array := arrays.pop(_ADDED + name, None)) is not None}
+        bounds = TermBounds(arrays.pop("bound_terms"), arrays.pop("bound_shares"), record["mean_length"])
         segment = WordSegment(
-            **arrays, added=AddedWords(**added) if added else None, by_dictionary=record["by_dictionary"]
+            **arrays,
+            added=AddedWords(**added) if added else None,
+            by_dictionary=record["by_dictionary"],
+            bounds=bounds,
         )
     except (OSError, ValueError, LookupError, TypeError) as error:
         return f"cannot be used ({error})"
-    return segment if len(segment) == part.end - part.first else f"holds {len(segment)} rows"
+    return segment if len(segment) == segment_file.end - segment_file.first else f"holds {len(segment)} rows"
 
 
 def _other_rule(record: Mapping[str, Any]) -> str | None:
     """How the words of a segment differ from those that its texts have now; None if they do not."""
-    own, now = record["rule"], rule_of_words(by_dictionary=record["by_dictionary"])
-    return None if own == now else f"has words by rule {own}, but this d2llm makes them by rule {now}"
+    stored, now = record["rule"], rule_of_words(by_dictionary=record["by_dictionary"])
+    return None if stored == now else f"has words by rule {stored}, but this d2llm makes them by rule {now}"
 
 
-def _has_other_rule(part: _Part) -> bool:
+def _has_other_rule(segment_file: _SegmentFile) -> bool:
     try:
-        return _other_rule(read_checked(part.record)) is not None
+        return _other_rule(read_checked(segment_file.record)) is not None
     except (OSError, ValueError, LookupError):
         return False  # it is damaged, and left as it is until a repair
 
 
-def _remove(part: _Part) -> None:
-    part.record.unlink(missing_ok=True)  # first: without its record, a segment does not count
-    part.path.unlink(missing_ok=True)
+def _remove(segment_file: _SegmentFile) -> None:
+    segment_file.record.unlink(missing_ok=True)  # first: without its record, a segment does not count
+    segment_file.path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from d2llm.ops.bm25_bounds import TermBounds
 from d2llm.ops.bm25_words import END_OF_SENTENCE, WINDOW_SENTENCES, stemmer, terms, unstemmed
 from d2llm.ops.selection import ranges
 from d2llm.ops.words import needs_dictionary
@@ -36,11 +37,12 @@ class Postings(NamedTuple):
 
 
 class Extents(NamedTuple):
-    """Of the query terms that a segment has [t]: start and end of their postings, and their indices in the query."""
+    """The query terms that a segment has [t]: start and end of their postings, their indices in the query and here."""
 
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]
     terms: NDArray[np.int64]
+    positions: NDArray[np.int64]
 
     def slices(self) -> Iterator[tuple[slice, int]]:
         """Of each term: where its postings are, and its index."""
@@ -67,17 +69,17 @@ class AddedWords:
     @classmethod
     def of_rows(cls, words: Sequence[Mapping[str, float]]) -> AddedWords:
         """The words of each row, with their counts; terms are as ``terms`` writes them."""
-        hashes = np.array([_hash(term) for own in words for term in own], np.uint64)
-        rows = np.repeat(np.arange(len(words)), [len(own) for own in words])
-        counts = np.array([count for own in words for count in own.values()], np.float64)
+        hashes = np.array([_hash(term) for row_words in words for term in row_words], np.uint64)
+        rows = np.repeat(np.arange(len(words)), [len(row_words) for row_words in words])
+        counts = np.array([count for row_words in words for count in row_words.values()], np.float64)
         return cls._of_postings(hashes, rows, np.clip(np.rint(100 * counts), 1, MAX_COUNT).astype(np.uint16))
 
     @classmethod
-    def join(cls, parts: Mapping[int, AddedWords]) -> AddedWords:
+    def join(cls, segments: Mapping[int, AddedWords]) -> AddedWords:
         """The words of several segments, by where the first row of each is in the new one."""
-        hashes = np.concatenate([part.hashes for part in parts.values()])
-        rows = np.concatenate([part.rows.astype(np.int64) + first for first, part in parts.items()])
-        return cls._of_postings(hashes, rows, np.concatenate([part.hundredths for part in parts.values()]))
+        hashes = np.concatenate([part.hashes for part in segments.values()])
+        rows = np.concatenate([part.rows.astype(np.int64) + first for first, part in segments.items()])
+        return cls._of_postings(hashes, rows, np.concatenate([part.hundredths for part in segments.values()]))
 
     @classmethod
     def _of_postings(cls, hashes: NDArray[np.uint64], rows: Rows, hundredths: NDArray[np.uint16]) -> AddedWords:
@@ -91,12 +93,12 @@ class AddedWords:
         return np.repeat(self.terms, np.diff(self.starts))
 
     def take(self, rows: Rows, num_rows: int) -> AddedWords:
-        """The words of some of ``num_rows`` rows, numbered in their order."""
+        """The words of the given rows out of ``num_rows``, numbered in the same order."""
         place_of = np.full(num_rows, -1, np.int64)
         place_of[rows] = np.arange(len(rows))
-        places = place_of[self.rows]
-        kept = places >= 0
-        return self._of_postings(self.hashes[kept], places[kept], self.hundredths[kept])
+        new_rows = place_of[self.rows]
+        kept = new_rows >= 0
+        return self._of_postings(self.hashes[kept], new_rows[kept], self.hundredths[kept])
 
     def lengths(self, num_rows: int) -> NDArray[np.int64]:
         """The hundredths of all words of each of ``num_rows`` rows."""
@@ -127,6 +129,7 @@ class WordSegment:
         window_lengths: [n] total words of the windows of each row; most sentences are in two windows.
         added: words that rows have beside those of their texts; None if none has any.
         by_dictionary: whether a dictionary decided which words some text has (``ops.words.needs_dictionary``).
+        bounds: what the frequent terms can give to a score; None before it is written.
     """
 
     terms: NDArray[np.uint64]
@@ -140,6 +143,7 @@ class WordSegment:
     window_lengths: NDArray[np.uint32]
     added: AddedWords | None = None
     by_dictionary: bool = False
+    bounds: TermBounds | None = None
 
     @classmethod
     def from_texts(cls, texts: Iterable[str], *, advance: Callable[[int], object] | None = None) -> WordSegment:
@@ -153,15 +157,15 @@ class WordSegment:
             offsets.append(len(numbers))
             if advance is not None:
                 advance(1)
-        vocabulary, places = np.unique(np.array(known.hashes, np.uint64), return_inverse=True)
-        place_of = np.append(len(vocabulary), places).astype(np.uint32)
+        vocabulary, positions = np.unique(np.array(known.hashes, np.uint64), return_inverse=True)
+        place_of = np.append(len(vocabulary), positions).astype(np.uint32)
         tokens = place_of[np.frombuffer(numbers, np.uint32)]
         segment = cls._from_tokens(vocabulary, tokens, np.array(offsets, np.int64))
         return replace(segment, by_dictionary=by_dictionary)
 
     def with_added(self, words: Sequence[Mapping[str, float]]) -> WordSegment:
         """The same segment with these words, by count, added to each of its rows; the rows must lack them."""
-        return replace(self, added=AddedWords.of_rows(words) if any(words) else None)
+        return replace(self, added=AddedWords.of_rows(words) if any(words) else None, bounds=None)
 
     @classmethod
     def join(cls, segments: Sequence[WordSegment]) -> WordSegment:
@@ -170,9 +174,9 @@ class WordSegment:
         tokens: list[NDArray[np.uint32]] = []
         offsets, num_tokens = [np.zeros(1, np.int64)], 0
         for segment in segments:
-            places = np.append(np.searchsorted(vocabulary, segment.terms), len(vocabulary)).astype(np.uint32)
+            positions = np.append(np.searchsorted(vocabulary, segment.terms), len(vocabulary)).astype(np.uint32)
             offsets.append(segment.offsets[1:] + num_tokens)
-            tokens.append(places[segment.tokens])
+            tokens.append(positions[segment.tokens])
             num_tokens += len(segment.tokens)
         firsts = np.cumsum([0, *map(len, segments)]).tolist()
         added = {first: part.added for first, part in zip(firsts, segments, strict=False) if part.added is not None}
@@ -214,18 +218,20 @@ class WordSegment:
     @property
     def num_bytes(self) -> int:
         """Size of all arrays in bytes."""
-        own = sum(getattr(self, name).nbytes for name in self.__slots__ if name not in ("added", "by_dictionary"))
-        return (
-            own if self.added is None else own + sum(getattr(self.added, name).nbytes for name in AddedWords.__slots__)
-        )
+        arrays = [getattr(self, name) for name in self.__slots__ if name not in ("added", "by_dictionary", "bounds")]
+        if self.added is not None:
+            arrays += [getattr(self.added, name) for name in AddedWords.__slots__]
+        if self.bounds is not None:
+            arrays += [self.bounds.terms, self.bounds.shares]
+        return sum(array.nbytes for array in arrays)
 
     @property
     def all_lengths(self) -> NDArray[np.uint32] | NDArray[np.float64]:
-        """Number of words of each row [n], with those that were added."""
+        """Number of words of each row [n], including added words."""
         return self.lengths if self.added is None else self.lengths + self.added.lengths(len(self)) / 100
 
     def take(self, rows: Rows) -> WordSegment:
-        """The segment of some of the rows, in their order."""
+        """A segment of the given rows, in the same order."""
         starts, sizes = extents(self, rows)
         tokens = self.tokens[ranges(starts, sizes)]
         used = np.unique(tokens)
@@ -237,9 +243,9 @@ class WordSegment:
         taken = self._from_tokens(self.terms[used], place_of[tokens], offsets, added)
         return replace(taken, by_dictionary=self.by_dictionary)
 
-    def places(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """The indices of term hashes in ``terms``; -1 for terms that no text has."""
-        return _places(self.terms, hashes)
+    def positions(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Index of each hash in ``terms``; -1 if it is missing."""
+        return vocabulary_indices(self.terms, hashes)
 
     def extents_of(self, query_terms: NDArray[np.uint64]) -> Extents:
         """Where the postings of the query terms that a text has are."""
@@ -265,7 +271,7 @@ class WordStatistics:
     num_added_hundredths: int = 0
 
     def __add__(self, other: WordStatistics) -> WordStatistics:
-        """The statistics of two corpora together."""
+        """Sum of the statistics of two corpora."""
         return WordStatistics(
             self.num_passages + other.num_passages,
             self.num_words + other.num_words,
@@ -276,12 +282,12 @@ class WordStatistics:
 
     @property
     def mean_length(self) -> float:
-        """Words of a passage, with those that were added."""
+        """Mean number of words of a passage, including added words."""
         return (self.num_words + self.num_added_hundredths / 100) / max(self.num_passages, 1)
 
     @property
     def mean_window_length(self) -> float:
-        """Words of a window."""
+        """Mean number of words of a window."""
         return self.num_window_words / max(self.num_windows, 1)
 
 
@@ -304,7 +310,7 @@ class CountedTerms(NamedTuple):
         )
         if term_factors is None:
             return cls(hashes, times)
-        return cls(hashes, times, np.array([term_factors[words[place]] for place in first.tolist()], np.float64))
+        return cls(hashes, times, np.array([term_factors[words[index]] for index in first.tolist()], np.float64))
 
     def weighted(self, rows_with: NDArray[np.int64], num_passages: int) -> QueryWords:
         """The terms of a query with their weights in a corpus, in which ``rows_with`` [n] passages have each term."""
@@ -360,26 +366,26 @@ class _NumberedWords(dict[str, int]):
             self.clear()
             self[END_OF_SENTENCE] = 0
         self.hashes.append(_hash(self._stem(word)))
-        self[word] = number = len(self.hashes)
-        return number
+        self[word] = term_number = len(self.hashes)
+        return term_number
 
 
 def _hash(term: str) -> int:
     return xxhash.xxh3_64_intdigest(term.encode(errors="surrogatepass"))
 
 
-def _places(vocabulary: NDArray[np.uint64], hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """The indices of term hashes in an ascending vocabulary; -1 for those that it lacks."""
+def vocabulary_indices(vocabulary: NDArray[np.uint64], hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Index of each hash in an ascending vocabulary; -1 if it is missing."""
     if not len(vocabulary):
         return np.full(len(hashes), -1, np.int64)
-    places = np.minimum(np.searchsorted(vocabulary, hashes), len(vocabulary) - 1)
-    return np.where(vocabulary[places] == hashes, places, -1)
+    positions = np.minimum(np.searchsorted(vocabulary, hashes), len(vocabulary) - 1)
+    return np.where(vocabulary[positions] == hashes, positions, -1)
 
 
 def _extents_of(vocabulary: NDArray[np.uint64], starts: NDArray[np.int64], query_terms: NDArray[np.uint64]) -> Extents:
-    places = _places(vocabulary, query_terms)
-    known = np.flatnonzero(places >= 0)
-    return Extents(starts[places[known]], starts[places[known] + 1], known)
+    positions = vocabulary_indices(vocabulary, query_terms)
+    known = np.flatnonzero(positions >= 0)
+    return Extents(starts[positions[known]], starts[positions[known] + 1], known, positions[known])
 
 
 def extents(segment: WordSegment, rows: Rows) -> tuple[Rows, Rows]:

@@ -70,38 +70,42 @@ def alternate(
     computing: dict[str, Any] = {"device": device, "dtype": dtype}
     before = recipe.training.start or str(folder / "start")
     recipes: list[Recipe] = []
-    for number in range(1, rounds + 1):  # all before the first step, so that mistakes are found at once
-        recipes.append(recipe_of_round(recipe, number, before))
-        before = str(RunFolder(folder / f"round-{number}").student)
+    for round_number in range(1, rounds + 1):  # all before the first step, so that mistakes are found at once
+        recipes.append(recipe_of_round(recipe, round_number, before))
+        before = str(RunFolder(folder / f"round-{round_number}").student)
     if recipe.training.start is None and not is_finished(folder / "start"):
         Student.create(recipe.student, seed=recipe.seed, **computing).save(folder / "start")
     results: list[Round] = []
-    for number, own in enumerate(recipes, start=1):
-        parts = RunFolder(folder / f"round-{number}")
-        if is_finished(parts.teacher):
-            _warn_of_changes(parts.teacher, changed_teacher(parts.teacher, own))
+    for round_number, round_recipe in enumerate(recipes, start=1):
+        run_folder = RunFolder(folder / f"round-{round_number}")
+        if is_finished(run_folder.teacher):
+            _warn_of_changes(run_folder.teacher, changed_teacher(run_folder.teacher, round_recipe))
         else:
-            remarks.info("alternate: round %d, the teacher learns from %s", number, own.teacher_tuning.student)
+            remarks.info(
+                "alternate: round %d, the teacher learns from %s", round_number, round_recipe.teacher_tuning.student
+            )
             tune_teacher(
                 list(sources),
-                parts.teacher,
-                teacher=own.teacher,
-                tuning=own.teacher_tuning,
-                seed=own.seed,
+                run_folder.teacher,
+                teacher=round_recipe.teacher,
+                tuning=round_recipe.teacher_tuning,
+                seed=round_recipe.seed,
                 **computing,
             )
-        if is_finished(parts.student):
-            _warn_of_changes(parts.student, changed_student(parts.student, own))
+        if is_finished(run_folder.student):
+            _warn_of_changes(run_folder.student, changed_student(run_folder.student, round_recipe))
         else:
-            remarks.info("alternate: round %d, the student learns from %s", number, parts.teacher)
-            tuned = own.teacher.tuned(str(parts.teacher))
-            label(sources, parts.labels, teacher=tuned, **computing)
-            distill(sources, parts.student, recipe=own, labels=parts.labels, teacher=tuned, **computing)
-        results.append(Round(number, str(parts.student), manifest_of(parts.student)["dev"]))
+            remarks.info("alternate: round %d, the student learns from %s", round_number, run_folder.teacher)
+            tuned = round_recipe.teacher.tuned(str(run_folder.teacher))
+            label(sources, run_folder.labels, teacher=tuned, **computing)
+            distill(
+                sources, run_folder.student, recipe=round_recipe, labels=run_folder.labels, teacher=tuned, **computing
+            )
+        results.append(Round(round_number, str(run_folder.student), manifest_of(run_folder.student)["dev"]))
     return results
 
 
-def recipe_of_round(recipe: Recipe, number: int, before: str) -> Recipe:
+def recipe_of_round(recipe: Recipe, round_number: int, before: str) -> Recipe:
     """The recipe of one round: learns from the teacher alone, whose own teacher is the student ``before``.
 
     Raises:
@@ -127,7 +131,7 @@ def recipe_of_round(recipe: Recipe, number: int, before: str) -> Recipe:
         },
         "training": {"start": before, "unlabelled": "leave_out"},
     }
-    return Variant(f"round-{number}", "own", "student and teacher in turns", changes).apply(recipe)
+    return Variant(f"round-{round_number}", "own", "student and teacher in turns", changes).apply(recipe)
 
 
 def _warn_of_changes(folder: Path, changes: Sequence[str]) -> None:

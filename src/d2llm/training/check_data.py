@@ -13,9 +13,8 @@ from d2llm.core.errors import InputError
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
 from d2llm.core.progress import progress_bar
-from d2llm.core.shipped import DEFAULT_STUDENT, shipped_models
-from d2llm.data.check import read_through
-from d2llm.data.check_leaks import near_queries
+from d2llm.core.shipped import DEFAULT_STUDENT, find_shipped
+from d2llm.data.check import near_queries, read_through
 from d2llm.data.check_report import DataReport, Languages
 from d2llm.data.check_texts import CountTokens, guess_languages, measure_lengths
 from d2llm.data.open_data import open_source
@@ -93,7 +92,7 @@ def check_data(
 
 def _backbone_of(name: str) -> tuple[BackboneConfig, str]:
     """The backbone's configuration with its length limits, and the location of the tokenizer."""
-    folder = shipped_models("students").get(name, Path(name).expanduser())
+    folder = find_shipped(name, "students") or Path(name).expanduser()
     if (folder / MANIFEST).is_file():
         # A student's folder contains its tokenizer, so the backbone's weights are not needed.
         config = StudentConfig.model_validate(read_manifest(folder, KIND, FORMAT_VERSION)["config"])

@@ -163,14 +163,17 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-                if signal.getsignal(number) == default:
-                    self._before[number] = signal.signal(number, self._stop)
+            for signal_number, default in (
+                (signal.SIGINT, signal.default_int_handler),
+                (signal.SIGTERM, signal.SIG_DFL),
+            ):
+                if signal.getsignal(signal_number) == default:
+                    self._before[signal_number] = signal.signal(signal_number, self._stop)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for signal_number, handler in self._before.items():
+            signal.signal(signal_number, handler)
 
     @contextmanager
     def held(self) -> Generator[None]:
@@ -179,17 +182,17 @@ class StopSignals:
         yield
         self.is_consistent = True
         if self._pending is not None:
-            number, self._pending = self._pending, None
-            self._raise(number)
+            signal_number, self._pending = self._pending, None
+            self._raise(signal_number)
 
-    def _stop(self, number: int, frame: object) -> None:
+    def _stop(self, signal_number: int, frame: object) -> None:
         del frame
         if self.is_consistent:
-            self._raise(number)
-        self._pending = number
+            self._raise(signal_number)
+        self._pending = signal_number
 
-    def _raise(self, number: int) -> None:
-        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    def _raise(self, signal_number: int) -> None:
+        raise Terminated if signal_number == signal.SIGTERM else KeyboardInterrupt
 
 
 def epochs_of(training: TrainingConfig, steps_of_an_epoch: int) -> int:

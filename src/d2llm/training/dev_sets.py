@@ -31,6 +31,7 @@ from d2llm.data.training import TrainingSource
 from d2llm.evaluation.gold import Gold, NliGold, measure_all, read_gold
 from d2llm.evaluation.pool_scores import score_pool
 from d2llm.models.interaction import Interaction
+from d2llm.models.row_features import mean_of_cosines
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import PairTeacher
 from d2llm.models.tokens import TextKind
@@ -40,7 +41,6 @@ from d2llm.ops.ranking import top_k
 from d2llm.ops.selection import ids_at, nearest_rows
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.protocols import SearchStudent
-from d2llm.retrieval.row_features import mean_of_cosines
 from d2llm.retrieval.text_workers import encode_shard, encode_texts
 from d2llm.runners.placement import HERE, Placement
 from d2llm.store.bm25 import bm25_lists
@@ -72,9 +72,9 @@ def judged_sets(judged: Sequence[JudgedSet] | JudgedSet) -> list[JudgedSet]:
     """
     is_one = isinstance(judged, tuple) and len(judged) == 2 and isinstance(judged[1], str)
     entries: list[Any] = [judged] if is_one else list_of(judged, "judged")
-    for place, entry in enumerate(entries):
+    for index, entry in enumerate(entries):
         if not isinstance(entry, tuple) or len(cast("tuple[Any, ...]", entry)) != 2 or entry[1] not in TASKS:
-            raise InputError(f"judged[{place}] is {shown(entry)}; give a data set with its task: (dataset, task)")
+            raise InputError(f"judged[{index}] is {shown(entry)}; give a data set with its task: (dataset, task)")
     return entries
 
 
@@ -203,7 +203,7 @@ def dev_queries(dataset: Dataset, *, num_queries: int, seed: int, from_end: bool
             f"{dataset.path}: qrels/dev.tsv has no query with a positive, so nothing can be measured on it; move some "
             "training queries there"
         )
-    ordered = sorted(with_positives, key=lambda query_id: _place(query_id, seed))
+    ordered = sorted(with_positives, key=lambda query_id: _random_key(query_id, seed))
     chosen = ordered[-num_queries:] if from_end else ordered[:num_queries]
     return [dataset.queries[query_id] for query_id in chosen]
 
@@ -227,7 +227,7 @@ def make_dev_pairs(dataset: PairDataset, task: Task, *, num_pairs: int, seed: in
             f"{dataset.path}: there are no dev pairs, so nothing can be measured on them; move some training pairs "
             "there"
         )
-    sample = sorted(available, key=lambda pair: _place(pair.id, seed))[:num_pairs]
+    sample = sorted(available, key=lambda pair: _random_key(pair.id, seed))[:num_pairs]
     candidates: dict[str, dict[str, None]] = {}
     for pair in sample:
         candidates.setdefault(pair.query, {})[pair.passage] = None
@@ -242,7 +242,7 @@ def make_dev_pairs(dataset: PairDataset, task: Task, *, num_pairs: int, seed: in
     )
 
 
-def _place(identifier: str, seed: int) -> bytes:
+def _random_key(identifier: str, seed: int) -> bytes:
     """A sort key that puts ids into a random order."""
     return hashlib.sha256(f"{seed}:{identifier}".encode()).digest()
 
@@ -289,9 +289,9 @@ def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int,
     positives = dataset.positives("dev")
     needed = {passage_id for query in queries for passage_id in positives[query.id]}
     title = f"BM25 for the dev queries of {dataset.name}"
-    own = dataset.own_passages
+    own_passages = dataset.own_passages
     lists = bm25_lists(
-        dataset.passages, list(dataset.passages), queries, LEXICAL_DEPTH, left_out=own.by_query, title=title
+        dataset.passages, list(dataset.passages), queries, LEXICAL_DEPTH, left_out=own_passages.by_query, title=title
     )
     needed.update(passage_id for ids in lists for passage_id in ids)
     others = sorted(dataset.passages.keys() - needed)
@@ -299,8 +299,8 @@ def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int,
     filled = rng.sample(others, max(0, min(len(others), num_passages - len(needed))))
     passage_ids = sorted(needed.union(filled))
     candidates = {query.id: passage_ids for query in queries}
-    for query_id in own.by_query.keys() & candidates.keys():
-        candidates[query_id] = [passage_id for passage_id in passage_ids if passage_id not in own.of(query_id)]
+    for query_id in own_passages.by_query.keys() & candidates.keys():
+        candidates[query_id] = [passage_id for passage_id in passage_ids if passage_id not in own_passages.of(query_id)]
     return _dev_set(dataset, source.task, queries, candidates, passage_ids)
 
 
@@ -369,7 +369,7 @@ def encode_dev(
 
     Several processes share the texts, and all get all vectors; those of tokens are only known to the first.
     """
-    row = {passage_id: number for number, passage_id in enumerate(dev.passages)}
+    row = {passage_id: index for index, passage_id in enumerate(dev.passages)}
     rows = [np.array([row[passage_id] for passage_id in ids], np.intp) for ids in dev.candidates.values()]
     if dev.token_weight:
         if not processes.is_first:
@@ -401,7 +401,7 @@ def encode_together(
     advance: Callable[[int], None] = ignore,
     processes: Processes = ALONE,
 ) -> Float32[np.ndarray, "texts dim"]:
-    """The vectors of texts, of which each process encodes a share.
+    """Vectors of texts; each process encodes some of them.
 
     ``advance`` is called with the number of texts finished, as if the other processes were as fast as this one.
     """
@@ -409,8 +409,8 @@ def encode_together(
     if processes.count == 1:
         return encode(texts, advance=advance).vectors
 
-    def encode_own(own: Sequence[str]) -> NDArray[np.float32]:
-        return encode(own, advance=lambda count: advance(count * processes.count)).vectors
+    def encode_own(chosen: Sequence[str]) -> NDArray[np.float32]:
+        return encode(chosen, advance=lambda count: advance(count * processes.count)).vectors
 
     return processes.share_rows(texts, encode_own, student.vector_dim, student.backbone.device)
 
@@ -443,7 +443,7 @@ def measure_by_weight(student: Student, encoded: EncodedDev, *, advance: Callabl
     for score_features in (words, encoded.token_scores):
         if score_features:
             scores = {
-                weight: [own + added for own, added in zip(weight_scores, score_features, strict=True)]
+                weight: [base + added for base, added in zip(weight_scores, score_features, strict=True)]
                 for weight, weight_scores in scores.items()
             }
     results = {weight: dev.measure(weight_scores) for weight, weight_scores in scores.items()}
@@ -509,8 +509,10 @@ def make_teacher_dev_set(
         ModelError: the student's vectors are not finite.
     """
     title = f"BM25 for the dev queries of {dataset.name}"
-    own = dataset.own_passages
-    lexical = bm25_lists(dataset.passages, list(dataset.passages), queries, depth, left_out=own.by_query, title=title)
+    own_passages = dataset.own_passages
+    lexical = bm25_lists(
+        dataset.passages, list(dataset.passages), queries, depth, left_out=own_passages.by_query, title=title
+    )
     nearest: list[list[str]] = [[] for _ in queries]
     if student is not None:
         nearest = _nearest(dataset, task, queries, student, depth, placement)
@@ -521,7 +523,9 @@ def make_teacher_dev_set(
         first = positives[query.id] if same_text is not None else ()
         repeats = same_text.duplicates_of(first) if same_text is not None else set[str]()
         proposed = dict.fromkeys([*first, *by_words, *by_vectors])
-        candidates[query.id] = [p for p in proposed if p in first or not (p in repeats or p in own.of(query.id))]
+        candidates[query.id] = [
+            p for p in proposed if p in first or not (p in repeats or p in own_passages.of(query.id))
+        ]
     passage_ids = dict.fromkeys(passage_id for ids in candidates.values() for passage_id in ids)
     return _dev_set(dataset, task, queries, candidates, passage_ids)
 
@@ -586,10 +590,10 @@ def _nearest(
     dots = searcher.query_vectors(searcher.encode_queries([query.text for query in queries]).vectors, task)
     if not (np.isfinite(passages).all() and np.isfinite(dots).all()):
         raise ModelError(f"vectors of '{dataset.name}' are not finite; check the student that proposes candidates")
-    ids, own = list(dataset.passages), dataset.own_passages
-    extra = max((len(own.of(query.id)) for query in queries), default=0)
+    ids, own_passages = list(dataset.passages), dataset.own_passages
+    extra = max((len(own_passages.of(query.id)) for query in queries), default=0)
     ranked = (ids_at(ids, rows) for rows in nearest_rows(dots, passages, depth + extra, ids))
     return [
-        [p for p in passage_ids if p not in own.of(query.id)][:depth]
+        [p for p in passage_ids if p not in own_passages.of(query.id)][:depth]
         for query, passage_ids in zip(queries, ranked, strict=True)
     ]

@@ -16,6 +16,7 @@ from d2llm.core.progress import showing_progress
 from d2llm.core.types import TASKS, Task
 from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
+from d2llm.data.plan import PlanEntry
 from d2llm.data.run_folder import require_unfinished, working_folder
 from d2llm.data.training import TrainingSource, check_sources
 from d2llm.models.student import Student
@@ -28,16 +29,62 @@ from d2llm.recipe import (
     shaping_student_settings,
 )
 from d2llm.recipe.recipe_file import changed_settings
+from d2llm.store.bm25 import bm25_lists
 from d2llm.training.checkpoints import remarks
 from d2llm.training.dev_sets import make_dev_set
 from d2llm.training.label import TeacherOnDemand
 from d2llm.training.losses import Preparation
-from d2llm.training.mining.complement import complement_words
 from d2llm.training.objective import OFFSET
 from d2llm.training.pretrain import pretrain_backbone, unlabelled_texts
 from d2llm.training.processes import Processes, joined_processes, own_device
 from d2llm.training.score_features import fit_beside, score_features_at_start, with_score_features
 from d2llm.training.training_loop import DistillRun
+
+
+def complement_words(labelled: LabelledSource, depth: int) -> LabelledSource:
+    """The same queries, whose hard negatives and positives are what BM25 gets wrong among its first ``depth`` passages.
+
+    Hard negatives that BM25 does not have there become easy ones. Positives are drawn from those that it does not have
+    there; a query of which it has all, and labelled pairs, keep theirs.
+
+    Source: Wrzalik and Krechel, "CoRT: Complementary Rankings from Transformers", NAACL 2021 (arXiv 2010.10252), whose
+    negatives come from BM25's ranking. Here they are also negatives of the plan, which the teacher has scored, and the
+    losses are the recipe's. That positives which BM25 misses come first is an addition.
+
+    Raises:
+        InputError: the plan has hard negatives, but BM25 has none of them among its first.
+    """
+    source, entries = labelled.source, labelled.entries
+    if source.pairs is not None or not entries:
+        return labelled
+    dataset = source.dataset
+    queries = [dataset.queries[entry.query_id] for entry in entries]
+    lists = bm25_lists(dataset.passages, sorted(dataset.passages), queries, depth, title=f"BM25 of {dataset.name}")
+    chosen = [_complementing(entry, set(first)) for entry, first in zip(entries, lists, strict=True)]
+    num_hard, num_kept = (sum(len(entry.hard_negatives) for entry in group) for group in (entries, chosen))
+    if num_hard and not num_kept:
+        raise InputError(
+            f"training.complement_words: none of the hard negatives of '{dataset.name}' is among BM25's first {depth}; "
+            "mine them with BM25 as a source, or set a larger number"
+        )
+    remarks.info(
+        "%s: BM25 has %d of %d hard negatives among its first %d, and misses positives of %d of %d queries",
+        dataset.name,
+        num_kept,
+        num_hard,
+        depth,
+        sum(bool(entry.preferred) for entry in chosen),
+        len(entries),
+    )
+    return replace(labelled, entries=tuple(chosen))
+
+
+def _complementing(entry: PlanEntry, first: set[str]) -> PlanEntry:
+    hard = tuple(passage_id for passage_id in entry.hard_negatives if passage_id in first)
+    others = tuple(passage_id for passage_id in entry.hard_negatives if passage_id not in first)
+    missed = tuple(passage_id for passage_id in entry.positives if passage_id not in first)
+    return replace(entry, hard_negatives=hard, easy_negatives=entry.easy_negatives + others, preferred=missed)
+
 
 _log = logging.getLogger(__name__)
 _PASSAGES_FOR_EACH_DIMENSION = 10

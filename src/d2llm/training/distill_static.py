@@ -121,7 +121,7 @@ def distill_static(
 
 
 def _count_tokens(backbone: Backbone, passages: Iterable[str]) -> tuple[Float64[Tensor, " tokens"], int]:
-    """How often each token occurs in the passages, and how many passages there are."""
+    """Count of each token in the passages, and the number of passages."""
     counts = torch.zeros(len(backbone.tokenizer), dtype=torch.float64)
     num_passages = 0
     for texts in batched(stream_of_texts(passages, "passages"), _TEXTS_AT_ONCE):

@@ -140,7 +140,7 @@ def ensemble_teachers(
     loads = {} if load_student is None else encoder_loads(student, load_student)
     names = _names(members)
     choose = partial(dev_queries, num_queries=num_queries, seed=seed, from_end=True)
-    parts: list[EnsembleMember] = []
+    identified: list[EnsembleMember] = []
     by_member: list[dict[str, DevSetScores]] = []
     with Placement(runner or LocalRunner(), device, loads).connected() as placement:
         dev_sets = [
@@ -152,9 +152,9 @@ def ensemble_teachers(
         for name, config in zip(names, members, strict=True):  # one after another, so that only one is in memory
             load = partial(load_teacher, config, device=device, dtype=dtype)
             teacher, place = place_teacher(config, load, placement.runner, device=device)
-            if teacher.fingerprint in (part.fingerprint for part in parts):
+            if teacher.fingerprint in (part.fingerprint for part in identified):
                 raise InputError(f"member '{name}' is the same teacher as another member; name each once")
-            parts.append(EnsembleMember(config, teacher.fingerprint))
+            identified.append(EnsembleMember(config, teacher.fingerprint))
             store = working_folder(folder)
             by_member.append(
                 {dev.name: score_dev_set(teacher, dev, name=name, store=store, placement=place) for dev in dev_sets}
@@ -171,14 +171,14 @@ def ensemble_teachers(
         "settings": {"depth": depth, "l2": l2, "num_folds": num_folds, "seed": seed, "student": student.fingerprint},
         "report": {task: asdict(report) for task, report in tasks.items()},
     }
-    fingerprint = write_ensemble(folder, parts, ensembles, content)
+    fingerprint = write_ensemble(folder, identified, ensembles, content)
     scores = [one for by_set in by_member for one in by_set.values()]
     num_scored, num_truncated = sum(one.num_new for one in scores), sum(one.num_truncated for one in scores)
     return EnsembleReport(str(folder), fingerprint, tasks, num_scored, num_truncated)
 
 
 def _pairs_of(dev_sets: tuple[DevSet, ...], by_member: Sequence[Mapping[str, DevSetScores]]) -> _Pairs:
-    """The pairs of some dev sets; ``by_member`` has each member's scores by data set."""
+    """Pairs of dev sets; ``by_member`` has each member's scores by data set."""
     rows = [(dev, query, passage) for dev in dev_sets for query, ids in dev.candidates.items() for passage in ids]
     member_scores = [
         np.concatenate([values for dev in dev_sets for values in by_set[dev.name].scores]) for by_set in by_member
@@ -195,15 +195,15 @@ def _report(
         return out_of_fold_log_odds(scores, pairs.labels, pairs.groups, l2=l2, num_folds=num_folds, seed=seed)
 
     rows: list[EnsembleRow] = []
-    for place, name in enumerate(names):
-        own = pairs.scores[:, place]
-        after = cross_fitted(own[:, None])
+    for index, name in enumerate(names):
+        member_scores = pairs.scores[:, index]
+        after = cross_fitted(member_scores[:, None])
         rows.append(
             EnsembleRow(
                 name,
-                ensemble.weights[place],
-                _measures(pairs, own),
-                _figures(own, pairs.labels),
+                ensemble.weights[index],
+                _measures(pairs, member_scores),
+                _figures(member_scores, pairs.labels),
                 _figures(after, pairs.labels),
             )
         )

@@ -66,16 +66,16 @@ def fit_document_expansion(
     """
     sets = [_passages_of(dataset, split, max_passages, seed) for dataset in data]
     num_queries = sum((data_set.num_queries for data_set in sets), Counter[str]())
-    vocabulary = sorted(term for term, number in num_queries.items() if number >= _MIN_QUERIES)
+    vocabulary = sorted(term for term, count in num_queries.items() if count >= _MIN_QUERIES)
     if not vocabulary:
         raise InputError(f"no word is in two of the queries of '{split}'; use a data set with more of them")
-    place_of = {term: place for place, term in enumerate(vocabulary)}
+    place_of = {term: index for index, term in enumerate(vocabulary)}
     texts = [text for data_set in sets for text in data_set.texts]
     with progress_bar("encoding passages with queries", len(texts)) as advance:
         features = student.encode_passages(texts, advance=advance).vectors.astype(np.float64)
     fractions = np.zeros((len(features), len(vocabulary)))
-    for row, own in enumerate(fraction for data_set in sets for fraction in data_set.fractions):
-        for term, value in own.items():
+    for row, by_term in enumerate(fraction for data_set in sets for fraction in data_set.fractions):
+        for term, value in by_term.items():
             if term in place_of:
                 fractions[row, place_of[term]] = value
     set_of = np.repeat(np.arange(len(sets)), [len(data_set.texts) for data_set in sets])
@@ -121,7 +121,7 @@ def _passages_of(dataset: Dataset, split: str, max_passages: int, seed: int) -> 
     for passage_id in chosen:
         queries = queries_of[passage_id]
         counts = Counter(word for words in queries for word in words)
-        fractions.append({word: number / len(queries) for word, number in counts.items()})
+        fractions.append({word: count / len(queries) for word, count in counts.items()})
     num_with = Counter[str]()
     counted = sorted(dataset.passages, key=lambda name: key_of(seed, "rarity", name))[:max_passages]
     for passage_id in counted:
@@ -144,8 +144,8 @@ def _errors_apart(data: RidgeSet, set_of: NDArray[np.int64]) -> dict[float, _Flo
         known, rest = data.only(data.folds != fold), data.only(data.folds == fold)
         moments, usual = Moments.of([known]), known.targets.mean(axis=0)
         differences = rest.features - known.features.mean(axis=0)
-        for penalty, own in errors.items():
+        for penalty, sums in errors.items():
             predicted = np.maximum(usual + differences @ moments.weights(penalty), 0)
             by_row = ((predicted - rest.targets) ** 2).sum(axis=1)
-            own += np.bincount(set_of[data.folds == fold], by_row, minlength=len(own))
+            sums += np.bincount(set_of[data.folds == fold], by_row, minlength=len(sums))
     return errors

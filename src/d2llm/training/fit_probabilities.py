@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +14,10 @@ from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.same_text import SameText
 from d2llm.models.probabilities import ProbabilityCalibration, TaskCalibration
+from d2llm.models.text_scores import TextScorer
 from d2llm.ops.calibration import expected_calibration_error, reliability_bins
 from d2llm.ops.ensemble import fit_ensemble, out_of_fold_log_odds
 from d2llm.retrieval.protocols import SearchStudent
-from d2llm.retrieval.reading import encode_pairs
 from d2llm.store.bm25 import bm25_lists
 from d2llm.training.dev_sets import LEXICAL_DEPTH, MIN_QUERIES, JudgedSet, dev_queries, judged_sets
 
@@ -31,6 +31,7 @@ _remarks = logging.getLogger("d2llm.remarks")
 class CalibrationSample:
     """Pairs drawn in the proportions that the probabilities assume, with a student's scores: all [n].
 
+    ``scores`` are those of the vectors, ``full_scores`` count the score features too; None if there are none.
     ``queries`` are "data set:query id"; ``num_queries`` is the number of queries by data set.
     """
 
@@ -38,6 +39,7 @@ class CalibrationSample:
     scores: NDArray[np.float64]
     relevant: NDArray[np.bool_]
     num_queries: dict[str, int]
+    full_scores: NDArray[np.float64] | None = None
 
 
 def fit_probabilities(
@@ -60,18 +62,23 @@ def fit_probabilities(
         InputError: a score is not finite.
     """
     tasks: dict[Task, TaskCalibration] = {}
+    with_features: dict[Task, TaskCalibration] = {}
     judged = judged_sets(judged)
     names: list[Task] = sorted({task for _, task in judged})
     for task in names:
-        parts = [
+        samples = [
             score_drawn(student, dataset, task, num_queries=num_queries, seed=seed)
             for dataset, set_task in judged
             if set_task == task
         ]
-        fitted = _fit(task, parts, seed)
-        if fitted is not None:
-            tasks[task] = fitted
-    return ProbabilityCalibration(num_hard=NUM_HARD, num_random=NUM_RANDOM, tasks=tasks)
+        fitted = _fit(task, samples, seed)
+        if fitted is None:
+            continue
+        tasks[task] = fitted
+        full = [replace(part, scores=part.full_scores) for part in samples if part.full_scores is not None]
+        if full and (fitted := _fit(task, full, seed)) is not None:
+            with_features[task] = fitted
+    return ProbabilityCalibration(num_hard=NUM_HARD, num_random=NUM_RANDOM, tasks=tasks, with_features=with_features)
 
 
 def score_drawn(
@@ -91,12 +98,15 @@ def score_drawn(
         for query_id, ids in drawn.items()
         for passage_id in ids
     ]
-    scores = encode_pairs(student, pairs, f"calibrating on {dataset.name}").score(student, task)
+    read = TextScorer(student, task=task).read_pairs(pairs, f"calibrating on {dataset.name}")
+    scores = read.scores(with_features=False)
+    full_scores = read.scores().astype(np.float64) if read.scorer.corpus.weights else None
     return CalibrationSample(
         queries=[f"{dataset.name}:{query_id}" for query_id, ids in drawn.items() for _ in ids],
         scores=scores.astype(np.float64),
-        relevant=np.array([place == 0 for ids in drawn.values() for place in range(len(ids))], bool),
+        relevant=np.array([index == 0 for ids in drawn.values() for index in range(len(ids))], bool),
         num_queries={dataset.name: len(drawn)},
+        full_scores=full_scores,
     )
 
 
@@ -128,8 +138,8 @@ def _draw(
     return drawn
 
 
-def _fit(task: Task, parts: Sequence[CalibrationSample], seed: int) -> TaskCalibration | None:
-    num_queries = {name: count for part in parts for name, count in part.num_queries.items()}
+def _fit(task: Task, samples: Sequence[CalibrationSample], seed: int) -> TaskCalibration | None:
+    num_queries = {name: count for part in samples for name, count in part.num_queries.items()}
     total = sum(num_queries.values())
     if total < MIN_QUERIES:
         _remarks.info(
@@ -139,9 +149,9 @@ def _fit(task: Task, parts: Sequence[CalibrationSample], seed: int) -> TaskCalib
             MIN_QUERIES,
         )
         return None
-    scores = np.concatenate([part.scores for part in parts])
-    relevant = np.concatenate([part.relevant for part in parts])
-    groups = [query for part in parts for query in part.queries]
+    scores = np.concatenate([part.scores for part in samples])
+    relevant = np.concatenate([part.relevant for part in samples])
+    groups = [query for part in samples for query in part.queries]
     ensemble = fit_ensemble(scores[:, None], relevant)
     slope = ensemble.weights[0] / ensemble.scales[0]
     if slope <= 0:

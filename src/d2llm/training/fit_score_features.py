@@ -25,20 +25,21 @@ from d2llm.core.inputs import strings_of
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import PartKind, Query, ScoreFeature, Task
 from d2llm.data.beir import Dataset
+from d2llm.models.row_features import mean_of_cosines, scored_list
 from d2llm.models.score_features import VECTOR_TERMS, ScoreFeatures, TaskFeatureWeights, WordsFactor
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.weighted_sum import beside_first, fit_scaled_weights, sum_weights
-from d2llm.retrieval.index import PART_FORMATS
+from d2llm.retrieval.open_index import PART_FORMATS
 from d2llm.retrieval.protocols import SearchStudent, term_factors
 from d2llm.retrieval.reading import read_passages, read_windows
-from d2llm.retrieval.row_features import mean_of_cosines, scored_list
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.part_vectors import EncodedParts, PartVectors
 from d2llm.store.vector_formats import make_format
 from d2llm.store.word_segment import WordSegment
 from d2llm.training.dev_sets import MIN_QUERIES, JudgedSet, dev_queries, judged_sets
+from d2llm.training.settings import LISTED_PASSAGES
 
-LISTED_DEPTH, LISTED_PASSAGES = 20, 2_000
+LISTED_DEPTH = 20
 """How many of the best passages by words and by vectors are in a query's list; minimum number of passages encoded."""
 MIN_PART_GAIN: dict[PartKind, float] = {"window": 0.01, "token": 0.002}
 """Minimum mean gain in nDCG@10 on dev, over the data sets of a task, for the vectors of parts to be used. Windows cost
@@ -67,10 +68,10 @@ class FeatureLists:
     statistics: NDArray[np.float32]
     nearest: NDArray[np.float32] | None = None
 
-    def half(self, number: int) -> FeatureLists:
+    def half(self, first: int) -> FeatureLists:
         """Every other query, starting with the first (0) or the second (1)."""
-        nearest = None if self.nearest is None else self.nearest[number::2]
-        return FeatureLists(self.name, self.lists[number::2], self.statistics[number::2], nearest)
+        nearest = None if self.nearest is None else self.nearest[first::2]
+        return FeatureLists(self.name, self.lists[first::2], self.statistics[first::2], nearest)
 
     def inputs(self, kind: FactorKind) -> NDArray[np.float32]:
         """What a factor of this kind depends on, [queries, k] or [queries, k + 1]."""
@@ -81,7 +82,7 @@ class FeatureLists:
 
     def of_terms(self, terms: Sequence[ScoreFeature], kept: Sequence[ScoreFeature]) -> FeatureLists:
         """The same lists with the columns of the ``kept`` terms among its ``terms``."""
-        columns = [0, *(1 + place for place, term in enumerate(terms) if term in kept)]
+        columns = [0, *(1 + index for index, term in enumerate(terms) if term in kept)]
         return replace(self, lists=[(scores[:, columns], grades) for scores, grades in self.lists])
 
 
@@ -125,9 +126,9 @@ def fit_score_features(
     tasks: dict[Task, TaskFeatureWeights] = {}
     names: list[Task] = sorted({task for _, task in judged})
     for task in names:
-        own = [dataset for dataset, set_task in judged if set_task == task]
+        task_sets = [dataset for dataset, set_task in judged if set_task == task]
         # Before anything is encoded: with fewer queries there are fewer lists.
-        num_judged = sum(len(dev_queries(dataset, num_queries=num_queries, seed=seed)) for dataset in own)
+        num_judged = sum(len(dev_queries(dataset, num_queries=num_queries, seed=seed)) for dataset in task_sets)
         if num_judged < MIN_QUERIES:
             _warn_of_few(task, num_judged)
             continue
@@ -135,7 +136,7 @@ def fit_score_features(
             make_feature_lists(
                 student, dataset, task, terms=terms, num_queries=num_queries, num_passages=num_passages, seed=seed
             )
-            for dataset in own
+            for dataset in task_sets
         ]
         for feature_lists in lists:
             if not feature_lists.lists:
@@ -152,9 +153,9 @@ def fit_score_features(
     return ScoreFeatures(tasks=tasks)
 
 
-def _warn_of_few(task: Task, number: int) -> None:
+def _warn_of_few(task: Task, num_judged: int) -> None:
     _remarks.warning(
-        "%s: word weights are not fitted: %d dev queries, but at least %d are needed", task, number, MIN_QUERIES
+        "%s: word weights are not fitted: %d dev queries, but at least %d are needed", task, num_judged, MIN_QUERIES
     )
 
 
@@ -194,7 +195,7 @@ def make_feature_lists(
     segment = WordSegment.from_texts(passage.full_text for passage in dataset.passages.values())
     words = WordIndex([segment])
     texts = [query.text for query in queries]
-    words_of_queries = [words.query(text, own) for text, own in zip(texts, term_factors(student, texts), strict=True)]
+    words_of_queries = [*map(words.query, texts, term_factors(student, texts))]
     by_words = [words.best(query_words, depth)[0] for query_words in words_of_queries]
     own_rows = [np.array([row_of[name] for name in dataset.own_passages.of(one.id)], np.int64) for one in queries]
     grades = [_grades(dataset, query, row_of) for query in queries]
@@ -202,22 +203,22 @@ def make_feature_lists(
     pool = _filled(needed, len(ids), num_passages, seed)
     with progress_bar(f"encoding {dataset.name} for its score features", len(pool)) as advance:
         chosen = [dataset.passages[ids[row]] for row in pool]
-        parts: set[PartKind] = {"token"} if "maxsim" in terms else set()
-        read = read_passages(student, chosen, advance, parts=parts, expand=student.document_expansion is not None)
+        kinds: set[PartKind] = {"token"} if "maxsim" in terms else set()
+        read = read_passages(student, chosen, advance, parts=kinds, expand=student.document_expansion is not None)
     passages = read.vectors
     if read.added is not None:  # passages outside the pool, of which no list has any, go without
         added = dict(zip(pool.tolist(), read.added, strict=True))
         words = WordIndex([segment.with_added([added.get(row, {}) for row in range(len(ids))])])
     vectors = student.encode_queries(texts).vectors
     kept, listed, scores = list[int](), list[NDArray[np.int64]](), list[NDArray[np.float32]]()
-    for number, (vector, lexical, judged) in enumerate(zip(vectors, by_words, grades, strict=True)):
-        own = student.score(vector, passages, task)
-        best = pool[np.argsort(-own, kind="stable")[:depth]]
-        rows = np.setdiff1d(np.union1d(lexical, best), own_rows[number])
+    for index, (vector, lexical, judged) in enumerate(zip(vectors, by_words, grades, strict=True)):
+        logits = student.score(vector, passages, task)
+        best = pool[np.argsort(-logits, kind="stable")[:depth]]
+        rows = np.setdiff1d(np.union1d(lexical, best), own_rows[index])
         if not judged.keys().isdisjoint(rows.tolist()):
-            kept.append(number)
+            kept.append(index)
             listed.append(rows)
-            scores.append(own[np.searchsorted(pool, rows)])
+            scores.append(logits[np.searchsorted(pool, rows)])
     best_windows: Sequence[NDArray[np.float32] | None] = [None] * len(kept)
     best_tokens: Sequence[NDArray[np.float32] | None] = best_windows
     if kept and "window_vectors" in terms:
@@ -227,13 +228,13 @@ def make_feature_lists(
             windows.best(dot_query, rows) for dot_query, rows in zip(dot_queries[kept], listed, strict=True)
         ]
     if kept and "token" in read.parts:
-        places = [np.searchsorted(pool, rows) for rows in listed]
-        best_tokens = _best_tokens(student, [texts[number] for number in kept], read.parts["token"], places)
+        positions = [np.searchsorted(pool, rows) for rows in listed]
+        best_tokens = _best_tokens(student, [texts[index] for index in kept], read.parts["token"], positions)
     lists = [
-        scored_list(own, words, words_of_queries[number], rows, grades[number], terms, by_window, by_token)
-        for number, own, rows, by_window, by_token in zip(kept, scores, listed, best_windows, best_tokens, strict=True)
+        scored_list(base, words, words_of_queries[index], rows, grades[index], terms, by_window, by_token)
+        for index, base, rows, by_window, by_token in zip(kept, scores, listed, best_windows, best_tokens, strict=True)
     ]
-    statistics = np.array([words_of_queries[number].statistics for number in kept], np.float32)
+    statistics = np.array([words_of_queries[index].statistics for index in kept], np.float32)
     dot_queries = student.query_vectors(vectors, task)[kept] if student.has_dot else ()
     nearest = np.array([(passages @ dot_query).max() for dot_query in dot_queries], np.float32)
     return FeatureLists(dataset.name, lists, statistics, nearest if student.has_dot else None)
@@ -247,14 +248,17 @@ def _filled(needed: NDArray[np.int64], num_rows: int, num_passages: int, seed: i
 
 
 def _best_tokens(
-    student: SearchStudent, texts: Sequence[str], read: EncodedParts, places: Sequence[NDArray[np.int64]]
+    student: SearchStudent, texts: Sequence[str], read: EncodedParts, positions: Sequence[NDArray[np.int64]]
 ) -> list[NDArray[np.float32]]:
-    """What token embeddings say of each query's passages, at these ``places`` among those that were ``read``."""
+    """What token embeddings say of each query's passages, at these ``positions`` among those that were ``read``."""
     stored = make_format(PART_FORMATS["token"], read.vectors.shape[1])
     tokens = PartVectors.of_texts(read.vectors, read.counts, stored)
     queries = student.encode_with_tokens(texts, "query").tokens
     assert queries is not None
-    return [tokens.sum_of_best(mean_of_cosines(own), rows) for own, rows in zip(queries.split(), places, strict=True)]
+    return [
+        tokens.sum_of_best(mean_of_cosines(embeddings), rows)
+        for embeddings, rows in zip(queries.split(), positions, strict=True)
+    ]
 
 
 def _read_windows(
@@ -277,10 +281,10 @@ def _read_windows(
     is_own[firsts[alone]] = True
     vectors[is_own] = passages[np.searchsorted(pool, rows[alone])]
     vectors[~is_own] = read.vectors
-    places = np.zeros((len(ids), 2), np.int64)
-    places[rows] = np.stack([firsts, counts], axis=1)
+    extents = np.zeros((len(ids), 2), np.int64)
+    extents[rows] = np.stack([firsts, counts], axis=1)
     stored = make_format("float32", student.vector_dim)
-    return PartVectors(places, stored.encode(vectors, [ids[int(row)] for row in np.repeat(rows, counts)]), stored)
+    return PartVectors(extents, stored.encode(vectors, [ids[int(row)] for row in np.repeat(rows, counts)]), stored)
 
 
 def fit_task_weights(
@@ -324,27 +328,29 @@ class _Sum(NamedTuple):
         """nDCG@10 of each list."""
         rankings: dict[str, list[str]] = {}
         qrels: dict[str, dict[str, int]] = {}
-        for number, ((scores, grades), statistics) in enumerate(
+        for index, ((scores, grades), statistics) in enumerate(
             zip(score_features.lists, score_features.statistics, strict=True)
         ):
-            nearest = None if score_features.nearest is None else float(score_features.nearest[number])
+            nearest = None if score_features.nearest is None else float(score_features.nearest[index])
             scale = 1.0 if self.factor is None else self.factor(statistics, nearest)
             order = np.argsort(-(scores @ np.where(self.is_words, scale * self.weights, self.weights)), kind="stable")
-            rankings[str(number)] = [str(place) for place in order.tolist()]
-            qrels[str(number)] = {str(place): int(grade) for place, grade in enumerate(grades.tolist()) if grade > 0}
+            rankings[str(index)] = [str(position) for position in order.tolist()]
+            qrels[str(index)] = {
+                str(position): int(grade) for position, grade in enumerate(grades.tolist()) if grade > 0
+            }
         values = per_query_measures(rankings, qrels)[_MEASURE]
-        return [values[str(number)] for number in range(len(score_features.lists))]
+        return [values[str(index)] for index in range(len(score_features.lists))]
 
 
 def fit_all_terms(
     sets: Sequence[FeatureLists], terms: Sequence[ScoreFeature], *, words_factor: bool | None = None
 ) -> TaskFeatureWeights:
     """Fit weights as ``fit_task_weights`` does, but leave out no vectors of parts, however little they gain."""
-    own = _Sum(np.eye(1, 1 + len(terms))[0], _are_words(terms))
-    before = {data_set.name: float(np.mean(own.ndcg(data_set))) for data_set in sets}
+    plain = _Sum(np.eye(1, 1 + len(terms))[0], _are_words(terms))
+    before = {data_set.name: float(np.mean(plain.ndcg(data_set))) for data_set in sets}
     kind, after = _best_factor(sets, terms, words_factor)
     held_out = {name: float(np.mean(values)) for name, values in after.items()}
-    fitted = own
+    fitted = plain
     if np.mean([*held_out.values()]) > np.mean([*before.values()]):
         fitted = _fit_sum(sets, terms, kind)
     return TaskFeatureWeights(
@@ -394,7 +400,7 @@ def _on_halves(
     sets: Sequence[FeatureLists], terms: Sequence[ScoreFeature], kind: FactorKind | None
 ) -> dict[str, list[float]]:
     """nDCG@10 of the queries of each data set; each half is ranked by a sum that was fitted on the other half."""
-    halves = [[data_set.half(number) for data_set in sets] for number in (0, 1)]
+    halves = [[data_set.half(first) for data_set in sets] for first in (0, 1)]
     by_set: dict[str, list[float]] = {data_set.name: [] for data_set in sets}
     for measured, others in (halves, halves[::-1]):
         fitted = _fit_sum(others, terms, kind)

@@ -52,8 +52,8 @@ def fit_term_weights(
         fractions: list[float] = []
         folds: list[int] = []
         words = student.term_states([dataset.queries[query_id].text for query_id in chosen])
-        for query_id, own, fold in zip(chosen, words, folds_of(len(chosen)).tolist(), strict=True):
-            for term, state in own.items():
+        for query_id, word_states, fold in zip(chosen, words, folds_of(len(chosen)).tolist(), strict=True):
+            for term, state in word_states.items():
                 states.append(state)
                 fractions.append(fmean(term in terms_of[passage_id] for passage_id in positives[query_id]))
                 folds.append(fold)

@@ -215,8 +215,8 @@ def _read(
     by_words: list[list[int]] = []
     for query_id in chosen:
         positives = list(judged[query_id])
-        own = dataset.own_passages.of(query_id)
-        excluded = {row_of[p] for p in {*positives, *same_text.duplicates_of(positives), *own} if p in row_of}
+        own_ids = dataset.own_passages.of(query_id)
+        excluded = {row_of[p] for p in {*positives, *same_text.duplicates_of(positives), *own_ids} if p in row_of}
         best = words.best(words.query(dataset.queries[query_id].text), config.depth + len(excluded))[0].tolist()
         near = [row for row in best if row not in excluded]
         by_words.append(rng.sample(near, min(config.num_hard, len(near))))
@@ -226,7 +226,7 @@ def _read(
         for rows in ([row_of[p] for p in judged[query_id] if p in row_of] for query_id in chosen)
     ]
     pool = sorted({row for rows in (*read_positives, *by_words) for row in rows})
-    place_of = {row: place for place, row in enumerate(pool)}
+    place_of = {row: index for index, row in enumerate(pool)}
     passages, vectors = _states(student, projection, [dataset.passages[ids[row]].full_text for row in pool], "passage")
     texts = [dataset.queries[query_id].text for query_id in chosen]
     queries, dot_queries = _states(student, projection, texts, "query")
@@ -235,7 +235,7 @@ def _read(
     nearest = nearest_rows(dot_queries, vectors, min(config.depth, len(pool)))
     negatives: list[list[int]] = []
     for lexical, near, excluded in zip(by_words, nearest, targets, strict=True):
-        similar = [place for place in near.tolist() if pool[place] not in excluded]
+        similar = [index for index in near.tolist() if pool[index] not in excluded]
         negatives.append(
             [*(place_of[row] for row in lexical), *rng.sample(similar, min(config.num_hard, len(similar)))]
         )
@@ -249,7 +249,9 @@ def _states(
 ) -> tuple[list[Tensor], NDArray[np.float32]]:
     """The states [tokens, dim] of the tokens of each text that have vectors, in float16, and the texts' vectors."""
     tokenized = student.tokenize(texts, kind)
-    places = [projection.query_places(ids) if kind == "query" else projection.places(ids) for ids in tokenized.ids]
+    positions = [
+        projection.query_positions(ids) if kind == "query" else projection.positions(ids) for ids in tokenized.ids
+    ]
     states: list[Tensor] = [torch.zeros(0)] * len(texts)
     vectors = np.empty((len(texts), student.vector_dim), np.float32)
     max_tokens = max(_LEAST_BATCH_TOKENS, student.batch_tokens)
@@ -263,7 +265,7 @@ def _states(
             read, mask = student.backbone(*student.backbone.pad(ids))
             vectors[batch] = student.pool(read, mask).cpu().numpy()
             for row, index in enumerate(batch):
-                states[index] = read[row, places[index]].to(torch.float16).cpu()
+                states[index] = read[row, positions[index]].to(torch.float16).cpu()
             done(len(batch))
     return states, vectors
 
@@ -326,7 +328,7 @@ def _loss(
         for position in positions
     ]
     column_of: dict[int, int] = {}
-    for place in (*targets, *(place for places in drawn for place in places)):
+    for place in (*targets, *(place for listed in drawn for place in listed)):
         column_of.setdefault(place, len(column_of))
     device = projection.weight.device
     queries = [examples.queries[position].to(device) for position in positions]

@@ -272,7 +272,7 @@ def _measure_both(
 
 
 def _with_ungraded_last(dev: DevSet, scores: Scores, teacher: DevSetScores) -> Scores:
-    """The scores of a set's candidates, where those that the teacher gave no grade come last."""
+    """Scores of a set's candidates; candidates without a grade come last."""
     if dev.gold is not None:
         return scores
     return [

@@ -65,7 +65,7 @@ def backpropagate(
     ids: Sequence[Sequence[int]],
     loss_of: Callable[[Tensor, Sequence[Tensor]], Tensor],
     *,
-    places: Sequence[Sequence[int]] = (),
+    token_positions: Sequence[Sequence[int]] = (),
     depths: Sequence[int] = (),
     part_tokens: int | None = None,
     room: float,
@@ -75,13 +75,13 @@ def backpropagate(
     """Add the gradient of a batch's loss to the student's parameters; returns the loss.
 
     ``loss_of`` computes the scalar loss of the vectors [texts, dim] in the order of the token ``ids``, and of the
-    vectors [tokens, token_dim] of each text's tokens; it may use the head. ``places`` are those of the tokens that get
-    vectors, by the student's ``token_projection``; none if it is empty. With ``depths``, the vectors after so many
-    layers follow those of all layers: [texts, (1 + depths) * dim]. ``part_tokens`` (``TrainingConfig``), ``room`` and
-    the rest: see ``backpropagate_parts``.
+    vectors [tokens, token_dim] of each text's tokens; it may use the head. ``token_positions`` are those of the tokens
+    that get vectors, by the student's ``token_projection``; none if it is empty. With ``depths``, the vectors after so
+    many layers follow those of all layers: [texts, (1 + depths) * dim]. ``part_tokens`` (``TrainingConfig``), ``room``
+    and the rest: see ``backpropagate_parts``.
     """
     lengths = [len(row) for row in ids]
-    counts = [len(row) for row in places] or [0] * len(ids)
+    counts = [len(row) for row in token_positions] or [0] * len(ids)
     projection = student.token_projection
     dim, token_dim = student.vector_dim * (1 + len(depths)), 0 if projection is None else projection.dim
 
@@ -95,7 +95,7 @@ def backpropagate(
             return vectors
         tokens = vectors.new_zeros(len(part), max(counts), token_dim)
         for row, index in enumerate(part):
-            tokens[row, : counts[index]] = projection(states[row, list(places[index])])
+            tokens[row, : counts[index]] = projection(states[row, list(token_positions[index])])
         return torch.cat([vectors, tokens.flatten(1)], dim=1)
 
     def loss_of_parts(encoded: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def backpropagate(
 def backpropagate_parts(
     model: nn.Module,
     encode: Callable[[Sequence[int]], Tensor],
-    parts: Sequence[Sequence[int]],
+    micro_batches: Sequence[Sequence[int]],
     lengths: Sequence[int],
     loss_of: Callable[[Tensor], Tensor],
     *,
@@ -140,7 +140,7 @@ def backpropagate_parts(
     Args:
         model: the model whose parameters get the gradient.
         encode: from the numbers of some texts to what the model computes for them, [texts, *shape].
-        parts: the numbers of the texts that are encoded together, those of the longest texts first.
+        micro_batches: the numbers of the texts that are encoded together, those of the longest texts first.
         lengths: each text's number of tokens.
         loss_of: from what was computed for all texts, in their order, to the scalar loss.
         shape: of what is computed for one text.
@@ -151,42 +151,43 @@ def backpropagate_parts(
     """
     of_head = {id(parameter) for parameter in head}
     encoder = [p for p in model.parameters() if p.requires_grad and id(p) not in of_head]
-    own = range(processes.rank, len(parts), processes.count)
+    indices = range(processes.rank, len(micro_batches), processes.count)
     device = next(model.parameters()).device
 
-    def compute(number: int, *, with_graph: bool) -> Tensor:
-        torch.manual_seed((seed * _SEEDS_PER_STEP + number + 1) % _NUM_SEEDS)
+    def compute(index: int, *, with_graph: bool) -> Tensor:
+        torch.manual_seed((seed * _SEEDS_PER_STEP + index + 1) % _NUM_SEEDS)
         with torch.set_grad_enabled(with_graph and bool(encoder)):
-            return encode(parts[number])
+            return encode(micro_batches[index])
 
-    kept = len(own) if room == math.inf else 1
-    outputs: list[Tensor] = []
-    for place, number in enumerate(own):
-        if place == 0 and 0 < room < math.inf and len(own) > 1:
-            # The longest texts come first and need the most bytes per token, so this is an upper bound for all parts.
-            with _graph_bytes(model) as num_bytes:
-                outputs.append(compute(number, with_graph=True))
-            allocated = num_bytes() * ALLOCATED.get(device.type, 1.0)
-            kept = _num_kept([parts[number] for number in own], lengths, allocated, room)
-        else:
-            outputs.append(compute(number, with_graph=place < kept))
-    together = torch.zeros(len(lengths), *shape, device=device)
-    for number, output in zip(own, outputs, strict=True):
-        together[parts[number]] = output.detach().float()
-    processes.add_up(together)
-    together.requires_grad_(bool(encoder))
-    torch.manual_seed(seed * _SEEDS_PER_STEP % _NUM_SEEDS)
-    loss = loss_of(together)
-    loss.backward()
-    if not processes.is_first:
-        for parameter in head:  # all processes computed the same loss, so count the head's gradient once
-            parameter.grad = None
-    gradient = together.grad
-    if gradient is not None:
-        for place, number in enumerate(own):
-            output = outputs[place] if place < kept else compute(number, with_graph=True)
-            outputs[place] = output.detach()  # its graph is no longer needed
-            output.backward(gradient[parts[number]].to(output.dtype))
+    with torch.autocast(device.type, enabled=False):  # until it ends, the parts share weights in the products' format
+        kept = len(indices) if room == math.inf else 1
+        outputs: list[Tensor] = []
+        for position, index in enumerate(indices):
+            if position == 0 and 0 < room < math.inf and len(indices) > 1:
+                # The longest texts come first and need the most bytes per token: an upper bound for all parts.
+                with _graph_bytes(model) as num_bytes:
+                    outputs.append(compute(index, with_graph=True))
+                allocated = num_bytes() * ALLOCATED.get(device.type, 1.0)
+                kept = _num_kept([micro_batches[index] for index in indices], lengths, allocated, room)
+            else:
+                outputs.append(compute(index, with_graph=position < kept))
+        together = torch.zeros(len(lengths), *shape, device=device)
+        for index, output in zip(indices, outputs, strict=True):
+            together[micro_batches[index]] = output.detach().float()
+        processes.add_up(together)
+        together.requires_grad_(bool(encoder))
+        torch.manual_seed(seed * _SEEDS_PER_STEP % _NUM_SEEDS)
+        loss = loss_of(together)
+        loss.backward()
+        if not processes.is_first:
+            for parameter in head:  # all processes computed the same loss, so count the head's gradient once
+                parameter.grad = None
+        gradient = together.grad
+        if gradient is not None:
+            for position, index in enumerate(indices):
+                output = outputs[position] if position < kept else compute(index, with_graph=True)
+                outputs[position] = output.detach()  # its graph is no longer needed
+                output.backward(gradient[micro_batches[index]].to(output.dtype))
     processes.add_up_gradients([*encoder, *head])
     return loss.detach()
 
@@ -207,10 +208,10 @@ def _graph_bytes(model: nn.Module) -> Generator[Callable[[], int]]:
         yield lambda: sum(sizes.values())
 
 
-def _num_kept(parts: Sequence[Sequence[int]], lengths: Sequence[int], first_bytes: float, room: float) -> int:
+def _num_kept(micro_batches: Sequence[Sequence[int]], lengths: Sequence[int], first_bytes: float, room: float) -> int:
     """How many of the parts fit into ``room``, at least one, if a token needs as many bytes as in the first part.
 
     Keeping the first part costs nothing, because a recomputed part would need its memory anyway.
     """
-    sizes = [len(part) * max(lengths[index] for index in part) for part in parts]
+    sizes = [len(part) * max(lengths[index] for index in part) for part in micro_batches]
     return max(1, sum(total * first_bytes <= room * sizes[0] for total in accumulate(sizes)))

@@ -115,7 +115,7 @@ def label(
         for source, labels in work
         for entry in source.entries_to_label
     ]
-    num_pairs, num_queries = sum(number for number, _ in left), sum(number > 0 for number, _ in left)
+    num_pairs, num_queries = sum(count for count, _ in left), sum(count > 0 for count, _ in left)
     counts, budget = ScoringCounts(), Budget(settings, started)
     if num_pairs:
         load = partial(load_teacher, teacher, device=device, dtype=dtype)
@@ -169,7 +169,7 @@ class TeacherOnDemand:
         self._spent, self._seconds = ScoringCounts(), 0.0
 
     def __call__(self, labelled: LabelledSource, passages: Mapping[str, Sequence[str]]) -> None:
-        """Score those of the passages (query_id -> passage ids) that have no label yet."""
+        """Score the passages (query_id -> passage ids) that have no label yet."""
         source, before, name = labelled.source, self._spent, labelled.source.dataset.name
         missing = {query_id: labelled.labels.missing(query_id, ids) for query_id, ids in passages.items()}
         num_missing = sum(map(len, missing.values()))
@@ -191,12 +191,12 @@ class TeacherOnDemand:
         )
         self._seconds = time.monotonic() - started
         num_scored = self._spent.pairs - before.pairs
-        for what, number in (
+        for what, count in (
             ("were truncated for the teacher", self._spent.truncated - before.truncated),
             ("got no answer from the teacher and count as undecided", self._spent.undecided - before.undecided),
         ):
-            if number:
-                _log.warning("%s: %d of %d pairs scored in training %s", name, number, num_scored, what)
+            if count:
+                _log.warning("%s: %d of %d pairs scored in training %s", name, count, num_scored, what)
         if budget.ended_by is not None:
             raise InputError(
                 f"{name}: {num_missing - num_scored:,} of {num_missing:,} pairs that the teacher is to score in "
@@ -220,10 +220,10 @@ def disagreements(source: TrainingSource, first: Student, second: Student) -> di
         for student in (first, second)
     ]
     values: dict[str, float] = {}
-    for number, entry in enumerate(entries):
+    for index, entry in enumerate(entries):
         rows = [row_of[name] for name in entry.positives + entry.hard_negatives]
         one, other = (
-            student.score(query_vectors[number], passage_vectors[rows], source.task)
+            student.score(query_vectors[index], passage_vectors[rows], source.task)
             for student, query_vectors, passage_vectors in encoded
         )
         values[entry.query_id] = (1 - kendall_tau(one.tolist(), other.tolist())) / 2 if len(rows) > 1 else 0.0

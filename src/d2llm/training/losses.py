@@ -92,7 +92,7 @@ class LossInput:
 
     @cached_property
     def easy(self) -> Tensor:
-        """Easy negatives, those of other queries among them."""
+        """Easy negatives, including those of other queries."""
         return self.on_device(self.batch.easy)
 
     @cached_property
@@ -112,7 +112,7 @@ class LossInput:
 
     @cached_property
     def log_odds(self) -> Tensor:
-        """The teacher's log-odds; those of the data set's judgements where there is no label."""
+        """The teacher's log-odds; where there is no label, those of the judgements."""
         return self.on_device(self.batch.teacher_log_odds)
 
     @cached_property
@@ -132,8 +132,8 @@ class LossInput:
 
     def of_lists(self, values: Tensor) -> Tensor:
         """Values [Q, N, ...] of each query's own list [Q, n, ...]; where it is shorter, those of another passage."""
-        own = self.on_device(self.batch.own)
-        return values[torch.arange(len(own), device=own.device).unsqueeze(1), own.clamp(min=0)]
+        columns = self.on_device(self.batch.gram_columns)
+        return values[torch.arange(len(columns), device=columns.device).unsqueeze(1), columns.clamp(min=0)]
 
     def pair_input(self, name: str) -> Tensor | None:
         """What ``Preparation.add_pair_input`` added [Q, N]; None if this data set has none."""
@@ -252,16 +252,16 @@ class PairCrossEntropy(Loss, kind="pair_cross_entropy"):
 
     def _of(self, inputs: LossInput, logits: Tensor, of_teacher: Tensor | None) -> Tensor:
         assert inputs.batch.targets is not None
-        own = inputs.on_device(inputs.batch.targets)
-        judged = torch.isfinite(own)
-        own, weight = own.nan_to_num(), self.teacher_weight
+        targets = inputs.on_device(inputs.batch.targets)
+        judged = torch.isfinite(targets)
+        targets, weight = targets.nan_to_num(), self.teacher_weight
         middle = 0.0 if inputs.offset is None else inputs.offset
         logits = logits.float() - middle
         if of_teacher is None:
-            return losses.pair_cross_entropy(logits, (1 - weight) * own + weight * inputs.probabilities, judged)
+            return losses.pair_cross_entropy(logits, (1 - weight) * targets + weight * inputs.probabilities, judged)
         # The cross-entropy is linear in its target, so this is the same loss if both heads have the same scores.
         imitation = losses.pair_cross_entropy(of_teacher.float() - middle, inputs.probabilities, judged)
-        return (1 - weight) * losses.pair_cross_entropy(logits, own, judged) + weight * imitation
+        return (1 - weight) * losses.pair_cross_entropy(logits, targets, judged) + weight * imitation
 
 
 class ListImitation(Loss, kind="list_imitation"):
@@ -289,7 +289,7 @@ class ContrastiveImitation(Loss, kind="contrastive_imitation"):
     paper = _PUBLISHED
     needs = frozenset({"labels"})
     measured = (
-        "left out +.009 ±.003 on squad-sent and banking77 (three seeds), -.010 on wikiqa and quora (two seeds; "
+        "left out +.009 ±.003 on squad-sent and banking77, -.011 ±.016 on wikiqa and quora (three seeds; "
         "[ablations](ablations.md#the-published-objective-taught-by-grades-that-are-better-than-the-student))"
     )
 
@@ -318,7 +318,7 @@ class RankImitationPositiveHard(Loss, kind="rank_imitation_positive_hard"):
     paper = _PUBLISHED
     needs = frozenset({"labels"})
     measured = (
-        "left out -.015 ±.005 on squad-sent and banking77 (three seeds), -.017 on wikiqa and quora (two seeds; "
+        "left out -.015 ±.005 on squad-sent and banking77, -.018 ±.012 on wikiqa and quora (three seeds; "
         "[ablations](ablations.md#the-published-objective-taught-by-grades-that-are-better-than-the-student))"
     )
 
@@ -333,7 +333,7 @@ class RankImitationHardEasy(Loss, kind="rank_imitation_hard_easy"):
     paper = _PUBLISHED
     needs = frozenset({"labels"})
     measured = (
-        "left out +.000 ±.002 on squad-sent and banking77 (three seeds), -.001 on wikiqa and quora (two seeds; "
+        "left out +.000 ±.002 on squad-sent and banking77, -.000 ±.003 on wikiqa and quora (three seeds; "
         "[ablations](ablations.md#the-published-objective-taught-by-grades-that-are-better-than-the-student))"
     )
 
@@ -357,8 +357,8 @@ class FeatureImitation(Loss, kind="feature_imitation"):
         features, batch = inputs.scores.features, inputs.batch
         if features is None:
             return None
-        mask = inputs.on_device(batch.own) >= 0
+        mask = inputs.on_device(batch.gram_columns) >= 0
         value = losses.feature_imitation(inputs.of_lists(features).float(), inputs.on_device(batch.gram), mask)
         if self.normalisation == "authors":
-            value = value * float(((batch.own >= 0).sum(axis=1) >= 2).sum())  # of the others, there is no value
+            value = value * float(((batch.gram_columns >= 0).sum(axis=1) >= 2).sum())  # the others have none
         return value

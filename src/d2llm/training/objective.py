@@ -42,8 +42,8 @@ def token_places(student: Student, batch: DistillationBatch, ids: Sequence[Seque
         return [[] for _ in ids]
     num_queries = len(batch.query_ids)
     return [
-        *(projection.query_places(row) for row in ids[:num_queries]),
-        *(projection.places(row) for row in ids[num_queries:]),
+        *(projection.query_positions(row) for row in ids[:num_queries]),
+        *(projection.positions(row) for row in ids[num_queries:]),
     ]
 
 
@@ -85,7 +85,7 @@ def with_tokens(
     if projection is None or not batch.token_weight:
         return scores
     num_queries = len(batch.query_ids)
-    num_tokens = [len(projection.places(row)) for row in ids[:num_queries]]
+    num_tokens = [len(projection.positions(row)) for row in ids[:num_queries]]
     return replace(scores, tokens=mean_best_cosines(tokens[:num_queries], tokens[num_queries:], num_tokens=num_tokens))
 
 

@@ -77,12 +77,12 @@ class OpenRun:
         require_distinct_data(self.recipe, where=source)
         require_data(self.recipe)
         name = Path(source).stem if self.recipe.name == "unnamed" else self.recipe.name
-        self.parts = RunFolder(Path("runs") / name if folder is None else Path(folder))
+        self.folder = RunFolder(Path("runs") / name if folder is None else Path(folder))
         self.device, self.dtype, self.show_progress = device, dtype, show_progress
 
     def __repr__(self) -> str:
         data = f"{len(self.recipe.data)} data set{'' if len(self.recipe.data) == 1 else 's'}"
-        return f"Run({self.parts.path}, recipe {self.recipe.name}, {data})"
+        return f"Run({self.folder.path}, recipe {self.recipe.name}, {data})"
 
     @property
     def _computing(self) -> dict[str, Any]:
@@ -92,12 +92,12 @@ class OpenRun:
     def teacher(self) -> TeacherConfig:
         """The teacher to use: the ensemble if there is one, else the run's tuned teacher, else the recipe's teacher."""
         named = self.recipe.teacher
-        if named.ensemble_with_cosine and is_finished(self.parts.ensemble):
-            return named.as_kind("ensemble", model=str(self.parts.ensemble))
+        if named.ensemble_with_cosine and is_finished(self.folder.ensemble):
+            return named.as_kind("ensemble", model=str(self.folder.ensemble))
         if find_tuned_teacher(named.model) is not None and find_kind(named) == "ensemble":
             return named
-        if is_finished(self.parts.teacher):
-            return named.tuned(str(self.parts.teacher))
+        if is_finished(self.folder.teacher):
+            return named.tuned(str(self.folder.teacher))
         return named
 
     def untuned_cosine(self) -> Student:
@@ -118,9 +118,9 @@ class OpenRun:
     def require_plans(self) -> None:
         """Raise an ``InputError`` if a data set of the recipe has no plan."""
         for data in self.recipe.data:
-            if not is_finished(self.parts.plan(data)):
+            if not is_finished(self.folder.plan(data)):
                 raise InputError(
-                    f"{self.parts.plan(data)}: there is no training plan yet; run `d2llm mine` with this recipe first"
+                    f"{self.folder.plan(data)}: there is no training plan yet; run `d2llm mine` with this recipe first"
                 )
 
     def closed_gates(self) -> list[str]:
@@ -131,7 +131,7 @@ class OpenRun:
         from d2llm.models.teachers.pair_teacher import identify_teacher
         from d2llm.training.gate import read_gate
 
-        gates = read_gate(self.parts.path, identify_teacher(self.teacher).fingerprint)
+        gates = read_gate(self.folder.path, identify_teacher(self.teacher).fingerprint)
         if gates is None:
             _log.warning("the teacher was not tested on dev (d2llm gate); its labels are used without a test")
             return []
@@ -154,7 +154,7 @@ class OpenRun:
     def put_filtered_aside(self, verb: str) -> None:
         """Rename the filtered plans, before the plans that they were made from are replaced."""
         for data in self.recipe.data:
-            self.put_aside(verb, self.parts.filtered_plan(data))
+            self.put_aside(verb, self.folder.filtered_plan(data))
 
     def skip(self, reason: str) -> Skipped:
         """Log why a step is skipped, and return that as its result."""
@@ -172,7 +172,7 @@ class OpenRun:
 
     def _name_the_teacher(self, verb: str) -> None:
         named, in_recipe = self.teacher.model, self.recipe.teacher.model
-        untuned = f"'{in_recipe}' as it is ({self.parts.teacher} does not exist)"
+        untuned = f"'{in_recipe}' as it is ({self.folder.teacher} does not exist)"
         _remarks.info("%s: the teacher is %s", verb, untuned if named == in_recipe else named)
 
     def _warn_of_changes(
@@ -195,7 +195,7 @@ class OpenRun:
             return
         changes = [*changed]
         for data in self.recipe.data:
-            place = self.parts.plan(data) if as_mined else self.parts.final_plan(self.recipe, data)
+            place = self.folder.plan(data) if as_mined else self.folder.final_plan(self.recipe, data)
             plan = manifest_of(place) if is_finished(place) else {}
             if as_mined and "teacher" in plan and plan["teacher"] == self._teacher_fingerprint():
                 continue
@@ -214,10 +214,10 @@ class OpenRun:
             )
 
 
-def with_data(recipe: Recipe, places: Sequence[str]) -> Recipe:
+def with_data(recipe: Recipe, locations: Sequence[str]) -> Recipe:
     """The recipe with other folders for its data sets (see ``Run``); ``InputError`` for a place without any."""
     data = {Path(item.path).name: item for item in recipe.data}
-    for place in places:
+    for place in locations:
         name, equals, folder = place.partition("=")
         if equals and folder and name in data:
             paths = {name: folder}
@@ -230,7 +230,7 @@ def with_data(recipe: Recipe, places: Sequence[str]) -> Recipe:
             )
         for name, path in paths.items():
             data[name] = data[name].model_copy(update={"path": path})
-    return recipe.model_copy(update={"data": tuple(data.values())}) if places else recipe
+    return recipe.model_copy(update={"data": tuple(data.values())}) if locations else recipe
 
 
 def with_recorded(recipe: Recipe, lists: str | Path | None) -> Recipe:

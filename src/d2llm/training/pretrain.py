@@ -151,7 +151,7 @@ class PretrainingTask:
         """The parts of a batch's loss, whose sum it is; the gradient of each part is computed on its own."""
         raise NotImplementedError
 
-    def parts(self, batch: Sequence[list[int]]) -> list[list[int]]:
+    def batches(self, batch: Sequence[list[int]]) -> list[list[int]]:
         """Numbers of texts of similar length, to be read in one pass."""
         most = tokens_to_train(self.backbone.device, self.backbone.state_size)
         return token_budget_batches([len(ids) for ids in batch], max_tokens=most, max_items=len(batch))

@@ -71,10 +71,10 @@ class Processes:
         ``device`` is where this process computes.
         """
         # Texts are often sorted by length or topic, so each process takes every n-th one.
-        own = range(self.rank, len(texts), self.count)
+        chosen = range(self.rank, len(texts), self.count)
         rows = np.zeros((len(texts), dim), dtype=np.float32)
-        if own:
-            rows[own] = encode([texts[number] for number in own])
+        if chosen:
+            rows[chosen] = encode([texts[index] for index in chosen])
         step = max(1, _NUMBERS_AT_ONCE // dim)
         for start in range(0, len(rows), step):
             together = torch.from_numpy(rows[start : start + step]).to(device)

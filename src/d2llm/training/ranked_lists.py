@@ -66,11 +66,11 @@ def train_queries(dataset: Dataset, config: ReaderTuningConfig) -> tuple[list[st
     return sorted(kept, key=lambda query_id: key_of(0, query_id))[-config.max_queries :], num_shared
 
 
-def dev_queries(dataset: Dataset, number: int, seed: int) -> list[str]:
+def dev_queries(dataset: Dataset, num_queries: int, seed: int) -> list[str]:
     """A random sample of the dev queries with a relevant passage."""
     judged = dataset.positives("dev") if "dev" in dataset.qrels else {}
     kept = sorted(query_id for query_id, relevant in judged.items() if relevant)
-    return random.Random(seed).sample(kept, min(number, len(kept)))
+    return random.Random(seed).sample(kept, min(num_queries, len(kept)))
 
 
 def collect_lists(
@@ -89,7 +89,7 @@ def collect_lists(
     Raises:
         InputError: the data set has fewer than ``config.depth`` passages.
     """
-    num_own = max((len(own) for own in dataset.own_passages.by_query.values()), default=0)
+    num_own = max((len(passages) for passages in dataset.own_passages.by_query.values()), default=0)
     if (num_passages := len(dataset.passages) - num_own) < config.depth:
         raise InputError(
             f"{dataset.name}: has {num_passages} passages, but a list takes {config.depth}; lower the depth, or leave "
@@ -119,16 +119,19 @@ def collect_lists(
 
 def _ranked(index: Index, dataset: Dataset, split: str, query_ids: Sequence[str], depth: int) -> RankedLists:
     queries = [dataset.queries[query_id] for query_id in query_ids]
-    own = dataset.own_passages
-    extra = max((len(own.of(query_id)) for query_id in query_ids), default=0)
+    own_passages = dataset.own_passages
+    extra = max((len(own_passages.of(query_id)) for query_id in query_ids), default=0)
     rankings = [
-        [hit for hit in ranking.passages if hit.passage.id not in own.of(ranking.query.id)][:depth]
+        [hit for hit in ranking.passages if hit.passage.id not in own_passages.of(ranking.query.id)][:depth]
         for ranking in index.search(queries, top_k=min(depth + extra, len(index)))
     ]
     ids = [[hit.passage.id for hit in ranking] for ranking in rankings]
-    vectors = [index.view.vectors(index.view.rows(own)) for own in ids]
+    vectors = [index.view.vectors(index.view.rows(passage_ids)) for passage_ids in ids]
     judged = [dataset.qrels[split][query_id] for query_id in query_ids]
-    grades = [[of_query.get(passage_id, 0) for passage_id in own] for of_query, own in zip(judged, ids, strict=True)]
+    grades = [
+        [of_query.get(passage_id, 0) for passage_id in passage_ids]
+        for of_query, passage_ids in zip(judged, ids, strict=True)
+    ]
     scores = [[hit.score for hit in ranking] for ranking in rankings]
     shape = (len(ids), depth)
     return RankedLists(
@@ -151,7 +154,7 @@ def _write(file: Path, lists: dict[str, RankedLists], fingerprint: str) -> None:
 
 
 def _read(file: Path, fingerprint: str) -> dict[str, RankedLists] | None:
-    """The lists in the file; None if there are none, or others."""
+    """The lists in the file; None if it is missing or has other lists."""
     if not file.is_file():
         return None
     with safe_open(file, "np") as opened:

@@ -68,7 +68,7 @@ class Run(OpenRun):
     """Trains a student from a recipe, step by step, in a run folder. ``finish`` runs all steps.
 
     Progress messages go to the logger ``d2llm.remarks``. ``recipe`` has the paths of the data sets on this machine,
-    ``parts`` is the layout of the run folder.
+    ``folder`` is the layout of its folder.
 
     Example:
         >>> from d2llm import Recipe, Run
@@ -162,7 +162,7 @@ class Run(OpenRun):
         from d2llm.training.gate import PRECHECK_QUERIES, precheck
         from d2llm.training.sentences import describe_precheck
 
-        recipe, folder = self.recipe, self.parts.teacher
+        recipe, folder = self.recipe, self.folder.teacher
         if recipe.teacher_tuning.epochs == 0:
             return self.skip("precheck: the teacher is not tuned, so the gate tests it as it is")
         if recipe.teacher.needs_tuning and find_tuned_teacher(recipe.teacher.model) is None:
@@ -176,7 +176,7 @@ class Run(OpenRun):
         )
         look = precheck(
             self.dev_data(),
-            self.parts.path,
+            self.folder.path,
             teacher=recipe.teacher,
             student=self.untuned_cosine(),
             settings=recipe.gate,
@@ -191,7 +191,7 @@ class Run(OpenRun):
         """Tune the recipe's teacher on the plans."""
         from d2llm.training.tune_teacher import tune_teacher
 
-        recipe, folder = self.recipe, self.parts.teacher
+        recipe, folder = self.recipe, self.folder.teacher
         if recipe.teacher_tuning.epochs == 0:
             return self.skip("tune-teacher: the recipe takes the teacher as it is (teacher_tuning.epochs is 0)")
         if again:
@@ -202,7 +202,7 @@ class Run(OpenRun):
         self.require_plans()
         _remarks.info("tune-teacher: training '%s' to answer yes or no, on the plans", recipe.teacher.model)
         report = tune_teacher(
-            self.parts.sources(recipe, as_mined=True),
+            self.folder.sources(recipe, as_mined=True),
             folder,
             teacher=recipe.teacher,
             tuning=recipe.teacher_tuning,
@@ -211,7 +211,7 @@ class Run(OpenRun):
         )
         _remarks.info("tune-teacher: %s pairs, final loss %.3f, in %s", f"{report.pairs:,}", report.loss, folder)
         for data in recipe.data:
-            filtered = self.parts.filtered_plan(data)
+            filtered = self.folder.filtered_plan(data)
             if is_finished(filtered) and manifest_of(filtered).get("teacher") != report.fingerprint:
                 _log.warning(
                     "%s was filtered with another teacher and is kept; to filter with this one, use run with --again "
@@ -231,13 +231,13 @@ class Run(OpenRun):
         if not self.recipe.teacher.ensemble_with_cosine:
             return self.skip("ensemble: the recipe's teacher is not combined with a cosine student")
         if again:
-            self.put_aside("ensemble", self.parts.ensemble)
-        elif is_finished(self.parts.ensemble):
+            self.put_aside("ensemble", self.folder.ensemble)
+        elif is_finished(self.folder.ensemble):
             return self.skip(
-                f"ensemble: {self.parts.ensemble} is finished; --again ensemble fits a new one and moves this one aside"
+                f"ensemble: {self.folder.ensemble} is finished; --again ensemble moves it aside and fits a new one"
             )
         self.distill(variant="cosine", again=cosine_again, for_ensemble=True)
-        cosine = CosineTeacherConfig(model=str(self.parts.cosine_of_ensemble(self.recipe)))
+        cosine = CosineTeacherConfig(model=str(self.folder.cosine_of_ensemble(self.recipe)))
         return self.ensemble([self.teacher, cosine], runner=runner)
 
     @_shows_progress
@@ -265,7 +265,7 @@ class Run(OpenRun):
         cosine_student, load = self._untuned_cosine_and_load()
         report = ensemble_teachers(
             [(dataset, task) for dataset, task in self.dev_data() if isinstance(dataset, Dataset)],
-            self.parts.ensemble,
+            self.folder.ensemble,
             members=objects_of(members, "members", TeacherConfig),
             student=cosine_student,
             num_queries=num_queries or settings.queries,
@@ -303,9 +303,9 @@ class Run(OpenRun):
 
         chosen = teacher or self.teacher
         if not again:
-            known = read_gate(self.parts.path, identify_teacher(chosen).fingerprint) or {}
+            known = read_gate(self.folder.path, identify_teacher(chosen).fingerprint) or {}
             if all(open_source(data.path, splits=["dev"]).name in known for data in self.recipe.data):
-                return self.skip(f"gate: the verdict on this teacher is in {self.parts.path}: {describe_gates(known)}")
+                return self.skip(f"gate: the verdict on this teacher is in {self.folder.path}: {describe_gates(known)}")
         _remarks.info(
             "gate: testing the teacher against the cosine, on up to %d dev queries of each of %d data sets",
             self.recipe.gate.queries,
@@ -318,7 +318,7 @@ class Run(OpenRun):
             to_beat = load()
         return gate(
             self.dev_data(),
-            self.parts.path,
+            self.folder.path,
             teacher=chosen,
             student=to_beat,
             settings=self.recipe.gate,
@@ -351,14 +351,14 @@ class Run(OpenRun):
         self.require_plans()
         self._name_the_teacher("label")
         report = label(
-            self.parts.sources(self.recipe),
-            self.parts.labels,
+            self.folder.sources(self.recipe),
+            self.folder.labels,
             teacher=self.teacher,
             settings=self.recipe.labelling,
             runner=runner,
             **self._computing,
         )
-        _remarks.info("label: %s, in %s", describe_labels(report), self.parts.labels)
+        _remarks.info("label: %s, in %s", describe_labels(report), self.folder.labels)
         return report
 
     @_shows_progress
@@ -375,11 +375,11 @@ class Run(OpenRun):
         from d2llm.training.distill import distill
         from d2llm.training.sentences import describe_distillation, untrained_advice
 
-        recipe, folder = self.recipe, self.parts.student
+        recipe, folder = self.recipe, self.folder.student
         if variant is not None:
-            recipe, folder = find_variant(variant).apply(recipe), self.parts.variant(variant)
+            recipe, folder = find_variant(variant).apply(recipe), self.folder.variant(variant)
         if for_ensemble:
-            folder = self.parts.cosine_of_ensemble(self.recipe)
+            folder = self.folder.cosine_of_ensemble(self.recipe)
         if again:
             self.put_aside("distill", folder)
         elif is_finished(folder):
@@ -389,16 +389,16 @@ class Run(OpenRun):
         self.require_plans()
         closed = self.closed_gates() if recipe.losses.imitates else []
         if recipe.losses.imitates and len(closed) < len(recipe.data):
-            if not is_finished(self.parts.labels):
+            if not is_finished(self.folder.labels):
                 raise InputError(
-                    f"{self.parts.labels}: there are no labels yet; run `d2llm label` with this recipe first"
+                    f"{self.folder.labels}: there are no labels yet; run `d2llm label` with this recipe first"
                 )
             self._name_the_teacher("distill")
         report = distill(
-            self.parts.sources(self.recipe, as_mined=for_ensemble),
+            self.folder.sources(self.recipe, as_mined=for_ensemble),
             folder,
             recipe=recipe,
-            labels=self.parts.labels,
+            labels=self.folder.labels,
             teacher=self.teacher,
             closed_gates=closed,
             **self._computing,
@@ -417,8 +417,8 @@ class Run(OpenRun):
         from d2llm.training.alternate import alternate
 
         self.mine(before_tuning=True)
-        sources = self.parts.sources(self.recipe, as_mined=True)
-        return alternate(sources, self.parts.path, recipe=self.recipe, rounds=rounds, **self._computing)
+        sources = self.folder.sources(self.recipe, as_mined=True)
+        return alternate(sources, self.folder.path, recipe=self.recipe, rounds=rounds, **self._computing)
 
     @_shows_progress
     def evaluate(
@@ -444,17 +444,17 @@ class Run(OpenRun):
         from d2llm.evaluation.loading import load_contenders
         from d2llm.evaluation.settings import EvaluationSettings
 
-        if not is_finished(self.parts.student):
-            raise InputError(f"{self.parts.student}: there is no student yet; run `d2llm distill` first")
+        if not is_finished(self.folder.student):
+            raise InputError(f"{self.folder.student}: there is no student yet; run `d2llm distill` first")
         contenders = load_contenders(
-            self.parts.student,
+            self.folder.student,
             teacher=self.teacher if with_teacher else None,
             with_teacher=with_teacher,
             device=self.device,
             dtype=self.dtype,
         )
         chosen = settings or EvaluationSettings()
-        labels = self.parts.labels if with_teacher and is_finished(self.parts.labels) else None
+        labels = self.folder.labels if with_teacher and is_finished(self.folder.labels) else None
         reports: dict[str, EvaluationReport] = {}
         for data in self.recipe.data:
             dataset = open_data(data.path)
@@ -462,7 +462,7 @@ class Run(OpenRun):
                 dataset,
                 contenders,
                 chosen.replace(task=data.task),
-                work_folder=self.parts.path / "evaluation",
+                work_folder=self.folder.path / "evaluation",
                 labels=labels,
                 runner=runner,
                 device=self.device,
@@ -495,10 +495,10 @@ class Run(OpenRun):
 
         self.require_plans()
         return ablate(
-            self.parts.sources(self.recipe),
-            self.parts.path / "ablation",
+            self.folder.sources(self.recipe),
+            self.folder.path / "ablation",
             recipe=self.recipe,
-            labels=self.parts.labels,
+            labels=self.folder.labels,
             teacher=self.teacher,
             closed_gates=self.closed_gates() if self.recipe.losses.imitates else [],
             variants=variants,

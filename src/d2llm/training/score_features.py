@@ -6,16 +6,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from d2llm.core.errors import OutOfTimeError
 from d2llm.core.time_limit import seconds_left, time_limit
 from d2llm.core.types import ScoreFeature, Task
+from d2llm.data.beir import Dataset
 from d2llm.data.collation import LabelledSource
 from d2llm.data.training import TrainingSource
 from d2llm.models.fitted_part import Widths
-from d2llm.models.score_features import ScoreFeatures, TaskFeatureWeights
+from d2llm.models.score_features import FeatureWeights, ScoreFeatures, TaskFeatureWeights
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection
 from d2llm.recipe import Recipe
+from d2llm.store.bm25 import WordIndex
 from d2llm.training.checkpoints import remarks
 from d2llm.training.dev_sets import DevSet
 from d2llm.training.fit_probabilities import fit_probabilities
@@ -23,7 +28,23 @@ from d2llm.training.fit_score_features import fit_score_features
 from d2llm.training.fit_tokens import fit_tokens
 from d2llm.training.processes import Processes
 from d2llm.training.training_loop import DistillRun, listed_passages
-from d2llm.training.word_scores import WordScores
+
+
+class WordScores:
+    """The words' part of the score of any query and passage of one data set, with fixed weights."""
+
+    def __init__(self, dataset: Dataset, weights: FeatureWeights) -> None:
+        self._words = WordIndex.from_texts(passage.full_text for passage in dataset.passages.values())
+        self._row_of = {passage_id: row for row, passage_id in enumerate(dataset.passages)}
+        self._weights = weights
+
+    def __call__(self, query: str, passage_ids: Sequence[str]) -> NDArray[np.float32]:
+        """What words add to the scores [n] of the given passages."""
+        words = self._words.query(query)
+        rows = np.array([self._row_of[passage_id] for passage_id in passage_ids], np.int64)
+        passages, windows = self._words.score(words, rows)
+        passage_weight, window_weight = self._weights.word_weights(words.limit, words.statistics)
+        return passage_weight * passages + window_weight * windows
 
 
 def score_features_at_start(
@@ -46,12 +67,12 @@ def score_features_at_start(
             student.token_projection.write(run_folder, key)
         fitted = _fit_score_features(student, sources, recipe, counted, use_nearest=False)
         # Only an index knows how near the nearest passage is.
-        own, usable = student.score_features, dict[Task, TaskFeatureWeights]()
-        for task, task_weights in own.tasks.items():
-            weights = own.weights(task)
+        current, usable = student.score_features, dict[Task, TaskFeatureWeights]()
+        for task, task_weights in current.tasks.items():
+            weights = current.weights(task)
             if weights.terms.keys() <= {*counted} and not weights.needs_nearest:
                 usable[task] = task_weights
-        start = own.model_copy(update={"tasks": usable})
+        start = current.model_copy(update={"tasks": usable})
         if chosen := _with_inherited(fitted, start, student):
             chosen.write(run_folder, key)
     processes.from_first(None)  # wait until both are written
@@ -64,13 +85,13 @@ def with_score_features(
 ) -> tuple[list[LabelledSource], list[DevSet]]:
     """The same data sets, whose scores count words and tokens where they have a weight; never for labelled pairs."""
     sources, dev = list(labelled), list(dev_sets)
-    for place, labelled_source in enumerate(labelled):
+    for index, labelled_source in enumerate(labelled):
         weights = score_features.weights(labelled_source.source.task, stored=("token",))
         if labelled_source.source.pairs is None and weights:
             score_words = WordScores(labelled_source.source.dataset, weights) if weights.counts_words else None
             token_weight = weights.terms.get("maxsim", 0.0)
-            sources[place] = replace(labelled_source, score_words=score_words, token_weight=token_weight)
-            dev[place] = dev[place].with_score_features(score_words, token_weight)
+            sources[index] = replace(labelled_source, score_words=score_words, token_weight=token_weight)
+            dev[index] = dev[index].with_score_features(score_words, token_weight)
     return sources, dev
 
 
@@ -148,7 +169,7 @@ def _fit_tokens(
 
 
 def _with_inherited(fitted: ScoreFeatures, start: ScoreFeatures, student: Student) -> ScoreFeatures:
-    """The fitted score features, and those of the student that training started from for the other tasks."""
+    """The fitted score features; for other tasks, those of the student at the start."""
     if not (start.tasks and student.has_dot):
         return fitted
     kept = start.inherited(has_tokens=student.token_projection is not None)

@@ -9,6 +9,7 @@ from typing import Any
 from d2llm.core.types import Task
 from d2llm.recipe import TrainingConfig
 from d2llm.training.distill import DistillReport
+from d2llm.training.fit_scores import FitScoresReport
 from d2llm.training.gate import GateReport, Precheck
 from d2llm.training.label import LabelReport
 
@@ -38,31 +39,35 @@ def describe_gates(gates: Mapping[str, bool]) -> str:
 
 def gate_advice(report: GateReport) -> str:
     """Which gates are closed, and what the recipe does in that case."""
-    parts: list[str] = []
+    sentences: list[str] = []
     if report.num_seen:
-        parts.append(
+        sentences.append(
             f"{report.num_seen} of the queries were used to fit the ensemble's weights, so its results are optimistic."
         )
     if report.num_truncated:
-        parts.append(f"{report.num_truncated:,} pairs were truncated to the teacher's length limit.")
+        sentences.append(f"{report.num_truncated:,} pairs were truncated to the teacher's length limit.")
     if report.num_undecided:
-        parts.append(f"{report.num_undecided:,} of {report.num_scored:,} pairs got no answer and count as undecided.")
+        sentences.append(
+            f"{report.num_undecided:,} of {report.num_scored:,} pairs got no answer and count as undecided."
+        )
     if report.num_ungraded:
-        parts.append(
+        sentences.append(
             f"{report.num_ungraded:,} candidates have no grade of the teacher and come last in both rankings; record "
             "or ask for more of the dev candidates if that is many."
         )
     if not report.closed:
-        return " ".join(["gate: open for every data set: the teacher is significantly better than the cosine.", *parts])
+        return " ".join(
+            ["gate: open for every data set: the teacher is significantly better than the cosine.", *sentences]
+        )
     closed = ", ".join(report.closed)
-    parts.insert(0, f"gate: closed for {closed}: the teacher is not significantly better than the cosine there.")
+    sentences.insert(0, f"gate: closed for {closed}: the teacher is not significantly better than the cosine there.")
     consequence = {
         "labels": "The recipe's when_closed is 'labels': the student learns there from the data set's own judgements.",
         "teacher": "The recipe's when_closed is 'teacher': its labels are used anyway.",
         "stop": "The recipe's when_closed is 'stop'. Tune the teacher further, combine it with the cosine, or raise "
         "queries in [gate] if the difference is small.",
     }
-    return " ".join([*parts, consequence[report.settings.when_closed]])
+    return " ".join([*sentences, consequence[report.settings.when_closed]])
 
 
 def describe_labels(report: LabelReport) -> str:
@@ -97,15 +102,15 @@ def describe_distillation(report: DistillReport) -> str:
 
 def describe_score_features(fitted: Mapping[Task, Mapping[str, Any]]) -> str:
     """How much the score features gain on dev, and where it is left out."""
-    parts: list[str] = []
+    sentences: list[str] = []
     for task, result in fitted.items():
-        changes = ", ".join(f"{name} {own:.3f} -> {fused:.3f}" for name, (own, fused) in result["dev"].items())
+        changes = ", ".join(f"{name} {before:.3f} -> {fused:.3f}" for name, (before, fused) in result["dev"].items())
         if not result["dev"]:
             changes = "the weights of the student that training started from"
         is_used = any(result["weights"].values())
         left_out = "" if is_used else " (no better, so they are left out)"
-        parts.append(f"words and other score features in the {task} score: {changes}{left_out}")
-    return "; ".join(parts)
+        sentences.append(f"words and other score features in the {task} score: {changes}{left_out}")
+    return "; ".join(sentences)
 
 
 def describe_calibration(fitted: Mapping[Task, Mapping[str, Any]]) -> str:
@@ -147,3 +152,21 @@ def untrained_advice(report: DistillReport, training: TrainingConfig) -> str:
         "nothing was learnt: no state of the run was better on dev than the start, so the student was written as it "
         f"was before training (dev, start -> last evaluation: {changes}). {advice}. Then run it with --again"
     )
+
+
+def describe_fit_scores(report: FitScoresReport) -> str:
+    """What ``fit-scores`` fitted."""
+    features, probabilities, task = report.score_features, report.probabilities, report.task
+    facts = [
+        describe_score_features({task: features}) if features else "words were not fitted",
+        f"probabilities: {describe_calibration({task: probabilities} if probabilities else {})}",
+    ]
+    for name, measure, fitted in (
+        ("quality", "auc", report.quality),
+        ("words", "explained", report.term_weights),
+        ("document expansion", "explained", report.document_expansion),
+    ):
+        if fitted is not None:
+            values = (f"{measure} {value:.3f} on {dataset}" for dataset, value in fitted[measure].items())
+            facts.append(f"{name}: {', '.join(values)}")
+    return "; ".join(facts)

@@ -26,7 +26,8 @@ from d2llm.recipe import AutoPooling, BackboneConfig, DataConfig, Recipe, Studen
 from d2llm.recipe.recipe_file import load_recipe_text, named_teacher
 from d2llm.retrieval.protocols import task_for
 from d2llm.training.checkpoints import usual_epochs
-from d2llm.training.fit_score_features import LISTED_DEPTH, LISTED_PASSAGES
+from d2llm.training.fit_score_features import LISTED_DEPTH
+from d2llm.training.settings import LISTED_PASSAGES
 
 _log = logging.getLogger(__name__)
 _SAMPLE = 2000  # texts whose length is measured

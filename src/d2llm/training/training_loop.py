@@ -51,7 +51,6 @@ from d2llm.training.dev_sets import (
     has_interaction_weight,
     measure_by_weight,
 )
-from d2llm.training.fit_score_features import LISTED_PASSAGES
 from d2llm.training.gradient_cache import backpropagate, graph_room
 from d2llm.training.idle_gates import make_idle_gates_constant
 from d2llm.training.losses import LossInput
@@ -69,6 +68,7 @@ from d2llm.training.objective import (
 )
 from d2llm.training.processes import Processes
 from d2llm.training.residual import AskTeacher, train_residual
+from d2llm.training.settings import LISTED_PASSAGES
 from d2llm.training.trackers import open_trackers
 from d2llm.training.trainer import Trainable, Trainer
 
@@ -430,7 +430,7 @@ class DistillRun(Trainable):
             self.student,
             ids,
             loss_of,
-            places=token_places(self.student, batch, ids),
+            token_positions=token_places(self.student, batch, ids),
             depths=depths,
             part_tokens=training.part_tokens,
             room=self.room,

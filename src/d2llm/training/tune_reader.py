@@ -89,7 +89,7 @@ class ReadList(NamedTuple):
 
     lists: RankedLists
     row: int
-    places: list[int]
+    order: list[int]
 
     @property
     def query(self) -> str:
@@ -99,13 +99,13 @@ class ReadList(NamedTuple):
     @property
     def vectors(self) -> NDArray[np.float32]:
         """The passages' vectors [n, dim], as they are read."""
-        return self.lists.vectors[self.row, self.places]
+        return self.lists.vectors[self.row, self.order]
 
     @property
     def target(self) -> list[int]:
         """The order to learn: higher grades first, then those that the student ranks higher."""
-        grades = self.lists.grades[self.row, self.places].tolist()
-        return sorted(range(len(grades)), key=lambda place: (-grades[place], self.places[place]))
+        grades = self.lists.grades[self.row, self.order].tolist()
+        return sorted(range(len(grades)), key=lambda place: (-grades[place], self.order[place]))
 
 
 def tune_reader(
@@ -180,13 +180,13 @@ def tune_reader(
     return save_tuned(report, partial(reader.save, folder), content, stages)
 
 
-def training_lists(lists: Sequence[RankedLists], number: int, seed: int) -> list[ReadList]:
+def training_lists(lists: Sequence[RankedLists], num_lists: int, seed: int) -> list[ReadList]:
     """Those with a relevant passage, mixed anew in each round; every other one is read in random order.
 
     Raises:
         InputError: no list has a relevant passage.
     """
-    usable = [(own, row) for own in lists for row in np.flatnonzero(own.grades.any(axis=1)).tolist()]
+    usable = [(ranked, row) for ranked in lists for row in np.flatnonzero(ranked.grades.any(axis=1)).tolist()]
     if not usable:
         raise InputError(
             "the student finds no relevant passage for any train query, so there is no ranking to learn; give another "
@@ -194,11 +194,11 @@ def training_lists(lists: Sequence[RankedLists], number: int, seed: int) -> list
         )
     rng = random.Random(seed)
     read: list[ReadList] = []
-    while len(read) < number:
-        for position, (own, row) in enumerate(rng.sample(usable, len(usable))):
-            places = range(own.grades.shape[1])
-            read.append(ReadList(own, row, [*places] if position % 2 else rng.sample(places, len(places))))
-    return read[:number]
+    while len(read) < num_lists:
+        for position, (ranked, row) in enumerate(rng.sample(usable, len(usable))):
+            positions = range(ranked.grades.shape[1])
+            read.append(ReadList(ranked, row, [*positions] if position % 2 else rng.sample(positions, len(positions))))
+    return read[:num_lists]
 
 
 def measure(reader: ListwiseReader, lists: RankedLists, qrels: Qrels, *, seed: int = 0) -> ReaderFigures:
@@ -224,7 +224,7 @@ def measure(reader: ListwiseReader, lists: RankedLists, qrels: Qrels, *, seed: i
 def ndcg(lists: RankedLists, orders: Sequence[Sequence[int]], qrels: Qrels) -> NDArray[np.float64]:
     """nDCG@10 [n] of each query, with the passages of its list at these places."""
     rankings = {
-        query_id: [ids[place] for place in order]
+        query_id: [ids[index] for index in order]
         for query_id, ids, order in zip(lists.query_ids, lists.ids, orders, strict=True)
     }
     values = per_query_measures(rankings, {query_id: qrels[query_id] for query_id in rankings})["nDCG@10"]

@@ -215,20 +215,20 @@ def with_student_scores(pairs: Sequence[TrainingPair], student: Student) -> list
     """
     scores = np.empty(len(pairs), np.float64)
     for task in TASKS:
-        places = [place for place, pair in enumerate(pairs) if pair.task == task]
-        if not places:
+        indices = [index for index, pair in enumerate(pairs) if pair.task == task]
+        if not indices:
             continue
         by_query: dict[str, list[int]] = {}
-        for place in places:
-            by_query.setdefault(pairs[place].query, []).append(place)
-        rows = {text: row for row, text in enumerate(dict.fromkeys(pairs[place].passage for place in places))}
+        for index in indices:
+            by_query.setdefault(pairs[index].query, []).append(index)
+        rows = {text: row for row, text in enumerate(dict.fromkeys(pairs[index].passage for index in indices))}
         with progress_bar("scoring pairs for the teacher", len(by_query) + len(rows)) as advance:
             queries = student.encode_queries(list(by_query), advance=advance).vectors
             passages = student.encode_passages(list(rows), advance=advance).vectors
-        for query, query_places in zip(queries, by_query.values(), strict=True):
-            listed = passages[[rows[pairs[place].passage] for place in query_places]]
-            scores[query_places] = student.score(query, listed, task)
-        scores[places] -= scores[places].mean()
+        for query, query_positions in zip(queries, by_query.values(), strict=True):
+            listed = passages[[rows[pairs[index].passage] for index in query_positions]]
+            scores[query_positions] = student.score(query, listed, task)
+        scores[indices] -= scores[indices].mean()
     probabilities = torch.sigmoid(torch.from_numpy(scores)).tolist()
     return [replace(pair, target=target) for pair, target in zip(pairs, probabilities, strict=True)]
 
@@ -284,14 +284,14 @@ def score_dev(teacher: PairTeacher, pairs: Sequence[TrainingPair]) -> DevScore:
     for index, pair in enumerate(pairs):
         by_list.setdefault((pair.task, pair.query), []).append(index)
     for task in TASKS:
-        places = [index for (list_task, _), places in by_list.items() if list_task == task for index in places]
-        if places:
-            texts = [(pairs[index].query, pairs[index].passage) for index in places]
-            log_odds[places] = teacher.score_pairs(texts, task).log_odds
+        indices = [index for (list_task, _), indices in by_list.items() if list_task == task for index in indices]
+        if indices:
+            texts = [(pairs[index].query, pairs[index].passage) for index in indices]
+            log_odds[indices] = teacher.score_pairs(texts, task).log_odds
     targets = torch.tensor([pair.target for pair in pairs])
     loss = functional.binary_cross_entropy_with_logits(torch.from_numpy(log_odds), targets)
     is_positive = np.array([pair.is_positive for pair in pairs])
-    ranks = [_reciprocal_rank(log_odds[places], is_positive[places]) for places in by_list.values()]
+    ranks = [_reciprocal_rank(log_odds[indices], is_positive[indices]) for indices in by_list.values()]
     return DevScore(float(loss), float(np.mean([rank for rank in ranks if rank is not None] or [0.0])))
 
 
@@ -373,21 +373,21 @@ def accumulate(
     """
     task = batch[0].task
     inputs, num_truncated = model.tokenize([(pair.query, pair.passage) for pair in batch], task)
-    places: dict[str | int, list[int]] = {}
+    by_list: dict[str | int, list[int]] = {}
     for place, pair in enumerate(batch):
-        places.setdefault(pair.query if loss == "lists" else place, []).append(place)
-    lists = list(places.values())
+        by_list.setdefault(pair.query if loss == "lists" else place, []).append(place)
+    lists = list(by_list.values())
     pair_weight = _PAIR_WEIGHT if loss == "lists" else 1.0
     lengths = [max(len(inputs[place]) for place in list_places) * len(list_places) for list_places in lists]
     together = token_budget_batches(lengths, max_tokens=part_tokens, max_items=len(lists))
     seeds: list[int] = torch.randint(1 << 31, (len(together),)).tolist()
     total = torch.zeros((), device=model.device)
     for list_numbers, seed in zip(together, seeds, strict=True):
-        rows = [inputs[place] for number in list_numbers for place in lists[number]]
+        rows = [inputs[place] for list_number in list_numbers for place in lists[list_number]]
         targets = torch.tensor(
-            [batch[place].target for number in list_numbers for place in lists[number]], device=model.device
+            [batch[place].target for list_number in list_numbers for place in lists[list_number]], device=model.device
         )
-        sizes = [len(lists[number]) for number in list_numbers]
+        sizes = [len(lists[list_number]) for list_number in list_numbers]
 
         def loss_of(log_odds: Tensor, targets: Tensor = targets, sizes: Sequence[int] = sizes) -> Tensor:
             yes_or_no = functional.binary_cross_entropy_with_logits(log_odds, targets, reduction="sum")
@@ -401,6 +401,6 @@ def accumulate(
             return model(*model.pad([rows[index] for index in part]), task)[0]
 
         row_lengths = [len(ids) for ids in rows]
-        parts = token_budget_batches(row_lengths, max_tokens=part_tokens, max_items=len(rows))
-        total += backpropagate_parts(model, compute, parts, row_lengths, loss_of, room=room, seed=seed)
+        micro_batches = token_budget_batches(row_lengths, max_tokens=part_tokens, max_items=len(rows))
+        total += backpropagate_parts(model, compute, micro_batches, row_lengths, loss_of, room=room, seed=seed)
     return total, num_truncated

@@ -240,7 +240,7 @@ def accumulate(model: LocalWriter, examples: Sequence[WriterExample], part_token
     prompts, targets = _encode(model, examples)
     num_tokens = sum(map(len, targets))
     total = 0.0
-    for part in _parts(prompts, targets, part_tokens):
+    for part in _micro_batches(prompts, targets, part_tokens):
         loss = model.query_loss([prompts[index] for index in part], [targets[index] for index in part]) / num_tokens
         loss.backward()
         total += float(loss.detach())
@@ -253,7 +253,7 @@ def mean_loss(model: LocalWriter, examples: Sequence[WriterExample], part_tokens
     prompts, targets = _encode(model, examples)
     total = 0.0
     with inference(model.whole):
-        for part in _parts(prompts, targets, part_tokens):
+        for part in _micro_batches(prompts, targets, part_tokens):
             total += float(model.query_loss([prompts[index] for index in part], [targets[index] for index in part]))
     return total / sum(map(len, targets))
 
@@ -321,7 +321,7 @@ def _encode(model: LocalWriter, examples: Sequence[WriterExample]) -> tuple[list
     return prompts, model.encode_targets([example.query for example in examples])
 
 
-def _parts(prompts: Sequence[list[int]], targets: Sequence[list[int]], part_tokens: int) -> list[list[int]]:
+def _micro_batches(prompts: Sequence[list[int]], targets: Sequence[list[int]], part_tokens: int) -> list[list[int]]:
     lengths = [len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True)]
     return token_budget_batches(lengths, max_tokens=part_tokens, max_items=len(lengths))
 

@@ -61,10 +61,11 @@ def test_lone_surrogates_are_rejected_in_any_field(address, path, status, body):
 
 
 @pytest.fixture(scope="module")
-def guarded(folder, student):
+def guarded(folder, student, tmp_path_factory):
     """The address of a server that requires an API key, and the key."""
-    secret = add_key(folder / "keys.json", "client")
-    with serving(folder / "student-0", model_name=NAME, keys_file=folder / "keys.json") as address:
+    keys_file = tmp_path_factory.mktemp("keys") / "keys.json"  # a process may come to this module twice
+    secret = add_key(keys_file, "client")
+    with serving(folder / "student-0", model_name=NAME, keys_file=keys_file) as address:
         yield address, secret
 
 

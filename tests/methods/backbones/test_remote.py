@@ -28,7 +28,7 @@ from d2llm.models.student_files import check_content
 from d2llm.recipe import StudentConfig
 from d2llm.recipe.recipe_file import parse_recipe, shaping_settings
 from d2llm.retrieval.chunking import Chunker
-from d2llm.store.side_files import Chunking
+from d2llm.store.index_manifest import Chunking
 from d2llm.training.distill import _starting_student
 from d2llm.training.fit_tokens import fit_tokens
 from local_endpoint import EMBEDDING_DIM, LocalEndpoint, Reply, Request, embedding, embeddings, local_endpoint

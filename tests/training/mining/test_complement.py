@@ -13,7 +13,7 @@ from d2llm.data.collation import LabelledSource, collate, epoch_batches
 from d2llm.data.labels import LabelStore
 from d2llm.data.pairs import PairDataset
 from d2llm.data.plan import PlanEntry
-from d2llm.training.mining.complement import complement_words
+from d2llm.training.distill import complement_words
 from tiny_data import make_source
 from tiny_distill import Place, log_of
 

@@ -74,7 +74,7 @@ class E5File:
     sizes: E5Sizes
     vocabulary: E5Vocabulary
     normalisation: dict[str, str]
-    places: dict[str, int]
+    offsets: dict[str, int]
     """Byte position in ``content`` of the weights with each name in the file."""
 
     def weights(self) -> Generator[tuple[str, NDArray[np.float32]]]:
@@ -84,7 +84,7 @@ class E5File:
             ModelError: some weights are NaN or infinite.
         """
         for name, (bert_name, shape, is_matrix) in _layout(self.sizes).items():
-            count, offset = int(np.prod(shape)), self.places[name]
+            count, offset = int(np.prod(shape)), self.offsets[name]
             if is_matrix:
                 blocks = np.frombuffer(self.content, _BLOCK, count // _BLOCK_WEIGHTS, offset)
                 stored = blocks["scale"]
@@ -110,9 +110,9 @@ def read_e5(path: Path) -> E5File:
     sizes = _read_sizes(reader)
     vocabulary = _read_vocabulary(reader, sizes)
     normalisation = _read_normalisation(reader)
-    places = _read_directory(reader, sizes)
+    offsets = _read_directory(reader, sizes)
     _check_installed_hash(path, content)
-    return E5File(path, content, sizes, vocabulary, normalisation, places)
+    return E5File(path, content, sizes, vocabulary, normalisation, offsets)
 
 
 def dequantise(
@@ -221,7 +221,7 @@ def _read_normalisation(reader: _Reader) -> dict[str, str]:
     for _ in range(count):
         code, length = reader.values(_CHARACTER, "the normalised characters")
         codes = [code, *reader.array("<u4", length, "the normalised characters").tolist()]
-        if any(number > LAST_CODE_POINT or number in SURROGATES for number in codes) or chr(code) in targets:
+        if any(point > LAST_CODE_POINT or point in SURROGATES for point in codes) or chr(code) in targets:
             reader.refuse(f"the normalised character before byte {reader.place:,} is invalid, or occurs twice")
         targets[chr(code)] = "".join(map(chr, codes[1:]))
     if reader.place - begin != num_bytes:

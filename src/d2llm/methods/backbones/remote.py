@@ -235,7 +235,7 @@ class RemoteBackbone(Backbone):
         kept = [
             text if len(row) <= room else text[: row[room - 1][1]] for text, row in zip(texts, offsets, strict=True)
         ]
-        truncated = tuple(place for place, row in enumerate(offsets) if len(row) > room)
+        truncated = tuple(index for index, row in enumerate(offsets) if len(row) > room)
         return kept, truncated, tuple(max(1, min(len(row), room) + around) for row in offsets)
 
     def _vector_ids(self, texts: Sequence[str], kind: TextKind) -> list[int]:
@@ -252,17 +252,17 @@ class RemoteBackbone(Backbone):
 
     def _fetch(self, texts: Sequence[tuple[bytes, str]], body: Mapping[str, Any]) -> None:
         """Ask for the vectors of texts, given with their keys, and put each answer into the cache at once."""
-        parts = list(batched(texts, self.remote.batch_texts))
+        batches = list(batched(texts, self.remote.batch_texts))
         fields = {**({"dimensions": self.dim} if self.remote.shorten else {}), **body}
         before = self.usage
         try:
             self.endpoint.ask(
-                [{"input": [text for _, text in part], **fields} for part in parts],
-                keep=lambda place, answer: self._keep(parts[place], answer),
+                [{"input": [text for _, text in part], **fields} for part in batches],
+                keep=lambda place, answer: self._keep(batches[place], answer),
             ).all()
         finally:
             _remarks.log(
-                logging.INFO if len(parts) > 1 else logging.DEBUG,
+                logging.INFO if len(batches) > 1 else logging.DEBUG,
                 "%s: vectors of %d texts in %d requests, %d tokens reported, %d retries",
                 self.endpoint.address,
                 *map(operator.sub, astuple(self.usage), astuple(before)),
@@ -332,9 +332,9 @@ class _Answer:
 
 def _read_answer(answer: Any) -> _Answer:
     """Parse the JSON of an answer; its vectors may come in any order."""
-    rows = {row.get("index", place): row["embedding"] for place, row in enumerate(answer["data"])}
+    rows = {row.get("index", index): row["embedding"] for index, row in enumerate(answer["data"])}
     with np.errstate(over="ignore"):  # a number that is too large becomes infinite, which is reported
-        vectors = [np.asarray(rows[place], dtype=np.float32) for place in range(len(answer["data"]))]
+        vectors = [np.asarray(rows[index], dtype=np.float32) for index in range(len(answer["data"]))]
     num_tokens = (answer.get("usage") or {}).get("prompt_tokens")
     return _Answer(vectors, num_tokens if isinstance(num_tokens, int) else 0)
 

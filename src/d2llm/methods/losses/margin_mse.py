@@ -18,8 +18,8 @@ class MarginMSE(Loss, kind="margin_mse"):
     measured = (
         "+.0026 over list imitation on qnli, banking77 ([one seed](recipes.md#losses-how-to-imitate-a-teacher)); "
         "by [better grades](ablations.md#the-published-objective-taught-by-grades-that-are-better-than-the-"
-        "student) -.024 against judgements on squad-sent and banking77 (two seeds), -.007 on wikiqa and quora "
-        "(one seed)"
+        "student) -.023 ±.005 against judgements on squad-sent and banking77, -.010 ±.008 on wikiqa and "
+        "quora (three seeds)"
     )
 
     def __call__(self, inputs: LossInput) -> Tensor:

@@ -109,8 +109,8 @@ class NestedCrossEntropy(Loss, kind="nested_cross_entropy"):
 
     def record(self, *, is_trained: bool) -> dict[str, Any]:
         if not is_trained:
-            parts = " or ".join(str(nested) for nested in (self.dims, self.layers) if nested)
-            _log.warning("no trained state was better on dev than the start, so the vectors cannot be cut to %s", parts)
+            sizes = " or ".join(str(nested) for nested in (self.dims, self.layers) if nested)
+            _log.warning("no trained state was better on dev than the start, so the vectors cannot be cut to %s", sizes)
             return {"nested_dims": []}
         depths = {"nested_depths": [*self.layers]} if self.layers else {}
         return {"nested_dims": [*self.dims]} | depths

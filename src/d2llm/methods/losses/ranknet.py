@@ -21,8 +21,8 @@ class RankNet(Loss, kind="ranknet"):
     measured = (
         "-.0034 against list imitation on qnli, banking77 ([one seed](recipes.md#losses-how-to-imitate-a-"
         "teacher)); by [better grades](ablations.md#the-published-objective-taught-by-grades-that-are-better-"
-        "than-the-student) -.060 against judgements on squad-sent and banking77 (two seeds), -.018 on wikiqa and "
-        "quora (one seed)"
+        "than-the-student) -.062 ±.010 against judgements on squad-sent and banking77, -.025 ±.017 on wikiqa "
+        "and quora (three seeds)"
     )
 
     def __call__(self, inputs: LossInput) -> Tensor:

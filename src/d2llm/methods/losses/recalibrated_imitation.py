@@ -22,7 +22,7 @@ class RecalibratedImitation(Loss, kind="recalibrated_imitation"):
         "+.003 over list imitation (.7867 against .7836, [one seed](log/2026-11.md#2026-11-25-judgements-alone-"
         "and-score-regression-with-three-seeds-two-ways-with-an-unsure-teacher): chance); by [better "
         "grades](ablations.md#the-published-objective-taught-by-grades-that-are-better-than-the-student) -.002 "
-        "against judgements on squad-sent and banking77 (two seeds), -.005 on wikiqa and quora (two seeds)"
+        "±.003 against judgements on squad-sent and banking77, -.005 ±.009 on wikiqa and quora (three seeds)"
     )
 
     def __call__(self, inputs: LossInput) -> Tensor:

@@ -19,7 +19,7 @@ class ScoreRegression(Loss, kind="score_regression"):
         "+.006 over list imitation (95 % interval .004 to .008; qnli +.013, banking77 -.001; [three "
         "seeds](log/2026-11.md#2026-11-25-judgements-alone-and-score-regression-with-three-seeds-two-ways-with-"
         "an-unsure-teacher)); by [better grades](ablations.md#the-published-objective-taught-by-grades-that-are-"
-        "better-than-the-student) -.028 and -.018 against judgements on two pairs of sets (two seeds)"
+        "better-than-the-student) -.028 ±.003 and -.018 ±.009 against judgements on two pairs of sets (three seeds)"
     )
 
     def __call__(self, inputs: LossInput) -> Tensor:

@@ -20,8 +20,8 @@ class Sinkhorn(Loss, kind="sinkhorn"):
     measured = (
         "+.0037 over list imitation on qnli, banking77 ([one seed](recipes.md#losses-how-to-imitate-a-teacher)); "
         "by [better grades](ablations.md#the-published-objective-taught-by-grades-that-are-better-than-the-"
-        "student) -.020 against judgements on squad-sent and banking77 (two seeds), +.005 on wikiqa and quora "
-        "(one seed)"
+        "student) -.020 ±.007 against judgements on squad-sent and banking77, -.001 ±.016 on wikiqa and "
+        "quora (three seeds)"
     )
 
     def __call__(self, inputs: LossInput) -> Tensor:

@@ -56,7 +56,7 @@ class SoftExpansion(Loss, kind="soft_expansion"):
     of_vectors: ClassVar[bool] = True
     not_shaping: ClassVar[frozenset[str]] = frozenset({"passages", "writer"})  # what they say is compared
     passages: str
-    """A JSONL file with passages that a writer wrote for the training queries (``training.expansions``)."""
+    """A JSONL file with passages that a writer wrote for the training queries."""
     writer: WriterConfig | None = None
     """Who writes the passages that the file lacks. By default nobody: a query without them is an error."""
 
@@ -132,18 +132,18 @@ def read_expansions(path: Path) -> Passages:
     """
     passages: Passages = {}
     content = path.read_bytes() if path.is_file() else b""
-    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+    for line_number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
         try:
             values: Any = json.loads(line)
             query, texts = values["query"], values["passages"]
         except (ValueError, TypeError, KeyError) as error:
-            raise DataFormatError(path, f"needs a query and its passages ({error!r})", line=number) from error
+            raise DataFormatError(path, f"needs a query and its passages ({error!r})", line=line_number) from error
         if (
             not isinstance(query, str)
             or not isinstance(texts, list)
             or not all(isinstance(text, str) for text in texts)
         ):
-            raise DataFormatError(path, "'query' must be a text and 'passages' a list of texts", line=number)
+            raise DataFormatError(path, "'query' must be a text and 'passages' a list of texts", line=line_number)
         passages[query] = tuple(texts)
     return passages
 

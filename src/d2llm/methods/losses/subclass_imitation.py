@@ -45,7 +45,7 @@ class SubclassImitation(Loss, kind="subclass_imitation"):
         if features is None:
             return None
         probabilities = torch.sigmoid(inputs.of_lists(inputs.log_odds))
-        mask = inputs.on_device(batch.own) >= 0
+        mask = inputs.on_device(batch.gram_columns) >= 0
         gram = inputs.on_device(batch.gram)
         return subclass_imitation(inputs.of_lists(features).float(), gram, probabilities, mask)
 
@@ -87,10 +87,10 @@ def subclass_imitation(
     smallest = MIN_NORM**2  # of a variance
     total = torch.zeros_like(yes)
     with torch.autocast(features.device.type, enabled=False):
-        own = features @ features.mT
+        student_gram = features @ features.mT
         for weights in (yes, mask.to(yes.dtype) - yes):
             fractions = weights / weights.sum(dim=1, keepdim=True).clamp(min=smallest)
-            centred, own_centred = (_centred(products, fractions) for products in (gram, own))
+            centred, own_centred = (_centred(products, fractions) for products in (gram, student_gram))
             roots = fractions.sqrt()
             variances, vectors = torch.linalg.eigh(roots[:, :, None] * centred * roots[:, None, :])
             variances, vectors = (values.flip(-1)[..., :num_directions] for values in (variances, vectors))

@@ -20,7 +20,7 @@ class WeightedImitation(Loss, kind="weighted_imitation"):
         "+.0015 over list imitation (.7851, [one seed](log/2026-11.md#2026-11-25-judgements-alone-and-score-"
         "regression-with-three-seeds-two-ways-with-an-unsure-teacher): chance); by [better "
         "grades](ablations.md#the-published-objective-taught-by-grades-that-are-better-than-the-student) -.010 "
-        "against judgements on squad-sent and banking77 (two seeds), -.004 on wikiqa and quora (two seeds)"
+        "±.000 against judgements on squad-sent and banking77, -.004 ±.014 on wikiqa and quora (three seeds)"
     )
 
     def __call__(self, inputs: LossInput) -> Tensor:

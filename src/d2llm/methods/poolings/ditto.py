@@ -48,10 +48,10 @@ class Ditto(Pooling, kind="ditto"):
             raise InputError(
                 f"'{name}' has no attention, so pooling 'ditto' cannot weigh its tokens; set another pooling"
             )
-        for number, size, what in zip((self.layer, self.head), sizes, ("layer", "head"), strict=True):
-            if size is not None and number >= size:
+        for index, size, what in zip((self.layer, self.head), sizes, ("layer", "head"), strict=True):
+            if size is not None and index >= size:
                 raise InputError(
-                    f"pooling.{what} is {number}, but '{name}' has only 0 to {size - 1}; it is counted from 0"
+                    f"pooling.{what} is {index}, but '{name}' has only 0 to {size - 1}; it is counted from 0"
                 )
 
     def weigh(
@@ -103,8 +103,8 @@ def choose_head(backbone: Backbone, queries: Sequence[str], passages: Sequence[s
         raise InputError(f"{len(queries)} queries need as many passages or more, not {len(passages)}, and at least one")
     by_query, by_passage = _vectors_by_head(backbone, queries, "query"), _vectors_by_head(backbone, passages, "passage")
     scores = by_query @ by_passage.transpose(2, 3)  # [layers, heads, queries, passages]
-    own = torch.diagonal(scores, dim1=2, dim2=3).unsqueeze(-1)
-    ranks = (scores > own).sum(dim=3) + 1
+    paired = torch.diagonal(scores, dim1=2, dim2=3).unsqueeze(-1)
+    ranks = (scores > paired).sum(dim=3) + 1
     layer, head = divmod(int((1 / ranks).mean(dim=2).argmax()), scores.shape[1])
     return Ditto(layer=layer, head=head)
 

@@ -41,7 +41,7 @@ class PMA(ChangedPooling, kind="pma"):
                 f"pooling is {self.pooling.weighing.kind}, which weighs the tokens, and PMA would read the weighted "
                 "tokens: name another"
             )
-        if not self.warm_start and self.pooling != self.pooling.own:
+        if not self.warm_start and self.pooling != self.pooling.weightless:
             raise ValueError(
                 f"pooling is {self.pooling.kind}, which PMA without warm start does not use: set warm_start = true, or "
                 "delete it"

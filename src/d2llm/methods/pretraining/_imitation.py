@@ -56,10 +56,10 @@ class Imitation(Pretraining):
 
     def load_teacher(self, backbone: Backbone) -> Backbone:
         """The backbone to imitate."""
-        own = backbone.config
-        if self.teacher is None and own.layers is None:
+        config = backbone.config
+        if self.teacher is None and config.layers is None:
             raise InputError(f"the pretraining {self.kind} needs a teacher: name a backbone to imitate")
-        taught_by = own.model_copy(update={"layers": None, "tuning": Frozen(), "bidirectional": False})
+        taught_by = config.model_copy(update={"layers": None, "tuning": Frozen(), "bidirectional": False})
         if self.teacher is not None:
             taught_by = BackboneConfig(model=self.teacher, tuning=Frozen())
         pooling = backbone.pooling if self.teacher is None else None
@@ -138,14 +138,14 @@ class ImitationTask(PretrainingTask):
     @torch.no_grad()
     def _fit(self, linear: nn.Linear, texts: Sequence[list[int]]) -> None:
         chosen = random.Random(f"{self.seed}:map").sample([*texts], min(_FITTED_TEXTS, len(texts)))
-        own: list[Tensor] = []
+        student_features: list[Tensor] = []
         taught: list[Tensor] = []
-        for part in self.parts(chosen):
+        for part in self.batches(chosen):
             one, other = self.compared(*self.read([chosen[index] for index in part]))
-            own.append(one)
+            student_features.append(one)
             taught.append(other)
-        explained = fit_linear(linear, torch.cat(own), torch.cat(taught))
-        self.fitted(torch.cat(own))
+        explained = fit_linear(linear, torch.cat(student_features), torch.cat(taught))
+        self.fitted(torch.cat(student_features))
         remarks.info("pretraining: a linear map of the student explains %.2f of the teacher's variance", explained)
 
     def fitted(self, features: Float[Tensor, "rows width"]) -> None:
@@ -153,7 +153,7 @@ class ImitationTask(PretrainingTask):
 
     def losses(self, batch: Sequence[list[int]], rng: random.Random) -> Iterator[Tensor]:  # noqa: ARG002
         """How far the student is from the teacher."""
-        for part in self.parts(batch):
+        for part in self.batches(batch):
             yield self.differences(*self.read([batch[index] for index in part])).sum() / len(batch)
 
     def read(self, texts: Sequence[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -212,19 +212,19 @@ def _same_tokens(backbone: Backbone, teacher: Backbone, texts: Sequence[str], co
     )
     if one == other and backbone.tokenizer.get_vocab() == teacher.tokenizer.get_vocab():
         return True
-    own, taught_by = backbone.config.model, teacher.config.model
+    student_name, taught_by = backbone.config.model, teacher.config.model
     if config.needs_same_tokens:
         raise InputError(
-            f"pretraining.teacher: '{taught_by}' reads other tokens than the student's backbone '{own}', so their "
-            "attention cannot be compared; use a teacher with the same tokenizer, or one of the kinds "
+            f"pretraining.teacher: '{taught_by}' reads other tokens than the student's backbone '{student_name}', so "
+            "their attention cannot be compared; use a teacher with the same tokenizer, or one of the kinds "
             "hidden_states, mutual_information and vectors"
         )
     slow = [model.config.model for model in (backbone, teacher) if not getattr(model.tokenizer, "is_fast", False)]
     if config.aligns_tokens and slow:
         raise InputError(
-            f"pretraining.teacher: '{taught_by}' reads other tokens than the student's backbone '{own}', and the "
-            f"tokenizer of '{slow[0]}' gives no character offsets by which they could be compared; use a teacher with "
-            "the same tokenizer, or the kind vectors"
+            f"pretraining.teacher: '{taught_by}' reads other tokens than the student's backbone '{student_name}', and "
+            f"the tokenizer of '{slow[0]}' gives no character offsets by which they could be compared; use a teacher "
+            "with the same tokenizer, or the kind vectors"
         )
     return False
 
@@ -233,9 +233,9 @@ def _readings(
     backbone: Backbone, teacher: Backbone, texts: Sequence[str], kind: TextKind, config: Imitation
 ) -> dict[tuple[int, ...], Reading]:
     """How the teacher, with its own prefixes and cut to as many tokens, reads texts, by the student's tokens."""
-    own, taught = (model.tokenize(texts, kind, limit=config.max_tokens).ids for model in (backbone, teacher))
+    student_ids, taught = (model.tokenize(texts, kind, limit=config.max_tokens).ids for model in (backbone, teacher))
     readings: dict[tuple[int, ...], Reading] = {}
-    for text, ids, teacher_ids in zip(texts, own, taught, strict=True):
+    for text, ids, teacher_ids in zip(texts, student_ids, taught, strict=True):
         if not config.aligns_tokens:
             readings[tuple(ids)] = Reading(teacher_ids, np.zeros((0, 3), np.int32), 0)
             continue

@@ -66,11 +66,11 @@ class _MaskedTokens(PretrainingTask):
 
     def losses(self, batch: Sequence[list[int]], rng: random.Random) -> Iterator[Tensor]:
         """How badly the masked tokens of each text are predicted."""
-        for part in self.parts(batch):
+        for part in self.batches(batch):
             texts = [batch[index] for index in part]
             masks = [mask_tokens(ids, self.fraction, self.mask_id, rng) for ids in texts]
             states, _ = self.backbone(*self.backbone.pad([ids for ids, _ in masks]))
-            values = masked_next_token_loss(states, texts, [places for _, places in masks], self.head)
+            values = masked_next_token_loss(states, texts, [positions for _, positions in masks], self.head)
             yield values.sum() / len(batch)
 
 
@@ -79,17 +79,17 @@ def mask_tokens(ids: Sequence[int], fraction: float, mask_id: int, rng: random.R
 
     The first token stays, because no state is before it. A text of one token has no masks.
     """
-    places = sorted(rng.sample(range(1, len(ids)), max(1, round(fraction * (len(ids) - 1))))) if len(ids) > 1 else []
+    positions = sorted(rng.sample(range(1, len(ids)), max(1, round(fraction * (len(ids) - 1))))) if len(ids) > 1 else []
     masked = [*ids]
-    for place in places:
-        masked[place] = mask_id
-    return masked, places
+    for index in positions:
+        masked[index] = mask_id
+    return masked, positions
 
 
 def masked_next_token_loss(
     states: Float[Tensor, "texts tokens dim"],
     ids: Sequence[Sequence[int]],
-    places: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
     head: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, " texts"]:
     """How surprising the masked tokens of each text are to a language model's ``head``, read at the state before each.
@@ -98,13 +98,13 @@ def masked_next_token_loss(
     "LLM2Vec: Large Language Models Are Secretly Powerful Text Encoders", COLM 2024 (arXiv 2404.05961), section 2, the
     second of three steps; the third is ``simcse``.
     """
-    rows = [row for row, in_row in enumerate(places) for _ in in_row]
-    columns = [place for in_row in places for place in in_row]
+    rows = [row for row, in_row in enumerate(positions) for _ in in_row]
+    columns = [index for in_row in positions for index in in_row]
     target = torch.tensor([ids[row][column] for row, column in zip(rows, columns, strict=True)], device=states.device)
     before = states[rows, [column - 1 for column in columns]]
     losses = functional.cross_entropy(head(before).float(), target.long(), reduction="none")
     sums = losses.new_zeros(len(ids)).index_add(0, torch.tensor(rows, device=states.device, dtype=torch.long), losses)
-    return sums / torch.tensor([max(1, len(in_row)) for in_row in places], device=states.device)
+    return sums / torch.tensor([max(1, len(in_row)) for in_row in positions], device=states.device)
 
 
 def _mask_id(backbone: Backbone) -> int:

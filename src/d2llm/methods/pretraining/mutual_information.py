@@ -91,15 +91,15 @@ def mutual_information(scores: Float[Tensor, "tokens tokens"], *, alpha: float) 
     Variational Bounds of Mutual Information", ICML 2019. Its q(y) is 1 here: the critic that gives the scores has a
     constant of its own. There, the states of several layers are compared; here those of the last layer.
     """
-    scores, number = scores.float(), len(scores)
-    if number < 2:
+    scores, num_tokens = scores.float(), len(scores)
+    if num_tokens < 2:
         return scores.sum() * 0
-    same = torch.eye(number, dtype=torch.bool, device=scores.device)
-    means = scores.logsumexp(dim=0) - math.log(number)
-    others = scores.masked_fill(same, NO_ATTENTION).logsumexp(dim=0) - math.log(number - 1)
+    same = torch.eye(num_tokens, dtype=torch.bool, device=scores.device)
+    means = scores.logsumexp(dim=0) - math.log(num_tokens)
+    others = scores.masked_fill(same, NO_ATTENTION).logsumexp(dim=0) - math.log(num_tokens - 1)
 
     def mixed(values: Tensor) -> Tensor:  # log(alpha e^value + 1 - alpha)
-        parts = [values + math.log(alpha)] if alpha else []
-        return torch.stack([*parts, *([torch.full_like(values, math.log1p(-alpha))] if alpha < 1 else [])]).logsumexp(0)
+        terms = [values + math.log(alpha)] if alpha else []
+        return torch.stack([*terms, *([torch.full_like(values, math.log1p(-alpha))] if alpha < 1 else [])]).logsumexp(0)
 
     return 1 + (scores.diagonal() - mixed(means)).mean() - (others - mixed(others)).exp().mean()

@@ -70,9 +70,10 @@ class _Relations(ImitationTask):
         return [hook for layer in self.attention for hook in layer.listen()]
 
     def differences(self, states: Tensor, mask: Tensor, teacher_states: Tensor, teacher_mask: Tensor) -> Tensor:  # noqa: ARG002
-        own, taught = (layer.vectors for layer in self.attention)
+        student_vectors, taught = (layer.vectors for layer in self.attention)
         values = [
-            relation_divergence(one, other, mask, heads=self.heads) for one, other in zip(own, taught, strict=True)
+            relation_divergence(one, other, mask, heads=self.heads)
+            for one, other in zip(student_vectors, taught, strict=True)
         ]
         return torch.stack(values).sum(dim=0)
 
@@ -131,8 +132,8 @@ def relation_divergence(
     """
 
     def log_relations(vectors: Tensor) -> Tensor:  # [texts, heads, tokens, tokens]
-        parts = vectors.float().unflatten(-1, (heads, -1)).transpose(1, 2)
-        scores = parts @ parts.transpose(2, 3) / parts.shape[-1] ** 0.5
+        by_head = vectors.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+        scores = by_head @ by_head.transpose(2, 3) / by_head.shape[-1] ** 0.5
         return scores.masked_fill(~mask[:, None, None], NO_ATTENTION).log_softmax(dim=-1)
 
     target, predicted = log_relations(teacher), log_relations(student)

@@ -70,7 +70,7 @@ class TwoReadings(PretrainingTask):
     def _vectors(self, batch: Sequence[list[int]]) -> Tensor:
         """Vectors [texts, dim] of the backbone's own pooling."""
         vectors: list[Tensor] = [torch.empty(0)] * len(batch)
-        for part in self.parts(batch):
+        for part in self.batches(batch):
             states, mask = self.backbone(*self.backbone.pad([batch[index] for index in part]))
             for index, vector in zip(part, self.backbone.pool(states, mask), strict=True):
                 vectors[index] = vector

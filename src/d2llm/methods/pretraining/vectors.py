@@ -48,8 +48,8 @@ class _VectorsOfTexts(ImitationTask):
         return self.backbone.pool(states, mask), functional.normalize(taught, dim=1)
 
     def differences(self, states: Tensor, mask: Tensor, teacher_states: Tensor, teacher_mask: Tensor) -> Tensor:
-        own, taught = self.backbone.pool(states, mask), self.taught_by.pool(teacher_states, teacher_mask)
-        return vector_distance(own if self.linear is None else self.linear(own), taught)
+        vectors, taught = self.backbone.pool(states, mask), self.taught_by.pool(teacher_states, teacher_mask)
+        return vector_distance(vectors if self.linear is None else self.linear(vectors), taught)
 
 
 def vector_distance(

@@ -45,17 +45,17 @@ class _WordsOfTexts(PretrainingTask):
 
     def tokenize(self, passages: Sequence[str], queries: Sequence[str]) -> list[list[int]]:
         """Passages of several sentences in two parts each; the tokens of the second are what follows the first."""
-        parts: list[str] = []
+        halves: list[str] = []
         for passage in passages:
             starts = [start for start, _ in sentences(passage)[1:]]
             # At the sentence that begins nearest to the middle.
             cut = min(starts, key=lambda start: abs(2 * start - len(passage)), default=len(passage))
-            parts += [passage[:cut].rstrip(), *([passage[cut:]] if cut < len(passage) else [])]
+            halves += [passage[:cut].rstrip(), *([passage[cut:]] if cut < len(passage) else [])]
             if cut < len(passage):
-                one, other = self.backbone.tokenize(parts[-2:], "passage", limit=self.config.max_tokens).ids
+                one, other = self.backbone.tokenize(halves[-2:], "passage", limit=self.config.max_tokens).ids
                 self.following[tuple(one)] = other
         remarks.info("pretraining: something follows in %d of %d passages", len(self.following), len(passages))
-        return super().tokenize(parts, queries)
+        return super().tokenize(halves, queries)
 
     def record(self, texts: Sequence[list[int]]) -> dict[str, Any]:
         """What follows each text."""
@@ -70,18 +70,18 @@ class _WordsOfTexts(PretrainingTask):
 
     def losses(self, batch: Sequence[list[int]], rng: random.Random) -> Iterator[Tensor]:  # noqa: ARG002
         """How badly vectors predict a text's own words and those that follow, one half each."""
-        for part in self.parts(batch):
+        for part in self.batches(batch):
             texts = [batch[index] for index in part]
             states, mask = self.backbone(*self.backbone.pad(texts))
             vectors = self.backbone.pool(states, mask)
             following = [self.following.get(tuple(ids), []) for ids in texts]
-            own, next_ones = (
+            text_losses, next_ones = (
                 word_loss(
                     self.head(project(vectors)), [[one for one in ids if one not in self.special] for ids in words]
                 )
                 for project, words in zip(self.maps, (texts, following), strict=True)
             )
-            yield ((own + next_ones) / 2).sum() / len(batch)
+            yield ((text_losses + next_ones) / 2).sum() / len(batch)
 
 
 def word_loss(logits: Float[Tensor, "texts vocabulary"], words: Sequence[Sequence[int]]) -> Float[Tensor, " texts"]:

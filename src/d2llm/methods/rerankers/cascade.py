@@ -16,9 +16,9 @@ from d2llm.core.types import Task
 from d2llm.models.teachers.pair_teacher import RANKING_TEACHER, PairTeacher, ranks_lists, score_passages
 from d2llm.ops.rereading import StudentError, expected_log_odds, on_one_scale, reading_gains
 from d2llm.retrieval.calibrate import read_error
+from d2llm.retrieval.feature_weights import weights_for
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.reranker import Candidates, OpenReranker, Reranked, TeacherReranker
-from d2llm.retrieval.row_features import weights_for
 from d2llm.retrieval.segments import IndexView
 
 _DECAY = 0.5  # of the running mean of seconds per pair, at each batch: texts differ, and the first call is slow

@@ -37,19 +37,19 @@ def core_pool() -> ThreadPoolExecutor:
 
 
 @lru_cache(maxsize=2)
-def _workers(number: int, process: int) -> ThreadPoolExecutor:
+def _workers(num_cores: int, process: int) -> ThreadPoolExecutor:
     """Threads in which torch uses one core each; cached per process, since threads do not survive a fork."""
     del process
-    workers = ThreadPoolExecutor(number, thread_name_prefix="d2llm-core")
-    started = Barrier(number + 1)
+    workers = ThreadPoolExecutor(num_cores, thread_name_prefix="d2llm-core")
+    started = Barrier(num_cores + 1)
 
     def use_one_core() -> None:
         torch.get_num_threads()  # the first call in a thread takes the global number, so make it before setting 1
         torch.set_num_threads(1)
         started.wait()
 
-    for _ in range(number):
+    for _ in range(num_cores):
         workers.submit(use_one_core)
     started.wait()
-    torch.set_num_threads(number)  # the setting is per thread, but new threads take the last one set
+    torch.set_num_threads(num_cores)  # the setting is per thread, but new threads take the last one set
     return workers

@@ -77,7 +77,7 @@ class LeanStudent(PlainStudent):
 
     @property
     def trained_tasks(self) -> tuple[Task, ...]:
-        """The tasks of the data that it was trained on; empty if it was not trained."""
+        """Tasks of its training data; empty if untrained."""
         return files.trained_tasks(self._manifest)
 
     def tokenize(self, texts: Sequence[str], kind: TextKind, *, instruction: str | None = None) -> TokenizedTexts:
@@ -129,9 +129,9 @@ class LeanStudent(PlainStudent):
             states = self.backbone.states(ids)
             vectors[row] = self._pool(states)
             if projection is not None:
-                places, fraction = projection.chosen(ids[start:], kind)
-                own = states[start:][places]
-                tokens.append(project_tokens(own, projection.weight) * np.float32(fraction))
+                kept, fraction = projection.chosen(ids[start:], kind)
+                token_states = states[start:][kept]
+                tokens.append(project_tokens(token_states, projection.weight) * np.float32(fraction))
             if advance is not None:
                 advance(1)
         lengths = tuple(tokenized.lengths)
@@ -225,12 +225,12 @@ def open_lean(
     if model is None:
         return None
     arrays = load_arrays(folder / files.HEAD_FILE, remedy=files.RESTORE)
-    parts = {
+    weights = {
         part: {name: array for name, array in arrays.items() if name.startswith(part)}
         for part in ("pooling.", "interaction.")
     }
-    pooling = LeanPooling(config.pooling, manifest["pooling"], model.dim, parts["pooling."])
-    head = LeanHead(config.interaction, model.dim, parts["interaction."])
+    pooling = LeanPooling(config.pooling, manifest["pooling"], model.dim, weights["pooling."])
+    head = LeanHead(config.interaction, model.dim, weights["interaction."])
     if not pooling.fits or not head.fits:
         return None
     if not merged.is_dir():

@@ -65,7 +65,7 @@ class LeanTokenizer:
 
 
 class LeanBert(TextReader):
-    """A BERT and its tokenizer; ``open`` checks that the files are those of one."""
+    """A BERT and its tokenizer; ``open`` checks the files."""
 
     def __init__(
         self, config: BackboneConfig, location: str, sizes: Mapping[str, Any], tokenizer: LeanTokenizer
@@ -146,12 +146,12 @@ class LeanBert(TextReader):
     def states(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """The states of the last layer for the tokens of one text."""
         words = np.concatenate([self._words[token : token + 1] for token in ids]).astype(np.float32, copy=False)
-        parts = self._arrays
-        positions = parts["embeddings.position_embeddings.weight"][: len(ids)]
-        states = words + parts["embeddings.token_type_embeddings.weight"][0] + positions
+        arrays = self._arrays
+        positions = arrays["embeddings.position_embeddings.weight"][: len(ids)]
+        states = words + arrays["embeddings.token_type_embeddings.weight"][0] + positions
         states = self._norm("embeddings.LayerNorm", states)
-        for number in range(self.num_layers):
-            layer = f"{_LAYER}{number}."
+        for index in range(self.num_layers):
+            layer = f"{_LAYER}{index}."
             attended = self._dense(f"{layer}attention.output.dense", self._attention(f"{layer}attention.self.", states))
             states = self._norm(f"{layer}attention.output.LayerNorm", attended + states)
             inner = gelu(self._dense(f"{layer}intermediate.dense", states))
@@ -181,7 +181,7 @@ def _shapes(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     norms = ["embeddings.LayerNorm"]
     dense = {f"attention.self.{name}": (dim, dim) for name in ("query", "key", "value")}
     dense |= {"attention.output.dense": (dim, dim), "intermediate.dense": (inner, dim), "output.dense": (dim, inner)}
-    for layer in (f"{_LAYER}{number}." for number in range(sizes["num_hidden_layers"])):
+    for layer in (f"{_LAYER}{index}." for index in range(sizes["num_hidden_layers"])):
         norms += [f"{layer}attention.output.LayerNorm", f"{layer}output.LayerNorm"]
         for name, shape in dense.items():
             shapes |= {f"{layer}{name}.weight": shape, f"{layer}{name}.bias": shape[:1]}

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.types import TASKS, Task
-from d2llm.models.engines.lean_layers import Arrays, each
+from d2llm.models.engines.lean_layers import Arrays, row_by_row
 from d2llm.models.plain_student import PairScorer
 from d2llm.recipe import InteractionConfig
 
@@ -31,7 +31,7 @@ class LeanHead:
 
     @property
     def fits(self) -> bool:
-        """Whether there are the arrays that the configuration asks for, and no others."""
+        """Whether the arrays are exactly those that the configuration needs."""
         return {name: array.shape for name, array in self.arrays.items()} == _shapes(self.config, self.dim)
 
     def weight(self, task: Task) -> float:
@@ -68,7 +68,7 @@ class LeanHead:
     def _gate(self, name: str, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
         if f"{name}.weight" not in self.arrays:
             return np.ones(len(vectors), np.float32)
-        return _sigmoid(each(self.arrays[f"{name}.weight"], vectors)[:, 0] + self.arrays[f"{name}.bias"])
+        return _sigmoid(row_by_row(self.arrays[f"{name}.weight"], vectors)[:, 0] + self.arrays[f"{name}.bias"])
 
 
 class _QueryScorer:
@@ -90,7 +90,7 @@ class _QueryScorer:
 
     def __call__(self, passages: NDArray[np.float32]) -> NDArray[np.float32]:
         """The scores."""
-        dots = each(self.dot_query[None], passages)[:, 0]
+        dots = row_by_row(self.dot_query[None], passages)[:, 0]
         if not self.bound:
             return dots
         return dots + np.float32(self.bound) * self._head.passage_bound(passages) * self.change(passages)
@@ -107,8 +107,8 @@ class _QueryScorer:
         """The first layer as a function of b and, if it is a feature, |a - b|: their weights, and the query's part."""
         arrays, features = self._head.arrays, self._head.config.features
         first = arrays["first.weight"]
-        parts: list[NDArray[Any]] = np.split(first, first.shape[1] // self._head.dim, axis=1)
-        of_query, of_passage, *of_both = parts
+        blocks: list[NDArray[Any]] = np.split(first, first.shape[1] // self._head.dim, axis=1)
+        of_query, of_passage, *of_both = blocks
         if features in ("product", "rich"):
             of_passage = of_passage + of_both[0] * self._query
         of_difference = of_both[-1] if features in ("difference", "rich") else None
@@ -117,16 +117,16 @@ class _QueryScorer:
     def _interaction(self, passages: NDArray[np.float32]) -> NDArray[np.float32]:
         arrays, config = self._head.arrays, self._head.config
         of_passage, of_difference, of_query = self._first
-        hidden = each(of_passage, passages) + of_query
+        hidden = row_by_row(of_passage, passages) + of_query
         if of_difference is not None:
-            hidden += each(of_difference, np.abs(passages - self._query))
+            hidden += row_by_row(of_difference, np.abs(passages - self._query))
         branch = f"branches.{self._head.branch(self._task)}"
         for layer in [*(["shared"] if config.layers == 5 else []), f"{branch}.0"]:
-            hidden = each(arrays[f"{layer}.weight"], np.maximum(hidden, 0)) + arrays[f"{layer}.bias"]
+            hidden = row_by_row(arrays[f"{layer}.weight"], np.maximum(hidden, 0)) + arrays[f"{layer}.bias"]
         last, constant = arrays["output.weight"], arrays["output.bias"]
         if config.layers == 5:  # no ReLU stands between the last two
             last, constant = last @ arrays[f"{branch}.2.weight"], last @ arrays[f"{branch}.2.bias"] + constant
-        return each(last, np.maximum(hidden, 0))[:, 0] + constant
+        return row_by_row(last, np.maximum(hidden, 0))[:, 0] + constant
 
 
 def _shapes(config: InteractionConfig, dim: int) -> dict[str, tuple[int, ...]]:

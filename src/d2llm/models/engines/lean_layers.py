@@ -16,7 +16,7 @@ def dense(arrays: Arrays, layer: str, rows: NDArray[np.float32]) -> NDArray[np.f
     return rows @ arrays[f"{layer}.weight"].T + arrays[f"{layer}.bias"]
 
 
-def each(weight: NDArray[np.float32], rows: NDArray[np.float32]) -> NDArray[np.float32]:
+def row_by_row(weight: NDArray[np.float32], rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """[m, in], [n, in] -> [n, m]: W x of each row by itself, so that equal rows have equal results.
 
     One product of all rows sums a row in an order that depends on its place.

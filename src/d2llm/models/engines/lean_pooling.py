@@ -18,18 +18,18 @@ _EPS = np.float32(1e-5)  # torch's default
 
 
 class LeanPooling:
-    """Pools the states of one text; ``own`` is the kind of the backbone's own pooling."""
+    """Pools the states of one text; ``native`` is the kind of the backbone's own pooling."""
 
-    def __init__(self, config: Pooling, own: str, dim: int, arrays: Arrays) -> None:
+    def __init__(self, config: Pooling, native: str, dim: int, arrays: Arrays) -> None:
         self._config: Any = config
-        self._own, self._dim = own, dim
+        self._native, self._dim = native, dim
         self._arrays = {name.removeprefix("pooling."): array for name, array in arrays.items()}
 
     @property
     def fits(self) -> bool:
         """Whether the pooling is one of those, and the arrays are its own."""
-        config, kinds = self._config, ("auto", self._own)
-        if self._own not in _WEIGHTLESS:
+        config, kinds = self._config, ("auto", self._native)
+        if self._native not in _WEIGHTLESS:
             return False
         if config.kind != "pma":
             return config.kind in kinds and not self._arrays
@@ -45,7 +45,7 @@ class LeanPooling:
         return self._plain(states) + np.float32(float(self._arrays["gate"])) * self._pma(states)
 
     def _plain(self, states: NDArray[np.float32]) -> NDArray[np.float32]:
-        pooled = states.mean(0) if self._own == "mean" else states[0 if self._own == "first" else -1]
+        pooled = states.mean(0) if self._native == "mean" else states[0 if self._native == "first" else -1]
         return to_sphere(pooled)
 
     def _pma(self, states: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -160,7 +160,7 @@ def _task_arrays(head: Interaction | CosineHead, task: Task) -> dict[str, np.nda
         bound = {"bound": head.bound(task)} if head.config.tasks else {}
         return {name: _array(part) for name, part in {"dot": head.query_vectors(unit, task), **bound}.items()}
     layers = head.split_layers(task)
-    parts: dict[str, Tensor | None] = {
+    tensors: dict[str, Tensor | None] = {
         "query": layers.query,
         "passage": layers.passage,
         "product": layers.product,
@@ -169,16 +169,16 @@ def _task_arrays(head: Interaction | CosineHead, task: Task) -> dict[str, np.nda
         "last": layers.last,
         "constant": layers.constant,
     }
-    for number, layer in enumerate(layers.inner):
-        parts |= {f"inner_{number}_weight": layer.weight, f"inner_{number}_bias": layer.bias}
+    for index, layer in enumerate(layers.inner):
+        tensors |= {f"inner_{index}_weight": layer.weight, f"inner_{index}_bias": layer.bias}
     if head.has_dot:
         # query_vectors is linear, so its values for the unit vectors are its matrix.
-        parts["dot"] = head.query_vectors(torch.eye(head.dim, device=layers.last.device), task)
-        parts["bound"] = head.bound(task)
+        tensors["dot"] = head.query_vectors(torch.eye(head.dim, device=layers.last.device), task)
+        tensors["bound"] = head.bound(task)
     for name, gate in (("query_gate", head.query_gate), ("passage_gate", head.passage_gate)):
         if gate is not None:
-            parts |= {f"{name}_weight": gate.weight[0], f"{name}_bias": gate.bias[0]}
-    return {name: _array(tensor) for name, tensor in parts.items() if tensor is not None}
+            tensors |= {f"{name}_weight": gate.weight[0], f"{name}_bias": gate.bias[0]}
+    return {name: _array(tensor) for name, tensor in tensors.items() if tensor is not None}
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -78,7 +78,7 @@ def _count(value: object) -> int | None:
 
 
 class Completions(Endpoint[_Answer]):
-    """An endpoint that continues prompts; the arguments are those of ``Endpoint``."""
+    """An endpoint that continues prompts; arguments as for ``Endpoint``."""
 
     def __init__(
         self,
@@ -116,7 +116,8 @@ class Completions(Endpoint[_Answer]):
     ) -> Answers[_Answer]:
         """The answers to prompts (``ask``); ``settings`` are the other fields of each request, like ``max_tokens``."""
         return self.ask(
-            ({**self._fields(prompt), **own} for prompt, own in zip(prompts, settings, strict=True)), advance=advance
+            ({**self._fields(prompt), **fields} for prompt, fields in zip(prompts, settings, strict=True)),
+            advance=advance,
         )
 
     def count_tokens(self, prompt: str, answer: Completion) -> tuple[int, int, bool]:

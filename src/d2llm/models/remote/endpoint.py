@@ -245,7 +245,7 @@ class Endpoint(Generic[_Answer]):
         self,
         client: httpx2.AsyncClient,
         bodies: Iterator[tuple[int, dict[str, Any]]],
-        number: int,
+        num_bodies: int,
         take: Callable[[int, _Answer], None],
     ) -> None:
         errors: list[Exception] = []
@@ -260,7 +260,7 @@ class Endpoint(Generic[_Answer]):
                 if errors:  # nothing more is sent; requests on their way are answered, and paid for
                     return
 
-        workers = [asyncio.create_task(work()) for _ in range(min(self.config.concurrency, number))]
+        workers = [asyncio.create_task(work()) for _ in range(min(self.config.concurrency, num_bodies))]
         try:
             await asyncio.gather(*workers)
         finally:

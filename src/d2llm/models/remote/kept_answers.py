@@ -110,9 +110,9 @@ class KeptAnswers:
             return
         with self._writing():
             self._folder.mkdir(parents=True, exist_ok=True)
-            own = _lock_of(self._path)
-            own.acquire()
-            self._lock = own
+            own_lock = _lock_of(self._path)
+            own_lock.acquire()
+            self._lock = own_lock
             for path in sorted(self._folder.glob("*.jsonl")):
                 lock = _lock_of(path)
                 try:
@@ -207,12 +207,12 @@ def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """The answers in a file; a last line that was not finished is none."""
     content = path.read_bytes()
     answers: list[tuple[str, dict[str, Any]]] = []
-    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+    for line_number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
         try:
             values: Any = json.loads(line)
             answers.append((values["request"], dict(values["answer"])))
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(
-                f"{path}:{number}: is not an answer of an endpoint ({error!r}); delete the line, and it is asked again"
+                f"{path}:{line_number}: is not an answer of an endpoint ({error!r}); delete the line: it is asked again"
             ) from error
     return answers

@@ -73,7 +73,7 @@ class Retries:
         return await request()
 
     def pause(self, seconds: float) -> None:
-        """Send nothing for so many seconds."""
+        """Send nothing for this many seconds."""
         self._paused_until = max(self._paused_until, time.monotonic() + seconds)
 
     def why_ended(self, error: BusyError) -> str:
@@ -94,8 +94,8 @@ class Retries:
 def _back_off(state: tenacity.RetryCallState) -> float:
     """Seconds until the next try: a random time up to 1, 2, 4 ... 60, but at least the endpoint's own delay."""
     error = state.outcome.exception() if state.outcome else None
-    own = (error.wait or 0.0) if isinstance(error, BusyError) else 0.0
-    return max(own, random.uniform(0, min(_LONGEST_BACK_OFF, 2.0 ** (state.attempt_number - 1))))
+    requested = (error.wait or 0.0) if isinstance(error, BusyError) else 0.0
+    return max(requested, random.uniform(0, min(_LONGEST_BACK_OFF, 2.0 ** (state.attempt_number - 1))))
 
 
 def retry_after(header: str | None) -> float | None:

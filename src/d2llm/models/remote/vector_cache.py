@@ -43,15 +43,15 @@ class VectorCache:
         """
         with self._transaction() as connection:
             return {
-                key: number
+                key: vector_id
                 for part in batched(keys, _ROWS_AT_ONCE)
-                for key, number in connection.execute(
+                for key, vector_id in connection.execute(
                     f"SELECT key, id FROM vectors WHERE key IN ({_marks(part)})", part
                 )
             }
 
     def add(self, rows: Iterable[tuple[bytes, NDArray[np.float32]]]) -> None:
-        """Add vectors, all or none, durably; a key that is there keeps its vector.
+        """Add vectors, all or none, durably; existing keys keep their vectors.
 
         Raises:
             StorageError: the file cannot be written.
@@ -70,12 +70,12 @@ class VectorCache:
         with self._transaction() as connection:
             for part in batched({*ids} - {BLANK}, _ROWS_AT_ONCE):
                 blobs |= connection.execute(f"SELECT id, vector FROM vectors WHERE id IN ({_marks(part)})", part)
-        if any(len(blobs.get(number, b"")) != 4 * self.dim for number in ids):
+        if any(len(blobs.get(vector_id, b"")) != 4 * self.dim for vector_id in ids):
             raise StorageError(
                 f"{self.path}: lacks a vector that was there, or is damaged; delete it, and run the command again: the "
                 "vectors are asked for again"
             )
-        content = b"".join(blobs[number] for number in ids)
+        content = b"".join(blobs[vector_id] for vector_id in ids)
         return np.frombuffer(content, "<f4").astype(np.float32).reshape(len(ids), self.dim)
 
     @contextmanager

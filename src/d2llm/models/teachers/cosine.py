@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_manifest
-from d2llm.core.shipped import shipped_models
+from d2llm.core.shipped import find_shipped
 from d2llm.core.types import TASKS, Task
 from d2llm.models.pair_scores import score_by_query
 from d2llm.models.sources import find_model, fingerprint_model
@@ -127,7 +127,7 @@ class _Encoded:
 
 
 def _is_student(model: str) -> bool:
-    return (Path(model) / FILE_NAME).is_file() or model in shipped_models("students")
+    return (Path(model) / FILE_NAME).is_file() or find_shipped(model, "students") is not None
 
 
 def _plain_student(model: str) -> StudentConfig:

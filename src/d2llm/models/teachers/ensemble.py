@@ -123,24 +123,24 @@ class EnsembleTeacher(InterruptibleTeacher):
         features: NDArray[np.float32] | None = None
         first_error: BaseException | None = None
         for column, place in enumerate(counting):
-            places = np.flatnonzero(is_scored)
-            if not len(places):
+            positions = np.flatnonzero(is_scored)
+            if not len(positions):
                 break
             partly = score_until_error(
                 self.members[place],
-                [pairs[index] for index in places.tolist()],
+                [pairs[index] for index in positions.tolist()],
                 task,
                 with_features=with_features and features is None,
                 advance=step,
             )
             by_member.append(partly.scores)
-            scores[places, column] = partly.scores.log_odds
+            scores[positions, column] = partly.scores.log_odds
             if partly.scores.features is not None and features is None:
                 features = np.zeros((len(pairs), partly.scores.features.shape[1]), np.float32)
-                features[places] = partly.scores.features
+                features[positions] = partly.scores.features
             if partly.error is not None:
                 first_error = first_error or partly.error
-                is_scored[places] = partly.is_scored
+                is_scored[positions] = partly.is_scored
                 is_scored = whole_queries(pairs, is_scored) if self.ranks_lists else is_scored
         log_odds = ensemble.only(counting).log_odds(scores).astype(np.float32)
         joined = TeacherScores(
@@ -189,12 +189,12 @@ def write_ensemble(
     narrowed: dict[Task, Ensemble] = {task: ensemble.only(counting) for task, ensemble in ensembles.items()}
     fingerprint = _fingerprint([member.fingerprint for member in kept], narrowed)
     with new_folder(folder, kind=ENSEMBLE_KIND) as temporary:
-        own = {
+        identity = {
             "fingerprint": fingerprint,
             "members": [_member_entry(folder.resolve(), member) for member in kept],
             "tasks": {task: asdict(ensemble) for task, ensemble in narrowed.items()},
         }
-        write_manifest(temporary, ENSEMBLE_KIND, ENSEMBLE_FORMAT_VERSION, {**content, **own})
+        write_manifest(temporary, ENSEMBLE_KIND, ENSEMBLE_FORMAT_VERSION, {**content, **identity})
     return fingerprint
 
 

@@ -99,11 +99,11 @@ def read_tuned_teacher(config: TeacherConfig) -> TunedTeacher | None:
     if folder is None:
         return None
     manifest = read_manifest(folder, TEACHER_KIND, TEACHER_FORMAT_VERSION)
-    own = _config(folder, manifest)
+    tuned_config = _config(folder, manifest)
     if manifest["holds"] == "model":
-        own = own.model_copy(update={"model": str(folder)})
-        return TunedTeacher(folder, own, str(manifest["fingerprint"]), None)
-    return TunedTeacher(folder, own, str(manifest["fingerprint"]), str(manifest["base_fingerprint"]))
+        tuned_config = tuned_config.model_copy(update={"model": str(folder)})
+        return TunedTeacher(folder, tuned_config, str(manifest["fingerprint"]), None)
+    return TunedTeacher(folder, tuned_config, str(manifest["fingerprint"]), str(manifest["base_fingerprint"]))
 
 
 def _config(folder: Path, manifest: Mapping[str, Any]) -> LocalTeacherConfig:
@@ -121,15 +121,15 @@ def config_of(config: TeacherConfig, tuned: TunedTeacher | None) -> TeacherConfi
     """The settings of a teacher's question: its own, or those of its tuning, with a warning if others are requested."""
     if tuned is None:
         return config
-    own = tuned.config
+    tuned_config = tuned.config
     requested = config.model_fields_set & {"prompt", "max_tokens"}  # defaults do not count as requests
     for name in sorted(requested):
-        value, requested_value = getattr(own, name, None), getattr(config, name)
+        value, requested_value = getattr(tuned_config, name, None), getattr(config, name)
         if value != requested_value:
             _log.warning(
                 "%s was tuned with %s %s, not %s, which is ignored", tuned.folder, name, value, requested_value
             )
-    return own
+    return tuned_config
 
 
 def require_same_base(tuned: TunedTeacher | None, fingerprint: str, name: str) -> None:
@@ -156,9 +156,9 @@ def identify_local_teacher(config: LocalTeacherConfig | VllmTeacherConfig) -> Te
         stored = config.quantization or "none"
     else:
         stored = chosen_quantization(config, tuned)
-    own = tuned.config if tuned else config
+    question_config = tuned.config if tuned else config
     return TeacherIdentity(
-        with_quantization(fingerprint, stored), {task: fingerprint_prompt(own, task) for task in TASKS}
+        with_quantization(fingerprint, stored), {task: fingerprint_prompt(question_config, task) for task in TASKS}
     )
 
 

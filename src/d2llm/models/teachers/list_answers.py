@@ -10,8 +10,14 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
+from d2llm.core.errors import InputError
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.types import Task
+from d2llm.models.prompt_sets import read_prompt_section
 from d2llm.models.remote.completions import without_thoughts
 
 _FENCE = re.compile(r"^(?:```|~~~)[\w-]*\s*$", re.M)
@@ -78,15 +84,15 @@ def read_ranking(answer: str, num_passages: int) -> list[int]:
             _first_of(cast("dict[str, Any]", item), _PLACE_NAMES) if isinstance(item, dict) else item
             for item in cast("list[Any]", value)
         ]
-        places = [_place(item) for item in items]
-        return _distinct([place for place in places if place is not None], num_passages) if None not in places else []
+        ranking = [_rank(item) for item in items]
+        return _distinct([place for place in ranking if place is not None], num_passages) if None not in ranking else []
     lines = [line for line in text.splitlines() if line.strip()]
     candidates = [line.partition(":")[2] if ":" in line else line for line in lines]
-    of_lines = [[int(number) for number in _PLACE.findall(line)] for line in candidates if _is_ranking(line)]
+    of_lines = [[int(digits) for digits in _PLACE.findall(line)] for line in candidates if _is_ranking(line)]
     longest = max(map(len, of_lines), default=0)
     if longest > 1:
-        return _distinct([places for places in of_lines if len(places) == longest][-1], num_passages)
-    return _distinct([place for places in of_lines for place in places], num_passages)
+        return _distinct([numbers for numbers in of_lines if len(numbers) == longest][-1], num_passages)
+    return _distinct([place for numbers in of_lines for place in numbers], num_passages)
 
 
 def _plain(answer: str) -> str:
@@ -102,13 +108,13 @@ def _grades_in_json(text: str, num_passages: int) -> list[tuple[int, Any]] | Non
         if isinstance(inner, (dict, list)):
             value = inner
     if isinstance(value, dict):
-        found = [(_place(name), grade) for name, grade in cast("dict[str, Any]", value).items()]
+        found = [(_rank(name), grade) for name, grade in cast("dict[str, Any]", value).items()]
         return [(place, grade) for place, grade in found if place is not None]
     if not isinstance(value, list):
         return None
     items = cast("list[Any]", value)
     if items and all(isinstance(item, dict) for item in items):
-        found = [(_place(_first_of(item, _PLACE_NAMES)), _first_of(item, _GRADE_NAMES)) for item in items]
+        found = [(_rank(_first_of(item, _PLACE_NAMES)), _first_of(item, _GRADE_NAMES)) for item in items]
         return [(place, grade) for place, grade in found if place is not None]
     return list(enumerate(items, start=1)) if len(items) == num_passages else []
 
@@ -122,12 +128,12 @@ def _json(text: str) -> Any:
                 value = json.loads(text[first:last])
             except (ValueError, RecursionError):
                 continue
-            if isinstance(value, (dict, list)) and (not start or not _is_one_place(cast("Any", value))):
+            if isinstance(value, (dict, list)) and (not start or not _is_one_rank(cast("Any", value))):
                 return cast("Any", value)
     return None
 
 
-def _is_one_place(value: Any) -> bool:
+def _is_one_rank(value: Any) -> bool:
     return isinstance(value, list) and len(cast("list[Any]", value)) == 1
 
 
@@ -136,7 +142,7 @@ def _first_of(values: dict[str, Any], names: Sequence[str]) -> Any:
     return next((lower[name] for name in names if name in lower), None)
 
 
-def _place(value: Any) -> int | None:
+def _rank(value: Any) -> int | None:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     numbers = _PLACE.findall(value) if isinstance(value, str) else []
@@ -157,7 +163,48 @@ def _is_ranking(line: str) -> bool:
     return not rest.strip(".*`") and bool(_PLACE.search(line))
 
 
-def _distinct(places: Iterable[int], num_passages: int) -> list[int]:
-    found = list(places)
+def _distinct(numbers: Iterable[int], num_passages: int) -> list[int]:
+    found = list(numbers)
     is_ranking = len(set(found)) == len(found) and all(1 <= place <= num_passages for place in found)
     return found if is_ranking else []
+
+
+_FOLDER = Path(__file__).parent / "prompts"
+
+
+@dataclass(frozen=True, slots=True)
+class ListPrompt:
+    """A template cut at its two slots: ``head`` query ``middle`` passages ``tail``."""
+
+    head: str
+    middle: str
+    tail: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the question, since another text gives other labels."""
+        return fingerprint_json([self.head, self.middle, self.tail])
+
+    def fill(self, query: str, passages: Sequence[str]) -> str:
+        """The whole text. Each passage is one line, so that none can pass for another's beginning."""
+        lines = [f"[{index}] {' '.join(text.split())}" for index, text in enumerate(passages, start=1)]
+        return f"{self.head}{' '.join(query.split())}{self.middle}{chr(10).join(lines)}{self.tail}"
+
+
+def load_list_prompt(kind: str, name: str, task: Task) -> ListPrompt:
+    """The prompt set ``name`` of a kind of teacher (``graded``, ``listwise``) for ``task``.
+
+    Args:
+        kind: whose prompts.
+        name: a set shipped with d2llm, or a TOML file with a section per task.
+        task: the section.
+
+    Raises:
+        InputError: no such set, or a template without ``{query}`` before ``{passages}``.
+    """
+    section, where = read_prompt_section(name, task, folder=_FOLDER / kind, keys=("template",))
+    head, query_slot, rest = section["template"].partition("{query}")
+    middle, passages_slot, tail = rest.partition("{passages}")
+    if not query_slot or not passages_slot or not tail.strip():
+        raise InputError(f"{where}: the template needs {{query}}, then {{passages}}, then what to answer")
+    return ListPrompt(head.lstrip("\n"), middle, tail)

@@ -35,10 +35,9 @@ from d2llm.models.remote.completions import (
     read_content_refusal,
 )
 from d2llm.models.remote.endpoint import TOO_LONG, quoted
-from d2llm.models.teachers.endpoint_teacher import EndpointTeacher
-from d2llm.models.teachers.list_answers import read_grades, read_ranking
-from d2llm.models.teachers.list_prompts import ListPrompt, load_list_prompt
+from d2llm.models.teachers.list_answers import ListPrompt, load_list_prompt, read_grades, read_ranking
 from d2llm.models.teachers.pair_teacher import PartialScores, TeacherScores, TextPair, shared_steps, whole_queries
+from d2llm.models.teachers.remote import EndpointTeacher
 from d2llm.ops.plackett_luce import strengths
 from d2llm.recipe import GradedTeacherConfig, ListEndpointConfig, ListsConfig, ListwiseTeacherConfig
 
@@ -61,8 +60,8 @@ class _Shown:
     def halves(self) -> list[_Shown]:
         """Two requests with a half of the passages each."""
         half = len(self.passages) // 2
-        parts = (self.passages[:half], self.passages[half:])
-        return [_Shown(self.query, self.order, part, self.num_shown) for part in parts]
+        halves = (self.passages[:half], self.passages[half:])
+        return [_Shown(self.query, self.order, part, self.num_shown) for part in halves]
 
 
 @dataclass(slots=True)
@@ -147,8 +146,8 @@ class ListTeacher(EndpointTeacher):
         cut = self.endpoint.lengths.cut([("", text) for _, text in pairs], room)
         call = _Call(self.prompts[task], [text for _, text in cut])
         by_query: dict[str, list[int]] = {}
-        for place, (query, _) in enumerate(pairs):
-            by_query.setdefault(query, []).append(place)
+        for index, (query, _) in enumerate(pairs):
+            by_query.setdefault(query, []).append(index)
         log_odds, grades, is_scored = self._score_lists(call, by_query, shared_steps(advance, self.lists.orders))
         has_answer = np.isfinite(log_odds)
         if self.remote.unanswered == "error":
@@ -197,9 +196,9 @@ class ListTeacher(EndpointTeacher):
             asked = self.endpoint.complete(prompts, [body] * len(prompts))
             call.error = asked.error
             divided: list[_Shown] = []
-            for number, answer in asked.by_place.items():
-                shown = todo[number]
-                num_read, num_written, _ = self.endpoint.count_tokens(prompts[number], answer)
+            for position, answer in asked.by_place.items():
+                shown = todo[position]
+                num_read, num_written, _ = self.endpoint.count_tokens(prompts[position], answer)
                 call.num_read += num_read
                 call.num_written += num_written
                 if answer.refusal is not None and self.divides and len(shown.passages) > 1:
@@ -231,11 +230,11 @@ class ListTeacher(EndpointTeacher):
         limit = self.lists.max_answer_tokens
         return f"{what}, which ended at the length limit: raise teacher.lists.max_answer_tokens ({limit})"
 
-    def _unanswered(self, number: int, pairs: Sequence[TextPair], first: int, call: _Call) -> ModelError:
+    def _unanswered(self, num_missing: int, pairs: Sequence[TextPair], first: int, call: _Call) -> ModelError:
         query, passage = pairs[first]
         noun = "grade" if self.kind == "graded" else "place in the order"
         return ModelError(
-            f"'{self.config.model}' at {self.remote.url}: {number} of {len(pairs)} pairs have no {noun} after "
+            f"'{self.config.model}' at {self.remote.url}: {num_missing} of {len(pairs)} pairs have no {noun} after "
             f"{self.lists.attempts} attempts; the first is query {query[:60]!r}, passage {passage[:60]!r}. The last "
             f"answer without them: {call.problem}. Use a model or a prompt whose answers are numbers as asked, or "
             'count such pairs as undecided (teacher.remote.unanswered = "undecided")'
@@ -279,9 +278,9 @@ class GradedTeacher(ListTeacher):
         found: list[list[float]] = [[] for _ in call.texts]
         todo = [
             _Shown(query, order, part)
-            for query, places in by_query.items()
+            for query, positions in by_query.items()
             for order in range(self.lists.orders)
-            for part in _parts(self._order(places, order, query), self.lists.size)
+            for part in _even_slices(self._order(positions, order, query), self.lists.size)
         ]
         while todo and call.error is None:
             missing: list[_Shown] = []
@@ -313,7 +312,7 @@ class ListwiseTeacher(ListTeacher):
     def _score_lists(
         self, call: _Call, by_query: dict[str, list[int]], step: Callable[[int], None]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, NDArray[np.bool_]]:
-        alone = [query for query, places in by_query.items() if len(places) == 1]
+        alone = [query for query, positions in by_query.items() if len(positions) == 1]
         if alone:
             call.problem = (
                 f"the listwise teacher '{self.config.model}' ranks the passages of a list, and {len(alone)} queries "
@@ -321,11 +320,11 @@ class ListwiseTeacher(ListTeacher):
             )
             if self.remote.unanswered == "error":
                 raise InputError(f"{call.problem}. Give two passages of a query or more, or a teacher of kind graded")
-            by_query = {query: places for query, places in by_query.items() if len(places) > 1}
+            by_query = {query: positions for query, positions in by_query.items() if len(positions) > 1}
             step(len(alone) * self.lists.orders)
         rankings = [
-            (query, order, self._order(places, order, query))
-            for query, places in by_query.items()
+            (query, order, self._order(positions, order, query))
+            for query, positions in by_query.items()
             for order in range(self.lists.orders)
         ]
         ranked: set[int] = set()
@@ -333,25 +332,25 @@ class ListwiseTeacher(ListTeacher):
         for _, _, ranking in rankings:
             num_left[ranking] += 1
         windows = [_windows(len(ranking), self.lists.size, self.lists.step) for _, _, ranking in rankings]
-        for number in range(max(map(len, windows), default=0)):
-            current = [place for place, starts in enumerate(windows) if number < len(starts)]
+        for round_number in range(max(map(len, windows), default=0)):
+            current = [place for place, starts in enumerate(windows) if round_number < len(starts)]
             shown = {
-                place: _Shown(query, order, ranking[slice(*windows[place][number])])
+                place: _Shown(query, order, ranking[slice(*windows[place][round_number])])
                 for place in current
                 for query, order, ranking in [rankings[place]]
             }
             for place, (following, placed) in self._rank(call, shown).items():
-                rankings[place][2][slice(*windows[place][number])] = following
+                rankings[place][2][slice(*windows[place][round_number])] = following
                 ranked |= placed
-                if number + 1 == len(windows[place]):
+                if round_number + 1 == len(windows[place]):
                     num_left[rankings[place][2]] -= 1
                     step(len(rankings[place][2]))
             if call.error is not None:
                 break
         log_odds = np.full(len(call.texts), math.nan)
-        for query, places in by_query.items():
-            items = [place for place in places if place in ranked]
-            number_of = {place: number for number, place in enumerate(items)}
+        for query, positions in by_query.items():
+            items = [place for place in positions if place in ranked]
+            number_of = {place: index for index, place in enumerate(items)}
             orders = [
                 [number_of[p] for p in ranking if p in number_of] for name, _, ranking in rankings if name == query
             ]
@@ -392,10 +391,10 @@ def log_odds_of_grades(grades: NDArray[np.float64]) -> NDArray[np.float64]:
     return (grades - GRADE_OF_ANSWERS) / GRADES_PER_LOGIT
 
 
-def _parts(order: list[int], size: int) -> list[list[int]]:
+def _even_slices(order: list[int], size: int) -> list[list[int]]:
     """The order in parts of nearly the same length, at most ``size``."""
-    number = math.ceil(len(order) / size)
-    ends = [round(len(order) * end / number) for end in range(number + 1)]
+    num_parts = math.ceil(len(order) / size)
+    ends = [round(len(order) * end / num_parts) for end in range(num_parts + 1)]
     return [order[start:end] for start, end in pairwise(ends)]
 
 

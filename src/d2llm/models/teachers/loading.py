@@ -54,9 +54,9 @@ def require_on_devices(whole: Any, name: str) -> None:
 
     Such a part would be copied to a GPU for every batch.
     """
-    places = {str(place) for place in getattr(whole, "hf_device_map", {}).values()}
-    elsewhere = places & {"cpu", "disk"}
-    if elsewhere and places != {"cpu"}:
+    devices = {str(place) for place in getattr(whole, "hf_device_map", {}).values()}
+    elsewhere = devices & {"cpu", "disk"}
+    if elsewhere and devices != {"cpu"}:
         raise InputError(
             f"teacher '{name}' does not fit into the memory of the GPUs here: a part of it would stay on "
             f"{' and '.join(sorted(elsewhere))}. Use more GPUs, or load it in fewer bits (teacher.quantization)"

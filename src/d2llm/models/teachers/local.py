@@ -110,8 +110,8 @@ class LocalTeacher(nn.Module):
 
         tuned = read_tuned_teacher(config)
         self.quantization: Quantization = chosen_quantization(config, tuned)
-        own = config_of(config, tuned).as_kind(self.kind, quantization=self.quantization)
-        self.config = cast(LocalTeacherConfig, own)
+        tuned_config = config_of(config, tuned).as_kind(self.kind, quantization=self.quantization)
+        self.config = cast(LocalTeacherConfig, tuned_config)
         self.compute_dtype = compute_dtype
         self.location = find_model(self.config.model)
         self.base_fingerprint = fingerprint_model(self.location)
@@ -289,24 +289,24 @@ class LocalTeacher(nn.Module):
     def _score_whole(
         self,
         inputs: Sequence[Any],
-        places: Sequence[int],
+        indices: Sequence[int],
         task: Task,
         answers: Answers,
         advance: Callable[[int], None] | None,
     ) -> None:
-        """Score the inputs with the indices ``places``, each read as a whole."""
-        for chosen in self._batches(places, [len(inputs[place]) for place in places]):
+        """Score the inputs with the given ``indices``, each read as a whole."""
+        for chosen in self._batches(indices, [len(inputs[index]) for index in indices]):
             with inference(self):
-                log_odds, features = self(*self.pad([inputs[place] for place in chosen]), task)
+                log_odds, features = self(*self.pad([inputs[index] for index in chosen]), task)
             answers.put(chosen, log_odds, features)
             if advance is not None:
                 advance(len(chosen))
 
-    def _batches(self, places: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+    def _batches(self, indices: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
         """Batches of indices of inputs of similar length."""
         max_tokens = tokens_to_read(self.device, size_of_states(self.model))
         for batch in token_budget_batches(lengths, max_tokens=max_tokens, max_items=_BATCH_PAIRS):
-            yield [places[index] for index in batch]
+            yield [indices[index] for index in batch]
 
     @property
     def _padding(self) -> int:
@@ -341,16 +341,16 @@ def fit_pairs(
             f"max_tokens is {max_tokens}, but prompt and special tokens alone take {around}; raise max_tokens"
         )
     rows = encode(pairs)
-    too_long = [place for place, row in enumerate(rows) if len(row) > max_tokens]
-    for place in too_long:
+    too_long = [index for index, row in enumerate(rows) if len(row) > max_tokens]
+    for index in too_long:
         room = max_tokens - around
         options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
-        offsets = [tokenizer(text, **options)["offset_mapping"] for text in pairs[place]]
+        offsets = [tokenizer(text, **options)["offset_mapping"] for text in pairs[index]]
         query_ends, passage_ends = ([end for _, end in spans] for spans in offsets)
         # Tokens may merge or split where the parts meet, so the result can be a token too long.
-        while len(row := encode([cut_pair(pairs[place], (query_ends, passage_ends), room)])[0]) > max_tokens:
+        while len(row := encode([cut_pair(pairs[index], (query_ends, passage_ends), room)])[0]) > max_tokens:
             room -= len(row) - max_tokens
-        rows[place] = row
+        rows[index] = row
     return rows, len(too_long)
 
 

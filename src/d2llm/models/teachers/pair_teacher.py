@@ -84,7 +84,7 @@ class PairTeacher(Protocol):
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
     ) -> TeacherScores:
-        """Score pairs; the result is in their order.
+        """Score pairs; the results are in the same order.
 
         Args:
             pairs: query text and full passage text.
@@ -140,21 +140,21 @@ def score_until_error(
     return PartialScores(scores, np.ones(len(pairs), np.bool_))
 
 
-def shared_steps(advance: Callable[[int], None] | None, number: int) -> Callable[[int], None]:
-    """A callback for work that is done ``number`` times to each pair: it counts a pair once that is so on average."""
+def shared_steps(advance: Callable[[int], None] | None, times: int) -> Callable[[int], None]:
+    """A callback for work that is done so many ``times`` to each pair: it counts a pair once that is so on average."""
     finished = 0
 
     def step(count: int) -> None:
         nonlocal finished
         before, finished = finished, finished + count
         if advance is not None:
-            advance(finished // number - before // number)
+            advance(finished // times - before // times)
 
     return step
 
 
 def whole_queries(pairs: Sequence[TextPair], is_scored: Bool[np.ndarray, " pairs"]) -> Bool[np.ndarray, " pairs"]:
-    """Of the pairs that are scored, those of queries without any pair that is not."""
+    """Mask of the pairs of queries whose pairs are all scored."""
     unfinished = {query for (query, _), scored in zip(pairs, is_scored, strict=True) if not scored}
     return np.array([query not in unfinished for query, _ in pairs], np.bool_)
 
@@ -201,8 +201,8 @@ def recorded_teacher(config: TeacherConfig, lists: Path, data: Path | None = Non
             'name the model that gave them as graded:MODEL, or set kind = "graded" in [teacher]'
         )
     unlisted = None if config.recorded is None else config.recorded.unlisted
-    own = () if config.recorded is None else config.recorded.data
-    recorded = RecordedConfig(lists=str(lists), data=own if data is None else (str(data),), unlisted=unlisted)
+    recorded_data = () if config.recorded is None else config.recorded.data
+    recorded = RecordedConfig(lists=str(lists), data=recorded_data if data is None else (str(data),), unlisted=unlisted)
     return config.model_copy(update={"recorded": recorded})
 
 

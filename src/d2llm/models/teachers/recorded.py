@@ -1,30 +1,92 @@
-"""A graded teacher whose grades were recorded: it repeats them and asks no endpoint.
+"""A graded teacher whose grades were recorded: it repeats them and asks no endpoint; and the files of such grades.
 
 It is the same teacher as one of kind ``graded`` with the same settings behind an endpoint, so either goes on with the
 labels of the other. A pair that was not recorded is undecided, and counted.
+
+A file has one JSON object a line: ``query_id``, ``passages`` (ids) and ``grades``, with the ids of a data set,
+or ``query`` and ``passages`` with the texts themselves. Of a set of labelled pairs, the id of a text is split and id of
+the first pair of that split that has it (``train/17``), and each pair is a list of one passage. ``task`` says which
+question was answered, if not both. Other keys are not read. A list may occur several times, as when it was judged in
+two orders.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import TASKS, Task
 from d2llm.data.beir import Dataset
-from d2llm.data.graded_lists import GradedList, read_graded_lists
+from d2llm.data.lines import Fields, read_records
 from d2llm.data.open_data import open_data
 from d2llm.data.pair_training import read_pair_training_set
 from d2llm.models.teachers.lists import GradedTeacher, log_odds_of_grades
 from d2llm.models.teachers.pair_teacher import TeacherScores, TextPair
 from d2llm.recipe import GradedTeacherConfig, ListEndpointConfig, RecordedConfig, TeacherIdentity
+
+MAX_GRADE = 100
+
+
+@dataclass(frozen=True, slots=True)
+class GradedList:
+    """A query, some passages and their grades; ``are_texts`` says whether they are texts or ids."""
+
+    line: int
+    query: str
+    passages: tuple[str, ...]
+    grades: tuple[float, ...]
+    tasks: tuple[Task, ...]
+    are_texts: bool
+
+
+def read_graded_lists(path: str | Path) -> Iterator[GradedList]:
+    """The lists of a file, in its order.
+
+    Raises:
+        DataFormatError: the file cannot be read, or a line is no such list (the message names it).
+    """
+    for line_number, values in read_records(Path(path)):
+        yield _graded_list(Path(path), line_number, values)
+
+
+def _graded_list(path: Path, line_number: int, values: Fields) -> GradedList:
+    def problem(text: str) -> DataFormatError:
+        return DataFormatError(path, text, line=line_number)
+
+    names = [name for name in ("query_id", "query") if isinstance(values.get(name), str)]
+    if len(names) != 1:
+        raise problem('needs either "query_id", an id, or "query", a text')
+    passages: Any = values.get("passages")
+    grades: Any = values.get("grades")
+    task: Any = values.get("task")
+    if not _is_list(passages, str) or len({*passages}) != len(passages):
+        raise problem('"passages" must be a list of different ids or texts')
+    if not _is_list(grades, (int, float)) or not all(0 <= grade <= MAX_GRADE for grade in grades):
+        raise problem(f'"grades" must be a list of numbers from 0 to {MAX_GRADE}')
+    if len(passages) != len(grades):
+        raise problem(f"has {len(passages)} passages and {len(grades)} grades; each passage needs one")
+    if task is not None and task not in TASKS:
+        raise problem(f'"task" is {task!r}, but must be one of {", ".join(TASKS)}')
+    tasks = TASKS if task is None else (task,)
+    return GradedList(
+        line_number, values[names[0]], tuple(passages), tuple(map(float, grades)), tuple(tasks), names == ["query"]
+    )
+
+
+def _is_list(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(item, kind) and not isinstance(item, bool) for item in cast("list[Any]", value)
+    )
+
 
 _log = logging.getLogger(__name__)
 
@@ -127,9 +189,9 @@ class RecordedTeacher:
         for graded in read_graded_lists(file):
             query, passages = texts.of(graded)
             for task in graded.tasks:
-                own = self._grades[task].setdefault(_plain(query), {})
+                by_passage = self._grades[task].setdefault(_plain(query), {})
                 for passage, grade in zip(passages, graded.grades, strict=True):
-                    own.setdefault(_plain(passage), []).append(grade)
+                    by_passage.setdefault(_plain(passage), []).append(grade)
 
 
 class _Texts:

@@ -110,10 +110,10 @@ class VllmTeacher:
             InputError: a certain GPU is named.
         """
         if device is not None and ":" in device:
-            number = device.partition(":")[2]
+            gpu = device.partition(":")[2]
             raise InputError(
                 f"vLLM takes the GPUs that the process sees, so it cannot be put on {device}; set "
-                f"CUDA_VISIBLE_DEVICES={number} instead"
+                f"CUDA_VISIBLE_DEVICES={gpu} instead"
             )
         return cls(config, dtype=dtype)
 
@@ -145,10 +145,10 @@ class VllmTeacher:
         order: dict[tuple[int, ...], list[int]] = {}  # pairs of the same query follow each other
         for place, (prefix, _) in enumerate(inputs):
             order.setdefault(prefix, []).append(place)
-        places = [place for group in order.values() for place in group]
+        indices = [place for group in order.values() for place in group]
         log_odds = np.empty(len(pairs), dtype=np.float32)
-        for start in range(0, len(places), _PAIRS_AT_ONCE):
-            chosen = places[start : start + _PAIRS_AT_ONCE]
+        for start in range(0, len(indices), _PAIRS_AT_ONCE):
+            chosen = indices[start : start + _PAIRS_AT_ONCE]
             prompts = [{"prompt_token_ids": [*inputs[place][0], *inputs[place][1]]} for place in chosen]
             outputs = self._engine.generate(prompts, self._sampling[task], **self._requests)
             for place, prompt, output in zip(chosen, prompts, outputs, strict=True):
@@ -226,7 +226,7 @@ def _write_peft_adapter(folder: Path, adapter: dict[str, Tensor], location: str)
         ModelError: vLLM has no adapters of this rank.
     """
     rank = max(tensor.shape[0] for name, tensor in adapter.items() if name.endswith(".lora_down"))
-    reserved = next((number for number in _LORA_RANKS if number >= rank), None)
+    reserved = next((supported for supported in _LORA_RANKS if supported >= rank), None)
     if reserved is None:
         raise ModelError(f"the teacher's adapter has rank {rank}, but vLLM takes at most {_LORA_RANKS[-1]}")
     part = _base_prefix(location)

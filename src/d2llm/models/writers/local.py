@@ -224,14 +224,14 @@ class LocalWriter:
         lengths = [len(row.token_ids) + row.max_new_tokens for row in rows]
         times = 1 if self.device.type == "cpu" else _ON_ACCELERATORS
         for batch in token_budget_batches(lengths, max_tokens=times * _BATCH_TOKENS, max_items=times * _BATCH_ROWS):
-            continuations |= zip(batch, self._continue([rows[number] for number in batch]), strict=True)
-            for number in batch:
-                num_left[rows[number].assignment] -= 1
-                if advance is not None and num_left[rows[number].assignment] == 0:
+            continuations |= zip(batch, self._continue([rows[index] for index in batch]), strict=True)
+            for index in batch:
+                num_left[rows[index].assignment] -= 1
+                if advance is not None and num_left[rows[index].assignment] == 0:
                     advance(1)
         by_assignment: list[list[int]] = [[] for _ in kept]
-        for number, row in enumerate(rows):
-            by_assignment[row.assignment].append(number)
+        for index, row in enumerate(rows):
+            by_assignment[row.assignment].append(index)
         return [
             self._result(assignment, [rows[n] for n in numbers], [continuations[n] for n in numbers], was_cut)
             for assignment, numbers, was_cut in zip(kept, by_assignment, cut, strict=True)
@@ -284,14 +284,14 @@ class LocalWriter:
         state = join_adapters(self._merged_adapter, adapter_state(self.model))
         save_file({name: tensor.half() for name, tensor in state.items()}, folder / _ADAPTER_FILE)
         fingerprint = fingerprint_json([self.base_fingerprint, fingerprint_files([folder / _ADAPTER_FILE])])
-        own = {
+        identity = {
             "fingerprint": fingerprint,
             "base_fingerprint": self.base_fingerprint,
             "model": self.config.model,
             "max_passage_tokens": self.config.max_passage_tokens,
             "lora": self._lora.model_dump() if self._lora else None,
         }
-        write_manifest(folder, WRITER_KIND, WRITER_FORMAT_VERSION, {**content, **own})
+        write_manifest(folder, WRITER_KIND, WRITER_FORMAT_VERSION, {**content, **identity})
         return fingerprint
 
     def _rows(self, assignments: Sequence[Assignment]) -> list[_Row]:
@@ -303,7 +303,7 @@ class LocalWriter:
             limit = self.config.max_new_tokens * num_lengths
             self._require_room(len(token_ids), limit)
             seed = f"{assignment.seed}:{assignment.kind}:{assignment.passage}"
-            rows += [_Row(index, token_ids, limit, random.Random(f"{number}:{seed}")) for number in range(num_apart)]
+            rows += [_Row(index, token_ids, limit, random.Random(f"{copy}:{seed}")) for copy in range(num_apart)]
         return rows
 
     def _tuned_ids(self, assignments: Sequence[Assignment]) -> list[list[int]]:
@@ -351,7 +351,7 @@ class LocalWriter:
         from transformers import DynamicCache
 
         prompts: dict[tuple[int, ...], int] = {}
-        places = [prompts.setdefault(tuple(row.token_ids), len(prompts)) for row in rows]
+        prompt_rows = [prompts.setdefault(tuple(row.token_ids), len(prompts)) for row in rows]
         if len(prompts) == len(rows) or max(map(len, prompts)) == 1:
             return None
         token_ids, mask = pad_left([list(prompt) for prompt in prompts], self._padding, self.device)
@@ -361,13 +361,13 @@ class LocalWriter:
         ).past_key_values
         if not isinstance(cache, DynamicCache):
             return None
-        cache.batch_select_indices(torch.tensor(places, device=self.device))
+        cache.batch_select_indices(torch.tensor(prompt_rows, device=self.device))
         return cache
 
     def _continuation(self, token_ids: list[int], limit: int) -> _Continuation:
-        for number, token_id in enumerate(token_ids[:limit], start=1):
+        for length, token_id in enumerate(token_ids[:limit], start=1):
             if token_id in self._end_ids:
-                return _Continuation(token_ids[:number], True)
+                return _Continuation(token_ids[:length], True)
         return _Continuation(token_ids[:limit], False)
 
     def _result(
@@ -487,8 +487,8 @@ def _end_ids(tokenizer: Any, model: Any) -> list[int]:
     Raises:
         InputError: there is none.
     """
-    own = getattr(model.generation_config, "eos_token_id", None)
-    listed = cast("list[int]", own) if isinstance(own, list) else [own]
+    declared = getattr(model.generation_config, "eos_token_id", None)
+    listed = cast("list[int]", declared) if isinstance(declared, list) else [declared]
     ids = dict.fromkeys(token_id for token_id in (tokenizer.eos_token_id, *listed) if token_id is not None)
     if not ids:
         raise InputError("the model has no token that ends a text, so it cannot be a writer; use another model")

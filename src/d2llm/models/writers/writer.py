@@ -118,7 +118,7 @@ class Writer(Protocol):
     def write(
         self, assignments: Sequence[Assignment], *, advance: Callable[[int], None] | None = None
     ) -> list[WrittenQueries]:
-        """Carry assignments out; the result is in their order.
+        """Carry out assignments; the results are in the same order.
 
         An answer that holds no query is a result with a ``problem``, not an error. A call cannot be stopped halfway
         without losing what it has written: pass small batches, such as a few hundred assignments, keep each result,

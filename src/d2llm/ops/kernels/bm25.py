@@ -1,10 +1,10 @@
 """The loops of BM25 (``store.bm25``): the best rows of a segment, and given rows with their best windows.
 
 ``best_rows`` finds the best rows by MaxScore (Turtle and Flood, Query evaluation: strategies and optimizations, 1995)
-over ranges of rows: once enough rows are known, a range is skipped if the weights of its terms together are too small,
-and the most frequent terms are only looked up for the rows that the rarer ones left in question. The terms of a query
-come by descending weight, so what is looked up is always the end of the list, and every score is summed in its order:
-bit for bit the score that reading all postings gives.
+over ranges of rows: once enough rows are known, a range is skipped if what its terms can give together is too small
+(``ops.bm25_bounds``), and the most frequent terms are only looked up for the rows that the rarer ones left in question.
+The terms of a query come by descending weight, so what is looked up is always the end of the list, and every score is
+summed in its order: bit for bit the score that reading all postings gives.
 
 Files may be damaged in ways that no sample shows, so no number that was read is used as an index unchecked.
 """
@@ -18,24 +18,35 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
+from d2llm.ops import bm25_bounds
+from d2llm.ops.bm25_bounds import RANGE
 from d2llm.ops.kernels.compiler import compiled, inlined, read_only, written
 
-RANGE = 1 << 13
-"""Rows whose scores are in the cache at once."""
+_READ_ALL = 8  # up to so many postings for a row that is looked up, all are read: that is faster
 _GROUP = 64  # rows whose sums are looked at only if one of them has a term
+_TINY = 1e-38  # sums that are not 0 are above it
 _ROUNDING = 1.0 + 1e-5  # no sum in float32 is above the same sum of float64 bounds, times this
 _FILTER = 1 << 10  # of a row's words, most are seen not to be in the query by this many bits
 
-_u32, _u16, _f32, _i64 = (read_only(dtype) for dtype in (types.uint32, types.uint16, types.float32, types.int64))
+_u32, _u16, _u8, _f32, _i64 = map(read_only, (types.uint32, types.uint16, types.uint8, types.float32, types.int64))
+_largest_share = inlined(bm25_bounds.largest_share)
 
 
 @inlined
-def _checked(starts: NDArray[np.int64], ends: NDArray[np.int64], num_texts: int, num: int, num_added: int) -> int:
-    """The number of terms, whose postings must be among the ``num`` of texts or the ``num_added`` of added words."""
+def _check(
+    starts: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    shares_at: NDArray[np.int64],
+    num_texts: int,
+    lengths: tuple[int, int, int],
+    num_ranges: int,
+) -> None:
+    """Postings and shares must be among as many as there are: of texts, of added words, of shares."""
     for term in range(len(starts)):
-        if starts[term] < 0 or ends[term] < starts[term] or ends[term] > (num if term < num_texts else num_added):
+        if starts[term] < 0 or ends[term] < starts[term] or ends[term] > lengths[0 if term < num_texts else 1]:
             raise ValueError("the postings of a term are not where they should be")
-    return len(starts)
+        if shares_at[term] >= 0 and shares_at[term] + num_ranges > lengths[2]:
+            raise ValueError("the bounds of a term are not where they should be")
 
 
 @inlined
@@ -96,36 +107,46 @@ def _add(
     rows: NDArray[np.uint32],
     counts: NDArray[np.uint16],
     of_text: bool,
-    places: tuple[int, int],
+    extent: tuple[int, int],
     range_: tuple[int, int],
     weight: np.float32,
     norms: NDArray[np.float32],
 ) -> None:
     """Add the gains of a term to the sums of the rows of a range, and mark the groups of these rows."""
-    for place in range(places[0], places[1]):
-        row = np.int64(rows[place])
+    for index in range(extent[0], extent[1]):
+        row = np.int64(rows[index])
         if row < range_[0] or row >= range_[1]:
             raise ValueError("the rows of a term are not ascending")
-        sums[row - range_[0]] += _gain(weight, counts[place], of_text, norms[row])
+        sums[row - range_[0]] += _gain(weight, counts[index], of_text, norms[row])
         touched[(row - range_[0]) // _GROUP] = True
 
 
 @inlined
 def _add_up(
-    weights: NDArray[np.float32], starts: NDArray[np.int64], ends: NDArray[np.int64], rests: NDArray[np.float64]
+    weights: NDArray[np.float32],
+    starts: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    shares: NDArray[np.uint8],
+    shares_at: NDArray[np.int64],
+    range_: int,
+    factor: float,
+    rests: NDArray[np.float64],
 ) -> None:
-    """Write to ``rests`` the sums of the weights from each term on, of terms that have postings here."""
+    """Write to ``rests`` the most that the terms from each on can give to a row of a range."""
     for term in range(len(weights) - 1, -1, -1):
-        rests[term] = rests[term + 1] + (weights[term] if ends[term] > starts[term] else 0.0)
+        most = np.float64(weights[term]) if ends[term] > starts[term] else 0.0
+        if shares_at[term] >= 0:
+            most *= _largest_share(shares[shares_at[term] + range_], factor)
+        rests[term] = rests[term + 1] + most
 
 
 @inlined
 def _num_summed(rests: NDArray[np.float64], floor: float) -> int:
     """How many terms must be read: a row that has only the others is below the floor."""
-    number = len(rests) - 1
-    while number > 1 and rests[number - 1] * _ROUNDING < floor:
-        number -= 1
-    return number
+    num_terms = len(rests) - 1
+    while num_terms > 1 and rests[num_terms - 1] * _ROUNDING < floor:
+        num_terms -= 1
+    return num_terms
 
 
 @inlined
@@ -140,16 +161,23 @@ def _choose(
 ) -> int:
     """Write the usable rows of a range with a sum that is above 0 and at least ``least``; clears all sums."""
     num_chosen, size = 0, range_[1] - range_[0]
+    threshold = np.float32(max(least, _TINY))  # rounded by far less than ``least`` is below what matters
     for group in range((size + _GROUP - 1) // _GROUP):
         if not touched[group]:
             continue
         touched[group] = False
-        for at in range(group * _GROUP, min((group + 1) * _GROUP, size)):
-            score = sums[at]
-            sums[at] = 0
-            if score > 0 and score >= least and (len(usable) == 0 or usable[range_[0] + at]):
-                chosen[num_chosen], scores[num_chosen] = range_[0] + at, score
-                num_chosen += 1
+        start = group * _GROUP
+        part = sums[start : min(start + _GROUP, size)]
+        num_high = 0
+        for at in range(len(part)):  # without a branch: 16 rows at once
+            num_high += part[at] >= threshold
+        if num_high:
+            for at in range(len(part)):
+                row = range_[0] + start + at
+                if part[at] >= threshold and (len(usable) == 0 or usable[row]):
+                    chosen[num_chosen], scores[num_chosen] = row, part[at]
+                    num_chosen += 1
+        part[:] = 0
     return num_chosen
 
 
@@ -162,21 +190,36 @@ def _look_up(
     rows: NDArray[np.uint32],
     counts: NDArray[np.uint16],
     of_text: bool,
-    places: tuple[int, int],
+    extent: tuple[int, int],
+    range_: tuple[int, int],
     weight: np.float32,
     norms: NDArray[np.float32],
+    slots: NDArray[np.int64],
 ) -> int:
     """Add the gains of a term to the scores of the chosen rows that have at least ``least``; the others are dropped."""
-    place, kept = places[0], 0
+    kept = 0
     for at in range(num_chosen):
-        score, row = scores[at], chosen[at]
-        if score < least:
-            continue
-        place = _first_at_least(rows, place, places[1], row)
-        if place < places[1] and rows[place] == row:
-            score += _gain(weight, counts[place], of_text, norms[row])
-        chosen[kept], scores[kept] = row, score
-        kept += 1
+        if scores[at] >= least:
+            chosen[kept], scores[kept] = chosen[at], scores[at]
+            kept += 1
+    if extent[1] - extent[0] > _READ_ALL * kept:
+        place = extent[0]
+        for at in range(kept):
+            place = _first_at_least(rows, place, extent[1], chosen[at])
+            if place < extent[1] and rows[place] == chosen[at]:
+                scores[at] += _gain(weight, counts[place], of_text, norms[chosen[at]])
+        return kept
+    for at in range(kept):
+        slots[chosen[at] - range_[0]] = at + 1
+    for place in range(extent[0], extent[1]):
+        row = np.int64(rows[place])
+        if row < range_[0] or row >= range_[1]:
+            raise ValueError("the rows of a term are not ascending")
+        slot = slots[row - range_[0]]
+        if slot > 0:
+            scores[slot - 1] += _gain(weight, counts[place], of_text, norms[row])
+    for at in range(kept):
+        slots[chosen[at] - range_[0]] = 0
     return kept
 
 
@@ -198,8 +241,8 @@ def _make_room(
 
 @compiled(
     types.Tuple((written(types.int64), written(types.float32), types.int64, types.int64))(
-        *(_u32, _u16, _u32, _u16, _i64, _i64, _f32, types.int64, _f32, read_only(types.boolean), types.int64),
-        *(written(types.float32), types.int64),
+        *(_u32, _u16, _u32, _u16, _i64, _i64, _f32, types.int64, _u8, _i64, types.float64),
+        *(_f32, read_only(types.boolean), types.int64, written(types.float32), types.int64),
     )
 )
 def best_rows(
@@ -211,6 +254,9 @@ def best_rows(
     ends: NDArray[np.int64],
     weights: NDArray[np.float32],
     num_texts: int,
+    shares: NDArray[np.uint8],
+    shares_at: NDArray[np.int64],
+    factor: float,
     norms: NDArray[np.float32],
     usable: NDArray[np.bool_],
     first: int,
@@ -228,6 +274,9 @@ def best_rows(
         ends: [t] where they end.
         weights: [t] the terms' weights.
         num_texts: how many of the terms are those of texts.
+        shares: the largest shares of terms in ranges (``ops.bm25_bounds``).
+        shares_at: [t] where those of a term start; -1 if it has none.
+        factor: the mean length by which the shares were computed, divided by today's.
         norms: [n] the norm of each row.
         usable: [n] whether a row may be returned; empty if all may.
         first: number that the segment's first row has in the result.
@@ -238,49 +287,46 @@ def best_rows(
         Rows, scores, the new size of the heap, and how many postings were read. Some rows may be below the heap's
         lowest score in the end.
     """
-    num, num_terms = len(norms), _checked(starts, ends, num_texts, len(rows), len(added_rows))
-    places, stops, rests = starts.copy(), np.empty(num_terms, np.int64), np.zeros(num_terms + 1, np.float64)
+    num, num_terms, lengths = len(norms), len(starts), (len(rows), len(added_rows), len(shares))
+    _check(starts, ends, shares_at, num_texts, lengths, (num + RANGE - 1) // RANGE)
+    begins, stops, rests = starts.copy(), np.empty(num_terms, np.int64), np.zeros(num_terms + 1, np.float64)
     sums, touched = np.zeros(RANGE, np.float32), np.zeros(RANGE // _GROUP, np.bool_)
-    chosen, scores = np.empty(RANGE, np.int64), np.empty(RANGE, np.float32)
+    chosen, slots, scores = np.empty(RANGE, np.int64), np.zeros(RANGE, np.int64), np.empty(RANGE, np.float32)
     found_rows, found_scores, found, num_read = np.empty(1024, np.int64), np.empty(1024, np.float32), 0, 0
     for begin in range(0, num, RANGE):
         end = min(begin + RANGE, num)
         for term in range(num_terms):
-            stops[term] = _first_at_least(rows if term < num_texts else added_rows, places[term], ends[term], end)
-        _add_up(weights, places, stops, rests)
+            stops[term] = _first_at_least(rows if term < num_texts else added_rows, begins[term], ends[term], end)
+        _add_up(weights, begins, stops, shares, shares_at, begin // RANGE, factor, rests)
         floor = np.float64(heap[0]) if size == len(heap) else 0.0
         if rests[0] == 0.0 or rests[0] * _ROUNDING < floor:
-            places[:] = stops
+            begins[:] = stops
             continue
         num_summed = _num_summed(rests, floor)
         for term in range(num_summed):
-            extent, weight, num_read = (places[term], stops[term]), weights[term], num_read + stops[term] - places[term]
-            if term < num_texts:
-                _add(sums, touched, rows, counts, True, extent, (begin, end), weight, norms)
-            else:
-                _add(sums, touched, added_rows, hundredths, False, extent, (begin, end), weight, norms)
+            of_text, extent, weight = term < num_texts, (begins[term], stops[term]), weights[term]
+            postings, times = (rows, counts) if of_text else (added_rows, hundredths)
+            num_read += extent[1] - extent[0]
+            _add(sums, touched, postings, times, of_text, extent, (begin, end), weight, norms)
         least = floor / _ROUNDING - rests[num_summed]
         num_chosen = _choose(sums, touched, (begin, end), usable, least, chosen, scores)
         for term in range(num_summed, num_terms):
-            extent, weight, least = (places[term], stops[term]), weights[term], floor / _ROUNDING - rests[term]
-            num_read += min(num_chosen, extent[1] - extent[0])
-            if term < num_texts:
-                num_chosen = _look_up(chosen, scores, num_chosen, least, rows, counts, True, extent, weight, norms)
-            else:
-                num_chosen = _look_up(
-                    chosen, scores, num_chosen, least, added_rows, hundredths, False, extent, weight, norms
-                )
+            of_text, extent, weight = term < num_texts, (begins[term], stops[term]), weights[term]
+            postings, times = (rows, counts) if of_text else (added_rows, hundredths)
+            num_read, least = num_read + min(num_chosen, extent[1] - extent[0]), floor / _ROUNDING - rests[term]
+            num_chosen = _look_up(
+                chosen, scores, num_chosen, least, postings, times, of_text, extent, (begin, end), weight, norms, slots
+            )
         for at in range(num_chosen):
-            score = scores[at]
-            if score < floor:
+            if scores[at] < floor:
                 continue
             if found == len(found_rows):
                 found_rows, found_scores, found = _make_room(found_rows, found_scores, floor)
-            found_rows[found], found_scores[found] = first + chosen[at], score
-            found, size = found + 1, _keep(heap, size, score)
+            found_rows[found], found_scores[found] = first + chosen[at], scores[at]
+            found, size = found + 1, _keep(heap, size, scores[at])
             floor = np.float64(heap[0]) if size == len(heap) else 0.0
-        places[:] = stops
-    if (places != ends).any():
+        begins[:] = stops
+    if (begins != ends).any():
         raise ValueError("the rows of a term are not ascending")
     return found_rows[:found].copy(), found_scores[:found].copy(), size, num_read
 
@@ -365,8 +411,8 @@ def score_rows(
         this[:] = 0
         num_sentences, last_length, length, last_hits, hits = 0, 0, 0, 0, 0
         best = np.float32(0)
-        for place in range(begin, end):
-            token = tokens[place]
+        for index in range(begin, end):
+            token = tokens[index]
             if token != sentence_end:
                 length += 1
                 term = _term_of(token, terms, order) if maybe[token % _FILTER] else -1

@@ -52,10 +52,10 @@ def compiled(signature: Any) -> Callable[[_Function], _Function]:
 class CompiledCode(NamedTuple):
     """Of the kernels of this process: how many, how many of them were compiled by it, and the folders that keep them.
 
-    ``num_kept`` is smaller than ``number`` where no folder can be written.
+    ``num_kept`` is smaller than ``num_functions`` where no folder can be written.
     """
 
-    number: int
+    num_functions: int
     num_compiled: int
     num_kept: int
     folders: list[str]

@@ -40,12 +40,12 @@ def render_html(report: EvaluationReport) -> str:
         **_quality_cost(report),
         **_differences(report),
         calibration=[
-            (row, charts.reliability(row, "plot-calibration" if number == 1 else f"plot-calibration-{number}"))
-            for number, row in enumerate(report.calibration, start=1)
+            (row, charts.reliability(row, "plot-calibration" if index == 1 else f"plot-calibration-{index}"))
+            for index, row in enumerate(report.calibration, start=1)
         ],
         histograms=[
-            (row, charts.histogram(row.counts, f"plot-histogram-{number}", name=row.name, labels=_labels(report)))
-            for number, row in enumerate(report.histograms, start=1)
+            (row, charts.histogram(row.counts, f"plot-histogram-{index}", name=row.name, labels=_labels(report)))
+            for index, row in enumerate(report.histograms, start=1)
         ],
         made=[
             Values(report.settings),

@@ -76,8 +76,8 @@ def quality_cost(points: Sequence[Point], measure: str, item: str, *, narrow: bo
     obstacles = [svg.Box(left - 7, top - 7, left + 7, top + 7) for left, top in anchors]
     for point, (left, _) in zip(order, anchors, strict=True):
         obstacles.append(svg.Box(left - 5, y(point.quality.high), left + 5, y(point.quality.low)))
-    places = svg.place_labels(anchors, sizes, obstacles, frame)
-    for point, anchor, text, place in zip(order, anchors, texts, places, strict=True):
+    boxes = svg.place_labels(anchors, sizes, obstacles, frame)
+    for point, anchor, text, place in zip(order, anchors, texts, boxes, strict=True):
         _point(root, point, anchor, text, place, measure, y)
     return svg.markup(root)
 
@@ -194,9 +194,9 @@ def histogram(counts: ScoreHistogram, identity: str, *, name: str, labels: tuple
             f"H{x(right):.2f}V{y(after):.2f}" for right, after in zip(counts.edges[1:], [*values[1:], 0], strict=True)
         ]
         svg.add(root, "path", class_=f"mark {side}", d=f"M{x(low):.2f} {y(0):.2f}V{y(values[0]):.2f}{''.join(steps)}Z")
-    for place, (left, right) in enumerate(pairwise(counts.edges)):
+    for index, (left, right) in enumerate(pairwise(counts.edges)):
         text = f"{left:.3g} to {right:.3g}: " + ", ".join(
-            f"{label} {side[place]:,} ({side_fractions[place]:.1%})"
+            f"{label} {side[index]:,} ({side_fractions[index]:.1%})"
             for label, side, side_fractions in zip(labels, (counts.positive, counts.negative), fractions, strict=True)
         )
         bin_ = _titled(root, "bin", text)

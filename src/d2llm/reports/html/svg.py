@@ -99,7 +99,7 @@ def linear_ticks(low: float, high: float, about: int = 5) -> list[float]:
     power = 10.0 ** math.floor(math.log10((high - low) / about))
     step = min((power * factor for factor in (1, 2, 5, 10)), key=lambda step: abs((high - low) / step - about))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [float(f"{place * step:.12g}") for place in range(first, last + 1)]
+    return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
 
 
 def logarithmic_ticks(low: float, high: float) -> list[float]:
@@ -143,7 +143,7 @@ def place_labels(
     Labels are placed in order; each takes the nearest position with the least overlap.
     """
     taken = list(obstacles)
-    places: list[Box] = []
+    boxes: list[Box] = []
     for (x, y), (width, height) in zip(anchors, sizes, strict=True):
         candidates = [
             (distance, Box(left, middle - height / 2, left + width, middle + height / 2))
@@ -158,5 +158,5 @@ def place_labels(
             key=lambda candidate: 100 * sum(candidate[1].overlap(other) for other in taken) + candidate[0],
         )
         taken.append(best)
-        places.append(best)
-    return places
+        boxes.append(best)
+    return boxes

@@ -109,12 +109,10 @@ async def rerank(body: CohereRerankRequest, catalog: TheCatalog) -> FastJSONResp
     return FastJSONResponse(
         {
             "id": str(uuid.uuid4()),
-            "results": rerank_results(
-                services, scored.logits, body.documents, body.top_n, with_texts=body.return_documents
-            ),
+            "results": rerank_results(services, scored, body.documents, body.top_n, with_texts=body.return_documents),
             "meta": meta | ({"warnings": warnings} if warnings else {}),
         },
-        headers=score_header(services),
+        headers=score_header(services, scored),
     )
 
 

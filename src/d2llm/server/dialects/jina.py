@@ -50,10 +50,10 @@ def _readable(value: Any) -> Any:
         raise ValueError("it is not a list of documents")
     if not value:
         raise PydanticCustomError("empty", "give a list of at least one document")
-    for place, document in enumerate(cast("list[Any]", value) if isinstance(value, list) else ()):
+    for index, document in enumerate(cast("list[Any]", value) if isinstance(value, list) else ()):
         text = cast("dict[str, Any]", document).get("text") if isinstance(document, dict) else document
         if not isinstance(text, str) or not text:
-            raise ValueError(f"number {place} is neither a text nor an object with a 'text', or it is empty")
+            raise ValueError(f"number {index} is neither a text nor an object with a 'text', or it is empty")
     return cast(Any, value)
 
 
@@ -146,11 +146,11 @@ async def rerank(body: JinaRerankRequest, catalog: TheCatalog) -> FastJSONRespon
         "model": body.model or models.name,
         "object": "list",
         "usage": {"total_tokens": scored.num_tokens, "prompt_tokens": scored.num_tokens},
-        "results": rerank_results(
-            services, scored.logits, documents, body.top_n or None, with_texts=body.return_documents
-        ),
+        "results": rerank_results(services, scored, documents, body.top_n or None, with_texts=body.return_documents),
     }
-    return FastJSONResponse(response | ({"warnings": warnings} if warnings else {}), headers=score_header(services))
+    return FastJSONResponse(
+        response | ({"warnings": warnings} if warnings else {}), headers=score_header(services, scored)
+    )
 
 
 def shape(problem: Problem) -> tuple[int, dict[str, Any]]:

@@ -136,7 +136,7 @@ async def embeddings(body: EmbeddingsRequest, catalog: TheCatalog) -> FastJSONRe
     num_tokens = sum(encoded.num_tokens)
     response = {
         "object": "list",
-        "data": [{"object": "embedding", "index": place, "embedding": value} for place, value in enumerate(values)],
+        "data": [{"object": "embedding", "index": index, "embedding": value} for index, value in enumerate(values)],
         "model": body.model,
         "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
     }

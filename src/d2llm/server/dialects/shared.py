@@ -125,11 +125,11 @@ def _readable(value: Any) -> Any:
         raise PydanticCustomError("empty", "the list is empty; give at least one text")
     if all(isinstance(text, int | list) and not isinstance(text, bool) for text in texts):
         raise ValueError("token ids are not supported; send texts (LangChain: check_embedding_ctx_length=False)")
-    for place, text in enumerate(texts):
+    for index, text in enumerate(texts):
         if text == "":
-            raise PydanticCustomError("empty", "number {place} is empty", {"place": place})
+            raise PydanticCustomError("empty", "number {place} is empty", {"place": index})
         if not isinstance(text, str):
-            raise ValueError(f"number {place} is not a text")
+            raise ValueError(f"number {index} is not a text")
     return texts
 
 
@@ -204,13 +204,13 @@ class SizedTexts:
         Raises:
             ServingError: 413, with the place of the first such text, and the limit, if cutting is not allowed.
         """
-        places = sorted(self.cut.union(truncated))
-        if not places:
+        positions = sorted(self.cut.union(truncated))
+        if not positions:
             return []
         if self.remedy is None:
-            return [f"{name} were truncated to {self.limit} tokens: {', '.join(map(str, places))}"]
-        more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
-        field = self.where(places[0])
+            return [f"{name} were truncated to {self.limit} tokens: {', '.join(map(str, positions))}"]
+        more = f" (and {len(positions) - 1} more)" if len(positions) > 1 else ""
+        field = self.where(positions[0])
         message = f"{field}: longer than the {self.limit} tokens that the model reads{more}; {self.remedy}"
         raise ServingError(Problem(413, "too_large", message, field))
 
@@ -262,11 +262,10 @@ async def score_documents(
     Raises:
         ServingError: 413, there are too many documents, or a text is too long.
     """
-    models = services.models
     sized_query = check_size(services, query, "query", "query", remedy)
     sized = check_size(services, documents, field, "passage", remedy)
-    scored = await models.score(sized_query.texts[0], sized.texts, services.task)
-    is_cut = sized_query.warn((0,) if scored.query_truncated else (), "query")
+    scored, models = await services.score(sized_query.texts, sized.texts)
+    is_cut = sized_query.warn(scored.truncated_queries, "query")
     warnings = [f"the query was truncated to {models.max_query_tokens} tokens"] if is_cut else []
     return scored, warnings + sized.warn(scored.truncated, "documents")
 
@@ -332,9 +331,15 @@ def unit_length(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     return (vectors / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)
 
 
-def score_header(services: Services) -> dict[str, str]:
-    """The header that says how scores become numbers in [0, 1]: calibrated on dev queries, or not."""
-    return {"X-Relevance-Score": services.models.probability_kind(services.task)}
+def score_header(services: Services, scored: PassageScores) -> dict[str, str]:
+    """The header that says how scores become numbers in [0, 1], and by what words are weighted."""
+    kind = services.models.probability_kind(scored.corpus.task, scored.corpus.weights)
+    return {"X-Relevance-Score": kind} | word_header(scored)
+
+
+def word_header(scored: PassageScores) -> dict[str, str]:
+    """The header that names the index whose words tell how rare a word is, or the background."""
+    return {"X-Word-Statistics": scored.corpus.name} if scored.corpus.weights.counts_words else {}
 
 
 def best_first(logits: NDArray[np.float32], top: int | None = None) -> list[int]:
@@ -348,12 +353,12 @@ def warning_header(warnings: Sequence[str]) -> dict[str, str]:
 
 
 def rerank_results(
-    services: Services, logits: NDArray[np.float32], documents: Sequence[str], top: int | None, *, with_texts: bool
+    services: Services, scored: PassageScores, documents: Sequence[str], top: int | None, *, with_texts: bool
 ) -> list[dict[str, Any]]:
     """The ``RerankResult`` of each of the ``top`` documents (None: of all), best first."""
-    scores = services.models.probabilities(logits, services.task).tolist()
+    scores = services.models.probabilities(scored).tolist()
     results: list[dict[str, Any]] = []
-    for place in best_first(logits, top):
-        result: dict[str, Any] = {"index": place, "relevance_score": scores[place]}
-        results.append(result | ({"document": {"text": documents[place]}} if with_texts else {}))
+    for index in best_first(scored.scores, top):
+        result: dict[str, Any] = {"index": index, "relevance_score": scores[index]}
+        results.append(result | ({"document": {"text": documents[index]}} if with_texts else {}))
     return results

@@ -38,6 +38,7 @@ from d2llm.server.dialects.shared import (
     status_of,
     unit_length,
     warning_header,
+    word_header,
 )
 from d2llm.server.errors import Problem
 from d2llm.server.large_bodies import BodyRoute
@@ -199,16 +200,15 @@ async def rerank(body: EitherRerankRequest, catalog: TheCatalog) -> FastJSONResp
     if isinstance(body, jina.JinaRerankRequest):
         return await jina.rerank(body, catalog)
     services = catalog.select()
-    models = services.models
     remedy = _CUT if body.truncate is False else None
     scored, warnings = await score_documents(services, body.query, body.texts, "texts", remedy)
-    scores = scored.logits if body.raw_scores else models.probabilities(scored.logits, services.task)
+    scores = scored.scores if body.raw_scores else services.models.probabilities(scored)
     values = scores.tolist()
     ranks: list[dict[str, Any]] = []
-    for place in best_first(scored.logits):
-        rank: dict[str, Any] = {"index": place, "score": values[place]}
-        ranks.append(rank | ({"text": body.texts[place]} if body.return_text else {}))
-    header = {} if body.raw_scores else score_header(services)
+    for index in best_first(scored.scores):
+        rank: dict[str, Any] = {"index": index, "score": values[index]}
+        ranks.append(rank | ({"text": body.texts[index]} if body.return_text else {}))
+    header = word_header(scored) if body.raw_scores else score_header(services, scored)
     return _response(ranks, warnings, header)
 
 

@@ -13,9 +13,7 @@ import uuid
 from http import HTTPStatus
 from typing import Any, Literal
 
-import numpy as np
 from fastapi import APIRouter
-from numpy.typing import NDArray
 from pydantic import AliasChoices, Field
 
 from d2llm.server.dialects.shared import (
@@ -123,19 +121,10 @@ async def score(body: ScoreRequest, catalog: TheCatalog) -> FastJSONResponse:
             f"{name_1} has {len(queries)} texts and {name_2} {len(passages)}; they must be 1 and 1, 1 and n, or n and n"
         )
         raise invalid(message, name_1)
-    read = await models.encode(queries, "query")
-    passages_read = await models.encode(passages, "passage")
-    warnings = sized_1.warn(read.truncated, name_1) + sized_2.warn(passages_read.truncated, name_2)
-    places_of: dict[str, list[int]] = {}
-    for place in range(len(passages)):
-        places_of.setdefault(queries[place % len(queries)], []).append(place)
-    logits: NDArray[np.float32] = np.empty(len(passages), np.float32)
-    for places in places_of.values():
-        query = read.vectors[places[0] % len(queries)]
-        logits[places] = await models.score_vectors(query, passages_read.vectors[places], services.task)
+    scored, _ = await services.score(queries, passages)
+    warnings = sized_1.warn(scored.truncated_queries, name_1) + sized_2.warn(scored.truncated, name_2)
     is_raw = body.use_activation is False
-    scores = logits if is_raw else models.probabilities(logits, services.task)
-    num_tokens = sum(read.num_tokens) + sum(passages_read.num_tokens)
+    scores = scored.scores if is_raw else models.probabilities(scored)
     return FastJSONResponse(
         {
             "id": f"score-{uuid.uuid4().hex}",
@@ -143,11 +132,11 @@ async def score(body: ScoreRequest, catalog: TheCatalog) -> FastJSONResponse:
             "created": int(time.time()),
             "model": body.model or models.name,
             "data": [
-                {"index": place, "object": "score", "score": value} for place, value in enumerate(scores.tolist())
+                {"index": index, "object": "score", "score": value} for index, value in enumerate(scores.tolist())
             ],
-            "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens, "completion_tokens": 0},
+            "usage": {"prompt_tokens": scored.num_tokens, "total_tokens": scored.num_tokens, "completion_tokens": 0},
         },
-        headers={**warning_header(warnings), **({} if is_raw else score_header(services))},
+        headers={**warning_header(warnings), **({} if is_raw else score_header(services, scored))},
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from d2llm.core.errors import D2LLMError, InputError
+from d2llm.core.errors import D2LLMError, InputError, RecipeError
 from d2llm.core.files import new_folder, write_json
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import read_manifest
@@ -189,7 +189,8 @@ def ablate(
         labels: the label store that ``label`` wrote; not needed if neither the recipe nor a variant imitates a teacher.
         teacher: the teacher whose labels to use.
         closed_gates: data sets whose labels of the teacher are not used, as in ``distill``.
-        variants: names from ``recipe.variants``; None means all that need no labels unless the recipe does.
+        variants: names from ``recipe.variants``; None means all that the recipe can have, and that need no labels
+            unless the recipe does.
         num_seeds: number of seeds, counting up from the recipe's.
         max_queries: train on a random sample of this many queries of each plan, the same for all runs; a larger sample
             contains a smaller one.
@@ -208,13 +209,13 @@ def ablate(
     """
     started = time.monotonic()
     _check_numbers(num_seeds, max_queries, epochs, budget_minutes, dev_queries)
-    names = _trainable(recipe) if variants is None else variants
+    names, unsuited = _trainable(recipe) if variants is None else (variants, [])
     recipes, same = _distinct(_shortened(recipe, max_queries, epochs), names)
     check_sources(sources)
     needs_labels = any(recipe.losses.imitates for recipe in recipes.values())
     some = recipe.training.unlabelled == "own_labels"
     labelled = _labelled(sources, labels, teacher, closed_gates, other_sets_suffice=some) if needs_labels else None
-    notes = list(_left_out(recipe, sources, labelled))
+    notes = [*unsuited, *_left_out(recipe, sources, labelled)]
     sources = _training_queries(recipe, sources, labelled, max_queries)
     dev_sets = [
         make_dev_set(source, num_queries=dev_queries, num_passages=recipe.training.dev_passages, seed=_MEASURING_SEED)
@@ -281,13 +282,22 @@ def _shortened(recipe: Recipe, max_queries: int | None, epochs: int | None) -> R
     return recipe.model_copy(update={"data": tuple(data), "training": training})
 
 
-def _trainable(recipe: Recipe) -> list[str]:
-    """All variants, but without those that imitate a teacher if the recipe imitates none."""
-    return [
-        name
-        for name, variant in VARIANTS.items()
-        if recipe.losses.imitates or not variant.apply(recipe).losses.imitates
-    ]
+def _trainable(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """The variants that this recipe can have, and a note for each that its settings forbid.
+
+    None of them imitates a teacher if the recipe has no imitation loss.
+    """
+    names: list[str] = []
+    notes: list[str] = []
+    for variant in VARIANTS.values():
+        try:
+            imitates = variant.apply(recipe).losses.imitates
+        except RecipeError as error:
+            notes.append(f"left out: {error}")
+            continue
+        if recipe.losses.imitates or not imitates:
+            names.append(variant.name)
+    return names, notes
 
 
 def _distinct(base: Recipe, variants: Iterable[str]) -> tuple[dict[str, Recipe], dict[str, str]]:
@@ -410,15 +420,15 @@ def _train_waiting(
     missing: list[tuple[str, int]] = []
     failed: list[FailedRun] = []
     seconds: list[float] = []
-    for number, (name, seed) in enumerate(waiting):
+    for position, (name, seed) in enumerate(waiting):
         begun = time.monotonic()
         is_trained = is_finished(shared.student(name, seed))  # an earlier call was killed before measuring
         if not is_trained and begun >= deadline:
             missing.append((name, seed))
             continue
-        minutes_left = fmean(seconds) * (len(waiting) - number) / 60 if seconds else None
+        minutes_left = fmean(seconds) * (len(waiting) - position) / 60 if seconds else None
         left = "" if minutes_left is None else f", about {max(1.0, minutes_left):,.0f} min left"
-        _remarks.info("ablate: run %d of %d: %s, seed %d%s", number + 1, len(waiting), name, seed, left)
+        _remarks.info("ablate: run %d of %d: %s, seed %d%s", position + 1, len(waiting), name, seed, left)
         try:
             results[name, seed] = train_and_measure(shared, recipes[name], name, seed)
         except D2LLMError as error:

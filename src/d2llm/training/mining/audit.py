@@ -147,7 +147,7 @@ stricter filter or skip the first ranks (`range_min`)."""
 
 def audit_page(report: dict[str, Any], audit: dict[str, Any]) -> str:
     """A Markdown page with the report of ``mine`` and its audit."""
-    parts = [
+    sections = [
         f"# Hard negatives of {_inline(report['dataset'])}, split {_inline(report['split'])}",
         _summary(report, audit),
         "## Where the hard negatives come from\n\n"
@@ -157,7 +157,7 @@ def audit_page(report: dict[str, Any], audit: dict[str, Any]) -> str:
         _HOW_TO_READ,
         *(_example(example) for example in audit["examples"]),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
 def _summary(report: dict[str, Any], audit: dict[str, Any]) -> str:

@@ -26,14 +26,14 @@ from d2llm.training.mining.ranking import EncoderRanking, Lists
 from d2llm.training.mining.teacher import TeacherCheck
 
 
-def key_of(*parts: object) -> bytes:
+def key_of(*values: object) -> bytes:
     """A hash of the parts that is the same in every process."""
-    return hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    return hashlib.sha256(":".join(map(str, values)).encode()).digest()
 
 
-def random_of(*parts: object) -> random.Random:
+def random_of(*values: object) -> random.Random:
     """A random generator that depends only on the parts."""
-    return random.Random(key_of(*parts))
+    return random.Random(key_of(*values))
 
 
 def order_candidates(
@@ -159,8 +159,8 @@ def near_duplicate_check(passages: Mapping[str, Passage], threshold: float) -> C
         if item.query.id not in positive_shingles:
             positive_shingles.clear()  # queries are checked one after another
             positive_shingles[item.query.id] = [shingles(passages[passage_id].text) for passage_id in item.positives]
-        own = shingles(passages[candidate.passage_id].text)
-        value = max(jaccard(own, other) for other in positive_shingles[item.query.id])
+        candidate_shingles = shingles(passages[candidate.passage_id].text)
+        value = max(jaccard(candidate_shingles, other) for other in positive_shingles[item.query.id])
         return Dropped(candidate, "near_duplicate", value, threshold) if value > threshold else None
 
     return check
@@ -221,7 +221,7 @@ class DatasetJudgements:
 
     def __init__(self, dataset: Dataset, same_text: SameText) -> None:
         self._same_text = same_text
-        self._own = dataset.own_passages
+        self._own_passages = dataset.own_passages
         self._relevant: dict[str, set[str]] = {}
         self._refused: dict[str, set[str]] = {}
         for qrels in dataset.qrels.values():
@@ -240,9 +240,9 @@ class DatasetJudgements:
         """Other passages with the same text as a relevant one."""
         return self._same_text.duplicates_of(self.relevant(query_id, positives))
 
-    def own(self, query_id: str) -> frozenset[str]:
+    def own_passages(self, query_id: str) -> frozenset[str]:
         """Passages that are the query itself (``data.own_passages``)."""
-        return self._own.of(query_id)
+        return self._own_passages.of(query_id)
 
     def negative(self, query_id: str) -> set[str]:
         """Passages that the data set judges not relevant."""
@@ -275,8 +275,12 @@ def choose(
         checks.append(relative_margin_check(ranked.encoder, config.relative_margin))
 
     def begin(place: int, query: Query) -> Selection:
-        own = positives[query.id]
-        forbidden = judged.relevant(query.id, own) | judged.repeats(query.id, own) | judged.own(query.id)
+        query_positives = positives[query.id]
+        forbidden = (
+            judged.relevant(query.id, query_positives)
+            | judged.repeats(query.id, query_positives)
+            | judged.own_passages(query.id)
+        )
         candidates = order_candidates(
             {source: lists[place] for source, lists in ranked.lists.items()},
             forbidden,
@@ -284,7 +288,7 @@ def choose(
             config.sampling,
             random_of(*seeds, query.id),
         )
-        return Selection(query, own, candidates, judged.negative(query.id), place, forbidden)
+        return Selection(query, query_positives, candidates, judged.negative(query.id), place, forbidden)
 
     num_together = _QUERIES_AT_ONCE * (1 if teacher is None else teacher.num_together)
     try:

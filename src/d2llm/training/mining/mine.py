@@ -57,7 +57,7 @@ class _Tally:
 
     queries: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in _LISTED})
     same_text: int = 0
-    own: OwnCounts = field(default_factory=OwnCounts)
+    own_passages: OwnCounts = field(default_factory=OwnCounts)
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
 
@@ -137,7 +137,7 @@ def mine(
         audit = Audit(dataset.passages, list(ranked.lists), frozenset(shown))
         begin = time.perf_counter()
         judged = DatasetJudgements(dataset, SameText(dataset))
-        tally.own = dataset.own_passages.counts(positives)
+        tally.own_passages = dataset.own_passages.counts(positives)
         tally.same_text = sum(len(judged.repeats(query_id, ids)) for query_id, ids in positives.items())
         selections = choose(
             dataset, queries, positives, judged, ranked, config, seeds=(seed,), teacher=teacher, record=audit.add
@@ -251,8 +251,8 @@ def _report(
         "num_hard_negatives": sum(len(entry.hard_negatives) for entry in entries),
         "num_easy_negatives": sum(len(entry.easy_negatives) for entry in entries),
         "num_same_text_as_positive": tally.same_text,
-        "num_own_passages": tally.own.num_left_out,
-        "num_own_passages_judged_relevant": tally.own.num_judged,
+        "num_own_passages": tally.own_passages.num_left_out,
+        "num_own_passages_judged_relevant": tally.own_passages.num_judged,
         "num_dropped": audit.num_dropped,
         "hard_negatives_from": dict(sorted(audit.hard_from.items())),
         "teacher": {

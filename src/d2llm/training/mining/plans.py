@@ -54,7 +54,7 @@ def mine_plans(
         run.put_filtered_aside("mine")
     has_untuned_head = run.teacher.needs_tuning and find_tuned_teacher(run.teacher.model) is None
     filters_later = run.recipe.filters_with_tuned_teacher and (before_tuning or has_untuned_head)
-    all_finished = all(is_finished(run.parts.plan(data)) for data in run.recipe.data)
+    all_finished = all(is_finished(run.folder.plan(data)) for data in run.recipe.data)
     if filters_later and not before_tuning and (again or not all_finished):
         _remarks.info(
             "mine: the teacher's margin is not used, because the teacher's new head is not tuned yet; to use it, "
@@ -65,7 +65,7 @@ def mine_plans(
     miners: _Miners | None = None
     with ExitStack() as connection:
         for data in run.recipe.data:
-            folder = run.parts.plan(data)
+            folder = run.folder.plan(data)
             if is_finished(folder) and not again:
                 reports[folder.name] = run.skip(f"mine: {folder} is finished; --again rebuilds it")
                 _compare_settings(run, data, folder, mining, remedy="mine with --again")
@@ -90,7 +90,7 @@ def filter_plans(
     teacher = identify_teacher(run.teacher).fingerprint
     with ExitStack() as connection:
         for data in run.recipe.data:
-            mined, folder = run.parts.plan(data), run.parts.filtered_plan(data)
+            mined, folder = run.folder.plan(data), run.folder.filtered_plan(data)
             name = folder.name
             source = open_source(data.path, splits=["dev"])
             if isinstance(source, PairSource):
@@ -106,7 +106,7 @@ def filter_plans(
             else:
                 miners = miners or _Miners.load(run, mining, connection.enter_context(runner.connected()))
                 reports[name] = _mine_one(run, data, folder, mining, miners, verb="filter")
-            shutil.rmtree(run.parts.mining_work(data), ignore_errors=True)
+            shutil.rmtree(run.folder.mining_work(data), ignore_errors=True)
     return reports
 
 
@@ -169,9 +169,9 @@ def _mine_one(
     if mining.teacher_margin is not None:
         identity = identify_teacher(run.teacher)
         prompt = identity.prompts[data.task]
-        labels = LabelStore(run.parts.labels, teacher=identity.fingerprint, prompt=prompt, dataset=dataset.name)
+        labels = LabelStore(run.folder.labels, teacher=identity.fingerprint, prompt=prompt, dataset=dataset.name)
         teacher = TeacherCheck(labels, miners.teacher, data.task, mining.teacher_margin, dataset.passages)
-    work = run.parts.mining_work(data)
+    work = run.folder.mining_work(data)
     with nullcontext() if teacher is None else teacher.answers.used():
         result = mine(
             dataset,
@@ -199,11 +199,11 @@ def _mine_one(
     if not keeps_vectors:
         shutil.rmtree(work, ignore_errors=True)
     dropped = sum(report["num_dropped"].values())
-    own = str(dataset.own_passages.counts(entry.query_id for entry in result.entries))
+    own_passages = str(dataset.own_passages.counts(entry.query_id for entry in result.entries))
     _remarks.info(
         f"{verb}: {report['num_entries']:,} queries of {dataset.name} with {report['num_hard_negatives']:,} hard and "
         f"{report['num_easy_negatives']:,} easy negatives, {dropped:,} dropped as likely positives, in {folder}; "
-        f"read its audit.md{f' ({own})' if own else ''}"
+        f"read its audit.md{f' ({own_passages})' if own_passages else ''}"
     )
     return report
 

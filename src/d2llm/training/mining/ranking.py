@@ -78,8 +78,8 @@ class EncoderRanking:
         with progress_bar("ranking", len(self._queries)) as advance:
             for query, rows in zip(self._queries, self._candidates(num_rescored), strict=True):
                 scores = self._student.score(query, self._vectors[rows], self._task)
-                best = top_rows(scores, top_k, lambda places, rows=rows: ids_at(self._ids, rows[places]))
-                lists.append([self._ids[int(rows[place])] for place in best])
+                best = top_rows(scores, top_k, lambda positions, rows=rows: ids_at(self._ids, rows[positions]))
+                lists.append([self._ids[int(rows[index])] for index in best])
                 advance(1)
         return lists
 

@@ -108,7 +108,7 @@ def _renew(entry: PlanEntry, item: Selection, num_hard: int) -> PlanEntry:
 def _lists_of(ranking: EncoderRanking, labelled: Sequence[Sequence[str]], top_k: int) -> Lists:
     """Rank each query's labelled passages, best first, ties by id."""
     lists: Lists = []
-    for place, ids in enumerate(labelled):
-        order = np.argsort(-ranking.scores(place, ids), kind="stable").tolist() if ids else []  # ids are sorted
+    for index, ids in enumerate(labelled):
+        order = np.argsort(-ranking.scores(index, ids), kind="stable").tolist() if ids else []  # ids are sorted
         lists.append([ids[int(row)] for row in order[:top_k]])
     return lists

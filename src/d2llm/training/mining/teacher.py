@@ -89,7 +89,7 @@ class TeacherCheck:
 
     @property
     def answers(self) -> KeptAnswers:
-        """The answers of an endpoint of which nothing is stored yet."""
+        """Answers of an endpoint that are not stored yet."""
         return self._writer.answers
 
     def score(self, calls: Sequence[Sequence[tuple[Query, Sequence[str]]]]) -> None:
@@ -108,20 +108,20 @@ class TeacherCheck:
         )
         for pairs, partly in zip(new, self._workers.map(shards, ignore), strict=True):
             scores = partly.scores
-            for number, (query, passage_id) in enumerate(pairs):
-                if not partly.is_scored[number]:
+            for index, (query, passage_id) in enumerate(pairs):
+                if not partly.is_scored[index]:
                     continue
-                self._new_log_odds.setdefault(query.id, {})[passage_id] = float(scores.log_odds[number])
+                self._new_log_odds.setdefault(query.id, {})[passage_id] = float(scores.log_odds[index])
                 if scores.features is not None:
-                    self._features[query.id, passage_id] = scores.features[number]
+                    self._features[query.id, passage_id] = scores.features[index]
                 if scores.grades is not None:
-                    self._grades[query.id, passage_id] = float(scores.grades[number])
+                    self._grades[query.id, passage_id] = float(scores.grades[index])
             self.counts.add(ScoringCounts.count(partly))
             if partly.error is not None:
                 raise partly.error
 
     def close(self) -> None:
-        """End the workers, if any were started, and write all labels, also those of queries that are not finished.
+        """Stop the workers and write all labels, including those of unfinished queries.
 
         Raises the same errors as ``LabelWriter.write``.
         """

@@ -153,7 +153,7 @@ def _fill(template: str, values: Mapping[str, str]) -> str:
 def _unused_mark(word: str, texts: list[str]) -> str:
     """The first of passage, passage-2, passage-3 ... that is in no tag of any of the texts, if ``word`` is passage."""
     together = "\n".join(texts).casefold()
-    names = (word if number == 1 else f"{word}-{number}" for number in count(1))
+    names = (word if suffix == 1 else f"{word}-{suffix}" for suffix in count(1))
     return next(name for name in names if f"<{name}>" not in together and f"</{name}>" not in together)
 
 

@@ -1,0 +1,274 @@
+"""An index that is open: what is on disk, its student, and the version that is read."""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+from typing_extensions import Self
+
+from d2llm.core.errors import D2LLMError, IndexMismatchError, InputError
+from d2llm.core.manifest import source_of
+from d2llm.core.shipped import name_student
+from d2llm.core.types import PartKind, Task
+from d2llm.retrieval.exact_search import CachedBounds
+from d2llm.retrieval.local_segment import LocalSegment, open_view
+from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint
+from d2llm.retrieval.segments import IndexView
+from d2llm.store.index_manifest import Chunking, read_chunking, repeats_text
+from d2llm.store.index_spec import IndexSpec, StoredSpec
+from d2llm.store.index_store import IndexStore
+from d2llm.store.shards import Storage
+
+_log = logging.getLogger(__name__)
+
+PART_FORMATS: dict[PartKind, str] = {"window": "int3", "token": "int4"}
+"""Default formats of window vectors and token embeddings (``store.vector_formats``)."""
+
+
+def part_formats(
+    student: SearchStudent, task: Task, *, window_vectors: str | None = "auto", token_vectors: str | None = "auto"
+) -> dict[PartKind, str]:
+    """The formats of the vectors of parts that a new index stores, by kind.
+
+    None and "none" leave a kind out; "auto" stores it in the default format if the student's score counts it.
+
+    Raises:
+        InputError: token embeddings are wanted, but the student has none.
+    """
+    counted = student.feature_weights(task).part_kinds
+    formats: dict[PartKind, str] = {}
+    requests: dict[PartKind, str | None] = {"window": window_vectors, "token": token_vectors}
+    for kind, requested in requests.items():
+        if requested == "auto":
+            requested = PART_FORMATS[kind] if kind in counted else None
+        if requested not in {None, "none"}:
+            formats[kind] = str(requested)
+    if "token" in formats and not student.token_dim:
+        raise InputError("this student has no token embeddings; train them with `d2llm fit-tokens`, or leave them out")
+    return formats
+
+
+def settled(spec: IndexSpec, student: SearchStudent, task: Task) -> IndexSpec:
+    """The spec of an index of a student for a task, with formats in place of "auto"."""
+    formats = part_formats(student, task, window_vectors=spec.window_vectors, token_vectors=spec.token_vectors)
+    return spec.replace(task=task, window_vectors=formats.get("window"), token_vectors=formats.get("token"))
+
+
+def check_parts(store: IndexStore, student: SearchStudent, task: Task) -> None:
+    """Check that an index stores the token embeddings that a student's score counts, and the words that it adds.
+
+    Raises:
+        IndexMismatchError: it stores none, or those of another projection or document expansion.
+    """
+    if store.manifest["document_expansion"] != expansion_fingerprint(student):
+        raise IndexMismatchError(f"{store.folder}: it lacks the words that the student adds to passages, or has others")
+    if "token" in part_formats(student, task) and store.manifest["token_projection"] != student.token_fingerprint:
+        raise IndexMismatchError(f"{store.folder}: it lacks the token embeddings that the student's score counts")
+
+
+def find_source(source: object, folder: Path) -> str:
+    """The folder or name of the student that is stored with an index; ``../NAME`` is a folder beside the index.
+
+    Raises:
+        InputError: none is stored, or the folder no longer exists.
+    """
+    if not isinstance(source, str):
+        raise InputError(
+            f"{folder}: the index does not say where its student is; give it with --student (in Python, "
+            "Index.open(folder, student))"
+        )
+    if source.startswith("../"):
+        source = str(folder.resolve() / source)
+    if Path(source).is_absolute() and not Path(source).is_dir():
+        raise InputError(f"{folder}: its student was in {source}, which does not exist; give it with --student")
+    return source
+
+
+def known_source(student: SearchStudent | str | Path, folder: Path) -> str | None:
+    """What an index stores about where its student can be loaded from; None, with a warning, if nobody knows."""
+    if not isinstance(student, str | Path) and not hasattr(student, "source"):
+        return None  # not one of ours
+    source = source_of(student) if isinstance(student, str | Path) else getattr(student, "source", None)
+    if isinstance(source, str) and not (Path(source).is_absolute() and not Path(source).is_dir()):
+        return source
+    _log.warning(
+        "%s: the student was not loaded from a folder or by name, so that this index cannot find it again: give it "
+        "whenever you open the index, as in Index.open(folder, student), or save it and name its folder here "
+        "(student_source)",
+        folder,
+    )
+    return None
+
+
+def stored_spec(spec: IndexSpec, student: SearchStudent, source: str | None) -> StoredSpec:
+    """What a new index stores of a settled spec and its student, which can be loaded from ``source``."""
+    has_tokens = spec.token_vectors is not None
+    assert spec.task is not None, "the spec is settled"
+    return StoredSpec(
+        student=student.fingerprint,
+        student_config=student.config.model_dump(mode="json"),
+        student_source=source,
+        task=spec.task,
+        dim=student.vector_dim,
+        **spec.shape(),
+        window_format=spec.window_vectors,
+        token_format=spec.token_vectors,
+        token_dim=student.token_dim if has_tokens else None,
+        token_projection=student.token_fingerprint if has_tokens else None,
+        document_expansion=expansion_fingerprint(student),
+    )
+
+
+class OpenIndex:
+    """The life of an ``Index``: it is opened, refreshed and closed. Its student and view are loaded when needed."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        student: SearchStudent | str | Path | None,
+        *,
+        allow_missing: bool = False,
+        **loading: Any,
+    ) -> None:
+        self._storage = storage
+        self._is_closed = False
+        self._allow_missing = allow_missing
+        self._student_or_source = student
+        self._loading = loading
+
+    @property
+    def spec(self) -> IndexSpec:
+        """What this index was made to be."""
+        storage = self.storage
+        return StoredSpec.of_manifest(storage.manifest).as_asked(storage.metadata.fields, storage.num_shards)
+
+    @property
+    def chunking(self) -> Chunking | None:
+        """How documents are split into passages; None if the index has no documents yet."""
+        return read_chunking(self.storage.folder)
+
+    @property
+    def repeats_text(self) -> bool:
+        """Whether passages may begin with text that repeats the end of the one before (``Chunking.chunk_overlap``)."""
+        return repeats_text(self.storage.folder)
+
+    def __repr__(self) -> str:
+        """What it is, in one line; ``stats`` says more."""
+        if self._is_closed:
+            return f"Index({self.folder}, closed)"
+        manifest = self.storage.manifest
+        try:
+            size = f"{len(self):,} passage{'' if len(self) == 1 else 's'}"
+        except D2LLMError as error:
+            size = f"cannot be read: {error}"
+        student = name_student(manifest["student"], manifest["student_source"]).partition(" (")[0]
+        task = "" if manifest["task"] == "asymmetric" else f", task {manifest['task']}"
+        shards = "" if self.storage.num_shards is None else f", {self.storage.num_shards} shards"
+        return f"Index({self.folder}, {size}{shards}, student {student}{task})"
+
+    @property
+    def storage(self) -> Storage:
+        """What is on disk.
+
+        Raises:
+            InputError: the index was closed.
+        """
+        if self._is_closed:
+            raise InputError(f"{self.folder}: this Index was closed; open it again with Index.open")
+        return self._storage
+
+    def close(self) -> None:
+        """Let go of the files and the student. Everything written is on disk already; closing again does nothing.
+
+        A ``with`` block does this at its end.
+
+        Example::
+
+            with Index.open("docs.index") as index:
+                print(index.search("how hot should the water be?")[0].passage.text)
+        """
+        self._is_closed = True
+        self._student_or_source = None
+        for name in ("view", "student", "_cached_bounds"):
+            self.__dict__.pop(name, None)
+
+    def __enter__(self) -> Self:
+        _ = self.storage  # refuses a closed one
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self.view)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the index."""
+        return self._storage.folder
+
+    @property
+    def store(self) -> IndexStore:
+        """The store of an index that is not sharded.
+
+        Raises:
+            InputError: it is sharded.
+        """
+        first = self.storage.stores[0]
+        if self.storage.num_shards is not None:
+            raise InputError(
+                f"{self.folder}: this is not possible for a sharded index as a whole; do it for each of its "
+                f"{self.storage.num_shards} shards, which are indexes too, such as {first.folder}"
+            )
+        return first
+
+    @property
+    def unsharded_view(self) -> LocalSegment:
+        """The only segment of an index that is not sharded, for what needs all vectors in one file.
+
+        Raises:
+            InputError: it is sharded.
+        """
+        _ = self.store
+        return cast("LocalSegment", self.view.segments[0])
+
+    @cached_property
+    def student(self) -> SearchStudent:
+        """The student that made the vectors.
+
+        Raises:
+            InputError: the index does not say where it is.
+            IndexMismatchError: the loaded student did not make this index.
+        """
+        source = self._student_or_source
+        if source is None:
+            source = find_source(self.storage.manifest["student_source"], self.folder)
+        if isinstance(source, str | Path):
+            from d2llm.models.engines.lean import load_to_search
+
+            student: SearchStudent = load_to_search(source, **self._loading)
+        else:
+            student = source
+        self.storage.check_student(student.fingerprint)
+        return student
+
+    @cached_property
+    def view(self) -> IndexView:
+        """The version of the index that this object reads."""
+        return open_view(self.storage)
+
+    @cached_property
+    def _cached_bounds(self) -> CachedBounds:
+        return CachedBounds()
+
+    def refresh(self) -> None:
+        """Switch to the latest version."""
+        _ = self.storage  # refuses a closed one
+        for name in ("view", "_cached_bounds"):
+            self.__dict__.pop(name, None)

@@ -1,0 +1,61 @@
+"""What a code host reads: workflows, forms for issues, the citation; and the licences of what is installed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import d2llm
+from repository_scripts import load_script
+
+
+def read_yaml(path: Path):
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def test_workflows_run_what_there_is(repository: Path):
+    makefile = (repository / "Makefile").read_text()
+    workflows = {path.stem: read_yaml(path) for path in (repository / ".github" / "workflows").glob("*.yml")}
+    assert {"tests", "release"} <= workflows.keys()
+    for content in workflows.values():
+        assert content["permissions"] == {"contents": "read"}  # a job that needs more says so
+        for job in content["jobs"].values():
+            commands = "\n".join(step.get("run", "") for step in job["steps"])
+            for target in re.findall(r"\bmake ([a-z][a-z-]*)", commands):
+                assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+            for name in re.findall(r"(?<=-e )packages/[\w-]+", commands):
+                assert (repository / name / "pyproject.toml").is_file()
+    versions = workflows["release"]["jobs"]["install"]["strategy"]["matrix"]["python"]
+    project = (repository / "pyproject.toml").read_text()
+    assert versions == re.findall(r"Programming Language :: Python :: (3\.\d+)", project)
+
+
+def test_forms_for_issues_have_what_the_host_requires(repository: Path):
+    forms = [read_yaml(path) for path in (repository / ".github" / "ISSUE_TEMPLATE").glob("*.yml")]
+    assert len(forms) >= 2
+    for form in forms:
+        assert form["name"]
+        assert form["description"]
+        assert all(field["attributes"]["label"] for field in form["body"])
+
+
+def test_the_citation_is_of_this_version(repository: Path):
+    citation = read_yaml(repository / "CITATION.cff")
+    assert citation["version"] == d2llm.__version__
+    assert citation["preferred-citation"]["year"] == 2024
+
+
+def test_every_pinned_package_has_a_licence_that_is_permissive_or_explained(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+):
+    licences = load_script("licences")
+    listed = dict(re.findall(r"^\| ([\w.-]+) \| (.+) \|$", licences.PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+    listed = {name: licence for name, licence in listed.items() if name not in {"package", "---"}}
+    assert list(listed) == licences.pinned((repository / "constraints.txt").read_text())
+    assert {name: listed[name] for name in licences.COPYLEFT} == licences.COPYLEFT
+    monkeypatch.setattr(licences, "COPYLEFT", {})
+    with pytest.raises(SystemExit, match=r"certifi: .*MPL.* is not permissive"):
+        licences.page()
