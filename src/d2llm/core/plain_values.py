@@ -10,6 +10,12 @@ _PLAIN = frozenset({str, int, bool, datetime, type(None)})
 _MISSING = frozenset({"NAType", "NaTType"})  # pandas.NA and pandas.NaT, which is also a datetime
 
 
+class UntypedText(str):
+    """A value of a file without types, such as CSV: a field that is declared as a number reads it as one."""
+
+    __slots__ = ()
+
+
 def plain_value(value: Any) -> Any:
     """A NumPy number, text or time as Python's; None for a missing value (NaN, NaT, pandas.NA); others unchanged.
 

@@ -23,6 +23,7 @@ import gitignore_parser
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import paths_of, strings_of
+from d2llm.core.plain_values import UntypedText
 from d2llm.core.types import (
     DEFAULT_MEMORY_PER_FILE,
     DEFAULT_SECONDS_PER_FILE,
@@ -36,6 +37,7 @@ from d2llm.data.file_contents import (
     CODE,
     SUFFIXES,
     TABLES,
+    UNTYPED,
     is_parsed,
     read_contents,
 )
@@ -254,8 +256,10 @@ def _as_documents(file: DocumentFile, contents: FileContents) -> FileDocuments:
 
 def _row_documents(file: DocumentFile, contents: FileContents, facts: Mapping[str, MetadataValue]) -> Iterator[Passage]:
     """The documents of a table's rows; those of no corpus say which row they are."""
+    has_types = file.path.suffix.lower() not in UNTYPED
     for row_number, row in enumerate(contents.rows, start=1):
-        columns = {(f"own_{name}" if name.lower() in _FACTS else name): value for name, value in row.metadata.items()}
+        values = row.metadata if has_types else {name: UntypedText(value) for name, value in row.metadata.items()}
+        columns = {(f"own_{name}" if name.lower() in _FACTS else name): value for name, value in values.items()}
         counted = {"row": row_number, "num_rows": len(contents.rows)} if facts or not contents.is_corpus else {}
         metadata = {**columns, **facts, **counted}
         if contents.is_corpus and (row.document_id or row.position):

@@ -26,7 +26,9 @@ _READERS: dict[str, tuple[str, str]] = {  # suffix -> module with its reader, an
     ".epub": ("epub_files", "read_book"),
 }
 """What is imported if there is a file of that kind."""
-TABLES = frozenset({".csv", ".tsv", ".jsonl", ".parquet"})
+UNTYPED = frozenset({".csv", ".tsv"})
+"""The suffixes of tables whose values are all texts."""
+TABLES = UNTYPED | {".jsonl", ".parquet"}
 """The suffixes of files whose rows are documents."""
 _PYTHON = frozenset({".py", ".pyi"})
 _OTHER_CODE = frozenset({".m", ".pl", ".r", ".sql"})

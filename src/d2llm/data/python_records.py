@@ -6,8 +6,9 @@ A record is read like a line of a corpus file (``corpus_records``): ``id`` (or `
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import tee
+from itertools import chain, tee
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,6 +62,7 @@ PassageLike = Passage | Mapping[str, Any]
 QueryLike = Query | str | Mapping[str, Any]
 """A query, its text, or a dictionary with its fields."""
 
+_TABLE_ROWS = 2_048  # made dictionaries at a time
 _PASSAGE = "give Passage(id, text), or a dictionary or row with 'id' and 'text'"
 _QUERY = "give a text, Query(id, text), or a dictionary or row with 'text'"
 
@@ -161,14 +163,40 @@ def _entries(values: object, name: str, kinds: type[Any] | tuple[type[Any], ...]
         return [values]
     if isinstance(values, Mapping):
         return _named_entries(cast("Mapping[str, Any]", values), name, kinds)
-    for method in ("to_pylist", "to_dicts"):  # tables of Arrow and Polars
-        if hasattr(values, method) and hasattr(values, "columns"):
-            return getattr(values, method)()
-    if hasattr(values, "to_dict") and hasattr(values, "columns"):  # a table of pandas
-        return cast(Any, values).to_dict("records")
+    if _is_table(values):
+        return _table_rows(cast(Any, values), name)
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise InputError(f"{name} is {shown(values)}; {remedy}, or a list of these")
     return cast("Iterable[Any]", values)
+
+
+def _is_table(values: object) -> bool:
+    """Whether this is a table of pandas, or of a library that gives out Arrow data (PyArrow, Polars, DuckDB)."""
+    if not any(hasattr(values, method) for method in ("__arrow_c_stream__", "__arrow_c_array__", "iloc")):
+        return False
+    return hasattr(values, "columns") or hasattr(values, "schema")
+
+
+def _table_rows(table: Any, name: str) -> Iterator[dict[str, Any]]:
+    """The rows of a table, some thousand at a time, without empty cells; the levels of a named index are columns."""
+    if hasattr(table, "iloc"):
+        if None not in table.index.names:
+            table = table.reset_index()
+        columns = list(table.columns)
+        starts = range(0, len(table), _TABLE_ROWS)
+        blocks = (table.iloc[start : start + _TABLE_ROWS].to_dict("records") for start in starts)
+    else:
+        import pyarrow as pa  # slow to import
+
+        has_stream = hasattr(table, "__arrow_c_stream__")
+        reader: Any = pa.RecordBatchReader.from_stream(table if has_stream else pa.table(table))
+        columns = reader.schema.names
+        slices = ((batch, start) for batch in reader for start in range(0, batch.num_rows, _TABLE_ROWS))
+        blocks = (batch.slice(start, _TABLE_ROWS).to_pylist() for batch, start in slices)
+    if repeated := [column for column, count in Counter(map(str, columns)).items() if count > 1]:
+        raise InputError(f"{name}: the table has several columns named {repeated[0]!r}; rename or drop all but one")
+    for row in chain.from_iterable(blocks):
+        yield {str(column): value for column, value in row.items() if plain_value(value) is not None}
 
 
 def _named_entries(values: Mapping[str, Any], name: str, kinds: type[Any] | tuple[type[Any], ...]) -> Iterator[Any]:

@@ -40,6 +40,8 @@ from d2llm.store.shards import Storage
 
 # Reading an index without searching it requires neither torch nor a student, so these are imported where they are used.
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from d2llm.models.protocols import ScoringStudent
     from d2llm.models.student import Student
     from d2llm.models.teachers.pair_teacher import PairTeacher
@@ -348,6 +350,16 @@ class Index(OpenIndex):
     def list_documents(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[ListedDocument]:
         """Like ``list_passages``, for documents with passage counts; a passage without a document counts as one."""
         return self.view.list_documents(cursor, limit)
+
+    def to_arrow(self, *, vectors: bool = False) -> pa.Table:  # pyright: ignore[reportUnknownParameterType] - PyArrow has no types
+        """All passages with their metadata as a table of Arrow (``pl.from_arrow``, ``.to_pandas()``, DuckDB).
+
+        Args:
+            vectors: also a column ``vector``.
+        """
+        from d2llm.retrieval.arrow import passage_table
+
+        return passage_table(self.view, vectors=vectors)
 
     def missing(self, ids: Iterable[str] | str) -> list[str]:
         """Ids that are not in the latest version, in the given order, without duplicates.

@@ -6,12 +6,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, time, timedelta, timezone
 from typing import Any, Literal, cast, get_args
 
 from d2llm.core.errors import InputError
-from d2llm.core.plain_values import plain_value
+from d2llm.core.plain_values import UntypedText, plain_value
 from d2llm.core.types import MetadataValue, Passage
 
 FieldType = Literal["string", "integer", "number", "boolean", "timestamp"]
@@ -246,6 +247,9 @@ def _widen(name: str, before: tuple[FieldType, str] | None, kind: FieldType, pas
 
 def _convert(value: object, kind: FieldType, where: str) -> object:
     """The value as stored in its column; raises InputError if it does not fit."""
+    if isinstance(value, UntypedText):
+        with suppress(ValueError, KeyError):
+            value = _READERS.get(kind, str)(value.strip())
     value = plain_value(value)
     if value is None:
         return None
@@ -327,6 +331,11 @@ _PYTHON_TYPES: tuple[tuple[type, FieldType], ...] = (
     (float, "number"),
     (date, "timestamp"),  # and datetime
 )
+_READERS: dict[FieldType, Callable[[str], object]] = {
+    "integer": int,
+    "number": float,
+    "boolean": lambda text: {"true": True, "false": False}[text.lower()],
+}
 _CONVERSIONS: dict[FieldType, Callable[[Any], object]] = {
     "string": _to_string,
     "integer": _to_integer,
