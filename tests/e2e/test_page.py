@@ -70,6 +70,20 @@ def test_search_as_you_type(visit, address):
     assert urlsplit(page.url).query == ""
 
 
+def test_a_new_page_suggests_queries_that_find_their_passages(visit, address):
+    page = visit(address)
+    shown = page.locator(".example").all_inner_texts()
+    assert len(shown) == 3
+    assert "are ranked by vectors + tokens + words" in page.locator(".message").inner_text()
+    page.locator(".example").nth(1).focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".card")
+    assert page.locator("#query").input_value() == shown[1]
+    assert shown[1] in page.locator(".card").first.inner_text()
+    assert page.evaluate("document.activeElement.id") == "results"  # so that Tab goes on at the first card
+    assert state_of(page) == {"q": shown[1]}
+
+
 def test_a_late_answer_never_replaces_a_newer_one(visit, address):
     page = visit(address)
 
@@ -235,11 +249,11 @@ def test_an_explanation_has_parts_words_and_sources(visit, address):
     page.wait_for_selector(".text mark.weight")
     assert card.locator(".toggle-why").get_attribute("aria-expanded") == "true"
     parts = card.locator(".parts").inner_text()
-    assert "Inner product" in parts
+    assert "Vectors" in parts
     assert "Words" in parts
     strongest = card.locator(".text mark.for.level-5").all_inner_texts()
     assert {"pasta", "sticking"} & {word.lower() for word in strongest}
-    assert "inner product: rank 1" in card.locator(".sources").inner_text()
+    assert "vectors: rank 1" in card.locator(".sources").inner_text()
     assert card.get_by_role("button", name="Ask the teacher").count() == 0  # this server has no teacher
     card.locator(".toggle-why").click()
     assert card.locator(".why").count() == 0
@@ -260,7 +274,7 @@ def test_two_rankings_side_by_side_show_what_moved(visit, tiny):
     page = visit(f"{tiny}/?q=the+cat+by+the+sea&beside=1")
     page.wait_for_selector(".columns-2 .card")
     columns = page.locator(".column")
-    assert columns.locator("h2").all_inner_texts() == ["Ranked by Inner product", "Ranked by IEM"]
+    assert columns.locator("h2").all_inner_texts() == ["Ranked by Vectors", "Ranked by Vectors + IEM"]
     ranks = [
         {card.get_attribute("data-id"): n for n, card in enumerate(column.locator(".card").all(), 1)}
         for column in columns.all()
@@ -290,7 +304,7 @@ def test_one_ranking_at_a_time(visit, tiny):
     page.wait_for_selector(".card")
     order = "[...document.querySelectorAll('.card')].map(card => card.dataset.id).join()"
     by_iem = page.evaluate(order)
-    page.get_by_role("radio", name="Inner product").check()
+    page.get_by_role("radio", name="Vectors", exact=True).check()
     until(page, f"{order} !== '{by_iem}'")
     assert state_of(page)["rank"] == "none"
     assert not page.locator("#adding").is_visible()  # the index of this server is read-only

@@ -98,21 +98,22 @@ def test_an_interaction_that_adds_nothing_is_not_what_ranks(visit, address):
     page = visit(f"{address}/?q={QUESTION}")
     page.wait_for_selector(".card")
     names = page.locator("#ranks label").all_inner_texts()
-    assert names == ["Inner product", "Full score"]
-    assert page.locator(".column").get_attribute("aria-label") == "Ranked by Full score"
-    assert page.locator(".made").inner_text() == f"Score: {facts_of(page)['Score']}."
+    score = facts_of(page)["Score"].capitalize()
+    assert names == ["Vectors", score]
+    assert score == "Vectors + tokens + words"
+    assert page.locator(".column h2").inner_text() == f"Ranked by {score}"
     assert "IEM" not in page.locator("body").inner_text()
     page.locator(".toggle-why").first.click()
     page.wait_for_selector(".text mark.weight")
     shown = [part.locator("dt").evaluate("dt => dt.firstChild.data") for part in page.locator(".parts > div").all()]
-    words = {"dot": "Inner product", "windows": "Best window", "tokens": "Tokens", "lexical": "Words"}
+    words = {"dot": "Vectors", "windows": "Best window", "tokens": "Tokens", "lexical": "Words"}
     assert shown == [*(words[part] for part in facts["score_parts"]), "Student’s score"]
     assert "The score has no interaction: " in page.locator(".why").inner_text()
-    assert "Words that raise the inner product are shaded" in page.locator(".why").inner_text()
+    assert "Words that raise the score of the vectors are shaded" in page.locator(".why").inner_text()
     total = float(page.locator(".sum dd").inner_text().replace("−", "-"))
     assert total == pytest.approx(float(page.locator(".score b").first.inner_text()), abs=0.011)
-    page.get_by_role("radio", name="Inner product").check()
-    until(page, "document.querySelector('.made').textContent === 'Score: inner product.'")
+    page.get_by_role("radio", name="Vectors", exact=True).check()
+    until(page, "document.querySelector('.column h2').textContent === 'Ranked by Vectors'")
 
 
 def test_an_interaction_that_counts_is_named(visit, tmp_path):
@@ -121,8 +122,8 @@ def test_an_interaction_that_counts_is_named(visit, tmp_path):
         assert patient.get(f"{url}/v1/index").json()["score_parts"] == ["dot", "interaction"]
         page = visit(f"{url}/?q=cat")
         page.wait_for_selector(".card")
-        assert page.locator("#ranks label").all_inner_texts() == ["Inner product", "IEM"]
-        assert page.locator(".made").inner_text() == "Score: inner product + IEM."
+        assert page.locator("#ranks label").all_inner_texts() == ["Vectors", "Vectors + IEM"]
+        assert page.locator(".column h2").inner_text() == "Ranked by Vectors + IEM"
 
 
 def test_a_score_that_is_the_inner_product_is_offered_once(visit, tmp_path):
@@ -138,8 +139,8 @@ def test_a_score_that_is_the_inner_product_is_offered_once(visit, tmp_path):
         page.wait_for_selector(".card")
         assert page.locator("#ranking").is_hidden()
         assert page.locator("#beside-label").is_hidden()
-        assert page.locator(".column").get_attribute("aria-label") == "Ranked by Inner product"
-        assert facts_of(page)["Candidates"] == "inner product"
+        assert page.locator(".column").get_attribute("aria-label") == "Ranked by Vectors"
+        assert facts_of(page)["Candidates"] == "vectors"
 
 
 @pytest.mark.parametrize(
@@ -160,15 +161,14 @@ def test_sources_of_candidates_are_named_as_they_were(visit, address, choice, so
     page.wait_for_selector(".card")
     assert response.value.json()["candidate_sources"] == sources
     text = page.locator(".count").inner_text()
-    names = {"vectors": "inner product", "bm25": "BM25"}
     if sources:
-        assert text.endswith(f"candidates by {' and '.join(names[source] for source in sources)}.")
+        assert text.endswith(f"candidates by {' and '.join(sources).replace('bm25', 'BM25')}.")
     else:
         assert "of all" in text
     assert page.locator("#sources").is_visible() == (choice not in ("hybrid=40", "exact=1"))
     if not choice:
-        assert page.locator("#source option").first.inner_text() == "inner product and BM25"
-    assert ("fused" in page.locator(".made").inner_text()) == (choice == "hybrid=40")
+        assert page.locator("#source option").first.inner_text() == "vectors and BM25"
+    assert ("fused with BM25 (40%)" in page.locator(".column h2").inner_text()) == (choice == "hybrid=40")
 
 
 # What a card says ---------------------------------------------------------------------------------------------------

@@ -102,7 +102,11 @@ def test_the_cascade_column_matches_the_api(visit, address):
     page = visit(f"{address}/{BESIDE}")
     wait_for_columns(page)
     columns = page.locator(".column")
-    assert columns.locator("h2").all_inner_texts() == ["Ranked by Inner product", "Ranked by IEM", "Ranked by Cascade"]
+    assert columns.locator("h2").all_inner_texts() == [
+        "Ranked by Vectors",
+        "Ranked by Vectors + IEM",
+        "Ranked by Cascade",
+    ]
     answers = [search_api(address, rescore) for rescore in RANKINGS]
     ids = [[passage["id"] for passage in answer["passages"]] for answer in answers]
     assert [ids_of(column) for column in columns.all()] == ids
@@ -142,12 +146,12 @@ def test_the_last_column_can_show_the_teacher(visit, address):
     page = visit(f"{address}/{BESIDE}")
     wait_for_columns(page)
     for name, checked, disabled in (
-        ("Inner product", False, True),
-        ("IEM", False, True),
+        ("Vectors", False, True),
+        ("Vectors + IEM", False, True),
         ("Teacher", False, False),
         ("Cascade", True, False),
     ):
-        radio = page.get_by_role("radio", name=name)
+        radio = page.get_by_role("radio", name=name, exact=True)
         assert (radio.is_checked(), radio.is_disabled()) == (checked, disabled)
     page.get_by_role("radio", name="Teacher").check()
     page.get_by_role("heading", name="Ranked by Teacher").wait_for()
@@ -158,7 +162,7 @@ def test_the_last_column_can_show_the_teacher(visit, address):
     page.get_by_label("Side by side").uncheck()
     until(page, "document.querySelectorAll('.column').length === 1")
     assert page.get_by_role("radio", name="Teacher").is_checked()
-    assert page.get_by_role("radio", name="IEM").is_enabled()
+    assert page.get_by_role("radio", name="Vectors + IEM").is_enabled()
 
 
 def test_the_verdict_matches_the_api(visit, address):

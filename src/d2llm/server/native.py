@@ -124,7 +124,9 @@ async def list_indexes(catalog: TheCatalog) -> IndexesResponse:
 @router.get("/v1/index")
 async def index_facts(index: TheIndex) -> IndexResponse:
     """Facts about the index, and the ways to search it on this server."""
-    stats, version = await index.read(lambda version: (index.stats(version), version))
+    stats, examples, version = await index.read(
+        lambda version: (index.stats(version), version.example_queries, version)
+    )
     models, config = version.models, version.models.student.config
     student = Joined(
         models,
@@ -146,6 +148,7 @@ async def index_facts(index: TheIndex) -> IndexResponse:
         rescore=index.ways_to_rescore(version),
         score_parts=version.score_parts(),
         candidate_sources=version.default_sources(),
+        example_queries=examples,
         writable=index.settings.writable,
         d2llm=__version__,
     )

@@ -298,7 +298,8 @@ class IndexResponse(ResponseBody):
     """Facts about the index. ``num_shards``: null if it is not sharded. ``missing_shards``: left out of searches.
 
     ``score_parts``: what the student's score adds up in this index, for its task. ``candidate_sources``: what
-    proposes candidates if a search names no sources; nothing if every search is exact.
+    proposes candidates if a search names no sources; nothing if every search is exact. ``example_queries``: at most
+    three queries to try, which are headings or sentences of the index.
     """
 
     name: str
@@ -323,6 +324,7 @@ class IndexResponse(ResponseBody):
     rescore: list[Rescore]
     score_parts: list[ScorePart]
     candidate_sources: list[str]
+    example_queries: list[str]
     writable: bool
     d2llm: str
 

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -27,6 +28,7 @@ from d2llm.retrieval.reranker import OpenReranker
 from d2llm.retrieval.scoring_corpus import IndexCorpus
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.retrieval.segments import IndexView
+from d2llm.server.example_queries import example_queries
 from d2llm.server.model_service import ModelService
 from d2llm.server.ray_shards import ShardCluster
 from d2llm.server.response_schemas import ScorePart
@@ -139,6 +141,11 @@ class OpenVersion:
             "interaction": self.models.student.why_no_interaction(self.view.task) is None,
         }
         return [part for part, is_counted in counts.items() if is_counted]
+
+    @cached_property
+    def example_queries(self) -> list[str]:
+        """Queries to try."""
+        return example_queries(self.view)
 
     def default_sources(self) -> list[str]:
         """The sources of candidates of a search that names none."""

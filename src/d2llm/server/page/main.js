@@ -8,7 +8,7 @@ import { DocumentView } from "./document.js";
 import { conditionFor, FilterBuilder, joined } from "./filters.js";
 import { installKeyboard } from "./keyboard.js";
 import { Results } from "./results.js";
-import { rankName, ranksOf, sourceChoices } from "./score.js";
+import { rankName, ranksOf, sourceChoices, sumText } from "./score.js";
 import { lastOf, Search, useRerankers } from "./search.js";
 import { installTheme } from "./theme.js";
 import { Upload } from "./upload.js";
@@ -75,9 +75,9 @@ function showProblem(error) {
   if (error.status === 401) askForKey(error.message);
   if (error.field === "filter" || error.message.startsWith("filter")) {
     showFilterError(error.message);
-    results.message("The filter is invalid", "See the message next to it.", "error");
+    results.message("The filter is invalid", "See the message next to it.", { kind: "error" });
   } else {
-    results.message(error.status === 401 ? "An API key is required" : "The search failed", problemText(error), "error");
+    results.message(error.status === 401 ? "An API key is required" : "The search failed", problemText(error), { kind: "error" });
   }
   status.textContent = error.message;
 }
@@ -92,9 +92,23 @@ function welcome() {
   if (index.num_passages === 0) {
     results.message("This index is empty", index.writable ? "Drop files or folders on this page, or choose some under “Add documents”." : "");
   } else {
-    results.message("Ask a question", `Search ${counted(index.num_passages, "passage")}. A sentence works better than keywords.`);
+    const how = `A sentence works better than keywords. The best of ${counted(index.num_passages, "passage")} are ranked by ${sumText("iem", index)}.`;
+    results.message("Ask a question", how, { more: examples() });
   }
   status.textContent = "";
+}
+
+/** Queries from the index itself, to try with a click. */
+function examples() {
+  if (!index.example_queries.length) return [];
+  const tryOut = (q) => {
+    byId("results").focus({ preventScroll: true }); // the button disappears
+    change({ q });
+  };
+  const buttons = index.example_queries.map((q) =>
+    element("li", {}, element("button", { type: "button", class: "plain example", dir: "auto", on: { click: () => tryOut(q) } }, q)),
+  );
+  return [element("p", { id: "examples" }, "For example, from its documents:"), element("ul", { class: "examples", "aria-labelledby": "examples" }, buttons)];
 }
 
 function filterByValue(name, value) {

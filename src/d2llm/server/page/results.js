@@ -3,7 +3,7 @@
 import { card, certificateText, latency, missingText, readingText, weakNote } from "./cards.js";
 import { counted, element } from "./dom.js";
 import { drawLines, followCards } from "./lines.js";
-import { rankName, scoreText, sourcesText } from "./score.js";
+import { rankHeading, rankName, sourcesText } from "./score.js";
 import { leftOut, requestOf } from "./search.js";
 
 const READING = "Reading again …";
@@ -26,12 +26,12 @@ export class Results {
   }
 
   /** Show a message instead of results. */
-  message(title, text, kind = "empty") {
+  message(title, text, { kind = "empty", more = [] } = {}) {
     this.area.removeAttribute("aria-busy");
     this.answers = [];
     this.area.className = "results";
     this.area.replaceChildren(
-      element("div", { class: `message ${kind}` }, element("h2", {}, title), text ? element("p", {}, text) : null),
+      element("div", { class: `message ${kind}` }, element("h2", {}, title), text ? element("p", {}, text) : null, ...more),
     );
   }
 
@@ -69,9 +69,8 @@ export class Results {
   }
 
   #column(state, { rank, answer, error, total, waiting }, left, context) {
-    const title = `Ranked by ${rankName(rank, context.index)}`;
-    const heading = element("h2", { class: context.compact ? "" : "hidden" }, title);
-    const column = element("section", { class: "column", "aria-label": title }, heading);
+    const title = rankHeading(rank, context.index, requestOf(state, rank).hybrid);
+    const column = element("section", { class: "column", "aria-label": title }, element("h2", {}, title));
     if (waiting) {
       column.classList.add("waiting");
       column.append(element("p", { class: "working" }, READING));
@@ -84,7 +83,6 @@ export class Results {
     }
     const before = left?.answer ? new Map(left.answer.passages.map((one) => [one.id, one.rank])) : null;
     const weak = weakNote(answer.passages);
-    const made = scoreText(rank, context.index, requestOf(state, rank).hybrid);
     const notes = [leftOut(state, rank)];
     if (answer.truncated) notes.push("The query is longer than the student reads; its end is ignored.");
     if (answer.missing_shards.length) notes.push(missingText(answer.missing_shards.length));
@@ -96,7 +94,6 @@ export class Results {
         { class: "about" },
         weak ? element("p", { class: "note nothing" }, weak) : null,
         answer.passages.length ? countOf(answer, before) : null,
-        made ? element("p", { class: "made" }, made) : null,
         latency(answer.seconds, total),
         notes.filter(Boolean).map((note) => element("p", { class: "note" }, note)),
       ),

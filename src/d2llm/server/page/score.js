@@ -4,22 +4,18 @@ import { isReranked } from "./search.js";
 
 /** The parts of a student's score, by their names in explanations: what they are called, and what they add. */
 export const PARTS = {
-  dot: ["inner product", "from the two vectors alone"],
+  dot: ["vectors", "their inner product"],
   windows: ["best window", "added by its best two sentences"],
   tokens: ["tokens", "added by its most similar tokens"],
   lexical: ["words", "added by BM25"],
   interaction: ["IEM", "added by the interaction"],
 };
-const SOURCES = { vectors: "inner product", ann: "approximate index", bm25: "BM25" };
-const INNER_PRODUCT = "Inner product";
+const SOURCES = { ann: "approximate index", bm25: "BM25" };
 
-/** The name of a ranking. The student's is named after what counts in its score: an interaction that adds nothing does not. */
+/** The name of a ranking: a reranker, or what the student's score adds up. */
 export function rankName(rank, index) {
-  if (rank === "none") return INNER_PRODUCT;
-  if (isReranked(rank)) return rank[0].toUpperCase() + rank.slice(1);
-  const parts = index.score_parts.join();
-  if (parts === "dot") return INNER_PRODUCT;
-  return parts === "interaction" || parts === "dot,interaction" ? "IEM" : "Full score";
+  const name = isReranked(rank) ? rank : sumText(rank, index);
+  return name[0].toUpperCase() + name.slice(1);
 }
 
 /** The rankings to choose from: a student's score that is the inner product alone is offered once. */
@@ -40,12 +36,10 @@ export function sumText(rank, index) {
     .join(" + ");
 }
 
-/** Says what the scores of a ranking are; empty if its notes say so. `hybrid` is BM25's share, if it is fused. */
-export function scoreText(rank, index, hybrid) {
-  if (isReranked(rank)) return "";
-  const sum = sumText(rank, index);
-  if (hybrid === undefined) return `Score: ${sum}.`;
-  return `Score: places by ${sum} and places by BM25, fused (${Math.round(hybrid * 100)}% BM25).`;
+/** The heading of a ranking. `hybrid` is BM25's share, if it is fused. */
+export function rankHeading(rank, index, hybrid) {
+  const fused = hybrid === undefined ? "" : `, fused with BM25 (${Math.round(hybrid * 100)}%)`;
+  return `Ranked by ${rankName(rank, index)}${fused}`;
 }
 
 export function sourceName(source) {

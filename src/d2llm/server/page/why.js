@@ -44,7 +44,7 @@ async function weigh(passage, context, place, onWords) {
 /** What the words of a passage weigh in: the part of the score that comes from the vectors of whole texts. */
 function vectorsPart(index) {
   const parts = index.score_parts.filter((part) => part === "dot" || part === "interaction");
-  return parts.length === index.score_parts.length ? "score" : parts.map((part) => PARTS[part][0]).join(" and ");
+  return parts.length === index.score_parts.length ? "score" : `score of the ${parts.map((part) => PARTS[part][0]).join(" and ")}`;
 }
 
 /** The parts that count in the ranking; of others, those that are not 0 for this passage. */
