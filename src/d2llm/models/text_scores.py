@@ -21,14 +21,14 @@ from d2llm.core.types import PartKind, Task, default_task
 from d2llm.models.protocols import ScoringStudent
 from d2llm.models.row_features import RowFeatures, RowScorer, dot_query
 from d2llm.models.score_features import FeatureWeights
-from d2llm.models.tokens import EncodedTexts, TokenVectors
+from d2llm.models.tokens import EncodedTexts, TextKind, TokenVectors
 from d2llm.ops.bm25_words import windows
 from d2llm.store.background_words import background_for
-from d2llm.store.bm25 import WordIndex
+from d2llm.store.bm25 import K1, B, WordIndex
 from d2llm.store.part_vectors import PartVectors, best_windows
 from d2llm.store.scan import RowScan
 from d2llm.store.vector_formats import make_format
-from d2llm.store.word_segment import CountedTerms, QueryWords, WordSegment, WordStatistics
+from d2llm.store.word_segment import AddedWords, CountedTerms, QueryWords, WordSegment, WordStatistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +314,25 @@ class ReadPairs(NamedTuple):
             rows = self.rows[positions]
             scores[positions] = self.scorer.score(query, self.texts, rows, with_features=with_features)
         return scores
+
+
+def word_weights(
+    corpus: ScoringCorpus, text: TextQuery, kind: TextKind, added: Mapping[str, float]
+) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
+    """The hashes [n] of a text's terms and their weights [n] above 0.
+
+    The product of a query's with a passage's is the passage's BM25 in the corpus. ``added`` are the words, by count,
+    that the passage lacks (``models.document_expansion``).
+    """
+    words, statistics = corpus.words(text)
+    if kind == "query":
+        known = words.weights > 0
+        return words.terms[known], words.weights[known]
+    counted, more = CountedTerms.from_text(text.text), AddedWords.of_rows([added])
+    counts = np.concatenate([counted.times, more.hundredths / 100])
+    length = float(counts.sum()) / (statistics.mean_length or 1.0)
+    weights = counts / (counts + K1 * (1 - B + B * length))
+    return np.concatenate([counted.hashes, more.hashes]), weights.astype(np.float32)
 
 
 def window_texts(full_texts: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:

@@ -21,7 +21,7 @@ from d2llm.models.engines.core_workers import core_pool
 from d2llm.models.late_chunking import EncodedChunks
 from d2llm.models.score_features import FeatureWeights
 from d2llm.models.student import Student
-from d2llm.models.text_scores import ScoringCorpus, TextQuery, TextScorer, window_texts
+from d2llm.models.text_scores import ScoringCorpus, TextQuery, TextScorer, window_texts, word_weights
 from d2llm.models.tokens import TOKENIZING, EncodedTexts, TextKind, TokenizedTexts, TokenVectors
 from d2llm.retrieval.cosine import ForwardingStudent
 from d2llm.retrieval.protocols import expansion_fingerprint
@@ -34,6 +34,8 @@ Observe = Callable[[str, float], None]
 _FEW_CHARACTERS = 10_000  # tokenized in the event loop's thread, since switching threads costs more
 _CHARACTERS_A_TURN = 100_000  # tokenized at a time, so that other requests do not wait long
 _Value = TypeVar("_Value")
+WordWeights = tuple[NDArray[np.uint64], NDArray[np.float32]]
+"""The words [n] of a text, as numbers below 2**32, and their weights [n]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +263,33 @@ class ModelService:
         (factors,) = await self._factors(scorer, [text])
         tokens = None if encoded.tokens is None else encoded.tokens[0]
         return TextQuery(text, encoded.vectors[0], tokens, factors), bool(encoded.truncated)
+
+    async def word_weights(self, texts: Sequence[str], kind: TextKind, corpus: ScoringCorpus) -> list[WordWeights]:
+        """The words of texts, by the first 32 bits of their hashes, with weights (``text_scores.word_weights``).
+
+        Raises:
+            OverloadedError: the queue is full.
+            ModelError: a vector is not finite.
+        """
+        factors: Sequence[Mapping[str, float] | None] = [None] * len(texts)
+        added: Sequence[Mapping[str, float]] = [{}] * len(texts)
+        expansion = self.student.document_expansion
+        if kind == "query":
+            factors = await self._factors(TextScorer(self.student, corpus), texts)
+        elif expansion is not None:
+            vectors = (await self.encode(texts, kind)).vectors
+            added = await self._in_thread(lambda: expansion.words(vectors, texts))
+
+        def weigh() -> list[WordWeights]:
+            none = np.zeros(self.dim, np.float32)
+            weighed: list[WordWeights] = []
+            for text, factor, words in zip(texts, factors, added, strict=True):
+                hashes, weights = word_weights(corpus, TextQuery(text, none, None, factor), kind, words)
+                indices, positions = np.unique(hashes >> np.uint64(32), return_inverse=True)
+                weighed.append((indices, np.bincount(positions, weights, len(indices)).astype(np.float32)))
+            return weighed
+
+        return await self._in_thread(weigh)
 
     async def _factors(self, scorer: TextScorer, queries: Sequence[str]) -> Sequence[Mapping[str, float] | None]:
         """How much the terms of each query count; None if all count alike."""

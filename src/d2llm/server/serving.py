@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from d2llm.core.errors import D2LLMError
 from d2llm.core.types import Task, default_task
 from d2llm.models.text_scores import Background
-from d2llm.server.model_service import ModelService, PassageScores
+from d2llm.models.tokens import TextKind
+from d2llm.server.model_service import ModelService, PassageScores, WordWeights
 from d2llm.server.response_schemas import ServedIndexResponse
 from d2llm.server.served_index import ServedIndex
 from d2llm.server.served_version import OpenVersion
@@ -47,6 +48,18 @@ class Services:
             return await self.index.work(score)
         corpus = Background(self.models.student, task or self.task)
         return await self.models.score(queries, passages, corpus), self.models
+
+    async def word_weights(self, texts: Sequence[str], kind: TextKind) -> tuple[list[WordWeights], str]:
+        """The words of texts, as of ``ModelService.word_weights``, and by which corpus, as in ``score``."""
+
+        async def weigh(version: OpenVersion) -> tuple[list[WordWeights], str]:
+            corpus = version.corpus(version.view.task)
+            return await version.models.word_weights(texts, kind, corpus), corpus.name
+
+        if self.index is not None:
+            return await self.index.work(weigh)
+        corpus = Background(self.models.student, self.task)
+        return await self.models.word_weights(texts, kind, corpus), corpus.name
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,19 @@ from tiny_clients import NAME, serving
 
 TAGS = {"OpenAI", "Cohere", "Jina", "Text Embeddings Inference", "vLLM"}
 ROUTES = {"/v1/embeddings", "/v1/models", "/v1/models/{model}", "/v2/rerank", "/v1/rerank"} | {
-    *("/embed", "/rerank", "/similarity", "/info", "/score", "/v1/score")
+    *("/v2/embed", "/v1/embed", "/embed", "/embed_all", "/embed_sparse", "/predict", "/rerank", "/similarity"),
+    *("/info", "/score", "/v1/score", "/pooling"),
 }
 ERROR_FIELDS = {
-    "/v1/embeddings": {"error"},
+    "/v1/embeddings": {"error", "detail"},
     "/v2/rerank": {"id", "message"},
+    "/v2/embed": {"id", "message"},
+    "/v1/embed": {"id", "message"},
     "/v1/rerank": {"detail"},
     "/rerank": {"error", "error_type"},
+    "/predict": {"error", "error_type"},
     "/score": {"error"},
+    "/pooling": {"error"},
 }
 
 

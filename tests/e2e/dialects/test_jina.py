@@ -1,7 +1,8 @@
-"""Haystack's and LlamaIndex's rerankers for Jina against the server, and requests that those do not send."""
+"""Haystack's and LlamaIndex's clients for Jina against the server, and requests that those do not send."""
 
 from __future__ import annotations
 
+import base64
 import re
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from tiny_models import TEXTS
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
-from tiny_clients import LONG, LONG_TOO, NAME, QUERY, ranking
+from tiny_clients import LONG, LONG_TOO, NAME, QUERY, ranking, unit
 
 
 def test_haystacks_ranker(address, student):
@@ -102,3 +103,89 @@ def test_overload(ask, overloaded):
     assert response.headers["retry-after"] == "3"
     assert set(response.json()["detail"]) == {"message", "request_id", "code"}
     assert response.json()["detail"]["code"] == "overloaded"
+
+
+@pytest.fixture
+def passages(student):
+    return unit(student.encode_passages(TEXTS).vectors)
+
+
+@pytest.fixture
+def dot_query(student):
+    return unit(student.query_vectors(student.encode_queries([QUERY]).vectors))[0]
+
+
+def test_haystacks_embedders(address, passages, dot_query):
+    module = pytest.importorskip(
+        "haystack_integrations.components.embedders.jina",
+        reason="needs Haystack's embedders: pip install jina-haystack",
+    )
+    from haystack import Document
+    from haystack.utils import Secret
+
+    settings = {"api_key": Secret.from_token("none"), "base_url": f"{address}/v1/embeddings"}
+    query = module.JinaTextEmbedder(model=NAME, task="retrieval.query", **settings).run(QUERY)
+    assert np.allclose(query["embedding"], dot_query, atol=1e-6)
+    assert query["meta"]["usage"]["total_tokens"] > 0
+    embedder = module.JinaDocumentEmbedder(model=NAME, task="retrieval.passage", progress_bar=False, **settings)
+    embedded = embedder.run([Document(content=text) for text in TEXTS])["documents"]
+    assert np.allclose([document.embedding for document in embedded], passages, atol=1e-6)
+    with pytest.raises(RuntimeError, match="late_chunking: each text is embedded by itself"):
+        module.JinaTextEmbedder(model=NAME, late_chunking=True, **settings).run(QUERY)
+
+
+def test_llamaindexs_embedder(address, passages, dot_query):
+    module = pytest.importorskip(
+        "llama_index.embeddings.jinaai", reason="needs LlamaIndex's client: pip install llama-index-embeddings-jinaai"
+    )
+
+    def embedder(model=NAME, **settings):
+        made = module.JinaEmbedding(api_key="none", model=model, **settings)
+        made._api.api_url = f"{address}/v1/embeddings"  # it takes no address
+        return made
+
+    assert np.allclose(embedder(task="retrieval.query").get_query_embedding(QUERY), dot_query, atol=1e-6)
+    for kind in ("binary", "ubinary"):
+        bits = embedder(encoding_documents=kind).get_text_embedding_batch(TEXTS)
+        assert (bits == (passages > 0)).all()
+    with pytest.raises(RuntimeError, match="there is tiny"):
+        embedder("jina-embeddings-v3").get_query_embedding(QUERY)
+
+
+def test_embedding_types(post, passages, student):
+    body = {"model": NAME, "input": [TEXTS[0], {"text": TEXTS[1]}], "task": "text-matching"}
+
+    def values(**settings):
+        return [item["embedding"] for item in post("/v1/embeddings", body | settings)["data"]]
+
+    assert np.allclose(values(), passages[:2], atol=1e-6)
+    decoded = [np.frombuffer(base64.b64decode(text), "<f4") for text in values(embedding_type="base64")]
+    assert np.allclose(decoded, passages[:2], atol=1e-6)
+    assert (np.array(values(embedding_type="int8")) == np.rint(127 * passages[:2])).all()
+    plain = student.encode_passages(TEXTS[:2]).vectors
+    assert np.allclose(values(normalized=False), plain, atol=1e-5)
+
+
+def test_long_texts_are_an_error_unless_truncated(ask):
+    body = {"model": NAME, "input": ["a", LONG], "truncate": False}
+    assert "input.1: longer than the 64 tokens" in ask("/v1/embeddings", body, 400).text
+    response = ask("/v1/embeddings", body | {"truncate": True})
+    assert response.headers["x-warning"] == "input were truncated to 64 tokens: 1"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "translation"}, "task: Input should be 'retrieval.query'"),
+        ({"embedding_type": "float16"}, "embedding_type: Input should be"),
+        ({"embedding_type": "binary", "normalized": False}, "normalized: binary is made of vectors of length 1"),
+        ({"return_multivector": True}, "return_multivector: for vectors of tokens, use /pooling"),
+        ({"input": [{"image": "https://example.org/a.png"}]}, "number 0 is neither a text nor"),
+        ({"dimensions": 5, "task": "text-matching"}, "not trained to be cut to 5"),
+        ({"task": "text-matching", "user": "a"}, "user: there is no such field"),
+    ],
+)
+def test_errors_of_embeddings(post, settings, message):
+    response = post("/v1/embeddings", {"model": NAME, "input": TEXTS} | settings, 400)
+    assert message in response["error"]["message"]
+    assert response["detail"] == response["error"]["message"]

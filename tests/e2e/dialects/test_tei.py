@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from d2llm.store.background_words import background_for
+from d2llm.store.bm25 import WordIndex
+from d2llm.store.word_segment import CountedTerms
 from tiny_models import TEXTS
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
@@ -116,9 +119,51 @@ def test_rerank_returns_raw_scores_and_texts_on_request(post, student):
     assert [result["text"] for result in response] == [TEXTS[index] for index in order]
 
 
+def test_predict(post, student):
+    pairs = [[QUERY, TEXTS[0]], [TEXTS[1], TEXTS[2]]]
+    logits = [logits_of(student, query, [text])[0] for query, text in pairs]
+    predictions = post("/predict", {"inputs": pairs})
+    assert [[prediction["label"] for prediction in one] for one in predictions] == [["LABEL_0"], ["LABEL_0"]]
+    assert np.allclose([one[0]["score"] for one in predictions], sigmoid(np.array(logits)), atol=1e-6)
+    raw = post("/predict", {"inputs": pairs, "raw_scores": True})
+    assert np.allclose([one[0]["score"] for one in raw], logits, atol=1e-3)
+    assert post("/predict", {"inputs": pairs[0]}) == predictions[0]
+
+
+def test_embed_all_needs_token_embeddings(post):
+    response = post("/embed_all", {"inputs": TEXTS}, 422)
+    assert response["error_type"] == "Validation"
+    assert "tiny has no token embeddings" in response["error"]
+
+
+def test_sparse_products_are_bm25_by_the_background(ask):
+    queries, passages = [QUERY, "snow in winter, snow"], [*TEXTS, "a cat and a cat"]
+    response = ask("/embed_sparse", {"inputs": queries, "prompt_name": "query"})
+    assert response.headers["x-word-statistics"] == "background"
+    table, words = background_for(QUERY), WordIndex.from_texts(passages).within(background_for(QUERY).statistics)
+    sparse = [
+        {item["index"]: item["value"] for item in text} for text in ask("/embed_sparse", {"inputs": passages}).json()
+    ]
+    for text, query in zip(queries, response.json(), strict=True):
+        counted = CountedTerms.from_text(text)
+        weighted = counted.weighted(table.count_words(counted.hashes), table.statistics.num_passages)
+        expected, _ = words.score(weighted, np.arange(len(passages)))
+        products = [sum(item["value"] * one.get(item["index"], 0.0) for item in query) for one in sparse]
+        assert np.allclose(products, expected, rtol=1e-5)
+        assert max(expected) > 0
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "kind"),
     [
+        ("/predict", {"inputs": QUERY}, 422, "Validation"),
+        ("/predict", {"inputs": [QUERY]}, 422, "Validation"),
+        ("/predict", {"inputs": [["a", "b"], ["a"]]}, 422, "Validation"),
+        ("/predict", {"inputs": [["a", "b"], "a"]}, 422, "Validation"),
+        ("/predict", {"inputs": [["a", ""]]}, 400, "Empty"),
+        ("/predict", {"inputs": [[LONG, "a"]], "truncate": False}, 422, "Validation"),
+        ("/embed_sparse", {"inputs": []}, 400, "Empty"),
+        ("/embed_sparse", {"inputs": "a", "normalize": True}, 422, "Validation"),
         ("/embed", {"inputs": []}, 400, "Empty"),
         ("/embed", {"inputs": ""}, 400, "Empty"),
         ("/embed", {"inputs": ["a", ""]}, 400, "Empty"),

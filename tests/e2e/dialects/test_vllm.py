@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import replace
 
 import numpy as np
@@ -75,6 +76,44 @@ def test_scores_of_pairs(score, student):
     response = score({"model": NAME, "text_1": queries, "text_2": TEXTS[:3], "use_activation": False})
     logits = [logits_of(student, query, [text])[0] for query, text in zip(queries, TEXTS[:3], strict=True)]
     assert np.allclose([item["score"] for item in response["data"]], logits, atol=1e-3)
+
+
+@pytest.fixture
+def pool(score):
+    return lambda body: score(body, "/pooling")
+
+
+def test_pooling_of_texts(pool, student):
+    encoded = student.encode_passages(TEXTS)
+    response = pool({"model": NAME, "input": TEXTS, "task": "embed"})
+    assert [(item["index"], item["object"]) for item in response["data"]] == [(n, "pooling") for n in range(len(TEXTS))]
+    assert np.allclose([item["data"] for item in response["data"]], unit(encoded.vectors), atol=1e-6)
+    assert response["usage"]["prompt_tokens"] == sum(encoded.lengths)
+    raw = pool({"input": TEXTS, "use_activation": False})
+    assert np.allclose([item["data"] for item in raw["data"]], encoded.vectors, atol=1e-5)
+    query = pool({"model": f"{NAME}:query", "input": QUERY, "encoding_format": "base64"})
+    dot_query = student.query_vectors(student.encode_queries([QUERY]).vectors)
+    vector = np.frombuffer(base64.b64decode(query["data"][0]["data"]), "<f4")
+    assert np.allclose(vector, unit(dot_query)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "param"),
+    [
+        ({"task": "token_embed"}, "tiny has no token embeddings", None),
+        ({"task": "classify"}, "task: ", "task"),
+        ({"input": ["a", LONG]}, "input.1: longer than the 64 tokens", "input.1"),
+        ({"input": [1, 2]}, "token ids are not supported", "input"),
+        ({"dimensions": 5}, "not trained to be cut to 5", "dimensions"),
+        ({"messages": []}, "messages: there is no such field", "messages"),
+    ],
+)
+def test_errors_of_pooling(pool, settings, message, param):
+    import openai
+
+    with pytest.raises(openai.BadRequestError, match=message) as excinfo:
+        pool({"input": TEXTS} | settings)
+    assert excinfo.value.param == param
 
 
 @pytest.mark.parametrize(

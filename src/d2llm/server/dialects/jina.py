@@ -1,6 +1,11 @@
-"""Jina's interface: ``/v1/rerank``, which others (vLLM, LocalAI, Xinference) have adopted.
+"""Jina's interface: ``/v1/rerank``, which others (vLLM, LocalAI, Xinference) have adopted, and ``/v1/embeddings``.
 
-vLLM's clients use the same path; its fields are accepted too, and the answer has the fields that either's clients read.
+The latter is OpenAI's path: a body with a field that only Jina has is read here (``is_jinas``), and errors there are
+OpenAI's with a ``detail``, which Jina's clients show. Vectors of queries (``retrieval.query``) are for inner products
+with those of all other texts.
+
+vLLM's clients use ``/v1/rerank`` too; its fields are accepted there, and the answer has the fields that either's
+clients read.
 
 Checked against Jina's own server (jina-on-prem c9fde81, August 2026), which states that it was compared with
 api.jina.ai; vLLM 0.33.0; and the clients jina-haystack 2.0.1, llama-index-postprocessor-jinaai-rerank 0.6.0 and
@@ -16,16 +21,27 @@ from fastapi import APIRouter
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from d2llm.models.tokens import TextKind
 from d2llm.server.dialects.shared import (
+    DIMENSIONS,
+    ClientBody,
     CutOptions,
+    NumberType,
     RerankResult,
     Text,
+    check_dimensions,
+    check_size,
+    embed,
+    embeddings_response,
     errors,
     rerank_results,
     score_documents,
     score_header,
     select_model,
     status_of,
+    typed_vectors,
+    unit_length,
+    warning_header,
 )
 from d2llm.server.errors import Problem, invalid
 from d2llm.server.large_bodies import BodyRoute
@@ -34,6 +50,7 @@ from d2llm.server.responses import FastJSONResponse
 from d2llm.server.services import TheCatalog
 
 PATHS = ("/v1/rerank",)
+_ONLY_JINAS = frozenset({"task", "embedding_type", "encoding_type", "late_chunking", "normalized", "return_multivector"})
 
 
 class JinaDocument(BaseModel):
@@ -76,6 +93,42 @@ class JinaRerankRequest(CutOptions):
         validation_alias=AliasChoices("truncate", "truncation"),
         description="Cut texts that are too long; if false, they are an error.",
     )
+
+
+JinaTask = Literal[
+    "retrieval.query",
+    "retrieval.passage",
+    "retrieval",
+    "text-matching",
+    "classification",
+    "clustering",
+    "separation",
+    "code",
+    "code.query",
+    "code.passage",
+]
+
+
+class JinaEmbeddingsRequest(ClientBody):
+    """Texts to embed."""
+
+    model: str | None = None
+    input: Annotated[
+        Text | Annotated[list[Text | JinaDocument], Field(min_length=1, fail_fast=True)], BeforeValidator(_readable)
+    ] = Field(description="A text or a list of texts, which may be objects with a text.")
+    task: JinaTask | None = Field(
+        None, description="Tasks that end in query embed queries; the others, and null, embed passages."
+    )
+    embedding_type: NumberType = Field(
+        "float",
+        validation_alias=AliasChoices("embedding_type", "encoding_type", "encoding_format"),
+        description="Which numbers to return; older clients call it encoding_type.",
+    )
+    dimensions: int | None = Field(None, ge=1, description=DIMENSIONS)
+    normalized: bool = Field(True, description="Return vectors of length 1; if false, as the model computes them.")
+    truncate: bool = Field(False, description="Cut texts that are too long; if false, they are an error.")
+    late_chunking: bool = Field(False, description="Not supported: true is an error.")
+    return_multivector: bool = Field(False, description="Not supported: true is an error.")
 
 
 class JinaUsage(ResponseBody):
@@ -133,7 +186,7 @@ async def rerank(body: JinaRerankRequest, catalog: TheCatalog) -> FastJSONRespon
     if body.return_embeddings:
         raise invalid("return_embeddings: the answer has no vectors; use /v1/embeddings", "return_embeddings")
     items = [body.documents] if isinstance(body.documents, str) else body.documents
-    documents = [document if isinstance(document, str) else document.text for document in items]
+    documents = [_text_of(document) for document in items]
     if body.rank_fields not in (None, ["text"]):
         message = (
             "rank_fields: only the field 'text' of a document is ranked; put what counts there, and leave this out"
@@ -151,6 +204,44 @@ async def rerank(body: JinaRerankRequest, catalog: TheCatalog) -> FastJSONRespon
     return FastJSONResponse(
         response | ({"warnings": warnings} if warnings else {}), headers=score_header(services, scored)
     )
+
+
+def is_jinas(body: Any) -> bool:
+    """Whether a body for ``/v1/embeddings`` has what only Jina's interface has."""
+    if not isinstance(body, dict):
+        return False
+    fields = cast("dict[str, Any]", body)
+    texts = fields.get("input")
+    has_objects = isinstance(texts, list) and any(isinstance(text, dict) for text in cast("list[Any]", texts))
+    return has_objects or bool(_ONLY_JINAS & fields.keys()) or isinstance(fields.get("truncate"), bool)
+
+
+async def embeddings(body: JinaEmbeddingsRequest, catalog: TheCatalog) -> FastJSONResponse:
+    """Embed texts for a request of ``/v1/embeddings`` that is Jina's."""
+    if body.late_chunking:
+        message = "late_chunking: each text is embedded by itself; an index of documents can have late chunks instead"
+        raise invalid(f"{message} (chunking = late)", "late_chunking")
+    if body.return_multivector:
+        raise invalid("return_multivector: for vectors of tokens, use /pooling (token_embed)", "return_multivector")
+    if not body.normalized and body.embedding_type not in ("float", "base64"):
+        message = f"normalized: {body.embedding_type} is made of vectors of length 1; leave normalized out"
+        raise invalid(message, "normalized")
+    kind: TextKind = "query" if (body.task or "").endswith("query") else "passage"
+    services, suffix = select_model(catalog, body.model, suffixes=True)
+    if body.task is None:
+        kind = suffix or kind
+    texts = [body.input] if isinstance(body.input, str) else [_text_of(one) for one in body.input]
+    sized = check_size(services, texts, "input", kind, None if body.truncate else "shorten it, or send truncate: true")
+    width = check_dimensions(body.dimensions, services.models)
+    encoded = await embed(services, sized.texts, kind)
+    headers = warning_header(sized.warn(encoded.truncated, "input"))
+    vectors = encoded.vectors[:, :width]
+    values = typed_vectors(unit_length(vectors) if body.normalized else vectors, body.embedding_type)
+    return await embeddings_response(values, body.model or services.models.name, sum(encoded.num_tokens), headers)
+
+
+def _text_of(document: str | JinaDocument) -> str:
+    return document if isinstance(document, str) else document.text
 
 
 def shape(problem: Problem) -> tuple[int, dict[str, Any]]:

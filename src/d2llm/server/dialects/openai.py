@@ -1,22 +1,23 @@
-"""OpenAI's interface: ``/v1/embeddings`` and ``/v1/models``.
+"""OpenAI's interface: ``/v1/embeddings``, which is Jina's too, and ``/v1/models``.
 
 Extensions: the model's name may end in ``:query`` or ``:passage``, or ``input_type`` may tell whether the texts are
 queries or passages (default: passages); ``truncate``, or vLLM's ``truncate_prompt_tokens``, says what to do with texts
 that are too long; the header ``X-Warning`` names those that were cut.
 
 Checked against OpenAI's OpenAPI document (openai-openapi f85dbe2, August 2026), errors reported by its users, and
-openai 3.52.0.
+openai 3.57.0.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from fastapi import APIRouter
-from pydantic import Field
+from pydantic import Field, WrapValidator
 
 from d2llm.models.tokens import TextKind
+from d2llm.server.dialects import jina
 from d2llm.server.dialects.shared import (
     DIMENSIONS,
     ClientBody,
@@ -26,6 +27,7 @@ from d2llm.server.dialects.shared import (
     check_dimensions,
     check_size,
     embed,
+    embeddings_response,
     errors,
     offered_models,
     select_model,
@@ -36,7 +38,7 @@ from d2llm.server.dialects.shared import (
 from d2llm.server.errors import Problem, invalid
 from d2llm.server.large_bodies import BodyRoute
 from d2llm.server.response_schemas import ResponseBody
-from d2llm.server.responses import FastJSONResponse, listed_vectors, response_of
+from d2llm.server.responses import FastJSONResponse, listed_vectors
 from d2llm.server.schemas import BASE64, VectorEncoding
 from d2llm.server.services import TheCatalog
 
@@ -61,12 +63,24 @@ class EmbeddingsRequest(ClientBody):
     )
 
 
+def _by_fields(body: Any, _handler: object) -> EmbeddingsRequest | jina.JinaEmbeddingsRequest:
+    if isinstance(body, EmbeddingsRequest | jina.JinaEmbeddingsRequest):  # it was large, and has been validated already
+        return body
+    return (jina.JinaEmbeddingsRequest if jina.is_jinas(body) else EmbeddingsRequest).model_validate(body)
+
+
+EitherEmbeddingsRequest: TypeAlias = Annotated[
+    EmbeddingsRequest | jina.JinaEmbeddingsRequest, WrapValidator(_by_fields)
+]
+"""With a field that only Jina has, it is Jina's request. A union's own errors would name both kinds."""
+
+
 class Embedding(ResponseBody):
     """A text's vector, of length 1."""
 
     object: Literal["embedding"]
     index: int
-    embedding: list[float] | str
+    embedding: list[float] | list[int] | str
 
 
 class Usage(ResponseBody):
@@ -111,17 +125,20 @@ class OpenAIErrorDetail(ResponseBody):
 
 
 class OpenAIError(ResponseBody):
-    """Every error of this interface."""
+    """Every error of this interface; ``detail`` repeats the message for Jina's clients."""
 
     error: OpenAIErrorDetail
+    detail: str
 
 
 router = APIRouter(tags=["OpenAI"], responses=errors(OpenAIError), route_class=BodyRoute)
 
 
 @router.post("/v1/embeddings", response_model=EmbeddingsResponse)
-async def embeddings(body: EmbeddingsRequest, catalog: TheCatalog) -> FastJSONResponse:
-    """Embed texts as vectors of length 1."""
+async def embeddings(body: EitherEmbeddingsRequest, catalog: TheCatalog) -> FastJSONResponse:
+    """Embed texts as vectors of length 1; a body with Jina's fields is read as Jina does."""
+    if isinstance(body, jina.JinaEmbeddingsRequest):
+        return await jina.embeddings(body, catalog)
     services, suffix = select_model(catalog, body.model, suffixes=True)
     models, kind = services.models, _kind_of(suffix, body.input_type)
     limit = models.max_query_tokens if kind == "query" else models.max_passage_tokens
@@ -133,14 +150,7 @@ async def embeddings(body: EmbeddingsRequest, catalog: TheCatalog) -> FastJSONRe
     headers = warning_header(sized.warn(encoded.truncated, "input"))
     vectors = unit_length(encoded.vectors[:, :width])
     values = listed_vectors(vectors, body.encoding_format)
-    num_tokens = sum(encoded.num_tokens)
-    response = {
-        "object": "list",
-        "data": [{"object": "embedding", "index": index, "embedding": value} for index, value in enumerate(values)],
-        "model": body.model,
-        "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
-    }
-    return await response_of(lambda: response, len(values), headers)
+    return await embeddings_response(values, body.model, sum(encoded.num_tokens), headers)
 
 
 @router.get("/v1/models")
@@ -167,7 +177,8 @@ def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
         code = "model_not_found"
     elif status == 429:
         code = "rate_limit_exceeded"
-    return status, {"error": {"message": problem.message, "type": kind, "param": problem.field, "code": code}}
+    error = {"message": problem.message, "type": kind, "param": problem.field, "code": code}
+    return status, {"error": error, "detail": problem.message}
 
 
 def _kind_of(suffix: TextKind | None, input_type: TextKind | None) -> TextKind:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import numpy as np
@@ -26,6 +26,7 @@ from d2llm.models.tokens import TextKind
 from d2llm.server.errors import Problem, ServingError, invalid
 from d2llm.server.model_service import Encoded, ModelService, PassageScores
 from d2llm.server.response_schemas import ResponseBody
+from d2llm.server.responses import FastJSONResponse, listed_vectors, response_of
 from d2llm.server.schemas import KnownFields, accepted_names, field_names
 from d2llm.server.services import Catalog
 from d2llm.server.serving import Services
@@ -139,6 +140,19 @@ Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)], BeforeValidator(_readable)]
 """A text or several."""
 TextList = Annotated[list[Text], Field(min_length=1, fail_fast=True), BeforeValidator(_readable)]
+
+
+NumberType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
+"""How vectors are written, by Cohere's names."""
+
+
+def _refused(value: Any) -> None:
+    if value is not None:
+        raise ValueError("it is not supported: this server embeds texts alone; leave it out")
+
+
+TextsOnly = Annotated[None, BeforeValidator(_refused)]
+"""A field for what is not text, such as images: null, or an error."""
 
 
 def errors(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
@@ -295,8 +309,8 @@ DIMENSIONS = "The width of the student's vectors, or a smaller one that it was t
 """Describes the field ``dimensions``."""
 
 
-def check_dimensions(dimensions: int | None, models: ModelService) -> int:
-    """The width of the vectors to answer: ``dimensions``, or all of them.
+def check_dimensions(dimensions: int | None, models: ModelService, field: str = "dimensions") -> int:
+    """The width of the vectors to answer: ``dimensions``, or all of them; ``field`` is its name in the interface.
 
     Vectors are only useful without their last components if the student was trained for it (``Student.nested_dims``).
 
@@ -306,12 +320,12 @@ def check_dimensions(dimensions: int | None, models: ModelService) -> int:
     widths = (*models.student.nested_dims, models.dim)
     if dimensions is not None and dimensions not in widths:
         message = (
-            f"dimensions: this student's vectors have {models.dim} components and were not trained to be cut to "
-            f"{dimensions}; leave dimensions out, or set it to {' or '.join(map(str, widths))}"
+            f"{field}: this student's vectors have {models.dim} components and were not trained to be cut to "
+            f"{dimensions}; leave {field} out, or set it to {' or '.join(map(str, widths))}"
             if dimensions < models.dim
-            else f"dimensions: this student's vectors have {models.dim} components, not {dimensions}"
+            else f"{field}: this student's vectors have {models.dim} components, not {dimensions}"
         )
-        raise invalid(message, "dimensions")
+        raise invalid(message, field)
     return dimensions or models.dim
 
 
@@ -329,6 +343,51 @@ def unit_length(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """Vectors [n, dim] divided by their lengths; zero vectors are unchanged."""
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     return (vectors / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)
+
+
+async def embed_tokens(services: Services, texts: Sequence[str], kind: TextKind) -> Encoded:
+    """Vectors of texts and, as ``tokens``, of their tokens, of length 1, or a fraction of it in long queries.
+
+    The sum over a query's tokens of the highest product with a passage's, divided by their number, is what the
+    student's score counts (``maxsim``).
+
+    Raises:
+        ServingError: 400, the student has no token embeddings.
+    """
+    models = services.models
+    if models.student.token_dim is None:
+        raise invalid(f"{models.name} has no token embeddings; take another student, or train them (d2llm fit-tokens)")
+    encoded = await models.encode(texts, kind, with_tokens=True)
+    assert encoded.tokens is not None
+    return replace(encoded, tokens=[tokens / np.float32(models.student.token_dim**0.5) for tokens in encoded.tokens])
+
+
+def typed_vectors(vectors: NDArray[np.float32], kind: NumberType) -> list[Any]:
+    """Vectors [n, dim] of length 1 as the items of a body, with other numbers.
+
+    int8 has 127 times each component, rounded; binary packs the signs, eight components to a byte, 1 for those above 0.
+    The unsigned forms are the signed ones plus 128.
+    """
+    if kind in ("float", "base64"):
+        return listed_vectors(vectors, kind)
+    if kind.endswith("binary"):
+        numbers = np.packbits(vectors > 0, axis=1).astype(np.int16) - 128
+    else:
+        numbers = np.rint(vectors * 127).astype(np.int16)
+    return list(numbers + 128 if kind.startswith("u") else numbers)
+
+
+async def embeddings_response(
+    values: Sequence[Any], model: str, num_tokens: int, headers: dict[str, str]
+) -> FastJSONResponse:
+    """The response of ``/v1/embeddings`` with a vector for each text, as OpenAI and Jina write it."""
+    response = {
+        "object": "list",
+        "data": [{"object": "embedding", "index": index, "embedding": value} for index, value in enumerate(values)],
+        "model": model,
+        "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
+    }
+    return await response_of(lambda: response, len(values), headers)
 
 
 def score_header(services: Services, scored: PassageScores) -> dict[str, str]:

@@ -1,4 +1,10 @@
-"""The interface of Hugging Face's Text Embeddings Inference: ``/embed``, ``/rerank``, ``/similarity`` and ``/info``.
+"""The interface of Hugging Face's Text Embeddings Inference (TEI).
+
+``/embed``, ``/embed_all``, ``/embed_sparse``, ``/predict``, ``/rerank``, ``/similarity`` and ``/info``.
+``/embed_all`` returns the student's token embeddings (``shared.embed_tokens``), which it has for some tokens only.
+``/embed_sparse`` returns words: the product of a query's with a passage's is the passage's BM25 in the served index,
+or by the tables that ship. A word's index is the first half of its hash, of 32 bits.
+``/predict`` scores pairs of a query and a passage, as ``/rerank`` does.
 
 Its ``/v1/embeddings`` is OpenAI's. The prompt names are ``query`` and ``passage``. Bodies have no field for a model, so
 the address names the index if there are several: ``/indexes/NAME/embed``.
@@ -11,12 +17,13 @@ not 424, and every error is JSON.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, cast
 
 import numpy as np
 from fastapi import APIRouter
 from numpy.typing import NDArray
-from pydantic import Field, RootModel, WrapValidator
+from pydantic import BeforeValidator, Field, RootModel, WrapValidator
+from pydantic_core import PydanticCustomError
 
 from d2llm import __version__
 from d2llm.models.tokens import TextKind
@@ -25,6 +32,7 @@ from d2llm.server.dialects.shared import (
     DIMENSIONS,
     EMPTY,
     ClientBody,
+    SizedTexts,
     Text,
     TextList,
     Texts,
@@ -32,6 +40,7 @@ from d2llm.server.dialects.shared import (
     check_dimensions,
     check_size,
     embed,
+    embed_tokens,
     errors,
     score_documents,
     score_header,
@@ -47,7 +56,7 @@ from d2llm.server.responses import FastJSONResponse, response_of
 from d2llm.server.services import TheCatalog, TheServices
 from d2llm.server.serving import Services
 
-PATHS = ("/embed", "/rerank", "/similarity", "/info")
+PATHS = ("/embed", "/embed_all", "/embed_sparse", "/predict", "/rerank", "/similarity", "/info")
 _CUT = "shorten it, or leave truncate out"
 
 Cut = Annotated[
@@ -61,21 +70,80 @@ _UNUSED = frozenset({"model", "user", "options"})
 """Fields of Hugging Face's clients: which model, for whom, and whether to wait until it is loaded."""
 
 
-class EmbedRequest(ClientBody):
-    """Texts to embed."""
+def _pairs(value: Any) -> Any:
+    """Give a clear error for an invalid pair or list of pairs; a union's own errors name every alternative."""
+    if not isinstance(value, list) or not value:
+        raise ValueError("it is neither a pair of texts nor a list of pairs; a student scores a query with a passage")
+    items = cast("list[Any]", value)
+    pairs: list[Any] = items if any(isinstance(item, list) for item in items) else [items]
+    for index, pair in enumerate(pairs):
+        texts = cast("list[Any]", pair) if isinstance(pair, list) else []
+        if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"number {index} is not a pair of texts, a query and a passage")
+        if not all(texts):
+            raise PydanticCustomError("empty", "number {place} has an empty text", {"place": index})
+    return items
+
+
+class TextsRequest(ClientBody):
+    """Texts to read."""
 
     unused: ClassVar[frozenset[str]] = _UNUSED
 
     inputs: Texts
-    normalize: bool = Field(True, description="Return vectors of length 1; if false, as the model computes them.")
     truncate: Cut = None
     truncation_direction: Direction = "Right"
     prompt_name: PromptName = None
+
+
+class EmbedRequest(TextsRequest):
+    """Texts to embed."""
+
+    normalize: bool = Field(True, description="Return vectors of length 1; if false, as the model computes them.")
     dimensions: int | None = Field(None, ge=1, description=DIMENSIONS)
 
 
 class EmbedResponse(RootModel[list[list[float]]]):
     """A vector for each text."""
+
+
+class EmbedAllResponse(RootModel[list[list[list[float]]]]):
+    """A vector for each token of each text that has one."""
+
+
+class SparseValue(ResponseBody):
+    """A word and its weight."""
+
+    index: int
+    value: float
+
+
+class EmbedSparseResponse(RootModel[list[list[SparseValue]]]):
+    """The words of each text."""
+
+
+class PredictRequest(ClientBody):
+    """Pairs to score: one, or a list of them."""
+
+    unused: ClassVar[frozenset[str]] = _UNUSED
+
+    inputs: Annotated[list[Text] | list[list[Text]], BeforeValidator(_pairs)] = Field(
+        description="A query and a passage, or a list of such pairs."
+    )
+    raw_scores: bool = Field(False, description="Return logits instead of probabilities.")
+    truncate: Cut = None
+    truncation_direction: Direction = "Right"
+
+
+class Prediction(ResponseBody):
+    """A pair's score; there is one label."""
+
+    label: str
+    score: float
+
+
+class PredictResponse(RootModel[list[Prediction] | list[list[Prediction]]]):
+    """The predictions for a pair, or for each."""
 
 
 class RerankRequest(ClientBody):
@@ -194,6 +262,47 @@ async def embed_texts(body: EmbedRequest, services: TheServices) -> FastJSONResp
     return await response_of(lambda: values, len(values), warning_header(warnings))
 
 
+@router.post("/embed_all", response_model=EmbedAllResponse)
+async def embed_all(body: TextsRequest, services: TheServices) -> FastJSONResponse:
+    """Embed the tokens of texts."""
+    kind, sized = _sized(services, body.inputs, "inputs", body)
+    encoded = await embed_tokens(services, sized.texts, kind)
+    assert encoded.tokens is not None
+    tokens = list(encoded.tokens)
+    return await response_of(
+        lambda: tokens, sum(map(len, tokens)), warning_header(sized.warn(encoded.truncated, "texts"))
+    )
+
+
+@router.post("/embed_sparse", response_model=EmbedSparseResponse)
+async def embed_sparse(body: TextsRequest, services: TheServices) -> FastJSONResponse:
+    """Weigh the words of texts."""
+    kind, sized = _sized(services, body.inputs, "inputs", body)
+    words, name = await services.word_weights(sized.texts, kind)
+    values = [
+        [{"index": index, "value": value} for index, value in zip(indices.tolist(), weights.tolist(), strict=True)]
+        for indices, weights in words
+    ]
+    headers = warning_header(sized.warn((), "texts")) | {"X-Word-Statistics": name}
+    return await response_of(lambda: values, len(values), headers)
+
+
+@router.post("/predict", response_model=PredictResponse)
+async def predict(body: PredictRequest, services: TheServices) -> FastJSONResponse:
+    """Score how well passages answer queries, pair by pair."""
+    is_batch = isinstance(body.inputs[0], list)
+    pairs = cast("list[list[str]]", body.inputs if is_batch else [body.inputs])
+    remedy = _CUT if body.truncate is False else None
+    queries = check_size(services, [query for query, _ in pairs], "inputs", "query", remedy)
+    passages = check_size(services, [passage for _, passage in pairs], "inputs", "passage", remedy)
+    scored, _ = await services.score(queries.texts, passages.texts)
+    warnings = queries.warn(scored.truncated_queries, "queries") + passages.warn(scored.truncated, "passages")
+    scores = scored.scores if body.raw_scores else services.models.probabilities(scored)
+    predictions = [[{"label": "LABEL_0", "score": score}] for score in scores.tolist()]
+    header = word_header(scored) if body.raw_scores else score_header(services, scored)
+    return _response(predictions if is_batch else predictions[0], warnings, header)
+
+
 @router.post("/rerank", response_model=RerankResponse | jina.JinaRerankResponse)
 async def rerank(body: EitherRerankRequest, catalog: TheCatalog) -> FastJSONResponse:
     """Rank texts by how well they answer a query; a body with ``documents`` is answered like ``/v1/rerank``."""
@@ -255,11 +364,17 @@ def _response(content: Any, warnings: list[str], headers: dict[str, str] | None 
     return FastJSONResponse(content, headers={**warning_header(warnings), **(headers or {})})
 
 
+def _sized(
+    services: Services, texts: str | list[str], field: str, options: TextsRequest | SimilarityParameters
+) -> tuple[TextKind, SizedTexts]:
+    kind = options.prompt_name or "passage"
+    return kind, check_size(services, texts, field, kind, _CUT if options.truncate is False else None)
+
+
 async def _vectors(
     services: Services, texts: str | list[str], field: str, options: EmbedRequest | SimilarityParameters
 ) -> tuple[NDArray[np.float32], list[str]]:
     """Vectors of texts, and warnings about those that were cut."""
-    kind = options.prompt_name or "passage"
-    sized = check_size(services, texts, field, kind, _CUT if options.truncate is False else None)
+    kind, sized = _sized(services, texts, field, options)
     encoded = await embed(services, sized.texts, kind)
     return encoded.vectors, sized.warn(encoded.truncated, "texts")

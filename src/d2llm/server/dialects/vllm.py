@@ -1,8 +1,8 @@
-"""vLLM's interface for pairs of texts: ``/score`` and ``/v1/score``.
+"""vLLM's interface for pairs of texts, ``/score`` and ``/v1/score``, and for vectors of texts or tokens, ``/pooling``.
 
 Its ``/v1/rerank`` is Jina's, its ``/rerank`` differs from TEI's by ``documents``, and its ``/v2/rerank`` is Cohere's.
 
-Checked against the source of vLLM 0.33.0 (``entrypoints/pooling/scoring``, ``entrypoints/serve/exception_handling``).
+Checked against the source of vLLM 0.33.0 (``entrypoints/pooling``, ``entrypoints/serve/exception_handling``).
 Unlike there, an overloaded server answers 429 with Retry-After, and a wrong key gets an error of the usual shape.
 """
 
@@ -10,29 +10,38 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any, Literal
 
+import numpy as np
 from fastapi import APIRouter
+from numpy.typing import NDArray
 from pydantic import AliasChoices, Field
 
 from d2llm.server.dialects.shared import (
+    DIMENSIONS,
     CutOptions,
     Texts,
+    check_dimensions,
     check_size,
+    embed,
+    embed_tokens,
     errors,
     score_header,
     select_model,
     status_of,
+    unit_length,
     warning_header,
 )
 from d2llm.server.errors import Problem, invalid
 from d2llm.server.large_bodies import BodyRoute
 from d2llm.server.response_schemas import ResponseBody
-from d2llm.server.responses import FastJSONResponse
+from d2llm.server.responses import FastJSONResponse, listed_vectors, response_of
+from d2llm.server.schemas import BASE64, VectorEncoding
 from d2llm.server.services import TheCatalog
 
-PATHS = ("/score", "/v1/score")
+PATHS = ("/score", "/v1/score", "/pooling")
 _CUT = "shorten it, or send truncate_prompt_tokens: -1"
 
 
@@ -58,20 +67,54 @@ class ScoreRequest(CutOptions):
     )
 
 
-class Score(ResponseBody):
-    """A pair's score."""
-
-    index: int
-    object: Literal["score"]
-    score: float
-
-
 class ScoreUsage(ResponseBody):
     """Number of tokens read, counting each text once, as vLLM does for models that encode texts separately."""
 
     prompt_tokens: int
     total_tokens: int
     completion_tokens: int
+
+
+class PoolingRequest(CutOptions):
+    """Texts to embed, as a whole or token by token."""
+
+    input: Texts = Field(description="A text or a list of texts; token ids are refused.")
+    model: str | None = Field(None, description="The model's name, alone or with :query or :passage.")
+    task: Literal["embed", "token_embed"] | None = Field(
+        None, description="embed: a vector of each text (also if null). token_embed: vectors of its tokens."
+    )
+    dimensions: int | None = Field(None, ge=1, description=DIMENSIONS)
+    encoding_format: VectorEncoding = Field("float", description=BASE64)
+    use_activation: bool | None = Field(
+        None, description="false: return a text's vector as the model computes it, not of length 1."
+    )
+
+
+class Pooled(ResponseBody):
+    """A text's vector, or those of its tokens."""
+
+    index: int
+    object: Literal["pooling"]
+    data: list[list[float]] | list[float] | str
+
+
+class PoolingResponse(ResponseBody):
+    """The texts' vectors, in the order of the request."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Pooled]
+    usage: ScoreUsage
+
+
+class Score(ResponseBody):
+    """A pair's score."""
+
+    index: int
+    object: Literal["score"]
+    score: float
 
 
 class ScoreResponse(ResponseBody):
@@ -137,6 +180,41 @@ async def score(body: ScoreRequest, catalog: TheCatalog) -> FastJSONResponse:
             "usage": {"prompt_tokens": scored.num_tokens, "total_tokens": scored.num_tokens, "completion_tokens": 0},
         },
         headers={**warning_header(warnings), **({} if is_raw else score_header(services, scored))},
+    )
+
+
+@router.post("/pooling", response_model=PoolingResponse)
+async def pooling(body: PoolingRequest, catalog: TheCatalog) -> FastJSONResponse:
+    """Embed texts, or with task token_embed their tokens."""
+    services, suffix = select_model(catalog, body.model, suffixes=True)
+    models, kind = services.models, suffix or "passage"
+    body.check_limits(models)
+    sized = check_size(services, body.input, "input", kind, None if body.truncate_prompt_tokens is not None else _CUT)
+    if body.task == "token_embed":
+        if body.dimensions is not None:
+            raise invalid("dimensions: vectors of tokens have one width; leave it out", "dimensions")
+        encoded = await embed_tokens(services, sized.texts, kind)
+        assert encoded.tokens is not None
+        vectors: Sequence[NDArray[np.float32]] = encoded.tokens
+    else:
+        width = check_dimensions(body.dimensions, models)
+        encoded = await embed(services, sized.texts, kind)
+        rows = encoded.vectors[:, :width]
+        vectors = list(rows if body.use_activation is False else unit_length(rows))
+    data: Sequence[Any] = vectors
+    if body.encoding_format == "base64":
+        data = [listed_vectors(vector.reshape(1, -1), "base64")[0] for vector in vectors]
+    num_tokens = sum(encoded.num_tokens)
+    response = {
+        "id": f"pooling-{uuid.uuid4().hex}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": body.model or models.name,
+        "data": [{"index": index, "object": "pooling", "data": value} for index, value in enumerate(data)],
+        "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens, "completion_tokens": 0},
+    }
+    return await response_of(
+        lambda: response, sum(map(len, vectors)), warning_header(sized.warn(encoded.truncated, "input"))
     )
 
 
