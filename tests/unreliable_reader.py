@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,6 +32,10 @@ def read_unreliably(path: Path) -> FileContents:
     if text == "die" or (text == "die unless first" and _already_read):
         os.write(2, b"the last words\n")
         os.kill(os.getpid(), signal.SIGKILL)
+    if text == "start a program":
+        program = subprocess.Popen(["sleep", "60"])
+        path.with_suffix(".pid").write_text(str(program.pid))
+        program.wait()
     if text in ("slow", "sleep"):
         time.sleep(0.5 if text == "slow" else 60)
     if text == "refuse":

@@ -271,7 +271,7 @@ class TestPdf:
         contents = read(tmp_path, "a.pdf", pages(lines("Text."), image, b"", image))
         assert contents.sections == (Section("Text.", (), 1),)
         assert contents.skipped == (
-            SkippedPart("pages 2, 4", "no text, but pictures; if they are scanned, recognise them (OCR)"),
+            SkippedPart("pages 2, 4", "it is a picture; to recognise its text (OCR), install the program tesseract"),
         )
 
 

@@ -53,6 +53,14 @@ def test_deaths_and_hangs_cost_one_file_each(tmp_path):
     assert outcomes[0] == FileContents("00.txt", (Section("one", ("Heading",), 3),))
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+def test_what_a_worker_has_started_ends_with_it(tmp_path):
+    (outcome,) = read_in_workers(write_all(tmp_path, ["start a program"]), seconds=1, reader=read_unreliably)
+    assert summary(outcome) == "it takes more than 1 s to read"
+    program = Path("/proc", (tmp_path / "00.pid").read_text(), "status")
+    until(lambda: not program.exists() or "\nState:\tZ" in program.read_text(), "the end of the program")
+
+
 def test_several_workers_keep_the_order_and_read_few_files_ahead(tmp_path, monkeypatch):
     monkeypatch.setattr(parser_workers, "_PATIENCE_SECONDS", -1.0)  # the second worker starts at once
     monkeypatch.setattr(parser_workers, "usable_cores", lambda: 2)
@@ -110,7 +118,7 @@ def test_documents_are_read_by_workers(tmp_path, monkeypatch):
     (tmp_path / "clocks.pdf").write_text("a clock")
     (tmp_path / "tides.pptx").write_text("sleep")
     monkeypatch.setattr(documents, "read_in_workers", with_unreliable_reader)
-    found = find_documents([tmp_path], seconds_per_file=0.7)
+    found = find_documents([tmp_path], seconds_per_file=0.7, ocr="none")
     assert [document.text for document in found] == ["a clock", "a note"]
     assert [(skipped.id, skipped.reason.split(",")[0]) for skipped in found.skipped] == [
         ("damaged.docx", "its parser was ended by SIGKILL"),

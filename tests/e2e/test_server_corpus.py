@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import shutil
 from urllib.parse import quote
 
 import numpy as np
@@ -144,6 +146,20 @@ def test_an_upload_says_what_was_left_out(ask):
     assert ask("POST", "/v1/files", files=[("file", ("a.txt", b"fine"))])["skipped"] == []
     for name in ("birds.epub", "a.txt"):
         ask("DELETE", f"/v1/documents/{name}")
+
+
+@pytest.mark.skipif(shutil.which("tesseract") is None, reason="needs tesseract: apt-get install tesseract-ocr")
+def test_an_uploaded_picture_is_recognised(ask):
+    image = pytest.importorskip("PIL.Image", reason="needs Pillow").new("L", (900, 150), 255)
+    from PIL import ImageDraw, ImageFont
+
+    ImageDraw.Draw(image).text((40, 40), "the ship of the winter sea", fill=0, font=ImageFont.load_default(size=44))
+    image.save(buffer := io.BytesIO(), "PNG")
+    assert ask("POST", "/v1/files", files=[("file", ("ship.png", buffer.getvalue()))])["num_documents"] == 1
+    passages = ask("GET", "/v1/documents/ship.png")["passages"]
+    assert " ".join(passage["text"] for passage in passages) == "the ship of the winter sea"
+    assert ".png" in ask("GET", "/page/settings.json")["file_types"]
+    ask("DELETE", "/v1/documents/ship.png")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from fastapi.testclient import TestClient
 
 from d2llm.data.documents import EXCLUDED
 from d2llm.data.file_contents import SUFFIXES
+from d2llm.data.ocr import PICTURES
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.server import page_routes
 from d2llm.server.errors import install_error_handlers
@@ -33,7 +34,7 @@ SETTINGS = {
 
 def client(**settings) -> TestClient:
     app = FastAPI(docs_url=None)
-    app.state.settings = SimpleNamespace(**SETTINGS | settings)
+    app.state.settings = SimpleNamespace(**SETTINGS | {"ocr": None} | settings)
     install_error_handlers(app)
     app.include_router(page_routes.router)
     return TestClient(app)
@@ -110,7 +111,7 @@ def test_the_page_settings_contain_the_limits_and_the_files_that_are_read():
     for name, field in sent_fields(SearchRequest).items():
         assert search[name]["description"] == field.description
     assert settings == {"has_report": False, **{name: value for name, value in SETTINGS.items() if name != "report"}}
-    assert {*SUFFIXES, ".jsonl.gz"} == {*file_types}
+    assert {*SUFFIXES, ".jsonl.gz"} == {*file_types} - PICTURES
     assert {".pdf", ".docx", ".odt", ".pptx", ".xlsx", ".epub", ".csv", ".parquet"} <= {*file_types}
     assert excluded == [*EXCLUDED]
 

@@ -24,7 +24,15 @@ _OTHER_NAMES = {
 }  # of IndexSpec; the options are task (of several verbs), field, shards
 
 _COMMON = {
-    "Files of documents": ("exclude", "follow_links", "file_seconds", "file_memory", "no_metadata", "lenient_metadata"),
+    "Files of documents": (
+        "exclude",
+        "follow_links",
+        "file_seconds",
+        "file_memory",
+        "ocr",
+        "no_metadata",
+        "lenient_metadata",
+    ),
     "Passages": ("chunk_tokens", "chunk_overlap", "late", "late_window", "whole"),
     "A new index": (*(name for name in IndexSpec.model_fields if name not in _OTHER_NAMES), "field", "shards", "prune"),
     "Language model that writes": ("writer", "endpoint", "api_key_env"),

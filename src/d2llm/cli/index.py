@@ -220,9 +220,7 @@ def sync(
     if writing.no_metadata:
         raise InputError("sync tells by their metadata which files have changed; leave out --no-metadata")
     check_index_first(folder_of(context), "sync", folders)
-    find_documents(
-        folders, exclude=writing.exclude or (), follow_links=writing.follow_links
-    )  # before an index is created for them
+    find_documents(folders, **writing.reading)  # before an index is created for them
     with _opened(folder_of(context), spec, writing) as index:
         report = sync_documents(
             index,

@@ -31,7 +31,7 @@ CorpusArgument = Annotated[
         metavar="CORPUS...",
         callback=input_path,
         help="corpus.jsonl or corpus.jsonl.gz, or a folder that holds one; or documents and folders of documents (PDF, "
-        "HTML, Markdown, Word, PowerPoint, Excel, EPUB, text, tables, source code). -: standard input.",
+        "HTML, Markdown, Word, PowerPoint, Excel, EPUB, text, tables, source code, scans). -: standard input.",
     ),
 ]
 ExcludeOption = Annotated[
@@ -54,6 +54,15 @@ FileSecondsOption = Annotated[
 FileMemoryOption = Annotated[
     int, typer.Option(metavar="MB", min=64, help="Skip documents that take more megabytes of memory to read (Linux).")
 ]
+OcrOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LANGUAGES",
+        help="Languages of text in pictures and scanned pages, such as eng+chi_sim, which the program tesseract "
+        "recognises; none: no recognition.",
+        show_default="eng if tesseract is installed",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,7 @@ class FileOptions:
     follow_links: FollowLinksOption = True
     file_seconds: FileSecondsOption = DEFAULT_SECONDS_PER_FILE
     file_memory: FileMemoryOption = DEFAULT_MEMORY_PER_FILE >> 20
+    ocr: OcrOption = None
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -73,6 +83,7 @@ class FileOptions:
             "follow_links": self.follow_links,
             "seconds_per_file": self.file_seconds,
             "memory_per_file": self.file_memory << 20,
+            "ocr": self.ocr,
         }
 
 

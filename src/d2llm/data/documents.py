@@ -1,9 +1,10 @@
-"""Reads files as documents: text, Markdown, reStructuredText, HTML, PDF, office files, e-books, tables and source code.
+"""Reads files as documents: text, Markdown, reStructuredText, HTML, PDF, office files, e-books, tables, source code and
+pictures of text.
 
 A document has a title and sections (``data.file_contents``). A section has the headings that it is under and, in a PDF,
 its page. Each row of a table is a document.
 
-A file without text (scanned pages), a damaged, encrypted or unreadable file, one that crashes its parser, takes too
+A file without text, a damaged, encrypted or unreadable file, one that crashes its parser, takes too
 long or is too large are skipped and listed with the reason; they never end the work.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -40,7 +41,9 @@ from d2llm.data.file_contents import (
     UNTYPED,
     is_parsed,
     read_contents,
+    readable_suffixes,
 )
+from d2llm.data.ocr import PICTURES, languages_of
 from d2llm.data.parser_workers import TextLimits, read_in_workers
 
 MAX_BYTES = 100 << 20
@@ -97,10 +100,10 @@ class DocumentFiles:
 
     Iterating reads the files and yields their documents; all but short plain texts are read by other processes
     (``data.parser_workers``), each within ``seconds_per_file`` and ``memory_per_file`` (bytes), and
-    ``text_limits``, the most text that they may have. ``skipped`` lists what could not be read so far, files and parts
-    of files;
-    ``num_other`` counts files whose suffix is not among ``SUFFIXES``, and ``links`` are symbolic links that were not
-    followed.
+    ``text_limits``, the most text that they may have. ``ocr`` are the languages of text in pictures
+    (``data.ocr.languages_of``), "" if it is not recognised. ``skipped`` lists what could not be read so far, files and
+    parts of files; ``num_other`` counts files whose suffix is not among ``suffixes``, and ``links`` are symbolic links
+    that were not followed.
     """
 
     files: list[DocumentFile]
@@ -110,6 +113,12 @@ class DocumentFiles:
     memory_per_file: int = DEFAULT_MEMORY_PER_FILE
     links: list[str] = field(default_factory=list[str])
     text_limits: TextLimits | None = None
+    ocr: str = ""
+
+    @property
+    def suffixes(self) -> Set[str]:
+        """The suffixes of files that can be read."""
+        return readable_suffixes(self.ocr)
 
     @property
     def num_documents(self) -> int | None:
@@ -128,6 +137,7 @@ class DocumentFiles:
             "seconds": self.seconds_per_file,
             "memory": self.memory_per_file,
             "chars": self.text_limits,
+            "ocr": self.ocr,
         }
         with closing(read_in_workers(paths, **limits)) as outcomes:
             for file, is_elsewhere in zip(self.files, elsewhere, strict=True):
@@ -151,6 +161,7 @@ def find_documents(
     seconds_per_file: float = DEFAULT_SECONDS_PER_FILE,
     memory_per_file: int = DEFAULT_MEMORY_PER_FILE,
     follow_links: bool = True,
+    ocr: str | None = None,
 ) -> DocumentFiles:
     """Find the files below some paths that can be read as documents.
 
@@ -166,9 +177,12 @@ def find_documents(
         memory_per_file: files that take more bytes of memory to read in another process are skipped.
         follow_links: also read the files and folders to which symbolic links in the folders lead, wherever these are;
             without, ``links`` names the links.
+        ocr: languages of text in pictures and scanned pages, which the program tesseract recognises, such as
+            "eng+chi_sim"; "none": it is not recognised; None: in English if tesseract is installed.
 
     Raises:
-        InputError: a path does not exist, a pattern is malformed, or nothing below the paths can be read.
+        InputError: a path does not exist, a pattern is malformed, nothing below the paths can be read, or tesseract
+            does not know the languages.
 
     Example:
         >>> from d2llm import find_documents
@@ -179,7 +193,9 @@ def find_documents(
     for root in roots:
         if not root.exists():
             raise InputError(f"{root}: there is no such file or folder")
-    documents = DocumentFiles([], seconds_per_file=seconds_per_file, memory_per_file=memory_per_file)
+    documents = DocumentFiles(
+        [], seconds_per_file=seconds_per_file, memory_per_file=memory_per_file, ocr=languages_of(ocr)
+    )
     known_folders: set[tuple[int, int]] = set()
     several = sum(root.is_dir() for root in roots) > 1
     for root in roots:
@@ -188,7 +204,7 @@ def find_documents(
             continue
         prefix = f"{root.resolve().name}/" if several else ""
         for path, name in _walk(root, prefix, _matcher(root, exclude), documents, known_folders, follow_links):
-            if path.suffix.lower() in SUFFIXES:
+            if path.suffix.lower() in documents.suffixes:
                 _add(documents, path, name, max_bytes)
             else:
                 documents.num_other += 1
@@ -197,7 +213,7 @@ def find_documents(
         reasons = f", {len(skipped):,} were skipped ({skipped[0].reason})" if skipped else ""
         raise InputError(
             f"{', '.join(map(str, roots))}: there are no documents; {documents.num_other:,} files have other suffixes "
-            f"than {' '.join(sorted(SUFFIXES))}{reasons}"
+            f"than {' '.join(sorted(documents.suffixes))}{reasons}"
         )
     documents.files.sort(key=lambda file: file.id)
     return documents
@@ -346,7 +362,7 @@ def _add(documents: DocumentFiles, path: Path, name: str, max_bytes: int) -> Non
         return
     if not path.is_file():
         skip("it is not a regular file")
-    elif path.suffix.lower() not in SUFFIXES:
+    elif path.suffix.lower() not in SUFFIXES | PICTURES:
         skip(f"files with the suffix '{path.suffix}' cannot be read")
     elif status.st_size > max_bytes:
         skip(f"it has {status.st_size:,} bytes, more than {max_bytes:,}")

@@ -1,4 +1,4 @@
-"""Title and sections of one file: text, pages, source code, office files, books; rows of tables."""
+"""Title and sections of one file: text, pages, source code, office files, books, pictures; rows of tables."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from d2llm.core.fallbacks import fell_back
 from d2llm.core.types import MetadataValue, Section
 from d2llm.data.code_sections import PARSED, code_sections, missing_grammar, python_sections
 from d2llm.data.contents import FileContents, SkippedPart, UnreadableFileError
+from d2llm.data.ocr import PICTURES, Recogniser, read_picture
 
 _TEXT = frozenset({".txt", ".text"})
 _MARKDOWN = frozenset({".md", ".markdown"})
@@ -22,7 +23,6 @@ _READERS: dict[str, tuple[str, str]] = {  # suffix -> module with its reader, an
     ".odt": ("opendocument_files", "read_opendocument"),
     ".pptx": ("slide_files", "read_slides"),
     ".xlsx": ("sheet_files", "read_sheets"),
-    ".pdf": ("pdf_files", "read_pdf"),
     ".epub": ("epub_files", "read_book"),
 }
 """What is imported if there is a file of that kind."""
@@ -34,8 +34,9 @@ _PYTHON = frozenset({".py", ".pyi"})
 _OTHER_CODE = frozenset({".m", ".pl", ".r", ".sql"})
 CODE = _PYTHON | PARSED | _OTHER_CODE
 """The suffixes of source code."""
-SUFFIXES = _TEXT | _MARKDOWN | _RST | _HTML | _READERS.keys() | TABLES | CODE
-"""The suffixes of files that can be read."""
+_PDF = frozenset({".pdf"})
+SUFFIXES = _TEXT | _MARKDOWN | _RST | _HTML | _PDF | _READERS.keys() | TABLES | CODE
+"""The suffixes of files that can be read, whether or not text is recognised."""
 
 
 _NO_TITLES = frozenset({"presentation", "powerpoint presentation", "untitled", "untitled document"})
@@ -43,13 +44,18 @@ _NO_TITLES = frozenset({"presentation", "powerpoint presentation", "untitled", "
 _SAMPLE_BYTES = 1 << 16  # enough to guess an encoding from
 
 
+def readable_suffixes(ocr: str) -> frozenset[str]:
+    """The suffixes of files that can be read: pictures, too, if their text is recognised in some languages."""
+    return SUFFIXES | PICTURES if ocr else SUFFIXES
+
+
 def is_parsed(suffix: str) -> bool:
     """Whether files with this suffix are more than lines: a damaged one can crash a parser, or take it long."""
     return suffix not in _TEXT | _PYTHON | _OTHER_CODE and not (suffix in PARSED and missing_grammar(suffix))
 
 
-def read_contents(path: Path) -> FileContents:
-    """Read a file in this process.
+def read_contents(path: Path, recogniser: Recogniser | None = None) -> FileContents:
+    """Read a file in this process; a recogniser reads its pictures of text.
 
     Raises:
         UnreadableFileError: it cannot be read, or has no text.
@@ -60,9 +66,8 @@ def read_contents(path: Path) -> FileContents:
     if suffix in TABLES:
         return _table(path, suffix)
     skipped: tuple[SkippedPart, ...] = ()
-    if suffix in _READERS:
-        module, reader = _READERS[suffix]
-        contents: FileContents = getattr(import_module(f"d2llm.data.{module}"), reader)(path)
+    if suffix in _READERS or suffix in _PDF | PICTURES:
+        contents = _read_by_format(path, suffix, recogniser)
         title, sections, skipped = contents.title.removeprefix("Microsoft Word - "), contents.sections, contents.skipped
     else:
         text = decoded_text(_read_bytes(path), with_declaration=suffix in _HTML)
@@ -79,9 +84,19 @@ def read_contents(path: Path) -> FileContents:
     title = "" if title.casefold() in _NO_TITLES else title
     sections = [section for section in sections if section.text.strip()]
     if not sections:
-        scanned = "; if it is scanned, recognise its pages (OCR)" if suffix == ".pdf" else ""
-        raise UnreadableFileError(f"it has no text{scanned}")
+        raise UnreadableFileError("it has no text")
     return FileContents(title, tuple(sections), metadata, skipped=skipped)
+
+
+def _read_by_format(path: Path, suffix: str, recogniser: Recogniser | None) -> FileContents:
+    if suffix in PICTURES:
+        return read_picture(path, recogniser)
+    if suffix in _PDF:
+        from d2llm.data.pdf_files import read_pdf
+
+        return read_pdf(path, recogniser)
+    module, reader = _READERS[suffix]
+    return getattr(import_module(f"d2llm.data.{module}"), reader)(path)
 
 
 def _read_bytes(path: Path) -> bytes:

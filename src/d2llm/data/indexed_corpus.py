@@ -17,6 +17,7 @@ from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, DEFAULT_SECONDS_PER_FILE, 
 from d2llm.data.documents import SkippedFile, find_documents
 from d2llm.data.file_contents import SUFFIXES
 from d2llm.data.lines import read_records, refuse_duplicate
+from d2llm.data.ocr import PICTURES
 from d2llm.data.python_records import corpus_passages
 from d2llm.data.table_files import is_corpus_record
 
@@ -49,6 +50,7 @@ def open_corpus(
     seconds_per_file: float = DEFAULT_SECONDS_PER_FILE,
     memory_per_file: int = DEFAULT_MEMORY_PER_FILE,
     follow_links: bool = True,
+    ocr: str | None = None,
 ) -> Corpus:
     """Open a corpus file (or a folder that holds one), or files and folders of documents (``data.documents``).
 
@@ -59,6 +61,7 @@ def open_corpus(
         seconds_per_file: documents that take longer to read are skipped.
         memory_per_file: documents that take more bytes of memory to read are skipped.
         follow_links: also read what symbolic links in folders of documents lead to.
+        ocr: languages of text in pictures, as for ``find_documents``.
 
     Raises:
         InputError: a path does not exist, or there are no documents.
@@ -75,6 +78,7 @@ def open_corpus(
         seconds_per_file=seconds_per_file,
         memory_per_file=memory_per_file,
         follow_links=follow_links,
+        ocr=ocr,
     )
     state = [[file.id, file.num_bytes, str(file.modified)] for file in documents.files]
     passages = documents if with_metadata else (replace(document, metadata={}) for document in documents)
@@ -99,7 +103,7 @@ def is_corpus_file(paths: Sequence[Path]) -> bool:
     if path.is_dir():
         return any((path / name).is_file() for name in _FILES)
     if path.suffix.lower() != ".jsonl" or path.name in _FILES:
-        return path.suffix.lower() not in SUFFIXES or path.name in _FILES
+        return path.suffix.lower() not in SUFFIXES | PICTURES or path.name in _FILES
     try:
         return all(is_corpus_record(record) for _, record in islice(read_records(path), 1))
     except DataFormatError:

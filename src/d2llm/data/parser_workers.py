@@ -30,6 +30,7 @@ from d2llm.core.machine import usable_cores
 from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, DEFAULT_SECONDS_PER_FILE, MetadataValue, Passage, Section
 from d2llm.data.contents import FileContents, SkippedPart, UnreadableFileError
 from d2llm.data.file_contents import read_contents
+from d2llm.data.ocr import Recogniser
 
 _MAX_WORKERS = 4
 _PATIENCE_SECONDS = 1.0  # after waiting as long as this in all, more workers than one are started
@@ -38,7 +39,7 @@ _GRACE_SECONDS = 5.0  # after the limit, a worker whose program has ended withou
 _OUT_OF_MEMORY = frozenset({"SIGABRT", "SIGTRAP", "SIGILL", "SIGSEGV", "SIGBUS"})
 _PROGRAM = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from {0} import serve; serve(*sys.argv[2:])"
 
-Reader = Callable[[Path], FileContents]
+Reader = Callable[..., FileContents]
 Outcome = FileContents | UnreadableFileError
 
 
@@ -67,6 +68,7 @@ def read_in_workers(
     seconds: float = DEFAULT_SECONDS_PER_FILE,
     memory: int = DEFAULT_MEMORY_PER_FILE,
     chars: TextLimits | None = None,
+    ocr: str = "",
     reader: Reader = read_contents,
 ) -> Generator[Outcome]:
     """Read files in up to four processes, one for each core; yields contents, or why there are none, in order.
@@ -79,12 +81,13 @@ def read_in_workers(
         seconds: reading one file may take this long; the start of a process does not count.
         memory: a process may have as many bytes of data. Linux alone sees to that.
         chars: how much text may be in a file: a small one can unpack to a lot. None: any amount.
-        reader: a function of a module that the workers can import.
+        ocr: the languages of text in pictures (``data.ocr.languages_of``); "": it is not recognised.
+        reader: a function of a module that the workers can import; gets a path, and a ``Recogniser`` with ``ocr``.
 
     Raises:
         MissingExtraError: a format needs a library that is not installed.
     """
-    pool = _Pool(paths, seconds, memory, chars, reader)
+    pool = _Pool(paths, seconds, memory, chars, ocr, reader)
     try:
         for index in range(len(paths)):
             yield pool.outcome(index)
@@ -122,7 +125,11 @@ class _Worker:
 
     def close(self) -> None:
         """End the process, even if it is reading."""
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            if os.name == "posix":
+                os.killpg(self.process.pid, signal.SIGKILL)  # and what it has started
+            else:
+                self.process.kill()
         self.process.wait()
         with contextlib.suppress(OSError):  # what was not sent to it
             cast("IO[bytes]", self.process.stdin).close()
@@ -133,10 +140,17 @@ class _Pool:
     """The workers that read some files; used by one thread."""
 
     def __init__(
-        self, paths: Sequence[Path], seconds: float, memory: int, chars: TextLimits | None, reader: Reader
+        self,
+        paths: Sequence[Path],
+        seconds: float,
+        memory: int,
+        chars: TextLimits | None,
+        ocr: str,
+        reader: Reader,
     ) -> None:
         self._paths, self._seconds, self._memory, self._reader = paths, seconds, memory, reader
-        self._chars = None if chars is None else asdict(chars)
+        limits = None if chars is None else asdict(chars)
+        self._request = {"seconds": seconds, "memory": memory, "chars": limits, "ocr": ocr}
         self._workers: list[_Worker] = []
         self._replies: SimpleQueue[tuple[_Worker, bytes]] = SimpleQueue()
         self._outcomes: dict[int, Outcome] = {}
@@ -201,8 +215,7 @@ class _Pool:
     def _send(self, worker: _Worker, index: int) -> None:
         worker.file_index = index
         worker.deadline = time.monotonic() + self._limit(worker)
-        request: dict[str, Any] = {"path": str(self._paths[index]), "seconds": self._seconds, "memory": self._memory}
-        request["chars"] = self._chars
+        request = {"path": str(self._paths[index]), **self._request}
         with contextlib.suppress(OSError):  # it has died while idle, which its listener reports
             pipe = cast("IO[bytes]", worker.process.stdin)
             pipe.write(json.dumps(request).encode() + b"\n")
@@ -291,7 +304,8 @@ def serve(module: str, function: str) -> None:
         _limit_memory(request["memory"])
         try:
             chars = None if request["chars"] is None else TextLimits(**request["chars"])
-            reply = json.dumps(_reply(reader, Path(request["path"]), chars)).encode()
+            recognisers = [Recogniser(request["ocr"], request["seconds"])] if request["ocr"] else []
+            reply = json.dumps(_reply(reader, Path(request["path"]), recognisers, chars)).encode()
             ran_out = False
         except MemoryError:
             reason = f"it takes more than {_gibibytes(request['memory'])} of memory to read"
@@ -317,9 +331,9 @@ def _gibibytes(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.3g} GiB"
 
 
-def _reply(reader: Reader, path: Path, chars: TextLimits | None) -> dict[str, Any]:
+def _reply(reader: Reader, path: Path, recognisers: Sequence[Recogniser], chars: TextLimits | None) -> dict[str, Any]:
     try:
-        contents = reader(path)
+        contents = reader(path, *recognisers)
     except MissingExtraError as error:
         return {"missing": str(error)}
     except UnreadableFileError as error:

@@ -1,7 +1,8 @@
 """Reads PDF files: the text of each page, and the values of form fields and the notes on it.
 
 PDFium, the library of Chromium, reads the pages in the order in which they were written, which is that of reading but
-for few files. Links are no text. Attached files, and pages that are pictures, are reported.
+for few files. Links are no text. Pages that are pictures are recognised (``data.ocr``), or reported, as attached files
+are.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from d2llm.core.extras import require
 from d2llm.core.types import Section
 from d2llm.data.contents import FileContents, SkippedPart, UnreadableFileError
+from d2llm.data.ocr import NO_TEXT, NOT_RECOGNISED, Recogniser
 
 _HYPHEN = "\ufffe"  # PDFium's sign for a hyphen at the end of a line, whose parts it joins
 _SPLIT_WORD = re.compile(rf"(\w+){_HYPHEN}\s*(\w+)")
@@ -35,10 +37,12 @@ _NO_NOTES = (
     "XFAWIDGET",
 )
 _NAMED_PAGES = 20
+_DOTS_PER_POINT = 300 / 72  # at which pages are drawn for recognition
+_MAX_DOTS = 40e6  # of a page that is larger
 
 
-def read_pdf(path: Path) -> FileContents:
-    """Title and sections of a file, at least one for each page with text.
+def read_pdf(path: Path, recogniser: Recogniser | None) -> FileContents:
+    """Title and sections of a file, at least one for each page with text; a recogniser reads those that are pictures.
 
     Raises:
         UnreadableFileError: it cannot be read.
@@ -52,15 +56,16 @@ def read_pdf(path: Path) -> FileContents:
         encrypted = getattr(error, "err_code", None) == library.raw.FPDF_ERR_PASSWORD
         raise UnreadableFileError("it is encrypted" if encrypted else f"it cannot be parsed ({error})") from error
     with closing(document):
-        return _Reader(library, document).read()
+        return _Reader(library, document, recogniser).read()
 
 
 class _Reader:
     """A file that is being read."""
 
-    def __init__(self, library: Any, document: Any) -> None:
+    def __init__(self, library: Any, document: Any, recogniser: Recogniser | None) -> None:
         self._raw, self._document = library.raw, document
         self._error: type[Exception] = library.PdfiumError
+        self._recogniser = recogniser
         self._skipped: list[SkippedPart] = []
         self._known_fields: set[str] = set()
         self._form: Any = None
@@ -74,7 +79,7 @@ class _Reader:
 
     def read(self) -> FileContents:
         pages: list[tuple[str, str, str]] = []
-        pictures: list[int] = []
+        unread: dict[str, list[int]] = {}
         for page_number in range(1, len(self._document) + 1):
             try:
                 page = self._document[page_number - 1]
@@ -85,18 +90,21 @@ class _Reader:
             with closing(page):
                 page_texts = self._read_page(page)
                 if not "".join(page_texts).strip() and self._has_picture(page):
-                    pictures.append(page_number)
+                    try:
+                        page_texts = (self._recognise(page), "", "")
+                    except UnreadableFileError as error:
+                        unread.setdefault(str(error), []).append(page_number)
             pages.append(page_texts)
-        texts = _with_whole_words([text for text, _, _ in pages])
+        texts = with_whole_words([text for text, _, _ in pages])
         sections: list[Section] = []
         for page_number, (text, (_, fields, notes)) in enumerate(zip(texts, pages, strict=True), start=1):
             contents = ((text, ()), (fields, ("Form fields",)), (notes, ("Notes",)))
             sections += [Section(part, headings, page_number) for part, headings in contents if part.strip()]
         self._skip_attachments()
-        if pictures and sections:
-            self._skipped.append(
-                SkippedPart(_page_names(pictures), "no text, but pictures; if they are scanned, recognise them (OCR)")
-            )
+        pictures = [SkippedPart(page_names(numbers), reason) for reason, numbers in unread.items()]
+        if pictures and not sections:
+            raise UnreadableFileError(f"it has no text ({pictures[0].name}: {pictures[0].reason})")
+        self._skipped += pictures
         title = " ".join(self._document.get_metadata_value("Title").replace("\0", "").split())
         return FileContents(title, tuple(sections), skipped=tuple(self._skipped))
 
@@ -118,6 +126,20 @@ class _Reader:
                 if note and " ".join(note.split()) not in " ".join(text.split()):
                     notes.append(note)
         return text, "\n".join(fields), "\n\n".join(dict.fromkeys(notes))
+
+    def _recognise(self, page: Any) -> str:
+        """The text of a page that is a picture."""
+        if self._recogniser is None:
+            raise UnreadableFileError(NOT_RECOGNISED)
+        self._recogniser.seconds_left()  # before work is spent on it
+        width, height = page.get_size()
+        scale = min(_DOTS_PER_POINT, (_MAX_DOTS / (width * height)) ** 0.5)
+        image = page.render(scale=scale, grayscale=True).to_numpy()
+        header = f"P5 {image.shape[1]} {image.shape[0]} 255\n".encode()
+        text = "".join(self._recogniser.read(header + image.tobytes()))
+        if not text:
+            raise UnreadableFileError(NO_TEXT)
+        return text
 
     def _annotations(self, page: Any) -> Iterator[Any]:
         for index in range(self._raw.FPDFPage_GetAnnotCount(page)):
@@ -184,13 +206,14 @@ class _Reader:
         return next(iter(page.get_objects(filter=kinds, max_depth=3)), None) is not None
 
 
-def _page_names(numbers: list[int]) -> str:
+def page_names(numbers: list[int]) -> str:
+    """Pages by their numbers, such as "pages 2, 4"; of many, the first."""
     names = ", ".join(map(str, numbers[:_NAMED_PAGES]))
     more = f" and {len(numbers) - _NAMED_PAGES:,} more" if len(numbers) > _NAMED_PAGES else ""
     return f"page{'s' if len(numbers) > 1 else ''} {names}{more}"
 
 
-def _with_whole_words(pages: list[str]) -> list[str]:
+def with_whole_words(pages: list[str]) -> list[str]:
     """Pages whose words are whole where they were split at the end of a line.
 
     A hyphen stays if the rest of the file has the word with it rather than without, or knows both parts as words, or

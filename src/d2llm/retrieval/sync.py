@@ -44,6 +44,7 @@ def sync_documents(
     seconds_per_file: float = DEFAULT_SECONDS_PER_FILE,
     memory_per_file: int = DEFAULT_MEMORY_PER_FILE,
     follow_links: bool = True,
+    ocr: str | None = None,
     chunking: Chunking | None = None,
 ) -> SyncReport:
     """Make an index hold the documents below some paths as they are now.
@@ -71,6 +72,7 @@ def sync_documents(
         seconds_per_file=seconds_per_file,
         memory_per_file=memory_per_file,
         follow_links=follow_links,
+        ocr=ocr,
     )
     known = _known_files(index)
     unchanged = [

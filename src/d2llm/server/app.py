@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from d2llm import __version__
 from d2llm.core.errors import D2LLMError, InputError
 from d2llm.core.extras import require
+from d2llm.data.ocr import languages_of
 from d2llm.models.hub import find_student
 from d2llm.models.student import Student
 from d2llm.models.student_files import read_student_manifest
@@ -58,10 +59,11 @@ def make_app(settings: ServeSettings) -> FastAPI:
     """The server as an ASGI application. It loads models and indexes on startup and reports that it is starting.
 
     Raises:
-        InputError: the file of keys or the report named in the settings cannot be used.
+        InputError: the file of keys, the report or the languages of ``ocr`` named in the settings cannot be used.
     """
     if settings.report is not None:
         page_routes.check_report(settings.report)
+    languages_of(settings.ocr)
     lifecycle, telemetry, private = Lifecycle(), Telemetry(), _private_paths(settings)
 
     app = FastAPI(

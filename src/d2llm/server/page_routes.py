@@ -22,7 +22,7 @@ from d2llm.data.documents import EXCLUDED
 from d2llm.retrieval.reranker import Reranker, TeacherReranker
 from d2llm.server.errors import NotFoundError
 from d2llm.server.schemas import SearchRequest
-from d2llm.server.uploads import FILE_TYPES
+from d2llm.server.uploads import file_types
 
 _FOLDER = Path(__file__).parent / "page"
 _TYPES = {
@@ -80,7 +80,7 @@ def page_settings(request: Request) -> JSONResponse:
         "rerankers": _rerankers(),
         "max_top_k": settings.max_top_k,
         "max_num_candidates": settings.max_num_candidates,
-        "file_types": FILE_TYPES,
+        "file_types": file_types(settings),
         "excluded": EXCLUDED,
     }
     return JSONResponse(facts, headers=_headers(_POLICY) | {"Cache-Control": "no-store"})

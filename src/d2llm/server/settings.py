@@ -170,6 +170,11 @@ class ServeSettings(BaseModel):
     max_document_chars: Count = Field(
         default=4_000_000, description="Maximum length of a document, which is split into passages, in characters."
     )
+    ocr: str | None = Field(
+        default=None,
+        description="Languages of text in uploaded pictures and scanned pages, such as eng+chi_sim, which the program "
+        "tesseract recognises; none: no recognition; by default eng if tesseract is installed.",
+    )
     max_top_k: Count = Field(default=1_000, description="Maximum number of passages per answer.")
     max_num_candidates: Count = Field(default=10_000, description="Maximum number of candidates per search.")
     max_context_tokens: Count = Field(default=32_000, description="Maximum number of tokens of a context.")

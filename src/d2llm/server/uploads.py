@@ -16,7 +16,8 @@ from d2llm.core.errors import MissingExtraError
 from d2llm.core.extras import require
 from d2llm.core.types import Passage
 from d2llm.data.documents import DocumentFile, DocumentFiles, SkippedFile
-from d2llm.data.file_contents import SUFFIXES
+from d2llm.data.file_contents import readable_suffixes
+from d2llm.data.ocr import languages_of
 from d2llm.data.parser_workers import TextLimits
 from d2llm.server.errors import Problem, ServingError, invalid, shortened
 from d2llm.server.settings import ServeSettings
@@ -24,8 +25,6 @@ from d2llm.server.stopping import Stop
 
 FILES_PATH = "/v1/files"
 FORM_TYPE = "multipart/form-data"
-FILE_TYPES = (*sorted(SUFFIXES), ".jsonl.gz")
-"""What the names of files end with that can be read."""
 _MAX_HEADER_BYTES = 16 << 10  # of each header of a part: a name may be long, and its letters take several bytes
 _MAX_NAME_CHARS = 1_024  # it becomes an id, with the number of a row or of a passage
 _ENCODED_NAME = re.compile(r";\s*filename\*=(?P<charset>[\w-]*)'[^']*'(?P<name>[^;\s]+)", re.IGNORECASE)
@@ -55,6 +54,11 @@ UPLOAD_BODY: dict[str, Any] = {
 }
 
 
+def file_types(settings: ServeSettings) -> list[str]:
+    """What the names of files end with that can be read."""
+    return [*sorted(readable_suffixes(languages_of(settings.ocr))), ".jsonl.gz"]
+
+
 class Upload(list[Passage]):
     """The documents of an upload. Metadata of texts and tables, unlike those of a corpus, need not fit each other.
 
@@ -75,7 +79,9 @@ def documents_of(body: bytes, content_type: str, limits: ServeSettings, stop: St
     most, num_chars, stop = _MAX_UNPACKED * limits.max_body_bytes, 0, stop or Stop()
     with TemporaryDirectory() as folder:
         stored = _stored(_files_of(body, content_type, limits), Path(folder), limits)
-        files = DocumentFiles(stored, text_limits=TextLimits(limits.max_document_chars, most))
+        files = DocumentFiles(
+            stored, text_limits=TextLimits(limits.max_document_chars, most), ocr=languages_of(limits.ocr)
+        )
         if not files.files:
             raise invalid("the form has no file; send one or more in the field 'file'", "file")
         upload = Upload()
@@ -161,12 +167,13 @@ def _name_of(part: Any) -> str:
 def _stored(names_and_contents: Iterable[tuple[str, bytes]], folder: Path, limits: ServeSettings) -> list[DocumentFile]:
     """The files of an upload in a folder, under their numbers; the ids are the names that they were sent with."""
     files: list[DocumentFile] = []
+    known = file_types(limits)
     for file_number, (name, content) in enumerate(names_and_contents, start=1):
         if not name:
             raise invalid(f"file number {file_number} of the form has no name; send it with one (filename=)", "file")
         suffix = PurePath(name.lower().removesuffix(".gz")).suffix
-        if suffix not in SUFFIXES or (name.lower().endswith(".gz") and suffix != ".jsonl"):
-            raise invalid(f"{name}: files of this type cannot be read; send one of {' '.join(FILE_TYPES)}", "file")
+        if suffix not in known or (name.lower().endswith(".gz") and suffix != ".jsonl"):
+            raise invalid(f"{name}: files of this type cannot be read; send one of {' '.join(known)}", "file")
         if name.lower().endswith(".gz"):
             content = _unpacked(name, content, _MAX_UNPACKED * limits.max_body_bytes)
         path = folder / f"{file_number}{suffix}"
