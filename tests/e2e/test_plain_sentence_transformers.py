@@ -32,7 +32,7 @@ library = late_import("sentence_transformers", reason="pip install 'd2llm[senten
 # Some are longer than any limit, surrounded by spaces, almost empty, or have words that the tokenizers split.
 QUERIES = [*TEXTS[:4], "  spaced   out ", "a", " ".join(TEXTS * 3), "Überzählige Wörter, 123"]
 PASSAGES = [*TEXTS[2:], "a", " ".join(reversed(TEXTS * 4))]
-SHIPPED = ("d2llm-minilm",)
+SHIPPED = ("d2llm-minilm", "d2llm-multilingual")
 ADAPTERS = ("d2llm-minilm", "d2llm-minilm-cosine")
 """Shipped students whose base the Hub has, so that the library can add their adapter to it."""
 MADE = ("decoder", "encoder", "weighted", "first", "symmetric", "pushed", "idle")

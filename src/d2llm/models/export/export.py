@@ -20,15 +20,18 @@ from d2llm.core.types import TASKS, Task
 from d2llm.models.export import numpy_head
 from d2llm.models.export.eight_bits import Runtime
 from d2llm.models.export.graphs import write_score_graph, write_text_graph
-from d2llm.models.export.sentence_transformers import why_not_plain
+from d2llm.models.export.sentence_transformers import why_no_transformer, why_not_plain, write_multi_vector
 from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.student import Student
-from d2llm.models.tokens import search_query_tokens
+from d2llm.models.tokens import NO_TOKENS, search_query_tokens
 
 KIND = "export"
 FORMAT_VERSION = 1
-ExportFormat = Literal["onnx", "openvino", "numpy", "student", "sentence-transformers"]
+ExportFormat = Literal[
+    "onnx", "openvino", "numpy", "student", "sentence-transformers", "multi-vector-encoder", "pylate"
+]
 _FOLDERS_OF_STUDENTS = ("student", "sentence-transformers")
+_FOLDERS_OF_TOKENS = ("multi-vector-encoder", "pylate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class ExportReport:
 def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool = False) -> ExportReport:
     """Write a student for programs without d2llm into ``folder``, atomically.
 
-    The calibration of its scores, if any, is written too (``probabilities.json``).
+    The calibration of its scores, if any, is written too (``probabilities.json``), except beside token embeddings.
 
     Args:
         student: the student to write, in float32 on the CPU.
@@ -55,12 +58,14 @@ def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool
             and score vectors in each task; ``numpy`` writes only the head, as arrays and one Python file that needs
             only numpy; ``student`` writes a student's folder, such as of one that was cut (``Student.cut``);
             ``sentence-transformers`` writes it with all weights, so that the library alone loads it too: its vectors
-            and inner product, but neither an interaction nor what an index adds to the score.
+            and inner product, but neither an interaction nor what an index adds to the score;
+            ``multi-vector-encoder`` writes its token embeddings as that library's ``MultiVectorEncoder``, ``pylate``
+            as a model of PyLate.
         int8: use 8-bit products in the graph that encodes texts (only ``onnx`` and ``openvino``).
 
     Raises:
-        InputError: ``folder`` holds something else, the format has no 8-bit form, the student is not in float32, or
-            sentence-transformers has no modules for it.
+        InputError: ``folder`` holds something else, the format has no 8-bit form, the student is not in float32,
+            sentence-transformers has no modules for it, or it has no token embeddings.
         ModelError: the backbone cannot be written as a graph.
         MissingExtraError: a package that writes the format is not installed.
 
@@ -70,13 +75,14 @@ def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool
         >>> export(student, "head", "numpy").files
         ('head.npz', 'numpy_head.py', 'probabilities.json')
     """
-    if int8 and to in ("numpy", *_FOLDERS_OF_STUDENTS):
+    if int8 and to in ("numpy", *_FOLDERS_OF_STUDENTS, *_FOLDERS_OF_TOKENS):
         raise InputError(f"the {to} {'head' if to == 'numpy' else 'folder'} is in float32; leave int8 out")
     precision, folder = "int8" if int8 else "float32", Path(folder)
     if to in _FOLDERS_OF_STUDENTS:
         if to == "sentence-transformers" and (reason := why_not_plain(student.config)) is not None:
             raise InputError(
-                f"sentence-transformers alone cannot load this student: {reason}; export --to onnx instead"
+                f"sentence-transformers alone cannot load this student: {reason}; export --to onnx instead, or save "
+                "d2llm.integrations.sentence_transformers.as_sentence_transformer(student), which needs d2llm to load"
             )
         student.save(folder, merge=True if to == "sentence-transformers" else None)
         names = tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
@@ -84,11 +90,13 @@ def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool
     with new_folder(folder, kind=KIND) as temporary:
         if to == "numpy":
             _write_numpy(student, temporary)
+        elif to in _FOLDERS_OF_TOKENS:
+            _write_tokens(student, temporary, pylate=to == "pylate")
         else:
             _write_graphs(student, temporary, to, int8=int8)
-        if student.calibration:
+        if student.calibration and to not in _FOLDERS_OF_TOKENS:
             student.calibration.write(temporary, student.fingerprint)
-        names = tuple(sorted(path.name for path in temporary.iterdir()))
+        names = tuple(sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file()))
         write_manifest(temporary, KIND, FORMAT_VERSION, _content(student, to, precision, names))
     return ExportReport(folder, to, precision, student.fingerprint, names, folder_bytes(folder))
 
@@ -104,7 +112,7 @@ def _content(student: Student, to: ExportFormat, precision: str, names: tuple[st
         "head": "cosine" if isinstance(head, CosineHead) else head.config.head,
         "files": names,
     }
-    if to == "numpy":
+    if to == "numpy" or to in _FOLDERS_OF_TOKENS:
         return content
     keys = ("max_passage_tokens", "query_prefix", "passage_prefix")
     writers = {package: version(package) for package in (("onnx", "onnxruntime") if precision == "int8" else ("onnx",))}
@@ -128,6 +136,14 @@ def _write_graphs(student: Student, folder: Path, to: Runtime, *, int8: bool) ->
             openvino.Core().read_model(str(file)), str(file.with_suffix(".xml")), compress_to_fp16=False
         )
         file.unlink()
+
+
+def _write_tokens(student: Student, folder: Path, *, pylate: bool) -> None:
+    if student.token_projection is None:
+        raise InputError(NO_TOKENS)
+    if (reason := why_no_transformer(student.config)) is not None:
+        raise InputError(f"sentence-transformers cannot read texts as this student does: {reason}")
+    write_multi_vector(folder, student.backbone, student.token_projection, pylate=pylate)
 
 
 def _write_numpy(student: Student, folder: Path) -> None:

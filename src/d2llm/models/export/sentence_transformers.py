@@ -6,14 +6,16 @@ length 1, then sqrt(dim) u for a passage, and the vector of ``Student.query_vect
 pooling by attention (PMA) and no interaction. A student with PMA gets none of the files, because its vectors would
 differ. The transformer's weights are all in the student's folder, or only an adapter is, and the library loads the rest
 from the Hub.
+
+A student's token embeddings are another model for the library, a ``MultiVectorEncoder`` (``write_multi_vector``).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -26,12 +28,18 @@ from d2llm.models.pretrained import SENTENCE_TRANSFORMERS_POOLINGS
 from d2llm.models.sources import name_of_same_weights
 from d2llm.models.student_files import BACKBONE_FOLDER, trained_tasks
 from d2llm.models.tokens import search_query_tokens
-from d2llm.recipe import AutoPooling, CustomBackbone, StudentConfig
+from d2llm.recipe import AutoPooling, BackboneConfig, CustomBackbone, StudentConfig
+
+if TYPE_CHECKING:
+    from d2llm.models.backbone import Backbone
+    from d2llm.models.token_vectors import TokenProjection
 
 MODULES_FILE = "modules.json"
 _REQUIRES = ">=6"  # the first version whose Transformer has separate length limits for queries and passages
 _BASE, _OWN = "sentence_transformers.base.modules", "sentence_transformers.sentence_transformer.modules"
 _DENSE = f"{_BASE}.dense.Dense"
+_MASK = "sentence_transformers.multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask"
+_PYLATE_DENSE = "pylate.models.Dense.Dense"
 _MODULES = (
     ("1_Pooling", f"{_OWN}.pooling.Pooling"),
     ("2_Normalize", f"{_BASE}.normalize.Normalize"),
@@ -39,18 +47,25 @@ _MODULES = (
 )
 
 
-def why_not_plain(config: StudentConfig) -> str | None:
-    """Why sentence-transformers cannot load a student with this configuration without d2llm; None if it can."""
+def why_no_transformer(config: StudentConfig) -> str | None:
+    """Why the library's transformer cannot be the backbone of a student with this configuration; None if it can."""
     if isinstance(config.backbone, CustomBackbone):
         return f"its backbone is of kind '{config.backbone.kind}'"
     if config.backbone.has_two_adapters:
         return "it reads queries and passages with adapters of their own"
+    if config.backbone.bidirectional:
+        return "the library would read its decoder in one direction"
+    return None
+
+
+def why_not_plain(config: StudentConfig) -> str | None:
+    """Why sentence-transformers cannot load a student with this configuration without d2llm; None if it can."""
+    if (reason := why_no_transformer(config)) is not None:
+        return reason
     if config.interaction.head == "paper":
         return "its head 'paper' has no inner product"
     if not isinstance(config.pooling, AutoPooling) and config.pooling.kind not in SENTENCE_TRANSFORMERS_POOLINGS:
         return f"its pooling '{config.pooling.kind}' is not one of the library's modules"
-    if config.backbone.bidirectional:
-        return "the library would read its decoder in one direction"
     return None
 
 
@@ -84,35 +99,10 @@ def write_plain_form(
     unit = torch.eye(head.dim) * head.dim**0.5  # scales a vector of length 1 to the student's length
     with torch.no_grad():
         query_rows = head.query_vectors(unit.to(next(head.parameters()).device), task).float().cpu()
-    write_json(
-        folder / MODULES_FILE,
-        [{"idx": n, "name": str(n), "path": path, "type": kind} for n, (path, kind) in enumerate(modules)],
-    )
-    write_json(
-        folder / "config_sentence_transformers.json",
-        {
-            "model_type": "SentenceTransformer",
-            "requirements": {"sentence_transformers": _REQUIRES},
-            "prompts": {"query": backbone.query_prefix, "document": backbone.passage_prefix},
-            "default_prompt_name": "document" if backbone.passage_prefix else None,
-            "similarity_fn_name": "dot",
-        },
-    )
-    write_json(
-        folder / transformer / "sentence_bert_config.json",
-        {
-            "transformer_task": "feature-extraction",
-            # Texts are read as they are, even if the tokenizer has a chat template.
-            "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
-            "module_output_name": "token_embeddings",
-            "query_length": search_query_tokens(backbone),
-            "document_length": backbone.max_passage_tokens,
-        },
-    )
-    tokenizer = folder / transformer / "tokenizer_config.json"
-    settings = json.loads(tokenizer.read_text(encoding="utf-8"))
-    # Plain `encode` reads texts as passages. Padding on the left would shift the positions.
-    write_json(tokenizer, settings | {"model_max_length": backbone.max_passage_tokens, "padding_side": "right"})
+    _write_modules(folder, modules)
+    model = {"model_type": "SentenceTransformer", "similarity_fn_name": "dot"}
+    _write_model(folder, backbone, model | {"requirements": {"sentence_transformers": _REQUIRES}})
+    _write_transformer(folder / transformer, backbone)
     write_json(
         folder / "1_Pooling" / "config.json",
         {
@@ -134,14 +124,81 @@ def write_plain_form(
     _write_dense(folder / "3_Router" / "document_0_Dense", unit)
 
 
-def _write_dense(folder: Path, weight: Tensor) -> None:
+def write_multi_vector(folder: Path, backbone: Backbone, projection: TokenProjection, *, pylate: bool) -> None:
+    """Write a student's token embeddings as a ``MultiVectorEncoder``, or as a model of PyLate.
+
+    Tokens without a vector are in the skip list, which is for both sides. PyLate has one for documents only (in the
+    files of its version 3, which the library reads too), so there, queries must be encoded as documents are.
+    """
+    backbone.save_merged(folder)
+    backbone.tokenizer.save_pretrained(folder)
+    skipped: Any = [token for token, rarity in enumerate(projection.rarities) if rarity <= 0]
+    words = {"skiplist_words": backbone.tokenizer.convert_ids_to_tokens(skipped)}
+    _write_dense(folder / "1_Dense", projection.weight.detach().float().cpu(), None if pylate else "token_embeddings")
+    if pylate:
+        limit = backbone.config.max_passage_tokens
+        _write_modules(folder, (("", "sentence_transformers.models.Transformer"), ("1_Dense", _PYLATE_DENSE)))
+        lengths = {"query_length": limit, "document_length": limit, "query_prefix": "", "document_prefix": ""}
+        model = {"model_type": "ColBERT", "similarity_fn_name": "MaxSim", "do_query_expansion": False}
+        _write_model(folder, backbone.config, model | lengths | words)
+        write_json(folder / "sentence_bert_config.json", {"max_seq_length": limit, "do_lower_case": False})
+        return
+    modules = (
+        ("", f"{_BASE}.transformer.Transformer"),
+        ("1_Dense", _DENSE),
+        ("2_MultiVectorMask", _MASK),
+        ("3_Normalize", f"{_BASE}.normalize.Normalize"),
+    )
+    _write_modules(folder, modules)
+    requires = {"requirements": {"sentence_transformers": _REQUIRES}}
+    model = {"model_type": "MultiVectorEncoder", "similarity_fn_name": "meanmaxsim"}
+    _write_model(folder, backbone.config, model | requires)
+    _write_transformer(folder, backbone.config)
+    write_json(folder / "2_MultiVectorMask" / "config.json", words | {"skiplist_tasks": ["query", "document"]})
+    write_json(folder / "3_Normalize" / "config.json", {"module_input_name": "token_embeddings"})
+
+
+def _write_modules(folder: Path, modules: Sequence[tuple[str, str]]) -> None:
+    write_json(
+        folder / MODULES_FILE,
+        [{"idx": n, "name": str(n), "path": path, "type": kind} for n, (path, kind) in enumerate(modules)],
+    )
+
+
+def _write_model(folder: Path, backbone: BackboneConfig, settings: Mapping[str, Any]) -> None:
+    prompts = {
+        "prompts": {"query": backbone.query_prefix, "document": backbone.passage_prefix},
+        "default_prompt_name": "document" if backbone.passage_prefix else None,
+    }
+    write_json(folder / "config_sentence_transformers.json", prompts | dict(settings))
+
+
+def _write_transformer(folder: Path, backbone: BackboneConfig) -> None:
+    """The settings beside a backbone's weights."""
+    write_json(
+        folder / "sentence_bert_config.json",
+        {
+            "transformer_task": "feature-extraction",
+            # Texts are read as they are, even if the tokenizer has a chat template.
+            "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+            "module_output_name": "token_embeddings",
+            "query_length": search_query_tokens(backbone),
+            "document_length": backbone.max_passage_tokens,
+        },
+    )
+    tokenizer = folder / "tokenizer_config.json"
+    settings = json.loads(tokenizer.read_text(encoding="utf-8"))
+    # Plain `encode` reads texts as passages. Padding on the left would shift the positions.
+    write_json(tokenizer, settings | {"model_max_length": backbone.max_passage_tokens, "padding_side": "right"})
+
+
+def _write_dense(folder: Path, weight: Tensor, features: str | None = "sentence_embedding") -> None:
+    """A linear map of some ``features``; PyLate's knows them."""
     settings = {
         "in_features": weight.shape[1],
         "out_features": weight.shape[0],
         "bias": False,
         "activation_function": "torch.nn.modules.linear.Identity",
-        "module_input_name": "sentence_embedding",
-        "module_output_name": "sentence_embedding",
-    }
+    } | ({} if features is None else {"module_input_name": features, "module_output_name": features})
     write_json(folder / "config.json", settings)
     save_file({"linear.weight": weight.contiguous()}, folder / "model.safetensors", metadata={"format": "pt"})
