@@ -130,8 +130,13 @@ def _check_context(context: Mapping[str, Any], tokenizer: str | None, settings: 
     for name, value in (("--context-order", context.get("order")), ("--tokenizer", tokenizer)):
         if value is not None and "max_tokens" not in context:
             raise InputError(f"{name} is for --context TOKENS; add it, or leave {name} out")
-    if context and (excerpts or settings.explain):
-        name = "--excerpts" if excerpts else "--explain"
+    others = {
+        "--excerpts": excerpts,
+        "--explain": settings.explain,
+        "--sort": settings.sort,
+        "--facet": settings.facets,
+    }
+    if context and (name := next((option for option, value in others.items() if value), None)):
         raise InputError(f"--context prints one text instead of the results; leave out {name}")
 
 
@@ -261,10 +266,12 @@ def _show_excerpts(session: Session, index: Index, ranking: Ranking) -> list[Exc
 
 def _explain(session: Session, ranking: Ranking, settings: SearchSettings, student: SearchStudent, task: Task) -> None:
     """Print the explanation of a ranking, how it was selected, its teacher's changes and its proof."""
-    from d2llm.reports.search_tables import explanation_table
+    from d2llm.reports.search_tables import explanation_table, facet_table
 
     if not ranking.passages:
         session.complain("warning", f"no passage was found for {ranking.query.text!r}{_why_none(settings)}")
+    if ranking.facets:
+        session.show(facet_table(ranking))
     if settings.explain:
         session.show(explanation_table(ranking))
         if (reason := student.why_no_interaction(task)) is not None:

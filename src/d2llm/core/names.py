@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 NAMES_ELSEWHERE: Mapping[str, str] = {
+    "aggs": "facets",
     "fetch_k": "select_from",
     "filters": "filter",
     "k": "top_k",
@@ -18,6 +19,7 @@ NAMES_ELSEWHERE: Mapping[str, str] = {
     "n": "top_k",
     "n_results": "top_k",
     "num_results": "top_k",
+    "order_by": "sort",
     "q": "query",
     "similarity_top_k": "top_k",
     "text": "query",

@@ -435,6 +435,27 @@ class MissingShard:
 
 
 @dataclass(frozen=True, slots=True)
+class FacetValue:
+    """A value of a field, and how many of all passages that the filter allows, and of the candidates, have it."""
+
+    value: MetadataValue
+    num_passages: int
+    num_candidates: int
+
+
+@dataclass(frozen=True, slots=True)
+class Facet:
+    """How often the values of a metadata field occur, the most frequent first.
+
+    ``num_values`` counts all values, of which at most 100 are listed; ``num_without`` passages have none.
+    """
+
+    values: tuple[FacetValue, ...]
+    num_values: int
+    num_without: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ranking:
     """The result of one query, best first; ties are broken by passage id. It is a sequence of its passages.
 
@@ -445,6 +466,8 @@ class Ranking:
     language model added to the query. ``missing_shards``: shards of a sharded index that gave no answer; their passages
     are not in the ranking, and its certificate says nothing about them. ``num_shards``: of how many; None if the index
     is not sharded. ``sources``: the sources of the candidates; none in an exact search, which considers every passage.
+    ``facets``: by field, how often its values occur, if the search asked. With ``sort``, the passages are in the order
+    of a field, and their ``rank`` is that by score.
 
     Example:
         >>> from d2llm import Ranking, Student
@@ -472,6 +495,7 @@ class Ranking:
     missing_shards: tuple[MissingShard, ...] = ()
     num_shards: int | None = None
     sources: tuple[str, ...] = ()
+    facets: Mapping[str, Facet] = field(default_factory=dict[str, Facet])
 
     def __repr__(self) -> str:
         first = ", ".join(f"{short(result.passage.id)} {result.score:.2f}" for result in self.passages[:3])

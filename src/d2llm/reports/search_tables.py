@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from d2llm.store.inspection import IndexStats
 
 _SHOWN_CHARACTERS = 300
+_SHOWN_VALUES = 10  # of a facet
 
 
 def ranking_list(ranking: Ranking) -> RenderableType:
@@ -134,6 +135,19 @@ def explanation_table(ranking: Ranking) -> Table:
             ranks or None,
             terms or None,
         )
+    return table
+
+
+def facet_table(ranking: Ranking) -> Table:
+    """The most frequent values of each facet, and how many passages and candidates have them."""
+    table = Table("field", "value", Column("passages", ",d"), Column("candidates", ",d"), title="facets", framed=False)
+    for name, facet in ranking.facets.items():
+        for one in facet.values[:_SHOWN_VALUES]:
+            table.add_row(name, str(one.value), one.num_passages, one.num_candidates)
+        if (num_more := facet.num_values - _SHOWN_VALUES) > 0:
+            table.add_row(name, f"... {num_more:,} more", None, None)
+        if facet.num_without:
+            table.add_row(name, "(none)", facet.num_without, None)
     return table
 
 

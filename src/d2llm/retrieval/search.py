@@ -21,6 +21,7 @@ from d2llm.ops.diversity import select_diverse
 from d2llm.ops.fusion import reciprocal_rank_scores
 from d2llm.ops.selection import check_scores, top_rows
 from d2llm.retrieval.exact_search import CachedBounds
+from d2llm.retrieval.facets import check_fields, facet, in_order_of
 from d2llm.retrieval.feature_weights import weights_for
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.query_preparation import PreparedQuery, QueryPreparation, Tokens
@@ -79,6 +80,7 @@ class Searcher:
         self.settings = settings = settings or SearchSettings()
         index.storage.check_student(student.fingerprint)
         self._index = index
+        check_fields(settings, index.metadata)
         self._task: Task = settings.task or index.task
         self.weights = weights_for(index, student, self._task, settings.score_features)
         by_vectors = not {"vectors", "ann"}.isdisjoint(settings.proposers(counts_words=self.weights.counts_words))
@@ -215,10 +217,15 @@ class Searcher:
             report = rerank_report(self._rerank.settings.kind, order)
             seconds["rerank"] = report.seconds
         scored = order.scored
+        facets = {
+            name: facet(self._segments.count_values(name, prepared.missing), self._index.field_values(rows, name))
+            for rows in (order.scored.rows,)
+            for name in self.settings.facets or ()
+        }
         missing = sorted((*self._index.missing, *prepared.missing.values()), key=lambda shard: shard.number)
         return Ranking(
             query,
-            passages,
+            passages if self.settings.sort is None else in_order_of(passages, self.settings.sort),
             scored.num_scored,
             seconds,
             scored.certificate,
@@ -230,6 +237,7 @@ class Searcher:
             missing_shards=tuple({shard.number: shard for shard in missing}.values()),
             num_shards=self._index.storage.num_shards,
             sources=tuple(self._segments.sources),
+            facets=facets,
         )
 
     def _candidates(self, prepared: PreparedQuery, depth: int) -> ScoredCandidates:

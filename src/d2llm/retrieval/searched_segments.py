@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -182,6 +183,12 @@ class SearchedSegments:
                 if values is not None:
                     added.setdefault(name, np.zeros(len(rows), np.float32))[at] = values
         return FeatureParts(**added)
+
+    def count_values(self, name: str, missing: Missing) -> Counter[Any]:
+        """Number of passages that the filter allows, by their value of a metadata field, or None."""
+        segments = self._index.segments
+        counts = self._ask(missing, lambda place, _: segments[place].count_values(name, self._settings.filter))
+        return sum(map(Counter, counts.values()), Counter[Any]())
 
     def retrying_without_lost(self, rank: Callable[[], _Answer]) -> _Answer:
         """``rank()``; if a segment is lost after it has proposed passages, once more without it, if that is allowed."""

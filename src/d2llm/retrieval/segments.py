@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from heapq import nsmallest
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,6 +140,14 @@ class Segment(Protocol):
         """The passages of the same documents at most ``distance`` positions away, by document and position."""
         ...
 
+    def count_values(self, name: str, filter: str | None) -> Mapping[Any, int]:  # noqa: A002
+        """Number of passages that a filter allows, by their value of a metadata field, or None."""
+        ...
+
+    def field_values(self, rows: NDArray[np.int64], name: str) -> list[Any]:
+        """The value of a metadata field in each row; None where there is none."""
+        ...
+
     def list_passages(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[str]:
         """The first ``limit`` passage ids after ``cursor``, in order."""
         ...
@@ -261,6 +269,10 @@ class IndexView:
     def documents(self, rows: NDArray[np.int64]) -> list[str]:
         """Document of the passage in each row: its document_id, or its id if it has none."""
         return self._gather(rows, lambda segment, rows: segment.documents(rows))
+
+    def field_values(self, rows: NDArray[np.int64], name: str) -> list[Any]:
+        """The value of a metadata field in each row; None where there is none."""
+        return self._gather(rows, lambda segment, rows: segment.field_values(rows, name))
 
     def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Vectors of the given rows, float32 [len(rows), dim]."""

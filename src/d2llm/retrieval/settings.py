@@ -132,6 +132,23 @@ class SearchSettings(Settings):
         Shown(default=f"{SELECTED_FROM} times top_k"),
         ge=1,
     )
+    sort: str | None = setting(
+        None,
+        "Show the results in the order of a metadata field, as in year or year:desc, those without a value last; which "
+        "passages are results, and their ranks, is still up to the score.",
+        Shown(metavar="FIELD[:desc]", default="by score"),
+        pattern=r"^[^:]+(:asc|:desc)?$",
+    )
+    facets: tuple[str, ...] | None = setting(
+        None,
+        "Also count how often each value of these metadata fields occurs, in all passages that the filter allows and "
+        "in the candidates of the query.",
+        Shown(option="facet", metavar="FIELD"),
+        strict=False,
+        min_length=1,
+        max_length=10,
+        fail_fast=True,
+    )
     instruction: str | None = setting(
         None,
         "Put before each query where its vector is made, for models trained with instructions; words, teacher and "

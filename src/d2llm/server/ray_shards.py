@@ -251,6 +251,8 @@ class RemoteSegment:
     get = _in_actor("get")
     document = _in_actor("document")
     neighbours = _in_actor("neighbours")
+    count_values = _in_actor("count_values")
+    field_values = _in_actor("field_values")
     list_passages = _in_actor("list_passages")
     list_documents = _in_actor("list_documents")
     match = _in_actor("match")

@@ -49,11 +49,12 @@ class Joined:
         raise AttributeError(name)
 
 
+def _plain_value(value: MetadataValue) -> str | int | float | bool | None:
+    return value if isinstance(value, str | int | float | bool | None) else value.isoformat()
+
+
 def _plain_metadata(metadata: Mapping[str, MetadataValue]) -> dict[str, Any]:
-    return {
-        name: value if isinstance(value, str | int | float | bool | None) else value.isoformat()
-        for name, value in metadata.items()
-    }
+    return {name: _plain_value(value) for name, value in metadata.items()}
 
 
 def _scored(passages: Sequence[tuple[Passage, float]]) -> list[Joined]:
@@ -204,6 +205,22 @@ class RankingResponse(ResponseBody):
     request_id: str
 
 
+class FacetValueResponse(ResponseBody):
+    """A value of a field, and how many of all passages that the filter allows, and of the candidates, have it."""
+
+    value: Annotated[str | int | float | bool, BeforeValidator(_plain_value)]
+    num_passages: int
+    num_candidates: int
+
+
+class FacetResponse(ResponseBody):
+    """How often the values of a field occur: at most 100, the most frequent first, of ``num_values``."""
+
+    values: list[FacetValueResponse]
+    num_values: int
+    num_without: int
+
+
 class ExcerptResponse(ResponseBody):
     """Consecutive passages of a document around the results with these ranks; ``text`` has each part once."""
 
@@ -217,6 +234,7 @@ class SearchResponse(RankingResponse):
     """A ranking, best first, and its excerpts if they were requested."""
 
     passages: list[RankedResponse]
+    facets: dict[str, FacetResponse]
     excerpts: list[ExcerptResponse] | None
 
 

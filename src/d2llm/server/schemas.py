@@ -153,7 +153,7 @@ class SearchRequest(RankingRequest, ExcerptSettings):
 class ContextRequest(RankingRequest, ContextSettings):
     """A query with search settings, for a context. Near duplicates are left out, by default from a cosine of 0.95."""
 
-    unknown: ClassVar[frozenset[str]] = frozenset({"explain", "group"})
+    unknown: ClassVar[frozenset[str]] = frozenset({"explain", "group", "sort", "facets"})
 
 
 class ExplainRequest(Body):

@@ -201,6 +201,14 @@ class PassageTable:
             found = run(f"SELECT d2_row FROM passages WHERE {_LIVES} AND ({condition})", values)
             return np.fromiter(chain.from_iterable(found), np.int64)
 
+    def count_values(self, name: str, condition: str, values: Mapping[str, Any]) -> dict[Any, int]:
+        """Number of passages that satisfy a condition in SQL (``filters``), by their value of a metadata field."""
+        with self._reading() as run:
+            statement = f"SELECT `{name}`, count(*) FROM passages WHERE {_LIVES} AND ({condition}) GROUP BY 1"
+            counts = dict(run(statement, values).fetchall())
+        read = _READERS.get(self.metadata.fields[name])
+        return counts if read is None else {None if one is None else read(one): counts[one] for one in counts}
+
     def num_truncated(self) -> int:
         """Number of passages that the student truncated."""
         with self._reading() as run:

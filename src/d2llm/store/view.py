@@ -78,6 +78,7 @@ class PassageView:
         self.live: NDArray[np.bool_] | None = live if self._len < self.capacity else None
         self._scan: RowScan | None = None
         self._selected: dict[str, NDArray[np.bool_]] = {}  # by filter: a version never changes
+        self._counts: dict[tuple[str, str | None], Mapping[Any, int]] = {}  # by field and filter
 
     @property
     def folder(self) -> Path:
@@ -320,10 +321,29 @@ class PassageView:
         find = partial(self._table.matching, condition.sql, condition.values)
         allowed[filtered(find, self._table.path, condition.fields, len(self._table)) & ROW_MASK] = True
         allowed.flags.writeable = False
-        for oldest in list(self._selected)[: 1 - _KEPT_FILTERS]:
-            self._selected.pop(oldest, None)
-        self._selected[filter] = allowed
+        _keep(self._selected, filter, allowed)
         return allowed
+
+    def count_values(self, name: str, filter: str | None) -> Mapping[Any, int]:  # noqa: A002
+        """Number of passages that a filter allows, by their value of a metadata field, or None.
+
+        Raises:
+            FilterError: the filter cannot be parsed, or does not fit the metadata.
+        """
+        if (counts := self._counts.get((name, filter))) is None:
+            condition, values = "TRUE", dict[str, Any]()
+            if filter is not None:
+                from d2llm.store.filters import parse_filter
+
+                parsed = parse_filter(filter, self.metadata)
+                condition, values = parsed.sql, dict(parsed.values)
+            counts = self._table.count_values(name, condition, values)
+            _keep(self._counts, (name, filter), counts)
+        return counts
+
+    def field_values(self, rows: NDArray[np.int64], name: str) -> list[Any]:
+        """The value of a metadata field in each row; None where there is none."""
+        return [record[name] for record in self._take(rows, [name])]
 
     def live_rows(self, allowed: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
         """Live rows in ascending order, among the allowed ones if any are given."""
@@ -360,6 +380,13 @@ class PassageView:
                 self._vectors = self.store.vectors.recover(self._table, f"{file.path.name} is damaged")
             self._scan = RowScan(self._vectors.codes, self.format)
         return self._scan
+
+
+def _keep(kept: dict[Any, Any], key: Any, value: Any) -> None:
+    """Add what was computed for a filter; of too many, the oldest go."""
+    for oldest in list(kept)[: 1 - _KEPT_FILTERS]:
+        kept.pop(oldest, None)
+    kept[key] = value
 
 
 def as_passage(record: dict[str, Any]) -> Passage:
