@@ -14,7 +14,7 @@ import pytest
 from d2llm import Index, Passage
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "stores.md"
-STORES = ("qdrant", "lance", "postgres")
+STORES = ("qdrant", "lance", "milvus", "postgres")
 QUESTIONS = ("remove indentation from every line", "how far values are spread", "wrap a long line of text")
 TASKS = ("asymmetric", "symmetric")
 
@@ -22,7 +22,7 @@ TASKS = ("asymmetric", "symmetric")
 @pytest.fixture(scope="module")
 def page():
     """Names defined by the page's code blocks; the last block, which closes a store, runs after the tests."""
-    for package in ("qdrant_client", "pgserver", "psycopg"):
+    for package in ("qdrant_client", "milvus_lite", "pgserver", "psycopg"):
         pytest.importorskip(package)
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     before, folder = Path.cwd(), Path(tempfile.mkdtemp())
