@@ -393,6 +393,9 @@ def test_invalid_requests_are_rejected(folder, student):
         fresh.search(rows, task_metadata=metadata, top_k=3, top_ranked={"a": ["a", "z"]}, **PLACE)
 
     class Broken(Student):
+        def prepare(self, query_vector, task):
+            return None  # scores by ``score``
+
         def score(self, query_vector, passage_vectors, task):
             return np.full(len(passage_vectors), np.nan, np.float32)
 
@@ -439,3 +442,21 @@ def test_the_shipped_student_matches_our_evaluation(shared_data, tmp_path):
         True,
     )
     assert {"Banking77Classification", "MSMARCO"} <= meta.get_training_datasets()
+
+
+def test_pools_and_pairs_get_the_whole_score_of_the_shipped_student(tmp_path):
+    student = Student.load("d2llm-minilm", device="cpu", dtype="float32")
+    meta = integration.model_meta(student, "d2llm-minilm", {}, {})
+    shipped = integration.D2LLMModel(student, meta, tasks={"LocalPairs": "asymmetric"})
+    index = Index.create(tmp_path / "index", student)
+    index.upsert(PASSAGES)
+    pools = {query.id: [passage.id for passage in PASSAGES] for query in QUERIES}
+    reranking = retrieval_task("LocalReranking", "Reranking", top_ranked=pools)
+    _, _, predictions = run(shipped, reranking, tmp_path / "lists")
+    for query in QUERIES:
+        found = {place.passage.id: place.score for place in index.search(query, top_k=len(PASSAGES)).passages}
+        assert predictions[query.id] == pytest.approx(found, abs=1e-3)
+    _, _, predictions = run(shipped, class_task(), tmp_path / "pairs")
+    whole = student.predict(PAIRS, task="asymmetric")
+    np.testing.assert_allclose(predictions["similarity_scores"], whole, atol=1e-3)
+    assert not np.allclose(whole, our_scores(student, PAIRS, "asymmetric"), atol=1)

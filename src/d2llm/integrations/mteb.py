@@ -1,8 +1,9 @@
-"""A student as a model of mteb, the benchmark library, with the interaction (IEM) included in its scores.
+"""A student as a model of mteb, the benchmark library, with its whole score: vectors, interaction, words and tokens.
 
 mteb scores most models by the cosine of their vectors. Two of its interfaces let a model do more: ``SearchProtocol``
 (retrieval and reranking), and ``similarity_pairwise`` (pair classification, STS). The latter receives only vectors, so
-these carry their texts and the branch of the IEM that the task needs (``_PairVectors``).
+these carry their texts and the branch of the IEM that the task needs (``_PairVectors``). How rare a word is, a search
+and a reranking take from the corpus, and pairs from the tables that ship (``models.text_scores``).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from d2llm.core.types import DEFAULT_NUM_CANDIDATES, TASKS, Passage, Query, Task
 from d2llm.integrations.mteb_tasks import PAIR_TYPES, branch_of
 from d2llm.integrations.texts import title_of
 from d2llm.models.student import Student, find_student
+from d2llm.models.text_scores import TextScorer
 from d2llm.models.tokens import EncodedTexts
 from d2llm.ops.selection import ids_at, top_rows
 from d2llm.retrieval.cosine import DotStudent
@@ -228,7 +230,7 @@ class D2LLMModel:
     def similarity_pairwise(
         self, embeddings1: NDArray[np.float32], embeddings2: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """The student's logits [n] of the pairs of a pair task, from unchanged results of ``encode`` for both sides.
+        """The student's scores [n] of the pairs of a pair task, from unchanged results of ``encode`` for both sides.
 
         The first text is the query, unless mteb declared it a passage and the second one a query. A text that
         ``encode`` encoded as the other side is encoded again.
@@ -240,10 +242,14 @@ class D2LLMModel:
         pair = [(_source(vectors), np.asarray(vectors)) for vectors in (embeddings1, embeddings2)]
         if pair[0][0].side == "passage" and pair[1][0].side == "query":
             pair.reverse()
-        queries, passages = self._as_side(*pair[0], "query"), self._as_side(*pair[1], "passage")
         task = pair[0][0].task
-        both = zip(queries, passages, strict=True)
-        scores = np.array([self._student.score(query, passage[None], task)[0] for query, passage in both], np.float32)
+        scorer = TextScorer.of(self._student, None, task)
+        if scorer.corpus.weights:
+            both = zip(pair[0][0].texts, pair[1][0].texts, strict=True)
+            scores = scorer.read_pairs([*both]).scores()
+        else:
+            sides = zip(self._as_side(*pair[0], "query"), self._as_side(*pair[1], "passage"), strict=True)
+            scores = np.array([self._student.score(query, text[None], task)[0] for query, text in sides], np.float32)
         _refuse_nan(scores, "pairs")
         return scores
 
@@ -257,9 +263,10 @@ class D2LLMModel:
         num_without = sum(not top_ranked.get(query.id) for query in queries)
         if num_without:
             _log.warning("%d of %d queries have no passages to rerank; they get no ranking", num_without, len(queries))
-        vectors = self._student.encode_queries([query.text for query in queries]).vectors
+        corpus = self._index.scoring_corpus(self._student, task)
+        read, _ = TextScorer(self._student, corpus).read_queries([query.text for query in queries])
         rankings: dict[str, dict[str, float]] = {}
-        for query, vector in zip(queries, vectors, strict=True):
+        for query, text_query in zip(queries, read, strict=True):
             ids = list(dict.fromkeys(strings_of(top_ranked.get(query.id, ()), f"top_ranked[{query.id!r}]")))
             unknown = [passage_id for passage_id in ids if passage_id not in row_of]
             if unknown:
@@ -267,8 +274,7 @@ class D2LLMModel:
                     f"query {query.id!r}: {len(unknown)} passages to rerank, the first {unknown[0]!r}, "
                     "are not in the corpus; check the task's data"
                 )
-            passages = view.vectors(np.array([row_of[passage_id] for passage_id in ids], np.int64))
-            scores = self._student.score(vector, passages, task)
+            scores = corpus.score(text_query, np.array([row_of[passage_id] for passage_id in ids], np.int64))
             _refuse_nan(scores, f"query {query.id!r}")
             positions = top_rows(scores, top_k, partial(ids_at, ids)).tolist()
             rankings[query.id] = _falling([(ids[index], float(scores[index])) for index in positions])

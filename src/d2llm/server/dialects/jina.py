@@ -50,7 +50,9 @@ from d2llm.server.responses import FastJSONResponse
 from d2llm.server.services import TheCatalog
 
 PATHS = ("/v1/rerank",)
-_ONLY_JINAS = frozenset({"task", "embedding_type", "encoding_type", "late_chunking", "normalized", "return_multivector"})
+_ONLY_JINAS = frozenset(
+    {"task", "embedding_type", "encoding_type", "late_chunking", "normalized", "return_multivector"}
+)
 
 
 class JinaDocument(BaseModel):
