@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import d2llm
 from repository_scripts import load_script
@@ -59,3 +62,25 @@ def test_every_pinned_package_has_a_licence_that_is_permissive_or_explained(
     monkeypatch.setattr(licences, "COPYLEFT", {})
     with pytest.raises(SystemExit, match=r"certifi: .*MPL.* is not permissive"):
         licences.page()
+
+
+def test_what_is_pinned_for_a_python_can_be_installed_there(repository: Path):
+    project = (repository / "pyproject.toml").read_text()
+    pythons = re.findall(r"Programming Language :: Python :: (3\.\d+)", project)
+    lines = (repository / "constraints.txt").read_text().splitlines()
+    looked_at, problems = 0, list[str]()
+    for pin in (Requirement(line) for line in lines if line and not line.startswith("#")):
+        try:
+            package = metadata(pin.name)
+        except PackageNotFoundError:
+            continue  # of another Python or machine
+        if package["Version"].partition("+")[0] not in pin.specifier:
+            continue
+        looked_at += 1
+        allowed = SpecifierSet(package["Requires-Python"] or "")
+        for python in pythons:
+            is_pinned = pin.marker is None or pin.marker.evaluate({"python_version": python})
+            if is_pinned and f"{python}.99" not in allowed:
+                problems.append(f"{pin}: requires Python {allowed}, not {python}: it needs a marker")
+    assert not problems
+    assert looked_at > 100
