@@ -270,6 +270,9 @@ def _explain(session: Session, ranking: Ranking, settings: SearchSettings, stude
 
     if not ranking.passages:
         session.complain("warning", f"no passage was found for {ranking.query.text!r}{_why_none(settings)}")
+    if ranking.corrections:
+        read = ", ".join(f"{word!r} as {other!r}" for word, other in ranking.corrections.items())
+        session.say(f"search: read {read}; --no-typo-tolerance searches for the words as they are")
     if ranking.facets:
         session.show(facet_table(ranking))
     if settings.explain:

@@ -467,7 +467,8 @@ class Ranking:
     are not in the ranking, and its certificate says nothing about them. ``num_shards``: of how many; None if the index
     is not sharded. ``sources``: the sources of the candidates; none in an exact search, which considers every passage.
     ``facets``: by field, how often its values occur, if the search asked. With ``sort``, the passages are in the order
-    of a field, and their ``rank`` is that by score.
+    of a field, and their ``rank`` is that by score. ``corrections``: words of the query that were taken for typing
+    errors, each with the word that was searched instead.
 
     Example:
         >>> from d2llm import Ranking, Student
@@ -496,6 +497,7 @@ class Ranking:
     num_shards: int | None = None
     sources: tuple[str, ...] = ()
     facets: Mapping[str, Facet] = field(default_factory=dict[str, Facet])
+    corrections: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def __repr__(self) -> str:
         first = ", ".join(f"{short(result.passage.id)} {result.score:.2f}" for result in self.passages[:3])

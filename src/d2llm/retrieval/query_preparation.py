@@ -17,6 +17,7 @@ from d2llm.core.types import Query, QueryExpansion, Task
 from d2llm.data.python_records import QueryLike, queries_of
 from d2llm.models.row_features import dot_query
 from d2llm.models.score_features import FeatureWeights
+from d2llm.retrieval.corrections import corrected_query
 from d2llm.retrieval.local_segment import SegmentQuery
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.searched_segments import Missing, SearchedSegments
@@ -51,6 +52,8 @@ class PreparedQuery:
         missing: by segment, why it gave no answer to this query.
         expansion: what a language model added to the query, or None.
         rephrasings: other queries with its meaning, prepared like this one.
+        asked: the query as it was given.
+        corrections: its typing errors, and the words that were taken instead.
     """
 
     sent: SegmentQuery
@@ -62,6 +65,8 @@ class PreparedQuery:
     missing: Missing = field(default_factory=Missing)
     expansion: QueryExpansion | None = None
     rephrasings: tuple[PreparedQuery, ...] = ()
+    asked: Query | None = None
+    corrections: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def query(self) -> Query:
@@ -107,7 +112,11 @@ class QueryPreparation:
             self._check(vectors, len(all_queries))
         with progress_bar(title, len(all_queries)) as advance:
             for start in range(0, len(all_queries), ENCODED_AT_ONCE):
-                block = all_queries[start : start + ENCODED_AT_ONCE]
+                asked = all_queries[start : start + ENCODED_AT_ONCE]
+                corrections = [dict[str, str]() for _ in asked]
+                if self._settings.typo_tolerance and vectors is None:
+                    corrections = self._segments.corrections([query.text for query in asked], {})
+                block = [*map(corrected_query, asked, corrections)]
                 if self._expansion is None:
                     given = None if vectors is None else vectors[start : start + len(block)]
                     prepared = self._block(block, given, None if tokens is None else tokens[start : start + len(block)])
@@ -115,7 +124,8 @@ class QueryPreparation:
                     prepared = self._rephrased(block, self._expansion)
                 else:
                     prepared = self._hypothetical(block, self._expansion)
-                for one in prepared:
+                for one, query, errors in zip(prepared, asked, corrections, strict=True):
+                    one.asked, one.corrections = query, errors
                     yield one
                     advance(1)
 

@@ -163,7 +163,7 @@ class Searcher:
             ids = iter(self._index.ids(np.concatenate([order.rows for order in orders])))
             for one, order in zip(block, orders, strict=True):
                 passages = tuple((next(ids), score) for score in order.shown_scores)
-                rankings.append(IdRanking(one.query, passages, one.truncated or len(rankings) in cut))
+                rankings.append(IdRanking(one.asked or one.query, passages, one.truncated or len(rankings) in cut))
         return rankings
 
     def _orders(self, block: Sequence[PreparedQuery]) -> list[Order]:
@@ -224,7 +224,7 @@ class Searcher:
         }
         missing = sorted((*self._index.missing, *prepared.missing.values()), key=lambda shard: shard.number)
         return Ranking(
-            query,
+            prepared.asked or query,
             passages if self.settings.sort is None else in_order_of(passages, self.settings.sort),
             scored.num_scored,
             seconds,
@@ -238,6 +238,7 @@ class Searcher:
             num_shards=self._index.storage.num_shards,
             sources=tuple(self._segments.sources),
             facets=facets,
+            corrections=prepared.corrections,
         )
 
     def _candidates(self, prepared: PreparedQuery, depth: int) -> ScoredCandidates:

@@ -308,6 +308,10 @@ class IndexView:
         documents = [one for segment in self.segments for one in segment.list_documents(cursor, limit)]
         return nsmallest(limit, documents, key=lambda document: document.id)
 
+    def count_words(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Number of passages that contain each term [n]."""
+        return np.sum([segment.count_words(hashes) for segment in self.segments], axis=0)
+
     def match(self, text: str, top_k: int, filter: str | None = None) -> CandidateRows:  # noqa: A002
         """The best passages of a query text by BM25, best first, ties by id, among those that pass the filter.
 
@@ -315,7 +319,7 @@ class IndexView:
             InputError, FilterError: as for ``PassageView.match``.
         """
         counted = CountedTerms.from_text(text)
-        rows_with = np.sum([segment.count_words(counted.hashes) for segment in self.segments], axis=0)
+        rows_with = self.count_words(counted.hashes)
         words = counted.weighted(rows_with, self.word_statistics.num_passages)
         found = [segment.match(text, top_k, filter, query_words=words) for segment in self.segments]
         return merge_candidates(dict(enumerate(found)), top_k, self.ids)

@@ -132,6 +132,11 @@ class SearchSettings(Settings):
         Shown(default=f"{SELECTED_FROM} times top_k"),
         ge=1,
     )
+    typo_tolerance: bool = setting(
+        True,
+        "Take a word that no passage has, and that is no English word, for a typing error, if a word of the passages "
+        "is one letter or one exchange away; each ranking names what it corrected.",
+    )
     sort: str | None = setting(
         None,
         "Show the results in the order of a metadata field, as in year or year:desc, those without a value last; which "

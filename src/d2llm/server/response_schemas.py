@@ -186,6 +186,7 @@ class RankingResponse(ResponseBody):
     ``expansion``: what a language model added to the query; or null. ``selection``: the results were
     selected from a longer ranking, with mmr or near_duplicates; the certificate then proves that ranking, not their
     order. ``missing_shards``: numbers of the shards of the index that gave no answer, whose passages may be missing.
+    ``corrections``: words of the query that were taken for typing errors, each with the one that was searched instead.
     ``shards``: how many gave one, as 7/8; null if the index is not sharded. ``candidate_sources``: what proposed
     the candidates; nothing in an exact search, which considers every passage.
     """
@@ -198,6 +199,7 @@ class RankingResponse(ResponseBody):
     reranking: RerankReport | None
     selection: Selection | None
     expansion: QueryExpansion | None
+    corrections: dict[str, str]
     missing_shards: MissingShards
     shards: str | None
     candidate_sources: list[str]

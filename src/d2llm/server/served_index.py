@@ -28,6 +28,7 @@ from d2llm.core.types import ContextOrder, Passage, Ranking, Task
 from d2llm.models.attribution import Attribution, attribute
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import RANKING_TEACHER, ranks_lists, score_passages
+from d2llm.ops.typing_errors import corrected
 from d2llm.retrieval.context import AnswerContext, build_context
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.index import Index
@@ -199,6 +200,9 @@ class ServedIndex:
 
     async def _rank(self, version: OpenVersion, query: str, settings: SearchSettings, *, iem: bool) -> Ranking:
         """The ranking by the student alone: encoded, and then ranked, in batches with other queries."""
+        typed, find = query, partial(version.corrections, query, settings, iem=iem)
+        corrections = await asyncio.to_thread(find) if version.view.is_remote else find()
+        query = corrected(query, corrections)
         with_tokens = version.counts_tokens(settings, iem=iem)
         encoded = await version.models.encode(
             [query], "query", instruction=settings.instruction, with_tokens=with_tokens
@@ -211,7 +215,10 @@ class ServedIndex:
         (ranking,) = done.results
         seconds = {"queue": encoded.queued + done.queued, **ranking.seconds}
         seconds["encode"] += encoded.worked
-        return replace(ranking, seconds=seconds, truncated=bool(encoded.truncated))
+        asked = replace(ranking.query, text=typed)
+        return replace(
+            ranking, query=asked, seconds=seconds, truncated=bool(encoded.truncated), corrections=corrections
+        )
 
     async def context(
         self, ranking: Ranking, models: ModelService, max_tokens: int, order: ContextOrder

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import D2LLMError
 from d2llm.core.files import MANIFEST_NAME
 from d2llm.core.types import Query, Ranking, Task
+from d2llm.retrieval.corrections import find_corrections
 from d2llm.retrieval.cosine import DotStudent
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.feature_weights import weights_for
@@ -127,6 +128,19 @@ class OpenVersion:
             if task not in self._corpora:
                 self._corpora[task] = IndexCorpus(self.view, self.student, task, allow_missing=self._allow_missing)
             return self._corpora[task]
+
+    def corrections(self, query: str, settings: SearchSettings, *, iem: bool) -> dict[str, str]:
+        """The typing errors in a query (``find_corrections``); none if the search uses no words, or a shard is away."""
+        if not settings.typo_tolerance:
+            return {}
+        weights = weights_for(self.view, self.student, settings.task or self.view.task, settings.score_features)
+        counts_words = weights.counts_words and iem
+        if not counts_words and "bm25" not in settings.proposers(counts_words=False):
+            return {}
+        try:
+            return find_corrections([query], self.view.count_words)[0]
+        except (D2LLMError, OSError):
+            return {}
 
     def score_parts(self) -> list[ScorePart]:
         """What the student's score adds up in this index, for its task."""

@@ -23,6 +23,15 @@ OTHER, SENTENCE_END = -1, -2  # tokens of a passage that are not query terms
 _KNOWN_WORDS = 1 << 20  # kept in memory while texts are read
 
 
+def _hash(term: str) -> int:
+    return xxhash.xxh3_64_intdigest(term.encode(errors="surrogatepass"))
+
+
+def hash_terms(terms: Iterable[str]) -> NDArray[np.uint64]:
+    """The hashes of some terms [n], as segments store them."""
+    return np.array([_hash(term) for term in terms], np.uint64)
+
+
 class Postings(NamedTuple):
     """The rows of a segment that have a term [p], how often they have it, its weight in a query, and the segment.
 
@@ -69,7 +78,7 @@ class AddedWords:
     @classmethod
     def of_rows(cls, words: Sequence[Mapping[str, float]]) -> AddedWords:
         """The words of each row, with their counts; terms are as ``terms`` writes them."""
-        hashes = np.array([_hash(term) for row_words in words for term in row_words], np.uint64)
+        hashes = hash_terms(term for row_words in words for term in row_words)
         rows = np.repeat(np.arange(len(words)), [len(row_words) for row_words in words])
         counts = np.array([count for row_words in words for count in row_words.values()], np.float64)
         return cls._of_postings(hashes, rows, np.clip(np.rint(100 * counts), 1, MAX_COUNT).astype(np.uint16))
@@ -305,9 +314,7 @@ class CountedTerms(NamedTuple):
     def from_text(cls, text: str, term_factors: Mapping[str, float] | None = None) -> CountedTerms:
         """The terms of a text; ``term_factors`` has a factor for each of them, None for 1."""
         words = terms(text)
-        hashes, first, times = np.unique(
-            np.array([_hash(term) for term in words], np.uint64), return_index=True, return_counts=True
-        )
+        hashes, first, times = np.unique(hash_terms(words), return_index=True, return_counts=True)
         if term_factors is None:
             return cls(hashes, times)
         return cls(hashes, times, np.array([term_factors[words[index]] for index in first.tolist()], np.float64))
@@ -368,10 +375,6 @@ class _NumberedWords(dict[str, int]):
         self.hashes.append(_hash(self._stem(word)))
         self[word] = term_number = len(self.hashes)
         return term_number
-
-
-def _hash(term: str) -> int:
-    return xxhash.xxh3_64_intdigest(term.encode(errors="surrogatepass"))
 
 
 def vocabulary_indices(vocabulary: NDArray[np.uint64], hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
