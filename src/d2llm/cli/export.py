@@ -17,12 +17,14 @@ def export(
     context: typer.Context,
     student: StudentArgument,
     to: Annotated[
-        Literal["onnx", "openvino", "numpy", "student", "sentence-transformers", "multi-vector-encoder", "pylate"],
+        Literal[
+            "onnx", "openvino", "numpy", "student", "sentence-transformers", "multi-vector-encoder", "pylate", "vespa"
+        ],
         typer.Option(
             help="onnx, openvino: graphs from tokens to a vector and from vectors to scores; numpy: the head alone, as "
             "arrays and one Python file; student: a student's folder, for use with --depth; sentence-transformers: one "
             "that this library alone can load; multi-vector-encoder, pylate: its token embeddings, for this library or "
-            "PyLate."
+            "PyLate; vespa: an application of Vespa."
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the files go.")],

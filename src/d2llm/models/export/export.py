@@ -21,6 +21,7 @@ from d2llm.models.export import numpy_head
 from d2llm.models.export.eight_bits import Runtime
 from d2llm.models.export.graphs import write_score_graph, write_text_graph
 from d2llm.models.export.sentence_transformers import why_no_transformer, why_not_plain, write_multi_vector
+from d2llm.models.export.vespa import write_vespa
 from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.student import Student
 from d2llm.models.tokens import NO_TOKENS, search_query_tokens
@@ -28,7 +29,7 @@ from d2llm.models.tokens import NO_TOKENS, search_query_tokens
 KIND = "export"
 FORMAT_VERSION = 1
 ExportFormat = Literal[
-    "onnx", "openvino", "numpy", "student", "sentence-transformers", "multi-vector-encoder", "pylate"
+    "onnx", "openvino", "numpy", "student", "sentence-transformers", "multi-vector-encoder", "pylate", "vespa"
 ]
 _FOLDERS_OF_STUDENTS = ("student", "sentence-transformers")
 _FOLDERS_OF_TOKENS = ("multi-vector-encoder", "pylate")
@@ -60,12 +61,12 @@ def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool
             ``sentence-transformers`` writes it with all weights, so that the library alone loads it too: its vectors
             and inner product, but neither an interaction nor what an index adds to the score;
             ``multi-vector-encoder`` writes its token embeddings as that library's ``MultiVectorEncoder``, ``pylate``
-            as a model of PyLate.
+            as a model of PyLate; ``vespa`` writes an application package (``models.export.vespa``).
         int8: use 8-bit products in the graph that encodes texts (only ``onnx`` and ``openvino``).
 
     Raises:
         InputError: ``folder`` holds something else, the format has no 8-bit form, the student is not in float32,
-            sentence-transformers has no modules for it, or it has no token embeddings.
+            sentence-transformers has no modules for it, it has no token embeddings, or (Vespa) no inner product.
         ModelError: the backbone cannot be written as a graph.
         MissingExtraError: a package that writes the format is not installed.
 
@@ -75,7 +76,7 @@ def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool
         >>> export(student, "head", "numpy").files
         ('head.npz', 'numpy_head.py', 'probabilities.json')
     """
-    if int8 and to in ("numpy", *_FOLDERS_OF_STUDENTS, *_FOLDERS_OF_TOKENS):
+    if int8 and to in ("numpy", "vespa", *_FOLDERS_OF_STUDENTS, *_FOLDERS_OF_TOKENS):
         raise InputError(f"the {to} {'head' if to == 'numpy' else 'folder'} is in float32; leave int8 out")
     precision, folder = "int8" if int8 else "float32", Path(folder)
     if to in _FOLDERS_OF_STUDENTS:
@@ -92,9 +93,11 @@ def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool
             _write_numpy(student, temporary)
         elif to in _FOLDERS_OF_TOKENS:
             _write_tokens(student, temporary, pylate=to == "pylate")
+        elif to == "vespa":
+            write_vespa(student, temporary)
         else:
             _write_graphs(student, temporary, to, int8=int8)
-        if student.calibration and to not in _FOLDERS_OF_TOKENS:
+        if student.calibration and to not in ("vespa", *_FOLDERS_OF_TOKENS):
             student.calibration.write(temporary, student.fingerprint)
         names = tuple(sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file()))
         write_manifest(temporary, KIND, FORMAT_VERSION, _content(student, to, precision, names))
@@ -112,7 +115,7 @@ def _content(student: Student, to: ExportFormat, precision: str, names: tuple[st
         "head": "cosine" if isinstance(head, CosineHead) else head.config.head,
         "files": names,
     }
-    if to == "numpy" or to in _FOLDERS_OF_TOKENS:
+    if to in ("numpy", "vespa", *_FOLDERS_OF_TOKENS):
         return content
     keys = ("max_passage_tokens", "query_prefix", "passage_prefix")
     writers = {package: version(package) for package in (("onnx", "onnxruntime") if precision == "int8" else ("onnx",))}
