@@ -21,10 +21,10 @@ _WORD = re.compile(rf"(?<![^\W_])[a-z]{{{MIN_LETTERS},30}}(?![^\W_])")
 def correctable_words(text: str) -> dict[str, list[Span]]:
     """The words of a text in which typing errors are looked for, and where they are: five letters of a to z or more."""
     folded, origins = placed_fold(text)
-    places: dict[str, list[Span]] = {}
+    spans: dict[str, list[Span]] = {}
     for match in _WORD.finditer(folded):
-        places.setdefault(match[0], []).append((origins[match.start()][0], origins[match.end() - 1][1]))
-    return places
+        spans.setdefault(match[0], []).append((origins[match.start()][0], origins[match.end() - 1][1]))
+    return spans
 
 
 def variants(word: str) -> list[str]:
@@ -39,8 +39,8 @@ def variants(word: str) -> list[str]:
 
 def corrected(text: str, corrections: Mapping[str, str]) -> str:
     """A text with some of its ``correctable_words`` replaced."""
-    places = correctable_words(text)
-    spans = sorted(((span, corrections[word]) for word in corrections for span in places[word]), reverse=True)
-    for (start, end), word in spans:
+    spans = correctable_words(text)
+    replaced = sorted(((span, corrections[word]) for word in corrections for span in spans[word]), reverse=True)
+    for (start, end), word in replaced:
         text = text[:start] + word + text[end:]
     return text
