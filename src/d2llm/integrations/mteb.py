@@ -1,9 +1,9 @@
-"""A student as a model of mteb, the benchmark library, with its whole score: vectors, interaction, words and tokens.
+"""A student as a model of mteb, the benchmark library, with the interaction (IEM) included in its scores.
 
 mteb scores most models by the cosine of their vectors. Two of its interfaces let a model do more: ``SearchProtocol``
-(retrieval and reranking), and ``similarity_pairwise`` (pair classification, STS). The latter receives only vectors, so
-these carry their texts and the branch of the IEM that the task needs (``_PairVectors``). How rare a word is, a search
-and a reranking take from the corpus, and pairs from the tables that ship (``models.text_scores``).
+(retrieval and reranking, by the whole score), and ``similarity_pairwise`` (pair classification, STS). The latter
+receives only vectors, so these carry their texts and the branch of the IEM that the task needs (``_PairVectors``);
+words and tokens do not count there, because they tell pairs of different queries apart less well (``Student.predict``).
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ class D2LLMModel:
     def similarity_pairwise(
         self, embeddings1: NDArray[np.float32], embeddings2: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """The student's scores [n] of the pairs of a pair task, from unchanged results of ``encode`` for both sides.
+        """The logits [n] of the pairs of a pair task, by their vectors: unchanged results of ``encode`` for both sides.
 
         The first text is the query, unless mteb declared it a passage and the second one a query. A text that
         ``encode`` encoded as the other side is encoded again.
@@ -242,14 +242,10 @@ class D2LLMModel:
         pair = [(_source(vectors), np.asarray(vectors)) for vectors in (embeddings1, embeddings2)]
         if pair[0][0].side == "passage" and pair[1][0].side == "query":
             pair.reverse()
+        queries, passages = self._as_side(*pair[0], "query"), self._as_side(*pair[1], "passage")
         task = pair[0][0].task
-        scorer = TextScorer.of(self._student, None, task)
-        if scorer.corpus.weights:
-            both = zip(pair[0][0].texts, pair[1][0].texts, strict=True)
-            scores = scorer.read_pairs([*both]).scores()
-        else:
-            sides = zip(self._as_side(*pair[0], "query"), self._as_side(*pair[1], "passage"), strict=True)
-            scores = np.array([self._student.score(query, text[None], task)[0] for query, text in sides], np.float32)
+        both = zip(queries, passages, strict=True)
+        scores = np.array([self._student.score(query, passage[None], task)[0] for query, passage in both], np.float32)
         _refuse_nan(scores, "pairs")
         return scores
 

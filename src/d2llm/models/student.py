@@ -503,12 +503,17 @@ class Student(StudentEncoder):
         *,
         index: ScoringIndex | None = None,
         task: Task | None = None,
+        with_features: bool = True,
     ) -> NDArray[np.float32]:
         """The scores [n] of pairs (query, passage) of texts, or of one pair, as in ``rank``.
 
         Each distinct text is read once.
 
         Texts longer than the student reads are cut, and the log says how many.
+
+        Words and token embeddings order the passages of one query; how much they add depends on the query. To tell
+        pairs of different queries apart, such as paraphrases from other pairs, the vectors alone are often better:
+        ``with_features=False``.
 
         Raises:
             InputError: something is not a pair of texts.
@@ -526,7 +531,7 @@ class Student(StudentEncoder):
         checked = pairs_of(cast("Any", [pairs] if is_one else pairs), "pairs")
         read = TextScorer.of(self, index, task).read_pairs(checked)
         self._warn_of_cut(read.num_truncated, len(read.queries) + len(read.texts))
-        return check_scores(read.scores()).astype(np.float32)
+        return check_scores(read.scores(with_features=with_features)).astype(np.float32)
 
 
 def merge_student(folder: Path, copy: Path) -> None:
