@@ -22,7 +22,8 @@ def export(
         ],
         typer.Option(
             help="onnx, openvino: graphs from tokens to a vector and from vectors to scores; numpy: the head alone, as "
-            "arrays and one Python file; student: a student's folder, for use with --depth; sentence-transformers: one "
+            "arrays and one Python file; student: a student's folder, for use with --depth, or of a model of "
+            "sentence-transformers, untrained; sentence-transformers: one "
             "that this library alone can load; multi-vector-encoder, pylate: its token embeddings, for this library or "
             "PyLate; vespa: an application of Vespa."
         ),
@@ -43,11 +44,22 @@ def export(
 
     The files are float32, whatever this machine computes with; with --int8 the encoder uses eight-bit products.
     """
-    from d2llm.models.export.export import export
+    from d2llm.core.errors import InputError
+    from d2llm.models.export.export import export, report_of
     from d2llm.models.student import Student
+    from d2llm.models.student_files import read_student_manifest
+    from d2llm.models.untrained import is_bi_encoder, write_untrained
 
     session = session_of(context)
-    loaded = Student.load(student, device="cpu", dtype="float32")
-    report = export(loaded if depth is None else loaded.cut(depth), out, to, int8=int8)
+    if to == "student" and is_bi_encoder(student):
+        if int8 or depth is not None:
+            raise InputError(
+                "a model of sentence-transformers becomes a student as it is; leave --int8 and --depth out"
+            )
+        manifest, _ = read_student_manifest(write_untrained(student, out))
+        report = report_of(out, to, "float32", manifest["fingerprint"])
+    else:
+        loaded = Student.load(student, device="cpu", dtype="float32")
+        report = export(loaded if depth is None else loaded.cut(depth), out, to, int8=int8)
     session.say(f"export: {', '.join(report.files)} in {out}, {report.num_bytes:,} bytes, {report.precision}")
     session.write_report(context, json_path, report)

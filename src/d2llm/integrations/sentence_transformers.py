@@ -1,13 +1,18 @@
 """A student as a ``SentenceTransformer`` (its vectors), and its full score as a ``CrossEncoder``.
 
+``StudentWithTokens`` is the other way round: a ``MultiVectorEncoder`` makes the token embeddings of an index.
+
 A saved model is a normal sentence-transformers folder. Its first module is a class of this package, which the library
 imports only with ``SentenceTransformer(folder, trust_remote_code=True)``. No code is loaded from the folder.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,15 +24,19 @@ from torch import Tensor
 from d2llm.core.errors import InputError
 from d2llm.core.extras import require
 from d2llm.core.progress import showing_progress
-from d2llm.core.types import Task
+from d2llm.core.types import PART_KINDS, PartKind, ScoreFeature, Task
 from d2llm.integrations.texts import rank_texts, require_dot, require_texts, task_of
+from d2llm.models.plain_student import PairScorer
+from d2llm.models.score_features import FeatureWeights
 from d2llm.models.student import Student
+from d2llm.models.tokens import EncodedTexts, TextKind, TokenVectors
+from d2llm.retrieval.cosine import ForwardingStudent
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.protocols import task_for
 
 require("sentence_transformers", extra="sentence-transformers", purpose="a student in sentence-transformers")
 
-from sentence_transformers import CrossEncoderModelCardData, SentenceTransformer  # noqa: E402
+from sentence_transformers import CrossEncoderModelCardData, MultiVectorEncoder, SentenceTransformer  # noqa: E402
 from sentence_transformers.base.modules import InputModule  # noqa: E402
 
 _log = logging.getLogger(__name__)
@@ -205,6 +214,83 @@ def as_sentence_transformer(student: Student, *, task: Task | None = None) -> Se
     )
 
 
+class StudentWithTokens(ForwardingStudent):
+    """A student whose token embeddings a ``MultiVectorEncoder`` makes, such as a ColBERT model or one of PyLate.
+
+    An index of it stores the model's embeddings of passages, and its score counts MaxSim, the mean of a query's best
+    products. Each text is read twice. An index cannot load it again by itself: open it with ``Index.open(folder,
+    student)``.
+
+    Args:
+        student: makes the vectors, and counts words; its own token embeddings are not used.
+        model: the model, its folder, or its name on the Hub.
+        weight: of MaxSim in the score, by default that of the cosine in the score of a student that was not trained.
+
+    Raises:
+        InputError: the weight is not above 0.
+
+    Example::
+
+        student = StudentWithTokens(Student.load("d2llm-minilm"), "lightonai/LateOn")
+        index = Index.create("docs.index", student)
+    """
+
+    def __init__(self, student: Student, model: MultiVectorEncoder | str | Path, *, weight: float = 20.0) -> None:
+        super().__init__(student)
+        if weight <= 0:
+            raise InputError(f"weight is {weight}; give one above 0, or use the student alone")
+        self.backbone = student.backbone
+        self._model = MultiVectorEncoder(str(model)) if isinstance(model, str | Path) else model
+        self._weight = weight
+        self.token_fingerprint = _fingerprint(self._model)
+        self._dim = self._model.encode_document("a", convert_to_numpy=True).shape[1]
+        self.token_dim, self.quality = self._dim, student.quality
+
+    @property
+    def trained_tasks(self) -> tuple[Task, ...]:
+        """Those of the student."""
+        return tuple(self._student.trained_tasks)
+
+    def prepare(self, query_vector: NDArray[np.float32], task: Task) -> PairScorer | None:
+        """The student's scorer."""
+        return self._student.prepare(query_vector, task)
+
+    def why_no_interaction(self, task: Task) -> str | None:
+        """As the student says."""
+        return self._student.why_no_interaction(task)
+
+    def passage_bound(self, passage_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Those of the student."""
+        return self._student.passage_bound(passage_vectors)
+
+    def feature_weights(self, task: Task, *, stored: Collection[PartKind] | PartKind = PART_KINDS) -> FeatureWeights:
+        """The student's weights for an index without token embeddings, and that of MaxSim if it has them."""
+        kinds: set[PartKind] = {stored} if isinstance(stored, str) else {*stored}
+        weights = self._student.feature_weights(task, stored=kinds - {"token"})
+        terms: dict[ScoreFeature, float] = {"maxsim": self._weight} if "token" in kinds else {}
+        return weights.model_copy(update={"terms": weights.terms | terms})
+
+    def encode_with_tokens(
+        self,
+        texts: Sequence[str],
+        kind: TextKind,
+        *,
+        instruction: str | None = None,
+        advance: Callable[[int], None] | None = None,
+    ) -> EncodedTexts:
+        """The student's vectors of texts, and the model's of their tokens; an ``instruction`` is a prompt for both."""
+        if kind == "query":
+            read = self.encode_queries(texts, instruction=instruction, advance=advance)
+            encode = self._model.encode_query
+        else:
+            read, encode = self.encode_passages(texts, advance=advance), self._model.encode_document
+        # An index expects vectors of this norm, so that it can compare the score features of students.
+        norm = np.float32(self._dim**0.5)
+        tokens = encode(list(texts), prompt=instruction, convert_to_numpy=True, show_progress_bar=False)
+        rows = [norm * np.asarray(vectors, np.float32) for vectors in tokens]
+        return replace(read, tokens=TokenVectors.join(rows, self._dim))
+
+
 class StudentCrossEncoder:
     """The student's full score (``Student.rank``) with the methods of the library's ``CrossEncoder``.
 
@@ -309,6 +395,18 @@ class StudentCrossEncoder:
             {"corpus_id": place, "score": score} | ({"text": documents[place]} if return_documents else {})
             for (place, _), score in zip(ranked, scores, strict=True)
         ]
+
+
+def _fingerprint(model: MultiVectorEncoder) -> str:
+    """Hash of a model's weights, settings and prompts."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    modules: list[Any] = [*model]
+    settings = [module.get_config_dict() for module in modules if hasattr(module, "get_config_dict")]
+    digest.update(json.dumps([settings, model.prompts], sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
 
 
 def _refuse(**arguments: object) -> None:

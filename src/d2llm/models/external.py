@@ -73,6 +73,8 @@ class ExternalBiEncoder(PlainStudent):
         self.fingerprint = fingerprint
         self.config = ExternalConfig(name, similarity)
         self.vector_dim = int(model.get_embedding_dimension())
+        self.prompts = (_prompt(model, ("query",)) or "", _prompt(model, ("document", "passage", "corpus")) or "")
+        """What is put before queries and passages."""
 
     def encode_queries(
         self,
@@ -85,13 +87,17 @@ class ExternalBiEncoder(PlainStudent):
 
         ``advance`` is called with the number of texts finished.
         """
-        prompt = _prompt(self._model, ("query",)) if instruction is None else instruction
+        prompt = self.prompts[0] if instruction is None else instruction
         return self._encode(self._model.encode_query, "query", prompt, texts, advance)
 
     def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         """Encode with the model's prompt for passages (title and text as one string)."""
-        prompt = _prompt(self._model, ("document", "passage", "corpus"))
-        return self._encode(self._model.encode_document, "document", prompt, texts, advance)
+        return self._encode(self._model.encode_document, "document", self.prompts[1], texts, advance)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """How many tokens of a text it reads; None if there is no limit."""
+        return self._model.get_max_seq_length()
 
     def query_vectors(
         self,

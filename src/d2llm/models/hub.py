@@ -22,6 +22,7 @@ from d2llm.models.sources import HUB_ID, first_sentence
 from d2llm.models.student_files import (
     BACKBONE_FOLDER,
     CARD_FILE,
+    MODULES_FILE,
     check_content,
     read_student_manifest,
 )
@@ -69,6 +70,11 @@ def find_student(folder_or_name: str | Path) -> Path:
     repo_id, _, revision = name.partition("@")
     if HUB_ID.fullmatch(repo_id) and not folder.exists() and not Path(repo_id.partition("/")[0]).is_dir():
         return fetch_student(repo_id, revision=revision or None)
+    if (folder / MODULES_FILE).is_file():
+        raise ModelNotFoundError(
+            f"'{name}' is a model of sentence-transformers; make a student of it with `d2llm export {name} "
+            "--to student --out FOLDER`, or give it to Index.create in Python"
+        )
     raise ModelNotFoundError(
         f"no student at '{name}': give a folder that `d2llm distill` wrote, or a name on the Hub (owner/name)"
         f", or one of the shipped students: {', '.join(known := PACKAGES['students'] | shipped_models('students'))}"

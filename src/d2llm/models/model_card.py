@@ -12,11 +12,18 @@ from textwrap import fill
 from typing import Any
 
 from d2llm.core.table import Column, Table
-from d2llm.models.export.sentence_transformers import MODULES_FILE, task_of_plain, why_not_plain
+from d2llm.models.export.sentence_transformers import task_of_plain, why_not_plain
 from d2llm.models.probabilities import ProbabilityCalibration
 from d2llm.models.score_features import ScoreFeatures
 from d2llm.models.sources import HUB_ID, hub_name
-from d2llm.models.student_files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, BACKBONE_FOLDER, CARD_FILE, trained_tasks
+from d2llm.models.student_files import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    BACKBONE_FOLDER,
+    CARD_FILE,
+    MODULES_FILE,
+    trained_tasks,
+)
 from d2llm.models.tokens import search_query_tokens
 from d2llm.recipe import BackboneConfig, StudentConfig
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # importing torch takes seconds, and a wrong name should be r
 KIND = "student"
 FORMAT_VERSION = 4
 HEAD_FILE, ADAPTER_FILE, BACKBONE_FOLDER = "head.safetensors", "adapter_model.safetensors", "backbone"
-ADAPTER_CONFIG_FILE, CARD_FILE = "adapter_config.json", "README.md"
+ADAPTER_CONFIG_FILE, CARD_FILE, MODULES_FILE = "adapter_config.json", "README.md", "modules.json"
 ADAPTER_FILES = (ADAPTER_FILE, ADAPTER_CONFIG_FILE)
 CONTENT_HASH = "sha256"  # in the manifest: ``content_sha256`` when it was written
 RESTORE = "restore the student's folder"

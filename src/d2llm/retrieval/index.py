@@ -41,6 +41,7 @@ from d2llm.store.shards import Storage
 # Reading an index without searching it requires neither torch nor a student, so these are imported where they are used.
 if TYPE_CHECKING:
     import pyarrow as pa
+    from sentence_transformers import SentenceTransformer
 
     from d2llm.models.protocols import ScoringStudent
     from d2llm.models.student import Student
@@ -83,7 +84,7 @@ class Index(OpenIndex):
     def create(
         cls,
         folder: str | Path,
-        student: SearchStudent | str | Path,
+        student: SearchStudent | SentenceTransformer | str | Path,
         spec: IndexSpec | None = None,
         *,
         student_source: str | None = None,
@@ -97,7 +98,9 @@ class Index(OpenIndex):
 
         Args:
             folder: must not exist, or be empty, unless ``exist_ok``.
-            student: the student that makes the vectors, its folder, or the name of a shipped one.
+            student: the student that makes the vectors, its folder, or the name of a shipped one. Or a
+                ``SentenceTransformer``, or the folder of one: a student with its vectors that was not trained
+                (``models.untrained``) is saved beside the index, as ``FOLDER.student``.
             spec: what the index is to be.
             student_source: where ``open`` can load the student again; by default where it was loaded from or saved.
             exist_ok: open the index if there is one in the folder, which must be as these arguments describe it.
@@ -113,13 +116,18 @@ class Index(OpenIndex):
             ModelError: the student cannot be loaded.
         """
         from d2llm.models.student import Student
+        from d2llm.models.untrained import is_bi_encoder, write_untrained
 
-        is_named = isinstance(student, str | Path)
-        loaded = Student.load(student, device=device, dtype=dtype, engine=engine) if is_named else student
+        folder = Path(folder)
+        untrained = folder.with_name(f"{folder.name}.student") if is_bi_encoder(student) else None
+        if untrained is not None:
+            write_untrained(cast("SentenceTransformer", student), untrained)
+        maker = untrained or cast("SearchStudent | str | Path", student)
+        is_named = isinstance(maker, str | Path)
+        loaded = Student.load(maker, device=device, dtype=dtype, engine=engine) if is_named else maker
         spec = IndexSpec.of(spec, **changes)
         task = task_for(loaded, spec.task)
         spec = settled(spec, loaded, task)
-        folder = Path(folder)
         if exist_ok and (folder / MANIFEST_NAME).is_file():
             index = cls(Storage.open(folder), loaded)
             index.storage.check_student(loaded.fingerprint)
@@ -129,7 +137,8 @@ class Index(OpenIndex):
                     "Index.open, or give another folder"
                 )
             return index
-        where = known_source(student, folder) if student_source is None or is_named else student_source
+        where = known_source(maker, folder) if student_source is None or is_named else student_source
+        where = where if untrained is None else f"../{untrained.name}"
         stored = stored_spec(spec, loaded, where)
         fields = MetadataSchema(spec.metadata or {})
         return cls(Storage.create(folder, stored, num_shards=spec.num_shards, metadata=fields), loaded)

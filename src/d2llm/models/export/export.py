@@ -86,8 +86,7 @@ def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool
                 "d2llm.integrations.sentence_transformers.as_sentence_transformer(student), which needs d2llm to load"
             )
         student.save(folder, merge=True if to == "sentence-transformers" else None)
-        names = tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
-        return ExportReport(folder, to, precision, student.fingerprint, names, folder_bytes(folder))
+        return report_of(folder, to, precision, student.fingerprint)
     with new_folder(folder, kind=KIND) as temporary:
         if to == "numpy":
             _write_numpy(student, temporary)
@@ -99,9 +98,15 @@ def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool
             _write_graphs(student, temporary, to, int8=int8)
         if student.calibration and to not in ("vespa", *_FOLDERS_OF_TOKENS):
             student.calibration.write(temporary, student.fingerprint)
-        names = tuple(sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file()))
+        names = report_of(temporary, to, precision, student.fingerprint).files
         write_manifest(temporary, KIND, FORMAT_VERSION, _content(student, to, precision, names))
     return ExportReport(folder, to, precision, student.fingerprint, names, folder_bytes(folder))
+
+
+def report_of(folder: Path, to: ExportFormat, precision: str, fingerprint: str) -> ExportReport:
+    """What is in a folder that was written, of the student with this fingerprint."""
+    names = tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
+    return ExportReport(folder, to, precision, fingerprint, names, folder_bytes(folder))
 
 
 def _content(student: Student, to: ExportFormat, precision: str, names: tuple[str, ...]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from d2llm.core.types import Task, default_task
 from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.pretrained import SENTENCE_TRANSFORMERS_POOLINGS
 from d2llm.models.sources import name_of_same_weights
-from d2llm.models.student_files import BACKBONE_FOLDER, trained_tasks
+from d2llm.models.student_files import BACKBONE_FOLDER, MODULES_FILE, trained_tasks
 from d2llm.models.tokens import search_query_tokens
 from d2llm.recipe import AutoPooling, BackboneConfig, CustomBackbone, StudentConfig
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from d2llm.models.backbone import Backbone
     from d2llm.models.token_vectors import TokenProjection
 
-MODULES_FILE = "modules.json"
 _REQUIRES = ">=6"  # the first version whose Transformer has separate length limits for queries and passages
 _BASE, _OWN = "sentence_transformers.base.modules", "sentence_transformers.sentence_transformer.modules"
 _DENSE = f"{_BASE}.dense.Dense"
