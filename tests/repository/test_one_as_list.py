@@ -81,6 +81,12 @@ OTHERS = {
     "Student.encode_tokens.ids": "rows of numbers",
     "langchain.D2LLMRetriever.tags": "LangChain's own, checked by pydantic",
     "llama_index.D2LLMRetriever.objects": "LlamaIndex's own",
+    "sentence_transformers.StudentWithTokens.encode_chunks.texts": "passed on to the student's",
+    "sentence_transformers.StudentWithTokens.encode_passages.texts": "passed on to the student's",
+    "sentence_transformers.StudentWithTokens.encode_queries.texts": "passed on to the student's",
+    "sentence_transformers.StudentWithTokens.encode_with_tokens.texts": "passed on to the student's",
+    "sentence_transformers.StudentWithTokens.feature_weights.stored": "passed on to the student's",
+    "sentence_transformers.StudentWithTokens.term_factors.queries": "passed on to the student's",
 }
 
 
