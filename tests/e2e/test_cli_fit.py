@@ -57,6 +57,6 @@ def test_documents_that_cannot_be_read_leave_no_index(tmp_path, content):
     folder = tmp_path / "docs"
     folder.mkdir()
     if content is not None:
-        (folder / "photo.png").write_bytes(b"\x89PNG")
+        (folder / "photo.heic").write_bytes(b"no text")
     fail("fit", folder, "--student", "d2llm-minilm", containing=["docs", "documents"])
     assert not (tmp_path / "docs.search" / "index").exists()

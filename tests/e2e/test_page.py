@@ -242,6 +242,34 @@ def test_quotes_and_wildcards_in_values_are_escaped(visit, address):
     page.wait_for_selector(".column .quiet")
 
 
+def test_facets_filter_and_no_longer(visit, address):
+    page = visit(f"{address}/?q=water+and+bread")
+    page.wait_for_selector(".card")
+    assert page.locator("#facets").is_hidden()
+    with page.expect_response(
+        lambda response: asked(response.request).get("facets") == ["subject", "year", "checked", "note"]
+    ):
+        page.locator("#filters > summary").click()
+    kitchen = page.locator("#facets").get_by_role("button", name="kitchen")
+    kitchen.wait_for()
+    assert [group.inner_text() for group in page.locator("#facets dt").all()] == ["subject", "year", "checked"]
+    assert kitchen.inner_text().split() == ["kitchen", "5"]
+    assert kitchen.get_attribute("aria-pressed") == "false"
+    kitchen.focus()
+    page.keyboard.press("Enter")
+    until(page, "document.querySelector('#facets [aria-pressed=true]') !== null")
+    assert page.evaluate("document.activeElement.innerText.startsWith('kitchen')")
+    assert page.locator("#filter").input_value() == "subject = 'kitchen'"
+    assert page.locator(".card").count() == 5
+    assert page.locator("#facets").get_by_role("button", name="true").inner_text().split() == ["true", "3"]
+    page.locator("#facets").get_by_role("button", name="true").click()
+    until(page, "document.querySelectorAll('.card').length === 3")
+    assert page.locator("#filter").input_value() == "subject = 'kitchen' AND checked IS TRUE"
+    page.locator("#facets").get_by_role("button", name="kitchen").click()
+    until(page, "document.querySelectorAll('.card').length === 10")
+    assert page.locator("#filter").input_value() == "checked IS TRUE"
+
+
 def test_an_explanation_has_parts_words_and_sources(visit, address):
     page = visit(f"{address}/?q={QUESTION}")
     card = page.locator(".card").first

@@ -32,7 +32,7 @@ def report(tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, report):
     """The address of a server, and its teacher."""
-    app = make_app(tiny_settings(**write_taught_index(tmp_path_factory.mktemp("accessible")), report=report))
+    app = make_app(tiny_settings(**write_taught_index(tmp_path_factory.mktemp("accessible")), report=report, ocr="none"))
     with serve(app) as address:
         wait_until_ready(address)
         index = app.state.serving.indexes["index"]
@@ -88,6 +88,7 @@ def test_results_with_filters(visit, address):
     page = visit(f"{address}/{SEARCH}&filter=year+%3E+2000")
     page.wait_for_selector(".card")
     page.locator("#filters > summary").click()
+    page.wait_for_selector("#facets button")
     page.locator(".card").first.focus()
     check(page)
 

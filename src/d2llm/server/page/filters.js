@@ -24,6 +24,7 @@ const OPERATORS = {
   boolean: [["IS TRUE", "is true"], ["IS FALSE", "is false"], ...EMPTY],
   timestamp: [...COMPARISONS, ["<", "before"], [">=", "not before"], [">", "after"], ...EMPTY],
 };
+const AND = " AND ";
 const INPUTS = { integer: "number", number: "number", timestamp: "date" };
 
 /** One condition, as text; null if its value is not valid. */
@@ -53,7 +54,20 @@ export function joined(filter, more) {
   if (!filter.trim()) return more;
   // Also around "(a) OR (b)", which only looks like one group; parentheses too many do no harm.
   const first = /\bOR\b/i.test(filter) ? `(${filter.trim()})` : filter.trim();
-  return `${first} AND ${more}`;
+  return first + AND + more;
+}
+
+/** Whether a filter is this condition, or joins it by AND. */
+export function hasCondition(filter, one) {
+  return filter.split(AND).includes(one);
+}
+
+/** A filter without a condition that it has. */
+export function without(filter, one) {
+  return filter
+    .split(AND)
+    .filter((other) => other !== one)
+    .join(AND);
 }
 
 function quoted(text) {

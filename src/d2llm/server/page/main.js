@@ -3,9 +3,10 @@
 import { BASE, DEFAULTS, keepIndexInLinks, pageOf, readAddress, useFields, writeAddress } from "./address.js";
 import { apiKey, ask, keepApiKey, problemText } from "./api.js";
 import { byId, counted, element } from "./dom.js";
+import { facetFields, showFacets } from "./facets.js";
 import { factList } from "./facts.js";
 import { DocumentView } from "./document.js";
-import { conditionFor, FilterBuilder, joined } from "./filters.js";
+import { conditionFor, FilterBuilder, hasCondition, joined, without } from "./filters.js";
 import { installKeyboard } from "./keyboard.js";
 import { Results } from "./results.js";
 import { rankName, ranksOf, sourceChoices, sumText } from "./score.js";
@@ -32,6 +33,7 @@ const reader = new DocumentView({
 const search = new Search({
   onStart: (teacher) => results.loading(teacher),
   onDone: showAnswers,
+  facets: () => (byId("filters").open ? facetFields(index.fields, limits.search.facets.maxItems) : []),
 });
 const builder = new FilterBuilder(
   { field: byId("field"), operator: byId("operator"), value: byId("value"), add: byId("add") },
@@ -40,6 +42,7 @@ const builder = new FilterBuilder(
 
 function showAnswers(request, answers) {
   showFilterError("");
+  showFacets(byId("facets"), answers[0]?.answer?.facets || {}, index, request.filter, toggleFacet);
   if (!answers.length) {
     welcome();
     openKept();
@@ -113,8 +116,14 @@ function examples() {
 
 function filterByValue(name, value) {
   const type = name === "document_id" ? "string" : index.fields[name];
+  byId("options").open = byId("filters").open = true; // first, so that the search counts facets
   change({ filter: joined(state.filter, conditionFor(name, type, value)) });
-  byId("options").open = byId("filters").open = true;
+}
+
+/** Filter by the value of a facet, or no longer. */
+function toggleFacet(name, value) {
+  const condition = conditionFor(name, index.fields[name], value);
+  change({ filter: hasCondition(state.filter, condition) ? without(state.filter, condition) : joined(state.filter, condition) });
 }
 
 /** Update the search, the controls and the URL, then search. */
@@ -185,6 +194,9 @@ function listen() {
     change({ q: box.value });
   });
   byId("filter").addEventListener("input", () => change({ filter: byId("filter").value }, { wait: 3 * TYPING_PAUSE }));
+  byId("filters").addEventListener("toggle", () => {
+    if (index && byId("filters").open && !search.counts) search.now(state, ranksOf(index));
+  });
   byId("clear").addEventListener("click", () => {
     change({ filter: "" });
     byId("filter").focus();

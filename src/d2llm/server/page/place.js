@@ -5,7 +5,7 @@ import { bytes, element, timestamp } from "./dom.js";
 /** What stands between a document's title and the headings above a passage. */
 export const SEPARATOR = " > ";
 /** Fields that files have; the page words them itself. */
-const FILE_FIELDS = ["path", "modified", "file_bytes", "page", "row", "num_rows", "num_passages", "heading"];
+export const FILE_FIELDS = ["path", "modified", "file_bytes", "page", "row", "num_rows", "num_passages", "heading"];
 const IN_BYTES = /(^|_)bytes$/;
 
 /** The id of a passage's document: its own, if it belongs to none. */

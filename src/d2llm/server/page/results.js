@@ -85,6 +85,7 @@ export class Results {
     const weak = weakNote(answer.passages);
     const notes = [leftOut(state, rank)];
     if (answer.truncated) notes.push("The query is longer than the student reads; its end is ignored.");
+    for (const [word, corrected] of Object.entries(answer.corrections)) notes.push(`No passage has “${word}”: “${corrected}” was searched.`);
     if (answer.missing_shards.length) notes.push(missingText(answer.missing_shards.length));
     if (answer.certificate) notes.push(certificateText(answer.certificate, answer.passages.length));
     if (answer.reranking) notes.push(readingText(answer.reranking));

@@ -56,12 +56,12 @@ export function leftOut(state, rank) {
 }
 
 /**
- * Runs searches; a new one cancels the previous one, and outdated answers are never shown. `onDone` gets the rankings;
+ * Runs searches, the first of them with the `facets()` that are to be counted; a new one cancels the previous one, and outdated answers are never shown. `onDone` gets the rankings;
  * if the last ranking is a reranker’s, it first gets the others with a last one that is `waiting`.
  */
 export class Search {
-  constructor({ onStart, onDone }) {
-    Object.assign(this, { onStart, onDone, number: 0, controller: null, timer: null });
+  constructor({ onStart, onDone, facets }) {
+    Object.assign(this, { onStart, onDone, facets, counts: false, number: 0, controller: null, timer: null });
   }
 
   /** Search after `wait` milliseconds without another request. */
@@ -84,7 +84,9 @@ export class Search {
     const ranks = rankingsOf(state, offered);
     const last = ranks.at(-1);
     this.onStart(isReranked(last) && ranks.length === 1);
-    const searches = ranks.map((rank) => searchBy(state, rank, signal));
+    const facets = this.facets(); // are the same for all rankings of the same candidates
+    this.counts = facets.length > 0;
+    const searches = ranks.map((rank, place) => searchBy(state, rank, place ? [] : facets, signal));
     if (isReranked(last) && ranks.length > 1) {
       const quick = await Promise.all(searches.slice(0, -1));
       if (number !== this.number) return;
@@ -100,10 +102,11 @@ export class Search {
   }
 }
 
-async function searchBy(state, rank, signal) {
+async function searchBy(state, rank, facets, signal) {
   const startTime = performance.now();
   try {
-    const answer = await ask("/v1/search", requestOf(state, rank), signal);
+    const request = facets.length ? { ...requestOf(state, rank), facets } : requestOf(state, rank);
+    const answer = await ask("/v1/search", request, signal);
     return { rank, answer, error: null, total: (performance.now() - startTime) / 1000 };
   } catch (error) {
     return { rank, answer: null, error, total: 0 };
