@@ -32,7 +32,9 @@ def report(tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, report):
     """The address of a server, and its teacher."""
-    app = make_app(tiny_settings(**write_taught_index(tmp_path_factory.mktemp("accessible")), report=report, ocr="none"))
+    app = make_app(
+        tiny_settings(**write_taught_index(tmp_path_factory.mktemp("accessible")), report=report, ocr="none")
+    )
     with serve(app) as address:
         wait_until_ready(address)
         index = app.state.serving.indexes["index"]
