@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -65,6 +66,39 @@ def test_a_store_ranks_as_d2llm_does(page, expected, store, task):
         results, reference = page[f"search_{store}"](question, task), expected[question, task]
         assert [name for name, _ in results] == [name for name, _ in reference]
         np.testing.assert_allclose([score for _, score in results], [score for _, score in reference], atol=1e-4)
+
+
+@pytest.mark.parametrize("program", ["elasticsearch", "opensearch"])
+def test_the_scripts_for_search_engines_give_the_score_with_maxsim(page, program, tmp_path):
+    """Their functions, by their documentation, in Python."""
+    body = page["search_body"](QUESTIONS[0], program)
+    rescoring = body["rescore"]["query"]
+    assert (rescoring["query_weight"], rescoring["rescore_query_weight"]) == (0, 1)
+    script = rescoring["rescore_query"]["script_score"]["script"]
+    scores = {}
+    for name, document in zip(page["passages"], page["documents"], strict=True):
+
+        def dots(query, field, document=document):
+            return np.asarray(query) @ np.asarray(document[field]).T
+
+        functions = {
+            "dotProduct": dots,
+            "innerProduct": lambda query, vector: np.dot(query, vector),
+            "maxSimDotProduct": lambda query, field, dots=dots: dots(query, field).max(1).sum(),
+            "lateInteractionScore": lambda query, field, *_, dots=dots: dots(query, field).max(1).sum(),
+            "doc": document,
+            "params": SimpleNamespace(**script["params"], _source=document),
+            "Math": SimpleNamespace(max=max),
+        }
+        scores[name] = eval(script["source"], {"__builtins__": {}}, functions) - 100
+    index = Index.create(tmp_path / "index", page["student"], vector_format="float32", token_vectors="float32")
+    index.add([Passage(name, text) for name, text in page["passages"].items()])
+    weight = page["student"].feature_weights("asymmetric").terms["maxsim"]
+    for hit in index.search(QUESTIONS[0], top_k=10, score_features={"maxsim": weight}):
+        assert scores[hit.passage.id] == pytest.approx(hit.score, abs=1e-3)
+    for kind in ("elasticsearch", "opensearch"):
+        fields = page[f"{kind}_index"]["mappings"]["properties"].keys()
+        assert fields == page["documents"][0].keys()
 
 
 def test_there_are_more_passages_than_candidates(page):
