@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from d2llm import Index, Student
-from d2llm.core.errors import InputError
+from d2llm.core.errors import InputError, ModelNotFoundError
 from d2llm.models.untrained import is_bi_encoder, write_untrained
 from e2e.command_line import succeed
 from late_import import late_import
@@ -93,6 +93,12 @@ def test_the_command_makes_a_student(model, tmp_path):
     np.testing.assert_allclose(vectors, model.encode_document(TEXTS, normalize_embeddings=True), atol=1e-5)
     manifest = json.loads((tmp_path / "student" / "manifest.json").read_text())
     assert manifest["config"]["backbone"]["model"] == str((tmp_path / "saved").resolve())
+
+
+def test_other_commands_say_how_to_make_a_student(model, tmp_path):
+    model.save(str(tmp_path / "saved"))
+    with pytest.raises(ModelNotFoundError, match=r"make a student of it with `d2llm export .*saved --to student"):
+        Student.load(tmp_path / "saved")
 
 
 def dense():

@@ -101,3 +101,18 @@ def test_sparse_products_are_bm25_in_the_served_index(ask, index):
     expected, _ = words.score(words.query(QUERY), rows)
     assert CountedTerms.from_text(QUERY).hashes.size == len(query)
     assert np.allclose(products, expected, rtol=1e-5)
+
+
+def test_an_answer_has_a_largest_size(index):
+    from d2llm.server.app import make_app
+
+    with serve(make_app(tiny_settings(index.folder, device="cpu", max_texts=2))) as address:
+        wait_until_ready(address)
+        assert len(httpx2.post(f"{address}/embed_all", json={"inputs": ["cat dog", "sea"]}, timeout=60).json()) == 2
+        for path, body, status in (
+            ("/embed_all", {"inputs": LONG_QUERY}, 422),
+            ("/pooling", {"input": LONG_QUERY, "task": "token_embed", "truncate_prompt_tokens": -1}, 400),
+        ):
+            response = httpx2.post(address + path, json=body, timeout=60)
+            assert response.status_code == status
+            assert "this server returns 64 in an answer (max_texts vectors); send fewer texts" in response.text

@@ -345,20 +345,29 @@ def unit_length(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     return (vectors / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)
 
 
-async def embed_tokens(services: Services, texts: Sequence[str], kind: TextKind) -> Encoded:
+async def embed_tokens(services: Services, texts: Sequence[str], kind: TextKind, field: str) -> Encoded:
     """Vectors of texts and, as ``tokens``, of their tokens, of length 1, or a fraction of it in long queries.
 
     The sum over a query's tokens of the highest product with a passage's, divided by their number, is what the
     student's score counts (``maxsim``).
 
+    An answer has no more numbers than the vectors of as many texts as a request may have.
+
     Raises:
-        ServingError: 400, the student has no token embeddings.
+        ServingError: 400, the student has no token embeddings; 413, the texts in ``field`` have too many tokens.
     """
-    models = services.models
+    models, limit = services.models, services.settings.max_texts * services.models.dim
     if models.student.token_dim is None:
         raise invalid(f"{models.name} has no token embeddings; take another student, or train them (d2llm fit-tokens)")
     encoded = await models.encode(texts, kind, with_tokens=True)
     assert encoded.tokens is not None
+    if (size := sum(tokens.size for tokens in encoded.tokens)) > limit:
+        message = (
+            f"{field}: the vectors of their tokens have {size:,} numbers; this server returns {limit:,} in an answer"
+        )
+        raise ServingError(
+            Problem(413, "too_large", f"{message} (max_texts vectors); send fewer texts at a time", field)
+        )
     return replace(encoded, tokens=[tokens / np.float32(models.student.token_dim**0.5) for tokens in encoded.tokens])
 
 

@@ -266,7 +266,7 @@ async def embed_texts(body: EmbedRequest, services: TheServices) -> FastJSONResp
 async def embed_all(body: TextsRequest, services: TheServices) -> FastJSONResponse:
     """Embed the tokens of texts."""
     kind, sized = _sized(services, body.inputs, "inputs", body)
-    encoded = await embed_tokens(services, sized.texts, kind)
+    encoded = await embed_tokens(services, sized.texts, kind, "inputs")
     assert encoded.tokens is not None
     tokens = list(encoded.tokens)
     return await response_of(

@@ -193,7 +193,7 @@ async def pooling(body: PoolingRequest, catalog: TheCatalog) -> FastJSONResponse
     if body.task == "token_embed":
         if body.dimensions is not None:
             raise invalid("dimensions: vectors of tokens have one width; leave it out", "dimensions")
-        encoded = await embed_tokens(services, sized.texts, kind)
+        encoded = await embed_tokens(services, sized.texts, kind, "input")
         assert encoded.tokens is not None
         vectors: Sequence[NDArray[np.float32]] = encoded.tokens
     else:
