@@ -464,3 +464,14 @@ FROZEN_VECTORS = '[student]\nbackbone = { tuning = "frozen" }\npooling = "auto"\
 def test_complements_and_expansions_that_make_no_sense(tmp_path: Path, text: str, problem: str):
     with pytest.raises(RecipeError, match=problem):
         load_recipe(write_recipe(tmp_path, text))
+
+
+def test_a_teacher_is_tuned_only_if_its_weights_can_be_trained_here() -> None:
+    assert Recipe().tunes_teacher
+    assert Recipe(teacher=TeacherConfig(kind="vllm", model="qwen")).tunes_teacher
+    assert not Recipe.model_validate({"teacher_tuning": {"epochs": 0}}).tunes_teacher
+    endpoint = {"model": "large", "remote": {"url": "http://127.0.0.1:1/v1"}}
+    for kind in ("graded", "listwise", "remote"):
+        recipe = Recipe.model_validate({"teacher": endpoint | {"kind": kind}, "mining": {"teacher_margin": 0.5}})
+        assert not recipe.tunes_teacher
+        assert not recipe.filters_with_tuned_teacher

@@ -462,6 +462,14 @@ class TestFirstLook:
         assert report.num_scored == 12 * 3  # three passages match the words of each query; vectors propose no others
         assert read_gate(tmp_path / "run", "told") is None
 
+    def test_a_query_without_candidates_counts_as_one_that_nothing_answers(self, look, monkeypatch):
+        data = everyday()
+        odd = next(iter(data.positives("dev")))
+        queries = {**data.queries, odd: dataclasses.replace(data.queries[odd], text="zzyzx")}
+        monkeypatch.setitem(globals(), "everyday", lambda: dataclasses.replace(data, queries=queries))
+        (row,) = look(OracleTeacher()).sets
+        assert (row.num_items, row.teacher) == (12, pytest.approx(11 / 12))
+
     def test_stored_judgements_are_reused(self, look):
         look(OracleTeacher())
         assert look(OracleTeacher(fail_after=0)).num_scored == 0

@@ -130,6 +130,11 @@ class Recipe(Section):
         return self
 
     @property
+    def tunes_teacher(self) -> bool:
+        """Whether a run tunes its teacher on the plans, if there is something to imitate."""
+        return self.teacher_tuning.epochs > 0 and self.teacher.can_be_tuned
+
+    @property
     def filters_with_tuned_teacher(self) -> bool:
         """Whether a run mines twice: first without the teacher margin, then with it and the tuned teacher."""
-        return self.mining.teacher_margin is not None and self.losses.imitates and self.teacher_tuning.epochs > 0
+        return self.mining.teacher_margin is not None and self.losses.imitates and self.tunes_teacher

@@ -62,6 +62,8 @@ class TeacherConfig(SectionOfKind):
     )
     default_kind = "auto"
 
+    can_be_tuned: ClassVar[bool] = False
+    """Whether its weights can be trained here (``tune-teacher``); others teach as they are."""
     ranks_lists: ClassVar[bool] = False
     """Whether log-odds compare only the passages of one query that were scored in one call."""
 
@@ -173,6 +175,7 @@ class PromptedTeacherConfig(_ShippedTeacher):
 class LocalTeacherConfig(_ShippedTeacher):
     """What teachers whose weights this process loads have in common."""
 
+    can_be_tuned = True
     max_tokens: int = Field(default=350, ge=32)
     """Maximum length of the whole input; the end of the passage is cut off to fit."""
     dtype: NumberFormat | None = None
@@ -260,6 +263,7 @@ class VllmTeacherConfig(PromptedTeacherConfig, kind="vllm"):
     needs = frozenset({"gpu"})
     costs = "the package vllm, in an environment of its own"
     teacher_class = "vllm:VllmTeacher"
+    can_be_tuned = True
     dtype: NumberFormat | None = None
     """Number format of its weights and of its computations, unless ``--dtype`` names another."""
     tensor_parallel_size: int = Field(default=1, ge=1)

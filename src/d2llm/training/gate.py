@@ -276,7 +276,7 @@ def _with_ungraded_last(dev: DevSet, scores: Scores, teacher: DevSetScores) -> S
     if dev.gold is not None:
         return scores
     return [
-        np.where(is_ungraded, values.min() - 1, values)
+        np.where(is_ungraded, values.min(initial=0) - 1, values)  # a query may have no candidate
         for values, is_ungraded in zip(scores, teacher.is_ungraded, strict=True)
     ]
 

@@ -163,7 +163,7 @@ class Run(OpenRun):
         from d2llm.training.sentences import describe_precheck
 
         recipe, folder = self.recipe, self.folder.teacher
-        if recipe.teacher_tuning.epochs == 0:
+        if not recipe.tunes_teacher:
             return self.skip("precheck: the teacher is not tuned, so the gate tests it as it is")
         if recipe.teacher.needs_tuning and find_tuned_teacher(recipe.teacher.model) is None:
             return self.skip("precheck: the teacher has a new head, which must be tuned before it can be tested")
@@ -192,7 +192,11 @@ class Run(OpenRun):
         from d2llm.training.tune_teacher import tune_teacher
 
         recipe, folder = self.recipe, self.folder.teacher
-        if recipe.teacher_tuning.epochs == 0:
+        if not recipe.teacher.can_be_tuned:
+            return self.skip(
+                f"tune-teacher: '{recipe.teacher.model}' has no local weights to tune and teaches as it is"
+            )
+        if not recipe.tunes_teacher:
             return self.skip("tune-teacher: the recipe takes the teacher as it is (teacher_tuning.epochs is 0)")
         if again:
             self.put_aside("tune-teacher", folder)
