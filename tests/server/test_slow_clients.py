@@ -169,7 +169,7 @@ def test_a_response_that_is_not_read_closes_the_connection(server: Running):
     ("path", "shape"),
     [
         ("/v1/encode", {"error"}),
-        ("/v1/embeddings", {"error"}),
+        ("/v1/embeddings", {"error", "detail"}),
         ("/v2/rerank", {"id", "message"}),
         ("/v1/rerank", {"detail"}),
         ("/embed", {"error", "error_type"}),
