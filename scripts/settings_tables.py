@@ -25,10 +25,12 @@ from d2llm.recipe import Recipe
 from d2llm.reports.methods import Setting, describe_methods, settings_of
 from d2llm.retrieval.settings import (
     ChunkingSettings,
+    ClassifySettings,
     ContextSettings,
     ExcerptSettings,
     ExpansionSettings,
     SearchSettings,
+    SimilaritySettings,
 )
 from d2llm.server.schemas import SearchRequest, sent_fields
 from d2llm.server.settings import LoadedSettings, ServeSettings
@@ -144,6 +146,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "index": partial(class_list, IndexSpec),
     "chunking": partial(class_list, ChunkingSettings),
     "around-a-search": partial(class_list, ExpansionSettings, ExcerptSettings, ContextSettings),
+    "similar": partial(class_list, SimilaritySettings, ClassifySettings),
     "fit": partial(class_list, FitSettings),
     "evaluate": partial(class_list, EvaluationSettings),
     "size": partial(class_list, SizePlan),

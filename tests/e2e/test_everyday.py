@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,95 @@ def test_facets_and_order_over_http(client: Any):
     refused = client.post("/v1/search", json=body | {"sort": "colour"})
     assert refused.status_code == 400
     assert "there is no metadata field 'colour'" in refused.json()["error"]["message"]
+
+
+INTENTS = {
+    "card": [
+        "My card has not come.",
+        "Where is my new card?",
+        "When will the card arrive?",
+        "I still wait for my card.",
+    ],
+    "rate": ["The exchange rate is wrong.", "Which exchange rate do you use?", "Your rate for euros is bad."],
+    "pin": ["How do I change my PIN?", "I want a new PIN.", "I forgot my PIN.", "Can I reset the PIN?"],
+}
+
+
+@pytest.fixture(scope="module")
+def intents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of examples of three classes, two of them duplicates but for a word."""
+    folder = tmp_path_factory.mktemp("intents")
+    rows = [
+        {"id": f"{label}{number}", "text": text, "label": label}
+        for label, texts in INTENTS.items()
+        for number, text in enumerate(texts)
+    ]
+    Index.create(folder / "i", "d2llm-minilm", task="symmetric").upsert(
+        [*rows, {"id": "again", "text": "My card has still not come."}]
+    )
+    return folder
+
+
+def lines_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("num_shards", [None, 2])
+def test_duplicates(intents: Path, tmp_path: Path, num_shards: int | None):
+    folder = intents / "i"
+    if num_shards is not None:
+        folder = tmp_path / "sharded"
+        sharded = Index.create(folder, "d2llm-minilm", task="symmetric", num_shards=num_shards)
+        sharded.upsert(Index.open(intents / "i").to_arrow())
+    result = succeed("duplicates", folder, "--threshold", "0.9")
+    pairs = lines_of(result.stdout)
+    assert {pairs[0]["first"], pairs[0]["second"]} == {"again", "card0"}
+    assert {pairs[0]["first_text"], pairs[0]["second_text"]} == {"My card has not come.", "My card has still not come."}
+    assert all(0.9 <= pair["probability"] <= 1 for pair in pairs)
+    assert [pair["probability"] for pair in pairs] == sorted((pair["probability"] for pair in pairs), reverse=True)
+    assert len({frozenset((pair["first"], pair["second"])) for pair in pairs}) == len(pairs)
+    assert "12 passages were compared" in result.stderr
+    # Both directions of a pair count equally.
+    index = Index.open(folder)
+    both = [
+        result.score
+        for passage, other in (index.get(["again", "card0"]), index.get(["card0", "again"]))
+        for result in index.search(passage.text, score_features={}, typo_tolerance=False)
+        if result.passage.id == other.id
+    ]
+    assert pairs[0]["score"] == pytest.approx(sum(both) / 2, abs=0.05)
+    few = succeed("duplicates", folder, "--threshold", "0", "--neighbours", "2", "--out", tmp_path / "pairs.jsonl")
+    assert "12 passages have as many similar ones as were compared" in few.stderr
+    assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) >= 12
+
+
+def test_clusters(intents: Path):
+    members = lines_of(succeed("cluster", intents / "i", "--threshold", "0.5").stdout)
+    by_cluster: dict[int, list[str]] = {}
+    for one in members:
+        by_cluster.setdefault(one["cluster"], []).append(one["id"])
+    assert len({one["id"] for one in members}) == len(members)
+    assert [len(ids) for ids in by_cluster.values()] == sorted(map(len, by_cluster.values()), reverse=True)
+    labels = [{"card" if name == "again" else name[:-1] for name in ids} for ids in by_cluster.values()]
+    assert all(len(one) == 1 for one in labels)
+    assert {"card0", "again"} <= set(next(ids for ids in by_cluster.values() if "again" in ids))
+
+
+def test_classes(intents: Path, tmp_path: Path):
+    queries = ["is my card on its way?", "reset PIN please", "what rate for dollars", "the weather in Paris is nice"]
+    lines = "".join(json.dumps({"_id": f"q{number}", "text": text}) + "\n" for number, text in enumerate(queries))
+    (tmp_path / "queries.jsonl").write_text(lines)
+    result = succeed("classify", intents / "i", "--queries", tmp_path / "queries.jsonl", "--none-rate", "0.3")
+    classes = lines_of(result.stdout)
+    assert [one["label"] for one in classes] == ["card", "pin", "rate", None]
+    for one in classes:
+        assert sum(one["probabilities"].values()) + one["none_probability"] == pytest.approx(1)
+    assert classes[0]["nearest"].startswith("card")
+    assert "1 belong to none" in result.stderr
+    (single,) = lines_of(succeed("classify", intents / "i", "where", "is", "my", "card").stdout)
+    assert single["query"]["text"] == "where is my card"
+    fail("classify", intents / "i", "x", "--field", "labl", containing=["did you mean 'label'"])
+
+
+def test_without_examples_there_are_no_classes(place: Path):
+    fail("classify", place / "i", "x", "--field", "score", containing=["fewer than two values of 'score'"])

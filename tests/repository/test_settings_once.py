@@ -21,7 +21,14 @@ from d2llm.cli.main import app
 from d2llm.core.errors import InputError
 from d2llm.core.settings import LENIENT_HELP, Settings, bound, is_list, shown_as
 from d2llm.retrieval.reranker import TeacherReranker
-from d2llm.retrieval.settings import ChunkingSettings, ContextSettings, ExcerptSettings, ExpansionSettings
+from d2llm.retrieval.settings import (
+    ChunkingSettings,
+    ClassifySettings,
+    ContextSettings,
+    ExcerptSettings,
+    ExpansionSettings,
+    SimilaritySettings,
+)
 from d2llm.server import corpus_routes, schemas
 from d2llm.server.schemas import ContextRequest, SearchRequest
 from d2llm.server.settings import ServeSettings
@@ -55,6 +62,9 @@ VERBS: list[tuple[str, type[Settings]]] = [
     ("fit", FitSettings),
     ("evaluate", EvaluationSettings),
     ("size", SizePlan),
+    ("duplicates", SimilaritySettings),
+    ("cluster", SimilaritySettings),
+    ("classify", ClassifySettings),
     *(
         (verb, kind)
         for verb in ("encode", "index add", "index upsert", "index sync")

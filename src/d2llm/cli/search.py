@@ -173,7 +173,7 @@ def search(
     from d2llm.retrieval.search import Searcher
 
     session = session_of(context)
-    all_queries = _read_queries(session, index, words or [], queries)
+    all_queries = read_asked(session, index, words or [], queries)
     _check_context(text, tokenizer, settings, around.excerpts)
     second_stage = stage.find()
     if text:
@@ -345,7 +345,12 @@ def _selection_line(selection: Selection, settings: SearchSettings, *, is_proved
     return line + ("; this selection is not the proved order" if is_proved else "")
 
 
-def _read_queries(session: Session, index: Path, words: list[str], file: Path | None) -> list[Query]:
+def read_asked(session: Session, index: Path, words: list[str], file: Path | None) -> list[Query]:
+    """The query that is written after an index, and those of a file.
+
+    Raises:
+        InputError: there is none, or the first word is no index, but another is.
+    """
     from d2llm.core.types import Query
     from d2llm.data.beir import read_queries
 

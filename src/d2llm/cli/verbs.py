@@ -19,7 +19,20 @@ HEADINGS = ("Distil", "Search", "Serve", "Measure", "Tools")
 _ORDER = (
     *("fit", "init", "run", "mine", "tune-teacher", "gate", "label", "distill", "ensemble", "distill-static"),
     *("fit-tokens", "fit-scores", "tune-reader", "push", "methods", "labels", "recipe"),
-    *("encode", "search", "shard", "index", "evaluate", "leaderboard", "probe", "ablate", "data"),
+    *(
+        "encode",
+        "search",
+        "duplicates",
+        "cluster",
+        "classify",
+        "shard",
+        "index",
+        "evaluate",
+        "leaderboard",
+        "probe",
+        "ablate",
+        "data",
+    ),
     *("export", "demo", "judge", "size", "doctor"),
 )
 """The verbs in the order in which a user comes to them; others follow under their headings."""

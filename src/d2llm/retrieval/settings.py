@@ -243,6 +243,26 @@ class ExpansionSettings(Settings):
             raise InputError("expansions is for expand 'multi' or 'hyde'; set expand as well, or leave expansions out")
 
 
+class SimilaritySettings(Settings):
+    """Which passages of an index count as saying the same."""
+
+    noun: ClassVar[str] = "setting of similar passages"
+
+    threshold: float = setting(0.9, "Least probability that two passages mean the same.", ge=0, le=1)
+    neighbours: int = setting(10, "Nearest passages by the vectors that each one is compared with.", ge=1, le=1000)
+
+
+class ClassifySettings(Settings):
+    """How texts are classified by the examples in an index."""
+
+    noun: ClassVar[str] = "setting of a classifier"
+
+    field: str = setting("label", "Metadata field of the passages that has their class.", Shown(metavar="NAME"))
+    none_rate: float = setting(
+        0.1, "Fraction of the texts that are expected to belong to no class: higher says so more often.", gt=0, lt=1
+    )
+
+
 class ExcerptSettings(Settings):
     """How results are shown beside their neighbours."""
 

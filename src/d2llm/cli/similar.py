@@ -1,0 +1,151 @@
+"""The verbs ``duplicates`` and ``cluster``: passages of an index that mean the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from d2llm.cli.options import DeviceOption, DtypeOption, EngineOption, JsonOption, output_file, student_option
+from d2llm.cli.search import QueriesOption
+from d2llm.cli.session import session_of
+from d2llm.cli.verbs import verb
+from d2llm.retrieval.settings import ClassifySettings, SimilaritySettings
+
+if TYPE_CHECKING:
+    from d2llm.core.types import Passage
+    from d2llm.retrieval.index import Index
+    from d2llm.retrieval.similar import SimilarPairs
+
+IndexArgument = Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder.")]
+IndexStudentOption = Annotated[
+    str | None, student_option(help="The student that made the index, if it has moved since.")
+]
+LinesOption = Annotated[
+    Path, typer.Option("--out", metavar="PATH", dir_okay=False, callback=output_file, help="Where the lines go.")
+]
+STANDARD_OUTPUT = Path("-")
+_TEXTS_AT_ONCE = 1_024
+
+
+@verb("Search")
+def duplicates(
+    context: typer.Context,
+    index: IndexArgument,
+    settings: SimilaritySettings,
+    out: LinesOption = STANDARD_OUTPUT,
+    student: IndexStudentOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    engine: EngineOption = "auto",
+    json_path: JsonOption = None,
+) -> None:
+    """Find near duplicates and paraphrases in an index: pairs as JSON lines, most probable first.
+
+    Each passage is compared with its nearest ones by the full score.
+    """
+    from d2llm.retrieval.index import Index
+    from d2llm.retrieval.similar import similar_pairs
+
+    opened = Index.open(index, student, device=device, dtype=dtype, engine=engine)
+    found = similar_pairs(opened, settings)
+    session_of(context).write_lines(out, _pair_lines(opened, found))
+    _say(context, f"duplicates: {len(found.pairs):,} pairs", found)
+    session_of(context).write_report(context, json_path, found)
+
+
+@verb("Search")
+def cluster(
+    context: typer.Context,
+    index: IndexArgument,
+    settings: SimilaritySettings,
+    out: LinesOption = STANDARD_OUTPUT,
+    student: IndexStudentOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    engine: EngineOption = "auto",
+    json_path: JsonOption = None,
+) -> None:
+    """Group the passages of an index that mean the same: a JSON line for each passage in a cluster, largest first.
+
+    Every member is similar to the centre of its cluster. A lower threshold makes larger clusters.
+    """
+    from d2llm.retrieval.index import Index
+    from d2llm.retrieval.similar import clusters_of, similar_pairs
+
+    opened = Index.open(index, student, device=device, dtype=dtype, engine=engine)
+    found = similar_pairs(opened, settings)
+    clusters = clusters_of(found)
+    rows = (
+        {"cluster": rank, "id": name, "probability": probability, "text": _text(passage)}
+        for rank, one in enumerate(clusters, start=1)
+        for members in ({one.centre: 1.0, **one.members},)
+        for (name, probability), passage in zip(members.items(), opened.get([*members]), strict=True)
+    )
+    session_of(context).write_lines(out, rows)
+    num_members = sum(1 + len(one.members) for one in clusters)
+    _say(context, f"cluster: {len(clusters):,} clusters of {num_members:,} passages", found)
+    session_of(context).write_report(context, json_path, {"clusters": clusters, "num_passages": found.num_passages})
+
+
+def _pair_lines(index: Index, found: SimilarPairs) -> Iterator[dict[str, object]]:
+    from dataclasses import asdict
+
+    from d2llm.core.batches import batched
+
+    for pairs in batched(found.pairs, _TEXTS_AT_ONCE):
+        passages = index.get(name for pair in pairs for name in (pair.first, pair.second))
+        texts = {passage.id: _text(passage) for passage in passages}
+        for pair in pairs:
+            yield {**asdict(pair), "first_text": texts[pair.first], "second_text": texts[pair.second]}
+
+
+def _text(passage: Passage) -> str:
+    return passage.full_text
+
+
+def _say(context: typer.Context, result: str, found: SimilarPairs) -> None:
+    session, blank = session_of(context), f"; {found.num_blank:,} without text" if found.num_blank else ""
+    session.say(f"{result}; {found.num_passages:,} passages were compared{blank}")
+    if found.num_full:
+        session.complain(
+            "warning",
+            f"{found.num_full:,} passages have as many similar ones as were compared; a larger --neighbours finds more",
+        )
+
+
+@verb("Search")
+def classify(
+    context: typer.Context,
+    index: IndexArgument,
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT", help="What to classify; all words are one text.")
+    ] = None,
+    *,
+    queries: QueriesOption = None,
+    settings: ClassifySettings,
+    out: LinesOption = STANDARD_OUTPUT,
+    student: IndexStudentOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    engine: EngineOption = "auto",
+    json_path: JsonOption = None,
+) -> None:
+    """Tell the class of texts by 5 to 50 examples of each class in an index: a JSON line for each text.
+
+    The label is null if the text probably belongs to no class.
+    """
+    from d2llm.cli.search import read_asked
+    from d2llm.retrieval.classify import Classifier
+    from d2llm.retrieval.index import Index
+
+    session = session_of(context)
+    texts = read_asked(session, index, words or [], queries)
+    classifier = Classifier(Index.open(index, student, device=device, dtype=dtype, engine=engine), settings)
+    results = classifier.classify(texts)
+    session.write_lines(out, results)
+    num_none = sum(result.label is None for result in results)
+    session.say(f"classify: {len(results):,} texts, {len(classifier.labels):,} classes; {num_none:,} belong to none")
+    session.write_report(context, json_path, results)
