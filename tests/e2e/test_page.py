@@ -84,6 +84,12 @@ def test_a_new_page_suggests_queries_that_find_their_passages(visit, address):
     assert state_of(page) == {"q": shown[1]}
 
 
+def test_what_was_corrected_is_said(visit, address):
+    page = visit(f"{address}/?q=boiling+wattter+pastta")
+    page.wait_for_selector(".card")
+    assert page.locator(".note").all_inner_texts() == ["No passage has “pastta”: “pasta” was searched."]
+
+
 def test_a_late_answer_never_replaces_a_newer_one(visit, address):
     page = visit(address)
 
