@@ -192,7 +192,10 @@ class World:
 
     def index(self) -> Index:
         index = Index.create(self.new(), self.fake)
-        index.upsert([Passage(f"{n}", f"the text {n}", document_id=f"d{n % 2}") for n in (1, 2, 12)])
+        texts = {n: f"the text {n}" for n in (1, 2, 12)}
+        index.upsert(
+            [Passage(f"{n}", text, document_id=f"d{n % 2}", metadata={"year": 2000 + n}) for n, text in texts.items()]
+        )
         return index
 
     @cached_property
@@ -300,7 +303,7 @@ def deleted(world: World, method: str, ids: Any) -> Any:
 
 def make_student_index(world: World) -> Index:
     index = Index.create(world.new(), world.student)
-    index.upsert([Passage("12", "the text")])
+    index.upsert([Passage("12", "the text", metadata={"year": 2012})])
     return index
 
 
@@ -345,6 +348,9 @@ CASES: dict[str, tuple[One, Call]] = {
         lambda w, v: [each.passages for each in w.index().around(v)],
     ),
     "Index.build_ann.queries": (lambda _: "ab", lambda w, v: w.index().build_ann(queries=v)),
+    "Index.context.facets": (lambda _: "year", lambda w, v: make_student_index(w).context("text", facets=v).text),
+    "Index.search.facets": (lambda _: "year", lambda w, v: w.index().search("text 12", facets=v).facets),
+    "SearchSettings.facets": (lambda _: "year", lambda _, v: SearchSettings(facets=v)),
     "Index.context.sources": (lambda _: "bm25", lambda w, v: make_student_index(w).context("text", sources=v).text),
     "Index.search.sources": (
         lambda _: "bm25",
