@@ -177,3 +177,19 @@ def test_classes(intents: Path, tmp_path: Path):
 
 def test_without_examples_there_are_no_classes(place: Path):
     fail("classify", place / "i", "x", "--field", "score", containing=["fewer than two values of 'score'"])
+
+
+def test_a_server_goes_on_with_the_old_student_until_it_reloads(place: Path, client: Any):
+    """The last test: it changes the index."""
+
+    def search() -> dict[str, Any]:
+        answer = client.post("/v1/search", json={"query": "how do I change my PIN?", "top_k": 1}).json()
+        assert [one["id"] for one in answer["passages"]] == ["m4"]
+        return answer["index"]
+
+    before = search()
+    result = succeed("index", place / "i", "reencode", "--student", "d2llm-minilm-cosine")
+    assert "5 passages, 5 encoded now by d2llm-minilm-cosine" in result.stderr
+    search()
+    reloaded = client.post("/v1/index/reload").json()
+    assert search()["fingerprint"] == reloaded["fingerprint"] != before["fingerprint"]
