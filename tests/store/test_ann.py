@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,6 +122,26 @@ class TestRecall:
     def test_lower_bound_matches_hand_computed_values(self):
         assert module._at_least(np.array([1.0, 0.5, 0.75, 0.75])) == pytest.approx(0.75 - 1.645 * 0.2041241 / 2)
         assert module._at_least(np.array([[0.5, 1.0]])).tolist() == [0.5, 1.0]
+
+    @pytest.mark.parametrize(("num_lost", "num_asked"), [(2, 100), (3, 83), (50, 6)])
+    def test_queries_are_asked_only_until_the_target_is_out_of_reach(self, num_lost, num_asked):
+        """Of 100 queries, those after the first lost ones find everything; two may find nothing at .98."""
+        asked, lost = [], np.linspace(5, 82, num_lost).astype(int) if num_lost < 50 else np.arange(3, 53)
+
+        class Graph:
+            record = SimpleNamespace(target=0.98 - 0.03 * (num_lost == 2))  # as the bound is below the mean
+
+            def nearest(self, query, top_k, effort):
+                asked.append(int(query[0]))
+                return np.array([-1]) if asked[-1] in lost else np.array([7])
+
+        tuning = module._TuningQueries(np.arange(100, dtype=np.float32)[:, None], None)
+        found = module._measured(Graph(), tuning, [np.array([7])] * 100, 1, 10)
+        assert len(asked) == num_asked
+        if num_lost == 2:
+            assert (found.recall, found.at_least >= 0.95) == (pytest.approx(0.98), True)
+        else:
+            assert found is None
 
     def test_efforts_are_interpolated_up_to_the_deepest_tuned_depth(self, store):
         graph = PassageView(store).ann

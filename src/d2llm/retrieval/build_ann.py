@@ -297,11 +297,11 @@ def _tuned(
     recalls: list[Recall] = []
     for at in depths:
         effort = max(at, efforts[-1][1] if efforts else 1)
-        while (found := _measured(ann, tuning, exact, at, effort)).at_least < ann.record.target:
+        while (found := _measured(ann, tuning, exact, at, effort)) is None:
             effort = math.ceil(effort * _MORE_EFFORT)
             if effort > MAX_EFFORT * view.capacity:
                 break
-        if found.at_least < ann.record.target:
+        if found is None:
             if at <= depth:
                 raise InputError(
                     f"{view.store.folder}: finding {ann.record.target:.4g} of the first {at:,} would take as long as "
@@ -324,14 +324,20 @@ def _at_least(recalls: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _measured(
     ann: AnnIndex, tuning: _TuningQueries, exact: Sequence[NDArray[np.int64]], depth: int, effort: int
-) -> Recall:
-    """Recall at ``depth`` with this effort."""
+) -> Recall | None:
+    """Recall at ``depth`` with this effort; None if it is below the target, which a part of the queries may show."""
+    target = ann.record.target
+    allowed = (1 - target) * len(exact) + 1e-9  # more than this cannot be lost, however the other queries do
     recalls = np.zeros(len(exact))
     for index, rows in enumerate(exact):
         wanted = rows[:depth]
         found = ann.nearest(tuning.dot_queries[index], depth + int(tuning.source_rows is not None), effort)
         recalls[index] = np.isin(wanted, _others(tuning, index, found)).sum() / max(len(wanted), 1)
-    return Recall(depth, effort, float(recalls.mean()), float(_at_least(recalls)))
+        allowed -= 1 - recalls[index]
+        if allowed < 0:
+            return None
+    at_least = float(_at_least(recalls))
+    return Recall(depth, effort, float(recalls.mean()), at_least) if at_least >= target else None
 
 
 def _ranked_queries(
