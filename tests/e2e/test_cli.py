@@ -22,6 +22,7 @@ VERBS = [
     *("fit", "init", "run", "mine", "tune-teacher", "ensemble", "gate", "label", "distill", "distill-static"),
     *("fit-tokens", "fit-scores", "tune-reader", "methods"),
     *("encode", "shard", "search", "serve", "mcp", "evaluate", "leaderboard", "probe", "ablate", "demo", "judge"),
+    *("duplicates", "cluster", "classify"),
     *("export", "push", "doctor", "size"),
 ]
 

@@ -42,9 +42,9 @@ def duplicates(
     engine: EngineOption = "auto",
     json_path: JsonOption = None,
 ) -> None:
-    """Find near duplicates and paraphrases in an index: pairs as JSON lines, most probable first.
+    """Find near duplicates and paraphrases in an index.
 
-    Each passage is compared with its nearest ones by the full score.
+    Each passage is compared with its nearest ones by the full score. A JSON line is a pair, the most probable first.
     """
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.similar import similar_pairs
@@ -68,9 +68,10 @@ def cluster(
     engine: EngineOption = "auto",
     json_path: JsonOption = None,
 ) -> None:
-    """Group the passages of an index that mean the same: a JSON line for each passage in a cluster, largest first.
+    """Group the passages of an index that mean the same.
 
-    Every member is similar to the centre of its cluster. A lower threshold makes larger clusters.
+    A JSON line is a passage in a cluster, the largest cluster first. Every member is similar to the centre of its
+    cluster. A lower threshold makes larger clusters.
     """
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.similar import clusters_of, similar_pairs
@@ -133,9 +134,10 @@ def classify(
     engine: EngineOption = "auto",
     json_path: JsonOption = None,
 ) -> None:
-    """Tell the class of texts by 5 to 50 examples of each class in an index: a JSON line for each text.
+    """Classify texts by examples of each class in an index.
 
-    The label is null if the text probably belongs to no class.
+    Five to fifty examples of a class are enough. A JSON line is a text with its class and probability. The label is
+    null if the text probably belongs to no class.
     """
     from d2llm.cli.search import read_asked
     from d2llm.retrieval.classify import Classifier
