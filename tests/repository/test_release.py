@@ -84,3 +84,12 @@ def test_what_is_pinned_for_a_python_can_be_installed_there(repository: Path):
                 problems.append(f"{pin}: requires Python {allowed}, not {python}: it needs a marker")
     assert not problems
     assert looked_at > 100
+
+
+def test_results_name_no_folder_of_the_machine_that_measured_them(repository: Path):
+    found = [
+        path.relative_to(repository).as_posix()
+        for path in (repository / "benchmarks" / "results").rglob("*.json")
+        if re.search(r'"/[a-z]+/', path.read_text(encoding="utf-8"))
+    ]
+    assert not found
