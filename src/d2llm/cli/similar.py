@@ -15,7 +15,6 @@ from d2llm.cli.verbs import verb
 from d2llm.retrieval.settings import ClassifySettings, SimilaritySettings
 
 if TYPE_CHECKING:
-    from d2llm.core.types import Passage
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.similar import SimilarPairs
 
@@ -80,7 +79,7 @@ def cluster(
     found = similar_pairs(opened, settings)
     clusters = clusters_of(found)
     rows = (
-        {"cluster": rank, "id": name, "probability": probability, "text": _text(passage)}
+        {"cluster": rank, "id": name, "probability": probability, "text": passage.full_text}
         for rank, one in enumerate(clusters, start=1)
         for members in ({one.centre: 1.0, **one.members},)
         for (name, probability), passage in zip(members.items(), opened.get([*members]), strict=True)
@@ -98,13 +97,9 @@ def _pair_lines(index: Index, found: SimilarPairs) -> Iterator[dict[str, object]
 
     for pairs in batched(found.pairs, _TEXTS_AT_ONCE):
         passages = index.get(name for pair in pairs for name in (pair.first, pair.second))
-        texts = {passage.id: _text(passage) for passage in passages}
+        texts = {passage.id: passage.full_text for passage in passages}
         for pair in pairs:
             yield {**asdict(pair), "first_text": texts[pair.first], "second_text": texts[pair.second]}
-
-
-def _text(passage: Passage) -> str:
-    return passage.full_text
 
 
 def _say(context: typer.Context, result: str, found: SimilarPairs) -> None:

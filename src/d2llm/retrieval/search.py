@@ -218,8 +218,9 @@ class Searcher:
             seconds["rerank"] = report.seconds
         scored = order.scored
         facets = {
-            name: facet(self._segments.count_values(name, prepared.missing), self._index.field_values(rows, name))
-            for rows in (order.scored.rows,)
+            name: facet(
+                self._segments.count_values(name, prepared.missing), self._index.field_values(scored.rows, name)
+            )
             for name in self.settings.facets or ()
         }
         missing = sorted((*self._index.missing, *prepared.missing.values()), key=lambda shard: shard.number)
