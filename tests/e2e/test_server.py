@@ -20,7 +20,8 @@ from d2llm.recipe import TeacherConfig, WriterConfig, WriterEndpointConfig
 from d2llm.retrieval.calibrate import write_error
 from d2llm.retrieval.context import build_context
 from d2llm.retrieval.expansion import Expansion
-from local_endpoint import Reply, local_endpoint
+from d2llm.retrieval.rewriting import Rewriter
+from local_endpoint import Reply, chat, local_endpoint
 from tiny_models import write_tiny_model
 from tiny_server import tiny_passages, tiny_settings, write_tiny_index, write_tiny_student
 
@@ -201,6 +202,15 @@ def test_vectors_and_scores_are_the_students(index, post):
         ("/v1/search", {"query": "cat", "rescore": "teacher"}, 400, "no teacher"),
         ("/v1/search", {"query": "cat", "expand": "hyde"}, 400, "start it with --writer"),
         ("/v1/search", {"query": "cat", "expansions": 2}, 400, "expansions is for expand"),
+        ("/v1/context", {"query": "cat", "history": ["dog"]}, 400, "no writer to rewrite the query"),
+        (
+            "/v1/search",
+            {"query": "cat", "history": [{"role": "system", "content": "dog"}]},
+            422,
+            "'user' or 'assistant'",
+        ),
+        ("/v1/search", {"query": "cat", "history": [{"role": "user"}]}, 422, "history.0.content"),
+        ("/v1/search", {"query": "cat", "history": ["dog"] * 101}, 422, "at most 100 items"),
         ("/v1/search", {"query": "cat", "expand": "multi", "expansions": 11}, 422, "expansions"),
         ("/v1/context", {"query": "cat", "expand": "hyde", "rescore": "cascade"}, 400, "leave out expand"),
         ("/v1/search", {"query": "cat" * 50_000}, 400, "characters"),
@@ -530,6 +540,40 @@ def test_a_writer_expands_queries(tmp_path):
             assert failed["expansion"]["problem"] == "the writer failed; the server's log says why"
             plain = library.search("the bread")
             assert [hit["id"] for hit in failed["passages"]] == [hit.passage.id for hit in plain.passages]
+
+
+def test_a_writer_rewrites_the_last_question_of_a_conversation(tmp_path):
+    folder = write_tiny_index(tmp_path)
+
+    def reply(request, number):
+        status = 402 if "bread" in request.prompt else 200
+        return Reply(chat("where is the ship on the sea?"), status=status)
+
+    with local_endpoint(reply) as endpoint:
+        settings = tiny_settings(folder, writer="served", writer_endpoint=endpoint.url, max_text_chars=1_000)
+        with serve(make_app(settings)) as address, httpx2.Client(base_url=address, timeout=PATIENCE) as http:
+            wait_until_ready(address)
+            history = ["what is a ship?", {"role": "assistant", "content": "a large boat"}]
+            body = {"query": "where is it?", "top_k": 5, "history": history}
+            answer = http.post("/v1/search", json=body).json()
+            plain = http.post("/v1/search", json={"query": "where is the ship on the sea?", "top_k": 5}).json()
+            assert answer["query"] == plain["query"]
+            assert answer["rewriting"]["asked"] == "where is it?"
+            assert answer["passages"] == plain["passages"]
+            assert plain["rewriting"] is None
+            num_requests = len(endpoint.requests)
+            context = http.post("/v1/context", json=body).json()
+            assert (context["query"], context["rewriting"]["seconds"]) == (answer["query"], 0)
+            assert len(endpoint.requests) == num_requests
+            remote = WriterEndpointConfig(url=endpoint.url)
+            rewriter = Rewriter(load_writer(WriterConfig(model="served", kind="remote", remote=remote)))
+            library = Index.open(folder, dtype="float32")
+            assert library.context("where is it?", history=history, rewriter=rewriter, top_k=5).text == context["text"]
+            failed = http.post("/v1/search", json={"query": "and it?", "history": ["the bread"]}).json()
+            assert failed["query"] == "and it?"
+            assert failed["rewriting"]["problem"] == "the writer failed; the server's log says why"
+            long = http.post("/v1/search", json={"query": "and it?", "history": ["a", "b" * 1_001]})
+            assert (long.status_code, "history.1: 1,001 characters" in long.text) == (400, True)
 
 
 async def ask_at_once(address, number, path, body, held):

@@ -106,6 +106,7 @@ ELSEWHERE = {
     "d2llm.recipe": ("ReaderTuningConfig", "TeacherConfig", "WriterConfig", "WriterTuningConfig"),
     "d2llm.retrieval.chunking": ("Chunker",),
     "d2llm.retrieval.expansion": ("Expansion",),
+    "d2llm.retrieval.rewriting": ("Rewriter",),
     "d2llm.retrieval.reranker": ("Reranker", "TeacherReranker", "open_reranker"),
     "d2llm.retrieval.shard": ("shard",),
     "d2llm.sizing.plan": ("SizePlan",),
@@ -324,6 +325,7 @@ One = Callable[[World], Any]
 Call = Callable[[World, Any], Any]
 CASES: dict[str, tuple[One, Call]] = {
     "Assignment.examples": (lambda _: "ab", lambda _, v: Assignment("a passage", "question", examples=v)),
+    "Assignment.history": (lambda _: "ab", lambda _, v: Assignment("a query", "standalone", history=v)),
     "Backbone.first_own_tokens.texts": (lambda _: "ab", lambda w, v: w.student.backbone.first_own_tokens(v, "")),
     "Backbone.tokenize.texts": (lambda _: "ab", lambda w, v: w.student.backbone.tokenize(v, "query")),
     "Contenders.notes": (lambda _: "ab", lambda w, v: Contenders(w.fake, notes=v).notes),

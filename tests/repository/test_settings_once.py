@@ -25,6 +25,7 @@ from d2llm.retrieval.settings import (
     ChunkingSettings,
     ClassifySettings,
     ContextSettings,
+    ConversationSettings,
     ExcerptSettings,
     ExpansionSettings,
     SimilaritySettings,
@@ -58,7 +59,10 @@ def options_of(*verb: str) -> dict[str, Any]:
 
 
 VERBS: list[tuple[str, type[Settings]]] = [
-    *(("search", kind) for kind in (SearchSettings, ExpansionSettings, ExcerptSettings, ContextSettings)),
+    *(
+        ("search", kind)
+        for kind in (SearchSettings, ExpansionSettings, ConversationSettings, ExcerptSettings, ContextSettings)
+    ),
     ("fit", FitSettings),
     ("evaluate", EvaluationSettings),
     ("size", SizePlan),

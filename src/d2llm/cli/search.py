@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -28,18 +28,30 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import Task
 from d2llm.retrieval.settings import (
     ContextSettings,
+    ConversationSettings,
     ExcerptSettings,
     ExpansionSettings,
     SearchSettings,
+    Turn,
 )
 
 if TYPE_CHECKING:
-    from d2llm.core.types import Certificate, Excerpt, Query, QueryExpansion, Ranking, RerankReport, Selection
+    from d2llm.core.types import (
+        Certificate,
+        Excerpt,
+        Query,
+        QueryExpansion,
+        QueryRewriting,
+        Ranking,
+        RerankReport,
+        Selection,
+    )
     from d2llm.models.student import Student
     from d2llm.retrieval.expansion import Expansion
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.protocols import SearchStudent
     from d2llm.retrieval.reranker import Reranker
+    from d2llm.retrieval.rewriting import Rewriter
 
 
 _NAMED = 5  # number of queries to list in a warning
@@ -54,6 +66,15 @@ QueriesOption = Annotated[
         help="Also search for each query of queries.jsonl or queries.jsonl.gz; -: standard input.",
     ),
 ]
+HistoryOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        callback=input_path,
+        help=f"{ConversationSettings.model_fields['history'].description} A jsonl file with role and content; -: "
+        "standard input. With --writer.",
+    ),
+]
 TokenizerOption = Annotated[
     str | None,
     typer.Option(
@@ -64,26 +85,57 @@ TokenizerOption = Annotated[
 ]
 
 
-def _expansion(
-    settings: ExpansionSettings, writer: WriterOptions, *, device: str | None, dtype: str | None
-) -> Expansion | None:
-    """Load the writer, if queries are to be expanded.
+def _load_writer(
+    expansion: ExpansionSettings,
+    history: Sequence[Turn],
+    options: WriterOptions,
+    *,
+    device: str | None,
+    dtype: str | None,
+) -> tuple[Expansion | None, Rewriter | None]:
+    """Load the writer, if queries are to be expanded or rewritten.
 
     Raises:
-        InputError: an option is for --expand, which is missing.
+        InputError: an option is for --expand or --history, which are missing, or --history has no writer.
     """
-    if settings.expand is None:
-        for field in fields(writer):
-            if getattr(writer, field.name) is not None:
+    if expansion.expand is None and not history:
+        for field in fields(options):
+            if getattr(options, field.name) is not None:
                 name = f"--{field.name}".replace("_", "-")
-                raise InputError(f"{name} is for --expand multi or --expand hyde; add it, or leave {name} out")
-        return None
+                raise InputError(f"{name} is for --expand or --history; add one of them, or leave {name} out")
+        return None, None
+    if history and options.writer is None:
+        raise InputError(
+            "--history needs a language model that rewrites the query: name one with --writer, and its --endpoint if "
+            "it does not run here; or leave it out and give a query that can be understood alone"
+        )
     from d2llm.models.writers.writer import load_writer
     from d2llm.retrieval.expansion import Expansion
+    from d2llm.retrieval.rewriting import Rewriter
 
-    remote = {} if writer.endpoint is None else {"patience_minutes": _PATIENCE_MINUTES}
-    loaded = load_writer(writer.config(_EXPANDING_WRITER, **remote), device=device, dtype=dtype)
-    return Expansion(loaded, settings.expand, settings.expansions)
+    remote = {} if options.endpoint is None else {"patience_minutes": _PATIENCE_MINUTES}
+    writer = load_writer(options.config(_EXPANDING_WRITER, **remote), device=device, dtype=dtype)
+    expanded = None if expansion.expand is None else Expansion(writer, expansion.expand, expansion.expansions)
+    return expanded, Rewriter(writer) if history else None
+
+
+def _read_history(file: Path | None, num_queries: int) -> tuple[Turn, ...]:
+    """The turns of a conversation, one on each line of a file.
+
+    Raises:
+        InputError: a line is no turn, or there are several queries.
+    """
+    if file is None:
+        return ()
+    from d2llm.data.lines import read_records
+
+    if num_queries > 1:
+        raise InputError(f"--history is for one query, but there are {num_queries}; search for each by itself")
+    turns = [dict(record) for _, record in read_records(file)]
+    try:
+        return ConversationSettings.of(history=turns).history
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -121,8 +173,10 @@ class RerankerOptions:
         return named_reranker(self.reranker, **parse_assignments(self.reranker_set or [], "--reranker-set"))
 
 
-def _check_context(context: Mapping[str, Any], tokenizer: str | None, settings: SearchSettings, excerpts: bool) -> None:
-    """Check the options about a context.
+def _for_context(
+    context: Mapping[str, Any], tokenizer: str | None, settings: SearchSettings, excerpts: bool
+) -> SearchSettings:
+    """The settings of a search; those for a context, if its options are given.
 
     Raises:
         InputError: an option is for another one that is missing, or contradicts it.
@@ -138,6 +192,13 @@ def _check_context(context: Mapping[str, Any], tokenizer: str | None, settings: 
     }
     if context and (name := next((option for option, value in others.items() if value), None)):
         raise InputError(f"--context prints one text instead of the results; leave out {name}")
+    if not context:
+        return settings
+    from d2llm.retrieval.context import context_settings, named_tokenizer
+
+    if tokenizer is not None:
+        named_tokenizer(tokenizer)  # loaded now, so that a mistake is reported before the search
+    return context_settings(settings)
 
 
 @verb("Search", shows_answers=True)
@@ -160,6 +221,7 @@ def search(
     tokenizer: TokenizerOption = None,
     stage: RerankerOptions,
     expansion: ExpansionSettings,
+    history: HistoryOption = None,
     writer: WriterOptions,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -170,18 +232,14 @@ def search(
     """Find the passages of an index that answer a query, best first."""
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.protocols import task_for
+    from d2llm.retrieval.rewriting import rewritten, with_rewriting
     from d2llm.retrieval.search import Searcher
 
     session = session_of(context)
     all_queries = read_asked(session, index, words or [], queries)
-    _check_context(text, tokenizer, settings, around.excerpts)
+    turns = _read_history(history, len(all_queries))
+    settings = _for_context(text, tokenizer, settings, around.excerpts)
     second_stage = stage.find()
-    if text:
-        from d2llm.retrieval.context import context_settings, named_tokenizer
-
-        settings = context_settings(settings)
-        if tokenizer is not None:
-            named_tokenizer(tokenizer)  # loaded now, so that a mistake is reported before the search
     opened = Index.open(index, student, device=device, dtype=dtype, engine=engine, lean=queries is None)
     if not len(opened.view):
         raise InputError(f"{index}: holds no passages; add some with d2llm index {index} upsert CORPUS")
@@ -189,8 +247,10 @@ def search(
         opened.view.task if settings.task in (None, opened.view.task) else task_for(opened.student, settings.task)
     )
     rerank = None if second_stage is None else second_stage.open(device=device, dtype=dtype)
-    expanded = _expansion(expansion, writer, device=device, dtype=dtype)
-    rankings = Searcher(opened.view, opened.student, settings, rerank=rerank, expansion=expanded).rank(all_queries)
+    expanded, rewriter = _load_writer(expansion, turns, writer, device=device, dtype=dtype)
+    searched, rewriting = rewritten(all_queries, turns, rewriter)
+    rankings = Searcher(opened.view, opened.student, settings, rerank=rerank, expansion=expanded).rank(searched)
+    rankings = with_rewriting(rankings, rewriting)
     report: dict[str, Any] = {"student": opened.student.fingerprint, "rankings": rankings}
     for ranking in rankings:
         shown = _show(session, opened, ranking, text, tokenizer, is_one=len(rankings) == 1, excerpts=around.excerpts)
@@ -270,6 +330,10 @@ def _explain(session: Session, ranking: Ranking, settings: SearchSettings, stude
 
     if not ranking.passages:
         session.complain("warning", f"no passage was found for {ranking.query.text!r}{_why_none(settings)}")
+    if (rewriting := ranking.rewriting) is not None and rewriting.problem is None:
+        session.say(_rewriting_line(rewriting))
+    elif rewriting is not None:
+        session.complain("warning", f"the query was searched as it is, without the conversation: {rewriting.problem}")
     if ranking.corrections:
         read = ", ".join(f"{word!r} as {other!r}" for word, other in ranking.corrections.items())
         session.say(f"search: read {read}; --no-typo-tolerance searches for the words as they are")
@@ -302,6 +366,18 @@ def _expansion_lines(expansion: QueryExpansion) -> str:
     if expansion.num_truncated:
         line += f"; the student did not read the end of {expansion.num_truncated}"
     return "\n".join([line, *(f"  {text}" for text in expansion.texts)])
+
+
+def _rewriting_line(rewriting: QueryRewriting) -> str:
+    """How the query was made of a conversation, in one line."""
+    line = f"conversation: {rewriting.asked!r} was searched as {rewriting.text!r}, in {rewriting.seconds:,.1f} s"
+    if rewriting.num_dropped:
+        line += f"; {rewriting.num_dropped} more parts of the answer were of no use"
+    if rewriting.num_turns_left_out:
+        line += f"; the writer did not read the first {rewriting.num_turns_left_out} turns"
+    if rewriting.truncated:
+        line += "; it did not read the end of a turn or of the query"
+    return line
 
 
 def _plain_queries(rankings: list[Ranking]) -> str | None:

@@ -205,7 +205,7 @@ def _problem(problem: ErrorDetails, purpose: str | None) -> str:
             return f"{name} is missing. It is for: {purpose}"
         case "literal_error":
             return f"{name} is {shown(value)}, but must be {ctx['expected']}"
-        case "too_short" | "too_long" as kind:
+        case kind if kind in _LENGTHS:
             return f"{name} is {shown(value) if value else 'empty'}, but must have {_LENGTHS[kind].format(**ctx)}"
         case kind if kind in _BOUNDS:
             return f"{name} is {value}, but must be {_BOUNDS[kind]} {next(iter(ctx.values())):g}"
@@ -213,7 +213,12 @@ def _problem(problem: ErrorDetails, purpose: str | None) -> str:
             return f"{name} is {shown(value)}, but must be {_KINDS.get(kind, problem['msg'])}. It is for: {purpose}"
 
 
-_LENGTHS = {"too_short": "at least {min_length} value(s)", "too_long": "at most {max_length} value(s)"}
+_LENGTHS = {
+    "too_short": "at least {min_length} value(s)",
+    "too_long": "at most {max_length} value(s)",
+    "string_too_short": "at least {min_length} character(s)",
+    "string_too_long": "at most {max_length} characters",
+}
 _BOUNDS = {
     "greater_than_equal": "at least",
     "greater_than": "more than",
@@ -228,6 +233,8 @@ _KINDS = {
     "bool_type": "True or False",
     "string_type": "a string",
     "tuple_type": "a list",
+    "model_type": "a dictionary",
+    "extra_forbidden": "left out",
 }
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -375,6 +375,31 @@ class QueryExpansion:
 
 
 @dataclass(frozen=True, slots=True)
+class QueryRewriting:
+    """How the last question of a conversation became a query that can be understood alone.
+
+    Attributes:
+        asked: the question as it was given.
+        text: the query that was searched; ``asked`` if a language model wrote nothing of use.
+        seconds: time to write it; 0 if it was already known.
+        num_dropped: parts of the model's answer that were of no use.
+        num_turns_left_out: the earliest turns, which the model did not read.
+        truncated: whether the model did not read the end of a turn, or of the question.
+        problem: why ``asked`` was searched; None if the model wrote a query.
+    """
+
+    asked: str
+    text: str
+    seconds: float
+    num_dropped: int = 0
+    num_turns_left_out: int = 0
+    truncated: bool = False
+    problem: str | None = None
+
+    __repr__ = short_repr
+
+
+@dataclass(frozen=True, slots=True)
 class Selection:
     """How the results were selected from a longer ranking (``mmr``, ``near_duplicates``); its order need not be kept.
 
@@ -468,7 +493,8 @@ class Ranking:
     is not sharded. ``sources``: the sources of the candidates; none in an exact search, which considers every passage.
     ``facets``: by field, how often its values occur, if the search asked. With ``sort``, the passages are in the order
     of a field, and their ``rank`` is that by score. ``corrections``: words of the query that were taken for typing
-    errors, each with the word that was searched instead.
+    errors, each with the word that was searched instead. ``rewriting``: how the query was made of a conversation's last
+    question; ``query`` is then what was made.
 
     Example:
         >>> from d2llm import Ranking, Student
@@ -498,6 +524,7 @@ class Ranking:
     sources: tuple[str, ...] = ()
     facets: Mapping[str, Facet] = field(default_factory=dict[str, Facet])
     corrections: Mapping[str, str] = field(default_factory=dict[str, str])
+    rewriting: QueryRewriting | None = None
 
     def __repr__(self) -> str:
         first = ", ".join(f"{short(result.passage.id)} {result.score:.2f}" for result in self.passages[:3])

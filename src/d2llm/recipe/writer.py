@@ -27,7 +27,7 @@ class WriterEndpointConfig(CompletionConfig):
 
 
 class WriterConfig(SectionOfKind):
-    """The language model that writes queries for passages, or expands the queries of a search.
+    """The language model that writes queries for passages, or expands or rewrites the queries of a search.
 
     Example::
 
@@ -66,10 +66,10 @@ class _LanguageModel(WriterConfig):
     """Maximum length of title and passage together; the end of the passage is cut off to fit."""
     max_new_tokens: int = Field(default=48, ge=4)
     """Maximum length of one query; an answer with several queries may be that many times as long, and a passage that
-    answers a query three times."""
+    answers a query, or a query that is rewritten, three times."""
     temperature: float | None = Field(default=None, ge=0)
-    """0: always the likeliest token. By default 0.8, but 0 for a local model that was not tuned to write: little of
-    what it draws fits the passage."""
+    """0: always the likeliest token. By default 0.8, but 0 to rewrite a query of a conversation, and for a local model
+    that was not tuned to write: little of what it draws fits the passage."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Choose among the likeliest tokens that together have this probability."""
 

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from d2llm.retrieval.expansion import Expansion
     from d2llm.retrieval.reading import EncodedPassages
     from d2llm.retrieval.reranker import RerankerLike
+    from d2llm.retrieval.rewriting import History, Rewriter
     from d2llm.retrieval.scoring_corpus import IndexCorpus
     from d2llm.retrieval.upserting import DocumentsReport, UpsertReport
     from d2llm.runners.runner import Workers
@@ -388,6 +389,8 @@ class Index(OpenIndex):
         *,
         rerank: RerankerLike | None = None,
         expansion: Expansion | None = None,
+        history: History = (),
+        rewriter: Rewriter | None = None,
         **changes: Any,
     ) -> Ranking: ...
     @overload
@@ -418,6 +421,8 @@ class Index(OpenIndex):
         *,
         rerank: RerankerLike | None = None,
         expansion: Expansion | None = None,
+        history: History = (),
+        rewriter: Rewriter | None = None,
         **changes: Any,
     ) -> Ranking | list[Ranking]:
         """Rank the passages for one query (a ranking) or for each of a list (a list of rankings).
@@ -429,17 +434,23 @@ class Index(OpenIndex):
         a reranker, or what ``retrieval.reranker.open_reranker`` has loaded for many searches. With an ``expansion``, a
         language model writes other queries, or passages that would answer them; each ranking says what it wrote.
 
+        With a ``history``, the earlier turns of a conversation, a ``Rewriter`` makes one query of them and the query,
+        which the ranking has (``query``, ``rewriting``). A turn is a text of the user, or a dictionary with ``role``
+        and ``content``.
+
         Raises:
-            InputError: a setting or query is invalid.
+            InputError: a setting, a query or a turn is invalid, or a history is without a rewriter.
             FilterError: the filter cannot be parsed, or does not fit the metadata.
             RecipeError: there is no such reranker, or it has wrong settings.
         """
         from d2llm.retrieval.reranker import open_reranker
+        from d2llm.retrieval.rewriting import rewritten, with_rewriting
         from d2llm.retrieval.search import Searcher
 
         chosen = SearchSettings.of(settings, **changes)
         if chosen.task not in (None, self.view.task):
             task_for(self.student, chosen.task)  # warns
+        searched, rewriting = rewritten(queries, history, rewriter)
         rankings = Searcher(
             self.view,
             self.student,
@@ -448,7 +459,8 @@ class Index(OpenIndex):
             rerank=None if rerank is None else open_reranker(rerank),
             expansion=expansion,
             allow_missing=self._allow_missing,
-        ).rank(queries)
+        ).rank(searched)
+        rankings = with_rewriting(rankings, rewriting)
         return rankings[0] if is_one_query(queries) else rankings
 
     def scoring_corpus(self, student: ScoringStudent, task: Task | None = None) -> IndexCorpus:
@@ -489,6 +501,8 @@ class Index(OpenIndex):
         settings: SearchSettings | None = None,
         rerank: RerankerLike | None = None,
         expansion: Expansion | None = None,
+        history: History = (),
+        rewriter: Rewriter | None = None,
         **changes: Any,
     ) -> AnswerContext:
         """The best passages for a query as one text with numbered sources, for a language model to answer from.
@@ -504,6 +518,8 @@ class Index(OpenIndex):
             settings: how to search.
             rerank: a reranker, as in ``search``.
             expansion: a language model that expands the query, as in ``search``.
+            history: earlier turns of the conversation that the query belongs to, as in ``search``.
+            rewriter: makes one query of them, as in ``search``.
             changes: override single fields of the settings, as in ``index.context(query, top_k=20, neighbours=1)``.
 
         Raises:
@@ -517,7 +533,7 @@ class Index(OpenIndex):
         chosen = context_settings(SearchSettings.of(settings, **changes))
         student = cast("Student", self.student)  # only a Student has a tokenizer to count with
         token_ends = student.backbone.token_ends if tokenizer is None else named_tokenizer(tokenizer)
-        (ranking,) = self.search([asked], chosen, rerank=rerank, expansion=expansion)
+        ranking = self.search(asked, chosen, rerank=rerank, expansion=expansion, history=history, rewriter=rewriter)
         return build_context(ranking, token_ends, max_tokens, order=order, overlapping=self.repeats_text)
 
     def build_ann(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast, get_args
+
+from pydantic import BeforeValidator
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import shown
@@ -241,6 +243,43 @@ class ExpansionSettings(Settings):
         """
         if self.expand is None and self.expansions is not None:
             raise InputError("expansions is for expand 'multi' or 'hyde'; set expand as well, or leave expansions out")
+
+
+MAX_TURNS, MAX_TURN_CHARS = 100, 100_000
+"""Of a conversation."""
+
+
+class Turn(Settings):
+    """One turn of a conversation."""
+
+    noun: ClassVar[str] = "field of a turn"
+
+    role: Literal["user", "assistant"] = setting("user", "Who wrote it.")
+    content: str = setting(..., "What was written.", min_length=1, max_length=MAX_TURN_CHARS)
+
+
+def _turn(value: object) -> object:
+    return {"content": value} if isinstance(value, str) else value
+
+
+TurnLike = Annotated[Turn, BeforeValidator(_turn, json_schema_input_type=str | Turn)]
+"""A text counts as the user's."""
+
+
+class ConversationSettings(Settings):
+    """The conversation that a query belongs to."""
+
+    noun: ClassVar[str] = "setting of a conversation"
+
+    history: tuple[TurnLike, ...] = setting(
+        (),
+        "Earlier turns of the conversation, the oldest first; a language model then rewrites the query so that it can "
+        "be understood without them.",
+        Shown(metavar="FILE"),
+        strict=False,
+        max_length=MAX_TURNS,
+        fail_fast=True,
+    )
 
 
 class SimilaritySettings(Settings):

@@ -78,7 +78,7 @@ class ResultArguments(TextArguments):
 class SearchArguments(ResultArguments):
     """Arguments of ``search``."""
 
-    query: NonEmpty = Field(description="What to look for: a question, or words.")
+    query: NonEmpty = Field(description="What to look for: a question that can be understood alone, or words.")
 
 
 class SimilarArguments(ResultArguments):

@@ -71,9 +71,9 @@ health_router = APIRouter(tags=["operations"])
 async def search(body: SearchRequest, request: Request, services: TheServices) -> JSONResponse:
     """Find the passages that answer a query, best first."""
     limits, index = services.settings, require_index(services)
-    settings = _limited(body.query, settings_of(body, limits), limits)
+    settings = _limited(body, settings_of(body, limits), limits)
     teacher_limits, expansion = _teacher_limits(body, limits), _expansion_of(body, index)
-    ranking, student = await index.search(body.query, settings, body.rescore, teacher_limits, expansion)
+    ranking, student = await index.search(body.query, settings, body.rescore, teacher_limits, expansion, body.history)
     excerpts = await index.read(partial(_excerpts, ranking)) if body.excerpts else None
     probabilities = student.probabilities_of(ranking, body.task or services.task, iem=body.rescore != "none")
     origin = _origin(request, index, ranking, student)
@@ -97,10 +97,10 @@ async def answer_context(body: ContextRequest, services: Services) -> tuple[Answ
         InputError: the settings contradict each other, or do not fit the index.
     """
     limits, index = services.settings, require_index(services)
-    settings = _limited(body.query, context_settings(settings_of(body, limits)), limits)
+    settings = _limited(body, context_settings(settings_of(body, limits)), limits)
     max_tokens = number_of(body, "max_tokens", limits.max_context_tokens)
     teacher_limits, expansion = _teacher_limits(body, limits), _expansion_of(body, index)
-    ranking, student = await index.search(body.query, settings, body.rescore, teacher_limits, expansion)
+    ranking, student = await index.search(body.query, settings, body.rescore, teacher_limits, expansion, body.history)
     return await index.context(ranking, student, max_tokens, body.order), student
 
 
@@ -318,13 +318,14 @@ def settings_of(body: RankingRequest, limits: ServeSettings) -> SearchSettings:
     )
 
 
-def _limited(query: str, settings: SearchSettings, limits: ServeSettings) -> SearchSettings:
+def _limited(body: RankingRequest, settings: SearchSettings, limits: ServeSettings) -> SearchSettings:
     """The settings with ``select_from`` within the server's limit, if the client has not set it.
 
     Raises:
-        ServingError: 400, the query, the instruction or ``select_from`` is too large.
+        ServingError: 400, the query, a turn before it, the instruction or ``select_from`` is too large.
     """
-    short_enough([query], limits, "query")
+    short_enough([body.query], limits, "query")
+    short_enough([turn.content for turn in body.history], limits, "history")
     if settings.instruction is not None:
         short_enough([settings.instruction], limits, "instruction")
     most = max(limits.max_num_candidates, settings.top_k)

@@ -16,6 +16,7 @@ from d2llm.core.types import (
     MissingShard,
     Passage,
     QueryExpansion,
+    QueryRewriting,
     RankedPassage,
     RerankReport,
     Selection,
@@ -183,12 +184,13 @@ class IndexVersion(ResponseBody):
 class RankingResponse(ResponseBody):
     """Facts about a ranking. ``truncated``: the end of the query was not read. ``seconds``: time by stage.
 
-    ``expansion``: what a language model added to the query; or null. ``selection``: the results were
-    selected from a longer ranking, with mmr or near_duplicates; the certificate then proves that ranking, not their
-    order. ``missing_shards``: numbers of the shards of the index that gave no answer, whose passages may be missing.
-    ``corrections``: words of the query that were taken for typing errors, each with the one that was searched instead.
-    ``shards``: how many gave one, as 7/8; null if the index is not sharded. ``candidate_sources``: what proposed
-    the candidates; nothing in an exact search, which considers every passage.
+    ``expansion``: what a language model added to the query; or null. ``rewriting``: how one made the query of the last
+    question of a conversation (``rewriting.asked``); or null. ``selection``: the results were selected from a longer
+    ranking, with mmr or near_duplicates; the certificate then proves that ranking, not their order. ``missing_shards``:
+    numbers of the shards of the index that gave no answer, whose passages may be missing. ``corrections``: words of the
+    query that were taken for typing errors, each with the one that was searched instead. ``shards``: how many gave one,
+    as 7/8; null if the index is not sharded. ``candidate_sources``: what proposed the candidates; nothing in an exact
+    search, which considers every passage.
     """
 
     query: str = Field(validation_alias=AliasPath("query", "text"))
@@ -199,6 +201,7 @@ class RankingResponse(ResponseBody):
     reranking: RerankReport | None
     selection: Selection | None
     expansion: QueryExpansion | None
+    rewriting: QueryRewriting | None
     corrections: dict[str, str]
     missing_shards: MissingShards
     shards: str | None

@@ -29,6 +29,7 @@ from d2llm.retrieval.reranker import Reranker, TeacherReranker
 from d2llm.retrieval.settings import (
     ChunkingSettings,
     ContextSettings,
+    ConversationSettings,
     ExcerptSettings,
     ExpansionSettings,
     SearchSettings,
@@ -130,7 +131,7 @@ class Body(KnownFields):
 # Requests ---------------------------------------------------------------------------------------------------------
 
 
-class RankingRequest(SearchSettings, ExpansionSettings, Body):
+class RankingRequest(SearchSettings, ExpansionSettings, ConversationSettings, Body):
     """A query with search settings."""
 
     query: NonEmpty = Field(description="The query text.", examples=["how do I read a file line by line?"])

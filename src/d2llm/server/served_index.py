@@ -32,7 +32,9 @@ from d2llm.ops.typing_errors import corrected
 from d2llm.retrieval.context import AnswerContext, build_context
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.index import Index
+from d2llm.retrieval.rewriting import with_rewriting
 from d2llm.retrieval.search import SearchSettings
+from d2llm.retrieval.settings import Turn
 from d2llm.server.batching import Batcher, Places
 from d2llm.server.errors import NotFoundError, NotReadyError, ServingError, is_clients
 from d2llm.server.logs import note_items
@@ -168,11 +170,13 @@ class ServedIndex:
         rescore: str = "iem",
         teacher_limits: Mapping[str, Any] | None = None,
         expansion: Expansion | None = None,
+        history: Sequence[Turn] = (),
     ) -> tuple[Ranking, ModelService]:
         """The ranking for one query, and the student that made it, which a swap may have replaced by now.
 
         ``seconds`` also holds "queue"; ``rescore`` is "none", "iem" or the kind of a reranker; ``teacher_limits`` are
-        settings of a reranker that uses the server's teacher; ``expansion`` is by the server's writer.
+        settings of a reranker that uses the server's teacher; ``expansion`` is by the server's writer, which also makes
+        one query of a conversation with a ``history``.
 
         Raises:
             InputError: the settings contradict each other or do not fit the index, or the writer cannot read the query.
@@ -192,8 +196,13 @@ class ServedIndex:
             return replace(ranking, seconds={"queue": queued, **ranking.seconds}), version.models
 
         with self._searching:
+            rewriting = None
+            if history:
+                rewriting = await self.slow.rewrite(query, history)
+                query = rewriting.text
             ranking, student = await self.work(rank)
-        for stage in ("expansion", "candidates", "score", "rerank"):
+        (ranking,) = with_rewriting([ranking], rewriting)
+        for stage in ("rewriting", "expansion", "candidates", "score", "rerank"):
             if stage in ranking.seconds:
                 self._observe(stage, ranking.seconds[stage])
         return ranking, student

@@ -6,16 +6,19 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from d2llm.core.errors import InputError, MismatchError, ModelError
-from d2llm.core.types import ExpansionMethod
+from d2llm.core.types import ExpansionMethod, QueryRewriting
 from d2llm.models.teachers.pair_teacher import PairTeacher, load_teacher
 from d2llm.models.writers.writer import Assignment, Writer, WrittenQueries, load_writer
 from d2llm.recipe import RemoteWriterConfig, WriterConfig, WriterEndpointConfig
 from d2llm.recipe.recipe_file import named_teacher, named_writer
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.reranker import OpenReranker, Reranker, TeacherReranker, open_reranker
+from d2llm.retrieval.rewriting import Rewriter
+from d2llm.retrieval.settings import Turn
 from d2llm.server.batching import CallQueue
 from d2llm.server.settings import ServeSettings
 
@@ -42,6 +45,7 @@ class SlowModels:
         self.teacher: PairTeacher | None = None
         self.reranker: OpenReranker | None = None
         self.writer: Writer | None = None
+        self._rewriter: Rewriter | None = None
         self.reading = CallQueue("teacher", settings.queue_texts // _SEARCHES_A_READING)
         self.writing = CallQueue("writer", settings.queue_texts // _SEARCHES_AN_EXPANSION)
 
@@ -58,6 +62,7 @@ class SlowModels:
             self.reranker = open_reranker(settings.reranker, teacher=self.teacher, **where)
         if settings.writer is not None:
             self.writer = _DiscreetWriter(load_writer(_writer_config(settings, settings.writer), **where))
+            self._rewriter = Rewriter(self.writer)
 
     def start(self) -> None:
         """Start answering requests; call it in the event loop."""
@@ -113,6 +118,22 @@ class SlowModels:
         if self.writer is None:
             raise InputError("this server has no writer to expand queries; start it with --writer, or leave out expand")
         return Expansion(self.writer, method, num_texts)
+
+    async def rewrite(self, question: str, history: Sequence[Turn]) -> QueryRewriting:
+        """The last question of a conversation as a query that can be understood alone.
+
+        Raises:
+            InputError: there is no writer, or it cannot rewrite queries.
+            OverloadedError: too many requests wait for the writer.
+        """
+        if self._rewriter is None:
+            raise InputError(
+                "this server has no writer to rewrite the query; start it with --writer, or leave out history and send "
+                "a query that can be understood alone"
+            )
+        if (rewriting := self._rewriter.kept(question, history)) is None:
+            rewriting, _ = await self.writing.run(partial(self._rewriter.rewrite, question, history))
+        return rewriting
 
 
 class _DiscreetWriter:

@@ -15,7 +15,7 @@ from d2llm import __version__
 from d2llm.core.fallbacks import fallback_counts
 from d2llm.retrieval.segments import IndexView
 
-STAGES = ("queue", "expansion", "encode", "candidates", "score", "rerank", "teacher")
+STAGES = ("queue", "rewriting", "expansion", "encode", "candidates", "score", "rerank", "teacher")
 """Stages of a request: queueing, encoding, finding candidates, scoring by the IEM, reading by the teacher."""
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REQUEST_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -61,7 +61,7 @@ class Telemetry:
         self._in_flight = Gauge("d2llm_http_requests_in_flight", "Requests in progress.", registry=self.registry)
         stages = Histogram(
             "d2llm_stage_seconds",
-            "Seconds per stage of a request: queue, expansion, encode, candidates, score, teacher.",
+            f"Seconds per stage of a request: {', '.join(STAGES)}.",
             ("stage",),
             buckets=_STAGE_SECONDS,
             registry=self.registry,

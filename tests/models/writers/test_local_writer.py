@@ -222,10 +222,11 @@ def test_a_tuned_writer_says_that_it_does_not_use_examples(tuned: Path, caplog: 
 
 def test_expansions_are_written_by_untuned_writers_only(tuned: Path, llama: Path):
     expansions = [Assignment(TEXTS[0], "rephrasing", 2), Assignment(TEXTS[0], "answer")]
+    expansions.append(Assignment(TEXTS[0], "standalone", history=(("user", TEXTS[1]),)))
     model = load(llama)
-    assert [row.max_new_tokens for row in model._rows(expansions)] == [12, 18]
+    assert [row.max_new_tokens for row in model._rows(expansions)] == [12, 18, 18]
     assert all(item.queries or item.problem for item in model.write(expansions))
-    with pytest.raises(InputError, match="cannot expand queries; use an untuned one"):
+    with pytest.raises(InputError, match="cannot expand or rewrite queries; use an untuned one"):
         load(tuned).write(expansions)
 
 

@@ -64,11 +64,12 @@ def test_a_users_file_needs_prompts_for_expansions_only_when_they_are_used(tmp_p
     assert prompts.fingerprints == before
 
 
-def test_an_answer_is_one_passage_of_three_lengths():
+@pytest.mark.parametrize("kind", ["answer", "standalone"])
+def test_an_answer_and_a_rewritten_query_are_one_text_of_three_lengths(kind: ExpansionKind):
     assert [Assignment("x", kind, 2).num_lengths for kind in ("question", "rephrasing")] == [2, 2]
-    assert Assignment("x", "answer").num_lengths == 3
-    with pytest.raises(InputError, match="an answer is a single passage; make several assignments"):
-        Assignment("x", "answer", 2)
+    assert Assignment("x", kind).num_lengths == 3
+    with pytest.raises(InputError, match=f"'{kind}' is a single text; make several assignments"):
+        Assignment("x", kind, 2)
 
 
 def test_every_kind_has_its_own_prompt():

@@ -22,7 +22,7 @@ _QUOTED = 100  # characters of an answer to quote in a problem
 _FENCE = re.compile(r"^(?:```|~~~)")
 _TAG = re.compile(r"^</?[\w-]+>$|<\|")
 _LABEL = (
-    r"(?:search\s+|keyword\s+)?(?:questions?|quer(?:y|ies)|keywords?|statements?|q)(?:\s+that\s+fits\s+it)?\s*\d*"
+    r"(?:(?:search|keyword|stand-?alone|rewritten)\s+)*(?:questions?|quer(?:y|ies)|keywords?|statements?|q)(?:\s+that\s+fits\s+it)?\s*\d*"
     r"|问题|問題|查询|查詢|关键词|關鍵詞|陈述|陳述|提问"
 )
 _LEADING = (

@@ -210,8 +210,8 @@ class LocalWriter:
         """
         if self.tuned is not None and any(assignment.kind in EXPANSION_KINDS for assignment in assignments):
             raise InputError(
-                f"{self.tuned.folder}: this writer was tuned to write queries for passages and cannot expand queries; "
-                f"use an untuned one, such as '{self.config.model}'"
+                f"{self.tuned.folder}: this writer was tuned to write queries for passages and cannot expand or "
+                f"rewrite queries; use an untuned one, such as '{self.config.model}'"
             )
         kept, cut = cut_assignments(assignments, self._lengths, max_tokens=self.config.max_passage_tokens)
         if self.tuned is not None:

@@ -101,9 +101,11 @@ class RemoteWriter(LastingWriter):
 
     def _settings(self, assignment: Assignment) -> dict[str, Any]:
         """The fields of a request besides model and prompt."""
+        # A query that stands alone has one right form.
+        steady = assignment.kind == "standalone" and self.config.temperature is None
         return self.remote.body(
             max_tokens=self.config.max_new_tokens * assignment.num_lengths,
-            temperature=self.temperature,
+            temperature=0.0 if steady else self.temperature,
             top_p=self.config.top_p,
             seed=assignment.seed,
         )

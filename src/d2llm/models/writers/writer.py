@@ -18,9 +18,12 @@ from d2llm.recipe import WriterConfig
 QueryKind = Literal["question", "keywords", "statement"]
 """What a query is: a question, a few keywords, or a statement that the passage supports."""
 QUERY_KINDS: tuple[QueryKind, ...] = get_args(QueryKind)
-ExpansionKind = Literal["rephrasing", "answer"]
-"""What is written for a query: another query with the same meaning, or a passage that would answer it."""
+ExpansionKind = Literal["rephrasing", "answer", "standalone"]
+"""What is written for a query: another query with the same meaning, a passage that would answer it, or, for one in a
+conversation, a query that can be understood alone."""
 EXPANSION_KINDS: tuple[ExpansionKind, ...] = get_args(ExpansionKind)
+
+_SINGLE: tuple[ExpansionKind, ...] = ("answer", "standalone")
 
 DEFAULT_TEMPERATURE = 0.8
 
@@ -39,7 +42,7 @@ _CHINESE_QUESTION = re.compile(r"什么|什麼|为何|為何|如何|怎|哪|谁|
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 _SENTENCE_END = (".", "!", "。", "！")
 _MAX_KEYWORDS = 6
-_ANSWER_LENGTH = 3  # the length of a passage, in maximum lengths of a query
+_ANSWER_LENGTH = 3  # the length of a passage, or of a whole question, in maximum lengths of a query
 _LONGEST_CHINESE_KEYWORDS = 12  # characters: about as much as six words
 
 
@@ -48,13 +51,14 @@ class Assignment:
     """What to write: ``num_queries`` queries of one kind for one passage.
 
     For an expansion, ``passage`` is the query: ``rephrasing`` writes other queries, ``answer`` a single passage in
-    place of them. Neither uses title and examples.
+    place of them, ``standalone`` a single query that takes from ``history``, the earlier turns of its conversation as
+    (role, text), what the query refers to. None of them uses title and examples.
 
     ``examples`` are passages with a query that the user would write for them. With the same seed, the same writer
     writes the same queries, as far as its kind of writer can promise that.
 
     Raises:
-        InputError: ``num_queries`` is below 1, or above 1 for an answer, or the passage is empty.
+        InputError: ``num_queries`` is below 1, or above 1 for a single text, or the passage is empty.
     """
 
     passage: str
@@ -63,14 +67,16 @@ class Assignment:
     title: str = ""
     examples: tuple[tuple[str, str], ...] = ()
     seed: int = 0
+    history: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "examples", pairs_of(self.examples, "examples"))
+        object.__setattr__(self, "history", pairs_of(self.history, "history"))
         if self.num_queries < 1:
             raise InputError(f"num_queries is {self.num_queries}, but must be at least 1")
-        if self.kind == "answer" and self.num_queries > 1:
+        if self.kind in _SINGLE and self.num_queries > 1:
             raise InputError(
-                f"num_queries is {self.num_queries}, but an answer is a single passage; make several assignments with "
+                f"num_queries is {self.num_queries}, but '{self.kind}' is a single text; make several assignments with "
                 "different seeds"
             )
         if not self.passage.strip():
@@ -79,7 +85,7 @@ class Assignment:
     @property
     def num_lengths(self) -> int:
         """How many times the maximum length of a query the whole answer may have."""
-        return _ANSWER_LENGTH if self.kind == "answer" else self.num_queries
+        return _ANSWER_LENGTH if self.kind in _SINGLE else self.num_queries
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ _SLOTS = {
 _EXPANSION_SLOTS = {
     "rephrasing": {"template": ({"num_queries", "query"}, {"mark"})},
     "answer": {"template": ({"query"}, {"mark"})},
+    "standalone": {"template": ({"history", "query"}, {"mark"}), "turn": ({"role", "text"}, {"mark"})},
 }
 _CONTROL = re.compile(r"[<\[](?=\||/?INST\]|/?SYS>|/?s>|(?:start|end)_of_turn>)", re.I)
 
@@ -39,6 +40,7 @@ class WriterPrompt:
     template: str
     title: str = ""
     example: str = ""
+    turn: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -47,17 +49,22 @@ class WriterPrompt:
 
     def fill(self, assignment: Assignment) -> str:
         """The whole prompt. Slots that occur in a text of the assignment are not filled."""
-        texts = [assignment.title, assignment.passage, *(text for example in assignment.examples for text in example)]
+        pairs = (*assignment.examples, *assignment.history)
+        texts = [assignment.title, assignment.passage, *(text for pair in pairs for text in pair)]
         mark = _unused_mark("query" if assignment.kind in EXPANSION_KINDS else "passage", texts)
         examples = "".join(
             _fill(self.example, {"mark": mark, "passage": as_data(passage), "query": as_data(query)})
             for passage, query in assignment.examples
+        )
+        history = "".join(
+            _fill(self.turn, {"mark": mark, "role": role, "text": as_data(text)}) for role, text in assignment.history
         )
         title = as_data(assignment.title)
         values = {
             "mark": mark,
             "num_queries": str(assignment.num_queries),
             "examples": examples,
+            "history": history,
             "title": _fill(self.title, {"mark": mark, "title": title}) if title else "",
             "passage": as_data(assignment.passage),
             "query": as_data(assignment.passage),
@@ -75,19 +82,21 @@ def cut_assignments(
     """Assignments with passages of at most ``max_tokens`` each, and whether anything of an assignment was cut.
 
     The end of a passage is cut first; a title that would take more than half of the room is itself cut to half. The
-    passage of an example is cut too.
+    passage of an example and a turn of a conversation are cut too.
     """
     room = lengths.room(max_tokens)
     # A passage must not lose its text to the white space before it.
     assignments = [replace(assignment, passage=assignment.passage.strip()) for assignment in assignments]
     pairs = [(assignment.title, assignment.passage) for assignment in assignments]
-    examples = [("", passage) for assignment in assignments for passage, _ in assignment.examples]
-    cut = dict(zip([*pairs, *examples], lengths.cut([*pairs, *examples], room), strict=True))
+    pairs += [("", passage) for assignment in assignments for passage, _ in assignment.examples]
+    pairs += [("", text) for assignment in assignments for _, text in assignment.history]
+    cut = dict(zip(pairs, lengths.cut(pairs, room), strict=True))
     kept: list[Assignment] = []
     for assignment in assignments:
         title, passage = cut[assignment.title, assignment.passage]
         shown = tuple((cut["", passage][1], query) for passage, query in assignment.examples)
-        kept.append(replace(assignment, title=title, passage=passage, examples=shown))
+        history = tuple((role, cut["", text][1]) for role, text in assignment.history)
+        kept.append(replace(assignment, title=title, passage=passage, examples=shown, history=history))
     return kept, [cut != whole for cut, whole in zip(kept, assignments, strict=True)]
 
 
@@ -142,7 +151,10 @@ def load_writer_prompt(name: str, kind: QueryKind | ExpansionKind) -> WriterProm
                 f"{where}: {key} has the unknown slots {_listed(unknown)}; it can have {_listed(needed | optional)}"
             )
     return WriterPrompt(
-        section["template"].strip("\n"), section.get("title", ""), section.get("example", "").rstrip("\n")
+        section["template"].strip("\n"),
+        section.get("title", ""),
+        section.get("example", "").rstrip("\n"),
+        section.get("turn", ""),
     )
 
 
