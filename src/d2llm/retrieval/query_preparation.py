@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from d2llm.retrieval.expansion import Expansion
 
 ENCODED_AT_ONCE = 256
-"""Queries that are encoded together: enough for full batches, few enough to keep the progress bar moving."""
+"""Queries that are encoded and scanned together: enough for full batches, few enough to keep the bar moving."""
 
-_SCANNED_AT_ONCE = 32  # queries: limited because their candidates are in memory together
+_MAX_CANDIDATES = 1 << 20  # of queries that are scanned together: they are in memory
 Tokens = Sequence[NDArray[np.float32] | None]
 """The vectors of each query's tokens."""
 
@@ -163,8 +163,10 @@ class QueryPreparation:
             read = self._student.encode_queries(texts, instruction=instruction)
             vectors, cut = read.vectors, read.truncated
         seconds = (time.perf_counter() - begin) / len(queries)
-        for at in range(0, len(queries), _SCANNED_AT_ONCE):
-            part = slice(at, at + _SCANNED_AT_ONCE)
+        deepest = max(self._settings.ranking_depth, self._settings.num_candidates)
+        at_once = max(1, min(ENCODED_AT_ONCE, _MAX_CANDIDATES // deepest))
+        for at in range(0, len(queries), at_once):
+            part = slice(at, at + at_once)
             together = self._together(queries[part], vectors[part], tokens[part], seconds)
             for position, prepared in enumerate(together, at):
                 prepared.truncated = position in cut

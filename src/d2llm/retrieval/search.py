@@ -126,7 +126,7 @@ class Searcher:
         Returns:
             One ranking per query; passages are best first, ties by passage id. ``seconds`` holds "encode",
             "candidates", "score" and, with a reranker, "rerank", with an expansion, "expansion". For work done on
-            several queries together (expanding and encoding 256, scanning and reading texts 32), each gets the mean.
+            several queries together (expanding, encoding and scanning 256, reading texts 32), each gets the mean.
 
         Raises:
             InputError: a query has no text, or vectors do not fit the search.

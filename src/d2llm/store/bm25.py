@@ -54,6 +54,9 @@ _Scores = NDArray[np.float32]
 _MAX_COUNTS = 1 << 22  # counts of terms in sentences in memory at once, unless there are more sentences than this
 
 
+_BINS = 4_096  # of the histogram of scores; few enough to stay in the cache
+
+
 class WordIndex:
     """BM25 over the live rows of some segments, whose rows are numbered consecutively.
 
@@ -275,7 +278,7 @@ class WordIndex:
         """``best`` without the postings that cannot matter, and how many were read; ``kernels`` are ``BM25.load()``."""
         masks = [mask for mask in (self._live, allowed) if mask is not None]
         usable = np.logical_and.reduce(masks) if masks else np.zeros(0, np.bool_)
-        heap, size, num_read = np.zeros(min(num, len(self)), np.float32), 0, 0
+        bins, num_read = np.zeros(_BINS, np.int64), 0
         rows, scores = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
         mean = max(self._scored_by.mean_length, 1e-9)
         for segment, bounds, first in zip(self._segments, self._bounds, self._firsts.tolist(), strict=False):
@@ -288,16 +291,15 @@ class WordIndex:
                 *(segment.rows, segment.counts, added.rows, added.hundredths),
                 *(starts, ends, query.weights[terms], len(texts.terms)),
                 *(bounds.shares, bounds.starts_of(positions, len(segment)), bounds.mean_length / mean),
-                *(self._norms[here], usable[here], first, heap, size),
+                *(self._norms[here], usable[here], first, bins, num, query.limit),
             )
             rows.append(found[0])
             scores.append(found[1])
-            size = found[2]
-            num_read += found[3]
+            num_read += found[2]
         all_rows, all_scores = np.concatenate(rows), np.concatenate(scores)
-        if size < num:
+        if len(all_rows) <= num:
             return all_rows, all_scores, num_read
-        kept = all_scores >= heap[0]
+        kept = all_scores >= nth_highest(all_scores, num)
         return all_rows[kept], all_scores[kept], num_read
 
     def score(self, query: QueryWords, rows: Rows) -> tuple[_Scores, _Scores]:

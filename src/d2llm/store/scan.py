@@ -36,7 +36,8 @@ _SPARE_ROWS = 128  # candidates beyond top_k (at least an eighth of it): reading
 _WIDEN = 4
 _BLOCK_ROWS = 1_024  # rows that numpy decodes at a time: they stay in the cache
 _PRODUCT_ROWS = 256  # summed in float64 at a time: larger arrays need new memory pages, which takes 4 times as long
-_TOGETHER = 32  # queries per matrix product: more are hardly faster, and each keeps its candidates in memory
+_TOGETHER = 256  # queries per matrix product, for which a block of rows is decoded once; more are hardly faster
+_MAX_CANDIDATES = 1 << 20  # of all queries of a matrix product: they are in memory together
 _MIN_TOGETHER = 8  # fewer are as fast one by one
 _GATHER_ROWS = 65_536  # allowed rows that are copied together for an index that cannot exclude rows,
 _FEW_LEFT_OUT = 4_096  # unless it is faster to search for this many more and drop the rows that are not allowed
@@ -105,7 +106,7 @@ class RowScan:
     ) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """``search`` for several queries [q, dim], with identical results but faster than one by one.
 
-        Besides the results, it needs memory for the candidates of 32 queries at a time.
+        Besides the results, it needs memory for the candidates of 256 queries, or fewer if ``top_k`` is high.
 
         Raises:
             InputError: as for ``search``.
@@ -115,8 +116,9 @@ class RowScan:
         num_allowed = len(self._codes) if mask is None else int(np.count_nonzero(mask))
         results: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
         take = min(top_k + max(_SPARE_ROWS, top_k // 8), num_allowed)
-        for start in range(0, len(queries), _TOGETHER):
-            batch = np.ascontiguousarray(queries[start : start + _TOGETHER], np.float32)
+        together = max(min(_TOGETHER, _MAX_CANDIDATES // max(take, 1)), _MIN_TOGETHER)
+        for start in range(0, len(queries), together):
+            batch = np.ascontiguousarray(queries[start : start + together], np.float32)
             if len(batch) < _MIN_TOGETHER or not num_allowed:
                 results += [self.search(query, top_k, mask, ids_of=ids_of) for query in batch]
                 continue

@@ -385,7 +385,12 @@ def vocabulary_indices(vocabulary: NDArray[np.uint64], hashes: NDArray[np.uint64
     return np.where(vocabulary[positions] == hashes, positions, -1)
 
 
+_NOWHERE = Extents(*np.zeros((4, 0), np.int64))
+
+
 def _extents_of(vocabulary: NDArray[np.uint64], starts: NDArray[np.int64], query_terms: NDArray[np.uint64]) -> Extents:
+    if not len(vocabulary):
+        return _NOWHERE
     positions = vocabulary_indices(vocabulary, query_terms)
     known = np.flatnonzero(positions >= 0)
     return Extents(starts[positions[known]], starts[positions[known] + 1], known, positions[known])

@@ -2,7 +2,8 @@
 
 ``best_rows`` finds the best rows by MaxScore (Turtle and Flood, Query evaluation: strategies and optimizations, 1995)
 over ranges of rows: once enough rows are known, a range is skipped if what its terms can give together is too small
-(``ops.bm25_bounds``), and the most frequent terms are only looked up for the rows that the rarer ones left in question.
+(``ops.bm25_bounds``), and the most frequent terms are only looked up for the rows that the rarer ones left in question,
+if these are few. The score that a row must reach is known from a histogram, whose upkeep does not depend on ``top_k``.
 The terms of a query come by descending weight, so what is looked up is always the end of the list, and every score is
 summed in its order: bit for bit the score that reading all postings gives.
 
@@ -23,6 +24,8 @@ from d2llm.ops.bm25_bounds import RANGE
 from d2llm.ops.kernels.compiler import compiled, inlined, read_only, written
 
 _READ_ALL = 8  # up to so many postings for a row that is looked up, all are read: that is faster
+_LOOK_UP = 16  # so many postings are added to sums while a row is looked up
+_BELOW = 1.0 - 1e-6  # a score in a bin is at least the bin's start times this, whatever was rounded
 _GROUP = 64  # rows whose sums are looked at only if one of them has a term
 _TINY = 1e-38  # sums that are not 0 are above it
 _ROUNDING = 1.0 + 1e-5  # no sum in float32 is above the same sum of float64 bounds, times this
@@ -67,30 +70,33 @@ def _first_at_least(rows: NDArray[np.uint32], start: int, end: int, row: int) ->
 
 
 @inlined
-def _keep(heap: NDArray[np.float32], size: int, score: np.float32) -> int:
-    """Add a score to the smallest-first heap of the best scores; returns the heap's new size."""
-    if size < len(heap):
-        place = size
-        while place > 0 and heap[(place - 1) // 2] > score:
-            heap[place] = heap[(place - 1) // 2]
-            place = (place - 1) // 2
-        heap[place] = score
-        return size + 1
-    if score <= heap[0]:
-        return size
-    place = 0
-    while True:
-        child = 2 * place + 1
-        if child >= size:
-            break
-        if child + 1 < size and heap[child + 1] < heap[child]:
-            child += 1
-        if heap[child] >= score:
-            break
-        heap[place] = heap[child]
-        place = child
-    heap[place] = score
-    return size
+def _keep_best(
+    chosen: NDArray[np.int64],
+    scores: NDArray[np.float32],
+    num_chosen: int,
+    bins: NDArray[np.int64],
+    bins_per_score: float,
+    lowest: tuple[int, int],
+    top_k: int,
+) -> tuple[int, tuple[int, int]]:
+    """Count the scores of the chosen rows in ``bins``, and drop rows of which ``top_k`` others are known to be better.
+
+    ``lowest`` is the lowest bin that may have one of the ``top_k`` best, and how many scores are in it and above.
+    """
+    kept = 0
+    lowest_bin, num_above = lowest
+    for at in range(num_chosen):
+        bin_ = min(np.int64(scores[at] * bins_per_score), len(bins) - 1)
+        if bin_ < lowest_bin:
+            continue
+        bins[bin_] += 1
+        num_above += 1
+        chosen[kept], scores[kept] = chosen[at], scores[at]
+        kept += 1
+        while num_above - bins[lowest_bin] >= top_k:
+            num_above -= bins[lowest_bin]
+            lowest_bin += 1
+    return kept, (lowest_bin, num_above)
 
 
 @inlined
@@ -150,6 +156,15 @@ def _num_summed(rests: NDArray[np.float64], floor: float) -> int:
 
 
 @inlined
+def _are_few(sums: NDArray[np.float32], least: float, extent: tuple[int, int]) -> bool:
+    """Whether to look up a term for the rows with sums of at least ``least`` is faster than to add all its postings."""
+    num_high, threshold = 0, np.float32(max(least, _TINY))
+    for index in range(len(sums)):  # without a branch: 16 rows at once
+        num_high += sums[index] >= threshold
+    return _LOOK_UP * num_high < extent[1] - extent[0]
+
+
+@inlined
 def _choose(
     sums: NDArray[np.float32],
     touched: NDArray[np.bool_],
@@ -172,11 +187,10 @@ def _choose(
         for at in range(len(part)):  # without a branch: 16 rows at once
             num_high += part[at] >= threshold
         if num_high:
-            for at in range(len(part)):
+            for at in range(len(part)):  # without a branch, because none could be foreseen
                 row = range_[0] + start + at
-                if part[at] >= threshold and (len(usable) == 0 or usable[row]):
-                    chosen[num_chosen], scores[num_chosen] = row, part[at]
-                    num_chosen += 1
+                chosen[num_chosen], scores[num_chosen] = row, part[at]
+                num_chosen += part[at] >= threshold and (len(usable) == 0 or usable[row])
         part[:] = 0
     return num_chosen
 
@@ -225,11 +239,11 @@ def _look_up(
 
 @inlined
 def _make_room(
-    rows: NDArray[np.int64], scores: NDArray[np.float32], floor: float
+    rows: NDArray[np.int64], scores: NDArray[np.float32], size: int, floor: float
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], int]:
-    """Drop the rows of a full list that are below the floor; a longer list if there are few."""
+    """Drop the rows of a full list that are below the floor; a longer list if half of it stays."""
     kept = 0
-    for at in range(len(rows)):
+    for at in range(size):
         if scores[at] >= floor:
             rows[kept], scores[kept] = rows[at], scores[at]
             kept += 1
@@ -240,9 +254,9 @@ def _make_room(
 
 
 @compiled(
-    types.Tuple((written(types.int64), written(types.float32), types.int64, types.int64))(
+    types.Tuple((written(types.int64), written(types.float32), types.int64))(
         *(_u32, _u16, _u32, _u16, _i64, _i64, _f32, types.int64, _u8, _i64, types.float64),
-        *(_f32, read_only(types.boolean), types.int64, written(types.float32), types.int64),
+        *(_f32, read_only(types.boolean), types.int64, written(types.int64), types.int64, types.float64),
     )
 )
 def best_rows(
@@ -260,10 +274,11 @@ def best_rows(
     norms: NDArray[np.float32],
     usable: NDArray[np.bool_],
     first: int,
-    heap: NDArray[np.float32],
-    size: int,
-) -> tuple[NDArray[np.int64], NDArray[np.float32], int, int]:
-    """The rows of a segment whose scores are above 0 and not below the lowest of the ``heap`` when it is full.
+    bins: NDArray[np.int64],
+    top_k: int,
+    limit: float,
+) -> tuple[NDArray[np.int64], NDArray[np.float32], int]:
+    """The rows of a segment whose scores are above 0 and among the ``top_k`` best, with some that are not.
 
     Args:
         rows: the rows that contain a term, ascending for each term.
@@ -280,36 +295,38 @@ def best_rows(
         norms: [n] the norm of each row.
         usable: [n] whether a row may be returned; empty if all may.
         first: number that the segment's first row has in the result.
-        heap: the best scores so far, of earlier segments; changed.
-        size: how many these are.
+        bins: how many scores of earlier segments are in each of equal parts of the range from 0 to ``limit``; changed.
+        top_k: how many rows are wanted, at least 1.
+        limit: what no score exceeds.
 
     Returns:
-        Rows, scores, the new size of the heap, and how many postings were read. Some rows may be below the heap's
-        lowest score in the end.
+        Rows, scores, and how many postings were read.
     """
     num, num_terms, lengths = len(norms), len(starts), (len(rows), len(added_rows), len(shares))
     _check(starts, ends, shares_at, num_texts, lengths, (num + RANGE - 1) // RANGE)
     begins, stops, rests = starts.copy(), np.empty(num_terms, np.int64), np.zeros(num_terms + 1, np.float64)
     sums, touched = np.zeros(RANGE, np.float32), np.zeros(RANGE // _GROUP, np.bool_)
     chosen, slots, scores = np.empty(RANGE, np.int64), np.zeros(RANGE, np.int64), np.empty(RANGE, np.float32)
-    found_rows, found_scores, found, num_read = np.empty(1024, np.int64), np.empty(1024, np.float32), 0, 0
+    found_rows, found_scores, found = np.empty(2 * RANGE, np.int64), np.empty(2 * RANGE, np.float32), 0
+    num_read, bins_per_score = 0, (len(bins) - 1) / max(limit, _TINY)
+    _, lowest = _keep_best(chosen, scores, 0, bins, bins_per_score, (0, bins.sum()), top_k)
     for begin in range(0, num, RANGE):
-        end = min(begin + RANGE, num)
+        end, floor = min(begin + RANGE, num), _BELOW * lowest[0] / bins_per_score
         for term in range(num_terms):
             stops[term] = _first_at_least(rows if term < num_texts else added_rows, begins[term], ends[term], end)
         _add_up(weights, begins, stops, shares, shares_at, begin // RANGE, factor, rests)
-        floor = np.float64(heap[0]) if size == len(heap) else 0.0
         if rests[0] == 0.0 or rests[0] * _ROUNDING < floor:
             begins[:] = stops
             continue
         num_summed = _num_summed(rests, floor)
-        for term in range(num_summed):
+        for term in range(num_terms):
             of_text, extent, weight = term < num_texts, (begins[term], stops[term]), weights[term]
+            if term >= num_summed and _are_few(sums[: end - begin], floor / _ROUNDING - rests[term], extent):
+                break
             postings, times = (rows, counts) if of_text else (added_rows, hundredths)
-            num_read += extent[1] - extent[0]
+            num_read, num_summed = num_read + extent[1] - extent[0], max(num_summed, term + 1)
             _add(sums, touched, postings, times, of_text, extent, (begin, end), weight, norms)
-        least = floor / _ROUNDING - rests[num_summed]
-        num_chosen = _choose(sums, touched, (begin, end), usable, least, chosen, scores)
+        num_chosen = _choose(sums, touched, (begin, end), usable, floor / _ROUNDING - rests[num_summed], chosen, scores)
         for term in range(num_summed, num_terms):
             of_text, extent, weight = term < num_texts, (begins[term], stops[term]), weights[term]
             postings, times = (rows, counts) if of_text else (added_rows, hundredths)
@@ -317,18 +334,15 @@ def best_rows(
             num_chosen = _look_up(
                 chosen, scores, num_chosen, least, postings, times, of_text, extent, (begin, end), weight, norms, slots
             )
-        for at in range(num_chosen):
-            if scores[at] < floor:
-                continue
-            if found == len(found_rows):
-                found_rows, found_scores, found = _make_room(found_rows, found_scores, floor)
-            found_rows[found], found_scores[found] = first + chosen[at], scores[at]
-            found, size = found + 1, _keep(heap, size, scores[at])
-            floor = np.float64(heap[0]) if size == len(heap) else 0.0
+        kept, lowest = _keep_best(chosen, scores, num_chosen, bins, bins_per_score, lowest, top_k)
+        if found + kept > len(found_rows):
+            found_rows, found_scores, found = _make_room(found_rows, found_scores, found, floor)
+        found_rows[found : found + kept], found_scores[found : found + kept] = first + chosen[:kept], scores[:kept]
+        found += kept
         begins[:] = stops
     if (begins != ends).any():
         raise ValueError("the rows of a term are not ascending")
-    return found_rows[:found].copy(), found_scores[:found].copy(), size, num_read
+    return found_rows[:found].copy(), found_scores[:found].copy(), num_read
 
 
 @inlined
