@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Passage, Section, SectionedPassage
-from d2llm.data import documents
+from d2llm.data import documents, ocr
 from d2llm.models.student import Student
 from d2llm.retrieval import upserting
 from d2llm.retrieval.chunking import Chunker, Chunking
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.sync import sync_documents
+from file_cases.pdf_cases import lines, pages
 from tiny_models import tiny_student_config, write_tiny_model
+
+PICTURE = b"q 100 0 0 100 0 0 cm BI /W 1 /H 1 /BPC 8 /CS /G ID \x00 EI Q"
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,9 @@ def test_only_changes_are_read(index, folder, monkeypatch):
     assert contents(index) == {"a.md#1": "the cat", "a.md#2": "the dog", "b.txt": "the house", "c.txt": "the river"}
     read: list[str] = []
     original = documents._as_documents
-    monkeypatch.setattr(documents, "_as_documents", lambda file, made: (read.append(file.id), original(file, made))[1])
+    monkeypatch.setattr(
+        documents, "_as_documents", lambda file, *made: (read.append(file.id), original(file, *made))[1]
+    )
     assert sync_documents(index, [folder]).num_unchanged == 3
     assert read == []
     write(folder / "a.md", "# A\nthe cat")
@@ -263,3 +269,60 @@ class TestLinks:
     def test_a_folder_that_is_given_may_be_a_link(self, index, linked, tmp_path):
         (tmp_path / "link").symlink_to(tmp_path / "outside")
         assert sync_documents(index, [tmp_path / "link"], follow_links=False).num_files == 2
+
+
+_TESSERACT = """#!/bin/sh
+if [ "$1" = --list-langs ]; then printf 'languages:\\neng\\ndeu\\n'; exit; fi
+cat > /dev/null
+printf 'level\\n5\\t1\\t1\\t1\\t1\\t1\\t0\\t0\\t9\\t9\\t95\\trecognised-in-%s\\n' "$4"
+"""
+
+
+@pytest.fixture
+def install_tesseract(tmp_path, monkeypatch) -> Iterator[Callable[[bool], None]]:
+    """Puts a program in the place of tesseract, which recognises its languages in every picture, or takes it away."""
+    program = tmp_path / "bin" / "tesseract"
+    program.parent.mkdir()
+
+    def install(there: bool) -> None:
+        if there:
+            program.write_text(_TESSERACT)
+            program.chmod(0o755)
+        else:
+            program.unlink(missing_ok=True)
+        ocr._installed_languages.cache_clear()
+
+    monkeypatch.setenv("PATH", f"{program.parent}:/bin")
+    ocr._installed_languages.cache_clear()
+    yield install
+    ocr._installed_languages.cache_clear()
+
+
+def test_files_with_pictures_are_read_again_when_recognition_changes(index, folder, install_tesseract):
+    pytest.importorskip("pypdfium2", reason="needs pypdfium2: pip install 'd2llm[documents]'")
+    (folder / "mixed.pdf").write_bytes(pages(lines("The cat."), PICTURE))
+    (folder / "plain.pdf").write_bytes(pages(lines("The dog.")))
+    (folder / "one.png").write_bytes(b"\x89PNG\r\n")
+
+    def recognised(**settings: str) -> tuple[int, list[str]]:
+        report = sync_documents(index, [folder], **settings)
+        texts = contents(index).items()
+        return report.num_files - report.num_unchanged, sorted(f"{n}: {t}" for n, t in texts if "recognised" in t)
+
+    in_english, in_german = (
+        [f"mixed.pdf#2: recognised-in-{language}", f"one.png: recognised-in-{language}"] for language in ("eng", "deu")
+    )
+    assert recognised() == (5, [])
+    assert {p.id: p.metadata.get("ocr") for p in index.get(["mixed.pdf", "plain.pdf", "b.txt"])} == {
+        "mixed.pdf": "none",
+        "plain.pdf": None,
+        "b.txt": None,
+    }
+    install_tesseract(True)
+    assert recognised() == (2, in_english)
+    assert recognised() == recognised(ocr="eng") == (0, in_english)
+    assert recognised(ocr="deu") == (2, in_german)
+    install_tesseract(False)
+    assert recognised() == (0, in_german)
+    assert recognised(ocr="none") == (1, [])
+    assert "one.png" not in contents(index)

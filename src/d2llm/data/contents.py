@@ -27,6 +27,7 @@ class FileContents:
 
     ``metadata`` are the fields of its front matter. A table has ``rows`` instead of sections: documents, whose ids are
     the numbers of the rows, or their own if the table ``is_corpus``. ``skipped`` are parts that were left out.
+    ``has_pictures``: some of its text is in pictures, whether or not it was recognised.
     """
 
     title: str
@@ -35,6 +36,7 @@ class FileContents:
     rows: tuple[Passage, ...] = ()
     is_corpus: bool = False
     skipped: tuple[SkippedPart, ...] = ()
+    has_pictures: bool = False
 
 
 class SectionWriter:

@@ -43,13 +43,13 @@ from d2llm.data.file_contents import (
     read_contents,
     readable_suffixes,
 )
-from d2llm.data.ocr import PICTURES, languages_of
+from d2llm.data.ocr import OFF, PICTURES, languages_of
 from d2llm.data.parser_workers import TextLimits, read_in_workers
 
 MAX_BYTES = 100 << 20
 """Larger files are skipped, unless another limit is given."""
 _LONG_BYTES = 1 << 20  # larger files are read by other processes, too, within the time that a file may take
-_FACTS = ("path", "modified", "file_bytes", "heading", "page", "num_passages", "row", "num_rows")
+_FACTS = ("path", "modified", "file_bytes", "heading", "page", "num_passages", "row", "num_rows", "ocr")
 EXCLUDED = (".*", "__pycache__/", "node_modules/", "site-packages/")
 """What is left out of folders besides what the user excludes, as in a ``.gitignore``."""
 
@@ -102,8 +102,8 @@ class DocumentFiles:
     (``data.parser_workers``), each within ``seconds_per_file`` and ``memory_per_file`` (bytes), and
     ``text_limits``, the most text that they may have. ``ocr`` are the languages of text in pictures
     (``data.ocr.languages_of``), "" if it is not recognised. ``skipped`` lists what could not be read so far, files and
-    parts of files; ``num_other`` counts files whose suffix is not among ``suffixes``, and ``links`` are symbolic links
-    that were not followed.
+    parts of files; ``num_other`` counts files whose suffix is not among ``suffixes``, of which ``pictures`` has the ids
+    of pictures, and ``links`` are symbolic links that were not followed.
     """
 
     files: list[DocumentFile]
@@ -114,6 +114,7 @@ class DocumentFiles:
     links: list[str] = field(default_factory=list[str])
     text_limits: TextLimits | None = None
     ocr: str = ""
+    pictures: list[str] = field(default_factory=list[str])
 
     @property
     def suffixes(self) -> Set[str]:
@@ -142,7 +143,7 @@ class DocumentFiles:
         with closing(read_in_workers(paths, **limits)) as outcomes:
             for file, is_elsewhere in zip(self.files, elsewhere, strict=True):
                 try:
-                    read = _parsed(file, next(outcomes)) if is_elsewhere else read_documents(file)
+                    read = _parsed(file, next(outcomes), self.ocr) if is_elsewhere else read_documents(file)
                     _refuse_known_rows(read, rows)
                 except UnreadableFileError as error:
                     self.skipped.append(SkippedFile(str(file.path), str(error), file.id))
@@ -208,6 +209,7 @@ def find_documents(
                 _add(documents, path, name, max_bytes)
             else:
                 documents.num_other += 1
+                documents.pictures += [name] if path.suffix.lower() in PICTURES else []
     if not documents.files:
         skipped = documents.skipped
         reasons = f", {len(skipped):,} were skipped ({skipped[0].reason})" if skipped else ""
@@ -244,16 +246,18 @@ def _is_read_elsewhere(file: DocumentFile) -> bool:
     return file.num_bytes > _LONG_BYTES or is_parsed(file.path.suffix.lower())
 
 
-def _parsed(file: DocumentFile, outcome: FileContents | UnreadableFileError) -> FileDocuments:
+def _parsed(file: DocumentFile, outcome: FileContents | UnreadableFileError, ocr: str) -> FileDocuments:
     if isinstance(outcome, UnreadableFileError):
         raise outcome
-    return _as_documents(file, outcome)
+    return _as_documents(file, outcome, ocr)
 
 
-def _as_documents(file: DocumentFile, contents: FileContents) -> FileDocuments:
+def _as_documents(file: DocumentFile, contents: FileContents, ocr: str = "") -> FileDocuments:
     facts: dict[str, MetadataValue] = {}
     if file.modified is not None:
         facts = {"path": file.id, "modified": file.modified, "file_bytes": file.num_bytes}
+    if contents.has_pictures:
+        facts["ocr"] = ocr or OFF
     # A field of the text with the name of one of ours keeps its value under another name.
     fields = {(f"own_{name}" if name.lower() in _FACTS else name): value for name, value in contents.metadata.items()}
     if contents.rows:

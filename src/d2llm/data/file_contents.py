@@ -65,10 +65,11 @@ def read_contents(path: Path, recogniser: Recogniser | None = None) -> FileConte
     title, metadata = "", dict[str, MetadataValue]()
     if suffix in TABLES:
         return _table(path, suffix)
-    skipped: tuple[SkippedPart, ...] = ()
+    skipped, has_pictures = tuple[SkippedPart, ...](), False
     if suffix in _READERS or suffix in _PDF | PICTURES:
         contents = _read_by_format(path, suffix, recogniser)
         title, sections, skipped = contents.title.removeprefix("Microsoft Word - "), contents.sections, contents.skipped
+        has_pictures = contents.has_pictures
     else:
         text = decoded_text(_read_bytes(path), with_declaration=suffix in _HTML)
         if suffix in _MARKDOWN:
@@ -85,7 +86,7 @@ def read_contents(path: Path, recogniser: Recogniser | None = None) -> FileConte
     sections = [section for section in sections if section.text.strip()]
     if not sections:
         raise UnreadableFileError("it has no text")
-    return FileContents(title, tuple(sections), metadata, skipped=skipped)
+    return FileContents(title, tuple(sections), metadata, skipped=skipped, has_pictures=has_pictures)
 
 
 def _read_by_format(path: Path, suffix: str, recogniser: Recogniser | None) -> FileContents:

@@ -153,4 +153,4 @@ def read_picture(path: Path, recogniser: Recogniser | None) -> FileContents:
     skipped = (SkippedPart(page_names(blank), NO_TEXT),) if blank and sections else ()
     if not sections:
         raise UnreadableFileError(NO_TEXT)
-    return FileContents("", sections, skipped=skipped)
+    return FileContents("", sections, skipped=skipped, has_pictures=True)

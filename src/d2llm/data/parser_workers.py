@@ -274,6 +274,7 @@ def _outcome(reply: dict[str, Any]) -> Outcome:
         tuple(rows),
         is_corpus=reply["is_corpus"],
         skipped=tuple(SkippedPart(name, reason) for name, reason in reply["skipped"]),
+        has_pictures=reply["has_pictures"],
     )
 
 
@@ -353,4 +354,5 @@ def _reply(reader: Reader, path: Path, recognisers: Sequence[Recogniser], chars:
         ],
         "is_corpus": contents.is_corpus,
         "skipped": [(part.name, part.reason) for part in contents.skipped],
+        "has_pictures": contents.has_pictures,
     }

@@ -80,6 +80,7 @@ class _Reader:
     def read(self) -> FileContents:
         pages: list[tuple[str, str, str]] = []
         unread: dict[str, list[int]] = {}
+        has_pictures = False
         for page_number in range(1, len(self._document) + 1):
             try:
                 page = self._document[page_number - 1]
@@ -90,6 +91,7 @@ class _Reader:
             with closing(page):
                 page_texts = self._read_page(page)
                 if not "".join(page_texts).strip() and self._has_picture(page):
+                    has_pictures = True
                     try:
                         page_texts = (self._recognise(page), "", "")
                     except UnreadableFileError as error:
@@ -106,7 +108,7 @@ class _Reader:
             raise UnreadableFileError(f"it has no text ({pictures[0].name}: {pictures[0].reason})")
         self._skipped += pictures
         title = " ".join(self._document.get_metadata_value("Title").replace("\0", "").split())
-        return FileContents(title, tuple(sections), skipped=tuple(self._skipped))
+        return FileContents(title, tuple(sections), skipped=tuple(self._skipped), has_pictures=has_pictures)
 
     def _read_page(self, page: Any) -> tuple[str, str, str]:
         """The text of a page, the fields of its form, and its notes."""

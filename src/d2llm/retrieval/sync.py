@@ -10,7 +10,8 @@ from itertools import chain
 from pathlib import Path
 
 from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, DEFAULT_SECONDS_PER_FILE, Passage
-from d2llm.data.documents import MAX_BYTES, SkippedFile, find_documents
+from d2llm.data.documents import MAX_BYTES, DocumentFile, SkippedFile, find_documents
+from d2llm.data.ocr import OFF
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.upserting import DocumentsReport
 from d2llm.store.index_manifest import Chunking
@@ -49,9 +50,11 @@ def sync_documents(
 ) -> SyncReport:
     """Make an index hold the documents below some paths as they are now.
 
-    A file whose size and time of modification are those of its document in the index is not read. Documents of other
-    files, which were indexed earlier, are deleted; passages that came from no file stay. After an interruption, repeat
-    the call. Arguments: ``data.documents.find_documents`` and ``Index.upsert_documents``.
+    A file whose size and time of modification are those of its document in the index is not read, unless text in its
+    pictures is now recognised in other languages (``ocr``), or was not before. If tesseract is no longer there, what it
+    has recognised stays; with ``ocr="none"`` it goes. Documents of other files, which were indexed earlier, are
+    deleted; passages that came from no file stay. After an interruption, repeat the call. Arguments:
+    ``data.documents.find_documents`` and ``Index.upsert_documents``.
 
     Raises:
         InputError: a path does not exist, there are no documents, or a document has the id of a passage that came from
@@ -75,9 +78,14 @@ def sync_documents(
         ocr=ocr,
     )
     known = _known_files(index)
-    unchanged = [
-        file for file in documents.files if known.get(file.id, _Known()).state == (file.modified, file.num_bytes)
-    ]
+    keeps_recognised = ocr is None and not documents.ocr
+
+    def is_unchanged(file: DocumentFile) -> bool:
+        before = known.get(file.id, _Known())
+        is_current = before.ocr in (None, documents.ocr or OFF) or keeps_recognised
+        return is_current and before.state == (file.modified, file.num_bytes)
+
+    unchanged = list(filter(is_unchanged, documents.files))
     changed = replace(documents, files=sorted(set(documents.files) - set(unchanged), key=lambda file: file.id))
     read_ids: set[str] = set()
     before: list[dict[str, str]] = []  # what the index had of the files that were read or are gone
@@ -89,7 +97,7 @@ def sync_documents(
             yield from contents.documents
 
     written = index.upsert_documents(read(), chunking, lenient_metadata=True, num_documents=changed.num_documents)
-    names = {file.id for file in documents.files}
+    names = {*(file.id for file in documents.files), *(documents.pictures if keeps_recognised else ())}
     unread = tuple(skipped.id for skipped in documents.skipped)
     gone = sorted(
         name for name in known.keys() - names if not any(name == path or name.startswith(f"{path}/") for path in unread)
@@ -114,15 +122,17 @@ def sync_documents(
 class _Known:
     """What an index has of a file: its passages with their documents, and its state (time of modification, size).
 
-    Without a state, an interrupted call has written only a part.
+    Without a state, an interrupted call has written only a part. ``ocr``: the languages in which text in its pictures
+    was recognised, or ``none``; None if it has no such pictures.
     """
 
     passages: dict[str, str] = field(default_factory=dict[str, str])
     state: tuple[datetime, int] | None = None
+    ocr: str | None = None
 
 
 _FILE = ("path", "modified", "file_bytes")
-_NUMBERS = ("num_passages", "row", "num_rows")
+_OTHERS = ("num_passages", "row", "num_rows", "ocr")
 
 
 def _known_files(index: Index) -> dict[str, _Known]:
@@ -131,21 +141,21 @@ def _known_files(index: Index) -> dict[str, _Known]:
     fields = set(tables[0].metadata.fields)
     if not any(map(len, tables)) or not set(_FILE) <= fields:
         return {}
-    names = ["id", "document_id", *_FILE, *(name for name in _NUMBERS if name in fields)]
+    names = ["id", "document_id", *_FILE, *(name for name in _OTHERS if name in fields)]
     known: dict[str, _Known] = {}
-    states: dict[str, set[tuple[datetime, int, int]]] = {}
+    states: dict[str, set[tuple[datetime, int, int, str | None]]] = {}
     counts: dict[str, Counter[tuple[int, int]]] = {}  # passages of each row, with how many it should have
     for record in chain.from_iterable(chain.from_iterable(table.batches(names) for table in tables)):
         path: str | None = record["path"]
         if path is None:
             continue
         passage: str = record["id"]
-        num_passages, row, num_rows = map(record.get, _NUMBERS)
+        num_passages, row, num_rows, ocr = map(record.get, _OTHERS)
         known.setdefault(path, _Known()).passages[passage] = record["document_id"] or passage
-        states.setdefault(path, set()).add((record["modified"], record["file_bytes"], num_rows or 1))
+        states.setdefault(path, set()).add((record["modified"], record["file_bytes"], num_rows or 1, ocr))
         counts.setdefault(path, Counter())[row or 0, num_passages or 1] += 1
     for path, (first, *others) in states.items():  # others: passages of an earlier state of the file
-        modified, size, num_rows = first
+        modified, size, num_rows, known[path].ocr = first
         is_whole = len(counts[path]) == num_rows and all(
             count == num_passages for (_, num_passages), count in counts[path].items()
         )
