@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from d2llm import Index, Passage
-from d2llm.core.errors import InputError
+from d2llm.core.errors import IndexMismatchError, InputError
 from d2llm.retrieval import reencode as module
 from d2llm.retrieval.reencode import reencode
 from d2llm.store.index_manifest import Chunking
@@ -69,6 +69,20 @@ def test_it_goes_on_after_an_interruption_and_brings_changes_over(folder: Path, 
     with Index.open(folder) as index:
         assert rows_of(index) == rows
         assert index.search("what swims?")[0].passage.id == "new"
+
+
+def test_an_open_index_says_when_another_has_taken_its_place(folder: Path):
+    """It does not mix the files of both."""
+    changed, unread = Index.open(folder), Index.open(folder)
+    assert len(unread) == len(changed) == 15
+    reencode(folder, NEW)
+    message = "has taken this one's place; open it again"
+    with pytest.raises(IndexMismatchError, match=message):
+        changed.upsert({"id": "new", "text": "Ducks swim in a pond."})
+    with pytest.raises(IndexMismatchError, match=message):
+        changed.search("who makes honey?")
+    with pytest.raises(IndexMismatchError, match=message):
+        unread.search("who makes honey?", sources="bm25")  # the words have not been read yet
 
 
 def test_what_would_be_lost_is_refused(folder: Path, tmp_path: Path):

@@ -114,7 +114,7 @@ class QueryPreparation:
             for start in range(0, len(all_queries), ENCODED_AT_ONCE):
                 asked = all_queries[start : start + ENCODED_AT_ONCE]
                 corrections = [dict[str, str]() for _ in asked]
-                if self._settings.typo_tolerance and vectors is None:
+                if vectors is None and self._settings.corrects_words(counts_words=self._weights.counts_words):
                     corrections = self._segments.corrections([query.text for query in asked], {})
                 block = [*map(corrected_query, asked, corrections)]
                 if self._expansion is None:

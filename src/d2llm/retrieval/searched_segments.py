@@ -66,24 +66,19 @@ class SearchedSegments:
             for position, segment in enumerate(index.segments)
         ]
 
-    @property
-    def uses_words(self) -> bool:
-        """Whether words count in the search."""
-        return bool(self._weights) or "bm25" in self.sources
-
     def corrections(self, texts: Sequence[str], missing: Missing) -> list[dict[str, str]]:
-        """The typing errors in queries (``find_corrections``); none if the search does not use words."""
+        """The typing errors in queries (``find_corrections``)."""
         segments = self._index.segments
 
         def count_words(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
             counts = self._ask(missing, lambda place, _: segments[place].count_words(hashes))
             return sum(counts.values(), np.zeros(len(hashes), np.int64))
 
-        return find_corrections(texts, count_words) if self.uses_words else [{} for _ in texts]
+        return find_corrections(texts, count_words)
 
     def words(self, queries: Sequence[Query], missing: Missing) -> list[QueryWords | None]:
         """The words of each query, weighted by how many passages have them, in all segments that answer."""
-        if not self.uses_words:
+        if not self._weights and "bm25" not in self.sources:
             return [None] * len(queries)
         texts = [query.text for query in queries]
         factors = term_factors(self._student, texts)

@@ -181,6 +181,10 @@ class SearchSettings(Settings):
         named: tuple[SourceName, ...] = self.sources or (("vectors", "bm25") if counts_words else ("vectors",))
         return named if self.hybrid is None or "bm25" in named else (*named, "bm25")
 
+    def corrects_words(self, *, counts_words: bool) -> bool:
+        """Whether typing errors are corrected: only where words count; ``counts_words`` as for ``proposers``."""
+        return self.typo_tolerance and (counts_words or "bm25" in self.proposers(counts_words=False))
+
     def check(self) -> None:
         """Check the combination of the settings.
 

@@ -209,10 +209,11 @@ class ServedIndex:
 
     async def _rank(self, version: OpenVersion, query: str, settings: SearchSettings, *, iem: bool) -> Ranking:
         """The ranking by the student alone: encoded, and then ranked, in batches with other queries."""
-        typed, find = query, partial(version.corrections, query, settings, iem=iem)
+        weights = version.weights(settings, iem=iem)
+        typed, find = query, partial(version.corrections, query, settings, weights)
         corrections = await asyncio.to_thread(find) if version.view.is_remote else find()
         query = corrected(query, corrections)
-        with_tokens = version.counts_tokens(settings, iem=iem)
+        with_tokens = "token" in weights.part_kinds
         encoded = await version.models.encode(
             [query], "query", instruction=settings.instruction, with_tokens=with_tokens
         )

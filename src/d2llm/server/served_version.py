@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import D2LLMError
 from d2llm.core.files import MANIFEST_NAME
 from d2llm.core.types import Query, Ranking, Task
+from d2llm.models.score_features import FeatureWeights
 from d2llm.retrieval.corrections import find_corrections
 from d2llm.retrieval.cosine import DotStudent
 from d2llm.retrieval.expansion import Expansion
@@ -115,12 +116,10 @@ class OpenVersion:
                 ["warm"], vectors=np.zeros((1, models.dim), np.float32)
             )
 
-    def counts_tokens(self, settings: SearchSettings, *, iem: bool) -> bool:
-        """Whether the scores of a search count the token embeddings."""
-        if not iem:
-            return False
-        weights = weights_for(self.view, self.student, settings.task or self.view.task, settings.score_features)
-        return "token" in weights.part_kinds
+    def weights(self, settings: SearchSettings, *, iem: bool) -> FeatureWeights:
+        """The weights of the score features in a search."""
+        student = self.student if iem else DotStudent(self.student)
+        return weights_for(self.view, student, settings.task or self.view.task, settings.score_features)
 
     def corpus(self, task: Task) -> IndexCorpus:
         """The index as the corpus of texts that are not in it."""
@@ -129,13 +128,9 @@ class OpenVersion:
                 self._corpora[task] = IndexCorpus(self.view, self.student, task, allow_missing=self._allow_missing)
             return self._corpora[task]
 
-    def corrections(self, query: str, settings: SearchSettings, *, iem: bool) -> dict[str, str]:
-        """The typing errors in a query (``find_corrections``); none if the search uses no words, or a shard is away."""
-        if not settings.typo_tolerance:
-            return {}
-        weights = weights_for(self.view, self.student, settings.task or self.view.task, settings.score_features)
-        counts_words = weights.counts_words and iem
-        if not counts_words and "bm25" not in settings.proposers(counts_words=False):
+    def corrections(self, query: str, settings: SearchSettings, weights: FeatureWeights) -> dict[str, str]:
+        """The typing errors in a query (``find_corrections``); none if words do not count, or a shard is away."""
+        if not settings.corrects_words(counts_words=weights.counts_words):
             return {}
         try:
             return find_corrections([query], self.view.count_words)[0]

@@ -213,8 +213,19 @@ class IndexStore:
         finally:
             self._lock.release()
 
+    @contextmanager
+    def reading(self) -> Generator[None]:
+        """Read files within it: they are found by the folder's name, so by now they may belong to another index.
+
+        Raises:
+            IndexMismatchError: they do, whatever else is wrong with them.
+        """
+        try:
+            yield
+        finally:
+            self._check_identity()
+
     def _check_identity(self) -> None:
-        """Files are found by folder name, so by now they may belong to another index."""
         if read_index_manifest(self.folder) != self.manifest:
             raise IndexMismatchError(f"{self.folder}: another index has taken this one's place; open it again")
 

@@ -56,19 +56,23 @@ class PassageView:
         """Open a version, the latest by default.
 
         ``corpus`` gives the statistics that BM25 uses if these passages are a part of a corpus (``WordIndex.within``).
+
+        Raises:
+            IndexMismatchError: another index has taken the place of the store's, as when something is first read later.
         """
         self.store = store
         self._corpus = corpus
         self.format = store.format
-        self._table = store.table(version)
+        with store.reading():
+            self._table = store.table(version)
+            stored_rows = self._table.rows()
+            self._vectors = store.vectors.read(self._table, stored_rows)
         self.version = self._table.version
         self.dim: int = store.manifest["dim"]
         self.task: Task = store.manifest["task"]
         self.student_fingerprint: str = store.manifest["student"]
-        stored_rows = self._table.rows()
         self.generation = int(stored_rows[0]) >> GENERATION_SHIFT if len(stored_rows) else 0
         self._len = len(stored_rows)
-        self._vectors = store.vectors.read(self._table, stored_rows)
         self.capacity = len(self._vectors.codes)
         live = np.zeros(self.capacity, np.bool_)
         live[stored_rows & ROW_MASK] = True
@@ -275,7 +279,8 @@ class PassageView:
     @cached_property
     def own_words(self) -> WordIndex:
         """``words``, scored by the statistics of these passages alone."""
-        words, problems = self.store.words(self._table, self.capacity)
+        with self.store.reading():
+            words, problems = self.store.words(self._table, self.capacity)
         if problems:
             remedy = "`d2llm index ... compact` or `verify --repair` writes them" if len(self) else ""
             _log.warning("%s: %s; %s", self.store.folder, "; ".join(problems), remedy)
@@ -292,7 +297,10 @@ class PassageView:
         return self._part_vectors("token")
 
     def _part_vectors(self, kind: PartKind) -> PartVectors | None:
-        return self.store.parts(self._table, kind, self.capacity) if kind in self.store.part_formats else None
+        if kind not in self.store.part_formats:
+            return None
+        with self.store.reading():
+            return self.store.parts(self._table, kind, self.capacity)
 
     def best_windows(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The highest inner product of a query [dim] with a window of each row [n] (``part_vectors.best_windows``)."""
