@@ -75,6 +75,19 @@ def test_the_same_model_opens_its_index_again_and_another_does_not(model, tmp_pa
         Index.create(tmp_path / "tiny.index", other, exist_ok=True, **settings)
 
 
+def test_a_student_is_not_left_beside_an_index_that_was_not_made(model, tmp_path):
+    (tmp_path / "tiny.index").mkdir()
+    (tmp_path / "tiny.index" / "mine").touch()
+    settings = {"device": "cpu", "dtype": "float32", "engine": "torch"}
+    with pytest.raises(InputError, match="files that d2llm did not make"):
+        Index.create(tmp_path / "tiny.index", model, **settings)
+    assert not (tmp_path / "tiny.index.student").exists()
+    write_untrained(model, tmp_path / "tiny.index.student")
+    with pytest.raises(InputError, match="files that d2llm did not make"):
+        Index.create(tmp_path / "tiny.index", model, **settings)
+    assert (tmp_path / "tiny.index.student" / "manifest.json").is_file()  # it was there before
+
+
 def test_less_similar_texts_make_words_count_more(model, tmp_path):
     student = Student.load(write_untrained(model, tmp_path / "student"), device="cpu", dtype="float32")
     weight = student.feature_weights("asymmetric").terms["window_bm25_fraction"]

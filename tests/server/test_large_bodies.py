@@ -60,6 +60,15 @@ ATTACKS = {
         lambda: b"{" + names(1_000_000) + b',"query":"\\ud83d"}',
         422,
     ),
+    "many documents of an agent": (
+        "/mcp",
+        lambda: many(
+            b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"upsert","arguments":{"documents":[',
+            b'{"id":"x","text":"a"}',
+            b"]}}}",
+        ),
+        413,
+    ),
     "a long model": ("/v1/embeddings", lambda: b'{"input":"x","model":"' + b"m" * SIZE + b'"}', 404),
     "a long filter": ("/v1/search", lambda: many(b'{"query":"x","filter":"', b"year = 1 AND year", b'"}'), 400),
     "a long id": ("/v1/explain", lambda: b'{"query":"x","passage_id":"' + b"i" * SIZE + b'"}', 422),

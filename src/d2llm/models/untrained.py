@@ -7,7 +7,10 @@ for queries) is refused rather than approximated.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
@@ -88,6 +91,18 @@ def write_untrained(model: SentenceTransformer | str | Path, folder: Path) -> Pa
         elif read_student_manifest(folder)[0]["fingerprint"] != student.fingerprint:
             raise InputError(f"{folder}: holds another student than this model makes; remove it, or take another name")
     return folder
+
+
+@contextmanager
+def untrained_beside(model: SentenceTransformer | str | Path, folder: Path) -> Generator[Path]:
+    """``write_untrained`` for what a block makes of it; if the block fails, a student that was written goes again."""
+    is_new = not folder.exists()
+    try:
+        yield write_untrained(model, folder)
+    except BaseException:
+        if is_new:
+            rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _with_backbone_of(folder: str, name: str, external: ExternalBiEncoder) -> Student:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
@@ -116,17 +117,29 @@ class Index(OpenIndex):
             IndexMismatchError: with ``exist_ok``, another student made the index there.
             ModelError: the student cannot be loaded.
         """
-        from d2llm.models.student import Student
-        from d2llm.models.untrained import is_bi_encoder, write_untrained
+        from d2llm.models.untrained import is_bi_encoder, untrained_beside
 
-        folder = Path(folder)
-        untrained = folder.with_name(f"{folder.name}.student") if is_bi_encoder(student) else None
-        if untrained is not None:
-            write_untrained(cast("SentenceTransformer", student), untrained)
-        maker = untrained or cast("SearchStudent | str | Path", student)
-        is_named = isinstance(maker, str | Path)
-        loaded = Student.load(maker, device=device, dtype=dtype, engine=engine) if is_named else maker
-        spec = IndexSpec.of(spec, **changes)
+        folder, spec = Path(folder), IndexSpec.of(spec, **changes)
+        make = partial(cls._create, folder, spec, exist_ok=exist_ok, device=device, dtype=dtype, engine=engine)
+        if not is_bi_encoder(student):
+            return make(cast("SearchStudent | str | Path", student), student_source)
+        with untrained_beside(cast("SentenceTransformer", student), folder.with_name(f"{folder.name}.student")) as made:
+            return make(made, f"../{made.name}")
+
+    @classmethod
+    def _create(
+        cls,
+        folder: Path,
+        spec: IndexSpec,
+        student: SearchStudent | str | Path,
+        source: str | None,
+        *,
+        exist_ok: bool,
+        **loading: Any,
+    ) -> Index:
+        from d2llm.models.student import Student
+
+        loaded = Student.load(student, **loading) if isinstance(student, str | Path) else student
         task = task_for(loaded, spec.task)
         spec = settled(spec, loaded, task)
         if exist_ok and (folder / MANIFEST_NAME).is_file():
@@ -138,9 +151,7 @@ class Index(OpenIndex):
                     "Index.open, or give another folder"
                 )
             return index
-        where = known_source(maker, folder) if student_source is None or is_named else student_source
-        where = where if untrained is None else f"../{untrained.name}"
-        stored = stored_spec(spec, loaded, where)
+        stored = stored_spec(spec, loaded, source or known_source(student, folder))
         fields = MetadataSchema(spec.metadata or {})
         return cls(Storage.create(folder, stored, num_shards=spec.num_shards, metadata=fields), loaded)
 

@@ -38,7 +38,7 @@ from d2llm.server.errors import (
     register_error_shape,
     without_places,
 )
-from d2llm.server.middleware import install_middleware
+from d2llm.server.middleware import AGENTS_PATH, install_middleware
 from d2llm.server.model_service import ModelService
 from d2llm.server.ray_students import StudentReplicas
 from d2llm.server.running import Lifecycle
@@ -85,8 +85,8 @@ def make_app(settings: ServeSettings) -> FastAPI:
         app.include_router(dialect.router)
         register_error_shape(dialect.PATHS, dialect.shape)
     app.include_router(page_routes.router)
-    app.router.routes.append(Route("/mcp", _AgentRoute(settings, private), methods=["POST"]))
-    register_error_shape(("/mcp",), json_rpc_shape)
+    app.router.routes.append(Route(AGENTS_PATH, _AgentRoute(settings, private), methods=["POST"]))
+    register_error_shape((AGENTS_PATH,), json_rpc_shape)
     install_middleware(app, settings, telemetry, lifecycle)
     return app
 

@@ -102,15 +102,16 @@ def most_values(max_body_bytes: int) -> int:
     return max(_MANY_VALUES, max_body_bytes // _BYTES_A_VALUE)
 
 
-def problem_of_body(body: bytes, max_body_bytes: int) -> Problem | None:
-    """What is wrong with a body before it is read as a request: too many values, or what ``problem_of_text`` says."""
-    most = most_values(max_body_bytes)
+def problem_of_body(body: bytes, max_body_bytes: int, *, of_agent: bool = False) -> Problem | None:
+    """What is wrong with a body before it is read as a request: too many values, or what ``problem_of_text`` says.
+
+    A body ``of_agent`` is parsed where all requests wait for it (by the protocol's library), so it may have fewer.
+    """
+    most = _MANY_VALUES if of_agent else most_values(max_body_bytes)
     if num_values(body) > most:
-        message = (
-            f"the body has more than {most:,} values (lists, objects, and what is in them), this server's limit with "
-            f"max_body_bytes = {max_body_bytes:,}; send fewer at a time"
-        )
-        return Problem(413, "too_large", message)
+        limit = "the limit for agents" if of_agent else f"this server's limit with max_body_bytes = {max_body_bytes:,}"
+        message = f"the body has more than {most:,} values (lists, objects, and what is in them), {limit}"
+        return Problem(413, "too_large", f"{message}; send fewer at a time")
     return problem_of_text(body, read_json)
 
 

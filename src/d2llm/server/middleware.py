@@ -54,6 +54,7 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _JSON = re.compile(r"application/(?:[\w.+-]+\+)?json", re.IGNORECASE)
 _INDEX_ADDRESS = re.compile(r"/indexes/(?P<name>[^/]+)(?P<path>/.*)?", re.DOTALL)
 _LONGEST_LENGTH = 20  # digits of a Content-Length; a number with more is cut, and still larger than every limit
+AGENTS_PATH = "/mcp"
 _PROBE = "/health"
 """Orchestrators request this by the machine's address, so its Host is not checked."""
 _LAST = {"Connection": "close"}  # unread body bytes would be parsed as the connection's next request
@@ -291,7 +292,7 @@ class BodyMiddleware:
             if read is None:
                 return
             if isinstance(read, bytes) and not takes_form:
-                read = await self._problem_of(read) or read
+                read = await self._problem_of(read, of_agent=scope["path"] == AGENTS_PATH) or read
         if isinstance(read, Problem):
             await send_problem(scope, receive, send, read)
             return
@@ -317,11 +318,11 @@ class BodyMiddleware:
             more = message.get("more_body", False)
         return bytes(body)
 
-    async def _problem_of(self, body: bytes) -> Problem | None:
+    async def _problem_of(self, body: bytes, *, of_agent: bool) -> Problem | None:
         """What is wrong with a JSON body, or None."""
         if len(body) <= LARGE_BYTES:
             return problem_of_text(body)
-        return await in_body_thread(partial(problem_of_body, body, self._max_body_bytes))
+        return await in_body_thread(partial(problem_of_body, body, self._max_body_bytes, of_agent=of_agent))
 
     def _problem_of_headers(self, method: str, headers: Headers, takes_form: bool) -> Problem | None:
         if _length_of(headers) > self._max_body_bytes:
