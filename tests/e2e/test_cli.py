@@ -21,7 +21,20 @@ from e2e.small_corpus import SENTENCES
 VERBS = [
     *("fit", "init", "run", "mine", "tune-teacher", "ensemble", "gate", "label", "distill", "distill-static"),
     *("fit-tokens", "fit-scores", "tune-reader", "methods"),
-    *("encode", "shard", "search", "serve", "mcp", "evaluate", "leaderboard", "probe", "ablate", "demo", "judge"),
+    *(
+        "encode",
+        "shard",
+        "search",
+        "serve",
+        "mcp",
+        "evaluate",
+        "leaderboard",
+        "mteb",
+        "probe",
+        "ablate",
+        "demo",
+        "judge",
+    ),
     *("duplicates", "cluster", "classify"),
     *("export", "push", "doctor", "size"),
 ]

@@ -65,7 +65,7 @@ from tiny_data import everyday
 from tiny_models import tiny_student_config, write_tiny_model, write_trained_student
 
 LIST = re.compile(r"\b(Iterable|Iterator|Sequence|Collection|list|tuple|set|frozenset|List|Tuple|Set)\[")
-RESULTS = {"AnswerContext", "Excerpt", "Explanation", "PairDataset", "RankedPassage", "Ranking"}
+RESULTS = {"AnswerContext", "Excerpt", "Explanation", "MtebReport", "PairDataset", "RankedPassage", "Ranking"}
 """Classes that d2llm makes and callers read."""
 OTHERS = {
     "Backbone.pad.ids": "rows of numbers",
@@ -289,6 +289,12 @@ def mteb_search(world: World, queries: Any, **options: Any) -> Any:
     return model.search(queries, top_k=2, **mteb_place(), **options)
 
 
+def mteb_values(world: World, **options: Any) -> list[float]:
+    pytest.importorskip("mteb")
+    report = adapter("mteb_run").run_mteb(world.student_folder, out=world.new(), device="cpu", **options)
+    return [row.value for row in report.rows]
+
+
 def distilled(world: World, sources: Any, closed_gates: Any = ()) -> Any:
     recipe = d2llm.Recipe(teacher=TeacherConfig(model="gone"))
     labels = world.root / "labels"
@@ -495,6 +501,8 @@ CASES: dict[str, tuple[One, Call]] = {
         lambda _: {"id": "12", "text": "a text"},
         lambda w, v: mteb_model(w).index(v, **mteb_place()),
     ),
+    "mteb_run.run_mteb.symmetric": (lambda _: "data", lambda w, v: mteb_values(w, tasks=str(w.data), symmetric=v)),
+    "mteb_run.run_mteb.tasks": (lambda w: str(w.data), lambda w, v: mteb_values(w, tasks=v)),
     "mteb.D2LLMModel.search.queries": (lambda _: {"id": "q", "text": "a text"}, mteb_search),
     "mteb.D2LLMModel.search.top_ranked": (
         lambda _: "12",

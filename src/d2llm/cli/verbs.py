@@ -29,6 +29,7 @@ _ORDER = (
         "index",
         "evaluate",
         "leaderboard",
+        "mteb",
         "probe",
         "ablate",
         "data",

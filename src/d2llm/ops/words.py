@@ -34,6 +34,8 @@ WORD_RULE = 1
 """The number of this rule. Raise it with every change of the words of any text: words by two rules are never mixed."""
 
 # Blocks of Unicode, by how they separate words.
+_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fffd]")
+_LETTER = re.compile(r"[^\W\d_]")
 _CHARACTERS = (  # Han, Kana without the middle dot, Hangul
     "\u1100-\u11ff\u3005-\u3007\u3040-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3130-\u318f\u31f0-\u31ff\u3400-\u4dbf"
     "\u4e00-\u9fff\ua960-\ua97f\uac00-\ud7ff\uf900-\ufaff\uff66-\uff9f\U0001aff0-\U0001b16f\U00020000-\U0003fffd"
@@ -177,6 +179,11 @@ def words(text: str) -> list[Span]:
 def needs_dictionary(text: str) -> bool:
     """Whether a dictionary decides which words a text has."""
     return not text.isascii() and _scripts().dictionary.search(text) is not None
+
+
+def is_mostly_han(text: str) -> bool:
+    """Whether more than half of a text's letters are Chinese characters."""
+    return 2 * len(_HAN.findall(text)) > len(_LETTER.findall(text))
 
 
 def rule_of_words(*, by_dictionary: bool) -> str:

@@ -8,7 +8,6 @@ table lacks counts as one that a single passage has, so names and words of other
 from __future__ import annotations
 
 import io
-import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,11 +18,8 @@ from numpy.typing import NDArray
 from d2llm.core.errors import DataFormatError
 from d2llm.core.files import write_bytes
 from d2llm.core.shipped import WordLanguage, background_words
-from d2llm.ops.words import WORD_RULE
+from d2llm.ops.words import WORD_RULE, is_mostly_han
 from d2llm.store.word_segment import WordSegment, WordStatistics, vocabulary_indices
-
-_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fffd]")
-_LETTER = re.compile(r"[^\W\d_]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +78,8 @@ class BackgroundWords:
 
 
 def background_for(query: str) -> BackgroundWords:
-    """The table for a query: Chinese if more than half of its letters are Han, otherwise English."""
-    num_han = len(_HAN.findall(query))
-    return _table("chinese" if 2 * num_han > len(_LETTER.findall(query)) else "english")
+    """The table for a query: Chinese or English."""
+    return _table("chinese" if is_mostly_han(query) else "english")
 
 
 @cache
