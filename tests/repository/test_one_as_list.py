@@ -242,7 +242,7 @@ class World:
 
 
 def adapter(name: str) -> Any:
-    pytest.importorskip({"sentence_transformers": "sentence_transformers"}.get(name, name))
+    pytest.importorskip({"mteb_run": "mteb"}.get(name, name))
     return importlib.import_module(f"d2llm.integrations.{name}")
 
 
