@@ -17,7 +17,7 @@ export PYTHON TORCH TORCH_PINNED EXTRAS
 export PYTHONDONTWRITEBYTECODE := # compiled modules are kept: the tests start Python hundreds of times
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-fast test-avx2 test-remote check docs fuzz bench clean
+.PHONY: help setup demo test test-all test-fast test-avx2 test-remote check docs fuzz campaign bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -69,6 +69,12 @@ docs: setup ## set up and build the documentation as a site, in site/; broken li
 
 fuzz: setup ## set up and send the server requests that its OpenAPI description allows, and others
 	@$(BIN)/python scripts/fuzz_api.py $(ARGS)
+
+campaign: setup ## set up and run every row of the campaign of faults to its full number of cases: hours
+	@set -e; for row in $$(grep -l '^ROW = Row(' tests/campaign/*.py); do \
+		OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=tests \
+			$(BIN)/python -m campaign.$$(basename $$row .py) $(ARGS); \
+	done
 
 bench: setup ## set up and run every benchmark, printing its table
 	@set -e; found=; for script in benchmarks/*.py; do \

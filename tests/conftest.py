@@ -47,7 +47,7 @@ NUMERIC_FILES = (
 
 # Left out by `make test-fast`, with what `make test` leaves out: folders that start programs, servers and browsers, and
 # slow files. Single tests are marked where they are.
-SLOW_FOLDERS = ("e2e",)
+SLOW_FOLDERS = ("campaign", "e2e")
 SLOW_FILES = (
     *("cli/verbs", "data/labels", "evaluation/evaluate", "models/engines/lean", "models/export/sentence_transformers"),
     *("models/external", "models/idle_parts", "models/remote/endpoint", "models/remote/pace"),
@@ -82,7 +82,7 @@ REST_FILES = (
 # are then in one test process and share a cluster; the longest, so that at the end no process waits for one of them.
 FIRST_FILES = (
     *("cluster", "server_ray", "ray_runner", "ray_verbs", "steps"),
-    *("training_memory", "index_damage", "store_crashes", "distill_processes", "plain_sentence_transformers"),
+    *("training_memory", "index_damage", "campaign", "distill_processes", "plain_sentence_transformers"),
 )
 
 

@@ -60,3 +60,10 @@ def test_a_plain_error_survives_pickling():
     error = pickle.loads(pickle.dumps(errors.IndexMismatchError("index a, student b")))
     assert type(error) is errors.IndexMismatchError
     assert str(error) == "index a, student b"
+
+
+def test_an_error_that_quotes_a_damaged_file_is_not_as_long_as_the_file():
+    message = str(errors.DataFormatError("a/b.jsonl", f"unknown field {'x' * 10_000_000}; use another", line=3))
+    assert len(message) < 9_000
+    assert message.startswith("a/b.jsonl:3: unknown field x")
+    assert message.endswith("x; use another")

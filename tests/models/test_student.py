@@ -376,6 +376,10 @@ def test_an_invalid_manifest_is_reported(tmp_path, llama):
     rewrite_manifest(tmp_path / "student", lambda manifest: manifest["config"].update(colour="blue"))
     with pytest.raises(DataFormatError, match=r"manifest.json: its configuration cannot be read .*colour"):
         load(tmp_path / "student")
+    rewrite_manifest(tmp_path / "student", lambda manifest: manifest["config"].pop("colour"))
+    rewrite_manifest(tmp_path / "student", lambda manifest: manifest.update(pooling=["mean"]))
+    with pytest.raises(DataFormatError, match=r"manifest.json: its pooling cannot be read .*should be a kind"):
+        load(tmp_path / "student")
     rewrite_manifest(tmp_path / "student", lambda manifest: manifest.pop("pooling"))
     with pytest.raises(DataFormatError, match=r"manifest.json: lacks pooling"):
         load(tmp_path / "student")

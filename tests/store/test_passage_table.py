@@ -318,3 +318,16 @@ def test_a_folder_that_cannot_be_written_is_read(table, tmp_path):
 def test_rows_of_records_leave_out_the_generation():
     assert rows_of([{"d2_row": 3 | 2 << 40}]).tolist() == [3]
     assert rows_of([]).dtype == np.int64
+
+
+def test_a_commit_between_the_reads_of_a_check_is_no_damage(tmp_path, table):
+    """Versions and passages are counted as of one moment; otherwise readers would be told to repair a whole index."""
+    writer, reader = PassageTable.open(tmp_path), PassageTable.open(tmp_path)
+
+    def write(statement):
+        if statement.startswith("SELECT version, num_passages FROM versions") and len(writer) == 5:
+            writer.put(_records([Passage("new", "text")], first_row=5))
+
+    reader._connection.set_trace_callback(write)
+    assert list(reader.problems()) == []
+    assert len(writer) == 6

@@ -29,6 +29,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+_MAX_HALF = 4_000  # characters at the start and at the end of a message
+
 
 class D2LLMError(Exception):
     """Base of every error that d2llm raises on purpose.
@@ -41,6 +43,12 @@ class D2LLMError(Exception):
         ...     print(type(error).__name__)
         DataFormatError
     """
+
+    def __init__(self, message: str = "") -> None:
+        left_out = len(message) - 2 * _MAX_HALF
+        if left_out > 0:  # a damaged line of a file may be as long as the file
+            message = f"{message[:_MAX_HALF]} ... ({left_out:,} characters) ... {message[-_MAX_HALF:]}"
+        super().__init__(message)
 
 
 class InputError(D2LLMError):

@@ -31,7 +31,8 @@ _DESCRIPTOR = re.compile(r"/(?:dev|proc/(self|\d+))/fd/(\d+)")
 _MAX_LINKS = 40  # as in Linux
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Make the names in a folder durable: without it, a power cut may undo a rename or a removal."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -155,7 +156,7 @@ def new_file(path: Path, *, mode: int | None = None) -> Generator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def write_bytes(path: Path, content: bytes, *, mode: int | None = None) -> None:
@@ -177,14 +178,14 @@ def replace_folder(source: Path, target: Path) -> None:
     """
     for path in (source, *source.rglob("*")):
         if path.is_dir():
-            _sync_directory(path)
+            sync_directory(path)
         elif path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists():
         source.rename(target)
-        _sync_directory(target.parent)
+        sync_directory(target.parent)
         return
     retired = _sibling(target, "old")
     target.rename(retired)
@@ -193,7 +194,7 @@ def replace_folder(source: Path, target: Path) -> None:
     except BaseException:
         retired.rename(target)
         raise
-    _sync_directory(target.parent)
+    sync_directory(target.parent)
     shutil.rmtree(retired, ignore_errors=True)
 
 

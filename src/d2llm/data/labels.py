@@ -415,7 +415,7 @@ def _read_table(folder: Path, kind: str, name: str, schema: Any, *, columns: lis
     try:
         with pq.ParquetFile(folder / kind / name, page_checksum_verification=True) as file:
             actual, table = file.schema_arrow, file.read(columns=columns)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged(folder, kind, name, str(error).splitlines()[0]) from error
     if not actual.equals(schema):
         raise _damaged(folder, kind, name, f"has the columns {actual.names}, expected {schema.names}")

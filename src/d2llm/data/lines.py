@@ -139,5 +139,5 @@ def parquet_rows(paths: Sequence[Path]) -> Iterator[tuple[int, Fields]]:
                     for row in batch.to_pylist():
                         row_number += 1
                         yield row_number, cast("Fields", row)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataFormatError(path, f"cannot be read as Parquet ({error}); write the file again") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
 
 from d2llm.core.errors import DataFormatError, MismatchError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
@@ -16,7 +17,7 @@ from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
 from d2llm.core.types import TASKS, Task
 from d2llm.models.sources import load_tensors
-from d2llm.recipe import CustomBackbone, StudentConfig, shaping_student_settings
+from d2llm.recipe import CustomBackbone, Pooling, StudentConfig, shaping_student_settings
 from d2llm.recipe.kinds import describe_kind
 
 if TYPE_CHECKING:  # importing torch takes seconds, and a wrong name should be reported without it
@@ -45,7 +46,10 @@ def read_student_manifest(folder: Path) -> tuple[dict[str, Any], StudentConfig]:
     if missing:
         raise DataFormatError(folder / MANIFEST, f"lacks {', '.join(sorted(missing))}; {RESTORE}")
     try:
+        Pooling.of(manifest["pooling"])
         return manifest, StudentConfig.model_validate(manifest["config"])
+    except PydanticCustomError as error:
+        raise DataFormatError(folder / MANIFEST, f"its pooling cannot be read ({error}); {RESTORE}") from error
     except ValidationError as error:
         located = [(".".join(map(str, ("config", *problem["loc"]))), problem) for problem in error.errors()]
         problems = [describe_kind(problem, key) or f"{key}: {problem['msg']}" for key, problem in located]

@@ -110,7 +110,10 @@ def read_checked(path: Path, *, compare: bool = True) -> Any:
         OSError: the file cannot be read.
         ValueError: the file is not JSON, or is not what was written.
     """
-    value = json.loads(path.read_bytes().decode("utf-8"))
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{path.name} is nested too deeply") from error
     stored = value.pop(_KEY, None) if isinstance(value, dict) else None
     if compare and (stored is None or stored != _json_checksum(value)):
         raise ValueError(f"{path.name} is not what was written")

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DamagedFileError, DataFormatError, IndexLockedError, IndexMismatchError, InputError
-from d2llm.core.files import MANIFEST_NAME, check_replaceable, folder_bytes, new_folder
+from d2llm.core.files import MANIFEST_NAME, check_replaceable, folder_bytes, new_folder, sync_directory
 from d2llm.core.shipped import name_student
 from d2llm.core.types import PART_KINDS, PART_NAMES, PartKind, Passage, is_text
 from d2llm.store import vector_file, word_files
@@ -479,6 +479,7 @@ class IndexStore:
                 retired = folder.with_name(f".{folder.name}.old")
                 shutil.rmtree(retired, ignore_errors=True)  # left by an interrupted removal
                 folder.rename(retired)
+                sync_directory(folder.parent)  # or a power cut might bring back the folder with a part of its files
                 shutil.rmtree(retired)
 
     def restore(self, name: str) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import D2LLMError, DataFormatError, InputError
-from d2llm.core.files import new_folder
+from d2llm.core.files import new_folder, sync_directory
 from d2llm.core.shipped import name_student
 from d2llm.core.types import PART_NAMES, PartKind
 from d2llm.store import ann, word_files
@@ -135,7 +135,9 @@ def _replace_table(folder: Path) -> None:
     with storage_errors(folder):
         for ending in ("-wal", "-shm"):
             (folder / f"{NAME}{ending}").unlink(missing_ok=True)
+        sync_directory(folder)  # after a power cut, too
         (folder / _FOLDER / NAME).replace(folder / NAME)
+        sync_directory(folder)
         (folder / _FOLDER).rmdir()
 
 

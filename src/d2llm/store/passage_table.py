@@ -161,10 +161,10 @@ class PassageTable:
         with self._reading() as run:
             rows = run("SELECT name, kind FROM fields WHERE born <= :version ORDER BY rowid").fetchall()
             found = run("SELECT num_passages, seconds FROM versions WHERE version = :version").fetchone()
-        if found is None:
-            raise self._gone()
-        self._len, self.written = int(found[0]), float(found[1])
-        self.metadata = MetadataSchema(dict(rows))
+            if found is None:
+                raise self._gone()
+            self._len, self.written = int(found[0]), float(found[1])
+            self.metadata = MetadataSchema(dict(rows))
 
     def __len__(self) -> int:
         return self._len
@@ -242,8 +242,12 @@ class PassageTable:
         """Read everything, earlier versions included, and report damage."""
         with self._reading() as run:
             yield from (line for (line,) in run("PRAGMA integrity_check(20)") if line != "ok")
-            lives = np.array(run("SELECT born, died FROM passages").fetchall(), np.int64).reshape(-1, 2)
-            versions = run("SELECT version, num_passages FROM versions").fetchall()
+            run("BEGIN", ())  # else a version that another process writes now would seem to lack its passages
+            try:
+                lives = np.array(run("SELECT born, died FROM passages").fetchall(), np.int64).reshape(-1, 2)
+                versions = run("SELECT version, num_passages FROM versions").fetchall()
+            finally:
+                run("ROLLBACK", ())
         for version, count in versions:
             found = int(np.count_nonzero((lives[:, 0] <= version) & (lives[:, 1] > version)))
             if found != count:

@@ -1,6 +1,6 @@
-"""A writer killed at any point leaves everything it had committed intact, and the lock free.
+"""F1: kill -9 at random points of upsert, delete, compaction, snapshot and restore of a store.
 
-``D2LLM_TEST_TIMES=10`` kills ten times as many writers, ``D2LLM_TEST_SEED`` makes them do other things.
+Afterwards the store opens, is what it was before or after the step that was cut off, and can be written to at once.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import json
 import os
 import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
+from campaign.frame import Outcome, Row, main
 from d2llm.core.types import Passage
-from d2llm.store.index_manifest import VectorCopies
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import verify
 from d2llm.store.view import PassageView
@@ -28,19 +28,20 @@ from tiny_store import check_contents, live_rows, new_store, put, vector_of
 from waiting import PATIENCE
 
 TESTS = Path(__file__).parents[1]
-TIMES = int(os.environ.get("D2LLM_TEST_TIMES", "1"))
+KILLS = 4  # one after the other, of the same store
 
 
 class Writers:
     """Writer processes, one at a time, all forked from a parent that has the libraries loaded."""
 
-    def __init__(self) -> None:
+    def __init__(self, **environment: str) -> None:
+        path = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
         self.mother = subprocess.Popen(
             [sys.executable, str(TESTS / "store_writer.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])},
+            env=os.environ | {"PYTHONPATH": path} | environment,
         )
         assert self.answer() == "ready"
 
@@ -62,16 +63,17 @@ class Writers:
         self.mother.stdin.flush()
         assert os.WTERMSIG(int(self.answer())) == signal.SIGKILL, "the writer failed instead of being killed"
         text = Path(task["log"]).read_text() if Path(task["log"]).exists() else ""
-        lines = text.split("\n")[:-1]  # the last line may be incomplete; the one before says as much
-        return json.loads(lines[-1]) if lines else {"now": task["state"]}
+        return last_entry(text, task["state"])
+
+    def end(self) -> None:
+        self.mother.kill()
+        self.mother.wait()
 
 
-@pytest.fixture(scope="module")
-def writers() -> Iterator[Writers]:
-    pool = Writers()
-    yield pool
-    pool.mother.kill()
-    pool.mother.wait()
+def last_entry(log: str, start: dict[str, Any]) -> dict[str, Any]:
+    """The last complete line of a writer's log; the one before an incomplete one says as much."""
+    lines = log.split("\n")[:-1]
+    return json.loads(lines[-1]) if lines else {"now": start}
 
 
 def _as_passages(state: dict[str, list[Any]]) -> dict[str, Passage]:
@@ -82,14 +84,14 @@ def _check_snapshots(store: IndexStore, last: dict[str, Any]) -> dict[str, Any]:
     """Checks that the snapshots are those from before or after the last step, with their contents; returns them."""
     after = last.get("next", last["now"])
     names = store.snapshots()
-    assert set(names) in (set(last["now"]["snapshots"]), set(after["snapshots"]))
+    assert set(names) in (set(last["now"]["snapshots"]), set(after["snapshots"])), f"the snapshots are {names}"
     known = last["now"]["snapshots"] | after["snapshots"]
     for name in names:
         check_contents(PassageView(IndexStore.open(store.snapshot_folder(name))), _as_passages(known[name]))
     return {name: known[name] for name in names}
 
 
-def _check_after(folder: Path, last: dict[str, Any]) -> dict[str, Any]:
+def check_after(folder: Path, last: dict[str, Any]) -> dict[str, Any]:
     """Checks that the store is intact, is as before or after the last step, and can be searched and written to."""
     store = IndexStore.open(folder)
     assert verify(store).problems == []
@@ -115,39 +117,35 @@ def _check_after(folder: Path, last: dict[str, Any]) -> dict[str, Any]:
     return {"passages": state, "snapshots": snapshots}
 
 
-def _start(folder: Path, vector_copies: VectorCopies) -> dict[str, Any]:
-    new_store(folder, vector_copies=vector_copies)
-    return {"passages": {}, "snapshots": {}}
+@contextmanager
+def prepare(folder: Path) -> Iterator[Callable[[random.Random], Outcome]]:
+    writers = Writers()
+
+    def case(chance: random.Random) -> Outcome:
+        root = folder / f"{chance.getrandbits(64):x}"
+        root.mkdir()
+        copies = chance.choice((1, 2))
+        new_store(root / "index", vector_copies=copies)
+        state: dict[str, Any] = {"passages": {}, "snapshots": {}}
+        steps = set[str]()
+        for kill in range(KILLS):
+            task = {"folder": str(root / "index"), "log": str(root / f"log-{kill}"), "state": state}
+            task["seed"] = chance.getrandbits(32)
+            if at_a_call := chance.random() < 0.6:
+                task |= {"kill_at": chance.randint(1, 60), "after": chance.random() < 0.5}
+            last = writers.run(task, seconds=None if at_a_call else chance.uniform(0.02, 0.4))
+            steps.add(last.get("does", "between two steps"))
+            state = check_after(root / "index", last)
+        shutil.rmtree(root)
+        return Outcome(f"{copies} {'copy' if copies == 1 else 'copies'} of the vectors", cases=KILLS)
+
+    try:
+        yield case
+    finally:
+        writers.end()
 
 
-@pytest.mark.parametrize(("vector_copies", "num_kills"), [(2, 8), (1, 6)])
-def test_a_writer_killed_at_any_time(tmp_path, writers, vector_copies, num_kills):
-    steps_hit = _kill(writers, tmp_path, vector_copies, num_kills, lambda rng: ({}, rng.uniform(0.02, 0.4)))
-    assert len({*steps_hit}) >= 2  # kinds of write; which ones, depends on the timing
+ROW = Row("store_kills", "F1", 1_000, prepare)
 
-
-@pytest.mark.parametrize(("vector_copies", "num_kills"), [(2, 12), (1, 10)])
-def test_a_writer_killed_before_or_after_a_write_call(tmp_path, writers, vector_copies, num_kills):
-    def at_a_call(rng):
-        return {"kill_at": rng.randint(1, 40), "after": rng.random() < 0.5}, None
-
-    steps_hit = _kill(writers, tmp_path, vector_copies, num_kills, at_a_call)
-    assert len({*steps_hit}) >= 3
-    assert "upsert" in steps_hit  # the most common step
-
-
-def _kill(writers, tmp_path, vector_copies, num_kills, choose):
-    """Kills writers, each as ``choose`` says (what it is told, and seconds); returns what each was doing."""
-    seed = int(os.environ.get("D2LLM_TEST_SEED", "5"))
-    rng = random.Random(seed)
-    folder, log = tmp_path / "index", tmp_path / "log"
-    state, steps_hit = _start(folder, vector_copies), []
-    for number in range(TIMES * num_kills):
-        log.unlink(missing_ok=True)
-        told, seconds = choose(rng)
-        task = {"folder": str(folder), "log": str(log), "state": state, "seed": seed * 1000 + number} | told
-        last = writers.run(task, seconds=seconds)
-        print("seed", task["seed"], told, "killed in", last.get("does", "between two steps"))
-        steps_hit.append(last.get("does"))
-        state = _check_after(folder, last)
-    return steps_hit
+if __name__ == "__main__":
+    main(ROW)

@@ -1,0 +1,131 @@
+"""What the rows of the campaign of faults share: cases drawn from a seed, up to a count, and a JSON of what happened.
+
+    PYTHONPATH=tests python -m campaign.histories --count 1000 --minutes 30
+
+A run continues where its JSON ends if that has the same seed; ``make campaign`` runs every row to its full count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from d2llm.core.files import write_json
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "campaign"
+_PATHS = re.compile(rf"{re.escape(str(Path(__file__).parents[2]))}/|/\S*(?=/lib/python)")
+"""Folders of this machine, which a JSON does not name."""
+_SAVED_EVERY = 20.0  # seconds
+
+
+class Outcome(NamedTuple):
+    """What a case was, in a few words that are counted, and what must not have happened ("" : nothing)."""
+
+    kind: str
+    fault: str = ""
+    cases: int = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table in docs/reliability.md.
+
+    Attributes:
+        name: of its module and JSON.
+        id: F1 to F10.
+        full: the number of cases of a full run.
+        prepare: given an empty folder, yields what runs the case of a generator of random numbers.
+    """
+
+    name: str
+    id: str
+    full: int
+    prepare: Callable[[Path], AbstractContextManager[Callable[[random.Random], Outcome]]]
+
+
+@dataclass
+class Result:
+    """What a JSON holds: ``faults`` by the number that draws the case."""
+
+    id: str
+    seed: int
+    full: int
+    reached: int = 0
+    draws: int = 0
+    seconds: float = 0.0
+    kinds: dict[str, int] = field(default_factory=dict[str, int])
+    faults: dict[str, str] = field(default_factory=dict[str, str])
+
+
+def _load(row: Row, seed: int, path: Path | None) -> Result:
+    if path is not None and path.exists():
+        found = Result(**json.loads(path.read_text(encoding="utf-8")))
+        if found.seed == seed:
+            return found
+    return Result(row.id, seed, row.full)
+
+
+def run(
+    row: Row, count: int, *, seed: int = 1, minutes: float = float("inf"), path: Path | None = None, only: int = -1
+) -> Result:
+    """Run cases of a row until ``count`` are reached or ``minutes`` are over; ``only`` repeats that draw alone."""
+    result = Result(row.id, seed, row.full, draws=only) if only >= 0 else _load(row, seed, path)
+    kinds = Counter(result.kinds)
+    began, before, saved = time.monotonic(), result.seconds, time.monotonic()
+
+    def save() -> None:
+        result.kinds = dict(sorted(kinds.items()))
+        result.seconds = round(before + time.monotonic() - began, 1)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, asdict(result))
+
+    with tempfile.TemporaryDirectory() as folder, row.prepare(Path(folder)) as case:
+        while result.reached < count and time.monotonic() < began + 60 * minutes:
+            try:
+                outcome = case(random.Random(seed * 1_000_000 + result.draws))
+            except Exception:  # noqa: BLE001 - whatever a case did not expect must not have happened
+                outcome = Outcome("fault", traceback.format_exc())
+            if outcome.fault:
+                result.faults[str(result.draws)] = _PATHS.sub("", outcome.fault.replace(folder, "FOLDER"))[-2_000:]
+            kinds[outcome.kind] += outcome.cases
+            result.reached += outcome.cases
+            result.draws += 1
+            if only >= 0:
+                break
+            if time.monotonic() > saved + _SAVED_EVERY:
+                saved = time.monotonic()
+                save()
+    save()
+    return result
+
+
+def main(row: Row) -> None:
+    """The command line of a row; exits with 1 if anything happened that must not."""
+    parser = argparse.ArgumentParser(description=f"{row.id}: {row.name}")
+    parser.add_argument("--count", type=int, default=row.full)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--json", type=Path, default=RESULTS / f"{row.name}.json")
+    parser.add_argument("--only", type=int, default=-1, help="repeat this draw alone, and write no JSON")
+    options = parser.parse_args()
+    path = None if options.only >= 0 else options.json
+    result = run(row, options.count, seed=options.seed, minutes=options.minutes, path=path, only=options.only)
+    print(f"{row.id} {row.name}: {result.reached:,} of {row.full:,} cases in {result.seconds:,.0f} s")
+    for kind, number in sorted(result.kinds.items(), key=lambda item: -item[1]):
+        print(f"{number:9,}  {kind}")
+    for draw, fault in result.faults.items():
+        print(f"draw {draw}: {fault}")
+    sys.exit(bool(result.faults))

@@ -1,0 +1,126 @@
+"""A few cases of each row of the campaign, and that its checkers can find what they look for."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from campaign import frame, histories, malformed_files, power_cuts, store_kills
+from campaign.histories import Call, is_linearizable
+from campaign.power_cuts import Disk, File
+
+ROWS = {
+    histories.ROW: 6,
+    malformed_files.ROW: 60,
+    power_cuts.ROW: 20,
+    store_kills.ROW: 12,
+}
+"""How many cases of a full run are drawn here."""
+pytestmark = pytest.mark.timeout(1200)
+
+
+@pytest.mark.parametrize(("row", "count"), ROWS.items(), ids=[row.name for row in ROWS])
+def test_a_few_cases(row: frame.Row, count: int, tmp_path: Path):
+    if row is power_cuts.ROW and shutil.which("cc") is None:
+        pytest.skip("needs a C compiler, cc")
+    path = tmp_path / "result.json"
+    command = [sys.executable, "-m", f"campaign.{row.name}", "--count", str(count), "--seed", "7", "--json", path]
+    variables = {
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    ended = subprocess.run(
+        command, env=os.environ | variables, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert ended.returncode == 0, ended.stdout[-5_000:] + ended.stderr[-5_000:]
+    assert json.loads(path.read_text())["reached"] >= count
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, cc")
+def test_a_store_that_does_not_sync_its_table_loses_commits(monkeypatch: pytest.MonkeyPatch):
+    read = power_cuts.read_log
+
+    def without_syncs(path: Path) -> list[power_cuts.Call]:
+        return [call for call in read(path) if call.name != "sync" or "passages.db" not in call.path]
+
+    monkeypatch.setattr(power_cuts, "read_log", without_syncs)
+    assert frame.run(power_cuts.ROW, 2, seed=7).faults
+
+
+def test_every_script_is_a_row():
+    scripts = {path.stem for path in Path(__file__).parent.glob("*.py") if "\nROW = Row(" in path.read_text()}
+    assert scripts == {row.name for row in ROWS}
+
+
+def test_a_run_continues_where_it_ended(tmp_path: Path):
+    seen: list[float] = []
+
+    class Prepared:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def __call__(self, chance: random.Random) -> frame.Outcome:
+            seen.append(chance.random())
+            if len(seen) == 2:
+                raise ValueError("not expected")
+            return frame.Outcome("fine")
+
+    row = frame.Row("none", "F0", 3, lambda _: Prepared())
+    path = tmp_path / "none.json"
+    frame.run(row, 2, path=path)
+    result = frame.run(row, 3, path=path)
+    assert len({*seen}) == len(seen) == result.reached == 3
+    assert result.kinds == {"fault": 1, "fine": 2}
+    assert "ValueError: not expected" in result.faults["1"]
+    assert str(Path(__file__).parents[2]) not in path.read_text()
+    assert frame.run(row, 1, path=path, seed=2).reached == 1
+
+
+UPSERT = Call("upsert", {"a": "1", "b": "1"}, None, 0, 5)
+
+
+@pytest.mark.parametrize(
+    ("calls", "expected"),
+    [
+        ([UPSERT, Call("get", ["a"], {}, 6, 7)], False),  # a lost write
+        ([UPSERT, Call("get", ["a"], {}, 4, 7)], True),
+        ([UPSERT, Call("get", ["a"], {"a": "1"}, 1, 2), Call("search", None, {}, 3, 4)], False),  # went back in time
+        ([UPSERT, Call("search", None, {"a": "1"}, 6, 7)], False),  # half a commit
+        ([UPSERT._replace(ended=float("inf")), Call("get", ["a"], {}, 6, 7)], True),  # of a killed process
+        ([UPSERT, Call("delete", ["a"], 0, 6, 7)], False),
+        ([UPSERT, Call("delete", ["a"], 1, 6, 7), Call("search", None, {"b": "1"}, 8, 9)], True),
+        ([Call("verify", None, ["a problem"], 0, 1)], False),
+    ],
+)
+def test_what_is_linearizable(calls: list[Call], expected: bool):
+    assert is_linearizable(calls) is expected
+
+
+def test_what_a_power_cut_leaves(tmp_path: Path):
+    """Without a sync, nothing is certain; with it, everything is. A lost name takes its file with it."""
+    (tmp_path / "old").write_bytes(b"old")
+    disk = Disk(tmp_path)
+    new = power_cuts.Call("write", "new", "", 0, b"abc")
+    for call in [new._replace(name="create"), new, new._replace(path="old")]:
+        disk.do(call)
+    lost = [disk.after_a_cut(random.Random(seed)) for seed in range(40)]
+    assert {"new" in names for names in lost} == {True, False}
+    file = disk.names["old"]
+    assert isinstance(file, File)
+    assert (file.content(lambda: False), file.content(lambda: True)) == (b"old", b"abc")
+    for path, name in (("old", "sync"), ("new", "sync"), (".", "sync-folder")):
+        disk.do(power_cuts.Call(name, path, "", 0, b""))
+    kept = [disk.after_a_cut(random.Random(seed)) for seed in range(20)]
+    assert all("new" in names for names in kept)
+    assert file.content(lambda: False) == b"abc"
