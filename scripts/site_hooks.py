@@ -24,6 +24,7 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 import d2llm
+from d2llm.core import errors
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = "repository"
@@ -103,12 +104,20 @@ def api_pages(root: Path) -> dict[str, str]:
         raise PluginError("the groups in d2llm's docstring and d2llm.__all__ have different names")
     homes = vars(d2llm)["_HOME_OF"]  # so that nothing is imported
     written = {
-        address: _api_page(f"Python: {title}", {name: f"{homes[name]}.{name}" for name in names})
+        address: _api_page(
+            f"Python: {title}", {each: f"{homes[name]}.{each}" for name in names for each in _with_kinds(name)}
+        )
         for address, (title, names) in pages.items()
     }
     texts = [page.read_text(encoding="utf-8") for page in (root / "docs").rglob("*.md") if page.parent.name != "log"]
     others = sorted({name for text in texts for name in NAME.findall(text) if _is_defined(name)})
     return written | {"api/submodules.md": _api_page("Python: submodules", {name: name for name in others})}
+
+
+def _with_kinds(name: str) -> list[str]:
+    """A public name; after the base of all errors also the others, in the order of their module."""
+    kinds = [each.__name__ for each in vars(errors).values() if getattr(each, "__module__", "") == errors.__name__]
+    return kinds if name == kinds[0] else [name]
 
 
 def _api_page(title: str, names: dict[str, str]) -> str:

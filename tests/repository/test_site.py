@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 import d2llm
+from d2llm.core import errors
 
 pytest.importorskip("mkdocs", reason="needs MkDocs: pip install 'd2llm[docs]'")
 ROOT = Path(__file__).parents[2]
@@ -124,6 +126,15 @@ def test_every_public_name_is_described_with_its_example(site: Path):
     assert {name: len(found) for name, found in described.items()} == dict.fromkeys(names, 1)
     for name in ("Index", "SearchSettings", "fit"):
         assert re.search(r"&gt;&gt;&gt;.*?</pre>", described[name][0].partition("<h2")[0], flags=re.DOTALL), name
+
+
+def test_every_error_is_described_with_what_to_do(site: Path):
+    page = (site / "api" / "rest.html").read_text(encoding="utf-8")
+    kinds = [name for name, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, BaseException)]
+    assert len(kinds) == 20
+    for name in kinds:
+        section = re.split(rf'<h2 id="d2llm\.core\.errors\.{name}"', page)[1].partition("<h2")[0]
+        assert section.count("<p>") >= 2, f"{name}: says when it is raised, but not what to do"
 
 
 def test_a_setting_has_its_type_and_help_and_a_function_of_a_page_its_place(site: Path):
