@@ -11,6 +11,7 @@ from d2llm.core.errors import IndexMismatchError, InputError
 from d2llm.models.token_vectors import TokenProjection
 from late_import import late_import
 from tiny_models import TEXTS, write_tiny_model, write_trained_student
+from tiny_server import tiny_settings
 
 library = late_import("sentence_transformers", reason="pip install 'd2llm[sentence-transformers]'")
 integration = late_import("d2llm.integrations.sentence_transformers")
@@ -89,6 +90,20 @@ def test_documents_are_split_and_another_model_is_refused(plain, tmp_path):
     other = integration.StudentWithTokens(plain, write_colbert(tmp_path, seed=1))
     with pytest.raises(IndexMismatchError):
         Index.open(tmp_path / "tiny.index", other).search(QUERY)
+
+
+def test_a_server_refuses_such_an_index_with_the_reason(plain, tmp_path):
+    pytest.importorskip("fastapi", reason="needs the extra 'serve'")
+    from d2llm.server.app import load_models
+    from d2llm.server.telemetry import Telemetry
+
+    plain.save(tmp_path / "plain")
+    index = Index.create(tmp_path / "tiny.index", integration.StudentWithTokens(plain, write_colbert(tmp_path)))
+    with pytest.raises(InputError, match="does not say where its student is"):
+        load_models(tiny_settings(index.folder), Telemetry(), [], index.storage)
+    named = tiny_settings(index.folder, student=str(tmp_path / "plain"), device="cpu")
+    with pytest.raises(IndexMismatchError, match=r"has None; use .*StudentWithTokens exists only in Python"):
+        load_models(named, Telemetry(), [], index.storage)
 
 
 def test_a_weight_of_0_is_refused(plain, tmp_path):

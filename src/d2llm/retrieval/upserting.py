@@ -251,7 +251,8 @@ def check_projection(storage: Storage, student: SearchStudent) -> None:
     if projection != made_by:
         raise IndexMismatchError(
             f"{storage.folder}: its token embeddings were made by projection {made_by}, but the student has "
-            f"{projection}; use the student that made the index, or index the corpus again"
+            f"{projection}; use the student that made the index (a StudentWithTokens exists only in Python), or index "
+            "the corpus again"
         )
 
 

@@ -28,6 +28,7 @@ from d2llm.models.student_files import read_student_manifest
 from d2llm.retrieval.open_index import find_source
 from d2llm.retrieval.protocols import task_for
 from d2llm.retrieval.segments import IndexView
+from d2llm.retrieval.upserting import check_projection
 from d2llm.runners.runner import find_runner
 from d2llm.server import corpus_routes, native, page_routes
 from d2llm.server.dialects import DIALECTS
@@ -191,7 +192,7 @@ def load_models(
 
     Raises:
         InputError: no student is named, or the index does not say where its student is.
-        IndexMismatchError: the named student did not make the index.
+        IndexMismatchError: the named student did not make the index, or not its token embeddings.
         D2LLMError: the student cannot be loaded.
     """
     name = settings.student
@@ -208,6 +209,8 @@ def load_models(
         store.check_student(manifest["fingerprint"])  # before the weights are loaded
     student = Student.load(folder, device=settings.device, dtype=settings.dtype, engine=settings.engine)
     if store is not None:
+        if store.manifest["token_projection"] is not None:
+            check_projection(store, student)
         task_for(student, store.manifest["task"])  # warns
     calibrated = ", ".join(sorted(student.calibration.tasks)) or "no task (they are sigmoids of the score)"
     _log.info("relevance scores are calibrated probabilities for %s", calibrated)
