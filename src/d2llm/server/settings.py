@@ -98,7 +98,7 @@ class ServeSettings(BaseModel):
         Shown(metavar="KIND:MODEL"),
     )
     writer: str | None = setting(
-        None, "A language model that can expand queries; see writers.md.", Shown(metavar="MODEL")
+        None, "A language model that can expand or rewrite queries; see writers.md.", Shown(metavar="MODEL")
     )
     writer_endpoint: str | None = Field(
         default=None, description="OpenAI-compatible endpoint of the writer, up to /v1; without it, it runs here."
