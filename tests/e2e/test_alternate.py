@@ -138,7 +138,7 @@ def test_a_recipe_that_cannot_alternate_is_refused(recipe: Recipe, tmp_path: Pat
     nested = recipe.model_copy(update={"losses": recipe.losses.with_losses({"nested_cross_entropy": {"dims": (4,)}})})
     with pytest.raises(InputError, match="nested_cross_entropy is trained on judgements"):
         recipe_of_round(nested, 1, "before")
-    first = recipe.training.model_copy(update={"pretraining": Pretraining.of("simcse")})
+    first = recipe.training.model_copy(update={"pretraining": (Pretraining.of("simcse"),)})
     with pytest.raises(InputError, match="pretraining prepares the backbone of a new student"):
         recipe_of_round(recipe.model_copy(update={"training": first}), 1, "start")
     with pytest.raises(InputError, match="dual_head has a head for judgements"):

@@ -47,6 +47,12 @@ def scores() -> tuple[Tensor, Tensor]:
     return logits, teacher
 
 
+def vectors() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    queries, passages = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in ROLES.shape)
+    return queries, passages.T
+
+
 def features() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     student = torch.randn(*ROLES.shape, 3, generator=generator, dtype=torch.float64)
@@ -67,7 +73,7 @@ def list_loss(logits: Tensor, teacher: Tensor) -> Tensor:
 
 
 def recalibrated(logits: Tensor, teacher: Tensor) -> Tensor:
-    return losses.recalibrated_imitation(logits, teacher, POSITIVES, USED)
+    return losses.recalibrated_imitation(logits, teacher, POSITIVES, USED, threshold=0.3, smoothing=0.2)
 
 
 def weighted(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -104,7 +110,19 @@ def margins(logits: Tensor, teacher: Tensor) -> Tensor:
 
 
 def order(logits: Tensor, teacher: Tensor) -> Tensor:
-    return losses.plackett_luce(logits, teacher, USED)
+    return losses.listmle(logits, teacher, USED)
+
+
+def weighted_order(logits: Tensor, teacher: Tensor) -> Tensor:
+    return losses.plackett_luce(logits, teacher, POSITIVES, USED)
+
+
+def focused(logits: Tensor, teacher: Tensor) -> Tensor:
+    return losses.in_batch_cross_entropy(logits, POSITIVES, USED, focus=0.5)
+
+
+def angles(logits: Tensor, teacher: Tensor) -> Tensor:
+    return losses.angular_margin(logits, teacher.T, POSITIVES, HARDS | EASIES, margin=0.4)
 
 
 def ranknet(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -116,7 +134,7 @@ def lambdarank(logits: Tensor, teacher: Tensor) -> Tensor:
 
 
 def transport(logits: Tensor, teacher: Tensor) -> Tensor:
-    return losses.sinkhorn(logits, teacher, USED, smoothing=0.5, num_rounds=3)
+    return losses.sinkhorn(logits, teacher, USED, temperature=2.0, smoothing=0.5, num_rounds=3)
 
 
 # the loss, its inputs, and the mask of entries it reads
@@ -133,7 +151,9 @@ CASES = [
     pytest.param(subclasses, features, LISTS, id="subclass_imitation"),
     pytest.param(regression, scores, USED, id="score_regression"),
     pytest.param(margins, scores, USED, id="margin_mse"),
-    pytest.param(order, scores, USED, id="plackett_luce"),
+    pytest.param(order, scores, USED, id="listmle"),
+    pytest.param(weighted_order, scores, USED, id="plackett_luce"),
+    pytest.param(focused, scores, USED, id="in_batch_cross_entropy, focused"),
     pytest.param(ranknet, scores, USED, id="ranknet"),
     pytest.param(lambdarank, scores, USED, id="lambdarank"),
     pytest.param(transport, scores, USED, id="sinkhorn"),
@@ -247,6 +267,43 @@ def reference_order(z: np.ndarray, s: np.ndarray) -> float:
     return mean_over_queries(terms, num_counted=7)
 
 
+def reference_weighted_order(z: np.ndarray, s: np.ndarray) -> float:
+    def terms(i: int) -> list[float]:
+        known, total = members(POSITIVES, i), sum(math.exp(s[i, j]) for j in members(USED, i))
+        left = sorted(members(USED, i), key=lambda j: (j not in known, -s[i, j], j))
+        value = 0.0
+        while left:
+            chosen = math.exp(z[i, left[0]]) / sum(math.exp(z[i, j]) for j in left)
+            value -= math.exp(s[i, left[0]]) / total * math.log(chosen)
+            left.pop(0)
+        return [value] if total else []
+
+    return mean_over_queries(terms, num_counted=7)
+
+
+def reference_focused(z: np.ndarray, s: np.ndarray) -> float:
+    def terms(i: int) -> list[float]:
+        negatives = sum(math.exp(z[i, k]) for k in members(HARDS | EASIES, i))
+        found = [math.exp(z[i, j]) / (math.exp(z[i, j]) + negatives) for j in members(POSITIVES, i)]
+        return [-((1 - p) ** 0.5) * math.log(p) for p in found]
+
+    return mean_over_queries(terms, num_counted=6)
+
+
+def reference_angles(z: np.ndarray, s: np.ndarray) -> float:
+    def similarity(i: int, j: int) -> float:
+        a, b = z[i], s[:, j]
+        return 1 - math.acos(a @ b / math.sqrt((a @ a) * (b @ b))) / math.pi
+
+    def terms(i: int) -> list[float]:
+        negatives = members(HARDS | EASIES, i)
+        return [
+            sum(max(0.0, 0.4 - similarity(i, j) + similarity(i, k)) for k in negatives) for j in members(POSITIVES, i)
+        ]
+
+    return mean_over_queries(terms, num_counted=6)
+
+
 def ordered_pairs(s: np.ndarray, i: int) -> list[tuple[int, int]]:
     return [(j, k) for j in members(USED, i) for k in members(USED, i) if s[i, j] > s[i, k]]
 
@@ -291,10 +348,8 @@ def reference_recalibrated(z: np.ndarray, s: np.ndarray) -> float:
         target, known = softmax(s, i), members(POSITIVES, i)
         if not target:
             return []
-        if known:
-            unsure = -sum(fraction * math.log(fraction) for fraction in target.values()) / math.log(max(2, len(target)))
-            unsure = min(1.0, unsure)  # the sum of equal shares rounds
-            target = {j: (1 - unsure) * p + unsure * (j in known) / len(known) for j, p in target.items()}
+        if known and max(target.values()) < 0.3:
+            target = {j: 0.8 * (j in known) / len(known) + 0.2 / len(target) for j in target}
         return [divergence(target, softmax(z, i))]
 
     return mean_over_queries(terms, num_counted=7)
@@ -313,7 +368,9 @@ def reference_transport(z: np.ndarray, s: np.ndarray) -> float:
     queries = [i for i in range(len(ROLES)) if members(USED, i)]
 
     def distribution(values: np.ndarray, i: int) -> np.ndarray:
-        weights = np.array([math.exp(values[i, j]) if j in members(USED, i) else 0.0 for j in range(values.shape[1])])
+        weights = np.array(
+            [math.exp(values[i, j] / 2) if j in members(USED, i) else 0.0 for j in range(values.shape[1])]
+        )
         return weights / weights.sum()
 
     distances = np.array([[np.abs(distribution(s, i) - distribution(z, j)).sum() for j in queries] for i in queries])
@@ -340,6 +397,9 @@ def reference_transport(z: np.ndarray, s: np.ndarray) -> float:
         (regression, scores, reference_regression),
         (margins, scores, reference_margins),
         (order, scores, reference_order),
+        (weighted_order, scores, reference_weighted_order),
+        (focused, scores, reference_focused),
+        (angles, vectors, reference_angles),
         (ranknet, scores, reference_ranknet),
         (lambdarank, scores, reference_lambdarank),
         (transport, scores, reference_transport),
@@ -408,8 +468,10 @@ def test_a_loss_without_queries_is_a_differentiable_zero(num_queries: int, dtype
         losses.score_regression(logits, torch.full_like(teacher, -math.inf), ~nothing),
         losses.margin_mse(logits, teacher, nothing, ~nothing),
         losses.margin_mse(logits, teacher, ~nothing, nothing),
-        losses.plackett_luce(logits, teacher, nothing),
-        losses.plackett_luce(logits, torch.full_like(teacher, -math.inf), ~nothing),
+        losses.listmle(logits, teacher, nothing),
+        losses.listmle(logits, torch.full_like(teacher, -math.inf), ~nothing),
+        losses.plackett_luce(logits, teacher, nothing, nothing),
+        losses.plackett_luce(logits, torch.full_like(teacher, -math.inf), ~nothing, ~nothing),
         losses.ranknet(logits, teacher, nothing),
         losses.ranknet(logits, torch.ones_like(teacher), ~nothing),
         losses.lambdarank(logits, teacher, nothing),
@@ -503,10 +565,10 @@ def test_a_sure_teacher_is_not_recalibrated() -> None:
     assert losses.recalibrated_imitation(logits, sure, known, everything).item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_teacher_that_knows_nothing_leaves_it_to_the_positives() -> None:
+def test_an_unsure_teacher_leaves_it_to_the_positives() -> None:
     logits, known, everything = row(0.3, -1, 2), mask(0, 1, 0), mask(1, 1, 1)
     expected = losses.in_batch_cross_entropy(logits, known, everything).item()
-    loss = losses.recalibrated_imitation(logits, row(0, 0, 0), known, everything)
+    loss = losses.recalibrated_imitation(logits, row(0, 0, 0), known, everything, smoothing=0.0)
     assert loss.item() == pytest.approx(expected, rel=1e-9)
 
 
@@ -720,16 +782,23 @@ def test_margin_mse_ignores_offsets() -> None:
     assert margins(logits + 3, teacher - 5).item() == pytest.approx(margins(logits, teacher).item(), rel=1e-12)
 
 
-def test_plackett_luce_by_hand() -> None:
+def test_listmle_by_hand() -> None:
     # the second is drawn from all three (1/2), then the first from two (1/2); the third is never drawn
-    loss = losses.plackett_luce(row(0, math.log(2), 0), row(1, 2, -math.inf), mask(1, 1, 1))
+    loss = losses.listmle(row(0, math.log(2), 0), row(1, 2, -math.inf), mask(1, 1, 1))
     assert loss.item() == pytest.approx(math.log(2), rel=1e-14)
 
 
-def test_plackett_luce_of_one_relevant_passage_is_cross_entropy() -> None:
+def test_listmle_of_one_relevant_passage_is_cross_entropy() -> None:
     logits, positive, everything = row(2, -1, 0.5), mask(1, 0, 0), mask(1, 1, 1)
     expected = losses.in_batch_cross_entropy(logits, positive, everything).item()
-    assert losses.plackett_luce(logits, row(20, -math.inf, -math.inf), everything).item() == pytest.approx(expected)
+    assert losses.listmle(logits, row(20, -math.inf, -math.inf), everything).item() == pytest.approx(expected)
+
+
+def test_plackett_luce_by_hand() -> None:
+    # the positive first (1/4), the teacher's other two in its order: (2/3), (1); the teacher's shares are 1/6, 1/2, 1/3
+    teacher = row(0, math.log(3), math.log(2))
+    loss = losses.plackett_luce(row(0, math.log(2), 0), teacher, mask(1, 0, 0), mask(1, 1, 1))
+    assert loss.item() == pytest.approx(math.log(4) / 6 - math.log(2 / 3) / 2, rel=1e-12)
 
 
 def test_ranknet_by_hand() -> None:

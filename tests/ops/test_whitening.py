@@ -34,6 +34,16 @@ def test_a_direction_without_variance_is_left_out() -> None:
     np.testing.assert_allclose(np.cov(white.T), np.diag([1.0, 1.0, 0.0]), atol=1e-9)
 
 
+def test_fewer_directions_are_the_first_ones_and_take_fewer_vectors() -> None:
+    rng = np.random.default_rng(2)
+    vectors = rng.normal(size=(8, 10)) * np.arange(1, 11)
+    mean, matrix = whitening(vectors, 3)
+    white = (vectors - mean) @ matrix
+    _, lengths, _ = np.linalg.svd(vectors - vectors.mean(axis=0))
+    np.testing.assert_allclose(np.cov(white.T), np.eye(3), atol=1e-9)
+    np.testing.assert_allclose(1 / (matrix**2).sum(axis=0), lengths[:3] ** 2 / 7, rtol=1e-9)
+
+
 def test_too_few_vectors_are_refused() -> None:
     with pytest.raises(InputError, match=r"takes more than 4 passages, .* but there are 4"):
         whitening(np.ones((4, 4), np.float32))

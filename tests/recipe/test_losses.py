@@ -77,7 +77,12 @@ def test_a_recipe_is_written_and_read_again_unchanged() -> None:
     for mode in ("json", "python"):
         values = recipe.model_dump(mode=mode)
         assert values["losses"]["margin_mse"] == 0.25
-        assert values["losses"]["in_batch_imitation"] == {"weight": 2.0, "teacher": "d2llm-minilm", "scores": "all"}
+        assert values["losses"]["in_batch_imitation"] == {
+            "weight": 2.0,
+            "teacher": "d2llm-minilm",
+            "scores": "all",
+            "temperature": 1.0,
+        }
         assert Recipe.model_validate(values) == recipe
 
 

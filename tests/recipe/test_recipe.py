@@ -305,9 +305,12 @@ def test_a_loss_without_what_it_needs_is_refused(tmp_path: Path):
     [
         ('kind = "vectors"', "there is no backbone to imitate: name one as pretraining.teacher"),
         ('kind = "simcse"\ndropout = 0', "two readings of a text that differ by nothing else"),
-        ('kind = "mirror"\nteacher = "minilm"', "unknown key 'training.pretraining.teacher'"),
-        ('kind = "vectors"\nteacher = "minilm"\nteacher_layer = 1', "unknown key 'training.pretraining.teacher_layer'"),
-        ("epochs = 2", "training.pretraining.kind is missing; set it to one of: hidden_states, masked_next_token"),
+        ('kind = "mirror"\nteacher = "minilm"', "unknown key 'training.pretraining.0.teacher'"),
+        (
+            'kind = "vectors"\nteacher = "minilm"\nteacher_layer = 1',
+            "unknown key 'training.pretraining.0.teacher_layer'",
+        ),
+        ("epochs = 2", "training.pretraining.0.kind is missing; set it to one of: hidden_states, masked_next_token"),
         ('kind = "simcse"\n[student.backbone]\ntuning = "frozen"', "student.backbone.tuning is frozen"),
         ('kind = "simcse"\n[training]\nstart = "d2llm-minilm"', "start names a student whose head fits"),
         ('kind = "simsce"', "no pretraining 'simsce'; did you mean 'simcse'"),
@@ -322,8 +325,11 @@ def test_a_pretraining_without_what_it_needs_is_refused(tmp_path: Path, text: st
 
 def test_pretraining_has_defaults_for_each_kind(tmp_path: Path):
     text = '[student.backbone]\nlayers = 4\n[training.pretraining]\nkind = "vectors"'
-    taught = load_recipe(write_recipe(tmp_path, text)).training.pretraining
-    alone = load_recipe(write_recipe(tmp_path, '[training.pretraining]\nkind = "simcse"')).training.pretraining
+    (taught,) = load_recipe(write_recipe(tmp_path, text)).training.pretraining
+    (alone,) = load_recipe(write_recipe(tmp_path, '[training.pretraining]\nkind = "simcse"')).training.pretraining
+    two = '[[training.pretraining]]\nkind = "words"\n[[training.pretraining]]\nkind = "simcse"'
+    stages = load_recipe(write_recipe(tmp_path, two)).training.pretraining
+    assert [stage.kind for stage in stages] == ["words", "simcse"]
     assert (taught.dropout_rate, alone.dropout_rate) == (0.0, 0.1)
     assert Pretraining.of("words").dropout_rate == 0.0
     assert (taught.rate_for("full"), taught.rate_for("lora")) == (1e-4, 1e-3)
@@ -387,7 +393,7 @@ def test_settings_of_a_tuning_leave_out_how_the_teacher_judges():
         ('[student.pooling]\nkind = "ditto"\nlayer = 0\nhead = -1', r"student\.pooling\.head"),
         (
             '[student.pooling]\nkind = "pma"\npooling = { kind = "ditto", layer = 0, head = 1 }',
-            "PMA would read the weighted tokens",
+            "PMA would read the changed ones",
         ),
         ('[student.pooling]\npooling = "whitening"\nwarm_start = false', "PMA without warm start does not use"),
         ('[student]\npooling = "wighted_mean"', "no pooling 'wighted_mean'; did you mean 'weighted_mean'"),
@@ -429,9 +435,14 @@ def test_poolings_that_make_no_sense(tmp_path: Path, text: str, problem: str):
         (NESTED + "layers = [2]\n[student.backbone]\nlayers = [0, 5]", "names 2, but .* keeps only 2 layers"),
         (
             ("losses.nested_cross_entropy.layers = [2]\n[student]\npooling = { kind = 'ditto', layer = 0, head = 1 }"),
-            "the pooling ditto needs attention that these may lack",
+            "the pooling ditto reads layers that these may lack",
         ),
         ("[losses]\nnested_cross_entropy = 1.0", "so nothing would be trained"),
+        (NESTED + "dims = [64]\nalignment = 1", "layers names none: set it"),
+        (
+            '[losses]\nangular_margin = 1.0\n[student.interaction]\nhead = "paper"',
+            "losses.angular_margin needs inner products",
+        ),
         (NESTED + 'dims = [64]\n[student.interaction]\nhead = "paper"', "the head 'paper' does not have"),
         (
             "[losses]\nlist_imitation = 1\nnested_cross_entropy.dims = [64]\n[training]\ndual_head = true\n",

@@ -21,6 +21,7 @@ from d2llm.recipe import (
     InteractionConfig,
     Lora,
     Pooling,
+    Pretraining,
     Recipe,
     ResidualConfig,
     ScoreFeaturesConfig,
@@ -173,6 +174,9 @@ def test_a_variant_changes_only_its_settings(name: str) -> None:
         if callable(made := overrides.get("student", {}).get("pooling")):
             pooling = made(recipe.student.pooling.model_dump())
             overrides["student"] = overrides["student"] | {"pooling": pooling.model_dump()}
+        if stages := overrides.get("training", {}).get("pretraining"):
+            stages = tuple(Pretraining.of(stage).model_dump() for stage in stages)
+            overrides["training"] = overrides["training"] | {"pretraining": stages}
         before, after = (leaves(each.model_dump(exclude={"losses"})) for each in (recipe, changed))
         expected = before | leaves(overrides) | {("name",): changed.name}
         for path in {path[:-1] for path in leaves(overrides) if path[-1] == "kind" and before.get(path) != after[path]}:
@@ -263,6 +267,6 @@ def test_variants_apply_to_recipes_whose_settings_they_exclude() -> None:
     full = parse_recipe(recipe.model_dump() | {"student": {"backbone": {"tuning": "full"}}})
     assert VARIANTS["simcse"].apply(full).student.backbone.tuning == Full()  # which has no adapters to make one
     assert VARIANTS["two-adapters"].apply(full).student.backbone.tuning == Lora(adapters="two")
-    assert VARIANTS["two-adapters"].apply(VARIANTS["simcse"].apply(recipe)).training.pretraining is None
+    assert VARIANTS["two-adapters"].apply(VARIANTS["simcse"].apply(recipe)).training.pretraining == ()
     assert kinds(VARIANTS["whitening"].apply(projected)) == ["pma", "whitening", "auto"]
     assert kinds(VARIANTS["whitened-mean-pooling"].apply(projected)) == ["whitening", "auto"]

@@ -32,7 +32,8 @@ ALL_WEIGHTS = Objective(
         "weighted_imitation": 1.4,
         "score_regression": 0.2,
         "margin_mse": 0.3,
-        "plackett_luce": 0.4,
+        "listmle": 0.4,
+        "plackett_luce": 0.45,
         "ranknet": 0.6,
         "lambdarank": 0.8,
         "sinkhorn": 0.9,
@@ -105,10 +106,11 @@ def by_hand(scores: PairScores) -> dict[str, torch.Tensor]:
         "weighted_imitation": losses.weighted_imitation(logits, log_odds, positive, included),
         "score_regression": losses.score_regression(logits, log_odds, included & labelled),
         "margin_mse": losses.margin_mse(logits, log_odds, positive & labelled, (hard | easy) & labelled),
-        "plackett_luce": losses.plackett_luce(logits, log_odds, included),
+        "listmle": losses.listmle(logits, log_odds, included),
+        "plackett_luce": losses.plackett_luce(logits, log_odds, positive, included),
         "ranknet": losses.ranknet(logits, log_odds, included),
         "lambdarank": losses.lambdarank(logits, probabilities, included),
-        "sinkhorn": losses.sinkhorn(logits, log_odds, included),
+        "sinkhorn": losses.sinkhorn(logits, log_odds, included, temperature=2.0),
         "in_batch_imitation": losses.list_imitation(logits, torch.tensor(LIVE), included),
         "rank_imitation_positive_hard": losses.rank_imitation_positive_hard(logits, log_odds, positive | hard),
         "rank_imitation_hard_easy": losses.rank_imitation_hard_easy(logits, probabilities, hard, easy),
@@ -182,7 +184,8 @@ def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBa
         + 1.4 * parts["weighted_imitation"]
         + 0.2 * parts["score_regression"]
         + 0.3 * parts["margin_mse"]
-        + 0.4 * parts["plackett_luce"]
+        + 0.4 * parts["listmle"]
+        + 0.45 * parts["plackett_luce"]
         + 0.6 * parts["ranknet"]
         + 0.8 * parts["lambdarank"]
         + 0.9 * parts["sinkhorn"]
@@ -197,7 +200,7 @@ def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBa
     )
 
 
-OF_VECTORS = {"token_cross_entropy", "nested_cross_entropy", "soft_expansion"}
+OF_VECTORS = {"angular_margin", "token_cross_entropy", "nested_cross_entropy", "soft_expansion"}
 LOSS_NAMES = [kind for kind in LOSSES.shipped if kind not in OF_VECTORS | {"pair_cross_entropy"}]
 NORMALISED = ("contrastive_imitation", "in_batch_cross_entropy", "feature_imitation")
 

@@ -97,18 +97,46 @@ def test_contrastive_loss_is_the_cross_entropy_of_cosines() -> None:
 
 def test_relation_divergence_text_by_text() -> None:
     rng = np.random.default_rng(0)
-    student, teacher = rng.normal(size=(2, 5, 6)), rng.normal(size=(2, 5, 12))
+    student, teacher = rng.normal(size=(2, 2, 5, 6)), rng.normal(size=(2, 2, 5, 12))  # queries and keys of two texts
     lengths, heads, expected = (5, 3), 3, []
-    for one, other, length in zip(student, teacher, lengths, strict=True):
+    for text, length in enumerate(lengths):
         divergences = []
         for head in range(heads):
-            parts = (v[:length].reshape(length, heads, -1)[:, head] for v in (one, other))
-            predicted, target = (softmax(p @ p.T / np.sqrt(p.shape[1])) for p in parts)
+            predicted, target = (
+                softmax(queries[:, head] @ keys[:, head].T / np.sqrt(queries.shape[2]))
+                for queries, keys in (
+                    vectors[:, text, :length].reshape(2, length, heads, -1) for vectors in (student, teacher)
+                )
+            )
             divergences.append((target * np.log(target / predicted)).sum(axis=1).mean())
         expected.append(np.mean(divergences))
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    values = relation_divergence(torch.tensor(student), torch.tensor(teacher), mask, heads=heads)
+    values = relation_divergence((*torch.tensor(student),), (*torch.tensor(teacher),), mask, heads=heads)
     np.testing.assert_allclose(values.numpy(), expected, rtol=1e-5)
+
+
+def test_version_1_compares_the_attention_itself(model: Path) -> None:
+    student = new_student(model, layers=1)
+    teacher = Backbone.load(BackboneConfig(model=str(model)), device="cpu", dtype="float32")
+    for backbone in (student.backbone, teacher):
+        backbone.model.set_attn_implementation("eager")  # the fused one does not give its weights
+    task = config("relations", version=1).task(student.backbone, 0)
+    task.teacher = teacher
+    task.build()
+    hooks = task.hooks()
+    ids, mask = student.backbone.pad(student.backbone.tokenize(PASSAGES[:2], "passage").ids)
+    with torch.no_grad():
+        outputs = [
+            backbone.model(ids, attention_mask=mask.long(), output_attentions=True)
+            for backbone in (student.backbone, teacher)
+        ]
+        task.pairs = ((0, 1),)  # without the values
+        found = task.differences(mask, mask, mask, mask)
+    for hook in hooks:
+        hook.remove()
+    predicted, target = (output.attentions[-1].double() for output in outputs)
+    divergence = (target * (target.clamp(min=1e-30) / predicted.clamp(min=1e-30)).log()).sum(-1).mean(1)
+    torch.testing.assert_close(found.double(), (divergence * mask).sum(1) / mask.sum(1), rtol=1e-3, atol=1e-6)
 
 
 def test_distances_of_states_and_vectors() -> None:
@@ -604,7 +632,24 @@ def test_a_distilled_student_is_pretrained_first(place: Place, tmp_path: Path) -
     written = load_file(tmp_path / "taught" / "adapter_model.safetensors")
     assert all(min(each.shape) == 4 for each in written.values())  # the distillation trained the same adapters on
     recipe = json.loads((tmp_path / "taught" / "manifest.json").read_text(encoding="utf-8"))["recipe"]
-    assert recipe["training"]["pretraining"]["kind"] == "vectors"
+    assert [stage["kind"] for stage in recipe["training"]["pretraining"]] == ["vectors"]
+
+
+def test_stages_follow_one_another(place: Place, tmp_path: Path) -> None:
+    stages = [{"kind": "relations", "relation_heads": 4, "batch_texts": 4}, {"kind": "vectors", "batch_texts": 4}]
+    student = tiny_student_config(place.model, layers=(0, 2), tuning=Lora(rank=4, alpha=8.0))
+    recipe = tiny_recipe(student, losses=Objective(JUDGEMENTS), pretraining=stages)
+    place.run(tmp_path / "both", recipe=recipe)
+    one = distilled(place, tmp_path / "one", student, **stages[0])
+    assert Student.load(tmp_path / "both", device="cpu", dtype="float32").fingerprint != one.fingerprint
+    folders = [tmp_path / f"{run}.run" / name for run, name in (("one", "pretraining"), ("both", "pretraining"))]
+    alone, first, second = (
+        load_file(folder / "checkpoint.safetensors") for folder in (*folders, tmp_path / "both.run" / "pretraining-2")
+    )
+    names = [name for name in second if name.startswith("parameter/") and "lora_B" in name]
+    assert names
+    assert all(torch.equal(alone[name], first[name]) for name in names)
+    assert any(not torch.equal(first[name], second[name]) for name in names)
 
 
 def test_a_resumed_distillation_does_not_pretrain_again(

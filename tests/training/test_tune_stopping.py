@@ -26,6 +26,7 @@ from tiny_models import TEXTS, tiny_teacher_config, tiny_tokenizer, write_tiny_m
 
 PAIRS = [(query, passage) for query in ("the cat", "a dog runs") for passage in TEXTS[:3]]
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.1)
+LISTS = TeacherTuningConfig(loss="lists")
 
 
 @pytest.fixture(scope="module")
@@ -236,19 +237,24 @@ def test_list_loss_is_softmax_plus_a_share_of_the_yes_no_loss(llama: Path) -> No
         TrainingPair("a dog runs", TEXTS[3], "symmetric", 0.0),
         TrainingPair("a dog runs", TEXTS[4], "symmetric", 1.0),
     ]
-    loss, _ = verb.accumulate(model, pairs, 512, "lists")
+    loss, _ = verb.accumulate(model, pairs, 512, LISTS)
     odds = model.score_pairs([(pair.query, pair.passage) for pair in pairs], "symmetric").log_odds.astype(float)
     softmax = [odds[0] - np.logaddexp.reduce(odds[:3]), odds[4] - np.logaddexp.reduce(odds[3:])]
     signs = np.array([1, -1, -1, -1, 1])
     expected = -np.mean(softmax) + 0.3 * np.logaddexp(0, -signs * odds).mean()
     assert float(loss) == pytest.approx(expected, rel=1e-4)
+    model.zero_grad()
+    alone, _ = verb.accumulate(model, pairs, 512, LISTS.model_copy(update={"pair_weight": 0.0}))  # RankT5
+    assert float(alone) == pytest.approx(-np.mean(softmax), rel=1e-4)
+    model.zero_grad()
+    verb.accumulate(model, pairs, 512, LISTS)
     whole = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert whole
     model.zero_grad()
     # In any order, one list at a time, and with lists longer than a part may be.
     for order, part_tokens in ((-1, 512), (1, 64), (1, 1)):
         model.zero_grad()
-        part_loss, _ = verb.accumulate(model, pairs[::order], part_tokens, "lists")
+        part_loss, _ = verb.accumulate(model, pairs[::order], part_tokens, LISTS)
         assert float(part_loss) == pytest.approx(expected, rel=1e-4)
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
@@ -282,11 +288,11 @@ def test_both_passes_over_a_long_list_share_their_dropout(llama: Path) -> None:
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(model), "forward", forward)
-        verb.accumulate(model, pairs, 1, "lists")
+        verb.accumulate(model, pairs, 1, LISTS)
         assert [float(odds) for odds in outputs[1:3]] == [float(odds) for odds in outputs[3:]]  # the first one is kept
         recomputed = gradients_of(model)
         torch.manual_seed(0)
-        verb.accumulate(model, pairs, 1, "lists", room=math.inf)
+        verb.accumulate(model, pairs, 1, LISTS, room=math.inf)
         assert len(outputs) == 5 + 3  # all are kept
     assert gradients_of(model) == recomputed
     model.eval()

@@ -100,7 +100,8 @@ class PretrainedBackbone(Backbone):
             read_both_ways(self.model, name=config.model)
         if (weighing := self.pooling.weighing) is not None:
             weighing.check_model(self.model.config, config.model)
-            self.model.set_attn_implementation("eager")  # fused attention does not give its weights
+            if weighing.reads_attention:
+                self.model.set_attn_implementation("eager")  # fused attention does not give its weights
         if hasattr(self.model.config, "use_cache"):
             self.model.config.use_cache = False  # each text is read once, so no key-value cache is needed
         self.query_model = sharing_copy(self.model) if config.has_two_adapters else None
@@ -274,11 +275,12 @@ def last_states(
     mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"],
     weighing: Pooling | None,
 ) -> Float[Tensor, "batch tokens dim"]:
-    """States of a model's last layer, weighed by a pooling that reads its attention, if there is one."""
+    """States of a model's last layer, or what a pooling makes of its attention or of other layers' states."""
     if weighing is None:
         return model(input_ids=token_ids, attention_mask=mask.long()).last_hidden_state
-    output = model(input_ids=token_ids, attention_mask=mask.long(), output_attentions=True)
-    return weighing.weigh(output.last_hidden_state, mask, output.attentions)
+    wanted = {"output_attentions": weighing.reads_attention, "output_hidden_states": weighing.reads_layers}
+    output = model(input_ids=token_ids, attention_mask=mask.long(), **wanted)
+    return weighing.weigh(output.last_hidden_state, mask, output)
 
 
 def keep_layers(model: nn.Module, layers: int | Sequence[int], *, name: str) -> None:

@@ -67,20 +67,22 @@ def in_batch_cross_entropy(
     candidate_mask: Bool[Tensor, "queries passages"],
     *,
     temperature: float = 1.0,
+    focus: float = 0.0,
 ) -> Float[Tensor, ""]:
     """Multi-positive InfoNCE: each positive against the candidates that are not positives.
 
-    L_i = -1/|D+| sum_{j in D+} log( exp(z_ij / t) / ( exp(z_ij / t) + sum_{k in C - D+} exp(z_ik / t) ) )
+    L_i = -1/|D+| sum_{j in D+} (1 - p_ij)^g log p_ij
+    with p_ij = exp(z_ij / t) / ( exp(z_ij / t) + sum_{k in C - D+} exp(z_ik / t) ) and g the ``focus``
 
     The other positives of a query are left out of the denominator, so that they are not pushed away. Counted: queries
     with a positive (one without negatives contributes its value, 0). Leave passages that may be unlabelled positives
     out of the candidates C; the positives count whether or not they are in C. InfoNCE: van den Oord et al. 2018
-    (arXiv 1807.03748), equation 4.
+    (arXiv 1807.03748), equation 4. Focal weights: Lin et al., ICCV 2017 (arXiv 1708.02002), equation 4.
     """
     negative_mask = candidate_mask & ~positive_mask
     (student,) = zero_outside(positive_mask | negative_mask, logits)
     scaled = student / checked_temperature(temperature)
-    return _positives_against_negatives(scaled, scaled, positive_mask, negative_mask).to(logits.dtype)
+    return _positives_against_negatives(scaled, scaled, positive_mask, negative_mask, focus).to(logits.dtype)
 
 
 def pair_cross_entropy(
@@ -247,13 +249,23 @@ def zero_outside(mask: Tensor, *values: Tensor) -> list[Tensor]:
 
 
 def _positives_against_negatives(
-    positive_exponents: Tensor, negative_exponents: Tensor, positive_mask: Tensor, negative_mask: Tensor
+    positive_exponents: Tensor,
+    negative_exponents: Tensor,
+    positive_mask: Tensor,
+    negative_mask: Tensor,
+    focus: float = 0.0,
 ) -> Tensor:
-    """Mean over queries and positives of -log(e^p_j / (e^p_j + sum_k e^n_k)) = -log sigmoid(p_j - logsumexp(n))."""
+    """Mean over queries and positives of -log(e^p_j / (e^p_j + sum_k e^n_k)) = -log sigmoid(p_j - logsumexp(n)).
+
+    With ``focus`` above 0, each times (1 - sigmoid)^focus.
+    """
     # Not -inf: for a query without negatives, NaN would pass through logsumexp's backward and trip anomaly detection.
     lowest = torch.finfo(negative_exponents.dtype).min
     against = negative_exponents.masked_fill(~negative_mask, lowest).logsumexp(dim=1, keepdim=True)
-    losses = -functional.logsigmoid(positive_exponents - against)
+    margins = torch.where(positive_mask, positive_exponents - against, 0.0)
+    losses = -functional.logsigmoid(margins)
+    if focus:
+        losses = (focus * functional.logsigmoid(-margins)).exp() * losses
     return masked_mean(masked_mean(losses, positive_mask), positive_mask.any(dim=1))
 
 

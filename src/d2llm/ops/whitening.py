@@ -12,27 +12,28 @@ _NEGLIGIBLE = 1e-9
 
 
 def whitening(
-    vectors: Float[np.ndarray, "texts dim"],
-) -> tuple[Float64[np.ndarray, " dim"], Float64[np.ndarray, "dim dim"]]:
+    vectors: Float[np.ndarray, "texts dim"], num: int | None = None
+) -> tuple[Float64[np.ndarray, " dim"], Float64[np.ndarray, "dim num"]]:
     """Mean m and matrix W such that (x - m) W has mean 0 and covariance 1; float64.
 
-    W = U S^-1/2, where U S U^T is the covariance of the vectors, largest variances first. Columns of directions in
-    which the vectors do not vary are 0. Su et al., "Whitening Sentence Representations for Better Semantics and Faster
-    Retrieval", 2021 (arXiv 2103.15316), section 3.2.
+    W = U S^-1/2, where U S U^T is the covariance of the vectors, largest variances first; with ``num``, the first
+    columns alone. Columns of directions in which the vectors do not vary are 0. Su et al., "Whitening Sentence
+    Representations for Better Semantics and Faster Retrieval", 2021 (arXiv 2103.15316), section 3.2, and 3.3 for
+    ``num`` (whitening-k).
 
     Raises:
-        InputError: there are not more vectors than dimensions, so the covariance cannot be estimated.
+        InputError: there are not more vectors than dimensions are kept, so their covariance cannot be estimated.
     """
-    count, dim = vectors.shape
+    count, dim = len(vectors), num or vectors.shape[1]
     if count <= dim:
         raise InputError(
             f"whitening vectors of {dim} dimensions takes more than {dim} passages, better ten times as many, but "
-            f"there are {count}; give more passages, or name another pooling"
+            f"there are {count}; give more passages, a smaller pooling.dim, or name another pooling"
         )
     variances, directions = _directions(vectors)
     kept = variances > _NEGLIGIBLE * variances[0]
     mean = vectors.mean(axis=0, dtype=np.float64)
-    return mean, np.where(kept, directions / np.sqrt(np.where(kept, variances, 1.0)), 0.0)
+    return mean, np.where(kept, directions / np.sqrt(np.where(kept, variances, 1.0)), 0.0)[:, :dim]
 
 
 def principal_components(vectors: Float[np.ndarray, "texts dim"], num: int) -> Float64[np.ndarray, "num dim"]:

@@ -12,8 +12,6 @@ from d2llm.core.registry import Registry, modules_in
 from d2llm.recipe.kinds import SectionOfKind
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
     from d2llm.models.backbone import Backbone
@@ -48,6 +46,8 @@ class Pooling(SectionOfKind):
     """Whether it reads states of tokens, which a remote backbone does not have."""
     reads_attention: ClassVar[bool] = False
     """Whether it weighs the states by the model's attention (``weigh``)."""
+    reads_layers: ClassVar[bool] = False
+    """Whether it reads the states after other layers too (``weigh``)."""
     takes_one_token: ClassVar[bool] = False
     """Whether the vector is the state of a single token, so that a part of a text cannot be pooled."""
 
@@ -73,8 +73,8 @@ class Pooling(SectionOfKind):
 
     @property
     def weighing(self) -> Pooling | None:
-        """The stage that weighs states by the model's attention, if there is one."""
-        return next((stage for stage in self.stages if stage.reads_attention), None)
+        """The stage that makes its states of the model's attention or of several layers, if there is one."""
+        return next((stage for stage in self.stages if stage.reads_attention or stage.reads_layers), None)
 
     def without_gated(self) -> Pooling:
         """The same without what is added to other vectors with a gate (``TextPooling.gate``)."""
@@ -87,14 +87,15 @@ class Pooling(SectionOfKind):
         self,
         states: Tensor,
         mask: Tensor,
-        attentions: Sequence[Tensor],
+        output: Any,
     ) -> Tensor:
-        """The states to pool, from the last states and the attention of every layer (``reads_attention``).
+        """The states to pool, from the last states and what else the model gives.
 
         Args:
             states: [batch, tokens, dim].
             mask: [batch, tokens], true for real tokens.
-            attentions: of each layer [batch, heads, tokens, tokens].
+            output: the model's: ``attentions`` of each layer [batch, heads, tokens, tokens] (``reads_attention``), and
+                ``hidden_states`` [batch, tokens, dim] before the first layer and after each (``reads_layers``).
         """
         raise NotImplementedError
 

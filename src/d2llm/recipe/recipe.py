@@ -69,7 +69,7 @@ class Recipe(Section):
                 'student.backbone.tuning.adapters is "two", but in every data set the two texts of a pair have '
                 "the same role: delete adapters, or add an asymmetric set"
             )
-        if self.training.pretraining is not None:
+        if self.training.pretraining:
             raise ValueError(
                 "training.pretraining trains one backbone for all texts, but "
                 'student.backbone.tuning.adapters is "two": '
@@ -112,15 +112,16 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_pretraining(self) -> Recipe:
-        pretraining, backbone = self.training.pretraining, self.student.backbone
-        if pretraining is None:
+        stages, backbone = self.training.pretraining, self.student.backbone
+        if not stages:
             return self
         if backbone.tuning.kind == "frozen":
             raise ValueError(
                 "training.pretraining trains the backbone, but student.backbone.tuning is frozen: set it to lora or "
                 "full, or delete pretraining"
             )
-        pretraining.check(self)
+        for stage in stages:
+            stage.check(self)
         return self
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, ModelWrapValidatorHandler, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
 
 from d2llm.core.types import ScoreFeature
 from d2llm.recipe.pretraining import Pretraining
@@ -127,8 +127,9 @@ class TrainingConfig(WarmUpConfig):
     starts. It affects only speed."""
     remine: bool = False
     """At the start of each epoch from the second on, mine the hard negatives again with the student's own ranking."""
-    pretraining: Pretraining | None = None
-    """What the backbone learns from texts without labels, before distillation. None: no such stage."""
+    pretraining: tuple[Pretraining, ...] = ()
+    """What the backbone learns from texts without labels, before distillation: stages, one after the other, each a
+    table ``[[training.pretraining]]``. A single one may be ``[training.pretraining]``."""
     residual: ResidualConfig = ResidualConfig()
     tokens: TokensConfig = TokensConfig()
     interpolation: tuple[float, ...] = ()
@@ -141,9 +142,14 @@ class TrainingConfig(WarmUpConfig):
     """Where to log the run besides ``log.jsonl``; ``auto``: to TensorBoard files in the run folder if `tensorboard` is
     installed."""
 
+    @field_validator("pretraining", mode="before")
+    @classmethod
+    def _as_stages(cls, stages: Any) -> Any:
+        return () if stages is None else stages if isinstance(stages, list | tuple) else (stages,)
+
     @model_validator(mode="after")
     def _check_pretraining(self) -> TrainingConfig:
-        if self.pretraining is not None and self.start is not None:
+        if self.pretraining and self.start is not None:
             raise ValueError(
                 "pretraining prepares the backbone of a new student, but start names a student whose head fits its "
                 "backbone: delete one of them"

@@ -15,7 +15,10 @@ class TeacherTuningConfig(Section):
 
     loss: Literal["pairs", "lists"] = "pairs"
     """``pairs``: yes/no cross-entropy of each pair. ``lists``: cross-entropy of a softmax over each query's passages,
-    plus 0.3 times the pair loss, which keeps the scale of the log-odds; usually better for rankings."""
+    plus ``pair_weight`` times the pair loss; usually better for rankings."""
+    pair_weight: float = Field(default=0.3, ge=0)
+    """With ``lists``, the weight of the pair loss, which keeps the scale of the log-odds. 0: the softmax alone, as in
+    RankT5; P(yes) then means nothing."""
     tuning: Literal["lora", "full"] = "lora"
     """``full`` tunes every weight (and needs a much lower learning rate); the tuned teacher is then a complete model.
     """

@@ -135,9 +135,9 @@ def _student(**sections: _Change) -> dict[str, Any]:
     return {"student": sections}
 
 
-def _pretrained(kind: str, **student: Any) -> dict[str, Any]:
+def _pretrained(*stages: Any, **student: Any) -> dict[str, Any]:
     backbone = {"tuning": {"adapters": "one"}, **student.pop("backbone", {})}
-    return {"training": {"pretraining": {"kind": kind}, "start": None}} | _student(backbone=backbone, **student)
+    return {"training": {"pretraining": stages, "start": None}} | _student(backbone=backbone, **student)
 
 
 def _without(*losses: str) -> dict[str, Any]:
@@ -178,7 +178,7 @@ _PUBLISHED: _Group = {
 _LOSSES: _Group = {
     "list-imitation": ("imitation: the teacher's distribution over the list", _only(list_imitation=0.5)),
     "recalibrated-imitation": (
-        "imitation: the same, mixed with the positives where the teacher is unsure (FerKD)",
+        "imitation: the same, replaced by the judgements where the teacher is unsure (FerKD)",
         _only(recalibrated_imitation=0.5),
     ),
     "weighted-imitation": (
@@ -187,7 +187,11 @@ _LOSSES: _Group = {
     ),
     "score-regression": ("imitation: the teacher's scores (DSE)", _only(score_regression=0.02)),
     "margin-mse": ("imitation: the teacher's margins (Margin-MSE)", _only(margin_mse=0.02)),
-    "plackett-luce": ("imitation: the teacher's order, one after the other (ListMLE)", _only(plackett_luce=0.5)),
+    "listmle": ("imitation: the teacher's order, one after the other (ListMLE)", _only(listmle=0.5)),
+    "plackett-luce": (
+        "imitation: the relevant first, then the teacher's order, weighted by the teacher (PLD)",
+        _only(plackett_luce=0.5),
+    ),
     "ranknet": ("imitation: the teacher's order, two at a time (RankNet)", _only(ranknet=1.0)),
     "lambdarank": ("imitation: the same, weighted by nDCG (LambdaRank)", _only(lambdarank=1.0)),
     "sinkhorn": ("imitation: transport distance to the teacher's distribution (SinKD)", _only(sinkhorn=0.5)),
@@ -211,6 +215,14 @@ _OWN: _Group = {
         _student(interaction={"head": "dot"})
         | {"losses": {"nested_cross_entropy": {"layers": (2, 4)}}, "training": {"dual_head": False}},
     ),
+    "sampled-depths": (
+        "the same, one depth a step, aligned with the last layer (2D Matryoshka as published)",
+        _student(interaction={"head": "dot"})
+        | {
+            "losses": {"nested_cross_entropy": {"layers": (1, 2, 3, 4, 5), "sampled": True, "alignment": 1.0}},
+            "training": {"dual_head": False},
+        },
+    ),
     "subclass-imitation": (
         "imitation: the teacher's distribution, and finer classes from its features (LELP)",
         _only(list_imitation=0.5, subclass_imitation=1.0),
@@ -223,7 +235,16 @@ _OWN: _Group = {
     ),
     "two-adapters": (
         "queries and passages read with adapters of their own (Semi-Siamese)",
-        _student(backbone={"tuning": {"kind": "lora", "adapters": "two"}}) | {"training": {"pretraining": None}},
+        _student(backbone={"tuning": {"kind": "lora", "adapters": "two"}}) | {"training": {"pretraining": ()}},
+    ),
+    "angular-margin": (
+        "positives above the rest by an angle alone (CoRT's loss)",
+        _student(**_COSINE)
+        | {"imitation": {}, "losses": {**_PLAIN_LOSSES, "in_batch_cross_entropy": 0.0, "angular_margin": 1.0}},
+    ),
+    "focal": (
+        "judgements alone, those that are not learnt yet counting more (KaLM-Embedding-V2)",
+        {"imitation": {}, "losses": {"in_batch_cross_entropy": {"focus": 0.5}}},
     ),
     "complement-words": (
         "trained on what BM25 gets wrong among its first 20 (CoRT)",
@@ -237,9 +258,11 @@ _OWN: _Group = {
     "mirror": ("the same, with a span of one side masked (Mirror-BERT)", _pretrained("mirror")),
     "words": ("the backbone first taught to say from a text's vector which words it has (LLaRA)", _pretrained("words")),
     "bidirectional": (
-        "a decoder that first learnt to read in both directions (LLM2Vec)",
+        "a decoder that first learnt to read in both directions, then to tell texts apart (LLM2Vec)",
         _pretrained(
-            "masked_next_token", backbone={"bidirectional": True}, pooling=partial(_with_weightless, kind="mean")
+            *("masked_next_token", "simcse"),
+            backbone={"bidirectional": True},
+            pooling=partial(_with_weightless, kind="mean"),
         ),
     ),
     "four-layers": ("layers 0, 1, 4 and 5 of the backbone alone", _student(**_FOUR_LAYERS)),
@@ -254,6 +277,10 @@ _OWN: _Group = {
     "four-layers-mutual-information": (
         "the same, first taught what tells tokens' states apart by all layers (MI-alpha)",
         _pretrained("mutual_information", **_FOUR_LAYERS),
+    ),
+    "four-layers-attention": (
+        "the same, first taught attention and relations of values by all layers (MiniLM)",
+        _pretrained({"kind": "relations", "version": 1}, **_FOUR_LAYERS),
     ),
     "four-layers-relations": (
         "the same, first taught attention by all layers (MiniLMv2)",

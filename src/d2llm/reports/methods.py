@@ -150,6 +150,8 @@ def _is_of(variant: Variant, section: str, kind: str) -> bool:
         default = Pooling()
         changed = cast("Pooling", value(default))
         return kind in {stage.kind for stage in changed.stages} - {stage.kind for stage in default.stages}
+    if isinstance(value, tuple):  # stages, one after the other
+        return kind in {stage["kind"] if isinstance(stage, Mapping) else stage for stage in cast("Any", value)}
     if not isinstance(value, Mapping):
         return value == kind
     named = cast("Mapping[str, Any]", value)

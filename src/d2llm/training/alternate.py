@@ -116,7 +116,7 @@ def recipe_of_round(recipe: Recipe, round_number: int, before: str) -> Recipe:
         raise InputError("no loss of the recipe imitates a teacher, so it cannot teach: set losses.list_imitation")
     if recipe.training.dual_head:
         raise InputError("training.dual_head has a head for judgements, but here there are none: set it to false")
-    if recipe.training.pretraining is not None:
+    if recipe.training.pretraining:
         raise InputError(
             "training.pretraining prepares the backbone of a new student, but each round continues from one: delete it"
         )

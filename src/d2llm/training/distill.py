@@ -49,7 +49,8 @@ def complement_words(labelled: LabelledSource, depth: int) -> LabelledSource:
 
     Source: Wrzalik and Krechel, "CoRT: Complementary Rankings from Transformers", NAACL 2021 (arXiv 2010.10252), whose
     negatives come from BM25's ranking. Here they are also negatives of the plan, which the teacher has scored, and the
-    losses are the recipe's. That positives which BM25 misses come first is an addition.
+    losses are the recipe's (the paper's: ``angular_margin``). That positives which BM25 misses come first is an
+    addition.
 
     Raises:
         InputError: the plan has hard negatives, but BM25 has none of them among its first.
@@ -282,30 +283,24 @@ def _check_asked(recipe: Recipe, teacher: TeacherConfig) -> None:
 def _pretrain(
     student: Student, sources: Sequence[TrainingSource], recipe: Recipe, run_folder: Path, processes: Processes
 ) -> None:
-    """Train the backbone on texts without labels, if the recipe says so; the result is kept in the run's folder."""
-    config = recipe.training.pretraining
-    if config is None:
-        return
-    passages, queries = unlabelled_texts(sources, config.max_passages, seed=recipe.seed)
-    for is_turn in (processes.is_first, not processes.is_first):  # the others take up what the first one has trained
-        if is_turn:
-            report = pretrain_backbone(
-                student,
-                passages,
-                run_folder / "pretraining",
-                config,
-                queries=queries,
-                seed=recipe.seed,
-                checkpoint_minutes=recipe.training.checkpoint_minutes,
-            )
-            remarks.info(
-                "distill: pretrained by %s on %d texts, loss %.3f at the start and %.3f at the end",
-                config.kind,
-                report.texts,
-                report.first_loss,
-                report.last_loss,
-            )
-        processes.from_first(None)
+    """Train the backbone on texts without labels, stage by stage; the results are kept in the run's folder."""
+    for stage_number, config in enumerate(recipe.training.pretraining, start=1):
+        passages, queries = unlabelled_texts(sources, config.max_passages, seed=recipe.seed)
+        folder = run_folder / ("pretraining" if stage_number == 1 else f"pretraining-{stage_number}")
+        for is_turn in (processes.is_first, not processes.is_first):  # the others take up what the first has trained
+            if is_turn:
+                minutes = recipe.training.checkpoint_minutes
+                report = pretrain_backbone(
+                    student, passages, folder, config, queries=queries, seed=recipe.seed, checkpoint_minutes=minutes
+                )
+                remarks.info(
+                    "distill: pretrained by %s on %d texts, loss %.3f at the start and %.3f at the end",
+                    config.kind,
+                    report.texts,
+                    report.first_loss,
+                    report.last_loss,
+                )
+            processes.from_first(None)
 
 
 def _fit_pooling(student: Student, sources: Sequence[TrainingSource], recipe: Recipe, processes: Processes) -> None:

@@ -188,9 +188,12 @@ class InBatchCrossEntropy(Loss, kind="in_batch_cross_entropy"):
     )
 
     normalisation: Normalisation = "mean"
+    focus: float = Field(default=0.0, ge=0)
+    """Positives that are recognised with probability p count (1 - p)^focus times as much: above 0, the hard ones count
+    more (focal weights, as in KaLM-Embedding-V2)."""
 
     def __call__(self, inputs: LossInput) -> Tensor:
-        value = losses.in_batch_cross_entropy(inputs.logits, inputs.positive, inputs.candidates)
+        value = losses.in_batch_cross_entropy(inputs.logits, inputs.positive, inputs.candidates, focus=self.focus)
         return value / len(inputs.batch.query_ids) if self.normalisation == "authors" else value
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +36,6 @@ from d2llm.training.checkpoints import BestState, trainable
 from d2llm.training.gradient_cache import backpropagate_parts, graph_room
 from d2llm.training.trainer import Trainable, Trainer, save_tuned
 
-_PAIR_WEIGHT = 0.3  # weight of the yes/no loss when it is added to the softmax over lists
 _HELD_OUT_DIVISOR = 5  # at most one fifth of a plan is held out
 _ALL = 1_000_000
 _SORTED_BATCHES = 16  # number of batches whose pairs are sorted by length together
@@ -163,7 +162,7 @@ class _Tuning(Trainable):
     def step(self, step: int) -> dict[str, Any]:
         self.model.train()
         batch = self.batches[step]
-        loss, num_truncated = accumulate(self.model, batch, self.part_tokens, self.tuning.loss, room=self.room)
+        loss, num_truncated = accumulate(self.model, batch, self.part_tokens, self.tuning, room=self.room)
         self.num_truncated[step:] = [num_truncated]  # a step that was interrupted is repeated
         return {"loss": loss, "pairs": len(batch)}
 
@@ -360,7 +359,7 @@ def accumulate(
     model: LocalTeacher,
     batch: list[TrainingPair],
     part_tokens: int,
-    loss: Literal["pairs", "lists"],
+    tuning: TeacherTuningConfig,
     *,
     room: float = 0,
 ) -> tuple[Tensor, int]:
@@ -371,13 +370,13 @@ def accumulate(
     activations do not fit into ``room`` (``graph_room``) are computed twice, with the same dropout. Returns the loss
     and the number of truncated pairs.
     """
-    task = batch[0].task
+    task, of_lists = batch[0].task, tuning.loss == "lists"
     inputs, num_truncated = model.tokenize([(pair.query, pair.passage) for pair in batch], task)
     by_list: dict[str | int, list[int]] = {}
     for place, pair in enumerate(batch):
-        by_list.setdefault(pair.query if loss == "lists" else place, []).append(place)
+        by_list.setdefault(pair.query if of_lists else place, []).append(place)
     lists = list(by_list.values())
-    pair_weight = _PAIR_WEIGHT if loss == "lists" else 1.0
+    pair_weight = tuning.pair_weight if of_lists else 1.0
     lengths = [max(len(inputs[place]) for place in list_places) * len(list_places) for list_places in lists]
     together = token_budget_batches(lengths, max_tokens=part_tokens, max_items=len(lists))
     seeds: list[int] = torch.randint(1 << 31, (len(together),)).tolist()
@@ -393,7 +392,7 @@ def accumulate(
             yes_or_no = functional.binary_cross_entropy_with_logits(log_odds, targets, reduction="sum")
             part_loss = pair_weight * yes_or_no / len(batch)
             for scores, labels in zip(log_odds.split(sizes), targets.split(sizes), strict=True):
-                if loss == "lists" and float(labels.sum()) > 0:
+                if of_lists and float(labels.sum()) > 0:
                     part_loss = part_loss + functional.cross_entropy(scores, labels / labels.sum()) / len(lists)
             return part_loss
 

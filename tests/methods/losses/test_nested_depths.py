@@ -120,3 +120,26 @@ def test_depths_that_the_backbone_does_not_have_are_refused(place: Place, tmp_pa
     recipe = tiny_recipe(tiny_student_config(place.model)).model_copy(update={"losses": deep})
     with pytest.raises(InputError, match="names 9, but the student's backbone has 2 layers; name fewer"):
         place.run(tmp_path / "student", recipe=recipe)
+
+
+def test_one_depth_is_drawn_and_aligned_with_the_last_layer(place: Place, batch: DistillationBatch) -> None:
+    student = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
+    whole, *after = (torch.randn(len(batch.query_ids) + len(batch.passage_ids), DIM) for _ in range(3))
+    sampled = WEIGHTS.with_losses({NESTED: {"layers": (1, 2), "sampled": True}})
+    aligned = sampled.with_losses({NESTED: {"alignment": 0.5}})
+    drawn = {
+        names: nested_loss(student, whole, replace(batch, query_ids=names), sampled, after).item()
+        for names in (tuple(f"{seed}.{place}" for place in range(len(batch.query_ids))) for seed in range(9))
+    }
+    values = [
+        nested_loss(student, whole, batch, WEIGHTS.with_losses({NESTED: {"layers": (depth,)}}), [vectors]).item()
+        for depth, vectors in enumerate(after, start=1)
+    ]
+    assert sorted({round(value, 5) for value in drawn.values()}) == sorted(round(value, 5) for value in values)
+    names, value = next(iter(drawn.items()))
+    chosen = after[int(np.argmin(np.abs(np.array(values) - value)))].double().numpy()
+    target, predicted = (np.exp(rows / 0.3) for rows in (whole.double().numpy(), chosen))
+    target, predicted = (rows / rows.sum(axis=1, keepdims=True) for rows in (target, predicted))
+    divergence = 0.09 * (target * np.log(target / predicted)).sum(axis=1).mean()
+    found = nested_loss(student, whole, replace(batch, query_ids=names), aligned, after).item()
+    assert found == pytest.approx(value + 0.5 * divergence, rel=1e-4)

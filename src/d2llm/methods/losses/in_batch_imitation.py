@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
 from d2llm.core.errors import InputError
@@ -44,6 +45,10 @@ class InBatchImitation(Loss, kind="in_batch_imitation"):
     TCT-ColBERT (``tokens``: the sum, over the query's tokens, of the highest cosine with a token of the passage), or
     all of them, with the weight that tokens have in its score, if they have one."""
 
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the teacher's scores: below 1, it counts as surer than it is. TCT-ColBERT has .25, for sums of cosines of
+    tokens."""
+
     def prepare(self, preparation: Preparation) -> dict[str, Any]:
         teacher = Student.load(self.teacher, device=own_device(preparation.device), dtype=preparation.dtype)
         for labelled in preparation.with_lists:  # labelled pairs are not compared with one another
@@ -70,7 +75,9 @@ class InBatchImitation(Loss, kind="in_batch_imitation"):
 
     def __call__(self, inputs: LossInput) -> Tensor | None:
         scores = inputs.pair_input(self.kind)
-        return None if scores is None else list_imitation(inputs.imitating, scores, inputs.candidates)
+        if scores is None:
+            return None
+        return list_imitation(inputs.imitating, scores, inputs.candidates, temperature=self.temperature)
 
 
 class LiveTeacher:

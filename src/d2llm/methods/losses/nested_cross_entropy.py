@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
@@ -45,6 +46,11 @@ class NestedCrossEntropy(Loss, kind="nested_cross_entropy"):
     """Numbers of layers after which a vector is to be useful without the layers above, such as ``[2, 4]``; at the
     widths, and in full."""
 
+    sampled: bool = False
+    """Train one of the widths and one of the depths in each step, drawn at random, instead of all (2D Matryoshka)."""
+    alignment: float = Field(default=0.0, ge=0)
+    """Weight of the divergence of the last layer's vectors from those after fewer layers; 1 in 2D Matryoshka."""
+
     @model_validator(mode="after")
     def _check_order(self) -> NestedCrossEntropy:
         for name, what in (("dims", "width"), ("layers", "depth")):
@@ -53,6 +59,8 @@ class NestedCrossEntropy(Loss, kind="nested_cross_entropy"):
                 raise ValueError(f"{name} is {values}, but must name each {what} once, in ascending order")
         if self.weight and not (self.dims or self.layers):
             raise ValueError("names neither dims nor layers, so nothing would be trained: set one of them")
+        if self.alignment and not self.layers:
+            raise ValueError("alignment compares vectors after fewer layers, but layers names none: set it")
         return self
 
     @property
@@ -79,7 +87,7 @@ class NestedCrossEntropy(Loss, kind="nested_cross_entropy"):
         if self.layers and (weighing := recipe.student.pooling.weighing) is not None:
             raise ValueError(
                 "losses.nested_cross_entropy.layers reads texts after fewer layers, and the pooling "
-                f"{weighing.kind} needs attention that these may lack: set another student.pooling, or delete layers"
+                f"{weighing.kind} reads layers that these may lack: set another student.pooling, or delete layers"
             )
         if self.layers and backbone.layers is not None:
             count = backbone.layers if isinstance(backbone.layers, int) else len(backbone.layers)
@@ -118,15 +126,22 @@ class NestedCrossEntropy(Loss, kind="nested_cross_entropy"):
     def __call__(self, inputs: LossInput) -> Tensor | None:
         if inputs.vectors is None:
             return None
-        counted = [(inputs.vectors_after[layers], True) for layers in self.layers]
-        counted += [(inputs.vectors, False)] if self.dims else []
+        dims, layers = self.dims, self.layers
+        if self.sampled:
+            drawn = random.Random(" ".join(inputs.batch.query_ids))  # so that a resumed run draws the same
+            dims, layers = (tuple(drawn.sample(sizes, min(1, len(sizes)))) for sizes in (dims, layers))
+        counted = [(inputs.vectors_after[depth], True) for depth in layers]
+        counted += [(inputs.vectors, False)] if dims else []
         values: list[Tensor] = []
         for vectors, in_full in counted:
             queries, passages = inputs.encoded(vectors)
             queries = inputs.student.interaction.query_vectors(queries, inputs.batch.source.task)
-            widths = (*self.dims, vectors.shape[1]) if in_full else self.dims
+            widths = (*dims, vectors.shape[1]) if in_full else dims
             values.append(nested_cross_entropy(queries, passages, inputs.positive, inputs.candidates, widths))
-        return torch.stack(values).mean()
+        value = torch.stack(values).mean()
+        for depth in layers if self.alignment else ():
+            value = value + self.alignment / len(layers) * alignment(inputs.vectors_after[depth], inputs.vectors)
+        return value
 
 
 def nested_cross_entropy(
@@ -154,3 +169,15 @@ def nested_cross_entropy(
         a, b = (functional.normalize(vectors[:, :width].to(dtype), dim=1) for vectors in (queries, passages))
         values.append(in_batch_cross_entropy(a @ b.T, positive_mask, candidate_mask, temperature=0.05))
     return torch.stack(values).mean()
+
+
+def alignment(
+    shallow: Float[Tensor, "texts dim"], whole: Float[Tensor, "texts dim"], *, temperature: float = 0.3
+) -> Float[Tensor, ""]:
+    """The mean over texts of KL( softmax(y^N / t) || softmax(y^n / t) ) over a vector's components, times t^2.
+
+    y^N is the last layer's vector, through which no gradient flows. Li et al., "2D Matryoshka Sentence Embeddings",
+    2024 (arXiv 2402.14776), section 3; t as in the implementation of sentence-transformers.
+    """
+    predicted, target = ((vectors.float() / temperature).log_softmax(dim=1) for vectors in (shallow, whole.detach()))
+    return temperature**2 * (target.exp() * (target - predicted)).sum(dim=1).mean()

@@ -1,4 +1,4 @@
-"""The teacher's order of all candidates, one after the other (ListMLE)."""
+"""The relevant passages first, then the teacher's order, each choice weighted by the teacher (PLD)."""
 
 from __future__ import annotations
 
@@ -6,49 +6,40 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from d2llm.ops.losses import masked_mean, zero_outside
+from d2llm.methods.losses.listmle import drawing_costs
+from d2llm.ops.losses import list_distributions, masked_mean
 from d2llm.recipe.losses import Loss
 from d2llm.training.losses import LossInput
 
 
 class PlackettLuce(Loss, kind="plackett_luce"):
-    """The teacher's order of all candidates, one after the other (ListMLE)."""
+    """The relevant passages first, then the teacher's order, each choice weighted by the teacher's softmax (PLD)."""
 
-    paper = "Xia et al., ICML 2008 (ListMLE); Reddi et al., AISTATS 2021 (RankDistil)"
+    paper = "Bassam et al. 2025, arXiv 2506.12542 (PLD)"
     needs = frozenset({"labels"})
-    measured = (
-        "-.0138 against list imitation on qnli, banking77 ([one seed](recipes.md#losses-how-to-imitate-a-"
-        "teacher)); by [better grades](ablations.md#the-published-objective-taught-by-grades-that-are-better-"
-        "than-the-student) -.041 ±.002 against judgements on squad-sent and banking77, -.025 ±.009 on wikiqa "
-        "and quora (three seeds)"
-    )
 
     def __call__(self, inputs: LossInput) -> Tensor:
-        return plackett_luce(inputs.imitating, inputs.log_odds, inputs.candidates)
+        return plackett_luce(inputs.imitating, inputs.log_odds, inputs.positive, inputs.candidates)
 
 
 def plackett_luce(
     logits: Float[Tensor, "queries passages"],
-    teacher_scores: Float[Tensor, "queries passages"],
+    teacher_log_odds: Float[Tensor, "queries passages"],
+    positive_mask: Bool[Tensor, "queries passages"],
     candidate_mask: Bool[Tensor, "queries passages"],
 ) -> Float[Tensor, ""]:
-    """The teacher's order should be probable if the student draws one passage after the other.
+    """Drawing the positives and then the others in the teacher's order should be probable, the sure choices most.
 
-    L_i = 1/n sum_{r=1..n} -log( exp(z_r) / sum_{s >= r} exp(z_s) )
+    L_i = sum_{r=1..N} p_r -log( exp(z_r) / sum_{s >= r} exp(z_s) ),  p = softmax_C(l_i)
 
-    with the candidates in the teacher's order; only the n with a score above -inf are drawn, the others follow all of
-    them, in no order. Of equal scores the first one counts as the higher. Counted: queries with a drawn candidate. The
-    Plackett-Luce model's likelihood of an order: Xia et al., "Listwise Approach to Learning to Rank", ICML 2008
-    (ListMLE); for distilling rankings: Reddi et al., "RankDistil", AISTATS 2021.
+    with the candidates in order: the positives by the teacher's log-odds, then the rest by them. Counted: queries with
+    a candidate of log-odds above -inf. Bassam et al., "PLD: A Choice-Theoretic List-Wise Knowledge Distillation", 2025
+    (arXiv 2506.12542), where each example has one label. With p = 1/N and no label first, it is ``listmle``.
     """
-    drawn = candidate_mask & (teacher_scores > -torch.inf)
-    (student,) = zero_outside(candidate_mask, logits)
-    (teacher,) = zero_outside(drawn, teacher_scores)
-    lowest = torch.finfo(student.dtype).min
-    key = teacher.to(student.dtype).masked_fill(~drawn, lowest / 2).masked_fill(~candidate_mask, lowest)
-    order = key.sort(dim=1, descending=True, stable=True).indices
-    ordered = student.masked_fill(~candidate_mask, lowest).gather(1, order)
-    remaining = ordered.flip(1).logcumsumexp(dim=1).flip(1)
-    is_drawn = drawn.gather(1, order)
-    per_query = masked_mean(torch.where(is_drawn, remaining - ordered, 0.0), is_drawn)
-    return masked_mean(per_query, is_drawn.any(dim=1)).to(logits.dtype)
+    target, _, possible = list_distributions(logits, teacher_log_odds, candidate_mask, 1.0)
+    weights = torch.where(possible, target.exp(), 0.0)
+    span = target.abs().amax(dim=1, keepdim=True)
+    key = torch.where(possible, target, -span - 1)
+    first = torch.where(positive_mask, key + 2 * span + 2, key)
+    costs, order = drawing_costs(logits, first, candidate_mask)
+    return masked_mean((weights.gather(1, order) * costs).sum(dim=1), possible.any(dim=1)).to(logits.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import Field
 from torch import Tensor
 
 from d2llm.ops.losses import checked_temperature, zero_outside
@@ -24,8 +25,11 @@ class Sinkhorn(Loss, kind="sinkhorn"):
         "quora (three seeds)"
     )
 
+    temperature: float = Field(default=2.0, gt=0)
+    """Divides the scores of both before their distributions are compared."""
+
     def __call__(self, inputs: LossInput) -> Tensor:
-        return sinkhorn(inputs.imitating, inputs.log_odds, inputs.candidates)
+        return sinkhorn(inputs.imitating, inputs.log_odds, inputs.candidates, temperature=self.temperature)
 
 
 def sinkhorn(
@@ -33,6 +37,7 @@ def sinkhorn(
     teacher_log_odds: Float[Tensor, "queries passages"],
     candidate_mask: Bool[Tensor, "queries passages"],
     *,
+    temperature: float = 1.0,
     smoothing: float = 0.1,
     num_rounds: int = 20,
 ) -> Float[Tensor, ""]:
@@ -40,17 +45,18 @@ def sinkhorn(
 
     L = 1/Q sum_ij P_ij D_ij,  D_ij = sum_k |p_ik - q_jk|
 
-    with p and q as in ``list_imitation`` and P the transport plan between the batch's teacher and student
+    with p = softmax_C(l / t), q = softmax_C(z / t) and P the transport plan between the batch's teacher and student
     distributions, which Sinkhorn's iterations make of exp(-D / smoothing) (rows and columns sum to 1). Counted: queries
     with a candidate of log-odds above -inf. SinKD, Cui et al., "Sinkhorn Distance Minimization for Knowledge
     Distillation", COLING 2024 (arXiv 2402.17110), with its smoothing and number of rounds. Its classes are the same for
     all examples; two queries share candidates only within a batch, so P is nearly diagonal and L nearly the mean
     distance of each query's own two distributions.
     """
+    scale = 1.0 / checked_temperature(temperature)
     possible = candidate_mask & (teacher_log_odds > -torch.inf)
     counted = possible.any(dim=1)
-    (student,) = zero_outside(candidate_mask, logits)
-    (teacher,) = zero_outside(possible, teacher_log_odds)
+    (student,) = zero_outside(candidate_mask, scale * logits)
+    (teacher,) = zero_outside(possible, scale * teacher_log_odds)
     lowest = torch.finfo(student.dtype).min
     p = torch.where(possible, teacher.to(student.dtype).masked_fill(~possible, lowest).softmax(dim=1), 0.0)[counted]
     q = torch.where(candidate_mask, student.masked_fill(~candidate_mask, lowest).softmax(dim=1), 0.0)[counted]

@@ -58,14 +58,14 @@ class Ditto(Pooling, kind="ditto"):
         self,
         states: Float[Tensor, "batch tokens dim"],
         mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"],
-        attentions: Sequence[Float[Tensor, "batch heads tokens tokens"]],
+        output: Any,
     ) -> Float[Tensor, "batch tokens dim"]:
         """The states, each times its weight A_ii / mean_j A_jj in the head.
 
         A_ij is the attention of token i to token j, and the mean is over a text's real tokens. So the plain mean of
         these states is the weighted mean.
         """
-        diagonal = attention_to_itself(attentions[self.layer], mask)[:, self.head]
+        diagonal = attention_to_itself(output.attentions[self.layer], mask)[:, self.head]
         mean = diagonal.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
         return states * (diagonal / mean.clamp(min=1e-30)).unsqueeze(-1)
 

@@ -38,8 +38,8 @@ class PMA(ChangedPooling, kind="pma"):
     def _check_pooling(self) -> PMA:
         if self.pooling.weighing is not None:
             raise ValueError(
-                f"pooling is {self.pooling.weighing.kind}, which weighs the tokens, and PMA would read the weighted "
-                "tokens: name another"
+                f"pooling is {self.pooling.weighing.kind}, which changes the tokens' states, and PMA would read the "
+                "changed ones: name another"
             )
         if not self.warm_start and self.pooling != self.pooling.weightless:
             raise ValueError(

@@ -7,8 +7,10 @@ from typing import ClassVar
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from pydantic import Field
 from torch import Tensor
 
+from d2llm.core.errors import InputError
 from d2llm.models.backbone import Backbone
 from d2llm.models.pooling import TextPooling, make_pooling, to_sphere
 from d2llm.ops.whitening import whitening
@@ -18,10 +20,13 @@ from d2llm.recipe.pooling import ChangedPooling
 class Whitening(ChangedPooling, kind="whitening"):
     """Another pooling's vectors with mean 0 and covariance 1 on passages, fitted before the first step.
 
+    With ``dim``, of the directions in which the passages differ most alone (whitening-k). Over the pooling
+    ``first_last``, this is WhiteningBERT.
+
     Su et al., "Whitening Sentence Representations for Better Semantics and Faster Retrieval", 2021.
     """
 
-    paper = "Su et al. 2021, arXiv 2103.15316"
+    paper = "Su et al. 2021, arXiv 2103.15316; Huang et al. 2021, arXiv 2104.01767 (WhiteningBERT)"
     costs = "more passages than dimensions, better ten times as many, read once"
     measured = (
         "before training: squad-sent +.135 with smollm2, -.038 with minilm ([200 dev "
@@ -31,29 +36,38 @@ class Whitening(ChangedPooling, kind="whitening"):
     )
     reads_tokens: ClassVar[bool] = False
 
+    dim: int | None = Field(default=None, ge=1)
+    """Width of the text's vector, smaller than that of the pooling's. None: the same."""
+
     @property
     def is_trained(self) -> bool:
         return self.pooling.is_trained
 
     def module(self, backbone: Backbone) -> TextPooling:
-        return WhitenedPooling(make_pooling(self.pooling, backbone))
+        inner = make_pooling(self.pooling, backbone)
+        if self.dim is not None and self.dim >= inner.dim:
+            raise InputError(
+                f"pooling.dim is {self.dim}, but the vectors to whiten have only {inner.dim} components; give fewer, "
+                "or delete it"
+            )
+        return WhitenedPooling(inner, self.dim or inner.dim)
 
 
 class WhitenedPooling(TextPooling):
-    """(y - m) W, of norm sqrt(dim); m and W are 0 and 1 until they are fitted."""
+    """(y - m) W, of norm sqrt(dim); until they are fitted, m is 0 and W keeps the first components."""
 
     inner: TextPooling  # pyright: ignore[reportIncompatibleVariableOverride]
     mean: Tensor
     whitening: Tensor
     is_fitted_to_passages = True
 
-    def __init__(self, inner: TextPooling) -> None:
-        super().__init__(inner.dim, inner)
+    def __init__(self, inner: TextPooling, dim: int) -> None:
+        super().__init__(dim, inner)
         self.register_buffer("mean", torch.zeros(inner.dim))
-        self.register_buffer("whitening", torch.eye(inner.dim))
+        self.register_buffer("whitening", torch.eye(inner.dim, dim))
 
     def fit(self, vectors: Float[np.ndarray, "texts dim"]) -> None:
-        mean, matrix = whitening(vectors)
+        mean, matrix = whitening(vectors, self.dim)
         self.mean.copy_(torch.from_numpy(mean))
         self.whitening.copy_(torch.from_numpy(matrix))
 

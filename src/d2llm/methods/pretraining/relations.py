@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,10 +27,10 @@ _ATTENTION_PARTS = (
 
 class Relations(Imitation, kind="relations"):
     """To imitate the relations of queries, of keys and of values in one layer of another backbone's attention; widths
-    may differ (MiniLMv2).
+    may differ (MiniLMv2), or its attention and the relations of values (MiniLM).
     """
 
-    paper = "Wang et al. 2021, arXiv 2012.15828 (MiniLMv2)"
+    paper = "Wang et al. 2021, arXiv 2012.15828 (MiniLMv2); Wang et al. 2020, arXiv 2002.10957 (MiniLM)"
     costs = (
         "every text read once with gradient, and by the teacher, which has the same tokenizer; separate layers "
         "for queries, keys and values"
@@ -43,8 +43,12 @@ class Relations(Imitation, kind="relations"):
     )
     needs_same_tokens: ClassVar[bool] = True
 
-    relation_heads: int = Field(default=48, ge=1)
-    """Into how many parts queries, keys and values are split, in both backbones."""
+    version: Literal[1, 2] = 2
+    """2: queries are compared with queries, keys with keys, values with values. 1: queries with keys, which is the
+    attention itself, and values with values."""
+    relation_heads: int | None = Field(default=None, ge=1)
+    """Into how many parts queries, keys and values are split, in both backbones. By default 48, or, for version 1, the
+    student's attention heads."""
     teacher_layer: int | None = Field(default=None, ge=0)
     """The layer of the teacher, counted from 0, that the student's last layer imitates. By default the last; an upper
     middle one is better if the teacher is large."""
@@ -59,7 +63,10 @@ class _Relations(ImitationTask):
 
     def __init__(self, backbone: Backbone, config: Relations, seed: int) -> None:
         super().__init__(backbone, config, seed)
-        self.heads, self.teacher_layer = config.relation_heads, config.teacher_layer
+        model: Any = backbone.model.config
+        heads = 48 if config.version == 2 else int(getattr(model, "num_attention_heads", 1))
+        self.heads, self.teacher_layer = config.relation_heads or heads, config.teacher_layer
+        self.pairs = ((0, 0), (1, 1), (2, 2)) if config.version == 2 else ((0, 1), (2, 2))
 
     def build(self) -> None:
         """Find the attention of both; a ``ModelError`` if it cannot be read."""
@@ -72,8 +79,10 @@ class _Relations(ImitationTask):
     def differences(self, states: Tensor, mask: Tensor, teacher_states: Tensor, teacher_mask: Tensor) -> Tensor:  # noqa: ARG002
         student_vectors, taught = (layer.vectors for layer in self.attention)
         values = [
-            relation_divergence(one, other, mask, heads=self.heads)
-            for one, other in zip(student_vectors, taught, strict=True)
+            relation_divergence(
+                (student_vectors[one], student_vectors[other]), (taught[one], taught[other]), mask, heads=self.heads
+            )
+            for one, other in self.pairs
         ]
         return torch.stack(values).sum(dim=0)
 
@@ -118,22 +127,22 @@ class _Attention:
 
 
 def relation_divergence(
-    student: Float[Tensor, "texts tokens student_dim"],
-    teacher: Float[Tensor, "texts tokens teacher_dim"],
+    student: tuple[Float[Tensor, "texts tokens student_dim"], Float[Tensor, "texts tokens student_dim"]],
+    teacher: tuple[Float[Tensor, "texts tokens teacher_dim"], Float[Tensor, "texts tokens teacher_dim"]],
     mask: Bool[Tensor, "texts tokens"],
     *,
     heads: int,
 ) -> Float[Tensor, " texts"]:
     """How far the relations of a text's tokens differ from the teacher's: the mean KL divergence over heads and tokens.
 
-    Each relation is softmax(V_h V_h^T / sqrt(d_h)) over the text's tokens, where V_h is the part of the queries (or
-    keys, or values) that belongs to the relation head h, of width d_h. Wang et al., "MiniLMv2", ACL Findings 2021
-    (arXiv 2012.15828), section 3.
+    Each relation is softmax(A_h B_h^T / sqrt(d_h)) over the text's tokens, where A_h and B_h are the parts of the
+    two given that belong to the relation head h, of width d_h. Wang et al., "MiniLMv2", ACL Findings 2021 (arXiv
+    2012.15828), section 3, with A = B; of queries with keys it is attention: "MiniLM", NeurIPS 2020 (arXiv 2002.10957).
     """
 
-    def log_relations(vectors: Tensor) -> Tensor:  # [texts, heads, tokens, tokens]
-        by_head = vectors.float().unflatten(-1, (heads, -1)).transpose(1, 2)
-        scores = by_head @ by_head.transpose(2, 3) / by_head.shape[-1] ** 0.5
+    def log_relations(pair: tuple[Tensor, Tensor]) -> Tensor:  # [texts, heads, tokens, tokens]
+        one, other = (vectors.float().unflatten(-1, (heads, -1)).transpose(1, 2) for vectors in pair)
+        scores = one @ other.transpose(2, 3) / one.shape[-1] ** 0.5
         return scores.masked_fill(~mask[:, None, None], NO_ATTENTION).log_softmax(dim=-1)
 
     target, predicted = log_relations(teacher), log_relations(student)
