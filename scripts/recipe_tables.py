@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from prose import wrapped
+from published_names import published_names
 
 from d2llm.recipe.variants import VARIANTS
 from d2llm.reports.methods import MethodFacts, describe_methods
@@ -29,8 +30,11 @@ ADDRESS = re.compile(r"(arXiv (\d{4}\.\d{5}))")
 def main() -> None:
     """Write all tables."""
     text = PAGE.read_text(encoding="utf-8")
-    for section, kinds in describe_methods().items():
+    described = describe_methods()
+    for section, kinds in described.items():
         text = between(text, f"methods {section}", methods(kinds))
+    names = [("name", "where", "measured, or why not"), *published_names(described)]
+    text = between(text, "names", markdown(names, num_texts=3))
     text = between(text, "losses", losses(json.loads((RESULTS / "losses.json").read_text(encoding="utf-8"))["result"]))
     text = between(text, "untrained", untrained(json.loads((RESULTS / "untrained.json").read_text(encoding="utf-8"))))
     pretrained = json.loads((RESULTS / "pretraining.json").read_text(encoding="utf-8"))

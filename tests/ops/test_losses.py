@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from random import Random
 from statistics import fmean
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import formulas as losses
 from d2llm.core.errors import InputError
+from d2llm.methods.losses.mixed_negatives import mixtures
 
 NONE, POSITIVE, HARD, EASY = range(4)
 TEMPERATURE = 0.7
@@ -135,6 +137,19 @@ def lambdarank(logits: Tensor, teacher: Tensor) -> Tensor:
 
 def transport(logits: Tensor, teacher: Tensor) -> Tensor:
     return losses.sinkhorn(logits, teacher, USED, temperature=2.0, smoothing=0.5, num_rounds=3)
+
+
+def passages_apart(logits: Tensor, teacher: Tensor) -> Tensor:
+    return losses.passage_contrast(logits, teacher.T, POSITIVES, HARDS)
+
+
+WEIGHTS = torch.zeros(len(ROLES), 2, ROLES.shape[1], dtype=torch.float64)
+WEIGHTS[0, 0, [1, 2]] = torch.tensor([0.3, 0.7], dtype=torch.float64)
+WEIGHTS[7, 1, [1, 3]] = torch.tensor([0.9, 0.1], dtype=torch.float64)
+
+
+def mixed(logits: Tensor, teacher: Tensor) -> Tensor:
+    return losses.mixed_negatives(logits, teacher.T, POSITIVES, USED, WEIGHTS)
 
 
 # the loss, its inputs, and the mask of entries it reads
@@ -304,6 +319,36 @@ def reference_angles(z: np.ndarray, s: np.ndarray) -> float:
     return mean_over_queries(terms, num_counted=6)
 
 
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / math.sqrt((a @ a) * (b @ b)))
+
+
+def reference_passages_apart(z: np.ndarray, s: np.ndarray) -> float:
+    def terms(i: int) -> list[float]:
+        values: list[float] = []
+        for j in members(POSITIVES, i):
+            near = math.exp(20 * cosine(s[:, j], z[i]))
+            values.append(
+                -math.log(near / (near + sum(math.exp(20 * cosine(s[:, j], s[:, k])) for k in members(HARDS, i))))
+            )
+        return values
+
+    return mean_over_queries(terms, num_counted=6)
+
+
+def reference_mixed(z: np.ndarray, s: np.ndarray) -> float:
+    unit = s / np.sqrt((s * s).sum(axis=0))
+
+    def terms(i: int) -> list[float]:
+        rivals = [unit[:, k] for k in members(HARDS | EASIES, i)]
+        rivals += [unit @ row for row in WEIGHTS[i].numpy() if row.any()]
+        negatives = sum(math.exp(20 * cosine(z[i], vector)) for vector in rivals)
+        found = [math.exp(20 * cosine(z[i], unit[:, j])) for j in members(POSITIVES, i)]
+        return [-math.log(value / (value + negatives)) for value in found]
+
+    return mean_over_queries(terms, num_counted=6)
+
+
 def ordered_pairs(s: np.ndarray, i: int) -> list[tuple[int, int]]:
     return [(j, k) for j in members(USED, i) for k in members(USED, i) if s[i, j] > s[i, k]]
 
@@ -400,6 +445,8 @@ def reference_transport(z: np.ndarray, s: np.ndarray) -> float:
         (weighted_order, scores, reference_weighted_order),
         (focused, scores, reference_focused),
         (angles, vectors, reference_angles),
+        (passages_apart, vectors, reference_passages_apart),
+        (mixed, vectors, reference_mixed),
         (ranknet, scores, reference_ranknet),
         (lambdarank, scores, reference_lambdarank),
         (transport, scores, reference_transport),
@@ -799,6 +846,14 @@ def test_plackett_luce_by_hand() -> None:
     teacher = row(0, math.log(3), math.log(2))
     loss = losses.plackett_luce(row(0, math.log(2), 0), teacher, mask(1, 0, 0), mask(1, 1, 1))
     assert loss.item() == pytest.approx(math.log(4) / 6 - math.log(2 / 3) / 2, rel=1e-12)
+
+
+def test_mixtures_are_of_two_hard_negatives() -> None:
+    weights = mixtures(torch.cat([mask(1, 0, 1, 1), mask(0, 1, 0, 0)]), 5, Random(0))
+    assert (weights[1] == 0).all()
+    assert ((weights[0] > 0).sum(dim=1) == 2).all()
+    assert (weights[0, :, 1] == 0).all()
+    torch.testing.assert_close(weights[0].sum(dim=1), torch.ones(5))
 
 
 def test_ranknet_by_hand() -> None:

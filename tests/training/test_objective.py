@@ -200,7 +200,14 @@ def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBa
     )
 
 
-OF_VECTORS = {"angular_margin", "token_cross_entropy", "nested_cross_entropy", "soft_expansion"}
+OF_VECTORS = {
+    "angular_margin",
+    "mixed_negatives",
+    "passage_contrast",
+    "token_cross_entropy",
+    "nested_cross_entropy",
+    "soft_expansion",
+}
 LOSS_NAMES = [kind for kind in LOSSES.shipped if kind not in OF_VECTORS | {"pair_cross_entropy"}]
 NORMALISED = ("contrastive_imitation", "in_batch_cross_entropy", "feature_imitation")
 

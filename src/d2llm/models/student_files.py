@@ -46,8 +46,8 @@ def read_student_manifest(folder: Path) -> tuple[dict[str, Any], StudentConfig]:
     if missing:
         raise DataFormatError(folder / MANIFEST, f"lacks {', '.join(sorted(missing))}; {RESTORE}")
     try:
+        config = StudentConfig.model_validate(manifest["config"])  # says which package a pooling may lack
         Pooling.of(manifest["pooling"])
-        return manifest, StudentConfig.model_validate(manifest["config"])
     except PydanticCustomError as error:
         raise DataFormatError(folder / MANIFEST, f"its pooling cannot be read ({error}); {RESTORE}") from error
     except ValidationError as error:
@@ -57,6 +57,7 @@ def read_student_manifest(folder: Path) -> tuple[dict[str, Any], StudentConfig]:
         raise DataFormatError(
             folder / MANIFEST, f"its configuration cannot be read ({'; '.join(problems)}); {remedy}"
         ) from error
+    return manifest, config
 
 
 def trained_tasks(manifest: Mapping[str, Any]) -> tuple[Task, ...]:

@@ -242,6 +242,16 @@ _OWN: _Group = {
         _student(**_COSINE)
         | {"imitation": {}, "losses": {**_PLAIN_LOSSES, "in_batch_cross_entropy": 0.0, "angular_margin": 1.0}},
     ),
+    "passage-contrast": (
+        "judgements alone, and positives away from hard negatives (PAIR)",
+        _student(**_COSINE)
+        | {"imitation": {}, "losses": {**_PLAIN_LOSSES, "in_batch_cross_entropy": 0.9, "passage_contrast": 0.1}},
+    ),
+    "mixed-negatives": (
+        "judgements alone, with negatives mixed from two hard ones (KaLM-Embedding-V2)",
+        _student(**_COSINE)
+        | {"imitation": {}, "losses": {**_PLAIN_LOSSES, "in_batch_cross_entropy": 0.0, "mixed_negatives": 1.0}},
+    ),
     "focal": (
         "judgements alone, those that are not learnt yet counting more (KaLM-Embedding-V2)",
         {"imitation": {}, "losses": {"in_batch_cross_entropy": {"focus": 0.5}}},

@@ -1,0 +1,105 @@
+"""Published methods by the names of their papers: where each is here, or why it is not (docs/recipes.md).
+
+What a kind measured is said by its class; ``scripts/recipe_tables.py`` makes the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from d2llm.reports.methods import MethodFacts
+
+KINDS: Mapping[str, tuple[str, str]] = {
+    "PLD (Plackett-Luce distillation)": ("losses", "plackett_luce"),
+    "ListMLE, RankDistil": ("losses", "listmle"),
+    "ListNet, RocketQAv2": ("losses", "list_imitation"),
+    "RankNet, RankT5's pairwise loss": ("losses", "ranknet"),
+    "LambdaRank, LambdaLoss": ("losses", "lambdarank"),
+    "Margin-MSE": ("losses", "margin_mse"),
+    "Distilled Sentence Embedding (DSE)": ("losses", "score_regression"),
+    "TCT-ColBERT": ("losses", "in_batch_imitation"),
+    "SinKD": ("losses", "sinkhorn"),
+    "FerKD": ("losses", "recalibrated_imitation"),
+    "DistillWeighted": ("losses", "weighted_imitation"),
+    "LELP": ("losses", "subclass_imitation"),
+    "SoftQE": ("losses", "soft_expansion"),
+    "CoRT's loss": ("losses", "angular_margin"),
+    "PAIR": ("losses", "passage_contrast"),
+    "KaLM-Embedding-V2: mixed negatives": ("losses", "mixed_negatives"),
+    "Matryoshka, 2D Matryoshka": ("losses", "nested_cross_entropy"),
+    "SimCSE": ("training.pretraining", "simcse"),
+    "Mirror-BERT": ("training.pretraining", "mirror"),
+    "LLaRA (Llama2Vec)": ("training.pretraining", "words"),
+    "LLM2Vec": ("training.pretraining", "masked_next_token"),
+    "MiniLM, MiniLMv2": ("training.pretraining", "relations"),
+    "TinyBERT, ERNIE-Tiny": ("training.pretraining", "hidden_states"),
+    "MI-alpha (Distiller)": ("training.pretraining", "mutual_information"),
+    "Well-Read Students": ("training.pretraining", "vectors"),
+    "Whitening, whitening-k": ("student.pooling", "whitening"),
+    "WhiteningBERT": ("student.pooling", "first_last"),
+    "Ditto": ("student.pooling", "ditto"),
+    "SGPT": ("student.pooling", "weighted_mean"),
+    "PMA": ("student.pooling", "pma"),
+    "HPD": ("student.pooling", "projection"),
+    "Model2Vec": ("student.backbone", "model2vec"),
+    "PE-Rank": ("reranker", "listwise"),
+}
+"""Names of methods that are a kind of their own: section and kind."""
+
+ELSEWHERE: Mapping[str, tuple[str, str]] = {
+    "RankT5's softmax": ('`teacher_tuning = { loss = "lists", pair_weight = 0 }`', "with `pair_weight = 0.3` only"),
+    "DHO": ("`training.dual_head`", "yes; mixes logits: a mixture of softmaxes over all passages is no inner product"),
+    "CoRT's negatives": ("`training.complement_words`", "yes"),
+    "Trans-Encoder": (
+        "`d2llm run RECIPE --rounds N`",
+        "yes, with one teacher; mutual distillation of several is not here: it takes as many teachers tuned each round",
+    ),
+    "KaLM-Embedding-V2: focal weights": ("`losses.in_batch_cross_entropy.focus`", "see below"),
+    "Semi-Siamese": ('`backbone.tuning = { adapters = "two" }`', "yes"),
+    "DeepCT, doc2query, TILDE-like expansion": ("`d2llm fit-scores`", "yes"),
+    "Late chunking": (
+        "`d2llm encode --late`",
+        "yes; no loss trains for it",
+    ),
+    "Loyalty of labels, probabilities, regression": ("`d2llm evaluate --teacher`", "yes"),
+    "Linear maps between students": ("`benchmarks/mapped_vectors.py`", "see below"),
+    "Instructor, E5-instruct, GritLM": ("`instruction` of a search", "yes, with students that were not trained so"),
+    "ColBERT": ("`score_features.maxsim`, `in_training`", "yes"),
+    "K-NRM, Hypencoder and other scorers of pairs": ("benchmarks/scaling, ablations.md", "yes; none is a head here"),
+    "Conversational queries": ("`history` of a search", "rewritten by a writer; no student is trained on dialogues"),
+}
+"""Names of methods that are settings or verbs: where, and whether they were measured."""
+
+MISSING: Mapping[str, str] = {
+    "Gecko": "`d2llm fit` keeps and adds positives as Gecko's critic does; positives replaced by better ones need an "
+    "LLM that ranks candidates of every query",
+    "PGKD": "needs an LLM that writes in every round; `fit` writes once, by what its time allows",
+    "Robust Active Distillation": "`labelling.compared_students` chooses by disagreement; its clusters are not here",
+    "SPLADE, DSR, SPAR": "need a head that predicts words; minilm and e5 ship without their MLM heads",
+    "BEBR, BTR": "trained binary codes; untrained ones lose 2.0 to 5.8 %, and 3 bits at most .7 %",
+    "Multivariate representations": "a variance beside each mean doubles vectors",
+    "KaLM-Embedding-V2: model soup": "not written yet",
+    "Contextual document embeddings": "two readings of every passage, and neighbours from the index: an index could no "
+    "longer add one passage alone",
+    "RetroMAE, Condenser, coCondenser, CoT-MAE": "need an MLM head, which the shipped encoders lack, and long runs",
+    "DeCLUTR": "two spans of a long document; passages here are read alone",
+    "Dewey": "trains long windows; the shipped encoders read at most 512 tokens",
+    "vec2vec": "needs no common passages, but hours of adversarial training; whoever changes a student has passages",
+    "RECOMP": "answers show the best sentences; a trained extraction with an empty answer is not written yet",
+    "BERTScore": "MaxSim by token embeddings is its recall; its precision is not computed",
+    "LEALLA, MEXMA": "not written yet; xquad is parallel, but a test set",
+    "Vocabulary pruning, neuron pruning, ZipLM": "not written yet; layers are left out (`backbone.layers`)",
+    "Entropy as criterion of layers": "layers are chosen by angles (`models.layer_choice`); entropy is not written yet",
+    "AutoDistiller": "`d2llm ablate` compares recipes by short runs; a search over them is left to its user",
+}
+"""Names of methods that are not here, and why."""
+
+
+def published_names(methods: Mapping[str, Mapping[str, MethodFacts]]) -> list[tuple[str, str, str]]:
+    """A row for each name: the name, where it is, and whether it was measured or why it is not here."""
+    rows: list[tuple[str, str, str]] = []
+    for name, (section, kind) in KINDS.items():
+        measured = methods[section][kind].measured
+        rows.append((name, f"`{section}`: `{kind}`", "not measured" if measured == "not measured" else "yes"))
+    rows += [(name, where, measured) for name, (where, measured) in ELSEWHERE.items()]
+    return rows + [(name, "not here", reason) for name, reason in MISSING.items()]
