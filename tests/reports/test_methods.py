@@ -93,3 +93,10 @@ def test_ablations_train_with_a_kind_or_without_it() -> None:
 
 def test_markdown_as_plain_text() -> None:
     assert plain("see [the `log`](log/a.md#b-c), `x`") == "see the log, x"
+
+
+@pytest.mark.parametrize("section", [*SECTIONS])
+def test_an_unknown_kind_is_answered_with_the_nearest(section: str) -> None:
+    *_, known = SECTIONS[section].shipped
+    with pytest.raises(ValueError, match=rf"no .* '{known[:-1]}x{known[-1]}'; did you mean '{known}'\?"):
+        SECTIONS[section].find(f"{known[:-1]}x{known[-1]}")

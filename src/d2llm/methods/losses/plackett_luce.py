@@ -17,6 +17,10 @@ class PlackettLuce(Loss, kind="plackett_luce"):
 
     paper = "Bassam et al. 2025, arXiv 2506.12542 (PLD)"
     needs = frozenset({"labels"})
+    measured = (
+        "against judgements alone +.006 (.741 and .735; wikiqa +.006, banking77 +.005), list imitation "
+        "+.003 ([one seed](log/2026-11.md#2026-11-29-methods-as-their-papers-have-them), vectors alone)"
+    )
 
     def __call__(self, inputs: LossInput) -> Tensor:
         return plackett_luce(inputs.imitating, inputs.log_odds, inputs.positive, inputs.candidates)

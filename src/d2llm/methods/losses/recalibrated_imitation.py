@@ -17,6 +17,10 @@ class RecalibratedImitation(Loss, kind="recalibrated_imitation"):
 
     paper = "Shen, ICCV 2023, arXiv 2312.17473 (FerKD)"
     needs = frozenset({"labels"})
+    measured = (
+        "against judgements alone +.003 (.738 and .735; wikiqa +.003, banking77 +.002), as list imitation "
+        "([one seed](log/2026-11.md#2026-11-29-methods-as-their-papers-have-them), vectors alone)"
+    )
 
     threshold: float = Field(default=0.5, ge=0, le=1)
     """The teacher is unsure of a query if no candidate has this probability."""
