@@ -17,11 +17,10 @@ class ListMLE(Loss, kind="listmle"):
     paper = "Xia et al., ICML 2008 (ListMLE); Reddi et al., AISTATS 2021 (RankDistil)"
     needs = frozenset({"labels"})
     measured = (
-        "-.010 against judgements alone, PLD +.006 ([one seed](log/2026-11.md#2026-11-29-methods-as-their-papers-have-them)); "
-        "-.0138 against list imitation on qnli, banking77 ([one seed](recipes.md#losses-how-to-imitate-a-"
-        "teacher)); by [better grades](ablations.md#the-published-objective-taught-by-grades-that-are-better-"
-        "than-the-student) -.041 ±.002 against judgements on squad-sent and banking77, -.025 ±.009 on wikiqa "
-        "and quora (three seeds)"
+        "-.010 against judgements alone ([one seed](log/2026-11.md#2026-11-29-methods-as-their-papers-"
+        "have-them)), -.0138 against list imitation ([one seed](recipes.md#losses-how-to-imitate-a-teacher)); "
+        "by [better grades](ablations.md#the-published-objective-taught-by-grades-that-are-better-than-the-"
+        "student) -.041 ±.002 and -.025 ±.009 against judgements on two pairs of sets (three seeds)"
     )
 
     def __call__(self, inputs: LossInput) -> Tensor:

@@ -19,12 +19,11 @@ class Sinkhorn(Loss, kind="sinkhorn"):
     needs = frozenset({"labels"})
     costs = "distances of all pairs of queries of a batch"
     measured = (
-        "+.001 against judgements, list imitation +.003 (wikiqa, banking77; [one "
-        "seed](log/2026-11.md#2026-11-29-methods-as-their-papers-have-them)); with temperature 1, +.0037 over list "
-        "imitation on qnli, banking77 ([one seed](recipes.md#losses-how-to-imitate-a-teacher)); "
+        "+.001 against judgements, list imitation +.003 ([one seed](log/2026-11.md#2026-11-29-methods-as-their-"
+        "papers-have-them)); temperature 1: +.0037 over list imitation ([one "
+        "seed](recipes.md#losses-how-to-imitate-a-teacher)), "
         "by [better grades](ablations.md#the-published-objective-taught-by-grades-that-are-better-than-the-"
-        "student) -.020 ±.007 against judgements on squad-sent and banking77, -.001 ±.016 on wikiqa and "
-        "quora (three seeds)"
+        "student) -.020 ±.007 and -.001 ±.016 against judgements"
     )
 
     temperature: float = Field(default=2.0, gt=0)
