@@ -86,7 +86,13 @@ def test_methods_are_listed_with_what_they_need_their_papers_and_what_was_measur
     }
     assert margins["needs"] == "labels"
     assert margins["paper"] == "Hofstätter et al. 2020, arXiv 2010.02666"
-    assert {*sections["losses"]["nested_cross_entropy"]["settings"]} == {"weight", "dims", "layers"}
+    assert {*sections["losses"]["nested_cross_entropy"]["settings"]} == {
+        "weight",
+        "dims",
+        "layers",
+        "sampled",
+        "alignment",
+    }
     text = " ".join(succeed("methods").output.split())
     assert "Margin-MSE" in text
     assert "](" not in text
