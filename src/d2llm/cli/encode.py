@@ -37,7 +37,7 @@ def encode(
     spec: IndexSpec,
     splitting: ChunkingSettings,
     files: FileOptions,
-    place: RunnerOptions,
+    workers: RunnerOptions,
     student: StudentOption = DEFAULT_STUDENT,
     shards: Annotated[
         int | None,
@@ -72,7 +72,7 @@ def encode(
     from d2llm.retrieval.encode import encode
 
     session = session_of(context)
-    runner = place.find()
+    runner = workers.find()
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "engine": engine}
     # The workers of a cluster encode; here the student only splits texts, and this machine may lack their device.
     model = Student.load(student, **(loading if runner.is_local else dict[str, Any](device="cpu")))

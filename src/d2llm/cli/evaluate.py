@@ -145,7 +145,7 @@ def evaluate(
     data: DataArgument,
     *,
     settings: EvaluationSettings,
-    place: RunnerOptions,
+    workers: RunnerOptions,
     systems: SystemOptions,
     labels: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="A label store with the teacher's scores.")
@@ -185,7 +185,7 @@ def evaluate(
     from d2llm.reports.evaluation_tables import evaluation_tables
 
     session = session_of(context)
-    runner = place.find()
+    runner = workers.find()
     dataset = open_data(data)
     if output.save_runs is not None and isinstance(dataset, PairDataset):
         raise InputError("--save-runs: this data set has single pairs, which have no rankings; leave the option out")

@@ -139,7 +139,7 @@ def fit(
     writer: PricedWriterOptions,
     data: DataOptions,
     again: Annotated[bool, typer.Option("--again", help="Learn anew although an earlier call has finished.")] = False,
-    place: RunnerOptions,
+    workers: RunnerOptions,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
@@ -162,7 +162,7 @@ def fit(
         settings["hours"] = _hours(minutes, settings)
     settings["writer"] = writer.priced(settings.get("max_cost"))
     chosen = FitSettings(**settings, student=student, **data.settings())
-    fitted = Fit(documents, output, chosen, device=device, dtype=dtype, runner=place.find())
+    fitted = Fit(documents, output, chosen, device=device, dtype=dtype, runner=workers.find())
     report = fitted.finish(again=again)
     if report is None:
         session.say(f"{fitted.folder.index} is up to date")

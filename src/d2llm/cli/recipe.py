@@ -25,17 +25,17 @@ def check(context: typer.Context, recipes: Annotated[list[str], _RECIPES]) -> No
     from d2llm.recipe.recipe_file import load_recipe
 
     session, defaults = session_of(context), dict(_settings(Recipe().model_dump(mode="json")))
-    for place in recipes:
-        recipe = load_recipe(place)
+    for source in recipes:
+        recipe = load_recipe(source)
         value_column = Column("value", align="left", max_width=60)
-        table = Table("setting", value_column, "default", title=f"{place}: {recipe.name}")
+        table = Table("setting", value_column, "default", title=f"{source}: {recipe.name}")
         left_out = {f"losses.{kind}": 0.0 for kind in RECOMMENDED if not recipe.losses.weight(kind)}
         for name, value in (dict(_settings(recipe.model_dump(mode="json"))) | left_out).items():
             if value != defaults.get(name) and name != "name" and not name.startswith("data"):
                 table.add_row(name, _text(value), _text(defaults.get(name)))
         session.show(table)
         sets = ", ".join(f"{one.path} ({one.task})" for one in recipe.data) or "none"
-        session.say(f"{place} is valid; data sets: {sets}")
+        session.say(f"{source} is valid; data sets: {sets}")
 
 
 @recipe_app.command("schema")

@@ -29,7 +29,7 @@ def run(
     context: typer.Context,
     recipe: RecipeArgument,
     options: RunOptions,
-    place: RunnerOptions,
+    workers: RunnerOptions,
     again: Annotated[
         RunStep | None,
         typer.Option(
@@ -55,7 +55,7 @@ def run(
     step and those after it.
     """
     session = session_of(context)
-    runner = place.find()
+    runner = workers.find()
     opened = options.open(recipe)  # finds mistakes before torch is loaded
     if rounds is not None:
         if again is not None or not runner.is_local:
@@ -85,7 +85,7 @@ def mine(
     context: typer.Context,
     recipe: RecipeArgument,
     options: RunOptions,
-    place: RunnerOptions,
+    workers: RunnerOptions,
     student: Annotated[
         str | None,
         student_option(
@@ -100,7 +100,7 @@ def mine(
     Review audit.md in the plan's folder. If interrupted, the same command continues with what was encoded and scored,
     with any runner.
     """
-    runner = place.find()
+    runner = workers.find()
     opened = options.open(recipe)
     report = opened.mine(again=again, student=student, runner=runner)
     session_of(context).write_report(context, options.json_path, report)
@@ -124,7 +124,7 @@ def ensemble(
     context: typer.Context,
     recipe: RecipeArgument,
     options: RunOptions,
-    place: RunnerOptions,
+    workers: RunnerOptions,
     members: Annotated[
         list[str],
         typer.Option(
@@ -162,7 +162,7 @@ def ensemble(
     from d2llm.reports.training_tables import ensemble_tables, stack_document
 
     session = session_of(context)
-    runner = place.find()
+    runner = workers.find()
     opened = options.open(recipe, files=[html_path])
     teachers = [named_teacher(member, opened.recipe.teacher) for member in members]
     report = opened.ensemble(teachers, num_queries=queries, depth=depth, runner=runner)
@@ -177,7 +177,7 @@ def gate(
     context: typer.Context,
     recipe: RecipeArgument,
     options: RunOptions,
-    place: RunnerOptions,
+    workers: RunnerOptions,
     student: Annotated[
         str | None,
         student_option(
@@ -199,7 +199,7 @@ def gate(
     from d2llm.training.sentences import gate_advice
 
     session = session_of(context)
-    runner = place.find()
+    runner = workers.find()
     opened = options.open(recipe)
     config = named_teacher(teacher, opened.recipe.teacher) if teacher is not None else None
     report = opened.gate(teacher=config, student=student, runner=runner)
@@ -213,12 +213,12 @@ def gate(
 
 
 @verb("Distil")
-def label(context: typer.Context, recipe: RecipeArgument, options: RunOptions, place: RunnerOptions) -> None:
+def label(context: typer.Context, recipe: RecipeArgument, options: RunOptions, workers: RunnerOptions) -> None:
     """Have the teacher score every pair that mine chose.
 
     If interrupted, the same command continues where it stopped, with any runner.
     """
-    runner = place.find()
+    runner = workers.find()
     opened = options.open(recipe)
     session_of(context).write_report(context, options.json_path, opened.label(runner=runner))
 

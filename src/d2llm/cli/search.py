@@ -268,8 +268,8 @@ def _rows(rankings: Iterable[Ranking]) -> Iterator[dict[str, object]]:
     """Each result with its query, for programs that read line by line."""
     for ranking in rankings:
         for result in ranking.passages:
-            place = {"query_id": ranking.query.id, "query": ranking.query.text, "rank": result.rank}
-            yield {**place, "score": result.score, **asdict(result.passage)}
+            asked = {"query_id": ranking.query.id, "query": ranking.query.text, "rank": result.rank}
+            yield {**asked, "score": result.score, **asdict(result.passage)}
 
 
 def _show(

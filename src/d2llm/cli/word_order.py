@@ -78,8 +78,8 @@ def _advice_for_named(group: str, verbs: Mapping[str, object], words: Sequence[s
     name = _NAMES[group]
     if not given or (len(given) > 1 and given[1] in verbs):
         return None
-    place = words.index(given[0])
-    rest = [*words[:place], *words[place + 1 :]]
+    at = words.index(given[0])
+    rest = [*words[:at], *words[at + 1 :]]
     if given[0] in verbs:
         others, following = list(rest), name
         is_corpus = (

@@ -142,11 +142,11 @@ def _checked(values: Iterable[_Item], check: Callable[[int, object], None]) -> I
         yield value
 
 
-def _check_strings(place: int, value: object, *, name: str) -> None:
-    check_string(value, f"{name}[{place}]")
+def _check_strings(index: int, value: object, *, name: str) -> None:
+    check_string(value, f"{name}[{index}]")
 
 
-def _check_kinds(place: int, value: object, *, name: str, kinds: tuple[type[Any], ...]) -> None:
+def _check_kinds(index: int, value: object, *, name: str, kinds: tuple[type[Any], ...]) -> None:
     if not isinstance(value, kinds):
         names = " or ".join(kind.__name__ for kind in kinds)
-        raise InputError(f"{name}[{place}] is {shown(value)}, but must be a {names}")
+        raise InputError(f"{name}[{index}] is {shown(value)}, but must be a {names}")

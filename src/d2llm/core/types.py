@@ -538,8 +538,8 @@ class Ranking:
     def __iter__(self) -> Iterator[RankedPassage]:
         return iter(self.passages)
 
-    def __getitem__(self, place: int) -> RankedPassage:
-        return self.passages[place]
+    def __getitem__(self, index: int) -> RankedPassage:
+        return self.passages[index]
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,9 +107,9 @@ class _TextSketches:
         return sketch
 
     def alike(self, sketch: Any, shingles: frozenset[str]) -> Iterator[tuple[str, str, str]]:
-        for place in sorted(self._lsh.query(sketch)):
-            if jaccard(shingles, comparable_shingles(self._texts[place][2])) >= self._threshold:
-                yield self._texts[place]
+        for index in sorted(self._lsh.query(sketch)):
+            if jaccard(shingles, comparable_shingles(self._texts[index][2])) >= self._threshold:
+                yield self._texts[index]
 
     def add(self, split: str, identifier: str, text: str, sketch: Any) -> None:
         self._lsh.insert(len(self._texts), sketch)
@@ -254,7 +254,7 @@ def _repeated_passages(ids: list[str], hashes: array[int]) -> list[Repeats]:
     values = np.frombuffer(hashes, np.uint64)
     _, first = np.unique(values, return_index=True)
     repeated = np.setdiff1d(np.flatnonzero(values), first)
-    examples = [ids[place] for place in repeated[:_NUM_EXAMPLES]]
+    examples = [ids[index] for index in repeated[:_NUM_EXAMPLES]]
     return _Occurrences(len(repeated), examples).as_repeats("passages with the same text as another")
 
 

@@ -39,8 +39,8 @@ class Sample:
         self.num_seen += 1
         if len(self.texts) < self._size:
             self.texts.append(text)
-        elif (place := self._random.randrange(self.num_seen)) < self._size:
-            self.texts[place] = text
+        elif (index := self._random.randrange(self.num_seen)) < self._size:
+            self.texts[index] = text
 
 
 def measure_lengths(

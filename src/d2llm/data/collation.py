@@ -201,9 +201,9 @@ def _batches_per_epoch(per_pass: Sequence[int], temperature: float) -> list[int]
     weights = [float(count) ** (1 / temperature) if count else 0.0 for count in per_pass]
     exact = [sum(per_pass) * weight / (sum(weights) or 1.0) for weight in weights]
     counts = [int(value) for value in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda place: counts[place] - exact[place])
-    for place in by_remainder[: sum(per_pass) - sum(counts)]:
-        counts[place] += 1
+    by_remainder = sorted(range(len(exact)), key=lambda index: counts[index] - exact[index])
+    for index in by_remainder[: sum(per_pass) - sum(counts)]:
+        counts[index] += 1
     return counts
 
 
@@ -349,9 +349,9 @@ def _features(
     """Columns [width] and teacher cosines [width, width] of a draw's positives and hard negatives, in this order."""
     gram_columns, gram = np.full(width, -1, np.int64), np.zeros((width, width), np.float32)
     passage_ids, cosines = labels.gram(draw.entry.query_id) or ((), np.zeros((0, 0), np.float32))
-    place = {passage_id: index for index, passage_id in enumerate(passage_ids)}
-    listed = [passage_id for passage_id in draw.positives + draw.hard if passage_id in place]
-    chosen = [place[passage_id] for passage_id in listed]
+    index_of = {passage_id: index for index, passage_id in enumerate(passage_ids)}
+    listed = [passage_id for passage_id in draw.positives + draw.hard if passage_id in index_of]
+    chosen = [index_of[passage_id] for passage_id in listed]
     gram_columns[: len(listed)] = [column[passage_id] for passage_id in listed]
     gram[: len(listed), : len(listed)] = cosines[np.ix_(chosen, chosen)]
     return gram_columns, gram

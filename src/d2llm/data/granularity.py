@@ -75,7 +75,8 @@ def make_granularity(num_passages: int = 200, *, seed: int = 0) -> GranularitySe
         things = [(rng.choice(_COLOURS), thing) for thing in rng.sample(_THINGS, _THINGS_PER_PASSAGE)]
         locations = rng.sample(_PLACES, _THINGS_PER_PASSAGE)
         rest = [
-            f"There is a {colour} {thing} {place}." for (colour, thing), place in zip(things, locations, strict=True)
+            f"There is a {colour} {thing} {location}."
+            for (colour, thing), location in zip(things, locations, strict=True)
         ]
         passages.append(Passage(f"p{index}", " ".join([_SCENES[scene], *rest])))
         views: list[tuple[Granularity, str]] = [("scene", scene)]

@@ -165,10 +165,10 @@ class _StoredLabels:
         return self._of_query(query_id, self._grades)
 
     def _of_query(self, query_id: str, values: NDArray[np.float32]) -> dict[str, float]:
-        place = self._queries.place_of.get(query_id)
-        if place is None:
+        index = self._queries.place_of.get(query_id)
+        if index is None:
             return {}
-        rows = slice(self._ends[place - 1] if place else 0, self._ends[place])
+        rows = slice(self._ends[index - 1] if index else 0, self._ends[index])
         names = self._passage_ids.take(self._names[rows].tolist())
         return dict(zip(names, values[rows].tolist(), strict=True))
 

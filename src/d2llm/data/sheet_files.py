@@ -274,8 +274,8 @@ class _Workbook:
         comments = list(self._comments(links))
         if comments:
             self._writer.part(name, "Comments")
-            for place, text in comments:
-                self._writer.block(f"{place}: {text}")
+            for cells, text in comments:
+                self._writer.block(f"{cells}: {text}")
         self._archive.skip_embedded(links)
 
     def _drawing_texts(self, drawing: Relation) -> Iterator[str]:
@@ -317,16 +317,16 @@ class _Workbook:
             row = self._read_row(element, sheet)
             if row:
                 sheet.rows[row_number] = row
-        for place in merged:
-            _repeat(sheet.rows, place)
+        for cells in merged:
+            _repeat(sheet.rows, cells)
         return sheet
 
     def _read_row(self, element: Element, sheet: _Sheet) -> _Row:
         row: _Row = {}
         column = -1
         for cell in element:
-            place = cell.get("r")
-            column = _column(place.rstrip(_DIGITS)) if place else column + 1
+            cells = cell.get("r")
+            column = _column(cells.rstrip(_DIGITS)) if cells else column + 1
             kind = cell.get("t", "n")
             value, has_formula = "", False
             for child in cell:
@@ -393,9 +393,9 @@ def _column(letters: str) -> int:
     return column - 1
 
 
-def _repeat(rows: dict[int, _Row], place: str) -> None:
+def _repeat(rows: dict[int, _Row], cells: str) -> None:
     """Write a short cell that is merged over several rows into each that is not empty."""
-    match = re.fullmatch(r"\$?([A-Z]+)\$?(\d+):\$?([A-Z]+)\$?(\d+)", place)
+    match = re.fullmatch(r"\$?([A-Z]+)\$?(\d+):\$?([A-Z]+)\$?(\d+)", cells)
     if match is None:
         return
     column, first, last = _column(match[1]), int(match[2]), int(match[4])

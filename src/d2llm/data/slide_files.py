@@ -151,8 +151,8 @@ class _Presentation:
 
 def _placeholder(shape: Element) -> str:
     """What a shape stands for ("title"); "" if for nothing."""
-    place = shape.find("*/{*}nvPr/{*}ph")
-    return attribute(place, "type") if place is not None else ""
+    placeholder = shape.find("*/{*}nvPr/{*}ph")
+    return attribute(placeholder, "type") if placeholder is not None else ""
 
 
 def _shape_text(shape: Element) -> str:

@@ -43,10 +43,10 @@ _WINGDINGS = {
 _FONTS = {"symbol": _SYMBOL, "wingdings": _WINGDINGS}
 
 
-def symbol(font: str, place: str) -> str:
+def symbol(font: str, digits: str) -> str:
     """The character at a place, in hexadecimal digits, of a font; U+FFFD if it is not known."""
     try:
-        code = int(place, 16)
+        code = int(digits, 16)
     except ValueError:
         return "\N{REPLACEMENT CHARACTER}"
     known = _FONTS.get(font.casefold())

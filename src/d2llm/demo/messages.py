@@ -79,8 +79,8 @@ def rank_messages(student: Student, cosine: SearchStudent) -> MessageReport:
         by_gain = np.argsort(-gains, kind="stable")
         gained, lost = by_gain[gains[by_gain] > 0][:MAX_GAINED], by_gain[gains[by_gain] < 0][::-1][:MAX_LOST]
         examples = tuple(
-            _example(passages, place, scores[_WITHOUT][place], scores["D2LLM"][place])
-            for place in (*gained.tolist(), *lost.tolist())
+            _example(passages, index, scores[_WITHOUT][index], scores["D2LLM"][index])
+            for index in (*gained.tolist(), *lost.tolist())
         )
     return MessageReport(
         num_messages=len(passages),
@@ -106,9 +106,9 @@ def _order(scores: NDArray[np.float32]) -> NDArray[np.int64]:
 
 
 def _example(
-    passages: Sequence[Passage], place: int, without: NDArray[np.float32], whole: NDArray[np.float32]
+    passages: Sequence[Passage], index: int, without: NDArray[np.float32], whole: NDArray[np.float32]
 ) -> DemoAnswer:
-    message = passages[place]
+    message = passages[index]
     by_without, by_whole = (
         [(passages[at], float(scores[at])) for at in _order(scores).tolist()] for scores in (without, whole)
     )

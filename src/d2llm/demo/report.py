@@ -76,7 +76,7 @@ class QuestionReport:
     @property
     def num_right_baseline(self) -> int:
         """Questions with a right passage in the top of BM25."""
-        return sum(any(place.right for place in answer.baseline) for answer in self.answers)
+        return sum(any(result.right for result in answer.baseline) for answer in self.answers)
 
     @property
     def num_right_cosine(self) -> int:
@@ -86,7 +86,7 @@ class QuestionReport:
     @property
     def num_right_d2llm(self) -> int:
         """Questions with a right passage in the top of D2LLM."""
-        return sum(any(place.right for place in answer.d2llm) for answer in self.answers)
+        return sum(any(result.right for result in answer.d2llm) for answer in self.answers)
 
 
 @dataclass(frozen=True, slots=True)

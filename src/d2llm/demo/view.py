@@ -132,13 +132,13 @@ class DemoView:
         shown = {
             name: field
             for name, field in fields.items()
-            if any(getattr(place, field) is not None for place in report.passages)
+            if any(getattr(result, field) is not None for result in report.passages)
         }
         columns = [Column(name, ".2f") for name in shown]
         table = Table("passage", Column("score", ".2f"), *columns, title=self._plain(report.question), framed=False)
-        for place in report.passages:
-            title = self._plain(f"✓ {place.title}" if place.right else place.title)
-            table.add_row(title, Cell(place.score, "bold"), *(getattr(place, field) for field in shown.values()))
+        for result in report.passages:
+            title = self._plain(f"✓ {result.title}" if result.right else result.title)
+            table.add_row(title, Cell(result.score, "bold"), *(getattr(result, field) for field in shown.values()))
         self._print(table)
         meanings = {
             "inner product": "the passage's one vector",
@@ -211,14 +211,14 @@ class DemoView:
             table.add_row(left, right)
         return table
 
-    def _result(self, place: DemoPlace, movement: str, words: set[str]) -> RenderableType:
-        title = Text(f"{place.rank} ", no_wrap=True, overflow=self._overflow)
-        if place.right:
+    def _result(self, result: DemoPlace, movement: str, words: set[str]) -> RenderableType:
+        title = Text(f"{result.rank} ", no_wrap=True, overflow=self._overflow)
+        if result.right:
             title.append("✓ ", style="bold green")
         if movement:
             title.append(f"{movement} ", style="green" if "▲" in movement or "new" in movement else "dim")
-        title.append_text(_highlighted(place.title, words, style="bold"))
-        snippet = _highlighted(excerpt(place.text, words), words, style="")
+        title.append_text(_highlighted(result.title, words, style="bold"))
+        snippet = _highlighted(excerpt(result.text, words), words, style="")
         return Group(self._as_encodable(title), Padding(self._as_encodable(snippet), (0, 0, 0, 2)))
 
     def _say(self, text: str) -> None:
@@ -259,16 +259,16 @@ def excerpt(text: str, words: set[str], length: int = _SNIPPET) -> str:
 
 def _highlighted(text: str, words: set[str], *, style: str) -> Text:
     shown = Text(text, style=style)
-    for place, term in placed_terms(text):
+    for span, term in placed_terms(text):
         if term in words:
-            shown.stylize("bold yellow", *place)
+            shown.stylize("bold yellow", *span)
     return shown
 
 
-def _movement(place: DemoPlace, top_k: int, depth: int) -> str:
-    if place.other_rank is None:
+def _movement(result: DemoPlace, top_k: int, depth: int) -> str:
+    if result.other_rank is None:
         return f"new (>{depth})"
-    if place.other_rank > top_k:
-        return f"new ({place.other_rank})"
-    moved = place.other_rank - place.rank
+    if result.other_rank > top_k:
+        return f"new ({result.other_rank})"
+    moved = result.other_rank - result.rank
     return "=" if moved == 0 else f"▲{moved}" if moved > 0 else f"▼{-moved}"

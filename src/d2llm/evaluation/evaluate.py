@@ -88,17 +88,19 @@ def evaluate(
         nullcontext(work_folder) if work_folder is not None else tempfile.TemporaryDirectory() as folder,
         placed.connected() as placement,
     ):
-        place = Path(folder)
+        scores_folder = Path(folder)
         if isinstance(dataset, Dataset):
             report = evaluate_retrieval(
                 dataset,
                 contenders,
                 chosen,
-                folder=place,
+                folder=scores_folder,
                 labels=labels,
                 placement=placement,
                 indexes=indexes,
             )
         else:
-            report = evaluate_pairs(dataset, contenders, chosen, folder=place, labels=labels, placement=placement)
+            report = evaluate_pairs(
+                dataset, contenders, chosen, folder=scores_folder, labels=labels, placement=placement
+            )
     return replace(report, seconds=time.perf_counter() - begin)

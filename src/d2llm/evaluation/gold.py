@@ -112,7 +112,7 @@ class NliGold:
         """1 if the class is right, else 0."""
         assert thresholds is not None  # checked by ``measurer``
         answers, order = pair_measures.ordinal_answers(scores, thresholds.ordinal), pair_measures.NLI_CLASSES
-        right = [order[place] == name for place, name in zip(answers.tolist(), self._at(positions), strict=True)]
+        right = [order[index] == name for index, name in zip(answers.tolist(), self._at(positions), strict=True)]
         return np.array(right, np.float64)
 
     def _at(self, positions: Positions) -> list[str]:

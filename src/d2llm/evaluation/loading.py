@@ -132,10 +132,10 @@ class _Loader:
 
     def companion(self, kind: SystemKind, student: Path, variant: str, named: str | Path | None) -> Student | None:
         """A variant of a student: the named one, or that beside it, if there is one."""
-        place = companion(student, variant) if named is None else find_student(named)
-        if is_finished(place):
-            return self.encoder(partial(load_student, place, device=self.device, dtype=self.dtype))
-        self.why[kind] = f"{place.name} is not beside the student; train it: d2llm distill RECIPE --variant {variant}"
+        folder = companion(student, variant) if named is None else find_student(named)
+        if is_finished(folder):
+            return self.encoder(partial(load_student, folder, device=self.device, dtype=self.dtype))
+        self.why[kind] = f"{folder.name} is not beside the student; train it: d2llm distill RECIPE --variant {variant}"
         return None
 
     def teacher(self, config: TeacherConfig) -> PairTeacher:
@@ -169,7 +169,7 @@ class _Loader:
 def _own_teacher(student: Path, fingerprint: str | None) -> TeacherConfig | None:
     """The teacher with this fingerprint: that of the student's run, or a shipped one."""
     run = RunFolder(student.parent)
-    beside = [str(place) for place in (run.teacher, run.ensemble) if is_finished(place)]
+    beside = [str(folder) for folder in (run.teacher, run.ensemble) if is_finished(folder)]
     configs = [TeacherConfig(model=model) for model in (*beside, *shipped_models("teachers"))]
     return next((config for config in configs if identify_teacher(config).fingerprint == fingerprint), None)
 

@@ -196,8 +196,8 @@ def sample_sentences(passages: Iterable[Passage], num_sentences: int, *, seed: i
             num_seen += 1
             if len(kept) < num_sentences:
                 kept.append(sentence)
-            elif (place := rng.randrange(num_seen)) < num_sentences:
-                kept[place] = sentence
+            elif (position := rng.randrange(num_seen)) < num_sentences:
+                kept[position] = sentence
     kept = [*dict.fromkeys(kept)]
     rng.shuffle(kept)
     if len(kept) < _LEAST_TEXTS:
@@ -271,14 +271,14 @@ def _changed(
 def _swap(words: list[str], rng: random.Random) -> list[str] | None:
     """Exchange two different neighbouring words."""
     positions = [
-        place
-        for place, (one, other) in enumerate(pairwise(words))
+        position
+        for position, (one, other) in enumerate(pairwise(words))
         if one != other and _is_plain(one) and _is_plain(other)
     ]
     if not positions:
         return None
-    place = rng.choice(positions)
-    return [*words[:place], words[place + 1], words[place], *words[place + 2 :]]
+    position = rng.choice(positions)
+    return [*words[:position], words[position + 1], words[position], *words[position + 2 :]]
 
 
 class _Replacement:
@@ -289,13 +289,13 @@ class _Replacement:
         self.place_of = {word: index for index, word in enumerate(self.words)}
 
     def __call__(self, words: list[str], rng: random.Random) -> list[str] | None:
-        positions = [place for place, word in enumerate(words) if word in self.place_of]
+        positions = [position for position, word in enumerate(words) if word in self.place_of]
         if not positions:
             return None
-        place = rng.choice(positions)
-        rank = self.place_of[words[place]]
+        position = rng.choice(positions)
+        rank = self.place_of[words[position]]
         near = [word for word in self.words[max(0, rank - 5) : rank + 6] if word not in words]
-        return [*words[:place], rng.choice(near), *words[place + 1 :]] if near else None
+        return [*words[:position], rng.choice(near), *words[position + 1 :]] if near else None
 
 
 def probe_task(student: ProbedStudent, task: ProbingTask, *, seed: int) -> ProbingResult:
@@ -324,8 +324,8 @@ def probe_task(student: ProbedStudent, task: ProbingTask, *, seed: int) -> Probi
 def _bags(texts: Sequence[str], train: Sequence[int]) -> NDArray[np.float32]:
     """Which of the most frequent words of the training texts each text has [texts, words], 0 or 1."""
     words = [{*text.lower().split()} for text in texts]
-    counts = Counter(word for place in train for word in sorted(words[place]))
-    column = {word: place for place, (word, _) in enumerate(counts.most_common(_BAG_WORDS))}
+    counts = Counter(word for position in train for word in sorted(words[position]))
+    column = {word: position for position, (word, _) in enumerate(counts.most_common(_BAG_WORDS))}
     bags = np.zeros((len(texts), len(column)), np.float32)
     for row, text_words in enumerate(words):
         bags[row, [column[word] for word in text_words if word in column]] = 1

@@ -170,14 +170,14 @@ def _write(batch: Sequence[_PassageAssignment], writer: Writer) -> tuple[list[Dr
     written = write_until_error(writer, [assignment.task for assignment in batch])
     drafts = [
         Draft(
-            batch[place].passage_hash,
-            batch[place].kind,
+            batch[index].passage_hash,
+            batch[index].kind,
             answer.queries,
             answer.num_prompt_tokens,
             answer.num_written_tokens,
             answer.problem,
         )
-        for place, answer in written.by_place.items()
+        for index, answer in written.by_place.items()
     ]
     return drafts, written.error
 

@@ -186,7 +186,7 @@ class D2LLMRanker(_StudentComponent):
         if self.index is not None and self._opened is None:
             self._opened = Index.open(Path(self.index), student)
         ranked = rank_texts(student, query, texts, self.task, kept, self._opened)
-        return {"documents": [replace(documents[place], score=score) for place, score in ranked]}
+        return {"documents": [replace(documents[index], score=score) for index, score in ranked]}
 
 
 @component
@@ -291,6 +291,6 @@ def _text(document: Document) -> str:
     return passage_text(document.content, document.meta)
 
 
-def _document(place: RankedPassage) -> Document:
-    passage = place.passage
-    return Document(id=passage.id, content=passage.text, meta=passage_metadata(passage), score=place.score)
+def _document(result: RankedPassage) -> Document:
+    passage = result.passage
+    return Document(id=passage.id, content=passage.text, meta=passage_metadata(passage), score=result.score)

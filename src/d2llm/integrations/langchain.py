@@ -108,8 +108,8 @@ class D2LLMReranker(BaseDocumentCompressor):
         texts = [passage_text(document.page_content, document.metadata) for document in documents]
         ranked = rank_texts(self.student, query, texts, self.task, self.top_k, self.index)
         return [
-            documents[place].model_copy(update={"metadata": {**documents[place].metadata, SCORE: score}})
-            for place, score in ranked
+            documents[index].model_copy(update={"metadata": {**documents[index].metadata, SCORE: score}})
+            for index, score in ranked
         ]
 
 
@@ -185,8 +185,8 @@ def _changed(settings: SearchSettings | None, changes: Mapping[str, Any]) -> Sea
     return search_settings(settings, changes, _NAMES)
 
 
-def _document(place: RankedPassage) -> Document:
-    passage = place.passage
+def _document(result: RankedPassage) -> Document:
+    passage = result.passage
     return Document(
-        page_content=passage.text, id=passage.id, metadata={**passage_metadata(passage), SCORE: place.score}
+        page_content=passage.text, id=passage.id, metadata={**passage_metadata(passage), SCORE: result.score}
     )

@@ -118,7 +118,7 @@ class D2LLMRerank(BaseNodePostprocessor):
             raise InputError("there is no query to rank the nodes for; give query_str or query_bundle")
         texts = [passage_text(node.node.get_content(MetadataMode.NONE), node.node.metadata) for node in nodes]
         ranked = rank_texts(self.student, query_bundle.query_str, texts, self.task, self.top_n, self.index)
-        return [NodeWithScore(node=nodes[place].node, score=score) for place, score in ranked]
+        return [NodeWithScore(node=nodes[index].node, score=score) for index, score in ranked]
 
 
 class D2LLMRetriever(BaseRetriever):
@@ -203,5 +203,5 @@ def _of_documents(ids: list[str]) -> str:
     return f"{one_of('document_id', ids)} OR {one_of('id', ids)}"
 
 
-def _node(place: RankedPassage) -> TextNode:
-    return TextNode(id_=place.passage.id, text=place.passage.text, metadata=passage_metadata(place.passage))
+def _node(result: RankedPassage) -> TextNode:
+    return TextNode(id_=result.passage.id, text=result.passage.text, metadata=passage_metadata(result.passage))

@@ -392,8 +392,8 @@ class StudentCrossEncoder:
             ranked = rank_texts(self.student, query, documents, self.task, top_k, self.index)
         scores: list[float] = (activation_fn or self.activation_fn)(torch.tensor([s for _, s in ranked])).tolist()
         return [
-            {"corpus_id": place, "score": score} | ({"text": documents[place]} if return_documents else {})
-            for (place, _), score in zip(ranked, scores, strict=True)
+            {"corpus_id": row, "score": score} | ({"text": documents[row]} if return_documents else {})
+            for (row, _), score in zip(ranked, scores, strict=True)
         ]
 
 

@@ -143,7 +143,7 @@ def rank_texts(
     require_texts(texts)
     scores = student.predict([(query, text) for text in texts], index=index, task=task_of(student, task, index))
     order = np.argsort(-scores, kind="stable")[:top_k]
-    return [(int(place), float(scores[place])) for place in order]
+    return [(int(row), float(scores[row])) for row in order]
 
 
 def task_of(student: Student, task: Task | None, index: Index | None) -> Task:

@@ -396,8 +396,8 @@ class Interaction(nn.Module):
 
     def _weight_columns(self, name: str) -> Float[Tensor, "hidden dim"]:
         """Columns of the first layer for the feature a, b, a * b or |a - b|."""
-        place = self._places[name]
-        return self.first.weight[:, place * self.dim : (place + 1) * self.dim]
+        block = self._places[name]
+        return self.first.weight[:, block * self.dim : (block + 1) * self.dim]
 
     def _query_half(self, queries: Float[Tensor, "*queries dim"]) -> Float[Tensor, "*queries hidden"]:
         return nn.functional.linear(queries, self._weight_columns("a"), self.first.bias)

@@ -224,7 +224,7 @@ class ChunkReader:
         if self._projection is not None:
             for row, index, positions in chunks:
                 kept = self._projection.positions([windows[row].ids[position] for position in positions])
-                tokens[index] = self._projection(states[row, [positions[place] for place in kept]]).cpu().numpy()
+                tokens[index] = self._projection(states[row, [positions[at] for at in kept]]).cpu().numpy()
         lengths = [len(positions) for _, _, positions in chunks]
         for batch in token_budget_batches(lengths, max_tokens=_BATCH_TOKENS, max_items=_BATCH_ROWS):
             mask: Bool[Tensor, "chunks tokens"]

@@ -127,18 +127,18 @@ class ListwiseReader(nn.Module):
                 )
         by_shape: dict[tuple[int, int], list[int]] = {}
         results = [ReadOrder(np.zeros(0, np.float32), np.zeros(0, np.int64))] * len(queries)
-        for place, (query, matrix) in enumerate(zip(queries, vectors, strict=True)):
+        for index, (query, matrix) in enumerate(zip(queries, vectors, strict=True)):
             if len(matrix):
-                by_shape.setdefault((sum(map(len, self._prompt(query))), len(matrix)), []).append(place)
+                by_shape.setdefault((sum(map(len, self._prompt(query))), len(matrix)), []).append(index)
         room = tokens_to_read(self.backbone.device, size_of_states(self.backbone.model))
         for (num_tokens, num_passages), positions in by_shape.items():
             self._require_room(num_tokens + num_passages + min(self.steps, num_passages) - 1)
             size = max(1, room // (num_tokens + num_passages))
             for start in range(0, len(positions), size):
                 batch = positions[start : start + size]
-                stacked = np.stack([vectors[place] for place in batch])
-                for place, read in zip(batch, self._draw([queries[place] for place in batch], stacked), strict=True):
-                    results[place] = read
+                stacked = np.stack([vectors[index] for index in batch])
+                for index, read in zip(batch, self._draw([queries[index] for index in batch], stacked), strict=True):
+                    results[index] = read
         return results
 
     def _draw(self, queries: Sequence[str], vectors: Float32[np.ndarray, "lists passages dim"]) -> list[ReadOrder]:

@@ -74,7 +74,7 @@ class ChosenTokens:
     def query_positions(self, token_ids: Sequence[int]) -> list[int]:
         """The places of a query's tokens that get a vector."""
         positions = self.positions(token_ids)
-        positions.sort(key=lambda place: -self._rarity_of(token_ids[place]))  # stable: of equal tokens the first
+        positions.sort(key=lambda index: -self._rarity_of(token_ids[index]))  # stable: of equal tokens the first
         return sorted(positions[: self.max_query_tokens])
 
     def query_fraction(self, token_ids: Sequence[int]) -> float:
@@ -174,7 +174,7 @@ class EncodedTexts:
         tokens = [part.tokens for part in batches if part.tokens is not None]
         return cls(
             np.concatenate([np.zeros((0, dim), np.float32), *(part.vectors for part in batches)]),
-            tuple(start + place for start, part in zip(starts, batches, strict=False) for place in part.truncated),
+            tuple(start + index for start, part in zip(starts, batches, strict=False) for index in part.truncated),
             sum(part.num_tokens for part in batches),
             tuple(length for part in batches for length in part.lengths),
             TokenVectors(*(np.concatenate(arrays) for arrays in zip(*tokens, strict=True))) if tokens else None,

@@ -62,7 +62,7 @@ def top_rows(
         ids, levels = ids_of(rows[tied]), (-ordered[tied]).tolist()
         # Of the rows tied at the border, which may be the whole corpus, only those with the smallest ids still fit.
         num_fitting = int(np.searchsorted(tied, top_k))
-        by_id = heapq.nsmallest(num_fitting, range(len(tied)), key=lambda place: (levels[place], ids[place]))
+        by_id = heapq.nsmallest(num_fitting, range(len(tied)), key=lambda index: (levels[index], ids[index]))
         rows[tied[:num_fitting]] = rows[tied[by_id]]
     return rows[:top_k]
 
@@ -73,12 +73,12 @@ def nth_highest(values: NDArray[np.floating[Any]], n: int) -> np.floating[Any]:
     Of many values, only those are sorted that a sample shows to be among the highest.
     """
     sample = values[::_SAMPLED]
-    place = len(sample) - _SAMPLE_MARGIN - 2 * n // _SAMPLED
-    if place > 0:
-        highest = values[values >= np.partition(sample, place)[place]]
+    index = len(sample) - _SAMPLE_MARGIN - 2 * n // _SAMPLED
+    if index > 0:
+        highest = values[values >= np.partition(sample, index)[index]]
         values = highest if len(highest) >= n else values
-    place = len(values) - n
-    return np.partition(values, place)[place]
+    index = len(values) - n
+    return np.partition(values, index)[index]
 
 
 def from_the_highest(bounds: NDArray[np.float32], first: int) -> Iterator[NDArray[np.int64]]:

@@ -217,12 +217,12 @@ def _draw(root: Element, row: AblationRow, x: svg.Scale, y: float, extent: tuple
     if interval is not None:
         left, right = x(max(interval.low, extent[0])), x(min(interval.high, extent[1]))
         svg.line(group, "whisker", left, y, right, y)
-        for end, place, inwards in ((interval.low, left, 5), (interval.high, right, -5)):
+        for end, edge, inwards in ((interval.low, left, 5), (interval.high, right, -5)):
             if extent[0] <= end <= extent[1]:
-                svg.line(group, "whisker", place, y - 4, place, y + 4)
+                svg.line(group, "whisker", edge, y - 4, edge, y + 4)
             else:
-                svg.line(group, "whisker", place, y, place + inwards, y - 4)
-                svg.line(group, "whisker", place, y, place + inwards, y + 4)
+                svg.line(group, "whisker", edge, y, edge + inwards, y - 4)
+                svg.line(group, "whisker", edge, y, edge + inwards, y + 4)
     for value in row.differences.values():
         svg.add(group, "circle", class_="seed", cx=x(value), cy=y, r=2.5)
     svg.add(group, "circle", class_="mark dot", cx=x(mean), cy=y, r=5.5)

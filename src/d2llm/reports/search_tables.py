@@ -70,9 +70,9 @@ def _terms(ranking: Ranking) -> set[str]:
     return {term for _, term in placed_terms(ranking.query.text)}
 
 
-def _result(place: RankedPassage, width: int, terms: Set[str]) -> list[RenderableType]:
-    head = Text.assemble(f"{place.rank:{width}}  {place.score:.3f}  ", (place.passage.id, "cyan"))
-    return [_unbroken(head), *_text_lines(place.passage, width, terms)]
+def _result(result: RankedPassage, width: int, terms: Set[str]) -> list[RenderableType]:
+    head = Text.assemble(f"{result.rank:{width}}  {result.score:.3f}  ", (result.passage.id, "cyan"))
+    return [_unbroken(head), *_text_lines(result.passage, width, terms)]
 
 
 def _neighbour(passage: Passage, width: int) -> list[RenderableType]:

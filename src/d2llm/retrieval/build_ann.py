@@ -269,9 +269,9 @@ def _row_names(rows: NDArray[np.int64]) -> list[str]:
     return [str(row) for row in rows.tolist()]
 
 
-def _others(tuning: _TuningQueries, place: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+def _others(tuning: _TuningQueries, query_index: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """Rows found for a query, excluding its source passage."""
-    return rows if tuning.source_rows is None else rows[rows != tuning.source_rows[place]]
+    return rows if tuning.source_rows is None else rows[rows != tuning.source_rows[query_index]]
 
 
 def _exact(base: AnnBase, tuning: _TuningQueries, depth: int, advance: Advance) -> list[NDArray[np.int64]]:

@@ -35,7 +35,7 @@ def find_corrections(texts: Sequence[str], count_words: CountWords) -> list[dict
     if len(missing):
         known = vocabulary_indices(background_for("").terms, hashes[missing]) >= 0
         missing = missing[~known]
-    candidates = {distinct[place]: variants(distinct[place]) for place in missing.tolist()}
+    candidates = {distinct[index]: variants(distinct[index]) for index in missing.tolist()}
     if not candidates:
         return [{} for _ in texts]
     counts = count_words(hash_terms(stem(one) for others in candidates.values() for one in others))

@@ -63,9 +63,9 @@ class CachedBounds:
         self.values = values
         self._segments: dict[int, CachedBounds] = {}
 
-    def of_segment(self, place: int) -> CachedBounds:
+    def of_segment(self, segment: int) -> CachedBounds:
         """The cache for one of the segments of an index; that of the first is this one."""
-        return self._segments.setdefault(place, CachedBounds()) if place else self
+        return self._segments.setdefault(segment, CachedBounds()) if segment else self
 
     def keep(self, values: NDArray[np.float32]) -> None:
         """Keep the values of all rows; if all are 1, as without gates, they take no memory."""

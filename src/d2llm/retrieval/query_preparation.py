@@ -231,7 +231,7 @@ class QueryPreparation:
         scans = self._segments.scan_together([one.dot_query for one in sent], depth, missing)
         scan_seconds = (time.perf_counter() - begin) / len(queries)
         for index, (one, is_score) in enumerate(zip(sent, are_scores, strict=True)):
-            scanned = {place: candidates[index] for place, candidates in scans.items()}
+            scanned = {segment: candidates[index] for segment, candidates in scans.items()}
             seconds = {"encode": encode_seconds, "candidates": scan_seconds, "score": score_seconds}
             yield PreparedQuery(one, is_score, depth, scanned, seconds, missing=dict(missing))
 

@@ -87,32 +87,32 @@ def _read_texts(
     vectors = np.zeros((len(passages), student.vector_dim), np.float32)
     truncated: list[int] = []
     num_tokens = num_windows = 0
-    alone = [place for place, passage in enumerate(passages) if not isinstance(passage, LateChunk)]
+    alone = [index for index, passage in enumerate(passages) if not isinstance(passage, LateChunk)]
     if alone:
-        texts = [passages[place].full_text for place in alone]
+        texts = [passages[index].full_text for index in alone]
         if with_tokens:
             encoded = student.encode_with_tokens(texts, "passage", advance=advance)
             assert encoded.tokens is not None
-            for place, embeddings in zip(alone, encoded.tokens.split(), strict=True):
-                tokens[place] = embeddings
+            for index, embeddings in zip(alone, encoded.tokens.split(), strict=True):
+                tokens[index] = embeddings
         else:
             encoded = student.encode_passages(texts, advance=advance)
         vectors[alone] = encoded.vectors
-        truncated += [alone[place] for place in encoded.truncated]
+        truncated += [alone[index] for index in encoded.truncated]
         num_tokens += encoded.num_tokens
     chunks: dict[WholeText, list[tuple[int, LateChunk]]] = {}
-    for place, passage in enumerate(passages):
+    for index, passage in enumerate(passages):
         if isinstance(passage, LateChunk):
-            chunks.setdefault(passage.whole, []).append((place, passage))
+            chunks.setdefault(passage.whole, []).append((index, passage))
     if chunks:
         spans = ((whole, [(chunk.start, chunk.end) for _, chunk in members]) for whole, members in chunks.items())
         read = student.encode_chunks(spans, with_tokens=True) if with_tokens else student.encode_chunks(spans)
-        positions = [place for members in chunks.values() for place, _ in members]
+        positions = [index for members in chunks.values() for index, _ in members]
         vectors[positions] = read.vectors
         if read.tokens is not None:
-            for place, embeddings in zip(positions, read.tokens.split(), strict=True):
-                tokens[place] = embeddings
-        truncated += [positions[place] for place in read.truncated]
+            for index, embeddings in zip(positions, read.tokens.split(), strict=True):
+                tokens[index] = embeddings
+        truncated += [positions[index] for index in read.truncated]
         num_tokens += read.num_tokens
         num_windows = read.num_windows
         if advance is not None:

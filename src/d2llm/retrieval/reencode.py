@@ -68,11 +68,11 @@ def reencode(
     loaded = Student.load(student, device=device, dtype=dtype, engine=engine)
     if index.view.student_fingerprint == loaded.fingerprint:
         raise InputError(f"{index.folder}: its passages are already encoded by this student; give another one")
-    place = index.folder.resolve().with_name(f".{index.folder.name}.reencoded-{loaded.fingerprint[:16]}")
+    draft = index.folder.resolve().with_name(f".{index.folder.name}.reencoded-{loaded.fingerprint[:16]}")
     spec = index.spec.replace(
         task=task_for(loaded, index.view.task), window_vectors="auto", token_vectors="auto", metadata=None
     )
-    new = Index.create(place, loaded, spec, student_source=_source(loaded, student), exist_ok=True)
+    new = Index.create(draft, loaded, spec, student_source=_source(loaded, student), exist_ok=True)
     known = new.view.metadata.fields
     fields: dict[str, FieldType] = {
         name: kind for name, kind in index.view.metadata.fields.items() if name not in known
@@ -84,11 +84,11 @@ def reencode(
         index.refresh()
         num_caught_up, num_deleted = _copy(index.view, new)
         if index.chunking is not None:
-            write_chunking(place, index.chunking)
+            write_chunking(draft, index.chunking)
         num_passages = len(new)
         new.close()
         del new
-        replace_folder(place, index.folder.resolve())
+        replace_folder(draft, index.folder.resolve())
     return ReencodeReport(
         index.folder, loaded.fingerprint, num_passages, num_encoded + num_caught_up, num_caught_up + num_deleted
     )

@@ -106,7 +106,7 @@ class Order:
     def shown_rows(self, document_passages: int) -> NDArray[np.int64]:
         """The rows of all passages to show: ``rows``, and of documents at most so many passages each."""
         documents = self.shown_documents or ()
-        others = [place for document in documents for place in document.positions[1:document_passages]]
+        others = [position for document in documents for position in document.positions[1:document_passages]]
         return np.concatenate([self.rows, self.scored.rows[np.array(others, np.int64)]])
 
     @property
@@ -193,8 +193,8 @@ def _documents(
             float(order.scores[document.positions[0]]),
             len(document.positions),
             tuple(
-                (texts[int(order.scored.rows[place])], float(order.scores[place]))
-                for place in document.positions[1:shown]
+                (texts[int(order.scored.rows[position])], float(order.scores[position]))
+                for position in document.positions[1:shown]
             ),
         )
         for document in documents
@@ -204,15 +204,15 @@ def _documents(
 def with_neighbours(index: IndexView, ranked: Sequence[RankedPassage], distance: int) -> tuple[RankedPassage, ...]:
     """Each result with the passages up to ``distance`` positions before and after it in its document."""
     around: dict[str, list[Passage]] = {}
-    for passage in index.neighbours([place.passage for place in ranked], distance):
+    for passage in index.neighbours([result.passage for result in ranked], distance):
         around.setdefault(passage.document_id, []).append(passage)
     filled: list[RankedPassage] = []
-    for place in ranked:
-        at = place.passage.position
-        others = [other for other in around.get(place.passage.document_id, []) if other.id != place.passage.id]
+    for result in ranked:
+        at = result.passage.position
+        others = [other for other in around.get(result.passage.document_id, []) if other.id != result.passage.id]
         before = tuple(other for other in others if at - distance <= other.position < at)
         after = tuple(other for other in others if at < other.position <= at + distance)
-        filled.append(replace(place, before=before, after=after))
+        filled.append(replace(result, before=before, after=after))
     return tuple(filled)
 
 
@@ -232,19 +232,19 @@ def _explained(
     lexical = nothing if added.words is None else added.words.tolist()
     windows = nothing if added.windows is None else added.windows.tolist()
     tokens = nothing if added.tokens is None else added.tokens.tolist()
-    for place, row, score, word_score, window_score, token_score in zip(
+    for result, row, score, word_score, window_score, token_score in zip(
         passages, rows, scores, lexical, windows, tokens, strict=True
     ):
         at = {name: place_of[row] for name, place_of in ranks_by_source.items() if row in place_of}
         term_places: dict[str, tuple[Span, ...]] = {}
-        for span, term in placed_terms(place.passage.full_text):
+        for span, term in placed_terms(result.passage.full_text):
             if term in query_terms:
                 term_places[term] = (*term_places.get(term, ()), span)
         why = Explanation(
-            dot=place.dot_score,
+            dot=result.dot_score,
             interaction=None
-            if place.dot_score is None
-            else score - place.dot_score - (word_score or 0.0) - (window_score or 0.0) - (token_score or 0.0),
+            if result.dot_score is None
+            else score - result.dot_score - (word_score or 0.0) - (window_score or 0.0) - (token_score or 0.0),
             lexical=word_score,
             windows=window_score,
             tokens=token_score,
@@ -253,7 +253,7 @@ def _explained(
             terms={term: len(spans) for term, spans in term_places.items()},
             term_places=term_places,
         )
-        explained.append(replace(place, explanation=why))
+        explained.append(replace(result, explanation=why))
     return tuple(explained)
 
 
@@ -263,8 +263,8 @@ def _with_teacher(shown: tuple[RankedPassage, ...], order: Order, reranked: Rera
     if reranked.log_odds is not None:
         teacher_log_odds = dict(zip(reranked.read.tolist(), reranked.log_odds.tolist(), strict=True))
     return tuple(
-        replace(one, log_odds=teacher_log_odds.get(place), student_rank=int(order.student_ranks[place]))
-        for one, place in zip(shown, order.positions.tolist(), strict=True)
+        replace(one, log_odds=teacher_log_odds.get(position), student_rank=int(order.student_ranks[position]))
+        for one, position in zip(shown, order.positions.tolist(), strict=True)
     )
 
 

@@ -71,7 +71,7 @@ class SearchedSegments:
         segments = self._index.segments
 
         def count_words(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-            counts = self._ask(missing, lambda place, _: segments[place].count_words(hashes))
+            counts = self._ask(missing, lambda segment_index, _: segments[segment_index].count_words(hashes))
             return sum(counts.values(), np.zeros(len(hashes), np.int64))
 
         return find_corrections(texts, count_words)
@@ -88,8 +88,8 @@ class SearchedSegments:
         """The words of queries, weighted by how many passages have them."""
         hashes = np.concatenate([one.hashes for one in counted])
         segments = self._index.segments
-        counts = self._ask(missing, lambda place, _: segments[place].count_words(hashes))
-        num_passages = sum(len(segments[place]) for place in counts)
+        counts = self._ask(missing, lambda segment_index, _: segments[segment_index].count_words(hashes))
+        num_passages = sum(len(segments[segment_index]) for segment_index in counts)
         rows_with = sum(counts.values(), np.zeros(len(hashes), np.int64))
         ends = np.cumsum([len(one.hashes) for one in counted])
         return [
@@ -106,7 +106,7 @@ class SearchedSegments:
             return {}
         stacked, first_depth = np.stack(together), self._first_depth(depth)
         scans = self._ask(missing, lambda _, segment: segment.scan_together(stacked, first_depth))
-        return {place: scanned for place, scanned in scans.items() if scanned is not None}
+        return {segment_index: scanned for segment_index, scanned in scans.items() if scanned is not None}
 
     def propose(
         self, query: SegmentQuery, depth: int, missing: Missing, scanned: Mapping[int, CandidateRows]
@@ -118,19 +118,23 @@ class SearchedSegments:
         """
         first_depth = self._first_depth(depth)
         proposals = self._ask(
-            missing, lambda place, segment: segment.propose(query, first_depth, scanned=scanned.get(place))
+            missing,
+            lambda segment_index, segment: segment.propose(query, first_depth, scanned=scanned.get(segment_index)),
         )
         merged = self._merged(proposals, depth)
         more = [
-            place
-            for place, by_source in proposals.items()
+            segment_index
+            for segment_index, by_source in proposals.items()
             for name, one in by_source.items()
-            if len(one.rows) == first_depth < depth and joint_rows(place, one.rows[-1:]) in merged[name].rows
+            if len(one.rows) == first_depth < depth and joint_rows(segment_index, one.rows[-1:]) in merged[name].rows
         ]
         if not more:
             return merged
         again = self._ask(missing, lambda _, segment: segment.propose(query, depth), dict.fromkeys(more))
-        return self._merged({place: again.get(place, by_source) for place, by_source in proposals.items()}, depth)
+        return self._merged(
+            {segment_index: again.get(segment_index, by_source) for segment_index, by_source in proposals.items()},
+            depth,
+        )
 
     def with_nearest(
         self, query: SegmentQuery, proposals: Mapping[str, CandidateRows], missing: Missing
@@ -150,16 +154,16 @@ class SearchedSegments:
         self, phrasings: Sequence[SegmentQuery], rows: NDArray[np.int64], missing: Missing
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The rows [n] whose segments answer, and their scores for each phrasing of a query [phrasings, n]."""
-        by_segment = {place: (at, segment_rows) for place, at, segment_rows in rows_by_segment(rows)}
+        by_segment = {segment_index: (at, segment_rows) for segment_index, at, segment_rows in rows_by_segment(rows)}
 
-        def score(place: int, segment: SegmentSearch) -> NDArray[np.float32]:
-            return np.stack([segment.score(phrasing, by_segment[place][1]) for phrasing in phrasings])
+        def score(segment_index: int, segment: SegmentSearch) -> NDArray[np.float32]:
+            return np.stack([segment.score(phrasing, by_segment[segment_index][1]) for phrasing in phrasings])
 
         is_scored = np.zeros(len(rows), np.bool_)
         all_scores = np.zeros((len(phrasings), len(rows)), np.float32)
-        for place, scores in self._ask(missing, score, by_segment).items():
-            is_scored[by_segment[place][0]] = True
-            all_scores[:, by_segment[place][0]] = scores
+        for segment_index, scores in self._ask(missing, score, by_segment).items():
+            is_scored[by_segment[segment_index][0]] = True
+            all_scores[:, by_segment[segment_index][0]] = scores
         return rows[is_scored], all_scores[:, is_scored]
 
     def certify(self, query: SegmentQuery, top_k: int, missing: Missing) -> CertifiedRows:
@@ -189,8 +193,8 @@ class SearchedSegments:
     def score_features(self, query: SegmentQuery, rows: NDArray[np.int64]) -> FeatureParts:
         """What words, windows and tokens add to the scores of some rows [n]."""
         added: dict[str, NDArray[np.float32]] = {}
-        for place, at, segment_rows in rows_by_segment(rows):
-            for name, values in self._searches[place].score_features(query, segment_rows)._asdict().items():
+        for segment_index, at, segment_rows in rows_by_segment(rows):
+            for name, values in self._searches[segment_index].score_features(query, segment_rows)._asdict().items():
                 if values is not None:
                     added.setdefault(name, np.zeros(len(rows), np.float32))[at] = values
         return FeatureParts(**added)
@@ -198,7 +202,9 @@ class SearchedSegments:
     def count_values(self, name: str, missing: Missing) -> Counter[Any]:
         """Number of passages that the filter allows, by their value of a metadata field, or None."""
         segments = self._index.segments
-        counts = self._ask(missing, lambda place, _: segments[place].count_values(name, self._settings.filter))
+        counts = self._ask(
+            missing, lambda segment_index, _: segments[segment_index].count_values(name, self._settings.filter)
+        )
         return sum(map(Counter, counts.values()), Counter[Any]())
 
     def retrying_without_lost(self, rank: Callable[[], _Answer]) -> _Answer:
@@ -228,22 +234,22 @@ class SearchedSegments:
         """
         answers: dict[int, _Answer] = {}
         chosen = range(len(self._searches)) if numbers is None else numbers
-        readable = [place for place in chosen if place not in missing]
+        readable = [segment_index for segment_index in chosen if segment_index not in missing]
 
-        def answer(place: int) -> _Answer | MissingShard:
+        def answer(segment_index: int) -> _Answer | MissingShard:
             try:
-                return step(place, self._searches[place])
+                return step(segment_index, self._searches[segment_index])
             except (DataFormatError, StorageError, OSError) as error:
                 if not self._allow_missing:
                     raise
-                return self._index.lost(place, error)
+                return self._index.lost(segment_index, error)
 
         results = map(answer, readable) if in_turn else map_in_threads(answer, readable)
-        for place, one in zip(readable, results, strict=True):
+        for segment_index, one in zip(readable, results, strict=True):
             if isinstance(one, MissingShard):
-                missing[place] = one
+                missing[segment_index] = one
             else:
-                answers[place] = one
+                answers[segment_index] = one
         if len(missing) == len(self._searches):
             raise ShardAwayError(f"no shard of the index answers; the first: {next(iter(missing.values())).problem}")
         return answers
@@ -258,6 +264,6 @@ class SearchedSegments:
         merged: dict[str, CandidateRows] = {}
         for name in self.sources:
             by_ids = name != "bm25" or self._settings.hybrid is not None
-            by_segment = {place: by_source[name] for place, by_source in proposals.items()}
+            by_segment = {segment_index: by_source[name] for segment_index, by_source in proposals.items()}
             merged[name] = merge_candidates(by_segment, depth, self._index.ids if by_ids else None)
         return merged

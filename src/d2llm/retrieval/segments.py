@@ -229,12 +229,15 @@ class IndexView:
     @property
     def missing(self) -> tuple[MissingShard, ...]:
         """Shards that could not be opened, or do not answer now, and are not searched."""
-        away = [(place, segment.away) for place, segment in enumerate(self.segments)]
-        return (*self.storage.missing, *(self.lost(place, problem) for place, problem in away if problem is not None))
+        away = [(segment_index, segment.away) for segment_index, segment in enumerate(self.segments)]
+        return (
+            *self.storage.missing,
+            *(self.lost(segment_index, problem) for segment_index, problem in away if problem is not None),
+        )
 
-    def lost(self, place: int, problem: object) -> MissingShard:
+    def lost(self, segment_index: int, problem: object) -> MissingShard:
         """What a ranking says about a segment that cannot be read."""
-        shard, records = self.storage.numbers[place], self.storage.records
+        shard, records = self.storage.numbers[segment_index], self.storage.records
         return MissingShard(shard, str(self.folder) if records is None else records[shard].address, str(problem))
 
     @property
@@ -277,8 +280,8 @@ class IndexView:
     def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Vectors of the given rows, float32 [len(rows), dim]."""
         vectors = np.zeros((len(rows), self.dim), np.float32)
-        for place, at, segment_rows in rows_by_segment(rows):
-            vectors[at] = self.segments[place].vectors(segment_rows)
+        for segment_index, at, segment_rows in rows_by_segment(rows):
+            vectors[at] = self.segments[segment_index].vectors(segment_rows)
         return vectors
 
     def get(self, ids: Sequence[str]) -> list[Passage]:
@@ -366,7 +369,9 @@ def merge_candidates(
     """The best ``top_k`` of the segments' proposals, as joint rows; ``ids_of`` gives their ids, None: ties by row."""
     if list(proposals) == [0]:
         return proposals[0]
-    rows = np.concatenate([np.zeros(0, np.int64), *(joint_rows(place, one.rows) for place, one in proposals.items())])
+    rows = np.concatenate(
+        [np.zeros(0, np.int64), *(joint_rows(segment_index, one.rows) for segment_index, one in proposals.items())]
+    )
     scores = np.concatenate([np.zeros(0, np.float32), *(one.scores for one in proposals.values())])
     best = top_rows(scores, top_k, None if ids_of is None else lambda positions: ids_of(rows[positions]))
     return CandidateRows(rows[best], scores[best])

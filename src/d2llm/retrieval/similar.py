@@ -80,10 +80,10 @@ def similar_pairs(index: Index, settings: SimilaritySettings | None = None, **ch
     rows = view.live_rows()
     for block in batched(rows.tolist(), _AT_ONCE):
         passages = view.passages(np.array(block, np.int64))
-        kept = [place for place, passage in enumerate(passages) if passage.full_text.strip()]
+        kept = [position for position, passage in enumerate(passages) if passage.full_text.strip()]
         num_passages += len(kept)
         vectors = view.vectors(np.array(block, np.int64)[kept])
-        queries = [Query(passages[place].id, passages[place].full_text) for place in kept]
+        queries = [Query(passages[position].id, passages[position].full_text) for position in kept]
         for ranking in searcher.rank_ids(queries, title="comparing", encoded=EncodedTexts(vectors, (), 0)):
             others = [(other, score) for other, score in ranking.passages if other != ranking.query.id]
             others = others[: settings.neighbours]

@@ -100,9 +100,9 @@ class TextSplitter:
             return following
         last = bisect_left(tokens, end)
         earliest = max(start + 1, tokens[last - self._overlap] if last >= self._overlap else 0)
-        place = bisect_left(stops, earliest)
-        if place < len(stops) and stops[place] < end:
-            return _skip_space(text, stops[place])
+        at = bisect_left(stops, earliest)
+        if at < len(stops) and stops[at] < end:
+            return _skip_space(text, stops[at])
         space = re.compile(r"\s").search(text, earliest, end)
         return _skip_space(text, space.end()) if space and text[space.end() : end].strip() else following
 
@@ -157,32 +157,32 @@ def _is_abbreviation(before: str, after: str) -> bool:
 
 def _last_boundary(text: str, start: int, least: int, end: int, paragraphs: Sequence[int], stops: Sequence[int]) -> int:
     """The best place to end a piece: a paragraph after ``least``, or anything after ``start``, up to ``end``."""
-    place = bisect_right(paragraphs, end) - 1
-    if place >= 0 and paragraphs[place] >= least:
-        return paragraphs[place]
-    place = bisect_right(stops, end) - 1
-    if place >= 0 and stops[place] > start:
-        return stops[place]
+    at = bisect_right(paragraphs, end) - 1
+    if at >= 0 and paragraphs[at] >= least:
+        return paragraphs[at]
+    at = bisect_right(stops, end) - 1
+    if at >= 0 and stops[at] > start:
+        return stops[at]
     half = start + (end - start) // 2
     clauses = [match.end() for match in _CLAUSE.finditer(text, half, end)]
     if clauses:
         return clauses[-1]
     if text[end].isspace():
         return end
-    for place in range(end - 1, start, -1):
-        if text[place].isspace():
-            return place
+    for at in range(end - 1, start, -1):
+        if text[at].isspace():
+            return at
     return _whole_character(text, start, end)
 
 
 def _whole_character(text: str, start: int, end: int) -> int:
     """The nearest place before ``end`` that divides no letter from its marks and no sequence of signs."""
-    place = end
-    while place > start + 1 and (
-        unicodedata.category(text[place])[0] == "M" or text[place] == "\u200d" or text[place - 1] == "\u200d"
+    at = end
+    while at > start + 1 and (
+        unicodedata.category(text[at])[0] == "M" or text[at] == "\u200d" or text[at - 1] == "\u200d"
     ):
-        place -= 1
-    return place if place > start + 1 else end
+        at -= 1
+    return at if at > start + 1 else end
 
 
 def _skip_space(text: str, start: int) -> int:
@@ -261,7 +261,7 @@ class TableSplitter:
         start, end = span
         part = text[start:end]
         pieces = self._split(part, self._room) if part.strip() else []
-        return [Piece(piece, (start + place, start + place + len(piece))) for place, piece in pieces]
+        return [Piece(piece, (start + at, start + at + len(piece))) for at, piece in pieces]
 
     def _table_pieces(self, text: str, table: _Table, lead: Piece | None) -> Iterator[Piece]:
         header = text[slice(*table.header)]
@@ -314,8 +314,8 @@ class TableSplitter:
         in_name = max(sizes[1:], default=0)
         in_name = in_name if in_name <= self._room // _LABEL_OF_ROOM else 0
         room = self._room - (sizes[0] if label else 0) - in_name
-        for place, piece in self._split(rest, room):
-            before = rest[:place].rpartition("\n")[2]
+        for at, piece in self._split(rest, room):
+            before = rest[:at].rpartition("\n")[2]
             name = before.partition(": ")[0] if in_name else ""
             goes_on = f"{name}: {piece}" if name and len(name) < len(before) else piece
             yield Piece(f"{label}\n{goes_on}" if label else goes_on, span)

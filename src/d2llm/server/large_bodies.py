@@ -54,25 +54,25 @@ def problem_of_text(body: bytes, parse: Callable[[bytes], Any] = json.loads) -> 
         return Problem(400, "invalid_request", "the body is nested too deeply to be read", reason="json_invalid")
     if half is None:
         return None
-    place, text = half
-    field = ".".join(map(shortened, place)) or None
+    path, text = half
+    field = ".".join(map(shortened, path)) or None
     message = f"{text!r} has half of a surrogate pair, which is not valid text; remove it"
     return Problem(422, "invalid_request", f"{field}: {message}" if field else message, field, reason="string_unicode")
 
 
-def _find_half(value: Any, place: tuple[str, ...]) -> tuple[tuple[str, ...], str] | None:
+def _find_half(value: Any, path: tuple[str, ...]) -> tuple[tuple[str, ...], str] | None:
     """The first string, a field name or value, with a lone surrogate: its place, and the text around it."""
     if isinstance(value, str):
         half = _HALF.search(value)
-        return None if half is None else (place, value[max(0, half.start() - _SHOWN) : half.end() + _SHOWN])
+        return None if half is None else (path, value[max(0, half.start() - _SHOWN) : half.end() + _SHOWN])
     if isinstance(value, dict):
         for name, part in cast("dict[str, Any]", value).items():
-            if (result := _find_half(name, place) or _find_half(part, (*place, name))) is not None:
+            if (result := _find_half(name, path) or _find_half(part, (*path, name))) is not None:
                 return result
     elif isinstance(value, list):
         for index, part in enumerate(cast("list[Any]", value)):
             # Skip numbers quickly: vectors in a body may hold millions of them.
-            if isinstance(part, (str, dict, list)) and (result := _find_half(part, (*place, str(index)))) is not None:
+            if isinstance(part, (str, dict, list)) and (result := _find_half(part, (*path, str(index)))) is not None:
                 return result
     return None
 

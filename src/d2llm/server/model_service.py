@@ -60,7 +60,7 @@ class Encoded:
 
     def texts(self, first: int, token_dim: int | None) -> EncodedTexts:
         """The texts from ``first`` on, as a student returns them; ``token_dim`` is the width of a token's vector."""
-        truncated = tuple(place - first for place in self.truncated if place >= first)
+        truncated = tuple(index - first for index in self.truncated if index >= first)
         lengths = self.num_tokens[first:]
         tokens = None if self.tokens is None else TokenVectors.join(self.tokens[first:], token_dim or 0)
         return EncodedTexts(self.vectors[first:], truncated, sum(lengths), lengths, tokens)
@@ -239,16 +239,18 @@ class ModelService:
             num = len(distinct)
             texts = scorer.rows_of(passages, encoded.texts(num, self.student.token_dim), windows)
             scores = np.zeros(len(passages), np.float32)
-            for place, (text, rows) in enumerate(rows_of.items()):
-                tokens = None if encoded.tokens is None else encoded.tokens[place]
-                query = TextQuery(text, encoded.vectors[place], tokens, factors[place])
+            for position, (text, rows) in enumerate(rows_of.items()):
+                tokens = None if encoded.tokens is None else encoded.tokens[position]
+                query = TextQuery(text, encoded.vectors[position], tokens, factors[position])
                 scores[rows] = scorer.score(query, texts, np.array(rows, np.int64))
             return scores
 
         scores = _finite(await self._in_thread(score))
-        cut = {place for place in encoded.truncated if place < len(distinct)}
-        cut_queries = tuple(place for place, text in enumerate(queries) if distinct.index(text) in cut) if cut else ()
-        cut_passages = tuple(place - len(distinct) for place in encoded.truncated if place >= len(distinct))
+        cut = {position for position in encoded.truncated if position < len(distinct)}
+        cut_queries = (
+            tuple(position for position, text in enumerate(queries) if distinct.index(text) in cut) if cut else ()
+        )
+        cut_passages = tuple(position - len(distinct) for position in encoded.truncated if position >= len(distinct))
         return PassageScores(scores, sum(encoded.num_tokens), cut_passages, cut_queries, corpus)
 
     async def read_query(self, text: str, corpus: ScoringCorpus) -> tuple[TextQuery, bool]:
@@ -380,7 +382,7 @@ class ModelService:
         for texts, kind in groups:
             for some in self._slices(texts):
                 tokenized = await self._tokenize(some, kind, instruction)
-                truncated += [len(items) + place for place in tokenized.truncated]
+                truncated += [len(items) + index for index in tokenized.truncated]
                 lengths += tokenized.lengths
                 starts = [0] * len(some)
                 if with_tokens and instruction is not None:

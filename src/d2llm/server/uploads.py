@@ -99,8 +99,8 @@ def documents_of(body: bytes, content_type: str, limits: ServeSettings, stop: St
             raise invalid(f"a file cannot be read here: {error}", "file") from error
         for skipped in _unread(files):
             where = re.match(r"line (\d+): (?:it cannot be parsed: )?", skipped.reason)
-            place, reason = (f":{where[1]}", skipped.reason[where.end() :]) if where else ("", skipped.reason)
-            raise invalid(f"{skipped.id}{place}: {reason}", "file")
+            line, reason = (f":{where[1]}", skipped.reason[where.end() :]) if where else ("", skipped.reason)
+            raise invalid(f"{skipped.id}{line}: {reason}", "file")
         upload.skipped = files.skipped
     for document in upload:
         if not document.text.strip():

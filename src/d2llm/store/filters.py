@@ -338,7 +338,7 @@ class _Writer:
         spans = [cast("dict[str, int]", part.meta) for part in nodes if "start" in part.meta]
         if not spans:
             return 0, len(self.text)
-        return min(place["start"] for place in spans), max(place["end"] for place in spans) + 1
+        return min(one["start"] for one in spans), max(one["end"] for one in spans) + 1
 
     def piece(self, node: object) -> str:
         start, end = self.span(node)

@@ -105,12 +105,12 @@ def fetch_shard(url: str, files: str, *, name: str) -> Path:
             listed: dict[str, Any] = read_checked(draft / FILES_NAME)["files"]
             with progress_bar("fetching a shard", len(listed)) as advance:
                 for path, sums in listed.items():
-                    place = draft / path
-                    if not place.resolve().is_relative_to(draft.resolve()):
+                    file = draft / path
+                    if not file.resolve().is_relative_to(draft.resolve()):
                         raise DataFormatError(f"{url}/{FILES_NAME}", f"names the file {path!r}, outside of the shard")
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    system.get_file(f"{root}/{path}", str(place))
-                    if (problem := problem_of(place, FileSums(*sums))) is not None:
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    system.get_file(f"{root}/{path}", str(file))
+                    if (problem := problem_of(file, FileSums(*sums))) is not None:
                         raise DataFormatError(f"{url}/{path}", f"{problem}; copy the shard there again")
                     advance(1)
     return target

@@ -350,20 +350,20 @@ def open_shard(
     Raises:
         DataFormatError, IndexMismatchError, InputError, MissingExtraError: as for ``Storage.open``.
     """
-    place = f"{folder}: shard {shard_number} of {num_shards}"
+    where = f"{folder}: shard {shard_number} of {num_shards}"
     if is_url(record.address):
         path = fetch_shard(record.address, record.files, name=f"{manifest['index']}-{shard_number}")
     else:
         path = folder / record.address
         if not path.is_dir():
             raise DataFormatError(
-                path, f"is missing, but is {place}; put it back from a copy, or shard the index again"
+                path, f"is missing, but is {where}; put it back from a copy, or shard the index again"
             )
     store = IndexStore.open(path)
     if store.manifest["student"] != manifest["student"]:
         maker, other = (name_student(spec["student"], spec["student_source"]) for spec in (manifest, store.manifest))
         raise IndexMismatchError(
-            f"{place} in {record.address} was made by student {other}, but the index by {maker}; put the right shard "
+            f"{where} in {record.address} was made by student {other}, but the index by {maker}; put the right shard "
             "there, or shard the index again"
         )
     recorded = store.manifest.get("shard")
@@ -372,10 +372,10 @@ def open_shard(
         what = "it is not the shard that was written there"
         if differing:
             what = f"it has another {', '.join(differing)}"
-        raise IndexMismatchError(f"{place} in {record.address}: {what}; put the right shard there, or shard again")
+        raise IndexMismatchError(f"{where} in {record.address}: {what}; put the right shard there, or shard again")
     if store.version < record.version:
         raise IndexMismatchError(
-            f"{place} in {record.address} is at version {store.version}, an older one than {record.version}, which the "
+            f"{where} in {record.address} is at version {store.version}, an older one than {record.version}, which the "
             "index lists; put the latest copy there, or shard the index again"
         )
     return store

@@ -328,17 +328,17 @@ def _loss(
         for position in positions
     ]
     column_of: dict[int, int] = {}
-    for place in (*targets, *(place for listed in drawn for place in listed)):
-        column_of.setdefault(place, len(column_of))
+    for passage in (*targets, *(passage for listed in drawn for passage in listed)):
+        column_of.setdefault(passage, len(column_of))
     device = projection.weight.device
     queries = [examples.queries[position].to(device) for position in positions]
-    passages = [examples.passages[place].to(device) for place in column_of]
+    passages = [examples.passages[passage].to(device) for passage in column_of]
     vectors = projection(torch.cat([*queries, *passages])).split([len(tokens) for tokens in (*queries, *passages)])
     scores = log_scale.exp() * mean_best_cosines(vectors[: len(queries)], vectors[len(queries) :])
     also_relevant = torch.zeros_like(scores, dtype=torch.bool)
     for row, (position, target) in enumerate(zip(positions, targets, strict=True)):
-        for place in examples.relevant[position]:
-            if place != target and place in column_of:
-                also_relevant[row, column_of[place]] = True
+        for passage in examples.relevant[position]:
+            if passage != target and passage in column_of:
+                also_relevant[row, column_of[passage]] = True
     labels = torch.tensor([column_of[target] for target in targets], device=device)
     return functional.cross_entropy(scores.masked_fill(also_relevant, -torch.inf), labels)

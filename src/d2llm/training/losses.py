@@ -56,8 +56,8 @@ class Preparation:
         self._replace(source, replace(source, query_inputs={**source.query_inputs, name: vectors}))
 
     def _replace(self, source: LabelledSource, changed: LabelledSource) -> None:
-        place = next(place for place, other in enumerate(self.sources) if other is source)
-        self.sources[place] = changed
+        index = next(index for index, other in enumerate(self.sources) if other is source)
+        self.sources[index] = changed
 
 
 @dataclass

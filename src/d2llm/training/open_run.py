@@ -195,8 +195,8 @@ class OpenRun:
             return
         changes = [*changed]
         for data in self.recipe.data:
-            place = self.folder.plan(data) if as_mined else self.folder.final_plan(self.recipe, data)
-            plan = manifest_of(place) if is_finished(place) else {}
+            location = self.folder.plan(data) if as_mined else self.folder.final_plan(self.recipe, data)
+            plan = manifest_of(location) if is_finished(location) else {}
             if as_mined and "teacher" in plan and plan["teacher"] == self._teacher_fingerprint():
                 continue
             name, content = plan.get("dataset"), plan.get("content_hash")
@@ -217,16 +217,16 @@ class OpenRun:
 def with_data(recipe: Recipe, locations: Sequence[str]) -> Recipe:
     """The recipe with other folders for its data sets (see ``Run``); ``InputError`` for a place without any."""
     data = {Path(item.path).name: item for item in recipe.data}
-    for place in locations:
-        name, equals, folder = place.partition("=")
+    for location in locations:
+        name, equals, folder = location.partition("=")
         if equals and folder and name in data:
             paths = {name: folder}
         else:
-            paths = {name: str(Path(place) / name) for name in data if (Path(place) / name).exists()}
+            paths = {name: str(Path(location) / name) for name in data if (Path(location) / name).exists()}
         if not paths:
             raise InputError(
-                f"--data {place}: write NAME=FOLDER, where NAME is one of the recipe's data sets: {', '.join(data)}; "
-                "or give a folder that contains folders with these names"
+                f"--data {location}: write NAME=FOLDER, where NAME is one of the recipe's data sets: "
+                f"{', '.join(data)}; or give a folder that contains folders with these names"
             )
         for name, path in paths.items():
             data[name] = data[name].model_copy(update={"path": path})

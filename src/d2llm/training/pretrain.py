@@ -219,9 +219,9 @@ class _Pretraining(Trainable):
 
     def step(self, step: int) -> dict[str, Any]:
         """Add the gradient of a batch, part by part."""
-        epoch, place = divmod(step, self.per_epoch)
+        epoch, batch_index = divmod(step, self.per_epoch)
         order = random.Random(f"{self.seed}:{epoch}").sample(range(len(self.texts)), len(self.texts))
-        batch = [self.texts[n] for n in order[place * self.batch_size : (place + 1) * self.batch_size]]
+        batch = [self.texts[n] for n in order[batch_index * self.batch_size : (batch_index + 1) * self.batch_size]]
         total = 0.0
         for loss in self.task.losses(batch, random.Random(f"{self.seed}:mask:{step}")):
             loss.backward()

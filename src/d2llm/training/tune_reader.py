@@ -105,7 +105,7 @@ class ReadList(NamedTuple):
     def target(self) -> list[int]:
         """The order to learn: higher grades first, then those that the student ranks higher."""
         grades = self.lists.grades[self.row, self.order].tolist()
-        return sorted(range(len(grades)), key=lambda place: (-grades[place], self.order[place]))
+        return sorted(range(len(grades)), key=lambda index: (-grades[index], self.order[index]))
 
 
 def tune_reader(

@@ -373,18 +373,19 @@ def accumulate(
     task, of_lists = batch[0].task, tuning.loss == "lists"
     inputs, num_truncated = model.tokenize([(pair.query, pair.passage) for pair in batch], task)
     by_list: dict[str | int, list[int]] = {}
-    for place, pair in enumerate(batch):
-        by_list.setdefault(pair.query if of_lists else place, []).append(place)
+    for pair_index, pair in enumerate(batch):
+        by_list.setdefault(pair.query if of_lists else pair_index, []).append(pair_index)
     lists = list(by_list.values())
     pair_weight = tuning.pair_weight if of_lists else 1.0
-    lengths = [max(len(inputs[place]) for place in list_places) * len(list_places) for list_places in lists]
+    lengths = [max(len(inputs[pair_index]) for pair_index in list_places) * len(list_places) for list_places in lists]
     together = token_budget_batches(lengths, max_tokens=part_tokens, max_items=len(lists))
     seeds: list[int] = torch.randint(1 << 31, (len(together),)).tolist()
     total = torch.zeros((), device=model.device)
     for list_numbers, seed in zip(together, seeds, strict=True):
-        rows = [inputs[place] for list_number in list_numbers for place in lists[list_number]]
+        rows = [inputs[pair_index] for list_number in list_numbers for pair_index in lists[list_number]]
         targets = torch.tensor(
-            [batch[place].target for list_number in list_numbers for place in lists[list_number]], device=model.device
+            [batch[pair_index].target for list_number in list_numbers for pair_index in lists[list_number]],
+            device=model.device,
         )
         sizes = [len(lists[list_number]) for list_number in list_numbers]
 

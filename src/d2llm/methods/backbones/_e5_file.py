@@ -134,14 +134,14 @@ class _Reader:
     def __init__(self, path: Path, content: bytes) -> None:
         self.path = path
         self.content = content
-        self.place = 0
+        self.cursor = 0
 
     def take(self, count: int, name: str) -> int:
         """Advance by ``count`` bytes and return where they begin; ``name`` is for errors."""
-        begin, end = self.place, self.place + count
+        begin, end = self.cursor, self.cursor + count
         if count < 0 or end > len(self.content):
             self.refuse(f"{name} at byte {begin:,} need {count:,} bytes, but the file ends at {len(self.content):,}")
-        self.place = end
+        self.cursor = end
         return begin
 
     def values(self, layout: Struct, name: str) -> tuple[Any, ...]:
@@ -151,7 +151,7 @@ class _Reader:
     def array(self, dtype: str, count: int, name: str) -> NDArray[Any]:
         """``count`` values of one type."""
         if count < 0:
-            self.refuse(f"the number of {name.removeprefix('the ')} at byte {self.place:,} is negative ({count:,})")
+            self.refuse(f"the number of {name.removeprefix('the ')} at byte {self.cursor:,} is negative ({count:,})")
         return np.frombuffer(self.content, dtype, count, self.take(count * np.dtype(dtype).itemsize, name))
 
     def refuse(self, problem: str) -> NoReturn:
@@ -200,7 +200,7 @@ def _read_vocabulary(reader: _Reader, sizes: E5Sizes) -> E5Vocabulary:
         reader.refuse("the offsets of its pieces do not follow each other through their texts")
     if not np.isfinite(scores).all():
         reader.refuse("some scores of its pieces are NaN or infinite")
-    texts = reader.content[text_place : reader.place]
+    texts = reader.content[text_place : reader.cursor]
     try:
         named = [texts[a:b].decode("utf-8") for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
     except UnicodeDecodeError as error:
@@ -214,7 +214,7 @@ def _read_vocabulary(reader: _Reader, sizes: E5Sizes) -> E5Vocabulary:
 
 def _read_normalisation(reader: _Reader) -> dict[str, str]:
     count, num_bytes = reader.values(_NORMALISATION, "the sizes of the normalisation")
-    begin = reader.place
+    begin = reader.cursor
     if not 0 <= count * _CHARACTER.size <= num_bytes:
         reader.refuse(f"{count:,} normalised characters cannot be in {num_bytes:,} bytes")
     targets: dict[str, str] = {}
@@ -222,10 +222,10 @@ def _read_normalisation(reader: _Reader) -> dict[str, str]:
         code, length = reader.values(_CHARACTER, "the normalised characters")
         codes = [code, *reader.array("<u4", length, "the normalised characters").tolist()]
         if any(point > LAST_CODE_POINT or point in SURROGATES for point in codes) or chr(code) in targets:
-            reader.refuse(f"the normalised character before byte {reader.place:,} is invalid, or occurs twice")
+            reader.refuse(f"the normalised character before byte {reader.cursor:,} is invalid, or occurs twice")
         targets[chr(code)] = "".join(map(chr, codes[1:]))
-    if reader.place - begin != num_bytes:
-        reader.refuse(f"its normalisation takes {reader.place - begin:,} bytes, but should take {num_bytes:,}")
+    if reader.cursor - begin != num_bytes:
+        reader.refuse(f"its normalisation takes {reader.cursor - begin:,} bytes, but should take {num_bytes:,}")
     return targets
 
 
@@ -267,7 +267,7 @@ def _read_directory(reader: _Reader, sizes: E5Sizes) -> dict[str, int]:
     for _ in range(count):
         (length,) = reader.values(_NAME_LENGTH, "a weight's name")
         begin_of_name = reader.take(length, "a weight's name")
-        name = reader.content[begin_of_name : reader.place].decode("utf-8", "replace")
+        name = reader.content[begin_of_name : reader.cursor].decode("utf-8", "replace")
         number_format, num_weights, begin, num_bytes = reader.values(_ENTRY, f"the entry of '{name}'")
         entries[name] = (number_format, num_weights, begin, num_bytes)
     layout = _layout(sizes)
@@ -283,10 +283,10 @@ def _read_directory(reader: _Reader, sizes: E5Sizes) -> dict[str, int]:
                 f"the directory lists {listed_weights:,} weights '{name}' in {listed_bytes:,} bytes of format "
                 f"{number_format}, but {weights:,} in {num_bytes:,} bytes are needed"
             )
-        if begin < reader.place or begin + num_bytes > len(reader.content):
+        if begin < reader.cursor or begin + num_bytes > len(reader.content):
             reader.refuse(
                 f"the directory places the weights '{name}' at bytes {begin:,} to {begin + num_bytes:,}, but the file "
-                f"has {len(reader.content):,} bytes, of which the first {reader.place:,} hold other data"
+                f"has {len(reader.content):,} bytes, of which the first {reader.cursor:,} hold other data"
             )
     in_order = sorted((begin, begin + num_bytes, name) for name, (_, _, begin, num_bytes) in entries.items())
     for (_, end, first), (begin, _, second) in pairwise(in_order):

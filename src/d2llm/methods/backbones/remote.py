@@ -258,7 +258,7 @@ class RemoteBackbone(Backbone):
         try:
             self.endpoint.ask(
                 [{"input": [text for _, text in part], **fields} for part in batches],
-                keep=lambda place, answer: self._keep(batches[place], answer),
+                keep=lambda index, answer: self._keep(batches[index], answer),
             ).all()
         finally:
             _remarks.log(

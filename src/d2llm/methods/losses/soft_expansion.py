@@ -170,8 +170,8 @@ def write_expansions(path: Path, queries: Sequence[str], writer: Writer) -> None
             assignments = [Assignment(query, "answer") for query in together]
             written = write_until_error(writer, assignments, advance=advance)
             lines = [
-                json.dumps({"query": together[place], "passages": answer.queries}, ensure_ascii=False) + "\n"
-                for place, answer in written.by_place.items()
+                json.dumps({"query": together[index], "passages": answer.queries}, ensure_ascii=False) + "\n"
+                for index, answer in written.by_place.items()
             ]
             file.write("".join(lines).encode())
             file.flush()

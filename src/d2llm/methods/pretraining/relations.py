@@ -117,13 +117,13 @@ class _Attention:
         """Keep them from now on; returns the hooks, for when that is to end."""
         self.vectors = [torch.empty(0)] * len(self._linear)
 
-        def keep(place: int) -> Callable[[nn.Module, Any, Tensor], None]:
+        def keep(layer: int) -> Callable[[nn.Module, Any, Tensor], None]:
             def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-                self.vectors[place] = output
+                self.vectors[layer] = output
 
             return hook
 
-        return [linear.register_forward_hook(keep(place)) for place, linear in enumerate(self._linear)]
+        return [linear.register_forward_hook(keep(layer)) for layer, linear in enumerate(self._linear)]
 
 
 def relation_divergence(

@@ -187,22 +187,22 @@ class Endpoint(Generic[_Answer]):
         kept = None if self._kept_as is None else kept_answers()
         answers: dict[int, _Answer] = {}
 
-        def take(place: int, answer: _Answer, *, is_new: bool = True) -> None:
-            answers[place] = answer
+        def take(index: int, answer: _Answer, *, is_new: bool = True) -> None:
+            answers[index] = answer
             if kept is not None and is_new:
-                kept.add(self._identity(named[place]), asdict(cast("Any", answer)))
+                kept.add(self._identity(named[index]), asdict(cast("Any", answer)))
             if keep is not None:
-                keep(place, answer)
+                keep(index, answer)
             if advance is not None:
                 advance(1)
 
         error: BaseException | None = None
         try:
-            for place, body in enumerate(named):
+            for index, body in enumerate(named):
                 values = None if kept is None else kept.take(self._identity(body))
                 if values is not None and self._kept_as is not None:
-                    take(place, self._kept_as(**values), is_new=False)
-            missing = [(place, body) for place, body in enumerate(named) if place not in answers]
+                    take(index, self._kept_as(**values), is_new=False)
+            missing = [(index, body) for index, body in enumerate(named) if index not in answers]
             loop, client = self._open()
             loop.run(self._send_all(client, iter(missing), len(missing), take))
         except BaseException as reason:  # noqa: BLE001 - returned

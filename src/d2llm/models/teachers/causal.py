@@ -218,13 +218,13 @@ class CausalTeacher(LocalTeacher):
         """Groups of prefixes that several inputs share, and the indices of these inputs."""
         counts = Counter(prefix for prefix, _ in inputs)
         by_prefix: dict[tuple[int, ...], list[int]] = {}
-        for place, (prefix, _) in enumerate(inputs):
+        for index, (prefix, _) in enumerate(inputs):
             if counts[prefix] > 1:
-                by_prefix.setdefault(prefix, []).append(place)
+                by_prefix.setdefault(prefix, []).append(index)
         if not by_prefix or self.why_not_shared():
             return []
         return [
-            (group, [place for prefix in group for place in by_prefix[prefix]]) for group in _groups(list(by_prefix))
+            (group, [index for prefix in group for index in by_prefix[prefix]]) for group in _groups(list(by_prefix))
         ]
 
     def _score_shared(

@@ -115,19 +115,19 @@ class EnsembleTeacher(InterruptibleTeacher):
             InputError: the ensemble was not fitted for ``task``.
         """
         ensemble = self._ensemble(task)
-        counting = [place for place, weight in enumerate(ensemble.weights) if weight > 0]
+        counting = [member_index for member_index, weight in enumerate(ensemble.weights) if weight > 0]
         step = shared_steps(advance, len(counting))
         is_scored = np.ones(len(pairs), np.bool_)
         scores = np.zeros((len(pairs), len(counting)), np.float32)
         by_member: list[TeacherScores] = []
         features: NDArray[np.float32] | None = None
         first_error: BaseException | None = None
-        for column, place in enumerate(counting):
+        for column, member_index in enumerate(counting):
             positions = np.flatnonzero(is_scored)
             if not len(positions):
                 break
             partly = score_until_error(
-                self.members[place],
+                self.members[member_index],
                 [pairs[index] for index in positions.tolist()],
                 task,
                 with_features=with_features and features is None,
@@ -178,14 +178,14 @@ def write_ensemble(
         InputError: no member has any weight, or ``folder`` holds something else.
     """
     counting = [
-        place for place in range(len(members)) if any(ensemble.weights[place] > 0 for ensemble in ensembles.values())
+        index for index in range(len(members)) if any(ensemble.weights[index] > 0 for ensemble in ensembles.values())
     ]
     if not all(any(ensemble.weights) for ensemble in ensembles.values()):
         raise InputError(
             "no member's score increases with relevance on the dev lists, so there is nothing to combine; "
             "check the members and the data sets' tasks"
         )
-    kept = [members[place] for place in counting]
+    kept = [members[index] for index in counting]
     narrowed: dict[Task, Ensemble] = {task: ensemble.only(counting) for task, ensemble in ensembles.items()}
     fingerprint = _fingerprint([member.fingerprint for member in kept], narrowed)
     with new_folder(folder, kind=ENSEMBLE_KIND) as temporary:
@@ -216,13 +216,13 @@ def ensemble_members(config: TeacherConfig) -> list[TeacherConfig]:
 
 
 def _member_entry(folder: Path, member: EnsembleMember) -> dict[str, Any]:
-    config, place = member.config, Path(member.config.model)
+    config, path = member.config, Path(member.config.model)
     relative = None
-    if place.is_dir():
-        place = place.resolve()
-        config = config.model_copy(update={"model": str(place)})
-        if place.is_relative_to(folder.parent):
-            relative = Path(os.path.relpath(place, folder)).as_posix()
+    if path.is_dir():
+        path = path.resolve()
+        config = config.model_copy(update={"model": str(path)})
+        if path.is_relative_to(folder.parent):
+            relative = Path(os.path.relpath(path, folder)).as_posix()
     changed = config.model_dump(mode="json", exclude_unset=True) | {"model": config.model}
     return {"config": changed, "relative": relative, "fingerprint": member.fingerprint}
 

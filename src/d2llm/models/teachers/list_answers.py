@@ -54,15 +54,15 @@ def read_grades(answer: str, num_passages: int) -> dict[int, float]:
         found = [(int(match["place"]), match["grade"]) for match in matches if match]
     grades: dict[int, float] = {}
     doubtful: set[int] = set()
-    for place, value in found:
-        if not 1 <= place <= num_passages:
+    for position, value in found:
+        if not 1 <= position <= num_passages:
             return {}
         grade = _grade(value)
-        if grade is None or grades.get(place, grade) != grade:
-            doubtful.add(place)
+        if grade is None or grades.get(position, grade) != grade:
+            doubtful.add(position)
         else:
-            grades[place] = grade
-    return {place: grades[place] for place in sorted(grades.keys() - doubtful)}
+            grades[position] = grade
+    return {position: grades[position] for position in sorted(grades.keys() - doubtful)}
 
 
 def read_ranking(answer: str, num_passages: int) -> list[int]:
@@ -85,14 +85,18 @@ def read_ranking(answer: str, num_passages: int) -> list[int]:
             for item in cast("list[Any]", value)
         ]
         ranking = [_rank(item) for item in items]
-        return _distinct([place for place in ranking if place is not None], num_passages) if None not in ranking else []
+        return (
+            _distinct([position for position in ranking if position is not None], num_passages)
+            if None not in ranking
+            else []
+        )
     lines = [line for line in text.splitlines() if line.strip()]
     candidates = [line.partition(":")[2] if ":" in line else line for line in lines]
     of_lines = [[int(digits) for digits in _PLACE.findall(line)] for line in candidates if _is_ranking(line)]
     longest = max(map(len, of_lines), default=0)
     if longest > 1:
         return _distinct([numbers for numbers in of_lines if len(numbers) == longest][-1], num_passages)
-    return _distinct([place for numbers in of_lines for place in numbers], num_passages)
+    return _distinct([position for numbers in of_lines for position in numbers], num_passages)
 
 
 def _plain(answer: str) -> str:
@@ -109,13 +113,13 @@ def _grades_in_json(text: str, num_passages: int) -> list[tuple[int, Any]] | Non
             value = inner
     if isinstance(value, dict):
         found = [(_rank(name), grade) for name, grade in cast("dict[str, Any]", value).items()]
-        return [(place, grade) for place, grade in found if place is not None]
+        return [(position, grade) for position, grade in found if position is not None]
     if not isinstance(value, list):
         return None
     items = cast("list[Any]", value)
     if items and all(isinstance(item, dict) for item in items):
         found = [(_rank(_first_of(item, _PLACE_NAMES)), _first_of(item, _GRADE_NAMES)) for item in items]
-        return [(place, grade) for place, grade in found if place is not None]
+        return [(position, grade) for position, grade in found if position is not None]
     return list(enumerate(items, start=1)) if len(items) == num_passages else []
 
 
@@ -165,7 +169,7 @@ def _is_ranking(line: str) -> bool:
 
 def _distinct(numbers: Iterable[int], num_passages: int) -> list[int]:
     found = list(numbers)
-    is_ranking = len(set(found)) == len(found) and all(1 <= place <= num_passages for place in found)
+    is_ranking = len(set(found)) == len(found) and all(1 <= position <= num_passages for position in found)
     return found if is_ranking else []
 
 

@@ -191,7 +191,7 @@ class ListTeacher(EndpointTeacher):
         answered: list[tuple[_Shown, Completion]] = []
         todo = list(requests)
         while todo and call.error is None:
-            prompts = [call.prompt.fill(shown.query, [call.texts[place] for place in shown.passages]) for shown in todo]
+            prompts = [call.prompt.fill(shown.query, [call.texts[index] for index in shown.passages]) for shown in todo]
             body = self.remote.body(max_tokens=self.lists.max_answer_tokens, temperature=0)
             asked = self.endpoint.complete(prompts, [body] * len(prompts))
             call.error = asked.error
@@ -286,9 +286,9 @@ class GradedTeacher(ListTeacher):
             missing: list[_Shown] = []
             for shown, answer in self._ask(call, todo):
                 grades = read_grades(answer.text, len(shown.passages))
-                for place, grade in grades.items():
-                    found[shown.passages[place - 1]].append(grade)
-                left = [passage for place, passage in enumerate(shown.passages, start=1) if place not in grades]
+                for index, grade in grades.items():
+                    found[shown.passages[index - 1]].append(grade)
+                left = [passage for index, passage in enumerate(shown.passages, start=1) if index not in grades]
                 num_shown = shown.num_shown + 1
                 if left:
                     call.problem = self._describe(answer)
@@ -333,24 +333,24 @@ class ListwiseTeacher(ListTeacher):
             num_left[ranking] += 1
         windows = [_windows(len(ranking), self.lists.size, self.lists.step) for _, _, ranking in rankings]
         for round_number in range(max(map(len, windows), default=0)):
-            current = [place for place, starts in enumerate(windows) if round_number < len(starts)]
+            current = [order_index for order_index, starts in enumerate(windows) if round_number < len(starts)]
             shown = {
-                place: _Shown(query, order, ranking[slice(*windows[place][round_number])])
-                for place in current
-                for query, order, ranking in [rankings[place]]
+                order_index: _Shown(query, order, ranking[slice(*windows[order_index][round_number])])
+                for order_index in current
+                for query, order, ranking in [rankings[order_index]]
             }
-            for place, (following, placed) in self._rank(call, shown).items():
-                rankings[place][2][slice(*windows[place][round_number])] = following
+            for order_index, (following, placed) in self._rank(call, shown).items():
+                rankings[order_index][2][slice(*windows[order_index][round_number])] = following
                 ranked |= placed
-                if round_number + 1 == len(windows[place]):
-                    num_left[rankings[place][2]] -= 1
-                    step(len(rankings[place][2]))
+                if round_number + 1 == len(windows[order_index]):
+                    num_left[rankings[order_index][2]] -= 1
+                    step(len(rankings[order_index][2]))
             if call.error is not None:
                 break
         log_odds = np.full(len(call.texts), math.nan)
         for query, positions in by_query.items():
-            items = [place for place in positions if place in ranked]
-            number_of = {place: index for index, place in enumerate(items)}
+            items = [passage for passage in positions if passage in ranked]
+            number_of = {passage: index for index, passage in enumerate(items)}
             orders = [
                 [number_of[p] for p in ranking if p in number_of] for name, _, ranking in rankings if name == query
             ]
@@ -363,27 +363,27 @@ class ListwiseTeacher(ListTeacher):
         After an error (``call.error``), windows that were not finished before it are left out.
         """
         results: dict[int, tuple[list[int], set[int]]] = {
-            place: (list(shown.passages), set[int]()) for place, shown in windows.items()
+            index: (list(shown.passages), set[int]()) for index, shown in windows.items()
         }
         todo = dict(windows)
         while todo and call.error is None:
-            place_of = {id(shown): place for place, shown in todo.items()}
+            place_of = {id(shown): index for index, shown in todo.items()}
             for shown, answer in self._ask(call, list(todo.values())):
-                place = place_of[id(shown)]
-                del todo[place]
+                index = place_of[id(shown)]
+                del todo[index]
                 order = [shown.passages[rank - 1] for rank in read_ranking(answer.text, len(shown.passages))]
-                if len(order) > len(results[place][1]):
+                if len(order) > len(results[index][1]):
                     placed = set(order)
-                    results[place] = (
-                        order + [passage for passage in windows[place].passages if passage not in placed],
+                    results[index] = (
+                        order + [passage for passage in windows[index].passages if passage not in placed],
                         placed,
                     )
                 if len(order) < len(shown.passages):
                     call.problem = self._describe(answer)
                     if shown.num_shown + 1 < self.lists.attempts:
                         again = self._order(shown.passages, shown.order, shown.query, shown.num_shown + 1)
-                        todo[place] = _Shown(shown.query, shown.order, again, shown.num_shown + 1)
-        return {place: result for place, result in results.items() if place not in todo}
+                        todo[index] = _Shown(shown.query, shown.order, again, shown.num_shown + 1)
+        return {index: result for index, result in results.items() if index not in todo}
 
 
 def log_odds_of_grades(grades: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -54,7 +54,7 @@ def require_on_devices(whole: Any, name: str) -> None:
 
     Such a part would be copied to a GPU for every batch.
     """
-    devices = {str(place) for place in getattr(whole, "hf_device_map", {}).values()}
+    devices = {str(device) for device in getattr(whole, "hf_device_map", {}).values()}
     elsewhere = devices & {"cpu", "disk"}
     if elsewhere and devices != {"cpu"}:
         raise InputError(

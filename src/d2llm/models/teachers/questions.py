@@ -92,9 +92,9 @@ def find_answers(
     for word, ids in ((prompt.yes, with_yes), (prompt.no, with_no)):
         if ids[: len(tail)] != tail or len(ids) != len(tail) + 1:
             tokens = tokenizer.convert_ids_to_tokens(token_ids(tokenizer, [word])[0])
-            place = "after the prompt for" if after else "for"
+            where = "after the prompt for" if after else "for"
             raise AnswerTokenError(
-                f"the answer word {word!r} of prompt '{config.prompt}' is not one token {place} the tokenizer "
+                f"the answer word {word!r} of prompt '{config.prompt}' is not one token {where} the tokenizer "
                 f"of '{config.model}': alone it gives {tokens}; {advice}"
             )
     if with_yes == with_no:

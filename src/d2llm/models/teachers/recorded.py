@@ -233,19 +233,19 @@ class _Texts:
 def _files(recorded: RecordedConfig) -> Sequence[tuple[Path, str | None]]:
     """The files of lists, each with the folder of its data set: that of its name, or the only one."""
     by_name: Mapping[str, str] = {Path(folder).name: folder for folder in recorded.data}
-    place = Path(recorded.lists)
-    if not place.is_dir():
+    location = Path(recorded.lists)
+    if not location.is_dir():
         only = recorded.data[0] if len(recorded.data) == 1 else None
-        return [(place, by_name.get(place.stem, only))]
-    file_of = {name: file for name in by_name if (file := place / f"{name}.jsonl").is_file()}
+        return [(location, by_name.get(location.stem, only))]
+    file_of = {name: file for name in by_name if (file := location / f"{name}.jsonl").is_file()}
     files = [(file, by_name[name]) for name, file in file_of.items()]
     missing = [name for name in by_name if name not in file_of]
     if not files:
         raise InputError(
-            f"{place}: has no file NAME.jsonl of a data set NAME ({', '.join(missing) or 'none is given'})"
+            f"{location}: has no file NAME.jsonl of a data set NAME ({', '.join(missing) or 'none is given'})"
         )
     if missing:
-        _log.warning("%s: nothing was recorded for %s, whose pairs are all undecided", place, ", ".join(missing))
+        _log.warning("%s: nothing was recorded for %s, whose pairs are all undecided", location, ", ".join(missing))
     return files
 
 

@@ -143,21 +143,21 @@ class VllmTeacher:
         del with_features
         inputs, num_truncated = self._questions.inputs(pairs, task)
         order: dict[tuple[int, ...], list[int]] = {}  # pairs of the same query follow each other
-        for place, (prefix, _) in enumerate(inputs):
-            order.setdefault(prefix, []).append(place)
-        indices = [place for group in order.values() for place in group]
+        for index, (prefix, _) in enumerate(inputs):
+            order.setdefault(prefix, []).append(index)
+        indices = [index for group in order.values() for index in group]
         log_odds = np.empty(len(pairs), dtype=np.float32)
         for start in range(0, len(indices), _PAIRS_AT_ONCE):
             chosen = indices[start : start + _PAIRS_AT_ONCE]
-            prompts = [{"prompt_token_ids": [*inputs[place][0], *inputs[place][1]]} for place in chosen]
+            prompts = [{"prompt_token_ids": [*inputs[index][0], *inputs[index][1]]} for index in chosen]
             outputs = self._engine.generate(prompts, self._sampling[task], **self._requests)
-            for place, prompt, output in zip(chosen, prompts, outputs, strict=True):
+            for index, prompt, output in zip(chosen, prompts, outputs, strict=True):
                 if list(output.prompt_token_ids) != prompt["prompt_token_ids"]:
                     raise ModelError(
-                        f"vLLM read {len(output.prompt_token_ids)} tokens of query {pairs[place][0][:60]!r} instead of "
+                        f"vLLM read {len(output.prompt_token_ids)} tokens of query {pairs[index][0][:60]!r} instead of "
                         f"the {len(prompt['prompt_token_ids'])} that it was sent; use another version of vLLM"
                     )
-                log_odds[place] = self._log_odds(output, task)
+                log_odds[index] = self._log_odds(output, task)
             if advance is not None:
                 advance(len(chosen))
         return TeacherScores(log_odds, None, num_truncated, sum(len(prefix) + len(rest) for prefix, rest in inputs))

@@ -94,8 +94,8 @@ class RemoteWriter(LastingWriter):
         settings = [self._settings(assignment) for assignment in kept]
         answers = self.endpoint.complete(prompts, settings, advance=advance)
         written = {
-            place: self._result(kept[place], prompts[place], answer, cut[place])
-            for place, answer in answers.by_place.items()
+            index: self._result(kept[index], prompts[index], answer, cut[index])
+            for index, answer in answers.by_place.items()
         }
         return Answers(written, answers.error)
 

@@ -217,21 +217,21 @@ def _look_up(
             chosen[kept], scores[kept] = chosen[at], scores[at]
             kept += 1
     if extent[1] - extent[0] > _READ_ALL * kept:
-        place = extent[0]
+        index = extent[0]
         for at in range(kept):
-            place = _first_at_least(rows, place, extent[1], chosen[at])
-            if place < extent[1] and rows[place] == chosen[at]:
-                scores[at] += _gain(weight, counts[place], of_text, norms[chosen[at]])
+            index = _first_at_least(rows, index, extent[1], chosen[at])
+            if index < extent[1] and rows[index] == chosen[at]:
+                scores[at] += _gain(weight, counts[index], of_text, norms[chosen[at]])
         return kept
     for at in range(kept):
         slots[chosen[at] - range_[0]] = at + 1
-    for place in range(extent[0], extent[1]):
-        row = np.int64(rows[place])
+    for index in range(extent[0], extent[1]):
+        row = np.int64(rows[index])
         if row < range_[0] or row >= range_[1]:
             raise ValueError("the rows of a term are not ascending")
         slot = slots[row - range_[0]]
         if slot > 0:
-            scores[slot - 1] += _gain(weight, counts[place], of_text, norms[row])
+            scores[slot - 1] += _gain(weight, counts[index], of_text, norms[row])
     for at in range(kept):
         slots[chosen[at] - range_[0]] = 0
     return kept

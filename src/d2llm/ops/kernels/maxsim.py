@@ -67,8 +67,8 @@ def _raise_best(typing_context: Any, numbers: Any, queries: Any, block: Any, bes
             query = builder.load(builder.gep(column, [loop.index]), align=2)
             query = builder.sext(query, products)
             for at, total in enumerate(sums):
-                place = builder.add(builder.mul(num_pairs, ir.Constant(num_pairs.type, at)), loop.index)
-                pair = builder.load(builder.gep(rows.data, [place]))
+                address = builder.add(builder.mul(num_pairs, ir.Constant(num_pairs.type, at)), loop.index)
+                pair = builder.load(builder.gep(rows.data, [address]))
                 pair = builder.insert_element(ir.Constant(lanes, ir.Undefined), pair, _INT32(0))
                 pair = builder.shuffle_vector(pair, ir.Constant(lanes, ir.Undefined), first_lane)
                 product = builder.mul(builder.sext(builder.bitcast(pair, halves), products), query)
@@ -81,12 +81,12 @@ def _raise_best(typing_context: Any, numbers: Any, queries: Any, block: Any, bes
                     for start in (0, 1)
                 )
                 builder.store(builder.add(builder.load(total), builder.add(even, odd)), total)
-        place = builder.gep(builder.bitcast(highest.data, lanes.as_pointer()), [arguments[2]])
-        best_so_far = builder.load(place, align=4)
+        address = builder.gep(builder.bitcast(highest.data, lanes.as_pointer()), [arguments[2]])
+        best_so_far = builder.load(address, align=4)
         for total in sums:
             product = builder.load(total)
             best_so_far = builder.select(builder.icmp_signed(">", product, best_so_far), product, best_so_far)
-        builder.store(best_so_far, place, align=4)
+        builder.store(best_so_far, address, align=4)
         return context.get_dummy_value()
 
     return types.void(numbers, queries, block, best), generate

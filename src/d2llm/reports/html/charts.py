@@ -77,8 +77,8 @@ def quality_cost(points: Sequence[Point], measure: str, item: str, *, narrow: bo
     for point, (left, _) in zip(order, anchors, strict=True):
         obstacles.append(svg.Box(left - 5, y(point.quality.high), left + 5, y(point.quality.low)))
     boxes = svg.place_labels(anchors, sizes, obstacles, frame)
-    for point, anchor, text, place in zip(order, anchors, texts, boxes, strict=True):
-        _point(root, point, anchor, text, place, measure, y)
+    for point, anchor, text, box in zip(order, anchors, texts, boxes, strict=True):
+        _point(root, point, anchor, text, box, measure, y)
     return svg.markup(root)
 
 
@@ -132,9 +132,9 @@ def differences(
         svg.label(
             root, "muted", sum((frame.left, frame.right)) / 2, height - 12, f"up to {step} per bar", anchor="middle"
         )
-    for name, place, anchor in ((subject, frame.left, "start"), (baseline, frame.right, "end")):
+    for name, edge, anchor in ((subject, frame.left, "start"), (baseline, frame.right, "end")):
         text = svg.shortened(f"for {name}", width * 0.3, _TEXT)
-        svg.label(root, "muted", place, height - 12, text, anchor=anchor)
+        svg.label(root, "muted", edge, height - 12, text, anchor=anchor)
     return svg.markup(root)
 
 
@@ -269,7 +269,7 @@ def _point(
     point: Point,
     anchor: tuple[float, float],
     text: str,
-    place: svg.Box,
+    box: svg.Box,
     measure: str,
     y: svg.Scale,
 ) -> None:
@@ -283,8 +283,8 @@ def _point(
     svg.line(group, "whisker", left, y(quality.low), left, y(quality.high))
     for end in (quality.low, quality.high):
         svg.line(group, "whisker", left - 4, y(end), left + 4, y(end))
-    if abs((place.top + place.bottom) / 2 - top) > _TEXT:  # a distant label: draw a line to its point
-        near = min(max(left, place.left), place.right)
-        svg.line(group, "leader", left, top, near, place.bottom if place.bottom < top else place.top)
+    if abs((box.top + box.bottom) / 2 - top) > _TEXT:  # a distant label: draw a line to its point
+        near = min(max(left, box.left), box.right)
+        svg.line(group, "leader", left, top, near, box.bottom if box.bottom < top else box.top)
     svg.add(group, "circle", class_="mark dot", cx=left, cy=top, r=5.5)
-    svg.label(group, "name", place.left + 2, place.bottom - 4, text)
+    svg.label(group, "name", box.left + 2, box.bottom - 4, text)

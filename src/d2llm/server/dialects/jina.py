@@ -254,9 +254,9 @@ def shape(problem: Problem) -> tuple[int, dict[str, Any]]:
     request_id = problem.request_id or uuid.uuid4().hex
     if status != 422:
         return status, {"detail": {"message": problem.message, "request_id": request_id, "code": problem.kind}}
-    place = ["body", *(problem.field.split(".") if problem.field else [])]
+    location = ["body", *(problem.field.split(".") if problem.field else [])]
     error = {
-        "field": " -> ".join(place),
+        "field": " -> ".join(location),
         "message": problem.message,
         "type": problem.reason or problem.kind,
         "input": None,

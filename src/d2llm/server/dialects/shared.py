@@ -250,15 +250,15 @@ def check_size(
         )
         raise ServingError(Problem(413, "too_large", message, field))
 
-    def where(place: int) -> str:
-        return field if isinstance(texts, str) else f"{field}.{place}"
+    def where(position: int) -> str:
+        return field if isinstance(texts, str) else f"{field}.{position}"
 
     limit = settings.max_text_chars
-    too_long = [place for place, text in enumerate(several) if len(text) > limit]
+    too_long = [position for position, text in enumerate(several) if len(text) > limit]
     if too_long and remedy is not None:
-        place = too_long[0]
-        message = f"{where(place)}: {len(several[place]):,} characters; {limit:,} are allowed (max_text_chars)"
-        raise ServingError(Problem(413, "too_large", message, where(place)))
+        position = too_long[0]
+        message = f"{where(position)}: {len(several[position]):,} characters; {limit:,} are allowed (max_text_chars)"
+        raise ServingError(Problem(413, "too_large", message, where(position)))
     return SizedTexts(
         [text[:limit] for text in several] if too_long else several,
         frozenset(too_long),

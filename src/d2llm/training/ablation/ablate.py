@@ -59,7 +59,7 @@ class RunSettings:
     sources: list[TrainingSource]
     dev_sets: list[DevSet]
     measured_on: str
-    place: Path
+    root: Path
     labels: Path
     teacher: TeacherConfig
     closed_gates: Collection[str]
@@ -68,7 +68,7 @@ class RunSettings:
 
     def student(self, variant: str, seed: int) -> Path:
         """The folder of one run's student; ``<folder>.run`` and ``<folder>.json`` beside it have its log and result."""
-        return self.place / variant / f"seed-{seed}"
+        return self.root / variant / f"seed-{seed}"
 
 
 def fingerprint_sets(dev_sets: Sequence[DevSet]) -> str:
@@ -222,15 +222,15 @@ def ablate(
         for source in sources
     ]
     settings = _settings(recipes, sources, labelled, teacher, closed_gates, device, dtype)
-    place = folder / fingerprint_json(settings)
+    root = folder / fingerprint_json(settings)
     measured_on = fingerprint_sets(dev_sets)
-    shared = RunSettings(sources, dev_sets, measured_on, place, labels, teacher, closed_gates, device, dtype)
+    shared = RunSettings(sources, dev_sets, measured_on, root, labels, teacher, closed_gates, device, dtype)
     seeds = range(recipe.seed, recipe.seed + num_seeds)
     runs = [(name, seed) for seed in seeds for name in recipes]
     results = {run: result for run in runs if (result := read_result(shared, *run)) is not None}
     waiting = [run for run in runs if run not in results]
     if waiting:
-        write_json(place / "settings.json", settings)
+        write_json(root / "settings.json", settings)
     deadline = math.inf if budget_minutes is None else started + 60 * budget_minutes
     new, missing, failed = _train_waiting(shared, recipes, waiting, deadline)
     results |= new
@@ -248,7 +248,7 @@ def ablate(
         failed=tuple(failed),
         settings=settings,
         notes=(*notes, *_notes(recipes[BASE], sources, num_seeds)),
-        folder=str(place),
+        folder=str(root),
     )
 
 

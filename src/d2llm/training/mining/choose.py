@@ -95,7 +95,7 @@ class Selection:
     candidates: Sequence[NegativeCandidate]
     judged_negative: Collection[str]
     """Passages that the data set itself judges not relevant; no check drops them."""
-    place: int
+    index: int
     """Position of the query among those that are mined."""
     forbidden: Collection[str]
     """Passages that are not candidates: the relevant ones, those with the same text as one, and the query itself."""
@@ -173,9 +173,9 @@ def relative_margin_check(ranking: EncoderRanking, margin: float) -> CandidateCh
     def check(item: Selection, candidate: NegativeCandidate) -> Dropped | None:
         if item.query.id not in limits:
             limits.clear()
-            mean = float(np.mean(ranking.scores(item.place, item.positives)))
+            mean = float(np.mean(ranking.scores(item.index, item.positives)))
             limits[item.query.id] = mean - margin * abs(mean)
-        [value] = ranking.scores(item.place, [candidate.passage_id]).tolist()
+        [value] = ranking.scores(item.index, [candidate.passage_id]).tolist()
         limit = limits[item.query.id]
         return Dropped(candidate, "relative_margin", value, limit) if value > limit else None
 
@@ -274,7 +274,7 @@ def choose(
             raise InputError("mining.relative_margin needs an encoder's scores; add 'encoder' to mining.sources")
         checks.append(relative_margin_check(ranked.encoder, config.relative_margin))
 
-    def begin(place: int, query: Query) -> Selection:
+    def begin(index: int, query: Query) -> Selection:
         query_positives = positives[query.id]
         forbidden = (
             judged.relevant(query.id, query_positives)
@@ -282,18 +282,18 @@ def choose(
             | judged.own_passages(query.id)
         )
         candidates = order_candidates(
-            {source: lists[place] for source, lists in ranked.lists.items()},
+            {source: lists[index] for source, lists in ranked.lists.items()},
             forbidden,
             config.range_min,
             config.sampling,
             random_of(*seeds, query.id),
         )
-        return Selection(query, query_positives, candidates, judged.negative(query.id), place, forbidden)
+        return Selection(query, query_positives, candidates, judged.negative(query.id), index, forbidden)
 
     num_together = _QUERIES_AT_ONCE * (1 if teacher is None else teacher.num_together)
     try:
         for first in range(0, len(queries), num_together):
-            together = [begin(place, query) for place, query in enumerate(queries[first : first + num_together], first)]
+            together = [begin(index, query) for index, query in enumerate(queries[first : first + num_together], first)]
             selections = [
                 together[start : start + _QUERIES_AT_ONCE] for start in range(0, len(together), _QUERIES_AT_ONCE)
             ]
@@ -327,7 +327,7 @@ def _scores(item: Selection, ranked: Ranked, teacher: TeacherCheck | None) -> di
     ids = [*item.positives, *negatives]
     scores: dict[str, dict[str, float]] = {}
     if ranked.encoder is not None:
-        scores[ranked.encoder_name] = dict(zip(ids, ranked.encoder.scores(item.place, ids).tolist(), strict=True))
+        scores[ranked.encoder_name] = dict(zip(ids, ranked.encoder.scores(item.index, ids).tolist(), strict=True))
     if teacher is not None:
         labelled = ((passage_id, teacher.log_odds(item.query.id, passage_id)) for passage_id in ids)
         scores["teacher"] = {passage_id: value for passage_id, value in labelled if value is not None}
