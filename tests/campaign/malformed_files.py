@@ -217,7 +217,7 @@ def mutate(path: Path, others: list[Path], chance: random.Random) -> None:
 # Reading in a process that may die
 
 
-def outcome_of(read: Callable[[], object]) -> tuple[str, str]:
+def outcome_of(read: Callable[[], object], seconds: float = SECONDS) -> tuple[str, str]:
     """What reading came to, and what must not have happened."""
     reader, writer = os.pipe()
 
@@ -240,14 +240,14 @@ def outcome_of(read: Callable[[], object]) -> tuple[str, str]:
 
     pid = fork(work)
     os.close(writer)
-    ready, *_ = select.select([reader], [], [], SECONDS)
+    ready, *_ = select.select([reader], [], [], seconds)
     said = os.read(reader, 32_768).decode(errors="replace") if ready else ""
     os.close(reader)
     if not ready:
         os.killpg(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
     if not ready:
-        return "fault", f"over {SECONDS} s"
+        return "fault", f"over {seconds} s"
     if not said:
         return "fault", f"ended with status {status}"
     kind, _, detail = said.partition("\n")

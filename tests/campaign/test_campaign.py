@@ -12,15 +12,32 @@ from pathlib import Path
 
 import pytest
 
-from campaign import frame, histories, malformed_files, power_cuts, store_kills
+from campaign import (
+    frame,
+    histories,
+    hostile_folders,
+    keys,
+    malformed_files,
+    malformed_requests,
+    power_cuts,
+    store_kills,
+    surroundings,
+    verb_kills,
+)
 from campaign.histories import Call, is_linearizable
 from campaign.power_cuts import Disk, File
+from campaign.table import PAGE, page_with_table
 
 ROWS = {
     histories.ROW: 6,
+    hostile_folders.ROW: 3,
+    keys.ROW: 1,
     malformed_files.ROW: 60,
+    malformed_requests.ROW: 200,
     power_cuts.ROW: 20,
     store_kills.ROW: 12,
+    surroundings.ROW: 2,
+    verb_kills.ROW: 2,
 }
 """How many cases of a full run are drawn here."""
 pytestmark = pytest.mark.timeout(1200)
@@ -124,3 +141,9 @@ def test_what_a_power_cut_leaves(tmp_path: Path):
     kept = [disk.after_a_cut(random.Random(seed)) for seed in range(20)]
     assert all("new" in names for names in kept)
     assert file.content(lambda: False) == b"abc"
+
+
+def test_the_page_says_what_was_reached():
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == page_with_table(page), "run: PYTHONPATH=tests python -m campaign.table"
+    assert not any(json.loads(path.read_text())["faults"] for path in frame.RESULTS.glob("*.json"))

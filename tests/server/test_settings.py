@@ -151,6 +151,7 @@ def test_indexes_need_different_names(value: object, message: str):
         ),
         ("port = ", "{file}: not valid TOML"),
         (f"port = {'[' * 5_000}", "{file}: not valid TOML"),
+        (f"port = {'9' * 5_000}", "{file}: not valid TOML"),
     ],
 )
 def test_a_bad_file_is_an_error_that_names_key_and_file(tmp_path: Path, text: str, message: str):

@@ -443,6 +443,7 @@ def test_create_requires_an_empty_folder(store, tmp_path):
         ({"dim": "8"}, "no valid dim"),
         ({"student": None, "task": 3}, "no valid student, task"),
         ({"vector_format": "int7"}, "int7"),
+        ({"window_format": {"int8": 1}}, "is damaged"),
         ({"vector_copies": 3}, "no valid vector_copies"),
         ({"vector_copies": []}, "no valid vector_copies"),
         ({"vector_copies": None}, "no valid vector_copies"),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 
+from d2llm.core.errors import StorageError
 from d2llm.core.types import Passage
-from d2llm.store import vector_file
+from d2llm.store import passage_table, vector_file
 from d2llm.store.index_store import IndexStore
-from d2llm.store.inspection import stats, verify
+from d2llm.store.inspection import repair_table, stats, verify
+from d2llm.store.storage import connect
 from d2llm.store.view import PassageView
 from tiny_store import check_contents, few_passages, new_store, put, vectors_of
 
@@ -183,3 +186,22 @@ def test_a_damaged_snapshot_is_found(store):
     (problem,) = verify(store).problems
     assert problem.startswith("snapshot 'a': ")
     assert "not valid JSON" in problem
+
+
+def test_a_table_that_cannot_be_opened_now_is_not_repaired(tmp_path, monkeypatch):
+    """A process with too many open files must not replace it by that of an older snapshot."""
+    store = new_store(tmp_path / "index")
+    put(store, few_passages(3).values())
+    store.snapshot("a")
+    put(store, few_passages(5).values())
+
+    def refuse(path):
+        if path.parent == store.folder:
+            raise sqlite3.OperationalError("unable to open database file")
+        return connect(path, "rw")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(passage_table, "open_to_read", refuse)
+        with pytest.raises(StorageError, match="no damage; allow this process more open files"):
+            repair_table(store.folder, [store.snapshot_folder("a")])
+    assert len(IndexStore.open(store.folder).table()) == 5

@@ -29,5 +29,5 @@ def parse_toml(text: str, *, where: str, error: type[InputError] = InputError) -
     """The contents of a text in TOML; ``where`` names its origin in an ``error``."""
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as cause:
+    except (ValueError, RecursionError) as cause:
         raise error(f"{where}: not valid TOML: {cause}; correct it there") from cause

@@ -140,7 +140,7 @@ class IndexStore:
         manifest = read_index_manifest(folder)
         try:
             return cls(folder, manifest)
-        except InputError as error:
+        except (InputError, TypeError) as error:
             raise DataFormatError(folder / MANIFEST_NAME, f"is damaged ({error}); restore it from a copy") from error
 
     def table(self, version: int | None = None) -> PassageTable:

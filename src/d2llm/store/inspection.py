@@ -45,14 +45,14 @@ def repair_table(folder: Path, others: Iterable[Path], *, drop_lost: bool = Fals
     be restored leave the index; without it, nothing is changed if there are some.
 
     Raises:
-        StorageError: the new file cannot be written.
+        StorageError: the new file cannot be written, or the table cannot be opened now.
         DamagedFileError: nothing of the file can be read.
     """
     others = list(others)
     shutil.rmtree(folder / _FOLDER, ignore_errors=True)  # left by an interrupted repair
     try:
         table = PassageTable.open(folder)
-    except D2LLMError as error:
+    except DataFormatError as error:
         return _replaced(folder, others, str(error))
     with closing(table):
         intact = list(_readable(table))
@@ -89,7 +89,7 @@ def _readable(table: PassageTable) -> Iterator[Record]:
                 for record in table.between(first, end)
                 if is_intact(record)
             )
-        except D2LLMError:  # a damaged page: read around it
+        except DataFormatError:  # a damaged page: read around it
             if end - first > 1:
                 middle = (first + end) // 2
                 spans += [(first, middle), (middle, end)]

@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.batches import batched
-from d2llm.core.errors import D2LLMError, DamagedFileError, DataFormatError, InputError
+from d2llm.core.errors import D2LLMError, DamagedFileError, DataFormatError, InputError, StorageError
 from d2llm.core.files import folder_bytes
 from d2llm.core.types import Passage, is_text
 from d2llm.store.blocks import (
@@ -82,6 +82,8 @@ CREATE INDEX by_death ON passages(died) WHERE died < 9223372036854775807;
 _DOCUMENT = "CASE document_id WHEN '' THEN id ELSE document_id END"
 """The document of a passage; one without a document is its own."""
 _NOTHING: Mapping[str, Any] = {}
+_UNAVAILABLE = ("unable to open database file", "database is locked", "out of memory")  # of SQLite's messages
+_OPENING = "allow this process more open files, or access to the folder, and try again"
 _LATEST = "SELECT max(version), num_passages, (SELECT ifnull(max(key), 0) FROM passages) FROM versions"
 _DIED = "FROM passages WHERE died < 9223372036854775807 AND died"  # as the condition of an index says it
 _GROWTH = f"SELECT (SELECT count(*) FROM passages WHERE key > ?) - (SELECT count(*) {_DIED} = ?)"
@@ -142,6 +144,7 @@ class PassageTable:
 
         Raises:
             DataFormatError: there is no table, it is damaged, or it no longer has this version.
+            StorageError: it cannot be opened now.
         """
         path = folder / NAME
         if not path.is_file():
@@ -242,12 +245,10 @@ class PassageTable:
         """Read everything, earlier versions included, and report damage."""
         with self._reading() as run:
             yield from (line for (line,) in run("PRAGMA integrity_check(20)") if line != "ok")
-            run("BEGIN", ())  # else a version that another process writes now would seem to lack its passages
-            try:
+            with self._connection:  # else a version that another process writes now would seem to lack its passages
+                run("BEGIN", ())
                 lives = np.array(run("SELECT born, died FROM passages").fetchall(), np.int64).reshape(-1, 2)
                 versions = run("SELECT version, num_passages FROM versions").fetchall()
-            finally:
-                run("ROLLBACK", ())
         for version, count in versions:
             found = int(np.count_nonzero((lives[:, 0] <= version) & (lives[:, 1] > version)))
             if found != count:
@@ -582,7 +583,9 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
 }
 
 
-def _damaged(path: Path, error: Exception) -> DamagedFileError:
+def _damaged(path: Path, error: Exception) -> DamagedFileError | StorageError:
+    if any(sign in str(error) for sign in _UNAVAILABLE):  # a repair must not take it for damage
+        return StorageError(f"{path}: cannot be read now ({error}), which is no damage; {_OPENING}")
     return DamagedFileError(path, f"cannot be read ({error}); {REMEDY}")
 
 
