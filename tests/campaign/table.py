@@ -18,7 +18,7 @@ _PLACE = re.compile(r"(<!-- campaign -->\n).*?(<!-- end -->)", re.DOTALL)
 def page_with_table(page: str) -> str:
     """The page with its table as the files say."""
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
-    rows = ["| row | script | cases reached | faults left | minutes |", "|---|---|--:|--:|--:|"]
+    rows = ["| row | script | cases reached | faults seen | minutes |", "|---|---|--:|--:|--:|"]
     for name, result in sorted(results.items(), key=lambda item: (item[1]["id"], item[0])):
         reached = f"{result['reached']:,} of {result['full']:,}"
         minutes = f"{result['seconds'] / 60:.0f}"

@@ -310,7 +310,7 @@ def _open(segment_file: _SegmentFile, *, whole: bool) -> WordSegment | str:
             by_dictionary=record["by_dictionary"],
             bounds=bounds,
         )
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"cannot be used ({error})"
     return segment if len(segment) == segment_file.end - segment_file.first else f"holds {len(segment)} rows"
 
