@@ -21,6 +21,7 @@ from pathlib import Path
 from campaign.frame import Outcome, Row, main
 from campaign.verb_kills import Verb, check_same, in_a_fork, prepared_verbs
 from d2llm.core.errors import D2LLMError
+from d2llm.core.files import TOO_LITTLE
 
 _ERROR_STATUS, _MEMORY_STATUS = 40, 41
 
@@ -69,7 +70,7 @@ SURROUNDINGS: dict[str, Callable[[random.Random], None]] = {
     "another locale": _locale,
 }
 
-SCARCE = {"few descriptors", "little memory"}
+SCARCE = "little memory"
 """Where a traceback is not promised away yet, as docs/reliability.md says: what is lost is only the run."""
 
 
@@ -88,10 +89,13 @@ def prepare(folder: Path) -> Iterator[Callable[[random.Random], Outcome]]:
                 verb.run(where)
             except D2LLMError:
                 os._exit(_ERROR_STATUS)
+            except OSError as error:  # the command line makes one line of these
+                os._exit(_ERROR_STATUS if error.errno in TOO_LITTLE else 1)
             except MemoryError:
                 os._exit(_MEMORY_STATUS)
             except BaseException as error:  # noqa: BLE001
-                print(traceback.format_exc(), flush=True)
+                with suppress(OSError):  # where files cannot grow, the log is one of them
+                    print(f"{type(error).__name__}: {error}", traceback.format_exc(), sep="\n", flush=True)
                 os._exit(_ERROR_STATUS if str(error) == "exit status 2" else 1)
 
         status = os.waitstatus_to_exitcode(in_a_fork(run, root, 60.0))
@@ -99,7 +103,7 @@ def prepare(folder: Path) -> Iterator[Callable[[random.Random], Outcome]]:
         text = log.read_text(errors="replace")
         is_error = status == _ERROR_STATUS
         is_memory = surrounding == "little memory" and (status == _MEMORY_STATUS or "MemoryError" in text)
-        is_traceback = surrounding in SCARCE and status == 1
+        is_traceback = surrounding == SCARCE and status == 1
         if status and not is_error and not is_memory and not is_traceback:
             return Outcome(surrounding, f"{name} with {surrounding} ended with {status}: {text[-1_500:]}")
         status = in_a_fork(verb.run, root)

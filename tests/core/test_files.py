@@ -57,6 +57,26 @@ def test_a_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytes
     assert contents(tmp_path) == {"file": "old"}
 
 
+def test_a_full_disk_is_named_with_the_file(tmp_path: Path):
+    path = tmp_path / "file"
+    write_bytes(path, b"old")
+    code = f"""
+import resource, signal
+from pathlib import Path
+from d2llm.core import files
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, 1_000))
+try:
+    files.write_bytes(Path({str(path)!r}), b"new" * 1000)
+except OSError as error:
+    print(error.filename, error.errno in files.TOO_LITTLE)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, check=False, capture_output=True, text=True)
+    assert result.stdout == f"{path} True\n"
+    assert contents(tmp_path) == {"file": "old"}
+
+
 def test_a_process_killed_while_writing_leaves_the_old_content(tmp_path: Path):
     path = tmp_path / "file"
     write_bytes(path, b"old")

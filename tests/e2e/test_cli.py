@@ -185,7 +185,7 @@ class TestDistil:
         assert [losses.weight(kind) for kind in published] == [1, 1]
         assert [losses.weight(kind) for kind in ("rank_imitation_hard_easy", "feature_imitation")] == [0.01, 0.001]
         authors = {"weight": 1.0, "normalisation": "authors"}
-        assert losses.root["in_batch_cross_entropy"].model_dump() == authors
+        assert losses.root["in_batch_cross_entropy"].model_dump() == authors | {"focus": 0.0}
         assert losses.root["contrastive_imitation"].model_dump() == authors | {"temperature": 1.0}
         backbone, pooling, interaction = recipe.student.backbone, recipe.student.pooling, recipe.student.interaction
         assert (interaction.head, interaction.features, interaction.branches) == ("paper", "concat", "per_task")

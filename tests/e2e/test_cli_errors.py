@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import subprocess
@@ -54,6 +55,13 @@ class TestOtherExits:
         assert result.exit_code == 130
         assert "the same command again" in result.stderr
         assert "Traceback" not in result.stderr
+
+    def test_too_few_open_files_are_an_error_with_advice(self, place, monkeypatch):
+        def exhausted(*_, **__):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr("d2llm.training.mining.plans.mine_plans", exhausted)
+        fail("mine", place / "tiny.toml", containing=["error: Too many open files; free disk space", "ulimit -n"])
 
     def test_internal_errors_keep_their_traceback(self, place, monkeypatch):
         def crash(*_, **__):

@@ -197,14 +197,14 @@ def test_the_page_has_valid_configurations_of_clients():
         if name in ("mcpServers", "servers", "mcp_servers")
         for server in group.values()
     ]
-    assert len(servers) == len(configurations()) == 7
+    assert len(servers) == len(configurations()) == 8
     for server in servers:
         if "command" in server:
             assert server["command"] == "d2llm"
             verb, *rest = server["args"]
             PROGRAM.commands[verb].make_context(verb, rest)
         else:
-            assert server["url"] == "http://127.0.0.1:8000/mcp"
+            assert server.get("url", server.get("httpUrl")) == "http://127.0.0.1:8000/mcp"
             assert "D2LLM_KEY" in str(server) or "d2llm-key" in str(server)
 
 

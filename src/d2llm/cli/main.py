@@ -16,12 +16,17 @@ from d2llm.cli.session import Session, start_logging
 from d2llm.cli.verbs import all_verbs
 from d2llm.cli.word_order import Verbs
 from d2llm.core.errors import D2LLMError, Terminated
+from d2llm.core.files import TOO_LITTLE
 from d2llm.core.progress import showing_progress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 EXIT_BAD_INPUT = 2
+_MORE_NEEDED = (
+    "free disk space or memory, or allow more open files (ulimit -n), then run the same command again; finished parts "
+    "are kept"
+)
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 """What a shell reports for a program stopped by Ctrl-C, and for one ended by SIGTERM."""
 _VERBS = all_verbs()
@@ -58,9 +63,12 @@ class _Program(Verbs):
             self._fail(ctx, str(error))
             raise typer.Exit(EXIT_BAD_INPUT) from error
         except OSError as error:
-            if error.filename is None:  # not about a file of the user, so a bug
+            is_too_little = error.errno in TOO_LITTLE
+            if error.filename is None and not is_too_little:  # not about a file of the user, so a bug
                 raise
-            self._fail(ctx, f"{error.filename}: {error.strerror}; check the path, its permissions and the disk")
+            where = "" if error.filename is None else f"{error.filename}: "
+            advice = _MORE_NEEDED if is_too_little else "check the path, its permissions and the disk"
+            self._fail(ctx, f"{where}{error.strerror}; {advice}")
             raise typer.Exit(EXIT_BAD_INPUT) from error
         except KeyboardInterrupt as error:
             session = ctx.obj or Session()

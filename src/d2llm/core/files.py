@@ -23,6 +23,9 @@ from typing import Any, BinaryIO, cast
 
 from d2llm.core.errors import InputError
 
+TOO_LITTLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""Errors of a machine without enough disk, open files or memory."""
+
 MANIFEST_NAME = "manifest.json"
 STANDARD_INPUT, STANDARD_OUTPUT = Path("/dev/stdin"), Path("/dev/stdout")
 """What ``-`` stands for on the command line; they need not exist in ``/dev``."""
@@ -132,6 +135,7 @@ def new_file(path: Path, *, mode: int | None = None) -> Generator[BinaryIO]:
 
     Raises:
         InputError: ``path`` is a symbolic link that leads to itself.
+        OSError: it cannot be written; a full disk is named with ``path``.
     """
     if is_stream(path):
         with tempfile.TemporaryFile() as content:
@@ -153,8 +157,10 @@ def new_file(path: Path, *, mode: int | None = None) -> Generator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in TOO_LITTLE and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     sync_directory(path.parent)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
-from pydantic_core import PydanticCustomError
 
 from d2llm.core.errors import DataFormatError, MismatchError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
@@ -47,9 +46,6 @@ def read_student_manifest(folder: Path) -> tuple[dict[str, Any], StudentConfig]:
         raise DataFormatError(folder / MANIFEST, f"lacks {', '.join(sorted(missing))}; {RESTORE}")
     try:
         config = StudentConfig.model_validate(manifest["config"])  # says which package a pooling may lack
-        Pooling.of(manifest["pooling"])
-    except PydanticCustomError as error:
-        raise DataFormatError(folder / MANIFEST, f"its pooling cannot be read ({error}); {RESTORE}") from error
     except ValidationError as error:
         located = [(".".join(map(str, ("config", *problem["loc"]))), problem) for problem in error.errors()]
         problems = [describe_kind(problem, key) or f"{key}: {problem['msg']}" for key, problem in located]
@@ -57,6 +53,10 @@ def read_student_manifest(folder: Path) -> tuple[dict[str, Any], StudentConfig]:
         raise DataFormatError(
             folder / MANIFEST, f"its configuration cannot be read ({'; '.join(problems)}); {remedy}"
         ) from error
+    if manifest["pooling"] not in Pooling.kinds.kinds:
+        raise DataFormatError(
+            folder / MANIFEST, f"has the pooling {manifest['pooling']!r:.60}, which is none; {RESTORE}"
+        )
     return manifest, config
 
 

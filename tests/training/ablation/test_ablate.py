@@ -69,7 +69,7 @@ class FakeTraining:
     def __call__(self, shared: RunSettings, recipe: Recipe, name: str, seed: int) -> RunResult:
         self.runs.append((name, seed))
         self.sources[name], self.recipes[name] = shared.sources, recipe
-        self.places.add(shared.place.name)
+        self.places.add(shared.root.name)
         if (name, seed) in self.errors:
             raise self.errors[name, seed]
         value = self.values[name][seed] if name in self.values else 0.5
