@@ -41,6 +41,7 @@ from d2llm.recipe import (
     LoraConfig,
     Quantization,
     StudentConfig,
+    TeacherTuningConfig,
     TrainingConfig,
 )
 from d2llm.training.checkpoints import trainable
@@ -298,7 +299,7 @@ class Bench:
         )
         self.add(
             name,
-            lambda: accumulate(teacher, batch, part_tokens, "pairs"),
+            lambda: accumulate(teacher, batch, part_tokens, TeacherTuningConfig()),
             count=len(batch),
             unit="pairs",
             operations=operations,

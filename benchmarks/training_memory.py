@@ -28,7 +28,7 @@ from d2llm.data.training import TrainingPair
 from d2llm.evaluation.systems import peak_memory
 from d2llm.models.student import Student
 from d2llm.models.teachers.causal import CausalTeacher
-from d2llm.recipe import CausalTeacherConfig, LoraConfig, Recipe, TrainingConfig
+from d2llm.recipe import CausalTeacherConfig, LoraConfig, Recipe, TeacherTuningConfig, TrainingConfig
 from d2llm.training import gradient_cache, tune_teacher
 
 RESULT = Path(__file__).parent / "results" / "training-memory.json"
@@ -108,7 +108,7 @@ def measure_teacher(part_tokens: int) -> dict[str, float]:
 
         def step(seed: int) -> None:
             torch.manual_seed(seed)
-            tune_teacher.accumulate(teacher, pairs, part_tokens, "pairs")
+            tune_teacher.accumulate(teacher, pairs, part_tokens, TeacherTuningConfig())
             teacher.zero_grad(set_to_none=True)
 
         return timed(step, sum(map(len, inputs))) | {"peak_gib": round((peak() or 0) / 1024, 2)}

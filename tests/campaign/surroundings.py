@@ -105,9 +105,9 @@ def prepare(folder: Path) -> Iterator[Callable[[random.Random], Outcome]]:
         is_memory = surrounding == "little memory" and (status == _MEMORY_STATUS or "MemoryError" in text)
         is_traceback = surrounding == SCARCE and status == 1
         if status and not is_error and not is_memory and not is_traceback:
-            return Outcome(surrounding, f"{name} with {surrounding} ended with {status}: {text[-1_500:]}")
+            return Outcome(surrounding, f"{name} with {surrounding} ended with {status}: {text}")
         status = in_a_fork(verb.run, root)
-        assert status == 0, f"{name} after {surrounding}: {log.read_text()[-1_500:]}"
+        assert status == 0, f"{name} after {surrounding}: {log.read_text()}"
         check_same(name, verb.result(root), verb.expected)
         shutil.rmtree(root)
         log.unlink()

@@ -70,9 +70,10 @@ def check_same(verb: str, found: Any, expected: Any) -> None:
         assert found == expected, "the student has other weights"
         return
     assert found.keys() == expected.keys()
+    relative = 1e-4 if verb == "label" else 2.0**-7  # stored as bfloat16: a step of it
     for key, values in found.items():
         assert values[:-1] == expected[key][:-1], key
-        assert_allclose(values[-1], expected[key][-1], rtol=1e-4, atol=1e-5)  # batches were composed differently
+        assert_allclose(values[-1], expected[key][-1], rtol=relative, atol=1e-5)  # other batches
 
 
 def _runs(root: Path) -> dict[str, tuple[Callable[[Path], object], Callable[[Path], Any]]]:

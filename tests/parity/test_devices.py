@@ -18,7 +18,7 @@ from d2llm.data.training import TrainingPair
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.writers.local import LocalWriter
 from d2llm.models.writers.writer import Assignment
-from d2llm.recipe import Lora, LoraConfig, WriterConfig
+from d2llm.recipe import Lora, LoraConfig, TeacherTuningConfig, WriterConfig
 from d2llm.training.gradient_cache import backpropagate
 from d2llm.training.tune_teacher import accumulate
 from tiny_models import TEXTS, randomise, tiny_student_config, tiny_teacher_config, write_tiny_model
@@ -103,7 +103,7 @@ def test_gradients_of_a_teacher(tmp_path: Path, device: str) -> None:
         teacher.prepare_training(LoraConfig(rank=2, dropout=0.0))
         teacher.train()
         torch.manual_seed(0)
-        accumulate(teacher, batch, 128, "lists", room=1 << 16)
+        accumulate(teacher, batch, 128, TeacherTuningConfig(loss="lists"), room=1 << 16)
         results.append(gradients(teacher))
     assert_gradients_agree(results[1], results[0])
 
@@ -121,7 +121,7 @@ def test_a_quantised_teacher_on_a_gpu(tmp_path: Path, bits: int) -> None:
     teacher.prepare_training(LoraConfig(rank=2, dropout=0.0), gradient_checkpointing=True)
     teacher.train()
     batch = [TrainingPair(query, passage, "asymmetric", float(query == passage)) for query, passage in PAIRS]
-    accumulate(teacher, batch, 512, "pairs")
+    accumulate(teacher, batch, 512, TeacherTuningConfig())
     assert all(torch.isfinite(gradient).all() for gradient in gradients(teacher).values())
 
 
