@@ -290,10 +290,11 @@ def install_tesseract(tmp_path, monkeypatch) -> Iterator[Callable[[bool], None]]
             program.chmod(0o755)
         else:
             program.unlink(missing_ok=True)
+        # Where there is a real one, it must not be found instead.
+        monkeypatch.setenv("PATH", f"{program.parent}:/bin" if there else str(program.parent))
         ocr._installed_languages.cache_clear()
 
-    monkeypatch.setenv("PATH", f"{program.parent}:/bin")
-    ocr._installed_languages.cache_clear()
+    install(False)
     yield install
     ocr._installed_languages.cache_clear()
 
