@@ -83,6 +83,8 @@ class Loss(Registered, BaseModel):
     """Whether it is computed for labelled pairs, and only for them; otherwise, only for queries with lists."""
     of_vectors: ClassVar[bool] = False
     """Whether only the vectors learn from it, so that it is left out of the second stage, which keeps them."""
+    of_products: ClassVar[bool] = False
+    """Whether it compares vectors by inner products, which some heads do not have (``LossInput.for_products``)."""
     not_shaping: ClassVar[frozenset[str]] = frozenset()
     """Settings that do not change the student, because what they lead to is compared instead (``prepare``)."""
 
@@ -100,6 +102,11 @@ class Loss(Registered, BaseModel):
 
     def check(self, recipe: Recipe) -> None:
         """Check that the rest of the recipe fits; raises a ``ValueError`` that says what to change."""
+        if self.of_products and recipe.student.interaction.head == "paper":
+            raise ValueError(
+                f"losses.{self.kind} needs inner products, which the head 'paper' does not have: set "
+                f'student.interaction.head = "dot" or "cosine", or delete {self.kind}'
+            )
 
     def check_student(self, preparation: Preparation) -> None:
         """Check that the untrained student and the data sets fit; raises an ``InputError``."""

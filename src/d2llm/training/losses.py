@@ -150,6 +150,11 @@ class LossInput:
         queries, passages = vectors.split([len(self.batch.query_ids), len(self.batch.passage_ids)])
         return queries, passages
 
+    def for_products(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, with the queries' ready for inner products."""
+        queries, passages = self.encoded(vectors)
+        return self.student.interaction.query_vectors(queries, self.batch.source.task), passages
+
     def _final(self, scores: PairScores) -> Tensor:
         return _without_common_change(scores, self.candidates) + self._score_features
 

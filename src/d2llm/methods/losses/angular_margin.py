@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from d2llm.ops.losses import masked_mean
-from d2llm.recipe import Recipe
 from d2llm.recipe.losses import Loss
 from d2llm.training.losses import LossInput
 
@@ -30,22 +29,15 @@ class AngularMargin(Loss, kind="angular_margin"):
         "seed](log/2026-11.md#2026-11-29-methods-as-their-papers-have-them), vectors alone)"
     )
     of_vectors: ClassVar[bool] = True
+    of_products: ClassVar[bool] = True
 
     margin: float = Field(default=0.1, gt=0, lt=1)
     """In similarities of 0 (opposite directions) to 1 (the same)."""
 
-    def check(self, recipe: Recipe) -> None:
-        if recipe.student.interaction.head == "paper":
-            raise ValueError(
-                "losses.angular_margin needs inner products, which the head 'paper' does not have: set "
-                'student.interaction.head = "dot" or "cosine", or delete angular_margin'
-            )
-
     def __call__(self, inputs: LossInput) -> Tensor | None:
         if inputs.vectors is None:
             return None
-        queries, passages = inputs.encoded(inputs.vectors)
-        queries = inputs.student.interaction.query_vectors(queries, inputs.batch.source.task)
+        queries, passages = inputs.for_products(inputs.vectors)
         return angular_margin(queries, passages, inputs.positive, inputs.negatives, margin=self.margin)
 
 

@@ -27,24 +27,20 @@ class MixedNegatives(Loss, kind="mixed_negatives"):
         "seed](log/2026-11.md#2026-11-29-methods-as-their-papers-have-them), vectors alone)"
     )
     of_vectors: ClassVar[bool] = True
+    of_products: ClassVar[bool] = True
 
     num_mixed: int = Field(default=4, ge=1)
     """Mixtures a query, of pairs of its hard negatives and at random weights."""
 
     def check(self, recipe: Recipe) -> None:
-        if recipe.student.interaction.head == "paper":
-            raise ValueError(
-                "losses.mixed_negatives needs inner products, which the head 'paper' does not have: set "
-                'student.interaction.head = "dot" or "cosine", or delete mixed_negatives'
-            )
+        super().check(recipe)
         if recipe.training.num_hard < 2:
             raise ValueError("losses.mixed_negatives mixes two hard negatives: set training.num_hard to 2 or more")
 
     def __call__(self, inputs: LossInput) -> Tensor | None:
         if inputs.vectors is None:
             return None
-        queries, passages = inputs.encoded(inputs.vectors)
-        queries = inputs.student.interaction.query_vectors(queries, inputs.batch.source.task)
+        queries, passages = inputs.for_products(inputs.vectors)
         weights = mixtures(inputs.hard, self.num_mixed, random.Random(" ".join(inputs.batch.query_ids)))
         return mixed_negatives(queries, passages, inputs.positive, inputs.candidates, weights.to(passages.device))
 

@@ -40,6 +40,7 @@ class NestedCrossEntropy(Loss, kind="nested_cross_entropy"):
         "fewer-dimensions)); one seed"
     )
     of_vectors: ClassVar[bool] = True
+    of_products: ClassVar[bool] = True
     dims: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Widths at which the first components are to be useful without the others, such as ``[64, 128, 256]``."""
     layers: tuple[Annotated[int, Field(ge=1)], ...] = ()
@@ -68,12 +69,8 @@ class NestedCrossEntropy(Loss, kind="nested_cross_entropy"):
         return self.layers
 
     def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
         backbone = recipe.student.backbone
-        if recipe.student.interaction.head == "paper":
-            raise ValueError(
-                "losses.nested_cross_entropy needs inner products, which the head 'paper' does not have: set "
-                'student.interaction.head = "dot" or "cosine", or delete nested_cross_entropy'
-            )
         if recipe.training.dual_head:
             raise ValueError(
                 "losses.nested_cross_entropy trains one inner product, but training.dual_head combines two at the end: "
@@ -134,8 +131,7 @@ class NestedCrossEntropy(Loss, kind="nested_cross_entropy"):
         counted += [(inputs.vectors, False)] if dims else []
         values: list[Tensor] = []
         for vectors, in_full in counted:
-            queries, passages = inputs.encoded(vectors)
-            queries = inputs.student.interaction.query_vectors(queries, inputs.batch.source.task)
+            queries, passages = inputs.for_products(vectors)
             widths = (*dims, vectors.shape[1]) if in_full else dims
             values.append(nested_cross_entropy(queries, passages, inputs.positive, inputs.candidates, widths))
         value = torch.stack(values).mean()

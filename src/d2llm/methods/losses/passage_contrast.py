@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from d2llm.ops.losses import masked_mean
-from d2llm.recipe import Recipe
 from d2llm.recipe.losses import Loss
 from d2llm.training.losses import LossInput
 
@@ -26,22 +25,15 @@ class PassageContrast(Loss, kind="passage_contrast"):
         "seed](log/2026-11.md#2026-11-29-methods-as-their-papers-have-them), vectors alone)"
     )
     of_vectors: ClassVar[bool] = True
+    of_products: ClassVar[bool] = True
 
     weight: float = Field(default=0.1, ge=0)
     """.1 in PAIR, beside .9 for the query's side."""
 
-    def check(self, recipe: Recipe) -> None:
-        if recipe.student.interaction.head == "paper":
-            raise ValueError(
-                "losses.passage_contrast needs inner products, which the head 'paper' does not have: set "
-                'student.interaction.head = "dot" or "cosine", or delete passage_contrast'
-            )
-
     def __call__(self, inputs: LossInput) -> Tensor | None:
         if inputs.vectors is None:
             return None
-        queries, passages = inputs.encoded(inputs.vectors)
-        queries = inputs.student.interaction.query_vectors(queries, inputs.batch.source.task)
+        queries, passages = inputs.for_products(inputs.vectors)
         return passage_contrast(queries, passages, inputs.positive, inputs.hard)
 
 
