@@ -19,6 +19,8 @@ from d2llm.core import progress
 from d2llm.core.errors import InputError, TrainingDivergedError
 from d2llm.core.types import Task
 from d2llm.methods.losses.in_batch_imitation import LiveTeacher
+from d2llm.models import student as models_student
+from d2llm.models.device import checkpoint_layers
 from d2llm.models.fitted_part import Widths
 from d2llm.models.interaction import make_head
 from d2llm.models.score_features import ScoreFeatures
@@ -68,6 +70,21 @@ class Trained:
 @pytest.fixture(scope="module")
 def trained(place: Place) -> Trained:
     return Trained(place, place.folder / "trained")
+
+
+def test_checkpointed_layers_give_the_same_student(
+    place: Place, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpointed: list[object] = []
+    monkeypatch.setattr(
+        models_student, "checkpoint_layers", lambda *given: checkpointed.append(checkpoint_layers(*given))
+    )
+    place.run(tmp_path / "student", gradient_checkpointing=True)
+    assert len(checkpointed) == 1
+    for file in ("adapter_model.safetensors", "head.safetensors"):
+        expected, found = (load_file(folder / file) for folder in (trained.folder, tmp_path / "student"))
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_the_report_describes_the_run(place: Place, trained: Trained) -> None:

@@ -98,6 +98,7 @@ def changed(**sections: Any) -> Recipe:
         {"name": "other"},
         {"data": [{"path": "moved/a", "task": "symmetric", "max_queries": 7}]},  # the plan holds the sample of queries
         {"training": {"checkpoint_every": 3, "checkpoint_minutes": 1.0, "graph_gib": 2.0, "trackers": []}},
+        {"training": {"gradient_checkpointing": True}},
         {"mining": {"num_hard": 3}, "teacher_tuning": {"epochs": 2}, "gate": {"depth": 5}},
     ],
 )

@@ -37,11 +37,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model"), "modernbert", initializer_range=0.1)
 
 
-def make_student(model: Path, *, dropout: float = 0.0, **backbone: Any) -> Student:
+def make_student(model: Path, *, dropout: float = 0.0, checkpointing: bool = False, **backbone: Any) -> Student:
     config = tiny_student_config(model, **{"tuning": Lora(rank=4, alpha=8.0, dropout=dropout), **backbone})
     head = config.interaction.model_copy(update={"dropout": dropout})
     student = Student.create(config.model_copy(update={"interaction": head}), device="cpu", dtype="float32")
-    student.prepare_training()
+    student.prepare_training(gradient_checkpointing=checkpointing)
     randomise(student, scale=0.1)
     return student.train()
 
@@ -203,6 +203,18 @@ def test_memory_with_caching_does_not_grow_with_the_batch(student: Student) -> N
     few, many = ({room: peak_of_saved(student, ids * times, room) for room in (0, math.inf)} for times in (1, 4))
     assert many[math.inf] == 4 * few[math.inf]
     assert many[0] == few[0] == few[math.inf] / 4  # one part of four
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("room", [0, math.inf])
+def test_checkpointed_layers_have_the_same_gradient_in_less_memory(
+    model: Path, batch: DistillationBatch, tuning: str, room: float
+) -> None:
+    options: dict[str, Any] = {"dropout": 0.2} if tuning == "lora" else {"tuning": "full"}
+    plain, checkpointed = (make_student(model, checkpointing=on, **options) for on in (False, True))
+    assert_same(in_parts(checkpointed, batch, room=room), in_parts(plain, batch, room=room))
+    ids = [[5] * 8] * 32
+    assert peak_of_saved(checkpointed, ids, room) < 0.5 * peak_of_saved(plain, ids, room)
 
 
 def read_with_graph(

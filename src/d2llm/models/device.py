@@ -220,7 +220,7 @@ def checkpoint_layers(model: nn.Module, name: str) -> None:
     if not layers:
         raise ModelError(
             f"'{name}' ({type(model).__name__}) has no layers that support gradient checkpointing; set "
-            "teacher_tuning.gradient_checkpointing = false"
+            "gradient_checkpointing = false"
         )
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

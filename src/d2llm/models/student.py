@@ -29,7 +29,7 @@ from d2llm.core.types import PART_KINDS, TASKS, EngineName, PartKind, RankedPass
 from d2llm.data.python_records import PassageLike, QueryLike, one_query_of, passages_of
 from d2llm.models import student_files as files
 from d2llm.models.backbone import Backbone, open_backbone
-from d2llm.models.device import choose_device
+from d2llm.models.device import checkpoint_layers, choose_device
 from d2llm.models.document_expansion import DocumentExpansion
 from d2llm.models.engines.engines import choose_engine, choose_products
 from d2llm.models.export.sentence_transformers import (
@@ -399,8 +399,14 @@ class Student(StudentEncoder):
         kinds = cast("list[PartKind]", strings_of(stored, "stored"))
         return self.score_features.weights(task, stored=kinds)
 
-    def prepare_training(self, *, seed: int = 0) -> None:
-        """Make trainable what the configuration says; a loaded student continues from its merged weights."""
+    def prepare_training(self, *, gradient_checkpointing: bool = False, seed: int = 0) -> None:
+        """Make trainable what the configuration says; a loaded student continues from its merged weights.
+
+        With ``gradient_checkpointing``, the backward pass computes each layer again instead of keeping its activations.
+
+        Raises:
+            ModelError: the backbone has no layers that can be computed again.
+        """
         # Training makes it another student, so nothing recorded about the loaded one remains valid.
         self.source = None
         self._saved_fingerprint = None
@@ -409,6 +415,8 @@ class Student(StudentEncoder):
         self._engine = None
         self._products = None
         self.backbone.prepare_training(seed=seed)
+        if gradient_checkpointing:
+            checkpoint_layers(self.backbone, self.config.backbone.model)
 
     def _forget_fitted(self) -> None:
         """Drop everything that was fitted to this student, for a student whose vectors and scores are others."""

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 _Kind = TypeVar("_Kind", bound=SectionOfKind)
 _NOT_SET = "not set"
 _NOT_SHAPING = {
-    *("trackers", "checkpoint_every", "checkpoint_minutes", "max_minutes", "gradient_caching", "graph_gib"),
+    *("trackers", "checkpoint_every", "checkpoint_minutes", "max_minutes"),
+    *("gradient_caching", "gradient_checkpointing", "graph_gib"),
     "tokens",  # made at the end, from the finished student
 }
 

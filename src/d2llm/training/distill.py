@@ -209,7 +209,7 @@ def distill(
         for loss in objective:
             inputs |= loss.prepare(preparation)
         labelled = preparation.sources
-        student.prepare_training(seed=recipe.seed)
+        student.prepare_training(gradient_checkpointing=training.gradient_checkpointing, seed=recipe.seed)
         if any(source.token_weight for source in labelled):
             assert start_tokens is not None
             student.token_projection = start_tokens.to(student.backbone.device)

@@ -68,6 +68,7 @@ def backpropagate(
     token_positions: Sequence[Sequence[int]] = (),
     depths: Sequence[int] = (),
     part_tokens: int | None = None,
+    checkpointed: bool = False,
     room: float,
     seed: int,
     processes: Processes = ALONE,
@@ -77,8 +78,8 @@ def backpropagate(
     ``loss_of`` computes the scalar loss of the vectors [texts, dim] in the order of the token ``ids``, and of the
     vectors [tokens, token_dim] of each text's tokens; it may use the head. ``token_positions`` are those of the tokens
     that get vectors, by the student's ``token_projection``; none if it is empty. With ``depths``, the vectors after so
-    many layers follow those of all layers: [texts, (1 + depths) * dim]. ``part_tokens`` (``TrainingConfig``), ``room``
-    and the rest: see ``backpropagate_parts``.
+    many layers follow those of all layers: [texts, (1 + depths) * dim]. ``part_tokens`` (``TrainingConfig``) is larger
+    by default if the layers are ``checkpointed``. ``room`` and the rest: see ``backpropagate_parts``.
     """
     lengths = [len(row) for row in ids]
     counts = [len(row) for row in token_positions] or [0] * len(ids)
@@ -102,7 +103,8 @@ def backpropagate(
         rows = zip(encoded[:, dim:], counts, strict=True)
         return loss_of(encoded[:, :dim], [row[: count * token_dim].view(count, token_dim) for row, count in rows])
 
-    part_tokens = part_tokens or tokens_to_train(student.backbone.device, student.backbone.state_size)
+    backbone = student.backbone
+    part_tokens = part_tokens or tokens_to_train(backbone.device, backbone.state_size, checkpointed=checkpointed)
     limits = {"max_tokens": part_tokens, "enough_tokens": part_tokens // 4}
     return backpropagate_parts(
         student,

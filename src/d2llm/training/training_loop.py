@@ -433,6 +433,7 @@ class DistillRun(Trainable):
             token_positions=token_places(self.student, batch, ids),
             depths=depths,
             part_tokens=training.part_tokens,
+            checkpointed=training.gradient_checkpointing,
             room=self.room,
             seed=self.recipe.seed * 1_000_003 + step,  # dropout depends only on the step: resuming is exact
             processes=self.processes,
