@@ -16,6 +16,7 @@ from campaign import (
     frame,
     histories,
     hostile_folders,
+    invariances,
     keys,
     malformed_files,
     malformed_requests,
@@ -30,6 +31,7 @@ from campaign.table import PAGE, page_with_table
 ROWS = {
     histories.ROW: 4,
     hostile_folders.ROW: 3,
+    invariances.ROW: 200,
     keys.ROW: 1,
     malformed_files.ROW: 40,
     malformed_requests.ROW: 200,
