@@ -44,14 +44,15 @@ class Attack:
 
 
 class AttackedServer:
-    """``d2llm serve`` with a tiny index, in its own process."""
+    """``d2llm serve`` with a tiny index, perhaps with others, in its own process."""
 
-    def __init__(self, index: Path, **settings: Any) -> None:
+    def __init__(self, index: Path, *others: Path, **settings: Any) -> None:
         self.index = index
         options = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+        always = ("--port", "0", "--dtype", "float32")
         self._errors = TemporaryFile("w+")  # noqa: SIM115 - not a pipe, which would fill up and block the server
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "d2llm", "serve", str(index), "--port", "0", "--dtype", "float32", *options],
+            [sys.executable, "-m", "d2llm", "serve", *map(str, (index, *others)), *always, *options],
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,

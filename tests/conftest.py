@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import sys
 from collections.abc import Generator
 from functools import cache
 from pathlib import Path
@@ -163,24 +162,11 @@ def _has_gpu() -> bool:
 @pytest.fixture(scope="session")
 def cluster() -> Generator[Any]:
     """A Ray cluster of two nodes with a core each on this machine, to which this process is connected."""
-    ray = pytest.importorskip("ray", reason="needs Ray: pip install 'd2llm[ray]'")
-    from ray.cluster_utils import Cluster
+    pytest.importorskip("ray", reason="needs Ray: pip install 'd2llm[ray]'")
+    from tiny_cluster import tiny_cluster
 
-    importable = os.pathsep.join(filter(None, sys.path))  # also by workers on nodes that a test adds
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", importable)
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_worker_niceness", "0")  # by default 15: workers would get what other test processes leave
-        head = {"num_cpus": 1, "include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        try:
-            cluster.add_node(num_cpus=1)
-            cluster.wait_for_nodes()
-            ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-            yield cluster
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
+    with tiny_cluster() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -31,11 +31,12 @@ _SAVED_EVERY = 20.0  # seconds
 
 
 class Outcome(NamedTuple):
-    """What a case was, in a few words that are counted, and what must not have happened ("" : nothing)."""
+    """What a case was, in a few words that are counted, what must not have happened ("" : nothing), and figures."""
 
     kind: str
     fault: str = ""
     cases: int = 1
+    measured: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Row:
 
 @dataclass
 class Result:
-    """What a JSON holds: ``faults`` by the number that draws the case."""
+    """What a JSON holds: ``faults`` by the number that draws the case, ``measured`` in the order of the draws."""
 
     id: str
     seed: int
@@ -67,6 +68,7 @@ class Result:
     seconds: float = 0.0
     kinds: dict[str, int] = field(default_factory=dict[str, int])
     faults: dict[str, str] = field(default_factory=dict[str, str])
+    measured: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
 
 
 def _load(row: Row, seed: int, path: Path | None) -> Result:
@@ -100,6 +102,8 @@ def run(
                 outcome = Outcome("fault", traceback.format_exc())
             if outcome.fault:
                 result.faults[str(result.draws)] = _PATHS.sub("", outcome.fault.replace(folder, "FOLDER"))[-2_000:]
+            if outcome.measured is not None:
+                result.measured.append(outcome.measured)
             kinds[outcome.kind] += outcome.cases
             result.reached += outcome.cases
             result.draws += 1

@@ -1,11 +1,12 @@
-"""F7: verbs while files cannot grow, descriptors or memory run out, the clock jumps; other time zones and locales.
+"""F7: verbs where nothing may be written, or disk, descriptors or memory run out; clocks that jump; zones and locales.
 
-The verb ends well or with an error of d2llm's (out of memory: also with Python's); then, with nothing in its way, the
-same call ends as if nothing had happened.
+The verb ends well or with an error of d2llm's; with little memory, with any error or a crash of a library. Then, with
+nothing in its way, the same call ends as if nothing had happened.
 """
 
 from __future__ import annotations
 
+import ctypes
 import locale
 import os
 import random
@@ -23,7 +24,7 @@ from campaign.verb_kills import Verb, check_same, in_a_fork, prepared_verbs
 from d2llm.core.errors import D2LLMError
 from d2llm.core.files import TOO_LITTLE
 
-_ERROR_STATUS, _MEMORY_STATUS = 40, 41
+_ERROR_STATUS = 40
 
 
 def _limit(kind: int, soft: int) -> None:
@@ -44,6 +45,12 @@ def _little_memory(chance: random.Random) -> None:
     _limit(resource.RLIMIT_DATA, used + int(10 ** chance.uniform(5, 8)))
 
 
+def _no_writing(_: random.Random) -> None:
+    """Root may write whatever the permissions of a folder, until it gives up its capabilities."""
+    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None, use_errno=True).capset(header, none) == 0
+
+
 def _jumping_clock(chance: random.Random) -> None:
     real = time.time
     time.time = lambda: max(0.0, real() + chance.choice([-3e8, 0.0, 3e8]))
@@ -61,17 +68,26 @@ def _locale(chance: random.Random) -> None:
         locale.setlocale(locale.LC_ALL, name)
 
 
+READ_ONLY = "a folder that is read-only"
+SCARCE = "little memory"
+"""Where a traceback or a crash is not promised away, as docs/reliability.md says: what is lost is only the run."""
 SURROUNDINGS: dict[str, Callable[[random.Random], None]] = {
+    READ_ONLY: _no_writing,
     "files that cannot grow": _no_growth,
     "few descriptors": _few_descriptors,
-    "little memory": _little_memory,
+    SCARCE: _little_memory,
     "a clock that jumps": _jumping_clock,
     "another time zone": _time_zone,
     "another locale": _locale,
 }
 
-SCARCE = "little memory"
-"""Where a traceback is not promised away yet, as docs/reliability.md says: what is lost is only the run."""
+
+def _set_writable(folder: Path, *, is_writable: bool) -> None:
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            path.chmod(0o755 if is_writable else 0o555)
+        elif not path.is_symlink():
+            path.chmod(0o644 if is_writable else 0o444)
 
 
 @contextmanager
@@ -89,29 +105,30 @@ def prepare(folder: Path) -> Iterator[Callable[[random.Random], Outcome]]:
                 verb.run(where)
             except D2LLMError:
                 os._exit(_ERROR_STATUS)
-            except OSError as error:  # the command line makes one line of these
-                os._exit(_ERROR_STATUS if error.errno in TOO_LITTLE else 1)
-            except MemoryError:
-                os._exit(_MEMORY_STATUS)
             except BaseException as error:  # noqa: BLE001
+                if isinstance(error, OSError) and (error.filename or error.errno in TOO_LITTLE):
+                    os._exit(_ERROR_STATUS)  # the command line makes one line of these
                 with suppress(OSError):  # where files cannot grow, the log is one of them
                     print(f"{type(error).__name__}: {error}", traceback.format_exc(), sep="\n", flush=True)
                 os._exit(_ERROR_STATUS if str(error) == "exit status 2" else 1)
 
+        if surrounding == READ_ONLY:
+            if chance.random() < 0.7:
+                in_a_fork(verb.run, root, chance.uniform(0, verb.seconds))
+            _set_writable(root, is_writable=False)
         status = os.waitstatus_to_exitcode(in_a_fork(run, root, 60.0))
+        _set_writable(root, is_writable=True)
         log = root.with_suffix(".log")
-        text = log.read_text(errors="replace")
-        is_error = status == _ERROR_STATUS
-        is_memory = surrounding == "little memory" and (status == _MEMORY_STATUS or "MemoryError" in text)
-        is_traceback = surrounding == SCARCE and status == 1
-        if status and not is_error and not is_memory and not is_traceback:
-            return Outcome(surrounding, f"{name} with {surrounding} ended with {status}: {text}")
+        ending = {0: "no difference", _ERROR_STATUS: "an error"}.get(status)
+        if surrounding == SCARCE:
+            ending = ending or ("a crash" if status < 0 else "a traceback")
+        if ending is None or status == -signal.SIGKILL:
+            return Outcome(surrounding, f"{name} with {surrounding} ended with {status}: {log.read_text()}")
         status = in_a_fork(verb.run, root)
         assert status == 0, f"{name} after {surrounding}: {log.read_text()}"
         check_same(name, verb.result(root), verb.expected)
         shutil.rmtree(root)
         log.unlink()
-        ending = "an error" if is_error or is_memory else "a traceback" if is_traceback else "no difference"
         return Outcome(f"{surrounding}: {ending}")
 
     yield case

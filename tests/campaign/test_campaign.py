@@ -21,7 +21,10 @@ from campaign import (
     malformed_files,
     malformed_requests,
     power_cuts,
+    ray_faults,
+    soak,
     store_kills,
+    surroundings,
     verb_kills,
 )
 from campaign.histories import Call, is_linearizable
@@ -36,12 +39,13 @@ ROWS = {
     malformed_files.ROW: 40,
     malformed_requests.ROW: 200,
     power_cuts.ROW: 20,
+    ray_faults.ROW: 2,
+    soak.ROW: 1_000,
     store_kills.ROW: 12,
+    surroundings.ROW: 10,
     verb_kills.ROW: 2,
 }
 """How many cases of a full run are drawn here."""
-UNMENDED = {"surroundings"}
-"""Rows with faults that docs/reliability.md names, so that no draw of them is a test yet."""
 pytestmark = pytest.mark.timeout(1200)
 
 
@@ -49,6 +53,8 @@ pytestmark = pytest.mark.timeout(1200)
 def test_a_few_cases(row: frame.Row, count: int, tmp_path: Path):
     if row is power_cuts.ROW and shutil.which("cc") is None:
         pytest.skip("needs a C compiler, cc")
+    if row is ray_faults.ROW:
+        pytest.importorskip("ray.serve", reason="needs Ray Serve: pip install 'd2llm[ray-serve]'")
     path = tmp_path / "result.json"
     command = [sys.executable, "-m", f"campaign.{row.name}", "--count", str(count), "--seed", "7", "--json", path]
     variables = {
@@ -76,7 +82,7 @@ def test_a_store_that_does_not_sync_its_table_loses_commits(monkeypatch: pytest.
 
 def test_every_script_is_a_row():
     scripts = {path.stem for path in Path(__file__).parent.glob("*.py") if "\nROW = Row(" in path.read_text()}
-    assert scripts == {row.name for row in ROWS} | UNMENDED
+    assert scripts == {row.name for row in ROWS}
 
 
 def test_a_run_continues_where_it_ended(tmp_path: Path):

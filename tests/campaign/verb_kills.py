@@ -24,6 +24,7 @@ from numpy.testing import assert_allclose
 from campaign.frame import Outcome, Row, main
 from campaign.histories import fork
 from d2llm.cli.main import main as program
+from d2llm.data.labels import LabelStore
 from d2llm.retrieval.index import Index
 from d2llm.store.inspection import verify
 from d2llm.store.view import PassageView
@@ -55,7 +56,7 @@ def _command(*arguments: object) -> None:
             raise RuntimeError(f"exit status {ended.code}") from ended
 
 
-def _stored(folder: Path) -> dict[str, Any]:
+def stored(folder: Path) -> dict[str, Any]:
     """Text and vector of all passages, of an index that is intact."""
     with Index.open(folder) as index:
         assert verify(index.store).problems == []
@@ -63,6 +64,11 @@ def _stored(folder: Path) -> dict[str, Any]:
         rows = live_rows(view)
         pairs = zip(view.passages(rows), view.vectors(rows), strict=True)
         return {passage.id: (passage.full_text, passage.metadata.get("path"), vector) for passage, vector in pairs}
+
+
+def labels_of(store: LabelStore) -> dict[str, Any]:
+    """The passages of each query, and their log-odds."""
+    return {query: (list(store.log_odds(query)), list(store.log_odds(query).values())) for query in store.query_ids}
 
 
 def check_same(verb: str, found: Any, expected: Any) -> None:
@@ -81,25 +87,21 @@ def _runs(root: Path) -> dict[str, tuple[Callable[[Path], object], Callable[[Pat
     documents, place = write_documents(root / "documents", 60), Place(root / "place")
     source, options = topics(num_train=_QUERIES), {"device": "cpu", "dtype": "float32"}
 
-    def labels_of(folder: Path) -> dict[str, Any]:
-        store = place.store(folder / "labels")
-        return {query: (list(store.log_odds(query)), list(store.log_odds(query).values())) for query in store.query_ids}
-
     sync = ("--student", student, "--dtype", "float32")
     return {
         "sync": (
             lambda folder: _command("index", folder / "index", "sync", documents, *sync),
-            lambda folder: _stored(folder / "index"),
+            lambda folder: stored(folder / "index"),
         ),
         "encode": (
             lambda folder: (
                 (folder / "index").exists() or _command("encode", documents, "--out", folder / "index", *sync)
             ),
-            lambda folder: _stored(folder / "index"),
+            lambda folder: stored(folder / "index"),
         ),
         "label": (
             lambda folder: label([source], folder / "labels", teacher=place.teacher, **options),
-            labels_of,
+            lambda folder: labels_of(place.store(folder / "labels")),
         ),
         "train": (
             lambda folder: (folder / "student").exists() or place.run(folder / "student", checkpoint_every=2),

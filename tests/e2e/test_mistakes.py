@@ -283,12 +283,13 @@ def test_an_unreadable_file_is_reported(root, monkeypatch, name):
     assert not (root / "new").exists()
 
 
-def test_any_permission_error_names_the_file(monkeypatch):
+@pytest.mark.parametrize("name", ["/secret/file", b"/secret/file"])  # bytes: tensorboard's
+def test_any_permission_error_names_the_file(monkeypatch, name):
     def refuse(*_, **__):
-        raise PermissionError(13, "Permission denied", "/secret/file")
+        raise PermissionError(13, "Permission denied", name)
 
     monkeypatch.setattr("d2llm.retrieval.search.Searcher", refuse)
-    _assert_refused("search", "index", "cat", fragments=["/secret/file: Permission denied; check the path, its perm"])
+    _assert_refused("search", "index", "cat", fragments=["error: /secret/file: Permission denied; check the path"])
 
 
 def test_an_unwritable_report_folder_is_reported(monkeypatch):

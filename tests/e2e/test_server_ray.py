@@ -26,6 +26,7 @@ from d2llm.retrieval.shard import shard
 from d2llm.server.app import make_app
 from live_server import patient, serve, wait_until_ready
 from sharded_responses import QUERY, assert_same_responses, results_of, search
+from tiny_cluster import pids_of_actors
 from tiny_server import tiny_settings, write_tiny_index, write_tiny_student
 from waiting import PATIENCE, until
 
@@ -207,13 +208,6 @@ def test_the_command_of_the_page_loses_nothing_with_two_actors_of_a_shard(folder
         _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, errors
     until(lambda: not own & pids_of_actors(cluster), "actors that end with the server")
-
-
-def pids_of_actors(cluster: Any) -> set[int]:
-    """The processes of this cluster that hold shards; other tests may have clusters on this machine too."""
-    raylets = [each.process.pid for node in cluster.list_all_nodes() for each in node.all_processes["raylet"]]
-    command = ["pgrep", "-P", ",".join(map(str, raylets)), "-f", "^ray::ShardActor"]
-    return set(map(int, subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()))
 
 
 def test_a_shard_that_cannot_be_opened_is_an_error_unless_it_is_allowed(folder, cluster, tmp_path):

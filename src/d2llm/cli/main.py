@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that the help is fast: each verb imports what
 
 from __future__ import annotations
 
+import os
 import traceback
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,7 +67,7 @@ class _Program(Verbs):
             is_too_little = error.errno in TOO_LITTLE
             if error.filename is None and not is_too_little:  # not about a file of the user, so a bug
                 raise
-            where = "" if error.filename is None else f"{error.filename}: "
+            where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
             advice = _MORE_NEEDED if is_too_little else "check the path, its permissions and the disk"
             self._fail(ctx, f"{where}{error.strerror}; {advice}")
             raise typer.Exit(EXIT_BAD_INPUT) from error
