@@ -10,6 +10,7 @@ from d2llm.sizing import measure, speeds
 from d2llm.sizing.speeds import read_speeds
 from e2e.command_line import d2llm, fail, succeed, succeed_with_report
 from sizing.sized_index import made_up_speeds, passages, token_student
+from tiny_models import write_tiny_model
 
 MACHINE = ("--machine-memory", "64GiB", "--machine-cores", "16")
 
@@ -68,10 +69,23 @@ def test_measuring_is_remembered(student, tmp_path, monkeypatch):
     assert read_speeds("fingerprint", 1) == measured
 
 
+def test_the_memory_of_a_training(tmp_path):
+    model = write_tiny_model(tmp_path / "model", vocab_size=400)
+    (tmp_path / "model" / "model.safetensors").unlink()  # the shape is enough
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'student.backbone.model = "{model}"\nstudent.pooling.num_heads = 4')
+    options = ("--train", recipe, "--train-on", "cuda", "--machine-memory", "80GiB")
+    result, report = succeed_with_report("size", *options, folder=tmp_path)
+    memory = report["result"]["training"]
+    assert memory["memory_bytes"] == sum(part["memory"] for part in memory["items"])
+    assert "32768 tokens" not in result.stdout
+    assert "states of the optimiser" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "give --passages, such as --passages 50M, or --measure"),
+        ([], "give --passages, such as --passages 50M, --measure to measure this machine, or --train"),
         (["--passages", "0"], "--passages is '0'; give a whole number above 0"),
         (["--passages", "lots"], "--passages is 'lots'"),
         (["--passages", "5M", "--tokens", "-3"], "--tokens is '-3'"),

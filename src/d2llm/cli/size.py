@@ -1,9 +1,9 @@
-"""The verb ``size``: what an index and its searches will cost, before anything is built."""
+"""The verb ``size``: what an index and its searches, or a training, will cost, before anything is done."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,40 +20,64 @@ from d2llm.core.errors import InputError
 from d2llm.sizing.plan import SizePlan
 
 if TYPE_CHECKING:
+    from d2llm.cli.session import Session
     from d2llm.core.types import Passage
+    from d2llm.sizing.training_memory import TrainingMemory
+
+
+_CorpusOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH",
+        exists=True,
+        allow_dash=True,
+        callback=input_path,
+        help="Your texts, of which a sample is read.",
+        show_default="the benchmarks'",
+    ),
+]
+_TrainOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RECIPE",
+        callback=input_path,
+        help="Compute the memory that training the student of this recipe takes.",
+        show_default="none",
+    ),
+]
 
 
 @verb("Tools")
 def size(
     context: typer.Context,
     settings: Annotated[dict[str, Any], SizePlan],
-    corpus: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PATH",
-            exists=True,
-            allow_dash=True,
-            callback=input_path,
-            help="Your texts, of which a sample is read.",
-            show_default="the benchmarks'",
-        ),
-    ] = None,
+    corpus: _CorpusOption = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure this machine first, for about two minutes, and remember it.")
     ] = False,
+    train: _TrainOption = None,
+    train_on: Annotated[
+        Literal["cpu", "cuda"], typer.Option(help="Where to train; it need not be this machine, see --machine-memory.")
+    ] = "cpu",
     json_path: JsonOption = None,
 ) -> None:
-    """Compute bytes, times, machines and costs of a planned index.
+    """Compute bytes, times, machines and costs of a planned index, or the memory of a training.
 
-    Give --passages, or --measure, or both.
+    Give --passages, --measure or --train.
     """
     planned = "passages" in settings
-    if not planned and not measure:
-        raise InputError("give --passages, such as --passages 50M, or --measure to measure this machine")
+    if not planned and not measure and train is None:
+        raise InputError(
+            "give --passages, such as --passages 50M, --measure to measure this machine, or --train with a recipe"
+        )
     plan = SizePlan(**{"passages": settings.get("shards", 1)} | settings)
     known_student(plan.student)
     known_teacher(plan.teacher)
     session = session_of(context)
+    memory = None if train is None else _training_memory(session, train, train_on, plan.machine_memory)
+    if not planned and not measure:
+        session.write_report(context, json_path, {"size": None, "speeds": None, "training": memory})
+        return
     from d2llm.models.student import Student
     from d2llm.models.teachers.pair_teacher import load_teacher
     from d2llm.sizing.measure import made_up_passages, measure_speeds
@@ -80,7 +104,18 @@ def size(
         for remark in report.remarks:
             session.complain("note", remark)
     measured = None if speeds is None else speeds.model_dump(mode="json")
-    session.write_report(context, json_path, {"size": report, "speeds": measured})
+    session.write_report(context, json_path, {"size": report, "speeds": measured, "training": memory})
+
+
+def _training_memory(session: Session, recipe: str, device: str, memory: int | None) -> TrainingMemory:
+    """Compute and show the memory of a training."""
+    from d2llm.recipe.recipe_file import load_recipe
+    from d2llm.sizing.tables import training_table
+    from d2llm.sizing.training_memory import training_memory
+
+    needed = training_memory(load_recipe(recipe), device=device, memory=memory)
+    session.show(training_table(needed, f"Memory to train {recipe} on {device}"))
+    return needed
 
 
 def _sample(corpus: Path) -> list[Passage]:

@@ -163,18 +163,20 @@ def tokens_to_read(device: torch.device, state_size: int) -> int:
     return _MAX_TOKENS if state_size <= _LARGE_STATE else _MAX_TOKENS // 4
 
 
-def tokens_to_train(device: torch.device, state_size: int, *, checkpointed: bool = False) -> int:
+def tokens_to_train(
+    device: torch.device, state_size: int, *, checkpointed: bool = False, memory: int | None = None
+) -> int:
     """Tokens, including padding, in one forward and backward pass of a model.
 
     On a CPU, larger batches are no faster and take more memory. On an accelerator, they are faster until it is busy: as
     many as there is room for in an eighth of its memory, with ``checkpointed`` layers (``checkpoint_layers``) or
-    without. What else is in its memory does not count, so a run that resumes cuts its batches as before. ``state_size``
-    is as for ``tokens_to_read``.
+    without. ``memory`` is that of an accelerator, by default this one's. What else is in its memory does not count, so
+    a run that resumes cuts its batches as before. ``state_size`` is as for ``tokens_to_read``.
     """
     if device.type == "cpu":
         return _CPU_TOKENS
     per_token = state_size * (_BYTES_CHECKPOINTED if checkpointed else _BYTES_OF_GRAPH)
-    fitting = _whole_memory(device) // 8 // per_token if per_token else _MAX_TOKENS
+    fitting = (memory or _whole_memory(device)) // 8 // per_token if per_token else _MAX_TOKENS
     return max(_MIN_TOKENS, min(_MAX_TOKENS, fitting))
 
 

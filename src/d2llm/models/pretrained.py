@@ -361,10 +361,10 @@ def _load_model(location: str, dtype: torch.dtype) -> PreTrainedModel:
     kinds, kind = BackboneConfig.kinds, model_type(location)
     if kind in kinds.kinds:
         return kinds.find(kind).load_model(location, dtype)
-    return load_pretrained(_model_class(location), location, dtype=dtype)
+    return load_pretrained(model_class(location), location, dtype=dtype)
 
 
-def _model_class(location: str) -> Any:
+def model_class(location: str) -> Any:
     """The class that loads a model without its language-model head, and without its decoder if it is a T5 model."""
     from transformers import AutoModel, AutoModelForTextEncoding
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES

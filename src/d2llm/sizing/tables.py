@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from d2llm.core.table import Column, Table
 from d2llm.sizing.size import SizeReport
 from d2llm.sizing.speeds import Speed, Speeds
+from d2llm.sizing.training_memory import TrainingMemory
 
 _GIB = 1 << 30
 _BASIS = Column("computed from", align="left", max_width=90)
@@ -81,6 +82,17 @@ def _costs(report: SizeReport) -> Table:
     once = sum(cost.once for cost in report.costs if cost.once is not None)
     monthly = sum(cost.monthly for cost in report.costs if cost.monthly is not None)
     table.add_row("in all", once, monthly, "", highlighted=True)
+    return table
+
+
+def training_table(memory: TrainingMemory, title: str) -> Table:
+    """The memory of a training, by part."""
+    table = Table("", Column("GiB", ",.2f"), _BASIS, title=title)
+    for part in memory.items:
+        table.add_row(part.part, part.memory / _GIB, part.basis)
+    table.add_section()
+    more = f"with {memory.batch_bytes / _GIB:,.2f} GiB of activations, a whole batch is kept and nothing computed twice"
+    table.add_row("in all", memory.memory_bytes / _GIB, more, highlighted=True)
     return table
 
 

@@ -167,7 +167,7 @@ def backpropagate_parts(
         for position, index in enumerate(indices):
             if position == 0 and 0 < room < math.inf and len(indices) > 1:
                 # The longest texts come first and need the most bytes per token: an upper bound for all parts.
-                with _graph_bytes(model) as num_bytes:
+                with graph_bytes(model) as num_bytes:
                     outputs.append(compute(index, with_graph=True))
                 allocated = num_bytes() * ALLOCATED.get(device.type, 1.0)
                 kept = _num_kept([micro_batches[index] for index in indices], lengths, allocated, room)
@@ -195,7 +195,7 @@ def backpropagate_parts(
 
 
 @contextmanager
-def _graph_bytes(model: nn.Module) -> Generator[Callable[[], int]]:
+def graph_bytes(model: nn.Module) -> Generator[Callable[[], int]]:
     """Yield a function that returns the bytes, besides the weights, that autograd saved for backward in the block."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     sizes: dict[int, int] = {}
