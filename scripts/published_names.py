@@ -56,6 +56,7 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = {
     ),
     "KaLM-Embedding-V2: focal weights": ("`losses.in_batch_cross_entropy.focus`", "yes: -.001, one seed"),
     "Semi-Siamese": ('`backbone.tuning = { adapters = "two" }`', "yes"),
+    "QLoRA": ('`backbone.tuning = { quantization = "4bit" }`', "its memory only ([scale.md](scale.md))"),
     "DeepCT, doc2query, TILDE-like expansion": ("`d2llm fit-scores`", "yes"),
     "Late chunking": (
         "`d2llm encode --late`",

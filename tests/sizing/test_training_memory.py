@@ -14,6 +14,7 @@ from tiny_data import tiny_recipe
 from tiny_models import tiny_student_config, write_tiny_model
 
 TEXTS, LENGTH = 4, 64
+QLORA = Lora(rank=4, alpha=8.0, quantization="4bit")
 
 
 def measured(recipe: Recipe) -> dict[str, float]:
@@ -40,9 +41,11 @@ def measured(recipe: Recipe) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "bert", "modernbert"])
-@pytest.mark.parametrize("tuning", [Lora(rank=4, alpha=8.0), "full"], ids=["lora", "full"])
+@pytest.mark.parametrize("tuning", [Lora(rank=4, alpha=8.0), QLORA, "full"], ids=["lora", "qlora", "full"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_plan_has_the_bytes_of_a_real_step(tmp_path, architecture, tuning, checkpointing):
+    if tuning is QLORA:
+        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'd2llm[large]'")
     model = write_tiny_model(tmp_path / "model", architecture, num_hidden_layers=6)
     training = {"gradient_checkpointing": checkpointing, "part_tokens": TEXTS * LENGTH}
     recipe = tiny_recipe(tiny_student_config(model, tuning=tuning), **training)

@@ -99,12 +99,12 @@ class Backbone(TextReader, nn.Module):
                 "which gives one vector for each text; use a student with another one"
             )
 
-    def require_one_adapter(self, purpose: str) -> None:
-        """Raise an ``InputError`` if queries and passages are read with weights of their own (``purpose`` has one)."""
-        if self.query_model is not None:
+    def require_merged(self, purpose: str) -> None:
+        """Raise an ``InputError`` if tuning cannot be merged into its weights, which ``purpose`` needs."""
+        if (reason := self.config.why_not_merged) is not None:
             raise InputError(
-                f"{purpose} has one set of weights, but this student reads queries and passages with adapters of their "
-                "own; keep it as a student with adapters (merge=False, engine torch)"
+                f"{purpose} has one set of weights, which this student cannot give: {reason}; keep it as a student "
+                "with its adapters (merge=False, engine torch)"
             )
 
     @property

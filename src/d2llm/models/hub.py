@@ -186,7 +186,7 @@ def _additions(folder: Path, licence: str | None) -> list[CommitOperationAdd]:
     merged = (folder / BACKBONE_FOLDER).is_dir()
     if not merged and Path(config.backbone.model).expanduser().exists():
         remedy = "save the student with merge=True, and push that copy"
-        if config.backbone.has_two_adapters:  # these cannot be merged
+        if config.backbone.why_not_merged:  # these cannot be merged
             remedy = "push the backbone to the Hub first, and train the student on it by its name there"
         raise InputError(
             f"{folder}: its backbone is {config.backbone.model} on this machine, which others do not have; {remedy}"

@@ -26,6 +26,7 @@ from d2llm.models.length_limit import check_limits
 from d2llm.models.lora import (
     adapter_state,
     attach_lora,
+    compute_adapter,
     has_adapters,
     join_adapters,
     load_adapter_state,
@@ -35,6 +36,7 @@ from d2llm.models.lora import (
     sharing_copy,
     train_adapters_only,
 )
+from d2llm.models.quantization import prepare_quantized, quantized_options
 from d2llm.models.sources import (
     find_model,
     find_model_file,
@@ -82,9 +84,11 @@ class PretrainedBackbone(Backbone):
         self.location = find_model(config.model)
         weight_dtype = torch.float32 if config.tuning.kind == "full" else compute_dtype
         self.tokenizer = load_tokenizer(self.location)
-        model: Any = _load_model(self.location, weight_dtype)
-        self._modules[_MODEL] = model.to(device).eval()
+        options = quantized_options(config.quantization, device=device, dtype=compute_dtype, what="student")
+        model: Any = _load_model(self.location, weight_dtype, options)
+        self._modules[_MODEL] = (model if options else model.to(device)).eval()
         self.model.requires_grad_(False)
+        prepare_quantized(model, config.quantization)
         if config.tuning.kind == "lora" and not any(isinstance(part, nn.Linear) for part in self.model.modules()):
             raise InputError(
                 f"'{config.model}' has no linear layers, so LoRA has nothing to adapt; set tuning to full or frozen"
@@ -202,7 +206,8 @@ class PretrainedBackbone(Backbone):
             if self.query_model is not None and merge:
                 own_linear_weights(self.query_model)
             for prefix, adapter in self._adapters(state).items():
-                (merge_adapter if merge else load_adapter_state)(self._models[prefix], adapter)
+                merged = merge_adapter if self.config.quantization == "none" else compute_adapter
+                (merged if merge else load_adapter_state)(self._models[prefix], adapter)
             if merge:
                 self._merged_adapter = join_adapters(self._merged_adapter, state)
 
@@ -215,9 +220,9 @@ class PretrainedBackbone(Backbone):
         """Write the configuration and all weights, adapters merged, in the format of the plain model.
 
         Raises:
-            InputError: queries and passages have adapters of their own.
+            InputError: tuning cannot be merged (``BackboneConfig.why_not_merged``).
         """
-        self.require_one_adapter("a copy with all weights merged")
+        self.require_merged("a copy with all weights merged")
         self.model.config.save_pretrained(folder)
         weights = {name: tensor.contiguous() for name, tensor in merged_state_dict(self.model).items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -357,11 +362,13 @@ def layers_of(model: nn.Module, *, name: str) -> nn.ModuleList:
     return stacks[0]
 
 
-def _load_model(location: str, dtype: torch.dtype) -> PreTrainedModel:
+def _load_model(location: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
     kinds, kind = BackboneConfig.kinds, model_type(location)
-    if kind in kinds.kinds:
-        return kinds.find(kind).load_model(location, dtype)
-    return load_pretrained(model_class(location), location, dtype=dtype)
+    if kind not in kinds.kinds:
+        return load_pretrained(model_class(location), location, dtype=dtype, **options)
+    if options:
+        raise InputError(f"'{location}' is of kind {kind}, which is not quantised here; set quantization to none")
+    return kinds.find(kind).load_model(location, dtype)
 
 
 def model_class(location: str) -> Any:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from d2llm.core.registry import Registry, modules_in
 from d2llm.recipe.kinds import SectionOfKind
-from d2llm.recipe.sections import LoraConfig
+from d2llm.recipe.sections import LoraConfig, Quantization
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +34,8 @@ class Lora(Tuning, LoraConfig, kind="lora"):
     """Low-rank adapters on every linear layer."""
 
     paper = (
-        "Hu et al., ICLR 2022, arXiv 2106.09685 (LoRA); Jung et al. 2022, arXiv 2110.14943 (two adapters: Semi-Siamese)"
+        "Hu et al., ICLR 2022, arXiv 2106.09685 (LoRA); Dettmers et al., NeurIPS 2023, arXiv 2305.14314 (QLoRA); "
+        "Jung et al. 2022, arXiv 2110.14943 (two adapters: Semi-Siamese)"
     )
     costs = (
         'with ``adapters = "two"``, memory for the linear layers a second time once the student is loaded, and '
@@ -50,6 +51,15 @@ class Lora(Tuning, LoraConfig, kind="lora"):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     adapters: Literal["one", "two"] = "one"
     """``two``: queries and passages are read with adapters of their own, by one backbone (Semi-Siamese)."""
+    quantization: Quantization = "none"
+    """Keep the backbone's weights in 8 or 4 bits, in training (QLoRA) and afterwards, with the adapter beside them: a
+    fraction of the memory. Such a student cannot be merged, exported or read by a faster engine."""
+
+    @model_validator(mode="after")
+    def _check_quantization(self) -> Lora:
+        if self.adapters == "two" and self.quantization != "none":
+            raise ValueError('two adapters change copies of the weights, which needs quantization = "none"')
+        return self
 
 
 class Full(Tuning, kind="full"):
@@ -144,6 +154,20 @@ class BackboneConfig(SectionOfKind):
     def has_two_adapters(self) -> bool:
         """Whether queries and passages are read with adapters of their own."""
         return isinstance(self.tuning, Lora) and self.tuning.adapters == "two"
+
+    @property
+    def quantization(self) -> Quantization:
+        """How its weights are kept."""
+        return self.tuning.quantization if isinstance(self.tuning, Lora) else "none"
+
+    @property
+    def why_not_merged(self) -> str | None:
+        """Why tuning cannot be merged into one set of weights; None if it can."""
+        if self.has_two_adapters:
+            return "it reads queries and passages with adapters of their own"
+        if self.quantization != "none":
+            return f"its weights are kept in {self.quantization.removesuffix('bit')} bits"
+        return None
 
     @property
     def address(self) -> str | None:

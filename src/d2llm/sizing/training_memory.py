@@ -28,6 +28,7 @@ from d2llm.training.gradient_cache import ALLOCATED, graph_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_BYTES_QUANTIZED = {"8bit": 1.0, "4bit": 0.516}  # bytes of a weight: NF4 with the scale of 64 weights in 8 bits
 _VOCABULARY = 1_000  # of the model whose activations are counted: they do not depend on it
 
 
@@ -72,12 +73,15 @@ def training_memory(recipe: Recipe, *, device: str = "cpu", memory: int | None =
         shape = _Shape(config, model.config.hidden_size)
         pooling = make_pooling(recipe.student.pooling, shape)
         head = nn.ModuleList([pooling, make_head(recipe.student.interaction, pooling.dim)])
+    linear = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
     layers, trained = int(model.config.num_hidden_layers), _prepare(model, config)
     state_size = layers * shape.dim
     part_tokens = training.part_tokens or tokens_to_train(
         chosen, state_size, checkpointed=training.gradient_checkpointing, memory=memory
     )
     weights = sum(weight.nbytes for weight in model.parameters())
+    if (stored := _BYTES_QUANTIZED.get(config.quantization)) is not None:
+        weights -= round((dtype.itemsize - stored) * linear)
     of_head = sum(weight.numel() for weight in head.parameters())
     trained = trained * (1 + config.has_two_adapters) + of_head
     items = [MemoryPart("weights", weights + 4 * of_head, f"{layers} layers, {config.tuning.kind} tuning")]

@@ -80,7 +80,7 @@ def choose_engine(
     That is OpenVINO, or ONNX Runtime, if it is installed and the machine has no accelerator, or the CPU is requested;
     otherwise torch. OpenVINO crashes with another allocator than the C library's (``LD_PRELOAD``), so then it is not
     used. 8-bit weights change the vectors, so ``auto`` never selects them. A student (``config``) whose backbone is not
-    read by transformers has nothing that an engine could run, and one with two adapters more than a graph holds.
+    read by transformers has nothing that an engine could run, and one that cannot be merged has no weights for a graph.
 
     Raises:
         InputError: the name is unknown, or an engine does not support the student, the device, the number format or the
@@ -95,11 +95,10 @@ def choose_engine(
                 "leave engine out"
             )
         return "torch"
-    if config is not None and config.backbone.has_two_adapters:
+    if config is not None and (reason := config.backbone.why_not_merged) is not None:
         if name not in ("torch", "auto"):
             raise InputError(
-                f"engine '{name}' runs one set of weights, but this student reads queries and passages with adapters "
-                "of their own; leave engine out"
+                f"engine '{name}' runs one set of weights, which this student cannot give: {reason}; leave engine out"
             )
         return "torch"
     on_cpu = choose_device(device).type == "cpu"

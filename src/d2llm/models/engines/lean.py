@@ -211,7 +211,7 @@ def open_lean(
     folder = find_student(folder_or_name)
     manifest, config = files.read_student_manifest(folder)
     backbone = config.backbone
-    if isinstance(backbone, CustomBackbone) or backbone.has_two_adapters or backbone.bidirectional:
+    if isinstance(backbone, CustomBackbone) or backbone.why_not_merged or backbone.bidirectional:
         return None
     if config.interaction.head == "paper" or (folder / TermWeights.file_name).is_file():
         return None

@@ -81,7 +81,7 @@ def write_text_graph(
         MissingExtraError: ``onnx`` or ``onnxruntime`` is not installed.
     """
     backbone.require_tokens("a graph of the backbone")
-    backbone.require_one_adapter("a graph of the backbone")
+    backbone.require_merged("a graph of the backbone")
     if backbone.device.type != "cpu" or backbone.compute_dtype != torch.float32:
         raise InputError(
             f"a graph is exported from float32 weights on the CPU, but this student computes in "

@@ -50,8 +50,8 @@ def why_no_transformer(config: StudentConfig) -> str | None:
     """Why the library's transformer cannot be the backbone of a student with this configuration; None if it can."""
     if isinstance(config.backbone, CustomBackbone):
         return f"its backbone is of kind '{config.backbone.kind}'"
-    if config.backbone.has_two_adapters:
-        return "it reads queries and passages with adapters of their own"
+    if (reason := config.backbone.why_not_merged) is not None:
+        return reason
     if config.backbone.bidirectional:
         return "the library would read its decoder in one direction"
     return None

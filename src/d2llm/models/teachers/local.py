@@ -38,6 +38,7 @@ from d2llm.models.lora import (
     merge_adapter,
     train_adapters_only,
 )
+from d2llm.models.quantization import prepare_quantized
 from d2llm.models.sources import (
     find_model,
     fingerprint_model,
@@ -58,7 +59,7 @@ from d2llm.models.teachers.identity import (
     require_same_base,
     with_quantization,
 )
-from d2llm.models.teachers.loading import check_device, loading_options, prepare_quantized, require_on_devices
+from d2llm.models.teachers.loading import check_device, loading_options, require_on_devices
 from d2llm.models.teachers.pair_teacher import TeacherScores, TextPair
 from d2llm.ops.batching import pad_right, token_budget_batches
 from d2llm.ops.pair_truncation import cut_pair
