@@ -82,7 +82,9 @@ MISSING: Mapping[str, str] = {
     "SPLADE, DSR, SPAR": "need a head that predicts words; minilm and e5 ship without their MLM heads",
     "BEBR, BTR": "trained binary codes; untrained ones lose 2.0 to 5.8 %, and 3 bits at most .7 %",
     "Multivariate representations": "a variance beside each mean doubles vectors",
+    "HPD: imitating a teacher's components": "not written yet; `projection` starts with the student's own",
     "KaLM-Embedding-V2: model soup": "not written yet",
+    "FSDP": "a student of 7 billion weights fits one GPU with adapters ([scale.md](scale.md))",
     "Contextual document embeddings": "two readings of every passage, and neighbours from the index: an index could no "
     "longer add one passage alone",
     "RetroMAE, Condenser, coCondenser, CoT-MAE": "need an MLM head, which the shipped encoders lack, and long runs",
