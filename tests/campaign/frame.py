@@ -25,7 +25,7 @@ from typing import NamedTuple
 from d2llm.core.files import write_json
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "campaign"
-_PATHS = re.compile(rf"{re.escape(str(Path(__file__).parents[2]))}/|/\S*(?=/lib/python)")
+_PATHS = re.compile(rf"{re.escape(str(Path(__file__).parents[2]))}/|(?<=\")/\S*/(?=lib/python)")
 """Folders of this machine, which a JSON does not name."""
 _SAVED_EVERY = 20.0  # seconds
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import random
 import signal
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -64,7 +64,7 @@ class Faults:
         self.cluster, self.kind = cluster, kind
         self.done: list[str] = []
 
-    def happen(self, chance: random.Random) -> str:
+    def happen(self, chance: random.Random) -> None:
         what = chance.choices(["killed", "slow", "node"], [6, 3, 1])[0]
         actors = sorted(pids_of_actors(self.cluster, self.kind))
         if what == "node":
@@ -80,29 +80,19 @@ class Faults:
                 with suppress(ProcessLookupError):
                     os.kill(victim, signal.SIGCONT)
         else:
-            return ""
+            return
         self.done.append(what)
-        return what
 
-    @contextmanager
-    def during(self, chance: random.Random) -> Generator[None]:
-        """One to four faults while the block runs."""
-        ended = threading.Event()
-
-        def disturb() -> None:
+    def during(self, work: Callable[[], None], chance: random.Random) -> None:
+        """One to four faults while something runs in another thread: Ray can only start nodes in the main one."""
+        with ThreadPoolExecutor(1) as thread:
+            running = thread.submit(work)
             for _ in range(chance.randint(1, 4)):
-                until(lambda: ended.is_set() or pids_of_actors(self.cluster, self.kind), "an actor", pause=0.1)
-                if ended.wait(chance.uniform(0, 4)):
-                    return
-                self.happen(chance)
-
-        thread = threading.Thread(target=disturb)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+                until(lambda: running.done() or pids_of_actors(self.cluster, self.kind), "an actor", pause=0.1)
+                wait([running], chance.uniform(0, 4))
+                if not running.done():
+                    self.happen(chance)
+            running.result()
 
 
 def _until_finished(work: Callable[[], object]) -> None:
@@ -144,10 +134,10 @@ class Clusters:
             mock.patch.object(module, "load_work", partial(ray_work.load_slowly, module.load_work)),
             mock.patch.object(upserting, "BLOCK_PASSAGES", 8),
             RayRunner(num_workers=2).connected() as runner,
-            faults.during(chance),
         ):
             options = {} if name == "label" else {"device": "cpu", "dtype": "float32"}
-            _until_finished(lambda: getattr(self, name)(root, runner=runner, **options))
+            work = partial(getattr(self, name), root, runner=runner, **options)
+            faults.during(lambda: _until_finished(work), chance)
         check_same(name, self.found(name, root), self.expected[name])
         return faults.done
 
