@@ -76,11 +76,14 @@ campaign: setup ## set up and run every row of the campaign of faults to its ful
 			$(BIN)/python -m campaign.$$(basename $$row .py) $(ARGS); \
 	done
 
-bench: setup ## set up and run every benchmark, printing its table
-	@set -e; found=; for script in benchmarks/*.py; do \
-		[ -e "$$script" ] || continue; \
-		found=yes; echo "==> $$script"; $(BIN)/python "$$script" $(ARGS); \
-	done; [ -n "$$found" ] || echo "there are no benchmarks yet"
+# Benchmarks that need a folder or a recipe as an argument: `make bench` leaves them out.
+WITH_ARGUMENTS := candidate_depth classify documentation first_minutes fit_quality judged_sets labelled_queries \
+	recorded_gate recorded_lists reranking score_features_ablation similar token_interaction waiting_threads
+
+bench: setup ## set up and run every benchmark that needs no arguments, printing its table
+	@set -e; for script in $(filter-out $(WITH_ARGUMENTS:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do \
+		echo "==> $$script"; $(BIN)/python "$$script" $(ARGS); \
+	done
 
 clean: ## remove .venv, caches and builds
 	@echo "==> removing .venv, caches and builds"

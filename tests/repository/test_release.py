@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
@@ -17,6 +18,24 @@ from repository_scripts import load_script
 
 def read_yaml(path: Path):
     return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def needs_arguments(program: str) -> bool:
+    """Whether a script's parser has an argument that must be given."""
+    for call in ast.walk(ast.parse(program)):
+        if isinstance(call, ast.Call) and ast.unparse(call.func).endswith(".add_argument"):
+            options = {option.arg: ast.unparse(option.value) for option in call.keywords}
+            positional = not ast.literal_eval(call.args[0]).startswith("-") and "nargs" not in options
+            if positional or options.get("required") == "True":
+                return True
+    return False
+
+
+def test_make_bench_leaves_out_what_needs_arguments(repository: Path):
+    makefile = (repository / "Makefile").read_text()
+    [left_out] = re.findall(r"^WITH_ARGUMENTS := ((?:.*\\\n)*.*)$", makefile, re.MULTILINE)
+    scripts = (repository / "benchmarks").glob("*.py")
+    assert {path.stem for path in scripts if needs_arguments(path.read_text())} == set(left_out.split()) - {"\\"}
 
 
 def test_workflows_run_what_there_is(repository: Path):
