@@ -28,7 +28,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from d2llm.core.thread_waiting import limit_spinning
+from d2llm.core.machine import limit_spinning
 
 if TYPE_CHECKING:
     from d2llm.core.errors import D2LLMError as D2LLMError

@@ -15,7 +15,7 @@ from tiny_models import tiny_student_config, write_tiny_model
 BATCH = 8
 KILLED_IN = {
     "reading": "fit.Fit, 'plan'",
-    "writing": "draft_store.DraftStore, 'add', after=2",
+    "writing": "write_queries.DraftStore, 'add', after=2",
     "reviewing": "fit, 'write_written_data'",
     "training": "distill, '_write'",
     "comparing": "served_index.ServedIndex, 'serve'",
@@ -25,7 +25,7 @@ KILLED_IN = {
 RUN = f"""
 import os, signal, sys
 from pathlib import Path
-from d2llm.fitting import draft_store, fit, fit_folder, served_index, write_queries
+from d2llm.fitting import fit, fit_folder, served_index, write_queries
 from d2llm.fitting.fit import Fit
 from d2llm.training import distill
 from tiny_fit import settings_for

@@ -15,7 +15,7 @@ import pytest
 
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
-from d2llm.fitting.draft_store import DraftStore
+from d2llm.fitting.write_queries import DraftStore
 from d2llm.methods.losses.soft_expansion import read_expansions
 from d2llm.models.teachers.pair_teacher import identify_teacher
 from d2llm.recipe.recipe_file import load_recipe
@@ -71,7 +71,7 @@ import sys
 from pathlib import Path
 from d2llm.recipe import WriterConfig
 from d2llm.core.types import Passage
-from d2llm.fitting.draft_store import DraftStore
+from d2llm.fitting.write_queries import DraftStore
 from d2llm.fitting.write_queries import WritingBudget, write_queries
 from d2llm.models.writers.writer import load_writer
 from d2llm.methods.losses.soft_expansion import write_expansions

@@ -9,7 +9,7 @@ import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import PART_KINDS
-from d2llm.evaluation import word_rows
+from d2llm.evaluation import shortcuts
 from d2llm.evaluation.contenders import Contenders
 from d2llm.models.score_features import FeatureWeights, WordsFactor
 from d2llm.ops.weighted_sum import sum_weights
@@ -112,7 +112,7 @@ def test_the_sum_ranks_by_weights_fitted_on_dev(words, without_results, monkeypa
     dataset = replace(words, qrels={"dev": dev, "test": test})
     fitted_on = []
     monkeypatch.setattr(
-        word_rows, "sum_weights", lambda lists: fitted_on.append(lists) or padded(lists, 1.0, 0.25, 2.0)
+        shortcuts, "sum_weights", lambda lists: fitted_on.append(lists) or padded(lists, 1.0, 0.25, 2.0)
     )
     report = measure(dataset, everyone(), without_results, top_k=100)
     assert report.row(FITTED).cost.bytes_per_passage > report.row("cosine, tuned").cost.bytes_per_passage == 32
@@ -142,7 +142,7 @@ def test_without_dev_the_weights_are_cross_fitted(words, without_results, monkey
         fitted.append(len(lists))
         return padded(lists, 1.0, float(len(fitted)))
 
-    monkeypatch.setattr(word_rows, "sum_weights", fit)
+    monkeypatch.setattr(shortcuts, "sum_weights", fit)
     report = measure(words, everyone(), without_results)
     assert fitted == [12] * 4  # two halves of each sum
     rankings = report.details.rankings[FITTED]
@@ -170,7 +170,7 @@ def test_no_weights_are_a_missing_row(words, without_results, monkeypatch):
     def nothing(_):
         raise InputError("no list has a relevant passage")
 
-    monkeypatch.setattr(word_rows, "sum_weights", nothing)
+    monkeypatch.setattr(shortcuts, "sum_weights", nothing)
     report = measure(words, everyone(), without_results)
     reason = "no list has a relevant passage"
     assert [(row.name, row.reason) for row in report.missing] == [(FITTED, reason), (FITTED_STUDENT, reason)]
@@ -179,7 +179,7 @@ def test_no_weights_are_a_missing_row(words, without_results, monkeypatch):
 
 def test_weights_are_fitted_again_if_judgements_have_changed(words, without_results, monkeypatch):
     fitted = []
-    monkeypatch.setattr(word_rows, "sum_weights", lambda lists: fitted.append(1) or padded(lists, 1.0, 0.5))
+    monkeypatch.setattr(shortcuts, "sum_weights", lambda lists: fitted.append(1) or padded(lists, 1.0, 0.5))
     dev = dict(list(words.qrels["test"].items())[:9])
     test = {query_id: grades for query_id, grades in words.qrels["test"].items() if query_id not in dev}
     for grade, calls in ((1, 1), (1, 1), (2, 2)):
@@ -195,7 +195,7 @@ def test_the_student_is_fitted_with_all_its_score_features(words, without_result
         columns.append(lists[0][0].shape[1])
         return sum_weights(lists)
 
-    monkeypatch.setattr(word_rows, "sum_weights", fit)
+    monkeypatch.setattr(shortcuts, "sum_weights", fit)
     student = TokenStudent()
     report = measure(words, Contenders(student), without_results)
     assert columns == [6, 6]  # its own score, four kinds of words, and tokens

@@ -12,8 +12,8 @@ from d2llm.core.errors import OutOfTimeError
 from d2llm.core.types import TASKS, Passage
 from d2llm.evaluation import pool_scores
 from d2llm.fitting.critic import CriticSettings, review_queries
-from d2llm.fitting.draft_store import Draft, DraftStore, passage_hash
 from d2llm.fitting.report import audit_page
+from d2llm.fitting.write_queries import Draft, DraftStore, passage_hash
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import TeacherScores, load_teacher, recorded_teacher
 from d2llm.recipe.recipe_file import named_teacher

@@ -9,8 +9,7 @@ from recorded_writer import read_recorded, recorded_writer
 
 from d2llm.data.beir import read_beir
 from d2llm.fitting.critic import query_fault
-from d2llm.fitting.draft_store import DraftStore
-from d2llm.fitting.write_queries import WritingBudget, write_queries
+from d2llm.fitting.write_queries import DraftStore, WritingBudget, write_queries
 from d2llm.models.writers.writer import load_writer
 from d2llm.recipe import WriterConfig, WriterEndpointConfig
 

@@ -15,9 +15,9 @@ from d2llm import Student
 from d2llm.cli.main import app
 from d2llm.core.errors import InputError, ModelError
 from d2llm.models.backbone import Backbone
-from d2llm.models.depths import final_module
 from d2llm.models.export.export import export
 from d2llm.models.interaction import Interaction
+from d2llm.models.pretrained import final_module
 from d2llm.models.quality import PassageQuality
 from d2llm.models.student_files import check_content
 from d2llm.models.term_weights import TermWeights

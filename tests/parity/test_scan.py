@@ -11,8 +11,7 @@ import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.store import scan as module
-from d2llm.store.load_faiss import load_faiss
-from d2llm.store.scan import RowScan
+from d2llm.store.scan import RowScan, load_faiss
 from d2llm.store.vector_formats import FORMATS, make_format
 
 pytest.importorskip("faiss")
@@ -98,7 +97,7 @@ def test_a_faiss_that_rounds_queries_is_noticed(rounds, monkeypatch):
 def test_faiss_multiplies_in_float32_once_it_is_loaded():
     """In a process of its own, where nothing else has imported FAISS."""
     code = (
-        "import numpy as np; from d2llm.store.load_faiss import load_faiss; faiss = load_faiss(); "
+        "import numpy as np; from d2llm.store.scan import load_faiss; faiss = load_faiss(); "
         "index = faiss.IndexScalarQuantizer(384, faiss.ScalarQuantizer.QT_bf16, faiss.METRIC_INNER_PRODUCT); "
         "index.add(np.ones((1, 384), np.float32)); "
         "print(index.search(np.full((1, 384), 1 + 2**-12, np.float32), 1)[0][0, 0])"
@@ -143,10 +142,9 @@ def test_numpy_is_used_if_faiss_or_its_type_is_missing(monkeypatch):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("top_k", [1, 10, 1000])
 def test_batched_queries_equal_single_queries(name, top_k, monkeypatch):
-    monkeypatch.setattr(module, "_TOGETHER", 8)
     monkeypatch.setattr(module, "_MIN_TOGETHER", 3)
     kind, codes, rng = random_codes(name, 5000, 40)
-    queries = rng.standard_normal((21, 40)).astype(np.float32)  # 8, 8 and 5
+    queries = rng.standard_normal((21, 40)).astype(np.float32)
     queries[1] = queries[0]
     part = np.zeros(5000, bool)
     part[1100:1400] = True  # whole blocks of rows are masked out

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from d2llm import Index, Passage
-from d2llm.ops.typing_errors import correctable_words, corrected, variants
+from d2llm.retrieval.corrections import correctable_words, corrected, variants
 
 TEXTS = [
     "The treaty was signed in a palace near Versailles.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from d2llm import Index, Passage
-from d2llm.server.example_queries import example_queries
+from d2llm.server.served_version import example_queries
 from tiny_server import write_tiny_index
 
 LONG = "word " * 200

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
 from attacked_server import AttackedServer, attacked
-from d2llm.server.http_protocol import MAX_BYTES
+from d2llm.server.running import MAX_BYTES
 from running_server import Running, run
 
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"

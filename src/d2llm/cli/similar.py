@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.similar import SimilarPairs
 
-IndexArgument = Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder.")]
-IndexStudentOption = Annotated[
-    str | None, student_option(help="The student that made the index, if it has moved since.")
-]
 LinesOption = Annotated[
     Path, typer.Option("--out", metavar="PATH", dir_okay=False, callback=output_file, help="Where the lines go.")
 ]
@@ -29,28 +26,42 @@ STANDARD_OUTPUT = Path("-")
 _TEXTS_AT_ONCE = 1_024
 
 
+@dataclass(frozen=True)
+class OpenedIndex:
+    """An index, and how its student is run."""
+
+    index: Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder.")]
+    student: Annotated[str | None, student_option(help="The student that made the index, if it has moved since.")] = (
+        None
+    )
+    device: DeviceOption = None
+    dtype: DtypeOption = None
+    engine: EngineOption = "auto"
+
+    def open(self) -> Index:
+        """The index with its student loaded."""
+        from d2llm.retrieval.index import Index
+
+        return Index.open(self.index, self.student, device=self.device, dtype=self.dtype, engine=self.engine)
+
+
 @verb("Search")
 def duplicates(
     context: typer.Context,
-    index: IndexArgument,
+    opened: OpenedIndex,
     settings: SimilaritySettings,
     out: LinesOption = STANDARD_OUTPUT,
-    student: IndexStudentOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    engine: EngineOption = "auto",
     json_path: JsonOption = None,
 ) -> None:
     """Find near duplicates and paraphrases in an index.
 
     Each passage is compared with its nearest ones by the full score. A JSON line is a pair, the most probable first.
     """
-    from d2llm.retrieval.index import Index
     from d2llm.retrieval.similar import similar_pairs
 
-    opened = Index.open(index, student, device=device, dtype=dtype, engine=engine)
-    found = similar_pairs(opened, settings)
-    session_of(context).write_lines(out, _pair_lines(opened, found))
+    index = opened.open()
+    found = similar_pairs(index, settings)
+    session_of(context).write_lines(out, _pair_lines(index, found))
     _say(context, f"duplicates: {len(found.pairs):,} pairs", found)
     session_of(context).write_report(context, json_path, found)
 
@@ -58,13 +69,9 @@ def duplicates(
 @verb("Search")
 def cluster(
     context: typer.Context,
-    index: IndexArgument,
+    opened: OpenedIndex,
     settings: SimilaritySettings,
     out: LinesOption = STANDARD_OUTPUT,
-    student: IndexStudentOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    engine: EngineOption = "auto",
     json_path: JsonOption = None,
 ) -> None:
     """Group the passages of an index that mean the same.
@@ -72,17 +79,16 @@ def cluster(
     A JSON line is a passage in a cluster, the largest cluster first. Every member is similar to the centre of its
     cluster. A lower threshold makes larger clusters.
     """
-    from d2llm.retrieval.index import Index
     from d2llm.retrieval.similar import clusters_of, similar_pairs
 
-    opened = Index.open(index, student, device=device, dtype=dtype, engine=engine)
-    found = similar_pairs(opened, settings)
+    index = opened.open()
+    found = similar_pairs(index, settings)
     clusters = clusters_of(found)
     rows = (
         {"cluster": rank, "id": name, "probability": probability, "text": passage.full_text}
         for rank, one in enumerate(clusters, start=1)
         for members in ({one.centre: 1.0, **one.members},)
-        for (name, probability), passage in zip(members.items(), opened.get([*members]), strict=True)
+        for (name, probability), passage in zip(members.items(), index.get([*members]), strict=True)
     )
     session_of(context).write_lines(out, rows)
     num_members = sum(1 + len(one.members) for one in clusters)
@@ -115,7 +121,7 @@ def _say(context: typer.Context, result: str, found: SimilarPairs) -> None:
 @verb("Search")
 def classify(
     context: typer.Context,
-    index: IndexArgument,
+    opened: OpenedIndex,
     words: Annotated[
         list[str] | None, typer.Argument(metavar="TEXT", help="What to classify; all words are one text.")
     ] = None,
@@ -123,10 +129,6 @@ def classify(
     queries: QueriesOption = None,
     settings: ClassifySettings,
     out: LinesOption = STANDARD_OUTPUT,
-    student: IndexStudentOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    engine: EngineOption = "auto",
     json_path: JsonOption = None,
 ) -> None:
     """Classify texts by examples of each class in an index.
@@ -136,11 +138,10 @@ def classify(
     """
     from d2llm.cli.search import read_asked
     from d2llm.retrieval.classify import Classifier
-    from d2llm.retrieval.index import Index
 
     session = session_of(context)
-    texts = read_asked(session, index, words or [], queries)
-    classifier = Classifier(Index.open(index, student, device=device, dtype=dtype, engine=engine), settings)
+    texts = read_asked(session, opened.index, words or [], queries)
+    classifier = Classifier(opened.open(), settings)
     results = classifier.classify(texts)
     session.write_lines(out, results)
     num_none = sum(result.label is None for result in results)

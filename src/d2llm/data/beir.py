@@ -34,7 +34,7 @@ from d2llm.data.lines import (
 )
 
 if TYPE_CHECKING:
-    from d2llm.data.own_passages import OwnPassages
+    from d2llm.data.same_text import OwnPassages
 
 
 _LENGTHS = struct.Struct("<3I")  # of id, title and text, in bytes
@@ -214,8 +214,8 @@ class Dataset:
 
     @cached_property
     def own_passages(self) -> OwnPassages:
-        """The passages that are a query itself (``data.own_passages``), found when they are first asked for."""
-        from d2llm.data.own_passages import find_own_passages
+        """The passages that are a query itself (``data.same_text``), found when they are first asked for."""
+        from d2llm.data.same_text import find_own_passages
 
         return find_own_passages(self)
 

@@ -22,7 +22,7 @@ from d2llm.models.interaction import Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.ops import kernels
 from d2llm.recipe import InteractionConfig
-from d2llm.store.load_faiss import load_faiss
+from d2llm.store.scan import load_faiss
 
 _GIB = 1 << 30
 _LITTLE_MEMORY = 2 * _GIB

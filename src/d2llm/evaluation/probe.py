@@ -286,14 +286,14 @@ class _Replacement:
 
     def __init__(self, counts: Counter[str]) -> None:
         self.words = [word for word, _ in counts.most_common()[_FREQUENT:] if len(word) > 3]
-        self.place_of = {word: index for index, word in enumerate(self.words)}
+        self.rank_of = {word: index for index, word in enumerate(self.words)}
 
     def __call__(self, words: list[str], rng: random.Random) -> list[str] | None:
-        positions = [position for position, word in enumerate(words) if word in self.place_of]
+        positions = [position for position, word in enumerate(words) if word in self.rank_of]
         if not positions:
             return None
         position = rng.choice(positions)
-        rank = self.place_of[words[position]]
+        rank = self.rank_of[words[position]]
         near = [word for word in self.words[max(0, rank - 5) : rank + 6] if word not in words]
         return [*words[:position], rng.choice(near), *words[position + 1 :]] if near else None
 

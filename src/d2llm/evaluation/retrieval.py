@@ -24,7 +24,7 @@ from d2llm.evaluation.report import (
     MissingRow,
 )
 from d2llm.evaluation.settings import EvaluationSettings
-from d2llm.evaluation.shortcuts import Shortcuts, measure_shortcuts
+from d2llm.evaluation.shortcuts import Shortcuts, fitted_student, fitted_sum, measure_shortcuts, without_parts
 from d2llm.evaluation.systems import (
     RankedIds,
     RetrievalWork,
@@ -38,7 +38,6 @@ from d2llm.evaluation.systems import (
     timed,
     with_first_stages,
 )
-from d2llm.evaluation.word_rows import fitted_student, fitted_sum, without_parts
 from d2llm.models.teachers.pair_teacher import PairTeacher
 from d2llm.ops.measures import per_query_measures
 from d2llm.runners.placement import HERE, Placement
@@ -63,7 +62,7 @@ def evaluate_retrieval(
     )
     queries, num_left_out = _judged_queries(dataset, settings.split)
     probes, sampled = (
-        [queries[place] for place in sample(len(queries), size, settings.seed)]
+        [queries[position] for position in sample(len(queries), size, settings.seed)]
         for size in (settings.latency_queries, settings.teacher_queries or None)
     )
     trial = Trial(queries, probes, settings.settled_task, settings.top_k, dataset.own_passages)

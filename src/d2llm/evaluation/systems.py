@@ -24,7 +24,7 @@ from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import PartKind, Passage, Query, SystemKind, Task
 from d2llm.data.beir import Dataset
-from d2llm.data.own_passages import OwnPassages
+from d2llm.data.same_text import OwnPassages
 from d2llm.data.trec import TrecRun
 from d2llm.evaluation.report import Cost, Latency
 from d2llm.evaluation.settings import EvaluationSettings
@@ -82,7 +82,7 @@ class Trial:
     """The queries that every system answers, with ``top_k`` passages each.
 
     ``probes`` are the queries that are timed. ``own_passages`` are those that are the query itself; every system leaves
-    them out (``data.own_passages``).
+    them out (``data.same_text``).
     """
 
     queries: Sequence[Query]

@@ -31,8 +31,8 @@ from d2llm.core.types import Passage, Query, Task
 from d2llm.data.labels import LabelStore
 from d2llm.data.same_text import comparable, jaccard, shingles
 from d2llm.evaluation.pool_scores import PoolScores, score_pool
-from d2llm.fitting.draft_store import DraftStore, passage_hash
 from d2llm.fitting.settings import CriticSettings
+from d2llm.fitting.write_queries import DraftStore, passage_hash
 from d2llm.models.teachers.pair_teacher import PairTeacher, ranks_lists
 from d2llm.models.writers.writer import QUERY_KINDS, QueryKind
 from d2llm.ops.words import fold, runs

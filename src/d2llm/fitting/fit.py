@@ -32,7 +32,6 @@ from d2llm.data.run_folder import is_finished
 from d2llm.evaluation.pool_scores import place_teacher
 from d2llm.fitting.compare import compare_students, is_weighted
 from d2llm.fitting.critic import Review, review_queries
-from d2llm.fitting.draft_store import DraftStore
 from d2llm.fitting.fit_folder import default_folder, require_fit_folder
 from d2llm.fitting.recipes import NUM_NEGATIVES, dev_queries, recipe_for_queries, recipe_with_teacher
 from d2llm.fitting.report import FitReport, audit_page, outcome, report_page
@@ -48,7 +47,7 @@ from d2llm.fitting.time_plan import (
     seconds_per_search,
 )
 from d2llm.fitting.training_data import DataReport, read_judged, write_users_data, write_written_data
-from d2llm.fitting.write_queries import WritingBudget, WritingReport, write_queries
+from d2llm.fitting.write_queries import DraftStore, WritingBudget, WritingReport, write_queries
 from d2llm.ops.gating import GateTest
 from d2llm.recipe import DataConfig, Recipe, WriterConfig
 from d2llm.recipe.recipe_file import parse_recipe

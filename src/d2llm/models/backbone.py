@@ -187,7 +187,7 @@ class Backbone(TextReader, nn.Module):
     def states_at(
         self, token_ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"], depths: Sequence[int]
     ) -> tuple[list[Float[Tensor, "batch tokens dim"]], Bool[Tensor, "batch tokens"]]:
-        """States after the first ``depths`` layers, then those of the last layer, and their mask (``models.depths``).
+        """States after the first ``depths`` layers, then those of the last layer, and their mask.
 
         Raises:
             ModelError: the states cannot be read after fewer layers.

@@ -69,13 +69,13 @@ class DocumentExpansion:
 
     def words(self, vectors: NDArray[np.float32], full_texts: Sequence[str]) -> list[dict[str, float]]:
         """The words that each of some passages lacks, with counts above 0, by its vector [dim] of [n, dim]."""
-        place_of = {term: index for index, term in enumerate(self.terms)}
+        column_of = {term: index for index, term in enumerate(self.terms)}
         words: list[dict[str, float]] = []
         for start in range(0, len(full_texts), _BLOCK):
             texts, block = full_texts[start : start + _BLOCK], vectors[start : start + _BLOCK]
             likely = np.maximum(self.usual + (block.astype(np.float32) - self.middle) @ self.weights, 0)
             for text, row in zip(texts, likely, strict=True):
-                present = [place_of[term] for term in {*terms(text)} if term in place_of]
+                present = [column_of[term] for term in {*terms(text)} if term in column_of]
                 mean = max(float(row[present].mean()), _LEAST_MEAN) if present else _LEAST_MEAN
                 counts = np.round(self.amount / mean * row, 2)
                 counts[present] = 0

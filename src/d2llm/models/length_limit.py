@@ -1,7 +1,10 @@
 """The length limit of texts: how many tokens a model can read, and how texts are measured and cut to fewer.
 
 ``TextLengths`` does so for writers and for models behind an API, in characters if their tokenizer is not known. The
-texts of students and local teachers are cut as they are tokenized (``models.backbone``, ``ops.pair_truncation``).
+texts of students and local teachers are cut as they are tokenized (``models.backbone``, ``models.length_limit``).
+
+In a query and a passage that are read together, the end of the passage is cut first; a query that would take more than
+half of the room is cut only down to that half.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ from typing import Any
 
 from d2llm.core.errors import InputError
 from d2llm.models.sources import find_model, load_tokenizer
-from d2llm.ops.pair_truncation import cut_pair
 from d2llm.ops.token_bounds import costs
 from d2llm.recipe import EndpointConfig
 
@@ -69,7 +71,7 @@ class TextLengths:
         return [[end for _, end in offsets] for offsets in encoded["offset_mapping"]]
 
     def cut(self, pairs: Sequence[tuple[str, str]], room: int) -> list[tuple[str, str]]:
-        """Each pair of texts, cut to ``room`` units together (``ops.pair_truncation.cut_pair``)."""
+        """Each pair of texts, cut to ``room`` units together (``models.length_limit.cut_pair``)."""
         distinct = list(dict.fromkeys(text for pair in pairs for text in pair))
         ends = dict(zip(distinct, self.ends(distinct), strict=True))
         return [cut_pair(pair, (ends[pair[0]], ends[pair[1]]), room) for pair in pairs]
@@ -91,3 +93,22 @@ class TextLengths:
         """
         units = (math.ceil(cost * self._characters_per_token) for cost in costs(text, long_runs=False))
         return [end for end, num_units in enumerate(units, start=1) for _ in range(max(1, num_units))]
+
+
+def fit_pair(num_query: int, num_passage: int, room: int) -> tuple[int, int]:
+    """How many tokens of a query and of a passage are kept if they share ``room`` tokens."""
+    kept_query = min(num_query, max(room // 2, room - num_passage))
+    return kept_query, min(num_passage, max(0, room - kept_query))
+
+
+def cut_pair(pair: tuple[str, str], ends: tuple[Sequence[int], Sequence[int]], room: int) -> tuple[str, str]:
+    """Query and passage cut to ``room`` tokens together; ``ends`` say where in each text its tokens end.
+
+    A text that is not cut keeps what follows its last token, such as white space.
+    """
+    counts = fit_pair(len(ends[0]), len(ends[1]), room)
+    query, passage = (
+        text if count >= len(text_ends) else text[: text_ends[count - 1]] if count else ""
+        for text, text_ends, count in zip(pair, ends, counts, strict=True)
+    )
+    return query, passage

@@ -287,14 +287,14 @@ def _pearson(left: Floats, right: Floats) -> float:
 class _Sorted:
     """Pairs with the rank of each among the distinct scores, the highest first, so that resamples need no sorting."""
 
-    place: NDArray[np.intp]
-    num_places: int
+    ranks: NDArray[np.intp]
+    num_ranks: int
     truth: NDArray[np.bool_]
 
     @classmethod
     def from_scores(cls, values: Floats, truth: NDArray[np.bool_]) -> _Sorted:
-        distinct, place = np.unique(-values, return_inverse=True)
-        return cls(place, len(distinct), truth)
+        distinct, ranks = np.unique(-values, return_inverse=True)
+        return cls(ranks, len(distinct), truth)
 
     def cuts(self, rows: NDArray[np.intp]) -> _Cuts:
         """The possible cuts of the pairs at the given positions.
@@ -304,9 +304,9 @@ class _Sorted:
         """
         if not len(rows):
             raise InputError("there are no pairs to measure")
-        positions, truth = self.place[rows], self.truth[rows]
-        pairs = np.bincount(positions, minlength=self.num_places)
-        matches = np.bincount(positions[truth], minlength=self.num_places)
+        positions, truth = self.ranks[rows], self.truth[rows]
+        pairs = np.bincount(positions, minlength=self.num_ranks)
+        matches = np.bincount(positions[truth], minlength=self.num_ranks)
         drawn = pairs > 0
         cuts = _Cuts(pairs[drawn], matches[drawn])
         _require_both(int(cuts.hits[-1]), len(rows))

@@ -65,8 +65,8 @@ def calibrate_error(scores: ArrayLike, log_odds: ArrayLike, queries: Sequence[st
         raise InputError(f"{student.shape} scores, {teacher.shape} log-odds, {len(queries)} queries: give as many each")
     if not (np.isfinite(student).all() and np.isfinite(teacher).all()):
         raise InputError("a score or log-odds is not a finite number; check the student and the teacher")
-    place_of = {query: index for index, query in enumerate(dict.fromkeys(queries))}
-    group, num_queries = np.array([place_of[query] for query in queries], np.int64), len(place_of)
+    group_of = {query: index for index, query in enumerate(dict.fromkeys(queries))}
+    group, num_queries = np.array([group_of[query] for query in queries], np.int64), len(group_of)
     freedom = len(student) - num_queries - 1
     if freedom < 1:
         raise InputError(

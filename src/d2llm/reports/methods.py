@@ -167,19 +167,14 @@ def settings_of(
         limits = [f"{sign} {bound(field, key):g}" for key, sign in _BOUNDS.items() if bound(field, key) is not None]
         default: Any = field.get_default(call_default_factory=True) if given is None else getattr(given, name)
         inner = next((annotation for annotation in _flat(field.annotation) if _is_section(annotation)), None)
-        required = field.is_required() and given is None
-        yield (
-            f"{prefix}{name}",
-            Setting(
-                " ".join([_type(field.annotation), *limits]),
-                "must be given"
-                if required
-                else ""
-                if inner and default is not None
-                else shown_as(field).default or _default(default),
-                _one_line(field.description or ""),
-            ),
-        )
+        if field.is_required() and given is None:
+            words = "must be given"
+        elif inner and default is not None:
+            words = ""  # the lines of its settings follow
+        else:
+            words = shown_as(field).default or _default(default)
+        kind = " ".join([_type(field.annotation), *limits])
+        yield f"{prefix}{name}", Setting(kind, words, _one_line(field.description or ""))
         if inner is not None:
             yield from settings_of(inner, f"{prefix}{name}.", default if isinstance(default, BaseModel) else None)
 

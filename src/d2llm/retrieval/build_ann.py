@@ -27,7 +27,7 @@ from d2llm.retrieval.segments import IndexView
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.ann import MAX_EFFORT, NEIGHBOURS, AnnBase, AnnIndex, AnnRecord, AnnSearch, Recall, write_ann
 from d2llm.store.index_store import IndexStore
-from d2llm.store.load_faiss import load_faiss
+from d2llm.store.scan import load_faiss
 from d2llm.store.shards import Storage
 from d2llm.store.storage import storage_errors
 from d2llm.store.view import PassageView

@@ -60,9 +60,9 @@ def measure_error(
     searcher = Searcher(index, student, SearchSettings(top_k=depth, task=search_task))
     for position, ranking in enumerate(searcher.rank(queries)):
         passages = ranking.passages
-        for place in np.unique(np.linspace(0, len(passages) - 1, min(num_passages, len(passages))).astype(np.int64)):
-            pairs.append((ranking.query.text, passages[place].passage.full_text))
-            scores.append(passages[place].score)
+        for rank in np.unique(np.linspace(0, len(passages) - 1, min(num_passages, len(passages))).astype(np.int64)):
+            pairs.append((ranking.query.text, passages[rank].passage.full_text))
+            scores.append(passages[rank].score)
             names.append(str(position))
     return calibrate_error(scores, teacher.score_pairs(pairs, search_task).log_odds, names)
 

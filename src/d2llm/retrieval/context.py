@@ -19,9 +19,9 @@ from d2llm.core.types import (
     RankedPassage,
     Ranking,
 )
+from d2llm.models.length_limit import cut_pair
 from d2llm.models.sources import find_model, load_tokenizer
 from d2llm.models.tokens import token_ends
-from d2llm.ops.pair_truncation import cut_pair
 from d2llm.retrieval.chunking import HEADING_SEPARATOR
 from d2llm.retrieval.results import merge_neighbours
 from d2llm.retrieval.settings import SearchSettings
@@ -128,7 +128,7 @@ def build_context(
 
     A result that does not fit is left out, and a shorter one after it may still fit. Passages are never cut, with one
     exception: if the best result alone is longer than the limit, it keeps its first tokens, as a text that is too long
-    for a model does (``ops.pair_truncation``).
+    for a model does (``models.length_limit``).
 
     Args:
         ranking: results of a search for passages, with neighbours if wanted.

@@ -124,5 +124,5 @@ def add_hypothetical_passages(
     scaled = sums * (own_norms / np.where(norms > 0, norms, 1))
     expanded = np.isin(np.arange(len(sums)), owners)
     vectors = np.where(expanded[:, None], scaled, query_vectors).astype(np.float32)
-    num_cut = np.bincount([owners[place] for place in read.truncated], minlength=len(sums)).tolist()
+    num_cut = np.bincount([owners[text] for text in read.truncated], minlength=len(sums)).tolist()
     return vectors, [replace(one, num_truncated=count) for one, count in zip(expansions, num_cut, strict=True)]

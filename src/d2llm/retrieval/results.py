@@ -1,11 +1,16 @@
 """Turns ordered candidates into results: texts, documents, neighbours, explanations, the teacher's scores.
 
 Excerpts are results with the passages around them, merged into consecutive parts of their documents.
+
+Facets: how often the values of metadata fields occur in a search. Without words that a passage must have, every passage
+that the filter allows matches a query more or less. So a facet has two counts for each value: of all these passages,
+whatever the query, and of the query's candidates, which got the full score.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,10 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d2llm.core.errors import InputError
+from d2llm.core.names import suggestion
 from d2llm.core.types import (
     Certificate,
     Excerpt,
     Explanation,
+    Facet,
+    FacetValue,
     Grouping,
     Passage,
     Query,
@@ -29,6 +38,8 @@ from d2llm.core.types import (
 from d2llm.models.row_features import FeatureParts
 from d2llm.ops.diversity import DiverseResults
 from d2llm.retrieval.segments import IndexView
+from d2llm.retrieval.settings import SearchSettings
+from d2llm.store.schema import MetadataSchema
 from d2llm.store.view import CandidateRows
 
 if TYPE_CHECKING:
@@ -369,3 +380,42 @@ def _num_repeated(before: str, after: str) -> int:
     while start >= 0 and not after.startswith(before[start:]):
         start = before.find(beginning, start + 1)
     return len(before) - start if start >= 0 else 0
+
+
+MAX_VALUES = 100
+"""Values of a field that are listed."""
+
+
+def check_fields(settings: SearchSettings, schema: MetadataSchema) -> None:
+    """Check that the index has the fields by which a search counts and sorts.
+
+    Raises:
+        InputError: it has no such metadata field.
+    """
+    sorted_by = () if settings.sort is None else (_field(settings.sort),)
+    for setting, names in (("sort", sorted_by), ("facets", settings.facets or ())):
+        for name in names:
+            if name not in schema.fields:
+                known = suggestion(name, schema.fields, "there are") if schema.fields else "the index has none"
+                raise InputError(f"{setting}: there is no metadata field {name!r}; {known}")
+
+
+def facet(allowed: Counter[Any], candidates: Sequence[Any]) -> Facet:
+    """The facet of a field from the counts of its values, None included, and the value of each candidate."""
+    scored = Counter(candidates)
+    present = [(value, count) for value, count in allowed.items() if value is not None]
+    present.sort(key=lambda item: (-item[1], item[0]))
+    values = tuple(FacetValue(value, count, scored[value]) for value, count in present[:MAX_VALUES])
+    return Facet(values, len(present), allowed[None])
+
+
+def in_order_of(passages: Sequence[RankedPassage], sort: str) -> tuple[RankedPassage, ...]:
+    """Results by a field (``SearchSettings.sort``): equal ones by score, those without a value last."""
+    name, is_descending = _field(sort), sort.endswith(":desc")
+    with_value = [one for one in passages if one.passage.metadata.get(name) is not None]
+    with_value.sort(key=lambda one: one.passage.metadata[name], reverse=is_descending)  # pyright: ignore[reportArgumentType]
+    return (*with_value, *(one for one in passages if one.passage.metadata.get(name) is None))
+
+
+def _field(sort: str) -> str:
+    return sort.partition(":")[0]

@@ -21,11 +21,19 @@ from d2llm.ops.diversity import select_diverse
 from d2llm.ops.fusion import reciprocal_rank_scores
 from d2llm.ops.selection import check_scores, top_rows
 from d2llm.retrieval.exact_search import CachedBounds
-from d2llm.retrieval.facets import check_fields, facet, in_order_of
 from d2llm.retrieval.feature_weights import weights_for
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.query_preparation import PreparedQuery, QueryPreparation, Tokens
-from d2llm.retrieval.results import Order, ScoredCandidates, group_passages, rerank_report, show
+from d2llm.retrieval.results import (
+    Order,
+    ScoredCandidates,
+    check_fields,
+    facet,
+    group_passages,
+    in_order_of,
+    rerank_report,
+    show,
+)
 from d2llm.retrieval.searched_segments import Missing, SearchedSegments
 from d2llm.retrieval.segments import IndexView, map_queries
 from d2llm.retrieval.settings import SearchSettings

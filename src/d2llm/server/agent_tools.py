@@ -94,7 +94,7 @@ class PlaceArguments(ToolArguments):
     document_id: PassageId | None = Field(None, description="A document, by an id from other results.")
 
     @model_validator(mode="after")
-    def _one_place(self) -> Self:
+    def _one_part(self) -> Self:
         if (self.passage_id is None) == (self.document_id is None):
             raise ValueError("give either passage_id or document_id")
         return self
@@ -114,9 +114,9 @@ class ReadArguments(PlaceArguments, TextArguments):
 
     @model_validator(mode="after")
     def _matching(self) -> Self:
-        wrong, place = ("start", "document_id") if self.document_id is None else ("neighbours", "passage_id")
+        wrong, meant = ("start", "document_id") if self.document_id is None else ("neighbours", "passage_id")
         if wrong in self.model_fields_set:
-            raise ValueError(f"{wrong} is for {place}; leave it out")
+            raise ValueError(f"{wrong} is for {meant}; leave it out")
         return self
 
 
@@ -243,8 +243,8 @@ async def similar(agent: Agent, arguments: SimilarArguments) -> dict[str, Any]:
     task = "symmetric" if "symmetric" in services.models.student.trained_tasks else None
     more = settings.replace(top_k=settings.top_k + 1, task=task)  # it finds itself
     ranking, student = await index.search(passage.full_text, more)
-    others = [place for place in ranking.passages if place.passage.id != passage.id][: settings.top_k]
-    ranked = tuple(replace(place, rank=rank) for rank, place in enumerate(others, start=1))
+    others = [result for result in ranking.passages if result.passage.id != passage.id][: settings.top_k]
+    ranked = tuple(replace(result, rank=rank) for rank, result in enumerate(others, start=1))
     context = await index.context(replace(ranking, passages=ranked), student, max_tokens, "rank")
     return _results(index, context)
 
@@ -259,8 +259,8 @@ async def read(agent: Agent, arguments: ReadArguments) -> dict[str, Any]:
     index = require_index(services)
     if arguments.passage_id is not None:
         passage_id, neighbours = arguments.passage_id, arguments.neighbours
-        place = await index.read(lambda version: _around(version, passage_id, neighbours))
-        return await _part(index, services.models, place, max_tokens)
+        part = await index.read(lambda version: _around(version, passage_id, neighbours))
+        return await _part(index, services.models, part, max_tokens)
     return await read_document(index, services.models, arguments.document_id or "", arguments.start, max_tokens)
 
 
@@ -325,12 +325,12 @@ async def list_resources(agent: Agent, cursor: str | None) -> tuple[list[Documen
         ServingError: 400, the cursor is not one that this function has returned.
     """
     names = agent.catalog.names
-    place = {name: values[-1] for name, values in parse_qs(cursor or "", keep_blank_values=True).items()}
-    if cursor and (place.keys() != {"index", "after"} or place["index"] not in names):
+    start = {name: values[-1] for name, values in parse_qs(cursor or "", keep_blank_values=True).items()}
+    if cursor and (start.keys() != {"index", "after"} or start["index"] not in names):
         raise invalid("the cursor is none that this server has given; start without one", "cursor")
-    name = place.get("index", next(iter(names), None))
+    name = start.get("index", next(iter(names), None))
     index = require_index(agent.services(name))
-    page = await corpus_routes.list_documents(index, place.get("after", ""), _RESOURCES_PER_PAGE)
+    page = await corpus_routes.list_documents(index, start.get("after", ""), _RESOURCES_PER_PAGE)
     resources = [DocumentResource(index.name, document.id, document.num_passages) for document in page.documents]
     if page.next_cursor is not None:
         return resources, urlencode({"index": name, "after": page.next_cursor})
@@ -364,14 +364,14 @@ async def read_document(
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _DocumentPart:
     """A passage with those around it that are to be read too, and the position after these, if there is any."""
 
     result: RankedPassage
     next_start: int | None
 
 
-def _around(version: OpenVersion, passage_id: str, neighbours: int) -> _Place:
+def _around(version: OpenVersion, passage_id: str, neighbours: int) -> _DocumentPart:
     passage = passage_of(version, passage_id)
     near = version.view.neighbours([passage], neighbours + 1) if passage.document_id else []
     near = sorted((one for one in near if one.id != passage.id), key=lambda one: one.position)
@@ -384,7 +384,7 @@ def _around(version: OpenVersion, passage_id: str, neighbours: int) -> _Place:
     )
 
 
-def _from(version: OpenVersion, document_id: str, start: int) -> _Place:
+def _from(version: OpenVersion, document_id: str, start: int) -> _DocumentPart:
     """The passages of a document from a position on.
 
     Raises:
@@ -406,20 +406,20 @@ def _from(version: OpenVersion, document_id: str, start: int) -> _Place:
 
 def _placed(
     passage: Passage, *, before: Sequence[Passage] = (), after: Sequence[Passage] = (), following: Sequence[Passage]
-) -> _Place:
+) -> _DocumentPart:
     result = RankedPassage(1, passage, 0.0, before=tuple(before), after=tuple(after))
-    return _Place(result, following[0].position if following else None)
+    return _DocumentPart(result, following[0].position if following else None)
 
 
-async def _part(index: ServedIndex, models: ModelService, place: _Place, max_tokens: int) -> dict[str, Any]:
-    """A place of a document, as much as fits, and where the next part begins."""
-    ranking = Ranking(Query("1", ""), (place.result,), num_candidates=0)
+async def _part(index: ServedIndex, models: ModelService, part: _DocumentPart, max_tokens: int) -> dict[str, Any]:
+    """Part of a document, as much as fits, and where the next part begins."""
+    ranking = Ranking(Query("1", ""), (part.result,), num_candidates=0)
     context = await index.context(ranking, models, max_tokens, "document")
     if not context.sources:
         raise invalid(f"max_tokens: {max_tokens} leaves no room for any text; give more", "max_tokens")
     (source,) = context.sources
-    unread = [one.position for one in place.result.after if one.id not in source.passage_ids]
-    next_start = unread[0] if unread else place.next_start
+    unread = [one.position for one in part.result.after if one.id not in source.passage_ids]
+    next_start = unread[0] if unread else part.next_start
     return _quoted(index, **_shown(source), cut_off=context.truncated or None, next_start=next_start)
 
 

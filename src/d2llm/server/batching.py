@@ -68,7 +68,7 @@ class _Group(Generic[_Item, _Result]):
 
 
 @dataclass(frozen=True, slots=True)
-class _Place(Generic[_Item, _Result]):
+class _Queued(Generic[_Item, _Result]):
     """An item of a group."""
 
     group: _Group[_Item, _Result]
@@ -227,7 +227,7 @@ class Batcher(Generic[_Item, _Result]):
         alone = not self._groups and not self._num_running
         self._num_running += 1
         begin = time.perf_counter()
-        thread, items = self._thread if alone else self._lanes, [place.item for place in taken]
+        thread, items = self._thread if alone else self._lanes, [queued.item for queued in taken]
         try:
             loop = asyncio.get_running_loop()
             results = await loop.run_in_executor(thread, self._run_apart, items)
@@ -239,10 +239,10 @@ class Batcher(Generic[_Item, _Result]):
         self._observe_batch(len(taken), seconds)
         latest = seconds / len(taken)
         self._item_seconds += _NEW_WEIGHT * (latest - self._item_seconds) if self._item_seconds else latest
-        for place, result in zip(taken, results, strict=True):
-            _deliver(place.group, place.position, result)
+        for queued, result in zip(taken, results, strict=True):
+            _deliver(queued.group, queued.position, result)
 
-    def _take(self) -> list[_Place[_Item, _Result]]:
+    def _take(self) -> list[_Queued[_Item, _Result]]:
         """The next batch: the item that has waited longest, and the items in sight with the most similar costs."""
         in_sight = self._in_sight()
         if not in_sight:
@@ -250,23 +250,23 @@ class Batcher(Generic[_Item, _Result]):
         first = in_sight[0].cost
         room = self._max_batch
         if self._num_lanes > 1:  # a short queue is shared among lanes: more uniform batches, faster answers
-            fair = sum(place.cost for place in in_sight) / self._num_lanes
+            fair = sum(queued.cost for queued in in_sight) / self._num_lanes
             room = max(_MIN_BATCH * room, min(fair, room))
-        batch: list[_Place[_Item, _Result]] = []
+        batch: list[_Queued[_Item, _Result]] = []
         most = 0.0
-        for place in sorted(in_sight, key=lambda place: abs(place.cost - first)):
-            most = max(most, place.cost)
+        for queued in sorted(in_sight, key=lambda queued: abs(queued.cost - first)):
+            most = max(most, queued.cost)
             if batch and most * (len(batch) + 1) > room:
                 break
-            batch.append(place)
+            batch.append(queued)
         self._remove(batch)
         return batch
 
-    def _remove(self, taken: Sequence[_Place[_Item, _Result]]) -> None:
+    def _remove(self, taken: Sequence[_Queued[_Item, _Result]]) -> None:
         """Remove these from the queue; a group with items left moves to the end."""
         numbers: dict[_Group[_Item, _Result], set[int]] = {}
-        for place in taken:
-            numbers.setdefault(place.group, set()).add(place.position)
+        for queued in taken:
+            numbers.setdefault(queued.group, set()).add(queued.position)
         now = time.perf_counter()
         for group, removed in numbers.items():
             group.began = group.began or now
@@ -276,15 +276,15 @@ class Batcher(Generic[_Item, _Result]):
                 self._groups.append(group)
         self._num_queued -= len(taken)
 
-    def _in_sight(self) -> list[_Place[_Item, _Result]]:
+    def _in_sight(self) -> list[_Queued[_Item, _Result]]:
         """A few items of each group, enough for several batches, longest-waiting first."""
-        in_sight: list[_Place[_Item, _Result]] = []
+        in_sight: list[_Queued[_Item, _Result]] = []
         room = self._max_batch * _BATCHES_IN_SIGHT
         for group in self._groups:
             for position in group.waiting[:_ITEMS_A_TURN]:
-                place = _Place(group, position, self._cost(group.items[position]))
-                room -= place.cost
-                in_sight.append(place)
+                queued = _Queued(group, position, self._cost(group.items[position]))
+                room -= queued.cost
+                in_sight.append(queued)
             if room < 0:
                 break
         return in_sight
@@ -321,13 +321,13 @@ class CallQueue(Batcher[Callable[[], Any], Any]):
         return done.results[0], done.queued
 
 
-def _deliver(group: _Group[_Item, _Result], place: int, result: _Result | Exception) -> None:
+def _deliver(group: _Group[_Item, _Result], position: int, result: _Result | Exception) -> None:
     if group.future.done():
         return
     if isinstance(result, Exception):
         group.future.set_exception(result)
         return
-    group.results[place] = result
+    group.results[position] = result
     if len(group.results) == len(group.items):
         assert group.began is not None
         results = [group.results[at] for at in range(len(group.items))]

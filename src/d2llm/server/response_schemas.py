@@ -123,23 +123,23 @@ class PassageResponse(ResponseBody):
 
 
 @dataclass(frozen=True, slots=True)
-class RatedPlace:
-    """A place of a ranking with the probability that its passage is relevant, and whether that is weak."""
+class RatedPassage:
+    """A ranked passage with the probability that its passage is relevant, and whether that is weak."""
 
-    place: RankedPassage
+    ranked: RankedPassage
     probability: float | None
     weak: bool | None
 
 
-def _of_rated_place(name: str) -> str | AliasPath:
+def _of_rated_passage(name: str) -> str | AliasPath:
     """Where a field of ``RankedResponse`` is read from."""
-    if name in RatedPlace.__slots__:
+    if name in RatedPassage.__slots__:
         return name
-    return AliasPath("place", "passage", name) if name in PassageResponse.model_fields else AliasPath("place", name)
+    return AliasPath("ranked", "passage", name) if name in PassageResponse.model_fields else AliasPath("ranked", name)
 
 
 class RankedResponse(PassageResponse):
-    """One place of a ranking.
+    """One passage of a ranking.
 
     With explain, ``probability`` is that the passage is relevant, by the student's own score without words, windows and
     tokens. It is ``weak`` if that is low and the passage lacks words of the query, so that it probably does not fit:
@@ -147,7 +147,7 @@ class RankedResponse(PassageResponse):
     ranking does not have its score, or if a teacher has scored the passage.
     """
 
-    model_config = ConfigDict(alias_generator=AliasGenerator(validation_alias=_of_rated_place))
+    model_config = ConfigDict(alias_generator=AliasGenerator(validation_alias=_of_rated_passage))
 
     rank: int
     score: float

@@ -16,7 +16,7 @@ from d2llm.core.types import Excerpt, Explanation, Ranking
 from d2llm.models.probabilities import WEAK, WEAK_WITHOUT_WORDS
 from d2llm.ops.bm25_words import terms
 from d2llm.retrieval.context import AnswerContext
-from d2llm.server.response_schemas import ContextResponse, Joined, RatedPlace, SearchResponse
+from d2llm.server.response_schemas import ContextResponse, Joined, RatedPassage, SearchResponse
 
 _FEW_ITEMS = 64  # passages or vectors, which are serialized within a few milliseconds
 
@@ -60,8 +60,8 @@ def search_response(
     """A ranking with its excerpts, if they were requested, and the ``probabilities`` that its passages are relevant."""
     query_terms = frozenset(terms(ranking.query.text))
     passages = [
-        RatedPlace(place, probability, _is_weak(place.explanation, probability, query_terms))
-        for place, probability in zip(ranking.passages, probabilities, strict=True)
+        RatedPassage(ranked, probability, _is_weak(ranked.explanation, probability, query_terms))
+        for ranked, probability in zip(ranking.passages, probabilities, strict=True)
     ]
     facts = _facts(ranking) | origin
     return SearchResponse.model_validate(Joined(ranking, passages=passages, excerpts=excerpts, **facts))

@@ -28,8 +28,8 @@ from d2llm.core.types import ContextOrder, Passage, Ranking, Task
 from d2llm.models.attribution import Attribution, attribute
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import RANKING_TEACHER, ranks_lists, score_passages
-from d2llm.ops.typing_errors import corrected
 from d2llm.retrieval.context import AnswerContext, build_context
+from d2llm.retrieval.corrections import corrected
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.rewriting import with_rewriting

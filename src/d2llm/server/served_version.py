@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,8 +17,11 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import D2LLMError
 from d2llm.core.files import MANIFEST_NAME
-from d2llm.core.types import Query, Ranking, Task
+from d2llm.core.types import Passage, Query, Ranking, Task
 from d2llm.models.score_features import FeatureWeights
+from d2llm.ops.bm25_words import sentences
+from d2llm.ops.words import words
+from d2llm.retrieval.chunking import HEADING_SEPARATOR
 from d2llm.retrieval.corrections import find_corrections
 from d2llm.retrieval.cosine import DotStudent
 from d2llm.retrieval.expansion import Expansion
@@ -30,7 +33,6 @@ from d2llm.retrieval.reranker import OpenReranker
 from d2llm.retrieval.scoring_corpus import IndexCorpus
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.retrieval.segments import IndexView
-from d2llm.server.example_queries import example_queries
 from d2llm.server.model_service import ModelService
 from d2llm.server.ray_shards import ShardCluster
 from d2llm.server.response_schemas import ScorePart
@@ -233,3 +235,49 @@ def manifest_state(folder: Path) -> tuple[int, int]:
     except FileNotFoundError:
         return 0, 0  # opening it raises the error
     return manifest.st_ino, manifest.st_mtime_ns
+
+
+_NUM_EXAMPLES = 3
+_NUM_READ = 60  # passages
+_WORDS = range(2, 25)  # of an example
+_TYPICAL_WORDS = 6
+_MAX_CHARS = 150
+
+
+def example_queries(view: IndexView) -> list[str]:
+    """At most three different queries, from passages spread evenly over an index; the same for the same contents."""
+    rows = view.live_rows()
+    chosen = np.unique(np.linspace(0, len(rows) - 1, min(_NUM_READ, len(rows))).astype(np.int64))
+    return _queries_of(view.passages(rows[chosen]))
+
+
+def _queries_of(passages: Sequence[Passage]) -> list[str]:
+    """One query from each third of the passages: a heading that no other has if there is one, else a sentence."""
+    headings = [passage.title.rsplit(HEADING_SEPARATOR, 1)[-1] for passage in passages]
+    sentences_of = [_first_sentence(passage.text) for passage in passages]
+    counts = Counter(text.casefold() for text in headings)
+    queries: list[str] = []
+    for third in np.array_split(np.arange(len(passages)), _NUM_EXAMPLES):
+        unique = [headings[row] for row in third if counts[headings[row].casefold()] == 1]
+        for texts in (unique, [sentences_of[row] for row in third]):
+            usable = [text for text in texts if _is_query(text) and text not in queries]
+            if usable:
+                queries.append(min(usable, key=_unusual))
+                break
+    return queries
+
+
+def _first_sentence(text: str) -> str:
+    start, end = next(iter(sentences(text)), (0, 0))
+    return text[start:end]
+
+
+def _is_query(text: str) -> bool:
+    """Whether a text reads like something that one would ask: some words, and hardly any signs."""
+    letters = sum(sign.isalpha() or sign.isspace() for sign in text)
+    return len(text) <= _MAX_CHARS and len(words(text)) in _WORDS and letters > 0.85 * len(text)
+
+
+def _unusual(text: str) -> int:
+    """How far the length of a query is from the usual one."""
+    return abs(len(words(text)) - _TYPICAL_WORDS)

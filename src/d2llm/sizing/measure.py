@@ -36,9 +36,8 @@ from d2llm.sizing.texts import count_postings, word_queries, write_passages
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
-from d2llm.store.load_faiss import load_faiss
 from d2llm.store.part_vectors import PartVectors
-from d2llm.store.scan import RowScan
+from d2llm.store.scan import RowScan, load_faiss
 from d2llm.store.shards import Storage
 from d2llm.store.vector_formats import FORMATS, VectorFormat, make_format
 from d2llm.store.word_segment import WordSegment

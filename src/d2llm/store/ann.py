@@ -35,8 +35,7 @@ from numpy.typing import NDArray
 from d2llm.core.fallbacks import count_fallback
 from d2llm.ops.selection import top_rows
 from d2llm.store.checksums import read_checked, write_checked
-from d2llm.store.load_faiss import load_faiss
-from d2llm.store.scan import IdsOf, RowScan, one_thread
+from d2llm.store.scan import IdsOf, RowScan, load_faiss, one_thread
 from d2llm.store.vector_file import ann_path_of
 from d2llm.store.vector_formats import VectorFormat
 

@@ -13,6 +13,8 @@ depend on the other queries.
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -24,7 +26,6 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError
 from d2llm.core.fallbacks import fell_back
 from d2llm.ops.selection import nth_highest, top_rows
-from d2llm.store.load_faiss import load_faiss
 from d2llm.store.vector_formats import VectorFormat
 
 IdsOf = Callable[[NDArray[np.int64]], Sequence[str]]
@@ -36,8 +37,6 @@ _SPARE_ROWS = 128  # candidates beyond top_k (at least an eighth of it): reading
 _WIDEN = 4
 _BLOCK_ROWS = 1_024  # rows that numpy decodes at a time: they stay in the cache
 _PRODUCT_ROWS = 256  # summed in float64 at a time: larger arrays need new memory pages, which takes 4 times as long
-_TOGETHER = 256  # queries per matrix product, for which a block of rows is decoded once; more are hardly faster
-_MAX_CANDIDATES = 1 << 20  # of all queries of a matrix product: they are in memory together
 _MIN_TOGETHER = 8  # fewer are as fast one by one
 _GATHER_ROWS = 65_536  # allowed rows that are copied together for an index that cannot exclude rows,
 _FEW_LEFT_OUT = 4_096  # unless it is faster to search for this many more and drop the rows that are not allowed
@@ -106,7 +105,7 @@ class RowScan:
     ) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """``search`` for several queries [q, dim], with identical results but faster than one by one.
 
-        Besides the results, it needs memory for the candidates of 256 queries, or fewer if ``top_k`` is high.
+        Besides the results, it needs memory for the candidates of all these queries; more than 256 are hardly faster.
 
         Raises:
             InputError: as for ``search``.
@@ -114,21 +113,18 @@ class RowScan:
         for query in queries:
             self.check(query, top_k)
         num_allowed = len(self._codes) if mask is None else int(np.count_nonzero(mask))
+        if len(queries) < _MIN_TOGETHER or not num_allowed:
+            return [self.search(query, top_k, mask, ids_of=ids_of) for query in queries]
         results: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
         take = min(top_k + max(_SPARE_ROWS, top_k // 8), num_allowed)
-        together = max(min(_TOGETHER, _MAX_CANDIDATES // max(take, 1)), _MIN_TOGETHER)
-        for start in range(0, len(queries), together):
-            batch = np.ascontiguousarray(queries[start : start + together], np.float32)
-            if len(batch) < _MIN_TOGETHER or not num_allowed:
-                results += [self.search(query, top_k, mask, ids_of=ids_of) for query in batch]
+        batch = np.ascontiguousarray(queries, np.float32)
+        for query, (rows, lowest) in zip(batch, self._propose_together(batch, take, mask), strict=True):
+            scores = self.products(query, rows)
+            if len(rows) < num_allowed and not self._is_enough(query, scores, lowest, top_k):
+                results.append(self.search(query, top_k, mask, ids_of=ids_of))
                 continue
-            for query, (rows, lowest) in zip(batch, self._propose_together(batch, take, mask), strict=True):
-                scores = self.products(query, rows)
-                if len(rows) < num_allowed and not self._is_enough(query, scores, lowest, top_k):
-                    results.append(self.search(query, top_k, mask, ids_of=ids_of))
-                    continue
-                best = top_rows(scores, top_k, lambda positions, rows=rows: ids_of(rows[positions]))
-                results.append((rows[best], scores[best]))
+            best = top_rows(scores, top_k, lambda positions, rows=rows: ids_of(rows[positions]))
+            results.append((rows[best], scores[best]))
         return results
 
     def products(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -165,7 +161,7 @@ class RowScan:
         return ((2 * self._format.dim + 64) * _FLOAT32_ERROR + self._rounding) * norm * self._largest_norm
 
     def _rounds_queries(self) -> bool:
-        """Whether this FAISS rounds queries to bfloat16 where rows are bfloat16 (``store.load_faiss``)."""
+        """Whether this FAISS rounds queries to bfloat16 where rows are bfloat16 (``store.scan``)."""
         if self._format.kind != "bfloat16":
             return False
         dim, query = self._format.dim, np.float32(1 + 2.0**-12)
@@ -329,3 +325,23 @@ def _import_faiss() -> Any:
     except ImportError as error:
         fell_back("scan by FAISS", f"FAISS cannot be loaded ({error}); numpy scans")
         return None
+
+
+_LEVEL = "FAISS_SIMD_LEVEL"
+
+
+def load_faiss() -> Any:
+    """The module ``faiss``, which is slow to import and has no types.
+
+    On CPUs with AVX512-FP16 (its level ``AVX512_SPR``) it rounds a query to bfloat16 where rows are bfloat16: too
+    coarsely to prove that a search is exact within few candidates. So the level is AVX512 instead, for the whole
+    process, unless ``FAISS_SIMD_LEVEL`` chooses one. A FAISS whose level cannot be set while it runs stays as it is.
+
+    Raises:
+        ImportError: it is not installed, or cannot be loaded.
+    """
+    faiss = importlib.import_module("faiss")
+    levels = getattr(faiss, "SIMDConfig", None)
+    if levels is not None and _LEVEL not in os.environ and levels.get_level() == faiss.SIMDLevel_AVX512_SPR:
+        levels.set_level(faiss.SIMDLevel_AVX512)
+    return faiss

@@ -492,7 +492,7 @@ def make_teacher_dev_set(
 ) -> DevSet:
     """Dev queries with the first ``depth`` passages of BM25 and of the student's inner products, from the whole corpus.
 
-    Passages that are the query itself are left out (``data.own_passages``).
+    Passages that are the query itself are left out (``data.same_text``).
 
     Args:
         dataset: the data set, with its dev judgements.

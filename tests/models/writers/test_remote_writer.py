@@ -13,8 +13,7 @@ import pytest
 
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError, RecipeError
 from d2llm.core.types import Passage
-from d2llm.fitting.draft_store import DraftStore, passage_hash
-from d2llm.fitting.write_queries import WritingBudget, write_queries
+from d2llm.fitting.write_queries import DraftStore, WritingBudget, passage_hash, write_queries
 from d2llm.methods.losses.soft_expansion import read_expansions, write_expansions
 from d2llm.models.remote import endpoint as remote_endpoint
 from d2llm.models.writers.remote import RemoteWriter

@@ -38,7 +38,7 @@ from d2llm.models.remote.endpoint import TOO_LONG, quoted
 from d2llm.models.teachers.list_answers import ListPrompt, load_list_prompt, read_grades, read_ranking
 from d2llm.models.teachers.pair_teacher import PartialScores, TeacherScores, TextPair, shared_steps, whole_queries
 from d2llm.models.teachers.remote import EndpointTeacher
-from d2llm.ops.plackett_luce import strengths
+from d2llm.ops.fusion import strengths
 from d2llm.recipe import GradedTeacherConfig, ListEndpointConfig, ListsConfig, ListwiseTeacherConfig
 
 GRADE_OF_ANSWERS, GRADES_PER_LOGIT = 70.0, 12.0

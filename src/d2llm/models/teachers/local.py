@@ -29,7 +29,7 @@ from d2llm.models.device import (
     tokens_to_read,
     use_plain_attention_on_cpu,
 )
-from d2llm.models.length_limit import check_limits
+from d2llm.models.length_limit import check_limits, cut_pair
 from d2llm.models.lora import (
     adapter_state,
     attach_lora,
@@ -62,7 +62,6 @@ from d2llm.models.teachers.identity import (
 from d2llm.models.teachers.loading import check_device, loading_options, require_on_devices
 from d2llm.models.teachers.pair_teacher import TeacherScores, TextPair
 from d2llm.ops.batching import pad_right, token_budget_batches
-from d2llm.ops.pair_truncation import cut_pair
 from d2llm.recipe import LocalTeacherConfig, LoraConfig, Quantization, TeacherIdentity
 
 _T = TypeVar("_T", bound="LocalTeacher")

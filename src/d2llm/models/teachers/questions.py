@@ -10,10 +10,10 @@ from typing import Any, cast
 
 from d2llm.core.errors import AnswerTokenError, InputError
 from d2llm.core.types import TASKS, Task
+from d2llm.models.length_limit import fit_pair
 from d2llm.models.sources import leading_special_ids
 from d2llm.models.teachers.pair_teacher import TextPair
 from d2llm.models.teachers.prompts import Prompt, load_prompt
-from d2llm.ops.pair_truncation import fit_pair
 from d2llm.recipe import PromptedTeacherConfig
 
 Question = tuple[tuple[int, ...], list[int]]

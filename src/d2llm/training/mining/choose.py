@@ -241,7 +241,7 @@ class DatasetJudgements:
         return self._same_text.duplicates_of(self.relevant(query_id, positives))
 
     def own_passages(self, query_id: str) -> frozenset[str]:
-        """Passages that are the query itself (``data.own_passages``)."""
+        """Passages that are the query itself (``data.same_text``)."""
         return self._own_passages.of(query_id)
 
     def negative(self, query_id: str) -> set[str]:

@@ -13,9 +13,8 @@ from d2llm.core.errors import InputError
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Query, Task
 from d2llm.data.beir import Dataset
-from d2llm.data.own_passages import OwnCounts
 from d2llm.data.plan import PlanEntry
-from d2llm.data.same_text import SameText
+from d2llm.data.same_text import OwnCounts, SameText
 from d2llm.recipe import MiningConfig
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.protocols import SearchStudent, TextEncoder
@@ -80,7 +79,7 @@ def mine(
 
     Candidates for hard negatives are the union of ranges of two lists, BM25's and the encoder's, without the query's
     positives (in any split), passages with the same text as a positive, and passages that are the query itself
-    (``data.own_passages``). They are tried in the order given by ``config.sampling``. Likely positives are dropped
+    (``data.same_text``). They are tried in the order given by ``config.sampling``. Likely positives are dropped
     (``config.near_duplicate``, ``relative_margin``, ``teacher_margin``), unless the data set itself judges them not
     relevant, and the first ``num_hard`` that pass are used. Easy negatives are drawn from the rest of the corpus. A
     query's draw depends on the seed, its id and the corpus, not on the order of files or on which other queries are
