@@ -61,9 +61,10 @@ def size(
     ] = "cpu",
     json_path: JsonOption = None,
 ) -> None:
-    """Compute bytes, times, machines and costs of a planned index, or the memory of a training.
+    """Compute what a planned index, or a training, will cost.
 
-    Give --passages, --measure or --train.
+    Give --passages or --measure for the bytes, times, machines and costs of an index, --train for the memory of a
+    training.
     """
     planned = "passages" in settings
     if not planned and not measure and train is None:

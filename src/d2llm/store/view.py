@@ -18,7 +18,7 @@ from d2llm.ops.selection import top_rows
 from d2llm.store.ann import AnnBase, AnnIndex
 from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK, is_as_written
 from d2llm.store.bm25 import WordIndex
-from d2llm.store.filters import filtered
+from d2llm.store.filter_indexes import filtered
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import PartVectors, best_windows
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument, Record
