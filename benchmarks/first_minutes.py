@@ -17,6 +17,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -54,22 +55,19 @@ def install(name: str, environment: Path) -> dict[str, float]:
     return measured
 
 
-def run(name: str, environment: Path, folder: Path, model: Path, questions: list[str], work: Path) -> dict[str, Any]:
+def run(name: str, environment: Path, folder: Path, model: Path, questions: list[str]) -> dict[str, Any]:
     """What the program of a library found, and its time."""
-    asked, found = work / f"{name}-questions.json", work / f"{name}-found.json"
-    asked.write_text(json.dumps(questions))
-    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     program = PROGRAMS / f"with_{name}.py"
-    subprocess.run([environment / "bin/python", program, folder, model, asked, found], check=True, cwd=work)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    with tempfile.TemporaryDirectory() as work:
+        asked, found = Path(work) / "questions.json", Path(work) / "found.json"
+        asked.write_text(json.dumps(questions))
+        before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        subprocess.run([environment / "bin/python", program, folder, model, asked, found], check=True, cwd=work)
+        seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+        texts = json.loads(found.read_text())
     lines = sum(bool(line.strip()) and not line.startswith("#") for line in program.read_text().splitlines())
-    return {
-        "program_lines": lines,
-        "program_s": time.perf_counter() - begin,
-        "program_cpu_s": spent,
-        "texts": json.loads(found.read_text()),
-    }
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"program_lines": lines, "program_s": seconds, "program_cpu_s": spent, "texts": texts}
 
 
 def success(texts: list[list[str]], answers: list[str], first: int) -> float:
@@ -97,7 +95,7 @@ def main() -> None:
     for name in options.library:
         environment = options.work / name
         result: dict[str, Any] = install(name, environment)
-        result |= run(name, environment, options.folder.resolve(), model, questions, options.work)
+        result |= run(name, environment, options.folder.resolve(), model, questions)
         texts = result.pop("texts")
         result["mean_characters"] = sum(len(text) for found in texts for text in found) / sum(map(len, texts))
         result |= {f"success@{first}": success(texts, answers, first) for first in (1, 5, 10)}
