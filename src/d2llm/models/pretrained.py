@@ -5,9 +5,8 @@ With two adapters, queries and passages are read with different low-rank changes
 adapters of the attention's queries are shared and those of its values are not; here nothing is shared but the backbone.
 
 Depths: the states of tokens after some of the layers, in one pass, as the model cut to these layers would give them.
-Source: Li et al., "2D Matryoshka Sentence Embeddings", 2024 (arXiv 2402.14776). There one depth is drawn in each step
-and aligned with the last layer by a divergence. Here the recipe names the depths, and each learns in every step
-(``losses.nested_cross_entropy``), without the alignment.
+Source: Li et al., "2D Matryoshka Sentence Embeddings", 2024 (arXiv 2402.14776). Which depths learn in a step, and
+whether they are aligned with the last layer, says ``losses.nested_cross_entropy``.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from d2llm.models.backbone import Backbone
 from d2llm.models.device import checkpoint_layers, choose_dtype, tokens_to_train
 from d2llm.models.interaction import make_head
 from d2llm.models.lora import attach_lora, train_adapters_only
-from d2llm.models.pooling import make_pooling
+from d2llm.models.pooling import TextPooling, make_pooling
 from d2llm.models.pretrained import keep_layers, last_states, model_class
 from d2llm.models.sources import find_model
 from d2llm.recipe import BackboneConfig, Lora, Recipe
@@ -159,15 +159,12 @@ def _prepare(model: PreTrainedModel, config: BackboneConfig) -> int:
 def _kept_of_text(recipe: Recipe, length: int, layers: int, dtype: torch.dtype, device: str) -> float:
     """Bytes that the forward pass of one text of ``length`` tokens keeps for the backward pass."""
     counted = range(2, 4) if layers > 3 else (layers,)
-    first, *more = (
-        _kept(recipe, 2, length, count, dtype, device) - _kept(recipe, 1, length, count, dtype, device)
-        for count in counted
-    )
+    first, *more = (_kept(recipe, length, count, dtype, device) for count in counted)
     return first + sum((layers - 2) * (second - first) for second in more)
 
 
-def _kept(recipe: Recipe, texts: int, length: int, layers: int, dtype: torch.dtype, device: str) -> int:
-    """Bytes that a forward pass of so many texts and layers keeps."""
+def _kept(recipe: Recipe, length: int, layers: int, dtype: torch.dtype, device: str) -> int:
+    """Bytes that a forward pass of so many layers keeps for each text: what two texts need more than one."""
     config, is_full = recipe.student.backbone, recipe.student.backbone.tuning.kind == "full"
     changes = {"num_hidden_layers": layers, "vocab_size": _VOCABULARY, "pad_token_id": 0}
     model = _model(config, torch.float32 if is_full else dtype, **changes)
@@ -182,6 +179,12 @@ def _kept(recipe: Recipe, texts: int, length: int, layers: int, dtype: torch.dty
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     pooling = make_pooling(recipe.student.pooling, _Shape(config, model.config.hidden_size))
+    one, two = (_kept_of_texts(model, pooling, texts, length, dtype) for texts in (1, 2))
+    return two - one
+
+
+def _kept_of_texts(model: PreTrainedModel, pooling: TextPooling, texts: int, length: int, dtype: torch.dtype) -> int:
+    """Bytes that a forward pass of so many texts keeps."""
     ids = torch.ones(texts, length, dtype=torch.long)
     with graph_bytes(nn.ModuleList([model, pooling])) as num_bytes:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
