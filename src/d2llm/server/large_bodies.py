@@ -1,4 +1,4 @@
-"""Large bodies: their values are counted, parsed and validated in another thread, so that other requests go on.
+r"""Large bodies: their values are counted, parsed and validated in another thread, so that other requests go on.
 
 Python's parser of JSON in C keeps all threads waiting until it ends, so bodies with many values are parsed by the one
 in Python, which takes longer but lets others work. One thread does this for all requests: large bodies wait for each
