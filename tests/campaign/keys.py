@@ -20,7 +20,7 @@ from starlette.routing import BaseRoute, Route
 
 from campaign.frame import Outcome, Row, main
 from d2llm import Index, Passage
-from d2llm.server.agent_tools import TOOLS
+from d2llm.server.agent_arguments import TOOLS
 from d2llm.server.app import make_app
 from d2llm.server.keys import SCOPES, add_key
 from d2llm.store.index_store import IndexStore

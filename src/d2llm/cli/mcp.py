@@ -51,11 +51,9 @@ def mcp(
     settings = loaded.settings
     with contextlib.ExitStack() as undo:
         require_indexes(settings.index)
-        from d2llm.runners.runner import find_runner
+        from d2llm.server.agent_streams import serve_streams
         from d2llm.server.logs import start_logs
-        from d2llm.server.mcp import serve_streams
 
         session.write_report(context, json_path, {"settings": settings.model_dump(), "sources": loaded.sources})
         undo.callback(start_logs(settings))
-        undo.enter_context(find_runner(settings.runner).connected())
         asyncio.run(serve_streams(settings))

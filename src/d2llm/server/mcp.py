@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import signal
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,14 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from mcp import types
 from mcp.server.context import ServerRequestContext
-from mcp.server.lowlevel.server import Server
-from mcp.server.stdio import stdio_server
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.shared.exceptions import MCPError
 from pydantic import ValidationError
 from starlette.types import Receive, Scope, Send
 
-from d2llm import __version__
 from d2llm.server import agent_tools
-from d2llm.server.agent_tools import INSTRUCTIONS, SCHEME, Agent, AgentTool
+from d2llm.server.agent_streams import make_server
+from d2llm.server.agent_tools import SCHEME, Agent
 from d2llm.server.app import make_app
 from d2llm.server.errors import MAX_SHOWN, NotReadyError, problem_for_client, shortened, without_places
 from d2llm.server.running import Lifecycle
@@ -51,26 +48,6 @@ class AgentProtocol:
         """``open_agent`` says who asks, at each request; clients do not see ``private`` paths in errors."""
         self._open_agent = open_agent
         self._private = private
-
-    def server(self) -> Server[Any]:
-        """A server with these answers."""
-        return Server(
-            "d2llm",
-            version=__version__,
-            title="d2llm",
-            instructions=INSTRUCTIONS,
-            get_tool_input_schema=lambda _: None,  # no argument is also a header
-            on_list_tools=self.list_tools,
-            on_call_tool=self.call_tool,
-            on_list_resources=self.list_resources,
-            on_list_resource_templates=self.list_resource_templates,
-            on_read_resource=self.read_resource,
-        )
-
-    async def list_tools(self, _: _Context, __: types.PaginatedRequestParams | None) -> types.ListToolsResult:
-        """The tools that the client may use."""
-        async with self._agent() as agent:
-            return types.ListToolsResult(tools=[_tool(tool, agent) for tool in agent_tools.tools_of(agent)])
 
     async def call_tool(self, _: _Context, params: types.CallToolRequestParams) -> types.CallToolResult:
         """The result of a tool; or what is wrong, which the language model reads."""
@@ -133,16 +110,6 @@ class AgentProtocol:
         return without_places(shortened(problem.message, MAX_SHOWN), self._private)
 
 
-def _tool(tool: AgentTool, agent: Agent) -> types.Tool:
-    hints = types.ToolAnnotations(
-        read_only_hint=not tool.writes, destructive_hint=tool.writes, idempotent_hint=True, open_world_hint=False
-    )
-    schema = tool.schema(agent.catalog.names)
-    return types.Tool(
-        name=tool.name, title=tool.title, description=tool.description, input_schema=schema, annotations=hints
-    )
-
-
 def _json(result: object) -> str:
     return json.dumps(result, ensure_ascii=False)
 
@@ -163,8 +130,11 @@ async def answer(scope: Scope, receive: Receive, send: Send, settings: ServeSett
     async def open_agent() -> AsyncGenerator[Agent]:
         yield Agent(catalog, may_write)
 
+    async def answers() -> AgentProtocol:
+        return AgentProtocol(open_agent, private)
+
     manager = StreamableHTTPSessionManager(
-        AgentProtocol(open_agent, private).server(),
+        make_server(answers, catalog.names, may_write=may_write),
         stateless=True,
         json_response=True,
         max_request_body_size=settings.max_body_bytes,
@@ -173,11 +143,11 @@ async def answer(scope: Scope, receive: Receive, send: Send, settings: ServeSett
         await manager.handle_request(scope, receive, send)
 
 
-async def serve_streams(settings: ServeSettings) -> None:
-    """Serve over standard input and output until the client closes the input.
+async def start_for_streams(settings: ServeSettings, stack: AsyncExitStack) -> AgentProtocol:
+    """What answers the one client of ``d2llm mcp``; indexes are loaded until ``stack`` ends, and calls wait for them.
 
-    The protocol has standard output alone: what else is written there goes to standard error. Indexes are loaded while
-    the client already asks; a request that needs one waits.
+    Raises:
+        InputError: a setting cannot be used.
     """
     app = make_app(settings)
     lifecycle: Lifecycle = app.state.lifecycle
@@ -188,10 +158,8 @@ async def serve_streams(settings: ServeSettings) -> None:
             await asyncio.sleep(_POLL_SECONDS)
         if lifecycle.state != "ready":
             raise NotReadyError(f"nothing can be searched: {lifecycle.message or 'this server stops'}")
-        with ExitStack() as stack:
-            yield Agent(Catalog(app.state.serving, None, None, stack), settings.writable)
+        with ExitStack() as used:
+            yield Agent(Catalog(app.state.serving, None, None, used), settings.writable)
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no thread that waits for input keeps the process
-    async with stdio_server() as (read_stream, write_stream), app.router.lifespan_context(app):
-        server = AgentProtocol(open_agent).server()
-        await server.run(read_stream, write_stream, server.create_initialization_options())
+    await stack.enter_async_context(app.router.lifespan_context(app))
+    return AgentProtocol(open_agent)
