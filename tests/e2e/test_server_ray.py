@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,3 +232,35 @@ def test_a_cluster_without_room_is_refused(folder, cluster):
         problem = str(wait_until_ready(address, "broken"))
     assert "2 shards with 1 actors each, of 4 CPUs, need 8 CPUs, but the cluster has 2" in problem
     assert "shard_cpus" in problem
+
+
+def test_an_agent_over_standard_streams_has_every_tool(folder, cluster, tmp_path):
+    pytest.importorskip("mcp", reason="needs the extra 'mcp'")
+    from agent_clients import ask_program, call
+
+    shutil.copytree(folder / "index", tmp_path / "one")
+    shard(folder / "index", tmp_path / "several", NUM_SHARDS)
+    calls = [
+        ("search", {"query": QUERY, "top_k": 4, "filter": "year >= 2003"}),
+        ("read", {"passage_id": "p7"}),
+        ("read", {"document_id": "d3"}),
+        ("list_documents", {}),
+        ("similar", {"passage_id": "p7"}),
+        ("upsert", {"documents": [{"id": "new", "text": "a crane on a barge"}]}),
+        ("read", {"document_id": "new"}),
+        ("delete", {"document_id": "new"}),
+        ("list_documents", {"limit": 3}),
+    ]
+
+    async def work(client):
+        return [
+            [await call(client, tool, index=name, **arguments) for tool, arguments in calls]
+            for name in ("one", "several")
+        ]
+
+    settings = [f"--set={name}" for name in ("shard_cpus=0.1", "student_cpus=0.1", "max_student_replicas=1")]
+    runner = ("--student", folder / "student-0", "--runner", f"ray:{cluster.address}", "--writable", *settings)
+    one, several = ask_program(work, tmp_path / "one", tmp_path / "several", *runner)
+    differing = {"index": "", "version": 0, "seconds": 0.0}
+    assert [answer | differing for answer in several] == [answer | differing for answer in one]
+    assert one[6]["text"] == "a crane on a barge"

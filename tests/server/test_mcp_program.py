@@ -160,6 +160,7 @@ def test_an_index_that_cannot_be_opened_is_the_answer_of_the_tools(tmp_path: Pat
     (tmp_path / "student-0").rename(tmp_path / "moved")
 
     async def work(client: Client) -> None:
+        assert [tool.name for tool in (await client.list_tools()).tools] == READING
         message = await refused(client, "search", query=QUERY)
         assert "nothing can be searched" in message
         assert "student-0" in message
@@ -221,3 +222,9 @@ def test_the_package_is_imported_only_when_it_is_used():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     assert d2llm("--help").exit_code == 0
+
+
+def test_tools_are_listed_without_the_libraries_of_models():
+    code = "import sys, d2llm.cli.mcp, d2llm.server.agent_streams; assert not {'torch', 'faiss'} & set(sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

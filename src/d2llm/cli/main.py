@@ -5,6 +5,8 @@ Nothing heavy is imported here, so that the help is fast: each verb imports what
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import traceback
 from typing import TYPE_CHECKING, Annotated, Any
@@ -133,4 +135,5 @@ for _verb in _VERBS:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; ``arguments`` default to those of the process."""
+    atexit.register(gc.freeze)  # else Python looks for garbage in all of torch before it ends, which takes seconds
     app(arguments, prog_name="d2llm")
