@@ -5,10 +5,11 @@
 
 nDCG@10 of the plain cosine on dev queries, as in benchmarks/untrained.py, after ``training.pretrain``: minilm with all
 its layers (full), by itself, and without two of six (cut), by itself, taught by all six, or taught by e5, which has
-another tokenizer (by-e5); and with the first eight layers of smollm2, as they are (decoder) or with attention in both
-directions (two-way), both pooled by the mean. The texts are passages of squad-sent that no query of dev or test is
-about and that are not ranked here, and train queries of squad-sent and banking77. Rows that are in the JSON file
-already are kept.
+another tokenizer (by-e5); the same with vectors of 128 dimensions (full-narrow, narrow), principal components of the
+vectors of the same texts unless ``components`` trains the projection; and with the first eight layers of smollm2, as
+they are (decoder) or with attention in both directions (two-way), both pooled by the mean. The texts are passages of
+squad-sent that no query of dev or test is about and that are not ranked here, and train queries of squad-sent and
+banking77. Rows that are in the JSON file already are kept.
 
 Licences: squad-sent CC BY-SA 4.0, banking77 CC BY 4.0; nothing that was trained on them here is shipped.
 """
@@ -34,6 +35,8 @@ from d2llm.training.pretrain import pretrain_backbone
 BACKBONES: dict[str, dict[str, Any]] = {
     "full": {"model": "minilm", "layers": None},
     "cut": {"model": "minilm", "layers": (0, 1, 4, 5)},
+    "full-narrow": {"model": "minilm", "layers": None},
+    "narrow": {"model": "minilm", "layers": (0, 1, 4, 5)},
     "by-e5": {"model": "minilm", "layers": (0, 1, 4, 5)},
     "decoder": {"model": "smollm2", "layers": 8},
     "two-way": {"model": "smollm2", "layers": 8, "bidirectional": True},
@@ -41,6 +44,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
 ROWS = (
     *("full", "full+simcse", "full+mirror"),
     *("cut", "cut+vectors", "cut+relations", "cut+hidden_states", "cut+simcse", "cut+mutual_information"),
+    *("full-narrow", "narrow", "narrow+vectors", "narrow+components"),
     *("by-e5+vectors", "by-e5+hidden_states", "by-e5+mutual_information"),
     *("decoder", "decoder+words", "decoder+simcse", "two-way", "two-way+masked_next_token", "two-way+words"),
 )
@@ -60,7 +64,7 @@ def row_of(name: str, samples: dict[str, Any], texts: tuple[list[str], list[str]
     backbone, _, objective = name.partition("+")
     config = StudentConfig(
         backbone=BackboneConfig.model_validate(BACKBONES[backbone] | {"tuning": "full"}),
-        pooling=Pooling.of("mean"),
+        pooling=Pooling.of({"kind": "projection", "dim": 128} if "narrow" in backbone else "mean"),
         interaction=InteractionConfig(head="cosine"),
     )
     student = Student.create(config, device="cpu", dtype="float32", seed=0)
@@ -77,6 +81,7 @@ def row_of(name: str, samples: dict[str, Any], texts: tuple[list[str], list[str]
         row |= {"steps": report.steps, "texts": report.texts, "rate": arguments.rate}
         row |= {"loss": [round(report.first_loss, 4), round(report.last_loss, 4)]}
         row["processor_seconds"] = round(time.process_time() - started)
+    student.fit_pooling([*texts[0], *texts[1]])  # unless the stage has trained its projection
     for set_name, (queries, passages, qrels) in samples.items():
         passage_vectors = student.encode_passages([*passages.values()]).vectors
         query_vectors = student.encode_queries([*queries.values()]).vectors

@@ -126,6 +126,8 @@ def pretraining(report: dict[str, Any]) -> str:
     kinds = {
         "full": "minilm",
         "cut": "minilm",
+        "full-narrow": "minilm, 128 dimensions",
+        "narrow": "minilm, 128 dimensions",
         "by-e5": "minilm, taught by e5",
         "decoder": "smollm2",
         "two-way": "smollm2, both directions",

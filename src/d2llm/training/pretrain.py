@@ -23,6 +23,7 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.data.training import TrainingSource
 from d2llm.models.backbone import Backbone
 from d2llm.models.device import tokens_to_train
+from d2llm.models.pooling import TextPooling
 from d2llm.models.pretrained import is_decoder
 from d2llm.models.sources import load_pretrained
 from d2llm.models.student import Student
@@ -73,7 +74,7 @@ def pretrain_backbone(
     ``backbone.tuning`` says: adapters or all weights. A second call with the same folder takes up the finished result.
 
     Args:
-        student: the student; its pooling and its head stay as they are.
+        student: the student; its pooling and its head stay as they are, unless `components` trains the projection.
         passages: texts to read as passages.
         folder: where the checkpoint and the log are kept.
         config: what is learnt, and the schedule.
@@ -143,6 +144,9 @@ class PretrainingTask:
     def begin(self, texts: Sequence[list[int]]) -> None:
         """Called before the first step of a run that is not resumed."""
 
+    def end(self, pooling: TextPooling) -> None:
+        """Called after training: what was trained along may become the student's pooling."""
+
     def hooks(self) -> list[RemovableHandle]:
         """Hooks into the models, which are removed after training."""
         return []
@@ -174,6 +178,7 @@ class _Pretraining(Trainable):
     ) -> None:
         """Begin a run, or resume the one whose checkpoint is in ``folder``."""
         self.backbone, self.config, self.seed = student.backbone, config, seed
+        self.pooling = student.pooling
         _check_backbone(self.backbone)
         self.task = config.task(self.backbone, seed)
         # The same text twice would have to be told from itself.
@@ -216,6 +221,7 @@ class _Pretraining(Trainable):
             self.backbone.eval()
             for hook in hooks:
                 hook.remove()
+        self.task.end(self.pooling)
 
     def step(self, step: int) -> dict[str, Any]:
         """Add the gradient of a batch, part by part."""

@@ -133,10 +133,11 @@ class ImitationTask(PretrainingTask):
         it knows: its coordinates have nothing to do with the teacher's.
         """
         if self.linear is not None and (self.readings or self.taught_by.dim != self.backbone.dim):
-            self._fit(self.linear, texts)
+            self.fit(self.linear, texts)
 
     @torch.no_grad()
-    def _fit(self, linear: nn.Linear, texts: Sequence[list[int]]) -> None:
+    def fit(self, linear: nn.Linear, texts: Sequence[list[int]]) -> None:
+        """Make a linear map the one that predicts best what ``compared`` gives."""
         chosen = random.Random(f"{self.seed}:map").sample([*texts], min(_FITTED_TEXTS, len(texts)))
         student_features: list[Tensor] = []
         taught: list[Tensor] = []
@@ -195,11 +196,14 @@ class ImitationTask(PretrainingTask):
 def fit_linear(linear: nn.Linear, features: Float[Tensor, "rows width"], targets: Float[Tensor, "rows other"]) -> float:
     """Make a linear map the ridge regression of targets on features; the explained fraction of variance."""
     one, other = (matrix.double().cpu().numpy() for matrix in (features, targets))
+    if linear.bias is None:
+        one, other = (np.concatenate([matrix, -matrix]) for matrix in (one, other))  # their means are 0
     middle, target_middle = one.mean(axis=0), other.mean(axis=0)
     weight = ridge_weights([RidgeSet(one, other, folds_of(len(one)))], _FIT_PENALTY)
     with torch.no_grad():
         linear.weight.copy_(torch.from_numpy(weight.T))
-        linear.bias.copy_(torch.from_numpy(target_middle - middle @ weight))
+        if linear.bias is not None:
+            linear.bias.copy_(torch.from_numpy(target_middle - middle @ weight))
     differences = other - target_middle
     error = (((one - middle) @ weight - differences) ** 2).sum()
     return 1 - float(error / max((differences**2).sum(), 1e-12))
