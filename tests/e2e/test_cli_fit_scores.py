@@ -9,7 +9,7 @@ import pytest
 
 from d2llm.models.student import Student
 from e2e.command_line import fail, succeed_with_report, write_lines
-from tiny_models import TEXTS, tiny_student_config, write_tiny_model
+from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
 NUM = 64
 
@@ -53,6 +53,23 @@ def test_quality_and_term_weights_from_the_command_line(place: Path, tmp_path: P
     arguments = ("--student", new, "--out", tmp_path / "i", "--prune", "0.25")
     _, encoded = succeed_with_report("encode", place / "data", *arguments, folder=tmp_path)
     assert encoded["result"]["num_pruned"] == NUM // 4
+
+
+def test_a_soup_from_the_command_line(place: Path, tmp_path: Path) -> None:
+    other = Student.load(place / "student", device="cpu", dtype="float32")
+    other.prepare_training()
+    randomise(other.backbone, scale=0.02)
+    other.eval()
+    other.save(tmp_path / "other")
+    students = (place / "student", tmp_path / "other")
+    options = ("--device", "cpu", "--out", tmp_path / "soup")
+    _, written = succeed_with_report("soup", *students, *options, "--dev", place / "half", folder=tmp_path)
+    report = written["result"]
+    assert report["value"] >= max(report["values"]) > 0.5
+    assert Student.load(tmp_path / "soup", device="cpu").fingerprint == report["fingerprint"]
+    result, _ = succeed_with_report("soup", *students, *options, "--weight", "2", "--weight", "1", folder=tmp_path)
+    assert "2 students in" in result.stderr
+    fail("soup", *students, *options, "--weight", "2", "--dev", place / "half", containing=["leave one of them out"])
 
 
 def test_document_expansion_from_the_command_line(place: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The verbs ``fit-tokens``, ``fit-scores`` and ``tune-reader``: what is fitted to a student after its training."""
+"""The verbs ``fit-tokens``, ``fit-scores``, ``tune-reader`` and ``soup``: what follows a student's training."""
 
 from __future__ import annotations
 
@@ -168,6 +168,69 @@ def tune_reader(
             f"{figures.random:.3f}"
         )
     session.write_report(context, json_path, report)
+
+
+@verb("Distil")
+def soup(
+    context: typer.Context,
+    students: Annotated[
+        list[str],
+        typer.Argument(metavar="STUDENT...", help="Students of one recipe, two or more: folders or names."),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", callback=in_existing_folder, help="Where the average goes.")],
+    weights: Annotated[
+        list[float] | None,
+        typer.Option("--weight", help="How much a student counts; once for each.", show_default="all the same"),
+    ] = None,
+    dev: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DATA",
+            callback=input_path,
+            help="A data set with a dev split: of the students, from the best on, only those stay that do not make the "
+            "average worse there. Repeat for more.",
+            show_default="all stay",
+        ),
+    ] = None,
+    queries: Annotated[int, typer.Option(min=1, help="With --dev: queries of each data set, at most.")] = 200,
+    task: TaskOption = None,
+    device: DeviceOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Average the weights of students that were trained apart (a model soup).
+
+    They have the same recipe but for seed, learning rate, losses or data. The average takes no more time or memory than
+    one of them. Then fit the weights of its score with `d2llm fit-scores`.
+    """
+    from d2llm.core.errors import InputError
+    from d2llm.data.plan import TrainingPlan
+    from d2llm.data.run_folder import training_source
+    from d2llm.models.student import Student
+    from d2llm.recipe import DataConfig
+    from d2llm.retrieval.protocols import task_for
+    from d2llm.training.soup import greedy_soup
+    from d2llm.training.soup import soup as average
+
+    session = session_of(context)
+    if dev and weights:
+        raise InputError("--weight counts students that all stay, and --dev chooses some; leave one of them out")
+    loaded = [Student.load(name, device=device, dtype="float32") for name in students]
+    report: dict[str, object] = {"students": students, "weights": weights}
+    if dev:
+        chosen_task = task_for(loaded[0], task)
+        sources = [training_source(DataConfig(path=path, task=chosen_task), TrainingPlan((), {})) for path in dev]
+        found = greedy_soup(loaded, sources, num_queries=queries)
+        averaged = found.student
+        report |= {"kept": found.kept, "values": found.values, "value": found.value}
+        for index, value in enumerate(found.values):
+            stays = "kept" if index in found.kept else "left out"
+            session.say(f"soup: {students[index]} has {value:.4f} on dev: {stays}")
+        session.say(f"soup: the average of {len(found.kept)} has {found.value:.4f}")
+    else:
+        averaged = average(loaded, weights)
+    averaged.save(out)
+    session.say(f"soup: {len(students)} students in; the average is in {out}")
+    session.write_report(context, json_path, report | {"fingerprint": averaged.fingerprint})
 
 
 def _corpora(data: list[str]) -> list[Dataset]:

@@ -317,22 +317,41 @@ class Student(StudentEncoder):
             raise InputError(f"this student was not trained to be cut to {depth} layers; {remedy}")
         layers = self.config.backbone.layers
         kept = layers[:depth] if isinstance(layers, tuple) else depth
-        student = copy.deepcopy(self)
-        student.source = None
-        student.backbone.cut(depth)
-        backbone = self.config.backbone.model_copy(update={"layers": kept})
-        student.config = self.config.model_copy(update={"backbone": backbone})
         recorded = {name: value for name, value in self._recorded.items() if name in ("recipe", "tasks", "nested_dims")}
         if shallower := [shallow for shallow in self.nested_depths if shallow < depth]:
             recorded["nested_depths"] = shallower
-        student._recorded = recorded | {"cut_from": self.fingerprint}
-        # Merged weights have no adapter to compute a fingerprint from.
-        key = fingerprint_json([self.fingerprint, depth]) if self._has_merged_weights else None
-        student._saved_fingerprint = key
-        student._forget_fitted()
+        student = self.changed_copy(depth, recorded | {"cut_from": self.fingerprint})
+        student.backbone.cut(depth)
+        backbone = self.config.backbone.model_copy(update={"layers": kept})
+        student.config = self.config.model_copy(update={"backbone": backbone})
         if isinstance(student.interaction, Interaction) and student.interaction.has_dot:
             for task in student.interaction.config.tasks:
                 student.interaction.interaction_weight(task).zero_()
+        return student
+
+    def changed_copy(self, change: Any, recorded: dict[str, Any], *, merged: bool = False) -> Student:
+        """A copy whose weights the caller changes, without what was fitted to this student's scores.
+
+        Args:
+            change: JSON that tells the change from others; the copy's fingerprint depends on it.
+            recorded: what the copy's manifest is to have beside the usual fields.
+            merged: the copy is saved with all weights of its backbone, because its change is no adapter.
+
+        Raises:
+            InputError: the student encodes with another engine than torch, or ``merged`` and it has no one set of
+                weights (``BackboneConfig.why_not_merged``).
+        """
+        if self._engine is not None:
+            raise InputError("the weights of a compiled student cannot be changed; load it with engine='torch'")
+        if merged:
+            self.backbone.require_merged("a student with other weights")
+        student = copy.deepcopy(self)
+        student.source, student._recorded = None, recorded
+        student._has_merged_weights |= merged
+        # Merged weights have no adapter to compute a fingerprint from.
+        key = fingerprint_json([self.fingerprint, change]) if student._has_merged_weights else None
+        student._saved_fingerprint = key
+        student._forget_fitted()
         return student
 
     def drop_idle_parts(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -196,14 +196,15 @@ class ImitationTask(PretrainingTask):
 def fit_linear(linear: nn.Linear, features: Float[Tensor, "rows width"], targets: Float[Tensor, "rows other"]) -> float:
     """Make a linear map the ridge regression of targets on features; the explained fraction of variance."""
     one, other = (matrix.double().cpu().numpy() for matrix in (features, targets))
-    if linear.bias is None:
+    bias = cast("Tensor | None", linear.bias)
+    if bias is None:
         one, other = (np.concatenate([matrix, -matrix]) for matrix in (one, other))  # their means are 0
     middle, target_middle = one.mean(axis=0), other.mean(axis=0)
     weight = ridge_weights([RidgeSet(one, other, folds_of(len(one)))], _FIT_PENALTY)
     with torch.no_grad():
         linear.weight.copy_(torch.from_numpy(weight.T))
-        if linear.bias is not None:
-            linear.bias.copy_(torch.from_numpy(target_middle - middle @ weight))
+        if bias is not None:
+            bias.copy_(torch.from_numpy(target_middle - middle @ weight))
     differences = other - target_middle
     error = (((one - middle) @ weight - differences) ** 2).sum()
     return 1 - float(error / max((differences**2).sum(), 1e-12))

@@ -60,7 +60,7 @@ class _ComponentsOfVectors(ImitationTask):
     the linear map of the pooling ``projection``, and begins as the one that predicts W h best.
     """
 
-    linear: nn.Linear
+    projection: nn.Linear
     components: nn.Linear
 
     def build(self) -> nn.Module:
@@ -74,7 +74,8 @@ class _ComponentsOfVectors(ImitationTask):
         linear, components = (
             nn.Linear(model.dim, pooling.dim, bias=False) for model in (self.backbone, self.taught_by)
         )
-        self.linear, self.components = linear, components.requires_grad_(False)  # kept in checkpoints
+        self.linear = self.projection = linear
+        self.components = components.requires_grad_(False)  # kept in checkpoints
         return nn.ModuleDict({"linear": linear, "components": components}).to(self.backbone.device)
 
     @torch.no_grad()
@@ -87,7 +88,7 @@ class _ComponentsOfVectors(ImitationTask):
             vectors.append(to_sphere(self.taught_by.pool(states, mask)).cpu())
         found = principal_components(torch.cat(vectors).numpy(), self.components.out_features)
         self.components.weight.copy_(torch.from_numpy(found.copy()))
-        self.fit(self.linear, texts)
+        self.fit(self.projection, texts)
 
     def compared(
         self, states: Tensor, mask: Tensor, teacher_states: Tensor, teacher_mask: Tensor
@@ -97,11 +98,11 @@ class _ComponentsOfVectors(ImitationTask):
 
     def differences(self, states: Tensor, mask: Tensor, teacher_states: Tensor, teacher_mask: Tensor) -> Tensor:
         vectors, target = self.compared(states, mask, teacher_states, teacher_mask)
-        return (self.linear(vectors) - target).square().mean(dim=1)
+        return (self.projection(vectors) - target).square().mean(dim=1)
 
     def end(self, pooling: TextPooling) -> None:
         """The trained map is the student's projection."""
         assert isinstance(pooling, ProjectedPooling)
         with torch.no_grad():
-            pooling.projection.copy_(self.linear.weight)
+            pooling.projection.copy_(self.projection.weight)
         pooling.is_fitted_to_passages = False
