@@ -34,13 +34,13 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "MiniLM, MiniLMv2": ("training.pretraining", "relations"),
     "TinyBERT, ERNIE-Tiny": ("training.pretraining", "hidden_states"),
     "MI-alpha (Distiller)": ("training.pretraining", "mutual_information"),
+    "HPD": ("training.pretraining", "components"),
     "Well-Read Students": ("training.pretraining", "vectors"),
     "Whitening, whitening-k": ("student.pooling", "whitening"),
     "WhiteningBERT": ("student.pooling", "first_last"),
     "Ditto": ("student.pooling", "ditto"),
     "SGPT": ("student.pooling", "weighted_mean"),
     "PMA": ("student.pooling", "pma"),
-    "HPD": ("student.pooling", "projection"),
     "Model2Vec": ("student.backbone", "model2vec"),
     "PE-Rank": ("reranker", "listwise"),
 }
@@ -82,7 +82,6 @@ MISSING: Mapping[str, str] = {
     "SPLADE, DSR, SPAR": "need a head that predicts words; minilm and e5 ship without their MLM heads",
     "BEBR, BTR": "trained binary codes; untrained ones lose 2.0 to 5.8 %, and 3 bits at most .7 %",
     "Multivariate representations": "a variance beside each mean doubles vectors",
-    "HPD: imitating a teacher's components": "not written yet; `projection` starts with the student's own",
     "KaLM-Embedding-V2: model soup": "not written yet",
     "FSDP": "a student of 7 billion weights fits one GPU with adapters ([scale.md](scale.md))",
     "Contextual document embeddings": "two readings of every passage, and neighbours from the index: an index could no "

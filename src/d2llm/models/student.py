@@ -329,12 +329,13 @@ class Student(StudentEncoder):
                 student.interaction.interaction_weight(task).zero_()
         return student
 
-    def changed_copy(self, change: Any, recorded: dict[str, Any], *, merged: bool = False) -> Student:
-        """A copy whose weights the caller changes, without what was fitted to this student's scores.
+    def changed_copy(self, change: Any, recorded: dict[str, Any] | None, *, merged: bool = False) -> Student:
+        """A copy whose weights the caller changes.
 
         Args:
             change: JSON that tells the change from others; the copy's fingerprint depends on it.
-            recorded: what the copy's manifest is to have beside the usual fields.
+            recorded: what the copy's manifest is to have beside the usual fields, without what was fitted to this
+                student's scores. None, if vectors stay the same: as here, with it.
             merged: the copy is saved with all weights of its backbone, because its change is no adapter.
 
         Raises:
@@ -346,12 +347,14 @@ class Student(StudentEncoder):
         if merged:
             self.backbone.require_merged("a student with other weights")
         student = copy.deepcopy(self)
-        student.source, student._recorded = None, recorded
+        student.source = None
         student._has_merged_weights |= merged
         # Merged weights have no adapter to compute a fingerprint from.
         key = fingerprint_json([self.fingerprint, change]) if student._has_merged_weights else None
         student._saved_fingerprint = key
-        student._forget_fitted()
+        if recorded is not None:
+            student._recorded = recorded
+            student._forget_fitted()
         return student
 
     def drop_idle_parts(self) -> tuple[str, ...]:

@@ -301,7 +301,7 @@ _OWN: _Group = {
         _student(pooling=lambda pooling: _pma_beside(pooling, _whitened(pooling))),
     ),
     "projection-128": (
-        "vectors of 128 dimensions by a trained projection, which starts as principal components (HPD)",
+        "vectors of 128 dimensions by a trained projection, which starts as principal components",
         _student(
             pooling=lambda pooling: Pooling.of(
                 {"kind": "projection", "dim": 128, "pooling": _with_pma(pooling, pooling=_weightless(pooling))}

@@ -18,11 +18,9 @@ from d2llm.recipe.pooling import ChangedPooling
 
 
 class Projection(ChangedPooling, kind="projection"):
-    """Another pooling's vectors in fewer dimensions, by a trained map that starts as principal components (HPD).
+    """Another pooling's vectors in fewer dimensions, by a trained map that starts as principal components.
 
-    Zhao et al., "Compressing Sentence Representation for Semantic Retrieval via Homomorphic Projective Distillation",
-    Findings of ACL 2022. There the components are those of a larger teacher's vectors, which the projected vectors of a
-    smaller student imitate. Here they are the student's own, and the recipe's losses train the projection.
+    Those of the student's own vectors; or those of a teacher's, if the pretraining ``components`` comes first (HPD).
     """
 
     paper = "after Zhao et al., Findings of ACL 2022, arXiv 2203.07687"

@@ -1,0 +1,63 @@
+"""The verb ``prune-vocabulary``: leaves out the tokens that a corpus does not have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from d2llm.cli.index_options import CorpusArgument, FileOptions, warn_of_links, warn_of_skipped
+from d2llm.cli.options import JsonOption, StudentArgument, in_existing_folder, input_path
+from d2llm.cli.session import session_of
+from d2llm.cli.verbs import verb
+
+
+@verb("Distil")
+def prune_vocabulary(
+    context: typer.Context,
+    student: StudentArgument,
+    corpus: CorpusArgument,
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", callback=in_existing_folder, help="Where the smaller student goes.")
+    ],
+    files: FileOptions,
+    check: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="CORPUS", callback=input_path, help="Texts of which to count what is lost, such as queries. Repeat."
+        ),
+    ] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Leave out the tokens that a corpus does not have.
+
+    Most weights of a multilingual student are embeddings of tokens of other languages. Vectors of texts with the
+    tokens of CORPUS stay the same. Other words are cut into smaller pieces; characters that CORPUS lacks become
+    unknown. Encode the index again: the smaller student is another one.
+    """
+    from d2llm.core.files import folder_bytes
+    from d2llm.data.indexed_corpus import open_corpus
+    from d2llm.models.student import Student
+    from d2llm.models.vocabulary import lost_tokens
+    from d2llm.models.vocabulary import prune_vocabulary as prune
+
+    session = session_of(context)
+    texts = open_corpus(corpus, **files.reading)
+    loaded = Student.load(student, device="cpu", dtype="float32")
+    pruned = prune(loaded, (passage.full_text for passage in texts.passages))
+    pruned.save(out)
+    before, after = (len(each.backbone.tokenizer) for each in (loaded, pruned))
+    report: dict[str, object] = {"tokens": before, "kept": after, "bytes": folder_bytes(out)}
+    session.say(f"prune-vocabulary: {after:,} of {before:,} tokens stay; {folder_bytes(out):,} bytes in {out}")
+    if check:
+        checked = open_corpus(check, **files.reading)
+        lost = lost_tokens(loaded, pruned, (passage.full_text for passage in checked.passages))
+        session.say(
+            f"prune-vocabulary: of {lost.num_texts:,} texts to check, {lost.num_changed:,} have other tokens now; "
+            f"{lost.num_unknown:,} of {lost.num_tokens:,} tokens are unknown"
+        )
+        report["check"] = lost
+    warn_of_skipped(session, texts.skipped)
+    warn_of_links(session, texts.links)
+    session.write_report(context, json_path, report)
