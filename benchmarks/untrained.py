@@ -5,11 +5,13 @@ The head of the pooling `ditto` is the one with the best mean reciprocal rank on
 
     python benchmarks/untrained.py                      smollm2 and minilm on two data sets, some ten minutes
     python benchmarks/untrained.py --json benchmarks/results/untrained.json
+    python benchmarks/untrained.py --rows entropy --json benchmarks/results/untrained.json     only some of the rows
 
 nDCG@10 of the plain cosine on dev queries, among their relevant passages and random ones. Layers: all, the first
-ones (``backbone.layers = N``), or those that turn the tokens' states most (``models.layer_choice``), measured on other
-passages. Whitened: mean and covariance of the passages made 0 and 1, as in Su et al., "Whitening Sentence
-Representations for Better Semantics and Faster Retrieval", 2021 (arXiv 2103.15316), with all dimensions.
+ones (``backbone.layers = N``), those that turn the tokens' states most (chosen), or those that add most to their
+entropy (entropy), both by ``models.layer_choice``, measured on other passages. Whitened: mean and covariance of the
+passages made 0 and 1, as in Su et al., "Whitening Sentence Representations for Better Semantics and Faster Retrieval",
+2021 (arXiv 2103.15316), with all dimensions.
 
 Licences: squad-sent CC BY-SA 4.0, banking77 CC BY 4.0; they are only measured on.
 """
@@ -29,7 +31,7 @@ from scaling.data_sets import DATA, require
 from d2llm.data.beir import Dataset, read_beir
 from d2llm.methods.poolings.ditto import Ditto, choose_head
 from d2llm.models.backbone import Backbone
-from d2llm.models.layer_choice import choose_layers, layer_distances
+from d2llm.models.layer_choice import choose_layers, entropy_gains, layer_distances
 from d2llm.models.student import Student
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.whitening import whitening
@@ -38,6 +40,7 @@ from d2llm.recipe import AutoPooling, BackboneConfig, InteractionConfig, Pooling
 SETS = ("squad-sent", "banking77")
 POOLINGS = ("mean", "weighted_mean", "last", "ditto")
 KEPT = {"smollm2": (4, 8, 16), "minilm": (2, 4, 5)}
+ROWS = ("all", "first", "chosen", "entropy")
 NUM_TEXTS = 100
 NUM_CHOOSING, NUM_OTHERS = 50, 100  # of each set, for the head of ditto
 
@@ -118,18 +121,27 @@ def find_ditto(model: str, pairs: list[tuple[list[str], list[str], list[str]]]) 
 
 
 def rows_of(
-    model: str, samples: dict[str, Any], texts: list[str], pairs: list[tuple[list[str], list[str], list[str]]]
+    model: str,
+    samples: dict[str, Any],
+    texts: list[str],
+    pairs: list[tuple[list[str], list[str], list[str]]],
+    chosen_rows: list[str],
 ) -> list[dict[str, Any]]:
     """One row for each pooling of all layers, and for the model's own pooling of fewer layers."""
     own = "auto" if model == "minilm" else "mean"
-    distances = layer_distances(Backbone.load(BackboneConfig(model=model, layers=None), device="cpu"), texts)
+    backbone = Backbone.load(BackboneConfig(model=model, layers=None), device="cpu")
+    distances, gains = layer_distances(backbone, texts), entropy_gains(backbone, texts)
     print(f"{model}: angles of the layers", " ".join(f"{distance:.3f}" for distance in distances), flush=True)
+    print(f"{model}: entropy they add", " ".join(f"{gain:.0f}" for gain in gains), flush=True)
     cases: list[tuple[str, str, int | tuple[int, ...] | None]] = [("all", pooling, None) for pooling in POOLINGS]
-    ditto = find_ditto(model, pairs)
+    ditto = find_ditto(model, pairs) if "all" in chosen_rows else Ditto(layer=0, head=0)
     for count in KEPT[model]:
         cases += [(f"first {count}", own, count), (f"chosen {count}", own, choose_layers(distances, count))]
+        cases.append((f"entropy {count}", own, choose_layers(gains, count)))
     rows: list[dict[str, Any]] = []
     for layers, pooling, kept in cases:
+        if layers.split()[0] not in chosen_rows:
+            continue
         student = make_student(model, ditto if pooling == "ditto" else Pooling.of(pooling), kept)
         row: dict[str, Any] = {"model": model, "layers": layers, "kept": kept, "pooling": pooling}
         if pooling == "ditto":
@@ -149,6 +161,7 @@ def rows_of(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=[*KEPT], choices=[*KEPT])
+    parser.add_argument("--rows", nargs="+", default=[*ROWS], choices=ROWS)
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--passages", type=int, default=1_000)
     parser.add_argument("--json", type=Path, help="also write the figures there")
@@ -159,9 +172,14 @@ def main() -> None:
     used = samples["squad-sent"][1]
     texts = [p.full_text for i, p in data["squad-sent"].passages.items() if i not in used][:NUM_TEXTS]
     pairs = [pairs_for_choice(each, arguments.queries) for each in data.values()]
-    rows = [row for model in arguments.models for row in rows_of(model, samples, texts, pairs)]
+    rows = [row for model in arguments.models for row in rows_of(model, samples, texts, pairs, arguments.rows)]
     if arguments.json is not None:
         settings = {"queries": arguments.queries, "passages": arguments.passages}
+        if len(arguments.rows) < len(ROWS):  # the others stay as they are
+            measured = {(row["model"], row["layers"], row["pooling"]) for row in rows}
+            before = json.loads(arguments.json.read_text(encoding="utf-8"))["rows"]
+            rows += [row for row in before if (row["model"], row["layers"], row["pooling"]) not in measured]
+            rows.sort(key=lambda row: ([*KEPT].index(row["model"]), row["layers"] != "all"))
         arguments.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 

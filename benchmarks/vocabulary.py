@@ -1,6 +1,6 @@
 """What a multilingual student keeps when its vocabulary is pruned to one corpus (models.vocabulary).
 
-    python benchmarks/vocabulary.py DATA_SETS --json benchmarks/results/vocabulary.json     some five minutes
+    python benchmarks/vocabulary.py --json benchmarks/results/vocabulary.json     some five minutes
 
 For each set, `d2llm-multilingual` keeps the tokens of all passages (passages), or of these and the train queries
 (queries too). nDCG@10 of its vectors' inner product on dev queries among at most 1,000 passages, by the student and by
@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from scaling.data_sets import DATA, require
 from untrained import ndcg, sample
 
 from d2llm.core.files import folder_bytes
@@ -31,15 +32,15 @@ SETS = ("squad-sent", "cmrc2018")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="the folder with the data sets")
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--passages", type=int, default=1_000)
     parser.add_argument("--json", type=Path, help="also write the figures there")
     arguments = parser.parse_args()
+    require(*(DATA / name for name in SETS))
     student = Student.load("d2llm-multilingual", device="cpu", dtype="float32")
     rows: list[dict[str, Any]] = []
     for name in SETS:
-        data = read_beir(arguments.data / name, splits=["train", "dev"])
+        data = read_beir(DATA / name, splits=["train", "dev"])
         queries, passages, qrels = sample(data, arguments.queries, arguments.passages)
         corpus = [passage.full_text for passage in data.passages.values()]
         train = [data.queries[query_id].text for query_id in data.qrels["train"]]

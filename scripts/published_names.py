@@ -54,6 +54,10 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = {
         "`d2llm run RECIPE --rounds N`",
         "yes, with one teacher; mutual distillation of several is not here: it takes as many teachers tuned each round",
     ),
+    "Model soups, KaLM-Embedding-V2's": ("`d2llm soup`", "not measured"),
+    "Vocabulary pruning (Load What You Need)": ("`d2llm prune-vocabulary`", "not measured"),
+    "EntroDrop": ("`models.layer_choice.entropy_gains`", "not measured"),
+    "Layers left out by angles (Gromov et al.)": ("`d2llm init DATA --layers N`", "yes"),
     "KaLM-Embedding-V2: focal weights": ("`losses.in_batch_cross_entropy.focus`", "yes: -.001, one seed"),
     "Semi-Siamese": ('`backbone.tuning = { adapters = "two" }`', "yes"),
     "QLoRA": ('`backbone.tuning = { quantization = "4bit" }`', "its memory only ([scale.md](scale.md))"),
@@ -82,7 +86,6 @@ MISSING: Mapping[str, str] = {
     "SPLADE, DSR, SPAR": "need a head that predicts words; minilm and e5 ship without their MLM heads",
     "BEBR, BTR": "trained binary codes; untrained ones lose 2.0 to 5.8 %, and 3 bits at most .7 %",
     "Multivariate representations": "a variance beside each mean doubles vectors",
-    "KaLM-Embedding-V2: model soup": "not written yet",
     "FSDP": "a student of 7 billion weights fits one GPU with adapters ([scale.md](scale.md))",
     "Contextual document embeddings": "two readings of every passage, and neighbours from the index: an index could no "
     "longer add one passage alone",
@@ -93,8 +96,7 @@ MISSING: Mapping[str, str] = {
     "RECOMP": "answers show the best sentences; a trained extraction with an empty answer is not written yet",
     "BERTScore": "MaxSim by token embeddings is its recall; its precision is not computed",
     "LEALLA, MEXMA": "not written yet; xquad is parallel, but a test set",
-    "Vocabulary pruning, neuron pruning, ZipLM": "not written yet; layers are left out (`backbone.layers`)",
-    "Entropy as criterion of layers": "layers are chosen by angles (`models.layer_choice`); entropy is not written yet",
+    "Neuron pruning, ZipLM": "not written yet; layers are left out (`backbone.layers`)",
     "AutoDistiller": "`d2llm ablate` compares recipes by short runs; a search over them is left to its user",
 }
 """Names of methods that are not here, and why."""

@@ -1,4 +1,6 @@
-"""``d2llm fit-scores`` with quality of passages, weights of words and words that passages lack; ``encode --prune``."""
+"""``d2llm fit-scores`` with quality of passages, weights of words and words that passages lack; ``encode --prune``;
+soups of students, and smaller vocabularies.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import pytest
 
 from d2llm.models.student import Student
 from e2e.command_line import fail, succeed_with_report, write_lines
-from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
+from tiny_models import TEXTS, randomise, tiny_student_config, word_tokenizer, write_tiny_model
 
 NUM = 64
 
@@ -91,3 +93,19 @@ def test_document_expansion_from_the_command_line(place: Path, tmp_path: Path) -
 def test_a_student_without_quality_cannot_prune(place: Path, tmp_path: Path) -> None:
     arguments = ("--student", place / "student", "--out", tmp_path / "i", "--prune", "0.2")
     fail("encode", place / "data", *arguments, containing=["this student does not have", "fit-scores --quality"])
+
+
+def test_a_vocabulary_is_pruned_from_the_command_line(place: Path, tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model", "bert", pad_token_id=word_tokenizer().pad_token_id)
+    word_tokenizer().save_pretrained(model)
+    student = Student.create(tiny_student_config(model), device="cpu", dtype="float32")
+    student.save(tmp_path / "student")
+    write_lines(tmp_path / "few.jsonl", [{"_id": "1", "text": TEXTS[0]}])
+    write_lines(tmp_path / "others.jsonl", [{"_id": "1", "text": TEXTS[1]}, {"_id": "2", "text": TEXTS[0]}])
+    arguments = (tmp_path / "few.jsonl", "--out", tmp_path / "new", "--check", tmp_path / "others.jsonl")
+    result, written = succeed_with_report("prune-vocabulary", tmp_path / "student", *arguments, folder=tmp_path)
+    assert written["result"]["kept"] < written["result"]["tokens"] == len(word_tokenizer())
+    assert written["result"]["check"]["num_changed"] == 1
+    assert "of 2 texts to check, 1 have other tokens now" in " ".join(result.stderr.split())
+    pruned = Student.load(tmp_path / "new", device="cpu", dtype="float32")
+    assert (pruned.encode_document(TEXTS[0]) == student.encode_document(TEXTS[0])).all()

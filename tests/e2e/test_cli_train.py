@@ -6,10 +6,15 @@ import json
 import shutil
 import signal
 
+import numpy as np
 import pytest
 
 from d2llm.core.manifest import FILE_NAME as MANIFEST
+from d2llm.data.beir import read_beir
+from d2llm.models.backbone import Backbone
+from d2llm.models.layer_choice import layer_distances
 from d2llm.models.student import Student
+from d2llm.recipe import BackboneConfig
 from d2llm.recipe.recipe_file import load_recipe
 from e2e.command_line import (
     d2llm,
@@ -23,7 +28,7 @@ from e2e.command_line import (
 )
 from prepared_process import PreparedProcess, program
 from recipe_lines import superfluous_lines
-from tiny_models import tiny_student_config
+from tiny_models import tiny_student_config, write_tiny_model
 
 
 @pytest.fixture
@@ -320,6 +325,22 @@ class TestInit:
         target.write_text(text + small)
         _, report = succeed_with_report("run", target, "--out", tmp_path / "run", "--dtype", "float32", folder=tmp_path)
         assert report["result"]["distill"]["steps"] == 10
+
+    def test_layers_are_chosen_by_the_passages_of_an_encoder_and_the_first_of_a_decoder(self, place, tmp_path):
+        for name, architecture in (("encoder", "bert"), ("decoder", "llama")):
+            model = write_tiny_model(tmp_path / name, architecture, num_hidden_layers=3)
+            target = tmp_path / f"{name}.toml"
+            options = ("--out", target, "--backbone", model, "--device", "cpu", "--layers")
+            succeed("init", place / "everyday", *options, "2")
+            layers = load_recipe(target).student.backbone.layers
+            if name == "decoder":
+                assert layers == 2
+                continue
+            passages = [p.full_text for p in read_beir(place / "everyday").passages.values()]
+            distances = layer_distances(Backbone.load(BackboneConfig(model=str(model)), device="cpu"), passages)
+            assert layers == tuple(sorted(np.argsort(distances)[1:]))
+            target.unlink()
+            fail("init", place / "everyday", *options, "4", containing=["4 layers cannot be kept of 3"])
 
     def test_a_student_is_trained_further_and_is_no_backbone(self, place, tmp_path):
         trained = Student.create(tiny_student_config(place / "encoder"), device="cpu", dtype="float32")

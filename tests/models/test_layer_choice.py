@@ -1,4 +1,6 @@
-"""Which layers a backbone can do without: angles between their inputs and outputs, and students made of the rest."""
+"""Which layers a backbone can do without: by angles between their inputs and outputs, or by entropy; students made of
+the rest.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import torch
 from d2llm.core.errors import InputError
 from d2llm.methods.poolings.ditto import Ditto, choose_head
 from d2llm.models.backbone import Backbone
-from d2llm.models.layer_choice import choose_layers, layer_distances
+from d2llm.models.layer_choice import choose_layers, entropy_gains, layer_distances
 from d2llm.models.pretrained import layers_of
 from d2llm.models.student import Student
 from d2llm.recipe import BackboneConfig, Pooling
@@ -37,6 +39,25 @@ def test_distances_equal_the_angles_of_the_models_own_states(tmp_path: Path, arc
     np.testing.assert_allclose(layer_distances(backbone, TEXTS[:3])[:2], expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_gains_of_entropy_by_the_distances_to_the_25th_nearest(tmp_path: Path, architecture: str) -> None:
+    backbone = load(write_tiny_model(tmp_path / architecture, architecture, num_hidden_layers=3))
+    states: list[list[np.ndarray]] = [[], [], []]
+    for text in TEXTS:
+        ids = torch.tensor(backbone.tokenize([text], "passage").ids)
+        with torch.no_grad():
+            hidden = backbone.model(input_ids=ids, output_hidden_states=True).hidden_states
+        for index in range(3):  # some normalise the last one
+            states[index] += [*hidden[index][0].double().numpy()]
+    entropies: list[float] = []
+    for rows in map(np.stack, states):
+        logarithms = [np.log(np.sort(np.linalg.norm(rows - row, axis=1))[25] + 1e-10) for row in rows]
+        entropies.append(32 * np.mean(logarithms))
+    np.testing.assert_allclose(entropy_gains(backbone, TEXTS)[:2], np.diff(entropies), rtol=1e-3)
+    with pytest.raises(InputError, match="too few for an entropy"):
+        entropy_gains(backbone, TEXTS[:1])
+
+
 def test_a_layer_that_does_nothing_is_dropped_first(tmp_path: Path) -> None:
     backbone = load(write_tiny_model(tmp_path / "llama", "llama", num_hidden_layers=4))
     with torch.no_grad():
@@ -46,6 +67,7 @@ def test_a_layer_that_does_nothing_is_dropped_first(tmp_path: Path) -> None:
     distances = layer_distances(backbone, TEXTS)
     assert distances[2] == pytest.approx(0.0, abs=1e-3)
     assert choose_layers(distances, 3) == (0, 1, 3)
+    assert entropy_gains(backbone, TEXTS)[2] == pytest.approx(0.0, abs=1e-3)
 
 
 def test_the_layers_that_turn_most_are_chosen() -> None:

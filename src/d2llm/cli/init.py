@@ -14,6 +14,25 @@ from d2llm.core.errors import InputError
 from d2llm.core.settings import TASK_HELP
 from d2llm.core.types import Task
 
+_LayersOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Keep so many of the backbone's layers: of an encoder those that turn the states of DATA's tokens most, "
+        "of a decoder the first.",
+        show_default="all",
+    ),
+]
+
+_TeacherOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Untuned model that scores pairs: a folder, a Hub name, or KIND:MODEL.",
+        show_default="made from the backbone if there are at least 1,000 questions, else none",
+    ),
+]
+
 
 @verb("Distil")
 def init(
@@ -43,14 +62,8 @@ def init(
         str | None,
         student_option(help="Train this student further, instead of a backbone.", show_default="none"),
     ] = None,
-    teacher: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Untuned model that scores pairs: a folder, a Hub name, or KIND:MODEL.",
-            show_default="made from the backbone if there are at least 1,000 questions, else none",
-        ),
-    ] = None,
+    layers: _LayersOption = None,
+    teacher: _TeacherOption = None,
     task: Annotated[
         Task | None,
         typer.Option(
@@ -71,7 +84,9 @@ def init(
     if out.exists() and not is_stream(out):
         raise InputError(f"{out}: already exists and is not replaced; give another path with --out")
     session = session_of(context)
-    made = starting_recipe(data, backbone=backbone, start=start, teacher=teacher, task=task, device=device)
+    made = starting_recipe(
+        data, backbone=backbone, start=start, layers=layers, teacher=teacher, task=task, device=device
+    )
     write_bytes(out, made.text.encode())
     for note in made.notes:
         session.complain("warning", note)

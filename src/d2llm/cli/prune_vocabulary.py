@@ -47,7 +47,7 @@ def prune_vocabulary(
     loaded = Student.load(student, device="cpu", dtype="float32")
     pruned = prune(loaded, (passage.full_text for passage in texts.passages))
     pruned.save(out)
-    before, after = (len(each.backbone.tokenizer) for each in (loaded, pruned))
+    before, after = (len(model.backbone.tokenizer) for model in (loaded, pruned))
     report: dict[str, object] = {"tokens": before, "kept": after, "bytes": folder_bytes(out)}
     session.say(f"prune-vocabulary: {after:,} of {before:,} tokens stay; {folder_bytes(out):,} bytes in {out}")
     if check:

@@ -19,7 +19,9 @@ from d2llm.data.beir import Dataset
 from d2llm.data.check_texts import Sample, guess_languages
 from d2llm.data.open_data import open_data
 from d2llm.data.pairs import PairDataset
+from d2llm.models.layer_choice import choose_layers, layer_distances
 from d2llm.models.length_limit import readable_tokens
+from d2llm.models.pretrained import is_decoder
 from d2llm.models.student import Student
 from d2llm.ops.batching import even_batches
 from d2llm.recipe import AutoPooling, BackboneConfig, DataConfig, Recipe, StudentConfig, TrainingConfig
@@ -36,6 +38,7 @@ _LANGUAGE_SAMPLE = 500  # texts whose language is guessed
 _TRAINING = TrainingConfig()
 _RATE, _BATCH, _NUM_HARD, _NUM_EASY = 1e-3, 16, 4, 1  # for 100 to 1,000 questions (docs/log)
 _MAX_PASSAGE_TOKENS, _MAX_QUERY_TOKENS = 256, 128  # time grows with the limits; users can raise them in the recipe
+_READ_BY_LAYERS = 100  # passages by which layers are chosen
 _ENGLISH = frozenset({"minilm", "smollm2"})
 _ENOUGH_FOR_A_TEACHER = 1000
 _ALIKE = 1.5
@@ -93,6 +96,7 @@ def starting_recipe(
     *,
     backbone: str | None = None,
     start: str | Path | None = None,
+    layers: int | None = None,
     teacher: str | None = None,
     task: Task | None = None,
     device: str | None = None,
@@ -104,6 +108,8 @@ def starting_recipe(
         data: anything that ``open_data`` reads, with judged questions (or pairs) in train and dev.
         backbone: the model that encodes each text alone; by default ``minilm``.
         start: a student to train further, a folder or a name, instead of a backbone.
+        layers: how many of the backbone's layers to keep: of an encoder those that turn the states of tokens most
+            (``models.layer_choice``), of a decoder the first; by default all.
         teacher: a model that scores pairs; by default one trained on the questions if there are enough, or none.
         task: by default the one that ``start`` was trained for, if it is one; else ``asymmetric`` (a passage answers),
             unless queries and passages have about the same length.
@@ -111,22 +117,21 @@ def starting_recipe(
         seed: seed of the samples.
 
     Raises:
-        InputError: there are no training questions, or no dev questions for choosing the best state; or both a backbone
-            and a student to start from are given.
+        InputError: there are no training questions, or no dev questions for choosing the best state; or both a student
+            to start from and a backbone or its layers are given; or the backbone has fewer layers.
         DataFormatError: the data cannot be read.
         ModelNotFoundError: there is no such backbone or student; or the backbone is a student.
     """
-    if start is not None and backbone is not None:
+    if start is not None and (backbone is not None or layers is not None):
         raise InputError(f"the student '{start}' has a backbone already; give it alone, or the backbone alone")
     dataset = open_data(data)
     num_train, num_left, num_dev = _count(dataset)
+    texts = _texts(dataset, seed)
     if start is None:
-        untuned = BackboneConfig(model=backbone or _BACKBONE)
-        student = Student.create(StudentConfig(backbone=untuned, pooling=AutoPooling()), device=device)
+        student = _untuned(backbone or _BACKBONE, layers, texts[1].texts, device)
     else:
         student = Student.load(start, device=device)
     encoder = student.config.backbone
-    texts = _texts(dataset, seed)
     limits = (_MAX_QUERY_TOKENS, _MAX_PASSAGE_TOKENS)
     if start is not None:
         limits = (encoder.max_query_tokens, encoder.max_passage_tokens)
@@ -163,6 +168,19 @@ def starting_recipe(
     )
     _ = result.recipe  # check that the text is a valid recipe
     return result
+
+
+def _untuned(model: str, num_layers: int | None, passages: Sequence[str], device: str | None) -> Student:
+    """The backbone before training, by its cosine, with some of its layers."""
+    config = StudentConfig(backbone=BackboneConfig(model=model), pooling=AutoPooling())
+    student = Student.create(config, device=device)
+    if num_layers is None:
+        return student
+    kept: int | tuple[int, ...] = num_layers
+    if not is_decoder(student.backbone.model.config):
+        kept = choose_layers(layer_distances(student.backbone, passages[:_READ_BY_LAYERS]), num_layers)
+    cut = config.backbone.model_copy(update={"layers": kept})
+    return Student.create(config.model_copy(update={"backbone": cut}), device=device)
 
 
 def _choose_task(student: Student, task: Task | None, queries: _Side, passages: _Side) -> tuple[Task, str]:
@@ -307,6 +325,9 @@ def _backbone_section(backbone: BackboneConfig, queries: _Side, passages: _Side)
     language = f" The texts look like '{language_code}'." if language_code else ""
     is_default = backbone.model == BackboneConfig().model
     model = "" if is_default else f"\nmodel = {json.dumps(backbone.model)}"
+    if backbone.layers is not None:
+        kept = backbone.layers if isinstance(backbone.layers, int) else [*backbone.layers]
+        model += f"\nlayers = {kept} # those that turn the states of tokens most, or a decoder's first"
     return f"""\
 [student.backbone] # {Path(backbone.model).name} encodes each text alone.{english}{language}{model}
 max_query_tokens = {queries.limit} # {_lengths(queries, "queries")}
