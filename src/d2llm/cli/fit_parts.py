@@ -197,9 +197,9 @@ def soup(
     device: DeviceOption = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Average the weights of students that were trained apart (a model soup).
+    """Average the weights of students (a model soup).
 
-    They have the same recipe but for seed, learning rate, losses or data. The average takes no more time or memory than
+    They were trained by one recipe, but for seed, learning rate, losses or data. The average takes no more time or memory than
     one of them. Then fit the weights of its score with `d2llm fit-scores`.
     """
     from d2llm.core.errors import InputError
