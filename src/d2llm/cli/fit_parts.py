@@ -199,8 +199,8 @@ def soup(
 ) -> None:
     """Average the weights of students (a model soup).
 
-    They were trained by one recipe, but for seed, learning rate, losses or data. The average takes no more time or memory than
-    one of them. Then fit the weights of its score with `d2llm fit-scores`.
+    They were trained by one recipe, but for seed, learning rate, losses or data. The average takes no more time or
+    memory than one of them. Then fit the weights of its score with `d2llm fit-scores`.
     """
     from d2llm.core.errors import InputError
     from d2llm.data.plan import TrainingPlan
