@@ -58,10 +58,11 @@ def main() -> None:
     parser.add_argument("students", type=Path, nargs="+", help="folders; others among them are left out")
     parser.add_argument("--queries", type=int, default=200, help="dev queries of each set, half of which choose")
     parser.add_argument("--passages", type=int, default=600)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     arguments = parser.parse_args()
     folders = [folder for folder in sorted(arguments.students) if (folder / "head.safetensors").is_file()]
-    students = [Student.load(folder, device="cpu", dtype="float32") for folder in folders]
+    students = [Student.load(folder, device=arguments.device, dtype="float32") for folder in folders]
     sources = [
         training_source(
             DataConfig.model_validate({"path": str(arguments.data / name), "task": task}), TrainingPlan((), {})
@@ -69,7 +70,7 @@ def main() -> None:
         for name, task in SETS.items()
     ]
     halves = {source.dataset.name: halves_of(source, arguments.queries, arguments.passages) for source in sources}
-    start = Student.create(students[0].config, device="cpu", dtype="float32")
+    start = Student.create(students[0].config, device=arguments.device, dtype="float32")
     num_queries = min(half for half, _, _ in halves.values())
     greedy = greedy_soup(students, sources, num_queries=num_queries, num_passages=arguments.passages)
     names = ["/".join(folder.parts[-2:]) for folder in folders]

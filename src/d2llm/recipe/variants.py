@@ -83,6 +83,11 @@ def _weightless(pooling: Any) -> Pooling:
     return Pooling.of(pooling).weightless
 
 
+def _narrow(pooling: Any) -> Pooling:
+    """Vectors of 128 dimensions by a projection of the pooling without PMA."""
+    return Pooling.of({"kind": "projection", "dim": 128, "pooling": _weightless(pooling)})
+
+
 def _with_weightless(pooling: Any, kind: str) -> Pooling:
     """The pooling with another one in place of the backbone's own."""
     pooling = Pooling.of(pooling)
@@ -114,6 +119,7 @@ def _whitened(pooling: Any) -> Pooling:
 _COSINE = {"interaction": {"head": "cosine"}}
 _FOUR_LAYERS = {"backbone": {"layers": (0, 1, 4, 5)}}
 _NO_PMA = {"pooling": _weightless}
+_NARROW = {"pooling": _narrow}
 _NO_SCORE_FEATURES = {
     "bm25": False,
     "window_bm25": False,
@@ -295,6 +301,11 @@ _OWN: _Group = {
     "four-layers-relations": (
         "the same, first taught attention by all layers (MiniLMv2)",
         _pretrained("relations", **_FOUR_LAYERS),
+    ),
+    "four-layers-128": ("these layers alone, with vectors of 128 dimensions", _student(**_FOUR_LAYERS, **_NARROW)),
+    "four-layers-components": (
+        "the same, first taught the principal components of all layers' vectors (HPD)",
+        _pretrained("components", **_FOUR_LAYERS, **_NARROW),
     ),
     "whitening": (
         "the backbone's pooling whitened on passages before training",
