@@ -159,9 +159,16 @@ def test_a_list_longer_than_the_context_is_shown_in_halves(caplog: pytest.LogCap
     assert "in halves" in caplog.text
 
 
-def test_a_passage_longer_than_the_context_is_an_error_with_a_remedy():
-    reply = Reply({"error": {"message": "prompt too long"}}, status=400)
-    with pytest.raises(InputError, match=r"a query and one passage are longer than 'served' can read.*max_passage_tok"):
+@pytest.mark.parametrize(
+    "message",
+    [
+        "prompt too long",
+        "max_tokens=4000 cannot be greater than max_model_len=1024. Please request fewer output tokens.",  # vLLM 0.32
+    ],
+)
+def test_a_passage_longer_than_the_context_is_an_error_with_a_remedy(message: str):
+    reply = Reply({"error": {"message": message}}, status=400)
+    with pytest.raises(InputError, match=r"one passage are longer than .*max_passage_tokens, or max_answer_tokens \("):
         scores(lambda request, number: reply)
 
 

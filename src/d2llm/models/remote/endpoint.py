@@ -30,7 +30,9 @@ _log = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
 
-TOO_LONG = re.compile(r"context.?(length|window|size)|maximum (model|input|context)|too long|longer than", re.I)
+TOO_LONG = re.compile(
+    r"context.?(length|window|size)|maximum (model|input|context)|max_model_len|too long|longer than", re.I
+)
 _UNKNOWN_MODEL = re.compile(
     r"model.*(not exist|not found|unknown)|(unknown|no such|invalid) model|model_not_found", re.I
 )

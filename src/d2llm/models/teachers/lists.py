@@ -97,7 +97,7 @@ class ListTeacher(EndpointTeacher):
             read_completion,
             kept_as=Completion,
             section="teacher",
-            shorten="lower teacher.lists.max_passage_tokens or teacher.lists.size",
+            shorten="lower teacher.lists.max_passage_tokens, size or max_answer_tokens",
             read_refusal=_read_refusal,
         )
 
@@ -245,7 +245,8 @@ class ListTeacher(EndpointTeacher):
         remedy = "teacher.lists.max_passage_tokens" if num_passages == 1 else "teacher.lists.size or max_passage_tokens"
         return InputError(
             f"{self.endpoint.address}: {what} longer than '{self.config.model}' can read there: {reason}; lower "
-            f"{remedy}, or start the server with a longer context"
+            f"{remedy}, or max_answer_tokens ({self.lists.max_answer_tokens}), which takes room too, or start the "
+            "server with a longer context"
         )
 
 
