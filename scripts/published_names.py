@@ -56,7 +56,10 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = {
     ),
     "Model soups, KaLM-Embedding-V2's": ("`d2llm soup`", "yes: .725, five students .713 to .728, one run"),
     "Vocabulary pruning (Load What You Need)": ("`d2llm prune-vocabulary`", "not measured"),
-    "EntroDrop": ("`models.layer_choice.entropy_gains`", "not measured"),
+    "EntroDrop": (
+        "`models.layer_choice.entropy_gains`",
+        "yes: worse than angles on minilm, than the first layers on smollm2",
+    ),
     "Layers left out by angles (Gromov et al.)": ("`d2llm init DATA --layers N`", "yes"),
     "KaLM-Embedding-V2: focal weights": ("`losses.in_batch_cross_entropy.focus`", "yes: -.001, one seed"),
     "Semi-Siamese": ('`backbone.tuning = { adapters = "two" }`', "yes"),

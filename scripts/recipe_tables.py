@@ -116,7 +116,8 @@ def untrained(report: dict[str, Any]) -> str:
     settings = report["settings"]
     note = (
         f"nDCG@10 of the cosine before any training, {settings['queries']} dev queries among at most "
-        f"{settings['passages']:,} passages (`benchmarks/untrained.py`); chosen: the layers that turn the states most."
+        f"{settings['passages']:,} passages (`benchmarks/untrained.py`); chosen: the layers that turn the states most; "
+        "entropy: those that add most to their entropy (EntroDrop)."
     )
     return f"{markdown(lines, num_texts=3)}\n\n{note}"
 
