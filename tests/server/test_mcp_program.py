@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -22,7 +23,7 @@ from markdown_it import MarkdownIt
 from mcp import Client
 
 from agent_clients import ask_program, call, program, refused
-from d2llm import Index
+from d2llm import Index, Passage
 from d2llm.server.agent_tools import NOTICE
 from e2e.command_line import PROGRAM, d2llm, fail, succeed
 from tiny_server import tiny_passages, write_tiny_index
@@ -65,9 +66,14 @@ def test_an_agent_uses_every_tool_that_reads(index: Path, mode: str):
 
 def test_a_client_may_write_only_if_its_user_says_so(tmp_path: Path):
     index = write_tiny_index(tmp_path, 8)
+    day = datetime(2026, 11, 29, tzinfo=timezone.utc)
+    Index.open(index, dtype="float32").upsert([Passage("dated", "a day", metadata={"day": day})])
 
     async def work(client: Client) -> None:
         assert [tool.name for tool in (await client.list_tools()).tools] == [*READING, "upsert", "delete"]
+        (content,) = (await client.read_resource("d2llm:///index/dated")).contents
+        assert json.loads(content.text) == await call(client, "read", document_id="dated")
+        assert datetime.fromisoformat(json.loads(content.text)["metadata"]["day"].replace("Z", "+00:00")) == day
         assert (await call(client, "upsert", documents=[{"id": "größe", "text": "ein Haus 猫"}]))["num_added"] == 1
         assert (await call(client, "read", document_id="größe"))["text"] == "ein Haus 猫"
         assert (await call(client, "delete", document_id="d0"))["num_deleted"] == 4
@@ -76,7 +82,7 @@ def test_a_client_may_write_only_if_its_user_says_so(tmp_path: Path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["verb"], report["result"]["settings"]["writable"]) == ("mcp", True)
     opened = Index.open(index, dtype="float32")
-    assert {document.id for document in opened.list_documents()} == {"d1", "größe"}
+    assert {document.id for document in opened.list_documents()} == {"d1", "dated", "größe"}
 
 
 def test_two_clients_have_several_indexes_each_and_see_what_others_write(tmp_path: Path):
@@ -195,14 +201,15 @@ def test_the_page_has_valid_configurations_of_clients():
         server
         for configuration in configurations()
         for name, group in configuration.items()
-        if name in ("mcpServers", "servers", "mcp_servers")
+        if name in ("mcpServers", "servers", "mcp_servers", "mcp")
         for server in group.values()
     ]
-    assert len(servers) == len(configurations()) == 8
+    assert len(servers) == len(configurations()) == 10
     for server in servers:
         if "command" in server:
-            assert server["command"] == "d2llm"
-            verb, *rest = server["args"]
+            command = server["command"]
+            name, verb, *rest = command if isinstance(command, list) else (command, *server["args"])
+            assert name == "d2llm"
             PROGRAM.commands[verb].make_context(verb, rest)
         else:
             assert server.get("url", server.get("httpUrl")) == "http://127.0.0.1:8000/mcp"

@@ -214,7 +214,8 @@ async def read_resource(agent: Agent, uri: str) -> dict[str, Any]:
         raise invalid(f"{uri!r} is no document of this server; its resources are {SCHEME}INDEX/DOCUMENT", "uri")
     services = agent.services(unquote(name))
     max_tokens = agent.limits.max_context_tokens
-    return await read_document(require_index(services), services.models, unquote(document_id), 0, max_tokens)
+    document = await read_document(require_index(services), services.models, unquote(document_id), 0, max_tokens)
+    return to_jsonable_python(document)
 
 
 # Texts with their sources ------------------------------------------------------------------------------------------
