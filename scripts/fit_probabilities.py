@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("students", type=Path, nargs="+")
     parser.add_argument("--tried-on", action="append", default=[], metavar="NAME:TASK")
     parser.add_argument("--queries", type=int, default=150, help="dev queries of each data set")
+    parser.add_argument("--features-only", action="store_true", help="keep what was fitted to scores of vectors alone")
     arguments = parser.parse_args()
     for folder in arguments.students:
         student = Student.load(folder, dtype="float32")
@@ -39,6 +40,8 @@ def main() -> None:
             (read_dev(arguments.data / Path(item["path"]).name), cast(Task, item["task"])) for item in recipe["data"]
         ]
         calibration = fit_probabilities(student, judged, num_queries=arguments.queries)
+        if arguments.features_only:
+            calibration = calibration.model_copy(update={"tasks": student.calibration.tasks})
         calibration.write(folder, student.fingerprint)
         named: list[tuple[str, TaskCalibration]] = [*calibration.tasks.items()]
         named += [(f"{task}, with score features", fitted) for task, fitted in calibration.with_features.items()]

@@ -58,7 +58,8 @@ def probabilities(student, pairs, task):
 def full_probabilities(student, pairs, task):
     """Those of the scores with score features, if the student has any for the task."""
     scores = student.predict(pairs, task=task)
-    return student.calibration.probabilities(scores, task, with_features=bool(student.feature_weights(task)))
+    queries = [query for query, _ in pairs] if student.feature_weights(task) else None
+    return student.calibration.probabilities(scores, task, queries=queries)
 
 
 def test_both_tasks_are_calibrated(student):

@@ -76,6 +76,16 @@ def test_a_probability_is_the_logistic_function_of_the_score():
         calibration().probabilities([0.0], "symmetric")
 
 
+def test_the_score_of_a_query_with_more_words_says_less():
+    student = ProbabilityCalibration(with_features={"asymmetric": FITTED.model_copy(update={"terms_slope": 2.0})})
+    queries = ["cats", "cats by the sea, cats"]  # one term, and four
+    probabilities = student.probabilities([9.0, 9.0], "asymmetric", queries=queries)
+    log_odds = [SLOPE * 9 + OFFSET - 2 * np.log(1 + count) for count in (1, 4)]
+    assert np.allclose(probabilities, 1 / (1 + np.exp(-np.array(log_odds))))
+    with pytest.raises(InputError, match="not calibrated"):
+        student.probabilities([9.0], "asymmetric")
+
+
 class TestDrawing:
     def test_one_pair_in_ten_is_relevant(self):
         drawn = score_drawn(Numbered(), numbered(50), "asymmetric", num_queries=50, seed=0)

@@ -22,6 +22,7 @@ DOCUMENTS = [*TEXTS[:5], LONG, "fig fig", TEXTS[2], "绿茶需要八十度的水
 FITTED = TaskCalibration(
     slope=0.5, offset=-2.0, num_queries={"a": 40}, num_pairs=400, error_before=0.5, error_after=0.1
 )
+WHOLE = FITTED.model_copy(update={"terms_slope": 0.9})
 
 
 @pytest.fixture(scope="module", params=["tokens", "all"])
@@ -29,7 +30,7 @@ def student(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("student")
     made = real_student(folder, request.param)
     made.calibration = ProbabilityCalibration(
-        num_hard=1, num_random=8, tasks={"asymmetric": FITTED}, with_features={"asymmetric": FITTED}
+        num_hard=1, num_random=8, tasks={"asymmetric": FITTED}, with_features={"asymmetric": WHOLE}
     )
     made.save(folder / "saved")
     return Student.load(folder / "saved", device="cpu", dtype="float32")
@@ -79,7 +80,7 @@ def test_every_route_gives_the_whole_score(student, served):
     close(scored, student.predict([*zip(pairs["text_1"], DOCUMENTS, strict=True)], index=index))
     close(post(address, "/v1/rescore", {"query": QUERY, "passages": DOCUMENTS}).json()["scores"], expected)
 
-    probabilities = student.calibration.probabilities(expected, "asymmetric", with_features=True)
+    probabilities = student.calibration.probabilities(expected, "asymmetric", queries=[QUERY] * len(expected))
     for path, body in (("/v1/rerank", {"model": None}), ("/v2/rerank", {})):
         if path == "/v2/rerank":
             body["model"] = patient.get(f"{address}/v1/models").json()["data"][0]["id"]

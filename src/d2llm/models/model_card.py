@@ -169,9 +169,10 @@ def _probabilities(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
         "mixture they are not the fraction of relevant passages, but the ranking is unchanged."
     )
     figures = Column("expected calibration error before", ".3f"), Column("after", ".3f")
-    table = Table("task", Column("dev queries"), *figures)
-    for task, fitted in calibration.tasks.items():
-        table.add_row(task, sum(fitted.num_queries.values()), fitted.error_before, fitted.error_after)
+    table = Table("score", Column("dev queries"), *figures)
+    whole = {f"{task}, with words and tokens": fitted for task, fitted in calibration.with_features.items()}
+    for name, fitted in {**calibration.tasks, **whole}.items():
+        table.add_row(name, sum(fitted.num_queries.values()), fitted.error_before, fitted.error_after)
     return ["## Probabilities", note, table.to_markdown()]
 
 

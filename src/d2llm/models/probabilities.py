@@ -9,6 +9,7 @@ Source: Platt, "Probabilistic outputs for support vector machines", 1999.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -18,14 +19,24 @@ from pydantic import Field
 from d2llm.core.errors import InputError
 from d2llm.core.types import Task
 from d2llm.models.fitted_part import FittedPart, FittedValues
+from d2llm.store.word_segment import CountedTerms
 
 WEAK, WEAK_WITHOUT_WORDS = 0.15, 0.5
 """A passage that lacks words of the query is called a weak match below the first probability, one that has none of them
 below the second: nonsense has no words in common with a corpus, but can get a high score from a student."""
 
 
+def fewer_terms(queries: Sequence[str]) -> NDArray[np.float64]:
+    """-ln(1 + the number of distinct terms) of each query [n]."""
+    terms = {query: len(CountedTerms.from_text(query).hashes) for query in dict.fromkeys(queries)}
+    return -np.log1p([terms[query] for query in queries])
+
+
 class TaskCalibration(FittedValues):
-    """p = 1 / (1 + exp(-(slope * score + offset))); the slope is positive, so rankings do not change.
+    """p = 1 / (1 + exp(-(slope * score - terms_slope * ln(1 + terms) + offset))) for a query of so many distinct terms.
+
+    A score that counts words grows with the words that a query has, and says less. The slope is positive, and the terms
+    are those of the query alone, so its rankings do not change.
 
     It was fitted on ``num_queries`` queries, by data set, and ``num_pairs`` pairs. The expected calibration errors are
     measured on those pairs: ``error_before`` with the plain logistic function of the score, ``error_after`` with the
@@ -34,6 +45,7 @@ class TaskCalibration(FittedValues):
 
     slope: float = Field(gt=0)
     offset: float
+    terms_slope: float = Field(0.0, ge=0)
     num_queries: dict[str, int]
     num_pairs: int
     error_before: float
@@ -69,13 +81,26 @@ class ProbabilityCalibration(FittedPart):
         """The fraction of relevant passages in the mixture of the fit."""
         return 1 / (1 + self.num_hard + self.num_random)
 
-    def probabilities(self, scores: ArrayLike, task: Task, *, with_features: bool = False) -> NDArray[np.float64]:
-        """Probabilities [n] that passages with these scores [n] are relevant; ``InputError`` if none were fitted."""
-        fitted = (self.with_features if with_features else self.tasks).get(task)
+    def probabilities(
+        self, scores: ArrayLike, task: Task, *, queries: Sequence[str] | None = None
+    ) -> NDArray[np.float64]:
+        """Probabilities [n] that passages with these scores [n] are relevant.
+
+        Args:
+            scores: of vectors alone, or, with ``queries``, those that count score features too.
+            task: of the scores.
+            queries: [n] the query of each score.
+
+        Raises:
+            InputError: none were fitted for such scores.
+        """
+        fitted = (self.tasks if queries is None else self.with_features).get(task)
         if fitted is None:
             raise InputError(
                 f"this student's scores were not calibrated for {task} search, so it has no probabilities; use its "
                 "scores, or calibrate them on judged dev queries (d2llm.training.fit_probabilities.fit_probabilities)"
             )
         log_odds = fitted.slope * np.asarray(scores, np.float64) + fitted.offset
+        if queries is not None:
+            log_odds += fitted.terms_slope * fewer_terms(queries)
         return np.exp(-np.logaddexp(0.0, -log_odds))  # no overflow, and exact for very negative log-odds

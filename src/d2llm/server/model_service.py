@@ -72,6 +72,7 @@ class PassageScores:
 
     Attributes:
         scores: [n]; ``ModelService.probabilities`` converts them to probabilities.
+        queries: [n] the query of each.
         num_tokens: total tokens of queries and passages, after truncation.
         truncated: places of the passages that were truncated to the student's limit.
         truncated_queries: places of the queries that were.
@@ -79,6 +80,7 @@ class PassageScores:
     """
 
     scores: NDArray[np.float32]
+    queries: Sequence[str]
     num_tokens: int
     truncated: tuple[int, ...]
     truncated_queries: tuple[int, ...]
@@ -251,7 +253,8 @@ class ModelService:
             tuple(position for position, text in enumerate(queries) if distinct.index(text) in cut) if cut else ()
         )
         cut_passages = tuple(position - len(distinct) for position in encoded.truncated if position >= len(distinct))
-        return PassageScores(scores, sum(encoded.num_tokens), cut_passages, cut_queries, corpus)
+        query_of = [queries[row % len(queries)] for row in range(len(passages))]
+        return PassageScores(scores, query_of, sum(encoded.num_tokens), cut_passages, cut_queries, corpus)
 
     async def read_query(self, text: str, corpus: ScoringCorpus) -> tuple[TextQuery, bool]:
         """A query to score passages of an index, and whether it was truncated.
@@ -313,8 +316,8 @@ class ModelService:
         """Scores [n] as numbers in [0, 1]: calibrated if the student is calibrated for them, else the sigmoid."""
         corpus = scored.corpus
         if self._is_calibrated(corpus.task, corpus.weights):
-            calibration, has_features = self.student.calibration, bool(corpus.weights)
-            return calibration.probabilities(scored.scores, corpus.task, with_features=has_features)
+            queries = scored.queries if corpus.weights else None
+            return self.student.calibration.probabilities(scored.scores, corpus.task, queries=queries)
         return np.asarray(expit(scored.scores.astype(np.float64)))
 
     def _is_calibrated(self, task: Task, weights: FeatureWeights) -> bool:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.same_text import SameText
-from d2llm.models.probabilities import ProbabilityCalibration, TaskCalibration
+from d2llm.models.probabilities import ProbabilityCalibration, TaskCalibration, fewer_terms
 from d2llm.models.text_scores import TextScorer
 from d2llm.ops.calibration import expected_calibration_error, reliability_bins
 from d2llm.ops.ensemble import fit_ensemble, out_of_fold_log_odds
@@ -32,10 +32,11 @@ class CalibrationSample:
     """Pairs drawn in the proportions that the probabilities assume, with a student's scores: all [n].
 
     ``scores`` are those of the vectors, ``full_scores`` count the score features too; None if there are none.
-    ``queries`` are "data set:query id"; ``num_queries`` is the number of queries by data set.
+    ``queries`` are "data set:query id", ``texts`` theirs; ``num_queries`` is the number of queries by data set.
     """
 
     queries: list[str]
+    texts: list[str]
     scores: NDArray[np.float64]
     relevant: NDArray[np.bool_]
     num_queries: dict[str, int]
@@ -76,7 +77,7 @@ def fit_probabilities(
             continue
         tasks[task] = fitted
         full = [replace(part, scores=part.full_scores) for part in samples if part.full_scores is not None]
-        if full and (fitted := _fit(task, full, seed)) is not None:
+        if full and (fitted := _fit(task, full, seed, with_terms=True)) is not None:
             with_features[task] = fitted
     return ProbabilityCalibration(num_hard=NUM_HARD, num_random=NUM_RANDOM, tasks=tasks, with_features=with_features)
 
@@ -103,6 +104,7 @@ def score_drawn(
     full_scores = read.scores().astype(np.float64) if read.scorer.corpus.weights else None
     return CalibrationSample(
         queries=[f"{dataset.name}:{query_id}" for query_id, ids in drawn.items() for _ in ids],
+        texts=[query for query, _ in pairs],
         scores=scores.astype(np.float64),
         relevant=np.array([index == 0 for ids in drawn.values() for index in range(len(ids))], bool),
         num_queries={dataset.name: len(drawn)},
@@ -138,7 +140,9 @@ def _draw(
     return drawn
 
 
-def _fit(task: Task, samples: Sequence[CalibrationSample], seed: int) -> TaskCalibration | None:
+def _fit(
+    task: Task, samples: Sequence[CalibrationSample], seed: int, *, with_terms: bool = False
+) -> TaskCalibration | None:
     num_queries = {name: count for part in samples for name, count in part.num_queries.items()}
     total = sum(num_queries.values())
     if total < MIN_QUERIES:
@@ -152,17 +156,21 @@ def _fit(task: Task, samples: Sequence[CalibrationSample], seed: int) -> TaskCal
     scores = np.concatenate([part.scores for part in samples])
     relevant = np.concatenate([part.relevant for part in samples])
     groups = [query for part in samples for query in part.queries]
-    ensemble = fit_ensemble(scores[:, None], relevant)
-    slope = ensemble.weights[0] / ensemble.scales[0]
-    if slope <= 0:
+    columns = scores[:, None]
+    if with_terms:
+        columns = np.column_stack([scores, fewer_terms([text for part in samples for text in part.texts])])
+    ensemble = fit_ensemble(columns, relevant)
+    slopes = np.array(ensemble.weights) / np.array(ensemble.scales)
+    if slopes[0] <= 0:
         _remarks.info(
             "scores of %s search are not calibrated as probabilities: they do not distinguish relevant passages", task
         )
         return None
-    after = out_of_fold_log_odds(scores[:, None], relevant, groups, seed=seed)
+    after = out_of_fold_log_odds(columns, relevant, groups, seed=seed)
     return TaskCalibration(
-        slope=slope,
-        offset=ensemble.bias - slope * ensemble.means[0],
+        slope=slopes[0],
+        offset=ensemble.bias - float(slopes @ np.array(ensemble.means)),
+        terms_slope=slopes[1] if with_terms else 0.0,
         num_queries=num_queries,
         num_pairs=len(scores),
         error_before=expected_calibration_error(reliability_bins(scores, relevant)),
