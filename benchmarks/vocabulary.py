@@ -3,7 +3,7 @@
     python benchmarks/vocabulary.py --json benchmarks/results/vocabulary.json     some five minutes
 
 For each set, `d2llm-multilingual` keeps the tokens of all passages (passages), or of these and the train queries
-(queries too). nDCG@10 of its vectors' inner product on dev queries among at most 1,000 passages, by the student and by
+(queries too). nDCG@10 of the cosine of its vectors on dev queries among at most 1,000 passages, by the student and by
 the pruned one; the vectors of 50 passages must be the same. Lost: dev queries with other tokens than before, and tokens
 that are unknown.
 

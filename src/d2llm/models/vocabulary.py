@@ -93,11 +93,9 @@ def lost_tokens(student: Student, pruned: Student, texts: Iterable[str]) -> Lost
     num_texts = num_changed = num_tokens = num_unknown = 0
     for batch in batched(texts, _BATCH):
         for before, after in zip(_tokens(student, batch), _tokens(pruned, batch), strict=True):
-            num_texts, num_changed, num_tokens = (
-                num_texts + 1,
-                num_changed + (before != after),
-                num_tokens + len(before),
-            )
+            num_texts += 1
+            num_changed += before != after
+            num_tokens += len(before)
             num_unknown += max(0, after.count(unknown) - before.count(unknown))
     return LostTokens(num_texts, num_changed, num_tokens, num_unknown)
 

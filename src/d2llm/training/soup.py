@@ -131,10 +131,8 @@ def _checked(students: Sequence[Student]) -> list[Student]:
 
 
 def _average_of(students: Sequence[Student], fractions: Sequence[float]) -> Student:
-    first, change = (
-        students[0],
-        {"soup": [[student.fingerprint, fraction] for student, fraction in zip(students, fractions, strict=True)]},
-    )
+    first = students[0]
+    change = {"soup": [[student.fingerprint, fraction] for student, fraction in zip(students, fractions, strict=True)]}
     kept = {name: list(getattr(first, name)) for name in ("nested_dims", "nested_depths") if getattr(first, name)}
     averaged = first.changed_copy(change, kept | {"tasks": first.trained_tasks} | change, merged=True)
     backbones = (merged_state_dict(student.backbone.model) for student in students)
