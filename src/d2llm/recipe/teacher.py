@@ -272,9 +272,9 @@ class VllmTeacherConfig(PromptedTeacherConfig, kind="vllm"):
     """A method by which vLLM quantises the weights while it loads them, such as ``fp8`` or ``bitsandbytes``. A model
     that was stored quantised needs no setting."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
-    """Fraction of each GPU's memory for weights and cache."""
+    """Fraction of each GPU's memory for weights and cache; of main memory, where vLLM runs on a CPU."""
     enforce_eager: bool = False
-    """Do not capture CUDA graphs: starts faster, scores a little more slowly."""
+    """Do not compile the model or capture CUDA graphs: starts faster, scores a little more slowly."""
 
     def identify(self) -> TeacherIdentity:
         """That of the same causal teacher, unless vLLM quantises its weights."""
