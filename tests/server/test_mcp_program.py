@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -229,6 +230,19 @@ def test_the_package_is_imported_only_when_it_is_used():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     assert d2llm("--help").exit_code == 0
+
+
+@pytest.mark.skipif(shutil.which("mcp-inspector") is None, reason="needs npm's @modelcontextprotocol/inspector")
+def test_the_inspector_of_the_protocol_finds_no_fault(index: Path):
+    def inspect(*options: str) -> Any:
+        program = Path(sys.executable).parent / "d2llm"
+        command = ["mcp-inspector", "--cli", str(program), "mcp", str(index), "--method", *options]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert [tool["name"] for tool in inspect("tools/list", "--strict")["tools"]] == READING
+    (content,) = inspect("resources/read", "--uri", "d2llm:///docs/d0")["contents"]
+    called = inspect("tools/call", "--tool-name", "read", "--tool-arg", "document_id=d0")
+    assert called["structuredContent"] == json.loads(content["text"])
 
 
 def test_tools_are_listed_without_the_libraries_of_models():
