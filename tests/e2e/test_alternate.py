@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import InputError, RecipeError
+from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.training import TrainingSource, labelled_pairs
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import load_teacher
@@ -19,7 +20,7 @@ from d2llm.recipe import LoraConfig, Pretraining, Recipe, TeacherTuningConfig
 from d2llm.recipe.losses import Objective
 from d2llm.training import alternate as verb
 from d2llm.training.alternate import alternate, recipe_of_round
-from d2llm.training.tune_teacher import tune_teacher, with_student_scores
+from d2llm.training.tune_teacher import tune_teacher, with_labels, with_student_scores
 from tiny_data import JUDGEMENTS, tiny_recipe, topics
 from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model, write_trained_student
 
@@ -91,6 +92,43 @@ def test_a_teacher_learns_the_scores_of_a_student(
     )
     assert after > max(0.5, before + 0.2)
     assert manifest(tmp_path / "teacher")["settings"]["learns_from"] == Student.load(student).fingerprint
+
+
+def test_a_teacher_learns_the_labels_of_another(recipe: Recipe, sources: list[TrainingSource], tmp_path: Path) -> None:
+    """Targets are P(yes) of the labelled pairs; a query without labels keeps its judgements."""
+    [source] = sources
+    first, *others = source.plan.entries
+    store = LabelStore(tmp_path / "labels", teacher="t", prompt="p", dataset=source.dataset.name)
+    for entry in others:  # the opposite of the judgements
+        log_odds = np.where([name in entry.positives for name in entry.passage_ids], -3.0, 2.0).astype(np.float32)
+        store.write([QueryLabels(entry.query_id, entry.passage_ids, log_odds)])
+    pairs = labelled_pairs(sources, num_negatives=4, max_queries=None, seed=0)
+    labelled, made_by = with_labels(pairs, sources, tmp_path / "labels")
+    unlabelled = source.query_text(first.query_id)
+    for before, after in zip(pairs, labelled, strict=True):
+        expected = before.target if before.query == unlabelled else 1 / (1 + np.exp(3 if before.target else -2))
+        assert after == replace(before, target=after.target)
+        assert after.target == pytest.approx(expected)
+    tuning = recipe.teacher_tuning.model_copy(update={"labels": str(tmp_path / "labels")})
+    tune_teacher(sources, tmp_path / "teacher", teacher=recipe.teacher, tuning=tuning, **CPU)
+    assert manifest(tmp_path / "teacher")["settings"]["learns_from"] == made_by
+    tuned = load_teacher(recipe.teacher.model_copy(update={"model": str(tmp_path / "teacher")}), **CPU)
+    scores = tuned.score_pairs([(pair.query, pair.passage) for pair in labelled], "asymmetric").log_odds
+    assert np.corrcoef(scores, [pair.target for pair in labelled])[0, 1] > 0.5
+
+
+def test_labels_of_two_teachers_or_of_other_pairs_are_refused(sources: list[TrainingSource], tmp_path: Path) -> None:
+    [source] = sources
+    pairs = labelled_pairs(sources, num_negatives=1, max_queries=None, seed=0)
+    label = [QueryLabels("unknown", ("passage",), np.zeros(1, np.float32))]
+    LabelStore(tmp_path, teacher="t", prompt="p", dataset=source.dataset.name).write(label)
+    with pytest.raises(InputError, match="no label of any pair"):
+        with_labels(pairs, sources, tmp_path)
+    LabelStore(tmp_path, teacher="other", prompt="p", dataset=source.dataset.name).write(label)
+    with pytest.raises(InputError, match="several teachers"):
+        with_labels(pairs, sources, tmp_path)
+    with pytest.raises(ValueError, match="student or from labels"):
+        TeacherTuningConfig(student="s", labels="l")
 
 
 def test_rounds_follow_one_another_and_learn_from_no_judgements(

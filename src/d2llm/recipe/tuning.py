@@ -44,6 +44,10 @@ class TeacherTuningConfig(Section):
     student: str | None = None
     """A student, a folder or a name, whose scores of the pairs the teacher learns instead of the data sets' judgements
     (Trans-Encoder)."""
+    labels: str | None = None
+    """A folder of labels that another teacher made, as ``labels`` of a run folder: its P(yes) are the targets of the
+    pairs that it has scored, so that what a large language model said about some lists becomes a teacher that scores
+    any. Other pairs keep the data sets' judgements."""
     max_queries: int | None = Field(default=None, ge=1)
     checkpoint_minutes: float = Field(default=5.0, gt=0)
     eval_every: int | None = Field(default=None, ge=1)
@@ -65,13 +69,19 @@ class TeacherTuningConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_student(self) -> TeacherTuningConfig:
-        if self.student is not None and self.epochs == 0:
-            raise ValueError("a teacher can learn from student only if it is tuned: set epochs above 0, or no student")
-        if self.student is not None and self.dev_measure == "mrr":
-            raise ValueError(
-                "dev_measure mrr needs the data sets' judgements, which student replaces: set it to cross_entropy"
-            )
+    def _check_targets(self) -> TeacherTuningConfig:
+        given = [name for name in ("student", "labels") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError("a teacher learns from student or from labels: leave one of them out")
+        for name in given:
+            if self.epochs == 0:
+                raise ValueError(
+                    f"a teacher can learn from {name} only if it is tuned: set epochs above 0, or no {name}"
+                )
+            if self.dev_measure == "mrr":
+                raise ValueError(
+                    f"dev_measure mrr needs the data sets' judgements, which {name} replaces: set it to cross_entropy"
+                )
         return self
 
     def base_quantization(self, teacher: TeacherConfig) -> Quantization:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
 from torch import Tensor
 from torch.nn import functional
 
 from d2llm.core.errors import InputError
 from d2llm.core.files import new_folder
+from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Task
+from d2llm.data.labels import LabelStore, label_keys
 from d2llm.data.plan import TrainingPlan
 from d2llm.data.run_folder import require_unfinished, working_folder
 from d2llm.data.training import TrainingPair, TrainingSource, labelled_pairs
@@ -32,7 +35,7 @@ from d2llm.models.teachers.pair_teacher import PairTeacher
 from d2llm.ops.batching import token_budget_batches
 from d2llm.recipe import LocalTeacherConfig, Recipe, TeacherConfig, TeacherTuningConfig, VllmTeacherConfig
 from d2llm.recipe.recipe_file import tuning_settings
-from d2llm.training.checkpoints import BestState, trainable
+from d2llm.training.checkpoints import BestState, remarks, trainable
 from d2llm.training.gradient_cache import backpropagate_parts, graph_room
 from d2llm.training.trainer import Trainable, Trainer, save_tuned
 
@@ -83,8 +86,10 @@ def tune_teacher(
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last complete step is kept.
         ModelNotFoundError: there is no student ``teacher_tuning.student``.
-        InputError: there are no pairs, ``folder`` already holds a finished teacher, the checkpoint is from another run,
-            this kind of teacher cannot be tuned, or the plans are too small to hold queries out.
+        DataFormatError: ``teacher_tuning.labels`` has no labels, or is damaged.
+        InputError: there are no pairs, or no labels of them; ``folder`` already holds a finished teacher; the
+            checkpoint is from another run, this kind of teacher cannot be tuned, or the plans are too small to hold
+            queries out.
         TrainingDivergedError: the loss is not finite; the last good checkpoint is kept.
     """
     require_unfinished(folder, TEACHER_KIND)
@@ -180,7 +185,7 @@ class _Tuning(Trainable):
         self.num_truncated = state["num_truncated"]
 
 
-# Pairs that a student has scored -------------------------------------------------------------------------------------
+# Targets of pairs ----------------------------------------------------------------------------------------------------
 
 
 def _pairs(
@@ -191,11 +196,14 @@ def _pairs(
     device: str | None,
     dtype: str | None,
 ) -> tuple[list[TrainingPair], list[TrainingPair], dict[str, str]]:
-    """The pairs to learn, those of dev, and the fingerprint of the student whose scores are their targets, if any."""
+    """The pairs to learn, those of dev, and the fingerprint of what their targets are from, if not of judgements."""
     training, dev_pairs = hold_out(sources, tuning, seed=seed) if tuning.eval_every and sources else (sources, [])
     pairs = labelled_pairs(training, num_negatives=tuning.num_negatives, max_queries=tuning.max_queries, seed=seed)
     if not pairs:
         raise InputError("the plans hold no queries, so there is nothing to tune the teacher on; mine a plan first")
+    if tuning.labels is not None:
+        labelled, made_by = with_labels([*pairs, *dev_pairs], sources, Path(tuning.labels))
+        return labelled[: len(pairs)], labelled[len(pairs) :], {"learns_from": made_by}
     if tuning.student is None:
         return pairs, dev_pairs, {}
     student = Student.load(tuning.student, device=device, dtype=dtype)
@@ -230,6 +238,42 @@ def with_student_scores(pairs: Sequence[TrainingPair], student: Student) -> list
         scores[indices] -= scores[indices].mean()
     probabilities = torch.sigmoid(torch.from_numpy(scores)).tolist()
     return [replace(pair, target=target) for pair, target in zip(pairs, probabilities, strict=True)]
+
+
+def with_labels(
+    pairs: Sequence[TrainingPair], sources: Sequence[TrainingSource], folder: Path
+) -> tuple[list[TrainingPair], str]:
+    """The same pairs, where the target of those that have a label in ``folder`` is its P(yes); and its fingerprint.
+
+    Raises:
+        InputError: ``folder`` has labels of two teachers or prompts for one data set, or of none of these pairs.
+        DataFormatError: it has no labels, or is damaged.
+    """
+    probabilities: dict[tuple[Task, str, str], float] = {}
+    keys = label_keys(folder)
+    for source in sources:
+        of_set = [key for key in keys if key.dataset == source.dataset.name]
+        if len(of_set) > 1:
+            made = "; ".join(map(str, of_set))
+            raise InputError(f"{folder}: has labels of several teachers or prompts: {made}; name a folder with one")
+        for key in of_set:
+            store = LabelStore(folder, **asdict(key))
+            for query_id in filter(source.dataset.queries.__contains__, store.query_ids):
+                for passage_id, log_odds in store.log_odds(query_id).items():
+                    if passage_id in source.dataset.passages:
+                        pair = source.task, source.query_text(query_id), source.passage_text(passage_id)
+                        probabilities[pair] = float(expit(log_odds))
+    targets = [probabilities.get((pair.task, pair.query, pair.passage)) for pair in pairs]
+    found = sum(target is not None for target in targets)
+    if not found:
+        raise InputError(f"{folder}: has no label of any pair of these plans, only {'; '.join(map(str, keys))}")
+    remarks.info(
+        "tune-teacher: %s of %s pairs have a label; the others keep their judgements", f"{found:,}", f"{len(pairs):,}"
+    )
+    labelled = [
+        pair if target is None else replace(pair, target=target) for pair, target in zip(pairs, targets, strict=True)
+    ]
+    return labelled, fingerprint_json([target for target in targets if target is not None])
 
 
 # Held-out queries ----------------------------------------------------------------------------------------------------
