@@ -11,9 +11,9 @@ whose rankings are restricted to the list; passages that a run does not have com
 
     python benchmarks/recorded_gate.py DATA RUNS [SET ...] --json benchmarks/results/recorded-gate.json
 
-`--cross-encoder TEACHER`, a folder that `d2llm tune-teacher` wrote (`graded_lists/cross-encoder.toml`), lets that
-teacher order the lists first, as the run RUNS/SET/cross-encoder.run. Sets and systems of an existing JSON file that
-have no run here stay in it, and in the table.
+`--teacher NAME FOLDER`, of a folder that `d2llm tune-teacher` wrote (`graded_lists/cross-encoder.toml`,
+`llm_teacher/graded.toml`), lets that teacher order the lists first, as the run RUNS/SET/NAME.run; it may be repeated.
+Sets and systems of an existing JSON file that have no run here stay in it, and in the table.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ _SHOWN = (
     "D2LLM",
     "cosine-D2LLM-vectors",
     CROSS_ENCODER,
+    "graded-cross-encoder",
+    "graded-llm",
     "fitted-sum-BM25-cosine-tuned",
     "cosine-untuned",
     "BM25",
@@ -69,12 +71,12 @@ def rows(data: Path, runs: Path, name: str) -> dict[str, dict[str, float]]:
     return {system: per_query_measures(_ranked(own), qrels)[MEASURE] for system, own in scored.items()}
 
 
-def write_cross_encoder_run(cross_encoder: PairTeacher, data: Path, runs: Path, name: str) -> None:
-    """Write how a cross-encoder orders the dev lists of a data set, as one of the set's runs."""
-    judged = _judged(cross_encoder, *_dev_lists(data / name))
+def write_teacher_run(system: str, teacher: PairTeacher, data: Path, runs: Path, name: str) -> None:
+    """Write how a teacher orders the dev lists of a data set, as one of the set's runs, called ``system``."""
+    judged = _judged(teacher, *_dev_lists(data / name))
     ranked = {query: [(each, judged[query][each]) for each in order] for query, order in _ranked(judged).items()}
     (runs / name).mkdir(parents=True, exist_ok=True)
-    write_run(runs / name / f"{CROSS_ENCODER}.run", CROSS_ENCODER, ranked)
+    write_run(runs / name / f"{system}.run", system, ranked)
 
 
 def _dev_lists(folder: Path) -> tuple[Dataset, dict[str, GradedList]]:
@@ -148,15 +150,14 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of the data sets")
     parser.add_argument("runs", type=Path, help="folder with a folder of runs for each data set")
     parser.add_argument("sets", nargs="*", default=sets_with_dev())
-    parser.add_argument("--cross-encoder", metavar="TEACHER", help="a folder that tune-teacher wrote")
-    parser.add_argument("--device", help="where the cross-encoder computes; by default the best device")
+    parser.add_argument("--teacher", nargs=2, action="append", default=[], metavar=("NAME", "FOLDER"))
+    parser.add_argument("--device", help="where these teachers compute; by default the best device")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    if given.cross_encoder is not None:
-        named = TeacherConfig(model=given.cross_encoder)
-        cross_encoder = load_teacher(named, device=given.device, dtype="float32")  # bfloat16 makes ties
+    for system, folder in given.teacher:
+        teacher = load_teacher(TeacherConfig(model=folder), device=given.device, dtype="float32")  # bfloat16 makes ties
         for name in given.sets:
-            write_cross_encoder_run(cross_encoder, given.data, given.runs, name)
+            write_teacher_run(system, teacher, given.data, given.runs, name)
     measured: dict[str, dict[str, dict[str, float]]] = {}
     for name in given.sets:
         values = rows(given.data, given.runs, name)

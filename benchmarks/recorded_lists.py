@@ -2,7 +2,8 @@
 
 For each data set of the recipe that `judgements/SET.jsonl` has lists of: the plan is the 600 train lists, its positives
 are those that the data set judges relevant, and the rest of a list are hard negatives; of labelled pairs, the plan is
-the train pairs that were graded. The labels are what the recipe's graded teacher makes of the recorded grades. Then
+the train pairs that were graded. The labels are what a graded teacher makes of the recorded grades: the recipe's, or
+beside a teacher that is to learn from them (`teacher_tuning.labels`) one with the defaults. Then
 
     d2llm distill RECIPE --out RUN --data DATA --recorded benchmarks/judgements
     d2llm ablate RECIPE --out RUN --data DATA --recorded benchmarks/judgements
@@ -34,9 +35,11 @@ from d2llm.data.open_data import open_data
 from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
 from d2llm.data.pairs import PairDataset
 from d2llm.data.plan import PlanEntry, read_plan, write_plan
-from d2llm.recipe import DataConfig
+from d2llm.recipe import DataConfig, TeacherConfig
 from d2llm.training.label import LabelReport
 from d2llm.training.mining.choose import key_of
+
+GRADED = {"model": "recorded", "kind": "graded"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +127,9 @@ def make_run(run: Run, part: Part, *, beside: bool = False) -> LabelReport:
             own = {entry.query_id for entry in entries}
             mined = [entry for entry in read_plan(run.folder.plan(data)).entries if entry.query_id not in own]
             plans.append((run.folder.plan(data), name, sorted([*entries, *mined], key=lambda entry: entry.query_id)))
-    recipe = run.recipe.model_copy(update={"data": tuple(listed)})
-    report = Run(recipe, lists_alone.folder.path).label()
+    teacher = TeacherConfig.model_validate(GRADED) if run.recipe.teacher_tuning.labels else run.recipe.teacher
+    recipe = run.recipe.model_copy(update={"data": tuple(listed), "teacher": teacher})
+    report = Run(recipe, lists_alone.folder.path, recorded=RECORDED).label()
     if report.num_undecided:
         raise ValueError(f"{report.num_undecided} pairs of the lists were not recorded")
     for plan in plans:
@@ -154,7 +158,7 @@ def main() -> None:
     parser.add_argument("--judged", type=int, metavar="N", help="use the judgements of N queries only, then grades")
     parser.add_argument("--beside", action="store_true", help="keep the mined queries that have no list")
     given = parser.parse_args()
-    run = Run(given.recipe, given.run, data=str(given.data), recorded=RECORDED)
+    run = Run(given.recipe, given.run, data=str(given.data))
     report = make_run(run, Part(given.queries, given.candidates, given.easy, given.judged), beside=given.beside)
     print(f"{given.run}: {report.queries + report.finished_queries} lists, {report.pairs} pairs labelled now")
 

@@ -45,7 +45,7 @@ def test_a_cross_encoder_orders_the_dev_lists_and_gets_a_column_beside_what_was_
     result.write_text(
         json.dumps({"measure": "nDCG@10", "sets": {SET: {"BM25": earlier}, "wikiqa": {"D2LLM": earlier}}})
     )
-    options = ["--cross-encoder", str(cross_encoder), "--device", "cpu", "--json", str(result)]
+    options = ["--teacher", "cross-encoder", str(cross_encoder), "--device", "cpu", "--json", str(result)]
     monkeypatch.setattr("sys.argv", ["recorded_gate.py", str(shared_data), str(runs), SET, *options])
     main()
 
