@@ -265,7 +265,10 @@ class Bench:
         tuning = {"rank": 16, "alpha": 32, "dropout": 0.05, "quantization": quantization}
         recipe = Recipe.model_validate(
             {
-                "student": {"backbone": {"model": str(self.model(shape)), "tuning": tuning}},
+                "student": {
+                    "backbone": {"model": str(self.model(shape)), "tuning": tuning},
+                    "pooling": {"num_heads": SHAPES[shape]["num_attention_heads"]},
+                },
                 "training": {"gradient_checkpointing": checkpointing},
             }
         )
