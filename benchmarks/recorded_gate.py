@@ -12,7 +12,8 @@ whose rankings are restricted to the list; passages that a run does not have com
     python benchmarks/recorded_gate.py DATA RUNS [SET ...] --json benchmarks/results/recorded-gate.json
 
 `--teacher NAME FOLDER`, of a folder that `d2llm tune-teacher` wrote (`graded_lists/cross-encoder.toml`,
-`llm_teacher/graded.toml`), lets that teacher order the lists first, as the run RUNS/SET/NAME.run; it may be repeated.
+`graded_lists/graded-cross-encoder.toml`), lets that teacher order the lists first, as the run RUNS/SET/NAME.run; it may
+be repeated.
 Sets and systems of an existing JSON file that have no run here stay in it, and in the table.
 """
 
@@ -43,7 +44,6 @@ _SHOWN = (
     "cosine-D2LLM-vectors",
     CROSS_ENCODER,
     "graded-cross-encoder",
-    "graded-llm",
     "fitted-sum-BM25-cosine-tuned",
     "cosine-untuned",
     "BM25",
