@@ -106,7 +106,8 @@ class MultiheadAttentionPooling(nn.Module):
         scores = (states @ probes.T + offsets) / seeds.shape[-1] ** 0.5
         attention = scores.masked_fill(~mask[..., None], -torch.inf).softmax(dim=1)
         mixed = (attention.transpose(1, 2) @ states).unflatten(1, seeds.shape[:2])  # [batch, heads, seeds, dim]
-        values = torch.einsum("bhsd,hed->bhse", mixed, self._rows(self.value.weight))  # `@` would copy them for each text
+        # head by head: `@` would copy the weights for each text
+        values = torch.einsum("bhsd,hed->bhse", mixed, self._rows(self.value.weight))
         attended = self.output(values.transpose(1, 2).flatten(2) + self.value.bias)
         hidden = self.norm_attention(attended + self.seeds)
         pooled = self.norm_feedforward(hidden + self.feedforward(hidden))
