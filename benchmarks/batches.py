@@ -141,9 +141,9 @@ def main() -> None:
         "packages": package_versions(),
         "passages": {},
     }
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as folder:
         for passages in args.passages:
-            rows = measure(passages, args, args.work or Path(place))
+            rows = measure(passages, args, args.work or Path(folder))
             result["passages"][str(passages)] = rows
             for name, kinds in rows.items():
                 for kind, row in kinds.items():

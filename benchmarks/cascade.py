@@ -63,8 +63,8 @@ class Candidates(NamedTuple):
         return SearchCandidates(
             self.scores,
             np.arange(len(self.ids)),
-            texts=lambda places: [self.texts[place] for place in places],
-            vectors=lambda places: np.zeros((len(places), 0), np.float32),
+            texts=lambda positions: [self.texts[index] for index in positions],
+            vectors=lambda positions: np.zeros((len(positions), 0), np.float32),
             task=self.task,
             top_k=10,
         )
@@ -115,7 +115,7 @@ def fit(queries: Sequence[Candidates]) -> StudentError:
 def ndcg(queries: Sequence[Candidates], order: Callable[[Candidates], np.ndarray]) -> list[float]:
     """nDCG@10 of every query, with its candidates ranked by the scores of ``order``."""
     rankings = {
-        str(n): [query.ids[place] for place in np.argsort(-order(query), kind="stable")[:10]]
+        str(n): [query.ids[index] for index in np.argsort(-order(query), kind="stable")[:10]]
         for n, query in enumerate(queries)
     }
     qrels = {str(n): query.relevant for n, query in enumerate(queries)}

@@ -61,9 +61,9 @@ def num_rescored(upper_bounds: NDArray[np.floating[Any]], final_scores: NDArray[
         raise InputError("a final score is above its upper bound, so nothing can be concluded from the bounds")
     best: list[float] = []  # a heap of the top_k best final scores so far
     order = np.argsort(-upper_bounds, kind="stable")
-    for place, row in enumerate(order.tolist()):
+    for index, row in enumerate(order.tolist()):
         if len(best) == top_k and best[0] >= upper_bounds[row]:
-            return place
+            return index
         if len(best) < top_k:
             heapq.heappush(best, float(final_scores[row]))
         else:
@@ -71,11 +71,11 @@ def num_rescored(upper_bounds: NDArray[np.floating[Any]], final_scores: NDArray[
     return len(order)
 
 
-def measure(student: Student, place: Path, task: Task, split: str, num_queries: int) -> list[dict[str, float]]:
+def measure(student: Student, workspace: Path, task: Task, split: str, num_queries: int) -> list[dict[str, float]]:
     """For each weight r: nDCG@10, mean and 95th percentile of the fraction rescored, and the bound."""
     head = student.interaction
     assert isinstance(head, Interaction)
-    dataset = read_beir(place)
+    dataset = read_beir(workspace)
     judged = {q: grades for q, grades in dataset.qrels[split].items() if q in dataset.queries}
     chosen = sorted(judged)[:num_queries]
     ids = list(dataset.passages)
@@ -139,10 +139,10 @@ class WeightedStudent(ForwardingStudent):
 
 
 def measure_speed(
-    student: Student, place: Path, task: Task, split: str, num_queries: int, num_passages: int
+    student: Student, workspace: Path, task: Task, split: str, num_queries: int, num_passages: int
 ) -> list[dict[str, float]]:
     """For each weight r: mean milliseconds of the scan, the certified top ten, the full scan; the fraction scored."""
-    dataset = read_beir(place)
+    dataset = read_beir(workspace)
     ids = list(dataset.passages)[:num_passages]
     passages = student.encode_passages([dataset.passages[passage_id].full_text for passage_id in ids]).vectors
     chosen = sorted(query_id for query_id in dataset.qrels[split] if query_id in dataset.queries)[:num_queries]

@@ -105,9 +105,9 @@ def measure(verb: str, name: str, size: int, student: str, teacher: str) -> dict
 
     runner = LocalRunner() if name == "local" else RayRunner(num_workers=int(name.removeprefix("ray-")))
     with tempfile.TemporaryDirectory() as folder, watched_memory() as own:
-        place = Path(folder)
+        workspace = Path(folder)
         seconds = (encode_corpus if verb == "encode" else label_pairs)(
-            place, size, student if verb == "encode" else teacher, runner
+            workspace, size, student if verb == "encode" else teacher, runner
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     mib = peak / 2**20 if sys.platform == "darwin" else peak / 1024
@@ -135,20 +135,20 @@ def watched_memory() -> Generator[list[float]]:
         thread.join()
 
 
-def encode_corpus(place: Path, size: int, source: str, runner: Any) -> float:
+def encode_corpus(workspace: Path, size: int, source: str, runner: Any) -> float:
     """Seconds to encode a corpus of random texts of 60 words."""
     from d2llm import Student, encode
 
     rng, words = random.Random(0), WORDS.split()
-    with (place / "corpus.jsonl").open("w", encoding="utf-8") as file:
+    with (workspace / "corpus.jsonl").open("w", encoding="utf-8") as file:
         for number in range(size):
             file.write(json.dumps({"_id": str(number), "text": " ".join(rng.choices(words, k=60))}) + "\n")
     student = Student.load(source, device="cpu", dtype="float32")
     begin = time.perf_counter()
     encode(
-        place / "corpus.jsonl",
+        workspace / "corpus.jsonl",
         student,
-        place / "index",
+        workspace / "index",
         student_source=source,
         runner=runner,
         device="cpu",
@@ -157,7 +157,7 @@ def encode_corpus(place: Path, size: int, source: str, runner: Any) -> float:
     return time.perf_counter() - begin
 
 
-def label_pairs(place: Path, size: int, model: str, runner: Any) -> float:
+def label_pairs(workspace: Path, size: int, model: str, runner: Any) -> float:
     """Seconds to label pairs of random texts: queries of five words, eight passages of 60 words each."""
     from d2llm.core.types import Passage, Query
     from d2llm.data.beir import Dataset
@@ -174,10 +174,12 @@ def label_pairs(place: Path, size: int, model: str, runner: Any) -> float:
     entries = tuple(
         PlanEntry(query, (ids[8 * n],), tuple(ids[8 * n + 1 : 8 * n + 8]), ()) for n, query in enumerate(queries)
     )
-    dataset = Dataset("random", place, passages, queries, {})
+    dataset = Dataset("random", workspace, passages, queries, {})
     source = TrainingSource(dataset, TrainingPlan(entries, {"content_hash": "random"}), "asymmetric")
     begin = time.perf_counter()
-    label([source], place / "labels", teacher=TeacherConfig(model=model), device="cpu", dtype="float32", runner=runner)
+    label(
+        [source], workspace / "labels", teacher=TeacherConfig(model=model), device="cpu", dtype="float32", runner=runner
+    )
     return time.perf_counter() - begin
 
 

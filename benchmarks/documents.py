@@ -45,8 +45,8 @@ def ndcg(index: Index, queries: list[Query], qrels: Qrels, **settings: Any) -> d
     ms = 1e3 * (time.perf_counter() - start) / len(queries)
     rankings = {
         ranking.query.id: [
-            place.document.id if place.document else place.passage.document_id or place.passage.id
-            for place in ranking.passages
+            result.document.id if result.document else result.passage.document_id or result.passage.id
+            for result in ranking.passages
         ]
         for ranking in results
     }

@@ -43,7 +43,7 @@ def read_texts(folders: list[Path], number: int) -> list[str]:
         assert isinstance(dataset, Dataset)
         passages = list(dataset.passages.values())
         drawn = np.random.default_rng(0).choice(len(passages), -(-number // len(folders)), replace=False)
-        texts += [f"{passages[place].title} {passages[place].text}".strip() for place in drawn]
+        texts += [f"{passages[index].title} {passages[index].text}".strip() for index in drawn]
     return texts
 
 

@@ -115,8 +115,8 @@ class ByHand:
         rows = np.union1d(near, np.array(list(bm25), np.int64))
         scores = self.vectors[rows] @ dot
         counts = self.ends[rows] - self.starts[rows]
-        places = np.repeat(self.starts[rows] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
-        products = self.tokens[places].astype(np.float32) @ mean_of_cosines(tokens[0]).T
+        positions = np.repeat(self.starts[rows] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+        products = self.tokens[positions].astype(np.float32) @ mean_of_cosines(tokens[0]).T
         best = np.maximum.reduceat(products, np.cumsum(counts) - counts, axis=0).sum(axis=1)
         weight = self.weights.terms.get("window_bm25", 0.0)
         scores += self.weights.terms["maxsim"] * best + weight * np.array([bm25.get(row, 0.0) for row in rows.tolist()])
@@ -185,18 +185,18 @@ def reading(texts: Sequence[str], shown: Sequence[Sequence[str]]) -> dict[str, d
     # Its head is new: the scores mean nothing, but take as long as any.
     cross_encoder = ClassifierTeacherConfig(model="minilm", new_head=True, max_tokens=256).load(device="cpu")
     works: dict[str, Callable[[int], object]] = {
-        "vector of a query": lambda place: student.encode_queries([texts[place]]),
-        "vector and tokens of a query": lambda place: student.encode_with_tokens([texts[place]], "query"),
-        f"cross-encoder, {SHOWN} passages": lambda place: score_passages(
-            cross_encoder, texts[place], shown[place], TASK
+        "vector of a query": lambda index: student.encode_queries([texts[index]]),
+        "vector and tokens of a query": lambda index: student.encode_with_tokens([texts[index]], "query"),
+        f"cross-encoder, {SHOWN} passages": lambda index: score_passages(
+            cross_encoder, texts[index], shown[index], TASK
         ),
     }
     times: dict[str, dict[str, float]] = {}
     for name, work in works.items():
         values: list[float] = []
-        for place in (0, *range(len(texts))):
+        for index in (0, *range(len(texts))):
             begin = time.process_time()
-            work(place)
+            work(index)
             values.append(1e3 * (time.process_time() - begin))
         times[name] = percentiles(values[1:])
     return times
@@ -297,8 +297,8 @@ def main() -> None:
     require(*(DATA / name for name in FRACTIONS))
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
-    with tempfile.TemporaryDirectory() as place:
-        result = measure(args, args.work or Path(place))
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(args, args.work or Path(folder))
     for name, row in result["searches"].items():
         print(f"{name:40} p50 {row['ms']['p50']:7.2f} ms, p90 {row['ms']['p90']:7.2f} ms, recall {row['recall']:.3f}")
     for name, row in result["reading"].items():

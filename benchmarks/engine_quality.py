@@ -38,7 +38,7 @@ def sample(dataset: Dataset, num_queries: int, num_passages: int) -> tuple[list[
     relevant = dict.fromkeys(passage for query in queries for passage in positives[query])
     others = [passage for passage in dataset.passages if passage not in relevant]
     drawn = np.random.default_rng(0).permutation(len(others))[:num_passages]
-    return queries, [*relevant, *(others[place] for place in drawn)]
+    return queries, [*relevant, *(others[index] for index in drawn)]
 
 
 def quality(student: Student, dataset: Dataset, queries: list[str], passages: list[str]) -> float:

@@ -37,8 +37,8 @@ def text_world() -> tuple[list[Any], list[Any], dict[str, list[int]], Tensor]:
     """Passages in random order, queries, rows of each split, judgements [queries, passages]."""
     limit_set = make_limit_set(TEXT_PERSONS, num_distractors=TEXT_DISTRACTORS)
     passages = [limit_set.passages[row] for row in np.random.default_rng(1).permutation(len(limit_set.passages))]
-    column = {passage.id: place for place, passage in enumerate(passages)}
-    row = {query.id: place for place, query in enumerate(limit_set.queries)}
+    column = {passage.id: index for index, passage in enumerate(passages)}
+    row = {query.id: index for index, query in enumerate(limit_set.queries)}
     relevant = torch.zeros(len(row), len(column), dtype=torch.bool)
     for judged in limit_set.qrels.values():
         for query_id, grades in judged.items():
@@ -96,9 +96,9 @@ def training_worlds() -> list[tuple[Tensor, Tensor, Tensor]]:
     held_out = {query.text for query in first.queries if query.id not in first.qrels["train"]}
     worlds: list[tuple[Tensor, Tensor, Tensor]] = []
     for limit_set in (first, *(make_limit_set(TEXT_PERSONS, seed=seed) for seed in range(1, 1 + NUM_WORLDS))):
-        rows = [place for place, query in enumerate(limit_set.queries) if query.text not in held_out]
+        rows = [index for index, query in enumerate(limit_set.queries) if query.text not in held_out]
         persons = limit_set.passages[:TEXT_PERSONS]
-        texts = [limit_set.queries[place].text for place in rows], [person.text for person in persons]
+        texts = [limit_set.queries[index].text for index in rows], [person.text for person in persons]
         vectors = [torch.from_numpy(encoder.encode_passages(part).vectors) for part in texts]
         worlds.append((vectors[0], vectors[1], qrels_of(TEXT_PERSONS)[1][rows]))
     return worlds

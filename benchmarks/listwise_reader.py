@@ -110,7 +110,7 @@ def fitted_sum(
     best = [int(values[:, half].mean(axis=1).round(9).argmax()) for half in halves]
     summed = np.empty(len(lists))
     summed[halves[0]], summed[halves[1]] = values[best[1], halves[0]], values[best[0], halves[1]]
-    return summed, [WEIGHTS[place] for place in best]
+    return summed, [WEIGHTS[index] for index in best]
 
 
 def compared(values: NDArray[np.float64], student: NDArray[np.float64]) -> dict[str, Any]:

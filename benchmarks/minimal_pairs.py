@@ -82,7 +82,7 @@ def interval(cells: Sequence[Cell], kind: str, *, num_samples: int = 2000) -> tu
 
 def bm25_scores(items: Items) -> Tensor:
     texts = list(dict.fromkeys(text for item in items for text in (item.right, item.wrong)))
-    index, row = WordIndex.from_texts(texts), {text: place for place, text in enumerate(texts)}
+    index, row = WordIndex.from_texts(texts), {text: position for position, text in enumerate(texts)}
     pairs = [index.score(index.query(item.query), np.array([row[item.right], row[item.wrong]]))[0] for item in items]
     return torch.from_numpy(np.stack(pairs))
 
@@ -244,12 +244,12 @@ def draw(rows: dict[str, list[Cell]]) -> None:
     figure, panels = plt.subplots(1, len(KINDS), figsize=(9.5, 3.6), sharey=True, layout="constrained")
     names = list(rows)[::-1]
     for panel, kind in zip(panels, KINDS, strict=True):
-        for place, name in enumerate(names):
+        for index, name in enumerate(names):
             mean, low, high = interval(rows[name], kind)
             colour = COLOURS.get(name.split(",")[0], "#666666") if "frozen" in name or "tuned" in name else "#666666"
             colour = "#666666" if "untuned" in name else colour
-            panel.plot([low, high], [place, place], color=colour, linewidth=2)
-            panel.plot(mean, place, "o", color=colour, markersize=5)
+            panel.plot([low, high], [index, index], color=colour, linewidth=2)
+            panel.plot(mean, index, "o", color=colour, markersize=5)
         panel.axvline(0.5, color="#999999", linestyle=":", linewidth=1)
         panel.set(title=kind, xlim=(-0.03, 1.03), xticks=(0, 0.5, 1), yticks=range(len(names)), yticklabels=names)
     figure.supxlabel("fraction of items whose right passage is scored above the wrong one (dotted: chance)", fontsize=9)

@@ -114,11 +114,11 @@ def fit_likely(measured: Measured) -> Likely:
     fitted = sorted(measured.train_terms)
     fraction: dict[tuple[int, str], float] = {}
     num_queries: dict[str, int] = {}
-    for place, row in enumerate(fitted):
+    for index, row in enumerate(fitted):
         queries = measured.train_terms[row]
         for own in queries:
             for term in own:
-                fraction[place, term] = fraction.get((place, term), 0) + 1 / len(queries)
+                fraction[index, term] = fraction.get((index, term), 0) + 1 / len(queries)
                 num_queries[term] = num_queries.get(term, 0) + 1
     columns = measured.words.columns
     terms = np.array(
@@ -126,9 +126,9 @@ def fit_likely(measured: Measured) -> Likely:
     )
     column_of = {names[term]: column for column, term in enumerate(terms.tolist())}
     targets = np.zeros((len(fitted), len(terms)))
-    for (place, term), value in fraction.items():
+    for (index, term), value in fraction.items():
         if term in column_of:
-            targets[place, column_of[term]] = value
+            targets[index, column_of[term]] = value
     features = measured.words.vectors[fitted].astype(np.float64)
     usual, middle = targets.mean(axis=0), features.mean(axis=0)
     whole = RidgeSet(features, targets, np.random.default_rng(0).permutation(len(fitted)) % NUM_FOLDS)

@@ -97,7 +97,7 @@ def read_passages(student: Student, texts: Sequence[str]) -> PassageWords:
     order = sorted(range(len(texts)), key=lambda row: len(tokenized[row]))
     columns: dict[str, int] = {}
     rows: list[int] = []
-    places: list[int] = []
+    positions: list[int] = []
     counts: list[int] = []
     is_read: list[bool] = []
     states: list[NDArray[np.float16]] = []
@@ -112,12 +112,12 @@ def read_passages(student: Student, texts: Sequence[str]) -> PassageWords:
             found, mask = student.backbone(*student.backbone.pad([tokenized[row] for row in batch]))
             vectors[batch] = student.pool(found, mask).float().cpu().numpy()
         for row, own in zip(batch, found.float().cpu().numpy(), strict=True):
-            spans = student.backbone.token_places(texts[row], len(tokenized[row]))
+            spans = student.backbone.token_spans(texts[row], len(tokenized[row]))
             tokens_of = tokens_of_terms(texts[row], spans)
             for term, count in Counter(terms(texts[row])).items():
                 tokens = tokens_of.get(term)
                 rows.append(row)
-                places.append(columns.setdefault(term, len(columns)))
+                positions.append(columns.setdefault(term, len(columns)))
                 counts.append(count)
                 is_read.append(bool(tokens))
                 states.append((own[tokens].mean(axis=0) if tokens else np.zeros(own.shape[1])).astype(np.float16))
@@ -125,7 +125,7 @@ def read_passages(student: Student, texts: Sequence[str]) -> PassageWords:
     return PassageWords(
         columns,
         np.array(rows, np.int64),
-        np.array(places, np.int64),
+        np.array(positions, np.int64),
         np.array(counts, np.float64),
         np.stack(states),
         np.array(is_read),
@@ -410,8 +410,8 @@ def compared(result: Floats, base: Floats) -> dict[str, float]:
 
 def chosen(results: Sequence[Result]) -> Floats:
     """For each query, the value of the result with the best mean where its sum was fitted."""
-    places = np.argmax([each.when_fitted for each in results], axis=0)
-    return np.array([results[at].values[number] for number, at in enumerate(places.tolist())])
+    positions = np.argmax([each.when_fitted for each in results], axis=0)
+    return np.array([results[at].values[number] for number, at in enumerate(positions.tolist())])
 
 
 def measure(

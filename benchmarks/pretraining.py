@@ -112,7 +112,7 @@ def main() -> None:
             if arguments.json.is_file():
                 rows = json.loads(arguments.json.read_text(encoding="utf-8"))["rows"]
             kept = {(ROWS.index(each["row"]), each.get("rate", 0.0)): each for each in (*rows, row)}
-            ordered = [kept[place] for place in sorted(kept)]
+            ordered = [kept[index] for index in sorted(kept)]
             text = json.dumps({"settings": settings, "rows": ordered}, indent=1) + "\n"
             arguments.json.write_text(text, encoding="utf-8")
 

@@ -63,8 +63,8 @@ def plan_of_lists(dataset: Dataset, lists: list[GradedList], part: Part) -> list
     train = sorted(judged, key=lambda each: key_of(1, each.query_id))
     entries: list[PlanEntry] = []
     corpus = sorted(dataset.passages) if part.easy else []
-    for place, each in enumerate(train[: part.queries]):
-        is_scored = part.judged is None or place < part.judged
+    for index, each in enumerate(train[: part.queries]):
+        is_scored = part.judged is None or index < part.judged
         own = set(positives[each.query_id]) if is_scored else _graded_relevant(each)
         order = list(each.passages)
         random.Random(f"part {each.query_id}").shuffle(order)
@@ -140,10 +140,10 @@ def make_run(run: Run, part: Part, *, beside: bool = False) -> LabelReport:
     return report
 
 
-def _write(place: Path, name: str, entries: list[PlanEntry]) -> None:
-    if place.exists():
-        shutil.rmtree(place)
-    write_plan(place, entries, {"dataset": name, "split": "train", "report": {"recorded": True}})
+def _write(folder: Path, name: str, entries: list[PlanEntry]) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    write_plan(folder, entries, {"dataset": name, "split": "train", "report": {"recorded": True}})
 
 
 def main() -> None:

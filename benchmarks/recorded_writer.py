@@ -30,9 +30,9 @@ def read_recorded(name: str) -> dict[tuple[str, str], list[str]]:
 def written_queries(name: str) -> dict[str, tuple[str, str]]:
     """query id -> the text of each recorded query, and the id of the passage that it was written for."""
     return {
-        f"{kind}-{place}-{passage_id}": (text, passage_id)
+        f"{kind}-{index}-{passage_id}": (text, passage_id)
         for (passage_id, kind), queries in read_recorded(name).items()
-        for place, text in enumerate(queries)
+        for index, text in enumerate(queries)
     }
 
 

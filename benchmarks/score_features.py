@@ -50,8 +50,8 @@ def measure(student: Student, passages: int, num_real: int, num_queries: int, ca
     real, vectors, queries, _ = read_real(student, DATA, num_real, num_queries, cache)
     task_queries = queries["asymmetric"]
     known = KnownVectors(student, list(queries.values()), real)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "index"
+    with tempfile.TemporaryDirectory() as work_folder:
+        folder = Path(work_folder) / "index"
         facts = build(
             folder,
             Corpus(real, vectors, passages, longer=2),

@@ -86,7 +86,7 @@ async def load(server: Server, path: str, bodies: Sequence[dict[str, Any]], clie
     left, times = iter(_requests(server, path, bodies)), list[float | None]()
 
     async def client() -> None:
-        connection = await asyncio.open_connection(*_place(server))
+        connection = await asyncio.open_connection(*_host_and_port(server))
         for request in left:
             begin = time.perf_counter()
             is_answered = await _answered(connection, request)
@@ -108,10 +108,10 @@ async def arrive(server: Server, path: str, bodies: Sequence[dict[str, Any]], ra
     """Send bodies at random times, this many a second, whether or not earlier ones were answered."""
     requests, times = _requests(server, path, bodies), list[float | None]()
     arrivals = np.cumsum(np.random.default_rng(1).exponential(1 / rate, len(requests)))
-    free = [await asyncio.open_connection(*_place(server)) for _ in range(CLIENTS)]
+    free = [await asyncio.open_connection(*_host_and_port(server)) for _ in range(CLIENTS)]
 
     async def send(request: bytes, arrival: float) -> None:
-        connection = free.pop() if free else await asyncio.open_connection(*_place(server))
+        connection = free.pop() if free else await asyncio.open_connection(*_host_and_port(server))
         is_answered = await _answered(connection, request)
         times.append(time.perf_counter() - arrival if is_answered else None)
         free.append(connection)
@@ -162,13 +162,13 @@ async def _answered(connection: Connection, request: bytes) -> bool:
     return status == 200
 
 
-def _place(server: Server) -> tuple[str | None, int | None]:
+def _host_and_port(server: Server) -> tuple[str | None, int | None]:
     address = urlsplit(server.address)
     return address.hostname, address.port
 
 
 def _requests(server: Server, path: str, bodies: Sequence[dict[str, Any]]) -> list[bytes]:
-    host, port = _place(server)
+    host, port = _host_and_port(server)
     return [_request(f"{host}:{port}", path, body) for body in bodies]
 
 

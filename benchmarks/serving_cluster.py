@@ -49,7 +49,7 @@ def ask(client: httpx2.Client, url: str, query: str) -> dict[str, Any]:
         "end": now,
         "status": response.status_code,
         "missing": answer["missing_shards"],
-        "ids": [place["id"] for place in answer["passages"]],
+        "ids": [result["id"] for result in answer["passages"]],
     }
 
 

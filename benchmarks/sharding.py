@@ -73,16 +73,16 @@ class Pair:
             return
         assert read.tokens is not None
         rankings: list[list[tuple[str, float]]] = []
-        for place in (number % 2, 1 - number % 2):  # each is the first equally often
+        for index in (number % 2, 1 - number % 2):  # each is the first equally often
             begin, processor_begin = time.perf_counter(), time.process_time()
-            (ranking,) = self._searchers[place].rank(
+            (ranking,) = self._searchers[index].rank(
                 [Query(str(number), text)], vectors=read.vectors, tokens=read.tokens.split()
             )
-            self._ms[place].append(1e3 * (time.perf_counter() - begin))
-            self._processor_ms[place].append(1e3 * (time.process_time() - processor_begin))
+            self._ms[index].append(1e3 * (time.perf_counter() - begin))
+            self._processor_ms[index].append(1e3 * (time.process_time() - processor_begin))
             rankings.append([(one.passage.id, round(one.score, 3)) for one in ranking.passages])
             if ranking.certificate is not None:
-                self.scored[place].append(ranking.certificate.num_scored)
+                self.scored[index].append(ranking.certificate.num_scored)
         self._num_same += rankings[0] == rankings[1]
 
     def facts(self) -> dict[str, Any]:
@@ -156,8 +156,8 @@ def main() -> None:
     args = parser.parse_args()
     require(*(DATA / name for name in FRACTIONS))
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=args.work) as place:
-        row = measure(Student.load(STUDENT), args, args.keep or Path(place))
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        row = measure(Student.load(STUDENT), args, args.keep or Path(folder))
     for name, value in row.items():
         if name != "searches":
             print(f"{name:<50} {value}")

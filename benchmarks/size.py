@@ -97,8 +97,8 @@ def measure(
 ) -> dict[str, Any]:
     """Predicted and measured bytes and milliseconds for a corpus."""
     size, kinds = corpus.size, KINDS
-    with tempfile.TemporaryDirectory() as place:
-        folder, ann = args.index or Path(place) / "index", None
+    with tempfile.TemporaryDirectory() as work_folder:
+        folder, ann = args.index or Path(work_folder) / "index", None
         if args.index is None:
             build(folder, corpus, known, "bfloat16", 2, "int3", "int4", args.written)
         store, measured = IndexStore.open(folder), bytes_of(folder)

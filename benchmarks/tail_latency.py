@@ -62,8 +62,8 @@ def measured_times(passages: int, num_queries: int, rounds: int) -> NDArray[np.f
     real, vectors, queries, _ = read_real(student, DATA, 1_000, num_queries, None)
     known = KnownVectors(student, list(queries.values()))
     texts = queries["asymmetric"].texts
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "index"
+    with tempfile.TemporaryDirectory() as work_folder:
+        folder = Path(work_folder) / "index"
         build(folder, Corpus(real, vectors, passages, longer=2), known, "bfloat16", token_vectors="int4")
         weights = KINDS["words and vectors of tokens"]
         searcher = Searcher(Index.open(folder).view, known, SearchSettings(score_features=weights))

@@ -207,12 +207,12 @@ def _terms_of_tokens(student: Student, query: Query) -> list[set[str]]:
     projection = student.token_projection
     assert projection is not None
     (token_ids,) = student.tokenize([query.text], "query").ids
-    places = projection.query_positions(token_ids)
-    spans = student.backbone.token_places(query.text, len(token_ids), "query")
-    found: list[set[str]] = [set() for _ in places]
-    for term, own in tokens_of_terms(query.text, [spans[place] for place in places]).items():
-        for place in own:
-            found[place].add(term)
+    positions = projection.query_positions(token_ids)
+    spans = student.backbone.token_spans(query.text, len(token_ids), "query")
+    found: list[set[str]] = [set() for _ in positions]
+    for term, own in tokens_of_terms(query.text, [spans[index] for index in positions]).items():
+        for index in own:
+            found[index].add(term)
     return found
 
 
@@ -233,7 +233,7 @@ def _judgements(dataset: Dataset, query: Query) -> dict[str, int]:
 def _ideal(dataset: Dataset, query: Query) -> float:
     """The best possible DCG@10 of the whole corpus."""
     best = sorted((grade for grade in _judgements(dataset, query).values() if grade > 0), reverse=True)[:10]
-    return float(sum(gain / np.log2(place + 2) for place, gain in enumerate(best)))
+    return float(sum(gain / np.log2(index + 2) for index, gain in enumerate(best)))
 
 
 @dataclass(frozen=True)
@@ -263,9 +263,9 @@ class Lists:
     gains: Tensor
     ideal: Tensor
 
-    def take(self, places: Tensor) -> Lists:
+    def take(self, positions: Tensor) -> Lists:
         """Some of the lists."""
-        return Lists(*(getattr(self, name)[places] for name in self.__dataclass_fields__))
+        return Lists(*(getattr(self, name)[positions] for name in self.__dataclass_fields__))
 
     def __len__(self) -> int:
         return len(self.mask)
@@ -321,10 +321,10 @@ def pooled_kernels(
     firsts = np.cumsum(counts) - counts
     found = np.empty((len(counts), 2 * len(_CENTRES)), np.float32)
     weights = idf / max(float(idf.sum()), 1e-6)
-    for place, (centre, width) in enumerate(zip(_CENTRES, _WIDTHS, strict=True)):
+    for index, (centre, width) in enumerate(zip(_CENTRES, _WIDTHS, strict=True)):
         counted = np.add.reduceat(np.exp(-((cosines - centre) ** 2) / (2 * width**2)), firsts, axis=1)
         logs = 0.1 * np.log(np.maximum(counted, 1e-4))
-        found[:, place], found[:, place + len(_CENTRES)] = logs.mean(axis=0), weights @ logs
+        found[:, index], found[:, index + len(_CENTRES)] = logs.mean(axis=0), weights @ logs
     return found
 
 

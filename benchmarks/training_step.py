@@ -102,13 +102,13 @@ def make_source(folder: Path, num_queries: int, num_hard: int) -> LabelledSource
     """Train queries with their positives and neighbouring passages as hard negatives; no text occurs twice."""
     dataset = read_beir(folder)
     ids = list(dataset.passages)
-    place = {passage_id: index for index, passage_id in enumerate(ids)}
+    position = {passage_id: index for index, passage_id in enumerate(ids)}
     positives = [(query_id, found) for query_id, found in dataset.positives("train").items() if len(found) == 1]
     random.Random(0).shuffle(positives)
     used: set[str] = set()
     entries: list[PlanEntry] = []
     for query_id, found in positives:
-        row = place[found[0]]
+        row = position[found[0]]
         nearby = [ids[n] for n in range(max(0, row - 9), min(len(ids), row + 10)) if n != row]
         texts = {name: dataset.passages[name].full_text for name in (*found, *nearby)}
         hard = [name for name in nearby if texts[name] not in used and texts[name] != texts[found[0]]][:num_hard]

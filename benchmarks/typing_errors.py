@@ -46,9 +46,9 @@ def main() -> None:
         dataset, chance = read_beir(folder), random.Random(0)
         qrels = dataset.qrels["dev"]
         queries = [dataset.queries[name] for name in list(qrels)[: arguments.queries]]
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory() as work_folder:
             task = "symmetric" if folder.name == "banking77" else "asymmetric"
-            index = Index.create(Path(place) / "index", arguments.student, task=task)
+            index = Index.create(Path(work_folder) / "index", arguments.student, task=task)
             index.upsert(dataset.passages)
             for num_errors in range(3):
                 asked = [Query(query.id, misspelt(query.text, num_errors, chance)) for query in queries]

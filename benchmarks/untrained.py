@@ -115,7 +115,7 @@ def pairs_for_choice(data: Dataset, num_measured: int) -> tuple[list[str], list[
 def find_ditto(model: str, pairs: list[tuple[list[str], list[str], list[str]]]) -> Ditto:
     """``ditto`` with the best head, by the queries of all sets among the passages of all."""
     config = BackboneConfig(model=model, max_passage_tokens=128)
-    queries, passages, others = ([text for each in pairs for text in each[place]] for place in range(3))
+    queries, passages, others = ([text for each in pairs for text in each[index]] for index in range(3))
     backbone = Backbone.load(config, Ditto(layer=0, head=0), device="cpu")
     return choose_head(backbone, queries, passages + others)
 

@@ -76,8 +76,8 @@ class Picture:
 
     def bar(self, x: float, y: float, width: float, kind: str, height: float = 22) -> None:
         """A bar, or a box."""
-        place = f'x="{x:.1f}" y="{y:g}" width="{max(width, 0):.1f}" height="{height:g}" rx="2"'
-        self._elements.append(f'<rect class="{kind}" {place}/>')
+        geometry = f'x="{x:.1f}" y="{y:g}" width="{max(width, 0):.1f}" height="{height:g}" rx="2"'
+        self._elements.append(f'<rect class="{kind}" {geometry}/>')
 
     def line(self, x1: float, y1: float, x2: float, y2: float) -> None:
         """A straight line."""
@@ -105,8 +105,8 @@ def draw_score(student: Student, folder: Path) -> Picture:
         picture.bar(x, 40, 14, kind, 14)
         picture.text(x + 20, 52, name, small=True)
     scale = 560 / ranking[0].score
-    for place, result in enumerate(ranking):
-        why, y = result.explanation, 80 + 64 * place
+    for position, result in enumerate(ranking):
+        why, y = result.explanation, 80 + 64 * position
         assert why is not None
         picture.text(10, y + 10, f"{result.rank}  {result.passage.text}")
         x = 24.0
@@ -152,8 +152,8 @@ def draw_certificate(index: Index) -> Picture:
     picture.text(10, 24, f"“{QUERY}”, among {total:,} passages: {certificate.num_scored:,} were scored")
     scale, left = 430 / ranking[0].score, 330
     bound = left + certificate.highest_bound_left * scale
-    for place, result in enumerate(ranking):
-        y = 44 + 30 * place
+    for position, result in enumerate(ranking):
+        y = 44 + 30 * position
         picture.text(left - 10, y + 16, result.passage.id, anchor="end")
         picture.bar(left, y, result.score * scale, "a")
         picture.text(left + result.score * scale + 8, y + 16, f"{result.score:.1f}")
@@ -183,10 +183,10 @@ def draw_storage(folder: Path, num_passages: int) -> Picture:
         10, 24, f"Bytes for each of {num_passages:,} passages, {sum(sizes.values()) / num_passages:,.0f} together"
     )
     scale = 330 / shown[0][0]
-    for place, (size, name) in enumerate(shown):
-        y = 48 + 40 * place
+    for index, (size, name) in enumerate(shown):
+        y = 48 + 40 * index
         picture.text(130, y + 16, name, anchor="end")
-        picture.bar(140, y, size * scale, "abcd"[place % 4])
+        picture.bar(140, y, size * scale, "abcd"[index % 4])
         picture.text(150 + size * scale, y + 16, f"{size / num_passages:,.0f}  {names[name]}", small=True)
     return picture
 
@@ -203,10 +203,10 @@ def draw_distillation() -> Picture:
     target, predicted = softmax([*GRADES.values()]), softmax([*SCORES.values()])
     for x, text in ((130, "teacher: log-odds of yes, and their softmax"), (500, "student: scores, and their softmax")):
         picture.text(x, 24, text)
-    for place, (name, grade) in enumerate(GRADES.items()):
-        y = 46 + 62 * place
+    for index, (name, grade) in enumerate(GRADES.items()):
+        y = 46 + 62 * index
         picture.text(110, y + 18, name, anchor="end")
-        for x, value, part, kind in ((130, grade, target[place], "b"), (500, SCORES[name], predicted[place], "a")):
+        for x, value, part, kind in ((130, grade, target[index], "b"), (500, SCORES[name], predicted[index], "a")):
             picture.text(x, y + 18, f"{value:+.1f}")
             picture.bar(x + 45, y + 2, part * 220, kind)
             picture.text(x + 53 + part * 220, y + 18, f"{part:.2f}", small=True)

@@ -15,11 +15,11 @@ from typing import Any
 import schemathesis
 
 HALF = "a \ud83d"
-Place = tuple[tuple[str | int, ...], str]
+Position = tuple[tuple[str | int, ...], str]
 """Path to a part of a body (field names and list positions), and the change there: its "value" or its "name" becomes a
 half, or a field is "added" to it."""
 
-_tried: set[tuple[str, Place]] = set()
+_tried: set[tuple[str, Position]] = set()
 
 
 @schemathesis.check
@@ -31,14 +31,14 @@ def half_a_character_is_refused(
     if response.status_code >= 300 or not isinstance(case.body, dict):
         return None
     fields = _fields(case.operation.schema.raw_schema)
-    for way, change in _places(case.body):
-        place = (case.operation.label, (tuple(step if step in fields else "*" for step in way), change))
-        if place in _tried:
+    for way, change in _positions(case.body):
+        half = (case.operation.label, (tuple(step if step in fields else "*" for step in way), change))
+        if half in _tried:
             continue
         changed = case.operation.Case(body=_with_half(case.body, way, change), media_type=case.media_type)
         status = changed.call().status_code
-        assert 400 <= status < 500, f"half a surrogate pair at {place} was answered with {status}, not refused"
-        _tried.add(place)
+        assert 400 <= status < 500, f"half a surrogate pair at {half} was answered with {status}, not refused"
+        _tried.add(half)
     return None
 
 
@@ -51,17 +51,17 @@ def _fields(description: Any) -> set[str]:
     return set(description.get("properties", ())).union(*map(_fields, description.values()))
 
 
-def _places(body: Any, way: tuple[str | int, ...] = ()) -> Iterator[Place]:
+def _positions(body: Any, way: tuple[str | int, ...] = ()) -> Iterator[Position]:
     if isinstance(body, str):
         yield way, "value"
     elif isinstance(body, list):
         for number, part in enumerate(body):
-            yield from _places(part, (*way, number))
+            yield from _positions(part, (*way, number))
     elif isinstance(body, dict):
         yield way, "added"
         for name, part in body.items():
             yield (*way, name), "name"
-            yield from _places(part, (*way, name))
+            yield from _positions(part, (*way, name))
 
 
 def _with_half(body: Any, way: tuple[str | int, ...], change: str) -> Any:

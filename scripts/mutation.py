@@ -68,7 +68,7 @@ class Mutant:
     what: str
 
 
-class Places(ast.NodeVisitor):
+class MutantFinder(ast.NodeVisitor):
     """Collects the mutants of one module."""
 
     def __init__(self, path: Path, source: bytes) -> None:
@@ -160,9 +160,9 @@ def mutants_of(folder: Path, root: Path) -> list[Mutant]:
     """All mutants of the modules below `folder`, in order."""
     found: list[Mutant] = []
     for path in sorted(folder.rglob("*.py")):
-        places = Places(path.relative_to(root), path.read_bytes())
-        places.visit(ast.parse(path.read_bytes()))
-        found.extend(places.mutants)
+        finder = MutantFinder(path.relative_to(root), path.read_bytes())
+        finder.visit(ast.parse(path.read_bytes()))
+        found.extend(finder.mutants)
     return found
 
 
@@ -271,8 +271,8 @@ def results(given: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
             nodes = lines.get((mutant.path, mutant.line), [])
             random.Random(given.seed).shuffle(nodes)
             noticed = bool(nodes) and is_noticed(mutant, nodes[:MAX_TESTS], copy)
-            word, place = "noticed" if noticed else "SURVIVED", f"{mutant.path}:{mutant.line}"
-            print(f"{count:4} {word} {place} {mutant.what} ({len(nodes)} tests)", flush=True)
+            word, location = "noticed" if noticed else "SURVIVED", f"{mutant.path}:{mutant.line}"
+            print(f"{count:4} {word} {location} {mutant.what} ({len(nodes)} tests)", flush=True)
             yield asdict(mutant) | {"noticed": noticed, "tests": len(nodes), "of": len(everything)}
 
 

@@ -160,8 +160,8 @@ def with_paper_head(files: list[dict[str, Any]], own: list[dict[str, Any]]) -> l
     rows = {file["result"]["dataset"]: row for file in own for row in file["result"]["rows"] if row["kind"] == "d2llm"}
     for report in (file["result"] for file in files):
         if row := rows.get(report["dataset"]):
-            place = next(number for number, each in enumerate(report["rows"]) if each["kind"] == "d2llm")
-            report["rows"].insert(place, row | {"kind": "paper_head", "name": "D2LLM, paper head"})
+            index = next(number for number, each in enumerate(report["rows"]) if each["kind"] == "d2llm")
+            report["rows"].insert(index, row | {"kind": "paper_head", "name": "D2LLM, paper head"})
             report["missing"] = [each for each in report["missing"] if each["kind"] != "paper_head"]
     return files
 

@@ -25,10 +25,10 @@ def outputs(notebook: dict[str, Any], folder: Path) -> list[str]:
     names: dict[str, object] = {"__name__": "__main__"}
     printed: list[str] = []
     with _in_folder(folder):
-        for place, cell in enumerate(notebook["cells"]):
+        for index, cell in enumerate(notebook["cells"]):
             if cell["cell_type"] == "code":
                 with contextlib.redirect_stdout(io.StringIO()) as output:
-                    exec(compile("".join(cell["source"]), f"cell {place + 1}", "exec"), names)
+                    exec(compile("".join(cell["source"]), f"cell {index + 1}", "exec"), names)
                 printed.append(output.getvalue())
     return printed
 

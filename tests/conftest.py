@@ -138,7 +138,7 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {f"test_{name}": place for place, name in enumerate(FIRST_FILES)}
+    order = {f"test_{name}": index for index, name in enumerate(FIRST_FILES)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     for item in items:
         if _is_among(item.path, NUMERIC_FOLDERS, NUMERIC_FILES):

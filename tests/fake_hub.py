@@ -86,8 +86,8 @@ class FakeHub:
         return httpx2.Response(200, json={"url": f"https://huggingface.co/{name}", "name": name})
 
     def _batch(self, asked: dict[str, Any]) -> httpx2.Response:
-        place = "https://huggingface.co/uploads"
-        objects = [{**item, "actions": {"upload": {"href": f"{place}/{item['oid']}"}}} for item in asked["objects"]]
+        url = "https://huggingface.co/uploads"
+        objects = [{**item, "actions": {"upload": {"href": f"{url}/{item['oid']}"}}} for item in asked["objects"]]
         return httpx2.Response(200, json={"transfer": "basic", "objects": objects})
 
     def _api(self, name: str, repository: Repository, request: httpx2.Request, rest: list[str]) -> httpx2.Response:

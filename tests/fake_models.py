@@ -58,7 +58,7 @@ class FakeStudent(PlainStudent):
         if advance is not None:
             advance(len(texts))
         lengths = [len(of_text) for of_text in words]
-        cut = tuple(place for place, n in enumerate(lengths) if n > self.max_words)
+        cut = tuple(index for index, n in enumerate(lengths) if n > self.max_words)
         return EncodedTexts(vectors, cut, sum(min(n, self.max_words) for n in lengths))
 
     def encode_queries(self, texts, *, instruction=None, advance=None):

@@ -140,8 +140,8 @@ class LLM:
             logits = logits + mask
         drawn = int(logits.argmax())
         chosen = params.logprob_token_ids or log_probabilities.topk(params.logprobs or 1).indices.tolist()
-        places = [drawn, *(token for token in chosen if token != drawn)][: len(chosen)]
-        logprobs = {token: Logprob(float(log_probabilities[token])) for token in places}
+        shown = [drawn, *(token for token in chosen if token != drawn)][: len(chosen)]
+        logprobs = {token: Logprob(float(log_probabilities[token])) for token in shown}
         return RequestOutput(list(ids), [CompletionOutput([drawn], [logprobs])])
 
 

@@ -45,6 +45,6 @@ def part_vectors(parts, dim, vector_format):
     counts = np.array([len(each) for each in parts], np.int64)
     vectors = np.concatenate([np.zeros((0, dim), np.float32), *parts]).astype(np.float32)
     stored = make_format(vector_format, dim)
-    places = np.stack([np.cumsum(counts) - counts, counts], axis=1)
+    extents = np.stack([np.cumsum(counts) - counts, counts], axis=1)
     codes = stored.encode(vectors, [""] * len(vectors))
-    return PartVectors(places, codes, stored)
+    return PartVectors(extents, codes, stored)

@@ -157,13 +157,13 @@ def cases(bases: dict[str, Path], number: int, seed: int, *, repair: bool = Fals
     times = {"passages.db": 16, "words.bin": 4, "words.json": 4}
     turns = [(kind, how) for how in DAMAGES for kind in kinds for _ in range(times.get(kind[1], 1))]
     turns = [turn for turn in turns if turn[1] != "of another" or len(kinds[turn[0]]) > 1]  # another of its kind
-    for place in range(number):
-        if place % len(turns) == 0:
+    for index in range(number):
+        if index % len(turns) == 0:
             chance.shuffle(turns)
             first = {kind: (kind, how) for kind, how in reversed(turns)}  # every kind of file before any comes again
             turns = [*first.values(), *(turn for turn in turns if first[turn[0]] != turn)]
-        kind, how = turns[place % len(turns)]
-        yield chance.choice(kinds[kind])._replace(how=how, seed=seed * 1_000_000 + place, repair=repair)
+        kind, how = turns[index % len(turns)]
+        yield chance.choice(kinds[kind])._replace(how=how, seed=seed * 1_000_000 + index, repair=repair)
 
 
 # Damage ---------------------------------------------------------------------------------------------------------------
@@ -173,9 +173,9 @@ def copy_linked(source: Path, target: Path) -> None:
     """Copy a folder with hard links; a file must be unlinked before it is changed."""
     for path in source.rglob("*"):
         if path.is_file():
-            place = target / path.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.hardlink_to(path)
+            copied = target / path.relative_to(source)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            copied.hardlink_to(path)
 
 
 def damage(folder: Path, case: Case) -> bool:
@@ -195,8 +195,8 @@ def damage(folder: Path, case: Case) -> bool:
     elif not content:
         return False
     elif case.how == "flipped bit":
-        place = chance.randrange(len(content))
-        changed[place] ^= 1 << chance.randrange(8)
+        index = chance.randrange(len(content))
+        changed[index] ^= 1 << chance.randrange(8)
     elif case.how == "cut":
         del changed[chance.randrange(len(content)) :]
     else:
@@ -315,11 +315,11 @@ def work() -> None:
         base, case = Path(json.loads(line)["base"]), Case(*json.loads(line)["case"])
         part = str(Path(*Path(case.path).parts[:2])) if case.path.startswith("snapshots/") else "."
         if case.base not in expected:
-            with tempfile.TemporaryDirectory(dir=base.parent) as place:  # opening an index may leave a lock file
-                copy_linked(base, Path(place) / "copy")
-                expected[case.base] = answers(Path(place) / "copy" / part)
-        with tempfile.TemporaryDirectory(dir=base.parent) as place:
-            copy = Path(place) / "copy"
+            with tempfile.TemporaryDirectory(dir=base.parent) as folder:  # opening an index may leave a lock file
+                copy_linked(base, Path(folder) / "copy")
+                expected[case.base] = answers(Path(folder) / "copy" / part)
+        with tempfile.TemporaryDirectory(dir=base.parent) as folder:
+            copy = Path(folder) / "copy"
             copy_linked(base, copy)
             outcomes = look_at(copy / part, expected[case.base], repair=case.repair) if damage(copy, case) else {}
         print(json.dumps(outcomes), flush=True)

@@ -33,10 +33,10 @@ def counts_words(request: Request, number: int) -> Reply:
     del number
     query, passages = judged_lists(request)
     if "Rank the" in request.prompt:
-        order = sorted(range(len(passages)), key=lambda place: -shared_words(query, passages[place]))
-        answer = " > ".join(f"[{place + 1}]" for place in order)
+        order = sorted(range(len(passages)), key=lambda index: -shared_words(query, passages[index]))
+        answer = " > ".join(f"[{index + 1}]" for index in order)
     else:
-        answer = "\n".join(f"[{place}] {grade(query, text)}" for place, text in enumerate(passages, start=1))
+        answer = "\n".join(f"[{index}] {grade(query, text)}" for index, text in enumerate(passages, start=1))
     return Reply(chat(answer, usage=(10 * len(passages), len(passages))))
 
 

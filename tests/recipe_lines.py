@@ -18,8 +18,8 @@ def superfluous_lines(text: str) -> list[str]:
     assert recipe is not None
     return [
         line
-        for place, line in enumerate(lines)
-        if _SETTING.match(line) and _read(lines[:place] + lines[place + 1 :]) == recipe
+        for index, line in enumerate(lines)
+        if _SETTING.match(line) and _read(lines[:index] + lines[index + 1 :]) == recipe
     ]
 
 

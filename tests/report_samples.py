@@ -61,7 +61,7 @@ def retrieval_report(num_queries: int = 300, seed: int = 0) -> EvaluationReport:
         }
         for name, score in scores.items()
     }
-    ids = tuple(f"q{place}" for place in range(num_queries))
+    ids = tuple(f"q{index}" for index in range(num_queries))
     rows = [
         _row(name, kind, values[name], milliseconds, size, slice(None))
         for name, kind, _, milliseconds, size in _SYSTEMS
@@ -88,8 +88,8 @@ def retrieval_report(num_queries: int = 300, seed: int = 0) -> EvaluationReport:
         sample_rows=(*sample, teacher),
         comparisons=_comparisons(values, "cosine, untuned"),
         agreement=tuple(
-            AgreementRow(name, Agreement(0.91 - 0.1 * place, 0.8, 0.61 - 0.1 * place, 0.77, 100, 4000, 0.9), overlap)
-            for place, (name, overlap) in enumerate([("D2LLM", 0.74), ("cosine, untuned", None)])
+            AgreementRow(name, Agreement(0.91 - 0.1 * index, 0.8, 0.61 - 0.1 * index, 0.77, 100, 4000, 0.9), overlap)
+            for index, (name, overlap) in enumerate([("D2LLM", 0.74), ("cosine, untuned", None)])
         ),
         calibration=tuple(
             _calibration(name, log_odds * factor, truth) for name, factor in (("D2LLM", 1.0), (TEACHER, 2.2))
@@ -134,11 +134,11 @@ def pairs_report(num_pairs: int = 200, seed: int = 1) -> EvaluationReport:
     logits = {name: (2 * truth - 1) * gap + generator.normal(0, 1.8, num_pairs) for name, (_, gap) in names.items()}
     values = {name: {"accuracy": ((logit >= 0) == truth).astype(float)} for name, logit in logits.items()}
     rows = tuple(
-        _row(name, kind, values[name], 4.0 + place, 768, slice(None))
-        for place, (name, (kind, _)) in enumerate(names.items())
+        _row(name, kind, values[name], 4.0 + index, 768, slice(None))
+        for index, (name, (kind, _)) in enumerate(names.items())
     )
     rows = tuple(replace(row, measures={**row.measures, "Spearman": Estimate(0.5, 0.4, 0.6)}) for row in rows)
-    ids = tuple(f"pair-{place}" for place in range(num_pairs))
+    ids = tuple(f"pair-{index}" for index in range(num_pairs))
     shown = ShownPassage("pair-7", "How do I change my card's PIN?", is_relevant=True)
     return replace(
         retrieval_report(9),
@@ -189,7 +189,7 @@ def hostile_report() -> EvaluationReport:
     """A report in which all names and texts from data contain markup or code."""
     full = retrieval_report(30)
     names = dict(zip((row.name for row in full.rows), HOSTILE, strict=False))
-    passages = tuple(ShownPassage(text, text, place % 2 == 0) for place, text in enumerate(HOSTILE))
+    passages = tuple(ShownPassage(text, text, index % 2 == 0) for index, text in enumerate(HOSTILE))
     examples = tuple(Example(text, text, 1.0, 0.0, passages, passages, ()) for text in HOSTILE)
     rename = {row.name: names.get(row.name, row.name) for row in full.rows}
     return replace(
@@ -213,7 +213,7 @@ def hostile_report() -> EvaluationReport:
         notes=HOSTILE,
         details=replace(
             full.details,
-            item_ids=tuple(f"{HOSTILE[place % len(HOSTILE)]}{place}" for place in range(30)),
+            item_ids=tuple(f"{HOSTILE[index % len(HOSTILE)]}{index}" for index in range(30)),
             values={rename[name]: by_measure for name, by_measure in full.details.values.items()},
             wins=examples,
             losses=examples,
@@ -274,16 +274,16 @@ def _examples(values, ids, *, best: bool) -> tuple[Example, ...]:
         "为什么我的卡在国外取款时被收取手续费？",
         "Your card has not arrived yet",
     )
-    passages = tuple(ShownPassage(f"p{place}", text, place == 1) for place, text in enumerate(texts))
+    passages = tuple(ShownPassage(f"p{index}", text, index == 1) for index, text in enumerate(texts))
     return tuple(
         Example(
-            ids[place],
-            texts[place % 4] if place % 4 != 1 else "why is there a charge",
-            float(values["D2LLM"]["nDCG@10"][place]),
-            float(values["cosine, untuned"]["nDCG@10"][place]),
+            ids[index],
+            texts[index % 4] if index % 4 != 1 else "why is there a charge",
+            float(values["D2LLM"]["nDCG@10"][index]),
+            float(values["cosine, untuned"]["nDCG@10"][index]),
             passages[1:2],
             passages[1:],
             (passages[0], passages[3], passages[2]),
         )
-        for place in order.tolist()
+        for index in order.tolist()
     )

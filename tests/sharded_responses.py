@@ -30,7 +30,7 @@ def search(address: str, **settings: Any) -> dict[str, Any]:
 
 def results_of(answer: dict[str, Any]) -> list[dict[str, Any]]:
     left_out = ("score", "dot_score", "log_odds")  # rounded differently in blocks of another size
-    return [{name: value for name, value in place.items() if name not in left_out} for place in answer["passages"]]
+    return [{name: value for name, value in result.items() if name not in left_out} for result in answer["passages"]]
 
 
 def assert_same_responses(address: str, num_shards: int) -> None:
@@ -38,7 +38,7 @@ def assert_same_responses(address: str, num_shards: int) -> None:
     for settings in SEARCHES:
         one, several = (search(f"{address}/indexes/{name}", **settings) for name in ("one", "several"))
         assert results_of(several) == results_of(one), settings
-        scores = [[place["score"] for place in answer["passages"]] for answer in (one, several)]
+        scores = [[result["score"] for result in answer["passages"]] for answer in (one, several)]
         assert scores[1] == pytest.approx(scores[0], rel=1e-5)
         assert one["missing_shards"] == several["missing_shards"] == []
         assert (one["shards"], several["shards"]) == (None, f"{num_shards}/{num_shards}")

@@ -59,7 +59,7 @@ def clustered(num, seed=0, dim=DIM, num_clusters=25):
 
 def put_vectors(store: IndexStore, first: int, vectors: np.ndarray, text: str = "text") -> None:
     """Upsert passages p<first>, ... with these vectors."""
-    passages = [Passage(f"p{first + place:06d}", f"{text} {first + place}") for place in range(len(vectors))]
+    passages = [Passage(f"p{first + index:06d}", f"{text} {first + index}") for index in range(len(vectors))]
     with store.writing():
         changes = store.compare(passages)
         assert len(changes.texts) == len(passages)

@@ -52,5 +52,5 @@ def logits_of(student: Student, query: str, passages: Sequence[str]) -> NDArray[
 def ranking(student: Student, query: str, passages: Sequence[str]) -> tuple[list[int], NDArray[np.float64]]:
     """The positions of the passages, best first, and their probabilities in that order."""
     logits = logits_of(student, query, passages)
-    order = sorted(range(len(passages)), key=lambda place: (-logits[place], place))
+    order = sorted(range(len(passages)), key=lambda index: (-logits[index], index))
     return order, sigmoid(logits)[order]

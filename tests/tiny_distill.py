@@ -28,7 +28,7 @@ from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_mod
 LEARNING = {"learning_rate": 1e-3, "head_learning_rate": 1e-2}
 
 
-class Place:
+class Workspace:
     """A folder with models and labels, and a method to run a distillation on them."""
 
     def __init__(self, folder: Path) -> None:

@@ -73,7 +73,7 @@ def everyone(**changes):
 
 def run(name, rankings):
     """An external run; scores decrease by one per rank."""
-    scores = {query: {p: float(-place) for place, p in enumerate(ids)} for query, ids in rankings.items()}
+    scores = {query: {p: float(-index) for index, p in enumerate(ids)} for query, ids in rankings.items()}
     return TrecRun(name, {query: tuple(ids) for query, ids in rankings.items()}, scores)
 
 

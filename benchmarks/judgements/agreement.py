@@ -29,9 +29,9 @@ def measured(data: Path, name: str) -> dict[str, float]:
     dataset = read_beir(data / name, splits=["dev"])
     judged = dataset.qrels["dev"]
     lists = read_graded_lists(name)
-    judgings = [{each.query_id: each for each in lists if each.judging == place} for place in (1, 2)]
+    judgings = [{each.query_id: each for each in lists if each.judging == index} for index in (1, 2)]
     dev = {name: each for name, each in judgings[0].items() if each.split == "dev" and name in judgings[1]}
-    first, second = ([_grades(judgings[place][query]) for query in dev] for place in (0, 1))
+    first, second = ([_grades(judgings[index][query]) for query in dev] for index in (0, 1))
     pairs = [([one[name] for name in one], [two[name] for name in one]) for one, two in zip(first, second, strict=True)]
     both = [{name: (one[name] + two[name]) / 2 for name in one} for one, two in zip(first, second, strict=True)]
     qrels = {query: judged[query] for query in dev}

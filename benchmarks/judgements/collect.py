@@ -26,10 +26,10 @@ def collect(keys: Path, answers: Path, *, task: str, date: str) -> tuple[list[di
             continue
         _, split, judging, _ = key_file.stem.rsplit("-", 3)
         key, grades = (json.loads(path.read_text(encoding="utf-8")) for path in (key_file, answer_file))
-        for place, (shown, values) in enumerate(zip(key, grades, strict=True), start=1):
+        for position, (shown, values) in enumerate(zip(key, grades, strict=True), start=1):
             number = len(shown.get("pairs", shown.get("passages")))
             if len(values) != number or not all(type(value) is int and 0 <= value <= 100 for value in values):
-                raise ValueError(f"{answer_file}: its part {place} has {values}, not {number} grades from 0 to 100")
+                raise ValueError(f"{answer_file}: its part {position} has {values}, not {number} grades from 0 to 100")
             lists = _lists(shown, values)
             same = {"split": split, "judging": int(judging), "task": task}
             lines += [

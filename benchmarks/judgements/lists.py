@@ -104,7 +104,7 @@ def write_packets(
         order = list(ids)
         random.Random(f"order {seed} {query.id}").shuffle(order)
         texts = (dataset.passages[passage_id].full_text.split() for passage_id in order)
-        lines = [f"[{place}] {' '.join(words[:_MAX_WORDS])}" for place, words in enumerate(texts, start=1)]
+        lines = [f"[{position}] {' '.join(words[:_MAX_WORDS])}" for position, words in enumerate(texts, start=1)]
         blocks.append(("\n".join(lines), {"query_id": query.id, "query": query.text, "passages": order}))
     number = start = 0
     while start < len(blocks):
@@ -116,8 +116,8 @@ def write_packets(
         end = max(end, start + 1)
         number += 1
         parts = [
-            f"## Query {place}\n\n{key['query']}\n\n{text}"
-            for place, (text, key) in enumerate(blocks[start:end], start=1)
+            f"## Query {position}\n\n{key['query']}\n\n{text}"
+            for position, (text, key) in enumerate(blocks[start:end], start=1)
         ]
         stem = f"{name}-{number:03d}"
         (packets / f"{stem}.md").write_text(rubric + "\n\n" + "\n\n".join(parts) + "\n", encoding="utf-8")

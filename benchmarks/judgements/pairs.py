@@ -30,12 +30,12 @@ def chosen_pairs(dataset: Dataset, split: str, number: int) -> list[tuple[str, s
 def packet(dataset: Dataset, rubric: str, groups: list[list[tuple[str, str]]]) -> str:
     """The text of a packet."""
     parts = [rubric]
-    for place, group in enumerate(groups, start=1):
+    for position, group in enumerate(groups, start=1):
         lines = [
             f"[{number}] {_line(dataset.queries[query].text)} | {_line(dataset.passages[passage].full_text)}"
             for number, (query, passage) in enumerate(group, start=1)
         ]
-        parts.append(f"## Query {place}\n\n" + "\n".join(lines))
+        parts.append(f"## Query {position}\n\n" + "\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 
@@ -60,9 +60,9 @@ def main() -> None:
     for split, number in (("train", given.train), ("dev", given.dev)):
         pairs = chosen_pairs(dataset, split, number)
         groups = [pairs[start : start + _GROUP] for start in range(0, len(pairs), _GROUP)]
-        for place, start in enumerate(range(0, len(groups), _GROUPS), start=1):
+        for position, start in enumerate(range(0, len(groups), _GROUPS), start=1):
             own = groups[start : start + _GROUPS]
-            stem = f"{dataset.name}-{split}-1-{place:03d}"
+            stem = f"{dataset.name}-{split}-1-{position:03d}"
             (given.out / f"{stem}.md").write_text(packet(dataset, rubric, own), encoding="utf-8")
             key = [{"pairs": group} for group in own]
             (given.keys / f"{stem}.json").write_text(json.dumps(key, indent=1), encoding="utf-8")

@@ -146,9 +146,9 @@ class KnownVectors(PlainStudent):
     def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         del advance
         vectors = self._random.standard_normal((len(texts), self.vector_dim), np.float32)
-        for place, text in enumerate(texts):
+        for index, text in enumerate(texts):
             if text in self._pending:
-                vectors[place] = self._pending[text].pop(0)
+                vectors[index] = self._pending[text].pop(0)
                 if not self._pending[text]:
                     del self._pending[text]
         return EncodedTexts(vectors, (), 0)
@@ -193,7 +193,7 @@ class KnownVectors(PlainStudent):
         projection = self._student.token_projection
         assert projection is not None, "a student without vectors of tokens"
         for ids in self._student.tokenize(texts, "passage").ids:
-            yield [ids[place] for place in projection.positions(ids)]
+            yield [ids[index] for index in projection.positions(ids)]
 
 
 def with_noise(vectors: NDArray[np.float32], noise: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -85,7 +85,7 @@ def our_searches(
     def rescored(number: int, rows: NDArray[np.int64]) -> Sequence[int]:
         ordered = np.sort(rows)
         scores = student.score(task_queries.vectors[number], view.vectors(ordered), task)
-        return ordered[top_rows(scores, TOP_K, lambda places: view.ids(ordered[places]))].tolist()
+        return ordered[top_rows(scores, TOP_K, lambda positions: view.ids(ordered[positions]))].tolist()
 
     def near(number: int, depth: int) -> NDArray[np.int64]:
         hits = None if approximate is None else approximate.search(dot_queries[number], depth)
@@ -96,7 +96,7 @@ def our_searches(
 
     def whole(**settings: Any) -> Search:
         searcher = Searcher(index, known, SearchSettings(task=task, top_k=TOP_K, **settings), cached=cached)
-        return lambda number: [_row(place.passage.id) for place in searcher.rank([queries[number]])[0].passages]
+        return lambda number: [_row(result.passage.id) for result in searcher.rank([queries[number]])[0].passages]
 
     searches: dict[str, Search] = {
         "d2llm, inner products alone": lambda number: view.scan(dot_queries[number], TOP_K).rows.tolist()

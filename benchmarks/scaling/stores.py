@@ -198,7 +198,7 @@ def chroma_search(
         collection = client.create_collection("scale", metadata={"hnsw:space": "ip"})
         for start in range(0, len(vectors), _ADDED_AT_ONCE):
             part = vectors[start : start + _ADDED_AT_ONCE]
-            collection.add(ids=[str(start + place) for place in range(len(part))], embeddings=part)
+            collection.add(ids=[str(start + index) for index in range(len(part))], embeddings=part)
         seconds = time.perf_counter() - begin
 
         def search(number: int) -> list[int]:

@@ -18,7 +18,7 @@ VECTOR_DIM = 6
 def ranked_lists(number, *, relevant=3, depth=10):
     """Lists whose passages have falling scores; the one at the place ``relevant`` answers the query."""
     vectors = np.random.default_rng(0).normal(size=(number, depth, VECTOR_DIM)).astype(np.float32)
-    ids = [[f"{row}-{place}" for place in range(depth)] for row in range(number)]
+    ids = [[f"{row}-{index}" for index in range(depth)] for row in range(number)]
     scores = np.tile(-np.arange(depth, dtype=np.float64), (number, 1))
     grades = np.tile(np.eye(depth, dtype=np.int64)[relevant], (number, 1))
     lists = RankedLists([str(row) for row in range(number)], ["the cat"] * number, ids, vectors, scores, grades)

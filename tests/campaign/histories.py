@@ -72,10 +72,10 @@ def is_linearizable(calls: Sequence[Call]) -> bool:
         for index in remaining:
             following = after(state, calls[index]) if calls[index].began <= first_end else None
             if following is not None:
-                place = remaining - {index}, frozenset(following.items())
-                if place not in tried:
-                    tried.add(place)
-                    open_calls.append((place[0], following))
+                state = remaining - {index}, frozenset(following.items())
+                if state not in tried:
+                    tried.add(state)
+                    open_calls.append((state[0], following))
     return False
 
 

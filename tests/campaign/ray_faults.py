@@ -35,7 +35,7 @@ from e2e.test_server_ray import searching, served
 from sharded_responses import results_of, search
 from tiny_cluster import pids_of_actors, tiny_cluster
 from tiny_data import topics
-from tiny_distill import Place
+from tiny_distill import Workspace
 from tiny_server import tiny_passages, write_tiny_index
 from waiting import until
 
@@ -109,7 +109,7 @@ class Clusters:
 
     def __init__(self, folder: Path, cluster: Any) -> None:
         self.cluster = cluster
-        self.place, self.queries = Place(folder / "place"), topics(num_train=160)
+        self.workspace, self.queries = Workspace(folder / "workspace"), topics(num_train=160)
         self.index = write_tiny_index(folder, NUM)
         self.source = folder / "student-0"
         self.student = Student.load(self.source, device="cpu", dtype="float32")
@@ -118,14 +118,14 @@ class Clusters:
         self.expected = {name: self.found(name, folder / "undisturbed") for name in ("label", "encode")}
 
     def label(self, root: Path, **options: Any) -> None:
-        settings = {"teacher": self.place.teacher, "device": "cpu", "dtype": "float32"}
+        settings = {"teacher": self.workspace.teacher, "device": "cpu", "dtype": "float32"}
         label_verb.label([self.queries], root / "labels", **settings, **options)
 
     def encode(self, root: Path, **options: Any) -> None:
         encode(tiny_passages(NUM), self.student, root / "index", student_source=str(self.source), **options)
 
     def found(self, verb: str, root: Path) -> Any:
-        return labels_of(self.place.store(root / "labels")) if verb == "label" else stored(root / "index")
+        return labels_of(self.workspace.store(root / "labels")) if verb == "label" else stored(root / "index")
 
     def verb(self, name: str, root: Path, chance: random.Random) -> list[str]:
         module = label_verb if name == "label" else encode_verb

@@ -30,7 +30,7 @@ from d2llm.store.inspection import verify
 from d2llm.store.view import PassageView
 from d2llm.training.label import label
 from tiny_data import topics
-from tiny_distill import Place
+from tiny_distill import Workspace
 from tiny_fit import write_documents
 from tiny_server import write_tiny_student
 from tiny_store import live_rows
@@ -84,7 +84,7 @@ def check_same(verb: str, found: Any, expected: Any) -> None:
 
 def _runs(root: Path) -> dict[str, tuple[Callable[[Path], object], Callable[[Path], Any]]]:
     student = write_tiny_student(root)
-    documents, place = write_documents(root / "documents", 60), Place(root / "place")
+    documents, workspace = write_documents(root / "documents", 60), Workspace(root / "workspace")
     source, options = topics(num_train=_QUERIES), {"device": "cpu", "dtype": "float32"}
 
     sync = ("--student", student, "--dtype", "float32")
@@ -100,11 +100,11 @@ def _runs(root: Path) -> dict[str, tuple[Callable[[Path], object], Callable[[Pat
             lambda folder: stored(folder / "index"),
         ),
         "label": (
-            lambda folder: label([source], folder / "labels", teacher=place.teacher, **options),
-            lambda folder: labels_of(place.store(folder / "labels")),
+            lambda folder: label([source], folder / "labels", teacher=workspace.teacher, **options),
+            lambda folder: labels_of(workspace.store(folder / "labels")),
         ),
         "train": (
-            lambda folder: (folder / "student").exists() or place.run(folder / "student", checkpoint_every=2),
+            lambda folder: (folder / "student").exists() or workspace.run(folder / "student", checkpoint_every=2),
             lambda folder: json.loads((folder / "student" / "manifest.json").read_text())["fingerprint"],
         ),
     }

@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 from d2llm.cli.options import with_option_groups
 
-calls: list[tuple[str, Place, int]] = []
+calls: list[tuple[str, Address, int]] = []
 
 
 @dataclass(frozen=True)
-class Place:
+class Address:
     street: Annotated[str, typer.Option("--street", help="A street.")]
     number: Annotated[int, typer.Option("--number", help="A number.")] = 1
 
@@ -22,11 +22,11 @@ class Place:
 @with_option_groups
 def visit(
     name: Annotated[str, typer.Argument(help="A name.")],
-    place: Place,
+    address: Address,
     times: Annotated[int, typer.Option("--times", help="How often.")] = 2,
 ) -> None:
     """Visit somebody."""
-    calls.append((name, place, times))
+    calls.append((name, address, times))
 
 
 def run(*arguments: str) -> int:
@@ -38,12 +38,12 @@ def run(*arguments: str) -> int:
 
 def test_the_verb_receives_its_groups() -> None:
     assert run("Ada", "--street", "Main", "--times", "3", "--number", "7") == 0
-    assert calls == [("Ada", Place("Main", 7), 3)]
+    assert calls == [("Ada", Address("Main", 7), 3)]
 
 
 def test_defaults_of_fields_are_those_of_options() -> None:
     assert run("Ada", "--street", "Main") == 0
-    assert calls == [("Ada", Place("Main", 1), 2)]
+    assert calls == [("Ada", Address("Main", 1), 2)]
 
 
 def test_a_field_without_default_is_required() -> None:

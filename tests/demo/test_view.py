@@ -8,11 +8,11 @@ from rich.console import Console
 
 from d2llm.demo.report import (
     DemoAnswer,
-    DemoPlace,
+    DemoResult,
     MessageReport,
     MessageSystem,
     QuestionReport,
-    ScoredPlace,
+    ScoredResult,
     ScoreReport,
 )
 from d2llm.demo.view import MAX_WIDTH, DemoView, excerpt
@@ -20,22 +20,22 @@ from d2llm.demo.view import MAX_WIDTH, DemoView, excerpt
 LONG = "library.module.Class.method(" + ", ".join(f"parameter_{n}=None" for n in range(6)) + ")"
 
 
-def demo_place(rank, passage_id, other_rank, *, right=False, title=None, text="Turn a crank until the music plays."):
-    return DemoPlace(rank, passage_id, title or f"{passage_id}()", text, 1.0 / rank, right, other_rank)
+def demo_result(rank, passage_id, other_rank, *, right=False, title=None, text="Turn a crank until the music plays."):
+    return DemoResult(rank, passage_id, title or f"{passage_id}()", text, 1.0 / rank, right, other_rank)
 
 
 ANSWER = DemoAnswer(
     question="How do I turn the crank?",
     right_ids=("b",),
-    baseline=(demo_place(1, "a", 2), demo_place(2, "b", 1, right=True), demo_place(3, "c", None, title=LONG)),
-    d2llm=(demo_place(1, "b", 2, right=True), demo_place(2, "a", 1), demo_place(3, "d", 17, title=LONG)),
+    baseline=(demo_result(1, "a", 2), demo_result(2, "b", 1, right=True), demo_result(3, "c", None, title=LONG)),
+    d2llm=(demo_result(1, "b", 2, right=True), demo_result(2, "a", 1), demo_result(3, "d", 17, title=LONG)),
 )
 QUESTIONS = QuestionReport((ANSWER,), (True,), num_candidates=12)
 MESSAGE = DemoAnswer(
     question="My card is gone.",
     right_ids=("card lost 2",),
-    baseline=(demo_place(1, "a", 2), demo_place(2, "b", 4), demo_place(3, "c", 3)),
-    d2llm=(demo_place(1, "card lost 2", 9, right=True), demo_place(2, "a", 1), demo_place(3, "c", 3)),
+    baseline=(demo_result(1, "a", 2), demo_result(2, "b", 4), demo_result(3, "c", 3)),
+    d2llm=(demo_result(1, "card lost 2", 9, right=True), demo_result(2, "a", 1), demo_result(3, "c", 3)),
 )
 MESSAGES = MessageReport(
     num_messages=96,
@@ -50,8 +50,8 @@ MESSAGES = MessageReport(
 SCORE = ScoreReport(
     question="How do I turn the crank?",
     passages=(
-        ScoredPlace("b", "b()", True, 11.25, 8.0, 1.25, None, 2.0, 0.0),
-        ScoredPlace("c", LONG, False, 9.5, 9.0, 0.0, None, 0.5, 0.0),
+        ScoredResult("b", "b()", True, 11.25, 8.0, 1.25, None, 2.0, 0.0),
+        ScoredResult("c", LONG, False, 9.5, 9.0, 0.0, None, 0.5, 0.0),
     ),
     interaction_weight=0.0,
 )
@@ -93,13 +93,13 @@ def test_places_show_rank_changes_and_right_answers():
 
 @pytest.mark.parametrize(("other_rank", "mark"), [(3, "="), (1, "▼2"), (4, "new (4)"), (None, "new (>100)")])
 def test_marks_of_rank_changes(other_rank, mark):
-    answer = DemoAnswer("Why?", (), ANSWER.baseline, (*ANSWER.d2llm[:2], demo_place(3, "e", other_rank)))
+    answer = DemoAnswer("Why?", (), ANSWER.baseline, (*ANSWER.d2llm[:2], demo_result(3, "e", other_rank)))
     report = replace(QUESTIONS, answers=(answer,))
     assert f"3 {mark} e()" in rendered(lambda view: view.answers(report, "minilm", depth=100))
 
 
 def test_right_answers_are_counted():
-    wrong = DemoAnswer("Why?", (), ANSWER.baseline, tuple(demo_place(n, "x", None) for n in (1, 2, 3)))
+    wrong = DemoAnswer("Why?", (), ANSWER.baseline, tuple(demo_result(n, "x", None) for n in (1, 2, 3)))
     report = QuestionReport((ANSWER, wrong), (False, False), num_candidates=12)
     text = " ".join(rendered(lambda view: view.answers(report, "minilm", depth=100)).split())
     assert "A right answer in the top 3: BM25 2/2, D2LLM 1/2; the cosine of untuned minilm, among the 12" in text

@@ -12,7 +12,7 @@ from tiny_models import write_tiny_model
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory):
+def workspace(tmp_path_factory):
     """Models, data and a recipe, shared by the session: a test that changes them must work on a copy."""
     folder = tmp_path_factory.mktemp("cli")
     write_tiny_model(folder / "encoder", "bert")
@@ -23,24 +23,24 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def reports(place):
+def reports(workspace):
     """Runs mine, tune-teacher, label and distill in order; returns the report of each step."""
-    arguments = (place / "tiny.toml", "--out", place / "run", "--dtype", "float32")
+    arguments = (workspace / "tiny.toml", "--out", workspace / "run", "--dtype", "float32")
     step_reports = {}
     for verb in ("mine", "tune-teacher", "label", "distill"):
-        result, step_reports[verb] = succeed_with_report(verb, *arguments, folder=place)
+        result, step_reports[verb] = succeed_with_report(verb, *arguments, folder=workspace)
         assert result.stdout == ""  # progress messages go to standard error
         assert f"{verb}: " in result.stderr
     return step_reports
 
 
 @pytest.fixture(scope="session")
-def index(place, reports):
-    arguments = (place / "everyday", "--student", place / "run" / "student", "--out", place / "index")
-    _, report = succeed_with_report("encode", *arguments, "--dtype", "float32", folder=place)
+def index(workspace, reports):
+    arguments = (workspace / "everyday", "--student", workspace / "run" / "student", "--out", workspace / "index")
+    _, report = succeed_with_report("encode", *arguments, "--dtype", "float32", folder=workspace)
     assert report["result"]["num_passages"] == 60
     assert report["arguments"]["dtype"] == "float32"
-    return place / "index"
+    return workspace / "index"
 
 
 @pytest.fixture(scope="module")

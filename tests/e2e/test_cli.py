@@ -96,10 +96,10 @@ class TestHelp:
 
 
 class TestDistil:
-    def test_each_step_reports_what_it_did(self, place, reports):
+    def test_each_step_reports_what_it_did(self, workspace, reports):
         mined = reports["mine"]["result"]["everyday"]
         assert (mined["num_entries"], mined["num_hard_negatives"], mined["num_easy_negatives"]) == (12, 36, 24)
-        assert reports["mine"]["arguments"]["recipe"] == str(place / "tiny.toml")
+        assert reports["mine"]["arguments"]["recipe"] == str(workspace / "tiny.toml")
         assert reports["tune-teacher"]["result"]["pairs"] == 12 * 3
         labelled = reports["label"]["result"]
         assert (labelled["queries"], labelled["pairs"]) == (12, 12 * 6)
@@ -107,44 +107,44 @@ class TestDistil:
         distilled = reports["distill"]["result"]
         assert (distilled["steps"], distilled["queries"], distilled["unlabelled_queries"]) == (3, 12, 0)
 
-    def test_the_student_of_the_run_is_the_one_reported(self, place, reports):
-        student = Student.load(place / "run" / "student", dtype="float32")
+    def test_the_student_of_the_run_is_the_one_reported(self, workspace, reports):
+        student = Student.load(workspace / "run" / "student", dtype="float32")
         assert student.fingerprint == reports["distill"]["result"]["fingerprint"]
 
-    def test_run_skips_finished_steps(self, place, reports):
-        plan = (place / "run" / "plans" / "everyday" / "plan.jsonl").stat().st_mtime_ns
-        arguments = ("run", place / "tiny.toml", "--out", place / "run", "--dtype", "float32")
-        result, report = succeed_with_report(*arguments, folder=place)
+    def test_run_skips_finished_steps(self, workspace, reports):
+        plan = (workspace / "run" / "plans" / "everyday" / "plan.jsonl").stat().st_mtime_ns
+        arguments = ("run", workspace / "tiny.toml", "--out", workspace / "run", "--dtype", "float32")
+        result, report = succeed_with_report(*arguments, folder=workspace)
         assert "is finished" in report["result"]["mine"]["everyday"]["skipped"]
         assert "is finished" in report["result"]["tune-teacher"]["skipped"]
         gate = report["result"]["gate"]
         assert "skipped" in gate or [row["name"] for row in gate["sets"]] == ["everyday"]
         assert (report["result"]["label"]["pairs"], report["result"]["label"]["finished_queries"]) == (0, 12)
         assert "is finished" in report["result"]["distill"]["skipped"]
-        assert (place / "run" / "plans" / "everyday" / "plan.jsonl").stat().st_mtime_ns == plan
+        assert (workspace / "run" / "plans" / "everyday" / "plan.jsonl").stat().st_mtime_ns == plan
         for verb in ("mine", "tune-teacher", "distill"):
-            assert f"{verb}: {place / 'run'}" in result.stderr
+            assert f"{verb}: {workspace / 'run'}" in result.stderr
 
-    def test_again_retrains_the_student_and_keeps_the_old_one(self, place, reports, tmp_path):
-        shutil.copytree(place / "run", tmp_path / "run")
-        arguments = (place / "tiny.toml", "--out", tmp_path / "run", "--dtype", "float32", "--again")
+    def test_again_retrains_the_student_and_keeps_the_old_one(self, workspace, reports, tmp_path):
+        shutil.copytree(workspace / "run", tmp_path / "run")
+        arguments = (workspace / "tiny.toml", "--out", tmp_path / "run", "--dtype", "float32", "--again")
         _, report = succeed_with_report("distill", *arguments, folder=tmp_path)
         assert report["result"]["fingerprint"] == reports["distill"]["result"]["fingerprint"]  # the same seed
         assert (tmp_path / "run" / "student.old-1" / "manifest.json").is_file()
 
-    def test_a_plan_made_with_other_settings_gives_a_warning(self, place, reports, tmp_path):
-        shutil.copytree(place / "run", tmp_path / "run")
+    def test_a_plan_made_with_other_settings_gives_a_warning(self, workspace, reports, tmp_path):
+        shutil.copytree(workspace / "run", tmp_path / "run")
         recipe = tmp_path / "other.toml"
-        recipe.write_text((place / "tiny.toml").read_text().replace("range_max = 10", "range_max = 20"))
+        recipe.write_text((workspace / "tiny.toml").read_text().replace("range_max = 10", "range_max = 20"))
         result = succeed("mine", recipe, "--out", tmp_path / "run")
         assert "warning: " in result.stderr
         assert "with settings that differ from the recipe (mining)" in result.stderr
         _, report = succeed_with_report("mine", recipe, "--out", tmp_path / "run", "--again", folder=tmp_path)
         assert report["result"]["everyday"]["num_entries"] == 12
 
-    def test_the_data_option_replaces_a_path_of_the_recipe(self, place, tmp_path):
-        shutil.copytree(place / "everyday", tmp_path / "moved")
-        recipe = write_recipe(tmp_path / "r.toml", place, "not/here/everyday")
+    def test_the_data_option_replaces_a_path_of_the_recipe(self, workspace, tmp_path):
+        shutil.copytree(workspace / "everyday", tmp_path / "moved")
+        recipe = write_recipe(tmp_path / "r.toml", workspace, "not/here/everyday")
         message_parts = ["1 of 1 data sets of the recipe were not found: not/here/everyday", "--data everyday=FOLDER"]
         fail("mine", recipe, "--out", tmp_path / "run", containing=message_parts)
         data_option = ("--data", f"everyday={tmp_path / 'moved'}")
@@ -152,16 +152,16 @@ class TestDistil:
         assert set(report["result"]) == {"moved"}
         fail("mine", recipe, "--data", "weekday=x", containing=["--data weekday=x", "NAME=FOLDER", "everyday"])
 
-    def test_the_data_option_accepts_a_folder_of_data_sets(self, place, tmp_path):
-        shutil.copytree(place / "everyday", tmp_path / "all" / "everyday")
-        recipe = write_recipe(tmp_path / "r.toml", place, "not/here/everyday")
+    def test_the_data_option_accepts_a_folder_of_data_sets(self, workspace, tmp_path):
+        shutil.copytree(workspace / "everyday", tmp_path / "all" / "everyday")
+        recipe = write_recipe(tmp_path / "r.toml", workspace, "not/here/everyday")
         run = ("mine", recipe, "--out", tmp_path / "run")
         _, report = succeed_with_report(*run, "--data", tmp_path / "all", folder=tmp_path)
         assert set(report["result"]) == {"everyday"}
-        fail(*run, "--data", place / "decoder", containing=["or give a folder that contains folders"])
+        fail(*run, "--data", workspace / "decoder", containing=["or give a folder that contains folders"])
 
-    def test_quiet_prints_nothing(self, place, reports):
-        result = succeed("mine", place / "tiny.toml", "--out", place / "run", "--quiet")
+    def test_quiet_prints_nothing(self, workspace, reports):
+        result = succeed("mine", workspace / "tiny.toml", "--out", workspace / "run", "--quiet")
         assert result.output == ""
 
     @pytest.mark.parametrize("name", sorted(shipped_recipes()))
@@ -195,11 +195,11 @@ class TestDistil:
 
 
 class TestSearch:
-    def test_the_index_remembers_its_student(self, place, index):
-        queries = place / "two.jsonl"
+    def test_the_index_remembers_its_student(self, workspace, index):
+        queries = workspace / "two.jsonl"
         queries.write_text('{"_id": "a", "text": "a bird"}\n')
         arguments = ("search", index, "ships", "at", "sea", "--queries", queries, "--top-k", 3, "--dtype", "float32")
-        result, report = succeed_with_report(*arguments, folder=place)
+        result, report = succeed_with_report(*arguments, folder=workspace)
         assert "warning" not in result.stderr
         rankings = report["result"]["rankings"]
         assert [ranking["query"]["text"] for ranking in rankings] == ["ships at sea", "a bird"]
@@ -211,14 +211,14 @@ class TestSearch:
                 assert SENTENCES[int(hit["passage"]["id"][1:])] == hit["passage"]["text"]
                 assert hit["passage"]["text"][:40] in result.stdout
 
-    def test_several_quoted_texts_are_one_query_with_a_warning(self, place, index):
-        result, report = succeed_with_report("search", index, "ships at sea", "a red boat", folder=place)
+    def test_several_quoted_texts_are_one_query_with_a_warning(self, workspace, index):
+        result, report = succeed_with_report("search", index, "ships at sea", "a red boat", folder=workspace)
         assert "warning: all words are one query; for several queries, give a file" in result.stderr
         assert [each["query"]["text"] for each in report["result"]["rankings"]] == ["ships at sea a red boat"]
 
-    def test_exact_search_of_queries_from_a_file(self, place, index):
-        arguments = ("search", index, "--queries", place / "everyday" / "queries.jsonl", "--exact", "--top-k", 1)
-        _, report = succeed_with_report(*arguments, folder=place)
+    def test_exact_search_of_queries_from_a_file(self, workspace, index):
+        arguments = ("search", index, "--queries", workspace / "everyday" / "queries.jsonl", "--exact", "--top-k", 1)
+        _, report = succeed_with_report(*arguments, folder=workspace)
         rankings = report["result"]["rankings"]
         assert [ranking["query"]["id"] for ranking in rankings] == [f"q{n}" for n in range(20)]
         for certificate in (ranking["certificate"] for ranking in rankings):
@@ -246,9 +246,9 @@ class TestSearch:
         assert not {*unneeded, "scipy", "jaxtyping", "bm25s", "pyarrow", "pandas"} & packages
         assert len(modules) < 1100
 
-    def test_judge_prints_texts_verbatim_and_reports_log_odds(self, place):
-        arguments = ("judge", "what is [bold]this[/bold]?", "a [link] in it", "two", "--teacher", place / "decoder")
-        result, report = succeed_with_report(*arguments, "--prompt", "short", "--dtype", "float32", folder=place)
+    def test_judge_prints_texts_verbatim_and_reports_log_odds(self, workspace):
+        arguments = ("judge", "what is [bold]this[/bold]?", "a [link] in it", "two", "--teacher", workspace / "decoder")
+        result, report = succeed_with_report(*arguments, "--prompt", "short", "--dtype", "float32", folder=workspace)
         assert "what is [bold]this[/bold]?" in result.stdout  # Rich markup in a text is printed verbatim
         assert "a [link] in it" in result.stdout
         judged = report["result"]["scores"]

@@ -11,17 +11,17 @@ from e2e.command_line import succeed, succeed_with_report
 
 
 @pytest.fixture(scope="module")
-def ablated(place, reports, tmp_path_factory):
+def ablated(workspace, reports, tmp_path_factory):
     """An ablation of the recipe against the cosine variant, one seed, on the plans and labels of the shared run."""
     folder = tmp_path_factory.mktemp("ablate")
-    shutil.copytree(place / "run", folder / "run")
-    arguments = ("ablate", place / "tiny.toml", "--out", folder / "run", "--dtype", "float32", "--seeds", 1)
+    shutil.copytree(workspace / "run", folder / "run")
+    arguments = ("ablate", workspace / "tiny.toml", "--out", folder / "run", "--dtype", "float32", "--seeds", 1)
     options = ("--variants", "cosine, rich", "--markdown", folder / "a.md", "--html", folder / "a.html")
     result, report = succeed_with_report(*arguments, *options, folder=folder)
     return folder, (*arguments, *options), result, report
 
 
-def test_recipe_and_variants_are_trained_and_compared(place, reports, ablated):
+def test_recipe_and_variants_are_trained_and_compared(workspace, reports, ablated):
     folder, _, result, report = ablated
     comparison = report["result"]
     assert comparison["report_version"] == 1

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def workspace(tmp_path_factory):
     """Documents of ten sentences each, as passages of at most 32 tokens."""
     folder = tmp_path_factory.mktemp("cli-documents")
     texts = [" ".join(SENTENCES[start : start + 10]) for start in range(0, len(SENTENCES), 10)]
@@ -35,9 +35,9 @@ def place(tmp_path_factory):
     return folder
 
 
-def ranking_of(place, *options, index=None):
-    result = succeed("search", index or place / "i", QUESTION, *options, "--json", place / "report.json")
-    return json.loads((place / "report.json").read_text())["result"]["rankings"][0], result
+def ranking_of(workspace, *options, index=None):
+    result = succeed("search", index or workspace / "i", QUESTION, *options, "--json", workspace / "report.json")
+    return json.loads((workspace / "report.json").read_text())["result"]["rankings"][0], result
 
 
 def facts_of(folder, name="i"):
@@ -45,8 +45,8 @@ def facts_of(folder, name="i"):
     return json.loads((folder / "facts.json").read_text())["result"]
 
 
-def test_results_are_documents_with_neighbouring_passages(place):
-    ranking, _ = ranking_of(place, "--group", "sum", "--neighbours", "1", "--top-k", "3")
+def test_results_are_documents_with_neighbouring_passages(workspace):
+    ranking, _ = ranking_of(workspace, "--group", "sum", "--neighbours", "1", "--top-k", "3")
     document_ids = [hit["document"]["id"] for hit in ranking["passages"]]
     assert len(set(document_ids)) == 3
     for hit in ranking["passages"]:
@@ -59,32 +59,32 @@ def test_results_are_documents_with_neighbouring_passages(place):
         )
 
 
-def test_a_teacher_reads_again(place):
+def test_a_teacher_reads_again(workspace):
     teacher = ("--teacher", "cosine:minilm")
     cascade = ("--reranker", "cascade:cosine:minilm")
-    fail("search", place / "i", QUESTION, *cascade, containing=["calibrate"])
-    stderr = succeed("index", place / "i", "calibrate", *teacher, "--queries", place / "queries.jsonl").stderr
+    fail("search", workspace / "i", QUESTION, *cascade, containing=["calibrate"])
+    stderr = succeed("index", workspace / "i", "calibrate", *teacher, "--queries", workspace / "queries.jsonl").stderr
     assert "standard deviation" in stderr
-    ranking, result = ranking_of(place, *cascade, "--reranker-set", "num_passages=4")
+    ranking, result = ranking_of(workspace, *cascade, "--reranker-set", "num_passages=4")
     assert len(ranking["reranking"]["read"]) <= 4
     assert (
         f"unsure of {len(ranking['reranking']['unsure'])} passages; {len(ranking['reranking']['read'])} were"
         in result.stderr
     )
     assert ranking["certificate"] is None
-    fail("search", place / "i", "x", *cascade, "--exact", containing=["leave out exact"])
+    fail("search", workspace / "i", "x", *cascade, "--exact", containing=["leave out exact"])
 
 
-def test_late_chunking_rereads_only_changed_documents(place, tmp_path):
+def test_late_chunking_rereads_only_changed_documents(workspace, tmp_path):
     """Late chunking gives the same passages other vectors; after one changed word only that document is read again."""
-    upsert = ("upsert", place / "corpus.jsonl", "--chunk-tokens", "32", "--late")
+    upsert = ("upsert", workspace / "corpus.jsonl", "--chunk-tokens", "32", "--late")
     stderr = succeed("index", tmp_path / "i", *upsert).stderr
     assert "6 texts in" in stderr
     assert "0 truncated; read in 6 windows" in stderr
-    plain, late = ranking_of(place)[0], ranking_of(place, index=tmp_path / "i")[0]
+    plain, late = ranking_of(workspace)[0], ranking_of(workspace, index=tmp_path / "i")[0]
     assert {hit["passage"]["id"] for hit in plain["passages"]} & {hit["passage"]["id"] for hit in late["passages"]}
     assert [hit["score"] for hit in plain["passages"]] != [hit["score"] for hit in late["passages"]]
-    lines = (place / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (workspace / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     records[2]["text"] = records[2]["text"].replace("cold", "flu", 1)
     write_lines(tmp_path / "changed.jsonl", records)
@@ -98,10 +98,10 @@ def test_late_chunking_rereads_only_changed_documents(place, tmp_path):
     fail("index", tmp_path / "i", *upsert[:4], "--late-window", "64", containing=["late_window is for late"])
 
 
-def test_the_index_remembers_how_texts_are_split(place, tmp_path):
+def test_the_index_remembers_how_texts_are_split(workspace, tmp_path):
     """Repeating the upsert without the option, or with another one, never stores a text twice."""
-    corpus = ("upsert", place / "corpus.jsonl")
-    shutil.copytree(place / "i", tmp_path / "i")
+    corpus = ("upsert", workspace / "corpus.jsonl")
+    shutil.copytree(workspace / "i", tmp_path / "i")
     before = facts_of(tmp_path)
     assert (before["chunking"]["chunk_tokens"], before["num_passages"] > 30) == (32, True)
     assert f"{before['num_passages']} unchanged" in succeed("index", tmp_path / "i", *corpus).stderr
@@ -109,13 +109,13 @@ def test_the_index_remembers_how_texts_are_split(place, tmp_path):
         "index", tmp_path / "i", *corpus, "--chunk-tokens", "64", containing=["at most 32 tokens", "at most 64 tokens"]
     )
     fail("index", tmp_path / "i", *corpus, "--whole", containing=["at most 32 tokens", "whole texts"])
-    fail("index", tmp_path / "i", "add", place / "corpus.jsonl", containing=["already exist", "'d0'"])
+    fail("index", tmp_path / "i", "add", workspace / "corpus.jsonl", containing=["already exist", "'d0'"])
     assert facts_of(tmp_path) == before
     assert "split into passages of at most 32 tokens" in succeed("index", tmp_path / "i", "stats").stdout
 
 
-def test_omitted_options_of_splitting_are_those_of_the_index(place, tmp_path):
-    upsert = ("index", tmp_path / "i", "upsert", place / "corpus.jsonl")
+def test_omitted_options_of_splitting_are_those_of_the_index(workspace, tmp_path):
+    upsert = ("index", tmp_path / "i", "upsert", workspace / "corpus.jsonl")
     succeed(*upsert, "--chunk-tokens", "32", "--chunk-overlap", "4", "--late")
     before = facts_of(tmp_path)
     for options in (["--chunk-overlap", "4"], ["--chunk-tokens", "32"], ["--late"], ["--late", "--chunk-tokens", "32"]):
@@ -123,7 +123,7 @@ def test_omitted_options_of_splitting_are_those_of_the_index(place, tmp_path):
     assert facts_of(tmp_path)["chunking"] == before["chunking"]
 
 
-def test_long_texts_are_split_unless_whole_is_given(place, tmp_path):
+def test_long_texts_are_split_unless_whole_is_given(workspace, tmp_path):
     records = [{"_id": "long", "text": " ".join(SENTENCES)}, {"_id": "short", "text": SENTENCES[0]}]
     write_lines(tmp_path / "corpus.jsonl", records)
     stderr = succeed("index", tmp_path / "i", "upsert", tmp_path / "corpus.jsonl").stderr
@@ -237,9 +237,9 @@ class TestFolders:
 class TestContext:
     """Results joined with the passages around them, and the context for an answer."""
 
-    def test_a_context_has_sources_and_keeps_to_its_length(self, place):
+    def test_a_context_has_sources_and_keeps_to_its_length(self, workspace):
         result, report = succeed_with_report(
-            "search", place / "i", QUESTION, "--context", "90", "--neighbours", "1", folder=place
+            "search", workspace / "i", QUESTION, "--context", "90", "--neighbours", "1", folder=workspace
         )
         (context,), (ranking,) = report["result"]["contexts"], report["result"]["rankings"]
         assert result.stdout.strip() == context["text"]
@@ -247,30 +247,30 @@ class TestContext:
         assert "Cool a burn under running water" in context["text"]
         assert f"context: {context['num_tokens']} of at most 90 tokens" in result.stderr
         assert f"{len(context['left_out'])} results did not fit" in result.stderr
-        queries = place / "drum.jsonl"
+        queries = workspace / "drum.jsonl"
         queries.write_text('{"_id": "drum", "text": "a drum"}\n')
         options = ("--context", "90", "--neighbours", "1", "--queries", queries)
-        both = succeed("search", place / "i", QUESTION, *options).stdout
+        both = succeed("search", workspace / "i", QUESTION, *options).stdout
         assert both.startswith(f"{QUESTION}\n{context['text']}\na drum\n[1] ")
         included = {name for source in context["sources"] for name in source["passage_ids"]}
         assert {hit["passage"]["id"] for hit in ranking["passages"]} - included == set(context["left_out"]) != set()
         assert ranking["selection"]["selected_from"] > len(ranking["passages"])
 
-    def test_excerpts_show_each_passage_once(self, place):
+    def test_excerpts_show_each_passage_once(self, workspace):
         options = ("--excerpts", "--neighbours", "1", "--top-k", "5")
-        result, report = succeed_with_report("search", place / "i", QUESTION, *options, folder=place)
+        result, report = succeed_with_report("search", workspace / "i", QUESTION, *options, folder=workspace)
         (excerpts,) = report["result"]["excerpts"]
         names = [passage["id"] for excerpt in excerpts for passage in excerpt["passages"]]
         assert len(names) == len(set(names)) > 5
         lines = [line.split()[-1] for line in result.stdout.splitlines() if line.split()]
         assert [line for line in lines if line in names] == names
 
-    def test_a_selection_says_what_it_left_out(self, place, tmp_path):
-        records = [json.loads(line) for line in (place / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
+    def test_a_selection_says_what_it_left_out(self, workspace, tmp_path):
+        records = [json.loads(line) for line in (workspace / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
         write_lines(tmp_path / "twice.jsonl", records + [{**each, "_id": f"copy-{each['_id']}"} for each in records])
         succeed("index", tmp_path / "i", "upsert", tmp_path / "twice.jsonl", "--chunk-tokens", "32")
         options = ("--mmr", "0.2", "--near-duplicates", "0.3", "--top-k", "7", "--exact")
-        ranking, result = ranking_of(place, *options, index=tmp_path / "i")
+        ranking, result = ranking_of(workspace, *options, index=tmp_path / "i")
         selection = ranking["selection"]
         assert "all of 35 places are proved" in result.stderr
         assert "selection: 7 of the first 35 results, diversified with weight 0.2 for the score" in result.stderr
@@ -279,8 +279,8 @@ class TestContext:
         assert selection["ranks"][0] == 1
         assert selection["ranks"] != sorted(selection["ranks"])
 
-    def test_contradictions_are_reported(self, place):
-        search = ("search", place / "i", "x")
+    def test_contradictions_are_reported(self, workspace):
+        search = ("search", workspace / "i", "x")
         fail(*search, "--tokenizer", "minilm", containing=["--tokenizer is for --context"])
         fail(*search, "--context", "90", "--tokenizer", "/nowhere", containing=["/nowhere: no such folder"])
         fail(*search, "--context", "90", "--excerpts", containing=["leave out --excerpts"])

@@ -13,9 +13,9 @@ from tiny_store import edit_manifest
 
 
 class TestBadInput:
-    def test_no_queries_left_when_all_splits_share_passages(self, place, tmp_path):
+    def test_no_queries_left_when_all_splits_share_passages(self, workspace, tmp_path):
         data = write_data(tmp_path / "data")
-        recipe = write_recipe(tmp_path / "r.toml", place, data)
+        recipe = write_recipe(tmp_path / "r.toml", workspace, data)
         mine = ("mine", recipe, "--out", tmp_path / "run")
         write_qrels(data, "dev", [(f"q{n}", f"s{n - 12}") for n in range(12, 16)])
         write_qrels(data, "train", [(f"q{n}", f"s{n}") for n in range(4)])
@@ -23,9 +23,11 @@ class TestBadInput:
         recipe.write_text(recipe.read_text().replace("[mining]", "exclude_shared_passages = false\n[mining]"))
         succeed(*mine)
 
-    def test_distill_before_label(self, place, reports, tmp_path):
-        shutil.copytree(place / "run" / "plans", tmp_path / "plans")
-        fail("distill", place / "tiny.toml", "--out", tmp_path, containing=["there are no labels yet", "d2llm label"])
+    def test_distill_before_label(self, workspace, reports, tmp_path):
+        shutil.copytree(workspace / "run" / "plans", tmp_path / "plans")
+        fail(
+            "distill", workspace / "tiny.toml", "--out", tmp_path, containing=["there are no labels yet", "d2llm label"]
+        )
 
     def test_an_index_whose_student_is_gone(self, index, tmp_path):
         shutil.copytree(index, tmp_path / "index")
@@ -46,29 +48,29 @@ class TestOtherExits:
         assert "Traceback" in result.stderr
         assert result.stderr.splitlines()[-1].startswith("error: ")
 
-    def test_interrupt_suggests_the_same_command(self, place, monkeypatch):
+    def test_interrupt_suggests_the_same_command(self, workspace, monkeypatch):
         def interrupt(*_, **__):
             raise KeyboardInterrupt
 
         monkeypatch.setattr("d2llm.training.mining.plans.mine_plans", interrupt)
-        result = d2llm("mine", place / "tiny.toml")
+        result = d2llm("mine", workspace / "tiny.toml")
         assert result.exit_code == 130
         assert "the same command again" in result.stderr
         assert "Traceback" not in result.stderr
 
-    def test_too_few_open_files_are_an_error_with_advice(self, place, monkeypatch):
+    def test_too_few_open_files_are_an_error_with_advice(self, workspace, monkeypatch):
         def exhausted(*_, **__):
             raise OSError(errno.EMFILE, "Too many open files")
 
         monkeypatch.setattr("d2llm.training.mining.plans.mine_plans", exhausted)
-        fail("mine", place / "tiny.toml", containing=["error: Too many open files; free disk space", "ulimit -n"])
+        fail("mine", workspace / "tiny.toml", containing=["error: Too many open files; free disk space", "ulimit -n"])
 
-    def test_internal_errors_keep_their_traceback(self, place, monkeypatch):
+    def test_internal_errors_keep_their_traceback(self, workspace, monkeypatch):
         def crash(*_, **__):
             raise ZeroDivisionError("ours")
 
         monkeypatch.setattr("d2llm.training.mining.plans.mine_plans", crash)
-        result = d2llm("mine", place / "tiny.toml")
+        result = d2llm("mine", workspace / "tiny.toml")
         assert isinstance(result.exception, ZeroDivisionError)
 
     def test_logging_is_restored(self):

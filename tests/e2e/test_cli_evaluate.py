@@ -17,13 +17,13 @@ QUICK = ("--teacher-queries", 2, "--teacher-depth", 3, "--dtype", "float32")
 
 
 @pytest.fixture(scope="module")
-def cosine(place, reports, tmp_path_factory):
+def cosine(workspace, reports, tmp_path_factory):
     """A student in the role of the tuned cosine; it is not trained."""
     from d2llm.recipe import AutoPooling, InteractionConfig
 
     folder = tmp_path_factory.mktemp("cosine") / "cosine"
     changes = {"pooling": AutoPooling(), "interaction": InteractionConfig(head="cosine")}
-    config = tiny_student_config(place / "encoder").model_copy(update=changes)
+    config = tiny_student_config(workspace / "encoder").model_copy(update=changes)
     Student.create(config, dtype="float32").save(folder)
     return folder
 
@@ -31,9 +31,9 @@ def cosine(place, reports, tmp_path_factory):
 class Evaluated:
     """One run of ``d2llm evaluate`` with every kind of output."""
 
-    def __init__(self, place, cosine, folder):
+    def __init__(self, workspace, cosine, folder):
         self.folder = folder
-        self.arguments = ("evaluate", place / "everyday", "--student", place / "run" / "student", *QUICK)
+        self.arguments = ("evaluate", workspace / "everyday", "--student", workspace / "run" / "student", *QUICK)
         self.arguments += ("--work", folder / "work", "--tuned-cosine", cosine)
         outputs = ("--html", folder / "r.html", "--markdown", folder / "r.md", "--save-runs", folder / "runs")
         result, self.written = succeed_with_report(*self.arguments, *outputs, folder=folder)
@@ -42,14 +42,14 @@ class Evaluated:
 
 
 @pytest.fixture(scope="module")
-def evaluated(place, reports, cosine, tmp_path_factory):
-    return Evaluated(place, cosine, tmp_path_factory.mktemp("evaluated"))
+def evaluated(workspace, reports, cosine, tmp_path_factory):
+    return Evaluated(workspace, cosine, tmp_path_factory.mktemp("evaluated"))
 
 
 @pytest.fixture
-def options(place, reports, tmp_path):
+def options(workspace, reports, tmp_path):
     """Options of the smallest evaluation: one student and no teacher."""
-    student = ("--student", place / "run" / "student", "--no-teacher", "--dtype", "float32")
+    student = ("--student", workspace / "run" / "student", "--no-teacher", "--dtype", "float32")
     return (*student, "--work", tmp_path / "work")
 
 
@@ -127,12 +127,12 @@ def test_the_html_and_the_markdown_contain_the_figures(evaluated):
     assert any(sentence[:40] in page for sentence in SENTENCES) == (ours != theirs)
 
 
-def test_evaluating_saved_runs_gives_the_same_figures(evaluated, place, options):
+def test_evaluating_saved_runs_gives_the_same_figures(evaluated, workspace, options):
     runs = sorted((evaluated.folder / "runs").iterdir())
     assert {path.stem for path in runs} >= {"BM25", "D2LLM", "hybrid-BM25-D2LLM", "cosine-tuned"}
     assert len(runs) == 10
     run_options = [argument for path in runs for argument in ("--run", path)]
-    _, report = succeed_with_report("evaluate", place / "everyday", *options, *run_options, folder=evaluated.folder)
+    _, report = succeed_with_report("evaluate", workspace / "everyday", *options, *run_options, folder=evaluated.folder)
     names = {path.stem: read_run(path).name for path in runs}
     names |= {name: f"{name} (run)" for name in ("BM25", "D2LLM")}
     for row in evaluated.result["rows"][:-1]:

@@ -17,8 +17,8 @@ from e2e.command_line import d2llm, succeed, succeed_with_report, write_lines, w
 MARGIN = "teacher_margin = 0.0"
 
 
-def recipe_with_margin(place, path, *changes):
-    text = write_recipe(path, place, place / "everyday").read_text()
+def recipe_with_margin(workspace, path, *changes):
+    text = write_recipe(path, workspace, workspace / "everyday").read_text()
     for old, new in (("[mining]", f"[mining]\n{MARGIN}"), *changes):
         assert old in text
         text = text.replace(old, new)
@@ -57,10 +57,10 @@ def stale_warnings_of(result):
 
 
 @pytest.fixture(scope="module")
-def finished_run(place, tmp_path_factory):
+def finished_run(workspace, tmp_path_factory):
     """A finished run with a teacher margin: its folder, the command's output, and the reported result."""
     folder = tmp_path_factory.mktemp("margin")
-    recipe = recipe_with_margin(place, folder / "tiny.toml")
+    recipe = recipe_with_margin(workspace, folder / "tiny.toml")
     result, report = succeed_with_report("run", recipe, "--out", folder / "run", "--dtype", "float32", folder=folder)
     return folder, result, report["result"]
 
@@ -136,10 +136,10 @@ class TestFinishedRun:
 
 
 class TestInterruptedRun:
-    def test_it_resumes_anywhere_and_encodes_the_corpus_once(self, finished_run, place, tmp_path, monkeypatch):
+    def test_it_resumes_anywhere_and_encodes_the_corpus_once(self, finished_run, workspace, tmp_path, monkeypatch):
         arguments = (
             "run",
-            recipe_with_margin(place, tmp_path / "tiny.toml"),
+            recipe_with_margin(workspace, tmp_path / "tiny.toml"),
             "--out",
             tmp_path / "run",
             "--dtype",
@@ -224,8 +224,8 @@ class TestAgain:
 
 
 class TestSeparateSteps:
-    def test_separate_steps_filter_and_a_run_continues_them(self, finished_run, place, tmp_path):
-        recipe = recipe_with_margin(place, tmp_path / "tiny.toml")
+    def test_separate_steps_filter_and_a_run_continues_them(self, finished_run, workspace, tmp_path):
+        recipe = recipe_with_margin(workspace, tmp_path / "tiny.toml")
         arguments = (recipe, "--out", tmp_path / "run", "--dtype", "float32")
         run = tmp_path / "run"
         _, first = succeed_with_report("mine", *arguments, folder=tmp_path)
@@ -268,11 +268,14 @@ class TestSeparateSteps:
         assert "with settings that differ from the recipe (teacher)" in warnings[0]
         assert "the teacher; distill with --again" in warnings[1]
 
-    def test_mine_skips_the_margin_while_a_new_head_is_untuned(self, place, tmp_path):
+    def test_mine_skips_the_margin_while_a_new_head_is_untuned(self, workspace, tmp_path):
         recipe = recipe_with_margin(
-            place,
+            workspace,
             tmp_path / "tiny.toml",
-            (f'model = "{place / "decoder"}"', f'model = "{place / "encoder"}"\nkind = "classifier"\nnew_head = true'),
+            (
+                f'model = "{workspace / "decoder"}"',
+                f'model = "{workspace / "encoder"}"\nkind = "classifier"\nnew_head = true',
+            ),
             ('prompt = "short"\n', ""),
             ("[teacher_tuning]\nlora = { rank = 2, alpha = 2, dropout = 0 }", '[teacher_tuning]\ntuning = "full"'),
         )
@@ -291,29 +294,31 @@ class TestSeparateSteps:
 
 
 class TestOtherRecipes:
-    def test_without_a_margin_nothing_is_mined_twice(self, place, reports, tmp_path):
-        shutil.copytree(place / "run", tmp_path / "run")
-        arguments = (place / "tiny.toml", "--out", tmp_path / "run", "--dtype", "float32")
+    def test_without_a_margin_nothing_is_mined_twice(self, workspace, reports, tmp_path):
+        shutil.copytree(workspace / "run", tmp_path / "run")
+        arguments = (workspace / "tiny.toml", "--out", tmp_path / "run", "--dtype", "float32")
         result, report = succeed_with_report("run", *arguments, folder=tmp_path)
         assert "has no teacher's margin" in report["result"]["filter"]["skipped"]
         assert not (tmp_path / "run" / "filtered").exists()
         assert stale_warnings_of(result) == []
 
-    def test_a_teacher_without_tuning_filters_at_once(self, place, tmp_path):
-        recipe = recipe_with_margin(place, tmp_path / "tiny.toml", ("[teacher_tuning]", "[teacher_tuning]\nepochs = 0"))
+    def test_a_teacher_without_tuning_filters_at_once(self, workspace, tmp_path):
+        recipe = recipe_with_margin(
+            workspace, tmp_path / "tiny.toml", ("[teacher_tuning]", "[teacher_tuning]\nepochs = 0")
+        )
         arguments = ("run", recipe, "--out", tmp_path / "run", "--dtype", "float32")
         _, report = succeed_with_report(*arguments, folder=tmp_path)
         assert report["result"]["mine"]["everyday"]["num_dropped"]["teacher_margin"] > 0
         assert "mine has filtered already" in report["result"]["filter"]["skipped"]
         assert not (tmp_path / "run" / "filtered").exists()
 
-    def test_closed_gates_and_labelled_pairs_skip_the_filter(self, place, tmp_path):
+    def test_closed_gates_and_labelled_pairs_skip_the_filter(self, workspace, tmp_path):
         (tmp_path / "couples").mkdir()
         for split, count in (("train", 8), ("dev", 4)):
             pairs = [{"query": f"say {n}", "document": f"word {n % 3}", "label": n % 2} for n in range(count)]
             write_lines(tmp_path / "couples" / f"{split}.jsonl", pairs)
         recipe = recipe_with_margin(
-            place,
+            workspace,
             tmp_path / "tiny.toml",
             ('when_closed = "teacher"', 'when_closed = "labels"'),  # four dev queries are too few to open a gate
             ("[mining]", f'[[data]]\npath = "{tmp_path / "couples"}"\ntask = "symmetric"\n[mining]'),
@@ -328,9 +333,9 @@ class TestOtherRecipes:
         assert training_plan_hash(tmp_path / "run" / "student") == mined_plan(tmp_path / "run").manifest["content_hash"]
         assert "everyday: the mined plan is used" in result.stdout
 
-    def test_an_ensemble_filters_and_its_cosine_is_not_the_baseline(self, place, tmp_path):
+    def test_an_ensemble_filters_and_its_cosine_is_not_the_baseline(self, workspace, tmp_path):
         recipe = recipe_with_margin(
-            place, tmp_path / "tiny.toml", ("max_tokens = 200", "max_tokens = 200\nensemble_with_cosine = true")
+            workspace, tmp_path / "tiny.toml", ("max_tokens = 200", "max_tokens = 200\nensemble_with_cosine = true")
         )
         run = tmp_path / "run"
         arguments = (recipe, "--out", run, "--dtype", "float32")

@@ -17,7 +17,7 @@ NUM = 64
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student, and a data set of which the first half of the passages answers queries of all splits."""
     folder = tmp_path_factory.mktemp("fit-scores")
     model = write_tiny_model(folder / "model", "modernbert", initializer_range=0.1)
@@ -39,11 +39,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_quality_and_term_weights_from_the_command_line(place: Path, tmp_path: Path) -> None:
+def test_quality_and_term_weights_from_the_command_line(workspace: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
     options = ("--no-window-vectors", "--queries", "24", "--quality", "--term-weights", "--device", "cpu")
     result, written = succeed_with_report(
-        "fit-scores", place / "student", place / "data", "--out", new, *options, folder=tmp_path
+        "fit-scores", workspace / "student", workspace / "data", "--out", new, *options, folder=tmp_path
     )
     report = written["result"]
     assert report["quality"]["num_relevant"] == {"data": 22}
@@ -53,49 +53,53 @@ def test_quality_and_term_weights_from_the_command_line(place: Path, tmp_path: P
     assert fitted.quality is not None
     assert fitted.term_weights is not None
     arguments = ("--student", new, "--out", tmp_path / "i", "--prune", "0.25")
-    _, encoded = succeed_with_report("encode", place / "data", *arguments, folder=tmp_path)
+    _, encoded = succeed_with_report("encode", workspace / "data", *arguments, folder=tmp_path)
     assert encoded["result"]["num_pruned"] == NUM // 4
 
 
-def test_a_soup_from_the_command_line(place: Path, tmp_path: Path) -> None:
-    other = Student.load(place / "student", device="cpu", dtype="float32")
+def test_a_soup_from_the_command_line(workspace: Path, tmp_path: Path) -> None:
+    other = Student.load(workspace / "student", device="cpu", dtype="float32")
     other.prepare_training()
     randomise(other.backbone, scale=0.02)
     other.eval()
     other.save(tmp_path / "other")
-    students = (place / "student", tmp_path / "other")
+    students = (workspace / "student", tmp_path / "other")
     options = ("--device", "cpu", "--out", tmp_path / "soup")
-    _, written = succeed_with_report("soup", *students, *options, "--dev", place / "half", folder=tmp_path)
+    _, written = succeed_with_report("soup", *students, *options, "--dev", workspace / "half", folder=tmp_path)
     report = written["result"]
     assert report["value"] >= max(report["values"]) > 0.5
     assert Student.load(tmp_path / "soup", device="cpu").fingerprint == report["fingerprint"]
     result, _ = succeed_with_report("soup", *students, *options, "--weight", "2", "--weight", "1", folder=tmp_path)
     assert "2 students in" in result.stderr
-    fail("soup", *students, *options, "--weight", "2", "--dev", place / "half", containing=["leave one of them out"])
+    fail(
+        "soup", *students, *options, "--weight", "2", "--dev", workspace / "half", containing=["leave one of them out"]
+    )
 
 
-def test_document_expansion_from_the_command_line(place: Path, tmp_path: Path) -> None:
+def test_document_expansion_from_the_command_line(workspace: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
     options = ("--no-window-vectors", "--queries", "24", "--document-expansion", "--device", "cpu")
     result, written = succeed_with_report(
-        "fit-scores", place / "student", place / "half", "--out", new, *options, folder=tmp_path
+        "fit-scores", workspace / "student", workspace / "half", "--out", new, *options, folder=tmp_path
     )
     report = written["result"]["document_expansion"]
     assert report["num_passages"] == {"half": 32}
     assert f"document expansion: explained {report['explained']['half']:.3f} on half" in " ".join(result.stderr.split())
-    succeed_with_report("encode", place / "half", "--student", new, "--out", tmp_path / "i", folder=tmp_path)
+    succeed_with_report("encode", workspace / "half", "--student", new, "--out", tmp_path / "i", folder=tmp_path)
     _, found = succeed_with_report("search", tmp_path / "i", "the cat", folder=tmp_path)
     assert found["result"]
     message = ["words added by document expansion", "has none", "use the student that made the index"]
-    fail("index", tmp_path / "i", "add", place / "more.jsonl", "--student", place / "student", containing=message)
+    fail(
+        "index", tmp_path / "i", "add", workspace / "more.jsonl", "--student", workspace / "student", containing=message
+    )
 
 
-def test_a_student_without_quality_cannot_prune(place: Path, tmp_path: Path) -> None:
-    arguments = ("--student", place / "student", "--out", tmp_path / "i", "--prune", "0.2")
-    fail("encode", place / "data", *arguments, containing=["this student does not have", "fit-scores --quality"])
+def test_a_student_without_quality_cannot_prune(workspace: Path, tmp_path: Path) -> None:
+    arguments = ("--student", workspace / "student", "--out", tmp_path / "i", "--prune", "0.2")
+    fail("encode", workspace / "data", *arguments, containing=["this student does not have", "fit-scores --quality"])
 
 
-def test_a_vocabulary_is_pruned_from_the_command_line(place: Path, tmp_path: Path) -> None:
+def test_a_vocabulary_is_pruned_from_the_command_line(workspace: Path, tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "model", "bert", pad_token_id=word_tokenizer().pad_token_id)
     word_tokenizer().save_pretrained(model)
     student = Student.create(tiny_student_config(model), device="cpu", dtype="float32")

@@ -22,7 +22,7 @@ def record(number, text, **fields):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli-index")
     write_lines(folder / "corpus.jsonl", [record(number, text) for number, text in enumerate(SENTENCES)])
     result = succeed("index", folder / "i", "upsert", folder / "corpus.jsonl", "--device", "cpu")
@@ -30,8 +30,8 @@ def place(tmp_path_factory):
     return folder
 
 
-def report_of(place, *arguments):
-    path = place / "report.json"
+def report_of(workspace, *arguments):
+    path = workspace / "report.json"
     path.unlink(missing_ok=True)
     succeed(*arguments, "--json", path)
     return json.loads(path.read_text())["result"]
@@ -41,47 +41,47 @@ def ids_of(result):
     return [passage["passage"]["id"] for passage in result["rankings"][0]["passages"]]
 
 
-def test_upserting_unchanged_texts_encodes_nothing(place):
-    result = succeed("index", place / "i", "upsert", place / "corpus.jsonl")
+def test_upserting_unchanged_texts_encodes_nothing(workspace):
+    result = succeed("index", workspace / "i", "upsert", workspace / "corpus.jsonl")
     assert f"0 added, 0 with changed text, 0 with changed metadata, {len(SENTENCES)} unchanged" in result.stderr
 
 
-def test_search_explains_scores_and_proves_exact_rankings(place):
-    result = succeed("search", place / "i", SENTENCES[3], "--explain", "--exact", "--top-k", "2")
+def test_search_explains_scores_and_proves_exact_rankings(workspace):
+    result = succeed("search", workspace / "i", SENTENCES[3], "--explain", "--exact", "--top-k", "2")
     assert SENTENCES[3][:40] in result.stdout
     assert "ranks of sources" in result.stdout
     assert "all of 2 places are proved" in result.stderr
-    exact = report_of(place, "search", place / "i", SENTENCES[3], "--exact", "--top-k", "3")
+    exact = report_of(workspace, "search", workspace / "i", SENTENCES[3], "--exact", "--top-k", "3")
     assert ids_of(exact)[0] == "s3"
     assert exact["rankings"][0]["certificate"]["proved"] == 3
 
 
-def test_search_with_queries_of_a_language_model(place):
+def test_search_with_queries_of_a_language_model(workspace):
     def reply(request: Request, number: int) -> Reply:
         text = "ships at sea\nboats" if SENTENCES[3] in request.prompt else "Sorry, no."
         return Reply({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]})
 
     with local_endpoint(reply) as endpoint:
         options = ("--expand", "multi", "--writer", "served", "--endpoint", endpoint.url)
-        path = place / "report.json"
-        queries = place / "nothing.jsonl"
+        path = workspace / "report.json"
+        queries = workspace / "nothing.jsonl"
         queries.write_text('{"_id": "2", "text": "nothing"}\n')
-        result = succeed("search", place / "i", SENTENCES[3], "--queries", queries, *options, "--json", path)
+        result = succeed("search", workspace / "i", SENTENCES[3], "--queries", queries, *options, "--json", path)
     assert "expansion: 2 other queries, written in" in result.stderr
     assert "  ships at sea\n  boats" in result.stderr
     assert "1 of 2 queries ('2') were searched as they are, without expansion; the first because:" in result.stderr
     rankings = json.loads(path.read_text())["result"]["rankings"]
     assert [ranking["expansion"]["texts"] for ranking in rankings] == [["ships at sea", "boats"], []]
     assert "no query in the answer 'Sorry, no.'" in rankings[1]["expansion"]["problem"]
-    search = ("search", place / "i", "x")
+    search = ("search", workspace / "i", "x")
     fail(*search, "--endpoint", "http://h/v1", containing=["--endpoint is for --expand or --history"])
     fail(*search, "--expand", "hyde", "--api-key-env", "KEY", containing=["give its address with --endpoint"])
 
 
-def test_search_in_a_conversation(place):
-    path, history = place / "report.json", place / "history.jsonl"
+def test_search_in_a_conversation(workspace):
+    path, history = workspace / "report.json", workspace / "history.jsonl"
     history.write_text('{"content": "what sails?"}\n{"role": "assistant", "content": "Ships."}\n')
-    search = ("search", place / "i", "where do they sail?", "--history", history)
+    search = ("search", workspace / "i", "where do they sail?", "--history", history)
 
     def reply(request: Request, number: int) -> Reply:
         return Reply(chat(SENTENCES[3] if "Ships." in request.prompt else "tea"))
@@ -93,17 +93,17 @@ def test_search_in_a_conversation(place):
         report = json.loads(path.read_text())["result"]
         assert ids_of(report)[0] == "s3"
         assert report["rankings"][0]["rewriting"]["asked"] == "where do they sail?"
-        fail(*search, "--queries", place / "nothing.jsonl", *options, containing=["--history is for one query"])
+        fail(*search, "--queries", workspace / "nothing.jsonl", *options, containing=["--history is for one query"])
     fail(*search, containing=["--history needs a language model", "--writer"])
     history.write_text('{"role": "system", "content": "x"}\n')
     fail(*search, *options, containing=["history.jsonl: history[0][role] is 'system'"])
 
 
-def test_search_with_a_filter_and_several_sources(place):
+def test_search_with_a_filter_and_several_sources(workspace):
     result = report_of(
-        place,
+        workspace,
         "search",
-        place / "i",
+        workspace / "i",
         SENTENCES[3],
         "--filter",
         "even = true AND year < 2010",
@@ -115,34 +115,34 @@ def test_search_with_a_filter_and_several_sources(place):
     assert sorted(ids_of(result)) == ["s0", "s2", "s4", "s6", "s8"]
     word = SENTENCES[3].split()[0]
     options = ("--hybrid", "0.5", "--top-k", "60", "--source")
-    (bm25,) = report_of(place, "search", place / "i", word, *options, "bm25")["rankings"]
-    (both,) = report_of(place, "search", place / "i", word, *options, "vectors")["rankings"]
+    (bm25,) = report_of(workspace, "search", workspace / "i", word, *options, "bm25")["rankings"]
+    (both,) = report_of(workspace, "search", workspace / "i", word, *options, "vectors")["rankings"]
     assert bm25["num_candidates"] < both["num_candidates"] == 60
-    fail("search", place / "i", "x", "--reranker", "cascad", containing=["no reranker 'cascad'", "cascade"])
+    fail("search", workspace / "i", "x", "--reranker", "cascad", containing=["no reranker 'cascad'", "cascade"])
     wrong = ("--reranker", "cascade:smollm2", "--reranker-set", "max_s=5")
-    fail("search", place / "i", "x", *wrong, containing=["reranker.max_s", "max_ms"])
-    fail("search", place / "i", "x", "--reranker", "cascade", containing=["needs a teacher"])
-    fail("search", place / "i", "x", "--filter", "year < 'x'; DROP TABLE passages", containing=["filter"])
+    fail("search", workspace / "i", "x", *wrong, containing=["reranker.max_s", "max_ms"])
+    fail("search", workspace / "i", "x", "--reranker", "cascade", containing=["needs a teacher"])
+    fail("search", workspace / "i", "x", "--filter", "year < 'x'; DROP TABLE passages", containing=["filter"])
 
 
-def test_get_delete_snapshot_restore_verify(place):
-    succeed("index", place / "i", "snapshot", "one")
-    deleted = d2llm("index", place / "i", "delete", "s5", "nobody", "no one")
+def test_get_delete_snapshot_restore_verify(workspace):
+    succeed("index", workspace / "i", "snapshot", "one")
+    deleted = d2llm("index", workspace / "i", "delete", "s5", "nobody", "no one")
     assert deleted.exit_code == 1
     assert "1 of 3 passages deleted" in deleted.stderr
-    assert f"not in {place / 'i'}: 'nobody', 'no one'" in deleted.stderr
-    assert "s5" not in ids_of(report_of(place, "search", place / "i", SENTENCES[5], "--top-k", "60"))
-    got = d2llm("index", place / "i", "get", "s4", "s5", "--json", place / "got.json")
+    assert f"not in {workspace / 'i'}: 'nobody', 'no one'" in deleted.stderr
+    assert "s5" not in ids_of(report_of(workspace, "search", workspace / "i", SENTENCES[5], "--top-k", "60"))
+    got = d2llm("index", workspace / "i", "get", "s4", "s5", "--json", workspace / "got.json")
     assert got.exit_code == 1
     assert SENTENCES[4][:30] in got.stdout
     assert "s4" in got.stdout.splitlines()
-    assert f"not in {place / 'i'}: 's5'" in got.stderr
-    assert json.loads((place / "got.json").read_text())["result"]["missing"] == ["s5"]
-    assert ids_of(report_of(place, "search", place / "i" / "snapshots" / "one", SENTENCES[5]))[0] == "s5"
-    fail("index", place / "i", "restore", "two", containing=["no snapshot 'two'", "one"])
-    succeed("index", place / "i", "restore", "one")
-    assert ids_of(report_of(place, "search", place / "i", SENTENCES[5]))[0] == "s5"
-    assert "0 problems" in succeed("index", place / "i", "verify").stderr
+    assert f"not in {workspace / 'i'}: 's5'" in got.stderr
+    assert json.loads((workspace / "got.json").read_text())["result"]["missing"] == ["s5"]
+    assert ids_of(report_of(workspace, "search", workspace / "i" / "snapshots" / "one", SENTENCES[5]))[0] == "s5"
+    fail("index", workspace / "i", "restore", "two", containing=["no snapshot 'two'", "one"])
+    succeed("index", workspace / "i", "restore", "one")
+    assert ids_of(report_of(workspace, "search", workspace / "i", SENTENCES[5]))[0] == "s5"
+    assert "0 problems" in succeed("index", workspace / "i", "verify").stderr
 
 
 @pytest.mark.parametrize("verb", ["upsert", "encode"])
@@ -158,17 +158,17 @@ def test_blank_texts_give_a_warning(tmp_path, verb):
     assert json.loads((tmp_path / "report.json").read_text())["result"]["num_blank"] == 2
 
 
-def test_ids_are_listed_a_page_at_a_time(place):
+def test_ids_are_listed_a_page_at_a_time(workspace):
     sorted_ids = sorted(f"s{number}" for number in range(len(SENTENCES)))
-    result = succeed("index", place / "i", "list", "--limit", "3")
+    result = succeed("index", workspace / "i", "list", "--limit", "3")
     assert result.stdout.split() == sorted_ids[:3]
     assert f"continue with --cursor {sorted_ids[2]}" in result.stderr
     ids, cursor = [], ""
     while cursor is not None:
-        page = report_of(place, "index", place / "i", "list", "--cursor", cursor, "--limit", "25")
+        page = report_of(workspace, "index", workspace / "i", "list", "--cursor", cursor, "--limit", "25")
         ids, cursor = ids + page["ids"], page["next_cursor"]
     assert ids == sorted_ids
-    documents = report_of(place, "index", place / "i", "list", "--documents", "--cursor", sorted_ids[-2])
+    documents = report_of(workspace, "index", workspace / "i", "list", "--documents", "--cursor", sorted_ids[-2])
     assert documents == {"documents": [{"id": sorted_ids[-1], "num_passages": 1}], "next_cursor": None}
 
 
@@ -211,35 +211,35 @@ def test_snapshots_are_reported(tmp_path):
     assert dropped == {"name": "monday", "dropped": True}
 
 
-def test_facts(place):
-    facts = report_of(place, "index", place / "i", "stats")
+def test_facts(workspace):
+    facts = report_of(workspace, "index", workspace / "i", "stats")
     assert facts["num_passages"] == len(SENTENCES)
     assert facts["metadata"] == {"year": "integer", "even": "boolean"}
     assert facts["vector_bytes"] == 768
-    assert "per passage in all" in succeed("index", place / "i", "stats").stdout
+    assert "per passage in all" in succeed("index", workspace / "i", "stats").stdout
 
 
-def test_verify_finds_and_repairs_damage(place):
-    succeed("index", place / "i", "compact", "--dense")
-    (vectors,) = sorted((place / "i").glob("vectors-*.bin"))[-1:]
+def test_verify_finds_and_repairs_damage(workspace):
+    succeed("index", workspace / "i", "compact", "--dense")
+    (vectors,) = sorted((workspace / "i").glob("vectors-*.bin"))[-1:]
     content = bytearray(vectors.read_bytes())
     content[5_000:5_100] = bytes(100)
     vectors.write_bytes(content)
-    result = d2llm("index", place / "i", "verify")
+    result = d2llm("index", workspace / "i", "verify")
     assert result.exit_code == 1
     assert "problem: " in result.stderr
-    succeed("index", place / "i", "verify", "--repair")
-    assert "0 problems" in succeed("index", place / "i", "verify").stderr
+    succeed("index", workspace / "i", "verify", "--repair")
+    assert "0 problems" in succeed("index", workspace / "i", "verify").stderr
 
 
-def test_vectors_kept_once(place, tmp_path):
+def test_vectors_kept_once(workspace, tmp_path):
     folder = tmp_path / "once"
-    succeed("index", folder, "upsert", place / "corpus.jsonl", "--vector-copies", "1")
-    facts = report_of(place, "index", folder, "stats")
-    assert (facts["vector_copies"], report_of(place, "index", place / "i", "stats")["vector_copies"]) == (1, 2)
+    succeed("index", folder, "upsert", workspace / "corpus.jsonl", "--vector-copies", "1")
+    facts = report_of(workspace, "index", folder, "stats")
+    assert (facts["vector_copies"], report_of(workspace, "index", workspace / "i", "stats")["vector_copies"]) == (1, 2)
     assert "768 bytes each, kept once" in succeed("index", folder, "stats").stdout
     arguments = ("search", folder, SENTENCES[7], "--top-k", "5")
-    before = ids_of(report_of(place, *arguments))
+    before = ids_of(report_of(workspace, *arguments))
     vectors = folder / "vectors-0.bin"
     content = bytearray(vectors.read_bytes())
     content[7 * 768 + 1] ^= 64
@@ -250,16 +250,24 @@ def test_vectors_kept_once(place, tmp_path):
     assert f"{len(SENTENCES)} of {len(SENTENCES)} passages have lost their vectors" in " ".join(result.stderr.split())
     assert "it was rewritten" in succeed("index", folder, "verify", "--repair").stderr
     assert "0 problems" in succeed("index", folder, "verify").stderr
-    assert ids_of(report_of(place, *arguments)) == before
-    assert d2llm("index", tmp_path / "new", "add", place / "corpus.jsonl", "--vector-copies", "3").exit_code == 2
-    fail("index", place / "i", "upsert", place, "--vector-copies", "1", containing=["--vector-copies", "new index"])
+    assert ids_of(report_of(workspace, *arguments)) == before
+    assert d2llm("index", tmp_path / "new", "add", workspace / "corpus.jsonl", "--vector-copies", "3").exit_code == 2
+    fail(
+        "index",
+        workspace / "i",
+        "upsert",
+        workspace,
+        "--vector-copies",
+        "1",
+        containing=["--vector-copies", "new index"],
+    )
 
 
-def test_window_vectors_are_stored_on_request(place, tmp_path):
+def test_window_vectors_are_stored_on_request(workspace, tmp_path):
     folder, corpus = tmp_path / "windows", tmp_path / "corpus.jsonl"
     write_lines(corpus, [{"_id": "long", "text": " ".join(SENTENCES[:4])}, {"_id": "short", "text": SENTENCES[5]}])
     succeed("index", folder, "upsert", corpus, "--window-vectors", "int8")
-    facts = report_of(place, "index", folder, "stats")
+    facts = report_of(workspace, "index", folder, "stats")
     assert facts["window_format"] == "int8"
     assert facts["window_bytes"] > 3 * 384
     assert "vectors of windows as int8" in succeed("index", folder, "stats").stdout
@@ -272,13 +280,13 @@ def test_window_vectors_are_stored_on_request(place, tmp_path):
     assert "0 problems" in succeed("index", folder, "verify").stderr
     without = tmp_path / "none"
     succeed("index", without, "upsert", corpus, "--window-vectors", "none")
-    assert report_of(place, "index", without, "stats")["window_format"] is None
+    assert report_of(workspace, "index", without, "stats")["window_format"] is None
 
 
-def test_an_empty_index_or_ranking_is_explained(place, tmp_path):
+def test_an_empty_index_or_ranking_is_explained(workspace, tmp_path):
     Index.create(tmp_path / "empty", "d2llm-minilm")
     fail("search", tmp_path / "empty", "x", containing=["holds no passages", "upsert CORPUS"])
-    result = succeed("search", place / "i", "bread", "--filter", "year > 9000")
+    result = succeed("search", workspace / "i", "bread", "--filter", "year > 9000")
     assert "warning: no passage was found for 'bread': no passage matches the filter" in result.stderr
 
 

@@ -171,7 +171,7 @@ def overlap_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("overlap_teacher")
-def test_a_judge_of_another_package_judges_and_labels_and_is_tested(place: Path, tmp_path: Path) -> None:
+def test_a_judge_of_another_package_judges_and_labels_and_is_tested(workspace: Path, tmp_path: Path) -> None:
     pair = ("judge", "green tea", "green leaves", "--teacher", "overlap:any")
     _, report = succeed_with_report(*pair, folder=tmp_path)
     assert report["result"]["scores"][0]["log_odds"] == pytest.approx(0.0)
@@ -179,7 +179,7 @@ def test_a_judge_of_another_package_judges_and_labels_and_is_tested(place: Path,
     _, report = succeed_with_report("judge", "tea", "tea", "--teacher", tmp_path / "overlap.toml", folder=tmp_path)
     assert report["result"]["scores"][0]["log_odds"] == pytest.approx(4.0)
 
-    text = (place / "tiny.toml").read_text()
+    text = (workspace / "tiny.toml").read_text()
     before, rest = text.split("[teacher]\n")
     recipe = tmp_path / "theirs.toml"
     recipe.write_text(f'{before}[teacher]\nkind = "overlap"\nslope = 2\n{rest[rest.index("[teacher_tuning]") :]}')

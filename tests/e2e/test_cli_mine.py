@@ -16,39 +16,41 @@ def read_run_plan(run):
     return read_plan(run / "plans" / "everyday")
 
 
-def write_mining_recipe(place, path, extra):
+def write_mining_recipe(workspace, path, extra):
     """The shared recipe with extra lines in its [mining] section."""
-    write_recipe(path, place, place / "everyday")
+    write_recipe(path, workspace, workspace / "everyday")
     path.write_text(path.read_text().replace("[mining]", f"[mining]\n{extra}"))
     return path
 
 
-def test_the_audit_is_written_beside_the_plan(place, reports):
-    folder = place / "run" / "plans" / "everyday"
+def test_the_audit_is_written_beside_the_plan(workspace, reports):
+    folder = workspace / "run" / "plans" / "everyday"
     page = (folder / "audit.md").read_text()
     audit = json.loads((folder / "audit.json").read_text())
     assert len(audit["examples"]) == page.count("\n### ") == 12
-    assert str(place) not in page + json.dumps(audit)
+    assert str(workspace) not in page + json.dumps(audit)
     for example in audit["examples"]:
         assert {negative["passage_id"] for negative in example["hard_negatives"]} == set(
-            next(e.hard_negatives for e in read_run_plan(place / "run").entries if e.query_id == example["query_id"])
+            next(
+                e.hard_negatives for e in read_run_plan(workspace / "run").entries if e.query_id == example["query_id"]
+            )
         )
         assert set(example["positives"][0]["scores"]) == {"cosine"}
     assert list(folder.parent.iterdir()) == [folder]  # the work folder is gone
 
 
-def test_a_trained_student_can_rank_the_candidates(place, reports, tmp_path):
-    student = place / "run" / "student"
-    arguments = (place / "tiny.toml", "--out", tmp_path / "run", "--dtype", "float32")
+def test_a_trained_student_can_rank_the_candidates(workspace, reports, tmp_path):
+    student = workspace / "run" / "student"
+    arguments = (workspace / "tiny.toml", "--out", tmp_path / "run", "--dtype", "float32")
     _, report = succeed_with_report("mine", *arguments, "--student", student, folder=tmp_path)
     assert set(report["result"]["everyday"]["hard_negatives_from"]) <= {"bm25", "student", "bm25+student"}
     recipe = write_mining_recipe(
-        place, tmp_path / "r.toml", f'student = "{student}"\nsources = ["encoder"]\nsampling = "top"'
+        workspace, tmp_path / "r.toml", f'student = "{student}"\nsources = ["encoder"]\nsampling = "top"'
     )
     succeed_with_report("mine", recipe, "--out", tmp_path / "other", "--dtype", "float32", folder=tmp_path)
     entry = read_run_plan(tmp_path / "other").entries[0]
     model = Student.load(student, dtype="float32")
-    lines = [json.loads(line) for line in (place / "everyday" / "corpus.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (workspace / "everyday" / "corpus.jsonl").read_text().splitlines()]
     query = " ".join(lines[0]["text"].split()[:5])
     others = [line for line in lines if line["_id"] not in entry.positives]
     vectors = model.encode_passages([line["text"] for line in others]).vectors
@@ -57,8 +59,8 @@ def test_a_trained_student_can_rank_the_candidates(place, reports, tmp_path):
     fail("mine", recipe, "--out", tmp_path / "x", "--student", "nobody", containing=["no student at 'nobody'"])
 
 
-def test_the_teacher_margin_saves_its_judgements_as_labels(place, reports, tmp_path):
-    recipe = write_mining_recipe(place, tmp_path / "r.toml", "teacher_margin = 0.0")
+def test_the_teacher_margin_saves_its_judgements_as_labels(workspace, reports, tmp_path):
+    recipe = write_mining_recipe(workspace, tmp_path / "r.toml", "teacher_margin = 0.0")
     run = tmp_path / "run"
     _, report = succeed_with_report("mine", recipe, "--out", run, "--dtype", "float32", folder=tmp_path)
     mined = report["result"]["everyday"]

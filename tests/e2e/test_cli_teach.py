@@ -14,11 +14,11 @@ from e2e.command_line import fail, succeed, succeed_with_report, write_lines
 
 
 @pytest.fixture(scope="module")
-def run(place, reports, tmp_path_factory):
+def run(workspace, reports, tmp_path_factory):
     """A copy of the finished run, and the arguments that name it."""
     folder = tmp_path_factory.mktemp("teach")
-    shutil.copytree(place / "run", folder / "run")
-    return folder, (place / "tiny.toml", "--out", folder / "run", "--dtype", "float32")
+    shutil.copytree(workspace / "run", folder / "run")
+    return folder, (workspace / "tiny.toml", "--out", folder / "run", "--dtype", "float32")
 
 
 def test_the_gate_is_evaluated_on_dev_and_saved(run):
@@ -44,7 +44,7 @@ def test_the_gate_is_evaluated_on_dev_and_saved(run):
     assert repeated["result"]["sets"] == gate_report["sets"]
 
 
-def test_gate_accepts_another_teacher_and_student(run, place):
+def test_gate_accepts_another_teacher_and_student(run, workspace):
     folder, arguments = run
     options = ("--teacher", f"cosine:{folder / 'run' / 'student'}", "--student", folder / "run" / "student")
     _, report = succeed_with_report("gate", *arguments, *options, folder=folder)
@@ -52,19 +52,19 @@ def test_gate_accepts_another_teacher_and_student(run, place):
     assert len(json.loads((folder / "run" / "gate.json").read_text())["gates"]) >= 1
 
 
-def test_a_closed_gate_can_stop_the_run(run, place, tmp_path):
+def test_a_closed_gate_can_stop_the_run(run, workspace, tmp_path):
     _, arguments = run
-    recipe = write_closed_gate_recipe(tmp_path / "stop.toml", place, "stop")
+    recipe = write_closed_gate_recipe(tmp_path / "stop.toml", workspace, "stop")
     fail("gate", recipe, *arguments[1:], containing=["closed for everyday", "when_closed is 'stop'"])
     fail(
         "distill", recipe, *arguments[1:], "--variant", "concat", containing=["on everyday (gate.json)", "says to stop"]
     )
 
 
-def test_behind_a_closed_gate_the_student_learns_from_data_alone(run, place, tmp_path):
+def test_behind_a_closed_gate_the_student_learns_from_data_alone(run, workspace, tmp_path):
     folder, arguments = run
     succeed("gate", *arguments)
-    recipe = write_closed_gate_recipe(tmp_path / "labels.toml", place, "labels")
+    recipe = write_closed_gate_recipe(tmp_path / "labels.toml", workspace, "labels")
     options = ("--out", tmp_path / "run", "--dtype", "float32")
     shutil.copytree(folder / "run" / "plans", tmp_path / "run" / "plans")
     shutil.copytree(folder / "run" / "teacher", tmp_path / "run" / "teacher")
@@ -85,13 +85,13 @@ def test_behind_a_closed_gate_the_student_learns_from_data_alone(run, place, tmp
     assert "closed for everyday" in result.stdout
 
 
-def test_labelled_pairs_are_gated_too_and_keep_their_own_labels(run, place, tmp_path):
+def test_labelled_pairs_are_gated_too_and_keep_their_own_labels(run, workspace, tmp_path):
     folder, _ = run
     (tmp_path / "couples").mkdir()
     for split, count in (("train", 8), ("dev", 4)):
         pairs = [{"query": f"say {split} {n}", "document": f"word {n % 3}", "label": n % 2} for n in range(count)]
         write_lines(tmp_path / "couples" / f"{split}.jsonl", pairs)
-    recipe = write_closed_gate_recipe(tmp_path / "pairs.toml", place, "labels")
+    recipe = write_closed_gate_recipe(tmp_path / "pairs.toml", workspace, "labels")
     data = f'[[data]]\npath = "{tmp_path / "couples"}"\ntask = "symmetric"\n[mining]'
     recipe.write_text(recipe.read_text().replace("[mining]", data))
     options = ("--out", tmp_path / "run", "--dtype", "float32")
@@ -122,8 +122,8 @@ def test_labelled_pairs_are_gated_too_and_keep_their_own_labels(run, place, tmp_
     assert "closed for" in repeated.stdout
 
 
-def write_closed_gate_recipe(path, place, when_closed):
-    text = (place / "tiny.toml").read_text()
+def write_closed_gate_recipe(path, workspace, when_closed):
+    text = (workspace / "tiny.toml").read_text()
     assert 'when_closed = "teacher"' in text
     path.write_text(text.replace('when_closed = "teacher"', f'when_closed = "{when_closed}"'))
     return path
@@ -153,10 +153,10 @@ def test_an_unknown_member_is_an_error(run):
     fail("ensemble", *arguments, "--member", "cosine:no-such-place", containing=["no-such-place"])
 
 
-def test_a_run_can_ensemble_its_teacher_with_the_tuned_cosine(run, place, tmp_path):
+def test_a_run_can_ensemble_its_teacher_with_the_tuned_cosine(run, workspace, tmp_path):
     folder, _ = run
     recipe = tmp_path / "ensemble.toml"
-    text = (place / "tiny.toml").read_text()
+    text = (workspace / "tiny.toml").read_text()
     recipe.write_text(text.replace("max_tokens = 200", "max_tokens = 200\nensemble_with_cosine = true"))
     shutil.copytree(folder / "run" / "plans", tmp_path / "run" / "plans")
     shutil.copytree(folder / "run" / "teacher", tmp_path / "run" / "teacher")

@@ -32,10 +32,10 @@ from tiny_models import tiny_student_config, write_tiny_model
 
 
 @pytest.fixture
-def run(place, reports, tmp_path):
+def run(workspace, reports, tmp_path):
     """A copy of the finished run and its recipe: its folder, and the arguments for a command on it."""
-    shutil.copytree(place / "run", tmp_path / "run")
-    shutil.copy(place / "tiny.toml", tmp_path / "tiny.toml")
+    shutil.copytree(workspace / "run", tmp_path / "run")
+    shutil.copy(workspace / "tiny.toml", tmp_path / "tiny.toml")
     return tmp_path, (tmp_path / "tiny.toml", "--out", tmp_path / "run", "--dtype", "float32")
 
 
@@ -215,8 +215,8 @@ class TestRounds:
 
 
 class TestWithoutATeacher:
-    def test_no_teacher_is_tuned_when_no_loss_imitates_one(self, place, tmp_path):
-        text = write_recipe(tmp_path / "r.toml", place, place / "everyday").read_text()
+    def test_no_teacher_is_tuned_when_no_loss_imitates_one(self, workspace, tmp_path):
+        text = write_recipe(tmp_path / "r.toml", workspace, workspace / "everyday").read_text()
         losses = "[losses]\nin_batch_cross_entropy = 1.0\n"
         (tmp_path / "r.toml").write_text(text + losses)
         arguments = ("run", tmp_path / "r.toml", "--out", tmp_path / "run", "--dtype", "float32")
@@ -225,8 +225,8 @@ class TestWithoutATeacher:
         assert "no loss of the recipe imitates a teacher" in result.stderr
         assert not (tmp_path / "run" / "teacher").exists()
 
-    def test_zero_tuning_epochs_keep_the_teacher_as_it_is(self, place, tmp_path):
-        text = write_recipe(tmp_path / "r.toml", place, place / "everyday").read_text()
+    def test_zero_tuning_epochs_keep_the_teacher_as_it_is(self, workspace, tmp_path):
+        text = write_recipe(tmp_path / "r.toml", workspace, workspace / "everyday").read_text()
         (tmp_path / "r.toml").write_text(text.replace("[teacher_tuning]", "[teacher_tuning]\nepochs = 0"))
         arguments = ("run", tmp_path / "r.toml", "--out", tmp_path / "run", "--dtype", "float32")
         _, report = succeed_with_report(*arguments, folder=tmp_path)
@@ -267,9 +267,9 @@ class TestMemory:
 
 
 class TestStops:
-    def test_sigterm_keeps_a_checkpoint_to_resume_from(self, place, reports, tmp_path):
-        shutil.copytree(place / "run", tmp_path / "run", ignore=shutil.ignore_patterns("student*"))
-        recipe = write_recipe(tmp_path / "r.toml", place, place / "everyday")
+    def test_sigterm_keeps_a_checkpoint_to_resume_from(self, workspace, reports, tmp_path):
+        shutil.copytree(workspace / "run", tmp_path / "run", ignore=shutil.ignore_patterns("student*"))
+        recipe = write_recipe(tmp_path / "r.toml", workspace, workspace / "everyday")
         edited = (
             recipe.read_text().replace("epochs = 1", "epochs = 2000").replace("checkpoint_every = 1", "patience = 99")
         )
@@ -300,16 +300,25 @@ class TestStops:
 
 
 class TestInit:
-    def test_the_recipe_runs_and_gives_reasons(self, place, tmp_path):
+    def test_the_recipe_runs_and_gives_reasons(self, workspace, tmp_path):
         target = tmp_path / "start.toml"
-        arguments = ("init", place / "everyday", "--out", target, "--backbone", place / "encoder", "--device", "cpu")
+        arguments = (
+            "init",
+            workspace / "everyday",
+            "--out",
+            target,
+            "--backbone",
+            workspace / "encoder",
+            "--device",
+            "cpu",
+        )
         result, report = succeed_with_report(*arguments, folder=tmp_path)
         facts = report["result"]
         assert (facts["num_train"], facts["num_left"], facts["num_dev"], facts["num_passages"]) == (12, 12, 4, 60)
         text = target.read_text()
         recipe = load_recipe(target)
         assert recipe.name == "everyday"
-        assert [(data.path, data.task) for data in recipe.data] == [(str(place / "everyday"), facts["task"])]
+        assert [(data.path, data.task) for data in recipe.data] == [(str(workspace / "everyday"), facts["task"])]
         assert recipe.training.epochs == 10
         assert superfluous_lines(text) == []
         assert recipe.losses.imitates is False
@@ -326,27 +335,27 @@ class TestInit:
         _, report = succeed_with_report("run", target, "--out", tmp_path / "run", "--dtype", "float32", folder=tmp_path)
         assert report["result"]["distill"]["steps"] == 10
 
-    def test_layers_are_chosen_by_the_passages_of_an_encoder_and_the_first_of_a_decoder(self, place, tmp_path):
+    def test_layers_are_chosen_by_the_passages_of_an_encoder_and_the_first_of_a_decoder(self, workspace, tmp_path):
         for name, architecture in (("encoder", "bert"), ("decoder", "llama")):
             model = write_tiny_model(tmp_path / name, architecture, num_hidden_layers=3)
             target = tmp_path / f"{name}.toml"
             options = ("--out", target, "--backbone", model, "--device", "cpu", "--layers")
-            succeed("init", place / "everyday", *options, "2")
+            succeed("init", workspace / "everyday", *options, "2")
             layers = load_recipe(target).student.backbone.layers
             if name == "decoder":
                 assert layers == 2
                 continue
-            passages = [p.full_text for p in read_beir(place / "everyday").passages.values()]
+            passages = [p.full_text for p in read_beir(workspace / "everyday").passages.values()]
             distances = layer_distances(Backbone.load(BackboneConfig(model=str(model)), device="cpu"), passages)
             assert layers == tuple(sorted(np.argsort(distances)[1:]))
             target.unlink()
-            fail("init", place / "everyday", *options, "4", containing=["4 layers cannot be kept of 3"])
+            fail("init", workspace / "everyday", *options, "4", containing=["4 layers cannot be kept of 3"])
 
-    def test_a_student_is_trained_further_and_is_no_backbone(self, place, tmp_path):
-        trained = Student.create(tiny_student_config(place / "encoder"), device="cpu", dtype="float32")
+    def test_a_student_is_trained_further_and_is_no_backbone(self, workspace, tmp_path):
+        trained = Student.create(tiny_student_config(workspace / "encoder"), device="cpu", dtype="float32")
         trained.save(tmp_path / "first", content={"tasks": ["symmetric"]})
         target = tmp_path / "further.toml"
-        arguments = ["init", place / "everyday", "--out", target, "--device", "cpu"]
+        arguments = ["init", workspace / "everyday", "--out", target, "--device", "cpu"]
         for name in (tmp_path / "first", "d2llm-minilm"):
             fail(*arguments, "--backbone", name, containing=[f"'{name}' is a student", f"--start {name}"])
         fail(*arguments, "--backbone", "minilm", "--start", "d2llm-minilm", containing=["has a backbone already"])
@@ -364,31 +373,40 @@ class TestInit:
         result = succeed(*told, "--task", "asymmetric")
         assert "trained for symmetric search and is used for asymmetric search" in result.stderr
 
-    def test_a_shipped_student_can_be_the_start(self, place, tmp_path):
-        succeed("init", place / "everyday", "--out", tmp_path / "r.toml", "--start", "d2llm-minilm", "--device", "cpu")
+    def test_a_shipped_student_can_be_the_start(self, workspace, tmp_path):
+        succeed(
+            "init", workspace / "everyday", "--out", tmp_path / "r.toml", "--start", "d2llm-minilm", "--device", "cpu"
+        )
         recipe = load_recipe(tmp_path / "r.toml")
         assert recipe.student == Student.load("d2llm-minilm", device="cpu").config
         assert recipe.training.start == "d2llm-minilm"
 
-    def test_existing_files_are_never_replaced(self, place, tmp_path):
+    def test_existing_files_are_never_replaced(self, workspace, tmp_path):
         (tmp_path / "mine.toml").write_text("kept")
-        fail("init", place / "everyday", "--out", tmp_path / "mine.toml", containing=["mine.toml: already exists"])
+        fail("init", workspace / "everyday", "--out", tmp_path / "mine.toml", containing=["mine.toml: already exists"])
         assert (tmp_path / "mine.toml").read_text() == "kept"
 
-    def test_missing_dev_judgements_get_advice(self, place, tmp_path):
-        shutil.copytree(place / "everyday", tmp_path / "data")
+    def test_missing_dev_judgements_get_advice(self, workspace, tmp_path):
+        shutil.copytree(workspace / "everyday", tmp_path / "data")
         write_qrels(tmp_path / "data", "dev", [])
-        options = ("--out", tmp_path / "r.toml", "--backbone", place / "encoder")
+        options = ("--out", tmp_path / "r.toml", "--backbone", workspace / "encoder")
         message = "qrels/dev.tsv has no queries with a positive, which training needs"
         fail("init", tmp_path / "data", *options, containing=[message, "about a fifth of the 12 in qrels/train.tsv"])
         write_qrels(tmp_path / "data", "train", [])
         fail("init", tmp_path / "data", *options, containing=["qrels/train.tsv has no queries with a positive"])
         assert not (tmp_path / "r.toml").exists()
 
-    def test_a_named_teacher_and_shared_passages(self, place, tmp_path):
-        shutil.copytree(place / "everyday", tmp_path / "data")
+    def test_a_named_teacher_and_shared_passages(self, workspace, tmp_path):
+        shutil.copytree(workspace / "everyday", tmp_path / "data")
         write_qrels(tmp_path / "data", "train", [(f"q{n}", f"s{12 + n % 4}") for n in range(12)])  # the passages of dev
-        options = ("--out", tmp_path / "r.toml", "--backbone", place / "encoder", "--teacher", "seq2seq:owner/monot5")
+        options = (
+            "--out",
+            tmp_path / "r.toml",
+            "--backbone",
+            workspace / "encoder",
+            "--teacher",
+            "seq2seq:owner/monot5",
+        )
         succeed("init", tmp_path / "data", *options, "--task", "symmetric")
         recipe = load_recipe(tmp_path / "r.toml")
         assert (recipe.teacher.model, recipe.teacher.kind) == ("owner/monot5", "seq2seq")
@@ -398,12 +416,12 @@ class TestInit:
         assert "only 0 of 12 questions share no relevant passage" in (tmp_path / "r.toml").read_text()
         assert superfluous_lines((tmp_path / "r.toml").read_text()) == []
 
-    def test_labelled_pairs(self, place, tmp_path):
+    def test_labelled_pairs(self, workspace, tmp_path):
         (tmp_path / "pairs").mkdir()
         for split, count in (("train", 40), ("dev", 60)):
             pairs = [{"query": f"say {n}", "document": f"word {n % 3}", "label": n % 2} for n in range(count)]
             write_lines(tmp_path / "pairs" / f"{split}.jsonl", pairs)
-        succeed("init", tmp_path / "pairs", "--out", tmp_path / "r.toml", "--backbone", place / "encoder")
+        succeed("init", tmp_path / "pairs", "--out", tmp_path / "r.toml", "--backbone", workspace / "encoder")
         recipe = load_recipe(tmp_path / "r.toml")
         assert recipe.data[0].task == "symmetric"
         assert recipe.losses.root.keys() == {"pair_cross_entropy"}

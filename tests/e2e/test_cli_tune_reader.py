@@ -15,7 +15,7 @@ CPU = ("--device", "cpu", "--dtype", "float32")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reader")
     write_trained_student(folder)
     write_tiny_model(folder / "llama", seed=5)
@@ -29,22 +29,22 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_tuning_reports_what_it_learnt_and_brings(place: Path) -> None:
-    report = json.loads((place / "tuned.json").read_text())
+def test_tuning_reports_what_it_learnt_and_brings(workspace: Path) -> None:
+    report = json.loads((workspace / "tuned.json").read_text())
     result = report["result"]
     assert report["arguments"]["lists"] == [16, 8]
     assert (result["steps"], result["dev"]["everyday"]["num_queries"]) == (3, 4)
-    said = " ".join((place / "said").read_text().split())
+    said = " ".join((workspace / "said").read_text().split())
     assert f"tune-reader: 3 steps on {result['num_lists']['everyday']} lists of everyday (loss " in said
     assert f"decoded order {result['dev']['everyday']['decoded']:.3f}, random order" in said
-    manifest = json.loads((place / "reader" / "manifest.json").read_text())
+    manifest = json.loads((workspace / "reader" / "manifest.json").read_text())
     assert (manifest["kind"], manifest["fingerprint"]) == ("reader", result["fingerprint"])
 
 
-def test_a_search_with_a_reader(place: Path, tmp_path: Path) -> None:
-    search = ("search", place / "index", "the cat sleeps", "--top-k", "30", *CPU)
+def test_a_search_with_a_reader(workspace: Path, tmp_path: Path) -> None:
+    search = ("search", workspace / "index", "the cat sleeps", "--top-k", "30", *CPU)
     _, plain = succeed_with_report(*search, folder=tmp_path)
-    options = ("--reranker", f"listwise:{place / 'reader'}", "--reranker-set", "num_passages=12")
+    options = ("--reranker", f"listwise:{workspace / 'reader'}", "--reranker-set", "num_passages=12")
     result, read = succeed_with_report(*search, *options, folder=tmp_path)
     before, after = (
         [one["passage"]["id"] for one in each["result"]["rankings"][0]["passages"]] for each in (plain, read)
@@ -58,20 +58,20 @@ def test_a_search_with_a_reader(place: Path, tmp_path: Path) -> None:
     assert len(ranking["reranking"]["read"]) == 12
 
 
-def test_wrong_options(place: Path, tmp_path: Path) -> None:
-    search = ("search", place / "index", "the cat sleeps", *CPU)
-    reader = ("--reranker", f"listwise:{place / 'reader'}")
+def test_wrong_options(workspace: Path, tmp_path: Path) -> None:
+    search = ("search", workspace / "index", "the cat sleeps", *CPU)
+    reader = ("--reranker", f"listwise:{workspace / 'reader'}")
     fail(*search, *reader, "--reranker-set", "prompt=short", containing=["prompt", "of kind cascade or teacher"])
     fail(*search, "--reranker", "listwise", containing=["reranker.model"])
     fail(*search, *reader, "--exact", containing=["leave out exact and hybrid"])
     fail(
         *search,
         "--reranker",
-        f"listwise:{place / 'tiny-student'}",
+        f"listwise:{workspace / 'tiny-student'}",
         containing=["describes a 'student', but a 'reader' is needed"],
     )
-    fail(*search, "--reranker", f"listwise:{place / 'nowhere'}", containing=["not a d2llm reader folder"])
-    shutil.copytree(place / "reader", tmp_path / "reader")
+    fail(*search, "--reranker", f"listwise:{workspace / 'nowhere'}", containing=["not a d2llm reader folder"])
+    shutil.copytree(workspace / "reader", tmp_path / "reader")
     manifest = json.loads((tmp_path / "reader" / "manifest.json").read_text())
     (tmp_path / "reader" / "manifest.json").write_text(json.dumps(manifest | {"student": "0123"}))
     fail(
@@ -80,11 +80,11 @@ def test_wrong_options(place: Path, tmp_path: Path) -> None:
         f"listwise:{tmp_path / 'reader'}",
         containing=["vectors of the student 0123", "tune a reader"],
     )
-    tune = ("tune-reader", place / "tiny-student", place / "everyday", "--model", place / "llama", *CPU)
-    fail(*tune, "--out", place / "reader", "--layers", "1", containing=["already holds a finished reader"])
+    tune = ("tune-reader", workspace / "tiny-student", workspace / "everyday", "--model", workspace / "llama", *CPU)
+    fail(*tune, "--out", workspace / "reader", "--layers", "1", containing=["already holds a finished reader"])
     fail(*tune, "--out", tmp_path / "new", "--lists", "0", "8", containing=["--lists begins with"])
     fail(*tune, "--out", tmp_path / "new", "--layers", "8", containing=["layers is 8", "has 2"])
     pairs = tmp_path / "pairs.jsonl"
     write_lines(pairs, [{"text1": "a", "text2": "b", "label": 1}])
     out = ("--out", tmp_path / "new")
-    fail("tune-reader", place / "tiny-student", pairs, *out, containing=["these are labelled pairs"])
+    fail("tune-reader", workspace / "tiny-student", pairs, *out, containing=["these are labelled pairs"])

@@ -160,12 +160,12 @@ class TestFirstRun:
         report, text = first
         score = report.score
         assert score.question == QUESTIONS[EXPLAINED].text
-        assert [(place.passage_id, place.score) for place in score.passages] == [
-            (place.passage_id, pytest.approx(place.score)) for place in report.questions.answers[EXPLAINED].d2llm
+        assert [(result.passage_id, result.score) for result in score.passages] == [
+            (result.passage_id, pytest.approx(result.score)) for result in report.questions.answers[EXPLAINED].d2llm
         ]
-        for place in score.passages:
-            parts = [getattr(place, name) for name in ("inner_product", "words", "windows", "tokens", "interaction")]
-            assert sum(part for part in parts if part is not None) == pytest.approx(place.score, abs=1e-3)
+        for result in score.passages:
+            parts = [getattr(result, name) for name in ("inner_product", "words", "windows", "tokens", "interaction")]
+            assert sum(part for part in parts if part is not None) == pytest.approx(result.score, abs=1e-3)
         assert "The interaction has the weight 1 here" in text
         assert "teacher" not in text
 
@@ -246,12 +246,12 @@ def test_an_unknown_student_fails_before_any_work(tmp_path):
 def test_the_shipped_student_is_shown_with_its_whole_score(tmp_path, corpus):
     report, text = run(tmp_path, "d2llm-minilm", corpus)
     assert report.score.interaction_weight == 0.0
-    for place in report.score.passages:
-        assert place.words is not None
-        assert place.tokens is not None
-        assert place.words + place.tokens + place.inner_product == pytest.approx(place.score, abs=1e-2)
-    assert any(place.words > 0.1 for place in report.score.passages)
-    assert any(place.tokens > 0.1 for place in report.score.passages)
+    for result in report.score.passages:
+        assert result.words is not None
+        assert result.tokens is not None
+        assert result.words + result.tokens + result.inner_product == pytest.approx(result.score, abs=1e-2)
+    assert any(result.words > 0.1 for result in report.score.passages)
+    assert any(result.tokens > 0.1 for result in report.score.passages)
     words = " ".join(text.split())
     assert "words: BM25 of the passage and of its best two sentences; tokens: the vectors of its tokens" in words
     assert "score is the inner product" not in words  # which is not true: words and tokens count

@@ -35,17 +35,17 @@ from d2llm.training.checkpoints import adamw, trainable
 from d2llm.training.dev_sets import DevResult, evaluate_dev, make_dev_set
 from d2llm.training.distill import DistillReport, distill
 from tiny_data import JUDGEMENTS, tiny_recipe, topics, write_rule_labels
-from tiny_distill import LEARNING, Place, log_of, poison
+from tiny_distill import LEARNING, Workspace, log_of, poison
 from tiny_models import TEXTS, tiny_student_config
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("place"))
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("workspace"))
 
 
-def untrained(place: Place) -> Student:
-    return Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
+def untrained(workspace: Workspace) -> Student:
+    return Student.create(tiny_student_config(workspace.model), device="cpu", dtype="float32")
 
 
 def scores(student: Student) -> np.ndarray:
@@ -57,29 +57,29 @@ def scores(student: Student) -> np.ndarray:
 
 
 class Trained:
-    def __init__(self, place: Place, folder: Path) -> None:
+    def __init__(self, workspace: Workspace, folder: Path) -> None:
         self.folder = folder
         saved: list[Student] = []
         with pytest.MonkeyPatch.context() as patch:
             save = Student.save
             patch.setattr(Student, "save", lambda self, *a, **k: (saved.append(self), save(self, *a, **k))[1])
-            self.report = place.run(folder)
+            self.report = workspace.run(folder)
         self.student = saved[0].eval()
 
 
 @pytest.fixture(scope="module")
-def trained(place: Place) -> Trained:
-    return Trained(place, place.folder / "trained")
+def trained(workspace: Workspace) -> Trained:
+    return Trained(workspace, workspace.folder / "trained")
 
 
 def test_checkpointed_layers_give_the_same_student(
-    place: Place, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpointed: list[object] = []
     monkeypatch.setattr(
         models_student, "checkpoint_layers", lambda *given: checkpointed.append(checkpoint_layers(*given))
     )
-    place.run(tmp_path / "student", gradient_checkpointing=True)
+    workspace.run(tmp_path / "student", gradient_checkpointing=True)
     assert len(checkpointed) == 1
     for file in ("adapter_model.safetensors", "head.safetensors"):
         expected, found = (load_file(folder / file) for folder in (trained.folder, tmp_path / "student"))
@@ -87,7 +87,7 @@ def test_checkpointed_layers_give_the_same_student(
             torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_the_report_describes_the_run(place: Place, trained: Trained) -> None:
+def test_the_report_describes_the_run(workspace: Workspace, trained: Trained) -> None:
     report = trained.report
     assert report.folder == str(trained.folder)
     assert (report.steps, report.queries, report.unlabelled_queries) == (8, 16, 0)  # 2 epochs of 16 / 4
@@ -99,7 +99,7 @@ def test_the_report_describes_the_run(place: Place, trained: Trained) -> None:
     assert max(dev["by_weight"].values()) > dev["start"]
     manifest = json.loads((trained.folder / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["dev"] == report.dev
-    assert manifest["teacher"] == identify_local_teacher(place.teacher).fingerprint
+    assert manifest["teacher"] == identify_local_teacher(workspace.teacher).fingerprint
     assert manifest["tasks"] == ["asymmetric"]
     assert manifest["recipe"]["training"]["epochs"] == 2
     assert [line["step"] for line in log_of(trained.folder) if "loss" in line] == list(range(1, 9))
@@ -108,10 +108,10 @@ def test_the_report_describes_the_run(place: Place, trained: Trained) -> None:
     assert report.probabilities == {}  # eight dev queries are too few to fit them
 
 
-def test_probabilities_are_fitted_given_enough_dev_queries(place: Place, tmp_path: Path) -> None:
+def test_probabilities_are_fitted_given_enough_dev_queries(workspace: Workspace, tmp_path: Path) -> None:
     source = topics(num_dev=40)
-    write_rule_labels(tmp_path / "labels", [source], place.teacher)
-    report = place.run(tmp_path / "student", source=source, labels=tmp_path / "labels")
+    write_rule_labels(tmp_path / "labels", [source], workspace.teacher)
+    report = workspace.run(tmp_path / "student", source=source, labels=tmp_path / "labels")
     student = Student.load(tmp_path / "student", dtype="float32")
     assert {task: fit.model_dump() for task, fit in student.calibration.tasks.items()} == report.probabilities
     fitted = report.probabilities["asymmetric"]
@@ -120,10 +120,10 @@ def test_probabilities_are_fitted_given_enough_dev_queries(place: Place, tmp_pat
 
 
 def test_words_count_in_training_with_weights_fitted_once(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = topics(num_dev=40, shift=0)  # a query has words of its relevant passages
-    write_rule_labels(tmp_path / "labels", [source], place.teacher)
+    write_rule_labels(tmp_path / "labels", [source], workspace.teacher)
     fitted: list[bool] = []
     fit = score_features.fit_score_features
     monkeypatch.setattr(
@@ -131,10 +131,10 @@ def test_words_count_in_training_with_weights_fitted_once(
     )
 
     def run(name: str, *, in_training: bool) -> DistillReport:
-        recipe = tiny_recipe(tiny_student_config(place.model), **LEARNING).model_copy(
+        recipe = tiny_recipe(tiny_student_config(workspace.model), **LEARNING).model_copy(
             update={"score_features": ScoreFeaturesConfig(bm25=True, window_bm25=True, in_training=in_training)}
         )
-        return place.run(tmp_path / name, source=source, labels=tmp_path / "labels", recipe=recipe)
+        return workspace.run(tmp_path / name, source=source, labels=tmp_path / "labels", recipe=recipe)
 
     without, with_words = run("without", in_training=False), run("with", in_training=True)
     assert len(fitted) == 3  # at the end of both runs, and before the first step of one
@@ -143,7 +143,9 @@ def test_words_count_in_training_with_weights_fitted_once(
         next(line["loss"] for line in log_of(tmp_path / name) if "loss" in line) for name in ("without", "with")
     ]
     assert first_losses[1] < first_losses[0]  # words already tell the relevant passages
-    assert ScoreFeatures.read(tmp_path / "with.run", untrained(place).fingerprint).weights("asymmetric").counts_words
+    assert (
+        ScoreFeatures.read(tmp_path / "with.run", untrained(workspace).fingerprint).weights("asymmetric").counts_words
+    )
     shutil.rmtree(tmp_path / "with")
     again = run("with", in_training=True)
     assert len(fitted) == 4  # the weights in training are read again
@@ -154,13 +156,13 @@ def test_words_count_in_training_with_weights_fitted_once(
 
 
 def test_tokens_count_in_training_and_their_projection_is_trained_with_the_backbone(
-    place: Place, tmp_path: Path
+    workspace: Workspace, tmp_path: Path
 ) -> None:
     source = topics(num_dev=40, shift=0)
     train = {entry.query_id: dict.fromkeys(entry.positives, 1) for entry in source.plan.entries}
     source = replace(source, dataset=replace(source.dataset, qrels={"train": train, **source.dataset.qrels}))
-    write_rule_labels(tmp_path / "labels", [source], place.teacher)
-    recipe = tiny_recipe(tiny_student_config(place.model), **LEARNING | {"tokens": {"dim": 4, "epochs": 1}})
+    write_rule_labels(tmp_path / "labels", [source], workspace.teacher)
+    recipe = tiny_recipe(tiny_student_config(workspace.model), **LEARNING | {"tokens": {"dim": 4, "epochs": 1}})
     recipe = recipe.model_copy(
         update={
             "score_features": ScoreFeaturesConfig(maxsim=True, in_training=True),
@@ -169,12 +171,12 @@ def test_tokens_count_in_training_and_their_projection_is_trained_with_the_backb
     )
 
     def run(name: str) -> DistillReport:
-        return place.run(tmp_path / name, source=source, labels=tmp_path / "labels", recipe=recipe)
+        return workspace.run(tmp_path / name, source=source, labels=tmp_path / "labels", recipe=recipe)
 
     report = run("student")
-    key = untrained(place).fingerprint
+    key = untrained(workspace).fingerprint
     weight = ScoreFeatures.read(tmp_path / "student.run", key).weights("asymmetric").terms["maxsim"]
-    start = TokenProjection.read(tmp_path / "student.run", key, Widths(0, untrained(place).backbone.dim))
+    start = TokenProjection.read(tmp_path / "student.run", key, Widths(0, untrained(workspace).backbone.dim))
     student = Student.load(tmp_path / "student", device="cpu", dtype="float32")
     assert start is not None
     assert student.token_projection is not None
@@ -186,7 +188,7 @@ def test_tokens_count_in_training_and_their_projection_is_trained_with_the_backb
     dev_set = make_dev_set(
         source, num_queries=recipe.training.dev_queries, num_passages=recipe.training.dev_passages, seed=recipe.seed
     )
-    first = untrained(place)
+    first = untrained(workspace)
     first.token_projection = start
     expected = evaluate_dev(first, [dev_set.with_score_features(None, weight)])["tiny"]
     assert report.dev["tiny"]["start"] == pytest.approx(max(expected.values.values()), abs=1e-6)
@@ -214,38 +216,40 @@ STAGES = (  # the parts of a two-stage run, in order
 )
 
 
-def test_a_student_imitates_a_live_teacher_without_labels(place: Place, trained: Trained, tmp_path: Path) -> None:
+def test_a_student_imitates_a_live_teacher_without_labels(
+    workspace: Workspace, trained: Trained, tmp_path: Path
+) -> None:
     """Its distributions come nearer to the live teacher's than they were."""
-    recipe = tiny_recipe(tiny_student_config(place.model), **LEARNING)
+    recipe = tiny_recipe(tiny_student_config(workspace.model), **LEARNING)
     live = {"teacher": str(trained.folder)}
     weights = Objective(JUDGEMENTS | {"in_batch_imitation": live, "in_batch_cross_entropy": 0.0})
     recipe = recipe.model_copy(update={"losses": weights})
-    report = place.run(tmp_path / "student", recipe=recipe, labels=tmp_path / "none")
+    report = workspace.run(tmp_path / "student", recipe=recipe, labels=tmp_path / "none")
     logged = [line["in_batch_imitation"] for line in log_of(tmp_path / "student") if "loss" in line]
     assert len(logged) == report.steps
     manifest = json.loads((tmp_path / "student" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["settings"]["live_teacher"] == trained.report.fingerprint
-    live = LiveTeacher(trained.student, place.source.dataset, place.source.task, scores="vectors")
-    ids = list(place.source.dataset.passages)
-    query = place.source.query_text(place.source.plan.entries[0].query_id)
+    live = LiveTeacher(trained.student, workspace.source.dataset, workspace.source.task, scores="vectors")
+    ids = list(workspace.source.dataset.passages)
+    query = workspace.source.query_text(workspace.source.plan.entries[0].query_id)
     expected = trained.student.score(
         trained.student.encode_queries([query]).vectors[0],
-        trained.student.encode_passages([place.source.passage_text(passage_id) for passage_id in ids]).vectors,
-        place.source.task,
+        trained.student.encode_passages([workspace.source.passage_text(passage_id) for passage_id in ids]).vectors,
+        workspace.source.task,
     )
     np.testing.assert_allclose(live(query, ids), expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(live(query, ids[::-1]), live(query, ids)[::-1])  # from the vectors in memory
-    assert mean_kl(Student.load(tmp_path / "student", dtype="float32"), trained.student, place) < 0.9 * mean_kl(
-        untrained(place), trained.student, place
+    assert mean_kl(Student.load(tmp_path / "student", dtype="float32"), trained.student, workspace) < 0.9 * mean_kl(
+        untrained(workspace), trained.student, workspace
     )
 
 
 @pytest.mark.parametrize("residual_epochs", [0, 1])
-def test_two_heads_end_as_one(place: Place, tmp_path: Path, residual_epochs: int) -> None:
+def test_two_heads_end_as_one(workspace: Workspace, tmp_path: Path, residual_epochs: int) -> None:
     weights = Objective(JUDGEMENTS | {"list_imitation": 0.5})
     stages = {"residual": ResidualConfig(epochs=residual_epochs)}
-    recipe = tiny_recipe(tiny_student_config(place.model), **LEARNING | stages | {"dual_head": True})
-    report = place.run(tmp_path / "student", recipe=recipe.model_copy(update={"losses": weights}))
+    recipe = tiny_recipe(tiny_student_config(workspace.model), **LEARNING | stages | {"dual_head": True})
+    report = workspace.run(tmp_path / "student", recipe=recipe.model_copy(update={"losses": weights}))
     combinations = {
         line["label_weight"]: line["dev"] for line in log_of(tmp_path / "student") if "label_weight" in line
     }
@@ -261,58 +265,58 @@ def test_two_heads_end_as_one(place: Place, tmp_path: Path, residual_epochs: int
     interaction = InteractionConfig.model_validate(manifest["config"]["interaction"])
     expected = make_head(interaction, reloaded.vector_dim).state_dict()
     assert {name for name in head if name.startswith("interaction.")} == {f"interaction.{n}" for n in expected}
-    dev = make_dev_set(place.source, num_queries=50, num_passages=100, seed=0)
+    dev = make_dev_set(workspace.source, num_queries=50, num_passages=100, seed=0)
     stored = {float(weight): value for weight, value in report.dev["tiny"]["by_weight"].items()}
     values = evaluate_dev(reloaded, [dev])["tiny"].values
     assert values == pytest.approx({weight: stored[weight] for weight in values}, abs=0.01)
     shutil.rmtree(tmp_path / "student")
-    resumed = place.run(tmp_path / "student", recipe=recipe.model_copy(update={"losses": weights}))
+    resumed = workspace.run(tmp_path / "student", recipe=recipe.model_copy(update={"losses": weights}))
     assert resumed.fingerprint == report.fingerprint
 
 
-def mean_kl(student: Student, teacher: Student, place: Place) -> float:
+def mean_kl(student: Student, teacher: Student, workspace: Workspace) -> float:
     """How far the student's distributions over all passages are from the teacher's, over the dev queries."""
-    texts = [passage.full_text for passage in place.source.dataset.passages.values()]
-    queries = [place.source.dataset.queries[query_id].text for query_id in place.source.dataset.qrels["dev"]]
+    texts = [passage.full_text for passage in workspace.source.dataset.passages.values()]
+    queries = [workspace.source.dataset.queries[query_id].text for query_id in workspace.source.dataset.qrels["dev"]]
     of: list[torch.Tensor] = []
     for each in (teacher, student):
         passages = each.encode_passages(texts).vectors
-        rows = [each.score(query, passages, place.source.task) for query in each.encode_queries(queries).vectors]
+        rows = [each.score(query, passages, workspace.source.task) for query in each.encode_queries(queries).vectors]
         of.append(torch.from_numpy(np.stack(rows)).log_softmax(dim=1))
     return float((of[0].exp() * (of[0] - of[1])).sum(dim=1).mean())
 
 
 def test_every_slow_part_logs_its_progress(
-    place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     stages = {"residual": ResidualConfig(epochs=1), "interpolation": (0.5, 1.0)}
     with caplog.at_level(logging.INFO, "d2llm.remarks"):
-        place.run(tmp_path / "student", **stages)
+        workspace.run(tmp_path / "student", **stages)
         lines = [record.getMessage().split(": ") for record in caplog.records if " after " in record.getMessage()]
         caplog.clear()
         with progress.showing_progress(False):
-            place.run(tmp_path / "quiet", **stages)
+            workspace.run(tmp_path / "quiet", **stages)
     assert list(dict.fromkeys(part for part, _ in lines)) == list(STAGES)
     last = dict(lines)
     assert all("(100%)" in message for message in last.values()), last  # every counter reaches its total
     assert [record.getMessage() for record in caplog.records if " after " in record.getMessage()] == []
 
 
-def test_the_saved_student_scores_like_the_trained_one(place: Place, trained: Trained) -> None:
+def test_the_saved_student_scores_like_the_trained_one(workspace: Workspace, trained: Trained) -> None:
     reloaded = Student.load(trained.folder, device="cpu", dtype="float32")
     assert reloaded.fingerprint == trained.report.fingerprint == trained.student.fingerprint
     np.testing.assert_allclose(scores(reloaded), scores(trained.student), rtol=1e-4, atol=1e-4)
-    assert np.abs(scores(reloaded) - scores(untrained(place))).max() > 0.1
+    assert np.abs(scores(reloaded) - scores(untrained(workspace))).max() > 0.1
     weight = reloaded.interaction.interaction_weight("asymmetric")
     assert float(weight) == trained.report.interaction_weights["asymmetric"]
     assert not reloaded.interaction.has_interaction("symmetric")  # not trained, so left out
     assert reloaded.interaction.interaction_weight("symmetric") == 0
 
 
-def test_the_saved_student_reproduces_the_reported_dev_result(place: Place, trained: Trained) -> None:
+def test_the_saved_student_reproduces_the_reported_dev_result(workspace: Workspace, trained: Trained) -> None:
     reloaded = Student.load(trained.folder, device="cpu", dtype="float32")
-    dev = make_dev_set(place.source, num_queries=50, num_passages=100, seed=0)
+    dev = make_dev_set(workspace.source, num_queries=50, num_passages=100, seed=0)
     measured = evaluate_dev(reloaded, [dev])["tiny"].values
     stored = {float(weight): value for weight, value in trained.report.dev["tiny"]["by_weight"].items()}
     stored = {weight: stored[weight] for weight in measured}  # r = 0 alone, if the interaction was left out
@@ -320,22 +324,22 @@ def test_the_saved_student_reproduces_the_reported_dev_result(place: Place, trai
 
 
 @pytest.mark.parametrize("tuning", ["full", "frozen"])
-def test_full_and_frozen_backbones(place: Place, tuning: str, tmp_path: Path) -> None:
-    config = tiny_student_config(place.model, tuning=tuning)
-    report = place.run(tmp_path / "student", student=config)
+def test_full_and_frozen_backbones(workspace: Workspace, tuning: str, tmp_path: Path) -> None:
+    config = tiny_student_config(workspace.model, tuning=tuning)
+    report = workspace.run(tmp_path / "student", student=config)
     reloaded = Student.load(tmp_path / "student", device="cpu", dtype="float32")
     assert reloaded.fingerprint == report.fingerprint
-    before = load_file(place.model / "model.safetensors")
+    before = load_file(workspace.model / "model.safetensors")
     after = {name.removeprefix("model."): tensor for name, tensor in reloaded.backbone.model.state_dict().items()}
     changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name.removeprefix("model.")])]
     assert bool(changed) == (tuning == "full" and report.best_step > 0)
 
 
-def test_the_head_of_the_paper(place: Place, tmp_path: Path) -> None:
-    base = tiny_student_config(place.model)
+def test_the_head_of_the_paper(workspace: Workspace, tmp_path: Path) -> None:
+    base = tiny_student_config(workspace.model)
     paper = InteractionConfig(head="paper", features="concat", hidden_dim=16, feature_dim=8)
     config = base.model_copy(update={"interaction": paper})
-    report = place.run(tmp_path / "student", student=config)
+    report = workspace.run(tmp_path / "student", student=config)
     assert report.interaction_weights == {"asymmetric": 1.0}
     assert set(report.dev["tiny"]["by_weight"]) == {"1.0"}
     assert Student.load(tmp_path / "student", device="cpu").fingerprint == report.fingerprint
@@ -345,12 +349,12 @@ def test_the_head_of_the_paper(place: Place, tmp_path: Path) -> None:
 # --- never worse than the start ---------------------------------------------------------------------------------------
 
 
-def test_the_start_is_saved_if_training_only_hurts(place: Place, tmp_path: Path) -> None:
+def test_the_start_is_saved_if_training_only_hurts(workspace: Workspace, tmp_path: Path) -> None:
     """Positives share words with their query, so the untrained cosine beats chance; absurd rates wreck that."""
     source = topics(shift=0)
-    write_rule_labels(tmp_path / "labels", [source], place.teacher)
+    write_rule_labels(tmp_path / "labels", [source], workspace.teacher)
     absurd = {"learning_rate": 0.5, "head_learning_rate": 0.5, "warmup_steps": 0}
-    report = place.run(tmp_path / "student", source=source, labels=tmp_path / "labels", **absurd)
+    report = workspace.run(tmp_path / "student", source=source, labels=tmp_path / "labels", **absurd)
     by_step = {
         line["step"]: max(line["dev"]["tiny"].values()) for line in log_of(tmp_path / "student") if "dev" in line
     }
@@ -358,7 +362,7 @@ def test_the_start_is_saved_if_training_only_hurts(place: Place, tmp_path: Path)
     assert report.best_step == 0
     assert report.interaction_weights == {"asymmetric": 0.0}
     assert set(report.dev["tiny"]["by_weight"].values()) == {report.dev["tiny"]["start"]}
-    untrained = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
+    untrained = Student.create(tiny_student_config(workspace.model), device="cpu", dtype="float32")
     written = Student.load(tmp_path / "student", device="cpu", dtype="float32")
     np.testing.assert_allclose(scores(written), scores(untrained), rtol=0, atol=1e-5)
     dev = make_dev_set(source, num_queries=50, num_passages=100, seed=0)
@@ -372,7 +376,7 @@ def dev_result(value: float, *, task: Task = "asymmetric") -> DevResult:
 
 
 def test_a_gain_on_one_set_does_not_offset_a_loss_on_another(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = iter([(0.5, 0.5), (0.9, 0.4), (0.55, 0.5), (0.55, 0.5)])  # start, step 4, step 8, without PMA
 
@@ -382,13 +386,13 @@ def test_a_gain_on_one_set_does_not_offset_a_loss_on_another(
 
     monkeypatch.setattr(loop, "evaluate_dev", evaluate)
     sources = [topics(num_train=8, name="one"), topics(num_train=8, name="two", task="symmetric")]
-    write_rule_labels(tmp_path / "labels", sources, place.teacher)
+    write_rule_labels(tmp_path / "labels", sources, workspace.teacher)
     report = distill(
         sources,
         tmp_path / "student",
-        recipe=tiny_recipe(tiny_student_config(place.model)),
+        recipe=tiny_recipe(tiny_student_config(workspace.model)),
         labels=tmp_path / "labels",
-        teacher=place.teacher,
+        teacher=workspace.teacher,
         device="cpu",
     )
     assert report.best_step == 8
@@ -412,22 +416,22 @@ def finite_checkpoint_step(folder: Path) -> int:
 
 @pytest.mark.parametrize("step", [4, 8])
 def test_dev_scores_that_are_not_finite_stop_the_run_and_it_can_resume(
-    place: Place, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         poison(patch, step=step, value=float("nan"))
         with pytest.raises(TrainingDivergedError, match="scores of the dev queries of 'tiny' are not finite"):
-            place.run(tmp_path / "student", checkpoint_every=3)
+            workspace.run(tmp_path / "student", checkpoint_every=3)
     assert 3 <= finite_checkpoint_step(tmp_path / "student") < step
-    assert place.run(tmp_path / "student", checkpoint_every=3).steps == 8
+    assert workspace.run(tmp_path / "student", checkpoint_every=3).steps == 8
 
 
 # --- the optimiser ----------------------------------------------------------------------------------------------------
 
 
-def test_learning_rate_and_weight_decay_of_each_parameter(place: Place) -> None:
+def test_learning_rate_and_weight_decay_of_each_parameter(workspace: Workspace) -> None:
     """Matrices decay, including those of LoRA, vectors and scalars do not; heads have their own learning rate."""
-    student = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
+    student = Student.create(tiny_student_config(workspace.model), device="cpu", dtype="float32")
     student.prepare_training()
     parameters = trainable(student)
     recipe = tiny_recipe(student.config, learning_rate=1e-3, head_learning_rate=1e-2, weight_decay=0.1)

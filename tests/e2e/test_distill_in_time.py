@@ -20,7 +20,7 @@ from d2llm.training import training_loop as loop
 from d2llm.training.distill import DistillReport
 from d2llm.training.training_loop import DistillRun
 from tiny_data import tiny_recipe, topics, write_rule_labels
-from tiny_distill import LEARNING, Place, log_of
+from tiny_distill import LEARNING, Workspace, log_of
 from tiny_models import tiny_student_config
 
 NUM_STEPS, NUM_EPOCHS = 8, 3
@@ -30,23 +30,23 @@ class Work:
     """A data set with train judgements, and a recipe with an interaction and token embeddings."""
 
     def __init__(self, folder: Path) -> None:
-        self.place = Place(folder)
+        self.workspace = Workspace(folder)
         source = topics(num_dev=40, shift=0)
         train = {entry.query_id: dict.fromkeys(entry.positives, 1) for entry in source.plan.entries}
         self.source: TrainingSource = replace(
             source, dataset=replace(source.dataset, qrels={"train": train, **source.dataset.qrels})
         )
         self.labels = folder / "topics"
-        write_rule_labels(self.labels, [self.source], self.place.teacher)
+        write_rule_labels(self.labels, [self.source], self.workspace.teacher)
         stages = {
             "residual": ResidualConfig(epochs=NUM_EPOCHS, batch_queries=8, learning_rate=1e-2, warmup_steps=0),
             "tokens": {"dim": 4, "epochs": 1},
         }
-        recipe = tiny_recipe(tiny_student_config(self.place.model), **LEARNING | stages)
+        recipe = tiny_recipe(tiny_student_config(self.workspace.model), **LEARNING | stages)
         self.recipe: Recipe = recipe.model_copy(update={"score_features": ScoreFeaturesConfig(bm25=True, maxsim=True)})
 
     def run(self, folder: Path) -> DistillReport:
-        return self.place.run(folder, source=self.source, labels=self.labels, recipe=self.recipe)
+        return self.workspace.run(folder, source=self.source, labels=self.labels, recipe=self.recipe)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
 
 @pytest.fixture(scope="module")
 def unlimited(work: Work) -> tuple[DistillReport, Path]:
-    folder = work.place.folder / "unlimited"
+    folder = work.workspace.folder / "unlimited"
     return work.run(folder), folder
 
 
@@ -190,6 +190,6 @@ def test_dev_is_measured_less_often_if_that_takes_too_much_of_the_time(
     for name, fraction, expected in (("all", 0.25, NUM_STEPS + 1), ("few", 0.0, 2)):
         monkeypatch.setattr(loop, "_MEASURING_FRACTION", fraction)
         with time_limit(3_600.0):
-            work.place.run(tmp_path / name, source=work.source, labels=work.labels, recipe=recipe)
+            work.workspace.run(tmp_path / name, source=work.source, labels=work.labels, recipe=recipe)
         steps = measured_steps(tmp_path / name)
         assert (steps[0], steps[-1], len(steps)) == (0, NUM_STEPS, expected)

@@ -24,13 +24,13 @@ from d2llm.training import residual
 from d2llm.training import training_loop as loop
 from d2llm.training.distill import distill
 from tiny_data import JUDGEMENTS, tiny_recipe, topics, write_rule_labels
-from tiny_distill import Place, log_of, poison
+from tiny_distill import Workspace, log_of, poison
 from tiny_models import TEXTS, tiny_student_config
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("pairs"))
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("pairs"))
 
 
 def write_pairs(folder: Path, *, splits: tuple[str, ...] = ("train", "dev")) -> Path:
@@ -60,11 +60,11 @@ def pair_source(folder: Path, plan: Path) -> TrainingSource:
 PLAIN = Objective(JUDGEMENTS | {"pair_cross_entropy": {"dot": 0.0}})
 
 
-def test_pairs_alone_teach_a_student_without_a_teacher(place: Place, tmp_path: Path) -> None:
+def test_pairs_alone_teach_a_student_without_a_teacher(workspace: Workspace, tmp_path: Path) -> None:
     source = pair_source(write_pairs(tmp_path / "couples"), tmp_path / "plan")
-    recipe = tiny_recipe(tiny_student_config(place.model), learning_rate=3e-3, head_learning_rate=1e-2, epochs=12)
+    recipe = tiny_recipe(tiny_student_config(workspace.model), learning_rate=3e-3, head_learning_rate=1e-2, epochs=12)
     recipe = recipe.model_copy(update={"losses": PLAIN})
-    report = place.run(tmp_path / "student", source=source, recipe=recipe)
+    report = workspace.run(tmp_path / "student", source=source, recipe=recipe)
     start = report.dev["couples"]["start"]
     best = max(report.dev["couples"]["by_weight"].values())
     assert best > start + 0.1
@@ -75,14 +75,14 @@ def test_pairs_alone_teach_a_student_without_a_teacher(place: Place, tmp_path: P
     assert Student.load(tmp_path / "student", device="cpu").fingerprint == report.fingerprint
 
 
-def test_a_run_on_pairs_and_retrieval_resumes_exactly(place: Place, tmp_path: Path) -> None:
+def test_a_run_on_pairs_and_retrieval_resumes_exactly(workspace: Workspace, tmp_path: Path) -> None:
     sources = [topics(name="tiny"), pair_source(write_pairs(tmp_path / "couples"), tmp_path / "plan")]
-    write_rule_labels(tmp_path / "labels", sources, place.teacher)
-    recipe = tiny_recipe(tiny_student_config(place.model), learning_rate=1e-3, head_learning_rate=1e-2)
+    write_rule_labels(tmp_path / "labels", sources, workspace.teacher)
+    recipe = tiny_recipe(tiny_student_config(workspace.model), learning_rate=1e-3, head_learning_rate=1e-2)
 
     def run(folder: Path) -> str:
         return distill(
-            sources, folder, recipe=recipe, labels=tmp_path / "labels", teacher=place.teacher, device="cpu"
+            sources, folder, recipe=recipe, labels=tmp_path / "labels", teacher=workspace.teacher, device="cpu"
         ).fingerprint
 
     fingerprint = run(tmp_path / "whole")
@@ -97,9 +97,11 @@ def test_a_run_on_pairs_and_retrieval_resumes_exactly(place: Place, tmp_path: Pa
     assert run(tmp_path / "whole") == fingerprint
 
 
-def test_interpolation_keeps_one_of_the_measured_shares(place: Place, tmp_path: Path) -> None:
-    student = tiny_student_config(place.model, pooling=AutoPooling())
-    report = place.run(tmp_path / "student", student=student, interpolation=(0.5, 0.999))  # no PMA to leave out later
+def test_interpolation_keeps_one_of_the_measured_shares(workspace: Workspace, tmp_path: Path) -> None:
+    student = tiny_student_config(workspace.model, pooling=AutoPooling())
+    report = workspace.run(
+        tmp_path / "student", student=student, interpolation=(0.5, 0.999)
+    )  # no PMA to leave out later
     fractions = {line["fraction"]: line["dev"] for line in log_of(tmp_path / "student") if "fraction" in line}
     assert set(fractions) == {0.5, 0.999, 1.0}
     assert report.fraction_kept in fractions
@@ -111,21 +113,28 @@ def test_interpolation_keeps_one_of_the_measured_shares(place: Place, tmp_path: 
     assert Student.load(tmp_path / "student", device="cpu").fingerprint == report.fingerprint
 
 
-def test_pairs_without_a_dev_split_are_rejected(place: Place, tmp_path: Path) -> None:
+def test_pairs_without_a_dev_split_are_rejected(workspace: Workspace, tmp_path: Path) -> None:
     source = pair_source(write_pairs(tmp_path / "couples", splits=("train",)), tmp_path / "plan")
-    recipe = tiny_recipe(tiny_student_config(place.model))
+    recipe = tiny_recipe(tiny_student_config(workspace.model))
     recipe = recipe.model_copy(update={"losses": PLAIN})
     with pytest.raises(InputError, match="there are no dev pairs"):
-        place.run(tmp_path / "student", source=source, recipe=recipe)
+        workspace.run(tmp_path / "student", source=source, recipe=recipe)
 
 
-def test_vectors_are_trained_before_the_interaction(place: Place, tmp_path: Path) -> None:
+def test_vectors_are_trained_before_the_interaction(workspace: Workspace, tmp_path: Path) -> None:
     sources = [topics(name="tiny"), pair_source(write_pairs(tmp_path / "couples"), tmp_path / "plan")]
-    write_rule_labels(tmp_path / "labels", sources, place.teacher)
+    write_rule_labels(tmp_path / "labels", sources, workspace.teacher)
     stage = {"epochs": 6, "learning_rate": 1e-2, "warmup_steps": 1, "num_near": 5, "num_random": 5, "batch_queries": 8}
-    recipe = tiny_recipe(tiny_student_config(place.model), learning_rate=1e-3, head_learning_rate=1e-2, residual=stage)
+    recipe = tiny_recipe(
+        tiny_student_config(workspace.model), learning_rate=1e-3, head_learning_rate=1e-2, residual=stage
+    )
     report = distill(
-        sources, tmp_path / "student", recipe=recipe, labels=tmp_path / "labels", teacher=place.teacher, device="cpu"
+        sources,
+        tmp_path / "student",
+        recipe=recipe,
+        labels=tmp_path / "labels",
+        teacher=workspace.teacher,
+        device="cpu",
     )
     lines = log_of(tmp_path / "student")
     first_stage = [line for line in lines if "loss" in line]
@@ -148,10 +157,10 @@ def test_vectors_are_trained_before_the_interaction(place: Place, tmp_path: Path
 
 
 def test_the_interaction_of_a_student_to_start_from_is_trained_at_full_weight(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = {"epochs": 1, "warmup_steps": 0, "num_near": 5, "num_random": 5, "batch_queries": 8}
-    start = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
+    start = Student.create(tiny_student_config(workspace.model), device="cpu", dtype="float32")
     assert isinstance(start.interaction, Interaction)
     for task in TASKS:
         start.interaction.interaction_weight(task).fill_(0.0)
@@ -164,19 +173,19 @@ def test_the_interaction_of_a_student_to_start_from_is_trained_at_full_weight(
         return original(run, step)
 
     monkeypatch.setattr(residual._Training, "step", step)
-    place.run(tmp_path / "student", start=str(tmp_path / "zero"), residual=stage)
-    own = place.source.task
+    workspace.run(tmp_path / "student", start=str(tmp_path / "zero"), residual=stage)
+    own = workspace.source.task
     assert weights
     assert all(each == {task: float(task == own) for task in TASKS} for each in weights)
 
 
 @pytest.mark.parametrize("stopped_in", ["the second stage", "the mining of an epoch"])
 def test_a_resumed_run_goes_on_from_the_mined_plans(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_in: str
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_in: str
 ) -> None:
     stage = {"epochs": 1, "warmup_steps": 0, "num_near": 5, "num_random": 5, "batch_queries": 8}
     options = {"remine": True, "epochs": 3, "residual": stage}
-    whole = place.run(tmp_path / "whole", **options)
+    whole = workspace.run(tmp_path / "whole", **options)
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -192,7 +201,7 @@ def test_a_resumed_run_goes_on_from_the_mined_plans(
         else:
             patch.setattr(loop, "remine", interrupted_in_the_second)
         with pytest.raises(KeyboardInterrupt):
-            place.run(tmp_path / "again", **options)
+            workspace.run(tmp_path / "again", **options)
     mined: list[Any] = []
 
     def recorded(source: TrainingSource, *inputs: Any, **more: Any) -> TrainingSource:
@@ -201,28 +210,28 @@ def test_a_resumed_run_goes_on_from_the_mined_plans(
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "remine", recorded)
-        assert place.run(tmp_path / "again", **options).fingerprint == whole.fingerprint
+        assert workspace.run(tmp_path / "again", **options).fingerprint == whole.fingerprint
     if stopped_in == "the mining of an epoch":
         first = read_plan(tmp_path / "again.run" / "remined" / "epoch-1" / "tiny")
         assert [plan.entries for plan in mined] == [first.entries]
 
 
 def test_remined_negatives_survive_an_interruption(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"remine": True, "epochs": 3, "checkpoint_every": 1}
-    whole = place.run(tmp_path / "whole", **options)
+    whole = workspace.run(tmp_path / "whole", **options)
     plans = sorted((tmp_path / "whole.run" / "remined").glob("*/tiny"))
     assert [plan.parent.name for plan in plans] == ["epoch-1", "epoch-2"]
     first, second = (read_plan(plan) for plan in plans)
     assert {e.query_id: e.positives for e in first.entries} == {
-        e.query_id: e.positives for e in place.source.plan.entries
+        e.query_id: e.positives for e in workspace.source.plan.entries
     }
-    assert first.entries != place.source.plan.entries
+    assert first.entries != workspace.source.plan.entries
     assert first.entries != second.entries
 
     with monkeypatch.context() as patch:
         poison(patch, step=6, value=float("nan"))
         with pytest.raises(TrainingDivergedError):
-            place.run(tmp_path / "again", **options)
-    assert place.run(tmp_path / "again", **options).fingerprint == whole.fingerprint
+            workspace.run(tmp_path / "again", **options)
+    assert workspace.run(tmp_path / "again", **options).fingerprint == whole.fingerprint

@@ -15,74 +15,78 @@ from d2llm.recipe import Recipe
 from d2llm.recipe.losses import Objective
 from d2llm.training.distill import DistillReport, distill
 from tiny_data import JUDGEMENTS, tiny_recipe, topics, write_rule_labels
-from tiny_distill import Place, log_of
+from tiny_distill import Workspace, log_of
 from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("place"))
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("workspace"))
 
 
 # --- labels that do not match -----------------------------------------------------------------------------------------
 
 
-def test_labels_of_another_teacher_are_refused(place: Place, tmp_path: Path) -> None:
+def test_labels_of_another_teacher_are_refused(workspace: Workspace, tmp_path: Path) -> None:
     other = tiny_teacher_config(write_tiny_model(tmp_path / "other", "llama", seed=7))
     with pytest.raises(LabelMismatchError, match=identify_local_teacher(other).fingerprint):
-        place.run(tmp_path / "student", teacher=other)
+        workspace.run(tmp_path / "student", teacher=other)
     with pytest.raises(LabelMismatchError, match="only of teacher"):
-        place.run(tmp_path / "student", teacher=place.teacher.model_copy(update={"prompt": "paper"}))
+        workspace.run(tmp_path / "student", teacher=workspace.teacher.model_copy(update={"prompt": "paper"}))
     assert not (tmp_path / "student.run").exists()
 
 
-def test_labels_for_no_query_of_the_plan_are_refused(place: Place, tmp_path: Path) -> None:
-    identity = identify_local_teacher(place.teacher)
+def test_labels_for_no_query_of_the_plan_are_refused(workspace: Workspace, tmp_path: Path) -> None:
+    identity = identify_local_teacher(workspace.teacher)
     key = {"teacher": identity.fingerprint, "prompt": identity.prompts["asymmetric"], "dataset": "tiny"}
     store = LabelStore(tmp_path / "labels", **key)
     store.write([QueryLabels("another", ("p00",), np.zeros(1, np.float32))])
     with pytest.raises(InputError, match="no query of the plans has all its labels; finish `d2llm label` first"):
-        place.run(tmp_path / "student", labels=tmp_path / "labels")
+        workspace.run(tmp_path / "student", labels=tmp_path / "labels")
 
 
 @pytest.mark.parametrize(("unlabelled", "trained_on"), [("leave_out", 6), ("own_labels", 16)])
 def test_unlabelled_queries_are_counted(
-    place: Place, unlabelled: str, trained_on: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    workspace: Workspace, unlabelled: str, trained_on: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     queries = [f"q{n:02}" for n in range(6)]
-    write_rule_labels(tmp_path / "labels", [place.source], place.teacher, queries=queries)
+    write_rule_labels(tmp_path / "labels", [workspace.source], workspace.teacher, queries=queries)
     with caplog.at_level(logging.WARNING, logger="d2llm"):
-        report = place.run(tmp_path / "student", labels=tmp_path / "labels", unlabelled=unlabelled)
+        report = workspace.run(tmp_path / "student", labels=tmp_path / "labels", unlabelled=unlabelled)
     assert (report.queries, report.unlabelled_queries) == (trained_on, 10)
     assert report.steps == 2 * -(-trained_on // 4)
     assert "tiny: 10 of 16 queries of the plan lack the teacher's labels" in caplog.text
 
 
-def test_a_data_set_without_labels_is_trained_on_its_own_judgements(place: Place, tmp_path: Path) -> None:
-    write_rule_labels(tmp_path / "labels", [place.source], place.teacher)
+def test_a_data_set_without_labels_is_trained_on_its_own_judgements(workspace: Workspace, tmp_path: Path) -> None:
+    write_rule_labels(tmp_path / "labels", [workspace.source], workspace.teacher)
     more = topics(name="more")
-    recipe = tiny_recipe(tiny_student_config(place.model), epochs=1)
+    recipe = tiny_recipe(tiny_student_config(workspace.model), epochs=1)
 
     def run(recipe: Recipe) -> DistillReport:
         folder, labels = tmp_path / "student", tmp_path / "labels"
-        return distill([place.source, more], folder, recipe=recipe, labels=labels, teacher=place.teacher, device="cpu")
+        return distill(
+            [workspace.source, more], folder, recipe=recipe, labels=labels, teacher=workspace.teacher, device="cpu"
+        )
 
     with pytest.raises(LabelMismatchError, match=r"has no labels of teacher .* data set more"):
         run(recipe)
     own = recipe.training.model_copy(update={"unlabelled": "own_labels"})
     report = run(recipe.model_copy(update={"training": own}))
-    assert report.queries == len(place.source.plan.entries) + len(more.plan.entries)
+    assert report.queries == len(workspace.source.plan.entries) + len(more.plan.entries)
     assert report.unlabelled_queries == len(more.plan.entries)
 
 
-def test_labels_without_cosines_are_counted(place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    identity = identify_local_teacher(place.teacher)
+def test_labels_without_cosines_are_counted(
+    workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    identity = identify_local_teacher(workspace.teacher)
     key = {"teacher": identity.fingerprint, "prompt": identity.prompts["asymmetric"], "dataset": "tiny"}
     store = LabelStore(tmp_path / "labels", **key)
-    plan = place.source.plan.entries
+    plan = workspace.source.plan.entries
     store.write([QueryLabels(e.query_id, e.passage_ids, np.ones(len(e.passage_ids), np.float32)) for e in plan])
     with caplog.at_level(logging.WARNING, logger="d2llm"):
-        place.run(tmp_path / "student", labels=tmp_path / "labels", epochs=1)
+        workspace.run(tmp_path / "student", labels=tmp_path / "labels", epochs=1)
     assert "16 queries lack cosines of the teacher's features" in caplog.text
     assert {line["feature_imitation"] for line in log_of(tmp_path / "student") if "loss" in line} == {0.0}
 
@@ -90,33 +94,33 @@ def test_labels_without_cosines_are_counted(place: Place, tmp_path: Path, caplog
 # --- unsuitable folders and settings ----------------------------------------------------------------------------------
 
 
-def test_a_finished_student_is_not_overwritten(place: Place, tmp_path: Path) -> None:
-    place.run(tmp_path / "student", epochs=1)
+def test_a_finished_student_is_not_overwritten(workspace: Workspace, tmp_path: Path) -> None:
+    workspace.run(tmp_path / "student", epochs=1)
     with pytest.raises(InputError, match="already holds a finished student"):
-        place.run(tmp_path / "student", epochs=1)
+        workspace.run(tmp_path / "student", epochs=1)
 
 
-def test_a_foreign_folder_is_refused_before_training(place: Place, tmp_path: Path) -> None:
+def test_a_foreign_folder_is_refused_before_training(workspace: Workspace, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not lose", encoding="utf-8")
     with pytest.raises(InputError, match="holds files that d2llm did not make"):
-        place.run(tmp_path / "mine")
+        workspace.run(tmp_path / "mine")
     (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(InputError, match="is a file"):
-        place.run(tmp_path / "file")
+        workspace.run(tmp_path / "file")
 
 
-def test_sources_with_the_same_name_are_refused(place: Place, tmp_path: Path) -> None:
-    sources = [place.source, topics(name="tiny")]
-    recipe = tiny_recipe(tiny_student_config(place.model))
+def test_sources_with_the_same_name_are_refused(workspace: Workspace, tmp_path: Path) -> None:
+    sources = [workspace.source, topics(name="tiny")]
+    recipe = tiny_recipe(tiny_student_config(workspace.model))
     with pytest.raises(InputError, match="two data sets have the same name: tiny, tiny"):
-        distill(sources, tmp_path / "student", recipe=recipe, labels=place.labels, teacher=place.teacher)
+        distill(sources, tmp_path / "student", recipe=recipe, labels=workspace.labels, teacher=workspace.teacher)
 
 
-def test_without_imitation_no_labels_are_needed(place: Place, tmp_path: Path) -> None:
+def test_without_imitation_no_labels_are_needed(workspace: Workspace, tmp_path: Path) -> None:
     without_imitation = Objective(JUDGEMENTS)
-    recipe = tiny_recipe(tiny_student_config(place.model), losses=without_imitation, epochs=1)
-    report = place.run(tmp_path / "student", labels=tmp_path / "nothing", recipe=recipe)
+    recipe = tiny_recipe(tiny_student_config(workspace.model), losses=without_imitation, epochs=1)
+    report = workspace.run(tmp_path / "student", labels=tmp_path / "nothing", recipe=recipe)
     assert (report.steps, report.queries, report.unlabelled_queries) == (4, 16, 16)
     losses = [line for line in log_of(tmp_path / "student") if "loss" in line]
     assert all({"in_batch_cross_entropy", "dot_cross_entropy"} <= line.keys() for line in losses)

@@ -25,7 +25,7 @@ m5,What rate do you use when I pay in euros abroad?,chat,,n/a,true
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an index, made from a CSV file."""
     folder = tmp_path_factory.mktemp("everyday")
     (folder / "messages.csv").write_text(MESSAGES)
@@ -38,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def client(place: Path) -> Any:
+def client(workspace: Path) -> Any:
     """A client of a server that serves the index."""
     httpx = pytest.importorskip("httpx")
     pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
@@ -46,14 +46,14 @@ def client(place: Path) -> Any:
     from d2llm.server.settings import ServeSettings
     from live_server import serve, wait_until_ready
 
-    with serve(make_app(ServeSettings(index=place / "i"))) as address:
+    with serve(make_app(ServeSettings(index=workspace / "i"))) as address:
         wait_until_ready(address)
         with httpx.Client(base_url=address) as made:
             yield made
 
 
-def test_values_of_a_csv_have_the_declared_types(place: Path):
-    index = Index.open(place / "i")
+def test_values_of_a_csv_have_the_declared_types(workspace: Path):
+    index = Index.open(workspace / "i")
     metadata = {passage.id: dict(passage.metadata) for passage in index.get(index.list_passages())}
     assert [metadata[f"m{number}"].get("year") for number in range(1, 6)] == [2023, 2024, 2024, 2025, None]
     assert [metadata[f"m{number}"].get("score") for number in range(1, 6)] == [0.5, 1.5, 2.0, None, None]
@@ -61,9 +61,9 @@ def test_values_of_a_csv_have_the_declared_types(place: Path):
     assert metadata["m1"]["channel"] == "mail"
 
 
-def test_facets_and_order(place: Path):
+def test_facets_and_order(workspace: Path):
     query = ["where is my card?", "--top-k", "3", "--facet", "channel", "--facet", "year", "--sort", "year:desc"]
-    result, report = succeed_with_report("search", place / "i", *query, folder=place)
+    result, report = succeed_with_report("search", workspace / "i", *query, folder=workspace)
     (ranking,) = report["result"]["rankings"]
     assert [one["passage"]["id"] for one in ranking["passages"]] == ["m4", "m2", "m1"]
     counts = {one["value"]: one["num_passages"] for one in ranking["facets"]["channel"]["values"]}
@@ -72,7 +72,7 @@ def test_facets_and_order(place: Path):
     lines = [line.split() for line in result.stdout.splitlines()]
     assert ["channel", "chat", "3", "3"] in lines
     assert ["year", "(none)", "1"] in [line[:3] for line in lines]
-    fail("search", place / "i", "card", "--facet", "chanel", containing=["did you mean 'channel'"])
+    fail("search", workspace / "i", "card", "--facet", "chanel", containing=["did you mean 'channel'"])
 
 
 def test_facets_and_order_over_http(client: Any):
@@ -175,11 +175,11 @@ def test_classes(intents: Path, tmp_path: Path):
     fail("classify", intents / "i", "x", "--field", "labl", containing=["did you mean 'label'"])
 
 
-def test_without_examples_there_are_no_classes(place: Path):
-    fail("classify", place / "i", "x", "--field", "score", containing=["fewer than two values of 'score'"])
+def test_without_examples_there_are_no_classes(workspace: Path):
+    fail("classify", workspace / "i", "x", "--field", "score", containing=["fewer than two values of 'score'"])
 
 
-def test_a_server_goes_on_with_the_old_student_until_it_reloads(place: Path, client: Any):
+def test_a_server_goes_on_with_the_old_student_until_it_reloads(workspace: Path, client: Any):
     """The last test: it changes the index."""
 
     def search() -> dict[str, Any]:
@@ -188,7 +188,7 @@ def test_a_server_goes_on_with_the_old_student_until_it_reloads(place: Path, cli
         return answer["index"]
 
     before = search()
-    result = succeed("index", place / "i", "reencode", "--student", "d2llm-minilm-cosine")
+    result = succeed("index", workspace / "i", "reencode", "--student", "d2llm-minilm-cosine")
     assert "5 passages, 5 encoded now by d2llm-minilm-cosine" in result.stderr
     search()
     reloaded = client.post("/v1/index/reload").json()

@@ -36,7 +36,7 @@ def grader(request: Request, number: int) -> Reply:
     query = re.findall(r"^Query: (.*)$", request.prompt, re.M)[0]
     texts = re.findall(r"^\[\d+\] (.*)$", request.prompt, re.M)
     grades = [62 if text[0] == query[0] and text.endswith("2") else len(text) % 60 for text in texts]
-    answer = "\n".join(f"[{place}] {grade}" for place, grade in enumerate(grades, start=1))
+    answer = "\n".join(f"[{position}] {grade}" for position, grade in enumerate(grades, start=1))
     return Reply(chat(answer, usage=(10 * len(texts), len(texts))))
 
 

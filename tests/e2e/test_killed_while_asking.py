@@ -131,7 +131,7 @@ Command = tuple[str, ...]
 
 
 @pytest.fixture
-def command(place: Path, tmp_path: Path) -> Callable[..., Command]:
+def command(workspace: Path, tmp_path: Path) -> Callable[..., Command]:
     """The arguments of a verb of a run whose teacher is of a kind, at an address; mining uses its margin."""
 
     def arguments(verb: str, kind: str, url: str, settings: str = "teacher_margin = 0.5") -> Command:
@@ -140,7 +140,7 @@ def command(place: Path, tmp_path: Path) -> Callable[..., Command]:
         teacher += f'[teacher.remote]\nurl = "{url}"\nconcurrency = {CONCURRENCY}\n'
         teacher += "" if kind == "remote" else "[teacher.lists]\norders = 2\nsize = 2"
         teacher += "\nstep = 1" if kind == "listwise" else ""
-        recipe = recipe_with_teacher(place / "tiny.toml", teacher)
+        recipe = recipe_with_teacher(workspace / "tiny.toml", teacher)
         (tmp_path / "recipe.toml").write_text(recipe.replace("[mining]", f"[mining]\n{settings}"))
         return verb, str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run"), "--dtype", "float32"
 

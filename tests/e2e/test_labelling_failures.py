@@ -71,18 +71,18 @@ class Labelling:
 
 
 @pytest.fixture(scope="module")
-def mined(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mined(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that has plans."""
     folder = tmp_path_factory.mktemp("mined")
-    succeed("mine", place / "tiny.toml", "--out", folder / "run", "--dtype", "float32")
+    succeed("mine", workspace / "tiny.toml", "--out", folder / "run", "--dtype", "float32")
     return folder / "run"
 
 
 @pytest.fixture
-def labelling(mined: Path, place: Path, tmp_path: Path) -> Labelling:
+def labelling(mined: Path, workspace: Path, tmp_path: Path) -> Labelling:
     shutil.copytree(mined, tmp_path / "run")
     (plan,) = (tmp_path / "run" / "plans").glob("*")
-    return Labelling(tmp_path, place / "tiny.toml", read_plan(plan))
+    return Labelling(tmp_path, workspace / "tiny.toml", read_plan(plan))
 
 
 def answered_pairs(requests: list[Request]) -> list[tuple[str, str]]:
@@ -96,9 +96,9 @@ def leaving_endpoint(number: int) -> Iterator[tuple[LocalEndpoint, threading.Eve
     """An endpoint that answers so many requests and refuses connections from then on; and whether it is gone."""
     leaving, gone = threading.Event(), threading.Event()
 
-    def reply(request: Request, place: int) -> Reply:
-        if place < number:
-            return counts_words(request, place)
+    def reply(request: Request, index: int) -> Reply:
+        if index < number:
+            return counts_words(request, index)
         leaving.set()
         return Reply(hang_up=True)
 

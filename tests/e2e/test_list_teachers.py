@@ -43,11 +43,11 @@ def test_judge_orders_passages_by_what_the_model_answers(tmp_path: Path, kind: s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_tests_it_labels_with_it_and_learns_from_it(place: Path, tmp_path: Path, kind: str) -> None:
+def test_a_run_tests_it_labels_with_it_and_learns_from_it(workspace: Path, tmp_path: Path, kind: str) -> None:
     with list_teacher(tmp_path, kind) as (file, endpoint):
         recipe = tmp_path / "recipe.toml"
         teacher = f'kind = "{kind}"\nmodel = "counts-words"\n[teacher.remote]\nurl = "{endpoint.url}"'
-        recipe.write_text(recipe_with_teacher(place / "tiny.toml", teacher))
+        recipe.write_text(recipe_with_teacher(workspace / "tiny.toml", teacher))
         arguments = (recipe, "--out", tmp_path / "run", "--dtype", "float32")
         _, report = succeed_with_report("run", *arguments, folder=tmp_path)
         identity = identify_teacher(named_teacher(str(file)))

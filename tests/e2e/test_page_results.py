@@ -321,11 +321,11 @@ def test_other_results_in_the_document_are_marked_and_reached(visit, address):
     open_manual(page)
     view = page.locator("#document")
     assert view.locator(".marked").count() == in_manual
-    places = {view.locator("#document-place").inner_text()}
+    labels = {view.locator("#document-position").inner_text()}
     for _ in range(in_manual):
         page.locator("#document-next").click()
-        places.add(view.locator("#document-place").inner_text())
-    assert places == {f"Result {n} of {in_manual} in this document" for n in range(1, in_manual + 1)}
+        labels.add(view.locator("#document-position").inner_text())
+    assert labels == {f"Result {n} of {in_manual} in this document" for n in range(1, in_manual + 1)}
 
 
 def test_a_link_opens_the_document_and_closing_it_leaves_the_search(visit, address):

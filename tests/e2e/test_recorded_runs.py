@@ -20,14 +20,14 @@ from list_endpoint import grade, recipe_with_teacher
 class RecordedRun:
     """A run with plans, and a folder with graded lists of train and dev queries."""
 
-    def __init__(self, place: Path, folder: Path) -> None:
+    def __init__(self, workspace: Path, folder: Path) -> None:
         self.folder, self.lists = folder, folder / "judgements"
         self.recipe = folder / "recipe.toml"
-        text = recipe_with_teacher(place / "tiny.toml", 'kind = "graded"\nmodel = "large"')
+        text = recipe_with_teacher(workspace / "tiny.toml", 'kind = "graded"\nmodel = "large"')
         self.recipe.write_text(text.replace('when_closed = "teacher"', 'when_closed = "stop"\nalpha = 0.3'))
         self.where = (self.recipe, "--out", folder / "run", "--dtype", "float32")
         succeed("mine", *self.where)
-        self.dataset = read_beir(place / "everyday")
+        self.dataset = read_beir(workspace / "everyday")
         self.plan = read_plan(folder / "run" / "plans" / "everyday")
         self.lists.mkdir()
         (self.lists / "README.md").write_text("How they were made.")
@@ -58,9 +58,9 @@ class RecordedRun:
 
 
 @pytest.fixture(scope="module")
-def recorded(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RecordedRun, dict[str, Any]]:
+def recorded(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RecordedRun, dict[str, Any]]:
     """A finished run with recorded grades, and the results of its steps."""
-    run = RecordedRun(place, tmp_path_factory.mktemp("recorded"))
+    run = RecordedRun(workspace, tmp_path_factory.mktemp("recorded"))
     _, report = succeed_with_report("run", *run.where, "--recorded", run.lists, folder=run.folder)
     return run, report["result"]
 

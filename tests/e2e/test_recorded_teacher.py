@@ -26,17 +26,17 @@ def teacher(lists: Path, *data: Path, **settings: object) -> TeacherConfig:
     return TeacherConfig.model_validate({"kind": "graded", "model": "large", "recorded": recorded})
 
 
-def test_judge_repeats_texts_and_ids(place: Path, tmp_path: Path) -> None:
+def test_judge_repeats_texts_and_ids(workspace: Path, tmp_path: Path) -> None:
     lists = tmp_path / "lists.jsonl"
     write_lines(lists, [{"query": "cats?", "passages": ["they  purr", "no"], "grades": [94, 10.0]}])
     _, report = succeed_with_report("judge", "cats?", "no", "they purr", "--recorded", lists, folder=tmp_path)
     assert [each["log_odds"] for each in report["result"]["scores"]] == pytest.approx([-5, 2])
     assert "1 of 1 pairs were not recorded" in succeed("judge", "dogs?", "no", "--recorded", lists).stderr
     write_lines(lists, [{"query_id": "q0", "passages": ["s0"], "grades": [grade]} for grade in (80, 84)])
-    dataset = read_beir(place / "everyday")
+    dataset = read_beir(workspace / "everyday")
     texts = (dataset.queries["q0"].text, dataset.passages["s0"].full_text)
     fail("judge", *texts, "--recorded", lists, containing=["lists.jsonl", "--data"])
-    arguments = ("judge", *texts, "--recorded", lists, "--data", place / "everyday")
+    arguments = ("judge", *texts, "--recorded", lists, "--data", workspace / "everyday")
     _, report = succeed_with_report(*arguments, folder=tmp_path)
     assert report["result"]["scores"][0]["log_odds"] == pytest.approx(1)  # the mean of two
     assert (
@@ -47,9 +47,9 @@ def test_judge_repeats_texts_and_ids(place: Path, tmp_path: Path) -> None:
     fail("judge", "a", "b", "--data", tmp_path, containing=["--recorded"])
 
 
-def test_verbs_of_a_recipe_repeat_the_grades_and_count_what_was_not_recorded(place: Path, tmp_path: Path) -> None:
+def test_verbs_of_a_recipe_repeat_the_grades_and_count_what_was_not_recorded(workspace: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(recipe_with_teacher(place / "tiny.toml", 'kind = "graded"\nmodel = "large"'))
+    recipe.write_text(recipe_with_teacher(workspace / "tiny.toml", 'kind = "graded"\nmodel = "large"'))
     where = (recipe, "--out", tmp_path / "run", "--dtype", "float32")
     succeed("mine", *where)
     plan = read_plan(next((tmp_path / "run" / "plans").glob("*")))
@@ -79,7 +79,7 @@ def test_verbs_of_a_recipe_repeat_the_grades_and_count_what_was_not_recorded(pla
     _, report = succeed_with_report("run", *where, "--recorded", lists, folder=tmp_path)
     manifest = json.loads((tmp_path / "run" / "student" / "manifest.json").read_text())
     assert manifest["teacher"] == live.fingerprint
-    fail("label", place / "tiny.toml", *where[1:], "--recorded", lists, containing=['kind = "graded"'])
+    fail("label", workspace / "tiny.toml", *where[1:], "--recorded", lists, containing=['kind = "graded"'])
     assert Run(recipe, tmp_path / "run", recorded=lists).teacher.recorded is not None
 
 
@@ -112,12 +112,12 @@ def test_passages_that_a_list_lacks_can_have_a_grade(tmp_path: Path) -> None:
     ],
 )
 def test_a_list_that_is_none_is_an_error_with_its_line(
-    place: Path, tmp_path: Path, line: dict[str, object], problem: str
+    workspace: Path, tmp_path: Path, line: dict[str, object], problem: str
 ) -> None:
     lists = tmp_path / "lists.jsonl"
     write_lines(lists, [{"query_id": "q0", "passages": ["s0"], "grades": [1]}, line])
     with pytest.raises(D2LLMError, match=f"lists.jsonl:2: .*{problem}"):
-        load_teacher(teacher(lists, place / "everyday"))
+        load_teacher(teacher(lists, workspace / "everyday"))
 
 
 def test_grades_of_labelled_pairs_are_found_by_split_and_number(tmp_path: Path) -> None:

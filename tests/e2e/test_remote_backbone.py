@@ -46,9 +46,9 @@ def endpoint() -> Iterator[LocalEndpoint]:
         yield running
 
 
-def write_recipe(place: Path, folder: Path, url: str, *, dim: int = EMBEDDING_DIM, more: str = "") -> Path:
+def write_recipe(workspace: Path, folder: Path, url: str, *, dim: int = EMBEDDING_DIM, more: str = "") -> Path:
     """The session's recipe with another backbone; words count, and the second stage trains the interaction alone."""
-    text = (place / "tiny.toml").read_text()
+    text = (workspace / "tiny.toml").read_text()
     start, end = text.index("[student.backbone]"), text.index("[student.interaction]")
     text = text[:start] + BACKBONE.format(url=url, dim=dim) + text[end:]
     text = text.replace("residual.epochs = 0", "residual.epochs = 1")
@@ -58,13 +58,19 @@ def write_recipe(place: Path, folder: Path, url: str, *, dim: int = EMBEDDING_DI
 
 
 @pytest.fixture(scope="module")
-def trained(place: Path, endpoint: LocalEndpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(workspace: Path, endpoint: LocalEndpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was finished, with an index of its student."""
     folder = tmp_path_factory.mktemp("remote")
-    recipe = write_recipe(place, folder, endpoint.url)
+    recipe = write_recipe(workspace, folder, endpoint.url)
     succeed("run", recipe, "--out", folder / "run", "--dtype", "float32")
     _, report = succeed_with_report(
-        "encode", place / "everyday", "--student", folder / "run" / "student", "--out", folder / "index", folder=folder
+        "encode",
+        workspace / "everyday",
+        "--student",
+        folder / "run" / "student",
+        "--out",
+        folder / "index",
+        folder=folder,
     )
     assert report["result"]["num_passages"] == 60
     return folder
@@ -109,20 +115,20 @@ def test_search_sends_the_query_alone(trained: Path, endpoint: LocalEndpoint) ->
     result = fail("search", trained / "index", query, "--engine", "onnx", containing=["backbone is remote"])
 
 
-def test_a_student_is_evaluated(trained: Path, place: Path, endpoint: LocalEndpoint) -> None:
+def test_a_student_is_evaluated(trained: Path, workspace: Path, endpoint: LocalEndpoint) -> None:
     before = asked(endpoint)
     student = ("--student", trained / "run" / "student")
-    _, report = succeed_with_report("evaluate", place / "everyday", *student, "--split", "test", folder=trained)
+    _, report = succeed_with_report("evaluate", workspace / "everyday", *student, "--split", "test", folder=trained)
     assert {"bm25", "d2llm"} <= {row["kind"] for row in report["result"]["rows"]}
     assert set((asked(endpoint) - before).values()) <= {1}
 
 
 def test_an_interrupted_run_goes_on_without_asking_again(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with local_endpoint(lambda r, n: embeddings(r, n) if n < 5 else Reply("over quota", status=429)) as endpoint:
-        recipe = write_recipe(place, tmp_path, endpoint.url, more="")
+        recipe = write_recipe(workspace, tmp_path, endpoint.url, more="")
         text = recipe.read_text().replace("batch_texts = 8", "batch_texts = 8\nconcurrency = 1")
         recipe.write_text(text)
         fail(
@@ -136,12 +142,12 @@ def test_an_interrupted_run_goes_on_without_asking_again(
         assert not kept.keys() & {text for request in endpoint.requests[refused:] for text in request.body["input"]}
 
 
-def test_mistakes_are_found_before_the_work(place: Path, tmp_path: Path, endpoint: LocalEndpoint) -> None:
-    wrong_width = write_recipe(place, tmp_path, endpoint.url, dim=7)
+def test_mistakes_are_found_before_the_work(workspace: Path, tmp_path: Path, endpoint: LocalEndpoint) -> None:
+    wrong_width = write_recipe(workspace, tmp_path, endpoint.url, dim=7)
     fail(
         "mine", wrong_width, "--out", tmp_path / "run", containing=["gives vectors of 16 dimensions", "dimensions is 7"]
     )
-    tokens = write_recipe(place, tmp_path, endpoint.url, more="maxsim = true\n")
+    tokens = write_recipe(workspace, tmp_path, endpoint.url, more="maxsim = true\n")
     fail("mine", tokens, "--out", tmp_path / "run", containing=["remote.toml", "score_features.maxsim"])
 
 

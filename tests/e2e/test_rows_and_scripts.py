@@ -102,9 +102,9 @@ def test_the_right_passage_wins_in_every_script(multilingual, form):
         best = ranking.passages[0]
         assert best.passage.id == expected, query
         assert best.explanation.terms, query
-        places = best.explanation.term_places
-        assert {term: len(spans) for term, spans in places.items()} == dict(best.explanation.terms)
-        assert all(best.passage.full_text[start:end] for spans in places.values() for start, end in spans)
+        spans_by_term = best.explanation.term_spans
+        assert {term: len(spans) for term, spans in spans_by_term.items()} == dict(best.explanation.terms)
+        assert all(best.passage.full_text[start:end] for spans in positions.values() for start, end in spans)
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from d2llm.training.open_run import Skipped
 
 
 @pytest.fixture(scope="module")
-def run(place, tmp_path_factory):
+def run(workspace, tmp_path_factory):
     folder = tmp_path_factory.mktemp("from-python") / "run"
-    return Run(place / "tiny.toml", folder, dtype="float32", show_progress=False)
+    return Run(workspace / "tiny.toml", folder, dtype="float32", show_progress=False)
 
 
 def kinds_of(report):
@@ -49,8 +49,8 @@ def test_a_run_finishes_every_step_and_is_evaluated(run, caplog):
     assert "teacher" not in kinds_of(run.evaluate(settings, with_teacher=False)["everyday"])
 
 
-def test_a_run_accepts_a_recipe_object(place, tmp_path):
-    run = Run(load_recipe(str(place / "tiny.toml")), tmp_path / "other")
+def test_a_run_accepts_a_recipe_object(workspace, tmp_path):
+    run = Run(load_recipe(str(workspace / "tiny.toml")), tmp_path / "other")
     assert run.folder.path == tmp_path / "other"
     with pytest.raises(InputError, match="there is no training plan yet"):
         run.distill()

@@ -132,7 +132,7 @@ def test_all_shards_change_at_once(both):
             until_answer(answers, lambda one: is_of(one, generation), "an answer with the change")  # noqa: B023
     for answer in answers:
         assert answer["missing_shards"] == []
-        years = {place["metadata"]["year"] for place in answer["passages"]}
+        years = {result["metadata"]["year"] for result in answer["passages"]}
         assert (len(answer["passages"]), len(years)) == (12, 1)
     assert patient.get(f"{address}/v1/index").json()["num_passages"] == 72
     for n in range(12):
@@ -140,7 +140,7 @@ def test_all_shards_change_at_once(both):
 
 
 def is_of(answer: dict[str, Any], generation: int) -> bool:
-    return {place["metadata"]["year"] for place in answer["passages"]} == {generation}
+    return {result["metadata"]["year"] for result in answer["passages"]} == {generation}
 
 
 def test_a_shard_that_dies_is_named_until_its_replacement_has_joined(both):
@@ -155,9 +155,9 @@ def test_a_shard_that_dies_is_named_until_its_replacement_has_joined(both):
         until_answer(answers, lambda one: not one["missing_shards"], "an answer with the shard")
     if refused.status_code == 200:
         patient.delete(f"{address}/v1/passages/x")
-    all_ids = [place["id"] for place in whole]
+    all_ids = [result["id"] for result in whole]
     for answer in answers:
-        found = [place["id"] for place in answer["passages"] if place["id"] != "x"]
+        found = [result["id"] for result in answer["passages"] if result["id"] != "x"]
         assert answer["missing_shards"] in ([], [1])
         if not answer["missing_shards"]:
             assert found == all_ids

@@ -77,9 +77,9 @@ def test_a_shard_may_go_and_come_back(sharded: Path):
         (sharded / "shard-0002").rename(sharded.parent / "away")
         until(lambda: search(address)["missing_shards"] == [2], "an answer without the shard")
         partial = search(address, top_k=60)
-        others = {place["id"] for place in partial["passages"]}
-        assert [place["id"] for place in whole["passages"] if place["id"] in others] == [
-            place["id"] for place in partial["passages"]
+        others = {result["id"] for result in partial["passages"]}
+        assert [result["id"] for result in whole["passages"] if result["id"] in others] == [
+            result["id"] for result in partial["passages"]
         ]
         assert patient.get(f"{address}/v1/index").json()["missing_shards"] == [2]
         assert 'd2llm_index_missing_shards{index="sharded"} 1.0' in patient.get(f"{address}/metrics").text

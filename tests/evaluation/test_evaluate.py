@@ -41,7 +41,7 @@ def values_of(ranking, grades):
     relevant = {passage for passage, grade in grades.items() if grade > 0}
     gains = [grades.get(passage, 0) for passage in ranking]
     best = sorted(grades.values(), reverse=True)
-    dcg, ideal = (sum(gain / log2(place + 2) for place, gain in enumerate(g[:10])) for g in (gains, best))
+    dcg, ideal = (sum(gain / log2(index + 2) for index, gain in enumerate(g[:10])) for g in (gains, best))
     ranks = [rank for rank, passage in enumerate(ranking, start=1) if passage in relevant]
     return {
         "nDCG@10": dcg / ideal,
@@ -206,7 +206,7 @@ def words():
 @pytest.fixture(scope="module")
 def full(words):
     """A report with every kind of row; the teacher scores a sample."""
-    other = {query: list(words.passages)[place : place + 9] for place, query in enumerate(words.queries)}
+    other = {query: list(words.passages)[index : index + 9] for index, query in enumerate(words.queries)}
     contenders = everyone(
         bi_encoders={"their encoder": CosineStudent(FakeStudent(fingerprint="theirs"))},
         cross_encoders={"their judge": FakeTeacher(fingerprint="judge")},
@@ -314,8 +314,8 @@ def test_a_judge_reranks_the_pool_of_bm25_and_the_student(full, words, name):
     for query, ranking in rankings[name].items():
         bm25, student = ([passage for passage, _ in rankings[system][query]] for system in ("BM25", "D2LLM"))
         pool = []
-        for place in range(100):  # alternating between the two, without duplicates
-            for proposed in (bm25[place : place + 1], student[place : place + 1]):
+        for index in range(100):  # alternating between the two, without duplicates
+            for proposed in (bm25[index : index + 1], student[index : index + 1]):
                 pool += [passage for passage in proposed if passage not in pool and len(pool) < 20]
         query_words = set(words.queries[query].text.split())
         shared = {passage: len(query_words & set(words.passages[passage].text.split())) for passage in pool}
@@ -344,7 +344,7 @@ def test_agreement_covers_the_pairs_the_teacher_judged(full, words):
         values = list(judged.values())
         pearsons.append(np.corrcoef(values, logits)[0, 1])
         kendalls.append(kendalltau(values, logits).statistic)
-        best = [list(judged)[place] for place in np.argsort(-logits)[:10]]
+        best = [list(judged)[index] for index in np.argsort(-logits)[:10]]
         overlaps.append(len(set(best) & set(list(judged)[:10])) / 10)
         pairs += len(judged)
     agreement_row = rows["D2LLM"]

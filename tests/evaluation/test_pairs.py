@@ -243,8 +243,8 @@ def test_examples_are_pairs_that_only_one_system_gets_right(report, scores, sayi
         cut = best_cut(scores["dev"][name], lambda predicted: np.mean(predicted == dev))  # noqa: B023 - used at once
         correct[name] = (scores["test"][name] >= cut) == truth
         assert report.details.values[name]["AP"] == tuple(correct[name].astype(float))
-    wins = {str(place) for place in np.flatnonzero(correct["D2LLM"] & ~correct["cosine, tuned"])}
-    losses = {str(place) for place in np.flatnonzero(~correct["D2LLM"] & correct["cosine, tuned"])}
+    wins = {str(index) for index in np.flatnonzero(correct["D2LLM"] & ~correct["cosine, tuned"])}
+    losses = {str(index) for index in np.flatnonzero(~correct["D2LLM"] & correct["cosine, tuned"])}
     assert {example.id for example in report.details.wins} == set(sorted(wins, key=int)[:10]) != set()
     assert {example.id for example in report.details.losses} <= losses
     assert len(report.details.losses) == min(10, len(losses)) > 0
@@ -336,8 +336,8 @@ def test_graded_measures_by_definition(monkeypatch):
     assert report.rows[-1].num_items == 30
     assert report.calibration == report.histograms == ()
     assert report.notes == ("test: 2 pairs have an empty text",)  # there is no dev split, and none is needed
-    (win, *_), places, truth = report.details.wins, stats.rankdata(expected["D2LLM"]), stats.rankdata(grades)
-    assert win.value == pytest.approx(1 - abs(places - truth)[int(win.id)] / 59)
+    (win, *_), ranks, truth = report.details.wins, stats.rankdata(expected["D2LLM"]), stats.rankdata(grades)
+    assert win.value == pytest.approx(1 - abs(ranks - truth)[int(win.id)] / 59)
     assert win.relevant[0].id == f"{win.id}: {graded.splits['test'][int(win.id)].score:g}"
 
 

@@ -12,15 +12,15 @@ from file_cases.case import Case
 def pdf(objects: Sequence[str | bytes], *, trailer: str = "") -> bytes:
     """A file of objects numbered from 1, of which the first is the catalogue."""
     data = bytearray(b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n")
-    places: list[int] = []
+    offsets: list[int] = []
     for number, content in enumerate(objects, start=1):
-        places.append(len(data))
+        offsets.append(len(data))
         body = content.encode("latin-1") if isinstance(content, str) else content
         data += f"{number} 0 obj\n".encode() + body + b"\nendobj\n"
     start = len(data)
-    data += f"xref\n0 {len(places) + 1}\n0000000000 65535 f \n".encode()
-    data += b"".join(f"{place:010} 00000 n \n".encode() for place in places)
-    data += f"trailer\n<</Size {len(places) + 1}/Root 1 0 R{trailer}>>\nstartxref\n{start}\n%%EOF\n".encode()
+    data += f"xref\n0 {len(offsets) + 1}\n0000000000 65535 f \n".encode()
+    data += b"".join(f"{offset:010} 00000 n \n".encode() for offset in offsets)
+    data += f"trailer\n<</Size {len(offsets) + 1}/Root 1 0 R{trailer}>>\nstartxref\n{start}\n%%EOF\n".encode()
     return bytes(data)
 
 
@@ -86,10 +86,10 @@ def pdf_cases() -> list[Case]:
     form = "/AcroForm<</Fields[{}]/NeedAppearances true/DR<</Font<</F 3 0 R>>>>/DA(/F 12 Tf)>>"
 
     def with_fields(*fields: str, also: Sequence[str | bytes] = (), roots: Sequence[int] = ()) -> bytes:
-        places = [f"{6 + n} 0 R" for n in range(len(fields))]
-        top = [f"{n} 0 R" for n in roots] or places
+        references = [f"{6 + n} 0 R" for n in range(len(fields))]
+        top = [f"{n} 0 R" for n in roots] or references
         return pages(
-            line("An application."), annotations=places, more=[*fields, *also], catalog=form.format(" ".join(top))
+            line("An application."), annotations=references, more=[*fields, *also], catalog=form.format(" ".join(top))
         )
 
     def with_notes(*notes: str) -> bytes:

@@ -33,9 +33,9 @@ def r(text: str) -> str:
 
 def shape(*paragraphs: str, kind: str = "") -> str:
     """A shape with text; ``kind`` is that of a placeholder."""
-    place = f'<p:ph type="{kind}"/>' if kind else ""
+    placeholder = f'<p:ph type="{kind}"/>' if kind else ""
     return (
-        f'<p:sp><p:nvSpPr><p:cNvPr id="2" name="Shape 2"/><p:cNvSpPr/><p:nvPr>{place}</p:nvPr></p:nvSpPr><p:spPr/>'
+        f'<p:sp><p:nvSpPr><p:cNvPr id="2" name="Shape 2"/><p:cNvSpPr/><p:nvPr>{placeholder}</p:nvPr></p:nvSpPr><p:spPr/>'
         f"<p:txBody><a:bodyPr/>{''.join(map(p, paragraphs))}</p:txBody></p:sp>"
     )
 

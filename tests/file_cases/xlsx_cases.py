@@ -43,16 +43,16 @@ def _name(column: int) -> str:
 Value = None | str | float | tuple[float, int]
 
 
-def _cell(place: str, value: Value) -> str:
+def _cell(address: str, value: Value) -> str:
     """A cell: text, elements of one, a number, or a number and the number of its format."""
     if value is None:
         return ""
     if isinstance(value, str) and value.startswith("<c "):
-        return value.replace("<c ", f'<c r="{place}" ', 1)
+        return value.replace("<c ", f'<c r="{address}" ', 1)
     if isinstance(value, str):
-        return f'<c r="{place}" t="inlineStr"><is><t xml:space="preserve">{value}</t></is></c>'
+        return f'<c r="{address}" t="inlineStr"><is><t xml:space="preserve">{value}</t></is></c>'
     number, style = value if isinstance(value, tuple) else (value, GENERAL)
-    return f'<c r="{place}" s="{style}"><v>{number}</v></c>'
+    return f'<c r="{address}" s="{style}"><v>{number}</v></c>'
 
 
 def sheet(rows: Sequence[Sequence[Value]], more: str = "") -> str:

@@ -110,8 +110,8 @@ def test_all_queries_to_train_on_may_share_a_passage_with_test(tmp_path):
     splits = split_passages(passages, ids(passages), seed=0)
     trained = tuple(name for name, split in splits.items() if split == "train")
     kept = queries_for(passages)
-    place = next(n for n, query in enumerate(kept) if splits[query.written.passage_id] == "test")
-    kept[place] = replace(kept[place], positives=(*kept[place].positives, *trained))
+    index = next(n for n, query in enumerate(kept) if splits[query.written.passage_id] == "test")
+    kept[index] = replace(kept[index], positives=(*kept[index].positives, *trained))
     report = write_written_data(tmp_path / "data", passages, kept, seed=0)
     assert report.queries["train"] == 0
     assert report.num_shared == len(trained)

@@ -151,7 +151,7 @@ def run(model, task, folder):
 def our_rankings(student, folder, *, passages=PASSAGES, queries=QUERIES, task="asymmetric"):
     encode(passages, student, folder / "ours")
     rankings = search(Index.open(folder / "ours").view, student, queries, task=task, top_k=1000)
-    return {r.query.id: [(place.passage.id, place.score) for place in r.passages] for r in rankings}
+    return {r.query.id: [(result.passage.id, result.score) for result in r.passages] for r in rankings}
 
 
 def our_measure(rankings, qrels, name="nDCG@10"):
@@ -184,8 +184,8 @@ def test_retrieval_equals_our_own_search(model, student, tmp_path, name, task):
     assert scores["ndcg_at_10"] == pytest.approx(our_measure(expected, QRELS), abs=6e-6)
     assert scores["mrr_at_10"] == pytest.approx(our_measure(expected, QRELS, "MRR@10"), abs=6e-6)
     assert 0 < scores["ndcg_at_10"] < 1
-    places = {passage: rank for rank, (passage, _) in enumerate(expected["q0"])}
-    assert places["same0b"] == places["same0a"] + 1
+    positions = {passage: rank for rank, (passage, _) in enumerate(expected["q0"])}
+    assert positions["same0b"] == positions["same0a"] + 1
 
 
 def test_results_without_the_interaction_are_stored_separately(model, folder, tmp_path):
@@ -288,10 +288,10 @@ def test_prompt_types_and_tasks_by_name_are_respected(folder, student, tmp_path,
 def test_texts_are_encoded_as_passages_unless_they_are_queries(model, student):
     batches = [{"text": TEXTS[:5]}, {"text": TEXTS[5:]}]
     metadata = describe("LocalClasses", "Classification", "accuracy")
-    place = {"task_metadata": metadata, "hf_split": "test", "hf_subset": "default"}
-    vectors = model.encode(batches, **place)
+    described = {"task_metadata": metadata, "hf_split": "test", "hf_subset": "default"}
+    vectors = model.encode(batches, **described)
     np.testing.assert_array_equal(vectors, student.encode_passages(TEXTS).vectors)
-    query_vectors = model.encode(batches, **place, prompt_type=mteb.types.PromptType.query)
+    query_vectors = model.encode(batches, **described, prompt_type=mteb.types.PromptType.query)
     np.testing.assert_array_equal(query_vectors, student.encode_queries(TEXTS).vectors)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     np.testing.assert_allclose(np.asarray(model.similarity(vectors, vectors)), unit @ unit.T, atol=1e-5)
@@ -454,7 +454,7 @@ def test_lists_get_the_whole_score_and_pairs_that_of_the_vectors(tmp_path):
     reranking = retrieval_task("LocalReranking", "Reranking", top_ranked=pools)
     _, _, predictions = run(shipped, reranking, tmp_path / "lists")
     for query in QUERIES:
-        found = {place.passage.id: place.score for place in index.search(query, top_k=len(PASSAGES)).passages}
+        found = {result.passage.id: result.score for result in index.search(query, top_k=len(PASSAGES)).passages}
         assert predictions[query.id] == pytest.approx(found, abs=1e-3)
     _, _, predictions = run(shipped, class_task(), tmp_path / "pairs")
     by_vectors = student.predict(PAIRS, task="asymmetric", with_features=False)

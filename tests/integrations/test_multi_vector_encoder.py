@@ -58,7 +58,7 @@ def folder(request, tmp_path_factory):
 
 
 def scores_of(ranking):
-    return {place.passage.id: place.score for place in ranking.passages}
+    return {result.passage.id: result.score for result in ranking.passages}
 
 
 def test_an_index_counts_the_models_maxsim(plain, folder, tmp_path):

@@ -70,7 +70,7 @@ def test_rankings_are_by_score_with_stable_ties(student):
     query = student.encode_queries([TEXTS[0]]).vectors[0]
     scores = student.score(query, student.encode_passages(texts[:4]).vectors, "asymmetric")
     np.testing.assert_allclose([score for _, score in ranked], np.sort([*scores, scores[0]])[::-1], rtol=1e-6)
-    order = [place for place, _ in ranked]
+    order = [index for index, _ in ranked]
     assert order.index(4) == order.index(0) + 1
     assert rank_texts(student, TEXTS[0], texts, "asymmetric", 2) == ranked[:2]
 

@@ -61,11 +61,11 @@ def rerank(reranker, scores=SCORES, top_k=5):
     return rerank_candidates(reranker, "q", candidates)
 
 
-def numbers(places):
-    return [str(place) for place in places]
+def numbers(workspace):
+    return [str(index) for index in workspace]
 
 
-def no_vectors(places):
+def no_vectors(workspace):
     raise AssertionError("a teacher reads texts")
 
 

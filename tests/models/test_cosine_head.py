@@ -17,7 +17,7 @@ from d2llm.recipe.variants import VARIANTS
 from d2llm.retrieval.cosine import CosineStudent, DotStudent
 from fake_models import FakeStudent
 from tiny_data import tiny_recipe
-from tiny_distill import LEARNING, Place
+from tiny_distill import LEARNING, Workspace
 from tiny_models import DIM, TEXTS, randomise, tiny_student_config, write_tiny_model
 
 QUERIES = TEXTS[:3]
@@ -176,8 +176,8 @@ def test_the_scale_is_in_the_fingerprint(bert):
 
 
 def test_the_cosine_variant_trains_only_backbone_and_scale(tmp_path):
-    place = Place(tmp_path)
-    recipe = VARIANTS["cosine"].apply(tiny_recipe(tiny_student_config(place.model), **LEARNING, epochs=1))
+    workspace = Workspace(tmp_path)
+    recipe = VARIANTS["cosine"].apply(tiny_recipe(tiny_student_config(workspace.model), **LEARNING, epochs=1))
     trained_names = set()
 
     def remember(optimizer, parameters, **options):
@@ -189,7 +189,7 @@ def test_the_cosine_variant_trains_only_backbone_and_scale(tmp_path):
 
         original = verb.optimizer_step
         patch.setattr(verb, "optimizer_step", remember)
-        report = place.run(tmp_path / "cosine", recipe=recipe, labels=tmp_path / "no labels are needed")
+        report = workspace.run(tmp_path / "cosine", recipe=recipe, labels=tmp_path / "no labels are needed")
     assert "interaction.log_scale" in trained_names
     others = trained_names - {"interaction.log_scale"}
     assert others

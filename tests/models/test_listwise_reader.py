@@ -63,7 +63,7 @@ def test_the_decoded_order_is_that_of_steps_without_a_cache(architecture, seed, 
                 np.testing.assert_allclose(result.logits, logits, atol=ROUNDING)
             logits[drawn] = -np.inf
             drawn.append(int(logits.argmax()))
-        assert result.order.tolist() == drawn + [place for place in range(8) if place not in drawn]
+        assert result.order.tolist() == drawn + [index for index in range(8) if index not in drawn]
 
 
 def test_padding_changes_no_logit(reader):

@@ -23,7 +23,7 @@ from d2llm.recipe.losses import Objective
 from d2llm.training.gradient_cache import backpropagate
 from d2llm.training.pretrain import pretrain_backbone
 from tiny_data import JUDGEMENTS, tiny_recipe
-from tiny_distill import LEARNING, Place
+from tiny_distill import LEARNING, Workspace
 from tiny_models import DIM, TEXTS, TWO_ADAPTERS, randomise, tiny_student_config, write_tiny_model
 
 QUERIES, PASSAGES = TEXTS[:3], TEXTS[3:]
@@ -127,9 +127,9 @@ def test_each_adapter_learns_from_its_own_texts(model: Path, room: float) -> Non
 
 
 def test_a_distilled_student_has_two_adapters(tmp_path: Path) -> None:
-    place = Place(tmp_path)
-    recipe = tiny_recipe(tiny_student_config(place.model, tuning=TWO_ADAPTERS), **LEARNING)
-    report = place.run(tmp_path / "s", recipe=recipe.model_copy(update={"losses": Objective(JUDGEMENTS)}))
+    workspace = Workspace(tmp_path)
+    recipe = tiny_recipe(tiny_student_config(workspace.model, tuning=TWO_ADAPTERS), **LEARNING)
+    report = workspace.run(tmp_path / "s", recipe=recipe.model_copy(update={"losses": Objective(JUDGEMENTS)}))
     assert report.best_step > 0
     tensors = load_file(tmp_path / "s" / ADAPTER_FILE)
     ups = [name for name in tensors if name.endswith("lora_up") and not name.startswith("query:")]

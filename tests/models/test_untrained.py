@@ -50,11 +50,13 @@ def test_an_index_of_a_model_scores_by_its_cosine_and_by_words(model, tmp_path, 
         index.upsert([{"id": str(n), "text": text} for n, text in enumerate(texts)])
     with Index.open(tmp_path / "tiny.index", **settings) as index:
         ranking = index.search(QUERY, top_k=len(texts), explain=True, score_features={})
-        scores = {int(place.passage.id): place.score for place in ranking.passages}
+        scores = {int(result.passage.id): result.score for result in ranking.passages}
         expected = 20 * cosines(model, [QUERY], texts)[0]
         np.testing.assert_allclose([scores[n] for n in range(len(texts))], expected, atol=1e-3)
         with_words = index.search(QUERY, top_k=len(texts), explain=True)
-        added = {int(place.passage.id): place.score - scores[int(place.passage.id)] for place in with_words.passages}
+        added = {
+            int(result.passage.id): result.score - scores[int(result.passage.id)] for result in with_words.passages
+        }
         assert max(added, key=lambda n: added[n]) == 0  # the text itself
         assert added[0] > 0.1
         index.upsert_documents([{"id": "long", "text": LONG}])

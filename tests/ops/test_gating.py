@@ -54,7 +54,7 @@ def test_never_worse_rejects_a_clear_loss():
 def test_queries_of_a_group_are_one_observation():
     start, end = by_query([0.5] * 12), by_query([0.6] * 9 + [0.5] * 3)
     names = [*start]
-    groups = {name: f"document {place // 3}" for place, name in enumerate(names)}
+    groups = {name: f"document {index // 3}" for index, name in enumerate(names)}
     grouped = better(start, end, groups=groups)
     assert grouped.p_value == pytest.approx(2 / 2**3, abs=0.01)  # three gains of three documents, one without a change
     assert not grouped.passed

@@ -364,7 +364,7 @@ def reference_lambdarank(z: np.ndarray, s: np.ndarray) -> float:
     """Exchanges two passages in the student's ranking and computes the DCG again."""
 
     def dcg(i: int, ranking: list[int]) -> float:
-        return sum(s[i, j] / math.log2(2 + place) for place, j in enumerate(ranking))
+        return sum(s[i, j] / math.log2(2 + index) for index, j in enumerate(ranking))
 
     def terms(i: int) -> list[float]:
         ranking = sorted(members(USED, i), key=lambda j: -z[i, j])

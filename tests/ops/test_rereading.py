@@ -90,10 +90,10 @@ def test_reading_gains_by_simulation():
     discounts = np.array([1, 1 / np.log2(3)])
     current = np.sort(expected)[::-1][:2] @ discounts
     expected_gains = np.zeros(3)
-    for place in (0, 2):
-        others = np.delete(expected, place)
-        table = np.column_stack([sigmoid(means[place] + draws), np.tile(others, (len(draws), 1))])
-        expected_gains[place] = (-np.sort(-table, axis=1)[:, :2] @ discounts).mean() - current
+    for index in (0, 2):
+        others = np.delete(expected, index)
+        table = np.column_stack([sigmoid(means[index] + draws), np.tile(others, (len(draws), 1))])
+        expected_gains[index] = (-np.sort(-table, axis=1)[:, :2] @ discounts).mean() - current
     gains = reading_gains(means, unread, sigma, 2)
     np.testing.assert_allclose(gains, expected_gains, atol=0.003)
     assert gains[1] == 0

@@ -14,7 +14,7 @@ def test_characters_that_two_tokens_share_are_counted() -> None:
     other = [(0, 4), (4, 6), (6, 10), (10, 11)]  # unab le _cat s
     expected = [[1, 0, 2], [2, 0, 2], [2, 1, 2], [3, 2, 3], [3, 3, 1]]
     assert align_tokens(text, one, other).tolist() == expected
-    turned = [[place, student, shared] for student, place, shared in expected]
+    turned = [[index, student, shared] for student, index, shared in expected]
     assert align_tokens(text, other, one).tolist() == sorted(turned)
 
 

@@ -150,11 +150,11 @@ def test_folding_settles(text):
     assert all(fold(unicodedata.normalize(form, text)) == folded for form in ("NFC", "NFD"))
     if not {*text} & {*"\u2116\u2120\u2122"}:  # signs that stand beside a word
         assert all(fold(unicodedata.normalize(form, text)) == folded for form in ("NFKC", "NFKD"))
-    parts, places = placed_fold(text)
+    parts, spans = placed_fold(text)
     assert parts == folded
-    assert len(places) == len(folded)
-    assert places == sorted(places)
-    assert all(0 <= start < end <= len(text) for start, end in places)
+    assert len(spans) == len(folded)
+    assert spans == sorted(spans)
+    assert all(0 <= start < end <= len(text) for start, end in spans)
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))

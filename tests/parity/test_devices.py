@@ -67,10 +67,10 @@ def test_vectors_and_scores(tmp_path: Path, architecture: str, device: str) -> N
 def test_gradients_of_a_student(tmp_path: Path, device: str, part_tokens: int | None) -> None:
     model = write_tiny_model(tmp_path / "model", "modernbert")
     results: list[dict[str, Tensor]] = []
-    for place in ("cpu", device):
-        student = student_on(place, model, training=True).train()
+    for target in ("cpu", device):
+        student = student_on(target, model, training=True).train()
         ids = student.tokenize(MANY, "passage").ids
-        weights = torch.linspace(-1, 1, len(ids) * student.vector_dim, device=place).view(len(ids), -1)
+        weights = torch.linspace(-1, 1, len(ids) * student.vector_dim, device=target).view(len(ids), -1)
 
         def loss_of(vectors: Tensor, _: object, weights: Tensor = weights) -> Tensor:
             return (vectors * weights).sum()
@@ -84,7 +84,7 @@ def test_gradients_of_a_student(tmp_path: Path, device: str, part_tokens: int | 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_neox"])
 def test_judgements(tmp_path: Path, architecture: str, device: str) -> None:
     config = tiny_teacher_config(write_tiny_model(tmp_path / "model", architecture))
-    here, there = (CausalTeacher.load(config, device=place, dtype="float32") for place in ("cpu", device))
+    here, there = (CausalTeacher.load(config, device=target, dtype="float32") for target in ("cpu", device))
     expected = here.score_pairs(PAIRS, "asymmetric", with_features=True)
     judgements = there.score_pairs(PAIRS, "asymmetric", with_features=True)
     np.testing.assert_allclose(judgements.log_odds, expected.log_odds, rtol=1e-3, atol=1e-3)
@@ -98,8 +98,8 @@ def test_gradients_of_a_teacher(tmp_path: Path, device: str) -> None:
     config = tiny_teacher_config(write_tiny_model(tmp_path / "model", "llama"))
     batch = [TrainingPair(query, passage, "asymmetric", float(query == passage)) for query, passage in PAIRS]
     results: list[dict[str, Tensor]] = []
-    for place in ("cpu", device):
-        teacher = CausalTeacher.load(config, device=place, dtype="float32")
+    for target in ("cpu", device):
+        teacher = CausalTeacher.load(config, device=target, dtype="float32")
         teacher.prepare_training(LoraConfig(rank=2, dropout=0.0))
         teacher.train()
         torch.manual_seed(0)
@@ -130,7 +130,7 @@ def test_written_queries(tmp_path: Path, device: str) -> None:
     model = write_tiny_model(tmp_path / "model", "llama", num_hidden_layers=1, initializer_range=0.4)
     config = WriterConfig(model=str(model), max_new_tokens=12, max_passage_tokens=30)
     assignments = [Assignment(text, "question", seed=number) for number, text in enumerate(TEXTS)]
-    here, there = (LocalWriter.load(config, device=place, dtype="float32") for place in ("cpu", device))
+    here, there = (LocalWriter.load(config, device=target, dtype="float32") for target in ("cpu", device))
     assert [written.queries for written in there.write(assignments)] == [
         written.queries for written in here.write(assignments)
     ]

@@ -134,8 +134,8 @@ if __name__ == "__main__":
         return encode(student, texts, *arguments, **options)
 
     Student._encode = count  # type: ignore[method-assign]
-    place = Path(sys.argv[1])
+    workspace = Path(sys.argv[1])
     for residual_epochs in STAGES:
         num_encoded = 0
-        report = asdict(run(place, place / f"two-{residual_epochs}", residual_epochs))
+        report = asdict(run(workspace, workspace / f"two-{residual_epochs}", residual_epochs))
         sys.stdout.write(f"REPORT {residual_epochs} {json.dumps(report | {'encoded': num_encoded})}\n")

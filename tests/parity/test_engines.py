@@ -478,7 +478,7 @@ def test_rankings_of_real_questions_match_torch():
         query_vectors = student.encode_queries([dataset.queries[name].text for name in queries]).vectors
         scores = [student.score(query, vectors, "asymmetric") for query in query_vectors]
         rankings = {
-            query: [passages[place] for place in np.argsort(-row)] for query, row in zip(queries, scores, strict=True)
+            query: [passages[index] for index in np.argsort(-row)] for query, row in zip(queries, scores, strict=True)
         }
         quality[engine] = np.mean(list(per_query_measures(rankings, qrels)["nDCG@10"].values()))
     assert quality["torch"] > 0.5

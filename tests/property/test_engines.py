@@ -64,17 +64,17 @@ def student(kind: str, architecture: str) -> Student:
 @pytest.mark.parametrize("architecture", ["bert", "llama", "modernbert"])
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=8)
-@given(text=texts, others=st.lists(texts, min_size=1, max_size=6), place=st.integers(0, 6))
-def test_a_vector_depends_on_its_own_text(kind, architecture, text, others, place):
+@given(text=texts, others=st.lists(texts, min_size=1, max_size=6), position=st.integers(0, 6))
+def test_a_vector_depends_on_its_own_text(kind, architecture, text, others, position):
     """Not on what is in its batch: the batch is one call of the engine."""
     model, tolerance = student(kind, architecture), KINDS[kind][2]
     (alone,) = model.tokenize([text], "passage").ids
     rows = model.tokenize(others, "passage").ids
-    place = min(place, len(rows))
+    position = min(position, len(rows))
     expected = model.encode_tokens([alone])[0]
     for around in (rows, rows[::-1]):
-        batch = [*around[:place], alone, *around[place:]]
-        np.testing.assert_allclose(model.encode_tokens(batch)[place], expected, rtol=0, atol=tolerance)
+        batch = [*around[:position], alone, *around[position:]]
+        np.testing.assert_allclose(model.encode_tokens(batch)[position], expected, rtol=0, atol=tolerance)
     both = model.encode_passages([text, *others, text]).vectors
     np.testing.assert_allclose(both[[0, -1]], [expected, expected], rtol=0, atol=tolerance)
 

@@ -88,7 +88,7 @@ class ArrayView:
 
     def scan(self, query, top_k, allowed=None):
         rows, scores = self.live_rows(allowed), self._vectors @ query
-        best = rows[top_rows(scores[rows], top_k, lambda places: self.ids(rows[places]))]
+        best = rows[top_rows(scores[rows], top_k, lambda positions: self.ids(rows[positions]))]
         return exact_search.CertifiedRows(best, scores[best], None, None)
 
 

@@ -113,7 +113,7 @@ class StoreMachine(RuleBasedStateMachine):
             if how == "cut":
                 path.write_bytes(content[: len(content) // 2])
             elif how == "flipped":
-                path.write_bytes(bytes(byte ^ (place == 20) for place, byte in enumerate(content)))
+                path.write_bytes(bytes(byte ^ (index == 20) for index, byte in enumerate(content)))
 
     # Snapshots
 
@@ -165,8 +165,8 @@ class StoreMachine(RuleBasedStateMachine):
         result = view.scan(query, top_k, allowed)
         chosen = self._chosen(year)
         scores = exact_products(chosen, self.vector_format, query)
-        best = sorted(range(len(chosen)), key=lambda place: (-scores[place], chosen[place].id))[:top_k]
-        assert view.ids(result.rows) == [chosen[place].id for place in best]  # equal texts: ordered by id
+        best = sorted(range(len(chosen)), key=lambda index: (-scores[index], chosen[index].id))[:top_k]
+        assert view.ids(result.rows) == [chosen[index].id for index in best]  # equal texts: ordered by id
         np.testing.assert_array_equal(result.scores, scores[best])
         assert view.passages(result.rows) == [self.model[passage_id] for passage_id in view.ids(result.rows)]
 

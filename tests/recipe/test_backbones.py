@@ -16,7 +16,7 @@ from d2llm.recipe.recipe_file import load_recipe_text
 from d2llm.reports.methods import describe_methods
 from installed_package import install
 from tiny_data import tiny_recipe
-from tiny_distill import Place
+from tiny_distill import Workspace
 from tiny_models import TEXTS, tiny_student_config
 
 THEIRS = """
@@ -56,22 +56,24 @@ class HashedTokens(Backbone):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("place"))
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("workspace"))
 
 
 @pytest.mark.parametrize("tuning", ["frozen", "full"])
 def test_another_package_adds_a_backbone(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tuning: str
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tuning: str
 ) -> None:
     site, folder = tmp_path / "site", tmp_path / "student"
     with monkeypatch.context() as patch:
         install(site, THEIRS, BackboneConfig.kinds, {"hashed": "Hashed"}, patch)
-        section = f"[student.backbone]\nkind = 'hashed'\nnum_buckets = 50\ntuning = '{tuning}'\nmodel = '{place.model}'"
+        section = (
+            f"[student.backbone]\nkind = 'hashed'\nnum_buckets = 50\ntuning = '{tuning}'\nmodel = '{workspace.model}'"
+        )
         backbone = load_recipe_text(section, where="recipe.toml").student.backbone
-        config = tiny_student_config(place.model).model_copy(update={"backbone": backbone})
+        config = tiny_student_config(workspace.model).model_copy(update={"backbone": backbone})
         start = Student.create(config, device="cpu", dtype="float32")
-        report = place.run(folder, recipe=tiny_recipe(start.config, learning_rate=1e-2, head_learning_rate=1e-2))
+        report = workspace.run(folder, recipe=tiny_recipe(start.config, learning_rate=1e-2, head_learning_rate=1e-2))
         assert report.steps > 0
         student = Student.load(folder, device="cpu", dtype="float32")
         assert json.loads((folder / "manifest.json").read_text())["config"]["backbone"]["kind"] == "hashed"

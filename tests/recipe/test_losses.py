@@ -13,7 +13,7 @@ from d2llm.core.errors import RecipeError
 from d2llm.recipe import Recipe
 from d2llm.recipe.losses import LOSSES, Loss, Objective
 from d2llm.recipe.recipe_file import load_recipe_text, shaping_settings
-from tiny_distill import Place, log_of
+from tiny_distill import Workspace, log_of
 
 
 def losses_of(text: str) -> Objective:
@@ -119,12 +119,12 @@ class Spread(Loss, kind="spread_for_a_test"):
 
 
 def test_a_loss_of_one_s_own_is_used_like_any_other(tmp_path: Path) -> None:
-    place = Place(tmp_path / "place")
+    workspace = Workspace(tmp_path / "workspace")
     losses = Objective({"spread_for_a_test": {"weight": 0.5, "power": 1}})
     assert Recipe(losses={"spread_for_a_test": Spread(weight=0.5, power=1)}).losses == losses
     recipe = Recipe(losses=losses).model_dump(mode="json")["losses"]
     assert recipe["spread_for_a_test"] == {"weight": 0.5, "power": 1}
-    report = place.run(tmp_path / "taught", losses=losses, epochs=1)
+    report = workspace.run(tmp_path / "taught", losses=losses, epochs=1)
     values = [line["spread_for_a_test"] for line in log_of(tmp_path / "taught") if "loss" in line]
     assert len(values) == report.steps
     assert all(value < 0 for value in values)

@@ -15,7 +15,7 @@ from d2llm.recipe import AutoPooling, Pooling, StudentConfig
 from d2llm.recipe.recipe_file import load_recipe_text
 from installed_package import install
 from tiny_data import tiny_recipe
-from tiny_distill import Place
+from tiny_distill import Workspace
 from tiny_models import TEXTS, tiny_student_config
 
 THEIRS = """
@@ -55,21 +55,21 @@ KINDS = {"largest": "Largest", "one_query": "OneQuery"}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("place"))
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("workspace"))
 
 
 @pytest.mark.parametrize("text", ["largest", "{ kind = 'projection', dim = 8, pooling = 'one_query' }", "one_query"])
 def test_another_package_adds_a_pooling(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     site, folder = tmp_path / "site", tmp_path / "student"
     with monkeypatch.context() as patch:
         install(site, THEIRS, Pooling.kinds, KINDS, patch)
         named = text if text.startswith("{") else f"'{text}'"
         pooling = load_recipe_text(f"[student]\npooling = {named}", where="recipe.toml").student.pooling
-        start = Student.create(tiny_student_config(place.model, pooling=pooling), device="cpu", dtype="float32")
-        report = place.run(folder, recipe=tiny_recipe(start.config, learning_rate=1e-3, head_learning_rate=1e-2))
+        start = Student.create(tiny_student_config(workspace.model, pooling=pooling), device="cpu", dtype="float32")
+        report = workspace.run(folder, recipe=tiny_recipe(start.config, learning_rate=1e-3, head_learning_rate=1e-2))
         assert report.steps > 0
         student = Student.load(folder, device="cpu", dtype="float32")
         vectors = student.encode_passages(TEXTS).vectors
@@ -88,14 +88,14 @@ def test_another_package_adds_a_pooling(
         Student.load(folder)
 
 
-def test_a_pooling_of_ones_own_is_known_at_once(place: Place) -> None:
+def test_a_pooling_of_ones_own_is_known_at_once(workspace: Workspace) -> None:
     class Signed(Pooling, kind="signed_for_a_test"):
         """The mean of the signs."""
 
         def pool(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             return (states.sign() * mask.unsqueeze(-1)).sum(dim=1)
 
-    config = tiny_student_config(place.model, pooling=Pooling(kind="signed_for_a_test"))
+    config = tiny_student_config(workspace.model, pooling=Pooling(kind="signed_for_a_test"))
     student = Student.create(config, device="cpu", dtype="float32")
     text = TEXTS[:1]
     with torch.inference_mode():

@@ -32,7 +32,7 @@ from d2llm.recipe.losses import LOSSES
 from d2llm.recipe.recipe_file import load_recipe, parse_recipe
 from d2llm.recipe.variants import VARIANTS, Variant, find_variant
 from d2llm.training.ablation.report import BASE
-from tiny_distill import Place, losses_of, score_batch
+from tiny_distill import Workspace, losses_of, score_batch
 from tiny_models import write_tiny_model
 
 # Variants that change nothing in a shipped recipe.
@@ -71,7 +71,7 @@ def kinds(recipe: Recipe) -> list[str]:
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]:
     """Builds a recipe's student on a tiny backbone and returns its shapes, pooling, losses and training settings."""
-    tiny_run = Place(tmp_path_factory.mktemp("variants"))
+    tiny_run = Workspace(tmp_path_factory.mktemp("variants"))
     model = write_tiny_model(tmp_path_factory.mktemp("six") / "model", "modernbert", num_hidden_layers=6)
     decoder = write_tiny_model(tmp_path_factory.mktemp("decoder") / "model", "llama", num_hidden_layers=6)
     identity = identify_local_teacher(tiny_run.teacher)

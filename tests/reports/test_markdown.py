@@ -21,13 +21,13 @@ READER = MarkdownIt("commonmark").enable("table")
 def tables(text):
     """Every table as rows of plain cell texts; bold cells are marked by a leading #."""
     parsed, tokens = [], READER.parse(text)
-    for place, token in enumerate(tokens):
+    for index, token in enumerate(tokens):
         if token.type == "table_open":
             parsed.append([])
         elif token.type == "tr_open":
             parsed[-1].append([])
         elif token.type in ("th_open", "td_open"):
-            inline = tokens[place + 1]
+            inline = tokens[index + 1]
             bold = any(child.type == "strong_open" for child in inline.children)
             parsed[-1][-1].append(("#" if bold else "") + plain(inline))
     return parsed

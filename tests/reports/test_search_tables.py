@@ -25,8 +25,8 @@ def test_ids_are_never_wrapped(width):
     """So that it can be copied and found with grep at any terminal width."""
     ids = [f"{n}/a very long path/to a file/of which each part counts/file {n}.md#12" for n in range(4)]
     first, before, after, other = (Passage(passage_id, "some words " * 30, metadata={"year": 1}) for passage_id in ids)
-    places = (RankedPassage(1, first, 2.5, before=(before,), after=(after,)), RankedPassage(2, other, 1.5))
-    lines = printed(ranking_list(Ranking(Query("q", "what?"), places, 1)), width).splitlines()
+    results = (RankedPassage(1, first, 2.5, before=(before,), after=(after,)), RankedPassage(2, other, 1.5))
+    lines = printed(ranking_list(Ranking(Query("q", "what?"), results, 1)), width).splitlines()
     for passage_id in ids:
         assert sum(line.endswith(passage_id) for line in lines) == 1
     assert all(len(line) <= width for line in lines if "some words" in line)
@@ -57,11 +57,11 @@ def test_ranking_and_judgement():
 
 
 def test_title_and_text_have_lines_of_their_own():
-    places = (
+    results = (
         RankedPassage(1, Passage("p1", "the text\nof it", "A Title"), 2.5),
         RankedPassage(2, Passage("p2", "no title"), 1.5),
     )
-    lines = printed(ranking_list(Ranking(Query("q", "what?"), places, 1)), 100).splitlines()
+    lines = printed(ranking_list(Ranking(Query("q", "what?"), results, 1)), 100).splitlines()
     assert [line.rstrip() for line in lines] == [
         "what?",
         "1  2.500  p1",
@@ -84,8 +84,8 @@ def test_unused_parts_of_an_explanation_are_dashes():
         tokens=0.25,
     )
     bare = Explanation(None, None, None, None, None, {}, {}, {})
-    places = [RankedPassage(n, Passage(f"p{n}", "text"), 1.0, explanation=why) for n, why in ((1, full), (2, bare))]
-    assert explanation_table(Ranking(Query("q", "what?"), tuple(places), 2)).texts() == [
+    results = [RankedPassage(n, Passage(f"p{n}", "text"), 1.0, explanation=why) for n, why in ((1, full), (2, bare))]
+    assert explanation_table(Ranking(Query("q", "what?"), tuple(results), 2)).texts() == [
         ["1", "0.500", "+0.125", "–", "+0.250", "+0.000", "bm25 2 (7.250)", "dog 3, cat 1"],
         ["2", "–", "–", "–", "–", "–", "–", "–"],
     ]

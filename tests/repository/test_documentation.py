@@ -183,7 +183,7 @@ def headings(page: Path) -> list[str]:
     titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
     slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
     return [
-        slug if not (before := slugs[:place].count(slug)) else f"{slug}-{before}" for place, slug in enumerate(slugs)
+        slug if not (before := slugs[:index].count(slug)) else f"{slug}-{before}" for index, slug in enumerate(slugs)
     ]
 
 
@@ -270,10 +270,10 @@ def _calls(line: str) -> Iterator[list[str]]:
             continue
         if words[:1] in (["from"], ["import"]):  # Python
             continue
-        places = [place for place, word in enumerate(words) if word == "d2llm" or word.endswith("/bin/d2llm")]
-        if places:
+        positions = [index for index, word in enumerate(words) if word == "d2llm" or word.endswith("/bin/d2llm")]
+        if positions:
             yield words[
-                places[-1 if words[0] == "docker" else 0] + 1 :
+                positions[-1 if words[0] == "docker" else 0] + 1 :
             ]  # with docker, the container's name may come first
 
 

@@ -15,6 +15,7 @@ WORD_FOR = {
     "number": "what it counts or numbers: count, index, line_number, num_pairs",
     "own": "what it is: weights, ids, settings",
     "parts": "what they are: sentences, fields, batches, blocks",
+    "place": "position, index, row, rank or offset",
     "places": "positions, indices, rows, extents or offsets",
     "evidence": "score_features",
     "reach": "bound",
@@ -79,7 +80,7 @@ def test_names_say_what_things_are():
     ("code", "names"),
     [
         ("own = 1", ["own"]),
-        ("for place, (_, parts) in pairs: pass", ["parts"]),
+        ("for place, (_, parts) in pairs: pass", ["parts", "place"]),
         ("[number for number in numbers]", ["number"]),
         ("def f(places, *, own_ids): pass", ["places"]),
         ("self.parts = pieces", ["parts"]),

@@ -276,18 +276,22 @@ def mteb_model(world: World) -> Any:
     return adapter("mteb").load_mteb_model(world.student_folder, device="cpu", work_folder=world.new())
 
 
-def mteb_place(**changes: Any) -> dict[str, Any]:
+def mteb_arguments(**changes: Any) -> dict[str, Any]:
     """What mteb gives with every call."""
     from integrations.test_mteb import describe
 
-    place = {"task_metadata": describe("Local", "Retrieval", "ndcg_at_10"), "hf_split": "test", "hf_subset": "default"}
-    return {name: value for name, value in (place | {"encode_kwargs": {}} | changes).items() if value is not None}
+    described = {
+        "task_metadata": describe("Local", "Retrieval", "ndcg_at_10"),
+        "hf_split": "test",
+        "hf_subset": "default",
+    }
+    return {name: value for name, value in (described | {"encode_kwargs": {}} | changes).items() if value is not None}
 
 
 def mteb_search(world: World, queries: Any, **options: Any) -> Any:
     model = mteb_model(world)
-    model.index([{"id": "12", "text": "a text"}, {"id": "1", "text": "another"}], **mteb_place())
-    return model.search(queries, top_k=2, **mteb_place(), **options)
+    model.index([{"id": "12", "text": "a text"}, {"id": "1", "text": "another"}], **mteb_arguments())
+    return model.search(queries, top_k=2, **mteb_arguments(), **options)
 
 
 def mteb_values(world: World, **options: Any) -> list[float]:
@@ -496,11 +500,11 @@ CASES: dict[str, tuple[One, Call]] = {
     "llama_index.D2LLMRetriever.node_ids": (lambda _: "12", lambda w, v: llama_index(w, node_ids=v)),
     "mteb.D2LLMModel.encode.inputs": (
         lambda _: {"text": "ab"},
-        lambda w, v: mteb_model(w).encode(v, **mteb_place(encode_kwargs=None)),
+        lambda w, v: mteb_model(w).encode(v, **mteb_arguments(encode_kwargs=None)),
     ),
     "mteb.D2LLMModel.index.corpus": (
         lambda _: {"id": "12", "text": "a text"},
-        lambda w, v: mteb_model(w).index(v, **mteb_place()),
+        lambda w, v: mteb_model(w).index(v, **mteb_arguments()),
     ),
     "mteb_run.run_mteb.symmetric": (lambda _: "data", lambda w, v: mteb_values(w, tasks=str(w.data), symmetric=v)),
     "mteb_run.run_mteb.tasks": (lambda w: str(w.data), lambda w, v: mteb_values(w, tasks=v)),

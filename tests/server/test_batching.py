@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from d2llm.server.batching import Batcher, Places
+from d2llm.server.batching import Batcher, Slots
 from d2llm.server.errors import NotReadyError, OverloadedError
 from waiting import PATIENCE, soon
 
@@ -325,12 +325,12 @@ def test_times_and_batch_sizes_are_reported():
 
 
 def test_places_are_limited_and_always_freed():
-    places = Places(2, retry_after=3)
-    with places, places:
-        with pytest.raises(OverloadedError) as error, places:
+    slots = Slots(2, retry_after=3)
+    with slots, slots:
+        with pytest.raises(OverloadedError) as error, slots:
             pass
         assert error.value.problem.retry_after == 3
-    with pytest.raises(ValueError, match="inside"), places:
+    with pytest.raises(ValueError, match="inside"), slots:
         raise ValueError("inside")
-    with places, places:
+    with slots, slots:
         pass

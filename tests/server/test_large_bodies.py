@@ -30,7 +30,7 @@ def many(head: bytes, item: bytes, tail: bytes, size: int = SIZE) -> bytes:
 
 
 def names(number: int) -> bytes:
-    return b",".join(b'"n%x":1' % place for place in range(number))
+    return b",".join(b'"n%x":1' % index for index in range(number))
 
 
 ATTACKS = {
@@ -112,7 +112,7 @@ def test_large_bodies_are_answered_as_small_ones_are(server: AttackedServer):
 
 
 def test_the_first_unknown_fields_suggest_what_may_be_meant(server: AttackedServer):
-    answer = server.post("/v1/search", {"query": "x", "topk": 1, **{f"n{place}": 1 for place in range(1_000)}})
+    answer = server.post("/v1/search", {"query": "x", "topk": 1, **{f"n{index}": 1 for index in range(1_000)}})
     assert answer.body["error"]["message"] == (
         "topk: there is no such field; did you mean 'top_k'? (and at least 100 more)"
     )

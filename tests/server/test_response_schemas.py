@@ -17,13 +17,13 @@ ORIGIN = {"index": {"name": "kitchen", "version": 3, "student": "s", "fingerprin
 
 
 def test_a_ranking_is_its_own_answer():
-    place = RankedPassage(1, BREAD, 2.5, document=RankedDocument("food", 2.5, 2, ((SALT, 0.5),)), before=(SALT,))
+    ranked = RankedPassage(1, BREAD, 2.5, document=RankedDocument("food", 2.5, 2, ((SALT, 0.5),)), before=(SALT,))
     certificate = Certificate(1, 0, -math.inf, 2.5, 1)
     missing = (MissingShard(7, "s3://shards/7", "no answer"),)
     ranking = Ranking(
-        Query("q1", "bread"), (place,), 1, {"score": 0.1}, certificate, missing_shards=missing, num_shards=8
+        Query("q1", "bread"), (ranked,), 1, {"score": 0.1}, certificate, missing_shards=missing, num_shards=8
     )
-    excerpts = [Excerpt((place,), (SALT, BREAD), "Salt is white. Flour and water.")]
+    excerpts = [Excerpt((ranked,), (SALT, BREAD), "Salt is white. Flour and water.")]
     response = json.loads(bytes(FastJSONResponse(search_response(ranking, excerpts, [0.25], **ORIGIN)).body))
     assert response["query"] == "bread"
     assert (response["missing_shards"], response["shards"]) == ([7], "7/8")

@@ -175,5 +175,5 @@ def test_a_batch_of_different_searches_of_two_versions_ranks_each_as_alone(folde
         assert ranking.query.text == search.query
         assert ranking.passages == alone.passages
         assert ranking.index_version == search.version.view.version
-    found = {place.passage.id for ranking in together if isinstance(ranking, Ranking) for place in ranking.passages}
+    found = {result.passage.id for ranking in together if isinstance(ranking, Ranking) for result in ranking.passages}
     assert "new" in found

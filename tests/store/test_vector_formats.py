@@ -187,8 +187,10 @@ for each in (Int2, Sixteenths):  # known only where a test asks for it
 
 def test_another_format_is_one_class(another, tmp_path):
     """A subclass with a name is stored and searched, here, by the command line and in an evaluation."""
-    texts = [f"text {place} on {word}" for place, word in enumerate(["cats", "dogs", "fish", "cows", "mice", "hens"])]
-    passages = [Passage(str(place), text) for place, text in enumerate(texts)]
+    texts = [
+        f"text {position} on {word}" for position, word in enumerate(["cats", "dogs", "fish", "cows", "mice", "hens"])
+    ]
+    passages = [Passage(str(position), text) for position, text in enumerate(texts)]
     student = FakeStudent()
     Index.create(tmp_path / "exact", student, vector_format="float32").upsert(passages)
     index = Index.create(tmp_path / "index", student, vector_format=another)

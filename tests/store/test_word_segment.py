@@ -59,7 +59,7 @@ def slow_arrays(texts: list[str]) -> dict[str, list[int]]:
     """The words of texts, counted one by one."""
     rows = [[[word_segment._hash(term) for term in terms(text[a:b])] for a, b in sentences(text)] for text in texts]
     vocabulary = sorted({one for row in rows for sentence in row for one in sentence})
-    number = {one: place for place, one in enumerate(vocabulary)}
+    number = {one: index for index, one in enumerate(vocabulary)}
     counts = [Counter(one for sentence in row for one in sentence) for row in rows]
     postings = [[(row, own[one]) for row, own in enumerate(counts) if one in own] for one in vocabulary]
     lengths = [[len(sentence) for sentence in row] for row in rows]

@@ -126,13 +126,13 @@ def test_states_of_terms_are_means_of_their_tokens(student: Student) -> None:
     text = "unbelievable cats see cats"
     (states,) = student.term_states([text])
     tokenized = student.tokenize([text], "query")
-    spans = student.backbone.token_places(text, len(tokenized.ids[0]), "query")
+    spans = student.backbone.token_spans(text, len(tokenized.ids[0]), "query")
     own, _ = student.backbone(*student.backbone.pad(tokenized.ids))
     own = own[0].detach().numpy()
     # Not by overlap: by the word of which a token's middle is a part.
     word_of = [(text[: (start + end) // 2].count(" "), end > start) for start, end in spans]
-    for term, places in {"unbeliev": {0}, "cat": {1, 3}, "see": {2}}.items():
-        tokens = [at for at, (word, is_text) in enumerate(word_of) if is_text and word in places]
+    for term, words in {"unbeliev": {0}, "cat": {1, 3}, "see": {2}}.items():
+        tokens = [at for at, (word, is_text) in enumerate(word_of) if is_text and word in words]
         np.testing.assert_allclose(states[term], own[tokens].mean(axis=0), rtol=1e-4, atol=1e-5)
     assert student.term_factors([text]) is None
 

@@ -126,7 +126,7 @@ def test_a_long_query_has_vectors_of_its_rarest_tokens(trained):
     counts = student.encode_with_tokens([text, "", "?", "zebra"], "query").tokens.counts
     assert counts.tolist() == [16, 0, 0, 1]
     ids = student.tokenize([text], "query").ids[0]
-    kept = student.backbone.tokenizer.decode([ids[place] for place in student.token_projection.query_positions(ids)])
+    kept = student.backbone.tokenizer.decode([ids[index] for index in student.token_projection.query_positions(ids)])
     assert kept == "everyone knows " * 7 + "everyone zebra"  # no passage has zebra, all have the others
     (first,) = student.encode_with_tokens([text], "query").tokens.split()
     (whole,) = student.encode_with_tokens([text], "passage").tokens.split()

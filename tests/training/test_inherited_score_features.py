@@ -15,7 +15,7 @@ from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection
 from d2llm.recipe import ScoreFeaturesConfig
 from tiny_data import tiny_recipe, topics, write_rule_labels
-from tiny_distill import LEARNING, Place
+from tiny_distill import LEARNING, Workspace
 from tiny_models import DIM, tiny_student_config
 
 WITHOUT_TOKENS = TaskFeatureWeights(weights={"bm25": 3.0}, dev={"old": (0.1, 0.2)}, num_queries={"old": 40})
@@ -31,27 +31,27 @@ START: dict[Task, TaskFeatureWeights] = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("inherited"))
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("inherited"))
 
 
 @pytest.fixture(scope="module")
-def start(place: Place) -> Student:
-    student = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
+def start(workspace: Workspace) -> Student:
+    student = Student.create(tiny_student_config(workspace.model), device="cpu", dtype="float32")
     student.score_features = ScoreFeatures(tasks=START)
     torch.manual_seed(0)
     student.token_projection = TokenProjection(DIM, 4, [1.0] * len(student.backbone.tokenizer))
-    student.save(place.folder / "start")
+    student.save(workspace.folder / "start")
     return student
 
 
-def trained(place: Place, folder: Path, score_features: ScoreFeaturesConfig, *, num_dev: int) -> Student:
-    settings: dict[str, Any] = {**LEARNING, "start": str(place.folder / "start"), "tokens": {"dim": 4}}
-    recipe = tiny_recipe(tiny_student_config(place.model), **settings)
+def trained(workspace: Workspace, folder: Path, score_features: ScoreFeaturesConfig, *, num_dev: int) -> Student:
+    settings: dict[str, Any] = {**LEARNING, "start": str(workspace.folder / "start"), "tokens": {"dim": 4}}
+    recipe = tiny_recipe(tiny_student_config(workspace.model), **settings)
     source = topics(num_dev=num_dev, shift=0)
     labels = folder / "labels"
-    write_rule_labels(labels, [source], place.teacher)
-    place.run(
+    write_rule_labels(labels, [source], workspace.teacher)
+    workspace.run(
         folder / "student",
         recipe=recipe.model_copy(update={"score_features": score_features}),
         source=source,
@@ -62,10 +62,10 @@ def trained(place: Place, folder: Path, score_features: ScoreFeaturesConfig, *, 
 
 @pytest.mark.parametrize("words", [True, False])
 def test_with_few_dev_queries_the_start_s_weights_remain(
-    place: Place, start: Student, tmp_path: Path, words: bool, caplog: pytest.LogCaptureFixture
+    workspace: Workspace, start: Student, tmp_path: Path, words: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "d2llm.remarks"):
-        student = trained(place, tmp_path, ScoreFeaturesConfig(bm25=words, window_bm25=words), num_dev=8)
+        student = trained(workspace, tmp_path, ScoreFeaturesConfig(bm25=words, window_bm25=words), num_dev=8)
     assert student.fingerprint != start.fingerprint
     for task in ("asymmetric", "symmetric"):
         assert student.feature_weights(task) == start.feature_weights(task)
@@ -78,9 +78,9 @@ def test_with_few_dev_queries_the_start_s_weights_remain(
 
 
 def test_with_enough_dev_queries_the_task_s_weights_are_fitted_anew(
-    place: Place, start: Student, tmp_path: Path
+    workspace: Workspace, start: Student, tmp_path: Path
 ) -> None:
-    student = trained(place, tmp_path, ScoreFeaturesConfig(bm25=True), num_dev=40)
+    student = trained(workspace, tmp_path, ScoreFeaturesConfig(bm25=True), num_dev=40)
     fitted = student.score_features.tasks["asymmetric"]
     assert set(fitted.dev) == {"tiny"}
     assert fitted.weights != START["asymmetric"].weights

@@ -37,7 +37,7 @@ from d2llm.recipe.losses import Objective
 from d2llm.training import pretrain, trainer
 from d2llm.training.pretrain import PretrainingReport, pretrain_backbone, set_dropout, unlabelled_texts
 from tiny_data import JUDGEMENTS, make_source, tiny_recipe, topics
-from tiny_distill import Place
+from tiny_distill import Workspace
 from tiny_models import TEXTS, tiny_student_config, tiny_tokenizer, word_tokenizer, write_tiny_model
 
 PASSAGES = [f"{one} {other}" for one in TEXTS for other in TEXTS if one != other]
@@ -189,11 +189,13 @@ def test_masks_have_places_and_leave_the_first_token() -> None:
     ids = [5, 6, 7, 8, 9, 10]
     seen: set[int] = set()
     for seed in range(40):
-        masked, places = mask_tokens(ids, 0.4, 99, random.Random(seed))
-        assert len(places) == 2
-        assert [n for n, one in enumerate(masked) if one == 99] == places
-        assert [one for n, one in enumerate(masked) if n not in places] == [ids[n] for n in range(6) if n not in places]
-        seen |= {*places}
+        masked, positions = mask_tokens(ids, 0.4, 99, random.Random(seed))
+        assert len(positions) == 2
+        assert [n for n, one in enumerate(masked) if one == 99] == positions
+        assert [one for n, one in enumerate(masked) if n not in positions] == [
+            ids[n] for n in range(6) if n not in positions
+        ]
+        seen |= {*positions}
     assert seen == {1, 2, 3, 4, 5}
     assert mask_tokens([5, 6], 0.01, 99, random.Random(0)) == ([5, 99], [1])
     assert mask_tokens([5], 0.5, 99, random.Random(0)) == ([5], [])
@@ -202,13 +204,13 @@ def test_masks_have_places_and_leave_the_first_token() -> None:
 def test_masked_tokens_are_read_at_the_state_before() -> None:
     rng = np.random.default_rng(0)
     states, weight = rng.normal(size=(3, 4, 6)), rng.normal(size=(6, 9))
-    ids, places = [[1, 2, 3, 4], [5, 6, 7], [8]], [[1, 3], [2], []]
+    ids, positions = [[1, 2, 3, 4], [5, 6, 7], [8]], [[1, 3], [2], []]
     expected = [
-        np.mean([-np.log(softmax(states[row, place - 1] @ weight))[ids[row][place]] for place in each]) if each else 0.0
-        for row, each in enumerate(places)
+        np.mean([-np.log(softmax(states[row, index - 1] @ weight))[ids[row][index]] for index in each]) if each else 0.0
+        for row, each in enumerate(positions)
     ]
     head = torch.tensor(weight)
-    values = masked_next_token_loss(torch.tensor(states), ids, places, lambda before: before @ head)
+    values = masked_next_token_loss(torch.tensor(states), ids, positions, lambda before: before @ head)
     np.testing.assert_allclose(values.numpy(), expected, rtol=1e-5)
 
 
@@ -515,8 +517,8 @@ def test_tokens_that_are_left_out_are_counted(
     assert isinstance(run.task, ImitationTask)
     own, teacher = student.backbone, run.task.taught_by
     ids, taught = (each.tokenize([cut], "passage", limit=8).ids[0] for each in (own, teacher))
-    end = max(end for _, end in teacher.token_places(cut, len(taught)))
-    beyond = sum(start >= end for start, stop in own.token_places(cut, len(ids)) if stop > start)
+    end = max(end for _, end in teacher.token_spans(cut, len(taught)))
+    beyond = sum(start >= end for start, stop in own.token_spans(cut, len(ids)) if stop > start)
     assert beyond > 0
     whole = len(own.tokenize([TEXTS[0][:7]], "passage").ids[0]) - 2
     assert f"{beyond} of {len(ids) - 2 + whole} tokens of the texts have none of its tokens" in caplog.text
@@ -608,22 +610,22 @@ def test_texts_are_those_of_training() -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Place:
-    place = Place(tmp_path_factory.mktemp("place"))
-    place.model, place.source = model, topics(num_passages=48)
-    return place
+def workspace(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Workspace:
+    workspace = Workspace(tmp_path_factory.mktemp("workspace"))
+    workspace.model, workspace.source = model, topics(num_passages=48)
+    return workspace
 
 
-def distilled(place: Place, folder: Path, student: StudentConfig, **pretraining: Any) -> Student:
+def distilled(workspace: Workspace, folder: Path, student: StudentConfig, **pretraining: Any) -> Student:
     recipe = tiny_recipe(student, losses=Objective(JUDGEMENTS), pretraining=pretraining or None)
-    place.run(folder, recipe=recipe)
+    workspace.run(folder, recipe=recipe)
     return Student.load(folder, device="cpu", dtype="float32")
 
 
-def test_a_distilled_student_is_pretrained_first(place: Place, tmp_path: Path) -> None:
-    student = tiny_student_config(place.model, layers=(0, 2), tuning=Lora(rank=4, alpha=8.0))
-    plain = distilled(place, tmp_path / "plain", student)
-    taught = distilled(place, tmp_path / "taught", student, kind="vectors", batch_texts=4, epochs=3)
+def test_a_distilled_student_is_pretrained_first(workspace: Workspace, tmp_path: Path) -> None:
+    student = tiny_student_config(workspace.model, layers=(0, 2), tuning=Lora(rank=4, alpha=8.0))
+    plain = distilled(workspace, tmp_path / "plain", student)
+    taught = distilled(workspace, tmp_path / "taught", student, kind="vectors", batch_texts=4, epochs=3)
     assert plain.fingerprint != taught.fingerprint
     pretrained = load_file(tmp_path / "taught.run" / "pretraining" / "checkpoint.safetensors")
     adapters = {name: each for name, each in pretrained.items() if name.startswith("parameter/")}
@@ -635,12 +637,12 @@ def test_a_distilled_student_is_pretrained_first(place: Place, tmp_path: Path) -
     assert [stage["kind"] for stage in recipe["training"]["pretraining"]] == ["vectors"]
 
 
-def test_stages_follow_one_another(place: Place, tmp_path: Path) -> None:
+def test_stages_follow_one_another(workspace: Workspace, tmp_path: Path) -> None:
     stages = [{"kind": "relations", "relation_heads": 4, "batch_texts": 4}, {"kind": "vectors", "batch_texts": 4}]
-    student = tiny_student_config(place.model, layers=(0, 2), tuning=Lora(rank=4, alpha=8.0))
+    student = tiny_student_config(workspace.model, layers=(0, 2), tuning=Lora(rank=4, alpha=8.0))
     recipe = tiny_recipe(student, losses=Objective(JUDGEMENTS), pretraining=stages)
-    place.run(tmp_path / "both", recipe=recipe)
-    one = distilled(place, tmp_path / "one", student, **stages[0])
+    workspace.run(tmp_path / "both", recipe=recipe)
+    one = distilled(workspace, tmp_path / "one", student, **stages[0])
     assert Student.load(tmp_path / "both", device="cpu", dtype="float32").fingerprint != one.fingerprint
     folders = [tmp_path / f"{run}.run" / name for run, name in (("one", "pretraining"), ("both", "pretraining"))]
     alone, first, second = (
@@ -653,11 +655,11 @@ def test_stages_follow_one_another(place: Place, tmp_path: Path) -> None:
 
 
 def test_a_resumed_distillation_does_not_pretrain_again(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student = tiny_student_config(place.model)
+    student = tiny_student_config(workspace.model)
     pretraining = {"kind": "simcse", "batch_texts": 4}
-    whole = distilled(place, tmp_path / "whole", student, **pretraining)
+    whole = distilled(workspace, tmp_path / "whole", student, **pretraining)
 
     def fail(*arguments: Any, **options: Any) -> None:
         raise ArithmeticError
@@ -665,8 +667,8 @@ def test_a_resumed_distillation_does_not_pretrain_again(
     with monkeypatch.context() as patch:
         patch.setattr(Student, "save", fail)
         with pytest.raises(ArithmeticError):
-            distilled(place, tmp_path / "resumed", student, **pretraining)
+            distilled(workspace, tmp_path / "resumed", student, **pretraining)
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "optimizer_step", fail)
-        resumed = distilled(place, tmp_path / "resumed", student, **pretraining)
+        resumed = distilled(workspace, tmp_path / "resumed", student, **pretraining)
     assert resumed.fingerprint == whole.fingerprint

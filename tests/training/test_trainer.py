@@ -38,7 +38,7 @@ class Network(Trainable):
     title = "learning zeros"
     total_steps = STEPS
 
-    def __init__(self, dev: list[float] | None = None, act: Any = lambda place, step: None) -> None:
+    def __init__(self, dev: list[float] | None = None, act: Any = lambda stage, step: None) -> None:
         torch.manual_seed(0)
         self.layers = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.3), nn.Linear(8, 1), nn.LayerNorm(1))
         self.layers[3].requires_grad_(False)
@@ -115,11 +115,11 @@ def assert_equal_runs(folder: Path, model: Network, whole: tuple[Path, Network])
     assert log_of(folder) == log_of(expected_folder)
 
 
-def stop_at(place: str, at: int, raised: type[BaseException] | signal.Signals) -> Any:
-    """Raise, or call a signal's handler, at the first passage of a place."""
+def stop_at(stage: str, at: int, raised: type[BaseException] | signal.Signals) -> Any:
+    """Raise, or call a signal's handler, at the first time that a stage is reached."""
 
     def act(now: str, step: int) -> None:
-        if (now, step) != (place, at) or done:
+        if (now, step) != (stage, at) or done:
             return
         done.append(1)
         if not isinstance(raised, signal.Signals):
@@ -146,7 +146,7 @@ def default_handlers():
 
 
 @pytest.mark.parametrize(
-    ("place", "at", "raised", "saved"),
+    ("stage", "at", "raised", "saved"),
     [
         ("step", 7, signal.SIGINT, 7),
         ("gradient", 7, signal.SIGTERM, 7),
@@ -158,9 +158,9 @@ def default_handlers():
     ],
 )
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
-    whole: tuple[Path, Network], default_handlers: None, tmp_path: Path, place: str, at: int, raised: Any, saved: int
+    whole: tuple[Path, Network], default_handlers: None, tmp_path: Path, stage: str, at: int, raised: Any, saved: int
 ) -> None:
-    folder, first, second = tmp_path / "run", Network(act=stop_at(place, at, raised)), Network()
+    folder, first, second = tmp_path / "run", Network(act=stop_at(stage, at, raised)), Network()
     with pytest.raises(OutOfTimeError if raised is OutOfTimeError else KeyboardInterrupt) as stop:
         train(folder, first)
     assert isinstance(stop.value, Terminated) == (raised == signal.SIGTERM)

@@ -98,7 +98,7 @@ def random_lists(number, *, seed=0, dim=8, marked=True):
     grades[np.arange(number), rng.integers(DEPTH, size=number)] = 1
     if marked:
         vectors[..., 0] = np.where(grades, 6, -1)
-    ids = [[f"{row}-{place}" for place in range(DEPTH)] for row in range(number)]
+    ids = [[f"{row}-{index}" for index in range(DEPTH)] for row in range(number)]
     scores = np.tile(-np.arange(DEPTH, dtype=np.float64), (number, 1))
     return RankedLists([str(row) for row in range(number)], ["the cat"] * number, ids, vectors, scores, grades)
 
@@ -163,7 +163,7 @@ def test_the_order_to_learn_has_relevant_passages_first_wherever_they_are_read()
     lists.grades[:] = [[0, 0, 1, 0, 2, 0]]
     assert ReadList(lists, 0, [*range(DEPTH)]).target == [4, 2, 0, 1, 3, 5]
     mixed = ReadList(lists, 0, [5, 4, 3, 2, 1, 0])
-    assert [mixed.order[place] for place in mixed.target] == [4, 2, 0, 1, 3, 5]
+    assert [mixed.order[index] for index in mixed.target] == [4, 2, 0, 1, 3, 5]
     np.testing.assert_array_equal(mixed.vectors, lists.vectors[0, ::-1])
 
 
@@ -181,7 +181,7 @@ def test_training_lists_have_something_to_learn_and_half_of_them_are_mixed():
 def test_ndcg_counts_relevant_passages_outside_of_the_list():
     lists = random_lists(1)
     relevant = lists.ids[0][int(lists.grades[0].argmax())]
-    order = sorted(range(DEPTH), key=lambda place: lists.ids[0][place] != relevant)
+    order = sorted(range(DEPTH), key=lambda index: lists.ids[0][index] != relevant)
     assert ndcg(lists, [order], {"0": {relevant: 1}}).tolist() == [1.0]
     assert ndcg(lists, [order], {"0": {relevant: 1, "elsewhere": 1}}).tolist() == [
         pytest.approx(1 / (1 + 1 / np.log2(3)))

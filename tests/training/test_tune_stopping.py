@@ -276,7 +276,7 @@ def test_both_passes_over_a_long_list_share_their_dropout(llama: Path) -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
-    pairs = [TrainingPair("the cat", text, "symmetric", float(place == 0)) for place, text in enumerate(TEXTS[:3])]
+    pairs = [TrainingPair("the cat", text, "symmetric", float(index == 0)) for index, text in enumerate(TEXTS[:3])]
     outputs: list[torch.Tensor] = []
     original = type(model).forward
 

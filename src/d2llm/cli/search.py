@@ -349,8 +349,8 @@ def _explain(session: Session, ranking: Ranking, settings: SearchSettings, stude
         session.say(_reranking_line(ranking.reranking))
     selection = ranking.selection
     if ranking.certificate is not None:
-        num_places = len(ranking.passages) if selection is None else selection.selected_from
-        session.say(_proof(ranking.certificate, num_places))
+        num_results = len(ranking.passages) if selection is None else selection.selected_from
+        session.say(_proof(ranking.certificate, num_results))
     if selection is not None:
         session.say(_selection_line(selection, settings, is_proved=ranking.certificate is not None))
 
@@ -464,11 +464,11 @@ def _why_none(settings: SearchSettings) -> str:
     return ": no passage has a word of it" if settings.sources == ("bm25",) else ""
 
 
-def _proof(certificate: Certificate, num_places: int) -> str:
+def _proof(certificate: Certificate, num_results: int) -> str:
     num_passages = certificate.num_scored + certificate.num_left
-    proved = "all" if certificate.proved == num_places else f"the first {certificate.proved}"
+    proved = "all" if certificate.proved == num_results else f"the first {certificate.proved}"
     return (
-        f"exact: {proved} of {num_places} places are proved; {certificate.num_scored:,} of {num_passages:,} passages "
+        f"exact: {proved} of {num_results} places are proved; {certificate.num_scored:,} of {num_passages:,} passages "
         f"got the full score"
         + (f", none of the others can score above {certificate.highest_bound_left:.3f}" if certificate.num_left else "")
     )

@@ -243,7 +243,7 @@ class Explanation:
     ``dot`` is the inner product, ``interaction`` what the IEM added to it (None if the head has no inner product),
     ``lexical`` what BM25 added, ``windows`` what the best window's vector added, and ``tokens`` what the token
     embeddings added (None if the score does not use them). ``source_ranks`` and ``source_scores`` come from the sources
-    that proposed the passage; ``terms`` counts the query's terms (stems, as BM25 uses them) in it, and ``term_places``
+    that proposed the passage; ``terms`` counts the query's terms (stems, as BM25 uses them) in it, and ``term_spans``
     says where they are in its full text (title, line break, text), in characters.
     """
 
@@ -255,7 +255,7 @@ class Explanation:
     source_ranks: Mapping[str, int]
     source_scores: Mapping[str, float]
     terms: Mapping[str, int]
-    term_places: Mapping[str, tuple[Span, ...]] = field(default_factory=dict[str, tuple[Span, ...]])
+    term_spans: Mapping[str, tuple[Span, ...]] = field(default_factory=dict[str, tuple[Span, ...]])
 
     __repr__ = short_repr
 

@@ -211,7 +211,7 @@ def _read_retrieval(source: RetrievalSource, queries: Sample, passages: Sample) 
             if not any(grade > 0 for grade in grades.values()):
                 without_positive.add(query_id)
         issues += [f"{split}: {issue}" for issue in without_positive.as_issue("queries have no relevant passage")]
-    place_of = dict(zip(lines, range(len(lines)), strict=True))
+    index_of = dict(zip(lines, range(len(lines)), strict=True))
     repeated = _repeated_passages(list(lines), hashes)
     for split, occurrences in repeats.items():
         repeated += occurrences.as_repeats(f"{split}: queries with the same text as another")
@@ -224,7 +224,7 @@ def _read_retrieval(source: RetrievalSource, queries: Sample, passages: Sample) 
         tuple(_count_judgements(split, judged) for split, judged in qrels.items()),
         tuple(repeated),
         tuple(same_keys("same query", ids_of)),
-        _shared_positives(qrels, place_of, hashes),
+        _shared_positives(qrels, index_of, hashes),
         issues=tuple(issues),
     )
 
@@ -266,14 +266,14 @@ def _count_judgements(split: str, judged: Mapping[str, Mapping[str, int]]) -> Sp
 
 
 def _shared_positives(
-    qrels: Mapping[str, Mapping[str, Mapping[str, int]]], place_of: Mapping[str, int], hashes: array[int]
+    qrels: Mapping[str, Mapping[str, Mapping[str, int]]], index_of: Mapping[str, int], hashes: array[int]
 ) -> tuple[SharedPositives, ...]:
     texts = {
         split: {
-            hashes[place_of[passage_id]]
+            hashes[index_of[passage_id]]
             for grades in judged.values()
             for passage_id, grade in grades.items()
-            if grade > 0 and passage_id in place_of
+            if grade > 0 and passage_id in index_of
         }
         for split, judged in qrels.items()
     }

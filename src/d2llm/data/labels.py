@@ -86,12 +86,12 @@ class _Ids:
     """Ids in the order in which they first occurred, each as a number."""
 
     def __init__(self) -> None:
-        self.place_of: dict[str, int] = {}
+        self.index_of: dict[str, int] = {}
 
     def encode(self, ids: Sequence[str]) -> NDArray[np.int32]:
         """The numbers of ids [n]; new ids get the next ones."""
-        place_of = self.place_of
-        return np.fromiter((place_of.setdefault(one, len(place_of)) for one in ids), np.int32, len(ids))
+        index_of = self.index_of
+        return np.fromiter((index_of.setdefault(one, len(index_of)) for one in ids), np.int32, len(ids))
 
 
 class _Texts:
@@ -103,7 +103,7 @@ class _Texts:
         self._content = b"".join(encoded)
 
     def take(self, positions: Iterable[int]) -> list[str]:
-        """The texts at some places."""
+        """The texts at these positions."""
         return [self._content[self._ends[index] : self._ends[index + 1]].decode() for index in positions]
 
 
@@ -135,16 +135,16 @@ class _StoredLabels:
         queries, passages, values, grades = (
             np.concatenate(column) for column in zip(nothing, *self._pairs, strict=True)
         )
-        pairs = queries.astype(np.int64) * max(len(self._passages.place_of), 1) + passages
+        pairs = queries.astype(np.int64) * max(len(self._passages.index_of), 1) + passages
         order = np.argsort(pairs, kind="stable")  # the labels of a pair together, those written last at the end
         is_first = np.diff(pairs[order], prepend=-1) != 0
         firsts, lasts = order[is_first], order[np.append(is_first[1:], np.True_)[: len(order)]]
         by_query = np.lexsort((firsts, queries[firsts]))  # passages in the order in which they were first written
         firsts, lasts = firsts[by_query], lasts[by_query]
         self._names, self._values, self._grades = passages[firsts], values[lasts], grades[lasts]
-        self._ends = np.cumsum(np.bincount(queries[firsts], minlength=len(self._queries.place_of)))
+        self._ends = np.cumsum(np.bincount(queries[firsts], minlength=len(self._queries.index_of)))
         self.num_duplicates = len(order) - len(firsts)
-        self._passage_ids = _Texts(self._passages.place_of)
+        self._passage_ids = _Texts(self._passages.index_of)
         self._pairs, self._passages = [], _Ids()
 
     def __len__(self) -> int:
@@ -154,7 +154,7 @@ class _StoredLabels:
     @property
     def query_ids(self) -> Set[str]:
         """The queries with labels."""
-        return self._queries.place_of.keys()
+        return self._queries.index_of.keys()
 
     def log_odds(self, query_id: str) -> dict[str, float]:
         """Log-odds by passage id; empty for a query without labels."""
@@ -165,7 +165,7 @@ class _StoredLabels:
         return self._of_query(query_id, self._grades)
 
     def _of_query(self, query_id: str, values: NDArray[np.float32]) -> dict[str, float]:
-        index = self._queries.place_of.get(query_id)
+        index = self._queries.index_of.get(query_id)
         if index is None:
             return {}
         rows = slice(self._ends[index - 1] if index else 0, self._ends[index])

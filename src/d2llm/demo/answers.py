@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from d2llm.core.types import Passage
-from d2llm.demo.report import DemoAnswer, QuestionReport, ScoredPlace, ScoreReport, top_places
+from d2llm.demo.report import DemoAnswer, QuestionReport, ScoredResult, ScoreReport, top_results
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.protocols import SearchStudent
 
@@ -109,8 +109,8 @@ class Candidates:
         answers: list[DemoAnswer] = []
         for question, by_bm25, by_d2llm in zip(QUESTIONS, self._bm25, self._d2llm, strict=True):
             is_answer = partial(is_right, question)
-            baseline = top_places(by_bm25, by_d2llm, is_answer, TOP_K)
-            d2llm = top_places(by_d2llm, by_bm25, is_answer, TOP_K)
+            baseline = top_results(by_bm25, by_d2llm, is_answer, TOP_K)
+            d2llm = top_results(by_d2llm, by_bm25, is_answer, TOP_K)
             answers.append(DemoAnswer(question.text, tuple(sorted(question.right_ids & ids)), baseline, d2llm))
         right_cosine = tuple(
             any(is_right(question, passage) for passage in self._cosine_top(position))
@@ -127,12 +127,12 @@ def explain(index: Index, interaction_weight: float) -> ScoreReport:
     """The parts of the scores of the best passages for one question."""
     question = QUESTIONS[EXPLAINED]
     ranking = index.search(question.text, top_k=TOP_K, explain=True)
-    passages: list[ScoredPlace] = []
+    passages: list[ScoredResult] = []
     for result in ranking.passages:
         explanation = result.explanation
         assert explanation is not None
         passages.append(
-            ScoredPlace(
+            ScoredResult(
                 passage_id=result.passage.id,
                 title=result.passage.title,
                 right=is_right(question, result.passage),

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.toml import read_toml
 from d2llm.core.types import Passage, Task
-from d2llm.demo.report import DemoAnswer, MessageReport, MessageSystem, top_places
+from d2llm.demo.report import DemoAnswer, MessageReport, MessageSystem, top_results
 from d2llm.models.interaction import Interaction
 from d2llm.models.student import Student
 from d2llm.ops.significance import paired_randomisation
@@ -119,6 +119,6 @@ def _example(
     return DemoAnswer(
         question=message.text,
         right_ids=tuple(other.id for other in passages if is_same(other) and other.id != message.id),
-        baseline=top_places(by_without, by_whole, is_same, TOP_K),
-        d2llm=top_places(by_whole, by_without, is_same, TOP_K),
+        baseline=top_results(by_without, by_whole, is_same, TOP_K),
+        d2llm=top_results(by_whole, by_without, is_same, TOP_K),
     )

@@ -11,7 +11,7 @@ from d2llm.core.types import Passage
 
 
 @dataclass(frozen=True, slots=True)
-class DemoPlace:
+class DemoResult:
     """One entry of a ranking.
 
     ``right``: the passage was named beforehand as an answer, or makes the same request. ``other_rank``: its rank in the
@@ -27,16 +27,16 @@ class DemoPlace:
     other_rank: int | None
 
 
-def top_places(
+def top_results(
     ranking: Sequence[tuple[Passage, float]],
     other: Sequence[tuple[Passage, float]],
     is_right: Callable[[Passage], bool],
     top_k: int,
-) -> tuple[DemoPlace, ...]:
+) -> tuple[DemoResult, ...]:
     """The first entries of a ranking of (passage, score), compared with the ranking of the ``other`` system."""
     other_ranks = {passage.id: rank for rank, (passage, _) in enumerate(other, start=1)}
     return tuple(
-        DemoPlace(
+        DemoResult(
             rank=rank,
             passage_id=passage.id,
             title=passage.title,
@@ -58,8 +58,8 @@ class DemoAnswer:
 
     question: str
     right_ids: tuple[str, ...]
-    baseline: tuple[DemoPlace, ...]
-    d2llm: tuple[DemoPlace, ...]
+    baseline: tuple[DemoResult, ...]
+    d2llm: tuple[DemoResult, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class MessageReport:
 
 
 @dataclass(frozen=True, slots=True)
-class ScoredPlace:
+class ScoredResult:
     """One passage at the top of a ranking, and the parts of its score; None is a part that the score does not have.
 
     ``words`` is what BM25 adds, ``windows`` and ``tokens`` what the vectors of sentences and tokens add, and
@@ -148,7 +148,7 @@ class ScoreReport:
     """
 
     question: str
-    passages: tuple[ScoredPlace, ...]
+    passages: tuple[ScoredResult, ...]
     interaction_weight: float
 
 

@@ -19,8 +19,8 @@ from d2llm.demo.messages import TOP_K as MESSAGES_TOP_K
 from d2llm.demo.messages import request_of
 from d2llm.demo.report import (
     DemoAnswer,
-    DemoPlace,
     DemoReport,
+    DemoResult,
     MessageReport,
     QuestionReport,
     ScoreReport,
@@ -211,7 +211,7 @@ class DemoView:
             table.add_row(left, right)
         return table
 
-    def _result(self, result: DemoPlace, movement: str, words: set[str]) -> RenderableType:
+    def _result(self, result: DemoResult, movement: str, words: set[str]) -> RenderableType:
         title = Text(f"{result.rank} ", no_wrap=True, overflow=self._overflow)
         if result.right:
             title.append("✓ ", style="bold green")
@@ -265,7 +265,7 @@ def _highlighted(text: str, words: set[str], *, style: str) -> Text:
     return shown
 
 
-def _movement(result: DemoPlace, top_k: int, depth: int) -> str:
+def _movement(result: DemoResult, top_k: int, depth: int) -> str:
     if result.other_rank is None:
         return f"new (>{depth})"
     if result.other_rank > top_k:

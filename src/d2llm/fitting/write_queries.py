@@ -185,7 +185,7 @@ def _write(batch: Sequence[_PassageAssignment], writer: Writer) -> tuple[list[Dr
             answer.num_written_tokens,
             answer.problem,
         )
-        for index, answer in written.by_place.items()
+        for index, answer in written.by_index.items()
     ]
     return drafts, written.error
 

@@ -62,7 +62,7 @@ def attribute(student: Student, query: str, passage: str, task: Task) -> Attribu
     if not getattr(student.backbone.tokenizer, "is_fast", False):
         raise InputError("this student's tokenizer gives no character offsets, so its words cannot be weighted")
     tokenized = student.tokenize([passage], "passage")
-    spans = student.backbone.token_places(passage, len(tokenized.ids[0]))
+    spans = student.backbone.token_spans(passage, len(tokenized.ids[0]))
     encoded = student.encode_queries([query])
     query_vectors = torch.from_numpy(encoded.vectors).to(student.backbone.device)
     with inference(student):

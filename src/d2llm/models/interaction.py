@@ -115,10 +115,10 @@ class Interaction(nn.Module):
         self.config = config
         self.dim = dim
         hidden = config.hidden_dim
-        self._places = {name: index for index, name in enumerate(("a", "b", *_PAIR_FEATURES[config.features]))}
+        self._block_index = {name: index for index, name in enumerate(("a", "b", *_PAIR_FEATURES[config.features]))}
         self.dropout = nn.Dropout(config.dropout)
         if config.tasks:
-            self.first = nn.Linear(len(self._places) * dim, hidden)
+            self.first = nn.Linear(len(self._block_index) * dim, hidden)
             self.shared = nn.Linear(hidden, hidden) if config.layers == 5 else None
             self.branches = nn.ModuleDict({name: self._new_branch() for name in self._branch_names(config.tasks)})
             self.output = nn.Linear(config.feature_dim, 1)
@@ -355,9 +355,9 @@ class Interaction(nn.Module):
             assert dot is not None
             return PairScores(dot, dot, None)
         hidden = self._query_half(queries) + nn.functional.linear(passages, self._weight_columns("b"))
-        if "a * b" in self._places:
+        if "a * b" in self._block_index:
             hidden = hidden + (queries * passages) @ self._weight_columns("a * b").T
-        if "|a - b|" in self._places:
+        if "|a - b|" in self._block_index:
             hidden = hidden + (queries - passages).abs() @ self._weight_columns("|a - b|").T
         features = self._after_first(hidden, task)
         logits = at_least_float32(self.output(self.dropout(features)).squeeze(-1))
@@ -380,7 +380,7 @@ class Interaction(nn.Module):
             inner, features = [self.shared, branch[0]], branch[1]
             last, constant = last @ features.weight, last @ features.bias + constant
         return SplitLayers(
-            **{_LAYER_NAMES[name]: self._weight_columns(name) for name in self._places},
+            **{_LAYER_NAMES[name]: self._weight_columns(name) for name in self._block_index},
             bias=self.first.bias,
             inner=tuple(Linear(layer.weight, layer.bias) for layer in inner),
             last=last,
@@ -396,7 +396,7 @@ class Interaction(nn.Module):
 
     def _weight_columns(self, name: str) -> Float[Tensor, "hidden dim"]:
         """Columns of the first layer for the feature a, b, a * b or |a - b|."""
-        block = self._places[name]
+        block = self._block_index[name]
         return self.first.weight[:, block * self.dim : (block + 1) * self.dim]
 
     def _query_half(self, queries: Float[Tensor, "*queries dim"]) -> Float[Tensor, "*queries hidden"]:

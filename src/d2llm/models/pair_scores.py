@@ -34,11 +34,11 @@ def score_by_query(
 
     ``advance`` is called with the number of pairs of each query.
     """
-    places_of: dict[str, list[int]] = {}
+    rows_of_query: dict[str, list[int]] = {}
     for index, (query, _) in enumerate(pairs):
-        places_of.setdefault(query, []).append(index)
+        rows_of_query.setdefault(query, []).append(index)
     scores = np.empty(len(pairs), np.float32)
-    for query, positions in places_of.items():
+    for query, positions in rows_of_query.items():
         vectors = np.stack([passages[pairs[index][1]] for index in positions])
         scores[positions] = student.score(queries[query], vectors, task)
         if advance is not None:

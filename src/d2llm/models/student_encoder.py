@@ -287,7 +287,7 @@ class StudentEncoder(VectorScorer):
                 _, states = self._read_ids([tokenized.ids[index] for index in batch])
             for index, text_states in zip(batch, states.float().cpu().numpy(), strict=True):
                 text = queries[index]
-                spans = self.backbone.token_places(text, len(tokenized.ids[index]), "query")
+                spans = self.backbone.token_spans(text, len(tokenized.ids[index]), "query")
                 by_term = tokens_of_terms(text, spans)
                 word_states[index] = {
                     term: text_states[positions].mean(axis=0) for term, positions in by_term.items() if positions

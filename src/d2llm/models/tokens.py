@@ -261,7 +261,7 @@ class TextReader:
         """Where the tokens of a text end, in characters, without prefix and special tokens (``token_ends``)."""
         return token_ends(self.tokenizer, text)
 
-    def token_places(self, text: str, num_tokens: int, kind: TextKind = "passage") -> list[Span]:
+    def token_spans(self, text: str, num_tokens: int, kind: TextKind = "passage") -> list[Span]:
         """Character spans in a text, by default a passage, of the ``num_tokens`` tokens of ``tokenize``.
 
         Needs a fast tokenizer. The span of a special token is empty.

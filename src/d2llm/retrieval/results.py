@@ -153,8 +153,8 @@ def group_passages(
         positions.setdefault(documents[index], []).append(index)
     summed = num_parts if how == "sum" else 1
     grouped = [
-        GroupedDocument(name, float(np.logaddexp.reduce(scores[document_places[:summed]])), document_places)
-        for name, document_places in positions.items()
+        GroupedDocument(name, float(np.logaddexp.reduce(scores[indices[:summed]])), indices)
+        for name, indices in positions.items()
     ]
     return sorted(grouped, key=lambda document: (-document.score, document.id))
 
@@ -246,11 +246,11 @@ def _explained(
     for result, row, score, word_score, window_score, token_score in zip(
         passages, rows, scores, lexical, windows, tokens, strict=True
     ):
-        at = {name: place_of[row] for name, place_of in ranks_by_source.items() if row in place_of}
-        term_places: dict[str, tuple[Span, ...]] = {}
+        at = {name: ranks[row] for name, ranks in ranks_by_source.items() if row in ranks}
+        term_spans: dict[str, tuple[Span, ...]] = {}
         for span, term in placed_terms(result.passage.full_text):
             if term in query_terms:
-                term_places[term] = (*term_places.get(term, ()), span)
+                term_spans[term] = (*term_spans.get(term, ()), span)
         why = Explanation(
             dot=result.dot_score,
             interaction=None
@@ -261,8 +261,8 @@ def _explained(
             tokens=token_score,
             source_ranks={name: index + 1 for name, index in at.items()},
             source_scores={name: float(proposals[name].scores[index]) for name, index in at.items()},
-            terms={term: len(spans) for term, spans in term_places.items()},
-            term_places=term_places,
+            terms={term: len(spans) for term, spans in term_spans.items()},
+            term_spans=term_spans,
         )
         explained.append(replace(result, explanation=why))
     return tuple(explained)

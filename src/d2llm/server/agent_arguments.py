@@ -57,7 +57,7 @@ class SimilarArguments(ResultArguments):
     passage_id: PassageId = Field(description="A passage, by an id from other results.")
 
 
-class PlaceArguments(ToolArguments):
+class TargetArguments(ToolArguments):
     """A passage or a document."""
 
     passage_id: PassageId | None = Field(None, description="A passage, by an id from other results.")
@@ -70,7 +70,7 @@ class PlaceArguments(ToolArguments):
         return self
 
 
-class ReadArguments(PlaceArguments, TextArguments):
+class ReadArguments(TargetArguments, TextArguments):
     """Read a passage with those around it, or a document from its beginning.
 
     A long document comes in parts: next_start is where the next one begins.
@@ -107,7 +107,7 @@ class UpsertArguments(ToolArguments):
     lenient_metadata: bool = Field(False, description=LENIENT_HELP)
 
 
-class DeleteArguments(PlaceArguments):
+class DeleteArguments(TargetArguments):
     """Delete a document with all its passages, or a single passage."""
 
 

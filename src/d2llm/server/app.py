@@ -37,7 +37,7 @@ from d2llm.server.errors import (
     json_rpc_shape,
     naming_index,
     register_error_shape,
-    without_places,
+    without_paths,
 )
 from d2llm.server.middleware import AGENTS_PATH, install_middleware
 from d2llm.server.model_service import ModelService
@@ -121,7 +121,7 @@ async def running(
     connection = ExitStack()
 
     def note(serving: Serving, name: str, problem: str | None) -> None:  # the version in memory still answers
-        serving.problems[name] = without_places(problem or "", private)
+        serving.problems[name] = without_paths(problem or "", private)
         lifecycle.become("ready", serving.problem)
 
     async def start() -> None:
@@ -133,7 +133,7 @@ async def running(
             app.state.serving = serving
             lifecycle.become("ready")
         except D2LLMError as error:
-            lifecycle.become("broken", without_places(str(error), private))
+            lifecycle.become("broken", without_paths(str(error), private))
             return
         except Exception:  # noqa: BLE001 - whatever happened, the server must report that it is broken
             lifecycle.become("broken", "it could not be started; see its log")

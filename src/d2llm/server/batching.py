@@ -30,11 +30,11 @@ _BATCHES_IN_SIGHT = 16  # a batch picks items of similar cost from this many bat
 _MIN_BATCH = 0.25  # as a fraction of the largest; smaller batches are inefficient
 
 
-class Places:
+class Slots:
     """Limits concurrent work that has no queue: use as a context manager; raises OverloadedError if all are taken."""
 
-    def __init__(self, num_places: int, retry_after: float = 1.0) -> None:
-        self._free = num_places
+    def __init__(self, num_slots: int, retry_after: float = 1.0) -> None:
+        self._free = num_slots
         self._retry_after = retry_after
 
     def __enter__(self) -> None:
@@ -57,7 +57,7 @@ class Done(Generic[_Result]):
 
 @dataclass(eq=False, slots=True)
 class _Group(Generic[_Item, _Result]):
-    """A request's items, with ``results`` by place and ``waiting``, the places of items not yet taken."""
+    """A request's items, with ``results`` by position and ``waiting``, the positions of items not yet taken."""
 
     items: Sequence[_Item]
     future: asyncio.Future[Done[_Result]]

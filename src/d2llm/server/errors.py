@@ -247,7 +247,7 @@ def install_error_handlers(app: FastAPI, private: Sequence[Path] = ()) -> None:
 
     async def answer(request: Request, error: Exception) -> Response:
         problem = problem_for_client(error)
-        message = without_places(problem.message, private)
+        message = without_paths(problem.message, private)
         problem = replace(problem, message=message, request_id=request_id_of(request))
         if problem.status == 405:
             allowed = ", ".join(_methods(app, request.url.path)) or (problem.headers or {}).get("Allow", "")
@@ -260,7 +260,7 @@ def install_error_handlers(app: FastAPI, private: Sequence[Path] = ()) -> None:
         app.add_exception_handler(kind, answer)
 
 
-def without_places(text: str, private: Sequence[Path]) -> str:
+def without_paths(text: str, private: Sequence[Path]) -> str:
     """The text, with private paths shortened to their last component."""
     for path in private:
         for variant in (str(path.resolve()), str(path.absolute()), str(path)):

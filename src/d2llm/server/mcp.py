@@ -28,7 +28,7 @@ from d2llm.server import agent_tools
 from d2llm.server.agent_streams import make_server
 from d2llm.server.agent_tools import SCHEME, Agent
 from d2llm.server.app import make_app
-from d2llm.server.errors import MAX_SHOWN, NotReadyError, problem_for_client, shortened, without_places
+from d2llm.server.errors import MAX_SHOWN, NotReadyError, problem_for_client, shortened, without_paths
 from d2llm.server.running import Lifecycle
 from d2llm.server.services import Catalog, catalog_of
 from d2llm.server.settings import ServeSettings
@@ -107,7 +107,7 @@ class AgentProtocol:
         problem = problem_for_client(error)
         if problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR and problem.status != HTTPStatus.SERVICE_UNAVAILABLE:
             _log.error("a request of an agent failed", exc_info=error)
-        return without_places(shortened(problem.message, MAX_SHOWN), self._private)
+        return without_paths(shortened(problem.message, MAX_SHOWN), self._private)
 
 
 def _json(result: object) -> str:

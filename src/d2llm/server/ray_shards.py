@@ -140,10 +140,10 @@ class _Shard:
                 problem = f"no answer within {seconds:g} seconds"
             except ray.exceptions.RayError as error:
                 problem = last_line(error)
-            _log.warning("%s (%s): %s", self.desired.place, self.desired.record.address, problem)
+            _log.warning("%s (%s): %s", self.desired.label, self.desired.record.address, problem)
             if is_step:
                 replica.ready.clear()  # until it has answered that the version is open
-        raise ShardAwayError(f"{self.desired.place} ({self.desired.record.address}) does not answer: {problem}")
+        raise ShardAwayError(f"{self.desired.label} ({self.desired.record.address}) does not answer: {problem}")
 
     def attend(self, replica: _Replica, scorer: Any) -> bool:
         """Let a replica open the versions that it lacks, or look whether it has; returns whether something changed."""
@@ -165,7 +165,7 @@ class _Shard:
             self.facts[shard.version] = ray.get(reference)
         except Exception as error:  # noqa: BLE001 - whatever has happened, it is tried again
             cause = getattr(error, "cause", None)
-            self.error = cause if isinstance(cause, D2LLMError) else ShardAwayError(f"{desired.place}: {error}")
+            self.error = cause if isinstance(cause, D2LLMError) else ShardAwayError(f"{desired.label}: {error}")
             replica.has_failed, replica.retry_at = True, time.monotonic() + _RETRY_SECONDS
             if isinstance(error, ray.exceptions.ActorDiedError):  # for good
                 replica.actor = self.new_actor()

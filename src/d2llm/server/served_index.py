@@ -35,7 +35,7 @@ from d2llm.retrieval.index import Index
 from d2llm.retrieval.rewriting import with_rewriting
 from d2llm.retrieval.search import SearchSettings
 from d2llm.retrieval.settings import Turn
-from d2llm.server.batching import Batcher, Places
+from d2llm.server.batching import Batcher, Slots
 from d2llm.server.errors import NotFoundError, NotReadyError, ServingError, is_clients
 from d2llm.server.logs import note_items
 from d2llm.server.model_service import ModelService, Observe, StudentLane
@@ -128,9 +128,9 @@ class ServedIndex:
         self._writes = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._reads = ThreadPoolExecutor(1, thread_name_prefix="read")
         self._context_builds = ThreadPoolExecutor(1, thread_name_prefix="context")  # long ones take longer than reads
-        self._searching, self._explaining = Places(queue), Places(_WAITING)
-        self._contexts = Places(_WAITING)
-        self._writing = Places(_WAITING, retry_after=5.0)
+        self._searching, self._explaining = Slots(queue), Slots(_WAITING)
+        self._contexts = Slots(_WAITING)
+        self._writing = Slots(_WAITING, retry_after=5.0)
         self._stops: set[Stop] = set()  # of writes
 
     def start(self) -> None:

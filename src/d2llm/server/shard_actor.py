@@ -47,7 +47,7 @@ class ShardVersion:
         return self.record.version
 
     @property
-    def place(self) -> str:
+    def label(self) -> str:
         """Which shard it is, for messages."""
         return f"shard {self.shard_number} of {self.num_shards}"
 

@@ -16,7 +16,7 @@ from d2llm.retrieval.protocols import task_for
 from d2llm.sizing.plan import SizePlan
 from d2llm.sizing.texts import TextFacts
 from d2llm.store.ann import ann_bytes
-from d2llm.store.part_vectors import PLACE_BYTES
+from d2llm.store.part_vectors import EXTENT_BYTES
 from d2llm.store.vector_formats import VectorFormat, make_format
 from d2llm.store.word_files import SEGMENT_ROWS, segment_bytes
 
@@ -142,13 +142,13 @@ def _part_bytes(
     for kind in student.formats:
         per_passage = parts_of_passage(kind, student, texts)
         part_size = student.part_format(kind).code_size
-        place_bytes = num_passages * PLACE_BYTES
+        extent_bytes = num_passages * EXTENT_BYTES
         codes = round(num_passages * per_passage * part_size)
         yield PartBytes(
             f"vectors of {kind}s, {student.formats[kind]}",
-            codes + place_bytes,
-            codes + 2 * place_bytes,
-            f"{per_passage:.1f} {kind}s a passage, {part_size} bytes each, and {PLACE_BYTES} for their place, which "
+            codes + extent_bytes,
+            codes + 2 * extent_bytes,
+            f"{per_passage:.1f} {kind}s a passage, {part_size} bytes each, and {EXTENT_BYTES} for their place, which "
             f"memory holds twice ({texts.source})",
         )
     if approximate:

@@ -24,11 +24,11 @@ from d2llm.core.types import PartKind
 from d2llm.ops.kernels import MAXSIM
 from d2llm.ops.selection import ranges
 from d2llm.store.scan import RowScan
-from d2llm.store.vector_file import PART_PLACES, PART_VECTORS, IntactExtents, VectorFile
+from d2llm.store.vector_file import PART_EXTENTS, PART_VECTORS, IntactExtents, VectorFile
 from d2llm.store.vector_formats import VectorFormat, make_format
 
 _PLACE = np.dtype("<i8")
-PLACE_BYTES = 2 * _PLACE.itemsize
+EXTENT_BYTES = 2 * _PLACE.itemsize
 """Bytes of a row's place, on disk and in memory."""
 _PARTS_AT_ONCE = 4_096  # few enough to stay in the cache
 
@@ -166,7 +166,7 @@ def _blocks(counts: NDArray[np.int64]) -> Iterator[slice]:
 def create_parts(folder: Path, generation: int, kind: PartKind, vector_format: VectorFormat, *, since: int = 0) -> None:
     """Create the files of a kind of parts, without rows."""
     VectorFile.create(folder, generation, vector_format.code_size, since=since, name=PART_VECTORS[kind])
-    VectorFile.create(folder, generation, PLACE_BYTES, since=since, name=PART_PLACES[kind])
+    VectorFile.create(folder, generation, EXTENT_BYTES, since=since, name=PART_EXTENTS[kind])
 
 
 def append_parts(
@@ -185,7 +185,7 @@ def append_parts(
         OSError: the files cannot be written.
     """
     vectors = VectorFile.open(folder, generation, vector_format.code_size, name=PART_VECTORS[kind])
-    extents = VectorFile.open(folder, generation, PLACE_BYTES, name=PART_PLACES[kind])
+    extents = VectorFile.open(folder, generation, EXTENT_BYTES, name=PART_EXTENTS[kind])
     start = vectors.append(codes) if len(codes) else vectors.capacity
     new_extents = _packed_extents(start, counts)
     if extents.capacity <= first:
@@ -195,7 +195,7 @@ def append_parts(
         return
     # Row numbers that no version names are reused after a vector file was rewritten.
     kept = np.array(extents.codes()[:first])
-    draft = VectorFile.begin(folder, generation, PLACE_BYTES, since=extents.since, name=PART_PLACES[kind])
+    draft = VectorFile.begin(folder, generation, EXTENT_BYTES, since=extents.since, name=PART_EXTENTS[kind])
     draft.append(np.concatenate([kept, new_extents]))
     draft.take_place(folder)
 
@@ -224,13 +224,13 @@ def open_parts(
             np.zeros((capacity, 2), np.int64), np.zeros((0, vector_format.code_size), np.uint8), vector_format
         )
     opened: list[tuple[VectorFile, NDArray[np.uint8]]] = []
-    for name, code_size in ((PART_VECTORS[kind], vector_format.code_size), (PART_PLACES[kind], PLACE_BYTES)):
+    for name, code_size in ((PART_VECTORS[kind], vector_format.code_size), (PART_EXTENTS[kind], EXTENT_BYTES)):
         file = VectorFile.open(folder, generation, code_size, name=name)
         codes = file.codes()
         problem = None
         if file.since > version:
             problem = f"belongs to a later version than {version}; refresh or open the index again"
-        elif intact.damaged(file, codes) or (name == PART_PLACES[kind] and len(codes) < num_rows):
+        elif intact.damaged(file, codes) or (name == PART_EXTENTS[kind] and len(codes) < num_rows):
             problem = "is not what was written; `d2llm index ... verify --repair` encodes them again"
         if problem is not None:
             raise DataFormatError(file.path, problem)
@@ -241,7 +241,7 @@ def open_parts(
     extents[: len(written)] = written
     if (extents < 0).any() or (extents.sum(axis=1) > len(codes)).any():
         problem = f"names {kind}s that do not exist; `d2llm index ... verify --repair` encodes them again"
-        raise DataFormatError(folder / f"{PART_PLACES[kind]}-{generation}.bin", problem)
+        raise DataFormatError(folder / f"{PART_EXTENTS[kind]}-{generation}.bin", problem)
     return PartVectors(extents, codes, vector_format)
 
 
@@ -260,7 +260,7 @@ def replace_parts(
         OSError: they cannot be written; the existing files are kept.
     """
     vectors = VectorFile.begin(folder, generation, vector_format.code_size, since=since, name=PART_VECTORS[kind])
-    extents = VectorFile.begin(folder, generation, PLACE_BYTES, since=since, name=PART_PLACES[kind])
+    extents = VectorFile.begin(folder, generation, EXTENT_BYTES, since=since, name=PART_EXTENTS[kind])
     for codes, counts in blocks:
         start = vectors.append(codes) if len(codes) else vectors.capacity
         if len(counts):
@@ -272,4 +272,4 @@ def replace_parts(
 def _packed_extents(start: int, counts: NDArray[np.int64]) -> NDArray[np.uint8]:
     """The places of rows with these numbers of parts, whose first part is ``start``, as bytes."""
     extents = np.stack([start + np.cumsum(counts) - counts, counts], axis=1).astype(_PLACE)
-    return extents.view(np.uint8).reshape(len(counts), PLACE_BYTES)
+    return extents.view(np.uint8).reshape(len(counts), EXTENT_BYTES)

@@ -34,11 +34,11 @@ from d2llm.store.checksums import read_checked, write_checked
 
 NAME = "vectors"
 PART_VECTORS: dict[PartKind, str] = {kind: f"{kind}-vectors" for kind in PART_KINDS}
-PART_PLACES: dict[PartKind, str] = {kind: f"{kind}-places" for kind in PART_KINDS}
+PART_EXTENTS: dict[PartKind, str] = {kind: f"{kind}-places" for kind in PART_KINDS}
 _REMEDIES = {
     NAME: "`d2llm index ... verify --repair` rebuilds them",
     **dict.fromkeys(
-        (*PART_VECTORS.values(), *PART_PLACES.values()), "`d2llm index ... verify --repair` encodes them again"
+        (*PART_VECTORS.values(), *PART_EXTENTS.values()), "`d2llm index ... verify --repair` encodes them again"
     ),
 }
 _JOINED_ROWS = 16_384  # small additions share an extent of up to this many rows, to keep the list of extents short
@@ -305,7 +305,7 @@ def generations(folder: Path) -> Iterator[int]:
 
 def files_of(folder: Path, generation: int) -> list[Path]:
     """The files of a generation: vectors, those of parts, the approximate index (``ann``) and words."""
-    names = (NAME, *PART_VECTORS.values(), *PART_PLACES.values())
+    names = (NAME, *PART_VECTORS.values(), *PART_EXTENTS.values())
     files = (*(path_of(folder, generation, name) for name in names), ann_path_of(folder, generation))
     named = [part for path in files for part in (path, path.with_suffix(".json")) if part.is_file()]
     return [*named, *word_files.files_of(folder, generation)]

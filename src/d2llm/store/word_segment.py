@@ -103,9 +103,9 @@ class AddedWords:
 
     def take(self, rows: Rows, num_rows: int) -> AddedWords:
         """The words of the given rows out of ``num_rows``, numbered in the same order."""
-        place_of = np.full(num_rows, -1, np.int64)
-        place_of[rows] = np.arange(len(rows))
-        new_rows = place_of[self.rows]
+        renumbered = np.full(num_rows, -1, np.int64)
+        renumbered[rows] = np.arange(len(rows))
+        new_rows = renumbered[self.rows]
         kept = new_rows >= 0
         return self._of_postings(self.hashes[kept], new_rows[kept], self.hundredths[kept])
 
@@ -167,8 +167,8 @@ class WordSegment:
             if advance is not None:
                 advance(1)
         vocabulary, positions = np.unique(np.array(known.hashes, np.uint64), return_inverse=True)
-        place_of = np.append(len(vocabulary), positions).astype(np.uint32)
-        tokens = place_of[np.frombuffer(numbers, np.uint32)]
+        renumbered = np.append(len(vocabulary), positions).astype(np.uint32)
+        tokens = renumbered[np.frombuffer(numbers, np.uint32)]
         segment = cls._from_tokens(vocabulary, tokens, np.array(offsets, np.int64))
         return replace(segment, by_dictionary=by_dictionary)
 
@@ -245,11 +245,11 @@ class WordSegment:
         tokens = self.tokens[ranges(starts, sizes)]
         used = np.unique(tokens)
         used = used[used != len(self.terms)]
-        place_of = np.full(len(self.terms) + 1, len(used), np.uint32)
-        place_of[used] = np.arange(len(used), dtype=np.uint32)
+        renumbered = np.full(len(self.terms) + 1, len(used), np.uint32)
+        renumbered[used] = np.arange(len(used), dtype=np.uint32)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
         added = None if self.added is None else self.added.take(rows, len(self))
-        taken = self._from_tokens(self.terms[used], place_of[tokens], offsets, added)
+        taken = self._from_tokens(self.terms[used], renumbered[tokens], offsets, added)
         return replace(taken, by_dictionary=self.by_dictionary)
 
     def positions(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:

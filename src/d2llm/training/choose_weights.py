@@ -98,10 +98,10 @@ def _sound_weights(
 ) -> list[float]:
     """The weights that are not worse, on any data set, than the start or the smallest weight."""
     before = {name: start[name] for name in results}
-    alone = {name: by_place(result.by_item[weights[0]]) for name, result in results.items()}
+    alone = {name: by_position(result.by_item[weights[0]]) for name, result in results.items()}
     sound: list[float] = []
     for weight in weights:
-        after = {name: by_place(result.by_item[weight]) for name, result in results.items()}
+        after = {name: by_position(result.by_item[weight]) for name, result in results.items()}
         if not worse_sets(before, after, seed=seed) and not worse_sets(alone, after, seed=seed):
             sound.append(weight)
     return sound
@@ -121,9 +121,9 @@ def mean_value(results: Mapping[str, DevResult]) -> float:
 def items_at_best_weight(results: Mapping[str, DevResult]) -> Items:
     """For each dev set, the value of each query or pair (by its position) at its task's best weight r."""
     weights = choose_interaction_weights(results)
-    return {name: by_place(result.by_item[weights[result.task]]) for name, result in results.items()}
+    return {name: by_position(result.by_item[weights[result.task]]) for name, result in results.items()}
 
 
-def by_place(values: NDArray[np.float64]) -> dict[str, float]:
+def by_position(values: NDArray[np.float64]) -> dict[str, float]:
     """The values of a dev set's items by position, for the paired tests."""
     return {str(position): float(value) for position, value in enumerate(values)}

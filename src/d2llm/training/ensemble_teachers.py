@@ -151,13 +151,13 @@ def ensemble_teachers(
         ]
         for name, config in zip(names, members, strict=True):  # one after another, so that only one is in memory
             load = partial(load_teacher, config, device=device, dtype=dtype)
-            teacher, place = place_teacher(config, load, placement.runner, device=device)
+            teacher, where = place_teacher(config, load, placement.runner, device=device)
             if teacher.fingerprint in (part.fingerprint for part in identified):
                 raise InputError(f"member '{name}' is the same teacher as another member; name each once")
             identified.append(EnsembleMember(config, teacher.fingerprint))
             store = working_folder(folder)
             by_member.append(
-                {dev.name: score_dev_set(teacher, dev, name=name, store=store, placement=place) for dev in dev_sets}
+                {dev.name: score_dev_set(teacher, dev, name=name, store=store, placement=where) for dev in dev_sets}
             )
     tasks: dict[Task, TaskReport] = {}
     ensembles: dict[Task, Ensemble] = {}

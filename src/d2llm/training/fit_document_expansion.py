@@ -69,15 +69,15 @@ def fit_document_expansion(
     vocabulary = sorted(term for term, count in num_queries.items() if count >= _MIN_QUERIES)
     if not vocabulary:
         raise InputError(f"no word is in two of the queries of '{split}'; use a data set with more of them")
-    place_of = {term: index for index, term in enumerate(vocabulary)}
+    column_of = {term: index for index, term in enumerate(vocabulary)}
     texts = [text for data_set in sets for text in data_set.texts]
     with progress_bar("encoding passages with queries", len(texts)) as advance:
         features = student.encode_passages(texts, advance=advance).vectors.astype(np.float64)
     fractions = np.zeros((len(features), len(vocabulary)))
     for row, by_term in enumerate(fraction for data_set in sets for fraction in data_set.fractions):
         for term, value in by_term.items():
-            if term in place_of:
-                fractions[row, place_of[term]] = value
+            if term in column_of:
+                fractions[row, column_of[term]] = value
     set_of = np.repeat(np.arange(len(sets)), [len(data_set.texts) for data_set in sets])
     whole = RidgeSet(features, fractions, np.concatenate([folds_of(len(data_set.texts)) for data_set in sets]))
     errors = _errors_apart(whole, set_of)

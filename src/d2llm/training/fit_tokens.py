@@ -49,7 +49,7 @@ _remarks = logging.getLogger("d2llm.remarks")
 
 @dataclass(frozen=True)
 class _Examples:
-    """Queries of one data set with a relevant passage and negatives, all as places in ``passages``.
+    """Queries of one data set with a relevant passage and negatives, all as rows of ``passages``.
 
     Attributes:
         name: name of the data set.
@@ -226,7 +226,7 @@ def _read(
         for rows in ([row_of[p] for p in judged[query_id] if p in row_of] for query_id in chosen)
     ]
     pool = sorted({row for rows in (*read_positives, *by_words) for row in rows})
-    place_of = {row: index for index, row in enumerate(pool)}
+    index_of = {row: index for index, row in enumerate(pool)}
     passages, vectors = _states(student, projection, [dataset.passages[ids[row]].full_text for row in pool], "passage")
     texts = [dataset.queries[query_id].text for query_id in chosen]
     queries, dot_queries = _states(student, projection, texts, "query")
@@ -237,10 +237,10 @@ def _read(
     for lexical, near, excluded in zip(by_words, nearest, targets, strict=True):
         similar = [index for index in near.tolist() if pool[index] not in excluded]
         negatives.append(
-            [*(place_of[row] for row in lexical), *rng.sample(similar, min(config.num_hard, len(similar)))]
+            [*(index_of[row] for row in lexical), *rng.sample(similar, min(config.num_hard, len(similar)))]
         )
-    positives_read = [[place_of[row] for row in rows] for rows in read_positives]
-    relevant = [[place_of[row] for row in rows if row in place_of] for rows in targets]
+    positives_read = [[index_of[row] for row in rows] for rows in read_positives]
+    relevant = [[index_of[row] for row in rows if row in index_of] for rows in targets]
     return _Examples(dataset.name, queries, passages, positives_read, relevant, negatives)
 
 

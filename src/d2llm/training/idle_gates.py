@@ -15,7 +15,7 @@ import torch
 
 from d2llm.models.interaction import Interaction
 from d2llm.models.student import Student
-from d2llm.training.choose_weights import Items, by_place, worse_sets
+from d2llm.training.choose_weights import Items, by_position, worse_sets
 from d2llm.training.dev_sets import DevSet, EncodedDev, encode_dev
 
 _DEPTH, _TOLERATED, _MORE = 10, 0.001, 1.01
@@ -79,5 +79,5 @@ def _measure(student: Student, used: Sequence[EncodedDev]) -> tuple[Items, float
             if len(rows) > _DEPTH:
                 tenth = np.partition(scores[-1], -_DEPTH)[-_DEPTH]
                 left.append(int((dot + scorer.bound * student.passage_bound(passages) >= tenth).sum()))
-        items[encoded.dev.name] = by_place(encoded.dev.measure(scores).by_item)
+        items[encoded.dev.name] = by_position(encoded.dev.measure(scores).by_item)
     return items, fmean(left) if left else 0.0

@@ -35,7 +35,7 @@ def batch_tokens(student: Student, batch: DistillationBatch) -> list[list[int]]:
     return queries.ids + passages.ids
 
 
-def token_places(student: Student, batch: DistillationBatch, ids: Sequence[Sequence[int]]) -> list[list[int]]:
+def embedded_positions(student: Student, batch: DistillationBatch, ids: Sequence[Sequence[int]]) -> list[list[int]]:
     """The places of the tokens of each text that have vectors; none if token embeddings do not count in this batch."""
     projection = student.token_projection
     if projection is None or not batch.token_weight:
@@ -77,7 +77,7 @@ def with_tokens(
     Args:
         student: the student.
         scores: the scores of the vectors.
-        tokens: the vectors [tokens, token_dim] of each text's tokens (``token_places``).
+        tokens: the vectors [tokens, token_dim] of each text's tokens (``embedded_positions``).
         batch: the batch.
         ids: token ids of its texts.
     """

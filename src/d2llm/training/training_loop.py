@@ -59,10 +59,10 @@ from d2llm.training.objective import (
     OFFSET,
     batch_losses,
     batch_tokens,
+    embedded_positions,
     make_offsets,
     offset_name,
     score_vectors,
-    token_places,
     weighted_sum,
     with_tokens,
 )
@@ -399,17 +399,17 @@ class DistillRun(Trainable):
     def step(self, step: int) -> dict[str, Any]:
         """Add the gradient of a batch."""
         training = self.recipe.training
-        epoch, place = divmod(step, self.per_epoch)
-        if not self.batches or place == 0:
-            if place == 0 and (training.remine or training.in_batch_labels) and self.trainer.saved != step:
+        epoch, batch_index = divmod(step, self.per_epoch)
+        if not self.batches or batch_index == 0:
+            if batch_index == 0 and (training.remine or training.in_batch_labels) and self.trainer.saved != step:
                 # A run that is resumed must not see this epoch's plans and labels in the last one, and the teacher
                 # may take long, or end the run.
                 self.trainer.save()
             self._remine(epoch)
             self.batches = self._batches(epoch)
-            if place == 0:
+            if batch_index == 0:
                 self.trainer.write(step + 1, queries=queries_by_set(self.batches))
-        source, draws = self.batches[place]
+        source, draws = self.batches[batch_index]
         self.student.train()
         batch = collate(source, draws)
         ids = batch_tokens(self.student, batch)
@@ -430,7 +430,7 @@ class DistillRun(Trainable):
             self.student,
             ids,
             loss_of,
-            token_positions=token_places(self.student, batch, ids),
+            token_positions=embedded_positions(self.student, batch, ids),
             depths=depths,
             part_tokens=training.part_tokens,
             checkpointed=training.gradient_checkpointing,

@@ -421,7 +421,7 @@ def accumulate(
         by_list.setdefault(pair.query if of_lists else pair_index, []).append(pair_index)
     lists = list(by_list.values())
     pair_weight = tuning.pair_weight if of_lists else 1.0
-    lengths = [max(len(inputs[pair_index]) for pair_index in list_places) * len(list_places) for list_places in lists]
+    lengths = [max(len(inputs[pair_index]) for pair_index in indices) * len(indices) for indices in lists]
     together = token_budget_batches(lengths, max_tokens=part_tokens, max_items=len(lists))
     seeds: list[int] = torch.randint(1 << 31, (len(together),)).tolist()
     total = torch.zeros((), device=model.device)

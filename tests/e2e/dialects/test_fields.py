@@ -149,7 +149,7 @@ HUGE = LONG + " the sea" * 100_000
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "place"),
+    ("path", "body", "warning"),
     [
         ("/embed", {"inputs": ["a cat", HUGE], "truncate": True}, "texts were truncated to 64 tokens: 1"),
         ("/embed", {"inputs": ["a cat", HUGE]}, "texts were truncated to 64 tokens: 1"),
@@ -175,8 +175,8 @@ HUGE = LONG + " the sea" * 100_000
         ),
     ],
 )
-def test_what_is_too_long_is_cut_whatever_its_length(ask, path, body, place):
-    assert place in ask(path, body).headers["x-warning"]
+def test_what_is_too_long_is_cut_whatever_its_length(ask, path, body, warning):
+    assert warning in ask(path, body).headers["x-warning"]
 
 
 @pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank"])

@@ -227,8 +227,8 @@ def test_threads_may_ask_at_the_same_time(endpoint: LocalEndpoint) -> None:
     student = student_of(endpoint, remote={"batch_texts": 2})
     with ThreadPoolExecutor(4) as threads:
         encoded = list(threads.map(student.encode_passages, [TEXTS, TEXTS[::-1]] * 4))
-    for place, each in enumerate(encoded):
-        np.testing.assert_allclose(each.vectors, expected(*(TEXTS if place % 2 == 0 else TEXTS[::-1])), atol=1e-5)
+    for index, each in enumerate(encoded):
+        np.testing.assert_allclose(each.vectors, expected(*(TEXTS if index % 2 == 0 else TEXTS[::-1])), atol=1e-5)
 
 
 def test_whitening_is_fitted_to_the_vectors(endpoint: LocalEndpoint) -> None:

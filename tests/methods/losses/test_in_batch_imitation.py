@@ -20,7 +20,7 @@ from d2llm.models.token_vectors import TokenProjection
 from d2llm.models.tokens import TextKind
 from d2llm.recipe.losses import Objective
 from tiny_data import JUDGEMENTS, tiny_recipe, topics
-from tiny_distill import LEARNING, Place, log_of
+from tiny_distill import LEARNING, Workspace, log_of
 from tiny_models import DIM, randomise, tiny_student_config, write_tiny_model
 
 WEIGHT, MAX_TOKENS = 7.5, 3
@@ -54,10 +54,10 @@ def token_vectors(student: Student, text: str, kind: TextKind) -> tuple[list[lis
     with torch.no_grad():
         states, _ = student.backbone(*student.backbone.pad([ids]))
         projected = (states[0].double() @ projection.weight.double().T).tolist()
-    rare = [(place, projection.rarity[token].item()) for place, token in enumerate(ids)]
+    rare = [(index, projection.rarity[token].item()) for index, token in enumerate(ids)]
     counted = sorted((pair for pair in rare if pair[1] > 0), key=lambda pair: -pair[1])
-    kept = sorted(place for place, _ in (counted[:MAX_TOKENS] if kind == "query" else counted))
-    rows = [projected[place] for place in kept]
+    kept = sorted(index for index, _ in (counted[:MAX_TOKENS] if kind == "query" else counted))
+    rows = [projected[index] for index in kept]
     return [[x / math.sqrt(sum(y * y for y in row)) for x in row] for row in rows], len(counted)
 
 
@@ -113,12 +113,12 @@ def test_max_sim_needs_vectors_of_tokens(source: TrainingSource, tmp_path: Path)
 @pytest.mark.parametrize("scores", ["all", "vectors", "tokens"])
 def test_a_student_learns_from_the_chosen_scores(student: Student, tmp_path: Path, scores: LiveScores) -> None:
     """The first loss is the divergence from these scores, and the run records what they depend on."""
-    place = Place(tmp_path)
+    workspace = Workspace(tmp_path)
     student.save(tmp_path / "live")
     live = {"teacher": str(tmp_path / "live"), "scores": scores}
     weights = Objective(JUDGEMENTS | {"in_batch_imitation": live, "in_batch_cross_entropy": 0.0})
-    recipe = tiny_recipe(tiny_student_config(place.model), losses=weights, epochs=1, **LEARNING)
-    place.run(tmp_path / "taught", recipe=recipe, labels=tmp_path / "none")
+    recipe = tiny_recipe(tiny_student_config(workspace.model), losses=weights, epochs=1, **LEARNING)
+    workspace.run(tmp_path / "taught", recipe=recipe, labels=tmp_path / "none")
     settings = json.loads((tmp_path / "taught" / "manifest.json").read_text(encoding="utf-8"))["settings"]
     assert settings["live_teacher"] == student.fingerprint
     assert settings.get("live_tokens") == (None if scores == "vectors" else student.token_fingerprint)
@@ -126,6 +126,6 @@ def test_a_student_learns_from_the_chosen_scores(student: Student, tmp_path: Pat
         {"symmetric": None, "asymmetric": WEIGHT} if scores == "all" else None
     )
     first = next(line["in_batch_imitation"] for line in log_of(tmp_path / "taught") if "loss" in line)
-    others = LiveTeacher(Student.load(tmp_path / "live", dtype="float32"), place.source.dataset, "asymmetric")
+    others = LiveTeacher(Student.load(tmp_path / "live", dtype="float32"), workspace.source.dataset, "asymmetric")
     assert first > 0
     assert others.token_weight == WEIGHT

@@ -19,7 +19,7 @@ from d2llm.training.gradient_cache import backpropagate
 from d2llm.training.losses import LossInput
 from d2llm.training.objective import batch_tokens
 from tiny_data import JUDGEMENTS, tiny_recipe
-from tiny_distill import LEARNING, Place, losses_of, score_batch
+from tiny_distill import LEARNING, Workspace, losses_of, score_batch
 from tiny_models import DIM, randomise, tiny_student_config
 
 NESTED = "nested_cross_entropy"
@@ -38,20 +38,22 @@ def nested_loss(
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("place"))
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("workspace"))
 
 
 @pytest.fixture(scope="module")
-def batch(place: Place, tmp_path_factory: pytest.TempPathFactory) -> DistillationBatch:
-    store = LabelStore(tmp_path_factory.mktemp("l"), teacher="none", prompt="none", dataset=place.source.dataset.name)
-    labelled = LabelledSource.join(place.source, store, keep_unlabelled=True)
+def batch(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> DistillationBatch:
+    store = LabelStore(
+        tmp_path_factory.mktemp("l"), teacher="none", prompt="none", dataset=workspace.source.dataset.name
+    )
+    labelled = LabelledSource.join(workspace.source, store, keep_unlabelled=True)
     return collate(*epoch_batches([labelled], epoch=0, batch_queries=4, num_hard=2, num_easy=1, seed=0)[0])
 
 
-def test_the_loss_by_hand(place: Place, batch: DistillationBatch) -> None:
+def test_the_loss_by_hand(workspace: Workspace, batch: DistillationBatch) -> None:
     """-log of a relevant passage's softmax, by 20 times the cosine, at 8 components and in full; means of these."""
-    student = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
+    student = Student.create(tiny_student_config(workspace.model), device="cpu", dtype="float32")
     count = len(batch.query_ids)
     whole, shallow = (torch.randn(count + len(batch.passage_ids), DIM) for _ in range(2))
     weights = WEIGHTS.with_losses({NESTED: {"dims": (8,)}})
@@ -80,8 +82,10 @@ def test_the_loss_by_hand(place: Place, batch: DistillationBatch) -> None:
 
 
 @pytest.mark.parametrize("room", [0, float("inf")])
-def test_the_gradient_in_parts_is_that_of_the_whole_batch(place: Place, batch: DistillationBatch, room: float) -> None:
-    student = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
+def test_the_gradient_in_parts_is_that_of_the_whole_batch(
+    workspace: Workspace, batch: DistillationBatch, room: float
+) -> None:
+    student = Student.create(tiny_student_config(workspace.model), device="cpu", dtype="float32")
     student.prepare_training()
     randomise(student, scale=0.1)
     ids = batch_tokens(student.train(), batch)
@@ -104,9 +108,9 @@ def test_the_gradient_in_parts_is_that_of_the_whole_batch(place: Place, batch: D
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5)
 
 
-def test_a_trained_student_records_its_depths(place: Place, tmp_path: Path) -> None:
-    recipe = tiny_recipe(tiny_student_config(place.model), **LEARNING).model_copy(update={"losses": WEIGHTS})
-    report = place.run(tmp_path / "student", recipe=recipe)
+def test_a_trained_student_records_its_depths(workspace: Workspace, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tiny_student_config(workspace.model), **LEARNING).model_copy(update={"losses": WEIGHTS})
+    report = workspace.run(tmp_path / "student", recipe=recipe)
     assert report.best_step > 0
     student = Student.load(tmp_path / "student", device="cpu", dtype="float32")
     assert student.nested_depths == (1,)
@@ -115,21 +119,21 @@ def test_a_trained_student_records_its_depths(place: Place, tmp_path: Path) -> N
     assert student.nested_depths == ()
 
 
-def test_depths_that_the_backbone_does_not_have_are_refused(place: Place, tmp_path: Path) -> None:
+def test_depths_that_the_backbone_does_not_have_are_refused(workspace: Workspace, tmp_path: Path) -> None:
     deep = WEIGHTS.with_losses({NESTED: {"layers": (1, 9)}})
-    recipe = tiny_recipe(tiny_student_config(place.model)).model_copy(update={"losses": deep})
+    recipe = tiny_recipe(tiny_student_config(workspace.model)).model_copy(update={"losses": deep})
     with pytest.raises(InputError, match="names 9, but the student's backbone has 2 layers; name fewer"):
-        place.run(tmp_path / "student", recipe=recipe)
+        workspace.run(tmp_path / "student", recipe=recipe)
 
 
-def test_one_depth_is_drawn_and_aligned_with_the_last_layer(place: Place, batch: DistillationBatch) -> None:
-    student = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
+def test_one_depth_is_drawn_and_aligned_with_the_last_layer(workspace: Workspace, batch: DistillationBatch) -> None:
+    student = Student.create(tiny_student_config(workspace.model), device="cpu", dtype="float32")
     whole, *after = (torch.randn(len(batch.query_ids) + len(batch.passage_ids), DIM) for _ in range(3))
     sampled = WEIGHTS.with_losses({NESTED: {"layers": (1, 2), "sampled": True}})
     aligned = sampled.with_losses({NESTED: {"alignment": 0.5}})
     drawn = {
         names: nested_loss(student, whole, replace(batch, query_ids=names), sampled, after).item()
-        for names in (tuple(f"{seed}.{place}" for place in range(len(batch.query_ids))) for seed in range(9))
+        for names in (tuple(f"{seed}.{workspace}" for workspace in range(len(batch.query_ids))) for seed in range(9))
     }
     values = [
         nested_loss(student, whole, batch, WEIGHTS.with_losses({NESTED: {"layers": (depth,)}}), [vectors]).item()

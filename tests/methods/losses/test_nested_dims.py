@@ -19,7 +19,7 @@ from d2llm.recipe import Recipe
 from d2llm.recipe.losses import Objective
 from d2llm.training.objective import batch_tokens
 from tiny_data import JUDGEMENTS, tiny_recipe
-from tiny_distill import LEARNING, Place, losses_of, score_batch
+from tiny_distill import LEARNING, Workspace, losses_of, score_batch
 from tiny_models import DIM, tiny_student_config
 
 DIMS = (4, 16)
@@ -28,21 +28,23 @@ WEIGHTS = Objective(JUDGEMENTS | {NESTED: {"dims": DIMS, "weight": 5.0}})
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("place"))
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("workspace"))
 
 
-def recipe(place: Place, weights: Objective, **training: object) -> Recipe:
-    settings = tiny_recipe(tiny_student_config(place.model), **(LEARNING | training))
+def recipe(workspace: Workspace, weights: Objective, **training: object) -> Recipe:
+    settings = tiny_recipe(tiny_student_config(workspace.model), **(LEARNING | training))
     return settings.model_copy(update={"losses": weights})
 
 
-def test_the_loss_compares_dot_vectors_of_queries_with_vectors_of_passages(place: Place, tmp_path: Path) -> None:
-    source = place.source
+def test_the_loss_compares_dot_vectors_of_queries_with_vectors_of_passages(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    source = workspace.source
     store = LabelStore(tmp_path, teacher="none", prompt="none", dataset=source.dataset.name)
     labelled = LabelledSource.join(source, store, keep_unlabelled=True)
     batch = collate(*epoch_batches([labelled], epoch=0, batch_queries=4, num_hard=2, num_easy=1, seed=0)[0])
-    student = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
+    student = Student.create(tiny_student_config(workspace.model), device="cpu", dtype="float32")
     with torch.no_grad():
         vectors = student(*student.backbone.pad(batch_tokens(student, batch)))
         queries, passages = vectors[: len(batch.query_ids)], vectors[len(batch.query_ids) :]
@@ -56,8 +58,8 @@ def test_the_loss_compares_dot_vectors_of_queries_with_vectors_of_passages(place
     assert NESTED not in losses_of(scores, pairs, WEIGHTS, student=student, vectors=vectors)
 
 
-def test_a_trained_student_records_its_widths(place: Place, tmp_path: Path) -> None:
-    report = place.run(tmp_path / "student", recipe=recipe(place, WEIGHTS))
+def test_a_trained_student_records_its_widths(workspace: Workspace, tmp_path: Path) -> None:
+    report = workspace.run(tmp_path / "student", recipe=recipe(workspace, WEIGHTS))
     assert report.best_step > 0
     student = Student.load(tmp_path / "student", device="cpu", dtype="float32")
     assert student.nested_dims == DIMS
@@ -67,16 +69,18 @@ def test_a_trained_student_records_its_widths(place: Place, tmp_path: Path) -> N
     assert student.nested_dims == ()
 
 
-def test_an_untrained_student_records_none(place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_untrained_student_records_none(
+    workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     still = {"learning_rate": 1e-12, "head_learning_rate": 1e-12}
     with caplog.at_level(logging.WARNING):
-        report = place.run(tmp_path / "student", recipe=recipe(place, WEIGHTS, **still))
+        report = workspace.run(tmp_path / "student", recipe=recipe(workspace, WEIGHTS, **still))
     assert report.best_step == 0
     assert Student.load(tmp_path / "student", device="cpu", dtype="float32").nested_dims == ()
     assert "cannot be cut to (4, 16)" in caplog.text
 
 
-def test_widths_that_the_vectors_do_not_have_are_refused(place: Place, tmp_path: Path) -> None:
+def test_widths_that_the_vectors_do_not_have_are_refused(workspace: Workspace, tmp_path: Path) -> None:
     wide = WEIGHTS.with_losses({NESTED: {"dims": (8, DIM)}})
     with pytest.raises(InputError, match=f"names {DIM}, but the student's vectors have {DIM} components"):
-        place.run(tmp_path / "student", recipe=recipe(place, wide))
+        workspace.run(tmp_path / "student", recipe=recipe(workspace, wide))

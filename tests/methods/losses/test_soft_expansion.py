@@ -22,7 +22,7 @@ from d2llm.recipe import Recipe
 from d2llm.recipe.losses import Objective
 from d2llm.training.objective import batch_tokens
 from tiny_data import JUDGEMENTS, tiny_recipe
-from tiny_distill import LEARNING, Place, log_of, losses_of, score_batch
+from tiny_distill import LEARNING, Workspace, log_of, losses_of, score_batch
 from tiny_models import TEXTS, tiny_student_config
 
 ALONE = {"in_batch_cross_entropy": 0.0, "dot_cross_entropy": 0.0}
@@ -47,22 +47,22 @@ class RecordingWriter:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("place"))
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("workspace"))
 
 
-def recipe(place: Place, file: Path, *, writer: object = None, **training: object) -> Recipe:
+def recipe(workspace: Workspace, file: Path, *, writer: object = None, **training: object) -> Recipe:
     expansion = {"passages": str(file), "weight": 3.0, "writer": writer}
     weights = Objective(JUDGEMENTS | ALONE | {"soft_expansion": expansion})
-    return tiny_recipe(tiny_student_config(place.model), losses=weights, **(LEARNING | training))
+    return tiny_recipe(tiny_student_config(workspace.model), losses=weights, **(LEARNING | training))
 
 
-def write_answers(file: Path, place: Place, *, without: str | None = None) -> None:
+def write_answers(file: Path, workspace: Workspace, *, without: str | None = None) -> None:
     """A text about another topic for each training query; ``without``: the id of a query that gets none."""
-    entries = place.source.plan.entries
+    entries = workspace.source.plan.entries
     lines = [
         {
-            "query": place.source.query_text(entry.query_id),
+            "query": workspace.source.query_text(entry.query_id),
             "passages": [] if entry.query_id == without else [TEXTS[n % 8]],
         }
         for n, entry in enumerate(entries)
@@ -120,23 +120,23 @@ def test_the_loss_is_the_mean_square_of_the_differences() -> None:
     assert soft_expansion(queries, torch.full((3, 2), torch.nan)).item() == 0
 
 
-def test_expanded_vectors_are_means_of_the_query_and_its_passages(place: Place) -> None:
-    student = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
-    first, second = (entry.query_id for entry in place.source.plan.entries[:2])
-    texts = {place.source.query_text(first): TEXTS[:2], place.source.query_text(second): []}
-    vectors = expanded_vectors(student, place.source, [first, second], texts)
-    query = student.encode_queries([place.source.query_text(first)]).vectors[0].astype(np.float64)
+def test_expanded_vectors_are_means_of_the_query_and_its_passages(workspace: Workspace) -> None:
+    student = Student.create(tiny_student_config(workspace.model), device="cpu", dtype="float32")
+    first, second = (entry.query_id for entry in workspace.source.plan.entries[:2])
+    texts = {workspace.source.query_text(first): TEXTS[:2], workspace.source.query_text(second): []}
+    vectors = expanded_vectors(student, workspace.source, [first, second], texts)
+    query = student.encode_queries([workspace.source.query_text(first)]).vectors[0].astype(np.float64)
     mean = (query + student.encode_passages(TEXTS[:2]).vectors.sum(axis=0)) / 3
     expected = mean / np.linalg.norm(mean) * np.linalg.norm(query)
     assert list(vectors) == [first]
     np.testing.assert_allclose(vectors[first], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_batch_compares_each_query_with_its_own_vector(place: Place, tmp_path: Path) -> None:
-    store = LabelStore(tmp_path, teacher="none", prompt="none", dataset=place.source.dataset.name)
-    labelled = LabelledSource.join(place.source, store, keep_unlabelled=True)
+def test_a_batch_compares_each_query_with_its_own_vector(workspace: Workspace, tmp_path: Path) -> None:
+    store = LabelStore(tmp_path, teacher="none", prompt="none", dataset=workspace.source.dataset.name)
+    labelled = LabelledSource.join(workspace.source, store, keep_unlabelled=True)
     rng = np.random.default_rng(0)
-    student = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
+    student = Student.create(tiny_student_config(workspace.model), device="cpu", dtype="float32")
     dim = student.vector_dim
     targets = {entry.query_id: rng.normal(size=dim).astype(np.float32) for entry in labelled.entries[:10]}
     labelled = replace(labelled, query_inputs={"soft_expansion": targets})
@@ -153,23 +153,25 @@ def test_a_batch_compares_each_query_with_its_own_vector(place: Place, tmp_path:
 
 
 def test_a_run_moves_queries_to_their_expanded_vectors(
-    place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "expansions.jsonl"
-    left_out = place.source.plan.entries[0].query_id
-    write_answers(file, place, without=left_out)
+    left_out = workspace.source.plan.entries[0].query_id
+    write_answers(file, workspace, without=left_out)
     with caplog.at_level(logging.WARNING):
-        place.run(tmp_path / "student", recipe=recipe(place, file, epochs=2, learning_rate=1e-2))
+        workspace.run(tmp_path / "student", recipe=recipe(workspace, file, epochs=2, learning_rate=1e-2))
     assert "1 of 16 queries have no hypothetical passages" in caplog.text
     values = [row["soft_expansion"] for row in log_of(tmp_path / "student") if "soft_expansion" in row]
     assert np.mean(values[-4:]) < 0.8 * np.mean(values[:4])
 
 
-def test_missing_passages_are_written_or_refused(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_passages_are_written_or_refused(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "expansions.jsonl"
     with pytest.raises(InputError, match=r"16 of 16 training queries have no line.*losses\.soft_expansion\.writer"):
-        place.run(tmp_path / "student", recipe=recipe(place, file))
+        workspace.run(tmp_path / "student", recipe=recipe(workspace, file))
     monkeypatch.setattr(module, "load_writer", lambda *_, **__: RecordingWriter())
-    place.run(tmp_path / "student", recipe=recipe(place, file, writer={"model": "any"}, epochs=1))
-    texts = {place.source.query_text(entry.query_id) for entry in place.source.plan.entries}
+    workspace.run(tmp_path / "student", recipe=recipe(workspace, file, writer={"model": "any"}, epochs=1))
+    texts = {workspace.source.query_text(entry.query_id) for entry in workspace.source.plan.entries}
     assert read_expansions(file) == {text: (text[::-1],) for text in texts}

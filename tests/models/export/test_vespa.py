@@ -47,7 +47,7 @@ class Tensor:
         left, right = (
             np.expand_dims(
                 one.array.transpose(np.argsort(one.names)),
-                [place for place, name in enumerate(names) if name not in one.names],
+                [index for index, name in enumerate(names) if name not in one.names],
             )
             for one in (self, other)
         )

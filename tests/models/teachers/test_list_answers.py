@@ -119,14 +119,14 @@ def test_a_ranking_with_repeated_or_unknown_passages_is_none(answer: str, rankin
 
 @given(st.text(alphabet=st.sampled_from('[]{}0123456789:,">/-\n abc<think>'), max_size=200), st.integers(1, 30))
 def test_no_answer_breaks_the_readers(answer: str, number: int) -> None:
-    assert all(1 <= place <= number and 0 <= grade <= 100 for place, grade in read_grades(answer, number).items())
+    assert all(1 <= rank <= number and 0 <= grade <= 100 for rank, grade in read_grades(answer, number).items())
     ranking = read_ranking(answer, number)
     assert len(set(ranking)) == len(ranking)
-    assert all(1 <= place <= number for place in ranking)
+    assert all(1 <= rank <= number for rank in ranking)
 
 
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=25))
 def test_grades_in_lines_are_read_back(grades: list[int]) -> None:
-    lines = [f"[{place}] {grade}" for place, grade in enumerate(grades, start=1)]
+    lines = [f"[{position}] {grade}" for position, grade in enumerate(grades, start=1)]
     assert list(read_grades("\n".join(lines), len(grades)).values()) == grades
     assert list(read_grades(str(grades), len(grades)).values()) == grades

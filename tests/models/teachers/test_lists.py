@@ -45,9 +45,9 @@ def honest(request: Request, number: int = 0) -> Reply:
     del number
     passages = [text for text in shown(request) if text.startswith("worth")]
     if "Rank the" in request.prompt:
-        order = sorted(range(len(passages)), key=lambda place: -worth(passages[place]))
-        return Reply(chat(" > ".join(f"[{place + 1}]" for place in order)))
-    return Reply(chat("\n".join(f"[{place}] {worth(text)}" for place, text in enumerate(passages, start=1))))
+        order = sorted(range(len(passages)), key=lambda position: -worth(passages[position]))
+        return Reply(chat(" > ".join(f"[{position + 1}]" for position in order)))
+    return Reply(chat("\n".join(f"[{position}] {worth(text)}" for position, text in enumerate(passages, start=1))))
 
 
 def scores(reply: Callable[[Request, int], Reply], kind: str = "graded", **settings: Any) -> tuple[Any, LocalEndpoint]:
@@ -90,7 +90,7 @@ def test_queries_are_not_mixed_and_a_long_list_is_shown_in_even_parts():
 
 def test_several_orders_are_averaged_and_follow_from_the_seed():
     def favours_the_first(request: Request, number: int) -> Reply:
-        return Reply(chat("\n".join(f"[{place}] {100 - 10 * place}" for place in range(1, len(shown(request)) + 1))))
+        return Reply(chat("\n".join(f"[{rank}] {100 - 10 * rank}" for rank in range(1, len(shown(request)) + 1))))
 
     one, first = scores(favours_the_first, lists={"orders": 3})
     same, second = scores(favours_the_first, lists={"orders": 3})
@@ -98,8 +98,8 @@ def test_several_orders_are_averaged_and_follow_from_the_seed():
     assert sorted(first.prompts) == sorted(second.prompts)
     assert len(set(first.prompts)) > 1
     assert one.grades.tolist() == same.grades.tolist() != other.grades.tolist()
-    places = {text: [shown(request).index(text) + 1 for request in first.requests] for _, text in PAIRS}
-    assert one.grades.tolist() == pytest.approx([100 - 10 * np.mean(places[text]) for _, text in PAIRS])
+    positions = {text: [shown(request).index(text) + 1 for request in first.requests] for _, text in PAIRS}
+    assert one.grades.tolist() == pytest.approx([100 - 10 * np.mean(positions[text]) for _, text in PAIRS])
 
 
 def test_what_an_answer_leaves_out_is_shown_again():
@@ -133,7 +133,9 @@ def test_an_answer_that_ends_at_the_limit_says_which_setting_to_raise():
 
 def test_pairs_without_an_answer_can_be_counted_as_undecided(caplog: pytest.LogCaptureFixture):
     def no_seventy(request: Request, number: int) -> Reply:
-        lines = [f"[{place}] {worth(text)}" for place, text in enumerate(shown(request), start=1) if worth(text) != 70]
+        lines = [
+            f"[{position}] {worth(text)}" for position, text in enumerate(shown(request), start=1) if worth(text) != 70
+        ]
         return Reply(chat("\n".join(lines) or "none"))
 
     with caplog.at_level(logging.WARNING):

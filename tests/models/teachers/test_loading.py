@@ -75,15 +75,15 @@ def test_a_spread_teacher_cannot_be_on_one_device(llama: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("places", "problem"),
+    ("device_map", "problem"),
     [
         ({"layers.0": 0, "layers.1": 1}, None),
         ({"": "cpu"}, None),
         ({"layers.0": 0, "layers.1": "cpu", "head": "disk"}, "would stay on cpu and disk. Use more GPUs"),
     ],
 )
-def test_a_teacher_that_does_not_fit_is_refused(places: dict[str, Any], problem: str | None) -> None:
-    whole = SimpleNamespace(hf_device_map=places)
+def test_a_teacher_that_does_not_fit_is_refused(device_map: dict[str, Any], problem: str | None) -> None:
+    whole = SimpleNamespace(hf_device_map=device_map)
     if problem is None:
         require_on_devices(whole, "large")
         return

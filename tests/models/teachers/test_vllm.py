@@ -72,7 +72,7 @@ def test_each_pair_is_one_request_and_those_of_a_query_follow_each_other(
     monkeypatch.setattr(module, "_PAIRS_AT_ONCE", 5)
     teacher = load_teacher(config(llama))
     teacher.score_pairs(PAIRS, "asymmetric")
-    rows, _ = local(llama).tokenize([PAIRS[place] for first in range(3) for place in range(first, 12, 3)], "asymmetric")
+    rows, _ = local(llama).tokenize([PAIRS[index] for first in range(3) for index in range(first, 12, 3)], "asymmetric")
     assert engine.engines[-1].requests == rows
 
 

@@ -189,8 +189,8 @@ def test_the_cost_needs_both_prices():
 def empty_after(number: int) -> Callable[[Request, int], Reply]:
     """So many answers, and then the account is empty."""
 
-    def reply(request: Request, place: int) -> Reply:
-        if place >= number:
+    def reply(request: Request, index: int) -> Reply:
+        if index >= number:
             return Reply({"error": "the account is empty"}, 403)
         return Reply(chat(f"what is {request.prompt.split('about topic ')[-1].split()[0]} about?"))
 
@@ -251,4 +251,4 @@ def test_ctrl_c_loses_no_answer(monkeypatch: pytest.MonkeyPatch):
         written = write_until_error(model, [TEA] * 6)
         released.set()
     assert isinstance(written.error, KeyboardInterrupt)
-    assert [*written.by_place] == [0, 1, 2]
+    assert [*written.by_index] == [0, 1, 2]

@@ -52,9 +52,9 @@ class Page(HTMLParser):
         return [element for element in self.elements if element["tag"] == tag]
 
 
-def table_rows(text, place):
+def table_rows(text, index):
     """The rows of the page's n-th table as lists of cell texts."""
-    source = re.findall(r"<table>.*?</table>", text, re.DOTALL)[place]
+    source = re.findall(r"<table>.*?</table>", text, re.DOTALL)[index]
     rows = []
     for row in re.findall(r"<tr.*?</tr>", source, re.DOTALL):
         cells = [element for element in Page(row).elements if element["tag"] in ("th", "td")]
@@ -187,7 +187,7 @@ def test_the_pareto_front_joins_undominated_rows():
     chart = ElementTree.fromstring(charts.quality_cost(systems, "MAP", "query"))
     front = next(path for path in chart.iter("path") if path.get("class") == "front").get("d")
     dots = {group.find("title").text.split(":")[0]: group.find("circle").get("cx") for group in chart.iter("g")}
-    stops = [float(place) for place in re.findall(r"[MH]([\d.]+)", front)]
+    stops = [float(x) for x in re.findall(r"[MH]([\d.]+)", front)]
     assert stops[:-1] == pytest.approx([float(dots["a"]), float(dots["b"])], abs=0.01)
 
 
@@ -205,14 +205,14 @@ def test_differences_are_counted_and_drawn_by_size():
     assert len(bars) == won + lost
     titles = [group.find("title").text for group in chart.iter("g")]
     assert len(titles) == 300
-    for place, change in enumerate(changes):
-        assert f"q{place}: {change:+.4f}" in titles
+    for index, change in enumerate(changes):
+        assert f"q{index}: {change:+.4f}" in titles
     heights = [float(bar.get("height")) for bar in bars]
     assert heights[0] / heights[-1] == pytest.approx(max(changes) / -min(changes), rel=0.01)
 
 
 def test_many_items_are_grouped_into_bars():
-    items = [charts.Difference(f"q{place}", 1.0 if place < 1000 else -0.5) for place in range(4000)]
+    items = [charts.Difference(f"q{index}", 1.0 if index < 1000 else -0.5) for index in range(4000)]
     chart = ElementTree.fromstring(charts.differences(items, "MAP", "new", "old"))
     assert "up to 6 per bar" in [element.text for element in chart.iter("text")]
     titles = [group.find("title").text for group in chart.iter("g")]
@@ -318,10 +318,10 @@ def test_labels_stay_in_the_frame_without_overlap(labels):
     frame = svg.Box(50, 0, 750, 400)
     anchors = [(x, y) for x, y, _ in labels]
     sizes = [(7.0 * letters, 15.0) for *_, letters in labels]
-    places = svg.place_labels(anchors, sizes, [], frame)
-    for place, box in enumerate(places):
+    positions = svg.place_labels(anchors, sizes, [], frame)
+    for index, box in enumerate(positions):
         assert frame.holds(box)
-        assert all(box.overlap(other) == 0 for other in places[:place])
+        assert all(box.overlap(other) == 0 for other in positions[:index])
 
 
 def test_long_names_are_shortened():

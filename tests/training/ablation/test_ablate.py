@@ -29,30 +29,30 @@ from d2llm.training.ablation import ablate as verb
 from d2llm.training.ablation.ablate import RunSettings, ablate
 from d2llm.training.ablation.report import AblationReport, RunResult
 from tiny_data import JUDGEMENTS, make_plan, tiny_recipe, topics, write_rule_labels
-from tiny_distill import LEARNING, Place
+from tiny_distill import LEARNING, Workspace
 from tiny_models import tiny_student_config
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("ablate"))
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("ablate"))
 
 
-def small_recipe(place: Place, **training: object) -> Recipe:
-    return tiny_recipe(tiny_student_config(place.model), **(LEARNING | {"epochs": 1} | training))
+def small_recipe(workspace: Workspace, **training: object) -> Recipe:
+    return tiny_recipe(tiny_student_config(workspace.model), **(LEARNING | {"epochs": 1} | training))
 
 
-def run(place: Place, folder: Path, **options: Any) -> AblationReport:
+def run(workspace: Workspace, folder: Path, **options: Any) -> AblationReport:
     defaults = {
-        "recipe": small_recipe(place),
-        "labels": place.labels,
-        "teacher": place.teacher,
+        "recipe": small_recipe(workspace),
+        "labels": workspace.labels,
+        "teacher": workspace.teacher,
         "variants": ["no-imitation"],
         "num_seeds": 2,
         "device": "cpu",
         "dtype": "float32",
     }
-    return ablate(options.pop("sources", [place.source]), folder, **(defaults | options))
+    return ablate(options.pop("sources", [workspace.source]), folder, **(defaults | options))
 
 
 class FakeTraining:
@@ -63,13 +63,13 @@ class FakeTraining:
         self.runs: list[tuple[str, int]] = []
         self.sources: dict[str, list[TrainingSource]] = {}
         self.recipes: dict[str, Recipe] = {}
-        self.places: set[str] = set()
+        self.folders: set[str] = set()
         self.errors: dict[tuple[str, int], Exception] = {}
 
     def __call__(self, shared: RunSettings, recipe: Recipe, name: str, seed: int) -> RunResult:
         self.runs.append((name, seed))
         self.sources[name], self.recipes[name] = shared.sources, recipe
-        self.places.add(shared.root.name)
+        self.folders.add(shared.root.name)
         if (name, seed) in self.errors:
             raise self.errors[name, seed]
         value = self.values[name][seed] if name in self.values else 0.5
@@ -111,14 +111,14 @@ def refuse(*arguments: Any, **options: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def history(place: Place, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def history(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """One ablation: a first call without any time budget, then a killed run, then a resumed one that finishes."""
     folder = tmp_path_factory.mktemp("history") / "ablation"
-    empty = run(place, folder, budget_minutes=0)
+    empty = run(workspace, folder, budget_minutes=0)
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, step=4)
         with pytest.raises(Interrupted):
-            run(place, folder)
+            run(workspace, folder)
     checkpoint = next(folder.glob("*/recipe/seed-0.run/checkpoint.safetensors")).is_file()
     messages: list[str] = []
     handler = logging.Handler()
@@ -126,7 +126,7 @@ def history(place: Place, tmp_path_factory: pytest.TempPathFactory) -> SimpleNam
     remarks = logging.getLogger("d2llm.remarks")
     remarks.setLevel(logging.INFO)
     remarks.addHandler(handler)
-    whole = run(place, folder)
+    whole = run(workspace, folder)
     remarks.removeHandler(handler)
     remarks.setLevel(logging.NOTSET)
     messages = [message for message in messages if message.startswith("ablate")]
@@ -142,10 +142,10 @@ class TestRealRuns:
         assert history.whole.missing == ()
 
     def test_interrupted_run_resumes_to_the_same_result_as_distill(
-        self, place: Place, history: SimpleNamespace, tmp_path: Path
+        self, workspace: Workspace, history: SimpleNamespace, tmp_path: Path
     ) -> None:
         assert history.checkpoint
-        direct = place.run(tmp_path / "student", recipe=small_recipe(place))
+        direct = workspace.run(tmp_path / "student", recipe=small_recipe(workspace))
         resumed = history.whole.base.runs[0]
         assert resumed.fingerprint == direct.fingerprint
         assert (resumed.steps, resumed.best_step) == (direct.steps, direct.best_step) == (4, direct.best_step)
@@ -154,9 +154,9 @@ class TestRealRuns:
         weight = str(direct.interaction_weights["asymmetric"])
         assert resumed.by_set == {"tiny": pytest.approx(direct.dev["tiny"]["by_weight"][weight], abs=1e-6)}
 
-    def test_two_stage_recipe_is_measured_with_its_interaction(self, place: Place, tmp_path: Path) -> None:
-        recipe = small_recipe(place, residual=ResidualConfig(epochs=1, warmup_steps=1, batch_queries=4))
-        report = run(place, tmp_path, recipe=recipe, variants=["one-stage"], num_seeds=1)
+    def test_two_stage_recipe_is_measured_with_its_interaction(self, workspace: Workspace, tmp_path: Path) -> None:
+        recipe = small_recipe(workspace, residual=ResidualConfig(epochs=1, warmup_steps=1, batch_queries=4))
+        report = run(workspace, tmp_path, recipe=recipe, variants=["one-stage"], num_seeds=1)
         staged, joint = report.base.runs[0], report.rows[0].runs[0]
         assert staged.steps == joint.steps == 4  # of the vector stage; the interaction stage's steps are not counted
         assert staged.best_step <= 4
@@ -175,18 +175,18 @@ class TestRealRuns:
         assert history.said[3] == "ablate: run 4 of 4: no-imitation, seed 1, about 1 min left"
 
     def test_finished_runs_are_not_repeated(
-        self, place: Place, history: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+        self, workspace: Workspace, history: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(verb, "distill", refuse)
         monkeypatch.setattr(verb, "evaluate_dev", refuse)
-        assert run(place, history.folder, budget_minutes=0) == history.whole
-        moved = small_recipe(place).model_copy(update={"data": (DataConfig(path="/elsewhere/tiny"),)})
-        named = small_recipe(place).model_copy(update={"data": (DataConfig(path="here/tiny"),)})
-        keys = {Path(run(place, history.folder, recipe=r, budget_minutes=0).folder).name for r in (moved, named)}
+        assert run(workspace, history.folder, budget_minutes=0) == history.whole
+        moved = small_recipe(workspace).model_copy(update={"data": (DataConfig(path="/elsewhere/tiny"),)})
+        named = small_recipe(workspace).model_copy(update={"data": (DataConfig(path="here/tiny"),)})
+        keys = {Path(run(workspace, history.folder, recipe=r, budget_minutes=0).folder).name for r in (moved, named)}
         assert len(keys) == 1  # the run folder does not depend on the data's location
 
     def test_every_run_is_measured_on_the_same_queries(
-        self, place: Place, history: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+        self, workspace: Workspace, history: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """With samples of three queries, because those that training draws itself differ by seed."""
         original, measured = verb.evaluate_dev, []
@@ -197,25 +197,25 @@ class TestRealRuns:
 
         monkeypatch.setattr(verb, "distill", refuse)
         monkeypatch.setattr(verb, "evaluate_dev", evaluate_dev)
-        report = run(place, history.folder, dev_queries=3)
+        report = run(workspace, history.folder, dev_queries=3)
         assert len(measured) == 4
         assert all(dev_sets == measured[0] for dev_sets in measured)
         assert [(entry.num_queries, entry.num_training_queries) for entry in report.sets] == [(3, 16)]
         monkeypatch.undo()
-        assert run(place, history.folder).base.mean == history.whole.base.mean  # measured on all eight again
+        assert run(workspace, history.folder).base.mean == history.whole.base.mean  # measured on all eight again
         training_samples = {
-            tuple(distill_verb.make_dev_set(place.source, num_queries=3, num_passages=9, seed=s).queries)
+            tuple(distill_verb.make_dev_set(workspace.source, num_queries=3, num_passages=9, seed=s).queries)
             for s in (0, 1)
         }
         assert len(training_samples) == 2
 
     def test_lost_measurement_is_redone_without_training(
-        self, place: Place, history: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+        self, workspace: Workspace, history: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         record = Path(history.whole.folder) / "no-imitation" / "seed-1.json"
         record.unlink()
         monkeypatch.setattr(verb, "distill", refuse)
-        assert run(place, history.folder, budget_minutes=0) == history.whole
+        assert run(workspace, history.folder, budget_minutes=0) == history.whole
         assert record.is_file()
 
     def test_seconds_add_up_over_sessions(self, tmp_path: Path) -> None:
@@ -226,21 +226,21 @@ class TestRealRuns:
 
 class TestOrder:
     def test_all_variants_run_with_one_seed_before_the_next(
-        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
+        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
         fake = fake_training()
-        recipe = small_recipe(place).model_copy(update={"seed": 5})
-        report = run(place, tmp_path, recipe=recipe, variants=["cosine", "without-ci"], num_seeds=2)
+        recipe = small_recipe(workspace).model_copy(update={"seed": 5})
+        report = run(workspace, tmp_path, recipe=recipe, variants=["cosine", "without-ci"], num_seeds=2)
         names = ["recipe", "cosine", "without-ci"]
         assert fake.runs == [(name, seed) for seed in (5, 6) for name in names]
         assert report.seeds == (5, 6)
         assert fake.recipes["without-ci"].losses.weight("contrastive_imitation") == 0
 
     def test_default_is_every_variant_that_changes_the_recipe(
-        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
+        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
         fake = fake_training()
-        report = run(place, tmp_path, variants=None, num_seeds=1)
+        report = run(workspace, tmp_path, variants=None, num_seeds=1)
         unchanged = (
             *("dot-head", "rich", "warm-start", "one-stage"),
             *("no-gates", "without-li", "not-quiet", "without-words"),
@@ -250,15 +250,15 @@ class TestOrder:
         assert [row.name for row in report.rows] == [name for name, _ in fake.runs[1:]]
 
     def test_default_leaves_out_what_the_recipe_cannot_have_and_says_why(
-        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
+        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
         fake_training()
         recipe = (
             find_variant("cosine")
-            .apply(small_recipe(place))
+            .apply(small_recipe(workspace))
             .model_copy(update={"losses": Objective(JUDGEMENTS | {"list_imitation": 1.0})})
         )
-        report = run(place, tmp_path, recipe=recipe, variants=None, num_seeds=1)
+        report = run(workspace, tmp_path, recipe=recipe, variants=None, num_seeds=1)
         left_out = [note for note in report.notes if note.startswith("left out: ")]
         assert left_out
         assert all(re.search(r"^left out: variant '[a-z0-9-]+': [a-z]", note) for note in left_out), left_out
@@ -268,46 +268,52 @@ class TestOrder:
         assert {row.name for row in report.rows} | set(report.same) == set(verb.VARIANTS) - named
 
     def test_identical_variants_run_once(
-        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
+        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
         fake = fake_training()
         losses = Objective(JUDGEMENTS | {"contrastive_imitation": 1.0})
-        recipe = small_recipe(place).model_copy(update={"losses": losses})
-        report = run(place, tmp_path, recipe=recipe, variants=["without-ci", "without-fi", "no-imitation"], num_seeds=1)
+        recipe = small_recipe(workspace).model_copy(update={"losses": losses})
+        report = run(
+            workspace, tmp_path, recipe=recipe, variants=["without-ci", "without-fi", "no-imitation"], num_seeds=1
+        )
         assert report.same == {"without-fi": "recipe", "no-imitation": "without-ci"}
         assert fake.runs == [("recipe", 0), ("without-ci", 0)]
 
     def test_no_run_starts_after_the_budget(
-        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        workspace: Workspace,
+        fake_training: Callable[..., FakeTraining],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         clock = iter(range(0, 10_000, 40))  # seconds: at the start, then before and after each run
         monkeypatch.setattr(verb, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
         fake = fake_training()
         # Runs start at 40 and 120 seconds; at 200 seconds the three minutes are over.
-        report = run(place, tmp_path, variants=["cosine", "paper"], num_seeds=1, budget_minutes=3)
+        report = run(workspace, tmp_path, variants=["cosine", "paper"], num_seeds=1, budget_minutes=3)
         assert fake.runs == [("recipe", 0), ("cosine", 0)]
         assert report.missing == (("paper", 0),)
         assert report.rows[1].mean is None
 
     def test_failed_variant_is_reported_and_the_others_continue(
-        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
+        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
         fake = fake_training({"recipe": (0.5, 0.5), "cosine": (0.4, 0.2)})
         fake.errors["cosine", 1] = TrainingDivergedError("no number")
-        report = run(place, tmp_path, variants=["cosine"])
+        report = run(workspace, tmp_path, variants=["cosine"])
         assert [(f.variant, f.seed, f.reason) for f in report.failed] == [("cosine", 1, "no number")]
         assert (report.rows[0].mean, report.rows[0].interval) == (0.4, None)
         fake.errors["recipe", 0] = TrainingDivergedError("no number")
         with pytest.raises(TrainingDivergedError):
-            run(place, tmp_path, variants=["cosine"])
+            run(workspace, tmp_path, variants=["cosine"])
 
 
 class TestFigures:
     def test_figures_match_hand_calculation(
-        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
+        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
         fake_training({"recipe": (0.50, 0.52, 0.54), "cosine": (0.49, 0.50, 0.54), "paper": (0.60, 0.50, 0.40)})
-        report = run(place, tmp_path, variants=["cosine", "paper"], num_seeds=3)
+        report = run(workspace, tmp_path, variants=["cosine", "paper"], num_seeds=3)
         # t(2) = 4.30265; recipe: s = .02. Less recipe: cosine -.01, -.02, 0, s = .01; paper .1, -.02, -.14, s = .12.
         cosine, paper = report.rows
         assert_interval(report.base.interval, 0.52, 4.30265 * 0.02 / math.sqrt(3))
@@ -324,30 +330,30 @@ class TestFigures:
         assert report.notes == ()
 
     def test_one_seed_gives_a_note_instead_of_an_interval(
-        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
+        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
         fake_training({"recipe": (0.5,), "cosine": (0.75,)})
-        report = run(place, tmp_path, variants=["cosine"], num_seeds=1)
+        report = run(workspace, tmp_path, variants=["cosine"], num_seeds=1)
         row = report.rows[0]
         assert (row.interval, row.difference, row.difference_interval) == (None, 0.25, None)
         assert report.best == "cosine"
         assert report.notes[0].startswith("one seed only")
 
     def test_warm_up_as_long_as_the_runs_is_noted(
-        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
+        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
         fake = fake_training()
-        report = run(place, tmp_path, recipe=small_recipe(place, warmup_steps=8), epochs=2)  # 2 x 16 / 4
+        report = run(workspace, tmp_path, recipe=small_recipe(workspace, warmup_steps=8), epochs=2)  # 2 x 16 / 4
         assert len(report.notes) == 1
         assert "the warm-up of 8 steps is as long as the runs of at most 8 steps" in report.notes[0]
         assert fake.recipes["no-imitation"].training.epochs == 2
-        assert run(place, tmp_path, recipe=small_recipe(place, warmup_steps=8), epochs=3).notes == ()
+        assert run(workspace, tmp_path, recipe=small_recipe(workspace, warmup_steps=8), epochs=3).notes == ()
 
     def test_report_converts_to_json(
-        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
+        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
         fake_training()
-        values = run(place, tmp_path).to_json()
+        values = run(workspace, tmp_path).to_json()
         assert values["report_version"] == 1
         assert values["base"]["runs"][0]["ndcg"] == 0.5
         assert json.loads(json.dumps(values))["rows"][0]["differences"] == {"0": 0.0, "1": 0.0}
@@ -355,25 +361,31 @@ class TestFigures:
 
 class TestData:
     def test_query_sample_depends_on_ids_and_is_shared_by_all_runs(
-        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
+        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
         samples: list[set[str]] = []
         for size in (4, 9, 16, 99):
             fake = fake_training()
-            run(place, tmp_path, max_queries=size)
+            run(workspace, tmp_path, max_queries=size)
             assert fake.queries("recipe") == fake.queries("no-imitation")
             samples += fake.queries()
             content = fake.sources["recipe"][0].plan.manifest["content_hash"]
-            assert (content == place.source.plan.manifest["content_hash"]) == (size >= 16)
+            assert (content == workspace.source.plan.manifest["content_hash"]) == (size >= 16)
         assert [len(sample) for sample in samples] == [4, 9, 16, 16]
         assert samples[0] < samples[1] < samples[2]
         fake = fake_training()
-        backwards = place.source.plan.entries[::-1]
-        plan = type(place.source.plan)(backwards, place.source.plan.manifest)
-        run(place, tmp_path, sources=[type(place.source)(place.source.dataset, plan, "asymmetric")], max_queries=9)
+        backwards = workspace.source.plan.entries[::-1]
+        plan = type(workspace.source.plan)(backwards, workspace.source.plan.manifest)
+        run(
+            workspace,
+            tmp_path,
+            sources=[type(workspace.source)(workspace.source.dataset, plan, "asymmetric")],
+            max_queries=9,
+        )
         assert fake.queries() == [samples[1]]  # chosen by id, not by position
         labelled = [
-            entry.query_id for entry in type(place.source)(place.source.dataset, plan, "asymmetric", 4).entries_to_label
+            entry.query_id
+            for entry in type(workspace.source)(workspace.source.dataset, plan, "asymmetric", 4).entries_to_label
         ]
         assert set(labelled) != samples[0]  # the queries for the teacher to label are another sample
 
@@ -382,60 +394,60 @@ class TestData:
     )
     def test_runs_without_a_teacher_use_the_recipes_queries(
         self,
-        place: Place,
+        workspace: Workspace,
         fake_training: Callable[..., FakeTraining],
         tmp_path: Path,
         unlabelled: str,
         queries: int,
         treatment: str,
     ) -> None:
-        write_rule_labels(tmp_path / "labels", [place.source], place.teacher, queries=["q00", "q01", "q02"])
+        write_rule_labels(tmp_path / "labels", [workspace.source], workspace.teacher, queries=["q00", "q01", "q02"])
         fake = fake_training()
-        recipe = small_recipe(place, unlabelled=unlabelled)
-        report = run(place, tmp_path, recipe=recipe, labels=tmp_path / "labels")
+        recipe = small_recipe(workspace, unlabelled=unlabelled)
+        report = run(workspace, tmp_path, recipe=recipe, labels=tmp_path / "labels")
         assert [len(ids) for ids in fake.queries("no-imitation")] == [queries]
         assert report.settings["labelled_queries"] == [3]
         assert report.notes[0].startswith("tiny: 13 of 16 training queries lack the teacher's labels and are ")
         assert treatment in report.notes[0]
 
     def test_different_settings_get_separate_runs(
-        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
+        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
         fake = fake_training()
         more = topics(name="more", task="symmetric")
-        write_rule_labels(tmp_path / "labels", [place.source, more], place.teacher)
-        run(place, tmp_path)
-        run(place, tmp_path, num_seeds=1, variants=["cosine"], dev_queries=2, budget_minutes=9)  # the same runs
-        assert len(fake.places) == 1
-        run(place, tmp_path, epochs=3)
-        run(place, tmp_path, max_queries=3)
-        run(place, tmp_path, dtype="bfloat16")
-        run(place, tmp_path, recipe=small_recipe(place, learning_rate=0.5))
-        run(place, tmp_path, sources=[place.source, more], labels=tmp_path / "labels")
-        assert len(fake.places) == 6
+        write_rule_labels(tmp_path / "labels", [workspace.source, more], workspace.teacher)
+        run(workspace, tmp_path)
+        run(workspace, tmp_path, num_seeds=1, variants=["cosine"], dev_queries=2, budget_minutes=9)  # the same runs
+        assert len(fake.folders) == 1
+        run(workspace, tmp_path, epochs=3)
+        run(workspace, tmp_path, max_queries=3)
+        run(workspace, tmp_path, dtype="bfloat16")
+        run(workspace, tmp_path, recipe=small_recipe(workspace, learning_rate=0.5))
+        run(workspace, tmp_path, sources=[workspace.source, more], labels=tmp_path / "labels")
+        assert len(fake.folders) == 6
 
     def test_recipe_without_imitation_needs_no_labels(
-        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
+        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
         fake = fake_training()
-        recipe = small_recipe(place).model_copy(update={"losses": Objective(JUDGEMENTS)})
-        report = run(place, tmp_path, recipe=recipe, labels=tmp_path / "none", variants=["cosine"])
+        recipe = small_recipe(workspace).model_copy(update={"losses": Objective(JUDGEMENTS)})
+        report = run(workspace, tmp_path, recipe=recipe, labels=tmp_path / "none", variants=["cosine"])
         assert report.settings["teacher"] is None
-        assert fake.queries() == [{entry.query_id for entry in place.source.plan.entries}]
+        assert fake.queries() == [{entry.query_id for entry in workspace.source.plan.entries}]
 
     def test_a_closed_gate_needs_no_labels_and_gets_separate_runs(
-        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
+        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
         fake = fake_training()
-        assert run(place, tmp_path).settings["closed_gates"] == []
-        report = run(place, tmp_path, labels=tmp_path / "none", closed_gates=["tiny", "another set"])
+        assert run(workspace, tmp_path).settings["closed_gates"] == []
+        report = run(workspace, tmp_path, labels=tmp_path / "none", closed_gates=["tiny", "another set"])
         assert (report.settings["closed_gates"], report.settings["labelled_queries"]) == (["tiny"], [16])
         assert report.notes == ()
-        assert len(fake.places) == 2
-        assert fake.queries() == [{entry.query_id for entry in place.source.plan.entries}]
+        assert len(fake.folders) == 2
+        assert fake.queries() == [{entry.query_id for entry in workspace.source.plan.entries}]
 
     def test_each_set_has_its_own_measure(
-        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
+        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
         fake_training()
         rows = [LabelledPair(str(n), f"query {n}", f"passage {n}", None, float(n)) for n in range(6)]
@@ -443,32 +455,32 @@ class TestData:
         prepared = read_pair_training_set(pairs)
         plan = make_plan(plan_of_pairs(prepared, "train", seed=0))
         source = TrainingSource(prepared.dataset, plan, "symmetric", pairs=pairs)
-        recipe = find_variant("no-imitation").apply(small_recipe(place))
+        recipe = find_variant("no-imitation").apply(small_recipe(workspace))
         options: dict[str, Any] = {"recipe": recipe, "variants": [], "num_seeds": 1}
-        report = run(place, tmp_path, sources=[place.source, source], **options)
+        report = run(workspace, tmp_path, sources=[workspace.source, source], **options)
         assert report.measure == "nDCG@10 and Spearman"
         assert [(entry.name, entry.measure, entry.num_queries) for entry in report.sets] == [
             ("tiny", "nDCG@10", 8),
             ("graded", "Spearman", 6),
         ]
-        assert run(place, tmp_path, sources=[place.source], **options).measure == "nDCG@10"
+        assert run(workspace, tmp_path, sources=[workspace.source], **options).measure == "nDCG@10"
 
 
 class TestWrongInput:
-    def test_missing_labels_are_rejected(self, place: Place, tmp_path: Path) -> None:
+    def test_missing_labels_are_rejected(self, workspace: Workspace, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="there are no labels yet; run `d2llm label`"):
-            run(place, tmp_path, labels=tmp_path / "none")
+            run(workspace, tmp_path, labels=tmp_path / "none")
         assert list(tmp_path.iterdir()) == []
 
-    def test_unknown_variant_gets_a_suggestion(self, place: Place, tmp_path: Path) -> None:
+    def test_unknown_variant_gets_a_suggestion(self, workspace: Workspace, tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match="did you mean 'without-ci'"):
-            run(place, tmp_path, variants=["without-c1"])
+            run(workspace, tmp_path, variants=["without-c1"])
 
     @pytest.mark.parametrize("option", ["num_seeds", "max_queries", "epochs", "dev_queries", "budget_minutes"])
-    def test_out_of_range_numbers_are_rejected(self, place: Place, tmp_path: Path, option: str) -> None:
+    def test_out_of_range_numbers_are_rejected(self, workspace: Workspace, tmp_path: Path, option: str) -> None:
         value = -1 if option == "budget_minutes" else 0
         with pytest.raises(InputError, match=f"{option} is {value}, but must be at least {value + 1}"):
-            run(place, tmp_path, **{option: value})
+            run(workspace, tmp_path, **{option: value})
 
 
 def assert_interval(interval: Interval | None, middle: float, half: float) -> None:
@@ -477,16 +489,18 @@ def assert_interval(interval: Interval | None, middle: float, half: float) -> No
 
 
 @pytest.mark.slow
-def test_labels_that_a_variant_asks_for_are_its_own(place: Place, tmp_path: Path) -> None:
-    identity = identify_teacher(place.teacher)
-    source = place.source
+def test_labels_that_a_variant_asks_for_are_its_own(workspace: Workspace, tmp_path: Path) -> None:
+    identity = identify_teacher(workspace.teacher)
+    source = workspace.source
     key = {"teacher": identity.fingerprint, "prompt": identity.prompts[source.task], "dataset": source.dataset.name}
-    before = LabelStore.open_for_reading(place.labels, **key).num_pairs
-    recipe = small_recipe(place, residual=ResidualConfig(epochs=1, warmup_steps=0, batch_queries=4, num_near=5))
-    report = run(place, tmp_path, recipe=recipe, variants=["ask-teacher", "in-batch-labels", "leave-out"], num_seeds=1)
+    before = LabelStore.open_for_reading(workspace.labels, **key).num_pairs
+    recipe = small_recipe(workspace, residual=ResidualConfig(epochs=1, warmup_steps=0, batch_queries=4, num_near=5))
+    report = run(
+        workspace, tmp_path, recipe=recipe, variants=["ask-teacher", "in-batch-labels", "leave-out"], num_seeds=1
+    )
     assert {row.name for row in report.rows} == {"ask-teacher", "in-batch-labels", "leave-out"}
     assert not report.failed
-    assert LabelStore.open_for_reading(place.labels, **key).num_pairs == before
+    assert LabelStore.open_for_reading(workspace.labels, **key).num_pairs == before
     for name in ("ask-teacher", "in-batch-labels"):
         own = Path(report.folder, name, "seed-0.run", "labels")
         assert LabelStore.open_for_reading(own, **key).num_pairs > before

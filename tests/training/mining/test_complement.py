@@ -15,7 +15,7 @@ from d2llm.data.pairs import PairDataset
 from d2llm.data.plan import PlanEntry
 from d2llm.training.distill import complement_words
 from tiny_data import make_source
-from tiny_distill import Place, log_of
+from tiny_distill import Workspace, log_of
 
 PASSAGES = {
     "both": "red cats sleep",  # two words of the query, the first of BM25
@@ -91,9 +91,9 @@ def test_labelled_pairs_stay_as_they_are(tmp_path: Path) -> None:
 
 
 def test_a_run_learns_from_them(tmp_path: Path) -> None:
-    place = Place(tmp_path / "place")
-    place.run(tmp_path / "plain", epochs=1)
-    place.run(tmp_path / "student", complement_words=3, epochs=1)
+    workspace = Workspace(tmp_path / "workspace")
+    workspace.run(tmp_path / "plain", epochs=1)
+    workspace.run(tmp_path / "student", complement_words=3, epochs=1)
     losses = [[row["loss"] for row in log_of(tmp_path / name) if "loss" in row] for name in ("plain", "student")]
     assert len(losses[0]) == len(losses[1])
     assert not np.allclose(losses[0], losses[1])

@@ -195,12 +195,12 @@ def _read_vocabulary(reader: _Reader, sizes: E5Sizes) -> E5Vocabulary:
         reader.refuse(f"its special tokens {special} are not four different ids of {count:,} pieces")
     offsets = reader.array("<u4", count + 1, "the offsets of the pieces")
     scores = reader.array("<f4", count, "the scores of the pieces")
-    text_place = reader.take(num_bytes, "the texts of the pieces")
+    text_offset = reader.take(num_bytes, "the texts of the pieces")
     if offsets[0] != 0 or offsets[-1] != num_bytes or (np.diff(offsets.astype(np.int64)) < 1).any():
         reader.refuse("the offsets of its pieces do not follow each other through their texts")
     if not np.isfinite(scores).all():
         reader.refuse("some scores of its pieces are NaN or infinite")
-    texts = reader.content[text_place : reader.cursor]
+    texts = reader.content[text_offset : reader.cursor]
     try:
         named = [texts[a:b].decode("utf-8") for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
     except UnicodeDecodeError as error:

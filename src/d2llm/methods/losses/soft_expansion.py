@@ -171,7 +171,7 @@ def write_expansions(path: Path, queries: Sequence[str], writer: Writer) -> None
             written = write_until_error(writer, assignments, advance=advance)
             lines = [
                 json.dumps({"query": together[index], "passages": answer.queries}, ensure_ascii=False) + "\n"
-                for index, answer in written.by_place.items()
+                for index, answer in written.by_index.items()
             ]
             file.write("".join(lines).encode())
             file.flush()

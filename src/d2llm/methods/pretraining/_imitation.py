@@ -244,8 +244,8 @@ def _readings(
         if not config.aligns_tokens:
             readings[tuple(ids)] = Reading(teacher_ids, np.zeros((0, 3), np.int32), 0)
             continue
-        spans = backbone.token_places(text, len(ids), kind)
-        pairs = align_tokens(text, spans, teacher.token_places(text, len(teacher_ids), kind))
+        spans = backbone.token_spans(text, len(ids), kind)
+        pairs = align_tokens(text, spans, teacher.token_spans(text, len(teacher_ids), kind))
         num_tokens = sum(bool(text[max(0, start) : max(0, end)].strip()) for start, end in spans)
         readings[tuple(ids)] = Reading(teacher_ids, pairs, num_tokens)
     return readings

@@ -43,19 +43,19 @@ _STOP_SECONDS = 5.0  # how long a caller that is interrupted waits until its req
 
 @dataclass(frozen=True, slots=True)
 class Answers(Generic[_Answer]):
-    """What there was when the work ended: answers by the place of their request, in order.
+    """What there was when the work ended: answers by the index of their request, in order.
 
     ``error`` is what ended it before all were there, if anything did. Ctrl-C is one too: what was answered is paid for.
     """
 
-    by_place: dict[int, _Answer]
+    by_index: dict[int, _Answer]
     error: BaseException | None = None
 
     def all(self) -> list[_Answer]:
         """All answers, or the error."""
         if self.error is not None:
             raise self.error
-        return [*self.by_place.values()]
+        return [*self.by_index.values()]
 
 
 class _EventLoop:
@@ -182,7 +182,7 @@ class Endpoint(Generic[_Answer]):
         Args:
             bodies: the fields of each request's body besides the model's name.
             advance: called with 1 for each answer, from another thread.
-            keep: called with each answer as soon as it is there, and the place of its request, from another thread; an
+            keep: called with each answer as soon as it is there, and the index of its request, from another thread; an
                 error that it raises ends the call.
         """
         named = [{"model": self.model, **body} for body in bodies]

@@ -50,7 +50,7 @@ _TOO_LONG = "too long "  # how a refusal begins because of a prompt's length
 
 @dataclass(slots=True)
 class _Shown:
-    """Passages (places among the pairs of a call) to show in one request, and how often they were shown before."""
+    """Passages (positions among the pairs of a call) to show in one request, and how often they were shown before."""
 
     query: str
     order: int
@@ -196,7 +196,7 @@ class ListTeacher(EndpointTeacher):
             asked = self.endpoint.complete(prompts, [body] * len(prompts))
             call.error = asked.error
             divided: list[_Shown] = []
-            for position, answer in asked.by_place.items():
+            for position, answer in asked.by_index.items():
                 shown = todo[position]
                 num_read, num_written, _ = self.endpoint.count_tokens(prompts[position], answer)
                 call.num_read += num_read
@@ -368,9 +368,9 @@ class ListwiseTeacher(ListTeacher):
         }
         todo = dict(windows)
         while todo and call.error is None:
-            place_of = {id(shown): index for index, shown in todo.items()}
+            index_of = {id(shown): index for index, shown in todo.items()}
             for shown, answer in self._ask(call, list(todo.values())):
-                index = place_of[id(shown)]
+                index = index_of[id(shown)]
                 del todo[index]
                 order = [shown.passages[rank - 1] for rank in read_ranking(answer.text, len(shown.passages))]
                 if len(order) > len(results[index][1]):

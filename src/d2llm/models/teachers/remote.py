@@ -169,7 +169,7 @@ class RemoteTeacher(EndpointTeacher):
             query_order.setdefault(query, len(query_order))
         order = sorted(range(len(pairs)), key=lambda index: query_order[pairs[index][0]])
         asked = self._ask([texts[index] for index in order], advance=advance)
-        answers, error = {order[row]: answer for row, answer in asked.by_place.items()}, asked.error
+        answers, error = {order[row]: answer for row, answer in asked.by_index.items()}, asked.error
         log_odds = np.zeros(len(pairs), dtype=np.float32)
         bounded: list[int] = []
         unanswered: list[int] = []

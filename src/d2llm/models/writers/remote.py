@@ -95,7 +95,7 @@ class RemoteWriter(LastingWriter):
         answers = self.endpoint.complete(prompts, settings, advance=advance)
         written = {
             index: self._result(kept[index], prompts[index], answer, cut[index])
-            for index, answer in answers.by_place.items()
+            for index, answer in answers.by_index.items()
         }
         return Answers(written, answers.error)
 

@@ -2,7 +2,7 @@
 
 import { counted, element, milliseconds, percent } from "./dom.js";
 import { markTerms } from "./highlight.js";
-import { documentName, fileFacts, isNamedBy, ownFields, ownId, placesOf } from "./place.js";
+import { documentName, fileFacts, isNamedBy, ownFields, ownId, positionsOf } from "./origin.js";
 import { scoreNameOf } from "./search.js";
 import { whyPanel } from "./why.js";
 
@@ -19,7 +19,7 @@ export function card(passage, context, before) {
     title.replaceChildren(...(passage.title ? words.title : [passage.id]));
     text.replaceChildren(...words.text);
   };
-  const plain = () => markTerms(passage.title, passage.text, passage.explanation?.term_places || {});
+  const plain = () => markTerms(passage.title, passage.text, passage.explanation?.term_spans || {});
   show(plain());
   const button = element(
     "button",
@@ -57,7 +57,7 @@ export function card(passage, context, before) {
       movement(passage.rank, before),
     ),
     text,
-    context.compact ? null : placeLine(passage, heading),
+    context.compact ? null : originLine(passage, heading),
     context.compact ? null : metadata(passage, context),
     element(
       "footer",
@@ -116,13 +116,13 @@ function movement(rank, before) {
 }
 
 /** The document of a passage and its place in it; names that the heading has are not repeated. */
-function placeLine(passage, heading) {
+function originLine(passage, heading) {
   const name = documentName(passage);
   const facts = [
     !isNamedBy(heading, name) ? element("bdi", { class: "path" }, name) : null,
-    ...[...placesOf(passage), ...fileFacts(passage)].map((fact) => element("span", {}, fact)),
+    ...[...positionsOf(passage), ...fileFacts(passage)].map((fact) => element("span", {}, fact)),
   ].filter(Boolean);
-  return facts.length ? element("p", { class: "place" }, facts) : null;
+  return facts.length ? element("p", { class: "origin" }, facts) : null;
 }
 
 function metadata(passage, context) {

@@ -62,7 +62,7 @@ function operationOf({ path, method, about }) {
 
 /** A text with ``names`` rendered as code. */
 function withCode(text) {
-  return text.split("``").map((part, place) => (place % 2 ? element("code", {}, part) : part));
+  return text.split("``").map((part, index) => (index % 2 ? element("code", {}, part) : part));
 }
 
 function firstSentence(text) {
@@ -87,7 +87,7 @@ function responseOf(status, answer) {
 function resolved(schema) {
   let definition = schema;
   while (definition.$ref) {
-    const target = definition.$ref.split("/").slice(1).reduce((place, name) => place?.[name], api);
+    const target = definition.$ref.split("/").slice(1).reduce((schema, name) => schema?.[name], api);
     definition = { ...target, ...Object.fromEntries(Object.entries(definition).filter(([name]) => name !== "$ref")) };
   }
   return definition;

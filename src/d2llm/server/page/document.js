@@ -3,7 +3,7 @@
 import { ask, problemText } from "./api.js";
 import { byId, counted, element } from "./dom.js";
 import { markTerms } from "./highlight.js";
-import { addressesOf, documentName, fileFacts, isNamedBy, outsideLink, placesOf, SEPARATOR } from "./place.js";
+import { addressesOf, documentName, fileFacts, isNamedBy, outsideLink, positionsOf, SEPARATOR } from "./origin.js";
 
 /** The dialog with a document. `onFilter` gets the field and the value that only this document, or its file, has. */
 export class DocumentView {
@@ -51,12 +51,12 @@ export class DocumentView {
     const titles = titlesOf(passages);
     byId("document-title").replaceChildren(titles[0] || documentName(passage));
     byId("document-facts").replaceChildren(...factsOf(passage, passages, titles[0]));
-    const parts = passages.map((one, place) => {
-      const heading = titles[1][place];
-      const isNew = heading && (place === 0 || heading !== titles[1][place - 1]);
+    const parts = passages.map((one, index) => {
+      const heading = titles[1][index];
+      const isNew = heading && (index === 0 || heading !== titles[1][index - 1]);
       return part(one, {
         heading: isNew ? heading : "",
-        text: shownText(passages, repeated, place, passage.id),
+        text: shownText(passages, repeated, index, passage.id),
         result: ranks.get(one.id),
         isOpened: one.id === passage.id,
       });
@@ -69,13 +69,13 @@ export class DocumentView {
 
   #mark(parts) {
     this.marked = parts;
-    for (const name of ["document-previous", "document-next", "document-place"]) byId(name).hidden = parts.length < 2;
+    for (const name of ["document-previous", "document-next", "document-position"]) byId(name).hidden = parts.length < 2;
   }
 
-  #go(place) {
+  #go(index) {
     if (!this.marked.length) return;
-    this.at = (place + this.marked.length) % this.marked.length;
-    byId("document-place").textContent = `Result ${this.at + 1} of ${this.marked.length} in this document`;
+    this.at = (index + this.marked.length) % this.marked.length;
+    byId("document-position").textContent = `Result ${this.at + 1} of ${this.marked.length} in this document`;
     this.marked[this.at].scrollIntoView({ block: "center" });
   }
 }
@@ -99,7 +99,7 @@ function factsOf(passage, passages, title) {
   const addresses = addressesOf(passage);
   const facts = [
     isNamedBy(title, name) || addresses.includes(name) ? null : element("bdi", { class: "path" }, name),
-    ...placesOf({ ...passage, metadata: { ...passage.metadata, num_passages: null, page: null }, document_id: "" }),
+    ...positionsOf({ ...passage, metadata: { ...passage.metadata, num_passages: null, page: null }, document_id: "" }),
     ...fileFacts(passage),
     passages.length > 1 ? counted(passages.length, "passage") : null,
     ...addresses.map(outsideLink),
@@ -111,13 +111,13 @@ function factsOf(passage, passages, title) {
  * The text of a passage without what it repeats of the one before: words, or the header of a table. The opened passage
  * is whole: the end of the passage before it is left out instead.
  */
-function shownText(passages, repeated, place, openedId) {
-  const signs = [...passages[place].text];
-  const header = headerOf(passages[place].text);
-  const isSameTable = header && place > 0 && headerOf(passages[place - 1].text) === header;
-  const begin = passages[place].id === openedId ? 0 : repeated[place] || (isSameTable ? [...header].length : 0);
-  const next = passages[place + 1];
-  const end = next && next.id === openedId ? signs.length - repeated[place + 1] : signs.length;
+function shownText(passages, repeated, index, openedId) {
+  const signs = [...passages[index].text];
+  const header = headerOf(passages[index].text);
+  const isSameTable = header && index > 0 && headerOf(passages[index - 1].text) === header;
+  const begin = passages[index].id === openedId ? 0 : repeated[index] || (isSameTable ? [...header].length : 0);
+  const next = passages[index + 1];
+  const end = next && next.id === openedId ? signs.length - repeated[index + 1] : signs.length;
   return signs.slice(begin, Math.max(begin, end)).join("");
 }
 
@@ -127,13 +127,13 @@ function headerOf(text) {
 }
 
 function part(passage, { heading, text, result, isOpened }) {
-  const places = placesOf(passage).filter((place) => !place.startsWith("row"));
+  const positions = positionsOf(passage).filter((position) => !position.startsWith("row"));
   const label = isOpened ? "This result" : result ? `Result ${result.rank}` : "";
   const made = element(
     "section",
     { class: "part", "data-id": passage.id },
     heading ? element("h3", { dir: "auto" }, heading) : null,
-    label ? element("p", { class: "label" }, [label, ...places].join(", ")) : null,
+    label ? element("p", { class: "label" }, [label, ...positions].join(", ")) : null,
     element("p", { class: "text", dir: "auto" }, result && text === passage.text ? markTerms("", text, shifted(result)).text : text),
   );
   if (label) made.classList.add("marked");
@@ -145,7 +145,7 @@ function part(passage, { heading, text, result, isOpened }) {
 function shifted({ title, explanation }) {
   const before = title ? [...title].length + 1 : 0;
   return Object.fromEntries(
-    Object.entries(explanation?.term_places || {}).map(([term, spans]) => [
+    Object.entries(explanation?.term_spans || {}).map(([term, spans]) => [
       term,
       spans.filter(([start]) => start >= before).map(([start, end]) => [start - before, end - before]),
     ]),

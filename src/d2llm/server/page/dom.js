@@ -51,9 +51,9 @@ export function timestamp(text) {
 /** A size, in KB, MB and so on. */
 export function bytes(count) {
   const units = ["KB", "MB", "GB", "TB"];
-  let [value, place] = [count && Math.max(count / 1000, 0.1), 0];
-  for (; value >= 999.5 && place < units.length - 1; place += 1) value /= 1000;
-  return `${value < 99.95 ? value.toFixed(1) : Math.round(value)} ${units[place]}`;
+  let [value, unit] = [count && Math.max(count / 1000, 0.1), 0];
+  for (; value >= 999.5 && unit < units.length - 1; unit += 1) value /= 1000;
+  return `${value < 99.95 ? value.toFixed(1) : Math.round(value)} ${units[unit]}`;
 }
 
 /** A probability. */

@@ -2,7 +2,7 @@
 
 import { element } from "./dom.js";
 import { conditionFor, hasCondition } from "./filters.js";
-import { FILE_FIELDS } from "./place.js";
+import { FILE_FIELDS } from "./origin.js";
 
 const COUNTED = ["string", "boolean", "integer"]; // types whose values recur
 const SHOWN = 8; // values of a field

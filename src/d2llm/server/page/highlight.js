@@ -9,19 +9,19 @@ const FUNCTION_WORDS = new Set(
     "than that the their them then there they this to was we were what when where which who why will with you your").split(" "),
 );
 
-/** Title and text as nodes, with the query's terms marked; `places` says where each is, as for `markWeights`. */
-export function markTerms(title, text, places) {
-  const words = Object.entries(places)
+/** Title and text as nodes, with the query's terms marked; `spansByTerm` says where each is, as for `markWeights`. */
+export function markTerms(title, text, spansByTerm) {
+  const words = Object.entries(spansByTerm)
     .filter(([term]) => !FUNCTION_WORDS.has(term))
     .flatMap(([, spans]) => spans.map(([start, end]) => ({ start, end })));
-  return markPlaces(title, text, words, () => ["mark", { class: "term" }]);
+  return markSpans(title, text, words, () => ["mark", { class: "term" }]);
 }
 
 /** Title and text as nodes, with each word shaded by its weight. */
 export function markWeights(title, text, words) {
   const most = Math.max(...words.map((word) => Math.abs(word.weight)), 1e-9);
   const strong = words.filter((word) => Math.abs(word.weight) / most >= MIN_SHARE);
-  return markPlaces(title, text, strong, (span) => {
+  return markSpans(title, text, strong, (span) => {
     const level = Math.min(5, Math.ceil((Math.abs(span.weight) / most) * 5));
     const kind = span.weight < 0 ? "against" : "for";
     return ["mark", { class: `weight ${kind} level-${level}`, title: `${signed(span.weight)} to the score` }];
@@ -32,7 +32,7 @@ export function markWeights(title, text, words) {
  * Title and text as nodes with some words marked. Their places count code points, as in Python, in the title, a line
  * break and the text, or in the text alone if there is no title. Of words that overlap, the longest of the first counts.
  */
-function markPlaces(title, text, words, dress) {
+function markSpans(title, text, words, dress) {
   const full = title ? `${title}\n${text}` : text;
   const units = unitsOf(full);
   const spans = words
@@ -50,12 +50,12 @@ function markPlaces(title, text, words, dress) {
 /** The UTF-16 offset of each code point of a text, plus one for the end. */
 function unitsOf(text) {
   const units = [];
-  let place = 0;
+  let offset = 0;
   for (const sign of text) {
-    units.push(place);
-    place += sign.length;
+    units.push(offset);
+    offset += sign.length;
   }
-  units.push(place);
+  units.push(offset);
   return units;
 }
 

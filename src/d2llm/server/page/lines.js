@@ -7,7 +7,7 @@ export function drawLines(area) {
   for (const old of area.querySelectorAll(":scope > .lines")) old.remove();
   const columns = [...area.querySelectorAll(".column")];
   const frame = area.getBoundingClientRect();
-  const drawings = columns.slice(1).map((right, place) => drawing(columns[place], right, frame, area.dataset.traced));
+  const drawings = columns.slice(1).map((right, index) => drawing(columns[index], right, frame, area.dataset.traced));
   area.prepend(...drawings.filter(Boolean)); // after measuring, to avoid a layout for each of hundreds of lines
 }
 

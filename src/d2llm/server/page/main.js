@@ -209,7 +209,7 @@ function listen() {
   byId("hybrid-on").addEventListener("change", (event) => change({ hybrid: event.target.checked ? 50 : null }));
   byId("hybrid").addEventListener("input", (event) => change({ hybrid: Number(event.target.value) }, { wait: TYPING_PAUSE }));
   byId("source").addEventListener("change", (event) => change({ source: event.target.value }));
-  byId("k").addEventListener("change", (event) => change({ k: places(event.target) }));
+  byId("k").addEventListener("change", (event) => change({ k: numResults(event.target) }));
   byId("key-form").addEventListener("submit", (event) => {
     event.preventDefault();
     keepApiKey(byId("key").value.trim());
@@ -234,7 +234,7 @@ function listen() {
   });
 }
 
-function places(input) {
+function numResults(input) {
   const number = Math.round(Number(input.value)) || DEFAULTS.k;
   return Math.max(Number(input.min), Math.min(number, Number(input.max)));
 }
@@ -339,7 +339,7 @@ installTheme(byId("theme"));
 installKeyboard(box, byId("results"), byId("letters"));
 new Upload(
   {
-    place: byId("adding"),
+    panel: byId("adding"),
     folder: byId("folder"),
     files: byId("files"),
     stop: byId("upload-stop"),

@@ -40,9 +40,9 @@ export class Results {
     this.area.removeAttribute("aria-busy");
     const compact = answers.length > 1;
     const context = { query: state.q, index, compact, onValue: this.onValue, onOpen: this.onOpen };
-    const make = (ranking, place) => this.#column(state, ranking, answers[place - 1], context);
+    const make = (ranking, position) => this.#column(state, ranking, answers[position - 1], context);
     const waiting = this.area.querySelector(":scope > .waiting");
-    const fillsIn = waiting && this.answers.slice(0, -1).every((ranking, place) => ranking === answers[place]);
+    const fillsIn = waiting && this.answers.slice(0, -1).every((ranking, position) => ranking === answers[position]);
     this.answers = answers;
     this.status.textContent = summary(answers, index);
     if (fillsIn) {

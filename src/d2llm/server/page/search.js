@@ -86,7 +86,7 @@ export class Search {
     this.onStart(isReranked(last) && ranks.length === 1);
     const facets = this.facets(); // are the same for all rankings of the same candidates
     this.counts = facets.length > 0;
-    const searches = ranks.map((rank, place) => searchBy(state, rank, place ? [] : facets, signal));
+    const searches = ranks.map((rank, index) => searchBy(state, rank, index ? [] : facets, signal));
     if (isReranked(last) && ranks.length > 1) {
       const quick = await Promise.all(searches.slice(0, -1));
       if (number !== this.number) return;

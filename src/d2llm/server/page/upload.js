@@ -91,8 +91,8 @@ async function patient(work, signal) {
 
 /** The part of the page for adding documents. */
 export class Upload {
-  constructor({ place, folder, files, stop, bar, report }, { limits, isWritable, onDone }) {
-    Object.assign(this, { place, stop, bar, report, limits, isWritable, onDone });
+  constructor({ panel, folder, files, stop, bar, report }, { limits, isWritable, onDone }) {
+    Object.assign(this, { panel, stop, bar, report, limits, isWritable, onDone });
     for (const input of [folder, files]) {
       input.addEventListener("change", () => {
         this.#take([...input.files].map((file) => [file, file.webkitRelativePath || file.name]));
@@ -175,7 +175,7 @@ export class Upload {
   }
 
   #say(...contents) {
-    this.place.open = true;
+    this.panel.open = true;
     this.report.replaceChildren(...contents);
   }
 

@@ -23,11 +23,11 @@ export function whyPanel(passage, context, { onWords, labelledBy, id }) {
   return panel;
 }
 
-async function weigh(passage, context, place, onWords) {
+async function weigh(passage, context, note, onWords) {
   try {
     const explanation = await ask("/v1/explain", { query: context.query, passage_id: passage.id });
     onWords(markWeights(explanation.title, explanation.text, explanation.words));
-    place.replaceChildren(
+    note.replaceChildren(
       "Words that ",
       element("mark", { class: "weight for level-4" }, "raise"),
       ` the ${vectorsPart(context.index)} are shaded, words that `,
@@ -37,7 +37,7 @@ async function weigh(passage, context, place, onWords) {
       explanation.no_interaction ? ` The score has no interaction: ${explanation.no_interaction}.` : "",
     );
   } catch (error) {
-    place.replaceChildren(`Words could not be weighed: ${problemText(error)}`);
+    note.replaceChildren(`Words could not be weighed: ${problemText(error)}`);
   }
 }
 

@@ -30,14 +30,14 @@ function isNumbered({ id, document_id: documentId, position }) {
 }
 
 /** Where in its document a passage is, as short texts. */
-export function placesOf(passage) {
+export function positionsOf(passage) {
   const { page, row, num_rows: numRows, num_passages: numPassages } = passage.metadata;
-  const places = [];
-  if (typeof page === "number") places.push(`page ${page}`);
-  if (typeof row === "number") places.push(`row ${row}${numRows ? ` of ${numRows.toLocaleString("en")}` : ""}`);
-  if (numPassages > 1) places.push(`passage ${passage.position} of ${numPassages.toLocaleString("en")}`);
-  else if (!numPassages && isNumbered(passage)) places.push(`passage ${passage.position}`);
-  return places;
+  const positions = [];
+  if (typeof page === "number") positions.push(`page ${page}`);
+  if (typeof row === "number") positions.push(`row ${row}${numRows ? ` of ${numRows.toLocaleString("en")}` : ""}`);
+  if (numPassages > 1) positions.push(`passage ${passage.position} of ${numPassages.toLocaleString("en")}`);
+  else if (!numPassages && isNumbered(passage)) positions.push(`passage ${passage.position}`);
+  return positions;
 }
 
 /** Size and time of a passage's file, as short texts. */
