@@ -37,7 +37,8 @@ from d2llm.models.student import Student
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
 from d2llm.retrieval.cosine import ForwardingStudent
-from d2llm.retrieval.exact_search import CachedBounds, certified_top_k
+from d2llm.retrieval.exact_search import certified_top_k
+from d2llm.retrieval.segments import CachedBounds
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 TOP_K = 10

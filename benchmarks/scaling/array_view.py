@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from d2llm.core.types import Certificate
 from d2llm.ops.selection import top_rows
-from d2llm.retrieval.exact_search import CertifiedRows
 from d2llm.retrieval.protocols import VectorStudent
+from d2llm.retrieval.segments import CertifiedRows
 from d2llm.store.view import PassageView
 
 _BLOCK_ROWS = 8_192

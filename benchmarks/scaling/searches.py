@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from d2llm import Student
 from d2llm.core.types import Query, ScoreFeature, Task
 from d2llm.ops.selection import top_rows
-from d2llm.retrieval.exact_search import CachedBounds, certified_top_k
+from d2llm.retrieval.exact_search import certified_top_k
 from d2llm.retrieval.local_segment import LocalSegment
 from d2llm.retrieval.search import Searcher, SearchSettings
-from d2llm.retrieval.segments import IndexView
+from d2llm.retrieval.segments import CachedBounds, IndexView
 from d2llm.store.ann import AnnSearch
 from d2llm.store.scan import RowScan
 from d2llm.store.shards import Storage

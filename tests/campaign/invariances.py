@@ -27,7 +27,7 @@ from d2llm.models.device import cpu_has_fast_bfloat16
 from d2llm.models.tokens import EncodedTexts
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.shard import shard
-from d2llm.store.index_spec import VECTOR_FORMATS
+from d2llm.store.vector_formats import VectorFormat
 from fake_models import TokenStudent, with_exact_products
 from property.test_engines import EXACT, KINDS, student
 from property.test_engines import WORDS as KNOWN
@@ -47,7 +47,7 @@ class SphereStudent(BoundedStudent):
 
 
 STUDENT = SphereStudent()
-FORMATS = tuple(VECTOR_FORMATS.kinds)
+FORMATS = tuple(VectorFormat.kinds.kinds)
 FILTERS: dict[str | None, Callable[[Passage], bool]] = {
     None: lambda _: True,
     "year >= 2002": lambda passage: passage.metadata["year"] in (2002, 2003),

@@ -12,7 +12,7 @@ from edited_source import Edits, run_edited
 VERB: Edits = {
     "d2llm.data.count_words": '''"""Counts words, in this process or by the workers of a cluster."""
 
-from d2llm.runners.runner import find_runner
+from d2llm.runners.placement import find_runner
 
 
 def count_here(shard, advance):

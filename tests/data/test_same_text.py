@@ -18,7 +18,7 @@ from tiny_evaluations import everyone, figures, measure, run
 
 
 def make_same_text(texts: dict[str, str]) -> SameText:
-    return SameText(make_source(texts, {}, []).dataset)
+    return SameText(make_source(texts, {}, []).dataset.passages)
 
 
 def repeats(first: str, second: str) -> bool:

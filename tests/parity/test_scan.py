@@ -11,8 +11,9 @@ import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.store import scan as module
+from d2llm.store.index_spec import FORMATS
 from d2llm.store.scan import RowScan, load_faiss
-from d2llm.store.vector_formats import FORMATS, make_format
+from d2llm.store.vector_formats import make_format
 
 pytest.importorskip("faiss")
 faiss = load_faiss()

@@ -22,7 +22,8 @@ from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.ops.selection import from_the_highest, top_rows
 from d2llm.recipe import InteractionConfig
 from d2llm.retrieval import exact_search
-from d2llm.retrieval.exact_search import CachedBounds, certified_top_k
+from d2llm.retrieval.exact_search import certified_top_k
+from d2llm.retrieval.segments import CachedBounds
 from examples import examples
 from fake_models import FakeStudent
 from feature_rows import FeatureRows

@@ -11,9 +11,10 @@ import sys
 import pytest
 
 from d2llm.core.errors import InputError, MissingExtraError, Terminated
+from d2llm.runners.placement import find_runner
 from d2llm.runners.ray_cluster import _stopped_by_sigterm
 from d2llm.runners.ray_runner import Reservation, _reservation
-from d2llm.runners.runner import LocalRunner, LocalWorkers, find_runner
+from d2llm.runners.runner import LocalRunner, LocalWorkers
 
 
 @pytest.mark.parametrize("name", ["", "Ray", "rays", "ray:", "ray10.0.0.5", "spark", "local:1"])

@@ -11,7 +11,7 @@ from d2llm.sizing.plan import SizePlan
 from d2llm.sizing.size import size
 from d2llm.sizing.speeds import Speeds
 from d2llm.sizing.tables import speeds_table
-from d2llm.store.vector_formats import FORMATS
+from d2llm.store.index_spec import FORMATS
 from sizing.sized_index import passages, token_student
 from tiny_models import tiny_teacher_config, write_tiny_model
 

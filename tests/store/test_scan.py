@@ -4,8 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2llm.core.errors import InputError
+from d2llm.store.index_spec import FORMATS
 from d2llm.store.scan import RowScan
-from d2llm.store.vector_formats import FORMATS, make_format
+from d2llm.store.vector_formats import make_format
 
 
 def no_ids(rows):

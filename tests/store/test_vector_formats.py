@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from d2llm import Index, Passage
 from d2llm.core.errors import InputError
-from d2llm.store.index_spec import VECTOR_FORMATS
-from d2llm.store.vector_formats import FORMATS, FloatFormat, RotatedFormat, make_format
+from d2llm.store.index_spec import FORMATS
+from d2llm.store.vector_formats import FloatFormat, RotatedFormat, VectorFormat, make_format
 from e2e.command_line import succeed
 from fake_models import FakeStudent
 from tiny_evaluations import everyone, make_dataset, measure
@@ -176,13 +176,13 @@ class Sixteenths(FloatFormat, kind="sixteenths"):
 
 @pytest.fixture(params=[Int2, Sixteenths])
 def another(request, monkeypatch):
-    monkeypatch.setitem(VECTOR_FORMATS._classes, request.param.kind, request.param)
+    monkeypatch.setitem(VectorFormat.kinds._classes, request.param.kind, request.param)
     yield request.param.kind
     monkeypatch.undo()
 
 
 for each in (Int2, Sixteenths):  # known only where a test asks for it
-    VECTOR_FORMATS._classes.pop(each.kind)
+    VectorFormat.kinds._classes.pop(each.kind)
 
 
 def test_another_format_is_one_class(another, tmp_path):

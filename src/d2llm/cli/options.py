@@ -346,7 +346,7 @@ class RunnerOptions:
             InputError: there is none of this name, or workers or their GPUs are given for this process.
             MissingExtraError: Ray is not installed.
         """
-        from d2llm.runners.runner import find_runner
+        from d2llm.runners.placement import find_runner
 
         return find_runner(self.runner, num_workers=self.workers, gpus_per_worker=self.gpus_per_worker)
 

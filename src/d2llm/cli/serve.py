@@ -71,7 +71,7 @@ def serve(
 
 
 def _serve(context: typer.Context, loaded: LoadedSettings, json_path: Path | None) -> None:
-    from d2llm.runners.runner import find_runner
+    from d2llm.runners.placement import find_runner
     from d2llm.server.errors import require_indexes
     from d2llm.server.logs import start_logs
     from d2llm.server.running import listen, run_app, url_of

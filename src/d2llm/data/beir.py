@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -32,10 +32,7 @@ from d2llm.data.lines import (
     string_field,
     wrong_type,
 )
-
-if TYPE_CHECKING:
-    from d2llm.data.same_text import OwnPassages
-
+from d2llm.data.same_text import OwnPassages, find_own_passages
 
 _LENGTHS = struct.Struct("<3I")  # of id, title and text, in bytes
 _ENCODING = ("utf-8", "surrogatepass")  # a JSON file may hold half a surrogate pair
@@ -215,9 +212,7 @@ class Dataset:
     @cached_property
     def own_passages(self) -> OwnPassages:
         """The passages that are a query itself (``data.same_text``), found when they are first asked for."""
-        from d2llm.data.same_text import find_own_passages
-
-        return find_own_passages(self)
+        return find_own_passages(self.passages, self.queries, self.qrels)
 
     def relevant_passages(self, splits: Iterable[str] | str) -> set[str]:
         """Passages that are relevant to any query of these splits; errors as for ``positives``."""

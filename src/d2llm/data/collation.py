@@ -78,7 +78,7 @@ class LabelledSource:
         trained = frozenset(without & {entry.query_id for entry in entries})
         is_judged = source.pairs is None and "train" in source.dataset.qrels
         relevant = source.dataset.positives("train") if is_judged else {}
-        return cls(source, labels, SameText(source.dataset), relevant, tuple(entries), len(without), trained)
+        return cls(source, labels, SameText(source.dataset.passages), relevant, tuple(entries), len(without), trained)
 
     def with_source(self, source: TrainingSource) -> LabelledSource:
         """The same queries with the plan of ``source``."""

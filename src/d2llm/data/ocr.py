@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import time
+from collections import Counter
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -27,7 +28,9 @@ _SIGNATURES = re.compile(rb"\x89PNG\r\n|\xff\xd8\xff|II[*+]\0|MM\0[*+]|RIFF....W
 _MIN_CONFIDENCE = 50.0  # of 100; a page that was read upside down has 39, a scan with noise 96
 _FRACTION_OF_TIME = 0.9  # of a file's, so that what was recognised is returned in time
 _WORD_LEVEL = "5"  # of a line of its table
-_HYPHEN = "\ufffe"  # as PDFium writes one at the end of a line
+_HYPHEN = "\ufffe"  # PDFium's sign for a hyphen at the end of a line, whose parts it joins
+_SPLIT_WORD = re.compile(rf"(\w+){_HYPHEN}\s*(\w+)")
+_NAMED_PAGES = 20
 _HAN = "[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
 _BETWEEN_HAN = re.compile(rf"(?<={_HAN}) (?={_HAN})")
 
@@ -88,7 +91,7 @@ class Recogniser:
     def read(self, picture: bytes) -> list[str]:
         """The text of each page of a picture in PNG, JPEG, TIFF, WebP or PGM ("" if there is none).
 
-        A hyphen at the end of a line is written as PDFium does (``pdf_files.with_whole_words``).
+        A hyphen at the end of a line is written as PDFium does (``with_whole_words``).
 
         Raises:
             UnreadableFileError: its text cannot be recognised, or there is no time for it.
@@ -142,8 +145,6 @@ def read_picture(path: Path, recogniser: Recogniser | None) -> FileContents:
     Raises:
         UnreadableFileError: it has no text, or it cannot be recognised.
     """
-    from d2llm.data.pdf_files import page_names, with_whole_words
-
     if recogniser is None:
         raise UnreadableFileError(NOT_RECOGNISED)
     pages = with_whole_words(recogniser.read(path.read_bytes()))
@@ -154,3 +155,34 @@ def read_picture(path: Path, recogniser: Recogniser | None) -> FileContents:
     if not sections:
         raise UnreadableFileError(NO_TEXT)
     return FileContents("", sections, skipped=skipped, has_pictures=True)
+
+
+def page_names(numbers: list[int]) -> str:
+    """Pages by their numbers, such as "pages 2, 4"; of many, the first."""
+    names = ", ".join(map(str, numbers[:_NAMED_PAGES]))
+    more = f" and {len(numbers) - _NAMED_PAGES:,} more" if len(numbers) > _NAMED_PAGES else ""
+    return f"page{'s' if len(numbers) > 1 else ''} {names}{more}"
+
+
+def with_whole_words(pages: list[str]) -> list[str]:
+    """Pages whose words are whole where they were split at the end of a line.
+
+    A hyphen stays if the rest of the file has the word with it rather than without, or knows both parts as words, or
+    if the second part begins with a capital letter or a digit.
+    """
+    if not any(_HYPHEN in page for page in pages):
+        return pages
+    whole = (re.sub(_SPLIT_WORD, " ", page) for page in pages)
+    words = [word.casefold() for page in whole for word in re.findall(r"\w+(?:-\w+)*", page)]
+    known = Counter([*words, *(part for word in words if "-" in word for part in word.split("-"))])
+
+    def joined(match: re.Match[str]) -> str:
+        compound, word = f"{match[1]}-{match[2]}", match[1] + match[2]
+        with_hyphen, without = known[compound.casefold()], known[word.casefold()]
+        if with_hyphen or without:
+            return compound if with_hyphen > without else word
+        is_name = not match[2][0].islower() and not match[1].isupper()
+        are_words = min(len(match[1]), len(match[2])) > 2 and all(known[part.casefold()] for part in match.groups())
+        return compound if is_name or are_words else word
+
+    return [re.sub(_SPLIT_WORD, joined, page).replace(_HYPHEN, "-") for page in pages]

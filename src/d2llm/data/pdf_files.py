@@ -8,8 +8,6 @@ are.
 from __future__ import annotations
 
 import ctypes
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,10 +16,8 @@ from typing import Any
 from d2llm.core.extras import require
 from d2llm.core.types import Section
 from d2llm.data.contents import FileContents, SkippedPart, UnreadableFileError
-from d2llm.data.ocr import NO_TEXT, NOT_RECOGNISED, Recogniser
+from d2llm.data.ocr import NO_TEXT, NOT_RECOGNISED, Recogniser, page_names, with_whole_words
 
-_HYPHEN = "\ufffe"  # PDFium's sign for a hyphen at the end of a line, whose parts it joins
-_SPLIT_WORD = re.compile(rf"(\w+){_HYPHEN}\s*(\w+)")
 _PASSWORD_FIELD = 1 << 13
 _NO_NOTES = (
     "LINK",
@@ -36,7 +32,6 @@ _NO_NOTES = (
     "RICHMEDIA",
     "XFAWIDGET",
 )
-_NAMED_PAGES = 20
 _DOTS_PER_POINT = 300 / 72  # at which pages are drawn for recognition
 _MAX_DOTS = 40e6  # of a page that is larger
 
@@ -206,34 +201,3 @@ class _Reader:
     def _has_picture(self, page: Any) -> bool:
         kinds = [self._raw.FPDF_PAGEOBJ_IMAGE]
         return next(iter(page.get_objects(filter=kinds, max_depth=3)), None) is not None
-
-
-def page_names(numbers: list[int]) -> str:
-    """Pages by their numbers, such as "pages 2, 4"; of many, the first."""
-    names = ", ".join(map(str, numbers[:_NAMED_PAGES]))
-    more = f" and {len(numbers) - _NAMED_PAGES:,} more" if len(numbers) > _NAMED_PAGES else ""
-    return f"page{'s' if len(numbers) > 1 else ''} {names}{more}"
-
-
-def with_whole_words(pages: list[str]) -> list[str]:
-    """Pages whose words are whole where they were split at the end of a line.
-
-    A hyphen stays if the rest of the file has the word with it rather than without, or knows both parts as words, or
-    if the second part begins with a capital letter or a digit.
-    """
-    if not any(_HYPHEN in page for page in pages):
-        return pages
-    whole = (re.sub(_SPLIT_WORD, " ", page) for page in pages)
-    words = [word.casefold() for page in whole for word in re.findall(r"\w+(?:-\w+)*", page)]
-    known = Counter([*words, *(part for word in words if "-" in word for part in word.split("-"))])
-
-    def joined(match: re.Match[str]) -> str:
-        compound, word = f"{match[1]}-{match[2]}", match[1] + match[2]
-        with_hyphen, without = known[compound.casefold()], known[word.casefold()]
-        if with_hyphen or without:
-            return compound if with_hyphen > without else word
-        is_name = not match[2][0].islower() and not match[1].isupper()
-        are_words = min(len(match[1]), len(match[2])) > 2 and all(known[part.casefold()] for part in match.groups())
-        return compound if is_name or are_words else word
-
-    return [re.sub(_SPLIT_WORD, joined, page).replace(_HYPHEN, "-") for page in pages]

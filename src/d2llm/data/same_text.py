@@ -21,8 +21,7 @@ from itertools import islice
 
 import numpy as np
 
-from d2llm.core.types import Passage
-from d2llm.data.beir import Dataset
+from d2llm.core.types import Passage, Qrels, Query
 from d2llm.data.check_texts import hash64
 from d2llm.ops.words import runs_of_letters
 
@@ -55,13 +54,13 @@ def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
 class SameText:
     """Finds passages that repeat another passage's text, compared by ``comparable``.
 
-    Keeps 16 bytes and a reference per passage, but no texts: they are read again from the data set on lookup.
+    Keeps 16 bytes and a reference per passage, but no texts: they are read again from ``passages`` on lookup.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
-        self._passages = dataset.passages
-        self._ids = list(dataset.passages)
-        keys = np.fromiter((hash64(comparable(p.text)) for p in dataset.passages.values()), np.uint64, len(self._ids))
+    def __init__(self, passages: Mapping[str, Passage]) -> None:
+        self._passages = passages
+        self._ids = list(passages)
+        keys = np.fromiter((hash64(comparable(p.text)) for p in passages.values()), np.uint64, len(self._ids))
         self._order = np.argsort(keys, kind="stable")
         self._keys = keys[self._order]
         self._repeats_of: dict[str, frozenset[str]] = {}
@@ -137,25 +136,27 @@ class OwnCounts:
         return "; ".join(sentences)
 
 
-def find_own_passages(dataset: Dataset) -> OwnPassages:
+def find_own_passages(
+    passages: Mapping[str, Passage], queries: Mapping[str, Query], qrels: Mapping[str, Qrels]
+) -> OwnPassages:
     """The own passages of all queries of a data set, by the judgements of the splits that were read."""
     relevant: dict[str, set[str]] = defaultdict(set)
-    for qrels in dataset.qrels.values():
-        for query_id, grades in qrels.items():
+    for split in qrels.values():
+        for query_id, grades in split.items():
             relevant[query_id] |= _relevant(grades)
     found: dict[str, set[str]] = defaultdict(set)
-    texts = {query.id: comparable(query.text) for query in dataset.queries.values()}
+    texts = {query.id: comparable(query.text) for query in queries.values()}
     by_text: dict[int, list[str]] = defaultdict(list)
     for query_id, text in texts.items():
         if text:  # a text without letters and digits equals no other
             by_text[hash64(text)].append(query_id)
-    for passage in dataset.passages.values():
+    for passage in passages.values():
         for form in _forms(passage):
             for query_id in by_text.get(hash64(form), ()):
                 if texts[query_id] == form:  # hashes of different texts may be equal, though very rarely
                     found[query_id].add(passage.id)
-    shared = [query_id for query_id in texts if query_id in dataset.passages]
-    by_id = _are_of_one_set(dataset, texts, shared)
+    shared = [query_id for query_id in texts if query_id in passages]
+    by_id = _are_of_one_set(passages, texts, shared)
     if by_id:
         for query_id in shared:
             found[query_id].add(query_id)
@@ -176,11 +177,9 @@ def _forms(passage: Passage) -> set[str]:
     return {comparable(passage.text)} | ({comparable(passage.full_text)} if passage.title else set())
 
 
-def _are_of_one_set(dataset: Dataset, texts: Mapping[str, str], shared: list[str]) -> bool:
+def _are_of_one_set(passages: Mapping[str, Passage], texts: Mapping[str, str], shared: list[str]) -> bool:
     compared = list(islice(shared, _COMPARED_IDS))
-    alike = sum(
-        any(_is_alike(texts[query_id], form) for form in _forms(dataset.passages[query_id])) for query_id in compared
-    )
+    alike = sum(any(_is_alike(texts[query_id], form) for form in _forms(passages[query_id])) for query_id in compared)
     return bool(compared) and alike >= len(compared) / 2
 
 

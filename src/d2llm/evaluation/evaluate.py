@@ -19,8 +19,8 @@ from d2llm.evaluation.pairs import evaluate_pairs
 from d2llm.evaluation.report import EvaluationReport
 from d2llm.evaluation.retrieval import evaluate_retrieval
 from d2llm.evaluation.settings import EvaluationSettings
-from d2llm.runners.placement import Placement
-from d2llm.runners.runner import Runner, find_runner
+from d2llm.runners.placement import Placement, find_runner
+from d2llm.runners.runner import Runner
 
 
 def evaluate(

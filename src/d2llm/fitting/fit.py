@@ -51,8 +51,8 @@ from d2llm.fitting.write_queries import DraftStore, WritingBudget, WritingReport
 from d2llm.ops.gating import GateTest
 from d2llm.recipe import DataConfig, Recipe, WriterConfig
 from d2llm.recipe.recipe_file import parse_recipe
-from d2llm.runners.placement import HERE
-from d2llm.runners.runner import Runner, find_runner
+from d2llm.runners.placement import HERE, find_runner
+from d2llm.runners.runner import Runner
 
 if TYPE_CHECKING:
     from d2llm.evaluation.report import EvaluationReport

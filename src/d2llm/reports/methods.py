@@ -19,7 +19,7 @@ from d2llm.recipe.losses import LOSSES
 from d2llm.recipe.negatives import Sampling
 from d2llm.recipe.variants import VARIANTS, Variant
 from d2llm.retrieval.reranker import Reranker
-from d2llm.store.index_spec import VECTOR_FORMATS
+from d2llm.store.vector_formats import VectorFormat
 
 SECTIONS: Mapping[str, Registry[Any]] = {
     "student.backbone": BackboneConfig.kinds,
@@ -31,7 +31,7 @@ SECTIONS: Mapping[str, Registry[Any]] = {
     "teacher": TeacherConfig.kinds,
     "writer": WriterConfig.kinds,
     "reranker": Reranker.kinds,
-    "vector_format": VECTOR_FORMATS,
+    "vector_format": VectorFormat.kinds,
 }
 """All kinds, by the setting that names one."""
 

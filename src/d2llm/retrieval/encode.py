@@ -29,8 +29,8 @@ from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint, task
 from d2llm.retrieval.reading import EncodedPassages, read_passages
 from d2llm.retrieval.text_workers import load_student as load_named_student
 from d2llm.retrieval.upserting import BLOCK_PASSAGES, DocumentsReport, UpsertReport
-from d2llm.runners.placement import Load, load_work
-from d2llm.runners.runner import Runner, Workers, find_runner
+from d2llm.runners.placement import Load, find_runner, load_work
+from d2llm.runners.runner import Runner, Workers
 from d2llm.store.index_manifest import FORMAT_VERSION, KIND, SHARDED_KIND, Chunking
 from d2llm.store.index_spec import IndexSpec
 from d2llm.store.shards import Storage

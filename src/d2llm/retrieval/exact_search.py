@@ -20,7 +20,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +30,7 @@ from d2llm.models.plain_student import PairScorer
 from d2llm.models.row_features import RowFeatures, RowScorer
 from d2llm.ops.selection import check_scores, from_the_highest, top_rows
 from d2llm.retrieval.protocols import VectorStudent
-from d2llm.retrieval.segments import joint_rows
+from d2llm.retrieval.segments import CachedBounds, CertifiedRows, joint_rows
 from d2llm.store.view import PassageView
 
 _PASS_ROWS = 8_192  # block size of the pass over all vectors: 12 MB in float32 at width 384
@@ -41,35 +40,6 @@ _SCAN_MULTIPLE = 8  # if the corpus is smaller than this multiple of a scan's si
 _FIRST_SCORED, _MAX_SCORED = 128, 4_096  # passages scored at a time: few at first, as the proof may be found early
 _MIN_SCORED = 64  # near the deadline, smaller calls are not worth their overhead
 _NO_LIMIT = 1 << 62
-
-
-class CertifiedRows(NamedTuple):
-    """Rows int64 [k], final scores float32 [k] best first, their inner products or None, and the certificate."""
-
-    rows: NDArray[np.int64]
-    scores: NDArray[np.float32]
-    dots: NDArray[np.float32] | None
-    certificate: Certificate
-
-
-class CachedBounds:
-    """Cache of r_p of all rows of a view, filled by the first search that needs all of them: 4 bytes per row.
-
-    Most searches need the values of some rows only. Keep one cache with each view that answers many queries; it serves
-    both tasks. ``values`` is float32 [capacity], or None until a search needs it.
-    """
-
-    def __init__(self, values: NDArray[np.float32] | None = None) -> None:
-        self.values = values
-        self._segments: dict[int, CachedBounds] = {}
-
-    def of_segment(self, segment: int) -> CachedBounds:
-        """The cache for one of the segments of an index; that of the first is this one."""
-        return self._segments.setdefault(segment, CachedBounds()) if segment else self
-
-    def keep(self, values: NDArray[np.float32]) -> None:
-        """Keep the values of all rows; if all are 1, as without gates, they take no memory."""
-        self.values = np.broadcast_to(np.float32(1), values.shape) if (values == 1).all() else values
 
 
 def certified_top_k(

@@ -24,19 +24,18 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.fallbacks import count_fallback
 from d2llm.core.types import Query, Task, Ties
-from d2llm.models.plain_student import PairScorer
 from d2llm.models.row_features import FeatureParts, RowFeatures, RowScorer
 from d2llm.models.score_features import FeatureWeights
-from d2llm.retrieval.exact_search import CachedBounds, CertifiedRows, certified_top_k
+from d2llm.retrieval.exact_search import certified_top_k
 from d2llm.retrieval.protocols import VectorStudent
-from d2llm.retrieval.segments import IndexView
+from d2llm.retrieval.segments import CachedBounds, CertifiedRows, IndexView, SegmentQuery
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.ann import AnnSearch
 from d2llm.store.shards import Storage
@@ -114,33 +113,6 @@ CandidateSource = VectorSource | AnnSource | LexicalSource
 
 
 _NOTHING = np.zeros(0, np.float32)
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentQuery:
-    """A query as every segment gets it.
-
-    Attributes:
-        query: text and id.
-        vector: [dim].
-        dot_query: [dim], for inner products; None if the head has none.
-        tokens: [tokens, token_dim], the vectors of its tokens, if they have a weight.
-        words: its words, weighted by the statistics of all segments; None if the search does not use words.
-        nearest: the highest inner product with a passage of any segment that the filter admits; None unless the weight
-            of words depends on it.
-        scorer: the student's for this query, if it was prepared; it stays in this process.
-    """
-
-    query: Query
-    vector: NDArray[np.float32]
-    dot_query: NDArray[np.float32] | None
-    tokens: NDArray[np.float32] | None
-    words: QueryWords | None
-    nearest: float | None = None
-    scorer: PairScorer | None = field(default=None, repr=False, compare=False)
-
-    def __reduce__(self) -> tuple[type[SegmentQuery], tuple[object, ...]]:
-        return SegmentQuery, (self.query, self.vector, self.dot_query, self.tokens, self.words, self.nearest)
 
 
 def source_names(settings: SearchSettings, weights: FeatureWeights, *, is_exact: bool) -> list[str]:

@@ -11,9 +11,7 @@ from d2llm.core.errors import ShardAwayError
 from d2llm.core.types import Query, Task
 from d2llm.models.row_features import dot_query
 from d2llm.models.text_scores import RowFormats, TextQuery
-from d2llm.retrieval.exact_search import CachedBounds
 from d2llm.retrieval.feature_weights import weights_for
-from d2llm.retrieval.local_segment import SegmentQuery
 from d2llm.retrieval.searched_segments import Missing, SearchedSegments
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.index_spec import StoredSpec
@@ -22,7 +20,7 @@ from d2llm.store.word_segment import CountedTerms, QueryWords, WordStatistics
 if TYPE_CHECKING:
     from d2llm.models.plain_student import PairScorer
     from d2llm.retrieval.protocols import SearchStudent
-    from d2llm.retrieval.segments import IndexView
+    from d2llm.retrieval.segments import CachedBounds, IndexView, SegmentQuery
 
 
 class IndexCorpus:

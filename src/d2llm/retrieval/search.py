@@ -20,7 +20,6 @@ from d2llm.ops.bm25_words import terms
 from d2llm.ops.diversity import select_diverse
 from d2llm.ops.fusion import reciprocal_rank_scores
 from d2llm.ops.selection import check_scores, top_rows
-from d2llm.retrieval.exact_search import CachedBounds
 from d2llm.retrieval.feature_weights import weights_for
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.query_preparation import PreparedQuery, QueryPreparation, Tokens
@@ -35,7 +34,7 @@ from d2llm.retrieval.results import (
     show,
 )
 from d2llm.retrieval.searched_segments import Missing, SearchedSegments
-from d2llm.retrieval.segments import IndexView, map_queries
+from d2llm.retrieval.segments import CachedBounds, IndexView, map_queries
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.view import CandidateRows
 

@@ -18,11 +18,14 @@ from d2llm.core.types import MissingShard, Query, Task
 from d2llm.models.row_features import FeatureParts
 from d2llm.models.score_features import FeatureWeights
 from d2llm.retrieval.corrections import find_corrections
-from d2llm.retrieval.exact_search import CachedBounds, CertifiedRows, merge_certified
-from d2llm.retrieval.local_segment import SegmentQuery, source_names
+from d2llm.retrieval.exact_search import merge_certified
+from d2llm.retrieval.local_segment import source_names
 from d2llm.retrieval.protocols import SearchStudent, term_factors
 from d2llm.retrieval.segments import (
+    CachedBounds,
+    CertifiedRows,
     IndexView,
+    SegmentQuery,
     SegmentSearch,
     joint_rows,
     map_in_threads,

@@ -10,15 +10,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cache
 from heapq import nsmallest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.types import PART_KINDS, MissingShard, PartKind, Passage, Task
+from d2llm.core.types import PART_KINDS, Certificate, MissingShard, PartKind, Passage, Query, Task
+from d2llm.models.plain_student import PairScorer
 from d2llm.ops.selection import top_rows
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.schema import MetadataSchema
@@ -29,8 +31,6 @@ from d2llm.store.word_segment import CountedTerms, QueryWords, WordStatistics
 if TYPE_CHECKING:
     from d2llm.models.row_features import FeatureParts
     from d2llm.models.score_features import FeatureWeights
-    from d2llm.retrieval.exact_search import CachedBounds, CertifiedRows
-    from d2llm.retrieval.local_segment import SegmentQuery
     from d2llm.retrieval.protocols import VectorStudent
     from d2llm.retrieval.settings import SearchSettings
 
@@ -51,6 +51,62 @@ def rows_by_segment(rows: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64
     segments = rows >> _SEGMENT_SHIFT
     by_segment = [(segment, np.flatnonzero(segments == segment)) for segment in np.unique(segments).tolist()]
     return [(segment, at, rows[at] & _ROW_MASK) for segment, at in by_segment]
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentQuery:
+    """A query as every segment gets it.
+
+    Attributes:
+        query: text and id.
+        vector: [dim].
+        dot_query: [dim], for inner products; None if the head has none.
+        tokens: [tokens, token_dim], the vectors of its tokens, if they have a weight.
+        words: its words, weighted by the statistics of all segments; None if the search does not use words.
+        nearest: the highest inner product with a passage of any segment that the filter admits; None unless the weight
+            of words depends on it.
+        scorer: the student's for this query, if it was prepared; it stays in this process.
+    """
+
+    query: Query
+    vector: NDArray[np.float32]
+    dot_query: NDArray[np.float32] | None
+    tokens: NDArray[np.float32] | None
+    words: QueryWords | None
+    nearest: float | None = None
+    scorer: PairScorer | None = field(default=None, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[type[SegmentQuery], tuple[object, ...]]:
+        return SegmentQuery, (self.query, self.vector, self.dot_query, self.tokens, self.words, self.nearest)
+
+
+class CertifiedRows(NamedTuple):
+    """Rows int64 [k], final scores float32 [k] best first, their inner products or None, and the certificate."""
+
+    rows: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    dots: NDArray[np.float32] | None
+    certificate: Certificate
+
+
+class CachedBounds:
+    """Cache of r_p of all rows of a view, filled by the first search that needs all of them: 4 bytes per row.
+
+    Most searches need the values of some rows only. Keep one cache with each view that answers many queries; it serves
+    both tasks. ``values`` is float32 [capacity], or None until a search needs it.
+    """
+
+    def __init__(self, values: NDArray[np.float32] | None = None) -> None:
+        self.values = values
+        self._segments: dict[int, CachedBounds] = {}
+
+    def of_segment(self, segment: int) -> CachedBounds:
+        """The cache for one of the segments of an index; that of the first is this one."""
+        return self._segments.setdefault(segment, CachedBounds()) if segment else self
+
+    def keep(self, values: NDArray[np.float32]) -> None:
+        """Keep the values of all rows; if all are 1, as without gates, they take no memory."""
+        self.values = np.broadcast_to(np.float32(1), values.shape) if (values == 1).all() else values
 
 
 class Segment(Protocol):

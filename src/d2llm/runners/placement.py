@@ -31,6 +31,30 @@ Load = Callable[[], Any]
 """Loads a model; on a cluster it is pickled, so it is a function at the top of a module, or a ``partial`` of one."""
 
 
+def find_runner(runner: str | Runner, *, num_workers: int | None = None, gpus_per_worker: int | None = None) -> Runner:
+    """The runner of a name: ``local``, ``ray`` or ``ray:ADDRESS`` (``RayRunner``).
+
+    ``num_workers`` is the number of workers on Ray, by default one for each GPU, or for each node if there is none;
+    ``gpus_per_worker`` is for models that one GPU cannot hold.
+
+    Raises:
+        InputError: there is no such runner, or workers or their GPUs are given for this process.
+        MissingExtraError: Ray is not installed.
+    """
+    if not isinstance(runner, str):
+        return runner
+    kind, colon, address = runner.partition(":")
+    if kind == "ray" and bool(colon) == bool(address):
+        from d2llm.runners.ray_runner import RayRunner
+
+        return RayRunner(address or None, num_workers=num_workers, gpus_per_worker=gpus_per_worker)
+    if runner != "local":
+        raise InputError(f"there is no runner '{runner}'; use local, ray or ray:ADDRESS, for example ray:10.0.0.5:6379")
+    if num_workers is not None or gpus_per_worker is not None:
+        raise InputError("a number of workers or of their GPUs is for a cluster; add the runner ray, or leave it out")
+    return LocalRunner()
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where models work.

@@ -10,8 +10,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Generic, Protocol, TypeVar
 
-from d2llm.core.errors import InputError
-
 _Shard = TypeVar("_Shard", bound=Sized)
 _Result = TypeVar("_Result")
 _ShardIn = TypeVar("_ShardIn", bound=Sized, contravariant=True)
@@ -36,7 +34,7 @@ class Workers(Protocol[_ShardIn, _ResultOut]):
 
 
 class Runner(Protocol):
-    """Where work runs; ``find_runner`` finds one by its name."""
+    """Where work runs; ``placement.find_runner`` finds one by its name."""
 
     @property
     def is_local(self) -> bool:
@@ -87,27 +85,3 @@ class LocalRunner:
         """One worker; what it loads decides on the device itself."""
         del device, gpus
         yield LocalWorkers(load())
-
-
-def find_runner(runner: str | Runner, *, num_workers: int | None = None, gpus_per_worker: int | None = None) -> Runner:
-    """The runner of a name: ``local``, ``ray`` or ``ray:ADDRESS`` (``RayRunner``).
-
-    ``num_workers`` is the number of workers on Ray, by default one for each GPU, or for each node if there is none;
-    ``gpus_per_worker`` is for models that one GPU cannot hold.
-
-    Raises:
-        InputError: there is no such runner, or workers or their GPUs are given for this process.
-        MissingExtraError: Ray is not installed.
-    """
-    if not isinstance(runner, str):
-        return runner
-    kind, colon, address = runner.partition(":")
-    if kind == "ray" and bool(colon) == bool(address):
-        from d2llm.runners.ray_runner import RayRunner
-
-        return RayRunner(address or None, num_workers=num_workers, gpus_per_worker=gpus_per_worker)
-    if runner != "local":
-        raise InputError(f"there is no runner '{runner}'; use local, ray or ray:ADDRESS, for example ray:10.0.0.5:6379")
-    if num_workers is not None or gpus_per_worker is not None:
-        raise InputError("a number of workers or of their GPUs is for a cluster; add the runner ray, or leave it out")
-    return LocalRunner()

@@ -29,7 +29,7 @@ from d2llm.retrieval.open_index import find_source
 from d2llm.retrieval.protocols import task_for
 from d2llm.retrieval.segments import IndexView
 from d2llm.retrieval.upserting import check_projection
-from d2llm.runners.runner import find_runner
+from d2llm.runners.placement import find_runner
 from d2llm.server import corpus_routes, native, page_routes
 from d2llm.server.dialects import DIALECTS
 from d2llm.server.errors import (

@@ -17,8 +17,8 @@ from d2llm.core.types import Task
 from d2llm.models.score_features import FeatureWeights
 from d2llm.models.vector_scorer import VectorScorer
 from d2llm.retrieval.cosine import DotScorer
-from d2llm.retrieval.exact_search import CachedBounds
 from d2llm.retrieval.local_segment import LocalSearch, LocalSegment
+from d2llm.retrieval.segments import CachedBounds
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.runners.ray_cluster import as_worker
 from d2llm.store.index_store import IndexStore

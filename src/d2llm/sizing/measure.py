@@ -34,12 +34,12 @@ from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.sizing.speeds import GRAPH_ROWS, Speed, Speeds, TeacherSpeed, processor_name
 from d2llm.sizing.texts import count_postings, word_queries, write_passages
 from d2llm.store.bm25 import WordIndex
-from d2llm.store.index_spec import StoredSpec
+from d2llm.store.index_spec import FORMATS, StoredSpec
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import PartVectors
 from d2llm.store.scan import RowScan, load_faiss
 from d2llm.store.shards import Storage
-from d2llm.store.vector_formats import FORMATS, VectorFormat, make_format
+from d2llm.store.vector_formats import VectorFormat, make_format
 from d2llm.store.word_segment import WordSegment
 
 _SCANNED_BYTES = 256 << 20  # of vectors: more than a processor's caches, little enough for a small machine

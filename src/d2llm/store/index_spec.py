@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from d2llm.core.registry import Registry
 from d2llm.core.settings import Settings, Shown, setting
 from d2llm.core.types import Task
 
-if TYPE_CHECKING:
-    from d2llm.store.vector_formats import VectorFormat
-
-
-_FORMATS = ("float32", "bfloat16", "float16", "int8", "int4", "int3", "binary")
-VECTOR_FORMATS: Registry[VectorFormat] = Registry(
-    "vector format", dict.fromkeys(_FORMATS, "d2llm.store.vector_formats"), "d2llm.vector_formats"
-)
-"""How vectors are stored: the formats by name, those that ship and those that other packages add."""
+FORMATS = ("float32", "bfloat16", "float16", "int8", "int4", "int3", "binary")
+"""Names of the vector formats that ship (``vector_formats``)."""
 
 
 class IndexShape(Settings):
@@ -30,7 +22,7 @@ class IndexShape(Settings):
 
     vector_format: str = setting(
         "bfloat16",
-        f"For a new index: {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} vectors.",
+        f"For a new index: {', '.join(FORMATS[:-1])} or {FORMATS[-1]} vectors.",
         Shown(option="vectors", metavar="FORMAT", default="bfloat16"),
     )
     vector_copies: int = setting(

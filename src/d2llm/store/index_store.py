@@ -69,7 +69,7 @@ from d2llm.store.part_vectors import (
 from d2llm.store.passage_table import REMEDY, PassageTable, Record
 from d2llm.store.schema import FieldType, MetadataSchema
 from d2llm.store.storage import LOCK_NAME, link_or_copy, storage_errors, warn_of_network
-from d2llm.store.stored_vectors import StoredVectors, stored_vectors
+from d2llm.store.stored_vectors import CopiedVectors, SoleVectors, StoredVectors
 from d2llm.store.vector_file import IntactExtents, VectorFile
 from d2llm.store.vector_formats import VectorFormat, make_format
 from d2llm.store.word_segment import WordSegment
@@ -92,7 +92,9 @@ class IndexStore:
         self.format: VectorFormat = make_format(manifest["vector_format"], manifest["dim"])
         self.vector_copies: VectorCopies = manifest["vector_copies"]
         self.part_formats = _part_formats(manifest)
-        self.vectors: StoredVectors = stored_vectors(self, self.vector_copies)
+        kind = SoleVectors if self.vector_copies == 1 else CopiedVectors
+        writing = None if self.is_snapshot else self.writing
+        self.vectors: StoredVectors = kind(folder, self.format, self.table, writing)
         self.intact = IntactExtents()
         """What views of this store have compared; a store that is opened later may take it over."""
         self._is_compared = False

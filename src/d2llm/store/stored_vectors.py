@@ -13,7 +13,9 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import xxhash
@@ -24,14 +26,11 @@ from d2llm.core.fallbacks import count_fallback
 from d2llm.core.types import Passage
 from d2llm.store import vector_file
 from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK, codes_of, rows_of
-from d2llm.store.index_manifest import VectorCopies
 from d2llm.store.passage_table import PassageTable, Record
 from d2llm.store.schema import TEXT_COLUMNS
 from d2llm.store.storage import storage_errors
 from d2llm.store.vector_file import Salvage, VectorFile, VectorRows
-
-if TYPE_CHECKING:
-    from d2llm.store.index_store import IndexStore
+from d2llm.store.vector_formats import VectorFormat
 
 _log = logging.getLogger(__name__)
 _REPAIRED_ROWS = 2_048  # rows per step of a repair: the most that an interruption can lose
@@ -41,12 +40,20 @@ Encode = Callable[[Sequence[Passage]], NDArray[np.float32]]
 
 
 class StoredVectors(ABC):
-    """The vectors in a store's folder. Methods that change files require the write lock."""
+    """The vectors in a store's folder. Methods that change files require the write lock.
 
-    def __init__(self, store: IndexStore) -> None:
-        self.store = store
-        self.folder = store.folder
-        self.code_size = store.format.code_size
+    ``newest_table`` opens the table at its newest version, ``writing`` takes the write lock; None in a snapshot.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        vector_format: VectorFormat,
+        newest_table: Callable[[], PassageTable],
+        writing: Callable[[], AbstractContextManager[None]] | None,
+    ) -> None:
+        self.folder, self.format, self.code_size = folder, vector_format, vector_format.code_size
+        self.newest_table, self.writing = newest_table, writing
 
     def generation(self, table: PassageTable) -> int:
         """The generation of a version's vectors, shared by all its rows; a version without rows uses the newest."""
@@ -139,11 +146,10 @@ class CopiedVectors(StoredVectors):
         """
         count_fallback("vector file")
         _log.warning("%s: %s; its vectors are read from the table again", self.folder, problem)
-        store = self.store
-        if not store.is_snapshot and table.version == store.table().version:
+        if self.writing is not None and table.version == self.newest_table().version:
             try:
-                with store.writing():
-                    if table.version == store.table().version:  # no newer version was written in the meantime
+                with self.writing():
+                    if table.version == self.newest_table().version:  # no newer version was written in the meantime
                         file = self._write_file(table)
                         return VectorRows(file.codes(), file)
             except StorageError as error:
@@ -274,14 +280,14 @@ class SoleVectors(StoredVectors):
                 )
             stored = (lost + start) | generation << GENERATION_SHIFT
             passages = [Passage(**record) for record in table.by_rows(stored.tolist(), TEXT_COLUMNS)]
-            codes[lost] = self.store.format.encode(encode(passages), [passage.id for passage in passages])
+            codes[lost] = self.format.encode(encode(passages), [passage.id for passage in passages])
         return codes
 
     def _salvage(self, table: PassageTable) -> Salvage:
         return vector_file.salvage(self.folder, self.generation(table), self.code_size, version=table.version)
 
     def _refuse(self, table: PassageTable, problem: str) -> NoReturn:
-        if table.version < self.store.table().version:
+        if table.version < self.newest_table().version:
             message = f"version {table.version} no longer has vectors ({problem}); refresh or open the index again"
         else:
             message = (
@@ -289,11 +295,6 @@ class SoleVectors(StoredVectors):
                 f"`d2llm index {self.folder} verify --repair` encodes their passages again"
             )
         raise DataFormatError(self.folder, message)
-
-
-def stored_vectors(store: IndexStore, copies: VectorCopies) -> StoredVectors:
-    """The vectors of a store that keeps this number of copies."""
-    return SoleVectors(store) if copies == 1 else CopiedVectors(store)
 
 
 def _contents_of(table: PassageTable) -> str:

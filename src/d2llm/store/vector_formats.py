@@ -25,13 +25,10 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError
 from d2llm.core.names import did_you_mean
 from d2llm.core.registry import Registered, Registry
-from d2llm.store.index_spec import VECTOR_FORMATS
+from d2llm.store.index_spec import FORMATS
 
 _NORMS_AT_ONCE = 1_024
 _ON_ONE_CORE = 1 << 18  # products of numbers; OpenBLAS uses more cores for more
-
-FORMATS = tuple(VECTOR_FORMATS.shipped)
-"""Names of the formats that ship."""
 
 
 def make_format(name: str, dim: int) -> VectorFormat:
@@ -41,9 +38,9 @@ def make_format(name: str, dim: int) -> VectorFormat:
         InputError: there is no such format, or the package that should have it does not.
     """
     try:
-        return VECTOR_FORMATS.find(name)(dim)
+        return VectorFormat.kinds.find(name)(dim)
     except ValueError as error:
-        known = VECTOR_FORMATS.kinds
+        known = VectorFormat.kinds.kinds
         if name in known:
             raise InputError(str(error)) from error
         hint = did_you_mean(name, known)
@@ -76,7 +73,7 @@ class VectorFormat(Registered, ABC):
         selects: whether its FAISS index can exclude rows from a search.
     """
 
-    kinds: ClassVar[Registry[Any]] = VECTOR_FORMATS
+    kinds: ClassVar[Registry[Any]] = Registry("vector format", dict.fromkeys(FORMATS, __name__), "d2llm.vector_formats")
     dim: int
     code_size: int
     selects: bool = True

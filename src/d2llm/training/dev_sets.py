@@ -516,7 +516,7 @@ def make_teacher_dev_set(
     nearest: list[list[str]] = [[] for _ in queries]
     if student is not None:
         nearest = _nearest(dataset, task, queries, student, depth, placement)
-    same_text = SameText(dataset) if with_positives else None
+    same_text = SameText(dataset.passages) if with_positives else None
     positives = dataset.positives("dev")
     candidates: dict[str, list[str]] = {}
     for query, by_words, by_vectors in zip(queries, lexical, nearest, strict=True):

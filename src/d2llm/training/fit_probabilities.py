@@ -121,7 +121,7 @@ def _draw(
     title = f"BM25 for calibrating on {dataset.name}"
     queries = [dataset.queries[query_id] for query_id in positives]
     lists = bm25_lists(dataset.passages, list(dataset.passages), queries, LEXICAL_DEPTH, title=title)
-    same_text = SameText(dataset)
+    same_text = SameText(dataset.passages)
     pool = rng.sample(sorted(dataset.passages), min(_POOL, len(dataset.passages)))
     drawn: dict[str, list[str]] = {}
     for (query_id, relevant), lexical in zip(positives.items(), lists, strict=True):

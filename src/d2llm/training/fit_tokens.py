@@ -209,7 +209,7 @@ def _read(
     rng = random.Random(f"{seed}:passages:{dataset.name}")
     ids = list(dataset.passages)
     row_of = {passage_id: row for row, passage_id in enumerate(ids)}
-    same_text = SameText(dataset)
+    same_text = SameText(dataset.passages)
     words = WordIndex.from_texts(passage.full_text for passage in dataset.passages.values())
     targets: list[set[int]] = []
     by_words: list[list[int]] = []

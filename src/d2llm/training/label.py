@@ -29,8 +29,8 @@ from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import asks_endpoint, identify_teacher, load_teacher, ranks_lists
 from d2llm.ops.ranking import kendall_tau
 from d2llm.recipe import LabellingConfig, TeacherConfig, TeacherIdentity
-from d2llm.runners.placement import load_work
-from d2llm.runners.runner import Runner, find_runner
+from d2llm.runners.placement import find_runner, load_work
+from d2llm.runners.runner import Runner
 
 _log = logging.getLogger(__name__)
 

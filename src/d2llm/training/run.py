@@ -95,7 +95,7 @@ class Run(OpenRun):
                 process, and a remote teacher is asked from it.
         """
         from d2llm.models.teachers.pair_teacher import asks_endpoint
-        from d2llm.runners.runner import find_runner
+        from d2llm.runners.placement import find_runner
 
         runner = find_runner(runner)
         order: tuple[str, ...] = get_args(RunStep)
@@ -262,7 +262,7 @@ class Run(OpenRun):
                 default the gate's.
             runner: where the corpus is encoded and the members score (``finish``).
         """
-        from d2llm.runners.runner import find_runner
+        from d2llm.runners.placement import find_runner
         from d2llm.training.ensemble_teachers import ensemble_teachers
 
         settings = self.recipe.gate
@@ -301,7 +301,7 @@ class Run(OpenRun):
         """
         from d2llm.models.teachers.pair_teacher import identify_teacher
         from d2llm.retrieval.text_workers import load_student
-        from d2llm.runners.runner import find_runner
+        from d2llm.runners.placement import find_runner
         from d2llm.training.gate import gate, read_gate
         from d2llm.training.sentences import describe_gates
 

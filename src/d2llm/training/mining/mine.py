@@ -135,7 +135,7 @@ def mine(
         )
         audit = Audit(dataset.passages, list(ranked.lists), frozenset(shown))
         begin = time.perf_counter()
-        judged = DatasetJudgements(dataset, SameText(dataset))
+        judged = DatasetJudgements(dataset, SameText(dataset.passages))
         tally.own_passages = dataset.own_passages.counts(positives)
         tally.same_text = sum(len(judged.repeats(query_id, ids)) for query_id, ids in positives.items())
         selections = choose(

@@ -24,8 +24,8 @@ from d2llm.models.teachers.identity import find_tuned_teacher
 from d2llm.models.teachers.pair_teacher import identify_teacher, load_teacher, ranks_lists
 from d2llm.recipe import DataConfig, MiningConfig
 from d2llm.retrieval.text_workers import create_student, encoder_loads, load_student
-from d2llm.runners.placement import Load, Placement
-from d2llm.runners.runner import Runner, find_runner
+from d2llm.runners.placement import Load, Placement, find_runner
+from d2llm.runners.runner import Runner
 from d2llm.training.mining.audit import audit_page
 from d2llm.training.mining.mine import mine
 from d2llm.training.mining.teacher import TeacherCheck, TeacherWorkers, score_texts

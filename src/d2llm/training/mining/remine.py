@@ -64,7 +64,7 @@ def remine(
     corpus = sorted(dataset.passages)
     if labelled is not None:  # and the positives, whose scores the filters need
         corpus = sorted({*chain(*labelled), *chain.from_iterable(entry.positives for entry in entries)})
-    judged = DatasetJudgements(dataset, same_text or SameText(dataset))
+    judged = DatasetJudgements(dataset, same_text or SameText(dataset.passages))
     positives = {entry.query_id: entry.positives for entry in entries}
     with work_folder(folder) as work:
         ranking = EncoderRanking(
