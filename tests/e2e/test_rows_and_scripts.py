@@ -104,7 +104,7 @@ def test_the_right_passage_wins_in_every_script(multilingual, form):
         assert best.explanation.terms, query
         spans_by_term = best.explanation.term_spans
         assert {term: len(spans) for term, spans in spans_by_term.items()} == dict(best.explanation.terms)
-        assert all(best.passage.full_text[start:end] for spans in positions.values() for start, end in spans)
+        assert all(best.passage.full_text[start:end] for spans in spans_by_term.values() for start, end in spans)
 
 
 @pytest.fixture(scope="module")
