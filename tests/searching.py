@@ -7,8 +7,8 @@ from typing import Any
 
 from d2llm.core.types import Ranking
 from d2llm.data.python_records import QueryLike
+from d2llm.models.protocols import SearchStudent
 from d2llm.retrieval.expansion import Expansion
-from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.reranker import OpenReranker
 from d2llm.retrieval.search import Searcher
 from d2llm.retrieval.segments import IndexView

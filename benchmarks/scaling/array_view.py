@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.types import Certificate
+from d2llm.models.protocols import VectorStudent
 from d2llm.ops.selection import top_rows
-from d2llm.retrieval.protocols import VectorStudent
 from d2llm.retrieval.segments import CertifiedRows
 from d2llm.store.view import PassageView
 

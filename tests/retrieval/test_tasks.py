@@ -15,10 +15,10 @@ from d2llm.data.beir import read_beir
 from d2llm.evaluation.contenders import Contenders
 from d2llm.evaluation.evaluate import evaluate
 from d2llm.evaluation.settings import EvaluationSettings
+from d2llm.models.protocols import task_for
 from d2llm.models.student import Student
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.protocols import task_for
 from d2llm.sizing.index_bytes import StudentFacts
 from d2llm.sizing.plan import SizePlan
 from e2e.command_line import fail, succeed, succeed_with_report, write_data

@@ -105,8 +105,8 @@ def fit_scores(
     index of the old student can be searched with the new one (after --document-expansion, make a new one: the old one
     lacks the words). What was fitted for the other task is kept.
     """
+    from d2llm.models.protocols import task_for
     from d2llm.models.student import Student
-    from d2llm.retrieval.protocols import task_for
     from d2llm.training.fit_scores import fit_scores, read_judged
     from d2llm.training.sentences import describe_fit_scores
 

@@ -54,9 +54,9 @@ def probe(
     """
     from d2llm.data.indexed_corpus import open_corpus
     from d2llm.evaluation.probe import probe
+    from d2llm.models.protocols import task_for
     from d2llm.models.student import Student
     from d2llm.reports.leaderboard import probe_document, probe_tables
-    from d2llm.retrieval.protocols import task_for
 
     session = session_of(context)
     opened = open_corpus(corpus, with_metadata=False) if corpus else None

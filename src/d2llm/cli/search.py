@@ -46,10 +46,10 @@ if TYPE_CHECKING:
         RerankReport,
         Selection,
     )
+    from d2llm.models.protocols import SearchStudent
     from d2llm.models.student import Student
     from d2llm.retrieval.expansion import Expansion
     from d2llm.retrieval.index import Index
-    from d2llm.retrieval.protocols import SearchStudent
     from d2llm.retrieval.reranker import Reranker
     from d2llm.retrieval.rewriting import Rewriter
 
@@ -230,8 +230,8 @@ def search(
     jsonl: JsonLinesOption = None,
 ) -> None:
     """Find the passages of an index that answer a query, best first."""
+    from d2llm.models.protocols import task_for
     from d2llm.retrieval.index import Index
-    from d2llm.retrieval.protocols import task_for
     from d2llm.retrieval.rewriting import rewritten, with_rewriting
     from d2llm.retrieval.search import Searcher
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from d2llm.core.types import Passage
 from d2llm.demo.report import DemoAnswer, QuestionReport, ScoredResult, ScoreReport, top_results
+from d2llm.models.protocols import SearchStudent
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.protocols import SearchStudent
 
 TOP_K = 3
 DEPTH = 100

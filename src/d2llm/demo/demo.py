@@ -26,13 +26,13 @@ from d2llm.demo.corpus import Corpus, build_corpus, choose_groups, group_of
 from d2llm.demo.messages import interaction_weight, rank_messages
 from d2llm.demo.report import DemoReport, DemoSizes
 from d2llm.demo.view import DemoView
+from d2llm.models.protocols import SearchStudent
 from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import read_student_manifest
 from d2llm.recipe import untuned_config
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.protocols import SearchStudent
 from d2llm.store.index_manifest import KIND as INDEX_KIND
 from d2llm.store.passage_table import bytes_at_rest
 

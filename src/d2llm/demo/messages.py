@@ -17,10 +17,10 @@ from d2llm.core.toml import read_toml
 from d2llm.core.types import Passage, Task
 from d2llm.demo.report import DemoAnswer, MessageReport, MessageSystem, top_results
 from d2llm.models.interaction import Interaction
+from d2llm.models.protocols import SearchStudent
 from d2llm.models.student import Student
 from d2llm.ops.significance import paired_randomisation
 from d2llm.retrieval.cosine import DotStudent
-from d2llm.retrieval.protocols import SearchStudent
 
 TOP_K = 3
 """The number of other messages with the same request."""

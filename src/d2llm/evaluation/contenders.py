@@ -11,9 +11,9 @@ from d2llm.core.types import SystemKind
 from d2llm.data.trec import TrecRun
 from d2llm.evaluation.report import EvaluationRow, MissingRow
 from d2llm.models.plain_student import PlainStudent
+from d2llm.models.protocols import SearchStudent, TextEncoder
 from d2llm.models.teachers.pair_teacher import PairTeacher
 from d2llm.retrieval.cosine import CosineStudent, DotStudent
-from d2llm.retrieval.protocols import SearchStudent, TextEncoder
 from d2llm.runners.placement import Load
 
 NAME_BM25 = "BM25"

@@ -40,10 +40,10 @@ from d2llm.evaluation.report import (
 )
 from d2llm.evaluation.settings import EvaluationSettings
 from d2llm.evaluation.systems import MeasuredStore, milliseconds, peak_memory, sample
+from d2llm.models.protocols import SearchStudent
 from d2llm.models.teachers.pair_teacher import PairTeacher
 from d2llm.ops.calibration import score_histogram
 from d2llm.ops.significance import bootstrap_statistic, resampled_p_value
-from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.reading import EncodedPairs, encode_pairs
 from d2llm.runners.placement import HERE, Placement
 from d2llm.store.bm25 import WordIndex

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from d2llm.core.progress import progress_bar
 from d2llm.core.types import Passage, Query, Task
 from d2llm.data.granularity import make_granularity
 from d2llm.data.limit_set import make_limit_set
-from d2llm.models.tokens import EncodedTexts
+from d2llm.models.protocols import SearchStudent
 from d2llm.ops.bm25_words import sentences
 from d2llm.ops.measures import per_query_measures
 from d2llm.store.bm25 import bm25_lists
@@ -46,33 +45,6 @@ _BAG_WORDS = 2000
 _TEST_FRACTION = 0.2  # as much again chooses the penalty
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 _DEPTH = 100
-
-
-class ProbedStudent(Protocol):
-    """What is asked of a student."""
-
-    @property
-    def has_dot(self) -> bool:
-        """Whether its score has an inner product."""
-        ...
-
-    def encode_queries(self, texts: Sequence[str]) -> EncodedTexts:
-        """Vectors of queries."""
-        ...
-
-    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
-        """Vectors of passages."""
-        ...
-
-    def query_vectors(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
-        """Vectors whose inner products with passages are those of the score."""
-        ...
-
-    def score(
-        self, query_vector: NDArray[np.float32], passage_vectors: NDArray[np.float32], task: Task
-    ) -> NDArray[np.float32]:
-        """The whole score."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +104,7 @@ class ProbeReport:
 
 
 def probe(
-    student: ProbedStudent,
+    student: SearchStudent,
     passages: Iterable[Passage] | None = None,
     *,
     name: str = "student",
@@ -298,7 +270,7 @@ class _Replacement:
         return [*words[:position], rng.choice(near), *words[position + 1 :]] if near else None
 
 
-def probe_task(student: ProbedStudent, task: ProbingTask, *, seed: int) -> ProbingResult:
+def probe_task(student: SearchStudent, task: ProbingTask, *, seed: int) -> ProbingResult:
     """Train the classifiers of one task on three fifths of its texts and measure them on one fifth."""
     order = random.Random(f"{seed}:{task.name}").sample(range(len(task.texts)), len(task.texts))
     num_test = round(_TEST_FRACTION * len(order))
@@ -376,7 +348,7 @@ def _accuracies(values: Tensor, target: Tensor, train: Tensor, splits: Sequence[
 
 
 def rank(
-    student: ProbedStudent,
+    student: SearchStudent,
     set_name: str,
     passages: Sequence[Passage],
     queries: Sequence[Query],

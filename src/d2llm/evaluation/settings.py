@@ -8,7 +8,7 @@ from d2llm.core.settings import TASK_HELP, Settings, Shown, setting
 from d2llm.core.types import SystemKind, Task
 
 if TYPE_CHECKING:
-    from d2llm.retrieval.protocols import SearchStudent
+    from d2llm.models.protocols import SearchStudent
 
 RECALL_DEPTH = 100
 _PYTHON_ONLY = Shown(python_only=True)
@@ -87,7 +87,7 @@ class EvaluationSettings(Settings):
 
     def settled(self, student: SearchStudent) -> EvaluationSettings:
         """The same settings, with the task that this student is used for."""
-        from d2llm.retrieval.protocols import task_for
+        from d2llm.models.protocols import task_for
 
         return self.replace(task=task_for(student, self.task))
 

@@ -22,6 +22,7 @@ from d2llm.data.indexed_corpus import iter_corpus
 from d2llm.evaluation.contenders import NAME_BM25, NAME_D2LLM, Contender, Contenders
 from d2llm.evaluation.report import MissingRow
 from d2llm.evaluation.systems import RetrievalWork, System
+from d2llm.models.protocols import SearchStudent, term_factors
 from d2llm.models.row_features import mean_of_cosines, scored_list
 from d2llm.models.score_features import VECTOR_TERMS, FeatureWeights
 from d2llm.models.teachers.pair_teacher import RANKING_TEACHER, PairTeacher, ranks_lists
@@ -31,7 +32,6 @@ from d2llm.retrieval.build_ann import build_ann
 from d2llm.retrieval.calibrate import measure_error
 from d2llm.retrieval.cosine import DotStudent
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.protocols import SearchStudent, term_factors
 from d2llm.retrieval.reranker import OpenReranker, TeacherReranker, named_reranker
 
 _CALIBRATING_QUERIES = 40

@@ -28,13 +28,13 @@ from d2llm.data.same_text import OwnPassages
 from d2llm.data.trec import TrecRun
 from d2llm.evaluation.report import Cost, Latency
 from d2llm.evaluation.settings import EvaluationSettings
+from d2llm.models.protocols import SearchStudent, expansion_fingerprint
 from d2llm.models.tokens import EncodedTexts
 from d2llm.ops.fusion import reciprocal_rank_fusion
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.local_segment import LocalSegment
 from d2llm.retrieval.open_index import part_formats
-from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint
 from d2llm.retrieval.query_preparation import ENCODED_AT_ONCE
 from d2llm.retrieval.reranker import OpenReranker
 from d2llm.retrieval.search import Searcher, SearchSettings

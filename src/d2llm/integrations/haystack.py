@@ -29,9 +29,9 @@ from d2llm.integrations.texts import (
     rank_texts,
     search_settings,
 )
+from d2llm.models.protocols import task_for
 from d2llm.models.student import Student
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.protocols import task_for
 from d2llm.retrieval.search import SearchSettings
 
 require("haystack", extra="haystack", purpose="d2llm in Haystack")

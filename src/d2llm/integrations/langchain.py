@@ -22,9 +22,9 @@ from d2llm.integrations.texts import (
     require_dot,
     search_settings,
 )
+from d2llm.models.protocols import task_for
 from d2llm.models.student import Student
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.protocols import task_for
 from d2llm.retrieval.search import SearchSettings
 
 require("langchain_core", extra="langchain", purpose="d2llm in LangChain")

@@ -21,9 +21,9 @@ from d2llm.integrations.texts import (
     require_dot,
     search_settings,
 )
+from d2llm.models.protocols import task_for
 from d2llm.models.student import Student
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.protocols import task_for
 from d2llm.retrieval.search import SearchSettings
 
 require("llama_index.core", extra="llama-index", purpose="d2llm in LlamaIndex")

@@ -30,6 +30,7 @@ from d2llm.core.shipped import DEFAULT_STUDENT, shipped_models
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES, TASKS, Passage, Query, Task
 from d2llm.integrations.mteb_tasks import PAIR_TYPES, branch_of
 from d2llm.integrations.texts import title_of
+from d2llm.models.protocols import SearchStudent, expansion_fingerprint
 from d2llm.models.student import Student, find_student
 from d2llm.models.text_scores import TextScorer
 from d2llm.models.tokens import EncodedTexts
@@ -38,7 +39,6 @@ from d2llm.retrieval.cosine import DotStudent
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.open_index import part_formats
-from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.store.index_manifest import FORMAT_VERSION
 from d2llm.store.vector_formats import make_format

@@ -27,12 +27,12 @@ from d2llm.core.progress import showing_progress
 from d2llm.core.types import PART_KINDS, PartKind, ScoreFeature, Task
 from d2llm.integrations.texts import rank_texts, require_dot, require_texts, task_of
 from d2llm.models.plain_student import PairScorer
+from d2llm.models.protocols import task_for
 from d2llm.models.score_features import FeatureWeights
 from d2llm.models.student import Student
 from d2llm.models.tokens import EncodedTexts, TextKind, TokenVectors
 from d2llm.retrieval.cosine import ForwardingStudent
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.protocols import task_for
 
 require("sentence_transformers", extra="sentence-transformers", purpose="a student in sentence-transformers")
 

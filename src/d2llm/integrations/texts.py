@@ -15,7 +15,7 @@ from d2llm.core.inputs import texts_of
 from d2llm.core.names import did_you_mean
 from d2llm.core.plain_values import plain_value
 from d2llm.core.types import Passage, Task
-from d2llm.retrieval.protocols import SearchStudent, task_for
+from d2llm.models.protocols import SearchStudent, task_for
 from d2llm.retrieval.search import SearchSettings
 
 if TYPE_CHECKING:

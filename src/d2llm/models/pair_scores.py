@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.types import Task
-
-
-@runtime_checkable
-class VectorScorer(Protocol):
-    """Scores passages for a query from their vectors (``Student`` does)."""
-
-    def score(
-        self, query_vector: NDArray[np.float32], passage_vectors: NDArray[np.float32], task: Task
-    ) -> NDArray[np.float32]:
-        """[dim], [n, dim] -> logits [n]."""
-        ...
+from d2llm.models.protocols import VectorStudent
 
 
 def score_by_query(
-    student: VectorScorer,
+    student: VectorStudent,
     pairs: Sequence[tuple[str, str]],
     queries: Mapping[str, NDArray[np.float32]],
     passages: Mapping[str, NDArray[np.float32]],

@@ -66,7 +66,7 @@ def why_no_interaction(head: str, weight: float | None, task: Task) -> str | Non
 class PlainStudent:
     """Base of a student without what ``Student`` may have beside its vectors; a subclass adds those and the score.
 
-    Subclasses have what ``retrieval.protocols.SearchStudent`` asks for: ``fingerprint``, ``config``, ``vector_dim``,
+    Subclasses have what ``models.protocols.SearchStudent`` asks for: ``fingerprint``, ``config``, ``vector_dim``,
     ``encode_queries``, ``encode_passages``, ``has_dot``, ``query_vectors`` and ``score``.
     """
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.types import ScoreFeature, Task
 from d2llm.models.plain_student import PairScorer
-from d2llm.models.protocols import PreparingScorer
+from d2llm.models.protocols import VectorStudent
 from d2llm.models.score_features import FeatureWeights
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.word_segment import QueryWords
@@ -147,7 +147,7 @@ class RowScorer:
     def __init__(
         self,
         view: RowVectors,
-        student: PreparingScorer,
+        student: VectorStudent,
         query_vector: NDArray[np.float32],
         task: Task,
         score_features: RowFeatures | None = None,
@@ -179,7 +179,7 @@ class RowScorer:
 
 
 def dot_query(
-    student: PreparingScorer, vector: NDArray[np.float32], task: Task, prepared: PairScorer | None
+    student: VectorStudent, vector: NDArray[np.float32], task: Task, prepared: PairScorer | None
 ) -> NDArray[np.float32] | None:
     """A query's vector [dim] for inner products, from its ``prepared`` scorer if it has one; None without such a part.
 

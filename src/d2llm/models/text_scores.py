@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import PartKind, Task, default_task
-from d2llm.models.protocols import ScoringStudent
+from d2llm.models.protocols import SearchStudent
 from d2llm.models.row_features import RowFeatures, RowScorer, dot_query
 from d2llm.models.score_features import FeatureWeights
 from d2llm.models.tokens import EncodedTexts, TextKind, TokenVectors
@@ -88,7 +88,7 @@ class ScoringCorpus(Protocol):
 class ScoringIndex(Protocol):
     """An index by whose words texts can be scored (``retrieval.index.Index``)."""
 
-    def scoring_corpus(self, student: ScoringStudent, task: Task | None = None) -> ScoringCorpus:
+    def scoring_corpus(self, student: SearchStudent, task: Task | None = None) -> ScoringCorpus:
         """The index as a corpus; by default for the task that it was made for."""
         ...
 
@@ -102,7 +102,7 @@ class Background:
     name = "background"
     formats = RowFormats()
 
-    def __init__(self, student: ScoringStudent, task: Task | None = None) -> None:
+    def __init__(self, student: SearchStudent, task: Task | None = None) -> None:
         self.task: Task = task or default_task(student.trained_tasks)
         kinds: tuple[PartKind, ...] = ("window", "token") if student.token_dim else ("window",)
         self.weights = student.feature_weights(self.task, stored=kinds)
@@ -190,7 +190,7 @@ class TextScorer:
     """
 
     def __init__(
-        self, student: ScoringStudent, corpus: ScoringCorpus | None = None, *, task: Task | None = None
+        self, student: SearchStudent, corpus: ScoringCorpus | None = None, *, task: Task | None = None
     ) -> None:
         self.student = student
         self.corpus = corpus or Background(student, task)
@@ -198,7 +198,7 @@ class TextScorer:
         self.with_windows = "window" in self.corpus.weights.part_kinds
 
     @classmethod
-    def of(cls, student: ScoringStudent, index: ScoringIndex | None, task: Task | None) -> TextScorer:
+    def of(cls, student: SearchStudent, index: ScoringIndex | None, task: Task | None) -> TextScorer:
         """With an index as corpus, or the background.
 
         Raises:

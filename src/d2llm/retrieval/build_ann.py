@@ -20,8 +20,8 @@ from d2llm.core.errors import IndexLockedError, InputError
 from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.types import DEFAULT_ANN_RECALL, DEFAULT_NUM_CANDIDATES, Query
 from d2llm.data.python_records import QueryLike, queries_of
+from d2llm.models.protocols import SearchStudent
 from d2llm.retrieval.local_segment import LocalSegment
-from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.search import Searcher
 from d2llm.retrieval.segments import IndexView
 from d2llm.retrieval.settings import SearchSettings

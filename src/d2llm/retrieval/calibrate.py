@@ -13,10 +13,10 @@ from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Task
 from d2llm.data.python_records import QueryLike
+from d2llm.models.protocols import SearchStudent
 from d2llm.models.score_features import FeatureWeights
 from d2llm.models.teachers.pair_teacher import RANKING_TEACHER, PairTeacher, ranks_lists
 from d2llm.ops.rereading import StudentError, calibrate_error
-from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.search import Searcher
 from d2llm.retrieval.segments import IndexView
 from d2llm.retrieval.settings import SearchSettings

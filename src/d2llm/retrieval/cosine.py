@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from d2llm.core.types import Task
 from d2llm.models.plain_student import PlainStudent
+from d2llm.models.protocols import SearchStudent, TextEncoder, VectorStudent
 from d2llm.models.tokens import EncodedTexts, TextKind
-from d2llm.retrieval.protocols import SearchStudent, TextEncoder, VectorStudent
 
 
 class ForwardingEncoder(PlainStudent):

@@ -22,10 +22,10 @@ from d2llm.core.types import EngineName, Passage
 from d2llm.data.documents import SkippedFile
 from d2llm.data.indexed_corpus import Corpus, open_corpus
 from d2llm.data.python_records import PassageLike, passages_of
+from d2llm.models.protocols import SearchStudent, expansion_fingerprint, task_for
 from d2llm.models.quality import PassageQuality
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.open_index import settled
-from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint, task_for
 from d2llm.retrieval.reading import EncodedPassages, read_passages
 from d2llm.retrieval.text_workers import load_student as load_named_student
 from d2llm.retrieval.upserting import BLOCK_PASSAGES, DocumentsReport, UpsertReport

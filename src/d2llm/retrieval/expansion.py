@@ -26,8 +26,8 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.inputs import strings_of
 from d2llm.core.types import ExpansionMethod, QueryExpansion
 from d2llm.data.same_text import comparable
+from d2llm.models.protocols import SearchStudent
 from d2llm.models.writers.writer import Assignment, Writer, WrittenQueries
-from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.settings import EXPANSION_TEXTS, ExpansionSettings
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from d2llm.core.errors import IndexMismatchError, InputError
 from d2llm.core.types import PART_NAMES, ScoreFeature, Task
+from d2llm.models.protocols import SearchStudent
 from d2llm.models.score_features import FeatureWeights
-from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.segments import IndexView
 
 

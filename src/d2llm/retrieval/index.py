@@ -28,8 +28,8 @@ from d2llm.core.types import (
     Task,
 )
 from d2llm.data.python_records import PassageLike, QueryLike, is_one_query, one_query_of, passages_of
+from d2llm.models.protocols import SearchStudent, task_for
 from d2llm.retrieval.open_index import OpenIndex, known_source, settled, stored_spec
-from d2llm.retrieval.protocols import SearchStudent, task_for
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.index_manifest import Chunking, find_index
 from d2llm.store.index_spec import IndexSpec
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from sentence_transformers import SentenceTransformer
 
-    from d2llm.models.protocols import ScoringStudent
+    from d2llm.models.protocols import SearchStudent
     from d2llm.models.student import Student
     from d2llm.models.teachers.pair_teacher import PairTeacher
     from d2llm.ops.rereading import StudentError
@@ -474,7 +474,7 @@ class Index(OpenIndex):
         rankings = with_rewriting(rankings, rewriting)
         return rankings[0] if is_one_query(queries) else rankings
 
-    def scoring_corpus(self, student: ScoringStudent, task: Task | None = None) -> IndexCorpus:
+    def scoring_corpus(self, student: SearchStudent, task: Task | None = None) -> IndexCorpus:
         """The latest version as the corpus of texts that are not in it (``Student.rank(..., index=index)``).
 
         Raises:
@@ -482,7 +482,7 @@ class Index(OpenIndex):
         """
         from d2llm.retrieval.scoring_corpus import IndexCorpus
 
-        return IndexCorpus(self.view, cast("SearchStudent", student), task, allow_missing=self._allow_missing)
+        return IndexCorpus(self.view, student, task, allow_missing=self._allow_missing)
 
     def around(self, results: Iterable[RankedPassage] | RankedPassage, distance: int = 1) -> list[Excerpt]:
         """Results with the passages around them in their documents, neighbouring ones merged (``merge_neighbours``).

@@ -31,10 +31,10 @@ from numpy.typing import NDArray
 
 from d2llm.core.fallbacks import count_fallback
 from d2llm.core.types import Query, Task, Ties
+from d2llm.models.protocols import VectorStudent
 from d2llm.models.row_features import FeatureParts, RowFeatures, RowScorer
 from d2llm.models.score_features import FeatureWeights
 from d2llm.retrieval.exact_search import certified_top_k
-from d2llm.retrieval.protocols import VectorStudent
 from d2llm.retrieval.segments import CachedBounds, CertifiedRows, IndexView, SegmentQuery
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.ann import AnnSearch

@@ -14,8 +14,8 @@ from d2llm.core.errors import D2LLMError, IndexMismatchError, InputError
 from d2llm.core.manifest import source_of
 from d2llm.core.shipped import name_student
 from d2llm.core.types import PartKind, Task
+from d2llm.models.protocols import SearchStudent, expansion_fingerprint
 from d2llm.retrieval.local_segment import LocalSegment, open_view
-from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint
 from d2llm.retrieval.segments import CachedBounds, IndexView
 from d2llm.store.index_manifest import Chunking, read_chunking, repeats_text
 from d2llm.store.index_spec import IndexSpec, StoredSpec

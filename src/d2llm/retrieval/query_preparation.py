@@ -15,10 +15,10 @@ from d2llm.core.errors import InputError
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Query, QueryExpansion, Task
 from d2llm.data.python_records import QueryLike, queries_of
+from d2llm.models.protocols import SearchStudent
 from d2llm.models.row_features import dot_query
 from d2llm.models.score_features import FeatureWeights
 from d2llm.retrieval.corrections import corrected_query
-from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.searched_segments import Missing, SearchedSegments
 from d2llm.retrieval.segments import SegmentQuery
 from d2llm.retrieval.settings import SearchSettings

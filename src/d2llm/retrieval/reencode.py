@@ -17,8 +17,8 @@ from d2llm.core.errors import InputError
 from d2llm.core.files import replace_folder
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import EngineName, Passage
+from d2llm.models.protocols import task_for
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.protocols import task_for
 from d2llm.retrieval.segments import IndexView
 from d2llm.retrieval.upserting import BLOCK_PASSAGES, upsert_passages
 from d2llm.store.index_manifest import write_chunking

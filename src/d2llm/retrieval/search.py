@@ -15,13 +15,13 @@ from d2llm.core.batches import batched
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import IdRanking, Passage, Query, Ranking, Task
 from d2llm.data.python_records import QueryLike
+from d2llm.models.protocols import SearchStudent
 from d2llm.models.tokens import EncodedTexts
 from d2llm.ops.bm25_words import terms
 from d2llm.ops.diversity import select_diverse
 from d2llm.ops.fusion import reciprocal_rank_scores
 from d2llm.ops.selection import check_scores, top_rows
 from d2llm.retrieval.feature_weights import weights_for
-from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.query_preparation import PreparedQuery, QueryPreparation, Tokens
 from d2llm.retrieval.results import (
     Order,

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError, ShardAwayError, StorageError
 from d2llm.core.types import MissingShard, Query, Task
+from d2llm.models.protocols import SearchStudent, term_factors
 from d2llm.models.row_features import FeatureParts
 from d2llm.models.score_features import FeatureWeights
 from d2llm.retrieval.corrections import find_corrections
 from d2llm.retrieval.exact_search import merge_certified
 from d2llm.retrieval.local_segment import source_names
-from d2llm.retrieval.protocols import SearchStudent, term_factors
 from d2llm.retrieval.segments import (
     CachedBounds,
     CertifiedRows,

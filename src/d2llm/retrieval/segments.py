@@ -29,9 +29,9 @@ from d2llm.store.view import CandidateRows, rows_in_order
 from d2llm.store.word_segment import CountedTerms, QueryWords, WordStatistics
 
 if TYPE_CHECKING:
+    from d2llm.models.protocols import VectorStudent
     from d2llm.models.row_features import FeatureParts
     from d2llm.models.score_features import FeatureWeights
-    from d2llm.retrieval.protocols import VectorStudent
     from d2llm.retrieval.settings import SearchSettings
 
 _SEGMENT_SHIFT = 40

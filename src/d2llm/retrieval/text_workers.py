@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2llm.core.progress import ignore
+from d2llm.models.protocols import TextEncoder
 from d2llm.models.tokens import EncodedTexts, TextKind
 from d2llm.recipe import StudentConfig
 from d2llm.retrieval.cosine import CosineStudent
-from d2llm.retrieval.protocols import TextEncoder
 from d2llm.runners.placement import Load
 from d2llm.runners.runner import Workers
 

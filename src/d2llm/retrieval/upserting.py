@@ -20,8 +20,8 @@ from d2llm.core.batches import batched
 from d2llm.core.errors import DuplicateIdError, IndexMismatchError, InputError
 from d2llm.core.progress import Advance, ignore, progress_bar
 from d2llm.core.types import PartKind, Passage, piece_id
+from d2llm.models.protocols import SearchStudent, expansion_fingerprint
 from d2llm.retrieval.build_ann import renew_ann
-from d2llm.retrieval.protocols import SearchStudent, expansion_fingerprint
 from d2llm.retrieval.reading import EncodedPassages, read_passages
 from d2llm.runners.runner import LocalWorkers, Workers
 from d2llm.store.blocks import Changes

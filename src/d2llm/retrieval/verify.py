@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.types import PartKind, Passage
-from d2llm.retrieval.protocols import SearchStudent
+from d2llm.models.protocols import SearchStudent
 from d2llm.retrieval.reading import read_tokens, read_windows
 from d2llm.retrieval.upserting import check_projection
 from d2llm.store.inspection import VerifyReport, verify_all

@@ -23,10 +23,10 @@ from d2llm.core.errors import D2LLMError, InputError
 from d2llm.core.extras import require
 from d2llm.data.ocr import languages_of
 from d2llm.models.hub import find_student
+from d2llm.models.protocols import task_for
 from d2llm.models.student import Student
 from d2llm.models.student_files import read_student_manifest
 from d2llm.retrieval.open_index import find_source
-from d2llm.retrieval.protocols import task_for
 from d2llm.retrieval.segments import IndexView
 from d2llm.retrieval.upserting import check_projection
 from d2llm.runners.placement import find_runner

@@ -19,12 +19,12 @@ from d2llm.core.errors import ModelError
 from d2llm.core.types import Explanation, Ranking, Task, WholeText
 from d2llm.models.engines.core_workers import core_pool
 from d2llm.models.late_chunking import EncodedChunks
+from d2llm.models.protocols import expansion_fingerprint
 from d2llm.models.score_features import FeatureWeights
 from d2llm.models.student import Student
 from d2llm.models.text_scores import ScoringCorpus, TextQuery, TextScorer, window_texts, word_weights
 from d2llm.models.tokens import TOKENIZING, EncodedTexts, TextKind, TokenizedTexts, TokenVectors
 from d2llm.retrieval.cosine import ForwardingStudent
-from d2llm.retrieval.protocols import expansion_fingerprint
 from d2llm.server.batching import Batcher, Done
 from d2llm.server.logs import note_items
 from d2llm.server.ray_students import StudentReplicas

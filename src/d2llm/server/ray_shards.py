@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import D2LLMError, ShardAwayError
 from d2llm.core.types import Task
+from d2llm.models.protocols import VectorStudent
 from d2llm.models.score_features import FeatureWeights
 from d2llm.models.student import Student
 from d2llm.retrieval.cosine import DotScorer
-from d2llm.retrieval.protocols import VectorStudent
 from d2llm.retrieval.segments import CachedBounds, IndexView
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.runners.ray_cluster import import_ray, last_line, own_versions, require_room, task_error

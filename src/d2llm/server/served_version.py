@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import D2LLMError
 from d2llm.core.files import MANIFEST_NAME
 from d2llm.core.types import Passage, Query, Ranking, Task
+from d2llm.models.protocols import SearchStudent
 from d2llm.models.score_features import FeatureWeights
 from d2llm.ops.bm25_words import sentences
 from d2llm.ops.words import words
@@ -28,7 +29,6 @@ from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.feature_weights import weights_for
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.local_segment import source_names
-from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.reranker import OpenReranker
 from d2llm.retrieval.scoring_corpus import IndexCorpus
 from d2llm.retrieval.search import Searcher, SearchSettings

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from d2llm.core.types import PartKind
+from d2llm.models.protocols import task_for
 from d2llm.models.score_features import FeatureWeights
 from d2llm.models.student import Student
 from d2llm.retrieval.open_index import part_formats
-from d2llm.retrieval.protocols import task_for
 from d2llm.sizing.plan import SizePlan
 from d2llm.sizing.texts import TextFacts
 from d2llm.store.ann import ann_bytes

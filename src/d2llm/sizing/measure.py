@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from d2llm.core.machine import available_memory, resident_memory
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Passage, Task
+from d2llm.models.protocols import task_for
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import PairTeacher
 from d2llm.ops.kernels import BM25, MAXSIM, MIN_PARTS
 from d2llm.retrieval.build_ann import empty_graph
 from d2llm.retrieval.local_segment import open_view
 from d2llm.retrieval.open_index import PART_FORMATS
-from d2llm.retrieval.protocols import task_for
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.sizing.speeds import GRAPH_ROWS, Speed, Speeds, TeacherSpeed, processor_name
 from d2llm.sizing.texts import count_postings, word_queries, write_passages

@@ -31,6 +31,7 @@ from d2llm.data.training import TrainingSource
 from d2llm.evaluation.gold import Gold, NliGold, measure_all, read_gold
 from d2llm.evaluation.pool_scores import score_pool
 from d2llm.models.interaction import Interaction
+from d2llm.models.protocols import SearchStudent
 from d2llm.models.row_features import mean_of_cosines
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import PairTeacher
@@ -40,7 +41,6 @@ from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
 from d2llm.ops.selection import ids_at, nearest_rows
 from d2llm.retrieval.cosine import CosineStudent
-from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.text_workers import encode_shard, encode_texts
 from d2llm.runners.placement import HERE, Placement
 from d2llm.store.bm25 import bm25_lists

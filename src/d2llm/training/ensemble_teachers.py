@@ -16,12 +16,12 @@ from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.run_folder import working_folder
 from d2llm.evaluation.pool_scores import place_teacher
+from d2llm.models.protocols import SearchStudent
 from d2llm.models.teachers.ensemble import ENSEMBLE_KIND, EnsembleMember, write_ensemble
 from d2llm.models.teachers.pair_teacher import load_teacher
 from d2llm.ops.calibration import ReliabilityBin, expected_calibration_error, log_loss, reliability_bins
 from d2llm.ops.ensemble import DEFAULT_L2, Ensemble, fit_ensemble, out_of_fold_log_odds
 from d2llm.recipe import TeacherConfig
-from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.text_workers import encoder_loads
 from d2llm.runners.placement import Placement
 from d2llm.runners.runner import LocalRunner, Runner

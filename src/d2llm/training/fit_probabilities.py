@@ -14,10 +14,10 @@ from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.same_text import SameText
 from d2llm.models.probabilities import ProbabilityCalibration, TaskCalibration, fewer_terms
+from d2llm.models.protocols import SearchStudent
 from d2llm.models.text_scores import TextScorer
 from d2llm.ops.calibration import expected_calibration_error, reliability_bins
 from d2llm.ops.ensemble import fit_ensemble, out_of_fold_log_odds
-from d2llm.retrieval.protocols import SearchStudent
 from d2llm.store.bm25 import bm25_lists
 from d2llm.training.dev_sets import LEXICAL_DEPTH, MIN_QUERIES, JudgedSet, dev_queries, judged_sets
 

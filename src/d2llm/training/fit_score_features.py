@@ -25,12 +25,12 @@ from d2llm.core.inputs import strings_of
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import PartKind, Query, ScoreFeature, Task
 from d2llm.data.beir import Dataset
+from d2llm.models.protocols import SearchStudent, term_factors
 from d2llm.models.row_features import mean_of_cosines, scored_list
 from d2llm.models.score_features import VECTOR_TERMS, ScoreFeatures, TaskFeatureWeights, WordsFactor
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.weighted_sum import beside_first, fit_scaled_weights, sum_weights
 from d2llm.retrieval.open_index import PART_FORMATS
-from d2llm.retrieval.protocols import SearchStudent, term_factors
 from d2llm.retrieval.reading import read_passages, read_windows
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.part_vectors import EncodedParts, PartVectors

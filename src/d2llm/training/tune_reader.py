@@ -32,11 +32,11 @@ from d2llm.data.run_folder import require_unfinished, working_folder
 from d2llm.models.backbone import Backbone
 from d2llm.models.device import use_plain_attention_on_cpu
 from d2llm.models.listwise_reader import READER_KIND, ListwiseReader, ReadOrder
+from d2llm.models.protocols import task_for
 from d2llm.models.student import Student
 from d2llm.ops.losses import drawing_loss
 from d2llm.ops.measures import per_query_measures
 from d2llm.recipe import BackboneConfig, Lora, ReaderTuningConfig
-from d2llm.retrieval.protocols import task_for
 from d2llm.training.checkpoints import trainable
 from d2llm.training.ranked_lists import RankedLists, collect_lists, dev_queries, train_queries
 from d2llm.training.trainer import Trainable, Trainer, save_tuned

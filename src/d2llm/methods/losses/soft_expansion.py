@@ -26,13 +26,13 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import QueryExpansion
 from d2llm.data.training import TrainingSource
+from d2llm.models.protocols import SearchStudent
 from d2llm.models.remote.kept_answers import KeptAnswers
 from d2llm.models.writers.writer import Assignment, Writer, load_writer, write_until_error
 from d2llm.ops.losses import masked_mean, zero_outside
 from d2llm.recipe import Recipe, WriterConfig
 from d2llm.recipe.losses import Loss
 from d2llm.retrieval.expansion import add_hypothetical_passages
-from d2llm.retrieval.protocols import SearchStudent
 from d2llm.training.losses import LossInput, Preparation
 
 _log = logging.getLogger(__name__)

@@ -13,11 +13,11 @@ from pydantic import Field
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Task
+from d2llm.models.protocols import SearchStudent
 from d2llm.models.teachers.pair_teacher import RANKING_TEACHER, PairTeacher, ranks_lists, score_passages
 from d2llm.ops.rereading import StudentError, expected_log_odds, on_one_scale, reading_gains
 from d2llm.retrieval.calibrate import read_error
 from d2llm.retrieval.feature_weights import weights_for
-from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.reranker import Candidates, OpenReranker, Reranked, TeacherReranker
 from d2llm.retrieval.segments import IndexView
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from d2llm.core.types import DEFAULT_RERANKED_PASSAGES, Task
 from d2llm.models.listwise_reader import ListwiseReader
-from d2llm.retrieval.protocols import SearchStudent
+from d2llm.models.protocols import SearchStudent
 from d2llm.retrieval.reranker import Candidates, OpenReranker, Reranked, Reranker
 from d2llm.retrieval.segments import IndexView
 

@@ -15,9 +15,9 @@ from d2llm.core.types import Query, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.plan import PlanEntry
 from d2llm.data.same_text import OwnCounts, SameText
+from d2llm.models.protocols import SearchStudent, TextEncoder
 from d2llm.recipe import MiningConfig
 from d2llm.retrieval.cosine import CosineStudent
-from d2llm.retrieval.protocols import SearchStudent, TextEncoder
 from d2llm.runners.placement import HERE, Placement
 from d2llm.store.bm25 import bm25_lists
 from d2llm.training.mining.audit import Audit

@@ -15,8 +15,8 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry, TrainingPlan
 from d2llm.data.same_text import SameText
 from d2llm.data.training import TrainingSource
+from d2llm.models.protocols import SearchStudent
 from d2llm.recipe import MiningConfig
-from d2llm.retrieval.protocols import SearchStudent
 from d2llm.training.mining.choose import DatasetJudgements, Ranked, Selection, choose, work_folder
 from d2llm.training.mining.ranking import EncoderRanking, Lists
 from d2llm.training.mining.teacher import TeacherCheck
