@@ -51,7 +51,6 @@ def mcp(
     settings = loaded.settings
     with contextlib.ExitStack() as undo:
         require_indexes(settings.index)
-        from d2llm.runners.placement import find_runner
         from d2llm.server.agent_streams import serve_streams
         from d2llm.server.logs import start_logs
 

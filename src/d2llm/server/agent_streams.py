@@ -12,7 +12,7 @@ import signal
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mcp import types
 from mcp.server.lowlevel.server import Server
@@ -22,17 +22,12 @@ from d2llm import __version__
 from d2llm.server.agent_arguments import INSTRUCTIONS, AgentTool, tools_of
 from d2llm.server.settings import ServeSettings
 
-if TYPE_CHECKING:
-    from d2llm.server.mcp import AgentProtocol
 
-
-def make_server(
-    protocol: Callable[[], Awaitable[AgentProtocol]], names: Sequence[str], *, may_write: bool
-) -> Server[Any]:
+def make_server(protocol: Callable[[], Awaitable[object]], names: Sequence[str], *, may_write: bool) -> Server[Any]:
     """A server that greets clients and lists tools by itself; other requests wait for ``protocol``, which answers them.
 
     Args:
-        protocol: is awaited by each of these requests.
+        protocol: is awaited by each of these requests; an ``mcp.AgentProtocol``.
         names: the indexes that the client may use.
         may_write: whether it may change them.
     """
@@ -78,7 +73,7 @@ async def serve_streams(settings: ServeSettings) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no thread that waits for input keeps the process
     async with stdio_server() as (read_stream, write_stream), AsyncExitStack() as stack:
 
-        async def start() -> AgentProtocol:
+        async def start() -> object:
             module = await asyncio.to_thread(import_module, "d2llm.server.mcp")
             return await module.start_for_streams(settings, stack)
 
