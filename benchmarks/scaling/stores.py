@@ -24,10 +24,10 @@ from d2llm.core.files import folder_bytes
 from d2llm.core.types import PartKind, Passage, Task
 from d2llm.retrieval.index import Index
 from d2llm.store.blocks import record_of
+from d2llm.store.index_manifest import VectorCopies
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import PartVectors
 from d2llm.store.schema import MetadataSchema
-from d2llm.store.stored_vectors import VectorCopies
 from d2llm.store.view import PassageView
 from scaling.corpus import BLOCK, Corpus, KnownVectors, Queries, with_noise
 from scaling.searches import PROBES, TOP_K, Search
