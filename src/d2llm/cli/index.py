@@ -46,7 +46,6 @@ from d2llm.store.index_spec import IndexSpec
 
 if TYPE_CHECKING:
     from d2llm.data.documents import SkippedFile
-    from d2llm.data.indexed_corpus import Corpus
     from d2llm.models.student import Student
     from d2llm.retrieval.build_ann import AnnReport
     from d2llm.retrieval.index import Index
@@ -517,17 +516,14 @@ def _write_corpus(
     _say_what_was_written(context, index, report)
     warn_of_skipped(session_of(context), texts.skipped)
     warn_of_links(session_of(context), texts.links)
-    session_of(context).write_report(context, writing.json_path, _with_skipped(report, texts))
+    result = {**asdict(report), "skipped": list(texts.skipped), "links": list(texts.links)}
+    session_of(context).write_report(context, writing.json_path, result)
 
 
 def _require_passages(index: Index, skipped: Sequence[SkippedFile]) -> None:
     """Raise an ``InputError`` if nothing could be read for a new index."""
     if skipped and not len(index):
         raise InputError(f"none of the {len(skipped):,} files could be read: {skipped[0]}")
-
-
-def _with_skipped(report: DocumentsReport, texts: Corpus) -> dict[str, Any]:
-    return {**asdict(report), "skipped": list(texts.skipped), "links": list(texts.links)}
 
 
 def _say_what_was_written(context: typer.Context, index: Index, report: DocumentsReport) -> None:

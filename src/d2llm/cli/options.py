@@ -419,7 +419,8 @@ def with_option_groups(verb: Callable[..., None]) -> Callable[..., None]:
     the fields that say how they are shown become options, and the verb receives those that were given.
     """
     hints = get_type_hints(verb, include_extras=True)
-    groups = {name: hints[name] for name in signature(verb).parameters if _is_group(hints[name])}
+    kinds = {name: hints[name] for name in signature(verb).parameters}
+    groups = {name: kind for name, kind in kinds.items() if is_dataclass(kind) or _model_of(kind) is not None}
     if not groups:
         return verb
     parameters: list[Parameter] = []
@@ -440,10 +441,6 @@ def with_option_groups(verb: Callable[..., None]) -> Callable[..., None]:
     flat.__signature__ = Signature(parameters)
     flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
-
-
-def _is_group(kind: Any) -> bool:
-    return is_dataclass(kind) or _model_of(kind) is not None
 
 
 def _model_of(kind: Any) -> type[BaseModel] | None:

@@ -169,7 +169,7 @@ def decoded_text(data: bytes, *, with_declaration: bool = False) -> str:
     except UnicodeDecodeError:
         declared = _declared_encoding(data) if with_declaration else None
         text = data.decode(declared or _other_encoding(data), errors="replace")
-    return _with_line_feeds(text)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _wide_encoding(sample: bytes) -> str:
@@ -179,10 +179,6 @@ def _wide_encoding(sample: bytes) -> str:
         if len(sample) > 3 and zeros > len(sample) // 8 and not others:
             return encoding
     raise UnreadableFileError("it is not text")
-
-
-def _with_line_feeds(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _declared_encoding(data: bytes) -> str | None:

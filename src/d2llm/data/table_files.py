@@ -84,7 +84,7 @@ def table_rows(text: str, *, delimiter: str | None = None) -> tuple[list[str], l
     titles = ["".join(value.strip() for value in row) for row in first[:num_titles]]
     table = first[num_titles:]
     names = table.pop(0) if table and _has_header(table) else []
-    return titles, [name.strip() for name in names], _joined(table, rows)
+    return titles, [name.strip() for name in names], chain(table, rows)
 
 
 def find_dialect(text: str, delimiter: str | None = None) -> Dialect:
@@ -160,11 +160,6 @@ def _has_header(rows: _Rows) -> bool:
 def _is_number(value: str) -> bool:
     value = value.strip()
     return bool(re.fullmatch(_NUMBER, value) or re.fullmatch(_DATE, value))
-
-
-def _joined(first: _Rows, rest: Iterator[list[str]]) -> Iterator[list[str]]:
-    yield from first
-    yield from rest
 
 
 class TableError(ValueError):

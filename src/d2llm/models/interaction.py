@@ -354,7 +354,8 @@ class Interaction(nn.Module):
         if not self.has_interaction(task):
             assert dot is not None
             return PairScores(dot, dot, None)
-        hidden = self._query_half(queries) + nn.functional.linear(passages, self._weight_columns("b"))
+        hidden = nn.functional.linear(queries, self._weight_columns("a"), self.first.bias)
+        hidden = hidden + nn.functional.linear(passages, self._weight_columns("b"))
         if "a * b" in self._block_index:
             hidden = hidden + (queries * passages) @ self._weight_columns("a * b").T
         if "|a - b|" in self._block_index:
@@ -398,9 +399,6 @@ class Interaction(nn.Module):
         """Columns of the first layer for the feature a, b, a * b or |a - b|."""
         block = self._block_index[name]
         return self.first.weight[:, block * self.dim : (block + 1) * self.dim]
-
-    def _query_half(self, queries: Float[Tensor, "*queries dim"]) -> Float[Tensor, "*queries hidden"]:
-        return nn.functional.linear(queries, self._weight_columns("a"), self.first.bias)
 
     def _after_first(self, hidden: Float[Tensor, "*pairs hidden"], task: Task) -> Float[Tensor, "*pairs feature_dim"]:
         shared = torch.relu(hidden)

@@ -265,10 +265,6 @@ def _directions(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def _row_names(rows: NDArray[np.int64]) -> list[str]:
-    return [str(row) for row in rows.tolist()]
-
-
 def _others(tuning: _TuningQueries, query_index: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """Rows found for a query, excluding its source passage."""
     return rows if tuning.source_rows is None else rows[rows != tuning.source_rows[query_index]]
@@ -279,7 +275,7 @@ def _exact(base: AnnBase, tuning: _TuningQueries, depth: int, advance: Advance) 
     begin = time.perf_counter()
     exact: list[NDArray[np.int64]] = []
     for index, dot_query in enumerate(tuning.dot_queries):
-        rows, _ = base.scan.search(dot_query, depth + 1, ids_of=_row_names)
+        rows, _ = base.scan.search(dot_query, depth + 1, ids_of=lambda rows: rows.astype(str).tolist())
         exact.append(_others(tuning, index, rows)[:depth])
         advance(1)
     _log.info("exact scans at depth %d: %.1f s", depth, time.perf_counter() - begin)

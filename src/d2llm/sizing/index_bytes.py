@@ -121,7 +121,7 @@ def _part_bytes(
         f"vectors, {plan.vector_format}",
         num_passages * code_size * plan.vector_copies,
         num_passages * code_size,
-        f"{code_size:,} bytes for {student.dim} dimensions, on disk {_times(plan.vector_copies)}",
+        f"{code_size:,} bytes for {student.dim} dimensions, on disk {'once' if plan.vector_copies == 1 else 'twice'}",
     )
     words = word_bytes(texts, num_passages)
     yield PartBytes(
@@ -168,7 +168,3 @@ def word_bytes(texts: TextFacts, num_passages: int) -> int:
 def parts_of_passage(kind: PartKind, student: StudentFacts, texts: TextFacts) -> float:
     """How many windows, or tokens with a vector, a passage has."""
     return texts.windows if kind == "window" else texts.read_tokens(student.max_tokens) * texts.token_vectors
-
-
-def _times(copies: int) -> str:
-    return "once" if copies == 1 else "twice"

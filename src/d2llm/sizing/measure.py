@@ -224,7 +224,9 @@ class _Measuring:
         queries = self._vectors(8, vector_format.dim)
         rows = [self._rows(num_rows) for _ in queries]
         single = self._median(lambda some_rows: scan.products(queries[0], some_rows), rows) / _mean_length(rows)
-        search = self._median(lambda query: scan.search(query, _CANDIDATES, ids_of=_any_ids), queries)
+        search = self._median(
+            lambda query: scan.search(query, _CANDIDATES, ids_of=lambda rows: rows.astype(str).tolist()), queries
+        )
         return num_rows * vector_format.code_size / max(
             search - _CANDIDATES * single, search / 2
         ), vector_format.dim / single
@@ -386,10 +388,6 @@ def _sentence(words: Sequence[str], length: int = 20) -> list[str]:
 
 def _mean_length(rows: Sequence[NDArray[np.int64]]) -> float:
     return sum(map(len, rows)) / len(rows)
-
-
-def _any_ids(rows: NDArray[np.int64]) -> list[str]:
-    return rows.astype(str).tolist()
 
 
 @contextmanager

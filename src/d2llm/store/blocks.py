@@ -120,7 +120,9 @@ def compare(passages: Sequence[Passage], stored: Mapping[str, Mapping[str, Any]]
     others: list[tuple[Passage, int, dict[str, Any]]] = []
     num_unchanged = 0
     for passage in passages:
-        now, record = _hash_of(passage, metadata), stored.get(passage.id)
+        others_of = _others_of(passage, metadata)
+        now = row_hash(passage.id, passage.title, passage.text, others_of, passage.context)
+        record = stored.get(passage.id)
         if record is None or _hashes_of_encoded_fields(record["d2_hash"]) != _hashes_of_encoded_fields(now):
             texts.append(passage)
         elif record["d2_hash"] != now:
@@ -147,10 +149,6 @@ def record_of(passage: Passage, metadata: MetadataSchema, row: int, kept: Mappin
 def _others_of(passage: Passage, metadata: MetadataSchema) -> dict[str, object]:
     """The columns of a passage besides id, title and text."""
     return {"document_id": passage.document_id, "position": passage.position, **metadata.values(passage)}
-
-
-def _hash_of(passage: Passage, metadata: MetadataSchema) -> str:
-    return row_hash(passage.id, passage.title, passage.text, _others_of(passage, metadata), passage.context)
 
 
 def _hashes_of_encoded_fields(stored_hash: str) -> tuple[str, str]:

@@ -126,7 +126,8 @@ class LeanBert(TextReader):
         if not {part.get_dtype() for part in slices.values()} <= {"F32", "F16"}:
             return False
         self._words = slices.pop(_WORDS)  # only the rows of the texts' tokens are read
-        unused = tuple(f"{_LAYER}{n}." for n in range(self.num_layers, _num_layers(shapes)))
+        num_layers = sum(name.endswith("intermediate.dense.weight") for name in shapes)
+        unused = tuple(f"{_LAYER}{n}." for n in range(self.num_layers, num_layers))
         for name in slices:
             if not name.startswith(unused):
                 self._arrays[name] = file.get_tensor(names[name]).astype(np.float32, copy=False)
@@ -186,7 +187,3 @@ def _shapes(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         for name, shape in dense.items():
             shapes |= {f"{layer}{name}.weight": shape, f"{layer}{name}.bias": shape[:1]}
     return shapes | {f"{norm}.{part}": (dim,) for norm in norms for part in ("weight", "bias")}
-
-
-def _num_layers(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(name.endswith("intermediate.dense.weight") for name in shapes)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Collection
 from typing import Any, cast
 
 from d2llm.models.remote.completions import without_thoughts
@@ -142,13 +141,9 @@ def _clean(line: str) -> str:
         for start, end in _ENCLOSING:
             inner = without_comma[len(start) : -len(end)]
             is_enclosed = without_comma.startswith(start) and without_comma.endswith(end)
-            if is_enclosed and inner.strip() and not _contains(inner, (start, end)):
+            if is_enclosed and inner.strip() and start not in inner and end not in inner:
                 line = inner.strip()
     return " ".join(line.split())
-
-
-def _contains(text: str, marks: Collection[str]) -> bool:
-    return any(mark in text for mark in marks)
 
 
 def _json_list(lines: list[str]) -> list[str] | None:
