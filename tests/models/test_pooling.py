@@ -119,13 +119,6 @@ def test_padding_does_not_change_the_vectors(warm_start):
     torch.testing.assert_close(module(states[2:, :3], mask[2:, :3]), module(states, mask)[2:], rtol=0, atol=1e-5)
 
 
-def test_pma_ignores_the_order_of_tokens_but_not_their_content():
-    module = MultiheadAttentionPooling(PMA(num_heads=HEADS), DIM).double()
-    states, mask = states_and_mask((4, 4))
-    torch.testing.assert_close(module(states.flip(1), mask), module(states, mask))
-    assert not torch.allclose(module(states + 1, mask), module(states, mask))
-
-
 @pytest.mark.parametrize(("pooling", "own"), [("auto", "last"), ("last", "mean")])
 def test_a_warm_start_is_the_other_pooling(pooling, own):
     module = module_of(PMA(num_heads=HEADS, pooling=Pooling(kind=pooling)), own)

@@ -22,19 +22,6 @@ def test_a_batch_with_enough_tokens_takes_no_narrower_texts() -> None:
     assert token_budget_batches(lengths, max_tokens=24, max_items=9, enough_tokens=40)[:3] == [[1], [0], [2]]
 
 
-def test_batches_respect_the_item_limit() -> None:
-    assert token_budget_batches([1, 1, 1, 1, 1], max_tokens=100, max_items=2) == [[0, 1], [2, 3], [4]]
-
-
-def test_a_text_over_the_budget_gets_its_own_batch() -> None:
-    assert token_budget_batches([2, 50, 60, 2], max_tokens=10, max_items=8) == [[2], [1], [0, 3]]
-
-
-def test_empty_texts_and_no_texts() -> None:
-    assert token_budget_batches([0, 0, 0], max_tokens=2, max_items=9) == [[0, 1], [2]]
-    assert token_budget_batches([], max_tokens=2, max_items=9) == []
-
-
 @pytest.mark.parametrize(("max_tokens", "max_items"), [(0, 1), (1, 0), (-5, 3)])
 def test_limits_below_one_are_refused(max_tokens: int, max_items: int) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):

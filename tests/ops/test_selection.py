@@ -10,17 +10,6 @@ def ids_of(rows):
     return IDS[rows].tolist()
 
 
-def test_top_rows_are_best_first():
-    scores = np.array([0.1, 0.9, -2.0, 0.5, 0.4], np.float32)
-    assert top_rows(scores, 3, ids_of).tolist() == [1, 3, 4]
-
-
-def test_ties_are_ordered_by_id_also_at_the_cutoff():
-    scores = np.array([1.0, 1.0, 2.0, 1.0, 1.0], np.float32)
-    assert top_rows(scores, 3, ids_of).tolist() == [2, 4, 3]
-    assert top_rows(scores, 9, ids_of).tolist() == [2, 4, 3, 1, 0]
-
-
 def test_ids_are_requested_only_for_ties():
     requested = []
     scores = np.array([3, 1, 2, 2, 5, 3, 1], np.float32)
@@ -29,17 +18,6 @@ def test_ids_are_requested_only_for_ties():
     ).tolist() == [4, 5, 0, 3]
     assert [sorted(rows) for rows in requested] == [[0, 2, 3, 5]]  # one call, without rows 1, 4 and 6
     top_rows(np.array([3, 1, 2], np.float32), 2, lambda rows: pytest.fail("no two scores are equal"))
-
-
-def test_empty_selections():
-    assert top_rows(np.zeros(0, np.float32), 3, ids_of).tolist() == []
-    assert top_rows(np.ones(3, np.float32), 0, ids_of).tolist() == []
-
-
-def test_infinities_are_ranked():
-    scores = np.array([-np.inf, 1, np.inf, -np.inf, np.inf], np.float32)
-    assert top_rows(scores, 4, ids_of).tolist() == [4, 2, 1, 3]
-    assert top_rows(scores, 1, ids_of).tolist() == [4]
 
 
 @pytest.mark.parametrize("order", ["random", "ascending", "descending", "sample is high", "sample is low", "tied"])

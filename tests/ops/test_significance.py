@@ -86,13 +86,6 @@ def test_interval_is_given_by_percentiles_of_resamples():
     assert interval.high == pytest.approx(means[-3])
 
 
-def test_interval_of_a_mean_is_close_to_the_normal_one():
-    values = np.random.default_rng(5).normal(0.4, 0.2, 400)
-    interval = bootstrap_interval(values, num_resamples=5_000)
-    half = 1.96 * values.std() / 20
-    assert [interval.low, interval.high] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.002)
-
-
 def test_interval_does_not_depend_on_the_block_size(monkeypatch):
     values = np.random.default_rng(1).random(50)
     whole = bootstrap_interval(values, seed=4)
