@@ -206,6 +206,7 @@ class TestRounds:
             fail("run", *arguments, "--rounds", 1, *option, containing=["--rounds cannot be combined with"])
         assert d2llm("run", *arguments, "--rounds", 0).exit_code == 2
 
+
 class TestWithoutATeacher:
     def test_no_teacher_is_tuned_when_no_loss_imitates_one(self, workspace, tmp_path):
         text = write_recipe(tmp_path / "r.toml", workspace, workspace / "everyday").read_text()

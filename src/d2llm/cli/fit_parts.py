@@ -205,9 +205,9 @@ def soup(
     from d2llm.core.errors import InputError
     from d2llm.data.plan import TrainingPlan
     from d2llm.data.run_folder import training_source
+    from d2llm.models.protocols import task_for
     from d2llm.models.student import Student
     from d2llm.recipe import DataConfig
-    from d2llm.retrieval.protocols import task_for
     from d2llm.training.soup import greedy_soup
     from d2llm.training.soup import soup as average
 
