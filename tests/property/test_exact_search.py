@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import TASKS
 from d2llm.models.interaction import Interaction
+from d2llm.models.plain_student import PlainStudent
 from d2llm.models.row_features import RowFeatures
 from d2llm.models.score_features import FeatureWeights, WordsFactor
 from d2llm.models.scorer import HeadWeights, QueryScorer
@@ -32,8 +33,10 @@ from tiny_models import randomise
 DIM = 8
 
 
-class TinyStudent:
+class TinyStudent(PlainStudent):
     """A real interaction without a backbone."""
+
+    fingerprint = "tiny"
 
     def __init__(self, head="dot", *, seed=0, gates=True, weight=1.0, features="rich", dtype=torch.float32):
         torch.manual_seed(seed)

@@ -13,6 +13,7 @@ from d2llm.models.row_features import dot_query
 from d2llm.models.text_scores import RowFormats, TextQuery
 from d2llm.retrieval.feature_weights import weights_for
 from d2llm.retrieval.searched_segments import Missing, SearchedSegments
+from d2llm.retrieval.segments import CachedBounds, IndexView, SegmentQuery
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.word_segment import CountedTerms, QueryWords, WordStatistics
@@ -20,7 +21,6 @@ from d2llm.store.word_segment import CountedTerms, QueryWords, WordStatistics
 if TYPE_CHECKING:
     from d2llm.models.plain_student import PairScorer
     from d2llm.models.protocols import SearchStudent
-    from d2llm.retrieval.segments import CachedBounds, IndexView, SegmentQuery
 
 
 class IndexCorpus:
