@@ -36,6 +36,8 @@ class Numbered(PlainStudent):
     """A student whose score depends on the pair's numbers: high for query n with passage n, else low, with noise."""
 
     fingerprint = "numbered"
+    config = None
+    vector_dim = 1
     has_dot = True
 
     def __init__(self, *, tells: float = 8.0) -> None:
