@@ -426,7 +426,7 @@ def contrasts(page):
             const parse = (colour) => (colour.match(/[\\d.]+/g) || []).map(Number);
             const light = ([r, g, b]) => [r, g, b].map((v) => v / 255)
                 .map((v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-                .reduce((sum, v, place) => sum + v * [0.2126, 0.7152, 0.0722][place], 0);
+                .reduce((sum, v, index) => sum + v * [0.2126, 0.7152, 0.0722][index], 0);
             const background = (one) => {
                 const layers = [];
                 for (let at = one; at; at = at.parentElement) {
@@ -434,7 +434,7 @@ def contrasts(page):
                     layers.push([r, g, b, alpha]);
                     if (alpha === 1) break;
                 }
-                const over = (below, above) => below.map((value, place) => value + (above[place] - value) * above[3]);
+                const over = (below, above) => below.map((value, index) => value + (above[index] - value) * above[3]);
                 return layers.reverse().reduce(over, [255, 255, 255]);
             };
             const found = [];

@@ -54,7 +54,7 @@ def overlapping_texts(page, identity):
         """texts => {
             const boxes = texts.map(text => [text.textContent, text.getBoundingClientRect()]);
             const found = [];
-            boxes.forEach(([one, a], place) => boxes.slice(place + 1).forEach(([other, b]) => {
+            boxes.forEach(([one, a], index) => boxes.slice(index + 1).forEach(([other, b]) => {
                 const width = Math.min(a.right, b.right) - Math.max(a.left, b.left);
                 const height = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
                 if (width > 2 && height > 4) found.push([one, other]);

@@ -18,7 +18,7 @@ from d2llm.recipe import BackboneConfig, Pooling, Pretraining, Recipe
 from d2llm.recipe.losses import Objective
 from d2llm.training import pretrain
 from tiny_data import JUDGEMENTS, tiny_recipe, topics
-from tiny_distill import Place
+from tiny_distill import Workspace
 from tiny_models import TEXTS, tiny_student_config, write_tiny_model
 
 PASSAGES = [f"{one} {other}" for one in TEXTS for other in TEXTS if one != other]
@@ -102,8 +102,8 @@ def test_without_a_projection_to_train_it_is_refused(model: Path, pooling: Any, 
 def test_a_distillation_goes_on_with_the_trained_projection(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = Place(tmp_path)
-    place.source = topics(num_passages=48)
+    workspace = Workspace(tmp_path)
+    workspace.source = topics(num_passages=48)
     student = tiny_student_config(model, pooling=NARROW, layers=(0, 2))
     trained: list[torch.Tensor] = []
     end = _ComponentsOfVectors.end
@@ -114,7 +114,7 @@ def test_a_distillation_goes_on_with_the_trained_projection(
 
     monkeypatch.setattr(_ComponentsOfVectors, "end", keep)
     settings = {"losses": Objective(JUDGEMENTS), "learning_rate": 1e-9, "head_learning_rate": 1e-9}
-    place.run(tmp_path / "student-128", recipe=tiny_recipe(student, **settings, pretraining=SETTINGS))
+    workspace.run(tmp_path / "student-128", recipe=tiny_recipe(student, **settings, pretraining=SETTINGS))
     distilled = Student.load(tmp_path / "student-128", device="cpu", dtype="float32")
     torch.testing.assert_close(distilled.pooling.stages[0].projection.detach(), trained[0], atol=1e-5, rtol=1e-5)
 
