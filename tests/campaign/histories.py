@@ -72,10 +72,10 @@ def is_linearizable(calls: Sequence[Call]) -> bool:
         for index in remaining:
             following = after(state, calls[index]) if calls[index].began <= first_end else None
             if following is not None:
-                state = remaining - {index}, frozenset(following.items())
-                if state not in tried:
-                    tried.add(state)
-                    open_calls.append((state[0], following))
+                reached = remaining - {index}, frozenset(following.items())
+                if reached not in tried:
+                    tried.add(reached)
+                    open_calls.append((reached[0], following))
     return False
 
 

@@ -249,14 +249,12 @@ def test_an_old_version_has_rows_that_the_new_file_lacks(store):
 def test_a_rebuild_during_a_concurrent_write_stays_in_memory(store, monkeypatch):
     """A writer may delete rows after the latest version was read and before the lock is taken."""
     table = store.table()
-    original_writing = IndexStore.writing
 
-    def delete_then_lock(self):
-        monkeypatch.setattr(IndexStore, "writing", original_writing)
+    def delete_then_lock():
         store.delete(["p0"])
-        return original_writing(self)
+        return store.writing()
 
-    monkeypatch.setattr(IndexStore, "writing", delete_then_lock)
+    monkeypatch.setattr(store.vectors, "writing", delete_then_lock)
     rebuilt = store.vectors.recover(table, "lost")
     assert rebuilt.file is None
     np.testing.assert_array_equal(rebuilt.codes, table.codes(store.format.code_size))
