@@ -11,7 +11,10 @@ from recorded_judge import RECORDED, mean_grades, read_graded_lists, recorded_te
 from d2llm.data.beir import read_beir
 from d2llm.models.teachers.pair_teacher import load_teacher
 
-PAIRS = {"atec": 1500, "lcqmc": 1500, "ocnli": 1500, "pawsx-zh": 1473, "stsb-zh": 1500}
+PAIRS = dict.fromkeys(
+    ("atec", "lcqmc", "mrpc", "ocnli", "pawsx-zh", "rte", "sick", "sick-nli", "stsb", "stsb-zh"), (1500, 200)
+) | {"pawsx-zh": (1473, 200), "rte": (1500, 174)}
+"""Numbers of train and dev pairs."""
 LISTS = sorted({path.stem for path in RECORDED.glob("*.jsonl")} - {*PAIRS})
 
 
@@ -21,8 +24,7 @@ def test_recorded_pairs_are_complete(name: str) -> None:
     assert all(len(each.passages) == len(each.grades) == 1 and each.judging == 1 for each in pairs)
     assert all(0 <= each.grades[0] <= 100 for each in pairs)
     assert len({(each.query_id, each.passages) for each in pairs}) == len(pairs)
-    assert sum(each.split == "train" for each in pairs) == PAIRS[name]
-    assert sum(each.split == "dev" for each in pairs) == 200
+    assert tuple(sum(each.split == split for each in pairs) for split in ("train", "dev")) == PAIRS[name]
     assert all(each.query_id.startswith(f"{each.split}/") for each in pairs)
 
 
