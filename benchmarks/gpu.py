@@ -276,7 +276,7 @@ class Bench:
         student.prepare_training(gradient_checkpointing=checkpointing)
         student.train()
         parameters = trainable(student)
-        start = {name: weight.detach().clone() for name, weight in parameters.items()}
+        start = {name: weight.detach().clone() for name, weight in parameters.items()}  # `distill` can go back to it
         optimizer = adamw([([*parameters.values()], 1e-5, 0.0)])
         length = recipe.student.backbone.max_passage_tokens
         part_tokens = tokens_to_train(self.device, size_of_states(student.backbone.model), checkpointed=checkpointing)

@@ -48,8 +48,9 @@ def prune_vocabulary(
     pruned = prune(loaded, (passage.full_text for passage in texts.passages))
     pruned.save(out)
     before, after = (len(model.backbone.tokenizer) for model in (loaded, pruned))
-    report: dict[str, object] = {"tokens": before, "kept": after, "bytes": folder_bytes(out)}
-    session.say(f"prune-vocabulary: {after:,} of {before:,} tokens stay; {folder_bytes(out):,} bytes in {out}")
+    num_bytes = folder_bytes(out)
+    report: dict[str, object] = {"tokens": before, "kept": after, "bytes": num_bytes}
+    session.say(f"prune-vocabulary: {after:,} of {before:,} tokens stay; {num_bytes:,} bytes in {out}")
     if check:
         checked = open_corpus(check, **files.reading)
         lost = lost_tokens(loaded, pruned, (passage.full_text for passage in checked.passages))

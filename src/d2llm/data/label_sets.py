@@ -88,7 +88,7 @@ def count_labels(folder: str | Path) -> LabelCounts:
         DataFormatError: the folder has no labels, or a shard is damaged.
     """
     folder = Path(folder)
-    sets = tuple(_counted(_open(folder, key)) for key in label_keys(folder))
+    sets = tuple(_counted(LabelStore.of(folder, key)) for key in label_keys(folder))
     return LabelCounts(str(folder), sets, len(shards(folder)), folder_bytes(folder))
 
 
@@ -110,9 +110,9 @@ def merge_labels(folders: Sequence[str | Path] | str | Path, out: str | Path) ->
     largest = 0.0
     with new_folder(out, kind=KIND) as draft, progress_bar("merging labels", None) as advance:
         for key in all_keys:
-            stores = [_open(folder, key) for folder in sources if key in keys[folder]]
+            stores = [LabelStore.of(folder, key) for folder in sources if key in keys[folder]]
             num_repeated += sum(store.num_duplicates for store in stores)
-            written = _open(draft, key)
+            written = LabelStore.of(draft, key)
             for query_ids in batched(sorted({name for store in stores for name in store.query_ids}), _SHARD_QUERIES):
                 merged: list[QueryLabels] = []
                 for query_id in query_ids:
@@ -167,7 +167,7 @@ def _tables(folder: Path, keys: Sequence[LabelKey]) -> Iterator[Any]:
     """The pairs of some sets, in tables of the exported columns."""
     with progress_bar("exporting labels", None) as advance:
         for key in keys:
-            store = _open(folder, key)
+            store = LabelStore.of(folder, key)
             for query_ids in batched(store.query_ids, _SHARD_QUERIES):
                 rows = [
                     (key.teacher, key.prompt, key.dataset, query_id, passage_id, value, grades.get(passage_id))
@@ -194,10 +194,6 @@ def _write(tables: Iterator[Any], file: BinaryIO, file_type: str) -> int:
             for record in table.to_pylist():
                 file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
     return num_pairs
-
-
-def _open(folder: Path, key: LabelKey) -> LabelStore:
-    return LabelStore(folder, teacher=key.teacher, prompt=key.prompt, dataset=key.dataset)
 
 
 def _counted(store: LabelStore) -> LabelSet:

@@ -212,6 +212,11 @@ class LabelStore:
             _log.warning("%s: %d pairs are labelled more than once; the last counts", folder, self.num_duplicates)
 
     @classmethod
+    def of(cls, folder: Path, key: LabelKey) -> LabelStore:
+        """The labels of a set that ``label_keys`` named."""
+        return cls(folder, **asdict(key))
+
+    @classmethod
     def open_for_reading(
         cls, folder: Path, *, teacher: str, prompt: str, dataset: str, other_sets_suffice: bool = False
     ) -> LabelStore:
@@ -239,7 +244,7 @@ class LabelStore:
 
     def read_again(self) -> LabelStore:
         """The store read again, including labels that other processes have written since."""
-        return LabelStore(self.folder, teacher=self.teacher, prompt=self.prompt, dataset=self.dataset)
+        return LabelStore.of(self.folder, self.key)
 
     def __len__(self) -> int:
         """Number of queries with labels."""

@@ -7,7 +7,7 @@ most weights of a multilingual encoder are embeddings of tokens of languages tha
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from string import printable
 from typing import Any, cast
@@ -72,9 +72,10 @@ def prune_vocabulary(student: Student, texts: Iterable[str]) -> Student:
         1
     """
     student.backbone.require_merged("a smaller vocabulary")
-    kept = _kept_tokens(student, texts)
+    content = _content_of(student.backbone.tokenizer)
+    kept = _kept_tokens(student, content, texts)
     pruned = student.changed_copy(["vocabulary", fingerprint_json(kept)], None, merged=True)
-    pruned.backbone.tokenizer = _pruned_tokenizer(student.backbone.tokenizer, kept)
+    pruned.backbone.tokenizer = _pruned_tokenizer(student.backbone.tokenizer, content, kept)
     _prune_embeddings(pruned.backbone.model, kept)
     projection = student.token_projection
     if projection is not None:
@@ -119,13 +120,12 @@ def _content_of(tokenizer: Any) -> dict[str, Any]:
     return content
 
 
-def _kept_tokens(student: Student, texts: Iterable[str]) -> list[int]:
+def _kept_tokens(student: Student, content: Mapping[str, Any], texts: Iterable[str]) -> list[int]:
     """The ids to keep, ascending: special tokens, those of the texts, and single characters.
 
     Those of ASCII are kept too: queries end with question marks, which a corpus may lack.
     """
     tokenizer = student.backbone.tokenizer
-    content = _content_of(tokenizer)
     used: set[int] = set()
     kinds: tuple[TextKind, ...] = ("query", "passage")
     for batch in batched(texts, _BATCH):
@@ -153,11 +153,12 @@ def _bare(token: str) -> str:
     return token
 
 
-def _pruned_tokenizer(tokenizer: Any, kept: Sequence[int]) -> Any:
+def _pruned_tokenizer(tokenizer: Any, content: dict[str, Any], kept: Sequence[int]) -> Any:
+    """A tokenizer made of ``content``, its file, which is changed."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    content, new_ids = _content_of(tokenizer), {token_id: index for index, token_id in enumerate(kept)}
+    new_ids = {token_id: index for index, token_id in enumerate(kept)}
     model = content["model"]
     if model["type"] == "Unigram":
         model["vocab"] = [model["vocab"][token_id] for token_id in kept if token_id < len(model["vocab"])]

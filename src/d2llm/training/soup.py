@@ -97,13 +97,15 @@ def greedy_soup(
     results = [evaluate_dev(student, dev_sets) for student in students]
     values = [mean_value(result) for result in results]
     order = sorted(range(len(students)), key=lambda index: -values[index])
-    kept, value, best = order[:1], values[order[0]], _average_of([students[order[0]]], [1.0])
+    kept, value, result = order[:1], values[order[0]], results[order[0]]
+    best = _average_of([students[order[0]]], [1.0])
     for index in order[1:]:
-        larger = soup([students[chosen] for chosen in (*kept, index)])
-        result = evaluate_dev(larger, dev_sets)
-        if (measured := mean_value(result)) >= value:
-            best, kept, value, results[order[0]] = larger, [*kept, index], measured, result
-    _set_interaction_weights(best, results[order[0]])
+        tried = [*kept, index]
+        larger = _average_of([students[chosen] for chosen in tried], [1 / len(tried)] * len(tried))
+        results_of_larger = evaluate_dev(larger, dev_sets)
+        if (measured := mean_value(results_of_larger)) >= value:
+            best, kept, value, result = larger, tried, measured, results_of_larger
+    _set_interaction_weights(best, result)
     return GreedySoup(best, tuple(kept), tuple(values), value)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -257,7 +257,7 @@ def with_labels(
             made = "; ".join(map(str, of_set))
             raise InputError(f"{folder}: has labels of several teachers or prompts: {made}; name a folder with one")
         for key in of_set:
-            store = LabelStore(folder, **asdict(key))
+            store = LabelStore.of(folder, key)
             for query_id in filter(source.dataset.queries.__contains__, store.query_ids):
                 for passage_id, log_odds in store.log_odds(query_id).items():
                     if passage_id in source.dataset.passages:
