@@ -41,12 +41,23 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "decoder": {"model": "smollm2", "layers": 8},
     "two-way": {"model": "smollm2", "layers": 8, "bidirectional": True},
 }
+STAGES: dict[str, dict[str, Any]] = {"attention": {"kind": "relations", "version": 1}}
+"""Stages of which the objective is not the kind."""
 ROWS = (
-    *("full", "full+simcse", "full+mirror"),
-    *("cut", "cut+vectors", "cut+relations", "cut+hidden_states", "cut+simcse", "cut+mutual_information"),
+    *("full", "full+simcse", "full+mirror", "full+retromae"),
+    *(
+        "cut",
+        "cut+vectors",
+        "cut+relations",
+        "cut+attention",
+        "cut+hidden_states",
+        "cut+simcse",
+        "cut+mutual_information",
+    ),
     *("full-narrow", "narrow", "narrow+vectors", "narrow+components"),
     *("by-e5+vectors", "by-e5+hidden_states", "by-e5+mutual_information"),
     *("decoder", "decoder+words", "decoder+simcse", "two-way", "two-way+masked_next_token", "two-way+words"),
+    "two-way+masked_next_token+simcse",
 )
 
 
@@ -61,24 +72,29 @@ def texts_of(data: dict[str, Dataset], ranked: set[str], number: int) -> tuple[l
 
 
 def row_of(name: str, samples: dict[str, Any], texts: tuple[list[str], list[str]], arguments: Any) -> dict[str, Any]:
-    backbone, _, objective = name.partition("+")
+    backbone, *objectives = name.split("+")
     config = StudentConfig(
         backbone=BackboneConfig.model_validate(BACKBONES[backbone] | {"tuning": "full"}),
         pooling=Pooling.of({"kind": "projection", "dim": 128} if "narrow" in backbone else "mean"),
         interaction=InteractionConfig(head="cosine"),
     )
     student = Student.create(config, device="cpu", dtype="float32", seed=0)
-    row: dict[str, Any] = {"row": name, "kept": BACKBONES[backbone]["layers"], "objective": objective or None}
-    if objective:
+    row: dict[str, Any] = {
+        "row": name,
+        "kept": BACKBONES[backbone]["layers"],
+        "objective": ", ".join(objectives) or None,
+    }
+    started = time.process_time()
+    for objective in objectives:  # one stage after the other
         pretraining = Pretraining.of(
             {"kind": objective, "epochs": arguments.epochs, "learning_rate": arguments.rate}
+            | STAGES.get(objective, {})
             | ({"teacher": "e5"} if backbone == "by-e5" else {})
         )
-        started = time.process_time()
         with TemporaryDirectory() as folder:
             passages, queries = texts
             report = pretrain_backbone(student, passages, Path(folder), pretraining, queries=queries)
-        row |= {"steps": report.steps, "texts": report.texts, "rate": arguments.rate}
+        row |= {"steps": row.get("steps", 0) + report.steps, "texts": report.texts, "rate": arguments.rate}
         row |= {"loss": [round(report.first_loss, 4), round(report.last_loss, 4)]}
         row["processor_seconds"] = round(time.process_time() - started)
     student.fit_pooling([*texts[0], *texts[1]])  # unless the stage has trained its projection

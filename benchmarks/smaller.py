@@ -32,7 +32,7 @@ from d2llm.data.beir import read_beir
 from d2llm.models.student import Student
 from d2llm.recipe import Pooling
 
-SETS: dict[str, Task] = {"qnli": "asymmetric", "banking77": "symmetric"}
+SETS: dict[str, Task] = {"qnli": "asymmetric", "wikiqa": "asymmetric", "banking77": "symmetric"}
 DEPTHS, WIDTHS = (2, 4), (64, 128, 256)
 Samples = dict[str, tuple[dict[str, str], dict[str, str], Any]]
 

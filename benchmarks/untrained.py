@@ -11,7 +11,8 @@ nDCG@10 of the plain cosine on dev queries, among their relevant passages and ra
 ones (``backbone.layers = N``), those that turn the tokens' states most (chosen), or those that add most to their
 entropy (entropy), both by ``models.layer_choice``, measured on other passages. Whitened: mean and covariance of the
 passages made 0 and 1, as in Su et al., "Whitening Sentence Representations for Better Semantics and Faster Retrieval",
-2021 (arXiv 2103.15316), with all dimensions.
+2021 (arXiv 2103.15316), with all dimensions; whitened-k: with a third of them, those in which the passages differ most.
+Whitened `first_last` is WhiteningBERT.
 
 Licences: squad-sent CC BY-SA 4.0, banking77 CC BY 4.0; they are only measured on.
 """
@@ -38,7 +39,7 @@ from d2llm.ops.whitening import whitening
 from d2llm.recipe import AutoPooling, BackboneConfig, InteractionConfig, Pooling, StudentConfig
 
 SETS = ("squad-sent", "banking77")
-POOLINGS = ("mean", "weighted_mean", "last", "ditto")
+POOLINGS = ("mean", "first_last", "weighted_mean", "last", "ditto")
 KEPT = {"smollm2": (4, 8, 16), "minilm": (2, 4, 5)}
 ROWS = ("all", "first", "chosen", "entropy")
 NUM_TEXTS = 100
@@ -79,9 +80,11 @@ def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def whitened(passages: NDArray[np.float32], queries: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any]]:
+def whitened(
+    passages: NDArray[np.float32], queries: NDArray[np.float32], dim: int | None = None
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """Both after the transform that makes the passages' mean 0 and their covariance 1."""
-    mean, matrix = whitening(passages)
+    mean, matrix = whitening(passages, dim)
     return (passages - mean) @ matrix, (queries - mean) @ matrix
 
 
@@ -150,9 +153,12 @@ def rows_of(
             passage_vectors = student.encode_passages([*passages.values()]).vectors
             query_vectors = student.encode_queries([*queries.values()]).vectors
             row[name] = round(ndcg([*passages], passage_vectors, [*queries], query_vectors, qrels), 4)
-            if len(passages) > passage_vectors.shape[1]:  # fewer do not determine the covariance
-                p, q = whitened(passage_vectors, query_vectors)
-                row[f"{name}, whitened"] = round(ndcg([*passages], p, [*queries], q, qrels), 4)
+            dim = passage_vectors.shape[1]
+            for title, kept_dim in (("whitened", dim), ("whitened-k", dim // 3)):
+                # Fewer passages do not determine the covariance; of fewer layers, all dimensions are enough.
+                if len(passages) > kept_dim and (layers == "all" or kept_dim == dim):
+                    p, q = whitened(passage_vectors, query_vectors, kept_dim)
+                    row[f"{name}, {title}"] = round(ndcg([*passages], p, [*queries], q, qrels), 4)
         rows.append(row)
         print(" | ".join(f"{value}" for value in row.values()), flush=True)
     return rows

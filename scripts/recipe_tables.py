@@ -105,6 +105,7 @@ def untrained(report: dict[str, Any]) -> str:
     described = ("model", "layers", "kept", "pooling", "head")
     # Backwards, because the first rows lack a column: their vectors have more dimensions than there are passages.
     columns = list(dict.fromkeys(name for row in rows[::-1] for name in row if name not in described))
+    columns.sort(key=lambda name: name.partition(",")[0], reverse=True)
     lines = [("model", "layers", "pooling", *columns)]
     for row in rows:
         kept = row["kept"]
@@ -117,7 +118,7 @@ def untrained(report: dict[str, Any]) -> str:
     note = (
         f"nDCG@10 of the cosine before any training, {settings['queries']} dev queries among at most "
         f"{settings['passages']:,} passages (`benchmarks/untrained.py`); chosen: the layers that turn the states most; "
-        "entropy: those that add most to their entropy (EntroDrop)."
+        "entropy: those that add most to their entropy (EntroDrop); whitened-k: with a third of the dimensions."
     )
     return f"{markdown(lines, num_texts=3)}\n\n{note}"
 
@@ -147,7 +148,8 @@ def pretraining(report: dict[str, Any]) -> str:
     note = (
         f"nDCG@10 of the cosine after this stage and before distillation, {settings['queries']} dev queries among at "
         f"most {settings['passages']:,} passages; {3 * settings['texts']:,} texts of the train splits of both sets, "
-        "all weights trained, one seed; s: processor time of one core (`benchmarks/pretraining.py`)."
+        "all weights trained, one seed; s: processor time of one core (`benchmarks/pretraining.py`). `attention` is "
+        "`relations` with version 1 (MiniLM)."
     )
     return f"{markdown(lines, num_texts=3)}\n\n{note}"
 

@@ -272,6 +272,7 @@ _OWN: _Group = {
     ),
     "simcse": ("the backbone first told texts apart by dropout (SimCSE)", _pretrained("simcse")),
     "mirror": ("the same, with a span of one side masked (Mirror-BERT)", _pretrained("mirror")),
+    "retromae": ("the backbone first taught to reconstruct a text from its vector (RetroMAE)", _pretrained("retromae")),
     "words": ("the backbone first taught to say from a text's vector which words it has (LLaRA)", _pretrained("words")),
     "bidirectional": (
         "a decoder that first learnt to read in both directions, then to tell texts apart (LLM2Vec)",
@@ -318,6 +319,10 @@ _OWN: _Group = {
                 {"kind": "projection", "dim": 128, "pooling": _with_pma(pooling, pooling=_weightless(pooling))}
             )
         ),
+    ),
+    "binarised": (
+        "one trained bit a dimension, without PMA (BEBR)",
+        _student(pooling=lambda pooling: Pooling.of({"kind": "binarised", "pooling": _weightless(pooling)})),
     ),
     "whitened-mean-pooling": (
         "the backbone's pooling instead of PMA, whitened",

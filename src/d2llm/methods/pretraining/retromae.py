@@ -1,0 +1,140 @@
+"""A backbone learns vectors from which one layer, dropped afterwards, reconstructs their texts (RetroMAE)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from d2llm.core.errors import InputError
+from d2llm.models.backbone import Backbone
+from d2llm.recipe.pretraining import Pretraining
+from d2llm.training.pretrain import PretrainingTask, word_head
+
+
+class RetroMAE(Pretraining, kind="retromae"):
+    """To reconstruct a text by one layer from its vector and half of its tokens, others for each token; the vector is
+    that of the text with masks, which are predicted too (RetroMAE).
+    """
+
+    paper = "Xiao et al., EMNLP 2022, arXiv 2205.12035 (RetroMAE)"
+    costs = "every text read once, with gradient; logits of the vocabulary for each token; an encoder with a mask"
+
+    encoder_masked: float = Field(default=0.3, gt=0, lt=1)
+    """Fraction of the tokens that are masked when the vector is made."""
+    decoder_masked: float = Field(default=0.5, gt=0, lt=1)
+    """Fraction of the tokens that the reconstruction of a token does not see, beside itself."""
+
+    def task(self, backbone: Backbone, seed: int) -> PretrainingTask:
+        """What is learnt; an ``InputError`` for a model without a mask, or without vectors of positions."""
+        embeddings: Any = getattr(backbone.model, "embeddings", None)
+        if backbone.tokenizer.mask_token_id is None or not hasattr(embeddings, "position_embeddings"):
+            raise InputError(
+                f"'{backbone.config.model}' has no token for masked text or no vectors of positions, which the "
+                "pretraining retromae needs: use an encoder such as minilm, or another kind, such as words"
+            )
+        return _Reconstruction(backbone, self, seed)
+
+
+class _Reconstruction(PretrainingTask):
+    decoder: EnhancedDecoder
+
+    def __init__(self, backbone: Backbone, config: RetroMAE, seed: int) -> None:
+        super().__init__(backbone, config, seed)
+        self.fractions = config.encoder_masked, config.decoder_masked
+        self.special = {*map(int, backbone.tokenizer.all_special_ids)}
+        self.mask_id: Any = backbone.tokenizer.mask_token_id
+        self.embeddings: Any = backbone.model.embeddings
+
+    def build(self) -> nn.Module:
+        """The decoder, with the layer that makes words of states: encoders come without theirs."""
+        self.head = word_head(self.backbone)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            self.decoder = EnhancedDecoder(self.backbone.dim, int(self.backbone.model.config.num_attention_heads))
+        return self.decoder.to(self.backbone.device)
+
+    def losses(self, batch: Sequence[list[int]], rng: random.Random) -> Iterator[Tensor]:
+        """The cross-entropy of masked tokens, plus that of all tokens as the decoder reconstructs them."""
+        words = [[index for index, one in enumerate(ids) if one not in self.special] for ids in batch]
+        masked = [sample(indices, self.fractions[0], rng) for indices in words]
+        counts = [max(1, sum(map(len, indices))) for indices in (masked, words)]
+        for part in self.batches(batch):
+            ids, mask = self.backbone.pad([batch[index] for index in part])
+            read = ids.clone()
+            for row, index in enumerate(part):
+                read[row, masked[index]] = self.mask_id
+            states, _ = self.backbone(read, mask)
+            seen = [visible(len(batch[index]), words[index], self.fractions[1], ids.shape[1], rng) for index in part]
+            decoded = self.decode(self.backbone.pool(states, mask), ids, torch.stack(seen).to(ids.device))
+            total = torch.zeros((), device=ids.device)
+            for values, indices, count in zip((states, decoded), (masked, words), counts, strict=True):
+                rows = [row for row, index in enumerate(part) for _ in indices[index]]
+                columns = [column for index in part for column in indices[index]]
+                logits = self.head(self.decoder.to_words(values[rows, columns].float())).float()
+                total += functional.cross_entropy(logits, ids[rows, columns].long(), reduction="sum") / count
+            yield total
+
+    def decode(
+        self, vectors: Float[Tensor, "texts dim"], ids: Tensor, seen: Bool[Tensor, "texts tokens tokens"]
+    ) -> Float[Tensor, "texts tokens dim"]:
+        """A state for each token, from the text's vector and the tokens that it sees.
+
+        Xiao et al., "RetroMAE: Pre-Training Retrieval-oriented Language Models Via Masked Auto-Encoder", EMNLP 2022
+        (arXiv 2205.12035), section 3.3: queries are h + p_i, keys and values h, e_1 + p_1, e_2 + p_2, ...
+        """
+        first = getattr(self.embeddings, "padding_idx", -1) + 1  # RoBERTa's positions begin there
+        positions = self.embeddings.position_embeddings.weight[first : first + ids.shape[1]].float()
+        tokens = self.embeddings(input_ids=ids).float()
+        keys = torch.cat([vectors[:, None], tokens[:, 1:]], dim=1)
+        return self.decoder(vectors[:, None] + positions, keys, seen)
+
+
+class EnhancedDecoder(nn.Module):
+    """One transformer layer in which each token attends to tokens of its own, and the layer that makes words of it."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.norms = nn.ModuleList([nn.LayerNorm(dim), nn.LayerNorm(dim)])
+        self.feed_forward = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.to_words = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim))
+
+    def forward(
+        self,
+        queries: Float[Tensor, "texts tokens dim"],
+        keys: Float[Tensor, "texts tokens dim"],
+        seen: Bool[Tensor, "texts tokens tokens"],
+    ) -> Float[Tensor, "texts tokens dim"]:
+        hidden = ~seen.repeat_interleave(self.heads, dim=0)
+        attended, _ = self.attention(queries, keys, keys, attn_mask=hidden, need_weights=False)
+        states = self.norms[0](queries + attended)
+        return self.norms[1](states + self.feed_forward(states))
+
+
+def sample(indices: Sequence[int], fraction: float, rng: random.Random) -> list[int]:
+    """A ``fraction`` of the indices, at least one if there is any, in order."""
+    return sorted(rng.sample(indices, min(len(indices), max(1, round(fraction * len(indices))))))
+
+
+def visible(
+    length: int, words: Sequence[int], fraction: float, width: int, rng: random.Random
+) -> Bool[Tensor, "width width"]:
+    """What each token of a text of ``length`` tokens sees: all but a ``fraction`` of its ``words``, and not itself.
+
+    The first token, in whose stead the text's vector is, is seen by all.
+    """
+    seen = torch.zeros(width, width, dtype=torch.bool)
+    seen[:, :length] = True
+    for index in words:
+        seen[index, sample(words, fraction, rng)] = False
+    seen.fill_diagonal_(False)
+    seen[:, 0] = True
+    return seen
