@@ -17,8 +17,8 @@ class FirstLast(Pooling, kind="first_last"):
 
     paper = "Huang et al., EMNLP Findings 2021, arXiv 2104.01767 (WhiteningBERT)"
     measured = (
-        "before training, against the mean: smollm2 squad-sent .279 to .424, banking77 .184 to .290, whitened to a third "
-        "of the dimensions (WhiteningBERT) .557 and .365; minilm .793 to .773, .634 to .590 "
+        "before training, against the mean: smollm2 squad-sent .279 to .424, whitened to a third of the dimensions "
+        "(WhiteningBERT) .557; minilm .793 to .773 "
         "([200 dev queries](log/2026-11.md#2026-11-30-more-methods-measured-and-retromae-and-bebr))"
     )
     reads_layers: ClassVar[bool] = True

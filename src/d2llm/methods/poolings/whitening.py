@@ -29,11 +29,9 @@ class Whitening(ChangedPooling, kind="whitening"):
     paper = "Su et al. 2021, arXiv 2103.15316; Huang et al. 2021, arXiv 2104.01767 (WhiteningBERT)"
     costs = "more passages than dimensions, better ten times as many, read once"
     measured = (
-        "before training: squad-sent +.135 with smollm2, -.038 with minilm ([200 dev "
-        "queries](log/2026-11.md#2026-11-24-backbones-before-training-layers-poolings-whitening)), with a third of the "
-        "dimensions (whitening-k) +.168 and -.019 ([the same](log/2026-11.md#2026-11-30-more-methods-measured-and-"
-        "retromae-and-bebr)); after it, with "
-        "minilm: -.018 with PMA, -.020 without (banking77 has 385 passages for 384 dimensions; [one "
+        "before training: squad-sent +.135 with smollm2, -.038 with minilm, a third of the dimensions +.168 "
+        "and -.019 ([200 dev queries](log/2026-11.md#2026-11-30-more-methods-measured-and-retromae-and-bebr)); "
+        "after it, with minilm: -.018 with PMA, -.020 without ([one "
         "seed](log/2026-11.md#2026-11-25-two-heads-nested-widths-and-whitening-after-training))"
     )
     reads_tokens: ClassVar[bool] = False

@@ -36,7 +36,7 @@ class Relations(Imitation, kind="relations"):
         "for queries, keys and values"
     )
     measured = (
-        "four of minilm's six layers: squad-sent .739 to .763, banking77 .574 to .599 before distillation ([one "
+        "four of minilm's layers: squad-sent .739 to .763, banking77 .574 to .599 before distillation ([one "
         "seed](log/2026-11.md#2026-11-24-a-backbone-trained-on-texts-without-labels-before-distillation)); version 1 "
         ".753 and .595 ([one seed](log/2026-11.md#2026-11-30-more-methods-measured-and-retromae-and-bebr)); qnli "
         "and banking77 .7432 to .7586 after it ([one seed](log/2026-11.md#2026-11-26-four-layers-before-and-"
