@@ -30,6 +30,14 @@ _PATHS = re.compile(rf"{re.escape(str(Path(__file__).parents[2]))}/|(?<=\")/\S*/
 _SAVED_EVERY = 20.0  # seconds
 
 
+class Draw(random.Random):
+    """The random numbers of a case, and its number, for a row that has a list of cases."""
+
+    def __init__(self, seed: int, number: int) -> None:
+        super().__init__(seed * 1_000_000 + number)
+        self.number = number
+
+
 class Outcome(NamedTuple):
     """What a case was, in a few words that are counted, what must not have happened ("" : nothing), and figures."""
 
@@ -53,7 +61,7 @@ class Row:
     name: str
     id: str
     full: int
-    prepare: Callable[[Path], AbstractContextManager[Callable[[random.Random], Outcome]]]
+    prepare: Callable[[Path], AbstractContextManager[Callable[[Draw], Outcome]]]
 
 
 @dataclass
@@ -97,7 +105,7 @@ def run(
     with tempfile.TemporaryDirectory() as folder, row.prepare(Path(folder)) as case:
         while result.reached < count and time.monotonic() < began + 60 * minutes:
             try:
-                outcome = case(random.Random(seed * 1_000_000 + result.draws))
+                outcome = case(Draw(seed, result.draws))
             except Exception:  # noqa: BLE001 - whatever a case did not expect must not have happened
                 outcome = Outcome("fault", traceback.format_exc())
             if outcome.fault:

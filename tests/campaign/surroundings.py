@@ -24,7 +24,7 @@ from campaign.verb_kills import Verb, check_same, in_a_fork, prepared_verbs
 from d2llm.core.errors import D2LLMError
 from d2llm.core.files import TOO_LITTLE
 
-_ERROR_STATUS = 40
+ERROR_STATUS = 40
 
 
 def _limit(kind: int, soft: int) -> None:
@@ -90,6 +90,21 @@ def _set_writable(folder: Path, *, is_writable: bool) -> None:
             path.chmod(0o644 if is_writable else 0o444)
 
 
+def end_with_status(run: Callable[[Path], object], where: Path) -> None:
+    """End with 0; with ``ERROR_STATUS`` after an error that the command line shows in one line; or with 1."""
+    try:
+        run(where)
+    except D2LLMError:
+        os._exit(ERROR_STATUS)
+    except BaseException as error:  # noqa: BLE001
+        if isinstance(error, OSError) and (error.filename or error.errno in TOO_LITTLE):
+            os._exit(ERROR_STATUS)
+        with suppress(OSError):  # where files cannot grow, the log is one of them
+            print(f"{type(error).__name__}: {error}", traceback.format_exc(), sep="\n", flush=True)
+        os._exit(ERROR_STATUS if str(error) == "exit status 2" else 1)
+    os._exit(0)
+
+
 @contextmanager
 def prepare(folder: Path) -> Iterator[Callable[[random.Random], Outcome]]:
     verbs: dict[str, Verb] = prepared_verbs(folder)
@@ -101,16 +116,7 @@ def prepare(folder: Path) -> Iterator[Callable[[random.Random], Outcome]]:
 
         def run(where: Path) -> None:
             SURROUNDINGS[surrounding](chance)
-            try:
-                verb.run(where)
-            except D2LLMError:
-                os._exit(_ERROR_STATUS)
-            except BaseException as error:  # noqa: BLE001
-                if isinstance(error, OSError) and (error.filename or error.errno in TOO_LITTLE):
-                    os._exit(_ERROR_STATUS)  # the command line makes one line of these
-                with suppress(OSError):  # where files cannot grow, the log is one of them
-                    print(f"{type(error).__name__}: {error}", traceback.format_exc(), sep="\n", flush=True)
-                os._exit(_ERROR_STATUS if str(error) == "exit status 2" else 1)
+            end_with_status(verb.run, where)
 
         if surrounding == READ_ONLY:
             if chance.random() < 0.7:
@@ -119,7 +125,7 @@ def prepare(folder: Path) -> Iterator[Callable[[random.Random], Outcome]]:
         status = os.waitstatus_to_exitcode(in_a_fork(run, root, 60.0))
         _set_writable(root, is_writable=True)
         log = root.with_suffix(".log")
-        ending = {0: "no difference", _ERROR_STATUS: "an error"}.get(status)
+        ending = {0: "no difference", ERROR_STATUS: "an error"}.get(status)
         if surrounding == SCARCE:
             ending = ending or ("a crash" if status < 0 else "a traceback")
         if ending is None or status == -signal.SIGKILL:

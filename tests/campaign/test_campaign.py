@@ -14,12 +14,14 @@ import pytest
 
 from campaign import (
     frame,
+    full_disks,
     histories,
     hostile_folders,
     invariances,
     keys,
     malformed_files,
     malformed_requests,
+    namespaces,
     power_cuts,
     ray_faults,
     soak,
@@ -32,6 +34,7 @@ from campaign.power_cuts import Disk, File
 from campaign.table import PAGE, page_with_table
 
 ROWS = {
+    full_disks.ROW: 3,
     histories.ROW: 4,
     hostile_folders.ROW: 3,
     invariances.ROW: 200,
@@ -53,6 +56,8 @@ pytestmark = pytest.mark.timeout(1200)
 def test_a_few_cases(row: frame.Row, count: int, tmp_path: Path):
     if row is power_cuts.ROW and shutil.which("cc") is None:
         pytest.skip("needs a C compiler, cc")
+    if row is full_disks.ROW and namespaces.why_not():
+        pytest.skip(f"{namespaces.why_not()}")
     if row is ray_faults.ROW:
         pytest.importorskip("ray.serve", reason="needs Ray Serve: pip install 'd2llm[ray-serve]'")
     path = tmp_path / "result.json"
