@@ -38,11 +38,15 @@ class Repository:
 
 @dataclass
 class FakeHub:
-    """Answers requests; ``log`` records them as "METHOD path", ``break_after`` truncates the next download by path."""
+    """Answers requests; ``log`` records them as "METHOD path", ``break_after`` truncates the next download by path.
+
+    Of a ``damaged`` path, the last byte is sent as another one.
+    """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
     break_after: dict[str, int] = field(default_factory=dict)
+    damaged: set[str] = field(default_factory=set)
     ranges: list[str] = field(default_factory=list)
     reachable: bool = True
     _uploaded: dict[str, bytes] = field(default_factory=dict)
@@ -141,6 +145,8 @@ class FakeHub:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         stop = self.break_after.pop(path, None)
         headers["Content-Length"] = str(len(content) - start)
+        if path in self.damaged:
+            content = content[:-1] + bytes([content[-1] ^ 1])
         body = _Body(content[start:], stop, request)
         return httpx2.Response(206 if range_header else 200, headers=headers, stream=body)
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard, constants, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
+from transformers import AutoModel
 
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.models import sources
-from d2llm.models.hub import find_student, push_student
+from d2llm.models.hub import fetch_student, find_student, push_student
 from d2llm.models.model_card import model_card
-from d2llm.models.sources import find_model
+from d2llm.models.sources import find_model, fingerprint_model, load_pretrained
 from d2llm.models.student import Student
 from d2llm.models.student_files import check_content, read_student_manifest
 from d2llm.recipe import AutoPooling
@@ -245,6 +247,18 @@ class TestFetch:
         assert find_student(NAME) == copy
         with pytest.raises(ModelNotFoundError, match="HF_HUB_OFFLINE is set, so the Hub was not contacted"):
             Student.load("somebody/else")
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+    @pytest.mark.parametrize("load", [fingerprint_model, partial(load_pretrained, AutoModel), fetch_student])
+    def test_what_is_not_as_the_hub_says_is_refused(self, hub, base, merged, name, load):
+        is_student = load is fetch_student
+        commit_folder(hub, merged if is_student else base)
+        hub.damaged = {f"backbone/{name}" if is_student else name}
+        with pytest.raises(ModelError, match=rf"{name}: its hash is .*, but the Hub records .*; delete ") as refused:
+            load(NAME)
+        hub.damaged.clear()
+        Path(str(refused.value).rpartition("delete ")[2].partition(",")[0]).unlink()
+        load(NAME)
 
     def test_damaged_weights_are_detected(self, hub, merged, tmp_path):
         folder = shutil.copytree(find_student("d2llm-minilm-cosine"), tmp_path / "adapter")

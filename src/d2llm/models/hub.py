@@ -18,6 +18,7 @@ from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.names import did_you_mean
 from d2llm.core.shipped import PACKAGES, find_shipped, shipped_models
+from d2llm.models.downloads import check_package, check_snapshot
 from d2llm.models.sources import HUB_ID, first_sentence
 from d2llm.models.student_files import (
     BACKBONE_FOLDER,
@@ -66,6 +67,7 @@ def find_student(folder_or_name: str | Path) -> Path:
         return folder
     name = str(folder_or_name)
     if (shipped := find_shipped(name, "students")) is not None:
+        check_package(shipped, PACKAGES["students"].get(name))
         return shipped
     repo_id, _, revision = name.partition("@")
     if HUB_ID.fullmatch(repo_id) and not folder.exists() and not Path(repo_id.partition("/")[0]).is_dir():
@@ -108,6 +110,7 @@ def fetch_student(repo_id: str, *, revision: str | None = None, token: str | Non
             )
         # The cache names the folder after the commit, so both downloads are of the same version.
         folder = Path(snapshot_download(repo_id, revision=folder.name, token=token, allow_patterns=[*PATTERNS]))
+    check_snapshot(folder)
     _refuse_code(folder)
     if (address := read_student_manifest(folder)[1].backbone.address) is not None:
         raise ModelError(

@@ -26,6 +26,7 @@ from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import new_folder
 from d2llm.core.manifest import read_any_manifest
 from d2llm.core.shipped import find_shipped
+from d2llm.models.downloads import check_package, check_snapshot
 from d2llm.recipe import BackboneConfig
 
 if TYPE_CHECKING:
@@ -154,9 +155,7 @@ def fingerprint_model(location: str) -> str:
     Raises:
         ModelNotFoundError: the Hub does not know the name, or cannot be reached.
     """
-    folder = Path(location)
-    if not folder.is_dir():
-        folder = hub_snapshot(location, ["*.safetensors", "*.json"])
+    folder = weights_folder(location)
     for origin in folder.glob(f"*{_ORIGIN}"):
         return origin.read_text(encoding="utf-8").strip()
     return _fingerprint_ends(sorted(path for path in folder.iterdir() if path.suffix == ".safetensors"))
@@ -173,10 +172,11 @@ def load_pretrained(
     Raises:
         ModelNotFoundError: the model cannot be loaded, or lacks weights that would be initialised at random.
     """
+    folder = weights_folder(location)
     try:
         with quiet_transformers():
             model, report = auto_class.from_pretrained(
-                location, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+                folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
             )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelNotFoundError(
@@ -282,6 +282,7 @@ def _packaged_path(kind: type[BackboneConfig]) -> Path | None:
         return None
     path = Path(spec.submodule_search_locations[0]) / package.path
     if path.exists():
+        check_package(path, package.distribution)
         return path
     if spec.origin is None:  # leftovers of an uninstalled package
         return None
@@ -305,17 +306,30 @@ def _require_weights(folder: Path) -> None:
         raise ModelNotFoundError(f"{folder}: no safetensors weights in this model folder.{hint}")
 
 
+def weights_folder(location: str) -> Path:
+    """The folder of the weights at ``location`` (see ``locate_model``); those on the Hub are downloaded and checked."""
+    folder = Path(location)
+    return folder if folder.is_dir() else hub_snapshot(location, ["*.safetensors", "*.json"])
+
+
 def hub_snapshot(name: str, patterns: Sequence[str]) -> Path:
-    """The matching files of a model on the Hub in a local folder; ``ModelNotFoundError`` if it cannot be reached."""
+    """The matching files of a model on the Hub in a local folder.
+
+    Raises:
+        ModelNotFoundError: it cannot be reached.
+        ModelError: a file is not what the Hub says.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[*patterns]))
+        folder = Path(snapshot_download(name, allow_patterns=[*patterns]))
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
             f"model '{name}' is neither a local folder nor found on the Hub: {first_sentence(error)}. Check the name "
             "and the network"
         ) from error
+    check_snapshot(folder)
+    return folder
 
 
 @cache

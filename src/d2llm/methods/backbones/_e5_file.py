@@ -6,12 +6,9 @@ character normalisation; a directory of weights; and the weights, in 4-bit block
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
 from collections.abc import Generator
 from dataclasses import dataclass
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from struct import Struct
@@ -100,7 +97,7 @@ def read_e5(path: Path) -> E5File:
     """Read and check a file.
 
     Raises:
-        ModelError: the file is damaged, in another format or version, or does not match the package's recorded hash.
+        ModelError: the file is damaged, or in another format or version.
     """
     try:
         content = path.read_bytes()
@@ -111,7 +108,6 @@ def read_e5(path: Path) -> E5File:
     vocabulary = _read_vocabulary(reader, sizes)
     normalisation = _read_normalisation(reader)
     offsets = _read_directory(reader, sizes)
-    _check_installed_hash(path, content)
     return E5File(path, content, sizes, vocabulary, normalisation, offsets)
 
 
@@ -293,19 +289,3 @@ def _read_directory(reader: _Reader, sizes: E5Sizes) -> dict[str, int]:
         if begin < end:
             reader.refuse(f"the weights '{first}' and '{second}' overlap at byte {begin:,}")
     return {name: begin for name, (_, _, begin, _) in entries.items()}
-
-
-def _check_installed_hash(path: Path, content: bytes) -> None:
-    """Compare a file in the installed package with the hash recorded at installation."""
-    try:
-        files = metadata.files(PACKAGE) or []
-    except metadata.PackageNotFoundError:
-        return
-    for file in files:
-        if file.name != path.name or file.hash is None or file.hash.mode != "sha256":
-            continue
-        if Path(str(file.locate())).resolve() != path.resolve():
-            continue
-        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
-        if digest != file.hash.value:
-            _refuse(path, f"its SHA-256 is {digest}, but the package records {file.hash.value}")

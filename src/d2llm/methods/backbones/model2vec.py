@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from d2llm.core.errors import ModelError
-from d2llm.models.sources import hub_snapshot
+from d2llm.models.sources import weights_folder
 from d2llm.recipe import BackboneConfig
 
 
@@ -34,9 +33,7 @@ class Model2Vec(BackboneConfig, kind="model2vec"):
 
     @classmethod
     def load_model(cls, location: str, dtype: torch.dtype) -> PreTrainedModel:
-        folder = Path(location)
-        if not folder.is_dir():
-            folder = hub_snapshot(location, ["*.safetensors", "*.json"])
+        folder = weights_folder(location)
         settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         try:
             tensors = load_file(folder / "model.safetensors")

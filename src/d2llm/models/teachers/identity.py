@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from d2llm.core.errors import DataFormatError, MismatchError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_any_manifest, read_manifest
-from d2llm.core.shipped import find_tuned
+from d2llm.core.shipped import PACKAGES, find_tuned
 from d2llm.core.types import TASKS, Task
+from d2llm.models.downloads import check_package
 from d2llm.models.sources import find_model, find_model_file, fingerprint_model
 from d2llm.models.teachers.prompts import load_prompt
 from d2llm.recipe import (
@@ -38,7 +39,10 @@ ADAPTER_FILE = "adapter.safetensors"
 
 def find_tuned_teacher(model: str) -> Path | None:
     """The folder of a tuned teacher (``CausalTeacher.save``) or of a shipped teacher; None if it is neither."""
-    return find_tuned(model, "teachers")
+    folder = find_tuned(model, "teachers")
+    if folder is not None:
+        check_package(folder, PACKAGES["teachers"].get(model))
+    return folder
 
 
 def find_kind(config: TeacherConfig) -> str:

@@ -30,9 +30,9 @@ from d2llm.models.sources import (
     find_model,
     fingerprint_model,
     first_sentence,
-    hub_snapshot,
     load_tensors,
     load_tokenizer,
+    weights_folder,
 )
 from d2llm.models.teachers.identity import (
     ADAPTER_FILE,
@@ -199,9 +199,8 @@ class VllmTeacher:
 def _engine_options(settings: VllmTeacherConfig, location: str, max_tokens: int, dtype: str | None) -> dict[str, Any]:
     """The arguments of ``vllm.LLM``."""
     # Only safetensors are fetched, so that the engine cannot fall back to pickled weights.
-    weights = location if Path(location).is_dir() else str(hub_snapshot(location, ["*.safetensors", "*.json"]))
     return {
-        "model": weights,
+        "model": str(weights_folder(location)),
         "tokenizer": location,
         "load_format": "safetensors",
         "trust_remote_code": False,
