@@ -6,8 +6,10 @@
 The recipe's run folder has plans and labels of all queries (`d2llm run RECIPE --out RUNFOLDER`). For each seed, a
 student learns from the teacher alone (list imitation) with `--labelled` queries of each set: those whose passages the
 backbone before training and the student trained on judgements (the ablation `no-imitation` with the same seed) rank
-most differently, as `labelling.compared_students` chooses them, or a random sample of its own. `all` learns from every
-query. All students are measured on the same dev queries (`d2llm ablate`); finished students are not trained again.
+most differently, as `labelling.compared_students` chooses them (disagreement), those at which the student trained on
+judgements is most surely wrong, as `labelling.mistaken_student` does (mistakes), or a random sample of its own. `all`
+learns from every query. All students are measured on the same dev queries (`d2llm ablate`); finished students are not
+trained again.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ from d2llm.models.student import Student
 from d2llm.ops.significance import mean_interval
 from d2llm.recipe import Recipe
 from d2llm.training.ablation.ablate import ablate, only_queries
-from d2llm.training.label import disagreements
+from d2llm.training.label import disagreements, mistakes
 
-WAYS = ("random", "disagreement", "all")
+WAYS = ("random", "disagreement", "mistakes", "all")
 
 
 def choose(source: TrainingSource, way: str, count: int, seed: int, students: tuple[Student, Student]) -> list[str]:
@@ -40,8 +42,8 @@ def choose(source: TrainingSource, way: str, count: int, seed: int, students: tu
     query_ids = sorted(entry.query_id for entry in source.plan.entries)
     if way == "random":
         return random.Random(f"{source.dataset.name}:{seed}").sample(query_ids, count)
-    if way == "disagreement":
-        values = disagreements(source, *students)
+    if way in ("disagreement", "mistakes"):
+        values = disagreements(source, *students) if way == "disagreement" else mistakes(source, students[1])
         return sorted(query_ids, key=lambda query_id: (-values[query_id], query_id))[:count]
     return query_ids
 

@@ -87,13 +87,14 @@ def rows_by_width(samples: Samples) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--students", nargs="*", default=[], help="folders of trained students to cut")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=("qnli", "banking77"))
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--passages", type=int, default=1_000)
     parser.add_argument("--json", type=Path, help="also write the figures there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    require(*(DATA / name for name in SETS))
-    data = {name: read_beir(DATA / name, splits=["dev"]) for name in SETS}
+    require(*(DATA / name for name in arguments.sets))
+    data = {name: read_beir(DATA / name, splits=["dev"]) for name in arguments.sets}
     samples = {name: sample(each, arguments.queries, arguments.passages) for name, each in data.items()}
     figures: dict[str, Any] = {"queries": arguments.queries, "passages": arguments.passages}
     figures["depths"] = [row for folder in arguments.students for row in rows_by_depth(folder, samples)]

@@ -56,6 +56,7 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = {
         "`d2llm run RECIPE --rounds N`",
         "yes, with one teacher; mutual distillation of several is not here: it takes as many teachers tuned each round",
     ),
+    "PGKD's hard negatives": ("`labelling.mistaken_student`", "not measured"),
     "Model soups, KaLM-Embedding-V2's": ("`d2llm soup`", "yes: .725, five students .713 to .728, one run"),
     "Vocabulary pruning (Load What You Need)": (
         "`d2llm prune-vocabulary`",
@@ -93,11 +94,13 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = {
 MISSING: Mapping[str, str] = {
     "Gecko": "`d2llm fit` keeps and adds positives as Gecko's critic does; positives replaced by better ones need an "
     "LLM that ranks candidates of every query",
-    "PGKD": "needs an LLM that writes in every round; `fit` writes once, by what its time allows",
-    "Robust Active Distillation": "`labelling.compared_students` chooses by disagreement; its clusters are not here",
+    "PGKD's loop": "needs an LLM that writes in every round; `fit` writes once, by what its time allows",
+    "Robust Active Distillation": "its sampling weighs how sure the student is against the teacher's errors; not "
+    "written yet: `labelling` chooses by disagreement or by mistakes",
     "SPLADE, DSR, SPAR": "need a head that predicts words; minilm and e5 ship without their MLM heads",
     "BTR": "binary states of tokens for a language model that reads passages, of which none here keeps states",
-    "Multivariate representations": "a variance beside each mean doubles vectors",
+    "Multivariate representations": "a query's vector is made of mean and variance in another way than a "
+    "passage's; here one pooling makes both",
     "FSDP": "a student of 7 billion weights fits one GPU with adapters ([scale.md](scale.md))",
     "Contextual document embeddings": "two readings of every passage, and neighbours from the index: an index could no "
     "longer add one passage alone",

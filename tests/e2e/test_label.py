@@ -20,7 +20,7 @@ from d2llm.models.student import Student
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.recipe import LabellingConfig, TeacherConfig
-from d2llm.training.label import LabelReport, disagreements, label
+from d2llm.training.label import LabelReport, disagreements, label, mistakes
 from prepared_process import PreparedProcess, script
 from tiny_data import make_plan, topics
 from tiny_models import randomise, tiny_student_config, tiny_teacher_config, write_tiny_model
@@ -294,3 +294,26 @@ def test_with_a_limit_the_queries_on_which_two_students_disagree_are_labelled(
     assert len(labelled) == 5
     assert min(values[name] for name in labelled) >= sorted(values.values())[-5]
     assert run(limited, tmp_path / "labels", config, settings=LabellingConfig(compared_students=names)).pairs == 0
+
+
+def test_with_a_limit_the_queries_that_a_student_gets_wrong_most_surely_are_labelled(
+    source: TrainingSource, model: Path, tmp_path: Path
+) -> None:
+    student = Student.create(tiny_student_config(write_tiny_model(tmp_path / "encoder", "bert")), device="cpu", seed=0)
+    randomise(student.interaction, seed=0)
+    student.save(tmp_path / "student")
+    values = mistakes(source, student)
+    for entry in source.plan.entries:
+        texts = [source.passage_text(name) for name in entry.positives + entry.hard_negatives]
+        ranking = student.rank(source.query_text(entry.query_id), texts, task=source.task)
+        assert (values[entry.query_id] > 0) == (int(ranking[0].passage.id) > len(entry.positives))
+    assert min(values.values()) < 0 < max(values.values())
+
+    settings = LabellingConfig(mistaken_student=str(tmp_path / "student"))
+    config = tiny_teacher_config(model)
+    run(dataclasses.replace(source, max_labelled=5), tmp_path / "labels", config, settings=settings)
+    labels = open_labels(source, tmp_path / "labels", config)
+    labelled = {entry.query_id for entry in source.plan.entries if labels.log_odds(entry.query_id)}
+    assert labelled == {*sorted(values, key=lambda name: -values[name])[:5]}
+    with pytest.raises(ValueError, match="leave one of them out"):
+        LabellingConfig(mistaken_student="one", compared_students=("one", "other"))

@@ -80,8 +80,17 @@ class LabellingConfig(Section):
     compared_students: tuple[str, str] | None = None
     """Two students, as folders or names, such as those before and after some training: the queries whose passages they
     rank most differently are labelled. By default a random sample is."""
+    mistaken_student: str | None = None
+    """A student, a folder or a name: the queries are labelled at which it scores a hard negative farthest above all
+    positives (the hard negatives of PGKD)."""
     max_minutes: float | None = Field(default=None, gt=0)
     max_tokens: int | None = Field(default=None, gt=0)
     """Tokens that the teacher reads and writes."""
     max_cost: float | None = Field(default=None, gt=0)
     """In the currency of the prices in ``teacher.remote``."""
+
+    @model_validator(mode="after")
+    def _check_choice(self) -> LabellingConfig:
+        if self.compared_students and self.mistaken_student:
+            raise ValueError("compared_students and mistaken_student each choose the queries: leave one of them out")
+        return self

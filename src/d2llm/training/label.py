@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 from pathlib import Path
 
 from d2llm.core.errors import InputError
@@ -88,8 +89,9 @@ def label(
         store: folder of the label store; created if missing.
         teacher: the LLM, tuned or not, and its prompt.
         settings: if a data set has a limit of queries to label, those are labelled whose passages
-            ``compared_students`` rank most differently (``disagreements``), instead of a random sample; and limits of
-            time, tokens and cost, at which labelling ends after the pairs that are being scored.
+            ``compared_students`` rank most differently (``disagreements``), or that ``mistaken_student`` gets wrong
+            most surely (``mistakes``), instead of a random sample; and limits of time, tokens and cost, at which
+            labelling ends after the pairs that are being scored.
         device: where to compute; by default the best device available.
         dtype: number format; by default the fastest on that device.
         runner: where the teacher scores: in this process (``local``), or on the workers of a Ray cluster (``ray``,
@@ -107,7 +109,7 @@ def label(
     runner = _runner_for(teacher, runner)
     check_sources(sources)
     settings = settings or LabellingConfig()
-    sources = _in_order_of_disagreement(sources, settings.compared_students, device=device, dtype=dtype)
+    sources = _most_wanted_first(sources, settings, device=device, dtype=dtype)
     identity, whole = identify_teacher(teacher), ranks_lists(teacher)
     work = [(source, _labels_of(source, store, identity)) for source in sources]
     left = [
@@ -210,39 +212,56 @@ def disagreements(source: TrainingSource, first: Student, second: Student) -> di
 
     The value is (1 - Kendall's tau_b) / 2: 0 for the same order, 1 for the reverse; 0 for a single passage.
     """
-    entries = source.plan.entries
-    passage_ids = sorted({name for entry in entries for name in entry.positives + entry.hard_negatives})
-    row_of = {name: row for row, name in enumerate(passage_ids)}
-    texts = [source.passage_text(name) for name in passage_ids]
-    queries = [source.query_text(entry.query_id) for entry in entries]
-    encoded = [
-        (student, student.encode_queries(queries).vectors, student.encode_passages(texts).vectors)
-        for student in (first, second)
-    ]
     values: dict[str, float] = {}
-    for index, entry in enumerate(entries):
-        rows = [row_of[name] for name in entry.positives + entry.hard_negatives]
-        one, other = (
-            student.score(query_vectors[index], passage_vectors[rows], source.task)
-            for student, query_vectors, passage_vectors in encoded
-        )
-        values[entry.query_id] = (1 - kendall_tau(one.tolist(), other.tolist())) / 2 if len(rows) > 1 else 0.0
+    others = _list_scores(source, second)
+    for query_id, scores in _list_scores(source, first).items():
+        tau = kendall_tau(scores, others[query_id]) if len(scores) > 1 else 1.0
+        values[query_id] = (1 - tau) / 2
     return values
 
 
-def _in_order_of_disagreement(
-    sources: Sequence[TrainingSource], students: tuple[str, str] | None, *, device: str | None, dtype: str | None
+def mistakes(source: TrainingSource, student: Student) -> dict[str, float]:
+    """How far a student scores a hard negative of each query of a plan above all its positives; below 0: it is right.
+
+    The hard negatives of PGKD: examples that the student gets wrong although it is sure. Di Palo et al.,
+    "Performance-Guided LLM Knowledge Distillation", EMNLP 2024 (arXiv 2411.05045), where a language model writes more
+    examples like them; here the teacher labels them first.
+    """
+    positives = {entry.query_id: len(entry.positives) for entry in source.plan.entries}
+    return {
+        query_id: max(scores[positives[query_id] :], default=-inf) - max(scores[: positives[query_id]])
+        for query_id, scores in _list_scores(source, student).items()
+    }
+
+
+def _list_scores(source: TrainingSource, student: Student) -> dict[str, list[float]]:
+    """A student's scores of the positives, then of the hard negatives, of each query of a plan."""
+    entries = source.plan.entries
+    passage_ids = sorted({name for entry in entries for name in entry.positives + entry.hard_negatives})
+    row_of = {name: row for row, name in enumerate(passage_ids)}
+    passages = student.encode_passages([source.passage_text(name) for name in passage_ids]).vectors
+    queries = student.encode_queries([source.query_text(entry.query_id) for entry in entries]).vectors
+    scores: dict[str, list[float]] = {}
+    for query, entry in zip(queries, entries, strict=True):
+        rows = [row_of[name] for name in entry.positives + entry.hard_negatives]
+        scores[entry.query_id] = student.score(query, passages[rows], source.task).tolist()
+    return scores
+
+
+def _most_wanted_first(
+    sources: Sequence[TrainingSource], settings: LabellingConfig, *, device: str | None, dtype: str | None
 ) -> Sequence[TrainingSource]:
-    """The sources, each with the queries on which the students, if any, disagree most to be labelled first."""
-    if students is None:
+    """The sources, each with the queries first that are to be labelled first, where the settings choose some."""
+    names = settings.compared_students or (settings.mistaken_student,)
+    students = [Student.load(name, device=device, dtype=dtype) for name in names if name is not None]
+    if not students:
         return sources
-    first, second = (Student.load(name, device=device, dtype=dtype) for name in students)
     ordered: list[TrainingSource] = []
     for source in sources:
         if source.max_labelled is None or source.max_labelled >= len(source.plan.entries):
             ordered.append(source)  # all of it will be labelled
             continue
-        values = disagreements(source, first, second)
+        values = disagreements(source, *students) if settings.compared_students else mistakes(source, *students)
         ordered.append(replace(source, label_first=tuple(sorted(values, key=lambda name: (-values[name], name)))))
     return ordered
 

@@ -37,7 +37,7 @@ class NestedCrossEntropy(Loss, kind="nested_cross_entropy"):
         "cosines of the first 64 components: qnli .761 to .792, banking77 .582 to .610 "
         "([`dims`](log/2026-11.md#2026-11-25-two-heads-nested-widths-and-whitening-after-training)); after 2 of "
         "6 layers .453 to .719, .288 to .400 ([`layers`](log/2026-11.md#2026-11-25-two-adapters-fewer-layers-and-"
-        "fewer-dimensions)); one seed"
+        "fewer-dimensions)), as published: note below; one seed"
     )
     of_vectors: ClassVar[bool] = True
     of_products: ClassVar[bool] = True
