@@ -3,7 +3,8 @@
 Queries that a model wrote (`written_queries/styles`), with the lists that a large language model graded: a folder
 `SET-written` in the BEIR layout, whose passages of a grade of 70 or more, and the passage that a query was written for,
 are relevant. Texts of one kind (`judgements/SET-passages.jsonl`, `SET-queries.jsonl`): a folder of labelled pairs with
-the grade as score. A fifth of the queries, chosen by the passage they were written for, are dev.
+the grade as score. A fifth of the queries, chosen by the passage they were written for, are dev. Pairs of sentences
+that a model wrote (`written_pairs`): a folder `written-pairs`.
 
     python benchmarks/judged_sets.py DATA OUT
 """
@@ -24,6 +25,7 @@ from recorded_writer import written_queries
 from d2llm.data.beir import read_beir
 
 RELEVANT = 70
+WRITTEN_PAIRS = RECORDED.parent / "written_pairs"
 _DEV_FRACTION = 0.2
 
 
@@ -70,6 +72,22 @@ def write_pairs(data: Path, out: Path, name: str, kind: str) -> str:
     return f"{folder.name}: {sum(len(each.passages) for each in lists)} pairs"
 
 
+def write_written_pairs(out: Path) -> str:
+    """Write the pairs of sentences that a model wrote and graded."""
+    folder, lines = out / "written-pairs", {"train": list[dict[str, Any]](), "dev": list[dict[str, Any]]()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(WRITTEN_PAIRS.glob("*.jsonl")):
+        for group in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            lines[split_of(group["text"])] += [{"query": group["text"], "document": text} for text in group["others"]]
+    for graded in read_graded_lists("written-pairs"):
+        line = int(graded.passages[0].rpartition("-")[2])
+        lines[graded.split][line - 1]["score"] = graded.grades[0]
+    for split, pairs in lines.items():
+        _write_lines(folder / f"{split}.jsonl.gz", pairs)
+    (folder / "README").write_text("score 0 (unrelated) to 100 (same meaning), by a large language model\n")
+    return f"{folder.name}: {sum(map(len, lines.values()))} pairs"
+
+
 def _pairs(graded: GradedList, texts: dict[str, str]) -> list[dict[str, Any]]:
     pairs = zip(graded.passages, graded.grades, strict=True)
     return [{"query": texts[graded.query_id], "document": texts[each], "score": grade} for each, grade in pairs]
@@ -92,6 +110,7 @@ def main() -> None:
     for kind in ("passages", "queries"):
         for path in sorted(RECORDED.glob(f"*-{kind}.jsonl")):
             print(write_pairs(given.data, given.out, path.stem.removesuffix(f"-{kind}"), kind))
+    print(write_written_pairs(given.out))
 
 
 if __name__ == "__main__":
