@@ -1,4 +1,4 @@
-"""A student that is trained from another begins with its weights of words, windows and tokens."""
+"""A student that is trained from another begins with its weights of words, windows and tokens, and may keep more."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from d2llm.core.types import Task
 from d2llm.models.score_features import ScoreFeatures, TaskFeatureWeights
@@ -16,7 +17,7 @@ from d2llm.models.token_vectors import TokenProjection
 from d2llm.recipe import ScoreFeaturesConfig
 from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_distill import LEARNING, Workspace
-from tiny_models import DIM, tiny_student_config
+from tiny_models import DIM, tiny_student_config, write_trained_student
 
 WITHOUT_TOKENS = TaskFeatureWeights(weights={"bm25": 3.0}, dev={"old": (0.1, 0.2)}, num_queries={"old": 40})
 START: dict[Task, TaskFeatureWeights] = {
@@ -91,3 +92,19 @@ def test_without_vectors_of_tokens_weights_that_need_none_are_inherited() -> Non
     inherited = ScoreFeatures(tasks=START).inherited(has_tokens=False)
     assert inherited.weights("asymmetric").terms == {"bm25": 3.0}
     assert inherited.weights("symmetric").terms == {"bm25": 0.5}
+
+
+def test_a_tuned_backbone_stays_as_it_is_if_the_recipe_freezes_it(tmp_path: Path) -> None:
+    tuned = write_trained_student(tmp_path)
+    before = Student.load(tuned, device="cpu", dtype="float32")
+    workspace = Workspace(tmp_path)
+    frozen = tiny_student_config(before.config.backbone.model, tuning="frozen")
+    report = workspace.run(tmp_path / "continued", student=frozen, start=str(tuned))
+    after = Student.load(tmp_path / "continued", device="cpu", dtype="float32")
+    assert not report.is_untrained
+    assert after.config.backbone == before.config.backbone
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in (tuned, tmp_path / "continued")]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    heads = [load_file(folder / "head.safetensors") for folder in (tuned, tmp_path / "continued")]
+    assert not all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])

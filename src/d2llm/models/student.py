@@ -421,10 +421,11 @@ class Student(StudentEncoder):
         kinds = cast("list[PartKind]", strings_of(stored, "stored"))
         return self.score_features.weights(task, stored=kinds)
 
-    def prepare_training(self, *, gradient_checkpointing: bool = False, seed: int = 0) -> None:
+    def prepare_training(self, *, backbone: bool = True, gradient_checkpointing: bool = False, seed: int = 0) -> None:
         """Make trainable what the configuration says; a loaded student continues from its merged weights.
 
-        With ``gradient_checkpointing``, the backward pass computes each layer again instead of keeping its activations.
+        Without ``backbone``, only pooling and interaction are, and the backbone stays as it was tuned. With
+        ``gradient_checkpointing``, the backward pass computes each layer again instead of keeping its activations.
 
         Raises:
             ModelError: the backbone has no layers that can be computed again.
@@ -436,8 +437,9 @@ class Student(StudentEncoder):
         self._forget_fitted()
         self._engine = None
         self._products = None
-        self.backbone.prepare_training(seed=seed)
-        if gradient_checkpointing:
+        if backbone:
+            self.backbone.prepare_training(seed=seed)
+        if backbone and gradient_checkpointing:
             checkpoint_layers(self.backbone, self.config.backbone.model)
 
     def _forget_fitted(self) -> None:

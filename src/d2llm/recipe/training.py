@@ -63,8 +63,8 @@ class TrainingConfig(WarmUpConfig):
     """Optimisation settings of ``distill``."""
 
     start: str | None = None
-    """Continue from this student, a folder or a name; its settings must be those of ``[student]``. By default training
-    starts from the pretrained backbone."""
+    """Continue from this student, a folder or a name; its settings must be those of ``[student]``, but a backbone that
+    is ``frozen`` may have been tuned before and stays so. By default training starts from the pretrained backbone."""
     dual_head: bool = False
     """Two heads (DHO): one learns the data sets' judgements, the other imitates the teacher. At the end they are
     combined with the weights that are best on dev, into one inner product, so the student is like any other (dot

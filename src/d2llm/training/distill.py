@@ -209,7 +209,11 @@ def distill(
         for loss in objective:
             inputs |= loss.prepare(preparation)
         labelled = preparation.sources
-        student.prepare_training(gradient_checkpointing=training.gradient_checkpointing, seed=recipe.seed)
+        student.prepare_training(
+            backbone=recipe.student.backbone.tuning.kind != "frozen",
+            gradient_checkpointing=training.gradient_checkpointing,
+            seed=recipe.seed,
+        )
         if any(source.token_weight for source in labelled):
             assert start_tokens is not None
             student.token_projection = start_tokens.to(student.backbone.device)
@@ -248,10 +252,12 @@ def _starting_student(recipe: Recipe, *, device: Any, dtype: str | None) -> Stud
     if start is None:
         return Student.create(recipe.student, device=device, dtype=dtype, seed=recipe.seed)
     student = Student.load(start, device=device, dtype=dtype)
-    student.add_missing_parts(recipe.student, seed=recipe.seed)
-    has, needs = (
-        shaping_student_settings(config.model_dump(mode="json")) for config in (student.config, recipe.student)
-    )
+    wanted = recipe.student
+    if wanted.backbone.tuning.kind == "frozen":  # whatever tuned it: the backbone stays as it is
+        backbone = wanted.backbone.model_copy(update={"tuning": student.config.backbone.tuning})
+        wanted = wanted.model_copy(update={"backbone": backbone})
+    student.add_missing_parts(wanted, seed=recipe.seed)
+    has, needs = (shaping_student_settings(config.model_dump(mode="json")) for config in (student.config, wanted))
     if differences := changed_settings(has, needs):
         raise InputError(
             f"training.start: '{start}' has other settings than [student]: {', '.join(differences)}; copy its settings "
