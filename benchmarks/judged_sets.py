@@ -4,7 +4,7 @@ Queries that a model wrote (`written_queries/styles`), with the lists that a lar
 `SET-written` in the BEIR layout, whose passages of a grade of 70 or more, and the passage that a query was written for,
 are relevant. Texts of one kind (`judgements/SET-passages.jsonl`, `SET-queries.jsonl`): a folder of labelled pairs with
 the grade as score. A fifth of the queries, chosen by the passage they were written for, are dev. Pairs of sentences
-that a model wrote (`written_pairs`): a folder `written-pairs`.
+that a model wrote (`written_pairs/KIND`): a folder `written-KIND`.
 
     python benchmarks/judged_sets.py DATA OUT
 """
@@ -72,14 +72,15 @@ def write_pairs(data: Path, out: Path, name: str, kind: str) -> str:
     return f"{folder.name}: {sum(len(each.passages) for each in lists)} pairs"
 
 
-def write_written_pairs(out: Path) -> str:
-    """Write the pairs of sentences that a model wrote and graded."""
-    folder, lines = out / "written-pairs", {"train": list[dict[str, Any]](), "dev": list[dict[str, Any]]()}
+def write_written_pairs(out: Path, kind: str) -> str:
+    """Write the pairs of sentences of one kind that a model wrote and graded."""
+    folder = out / f"written-{kind}"
+    lines: dict[str, list[dict[str, Any]]] = {"train": [], "dev": []}
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(WRITTEN_PAIRS.glob("*.jsonl")):
+    for path in sorted((WRITTEN_PAIRS / kind).glob("*.jsonl")):
         for group in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             lines[split_of(group["text"])] += [{"query": group["text"], "document": text} for text in group["others"]]
-    for graded in read_graded_lists("written-pairs"):
+    for graded in read_graded_lists(folder.name):
         line = int(graded.passages[0].rpartition("-")[2])
         lines[graded.split][line - 1]["score"] = graded.grades[0]
     for split, pairs in lines.items():
@@ -110,7 +111,8 @@ def main() -> None:
     for kind in ("passages", "queries"):
         for path in sorted(RECORDED.glob(f"*-{kind}.jsonl")):
             print(write_pairs(given.data, given.out, path.stem.removesuffix(f"-{kind}"), kind))
-    print(write_written_pairs(given.out))
+    for kind in ("contrasts", "natural"):
+        print(write_written_pairs(given.out, kind))
 
 
 if __name__ == "__main__":
