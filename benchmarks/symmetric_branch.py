@@ -6,9 +6,9 @@ The backbone stays as it is, so the vectors of passages and all of asymmetric se
   by the inner product over all passages;
 - of pairs that a large language model graded (`judgements/*-passages.jsonl`, `*-queries.jsonl`): cross-entropy of the
   inner product with the grades, with a scale and an offset for each set;
-- penalties for changing other texts (those pairs and `written_pairs`): the squared change, relative to the other
-  passages of a list of near texts, that the interaction makes to the inner product, and that the new inner product
-  makes to the one before.
+- penalties for changing other texts (those pairs and `written_pairs/contrasts`): the squared change, relative to the
+  other passages of a list of near texts, that the interaction makes to the inner product, and that the new inner
+  product makes to the one before.
 
     python benchmarks/judged_sets.py DATA JUDGED
     python benchmarks/symmetric_branch.py DATA JUDGED --out STUDENT
@@ -235,7 +235,7 @@ def main() -> None:
     student = Student.load(given.student, dtype="float32")
     tokens, features, calibration = student.token_projection, student.score_features, student.calibration
     graded = [read_graded(student, given.judged / name) for name in GRADED]
-    written = read_graded(student, given.judged / "written-pairs")
+    written = read_graded(student, given.judged / "written-contrasts")
     intents = read_intents(student, given.data)
     content, _ = read_student_manifest(find_student(given.student))
     student.prepare_training(backbone=False)

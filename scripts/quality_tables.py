@@ -184,7 +184,7 @@ def overview_of(files: list[dict[str, Any]], fitted: Mapping[str, Report] | None
     for kind, title in (("retrieval", "Retrieval, nDCG@10 on test splits:"), ("pairs", "Pairs, on test splits:")):
         if found := of_kind(files, kind):
             table = overview_table(found, fitted if kind == "retrieval" else None)
-            note = legend(found[0]["result"], with_fitted_sum=bool(fitted))
+            note = legend([file["result"] for file in files], with_fitted_sum=bool(fitted))
             tables.append((f"{title}\n\n{table.to_markdown()}", note))
     blocks: list[str] = []
     for table, note in tables:
@@ -450,19 +450,23 @@ def measures_table(report: Report) -> Table:
     return table
 
 
-def legend(report: Report, *, with_fitted_sum: bool) -> str:
-    """The legend of a table of the overview."""
-    student = report["provenance"]["student"]
-    if report["baseline"] == "cosine, tuned":
+def legend(reports: list[Report], *, with_fitted_sum: bool) -> str:
+    """The legend of the tables of the overview; it names the student of each report, by task if they differ."""
+    if reports[0]["baseline"] == "cosine, tuned":
         learners, baseline = "the student and the tuned cosine were", "the cosine tuned on the same data and steps"
     else:
         learners, baseline = "the student was", "the untuned cosine of the same backbone"
-    name = "" if student["name"] == "student" else f"{student['name']}, "  # a run's folder is called so
+    name = reports[0]["provenance"]["student"]["name"]
+    name = "" if name == "student" else f"{name}, "  # a run's folder is called so
+    tasks: dict[str, set[str]] = {}
+    for report in reports:
+        tasks.setdefault(report["provenance"]["student"]["fingerprint"], set()).add(report["task"])
+    found = [f"{key} ({' and '.join(sorted(of_key))})" if len(tasks) > 1 else key for key, of_key in tasks.items()]
+    named = f"{name}{' and '.join(found)}"
     differences = f"D2LLM minus {baseline}" + (", and minus the fitted sum" if with_fitted_sum else "")
     return (
         f"Bold: best of the line. (trained): {learners} trained on the train split of this set, and on no set without "
-        f"this mark. The last columns: {differences}, p Holm-adjusted over the rows. "
-        f"Student: {name}{student['fingerprint']}."
+        f"this mark. The last columns: {differences}, p Holm-adjusted over the rows. Student: {named}."
     )
 
 

@@ -13,7 +13,7 @@ from d2llm.models.teachers.pair_teacher import load_teacher
 
 PAIRS = dict.fromkeys(
     ("atec", "lcqmc", "mrpc", "ocnli", "pawsx-zh", "rte", "sick", "sick-nli", "stsb", "stsb-zh"), (1500, 200)
-) | {"pawsx-zh": (1473, 200), "rte": (1500, 174)}
+) | {"pawsx-zh": (1473, 200), "rte": (1500, 174), "written-contrasts": (3535, 965), "written-natural": (3660, 840)}
 """Numbers of train and dev pairs."""
 LISTS = sorted({path.stem for path in RECORDED.glob("*.jsonl")} - {*PAIRS})
 
