@@ -209,11 +209,8 @@ def distill(
         for loss in objective:
             inputs |= loss.prepare(preparation)
         labelled = preparation.sources
-        student.prepare_training(
-            backbone=recipe.student.backbone.tuning.kind != "frozen",
-            gradient_checkpointing=training.gradient_checkpointing,
-            seed=recipe.seed,
-        )
+        tuned, checkpointed = recipe.student.backbone.tuning.kind != "frozen", training.gradient_checkpointing
+        student.prepare_training(backbone=tuned, gradient_checkpointing=checkpointed, seed=recipe.seed)
         if any(source.token_weight for source in labelled):
             assert start_tokens is not None
             student.token_projection = start_tokens.to(student.backbone.device)
