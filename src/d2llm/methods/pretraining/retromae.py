@@ -26,7 +26,7 @@ class RetroMAE(Pretraining, kind="retromae"):
     paper = "Xiao et al., EMNLP 2022, arXiv 2205.12035 (RetroMAE)"
     costs = "every text read once, with gradient; logits of the vocabulary for each token; an encoder with a mask"
     measured = (
-        "minilm before distillation, 600 texts: squad-sent .795 to .790, banking77 .635 to .616 "
+        "minilm before distillation: squad-sent level at .795, banking77 .635 to .597 "
         "([one seed](log/2026-11.md#2026-11-30-more-methods-measured-and-retromae-and-bebr))"
     )
 
