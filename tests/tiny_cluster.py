@@ -11,6 +11,21 @@ from typing import Any
 
 import pytest
 
+HEAD: dict[str, Any] = {"num_cpus": 1, "include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+
+
+@contextmanager
+def cluster_settings(**changes: str) -> Generator[None]:
+    """The environment of a cluster, with these changes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # also for nodes that a test adds
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # else a token in the home folder turns it on for some of them
+        patch.setenv("RAY_worker_niceness", "0")  # by default 15: workers would get what other test processes leave
+        for name, value in changes.items():
+            patch.setenv(name, value)
+        yield
+
 
 @contextmanager
 def tiny_cluster() -> Generator[Any]:
@@ -18,13 +33,8 @@ def tiny_cluster() -> Generator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    importable = os.pathsep.join(filter(None, sys.path))  # also by workers on nodes that a test adds
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", importable)
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_worker_niceness", "0")  # by default 15: workers would get what other test processes leave
-        head = {"num_cpus": 1, "include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+    with cluster_settings():
+        cluster = Cluster(initialize_head=True, head_node_args=HEAD)
         try:
             cluster.add_node(num_cpus=1)
             cluster.wait_for_nodes()

@@ -107,8 +107,8 @@ def _until_finished(work: Callable[[], object]) -> None:
 class Clusters:
     """The verbs on a cluster, with what one process makes."""
 
-    def __init__(self, folder: Path, cluster: Any) -> None:
-        self.cluster = cluster
+    def __init__(self, folder: Path, cluster: Any, faults: type[Faults] = Faults) -> None:
+        self.cluster, self.faults = cluster, faults
         self.workspace, self.queries = Workspace(folder / "workspace"), topics(num_train=160)
         self.index = write_tiny_index(folder, NUM)
         self.source = folder / "student-0"
@@ -129,7 +129,7 @@ class Clusters:
 
     def verb(self, name: str, root: Path, chance: random.Random) -> list[str]:
         module = label_verb if name == "label" else encode_verb
-        faults = Faults(self.cluster, "_Actor")
+        faults = self.faults(self.cluster, "_Actor")
         with (
             mock.patch.object(module, "load_work", partial(ray_work.load_slowly, module.load_work)),
             mock.patch.object(upserting, "BLOCK_PASSAGES", 8),
@@ -142,7 +142,7 @@ class Clusters:
         return faults.done
 
     def search(self, root: Path, chance: random.Random) -> list[str]:
-        link, faults = root / "served", Faults(self.cluster, "ShardActor")
+        link, faults = root / "served", self.faults(self.cluster, "ShardActor")
         shard(self.index, root / "first", 2)
         link.symlink_to("first")
         settings = {"student_replicas": chance.randint(0, 1), "shard_replicas": chance.randint(1, 2)}

@@ -94,7 +94,9 @@ def end_with_status(run: Callable[[Path], object], where: Path) -> None:
     """End with 0; with ``ERROR_STATUS`` after an error that the command line shows in one line; or with 1."""
     try:
         run(where)
-    except D2LLMError:
+    except D2LLMError as error:
+        with suppress(OSError):
+            print(error, flush=True)
         os._exit(ERROR_STATUS)
     except BaseException as error:  # noqa: BLE001
         if isinstance(error, OSError) and (error.filename or error.errno in TOO_LITTLE):
