@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -46,7 +48,8 @@ NUM = 60
 @contextmanager
 def time_limit() -> Generator[None]:
     def stop(*_: object) -> None:
-        raise AssertionError(f"stuck: not ended after {STUCK} s")
+        stacks = [line for frame in sys._current_frames().values() for line in traceback.format_stack(frame)[-4:]]
+        raise AssertionError(f"stuck: not ended after {STUCK} s\n{''.join(stacks)}")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(STUCK)

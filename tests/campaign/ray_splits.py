@@ -88,7 +88,7 @@ class Cuts(Faults):
         import ray
 
         self.network.start_node(self.cluster.address)
-        return sum(node["Alive"] for node in ray.nodes()) == 2
+        return sum(node["Alive"] for node in ray.nodes()) >= 2
 
 
 @contextmanager

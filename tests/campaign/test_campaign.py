@@ -24,6 +24,8 @@ from campaign import (
     namespaces,
     power_cuts,
     ray_faults,
+    ray_heads,
+    ray_splits,
     soak,
     store_kills,
     surroundings,
@@ -43,6 +45,8 @@ ROWS = {
     malformed_requests.ROW: 200,
     power_cuts.ROW: 20,
     ray_faults.ROW: 2,
+    ray_heads.ROW: 1,
+    ray_splits.ROW: 1,
     soak.ROW: 1_000,
     store_kills.ROW: 12,
     surroundings.ROW: 10,
@@ -56,9 +60,9 @@ pytestmark = pytest.mark.timeout(1200)
 def test_a_few_cases(row: frame.Row, count: int, tmp_path: Path):
     if row is power_cuts.ROW and shutil.which("cc") is None:
         pytest.skip("needs a C compiler, cc")
-    if row is full_disks.ROW and namespaces.why_not():
-        pytest.skip(f"{namespaces.why_not()}")
-    if row is ray_faults.ROW:
+    if row in {full_disks.ROW, ray_heads.ROW, ray_splits.ROW} and namespaces.why_not():
+        pytest.skip(f"no namespaces: {namespaces.why_not()}")
+    if row in {ray_faults.ROW, ray_heads.ROW, ray_splits.ROW}:
         pytest.importorskip("ray.serve", reason="needs Ray Serve: pip install 'd2llm[ray-serve]'")
     path = tmp_path / "result.json"
     command = [sys.executable, "-m", f"campaign.{row.name}", "--count", str(count), "--seed", "7", "--json", path]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import time
 from dataclasses import replace
 from functools import partial
@@ -222,3 +223,12 @@ def test_an_address_without_a_cluster(monkeypatch):
     with pytest.raises(D2LLMError, match=r"no Ray cluster can be reached at 127\.0\.0\.1:1 .*ray start --head"):
         ray_cluster._require_answer("127.0.0.1:1")
     assert time.monotonic() - begin < 30
+
+
+def test_a_cluster_that_asks_for_a_token(monkeypatch):
+    """As Ray's does where its first node has one in the home folder, which a cluster on that machine alone made."""
+    told = "ray.exceptions.AuthenticationError: RPC error: InvalidAuthToken: Authentication token is missing"
+    refused = subprocess.CompletedProcess([], 1, "", f"Traceback ...\n{told}\n")
+    monkeypatch.setattr(ray_cluster.subprocess, "run", lambda *_, **__: refused)
+    with pytest.raises(InputError, match=r"at 10\.0\.0\.5:6379 asks for a token; .* set RAY_AUTH_MODE=token"):
+        ray_cluster._require_answer("10.0.0.5:6379")

@@ -155,6 +155,11 @@ def _require_answer(address: str) -> None:
         if check.returncode == 0:
             return
         problem = (check.stderr.strip().splitlines() or ["no answer"])[-1]
+    if "AuthenticationError" in problem:
+        raise InputError(
+            f"the Ray cluster at {address} asks for a token; copy ~/.ray/auth_token of the user who started it to this "
+            "machine, and set RAY_AUTH_MODE=token"
+        )
     raise InputError(
         f"no Ray cluster can be reached at {address} ({problem}); give the HOST:PORT that `ray start --head` printed, "
         "and check that the cluster is up and this machine is a node of it"
