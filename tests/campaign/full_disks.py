@@ -104,7 +104,7 @@ def prepare(folder: Path) -> Iterator[Callable[[Draw], Outcome]]:
         with disk_for(name) as disk:
             log = disk.folder.with_suffix(".log")
             disk.leave(**{kind: left})
-            status = os.waitstatus_to_exitcode(in_a_fork(partial(end_with_status, verb.run), disk.folder, 60.0))
+            status = os.waitstatus_to_exitcode(in_a_fork(partial(end_with_status, verb.run), disk.folder, 300.0))
             disk.leave()
             if status not in (0, ERROR_STATUS):
                 return Outcome(name, f"{what} ended with {status}: {log.read_text()}")

@@ -49,13 +49,20 @@ class Network:
             run_as_root(*prefix, "ip", "link", "set", name, "up")
         self.node: subprocess.Popen[bytes] | None = None
 
-    def start_node(self, address: str) -> None:
-        """Start the second node, unless it runs."""
-        if self.node is None or self.node.poll() is not None:
-            settings = (f"--address={address}", f"--node-ip-address={_THERE}", "--num-cpus=1")
-            command = [*self.inside, sys.executable, "-m", "ray.scripts.scripts", "start", *settings, "--block"]
-            memory = f"--object-store-memory={150 << 20}"
-            self.node = subprocess.Popen([*command, memory], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def await_node(self, address: str) -> None:
+        """Start the second node, unless it runs, and again if it ends, until this process is told of it."""
+        import ray
+
+        settings = (f"--address={address}", f"--node-ip-address={_THERE}", "--num-cpus=1", "--block")
+        command = [*self.inside, sys.executable, "-m", "ray.scripts.scripts", "start", *settings]
+        command.append(f"--object-store-memory={150 << 20}")
+
+        def is_here() -> bool:
+            if self.node is None or self.node.poll() is not None:
+                self.node = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            return sum(node["Alive"] for node in ray.nodes()) >= 2
+
+        until(is_here, "the second node", pause=0.5)
 
     @contextmanager
     def cut(self, directions: tuple[str, ...]) -> Iterator[None]:
@@ -81,14 +88,8 @@ class Cuts(Faults):
         with self.network.cut(directions):
             time.sleep(chance.choice([chance.uniform(0.2, 2), chance.uniform(15, 30)]))
         before = self.network.node
-        until(self._is_whole, "the second node", pause=0.5)
+        self.network.await_node(self.cluster.address)
         self.done.append("cut" if self.network.node is before else "cut until a node was lost")
-
-    def _is_whole(self) -> bool:
-        import ray
-
-        self.network.start_node(self.cluster.address)
-        return sum(node["Alive"] for node in ray.nodes()) >= 2
 
 
 @contextmanager
@@ -101,10 +102,9 @@ def split_cluster(network: Network) -> Iterator[Any]:
     with cluster_settings(**variables):
         cluster = Cluster(initialize_head=True, head_node_args=HEAD | {"node_ip_address": _HERE})
         try:
-            network.start_node(cluster.address)
             options = {"log_to_driver": False, "logging_level": "ERROR", "_node_ip_address": _HERE}
             ray.init(address=cluster.address, **options)
-            until(lambda: sum(node["Alive"] for node in ray.nodes()) == 2, "the second node", pause=0.5)
+            network.await_node(cluster.address)
             yield cluster
         finally:
             ray.shutdown()

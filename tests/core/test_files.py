@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -7,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from d2llm.core import files
-from d2llm.core.errors import InputError
+from d2llm.core.errors import InputError, ModelError
 from d2llm.core.files import new_folder, replace_folder, write_bytes, write_json
 
 
@@ -147,6 +149,23 @@ def test_an_error_inside_leaves_the_old_folder_untouched(tmp_path: Path, error: 
         raise error
     assert contents(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (SafetensorError("I/O error: No space left on device (os error 28) at path /x"), OSError),
+        (Exception("No space left on device (os error 28)"), OSError),  # of tokenizers
+        (SafetensorError("I/O error: is a directory (os error 21)"), SafetensorError),
+        (ModelError("weights cannot be read (os error 28)"), ModelError),
+    ],
+)
+def test_a_full_disk_is_named_whatever_library_meets_it(tmp_path: Path, told: Exception, expected: type[Exception]):
+    with pytest.raises(expected) as raised, new_folder(tmp_path / "student"):
+        raise told
+    if expected is OSError:
+        assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path / "student"))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_an_error_inside_leaves_no_new_folder(tmp_path: Path):

@@ -21,10 +21,12 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import D2LLMError, InputError
 
 TOO_LITTLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 """Errors of a machine without enough disk, open files or memory."""
+_TOLD_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How libraries in Rust (safetensors, tokenizers) name an error of the system, in exceptions of other types."""
 
 MANIFEST_NAME = "manifest.json"
 STANDARD_INPUT, STANDARD_OUTPUT = Path("/dev/stdin"), Path("/dev/stdout")
@@ -245,6 +247,7 @@ def new_folder(target: Path, *, kind: str | None = None) -> Generator[Path]:
     Raises:
         InputError: ``target`` is a file, or holds files that d2llm did not write or another kind of artifact. Nothing
             is changed.
+        OSError: it cannot be written; a full disk is named with ``target``.
     """
     check_replaceable(target, kind)
     target = target.resolve()
@@ -254,8 +257,11 @@ def new_folder(target: Path, *, kind: str | None = None) -> Generator[Path]:
     try:
         yield temporary
         replace_folder(temporary, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        told = None if isinstance(error, OSError | D2LLMError) else _TOLD_ERROR.search(str(error))
+        if told is not None and (code := int(told[1])) in TOO_LITTLE:
+            raise OSError(code, os.strerror(code), str(target)) from error
         raise
 
 
