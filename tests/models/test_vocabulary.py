@@ -102,9 +102,11 @@ def test_vectors_of_known_tokens_stay_the_same(tmp_path: Path, architecture: str
     np.testing.assert_array_equal(again.encode_query(KNOWN[0]), student.encode_query(KNOWN[0]))
     index = Index.create(tmp_path / "index", pruned)
     index.upsert([{"id": str(index), "text": text} for index, text in enumerate(KNOWN)])
-    found, expected = index.search(KNOWN[2]), student.rank(KNOWN[2], KNOWN)
-    assert [result.passage.text for result in found] == [result.passage.text for result in expected]
-    np.testing.assert_allclose([result.score for result in found], [result.score for result in expected], rtol=5e-3)
+    found, expected = (
+        {result.passage.text: result.score for result in ranking}  # an index rounds, which may swap near ties
+        for ranking in (index.search(KNOWN[2]), student.rank(KNOWN[2], KNOWN))
+    )
+    assert found == pytest.approx(expected, rel=5e-3)
     pytest.importorskip("onnx")
     assert export(pruned, tmp_path / "onnx", "onnx").files
 
