@@ -198,6 +198,9 @@ def test_an_unknown_key_suggests_the_nearest(values: dict[str, Any], message: st
         ),
         ({"data": [{"path": "a", "task": "s"}]}, "data.0.task: Input should be 'symmetric' or 'asymmetric' (got 's')"),
         ({"training": {"epochs": "many"}}, "training.epochs: Input should be a valid integer"),
+        ({"training": {"num_hard": True}}, "training.num_hard: should be a number (got True)"),
+        ({"training": {"epochs": True}}, "training.epochs: should be a number (got True)"),  # a number or None
+        ({"losses": {"margin_mse": {"weight": True}}}, "losses.margin_mse.weight: should be a number (got True)"),
         ({"data": [{"task": "symmetric"}]}, "data.0.path is missing; set it"),
         ({"data": {"path": "a"}}, "data should be a list of tables: write [[data]]"),
         ({"training": 5}, "training should be a table: write [training]"),

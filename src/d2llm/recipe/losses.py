@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
@@ -33,6 +32,7 @@ from pydantic_core import PydanticCustomError
 from d2llm.core.names import describe_problem
 from d2llm.core.registry import Need, Registered, Registry, modules_in
 from d2llm.recipe.kinds import describe_kind
+from d2llm.recipe.sections import Numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +62,7 @@ LOSSES: Registry[Loss] = Registry(
 """All losses by kind."""
 
 
-class Loss(Registered, BaseModel):
+class Loss(Registered, Numbers):
     """One term of the objective. A subclass names its kind, by which recipes name it, and is called for each batch.
 
     Example::

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from d2llm.core.short_repr import short_repr
 
 
-class Section(BaseModel):
+class Numbers(BaseModel):
+    """Settings of which those that are numbers refuse true and false, which pydantic would read as 1 and 0."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name in cls.model_fields:
+            annotation = cls.model_fields[info.field_name].annotation
+            if set(get_args(annotation) or (annotation,)) <= {int, float, NoneType}:
+                raise ValueError("should be a number")
+        return value
+
+
+class Section(Numbers):
     """A section: an unknown key is an error, and so is infinity."""
 
     model_config = ConfigDict(
