@@ -12,7 +12,7 @@ from jsonschema import Draft7Validator
 from d2llm.core.shipped import shipped_recipes
 from d2llm.recipe.losses import LOSSES
 from d2llm.reports.methods import SECTIONS
-from e2e.command_line import succeed, succeed_with_report
+from e2e.command_line import fail, succeed, succeed_with_report
 
 SHIPPED = shipped_recipes()
 
@@ -36,6 +36,22 @@ def test_a_recipe_is_shown_by_what_it_changes() -> None:
     assert shown["training.batch_queries"] == ("64", "32")
     assert "training.weight_decay" not in shown  # as by default
     assert "d2llm-joint is valid; data sets: squad-sent (asymmetric)" in " ".join(output.split())
+
+
+def test_values_are_shown_as_recipes_write_them(tmp_path: Path) -> None:
+    recipe = tmp_path / "some.toml"
+    recipe.write_text('[score_features]\nbm25 = true\n[student.interaction]\ntasks = ["symmetric"]')
+    output = succeed("recipe", "check", recipe).output
+    assert "true  " in output
+    assert '["symmetric"]' in output
+    recipe.write_text("")
+    assert "setting" not in succeed("recipe", "check", recipe).output  # no table without rows
+
+
+def test_two_data_sets_of_one_name_are_refused_as_by_a_run(tmp_path: Path) -> None:
+    recipe = tmp_path / "twice.toml"
+    recipe.write_text('[[data]]\npath = "a/tea"\n[[data]]\npath = "b/tea"')
+    fail("recipe", "check", recipe, containing=["two data sets have the same folder name: tea, tea"])
 
 
 def test_the_shipped_recipes_are_valid() -> None:

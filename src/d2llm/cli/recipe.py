@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -20,6 +21,7 @@ _RECIPES = typer.Argument(metavar="RECIPE...", callback=input_path, help="TOML f
 def check(context: typer.Context, recipes: Annotated[list[str], _RECIPES]) -> None:
     """Read recipes as every verb would, and show the settings that differ from their defaults."""
     from d2llm.core.table import Column, Table
+    from d2llm.data.run_folder import require_distinct_data
     from d2llm.recipe import Recipe
     from d2llm.recipe.losses import RECOMMENDED
     from d2llm.recipe.recipe_file import load_recipe
@@ -27,13 +29,16 @@ def check(context: typer.Context, recipes: Annotated[list[str], _RECIPES]) -> No
     session, defaults = session_of(context), dict(_settings(Recipe().model_dump(mode="json")))
     for source in recipes:
         recipe = load_recipe(source)
+        if recipe.data:
+            require_distinct_data(recipe, where=source)
         value_column = Column("value", align="left", max_width=60)
         table = Table("setting", value_column, "default", title=f"{source}: {recipe.name}")
         left_out = {f"losses.{kind}": 0.0 for kind in RECOMMENDED if not recipe.losses.weight(kind)}
         for name, value in (dict(_settings(recipe.model_dump(mode="json"))) | left_out).items():
             if value != defaults.get(name) and name != "name" and not name.startswith("data"):
                 table.add_row(name, _text(value), _text(defaults.get(name)))
-        session.show(table)
+        if table.rows:
+            session.show(table)
         sets = ", ".join(f"{one.path} ({one.task})" for one in recipe.data) or "none"
         session.say(f"{source} is valid; data sets: {sets}")
 
@@ -51,8 +56,6 @@ def schema(
     ] = None,
 ) -> None:
     """Print the JSON Schema of recipes, with which editors of TOML complete, explain and check settings."""
-    import json
-
     from d2llm.core.files import write_json
     from d2llm.recipe import Recipe
 
@@ -75,4 +78,6 @@ def _settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 def _text(value: Any) -> str | None:
     if value is None:
         return None
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
