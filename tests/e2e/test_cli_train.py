@@ -241,6 +241,7 @@ class TestNothingLearnt:
         assert f"; dev: everyday {dev['start']:.3f} -> {dev['start']:.3f} (4 questions or pairs)" in result.stderr
         assert "It hardly moved in 3 steps: raise training.learning_rate (1e-12 now) threefold" in warning
         assert "So few dev questions cannot show a small gain (everyday 4): use 100 or more" in warning
+        assert "left out of the student, which is as good without: " in " ".join(result.stderr.split())
 
     def test_a_warm_up_as_long_as_the_run_gives_a_warning(self, run):
         folder, arguments = run

@@ -170,9 +170,8 @@ class Run(OpenRun):
         if not again and (is_finished(folder) or working_folder(folder).exists()):
             return self.skip("precheck: the teacher's tuning has begun or is finished; the gate tests its result")
         _remarks.info(
-            "precheck: comparing the untuned teacher with the cosine on %d dev queries of each of %d data sets",
+            "precheck: comparing the untuned teacher with the cosine on %d dev queries of each data set",
             PRECHECK_QUERIES,
-            len(recipe.data),
         )
         look = precheck(
             self.dev_data(),
@@ -311,9 +310,8 @@ class Run(OpenRun):
             if all(open_source(data.path, splits=["dev"]).name in known for data in self.recipe.data):
                 return self.skip(f"gate: the verdict on this teacher is in {self.folder.path}: {describe_gates(known)}")
         _remarks.info(
-            "gate: testing the teacher against the cosine, on up to %d dev queries of each of %d data sets",
+            "gate: testing the teacher against the cosine, on up to %d dev queries of each data set",
             self.recipe.gate.queries,
-            len(self.recipe.data),
         )
         if student is None:
             to_beat, load = self._untuned_cosine_and_load()

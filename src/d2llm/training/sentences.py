@@ -130,7 +130,9 @@ def untrained_advice(report: DistillReport, training: TrainingConfig) -> str:
     changes = ", ".join(f"{name} {result['start']:.4f} -> {result['last']:.4f}" for name, result in report.dev.items())
     change = fmean(ends) - fmean(starts)
     worse = [name for name, result in report.dev.items() if result["last"] < result["start"]]
-    if change < -_NEGLIGIBLE:
+    if min(starts) > 1 - _NEGLIGIBLE:
+        advice = "The start leaves nothing to gain on dev: use harder dev questions, or keep the start"
+    elif change < -_NEGLIGIBLE:
         advice = (
             f"Training made it worse: lower training.learning_rate ({training.learning_rate:g} now) to a third, and "
             "check that the training questions are of the same kind as those of dev"

@@ -506,7 +506,7 @@ class DistillRun(Trainable):
         self.student.eval()
         make_idle_gates_constant(self.student, self.dev_sets, seed=self.recipe.seed)
         if dropped := self.student.drop_idle_parts():
-            remarks.info("distill: %s added nothing and is not in the student", " and ".join(dropped))
+            remarks.info("distill: left out of the student, which is as good without: %s", ", ".join(dropped))
 
     def state(self) -> dict[str, Any]:
         """The progress of the run, as JSON."""
