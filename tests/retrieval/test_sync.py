@@ -76,6 +76,7 @@ def test_only_changes_are_read(index, folder, monkeypatch):
     report = sync_documents(index, [folder])
     assert read == ["a.md", "d.txt"]
     assert (report.num_files, report.num_unchanged, report.gone) == (3, 1, ("b.txt",))
+    assert report.written.num_deleted == 3  # a.md#1, a.md#2 and b.txt
     assert contents(index) == {"a.md": "the cat", "c.txt": "the river", "d.txt": "the music"}
 
 

@@ -21,7 +21,8 @@ from d2llm.store.index_manifest import Chunking
 class SyncReport:
     """What ``sync_documents`` did.
 
-    ``num_files`` were found, of which ``num_unchanged`` were not read; ``written`` says what became of the others.
+    ``num_files`` were found, of which ``num_unchanged`` were not read; ``written`` says what became of the others,
+    and how many passages were deleted in all.
     ``gone`` are files whose documents were deleted because they are gone. Of a file in ``skipped``, which could not be
     read, the index keeps what it had; entries with a ``part`` name what was left out of a file that was read.
     ``num_other`` files have suffixes that cannot be read, and the symbolic ``links`` were not followed.
@@ -106,7 +107,7 @@ def sync_documents(
     # A row may have moved to another file.
     left_over = [passage for passages in before for passage, name in passages.items() if name not in read_ids]
     if left_over:
-        index.delete(left_over)
+        written = replace(written, num_deleted=written.num_deleted + index.delete(left_over))
     return SyncReport(
         len(documents.files),
         len(unchanged),
