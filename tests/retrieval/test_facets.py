@@ -98,5 +98,5 @@ def test_wrong_fields_are_named(index: Index):
         index.search("text", sort="yaer:desc")
     with pytest.raises(InputError, match="facets: there is no metadata field 'shape'"):
         index.search("text", facets=["year", "shape"])
-    with pytest.raises(InputError, match="sort"):
+    with pytest.raises(InputError, match=r"sort is 'year:down' \(str\), but must be of another form. .* as in year or"):
         SearchSettings(sort="year:down")

@@ -232,6 +232,7 @@ _KINDS = {
     "finite_number": "a finite number",
     "bool_type": "True or False",
     "string_type": "a string",
+    "string_pattern_mismatch": "of another form",
     "tuple_type": "a list",
     "model_type": "a dictionary",
     "extra_forbidden": "left out",
