@@ -80,3 +80,12 @@ def test_words_in_the_right_order_are_left_alone():
         assert "write: d2llm" not in message(*words)
     for words in (["index", "x", "--help"], ["index", "x", "upsert", "--help"], ["keys", "x", "add", "-h"]):
         assert CliRunner().invoke(app, words).exit_code == 0
+
+
+@pytest.mark.parametrize("option", ["--limit", "-k", "--n-results=3", "--where"])
+def test_an_option_with_its_name_in_other_libraries(option):
+    meant = "--filter" if option == "--where" else "--top-k"
+    assert message("search", "old.index", "words", option).startswith(
+        f"error: there is no option {option.partition('=')[0]}; did you mean {meant}?"
+    )
+    assert "there is no option" not in message("search", "old.index", "--", "words", option)

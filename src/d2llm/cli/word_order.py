@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from typer.core import TyperGroup
 
 from d2llm.core.errors import InputError
 from d2llm.core.files import MANIFEST_NAME
+from d2llm.core.names import NAMES_ELSEWHERE
 
 _NAMES = {"index": "INDEX", "keys": "FILE"}
 """What the groups whose verb follows a name call it."""
@@ -49,7 +51,20 @@ class Verbs(TyperGroup):
             )
             if advice is not None:
                 raise InputError(advice)
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        _check_options(getattr(command, "params", ()), rest)
+        return name, command, rest
+
+
+def _check_options(known: Sequence[Any], words: Sequence[str]) -> None:
+    """Raise an ``InputError`` for an option that has another name here than in other libraries."""
+    options = {option for parameter in known for option in parameter.opts}
+    for word in takewhile(lambda word: word != "--", words):
+        option = word.partition("=")[0]
+        meant = NAMES_ELSEWHERE.get(option.lstrip("-").replace("-", "_")) if option.startswith("-") else None
+        names = [parameter.opts[0] for parameter in known if parameter.name == meant]
+        if names and option not in options:
+            raise InputError(f"there is no option {option}; did you mean {names[0]}?")
 
 
 def check_index_first(index: Path, verb: str, others: Sequence[Path]) -> None:
