@@ -141,6 +141,12 @@ def test_standard_input_is_read_once(index: Path):
     assert "standard input is given twice" in result.stderr
 
 
+def test_an_error_names_standard_input(index: Path):
+    result = CliRunner().invoke(app, ["search", str(index), "--queries", "-"], input="a plain text\n")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: standard input:1: not valid JSON")
+
+
 def test_what_is_read_again_later_is_no_stream(index: Path, tmp_path: Path):
     for arguments in (("index", index, "sync", "-"), ("init", "-"), ("keys", "/dev/stdin", "show")):
         fail(*arguments, containing=["read again later"])

@@ -83,7 +83,9 @@ class Session:
             self._err.print(remark, markup=False, soft_wrap=True)
 
     def complain(self, kind: str, message: str) -> None:
-        """Print an error or a warning as one line, so that it can be searched for."""
+        """Print an error or a warning as one line, to be searched for; the copy of a stream has its name."""
+        for stream, user in self.streams.items():
+            message = message.replace(user, stream) if Path(user).is_absolute() else message
         self._err.print(
             f"{kind}: {message}", markup=False, soft_wrap=True, style="red" if kind == "error" else "yellow"
         )
