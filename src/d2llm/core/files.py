@@ -7,6 +7,7 @@ written to, once all of the content is there; nothing is ever renamed over them.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -106,15 +107,18 @@ def _opened_stream(path: Path, *, writing: bool) -> Generator[BinaryIO]:
 def copy_of_stream(path: Path, folder: Path, *, name: str = "standard-input", suffix: str = "") -> Path:
     """Read a stream to its end into a new file in ``folder``, so that it can be read several times.
 
-    The file is named after the stream if that has a name with a suffix, else ``name`` with the suffix of its content:
-    .jsonl, .html, .pdf, or ``suffix`` (.txt if empty); compressed content gets .gz as well.
+    The file is named after the stream if that has a name with a suffix, else ``name`` with a hash of its content, so
+    that another text is another document, and the suffix of its content: .jsonl, .html, .pdf, or ``suffix`` (.txt if
+    empty); compressed content gets .gz as well.
 
     Raises:
         OSError: the stream cannot be read, or the file cannot be written.
     """
-    copy = folder / name
+    copy, digest = folder / name, hashlib.sha256()
     with _opened_stream(path, writing=False) as stream, copy.open("xb") as file:
-        shutil.copyfileobj(stream, file)
+        while block := stream.read(1 << 20):
+            digest.update(block)
+            file.write(block)
     if descriptor_of(path) is None and path.suffix:
         return copy.rename(folder / path.name)
     with copy.open("rb") as file:
@@ -125,7 +129,7 @@ def copy_of_stream(path: Path, folder: Path, *, name: str = "standard-input", su
     begins = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     kinds = {b"{": ".jsonl", b"%pdf-": ".pdf", b"<!doctype html": ".html", b"<html": ".html"}
     found = next((kind for sign, kind in kinds.items() if begins.startswith(sign)), suffix or ".txt")
-    return copy.rename(folder / f"{name}{found}{ending}")
+    return copy.rename(folder / f"{name}-{digest.hexdigest()[:8]}{found}{ending}")
 
 
 @contextmanager
