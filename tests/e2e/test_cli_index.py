@@ -93,7 +93,8 @@ def test_search_in_a_conversation(workspace):
         report = json.loads(path.read_text())["result"]
         assert ids_of(report)[0] == "s3"
         assert report["rankings"][0]["rewriting"]["asked"] == "where do they sail?"
-        fail(*search, "--queries", workspace / "nothing.jsonl", *options, containing=["--history is for one query"])
+        (queries := workspace / "more.jsonl").write_text('{"_id": "2", "text": "nothing"}\n')
+        fail(*search, "--queries", queries, *options, containing=["--history is for one query"])
     fail(*search, containing=["--history needs a language model", "--writer"])
     history.write_text('{"role": "system", "content": "x"}\n')
     fail(*search, *options, containing=["history.jsonl: history[0][role] is 'system'"])
