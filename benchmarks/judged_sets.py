@@ -63,26 +63,27 @@ def write_pairs(data: Path, out: Path, name: str, kind: str) -> str:
         else {each: query.text for each, query in dataset.queries.items()}
     )
     lists = read_graded_lists(f"{name}-{kind}")
-    folder = out / f"{name}-{kind}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "dev"):
-        chosen = [each for each in lists if split_of(each.query_id) == split]
-        _write_lines(folder / f"{split}.jsonl.gz", [line for each in chosen for line in _pairs(each, texts)])
-    (folder / "README").write_text("score 0 (unrelated) to 100 (same meaning), by a large language model\n")
-    return f"{folder.name}: {sum(len(each.passages) for each in lists)} pairs"
+    lines: dict[str, list[dict[str, Any]]] = {"train": [], "dev": []}
+    for each in lists:
+        lines[split_of(each.query_id)] += _pairs(each, texts)
+    return _write_pair_set(out / f"{name}-{kind}", lines)
 
 
 def write_written_pairs(out: Path, kind: str) -> str:
     """Write the pairs of sentences of one kind that a model wrote and graded."""
     folder = out / f"written-{kind}"
     lines: dict[str, list[dict[str, Any]]] = {"train": [], "dev": []}
-    folder.mkdir(parents=True, exist_ok=True)
     for path in sorted((WRITTEN_PAIRS / kind).glob("*.jsonl")):
         for group in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             lines[split_of(group["text"])] += [{"query": group["text"], "document": text} for text in group["others"]]
     for graded in read_graded_lists(folder.name):
         line = int(graded.passages[0].rpartition("-")[2])
         lines[graded.split][line - 1]["score"] = graded.grades[0]
+    return _write_pair_set(folder, lines)
+
+
+def _write_pair_set(folder: Path, lines: dict[str, list[dict[str, Any]]]) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
     for split, pairs in lines.items():
         _write_lines(folder / f"{split}.jsonl.gz", pairs)
     (folder / "README").write_text("score 0 (unrelated) to 100 (same meaning), by a large language model\n")

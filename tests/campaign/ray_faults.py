@@ -130,6 +130,15 @@ class Clusters:
     def found(self, verb: str, root: Path) -> Any:
         return labels_of(self.workspace.store(root / "labels")) if verb == "label" else stored(root / "index")
 
+    def case(self, names: list[str], folder: Path, chance: random.Random) -> Outcome:
+        """Use the cluster by one of the names, while faults happen."""
+        name, root = chance.choice(names), folder / f"{chance.getrandbits(64):x}"
+        root.mkdir()
+        with time_limit():
+            done = self.search(root, chance) if name == "search" else self.verb(name, root, chance)
+        rmtree(root)
+        return Outcome(f"{name}: {', '.join(sorted({*done})) or 'ended before'}", cases=len(done))
+
     def verb(self, name: str, root: Path, chance: random.Random) -> list[str]:
         module = label_verb if name == "label" else encode_verb
         faults = self.faults(self.cluster, "_Actor")
@@ -177,15 +186,7 @@ def prepare(folder: Path) -> Iterator[Callable[[random.Random], Outcome]]:
     with tiny_cluster() as cluster:
         clusters = Clusters(folder, cluster)
 
-        def case(chance: random.Random) -> Outcome:
-            name, root = chance.choice(["label", "encode", "search", "search"]), folder / f"{chance.getrandbits(64):x}"
-            root.mkdir()
-            with time_limit():
-                done = clusters.search(root, chance) if name == "search" else clusters.verb(name, root, chance)
-            rmtree(root)
-            return Outcome(f"{name}: {', '.join(sorted({*done})) or 'ended before'}", cases=len(done))
-
-        yield case
+        yield partial(clusters.case, ["label", "encode", "search", "search"], folder)
 
 
 ROW = Row("ray_faults", "F8", 200, prepare)

@@ -14,15 +14,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 import torch
 
 from campaign.frame import Outcome, Row, main
 from campaign.namespaces import enter, run_as_root
-from campaign.ray_faults import Clusters, Faults, time_limit
+from campaign.ray_faults import Clusters, Faults
 from tiny_cluster import HEAD, cluster_settings
 from waiting import until
 
@@ -120,17 +120,7 @@ def prepare(folder: Path) -> Iterator[Callable[[random.Random], Outcome]]:
     Cuts.network = network = Network()
     try:
         with split_cluster(network) as cluster:
-            clusters = Clusters(folder, cluster, Cuts)
-
-            def case(chance: random.Random) -> Outcome:
-                name, root = chance.choice(["label", "encode", "search"]), folder / f"{chance.getrandbits(64):x}"
-                root.mkdir()
-                with time_limit():
-                    done = clusters.search(root, chance) if name == "search" else clusters.verb(name, root, chance)
-                rmtree(root)
-                return Outcome(f"{name}: {', '.join(sorted({*done})) or 'ended before'}", cases=len(done))
-
-            yield case
+            yield partial(Clusters(folder, cluster, Cuts).case, ["label", "encode", "search"], folder)
     finally:
         network.holder.kill()
 

@@ -104,17 +104,17 @@ def _opened_stream(path: Path, *, writing: bool) -> Generator[BinaryIO]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def copy_of_stream(path: Path, folder: Path, *, name: str = "standard-input", suffix: str = "") -> Path:
+def copy_of_stream(path: Path, folder: Path) -> Path:
     """Read a stream to its end into a new file in ``folder``, so that it can be read several times.
 
-    The file is named after the stream if that has a name with a suffix, else ``name`` with a hash of its content, so
-    that another text is another document, and the suffix of its content: .jsonl, .html, .pdf, or ``suffix`` (.txt if
-    empty); compressed content gets .gz as well.
+    The file is named after the stream if that has a name with a suffix, else standard-input with a hash of its content,
+    so that another text is another document, and the suffix of its content: .jsonl, .html, .pdf or .txt; compressed
+    content gets .gz as well.
 
     Raises:
         OSError: the stream cannot be read, or the file cannot be written.
     """
-    copy, digest = folder / name, hashlib.sha256()
+    copy, digest = folder / "standard-input", hashlib.sha256()
     with _opened_stream(path, writing=False) as stream, copy.open("xb") as file:
         while block := stream.read(1 << 20):
             digest.update(block)
@@ -128,8 +128,8 @@ def copy_of_stream(path: Path, folder: Path, *, name: str = "standard-input", su
         start, ending = zlib.decompressobj(wbits=31).decompress(start, 1024), ".gz"
     begins = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     kinds = {b"{": ".jsonl", b"%pdf-": ".pdf", b"<!doctype html": ".html", b"<html": ".html"}
-    found = next((kind for sign, kind in kinds.items() if begins.startswith(sign)), suffix or ".txt")
-    return copy.rename(folder / f"{name}-{digest.hexdigest()[:8]}{found}{ending}")
+    found = next((kind for sign, kind in kinds.items() if begins.startswith(sign)), ".txt")
+    return copy.rename(folder / f"{copy.name}-{digest.hexdigest()[:8]}{found}{ending}")
 
 
 @contextmanager
