@@ -33,7 +33,7 @@ from d2llm.ops.selection import check_scores, from_the_highest, top_rows
 from d2llm.retrieval.segments import CachedBounds, CertifiedRows, joint_rows
 from d2llm.store.view import PassageView
 
-_PASS_ROWS = 8_192  # block size of the pass over all vectors: 12 MB in float32 at width 384
+_PASS_ROWS = 1_024  # of the pass over all vectors, in a block: few enough for the cache
 _SCANS = (1_024, 8_192)
 """Sizes of the scans tried before the pass over all vectors, which takes as long as six scans."""
 _SCAN_MULTIPLE = 8  # if the corpus is smaller than this multiple of a scan's size, use the full pass instead

@@ -122,7 +122,8 @@ class PartVectors:
         kernels = None if multiplier.whole is None else MAXSIM.get(len(self.codes))
         if kernels is not None:
             best = np.empty(len(nonempty), np.int64)
-            kernels.sum_of_best(self.codes, starts, counts, kernels.arranged(multiplier.whole), multiplier.bits, best)
+            queries = kernels.arranged(multiplier.whole, multiplier.bits)
+            kernels.sum_of_best(self.codes, starts, counts, queries, multiplier.bits, best)
             scores[nonempty] = multiplier.scale * best + multiplier.shift.sum()
             return scores
         for block in _blocks(counts):

@@ -58,7 +58,7 @@ class Multiplier(NamedTuple):
     multiply: Callable[[NDArray[np.uint8]], NDArray[np.floating[Any]]]
     scale: float
     shift: NDArray[np.float64]
-    whole: NDArray[np.int16] | None = None
+    whole: NDArray[np.int8] | None = None
     bits: int = 0
 
 
@@ -290,11 +290,12 @@ class RotatedFormat(VectorFormat):
         """Multiplies rows with queries [m, dim] that are rounded to whole numbers.
 
         The numbers of levels are whole, too, so that all products and their sums are whole numbers below 2^24, which
-        float32 holds exactly: the order of summation in BLAS does not matter. They have 16 bits, for the compiled loop.
+        float32 holds exactly: the order of summation in BLAS does not matter. Those of queries have 8 bits, for the
+        compiled loop: the error is a twentieth of that of codes of 4 bits.
         """
         turned = _rotate(queries.astype(np.float64))
         largest = 2**self.bits - 1
-        limit = min((2**24 - 1) / (largest * self.dim), 2**15 - 1)
+        limit = min((2**24 - 1) / (largest * self.dim), 2**7 - 1)
         unit = float(np.abs(turned).max(initial=0.0)) / limit or 1.0
         unit *= 1.01  # so that rounding up cannot reach the limit
         whole = np.round(turned / unit)
@@ -306,7 +307,7 @@ class RotatedFormat(VectorFormat):
         # A level is step times its number, less half of the range of levels.
         shift = -unit * self.step * largest / 2 * whole.sum(1)
         return Multiplier(
-            multiply, unit * self.step, shift, None if self._in_planes else whole.astype(np.int16), self.bits
+            multiply, unit * self.step, shift, None if self._in_planes else whole.astype(np.int8), self.bits
         )
 
     def turn(self, query: NDArray[np.float32]) -> NDArray[np.float64]:

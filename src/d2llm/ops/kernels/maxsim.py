@@ -1,7 +1,11 @@
 """The loop of MaxSim (``store.part_vectors``): the best product of each token of a query with one of a passage, summed.
 
-Everything is a whole number: codes of 4 or 8 bits, and queries that are rounded to 16 (``store.vector_formats``). Sums
+Everything is a whole number: codes of 4 or 8 bits, and queries that are rounded to 8 (``store.vector_formats``). Sums
 of whole numbers do not depend on their order, so the result is NumPy's, and the same on every processor.
+
+Codes are read as two halves of numbers below 16, which makes one loop of two: of 4 bits, the even and the odd
+dimensions; of 8 bits, the lower and the higher four of every dimension. Four products and their sum are one instruction
+of a processor that has it (VNNI). With AVX2, two products are, and eight such sums fit 16 bits (``_PAIRS``).
 """
 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -11,12 +15,14 @@ of whole numbers do not depend on their order, so the result is NumPy's, and the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -24,85 +30,172 @@ from d2llm.ops.kernels.compiler import compiled, read_only, written
 
 LANES = 16
 """Tokens of a query that are multiplied at once: the whole numbers of 32 bits in the widest registers there are."""
-_AT_ONCE = 4  # tokens of a passage that are multiplied at once, so that additions do not wait for one another
+_CODE: Any = cpu_target.target_context
+_FEATURES = frozenset(_CODE.codegen().magic_tuple()[2].split(","))  # of the processor that is compiled for
+_VNNI = "+avx512vnni" in _FEATURES
+_AT_ONCE = 8 if _VNNI else 4  # tokens of a passage that are multiplied at once: sums do not wait for one another
+_PAIRS = 8  # sums of two products of a number below 16 and a signed one of 8 bits that 16 bits hold
+_BYTES = 16  # of a code that are split at once
 _LOWEST = -(1 << 31)
-_INT16, _INT32 = ir.IntType(16), ir.IntType(32)
+_INT8, _INT16, _INT32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
+_SUMS, _PAIRS_OF_SUMS, _QUADS = ir.VectorType(_INT32, LANES), ir.VectorType(_INT16, 32), ir.VectorType(_INT8, 64)
 
 
-def arranged(queries: NDArray[np.int16]) -> NDArray[np.int16]:
-    """Queries [m, dim] as ``sum_of_best`` reads them: [m / LANES, dim / 2, LANES, 2], filled up with zeros."""
-    num, dim = queries.shape
-    blocks, pairs = -(-num // LANES), -(-dim // 2)
-    filled = np.zeros((blocks * LANES, 2 * pairs), np.int16)
-    filled[:num, :dim] = queries
-    return np.ascontiguousarray(filled.reshape(blocks, LANES, pairs, 2).swapaxes(1, 2))
+def arranged(queries: NDArray[np.int8], bits: int) -> NDArray[np.int8]:
+    """Queries [m, dim] as ``sum_of_best`` reads them: [m / LANES, 2, quads, LANES, 4], filled up with zeros.
+
+    The two halves are those of codes of so many ``bits``.
+    """
+    halves = (queries[:, ::2], queries[:, 1::2]) if bits == 4 else (queries, queries)
+    blocks, quads = -(-len(queries) // LANES), -(-halves[0].shape[1] // 4)
+    filled = np.zeros((blocks * LANES, 2, 4 * quads), np.int8)
+    for index, half in enumerate(halves):
+        filled[: len(half), index, : half.shape[1]] = half
+    return np.ascontiguousarray(filled.reshape(blocks, LANES, 2, quads, 4).transpose(0, 2, 3, 1, 4))
+
+
+def _call(builder: Any, name: str, returned: Any, *values: Any) -> Any:
+    """A function of LLVM."""
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(returned, [value.type for value in values]), name
+    )
+    return builder.call(function, values)
+
+
+def _vector(kind: Any, value: int) -> Any:
+    return ir.Constant(kind, [value] * kind.count)
+
+
+def _chosen(builder: Any, vector: Any, lanes: Sequence[int]) -> Any:
+    mask = ir.Constant(ir.VectorType(_INT32, len(lanes)), [*lanes])
+    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+
+
+def _repeated(builder: Any, value: Any) -> Any:
+    """A whole number of 32 bits in all lanes."""
+    alone = builder.insert_element(ir.Constant(_SUMS, ir.Undefined), value, _INT32(0))
+    return _chosen(builder, alone, [0] * LANES)
+
+
+def _sum_of_pairs(builder: Any, numbers: Any, query: Any) -> Any:
+    """The sums of two products each, of numbers and a query [64], in 16 bits."""
+    if "+avx512bw" in _FEATURES:
+        return _call(builder, "llvm.x86.avx512.pmaddubs.w.512", _PAIRS_OF_SUMS, numbers, query)
+    if "+avx2" in _FEATURES:
+        halves: list[Any] = []
+        for start in (0, 32):
+            some = (_chosen(builder, vector, range(start, start + 32)) for vector in (numbers, query))
+            halves.append(_call(builder, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(_INT16, 16), *some))
+        return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(_INT32, 32), [*range(32)]))
+    wide = ir.VectorType(_INT16, 64)
+    products = builder.mul(builder.zext(numbers, wide), builder.sext(query, wide))
+    return builder.add(*(_chosen(builder, products, range(start, 64, 2)) for start in (0, 1)))
+
+
+def _add_quads(builder: Any, total: Any, row: Any, query: Any) -> None:
+    """Add the products of four numbers of a row with four of a query [LANES, 4]; ``total`` has 32 or 16 bits."""
+    numbers = builder.bitcast(_repeated(builder, builder.load(row)), _QUADS)
+    if _VNNI:
+        sums = _call(builder, "llvm.x86.avx512.vpdpbusd.512", _SUMS, builder.load(total), numbers, query)
+    else:
+        sums = builder.add(builder.load(total), _sum_of_pairs(builder, numbers, query))
+    builder.store(sums, total)
 
 
 @intrinsic
-def _raise_best(typing_context: Any, numbers: Any, queries: Any, block: Any, best: Any) -> Any:  # noqa: ARG001
-    """Raise the best products [LANES] of a block of the queries to those with ``_AT_ONCE`` rows of numbers.
+def _split(typing_context: Any, codes: Any, code: Any, numbers: Any, at: Any) -> Any:  # noqa: ARG001
+    """Write the lower and the higher halves of the bytes of a code to ``numbers`` [2, _AT_ONCE, bytes].
 
-    ``numbers`` [_AT_ONCE, pairs] holds two dimensions in each 32 bits. Written for LLVM, because the sums of an inner
-    loop of Python's would be kept in memory: here they stay in registers, and two products and two additions of all
-    lanes are one instruction where a processor has it (``pmaddwd``, ``vpdpwssd``).
+    Written for LLVM, which makes of a loop over 32 bytes a general one that takes longer than all products.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        rows, columns, _, highest = signature.args
+        source, target = (
+            context.make_array(signature.args[index])(context, builder, arguments[index]) for index in (0, 2)
+        )
+        width = cgutils.unpack_tuple(builder, source.shape)[1]
+        size = width.type
+        read = builder.gep(source.data, [builder.mul(arguments[1], width)])
+        _, num_rows, room = cgutils.unpack_tuple(builder, target.shape)
+        low = builder.gep(target.data, [builder.mul(arguments[3], room)])
+        high = builder.gep(low, [builder.mul(num_rows, room)])
+        end = builder.and_(width, size(-_BYTES))
+        for kind, first, last, step in ((ir.VectorType(_INT8, _BYTES), size(0), end, _BYTES), (_INT8, end, width, 1)):
+            with cgutils.for_range_slice(builder, first, last, size(step), intp=size) as (byte, _):
+                bytes_ = builder.load(builder.bitcast(builder.gep(read, [byte]), kind.as_pointer()), align=1)
+                fifteen, four = ((_vector(kind, value) if step > 1 else kind(value)) for value in (15, 4))
+                for address, half in ((low, builder.and_(bytes_, fifteen)), (high, builder.lshr(bytes_, four))):
+                    builder.store(half, builder.bitcast(builder.gep(address, [byte]), kind.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(codes, code, numbers, at), generate
+
+
+@intrinsic
+def _raise_best(typing_context: Any, numbers: Any, queries: Any, block: Any, factor: Any, best: Any) -> Any:  # noqa: ARG001
+    """Raise the best products [LANES] of a block of the queries to those with ``_AT_ONCE`` rows of numbers.
+
+    ``numbers`` [2, _AT_ONCE, quads] holds four dimensions in each 32 bits; the products of the second half count
+    ``factor`` times. Written for LLVM, because the sums of an inner loop of Python's would be kept in memory: here they
+    stay in registers.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        rows, columns, _, _, highest = signature.args
         rows = context.make_array(rows)(context, builder, arguments[0])
         columns = context.make_array(columns)(context, builder, arguments[1])
-        highest = context.make_array(highest)(context, builder, arguments[3])
-        lanes, halves, products = (
-            ir.VectorType(_INT32, LANES),
-            ir.VectorType(_INT16, 2 * LANES),
-            ir.VectorType(_INT32, 2 * LANES),
-        )
-        first_lane = ir.Constant(lanes, [0] * LANES)
-        num_pairs = cgutils.unpack_tuple(builder, rows.shape)[1]
-        column = builder.gep(builder.bitcast(columns.data, halves.as_pointer()), [builder.mul(arguments[2], num_pairs)])
-        sums = [cgutils.alloca_once(builder, lanes) for _ in range(_AT_ONCE)]
-        for total in sums:
-            builder.store(ir.Constant(lanes, [0] * LANES), total)
-        with cgutils.for_range(builder, num_pairs) as loop:
-            query = builder.load(builder.gep(column, [loop.index]), align=2)
-            query = builder.sext(query, products)
-            for at, total in enumerate(sums):
-                address = builder.add(builder.mul(num_pairs, ir.Constant(num_pairs.type, at)), loop.index)
-                pair = builder.load(builder.gep(rows.data, [address]))
-                pair = builder.insert_element(ir.Constant(lanes, ir.Undefined), pair, _INT32(0))
-                pair = builder.shuffle_vector(pair, ir.Constant(lanes, ir.Undefined), first_lane)
-                product = builder.mul(builder.sext(builder.bitcast(pair, halves), products), query)
-                even, odd = (
-                    builder.shuffle_vector(
-                        product,
-                        ir.Constant(products, ir.Undefined),
-                        ir.Constant(lanes, list(range(start, 2 * LANES, 2))),
-                    )
-                    for start in (0, 1)
-                )
-                builder.store(builder.add(builder.load(total), builder.add(even, odd)), total)
-        address = builder.gep(builder.bitcast(highest.data, lanes.as_pointer()), [arguments[2]])
+        highest = context.make_array(highest)(context, builder, arguments[4])
+        quads = cgutils.unpack_tuple(builder, rows.shape)[2]
+        size = quads.type
+        query = builder.bitcast(columns.data, _QUADS.as_pointer())
+        query = builder.gep(query, [builder.mul(builder.mul(arguments[2], size(2)), quads)])
+        kind = _SUMS if _VNNI else _PAIRS_OF_SUMS
+        totals = [[cgutils.alloca_once(builder, _SUMS) for _ in range(_AT_ONCE)] for _ in range(2)]
+        chunk = [cgutils.alloca_once(builder, kind) for _ in range(_AT_ONCE)]
+        for half in range(2):
+            for total in totals[half]:
+                builder.store(_vector(_SUMS, 0), total)
+            with cgutils.for_range_slice(builder, size(0), quads, size(_PAIRS), intp=size) as (first, _):
+                for partial in chunk:
+                    builder.store(_vector(kind, 0), partial)
+                last = builder.add(first, size(_PAIRS))
+                last = builder.select(builder.icmp_signed("<", last, quads), last, quads)
+                with cgutils.for_range_slice(builder, first, last, size(1), intp=size) as (quad, _):
+                    at = builder.add(builder.mul(quads, size(half)), quad)
+                    column = builder.load(builder.gep(query, [at]), align=1)
+                    for row, partial in enumerate(chunk):
+                        at = builder.add(builder.mul(quads, size(half * _AT_ONCE + row)), quad)
+                        _add_quads(builder, partial, builder.gep(rows.data, [at]), column)
+                for total, partial in zip(totals[half], chunk, strict=True):
+                    added = builder.load(partial)
+                    if not _VNNI:
+                        pair = builder.bitcast(added, _SUMS)
+                        first_of_pair = builder.ashr(builder.shl(pair, _vector(_SUMS, 16)), _vector(_SUMS, 16))
+                        added = builder.add(first_of_pair, builder.ashr(pair, _vector(_SUMS, 16)))
+                    builder.store(builder.add(builder.load(total), added), total)
+        address = builder.gep(builder.bitcast(highest.data, _SUMS.as_pointer()), [arguments[2]])
         best_so_far = builder.load(address, align=4)
-        for total in sums:
-            product = builder.load(total)
+        times = _repeated(builder, arguments[3])
+        for first, second in zip(*totals, strict=True):
+            product = builder.add(builder.load(first), builder.mul(builder.load(second), times))
             best_so_far = builder.select(builder.icmp_signed(">", product, best_so_far), product, best_so_far)
         builder.store(best_so_far, address, align=4)
         return context.get_dummy_value()
 
-    return types.void(numbers, queries, block, best), generate
+    return types.void(numbers, queries, block, factor, best), generate
 
 
 @compiled(
     types.void(
         *(read_only(types.uint8, 2), read_only(types.int64), read_only(types.int64)),
-        *(read_only(types.int16, 4), types.int64, written(types.int64)),
+        *(read_only(types.int8, 5), types.int64, written(types.int64)),
     )
 )
 def sum_of_best(
     codes: NDArray[np.uint8],
     starts: NDArray[np.int64],
     counts: NDArray[np.int64],
-    queries: NDArray[np.int16],
+    queries: NDArray[np.int8],
     bits: int,
     sums: NDArray[np.int64],
 ) -> None:
@@ -112,15 +205,17 @@ def sum_of_best(
         codes: [parts, bytes], numbers of ``bits`` each, as ``RotatedFormat`` stores them.
         starts: [n] the first part of each row.
         counts: [n] its number of parts, at least 1.
-        queries: those ``arranged``; all products with a part are below 2^31.
+        queries: those ``arranged`` for these bits; all products with a part are below 2^31.
         bits: 4 or 8.
         sums: [n] gets the sums.
     """
-    num_pairs = queries.shape[1]
-    if codes.shape[1] != (num_pairs if bits == 4 else 2 * num_pairs - codes.shape[1] % 2):
+    width, quads = codes.shape[1], queries.shape[2]
+    if not 4 * quads - 4 < width <= 4 * quads:
         raise ValueError("queries and parts have different widths")
-    numbers = np.zeros((_AT_ONCE, num_pairs), np.int32)
+    numbers = np.zeros((2, _AT_ONCE, 4 * quads), np.uint8)
+    read = numbers.view(np.int32)
     best = np.empty(LANES * len(queries), np.int32)
+    factor = np.int32(1 if bits == 4 else 16)
     for row in range(len(starts)):
         start, end = starts[row], starts[row] + counts[row]
         if start < 0 or end <= start or end > len(codes):
@@ -128,17 +223,10 @@ def sum_of_best(
         best[:] = _LOWEST
         for part in range(start, end, _AT_ONCE):
             for at in range(_AT_ONCE):
-                code = codes[min(part + at, end - 1)]  # the last one again, which changes nothing
-                if bits == 4:
-                    for pair in range(num_pairs):
-                        numbers[at, pair] = np.int32(code[pair] & 15 | (np.int32(code[pair]) >> 4) << 16)
-                else:
-                    for pair in range(len(code) // 2):
-                        numbers[at, pair] = np.int32(code[2 * pair] | np.int32(code[2 * pair + 1]) << 16)
-                    if len(code) % 2:
-                        numbers[at, num_pairs - 1] = np.int32(code[-1])
+                code = min(part + at, end - 1)  # the last one again, which changes nothing
+                _split(codes, code, numbers, at)
             for block in range(len(queries)):
-                _raise_best(numbers, queries, block, best)
+                _raise_best(read, queries, block, factor, best)
         total = np.int64(0)
         for product in best:
             total += product
