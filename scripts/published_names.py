@@ -40,6 +40,7 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "Whitening, whitening-k": ("student.pooling", "whitening"),
     "WhiteningBERT": ("student.pooling", "first_last"),
     "BEBR": ("student.pooling", "binarised"),
+    "Multivariate representations (MRL)": ("student.pooling", "multivariate"),
     "Ditto": ("student.pooling", "ditto"),
     "SGPT": ("student.pooling", "weighted_mean"),
     "PMA": ("student.pooling", "pma"),
@@ -99,8 +100,6 @@ MISSING: Mapping[str, str] = {
     "written yet: `labelling` chooses by disagreement or by mistakes",
     "SPLADE, DSR, SPAR": "need a head that predicts words; minilm and e5 ship without their MLM heads",
     "BTR": "binary states of tokens for a language model that reads passages, of which none here keeps states",
-    "Multivariate representations": "a query's vector is made of mean and variance in another way than a "
-    "passage's; here one pooling makes both",
     "FSDP": "a student of 7 billion weights fits one GPU with adapters ([scale.md](scale.md))",
     "Contextual document embeddings": "two readings of every passage, and neighbours from the index: an index could no "
     "longer add one passage alone",

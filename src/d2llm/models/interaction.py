@@ -414,6 +414,7 @@ class CosineHead(nn.Module):
     """
 
     has_dot = True
+    kind = "cosine"
 
     def has_interaction(self, task: Task) -> bool:  # noqa: ARG002 - same for every task
         """There is none."""
@@ -441,9 +442,33 @@ class CosineHead(nn.Module):
         return PairScores(logits, logits, None)
 
 
+class DivergenceHead(CosineHead):
+    """-t KL(a || b) / k of two normal distributions of k dimensions, up to what is the same for all passages.
+
+    Vectors are those of the pooling ``multivariate``; what is left of the divergence is one inner product with them.
+    """
+
+    kind = "divergence"
+
+    def query_vectors(
+        self,
+        queries: Float[Tensor, "queries dim"],
+        task: Task,  # noqa: ARG002 - same for every task
+    ) -> Float[Tensor, "queries dim"]:
+        """The vectors f [sqrt(k), -(m^2 + s^2), 2 m] t / 2 k, whose inner product with a passage's is the logit."""
+        size = self.dim // 2
+        factor = (size / self.dim) ** 0.5
+        variance = 1 / (1 + factor * queries[:, 1 : size + 1]).clamp(min=1e-6)
+        mean = factor * queries[:, size + 1 :] * variance
+        constant = torch.full_like(mean[:, :1], size**0.5)
+        sides = torch.cat([constant, -(mean**2) - variance, 2 * mean], dim=1)
+        return sides * (factor * self.log_scale.exp() / (2 * size))
+
+
 def make_head(config: InteractionConfig, dim: int) -> Interaction | CosineHead:
     """Create the head that a configuration names."""
-    return CosineHead(dim) if config.head == "cosine" else Interaction(config, dim)
+    simple = {head.kind: head for head in (CosineHead, DivergenceHead)}.get(config.head)
+    return Interaction(config, dim) if simple is None else simple(dim)
 
 
 def _open_gate(dim: int) -> nn.Linear:

@@ -48,8 +48,8 @@ def why_no_interaction(head: str, weight: float | None, task: Task) -> str | Non
     ``head`` is the kind of head (``InteractionConfig.head``), ``weight`` the interaction's weight r in the task; None
     if it has none.
     """
-    if head == "cosine":
-        return "this student has no interaction: its head is the cosine"
+    if head in ("cosine", "divergence"):
+        return f"this student has no interaction: its head is the {head}"
     if weight is None:
         return (
             f"this student has no interaction in {task} search: on the dev sets it added nothing to the inner product, "

@@ -92,7 +92,7 @@ class VectorScorer(nn.Module):
         """Why the interaction adds nothing to the score of any pair in a task; None if it adds something."""
         head = self.interaction
         if isinstance(head, CosineHead):
-            return why_no_interaction("cosine", None, task)
+            return why_no_interaction(head.kind, None, task)
         weight = float(head.interaction_weight(task)) if head.has_interaction(task) else None
         return why_no_interaction("dot" if head.has_dot else "paper", weight, task)
 

@@ -16,8 +16,9 @@ from d2llm.recipe.sections import Section
 class InteractionConfig(Section):
     """Interaction emulation module (IEM), or a cosine instead of it."""
 
-    head: Literal["dot", "paper", "cosine"] = "dot"
-    """``cosine``: a learned scale times the cosine of the vectors, without an IEM, as in a plain bi-encoder."""
+    head: Literal["dot", "paper", "cosine", "divergence"] = "dot"
+    """``cosine``: a learned scale times the cosine of the vectors, without an IEM, as in a plain bi-encoder;
+    ``divergence``: minus that of two distributions, for the pooling ``multivariate``."""
     features: Literal["rich", "concat", "product", "difference"] = "rich"
     """Inputs of the IEM besides the vectors a and b: none (``concat``), a * b, |a - b|, or both (``rich``)."""
     tasks: tuple[Task, ...] = TASKS
@@ -38,6 +39,11 @@ class InteractionConfig(Section):
     """Bound the change by B r_q(a) r_p(b) with learned gates in (0, 1), one for the query and one for the passage
     (dot head). The upper bound is still an inner product, in one more dimension, and fewer passages must be
     rescored for a certified ranking."""
+
+    @property
+    def has_network(self) -> bool:
+        """Whether a network reads pairs, so that they have features."""
+        return self.head in ("dot", "paper")
 
     @field_validator("tasks")
     @classmethod
@@ -81,6 +87,15 @@ class StudentConfig(Section):
         kind = BackboneConfig.kind_of(backbone) if isinstance(backbone, dict) else getattr(backbone, "kind", backbone)
         is_finished = kind in kinds.kinds and not kinds.find(kind).reads_tokens
         return {"pooling": AutoPooling()} | sections if is_finished else sections
+
+    @model_validator(mode="after")
+    def _check_head(self) -> StudentConfig:
+        if (self.interaction.head == "divergence") != (self.pooling.kind == "multivariate"):
+            raise ValueError(
+                f"pooling is {self.pooling.kind} and interaction.head is {self.interaction.head}: the pooling "
+                "multivariate and the head divergence need one another, so set both or neither"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_pooling(self) -> StudentConfig:

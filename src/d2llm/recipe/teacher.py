@@ -370,7 +370,7 @@ class ListTeacherConfig(_ShippedTeacher):
     def check(self, recipe: Recipe) -> None:
         """It has no features to imitate."""
         imitated = [kind for kind, loss in recipe.losses.root.items() if "features" in loss.learns_from]
-        if imitated and recipe.student.interaction.head != "cosine":
+        if imitated and recipe.student.interaction.has_network:
             raise ValueError(
                 f"losses.{imitated[0]} imitates a teacher's features, and one of kind {self.kind} answers in "
                 f"words alone: set {' and '.join(f'losses.{name} = 0' for name in imitated)}"

@@ -320,6 +320,14 @@ _OWN: _Group = {
             )
         ),
     ),
+    "multivariate": (
+        "a mean and a variance of each dimension, without PMA, compared by their divergence (MRL)",
+        _student(
+            pooling=lambda pooling: Pooling.of({"kind": "multivariate", "pooling": _weightless(pooling)}),
+            interaction={"head": "divergence"},
+        )
+        | {"losses": {"subclass_imitation": 0.0}},
+    ),
     "binarised": (
         "one trained bit a dimension, without PMA (BEBR)",
         _student(pooling=lambda pooling: Pooling.of({"kind": "binarised", "pooling": _weightless(pooling)})),

@@ -34,10 +34,10 @@ class SubclassImitation(Loss, kind="subclass_imitation"):
     )
 
     def check(self, recipe: Recipe) -> None:
-        if recipe.student.interaction.head == "cosine":
+        if not (interaction := recipe.student.interaction).has_network:
             raise ValueError(
-                "losses.subclass_imitation needs the features of pairs, which the head 'cosine' does not have: set "
-                'student.interaction.head = "dot" or "paper", or delete subclass_imitation'
+                f"losses.subclass_imitation needs the features of pairs, which the head {interaction.head!r} does not "
+                'have: set student.interaction.head = "dot" or "paper", or delete subclass_imitation'
             )
 
     def __call__(self, inputs: LossInput) -> Tensor | None:

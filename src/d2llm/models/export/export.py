@@ -117,7 +117,7 @@ def _content(student: Student, to: ExportFormat, precision: str, names: tuple[st
         "precision": precision,
         "student": student.fingerprint,
         "dim": student.vector_dim,
-        "head": "cosine" if isinstance(head, CosineHead) else head.config.head,
+        "head": head.kind if isinstance(head, CosineHead) else head.config.head,
         "files": names,
     }
     if to in ("numpy", "vespa", *_FOLDERS_OF_TOKENS):
@@ -178,6 +178,8 @@ def head_arrays(head: Interaction | CosineHead) -> dict[str, np.ndarray]:
 
 def _task_arrays(head: Interaction | CosineHead, task: Task) -> dict[str, np.ndarray]:
     if isinstance(head, CosineHead):
+        if head.kind == "divergence":
+            raise InputError("this file maps queries by a matrix, and the head divergence has none; export another way")
         return {"dot": _array(head.log_scale.exp() / head.dim)}
     if not head.has_interaction(task):
         unit = torch.eye(head.dim, device=next(head.parameters()).device)

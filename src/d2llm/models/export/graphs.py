@@ -88,7 +88,7 @@ def write_text_graph(
             f"{str(backbone.compute_dtype).removeprefix('torch.')} on {backbone.device.type}; load it with "
             "device='cpu', dtype='float32'"
         )
-    graph = TextGraph(backbone, pooling, on_sphere=isinstance(head, CosineHead))
+    graph = TextGraph(backbone, pooling, on_sphere=isinstance(head, CosineHead) and head.kind == "cosine")
     # An example with padding and no dimension of size 1, so that the tracer takes no size for a constant.
     mask = torch.tensor([[1] * 16, [1] * 9 + [0] * 7, [1] * 3 + [0] * 13])
     examples = {"input_ids": mask * 5, "attention_mask": mask}
