@@ -255,6 +255,10 @@ class TestContext:
         included = {name for source in context["sources"] for name in source["passage_ids"]}
         assert {hit["passage"]["id"] for hit in ranking["passages"]} - included == set(context["left_out"]) != set()
         assert ranking["selection"]["selected_from"] > len(ranking["passages"])
+        answering = ("search", workspace / "i", QUESTION, "--answering", "0.5")
+        fail(*answering, containing=["--answering is for --context"])
+        burn = "Cool a burn under running water for ten minutes and do not put butter on it."
+        assert succeed(*answering, "--context", "90").stdout.strip() == f"[1] d2\n{burn}"
 
     def test_excerpts_show_each_passage_once(self, workspace):
         options = ("--excerpts", "--neighbours", "1", "--top-k", "5")

@@ -129,6 +129,12 @@ def test_a_context_is_that_of_the_library(index, post, order):
     assert response["index"]["version"] == context.ranking.index_version
 
 
+def test_answering_needs_probabilities(index, address):
+    response = httpx2.post(f"{address}/v1/context", json={"query": QUERY, "answering": 0.5}, timeout=PATIENCE)
+    assert response.status_code == 400
+    assert "not calibrated" in response.json()["error"]["message"]
+
+
 def test_without_rescoring_the_inner_product_ranks(index, post):
     response = post("/v1/search", {"query": QUERY, "rescore": "none", "top_k": 60})
     scores = [hit["score"] for hit in response["passages"]]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2llm.core.errors import InputError, ModelNotFoundError
 from d2llm.core.types import Passage, Query, RankedPassage, Ranking
-from d2llm.retrieval.context import build_context, context_settings, named_tokenizer
+from d2llm.models.probabilities import ProbabilityCalibration, TaskCalibration
+from d2llm.retrieval.context import answering_sentences, build_context, context_settings, named_tokenizer
 from d2llm.retrieval.results import merge_neighbours
 from d2llm.retrieval.settings import SearchSettings
 from examples import examples
@@ -256,3 +258,40 @@ class TestIndex:
         (source,) = context.sources
         assert source.passage_ids == ("p4", "p5", "p6")
         assert source.text.startswith(PASSAGES[4].text)
+
+
+class Reader:
+    """Scores a sentence by how many words it shares with the query."""
+
+    calibration = ProbabilityCalibration(
+        tasks={
+            "asymmetric": TaskCalibration(
+                slope=2.0, offset=-3.0, num_queries={}, num_pairs=0, error_before=0.0, error_after=0.0
+            )
+        }
+    )
+
+    def predict(self, pairs, *, task, with_features):
+        assert (task, with_features) == ("asymmetric", False)
+        return np.array([len({*query.split()} & {*sentence.rstrip(".").split()}) for query, sentence in pairs])
+
+
+@pytest.mark.parametrize(
+    ("least", "texts"),
+    [
+        (0.9, []),  # 2 common words: 1 / (1 + exp(3 - 4)) = .73
+        (0.7, ["The dog and a cat."]),
+        (0.2, ["The dog and a cat. No cat here.", "My dog."]),  # 1: .27
+        (None, ["The dog and a cat. Rain falls. No cat here.", "Nothing.", "My dog. Snow."]),
+    ],
+)
+def test_answering_keeps_the_sentences_that_answer_and_may_be_empty(least, texts):
+    written = ["The dog and a cat. Rain falls. No cat here.", "Nothing.", "My dog. Snow."]
+    passages = [Passage(f"d#{n}", text, "A title", "d", n) for n, text in enumerate(written)]
+    found = [RankedPassage(n, passage, 5.0 - n, before=passages[:n]) for n, passage in enumerate(passages, start=1)]
+    ranking = Ranking(Query("1", "dog cat"), tuple(found), 3)
+    answering = answering_sentences(ranking, Reader(), "asymmetric", least)
+    assert [result.passage.text for result in answering] == texts
+    assert [result.rank for result in answering] == ([1, 2, 3] if least is None else [1, 3])[: len(texts)]
+    assert answering is ranking or not any(result.before for result in answering)
+    assert bool(build_context(answering, word_ends, 100).text) == bool(texts)

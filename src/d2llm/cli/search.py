@@ -181,7 +181,8 @@ def _for_context(
     Raises:
         InputError: an option is for another one that is missing, or contradicts it.
     """
-    for name, value in (("--context-order", context.get("order")), ("--tokenizer", tokenizer)):
+    given = {"--context-order": context.get("order"), "--answering": context.get("answering"), "--tokenizer": tokenizer}
+    for name, value in given.items():
         if value is not None and "max_tokens" not in context:
             raise InputError(f"{name} is for --context TOKENS; add it, or leave {name} out")
     others = {
@@ -240,12 +241,12 @@ def search(
     turns = _read_history(history, len(all_queries))
     settings = _for_context(text, tokenizer, settings, around.excerpts)
     second_stage = stage.find()
-    opened = Index.open(index, student, device=device, dtype=dtype, engine=engine, lean=queries is None)
+    lean = not (queries or "answering" in text)
+    opened = Index.open(index, student, device=device, dtype=dtype, engine=engine, lean=lean)
     if not len(opened.view):
         raise InputError(f"{index}: holds no passages; add some with d2llm index {index} upsert CORPUS")
-    index_task = (
-        opened.view.task if settings.task in (None, opened.view.task) else task_for(opened.student, settings.task)
-    )
+    task = settings.task or opened.view.task
+    index_task = task if task == opened.view.task else task_for(opened.student, task)
     rerank = None if second_stage is None else second_stage.open(device=device, dtype=dtype)
     expanded, rewriter = _load_writer(expansion, turns, writer, device=device, dtype=dtype)
     searched, rewriting = rewritten(all_queries, turns, rewriter)
@@ -253,13 +254,14 @@ def search(
     rankings = with_rewriting(rankings, rewriting)
     report: dict[str, Any] = {"student": opened.student.fingerprint, "rankings": rankings}
     for ranking in rankings:
-        shown = _show(session, opened, ranking, text, tokenizer, is_one=len(rankings) == 1, excerpts=around.excerpts)
+        kept = _answering(session, ranking, opened.student, index_task, text.get("answering"))
+        shown = _show(session, opened, kept, text, tokenizer, is_one=len(rankings) == 1, excerpts=around.excerpts)
         for name, value in shown.items():
             report.setdefault(name, []).append(value)
         _explain(session, ranking, settings, opened.student, index_task)
-    for remark in (_truncated_queries(rankings, opened.student, settings.instruction), _plain_queries(rankings)):
-        if remark is not None:
-            session.complain("warning", remark)
+    remarks = (_truncated_queries(rankings, opened.student, settings.instruction), _plain_queries(rankings))
+    for remark in filter(None, remarks):
+        session.complain("warning", remark)
     session.write_report(context, json_path, report)
     session.write_lines(jsonl, _rows(rankings))
 
@@ -312,6 +314,19 @@ def _show_context(
     session.write(context.text)
     session.say(context_remark(context))
     return {field.name: getattr(context, field.name) for field in fields(context) if field.name != "ranking"}
+
+
+def _answering(
+    session: Session, ranking: Ranking, student: SearchStudent, task: Task, answering: float | None
+) -> Ranking:
+    """A ranking with the sentences that answer its query alone, if ``answering`` is given."""
+    from d2llm.retrieval.context import answering_sentences
+
+    kept = answering_sentences(ranking, cast("Student", student), task, answering)
+    if answering is not None:
+        num_results, num_kept = len(ranking.passages), len(kept.passages)
+        session.say(f"answering: {num_kept} of {num_results} results have a sentence that answers")
+    return kept
 
 
 def _show_excerpts(session: Session, index: Index, ranking: Ranking) -> list[Excerpt]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from d2llm.core.errors import InputError
 from d2llm.core.short_repr import short_repr
@@ -18,13 +18,18 @@ from d2llm.core.types import (
     Passage,
     RankedPassage,
     Ranking,
+    Task,
 )
 from d2llm.models.length_limit import cut_pair
 from d2llm.models.sources import find_model, load_tokenizer
 from d2llm.models.tokens import token_ends
+from d2llm.ops.bm25_words import sentences
 from d2llm.retrieval.chunking import HEADING_SEPARATOR
 from d2llm.retrieval.results import merge_neighbours
 from d2llm.retrieval.settings import SearchSettings
+
+if TYPE_CHECKING:
+    from d2llm.models.student import Student
 
 NEAR_DUPLICATES = 0.95
 """Cosine from which a context leaves out a passage that says nothing new, unless the settings say another."""
@@ -159,6 +164,34 @@ def build_context(
         truncated=packer.truncated,
         ranking=ranking,
     )
+
+
+def answering_sentences(ranking: Ranking, student: Student, task: Task, least: float | None) -> Ranking:
+    """A ranking whose passages have only the sentences that answer its query with a probability of at least ``least``.
+
+    Results without such a sentence are left out, and all neighbours; the others keep their ranks and scores. A sentence
+    is read alone, and its probability is that of the score of the vectors. None: the ranking as it is.
+
+    After the extractive compressor of Xu et al., "RECOMP: Improving Retrieval-Augmented LMs with Compression and
+    Selective Augmentation", ICLR 2024 (arXiv 2310.04408), section 3.1, an encoder trained for it that keeps a fixed
+    number of sentences. The empty answer is that of its other, abstractive one.
+
+    Raises:
+        InputError: the student is not calibrated for this task.
+    """
+    if least is None:
+        return ranking
+    texts = [[one.passage.text[start:end] for start, end in sentences(one.passage.text)] for one in ranking.passages]
+    pairs = [(ranking.query.text, sentence) for found in texts for sentence in found]
+    scores = student.predict(pairs, task=task, with_features=False) if pairs else ()
+    answers = iter(student.calibration.probabilities(scores, task) >= least)
+    kept = [" ".join([sentence for sentence in found if next(answers)]) for found in texts]
+    shorter = [
+        replace(result, passage=replace(result.passage, text=text), before=(), after=())
+        for result, text in zip(ranking.passages, kept, strict=True)
+        if text
+    ]
+    return replace(ranking, passages=tuple(shorter))
 
 
 class _Labels(NamedTuple):

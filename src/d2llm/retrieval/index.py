@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from sentence_transformers import SentenceTransformer
 
-    from d2llm.models.protocols import SearchStudent
     from d2llm.models.student import Student
     from d2llm.models.teachers.pair_teacher import PairTeacher
     from d2llm.ops.rereading import StudentError
@@ -445,9 +444,8 @@ class Index(OpenIndex):
         a reranker, or what ``retrieval.reranker.open_reranker`` has loaded for many searches. With an ``expansion``, a
         language model writes other queries, or passages that would answer them; each ranking says what it wrote.
 
-        With a ``history``, the earlier turns of a conversation, a ``Rewriter`` makes one query of them and the query,
-        which the ranking has (``query``, ``rewriting``). A turn is a text of the user, or a dictionary with ``role``
-        and ``content``.
+        With a ``history``, earlier turns of a conversation (texts of the user, or dictionaries with ``role`` and
+        ``content``), a ``Rewriter`` makes one query of them and the query: the ranking's ``query`` and ``rewriting``.
 
         Raises:
             InputError: a setting, a query or a turn is invalid, or a history is without a rewriter.
@@ -508,6 +506,7 @@ class Index(OpenIndex):
         max_tokens: int = DEFAULT_CONTEXT_TOKENS,
         *,
         order: ContextOrder = "rank",
+        answering: float | None = None,
         tokenizer: str | None = None,
         settings: SearchSettings | None = None,
         rerank: RerankerLike | None = None,
@@ -518,13 +517,13 @@ class Index(OpenIndex):
     ) -> AnswerContext:
         """The best passages for a query as one text with numbered sources, for a language model to answer from.
 
-        The results of a search, ``top_k`` of them, fill the text in their order; with ``neighbours``, each comes with
-        those of its neighbours that fit. Near duplicates are left out, by default from a cosine of 0.95 on.
+        The ``top_k`` results fill the text in order, with those ``neighbours`` that fit, and without near duplicates.
 
         Args:
             query: the query.
             max_tokens: maximum number of tokens of the text.
             order: ``rank``: the best source first; ``document``: sources of a document together, in its order.
+            answering: keep only sentences that answer with at least this probability, not whole passages.
             tokenizer: the model whose tokens count: a folder or a name; None: the student.
             settings: how to search.
             rerank: a reranker, as in ``search``.
@@ -538,13 +537,14 @@ class Index(OpenIndex):
             FilterError: the filter cannot be parsed, or does not fit the metadata.
             ModelNotFoundError: there is no such tokenizer.
         """
-        from d2llm.retrieval.context import build_context, context_settings, named_tokenizer
+        from d2llm.retrieval.context import answering_sentences, build_context, context_settings, named_tokenizer
 
         asked = one_query_of(query, "a context")
         chosen = context_settings(SearchSettings.of(settings, **changes))
         student = cast("Student", self.student)  # only a Student has a tokenizer to count with
         token_ends = student.backbone.token_ends if tokenizer is None else named_tokenizer(tokenizer)
         ranking = self.search(asked, chosen, rerank=rerank, expansion=expansion, history=history, rewriter=rewriter)
+        ranking = answering_sentences(ranking, student, chosen.task or self.view.task, answering)
         return build_context(ranking, token_ends, max_tokens, order=order, overlapping=self.repeats_text)
 
     def build_ann(

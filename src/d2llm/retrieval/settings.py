@@ -331,6 +331,14 @@ class ContextSettings(Settings):
         "Order of its sources. rank: the best first. document: those of a document together, in its order.",
         Shown(option="context_order", default="rank"),
     )
+    answering: float | None = setting(
+        None,
+        "Keep only sentences that answer the query with at least this probability, such as .7; nothing if there are "
+        "none.",
+        Shown(metavar="P", default="whole passages"),
+        ge=0,
+        le=1,
+    )
 
 
 class ChunkingSettings(Settings):

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from d2llm import __version__
 from d2llm.core.errors import D2LLMError, InputError
 from d2llm.core.types import Excerpt, Ranking, Task
-from d2llm.retrieval.context import AnswerContext, context_settings
+from d2llm.retrieval.context import AnswerContext, answering_sentences, context_settings
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.results import merge_neighbours
 from d2llm.retrieval.settings import ExpansionSettings, SearchSettings
@@ -101,6 +101,9 @@ async def answer_context(body: ContextRequest, services: Services) -> tuple[Answ
     max_tokens = number_of(body, "max_tokens", limits.max_context_tokens)
     teacher_limits, expansion = _teacher_limits(body, limits), _expansion_of(body, index)
     ranking, student = await index.search(body.query, settings, body.rescore, teacher_limits, expansion, body.history)
+    if body.answering is not None:
+        task = body.task or services.task
+        ranking = await student.in_lane(lambda: answering_sentences(ranking, student.student, task, body.answering))
     return await index.context(ranking, student, max_tokens, body.order), student
 
 
