@@ -17,7 +17,7 @@ from statistics import fmean
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from recorded_judge import GradedList, read_graded_lists, sets_with_dev
+from recorded_judge import GradedList, mean_grades, read_graded_lists, sets_with_dev
 
 from d2llm.data.beir import read_beir
 from d2llm.ops.measures import per_query_measures
@@ -44,6 +44,7 @@ def measured(data: Path, name: str) -> dict[str, float]:
         }
         return fmean(per_query_measures(rankings, qrels)["nDCG@10"].values())
 
+    three = mean_grades([*(each for each in lists if each.split == "dev"), *read_graded_lists(f"best/{name}")])
     best = [{name: judged[query].get(name, 0.0) for name in grades} for query, grades in zip(dev, first, strict=True)]
     return {
         "train lists": sum(each.split == "train" for each in lists),
@@ -54,6 +55,7 @@ def measured(data: Path, name: str) -> dict[str, float]:
         "nDCG@10, first": quality(first),
         "second": quality(second),
         "mean of both": quality(both),
+        "with the third": quality([three[query] for query in dev]),
         "best order": quality(best),
     }
 

@@ -9,7 +9,8 @@ random order, under numbers that say nothing. The key (JSON) has the ids, and st
 ``--of passages`` or ``--of queries`` compares texts of one kind with each other (the symmetric task): a random sample
 of them, each with a list of the others; there are no judgements, and only train queries are taken. ``--written NAME``
 takes the queries that a model wrote for passages (``../written_queries/NAME.jsonl``, such as ``styles/squad``), which
-count as their positives.
+count as their positives. ``--best`` writes packets of the recorded dev lists for a third judging (``best/SET.jsonl``):
+their 8 passages with the best grades, in another order.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from recorded_judge import mean_grades, read_graded_lists
 from recorded_writer import written_queries
 
 from d2llm.core.types import Passage, Query, Task
@@ -35,6 +37,7 @@ from d2llm.training.mining.ranking import EncoderRanking
 
 RUBRICS = Path(__file__).parent
 NUM_PASSAGES, NUM_RANDOM = 20, 2
+NUM_BEST = 8
 _MAX_CHARACTERS = 75_000  # of a packet
 _MAX_QUERIES = 10
 _MAX_WORDS = 400  # of a passage
@@ -128,6 +131,20 @@ def write_packets(
     return number
 
 
+def _write(
+    dataset: Dataset,
+    queries: list[Query],
+    lists: list[list[str]],
+    split: str,
+    judging: int,
+    rubric: str,
+    given: argparse.Namespace,
+) -> None:
+    name, folders = f"{dataset.name}-{split}-{judging}", {"packets": given.out, "keys": given.keys}
+    number = write_packets(dataset, queries, lists, rubric=rubric, name=name, seed=judging, **folders)
+    print(f"{name}: {len(queries)} queries in {number} packets")
+
+
 def main() -> None:
     """Choose and write the lists of one data set."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -135,6 +152,7 @@ def main() -> None:
     parser.add_argument("--student", default="d2llm-minilm")
     parser.add_argument("--of", choices=["passages", "queries"], help="compare texts of one kind with each other")
     parser.add_argument("--written", metavar="NAME", help="queries that a model wrote for the passages")
+    parser.add_argument("--best", action="store_true", help="the best passages of the recorded dev lists once more")
     parser.add_argument("--task", default="asymmetric", choices=["asymmetric", "symmetric"])
     parser.add_argument("--train", type=int, default=600)
     parser.add_argument("--dev", type=int, default=100)
@@ -146,10 +164,16 @@ def main() -> None:
         dataset = texts_of_one_kind(dataset, given.of)
     if given.written is not None:
         dataset = with_written_queries(dataset, given.written)
-    student = Student.load(given.student)
     rubric = (RUBRICS / f"rubric-{given.task}.md").read_text(encoding="utf-8").strip()
     for folder in (given.out, given.keys):
         folder.mkdir(parents=True, exist_ok=True)
+    if given.best:
+        recorded = mean_grades([one for one in read_graded_lists(dataset.name) if one.split == "dev"])
+        lists = [sorted(grades, key=lambda name: -grades[name])[:NUM_BEST] for grades in recorded.values()]
+        rubric = rubric.replace(f"there are {NUM_PASSAGES}", f"there are {NUM_BEST}")
+        _write(dataset, [dataset.queries[name] for name in recorded], lists, "dev", 3, rubric, given)
+        return
+    student = Student.load(given.student)
     judged = sorted(name for name, ids in dataset.positives("train").items() if ids or given.of is not None)
     train = [dataset.queries[name] for name in sorted(judged, key=lambda name: key_of(0, name))[: given.train]]
     dev = dev_queries(dataset, num_queries=given.dev, seed=0) if dataset.qrels["dev"] else []
@@ -157,12 +181,8 @@ def main() -> None:
         if not queries:
             continue
         lists = choose_lists(dataset, queries, split=split, student=student, task=given.task)
-        for seed in (1,) if split == "train" else (1, 2):
-            name = f"{dataset.name}-{split}-{seed}"
-            number = write_packets(
-                dataset, queries, lists, rubric=rubric, name=name, packets=given.out, keys=given.keys, seed=seed
-            )
-            print(f"{name}: {len(queries)} queries in {number} packets")
+        for judging in (1,) if split == "train" else (1, 2):
+            _write(dataset, queries, lists, split, judging, rubric, given)
 
 
 if __name__ == "__main__":
