@@ -74,8 +74,9 @@ async def serve_streams(settings: ServeSettings) -> None:
     async with stdio_server() as (read_stream, write_stream), AsyncExitStack() as stack:
 
         async def start() -> object:
-            module = await asyncio.to_thread(import_module, "d2llm.server.mcp")
-            return await module.start_for_streams(settings, stack)
+            protocol = await asyncio.to_thread(import_module, "d2llm.server.mcp")
+            serving = await asyncio.to_thread(import_module, "d2llm.server.app")
+            return await protocol.start_for_streams(serving.make_app(settings), settings, stack)
 
         starting = asyncio.create_task(start(), name="start")
         server = make_server(lambda: asyncio.shield(starting), tuple(settings.index), may_write=settings.writable)

@@ -15,7 +15,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from fastapi import Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from mcp import types
 from mcp.server.context import ServerRequestContext
@@ -27,7 +27,6 @@ from starlette.types import Receive, Scope, Send
 from d2llm.server import agent_tools
 from d2llm.server.agent_streams import make_server
 from d2llm.server.agent_tools import SCHEME, Agent
-from d2llm.server.app import make_app
 from d2llm.server.errors import MAX_SHOWN, NotReadyError, problem_for_client, shortened, without_paths
 from d2llm.server.running import Lifecycle
 from d2llm.server.services import Catalog, catalog_of
@@ -143,13 +142,11 @@ async def answer(scope: Scope, receive: Receive, send: Send, settings: ServeSett
         await manager.handle_request(scope, receive, send)
 
 
-async def start_for_streams(settings: ServeSettings, stack: AsyncExitStack) -> AgentProtocol:
-    """What answers the one client of ``d2llm mcp``; indexes are loaded until ``stack`` ends, and calls wait for them.
+async def start_for_streams(app: FastAPI, settings: ServeSettings, stack: AsyncExitStack) -> AgentProtocol:
+    """What answers the one client of ``d2llm mcp``; the indexes of ``app`` are loaded until ``stack`` ends.
 
-    Raises:
-        InputError: a setting cannot be used.
+    Calls wait for them.
     """
-    app = make_app(settings)
     lifecycle: Lifecycle = app.state.lifecycle
 
     @asynccontextmanager
