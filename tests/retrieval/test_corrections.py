@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import islice, permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from d2llm import Index, Passage
-from d2llm.retrieval.corrections import correctable_words, corrected, variants
+from d2llm.retrieval.corrections import MAX_WORDS, correctable_words, corrected, find_corrections, variants
 
 TEXTS = [
     "The treaty was signed in a palace near Versailles.",
@@ -84,6 +86,19 @@ def test_a_corrected_query_is_ranked_as_the_right_one(index: Index, query: str, 
 )
 def test_what_is_no_typing_error_is_searched_as_it_is(index: Index, query: str):
     assert index.search(query).corrections == {}
+
+
+def test_a_long_text_is_corrected_at_its_start_alone():
+    counted: list[int] = []
+
+    def count_words(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        counted.append(len(hashes))
+        return np.zeros(len(hashes), np.int64)
+
+    words = ["".join(letters) for letters in islice(permutations("bcdfghjk", 6), 10_000)]
+    assert find_corrections([" ".join(words), "traety"], count_words) == [{}, {}]
+    assert counted[0] == MAX_WORDS + 1
+    assert counted[1] < 400 * (MAX_WORDS + 1)
 
 
 def test_it_can_be_turned_off(index: Index):

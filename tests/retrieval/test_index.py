@@ -1,6 +1,7 @@
 """``Index`` with a fake student: adding, changing, deleting and searching passages. The store has its own tests."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -208,6 +209,14 @@ class TestSearch:
         cat = by_id.get("p0") or by_id["p5"]
         assert cat.terms["cat"] == 1  # the stem of the query word
         assert set(cat.source_ranks) == {"vectors", "bm25"}
+
+    def test_a_word_that_a_passage_repeats_is_explained_in_linear_time(self, student, tmp_path):
+        index = Index.create(tmp_path / "i", student)
+        index.upsert([Passage("p", "cat " * 100_000)])
+        begin = time.process_time()
+        (hit,) = index.search("the cats", explain=True)
+        assert time.process_time() - begin < 5
+        assert hit.explanation.terms == {"cat": 100_000}
 
     @pytest.mark.parametrize(
         ("settings", "message"),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from string import ascii_lowercase
 
 import numpy as np
@@ -31,7 +32,7 @@ CountWords = Callable[[NDArray[np.uint64]], NDArray[np.int64]]
 
 def find_corrections(texts: Sequence[str], count_words: CountWords) -> list[dict[str, str]]:
     """For each text, its misspelt words, each with the word of the corpus that is taken instead."""
-    words = [correctable_words(text) for text in texts]
+    words = [list(islice(correctable_words(text), MAX_WORDS)) for text in texts]
     distinct = list(dict.fromkeys(word for of_text in words for word in of_text))
     if not distinct:
         return [{} for _ in texts]
@@ -62,6 +63,8 @@ def corrected_query(query: Query, corrections: Mapping[str, str]) -> Query:
 
 MIN_LETTERS = 5
 """A shorter word has too many others near it."""
+MAX_WORDS = 64
+"""Words of a text, from its start, in which typing errors are looked for: each unknown one has some 500 variants."""
 _WORD = re.compile(rf"(?<![^\W_])[a-z]{{{MIN_LETTERS},30}}(?![^\W_])")
 
 

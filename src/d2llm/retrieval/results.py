@@ -247,10 +247,10 @@ def _explained(
         passages, rows, scores, lexical, windows, tokens, strict=True
     ):
         at = {name: ranks[row] for name, ranks in ranks_by_source.items() if row in ranks}
-        term_spans: dict[str, tuple[Span, ...]] = {}
+        term_spans: dict[str, list[Span]] = {}
         for span, term in placed_terms(result.passage.full_text):
             if term in query_terms:
-                term_spans[term] = (*term_spans.get(term, ()), span)
+                term_spans.setdefault(term, []).append(span)
         why = Explanation(
             dot=result.dot_score,
             interaction=None
@@ -262,7 +262,7 @@ def _explained(
             source_ranks={name: index + 1 for name, index in at.items()},
             source_scores={name: float(proposals[name].scores[index]) for name, index in at.items()},
             terms={term: len(spans) for term, spans in term_spans.items()},
-            term_spans=term_spans,
+            term_spans={term: tuple(spans) for term, spans in term_spans.items()},
         )
         explained.append(replace(result, explanation=why))
     return tuple(explained)
