@@ -305,6 +305,8 @@ class TestChunkingOfAnIndex:
         (index.folder / "chunking.json").write_text('{"chunk_tokens": 64, "colour": 1}')
         with pytest.raises(DataFormatError, match=r"chunking.json is not what was written"):
             index.upsert_documents([Passage("d", LONG)])
+        (problem,) = index.verify().problems
+        assert "chunking.json is not what was written" in problem
 
 
 def test_truncated_passages_are_logged(student, tmp_path, caplog):
