@@ -20,7 +20,7 @@ MAX_TOKENS = 64
 QUERY = "the cat by the sea"
 LONG = "the cat sat on the mat " * 40
 """Longer than the tiny student's limit."""
-LONG_TOO = "documents were truncated to 64 tokens: 1"
+LONG_TOO = "documents: truncated to 64 tokens, at positions 1"
 """The message in the response when the second text is ``LONG``."""
 
 

@@ -59,12 +59,12 @@ def test_other_native_endpoints_report_truncation(ask):
 
 def test_each_dialect_reports_truncation_in_its_own_field(ask):
     body = {"model": "tiny:query", "input": [SHORT, LONG], "truncate": "END"}
-    assert ask("/v1/embeddings", body).headers["x-warning"] == "input were truncated to 64 tokens: 1"
+    assert ask("/v1/embeddings", body).headers["x-warning"] == "input: truncated to 64 tokens, at positions 1"
     assert "x-warning" not in ask("/v1/embeddings", body | {"input": SHORT}).headers
     pair = {"text_1": LONG, "text_2": [SHORT, LONG], "truncate_prompt_tokens": -1}
     assert (
         ask("/score", pair).headers["x-warning"]
-        == "text_1 were truncated to 64 tokens: 0; text_2 were truncated to 64 tokens: 1"
+        == "text_1: truncated to 64 tokens, at positions 0; text_2: truncated to 64 tokens, at positions 1"
     )
     assert "x-warning" not in ask("/score", pair | {"text_1": SHORT, "text_2": SHORT}).headers
     documents = {"model": "tiny", "query": LONG, "documents": [SHORT]}

@@ -37,6 +37,12 @@ def test_a_heading_of_several_passages_a_path_and_a_single_word_are_no_queries(t
     assert examples(tmp_path, student, passages) == ["Salt melts ice on roads."]
 
 
+def test_markers_of_lists_and_half_sentences_are_left_out(tmp_path, student):
+    texts = ["* The manual has been converted\n  to another format.", "- Salt melts ice on roads.\n- Sand does not."]
+    passages = [Passage("a", LONG, title="Manual > 5.3. How to mend it"), *map(Passage, "bcd", [texts[0], *texts])]
+    assert examples(tmp_path, student, passages) == ["How to mend it", "Salt melts ice on roads."]
+
+
 def test_chinese_headings_and_questions(tmp_path, student):
     passages = [Passage("a", LONG, title="香港人口"), Passage("b", "Who wrote this? Nobody knows."), Passage("c", LONG)]
     assert examples(tmp_path, student, passages) == ["香港人口", "Who wrote this?"]

@@ -35,7 +35,8 @@ def export(
     depth: Annotated[
         int | None,
         typer.Option(
-            metavar="LAYERS", help="Only the first layers of the backbone, for a student trained with nested_depths."
+            metavar="LAYERS",
+            help="Only the first layers of the backbone, for a student trained with nested_cross_entropy.layers.",
         ),
     ] = None,
     json_path: JsonOption = None,

@@ -462,7 +462,7 @@ def calibrate(
     prompt: PromptOption = None,
     task: IndexTaskOption = None,
 ) -> None:
-    """Measure the error of the index's student against a teacher, for `search --teacher`.
+    """Measure the error of the index's student against a teacher, for `--reranker cascade`.
 
     The teacher reads ten of the first fifty passages of each query. The result is stored beside the index.
     """

@@ -283,6 +283,9 @@ def _methods(app: FastAPI, path: str) -> list[str]:
     return sorted(methods | ({"HEAD"} if "GET" in methods else set[str]()))
 
 
+_NO_OBJECT = re.compile(r"a valid dictionary or (?:object to extract fields from|instance of \w+)")
+
+
 def _problem_of_validation(error: RequestValidationError) -> Problem:
     """Describe the first invalid field in full, and count the others."""
     problems = cast("list[dict[str, Any]]", error.errors())
@@ -290,6 +293,9 @@ def _problem_of_validation(error: RequestValidationError) -> Problem:
     where = ".".join(shortened(str(part)) for part in first["loc"] if part != "body") or None
     message = str(first["msg"]).removeprefix("Value error, ")
     message = message.replace("valid tuple", "valid list").replace("Tuple should", "List should")  # JSON has no tuples
+    message = _NO_OBJECT.sub("a JSON object", message)
+    if where is None and first["type"] == "missing":
+        message = "the body is empty; send a JSON object"
     if first["type"] == "json_invalid":
         reason = cast("dict[str, Any]", first.get("ctx") or {}).get("error", "")
         return Problem(400, "invalid_request", f"the body is not valid JSON ({reason})", reason="json_invalid")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
@@ -242,6 +243,8 @@ _NUM_READ = 60  # passages
 _WORDS = range(2, 25)  # of an example
 _TYPICAL_WORDS = 6
 _MAX_CHARS = 150
+_MARKER = re.compile(r"^(?:[-*+•#]+|\d[\d.]*[.)])\s+")
+"""What a heading or an item of a list may begin with."""
 
 
 def example_queries(view: IndexView) -> list[str]:
@@ -253,7 +256,7 @@ def example_queries(view: IndexView) -> list[str]:
 
 def _queries_of(passages: Sequence[Passage]) -> list[str]:
     """One query from each third of the passages: a heading that no other has if there is one, else a sentence."""
-    headings = [passage.title.rsplit(HEADING_SEPARATOR, 1)[-1] for passage in passages]
+    headings = [_MARKER.sub("", passage.title.rsplit(HEADING_SEPARATOR, 1)[-1]) for passage in passages]
     sentences_of = [_first_sentence(passage.text) for passage in passages]
     counts = Counter(text.casefold() for text in headings)
     queries: list[str] = []
@@ -268,8 +271,10 @@ def _queries_of(passages: Sequence[Passage]) -> list[str]:
 
 
 def _first_sentence(text: str) -> str:
+    """Without the marker of a list; nothing if a line ends before the sentence does."""
     start, end = next(iter(sentences(text)), (0, 0))
-    return text[start:end]
+    is_whole = end == len(text.rstrip()) or text[start:end].endswith((".", "!", "?", "。", "！", "？"))
+    return _MARKER.sub("", text[start:end]) if is_whole else ""
 
 
 def _is_query(text: str) -> bool:

@@ -54,7 +54,7 @@ class Catalog:
         """
         if name is None and len(self.names) > 1:
             example = self.names[0]
-            remedy = f"in the address, as in /indexes/{example}/v1/search" + (f", or in {field!r}" if field else "")
+            remedy = f"before the path, as in /indexes/{example}/v1/search" + (f", or in {field!r}" if field else "")
             raise invalid(
                 f"no index is named, and there are several: {', '.join(self.names)}; name one {remedy}", field
             )

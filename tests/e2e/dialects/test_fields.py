@@ -151,27 +151,27 @@ HUGE = LONG + " the sea" * 100_000
 @pytest.mark.parametrize(
     ("path", "body", "warning"),
     [
-        ("/embed", {"inputs": ["a cat", HUGE], "truncate": True}, "texts were truncated to 64 tokens: 1"),
-        ("/embed", {"inputs": ["a cat", HUGE]}, "texts were truncated to 64 tokens: 1"),
+        ("/embed", {"inputs": ["a cat", HUGE], "truncate": True}, "texts: truncated to 64 tokens, at positions 1"),
+        ("/embed", {"inputs": ["a cat", HUGE]}, "texts: truncated to 64 tokens, at positions 1"),
         (
             "/v1/embeddings",
             {"input": ["a cat", HUGE], "model": NAME, "truncate": "END"},
-            "input were truncated to 64 tokens: 1",
+            "input: truncated to 64 tokens, at positions 1",
         ),
         (
             "/score",
             {"queries": HUGE, "documents": "a", "truncate_prompt_tokens": -1},
-            "queries were truncated to 64 tokens: 0",
+            "queries: truncated to 64 tokens, at positions 0",
         ),
         (
             "/rerank",
             {"query": HUGE, "texts": ["a", HUGE], "truncate": True},
-            "the query was truncated to 64 tokens; documents were",
+            "the query was truncated to 64 tokens; documents: ",
         ),
         (
             "/similarity",
             {"inputs": {"source_sentence": "a", "sentences": [HUGE]}, "parameters": {"truncate": True}},
-            ": 1",
+            "positions 1",
         ),
     ],
 )
@@ -184,7 +184,7 @@ def test_rerankers_that_cut_warn_of_texts_of_any_length(post, path):
     body = {"model": NAME, "query": QUERY, "documents": ["a cat", HUGE, "\t" * 5_000 + "dog"]}
     answer = post(path, body)
     assert answer.get("warnings", answer.get("meta", {}).get("warnings")) == [
-        "documents were truncated to 64 tokens: 1, 2"
+        "documents: truncated to 64 tokens, at positions 1, 2"
     ]
 
 

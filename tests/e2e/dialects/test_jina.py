@@ -170,7 +170,7 @@ def test_long_texts_are_an_error_unless_truncated(ask):
     body = {"model": NAME, "input": ["a", LONG], "truncate": False}
     assert "input.1: longer than the 64 tokens" in ask("/v1/embeddings", body, 400).text
     response = ask("/v1/embeddings", body | {"truncate": True})
-    assert response.headers["x-warning"] == "input were truncated to 64 tokens: 1"
+    assert response.headers["x-warning"] == "input: truncated to 64 tokens, at positions 1"
 
 
 @pytest.mark.parametrize(

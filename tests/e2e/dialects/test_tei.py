@@ -54,11 +54,11 @@ def test_feature_extraction_of_long_texts(client, address, student):
 @pytest.mark.parametrize(
     ("path", "body", "warning"),
     [
-        ("/embed", {"inputs": ["a", LONG]}, "texts were truncated to 64 tokens: 1"),
+        ("/embed", {"inputs": ["a", LONG]}, "texts: truncated to 64 tokens, at positions 1"),
         (
             "/similarity",
             {"inputs": {"source_sentence": "a", "sentences": ["b", LONG]}},
-            "texts were truncated to 64 tokens: 2",
+            "texts: truncated to 64 tokens, at positions 2",
         ),
         ("/rerank", {"query": LONG, "texts": ["a", LONG]}, f"the query was truncated to 64 tokens; {LONG_TOO}"),
         ("/rerank", {"query": QUERY, "texts": ["a"]}, None),

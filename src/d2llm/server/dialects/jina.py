@@ -222,7 +222,7 @@ async def embeddings(body: JinaEmbeddingsRequest, catalog: TheCatalog) -> FastJS
     """Embed texts for a request of ``/v1/embeddings`` that is Jina's."""
     if body.late_chunking:
         message = "late_chunking: each text is embedded by itself; an index of documents can have late chunks instead"
-        raise invalid(f"{message} (chunking = late)", "late_chunking")
+        raise invalid(f"{message} (--late)", "late_chunking")
     if body.return_multivector:
         raise invalid("return_multivector: for vectors of tokens, use /pooling (token_embed)", "return_multivector")
     if not body.normalized and body.embedding_type not in ("float", "base64"):

@@ -222,7 +222,7 @@ class SizedTexts:
         if not positions:
             return []
         if self.remedy is None:
-            return [f"{name} were truncated to {self.limit} tokens: {', '.join(map(str, positions))}"]
+            return [f"{name}: truncated to {self.limit} tokens, at positions {', '.join(map(str, positions))}"]
         more = f" (and {len(positions) - 1} more)" if len(positions) > 1 else ""
         field = self.where(positions[0])
         message = f"{field}: longer than the {self.limit} tokens that the model reads{more}; {self.remedy}"
