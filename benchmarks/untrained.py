@@ -89,7 +89,10 @@ def whitened(
 
 
 def ndcg(ids: list[str], passages: NDArray[Any], query_ids: list[str], queries: NDArray[Any], qrels: Any) -> float:
-    scores = unit(queries) @ unit(passages).T
+    return ndcg_of_scores(ids, query_ids, unit(queries) @ unit(passages).T, qrels)
+
+
+def ndcg_of_scores(ids: list[str], query_ids: list[str], scores: NDArray[Any], qrels: Any) -> float:
     rankings = {
         query_id: [ids[column] for column in np.argsort(-row, kind="stable")[:10]]
         for query_id, row in zip(query_ids, scores, strict=True)

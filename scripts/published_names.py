@@ -52,6 +52,7 @@ KINDS: Mapping[str, tuple[str, str]] = {
 ELSEWHERE: Mapping[str, tuple[str, str]] = {
     "RankT5's softmax": ('`teacher_tuning = { loss = "lists", pair_weight = 0 }`', "with `pair_weight = 0.3` only"),
     "DHO": ("`training.dual_head`", "yes; mixes logits: a mixture of softmaxes over all passages is no inner product"),
+    "Contextual document embeddings: clustered batches": ("`training.clustered`", "not measured"),
     "CoRT's negatives": ("`training.complement_words`", "yes"),
     "Trans-Encoder": (
         "`d2llm run RECIPE --rounds N`",
@@ -88,6 +89,10 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = {
         "yes: F1 .921 on mrpc (cosine .909), .872 on stsb (.911), so it is no score",
     ),
     "K-NRM, Hypencoder and other scorers of pairs": ("benchmarks/scaling, ablations.md", "yes; none is a head here"),
+    "LEALLA": (
+        "`vectors` with a `teacher` on both sides of translations, then `score_regression` by a `cosine` teacher",
+        "not with translations: stsb-zh is not aligned with stsb, and xquad is a test set",
+    ),
     "RECOMP's extraction": (
         "`answering` of a context",
         "yes, by the student as it is: 69 % of the answers found, 49 to 91 % of the questions without one get none",
@@ -105,13 +110,14 @@ MISSING: Mapping[str, str] = {
     "SPLADE, DSR, SPAR": "need a head that predicts words; minilm and e5 ship without their MLM heads",
     "BTR": "binary states of tokens for a language model that reads passages, of which none here keeps states",
     "FSDP": "a student of 7 billion weights fits one GPU with adapters ([scale.md](scale.md))",
-    "Contextual document embeddings": "two readings of every passage, and neighbours from the index: an index could no "
-    "longer add one passage alone",
+    "Contextual document embeddings: the second stage": "two readings of every passage, and neighbours from the index: "
+    "an index could no longer add one passage alone",
     "Condenser, coCondenser, CoT-MAE": "need the encoder's MLM head, or neighbouring passages; not written yet",
     "DeCLUTR": "two spans of a long document; passages here are read alone",
     "Dewey": "trains long windows; the shipped encoders read at most 512 tokens",
     "vec2vec": "needs no common passages, but hours of adversarial training; whoever changes a student has passages",
-    "LEALLA, MEXMA": "not written yet; xquad is parallel, but a test set",
+    "MEXMA": "words of one language predicted from the vector of its translation: needs parallel sentences, of which "
+    "only xquad, a test set, is here",
     "Neuron pruning, ZipLM": "not written yet; layers are left out (`backbone.layers`)",
     "AutoDistiller": "`d2llm ablate` compares recipes by short runs; a search over them is left to its user",
 }

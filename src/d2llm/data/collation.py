@@ -47,6 +47,8 @@ class LabelledSource:
         default_factory=dict[str, Mapping[str, NDArray[np.float32]]]
     )
     """name -> query id -> a vector [dim], of the queries that have one, for losses that need them."""
+    clusters: Mapping[str, int] = field(default_factory=dict[str, int])
+    """query id -> its cluster, if batches are to have queries of few clusters; else empty."""
 
     @property
     def passage_ids(self) -> list[str]:
@@ -214,6 +216,10 @@ def _round(
     entries = list(source.entries)
     rng = random.Random(f"{seed}:{round_number}:{source.source.dataset.name}")
     rng.shuffle(entries)
+    if source.clusters:
+        numbers = sorted({*source.clusters.values()})
+        rank = dict(zip(rng.sample(numbers, len(numbers)), numbers, strict=True))
+        entries.sort(key=lambda entry: rank[source.clusters[entry.query_id]])
     draws = [_draw(entry, round_number, sizes, seed) for entry in entries]
     _, size = even_batches(len(draws), batch_queries)
     return [draws[start : start + size] for start in range(0, len(draws), size)]

@@ -86,6 +86,9 @@ class TrainingConfig(WarmUpConfig):
     num_hard: int = Field(default=2, ge=0)
     """Hard negatives per query and step, drawn from the plan's again in each epoch."""
     num_easy: int = Field(default=0, ge=0)
+    clustered: bool = False
+    """Batches of queries that are alike, so that a batch has harder negatives: clusters of what the student's vectors
+    of a query and of its first positive are before the first step, as many as a pass has batches (CDE)."""
     max_gradient_norm: float = Field(default=1.0, gt=0)
     unlabelled: Literal["leave_out", "own_labels"] = "own_labels"
     """What to do with queries of the plan that the teacher has not labelled: leave them out, or train on the data set's

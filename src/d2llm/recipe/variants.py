@@ -262,6 +262,10 @@ _OWN: _Group = {
         "judgements alone, those that are not learnt yet counting more (KaLM-Embedding-V2)",
         {"imitation": {}, "losses": {"in_batch_cross_entropy": {"focus": 0.5}}},
     ),
+    "clustered": (
+        "batches of queries that are alike (Contextual Document Embeddings)",
+        {"training": {"clustered": True}},
+    ),
     "complement-words": (
         "trained on what BM25 gets wrong among its first 20 (CoRT)",
         {"training": {"complement_words": 20, "remine": False}, "mining": {"sources": ("bm25", "encoder")}},

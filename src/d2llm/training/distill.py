@@ -10,11 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import objects_of, strings_of
 from d2llm.core.progress import showing_progress
 from d2llm.core.types import TASKS, Task
-from d2llm.data.collation import LabelledSource
+from d2llm.data.collation import LabelledSource, batches_per_epoch
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
 from d2llm.data.run_folder import require_unfinished, working_folder
@@ -22,6 +24,7 @@ from d2llm.data.training import TrainingSource, check_sources
 from d2llm.models.student import Student
 from d2llm.models.student_files import KIND
 from d2llm.models.teachers.pair_teacher import identify_teacher, ranks_lists, scores_only_recorded
+from d2llm.ops.clusters import nearest_centres
 from d2llm.recipe import (
     Recipe,
     TeacherConfig,
@@ -204,7 +207,7 @@ def distill(
             labelled, dev_sets = with_score_features(labelled, dev_sets, score_features)
         if training.complement_words is not None:
             labelled = [complement_words(source, training.complement_words) for source in labelled]
-        preparation.sources[:] = labelled
+        preparation.sources[:] = _clustered(labelled, student, recipe, processes)
         inputs: dict[str, Any] = {}
         for loss in objective:
             inputs |= loss.prepare(preparation)
@@ -241,6 +244,28 @@ def _join_all(
     if not any(source.entries for source in labelled):
         raise InputError(f"{labels}: no query of the plans has all its labels; finish `d2llm label` first")
     return labelled
+
+
+def _clustered(
+    labelled: Sequence[LabelledSource], student: Student, recipe: Recipe, processes: Processes
+) -> list[LabelledSource]:
+    """The data sets with a cluster for each query, by its vector and that of its first positive, if the recipe says so.
+
+    Morris and Rush, "Contextual Document Embeddings", ICLR 2025 (arXiv 2410.02525), section 4.1.
+    """
+    if not recipe.training.clustered:
+        return [*labelled]
+    clusters: list[dict[str, int]] = []
+    for source in labelled if processes.is_first else ():
+        ids = [entry.query_id for entry in source.entries]
+        queries = student.encode_queries(list(map(source.source.query_text, ids))).vectors
+        positives = [source.source.passage_text((*entry.positives, *entry.passage_ids)[0]) for entry in source.entries]
+        vectors = np.hstack([queries, student.encode_passages(positives).vectors])
+        num_clusters = batches_per_epoch([source], recipe.training.batch_queries)
+        found = nearest_centres(vectors, num_clusters, seed=recipe.seed).tolist() if ids else []
+        clusters.append(dict(zip(ids, found, strict=True)))
+    shared = processes.from_first(clusters)
+    return [replace(source, clusters=found) for source, found in zip(labelled, shared, strict=True)]
 
 
 def _starting_student(recipe: Recipe, *, device: Any, dtype: str | None) -> Student:
