@@ -9,7 +9,7 @@ import pytest
 from live_server import patient
 
 QUERY = "the cat by the sea"
-SEARCHES = [
+SEARCHES: list[dict[str, Any]] = [
     {},
     {"top_k": 60},
     {"exact": True},
@@ -22,8 +22,13 @@ SEARCHES = [
 ]
 
 
-def search(address: str, **settings: Any) -> dict[str, Any]:
+def search(address: str, *, may_be_away: bool = False, **settings: Any) -> dict[str, Any]:
+    """The answer. If it ``may_be_away``, a refusal because no shard answers is one without passages."""
     response = patient.post(f"{address}/v1/search", json={"query": QUERY} | settings)
+    if may_be_away and response.status_code == 503:
+        assert "no shard of the index answers" in response.text, response.text
+        assert response.headers["Retry-After"]
+        return {"passages": [], "missing_shards": ["all"]}
     assert response.status_code == 200, response.text
     return response.json()
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-PATIENCE = 120.0  # seconds; only a failing test waits this long
+PATIENCE = float(os.environ.get("D2LLM_TEST_PATIENCE", "120"))  # seconds; only a failing test waits this long
 _Value = TypeVar("_Value")
 
 

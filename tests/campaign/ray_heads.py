@@ -1,11 +1,13 @@
 """F8: the head of a Ray cluster is killed while work is done on it; the same call without a cluster then finishes it.
 
 Labels and vectors are those of an undisturbed run in one process. The call that lost its cluster ends: with an error
-of d2llm's, or because Ray ends the process when there has been no head for a minute (here, for five seconds).
+of d2llm's, or because Ray ends the process when there has been no head for a minute (here, for five seconds). So does a
+server, whose answers are right until then; the same one without a cluster then serves the same.
 """
 
 from __future__ import annotations
 
+import http.client
 import os
 import random
 import signal
@@ -25,20 +27,25 @@ from unittest import mock
 import torch
 
 import ray_work
+from attacked_server import AttackedServer
 from campaign.frame import Outcome, Row, main
 from campaign.namespaces import enter, run_as_root
-from campaign.ray_faults import STUCK, Clusters
+from campaign.ray_faults import NUM, STUCK, Clusters
 from campaign.surroundings import ERROR_STATUS, end_with_status
 from campaign.verb_kills import check_same, in_a_fork
 from d2llm.retrieval import encode as encode_verb
 from d2llm.retrieval import upserting
+from d2llm.retrieval.shard import shard
 from d2llm.runners import ray_cluster
 from d2llm.runners.ray_runner import RayRunner
 from d2llm.training import label as label_verb
+from sharded_responses import QUERY, results_of
 from tiny_cluster import cluster_settings
 from waiting import PATIENCE, until
 
 _GONE = "GCS may have been killed"
+_ACTORS = "^ray::(_Actor|ShardActor)"
+_QUESTION = {"query": QUERY, "top_k": NUM}
 
 
 class Head:
@@ -62,7 +69,7 @@ class Head:
     def kill(self, names: tuple[str, ...], seconds: float) -> None:
         """Kill those of its processes that have these names, some seconds after it has begun to work."""
         with suppress(AssertionError):  # then it has ended before
-            until(lambda: _children(self.processes("raylet/raylet"), "^ray::_Actor"), "an actor", pause=0.1)
+            until(lambda: _children(self.processes("raylet/raylet"), _ACTORS), "an actor", pause=0.1)
         time.sleep(seconds)
         self.is_killed = True
         for name in names:
@@ -86,6 +93,42 @@ def _answers(port: int) -> bool:
         return tried.connect_ex(("127.0.0.1", port)) == 0
 
 
+def answers_without(head: Head, shards: Path, kill: Callable[[], None]) -> str:
+    """How a server on the cluster ends when the head is killed; each of its answers is right."""
+    small = {"shard_cpus": 0.1, "student_cpus": 0.1, "runner": f"ray:{head.address}"}
+    server = AttackedServer(shards, **small)
+    try:
+        whole = results_of(server.post("/v1/search", _QUESTION).body)
+        assert len(whole) == NUM
+        kill()
+        end = time.monotonic() + 30
+        while server.process.poll() is None and time.monotonic() < end:
+            try:
+                answer = server.post("/v1/search", _QUESTION)
+            except (OSError, http.client.HTTPException):  # it is ending
+                continue
+            assert answer.status in (200, 503), answer.body
+            if answer.status == 200:
+                found = results_of(answer.body)
+                assert found == whole if not answer.body["missing_shards"] else all(one in whole for one in found)
+        if server.process.poll() is None:
+            status, _, errors = server.stop()
+            assert status == 0, errors
+            ending = "stopped"
+        else:
+            _, _, errors = server.stop()
+            assert _GONE in errors, errors
+            ending = "ended by Ray"
+    finally:
+        server.close()
+    alone = AttackedServer(shards)
+    try:
+        assert results_of(alone.post("/v1/search", _QUESTION).body) == whole
+    finally:
+        alone.close()
+    return ending
+
+
 @contextmanager
 def prepare(folder: Path) -> Iterator[Callable[[random.Random], Outcome]]:
     torch.set_num_threads(1)
@@ -103,31 +146,40 @@ def prepare(folder: Path) -> Iterator[Callable[[random.Random], Outcome]]:
             options = {} if name == "label" else {"device": "cpu", "dtype": "float32"}
             getattr(clusters, name)(root, runner=runner, **options)
 
+    shard(clusters.index, folder / "shards", 2)
+
+    def work(name: str, root: Path, head: Head, kill: Callable[[], None]) -> str:
+        """How the work ended; "" for a way in which it must not."""
+        killing = Thread(target=kill, daemon=True)
+        killing.start()
+        status = os.waitstatus_to_exitcode(
+            in_a_fork(partial(end_with_status, partial(on, head.address, name)), root, STUCK)
+        )
+        told = root.with_suffix(".log").read_text()
+        endings = {0: "ended before", ERROR_STATUS: "an error" if head.is_killed else ""}
+        ending = endings.get(status, "ended by Ray" if status == 1 and _GONE in told else "")
+        assert ending, f"ended with {status}: {told}"
+        if not (root / "index").exists():
+            getattr(clusters, name)(root)
+        check_same(name, clusters.found(name, root), clusters.expected[name])
+        return ending
+
     def case(chance: random.Random) -> Outcome:
-        name, root = chance.choice(["label", "encode"]), folder / f"{chance.getrandbits(64):x}"
+        name, root = chance.choice(["label", "encode", "serve"]), folder / f"{chance.getrandbits(64):x}"
         killed, seconds = chance.choice([("gcs_server",), ("gcs_server", "raylet/raylet")]), chance.uniform(0, 8)
-        what = f"{name} without {' and '.join(killed)}"
         root.mkdir()
         with cluster_settings(RAY_gcs_rpc_server_reconnect_timeout_s="5"):
             head = Head()
             try:
-                killing = Thread(target=head.kill, args=(killed, seconds), daemon=True)
-                run = partial(end_with_status, partial(on, head.address, name))
-                killing.start()
-                status = os.waitstatus_to_exitcode(in_a_fork(run, root, STUCK))
+                kill = partial(head.kill, killed, seconds)
+                ending = (
+                    answers_without(head, folder / "shards", kill) if name == "serve" else work(name, root, head, kill)
+                )
             finally:
                 head.end()
-        log = root.with_suffix(".log")
-        told = log.read_text()
-        endings = {0: "ended before", ERROR_STATUS: "an error", 1: "ended by Ray" if _GONE in told else ""}
-        if not (ending := endings.get(status, "")) or (ending == "an error" and not head.is_killed):
-            return Outcome(what, f"ended with {status}: {told}")
-        if not (root / "index").exists():
-            getattr(clusters, name)(root)
-        check_same(name, clusters.found(name, root), clusters.expected[name])
         rmtree(root)
-        log.unlink()
-        return Outcome(f"{what}: {ending}")
+        root.with_suffix(".log").unlink(missing_ok=True)
+        return Outcome(f"{name} without {' and '.join(killed)}: {ending}")
 
     yield case
 

@@ -94,8 +94,8 @@ def searching(address: str, **settings: Any) -> Generator[list[dict[str, Any]]]:
             yield answers
         finally:
             done.set()
-        for one in asking:
-            one.result()
+            for one in asking:  # why there are no more answers
+                one.result()
 
 
 def until_answer(answers: list[dict[str, Any]], is_it: Callable[[dict[str, Any]], bool], what: str) -> None:
