@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import errno
 import gc
 import importlib.util
 import os
@@ -230,6 +231,16 @@ def test_exported_openvino_files_match_torch(tmp_path):
     score = core.compile_model(str(tmp_path / "out" / "score_asymmetric.xml"), "CPU", settings)
     logits = score({"query_vectors": vectors[:1], "passage_vectors": vectors})[0]
     np.testing.assert_allclose(logits[0], student.score(vectors[0], vectors, "asymmetric"), rtol=0, atol=LOGITS)
+
+
+def test_where_openvino_cannot_write_the_error_names_the_folder(tmp_path, monkeypatch):
+    openvino = pytest.importorskip("openvino")
+    save, folder = openvino.save_model, tmp_path / "no-file.xml"
+    folder.mkdir()
+    monkeypatch.setattr(openvino, "save_model", lambda graph, _, **options: save(graph, str(folder), **options))
+    with pytest.raises(OSError, match=rf"Errno {errno.EIO}.*{tmp_path / 'out'}'"):
+        export(make(tmp_path), tmp_path / "out", "openvino")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("engine", ["onnx-int8", "openvino-int8"])

@@ -26,9 +26,9 @@ from d2llm.core.errors import D2LLMError, InputError
 
 TOO_LITTLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 """Errors of a machine without enough disk, open files or memory."""
-_TOLD_ERROR = re.compile(r"(?:\(os error |\[Errno )(\d+)|iostream error")
-"""How libraries in Rust (safetensors, tokenizers), ``shutil.copytree``, and C++ (OpenVINO, without a reason) tell of an
-error of the system, in exceptions that are no ``OSError`` or do not say which file it is."""
+_TOLD_ERROR = re.compile(r"(?:\(os error |\[Errno )(\d+)")
+"""How libraries in Rust (safetensors, tokenizers) and ``shutil.copytree`` tell of an error of the system, in exceptions
+that are no ``OSError``, or do not say which file it is."""
 
 MANIFEST_NAME = "manifest.json"
 STANDARD_INPUT, STANDARD_OUTPUT = Path("/dev/stdin"), Path("/dev/stdout")
@@ -266,7 +266,7 @@ def new_folder(target: Path, *, kind: str | None = None) -> Generator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         is_named = isinstance(error, D2LLMError) or getattr(error, "filename", None) is not None
         told = None if is_named else _TOLD_ERROR.search(str(error))
-        if told is not None and (code := int(told[1] or errno.EIO)) in TOO_LITTLE | {errno.EIO}:
+        if told is not None and (code := int(told[1])) in TOO_LITTLE | {errno.EIO}:
             raise OSError(code, os.strerror(code), str(target)) from error
         raise
 

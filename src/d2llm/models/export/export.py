@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -140,9 +141,12 @@ def _write_graphs(student: Student, folder: Path, to: Runtime, *, int8: bool) ->
         return
     for file in sorted(folder.glob("*.onnx")):
         # Keep the weights as they are: by default they would be converted to float16.
-        openvino.save_model(
-            openvino.Core().read_model(str(file)), str(file.with_suffix(".xml")), compress_to_fp16=False
-        )
+        try:
+            openvino.save_model(
+                openvino.Core().read_model(str(file)), str(file.with_suffix(".xml")), compress_to_fp16=False
+            )
+        except RuntimeError as error:  # it does not tell of what was lacking: disk, or files
+            raise OSError(errno.EIO, "OpenVINO cannot write it") from error
         file.unlink()
 
 
