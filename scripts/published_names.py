@@ -97,6 +97,10 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = {
         "`answering` of a context",
         "yes, by the student as it is: 69 % of the answers found, 49 to 91 % of the questions without one get none",
     ),
+    "AutoDistiller": (
+        "`d2llm ablate RECIPE --epochs 1 --halving`",
+        "no; by successive halving, not by a model of how settings do",
+    ),
     "Conversational queries": ("`history` of a search", "rewritten by a writer; no student is trained on dialogues"),
 }
 """Names of methods that are settings or verbs: where, and whether they were measured."""
@@ -119,7 +123,6 @@ MISSING: Mapping[str, str] = {
     "MEXMA": "words of one language predicted from the vector of its translation: needs parallel sentences, of which "
     "only xquad, a test set, is here",
     "Neuron pruning, ZipLM": "not written yet; layers are left out (`backbone.layers`)",
-    "AutoDistiller": "`d2llm ablate` compares recipes by short runs; a search over them is left to its user",
 }
 """Names of methods that are not here, and why."""
 

@@ -50,9 +50,10 @@ def test_recipe_and_variants_are_trained_and_compared(workspace, reports, ablate
     assert '<svg id="plot-ablation"' in (folder / "a.html").read_text()
 
 
-def test_repeating_the_command_trains_nothing_again(ablated):
+@pytest.mark.parametrize("options", [(), ("--halving",)])  # of one variant there is no half
+def test_repeating_the_command_trains_nothing_again(ablated, options):
     folder, arguments, _, before = ablated
-    result, report = succeed_with_report(*arguments, folder=folder)
+    result, report = succeed_with_report(*arguments, *options, folder=folder)
     assert report["result"] == before["result"]
     assert "run 1 of" not in result.stderr
 
