@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from compiled_loops import compiled
 from d2llm.core.fallbacks import fallback_counts
 from d2llm.ops import kernels
+from d2llm.ops.bm25_words import terms
 from d2llm.ops.kernels import CompiledLoops, compiler
 from d2llm.store.bm25 import WordIndex, bounds_of_segment
-from d2llm.store.word_segment import WordSegment
+from d2llm.store.word_segment import WordSegment, learned_term
 
 
 def random_index(random: np.random.Generator, num_rows: int, *, added: bool, dead: bool) -> WordIndex:
@@ -33,13 +34,16 @@ def random_index(random: np.random.Generator, num_rows: int, *, added: bool, dea
     segments: list[WordSegment] = []
     for start, end in ((0, num_rows // 2), (num_rows // 2, num_rows - 3), (num_rows - 3, num_rows)):
         segment = WordSegment.from_texts(texts[start:end])
-        extra = [{f"extra{number}": float(random.uniform(0.1, 3))} for number in random.integers(0, 5, end - start)]
+        extra = [
+            {f"extra{number}": float(random.uniform(0.1, 3)), learned_term(number): float(random.uniform(0, 3))}
+            for number in random.integers(0, 5, end - start)
+        ]
         segments.append(segment.with_added(extra) if added else segment)
     return WordIndex(segments, live=random.random(num_rows) < 0.8 if dead else None)
 
 
 def assert_equal_ways(index: WordIndex, text: str, num: int, allowed: np.ndarray | None) -> None:
-    query = index.query(text)
+    query = index.query(text, dict.fromkeys(terms(text), 1.0) | {learned_term(2): 0.2, learned_term(3): 0.7})
     rows = np.random.default_rng(len(text)).integers(0, len(index), 50)
     found = []
     for is_compiled in (False, True):

@@ -420,10 +420,10 @@ class CosineHead(nn.Module):
         """There is none."""
         return False
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, scale: float = _INITIAL_SCALE) -> None:
         super().__init__()
         self.dim = dim
-        self.log_scale = nn.Parameter(torch.tensor(_INITIAL_SCALE).log())
+        self.log_scale = nn.Parameter(torch.tensor(scale).log())
 
     def query_vectors(
         self,
@@ -440,6 +440,15 @@ class CosineHead(nn.Module):
         with torch.autocast(queries.device.type, enabled=False):
             logits = self.query_vectors(at_least_float32(queries), task) @ at_least_float32(passages).T
         return PairScores(logits, logits, None)
+
+
+class ProductHead(CosineHead):
+    """t <a, b> of vectors as they are, with a learned t that starts at 1."""
+
+    kind = "product"
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, float(dim))
 
 
 class DivergenceHead(CosineHead):
@@ -467,7 +476,7 @@ class DivergenceHead(CosineHead):
 
 def make_head(config: InteractionConfig, dim: int) -> Interaction | CosineHead:
     """Create the head that a configuration names."""
-    simple = {head.kind: head for head in (CosineHead, DivergenceHead)}.get(config.head)
+    simple = {head.kind: head for head in (CosineHead, ProductHead, DivergenceHead)}.get(config.head)
     return Interaction(config, dim) if simple is None else simple(dim)
 
 

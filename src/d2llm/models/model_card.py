@@ -35,6 +35,7 @@ _HEADS = {
     "dot": "an inner product of the two vectors, which any vector index can search, plus a bounded interaction",
     "paper": "an interaction network on the two vectors (the head of the D2LLM paper)",
     "cosine": "the cosine of the two vectors",
+    "product": "the inner product of the vectors as they are",
     "divergence": "the divergence of two normal distributions, as an inner product",
 }
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError
 from d2llm.core.types import PART_KINDS, PartKind, Task, WholeText
 from d2llm.models.document_expansion import DocumentExpansion
+from d2llm.models.learned_words import LearnedWords
 from d2llm.models.quality import PassageQuality
 from d2llm.models.score_features import FeatureWeights
 
@@ -48,7 +49,7 @@ def why_no_interaction(head: str, weight: float | None, task: Task) -> str | Non
     ``head`` is the kind of head (``InteractionConfig.head``), ``weight`` the interaction's weight r in the task; None
     if it has none.
     """
-    if head in ("cosine", "divergence"):
+    if head in ("cosine", "product", "divergence"):
         return f"this student has no interaction: its head is the {head}"
     if weight is None:
         return (
@@ -73,7 +74,7 @@ class PlainStudent:
     token_dim: int | None = None
     token_fingerprint: str | None = None
     quality: PassageQuality | None = None
-    document_expansion: DocumentExpansion | None = None
+    document_expansion: DocumentExpansion | LearnedWords | None = None
 
     @property
     def trained_tasks(self) -> tuple[Task, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ from d2llm.recipe.pooling import AutoPooling, Pooling
 
 if TYPE_CHECKING:
     from d2llm.models.backbone import Backbone
+    from d2llm.models.tokens import EncodedTexts
 
 
 class TextPooling(nn.Module):
@@ -23,7 +25,7 @@ class TextPooling(nn.Module):
         inner: the pooling whose vectors it changes, if there is one.
         gate: factor of what it adds to the vectors of ``inner``, if it does: it can be left out where the gate is 0.
         takes_one_token: whether a vector is the state of a single token.
-        is_fitted_to_passages: whether some of its weights are fitted to passages before training (``fit``).
+        is_fitted_to_passages: whether some of its weights are fitted to passages before training (``fit_texts``).
     """
 
     gate: nn.Parameter | None
@@ -45,12 +47,16 @@ class TextPooling(nn.Module):
         """The stage with a gate, if there is one."""
         return next((stage for stage in self.stages if stage.gate is not None), None)
 
-    def fit(self, vectors: Float[np.ndarray, "texts dim"]) -> None:
-        """Fit what is fitted to passages, given the vectors of ``inner``.
+    def fit_texts(self, texts: Sequence[str], encode: Callable[[Sequence[str]], EncodedTexts]) -> None:
+        """Fit what is fitted to passages; ``encode`` gives the vectors of ``inner``.
 
         Raises:
             InputError: there are not enough of them.
         """
+        self.fit(encode(texts).vectors)
+
+    def fit(self, vectors: Float[np.ndarray, "texts dim"]) -> None:
+        """The same, given the vectors of ``inner``."""
 
     def forward(
         self, states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"]

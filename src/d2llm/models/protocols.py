@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.types import PART_KINDS, PartKind, Task, WholeText, default_task
 from d2llm.models.document_expansion import DocumentExpansion
+from d2llm.models.learned_words import LearnedWords
 from d2llm.models.plain_student import PairScorer
 from d2llm.models.quality import PassageQuality
 from d2llm.models.score_features import FeatureWeights
@@ -135,7 +136,7 @@ class SearchStudent(TextEncoder, VectorStudent, Protocol):
         ...
 
     @property
-    def document_expansion(self) -> DocumentExpansion | None:
+    def document_expansion(self) -> DocumentExpansion | LearnedWords | None:
         """What words an index adds to passages; None if this was not fitted."""
         ...
 

@@ -41,6 +41,7 @@ from d2llm.models.export.sentence_transformers import (
 from d2llm.models.fitted_part import Widths
 from d2llm.models.hub import PushReport, fetch_student, find_student, push_student
 from d2llm.models.interaction import Interaction, make_head
+from d2llm.models.learned_words import LearnedWords
 from d2llm.models.lora import peft_config, with_peft_names, with_plain_names
 from d2llm.models.model_card import model_card
 from d2llm.models.pooling import make_pooling, with_gated, without_gated
@@ -78,7 +79,7 @@ class Student(StudentEncoder):
         calibration: turns scores into probabilities (``models.probabilities``).
         token_projection: makes token embeddings (``models.token_vectors``).
         term_weights: how much each word of a query counts in BM25 (``models.term_weights``).
-        document_expansion: words that an index adds to a passage (``models.document_expansion``).
+        document_expansion: words that an index adds to a passage (``models.document_expansion``, ``learned_words``).
         quality: how likely a passage is to answer any query (``models.quality``).
 
     Each of the last five is missing or empty if it was not fitted.
@@ -174,6 +175,8 @@ class Student(StudentEncoder):
             read = part.read(folder, manifest["fingerprint"], Widths(student.vector_dim, backbone.dim))
             if read is not None:
                 setattr(student, name, read)
+        if (words := folder / LearnedWords.folder_name).is_dir():
+            student.document_expansion = LearnedWords(cls.load(words, device=device, dtype=dtype))
         if student.token_projection is not None:
             student.token_projection.to(chosen)
         student.use_engine("torch" if planned == "torch" else engine, dtype=products)
@@ -449,7 +452,7 @@ class Student(StudentEncoder):
         self.token_projection: TokenProjection | None = None
         self.quality: PassageQuality | None = None
         self.term_weights: TermWeights | None = None
-        self.document_expansion: DocumentExpansion | None = None
+        self.document_expansion: DocumentExpansion | LearnedWords | None = None
 
     def fit_pooling(self, passages: Sequence[str]) -> None:
         """Fit what ``pooling`` takes from passages (whitening, projection) before training, if it takes anything.
@@ -469,7 +472,7 @@ class Student(StudentEncoder):
             for stage in reversed(fitted):
                 if stage.inner is not None:
                     self.pooling = stage.inner
-                stage.fit(self.encode_passages(passages).vectors)
+                stage.fit_texts(passages, self.encode_passages)
         finally:
             self.pooling = pooling
 

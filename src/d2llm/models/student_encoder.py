@@ -19,10 +19,12 @@ from d2llm.core.inputs import stream_of_objects, strings_of, texts_of
 from d2llm.core.types import EngineName, Span, WholeText
 from d2llm.models.backbone import Backbone
 from d2llm.models.device import inference, tokens_to_read
+from d2llm.models.document_expansion import DocumentExpansion
 from d2llm.models.engines.core_workers import map_on_cores
 from d2llm.models.engines.engines import Engine, open_engine
 from d2llm.models.engines.lean_pooling import project_tokens
 from d2llm.models.late_chunking import ChunkReader, EncodedChunks
+from d2llm.models.learned_words import LearnedWords
 from d2llm.models.pooling import TextPooling, to_sphere
 from d2llm.models.term_weights import TermWeights
 from d2llm.models.token_vectors import TokenProjection
@@ -47,12 +49,13 @@ _BATCH_TEXTS, _QUERIES_AT_ONCE = 1_024, 256
 class StudentEncoder(VectorScorer):
     """Makes vectors of texts and of their tokens, and weights of words, with a backbone, a pooling and an engine.
 
-    Subclasses set ``pooling``, and what was fitted: ``token_projection`` and ``term_weights``.
+    Subclasses set ``pooling``, and what was fitted: ``token_projection``, ``term_weights`` and ``document_expansion``.
     """
 
     pooling: TextPooling
     token_projection: TokenProjection | None
     term_weights: TermWeights | None
+    document_expansion: DocumentExpansion | LearnedWords | None
 
     def __init__(self, config: StudentConfig, backbone: Backbone) -> None:
         super().__init__()
@@ -295,18 +298,17 @@ class StudentEncoder(VectorScorer):
         return word_states
 
     def term_factors(self, queries: Sequence[str]) -> list[dict[str, float]] | None:
-        """How much each BM25 term of the queries counts; None if this was not fitted."""
-        queries = texts_of(queries, "queries")
-        if self.term_weights is None:
+        """How much each BM25 term of the queries counts, and their learned words; None if there is neither."""
+        queries, fitted, learned = texts_of(queries, "queries"), self.term_weights, self.document_expansion
+        if fitted is None and not isinstance(learned, LearnedWords):
             return None
-        factors: list[dict[str, float]] = []
-        for text, states in zip(queries, self.term_states(queries), strict=True):
-            values = dict.fromkeys(terms(text), self.term_weights.usual)
-            if states:
-                values |= dict(
-                    zip(states, self.term_weights.factors(np.stack([*states.values()])).tolist(), strict=True)
-                )
-            factors.append(values)
+        factors = [dict.fromkeys(terms(text), 1.0 if fitted is None else fitted.usual) for text in queries]
+        if fitted is not None:
+            for values, states in zip(factors, self.term_states(queries), strict=True):
+                if states:
+                    values |= dict(zip(states, fitted.factors(np.stack([*states.values()])).tolist(), strict=True))
+        if isinstance(learned, LearnedWords):
+            factors = [values | words for values, words in zip(factors, learned.of_queries(queries), strict=True)]
         return factors
 
     def encode_chunks(

@@ -28,7 +28,15 @@ from d2llm.store.bm25 import K1, B, WordIndex
 from d2llm.store.part_vectors import PartVectors, best_windows
 from d2llm.store.scan import RowScan
 from d2llm.store.vector_formats import make_format
-from d2llm.store.word_segment import AddedWords, CountedTerms, QueryWords, WordSegment, WordStatistics
+from d2llm.store.word_segment import (
+    LEARNED,
+    MAX_COUNT,
+    AddedWords,
+    CountedTerms,
+    QueryWords,
+    WordSegment,
+    WordStatistics,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,10 +337,12 @@ def word_weights(
         known = words.weights > 0
         return words.terms[known], words.weights[known]
     counted, more = CountedTerms.from_text(text.text), AddedWords.of_rows([added])
-    counts = np.concatenate([counted.times, more.hundredths / 100])
-    length = float(counts.sum()) / (statistics.mean_length or 1.0)
-    weights = counts / (counts + K1 * (1 - B + B * length))
-    return np.concatenate([counted.hashes, more.hashes]), weights.astype(np.float32)
+    hashes = np.concatenate([counted.hashes, more.hashes])
+    learned, values = hashes < LEARNED, np.concatenate([counted.times, more.hundredths])
+    counts = values / np.where(np.arange(len(hashes)) < len(counted.hashes), 1, 100)
+    length = float(counts[~learned].sum()) / (statistics.mean_length or 1.0)
+    weights = np.where(learned, values / MAX_COUNT, counts / (counts + K1 * (1 - B + B * length)))
+    return hashes, weights.astype(np.float32)
 
 
 def window_texts(full_texts: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:

@@ -16,9 +16,10 @@ from d2llm.recipe.sections import Section
 class InteractionConfig(Section):
     """Interaction emulation module (IEM), or a cosine instead of it."""
 
-    head: Literal["dot", "paper", "cosine", "divergence"] = "dot"
+    head: Literal["dot", "paper", "cosine", "product", "divergence"] = "dot"
     """``cosine``: a learned scale times the cosine of the vectors, without an IEM, as in a plain bi-encoder;
-    ``divergence``: minus that of two distributions, for the pooling ``multivariate``."""
+    ``product``: the same with vectors as they are, for the pooling ``splade``; ``divergence``: minus that of two
+    distributions, for the pooling ``multivariate``."""
     features: Literal["rich", "concat", "product", "difference"] = "rich"
     """Inputs of the IEM besides the vectors a and b: none (``concat``), a * b, |a - b|, or both (``rich``)."""
     tasks: tuple[Task, ...] = TASKS
@@ -90,11 +91,12 @@ class StudentConfig(Section):
 
     @model_validator(mode="after")
     def _check_head(self) -> StudentConfig:
-        if (self.interaction.head == "divergence") != (self.pooling.kind == "multivariate"):
-            raise ValueError(
-                f"pooling is {self.pooling.kind} and interaction.head is {self.interaction.head}: the pooling "
-                "multivariate and the head divergence need one another, so set both or neither"
-            )
+        for pooling, head in (("multivariate", "divergence"), ("splade", "product")):
+            if (self.interaction.head == head) != (self.pooling.kind == pooling):
+                raise ValueError(
+                    f"pooling is {self.pooling.kind} and interaction.head is {self.interaction.head}: the pooling "
+                    f"{pooling} and the head {head} need one another, so set both or neither"
+                )
         return self
 
     @model_validator(mode="after")

@@ -29,6 +29,7 @@ from d2llm.server.batching import Batcher, Done
 from d2llm.server.logs import note_items
 from d2llm.server.ray_students import StudentReplicas
 from d2llm.server.stopping import Stop
+from d2llm.store.word_segment import LEARNED
 
 Observe = Callable[[str, float], None]
 _FEW_CHARACTERS = 10_000  # tokenized in the event loop's thread, since switching threads costs more
@@ -290,7 +291,8 @@ class ModelService:
             weighed: list[WordWeights] = []
             for text, factor, words in zip(texts, factors, added, strict=True):
                 hashes, weights = word_weights(corpus, TextQuery(text, none, None, factor), kind, words)
-                indices, positions = np.unique(hashes >> np.uint64(32), return_inverse=True)
+                shortened = np.where(hashes < LEARNED, hashes, hashes >> np.uint64(32))
+                indices, positions = np.unique(shortened, return_inverse=True)
                 weighed.append((indices, np.bincount(positions, weights, len(indices)).astype(np.float32)))
             return weighed
 
@@ -298,7 +300,7 @@ class ModelService:
 
     async def _factors(self, scorer: TextScorer, queries: Sequence[str]) -> Sequence[Mapping[str, float] | None]:
         """How much the terms of each query count; None if all count alike."""
-        if self.student.term_weights is None:
+        if self.student.term_weights is None and self.student.document_expansion is None:
             return [None] * len(queries)
         return await self.in_lane(lambda: scorer.factors(queries)) or [None] * len(queries)
 

@@ -8,7 +8,9 @@ the accurate Lucene variant. The best window of a passage (``ops.bm25_words.wind
 with its own length, the mean length of all windows, and the idf of passages.
 
 A passage may have added words, which its text lacks (``models.document_expansion``). They count in its tf, which need
-not be a whole number then, and in its length; idf and windows are those of the texts.
+not be a whole number then, and in its length; idf and windows are those of the texts. It may also have learned terms
+(``models.learned_words``), with a weight in the passage, at most ``MAX_IMPACT``, and one in the query, whose product is
+added to the score. Their share of a query term's bound is weight / MAX_IMPACT, where that of words is tf / (tf + ...).
 
 The words of consecutive rows form a segment, which never changes and depends only on the texts and the added words of
 its rows. It stores the words of texts twice: by term, to find the best of all passages, and by row, to score given
@@ -33,6 +35,7 @@ from d2llm.ops.bm25_bounds import TermBounds, bounds_of
 from d2llm.ops.kernels import BM25
 from d2llm.ops.selection import ids_at, nth_highest, ranges, top_rows
 from d2llm.store.word_segment import (
+    LEARNED,
     MAX_COUNT,
     NO_WORDS,
     OTHER,
@@ -218,8 +221,9 @@ class WordIndex:
         last_query, scores = self._last_scores
         if last_query is not query:
             scores = np.zeros(len(self), np.float32)
-            for rows, counts, weight, segment in chain(self._postings(query), self._added_postings(query)):
-                _add_at(scores[segment], rows, weight * _shares(counts, self._norms[segment].take(rows)))
+            for postings in chain(self._postings(query), self._added_postings(query)):
+                norms = self._norms[postings.segment].take(postings.rows)
+                _add_at(scores[postings.segment], postings.rows, _gains(postings, postings.counts, norms))
             scores.flags.writeable = False
             self._last_scores = query, scores
         return scores
@@ -227,7 +231,7 @@ class WordIndex:
     def window_limits(self, query: QueryWords) -> _Scores:
         """Upper bound of the score of each row's best window: the sum of the weights of the terms in the row."""
         limits = np.zeros(len(self), np.float32)
-        for rows, _, weight, segment in self._postings(query):
+        for rows, _, weight, segment, _ in self._postings(query):
             _add_at(limits[segment], rows, weight)
         return limits
 
@@ -251,9 +255,10 @@ class WordIndex:
             if segment.added is None:
                 continue
             for part, term in segment.added.extents_of(query.terms).slices():
+                is_learned = bool(query.terms[term] < LEARNED)
                 rows = segment.added.rows[part].astype(np.intp)
-                counts = np.divide(segment.added.hundredths[part], 100, dtype=np.float32)
-                yield Postings(rows, counts, query.weights[term], slice(first, first + len(segment)))
+                counts = np.divide(segment.added.hundredths[part], MAX_COUNT if is_learned else 100, dtype=np.float32)
+                yield Postings(rows, counts, query.weights[term], slice(first, first + len(segment)), is_learned)
 
     def best(self, query: QueryWords, num: int, *, allowed: NDArray[np.bool_] | None = None) -> tuple[Rows, _Scores]:
         """The live rows with the ``num`` highest scores above 0, plus those tied with the last, in no order.
@@ -287,9 +292,11 @@ class WordIndex:
             texts, others = segment.extents_of(query.terms), added.extents_of(query.terms)
             starts, ends, terms, positions = (np.concatenate(both) for both in zip(texts, others, strict=True))
             positions[len(texts.terms) :] = -1  # added words have no bounds
+            units = np.where(query.terms[terms] < LEARNED, MAX_COUNT, 100)
+            units[: len(texts.terms)] = 1
             found = kernels.best_rows(
                 *(segment.rows, segment.counts, added.rows, added.hundredths),
-                *(starts, ends, query.weights[terms], len(texts.terms)),
+                *(starts, ends, query.weights[terms], units),
                 *(bounds.shares, bounds.starts_of(positions, len(segment)), bounds.mean_length / mean),
                 *(self._norms[here], usable[here], first, bins, num, query.limit),
             )
@@ -314,10 +321,12 @@ class WordIndex:
             passages[positions], windows[positions] = score(
                 at, query.terms[:num_known], query.weights[:num_known], rows[positions]
             )
-        for holding, counts, weight, segment in self._added_postings(query):
-            positions = np.minimum(np.searchsorted(holding, rows - segment.start), len(holding) - 1)
-            found = np.flatnonzero(holding[positions] == rows - segment.start)
-            _add_at(passages, found, weight * _shares(counts[positions[found]], self._norms[rows[found]]))
+        for postings in self._added_postings(query):
+            wanted = rows - postings.segment.start
+            positions = np.minimum(np.searchsorted(postings.rows, wanted), len(postings.rows) - 1)
+            found = np.flatnonzero(postings.rows[positions] == wanted)
+            counts = postings.counts[positions[found]]
+            _add_at(passages, found, _gains(postings, counts, self._norms[rows[found]]))
         return passages, windows
 
     def _score_compiled(
@@ -442,6 +451,11 @@ def _shares(counts: NDArray[np.integer] | NDArray[np.float32], norms: _Scores) -
     """The share of a term's weight that a text gets: tf / (tf + norm)."""
     frequencies: _Scores = counts.astype(np.float32, copy=False)
     return np.divide(frequencies, frequencies + norms, dtype=np.float32)
+
+
+def _gains(postings: Postings, counts: NDArray[np.uint16] | NDArray[np.float32], norms: _Scores) -> _Scores:
+    """What some of a term's postings add to their rows; of learned terms, the counts are the shares."""
+    return postings.weight * (counts.astype(np.float32) if postings.is_learned else _shares(counts, norms))
 
 
 def _add_at(sums: _Scores, rows: NDArray[np.intp], values: _Scores | np.float32) -> None:

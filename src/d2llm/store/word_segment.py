@@ -23,7 +23,21 @@ OTHER, SENTENCE_END = -1, -2  # tokens of a passage that are not query terms
 _KNOWN_WORDS = 1 << 20  # kept in memory while texts are read
 
 
+LEARNED = np.uint64(1 << 32)
+"""The hashes of learned terms are the numbers of tokens below this, which no word has by any but a rare chance."""
+MAX_IMPACT = 12.0
+"""No weight of a learned term in a passage is above this, log(1 + the largest number of half precision)."""
+_LEARNED_MARK = "\x01"  # no word has it
+
+
+def learned_term(token_id: int) -> str:
+    """The term of a token of a vocabulary, of which a model says how much it counts (``models.learned_words``)."""
+    return f"{_LEARNED_MARK}{token_id}"
+
+
 def _hash(term: str) -> int:
+    if term.startswith(_LEARNED_MARK):
+        return int(term[1:])
     return xxhash.xxh3_64_intdigest(term.encode(errors="surrogatepass"))
 
 
@@ -35,6 +49,8 @@ def hash_terms(terms: Iterable[str]) -> NDArray[np.uint64]:
 class Postings(NamedTuple):
     """The rows of a segment that have a term [p], how often they have it, its weight in a query, and the segment.
 
+    Of a learned term, ``counts`` are the shares of the weight that rows get.
+
     ``rows`` are of numpy's own type for indices, to which it would convert any other for every use, and numbered from 0
     in the slice ``segment`` of the rows of all segments.
     """
@@ -43,6 +59,7 @@ class Postings(NamedTuple):
     counts: NDArray[np.uint16] | NDArray[np.float32]
     weight: np.float32
     segment: slice
+    is_learned: bool = False
 
 
 class Extents(NamedTuple):
@@ -67,7 +84,8 @@ class AddedWords:
         terms: [v] hashes of the terms, ascending.
         starts: [v + 1] start of each term's postings.
         rows: [p] the rows with a term, ascending for each term.
-        hundredths: [p] how often the term counts in the row, in hundredths, so that their sums are exact.
+        hundredths: [p] how often the term counts in the row, in hundredths, so that their sums are exact; of learned
+            terms, their weight in the row in 65,535ths of ``MAX_IMPACT``.
     """
 
     terms: NDArray[np.uint64]
@@ -81,7 +99,8 @@ class AddedWords:
         hashes = hash_terms(term for row_words in words for term in row_words)
         rows = np.repeat(np.arange(len(words)), [len(row_words) for row_words in words])
         counts = np.array([count for row_words in words for count in row_words.values()], np.float64)
-        return cls._of_postings(hashes, rows, np.clip(np.rint(100 * counts), 1, MAX_COUNT).astype(np.uint16))
+        units = np.where(hashes < LEARNED, MAX_COUNT / MAX_IMPACT, 100)
+        return cls._of_postings(hashes, rows, np.clip(np.rint(units * counts), 1, MAX_COUNT).astype(np.uint16))
 
     @classmethod
     def join(cls, segments: Mapping[int, AddedWords]) -> AddedWords:
@@ -110,8 +129,9 @@ class AddedWords:
         return self._of_postings(self.hashes[kept], new_rows[kept], self.hundredths[kept])
 
     def lengths(self, num_rows: int) -> NDArray[np.int64]:
-        """The hundredths of all words of each of ``num_rows`` rows."""
-        return np.bincount(self.rows, self.hundredths, num_rows).astype(np.int64)
+        """The hundredths of all words of each of ``num_rows`` rows, but for learned terms."""
+        first = self.starts[np.searchsorted(self.terms, LEARNED)]
+        return np.bincount(self.rows[first:], self.hundredths[first:], num_rows).astype(np.int64)
 
     def extents_of(self, query_terms: NDArray[np.uint64]) -> Extents:
         """Where the postings of the query terms that a row has are."""
@@ -303,7 +323,8 @@ class WordStatistics:
 class CountedTerms(NamedTuple):
     """The distinct terms of a text: their hashes [n], ascending, and how often each occurs in it [n].
 
-    ``factors`` [n], at least 0, multiply their weights (``models.term_weights``); None for 1.
+    ``factors`` [n], at least 0, multiply their weights (``models.term_weights``); None for 1. Those of learned terms
+    are their weights.
     """
 
     hashes: NDArray[np.uint64]
@@ -312,8 +333,8 @@ class CountedTerms(NamedTuple):
 
     @classmethod
     def from_text(cls, text: str, term_factors: Mapping[str, float] | None = None) -> CountedTerms:
-        """The terms of a text; ``term_factors`` has a factor for each of them, None for 1."""
-        words = terms(text)
+        """The terms of a text; ``term_factors`` has a factor for each, None for 1, and the weights of learned terms."""
+        words = [*terms(text), *(term for term in term_factors or () if term.startswith(_LEARNED_MARK))]
         hashes, first, times = np.unique(hash_terms(words), return_index=True, return_counts=True)
         if term_factors is None:
             return cls(hashes, times)
@@ -323,10 +344,14 @@ class CountedTerms(NamedTuple):
         """The terms of a query with their weights in a corpus, in which ``rows_with`` [n] passages have each term."""
         idf = np.log1p((num_passages - rows_with + 0.5) / (rows_with + 0.5))
         idf = idf if self.factors is None else idf * self.factors
-        weights = np.where(rows_with > 0, self.times * idf, 0.0).astype(np.float32)
+        weights = np.where(rows_with > 0, self.times * idf, 0.0)
+        learned = self.hashes < LEARNED
+        if self.factors is not None:
+            weights = np.where(learned, MAX_IMPACT * self.factors, weights)
+        weights = weights.astype(np.float32)
         order = np.lexsort((self.hashes, -weights))
-        num_unknown = int(self.times[rows_with == 0].sum())
-        return QueryWords(self.hashes[order], weights[order], int(self.times.sum()), num_unknown)
+        num_unknown = int(self.times[(rows_with == 0) & ~learned].sum())
+        return QueryWords(self.hashes[order], weights[order], int(self.times[~learned].sum()), num_unknown)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_source
 from d2llm.data.pairs import PairDataset, PairSource, as_retrieval
+from d2llm.models.document_expansion import DocumentExpansion
+from d2llm.models.learned_words import LearnedWords
 from d2llm.models.score_features import ScoreFeatures
 from d2llm.models.student import Student
 from d2llm.recipe import ScoreFeaturesConfig
@@ -88,6 +90,8 @@ def fit_scores(
         student.term_weights = fit_term_weights(student, retrieval_sets, seed=seed)
     if chosen.document_expansion:
         student.document_expansion = fit_document_expansion(student, retrieval_sets, seed=seed)
+    if chosen.learned_words:
+        student.document_expansion = LearnedWords(Student.load(chosen.learned_words, device=student.device))
     new_score_features = ScoreFeatures()
     if chosen.words:
         maxsim = student.token_projection is not None if chosen.token_vectors is None else chosen.token_vectors
@@ -119,7 +123,7 @@ def fit_scores(
         None if calibration is None else calibration.model_dump(),
         student.quality.model_dump(exclude={"weights"}) if chosen.quality and student.quality else None,
         student.term_weights.model_dump(exclude={"weights"}) if chosen.term_weights and student.term_weights else None,
-        student.document_expansion.facts() if chosen.document_expansion and student.document_expansion else None,
+        student.document_expansion.facts() if isinstance(student.document_expansion, DocumentExpansion) else None,
     )
 
 
@@ -129,11 +133,13 @@ def _check(student: Student, settings: FitScoresSettings, *, has_corpus: bool) -
         raise InputError("words are added to an inner product, which the head 'paper' does not have; leave them out")
     if settings.token_vectors and student.token_projection is None:
         raise InputError("this student has no token embeddings; train them first with `d2llm fit-tokens`")
-    on_words = [name for name in ("term_weights", "document_expansion") if getattr(settings, name)]
+    on_words = [name for name in ("term_weights", "document_expansion", "learned_words") if getattr(settings, name)]
     if on_words and not settings.words:
         raise InputError(
             f"{on_words[0]} changes what words count, so their weight must be fitted again; leave words true"
         )
+    if settings.document_expansion and settings.learned_words:
+        raise InputError("an index adds either the words of document_expansion or learned_words; leave one of them out")
     if settings.needs_train and not has_corpus:
         raise InputError(
             "quality, term_weights and document_expansion need a corpus, and labelled pairs have none; leave them out"

@@ -50,6 +50,11 @@ class FitScoresSettings(Settings):
         "First fit, on train judgements, which words passages lack that queries for them have; new indexes add the "
         "likeliest ones to each passage, for BM25 alone.",
     )
+    learned_words: str | None = setting(
+        None,
+        "A student with the pooling splade, whose words new indexes have beside those of texts.",
+        Shown(metavar="STUDENT"),
+    )
     num_passages: int = setting(
         LISTED_PASSAGES, "Passages of each data set to encode, at least.", Shown(python_only=True), ge=1
     )

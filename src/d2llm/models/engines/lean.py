@@ -26,6 +26,7 @@ from d2llm.models.engines.lean_layers import Arrays
 from d2llm.models.engines.lean_pooling import LeanPooling, project_tokens, to_sphere
 from d2llm.models.fitted_part import Widths
 from d2llm.models.hub import find_student
+from d2llm.models.learned_words import LearnedWords
 from d2llm.models.plain_student import PairScorer, PlainStudent, why_no_interaction
 from d2llm.models.quality import PassageQuality
 from d2llm.models.score_features import FeatureWeights, ScoreFeatures
@@ -213,7 +214,8 @@ def open_lean(
     backbone = config.backbone
     if isinstance(backbone, CustomBackbone) or backbone.why_not_merged or backbone.bidirectional:
         return None
-    if config.interaction.head == "paper" or (folder / TermWeights.file_name).is_file():
+    asks_torch = (TermWeights.file_name, LearnedWords.folder_name)  # about the words of queries
+    if config.interaction.head == "paper" or any((folder / name).exists() for name in asks_torch):
         return None
     merged = folder / files.BACKBONE_FOLDER
     adapter: Arrays = {}

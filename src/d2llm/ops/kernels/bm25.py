@@ -29,6 +29,7 @@ _BELOW = 1.0 - 1e-6  # a score in a bin is at least the bin's start times this, 
 _GROUP = 64  # rows whose sums are looked at only if one of them has a term
 _TINY = 1e-38  # sums that are not 0 are above it
 _ROUNDING = 1.0 + 1e-5  # no sum in float32 is above the same sum of float64 bounds, times this
+_LEARNED = 65_535  # the unit of the shares of learned terms
 _FILTER = 1 << 10  # of a row's words, most are seen not to be in the query by this many bits
 
 _u32, _u16, _u8, _f32, _i64 = map(read_only, (types.uint32, types.uint16, types.uint8, types.float32, types.int64))
@@ -40,13 +41,13 @@ def _check(
     starts: NDArray[np.int64],
     ends: NDArray[np.int64],
     shares_at: NDArray[np.int64],
-    num_texts: int,
+    units: NDArray[np.int64],
     lengths: tuple[int, int, int],
     num_ranges: int,
 ) -> None:
     """Postings and shares must be among as many as there are: of texts, of added words, of shares."""
     for term in range(len(starts)):
-        if starts[term] < 0 or ends[term] < starts[term] or ends[term] > lengths[0 if term < num_texts else 1]:
+        if starts[term] < 0 or ends[term] < starts[term] or ends[term] > lengths[0 if units[term] == 1 else 1]:
             raise ValueError("the postings of a term are not where they should be")
         if shares_at[term] >= 0 and shares_at[term] + num_ranges > lengths[2]:
             raise ValueError("the bounds of a term are not where they should be")
@@ -100,10 +101,10 @@ def _keep_best(
 
 
 @inlined
-def _gain(weight: np.float32, times: np.uint16, of_text: bool, norm: np.float32) -> np.float32:
-    """What a term adds to a row that has it so often; added words are counted in hundredths."""
-    count = np.float32(times) if of_text else np.float32(times / 100.0)
-    return weight * (count / (count + norm))
+def _gain(weight: np.float32, times: np.uint16, unit: int, norm: np.float32) -> np.float32:
+    """What a term adds to a row that has it so often; words are counted, of learned terms this is the share."""
+    count = np.float32(times) if unit == 1 else np.float32(times / np.float64(unit))
+    return weight * (count if unit == _LEARNED else count / (count + norm))
 
 
 @inlined
@@ -112,7 +113,7 @@ def _add(
     touched: NDArray[np.bool_],
     rows: NDArray[np.uint32],
     counts: NDArray[np.uint16],
-    of_text: bool,
+    unit: int,
     extent: tuple[int, int],
     range_: tuple[int, int],
     weight: np.float32,
@@ -123,7 +124,7 @@ def _add(
         row = np.int64(rows[index])
         if row < range_[0] or row >= range_[1]:
             raise ValueError("the rows of a term are not ascending")
-        sums[row - range_[0]] += _gain(weight, counts[index], of_text, norms[row])
+        sums[row - range_[0]] += _gain(weight, counts[index], unit, norms[row])
         touched[(row - range_[0]) // _GROUP] = True
 
 
@@ -203,7 +204,7 @@ def _look_up(
     least: float,
     rows: NDArray[np.uint32],
     counts: NDArray[np.uint16],
-    of_text: bool,
+    unit: int,
     extent: tuple[int, int],
     range_: tuple[int, int],
     weight: np.float32,
@@ -221,7 +222,7 @@ def _look_up(
         for at in range(kept):
             index = _first_at_least(rows, index, extent[1], chosen[at])
             if index < extent[1] and rows[index] == chosen[at]:
-                scores[at] += _gain(weight, counts[index], of_text, norms[chosen[at]])
+                scores[at] += _gain(weight, counts[index], unit, norms[chosen[at]])
         return kept
     for at in range(kept):
         slots[chosen[at] - range_[0]] = at + 1
@@ -231,7 +232,7 @@ def _look_up(
             raise ValueError("the rows of a term are not ascending")
         slot = slots[row - range_[0]]
         if slot > 0:
-            scores[slot - 1] += _gain(weight, counts[index], of_text, norms[row])
+            scores[slot - 1] += _gain(weight, counts[index], unit, norms[row])
     for at in range(kept):
         slots[chosen[at] - range_[0]] = 0
     return kept
@@ -255,7 +256,7 @@ def _make_room(
 
 @compiled(
     types.Tuple((written(types.int64), written(types.float32), types.int64))(
-        *(_u32, _u16, _u32, _u16, _i64, _i64, _f32, types.int64, _u8, _i64, types.float64),
+        *(_u32, _u16, _u32, _u16, _i64, _i64, _f32, _i64, _u8, _i64, types.float64),
         *(_f32, read_only(types.boolean), types.int64, written(types.int64), types.int64, types.float64),
     )
 )
@@ -267,7 +268,7 @@ def best_rows(
     starts: NDArray[np.int64],
     ends: NDArray[np.int64],
     weights: NDArray[np.float32],
-    num_texts: int,
+    units: NDArray[np.int64],
     shares: NDArray[np.uint8],
     shares_at: NDArray[np.int64],
     factor: float,
@@ -284,11 +285,11 @@ def best_rows(
         rows: the rows that contain a term, ascending for each term.
         counts: how often the row has it.
         added_rows: like ``rows``, of added words.
-        hundredths: their counts.
+        hundredths: their counts, and the shares of learned terms.
         starts: [t] where each term's postings start, by descending weight: those of texts, then those of added words.
         ends: [t] where they end.
         weights: [t] the terms' weights.
-        num_texts: how many of the terms are those of texts.
+        units: [t] of what their counts are: 1 for those of texts, 100 for added words, 65,535 for learned terms.
         shares: the largest shares of terms in ranges (``ops.bm25_bounds``).
         shares_at: [t] where those of a term start; -1 if it has none.
         factor: the mean length by which the shares were computed, divided by today's.
@@ -303,7 +304,7 @@ def best_rows(
         Rows, scores, and how many postings were read.
     """
     num, num_terms, lengths = len(norms), len(starts), (len(rows), len(added_rows), len(shares))
-    _check(starts, ends, shares_at, num_texts, lengths, (num + RANGE - 1) // RANGE)
+    _check(starts, ends, shares_at, units, lengths, (num + RANGE - 1) // RANGE)
     begins, stops, rests = starts.copy(), np.empty(num_terms, np.int64), np.zeros(num_terms + 1, np.float64)
     sums, touched = np.zeros(RANGE, np.float32), np.zeros(RANGE // _GROUP, np.bool_)
     chosen, slots, scores = np.empty(RANGE, np.int64), np.zeros(RANGE, np.int64), np.empty(RANGE, np.float32)
@@ -313,26 +314,26 @@ def best_rows(
     for begin in range(0, num, RANGE):
         end, floor = min(begin + RANGE, num), _BELOW * lowest[0] / bins_per_score
         for term in range(num_terms):
-            stops[term] = _first_at_least(rows if term < num_texts else added_rows, begins[term], ends[term], end)
+            stops[term] = _first_at_least(rows if units[term] == 1 else added_rows, begins[term], ends[term], end)
         _add_up(weights, begins, stops, shares, shares_at, begin // RANGE, factor, rests)
         if rests[0] == 0.0 or rests[0] * _ROUNDING < floor:
             begins[:] = stops
             continue
         num_summed = _num_summed(rests, floor)
         for term in range(num_terms):
-            of_text, extent, weight = term < num_texts, (begins[term], stops[term]), weights[term]
+            unit, extent, weight = units[term], (begins[term], stops[term]), weights[term]
             if term >= num_summed and _are_few(sums[: end - begin], floor / _ROUNDING - rests[term], extent):
                 break
-            postings, times = (rows, counts) if of_text else (added_rows, hundredths)
+            postings, times = (rows, counts) if unit == 1 else (added_rows, hundredths)
             num_read, num_summed = num_read + extent[1] - extent[0], max(num_summed, term + 1)
-            _add(sums, touched, postings, times, of_text, extent, (begin, end), weight, norms)
+            _add(sums, touched, postings, times, unit, extent, (begin, end), weight, norms)
         num_chosen = _choose(sums, touched, (begin, end), usable, floor / _ROUNDING - rests[num_summed], chosen, scores)
         for term in range(num_summed, num_terms):
-            of_text, extent, weight = term < num_texts, (begins[term], stops[term]), weights[term]
-            postings, times = (rows, counts) if of_text else (added_rows, hundredths)
+            unit, extent, weight = units[term], (begins[term], stops[term]), weights[term]
+            postings, times = (rows, counts) if unit == 1 else (added_rows, hundredths)
             num_read, least = num_read + min(num_chosen, extent[1] - extent[0]), floor / _ROUNDING - rests[term]
             num_chosen = _look_up(
-                chosen, scores, num_chosen, least, postings, times, of_text, extent, (begin, end), weight, norms, slots
+                chosen, scores, num_chosen, least, postings, times, unit, extent, (begin, end), weight, norms, slots
             )
         kept, lowest = _keep_best(chosen, scores, num_chosen, bins, bins_per_score, lowest, top_k)
         if found + kept > len(found_rows):
