@@ -92,6 +92,18 @@ def _sum_of_pairs(builder: Any, numbers: Any, query: Any) -> Any:
     return builder.add(*(_chosen(builder, products, range(start, 64, 2)) for start in (0, 1)))
 
 
+def _sum_of_two(builder: Any, pairs: Any) -> Any:
+    """The sums of two numbers of 16 bits each, in 32 bits."""
+    if "+avx2" in _FEATURES:
+        ones = ir.Constant(ir.VectorType(_INT16, 16), [1] * 16)
+        halves = (_chosen(builder, pairs, range(start, start + 16)) for start in (0, 16))
+        sums = [_call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(_INT32, 8), half, ones) for half in halves]
+        return builder.shuffle_vector(*sums, ir.Constant(_SUMS, [*range(LANES)]))
+    lanes = builder.bitcast(pairs, _SUMS)
+    first = builder.ashr(builder.shl(lanes, _vector(_SUMS, 16)), _vector(_SUMS, 16))
+    return builder.add(first, builder.ashr(lanes, _vector(_SUMS, 16)))
+
+
 def _add_quads(builder: Any, total: Any, row: Any, query: Any) -> None:
     """Add the products of four numbers of a row with four of a query [LANES, 4]; ``total`` has 32 or 16 bits."""
     numbers = builder.bitcast(_repeated(builder, builder.load(row)), _QUADS)
@@ -169,9 +181,7 @@ def _raise_best(typing_context: Any, numbers: Any, queries: Any, block: Any, fac
                 for total, partial in zip(totals[half], chunk, strict=True):
                     added = builder.load(partial)
                     if not _VNNI:
-                        pair = builder.bitcast(added, _SUMS)
-                        first_of_pair = builder.ashr(builder.shl(pair, _vector(_SUMS, 16)), _vector(_SUMS, 16))
-                        added = builder.add(first_of_pair, builder.ashr(pair, _vector(_SUMS, 16)))
+                        added = _sum_of_two(builder, added)
                     builder.store(builder.add(builder.load(total), added), total)
         address = builder.gep(builder.bitcast(highest.data, _SUMS.as_pointer()), [arguments[2]])
         best_so_far = builder.load(address, align=4)
