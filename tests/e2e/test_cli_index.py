@@ -200,6 +200,10 @@ def test_ids_are_printed_as_they_are(tmp_path):
     documents = succeed("index", tmp_path / "i", "list", "--documents").stdout.splitlines()
     assert documents == [f"{name}\t1" for name in sorted(names)]
     assert "'zzz:cat:1'" in d2llm("index", tmp_path / "i", "delete", "zzz:cat:1").stderr
+    write_lines(tmp_path / "long.jsonl", [{"_id": "long", "text": "The cat sat on the mat. " * 60}])
+    succeed("index", tmp_path / "i", "upsert", tmp_path / "long.jsonl")
+    for verb in ("delete", "get"):
+        assert "'long' is a document: name it with --document" in d2llm("index", tmp_path / "i", verb, "long").stderr
 
 
 def test_snapshots_are_reported(tmp_path):

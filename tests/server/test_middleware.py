@@ -267,6 +267,13 @@ def test_an_allowed_origin_may_send_any_header(names: str):
     assert "Access-Control-Allow-Origin" not in other.headers
 
 
+def test_an_allowed_origin_may_read_what_the_dialects_say_in_headers():
+    client = tiny_client(cors_origins=("https://app.example",))
+    response = client.post("/v1/index/reload", headers={"Origin": "https://app.example"})
+    exposed = response.headers["Access-Control-Expose-Headers"].split(", ")
+    assert {"X-Warning", "X-Relevance-Score", "X-Word-Statistics"} <= {*exposed}
+
+
 def test_whatever_can_be_got_has_a_head():
     client = tiny_client()
     for path in ("/health", "/metrics", "/v1/passages/a"):

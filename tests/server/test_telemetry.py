@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.responses import Response
 
 from d2llm.server.logs import start_logs
 from d2llm.server.settings import ServeSettings
 from d2llm.server.telemetry import STAGES, Telemetry
-from tiny_app import telemetry_of, tiny_client
+from tiny_app import app_of, telemetry_of, tiny_client
 
 SECRET = "how do I tell my sister"
 
@@ -238,13 +240,16 @@ def test_operating_system_errors_keep_their_message(json_logs: Logs):
 
 def test_text_log_format(capsys: pytest.CaptureFixture[str]):
     stop = start_logs(ServeSettings())
-    tiny_client().get("/v1/passages/p1")
+    client = tiny_client()
+    app_of(client).add_route("/named", lambda _: Response(status_code=HTTPStatus.OK))  # as the agent protocol does
+    client.get("/v1/passages/p1")
+    client.get("/named")
     logging.getLogger("uvicorn.error").info("Started")
     stop()
-    first, second = capsys.readouterr().err.splitlines()
+    first, named, last = capsys.readouterr().err.splitlines()
     assert "route=/v1/passages/{passage_id}" in first
-    assert "status=200" in first
-    assert "Started" in second
+    assert all("status=200" in line for line in (first, named))
+    assert "Started" in last
 
 
 def test_stopping_restores_the_loggers():

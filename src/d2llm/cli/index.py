@@ -256,7 +256,7 @@ def delete(context: typer.Context, selection: IdOptions) -> None:
         "missing_documents": missing_documents,
     }
     session_of(context).write_report(context, selection.json_path, report)
-    _complain_of_missing(context, missing, missing_documents)
+    _complain_of_missing(context, index, missing, missing_documents)
 
 
 @index_app.command("get")
@@ -276,7 +276,7 @@ def get(context: typer.Context, selection: IdOptions) -> None:
         session_of(context).show(passage_lines(passage))
     report = {"passages": passages, "missing": missing, "missing_documents": missing_documents}
     session_of(context).write_report(context, selection.json_path, report)
-    _complain_of_missing(context, missing, missing_documents)
+    _complain_of_missing(context, index, missing, missing_documents)
 
 
 @index_app.command("list")
@@ -567,12 +567,14 @@ def _opened(folder: Path, spec: IndexSpec, writing: WritingOptions) -> Generator
         raise
 
 
-def _complain_of_missing(context: typer.Context, missing: list[str], documents: list[str]) -> None:
+def _complain_of_missing(context: typer.Context, index: Index, missing: list[str], documents: list[str]) -> None:
     """List the missing ids, and exit with code 1 if there are any."""
     for noun, ids in (("", missing), ("documents ", documents)):
         if ids:
             names = ", ".join(map(repr, ids[:_NAMED]))
             names += f" and {len(ids) - _NAMED:,} more" if len(ids) > _NAMED else ""
             session_of(context).complain("warning", f"{noun}not in {folder_of(context)}: {names}")
+    if known := [name for name in missing[:_NAMED] if index.get_document(name)]:
+        session_of(context).complain("warning", f"{known[0]!r} is a document: name it with --document")
     if missing or documents:
         raise typer.Exit(1)

@@ -82,8 +82,8 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give the path of a file of keys") from error
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        message = f"is not a file of API keys ({where}: {problem['msg']}); give another path"
+        where = "".join(f"{part}: " for part in problem["loc"])
+        message = f"is not a file of API keys ({where}{problem['msg']}); give another path"
         raise DataFormatError(path, message) from error
 
 

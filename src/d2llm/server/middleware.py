@@ -62,7 +62,7 @@ _READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
 _CORS_EXPOSED = (
     *("X-Request-ID", "Retry-After", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset"),
-    *("X-Warning", "X-Relevance-Score"),
+    *("X-Warning", "X-Relevance-Score", "X-Word-Statistics"),
 )
 
 
@@ -154,7 +154,7 @@ class RequestMiddleware:
         async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status = int(message["status"])
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = facts.request_id
                 headers["Server-Timing"] = f"total;dur={1e3 * (time.perf_counter() - start_time):.1f}"
