@@ -44,7 +44,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
 STAGES: dict[str, dict[str, Any]] = {"attention": {"kind": "relations", "version": 1}}
 """Stages of which the objective is not the kind."""
 ROWS = (
-    *("full", "full+simcse", "full+mirror", "full+retromae"),
+    *("full", "full+simcse", "full+mirror", "full+retromae", "full+condenser"),
     *(
         "cut",
         "cut+vectors",

@@ -277,6 +277,10 @@ _OWN: _Group = {
     "simcse": ("the backbone first told texts apart by dropout (SimCSE)", _pretrained("simcse")),
     "mirror": ("the same, with a span of one side masked (Mirror-BERT)", _pretrained("mirror")),
     "retromae": ("the backbone first taught to reconstruct a text from its vector (RetroMAE)", _pretrained("retromae")),
+    "condenser": (
+        "the backbone first taught to make up for its tokens' later layers (Condenser)",
+        _pretrained("condenser"),
+    ),
     "words": ("the backbone first taught to say from a text's vector which words it has (LLaRA)", _pretrained("words")),
     "bidirectional": (
         "a decoder that first learnt to read in both directions, then to tell texts apart (LLM2Vec)",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -43,42 +43,51 @@ class RetroMAE(Pretraining, kind="retromae"):
                 f"'{backbone.config.model}' has no token for masked text or no vectors of positions, which the "
                 "pretraining retromae needs: use an encoder such as minilm, or another kind, such as words"
             )
-        return _Reconstruction(backbone, self, seed)
+        return _Reconstruction(backbone, self, seed, self.encoder_masked)
 
 
-class _Reconstruction(PretrainingTask):
-    decoder: EnhancedDecoder
+class TwiceMasked(PretrainingTask):
+    """Masked tokens that are predicted from a text's states, and again by a module that reads the text's vector."""
 
-    def __init__(self, backbone: Backbone, config: RetroMAE, seed: int) -> None:
+    decoder: Any
+    """Makes states of tokens, and by ``to_words`` what the token embeddings are multiplied by."""
+    predicts_all: ClassVar[bool] = False
+    """Whether it predicts the other tokens too."""
+
+    def __init__(self, backbone: Backbone, config: Pretraining, seed: int, masked: float) -> None:
         super().__init__(backbone, config, seed)
-        self.fractions = config.encoder_masked, config.decoder_masked
+        self.masked = masked
         self.special = {*map(int, backbone.tokenizer.all_special_ids)}
         self.mask_id: Any = backbone.tokenizer.mask_token_id
-        self.embeddings: Any = backbone.model.embeddings
+
+    def make_decoder(self, dim: int, heads: int) -> nn.Module:
+        """The untrained module."""
+        raise NotImplementedError
 
     def build(self) -> nn.Module:
-        """The decoder, with the layer that makes words of states: encoders come without theirs."""
+        """The module, with the layer that makes words of states: encoders come without theirs."""
         self.head = word_head(self.backbone)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            self.decoder = EnhancedDecoder(self.backbone.dim, int(self.backbone.model.config.num_attention_heads))
+            self.decoder = self.make_decoder(self.backbone.dim, int(self.backbone.model.config.num_attention_heads))
         return self.decoder.to(self.backbone.device)
 
     def losses(self, batch: Sequence[list[int]], rng: random.Random) -> Iterator[Tensor]:
-        """The cross-entropy of masked tokens, plus that of all tokens as the decoder reconstructs them."""
+        """The cross-entropy of masked tokens, plus that of the tokens that the module predicts."""
         words = [[index for index, one in enumerate(ids) if one not in self.special] for ids in batch]
-        masked = [sample(indices, self.fractions[0], rng) for indices in words]
-        counts = [max(1, sum(map(len, indices))) for indices in (masked, words)]
+        masked = [sample(indices, self.masked, rng) for indices in words]
+        predicted = words if self.predicts_all else masked
+        counts = [max(1, sum(map(len, indices))) for indices in (masked, predicted)]
         for part in self.batches(batch):
             ids, mask = self.backbone.pad([batch[index] for index in part])
             read = ids.clone()
             for row, index in enumerate(part):
                 read[row, masked[index]] = self.mask_id
             states, _ = self.backbone(read, mask)
-            seen = [visible(len(batch[index]), words[index], self.fractions[1], ids.shape[1], rng) for index in part]
-            decoded = self.decode(self.backbone.pool(states, mask), ids, torch.stack(seen).to(ids.device))
+            vectors = self.backbone.pool(states, mask)
+            decoded = self.decode(vectors, ids, mask, [words[index] for index in part], rng)
             total = torch.zeros((), device=ids.device)
-            for values, indices, count in zip((states, decoded), (masked, words), counts, strict=True):
+            for values, indices, count in zip((states, decoded), (masked, predicted), counts, strict=True):
                 rows = [row for row, index in enumerate(part) for _ in indices[index]]
                 columns = [column for index in part for column in indices[index]]
                 logits = self.head(self.decoder.to_words(values[rows, columns].float())).float()
@@ -86,18 +95,47 @@ class _Reconstruction(PretrainingTask):
             yield total
 
     def decode(
-        self, vectors: Float[Tensor, "texts dim"], ids: Tensor, seen: Bool[Tensor, "texts tokens tokens"]
+        self,
+        vectors: Float[Tensor, "texts dim"],
+        ids: Tensor,
+        mask: Bool[Tensor, "texts tokens"],
+        words: Sequence[Sequence[int]],
+        rng: random.Random,
+    ) -> Float[Tensor, "texts tokens dim"]:
+        """The module's state of each token of texts with these vectors, ids (without masks) and places of words."""
+        raise NotImplementedError
+
+
+class _Reconstruction(TwiceMasked):
+    predicts_all: ClassVar[bool] = True
+
+    def make_decoder(self, dim: int, heads: int) -> nn.Module:
+        self.embeddings: Any = self.backbone.model.embeddings
+        return EnhancedDecoder(dim, heads)
+
+    def decode(
+        self,
+        vectors: Float[Tensor, "texts dim"],
+        ids: Tensor,
+        mask: Bool[Tensor, "texts tokens"],
+        words: Sequence[Sequence[int]],
+        rng: random.Random,
     ) -> Float[Tensor, "texts tokens dim"]:
         """A state for each token, from the text's vector and the tokens that it sees.
 
         Xiao et al., "RetroMAE: Pre-Training Retrieval-oriented Language Models Via Masked Auto-Encoder", EMNLP 2022
         (arXiv 2205.12035), section 3.3: queries are h + p_i, keys and values h, e_1 + p_1, e_2 + p_2, ...
         """
+        config, lengths = cast("RetroMAE", self.config), mask.sum(dim=1).tolist()
+        seen = [
+            visible(length, places, config.decoder_masked, ids.shape[1], rng)
+            for length, places in zip(lengths, words, strict=True)
+        ]
         first = getattr(self.embeddings, "padding_idx", -1) + 1  # RoBERTa's positions begin there
         positions = self.embeddings.position_embeddings.weight[first : first + ids.shape[1]].float()
         tokens = self.embeddings(input_ids=ids).float()
         keys = torch.cat([vectors[:, None], tokens[:, 1:]], dim=1)
-        return self.decoder(vectors[:, None] + positions, keys, seen)
+        return self.decoder(vectors[:, None] + positions, keys, torch.stack(seen).to(ids.device))
 
 
 class EnhancedDecoder(nn.Module):
@@ -109,7 +147,7 @@ class EnhancedDecoder(nn.Module):
         self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.norms = nn.ModuleList([nn.LayerNorm(dim), nn.LayerNorm(dim)])
         self.feed_forward = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        self.to_words = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim))
+        self.to_words = to_words(dim)
 
     def forward(
         self,
@@ -121,6 +159,11 @@ class EnhancedDecoder(nn.Module):
         attended, _ = self.attention(queries, keys, keys, attn_mask=hidden, need_weights=False)
         states = self.norms[0](queries + attended)
         return self.norms[1](states + self.feed_forward(states))
+
+
+def to_words(dim: int) -> nn.Sequential:
+    """What makes of a state what token embeddings are multiplied by, as in BERT's head for masked tokens."""
+    return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim))
 
 
 def sample(indices: Sequence[int], fraction: float, rng: random.Random) -> list[int]:
