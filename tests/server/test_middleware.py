@@ -6,15 +6,19 @@ import asyncio
 import json
 import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from d2llm.core.errors import DamagedFileError
 from d2llm.server.middleware import SECURITY_HEADERS, BodyMiddleware, CancelWhenGone
-from tiny_app import tiny_client
+from tiny_app import app_of, tiny_client
 
 SEARCH = {"texts": ["q"]}
 
@@ -272,6 +276,19 @@ def test_an_allowed_origin_may_read_what_the_dialects_say_in_headers():
     response = client.post("/v1/index/reload", headers={"Origin": "https://app.example"})
     exposed = response.headers["Access-Control-Expose-Headers"].split(", ")
     assert {"X-Warning", "X-Relevance-Score", "X-Word-Statistics"} <= {*exposed}
+
+
+def test_a_damaged_index_is_answered_with_its_repair_and_without_its_path():
+    client = tiny_client()
+
+    def read(_: Request) -> Response:
+        raise DamagedFileError(Path("/srv/secret/docs.index/passages.db"), "is not what was written")
+
+    app_of(client).add_route("/damaged", read)
+    response = client.get("/damaged")
+    assert response.status_code == 500
+    assert "verify --repair" in response.json()["error"]["message"]
+    assert "secret" not in response.text
 
 
 def test_whatever_can_be_got_has_a_head():

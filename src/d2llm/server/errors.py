@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from d2llm.core.errors import (
     D2LLMError,
+    DamagedFileError,
     DataFormatError,
     DuplicateIdError,
     IndexLockedError,
@@ -229,6 +230,9 @@ def problem_for_client(error: Exception) -> Problem:
         return Problem(501, "internal", str(error))
     if isinstance(error, StorageError):
         return Problem(507, "internal", str(error))
+    if isinstance(error, DamagedFileError):
+        remedy = "on the server, `d2llm index INDEX verify --repair` mends what it can"
+        return Problem(500, "internal", f"a file of the index is damaged or missing; {remedy}")
     return Problem(500, "internal", "internal error; the server's log has the reason under this request's id")
 
 
