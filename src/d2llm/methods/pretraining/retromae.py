@@ -128,8 +128,8 @@ class _Reconstruction(TwiceMasked):
         """
         config, lengths = cast("RetroMAE", self.config), mask.sum(dim=1).tolist()
         seen = [
-            visible(length, places, config.decoder_masked, ids.shape[1], rng)
-            for length, places in zip(lengths, words, strict=True)
+            visible(length, indices, config.decoder_masked, ids.shape[1], rng)
+            for length, indices in zip(lengths, words, strict=True)
         ]
         first = getattr(self.embeddings, "padding_idx", -1) + 1  # RoBERTa's positions begin there
         positions = self.embeddings.position_embeddings.weight[first : first + ids.shape[1]].float()
