@@ -4,9 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
 
-from d2llm.core.errors import DataFormatError, InputError, ModelError
+from d2llm.core.errors import DataFormatError, InputError, ModelError, RecipeError
 from d2llm.core.types import Passage
 from d2llm.methods.rerankers import cascade as cascade_module
 from d2llm.methods.rerankers import teacher as teacher_module
@@ -141,9 +140,9 @@ def test_a_teacher_that_was_slow_once_is_used_again(clock):
 
 
 def test_invalid_arguments_and_scores_are_rejected():
-    with pytest.raises(ValidationError, match="depth"):
+    with pytest.raises(RecipeError, match="depth"):
         cascade(Oracle([]), ERROR, depth=0)
-    with pytest.raises(ValidationError, match="max_ms"):
+    with pytest.raises(RecipeError, match="max_ms"):
         cascade(Oracle([]), ERROR, max_ms=-1.0)
     with pytest.raises(InputError, match="needs the student's error"):
         rerank(cascade(Oracle([])))
@@ -276,5 +275,5 @@ def test_the_teacher_starts_no_batch_after_its_time_is_up(clock):
     reread = rerank(teacher_reading(Oracle(np.zeros(20), seconds=0.1, clock=clock), 20, max_ms=900, batch_passages=4))
     assert len(reread.read) == 12  # batches start at 0, 0.4 and 0.8 s
     assert reread.out_of_time
-    with pytest.raises(ValidationError, match="batch_passages"):
+    with pytest.raises(RecipeError, match="batch_passages"):
         teacher_reading(Oracle([]), batch_passages=0)

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
+from d2llm.core.errors import RecipeError
 from d2llm.core.registry import Registry
-from d2llm.recipe.kinds import SectionOfKind, describe_kind
+from d2llm.recipe.kinds import SectionOfKind
+from d2llm.recipe.sections import describe_kind
 
 
 class Tuning(SectionOfKind):
@@ -73,7 +75,7 @@ def test_the_base_makes_the_kind_that_is_named():
     assert type(Tuning.model_validate({"kind": "frozen"})) is Frozen
     assert Lora(rank=3).model_copy(update={"rank": 4}) == Lora(rank=4) != Lora(rank=3)
     assert pickle.loads(pickle.dumps(Lora(rank=3))) == Lora(rank=3)
-    with pytest.raises(ValueError, match="no tuning 'lroa'; did you mean 'lora'"):
+    with pytest.raises(RecipeError, match="no tuning 'lroa'; did you mean 'lora'"):
         Tuning(kind="lroa")
     with pytest.raises(ValidationError, match="kind"):
         Lora.model_validate({"kind": "frozen"})
@@ -102,6 +104,8 @@ def test_problems_name_the_path():
 def test_in_python_the_message_is_readable():
     with pytest.raises(ValidationError, match=r"this section: no tuning 'full'; there are: lora"):
         backbone(tuning="full")
+    with pytest.raises(RecipeError, match="Lora: unknown key 'rnak'; did you mean 'rank'"):
+        Lora(rnak=1)  # pyright: ignore[reportCallIssue]
 
 
 def test_an_editor_knows_the_kinds():

@@ -156,6 +156,20 @@ def test_settings_that_only_one_side_has_are_named():
     ]
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"nmae": "x"}, "Recipe: unknown key 'nmae'; did you mean 'name'?"),
+        ({"data": [{"path": "x", "max_dev_queries": 1}]}, "Recipe: unknown key 'data.0.max_dev_queries'"),
+        ({"losses": {"spraed": 1.0}}, "Recipe: losses: no loss 'spraed'"),
+    ],
+)
+def test_a_wrong_value_in_python_is_an_error_of_recipes(values: dict[str, Any], message: str):
+    with pytest.raises(RecipeError) as caught:
+        Recipe(**values)
+    assert str(caught.value).startswith(message)
+
+
 def test_recipes_are_immutable():
     with pytest.raises(ValidationError):
         Recipe().training.epochs = 3  # pyright: ignore[reportAttributeAccessIssue]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from pydantic import ValidationError
 
-from d2llm.core.errors import InputError, MismatchError
+from d2llm.core.errors import InputError, MismatchError, RecipeError
 from d2llm.core.types import Passage
 from d2llm.models.backbone import Backbone
 from d2llm.models.listwise_reader import ListwiseReader
@@ -106,7 +105,7 @@ def test_documents_and_diverse_results(index, reader):
 
 
 def test_what_does_not_fit_is_refused(index, reader, workspace):
-    with pytest.raises(ValidationError, match="num_passages"):
+    with pytest.raises(RecipeError, match="num_passages"):
         listwise(reader, 0)
     reranker = listwise(reader)
     for changes in ({"exact": True}, {"hybrid": 0.5}):

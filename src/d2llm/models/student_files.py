@@ -17,7 +17,7 @@ from d2llm.core.manifest import read_manifest
 from d2llm.core.types import TASKS, Task
 from d2llm.models.sources import load_tensors
 from d2llm.recipe import CustomBackbone, Pooling, StudentConfig, shaping_student_settings
-from d2llm.recipe.kinds import describe_kind
+from d2llm.recipe.sections import describe_kind
 
 if TYPE_CHECKING:  # importing torch takes seconds, and a wrong name should be reported without it
     from torch import Tensor, nn

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pydantic import (
-    BaseModel,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     SerializationInfo,
@@ -21,17 +20,14 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, core_schema
 
+from d2llm.core.errors import RecipeError
 from d2llm.core.names import describe_problem
 from d2llm.core.registry import Registered, Registry
-from d2llm.recipe.sections import Section
+from d2llm.recipe.sections import KIND_PROBLEM, Section, describe_kind, section_at
 
 if TYPE_CHECKING:
     from pydantic_core import CoreSchema
     from typing_extensions import Self
-
-KIND_PROBLEM = "kind"
-"""The type of pydantic errors about such a section. Their context has ``describe``, a function from the section's path
-to a message."""
 
 _described: set[type[SectionOfKind]] = set()
 """Bases whose JSON Schema is being written."""
@@ -67,10 +63,13 @@ class SectionOfKind(Registered, Section):
     default_kind: ClassVar[str] = ""
 
     def __new__(cls, **values: Any) -> Self:
-        """On the base, an instance of the kind that ``kind`` names (``default_kind``)."""
+        """On the base, an instance of the kind that ``kind`` names (``default_kind``), or a ``RecipeError``."""
         if not cls._is_base():
             return super().__new__(cls)
-        found: Any = cls.kinds.find(cls.kind_of(values))
+        try:
+            found: Any = cls.kinds.find(cls.kind_of(values))
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
         return found.__new__(found)
 
     @classmethod
@@ -205,23 +204,6 @@ def _fields_of(cls: type[SectionOfKind], kind: str) -> Mapping[str, Any]:
         return cls.kinds.find(kind).model_fields
     except ValueError:  # another package's, which cannot be imported
         return {}
-
-
-def describe_kind(problem: Any, key: str) -> str | None:
-    """What is wrong with a section of kinds at a path; None if the problem is another."""
-    return problem["ctx"]["describe"](key) if problem["type"] == KIND_PROBLEM else None
-
-
-def section_at(section: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
-    """The class of the section in another one at a location."""
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = section.model_fields[part].annotation
-        candidates = (annotation, *get_args(annotation))
-        # get_origin: on Python 3.10 a parametrised type such as tuple[DataConfig, ...] passes isinstance(_, type)
-        section = next(c for c in candidates if isinstance(c, type) and not get_origin(c) and issubclass(c, BaseModel))
-    return section
 
 
 def _keys_at(cls: type[SectionOfKind], location: tuple[int | str, ...]) -> list[str]:

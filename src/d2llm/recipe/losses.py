@@ -31,8 +31,7 @@ from pydantic_core import PydanticCustomError
 
 from d2llm.core.names import describe_problem
 from d2llm.core.registry import Need, Registered, Registry, modules_in
-from d2llm.recipe.kinds import describe_kind
-from d2llm.recipe.sections import Numbers
+from d2llm.recipe.sections import Numbers, describe_kind
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from pydantic import ValidationError
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.names import describe_problem
 from d2llm.core.shipped import shipped_recipes
 from d2llm.core.toml import parse_toml, read_toml
 from d2llm.recipe import (
@@ -19,7 +18,8 @@ from d2llm.recipe import (
     WriterConfig,
     shaping_student_settings,
 )
-from d2llm.recipe.kinds import SectionOfKind, describe_kind, section_at
+from d2llm.recipe.kinds import SectionOfKind
+from d2llm.recipe.sections import explain_problem
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -109,7 +109,7 @@ def named_section(text: str, section: str, base: type[_Kind], named: Callable[[s
     except ValidationError as error:
         problems = [cast("ErrorDetails", {**details, "loc": (section, *details["loc"])}) for details in error.errors()]
         where = text if is_file else f"the {section} '{text}'"
-        raise RecipeError(f"{where}: " + "; ".join(map(_explain, problems))) from error
+        raise RecipeError(f"{where}: " + "; ".join(explain_problem(problem, Recipe) for problem in problems)) from error
 
 
 def _find_recipe(path_or_name: str | Path) -> Path:
@@ -132,7 +132,9 @@ def parse_recipe(values: dict[str, Any], *, where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{where}: " + "; ".join(_explain(problem) for problem in error.errors())) from error
+        raise RecipeError(
+            f"{where}: " + "; ".join(explain_problem(problem, Recipe) for problem in error.errors())
+        ) from error
 
 
 def shaping_settings(recipe: Recipe) -> dict[str, Any]:
@@ -201,19 +203,3 @@ def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], prefix
             was, now = ("set" if isinstance(value, Mapping) else value for value in (old, new))
             changes.append(f"{prefix}{key} (was {was}, is {now})")
     return sorted(changes)
-
-
-def _explain(problem: ErrorDetails) -> str:
-    location = problem["loc"]
-    key = ".".join(str(part) for part in location)
-    match problem["type"]:
-        case "loss":
-            return problem["msg"]
-        case "kind":
-            return str(describe_kind(problem, key))
-        case "model_type":
-            return f"{key} should be a table: write [{key}]"
-        case "tuple_type":
-            return f"{key} should be a list of tables: write [[{key}]]"
-        case _:
-            return describe_problem(problem, key, lambda: sorted(section_at(Recipe, location[:-1]).model_fields))
