@@ -95,8 +95,8 @@ def test_judgements_of_unknown_ids_are_counted_and_logged(folder: Path, caplog: 
     with caplog.at_level(logging.WARNING):
         dataset = read_beir(folder)
     assert dataset.issues == (
-        "train: 1 judgements point to unknown queries, first 1: nobody",
-        "train: 7 judgements point to unknown passages, first 5: lost0, lost1, lost2, lost3, lost4",
+        "train: 1 judgements point to unknown queries and do not count, first 1: nobody",
+        "train: 7 judgements point to unknown passages and do not count, first 5: lost0, lost1, lost2, lost3, lost4",
     )
     assert [issue in caplog.text for issue in dataset.issues] == [True, True]
     assert dataset.positives("train") == {"q1": ("p1",)}
@@ -201,6 +201,8 @@ def test_missing_folder_and_missing_qrels_are_rejected(folder: Path, tmp_path: P
         ("q1\tp1\t1\n", 1, "the first line must be the header"),
         (HEADER + "q1\tp1\t1\nq1 p2 1\n", 3, "expected 3 columns separated by tabs"),
         (HEADER + "q1\t0\tp1\t1\n", 2, "found 4"),
+        ("query-id\tcorpus-id\tscore\tby\n", 1, "the first line must be the header"),
+        ("q1 0 p1 1\nq1\tp2\t1\n", 2, "expected 4 columns of TREC, found 3"),
         (HEADER + "q1\tp1\t0.5\n", 2, "must be a whole number, found '0.5'"),
         (HEADER + "q1\tp1\tyes\n", 2, "must be a whole number, found 'yes'"),
     ],
@@ -214,6 +216,12 @@ def test_malformed_qrels_are_reported_with_their_line(
     assert caught.value.path == folder / "qrels" / "train.tsv"
     assert caught.value.line == line
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("tab", [" ", "\t"])
+def test_judgements_of_trec_are_read(folder: Path, tab: str) -> None:
+    (folder / "qrels" / "train.tsv").write_text("q1 0 p1 2\nq1 0 p2 0\n".replace(" ", tab))
+    assert read_beir(folder).qrels["train"] == {"q1": {"p1": 2, "p2": 0}}
 
 
 def test_pair_judged_twice_is_refused(folder: Path) -> None:

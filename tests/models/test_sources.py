@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError
@@ -17,7 +18,16 @@ from transformers import AutoModel, AutoModelForCausalLM
 from d2llm.core.errors import MissingExtraError, ModelError, ModelNotFoundError
 from d2llm.methods.backbones.gguf import GGUF
 from d2llm.models import sources
-from d2llm.models.sources import find_model_file, fingerprint_model, load_pretrained, load_tokenizer, locate_model
+from d2llm.models.sources import (
+    find_model_file,
+    fingerprint_model,
+    load_arrays,
+    load_metadata,
+    load_pretrained,
+    load_tokenizer,
+    locate_model,
+    write_arrays,
+)
 from tiny_models import write_tiny_model
 
 
@@ -250,6 +260,15 @@ def test_a_berts_pooler_may_be_missing(tmp_path):
     weights = {k: v for k, v in load_file(folder / "model.safetensors").items() if "pooler" not in k}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     load_pretrained(AutoModel, str(folder))
+
+
+def test_what_is_written_is_the_same_each_time(tmp_path):
+    metadata = {letter: f'"{letter}é\n' for letter in "hgfedcba"}
+    write_arrays(tmp_path / "file", {"weight": np.arange(6.0).reshape(2, 3)}, metadata)
+    assert load_metadata(tmp_path / "file") == metadata
+    header = json.loads((tmp_path / "file").read_bytes()[8:].split(b"}}")[0] + b"}}")
+    assert list(header["__metadata__"].items()) == sorted(metadata.items())
+    assert load_arrays(tmp_path / "file", remedy="")["weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_a_tokenizer_always_pads_and_cuts_at_the_end(llama):

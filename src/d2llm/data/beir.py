@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import struct
 import tempfile
 from array import array
@@ -146,6 +147,7 @@ def _passage(record: bytes) -> Passage:
 _log = logging.getLogger(__name__)
 _LARGE_CORPUS_BYTES = 1 << 26  # 64 MiB: some 100,000 short passages; in memory they would take about twice that
 _QRELS_HEADER = ("query-id", "corpus-id", "score")
+_TREC_LINE = re.compile(r"\s*\S+\s+\S+\s+\S+\s+-?\d+\s*")  # query-id 0 corpus-id score
 _Item = TypeVar("_Item", Passage, Query)
 
 Rows = Iterable[tuple[int, Fields]]
@@ -345,26 +347,28 @@ def collect_judgements(path: Path, rows: Iterable[tuple[int, tuple[str, str, int
 
 
 def _qrels_lines(path: Path) -> Iterator[tuple[int, tuple[str, str, int]]]:
-    line_number = 0
+    line_number, of_trec = 0, False
     for line_number, text in read_lines(path):
         fields = tuple(field.strip() for field in text.split("\t"))
         if line_number == 1:
-            if fields != _QRELS_HEADER:
+            of_trec = _TREC_LINE.fullmatch(text) is not None
+            if fields == _QRELS_HEADER:
+                continue
+            if not of_trec:
                 raise DataFormatError(
                     path,
-                    f"the first line must be the header {'<TAB>'.join(_QRELS_HEADER)}, found {text[:80]!r}",
+                    f"the first line must be the header {'<TAB>'.join(_QRELS_HEADER)}, found {text[:80]!r}; only the "
+                    "four columns of TREC (query-id 0 corpus-id score) have none",
                     line=1,
                 )
-            continue
         if not text.strip():
             continue
-        if len(fields) != len(_QRELS_HEADER):
-            raise DataFormatError(
-                path,
-                f"expected 3 columns separated by tabs ({', '.join(_QRELS_HEADER)}), found {len(fields)}",
-                line=line_number,
-            )
-        query_id, passage_id, grade = fields
+        if of_trec:
+            fields = tuple(text.split())
+        if len(fields) != (4 if of_trec else 3):
+            columns = "4 columns of TREC" if of_trec else f"3 columns separated by tabs ({', '.join(_QRELS_HEADER)})"
+            raise DataFormatError(path, f"expected {columns}, found {len(fields)}", line=line_number)
+        query_id, passage_id, grade = fields[0], *fields[-2:]
         try:
             value = int(grade)
         except ValueError as error:
@@ -431,5 +435,7 @@ def unknown_id_issues(
         lost_passages = [passage_id for _, passage_id in pairs if passage_id not in passages]
         for kind, lost in (("queries", lost_queries), ("passages", lost_passages)):
             if lost:
-                issues.append(f"{split}: {len(lost)} judgements point to unknown {kind}, {first_few(lost)}")
+                issues.append(
+                    f"{split}: {len(lost)} judgements point to unknown {kind} and do not count, {first_few(lost)}"
+                )
     return tuple(issues)

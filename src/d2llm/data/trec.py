@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+
 from d2llm.core.errors import DataFormatError, DuplicateIdError, InputError
 from d2llm.core.files import write_bytes
 from d2llm.data.lines import read_lines
@@ -20,8 +22,8 @@ _COLUMNS = ("query-id", "Q0", "passage-id", "rank", "score", "tag")
 class TrecRun:
     """The rankings of one system.
 
-    ``name`` is the tag, or the file name if the lines have different tags. ``rankings`` holds passage ids by
-    descending score, equal scores by ascending id; like trec_eval, it ignores the ranks and the order of the lines.
+    ``name`` is the tag, or the file name if the lines have different tags. ``rankings`` holds passage ids as trec_eval
+    orders them: by descending score (of 32 bits), equal ones by descending id; it ignores ranks and the order of lines.
     ``scores`` is query_id -> passage_id -> score in file order. ``issues`` lists irregularities that are not errors,
     with counts.
     """
@@ -62,10 +64,7 @@ def read_run(path: Path) -> TrecRun:
         tags[tag] = None
     if not scores:
         raise DataFormatError(path, f"holds no ranking; each line must be: {' '.join(_COLUMNS)}")
-    rankings = {
-        query_id: tuple(sorted(by_passage, key=lambda passage_id: (-by_passage[passage_id], passage_id)))
-        for query_id, by_passage in scores.items()
-    }
+    rankings = {query_id: _ranking(by_passage) for query_id, by_passage in scores.items()}
     disordered = [query_id for query_id in scores if not _ranks_follow(scores[query_id], ranks[query_id])]
     issues: list[str] = []
     if disordered:
@@ -82,8 +81,8 @@ def read_run(path: Path) -> TrecRun:
 def write_run(path: Path, name: str, scored: Mapping[str, Sequence[tuple[str, float]]]) -> None:
     """Write rankings (query_id -> passages with scores, best first) as a run file, atomically; ``name`` is the tag.
 
-    It is gzipped if ``path`` ends in ``.gz``. ``read_run`` returns the same order if the scores are descending and
-    equal scores are in the order of their ids.
+    It is gzipped if ``path`` ends in ``.gz``. trec_eval compares scores of 32 bits: one that is not below that of the
+    rank before becomes the next smaller number, so that every program ranks the passages in this order.
 
     Raises:
         InputError: a name or id is empty or contains white space, which the format does not allow, or a score is not
@@ -93,14 +92,22 @@ def write_run(path: Path, name: str, scored: Mapping[str, Sequence[tuple[str, fl
     lines: list[str] = []
     for query_id, passages in scored.items():
         _check_word("query id", query_id)
+        before = np.float32(np.inf)
         for rank, (passage_id, score) in enumerate(passages, start=1):
             _check_word("passage id", passage_id)
             if not math.isfinite(score):
                 raise InputError(f"query '{query_id}', passage '{passage_id}': the score {score} cannot be ranked")
-            lines.append(f"{query_id} Q0 {passage_id} {rank} {float(score)!r} {name}\n")
+            written = float(score) if np.float32(score) < before else float(np.nextafter(before, np.float32(-np.inf)))
+            before = np.float32(written)
+            lines.append(f"{query_id} Q0 {passage_id} {rank} {written!r} {name}\n")
     content = "".join(lines).encode()
     path = Path(path)
     write_bytes(path, gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+
+
+def _ranking(scores: Mapping[str, float]) -> tuple[str, ...]:
+    order = sorted(((np.float32(score), passage_id) for passage_id, score in scores.items()), reverse=True)
+    return tuple(passage_id for _, passage_id in order)
 
 
 def _score(path: Path, line: int, text: str) -> float:

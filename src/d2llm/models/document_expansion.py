@@ -93,11 +93,11 @@ class DocumentExpansion:
 
     def write(self, folder: Path, student: str) -> None:
         """Write the expansion into the folder of the student with this fingerprint."""
-        from safetensors.numpy import save_file
+        from d2llm.models.sources import write_arrays
 
-        tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
         metadata = {"student": student, "word_rule": str(WORD_RULE), "facts": json.dumps(self.facts())}
-        save_file(tensors, folder / self.file_name, metadata=metadata)
+        write_arrays(folder / self.file_name, arrays, metadata)
 
     def facts(self) -> dict[str, Any]:
         """Everything but the function's own numbers."""
@@ -116,13 +116,13 @@ class DocumentExpansion:
         Raises:
             ModelError: it cannot be read, does not fit the width of the vectors, or belongs to another student.
         """
-        from d2llm.models.sources import load_metadata, load_tensors
+        from d2llm.models.sources import load_arrays, load_metadata
 
         path = folder / cls.file_name
         if not path.is_file():
             return None
         remedy = "restore the student's folder, or delete the file to index passages without further words"
-        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in load_tensors(path, remedy=remedy).items()}
+        arrays = load_arrays(path, remedy=remedy)
         metadata = load_metadata(path)
         if (owner := metadata.get("student")) != student:
             raise ModelError(f"{path} was fitted to the student {owner}, but this one is {student}; {remedy}")

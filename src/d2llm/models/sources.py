@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import takewhile
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from d2llm.core.errors import DataFormatError, ModelError, ModelNotFoundError
 from d2llm.core.fallbacks import fell_back
-from d2llm.core.files import new_folder
+from d2llm.core.files import new_folder, write_bytes
 from d2llm.core.manifest import read_any_manifest
 from d2llm.core.shipped import find_shipped
 from d2llm.models.downloads import check_package, check_snapshot
@@ -248,6 +248,17 @@ def load_metadata(path: Path) -> dict[str, str]:
 
     with safe_open(path, "np") as file:
         return file.metadata() or {}
+
+
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file in which the metadata are sorted: what ``safetensors`` writes has a random order."""
+    from safetensors.numpy import save
+
+    content = save(dict(arrays), dict(metadata))
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]) | {"__metadata__": dict(sorted(metadata.items()))}).encode()
+    header += b" " * (-len(header) % 8)
+    write_bytes(path, len(header).to_bytes(8, "little") + header + content[end:])
 
 
 def load_tokenizer(location: str) -> PreTrainedTokenizerBase:

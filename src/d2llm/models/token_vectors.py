@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d2llm.models.device import weights_state
 from d2llm.models.fitted_part import Widths
 from d2llm.models.pooling import to_sphere
+from d2llm.models.sources import write_arrays
 from d2llm.models.tokens import ChosenTokens, StoredProjection
 
 if TYPE_CHECKING:
@@ -75,9 +75,9 @@ class TokenProjection(ChosenTokens, nn.Module):
 
     def write(self, folder: Path, student: str) -> None:
         """Write the projection into the folder of the student with this fingerprint."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in self.state_dict().items()}
         metadata = {"student": student, "max_query_tokens": str(self.max_query_tokens)}
-        save_file(tensors, folder / self.file_name, metadata=metadata)
+        write_arrays(folder / self.file_name, arrays, metadata)
 
     @classmethod
     def read(cls, folder: Path, student: str, widths: Widths) -> TokenProjection | None:
