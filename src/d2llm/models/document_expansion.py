@@ -122,7 +122,7 @@ class DocumentExpansion:
         if not path.is_file():
             return None
         remedy = "restore the student's folder, or delete the file to index passages without further words"
-        arrays = load_arrays(path, remedy=remedy)
+        arrays: dict[str, Any] = load_arrays(path, remedy=remedy)
         metadata = load_metadata(path)
         if (owner := metadata.get("student")) != student:
             raise ModelError(f"{path} was fitted to the student {owner}, but this one is {student}; {remedy}")

@@ -118,7 +118,9 @@ class BackboneConfig(SectionOfKind):
     """Every token of a decoder attends to all tokens of its text, as in an encoder, and ``auto`` pools by the mean
     (LLM2Vec). A decoder has to learn that: ``training.pretraining.kind = "masked_next_token"``."""
     max_query_tokens: int = Field(default=128, ge=4)
+    """Training cuts longer queries here. A search reads as much of a query as of a passage."""
     max_passage_tokens: int = Field(default=250, ge=4)
+    """Longer passages are cut here, and counted."""
     query_prefix: str = ""
     passage_prefix: str = ""
 
