@@ -42,6 +42,7 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "WhiteningBERT": ("student.pooling", "first_last"),
     "BEBR": ("student.pooling", "binarised"),
     "Multivariate representations (MRL)": ("student.pooling", "multivariate"),
+    "SPAR's imitation of words": ("losses", "word_imitation"),
     "SPLADE": ("student.pooling", "splade"),
     "DSR (slices of SPLADE)": ("student.pooling", "splade"),
     "FLOPS regulariser": ("losses", "flops"),
@@ -119,7 +120,6 @@ MISSING: Mapping[str, str] = {
     "PGKD's loop": "needs an LLM that writes in every round; `fit` writes once, by what its time allows",
     "Robust Active Distillation": "its sampling weighs how sure the student is against the teacher's errors; not "
     "written yet: `labelling` chooses by disagreement or by mistakes",
-    "SPAR": "vectors that imitate words; an index here has the words themselves beside the vectors",
     "BTR's reader": "binary states of tokens for a language model that reads passages, of which none here keeps states",
     "FSDP": "a student of 7 billion weights fits one GPU with adapters ([scale.md](scale.md))",
     "Contextual document embeddings: the second stage": "two readings of every passage, and neighbours from the index: "

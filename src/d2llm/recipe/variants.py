@@ -253,6 +253,11 @@ _OWN: _Group = {
         _student(**_COSINE)
         | {"imitation": {}, "losses": {**_PLAIN_LOSSES, "in_batch_cross_entropy": 0.9, "passage_contrast": 0.1}},
     ),
+    "word-imitation": (
+        "half judgements, half imitation of BM25 (SPAR)",
+        _student(**_COSINE)
+        | {"imitation": {}, "losses": {**_PLAIN_LOSSES, "in_batch_cross_entropy": 0.5, "word_imitation": 0.5}},
+    ),
     "mixed-negatives": (
         "judgements alone, with negatives mixed from two hard ones (KaLM-Embedding-V2)",
         _student(**_COSINE)
