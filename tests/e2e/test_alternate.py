@@ -127,7 +127,7 @@ def test_labels_of_two_teachers_or_of_other_pairs_are_refused(sources: list[Trai
     LabelStore(tmp_path, teacher="other", prompt="p", dataset=source.dataset.name).write(label)
     with pytest.raises(InputError, match="several teachers"):
         with_labels(pairs, sources, tmp_path)
-    with pytest.raises(ValueError, match="student or from labels"):
+    with pytest.raises(InputError, match="student or from labels"):
         TeacherTuningConfig(student="s", labels="l")
 
 

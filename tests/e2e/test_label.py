@@ -315,5 +315,5 @@ def test_with_a_limit_the_queries_that_a_student_gets_wrong_most_surely_are_labe
     labels = open_labels(source, tmp_path / "labels", config)
     labelled = {entry.query_id for entry in source.plan.entries if labels.log_odds(entry.query_id)}
     assert labelled == {*sorted(values, key=lambda name: -values[name])[:5]}
-    with pytest.raises(ValueError, match="leave one of them out"):
+    with pytest.raises(InputError, match="leave one of them out"):
         LabellingConfig(mistaken_student="one", compared_students=("one", "other"))

@@ -176,7 +176,7 @@ def test_missing_parts_come_back_untrained_and_change_nothing(base):
 def test_a_recipe_may_leave_out_the_interaction_of_a_task(base):
     config = StudentConfig(interaction=InteractionConfig(tasks=("asymmetric", "symmetric")))
     assert config == StudentConfig()  # the order does not matter
-    with pytest.raises(ValueError, match="scores by its interaction alone"):
+    with pytest.raises(InputError, match="scores by its interaction alone"):
         InteractionConfig(head="paper", tasks=("symmetric",))
     student = trained(base, tasks=("symmetric",))
     queries, passages, symmetric, asymmetric = outputs(student)

@@ -117,7 +117,7 @@ def test_the_authors_form_has_three_layers_and_features_after_a_relu():
         "output.weight": (1, 7),
     }
     assert module(vectors(3, 1), vectors(4, 2), "symmetric").features.min() == 0
-    with pytest.raises(ValueError, match="set feature_dim to hidden_dim"):
+    with pytest.raises(InputError, match="set feature_dim to hidden_dim"):
         InteractionConfig(layers=3, hidden_dim=7)
 
 
