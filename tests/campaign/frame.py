@@ -81,7 +81,7 @@ class Result:
 
 def _load(row: Row, seed: int, path: Path | None) -> Result:
     if path is not None and path.exists():
-        found = Result(**json.loads(path.read_text(encoding="utf-8")))
+        found = Result(**(json.loads(path.read_text(encoding="utf-8")) | {"full": row.full}))  # rows may grow
         if found.seed == seed:
             return found
     return Result(row.id, seed, row.full)
