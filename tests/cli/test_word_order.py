@@ -36,6 +36,8 @@ def names(tmp_path, monkeypatch):
         ("index --exclude a.txt add new.index docs", None),
         ("index stats old.index", "index old.index stats"),
         ("index list", "index INDEX list"),
+        ("index old.index snapshots", "index old.index stats"),
+        ("index old.index rm id1", "index old.index delete id1"),
         ("index delete old.index id1 id2", "index old.index delete id1 id2"),
         ("index old.index search two words", "search old.index two words"),
         ("index search old.index two words", "search old.index two words"),

@@ -41,7 +41,7 @@ def test_package_versions_are_the_installed_versions():
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (None, "not found, so .* is not a d2llm index folder"),
+        (None, "not found, so .* is not a d2llm index folder; check the path, or index what is in it: .* sync "),
         ("{", "not valid JSON"),
         ("", "not valid JSON"),
         ("[1]", "not a d2llm manifest"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Literal
 from xml.etree import ElementTree
 
 import pytest
@@ -27,8 +28,9 @@ def example() -> Table:
     return table
 
 
-def printed(table: Table, width: int = 200, **options: object) -> str:
-    console = Console(file=io.StringIO(), width=width, highlight=False, **options)  # pyright: ignore[reportArgumentType]
+def printed(table: Table, width: int = 200, color_system: Literal["standard"] | None = None, **options: bool) -> str:
+    settings = {"force_terminal": True} | options
+    console = Console(file=io.StringIO(), width=width, highlight=False, color_system=color_system, **settings)
     console.print(table)
     return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -47,7 +49,7 @@ class TestTerminal:
         ]
 
     def test_only_the_bold_cell_is_bold(self) -> None:
-        text = printed(example(), force_terminal=True, color_system="standard")
+        text = printed(example(), color_system="standard")
         bold = [part.partition("\x1b")[0].strip() for part in text.split("\x1b[1m")[1:]]
         assert [part for part in bold if part] == ["A title", "system", "nDCG", "items", "remark", "+0.500*"]
 
@@ -68,6 +70,12 @@ class TestTerminal:
         table = Table("", "", framed=False)
         table.add_row("passages", "12")
         assert printed(table).split() == ["passages", "12"]
+
+    def test_another_program_gets_a_tab_between_cells(self) -> None:
+        assert printed(example(), force_terminal=False) == (
+            "A title\nsystem\tnDCG\titems\tremark\nfirst group\n[red]BM25[/red]\t+0.250\t1,200\t<b>|*odd*|</b>\n"
+            "second group\nours of the paper\t+0.500*\t–\t\nA caption\n"
+        )
 
 
 class TestMarkdown:

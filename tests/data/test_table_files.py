@@ -224,6 +224,23 @@ class TestCorpora:
 
     CSV = "id;title;text;year\nq1;Dune;A desert.;1965\nq2;;Two.;1970\n"
 
+    @pytest.mark.parametrize(
+        ("name", "content", "advice"),
+        [
+            ("a.jsonl", '{"_id": "a", "txt": "a cat"}', "no 'text'; if it is one of passages, rename 'txt' to 'text'"),
+            ("a.jsonl", '{"id": "a", "Text": "a cat"}', "rename 'Text' to 'text'"),
+            ("a.jsonl", '{"docid": "a", "text": "a cat"}', "no 'id'; if it is one of passages, rename 'docid' to 'id'"),
+            ("a.csv", "ID,content\n1,a cat\n", "rename 'ID' to 'id' and 'content' to 'text'"),
+            ("a.csv", "id,price\n1,3\n", None),
+            ("a.csv", "name,text\nx,a cat\n", None),
+            ("a.csv", "id,text\n1,a cat\n", None),
+        ],
+    )
+    def test_a_misnamed_id_or_text_is_named(self, tmp_path, caplog, name, content, advice):
+        (tmp_path / name).write_text(content)
+        assert len([*find_documents([tmp_path])]) == 1
+        assert [advice in message for message in caplog.messages] == ([] if advice is None else [True])
+
     def test_in_a_folder(self, tmp_path):
         first, second = find_documents([write(tmp_path, "a.csv", self.CSV)])
         assert (first.id, first.title, first.text, first.metadata["year"]) == ("q1", "Dune", "A desert.", "1965")

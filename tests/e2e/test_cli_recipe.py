@@ -29,8 +29,8 @@ def schema(tmp_path_factory: pytest.TempPathFactory) -> Draft7Validator:
 
 def test_a_recipe_is_shown_by_what_it_changes() -> None:
     output = succeed("recipe", "check", "d2llm-joint").output
-    rows = [line.split("│")[1:4] for line in output.splitlines() if line.startswith("│")]
-    shown = {name.strip(): (value.strip(), default.strip()) for name, value, default in rows}
+    rows = [cells for line in output.splitlines() if len(cells := line.split("\t")) == 3]
+    shown = {name: (value, default) for name, value, default in rows}
     assert shown["losses.token_cross_entropy"] == ("0.5", "–")
     assert shown["losses.list_imitation"] == ("0", "0.5")
     assert shown["training.batch_queries"] == ("64", "32")
@@ -42,7 +42,7 @@ def test_values_are_shown_as_recipes_write_them(tmp_path: Path) -> None:
     recipe = tmp_path / "some.toml"
     recipe.write_text('[score_features]\nbm25 = true\n[student.interaction]\ntasks = ["symmetric"]')
     output = succeed("recipe", "check", recipe).output
-    assert "true  " in output
+    assert "\ttrue\t" in output
     assert '["symmetric"]' in output
     recipe.write_text("")
     assert "setting" not in succeed("recipe", "check", recipe).output  # no table without rows
@@ -52,6 +52,39 @@ def test_two_data_sets_of_one_name_are_refused_as_by_a_run(tmp_path: Path) -> No
     recipe = tmp_path / "twice.toml"
     recipe.write_text('[[data]]\npath = "a/tea"\n[[data]]\npath = "b/tea"')
     fail("recipe", "check", recipe, containing=["two data sets have the same folder name: tea, tea"])
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('[student.backbone]\nmodel = "./gone"', "student.backbone.model: ./gone: no such folder"),
+        ('[training]\nstart = "d2llm-minilmm"', "training.start: no student at 'd2llm-minilmm'"),
+        ('[mining]\nstudent = "a/b/c"', "mining.student: no student at 'a/b/c'"),
+        ('[labelling]\ncompared_students = ["d2llm-minilm", "x"]', "labelling.compared_students: no student at 'x'"),
+        ('[losses]\nin_batch_imitation = { teacher = "x" }', "losses.in_batch_imitation.teacher: no student at 'x'"),
+        (
+            '[losses]\nsoft_expansion = { passages = "x.jsonl" }',
+            "losses.soft_expansion.passages: x.jsonl: no such file",
+        ),
+        ('[teacher]\nmodel = "/gone"', "teacher.model: /gone: no such folder"),
+        ('[teacher]\nprompt = "papre"', "teacher.prompt: no prompt set 'papre'"),
+        ('[teacher_tuning]\nlabels = "gone"', "teacher_tuning.labels: gone: no such file or folder"),
+    ],
+)
+def test_what_a_recipe_names_and_is_not_there_is_a_warning(tmp_path: Path, text: str, problem: str) -> None:
+    recipe = tmp_path / "some.toml"
+    recipe.write_text(text)
+    assert f"warning: {recipe}: {problem}" in succeed("recipe", "check", recipe).stderr
+
+
+def test_what_may_be_elsewhere_is_named_by_a_check(tmp_path: Path) -> None:
+    recipe = tmp_path / "some.toml"
+    recipe.write_text('[[data]]\npath = "gone"\n[[data]]\npath = "hf://a/b"\n[training]\nstart = "owner/name"')
+    shown = succeed("recipe", "check", recipe).stderr
+    assert "Hub or its cache, so not checked: training.start = 'owner/name'" in shown
+    assert "data: gone: not here; give --data to a run" in shown
+    recipe.write_text('[losses]\npair_cross_entropy = 1\n[teacher]\nmodel = "/gone"')  # nobody asks this teacher
+    assert "gone" not in succeed("recipe", "check", recipe).stderr
 
 
 def test_the_shipped_recipes_are_valid() -> None:
@@ -125,6 +158,9 @@ def test_a_method_is_shown_in_full_wherever_its_kind_is_one(tmp_path: Path) -> N
     assert settings["remote"] == {"type": "table", "default": "must be given", "help": ""}
     assert settings["remote.api"]["type"] == "completions | chat"
     assert settings["temperature"]["default"] == "none"
+    _, report = succeed_with_report("methods", "loss", folder=tmp_path)
+    assert [*report["result"]] == ["losses"]
+    fail("methods", "losss", containing=["no method or section 'losss'; did you mean 'losses'?"])
     text = " ".join(result.output.split())
     assert "docs/log/2026-11.md#2026-11-20-a-remote-teacher-beside-the-local-one" in text
     assert "remote.api_key_env" in text

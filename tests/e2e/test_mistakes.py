@@ -101,7 +101,7 @@ COMMANDS = {
     "search index": "there is no query",
     "search index '   '": "query '1' has no text",
     "search index caf\udce9": "is not valid Unicode text",
-    "search index cat --top-k -1": "'--top-k': Input should be greater than",
+    "search index cat --top-k -1": "'--top-k': '-1' must be at least 1",
     "search index cat --task assymetric": "'symmetric', 'asymmetric'",
     "search index cat --filtre x": "--filter",
     "search index cat --filter 'yaer > 3'": "did you mean 'year'?",
@@ -153,7 +153,7 @@ COMMANDS = {
     "init data --out no/r.toml": "there is no folder no to write it in",
     "init data --out tiny.toml": "already exists and is not replaced",
     "init gone": "gone: no such file or folder; give a folder in BEIR layout",
-    "methods margin_mze": "there is no method 'margin_mze'; did you mean 'margin_mse'?",
+    "methods margin_mze": "no method or section 'margin_mze'; did you mean 'margin_mse'?",
     # measures of data
     "evaluate gone": "gone: no such file or folder; give a folder in BEIR layout",
     "evaluate wrong/folder": "and no corpus.jsonl either",

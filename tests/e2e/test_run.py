@@ -8,6 +8,7 @@ import pytest
 
 from d2llm import EvaluationSettings, Run, load_recipe
 from d2llm.core.errors import InputError
+from d2llm.recipe.losses import Objective
 from d2llm.training.open_run import Skipped
 
 
@@ -47,6 +48,14 @@ def test_a_run_finishes_every_step_and_is_evaluated(run, caplog):
     assert {"bm25", "d2llm"} <= kinds_of(reports["everyday"])
     assert (run.folder.path / "evaluation").is_dir()
     assert "teacher" not in kinds_of(run.evaluate(settings, with_teacher=False)["everyday"])
+
+
+def test_a_teacher_that_no_loss_imitates_labels_nothing(workspace, tmp_path):
+    recipe = load_recipe(str(workspace / "tiny.toml"))
+    judged = recipe.model_copy(update={"losses": Objective({"in_batch_cross_entropy": 1.0})})
+    labelled = Run(judged, tmp_path / "judged").label()
+    assert isinstance(labelled, Skipped)
+    assert "no loss of the recipe imitates a teacher" in labelled.skipped
 
 
 def test_a_run_accepts_a_recipe_object(workspace, tmp_path):

@@ -54,7 +54,7 @@ def values_of(ranking, grades):
 
 def shown(parts):
     """What a terminal shows."""
-    console = Console(width=200, record=True, file=StringIO())
+    console = Console(width=200, record=True, file=StringIO(), force_terminal=True)
     console.print(*parts)
     return console.export_text()
 

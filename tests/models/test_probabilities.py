@@ -173,7 +173,10 @@ class TestFile:
         [
             ({"student": "another"}, "fitted to the student another"),
             ({"kind": "student"}, "kind"),
-            ({"tasks": {"asymmetric": {**FITTED.model_dump(), "slope": -1.0}}}, "greater than 0"),
+            (
+                {"tasks": {"asymmetric": {**FITTED.model_dump(), "slope": -1.0}}},
+                "tasks.asymmetric.slope is -1.0 .float., but must be more than 0",
+            ),
             ({"tasks": {"other": FITTED.model_dump()}}, "tasks.other"),
         ],
     )

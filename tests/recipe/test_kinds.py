@@ -9,9 +9,9 @@ import pytest
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from d2llm.core.errors import RecipeError
+from d2llm.core.problems import describe_errors
 from d2llm.core.registry import Registry
 from d2llm.recipe.kinds import SectionOfKind
-from d2llm.recipe.sections import describe_kind
 
 
 class Tuning(SectionOfKind):
@@ -46,8 +46,7 @@ def backbone(**values: Any) -> Backbone:
 def problem(**values: Any) -> str:
     with pytest.raises(ValidationError) as caught:
         backbone(**values)
-    (error,) = caught.value.errors()
-    return str(describe_kind(error, ".".join(map(str, error["loc"]))))
+    return describe_errors(caught.value, Backbone)
 
 
 def test_a_section_is_a_table_a_name_or_an_instance():
@@ -95,10 +94,10 @@ def test_problems_name_the_path():
     )
     assert problem(tuning={"kind": "frozen", "zzz": 2}) == "unknown key 'tuning.zzz'; known keys here: kind"
     assert problem(tuning={"rnak": 2}) == "unknown key 'tuning.rnak'; did you mean 'rank'?"
-    assert problem(tuning={"rank": 0}).startswith("tuning.rank: Input should be greater than or equal to 1")
-    assert problem(tuning=5) == "tuning should be a kind, or a table: write [tuning] (got 5)"
+    assert problem(tuning={"rank": 0}) == "tuning.rank is 0 (int), but must be at least 1"
+    assert problem(tuning=5) == "tuning is 5 (int), but must be a kind, or a table: write [tuning]"
     assert problem(tuning={"kind": 5}).startswith("tuning.kind is missing")
-    assert problem(other={"kind": "nested", "inner": {"rank": 0}}).startswith("other.inner.rank: Input should be")
+    assert problem(other={"kind": "nested", "inner": {"rank": 0}}).startswith("other.inner.rank is 0 (int), but must")
 
 
 def test_in_python_the_message_is_readable():

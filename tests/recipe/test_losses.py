@@ -48,10 +48,8 @@ def test_a_weight_or_a_table_and_what_is_not_named_takes_no_part() -> None:
     [
         ("margin_mze = 1.0", "recipe.toml: losses: no loss 'margin_mze'; did you mean 'margin_mse'?"),
         ("margin_mze = 0.0", "did you mean 'margin_mse'?"),
-        ("margin_mse = -1", r"losses.margin_mse.weight: Input should be greater than or equal to 0 (got -1)"),
-        ("margin_mse = nan", r"losses.margin_mse.weight: Input should be a finite number (got nan)"),
-        ('margin_mse = "much"', "should be a weight, such as 0.5, or a table of its settings (got 'much')"),
-        ("margin_mse = true", "losses.margin_mse should be a weight"),
+        ("margin_mse = nan", "losses.margin_mse.weight is nan (float), but must be a finite number"),
+        ("margin_mse = true", "losses.margin_mse is True (bool), but must be a weight"),
         (
             "contrastive_imitation = { temprature = 1 }",
             "unknown key 'losses.contrastive_imitation.temprature'; did you mean",
@@ -64,11 +62,6 @@ def test_a_wrong_loss_says_where_and_what_to_do(text: str, problem: str) -> None
         losses_of(text)
     assert problem in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_losses_must_be_a_table() -> None:
-    with pytest.raises(RecipeError, match=r"losses should be a table: write \[losses\]"):
-        load_recipe_text("losses = 1", where="recipe.toml")
 
 
 def test_a_recipe_is_written_and_read_again_unchanged() -> None:
@@ -165,7 +158,7 @@ def test_another_package_adds_a_loss_by_an_entry_point(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     first, broken, wrong = done.stdout.splitlines()
-    assert first == "weight=0.5"
+    assert first == "Theirs(weight=0.5)"
     assert "the loss 'broken' of their-package cannot be imported" in broken
     assert "has the entry point d2llm.losses: wrong = their_loss:Theirs, which is no loss of kind 'wrong'" in wrong
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from d2llm.core.errors import RecipeError
+from d2llm.core.problems import describe_errors
 from d2llm.recipe import Lora, Pretraining, Recipe, TeacherConfig, TeacherTuningConfig
 from d2llm.recipe.losses import Objective
 from d2llm.recipe.recipe_file import (
@@ -18,6 +21,7 @@ from d2llm.recipe.recipe_file import (
     shaping_settings,
     tuning_settings,
 )
+from d2llm.recipe.sections import Section
 
 
 def write_recipe(tmp_path: Path, text: str | bytes) -> Path:
@@ -204,24 +208,61 @@ def test_an_unknown_key_suggests_the_nearest(values: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"training": {"epochs": 0}}, "training.epochs: Input should be greater than or equal to 1 (got 0)"),
-        ({"gate": {"alpha": float("nan")}}, "gate.alpha: Input should be a finite number (got nan)"),
+        ({"training": {"epochs": 0}}, "training.epochs is 0 (int), but must be at least 1"),
+        ({"gate": {"alpha": float("nan")}}, "gate.alpha is nan (float), but must be a finite number"),
+        ({"data": [{"path": "a", "task": "s"}]}, "data.0.task is 's' (str), but must be 'symmetric' or 'asymmetric'"),
+        ({"training": {"epochs": "3"}}, "training.epochs is '3' (str), but must be a whole number"),
+        ({"training": {"epochs": True}}, "training.epochs is True (bool), but must be a whole number"),
+        ({"training": {"remine": 1}}, "training.remine is 1 (int), but must be true or false"),
+        ({"training": {"weight_decay": True}}, "training.weight_decay is True (bool), but must be a number"),
         (
-            {"training": {"learning_rate": float("inf")}},
-            "training.learning_rate: Input should be a finite number (got inf)",
+            {"training": {"trackers": 5}},
+            "training.trackers is 5 (int), but must be 'auto' or a list",
         ),
-        ({"data": [{"path": "a", "task": "s"}]}, "data.0.task: Input should be 'symmetric' or 'asymmetric' (got 's')"),
-        ({"training": {"epochs": "many"}}, "training.epochs: Input should be a valid integer"),
-        ({"training": {"num_hard": True}}, "training.num_hard: should be a number (got True)"),
-        ({"training": {"epochs": True}}, "training.epochs: should be a number (got True)"),  # a number or None
-        ({"losses": {"margin_mse": {"weight": True}}}, "losses.margin_mse.weight: should be a number (got True)"),
+        (
+            {"student": {"backbone": {"layers": True}}},
+            "student.backbone.layers is True (bool), but must be a whole number or a list",
+        ),
+        (
+            {"student": {"backbone": {"layers": [1, True]}}},
+            "student.backbone.layers.1 is True (bool), but must be a whole number",
+        ),
+        ({"mining": {"sources": "bm25"}}, "mining.sources is 'bm25' (str), but must be a list"),
+        ({"losses": {"margin_mse": {"weight": True}}}, "losses.margin_mse.weight is True (bool), but must be a number"),
+        ({"losses": {"margin_mse": -1}}, "losses.margin_mse.weight is -1 (int), but must be at least 0"),
+        (
+            {"losses": {"margin_mse": "much"}},
+            "losses.margin_mse is 'much' (str), but must be a weight, such as 0.5, or",
+        ),
+        ({"losses": 0.5}, "losses is 0.5 (float), but must be a table: write [losses]"),
         ({"data": [{"task": "symmetric"}]}, "data.0.path is missing; set it"),
-        ({"data": {"path": "a"}}, "data should be a list of tables: write [[data]]"),
-        ({"training": 5}, "training should be a table: write [training]"),
+        ({"data": {"path": "a"}}, "data is {'path': 'a'} (dict), but must be a list of tables: write [[data]]"),
+        ({"training": 5}, "training is 5 (int), but must be a table: write [training]"),
     ],
 )
 def test_a_bad_value_names_the_field_and_the_value(values: dict[str, Any], message: str):
     assert error_of(values).startswith(f"r.toml: {message}")
+
+
+@pytest.mark.parametrize("value", [True, 2.5, "x", [], [None], {}, {"a": 1}, float("inf"), date(2026, 1, 1), 10**30])
+def test_no_bad_value_is_described_in_the_words_of_pydantic(value: object):
+    """Of any setting of any section."""
+
+    def sections(base: type[Section]) -> Iterator[type[Section]]:
+        for section in base.__subclasses__():
+            yield section
+            yield from sections(section)
+
+    shipped = [section for section in sections(Section) if section.__module__.startswith("d2llm.recipe")]
+    problems: set[str] = set()
+    for section in shipped:
+        for name in section.model_fields:
+            try:
+                section.model_validate({name: value})
+            except ValidationError as error:
+                problems.add(describe_errors(error, section, "section"))
+    assert len(problems) > 50
+    assert not [message for message in problems if re.search("[Ii]nput|valid |String should|constrained", message)]
 
 
 def test_all_problems_are_named_at_once():

@@ -60,7 +60,7 @@ def figures(ablation: AblationReport) -> dict[str, list[str]]:
 
 
 def printed(table: object, width: int = 200) -> str:
-    console = Console(file=io.StringIO(), width=width)
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     console.print(table)
     return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -19,7 +19,9 @@ def rendered(report, width=400):
 
 
 def printed(part, width=400, **options):
-    console = Console(file=io.StringIO(), width=width, highlight=False, **options)
+    console = Console(
+        file=io.StringIO(), width=width, highlight=False, **{"force_terminal": True, "color_system": None, **options}
+    )
     console.print(part, markup=False)
     return console.file.getvalue()
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from d2llm.core.errors import ModelNotFoundError
-from d2llm.core.shipped import PACKAGES, find_shipped, find_tuned, shipped_models
+from d2llm.core.shipped import PACKAGES, find_shipped, shipped_models
+from d2llm.models.downloads import find_saved
 from d2llm.models.hub import find_student
 from d2llm.models.sources import is_student
 
@@ -58,8 +59,8 @@ def test_without_its_package_a_model_is_an_error_that_names_it(monkeypatch: pyte
     with pytest.raises(ModelNotFoundError, match=r"pip install d2llm-models-multilingual"):
         is_student(Path("d2llm-multilingual"))
     with pytest.raises(ModelNotFoundError, match=r"pip install d2llm-models-smollm2"):
-        find_tuned("smollm2-writer", "writers")
-    assert find_tuned("d2llm-minilm", "writers") is None  # is no writer
+        find_saved("smollm2-writer", "writers")
+    assert find_saved("d2llm-minilm", "writers") is None  # is no writer
     with pytest.raises(ModelNotFoundError, match=r"one of the shipped students: .*did you mean 'd2llm-minilm'"):
         find_student("d2llm-minilmm")
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from datetime import date, datetime, timedelta, timezone
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -307,3 +308,22 @@ def test_every_isoformat_string_is_parsed(moment: datetime) -> None:
     assert parse_timestamp(moment.isoformat()) == expected
     assert stored(passages({"seen": moment}))["seen"] == [expected]
     assert moment_of(microseconds_of(expected)) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "num_left_out"),
+    [
+        ([1, "a", "b"], "string", 1),
+        ([1, "a"], "integer", 1),
+        ([1, 2, "a"], "integer", 1),
+        ([1, 0.5, "a"], "number", 1),
+        ([1, True, True, None], "boolean", 1),
+    ],
+)
+def test_of_mixed_values_the_most_frequent_type_counts_in_any_order(values, kind, num_left_out) -> None:
+    for mixed in permutations(values):
+        kept, left_out = MetadataSchema().leave_out_misfits(passages(*({"x": value} for value in mixed)))
+        assert MetadataSchema.infer(kept).fields == {"x": kind}
+        assert left_out == {"x": num_left_out}
+        with pytest.raises(InputError, match="metadata field 'x' is"):
+            MetadataSchema.infer(passages(*({"x": value} for value in mixed)))

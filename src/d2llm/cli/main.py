@@ -12,6 +12,7 @@ import traceback
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from d2llm import __version__
 from d2llm.cli.help import tidy_help
@@ -20,6 +21,7 @@ from d2llm.cli.verbs import all_verbs
 from d2llm.cli.word_order import Verbs
 from d2llm.core.errors import D2LLMError, Terminated
 from d2llm.core.files import TOO_LITTLE
+from d2llm.core.problems import requirement
 from d2llm.core.progress import showing_progress
 
 if TYPE_CHECKING:
@@ -73,6 +75,12 @@ class _Program(Verbs):
             advice = _MORE_NEEDED if is_too_little else "check the path, its permissions and the disk"
             self._fail(ctx, f"{where}{error.strerror}; {advice}")
             raise typer.Exit(EXIT_BAD_INPUT) from error
+        except typer.BadParameter as error:
+            problems = error.__cause__.errors() if isinstance(error.__cause__, ValidationError) else []
+            needed = requirement(problems)
+            message = error.message.removeprefix("Value error, ")
+            error.message = f"{problems[0]['input']!r} must {needed}" if needed else message
+            raise
         except KeyboardInterrupt as error:
             session = ctx.obj or Session()
             session.complain("stopped", "run the same command again to continue; finished parts are kept")
@@ -135,5 +143,6 @@ for _verb in _VERBS:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; ``arguments`` default to those of the process."""
+    atexit.unregister(gc.freeze)  # once, however often this is called
     atexit.register(gc.freeze)  # else Python looks for garbage in all of torch before it ends, which takes seconds
     app(arguments, prog_name="d2llm")

@@ -31,19 +31,25 @@ def methods(
     from d2llm.reports.methods import SECTIONS, describe_methods, facts_table, methods_table, settings_table
 
     session, sections = session_of(context), describe_methods()
-    names = {name: {name, f"{registry.what}s", name.rpartition(".")[2]} for name, registry in SECTIONS.items()}
+    names = {name: {name, name.rpartition(".")[2], *_words(registry.what)} for name, registry in SECTIONS.items()}
     listed = [section for section in sections if kind is None or kind in names[section]]
     if kind is None or listed:
         sections = {section: sections[section] for section in listed}
         for section, found in sections.items():
             session.show(methods_table(section, found))
     else:
-        known = [name for found in sections.values() for name in found]
+        known = [name for found in sections.values() for name in found] + sorted(set().union(*names.values()))
         sections = {section: {kind: found[kind]} for section, found in sections.items() if kind in found}
         if not sections:
-            raise InputError(f"there is no method '{kind}'; {suggestion(kind, dict.fromkeys(known), 'there are')}")
+            raise InputError(f"no method or section '{kind}'; {suggestion(kind, dict.fromkeys(known), 'there are')}")
         for section, found in sections.items():
             session.show(facts_table(section, kind, found[kind]))
             if found[kind].settings:
                 session.show(settings_table(found[kind]))
     session.write_report(context, json_path, sections)
+
+
+def _words(what: str) -> set[str]:
+    """What things are called, one or many: loss, losses."""
+    word = what.removeprefix("kind of ")
+    return {word, f"{word}es" if word.endswith("s") else f"{word}s"}

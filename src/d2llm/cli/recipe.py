@@ -19,12 +19,17 @@ _RECIPES = typer.Argument(metavar="RECIPE...", callback=input_path, help="TOML f
 
 @recipe_app.command("check")
 def check(context: typer.Context, recipes: Annotated[list[str], _RECIPES]) -> None:
-    """Read recipes as every verb would, and show the settings that differ from their defaults."""
+    """Read recipes as every verb would, and show the settings that differ from their defaults.
+
+    Warns of data sets, models, students and files that it names and that are not on this machine.
+    """
     from d2llm.core.table import Column, Table
     from d2llm.data.run_folder import require_distinct_data
     from d2llm.recipe import Recipe
     from d2llm.recipe.losses import RECOMMENDED
     from d2llm.recipe.recipe_file import load_recipe
+    from d2llm.training.open_run import is_absent
+    from d2llm.training.recipe_inputs import absent_inputs
 
     session, defaults = session_of(context), dict(_settings(Recipe().model_dump(mode="json")))
     for source in recipes:
@@ -40,6 +45,12 @@ def check(context: typer.Context, recipes: Annotated[list[str], _RECIPES]) -> No
         if table.rows:
             session.show(table)
         sets = ", ".join(f"{one.path} ({one.task})" for one in recipe.data) or "none"
+        missing, remote = absent_inputs(recipe)
+        missing += [f"data: {one.path}: not here; give --data to a run" for one in recipe.data if is_absent(one)]
+        for problem in missing:
+            session.complain("warning", f"{source}: {problem}")
+        if remote:
+            session.say(f"{source}: taken from the Hub or its cache, so not checked: {', '.join(remote)}")
         session.say(f"{source} is valid; data sets: {sets}")
 
 

@@ -25,6 +25,7 @@ from d2llm.cli.session import Session, session_of
 from d2llm.cli.verbs import verb
 from d2llm.cli.word_order import is_index
 from d2llm.core.errors import InputError
+from d2llm.core.toml import toml_value
 from d2llm.core.types import Task
 from d2llm.retrieval.settings import (
     ContextSettings,
@@ -170,7 +171,8 @@ class RerankerOptions:
             return None
         from d2llm.retrieval.reranker import named_reranker
 
-        return named_reranker(self.reranker, **parse_assignments(self.reranker_set or [], "--reranker-set"))
+        changes = parse_assignments(self.reranker_set or [], "--reranker-set")
+        return named_reranker(self.reranker, **{name: toml_value(value) for name, value in changes.items()})
 
 
 def _for_context(

@@ -20,6 +20,19 @@ from d2llm.core.names import NAMES_ELSEWHERE
 
 _NAMES = {"index": "INDEX", "keys": "FILE"}
 """What the groups whose verb follows a name call it."""
+_ELSEWHERE = {
+    **dict.fromkeys(("versions", "snapshots", "history", "info", "status", "count", "describe"), "stats"),
+    **dict.fromkeys(("insert", "import"), "add"),
+    **dict.fromkeys(("update", "build", "create", "ingest"), "upsert"),
+    **dict.fromkeys(("remove", "rm", "drop"), "delete"),
+    **dict.fromkeys(("optimize", "vacuum", "prune"), "compact"),
+    **dict.fromkeys(("check", "repair"), "verify"),
+    "ls": "list",
+    "show": "get",
+    "backup": "snapshot",
+    "rollback": "restore",
+}
+"""Words of other programs for verbs of ``index``."""
 _READING = ("add", "upsert", "sync")
 """Verbs of ``index`` with a corpus."""
 _HELP = ("help", "--help", "-h")
@@ -104,6 +117,8 @@ def _advice_for_named(group: str, verbs: Mapping[str, object], words: Sequence[s
             following = given[1]
             others.remove(following)
         return f"the {name.lower()} comes before the verb; write: {_line(group, following, given[0], *others)}"
+    if group == "index" and len(given) > 1 and (verb := _ELSEWHERE.get(given[1])):
+        return f"there is no verb {given[1]}; did you mean {verb}? write: {_line(group, given[0], verb, *given[2:])}"
     if group == "index" and "search" in given[:2]:
         others = [word for word in words if word != "search"]
         return f"search is a verb of its own; write: {_line('search', *others)}"

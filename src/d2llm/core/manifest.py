@@ -68,7 +68,10 @@ def read_any_manifest(folder: Path, kind: str = "") -> dict[str, Any]:
     """
     path = folder / FILE_NAME
     if not path.is_file():
-        raise DataFormatError(path, f"not found, so {folder} is not a d2llm {kind} folder; check the path")
+        advice = "check the path"
+        if kind == "index" and folder.is_dir():
+            advice += f", or index what is in it: d2llm index NEW.index sync {folder}"
+        raise DataFormatError(path, f"not found, so {folder} is not a d2llm {kind} folder; {advice}")
     try:
         manifest: object = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,13 +1,9 @@
-"""Suggestions for misspelt names, and words for what is wrong with a setting of a TOML file."""
+"""Suggestions for misspelt names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
 NAMES_ELSEWHERE: Mapping[str, str] = {
     "aggs": "facets",
@@ -35,25 +31,6 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     if len(name) > _LONGEST:
         return None
     return next(iter(get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
-
-
-def describe_problem(problem: ErrorDetails, key: str, known: Callable[[], Iterable[str]]) -> str:
-    """What is wrong with a setting of a TOML file: ``key`` is its path, ``known`` names those that are possible there.
-
-    Args:
-        problem: what pydantic found.
-        key: the path of the setting.
-        known: called for an unknown key.
-    """
-    match problem["type"]:
-        case "extra_forbidden":
-            return f"unknown key '{key}'; {suggestion(str(problem['loc'][-1]), known(), 'known keys here')}"
-        case "missing":
-            return f"{key} is missing; set it"
-        case _:
-            message = problem["msg"].removeprefix("Value error, ")
-            value = "" if isinstance(problem["input"], Mapping) else f" (got {problem['input']!r})"
-            return (f"{key}: " if key else "") + message + value
 
 
 def suggestion(name: str, known: Iterable[str], listing: str) -> str:

@@ -20,6 +20,7 @@ from typing_extensions import Self
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import check_string, shown
 from d2llm.core.names import did_you_mean
+from d2llm.core.problems import requirement
 from d2llm.core.short_repr import short_repr
 
 if TYPE_CHECKING:
@@ -186,6 +187,11 @@ def _plain(name: str, value: Any, field: FieldInfo) -> Any:
     if isinstance(value, str):
         check_string(value, name)
         return (value,) if is_list(field) else value
+    return plain_number(value)
+
+
+def plain_number(value: Any) -> Any:
+    """A number of NumPy or another library as one of Python; any other value as it is."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return value
     return int(value) if isinstance(value, Integral) else float(value)
@@ -199,44 +205,12 @@ def is_list(field: FieldInfo) -> bool:
 def _problem(problem: ErrorDetails, purpose: str | None) -> str:
     """What is wrong with a value, and what the setting is for."""
     first, *rest = problem["loc"]
-    name, value, ctx = f"{first}{''.join(f'[{key}]' for key in rest)}", problem["input"], problem.get("ctx", {})
-    match problem["type"]:
-        case "missing":
-            return f"{name} is missing. It is for: {purpose}"
-        case "literal_error":
-            return f"{name} is {shown(value)}, but must be {ctx['expected']}"
-        case kind if kind in _LENGTHS:
-            return f"{name} is {shown(value) if value else 'empty'}, but must have {_LENGTHS[kind].format(**ctx)}"
-        case kind if kind in _BOUNDS:
-            return f"{name} is {value}, but must be {_BOUNDS[kind]} {next(iter(ctx.values())):g}"
-        case kind:
-            return f"{name} is {shown(value)}, but must be {_KINDS.get(kind, problem['msg'])}. It is for: {purpose}"
+    name = f"{first}{''.join(f'[{key}]' for key in rest)}"
+    if problem["type"] == "missing":
+        return f"{name} is missing. It is for: {purpose}"
+    needed = requirement([problem]) or "be left out"
+    return f"{name} is {shown(problem['input'])}, but must {needed}. It is for: {purpose}"
 
-
-_LENGTHS = {
-    "too_short": "at least {min_length} value(s)",
-    "too_long": "at most {max_length} value(s)",
-    "string_too_short": "at least {min_length} character(s)",
-    "string_too_long": "at most {max_length} characters",
-}
-_BOUNDS = {
-    "greater_than_equal": "at least",
-    "greater_than": "more than",
-    "less_than_equal": "at most",
-    "less_than": "less than",
-}
-_KINDS = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "True or False",
-    "string_type": "a string",
-    "string_pattern_mismatch": "of another form",
-    "tuple_type": "a list",
-    "model_type": "a dictionary",
-    "extra_forbidden": "left out",
-}
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

@@ -60,17 +60,6 @@ def find_shipped(name: str, kind: Kind) -> Path | None:
     return folder
 
 
-def find_tuned(model: str, kind: Literal["teachers", "writers"]) -> Path | None:
-    """The folder of a tuned or shipped model of this kind; None if ``model`` names something else.
-
-    Raises:
-        ModelNotFoundError: the package that has it is not installed.
-    """
-    if (Path(model) / FILE_NAME).is_file():
-        return Path(model)
-    return find_shipped(model, kind)
-
-
 def background_words(language: WordLanguage) -> Path:
     """How rare the words of a language are (``store.background_words``)."""
     return _package() / "words" / f"{language}.npz"

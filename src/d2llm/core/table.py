@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from html import escape as escape_html
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.text import Text
 
 ABSENT = "–"
@@ -106,10 +106,7 @@ class Table:
 
     def texts(self) -> list[list[str]]:
         """The text of each cell, row by row, with its mark and its note."""
-        return [
-            [f"{column.text(cell.value)}{cell.mark} {cell.note}".rstrip() for column, cell in self._pairs(row)]
-            for row in self.rows
-        ]
+        return [_texts(self._pairs(row)) for row in self.rows]
 
     def to_terminal(self) -> RenderableType:
         """For a Rich console: title, grid and caption."""
@@ -164,7 +161,23 @@ class Table:
             ]
         )
 
-    __rich__ = to_terminal
+    def to_plain_text(self) -> str:
+        """For a file or another program: a line for each row, with a tab between its cells."""
+        headings = [column.heading for column in self.columns]
+        lines = [[self.title], headings if any(headings) else [""]]
+        for section in self.sections:
+            lines += [[section.title], *(_texts(self._pairs(row)) for row in section.rows)]
+        return "".join(
+            "\t".join(" ".join(text.split()) for text in line) + "\n" for line in [*lines, [self.caption]] if any(line)
+        )
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Aligned in a terminal, else as plain text."""
+        from rich.segment import Segment
+
+        is_aligned = options.is_terminal or console.is_jupyter
+        yield self.to_terminal() if is_aligned else Segment(self.to_plain_text())
+
     __html__ = to_html
 
     def _pairs(self, row: Row) -> Iterator[tuple[Column, Cell]]:
@@ -192,6 +205,10 @@ class Table:
 def escape_markdown(text: str) -> str:
     """Text on one line with Markdown's inline syntax escaped; at the start of a line it can still start a list."""
     return _MARKDOWN_SIGNS.sub(r"\\\1", " ".join(text.split()))
+
+
+def _texts(cells: Iterable[tuple[Column, Cell]]) -> list[str]:
+    return [f"{column.text(cell.value)}{cell.mark} {cell.note}".rstrip() for column, cell in cells]
 
 
 def _lines(column: Column, cell: Cell) -> list[str]:

@@ -25,6 +25,14 @@ def read_toml(path: Path, error: type[InputError] = InputError) -> dict[str, Any
     return parse_toml(text, where=str(path), error=error)
 
 
+def toml_value(word: str) -> Any:
+    """A value as TOML writes it, such as 12, true or [1, 2]; any other word is a text."""
+    try:
+        return tomllib.loads(f"value = {word}")["value"]
+    except (ValueError, RecursionError):
+        return word
+
+
 def parse_toml(text: str, *, where: str, error: type[InputError] = InputError) -> dict[str, Any]:
     """The contents of a text in TOML; ``where`` names its origin in an ``error``."""
     try:

@@ -10,6 +10,7 @@ long or is too large are skipped and listed with the reason; they never end the 
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -24,6 +25,7 @@ import gitignore_parser
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import paths_of, strings_of
+from d2llm.core.names import nearest
 from d2llm.core.plain_values import UntypedText
 from d2llm.core.types import (
     DEFAULT_MEMORY_PER_FILE,
@@ -46,10 +48,14 @@ from d2llm.data.file_contents import (
 from d2llm.data.ocr import OFF, PICTURES, languages_of
 from d2llm.data.parser_workers import TextLimits, read_in_workers
 
+_log = logging.getLogger(__name__)
 MAX_BYTES = 100 << 20
 """Larger files are skipped, unless another limit is given."""
 _LONG_BYTES = 1 << 20  # larger files are read by other processes, too, within the time that a file may take
 _FACTS = ("path", "modified", "file_bytes", "heading", "page", "num_passages", "row", "num_rows", "ocr")
+_TEXT_NAMES = ("text", "content", "contents", "body", "passage", "document", "page_content")
+_ID_NAMES = ("id", "_id", "doc_id", "docid", "document_id", "passage_id", "pid", "key", "uuid")
+"""What other libraries call the text and the id of a passage."""
 EXCLUDED = (".*", "__pycache__/", "node_modules/", "site-packages/")
 """What is left out of folders besides what the user excludes, as in a ``.gitignore``."""
 
@@ -261,6 +267,8 @@ def _as_documents(file: DocumentFile, contents: FileContents, ocr: str = "") -> 
     # A field of the text with the name of one of ours keeps its value under another name.
     fields = {(f"own_{name}" if name.lower() in _FACTS else name): value for name, value in contents.metadata.items()}
     if contents.rows:
+        if not contents.is_corpus and (advice := _misnamed_column(contents.rows[0].text)):
+            _log.warning("%s: each row is a document of all its values, because %s", file.path, advice)
         return FileDocuments(file, tuple(_row_documents(file, contents, facts)), contents.is_corpus)
     sections = contents.sections
     common_heading = "" if file.path.suffix.lower() in CODE else _common_heading(sections)
@@ -272,6 +280,20 @@ def _as_documents(file: DocumentFile, contents: FileContents, ocr: str = "") -> 
         sections=sections,
     )
     return FileDocuments(file, (document,), skipped=contents.skipped)
+
+
+def _misnamed_column(row: str) -> str | None:
+    """Why a table is no corpus, if a column of its first row may be meant for the id or the text that it lacks."""
+    names = [name for name, colon, _ in (line.partition(": ") for line in row.splitlines()) if colon]
+    meant: dict[str, str] = {}
+    for wanted, others in (("id", _ID_NAMES), ("text", _TEXT_NAMES)):
+        if not {wanted, f"_{wanted}"} & {*names}:
+            similar = (name for name in names if name.lower() in others or (wanted == nearest(name.lower(), ["text"])))
+            meant[wanted] = next(similar, "")
+    if not meant or "" in meant.values():
+        return None
+    renamed = " and ".join(f"'{name}' to '{wanted}'" for wanted, name in meant.items())
+    return f"there is no '{' and no '.join(meant)}'; if it is one of passages, rename {renamed}"
 
 
 def _row_documents(file: DocumentFile, contents: FileContents, facts: Mapping[str, MetadataValue]) -> Iterator[Passage]:

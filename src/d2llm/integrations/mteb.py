@@ -25,6 +25,7 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.extras import require
 from d2llm.core.fingerprint import fingerprint_passages
 from d2llm.core.inputs import objects_of, strings_of
+from d2llm.core.problems import describe_errors
 from d2llm.core.progress import showing_progress
 from d2llm.core.shipped import DEFAULT_STUDENT, shipped_models
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES, TASKS, Passage, Query, Task
@@ -456,5 +457,5 @@ def model_meta(
     try:
         return models.ModelMeta(**(values | known))
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        problems = describe_errors(error, models.ModelMeta)
         raise InputError(f"meta is not valid for mteb's ModelMeta ({problems})") from error

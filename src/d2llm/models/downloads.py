@@ -16,9 +16,29 @@ from platformdirs import user_cache_path
 
 from d2llm.core.errors import ModelError
 from d2llm.core.files import write_bytes
+from d2llm.core.manifest import FILE_NAME
+from d2llm.core.shipped import PACKAGES, Kind, find_shipped
 
 _BLOCK = 1 << 20
 _GIT = 40  # characters of the hash of a small file, which the Hub keeps in git; others have SHA-256
+
+
+def find_saved(name: str, kind: Kind) -> Path | None:
+    """The folder of a student, tuned teacher or tuned writer: one that was saved, or one of an installed package.
+
+    Returns:
+        None if ``name`` names something else.
+
+    Raises:
+        ModelNotFoundError: the package that has it is not installed.
+        ModelError: a file of the package is not as it was built.
+    """
+    if (Path(name) / FILE_NAME).is_file():
+        return Path(name)
+    folder = find_shipped(name, kind)
+    if folder is not None:
+        check_package(folder, PACKAGES[kind].get(name))
+    return folder
 
 
 @cache

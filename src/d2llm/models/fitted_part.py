@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from d2llm.core.errors import DataFormatError
 from d2llm.core.files import write_json
 from d2llm.core.manifest import check_format_version
+from d2llm.core.problems import describe_errors
 
 FORMAT_VERSION = 1
 _Part = TypeVar("_Part", bound="FittedPart")
@@ -61,8 +62,7 @@ class FittedPart(FittedValues):
             check_format_version(path, version, FORMAT_VERSION)
             part = cls.model_validate(content)
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise DataFormatError(path, f"cannot be read ({problems}); {remedy}") from error
+            raise DataFormatError(path, f"cannot be read ({describe_errors(error, cls)}); {remedy}") from error
         except KeyError as error:
             raise DataFormatError(path, f"cannot be read (it lacks {error}); {remedy}") from error
         except (ValueError, TypeError, AttributeError) as error:

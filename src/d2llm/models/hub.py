@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.names import did_you_mean
-from d2llm.core.shipped import PACKAGES, find_shipped, shipped_models
-from d2llm.models.downloads import check_package, check_snapshot
+from d2llm.core.shipped import PACKAGES, shipped_models
+from d2llm.models.downloads import check_snapshot, find_saved
 from d2llm.models.sources import HUB_ID, first_sentence
 from d2llm.models.student_files import (
     BACKBONE_FOLDER,
@@ -62,13 +62,9 @@ def find_student(folder_or_name: str | Path) -> Path:
         ModelNotFoundError: there is no such student.
         ModelError: the student on the Hub is damaged, or refers to code or to an address.
     """
-    folder = Path(folder_or_name)
-    if (folder / MANIFEST).is_file():
-        return folder
-    name = str(folder_or_name)
-    if (shipped := find_shipped(name, "students")) is not None:
-        check_package(shipped, PACKAGES["students"].get(name))
-        return shipped
+    folder, name = Path(folder_or_name), str(folder_or_name)
+    if (saved := find_saved(name, "students")) is not None:
+        return saved
     repo_id, _, revision = name.partition("@")
     if HUB_ID.fullmatch(repo_id) and not folder.exists() and not Path(repo_id.partition("/")[0]).is_dir():
         return fetch_student(repo_id, revision=revision or None)

@@ -14,10 +14,10 @@ from d2llm.core.errors import DataFormatError, MismatchError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
+from d2llm.core.problems import describe_errors
 from d2llm.core.types import TASKS, Task
 from d2llm.models.sources import load_tensors
 from d2llm.recipe import CustomBackbone, Pooling, StudentConfig, shaping_student_settings
-from d2llm.recipe.sections import describe_kind
 
 if TYPE_CHECKING:  # importing torch takes seconds, and a wrong name should be reported without it
     from torch import Tensor, nn
@@ -47,12 +47,9 @@ def read_student_manifest(folder: Path) -> tuple[dict[str, Any], StudentConfig]:
     try:
         config = StudentConfig.model_validate(manifest["config"])  # says which package a pooling may lack
     except ValidationError as error:
-        located = [(".".join(map(str, ("config", *problem["loc"]))), problem) for problem in error.errors()]
-        problems = [describe_kind(problem, key) or f"{key}: {problem['msg']}" for key, problem in located]
+        problems = describe_errors(error, StudentConfig, "config")
         remedy = "update d2llm, install the package that has what is missing, or restore the folder"
-        raise DataFormatError(
-            folder / MANIFEST, f"its configuration cannot be read ({'; '.join(problems)}); {remedy}"
-        ) from error
+        raise DataFormatError(folder / MANIFEST, f"its configuration cannot be read ({problems}); {remedy}") from error
     if manifest["pooling"] not in Pooling.kinds.kinds:
         raise DataFormatError(
             folder / MANIFEST, f"has the pooling {manifest['pooling']!r:.60}, which is none; {RESTORE}"

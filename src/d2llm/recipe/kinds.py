@@ -7,7 +7,6 @@ cannot be given with another, and other packages can add kinds.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pydantic import (
@@ -21,9 +20,11 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, core_schema
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.names import describe_problem
+from d2llm.core.inputs import shown
+from d2llm.core.names import suggestion
+from d2llm.core.problems import DESCRIBED, describe_errors
 from d2llm.core.registry import Registered, Registry
-from d2llm.recipe.sections import KIND_PROBLEM, Section, describe_kind, section_at
+from d2llm.recipe.sections import Section
 
 if TYPE_CHECKING:
     from pydantic_core import CoreSchema
@@ -119,6 +120,15 @@ class SectionOfKind(Registered, Section):
         return described | ({"required": needed} if needed else {})
 
     @classmethod
+    def describe_unknown(cls, name: str) -> str:
+        """What follows "unknown key 'x'": the kinds that have it, or a key of a similar name."""
+        others = [kind for kind in cls.kinds.kinds if name in _fields_of(cls, kind)]
+        if others:
+            listed = " or ".join(filter(None, (", ".join(others[:-1]), others[-1])))
+            return f" of kind {cls.kind}; it is a setting of kind {listed}"
+        return f"; {suggestion(name, ['kind', *sorted(cls.model_fields)], 'known keys here')}"
+
+    @classmethod
     def split_kind(cls, text: str) -> tuple[str, str]:
         """The two parts of ``KIND:MODEL``; the default kind and the whole text if it begins with no kind."""
         kind, colon, model = text.partition(":")
@@ -144,22 +154,23 @@ class SectionOfKind(Registered, Section):
             return value
         table = {"kind": value} if isinstance(value, str) else value
         if not isinstance(table, Mapping):
-            raise _problem(lambda key: f"{key} should be a kind, or a table: write [{key}] (got {value!r})")
+            raise described(lambda key: f"{key} is {shown(value)}, but must be a kind, or a table: write [{key}]")
         settings = dict(cast("Mapping[str, Any]", table))
         kind: Any = cls.kind_of(settings)
         settings.pop("kind", None)
         if not kind or not isinstance(kind, str):
             kinds = ", ".join(cls.kinds.kinds)
-            raise _problem(lambda key: f"{key}.kind is missing; set it to one of: {kinds}")
+            raise described(lambda key: f"{key}.kind is missing; set it to one of: {kinds}")
         try:
             found = cls.kinds.find(kind)
         except ValueError as error:
             message = str(error)
-            raise _problem(lambda key: f"{key}: {message}") from error
+            raise described(lambda key: f"{key}: {message}") from error
         try:
             return found.model_validate(settings)
         except ValidationError as error:
-            raise _problem(_describing(error, found)) from error
+            problems = error
+            raise described(lambda key: describe_errors(problems, found, *filter(None, (key,)))) from error
 
 
 def _write(section: SectionOfKind, info: SerializationInfo) -> dict[str, Any]:
@@ -171,34 +182,6 @@ def _write(section: SectionOfKind, info: SerializationInfo) -> dict[str, Any]:
     )
 
 
-def _describing(error: ValidationError, cls: type[SectionOfKind]) -> Callable[[str], str]:
-    """A function that says what is wrong with a section at a path."""
-
-    def describe(key: str) -> str:
-        problems: list[str] = []
-        for problem in error.errors():
-            path = ".".join([key, *map(str, problem["loc"])]) if key else ".".join(map(str, problem["loc"]))
-            problems.append(
-                describe_kind(problem, path)
-                or _describe_other_kind(problem, path, cls)
-                or describe_problem(problem, path, partial(_keys_at, cls, problem["loc"][:-1]))
-            )
-        return "; ".join(problems)
-
-    return describe
-
-
-def _describe_other_kind(problem: Any, path: str, cls: type[SectionOfKind]) -> str | None:
-    """What is wrong with a setting that other kinds have; None if the problem is another."""
-    if problem["type"] != "extra_forbidden" or len(problem["loc"]) > 1:
-        return None
-    others = [kind for kind in cls.kinds.kinds if problem["loc"][0] in _fields_of(cls, kind)]
-    if not others:
-        return None
-    listed = " or ".join(filter(None, (", ".join(others[:-1]), others[-1])))
-    return f"unknown key '{path}' of kind {cls.kind}; it is a setting of kind {listed}"
-
-
 def _fields_of(cls: type[SectionOfKind], kind: str) -> Mapping[str, Any]:
     try:
         return cls.kinds.find(kind).model_fields
@@ -206,10 +189,6 @@ def _fields_of(cls: type[SectionOfKind], kind: str) -> Mapping[str, Any]:
         return {}
 
 
-def _keys_at(cls: type[SectionOfKind], location: tuple[int | str, ...]) -> list[str]:
-    keys = sorted(section_at(cls, location).model_fields)
-    return keys if location else ["kind", *keys]
-
-
-def _problem(describe: Callable[[str], str]) -> PydanticCustomError:
-    return PydanticCustomError(KIND_PROBLEM, "{text}", {"text": describe("this section"), "describe": describe})
+def described(describe: Callable[[str], str]) -> PydanticCustomError:
+    """An error for pydantic with a message that names the path of the setting (``core.problems.describe_errors``)."""
+    return PydanticCustomError(DESCRIBED, "{text}", {"text": describe("this section"), "describe": describe})

@@ -27,11 +27,12 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
-from d2llm.core.names import describe_problem
+from d2llm.core.inputs import shown
+from d2llm.core.problems import describe_errors
 from d2llm.core.registry import Need, Registered, Registry, modules_in
-from d2llm.recipe.sections import Numbers, describe_kind
+from d2llm.recipe.kinds import described
+from d2llm.recipe.sections import Section
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +62,7 @@ LOSSES: Registry[Loss] = Registry(
 """All losses by kind."""
 
 
-class Loss(Registered, Numbers):
+class Loss(Registered, Section):
     """One term of the objective. A subclass names its kind, by which recipes name it, and is called for each batch.
 
     Example::
@@ -74,8 +75,6 @@ class Loss(Registered, Numbers):
 
         recipe = Recipe(losses={"in_batch_cross_entropy": 1.0, "spread": 0.1})
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     kinds: ClassVar[Registry[Any]] = LOSSES
     of_pairs: ClassVar[bool] = False
@@ -147,7 +146,7 @@ class Objective(RootModel[dict[str, SerializeAsAny[Loss]]]):
         if isinstance(values, Objective):
             return values.root
         if not isinstance(values, Mapping):
-            raise PydanticCustomError("loss", "losses should be a table: write [losses]")
+            raise described(lambda key: f"{key} is {shown(values)}, but must be a table: write [{key}]")
         named = cast("Mapping[str, Any]", values).items()
         losses = {kind: _loss(kind, value) for kind, value in named if value != 0 or kind not in LOSSES.kinds}
         return {kind: loss for kind, loss in losses.items() if loss.weight > 0}
@@ -224,20 +223,17 @@ def _loss(kind: str, value: Any) -> Loss:
     try:
         cls = LOSSES.find(kind)
     except ValueError as error:
-        raise PydanticCustomError("loss", "losses: {problem}", {"problem": str(error)}) from error
+        message = str(error)
+        raise described(lambda key: f"{key}: {message}") from error
     if isinstance(value, cls):
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = {"weight": value}
     if not isinstance(value, Mapping):
-        text = f"losses.{kind} should be a weight, such as 0.5, or a table of its settings (got {value!r})"
-        raise PydanticCustomError("loss", "{problem}", {"problem": text})
+        needed = "must be a weight, such as 0.5, or a table of its settings"
+        raise described(lambda key: f"{key}.{kind} is {shown(value)}, but {needed}")
     try:
         return cls.model_validate(value)
     except ValidationError as error:
-        problems = [
-            describe_kind(details, path) or describe_problem(details, path, lambda: sorted(cls.model_fields))
-            for details in error.errors()
-            if (path := ".".join(["losses", kind, *map(str, details["loc"])]))
-        ]
-        raise PydanticCustomError("loss", "{problem}", {"problem": "; ".join(problems)}) from error
+        problems = error
+        raise described(lambda key: describe_errors(problems, cls, key, kind)) from error

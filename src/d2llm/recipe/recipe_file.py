@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
 from d2llm.core.errors import RecipeError
+from d2llm.core.problems import describe_errors
 from d2llm.core.shipped import shipped_recipes
 from d2llm.core.toml import parse_toml, read_toml
 from d2llm.recipe import (
@@ -19,10 +20,6 @@ from d2llm.recipe import (
     shaping_student_settings,
 )
 from d2llm.recipe.kinds import SectionOfKind
-from d2llm.recipe.sections import explain_problem
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
 _Kind = TypeVar("_Kind", bound=SectionOfKind)
 _NOT_SET = "not set"
@@ -107,9 +104,8 @@ def named_section(text: str, section: str, base: type[_Kind], named: Callable[[s
         values = read_toml(Path(text), RecipeError)
         return base.model_validate({**values.get(section, values), **changes})
     except ValidationError as error:
-        problems = [cast("ErrorDetails", {**details, "loc": (section, *details["loc"])}) for details in error.errors()]
         where = text if is_file else f"the {section} '{text}'"
-        raise RecipeError(f"{where}: " + "; ".join(explain_problem(problem, Recipe) for problem in problems)) from error
+        raise RecipeError(f"{where}: {describe_errors(error, base, section)}") from error
 
 
 def _find_recipe(path_or_name: str | Path) -> Path:
@@ -132,9 +128,7 @@ def parse_recipe(values: dict[str, Any], *, where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(
-            f"{where}: " + "; ".join(explain_problem(problem, Recipe) for problem in error.errors())
-        ) from error
+        raise RecipeError(f"{where}: {describe_errors(error, Recipe)}") from error
 
 
 def shaping_settings(recipe: Recipe) -> dict[str, Any]:

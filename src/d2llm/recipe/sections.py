@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.names import describe_problem
+from d2llm.core.problems import describe_errors
+from d2llm.core.settings import plain_number
 from d2llm.core.short_repr import short_repr
 
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
-KIND_PROBLEM = "kind"
-"""The type of pydantic errors about such a section. Their context has ``describe``, a function from the section's path
-to a message."""
+class Section(BaseModel):
+    """A section: an unknown key is an error, and so is a value of another type, or infinity.
 
+    NumPy's numbers are numbers, and lists are tuples.
+    """
 
-class Numbers(BaseModel):
-    """Settings of which those that are numbers refuse true and false, which pydantic would read as 1 and 0."""
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+    __repr__ = __str__ = short_repr
 
     def __init__(self, **values: Any) -> None:
         """Check every value, and their combination.
@@ -31,28 +37,14 @@ class Numbers(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            problems = "; ".join(explain_problem(problem, type(self)) for problem in error.errors())
-            raise RecipeError(f"{type(self).__name__}: {problems}") from None
+            raise RecipeError(f"{type(self).__name__}: {describe_errors(error, type(self))}") from None
 
     __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess] - TOML is read without it
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_truth(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name in cls.model_fields:
-            annotation = cls.model_fields[info.field_name].annotation
-            if set(get_args(annotation) or (annotation,)) <= {int, float, NoneType}:
-                raise ValueError("should be a number")
-        return value
-
-
-class Section(Numbers):
-    """A section: an unknown key is an error, and so is infinity."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
-    )
-    __repr__ = __str__ = short_repr
+    def _plain(cls, value: Any) -> Any:
+        return tuple(map(plain_number, cast("list[Any]", value))) if isinstance(value, list) else plain_number(value)
 
 
 class LoraConfig(Section):
@@ -126,37 +118,3 @@ class WarmUpConfig(Section):
     def warmup_of(self, total_steps: int) -> int:
         """Number of warm-up steps in a run of ``total_steps``."""
         return round(self.warmup_fraction * total_steps) if self.warmup_steps is None else self.warmup_steps
-
-
-def describe_kind(problem: Any, key: str) -> str | None:
-    """What is wrong with a section of kinds at a path; None if the problem is another."""
-    return problem["ctx"]["describe"](key) if problem["type"] == KIND_PROBLEM else None
-
-
-def section_at(section: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
-    """The class of the section in another one at a location."""
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = section.model_fields[part].annotation
-        candidates = (annotation, *get_args(annotation))
-        # get_origin: on Python 3.10 a parametrised type such as tuple[DataConfig, ...] passes isinstance(_, type)
-        section = next(c for c in candidates if isinstance(c, type) and not get_origin(c) and issubclass(c, BaseModel))
-    return section
-
-
-def explain_problem(problem: ErrorDetails, root: type[BaseModel]) -> str:
-    """What pydantic found wrong with the settings of ``root``, in words."""
-    location = problem["loc"]
-    key = ".".join(str(part) for part in location)
-    match problem["type"]:
-        case "loss":
-            return problem["msg"]
-        case "kind":
-            return str(describe_kind(problem, key))
-        case "model_type":
-            return f"{key} should be a table: write [{key}]"
-        case "tuple_type":
-            return f"{key} should be a list of tables: write [[{key}]]"
-        case _:
-            return describe_problem(problem, key, lambda: sorted(section_at(root, location[:-1]).model_fields))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -29,8 +29,12 @@ from d2llm.core.errors import (
     ShardAwayError,
     StorageError,
 )
+from d2llm.core.problems import requirement
 from d2llm.server.logs import current_facts
 from d2llm.store.index_manifest import require_index
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 _log = logging.getLogger(__name__)
 
@@ -287,21 +291,19 @@ def _methods(app: FastAPI, path: str) -> list[str]:
     return sorted(methods | ({"HEAD"} if "GET" in methods else set[str]()))
 
 
-_NO_OBJECT = re.compile(r"a valid dictionary or (?:object to extract fields from|instance of \w+)")
-
-
 def _problem_of_validation(error: RequestValidationError) -> Problem:
     """Describe the first invalid field in full, and count the others."""
-    problems = cast("list[dict[str, Any]]", error.errors())
+    problems = cast("list[ErrorDetails]", error.errors())
     first = problems[0]
     where = ".".join(shortened(str(part)) for part in first["loc"] if part != "body") or None
-    message = str(first["msg"]).removeprefix("Value error, ")
-    message = message.replace("valid tuple", "valid list").replace("Tuple should", "List should")  # JSON has no tuples
-    message = _NO_OBJECT.sub("a JSON object", message)
+    needed = requirement([first])
+    message = first["msg"].removeprefix("Value error, ")
+    if needed is not None:
+        message = f"must {needed.replace('a dictionary', 'a JSON object')}"
     if where is None and first["type"] == "missing":
         message = "the body is empty; send a JSON object"
     if first["type"] == "json_invalid":
-        reason = cast("dict[str, Any]", first.get("ctx") or {}).get("error", "")
+        reason = first.get("ctx", {}).get("error", "")
         return Problem(400, "invalid_request", f"the body is not valid JSON ({reason})", reason="json_invalid")
     text = f"{where}: {message}" if where else message
     if len(problems) > 1:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 from pydantic import (
     AfterValidator,
@@ -18,15 +18,23 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 
 from d2llm.core.errors import InputError
+from d2llm.core.inputs import shown
 from d2llm.core.names import suggestion
+from d2llm.core.problems import requirement
 from d2llm.core.settings import DTYPE_HELP, Shown, narrowed, setting
 from d2llm.core.toml import read_toml
 from d2llm.core.types import EngineName, NumberFormat
 from d2llm.store.index_manifest import find_index
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 PREFIX = "D2LLM_SERVE_"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -197,6 +205,16 @@ class ServeSettings(BaseModel):
     report: Path | None = setting(None, "HTML report of `d2llm evaluate` to serve.", Shown(metavar="FILE"))
     otel: bool = Field(default=False, description="Send OpenTelemetry traces (extra otel).")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        """A number is not true or false, which pydantic would read as 1 and 0."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        numbers = {int, float} & {annotation, *get_args(annotation)}
+        if isinstance(value, bool) and numbers:
+            raise PydanticKnownError("int_type" if int in numbers else "float_type")
+        return value
+
     @model_validator(mode="after")
     def _check_exposure(self) -> ServeSettings:
         if self.keys_file is None and not self.allow_unauthenticated and not is_loopback(self.host):
@@ -323,12 +341,13 @@ def _flag_of(name: str) -> str:
     return "INDEX" if name == "index" else "--" + name.replace("_", "-")
 
 
-def _explain(problem: Any, sources: Mapping[str, str]) -> str:
-    message = str(problem["msg"]).removeprefix("Value error, ")
+def _explain(problem: ErrorDetails, sources: Mapping[str, str]) -> str:
+    message = problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:
         return message
-    name = str(problem["loc"][0])
-    return f"{sources[name]}: {name}: {message} (got {problem['input']!r})"
+    name, needed, value = str(problem["loc"][0]), requirement([problem]), cast(object, problem["input"])
+    what = f"{name}: {message} (got {value!r})" if needed is None else f"{name} is {shown(value)}, but must {needed}"
+    return f"{sources[name]}: {what}"
 
 
 def _shown(value: object) -> str:

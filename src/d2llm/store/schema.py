@@ -92,10 +92,13 @@ class MetadataSchema:
     def leave_out_misfits(self, passages: Sequence[Passage]) -> tuple[list[Passage], Counter[str]]:
         """The passages with only the metadata that ``infer`` accepts with these known fields, and counts of the rest.
 
-        A new field has the type of its first value. The counts are by field; empty values are not counted.
+        A new field has the type of most of its values, in whatever order they are: integers among numbers are numbers,
+        and of types that are as frequent, the last of ``FieldType`` counts. The counts are by field; empty values are
+        not counted.
         """
         kinds, left_out = dict(self.fields), Counter[str]()
         cased = {name.lower(): name for name in kinds}
+        new: dict[str, Counter[FieldType]] = {}
         for name, value in ((name, value) for passage in passages for name, value in passage.metadata.items()):
             try:
                 _check_name(name)
@@ -105,8 +108,12 @@ class MetadataSchema:
                 _convert(value, kind, "")
             except InputError:
                 continue
-            if name not in kinds or (name not in self.fields and (kinds[name], kind) == ("integer", "number")):
-                kinds[name] = kind
+            if name not in self.fields:
+                new.setdefault(name, Counter())[kind] += 1
+        for name, counts in new.items():
+            if counts["number"]:
+                counts["number"] += counts.pop("integer", 0)
+            kinds[name] = max(reversed(_TYPES), key=lambda kind: counts[kind])
         kept: list[Passage] = []
         for passage in passages:
             metadata: dict[str, MetadataValue] = {}

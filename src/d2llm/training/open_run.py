@@ -16,8 +16,9 @@ from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_data
 from d2llm.data.pairs import PairDataset
 from d2llm.data.run_folder import RunFolder, is_finished, manifest_of, put_aside, require_distinct_data
-from d2llm.models.teachers.identity import find_kind, find_tuned_teacher
-from d2llm.recipe import GradedTeacherConfig, Recipe, TeacherConfig, untuned_config
+from d2llm.models.downloads import find_saved
+from d2llm.models.teachers.identity import find_kind
+from d2llm.recipe import DataConfig, GradedTeacherConfig, Recipe, TeacherConfig, untuned_config
 from d2llm.recipe.recipe_file import load_recipe
 
 if TYPE_CHECKING:  # each step imports what it needs, so that errors in a recipe are reported before torch is loaded
@@ -94,7 +95,7 @@ class OpenRun:
         named = self.recipe.teacher
         if named.ensemble_with_cosine and is_finished(self.folder.ensemble):
             return named.as_kind("ensemble", model=str(self.folder.ensemble))
-        if find_tuned_teacher(named.model) is not None and find_kind(named) == "ensemble":
+        if find_saved(named.model, "teachers") is not None and find_kind(named) == "ensemble":
             return named
         if is_finished(self.folder.teacher):
             return named.tuned(str(self.folder.teacher))
@@ -245,9 +246,14 @@ def with_recorded(recipe: Recipe, lists: str | Path | None) -> Recipe:
     return recipe.model_copy(update={"teacher": teacher.model_copy(update={"recorded": recorded})})
 
 
+def is_absent(data: DataConfig) -> bool:
+    """Whether a data set is neither on this machine nor on the Hub."""
+    return not data.path.startswith("hf:/") and not Path(data.path).exists()
+
+
 def require_data(recipe: Recipe) -> None:
     """Raise an ``InputError`` that lists the data sets of a recipe that are neither on this machine nor on the Hub."""
-    missing = [item for item in recipe.data if not item.path.startswith("hf:/") and not Path(item.path).exists()]
+    missing = [*filter(is_absent, recipe.data)]
     if missing:
         lines = [f"{item.path} ({item.about})" if item.about else item.path for item in missing]
         raise InputError(

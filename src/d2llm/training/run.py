@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast, get_args
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import objects_of, strings_of
@@ -28,7 +28,7 @@ from d2llm.data.run_folder import (
     manifest_of,
     working_folder,
 )
-from d2llm.models.teachers.identity import find_tuned_teacher
+from d2llm.models.downloads import find_saved
 from d2llm.recipe import CosineTeacherConfig, TeacherConfig
 from d2llm.recipe.variants import find_variant
 from d2llm.training.open_run import OpenRun, Skipped
@@ -121,7 +121,7 @@ class Run(OpenRun):
             closed = self.closed_gates()
             keep("filter", self.filter(closed, runner=runner))
             if len(closed) < len(self.recipe.data):
-                labelled = self.label(runner="local" if asks_endpoint(self.teacher) else runner)
+                labelled = cast("LabelReport", self.label(runner="local" if asks_endpoint(self.teacher) else runner))
                 keep("label", labelled)
                 if labelled.ended_by is not None:
                     raise InputError(
@@ -165,7 +165,7 @@ class Run(OpenRun):
         recipe, folder = self.recipe, self.folder.teacher
         if not recipe.tunes_teacher:
             return self.skip("precheck: the teacher is not tuned, so the gate tests it as it is")
-        if recipe.teacher.needs_tuning and find_tuned_teacher(recipe.teacher.model) is None:
+        if recipe.teacher.needs_tuning and find_saved(recipe.teacher.model, "teachers") is None:
             return self.skip("precheck: the teacher has a new head, which must be tuned before it can be tested")
         if not again and (is_finished(folder) or working_folder(folder).exists()):
             return self.skip("precheck: the teacher's tuning has begun or is finished; the gate tests its result")
@@ -345,11 +345,19 @@ class Run(OpenRun):
         return filter_plans(self, names, runner=runner)
 
     @_shows_progress
-    def label(self, *, runner: str | Runner = "local") -> LabelReport:
-        """Let the teacher score every pair of the plans that has no label yet; ``runner`` says where (``label``)."""
+    def label(self, *, runner: str | Runner = "local") -> LabelReport | Skipped:
+        """Let the teacher score every pair of the plans that has no label yet; ``runner`` says where (``label``).
+
+        It is skipped if no loss of the recipe imitates a teacher, as in ``finish``.
+        """
         from d2llm.training.label import label
         from d2llm.training.sentences import describe_labels
 
+        if not self.recipe.losses.imitates:
+            return self.skip(
+                "label: no loss of the recipe imitates a teacher, so labels would not be used; to use them, give one a "
+                "weight, such as losses.list_imitation = 0.5"
+            )
         self.require_plans()
         self._name_the_teacher("label")
         report = label(

@@ -21,7 +21,7 @@ from d2llm.data.open_data import open_data
 from d2llm.data.pairs import PairDataset
 from d2llm.models.layer_choice import choose_layers, layer_distances
 from d2llm.models.length_limit import readable_tokens
-from d2llm.models.pretrained import is_decoder
+from d2llm.models.pretrained import is_decoder, keep_layers
 from d2llm.models.protocols import task_for
 from d2llm.models.student import Student
 from d2llm.ops.batching import even_batches
@@ -179,8 +179,9 @@ def _untuned(model: str, num_layers: int | None, passages: Sequence[str], device
     kept: int | tuple[int, ...] = num_layers
     if not is_decoder(student.backbone.model.config):
         kept = choose_layers(layer_distances(student.backbone, passages[:_READ_BY_LAYERS]), num_layers)
-    cut = config.backbone.model_copy(update={"layers": kept})
-    return Student.create(config.model_copy(update={"backbone": cut}), device=device)
+    keep_layers(student.backbone.model, kept, name=model)
+    student.config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"layers": kept})})
+    return student
 
 
 def _choose_task(student: Student, task: Task | None, queries: _Side, passages: _Side) -> tuple[Task, str]:

@@ -82,7 +82,7 @@ def test_long_documents_are_cut_unless_truncation_is_off(post):
         ({"model": "jina-reranker-v2"}, "model", "not_found", "there is tiny"),
         ({"documents": []}, "documents", "empty", "at least one document"),
         ({"documents": ["a", {"title": "b"}]}, "documents", "value_error", "number 1 is neither a text nor"),
-        ({"top_n": True}, "top_n", "int_type", "valid integer"),
+        ({"top_n": True}, "top_n", "int_type", "must be a whole number"),
         ({"documents": ["a"] * 33}, "documents", "too_large", "33 texts"),
         ({"max_doc_length": 10}, "max_doc_length", "invalid_request", "truncated to 64 tokens; give no less"),
         ({"truncation_side": "left"}, "truncation_side", "literal_error", "'right'"),
@@ -176,8 +176,8 @@ def test_long_texts_are_an_error_unless_truncated(ask):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"task": "translation"}, "task: Input should be 'retrieval.query'"),
-        ({"embedding_type": "float16"}, "embedding_type: Input should be"),
+        ({"task": "translation"}, "task: must be 'retrieval.query'"),
+        ({"embedding_type": "float16"}, "embedding_type: must be"),
         ({"embedding_type": "binary", "normalized": False}, "normalized: binary is made of vectors of length 1"),
         ({"return_multivector": True}, "return_multivector: for vectors of tokens, use /pooling"),
         ({"input": [{"image": "https://example.org/a.png"}]}, "number 0 is neither a text nor"),

@@ -117,8 +117,8 @@ def test_an_unknown_model_is_not_found(client):
         ({"input": ["a", LONG]}, f"longer than the {MAX_TOKENS} tokens", "input.1"),
         ({"input": "a", "dimensions": 5}, "have 32 components and were not trained to be cut to 5", "dimensions"),
         ({"input": "a", "dimensions": 33}, "have 32 components, not 33", "dimensions"),
-        ({"input": "a", "dimensions": 0}, "greater than or equal to 1", "dimensions"),
-        ({"input": "a", "dimensions": True}, "valid integer", "dimensions"),
+        ({"input": "a", "dimensions": 0}, "must be at least 1", "dimensions"),
+        ({"input": "a", "dimensions": True}, "must be a whole number", "dimensions"),
         ({"input": "a", "encoding_format": "hex"}, "'float' or 'base64'", "encoding_format"),
         ({"input": "a", "extra_body": {"colour": "red"}}, "no such field", "colour"),
         (

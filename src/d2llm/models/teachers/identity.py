@@ -14,9 +14,8 @@ from pydantic import ValidationError
 from d2llm.core.errors import DataFormatError, MismatchError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_any_manifest, read_manifest
-from d2llm.core.shipped import PACKAGES, find_tuned
 from d2llm.core.types import TASKS, Task
-from d2llm.models.downloads import check_package
+from d2llm.models.downloads import find_saved
 from d2llm.models.sources import find_model, find_model_file, fingerprint_model
 from d2llm.models.teachers.prompts import load_prompt
 from d2llm.recipe import (
@@ -37,14 +36,6 @@ TEACHER_FORMAT_VERSION = 1
 ADAPTER_FILE = "adapter.safetensors"
 
 
-def find_tuned_teacher(model: str) -> Path | None:
-    """The folder of a tuned teacher (``CausalTeacher.save``) or of a shipped teacher; None if it is neither."""
-    folder = find_tuned(model, "teachers")
-    if folder is not None:
-        check_package(folder, PACKAGES["teachers"].get(model))
-    return folder
-
-
 def find_kind(config: TeacherConfig) -> str:
     """The kind of teacher that ``config`` names; for ``auto``, it is detected from the model's files.
 
@@ -59,7 +50,7 @@ def find_kind(config: TeacherConfig) -> str:
     """
     if not isinstance(config, AutoTeacherConfig):
         return config.kind
-    folder = find_tuned_teacher(config.model)
+    folder = find_saved(config.model, "teachers")
     if folder is not None:
         manifest = read_any_manifest(folder, TEACHER_KIND)
         kind = str(manifest.get("kind"))
@@ -99,7 +90,7 @@ def read_tuned_teacher(config: TeacherConfig) -> TunedTeacher | None:
     Raises:
         DataFormatError: the folder's manifest cannot be read, or is not that of a teacher.
     """
-    folder = find_tuned_teacher(config.model)
+    folder = find_saved(config.model, "teachers")
     if folder is None:
         return None
     manifest = read_manifest(folder, TEACHER_KIND, TEACHER_FORMAT_VERSION)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import Task
-from d2llm.models.teachers.identity import find_tuned_teacher
+from d2llm.models.downloads import find_saved
 from d2llm.recipe import GradedTeacherConfig, RecordedConfig, TeacherConfig, TeacherIdentity
 
 RANKING_TEACHER = (
@@ -167,7 +167,7 @@ def load_teacher(config: TeacherConfig, *, device: str | None = None, dtype: str
         ModelError: the model is not a teacher of that kind.
         InputError: its head is new and was never tuned.
     """
-    if config.needs_tuning and find_tuned_teacher(config.model) is None:
+    if config.needs_tuning and find_saved(config.model, "teachers") is None:
         raise InputError(
             f"teacher '{config.model}' has a new head, which must be tuned before use; run tune-teacher first"
         )

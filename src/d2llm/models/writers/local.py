@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from d2llm.core.errors import DataFormatError, InputError, MismatchError
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_manifest, write_manifest
-from d2llm.core.shipped import PACKAGES, find_tuned
 from d2llm.models.device import choose_device, choose_dtype, inference, use_plain_attention_on_cpu
-from d2llm.models.downloads import check_package
+from d2llm.models.downloads import find_saved
 from d2llm.models.length_limit import TextLengths, readable_tokens
 from d2llm.models.lora import adapter_state, attach_lora, join_adapters, merge_adapter, train_adapters_only
 from d2llm.models.sources import (
@@ -87,10 +86,9 @@ def read_tuned_writer(model: str) -> TunedWriter | None:
     Raises:
         DataFormatError: the folder's manifest cannot be read, or is not that of a writer.
     """
-    folder = find_tuned(model, "writers")
+    folder = find_saved(model, "writers")
     if folder is None:
         return None
-    check_package(folder, PACKAGES["writers"].get(model))
     manifest = read_manifest(folder, WRITER_KIND, WRITER_FORMAT_VERSION)
     try:
         return TunedWriter(

@@ -19,8 +19,8 @@ from d2llm.data.pairs import PairDataset, PairSource
 from d2llm.data.plan import read_plan, write_plan
 from d2llm.data.run_folder import is_finished, manifest_of
 from d2llm.evaluation.pool_scores import place_teacher
+from d2llm.models.downloads import find_saved
 from d2llm.models.student import Student
-from d2llm.models.teachers.identity import find_tuned_teacher
 from d2llm.models.teachers.pair_teacher import identify_teacher, load_teacher, ranks_lists
 from d2llm.recipe import DataConfig, MiningConfig
 from d2llm.retrieval.text_workers import create_student, encoder_loads, load_student
@@ -52,7 +52,7 @@ def mine_plans(
         mining = mining.model_copy(update={"student": student})
     if again:
         run.put_filtered_aside("mine")
-    has_untuned_head = run.teacher.needs_tuning and find_tuned_teacher(run.teacher.model) is None
+    has_untuned_head = run.teacher.needs_tuning and find_saved(run.teacher.model, "teachers") is None
     filters_later = run.recipe.filters_with_tuned_teacher and (before_tuning or has_untuned_head)
     all_finished = all(is_finished(run.folder.plan(data)) for data in run.recipe.data)
     if filters_later and not before_tuning and (again or not all_finished):

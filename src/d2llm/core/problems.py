@@ -1,0 +1,129 @@
+"""What is wrong with the values of settings, in our words instead of pydantic's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, cast, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from d2llm.core.inputs import shown
+from d2llm.core.names import suggestion
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+DESCRIBED = "described"
+"""The type of errors whose context has ``describe``, a function from the path of a setting to a message."""
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "string": "a string",
+    "tuple": "a list",
+    "list": "a list",
+    "dict": "a dictionary",
+    "model": "a dictionary",
+    "literal": "{expected}",
+}
+_BOUNDS = {
+    "greater_than_equal": "at least",
+    "greater_than": "more than",
+    "less_than_equal": "at most",
+    "less_than": "less than",
+}
+_LENGTHS = {
+    "too_short": "at least {min_length} value(s)",
+    "too_long": "at most {max_length} value(s)",
+    "string_too_short": "at least {min_length} character(s)",
+    "string_too_long": "at most {max_length} characters",
+}
+
+
+def requirement(problems: Iterable[ErrorDetails]) -> str | None:
+    """What a value must be or have: "be a whole number or a list"; None if these problems are others.
+
+    Args:
+        problems: those of one value; of a union of types, one of each.
+    """
+    needed: list[str] = []
+    for problem in problems:
+        kind, ctx = problem["type"], problem.get("ctx", {})
+        if kind in _LENGTHS:
+            return f"have {_LENGTHS[kind].format(**ctx)}"
+        if kind in _BOUNDS:
+            needed.append(f"{_BOUNDS[kind]} {next(iter(ctx.values())):g}")
+        elif kind == "string_pattern_mismatch":
+            needed.append(f"of the form {ctx['pattern']}")
+        elif (name := kind.partition("_")[0]) in _TYPES:
+            needed.append(_TYPES[name].format(**ctx))
+    return f"be {' or '.join(dict.fromkeys(needed))}" if needed else None
+
+
+def describe_errors(error: ValidationError, section: type[BaseModel], *path: str) -> str:
+    """What is wrong with a section of a TOML file or of a manifest, with the path of each setting.
+
+    Args:
+        error: what pydantic found.
+        section: the class that was to be made.
+        path: where the section is.
+    """
+    grouped: dict[tuple[str, ...], list[ErrorDetails]] = {}
+    owners: dict[tuple[str, ...], type[BaseModel] | None] = {}
+    for problem in error.errors(include_url=False):
+        names, owner = _locate(section, problem)
+        key = (*path, *names)
+        grouped.setdefault(key, []).append(problem)
+        owners[key] = owner
+    # Of a union of types, what is wrong with an entry says more than that the whole is of another type.
+    inner = [key for key in grouped if not any(key == other[: len(key)] != other for other in grouped)]
+    return "; ".join(_describe(".".join(key), grouped[key], owners[key]) for key in inner)
+
+
+def _locate(section: type[BaseModel], problem: ErrorDetails) -> tuple[list[str], type[BaseModel] | None]:
+    """The path of a setting, without pydantic's names of types, and the class that has it (None: no class)."""
+    names: list[str] = []
+    owner: type[BaseModel] | None = None
+    annotation: Any = section
+    for part in problem["loc"]:
+        if isinstance(part, int):
+            names.append(str(part))
+        elif issubclass(get_origin(annotation) or object, Mapping):  # a key
+            names.append(part)
+            annotation = get_args(annotation)[1]
+        elif (current := _section_in(annotation)) is not None:
+            names.append(part)
+            field = current.model_fields.get(part)
+            owner, annotation = current, None if field is None else field.annotation
+    return names, owner
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    # get_args: on Python 3.10 a parametrised type such as tuple[DataConfig, ...] passes isinstance(_, type)
+    if isinstance(annotation, type) and not get_args(annotation):
+        return annotation if issubclass(annotation, BaseModel) else None
+    return next(filter(None, map(_section_in, get_args(annotation))), None)
+
+
+def _describe(key: str, problems: list[ErrorDetails], owner: type[BaseModel] | None) -> str:
+    problem, fields = problems[0], {} if owner is None else owner.model_fields
+    kind, name, value = problem["type"], key.rpartition(".")[2], cast(object, problem["input"])
+    if kind == DESCRIBED:
+        return problem.get("ctx", {})["describe"](key)
+    if kind == "extra_forbidden":
+        describe = getattr(owner, "describe_unknown", None)
+        advice = describe(name) if describe else f"; {suggestion(name, sorted(fields), 'known keys here')}"
+        return f"unknown key '{key}'{advice}"
+    if kind == "missing":
+        return f"{key} is missing; set it"
+    needed = requirement(problems)
+    if kind == "model_type":
+        needed = f"be a table: write [{key}]"
+    elif kind == "tuple_type" and name in fields and _section_in(fields[name].annotation):
+        needed = f"be a list of tables: write [[{key}]]"
+    if needed is not None:
+        return f"{key} is {shown(value)}, but must {needed}"
+    message = problem["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(value, dict) or not key else f" (got {value!r})"
+    return (f"{key}: " if key else "") + message + got
