@@ -299,7 +299,8 @@ def _problem_of_validation(error: RequestValidationError) -> Problem:
     needed = requirement([first])
     message = first["msg"].removeprefix("Value error, ")
     if needed is not None:
-        message = f"must {needed.replace('a dictionary', 'a JSON object')}"
+        subject = "" if where else "the body "
+        message = f"{subject}must {needed.replace('a dictionary', 'a JSON object')}"
     if where is None and first["type"] == "missing":
         message = "the body is empty; send a JSON object"
     if first["type"] == "json_invalid":

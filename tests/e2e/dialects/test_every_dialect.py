@@ -54,7 +54,7 @@ def test_invalid_json_is_rejected(address, path, status):
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/v2/rerank", "/embed", "/v1/encode"])
-@pytest.mark.parametrize(("body", "message"), [("[1]", "should be a JSON object"), ("", "the body is empty")])
+@pytest.mark.parametrize(("body", "message"), [("[1]", "the body must be a JSON object"), ("", "the body is empty")])
 def test_a_body_that_is_no_object_is_called_so(address, path, body, message):
     response = httpx2.post(address + path, content=body, headers={"content-type": "application/json"})
     assert 400 <= response.status_code <= 422
