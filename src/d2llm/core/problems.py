@@ -89,7 +89,7 @@ def _locate(section: type[BaseModel], problem: ErrorDetails) -> tuple[list[str],
     for part in problem["loc"]:
         if isinstance(part, int):
             names.append(str(part))
-        elif issubclass(get_origin(annotation) or object, Mapping):  # a key
+        elif get_origin(annotation) in (dict, Mapping):  # a key
             names.append(part)
             annotation = get_args(annotation)[1]
         elif (current := _section_in(annotation)) is not None:
