@@ -12,7 +12,7 @@ import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Section
-from d2llm.data.documents import find_documents, read_document
+from d2llm.data.documents import find_documents, read_documents
 from d2llm.data.indexed_corpus import open_corpus
 from file_cases.pdf_cases import lines, pages
 
@@ -24,7 +24,8 @@ FILES = Path(__file__).parent / "files"
 
 def read(path: Path):
     (file,) = find_documents([path]).files
-    return read_document(file)
+    (document,) = read_documents(file).documents
+    return document
 
 
 def write(folder: Path, name: str, content: str | bytes = "Some words.") -> Path:

@@ -241,13 +241,6 @@ def read_documents(file: DocumentFile) -> FileDocuments:
     return _as_documents(file, read_contents(file.path))
 
 
-def read_document(file: DocumentFile) -> SectionedPassage:
-    """Read a file that is one document; errors as for ``read_documents``."""
-    (document,) = read_documents(file).documents
-    assert isinstance(document, SectionedPassage)
-    return document
-
-
 def _is_read_elsewhere(file: DocumentFile) -> bool:
     return file.num_bytes > _LONG_BYTES or is_parsed(file.path.suffix.lower())
 

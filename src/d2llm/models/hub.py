@@ -6,7 +6,6 @@ Weights are safetensors and the rest is JSON and text: no code is ever downloade
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ from d2llm.models.student_files import (
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
-logger = logging.getLogger(__name__)
 
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.md", "LICENSE*")
 """Files of a student. Pickled weights and code are not among them."""

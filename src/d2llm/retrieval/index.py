@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -57,9 +56,6 @@ if TYPE_CHECKING:
     from d2llm.retrieval.scoring_corpus import IndexCorpus
     from d2llm.retrieval.upserting import DocumentsReport, UpsertReport
     from d2llm.runners.runner import Workers
-
-
-_log = logging.getLogger(__name__)
 
 
 class Index(OpenIndex):

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,9 +42,6 @@ from d2llm.store.index_store import IndexStore
 from d2llm.store.shards import Storage, is_sharded
 
 _log = logging.getLogger(__name__)
-_Value = TypeVar("_Value")
-_LONGEST_PAUSE = 30.0  # seconds between attempts to read a version that cannot be read
-_RANKINGS_ON_CLUSTER = 8
 _KEPT_SEARCHERS = 64  # per version: each holds the rows that its filter allows
 
 

@@ -24,9 +24,6 @@ _SAMPLED_BLOCKS = 32
 _DIGITS = 16  # of a block's checksum: xxh3, 64 bits
 _KEY = "own_checksum"
 
-FileState = tuple[int, ...]
-"""Device, inode, size and modification time: if the state changes, the file must be checked again."""
-
 
 class FileSums(NamedTuple):
     """Size of a file and the concatenated checksums of its blocks."""
@@ -38,12 +35,6 @@ class FileSums(NamedTuple):
     def num_blocks(self) -> int:
         """Number of blocks, at least one."""
         return len(self.checksums) // _DIGITS
-
-
-def state_of(path: Path) -> FileState:
-    """The current state of a file."""
-    stat = path.stat()
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def take_sums(path: Path) -> FileSums:

@@ -10,7 +10,6 @@ those of another rule of words (``ops.words.rule_of_words``), which the JSON nam
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -60,8 +59,6 @@ _ADDED_TYPES = {
 }
 _ADDED = "added_"  # before the names of arrays of added words, which are there if a row has some
 _BOUND_TYPES = {"bound_terms": np.dtype("<u4"), "bound_shares": np.dtype("u1")}
-
-_log = logging.getLogger(__name__)
 
 
 class _SegmentFile(NamedTuple):

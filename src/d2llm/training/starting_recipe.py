@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,6 @@ from d2llm.training.checkpoints import usual_epochs
 from d2llm.training.fit_score_features import LISTED_DEPTH
 from d2llm.training.settings import LISTED_PASSAGES
 
-_log = logging.getLogger(__name__)
 _SAMPLE = 2000  # texts whose length is measured
 _TIMED = 64  # texts that are encoded to measure the speed
 _LANGUAGE_SAMPLE = 500  # texts whose language is guessed

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from d2llm.core.errors import InputError, MissingExtraError, ModelError
 from d2llm.models.device import checkpoint_layers
 from d2llm.models.teachers.causal import CausalTeacher
-from d2llm.models.teachers.loading import require_on_devices
+from d2llm.models.teachers.local import require_on_devices
 from d2llm.models.teachers.pair_teacher import identify_teacher, load_teacher
 from d2llm.recipe import LoraConfig, TeacherConfig
 from tiny_models import TEXTS, randomise, tiny_teacher_config, write_tiny_model

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d2llm.core.errors import InputError
+from d2llm.core.extras import require
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
 from d2llm.core.manifest import write_manifest
 from d2llm.core.types import Task
@@ -38,7 +39,7 @@ from d2llm.models.lora import (
     merge_adapter,
     train_adapters_only,
 )
-from d2llm.models.quantization import prepare_quantized
+from d2llm.models.quantization import EXTRA, prepare_quantized, quantized_options
 from d2llm.models.sources import (
     find_model,
     fingerprint_model,
@@ -59,7 +60,6 @@ from d2llm.models.teachers.identity import (
     require_same_base,
     with_quantization,
 )
-from d2llm.models.teachers.loading import check_device, loading_options, require_on_devices
 from d2llm.models.teachers.pair_teacher import TeacherScores, TextPair
 from d2llm.ops.batching import pad_right, token_budget_batches
 from d2llm.recipe import LocalTeacherConfig, LoraConfig, Quantization, TeacherIdentity
@@ -120,7 +120,7 @@ class LocalTeacher(nn.Module):
         self.fingerprint: str = with_quantization(own_fingerprint, self.quantization)
         self.tokenizer = load_tokenizer(self.location)
         auto_class = getattr(transformers, self._auto_class)
-        options = loading_options(config, self.quantization, device=device, dtype=compute_dtype)
+        options = _loading_options(config, self.quantization, device=device, dtype=compute_dtype)
         whole: Any = load_pretrained(auto_class, self.location, dtype=compute_dtype, **options, **self._head_options())
         # A classifier reads its score at the last token that is not padding, by its own padding id.
         whole.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
@@ -153,7 +153,7 @@ class LocalTeacher(nn.Module):
             MissingExtraError: a package for quantised weights or several GPUs is not installed.
             InputError: the device does not exist, or the teacher does not fit into the GPUs of ``device_map``.
         """
-        check_device(config, device)
+        _check_device(config, device)
         chosen = choose_device(device)
         return cls(config, device=chosen, compute_dtype=choose_dtype(chosen, dtype or config.dtype))
 
@@ -359,3 +359,41 @@ def _disable_attention_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if name.endswith("attention.self.dropout") and isinstance(module, nn.Dropout):
             module.p = 0.0
+
+
+def _check_device(config: LocalTeacherConfig, device: str | torch.device | None) -> None:
+    """Raise an ``InputError`` if a device is named for a teacher that is to be spread over all GPUs."""
+    if config.device_map is not None and str(device) not in {"None", "cuda"}:
+        raise InputError(
+            f"teacher '{config.model}' is to be spread over all GPUs (device_map is {config.device_map}), so it cannot "
+            f"be on {device} alone; leave the device out, or the device_map"
+        )
+
+
+def _loading_options(
+    config: LocalTeacherConfig, quantization: Quantization, *, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Options of ``load_pretrained`` that put the weights where they belong; empty if the model is moved afterwards.
+
+    Raises:
+        MissingExtraError: bitsandbytes or accelerate is not installed.
+    """
+    options = quantized_options(quantization, device=device, dtype=dtype, what="teacher")
+    if config.device_map is not None:
+        require("accelerate", extra=EXTRA, purpose="a teacher on several GPUs")
+        options["device_map"] = config.device_map
+    return options
+
+
+def require_on_devices(whole: Any, name: str) -> None:
+    """Raise an ``InputError`` if a part of a model was left in memory or on disk because the GPUs are too small.
+
+    Such a part would be copied to a GPU for every batch.
+    """
+    devices = {str(device) for device in getattr(whole, "hf_device_map", {}).values()}
+    elsewhere = devices & {"cpu", "disk"}
+    if elsewhere and devices != {"cpu"}:
+        raise InputError(
+            f"teacher '{name}' does not fit into the memory of the GPUs here: a part of it would stay on "
+            f"{' and '.join(sorted(elsewhere))}. Use more GPUs, or load it in fewer bits (teacher.quantization)"
+        )
