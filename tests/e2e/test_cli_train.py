@@ -158,7 +158,7 @@ class TestRunAgain:
         assert (precheck["name"], precheck["num_items"]) == ("everyday", 4)
         assert "precheck: the untuned teacher is" in result.stderr
         for step in ("mine", "precheck", "tune-teacher", "ensemble", "gate", "label", "distill"):
-            assert f"{step} " in result.stdout
+            assert f"{step}\t" in result.stdout
         assert stale_warnings(result) == []
 
     def test_again_can_repeat_the_last_step_alone(self, run):
