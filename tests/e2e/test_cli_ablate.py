@@ -71,6 +71,6 @@ def test_listing_needs_no_run(tmp_path):
     result, report = succeed_with_report("ablate", "--list", folder=tmp_path)
     assert [row["name"] for row in report["result"]] == list(VARIANTS)
     for variant in VARIANTS.values():
-        assert f" {variant.name} " in result.stdout
+        assert f"\n{variant.name}\t" in result.stdout
     assert "changes nothing" not in result.stdout
     assert "changes nothing" in succeed("ablate", "d2llm-paper", "--list").stdout
