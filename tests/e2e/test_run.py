@@ -50,12 +50,12 @@ def test_a_run_finishes_every_step_and_is_evaluated(run, caplog):
     assert "teacher" not in kinds_of(run.evaluate(settings, with_teacher=False)["everyday"])
 
 
-def test_a_teacher_that_no_loss_imitates_labels_nothing(workspace, tmp_path):
+def test_labels_that_no_loss_imitates_are_warned_of(workspace, tmp_path, caplog):
     recipe = load_recipe(str(workspace / "tiny.toml"))
-    judged = recipe.model_copy(update={"losses": Objective({"in_batch_cross_entropy": 1.0})})
-    labelled = Run(judged, tmp_path / "judged").label()
-    assert isinstance(labelled, Skipped)
-    assert "no loss of the recipe imitates a teacher" in labelled.skipped
+    judged = recipe.model_copy(update={"losses": Objective.model_validate({"in_batch_cross_entropy": 1.0})})
+    with pytest.raises(InputError, match="there is no training plan yet"):
+        Run(judged, tmp_path / "judged").label()
+    assert "no loss of the recipe imitates a teacher" in caplog.text
 
 
 def test_a_run_accepts_a_recipe_object(workspace, tmp_path):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import objects_of, strings_of
@@ -121,7 +121,7 @@ class Run(OpenRun):
             closed = self.closed_gates()
             keep("filter", self.filter(closed, runner=runner))
             if len(closed) < len(self.recipe.data):
-                labelled = cast("LabelReport", self.label(runner="local" if asks_endpoint(self.teacher) else runner))
+                labelled = self.label(runner="local" if asks_endpoint(self.teacher) else runner)
                 keep("label", labelled)
                 if labelled.ended_by is not None:
                     raise InputError(
@@ -345,18 +345,19 @@ class Run(OpenRun):
         return filter_plans(self, names, runner=runner)
 
     @_shows_progress
-    def label(self, *, runner: str | Runner = "local") -> LabelReport | Skipped:
+    def label(self, *, runner: str | Runner = "local") -> LabelReport:
         """Let the teacher score every pair of the plans that has no label yet; ``runner`` says where (``label``).
 
-        It is skipped if no loss of the recipe imitates a teacher, as in ``finish``.
+        Warns if no loss of the recipe imitates a teacher: ``finish`` does not label then, but variants may
+        (``ablate``), and another teacher may learn from the labels.
         """
         from d2llm.training.label import label
         from d2llm.training.sentences import describe_labels
 
         if not self.recipe.losses.imitates:
-            return self.skip(
-                "label: no loss of the recipe imitates a teacher, so labels would not be used; to use them, give one a "
-                "weight, such as losses.list_imitation = 0.5"
+            _log.warning(
+                "label: no loss of the recipe imitates a teacher, so the student learns nothing from labels; to use "
+                "them, set one's weight, such as losses.list_imitation = 0.5"
             )
         self.require_plans()
         self._name_the_teacher("label")
