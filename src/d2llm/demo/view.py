@@ -139,7 +139,7 @@ class DemoView:
         for result in report.passages:
             title = self._plain(f"✓ {result.title}" if result.right else result.title)
             table.add_row(title, Cell(result.score, "bold"), *(getattr(result, field) for field in shown.values()))
-        self._print(table)
+        self._print(table.to_terminal())
         meanings = {
             "inner product": "the passage's one vector",
             "words": "BM25 of the passage and of its best two sentences",
@@ -167,7 +167,7 @@ class DemoView:
         table = Table("", precision, first, framed=False)
         for system in report.systems:
             table.add_row(system.name, system.precision, system.first)
-        self._print(table)
+        self._print(table.to_terminal())
         if not report.interaction_weight:
             self._say(f"The interaction of '{student}' has the weight 0 here too, so it changes nothing.")
         elif report.p_value is None:
@@ -188,7 +188,7 @@ class DemoView:
         for step, seconds in report.seconds.items():
             table.add_row(step, seconds)
         table.add_row(Cell("total", "bold"), Cell(report.total_seconds, "bold"))
-        self._print(table)
+        self._print(table.to_terminal())
         sizes = report.sizes
         self._say(
             f"Index: {sizes.index / _MEGABYTE:.1f} MB, {sizes.per_passage:,.0f} bytes per passage, of which the vector "
