@@ -243,7 +243,7 @@ def test_the_seed_determines_the_sample():
 def test_settings_out_of_range_are_rejected():
     for name, value in (("top_k", 99), ("num_candidates", 0), ("teacher_depth", 0)):
         least = 100 if name == "top_k" else 1
-        with pytest.raises(InputError, match=rf"{name} is {value} \(int\), but must be at least {least}"):
+        with pytest.raises(InputError, match=f"{name} is {value}, but must be at least {least}"):
             EvaluationSettings(**{name: value})
     with pytest.raises(InputError, match="latency_queries is 0"):
         EvaluationSettings(latency_queries=0)

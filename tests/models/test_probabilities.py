@@ -175,7 +175,7 @@ class TestFile:
             ({"kind": "student"}, "kind"),
             (
                 {"tasks": {"asymmetric": {**FITTED.model_dump(), "slope": -1.0}}},
-                "tasks.asymmetric.slope is -1.0 .float., but must be more than 0",
+                "tasks.asymmetric.slope is -1.0, but must be more than 0",
             ),
             ({"tasks": {"other": FITTED.model_dump()}}, "tasks.other"),
         ],

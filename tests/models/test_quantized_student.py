@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import InputError, RecipeError
 from d2llm.models.export.sentence_transformers import why_not_plain
 from d2llm.models.lora import adapter_state
 from d2llm.models.student import Student
@@ -64,5 +64,5 @@ def test_eight_bits_train_and_what_needs_plain_weights_is_refused(tmp_path):
 
 
 def test_two_adapters_are_refused():
-    with pytest.raises(ValueError, match='needs quantization = "none"'):
+    with pytest.raises(RecipeError, match='needs quantization = "none"'):
         Lora(adapters="two", quantization="4bit")

@@ -94,10 +94,10 @@ def test_problems_name_the_path():
     )
     assert problem(tuning={"kind": "frozen", "zzz": 2}) == "unknown key 'tuning.zzz'; known keys here: kind"
     assert problem(tuning={"rnak": 2}) == "unknown key 'tuning.rnak'; did you mean 'rank'?"
-    assert problem(tuning={"rank": 0}) == "tuning.rank is 0 (int), but must be at least 1"
+    assert problem(tuning={"rank": 0}) == "tuning.rank is 0, but must be at least 1"
     assert problem(tuning=5) == "tuning is 5 (int), but must be a kind, or a table: write [tuning]"
     assert problem(tuning={"kind": 5}).startswith("tuning.kind is missing")
-    assert problem(other={"kind": "nested", "inner": {"rank": 0}}).startswith("other.inner.rank is 0 (int), but must")
+    assert problem(other={"kind": "nested", "inner": {"rank": 0}}).startswith("other.inner.rank is 0, but must")
 
 
 def test_in_python_the_message_is_readable():

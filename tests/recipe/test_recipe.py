@@ -208,7 +208,7 @@ def test_an_unknown_key_suggests_the_nearest(values: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"training": {"epochs": 0}}, "training.epochs is 0 (int), but must be at least 1"),
+        ({"training": {"epochs": 0}}, "training.epochs is 0, but must be at least 1"),
         ({"gate": {"alpha": float("nan")}}, "gate.alpha is nan (float), but must be a finite number"),
         ({"data": [{"path": "a", "task": "s"}]}, "data.0.task is 's' (str), but must be 'symmetric' or 'asymmetric'"),
         ({"training": {"epochs": "3"}}, "training.epochs is '3' (str), but must be a whole number"),
@@ -229,7 +229,7 @@ def test_an_unknown_key_suggests_the_nearest(values: dict[str, Any], message: st
         ),
         ({"mining": {"sources": "bm25"}}, "mining.sources is 'bm25' (str), but must be a list"),
         ({"losses": {"margin_mse": {"weight": True}}}, "losses.margin_mse.weight is True (bool), but must be a number"),
-        ({"losses": {"margin_mse": -1}}, "losses.margin_mse.weight is -1 (int), but must be at least 0"),
+        ({"losses": {"margin_mse": -1}}, "losses.margin_mse.weight is -1, but must be at least 0"),
         (
             {"losses": {"margin_mse": "much"}},
             "losses.margin_mse is 'much' (str), but must be a weight, such as 0.5, or",

@@ -142,7 +142,7 @@ def test_indexes_need_different_names(value: object, message: str):
         ("[zzz]", "file {file}: unknown setting 'zzz'; known settings: allow_missing_shards, "),
         ('port = "x"', "file {file}: port is 'x' (str), but must be a whole number"),
         ("port = true", "file {file}: port is True (bool), but must be a whole number"),
-        ("port = 70000", "file {file}: port is 70000 (int), but must be at most 65535"),
+        ("port = 70000", "file {file}: port is 70000, but must be at most 65535"),
         (
             'engine = "jax"',
             (

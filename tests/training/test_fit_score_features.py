@@ -268,7 +268,7 @@ class TestStudent:
             ({"tasks": {}}, "lacks 'student'"),
             (
                 HEAD | {"tasks": {"asymmetric": {"weights": {"bm25": -1}, "dev": {}, "num_queries": {}}}},
-                "tasks.asymmetric.weights.bm25 is -1 (int), but must be at least 0",
+                "tasks.asymmetric.weights.bm25 is -1, but must be at least 0",
             ),
             (HEAD | {"tasks": {"asymmetric": {"weights": {"sounds": 1}, "dev": {}, "num_queries": {}}}}, "sounds"),
         ],

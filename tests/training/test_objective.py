@@ -38,6 +38,7 @@ ALL_WEIGHTS = Objective(
         "lambdarank": 0.8,
         "sinkhorn": 0.9,
         "in_batch_imitation": {"weight": 1.5, "teacher": "d2llm-minilm"},
+        "word_imitation": 1.9,
         "rank_imitation_positive_hard": 2.0,
         "rank_imitation_hard_easy": 3.0,
         "feature_imitation": 5.0,
@@ -70,7 +71,7 @@ def batch() -> DistillationBatch:
         np.array(LABELLED, bool),
         np.array(OWN),
         np.array(GRAM, np.float32),
-        pair_inputs={"in_batch_imitation": np.array(LIVE, np.float32)},
+        pair_inputs={name: np.array(LIVE, np.float32) for name in ("in_batch_imitation", "word_imitation")},
     )
 
 
@@ -112,6 +113,7 @@ def by_hand(scores: PairScores) -> dict[str, torch.Tensor]:
         "lambdarank": losses.lambdarank(logits, probabilities, included),
         "sinkhorn": losses.sinkhorn(logits, log_odds, included, temperature=2.0),
         "in_batch_imitation": losses.list_imitation(logits, torch.tensor(LIVE), included),
+        "word_imitation": losses.list_imitation(logits, torch.tensor(LIVE), included),
         "rank_imitation_positive_hard": losses.rank_imitation_positive_hard(logits, log_odds, positive | hard),
         "rank_imitation_hard_easy": losses.rank_imitation_hard_easy(logits, probabilities, hard, easy),
         "feature_imitation": losses.feature_imitation(features, torch.tensor(GRAM), listed),
@@ -190,6 +192,7 @@ def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBa
         + 0.8 * parts["lambdarank"]
         + 0.9 * parts["sinkhorn"]
         + 1.5 * parts["in_batch_imitation"]
+        + 1.9 * parts["word_imitation"]
         + 2 * parts["rank_imitation_positive_hard"]
         + 3 * parts["rank_imitation_hard_easy"]
         + 5 * parts["feature_imitation"]
@@ -202,6 +205,7 @@ def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBa
 
 OF_VECTORS = {
     "angular_margin",
+    "flops",
     "mixed_negatives",
     "passage_contrast",
     "token_cross_entropy",
@@ -363,7 +367,7 @@ def test_one_head_learns_judgements_and_the_other_imitates(two_heads: PairScores
     labels, teacher = by_hand(two_heads), by_hand(two_heads.teacher)
     assert actual.keys() == labels.keys()
     for name, value in actual.items():
-        of_labels = name in ("in_batch_cross_entropy", "dot_cross_entropy")
+        of_labels = name in ("in_batch_cross_entropy", "dot_cross_entropy", "word_imitation")
         torch.testing.assert_close(value, (labels if of_labels else teacher)[name], msg=name)
         if name not in ("feature_imitation", "subclass_imitation"):  # of the features that both heads share
             assert abs(labels[name].item() - teacher[name].item()) > 1e-6, name
@@ -478,4 +482,7 @@ def test_the_data_set_s_own_judgements_are_no_scores_to_regress(scores: PairScor
 def test_a_batch_without_scores_of_the_live_teacher_has_no_such_loss(
     scores: PairScores, batch: DistillationBatch
 ) -> None:
-    assert set(losses_of(scores, replace(batch, pair_inputs={}), ALL_WEIGHTS)) == {*LOSS_NAMES} - {"in_batch_imitation"}
+    assert set(losses_of(scores, replace(batch, pair_inputs={}), ALL_WEIGHTS)) == {*LOSS_NAMES} - {
+        "in_batch_imitation",
+        "word_imitation",
+    }

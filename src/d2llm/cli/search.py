@@ -322,12 +322,13 @@ def _answering(
     session: Session, ranking: Ranking, student: SearchStudent, task: Task, answering: float | None
 ) -> Ranking:
     """A ranking with the sentences that answer its query alone, if ``answering`` is given."""
-    from d2llm.retrieval.context import answering_sentences
+    if answering is None:
+        return ranking
+    from d2llm.retrieval.context import answering_sentences  # imports much that most searches do not need
 
     kept = answering_sentences(ranking, cast("Student", student), task, answering)
-    if answering is not None:
-        num_results, num_kept = len(ranking.passages), len(kept.passages)
-        session.say(f"answering: {num_kept} of {num_results} results have a sentence that answers")
+    num_results, num_kept = len(ranking.passages), len(kept.passages)
+    session.say(f"answering: {num_kept} of {num_results} results have a sentence that answers")
     return kept
 
 

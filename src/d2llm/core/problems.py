@@ -55,10 +55,18 @@ def requirement(problems: Iterable[ErrorDetails]) -> str | None:
         if kind in _BOUNDS:
             needed.append(f"{_BOUNDS[kind]} {next(iter(ctx.values())):g}")
         elif kind == "string_pattern_mismatch":
-            needed.append(f"of the form {ctx['pattern']}")
+            needed.append("of another form")
         elif (name := kind.partition("_")[0]) in _TYPES:
             needed.append(_TYPES[name].format(**ctx))
     return f"be {' or '.join(dict.fromkeys(needed))}" if needed else None
+
+
+def shown_for(problem: ErrorDetails) -> str:
+    """The value that is wrong, with its type if that may be what is wrong."""
+    value, kind = cast(object, problem["input"]), problem["type"]
+    if kind in _LENGTHS and not value:
+        return "empty"
+    return f"{value}" if kind in _BOUNDS else shown(value)
 
 
 def describe_errors(error: ValidationError, section: type[BaseModel], *path: str) -> str:
@@ -123,7 +131,7 @@ def _describe(key: str, problems: list[ErrorDetails], owner: type[BaseModel] | N
     elif kind == "tuple_type" and name in fields and _section_in(fields[name].annotation):
         needed = f"be a list of tables: write [[{key}]]"
     if needed is not None:
-        return f"{key} is {shown(value)}, but must {needed}"
+        return f"{key} is {shown_for(problem)}, but must {needed}"
     message = problem["msg"].removeprefix("Value error, ")
     got = "" if isinstance(value, dict) or not key else f" (got {value!r})"
     return (f"{key}: " if key else "") + message + got

@@ -20,7 +20,7 @@ from typing_extensions import Self
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import check_string, shown
 from d2llm.core.names import did_you_mean
-from d2llm.core.problems import requirement
+from d2llm.core.problems import requirement, shown_for
 from d2llm.core.short_repr import short_repr
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def _problem(problem: ErrorDetails, purpose: str | None) -> str:
     if problem["type"] == "missing":
         return f"{name} is missing. It is for: {purpose}"
     needed = requirement([problem]) or "be left out"
-    return f"{name} is {shown(problem['input'])}, but must {needed}. It is for: {purpose}"
+    return f"{name} is {shown_for(problem)}, but must {needed}. It is for: {purpose}"
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -25,9 +25,8 @@ from pydantic import (
 from pydantic_core import PydanticKnownError
 
 from d2llm.core.errors import InputError
-from d2llm.core.inputs import shown
 from d2llm.core.names import suggestion
-from d2llm.core.problems import requirement
+from d2llm.core.problems import requirement, shown_for
 from d2llm.core.settings import DTYPE_HELP, Shown, narrowed, setting
 from d2llm.core.toml import read_toml
 from d2llm.core.types import EngineName, NumberFormat
@@ -345,8 +344,10 @@ def _explain(problem: ErrorDetails, sources: Mapping[str, str]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:
         return message
-    name, needed, value = str(problem["loc"][0]), requirement([problem]), cast(object, problem["input"])
-    what = f"{name}: {message} (got {value!r})" if needed is None else f"{name} is {shown(value)}, but must {needed}"
+    name, needed = str(problem["loc"][0]), requirement([problem])
+    what = f"{name} is {shown_for(problem)}, but must {needed}"
+    if needed is None:
+        what = f"{name}: {message} (got {problem['input']!r})"
     return f"{sources[name]}: {what}"
 
 
