@@ -145,7 +145,7 @@ class TestRanges:
         ("values", "message"),
         [
             ({"range_min": 50}, "range_min is 50, but must be below range_max, which is 50"),
-            ({"range_min": -1}, "mining.range_min is -1 .*at least 0"),
+            ({"range_min": -1}, "mining.range_min is -1, but must be at least 0"),
             ({"sources": []}, "sources is empty"),
             ({"sampling": "best"}, "mining.sampling"),
         ],
