@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticCustomError
 
 from d2llm.core.inputs import shown
 from d2llm.core.names import suggestion
@@ -13,8 +14,7 @@ from d2llm.core.names import suggestion
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-DESCRIBED = "described"
-"""The type of errors whose context has ``describe``, a function from the path of a setting to a message."""
+_DESCRIBED = "described"
 _TYPES = {
     "int": "a whole number",
     "float": "a number",
@@ -39,6 +39,11 @@ _LENGTHS = {
     "string_too_short": "at least {min_length} character(s)",
     "string_too_long": "at most {max_length} characters",
 }
+
+
+def described(describe: Callable[[str], str]) -> PydanticCustomError:
+    """An error for pydantic whose message, for the path of a setting, ``describe_errors`` asks for."""
+    return PydanticCustomError(_DESCRIBED, "{text}", {"text": describe("this section"), "describe": describe})
 
 
 def requirement(problems: Iterable[ErrorDetails]) -> str | None:
@@ -117,7 +122,7 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
 def _describe(key: str, problems: list[ErrorDetails], owner: type[BaseModel] | None) -> str:
     problem, fields = problems[0], {} if owner is None else owner.model_fields
     kind, name, value = problem["type"], key.rpartition(".")[2], cast(object, problem["input"])
-    if kind == DESCRIBED:
+    if kind == _DESCRIBED:
         return problem.get("ctx", {})["describe"](key)
     if kind == "extra_forbidden":
         describe = getattr(owner, "describe_unknown", None)

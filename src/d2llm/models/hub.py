@@ -50,6 +50,13 @@ class PushReport:
     needs_d2llm: str | None
 
 
+def is_on_hub(name: str) -> bool:
+    """Whether a name that no saved student has is looked for on the Hub."""
+    repo_id = name.partition("@")[0]
+    is_path = Path(name).exists() or Path(repo_id.partition("/")[0]).is_dir()
+    return HUB_ID.fullmatch(repo_id) is not None and not is_path
+
+
 def find_student(folder_or_name: str | Path) -> Path:
     """The folder of a student: one that ``save`` wrote, one shipped with d2llm, or a local copy of one on the Hub.
 
@@ -63,8 +70,8 @@ def find_student(folder_or_name: str | Path) -> Path:
     folder, name = Path(folder_or_name), str(folder_or_name)
     if (saved := find_saved(name, "students")) is not None:
         return saved
-    repo_id, _, revision = name.partition("@")
-    if HUB_ID.fullmatch(repo_id) and not folder.exists() and not Path(repo_id.partition("/")[0]).is_dir():
+    if is_on_hub(name):
+        repo_id, _, revision = name.partition("@")
         return fetch_student(repo_id, revision=revision or None)
     if (folder / MODULES_FILE).is_file():
         raise ModelNotFoundError(

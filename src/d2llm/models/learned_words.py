@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from d2llm.core.batches import batched
 from d2llm.core.errors import InputError
 from d2llm.store.word_segment import learned_term
 
@@ -46,18 +47,19 @@ class LearnedWords:
 
     def words(self, vectors: NDArray[np.float32], full_texts: Sequence[str]) -> list[dict[str, float]]:  # noqa: ARG002
         """The terms of passages, by weight; their vectors do not matter."""
-        found: list[dict[str, float]] = []
-        for start in range(0, len(full_texts), _BLOCK):
-            found += map(_largest, self._student.encode_passages(full_texts[start : start + _BLOCK]).vectors)
-        return found
+        return [
+            _largest(weights)
+            for block in batched(full_texts, _BLOCK)
+            for weights in self._student.encode_passages(block).vectors
+        ]
 
     def of_queries(self, texts: Sequence[str]) -> list[dict[str, float]]:
         """The terms of queries, by weight."""
-        found: list[dict[str, float]] = []
-        for start in range(0, len(texts), _BLOCK):
-            vectors = self._student.encode_queries(texts[start : start + _BLOCK]).vectors
-            found += map(_largest, self._student.query_vectors(vectors))
-        return found
+        return [
+            _largest(weights)
+            for block in batched(texts, _BLOCK)
+            for weights in self._student.query_vectors(self._student.encode_queries(block).vectors)
+        ]
 
     def write(self, folder: Path, student: str) -> None:  # noqa: ARG002
         """Write the student of the words into the folder of the one that has them."""

@@ -206,7 +206,7 @@ def _filled(text: str) -> str:
 def _scope(folder: Path, manifest: Mapping[str, Any]) -> str:
     """What the library computes of the student's score, and what it leaves out."""
     task, config = task_of_plain(manifest), StudentConfig.model_validate(manifest["config"]).interaction
-    if config.head == "cosine":
+    if not config.has_network:
         scope = "That is this student's full score."
     elif task in config.tasks:
         scope = (
@@ -216,7 +216,7 @@ def _scope(folder: Path, manifest: Mapping[str, Any]) -> str:
     else:
         scope = f"That is this student's full score in {task} search."
     trained = trained_tasks(manifest)
-    if config.head != "cosine" and len(trained) > 1:
+    if config.has_network and len(trained) > 1:
         other = next(other_task for other_task in trained if other_task != task)
         scope += f" The inner product of {other} search is another one, which only d2llm computes."
     score_features = ScoreFeatures.read(folder, manifest["fingerprint"])

@@ -6,7 +6,7 @@ cannot be given with another, and other packages can add kinds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pydantic import (
@@ -17,12 +17,12 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic_core import core_schema
 
 from d2llm.core.errors import RecipeError
 from d2llm.core.inputs import shown
 from d2llm.core.names import suggestion
-from d2llm.core.problems import DESCRIBED, describe_errors
+from d2llm.core.problems import describe_errors, described
 from d2llm.core.registry import Registered, Registry
 from d2llm.recipe.sections import Section
 
@@ -187,8 +187,3 @@ def _fields_of(cls: type[SectionOfKind], kind: str) -> Mapping[str, Any]:
         return cls.kinds.find(kind).model_fields
     except ValueError:  # another package's, which cannot be imported
         return {}
-
-
-def described(describe: Callable[[str], str]) -> PydanticCustomError:
-    """An error for pydantic with a message that names the path of the setting (``core.problems.describe_errors``)."""
-    return PydanticCustomError(DESCRIBED, "{text}", {"text": describe("this section"), "describe": describe})

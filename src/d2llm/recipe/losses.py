@@ -29,9 +29,8 @@ from pydantic import (
 )
 
 from d2llm.core.inputs import shown
-from d2llm.core.problems import describe_errors
+from d2llm.core.problems import describe_errors, described
 from d2llm.core.registry import Need, Registered, Registry, modules_in
-from d2llm.recipe.kinds import described
 from d2llm.recipe.sections import Section
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ from d2llm.store.view import PassageView
 
 _PASS_ROWS = 1_024  # of the pass over all vectors, in a block: few enough for the cache
 _SCANS = (1_024, 8_192)
-"""Sizes of the scans tried before the pass over all vectors, which takes as long as six scans."""
+"""Sizes of the scans tried before the pass over all vectors, which takes as long as four scans."""
 _SCAN_MULTIPLE = 8  # if the corpus is smaller than this multiple of a scan's size, use the full pass instead
 _FIRST_SCORED, _MAX_SCORED = 128, 4_096  # passages scored at a time: few at first, as the proof may be found early
 _MIN_SCORED = 64  # near the deadline, smaller calls are not worth their overhead

@@ -19,6 +19,7 @@ from d2llm.core.errors import ModelError
 from d2llm.core.types import Explanation, Ranking, Task, WholeText
 from d2llm.models.engines.core_workers import core_pool
 from d2llm.models.late_chunking import EncodedChunks
+from d2llm.models.learned_words import LearnedWords
 from d2llm.models.protocols import expansion_fingerprint
 from d2llm.models.score_features import FeatureWeights
 from d2llm.models.student import Student
@@ -300,7 +301,7 @@ class ModelService:
 
     async def _factors(self, scorer: TextScorer, queries: Sequence[str]) -> Sequence[Mapping[str, float] | None]:
         """How much the terms of each query count; None if all count alike."""
-        if self.student.term_weights is None and self.student.document_expansion is None:
+        if self.student.term_weights is None and not isinstance(self.student.document_expansion, LearnedWords):
             return [None] * len(queries)
         return await self.in_lane(lambda: scorer.factors(queries)) or [None] * len(queries)
 

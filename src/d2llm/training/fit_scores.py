@@ -123,7 +123,9 @@ def fit_scores(
         None if calibration is None else calibration.model_dump(),
         student.quality.model_dump(exclude={"weights"}) if chosen.quality and student.quality else None,
         student.term_weights.model_dump(exclude={"weights"}) if chosen.term_weights and student.term_weights else None,
-        student.document_expansion.facts() if isinstance(student.document_expansion, DocumentExpansion) else None,
+        student.document_expansion.facts()
+        if chosen.document_expansion and isinstance(student.document_expansion, DocumentExpansion)
+        else None,
     )
 
 

@@ -9,8 +9,8 @@ from typing import Any, cast
 from d2llm.core.errors import D2LLMError, InputError
 from d2llm.core.types import TASKS
 from d2llm.models.downloads import find_saved
-from d2llm.models.hub import find_student
-from d2llm.models.sources import HUB_ID, locate_model
+from d2llm.models.hub import find_student, is_on_hub
+from d2llm.models.sources import locate_model
 from d2llm.models.teachers.prompts import load_prompt
 from d2llm.recipe import CosineTeacherConfig, PromptedTeacherConfig, Recipe
 from d2llm.recipe.teacher import LocalTeacherConfig, VllmTeacherConfig
@@ -81,7 +81,7 @@ def _texts(values: Any, path: str = "", key: str = "") -> Iterator[tuple[str, st
 def _is_student_here(name: str) -> bool:
     if find_saved(name, "students") is not None:
         return True
-    if HUB_ID.fullmatch(name.partition("@")[0]) and not Path(name.partition("/")[0]).is_dir():
+    if is_on_hub(name):
         return False
     find_student(name)  # raises an error that says what to give
     return True
