@@ -1,4 +1,5 @@
-"""Training with two processes gives the same result as with one: in one or two stages, including dropout.
+"""Training with two processes gives the same result as with one: in one or two stages, including dropout, and with
+weights in 4 bits and layers that are computed again (QLoRA with gradient checkpointing).
 
 Both encode the dev texts, and in the second stage those of the plan.
 """
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,19 @@ from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_distill import log_of
 from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model
 
-STAGES = (0, 2)
-"""Epochs of the second stage of each run."""
+CASES: dict[str, dict[str, Any]] = {"one stage": {}, "two stages": {"residual": {"epochs": 2}}}
+if find_spec("bitsandbytes") is not None:
+    CASES["QLoRA"] = {"gradient_checkpointing": True}
 
 
 def sources() -> list[TrainingSource]:
     return [topics(name="one"), topics(name="two", task="symmetric")]
 
 
-def recipe(models: Path, residual_epochs: int) -> Recipe:
+def recipe(models: Path, case: str) -> Recipe:
     """With dropout, and with parts so small that each process has several and keeps the graph of the first."""
-    config = tiny_student_config(models / "student", tuning=Lora(rank=4, alpha=8.0, dropout=0.2))
+    tuning = Lora(rank=4, alpha=8.0, dropout=0.2, quantization="4bit" if case == "QLoRA" else "none")
+    config = tiny_student_config(models / "student", tuning=tuning)
     student = config.model_copy(update={"interaction": config.interaction.model_copy(update={"dropout": 0.1})})
     rates = {"learning_rate": 1e-3, "head_learning_rate": 1e-2}
     settings = {
@@ -44,17 +48,17 @@ def recipe(models: Path, residual_epochs: int) -> Recipe:
         "patience": 99,
         "part_tokens": 30,
         "graph_gib": 1e-4,
-        "residual": {"epochs": residual_epochs},
+        **CASES[case],
     }
     return tiny_recipe(student, **settings, **rates)
 
 
-def run(models: Path, folder: Path, residual_epochs: int) -> DistillReport:
+def run(models: Path, processes: str, case: str) -> DistillReport:
     torch.set_num_threads(1)
     return distill(
         sources(),
-        folder,
-        recipe=recipe(models, residual_epochs),
+        models / processes / case,
+        recipe=recipe(models, case),
         labels=models / "labels",
         teacher=tiny_teacher_config(models / "teacher"),
         device="cpu",
@@ -64,7 +68,7 @@ def run(models: Path, folder: Path, residual_epochs: int) -> DistillReport:
 
 @pytest.fixture(scope="module")
 def launched(models: Path) -> subprocess.CompletedProcess[str]:
-    """Two processes that train in one stage, and then again in two: their imports take longer than the training."""
+    """Two processes that train all cases: their imports take longer than the training."""
     script = [str(Path(__file__)), str(models)]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -84,18 +88,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("residual_epochs", STAGES)
-def test_two_processes_match_one_process(
-    models: Path, launched: subprocess.CompletedProcess[str], residual_epochs: int
-) -> None:
-    folders = models / f"one-{residual_epochs}", models / f"two-{residual_epochs}"
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_match_one_process(models: Path, launched: subprocess.CompletedProcess[str], case: str) -> None:
+    folders = models / "one" / case, models / "two" / case
     threads = torch.get_num_threads()
     try:
-        expected = run(models, folders[0], residual_epochs)
+        expected = run(models, "one", case)
     finally:
         torch.set_num_threads(threads)
     assert expected.best_step > 0
-    begin = f"REPORT {residual_epochs} "
+    begin = f"REPORT {case} "
     reports = [json.loads(line[len(begin) :]) for line in launched.stdout.splitlines() if line.startswith(begin)]
     assert len(reports) == 2
     encoded = sorted(report.pop("encoded") for report in reports)
@@ -135,7 +137,7 @@ if __name__ == "__main__":
 
     Student._encode = count  # type: ignore[method-assign]
     workspace = Path(sys.argv[1])
-    for residual_epochs in STAGES:
+    for name in CASES:
         num_encoded = 0
-        report = asdict(run(workspace, workspace / f"two-{residual_epochs}", residual_epochs))
-        sys.stdout.write(f"REPORT {residual_epochs} {json.dumps(report | {'encoded': num_encoded})}\n")
+        report = asdict(run(workspace, "two", name))
+        sys.stdout.write(f"REPORT {name} {json.dumps(report | {'encoded': num_encoded})}\n")
