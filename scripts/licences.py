@@ -47,10 +47,10 @@ def pinned(text: str) -> list[str]:
 def licence_of(name: str) -> str:
     """What the metadata of an installed package says of its licence."""
     content = cast("Message", metadata(name))
-    if expression := content["License-Expression"]:
+    if expression := content.get("License-Expression"):
         return expression
     classifiers = [line.split(" :: ")[-1] for line in content.get_all("Classifier") or [] if line.startswith("License")]
-    said = [name for name in classifiers if name != "OSI Approved"] or (content["License"] or "").splitlines()[:1]
+    said = [name for name in classifiers if name != "OSI Approved"] or (content.get("License") or "").splitlines()[:1]
     return ", ".join(said)
 
 

@@ -106,6 +106,15 @@ def test_without_tesseract_nothing_is_recognised_unless_asked_for(folder, withou
         find_documents(folder, ocr="eng+deu")
 
 
+def test_a_tesseract_that_cannot_be_started_is_named(folder, monkeypatch, without_tesseract):
+    """With little memory, Python 3.13 cannot start a program where earlier ones can."""
+    monkeypatch.setattr("shutil.which", str)
+    for read in (lambda: find_documents(folder, ocr="eng"), lambda: Recogniser("eng", 9).read(b"P5 ")):
+        with pytest.raises(InputError, match=r"^tesseract cannot be started \(No such file or directory\)"):
+            read()
+    assert languages_of("none") == ""
+
+
 @needs_tesseract
 def test_languages_that_are_not_installed_are_named(folder):
     with pytest.raises(InputError, match=r"^text in xx, --help cannot be recognised: tesseract has only .*\beng\b"):

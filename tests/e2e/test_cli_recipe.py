@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import tomllib
 from jsonschema import Draft7Validator
 
 from d2llm.core.shipped import shipped_recipes
+from d2llm.core.toml import parse_toml
 from d2llm.recipe.losses import LOSSES
 from d2llm.reports.methods import SECTIONS
 from e2e.command_line import fail, succeed, succeed_with_report
@@ -93,7 +93,7 @@ def test_the_shipped_recipes_are_valid() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_schema_holds_for_the_recipes_that_ship(schema: Draft7Validator, name: str) -> None:
-    assert [*schema.iter_errors(tomllib.loads(SHIPPED[name].read_text(encoding="utf-8")))] == []
+    assert [*schema.iter_errors(parse_toml(SHIPPED[name].read_text(encoding="utf-8"), where=name))] == []
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_the_schema_holds_for_the_recipes_that_ship(schema: Draft7Validator, nam
     ],
 )
 def test_the_schema_refuses_what_a_run_would_refuse(schema: Draft7Validator, text: str) -> None:
-    assert [*schema.iter_errors(tomllib.loads(text))]
+    assert [*schema.iter_errors(parse_toml(text, where=""))]
 
 
 def test_the_schema_explains_every_setting(schema: Draft7Validator) -> None:

@@ -10,6 +10,7 @@ from statistics import fmean
 
 import numpy as np
 import pytest
+from ir_measures import Success
 from rich.console import Console
 
 from d2llm.evaluation.contenders import Contenders
@@ -450,8 +451,8 @@ def test_a_run_reports_unknown_queries_and_passages():
 
 
 def test_another_measure_is_one_entry(monkeypatch):
-    """An entry of ``MEASURES``, by its name in ir_measures or by a function, is measured, compared and explained."""
-    monkeypatch.setitem(MEASURES, "Success@1", Measure("Success@1", "whether the first passage is relevant"))
+    """An entry of ``MEASURES``, of ir_measures or a function, is measured, compared and explained."""
+    monkeypatch.setitem(MEASURES, "Success@1", Measure(Success @ 1, "whether the first passage is relevant"))
     monkeypatch.setitem(MEASURES, "length", Measure(lambda ranking, grades: len(ranking) / 5, "share that is ranked"))
     report = measure(make_dataset(), everyone())
     row = report.row("D2LLM")

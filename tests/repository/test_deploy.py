@@ -138,10 +138,7 @@ class TestSetup:
         assert "-e .[ray]" in (tmp_path / "log").read_text()
 
     def test_the_extras_exist(self):
-        tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
-        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-            "optional-dependencies"
-        ]
+        extras = read_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]
         [step] = [words for words in instructions("RUN") if words[0] == "make"]
         [chosen] = [word.partition("=")[2] for word in step if word.startswith("EXTRAS=")]
         assert set(chosen.split(",")) <= set(extras)

@@ -14,6 +14,7 @@ import pytest
 import conftest
 import d2llm
 import d2llm.recipe
+from d2llm.core.toml import read_toml
 
 SOURCE = Path(d2llm.__file__).parent
 PUBLIC = sorted(set(d2llm.__all__) - {"__version__"})
@@ -111,8 +112,7 @@ def test_version_is_the_installed_version():
 
 
 def test_every_imported_package_is_a_declared_dependency(repository: Path):
-    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    project = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = read_toml(repository / "pyproject.toml")["project"]
     extras = project["optional-dependencies"]
     requirements = [*project["dependencies"], *(line for name in extras if name != "dev" for line in extras[name])]
     declared = {re.match(r"[\w.-]+", line)[0].lower().replace("-", "_") for line in requirements}

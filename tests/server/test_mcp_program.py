@@ -15,7 +15,6 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import pytest
-import tomli
 
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 pytest.importorskip("mcp", reason="needs the extra 'mcp'")
@@ -25,6 +24,7 @@ from mcp import Client
 
 from agent_clients import ask_program, call, program, refused
 from d2llm import Index, Passage
+from d2llm.core.toml import parse_toml
 from d2llm.server.agent_tools import NOTICE
 from e2e.command_line import PROGRAM, d2llm, fail, succeed
 from tiny_server import tiny_passages, write_tiny_index
@@ -194,7 +194,10 @@ def configurations() -> list[Any]:
     """The configurations of clients in the page."""
     text = (Path(__file__).parents[2] / "docs" / "how-to" / "agents.md").read_text(encoding="utf-8")
     fences = [token for token in MarkdownIt().parse(text) if token.type == "fence" and token.info in ("json", "toml")]
-    return [(json.loads if fence.info == "json" else tomli.loads)(fence.content) for fence in fences]
+    return [
+        json.loads(fence.content) if fence.info == "json" else parse_toml(fence.content, where="agents.md")
+        for fence in fences
+    ]
 
 
 def test_the_page_has_valid_configurations_of_clients():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime, time, timezone
@@ -17,6 +16,8 @@ from functools import cache
 from html import escape
 from typing import Any, cast
 
+from d2llm.core.errors import InputError
+from d2llm.core.toml import parse_toml
 from d2llm.core.types import MetadataValue
 from d2llm.data.rst import NO_TEXT, role_text, rst_as_html
 
@@ -173,11 +174,6 @@ def _html(_renderer: Any, tokens: Any, index: int, _options: Any, env: Any) -> s
     return re.sub(_TAG, checked, tokens[index].content)
 
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 _YAML = re.compile(r"---[ \t]*\n(?=[^\s])(.*?\n)??(?:---|\.\.\.)[ \t]*(?:\n|\Z)", flags=re.DOTALL)
 _TOML = re.compile(r"\+\+\+[ \t]*\n(.*?\n)??\+\+\+[ \t]*(?:\n|\Z)", flags=re.DOTALL)
 _UNQUOTED = re.compile(r"^([\w-]+:[ \t]+)([^\s'\"\[{|>&*!#].*:.*?)[ \t]*$", flags=re.MULTILINE)
@@ -212,7 +208,7 @@ def read_front_matter(text: str) -> FrontMatter:
             title, fields = _yaml_fields(match[1] or "")
             end = match.end()
         elif match := _TOML.match(text):
-            title, fields = "", tomllib.loads(match[1] or "")
+            title, fields = "", parse_toml(match[1] or "", where="front matter")
             end = match.end()
         elif text.startswith("{"):
             fields, end = json.JSONDecoder().raw_decode(text)
@@ -222,7 +218,7 @@ def read_front_matter(text: str) -> FrontMatter:
         else:
             return FrontMatter()
         return _front_matter(title, fields, end)
-    except (ValueError, RecursionError):  # errors of TOML and JSON are ValueErrors
+    except (InputError, ValueError, RecursionError):
         return FrontMatter()
 
 

@@ -42,10 +42,12 @@ def languages_of(setting: str | None) -> str:
         setting: the languages, ``none``, or None: English if tesseract is installed.
 
     Raises:
-        InputError: tesseract or the data of one of these languages are not installed.
+        InputError: tesseract cannot be started, or it or the data of one of these languages are not installed.
     """
+    if setting == OFF:
+        return ""
     installed = _installed_languages()
-    if setting == OFF or (setting is None and _DEFAULT not in installed):
+    if setting is None and _DEFAULT not in installed:
         return ""
     languages = setting or _DEFAULT
     if not installed:
@@ -64,7 +66,10 @@ def _installed_languages() -> frozenset[str]:
     program = shutil.which(_PROGRAM)
     if program is None:
         return frozenset()
-    listed = subprocess.run([program, "--list-langs"], capture_output=True, text=True, check=False)
+    try:
+        listed = subprocess.run([program, "--list-langs"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise InputError(f"{program} cannot be started ({error.strerror}); write {OFF} to recognise no text") from error
     return frozenset(listed.stdout.split("\n")[1:]) - {""}
 
 
@@ -113,6 +118,10 @@ class Recogniser:
             )
         except subprocess.TimeoutExpired as error:
             raise self._late() from error
+        except OSError as error:
+            raise UnreadableFileError(
+                f"tesseract cannot be started ({error.strerror}) to recognise its text"
+            ) from error
         except subprocess.CalledProcessError as error:
             lines = error.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {error.returncode}"]
             raise UnreadableFileError(f"its text cannot be recognised (tesseract: {lines[-1][:200]})") from error

@@ -15,28 +15,30 @@ class Measure:
     """A measure of a ranking.
 
     Attributes:
-        formula: its name in ir_measures, or a function of one query's passage ids, best first, and of their grades.
+        formula: one of ir_measures, or a function of one query's passage ids, best first, and of their grades.
         meaning: how to read it, in one clause, for reports.
     """
 
-    formula: str | Callable[[Sequence[str], Mapping[str, int]], float]
+    formula: ir_measures.measures.Measure | Callable[[Sequence[str], Mapping[str, int]], float]
     meaning: str
 
 
 _RECALL = "fraction of the relevant passages that are in the top ranks"
 MEASURES = {
     "nDCG@10": Measure(
-        "nDCG@10",
+        ir_measures.nDCG @ 10,
         "how high the relevant passages rank; higher grades and top ranks count most; 1 is the best possible order",
     ),
     "MRR@10": Measure(
-        "RR@10", "one divided by the rank of the first relevant passage, or 0 if there is none in the top ranks"
+        ir_measures.RR @ 10,
+        "one divided by the rank of the first relevant passage, or 0 if there is none in the top ranks",
     ),
     "MAP": Measure(
-        "AP", "precision at the rank of each relevant passage, averaged over all of them, including those not found"
+        ir_measures.AP,
+        "precision at the rank of each relevant passage, averaged over all of them, including those not found",
     ),
-    "Recall@10": Measure("R@10", _RECALL),
-    "Recall@100": Measure("R@100", _RECALL),
+    "Recall@10": Measure(ir_measures.R @ 10, _RECALL),
+    "Recall@100": Measure(ir_measures.R @ 100, _RECALL),
 }
 """All measures of a ranking, in the order of the reports; another one is another entry. nDCG takes the grade itself as
 gain, divided by log2(1 + rank).
@@ -60,8 +62,8 @@ def per_query_measures(rankings: Mapping[str, Sequence[str]], qrels: Qrels) -> d
     answered = {query_id: ranking for query_id, ranking in rankings.items() if query_id in qrels and ranking}
     names: dict[ir_measures.measures.Measure, str] = {}
     for name, measure in MEASURES.items():
-        if isinstance(measure.formula, str):
-            names[ir_measures.parse_measure(measure.formula)] = name
+        if isinstance(measure.formula, ir_measures.measures.Measure):
+            names[measure.formula] = name
         else:
             values[name] |= {
                 query_id: float(measure.formula(answered[query_id], qrels[query_id])) for query_id in answered
