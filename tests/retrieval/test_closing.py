@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
+import weakref
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -77,3 +79,24 @@ def test_closing_again_does_nothing_and_another_object_is_open(closed: Index):
 def test_an_error_in_the_block_is_not_hidden(tmp_path: Path):
     with pytest.raises(KeyError), Index.create(tmp_path / "index", FakeStudent()):
         raise KeyError("mine")
+
+
+@pytest.mark.parametrize("num_shards", [None, 2])
+@pytest.mark.parametrize("close", [True, False])
+def test_what_nobody_uses_leaves_memory_without_a_garbage_collection(
+    num_shards: int | None, close: bool, tmp_path: Path
+) -> None:
+    """And with it the files that it has open, whose space on the disk is not free before."""
+    gc.collect()
+    gc.disable()
+    try:
+        index = Index.create(tmp_path / "index", FakeStudent(), num_shards=num_shards)
+        index.upsert([Passage("a", "a text"), Passage("b", "another")])
+        assert len(index.search("text", exact=True)) == 2
+        left = [weakref.ref(one) for one in (index, index.view, *index.storage.stores)]
+        if close:
+            index.close()
+        del index
+        assert not any(one() for one in left)
+    finally:
+        gc.enable()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
+import weakref
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -258,6 +260,33 @@ def test_each_index_changes_to_another_student_by_itself(folders: dict[str, Path
         assert served.loaded[0].fingerprint == fingerprints["faq"] == health["fingerprint"]
         assert health["engine"] == old.student.engine
         assert ids(client.post("/indexes/docs/v1/search", json={"query": QUERY})) == {f"q{n}" for n in range(8)}
+
+
+def test_a_replaced_student_leaves_memory_at_once(folders: dict[str, Path], tmp_path: Path):
+    """Not when a garbage collection finds it, which in a server may be hours later, and many students."""
+    new = write_faq(tmp_path / "new", write_tiny_student(tmp_path, seed=3))
+    link = tmp_path / "faq"
+    link.symlink_to(folders["faq"])
+    with serving(link, reload_seconds=1_000) as client:
+        served = app_of(client).state.serving
+        replaced = [
+            weakref.ref(one) for one in (served.loaded[0], served.loaded[0].student, served.indexes["faq"].version)
+        ]
+        for path, body in (
+            ("/v1/search", {"query": QUERY}),
+            ("/rerank", RERANK),
+            ("/v1/embeddings", {"model": "student-0", "input": QUERY}),
+        ):
+            assert client.post(path, json=body).status_code == 200
+        link.unlink()
+        link.symlink_to(new)
+        gc.collect()
+        gc.disable()
+        try:
+            assert client.post("/v1/index/reload").json()["changed"]
+            until(lambda: not any(one() for one in replaced), "the end of the old student")
+        finally:
+            gc.enable()
 
 
 def test_a_new_version_compares_only_what_it_adds(

@@ -254,7 +254,7 @@ def test_a_rebuild_during_a_concurrent_write_stays_in_memory(store, monkeypatch)
         store.delete(["p0"])
         return store.writing()
 
-    monkeypatch.setattr(store.vectors, "writing", delete_then_lock)
+    monkeypatch.setattr(store.vectors, "_writing", lambda: delete_then_lock)
     rebuilt = store.vectors.recover(table, "lost")
     assert rebuilt.file is None
     np.testing.assert_array_equal(rebuilt.codes, table.codes(store.format.code_size))

@@ -25,6 +25,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import ref
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,8 +156,15 @@ class LocalSegment(PassageView):
 
 def open_view(storage: Storage) -> IndexView:
     """The latest version of an index whose segments are in this process."""
-    corpus = None if len(storage.stores) == 1 else lambda: view.word_statistics
-    view = IndexView(storage, [LocalSegment(store, corpus=corpus) for store in storage.stores])
+
+    def corpus() -> WordStatistics:
+        whole = reference()
+        assert whole is not None, "a segment was used without its view"
+        return whole.word_statistics
+
+    several = len(storage.stores) > 1
+    view = IndexView(storage, [LocalSegment(store, corpus=corpus if several else None) for store in storage.stores])
+    reference = ref(view)  # else files stay open until a garbage collection finds the circle
     return view
 
 

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NoReturn, TypeVar, cast
 
 from d2llm.server.errors import NotReadyError, OverloadedError
 
@@ -158,6 +158,8 @@ class Batcher(Generic[_Item, _Result]):
                 group.future.set_exception(NotReadyError("the server stopped before it processed this request"))
         self._num_queued = 0
         self._thread.shutdown(wait=False, cancel_futures=True)
+        # Both lead back to this batcher or its owner, which would stay in memory until a garbage collection finds them.
+        self._workers, self._run = [], _refuse
 
     async def submit(self, items: Sequence[_Item], *, bounded: bool = True) -> Done[_Result]:
         """The results of a group of items.
@@ -319,6 +321,11 @@ class CallQueue(Batcher[Callable[[], Any], Any]):
         """
         done = cast("Done[_Value]", await self.submit([call]))
         return done.results[0], done.queued
+
+
+def _refuse(_items: Sequence[Any]) -> NoReturn:
+    """What runs items once a batcher has stopped."""
+    raise NotReadyError("the server is stopping")
 
 
 def _deliver(group: _Group[_Item, _Result], position: int, result: _Result | Exception) -> None:

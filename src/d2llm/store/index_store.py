@@ -25,6 +25,7 @@ from datetime import timedelta
 from itertools import repeat
 from pathlib import Path
 from typing import Any
+from weakref import WeakMethod
 
 import filelock
 import numpy as np
@@ -93,8 +94,8 @@ class IndexStore:
         self.vector_copies: VectorCopies = manifest["vector_copies"]
         self.part_formats = _part_formats(manifest)
         kind = SoleVectors if self.vector_copies == 1 else CopiedVectors
-        writing = None if self.is_snapshot else self.writing
-        self.vectors: StoredVectors = kind(folder, self.format, self.table, writing)
+        writing = None if self.is_snapshot else WeakMethod(self.writing)
+        self.vectors: StoredVectors = kind(folder, self.format, writing)
         self.intact = IntactExtents()
         """What views of this store have compared; a store that is opened later may take it over."""
         self._is_compared = False

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NoReturn
+from weakref import WeakMethod
 
 import numpy as np
 import xxhash
@@ -42,18 +43,18 @@ Encode = Callable[[Sequence[Passage]], NDArray[np.float32]]
 class StoredVectors(ABC):
     """The vectors in a store's folder. Methods that change files require the write lock.
 
-    ``newest_table`` opens the table at its newest version, ``writing`` takes the write lock; None in a snapshot.
+    ``writing`` takes the write lock; None in a snapshot. It is a method of the store, which is not to stay in memory,
+    with the files that it has open, until a garbage collection finds the circle.
     """
 
     def __init__(
         self,
         folder: Path,
         vector_format: VectorFormat,
-        newest_table: Callable[[], PassageTable],
-        writing: Callable[[], AbstractContextManager[None]] | None,
+        writing: WeakMethod[Callable[[], AbstractContextManager[None]]] | None,
     ) -> None:
         self.folder, self.format, self.code_size = folder, vector_format, vector_format.code_size
-        self.newest_table, self.writing = newest_table, writing
+        self._writing = writing
 
     def generation(self, table: PassageTable) -> int:
         """The generation of a version's vectors, shared by all its rows; a version without rows uses the newest."""
@@ -146,10 +147,11 @@ class CopiedVectors(StoredVectors):
         """
         count_fallback("vector file")
         _log.warning("%s: %s; its vectors are read from the table again", self.folder, problem)
-        if self.writing is not None and table.version == self.newest_table().version:
+        writing = self._writing and self._writing()
+        if writing is not None and table.version == PassageTable.open(self.folder).version:
             try:
-                with self.writing():
-                    if table.version == self.newest_table().version:  # no newer version was written in the meantime
+                with writing():
+                    if table.version == PassageTable.open(self.folder).version:  # no newer one was written meanwhile
                         file = self._write_file(table)
                         return VectorRows(file.codes(), file)
             except StorageError as error:
@@ -287,7 +289,7 @@ class SoleVectors(StoredVectors):
         return vector_file.salvage(self.folder, self.generation(table), self.code_size, version=table.version)
 
     def _refuse(self, table: PassageTable, problem: str) -> NoReturn:
-        if table.version < self.newest_table().version:
+        if table.version < PassageTable.open(self.folder).version:
             message = f"version {table.version} no longer has vectors ({problem}); refresh or open the index again"
         else:
             message = (
