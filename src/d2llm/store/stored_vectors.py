@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NoReturn
-from weakref import WeakMethod
 
 import numpy as np
 import xxhash
@@ -43,15 +42,15 @@ Encode = Callable[[Sequence[Passage]], NDArray[np.float32]]
 class StoredVectors(ABC):
     """The vectors in a store's folder. Methods that change files require the write lock.
 
-    ``writing`` takes the write lock; None in a snapshot. It is a method of the store, which is not to stay in memory,
-    with the files that it has open, until a garbage collection finds the circle.
+    ``writing`` returns what takes the write lock; None in a snapshot. It is a weak reference to a method of the store,
+    which otherwise stayed in memory, with the files that it has open, until a garbage collection found the circle.
     """
 
     def __init__(
         self,
         folder: Path,
         vector_format: VectorFormat,
-        writing: WeakMethod[Callable[[], AbstractContextManager[None]]] | None,
+        writing: Callable[[], Callable[[], AbstractContextManager[None]] | None] | None,
     ) -> None:
         self.folder, self.format, self.code_size = folder, vector_format, vector_format.code_size
         self._writing = writing
