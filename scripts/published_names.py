@@ -31,6 +31,8 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "Mirror-BERT": ("training.pretraining", "mirror"),
     "RetroMAE": ("training.pretraining", "retromae"),
     "Condenser": ("training.pretraining", "condenser"),
+    "coCondenser": ("training.pretraining", "cocondenser"),
+    "CoT-MAE": ("training.pretraining", "cot_mae"),
     "LLaRA (Llama2Vec)": ("training.pretraining", "words"),
     "LLM2Vec": ("training.pretraining", "masked_next_token"),
     "MiniLM, MiniLMv2": ("training.pretraining", "relations"),
@@ -124,7 +126,6 @@ MISSING: Mapping[str, str] = {
     "FSDP": "a student of 7 billion weights fits one GPU with adapters ([scale.md](scale.md))",
     "Contextual document embeddings: the second stage": "two readings of every passage, and neighbours from the index: "
     "an index could no longer add one passage alone",
-    "coCondenser, CoT-MAE": "need neighbouring spans of a document; passages here are read alone",
     "DeCLUTR": "two spans of a long document; passages here are read alone",
     "Dewey": "trains long windows; the shipped encoders read at most 512 tokens",
     "vec2vec": "needs no common passages, but hours of adversarial training; whoever changes a student has passages",

@@ -369,7 +369,7 @@ def test_a_loss_without_what_it_needs_is_refused(tmp_path: Path):
             'kind = "vectors"\nteacher = "minilm"\nteacher_layer = 1',
             "unknown key 'training.pretraining.0.teacher_layer'",
         ),
-        ("epochs = 2", "training.pretraining.0.kind is missing; set it to one of: components, condenser"),
+        ("epochs = 2", "training.pretraining.0.kind is missing; set it to one of: cocondenser, components"),
         ('kind = "simcse"\n[student.backbone]\ntuning = "frozen"', "student.backbone.tuning is frozen"),
         ('kind = "simcse"\n[training]\nstart = "d2llm-minilm"', "start names a student whose head fits"),
         ('kind = "simsce"', "no pretraining 'simsce'; did you mean 'simcse'"),

@@ -20,11 +20,11 @@ from tiny_models import TEXTS, tiny_student_config, write_tiny_model
 PASSAGES = [f"{one} {other}" for one in TEXTS for other in TEXTS if one != other]
 
 
-def new_run(tmp_path: Path, **settings: float) -> pretrain._Pretraining:
+def new_run(tmp_path: Path, kind: str = "condenser", **settings: float) -> pretrain._Pretraining:
     model = write_tiny_model(tmp_path / "bert", "bert")
     student = Student.create(tiny_student_config(model, tuning="full"), device="cpu", dtype="float32")
     student.backbone.tokenizer.mask_token = "<unk>"
-    config = Pretraining.of({"kind": "condenser", "batch_texts": 8, "epochs": 1, "learning_rate": 1e-2, **settings})
+    config = Pretraining.of({"kind": kind, "batch_texts": 8, "epochs": 1, "learning_rate": 1e-2, **settings})
     return pretrain._Pretraining(student, PASSAGES, [], tmp_path / "run", config, 0)
 
 

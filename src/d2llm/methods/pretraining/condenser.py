@@ -38,16 +38,20 @@ class Condenser(Pretraining, kind="condenser"):
 
     def task(self, backbone: Backbone, seed: int) -> PretrainingTask:
         """What is learnt; an ``InputError`` for a model without a mask, or with one layer."""
+        self.require(backbone)
+        return Condensation(backbone, self, seed)
+
+    def require(self, backbone: Backbone) -> None:
+        """Refuse a model without a mask, or with one layer."""
         if backbone.tokenizer.mask_token_id is None or backbone.num_layers < 2:
             raise InputError(
                 f"'{backbone.config.model}' has no token for masked text or a single layer, but the pretraining "
-                "condenser masks tokens and reads them after half of the layers: use an encoder such as minilm, or "
+                f"{self.kind} masks tokens and reads them after half of the layers: use an encoder such as minilm, or "
                 "another kind, such as words"
             )
-        return _Condensation(backbone, self, seed)
 
 
-class _Condensation(TwiceMasked):
+class Condensation(TwiceMasked):
     """The text's vector is in the place of the first token, where the paper has that token's last state."""
 
     early: Tensor

@@ -80,19 +80,30 @@ class TwiceMasked(PretrainingTask):
         counts = [max(1, sum(map(len, indices))) for indices in (masked, predicted)]
         for part in self.batches(batch):
             ids, mask = self.backbone.pad([batch[index] for index in part])
-            read = ids.clone()
-            for row, index in enumerate(part):
-                read[row, masked[index]] = self.mask_id
-            states, _ = self.backbone(read, mask)
+            states, _ = self.backbone(self.with_masks(ids, [masked[index] for index in part]), mask)
             vectors = self.backbone.pool(states, mask)
             decoded = self.decode(vectors, ids, mask, [words[index] for index in part], rng)
-            total = torch.zeros((), device=ids.device)
-            for values, indices, count in zip((states, decoded), (masked, predicted), counts, strict=True):
-                rows = [row for row, index in enumerate(part) for _ in indices[index]]
-                columns = [column for index in part for column in indices[index]]
-                logits = self.head(self.decoder.to_words(values[rows, columns].float())).float()
-                total += functional.cross_entropy(logits, ids[rows, columns].long(), reduction="sum") / count
-            yield total
+            missed = [
+                self.missed(values, ids, [indices[index] for index in part]) / count
+                for values, indices, count in zip((states, decoded), (masked, predicted), counts, strict=True)
+            ]
+            yield missed[0] + missed[1]
+
+    def with_masks(self, ids: Tensor, masked: Sequence[Sequence[int]]) -> Tensor:
+        """Token ids [texts, tokens] of which the ``masked`` ones of each text are replaced by the mask."""
+        read = ids.clone()
+        for row, indices in enumerate(masked):
+            read[row, indices] = self.mask_id
+        return read
+
+    def missed(
+        self, states: Float[Tensor, "texts tokens dim"], ids: Tensor, predicted: Sequence[Sequence[int]]
+    ) -> Float[Tensor, ""]:
+        """The cross-entropy of the ``predicted`` tokens of each text by their states, summed over all."""
+        rows = [row for row, indices in enumerate(predicted) for _ in indices]
+        columns = [column for indices in predicted for column in indices]
+        logits = self.head(self.decoder.to_words(states[rows, columns].float())).float()
+        return functional.cross_entropy(logits, ids[rows, columns].long(), reduction="sum")
 
     def decode(
         self,
