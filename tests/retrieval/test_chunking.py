@@ -301,12 +301,13 @@ class TestChunkingOfAnIndex:
                 index.upsert_documents([Passage("x", "new"), Passage(existing_id, "changed")], only_new=True)
         assert index.upsert_documents([Passage("f", LONG)], only_new=True).num_added > 3
 
-    def test_an_invalid_chunking_file_is_an_error(self, index):
-        (index.folder / "chunking.json").write_text('{"chunk_tokens": 64, "colour": 1}')
-        with pytest.raises(DataFormatError, match=r"chunking.json is not what was written"):
+    def test_a_changed_chunking_is_noticed(self, index):
+        manifest = index.folder / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"chunk_tokens": 64', '"chunk_tokens": 65'))
+        with pytest.raises(DataFormatError, match=r"manifest.json is not what was written"):
+            Index.open(index.folder, index.student)
+        with pytest.raises(DataFormatError, match=r"manifest.json is not what was written"):
             index.upsert_documents([Passage("d", LONG)])
-        (problem,) = index.verify().problems
-        assert "chunking.json is not what was written" in problem
 
 
 def test_truncated_passages_are_logged(student, tmp_path, caplog):

@@ -158,8 +158,7 @@ class ServedIndex:
                 is_late = chunking is not None and chunking.late  # needs what stands around each passage
                 corpus = self._open_corpus() if is_late else self.passages
                 self._encode(corpus, loaded, folder, chunking if is_late else None, source=student)
-            if chunking is not None:
-                write_chunking(folder, chunking)
+            write_chunking(folder, chunking)
         return folder
 
     def lacks_index_of(self, student: Path) -> bool:

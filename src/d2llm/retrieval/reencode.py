@@ -83,8 +83,7 @@ def reencode(
     with index.storage.writing():
         index.refresh()
         num_caught_up, num_deleted = _copy(index.view, new)
-        if index.chunking is not None:
-            write_chunking(draft, index.chunking)
+        write_chunking(draft, index.chunking)
         num_passages = len(new)
         new.close()
         del new

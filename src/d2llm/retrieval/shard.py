@@ -19,7 +19,7 @@ from d2llm.core.progress import progress_bar
 from d2llm.core.types import PartKind
 from d2llm.store.blocks import rows_of
 from d2llm.store.bm25 import WordIndex
-from d2llm.store.index_manifest import SHARDED_KIND, copy_side_files, find_index
+from d2llm.store.index_manifest import ERRORS_FILE, SHARDED_KIND, find_index, read_chunking, write_chunking
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import PartVectors
@@ -95,7 +95,7 @@ def shard(index: str | Path, folder: str | Path, num_shards: int, *, remote: str
             copy.add(store, table)
         for store in target.stores:
             store.compact(timedelta(0))
-    copy_side_files(source.folder, draft)
+    _copy_notes(source.folder, draft)
     num_bytes = sum(folder_bytes(store.folder) for store in target.stores)
     if remote is None:
         replace_folder(draft, folder)
@@ -130,8 +130,15 @@ def _upload(target: Storage, remote: str, folder: Path) -> None:
         url = f"{remote}/{shard_name(position)}"
         records.append(replace(record, address=url, files=upload_shard(store.folder, url)))
     with new_folder(folder, kind=SHARDED_KIND) as new:
-        copy_side_files(target.folder, new)
         write_sharded_manifest(new, target.manifest, records)
+        _copy_notes(target.folder, new)
+
+
+def _copy_notes(source: Path, target: Path) -> None:
+    """Copy the chunking and the measured errors of the student from one index to another."""
+    write_chunking(target, read_chunking(source))
+    if (source / ERRORS_FILE).is_file():
+        shutil.copy2(source / ERRORS_FILE, target)
 
 
 class _Copy:

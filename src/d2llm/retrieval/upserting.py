@@ -25,7 +25,7 @@ from d2llm.retrieval.build_ann import renew_ann
 from d2llm.retrieval.reading import EncodedPassages, read_passages
 from d2llm.runners.runner import LocalWorkers, Workers
 from d2llm.store.blocks import Changes
-from d2llm.store.index_manifest import Chunking, forget_chunking, read_chunking, write_chunking
+from d2llm.store.index_manifest import Chunking, read_chunking, write_chunking
 from d2llm.store.passage_table import PassageTable
 from d2llm.store.schema import FieldType, MetadataSchema
 from d2llm.store.shards import Storage
@@ -387,7 +387,7 @@ def upsert_documents(
             num_deleted = _delete_earlier_forms(storage, num_pieces)
         except BaseException:
             if known is None and storage.version == version:
-                forget_chunking(storage.folder)  # nothing was written, so another chunking is still possible
+                write_chunking(storage.folder, None)  # nothing was written, so another chunking is still possible
             raise
         version = storage.version
     warn_of_truncation(report, _truncation_advice(chunker.chunking))

@@ -86,7 +86,6 @@ class OpenVersion:
         self.folder = folder
         self.models = models
         self.student = cast("SearchStudent", models.student)
-        self.repeats_text = repeats_text(folder)
         self._stores: Sequence[IndexStore] = ()
         if cluster is not None and is_sharded(folder):
             remote = Storage.of_manifest(folder)
@@ -99,6 +98,7 @@ class OpenVersion:
             for store in self._stores:
                 store.intact = known.get(store.folder, store.intact)
             self.view = index.view
+        self.repeats_text = repeats_text(folder)
         # Of the version that was read: writers may have added newer ones.
         self.identity = identity_of(file, self.view.version, self.view.storage)
         self._allow_missing = allow_missing or self.view.is_remote
@@ -221,7 +221,7 @@ def rank_alone(
 def identity_of(manifest: tuple[int, int], version: int, storage: Storage) -> tuple[int, ...]:
     """Identifies an index, its version, and the shards that could not be opened.
 
-    The manifest is written once per index; that of a sharded one, with every change.
+    The manifest is written once per index, and with its chunking; that of a sharded one, with every change.
     """
     return (*manifest, version, *(shard.number for shard in storage.missing))
 

@@ -1,12 +1,10 @@
-"""The manifest of an index, written once at creation, and the other small files beside its table.
+"""The manifest of an index: its student, task and vector format, which stay, and how documents are chunked.
 
-The manifest names the student, task and vector format. Another file records how documents are chunked.
-Snapshots include them.
+The chunking is chosen when the first documents come. It is in the manifest, so that it cannot be lost alone.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.index_spec import StoredSpec
 
 KIND = "index"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 SHARDED_KIND = "sharded index"
 """Kind of a folder with several indexes (``shards``)."""
 FIT_KIND, INDEX_OF_FIT = "search", "index"
@@ -44,7 +42,7 @@ VectorCopies = Literal[1, 2]
 def write_index_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """Write the manifest of an index, atomically, with a checksum."""
     head = {"kind": KIND, "format_version": FORMAT_VERSION, "packages": package_versions()}
-    write_checked(folder / MANIFEST_NAME, head | dict(content) | head)
+    write_checked(folder / MANIFEST_NAME, head | {CHUNKING: None} | dict(content) | head)
 
 
 def require_index(folder: Path) -> None:
@@ -58,7 +56,7 @@ def require_index(folder: Path) -> None:
 
 
 def read_index_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an index.
+    """The manifest of an index, without its chunking, which may change.
 
     Raises:
         DataFormatError: it is missing, damaged, or has another format.
@@ -67,27 +65,37 @@ def read_index_manifest(folder: Path) -> dict[str, Any]:
         problem = "is a sharded index, but one that is not sharded is needed here; give that, or one of its shards"
         raise DataFormatError(folder, problem)
     read_manifest(folder, KIND, FORMAT_VERSION)
-    path = folder / MANIFEST_NAME
-    try:
-        manifest: dict[str, Any] = read_checked(path)
-    except (OSError, ValueError) as error:
-        raise DamagedFileError(
-            path, f"is damaged ({error}); put it back from a copy, or index the corpus again"
-        ) from error
+    manifest = _read(folder)
     kinds = {"student": str, "task": str, "dim": int, "vector_format": str}
     wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
     if manifest.get("vector_copies") not in get_args(VectorCopies):
         wrong.append("vector_copies")
-    wrong += [name for name in (*INDEX_FIELDS, "snapshot") if name not in {*manifest, *wrong}]
+    wrong += [name for name in (*INDEX_FIELDS, "snapshot", CHUNKING) if name not in {*manifest, *wrong}]
     if wrong:
         raise DataFormatError(folder / MANIFEST_NAME, f"has no valid {', '.join(wrong)}; restore it from a copy")
+    del manifest[CHUNKING]
     return manifest
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST_NAME
+    try:
+        return read_checked(path)
+    except (OSError, ValueError) as error:
+        raise DamagedFileError(
+            path, f"is damaged ({error}); put it back from a copy, or index the corpus again"
+        ) from error
+
+
+def change_manifest(folder: Path, **changes: Any) -> None:
+    """Replace entries of the manifest of an index, sharded or not, atomically; requires the write lock."""
+    write_checked(folder / MANIFEST_NAME, _read(folder) | changes)
 
 
 ERRORS_FILE = "student-errors.json"
 """Written by ``retrieval.calibrate``."""
-CHUNKING_FILE = "chunking.json"
-"""How documents are chunked into passages, so that the next writer chunks them the same way."""
+CHUNKING = "chunking"
+"""Entry of a manifest: how documents are chunked into passages, so that the next writer chunks them the same way."""
 CHUNK_TOKENS = 128
 """Default tokens of a passage: the best on long articles (docs/index.md) for students that read this many."""
 
@@ -121,43 +129,19 @@ class Chunking:
         return words
 
 
-def side_files(folder: Path) -> list[Path]:
-    """The paths of the side files of the index in a folder, whether they exist or not."""
-    return [folder / name for name in (ERRORS_FILE, CHUNKING_FILE)]
-
-
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy the side files of an index, as far as they exist, to the folder of another."""
-    for path in side_files(source):
-        if path.is_file():
-            shutil.copy2(path, target / path.name)
-
-
 def read_chunking(folder: Path) -> Chunking | None:
-    """How the index in a folder chunks documents; None if this is not decided yet.
+    """How the index in a folder, sharded or not, chunks documents; None if this is not decided yet.
 
     Raises:
-        DataFormatError: the file is damaged.
+        DamagedFileError: the manifest is damaged.
     """
-    path = folder / CHUNKING_FILE
-    if not path.is_file():
-        return None
-    try:
-        content: dict[str, Any] = read_checked(path)
-        return Chunking(**content)
-    except (ValueError, TypeError) as error:
-        problem = f"does not say how documents were chunked ({error}); restore it from a copy or a snapshot"
-        raise DataFormatError(path, problem) from error
+    content = _read(folder)[CHUNKING]
+    return None if content is None else Chunking(**content)
 
 
-def write_chunking(folder: Path, chunking: Chunking) -> None:
-    """Store the chunking; requires the write lock."""
-    write_checked(folder / CHUNKING_FILE, asdict(chunking))
-
-
-def forget_chunking(folder: Path) -> None:
-    """Remove the stored chunking, so that the next writer chooses it; requires the write lock."""
-    (folder / CHUNKING_FILE).unlink(missing_ok=True)
+def write_chunking(folder: Path, chunking: Chunking | None) -> None:
+    """Store the chunking; None lets the next writer choose it. Requires the write lock."""
+    change_manifest(folder, **{CHUNKING: None if chunking is None else asdict(chunking)})
 
 
 def repeats_text(folder: Path) -> bool:

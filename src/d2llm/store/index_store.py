@@ -1,13 +1,12 @@
 """An on-disk store of passages and their vectors that one writer changes while many readers search.
 
 INDEX/
-  manifest.json         kind "index": student, task, vector format; written once
+  manifest.json         kind "index": student, task, vector format; and how documents were chunked, if they were
   passages.db           the table (``passage_table``): the source of truth, with versions
   vectors-<g>.bin/json  the vectors of generation g (``vector_file``): a copy of those in the table, or the only one
                         (``stored_vectors``); beside it, an approximate index (``ann``), which is not trusted
   words-<g>-...         the words of the same rows (``word_files``) for BM25, derived from the texts
   window-, token-...-<g>  vectors of parts of the same rows, if the index has them (``part_vectors``)
-  chunking.json         how documents were chunked into passages, if they were (``side_files``)
   snapshots/<name>      a read-only index folder: a copy of the table, and links to the other files
   write.lock            held by the writer
 
@@ -48,12 +47,11 @@ from d2llm.store.blocks import (
     write_words,
 )
 from d2llm.store.index_manifest import (
+    ERRORS_FILE,
     KIND,
     VectorCopies,
-    forget_chunking,
     read_chunking,
     read_index_manifest,
-    side_files,
     write_chunking,
     write_index_manifest,
 )
@@ -467,11 +465,12 @@ class IndexStore:
             with storage_errors(target), new_folder(target, kind=KIND) as draft:
                 self.vectors.file_to_extend(table := self.table())  # ensures that the vectors are complete
                 table.copy_to(draft)
-                kept = [*vector_file.files_of(self.folder, self.vectors.generation(table)), *side_files(self.folder)]
+                kept = [*vector_file.files_of(self.folder, self.vectors.generation(table)), self.folder / ERRORS_FILE]
                 for path in filter(Path.is_file, kept):
                     link_or_copy(path, draft / path.name)
                 content = {key: value for key, value in self.manifest.items() if key not in ("kind", "packages")}
                 write_index_manifest(draft, content | {"snapshot": name})
+                write_chunking(draft, read_chunking(self.folder))
         return target
 
     def drop_snapshot(self, name: str) -> None:
@@ -495,10 +494,7 @@ class IndexStore:
             source = IndexStore.open(self._existing_snapshot(name))
             chunking = read_chunking(source.folder)
             num_passages = self._rewrite(source)
-            if chunking is None:
-                forget_chunking(self.folder)
-            else:
-                write_chunking(self.folder, chunking)
+            write_chunking(self.folder, chunking)
             self.update_word_files()
             return num_passages
 

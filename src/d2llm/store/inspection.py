@@ -309,7 +309,7 @@ def _inspect(store: IndexStore, options: _VerifyOptions) -> tuple[PassageTable |
         if damages:
             return None, [*done, *(damage for damage in damages if damage not in done)]
         table = store.table()
-        return table, [*done, *_problems(store, table, options), *_chunking_problems(store.folder)]
+        return table, [*done, *_problems(store, table, options)]
 
 
 def _version_of(store: IndexStore) -> int:
@@ -336,14 +336,6 @@ def _problems(store: IndexStore, table: PassageTable, options: _VerifyOptions) -
     problems += _word_problems(store, table, repair=repair)
     problems += _part_problems(store, table, options)
     return [*problems, *_ann_problems(store, table, repair=repair)]
-
-
-def _chunking_problems(folder: Path) -> list[str]:
-    try:
-        read_chunking(folder)
-    except DataFormatError as error:
-        return [str(error)]
-    return []
 
 
 def _ann_record(store: IndexStore, table: PassageTable) -> ann.AnnRecord | None:
@@ -467,7 +459,7 @@ def verify_all(
     for shard, report in zip(storage.numbers, reports, strict=True):
         problems += [f"shard {shard}: {problem}" for problem in report.problems]
     try:
-        problems += [*_chunking_problems(storage.folder), *_misplaced(storage)]
+        problems += _misplaced(storage)
     except DataFormatError as error:
         problems.append(f"passages cannot be compared between shards: {error}")
     return VerifyReport(

@@ -3,7 +3,7 @@
 A sharded index is a folder with a manifest that lists ordinary indexes, its shards, in folders or in object storage:
 
 INDEX/
-  manifest.json   kind "sharded index": student, formats, and the shards (``ShardRecord``), with a checksum
+  manifest.json   kind "sharded index": student, formats, chunking, and the shards (``ShardRecord``), with a checksum
   shard-0000/     an ordinary index (``index_store``), which can be opened on its own
   shard-0001/     ...
 
@@ -34,7 +34,7 @@ from d2llm.core.manifest import package_versions, read_manifest
 from d2llm.core.shipped import name_student
 from d2llm.core.types import MissingShard, PartKind, Passage
 from d2llm.store.checksums import read_checked, write_checked
-from d2llm.store.index_manifest import INDEX_FIELDS
+from d2llm.store.index_manifest import CHUNKING, INDEX_FIELDS, change_manifest
 from d2llm.store.index_manifest import SHARDED_KIND as KIND
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore, check_maker
@@ -44,7 +44,7 @@ from d2llm.store.schema import MetadataSchema
 from d2llm.store.storage import storage_errors
 from d2llm.store.vector_formats import VectorFormat
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_SHARDS = 1 << 16
 _COMPARED = tuple(name for name in INDEX_FIELDS if name not in ("student_config", "student_source"))
 
@@ -299,7 +299,7 @@ class Storage:
             records[shard_number] = replace(records[shard_number], version=table.version, num_passages=len(table))
         if records != self.records:
             self.records = records
-            write_sharded_manifest(self.folder, self.manifest, records)
+            change_manifest(self.folder, **_entry(records))
 
 
 def shard_name(shard_number: int) -> str:
@@ -316,12 +316,16 @@ def is_sharded(folder: Path) -> bool:
 
 
 def write_sharded_manifest(folder: Path, manifest: Mapping[str, Any], records: Iterable[ShardRecord]) -> None:
-    """Write the manifest of a sharded index, atomically, with a checksum."""
-    write_checked(folder / MANIFEST_NAME, {**manifest, "shards": [asdict(record) for record in records]})
+    """Write the manifest of a new sharded index, atomically, with a checksum."""
+    write_checked(folder / MANIFEST_NAME, {**manifest, CHUNKING: None, **_entry(records)})
+
+
+def _entry(records: Iterable[ShardRecord]) -> dict[str, Any]:
+    return {"shards": [asdict(record) for record in records]}
 
 
 def read_sharded_manifest(folder: Path) -> tuple[dict[str, Any], list[ShardRecord]]:
-    """The manifest of a sharded index, without its shards, and the shards.
+    """The manifest of a sharded index, without its shards and its chunking, and the shards.
 
     Raises:
         DataFormatError: it is missing, damaged, or has another format.
@@ -331,6 +335,7 @@ def read_sharded_manifest(folder: Path) -> tuple[dict[str, Any], list[ShardRecor
     try:
         manifest = cast("dict[str, Any]", read_checked(path))
         records = [ShardRecord(**record) for record in manifest.pop("shards")]
+        del manifest[CHUNKING]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataFormatError(
             path, f"cannot be used ({error}); restore it from a copy, or shard the index again"
