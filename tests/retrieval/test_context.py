@@ -127,6 +127,14 @@ def test_neighbours_are_left_out_before_results():
     assert (short.num_neighbours_left_out, short.left_out, short.truncated) == (2, (), False)
 
 
+@pytest.mark.parametrize("separator", [" ", "\n"])
+def test_of_a_text_that_is_far_too_long_the_beginning_is_read(separator):
+    long, read = Passage("p", separator.join(["word"] * 50_000)), []
+    context = build_context(ranking_of([long]), lambda text: read.append(len(text)) or word_ends(text), 100)
+    assert (context.num_tokens, context.truncated) == (100, True)
+    assert sum(read) < 20_000
+
+
 def test_a_best_result_longer_than_the_limit_keeps_its_first_tokens():
     context = context_of([SINGLES[0], SINGLES[2]], 8)
     assert context.text == "[1] p0\nThe cat sleeps in"

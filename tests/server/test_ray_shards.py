@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from d2llm import Index, Passage, Student
 from d2llm.core.errors import MismatchError
 from d2llm.retrieval.shard import shard
 from d2llm.runners.ray_cluster import own_versions
+from d2llm.server import ray_shards
 from d2llm.server.ray_shards import ShardCluster
 from d2llm.server.settings import ServeSettings
 from d2llm.server.shard_actor import NotOpenError, ShardActor, ShardVersion
@@ -54,6 +56,23 @@ def test_an_actor_keeps_the_versions_that_are_in_use_and_no_others(sharded: Path
     actor.open(latest(sharded), scorer, frozenset())
     with pytest.raises(NotOpenError):
         actor.count_words(first.version, np.zeros(1, np.uint64))
+
+
+def test_a_call_that_fails_before_it_is_sent_is_tried_again_with_another_actor(sharded: Path, monkeypatch):
+    ray = MagicMock()
+    ray.exceptions.ActorDiedError = ChildProcessError
+    ray.wait.return_value = [True], []
+    new_actor = ray.remote.return_value.return_value.remote
+    new_actor.return_value.open.options.side_effect = ChildProcessError("it is gone")
+    monkeypatch.setattr(ray_shards, "import_ray", lambda: ray)
+    one = ray_shards._Shard(latest(sharded), ServeSettings(index=[sharded]))
+    (replica,) = one.replicas
+    assert one.attend(replica, None)  # which wakes up who waits
+    assert (replica.has_failed, "it is gone" in str(one.error)) == (True, True)
+    new_actor.return_value.open.options.side_effect, replica.retry_at = None, 0.0
+    assert [one.attend(replica, None) for _ in range(2)] == [False, True]
+    assert one.is_ready(one.desired.version)
+    assert new_actor.call_count == 2
 
 
 def test_an_actor_with_other_versions_is_refused(sharded: Path):

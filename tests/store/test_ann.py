@@ -410,6 +410,7 @@ class TestSearch:
         encode([Passage("a", "cat"), Passage("b", "dog")], FakeStudent(), tmp_path / "i")
         (ranking,) = search(Index.open(tmp_path / "i").view, FakeStudent(), ["dog"], sources=("ann",))
         assert ranking.passages[0].passage.id == "b"
+        assert ranking.sources == ("vectors",)
         assert "using the exact scan" in caplog.text
 
     def test_a_head_without_an_inner_product_is_searched_exactly(self, tmp_path):

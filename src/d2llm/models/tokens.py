@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -251,7 +251,7 @@ class TextReader:
         Raises:
             InputError: the tokenizer gives no character offsets.
         """
-        texts_offsets = _offsets(self.tokenizer, [prefix + text for text in texts_of(texts)])
+        texts_offsets = _encoded(self.tokenizer, [prefix + text for text in texts_of(texts)])["offset_mapping"]
         return [
             next((index for index, (_, end) in enumerate(offsets) if end > len(prefix)), len(offsets))
             for offsets in texts_offsets
@@ -267,7 +267,7 @@ class TextReader:
         Needs a fast tokenizer. The span of a special token is empty.
         """
         prefix = self.config.query_prefix if kind == "query" else self.config.passage_prefix
-        (offsets,) = _offsets(self.tokenizer, [prefix + text], max_tokens=num_tokens)
+        (offsets,) = _encoded(self.tokenizer, [prefix + text], max_tokens=num_tokens)["offset_mapping"]
         return [(start - len(prefix), end - len(prefix)) for start, end in offsets]
 
 
@@ -305,23 +305,23 @@ def token_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     Raises:
         InputError: the tokenizer gives no character offsets.
     """
-    tokens = _offsets(tokenizer, [text], add_special_tokens=False)[0]
-    (ids,) = tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = _encoded(tokenizer, [text], add_special_tokens=False)
     unknown: int | None = getattr(tokenizer, "unk_token_id", None)
-    return bounded_ends(text, tokens, [token == unknown for token in ids])
+    is_unknown = [token == unknown for token in encoded["input_ids"][0]]
+    return bounded_ends(text, encoded["offset_mapping"][0], is_unknown)
 
 
-def _offsets(
+def _encoded(
     tokenizer: PreTrainedTokenizerBase,
     texts: list[str],
     *,
     max_tokens: int | None = None,
     add_special_tokens: bool = True,
-) -> list[list[Span]]:
-    """The span of each token of each text, cut to ``max_tokens``, in characters; that of a special token is empty."""
+) -> Mapping[str, Any]:
+    """The tokens of each text, cut to ``max_tokens``, and their spans in characters; that of a special one is empty."""
     try:
         with TOKENIZING:
-            encoded = tokenizer(
+            return tokenizer(
                 texts,
                 truncation=max_tokens is not None,
                 max_length=max_tokens,
@@ -333,7 +333,6 @@ def _offsets(
         raise InputError(
             "this tokenizer gives no character offsets, so its tokens cannot be counted; name another tokenizer"
         ) from error
-    return cast("list[list[Span]]", encoded["offset_mapping"])
 
 
 def search_query_tokens(config: BackboneConfig) -> int:

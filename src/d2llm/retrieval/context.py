@@ -38,6 +38,7 @@ TokenEnds = Callable[[str], Sequence[int]]
 """Where the tokens of a text end, in characters, without special tokens."""
 
 _SEPARATOR = "\n\n"  # between sources
+_CHARACTERS_OF_TOKEN = 16  # seldom more
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,14 +151,14 @@ def build_context(
     packer = _Packer(token_ends, max_tokens, order, overlapping)
     for result in ranking.passages:
         packer.add(result)
-    sources, text = packer.finish()
+    sources, text, num_tokens = packer.finish()
     included = {name for source in sources for name in source.passage_ids}
     neighbours = {p.id for result in ranking.passages for p in (*result.before, *result.after)}
     left_out = tuple(result.passage.id for result in ranking.passages if result.passage.id not in included)
     return AnswerContext(
         text=text,
         sources=sources,
-        num_tokens=packer.count(text),
+        num_tokens=num_tokens,
         max_tokens=max_tokens,
         left_out=left_out,
         num_neighbours_left_out=len(neighbours - included - set(left_out)),
@@ -275,36 +276,43 @@ class _Packer:
         inner_tokens = before + sum(headers) + sum(one.inner_tokens for one in pieces)
         return first - 1 + len(pieces), inner_tokens, pieces[-1]
 
-    def finish(self) -> tuple[tuple[ContextSource, ...], str]:
-        """The sources and their text."""
+    def finish(self) -> tuple[tuple[ContextSource, ...], str, int]:
+        """The sources, their text, and its number of tokens."""
         while True:
             sources = self._sources(self._chosen)
             text = _text_of(sources)
-            if self.count(text) <= self._max_tokens:
-                return sources, text
+            if (num_tokens := len(self._ends(text))) <= self._max_tokens:
+                return sources, text, num_tokens
             self._chosen.pop()
 
-    def count(self, text: str) -> int:
-        """Number of tokens of a text."""
-        return len(self._token_ends(text))
+    def _ends(self, text: str) -> Sequence[int]:
+        """Where the tokens of a text end; if the beginning of a long text has too many, those of the beginning."""
+        beginning = text[: _CHARACTERS_OF_TOKEN * self._max_tokens]
+        ends = self._token_ends(beginning)
+        return ends if len(beginning) == len(text) or len(ends) > 2 * self._max_tokens else self._token_ends(text)
 
     def _length(self, text: str) -> int:
-        return sum(map(self._count_line, text.splitlines(keepends=True)))
+        num_tokens = 0
+        for line in text.splitlines(keepends=True):
+            num_tokens += self._count_line(line)
+            if num_tokens > 2 * self._max_tokens:  # too many in any case
+                break
+        return num_tokens
 
     def _count_line(self, line: str) -> int:
         if line not in self._lines:
-            self._lines[line] = self.count(line)
+            self._lines[line] = len(self._ends(line))
         return self._lines[line]
 
     def _cut(self, result: RankedPassage) -> None:
         """Include the first tokens of a result that is too long, if the header leaves room for any."""
         text = result.passage.text
-        ends = self._token_ends(text)
+        ends = self._ends(text)
         (source,) = self._sources([result])
-        for room in range(self._max_tokens - self.count(f"{source.header}\n"), 0, -1):
+        for room in range(self._max_tokens - self._count_line(f"{source.header}\n"), 0, -1):
             _, kept = cut_pair(("", text), ((), ends), room)
             shorter = replace(result, passage=replace(result.passage, text=kept))
-            if self.count(_text_of(self._sources([shorter]))) <= self._max_tokens:
+            if len(self._ends(_text_of(self._sources([shorter])))) <= self._max_tokens:
                 self._chosen, self.truncated = [shorter], True
                 return
 

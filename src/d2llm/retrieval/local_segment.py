@@ -21,7 +21,6 @@ The ``name`` of a source appears in explanations. To add one, write a class like
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,8 +41,6 @@ from d2llm.store.ann import AnnSearch
 from d2llm.store.shards import Storage
 from d2llm.store.view import CandidateRows, PassageView
 from d2llm.store.word_segment import QueryWords, WordStatistics
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +73,6 @@ class AnnSource:
         self._search: AnnSearch | None = None
         if index.ann is not None:
             self._search = AnnSearch(index.ann, index.mask(allowed), index.ids)
-        else:
-            count_fallback("approximate index")
-            _log.warning("no usable approximate index (d2llm index INDEX ann builds one); using the exact scan")
 
     def propose(
         self, query: Query, dot_query: NDArray[np.float32] | None, top_k: int, words: QueryWords | None = None
@@ -130,6 +124,11 @@ class LocalSegment(PassageView):
 
     is_remote = False
     away = None
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether there is a usable approximate index."""
+        return self.ann is not None
 
     @property
     def word_statistics(self) -> WordStatistics:

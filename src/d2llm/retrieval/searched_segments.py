@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError, ShardAwayError, StorageError
+from d2llm.core.fallbacks import count_fallback
 from d2llm.core.types import MissingShard, Query, Task
 from d2llm.models.protocols import SearchStudent, term_factors
 from d2llm.models.row_features import FeatureParts
@@ -37,6 +39,7 @@ from d2llm.store.view import CandidateRows
 from d2llm.store.word_segment import CountedTerms, QueryWords
 
 _SPARE_ROWS = 16  # of a segment's first proposals beyond those expected
+_log = logging.getLogger(__name__)
 _NOTHING = np.zeros(0, np.float32)
 _Answer = TypeVar("_Answer")
 Missing = dict[int, MissingShard]
@@ -59,6 +62,11 @@ class SearchedSegments:
         allow_missing: bool,
     ) -> None:
         """Prepare what does not depend on the query; arguments as for ``Searcher`` and ``LocalSearch``."""
+        if "ann" in (settings.sources or ()) and not any(segment.has_graph for segment in index.segments):
+            count_fallback("approximate index")
+            _log.warning("no usable approximate index (d2llm index INDEX ann builds one); using the exact scan")
+            exact = ["vectors" if name == "ann" else name for name in settings.sources or ()]
+            settings = settings.replace(sources=tuple(dict.fromkeys(exact)))
         self._index, self._student, self._settings, self._weights = index, student, settings, weights
         self._allow_missing = allow_missing
         self.sources = source_names(settings, weights, is_exact=is_exact)

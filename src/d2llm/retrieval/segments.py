@@ -123,6 +123,11 @@ class Segment(Protocol):
         ...
 
     @property
+    def has_graph(self) -> bool:
+        """Whether there is a usable approximate index."""
+        ...
+
+    @property
     def word_statistics(self) -> WordStatistics:
         """The statistics of the words of these passages alone; empty until it has been opened."""
         ...

@@ -62,6 +62,7 @@ class _Replica:
     retry_at: float = 0.0
     num_calls: int = 0
     has_failed: bool = False  # to open the desired version
+    is_dead: bool = False  # for good: it needs another actor
 
     @contextmanager
     def busy(self) -> Generator[None]:
@@ -146,12 +147,24 @@ class _Shard:
 
     def attend(self, replica: _Replica, scorer: Any) -> bool:
         """Let a replica open the versions that it lacks, or look whether it has; returns whether something changed."""
+        try:
+            return self._attend(replica, scorer)
+        except Exception as error:  # noqa: BLE001 - whatever has happened, it is tried again
+            cause = getattr(error, "cause", None)
+            self.error = cause if isinstance(cause, D2LLMError) else ShardAwayError(f"{self.desired.label}: {error}")
+            replica.opening, replica.has_failed, replica.retry_at = None, True, time.monotonic() + _RETRY_SECONDS
+            replica.is_dead = replica.is_dead or isinstance(error, import_ray().exceptions.ActorDiedError)
+            return True
+
+    def _attend(self, replica: _Replica, scorer: Any) -> bool:
         ray, desired = import_ray(), self.desired
         if replica.opening is None:
             targets = (desired, *self.served[:1]) if not replica.has_failed else (*self.served[:1], desired)
             lacking = [one for one in targets if one.version not in replica.ready]
             if not lacking or time.monotonic() < replica.retry_at:
                 return False
+            if replica.is_dead:
+                replica.actor, replica.is_dead = self.new_actor(), False
             kept = frozenset(one.version for one in (desired, *self.served))
             actor_open = replica.actor.open.options(concurrency_group="control")
             replica.opening = lacking[0], kept, actor_open.remote(lacking[0], scorer, kept)
@@ -159,16 +172,8 @@ class _Shard:
         shard, kept, reference = replica.opening
         if not ray.wait([reference], timeout=0)[0]:
             return False
+        self.facts[shard.version] = ray.get(reference)
         replica.opening = None
-        try:
-            self.facts[shard.version] = ray.get(reference)
-        except Exception as error:  # noqa: BLE001 - whatever has happened, it is tried again
-            cause = getattr(error, "cause", None)
-            self.error = cause if isinstance(cause, D2LLMError) else ShardAwayError(f"{desired.label}: {error}")
-            replica.has_failed, replica.retry_at = True, time.monotonic() + _RETRY_SECONDS
-            if isinstance(error, ray.exceptions.ActorDiedError):  # for good
-                replica.actor = self.new_actor()
-            return True
         if shard.version == self.desired.version:
             replica.has_failed = False
         replica.ready = (replica.ready & kept) | {shard.version}
@@ -223,6 +228,11 @@ class RemoteSegment:
         """Those of the opened shard; until it has been opened, only the number of passages in the manifest."""
         self._latest = self._latest or self.shard.facts.get(self.version)
         return self._latest or ShardFacts(self.shard.desired.record.num_passages)
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether there is a usable approximate index."""
+        return self.facts.has_graph
 
     @property
     def word_statistics(self) -> WordStatistics:

@@ -58,6 +58,7 @@ class ShardFacts(NamedTuple):
     num_passages: int
     metadata: MetadataSchema = MetadataSchema()
     statistics: WordStatistics = WordStatistics()
+    has_graph: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class _OpenShard:
         self._scorer = scorer
         self._cached_bounds = CachedBounds()
         self._searches: OrderedDict[str, LocalSearch] = OrderedDict()
-        self.facts = ShardFacts(len(self.view), self.view.metadata, self.view.word_statistics)
+        self.facts = ShardFacts(len(self.view), self.view.metadata, self.view.word_statistics, self.view.has_graph)
 
     def within(self, corpus: WordStatistics) -> _OpenShard:
         """This shard, as part of the corpus with these statistics."""
