@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from dataclasses import asdict
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -151,6 +152,22 @@ def test_a_table_with_a_destroyed_page_is_rebuilt(store, page):
         verify(store, repair=True)
     assert verify(store).problems == []
     check_contents(PassageView(IndexStore.open(store.folder)), PASSAGES)
+
+
+def test_what_is_left_of_a_table_that_was_cut_is_kept_on_request(store):
+    passages = PASSAGES | few_passages(1500, start=20)
+    put(store, passages.values())
+    path = store.folder / "passages.db"
+    store.table().remove_older(timedelta(0))  # which also empties the WAL
+    half = path.read_bytes()[: path.stat().st_size // 2]
+    path.write_bytes(half)
+    store = IndexStore.open(store.folder)
+    assert "of 1,520 passages are lost and in no snapshot" in verify(store, repair=True).problems[-1]
+    assert path.read_bytes() == half
+    assert verify(store, repair=True, drop_lost=True).num_passages > 500
+    assert verify(store).problems == []
+    left = {record["id"] for record in store.table().by_ids([*passages], ["id"])}
+    check_contents(PassageView(store), {name: passages[name] for name in left})
 
 
 def test_a_table_that_cannot_be_opened_is_replaced_by_a_snapshot(store):

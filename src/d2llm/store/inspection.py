@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, nullcontext, suppress
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.errors import D2LLMError, DataFormatError, InputError
+from d2llm.core.errors import D2LLMError, DamagedFileError, DataFormatError, InputError
 from d2llm.core.files import new_folder, sync_directory
 from d2llm.core.shipped import name_student
 from d2llm.core.types import PART_NAMES, PartKind
@@ -51,13 +51,43 @@ def repair_table(folder: Path, others: Iterable[Path], *, drop_lost: bool = Fals
     others = list(others)
     shutil.rmtree(folder / _FOLDER, ignore_errors=True)  # left by an interrupted repair
     try:
-        table = PassageTable.open(folder)
+        return _rebuilt(folder, PassageTable.open(folder), others, drop_lost=drop_lost)
     except DataFormatError as error:
-        return _replaced(folder, others, str(error))
+        if done := _replaced(folder, others, str(error)):
+            return done
+        with _at_full_length(folder / NAME):
+            try:
+                return _rebuilt(folder, PassageTable.open(folder), others, drop_lost=drop_lost)
+            except DataFormatError:
+                return [f"{error}; nothing of it can be read, and no snapshot has a whole copy: index the corpus again"]
+
+
+@contextmanager
+def _at_full_length(path: Path) -> Generator[None]:
+    """Meanwhile, a file that was cut has zeros where it ended, so that SQLite reads what is left of it."""
+    if not path.is_file():
+        yield
+        return
+    with path.open("r+b") as file:
+        header, num_bytes = file.read(100), path.stat().st_size
+        page_bytes, num_pages = (int.from_bytes(header[at : at + size], "big") for at, size in ((16, 2), (28, 4)))
+        file.truncate(max(num_bytes, page_bytes * num_pages))
+        try:
+            yield
+        finally:
+            file.truncate(num_bytes)  # of the damaged file, also if another has taken its place
+
+
+def _rebuilt(folder: Path, table: PassageTable, others: Sequence[Path], *, drop_lost: bool) -> list[str]:
+    """Write a table that can be opened anew; returns messages.
+
+    Raises:
+        DamagedFileError: none of its passages can be read.
+    """
     with closing(table):
         intact = list(_readable(table))
         if not intact and len(table):
-            return _replaced(folder, others, f"{NAME}: none of its {len(table):,} passages can be read")
+            raise DamagedFileError(table.path, f"none of its {len(table):,} passages can be read")
         missing = table.listed_ids() - {record["id"] for record in intact}
         num_lost = max(len(missing), len(table) - len(intact))
         restored = list(_from_others(others, missing, intact)) if num_lost else []
@@ -118,7 +148,7 @@ def _rewrite(folder: Path, table: PassageTable, records: Sequence[Record]) -> No
 
 
 def _replaced(folder: Path, others: Sequence[Path], problem: str) -> list[str]:
-    """Of a file that cannot be opened at all: the newest whole snapshot takes its place."""
+    """Of a file that cannot be opened at all: the newest whole snapshot takes its place, if there is one."""
     present = [path for path in others if (path / NAME).is_file()]
     for other in sorted(present, key=lambda path: (path / NAME).stat().st_mtime, reverse=True):
         with suppress(D2LLMError), closing(PassageTable.open(other)) as table:
@@ -127,7 +157,7 @@ def _replaced(folder: Path, others: Sequence[Path], problem: str) -> list[str]:
                     table.copy_to(draft)
                 _replace_table(folder)
                 return [f"{problem}; the table of {other.name!r} took its place: later changes are lost"]
-    return [f"{problem}; no snapshot has a whole copy: index the corpus again"]
+    return []
 
 
 def _replace_table(folder: Path) -> None:
