@@ -131,12 +131,12 @@ def _describe(key: str, problems: list[ErrorDetails], owner: type[BaseModel] | N
     if kind == "missing":
         return f"{key} is missing; set it"
     needed = requirement(problems)
-    if kind == "model_type":
+    if kind == "model_type" and key:
         needed = f"be a table: write [{key}]"
     elif kind == "tuple_type" and name in fields and _section_in(fields[name].annotation):
         needed = f"be a list of tables: write [[{key}]]"
     if needed is not None:
-        return f"{key} is {shown_for(problem)}, but must {needed}"
+        return f"{key or 'it'} is {shown_for(problem)}, but must {needed}"
     message = problem["msg"].removeprefix("Value error, ")
     got = "" if isinstance(value, dict) or not key else f" (got {value!r})"
     return (f"{key}: " if key else "") + message + got

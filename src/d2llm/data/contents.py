@@ -26,8 +26,9 @@ class FileContents:
     """What is in a file: the title that it gives itself ("" if none), and its sections, none of them blank.
 
     ``metadata`` are the fields of its front matter. A table has ``rows`` instead of sections: documents, whose ids are
-    the numbers of the rows, or their own if the table ``is_corpus``. ``skipped`` are parts that were left out.
-    ``has_pictures``: some of its text is in pictures, whether or not it was recognised.
+    the numbers of the rows, or their own if the table ``is_corpus``. ``columns`` are those of its first row.
+    ``skipped`` are parts that were left out. ``has_pictures``: some of its text is in pictures, whether or not it was
+    recognised.
     """
 
     title: str
@@ -35,6 +36,7 @@ class FileContents:
     metadata: Mapping[str, MetadataValue] = field(default_factory=dict[str, MetadataValue])
     rows: tuple[Passage, ...] = ()
     is_corpus: bool = False
+    columns: tuple[str, ...] = ()
     skipped: tuple[SkippedPart, ...] = ()
     has_pictures: bool = False
 

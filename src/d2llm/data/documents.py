@@ -260,7 +260,7 @@ def _as_documents(file: DocumentFile, contents: FileContents, ocr: str = "") -> 
     # A field of the text with the name of one of ours keeps its value under another name.
     fields = {(f"own_{name}" if name.lower() in _FACTS else name): value for name, value in contents.metadata.items()}
     if contents.rows:
-        if not contents.is_corpus and (advice := _misnamed_column(contents.rows[0].text)):
+        if not contents.is_corpus and (advice := _misnamed_column(contents.columns)):
             _log.warning("%s: each row is a document of all its values, because %s", file.path, advice)
         return FileDocuments(file, tuple(_row_documents(file, contents, facts)), contents.is_corpus)
     sections = contents.sections
@@ -275,9 +275,8 @@ def _as_documents(file: DocumentFile, contents: FileContents, ocr: str = "") -> 
     return FileDocuments(file, (document,), skipped=contents.skipped)
 
 
-def _misnamed_column(row: str) -> str | None:
+def _misnamed_column(names: Sequence[str]) -> str | None:
     """Why a table is no corpus, if a column of its first row may be meant for the id or the text that it lacks."""
-    names = [name for name, colon, _ in (line.partition(": ") for line in row.splitlines()) if colon]
     meant: dict[str, str] = {}
     for wanted, others in (("id", _ID_NAMES), ("text", _TEXT_NAMES)):
         if not {wanted, f"_{wanted}"} & {*names}:

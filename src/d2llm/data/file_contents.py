@@ -128,14 +128,14 @@ def _table(path: Path, suffix: str) -> FileContents:
             records = json_records(decoded_text(_read_bytes(path)))
         else:
             title, records = csv_records(decoded_text(_read_bytes(path)), "\t" if suffix == ".tsv" else None)
-        is_corpus, rows = row_documents(records, path)
+        is_corpus, columns, rows = row_documents(records, path)
     except TableError as error:
         raise UnreadableFileError(str(error)) from error
     if not is_corpus:
         rows = [row for row in rows if row.full_text.strip()]
     if not rows:
         raise UnreadableFileError("it has no text")
-    return FileContents(title, (), {}, tuple(rows), is_corpus)
+    return FileContents(title, (), {}, tuple(rows), is_corpus, columns)
 
 
 def _sections(text: str, suffix: str) -> Iterable[Section]:

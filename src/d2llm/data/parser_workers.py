@@ -273,6 +273,7 @@ def _outcome(reply: dict[str, Any]) -> Outcome:
         _unpacked(reply["metadata"]),
         tuple(rows),
         is_corpus=reply["is_corpus"],
+        columns=tuple(reply["columns"]),
         skipped=tuple(SkippedPart(name, reason) for name, reason in reply["skipped"]),
         has_pictures=reply["has_pictures"],
     )
@@ -353,6 +354,7 @@ def _reply(reader: Reader, path: Path, recognisers: Sequence[Recogniser], chars:
             (row.id, row.text, row.title, row.document_id, row.position, _packed(row.metadata)) for row in contents.rows
         ],
         "is_corpus": contents.is_corpus,
+        "columns": contents.columns,
         "skipped": [(part.name, part.reason) for part in contents.skipped],
         "has_pictures": contents.has_pictures,
     }

@@ -238,8 +238,10 @@ def parquet_records(path: Path) -> Iterator[tuple[int, Pairs]]:
         raise TableError(f"it cannot be parsed ({problem})") from error
 
 
-def row_documents(records: Iterable[tuple[int, Any]], path: Path) -> tuple[bool, list[Passage]]:
-    """Whether the records are a corpus, and a document for each; without a corpus, its id is the number of the row.
+def row_documents(records: Iterable[tuple[int, Any]], path: Path) -> tuple[bool, tuple[str, ...], list[Passage]]:
+    """Whether the records are a corpus, the columns of the first, and a document for each.
+
+    Without a corpus, the id of a document is the number of the row.
 
     Raises:
         TableError: a row cannot be read, or two have the same id.
@@ -247,11 +249,12 @@ def row_documents(records: Iterable[tuple[int, Any]], path: Path) -> tuple[bool,
     records = iter(records)
     first = next(records, None)
     if first is None:
-        return False, []
+        return False, (), []
     records = chain([first], records)
-    if isinstance(first[1], Pairs) and is_corpus_record(dict(first[1])):
-        return True, _corpus(records, path)
-    return False, [_row(index, record) for index, (_, record) in enumerate(records, start=1)]
+    columns = tuple(name for name, _ in first[1]) if isinstance(first[1], Pairs) else ()
+    if columns and is_corpus_record(dict(first[1])):
+        return True, columns, _corpus(records, path)
+    return False, columns, [_row(index, record) for index, (_, record) in enumerate(records, start=1)]
 
 
 def _corpus(records: Iterable[tuple[int, Any]], path: Path) -> list[Passage]:

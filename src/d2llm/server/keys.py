@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.files import write_bytes
+from d2llm.core.problems import describe_errors
 
 _log = logging.getLogger(__name__)
 
@@ -81,9 +82,7 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give the path of a file of keys") from error
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = "".join(f"{part}: " for part in problem["loc"])
-        message = f"is not a file of API keys ({where}{problem['msg']}); give another path"
+        message = f"is not a file of API keys ({describe_errors(error, _KeysFile)}); give another path"
         raise DataFormatError(path, message) from error
 
 
