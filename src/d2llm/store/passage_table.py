@@ -271,14 +271,15 @@ class PassageTable:
 
     def last_key(self) -> int:
         """The highest key of a passage of any version; where the end is damaged, a generous guess."""
-        keys = [0]
-        for end in ("max(key) FROM passages", "max(key) FROM passages INDEXED BY by_row", "max(key) FROM bodies"):
-            with suppress(DataFormatError), self._reading() as run:
-                keys.append(int(run(f"SELECT {end}").fetchone()[0] or 0))
-        if len(keys) == 1:
-            with suppress(DataFormatError), self._reading() as run:
-                first = run("SELECT key FROM passages ORDER BY key LIMIT 1").fetchone()[0]
-                return 2 * (first + run("SELECT max(num_passages) FROM versions").fetchone()[0])
+        keys, sources = (
+            [0],
+            ("max(key) FROM passages", "max(key) FROM passages INDEXED BY by_row", "max(key) FROM bodies"),
+        )
+        guess = "2 * (ifnull(min(key), 0) + (SELECT max(num_passages) FROM versions)) FROM passages"
+        for source in (*sources, guess):
+            if source != guess or len(keys) == 1:
+                with suppress(DataFormatError), self._reading() as run:
+                    keys.append(int(run(f"SELECT {source}").fetchone()[0] or 0))
         return max(keys)
 
     def between(self, first: int, end: int) -> list[Record]:
@@ -546,14 +547,11 @@ class PassageTable:
             named = {"version": self.version, **values} if isinstance(values, Mapping) else values
             return self._connection.execute(statement, named)
 
-        def check() -> None:
-            if run("SELECT 1 FROM versions WHERE version = :version").fetchone() is None:
-                raise self._gone()
-
         with self._lock:
             try:
                 yield run
-                check()  # after reading: what was removed meanwhile may have been missing
+                if run("SELECT 1 FROM versions WHERE version = :version").fetchone() is None:  # removed while reading
+                    raise self._gone()
             except D2LLMError:
                 raise
             except (sqlite3.Error, zlib.error, *WRONG_TYPES) as error:

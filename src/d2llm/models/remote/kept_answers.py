@@ -1,25 +1,22 @@
 """Answers of an endpoint that are on disk as soon as they are there, until what is made of them is stored.
 
-A process that is killed (SIGKILL, power) leaves its file behind; the next one that does the same work takes it over,
-and asks only for what it lacks. So does a process whose endpoint failed, or that was interrupted, if it has not stored
-what it had by then.
+A process that is killed (SIGKILL, power) leaves them behind; the next one that does the same work takes them, and asks
+only for what it lacks. So does a process whose endpoint failed, or that was interrupted, if it has not stored what it
+had by then.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import secrets
+import sqlite3
 import threading
-import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import filelock
 from platformdirs import user_cache_path
 
 from d2llm.core.errors import InputError
@@ -27,25 +24,24 @@ from d2llm.core.fingerprint import fingerprint_json
 
 _log = logging.getLogger(__name__)
 
-_SYNC_SECONDS = 1.0  # the most that can be lost if the machine goes down; a killed process loses nothing
+_BUSY_SECONDS = 60.0  # how long to wait for another process that writes
+_PAGES_AT_RISK = 16  # the most that can be lost if the machine goes down; a killed process loses nothing
 _in_use: ContextVar[KeptAnswers | None] = ContextVar("answers", default=None)
 
 
 class KeptAnswers:
-    """The answers that a process received and has not stored, and those that killed processes left in the folder.
+    """The answers that processes received and have not stored, in an SQLite file in a folder.
 
-    Each process has a file of its own, which it locks. Nothing is read or written before the first request, so work
-    that asks no endpoint leaves nothing behind. ``purpose`` is what the answers are for: others do not get them. If the
-    folder cannot be written, it is an ``InputError``, or a warning if that ``is_required`` not to be.
+    Nothing is read or written before the first request, so work that asks no endpoint leaves nothing behind.
+    ``purpose`` is what the answers are for: others do not get them. If the folder cannot be written, it is an
+    ``InputError``, or a warning if that ``is_required`` not to be.
     """
 
     def __init__(self, folder: Path, purpose: str, *, is_required: bool = True) -> None:
-        self._folder, self._purpose, self._is_required = folder, purpose, is_required
-        self._path = folder / _new_name()
-        self._left: dict[str, list[dict[str, Any]]] = {}  # by killed processes, and not asked for yet
-        self._lock: filelock.BaseFileLock | None = None
+        self._path, self._purpose, self._is_required = folder / "answers.db", purpose, is_required
+        self._connection: sqlite3.Connection | None = None
+        self._in_hand: set[int] = set()  # rows of answers that were received or taken, and are not stored
         self._guard = threading.Lock()
-        self._synced = 0.0
         self._has_failed = False
         self.is_broken_off = False
         """Whether the endpoint failed, the work was interrupted, or its results could not be stored, after these
@@ -75,11 +71,21 @@ class KeptAnswers:
                 self._close()
 
     def take(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
-        """An answer to a request that a killed process left; each is given once."""
-        with self._guard:
-            self._open()
-            left = self._left.get(self._name(request))
-            return left.pop(0) if left else None
+        """An answer to a request that another process left; each is given once.
+
+        Raises:
+            InputError: the file cannot be read or written.
+        """
+        with self._guard, self._writing():
+            if self._connection is None and not self._has_failed:
+                self._connection = self._open()
+            if self._connection is not None:
+                same = "SELECT id, answer FROM answers WHERE request = ? ORDER BY id"
+                for row, answer in self._connection.execute(same, (self._name(request),)):
+                    if row not in self._in_hand:
+                        self._in_hand.add(row)
+                        return json.loads(answer)
+        return None
 
     def add(self, request: Mapping[str, Any], answer: dict[str, Any]) -> None:
         """Write an answer to the disk.
@@ -88,8 +94,10 @@ class KeptAnswers:
             InputError: it cannot be written (disk full).
         """
         with self._guard, self._writing():
-            if self._lock is not None:  # else the work has ended
-                self._append([(self._name(request), answer)])
+            if self._connection is not None:  # else the work has ended
+                values = self._name(request), json.dumps(answer)
+                added = self._connection.execute("INSERT INTO answers (request, answer) VALUES (?, ?)", values)
+                self._in_hand.add(added.lastrowid or 0)
 
     def clear(self) -> None:
         """Forget the answers received so far: what was made of them is stored.
@@ -99,74 +107,48 @@ class KeptAnswers:
         """
         self.is_broken_off = False
         with self._guard, self._writing():
-            if self._lock is not None:
-                self._write_anew()
+            if self._connection is not None:
+                self._connection.execute("BEGIN")
+                self._connection.executemany("DELETE FROM answers WHERE id = ?", ((row,) for row in self._in_hand))
+                self._connection.execute("COMMIT")
+                self._in_hand.clear()
 
     def _name(self, request: Mapping[str, Any]) -> str:
         return fingerprint_json([self._purpose, request])
 
-    def _open(self) -> None:
-        if self._lock is not None or self._has_failed:
-            return
-        with self._writing():
-            self._folder.mkdir(parents=True, exist_ok=True)
-            own_lock = _lock_of(self._path)
-            own_lock.acquire()
-            self._lock = own_lock
-            for path in sorted(self._folder.glob("*.jsonl")):
-                lock = _lock_of(path)
-                try:
-                    lock.acquire()
-                except filelock.Timeout:  # its process is alive
-                    continue
-                try:
-                    left = _read(path) if path.exists() else []
-                    if left:
-                        self._append(left)
-                except BaseException:
-                    lock.release()
-                    raise
-                for name, answer in left:
-                    self._left.setdefault(name, []).append(answer)
-                _remove(path, lock)
-
-    def _append(self, answers: list[tuple[str, dict[str, Any]]]) -> None:
-        lines = [json.dumps({"request": name, "answer": answer}) + "\n" for name, answer in answers]
-        with self._path.open("ab") as file:
-            file.write("".join(lines).encode())
-            file.flush()
-            if time.monotonic() - self._synced > _SYNC_SECONDS:
-                os.fsync(file.fileno())
-                self._synced = time.monotonic()
-
-    def _write_anew(self) -> None:
-        self._path.unlink(missing_ok=True)
-        left = [(name, answer) for name, answers in self._left.items() for answer in answers]
-        if left:
-            self._append(left)
+    def _open(self) -> sqlite3.Connection:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(self._path, _BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", f"wal_autocheckpoint={_PAGES_AT_RISK}"):
+            connection.execute(f"PRAGMA {pragma}")
+        columns = "id INTEGER PRIMARY KEY AUTOINCREMENT, request TEXT NOT NULL, answer TEXT NOT NULL"
+        connection.execute(f"CREATE TABLE IF NOT EXISTS answers ({columns})")
+        connection.execute("CREATE INDEX IF NOT EXISTS by_request ON answers(request)")
+        return connection
 
     def _close(self) -> None:
-        if self._lock is None:
+        connection, self._connection, self._in_hand = self._connection, None, set()
+        if connection is None:
             return
-        lock, path = self._lock, self._path
-        self._lock, self._path, self._left = None, self._folder / _new_name(), {}
-        if path.exists():
-            lock.release()
-            return
-        _remove(path, lock)
-        with suppress(OSError):  # others use it
-            self._folder.rmdir()
+        with suppress(sqlite3.Error, OSError):  # others use the file
+            if connection.execute("SELECT 1 FROM answers LIMIT 1").fetchone() is None:
+                connection.execute("PRAGMA busy_timeout=0")
+                connection.execute("PRAGMA journal_mode=DELETE")  # fails if another process has it open
+                self._path.unlink()
+                self._path.parent.rmdir()
+        connection.close()
 
     @contextmanager
     def _writing(self) -> Generator[None]:
         try:
             yield
-        except OSError as error:
-            problem = f"{self._path}: answers of the endpoint cannot be kept ({error.strerror or error})"
+        except (OSError, sqlite3.Error) as error:
+            reason = getattr(error, "strerror", None) or error
+            problem = f"{self._path}: answers of the endpoint cannot be kept ({reason})"
             if self._is_required:
                 raise InputError(
-                    f"{problem}. Free some space, or make the folder writable, and run the same command again to "
-                    "continue"
+                    f"{problem}. Free some space, make the folder writable, or delete the file if it is damaged, and "
+                    "run the same command again to continue"
                 ) from error
             if not self._has_failed:
                 _log.warning("%s; if this process is killed, they are asked for again", problem)
@@ -186,33 +168,3 @@ def using(answers: KeptAnswers | None) -> Generator[None]:
         yield
     finally:
         _in_use.reset(token)
-
-
-def _new_name() -> str:
-    return f"{secrets.token_hex(8)}.jsonl"
-
-
-def _lock_of(path: Path) -> filelock.BaseFileLock:
-    return filelock.FileLock(path.with_suffix(".lock"), timeout=0)
-
-
-def _remove(path: Path, lock: filelock.BaseFileLock) -> None:
-    path.unlink(missing_ok=True)
-    lock.release()
-    with suppress(OSError):  # another process looks at it, and finds no answers
-        path.with_suffix(".lock").unlink()
-
-
-def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The answers in a file; a last line that was not finished is none."""
-    content = path.read_bytes()
-    answers: list[tuple[str, dict[str, Any]]] = []
-    for line_number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
-        try:
-            values: Any = json.loads(line)
-            answers.append((values["request"], dict(values["answer"])))
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(
-                f"{path}:{line_number}: is not an answer of an endpoint ({error!r}); delete the line: it is asked again"
-            ) from error
-    return answers
