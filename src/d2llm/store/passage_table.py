@@ -271,15 +271,12 @@ class PassageTable:
 
     def last_key(self) -> int:
         """The highest key of a passage of any version; where the end is damaged, a generous guess."""
-        keys, sources = (
-            [0],
-            ("max(key) FROM passages", "max(key) FROM passages INDEXED BY by_row", "max(key) FROM bodies"),
-        )
-        guess = "2 * (ifnull(min(key), 0) + (SELECT max(num_passages) FROM versions)) FROM passages"
-        for source in (*sources, guess):
+        keys = [0]
+        guess = "(SELECT 2 * (ifnull(min(key), 0) + (SELECT max(num_passages) FROM versions)) AS key FROM passages)"
+        for source in ("passages", "passages INDEXED BY by_row", "bodies", guess):
             if source != guess or len(keys) == 1:
                 with suppress(DataFormatError), self._reading() as run:
-                    keys.append(int(run(f"SELECT {source}").fetchone()[0] or 0))
+                    keys.append(int(run(f"SELECT max(key) FROM {source}").fetchone()[0] or 0))
         return max(keys)
 
     def between(self, first: int, end: int) -> list[Record]:
