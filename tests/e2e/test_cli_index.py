@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 
@@ -214,6 +215,17 @@ def test_snapshots_are_reported(tmp_path):
     assert report_of(tmp_path, "index", tmp_path / "i", "restore", "monday") == {"name": "monday", "num_passages": 1}
     dropped = report_of(tmp_path, "index", tmp_path / "i", "snapshot", "monday", "--drop")
     assert dropped == {"name": "monday", "dropped": True}
+
+
+def test_an_index_is_made_from_the_copy_of_a_snapshot(workspace):
+    succeed("index", workspace / "i", "snapshot", "copied")
+    copy = shutil.copytree(workspace / "i" / "snapshots" / "copied", workspace / "copied")
+    fail("index", copy, "delete", "s1", containing=["never changes", "d2llm index INDEX restore"])
+    succeed("index", workspace / "new", "restore", copy)
+    succeed("index", workspace / "new", "delete", "s1")
+    assert "0 problems" in succeed("index", workspace / "new", "verify").stderr
+    succeed("index", workspace / "new", "restore", copy)
+    assert report_of(workspace, "index", workspace / "new", "stats")["num_passages"] == len(SENTENCES)
 
 
 def test_facts(workspace):

@@ -531,13 +531,22 @@ def test_the_report_is_in_a_frame_with_its_own_styles(visit, address):
     assert overflow(page) == 0
 
 
-def test_the_index_is_chosen_if_there_are_several(visit, tiny, tmp_path):
+def test_the_index_is_chosen_if_there_are_several_also_behind_a_proxy(visit, tiny, tmp_path):
     folders = {"guide": write_tiny_index(tmp_path, 12), "small one": write_tiny_index(tmp_path, 4, "small")}
-    with serve(make_app(tiny_settings(folders))) as url:
-        wait_until_ready(url)
+    app = make_app(tiny_settings(folders))
+
+    async def below_texts(scope, receive, send):
+        if scope["type"] == "http":
+            assert scope["path"].startswith("/texts/"), scope["path"]
+            raw_path = scope["raw_path"].removeprefix(b"/texts")
+            scope = {**scope, "path": scope["path"].removeprefix("/texts"), "raw_path": raw_path}
+        await app(scope, receive, send)
+
+    with serve(below_texts) as host:
+        wait_until_ready(url := f"{host}/texts")
         page = visit(f"{url}/?q=water")
         page.wait_for_selector(".card")
-        assert urlsplit(page.url).path == "/indexes/guide/"
+        assert urlsplit(page.url).path == "/texts/indexes/guide/"
         assert page.locator("#index option").all_inner_texts() == ["guide", "small one"]
         assert page.locator("#index-name").is_hidden()
         page.locator("#filters > summary").click()

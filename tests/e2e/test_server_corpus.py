@@ -55,6 +55,19 @@ def test_ids_are_listed_in_pages_without_repeats(ask):
     ask("GET", "/v1/passages", 422, params={"limit": 0})
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "message"),
+    [
+        ("GET", "/v1/passages?curser=p9", "query.curser: there is no such parameter; did you mean 'cursor'?"),
+        ("GET", "/v1/documents?zzz", "query.zzz: there is no such parameter; there are: cursor, limit"),
+        ("POST", "/v1/search?top_k=3", "query.top_k: there is no such parameter; this address takes none"),
+    ],
+)
+def test_a_parameter_that_an_address_does_not_have_is_refused(ask, method, path, message):
+    body = {"query": "cat"} if method == "POST" else None
+    assert ask(method, path, 422, json=body)["error"]["message"] == message
+
+
 def test_a_document_is_read_and_deleted_whole(ask):
     text = "the cat sat on the mat. " * 12
     report = ask("POST", "/v1/documents", json={"documents": [{"id": "a/b", "text": text}], "chunk_tokens": 16})

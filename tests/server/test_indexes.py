@@ -147,8 +147,9 @@ def test_a_write_changes_the_named_index_alone(client: TestClient):
 
 def test_a_redirect_keeps_the_address(client: TestClient):
     response = client.get("/indexes/faq/v1/index/", follow_redirects=False)
-    assert (response.status_code, response.headers["Location"]) == (307, "http://127.0.0.1:8000/indexes/faq/v1/index")
+    assert (response.status_code, response.headers["Location"]) == (307, "../index")
     assert client.get("/indexes/faq/v1/index/").json()["name"] == "faq"
+    assert client.get("/indexes/faq?q=a%20b", follow_redirects=False).headers["Location"] == "faq/?q=a%20b"
 
 
 def test_the_page_and_the_api_description_are_below_each_address(client: TestClient):
@@ -316,6 +317,8 @@ def test_an_index_that_cannot_be_read_again_does_not_stop_the_others(folders: di
         problems = {index["name"]: index["problem"] for index in client.get("/v1/indexes").json()["indexes"]}
         assert problems["docs"]
         assert problems["faq"] == ""
+        metrics = client.get("/metrics").text.splitlines()
+        assert {'d2llm_index_unreadable{index="docs"} 1.0', 'd2llm_index_unreadable{index="faq"} 0.0'} <= {*metrics}
         assert str(tmp_path) not in client.get("/health").text
         assert len(ids(client.post("/indexes/faq/v1/search", json={"query": QUERY}))) == 8
         links["docs"].symlink_to(folders["docs"])

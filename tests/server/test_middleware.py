@@ -110,7 +110,7 @@ OTHER = {"Origin": "https://evil.example"}
     [
         {},
         OWN,
-        OWN | {"Sec-Fetch-Site": "same-origin"},
+        {"Host": "127.0.0.1", "Origin": "https://search.example:8443", "Sec-Fetch-Site": "same-origin"},
         {"Sec-Fetch-Site": "none"},
         {"Host": "LOCALHOST", "Origin": "http://localhost"},
         {"Host": "localhost:443", "Origin": "https://localhost"},

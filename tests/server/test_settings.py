@@ -66,9 +66,8 @@ def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("text", ["a.example, b.example", "a.example,b.example,"])
 def test_lists_are_comma_separated(monkeypatch: pytest.MonkeyPatch, text: str):
-    monkeypatch.setenv("D2LLM_SERVE_CORS_ORIGINS", text)
-    loaded = load_settings(assignments={"allowed_hosts": text})
-    assert loaded.settings.cors_origins == ("a.example", "b.example") == loaded.settings.allowed_hosts
+    monkeypatch.setenv("D2LLM_SERVE_ALLOWED_HOSTS", text)
+    assert load_settings().settings.allowed_hosts == ("a.example", "b.example")
 
 
 def test_a_file_may_contain_lists(tmp_path: Path):
@@ -195,6 +194,25 @@ def test_assignments_are_checked(assignments: list[str], message: str):
 def test_an_option_and_set_for_one_setting_are_an_error():
     with pytest.raises(InputError, match="port: given twice, as an option and by --set"):
         load_settings({"port": 1}, assignments={"port": "2"})
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("allowed_hosts", "a.example,*.b_c.example,*,::1,[::1],10.0.0.1", "a.example:80 https://a.example 10.0.0.1:80"),
+        (
+            "cors_origins",
+            "https://a.example,http://[::1]:80,null,*",
+            "a.example https://a.example/ https://a.example/b",
+        ),
+        ("trusted_proxies", "10.0.0.1,10.0.0.0/8,::1,*", "nginx 10.0.0.1/8 10.0.0.1:80"),
+    ],
+)
+def test_addresses_that_match_no_request_are_errors(name: str, good: str, bad: str):
+    assert getattr(load_settings(assignments={name: good}).settings, name) == tuple(good.split(","))
+    for value in bad.split():
+        with pytest.raises(InputError, match=f"--set: {name}: write "):
+            load_settings(assignments={name: f"{good},{value}"})
 
 
 def test_settings_of_a_writer_need_one():

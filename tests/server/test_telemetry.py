@@ -147,8 +147,8 @@ def test_queue_batch_and_index_metrics():
     telemetry.watch_queue(lambda: num_waiting[0])
     telemetry.observe_batch(32, 0.5)
     telemetry.observe_batch(2, 0.25)
-    telemetry.watch_index("docs", lambda: ServedView(12, 6_883))
-    telemetry.watch_index("faq", lambda: ServedView(3, 40, missing=("shard 1",)))
+    telemetry.watch_index("docs", lambda: ServedView(12, 6_883), lambda: "")
+    telemetry.watch_index("faq", lambda: ServedView(3, 40, missing=("shard 1",)), lambda: "damaged")
     metrics = samples(telemetry)
     assert metrics["d2llm_queue_texts", ()] == 3
     assert metrics["d2llm_batch_texts_sum", ()] == 34
@@ -157,7 +157,8 @@ def test_queue_batch_and_index_metrics():
     assert metrics["d2llm_index_version", (("index", "docs"),)] == 12
     assert metrics["d2llm_index_passages", (("index", "docs"),)] == 6_883
     assert metrics["d2llm_index_passages", (("index", "faq"),)] == 40
-    assert [metrics["d2llm_index_missing_shards", (("index", name),)] for name in ("docs", "faq")] == [0, 1]
+    for gauge in ("d2llm_index_missing_shards", "d2llm_index_unreadable"):
+        assert [metrics[gauge, (("index", name),)] for name in ("docs", "faq")] == [0, 1]
 
 
 def test_servers_in_one_process_have_separate_metrics():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import threading
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,6 +16,7 @@ from d2llm.core.errors import (
     DataFormatError,
     DuplicateIdError,
     IndexLockedError,
+    IndexMismatchError,
     InputError,
     StorageError,
 )
@@ -278,6 +280,16 @@ def test_snapshots(store):
     assert not folder.exists()
     store.snapshot("first")
     check_contents(PassageView(IndexStore.open(folder)), current)
+
+
+def test_a_copy_of_a_snapshot_is_restored_where_its_vectors_fit(store, tmp_path):
+    copy = shutil.copytree(store.snapshot("first"), tmp_path / "copy")
+    other = new_store(tmp_path / "other")
+    assert other.restore(copy) == len(PASSAGES)
+    _check_reopened(other, PASSAGES)
+    edit_manifest(copy, student="another")
+    with pytest.raises(IndexMismatchError, match=r"copy: its vectors are not made and stored as those of .*other"):
+        other.restore(copy)
 
 
 def test_snapshots_are_read_only(store):

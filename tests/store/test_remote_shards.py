@@ -90,16 +90,25 @@ def test_a_replaced_shard_is_noticed(one, tmp_path):
         Index.open(folder)
 
 
-def test_without_rights_the_error_names_the_url(one, tmp_path, monkeypatch):
+def test_without_rights_or_a_bucket_the_error_names_the_url(one, tmp_path, monkeypatch):
     from fsspec.implementations.memory import MemoryFileSystem
 
     def refuse(self, *arguments, **options):
         raise PermissionError("403 Forbidden")
 
+    def missing(self, *arguments, **options):
+        raise FileNotFoundError("no bucket")
+
     with monkeypatch.context() as patch:
         patch.setattr(MemoryFileSystem, "put_file", refuse)
         with pytest.raises(
             InputError, match="memory://bucket/docs/shard-0000: cannot be written, because access is de"
+        ):
+            put_away(one, tmp_path / "away")
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "put_file", missing)
+        with pytest.raises(
+            InputError, match=r"shard-0000: there is no such bucket or folder \(no bucket\); .* make it"
         ):
             put_away(one, tmp_path / "away")
     assert not (tmp_path / "away").exists()

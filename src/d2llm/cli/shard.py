@@ -37,7 +37,7 @@ def shard(
 
     session = session_of(context)
     report = shard(index, out, shards, remote=remote)
-    resumed = f", {report.num_resumed:,} of them by an earlier call" if report.num_resumed else ""
+    resumed = f" ({report.num_resumed:,} of them by an earlier call)" if report.num_resumed else ""
     session.say(
         f"shard: {report.num_passages:,} passages copied{resumed} into {report.num_shards:,} shards of "
         f"{report.fewest:,} to {report.most:,}; {report.num_bytes:,} bytes, {report.seconds:,.1f} s, in {out}"

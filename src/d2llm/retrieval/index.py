@@ -331,9 +331,13 @@ class Index(OpenIndex):
         """Save the latest version under a name, as a folder that ``open`` accepts; it takes hardly any space."""
         return self.store.snapshot(name)
 
-    def restore(self, name: str) -> int:
-        """Replace the index's passages by a snapshot's; returns their number."""
-        num_passages = self.store.restore(name)
+    def restore(self, snapshot: str | Path) -> int:
+        """Replace all passages by those of a snapshot (its name, or the folder of a copy); returns their number.
+
+        Raises:
+            IndexMismatchError: the copy is that of an index with other vectors.
+        """
+        num_passages = self.store.restore(snapshot)
         self.refresh()
         return num_passages
 

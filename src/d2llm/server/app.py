@@ -239,7 +239,7 @@ def _watch(serving: Serving, telemetry: Telemetry) -> None:
 
     telemetry.watch_queue(lambda: sum(student.num_queued for student in serving.loaded))
     for name, index in serving.indexes.items():
-        telemetry.watch_index(name, partial(_view_of, index))
+        telemetry.watch_index(name, partial(_view_of, index), partial(serving.problems.get, name, ""))
         telemetry.watch_student(name, partial(student_of, name))
     if serving.alone is not None:
         telemetry.watch_student("", partial(student_of, None))

@@ -18,7 +18,6 @@ from d2llm.retrieval.index import Index
 from d2llm.retrieval.results import num_repeated
 from d2llm.retrieval.upserting import DocumentsReport
 from d2llm.server.errors import NotFoundError
-from d2llm.server.large_bodies import BodyRoute
 from d2llm.server.logs import note_items
 from d2llm.server.response_schemas import (
     DeletedResponse,
@@ -38,6 +37,7 @@ from d2llm.server.schemas import DocumentsRequest, PassagesRequest, SnapshotName
 from d2llm.server.served_index import ServedIndex, passage_of
 from d2llm.server.services import (
     ERRORS,
+    StrictRoute,
     TheIndex,
     WritableIndex,
     few_enough,
@@ -47,7 +47,7 @@ from d2llm.server.services import (
 from d2llm.server.stopping import Stop, in_stoppable_thread
 from d2llm.server.uploads import FILES_PATH, UPLOAD_BODY, documents_of
 
-router = APIRouter(tags=["d2llm"], responses=ERRORS, route_class=BodyRoute)
+router = APIRouter(tags=["d2llm"], responses=ERRORS, route_class=StrictRoute)
 
 
 class _AnyText(StringConvertor):

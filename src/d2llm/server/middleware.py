@@ -17,7 +17,6 @@ from contextlib import ExitStack
 from functools import partial
 from re import Pattern
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 import structlog
 from fastapi import FastAPI
@@ -107,20 +106,22 @@ class IndexAddressMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with its route's path."""
-        name, path = split_address(scope["path"]) if scope["type"] == "http" else (None, "")
-        if name is None:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        state = {**scope.get("state", {}), "index_name": name}
-        start = f"/indexes/{quote(name)}"
+        name, path = split_address(scope["path"])
+        named = {} if name is None else {"path": path, "state": {**scope.get("state", {}), "index_name": name}}
 
         async def send_with_address(message: Message) -> None:
             if message["type"] == "http.response.start" and "location" in (headers := MutableHeaders(scope=message)):
-                target = URL(headers["location"])  # of the router, which adds or removes a slash at the end
-                headers["location"] = str(target.replace(path=start + target.path))
+                # A slash is added or removed at the end. Relative, because a proxy may have more before the path.
+                target = URL(headers["location"])
+                last = target.path.rstrip("/").rpartition("/")[2]
+                relative = f"{last}/" if target.path.endswith("/") else f"../{last}"
+                headers["location"] = str(target.replace(scheme="", netloc="", path=relative))
             await send(message)
 
-        await self._app({**scope, "path": path, "state": state}, receive, send_with_address)
+        await self._app({**scope, **named}, receive, send_with_address)
 
 
 def split_address(path: str) -> tuple[str | None, str]:
@@ -232,8 +233,9 @@ def problem_of_origin(scope: Scope, *, allowed: Sequence[str]) -> Problem | None
         or (origins and all(origin in allowed for origin in origins))
     ):
         return None
+    site = headers.get("sec-fetch-site", "none")  # no page can set it, and a proxy may have changed Host
     is_own = all(_is_origin(origin, headers.get("host", "")) for origin in origins)
-    if is_own and headers.get("sec-fetch-site", "none") in ("same-origin", "none"):
+    if site == "same-origin" or (site == "none" and is_own):
         return None
     message = "this server does not accept changes from pages of other origins; see its setting cors_origins"
     return Problem(403, "forbidden", message)

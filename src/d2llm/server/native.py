@@ -22,7 +22,6 @@ from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.results import merge_neighbours
 from d2llm.retrieval.settings import ExpansionSettings, SearchSettings
 from d2llm.server.errors import Problem, ServingError, invalid, request_id_of
-from d2llm.server.large_bodies import BodyRoute
 from d2llm.server.model_service import Encoded, ModelService
 from d2llm.server.response_schemas import (
     ContextResponse,
@@ -51,6 +50,7 @@ from d2llm.server.served_index import ServedIndex
 from d2llm.server.served_version import OpenVersion
 from d2llm.server.services import (
     ERRORS,
+    StrictRoute,
     TheCatalog,
     TheIndex,
     TheServices,
@@ -63,7 +63,7 @@ from d2llm.server.serving import Services, Serving
 from d2llm.server.settings import ServeSettings
 
 _log = logging.getLogger(__name__)
-router = APIRouter(tags=["d2llm"], responses=ERRORS, route_class=BodyRoute)
+router = APIRouter(tags=["d2llm"], responses=ERRORS, route_class=StrictRoute)
 health_router = APIRouter(tags=["operations"])
 
 

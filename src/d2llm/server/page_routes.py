@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response
 
 from d2llm.core.errors import InputError
 from d2llm.data.documents import EXCLUDED
@@ -57,7 +57,10 @@ class _PageFile:
 
 @router.api_route("/", methods=["GET", "HEAD"])
 def page(request: Request) -> Response:
-    """The search page."""
+    """The search page. Its links are relative, so ``/indexes/NAME`` is sent to ``/indexes/NAME/``."""
+    name = request.scope["raw_path"].decode("ascii").rpartition("/")[2]
+    if name:
+        return RedirectResponse(f"{name}/?{request.url.query}".removesuffix("?"))
     return _response(request, "index.html")
 
 

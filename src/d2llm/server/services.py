@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
+from starlette.responses import Response
 
+from d2llm.core.names import did_you_mean
 from d2llm.core.types import Passage
 from d2llm.server.access import no_index, wrong_index
-from d2llm.server.errors import NotFoundError, Problem, ServingError, invalid
+from d2llm.server.errors import NotFoundError, Problem, ServingError, invalid, shortened
 from d2llm.server.keys import ApiKey
+from d2llm.server.large_bodies import BodyRoute
 from d2llm.server.logs import current_facts
 from d2llm.server.response_schemas import ErrorResponse
 from d2llm.server.served_index import ServedIndex
@@ -162,6 +165,25 @@ async def writable_index_of(request: Request) -> ServedIndex:
 
 
 WritableIndex = Annotated[ServedIndex, Depends(writable_index_of)]
+
+
+class StrictRoute(BodyRoute):
+    """A route of d2llm's own interface, which refuses query parameters that it does not have, as it does fields."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler, after the names of the query parameters have been checked."""
+        handle, known = super().get_route_handler(), [field.alias for field in self.dependant.query_params]
+
+        async def check_and_handle(request: Request) -> Response:
+            for name in request.query_params:
+                if name not in known:
+                    offer = f"; there are: {', '.join(known)}" if known else "; this address takes none"
+                    problem = f"there is no such parameter{did_you_mean(name, known) or offer}"
+                    field = f"query.{shortened(name)}"
+                    raise ServingError(Problem(422, "invalid_request", f"{field}: {problem}", field))
+            return await handle(request)
+
+        return check_and_handle
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
@@ -74,7 +74,36 @@ def _indexes_in(folders: dict[str, Path]) -> dict[str, Path]:
 _NAMED_FOLDER = re.compile(r"(?P<name>[^\s=/\\:,]+)=(?P<folder>.+)")
 IndexName = Annotated[str, Field(pattern="^[^/]+$")]
 Folders = Annotated[dict[IndexName, Path], BeforeValidator(_named_folders), AfterValidator(_indexes_in)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+
+
+def _only(is_valid: Callable[[str], object], remedy: str) -> AfterValidator:
+    """Refuse an item of a list that no request can match, except ``*``."""
+
+    def check(value: str) -> str:
+        if value != "*" and not is_valid(value):
+            raise ValueError(remedy)
+        return value
+
+    return AfterValidator(check)
+
+
+def _is_network(value: str) -> bool:
+    try:
+        return bool(ipaddress.ip_network(value))
+    except ValueError:
+        return False
+
+
+_HOST = _only(
+    re.compile(r"(?:\*\.)?[\w.-]+|\[?[\da-fA-F]*:[\da-fA-F]*:[\da-fA-F:.]*\]?").fullmatch,
+    "write host names without scheme, port and path, as in search.example.com",
+)
+_ORIGIN = _only(
+    re.compile(r"null|[a-z][a-z\d+.-]*://[^/\s]+").fullmatch,
+    "write scheme and host (and port), as browsers send them: https://app.example.com",
+)
+_LIST = BeforeValidator(_split)
+_PROXY = _only(_is_network, "write IP addresses, or networks as in 10.0.0.0/8; names are not looked up")
 Count = Annotated[int, Field(gt=0)]
 Milliseconds = Annotated[float, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -160,14 +189,17 @@ class ServeSettings(BaseModel):
         default=None,
         description="Redis for rate limits shared by several servers, as in redis://localhost:6379 (extra redis).",
     )
-    allowed_hosts: Names = Field(
+    allowed_hosts: Annotated[tuple[Annotated[str, _HOST], ...], _LIST] = Field(
         default=LOOPBACK_NAMES,
         description="Accepted Host names; may contain patterns like `*.example.com` and `*`.",
     )
-    trusted_proxies: Names = Field(
-        default=(), description="Addresses of reverse proxies whose X-Forwarded-For is trusted; `*` means all."
+    trusted_proxies: Annotated[tuple[Annotated[str, _PROXY], ...], _LIST] = Field(
+        default=(),
+        description="Addresses or networks of reverse proxies whose X-Forwarded-For is trusted; `*` means all.",
     )
-    cors_origins: Names = Field(default=(), description="Origins whose pages may send requests from a browser, or `*`.")
+    cors_origins: Annotated[tuple[Annotated[str, _ORIGIN], ...], _LIST] = Field(
+        default=(), description="Origins whose pages may send requests from a browser, or `*`."
+    )
     max_body_bytes: Count = Field(default=16 * 2**20, description="Maximum size of a request body, in bytes.")
     request_seconds: Seconds = Field(
         default=30.0, description="Time limit for a client to send a request's headers, and again for its body."

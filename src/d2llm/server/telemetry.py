@@ -79,6 +79,9 @@ class Telemetry:
         self._missing_shards = Gauge(
             "d2llm_index_missing_shards", "Shards left out of searches.", ("index",), registry=self.registry
         )
+        self._unreadable = Gauge(
+            "d2llm_index_unreadable", "1 while a new version cannot be read.", ("index",), registry=self.registry
+        )
         self.registry.register(_Fallbacks())
         Info("d2llm_build", "Version of d2llm.", registry=self.registry).info({"version": __version__})
         ProcessCollector(registry=self.registry)
@@ -107,11 +110,12 @@ class Telemetry:
         """Call ``num_queued`` at each exposition, in the thread that handles it."""
         self._queue.set_function(lambda: float(num_queued()))
 
-    def watch_index(self, name: str, view: Callable[[], IndexView]) -> None:
-        """Call ``view`` at each exposition for the served version of an index."""
+    def watch_index(self, name: str, view: Callable[[], IndexView], problem: Callable[[], str]) -> None:
+        """Call these at each exposition: the served version of an index, and why a new one cannot be read."""
         self._index_version.labels(name).set_function(lambda: float(view().version))
         self._index_passages.labels(name).set_function(lambda: float(len(view())))
         self._missing_shards.labels(name).set_function(lambda: float(len(view().missing)))
+        self._unreadable.labels(name).set_function(lambda: float(bool(problem())))
 
     def watch_student(self, index: str, named: Callable[[], Mapping[str, str]]) -> None:
         """Call ``named`` at each exposition for the name and fingerprint of an index's student; "" is no index."""

@@ -195,7 +195,10 @@ class IndexStore:
             StorageError: the folder cannot be written.
         """
         if self.is_snapshot:
-            raise InputError(f"{self.folder}: this is the snapshot {self.manifest['snapshot']!r}, which never changes")
+            remedy = f"`d2llm index INDEX restore {self.folder}` puts its passages into an index"
+            raise InputError(
+                f"{self.folder}: this is the snapshot {self.manifest['snapshot']!r}, which never changes; {remedy}"
+            )
         with self.locked():
             yield
 
@@ -484,14 +487,21 @@ class IndexStore:
                 sync_directory(folder.parent)  # or a power cut might bring back the folder with a part of its files
                 shutil.rmtree(retired)
 
-    def restore(self, name: str) -> int:
+    def restore(self, snapshot: str | Path) -> int:
         """Replace the passages of the index by those of a snapshot, in one commit; returns their number.
 
         Further documents are chunked like those of the snapshot. The previous passages stay in the earlier version
-        until ``compact`` removes it.
+        until ``compact`` removes it. ``snapshot`` is its name, or the folder of a copy.
+
+        Raises:
+            IndexMismatchError: the copy is that of an index with other vectors.
         """
         with self.writing():
-            source = IndexStore.open(self._existing_snapshot(name))
+            source = IndexStore.open(snapshot if isinstance(snapshot, Path) else self._existing_snapshot(snapshot))
+            made, ours = (StoredSpec.of_manifest(store.manifest) for store in (source, self))
+            if made.model_copy(update={"student_source": ours.student_source}) != ours:
+                problem = f"its vectors are not made and stored as those of {self.folder}"
+                raise IndexMismatchError(f"{source.folder}: {problem}; restore it to the name of a new index")
             chunking = read_chunking(source.folder)
             num_passages = self._rewrite(source)
             write_chunking(self.folder, chunking)

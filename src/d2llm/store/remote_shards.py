@@ -131,8 +131,11 @@ def _storage(url: str, use: str) -> Generator[tuple[Any, str]]:
     except (InputError, MissingExtraError):
         raise
     except FileNotFoundError as error:
-        problem = f"{url}: there is no shard, or a file of it is missing ({first_line(error)})"
-        raise InputError(f"{problem}; check the address, or copy the shard there again") from error
+        problem = (
+            "there is no shard, or a file of it is missing" if use == "read" else "there is no such bucket or folder"
+        )
+        remedy = f"check the address, or {'copy the shard there again' if use == 'read' else 'make it'}"
+        raise InputError(f"{url}: {problem} ({first_line(error)}); {remedy}") from error
     except PermissionError as error:
         raise InputError(
             f"{url}: cannot be {use}, because access is denied ({first_line(error)}); check the credentials"

@@ -1,16 +1,16 @@
 // Stores the search in the page's URL, so that a link shows the same search. Its path names the index, if there are several.
 
-/** What comes before each path: empty, or "/indexes/NAME". */
-export const BASE = /^\/indexes\/[^/]+/.exec(location.pathname)?.[0] || "";
+/** What comes before each path: the server's place behind a proxy, if any, then "/indexes/NAME", if the page is of one. */
+export const BASE = new URL("..", import.meta.url).pathname.slice(0, -1);
+
+const ROOT = BASE.replace(/\/indexes\/[^/]+$/, "");
+
+/** Whether the page's address names an index. */
+export const NAMES_INDEX = BASE !== ROOT;
 
 /** The page of an index. */
 export function pageOf(name) {
-  return `/indexes/${encodeURIComponent(name)}/`;
-}
-
-/** Make links to the server's other pages stay with the index. */
-export function keepIndexInLinks() {
-  for (const link of document.querySelectorAll(".top a")) link.href = BASE + link.getAttribute("href");
+  return `${ROOT}/indexes/${encodeURIComponent(name)}/`;
 }
 
 /** The fields of a search request, with help, default, bounds and choices; none until the server has named them. */

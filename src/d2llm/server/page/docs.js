@@ -1,6 +1,6 @@
 // The API documentation from /openapi.json: operations, bodies with their fields, answers, and a form to try each.
 
-import { BASE, keepIndexInLinks } from "./address.js";
+import { BASE } from "./address.js";
 import { apiKey, fetchResponse } from "./api.js";
 import { byId, element, milliseconds } from "./dom.js";
 import { installTheme } from "./theme.js";
@@ -250,5 +250,4 @@ function pretty(text) {
 }
 
 installTheme(byId("theme"));
-keepIndexInLinks();
 show();

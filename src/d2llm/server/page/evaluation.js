@@ -1,6 +1,5 @@
 // The evaluation report, in a sandboxed frame without scripts or network access.
 
-import { keepIndexInLinks } from "./address.js";
 import { fetchResponse } from "./api.js";
 import { byId, element } from "./dom.js";
 import { installTheme } from "./theme.js";
@@ -19,5 +18,4 @@ async function show() {
 }
 
 installTheme(byId("theme"));
-keepIndexInLinks();
 show();

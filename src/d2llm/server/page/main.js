@@ -1,6 +1,6 @@
 // The search page: connects its parts and keeps the search in the URL.
 
-import { BASE, DEFAULTS, keepIndexInLinks, pageOf, readAddress, useFields, writeAddress } from "./address.js";
+import { DEFAULTS, NAMES_INDEX, pageOf, readAddress, useFields, writeAddress } from "./address.js";
 import { apiKey, ask, keepApiKey, problemText } from "./api.js";
 import { byId, counted, element } from "./dom.js";
 import { facetFields, showFacets } from "./facets.js";
@@ -288,7 +288,7 @@ async function readIndexes() {
   byId("index").replaceChildren(...names.map((name) => element("option", { value: name }, name)));
   byId("index-choice").hidden = names.length < 2;
   byId("index-name").hidden = names.length >= 2;
-  if (BASE || names.length < 2) return true;
+  if (NAMES_INDEX || names.length < 2) return true;
   location.replace(pageOf(names[0]) + location.search);
   return false;
 }
@@ -355,7 +355,6 @@ new Upload(
     },
   },
 );
-keepIndexInLinks();
 listen();
 fold();
 for (const width of [WIDE, TWO_COLUMNS]) width.addEventListener("change", fold);
