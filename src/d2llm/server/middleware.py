@@ -117,7 +117,7 @@ class IndexAddressMiddleware:
                 # A slash is added or removed at the end. Relative, because a proxy may have more before the path.
                 target = URL(headers["location"])
                 last = target.path.rstrip("/").rpartition("/")[2]
-                relative = f"{last}/" if target.path.endswith("/") else f"../{last}"
+                relative = f"./{last}/" if target.path.endswith("/") else f"../{last}"
                 headers["location"] = str(target.replace(scheme="", netloc="", path=relative))
             await send(message)
 

@@ -60,7 +60,7 @@ def page(request: Request) -> Response:
     """The search page. Its links are relative, so ``/indexes/NAME`` is sent to ``/indexes/NAME/``."""
     name = request.scope["raw_path"].decode("ascii").rpartition("/")[2]
     if name:
-        return RedirectResponse(f"{name}/?{request.url.query}".removesuffix("?"))
+        return RedirectResponse(f"./{name}/?{request.url.query}".removesuffix("?"))
     return _response(request, "index.html")
 
 
