@@ -1,8 +1,8 @@
 """F4: malformed files of every kind that d2llm reads, mutated from whole ones.
 
 Each is read, or refused by an error of d2llm's that says what is wrong. What happens beyond that is a fault: another
-exception, a crash, over 30 seconds, over 2 GiB. Files of JSON are also changed in their structure, with checksums made
-right again, as an attacker could.
+exception, a crash, over 30 seconds, 2 GiB more than before. Files of JSON are also changed in their structure, with
+checksums made right again, as an attacker could.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from campaign.frame import Outcome, Row, main
+from campaign.frame import Outcome, Row, main, used_memory
 from campaign.histories import fork
 from d2llm.core.errors import D2LLMError
 from d2llm.core.shipped import shipped_recipes
@@ -223,7 +223,7 @@ def outcome_of(read: Callable[[], object], seconds: float = SECONDS) -> tuple[st
 
     def work() -> None:
         os.setsid()  # what it starts ends with it
-        resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
+        resource.setrlimit(resource.RLIMIT_DATA, (used_memory() + BYTES,) * 2)
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)

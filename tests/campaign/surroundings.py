@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from campaign.frame import Outcome, Row, main
+from campaign.frame import Outcome, Row, main, used_memory
 from campaign.verb_kills import Verb, check_same, in_a_fork, prepared_verbs
 from d2llm.core.errors import D2LLMError
 from d2llm.core.files import TOO_LITTLE
@@ -41,8 +41,7 @@ def _few_descriptors(chance: random.Random) -> None:
 
 
 def _little_memory(chance: random.Random) -> None:
-    used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-    _limit(resource.RLIMIT_DATA, used + int(10 ** chance.uniform(5, 8)))
+    _limit(resource.RLIMIT_DATA, used_memory() + int(10 ** chance.uniform(5, 8)))
 
 
 def _no_writing(_: random.Random) -> None:

@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 
@@ -111,18 +112,35 @@ def test_version_is_the_installed_version():
     assert version("d2llm") == d2llm.__version__
 
 
+def declared_packages(*lines: str) -> set[str]:
+    declared = {re.match(r"[\w.-]+", line)[0].lower().replace("-", "_") for line in lines}
+    return declared | {IMPORTED_AS[name] for name in declared & IMPORTED_AS.keys()}
+
+
 def test_every_imported_package_is_a_declared_dependency(repository: Path):
     project = read_toml(repository / "pyproject.toml")["project"]
     extras = project["optional-dependencies"]
     requirements = [*project["dependencies"], *(line for name in extras if name != "dev" for line in extras[name])]
-    declared = {re.match(r"[\w.-]+", line)[0].lower().replace("-", "_") for line in requirements}
-    declared |= {IMPORTED_AS[name] for name in declared & IMPORTED_AS.keys()}
+    declared = declared_packages(*requirements)
     imported = {package for path in SOURCE.rglob("*.py") for package in imported_packages(path)}
-    assert imported - declared - set(sys.stdlib_module_names) - {"d2llm"} == INDIRECT & imported
+    assert imported - declared - set(sys.stdlib_module_names) - {"d2llm", "tomllib"} == INDIRECT & imported
+
+
+def test_tests_import_what_every_python_has(repository: Path):
+    """A package that comes with another, or only from some Python on, is imported by ``pytest.importorskip``."""
+    project = read_toml(repository / "pyproject.toml")["project"]
+    lines = [*project["dependencies"], *chain.from_iterable(project["optional-dependencies"].values())]
+    known = declared_packages(*(line for line in lines if "python_version" not in line)) | INDIRECT | {"d2llm"}
+    known |= {path.stem for folder in ("tests", "benchmarks") for path in (repository / folder).iterdir()}
+    known |= {*sys.stdlib_module_names, "_pytest", "pytrec_eval"}
+    for path in (repository / "tests").rglob("*.py"):
+        skips = re.findall(r"importorskip\(\"(\w+)", path.read_text(encoding="utf-8"))
+        assert imported_packages(path, only_at_start=True) - known <= {*skips}, path
 
 
 # Packages whose module name differs from the distribution name.
 IMPORTED_AS = {
+    "faiss_cpu": "faiss",
     "haystack_ai": "haystack",
     "llama_index_core": "llama_index",
     "markdown_it_py": "markdown_it",
@@ -135,9 +153,10 @@ INDIRECT = {"huggingface_hub", "packaging", "tokenizers", "pydantic_core", "typi
 INDIRECT |= {"opentelemetry"}
 
 
-def imported_packages(path: Path) -> set[str]:
+def imported_packages(path: Path, *, only_at_start: bool = False) -> set[str]:
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if only_at_start else ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:

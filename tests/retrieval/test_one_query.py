@@ -7,8 +7,6 @@ from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
-import pandas
-import polars
 import pytest
 
 from d2llm import Index, Passage, Query, Ranking
@@ -16,6 +14,9 @@ from d2llm.core.types import QueryExpansion
 from d2llm.models.writers.writer import WrittenQueries
 from d2llm.retrieval.expansion import Expansion
 from fake_models import FakeStudent
+
+pandas = pytest.importorskip("pandas", reason="needs pandas")
+polars = pytest.importorskip("polars", reason="needs Polars")
 
 Row = namedtuple("Row", ["id", "text"])
 

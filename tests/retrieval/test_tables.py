@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas
-import polars
 import pyarrow as pa
 import pytest
 
 from d2llm import Index, Passage
 from d2llm.core.errors import InputError
 from fake_models import FakeStudent
+
+pandas = pytest.importorskip("pandas", reason="needs pandas")
+polars = pytest.importorskip("polars", reason="needs Polars")
 
 NOON = datetime(2024, 5, 31, 12, tzinfo=timezone.utc)
 COLUMNS: dict[str, list[Any]] = {
