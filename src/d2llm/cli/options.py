@@ -418,17 +418,18 @@ def with_option_groups(verb: Callable[..., None]) -> Callable[..., None]:
     ``Settings``, becomes one option for each field, and the verb receives the object. Of ``Annotated[dict, CLASS]``,
     the fields that say how they are shown become options, and the verb receives those that were given.
     """
-    hints = get_type_hints(verb, include_extras=True)
-    kinds = {name: hints[name] for name in signature(verb).parameters}
+    # Not get_type_hints: where a default is None, that of Python 3.10 hides what a type is annotated with.
+    declared = signature(verb, eval_str=True).parameters
+    kinds = {name: parameter.annotation for name, parameter in declared.items()}
     groups = {name: kind for name, kind in kinds.items() if is_dataclass(kind) or _model_of(kind) is not None}
     if not groups:
         return verb
     parameters: list[Parameter] = []
-    for name, parameter in signature(verb).parameters.items():
+    for name, parameter in declared.items():
         if name in groups:
             parameters += _parameters(groups[name])
         else:
-            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=hints[name]))
+            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
 
     @functools.wraps(verb)
     def call(**values: Any) -> None:
