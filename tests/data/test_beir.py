@@ -218,9 +218,17 @@ def test_malformed_qrels_are_reported_with_their_line(
     assert problem in str(caught.value)
 
 
-@pytest.mark.parametrize("tab", [" ", "\t"])
-def test_judgements_of_trec_are_read(folder: Path, tab: str) -> None:
-    (folder / "qrels" / "train.tsv").write_text("q1 0 p1 2\nq1 0 p2 0\n".replace(" ", tab))
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "q1 0 p1 2\nq1 0 p2 0\n",
+        "q1\t0\tp1\t2\nq1\t0\tp2\t0\n",
+        "q1 0 p1 2.0\nq1 0 p2 0.0\n",
+        HEADER + "q1\tp1\t2.0\nq1\tp2\t0\n",
+    ],
+)
+def test_judgements_with_grades_as_decimals_and_of_trec_are_read(folder: Path, lines: str) -> None:
+    (folder / "qrels" / "train.tsv").write_text(lines)
     assert read_beir(folder).qrels["train"] == {"q1": {"p1": 2, "p2": 0}}
 
 

@@ -174,7 +174,7 @@ def test_judgements_of_other_documents_are_an_error(tmp_path, index):
 
 def test_judged_files(tmp_path):
     path = tmp_path / "clicks.tsv"
-    path.write_text("how to clean\tmanual.md\n\nhow to store\tmanual.md#3\t2\n")
+    path.write_text("how to clean\tmanual.md\n\nhow to store\tmanual.md#3\t2.0\n")
     assert read_judged(path) == [("how to clean", "manual.md", 1), ("how to store", "manual.md#3", 2)]
     for content, problem in [
         ("only a query\n", "clicks.tsv:1: must be"),

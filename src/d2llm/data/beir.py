@@ -31,6 +31,7 @@ from d2llm.data.lines import (
     read_records,
     refuse_duplicate,
     string_field,
+    whole_number,
     wrong_type,
 )
 from d2llm.data.same_text import OwnPassages, find_own_passages
@@ -147,7 +148,7 @@ def _passage(record: bytes) -> Passage:
 _log = logging.getLogger(__name__)
 _LARGE_CORPUS_BYTES = 1 << 26  # 64 MiB: some 100,000 short passages; in memory they would take about twice that
 _QRELS_HEADER = ("query-id", "corpus-id", "score")
-_TREC_LINE = re.compile(r"\s*\S+\s+\S+\s+\S+\s+-?\d+\s*")  # query-id 0 corpus-id score
+_TREC_LINE = re.compile(r"\s*\S+\s+\S+\s+\S+\s+-?\d+(\.0*)?\s*")  # query-id 0 corpus-id score
 _Item = TypeVar("_Item", Passage, Query)
 
 Rows = Iterable[tuple[int, Fields]]
@@ -369,13 +370,7 @@ def _qrels_lines(path: Path) -> Iterator[tuple[int, tuple[str, str, int]]]:
             columns = "4 columns of TREC" if of_trec else f"3 columns separated by tabs ({', '.join(_QRELS_HEADER)})"
             raise DataFormatError(path, f"expected {columns}, found {len(fields)}", line=line_number)
         query_id, passage_id, grade = fields[0], *fields[-2:]
-        try:
-            value = int(grade)
-        except ValueError as error:
-            raise DataFormatError(
-                path, f"the score must be a whole number, found {grade!r}", line=line_number
-            ) from error
-        yield line_number, (query_id, passage_id, value)
+        yield line_number, (query_id, passage_id, whole_number(path, line_number, "the score", grade))
     if line_number == 0:
         raise DataFormatError(
             path, f"is empty; even without judgements it needs the header {'<TAB>'.join(_QRELS_HEADER)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -99,6 +100,14 @@ def string_field(path: Path, line: int, record: Fields, field: str) -> str:
             path, f"field '{field}' has an unpaired surrogate (\\uD800 to \\uDFFF); repair the text", line=line
         ) from error
     return value
+
+
+def whole_number(path: Path, line: int, name: str, text: str) -> int:
+    """A whole number in a text file, ``1.0`` included: tables that hold numbers with decimals write all of them so."""
+    try:
+        return int(re.sub(r"\.0*$", "", text))
+    except ValueError as error:
+        raise DataFormatError(path, f"{name} must be a whole number, found {text!r}", line=line) from error
 
 
 def wrong_type(path: Path, line: int, field: str, value: object) -> DataFormatError:

@@ -13,7 +13,7 @@ import numpy as np
 
 from d2llm.core.errors import DataFormatError, DuplicateIdError, InputError
 from d2llm.core.files import write_bytes
-from d2llm.data.lines import read_lines
+from d2llm.data.lines import read_lines, whole_number
 
 _COLUMNS = ("query-id", "Q0", "passage-id", "rank", "score", "tag")
 
@@ -60,7 +60,7 @@ def read_run(path: Path) -> TrecRun:
                 path, f"passage '{passage_id}' is ranked twice for query '{query_id}'; keep one line", line=line
             )
         scores[query_id][passage_id] = _score(path, line, score)
-        ranks.setdefault(query_id, {})[passage_id] = _rank(path, line, rank)
+        ranks.setdefault(query_id, {})[passage_id] = whole_number(path, line, "the rank", rank)
         tags[tag] = None
     if not scores:
         raise DataFormatError(path, f"holds no ranking; each line must be: {' '.join(_COLUMNS)}")
@@ -118,13 +118,6 @@ def _score(path: Path, line: int, text: str) -> float:
     if not math.isfinite(score):
         raise DataFormatError(path, f"the score is {text}, which cannot be ranked; check the system", line=line)
     return score
-
-
-def _rank(path: Path, line: int, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError as error:
-        raise DataFormatError(path, f"the rank must be a whole number, found {text!r}", line=line) from error
 
 
 def _ranks_follow(scores: Mapping[str, float], ranks: Mapping[str, int]) -> bool:

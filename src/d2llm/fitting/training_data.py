@@ -18,7 +18,7 @@ from d2llm.core.files import new_folder
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import write_manifest
 from d2llm.core.types import Passage, Query, Task
-from d2llm.data.lines import read_lines
+from d2llm.data.lines import read_lines, whole_number
 from d2llm.fitting.critic import KeptQuery
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import Searcher
@@ -151,11 +151,8 @@ def read_judged(path: Path) -> list[Judged]:
         if len(fields) not in (2, 3) or not fields[0] or not fields[1]:
             problem = f"must be 'query<TAB>id' or 'query<TAB>id<TAB>grade', found {line[:80]!r}"
             raise DataFormatError(path, problem, line=line_number)
-        try:
-            judged.append((fields[0], fields[1], int(fields[2]) if len(fields) == 3 else 1))
-        except ValueError as error:
-            problem = f"the grade must be a whole number, found {fields[2]!r}"
-            raise DataFormatError(path, problem, line=line_number) from error
+        grade = whole_number(path, line_number, "the grade", fields[2]) if len(fields) == 3 else 1
+        judged.append((fields[0], fields[1], grade))
     if not judged:
         raise DataFormatError(path, "holds no queries; each line must be 'query<TAB>id' or 'query<TAB>id<TAB>grade'")
     return judged
