@@ -95,8 +95,8 @@ def test_judgements_of_unknown_ids_are_counted_and_logged(folder: Path, caplog: 
     with caplog.at_level(logging.WARNING):
         dataset = read_beir(folder)
     assert dataset.issues == (
-        "train: 1 judgements point to unknown queries and do not count, first 1: nobody",
-        "train: 7 judgements point to unknown passages and do not count, first 5: lost0, lost1, lost2, lost3, lost4",
+        "train: 1 judgements of unknown queries not counted, first 1: nobody",
+        "train: 7 judgements of unknown passages not counted, first 5: lost0, lost1, lost2, lost3, lost4",
     )
     assert [issue in caplog.text for issue in dataset.issues] == [True, True]
     assert dataset.positives("train") == {"q1": ("p1",)}

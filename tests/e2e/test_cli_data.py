@@ -76,6 +76,6 @@ def test_judgements_of_unknown_passages_are_a_warning(tmp_path, tokenizer):
     with (data / "qrels" / "test.tsv").open("a") as file:
         file.write("q16\tnowhere\t1\n")
     result = succeed("data", "check", data, "--tokenizer", tokenizer)
-    warning = f"warning: {data}: test: 1 judgements point to unknown passages and do not count, first 1: nowhere"
+    warning = f"warning: {data}: test: 1 judgement of unknown passages not counted, first 1: nowhere"
     assert result.stderr.splitlines() == [warning]
     assert succeed("--quiet", "data", "check", data, "--tokenizer", tokenizer).stderr == ""

@@ -199,7 +199,7 @@ class TestFolders:
         warning = f"2 parts of files were left out: {folder / 'birds.epub'}, map.xhtml: it has no text, like 1 other"
         for verb in ("sync", "upsert"):
             result, report = index_with_report(tmp_path, tmp_path / f"{verb}.index", verb, folder)
-            assert "warning: 1 files could not be read: " in result.stderr
+            assert "warning: 1 file could not be read: " in result.stderr
             assert f"warning: {warning}" in result.stderr
             assert [skipped for skipped in report["skipped"] if skipped["part"]] == parts
         _, report = succeed_with_report("encode", folder, "--out", tmp_path / "encoded.index", folder=tmp_path)

@@ -97,8 +97,8 @@ class TestRetrieval:
 
     def test_issues(self, report):
         assert report.issues == (
-            "train: 1 judgements point to unknown queries and do not count, first 1: lost",
-            "dev: 1 judgements point to unknown passages and do not count, first 1: p9",
+            "train: 1 judgements of unknown queries not counted, first 1: lost",
+            "dev: 1 judgements of unknown passages not counted, first 1: p9",
             "1 passages have an empty text, first 1: p4",
             "1 queries have an empty text, first 1: q5",
             "1 queries are judged in no split, first 1: q4",

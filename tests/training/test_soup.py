@@ -72,7 +72,7 @@ def test_ranks_of_adapters_may_differ_and_nothing_else(model: Path, tmp_path: Pa
     for weights in ([1.0], [1.0, 0.0], [1.0, float("nan")]):
         with pytest.raises(InputError, match="positive number for each of 2 students"):
             soup([first, first], weights)
-    with pytest.raises(InputError, match="1 students make no average"):
+    with pytest.raises(InputError, match="needs two students or more; 1 given"):
         soup([first])
 
 

@@ -36,6 +36,7 @@ EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 """What a shell reports for a program stopped by Ctrl-C, and for one ended by SIGTERM."""
 _VERBS = all_verbs()
 _SHOW_ANSWERS = {verb.name for verb in _VERBS if verb.shows_answers}
+_ENDLESS = {"serve", "mcp"}
 _ANYWHERE = {"--verbose", "-v", "--quiet", "-q"}
 
 
@@ -126,7 +127,7 @@ def prepare(
 ) -> None:
     """Options of the whole program."""
     context.obj = Session(verbose=verbose, quiet=quiet)
-    context.call_on_close(start_logging(context.obj))
+    context.call_on_close(start_logging(context.obj, repeats=context.invoked_subcommand in _ENDLESS))
     context.with_resource(showing_progress(False if quiet else None))
     if context.invoked_subcommand in _SHOW_ANSWERS:
         from d2llm.models.remote.kept_answers import KeptAnswers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 STANDARD_INPUT, STANDARD_OUTPUT = "standard input", "standard output"
 SCHEMA_VERSION = 1
 """Version of the schema of the files that ``--json`` writes."""
+_ONE = re.compile(
+    r"(?<!\S)(?<!of )(?<!its )1 (quer|class|cluster|document|file|grade|index|judgement|label|line|list|neighbour|pair|"
+    r"passage|question|result|row|shard|step|text|token|vector|word)(ies|es|s)( were| are| have)?(?!\w)"
+)
+_VERB_OF_ONE = {" were": " was", " are": " is", " have": " has"}
 _FILE_WIDTH = 140  # width of tables that go to a file or another program
 
 
@@ -71,7 +77,12 @@ class Session:
     def show(self, result: RenderableType) -> None:
         """Print a result."""
         # Tables and wrapped texts respect the width; only ids are wider, and must stay in one piece to be copied.
-        self._out.print(result, markup=False, crop=False)
+        with self._out.capture() as captured:
+            self._out.print(result, markup=False, crop=False)
+        shown = captured.get()
+        if not self._out.is_terminal:  # rich fills each line up to the width
+            shown = re.sub(r" +$", "", shown, flags=re.MULTILINE)
+        self._out.file.write(shown)
 
     def write(self, text: str) -> None:
         """Print a text exactly as it is, for other programs to read."""
@@ -80,15 +91,14 @@ class Session:
     def say(self, remark: str) -> None:
         """Print a remark; silent with ``--quiet``."""
         if not self.quiet:
-            self._err.print(remark, markup=False, soft_wrap=True)
+            self._err.print(_singular(remark), markup=False, soft_wrap=True)
 
     def complain(self, kind: str, message: str) -> None:
         """Print an error or a warning as one line, to be searched for; the copy of a stream has its name."""
         for stream, user in self.streams.items():
             message = message.replace(user, stream) if Path(user).is_absolute() else message
-        self._err.print(
-            f"{kind}: {message}", markup=False, soft_wrap=True, style="red" if kind == "error" else "yellow"
-        )
+        style = "red" if kind == "error" else "yellow"
+        self._err.print(f"{kind}: {_singular(message)}", markup=False, soft_wrap=True, style=style)
 
     def write_document(self, document: Document, markdown: Path | None = None, html: Path | None = None) -> None:
         """Write a report for people to read, where a path is given."""
@@ -129,6 +139,16 @@ class Session:
         write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
 
 
+def _singular(message: str) -> str:
+    """A message that counts in plurals, with those after the number 1 as singulars: "1 passage was truncated"."""
+
+    def one(match: re.Match[str]) -> str:
+        stem, ending, verb = match.groups()
+        return f"1 {stem}{'y' if ending == 'ies' else ''}{_VERB_OF_ONE.get(verb, '')}"
+
+    return _ONE.sub(one, message)
+
+
 def session_of(context: typer.Context) -> Session:
     """The session that the program's options created."""
     return cast(Session, context.obj)
@@ -141,20 +161,27 @@ _REMARKS = "d2llm.remarks"
 class _Relay(logging.Handler):
     """Shows log records through a session, so that they do not break a progress bar."""
 
-    def __init__(self, session: Session, threshold: int) -> None:
+    def __init__(self, session: Session, threshold: int, *, repeats: bool) -> None:
         super().__init__()
-        self._session, self._threshold = session, threshold
+        self._session, self._threshold, self._repeats = session, threshold, repeats
+        self._warnings: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Show a record."""
+        """Show a record; the same warning again only with ``repeats``."""
+        message = record.getMessage()
         if record.name == _REMARKS:
-            self._session.say(record.getMessage())
-        elif record.levelno >= self._threshold:
-            self._session.complain(record.levelname.lower(), record.getMessage())
+            self._session.say(message)
+        elif record.levelno >= self._threshold and (self._repeats or message not in self._warnings):
+            self._session.complain(record.levelname.lower(), message)
+            if not self._repeats:
+                self._warnings.add(message)
 
 
-def start_logging(session: Session) -> Callable[[], None]:
+def start_logging(session: Session, *, repeats: bool = False) -> Callable[[], None]:
     """Show remarks and warnings (``--quiet``: errors only; ``--verbose``: everything).
+
+    A warning is shown once, though each step that reads a data set finds the same; with ``repeats``, which is for
+    verbs that never end, whenever it occurs.
 
     Returns:
         A function that restores the previous logging.
@@ -162,7 +189,8 @@ def start_logging(session: Session) -> Callable[[], None]:
     logger, remarks = logging.getLogger("d2llm"), logging.getLogger(_REMARKS)
     level = logger.level
     remarks.setLevel(logging.INFO)
-    handler = _Relay(session, logging.DEBUG if session.verbose else logging.ERROR if session.quiet else logging.WARNING)
+    threshold = logging.DEBUG if session.verbose else logging.ERROR if session.quiet else logging.WARNING
+    handler = _Relay(session, threshold, repeats=repeats or session.verbose)
     logger.addHandler(handler)
     if session.verbose:
         logger.setLevel(logging.DEBUG)

@@ -430,7 +430,5 @@ def unknown_id_issues(
         lost_passages = [passage_id for _, passage_id in pairs if passage_id not in passages]
         for kind, lost in (("queries", lost_queries), ("passages", lost_passages)):
             if lost:
-                issues.append(
-                    f"{split}: {len(lost)} judgements point to unknown {kind} and do not count, {first_few(lost)}"
-                )
+                issues.append(f"{split}: {len(lost)} judgements of unknown {kind} not counted, {first_few(lost)}")
     return tuple(issues)

@@ -120,7 +120,7 @@ def _checked(students: Sequence[Student]) -> list[Student]:
     """Students that differ in their weights alone; adapters of any rank fit one another."""
     students = objects_of(students, "students", Student)
     if len(students) < 2:
-        raise InputError(f"{len(students)} students make no average; give two or more")
+        raise InputError(f"an average needs two students or more; {len(students)} given")
     shapes = [shaping_student_settings(student.config.model_dump(mode="json")) for student in students]
     for shape in shapes:
         shape["backbone"] = {name: value for name, value in shape["backbone"].items() if name != "tuning"}
