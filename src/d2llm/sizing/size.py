@@ -413,5 +413,7 @@ class _Sizing:
                 f"{_USED_MEMORY:.0%} of it used): {num_shards:,} shards do, on {num_machines:,} machines"
             )
         missing = [*unmeasured, *(one.work for one in work if one.core_hours is None)]
+        if self.speeds.process_bytes is None:
+            missing.append("memory of programs with the student")
         if missing:
             yield f"not measured, and in no sum: {', '.join(missing)}; `d2llm size --measure` measures them"

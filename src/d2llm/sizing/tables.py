@@ -32,7 +32,8 @@ def _bytes(report: SizeReport) -> Table:
     )
     table = Table("", *(Column(name, ",.2f") for name in ("disk, GiB", "memory, GiB")), _BASIS, title=title + shards)
     for part in report.parts:
-        table.add_row(part.part, part.disk / _GIB, part.memory / _GIB, part.basis)
+        memory = part.memory / _GIB if part.memory or part.disk else None  # not measured
+        table.add_row(part.part, part.disk / _GIB, memory, part.basis)
     table.add_section()
     per_passage = (
         f"{report.disk_bytes / plan.passages:,.0f} and {report.memory_bytes / plan.passages:,.0f} bytes a passage"
