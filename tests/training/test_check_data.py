@@ -313,11 +313,12 @@ class TestCheckData:
         lengths = check_data(folder, tokenizer=tokenizer, sample_size=10).lengths[0]
         assert (lengths.num_texts, lengths.num_all) == (10, 30)
 
-    def test_limits_of_the_shipped_student(self, tmp_path):
+    @pytest.mark.parametrize("student", ["d2llm-minilm", "d2llm-multilingual"])
+    def test_limits_of_a_search_with_a_shipped_student(self, tmp_path, student):
         folder = write_pairs(tmp_path / "p", train=[("a", "b", 1)])
-        report = check_data(folder)
-        assert [row.limit for row in report.lengths] == [64, 256]
-        assert report.lengths[0].percentiles[50] == 3  # [CLS] a [SEP]
+        report = check_data(folder, tokenizer=student)
+        assert [row.limit for row in report.lengths] == [256, 256]  # of queries, training reads 64
+        assert report.lengths[1].percentiles[50] in {3, 5}  # [CLS] b [SEP]; e5 has a prefix
 
     def test_bad_arguments_are_rejected(self, tmp_path, tokenizer):
         with pytest.raises(InputError, match=r"near is 1\.5"):

@@ -20,6 +20,7 @@ from d2llm.data.check_texts import CountTokens, guess_languages, measure_lengths
 from d2llm.data.open_data import open_source
 from d2llm.models.sources import find_model, load_tokenizer
 from d2llm.models.student_files import FORMAT_VERSION, KIND
+from d2llm.models.tokens import search_query_tokens
 from d2llm.recipe import BackboneConfig, StudentConfig
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ def check_data(
 
     Args:
         data: anything that ``open_data`` reads.
-        tokenizer: determines tokens and length limits: a student (shipped, or its folder), or else the name or folder
-            of a model, or the folder of a tokenizer, with the limits of a new student.
+        tokenizer: determines tokens and length limits: a student (shipped, or its folder), with the limits of a search,
+            or else the name or folder of a model, or the folder of a tokenizer, with the limits of a new student.
         near: minimum Jaccard similarity of the character trigrams of near queries, in (0, 1]; 1 disables the search.
         sample_size: number of queries and passages whose length is measured; for 1,000 of them the language is guessed.
         seed: seed of the samples.
@@ -94,11 +95,13 @@ def _backbone_of(name: str) -> tuple[BackboneConfig, str]:
     """The backbone's configuration with its length limits, and the location of the tokenizer."""
     folder = find_shipped(name, "students") or Path(name).expanduser()
     if (folder / MANIFEST).is_file():
-        # A student's folder contains its tokenizer, so the backbone's weights are not needed.
-        config = StudentConfig.model_validate(read_manifest(folder, KIND, FORMAT_VERSION)["config"])
-        return config.backbone, str(folder)
-    is_tokenizer = (folder / "tokenizer.json").is_file()
-    return BackboneConfig(model=name), str(folder) if is_tokenizer else find_model(name)
+        config = StudentConfig.model_validate(read_manifest(folder, KIND, FORMAT_VERSION)["config"]).backbone
+        backbone = config.model_copy(update={"max_query_tokens": search_query_tokens(config)})
+    else:
+        backbone = BackboneConfig(model=name)
+    # A tokenizer beside a student is enough: the backbone's weights are not needed.
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    return backbone, str(folder) if has_tokenizer else find_model(backbone.model)
 
 
 def _counter(tokenizer: PreTrainedTokenizerBase, prefix: str) -> CountTokens:
