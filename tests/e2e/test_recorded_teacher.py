@@ -31,7 +31,11 @@ def test_judge_repeats_texts_and_ids(workspace: Path, tmp_path: Path) -> None:
     write_lines(lists, [{"query": "cats?", "passages": ["they  purr", "no"], "grades": [94, 10.0]}])
     _, report = succeed_with_report("judge", "cats?", "no", "they purr", "--recorded", lists, folder=tmp_path)
     assert [each["log_odds"] for each in report["result"]["scores"]] == pytest.approx([-5, 2])
-    assert "1 of 1 pairs were not recorded" in succeed("judge", "dogs?", "no", "--recorded", lists).stderr
+    remarks = succeed("judge", "dogs?", "no", "--recorded", lists).stderr
+    assert (
+        "not every pair was recorded, the others count as undecided (log-odds 0); the first is of query 'dogs?'"
+        in remarks
+    )
     write_lines(lists, [{"query_id": "q0", "passages": ["s0"], "grades": [grade]} for grade in (80, 84)])
     dataset = read_beir(workspace / "everyday")
     texts = (dataset.queries["q0"].text, dataset.passages["s0"].full_text)

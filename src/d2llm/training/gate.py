@@ -164,10 +164,11 @@ def gate(
     earlier = _read_gates(folder / GATE_FILE)
     loads = {} if load_student is None else encoder_loads(student, load_student)
     with Placement(runner or LocalRunner(), device, loads).connected() as placement:
+        load = partial(load_teacher, teacher, device=device, dtype=dtype)
+        # A teacher that cannot be loaded fails before corpora are encoded.
+        model, where = place_teacher(teacher, load, placement.runner, device=device)
         sets = [_sample(dataset, task, student, settings, seed, placement) for dataset, task in judged]
         by_cosine = _score(CosineTeacher(student), sets, "cosine", folder)
-        load = partial(load_teacher, teacher, device=device, dtype=dtype)
-        model, where = place_teacher(teacher, load, placement.runner, device=device)
         by_teacher = _score(model, sets, "teacher", folder, where)
     paired = _measure_both(sets, by_cosine, by_teacher)
     pooled: dict[tuple[Task, str], list[_PairedMeasures]] = {}

@@ -157,11 +157,10 @@ class RecordedTeacher:
         del with_features
         grades = np.array([self._grade(self._grades[task], *pair) for pair in pairs], np.float64)
         undecided = np.isnan(grades)
-        if undecided.any():
-            _log.log(
-                logging.INFO if self._has_warned else logging.WARNING,
-                "%s: %d of %d pairs were not recorded and count as undecided (log-odds 0)",
-                *(self.recorded.lists, undecided.sum(), len(pairs)),
+        if undecided.any() and not self._has_warned:  # pairs come in parts, so only the caller can count them
+            _log.warning(
+                "%s: not every pair was recorded, the others count as undecided (log-odds 0); the first is of query %r",
+                *(self.recorded.lists, pairs[int(undecided.argmax())][0][:80]),
             )
             self._has_warned = True
         if advance is not None:
