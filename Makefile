@@ -78,7 +78,7 @@ campaign: setup ## set up and run every row of the campaign of faults to its ful
 
 # Benchmarks that need a folder or a recipe as an argument: `make bench` leaves them out.
 WITH_ARGUMENTS := candidate_depth classify documentation first_minutes fit_quality judged_sets \
-	labelled_queries recorded_gate recorded_lists reranking score_features_ablation similar soup \
+	labelled_queries learned_words_score recorded_gate recorded_lists reranking score_features_ablation similar soup \
 	symmetric_branch token_interaction waiting_threads
 
 bench: setup ## set up and run every benchmark that needs no arguments, printing its table

@@ -36,8 +36,8 @@ class Splade(Pooling, kind="splade"):
 
     measured = (
         "words of an index alone, 48 steps on minilm: BM25 .730 and .365 (wikiqa, banking77), with these words .784 "
-        "and .478, of 768 slices .794 and .482; before training .616 and .352 ([one "
-        "seed](log/2026-11.md#2026-11-30-learned-words-splade-dsr-spar-and-condenser))"
+        "and .478 ([one seed](log/2026-11.md#2026-11-30-learned-words-splade-dsr-spar-and-condenser)); in the whole "
+        "score of d2llm-minilm [nothing](log/2026-11.md#2026-11-30-learned-words-in-the-whole-score)"
     )
 
     slices: int | None = Field(default=None, ge=2)
