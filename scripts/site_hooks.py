@@ -94,15 +94,15 @@ def notebook_page(text: str) -> str:
 
 def api_pages(root: Path) -> dict[str, str]:
     """The pages of the Python reference, as directives for mkdocstrings."""
-    groups = re.findall(r"^    (\w[\w ]*?)  +([A-Z].*)$", d2llm.__doc__ or "", flags=re.MULTILINE)
+    homes = vars(d2llm)["_HOME_OF"]  # so that nothing is imported
+    groups = re.findall(r"^(\w[\w ]*):\n((?: {4}\w+ {2,}.+\n)+)", d2llm.__doc__ or "", flags=re.MULTILINE)
     pages = {
-        f"api/{title.removeprefix('the ')}.md": (title, re.findall(r"\w+", re.sub(r"\(.*?\)", "", names)))
-        for title, names in groups
+        f"api/{title.removeprefix('the ')}.md": (title, re.findall(r"^ +(\w+)", lines, flags=re.MULTILINE))
+        for title, lines in groups
     }
     listed = [name for _, names in pages.values() for name in names]
-    if sorted(listed) != sorted(name for name in d2llm.__all__ if name != "__version__"):
-        raise PluginError("the groups in d2llm's docstring and d2llm.__all__ have different names")
-    homes = vars(d2llm)["_HOME_OF"]  # so that nothing is imported
+    if sorted(listed) != sorted(homes):
+        raise PluginError("d2llm's docstring lists other names than d2llm has")
     written = {
         address: _api_page(
             f"Python: {title}", {each: f"{homes[name]}.{each}" for name in names for each in _with_kinds(name)}

@@ -8,17 +8,45 @@
     ...         print(result.rank, result.passage.id)
     1 bees
 
-Names, by what they are for:
+searching:
+    Index               a folder of passages that can be searched and changed
+    IndexSpec           what a new index is to be: formats of vectors, fields of metadata, shards
+    SearchSettings      how to search: number of results, filter, sources, explanation
+    Passage             a text that can be found, with its id, title and metadata
+    Query               a text to search for, with its id
+    Ranking             the results of a query, best first
+    encode              make the index of a corpus, also on several machines
+    find_documents      the documents of files and folders
+    sync_documents      bring an index up to date with files and folders
 
-    searching   Index, IndexSpec, SearchSettings, Passage, Query, Ranking, encode, find_documents, sync_documents
-    models      Student, Teacher, export
-    training    Recipe, load_recipe, Run, distill, Loss, fit, FitSettings
-    measuring   Dataset, open_data, evaluate, EvaluationSettings
-    the rest    D2LLMError (every error is one), showing_progress
+models:
+    Student             the model that makes vectors and scores pairs: load, encode, rank, save
+    Teacher             a large model that reads a query and a passage together
+    export              write a student for other programs: ONNX, sentence-transformers, Vespa
+
+training:
+    Recipe              everything that shapes a training run
+    load_recipe         the recipe in a TOML file
+    Run                 the steps from a recipe to a student, in a folder
+    distill             train a student
+    Loss                the base of losses, also of one of your own
+    fit                 a student and an index from documents alone
+    FitSettings         how ``fit`` works
+
+measuring:
+    Dataset             a corpus with queries and relevance judgements
+    open_data           a data set from its files, in any layout
+    evaluate            compare a student with other systems on a data set
+    EvaluationSettings  what ``evaluate`` measures
+
+the rest:
+    D2LLMError          the base of all errors
+    showing_progress    show progress bars within a block, or none
 
 One text gives one result, a list gives a list: ``index.search``, ``student.encode_query``, ``student.encode_document``.
-``help`` of each name has its arguments, shapes, errors and an example. Everything else is in submodules: rerankers,
-query expansion, writers, label stores, fitted scores, shards, sizes; docs/cli.md names the function of each verb.
+``help(d2llm.Index)``, of any name, has its arguments, shapes, errors and an example. Everything else is in submodules:
+rerankers, query expansion, writers, label stores, fitted scores, shards, sizes; docs/cli.md names the function of each
+verb.
 
 Names are imported on first use, so ``import d2llm`` is quick and does not load torch.
 """
@@ -87,9 +115,10 @@ _HOME_OF = {
     "showing_progress": "d2llm.core.progress",
     "sync_documents": "d2llm.retrieval.sync",
 }
-"""The public names and where they are. Type checkers read the imports above."""
+"""The public names and where they are. Type checkers read the imports above.
 
-__all__ = [*_HOME_OF, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+There is no ``__all__``, with which ``help(d2llm)`` would be the help of every class, on thousands of lines.
+"""
 
 
 def __getattr__(name: str) -> object:
@@ -101,4 +130,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*_HOME_OF, "__version__"])

@@ -124,7 +124,7 @@ ELSEWHERE = {
     "d2llm.training.tune_writer": ("tune_writer",),
 }
 """What users call in submodules, besides the names of ``d2llm`` itself."""
-PUBLIC: dict[str, Any] = {name: getattr(d2llm, name) for name in d2llm.__all__} | {
+PUBLIC: dict[str, Any] = {name: getattr(d2llm, name) for name in dir(d2llm)} | {
     name: getattr(importlib.import_module(module), name) for module, names in ELSEWHERE.items() for name in names
 }
 

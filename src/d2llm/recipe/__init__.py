@@ -126,8 +126,6 @@ _HOME_OF = {
     "untuned_config": "d2llm.recipe.student",
 }
 
-__all__ = [*_HOME_OF]  # pyright: ignore[reportUnsupportedDunderAll]
-
 
 def __getattr__(name: str) -> object:
     if name not in _HOME_OF:
@@ -135,3 +133,7 @@ def __getattr__(name: str) -> object:
     value = getattr(import_module(_HOME_OF[name]), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOME_OF)
