@@ -53,9 +53,9 @@ Names are imported on first use, so ``import d2llm`` is quick and does not load 
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from d2llm.core.lazy_names import lazy_names
 from d2llm.core.machine import limit_spinning
 
 if TYPE_CHECKING:
@@ -115,19 +115,6 @@ _HOME_OF = {
     "showing_progress": "d2llm.core.progress",
     "sync_documents": "d2llm.retrieval.sync",
 }
-"""The public names and where they are. Type checkers read the imports above.
+"""The public names and where they are. Type checkers read the imports above."""
 
-There is no ``__all__``, with which ``help(d2llm)`` would be the help of every class, on thousands of lines.
-"""
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'd2llm' has no attribute '{name}'")
-    value = getattr(import_module(_HOME_OF[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*_HOME_OF, "__version__"])
+__getattr__, __dir__ = lazy_names(globals(), _HOME_OF, "__version__")

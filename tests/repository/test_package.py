@@ -64,8 +64,9 @@ def test_a_path_may_be_given_as_a_string(name: str, parameter: str, annotation: 
 
 
 @pytest.mark.parametrize("module", [d2llm, d2llm.recipe])
-def test_help_is_one_page_and_completion_has_the_names(module):
+def test_help_is_one_page_while_completion_and_a_star_import_have_the_names(module):
     assert set(module._HOME_OF) <= set(dir(module))
+    assert dir(module) == module.__all__
     assert len(pydoc.plain(pydoc.render_doc(module)).splitlines()) < 100
 
 

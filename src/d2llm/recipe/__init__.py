@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from d2llm.core.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from d2llm.recipe.backbone import BackboneConfig as BackboneConfig
@@ -126,14 +127,4 @@ _HOME_OF = {
     "untuned_config": "d2llm.recipe.student",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOME_OF[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(_HOME_OF)
+__getattr__, __dir__ = lazy_names(globals(), _HOME_OF)
