@@ -351,7 +351,7 @@ def test_a_second_writer_fails_immediately(store):
     other = IndexStore.open(store.folder)
     with store.writing(), store.writing():
         for call in (lambda: put(other, [Passage("a", "b")]), lambda: other.delete(["p1"]), other.compact):
-            with pytest.raises(IndexLockedError, match="another process is writing"):
+            with pytest.raises(IndexLockedError, match="another process or thread is writing"):
                 call()
         check_contents(PassageView(other), PASSAGES)
     put(other, [Passage("a", "b")])

@@ -14,7 +14,7 @@ D2LLMError
 │   ├── IndexMismatchError  the index was made by another student
 │   └── LabelMismatchError  the labels belong to another teacher or prompt
 ├── StorageError            an index cannot be written (disk full, no permission)
-│   ├── IndexLockedError    another process is writing to it
+│   ├── IndexLockedError    another process or thread is writing to it
 │   └── ShardAwayError      a shard of it on a cluster does not answer in time
 ├── TrainingDivergedError   the loss became NaN or infinite
 ├── OutOfTimeError          work was stopped by its time limit
@@ -160,7 +160,7 @@ class StorageError(D2LLMError):
 
 
 class IndexLockedError(StorageError):
-    """Another process is writing to the index.
+    """Another process or thread is writing to the index.
 
     Wait and repeat the call. Reading and searching are possible meanwhile.
     """

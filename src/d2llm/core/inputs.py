@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from d2llm.core.errors import InputError
+from d2llm.core.names import did_you_mean
 from d2llm.core.types import is_text
 
 _Item = TypeVar("_Item")
@@ -77,9 +78,19 @@ def paths_of(values: Iterable[str | Path] | str | Path, name: str) -> list[Path]
     """
     paths = _listed(values, name, str, os.PathLike)
     for index, value in enumerate(paths):
-        if not isinstance(value, str | os.PathLike):
-            raise InputError(f"{name}[{index}] is {shown(value)}, but must be a path")
-    return [Path(cast("str | os.PathLike[str]", path)) for path in paths]
+        path_of(value, f"{name}[{index}]")
+    return [Path(path) for path in paths]
+
+
+def path_of(value: object, name: str) -> Path:
+    """A path, such as a folder.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise InputError(f"{name} is {shown(value)}, but must be a path")
+    return Path(cast("str | os.PathLike[str]", value))
 
 
 def objects_of(values: Iterable[_Item] | _Item, name: str, kind: type[Any] | tuple[type[Any], ...]) -> list[_Item]:
@@ -107,6 +118,18 @@ def check_string(value: object, name: str) -> None:
         raise InputError(f"{name} is {shown(value)}, which is not valid Unicode text (it has half of a surrogate pair)")
     remedy = f"; write {str(value)!r}" if type(value) is int else ""
     raise InputError(f"{name} is {shown(value)}, but must be a string{remedy}")
+
+
+def check_choice(value: object, name: str, choices: Iterable[str]) -> None:
+    """Check that a value is one of some names.
+
+    Raises:
+        InputError: it is something else.
+    """
+    choices = tuple(choices)
+    if value not in choices:
+        hint = did_you_mean(value, choices) if isinstance(value, str) else ""
+        raise InputError(f"{name} is {shown(value)}, but must be {' or '.join(map(repr, choices))}{hint}")
 
 
 def shown(value: object) -> str:

@@ -130,6 +130,9 @@ class Settings(BaseModel):
 
     __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess] - bodies of requests are read without it
 
+    def __setattr__(self, name: str, value: object) -> None:
+        raise InputError(f"{type(self).__name__} does not change; make another by replace({name}=...)")
+
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         """Let ``help`` and completion show the fields, without what is for other interfaces."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, SupportsIndex, get_args, overload
 
 from d2llm.core.short_repr import short, short_repr
 
@@ -538,7 +538,11 @@ class Ranking:
     def __iter__(self) -> Iterator[RankedPassage]:
         return iter(self.passages)
 
-    def __getitem__(self, index: int) -> RankedPassage:
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> RankedPassage: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[RankedPassage, ...]: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> RankedPassage | tuple[RankedPassage, ...]:
         return self.passages[index]
 
 

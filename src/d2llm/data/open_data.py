@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from d2llm.core.errors import DataFormatError
-from d2llm.core.inputs import strings_of
+from d2llm.core.inputs import path_of, strings_of
 from d2llm.data.beir import Dataset, RetrievalSource, beir_source
 from d2llm.data.pairs import PairDataset, PairSource, pair_source
 
@@ -41,7 +41,7 @@ def open_source(path_or_name: str | Path, *, splits: Sequence[str] | str | None 
         # Converting the name to a Path drops one of the slashes.
         name = str(path_or_name).removeprefix("hf:/").removeprefix("/")
         return hub_source(HUB_PREFIX + name, splits=splits)
-    path = Path(path_or_name)
+    path = path_of(path_or_name, "path_or_name")
     if not path.exists():
         raise DataFormatError(
             path,

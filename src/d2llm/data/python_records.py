@@ -1,4 +1,4 @@
-"""Passages and queries as Python callers give them: objects, dictionaries, or the rows of a table.
+"""Passages and queries as Python callers give them: objects, dataclasses, dictionaries, or the rows of a table.
 
 A record is read like a line of a corpus file (``corpus_records``): ``id`` (or ``_id``), ``text``, ``title``,
 ``document_id``, ``position``, and metadata in all other fields.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields as dataclass_fields
+from dataclasses import is_dataclass
 from itertools import chain, tee
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.inputs import check_string, shown
@@ -57,14 +59,35 @@ def _with_metadata(file: Path, line: int, record: Fields, passage: Passage) -> P
     return Passage(passage.id, passage.text, passage.title, document_id or "", position or 0, metadata)
 
 
-PassageLike = Passage | Mapping[str, Any]
-"""A passage, or a dictionary with its fields."""
-QueryLike = Query | str | Mapping[str, Any]
-"""A query, its text, or a dictionary with its fields."""
+@runtime_checkable
+class Row(Protocol):
+    """A named tuple, or a row of SQLAlchemy."""
+
+    def _asdict(self) -> Mapping[str, Any]: ...
+
+
+@runtime_checkable
+class Record(Protocol):
+    """A dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+@runtime_checkable
+class Table(Protocol):
+    """A table of pandas, Polars, PyArrow, DuckDB and whatever else gives out Arrow data."""
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> object: ...
+
+
+PassageLike = Passage | Mapping[str, Any] | Row | Record | Table
+"""A passage, a dictionary, dataclass or row with its fields, or a table of these."""
+QueryLike = Query | str | Mapping[str, Any] | Row | Record | Table
+"""A query, its text, a dictionary, dataclass or row with its fields, or a table of these."""
 
 _TABLE_ROWS = 2_048  # made dictionaries at a time
-_PASSAGE = "give Passage(id, text), or a dictionary or row with 'id' and 'text'"
-_QUERY = "give a text, Query(id, text), or a dictionary or row with 'text'"
+_PASSAGE = "give Passage(id, text), or a dictionary, dataclass or row with 'id' and 'text'"
+_QUERY = "give a text, Query(id, text), or a dictionary, dataclass or row with 'text'"
 
 
 def passages_of(
@@ -222,6 +245,8 @@ def _record(value: object) -> dict[str, Any] | None:
         fields: Fields = cast("Fields", value)
     elif hasattr(value, "_asdict"):
         fields = {name: item for name, item in cast(Any, value)._asdict().items() if name != "Index"}
+    elif is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclass_fields(value)}
     elif hasattr(value, "keys") and hasattr(value, "__getitem__"):
         fields = {name: cast(Any, value)[name] for name in cast(Any, value).keys()}  # noqa: SIM118 - it is no mapping
     else:

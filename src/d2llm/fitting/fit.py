@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from d2llm.core.errors import InputError, OutOfTimeError
 from d2llm.core.files import write_bytes, write_json
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
-from d2llm.core.inputs import paths_of
+from d2llm.core.inputs import path_of, paths_of
 from d2llm.core.progress import showing_progress
 from d2llm.core.settings import shows
 from d2llm.core.shipped import DEFAULT_WRITER, MULTILINGUAL_STUDENT
@@ -137,7 +137,9 @@ class Fit:
             raise InputError("there are no documents; name folders or files")
         self.settings = FitSettings.of(settings)
         self.writer = self.settings.writer or WriterConfig(model=DEFAULT_WRITER)
-        self.folder = require_fit_folder(default_folder(self.documents[0]) if output is None else Path(output))
+        self.folder = require_fit_folder(
+            default_folder(self.documents[0]) if output is None else path_of(output, "output")
+        )
         self.device, self.dtype, self.show_progress = device, dtype, show_progress
         self.runner = find_runner(runner)
         self.stages = Stages(self.folder.progress_page, str(self.folder.path), 3600 * self.settings.hours)

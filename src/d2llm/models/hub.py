@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
+from d2llm.core.inputs import path_of
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.names import did_you_mean
 from d2llm.core.shipped import PACKAGES, shipped_models
@@ -67,7 +68,7 @@ def find_student(folder_or_name: str | Path) -> Path:
         ModelNotFoundError: there is no such student.
         ModelError: the student on the Hub is damaged, or refers to code or to an address.
     """
-    folder, name = Path(folder_or_name), str(folder_or_name)
+    folder, name = path_of(folder_or_name, "folder_or_name"), str(folder_or_name)
     if (saved := find_saved(name, "students")) is not None:
         return saved
     if is_on_hub(name):

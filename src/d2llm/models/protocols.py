@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.types import PART_KINDS, PartKind, Task, WholeText, default_task
+from d2llm.core.inputs import check_choice
+from d2llm.core.types import PART_KINDS, TASKS, PartKind, Task, WholeText, default_task
 from d2llm.models.document_expansion import DocumentExpansion
 from d2llm.models.learned_words import LearnedWords
 from d2llm.models.plain_student import PairScorer
@@ -169,10 +170,14 @@ def task_for(student: VectorStudent, task: Task | None = None) -> Task:
     """The task to use a student for: the given one, else the only one that it was trained for, else asymmetric.
 
     A given task that its training has not touched is a warning in the log.
+
+    Raises:
+        InputError: there is no such task.
     """
     trained = student.trained_tasks
     if task is None:
         return default_task(trained)
+    check_choice(task, "task", TASKS)
     if trained and task not in trained:
         _log.warning(
             "the student was trained for %s search and is used for %s search, which its training has not touched; "

@@ -23,7 +23,7 @@ from torch import nn
 from d2llm.core.errors import InputError
 from d2llm.core.files import new_folder, write_json
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.inputs import pairs_of, strings_of, texts_of
+from d2llm.core.inputs import pairs_of, path_of, strings_of, texts_of
 from d2llm.core.manifest import source_of, write_manifest
 from d2llm.core.types import PART_KINDS, TASKS, EngineName, PartKind, RankedPassage, Ranking, Task
 from d2llm.data.python_records import PassageLike, QueryLike, one_query_of, passages_of
@@ -241,7 +241,7 @@ class Student(StudentEncoder):
         if self._has_merged_weights and not merge:
             raise InputError("this student was loaded from a merged copy and has no adapter; save it with merge=True")
         content = self._recorded if content is None else content
-        with new_folder(Path(folder), kind=files.KIND) as temporary:
+        with new_folder(path_of(folder, "folder"), kind=files.KIND) as temporary:
             save_file(files.head_tensors(self._head), temporary / files.HEAD_FILE)
             self.backbone.tokenizer.save_pretrained(temporary if not merge else temporary / files.BACKBONE_FOLDER)
             if merge:

@@ -16,8 +16,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from d2llm.core.errors import InputError
+from d2llm.core.inputs import check_choice, shown
 from d2llm.core.progress import progress_bar
-from d2llm.core.types import PartKind, Task, default_task
+from d2llm.core.types import TASKS, PartKind, Task, default_task
 from d2llm.models.protocols import SearchStudent
 from d2llm.models.row_features import RowFeatures, RowScorer, dot_query
 from d2llm.models.score_features import FeatureWeights
@@ -210,8 +212,13 @@ class TextScorer:
         """With an index as corpus, or the background.
 
         Raises:
+            InputError: there is no such task, or this is no index.
             IndexMismatchError: another student made the index.
         """
+        if task is not None:
+            check_choice(task, "task", TASKS)
+        if index is not None and not hasattr(index, "scoring_corpus"):
+            raise InputError(f"index is {shown(index)}, but must be an Index; open it with Index.open")
         return cls(student, None if index is None else index.scoring_corpus(student, task), task=task)
 
     def read_queries(

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 from pydantic import ValidationError
 
 from d2llm.core.errors import RecipeError
+from d2llm.core.inputs import path_of
 from d2llm.core.problems import describe_errors
 from d2llm.core.shipped import shipped_recipes
 from d2llm.core.toml import parse_toml, read_toml
@@ -44,7 +45,7 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
         >>> load_recipe("d2llm-small").name
         'd2llm-small'
     """
-    path = _find_recipe(path_or_name)
+    path = _find_recipe(path_of(path_or_name, "path_or_name"))
     return parse_recipe(read_toml(path, RecipeError), where=str(path))
 
 

@@ -41,6 +41,11 @@ class Section(BaseModel):
 
     __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess] - TOML is read without it
 
+    def __setattr__(self, name: str, value: object) -> None:
+        raise RecipeError(
+            f"{type(self).__name__} does not change; make another by model_copy(update={{{name!r}: ...}})"
+        )
+
     @field_validator("*", mode="before")
     @classmethod
     def _plain(cls, value: Any) -> Any:

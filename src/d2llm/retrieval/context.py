@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from d2llm.core.errors import InputError
+from d2llm.core.inputs import check_choice
 from d2llm.core.short_repr import short_repr
 from d2llm.core.types import (
     DEFAULT_CONTEXT_TOKENS,
@@ -144,8 +145,9 @@ def build_context(
         overlapping: whether passages of a document may repeat each other's text (``merge_neighbours``).
 
     Raises:
-        InputError: ``max_tokens`` is below 1.
+        InputError: ``max_tokens`` is below 1, or there is no such order.
     """
+    check_choice(order, "order", get_args(ContextOrder))
     if max_tokens < 1:
         raise InputError(f"max_tokens is {max_tokens}, but must be at least 1")
     packer = _Packer(token_ends, max_tokens, order, overlapping)

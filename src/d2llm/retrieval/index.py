@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast, overload
 
 from d2llm.core.errors import InputError
 from d2llm.core.files import MANIFEST_NAME
-from d2llm.core.inputs import objects_of, strings_of
+from d2llm.core.inputs import objects_of, path_of, shown, strings_of
 from d2llm.core.progress import progress_bar
 from d2llm.core.settings import shows
 from d2llm.core.types import (
@@ -26,7 +26,7 @@ from d2llm.core.types import (
     Ranking,
     Task,
 )
-from d2llm.data.python_records import PassageLike, QueryLike, is_one_query, one_query_of, passages_of
+from d2llm.data.python_records import PassageLike, QueryLike, Record, Table, is_one_query, one_query_of, passages_of
 from d2llm.models.protocols import SearchStudent, task_for
 from d2llm.retrieval.open_index import OpenIndex, known_source, settled, stored_spec
 from d2llm.retrieval.settings import SearchSettings
@@ -114,7 +114,7 @@ class Index(OpenIndex):
         """
         from d2llm.models.untrained import is_bi_encoder, untrained_beside
 
-        folder, spec = Path(folder), IndexSpec.of(spec, **changes)
+        folder, spec = path_of(folder, "folder"), IndexSpec.of(spec, **changes)
         make = partial(cls._create, folder, spec, exist_ok=exist_ok, device=device, dtype=dtype, engine=engine)
         if not is_bi_encoder(student):
             return make(cast("SearchStudent | str | Path", student), student_source)
@@ -135,6 +135,8 @@ class Index(OpenIndex):
         from d2llm.models.student import Student
 
         loaded = Student.load(student, **loading) if isinstance(student, str | Path) else student
+        if not hasattr(loaded, "fingerprint"):
+            raise InputError(f"student is {shown(loaded)}, but must be a student, its folder, or a name")
         task = task_for(loaded, spec.task)
         spec = settled(spec, loaded, task)
         if exist_ok and (folder / MANIFEST_NAME).is_file():
@@ -180,7 +182,7 @@ class Index(OpenIndex):
             IndexMismatchError: a shard belongs to another index, or was made by another student.
             InputError: a shard in object storage cannot be read.
         """
-        storage = Storage.open(find_index(Path(folder)), allow_missing=allow_missing)
+        storage = Storage.open(find_index(path_of(folder, "folder")), allow_missing=allow_missing)
         return cls(storage, student, allow_missing=allow_missing, device=device, dtype=dtype, engine=engine, lean=lean)
 
     # Changing ------------------------------------------------------------------------------------------------------
@@ -217,8 +219,8 @@ class Index(OpenIndex):
         interruption, repeat the call to continue after the last commit.
 
         Args:
-            passages: passages, or dictionaries or rows with their fields (``data.python_records``), or one of them;
-                consumed as a stream, never held in memory together.
+            passages: passages, or dictionaries, dataclasses or rows with their fields, or one of them, or a table
+                (``data.python_records``); consumed as a stream, never held in memory together.
             only_new: refuse passages whose id exists.
             lenient_metadata: drop metadata values that do not fit, and count them.
             num_passages: number of passages, for the progress bar.
@@ -394,7 +396,7 @@ class Index(OpenIndex):
     @overload
     def search(
         self,
-        queries: Query | str,
+        queries: Query | str | Record,
         settings: SearchSettings | None = None,
         *,
         rerank: RerankerLike | None = None,
@@ -416,7 +418,7 @@ class Index(OpenIndex):
     @overload
     def search(
         self,
-        queries: Iterable[QueryLike],
+        queries: Iterable[QueryLike] | Table,
         settings: SearchSettings | None = None,
         *,
         rerank: RerankerLike | None = None,
@@ -438,7 +440,7 @@ class Index(OpenIndex):
         """Rank the passages for one query (a ranking) or for each of a list (a list of rankings).
 
         ``changes`` override single fields of the settings (``SearchSettings``). A query is a text, a ``Query``, or a
-        dictionary or row with ``text``.
+        dictionary, dataclass or row with ``text``.
 
         With ``rerank``, a second stage scores the candidates again: ``KIND``, ``KIND:MODEL``, a TOML file, settings of
         a reranker, or what ``retrieval.reranker.open_reranker`` has loaded for many searches. With an ``expansion``, a

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from functools import cached_property
+import os
+from functools import cached_property, partial
 from pathlib import Path
+from threading import RLock
 from types import TracebackType
 from typing import Any, cast
 
@@ -128,13 +130,17 @@ class OpenIndex:
     def __init__(
         self,
         storage: Storage,
-        student: SearchStudent | str | Path | None,
+        student: SearchStudent | str | Path | None = None,
         *,
         allow_missing: bool = False,
         **loading: Any,
     ) -> None:
+        if not isinstance(cast("object", storage), Storage):
+            raise InputError("an index is opened by Index.open(folder), and made by Index.create(folder, student)")
         self._storage = storage
         self._is_closed = False
+        self._process = os.getpid()
+        self._lock = RLock()
         self._allow_missing = allow_missing
         self._student_or_source = student
         self._loading = loading
@@ -174,10 +180,16 @@ class OpenIndex:
         """What is on disk.
 
         Raises:
-            InputError: the index was closed.
+            InputError: the index was closed, or opened before this process was forked.
         """
         if self._is_closed:
             raise InputError(f"{self.folder}: this Index was closed; open it again with Index.open")
+        if self._process != os.getpid():
+            raise InputError(
+                f"{self.folder}: this Index was opened before the process was forked, and its database and threads "
+                "stay with the first process; open it in this one, or start processes by "
+                "multiprocessing.get_context('spawn'), to which an Index can be given"
+            )
         return self._storage
 
     def close(self) -> None:
@@ -192,7 +204,7 @@ class OpenIndex:
         """
         self._is_closed = True
         self._student_or_source = None
-        for name in ("view", "student", "_cached_bounds"):
+        for name in ("_view", "_student", "_cached_bounds"):
             self.__dict__.pop(name, None)
 
     def __enter__(self) -> Self:
@@ -203,6 +215,14 @@ class OpenIndex:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """An index is copied and sent to other processes as its folder, and opened there at its latest version."""
+        student = self._student_or_source
+        if not isinstance(student, str | Path) and self.storage.manifest["student_source"] is not None:
+            student = None  # it can be loaded there, too
+        reopen = partial(cast("Any", type(self)).open, allow_missing=self._allow_missing, **self._loading)
+        return reopen, (self.folder.resolve(), student)
 
     def __len__(self) -> int:
         return len(self.view)
@@ -237,7 +257,7 @@ class OpenIndex:
         _ = self.store
         return cast("LocalSegment", self.view.segments[0])
 
-    @cached_property
+    @property
     def student(self) -> SearchStudent:
         """The student that made the vectors.
 
@@ -245,6 +265,12 @@ class OpenIndex:
             InputError: the index does not say where it is.
             IndexMismatchError: the loaded student did not make this index.
         """
+        _ = self.storage  # refuses a closed one
+        with self._lock:  # of several threads, one loads it
+            return self._student
+
+    @cached_property
+    def _student(self) -> SearchStudent:
         source = self._student_or_source
         if source is None:
             source = find_source(self.storage.manifest["student_source"], self.folder)
@@ -257,9 +283,14 @@ class OpenIndex:
         self.storage.check_student(student.fingerprint)
         return student
 
-    @cached_property
+    @property
     def view(self) -> IndexView:
         """The version of the index that this object reads."""
+        _ = self.storage  # refuses a closed one
+        return self._view
+
+    @cached_property
+    def _view(self) -> IndexView:
         return open_view(self.storage)
 
     @cached_property
@@ -269,5 +300,5 @@ class OpenIndex:
     def refresh(self) -> None:
         """Switch to the latest version."""
         _ = self.storage  # refuses a closed one
-        for name in ("view", "_cached_bounds"):
+        for name in ("_view", "_cached_bounds"):
             self.__dict__.pop(name, None)

@@ -209,7 +209,9 @@ class IndexStore:
             try:
                 self._lock.acquire()
             except filelock.Timeout as error:
-                raise IndexLockedError(f"{self.folder}: another process is writing to it; try again later") from error
+                raise IndexLockedError(
+                    f"{self.folder}: another process or thread is writing to it; try again later"
+                ) from error
         try:
             if self._lock.lock_counter == 1:
                 self._check_identity()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.inputs import strings_of
+from d2llm.core.inputs import path_of, strings_of
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_data
@@ -78,7 +78,7 @@ class OpenRun:
         require_distinct_data(self.recipe, where=source)
         require_data(self.recipe)
         name = Path(source).stem if self.recipe.name == "unnamed" else self.recipe.name
-        self.folder = RunFolder(Path("runs") / name if folder is None else Path(folder))
+        self.folder = RunFolder(Path("runs") / name if folder is None else path_of(folder, "folder"))
         self.device, self.dtype, self.show_progress = device, dtype, show_progress
 
     def __repr__(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import Barrier
 from typing import TypeVar
 
@@ -18,6 +18,9 @@ import torch
 
 _Batch = TypeVar("_Batch")
 _Result = TypeVar("_Result")
+
+if hasattr(os, "register_at_fork"):  # the threads of OpenMP do not survive a fork, and work for them hangs or crashes
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 def map_on_cores(work: Callable[[_Batch], _Result], batches: Sequence[_Batch]) -> Iterator[_Result]:

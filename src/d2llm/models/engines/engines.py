@@ -8,6 +8,7 @@ only a few matrix products, which ``models.scorer`` already runs at full speed.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -200,7 +201,17 @@ def open_engine(student: StudentEncoder, name: EngineName, *, dtype: torch.dtype
 
 
 def _open(student: StudentEncoder, name: EngineName, dtype: torch.dtype) -> Engine:
-    return Engine(name, _RUNTIMES[name](_graph(student, _INT8.get(name)), dtype))
+    runtime, process = _RUNTIMES[name](_graph(student, _INT8.get(name)), dtype), os.getpid()
+
+    def run(ids: np.ndarray, mask: np.ndarray) -> ReadTexts:
+        if os.getpid() != process:  # it would wait for ever
+            raise ModelError(
+                "this student was loaded before the process was forked, and the threads of its engine stay with the "
+                "first process; load it in this one, or start processes by multiprocessing.get_context('spawn')"
+            )
+        return runtime(ids, mask)
+
+    return Engine(name, run)
 
 
 def _difference(student: StudentEncoder, engine: Engine) -> float:

@@ -7,7 +7,7 @@ import inspect
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from d2llm.core.errors import InputError
 from d2llm.core.extras import require_openvino
 from d2llm.core.files import folder_bytes, new_folder
+from d2llm.core.inputs import check_choice, path_of, shown
 from d2llm.core.manifest import write_manifest
 from d2llm.core.types import TASKS, Task
 from d2llm.models.export import numpy_head
@@ -66,8 +67,9 @@ def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool
         int8: use 8-bit products in the graph that encodes texts (only ``onnx`` and ``openvino``).
 
     Raises:
-        InputError: ``folder`` holds something else, the format has no 8-bit form, the student is not in float32,
-            sentence-transformers has no modules for it, it has no token embeddings, or (Vespa) no inner product.
+        InputError: ``folder`` holds something else, there is no such format, it has no 8-bit form, the student is not
+            in float32, sentence-transformers has no modules for it, it has no token embeddings, or (Vespa) no inner
+            product.
         ModelError: the backbone cannot be written as a graph.
         MissingExtraError: a package that writes the format is not installed.
 
@@ -77,9 +79,12 @@ def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool
         >>> export(student, "head", "numpy").files
         ('head.npz', 'numpy_head.py', 'probabilities.json')
     """
+    check_choice(to, "to", get_args(ExportFormat))
+    if not isinstance(cast("object", student), Student):
+        raise InputError(f"student is {shown(student)}, but must be a Student; load it with Student.load")
     if int8 and to in ("numpy", "vespa", *_FOLDERS_OF_STUDENTS, *_FOLDERS_OF_TOKENS):
         raise InputError(f"the {to} {'head' if to == 'numpy' else 'folder'} is in float32; leave int8 out")
-    precision, folder = "int8" if int8 else "float32", Path(folder)
+    precision, folder = "int8" if int8 else "float32", path_of(folder, "folder")
     if to in _FOLDERS_OF_STUDENTS:
         if to == "sentence-transformers" and (reason := why_not_plain(student.config)) is not None:
             raise InputError(

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from d2llm.core.errors import InputError
-from d2llm.core.inputs import pairs_of
-from d2llm.core.types import Task
+from d2llm.core.inputs import check_choice, pairs_of, path_of
+from d2llm.core.types import TASKS, Task
 from d2llm.models.teachers.pair_teacher import (
     InterruptibleTeacher,
     PairTeacher,
@@ -63,7 +63,7 @@ class Teacher(InterruptibleTeacher):
             ModelError: the model is not a teacher of that kind.
             InputError: its head is new and was never tuned, or there is no such kind.
         """
-        config = model if isinstance(model, TeacherConfig) else named_teacher(str(model))
+        config = model if isinstance(model, TeacherConfig) else named_teacher(str(path_of(model, "model")))
         return cls(load_teacher(config, device=device, dtype=dtype), config)
 
     def score(self, pairs: Sequence[TextPair], task: Task = "asymmetric") -> Float32[np.ndarray, " pairs"]:
@@ -82,6 +82,7 @@ class Teacher(InterruptibleTeacher):
             teacher = Teacher.load("smollm2")
             teacher.score([("what do bees make?", "Bees make honey."), ("what do bees make?", "Tea is hot.")])
         """
+        check_choice(task, "task", TASKS)
         return self.score_pairs(pairs, task).log_odds
 
     @property
