@@ -36,6 +36,8 @@ for call in (
     lambda: d2llm.Teacher.load(5),
     lambda: student.rank("a", ["b"], index="i"),
     lambda: student.rank("a", ["b"], task="both"),
+    lambda: d2llm.export(student, "folder", "onix"),
+    lambda: d2llm.export("student", "folder", "onnx"),
 ):
     try:
         call()
@@ -64,6 +66,8 @@ def test_what_is_no_such_thing_for_a_model(tmp_path):
         "model is 5",
         "index is 'i'",
         "task is 'both'",
+        "to is 'onix'",
+        "student is 'student'",
     ]
 
 
