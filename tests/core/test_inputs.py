@@ -18,6 +18,12 @@ CALLS = {
     "Index.open": (lambda: Index.open(5), "folder is 5 (int), but must be a path"),
     "Index.create": (lambda: Index.create(5, FakeStudent()), "folder is 5 (int), but must be a path"),
     "a student": (lambda: Index.create("i", 5), "student is 5 (int), but must be a student, its folder, or a name"),
+    "its student": (lambda: (Index.create("i", FakeStudent()), Index.open("i", 5).student), "student is 5 (int), but"),
+    "a snapshot": (lambda: Index.create("i", FakeStudent()).snapshot(5), "5 cannot name a snapshot"),
+    "metadata": (
+        lambda: Index.create("i", FakeStudent()).upsert(Passage("a", "b", metadata=5)),
+        "the metadata of passage 'a' is 5 (int), but must be a dictionary",
+    ),
     "load_recipe": (lambda: d2llm.load_recipe(5), "path_or_name is 5 (int), but must be a path"),
     "open_data": (lambda: d2llm.open_data(5), "path_or_name is 5 (int), but must be a path"),
     "fit": (lambda: d2llm.fit(["docs"], 5), "output is 5 (int), but must be a path"),

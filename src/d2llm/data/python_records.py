@@ -256,5 +256,9 @@ def _record(value: object) -> dict[str, Any] | None:
 
 def _check_passage(passage: Passage, where: str) -> None:
     check_string(passage.id, f"the id of {where}")
+    if not isinstance(cast("object", passage.metadata), Mapping):
+        raise InputError(
+            f"the metadata of passage {passage.id!r} is {shown(passage.metadata)}, but must be a dictionary"
+        )
     for field in ("text", "title", "document_id"):
         check_string(getattr(passage, field), f"the {field} of passage {passage.id!r}")

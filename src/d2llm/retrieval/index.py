@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast, overload
 
 from d2llm.core.errors import InputError
 from d2llm.core.files import MANIFEST_NAME
-from d2llm.core.inputs import objects_of, path_of, shown, strings_of
+from d2llm.core.inputs import objects_of, path_of, strings_of
 from d2llm.core.progress import progress_bar
 from d2llm.core.settings import shows
 from d2llm.core.types import (
@@ -28,7 +28,7 @@ from d2llm.core.types import (
 )
 from d2llm.data.python_records import PassageLike, QueryLike, Record, Table, is_one_query, one_query_of, passages_of
 from d2llm.models.protocols import SearchStudent, task_for
-from d2llm.retrieval.open_index import OpenIndex, known_source, settled, stored_spec
+from d2llm.retrieval.open_index import OpenIndex, checked, known_source, settled, stored_spec
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.index_manifest import Chunking, find_index
 from d2llm.store.index_spec import IndexSpec
@@ -134,9 +134,7 @@ class Index(OpenIndex):
     ) -> Index:
         from d2llm.models.student import Student
 
-        loaded = Student.load(student, **loading) if isinstance(student, str | Path) else student
-        if not hasattr(loaded, "fingerprint"):
-            raise InputError(f"student is {shown(loaded)}, but must be a student, its folder, or a name")
+        loaded = Student.load(student, **loading) if isinstance(student, str | Path) else checked(student)
         task = task_for(loaded, spec.task)
         spec = settled(spec, loaded, task)
         if exist_ok and (folder / MANIFEST_NAME).is_file():

@@ -13,6 +13,7 @@ from typing import Any, cast
 from typing_extensions import Self
 
 from d2llm.core.errors import D2LLMError, IndexMismatchError, InputError
+from d2llm.core.inputs import shown
 from d2llm.core.manifest import source_of
 from d2llm.core.shipped import name_student
 from d2llm.core.types import PartKind, Task
@@ -103,6 +104,17 @@ def known_source(student: SearchStudent | str | Path, folder: Path) -> str | Non
         folder,
     )
     return None
+
+
+def checked(student: SearchStudent) -> SearchStudent:
+    """A student that was given as an object.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not hasattr(student, "fingerprint"):
+        raise InputError(f"student is {shown(student)}, but must be a student, its folder, or a name")
+    return student
 
 
 def stored_spec(spec: IndexSpec, student: SearchStudent, source: str | None) -> StoredSpec:
@@ -279,7 +291,7 @@ class OpenIndex:
 
             student: SearchStudent = load_to_search(source, **self._loading)
         else:
-            student = source
+            student = checked(source)
         self.storage.check_student(student.fingerprint)
         return student
 

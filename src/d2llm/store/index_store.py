@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from weakref import WeakMethod
 
 import filelock
@@ -452,7 +452,7 @@ class IndexStore:
 
     def snapshot_folder(self, name: str) -> Path:
         """The index folder of the snapshot of this name, which must be a valid folder name (else ``InputError``)."""
-        if not _SNAPSHOT_NAME.fullmatch(name):
+        if not isinstance(cast("object", name), str) or not _SNAPSHOT_NAME.fullmatch(name):
             raise InputError(f"{name!r} cannot name a snapshot; use letters, digits, '-', '_' and '.', at most 100")
         return self.folder / _SNAPSHOTS / name
 

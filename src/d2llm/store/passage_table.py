@@ -596,4 +596,4 @@ def _check_id(name: str) -> None:
 def _check_page(cursor: str, limit: int) -> None:
     _check_id(cursor)
     if type(limit) is not int or limit < 1:
-        raise InputError(f"limit is {limit}, but must be at least 1")
+        raise InputError(f"limit is {limit!r}, but must be a number from 1 on")
