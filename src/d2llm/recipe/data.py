@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from d2llm.core.types import Task
 from d2llm.recipe.negatives import Sampling, Uniform
-from d2llm.recipe.sections import Section
+from d2llm.recipe.sections import Section, StudentName
 
 
 class DataConfig(Section):
@@ -40,7 +40,7 @@ class MiningConfig(Section):
     num_easy: int = Field(default=2, ge=0)
     sources: tuple[Literal["bm25", "encoder"], ...] = ("bm25", "encoder")
     """Rankings that provide candidates for hard negatives: their union, without the positives."""
-    student: str | None = None
+    student: StudentName | None = None
     """The encoder: a trained student's folder or name, which ranks by its full score. By default the recipe's backbone
     before training, which ranks by its cosine."""
     range_min: int = Field(default=0, ge=0)
@@ -77,10 +77,10 @@ class LabellingConfig(Section):
     ``training.in_batch_labels``); the next continues where it stopped.
     """
 
-    compared_students: tuple[str, str] | None = None
+    compared_students: tuple[StudentName, StudentName] | None = None
     """Two students, as folders or names, such as those before and after some training: the queries whose passages they
     rank most differently are labelled. By default a random sample is."""
-    mistaken_student: str | None = None
+    mistaken_student: StudentName | None = None
     """A student, a folder or a name: the queries are labelled at which it scores a hard negative farthest above all
     positives (the hard negatives of PGKD)."""
     max_minutes: float | None = Field(default=None, gt=0)

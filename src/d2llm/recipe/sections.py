@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -50,6 +50,18 @@ class Section(BaseModel):
     @classmethod
     def _plain(cls, value: Any) -> Any:
         return tuple(map(plain_number, cast("list[Any]", value))) if isinstance(value, list) else plain_number(value)
+
+
+class Names(NamedTuple):
+    """Marks a setting whose text names what a run needs."""
+
+    what: Literal["student", "path"]
+
+
+StudentName = Annotated[str, Names("student")]
+"""A trained student, a folder or a name."""
+InputPath = Annotated[str, Names("path")]
+"""A file or folder that is read."""
 
 
 class LoraConfig(Section):

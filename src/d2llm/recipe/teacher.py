@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from d2llm.core.registry import Registry
 from d2llm.core.types import TASKS, NumberFormat, Task
 from d2llm.recipe.kinds import SectionOfKind
-from d2llm.recipe.sections import CompletionConfig, Quantization, Section
+from d2llm.recipe.sections import CompletionConfig, InputPath, Quantization, Section
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -381,7 +381,7 @@ class ListTeacherConfig(_ShippedTeacher):
 class RecordedConfig(Section):
     """Recorded grades, which a graded teacher repeats instead of asking its endpoint (docs/remote-teacher.md)."""
 
-    lists: str
+    lists: InputPath
     """A file of graded lists, or a folder with one for each data set, NAME.jsonl."""
     data: tuple[str, ...] = ()
     """Folders of the data sets that the lists' ids are of. In a recipe, its own data sets by default."""

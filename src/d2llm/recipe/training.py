@@ -8,7 +8,7 @@ from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_va
 
 from d2llm.core.types import ScoreFeature
 from d2llm.recipe.pretraining import Pretraining
-from d2llm.recipe.sections import Section, WarmUpConfig
+from d2llm.recipe.sections import Section, StudentName, WarmUpConfig
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -62,7 +62,7 @@ class TokensConfig(WarmUpConfig):
 class TrainingConfig(WarmUpConfig):
     """Optimisation settings of ``distill``."""
 
-    start: str | None = None
+    start: StudentName | None = None
     """Continue from this student, a folder or a name; its settings must be those of ``[student]``, but a backbone that
     is ``frozen`` may have been tuned before and stays so. By default training starts from the pretrained backbone."""
     dual_head: bool = False

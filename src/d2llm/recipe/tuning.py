@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from d2llm.recipe.sections import LoraConfig, Quantization, Section
+from d2llm.recipe.sections import InputPath, LoraConfig, Quantization, Section, StudentName
 from d2llm.recipe.teacher import LocalTeacherConfig, TeacherConfig
 
 
@@ -41,10 +41,10 @@ class TeacherTuningConfig(Section):
     of what is free when the run starts. What does not fit is computed twice, with the same result."""
     num_negatives: int = Field(default=4, ge=1)
     """Negatives per positive, drawn from the plan's hard and easy negatives."""
-    student: str | None = None
+    student: StudentName | None = None
     """A student, a folder or a name, whose scores of the pairs the teacher learns instead of the data sets' judgements
     (Trans-Encoder)."""
-    labels: str | None = None
+    labels: InputPath | None = None
     """A folder of labels that another teacher made, as ``labels`` of a run folder: its P(yes) are the targets of the
     pairs that it has scored, so that what a large language model said about some lists becomes a teacher that scores
     any. Other pairs keep the data sets' judgements."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, get_args
+
+from pydantic import BaseModel
 
 from d2llm.core.errors import D2LLMError, InputError
 from d2llm.core.types import TASKS
@@ -13,18 +15,10 @@ from d2llm.models.hub import find_student, is_on_hub
 from d2llm.models.sources import locate_model
 from d2llm.models.teachers.prompts import load_prompt
 from d2llm.recipe import CosineTeacherConfig, PromptedTeacherConfig, Recipe
+from d2llm.recipe.sections import Names
 from d2llm.recipe.teacher import LocalTeacherConfig, VllmTeacherConfig
 
 _Find = Callable[[str], bool]
-_KEYS: dict[str, str] = {
-    "start": "student",
-    "student": "student",
-    "mistaken_student": "student",
-    "compared_students": "student",
-    "labels": "path",
-    "lists": "path",
-}
-"""What the settings of these names hold, in any section."""
 
 
 def absent_inputs(recipe: Recipe) -> tuple[list[str], list[str]]:
@@ -49,14 +43,10 @@ def _named(recipe: Recipe) -> Iterator[tuple[str, str, _Find]]:
     if backbone.address is None and "model" in type(backbone).model_fields:
         yield "student.backbone.model", backbone.model, _is_model_here
     finders: dict[str, _Find] = {"student": _is_student_here, "path": _is_path_here}
-    sections = ("training", "mining", "labelling", "teacher_tuning", "teacher")
-    for path, key, names in _texts(recipe.model_dump(include={*sections})):
-        if key in _KEYS:
-            yield from ((path, name, finders[_KEYS[key]]) for name in names)
-    for kind, loss in recipe.losses.root.items():
-        for key, find in (("teacher", _is_student_here), ("passages", _is_path_here)):
-            if isinstance(name := getattr(loss, key, None), str) and getattr(loss, "writer", None) is None:
-                yield f"losses.{kind}.{key}", name, find
+    losses = {f"losses.{kind}": loss for kind, loss in recipe.losses.root.items()}
+    for path, section in {**dict(recipe), **losses}.items():
+        if isinstance(section, BaseModel) and getattr(section, "writer", None) is None:  # a writer makes what is absent
+            yield from ((setting, name, finders[what]) for setting, what, name in _marked(section, path))
     if not recipe.losses.imitates and recipe.mining.teacher_margin is None:
         return
     if isinstance(teacher, PromptedTeacherConfig):
@@ -67,15 +57,22 @@ def _named(recipe: Recipe) -> Iterator[tuple[str, str, _Find]]:
         yield "teacher.model", teacher.model, _is_teacher_here
 
 
-def _texts(values: Any, path: str = "", key: str = "") -> Iterator[tuple[str, str, list[str]]]:
-    """Every setting with a text or a list of texts: its path, its name, the texts."""
-    if isinstance(values, dict):
-        for name, value in cast("dict[str, Any]", values).items():
-            yield from _texts(value, f"{path}.{name}".removeprefix("."), name)
-    elif isinstance(values, str):
-        yield path, key, [values]
-    elif isinstance(values, list | tuple):
-        yield path, key, [name for name in cast("list[Any]", values) if isinstance(name, str)]
+def _marked(section: BaseModel, path: str) -> Iterator[tuple[str, str, str]]:
+    """What the settings of a section name, and of those within: path of the setting, what is named, its name."""
+    for name, field in type(section).model_fields.items():
+        value, setting = getattr(section, name), f"{path}.{name}"
+        if isinstance(value, BaseModel):
+            yield from _marked(value, setting)
+        elif value is not None:
+            marks = (part for part in (*field.metadata, *_parts_of(field.annotation)) if isinstance(part, Names))
+            if (mark := next(marks, None)) is not None:
+                yield from ((setting, mark.what, one) for one in ([value] if isinstance(value, str) else value))
+
+
+def _parts_of(kind: Any) -> Iterator[Any]:
+    yield kind
+    for part in get_args(kind):
+        yield from _parts_of(part)
 
 
 def _is_student_here(name: str) -> bool:

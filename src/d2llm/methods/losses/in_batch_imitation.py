@@ -20,6 +20,7 @@ from d2llm.models.tokens import TextKind
 from d2llm.ops.losses import list_imitation
 from d2llm.ops.scoring import mean_best_cosines
 from d2llm.recipe.losses import Loss
+from d2llm.recipe.sections import StudentName
 from d2llm.training.checkpoints import remarks
 from d2llm.training.losses import LossInput, Preparation
 from d2llm.training.processes import own_device
@@ -38,7 +39,7 @@ class InBatchImitation(Loss, kind="in_batch_imitation"):
         "seeds](log/2026-11.md#2026-11-26-soft-labels-of-all-pairs-in-a-batch-with-three-seeds))"
     )
 
-    teacher: str
+    teacher: StudentName
     """A student, a folder or a name. It reads every text of the training once, and scores all pairs of a batch."""
     scores: LiveScores = "all"
     """What the teacher scores by: its vectors and its interaction (``vectors``), the token embeddings, as in

@@ -32,6 +32,7 @@ from d2llm.models.writers.writer import Assignment, Writer, load_writer, write_u
 from d2llm.ops.losses import masked_mean, zero_outside
 from d2llm.recipe import Recipe, WriterConfig
 from d2llm.recipe.losses import Loss
+from d2llm.recipe.sections import InputPath
 from d2llm.retrieval.expansion import add_hypothetical_passages
 from d2llm.training.losses import LossInput, Preparation
 
@@ -55,7 +56,7 @@ class SoftExpansion(Loss, kind="soft_expansion"):
     )
     of_vectors: ClassVar[bool] = True
     not_shaping: ClassVar[frozenset[str]] = frozenset({"passages", "writer"})  # what they say is compared
-    passages: str
+    passages: InputPath
     """A JSONL file with passages that a writer wrote for the training queries."""
     writer: WriterConfig | None = None
     """Who writes the passages that the file lacks. By default nobody: a query without them is an error."""
