@@ -409,13 +409,14 @@ def restore(
     json_path: JsonOption = None,
 ) -> None:
     """Replace the passages of the index with those of a snapshot; creates it from a copy if there is none."""
-    from d2llm.store.index_manifest import read_index_manifest
+    from d2llm.store.index_manifest import copy_errors, read_index_manifest
     from d2llm.store.index_store import IndexStore, StoredSpec
 
     folder, copy = folder_of(context), Path(name)
     if copy.is_dir() and not folder.exists():
         manifest = read_index_manifest(copy)
         IndexStore.create(folder, StoredSpec.of_manifest(manifest), shard=manifest.get("shard"))
+        copy_errors(copy, folder)
     index = _index_of(context)
     is_copy = copy.is_dir() and name not in index.store.snapshots()
     num_passages = index.restore(copy if is_copy else name)

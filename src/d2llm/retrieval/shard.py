@@ -19,7 +19,7 @@ from d2llm.core.progress import progress_bar
 from d2llm.core.types import PartKind
 from d2llm.store.blocks import rows_of
 from d2llm.store.bm25 import WordIndex
-from d2llm.store.index_manifest import ERRORS_FILE, SHARDED_KIND, find_index, read_chunking, write_chunking
+from d2llm.store.index_manifest import SHARDED_KIND, copy_errors, find_index, read_chunking, write_chunking
 from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import PartVectors
@@ -135,10 +135,8 @@ def _upload(target: Storage, remote: str, folder: Path) -> None:
 
 
 def _copy_notes(source: Path, target: Path) -> None:
-    """Copy the chunking and the measured errors of the student from one index to another."""
     write_chunking(target, read_chunking(source))
-    if (source / ERRORS_FILE).is_file():
-        shutil.copy2(source / ERRORS_FILE, target)
+    copy_errors(source, target)
 
 
 class _Copy:

@@ -5,6 +5,7 @@ The chunking is chosen when the first documents come. It is in the manifest, so 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,6 +95,14 @@ def change_manifest(folder: Path, **changes: Any) -> None:
 
 ERRORS_FILE = "student-errors.json"
 """Written by ``retrieval.calibrate``."""
+
+
+def copy_errors(source: Path, target: Path) -> None:
+    """Copy the measured errors of the student, if there are any, from one index to another of the same passages."""
+    if (source / ERRORS_FILE).is_file():
+        shutil.copy2(source / ERRORS_FILE, target)
+
+
 CHUNKING = "chunking"
 """Entry of a manifest: how documents are chunked into passages, so that the next writer chunks them the same way."""
 CHUNK_TOKENS = 128
