@@ -140,7 +140,7 @@ def test_files_with_two_columns_have_no_labels(tmp_path):
     [
         ("甲\t乙\t1\n\n甲\t乙\n", 3, "expected 3 columns (sentence1, sentence2, label), found 2"),
         ("甲\t乙\t1\n甲\t乙\t丙\t1\n", 2, "expected 3 columns"),
-        ("a\tb\tc\td\t1\n", 1, "5 columns and no header"),
+        ("a\tb\tc\td\t1\n", 1, "5 columns (between tabs, || or commas) and no header"),
         ("q1\tq2\tlabel\n甲\t乙\t1\n", 1, "the header (q1, q2, label) does not name the two texts"),
         ("sentence1\tsentence2\tscore\n甲\t乙\tnan\n", 2, "field 'score' must be a finite number, found 'nan'"),
     ],

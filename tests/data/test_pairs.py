@@ -106,6 +106,9 @@ def test_scores(tmp_path, field):
     pairs = read_pairs(tmp_path)
     assert (pairs.kind, pairs.classes) == ("scores", ())
     assert [(pair.label, pair.score) for pair in pairs.splits["train"]] == [(None, 4.5), (None, -1.0)]
+    (tmp_path / "table.tsv").write_text(f"sentence1\tsentence2\t{field}\na\tb\t4.5\nb\tc\t1.0\n")
+    table = read_pairs(tmp_path / "table.tsv")
+    assert (table.kind, [pair.score for pair in table.splits["all"]]) == ("scores", [4.5, 1.0])
 
 
 def test_integers_are_scores_by_field_name_or_layout(tmp_path):

@@ -28,8 +28,8 @@ STANDARD_INPUT, STANDARD_OUTPUT = "standard input", "standard output"
 SCHEMA_VERSION = 1
 """Version of the schema of the files that ``--json`` writes."""
 _ONE = re.compile(
-    r"(?<!\S)(?<!of )(?<!its )1 (quer|class|cluster|document|file|grade|index|judgement|label|line|list|neighbour|pair|"
-    r"passage|question|result|row|shard|step|text|token|vector|word)(ies|es|s)( were| are| have)?(?!\w)"
+    r"(?<!\S)(?<!of )(?<!its )1 (quer|class|cluster|column|document|file|grade|index|judgement|label|line|list|"
+    r"neighbour|pair|passage|question|result|row|shard|step|text|token|vector|word)(ies|es|s)( were| are| have)?(?!\w)"
 )
 _VERB_OF_ONE = {" were": " was", " are": " is", " have": " has"}
 _FILE_WIDTH = 140  # width of tables that go to a file or another program

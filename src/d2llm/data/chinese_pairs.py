@@ -151,8 +151,8 @@ def _headerless_names(path: Path, line: int, count: int, target: Target | None) 
     if count not in _HEADERLESS:
         raise DataFormatError(
             path,
-            f"{count} columns and no header; without one there must be 3 (text, text, label) or 4 (number, text, text, "
-            "label), with one the texts are sentence1 and sentence2",
+            f"{count} columns (between tabs, || or commas) and no header; without one there must be 3 (text, text, "
+            "label) or 4 (number, text, text, label), with one the texts are sentence1 and sentence2",
             line=line,
         )
     names = _HEADERLESS[count]

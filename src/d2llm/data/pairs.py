@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ PairKind = Literal["binary", "classes", "scores"]
 
 _BINARY = (("0", "1"), ("no", "yes"), ("false", "true"), ("not_entailment", "entailment"))
 _POSITIVE = frozenset(positive for _, positive in _BINARY)
+_DECIMAL = re.compile(r"\s*[+-]?\d+\.\d*\s*")  # of a label in a table, where all values are texts
 _LABEL_FIELDS = ("label", "gold_label")
 _SCORE_FIELDS = ("score", "similarity_score")
 _ID_FIELDS = ("id", "_id")
@@ -324,7 +326,7 @@ def _pair_of(path: Path, line: int, record: Fields, columns: _Columns, fallback:
     value: object = record[columns.target]
     if value is None or (isinstance(value, str | int) and str(value).strip() in _NO_LABEL and not columns.is_score):
         return LabelledPair(identifier, query, passage, None, None)
-    if columns.is_score or isinstance(value, float):
+    if columns.is_score or isinstance(value, float) or (isinstance(value, str) and _DECIMAL.fullmatch(value)):
         return LabelledPair(identifier, query, passage, None, _score(path, line, columns.target, value))
     if isinstance(value, bool):
         return LabelledPair(identifier, query, passage, str(int(value)), None)
