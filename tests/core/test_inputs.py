@@ -20,6 +20,14 @@ CALLS = {
     "a student": (lambda: Index.create("i", 5), "student is 5 (int), but must be a student, its folder, or a name"),
     "its student": (lambda: (Index.create("i", FakeStudent()), Index.open("i", 5).student), "student is 5 (int), but"),
     "a snapshot": (lambda: Index.create("i", FakeStudent()).snapshot(5), "5 cannot name a snapshot"),
+    "a rewriter": (
+        lambda: Index.create("i", FakeStudent()).search("a", history="b", rewriter=5),
+        "rewriter is 5 (int), but must be a Rewriter",
+    ),
+    "an expansion": (
+        lambda: Index.create("i", FakeStudent()).search("a", expansion=5),
+        "expansion is 5 (int), but must be an Expansion",
+    ),
     "metadata": (
         lambda: Index.create("i", FakeStudent()).upsert(Passage("a", "b", metadata=5)),
         "the metadata of passage 'a' is 5 (int), but must be a dictionary",

@@ -37,7 +37,7 @@ def suggestion(name: str, known: Iterable[str], listing: str) -> str:
     """``did you mean 'top_k'?`` for an unknown name; if no known name is similar enough, a list of all."""
     names = list(known)
     similar = nearest(name, names)
-    return f"{listing}: {', '.join(names)}" if similar is None else f"did you mean '{similar}'?"
+    return f"{listing}: {', '.join(names) or 'none'}" if similar is None else f"did you mean '{similar}'?"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

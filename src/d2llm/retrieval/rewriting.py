@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.inputs import list_of
+from d2llm.core.inputs import list_of, shown
 from d2llm.core.types import QueryRewriting, Ranking
 from d2llm.data.python_records import QueryLike, one_query_of
 from d2llm.models.writers.writer import Assignment, Writer, WrittenQueries
@@ -126,6 +126,8 @@ def rewritten(
             "history is for a language model that rewrites the query, and there is none: give one as rewriter, leave "
             "history out and give a query that can be understood alone"
         )
+    if not hasattr(rewriter, "rewrite"):
+        raise InputError(f"rewriter is {shown(rewriter)}, but must be a Rewriter (d2llm.retrieval.rewriting)")
     query = one_query_of(cast("QueryLike", queries), "a rewriting")
     rewriting = rewriter.rewrite(query.text, turns)
     return replace(query, text=rewriting.text), rewriting

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.batches import batched
 from d2llm.core.errors import InputError, ModelError
+from d2llm.core.inputs import shown
 from d2llm.core.types import IdRanking, Passage, Query, Ranking, Task
 from d2llm.data.python_records import QueryLike
 from d2llm.models.protocols import SearchStudent
@@ -391,6 +392,8 @@ def _check_stages(
     Raises:
         InputError: they cannot.
     """
+    if not hasattr(expansion, "method") and expansion is not None:
+        raise InputError(f"expansion is {shown(expansion)}, but must be an Expansion (d2llm.retrieval.expansion)")
     rephrases = expansion is not None and expansion.method == "multi"
     if rerank is not None and (settings.exact or settings.hybrid is not None):
         raise InputError(
