@@ -25,6 +25,7 @@ from attacked_server import JSON, AttackedServer
 from campaign.frame import Outcome, Row, main
 from d2llm import Index, Student, encode
 from d2llm.core.errors import IndexLockedError
+from d2llm.ops.kernels import MIN_CALLS, MIN_PARTS
 from tiny_models import TEXTS
 from tiny_server import WORDS, tiny_passages, write_tiny_student
 from waiting import PATIENCE
@@ -140,7 +141,12 @@ class Soak:
         index.upsert([{"id": one, "text": text, "metadata": {"owner": -1}} for one, text in self.static.items()])
         index.close()
         self.point()
-        self.server = AttackedServer(self.docs, self.other, reload_seconds=0.2)
+        large = folder / "large"
+        with Index.create(large, self.student, student_source=str(first)) as index:
+            index.upsert([{"id": f"long{n}", "text": f"{TEXTS[0]} {n} " * (MIN_PARTS // 50)} for n in range(25)])
+        self.server = AttackedServer(self.docs, self.other, large, reload_seconds=0.2)
+        for _ in range(2 * MIN_CALLS):  # at the start the server loads its compiled loops, which take memory once
+            assert self.server.post("/indexes/large/v1/search", {"query": TEXTS[0], "hybrid": 0.5}).status == 200
         self.began = time.monotonic()
         self.highest = 0
         self.fixed = self.answers()
