@@ -68,7 +68,7 @@ def rows() -> list[tuple[str, str]]:
             licence = NOT_INSTALLED.get(name, "")
         licence = COPYLEFT.get(name) or UNSAID.get(name) or licence
         if not licence:
-            sys.exit(f"{name}: its licence is not in its metadata; read it, and add it to UNSAID")
+            sys.exit(f"{name}: not installed, or its metadata has no licence; read it, and add it to UNSAID")
         # A choice between a copyleft and a permissive licence is permissive.
         if name not in {*COPYLEFT, *UNSAID} and _COPYLEFT.search(licence) and "BSD" not in licence:
             sys.exit(f"{name}: {licence} is not permissive; do without it, or add it to COPYLEFT with the reason")

@@ -79,6 +79,7 @@ def test_every_pinned_package_has_a_licence_that_is_permissive_or_explained(
     assert list(listed) == licences.pinned((repository / "constraints.txt").read_text())
     assert {name: listed[name] for name in licences.COPYLEFT} == licences.COPYLEFT
     monkeypatch.setattr(licences, "COPYLEFT", {})
+    monkeypatch.setattr(licences, "pinned", lambda text: ["certifi"])  # not all are installed on every Python
     with pytest.raises(SystemExit, match=r"certifi: .*MPL.* is not permissive"):
         licences.page()
 
