@@ -25,7 +25,7 @@ def needs_arguments(program: str) -> bool:
     for call in ast.walk(ast.parse(program)):
         if isinstance(call, ast.Call) and ast.unparse(call.func).endswith(".add_argument"):
             options = {option.arg: ast.unparse(option.value) for option in call.keywords}
-            positional = not ast.literal_eval(call.args[0]).startswith("-") and "nargs" not in options
+            positional = not ast.literal_eval(call.args[0]).startswith("-") and options.get("nargs", "'+'") == "'+'"
             if positional or options.get("required") == "True":
                 return True
     return False
