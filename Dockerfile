@@ -20,8 +20,9 @@ USER d2llm
 WORKDIR /data
 VOLUME /data
 # Settings, not options of CMD: options would win over what `docker run --env` or compose.yaml says.
-ENV PATH=/app/.venv/bin:$PATH D2LLM_SERVE_INDEX=docs.index D2LLM_SERVE_HOST=0.0.0.0
+ENV PATH=/app/.venv/bin:$PATH D2LLM_SERVE_INDEX=docs.index D2LLM_SERVE_HOST=0.0.0.0 \
+    D2LLM_SERVE_PORT=8000
 EXPOSE 8000
 HEALTHCHECK --start-period=60s --interval=15s --timeout=5s \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+    CMD python -c "import urllib.request; urllib.request.urlopen('http://127.0.0.1:$D2LLM_SERVE_PORT/health', timeout=4)"
 CMD ["d2llm", "serve"]

@@ -671,7 +671,7 @@ def test_responses_do_not_reveal_where_files_are(index, address, folder):
         assert str(folder) not in wait_until_ready(broken, "broken")["message"]
 
 
-def test_a_relative_index_path_does_not_reveal_its_folder(tmp_path, monkeypatch):
+def test_a_relative_index_path_does_not_reveal_its_folder(tmp_path, monkeypatch, caplog):
     index = write_tiny_index(tmp_path)
     (index / "write.lock").unlink()
     (index / "write.lock").mkdir()
@@ -682,6 +682,9 @@ def test_a_relative_index_path_does_not_reveal_its_folder(tmp_path, monkeypatch)
         assert response.status_code == 507
         assert "write.lock" in response.text
         assert str(tmp_path) not in response.text
+        (logged,) = [record for record in caplog.records if "failed" in record.getMessage()]
+        assert "write.lock" in logged.getMessage()
+        assert logged.exc_info is None  # the message says it all
 
 
 def test_a_wrong_method_gets_all_allowed_ones(address):

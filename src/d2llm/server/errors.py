@@ -261,7 +261,8 @@ def install_error_handlers(app: FastAPI, private: Sequence[Path] = ()) -> None:
             allowed = ", ".join(_methods(app, request.url.path)) or (problem.headers or {}).get("Allow", "")
             problem = replace(problem, headers={"Allow": allowed})
         if problem.status >= 500 and problem.status != 503:
-            _log.error("request %s failed", problem.request_id, exc_info=error)
+            unforeseen = None if isinstance(error, D2LLMError) else error  # others say themselves what to do
+            _log.error("request %s failed: %s", problem.request_id, error, exc_info=unforeseen)
         return problem_response(request.url.path, problem)
 
     for kind in (RequestValidationError, HTTPException, D2LLMError, Exception):
