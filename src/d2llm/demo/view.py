@@ -139,7 +139,7 @@ class DemoView:
         for result in report.passages:
             title = self._plain(f"✓ {result.title}" if result.right else result.title)
             table.add_row(title, Cell(result.score, "bold"), *(getattr(result, field) for field in shown.values()))
-        self._print(table.to_terminal())
+        self._print(table)
         meanings = {
             "inner product": "the passage's one vector",
             "words": "BM25 of the passage and of its best two sentences",
@@ -167,7 +167,7 @@ class DemoView:
         table = Table("", precision, first, framed=False)
         for system in report.systems:
             table.add_row(system.name, system.precision, system.first)
-        self._print(table.to_terminal())
+        self._print(table)
         if not report.interaction_weight:
             self._say(f"The interaction of '{student}' has the weight 0 here too, so it changes nothing.")
         elif report.p_value is None:
@@ -188,7 +188,7 @@ class DemoView:
         for step, seconds in report.seconds.items():
             table.add_row(step, seconds)
         table.add_row(Cell("total", "bold"), Cell(report.total_seconds, "bold"))
-        self._print(table.to_terminal())
+        self._print(table)
         sizes = report.sizes
         self._say(
             f"Index: {sizes.index / _MEGABYTE:.1f} MB, {sizes.per_passage:,.0f} bytes per passage, of which the vector "
@@ -225,6 +225,8 @@ class DemoView:
         self._console.print(Text(self._plain(text)), width=self._width, highlight=False)
 
     def _print(self, renderable: RenderableType) -> None:
+        if isinstance(renderable, Table):  # for readers, in a file too
+            renderable = renderable.to_terminal()
         is_text = isinstance(renderable, Text)
         self._console.print(renderable, highlight=False, soft_wrap=is_text, width=None if is_text else self._width)
 

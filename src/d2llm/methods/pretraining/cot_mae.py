@@ -59,7 +59,7 @@ class _ContextReconstruction(TwiceMasked):
         """
         config, embeddings = cast("CoTMAE", self.config), cast(Any, self.backbone.model).embeddings
         spans = [span for ids in batch for span in halves(ids, self.special)]
-        words = [[index for index, one in enumerate(ids) if one not in self.special] for ids in spans]
+        words = self.words_of(spans)
         drawn = [[sample(one, rate, rng) for one in words] for rate in (config.encoder_masked, config.decoder_masked)]
         counts = [max(1, sum(map(len, masked))) for masked in drawn]
         for part in self.batches(batch):
@@ -72,5 +72,5 @@ class _ContextReconstruction(TwiceMasked):
             tokens = embeddings(input_ids=self.with_masks(other_ids, reconstructed)).float()
             vectors = self.backbone.pool(states, mask)
             decoded = self.decoder(torch.cat([vectors[:, None], tokens[:, 1:]], dim=1), other_mask)
-            missed = self.missed(states, ids, encoded), self.missed(decoded, other_ids, reconstructed)
-            yield missed[0] / counts[0] + missed[1] / counts[1]
+            missed = self.missed(decoded, other_ids, reconstructed) / counts[1]
+            yield self.missed(states, ids, encoded) / counts[0] + missed

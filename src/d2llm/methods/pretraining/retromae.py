@@ -74,20 +74,21 @@ class TwiceMasked(PretrainingTask):
 
     def losses(self, batch: Sequence[list[int]], rng: random.Random) -> Iterator[Tensor]:
         """The cross-entropy of masked tokens, plus that of the tokens that the module predicts."""
-        words = [[index for index, one in enumerate(ids) if one not in self.special] for ids in batch]
+        words = self.words_of(batch)
         masked = [sample(indices, self.masked, rng) for indices in words]
         predicted = words if self.predicts_all else masked
         counts = [max(1, sum(map(len, indices))) for indices in (masked, predicted)]
         for part in self.batches(batch):
             ids, mask = self.backbone.pad([batch[index] for index in part])
-            states, _ = self.backbone(self.with_masks(ids, [masked[index] for index in part]), mask)
+            hidden, sought = ([tokens[index] for index in part] for tokens in (masked, predicted))
+            states, _ = self.backbone(self.with_masks(ids, hidden), mask)
             vectors = self.backbone.pool(states, mask)
             decoded = self.decode(vectors, ids, mask, [words[index] for index in part], rng)
-            missed = [
-                self.missed(values, ids, [indices[index] for index in part]) / count
-                for values, indices, count in zip((states, decoded), (masked, predicted), counts, strict=True)
-            ]
-            yield missed[0] + missed[1]
+            yield self.missed(states, ids, hidden) / counts[0] + self.missed(decoded, ids, sought) / counts[1]
+
+    def words_of(self, texts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Where the tokens of each text are that are not special."""
+        return [[index for index, one in enumerate(ids) if one not in self.special] for ids in texts]
 
     def with_masks(self, ids: Tensor, masked: Sequence[Sequence[int]]) -> Tensor:
         """Token ids [texts, tokens] of which the ``masked`` ones of each text are replaced by the mask."""
