@@ -30,7 +30,7 @@ from tiny_models import TEXTS
 from tiny_server import WORDS, tiny_passages, write_tiny_student
 from waiting import PATIENCE
 
-CLIENTS, WINDOW = 4, 1_000
+CLIENTS, WINDOW = 8, 1_000
 STATIC = 60  # passages that nobody changes
 OWNED = 30  # of each client, at most
 SECONDS_OF_START = 300.0  # after which memory may not grow by more than
@@ -65,10 +65,8 @@ class Client:
             time.sleep(0.05)
 
     def step(self, chance: random.Random) -> None:
-        action = chance.choices([self.write, self.delete, self.search_own, self.get, self.unchanged], [2, 1, 4, 1, 6])[
-            0
-        ]
-        action(chance)
+        actions = [self.write, self.delete, self.search_own, self.get, self.unchanged]
+        chance.choices(actions, [2, 1, 8, 2, 17])[0](chance)
 
     def write(self, chance: random.Random) -> None:
         ids = [f"own{self.name}-{chance.randrange(OWNED)}" for _ in range(chance.choice((1, 1, 4)))]
