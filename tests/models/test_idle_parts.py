@@ -72,10 +72,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("branches", ["per_task", "shared"])
+@pytest.mark.parametrize(
+    ("branches", "features"), [("per_task", "rich"), ("shared", "rich"), ("per_task", "generated")]
+)
 @pytest.mark.parametrize("case", CASES)
-def test_idle_parts_leave_the_files_and_nothing_else_changes(base, tmp_path, case, branches):
-    student, (make_idle, dropped) = trained(base, branches=branches), CASES[case]
+def test_idle_parts_leave_the_files_and_nothing_else_changes(base, tmp_path, case, branches, features):
+    student, (make_idle, dropped) = trained(base, branches=branches, features=features), CASES[case]
     make_idle(student)
     student.save(tmp_path / "before")
     expected, before = outputs(student), student.fingerprint

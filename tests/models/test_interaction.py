@@ -39,7 +39,7 @@ def make(head="dot", features="rich", *, trained=True, **settings) -> Interactio
 def search_scores(module: Interaction, query, passages, task) -> np.ndarray:
     """Scores as a search computes them, but in float64."""
     with torch.inference_mode():
-        weights = HeadWeights(module, task, torch.float64)
+        weights = HeadWeights(module, task, torch.float64, query)
     return QueryScorer(module, weights, query, task, 3)(passages)
 
 
@@ -107,6 +107,44 @@ def test_split_equals_unsplit(head, features, branches, task, layers):
             np.testing.assert_allclose(inner.detach(), dot.detach(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("layers", [3, 5])
+@pytest.mark.parametrize("head", ["dot", "paper"])
+def test_a_query_generates_all_weights(head, layers):
+    """Every layer is (W + P a) x + c + Q a, of the passage alone."""
+    module, queries, passages = make(head, "generated", layers=layers), vectors(3, 1), vectors(4, 2)
+    arrays = {name: value.detach().numpy() for name, value in module.named_parameters()}
+
+    def layer(name, a, x):
+        made = np.einsum("nd,d->n", arrays[f"{name}.generator"], a).reshape(-1, len(x) + 1)
+        return (arrays[f"{name}.weight"] + made[:, :-1]) @ x + arrays[f"{name}.bias"] + made[:, -1]
+
+    for task in TASKS:
+        scores = module(queries, passages, task)
+        names = [f"branches.{task}.0"] if layers == 3 else ["shared", f"branches.{task}.0"]
+        for row, a in enumerate(queries.numpy()):
+            expected = []
+            for b in passages.numpy():
+                x = np.maximum(layer("first", a, b), 0)
+                for name in names:
+                    x = np.maximum(layer(name, a, x), 0)
+                if layers == 5:
+                    x = layer(f"branches.{task}.2", a, x)
+                expected.append(layer("output", a, x)[0])
+            if head == "dot":
+                bound = module.bound(task).item()
+                expected = scores.dot[row].detach().numpy() + bound * np.tanh(expected)
+            assert np.ptp(expected) > 0.1
+            np.testing.assert_allclose(scores.logits[row].detach(), expected, rtol=0, atol=1e-11)
+            np.testing.assert_allclose(search_scores(module, queries[row], passages, task), expected, atol=1e-11)
+
+
+def test_generated_weights_are_narrow_and_stay_here():
+    with pytest.raises(InputError, match="so both are at most 64"):
+        InteractionConfig(features="generated")
+    with pytest.raises(InputError, match="cannot be written into a file for other programs"):
+        make("dot", "generated").split_layers("symmetric")
+
+
 def test_the_authors_form_has_three_layers_and_features_after_a_relu():
     module = make("paper", "concat", layers=3)
     shapes = {name: tuple(each.shape) for name, each in module.named_parameters() if name.endswith("weight")}
@@ -133,8 +171,9 @@ def test_a_shared_branch_is_the_same_for_both_tasks():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_untrained_dot_head_is_twenty_times_the_cosine(task):
-    module = make(trained=False)
+@pytest.mark.parametrize("features", [*FEATURES, "generated"])
+def test_untrained_dot_head_is_twenty_times_the_cosine(task, features):
+    module = make(features=features, trained=False)
     queries, passages = (v / v.norm(dim=1, keepdim=True) * DIM**0.5 for v in (vectors(3, 1), vectors(4, 2)))
     cosines = queries @ passages.T / DIM
     torch.testing.assert_close(module(queries, passages, task).logits, 20 * cosines, rtol=0, atol=1e-5)

@@ -13,6 +13,7 @@ from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.models.student import Student
 from d2llm.recipe import InteractionConfig
+from d2llm.retrieval.index import Index
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -190,10 +191,12 @@ def test_no_passages_give_no_scores():
 # --- the student ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory):
-    folder = write_tiny_model(tmp_path_factory.mktemp("models") / "llama")
-    student = Student.create(tiny_student_config(folder), device="cpu", dtype="float32")
+@pytest.fixture(scope="module", params=["rich", "generated"])
+def student(tmp_path_factory, request):
+    config = tiny_student_config(write_tiny_model(tmp_path_factory.mktemp("models") / "llama"))
+    interaction = config.interaction.model_copy(update={"features": request.param})
+    config = config.model_copy(update={"interaction": interaction})
+    student = Student.create(config, device="cpu", dtype="float32")
     student.prepare_training()
     randomise(student, scale=0.05)
     return student.eval()
@@ -213,6 +216,16 @@ def test_a_prepared_query_scores_like_the_full_network(student):
         for query, logits in zip(queries, expected, strict=True):
             np.testing.assert_allclose(student.score(query, passages, task), logits, rtol=0, atol=1e-4)
         np.testing.assert_array_equal(prepared(passages), student.score(queries[1], passages, task))
+
+
+def test_an_index_scores_like_the_full_network(student, tmp_path):
+    query, passages = student.encode_queries(TEXTS[:1]).vectors, student.encode_passages(TEXTS).vectors
+    with Index.create(tmp_path / "index", student, task="asymmetric") as index:
+        index.upsert([{"id": str(number), "text": text} for number, text in enumerate(TEXTS)])
+        (ranking,) = index.search(TEXTS[:1], top_k=len(TEXTS))
+    scores = {each.passage.id: each.score for each in ranking}
+    expected = full_network_scores(student, query, passages, "asymmetric")[0]
+    np.testing.assert_allclose([scores[str(number)] for number in range(len(TEXTS))], expected, rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize("change", ["optimizer", "fill", "load"])

@@ -3,6 +3,9 @@
 Source: Liao et al., "D2LLM", ACL 2024, section 3.2. The first layer is linear in the query and passage features, so
 each half is computed once: W [a; b] = W_q a + W_p b. With rich features the product part is merged into the passage
 half, W_p b + W_m (a * b) = (W_p + W_m diag(a)) b, one matrix product per query (``models.scorer``).
+
+With the features ``generated``, the network reads b alone and all of its weights depend on the query: Killingback et
+al., "Hypencoder", SIGIR 2025. There they are made by attention over the query's tokens, here by a linear map of a.
 """
 
 from __future__ import annotations
@@ -22,7 +25,13 @@ from d2llm.ops.scoring import Linear, bounded_logit
 from d2llm.recipe import InteractionConfig
 
 _SHARED = "shared"
-_PAIR_FEATURES = {"concat": (), "product": ("a * b",), "difference": ("|a - b|",), "rich": ("a * b", "|a - b|")}
+_INPUTS = {
+    "concat": ("a", "b"),
+    "product": ("a", "b", "a * b"),
+    "difference": ("a", "b", "|a - b|"),
+    "rich": ("a", "b", "a * b", "|a - b|"),
+    "generated": ("b",),
+}
 _LAYER_NAMES = {"a": "query", "b": "passage", "a * b": "product", "|a - b|": "difference"}
 _OPEN = 3.0  # sigmoid(3) = 0.95
 _MAX_FRACTION = 0.999  # of the largest bound; 1 cannot be reached
@@ -95,6 +104,23 @@ class _DotProduct(nn.Module):
             self.log_scale.copy_(scale.log())
 
 
+class _GeneratedLinear(nn.Linear):
+    """A layer whose weight and bias are made by a linear map of the query's vector."""
+
+    def __init__(self, dim: int, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.generator = nn.Parameter(torch.empty(outputs * (inputs + 1), dim))
+        largest = (inputs * dim) ** -0.5  # so that what a query adds is as large as what is the same for all
+        nn.init.uniform_(self.generator, -largest, largest)
+
+    def generate(
+        self, queries: Float[Tensor, "*queries dim"]
+    ) -> tuple[Float[Tensor, "*queries outputs inputs"], Float[Tensor, "*queries outputs"]]:
+        """The weights and biases of queries."""
+        made = nn.functional.linear(queries, self.generator).unflatten(-1, (self.out_features, self.in_features + 1))
+        return self.weight + made[..., :-1], self.bias + made[..., -1]
+
+
 class Interaction(nn.Module):
     """IEM with a branch per task: shared f1, a separate f2 for each task, one linear layer to the logit.
 
@@ -115,13 +141,13 @@ class Interaction(nn.Module):
         self.config = config
         self.dim = dim
         hidden = config.hidden_dim
-        self._block_index = {name: index for index, name in enumerate(("a", "b", *_PAIR_FEATURES[config.features]))}
+        self._block_index = {name: index for index, name in enumerate(_INPUTS[config.features])}
         self.dropout = nn.Dropout(config.dropout)
         if config.tasks:
-            self.first = nn.Linear(len(self._block_index) * dim, hidden)
-            self.shared = nn.Linear(hidden, hidden) if config.layers == 5 else None
+            self.first = self._new_layer(len(self._block_index) * dim, hidden)
+            self.shared = self._new_layer(hidden, hidden) if config.layers == 5 else None
             self.branches = nn.ModuleDict({name: self._new_branch() for name in self._branch_names(config.tasks)})
-            self.output = nn.Linear(config.feature_dim, 1)
+            self.output = self._new_layer(config.feature_dim, 1)
         self.dots: nn.ModuleDict | None = None
         self.teacher_dots: nn.ModuleDict | None = None
         self.label_weight = 0.5
@@ -132,8 +158,7 @@ class Interaction(nn.Module):
             for task in config.tasks:
                 self.register_buffer(f"residual_{task}", torch.ones(()))
         if config.head == "dot" and config.tasks:
-            nn.init.zeros_(self.output.weight)
-            nn.init.zeros_(self.output.bias)
+            _set_to_zero(self.output)
             self.raw_bound = nn.Parameter(torch.zeros(()))
             if config.gates:
                 self.query_gate, self.passage_gate = _open_gate(dim), _open_gate(dim)
@@ -179,7 +204,7 @@ class Interaction(nn.Module):
             return []
         dropped: list[str] = []
         kept: tuple[Task, ...] = ()
-        if self.config.tasks and bool(self.output.weight.any() or self.output.bias.any()):
+        if self.config.tasks and any(bool(p.any()) for p in self.output.parameters()):
             kept = tuple(task for task in self.config.tasks if bool(self.interaction_weight(task)))
         for task in self.config.tasks:
             if task not in kept:
@@ -214,8 +239,7 @@ class Interaction(nn.Module):
                 head.interaction_weight(task).zero_()
             for name in {*head.branches} - {*self.branches}:
                 last = cast(nn.Linear, cast(nn.Sequential, head.branches[name])[-1 if self.shared is not None else 0])
-                last.weight.zero_()
-                last.bias.zero_()
+                _set_to_zero(last)
             if config.gates and self.query_gate is None:
                 fraction = torch.sigmoid(self.raw_bound) / torch.sigmoid(torch.tensor(_OPEN)) ** 2
                 head.raw_bound.copy_(torch.logit(fraction.clamp(max=_MAX_FRACTION)))
@@ -236,8 +260,12 @@ class Interaction(nn.Module):
 
     def _new_branch(self) -> nn.Sequential:
         hidden = self.config.hidden_dim
-        layers = [nn.Linear(hidden, hidden), nn.ReLU()]
-        return nn.Sequential(*layers, *([nn.Linear(hidden, self.config.feature_dim)] if self.shared else []))
+        layers = [self._new_layer(hidden, hidden), nn.ReLU()]
+        return nn.Sequential(*layers, *([self._new_layer(hidden, self.config.feature_dim)] if self.shared else []))
+
+    def _new_layer(self, inputs: int, outputs: int) -> nn.Linear:
+        is_generated = self.config.features == "generated"
+        return _GeneratedLinear(self.dim, inputs, outputs) if is_generated else nn.Linear(inputs, outputs)
 
     def _branch_names(self, tasks: Sequence[Task]) -> tuple[str, ...]:
         return tuple(tasks) if self.config.branches == "per_task" else (_SHARED,)
@@ -354,36 +382,48 @@ class Interaction(nn.Module):
         if not self.has_interaction(task):
             assert dot is not None
             return PairScores(dot, dot, None)
-        hidden = nn.functional.linear(queries, self._weight_columns("a"), self.first.bias)
-        hidden = hidden + nn.functional.linear(passages, self._weight_columns("b"))
-        if "a * b" in self._block_index:
-            hidden = hidden + (queries * passages) @ self._weight_columns("a * b").T
-        if "|a - b|" in self._block_index:
-            hidden = hidden + (queries - passages).abs() @ self._weight_columns("|a - b|").T
-        features = self._after_first(hidden, task)
-        logits = at_least_float32(self.output(self.dropout(features)).squeeze(-1))
+        features = self._after_first(self._first_outputs(queries, passages), queries, task)
+        logits = at_least_float32(_apply(self.output, self.dropout(features), queries).squeeze(-1))
         if dot is None:
             return PairScores(logits, None, features)
         bound = self.query_bound(queries, task) * self.passage_bound(passages)
         return PairScores(bounded_logit(dot, logits, bound), dot, features)
 
-    def split_layers(self, task: Task) -> SplitLayers:
+    @property
+    def is_generated(self) -> bool:
+        """Whether the weights depend on the query."""
+        return bool(self.config.tasks) and self.config.features == "generated"
+
+    def split_layers(self, task: Task, query: Float[Tensor, " dim"] | None = None) -> SplitLayers:
         """The weights in the form that a search uses (``models.scorer``), without dropout.
 
         With five layers, no ReLU follows a branch's last one, so it and the output layer are merged into one vector.
+
+        Raises:
+            InputError: the weights depend on the query (``is_generated``), and there is none.
         """
+        if self.is_generated and query is None:
+            raise InputError(
+                "the interaction's weights are generated by each query, so they cannot be written into a file for "
+                "other programs; export a student whose interaction.features is not 'generated'"
+            )
         branch = [
-            layer for layer in cast(nn.Sequential, self.branches[self._branch(task)]) if isinstance(layer, nn.Linear)
+            _weights_for(layer, query)
+            for layer in cast(nn.Sequential, self.branches[self._branch(task)])
+            if isinstance(layer, nn.Linear)
         ]
-        last, constant = self.output.weight[0], self.output.bias[0]
+        (first, bias), (output, constant) = (_weights_for(layer, query) for layer in (self.first, self.output))
+        last, constant = output[0], constant[0]
         inner = branch[:1]
         if self.shared is not None:
-            inner, features = [self.shared, branch[0]], branch[1]
-            last, constant = last @ features.weight, last @ features.bias + constant
+            inner, (weight, feature_bias) = [_weights_for(self.shared, query), branch[0]], branch[1]
+            last, constant = last @ weight, last @ feature_bias + constant
+        columns = dict(zip(self._block_index, first.split(self.dim, dim=1), strict=True))
+        columns.setdefault("a", torch.zeros_like(columns["b"]))
         return SplitLayers(
-            **{_LAYER_NAMES[name]: self._weight_columns(name) for name in self._block_index},
-            bias=self.first.bias,
-            inner=tuple(Linear(layer.weight, layer.bias) for layer in inner),
+            **{_LAYER_NAMES[name]: weight for name, weight in columns.items()},
+            bias=bias,
+            inner=tuple(Linear(*layer) for layer in inner),
             last=last,
             constant=constant,
         )
@@ -400,11 +440,29 @@ class Interaction(nn.Module):
         block = self._block_index[name]
         return self.first.weight[:, block * self.dim : (block + 1) * self.dim]
 
-    def _after_first(self, hidden: Float[Tensor, "*pairs hidden"], task: Task) -> Float[Tensor, "*pairs feature_dim"]:
-        shared = torch.relu(hidden)
+    def _first_outputs(
+        self, queries: Float[Tensor, "queries 1 dim"], passages: Float[Tensor, "_ passages dim"]
+    ) -> Float[Tensor, "queries passages hidden"]:
+        if isinstance(self.first, _GeneratedLinear):
+            return _apply(self.first, passages, queries)
+        hidden = nn.functional.linear(queries, self._weight_columns("a"), self.first.bias)
+        hidden = hidden + nn.functional.linear(passages, self._weight_columns("b"))
+        if "a * b" in self._block_index:
+            hidden = hidden + (queries * passages) @ self._weight_columns("a * b").T
+        if "|a - b|" in self._block_index:
+            hidden = hidden + (queries - passages).abs() @ self._weight_columns("|a - b|").T
+        return hidden
+
+    def _after_first(
+        self, hidden: Float[Tensor, "queries passages hidden"], queries: Float[Tensor, "queries 1 dim"], task: Task
+    ) -> Float[Tensor, "queries passages feature_dim"]:
+        hidden = torch.relu(hidden)
         if self.shared is not None:
-            shared = torch.relu(self.shared(self.dropout(shared)))
-        return self.branches[self._branch(task)](self.dropout(shared))
+            hidden = torch.relu(_apply(self.shared, self.dropout(hidden), queries))
+        hidden = self.dropout(hidden)
+        for layer in cast(nn.Sequential, self.branches[self._branch(task)]):
+            hidden = _apply(layer, hidden, queries)
+        return hidden
 
 
 class CosineHead(nn.Module):
@@ -478,6 +536,27 @@ def make_head(config: InteractionConfig, dim: int) -> Interaction | CosineHead:
     """Create the head that a configuration names."""
     simple = {head.kind: head for head in (CosineHead, ProductHead, DivergenceHead)}.get(config.head)
     return Interaction(config, dim) if simple is None else simple(dim)
+
+
+def _apply(
+    layer: nn.Module, inputs: Float[Tensor, "_ passages inputs"], queries: Float[Tensor, "queries 1 dim"]
+) -> Float[Tensor, "queries passages outputs"]:
+    if not isinstance(layer, _GeneratedLinear):
+        return layer(inputs)
+    weight, bias = layer.generate(queries)
+    return inputs @ weight.squeeze(1).mT + bias
+
+
+def _weights_for(layer: nn.Linear, query: Float[Tensor, " dim"] | None) -> tuple[Tensor, Tensor]:
+    if isinstance(layer, _GeneratedLinear) and query is not None:
+        return layer.generate(query)
+    return layer.weight, layer.bias
+
+
+def _set_to_zero(layer: nn.Linear) -> None:
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
 
 
 def _open_gate(dim: int) -> nn.Linear:

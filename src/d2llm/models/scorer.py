@@ -36,12 +36,16 @@ product whose number is not a multiple of 12. A multiple of 32 was right on ever
 class HeadWeights:
     """An interaction's weights for one task, folded and cast for scoring; ``is_of`` says whether they are up to date.
 
+    If they depend on the query (``Interaction.is_generated``), they are those of ``query``.
+
     ``dtype`` is the number format of the products. It is float32 if bfloat16 is requested but the CPU has no fused
     bfloat16 layer: torch's own bfloat16 product takes several times as long there (docs/log), and is less exact.
     """
 
-    def __init__(self, head: Interaction, task: Task, dtype: torch.dtype) -> None:
-        layers = head.split_layers(task)
+    def __init__(
+        self, head: Interaction, task: Task, dtype: torch.dtype, query: Float[Tensor, " dim"] | None = None
+    ) -> None:
+        layers = head.split_layers(task, query)
         self._requested_dtype = dtype
         on_cpu = layers.passage.device.type == "cpu"
         if dtype == torch.bfloat16 and on_cpu and not can_fuse_bfloat16_layers():

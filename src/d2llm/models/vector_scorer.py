@@ -105,9 +105,9 @@ class VectorScorer(nn.Module):
         of the interaction, by default the student's own for the task.
         """
         head, weights = self.interaction, None
-        if isinstance(head, Interaction) and head.changes_scores(task, interaction_weight=interaction_weight):
-            weights = self._scoring_weights(head, task)
         query = torch.from_numpy(query_vector).to(self.device)
+        if isinstance(head, Interaction) and head.changes_scores(task, interaction_weight=interaction_weight):
+            weights = self._scoring_weights(head, task, query)
         block = SCORE_BLOCK if query.device.type == "cpu" else _ACCELERATOR_BLOCK
         return QueryScorer(head, weights, query, task, block, interaction_weight=interaction_weight)
 
@@ -129,7 +129,10 @@ class VectorScorer(nn.Module):
         """Leave out cast weights: a copy casts its weights itself."""
         return {**self.__dict__, "_kept_weights": {}}
 
-    def _scoring_weights(self, head: Interaction, task: Task) -> HeadWeights:
+    def _scoring_weights(self, head: Interaction, task: Task, query: Float[Tensor, " dim"]) -> HeadWeights:
+        if head.is_generated:
+            with torch.inference_mode():
+                return HeadWeights(head, task, self.compute_dtype, query)
         kept = self._kept_weights.get(task)
         if kept is None or not kept.is_of(head, self.compute_dtype):
             with torch.inference_mode():

@@ -12,6 +12,9 @@ from d2llm.recipe.backbone import BackboneConfig, Frozen
 from d2llm.recipe.pooling import AutoPooling, Pooling
 from d2llm.recipe.sections import Section
 
+MAX_GENERATED_DIM = 64
+"""Width of an interaction whose weights are generated: at 384 dimensions, 64 take 18 million weights, 16 take 3."""
+
 
 class InteractionConfig(Section):
     """Interaction emulation module (IEM), or a cosine instead of it."""
@@ -20,8 +23,9 @@ class InteractionConfig(Section):
     """``cosine``: a learned scale times the cosine of the vectors, without an IEM, as in a plain bi-encoder;
     ``product``: the same with vectors as they are, for the pooling ``splade``; ``divergence``: minus that of two
     distributions, for the pooling ``multivariate``."""
-    features: Literal["rich", "concat", "product", "difference"] = "rich"
-    """Inputs of the IEM besides the vectors a and b: none (``concat``), a * b, |a - b|, or both (``rich``)."""
+    features: Literal["rich", "concat", "product", "difference", "generated"] = "rich"
+    """Inputs of the IEM besides the vectors a and b: none (``concat``), a * b, |a - b|, or both (``rich``).
+    ``generated``: the IEM reads b alone, and all its weights are linear functions of a (Hypencoder)."""
     tasks: tuple[Task, ...] = TASKS
     """The tasks whose score has an interaction (dot head); in the others the score is the inner product alone."""
     branches: Literal["per_task", "shared"] = "per_task"
@@ -56,6 +60,15 @@ class InteractionConfig(Section):
         if self.head == "paper" and self.tasks != TASKS:
             raise ValueError(
                 "the head 'paper' scores by its interaction alone, in every task: delete tasks, or set head to 'dot'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_generated(self) -> InteractionConfig:
+        if self.features == "generated" and max(self.hidden_dim, self.feature_dim) > MAX_GENERATED_DIM:
+            raise ValueError(
+                f"hidden_dim is {self.hidden_dim} and feature_dim {self.feature_dim}: features 'generated' makes every "
+                f"weight from the query's vector, so both are at most {MAX_GENERATED_DIM}; set them to 16, for example"
             )
         return self
 

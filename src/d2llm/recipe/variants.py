@@ -362,6 +362,10 @@ _OWN: _Group = {
     "product": ("features: the vectors and their product", _student(interaction={"features": "product"})),
     "difference": ("features: the vectors and their difference", _student(interaction={"features": "difference"})),
     "rich": ("features: the vectors, product and difference", _student(interaction={"features": "rich"})),
+    "generated": (
+        "the query generates the weights of an IEM of width 16 that reads the passage alone (Hypencoder)",
+        _student(interaction={"features": "generated", "hidden_dim": 16, "feature_dim": 16}),
+    ),
     "width-128": ("IEM of width 128", _student(interaction={"hidden_dim": 128, "feature_dim": 128})),
     "width-512": ("IEM of width 512", _student(interaction={"hidden_dim": 512, "feature_dim": 512})),
     "width-1024": ("IEM of width 1,024", _student(interaction={"hidden_dim": 1024, "feature_dim": 1024})),

@@ -164,6 +164,7 @@ def test_gelu_is_exact_to_float32():
     [
         {"pooling": Pooling(kind="weighted_mean")},
         {"interaction": {"head": "paper", "gates": False}},
+        {"interaction": {"features": "generated"}},
         {"tuning": {"kind": "lora", "rank": 4, "alpha": 8.0, "adapters": "two"}},
     ],
     ids=str,

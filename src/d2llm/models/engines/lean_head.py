@@ -32,6 +32,8 @@ class LeanHead:
     @property
     def fits(self) -> bool:
         """Whether the arrays are exactly those that the configuration needs."""
+        if self.config.features not in _PAIR_FEATURES:
+            return False
         return {name: array.shape for name, array in self.arrays.items()} == _shapes(self.config, self.dim)
 
     def weight(self, task: Task) -> float:
