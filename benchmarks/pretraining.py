@@ -45,7 +45,7 @@ STAGES: dict[str, dict[str, Any]] = {"attention": {"kind": "relations", "version
 """Stages of which the objective is not the kind."""
 ROWS = (
     *("full", "full+simcse", "full+mirror", "full+retromae", "full+condenser"),
-    *("full+cocondenser", "full+cot_mae"),
+    *("full+cocondenser", "full+cot_mae", "full+declutr"),
     *(
         "cut",
         "cut+vectors",

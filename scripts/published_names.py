@@ -33,6 +33,8 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "Condenser": ("training.pretraining", "condenser"),
     "coCondenser": ("training.pretraining", "cocondenser"),
     "CoT-MAE": ("training.pretraining", "cot_mae"),
+    "DeCLUTR": ("training.pretraining", "declutr"),
+    "MEXMA": ("training.pretraining", "mexma"),
     "LLaRA (Llama2Vec)": ("training.pretraining", "words"),
     "LLM2Vec": ("training.pretraining", "masked_next_token"),
     "MiniLM, MiniLMv2": ("training.pretraining", "relations"),
@@ -130,11 +132,8 @@ MISSING: Mapping[str, str] = {
     "FSDP": "a student of 7 billion weights fits one GPU with adapters ([scale.md](scale.md))",
     "Contextual document embeddings: the second stage": "two readings of every passage, and neighbours from the index: "
     "an index could no longer add one passage alone",
-    "DeCLUTR": "two spans of a long document; passages here are read alone",
     "Dewey": "trains long windows; the shipped encoders read at most 512 tokens",
     "vec2vec": "needs no common passages, but hours of adversarial training; whoever changes a student has passages",
-    "MEXMA": "words of one language predicted from the vector of its translation: needs parallel sentences, of which "
-    "only xquad, a test set, is here",
     "Neuron pruning, ZipLM": "not written yet; layers are left out (`backbone.layers`)",
 }
 """Names of methods that are not here, and why."""

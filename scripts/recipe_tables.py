@@ -3,8 +3,8 @@
     python scripts/recipe_tables.py
 
 Another kind of method is another block ``<!-- methods SECTION:begin -->`` (``d2llm.reports.methods``). Reads
-losses.json, untrained.json, pretraining.json, static.json and static-trained*.json of benchmarks/results; no figure of
-these tables is typed by hand.
+losses.json, untrained.json, pretraining.json, cross-lingual.json, static.json and static-trained*.json of
+benchmarks/results; no figure of these tables is typed by hand.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ def main() -> None:
     text = between(text, "untrained", untrained(json.loads((RESULTS / "untrained.json").read_text(encoding="utf-8"))))
     pretrained = json.loads((RESULTS / "pretraining.json").read_text(encoding="utf-8"))
     text = between(text, "pretraining", pretraining(pretrained))
+    translated = json.loads((RESULTS / "cross-lingual.json").read_text(encoding="utf-8"))
+    text = between(text, "cross-lingual", cross_lingual(translated))
     trained = [
         json.loads(file.read_text(encoding="utf-8"))["result"] for file in sorted(RESULTS.glob("static-trained*"))
     ]
@@ -152,6 +154,18 @@ def pretraining(report: dict[str, Any]) -> str:
         "`relations` with version 1 (MiniLM)."
     )
     return f"{markdown(lines, num_texts=3)}\n\n{note}"
+
+
+def cross_lingual(report: dict[str, Any]) -> str:
+    """A row for each student that learns from translations: what it was trained on, and what it makes of pairs."""
+    measured = ("en-zh", "zh-en", "similarity zh-en", "similarity en", "stsb", "stsb-zh")
+    titles = ("layers of e5", "trained by", "en to zh", "zh to en", "graded zh, en", "graded en", "stsb", "stsb-zh")
+    lines = [[*titles]]
+    for row in report["rows"]:
+        layers, *stages = row["row"].split("+")
+        trained = ", then ".join(f"`{stage}`" for stage in stages) or "nothing"
+        lines.append([layers, trained, *(f"{row[name]:.3f}" for name in measured)])
+    return markdown(lines, num_texts=2)
 
 
 def static(report: dict[str, Any], trained: Sequence[dict[str, Any]]) -> str:

@@ -25,6 +25,7 @@ Need = Literal[
     "features",
     "live_teacher",
     "texts",
+    "translations",
     "another_backbone",
     "several_teachers",
     "writer",
@@ -32,7 +33,8 @@ Need = Literal[
     "gpu",
 ]
 """What a user must bring for a method: the data sets' own judgements, a teacher's labels, the teacher's features beside
-them, a teacher that is there (in training, or in a search), texts without labels, ..., a model behind an API, a GPU."""
+them, a teacher that is there (in training, or in a search), texts without labels, texts with translations, ..., a
+model behind an API, a GPU."""
 _PACKAGE = Path(__file__).parents[1]
 
 

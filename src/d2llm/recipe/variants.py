@@ -288,6 +288,7 @@ _OWN: _Group = {
     ),
     "cocondenser": ("the same of halves of texts, which find each other (coCondenser)", _pretrained("cocondenser")),
     "cot-mae": ("the backbone first taught to reconstruct a half from the other (CoT-MAE)", _pretrained("cot_mae")),
+    "declutr": ("the backbone first taught to find spans near each other (DeCLUTR)", _pretrained("declutr")),
     "words": ("the backbone first taught to say from a text's vector which words it has (LLaRA)", _pretrained("words")),
     "bidirectional": (
         "a decoder that first learnt to read in both directions, then to tell texts apart (LLM2Vec)",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -154,6 +155,15 @@ class PretrainingTask:
     def losses(self, batch: Sequence[list[int]], rng: random.Random) -> Iterator[Tensor]:
         """The parts of a batch's loss, whose sum it is; the gradient of each part is computed on its own."""
         raise NotImplementedError
+
+    def vectors_of(self, texts: Sequence[list[int]]) -> Float[Tensor, "texts dim"]:
+        """The vectors of texts by the backbone's own pooling."""
+        vectors: list[Tensor] = [torch.empty(0)] * len(texts)
+        for part in self.batches(texts):
+            states, mask = self.backbone(*self.backbone.pad([texts[index] for index in part]))
+            for index, vector in zip(part, self.backbone.pool(states, mask), strict=True):
+                vectors[index] = vector
+        return torch.stack(vectors)
 
     def batches(self, batch: Sequence[list[int]]) -> list[list[int]]:
         """Numbers of texts of similar length, to be read in one pass."""

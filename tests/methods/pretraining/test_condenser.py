@@ -20,7 +20,7 @@ from tiny_models import TEXTS, tiny_student_config, write_tiny_model
 PASSAGES = [f"{one} {other}" for one in TEXTS for other in TEXTS if one != other]
 
 
-def new_run(tmp_path: Path, kind: str = "condenser", **settings: float) -> pretrain._Pretraining:
+def new_run(tmp_path: Path, kind: str = "condenser", **settings: object) -> pretrain._Pretraining:
     model = write_tiny_model(tmp_path / "bert", "bert")
     student = Student.create(tiny_student_config(model, tuning="full"), device="cpu", dtype="float32")
     student.backbone.tokenizer.mask_token = "<unk>"

@@ -64,8 +64,13 @@ def contrast_of_spans(vectors: Float[Tensor, "spans dim"]) -> Float[Tensor, ""]:
 
 def halves(ids: Sequence[int], special: set[int]) -> tuple[list[int], list[int]]:
     """The two halves of a text's tokens, each between the special tokens of the text; a single token is in both."""
-    begin = next((index for index, one in enumerate(ids) if one not in special), len(ids))
-    end = len(ids) - next((index for index, one in enumerate(reversed(ids)) if one not in special), 0)
+    begin, end = text_span(ids, special)
     middle = begin + (end - begin + 1) // 2
     first, second = ids[begin:middle], ids[middle:end] or ids[begin:middle]
     return [*ids[:begin], *first, *ids[end:]], [*ids[:begin], *second, *ids[end:]]
+
+
+def text_span(ids: Sequence[int], special: set[int]) -> tuple[int, int]:
+    """Where a text's tokens begin and end between its special tokens."""
+    begin = next((index for index, one in enumerate(ids) if one not in special), len(ids))
+    return begin, len(ids) - next((index for index, one in enumerate(reversed(ids)) if one not in special), 0)

@@ -78,13 +78,20 @@ class TwiceMasked(PretrainingTask):
         masked = [sample(indices, self.masked, rng) for indices in words]
         predicted = words if self.predicts_all else masked
         counts = [max(1, sum(map(len, indices))) for indices in (masked, predicted)]
-        for part in self.batches(batch):
-            ids, mask = self.backbone.pad([batch[index] for index in part])
+        for part, ids, mask, states in self.read_masked(batch, masked):
             hidden, sought = ([tokens[index] for index in part] for tokens in (masked, predicted))
-            states, _ = self.backbone(self.with_masks(ids, hidden), mask)
             vectors = self.backbone.pool(states, mask)
             decoded = self.decode(vectors, ids, mask, [words[index] for index in part], rng)
             yield self.missed(states, ids, hidden) / counts[0] + self.missed(decoded, ids, sought) / counts[1]
+
+    def read_masked(
+        self, texts: Sequence[list[int]], masked: Sequence[list[int]]
+    ) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+        """Some of the texts at a time: which, their ids without masks, what is no padding, and states with masks."""
+        for part in self.batches(texts):
+            ids, mask = self.backbone.pad([texts[index] for index in part])
+            states, _ = self.backbone(self.with_masks(ids, [masked[index] for index in part]), mask)
+            yield part, ids, mask, states
 
     def words_of(self, texts: Sequence[Sequence[int]]) -> list[list[int]]:
         """Where the tokens of each text are that are not special."""

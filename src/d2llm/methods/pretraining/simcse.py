@@ -60,21 +60,12 @@ class TwoReadings(PretrainingTask):
 
     def losses(self, batch: Sequence[list[int]], rng: random.Random) -> Iterator[Tensor]:
         """The loss of the batch, as one part: each text is compared with all."""
-        first, second = self._vectors(batch), self._vectors(self.changed(batch, rng))
+        first, second = self.vectors_of(batch), self.vectors_of(self.changed(batch, rng))
         yield contrastive_loss(first, second, temperature=self.temperature)
 
     def changed(self, batch: Sequence[list[int]], rng: random.Random) -> Sequence[list[int]]:  # noqa: ARG002
         """The texts of the second reading."""
         return batch
-
-    def _vectors(self, batch: Sequence[list[int]]) -> Tensor:
-        """Vectors [texts, dim] of the backbone's own pooling."""
-        vectors: list[Tensor] = [torch.empty(0)] * len(batch)
-        for part in self.batches(batch):
-            states, mask = self.backbone(*self.backbone.pad([batch[index] for index in part]))
-            for index, vector in zip(part, self.backbone.pool(states, mask), strict=True):
-                vectors[index] = vector
-        return torch.stack(vectors)
 
 
 def contrastive_loss(
