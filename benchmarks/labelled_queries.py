@@ -7,9 +7,9 @@ The recipe's run folder has plans and labels of all queries (`d2llm run RECIPE -
 student learns from the teacher alone (list imitation) with `--labelled` queries of each set: those whose passages the
 backbone before training and the student trained on judgements (the ablation `no-imitation` with the same seed) rank
 most differently, as `labelling.compared_students` chooses them (disagreement), those at which the student trained on
-judgements is most surely wrong, as `labelling.mistaken_student` does (mistakes), or a random sample of its own. `all`
-learns from every query. All students are measured on the same dev queries (`d2llm ablate`); finished students are not
-trained again.
+judgements is most surely wrong, as `labelling.mistaken_student` does (mistakes), those drawn where it is unsure, as
+`labelling.unsure_student` does (robust), or a random sample of its own. `all` learns from every query. All students are
+measured on the same dev queries (`d2llm ablate`); finished students are not trained again.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ from d2llm.core.files import write_json
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
 from d2llm.ops.significance import mean_interval
-from d2llm.recipe import Recipe
-from d2llm.training.ablation.ablate import ablate, only_queries
-from d2llm.training.label import disagreements, mistakes
+from d2llm.recipe import LabellingConfig, Recipe
+from d2llm.recipe.variants import find_variant
+from d2llm.training.ablation.ablate import DEV_QUERIES, ablate, only_queries
+from d2llm.training.ablation.report import BASE
+from d2llm.training.label import disagreements, mistakes, robust_sample
 
-WAYS = ("random", "disagreement", "mistakes", "all")
+WAYS = ("random", "disagreement", "mistakes", "robust", "all")
 
 
 def choose(source: TrainingSource, way: str, count: int, seed: int, students: tuple[Student, Student]) -> list[str]:
@@ -45,6 +47,9 @@ def choose(source: TrainingSource, way: str, count: int, seed: int, students: tu
     if way in ("disagreement", "mistakes"):
         values = disagreements(source, *students) if way == "disagreement" else mistakes(source, students[1])
         return sorted(query_ids, key=lambda query_id: (-values[query_id], query_id))[:count]
+    if way == "robust":
+        errors: float = LabellingConfig().teacher_errors
+        return robust_sample(source, students[1], count, teacher_errors=errors)
     return query_ids
 
 
@@ -55,6 +60,7 @@ def main() -> None:
     parser.add_argument("--data", action="append", default=[], help="where the recipe's data sets are")
     parser.add_argument("--labelled", type=int, default=100, help="queries of each set that the teacher labels")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--dev-queries", type=int, default=DEV_QUERIES, help="of each set, on which all are measured")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--json", type=Path, help="also write the figures there")
     arguments = parser.parse_args()
@@ -66,15 +72,16 @@ def main() -> None:
     )
     recipe: Recipe = run.recipe.model_copy(update={"losses": imitation})
 
-    def measured(chosen: list[TrainingSource], trained: Recipe, variants: list[str]) -> Any:
+    def measured(chosen: list[TrainingSource], trained: Recipe) -> Any:
         return ablate(
             chosen,
             run.folder.path / "ablation",
             recipe=trained,
             labels=run.folder.labels,
             teacher=run.teacher,
-            variants=variants,
+            variants=[],
             num_seeds=1,
+            dev_queries=arguments.dev_queries,
             device="cpu",
             dtype="float32",
         )
@@ -82,12 +89,12 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {way: [] for way in arguments.ways}
     untrained = Student.create(run.recipe.student, device="cpu", dtype="float32", seed=run.recipe.seed)
     for seed in range(run.recipe.seed, run.recipe.seed + arguments.seeds):
-        judged = measured(sources, run.recipe.model_copy(update={"seed": seed}), ["no-imitation"])
-        folder = Path(judged.folder) / "no-imitation" / f"seed-{seed}"
+        judged = measured(sources, find_variant("no-imitation").apply(run.recipe.model_copy(update={"seed": seed})))
+        folder = Path(judged.folder) / BASE / f"seed-{seed}"
         students = (untrained, Student.load(str(folder), device="cpu", dtype="float32"))
         for way in arguments.ways:
             chosen = [only_queries(s, set(choose(s, way, arguments.labelled, seed, students))) for s in sources]
-            report = measured(chosen, recipe.model_copy(update={"seed": seed}), [])
+            report = measured(chosen, recipe.model_copy(update={"seed": seed}))
             by_set = dict(report.base.by_set)
             results[way].append({"seed": seed, "mean": report.base.mean, "by_set": by_set})
             figures = "  ".join(f"{name} {value:.4f}" for name, value in by_set.items())

@@ -20,7 +20,7 @@ from d2llm.models.student import Student
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.recipe import LabellingConfig, TeacherConfig
-from d2llm.training.label import LabelReport, disagreements, label, mistakes
+from d2llm.training.label import LabelReport, disagreements, label, mistakes, robust_sample
 from prepared_process import PreparedProcess, script
 from tiny_data import make_plan, topics
 from tiny_models import randomise, tiny_student_config, tiny_teacher_config, write_tiny_model
@@ -315,5 +315,19 @@ def test_with_a_limit_the_queries_that_a_student_gets_wrong_most_surely_are_labe
     labels = open_labels(source, tmp_path / "labels", config)
     labelled = {entry.query_id for entry in source.plan.entries if labels.log_odds(entry.query_id)}
     assert labelled == {*sorted(values, key=lambda name: -values[name])[:5]}
-    with pytest.raises(InputError, match="leave one of them out"):
-        LabellingConfig(mistaken_student="one", compared_students=("one", "other"))
+    with pytest.raises(InputError, match="mistaken_student and unsure_student each choose"):
+        LabellingConfig(mistaken_student="one", unsure_student="one")
+
+    # A teacher without errors is asked where the two best passages are nearest to each other.
+    settings = LabellingConfig(unsure_student=str(tmp_path / "student"), teacher_errors=0)
+    run(dataclasses.replace(source, max_labelled=5), tmp_path / "unsure", config, settings=settings)
+    labels = open_labels(source, tmp_path / "unsure", config)
+    margins = {}
+    for entry in source.plan.entries:
+        texts = [source.passage_text(name) for name in entry.positives + entry.hard_negatives]
+        ranking = student.rank(source.query_text(entry.query_id), texts, task=source.task)
+        chances = np.exp([result.score for result in ranking])
+        margins[entry.query_id] = (chances[0] - chances[1]) / chances.sum()
+    labelled = {entry.query_id for entry in source.plan.entries if labels.log_odds(entry.query_id)}
+    assert labelled == {*sorted(margins, key=margins.__getitem__)[:5]}
+    assert len({*robust_sample(source, student, 7, teacher_errors=0.5)}) == 7

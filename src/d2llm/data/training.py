@@ -29,7 +29,7 @@ class TrainingSource:
     max_labelled: int | None = None
     """How many queries the teacher labels; None means all of the plan."""
     label_first: tuple[str, ...] | None = None
-    """Every query of the plan, the ones to label first; by default their order is random."""
+    """Queries of the plan, the ones to label first; by default all of them in a random order."""
     pairs: PairDataset | None = None
     """The labelled pairs that ``dataset`` was built from, if it is not a retrieval set."""
 

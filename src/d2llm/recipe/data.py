@@ -83,6 +83,12 @@ class LabellingConfig(Section):
     mistaken_student: StudentName | None = None
     """A student, a folder or a name: the queries are labelled at which it scores a hard negative farthest above all
     positives (the hard negatives of PGKD)."""
+    unsure_student: StudentName | None = None
+    """A student, a folder or a name: queries are drawn at which it is unsure, as far as the teacher's errors allow
+    (Robust Active Distillation)."""
+    teacher_errors: float = Field(default=0.2, ge=0, lt=1)
+    """The fraction of queries that the teacher gets wrong, for ``unsure_student``: the more, the more evenly queries
+    are drawn; with 0 the most uncertain ones are labelled."""
     max_minutes: float | None = Field(default=None, gt=0)
     max_tokens: int | None = Field(default=None, gt=0)
     """Tokens that the teacher reads and writes."""
@@ -91,6 +97,8 @@ class LabellingConfig(Section):
 
     @model_validator(mode="after")
     def _check_choice(self) -> LabellingConfig:
-        if self.compared_students and self.mistaken_student:
-            raise ValueError("compared_students and mistaken_student each choose the queries: leave one of them out")
+        names = ("compared_students", "mistaken_student", "unsure_student")
+        chosen = [name for name in names if getattr(self, name)]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} each choose the queries: leave only one of them")
         return self
