@@ -5,7 +5,7 @@
 
 A student learns from `--queries` of the queries that a large language model wrote for passages of a data set
 (`written_queries`). In each round it ranks `--held-out` others. A writer is shown those that it gets wrong most surely
-(`labelling.mistaken_student`), each with its passage, and writes two more for each of these passages; a student then
+(`labelling.mistaken_student`), each with its passage, a passage only once, and writes two more for each; a student then
 learns from all so far. It ends with the first round that gains nothing on dev. The second row has as many rounds with
 as many queries, for passages of the held-out queries drawn at random, by a writer who saw these alone.
 
@@ -25,7 +25,7 @@ import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ class Learner:
             settings: dict[str, Any] = {"labels": self.work / "labels", "teacher": self.recipe.teacher}
             distill([source], folder, recipe=self.recipe, device="cpu", dtype="float32", **settings)
         (dev,) = manifest_of(folder)["dev"].values()
-        return Student.load(folder, device="cpu", dtype="float32"), float(dev["best"])
+        return Student.load(folder, device="cpu", dtype="float32"), float(dev["kept"])
 
     def rankings(self, student: Student, queries: Sequence[str]) -> list[list[tuple[str, float]]]:
         """All passages with their scores for each query, best first."""
@@ -174,9 +174,12 @@ def rounds(
     queries = list(start)
     student, dev = learner.train(queries, learner.untrained())
     results: list[dict[str, Any]] = [{"dev": dev, "queries": len(queries), "missed": None}]
+    shown: set[str] = set()
     for _ in range(number):
         missed = learner.missed(student, held_out)
-        queries += write(missed[:added])
+        chosen = [each for each in missed if each.passage_id not in shown][:added]
+        shown.update(each.passage_id for each in chosen)
+        queries += write(chosen)
         student, dev = learner.train(queries, student)
         results.append({"dev": dev, "queries": len(queries), "missed": len(missed)})
         if until_no_gain and dev <= results[-2]["dev"]:
@@ -216,14 +219,16 @@ def main() -> None:
     random.Random(0).shuffle(shuffled)
     drawn = iter(shuffled)
 
-    def at_random(missed: Sequence[Missed]) -> list[Written]:
-        return [(query, name) for name in islice(drawn, len(missed)) for query in known[name]]
-
     if options.writer:
         write = written_by(load_writer(named_writer(options.writer)), dataset)
     else:
         write = recorded(RECORDED / "rounds" / f"{options.data.name}.jsonl", dataset, options.work / "packet.jsonl")
     guided = rounds(learner, start, held_out, write, added=options.added, number=options.rounds)
+    sizes = (after["queries"] - before["queries"] for before, after in pairwise(guided))
+
+    def at_random(_: Sequence[Missed]) -> list[Written]:
+        return [(query, name) for name in islice(drawn, next(sizes) // QUERIES_EACH) for query in known[name]]
+
     plain = rounds(
         learner, start, held_out, at_random, added=options.added, number=len(guided) - 1, until_no_gain=False
     )
