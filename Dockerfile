@@ -14,7 +14,7 @@ COPY src src
 COPY packages packages
 ARG TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 ENV PIP_NO_CACHE_DIR=1
-RUN make setup EXTRAS=mcp TORCH="$TORCH"
+RUN make setup EXTRAS=mcp,export TORCH="$TORCH"
 
 USER d2llm
 WORKDIR /data
