@@ -131,10 +131,11 @@ def test_standard_output_has_the_protocol_alone(index: Path):
         assert process.stdout is not None
         process.stdin.write("".join(json.dumps(message) + "\n" for message in messages))
         process.stdin.write("no JSON\n" + '{"jsonrpc": "2.0", "id": 3, "method": "ping", "params": {"a": "\\ud83d"}}\n')
+        process.stdin.write('{"jsonrpc": "2.0", "id": 5, "method": "ping", "params": "no object"}\n')
         process.stdin.write('{"jsonrpc": "2.0", "id": 4, "method": "ping"}\n')
         process.stdin.flush()
         answers: dict[Any, Any] = {}
-        while not {1, 2, 4} <= answers.keys():
+        while not {1, 2, 3, 4, 5} <= answers.keys():
             line = json.loads(process.stdout.readline())
             assert line["jsonrpc"] == "2.0"
             answers[line.get("id")] = line
@@ -145,6 +146,8 @@ def test_standard_output_has_the_protocol_alone(index: Path):
         log = errors.read()
     assert answers[1]["result"]["serverInfo"]["name"] == "d2llm"
     assert answers[2]["result"]["structuredContent"]["sources"]
+    assert "hex escape" in answers[3]["error"]["message"]  # half of a surrogate pair
+    assert (answers[3]["error"]["code"], answers[5]["error"]["code"]) == (-32700, -32600)
     assert "ready" in log
     assert "Traceback" not in log
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from dataclasses import dataclass
 
-from limits import RateLimitItem, RateLimitItemPerMinute, WindowStats, aio
+from limits import RateLimitItemPerMinute, aio
 from limits.errors import StorageError
-from limits.storage import MemoryStorage  # limits.aio's goes over every client in a thread at each request
-from limits.strategies import MovingWindowRateLimiter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -29,6 +28,7 @@ _log = logging.getLogger(__name__)
 _SCHEMES = ("redis://", "rediss://")
 _PATIENCE = 1.0  # seconds to wait for the storage
 _PAUSE = 5.0  # seconds before the storage is tried again after a failure
+_WINDOW = 60.0  # seconds over which requests are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,8 @@ class RateLimiter:
             InputError: it is not a Redis address.
             MissingExtraError: the extra ``redis`` is not installed.
         """
-        self._alone = MovingWindowRateLimiter(MemoryStorage())
+        self._times: dict[str, deque[float]] = {}  # of each client's requests; limits' memory obeys a clock set back
+        self._forgotten = time.monotonic()
         self._together: aio.strategies.MovingWindowRateLimiter | None = None
         self._next_try = 0.0
         if storage is not None:
@@ -82,23 +83,33 @@ class RateLimiter:
 
     async def take(self, client: str, requests_per_minute: int) -> Allowance:
         """Count a request of ``client``; refused requests do not count."""
-        limit = RateLimitItemPerMinute(requests_per_minute)
         if self._together is not None and time.monotonic() >= self._next_try:
             try:
-                return await asyncio.wait_for(_take(self._together, limit, client), _PATIENCE)
+                return await asyncio.wait_for(_take(self._together, client, requests_per_minute), _PATIENCE)
             except (StorageError, asyncio.TimeoutError) as error:
                 self._next_try = time.monotonic() + _PAUSE
                 _log.error("rate limits: the storage does not answer (%s); counting locally", type(error).__name__)
-        allowed = self._alone.hit(limit, client)
-        return _allowance(allowed, limit, self._alone.get_window_stats(limit, client))
+        return self._take_alone(client, requests_per_minute)
+
+    def _take_alone(self, client: str, requests_per_minute: int) -> Allowance:
+        now = time.monotonic()
+        if now - self._forgotten > _WINDOW:
+            self._times = {name: times for name, times in self._times.items() if now - times[-1] < _WINDOW}
+            self._forgotten = now
+        times = self._times.setdefault(client, deque())
+        while times and now - times[0] >= _WINDOW:
+            times.popleft()
+        allowed = len(times) < requests_per_minute
+        if allowed:
+            times.append(now)
+        remaining = max(0, requests_per_minute - len(times))
+        return Allowance(allowed, requests_per_minute, remaining, _WINDOW - (now - times[0]))
 
 
-async def _take(limiter: aio.strategies.MovingWindowRateLimiter, limit: RateLimitItem, client: str) -> Allowance:
+async def _take(limiter: aio.strategies.MovingWindowRateLimiter, client: str, requests_per_minute: int) -> Allowance:
+    limit = RateLimitItemPerMinute(requests_per_minute)
     allowed = await limiter.hit(limit, client)
-    return _allowance(allowed, limit, await limiter.get_window_stats(limit, client))
-
-
-def _allowance(allowed: bool, limit: RateLimitItem, window: WindowStats) -> Allowance:
+    window = await limiter.get_window_stats(limit, client)
     return Allowance(allowed, limit.amount, window.remaining, max(0.0, window.reset_time - time.time()))
 
 

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
+import anyio
 from mcp import types
 from mcp.server.lowlevel.server import Server
 from mcp.server.stdio import stdio_server
+from mcp.shared.message import SessionMessage
+from pydantic import ValidationError
 
 from d2llm import __version__
 from d2llm.server.agent_arguments import INSTRUCTIONS, AgentTool, tools_of
@@ -79,10 +83,44 @@ async def serve_streams(settings: ServeSettings) -> None:
             return await protocol.start_for_streams(serving.make_app(settings), settings, stack)
 
         starting = asyncio.create_task(start(), name="start")
+        sending, readable = anyio.create_memory_object_stream[SessionMessage | Exception]()
+        reading = asyncio.create_task(_pass_on(read_stream, sending.send, write_stream.send), name="read")
+        reading.add_done_callback(lambda _: sending.close())
         server = make_server(lambda: asyncio.shield(starting), tuple(settings.index), may_write=settings.writable)
         try:
-            await server.run(read_stream, write_stream, server.create_initialization_options())
+            await server.run(readable, write_stream, server.create_initialization_options())
         finally:
-            starting.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await starting
+            for task in (starting, reading):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+
+async def _pass_on(
+    received: AsyncIterable[SessionMessage | Exception],
+    send: Callable[[SessionMessage], Awaitable[None]],
+    answer: Callable[[SessionMessage], Awaitable[None]],
+) -> None:
+    """Pass messages on, and refuse requests that cannot be read: the SDK drops them, and their clients would wait."""
+    async for message in received:
+        if not isinstance(message, Exception):
+            await send(message)
+        elif isinstance(message, ValidationError) and (request := _id_of(message)) is not None:
+            problem = message.errors()[0]
+            code = types.PARSE_ERROR if problem["type"] == "json_invalid" else types.INVALID_REQUEST
+            error = types.ErrorData(code=code, message=f"the message cannot be read: {problem['msg']}")
+            await answer(SessionMessage(types.JSONRPCError(jsonrpc="2.0", id=request, error=error)))
+
+
+def _id_of(error: ValidationError) -> str | int | None:
+    """The id of a request that is no valid JSON to pydantic, as with half of a surrogate pair, or has another form."""
+    for problem in error.errors():
+        message = problem["input"]
+        if problem["type"] == "json_invalid":
+            with contextlib.suppress(ValueError, RecursionError):
+                message = json.loads(message)
+        if isinstance(message, dict):
+            fields = cast("dict[str, Any]", message)
+            if "method" in fields and type(fields.get("id")) in (str, int):
+                return fields["id"]
+    return None
