@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import FilterError, InputError, ModelNotFoundError
+from d2llm.core.types import Passage
 from d2llm.integrations.filters import haystack_condition as as_condition
 from indexed_student import PASSAGES, QUERIES, make_indexed
 from late_import import late_import
@@ -131,6 +132,15 @@ class TestRetriever:
         metadata = {"title": "the reads", "document_id": "d1", "position": 1, "year": 2005, "language": "en"}
         assert (first.id, first.content, first.meta) == ("p5", TEXTS[5], metadata)
 
+    def test_what_others_write_is_found(self, indexed, retriever):
+        text = "a passage that was not there before"
+        retriever.run(text)
+        indexed.index.upsert([Passage("new", text)])
+        try:
+            assert "new" in {document.id for document in retriever.run(text)["documents"]}
+        finally:
+            indexed.index.delete(["new"])
+
     def test_a_call_overrides_the_retrievers_settings(self, indexed):
         settings = {"filter": "year >= 2002", "sources": ["vectors", "bm25"], "hybrid": 0.5}
         filters = {"field": "meta.year", "operator": "<", "value": 2007}
@@ -227,6 +237,7 @@ class TestFilters:
             ({"field": "a", "operator": ">", "value": [1]}, "is compared with"),
             ({"field": "a", "operator": ">", "value": None}, "is compared with None"),
             ({"operator": "AND", "conditions": []}, "AND has no conditions"),
+            ("year > 2000", "a dictionary is needed, but str"),
         ],
     )
     def test_invalid_filters_are_rejected(self, filters, message):

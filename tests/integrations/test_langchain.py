@@ -64,6 +64,8 @@ class TestEmbeddings:
     def test_unsupported_texts_and_heads_are_rejected(self, indexed, monkeypatch):
         with pytest.raises(InputError, match="a text is needed"):
             integration.D2LLMEmbeddings(indexed.student).embed_documents(["a", 1])
+        with pytest.raises(InputError, match=r"give Student.load\('d2llm-minilm'\)"):
+            integration.D2LLMEmbeddings("d2llm-minilm")
         monkeypatch.setattr(type(indexed.student), "has_dot", property(lambda self: False))
         with pytest.raises(InputError, match="no inner product"):
             integration.D2LLMEmbeddings(indexed.student)
@@ -272,3 +274,5 @@ class TestRetriever:
             retriever.invoke("rain", k=3, top_k=3)
         with pytest.raises(ValidationError, match="instance of Index"):
             integration.D2LLMRetriever(index="folder")
+        with pytest.raises(InputError, match="a text is needed, but dict was given"):
+            retriever.invoke({"query": "rain"})  # as a chain without an itemgetter does

@@ -214,6 +214,8 @@ class TestRetriever:
         query = llama_index.schema.QueryBundle("rain", custom_embedding_strs=["it rains"])
         with pytest.raises(InputError, match="custom_embedding_strs"):
             integration.D2LLMRetriever(indexed.index).retrieve(query)
+        with pytest.raises(InputError, match="index is 'folder', a path or name"):
+            integration.D2LLMRetriever("folder")
 
     def test_retriever_and_reranker_work_in_a_query_engine(self, indexed):
         engine = llama_index.query_engine.RetrieverQueryEngine(

@@ -95,6 +95,15 @@ def test_names_that_nothing_has(folder, tmp_path):
             runs.run_mteb("d2llm-minilm", out=tmp_path, **arguments)
 
 
+def test_a_task_that_cannot_be_downloaded(tmp_path, monkeypatch):
+    def evaluate(*_, **__):
+        raise ConnectionError("Couldn't reach 'mteb/scidocs' on the Hub")
+
+    monkeypatch.setattr("mteb.evaluate", evaluate)
+    with pytest.raises(InputError, match="reach 'mteb/scidocs' on the Hub; mteb's own tasks are downloaded once"):
+        runs.run_mteb("d2llm-minilm", tasks=["SCIDOCS"], out=tmp_path)
+
+
 def test_chinese_is_told(tmp_path):
     write_lines(
         tmp_path / "zh/test.jsonl", [{"query": "怎么还款", "document": "如何偿还贷款", "label": n} for n in (0, 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import pytest
@@ -13,6 +14,7 @@ from d2llm.recipe.kinds import SectionOfKind
 from d2llm.recipe.sections import LoraConfig
 from d2llm.reports import methods
 from d2llm.reports.methods import SECTIONS, describe_methods, facts_table, methods_table, plain
+from installed_package import install
 
 SHIPPED = [(section, kind) for section, registry in SECTIONS.items() for kind in registry.shipped]
 
@@ -79,6 +81,13 @@ def test_a_kind_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
         "+.1 on oats (one seed)",
     ]
     assert ["measured in", "docs/log/2026-11.md#a-b"] in facts_table("bread", "rye", facts).texts()
+
+
+def test_a_broken_package_hides_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "import nothing_of_this_name", SECTIONS["losses"], {"theirs": "Theirs"}, monkeypatch)
+    losses = describe_methods()["losses"]
+    assert "'theirs' of their-package cannot be imported" in losses["theirs"].what
+    assert losses["margin_mse"].paper
 
 
 def test_ablations_train_with_a_kind_or_without_it() -> None:

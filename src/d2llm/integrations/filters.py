@@ -48,6 +48,8 @@ def haystack_condition(filters: Mapping[str, Any]) -> str:
     Raises:
         FilterError: the filter is not valid in Haystack, or uses something that an index does not have.
     """
+    if not isinstance(filters, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may pass anything
+        raise FilterError(f"filters: a dictionary is needed, but {type(filters).__name__} was given ({filters!r:.60})")
     operator = filters.get("operator")
     if "conditions" in filters and operator in ("AND", "OR", "NOT"):
         return _joined(operator, [haystack_condition(condition) for condition in filters["conditions"]])

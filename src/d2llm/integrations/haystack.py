@@ -27,6 +27,7 @@ from d2llm.integrations.texts import (
     passage_metadata,
     passage_text,
     rank_texts,
+    search_one,
     search_settings,
 )
 from d2llm.models.protocols import task_for
@@ -244,8 +245,7 @@ class D2LLMRetriever(_Component):
         settings = self._search_settings(
             self.top_k if top_k is None else top_k, self.filters if filters is None else filters
         )
-        ranking = self._ready().search(query, settings)
-        return {"documents": [_document(result) for result in ranking.passages]}
+        return {"documents": [_document(result) for result in search_one(self._ready(), query, settings)]}
 
     def _ready(self) -> Index:
         if self._index is None:
@@ -253,6 +253,8 @@ class D2LLMRetriever(_Component):
             index = Index.open(Path(self.index), student, device=self.device, dtype=self.dtype)
             _ = index.student  # loaded now, not with the first query
             self._index = index
+        elif self._index.view.version != self._index.storage.version:  # nobody else holds it, to refresh it
+            self._index.refresh()
         return self._index
 
     def _search_settings(self, top_k: int, filters: Mapping[str, Any] | None) -> SearchSettings:

@@ -20,6 +20,7 @@ from d2llm.integrations.texts import (
     rank_texts,
     refuse_unknown,
     require_dot,
+    search_one,
     search_settings,
 )
 from d2llm.models.protocols import task_for
@@ -147,8 +148,7 @@ class D2LLMRetriever(BaseRetriever):
         run_manager: CallbackManagerForRetrieverRun,  # noqa: ARG002 - part of the interface
         **changes: Any,
     ) -> list[Document]:
-        ranking = self.index.search(query, _changed(self.settings, changes))
-        return [_document(result) for result in ranking.passages]
+        return [_document(result) for result in search_one(self.index, query, _changed(self.settings, changes))]
 
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **changes: Any

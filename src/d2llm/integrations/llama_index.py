@@ -19,6 +19,8 @@ from d2llm.integrations.texts import (
     rank_texts,
     refuse_unknown,
     require_dot,
+    require_loaded,
+    search_one,
     search_settings,
 )
 from d2llm.models.protocols import task_for
@@ -158,6 +160,7 @@ class D2LLMRetriever(BaseRetriever):
         **changes: Any,
     ) -> None:
         super().__init__(callback_manager, object_map, objects, verbose)
+        require_loaded(index, "index", "Index.open")
         self.index = index
         if not isinstance(changes.get("filter"), str | None):
             changes["filter"] = dictionary_condition(changes["filter"])
@@ -185,8 +188,8 @@ class D2LLMRetriever(BaseRetriever):
                 "the query has custom_embedding_strs (as HyDE makes them), which this retriever does not read; "
                 "give one text, or use index.search(query, expansion=...)"
             )
-        ranking = self.index.search(query_bundle.query_str, self.settings)
-        return [NodeWithScore(node=_node(result), score=result.score) for result in ranking.passages]
+        results = search_one(self.index, query_bundle.query_str, self.settings)
+        return [NodeWithScore(node=_node(result), score=result.score) for result in results]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve, query_bundle)

@@ -73,7 +73,7 @@ def run_mteb(
     Raises:
         MissingExtraError: mteb is not installed.
         ModelNotFoundError: there is no such student.
-        InputError: no task is given, or a name is unknown.
+        InputError: no task is given, a name is unknown, or a data set cannot be downloaded.
         DataFormatError: a data set cannot be read.
 
     Example:
@@ -98,14 +98,18 @@ def run_mteb(
     if unknown:
         raise InputError(f"{unknown[0]!r} is not among the tasks{did_you_mean(unknown[0], names)}")
     model = load_mteb_model(student, device=device, tasks=dict.fromkeys(symmetric, "symmetric"))
-    results = mteb.evaluate(
-        model,
-        chosen,
-        cache=mteb.ResultCache(Path(out)),
-        co2_tracker=False,
-        encode_kwargs={"show_progress_bar": False},
-        show_progress_bar=False,
-    )
+    try:
+        results = mteb.evaluate(
+            model,
+            chosen,
+            cache=mteb.ResultCache(Path(out)),
+            co2_tracker=False,
+            encode_kwargs={"show_progress_bar": False},
+            show_progress_bar=False,
+        )
+    except ConnectionError as error:
+        remedy = "mteb's own tasks are downloaded once: connect, or name data sets on disk"
+        raise InputError(f"{error}; {remedy}") from error
     by_own_score = scores_with_interaction(results, chosen)
     described = {task.metadata.name: task.metadata for task in chosen}
     rows = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.inputs import texts_of
 from d2llm.core.names import did_you_mean
 from d2llm.core.plain_values import plain_value
-from d2llm.core.types import Passage, Task
+from d2llm.core.types import Passage, RankedPassage, Task
 from d2llm.models.protocols import SearchStudent, task_for
 from d2llm.retrieval.search import SearchSettings
 
@@ -109,12 +110,33 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str], noun: str) -> Non
             raise InputError(f"{noun} has no option {name!r}{hint}")
 
 
+def require_loaded(value: object, name: str, load: str) -> None:
+    """Make sure that something is not only the path or name of what is needed; ``load`` says how to load it.
+
+    Raises:
+        InputError: it is.
+    """
+    if isinstance(value, str | Path):
+        raise InputError(f"{name} is {str(value)!r:.60}, a path or name; give {load}({str(value)!r:.60})")
+
+
+def search_one(index: Index, query: str, settings: SearchSettings) -> Sequence[RankedPassage]:
+    """The best passages for one query.
+
+    Raises:
+        InputError: the query is not a text, such as the dictionary that a chain passes on.
+    """
+    require_texts([query])
+    return index.search(query, settings).passages
+
+
 def require_dot(student: SearchStudent) -> None:
     """Make sure that the student's vectors can be compared by inner product.
 
     Raises:
-        InputError: the student's head has no inner-product part.
+        InputError: the student's head has no inner-product part, or it is not loaded.
     """
+    require_loaded(student, "student", "Student.load")
     if not student.has_dot:
         raise InputError(
             "this student has the head 'paper', which has no inner product of vectors; use it to rerank instead"

@@ -74,7 +74,7 @@ class MethodFacts:
 def describe_methods() -> dict[str, dict[str, MethodFacts]]:
     """All kinds of all sections, also those of other packages: section -> kind -> facts."""
     return {
-        section: {kind: _facts(section, registry.find(kind)) for kind in registry.kinds}
+        section: {kind: _described(section, registry, kind) for kind in registry.kinds}
         for section, registry in SECTIONS.items()
     }
 
@@ -120,6 +120,13 @@ def settings_table(facts: MethodFacts) -> Table:
 def plain(text: str) -> str:
     """Markdown as plain text: without the addresses of links and the marks of code."""
     return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text).replace("`", "")
+
+
+def _described(section: str, registry: Registry[Any], kind: str) -> MethodFacts:
+    try:
+        return _facts(section, registry.find(kind))
+    except ValueError as error:  # another package's, which is no reason to hide all others
+        return MethodFacts(str(error), "", "", "", (), {}, "")
 
 
 def _facts(section: str, cls: type[Registered]) -> MethodFacts:
