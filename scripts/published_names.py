@@ -115,7 +115,7 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = {
     ),
     "LEALLA": (
         "`vectors` with a `teacher` on both sides of translations, then `score_regression` by a `cosine` teacher",
-        "not with translations: stsb-zh is not aligned with stsb, and xquad is a test set",
+        "`vectors` on 500 translations: six layers of e5 find 92 of 100, before it 70; the second step not",
     ),
     "RECOMP's extraction": (
         "`answering` of a context",
