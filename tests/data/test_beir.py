@@ -95,7 +95,7 @@ def test_judgements_of_unknown_ids_are_counted_and_logged(folder: Path, caplog: 
     with caplog.at_level(logging.WARNING):
         dataset = read_beir(folder)
     assert dataset.issues == (
-        "train: 1 judgements of unknown queries not counted, first 1: nobody",
+        "train: 1 judgement of unknown queries not counted, first 1: nobody",
         "train: 7 judgements of unknown passages not counted, first 5: lost0, lost1, lost2, lost3, lost4",
     )
     assert [issue in caplog.text for issue in dataset.issues] == [True, True]
@@ -105,7 +105,7 @@ def test_judgements_of_unknown_ids_are_counted_and_logged(folder: Path, caplog: 
 
 def test_empty_passage_texts_are_counted(folder: Path) -> None:
     write_jsonl(folder / "corpus.jsonl", [*CORPUS, {"_id": "p4", "title": "Fish", "text": " "}])
-    assert read_beir(folder).issues == ("1 passages have an empty text, first 1: p4",)
+    assert read_beir(folder).issues == ("1 passage without text, first 1: p4",)
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def test_ocnli(tmp_path):
     assert [pair.id for pair in pairs.splits["dev"]] == ["0", "4"]
     assert pairs.issues == (
         "files that were not read: train.3k.json",
-        "train: 1 pairs without an agreed label were left out",
-        "test: 1 pairs without an agreed label were left out",
+        "train: 1 pair without an agreed label, left out",
+        "test: 1 pair without an agreed label, left out",
         "dev: contradiction: no such class in train",
     )
 
@@ -106,7 +106,7 @@ def test_pawsx(tmp_path):
         "dev": ["1"],
         "test": ["9"],
     }
-    assert pairs.issues == ("dev: 1 pairs without an agreed label were left out",)
+    assert pairs.issues == ("dev: 1 pair without an agreed label, left out",)
 
 
 def test_stsb(tmp_path):
@@ -132,7 +132,7 @@ def test_layout_decides_whether_zeros_and_ones_are_scores(tmp_path):
 def test_files_with_two_columns_have_no_labels(tmp_path):
     (tmp_path / "train.tsv").write_text("甲\t乙\t1\n")
     (tmp_path / "test.tsv").write_text("甲\t丙\n丙\t丁\n")
-    assert read_pairs(tmp_path).issues == ("test: 2 pairs without an agreed label were left out",)
+    assert read_pairs(tmp_path).issues == ("test: 2 pairs without an agreed label, left out",)
 
 
 @pytest.mark.parametrize(

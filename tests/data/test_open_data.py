@@ -154,9 +154,7 @@ class TestDatasetsLibrary:
         pairs = open_data(tmp_path / "nli")
         assert list(pairs.splits) == ["train", "dev"]
         assert [pair.label for pair in pairs.splits["dev"]] == ["contradiction", "entailment"]
-        assert pairs.issues == tuple(
-            f"{split}: 1 pairs without an agreed label were left out" for split in ("train", "dev")
-        )
+        assert pairs.issues == tuple(f"{split}: 1 pair without an agreed label, left out" for split in ("train", "dev"))
 
     def test_a_name_loads_a_local_copy(self, library, tmp_path):
         (tmp_path / "copy").mkdir()

@@ -59,7 +59,7 @@ def test_a_repeated_pair_gets_its_mean_target(tmp_path: Path) -> None:
     prepared = pair_set(tmp_path / "binary", train=[("a", "b", "1"), ("a", "b", "0"), ("a", "c", "0")])
     assert prepared.num_repeated == 1
     assert prepared.targets["train"]["train/train-1"] == {"train/train-1": 0.5, "train/train-3": 0.0}
-    assert "1 pairs occur more than once" in prepared.dataset.issues
+    assert "1 pair repeated" in prepared.dataset.issues
 
 
 def test_the_plan_contains_the_labelled_pairs(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_pairs_without_agreed_label_are_counted_and_left_out(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         pairs = read_pairs(tmp_path)
     assert [pair.id for pair in pairs.splits["train"]] == ["train-1"]
-    assert pairs.issues == ("train: 4 pairs without an agreed label were left out",)
+    assert pairs.issues == ("train: 4 pairs without an agreed label, left out",)
     assert pairs.issues[0] in caplog.text
 
 
@@ -137,7 +137,7 @@ def test_a_split_without_labels_is_counted_and_left_out(tmp_path):
     path = write(tmp_path / "test.jsonl", {"query": "a", "document": "b"}, {"query": "c", "document": "d"})
     pairs = read_pairs(tmp_path)
     assert list(pairs.splits) == ["train"]
-    assert pairs.issues == ("test: 2 pairs without an agreed label were left out",)
+    assert pairs.issues == ("test: 2 pairs without an agreed label, left out",)
     assert_rejected(tmp_path, splits=["test"], containing="holds no labelled pairs")
     write(path, {"query": "a", "document": "b"}, CATS)
     assert_rejected(tmp_path, line=2, containing="has a 'label', but lines before it have none")
@@ -148,7 +148,7 @@ def test_empty_texts_and_unknown_classes_are_counted(tmp_path):
     write(tmp_path / "test.jsonl", CATS | {"label": "contradiction"})
     pairs = read_pairs(tmp_path)
     assert len(pairs.splits["train"]) == 2
-    assert pairs.issues == ("train: 1 pairs have an empty text", "test: contradiction: no such class in train")
+    assert pairs.issues == ("train: 1 pair without text", "test: contradiction: no such class in train")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_scores_that_are_not_finite_numbers_are_rejected(tmp_path, score):
     texts = {"query": "a", "document": "b"}
     write(tmp_path / "train.jsonl", texts | {"score": 1.0}, texts | {"score": score})
     if score is None:
-        assert read_pairs(tmp_path).issues == ("train: 1 pairs without an agreed label were left out",)
+        assert read_pairs(tmp_path).issues == ("train: 1 pair without an agreed label, left out",)
     else:
         assert_rejected(tmp_path, line=2, containing=f"field 'score' must be a finite number, found {score!r}")
 

@@ -188,7 +188,7 @@ def test_no_system_ranks_the_query_itself(report):
     for name, rankings in report.details.rankings.items():
         assert all(query_id not in [each for each, _ in ranking] for query_id, ranking in rankings.items()), name
     assert report.num_own_passages == 3
-    assert "3 passages, of 3 queries, are the query itself and were left out" in report.notes
+    assert "3 passages were the query itself, of 3 queries, and left out" in report.notes
     assert report.to_json()["num_own_passages"] == 3
 
 
@@ -196,7 +196,7 @@ def test_the_measures_are_of_what_is_left(report):
     """By hand: the run's right passages are second of 1 and 5 with the query itself, and first without it."""
     assert figures(report.row("run"))["MRR@10"] == pytest.approx((1 + 1 / 2 + 1) / 3)
     assert figures(report.row(NAME_BM25))["Recall@10"] == 1
-    note = next(note for note in report.notes if "ranked passages are the query itself" in note)
+    note = next(note for note in report.notes if "ranked passages with the query's own text" in note)
     assert note.startswith("run: 3 ")
 
 
@@ -234,4 +234,4 @@ def test_quora():
     counts = dataset.own_passages.counts(dataset.positives("dev"))
     assert counts == OwnCounts(num_queries=0, num_left_out=0, num_judged=9)
     assert not dataset.own_passages.by_id
-    assert str(counts) == "9 passages with a query's own text are judged relevant to it and were kept"
+    assert str(counts) == "9 passages with a query's own text, judged relevant to it, kept"

@@ -196,7 +196,7 @@ class TestFolders:
         (folder / "form.docx").write_bytes(b"PK damaged")
         part = {"path": str(folder / "birds.epub"), "id": "birds.epub", "reason": "it has no text"}
         parts = [{**part, "part": name} for name in ("map.xhtml", "end.xhtml")]
-        warning = f"2 parts of files were left out: {folder / 'birds.epub'}, map.xhtml: it has no text, like 1 other"
+        warning = f"2 parts of files left out: {folder / 'birds.epub'}, map.xhtml: it has no text, like 1 other"
         for verb in ("sync", "upsert"):
             result, report = index_with_report(tmp_path, tmp_path / f"{verb}.index", verb, folder)
             assert "warning: 1 file could not be read: " in result.stderr

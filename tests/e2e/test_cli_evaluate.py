@@ -140,7 +140,7 @@ def test_evaluating_saved_runs_gives_the_same_figures(evaluated, workspace, opti
         assert values(report["result"], names[stem]) == pytest.approx(values(evaluated.result, row["name"]))
     teacher_runs = [path.stem for path in runs if path.stem.startswith("teacher")]
     assert len(read_run(evaluated.folder / "runs" / f"{teacher_runs[0]}.run").rankings) == 2
-    assert f"{teacher_runs[0]}: 2 queries are not in the run and count as 0" in report["result"]["notes"]
+    assert f"{teacher_runs[0]}: 2 queries not in the run, counted as 0" in report["result"]["notes"]
 
 
 def test_the_baseline_can_be_chosen(evaluated):

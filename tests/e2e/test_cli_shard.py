@@ -43,7 +43,7 @@ def test_the_page_runs_as_written(folder):
     outputs = {" ".join(command[:3]): succeed(*command) for command in commands()}
     assert f"{len(SENTENCES)} passages copied into 4 shards of " in outputs["shard docs.index --shards"].stderr
     assert "1 added" in outputs["index docs.shards upsert"].stderr
-    assert "1 of 1 passages deleted" in outputs["index docs.shards delete"].stderr
+    assert "1 of 1 passage deleted" in outputs["index docs.shards delete"].stderr
     assert "0 problems" in outputs["index docs.shards verify"].stderr
     assert "shards" in outputs["index docs.shards stats"].stdout
     sharded = Index.open("docs.shards")

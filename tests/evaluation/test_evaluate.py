@@ -440,9 +440,9 @@ def test_a_run_reports_unknown_queries_and_passages():
     assert figures(report.row("theirs"))["MRR@10"] == pytest.approx((1 + 0 + 0 + 1) / 4)
     assert [note for note in report.notes if note.startswith("theirs: ")] == [
         "theirs: 2 different tags",
-        "theirs: 1 queries of the run are not judged here and were left out",
-        "theirs: 2 queries are not in the run and count as 0",
-        "theirs: 1 ranked passages are not in the corpus and were left out",
+        "theirs: 1 query of the run not judged here, left out",
+        "theirs: 2 queries not in the run, counted as 0",
+        "theirs: 1 ranked passage not in the corpus, left out",
     ]
     assert report.row("theirs").cost.total is None
 

@@ -261,8 +261,8 @@ def test_judgements_with_unknown_ids_are_counted(tmp_path):
     write_qrels(folder, "test", [("q16", "s16"), ("q17", "gone"), ("nobody", "s1")])
     report = measure(read_beir(folder), Contenders(FakeStudent()))
     assert (report.num_items, report.num_left_out) == (1, 2)
-    assert "test: 1 judgements of unknown queries not counted, first 1: nobody" in " ".join(report.notes)
-    assert "test: 1 judgements of unknown passages not counted, first 1: gone" in " ".join(report.notes)
+    assert "test: 1 judgement of unknown queries not counted, first 1: nobody" in " ".join(report.notes)
+    assert "test: 1 judgement of unknown passages not counted, first 1: gone" in " ".join(report.notes)
 
 
 @pytest.mark.parametrize("baseline", ["cosine_tuned", "teacher", "external"])

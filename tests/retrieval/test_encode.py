@@ -191,5 +191,5 @@ def test_non_finite_vectors_are_an_error_naming_the_passage(tmp_path):
             encoded.vectors[[text.startswith("text 12 ") for text in texts]] = np.nan
             return encoded
 
-    with pytest.raises(InputError, match=r"1 vectors are not finite.*'p12'"):
+    with pytest.raises(InputError, match=r"1 vector is not finite.*'p12'"):
         encode(PASSAGES, NanStudent(), tmp_path / "i")

@@ -265,6 +265,13 @@ class TestSnapshots:
         assert index.restore("before") == 6
         assert search_ids(index, "cat sleeps", top_k=1) == ["p0"]
 
+    def test_an_index_is_made_from_a_snapshot(self, index, tmp_path):
+        made = Index.from_snapshot(index.snapshot("before"), tmp_path / "made")
+        assert (made.list_passages(), made.spec) == (index.list_passages(), index.spec)
+        assert made.verify().problems == []
+        assert made.delete(made.list_passages()) == 6
+        assert made  # though it has no passages
+
     def test_compaction_does_not_change_rankings(self, index):
         index.upsert([Passage(f"p{n}", f"{text} again") for n, text in enumerate(TEXTS[:4])])
         before = [search_ids(index, text) for text in TEXTS]

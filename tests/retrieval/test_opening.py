@@ -136,7 +136,7 @@ def test_objects_say_what_they_are(folder: Path, tmp_path: Path):
     assert repr(read_beir(data)).startswith("Dataset('data': ")
     assert "splits dev, test, train" in repr(read_beir(data))
     (tmp_path / "train.jsonl").write_text('{"sentence1": "a", "sentence2": "b", "label": "1"}\n')
-    assert repr(read_pairs(tmp_path / "train.jsonl")) == "PairDataset('train', binary: 1 pairs in train)"
+    assert repr(read_pairs(tmp_path / "train.jsonl")) == "PairDataset('train', binary: 1 pair in train)"
 
 
 # What callers give

@@ -327,7 +327,7 @@ class TestChanges:
         Index.open(three / f"shard-{number:04}", STUDENT).upsert([Passage("p1", "apple", document_id="d0")])
         problems = index.verify().problems
         assert len(problems) == 2
-        assert f"shard {number}: 1 passages belong in other shards, the first is 'p1'" in problems[0]
+        assert f"shard {number}: 1 passage belongs in other shards, the first is 'p1'" in problems[0]
         assert "1 ids are in two shards" in problems[1]
         report = index.upsert(index.get(["p1"]))
         assert (report.num_added, report.num_updated) == (0, 1)

@@ -102,7 +102,7 @@ def test_changed_columns_are_found(store, column):
     table.replace_all(table.metadata, [rows])
     name = "other" if column == "id" else rows[3]["id"]
     [problem] = verify(store).problems
-    assert problem.startswith(f"passages.db: 1 passages are not what was written, the first is {name!r}")
+    assert problem.startswith(f"passages.db: 1 damaged passage, the first is {name!r}")
 
 
 def test_duplicate_ids_and_rows_are_found(store):
@@ -119,9 +119,9 @@ def test_damaged_passages_are_taken_from_a_snapshot(store):
     put(store, few_passages(2, start=50).values())
     _replace_bytes(store.folder / "passages.db", b"own3", b"own9")
     [problem] = verify(store).problems
-    assert "1 passages are not what was written, the first is 'p3'" in problem
+    assert "1 damaged passage, the first is 'p3'" in problem
     _, rebuilt, taken = verify(store, repair=True).problems
-    assert rebuilt == "passages.db was rebuilt: 21 passages were read from it; earlier versions were left out"
+    assert rebuilt == "passages.db was rebuilt with the 21 passages read from it, without earlier versions"
     assert taken == "1 damaged passages were taken from snapshots"
     assert verify(store).problems == []
     check_contents(PassageView(store), PASSAGES | few_passages(2, start=50))
@@ -132,7 +132,7 @@ def test_lost_passages_are_named_and_left_out_only_on_request(store):
     _, lost, *_ = verify(store, repair=True).problems
     assert lost.startswith("passages.db: 1 of 20 passages are lost and in no snapshot, the first is 'p3'")
     assert (store.folder / "passages.db").read_bytes() == before  # nothing was changed
-    assert verify(store, repair=True, drop_lost=True).problems[-1] == "1 passages are lost: 'p3'"
+    assert verify(store, repair=True, drop_lost=True).problems[-1] == "1 passage is lost: 'p3'"
     assert verify(store).problems == []
     left = {name: passage for name, passage in PASSAGES.items() if name != "p3"}
     check_contents(PassageView(store), left)

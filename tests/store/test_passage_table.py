@@ -282,8 +282,8 @@ def test_a_changed_page_is_found(table, tmp_path):
     content = (tmp_path / NAME).read_bytes()
     (tmp_path / NAME).write_bytes(content.replace(b"word own3", b"work own3"))
     [problem] = PassageTable.open(tmp_path).problems()
-    assert problem == "1 passages are not what was written, the first is 'p3'"
-    with pytest.raises(DamagedFileError, match="1 passages are not what was written, the first is 'p3'"):
+    assert problem == "1 damaged passage, the first is 'p3'"
+    with pytest.raises(DamagedFileError, match="1 damaged passage, the first is 'p3'"):
         list(PassageTable.open(tmp_path).intact_batches())
 
 

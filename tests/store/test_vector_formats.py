@@ -107,7 +107,7 @@ def test_the_rotation_never_changes():
 def test_non_finite_vectors_are_named(name, value):
     vectors = sphere(4, 24)
     vectors[2, 5] = value
-    with pytest.raises(InputError, match=r"1 vectors are not finite.*'p2'"):
+    with pytest.raises(InputError, match=r"1 vector is not finite.*'p2'"):
         make_format(name, 24).encode(vectors, names(4))
 
 

@@ -150,7 +150,7 @@ def test_another_dictionary_makes_other_words_of_some_scripts_only(tmp_path, mon
     monkeypatch.setattr(icu4py, "icu_version", "99.9", raising=False)
     (problem, missing) = open_words(tmp_path, 0, 3, made).problems
     assert problem.startswith("words-0-1-2.bin has words by rule 1, ICU ")
-    assert missing == "the words of 1 passages are in no file"
+    assert missing == "the words of 1 passage is in no file"
     update_word_files(tmp_path, 0, 3, made)
     assert open_words(tmp_path, 0, 3, unreadable).problems == []
     assert open_words(tmp_path, 0, 3, unreadable).words.take(np.arange(3)).by_dictionary

@@ -97,12 +97,12 @@ class TestRetrieval:
 
     def test_issues(self, report):
         assert report.issues == (
-            "train: 1 judgements of unknown queries not counted, first 1: lost",
-            "dev: 1 judgements of unknown passages not counted, first 1: p9",
-            "1 passages have an empty text, first 1: p4",
-            "1 queries have an empty text, first 1: q5",
-            "1 queries are judged in no split, first 1: q4",
-            "test: 1 queries have no relevant passage, first 1: q1",
+            "train: 1 judgement of unknown queries not counted, first 1: lost",
+            "dev: 1 judgement of unknown passages not counted, first 1: p9",
+            "1 passage without text, first 1: p4",
+            "1 query without text, first 1: q5",
+            "1 query judged in no split, first 1: q4",
+            "test: 1 query without a relevant passage, first 1: q1",
         )
 
     def test_duplicate_ids_are_rejected(self, folder):
@@ -147,7 +147,7 @@ class TestPairs:
             "train: repeated pairs in reverse order": (1, ("train-3",)),
             "pairs that another line labels differently": (1, ("train/train-6",)),
         }
-        assert report.issues == ("train: 1 pairs have an empty text",)
+        assert report.issues == ("train: 1 pair without text",)
         assert report.leaks == ()
 
     def test_reversed_pair_with_another_label_is_no_conflict(self, tmp_path):

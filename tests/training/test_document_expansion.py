@@ -134,7 +134,7 @@ def test_passages_of_other_splits_are_left_out() -> None:
 
 
 def test_too_little_to_learn_from_is_refused() -> None:
-    with pytest.raises(InputError, match=r"few: 8 passages are relevant to a query of 'train' .* at least 20"):
+    with pytest.raises(InputError, match=r"few: has 8 passages relevant to a query of 'train' .* at least 20"):
         fit_document_expansion(TopicVectors(), [by_topic("few", num=16)])
     passages = {f"p{n}": f"topic{n % 8}" for n in range(30)}
     queries = {f"q{n}": f"own{n}" for n in range(30)}

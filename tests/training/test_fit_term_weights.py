@@ -82,7 +82,7 @@ def test_a_factor_has_a_lower_limit() -> None:
 
 
 def test_too_few_queries_are_refused() -> None:
-    with pytest.raises(InputError, match=r"few: 10 queries of 'train' have a relevant passage, but at least 20"):
+    with pytest.raises(InputError, match=r"few: 'train' has 10 queries with a relevant passage, but at least 20"):
         fit_term_weights(TwoWords(), [repeated("few", num=10)])
 
 

@@ -10,6 +10,7 @@ import typer
 from d2llm.cli.options import DeviceOption, JsonOption
 from d2llm.cli.session import session_of
 from d2llm.cli.verbs import verb
+from d2llm.core.names import counted
 from d2llm.core.settings import STUDENT_HELP
 from d2llm.core.shipped import DEFAULT_STUDENT
 
@@ -45,5 +46,5 @@ def doctor(
     session.show(findings_table(findings))
     session.write_report(context, json_path, {"findings": findings, "num_problems": problems})
     if problems:
-        session.complain("warning", f"{problems} problem{'' if problems == 1 else 's'}: see the last column")
+        session.complain("warning", f"{counted(problems, 'problem')}: see the last column")
         raise typer.Exit(EXIT_PROBLEM)

@@ -18,6 +18,7 @@ from d2llm.cli.options import (
 )
 from d2llm.cli.session import session_of
 from d2llm.cli.verbs import verb
+from d2llm.core.names import counted
 from d2llm.training.settings import FitScoresSettings
 
 if TYPE_CHECKING:
@@ -159,13 +160,13 @@ def tune_reader(
     loaded = Student.load(student, device=device, dtype=dtype)
     report = tune_reader(loaded, corpora, out, config=settings, task=task, seed=seed, device=device, dtype=dtype)
     losses = ", ".join(f"{first:.3f} -> {last:.3f}" for first, last in report.losses)
-    num_lists = ", ".join(f"{count:,} lists of {name}" for name, count in report.num_lists.items())
-    session.say(f"tune-reader: {report.steps:,} steps on {num_lists} (loss {losses}); in {out}")
+    num_lists = ", ".join(f"{counted(count, 'list')} of {name}" for name, count in report.num_lists.items())
+    session.say(f"tune-reader: {counted(report.steps, 'step')} on {num_lists} (loss {losses}); in {out}")
     for name, figures in report.dev.items():
         session.say(
-            f"tune-reader: nDCG@10 on {figures.num_queries:,} dev queries of {name}: student {figures.student:.3f}, "
-            f"first step {figures.first_step:.3f}, decoded order {figures.decoded:.3f}, random order "
-            f"{figures.random:.3f}"
+            f"tune-reader: nDCG@10 on {counted(figures.num_queries, 'dev query')} of {name}: student "
+            f"{figures.student:.3f}, first step {figures.first_step:.3f}, decoded order {figures.decoded:.3f}, random "
+            f"order {figures.random:.3f}"
         )
     session.write_report(context, json_path, report)
 

@@ -38,6 +38,7 @@ from d2llm.cli.session import session_of
 from d2llm.cli.verbs import verb_group
 from d2llm.cli.word_order import check_index_first
 from d2llm.core.errors import InputError
+from d2llm.core.names import counted
 from d2llm.core.settings import LENIENT_HELP
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import DEFAULT_ANN_RECALL, DEFAULT_NUM_CANDIDATES
@@ -230,7 +231,7 @@ def sync(
         _require_passages(index, report.skipped)
     _say_what_was_written(context, index, report.written)
     session_of(context).say(
-        f"index: {report.num_files:,} files, {report.num_unchanged:,} of them unchanged and not read; "
+        f"index: {counted(report.num_files, 'file')}, {report.num_unchanged:,} of them unchanged and not read; "
         f"{len(report.gone):,} are gone; {report.num_other:,} files of other kinds"
     )
     warn_of_skipped(session_of(context), report.skipped)
@@ -247,8 +248,8 @@ def delete(context: typer.Context, selection: IdOptions) -> None:
     num_deleted = (index.delete(ids) if ids else 0) + (index.delete_documents(documents) if documents else 0)
     num_found = len(documents) - len(missing_documents)
     of_documents = f"; {num_found:,} of {len(documents):,} documents existed" if documents else ""
-    of_ids = f" of {len(ids):,}" if not documents else ""
-    session_of(context).say(f"index: {num_deleted:,}{of_ids} passages deleted from {folder_of(context)}{of_documents}")
+    deleted = counted(num_deleted, "passage") if documents else f"{num_deleted:,} of {counted(len(ids), 'passage')}"
+    session_of(context).say(f"index: {deleted} deleted from {folder_of(context)}{of_documents}")
     report = {
         "num_asked": len(ids),
         "num_deleted": num_deleted,
@@ -395,7 +396,7 @@ def snapshot(
         report: dict[str, Any] = {"name": name, "dropped": True}
     else:
         folder = index.snapshot(name)
-        session_of(context).say(f"index: {len(index):,} passages are saved in {folder}")
+        session_of(context).say(f"index: {counted(len(index), 'passage is', 'passages are')} saved in {folder}")
         report = {"name": name, "folder": str(folder), "num_passages": len(index)}
     session_of(context).write_report(context, json_path, report)
 
@@ -409,18 +410,15 @@ def restore(
     json_path: JsonOption = None,
 ) -> None:
     """Replace the passages of the index with those of a snapshot; creates it from a copy if there is none."""
-    from d2llm.store.index_manifest import copy_errors, read_index_manifest
-    from d2llm.store.index_store import IndexStore, StoredSpec
+    from d2llm.retrieval.index import Index
 
     folder, copy = folder_of(context), Path(name)
     if copy.is_dir() and not folder.exists():
-        manifest = read_index_manifest(copy)
-        IndexStore.create(folder, StoredSpec.of_manifest(manifest), shard=manifest.get("shard"))
-        copy_errors(copy, folder)
-    index = _index_of(context)
-    is_copy = copy.is_dir() and name not in index.store.snapshots()
-    num_passages = index.restore(copy if is_copy else name)
-    session_of(context).say(f"index: it holds the {num_passages:,} passages of the snapshot {name!r} again")
+        num_passages = len(Index.from_snapshot(copy, folder))
+    else:
+        index = _index_of(context)
+        num_passages = index.restore(copy if copy.is_dir() and name not in index.store.snapshots() else name)
+    session_of(context).say(f"index: it holds the {counted(num_passages, 'passage')} of the snapshot {name!r} again")
     session_of(context).write_report(context, json_path, {"name": name, "num_passages": num_passages})
 
 
@@ -448,8 +446,8 @@ def verify(
     left = index.verify().problems if repair and report.problems else report.problems
     after = f", {len(left)} after the repair" if repair and report.problems else ""
     session.say(
-        f"index: {report.num_passages:,} passages and {report.num_snapshots} snapshots checked, "
-        f"{len(report.problems)} problems{after}"
+        f"index: {counted(report.num_passages, 'passage')} and {counted(report.num_snapshots, 'snapshot')} checked, "
+        f"{counted(len(report.problems), 'problem')}{after}"
     )
     session.write_report(context, opening.json_path, report)
     if left:
@@ -496,7 +494,7 @@ def calibrate(
     file = write_error(folder_of(context), model, index_task, error, score_features)
     session.say(
         f"calibrate: a passage's log-odds are {error.slope:.3g} times the student's score, within {error.sigma:.2f} "
-        f"(standard deviation over {error.num_pairs:,} pairs); stored in {file}"
+        f"(standard deviation over {counted(error.num_pairs, 'pair')}); stored in {file}"
     )
     session.write_report(context, opening.json_path, error)
 
@@ -540,11 +538,11 @@ def _require_passages(index: Index, skipped: Sequence[SkippedFile]) -> None:
 
 def _say_what_was_written(context: typer.Context, index: Index, report: DocumentsReport) -> None:
     session_of(context).say(
-        f"index: {report.num_documents:,} texts in {report.num_passages:,} passages ({index.chunking}): "
-        f"{report.num_added:,} added, {report.num_updated:,} with changed text, {report.num_metadata:,} with changed "
-        f"metadata, {report.num_unchanged:,} unchanged, {report.num_deleted:,} deleted; {report.num_truncated:,} "
-        "truncated; "
-        + (f"read in {report.num_windows:,} windows; " if report.num_windows else "")
+        f"index: {counted(report.num_documents, 'text')} in {counted(report.num_passages, 'passage')} "
+        f"({index.chunking}): {report.num_added:,} added, {report.num_updated:,} with changed text, "
+        f"{report.num_metadata:,} with changed metadata, {report.num_unchanged:,} unchanged, {report.num_deleted:,} "
+        f"deleted; {report.num_truncated:,} truncated; "
+        + (f"read in {counted(report.num_windows, 'window')}; " if report.num_windows else "")
         + f"{report.seconds:,.1f} s, in {folder_of(context)}"
     )
 

@@ -10,6 +10,7 @@ import typer
 from d2llm.cli.options import JsonOption, in_existing_folder, output_file
 from d2llm.cli.session import session_of
 from d2llm.cli.verbs import verb_group
+from d2llm.core.names import counted
 
 labels_app = verb_group("labels", "Count, merge and export teachers' labels.", heading="Distil")
 _StoreArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="A label store, as `d2llm label` writes it.")]
@@ -44,10 +45,11 @@ def merge(
 
     session = session_of(context)
     report = merge_labels(folders, out)
-    message = f"labels: {_pairs(report.num_pairs)} of {report.num_queries:,} queries"
+    message = f"labels: {counted(report.num_pairs, 'pair')} of {counted(report.num_queries, 'query')}"
     if report.num_repeated:
-        verb = "was" if report.num_repeated == 1 else "were"
-        message += f"; {report.num_repeated:,} {verb} labelled more than once, with log-odds that differ by "
+        message += (
+            f"; {counted(report.num_repeated, 'was', 'were')} labelled more than once, with log-odds that differ by "
+        )
         message += f"{report.largest_difference:.3g} at most"
     session.say(f"{message}; in {out}")
     session.write_report(context, json_path, report)
@@ -77,8 +79,4 @@ def export(
     from d2llm.data.label_sets import export_labels
 
     num_pairs = export_labels(folder, out, teacher=teacher, prompt=prompt, dataset=dataset)
-    session_of(context).say(f"labels: {_pairs(num_pairs)} in {out}")
-
-
-def _pairs(num_pairs: int) -> str:
-    return f"{num_pairs:,} pair{'' if num_pairs == 1 else 's'}"
+    session_of(context).say(f"labels: {counted(num_pairs, 'pair')} in {out}")

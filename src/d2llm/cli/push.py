@@ -12,6 +12,7 @@ from d2llm.cli.options import JsonOption, StudentArgument
 from d2llm.cli.session import session_of
 from d2llm.cli.verbs import verb
 from d2llm.core.errors import InputError
+from d2llm.core.names import counted
 
 
 @verb("Distil")
@@ -70,7 +71,7 @@ def push(
             merge_student(folder, Path(temporary) / "student")
             folder = Path(temporary) / "student"
         report = push_student(folder, repo_id, private=private, revision=revision, licence=licence)
-    session.say(f"push: {report.num_files} files, {report.num_bytes / 1e6:,.1f} MB: {report.url}")
+    session.say(f"push: {counted(report.num_files, 'file')}, {report.num_bytes / 1e6:,.1f} MB: {report.url}")
     if report.needs_d2llm is None:
         session.say("push: sentence-transformers can load it without d2llm")
     else:

@@ -9,6 +9,7 @@ import typer
 from d2llm.cli.index import folder_of, index_app
 from d2llm.cli.options import DeviceOption, DtypeOption, EngineOption, JsonOption, student_option
 from d2llm.cli.session import session_of
+from d2llm.core.names import counted
 
 
 @index_app.command("reencode")
@@ -29,7 +30,7 @@ def reencode(
 
     report = encode_again(folder_of(context), student, device=device, dtype=dtype, engine=engine)
     session_of(context).say(
-        f"reencode: {report.num_passages:,} passages, {report.num_encoded:,} encoded now by {student}; "
+        f"reencode: {counted(report.num_passages, 'passage')}, {report.num_encoded:,} encoded now by {student}; "
         f"{report.num_caught_up:,} had changed meanwhile"
     )
     session_of(context).write_report(context, json_path, report)

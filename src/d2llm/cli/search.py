@@ -25,6 +25,7 @@ from d2llm.cli.session import Session, session_of
 from d2llm.cli.verbs import verb
 from d2llm.cli.word_order import is_index
 from d2llm.core.errors import InputError
+from d2llm.core.names import counted
 from d2llm.core.toml import toml_value
 from d2llm.core.types import Task
 from d2llm.retrieval.settings import (
@@ -375,8 +376,8 @@ def _explain(session: Session, ranking: Ranking, settings: SearchSettings, stude
 
 def _expansion_lines(expansion: QueryExpansion) -> str:
     """What a language model added to a query: a line about it, and one for each text."""
-    noun = "other queries" if expansion.method == "multi" else "hypothetical passages"
-    line = f"expansion: {len(expansion.texts)} {noun}, written in {expansion.seconds:,.1f} s"
+    noun = "other query" if expansion.method == "multi" else "hypothetical passage"
+    line = f"expansion: {counted(len(expansion.texts), noun)}, written in {expansion.seconds:,.1f} s"
     if expansion.num_dropped:
         line += f"; {expansion.num_dropped} more parts of the answer were of no use"
     if expansion.truncated:
@@ -416,12 +417,12 @@ def _plain_queries(rankings: list[Ranking]) -> str | None:
 
 def _reranking_line(report: RerankReport) -> str:
     """What a reranker changed in a ranking, in one line."""
-    unsure = f"the student was unsure of {len(report.unsure)} passages; " if report.unsure else ""
+    unsure = f"the student was unsure of {counted(len(report.unsure), 'passage')}; " if report.unsure else ""
     cut = f", {report.num_truncated} of them in part" if report.num_truncated else ""
     cut += ", until its time was up" if report.out_of_time else ""
     moves = ", ".join(f"{before} -> {now}" for before, now in report.moved)
     return (
-        f"{report.kind}: {unsure}{len(report.read)} {'were' if unsure else 'passages were'} read{cut}, in "
+        f"{report.kind}: {unsure}{len(report.read) if unsure else counted(len(report.read), 'passage')} read{cut}, in "
         f"{1e3 * report.seconds:,.0f} ms; {f'places: {moves}' if moves else 'no place changed'}"
     )
 
@@ -429,13 +430,13 @@ def _reranking_line(report: RerankReport) -> str:
 def _selection_line(selection: Selection, settings: SearchSettings, *, is_proved: bool) -> str:
     """How the results were selected, in one line."""
     num_shown = len(selection.ranks)
-    line = f"selection: {num_shown} of the first {selection.selected_from} results"
+    line = f"selection: {num_shown} of the first {counted(selection.selected_from, 'result')}"
     if settings.mmr is not None:
         line += f", diversified with weight {settings.mmr:g} for the score"
     if settings.near_duplicates is not None:
-        line += f"; {selection.num_near_duplicates} near duplicates left out"
+        line += f"; {counted(selection.num_near_duplicates, 'near duplicate')} left out"
     if num_shown < min(settings.top_k, selection.selected_from):
-        line += f", so {settings.top_k - num_shown} places stay empty (a larger --select-from may fill them)"
+        line += f", so {counted(settings.top_k - num_shown, 'place')} left empty (a larger --select-from may fill them)"
     return line + ("; this selection is not the proved order" if is_proved else "")
 
 

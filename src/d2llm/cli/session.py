@@ -27,11 +27,6 @@ if TYPE_CHECKING:
 STANDARD_INPUT, STANDARD_OUTPUT = "standard input", "standard output"
 SCHEMA_VERSION = 1
 """Version of the schema of the files that ``--json`` writes."""
-_ONE = re.compile(
-    r"(?<!\S)(?<!of )(?<!its )1 (quer|class|cluster|column|document|file|grade|index|judgement|label|line|list|"
-    r"neighbour|pair|passage|question|result|row|shard|step|text|token|vector|word)(ies|es|s)( were| are| have)?(?!\w)"
-)
-_VERB_OF_ONE = {" were": " was", " are": " is", " have": " has"}
 _FILE_WIDTH = 140  # width of tables that go to a file or another program
 
 
@@ -91,14 +86,14 @@ class Session:
     def say(self, remark: str) -> None:
         """Print a remark; silent with ``--quiet``."""
         if not self.quiet:
-            self._err.print(_singular(remark), markup=False, soft_wrap=True)
+            self._err.print(remark, markup=False, soft_wrap=True)
 
     def complain(self, kind: str, message: str) -> None:
         """Print an error or a warning as one line, to be searched for; the copy of a stream has its name."""
         for stream, user in self.streams.items():
             message = message.replace(user, stream) if Path(user).is_absolute() else message
         style = "red" if kind == "error" else "yellow"
-        self._err.print(f"{kind}: {_singular(message)}", markup=False, soft_wrap=True, style=style)
+        self._err.print(f"{kind}: {message}", markup=False, soft_wrap=True, style=style)
 
     def write_document(self, document: Document, markdown: Path | None = None, html: Path | None = None) -> None:
         """Write a report for people to read, where a path is given."""
@@ -137,16 +132,6 @@ class Session:
 
         lines = (json.dumps(_plain(row), ensure_ascii=False) for row in rows)
         write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
-
-
-def _singular(message: str) -> str:
-    """A message that counts in plurals, with those after the number 1 as singulars: "1 passage was truncated"."""
-
-    def one(match: re.Match[str]) -> str:
-        stem, ending, verb = match.groups()
-        return f"1 {stem}{'y' if ending == 'ies' else ''}{_VERB_OF_ONE.get(verb, '')}"
-
-    return _ONE.sub(one, message)
 
 
 def session_of(context: typer.Context) -> Session:

@@ -10,6 +10,7 @@ import typer
 from d2llm.cli.options import JsonOption
 from d2llm.cli.session import session_of
 from d2llm.cli.verbs import verb
+from d2llm.core.names import counted
 
 
 @verb("Search")
@@ -39,8 +40,8 @@ def shard(
     report = shard(index, out, shards, remote=remote)
     resumed = f" ({report.num_resumed:,} of them by an earlier call)" if report.num_resumed else ""
     session.say(
-        f"shard: {report.num_passages:,} passages copied{resumed} into {report.num_shards:,} shards of "
-        f"{report.fewest:,} to {report.most:,}; {report.num_bytes:,} bytes, {report.seconds:,.1f} s, in {out}"
+        f"shard: {counted(report.num_passages, 'passage')} copied{resumed} into {counted(report.num_shards, 'shard')} "
+        f"of {report.fewest:,} to {report.most:,}; {report.num_bytes:,} bytes, {report.seconds:,.1f} s, in {out}"
         + ("" if remote is None else f" and {remote}")
     )
     session.write_report(context, json_path, report)

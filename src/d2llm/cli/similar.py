@@ -13,6 +13,7 @@ from d2llm.cli.options import DeviceOption, DtypeOption, EngineOption, JsonOptio
 from d2llm.cli.search import QueriesOption
 from d2llm.cli.session import session_of
 from d2llm.cli.verbs import verb
+from d2llm.core.names import counted
 from d2llm.retrieval.settings import ClassifySettings, SimilaritySettings
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def duplicates(
     index = opened.open()
     found = similar_pairs(index, settings)
     session_of(context).write_lines(out, _pair_lines(index, found))
-    _say(context, f"duplicates: {len(found.pairs):,} pairs", found)
+    _say(context, f"duplicates: {counted(len(found.pairs), 'pair')}", found)
     session_of(context).write_report(context, json_path, found)
 
 
@@ -92,7 +93,7 @@ def cluster(
     )
     session_of(context).write_lines(out, rows)
     num_members = sum(1 + len(one.members) for one in clusters)
-    _say(context, f"cluster: {len(clusters):,} clusters of {num_members:,} passages", found)
+    _say(context, f"cluster: {counted(len(clusters), 'cluster')} of {counted(num_members, 'passage')}", found)
     session_of(context).write_report(context, json_path, {"clusters": clusters, "num_passages": found.num_passages})
 
 
@@ -110,11 +111,12 @@ def _pair_lines(index: Index, found: SimilarPairs) -> Iterator[dict[str, object]
 
 def _say(context: typer.Context, result: str, found: SimilarPairs) -> None:
     session, blank = session_of(context), f"; {found.num_blank:,} without text" if found.num_blank else ""
-    session.say(f"{result}; {found.num_passages:,} passages were compared{blank}")
+    session.say(f"{result}; {counted(found.num_passages, 'passage was', 'passages were')} compared{blank}")
     if found.num_full:
         session.complain(
             "warning",
-            f"{found.num_full:,} passages have as many similar ones as were compared; a larger --neighbours finds more",
+            f"{counted(found.num_full, 'passage has', 'passages have')} as many similar ones as were compared; a "
+            "larger --neighbours finds more",
         )
 
 
@@ -145,5 +147,8 @@ def classify(
     results = classifier.classify(texts)
     session.write_lines(out, results)
     num_none = sum(result.label is None for result in results)
-    session.say(f"classify: {len(results):,} texts, {len(classifier.labels):,} classes; {num_none:,} belong to none")
+    session.say(
+        f"classify: {counted(len(results), 'text')}, {counted(len(classifier.labels), 'class', 'classes')}; "
+        f"{num_none:,} belong to none"
+    )
     session.write_report(context, json_path, results)

@@ -13,7 +13,8 @@ def lazy_names(
     """``__getattr__`` and ``__dir__`` of a package: ``home_of`` has the module of each name, ``others`` need none.
 
     ``__all__`` is there for ``from d2llm import *``, but not for pydoc: ``help(d2llm)`` would be the help of every
-    class, on thousands of lines, in place of a page.
+    class, on thousands of lines, in place of a page. Both only ask for ``__all__``, and a module has no other say in
+    what they do with it, so what tells them apart is who asks.
     """
     names = sorted([*home_of, *others])
 

@@ -1,7 +1,8 @@
-"""Suggestions for misspelt names."""
+"""Counts of things in messages, and suggestions for misspelt names."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
@@ -24,6 +25,11 @@ NAMES_ELSEWHERE: Mapping[str, str] = {
 }
 """Names that other libraries use for search settings."""
 _LONGEST = 200  # characters of a name that may be misspelt: comparing takes time that grows with the length
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """``1 query`` or ``2,000 queries``: a count with its noun, and ``many`` where that is more than an ending."""
+    return f"{count:,} {one if count == 1 else many or re.sub('y$', 'ie', one) + 's'}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

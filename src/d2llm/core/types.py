@@ -9,6 +9,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Literal, SupportsIndex, get_args, overload
 
+from d2llm.core.names import counted
 from d2llm.core.short_repr import short, short_repr
 
 Task = Literal["symmetric", "asymmetric"]
@@ -529,7 +530,7 @@ class Ranking:
     def __repr__(self) -> str:
         first = ", ".join(f"{short(result.passage.id)} {result.score:.2f}" for result in self.passages[:3])
         more = ", ..." if len(self) > 3 else ""
-        count = f"{len(self)} passage{'' if len(self) == 1 else 's'}"
+        count = counted(len(self), "passage")
         return f"Ranking({short(self.query.text)}, {count}{': ' if first else ''}{first}{more})"
 
     def __len__(self) -> int:

@@ -22,6 +22,7 @@ import numpy as np
 
 from d2llm.core.errors import DataFormatError, DuplicateIdError
 from d2llm.core.inputs import strings_of
+from d2llm.core.names import counted
 from d2llm.core.plain_values import plain_value
 from d2llm.core.types import Passage, Qrels, Query
 from d2llm.data.lines import (
@@ -181,7 +182,7 @@ class Dataset:
 
     def __repr__(self) -> str:
         """What it is, in one line."""
-        counts = f"{len(self.passages):,} passages, {len(self.queries):,} queries"
+        counts = f"{counted(len(self.passages), 'passage')}, {counted(len(self.queries), 'query')}"
         return f"Dataset({self.name!r}: {counts}, splits {', '.join(self.qrels) or 'none'})"
 
     def positives(self, split: str) -> dict[str, tuple[str, ...]]:
@@ -256,7 +257,7 @@ class RetrievalSource:
         qrels = self.qrels()
         issues = unknown_id_issues(qrels, queries, passages)
         if empty := [passage.id for passage in passages.values() if not passage.text.strip()]:
-            issues = (f"{len(empty)} passages have an empty text, {first_few(empty)}", *issues)
+            issues = (f"{counted(len(empty), 'passage')} without text, {first_few(empty)}", *issues)
         for issue in issues:
             _log.warning("%s: %s", self.path, issue)
         return Dataset(self.name, self.path, passages, queries, qrels, issues)
@@ -430,5 +431,6 @@ def unknown_id_issues(
         lost_passages = [passage_id for _, passage_id in pairs if passage_id not in passages]
         for kind, lost in (("queries", lost_queries), ("passages", lost_passages)):
             if lost:
-                issues.append(f"{split}: {len(lost)} judgements of unknown {kind} not counted, {first_few(lost)}")
+                unknown = counted(len(lost), "judgement")
+                issues.append(f"{split}: {unknown} of unknown {kind} not counted, {first_few(lost)}")
     return tuple(issues)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from d2llm.core.extras import require
+from d2llm.core.names import counted
 from d2llm.data.beir import RetrievalSource, unknown_id_issues
 from d2llm.data.check_report import DataReport, Leak, LeakKind, Repeats, SharedPositives, SplitCounts
 from d2llm.data.check_texts import Sample, hash64
@@ -174,8 +175,8 @@ class _Occurrences:
     def as_repeats(self, label: str) -> list[Repeats]:
         return [Repeats(label, self.count, tuple(self.examples))] if self.count else []
 
-    def as_issue(self, problem: str) -> list[str]:
-        return [f"{self.count} {problem}, {first_few(self.examples)}"] if self.count else []
+    def as_issue(self, noun: str, problem: str) -> list[str]:
+        return [f"{counted(self.count, noun)} {problem}, {first_few(self.examples)}"] if self.count else []
 
 
 def _read_retrieval(source: RetrievalSource, queries: Sample, passages: Sample) -> Findings:
@@ -201,16 +202,16 @@ def _read_retrieval(source: RetrievalSource, queries: Sample, passages: Sample) 
                 repeats[split].add(query.id)
     issues = [
         *unknown_id_issues(qrels, query_lines, lines),
-        *empty_passages.as_issue("passages have an empty text"),
-        *empty.as_issue("queries have an empty text"),
-        *unjudged.as_issue("queries are judged in no split"),
+        *empty_passages.as_issue("passage", "without text"),
+        *empty.as_issue("query", "without text"),
+        *unjudged.as_issue("query", "judged in no split"),
     ]
     for split, judged in qrels.items():
         without_positive = _Occurrences()
         for query_id, grades in judged.items():
             if not any(grade > 0 for grade in grades.values()):
                 without_positive.add(query_id)
-        issues += [f"{split}: {issue}" for issue in without_positive.as_issue("queries have no relevant passage")]
+        issues += [f"{split}: {issue}" for issue in without_positive.as_issue("query", "without a relevant passage")]
     index_of = dict(zip(lines, range(len(lines)), strict=True))
     repeated = _repeated_passages(list(lines), hashes)
     for split, occurrences in repeats.items():
@@ -349,7 +350,7 @@ def _read_pairs(source: PairSource, queries: Sample, passages: Sample) -> Findin
             queries.add(pair.query)
             passages.add(pair.passage)
             split.add(pair, targets, conflicts)
-        issues += [f"{name}: {count} {problem}" for problem, count in counts.items() if count]
+        issues += [f"{name}: {counted(count, 'pair')} {problem}" for problem, count in counts.items() if count]
     splits = {name: split for name, split in splits.items() if split.num_pairs}
     classes_of: dict[str, set[str | None]] = {name: set(split.classes) or {None} for name, split in splits.items()}
     kind, _ = kind_of(source.path, classes_of)

@@ -25,7 +25,7 @@ import gitignore_parser
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import paths_of, strings_of
-from d2llm.core.names import nearest
+from d2llm.core.names import counted, nearest
 from d2llm.core.plain_values import UntypedText
 from d2llm.core.types import (
     DEFAULT_MEMORY_PER_FILE,
@@ -220,8 +220,9 @@ def find_documents(
         skipped = documents.skipped
         reasons = f", {len(skipped):,} were skipped ({skipped[0].reason})" if skipped else ""
         raise InputError(
-            f"{', '.join(map(str, roots))}: there are no documents; {documents.num_other:,} files have other suffixes "
-            f"than {' '.join(sorted(documents.suffixes))}{reasons}"
+            f"{', '.join(map(str, roots))}: there are no documents; "
+            f"{counted(documents.num_other, 'file has', 'files have')} other suffixes than "
+            f"{' '.join(sorted(documents.suffixes))}{reasons}"
         )
     documents.files.sort(key=lambda file: file.id)
     return documents

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from d2llm.core.errors import DataFormatError, InputError
+from d2llm.core.names import counted
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
 from d2llm.data.pairs import LabelledPair, PairDataset
@@ -75,7 +76,7 @@ def read_pair_training_set(pairs: PairDataset) -> PairTrainingSet:
         }
         for split, split_targets in targets.items()
     }
-    issues = (*pairs.issues, *([f"{num_repeated:,} pairs occur more than once"] if num_repeated else []))
+    issues = (*pairs.issues, *([f"{counted(num_repeated, 'pair')} repeated"] if num_repeated else []))
     dataset = Dataset(pairs.name, pairs.path, passages, queries, qrels, issues)
     return PairTrainingSet(dataset, targets, num_repeated)
 

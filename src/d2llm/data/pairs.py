@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 
 from d2llm.core.errors import DataFormatError, DuplicateIdError, InputError
 from d2llm.core.inputs import strings_of
+from d2llm.core.names import counted
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset, Rows
 from d2llm.data.chinese_pairs import LAYOUTS, TEXT_FIELDS, Target, sample_size, split_of, table_records
@@ -34,7 +35,7 @@ _NO_LABEL = frozenset({"", "-", "-1"})
 _MAX_CLASSES = 50  # more than this means that texts or numbers were read as classes
 _SPLIT_ORDER = ("train", "dev", "test")
 _JSON, _TABLES = frozenset({".jsonl", ".json"}), frozenset({".tsv", ".csv", ".txt", ".data"})
-WITHOUT_LABEL, EMPTY_TEXT = "pairs without an agreed label were left out", "pairs have an empty text"
+WITHOUT_LABEL, EMPTY_TEXT = "without an agreed label, left out", "without text"
 """Irregularities that are counted while pairs are read."""
 
 
@@ -68,7 +69,7 @@ class PairDataset:
 
     def __repr__(self) -> str:
         """What it is, in one line."""
-        counts = ", ".join(f"{len(pairs):,} pairs in {split}" for split, pairs in self.splits.items())
+        counts = ", ".join(f"{counted(len(pairs), 'pair')} in {split}" for split, pairs in self.splits.items())
         return f"PairDataset({self.name!r}, {self.kind}: {counts or 'no pairs'})"
 
     def positives(self, split: str) -> list[bool]:
@@ -183,7 +184,7 @@ class PairSource:
         for split in self.splits:
             counts: Counter[str] = Counter()
             splits[split] = tuple(self.iter_pairs(split, counts))
-            issues += [f"{split}: {count} {what}" for what, count in counts.items() if count]
+            issues += [f"{split}: {counted(count, 'pair')} {what}" for what, count in counts.items() if count]
         classes_of = {split: {pair.label for pair in pairs} for split, pairs in splits.items() if pairs}
         kind, classes = kind_of(self.path, classes_of)
         issues += unseen_classes(classes_of)

@@ -21,6 +21,7 @@ from itertools import islice
 
 import numpy as np
 
+from d2llm.core.names import counted
 from d2llm.core.types import Passage, Qrels, Query
 from d2llm.data.check_texts import hash64
 from d2llm.ops.words import runs_of_letters
@@ -127,12 +128,12 @@ class OwnCounts:
         """For a report; empty if there is nothing to say."""
         sentences: list[str] = []
         if self.num_left_out:
-            owners = f"of {self.num_queries:,} queries"
-            sentences.append(f"{self.num_left_out:,} passages, {owners}, are the query itself and were left out")
+            owners = counted(self.num_queries, "query")
+            passages = counted(self.num_left_out, "passage was", "passages were")
+            sentences.append(f"{passages} the query itself, of {owners}, and left out")
         if self.num_judged:
-            sentences.append(
-                f"{self.num_judged:,} passages with a query's own text are judged relevant to it and were kept"
-            )
+            passages = counted(self.num_judged, "passage")
+            sentences.append(f"{passages} with a query's own text, judged relevant to it, kept")
         return "; ".join(sentences)
 
 

@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.table import Table as Grid
 from rich.text import Text
 
+from d2llm.core.names import counted
 from d2llm.core.table import Cell, Column, Table
 from d2llm.demo.corpus import MIN_WORDS, Corpus
 from d2llm.demo.messages import TOP_K as MESSAGES_TOP_K
@@ -66,8 +67,8 @@ class DemoView:
         self._say(
             f"Python {corpus.python}: {corpus.num_documented:,} documented modules, classes and functions were found "
             f"in {corpus.num_modules:,} modules, in {seconds:.1f} s. Long texts are split, which gives "
-            f"{len(corpus.passages):,} passages. Left out: {corpus.num_duplicates:,} duplicates, and "
-            f"{corpus.num_tiny:,} texts with fewer than {MIN_WORDS} words."
+            f"{counted(len(corpus.passages), 'passage')}. Left out: {counted(corpus.num_duplicates, 'duplicate')}, and "
+            f"{counted(corpus.num_tiny, 'text')} with fewer than {MIN_WORDS} words."
         )
 
     def announce_index(
@@ -96,7 +97,7 @@ class DemoView:
         num_truncated = index.stats().num_truncated
         truncated = f", {num_truncated:,} of them truncated to the length limit" if num_truncated else ""
         rate = len(index) / max(seconds, 1e-9)
-        self._say(f"{len(index):,} passages{truncated}, in {seconds:.1f} s ({rate:,.0f} passages/s).")
+        self._say(f"{counted(len(index), 'passage')}{truncated}, in {seconds:.1f} s ({rate:,.0f} passages/s).")
 
     def answers(self, report: QuestionReport, baseline: str, *, depth: int) -> None:
         """Print one table for each question, and how often a right passage was among the first."""

@@ -20,6 +20,7 @@ from packaging.specifiers import SpecifierSet
 from platformdirs import user_cache_path
 
 from d2llm.core.errors import D2LLMError
+from d2llm.core.names import counted
 from d2llm.doctor.findings import Check, Finding, finding_of
 
 # These contain shared libraries, which can fail to load even if pip reports no problem.
@@ -254,7 +255,9 @@ def _check_index(folder: Path, device: str | None) -> Iterator[Finding]:
         stats = index.stats()
         made_with = index.storage.manifest.get("packages", {}).get("d2llm", "?")
         made = f"made with d2llm {made_with} (this: {__version__})"
-        yield Finding("index", "contents", "ok", f"{stats.num_passages:,} passages at version {stats.version}, {made}")
+        yield Finding(
+            "index", "contents", "ok", f"{counted(stats.num_passages, 'passage')} at version {stats.version}, {made}"
+        )
         yield Finding("index", "student", "ok", f"{index.student.fingerprint} is available and made this index")
         if stats.num_passages:
             passages = index.search(_QUESTION, top_k=1).passages

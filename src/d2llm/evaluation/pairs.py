@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.names import counted
 from d2llm.core.progress import showing_progress
 from d2llm.core.types import SystemKind
 from d2llm.data.pairs import LabelledPair, PairDataset
@@ -104,7 +105,7 @@ class PairWork:
         measured = self.store.values([name, fingerprint, self.content, self.settings.settled_task, "pairs"], measure)
         cost = Cost(total=milliseconds(measured["probe_seconds"]), **measured["costs"])
         if measured.get("num_truncated"):
-            self.notes.append((name, f"{measured['num_truncated']:,} texts were truncated"))
+            self.notes.append((name, f"{counted(measured['num_truncated'], 'text was', 'texts were')} truncated"))
         positions, tuning_positions = np.arange(len(self.pairs)), np.arange(len(self.tuning_pairs))
         scores, tuning_scores = (np.array(measured[part], np.float64) for part in ("scores", "tuning_scores"))
         return ScoredSplits(name, kind, positions, scores, tuning_positions, tuning_scores, cost, fingerprint)

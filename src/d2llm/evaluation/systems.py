@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.files import write_bytes
 from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
+from d2llm.core.names import counted
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import PartKind, Passage, Query, SystemKind, Task
 from d2llm.data.beir import Dataset
@@ -205,13 +206,13 @@ def run_system(run: TrecRun, trial: Trial, passages: Mapping[str, Passage]) -> S
     num_own = sum(
         passage_id in trial.own_passages.of(query_id) for query_id in rankings for passage_id in run.rankings[query_id]
     )
-    counts = {
-        "queries of the run are not judged here and were left out": len(run.rankings.keys() - query_ids),
-        "queries are not in the run and count as 0": len(query_ids - rankings.keys()),
-        "ranked passages are not in the corpus and were left out": num_unknown,
-        "ranked passages are the query itself and were left out": num_own,
-    }
-    notes = tuple(f"{count:,} {message}" for message, count in counts.items() if count)
+    counts = (
+        (len(run.rankings.keys() - query_ids), "query", "of the run not judged here, left out"),
+        (len(query_ids - rankings.keys()), "query", "not in the run, counted as 0"),
+        (num_unknown, "ranked passage", "not in the corpus, left out"),
+        (num_own, "ranked passage", "with the query's own text, left out"),
+    )
+    notes = tuple(f"{counted(count, noun)} {what}" for count, noun, what in counts if count)
     truncated = {query_id: trial.without_own(query_id, ranking) for query_id, ranking in rankings.items()}
     return System(run.name, "external", truncated, notes=(*run.issues, *notes))
 

@@ -23,6 +23,7 @@ from d2llm.core.errors import InputError, OutOfTimeError
 from d2llm.core.files import write_bytes, write_json
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
 from d2llm.core.inputs import path_of, paths_of
+from d2llm.core.names import counted
 from d2llm.core.progress import showing_progress
 from d2llm.core.settings import shows
 from d2llm.core.shipped import DEFAULT_WRITER, MULTILINGUAL_STUDENT
@@ -271,7 +272,7 @@ class Fit:
                 self.folder.users, self.served.passages, judged, self.served.index, task=self.served.task, seed=seed
             )
             if report.num_unknown:
-                self._note(f"{report.num_unknown:,} judged ids of users are not in the documents")
+                self._note(f"{counted(report.num_unknown, 'judged id')} of users are not in the documents")
             users = {"users": report}
             positives = read_beir(self.folder.users, splits=["train"]).positives("train")
             trained_on = {passage_id for passage_ids in positives.values() for passage_id in passage_ids}
@@ -431,7 +432,7 @@ class Fit:
         with self.stages.run("write") as stage:
             planned = self.plan()
             writing = self.write(planned.writing)
-            stage.outcome = f"{writing.num_queries:,} queries for {writing.num_answers:,} assignments"
+            stage.outcome = f"{counted(writing.num_queries, 'query')} for {counted(writing.num_answers, 'assignment')}"
         with self.stages.run("review") as stage:
             review = self.review(planned.reviewing)
             stage.outcome = f"{len(review.kept):,} kept, {len(review.rejected):,} rejected"
@@ -450,7 +451,7 @@ class Fit:
             with self.stages.run("train") as stage:
                 try:
                     trained = self.train(data, plan)
-                    stage.outcome = f"on {num_queries:,} queries"
+                    stage.outcome = f"on {counted(num_queries, 'query')}"
                 except OutOfTimeError:
                     stage.outcome = "not finished: out of time"
                     self._note(f"the training was not finished in its time: {only}")

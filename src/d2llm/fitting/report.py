@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2llm.core.document import Document, Note, Section
+from d2llm.core.names import counted
 from d2llm.core.table import Cell, Column, Table
 from d2llm.evaluation.report import SIGNIFICANCE_LEVEL
 from d2llm.fitting.critic import Review
@@ -91,7 +92,7 @@ def verdict_sentence(report: FitReport) -> str:
     if test is None:
         return "No trained student was compared; the index has the student to start from."
     change = f"{_MEASURE} {test.first:.3f} to {test.second:.3f}, {p_text(test.p_value)}"
-    figures = f"{change}, {test.num_queries:,} held-out queries"
+    figures = f"{change}, {counted(test.num_queries, 'held-out query')}"
     if test.passed:
         return f"The trained student is significantly better than the one it started from ({figures}), and is served."
     how = "significantly worse than" if outcome(test) == "significantly worse" else "not significantly different from"

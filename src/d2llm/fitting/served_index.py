@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from d2llm.core.errors import IndexMismatchError, MissingExtraError
 from d2llm.core.files import new_folder, replace_folder
 from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
+from d2llm.core.names import counted
 from d2llm.core.shipped import DEFAULT_STUDENT, MULTILINGUAL_STUDENT
 from d2llm.core.types import Passage, Task
 from d2llm.data.check_texts import guess_languages
@@ -129,7 +130,7 @@ class ServedIndex:
             source=self.start,
         )
         self.encoding_rate = None if self.runner.is_local else encoded.passages_per_second or None
-        return f"{encoded.num_documents:,} documents, {encoded.num_passages:,} passages"
+        return f"{counted(encoded.num_documents, 'document')}, {counted(encoded.num_passages, 'passage')}"
 
     def _update(self) -> str:
         from d2llm.retrieval.chunking import default_chunking
@@ -142,7 +143,7 @@ class ServedIndex:
             written = index.upsert(passages, num_passages=len(passages))
             gone = {passage.id for passage in self.passages} - {passage.id for passage in passages}
             index.delete(gone)
-            return f"{written.num_added + written.num_updated:,} passages changed, {len(gone):,} gone"
+            return f"{counted(written.num_added + written.num_updated, 'passage')} changed, {len(gone):,} gone"
         chunking = index.chunking or self.settings.chunking or default_chunking(self.load(self.folder.student))
         report = sync_documents(index, self.documents, exclude=self._excluded, chunking=chunking)
         self._note_skipped(report.skipped)
@@ -243,9 +244,9 @@ class ServedIndex:
         files = [file for file in skipped if not file.part]
         file_parts = [file for file in skipped if file.part]
         if files:
-            self._note(f"{len(files):,} files could not be read, such as {files[0]}")
+            self._note(f"{counted(len(files), 'file')} could not be read, such as {files[0]}")
         if file_parts:
-            self._note(f"{len(file_parts):,} parts of files were left out, such as {file_parts[0]}")
+            self._note(f"{counted(len(file_parts), 'part')} of files left out, such as {file_parts[0]}")
 
 
 def student_for(texts: Sequence[str]) -> str:

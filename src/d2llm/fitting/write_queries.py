@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from d2llm.core.errors import DataFormatError, InputError
+from d2llm.core.names import counted
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Passage
 from d2llm.fitting.settings import DEFAULT_KINDS
@@ -255,7 +256,7 @@ def _spent(
         name, value = limit
         return _IN_WORDS[name].format(value)
     if budget.queries is not None and _num_queries(drafts) >= budget.queries:
-        return f"{budget.queries:,} queries"
+        return counted(budget.queries, "query")
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from d2llm.core.names import counted
 from d2llm.core.table import Column, Table
 from d2llm.data.check_report import DataReport, Lengths, SplitCounts
 from d2llm.data.label_sets import LabelCounts
@@ -26,13 +27,14 @@ def data_tables(report: DataReport) -> Iterator[Table]:
 def _split_table(report: DataReport) -> Table:
     items = "judgements" if report.kind == "retrieval" else "pairs"
     values = {"retrieval": "by grade", "scores": "min / mean / max"}.get(report.kind, "by class")
+    counts = f"{counted(report.num_queries, 'query')}, {counted(report.num_passages, 'passage')}"
     table = Table(
         "split",
         Column("queries", ","),
         Column("passages", ","),
         Column(items, ","),
         values,
-        title=f"{report.name} ({report.kind}): {report.num_queries:,} queries, {report.num_passages:,} passages",
+        title=f"{report.name} ({report.kind}): {counts}",
     )
     for split in report.splits:
         table.add_row(split.name, split.num_queries, split.num_passages, split.num_items, _values(split))
@@ -107,7 +109,7 @@ def label_table(counts: LabelCounts) -> Table:
         Column("yes", ".1%"),
         Column("log-odds", ".2f"),
         Column("spread", ".2f"),
-        title=f"{counts.store}: {counts.num_shards:,} shards, {counts.num_bytes / 2**20:,.1f} MiB",
+        title=f"{counts.store}: {counted(counts.num_shards, 'shard')}, {counts.num_bytes / 2**20:,.1f} MiB",
         caption="repeated: pairs labelled more than once, of which the last label counts; with features: queries with "
         "cosines between the teacher's features; yes: fraction with log-odds above 0; spread: standard deviation",
     )

@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.styled import Styled
 from rich.text import Text
 
+from d2llm.core.names import counted
 from d2llm.core.table import Cell, Column, Table
 from d2llm.ops.bm25_words import placed_terms
 
@@ -56,13 +57,14 @@ def excerpt_list(ranking: Ranking, excerpts: Sequence[Excerpt]) -> RenderableTyp
 
 def context_remark(context: AnswerContext) -> str:
     """One line about the size of a context and what it leaves out."""
-    remark = f"context: {context.num_tokens:,} of at most {context.max_tokens:,} tokens, {len(context.sources)} sources"
+    sources = counted(len(context.sources), "source")
+    remark = f"context: {context.num_tokens:,} of at most {context.max_tokens:,} tokens, {sources}"
     if context.truncated:
         remark += "; the best result alone is longer, and its end was cut off"
     if context.left_out:
-        remark += f"; {len(context.left_out):,} results did not fit"
+        remark += f"; {counted(len(context.left_out), 'result')} did not fit"
     if context.num_neighbours_left_out:
-        remark += f"; {context.num_neighbours_left_out:,} neighbours of results did not fit"
+        remark += f"; {counted(context.num_neighbours_left_out, 'neighbour')} of results did not fit"
     return remark
 
 
@@ -194,8 +196,8 @@ def stats_table(stats: IndexStats) -> Table:
     if stats.ann_passages:
         later = stats.num_passages - stats.ann_passages
         facts["approximate"] = (
-            f"{stats.ann_passages:,} passages, built to find {stats.ann_recall:.0%} of the candidates; with it, "
-            f"{stats.first_ten:.0%} of the first ten of an exact search are found"
+            f"{counted(stats.ann_passages, 'passage')}, built to find {stats.ann_recall:.0%} of the candidates; with "
+            f"it, {stats.first_ten:.0%} of the first ten of an exact search are found"
         )
         facts["approximate"] += f"; {later:,} more are scanned" if later > 0 else ""
     table = Table("", "", title=stats.folder, framed=False)
@@ -208,8 +210,8 @@ def encode_remark(report: EncodeReport) -> str:
     """One line with the size of a new index and how long it took."""
     pruned = f", of which {report.num_pruned:,} were left out for their quality" if report.num_pruned else ""
     return (
-        f"encode: {report.num_documents:,} texts in {report.num_passages:,} passages{pruned}, {report.num_truncated:,} "
-        f"truncated; {report.seconds:,.1f} s, {report.bytes_per_passage:,.0f} bytes each "
+        f"encode: {counted(report.num_documents, 'text')} in {counted(report.num_passages, 'passage')}{pruned}, "
+        f"{report.num_truncated:,} truncated; {report.seconds:,.1f} s, {report.bytes_per_passage:,.0f} bytes each "
         f"({report.vector_bytes_per_passage:,} of vector), in {report.folder}"
     )
 
@@ -220,11 +222,11 @@ def ann_remark(report: AnnReport) -> str:
     queries = "given queries" if report.queries == "given" else "passages as queries"
     slower = "" if report.ms < report.exact_ms else "; the exact scan is faster here, so do not use this index"
     return (
-        f"ann: {report.num_passages:,} passages, {report.bytes_per_passage:,.0f} bytes "
+        f"ann: {counted(report.num_passages, 'passage')}, {report.bytes_per_passage:,.0f} bytes "
         f"each, built in {report.seconds:,.1f} s. It finds {recall.recall:.4f} (at least {recall.at_least:.4f}) of the "
         f"first {recall.depth:,} by vectors, measured with {report.num_queries:,} {queries}; {report.ms:.2f} ms a "
         f"search, {report.exact_ms:.2f} ms exactly{slower}. A search by default finds {report.first_ten:.4f} of the "
-        f"first ten of an exact one ({report.num_ranked:,} queries)"
+        f"first ten of an exact one ({counted(report.num_ranked, 'query')})"
     )
 
 

@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from d2llm.core.document import Document, Figures, Note, Section
+from d2llm.core.names import counted
 from d2llm.core.table import Column, Table
 from d2llm.evaluation.report import Calibration
 from d2llm.reports.html import charts
@@ -44,7 +45,7 @@ def _step_words(step: str, result: Any) -> str:
     if isinstance(result, Precheck):
         return describe_precheck(result).removeprefix("precheck: ")
     if isinstance(result, TeacherTuningReport):
-        return f"{result.pairs:,} pairs, final loss {result.loss:.3f}, in {result.folder}"
+        return f"{counted(result.pairs, 'pair')}, final loss {result.loss:.3f}, in {result.folder}"
     if isinstance(result, EnsembleReport):
         return f"one teacher of several, in {result.folder}"
     if isinstance(result, GateReport):
@@ -57,10 +58,10 @@ def _step_words(step: str, result: Any) -> str:
 def _plan_words(step: str, name: str, counts: Mapping[str, Any] | Skipped) -> str:
     if isinstance(counts, Skipped):
         return "mined before" if step == "mine" else counts.skipped.removeprefix(f"{step}: {name}: ")
-    queries = f"{counts['num_entries']:,} queries"
+    queries = counted(counts["num_entries"], "query")
     if step == "mine":
         return queries
-    return f"{queries}, {counts['num_dropped']['teacher_margin']:,} passages dropped by the teacher's margin"
+    return f"{queries}, {counted(counts['num_dropped']['teacher_margin'], 'passage')} dropped by the teacher's margin"
 
 
 def rounds_table(rounds: Sequence[Round]) -> Table:
@@ -117,7 +118,7 @@ def ensemble_table(task: str, report: TaskReport) -> Table:
         Column("after", ".4f"),
         Column("ECE before", ".4f"),
         Column("after", ".4f"),
-        title=f"{task}: {report.num_pairs:,} pairs, {report.num_positives:,} relevant; dev queries: {queries}",
+        title=f"{task}: {counted(report.num_pairs, 'pair')}, {report.num_positives:,} relevant; dev queries: {queries}",
     )
     for row in report.rows:
         before, after = row.before, row.after

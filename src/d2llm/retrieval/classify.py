@@ -21,7 +21,7 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax, logsumexp
 
 from d2llm.core.errors import InputError
-from d2llm.core.names import suggestion
+from d2llm.core.names import counted, suggestion
 from d2llm.core.types import IdRanking, Query
 from d2llm.data.python_records import QueryLike, queries_of
 from d2llm.retrieval.search import Searcher
@@ -103,7 +103,7 @@ class Classifier:
         self.slope, self.none_score = self._fit(texts)
 
     def __repr__(self) -> str:
-        return f"Classifier({len(self.labels)} classes, {len(self._label_of):,} examples)"
+        return f"Classifier({counted(len(self.labels), 'class', 'classes')}, {counted(len(self._label_of), 'example')})"
 
     def classify(self, texts: Iterable[QueryLike] | QueryLike) -> list[Classification]:
         """The class of each text.

@@ -32,9 +32,8 @@ from d2llm.retrieval.open_index import OpenIndex, checked, known_source, settled
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.index_manifest import Chunking, find_index
 from d2llm.store.index_spec import IndexSpec
-from d2llm.store.index_store import KEEP_VERSIONS
+from d2llm.store.index_store import KEEP_VERSIONS, IndexStore
 from d2llm.store.inspection import IndexStats, VerifyReport, stats_of_all
-from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.shards import Storage
 
@@ -331,6 +330,16 @@ class Index(OpenIndex):
         """Save the latest version under a name, as a folder that ``open`` accepts; it takes hardly any space."""
         return self.store.snapshot(name)
 
+    @classmethod
+    def from_snapshot(cls, snapshot: str | Path, folder: str | Path) -> Index:
+        """Make an index in a new folder with the passages of a snapshot, whose folder is given, and open it.
+
+        Raises:
+            DataFormatError: there is no snapshot, or it is damaged.
+            InputError: ``folder`` is not empty.
+        """
+        return cls.open(IndexStore.from_snapshot(path_of(snapshot, "snapshot"), path_of(folder, "folder")).folder)
+
     def restore(self, snapshot: str | Path) -> int:
         """Replace all passages by those of a snapshot (its name, or the folder of a copy); returns their number.
 
@@ -343,34 +352,6 @@ class Index(OpenIndex):
 
     # Reading -------------------------------------------------------------------------------------------------------
 
-    def get(self, ids: Iterable[str] | str) -> list[Passage]:
-        """Passages with the given ids, in the same order; missing ids are skipped.
-
-        Raises:
-            InputError: an id is not valid text.
-        """
-        return self.view.get(strings_of(ids, "ids"))
-
-    def get_document(self, document_id: str) -> list[Passage]:
-        """The passages of a document, by position; empty if there is no such document.
-
-        Raises:
-            InputError: the id is not valid text.
-        """
-        return self.view.document(document_id)
-
-    def list_passages(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[str]:
-        """One page of passage ids, in order: the first ``limit`` ids after ``cursor``.
-
-        Raises:
-            InputError: ``cursor`` is not valid text, or ``limit`` is below 1.
-        """
-        return self.view.list_passages(cursor, limit)
-
-    def list_documents(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[ListedDocument]:
-        """Like ``list_passages``, for documents with passage counts; a passage without a document counts as one."""
-        return self.view.list_documents(cursor, limit)
-
     def to_arrow(self, *, vectors: bool = False) -> pa.Table:  # pyright: ignore[reportUnknownParameterType] - PyArrow has no types
         """All passages with their metadata as a table of Arrow (``pl.from_arrow``, ``.to_pandas()``, DuckDB).
 
@@ -380,16 +361,6 @@ class Index(OpenIndex):
         from d2llm.retrieval.arrow import passage_table
 
         return passage_table(self.view, vectors=vectors)
-
-    def missing(self, ids: Iterable[str] | str) -> list[str]:
-        """Ids that are not in the latest version, in the given order, without duplicates.
-
-        Raises:
-            InputError: an id is not valid text.
-        """
-        distinct = list(dict.fromkeys(strings_of(ids, "ids")))
-        present = {record["id"] for table in self.storage.tables() for record in table.by_ids(distinct, ["id"])}
-        return [passage_id for passage_id in distinct if passage_id not in present]
 
     @overload
     def search(

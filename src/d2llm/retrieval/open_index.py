@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from functools import cached_property, partial
 from pathlib import Path
 from threading import RLock
@@ -13,16 +14,18 @@ from typing import Any, cast
 from typing_extensions import Self
 
 from d2llm.core.errors import D2LLMError, IndexMismatchError, InputError
-from d2llm.core.inputs import shown
+from d2llm.core.inputs import shown, strings_of
 from d2llm.core.manifest import source_of
+from d2llm.core.names import counted
 from d2llm.core.shipped import name_student
-from d2llm.core.types import PartKind, Task
+from d2llm.core.types import PartKind, Passage, Task
 from d2llm.models.protocols import SearchStudent, expansion_fingerprint
 from d2llm.retrieval.local_segment import LocalSegment, open_view
 from d2llm.retrieval.segments import CachedBounds, IndexView
 from d2llm.store.index_manifest import Chunking, read_chunking, repeats_text
 from d2llm.store.index_spec import IndexSpec, StoredSpec
 from d2llm.store.index_store import IndexStore
+from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.shards import Storage
 
 _log = logging.getLogger(__name__)
@@ -41,12 +44,12 @@ def part_formats(
     Raises:
         InputError: token embeddings are wanted, but the student has none.
     """
-    counted = student.feature_weights(task).part_kinds
+    scored = student.feature_weights(task).part_kinds
     formats: dict[PartKind, str] = {}
     requests: dict[PartKind, str | None] = {"window": window_vectors, "token": token_vectors}
     for kind, requested in requests.items():
         if requested == "auto":
-            requested = PART_FORMATS[kind] if kind in counted else None
+            requested = PART_FORMATS[kind] if kind in scored else None
         if requested not in {None, "none"}:
             formats[kind] = str(requested)
     if "token" in formats and not student.token_dim:
@@ -137,7 +140,7 @@ def stored_spec(spec: IndexSpec, student: SearchStudent, source: str | None) -> 
 
 
 class OpenIndex:
-    """The life of an ``Index``: it is opened, refreshed and closed. Its student and view are loaded when needed."""
+    """The life of an ``Index``: it is opened, read, refreshed and closed. Student and view are loaded when needed."""
 
     def __init__(
         self,
@@ -179,12 +182,12 @@ class OpenIndex:
             return f"Index({self.folder}, closed)"
         manifest = self.storage.manifest
         try:
-            size = f"{len(self):,} passage{'' if len(self) == 1 else 's'}"
+            size = counted(len(self), "passage")
         except D2LLMError as error:
             size = f"cannot be read: {error}"
         student = name_student(manifest["student"], manifest["student_source"]).partition(" (")[0]
         task = "" if manifest["task"] == "asymmetric" else f", task {manifest['task']}"
-        shards = "" if self.storage.num_shards is None else f", {self.storage.num_shards} shards"
+        shards = "" if self.storage.num_shards is None else f", {counted(self.storage.num_shards, 'shard')}"
         return f"Index({self.folder}, {size}{shards}, student {student}{task})"
 
     @property
@@ -238,6 +241,9 @@ class OpenIndex:
 
     def __len__(self) -> int:
         return len(self.view)
+
+    def __bool__(self) -> bool:
+        return True  # an index without passages is an index, too
 
     @property
     def folder(self) -> Path:
@@ -314,3 +320,41 @@ class OpenIndex:
         _ = self.storage  # refuses a closed one
         for name in ("_view", "_cached_bounds"):
             self.__dict__.pop(name, None)
+
+    def get(self, ids: Iterable[str] | str) -> list[Passage]:
+        """Passages with the given ids, in the same order; missing ids are skipped.
+
+        Raises:
+            InputError: an id is not valid text.
+        """
+        return self.view.get(strings_of(ids, "ids"))
+
+    def get_document(self, document_id: str) -> list[Passage]:
+        """The passages of a document, by position; empty if there is no such document.
+
+        Raises:
+            InputError: the id is not valid text.
+        """
+        return self.view.document(document_id)
+
+    def list_passages(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[str]:
+        """One page of passage ids, in order: the first ``limit`` ids after ``cursor``.
+
+        Raises:
+            InputError: ``cursor`` is not valid text, or ``limit`` is below 1.
+        """
+        return self.view.list_passages(cursor, limit)
+
+    def list_documents(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[ListedDocument]:
+        """Like ``list_passages``, for documents with passage counts; a passage without a document counts as one."""
+        return self.view.list_documents(cursor, limit)
+
+    def missing(self, ids: Iterable[str] | str) -> list[str]:
+        """Ids that are not in the latest version, in the given order, without duplicates.
+
+        Raises:
+            InputError: an id is not valid text.
+        """
+        distinct = list(dict.fromkeys(strings_of(ids, "ids")))
+        present = {record["id"] for table in self.storage.tables() for record in table.by_ids(distinct, ["id"])}
+        return [passage_id for passage_id in distinct if passage_id not in present]

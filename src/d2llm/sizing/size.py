@@ -10,6 +10,7 @@ import torch
 
 from d2llm.core.errors import InputError
 from d2llm.core.machine import available_memory, usable_cores
+from d2llm.core.names import counted
 from d2llm.models.student import Student
 from d2llm.retrieval.build_ann import NUM_QUERIES
 from d2llm.sizing.index_bytes import PartBytes, StudentFacts, index_parts
@@ -231,7 +232,7 @@ class _Sizing:
         ]
         process = self.speeds.process_bytes
         source = "not measured" if process is None else process.source
-        basis = f"{num_machines:,} {'process' if num_machines == 1 else 'processes'}: {source}"
+        basis = f"{counted(num_machines, 'process', 'processes')}: {source}"
         return [*entries, PartBytes("programs with the student", 0, num_machines * self.process_bytes, basis)]
 
     def _shard_memory(self, passages: int, *, approximate: bool) -> int:
@@ -336,7 +337,7 @@ class _Sizing:
 
     def _encoding(self) -> Work:
         tokens = float(self.plan.passages * self.read_tokens)
-        basis = f"{self.plan.passages:,} passages of {self.read_tokens:.0f} tokens"
+        basis = f"{counted(self.plan.passages, 'passage')} of {self.read_tokens:.0f} tokens"
         if "window" in self.student.formats and self.texts.sentences:
             per_window = 2 * self.texts.tokens / self.texts.sentences  # a window is two sentences
             tokens += self.plan.passages * self.texts.windows * per_window

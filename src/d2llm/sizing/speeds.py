@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import write_json
 from d2llm.core.machine import cpu_fact
+from d2llm.core.names import counted
 
 GRAPH_ROWS = 16_384
 """Rows of the graph by which ``linked_rows`` is measured; linking a row takes longer among more, by the logarithm."""
@@ -88,7 +89,7 @@ class Speeds(BaseModel):
 
     def __str__(self) -> str:
         """The machine and its threads."""
-        return f"{self.machine}, {self.threads} thread{'' if self.threads == 1 else 's'}"
+        return f"{self.machine}, {counted(self.threads, 'thread')}"
 
     def without_student(self) -> Speeds:
         """Those that do not depend on the student, for another one."""

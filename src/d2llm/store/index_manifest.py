@@ -88,9 +88,9 @@ def _read(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def change_manifest(folder: Path, **changes: Any) -> None:
-    """Replace entries of the manifest of an index, sharded or not, atomically; requires the write lock."""
-    write_checked(folder / MANIFEST_NAME, _read(folder) | changes)
+def change_manifest(folder: Path, copy: Path | None = None, **changes: Any) -> None:
+    """Replace entries of an index's manifest, or of a copy in another folder, atomically; requires the write lock."""
+    write_checked((copy or folder) / MANIFEST_NAME, _read(folder) | changes)
 
 
 ERRORS_FILE = "student-errors.json"

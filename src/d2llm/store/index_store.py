@@ -50,6 +50,8 @@ from d2llm.store.index_manifest import (
     ERRORS_FILE,
     KIND,
     VectorCopies,
+    change_manifest,
+    copy_errors,
     read_chunking,
     read_index_manifest,
     write_chunking,
@@ -130,6 +132,15 @@ class IndexStore:
                 create_parts(draft, 0, kind, part_format)
             write_index_manifest(draft, content)
         return cls.open(folder)
+
+    @classmethod
+    def from_snapshot(cls, snapshot: Path, folder: Path) -> IndexStore:
+        """A new store with the passages of a snapshot, or of a copy of one; errors as for ``create`` and ``open``."""
+        manifest = cls.open(snapshot).manifest
+        store = cls.create(folder, StoredSpec.of_manifest(manifest), shard=manifest.get("shard"))
+        copy_errors(snapshot, folder)
+        store.restore(snapshot)
+        return store
 
     @classmethod
     def open(cls, folder: Path) -> IndexStore:
@@ -473,9 +484,7 @@ class IndexStore:
                 kept = [*vector_file.files_of(self.folder, self.vectors.generation(table)), self.folder / ERRORS_FILE]
                 for path in filter(Path.is_file, kept):
                     link_or_copy(path, draft / path.name)
-                content = {key: value for key, value in self.manifest.items() if key not in ("kind", "packages")}
-                write_index_manifest(draft, content | {"snapshot": name})
-                write_chunking(draft, read_chunking(self.folder))
+                change_manifest(self.folder, draft, snapshot=name)
         return target
 
     def drop_snapshot(self, name: str) -> None:

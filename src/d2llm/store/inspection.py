@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import D2LLMError, DamagedFileError, DataFormatError, InputError
 from d2llm.core.files import new_folder, sync_directory
+from d2llm.core.names import counted
 from d2llm.core.shipped import name_student
 from d2llm.core.types import PART_NAMES, PartKind
 from d2llm.store import ann, word_files
@@ -98,12 +99,13 @@ def _rebuilt(folder: Path, table: PassageTable, others: Sequence[Path], *, drop_
             remedy = "`d2llm index ... verify --repair --drop-lost` keeps the others; then upsert the lost ones again"
             return [f"{problem}; {remedy}"]
         _rewrite(folder, table, [*intact, *restored])
-    done = [f"{NAME} was rebuilt: {len(intact):,} passages were read from it; earlier versions were left out"]
+    done = [f"{NAME} was rebuilt with the {counted(len(intact), 'passage')} read from it, without earlier versions"]
     if restored:
-        done.append(f"{len(restored):,} damaged passages were taken from snapshots")
+        done.append(f"{counted(len(restored), 'damaged passage was', 'damaged passages were')} taken from snapshots")
     if num_lost:
         lost = sorted(missing - {record["id"] for record in restored})
-        done.append(f"{num_lost:,} passages are lost: {', '.join(map(repr, lost[:20])) or 'their ids cannot be read'}")
+        names = ", ".join(map(repr, lost[:20])) or "the ids cannot be read"
+        done.append(f"{counted(num_lost, 'passage is', 'passages are')} lost: {names}")
     return done
 
 
@@ -512,13 +514,13 @@ def _misplaced(storage: Storage) -> Iterator[str]:
             wrong += [one for one, document in pairs if shard_of(one, document, storage.num_shards or 1) != shard]
         if wrong:
             yield (
-                f"shard {shard}: {len(wrong):,} passages belong in other shards, the first is {wrong[0]!r}; delete "
-                "them and upsert them into the sharded index"
+                f"shard {shard}: {counted(len(wrong), 'passage belongs', 'passages belong')} in other shards, the "
+                f"first is {wrong[0]!r}; delete them and upsert them into the sharded index"
             )
     all_hashes = np.concatenate([np.zeros(0, np.uint64), *hashes])
     num_repeated = len(all_hashes) - len(np.unique(all_hashes))
     if num_repeated:
         yield (
-            f"{num_repeated:,} ids are in two shards (an upsert was interrupted); upsert the same passages again to "
-            "keep one of each"
+            f"{counted(num_repeated, 'id is', 'ids are')} in two shards (an upsert was interrupted); upsert the same "
+            "passages again to keep one of each"
         )

@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from d2llm.core.batches import batched
 from d2llm.core.errors import D2LLMError, DamagedFileError, DataFormatError, InputError, StorageError
 from d2llm.core.files import folder_bytes
+from d2llm.core.names import counted
 from d2llm.core.types import Passage, is_text
 from d2llm.store.blocks import (
     GENERATION_SHIFT,
@@ -237,7 +238,7 @@ class PassageTable:
         for records in self.batches((*self.columns, "d2_seal")):
             changed = [record["id"] for record in records if not is_intact(record)]
             if changed:
-                problem = f"{len(changed)} passages are not what was written, the first is {changed[0]!r}"
+                problem = f"{counted(len(changed), 'damaged passage')}, the first is {changed[0]!r}"
                 raise DamagedFileError(self.path, f"{problem}; {REMEDY}")
             yield [{name: record[name] for name in self.columns} for record in records]
 
@@ -252,7 +253,7 @@ class PassageTable:
         for version, count in versions:
             found = int(np.count_nonzero((lives[:, 0] <= version) & (lives[:, 1] > version)))
             if found != count:
-                yield f"version {version} has {found:,} passages, but {count:,} were written"
+                yield f"version {version} has {counted(found, 'passage')}, but {count:,} were written"
         rows, ids = list[int](), list[str]()
         changed: list[str] = []
         for records in self.batches((*self.columns, "d2_seal")):
@@ -263,9 +264,9 @@ class PassageTable:
                 else:
                     changed.append(record["id"])
         if changed:
-            yield f"{len(changed)} passages are not what was written, the first is {changed[0]!r}"
+            yield f"{counted(len(changed), 'damaged passage')}, the first is {changed[0]!r}"
         if len(set(ids)) != len(ids):
-            yield f"{len(ids) - len(set(ids))} ids occur twice"
+            yield f"{counted(len(ids) - len(set(ids)), 'id occurs', 'ids occur')} twice"
         if len(set(rows)) != len(rows) or len({row >> GENERATION_SHIFT for row in rows}) > 1:
             yield "row numbers are not distinct, or belong to several generations"
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError, InputError, StorageError
 from d2llm.core.fallbacks import count_fallback
+from d2llm.core.names import counted
 from d2llm.core.types import Passage
 from d2llm.store import vector_file
 from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK, codes_of, rows_of
@@ -187,7 +188,7 @@ class CopiedVectors(StoredVectors):
             inside = rows < len(codes)
             differing += int((~inside).sum()) + int((codes[rows[inside]] != stored[inside]).any(axis=1).sum())
         if differing and not damaged:
-            yield f"{file.path.name}: {differing} vectors are not those of the table"
+            yield f"{file.path.name}: {counted(differing, 'vector is', 'vectors are')} not those of the table"
 
     def repair(self, table: PassageTable, encode: Encode | None) -> None:
         """From the table; nothing is encoded."""

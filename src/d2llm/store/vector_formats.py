@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
-from d2llm.core.names import did_you_mean
+from d2llm.core.names import counted, did_you_mean
 from d2llm.core.registry import Registered, Registry
 from d2llm.store.index_spec import FORMATS
 
@@ -149,8 +149,8 @@ class FloatFormat(VectorFormat):
         bad = np.flatnonzero(~np.isfinite(self.decode(codes)).all(axis=1))
         if len(bad):
             raise InputError(
-                f"{len(bad)} vectors are not finite as {self.kind}, the first is that of passage "
-                f"{ids[int(bad[0])]!r}; check the student"
+                f"{counted(len(bad), 'vector is', 'vectors are')} not finite as {self.kind}, the first is that of "
+                f"passage {ids[int(bad[0])]!r}; check the student"
             )
         return codes
 
@@ -258,8 +258,8 @@ class RotatedFormat(VectorFormat):
         bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(bad):
             raise InputError(
-                f"{len(bad)} vectors are not finite, the first is that of passage {ids[int(bad[0])]!r}; "
-                "check the student"
+                f"{counted(len(bad), 'vector is', 'vectors are')} not finite, the first is that of passage "
+                f"{ids[int(bad[0])]!r}; check the student"
             )
         rotated = _rotate(vectors)
         half = 2 ** (self.bits - 1)
@@ -370,8 +370,8 @@ class RotatedFormat(VectorFormat):
         if len(bad):
             first = int(bad[0])
             raise InputError(
-                f"{len(bad)} vectors cannot be stored as {self.kind}, the first is that of passage {ids[first]!r}: "
-                f"its norm is {norms[first]:.3g}, and the format is made for norms near sqrt(dim) = "
+                f"{counted(len(bad), 'vector')} cannot be stored as {self.kind}, the first is that of passage "
+                f"{ids[first]!r}: its norm is {norms[first]:.3g}, and the format is made for norms near sqrt(dim) = "
                 f"{self.dim**0.5:.3g}; use bfloat16"
             )
 

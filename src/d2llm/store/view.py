@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DamagedFileError, DataFormatError, InputError
+from d2llm.core.names import counted
 from d2llm.core.types import PartKind, Passage, Task, Ties, is_text
 from d2llm.ops.selection import top_rows
 from d2llm.store.ann import AnnBase, AnnIndex
@@ -376,7 +377,7 @@ class PassageView:
         """Rows of the table as passages. Their hashes reveal damage: SQLite does not check the bytes that it reads."""
         changed = [record["id"] for record in records if not is_as_written(record)]
         if changed:
-            problem = f"{len(changed)} passages in its table are not what was written, the first is {changed[0]!r}"
+            problem = f"{counted(len(changed), 'damaged passage')} in its table, the first is {changed[0]!r}"
             raise DamagedFileError(self.store.folder, f"{problem}; `d2llm index ... verify` gives details")
         return list(map(as_passage, records))
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from d2llm.core.names import counted
 from d2llm.ops.bm25_bounds import TermBounds
 from d2llm.ops.words import rule_of_words
 from d2llm.store.bm25 import WordIndex, bounds_of_segment
@@ -154,7 +155,7 @@ def open_words(folder: Path, generation: int, num_rows: int, segment_of: Segment
         at = segment_file.end
     fill(num_rows)
     if missing:
-        problems.append(f"the words of {missing:,} passages are in no file")
+        problems.append(f"the words of {counted(missing, 'passage is', 'passages are')} in no file")
     return Coverage(WordIndex(segments), problems)
 
 
@@ -309,7 +310,7 @@ def _open(segment_file: _SegmentFile, *, whole: bool) -> WordSegment | str:
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"cannot be used ({error})"
-    return segment if len(segment) == segment_file.end - segment_file.first else f"holds {len(segment)} rows"
+    return segment if len(segment) == segment_file.end - segment_file.first else f"holds {counted(len(segment), 'row')}"
 
 
 def _other_rule(record: Mapping[str, Any]) -> str | None:

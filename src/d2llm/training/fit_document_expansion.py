@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
+from d2llm.core.names import counted
 from d2llm.core.progress import progress_bar
 from d2llm.data.beir import Dataset
 from d2llm.models.document_expansion import AMOUNT, NUM_WORDS, DocumentExpansion
@@ -113,8 +114,8 @@ def _passages_of(dataset: Dataset, split: str, max_passages: int, seed: int) -> 
             queries_of[passage_id].append(words)
     if len(queries_of) < _MIN_PASSAGES:
         raise InputError(
-            f"{dataset.name}: {len(queries_of)} passages are relevant to a query of '{split}' and to none of another "
-            f"split, but at least {_MIN_PASSAGES} are needed to learn what words passages lack; use another data set"
+            f"{dataset.name}: has {counted(len(queries_of), 'passage')} relevant to a query of '{split}' and to no "
+            f"other split's, but at least {_MIN_PASSAGES} are needed to learn what words passages lack; use another set"
         )
     chosen = sorted(queries_of, key=lambda name: key_of(seed, "document expansion", name))[:max_passages]
     fractions: list[dict[str, float]] = []
@@ -123,11 +124,11 @@ def _passages_of(dataset: Dataset, split: str, max_passages: int, seed: int) -> 
         counts = Counter(word for words in queries for word in words)
         fractions.append({word: count / len(queries) for word, count in counts.items()})
     num_with = Counter[str]()
-    counted = sorted(dataset.passages, key=lambda name: key_of(seed, "rarity", name))[:max_passages]
-    for passage_id in counted:
+    sample = sorted(dataset.passages, key=lambda name: key_of(seed, "rarity", name))[:max_passages]
+    for passage_id in sample:
         num_with.update({*terms(dataset.passages[passage_id].full_text)})
     texts = [dataset.passages[passage_id].full_text for passage_id in chosen]
-    return _Passages(dataset.name, texts, fractions, num_queries, num_with, len(counted))
+    return _Passages(dataset.name, texts, fractions, num_queries, num_with, len(sample))
 
 
 def _rarity(vocabulary: Sequence[str], sets: Sequence[_Passages]) -> _Floats:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
+from d2llm.core.names import counted
 from d2llm.data.beir import Dataset
 from d2llm.models.student import Student
 from d2llm.models.term_weights import TermWeights
@@ -43,7 +44,7 @@ def fit_term_weights(
         chosen = sorted(positives, key=lambda query_id: key_of(seed, "term weights", query_id))[:max_queries]
         if len(chosen) < _MIN_QUERIES:
             raise InputError(
-                f"{dataset.name}: {len(chosen)} queries of '{split}' have a relevant passage, but at least "
+                f"{dataset.name}: '{split}' has {counted(len(chosen), 'query')} with a relevant passage, but at least "
                 f"{_MIN_QUERIES} are needed to weigh words; use another data set"
             )
         passages = {passage_id for query_id in chosen for passage_id in positives[query_id]}

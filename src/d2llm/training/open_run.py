@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.inputs import path_of, strings_of
+from d2llm.core.names import counted
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_data
@@ -82,7 +83,7 @@ class OpenRun:
         self.device, self.dtype, self.show_progress = device, dtype, show_progress
 
     def __repr__(self) -> str:
-        data = f"{len(self.recipe.data)} data set{'' if len(self.recipe.data) == 1 else 's'}"
+        data = counted(len(self.recipe.data), "data set")
         return f"Run({self.folder.path}, recipe {self.recipe.name}, {data})"
 
     @property

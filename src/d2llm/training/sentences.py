@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
+from d2llm.core.names import counted
 from d2llm.core.types import Task
 from d2llm.recipe import TrainingConfig
 from d2llm.training.distill import DistillReport
@@ -45,7 +46,8 @@ def gate_advice(report: GateReport) -> str:
             f"{report.num_seen} of the queries were used to fit the ensemble's weights, so its results are optimistic."
         )
     if report.num_truncated:
-        sentences.append(f"{report.num_truncated:,} pairs were truncated to the teacher's length limit.")
+        pairs = counted(report.num_truncated, "pair was", "pairs were")
+        sentences.append(f"{pairs} truncated to the teacher's length limit.")
     if report.num_undecided:
         sentences.append(
             f"{report.num_undecided:,} of {report.num_scored:,} pairs got no answer and count as undecided."
@@ -73,18 +75,20 @@ def gate_advice(report: GateReport) -> str:
 def describe_labels(report: LabelReport) -> str:
     """How many pairs were labelled now, and how many had labels already."""
     if not report.pairs and report.ended_by is None:
-        return f"all {report.finished_pairs:,} pairs of {report.finished_queries:,} queries already had labels"
-    before = f"; {report.finished_pairs:,} pairs already had labels" if report.finished_pairs else ""
+        pairs, queries = counted(report.finished_pairs, "pair"), counted(report.finished_queries, "query")
+        return f"all {pairs} of {queries} already had labels"
+    before = f"; {counted(report.finished_pairs, 'pair')} already had labels" if report.finished_pairs else ""
     spent = f", at a cost of {report.cost:.2f}" if report.cost else ""
     ended = ""
     if report.ended_by is not None:
         ended = (
-            f"; {report.unfinished_pairs:,} pairs are left, because {report.ended_by} was reached: label again to go "
-            "on, or raise the limit"
+            f"; {counted(report.unfinished_pairs, 'pair is', 'pairs are')} left, because {report.ended_by} was "
+            "reached: label again to go on, or raise the limit"
         )
     undecided = f", {report.num_undecided:,} of them undecided (log-odds 0)" if report.num_undecided else ""
     cut = f", {report.num_truncated:,} cut to the teacher's length limit" if report.num_truncated else ""
-    return f"{report.pairs:,} pairs of {report.queries:,} queries labelled{undecided}{cut}{spent}{before}{ended}"
+    pairs, queries = counted(report.pairs, "pair"), counted(report.queries, "query")
+    return f"{pairs} of {queries} labelled{undecided}{cut}{spent}{before}{ended}"
 
 
 def describe_distillation(report: DistillReport) -> str:
@@ -95,7 +99,7 @@ def describe_distillation(report: DistillReport) -> str:
     ]
     words = f"{describe_score_features(report.score_features)}; " if report.score_features else ""
     return (
-        f"{report.steps:,} steps, best at {report.best_step:,}; dev: {', '.join(dev)}; {words}probabilities: "
+        f"{counted(report.steps, 'step')}, best at {report.best_step:,}; dev: {', '.join(dev)}; {words}probabilities: "
         f"{describe_calibration(report.probabilities)}; in {report.folder}"
     )
 

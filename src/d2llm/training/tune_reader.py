@@ -25,6 +25,7 @@ from torch import Tensor
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.inputs import objects_of
+from d2llm.core.names import counted
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Qrels, Task
 from d2llm.data.beir import Dataset
@@ -315,9 +316,10 @@ def _choose(
     num_train = sum(len(splits["train"]) for splits in chosen.values())
     if num_train < config.batch_lists:
         raise InputError(
-            f"there are only {num_train} train queries with a relevant passage in {', '.join(names) or '(no data)'}, "
-            f"but a step takes {config.batch_lists}; {num_shared} others were left out because they share one with a "
-            "dev or test query (exclude_shared_passages = false keeps those). Give more data"
+            f"there are only {counted(num_train, 'train query')} with a relevant passage in "
+            f"{', '.join(names) or '(no data)'}, but a step takes {config.batch_lists}; {num_shared} others were left "
+            "out because they share one with a dev or test query (exclude_shared_passages = false keeps those). Give "
+            "more data"
         )
     return chosen, num_shared
 

@@ -212,7 +212,7 @@ def test_draws_are_spread_over_the_pool_and_follow_the_seed() -> None:
 
 def test_non_finite_vectors_are_reported_by_passage() -> None:
     encoder = Encoder(lambda text: (float("nan"), 0) if text == "word3" else (1, 0))
-    with pytest.raises(ModelError, match="1 passage vectors are not finite, the first is that of 'x3'"):
+    with pytest.raises(ModelError, match="1 passage vector not finite, the first is that of 'x3'"):
         mine(cats({"c2": 1}), "train", MiningConfig(), encoder=encoder, seed=0)
 
 

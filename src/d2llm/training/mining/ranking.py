@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import ModelError
 from d2llm.core.files import write_json
 from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
+from d2llm.core.names import counted
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Passage, Query, Task
 from d2llm.models.protocols import SearchStudent, TextEncoder
@@ -176,8 +177,6 @@ def finite(vectors: NDArray[np.float32], kind: str, ids: Sequence[str]) -> NDArr
     """The vectors [n, dim]; ``ModelError`` with the id of the first that is not finite."""
     not_finite = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(not_finite):
-        first = ids[not_finite[0]]
-        raise ModelError(
-            f"{len(not_finite)} {kind} vectors are not finite, the first is that of '{first}'; check the encoder"
-        )
+        bad, first = counted(len(not_finite), f"{kind} vector"), ids[not_finite[0]]
+        raise ModelError(f"{bad} not finite, the first is that of '{first}'; check the encoder")
     return vectors
