@@ -11,6 +11,8 @@ import pytest
 
 import d2llm
 from d2llm import D2LLMError, Index, Passage
+from d2llm.retrieval.context import build_context
+from d2llm.retrieval.similar import similar_pairs
 from fake_models import FakeStudent
 from tiny_models import write_trained_student
 
@@ -32,6 +34,23 @@ CALLS = {
         lambda: Index.create("i", FakeStudent()).upsert(Passage("a", "b", metadata=5)),
         "the metadata of passage 'a' is 5 (int), but must be a dictionary",
     ),
+    "a position": (
+        lambda: Index.create("i", FakeStudent()).upsert({"id": "a", "text": "b", "position": -1}),
+        "'position' must be a whole number of at least 0, found -1",
+    ),
+    "a distance": (
+        lambda: Index.create("i", FakeStudent()).around([], "x"),
+        "distance is 'x' (str), but must be a whole number",
+    ),
+    "max_tokens": (lambda: build_context(None, None, "9"), "max_tokens is '9' (str), but must be a whole number"),
+    "compact": (lambda: Index.create("i", FakeStudent()).compact(5), "keep is 5 (int), but must be a timedelta"),
+    "chunking": (lambda: Index.create("i", FakeStudent()).upsert_documents([], 5), "chunking is 5 (int), but must be"),
+    "sync_documents": (lambda: d2llm.sync_documents("i", "docs"), "index is 'i' (str), but must be an Index"),
+    "similar_pairs": (lambda: similar_pairs("i"), "index is 'i' (str), but must be an Index"),
+    "evaluate": (lambda: d2llm.evaluate(5, 5), "dataset is 5 (int), but must be a Dataset or PairDataset"),
+    "a kind of teacher": (lambda: d2llm.Teacher.load("cosin:x"), "no kind of teacher 'cosin'; did you mean 'cosine'?"),
+    "an impossible path": (lambda: Index.create("/proc/new/index", FakeStudent()), "/proc/new: this folder cannot be"),
+    "an impossible name": (lambda: Index.create("a\0b", FakeStudent()), "but must be a path"),
     "load_recipe": (lambda: d2llm.load_recipe(5), "path_or_name is 5 (int), but must be a path"),
     "open_data": (lambda: d2llm.open_data(5), "path_or_name is 5 (int), but must be a path"),
     "fit": (lambda: d2llm.fit(["docs"], 5), "output is 5 (int), but must be a path"),

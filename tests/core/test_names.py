@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from d2llm.core.names import counted
+from d2llm.core.names import counted, nearest
 
 
 @pytest.mark.parametrize(
@@ -19,3 +19,8 @@ from d2llm.core.names import counted
 )
 def test_a_noun_agrees_with_its_count(count, nouns, text):
     assert counted(count, *nouns) == text
+
+
+@pytest.mark.parametrize(("name", "near"), [("topk", "top_k"), ("lists", None), ("metadata", None)])
+def test_only_similar_names_are_suggested(name, near):
+    assert nearest(name, ["top_k", "losses", "method"]) == near

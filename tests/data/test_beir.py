@@ -113,7 +113,7 @@ def test_empty_passage_texts_are_counted(folder: Path) -> None:
     [
         ('{"_id": "p9", "text": "x"', "not valid JSON"),
         ('["p9", "x"]', "must be a JSON object, found a list"),
-        ('{"text": "x"}', "field '_id' is missing; fields found: 'text'"),
+        ('{"text": "x"}', "field 'id' is missing; fields found: 'text'"),
         ('{"_id": "p9", "body": "x"}', "field 'text' is missing; fields found: '_id', 'body'"),
         ('{"_id": 9.5, "text": "x"}', "field '_id' must be a string, found a number"),
         ('{"_id": "", "text": "x"}', "field '_id' is empty"),

@@ -161,7 +161,7 @@ def test_rounds_follow_one_another_and_learn_from_no_judgements(
 
 
 def test_a_recipe_that_cannot_alternate_is_refused(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="at least one round, not 0"):
+    with pytest.raises(InputError, match="rounds is 0, but must be at least 1"):
         alternate([], tmp_path, recipe=recipe, rounds=0)
     judgements = recipe.model_copy(update={"losses": Objective(JUDGEMENTS)})
     with pytest.raises(InputError, match="no loss of the recipe imitates a teacher"):

@@ -82,8 +82,10 @@ def test_the_base_makes_the_kind_that_is_named():
 
 def test_a_kind_before_a_colon():
     assert Tuning.split_kind("frozen:a:b") == ("frozen", "a:b")
-    assert Tuning.split_kind("else:a") == ("lora", "else:a")
+    assert Tuning.split_kind("C:a") == ("lora", "C:a")
     assert Tuning.split_kind("frozen") == ("lora", "frozen")
+    with pytest.raises(RecipeError, match="no tuning 'else'; there are: lora"):
+        Tuning.split_kind("else:a")
 
 
 def test_problems_name_the_path():

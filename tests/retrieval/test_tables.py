@@ -83,7 +83,7 @@ def test_a_table_of_queries_is_searched(index: Index):
 
 WRONG = {
     "no text": (pa.table({"id": ["a"], "body": ["x"]}), "'text' is missing; fields found: 'id', 'body'"),
-    "no id": (polars.DataFrame({"text": ["x"]}), "'_id' is missing"),
+    "no id": (polars.DataFrame({"text": ["x"]}), "'id' is missing"),
     "numbers": (pa.table({"id": ["a"], "text": [7]}), "'text' must be a string, found a number"),
     "lists": (polars.DataFrame({"id": ["a"], "text": ["x"], "tags": [["y"]]}), "'tags'.*list"),
     "twice, arrow": (pa.table([["a"], ["x"], ["y"]], names=["id", "text", "text"]), "several columns named 'text'"),

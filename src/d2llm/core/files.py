@@ -47,6 +47,13 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # such as /proc/new
+        raise InputError(f"{path}: this folder cannot be made; give another path") from error
+
+
 def _sibling(path: Path, label: str) -> Path:
     # Not the tempfile module: only the owner can read its files, while these should follow the user's umask.
     return path.with_name(f".{path.name}.{label}-{secrets.token_hex(6)}")
@@ -154,7 +161,7 @@ def new_file(path: Path, *, mode: int | None = None) -> Generator[BinaryIO]:
     path = Path(os.path.realpath(path))
     if path.is_symlink():
         raise InputError(f"{path}: is a symbolic link that leads to itself; delete it, or give another path")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = _sibling(path, "new")
     try:
         with temporary.open("xb") as file:
@@ -195,7 +202,7 @@ def replace_folder(source: Path, target: Path) -> None:
         elif path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target.parent)
     if not target.exists():
         source.rename(target)
         sync_directory(target.parent)
@@ -256,7 +263,7 @@ def new_folder(target: Path, *, kind: str | None = None) -> Generator[Path]:
     """
     check_replaceable(target, kind)
     target = target.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target.parent)
     temporary = _sibling(target, "new")
     temporary.mkdir()
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -61,7 +62,7 @@ def pairs_of(values: Iterable[tuple[str, str]], name: str) -> tuple[tuple[str, s
     Raises:
         InputError: the values cannot be listed, or one of them is not a pair of strings.
     """
-    pairs = _listed(values, name)
+    pairs = [value.tolist() if hasattr(value, "tolist") else value for value in _listed(values, name)]  # of NumPy
     for index, value in enumerate(pairs):
         if isinstance(value, str) or not isinstance(value, Sequence) or len(cast("Sequence[object]", value)) != 2:
             raise InputError(f"{name}[{index}] is {shown(value)}, but must be a pair of two strings")
@@ -88,7 +89,7 @@ def path_of(value: object, name: str) -> Path:
     Raises:
         InputError: it is something else.
     """
-    if not isinstance(value, str | os.PathLike):
+    if not isinstance(value, str | os.PathLike) or "\0" in str(cast(object, value)):
         raise InputError(f"{name} is {shown(value)}, but must be a path")
     return Path(cast("str | os.PathLike[str]", value))
 
@@ -104,6 +105,29 @@ def objects_of(values: Iterable[_Item] | _Item, name: str, kind: type[Any] | tup
     for index, value in enumerate(objects):
         _check_kinds(index, value, name=name, kinds=kinds)
     return cast("list[_Item]", objects)
+
+
+def check_kind(value: object, name: str, *kinds: type[Any]) -> None:
+    """Check that a value is an object of one of some kinds.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(value, kinds):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise InputError(f"{name} is {shown(value)}, but must be {'an' if names[0] in 'AEIOU' else 'a'} {names}")
+
+
+def check_count(value: object, name: str, least: int = 1) -> None:
+    """Check that a value is a whole number, and not below ``least``.
+
+    Raises:
+        InputError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InputError(f"{name} is {shown(value)}, but must be a whole number")
+    if value < least:
+        raise InputError(f"{name} is {value}, but must be at least {least}")
 
 
 def check_string(value: object, name: str) -> None:
@@ -170,6 +194,4 @@ def _check_strings(index: int, value: object, *, name: str) -> None:
 
 
 def _check_kinds(index: int, value: object, *, name: str, kinds: tuple[type[Any], ...]) -> None:
-    if not isinstance(value, kinds):
-        names = " or ".join(kind.__name__ for kind in kinds)
-        raise InputError(f"{name}[{index}] is {shown(value)}, but must be a {names}")
+    check_kind(value, f"{name}[{index}]", *kinds)

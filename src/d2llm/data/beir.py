@@ -410,13 +410,13 @@ def _qrels_files(folder: Path, splits: Sequence[str] | str | None) -> list[Path]
 
 def _identifier(path: Path, line: int, record: Fields) -> str:
     """``_id``, or ``id`` if there is no ``_id``; whole numbers are converted to text."""
-    field = "_id" if "_id" in record or "id" not in record else "id"
+    field = "_id" if "_id" in record else "id"
     value = record.get(field)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     identifier = string_field(path, line, record, field)
     if not identifier:
-        raise DataFormatError(path, f"field '{field}' is empty; every line needs its own id", line=line)
+        raise DataFormatError(path, f"field '{field}' is empty; give each its own id", line=line)
     return identifier
 
 

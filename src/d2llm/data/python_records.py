@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 from d2llm.core.errors import DataFormatError, InputError
-from d2llm.core.inputs import check_string, shown
+from d2llm.core.inputs import check_count, check_string, shown
 from d2llm.core.plain_values import plain_value
 from d2llm.core.types import MetadataValue, Passage, Query
 from d2llm.data.beir import iter_passages, iter_queries
@@ -44,11 +44,12 @@ def _with_metadata(file: Path, line: int, record: Fields, passage: Passage) -> P
         document_id = str(document_id)
     if not isinstance(document_id, str | None):
         raise wrong_type(file, line, "document_id", document_id)
-    if not isinstance(position, int | None) or isinstance(position, bool):
-        raise DataFormatError(file, f"field 'position' must be a whole number, found {position!r}", line=line)
+    if not isinstance(position, int | None) or isinstance(position, bool) or (position or 0) < 0:
+        problem = f"field 'position' must be a whole number of at least 0, found {position!r}"
+        raise DataFormatError(file, problem, line=line)
     nested = plain_value(record.get("metadata"))
     if not isinstance(nested, dict | None):
-        problem = f"field 'metadata' must be an object, found {type_name(nested)}; --no-metadata ignores all metadata"
+        problem = f"field 'metadata' must be an object, found {type_name(nested)}; correct it, or leave metadata out"
         raise DataFormatError(file, problem, line=line)
     values: dict[str, Any] = {name: value for name, value in record.items() if name not in _KNOWN}
     for name, value in cast("dict[str, Any]", nested or {}).items():
@@ -260,5 +261,6 @@ def _check_passage(passage: Passage, where: str) -> None:
         raise InputError(
             f"the metadata of passage {passage.id!r} is {shown(passage.metadata)}, but must be a dictionary"
         )
+    check_count(passage.position, f"the position of passage {passage.id!r}", 0)
     for field in ("text", "title", "document_id"):
         check_string(getattr(passage, field), f"the {field} of passage {passage.id!r}")

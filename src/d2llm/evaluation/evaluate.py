@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from d2llm.core.errors import DataFormatError, InputError
-from d2llm.core.inputs import paths_of
+from d2llm.core.inputs import check_kind, path_of, paths_of
 from d2llm.data.beir import Dataset
 from d2llm.data.pairs import PairDataset
 from d2llm.data.run_folder import is_finished
@@ -72,11 +72,13 @@ def evaluate(
         >>> contenders = load_contenders("d2llm-minilm", with_teacher=False)
         >>> report = evaluate(open_data("DATA"), contenders, EvaluationSettings(split="test"))  # doctest: +SKIP
     """
-    labels = None if labels is None else Path(labels)
+    check_kind(dataset, "dataset", Dataset, PairDataset)
+    check_kind(contenders, "contenders", Contenders)
+    labels = None if labels is None else path_of(labels, "labels")
     if labels is not None and not is_finished(labels):
         raise DataFormatError(labels, "holds no teacher labels; give the folder that d2llm label wrote")
     begin = time.perf_counter()
-    chosen = (settings or EvaluationSettings()).settled(contenders.student)
+    chosen = EvaluationSettings.of(settings).settled(contenders.student)
     indexes = paths_of(indexes, "indexes")
     needing_corpus = [*chosen.shortcuts, *(["indexes"] if indexes else [])]
     if isinstance(dataset, PairDataset) and needing_corpus:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
-from d2llm.core.inputs import texts_of
+from d2llm.core.inputs import check_count, texts_of
 from d2llm.core.names import did_you_mean
 from d2llm.core.plain_values import plain_value
 from d2llm.core.types import Passage, RankedPassage, Task
@@ -179,8 +179,8 @@ def check_top_k(top_k: int | None) -> None:
     Raises:
         InputError: it is below 1.
     """
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k is {top_k}, but must be at least 1; leave it out for all")
+    if top_k is not None:
+        check_count(top_k, "top_k")
 
 
 def _read(encoded: EncodedTexts, noun: str) -> NDArray[np.float32]:

@@ -23,7 +23,7 @@ from torch import nn
 from d2llm.core.errors import InputError
 from d2llm.core.files import new_folder, write_json
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.inputs import pairs_of, path_of, strings_of, texts_of
+from d2llm.core.inputs import check_count, pairs_of, path_of, strings_of, texts_of
 from d2llm.core.manifest import source_of, write_manifest
 from d2llm.core.types import PART_KINDS, TASKS, EngineName, PartKind, RankedPassage, Ranking, Task
 from d2llm.data.python_records import PassageLike, QueryLike, one_query_of, passages_of
@@ -514,8 +514,8 @@ class Student(StudentEncoder):
             >>> student.rank("what do bees make?", ["Tea is hot.", "Bees make honey."], top_k=1)[0].passage.id
             '2'
         """
-        if top_k is not None and top_k < 1:
-            raise InputError(f"top_k is {top_k}, but must be at least 1; leave it out for all")
+        if top_k is not None:
+            check_count(top_k, "top_k")
         asked = one_query_of(query, "a ranking")
         given = list(passages_of(passages, texts=True))
         scorer = TextScorer.of(self, index, task)

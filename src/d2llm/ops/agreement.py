@@ -12,6 +12,7 @@ from scipy.optimize import minimize
 from scipy.special import entr, expit
 
 from d2llm.core.errors import InputError
+from d2llm.core.inputs import check_count
 from d2llm.ops.pair_measures import accuracy_at, best_threshold, pearson
 from d2llm.ops.ranking import kendall_tau
 
@@ -86,8 +87,7 @@ def top_k_overlap(first: Sequence[str], second: Sequence[str], k: int = 10) -> f
     Raises:
         InputError: k is below 1.
     """
-    if k < 1:
-        raise InputError(f"k is {k}, but must be at least 1")
+    check_count(k, "k")
     left, right = set(first[:k]), set(second[:k])
     depth = max(len(left), len(right))
     return len(left & right) / depth if depth else 1.0

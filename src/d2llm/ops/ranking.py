@@ -15,6 +15,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from d2llm.core.errors import InputError
+from d2llm.core.inputs import check_count
 from d2llm.ops.selection import ids_at, top_rows
 
 
@@ -31,8 +32,7 @@ def top_k(
     values = _as_array(scores)
     if values.ndim != 1 or len(values) != len(ids):
         raise InputError(f"scores have shape {values.shape}, but {len(ids)} ids are given: one score per id is needed")
-    if k < 0:
-        raise InputError(f"k is {k}, but it counts results: give 0 or more")
+    check_count(k, "k", 0)
     _refuse_nan(values, ids)
     rows: list[int] = top_rows(values, k, partial(ids_at, ids)).tolist()
     return [(ids[row], float(values[row])) for row in rows]

@@ -7,6 +7,7 @@ cannot be given with another, and other packages can add kinds.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pydantic import (
@@ -130,9 +131,17 @@ class SectionOfKind(Registered, Section):
 
     @classmethod
     def split_kind(cls, text: str) -> tuple[str, str]:
-        """The two parts of ``KIND:MODEL``; the default kind and the whole text if it begins with no kind."""
+        """The two parts of ``KIND:MODEL``; the default kind and the whole text if there is no kind, or it is a path.
+
+        Raises:
+            RecipeError: there is no such kind.
+        """
         kind, colon, model = text.partition(":")
-        return (kind, model) if colon and model and kind in cls.kinds.kinds else (cls.default_kind, text)
+        if not (colon and model) or Path(text).exists():
+            return cls.default_kind, text
+        if kind.isidentifier() and len(kind) > 1 and kind not in cls.kinds.kinds:  # no drive of Windows
+            raise RecipeError(f"no {cls.kinds.what} '{kind}'; {suggestion(kind, cls.kinds.kinds, 'there are')}")
+        return (kind, model) if kind in cls.kinds.kinds else (cls.default_kind, text)
 
     @model_serializer(mode="wrap")
     def _with_kind(self, handler: Any) -> dict[str, Any]:

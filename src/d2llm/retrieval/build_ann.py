@@ -11,12 +11,13 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import IndexLockedError, InputError
+from d2llm.core.inputs import check_count
 from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.types import DEFAULT_ANN_RECALL, DEFAULT_NUM_CANDIDATES, Query
 from d2llm.data.python_records import QueryLike, queries_of
@@ -189,8 +190,9 @@ def renew_ann(store: IndexStore, student: SearchStudent, num_encoded: int) -> No
 
 def _checked(view: PassageView, student: SearchStudent, recall: float, depth: int) -> AnnBase:
     view.check_student(student.fingerprint)
-    if not 0 < recall <= 1 or depth < 1:
-        raise InputError(f"recall is {recall} and depth is {depth}; recall must be in (0, 1] and depth at least 1")
+    check_count(depth, "depth")
+    if not isinstance(cast("object", recall), float | int) or not 0 < recall <= 1:
+        raise InputError(f"recall is {recall!r}, but must be a number above 0, up to 1")
     if not student.has_dot:
         raise InputError("this student's head has no inner product that an index could use; it is searched exactly")
     folder = view.store.folder

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from d2llm.core.errors import InputError
-from d2llm.core.inputs import check_choice
+from d2llm.core.inputs import check_choice, check_count, path_of
 from d2llm.core.short_repr import short_repr
 from d2llm.core.types import (
     DEFAULT_CONTEXT_TOKENS,
@@ -119,7 +118,7 @@ def named_tokenizer(name: str) -> TokenEnds:
     Raises:
         ModelNotFoundError: there is no such model, or it has no tokenizer.
     """
-    location = name if Path(name).is_dir() else find_model(name)
+    location = name if path_of(name, "tokenizer").is_dir() else find_model(name)
     return partial(token_ends, load_tokenizer(location))
 
 
@@ -148,8 +147,7 @@ def build_context(
         InputError: ``max_tokens`` is below 1, or there is no such order.
     """
     check_choice(order, "order", get_args(ContextOrder))
-    if max_tokens < 1:
-        raise InputError(f"max_tokens is {max_tokens}, but must be at least 1")
+    check_count(max_tokens, "max_tokens")
     packer = _Packer(token_ends, max_tokens, order, overlapping)
     for result in ranking.passages:
         packer.add(result)

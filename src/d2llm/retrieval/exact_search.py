@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
+from d2llm.core.inputs import check_count
 from d2llm.core.types import Certificate, Task
 from d2llm.models.plain_student import PairScorer
 from d2llm.models.protocols import VectorStudent
@@ -78,8 +79,7 @@ def certified_top_k(
         ModelError: the student returned a score that is NaN.
     """
     begin = time.perf_counter()
-    if top_k < 1:
-        raise InputError(f"top_k is {top_k}, but must be at least 1")
+    check_count(top_k, "top_k")
     if budget_ms is not None and not budget_ms >= 0:
         raise InputError(f"the budget is {budget_ms} ms, but must be at least 0")
     clock, cached = _Clock(begin, budget_ms, floor), cached or CachedBounds()

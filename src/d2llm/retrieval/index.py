@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, cast, overload
 
 from d2llm.core.errors import InputError
 from d2llm.core.files import MANIFEST_NAME
-from d2llm.core.inputs import objects_of, path_of, strings_of
+from d2llm.core.inputs import check_count, check_kind, objects_of, path_of, strings_of
 from d2llm.core.progress import progress_bar
 from d2llm.core.settings import shows
 from d2llm.core.types import (
@@ -279,6 +280,7 @@ class Index(OpenIndex):
         if isinstance(chunking, Chunker):
             chunker = chunking
         else:
+            check_kind(chunking, "chunking", Chunking, Chunker, NoneType)
             counting = cast("Student", student)  # only a Student has a tokenizer to count with
             chunker = Chunker(counting, choose_chunking(self.folder, counting, chunking))
         try:
@@ -321,6 +323,7 @@ class Index(OpenIndex):
 
     def compact(self, keep: timedelta = KEEP_VERSIONS, *, dense: bool | None = None) -> tuple[int, int]:
         """Free the space of deleted data; returns bytes before and after. Arguments: see ``IndexStore.compact``."""
+        check_kind(keep, "keep", timedelta)
         with self.storage.writing():
             sizes = [store.compact(keep, dense=dense) for store in self.storage.stores]
         self.refresh()
@@ -465,8 +468,7 @@ class Index(OpenIndex):
         """
         from d2llm.retrieval.results import merge_neighbours, with_neighbours
 
-        if distance < 0:
-            raise InputError(f"distance is {distance}, but counts positions: give 0 or more")
+        check_count(distance, "distance", 0)
         ranked = objects_of(results, "results", RankedPassage)
         return merge_neighbours(with_neighbours(self.view, ranked, distance), overlapping=self.repeats_text)
 

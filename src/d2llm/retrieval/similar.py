@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from d2llm.core.batches import batched
+from d2llm.core.inputs import check_kind
 from d2llm.core.types import Query
 from d2llm.models.tokens import EncodedTexts
+from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import Searcher
 from d2llm.retrieval.settings import SearchSettings, SimilaritySettings
 
 if TYPE_CHECKING:
     from d2llm.models.student import Student
-    from d2llm.retrieval.index import Index
 
 _CANDIDATES_PER_NEIGHBOUR = 4  # passages that get the full score, so that those near by the vectors may change places
 _AT_ONCE = 8_192  # passages, whose vectors are in memory together
@@ -65,6 +66,7 @@ def similar_pairs(index: Index, settings: SimilaritySettings | None = None, **ch
     Raises:
         InputError: a setting is invalid, or the student is not calibrated for symmetric search.
     """
+    check_kind(index, "index", Index)
     settings = SimilaritySettings.of(settings, **changes)
     view, student = index.view, cast("Student", index.student)
     searched = SearchSettings(

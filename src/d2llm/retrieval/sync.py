@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from itertools import chain
 from pathlib import Path
 
+from d2llm.core.inputs import check_kind
 from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, DEFAULT_SECONDS_PER_FILE, Passage
 from d2llm.data.documents import MAX_BYTES, DocumentFile, SkippedFile, find_documents
 from d2llm.data.ocr import OFF
@@ -69,6 +70,7 @@ def sync_documents(
         2
         bees.md
     """
+    check_kind(index, "index", Index)
     documents = find_documents(
         paths,
         exclude=exclude,

@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from d2llm.core.batches import batched
 from d2llm.core.errors import D2LLMError, DamagedFileError, DataFormatError, InputError, StorageError
 from d2llm.core.files import folder_bytes
+from d2llm.core.inputs import check_count
 from d2llm.core.names import counted
 from d2llm.core.types import Passage, is_text
 from d2llm.store.blocks import (
@@ -596,5 +597,4 @@ def _check_id(name: str) -> None:
 
 def _check_page(cursor: str, limit: int) -> None:
     _check_id(cursor)
-    if type(limit) is not int or limit < 1:
-        raise InputError(f"limit is {limit!r}, but must be a number from 1 on")
+    check_count(limit, "limit")

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.fallbacks import fell_back
+from d2llm.core.inputs import check_count
 from d2llm.ops.selection import nth_highest, top_rows
 from d2llm.store.vector_formats import VectorFormat
 
@@ -142,8 +143,7 @@ class RowScan:
         if query.shape != (self._format.dim,) or not np.isfinite(query).all():
             expected = f"{self._format.dim} finite numbers"
             raise InputError(f"the query vector must be {expected}, but has the shape {query.shape}")
-        if top_k < 1:
-            raise InputError(f"top_k is {top_k}, but must be at least 1")
+        check_count(top_k, "top_k")
 
     def _is_enough(self, query: NDArray[np.float32], scores: NDArray[np.float32], lowest: float, top_k: int) -> bool:
         """Whether the best ``top_k`` are certain: other rows have proposal products of at most ``lowest``."""

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DamagedFileError, DataFormatError, InputError
+from d2llm.core.inputs import check_count
 from d2llm.core.names import counted
 from d2llm.core.types import PartKind, Passage, Task, Ties, is_text
 from d2llm.ops.selection import top_rows
@@ -252,8 +253,7 @@ class PassageView:
         Raises:
             InputError: ``top_k`` < 1, or the text is not valid Unicode; or as for ``select``.
         """
-        if top_k < 1:
-            raise InputError(f"top_k is {top_k}, but must be at least 1")
+        check_count(top_k, "top_k")
         if not is_text(text):
             raise InputError(f"the query {text!r} is not valid Unicode text")
         allowed = self.select(filter)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from d2llm.core.errors import InputError
+from d2llm.core.inputs import check_count
 from d2llm.data.run_folder import RunFolder, changed_student, changed_teacher, is_finished, manifest_of
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
@@ -65,8 +66,7 @@ def alternate(
         InputError: ``rounds`` is below 1, or the recipe cannot alternate (``recipe_of_round``).
         RecipeError: the recipe does not tune its teacher, or does so by judgements.
     """
-    if rounds < 1:
-        raise InputError(f"there must be at least one round, not {rounds}")
+    check_count(rounds, "rounds")
     computing: dict[str, Any] = {"device": device, "dtype": dtype}
     before = recipe.training.start or str(folder / "start")
     recipes: list[Recipe] = []

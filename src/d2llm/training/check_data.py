@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from d2llm.core.errors import InputError
+from d2llm.core.inputs import check_count
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
 from d2llm.core.progress import progress_bar
@@ -54,8 +55,7 @@ def check_data(
     """
     if not 0 < near <= 1:
         raise InputError(f"near is {near}, but must be above 0 and at most 1")
-    if sample_size < 1:
-        raise InputError(f"sample_size is {sample_size}, but must be at least 1")
+    check_count(sample_size, "sample_size")
     backbone, location = _backbone_of(tokenizer)
     tokens = load_tokenizer(location)  # before the data is read, so that a wrong name fails at once
     source = open_source(data)

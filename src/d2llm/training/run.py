@@ -466,7 +466,7 @@ class Run(OpenRun):
             device=self.device,
             dtype=self.dtype,
         )
-        chosen = settings or EvaluationSettings()
+        chosen = EvaluationSettings.of(settings)
         labels = self.folder.labels if with_teacher and is_finished(self.folder.labels) else None
         reports: dict[str, EvaluationReport] = {}
         for data in self.recipe.data:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 from d2llm.core.errors import InputError
-from d2llm.core.inputs import pairs_of
+from d2llm.core.inputs import check_count, pairs_of
 from d2llm.models.remote.endpoint import Answers
 from d2llm.recipe import WriterConfig
 
@@ -72,8 +72,7 @@ class Assignment:
     def __post_init__(self) -> None:
         object.__setattr__(self, "examples", pairs_of(self.examples, "examples"))
         object.__setattr__(self, "history", pairs_of(self.history, "history"))
-        if self.num_queries < 1:
-            raise InputError(f"num_queries is {self.num_queries}, but must be at least 1")
+        check_count(self.num_queries, "num_queries")
         if self.kind in _SINGLE and self.num_queries > 1:
             raise InputError(
                 f"num_queries is {self.num_queries}, but '{self.kind}' is a single text; make several assignments with "

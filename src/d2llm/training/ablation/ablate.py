@@ -17,6 +17,7 @@ from typing import Any
 from d2llm.core.errors import D2LLMError, InputError, RecipeError
 from d2llm.core.files import new_folder, write_json
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.inputs import check_count
 from d2llm.core.manifest import read_manifest
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import TrainingPlan
@@ -255,16 +256,12 @@ def ablate(
 def _check_numbers(
     num_seeds: int, max_queries: int | None, epochs: int | None, budget_minutes: float | None, dev_queries: int
 ) -> None:
-    limits = {
-        "num_seeds": (num_seeds, 1),
-        "max_queries": (max_queries, 1),
-        "epochs": (epochs, 1),
-        "budget_minutes": (budget_minutes, 0),
-        "dev_queries": (dev_queries, 1),
-    }
-    for name, (value, minimum) in limits.items():
-        if value is not None and value < minimum:
-            raise InputError(f"{name} is {value}, but must be at least {minimum}")
+    counts = {"num_seeds": num_seeds, "max_queries": max_queries, "epochs": epochs, "dev_queries": dev_queries}
+    for name, value in counts.items():
+        if value is not None:
+            check_count(value, name)
+    if budget_minutes is not None and budget_minutes < 0:
+        raise InputError(f"budget_minutes is {budget_minutes}, but must be at least 0")
 
 
 def _shortened(recipe: Recipe, max_queries: int | None, epochs: int | None) -> Recipe:
