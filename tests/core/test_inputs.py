@@ -7,10 +7,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
 import d2llm
 from d2llm import D2LLMError, Index, Passage
+from d2llm.core.inputs import pairs_of
 from d2llm.retrieval.context import build_context
 from d2llm.retrieval.similar import similar_pairs
 from fake_models import FakeStudent
@@ -119,3 +121,7 @@ def test_a_dataclass_is_a_passage_and_a_query(tmp_path):
         Passage("c", "a third", metadata={"year": 2024}),
     ]
     assert index.search(Message("q", "text")).query.id == "q"
+
+
+def test_pairs_may_be_rows_of_an_array():
+    assert pairs_of(np.array([["a", "b"], ["c", "d"]]), "pairs") == (("a", "b"), ("c", "d"))

@@ -142,6 +142,8 @@ def test_files_with_two_columns_have_no_labels(tmp_path):
         ("甲\t乙\t1\n甲\t乙\t丙\t1\n", 2, "expected 3 columns"),
         ("a\tb\tc\td\t1\n", 1, "5 columns (between tabs, || or commas) and no header"),
         ("q1\tq2\tlabel\n甲\t乙\t1\n", 1, "the header (q1, q2, label) does not name the two texts"),
+        ("first text\tsecond text\tis same\n甲\t乙\t1\n", 1, "the header (first text, second text, is same) does not"),
+        ("anchor\tother\trelation\n甲\t乙\tsame\n", 1, "the header (anchor, other, relation) does not name the two"),
         ("sentence1\tsentence2\tscore\n甲\t乙\tnan\n", 2, "field 'score' must be a finite number, found 'nan'"),
     ],
 )

@@ -89,7 +89,7 @@ def test_late_chunking_rereads_only_changed_documents(workspace, tmp_path):
     records[2]["text"] = records[2]["text"].replace("cold", "flu", 1)
     write_lines(tmp_path / "changed.jsonl", records)
     stderr = succeed("index", tmp_path / "i", "upsert", tmp_path / "changed.jsonl").stderr  # late, as before
-    assert "read in 1 windows" in stderr
+    assert "read in 1 window" in stderr
     assert " 0 added" in stderr
     assert "0 deleted" in stderr
     assert "0 problems" in succeed("index", tmp_path / "i", "verify").stderr
@@ -135,7 +135,7 @@ def test_long_texts_are_split_unless_whole_is_given(workspace, tmp_path):
     assert "document: long [2]" in stdout
     stderr = succeed("index", tmp_path / "whole", "upsert", tmp_path / "corpus.jsonl", "--whole").stderr
     assert "warning: 1 of the 2 encoded passages (50%) are longer than the student reads" in stderr
-    assert "--chunk-tokens" in stderr
+    assert "a new one splits them into passages" in stderr
     fail("index", tmp_path / "new", "add", tmp_path, "--whole", "--late", containing=["whole splits nothing"])
     encode = ("encode", tmp_path / "corpus.jsonl", "--out", tmp_path / "encoded")
     assert "2 texts in 9 passages, 0 truncated" in succeed(*encode).stderr

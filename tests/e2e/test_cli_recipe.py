@@ -51,7 +51,21 @@ def test_values_are_shown_as_recipes_write_them(tmp_path: Path) -> None:
 def test_two_data_sets_of_one_name_are_refused_as_by_a_run(tmp_path: Path) -> None:
     recipe = tmp_path / "twice.toml"
     recipe.write_text('[[data]]\npath = "a/tea"\n[[data]]\npath = "b/tea"')
-    fail("recipe", "check", recipe, containing=["two data sets have the same folder name: tea, tea"])
+    fail("recipe", "check", recipe, containing=["two data sets have the same folder name; copy or link one"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("layers = 60", "layers is 60, but 'minilm' has 6"),
+        ("layers = [0, 60]", "layers names layer 60"),
+        ("max_passage_tokens = 100000", "reads at most 512 tokens"),
+    ],
+)
+def test_what_the_backbone_cannot_do_is_refused(tmp_path: Path, setting: str, problem: str) -> None:
+    recipe = tmp_path / "wrong.toml"
+    recipe.write_text(f"[student.backbone]\n{setting}")
+    fail("recipe", "check", recipe, containing=[problem])
 
 
 @pytest.mark.parametrize(

@@ -320,7 +320,7 @@ class TestInit:
         for value in ("max_query_tokens", "max_passage_tokens", "learning_rate", "epochs", "num_hard"):
             line = next(line for line in text.splitlines() if line.startswith(f"{value} = "))
             assert "# " in line, f"{value} has no reason"
-        assert "12 questions make 1 steps per epoch: 10 in all" in text
+        assert "12 questions make 1 step per epoch: 10 in all" in text
         assert "dev has 4 judged questions or pairs" in result.stderr
         assert f"then: d2llm run {target}" in result.stderr
         # tiny heads for the tiny model; everything else as init wrote it

@@ -60,6 +60,7 @@ def test_ids_are_listed_in_pages_without_repeats(ask):
     [
         ("GET", "/v1/passages?curser=p9", "query.curser: there is no such parameter; did you mean 'cursor'?"),
         ("GET", "/v1/documents?zzz", "query.zzz: there is no such parameter; there are: cursor, limit"),
+        ("GET", "/v1/passages?limit=1&limit=2", "query.limit: is given several times; give it once"),
         ("POST", "/v1/search?top_k=3", "query.top_k: there is no such parameter; this address takes none"),
     ],
 )

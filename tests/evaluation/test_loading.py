@@ -201,7 +201,7 @@ def test_another_student_is_measured_with_its_whole_score_and_what_it_has_seen_i
     assert set(contenders.loads) >= {other.fingerprint}
     assert not contenders.trained_on["D2LLM"]
     for dataset, seen in (("zoo", "other was"), ("farm", "other was"), ("banking77", "d2llm-minilm was"), ("new", "")):
-        notes = " ".join(contenders.notes_on(dataset))
+        notes = " ".join(contenders.notes_on(dataset, "symmetric"))
         assert (f"{seen} trained on other queries of {dataset}" in notes) == bool(seen)
     report = measure(make_dataset(), contenders, score_parts=False, baseline="bm25")
     assert {"other", "d2llm-minilm"} <= {row.name for row in report.rows}
@@ -233,13 +233,11 @@ def test_notes_mention_closed_gates(world, tmp_path):
         "closed_gates": ["squad"],
         "fraction_kept": 0.5,
         "recipe": {"training": {"max_interpolation": 0.5}},
-        "interaction_weights": {"symmetric": 0.0, "asymmetric": 1.0},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest | changes))
     contenders = load(folder, with_teacher=False)
     assert [note.split(":")[0] for note in contenders.notes] == [
         "the teacher's gate was closed for squad",
         "50% of the change of weights in training was kept",
-        "the interaction is switched off for symmetric search",
     ]
     assert contenders.provenance["student"]["closed_gates"] == ["squad"]

@@ -245,6 +245,13 @@ def test_ablated_parts_of_the_score_get_rows(words, work):
     assert part.difference.value == pytest.approx(without - full)
 
 
+def test_an_interaction_that_is_off_has_a_note_and_no_row(words, work, monkeypatch):
+    monkeypatch.setattr(WordyStudent, "why_no_interaction", lambda self, task: f"off in {task} search", raising=False)
+    report = measure(words, everyone(student=WordyStudent()), work, num_candidates=260)
+    assert "D2LLM without the interaction" not in [row.name for row in report.rows]
+    assert "off in asymmetric search" in report.notes
+
+
 def test_a_student_without_word_features_has_no_parts(words, work):
     report = measure(words, everyone(), work)
     assert report.parts == ()

@@ -165,3 +165,10 @@ def test_a_narrow_terminal_still_shows_all_rows(width):
     text = printed(evaluation_tables(make_report())[0], width)
     assert "BM25" in text
     assert "0.5000" in text
+
+
+def test_bold_is_explained_only_where_there_is_any():
+    for has_styles in (True, False):
+        remarks = printed(evaluation_tables(make_report(), has_styles=has_styles)[-1])
+        assert ("Bold" in remarks) == has_styles
+        assert "significantly better" in remarks

@@ -17,7 +17,7 @@ import pytest
 import typer.main
 import yaml
 
-from d2llm.cli.main import app
+from d2llm.cli.main import EXIT_BAD_INPUT, app
 from d2llm.core.toml import read_toml
 
 ROOT = Path(__file__).parents[2]
@@ -174,7 +174,7 @@ class TestUnit:
         service = unit()["Service"]
         assert service["KillSignal"] == "SIGTERM"
         assert int(service["TimeoutStopSec"]) > 30
-        assert service["Restart"] == "on-failure"
+        assert (service["Restart"], service["RestartPreventExitStatus"]) == ("on-failure", str(EXIT_BAD_INPUT))
         assert service["User"] == "d2llm"
         assert service["NoNewPrivileges"] == "yes"
         assert "MemoryDenyWriteExecute" not in service

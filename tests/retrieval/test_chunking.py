@@ -318,4 +318,4 @@ def test_truncated_passages_are_logged(student, tmp_path, caplog):
     (warning,) = caplog.messages
     assert "2 of the 3 encoded passages" in warning
     assert "(67%)" in warning
-    assert "--chunk-tokens" in warning
+    assert "upsert_documents" in warning

@@ -328,7 +328,7 @@ class TestChanges:
         problems = index.verify().problems
         assert len(problems) == 2
         assert f"shard {number}: 1 passage belongs in other shards, the first is 'p1'" in problems[0]
-        assert "1 ids are in two shards" in problems[1]
+        assert "1 id is in two shards" in problems[1]
         report = index.upsert(index.get(["p1"]))
         assert (report.num_added, report.num_updated) == (0, 1)
         assert Index.open(three, STUDENT).verify().problems == []

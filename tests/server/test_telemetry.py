@@ -78,6 +78,7 @@ def test_requests_are_counted_by_route_method_and_status():
     }
     assert metrics["d2llm_http_request_seconds_count", (("index", ""), ("route", "/v1/search"))] == 3
     assert metrics["d2llm_http_requests_in_flight", ()] == 0
+    assert not [name for name, _ in metrics if name.endswith("_created")]
 
 
 def test_labels_never_contain_client_input():

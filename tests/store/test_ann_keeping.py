@@ -62,6 +62,7 @@ def test_a_snapshot_includes_the_ann_index(store):
         ("ann-0.faiss", b"x", "not what was written"),
         ("ann-0.json", b"{}", "not what was written"),
         ("ann-0.json", None, "No such file"),
+        ("ann-0.faiss", None, "No such file"),
     ],
 )
 def test_damaged_files_are_reported_and_removed(store, name, content, expected):

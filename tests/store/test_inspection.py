@@ -110,7 +110,7 @@ def test_duplicate_ids_and_rows_are_found(store):
     rows = _all_records(table)
     table.replace_all(table.metadata, [[*rows, rows[0]]])
     first, second = verify(store).problems
-    assert first.startswith("passages.db: 1 ids occur twice")
+    assert first.startswith("passages.db: 1 id occurs twice")
     assert second.startswith("passages.db: row numbers are not distinct, or belong to several generations")
 
 
@@ -122,7 +122,7 @@ def test_damaged_passages_are_taken_from_a_snapshot(store):
     assert "1 damaged passage, the first is 'p3'" in problem
     _, rebuilt, taken = verify(store, repair=True).problems
     assert rebuilt == "passages.db was rebuilt with the 21 passages read from it, without earlier versions"
-    assert taken == "1 damaged passages were taken from snapshots"
+    assert taken == "1 damaged passage was taken from snapshots"
     assert verify(store).problems == []
     check_contents(PassageView(store), PASSAGES | few_passages(2, start=50))
 

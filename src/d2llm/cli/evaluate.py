@@ -199,7 +199,7 @@ def evaluate(
         runner=runner,
         device=device,
     )
-    for table in evaluation_tables(report):
+    for table in evaluation_tables(report, has_styles=session.has_styles):
         session.show(table)
     session.write_report(context, json_path, report)
     output.write(session, report)

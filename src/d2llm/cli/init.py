@@ -56,7 +56,11 @@ def init(
     ] = Path("recipe.toml"),
     backbone: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Model that encodes texts: a folder or a Hub name.", show_default="minilm"),
+        typer.Option(
+            metavar="MODEL",
+            help="Model that encodes texts: a folder or a Hub name.",
+            show_default="minilm, or e5 if the texts are not English",
+        ),
     ] = None,
     start: Annotated[
         str | None,

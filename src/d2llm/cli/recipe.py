@@ -29,7 +29,7 @@ def check(context: typer.Context, recipes: Annotated[list[str], _RECIPES]) -> No
     from d2llm.recipe.losses import RECOMMENDED
     from d2llm.recipe.recipe_file import load_recipe
     from d2llm.training.open_run import is_absent
-    from d2llm.training.recipe_inputs import absent_inputs
+    from d2llm.training.recipe_inputs import absent_inputs, check_backbone
 
     session, defaults = session_of(context), dict(_settings(Recipe().model_dump(mode="json")))
     for source in recipes:
@@ -46,6 +46,7 @@ def check(context: typer.Context, recipes: Annotated[list[str], _RECIPES]) -> No
             session.show(table)
         sets = ", ".join(f"{one.path} ({one.task})" for one in recipe.data) or "none"
         missing, remote = absent_inputs(recipe)
+        check_backbone(recipe)
         missing += [f"data: {one.path}: not here; give --data to a run" for one in recipe.data if is_absent(one)]
         for problem in missing:
             session.complain("warning", f"{source}: {problem}")

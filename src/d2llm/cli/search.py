@@ -418,11 +418,12 @@ def _plain_queries(rankings: list[Ranking]) -> str | None:
 def _reranking_line(report: RerankReport) -> str:
     """What a reranker changed in a ranking, in one line."""
     unsure = f"the student was unsure of {counted(len(report.unsure), 'passage')}; " if report.unsure else ""
+    read = counted(len(report.read), *(("was", "were") if unsure else ("passage was", "passages were")))
     cut = f", {report.num_truncated} of them in part" if report.num_truncated else ""
     cut += ", until its time was up" if report.out_of_time else ""
     moves = ", ".join(f"{before} -> {now}" for before, now in report.moved)
     return (
-        f"{report.kind}: {unsure}{len(report.read) if unsure else counted(len(report.read), 'passage')} read{cut}, in "
+        f"{report.kind}: {unsure}{read} read{cut}, in "
         f"{1e3 * report.seconds:,.0f} ms; {f'places: {moves}' if moves else 'no place changed'}"
     )
 

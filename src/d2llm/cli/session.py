@@ -69,6 +69,11 @@ class Session:
 
         return Console(stderr=True, highlight=False, emoji=False)
 
+    @property
+    def has_styles(self) -> bool:
+        """Whether results are shown in bold and colours."""
+        return self._out.is_terminal
+
     def show(self, result: RenderableType) -> None:
         """Print a result."""
         # Tables and wrapped texts respect the width; only ids are wider, and must stay in one piece to be copied.

@@ -147,8 +147,6 @@ def classify(
     results = classifier.classify(texts)
     session.write_lines(out, results)
     num_none = sum(result.label is None for result in results)
-    session.say(
-        f"classify: {counted(len(results), 'text')}, {counted(len(classifier.labels), 'class', 'classes')}; "
-        f"{num_none:,} belong to none"
-    )
+    texts, classes = counted(len(results), "text"), counted(len(classifier.labels), "class", "classes")
+    session.say(f"classify: {texts}, {classes}; {num_none:,} belong to none")
     session.write_report(context, json_path, results)

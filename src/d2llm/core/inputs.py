@@ -118,12 +118,14 @@ def check_kind(value: object, name: str, *kinds: type[Any]) -> None:
         raise InputError(f"{name} is {shown(value)}, but must be {'an' if names[0] in 'AEIOU' else 'a'} {names}")
 
 
-def check_count(value: object, name: str, least: int = 1) -> None:
-    """Check that a value is a whole number, and not below ``least``.
+def check_count(value: object, name: str, least: int = 1, *, optional: bool = False) -> None:
+    """Check that a value is a whole number, and not below ``least``; with ``optional``, or None.
 
     Raises:
         InputError: it is not.
     """
+    if optional and value is None:
+        return
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise InputError(f"{name} is {shown(value)}, but must be a whole number")
     if value < least:

@@ -36,7 +36,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most similar to this one; None if none is similar enough."""
     if len(name) > _LONGEST:
         return None
-    return next(iter(get_close_matches(name, list(known), n=1)), None)
+    return next(iter(get_close_matches(name, list(known), n=1, cutoff=0.65)), None)
 
 
 def suggestion(name: str, known: Iterable[str], listing: str) -> str:

@@ -95,7 +95,9 @@ def table_records(path: Path, *, target: Target | None = None) -> Iterator[tuple
     if first is None:
         return
     line, fields = first
-    names = _header(path, line, fields)
+    second = next(rows, None)
+    rows = rows if second is None else itertools.chain([second], rows)
+    names = _header(path, line, fields, fields if second is None else second[1])
     if names is None:
         names = _headerless_names(path, line, len(fields), target)
         rows = itertools.chain([first], rows)
@@ -133,11 +135,13 @@ def _comma_rows(path: Path) -> Iterator[tuple[int, Sequence[str]]]:
         ) from error
 
 
-def _header(path: Path, line: int, fields: Sequence[str]) -> tuple[str, ...] | None:
+def _header(path: Path, line: int, fields: Sequence[str], second: Sequence[str]) -> tuple[str, ...] | None:
+    """The names of the columns; None if the first row has none, by what the second has."""
     names = tuple(field.lower() for field in fields)
     if any({first, second} <= set(names) for first, second in TEXT_FIELDS):
         return names
-    if names[-1] in _HEADER_WORDS:
+    are_words = all(name.isascii() and name.isidentifier() for name in names)
+    if names[-1] in _HEADER_WORDS or are_words or (_is_number(second[-1]) and not _is_number(fields[-1])):
         known = ", ".join(f"{first}/{second}" for first, second in TEXT_FIELDS)
         raise DataFormatError(
             path,
@@ -160,13 +164,13 @@ def _headerless_names(path: Path, line: int, count: int, target: Target | None) 
 
 
 def _target_of(path: Path) -> Target:
-    is_score = False
-    for _, fields in _rows(path):
-        if fields[-1] in {"0", "1", "-", ""}:
-            continue
-        try:
-            float(fields[-1])
-        except ValueError:
-            return "label"
-        is_score = True
-    return "score" if is_score else "label"
+    others = {fields[-1] for _, fields in _rows(path)} - {"0", "1", "-", ""}
+    return "score" if others and all(map(_is_number, others)) else "label"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text if text not in {"-", ""} else 0)
+    except ValueError:
+        return False
+    return True

@@ -148,4 +148,5 @@ def require_distinct_data(recipe: Recipe, *, where: str = "recipe") -> None:
     if not names:
         raise RecipeError(f"{where}: names no data sets; add a [[data]] section with path and task")
     if len(set(names)) < len(names):
-        raise RecipeError(f"{where}: two data sets have the same folder name: {', '.join(sorted(names))}")
+        names = ", ".join(sorted(names))
+        raise RecipeError(f"{where}: two data sets have the same folder name; copy or link one to another: {names}")

@@ -255,9 +255,8 @@ def _check_index(folder: Path, device: str | None) -> Iterator[Finding]:
         stats = index.stats()
         made_with = index.storage.manifest.get("packages", {}).get("d2llm", "?")
         made = f"made with d2llm {made_with} (this: {__version__})"
-        yield Finding(
-            "index", "contents", "ok", f"{counted(stats.num_passages, 'passage')} at version {stats.version}, {made}"
-        )
+        passages = counted(stats.num_passages, "passage")
+        yield Finding("index", "contents", "ok", f"{passages} at version {stats.version}, {made}")
         yield Finding("index", "student", "ok", f"{index.student.fingerprint} is available and made this index")
         if stats.num_passages:
             passages = index.search(_QUESTION, top_k=1).passages

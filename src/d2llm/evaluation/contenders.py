@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import objects_of, strings_of
-from d2llm.core.types import SystemKind
+from d2llm.core.types import SystemKind, Task
 from d2llm.data.trec import TrecRun
 from d2llm.evaluation.report import EvaluationRow, MissingRow
 from d2llm.models.plain_student import PlainStudent
@@ -99,14 +99,13 @@ class Contenders:
         ]
         return [Contender(name, kind, model, depth) for name, kind, model, depth in rows if model is not None]
 
-    def notes_on(self, dataset: str) -> tuple[str, ...]:
-        """``notes``, and which students were trained on a data set with this name."""
-        seen = [name for name, datasets in self.trained_on.items() if dataset in datasets]
-        if not seen:
-            return self.notes
-        were = "was" if len(seen) == 1 else "were"
-        note = f"{' and '.join(seen)} {were} trained on other queries of {dataset}, which makes it easier"
-        return (*self.notes, note)
+    def notes_on(self, dataset: str, task: Task) -> tuple[str, ...]:
+        """``notes``, why the student has no interaction in a task, and which were trained on a set with this name."""
+        notes = [*self.notes, *filter(None, [self.student.why_no_interaction(task)])]
+        if seen := [name for name, datasets in self.trained_on.items() if dataset in datasets]:
+            were = "was" if len(seen) == 1 else "were"
+            notes.append(f"{' and '.join(seen)} {were} trained on other queries of {dataset}, which makes it easier")
+        return tuple(notes)
 
     def teachers(self, teacher_depth: int | None) -> list[tuple[str, SystemKind, PairTeacher]]:
         """The systems that encode query and passage together."""

@@ -193,7 +193,7 @@ def _provenance(name: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gate_notes(manifest: Mapping[str, Any]) -> tuple[str, ...]:
-    """Remarks on how the student was trained: closed gates, the fraction kept, interactions with weight 0."""
+    """Remarks on how the student was trained: closed gates, and the fraction kept."""
     notes: list[str] = []
     if closed := manifest.get("closed_gates"):
         notes.append(
@@ -204,7 +204,4 @@ def _gate_notes(manifest: Mapping[str, Any]) -> tuple[str, ...]:
         limit = manifest["recipe"]["training"]["max_interpolation"]
         why = "the recipe's maximum" if fraction == limit else "a larger fraction was no better on dev"
         notes.append(f"{fraction:.0%} of the change of weights in training was kept: {why}")
-    off = [task for task, weight in manifest.get("interaction_weights", {}).items() if weight == 0]
-    if off and manifest["config"]["interaction"]["head"] == "dot":
-        notes.append(f"the interaction is switched off for {' and '.join(off)} search: on dev it added nothing")
     return tuple(notes)

@@ -316,7 +316,8 @@ class _PairFigures:
         subject = next(system for system in self.systems if system.kind == "d2llm")
         reference = next(system for system in self.systems if system.name == baseline)
         wins, losses = self._examples(subject, reference)
-        notes = [*self.contenders.notes_on(work.dataset.name), *work.dataset.issues, *figures.joined_notes(work.notes)]
+        notes = [*self.contenders.notes_on(work.dataset.name, settings.settled_task), *work.dataset.issues]
+        notes += figures.joined_notes(work.notes)
         if self.tuning_gold is None and gold.positive is not None:
             notes.append("there is no dev split to choose thresholds on; the measures that need one are left out")
         if work.store.num_found:

@@ -313,7 +313,7 @@ class _RetrievalFigures:
         students = self.contenders.students(work.settings.num_candidates, work.settings.top_k)
         of_systems = [(system.name, note) for system in self.systems for note in system.notes]
         return (
-            *self.contenders.notes_on(work.dataset.name),
+            *self.contenders.notes_on(work.dataset.name, work.trial.task),
             *([note] if (note := str(self.work.trial.own_passages.counts(self._all_ids))) else []),
             *work.dataset.issues,
             *figures.joined_notes(of_systems),

@@ -339,7 +339,8 @@ def without_parts(work: RetrievalWork, student: SearchStudent, num_candidates: i
             add(name, student, student.feature_weights(work.trial.task, stored=stored))
     if weights.words_factor is not None:
         add("the words factor", student, weights.model_copy(update={"words_factor": None}))
-    add("the interaction", DotStudent(student), weights)
+    if student.why_no_interaction(work.trial.task) is None:
+        add("the interaction", DotStudent(student), weights)
     return systems
 
 

@@ -16,12 +16,11 @@ from weakref import WeakValueDictionary
 
 from d2llm.core.errors import InputError
 from d2llm.core.extras import require
-from d2llm.core.inputs import objects_of
+from d2llm.core.inputs import check_count, objects_of
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import DEFAULT_TOP_K, RankedPassage, Task
 from d2llm.integrations.filters import all_of, haystack_condition
 from d2llm.integrations.texts import (
-    check_top_k,
     embed_passages,
     embed_queries,
     passage_metadata,
@@ -163,7 +162,7 @@ class D2LLMRanker(_StudentComponent):
         device: str | None = None,
         dtype: str | None = None,
     ) -> None:
-        check_top_k(top_k)
+        check_count(top_k, "top_k", optional=True)
         self.student = str(student)
         self.index = None if index is None else str(index)
         self._opened: Index | None = None

@@ -160,7 +160,7 @@ def rank_texts(
         IndexMismatchError: another student made the index.
         ModelError: a score is not a number.
     """
-    check_top_k(top_k)
+    check_count(top_k, "top_k", optional=True)
     require_texts([query])
     require_texts(texts)
     scores = student.predict([(query, text) for text in texts], index=index, task=task_of(student, task, index))
@@ -171,16 +171,6 @@ def rank_texts(
 def task_of(student: Student, task: Task | None, index: Index | None) -> Task:
     """The task of a reranker: the given one, else that of its index, or what the student was trained for."""
     return index.view.task if task is None and index is not None else task_for(student, task)
-
-
-def check_top_k(top_k: int | None) -> None:
-    """Check that ``top_k`` is None or at least 1.
-
-    Raises:
-        InputError: it is below 1.
-    """
-    if top_k is not None:
-        check_count(top_k, "top_k")
 
 
 def _read(encoded: EncodedTexts, noun: str) -> NDArray[np.float32]:

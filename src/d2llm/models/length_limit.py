@@ -1,4 +1,4 @@
-"""The length limit of texts: how many tokens a model can read, and how texts are measured and cut to fewer.
+"""What a model can read: how many tokens (and how many layers it has), and how texts are measured and cut to fewer.
 
 ``TextLengths`` does so for writers and for models behind an API, in characters if their tokenizer is not known. The
 texts of students and local teachers are cut as they are tokenized (``models.backbone``, ``models.length_limit``).
@@ -41,6 +41,15 @@ def check_limits(config: Any, model: str, limits: Mapping[str, int]) -> None:
             raise InputError(
                 f"{name} is {limit}, but '{model}' reads at most {readable} tokens; set {name} to {readable} or less"
             )
+
+
+def check_layers(layers: int | Sequence[int], total: int, *, name: str) -> None:
+    """Raise an ``InputError`` if the model ``name`` with ``total`` layers lacks these: the first, or numbers from 0."""
+    if isinstance(layers, int):
+        if layers > total:
+            raise InputError(f"layers is {layers}, but '{name}' has {total}; set layers to {total} or less")
+    elif layers[-1] >= total:
+        raise InputError(f"layers names layer {layers[-1]}, but '{name}' has only layers 0 to {total - 1}")
 
 
 class TextLengths:

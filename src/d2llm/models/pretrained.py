@@ -26,7 +26,7 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.models.backbone import Backbone, load_weights
 from d2llm.models.device import use_plain_attention_on_cpu
 from d2llm.models.fast_layers import sum_gradients_by_row
-from d2llm.models.length_limit import check_limits
+from d2llm.models.length_limit import check_layers, check_limits
 from d2llm.models.lora import (
     adapter_state,
     attach_lora,
@@ -305,10 +305,7 @@ def keep_layers(model: nn.Module, layers: int | Sequence[int], *, name: str) -> 
     kept = range(layers) if isinstance(layers, int) else layers
     if kept[0] > 0 and any("relative_attention_bias" in part for part, _ in stack[0].named_parameters()):
         raise InputError(f"layers leaves out layer 0 of '{name}', which has the positions of all its layers; keep it")
-    if kept[-1] >= total:
-        if isinstance(layers, int):
-            raise InputError(f"layers is {layers}, but '{name}' has {total}; set layers to {total} or less")
-        raise InputError(f"layers names layer {kept[-1]}, but '{name}' has only layers 0 to {total - 1}")
+    check_layers(layers, total, name=name)
     for index in reversed(range(total)):
         if index not in kept:
             del stack[index]

@@ -514,8 +514,7 @@ class Student(StudentEncoder):
             >>> student.rank("what do bees make?", ["Tea is hot.", "Bees make honey."], top_k=1)[0].passage.id
             '2'
         """
-        if top_k is not None:
-            check_count(top_k, "top_k")
+        check_count(top_k, "top_k", optional=True)
         asked = one_query_of(query, "a ranking")
         given = list(passages_of(passages, texts=True))
         scorer = TextScorer.of(self, index, task)

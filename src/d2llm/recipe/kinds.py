@@ -136,12 +136,12 @@ class SectionOfKind(Registered, Section):
         Raises:
             RecipeError: there is no such kind.
         """
-        kind, colon, model = text.partition(":")
-        if not (colon and model) or Path(text).exists():
-            return cls.default_kind, text
-        if kind.isidentifier() and len(kind) > 1 and kind not in cls.kinds.kinds:  # no drive of Windows
+        kind, _, model = text.partition(":")
+        if model and kind in cls.kinds.kinds:
+            return kind, model
+        if model and kind.isidentifier() and len(kind) > 1 and not Path(text).exists():  # no drive of Windows
             raise RecipeError(f"no {cls.kinds.what} '{kind}'; {suggestion(kind, cls.kinds.kinds, 'there are')}")
-        return (kind, model) if kind in cls.kinds.kinds else (cls.default_kind, text)
+        return cls.default_kind, text
 
     @model_serializer(mode="wrap")
     def _with_kind(self, handler: Any) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from d2llm.reports import phrases
 _SYSTEM = Column("system", align="left", max_width=40)
 
 
-def evaluation_tables(report: EvaluationReport) -> list[RenderableType]:
-    """A report for a terminal: measures, the teacher's sample, agreement, cost, and remarks."""
+def evaluation_tables(report: EvaluationReport, *, has_styles: bool = True) -> list[RenderableType]:
+    """A report for a terminal, or as plain text: measures, the teacher's sample, agreement, cost, and remarks."""
     data, *counts, (_, task), (_, seconds) = phrases.facts(report)
     facts = ", ".join([data[1], *(f"{count} {noun}" for noun, count in counts), task, f"took {seconds}"])
     measures = measure_table(report, report.rows, title=facts)
@@ -30,7 +30,8 @@ def evaluation_tables(report: EvaluationReport) -> list[RenderableType]:
         renderables.append(agreement_table(report))
     renderables.append(cost_table(report))
     verdict = phrases.verdict(report)
-    remarks = [phrases.legend(report), *([verdict] if verdict else []), *report.notes]
+    legend = phrases.legend(report)
+    remarks = [f"{phrases.BOLD} {legend}" if has_styles else legend, *([verdict] if verdict else []), *report.notes]
     return [*renderables, Text("\n".join(remarks))]
 
 
@@ -53,7 +54,7 @@ def evaluation_document(report: EvaluationReport) -> Document:
                 "Measures",
                 [
                     measure_table(report, report.rows, title="Measures", intervals="column"),
-                    Note(phrases.legend(report)),
+                    Note(f"{phrases.BOLD} {phrases.legend(report)}"),
                     Items([f"{row.name}: {row.reason}" for row in report.missing], "Not measured:"),
                 ],
             ),

@@ -11,6 +11,8 @@ from d2llm.ops.measures import MEASURES
 from d2llm.ops.pair_measures import MEANINGS
 
 BETTER, WORSE = "*", "†"
+BOLD = "Bold: the best of a column."
+"""For where text can be bold, before ``legend``."""
 
 
 def cost_columns(rows: Sequence[EvaluationRow]) -> list[tuple[str, list[str]]]:
@@ -51,12 +53,12 @@ def mark(report: EvaluationReport, row: str, measure: str) -> str:
 
 
 def legend(report: EvaluationReport) -> str:
-    """The meaning of bold, ``*`` and ``†``, in one sentence."""
+    """The meaning of ``*`` and ``†``, in one sentence."""
     if not report.comparisons:
-        return "Bold: the best of a column. Nothing was tested for significance."
+        return "Nothing was tested for significance."
     tests = ", ".join(dict.fromkeys(comparison.test for comparison in report.comparisons))
     return (
-        f"Bold: the best of a column. {BETTER} significantly better, {WORSE} significantly worse than "
+        f"{BETTER} significantly better, {WORSE} significantly worse than "
         f"{report.baseline} (p < 0.05, two-sided, Holm-adjusted over the rows; {tests})."
     )
 

@@ -249,8 +249,7 @@ class Index(OpenIndex):
             self.refresh()
         warn_of_truncation(
             report,
-            "Give long texts as documents, which are split into passages: with --chunk-tokens on the command line, "
-            "upsert_documents in Python, /v1/documents over HTTP",
+            "Documents are split into passages: give long texts to Index.upsert_documents, or to `d2llm index upsert`",
         )
         return report
 

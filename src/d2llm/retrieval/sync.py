@@ -54,9 +54,8 @@ def sync_documents(
 
     A file whose size and time of modification are those of its document in the index is not read, unless text in its
     pictures is now recognised in other languages (``ocr``), or was not before. If tesseract is no longer there, what it
-    has recognised stays; with ``ocr="none"`` it goes. Documents of other files, which were indexed earlier, are
-    deleted; passages that came from no file stay. After an interruption, repeat the call. Arguments:
-    ``data.documents.find_documents`` and ``Index.upsert_documents``.
+    has recognised stays; with ``ocr="none"`` it goes. Documents of other files, indexed earlier, are deleted; passages
+    of no file stay. Repeat an interrupted call. Arguments: ``find_documents``, ``Index.upsert_documents``.
 
     Raises:
         InputError: a path does not exist, there are no documents, or a document has the id of a passage that came from
@@ -70,7 +69,7 @@ def sync_documents(
         2
         bees.md
     """
-    check_kind(index, "index", Index)
+    known = _known_files(index)
     documents = find_documents(
         paths,
         exclude=exclude,
@@ -80,7 +79,6 @@ def sync_documents(
         follow_links=follow_links,
         ocr=ocr,
     )
-    known = _known_files(index)
     keeps_recognised = ocr is None and not documents.ocr
 
     def is_unchanged(file: DocumentFile) -> bool:
@@ -140,6 +138,7 @@ _OTHERS = ("num_passages", "row", "num_rows", "ocr")
 
 def _known_files(index: Index) -> dict[str, _Known]:
     """The files whose documents an index has, by their ids."""
+    check_kind(index, "index", Index)
     tables = index.storage.tables()
     fields = set(tables[0].metadata.fields)
     if not any(map(len, tables)) or not set(_FILE) <= fields:

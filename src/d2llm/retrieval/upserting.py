@@ -397,7 +397,7 @@ def upsert_documents(
 
 def _truncation_advice(chunking: Chunking) -> str:
     if chunking.chunk_tokens is None:
-        return "This index does not split texts; a new one (with --chunk-tokens) splits them into passages"
+        return "This index does not split texts; a new one splits them into passages, unless it is told not to"
     return "Their titles take up more than half of a passage; shorten them, or use larger passages in a new index"
 
 

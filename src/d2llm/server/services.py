@@ -176,9 +176,11 @@ class StrictRoute(BodyRoute):
 
         async def check_and_handle(request: Request) -> Response:
             for name in request.query_params:
-                if name not in known:
-                    offer = f"; there are: {', '.join(known)}" if known else "; this address takes none"
-                    problem = f"there is no such parameter{did_you_mean(name, known) or offer}"
+                offer = f"; there are: {', '.join(known)}" if known else "; this address takes none"
+                problem = f"there is no such parameter{did_you_mean(name, known) or offer}"
+                if name in known:
+                    problem = "is given several times; give it once"
+                if name not in known or len(request.query_params.getlist(name)) > 1:
                     field = f"query.{shortened(name)}"
                     raise ServingError(Problem(422, "invalid_request", f"{field}: {problem}", field))
             return await handle(request)

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.metrics import disable_created_metrics
 from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -44,6 +45,7 @@ class Telemetry:
     """The metrics of one application, in a separate registry, so that a process can have several."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # as many series again, which say when each began
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "d2llm_http_requests",

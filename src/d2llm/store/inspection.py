@@ -414,7 +414,7 @@ def _part_problems(store: IndexStore, table: PassageTable, options: _VerifyOptio
 def _ann_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> Iterator[str]:
     """Check that the approximate index is undamaged and belongs to this student's vectors."""
     path = ann_path_of(store.folder, store.vectors.generation(table))
-    if not path.is_file():
+    if not (path.is_file() or path.with_suffix(".json").is_file()):
         return
     try:
         record = ann.read_ann_record(path)

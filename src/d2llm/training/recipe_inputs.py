@@ -12,6 +12,7 @@ from d2llm.core.errors import D2LLMError, InputError
 from d2llm.core.types import TASKS
 from d2llm.models.downloads import find_saved
 from d2llm.models.hub import find_student, is_on_hub
+from d2llm.models.length_limit import check_layers, check_limits
 from d2llm.models.sources import locate_model
 from d2llm.models.teachers.prompts import load_prompt
 from d2llm.recipe import CosineTeacherConfig, PromptedTeacherConfig, Recipe
@@ -36,6 +37,21 @@ def absent_inputs(recipe: Recipe) -> tuple[list[str], list[str]]:
         except (D2LLMError, OSError) as error:
             missing.append(f"{setting}: {error}")
     return missing, remote
+
+
+def check_backbone(recipe: Recipe) -> None:
+    """Raise an ``InputError`` if the backbone is on this machine, and has fewer layers or reads fewer tokens."""
+    from transformers import AutoConfig
+
+    backbone = recipe.student.backbone
+    try:
+        config: Any = AutoConfig.from_pretrained(locate_model(backbone.model), local_files_only=True)
+    except (D2LLMError, OSError, ValueError):  # it is not here, or no model of transformers
+        return
+    if backbone.layers is not None:
+        check_layers(backbone.layers, getattr(config, "num_hidden_layers", 0), name=backbone.model)
+    limits = {"max_query_tokens": backbone.max_query_tokens, "max_passage_tokens": backbone.max_passage_tokens}
+    check_limits(config, backbone.model, limits)
 
 
 def _named(recipe: Recipe) -> Iterator[tuple[str, str, _Find]]:

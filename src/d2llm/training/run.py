@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import objects_of, strings_of
-from d2llm.core.names import counted
 from d2llm.core.progress import showing_progress
 from d2llm.core.types import RunStep
 from d2llm.data.beir import Dataset
@@ -126,9 +125,8 @@ class Run(OpenRun):
                 keep("label", labelled)
                 if labelled.ended_by is not None:
                     raise InputError(
-                        f"{counted(labelled.unfinished_pairs, 'pair has', 'pairs have')} no label yet, because "
-                        f"{labelled.ended_by} was reached: run again to go on, raise the limit, or lower "
-                        "data.max_labelled"
+                        f"{labelled.unfinished_pairs:,} pairs have no label yet, because {labelled.ended_by} was "
+                        "reached: run again to go on, raise the limit, or lower data.max_labelled"
                     )
             else:
                 keep("label", self.skip("label: the gate is closed for every data set, so there is nothing to label"))

@@ -13,6 +13,7 @@ from typing import cast
 import numpy as np
 
 from d2llm.core.errors import InputError, MissingExtraError
+from d2llm.core.names import counted
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.check_texts import Sample, guess_languages
@@ -40,7 +41,6 @@ _READ_BY_LAYERS = 100  # passages by which layers are chosen
 _ENGLISH = frozenset({"minilm", "smollm2"})
 _ENOUGH_FOR_A_TEACHER = 1000
 _ALIKE = 1.5
-_BACKBONE = "minilm"
 _TRAINING_PASSES = 4  # cost of training on a text in forward passes: two forward and one backward pass
 
 
@@ -74,11 +74,10 @@ class StartingRecipe:
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """A sample of queries or passages: their lengths in tokens, a suitable limit, and their language."""
+    """A sample of queries or passages: their lengths in tokens, and a suitable limit."""
 
     lengths: np.ndarray
     limit: int
-    language: str | None
 
     @property
     def kept(self) -> np.ndarray:
@@ -104,7 +103,8 @@ def starting_recipe(
 
     Args:
         data: anything that ``open_data`` reads, with judged questions (or pairs) in train and dev.
-        backbone: the model that encodes each text alone; by default ``minilm``.
+        backbone: the model that encodes each text alone; by default ``minilm``, or ``e5`` for texts that are not
+            English.
         start: a student to train further, a folder or a name, instead of a backbone.
         layers: how many of the backbone's layers to keep: of an encoder those that turn the states of tokens most
             (``models.layer_choice``), of a decoder the first; by default all.
@@ -125,8 +125,10 @@ def starting_recipe(
     dataset = open_data(data)
     num_train, num_left, num_dev = _count(dataset)
     texts = _texts(dataset, seed)
+    language = _language_of((texts[1].texts or texts[0].texts)[:_LANGUAGE_SAMPLE])
     if start is None:
-        student = _untuned(backbone or _BACKBONE, layers, texts[1].texts, device)
+        default = "minilm" if language == "en" else "e5"
+        student = _untuned(backbone or default, layers, texts[1].texts, device)
     else:
         student = Student.load(start, device=device)
     encoder = student.config.backbone
@@ -144,14 +146,14 @@ def starting_recipe(
     shared = 2 * num_left < num_train
     used = num_train if shared else num_left
     epochs = usual_epochs(even_batches(used, _BATCH)[0])
-    notes = list(_notes(encoder.model, queries, passages, num_dev))
+    notes = list(_notes(encoder.model, language, passages, num_dev))
     minutes = _minutes(student, texts[1], queries, passages, num_passages, used * epochs, num_dev)
     name = Path(dataset.name).name or "mine"
     text = "\n\n".join(
         [
             _head(name, data, dataset, num_train, num_dev, minutes, student),
             *(
-                [_backbone_section(encoder, queries, passages)]
+                [_backbone_section(encoder, language, queries, passages)]
                 if start is None
                 else [_student_sections(student.config, start, queries, passages), _mining_section(start)]
             ),
@@ -247,19 +249,22 @@ def _side(student: Student, sample: Sample, max_tokens: int, prefix: str, *, is_
     limit = min(max_tokens, readable)
     if not is_fixed:
         limit = min(limit, max(32, 16 * math.ceil(float(np.percentile(lengths, 95)) / 16)))
+    return _Side(lengths, limit)
+
+
+def _language_of(texts: Sequence[str]) -> str:
+    """The language of most texts; without the extra ``check``, "en" or, of other letters than Latin, "not English"."""
     try:
-        languages = guess_languages("texts", sample.texts[:_LANGUAGE_SAMPLE])
+        languages = guess_languages("texts", texts)
     except MissingExtraError:
-        languages = None
-    return _Side(lengths, limit, next(iter(languages.counts)) if languages else None)
+        letters = [letter for text in texts for letter in text if letter.isalpha()]
+        return "en" if 2 * sum(map(str.isascii, letters)) >= len(letters) else "not English"
+    return next(iter(languages.counts)) if languages else "en"
 
 
-def _notes(backbone: str, queries: _Side, passages: _Side, num_dev: int) -> Sequence[str]:
+def _notes(backbone: str, language: str, passages: _Side, num_dev: int) -> Sequence[str]:
     notes: list[str] = []
-    language = passages.language or queries.language
-    if language is None:
-        notes.append("the language was not guessed: that needs the extra `check`")
-    elif language != "en" and backbone in _ENGLISH:
+    if language != "en" and backbone in _ENGLISH:
         notes.append(
             f"the texts look like '{language}', but {backbone} is for English: name a model for that language with "
             "--backbone, such as e5 (multilingual-e5-small, MIT)"
@@ -318,17 +323,16 @@ def _in_words(minutes: float) -> str:
     return f"{minutes:,.0f} minutes" if minutes < 90 else f"{minutes / 60:,.1f} hours"
 
 
-def _backbone_section(backbone: BackboneConfig, queries: _Side, passages: _Side) -> str:
-    language_code = passages.language or queries.language
+def _backbone_section(backbone: BackboneConfig, language: str, queries: _Side, passages: _Side) -> str:
     english = " It is for English." if backbone.model in _ENGLISH else ""
-    language = f" The texts look like '{language_code}'." if language_code else ""
     is_default = backbone.model == BackboneConfig().model
     model = "" if is_default else f"\nmodel = {json.dumps(backbone.model)}"
     if backbone.layers is not None:
         kept = backbone.layers if isinstance(backbone.layers, int) else [*backbone.layers]
         model += f"\nlayers = {kept} # those that turn the states of tokens most, or a decoder's first"
+    english += f" The texts look like '{language}'."
     return f"""\
-[student.backbone] # {Path(backbone.model).name} encodes each text alone.{english}{language}{model}
+[student.backbone] # {Path(backbone.model).name} encodes each text alone.{english}{model}
 max_query_tokens = {queries.limit} # {_lengths(queries, "queries")}
 max_passage_tokens = {passages.limit} # {_lengths(passages, "passages")}; time and memory grow with it"""
 
@@ -441,7 +445,7 @@ def _training_section(num_train: int, epochs: int, start: str | Path | None) -> 
     return f"""\
 [training] # the best state on dev is kept, so an epoch too many only costs time{started}
 learning_rate = {_RATE:g} # if "nothing was learnt": a third of it if dev fell, three times as much if dev hardly moved
-epochs = {epochs} # {num_train:,} questions make {per_epoch:,} steps per epoch: {per_epoch * epochs:,} in all
+epochs = {epochs} # {num_train:,} questions make {counted(per_epoch, "step")} per epoch: {per_epoch * epochs:,} in all
 batch_queries = {_BATCH}
 num_hard = {_NUM_HARD} # negatives of a query in a step, drawn again each epoch from those that were mined
 num_easy = {_NUM_EASY}"""

@@ -609,7 +609,8 @@ class TestModel:
         for split, numbers in (("train", range(5)), ("dev", range(5, 8))):
             rows = ["query-id\tcorpus-id\tscore", *(f"q{number}\tc{number}\t1" for number in numbers)]
             (tmp_path / "qrels" / f"{split}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-        written = starting_recipe(tmp_path, backbone="e5", device="cpu")
+        written = starting_recipe(tmp_path, device="cpu")
+        assert written.recipe.student.backbone.model == "e5"
         assert "prefix" not in written.text  # those of the model card are the defaults
         assert written.recipe.student.backbone.query_prefix == "query: "
         assert written.recipe.student.backbone.passage_prefix == "passage: "

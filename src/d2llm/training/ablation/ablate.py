@@ -258,8 +258,7 @@ def _check_numbers(
 ) -> None:
     counts = {"num_seeds": num_seeds, "max_queries": max_queries, "epochs": epochs, "dev_queries": dev_queries}
     for name, value in counts.items():
-        if value is not None:
-            check_count(value, name)
+        check_count(value, name, optional=True)
     if budget_minutes is not None and budget_minutes < 0:
         raise InputError(f"budget_minutes is {budget_minutes}, but must be at least 0")
 
