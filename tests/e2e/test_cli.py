@@ -20,7 +20,7 @@ from e2e.small_corpus import SENTENCES
 
 VERBS = [
     *("fit", "init", "run", "mine", "tune-teacher", "ensemble", "gate", "label", "distill", "distill-static"),
-    *("fit-tokens", "fit-scores", "tune-reader", "soup", "prune-vocabulary", "methods"),
+    *("fit-tokens", "fit-scores", "tune-reader", "soup", "prune-vocabulary", "prune-neurons", "methods"),
     *(
         "encode",
         "shard",

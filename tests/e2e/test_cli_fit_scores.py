@@ -99,7 +99,7 @@ def test_a_student_without_quality_cannot_prune(workspace: Path, tmp_path: Path)
     fail("encode", workspace / "data", *arguments, containing=["this student does not have", "fit-scores --quality"])
 
 
-def test_a_vocabulary_is_pruned_from_the_command_line(workspace: Path, tmp_path: Path) -> None:
+def test_students_are_pruned_from_the_command_line(workspace: Path, tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "model", "bert", pad_token_id=word_tokenizer().pad_token_id)
     word_tokenizer().save_pretrained(model)
     student = Student.create(tiny_student_config(model), device="cpu", dtype="float32")
@@ -113,3 +113,6 @@ def test_a_vocabulary_is_pruned_from_the_command_line(workspace: Path, tmp_path:
     assert "of 2 texts to check, 1 have other tokens now" in " ".join(result.stderr.split())
     pruned = Student.load(tmp_path / "new", device="cpu", dtype="float32")
     assert (pruned.encode_document(TEXTS[0]) == student.encode_document(TEXTS[0])).all()
+    arguments = (tmp_path / "few.jsonl", "--out", tmp_path / "narrow", "--keep", "0.25")
+    _, written = succeed_with_report("prune-neurons", tmp_path / "student", *arguments, folder=tmp_path)
+    assert (written["result"]["neurons"], written["result"]["kept"]) == (48, 12)

@@ -27,6 +27,7 @@ def little(monkeypatch):
         "_TOKEN_ROWS": 200,
         "GRAPH_ROWS": 512,
         "_MIN_QUERIES": 5,
+        "_GRAPH_QUERIES": 5,
         "_CANDIDATES": 50,
         "_TIMED_PAIRS": 4,
     }.items():

@@ -31,7 +31,7 @@ from sizing.sized_index import made_up_speeds
 NUM_CANDIDATES = 200
 READ = shipped_maxscore_facts()
 PLAN = SizePlan(passages=1_000_000, tokens=100)
-ANN = AnnFacts(source="a test", passages=1_000_000, first_ten=0.99, candidates=100, compared=3_000)
+ANN = AnnFacts(source="a test", passages=1_000_000, first_ten=0.99, candidates=100, visited=3_000)
 STUDENT = StudentFacts(
     name="student",
     fingerprint="one",
@@ -78,7 +78,7 @@ def test_score_features_costs_words_windows_and_tokens():
             "query": 10,
             "scan of all vectors": 200,
             "candidates' vectors": 0.3,  # 100 proposed by vectors, and all 200 scored
-            "best passages by words": 15 * READ.fraction(100, 1_000_000) + 8 * 0.1,  # of 1.5 million, in 8 segments
+            "best passages by words": 15 * READ.fraction(100, 1_000_000) + 8 * 0.1 + 0.2,  # 1.5 million; 8 segments
             "words of candidates' windows": 1.6,
             "vectors of candidates' tokens": 1,
             "vectors of candidates' windows": 0.6,
@@ -100,12 +100,12 @@ def test_an_approximate_index_compares_some_rows():
     assert times["candidates' vectors"] == pytest.approx(NUM_CANDIDATES / 1_000)
 
 
-def test_rows_compared_grow_with_the_logarithm_of_the_passages_and_with_the_candidates():
-    assert ANN.compared_at(1_000_000, 100) == pytest.approx(3_000)
-    assert ANN.compared_at(10**9, 100) == pytest.approx(4_500)
-    assert ANN.compared_at(1_000_000, 500) == pytest.approx(15_000)
-    assert ANN.compared_at(1_000_000, 10) == pytest.approx(3_000)  # a search is never less deep than was measured
-    assert ANN.compared_at(1_000, 100) == 1_000
+def test_rows_visited_grow_with_the_logarithm_of_the_passages_and_with_the_candidates():
+    assert ANN.visited_at(1_000_000, 100) == pytest.approx(3_000)
+    assert ANN.visited_at(10**9, 100) == pytest.approx(4_500)
+    assert ANN.visited_at(1_000_000, 500) == pytest.approx(15_000)
+    assert ANN.visited_at(1_000_000, 10) == pytest.approx(3_000)  # a search is never less deep than was measured
+    assert ANN.visited_at(1_000, 100) == 1_000
 
 
 def test_bm25_reads_a_fraction_of_the_postings():

@@ -391,6 +391,9 @@ class TestSearch:
         assert len(filtered.passages) == 18
         both = index.search("cat runs", sources=("ann", "bm25"), explain=True, **options)
         assert {name for hit in both.passages for name in hit.explanation.source_ranks} == {"ann", "bm25"}
+        queries = ["cat runs", "dog swims", "bird eats"]
+        singly = [index.search(query, **options) for query in queries]
+        assert [one.passages for one in index.search(queries, **options)] == [one.passages for one in singly]
 
     def test_nothing_is_rescored_if_the_inner_product_is_the_score(self, tmp_path):
         student = DotStudent(dim=DIM)

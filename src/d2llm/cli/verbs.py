@@ -18,7 +18,8 @@ HEADINGS = ("Distil", "Search", "Serve", "Measure", "Tools")
 """Headings of the help, in their order."""
 _ORDER = (
     *("fit", "init", "run", "mine", "tune-teacher", "gate", "label", "distill", "ensemble", "distill-static"),
-    *("fit-tokens", "fit-scores", "tune-reader", "soup", "prune-vocabulary", "push", "methods", "labels", "recipe"),
+    *("fit-tokens", "fit-scores", "tune-reader", "soup", "prune-vocabulary", "prune-neurons", "push", "methods"),
+    *("labels", "recipe"),
     *(
         "encode",
         "search",

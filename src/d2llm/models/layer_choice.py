@@ -11,13 +11,13 @@ second for language models, whose last layers turn to the next word.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2llm.core.batches import batched
 from d2llm.core.errors import InputError
@@ -77,10 +77,21 @@ def _entropy(states: Float[Tensor, "tokens dim"]) -> float:
 
 def _states_between_layers(backbone: Backbone, texts: Sequence[str]) -> Iterator[list[Float[Tensor, "tokens dim"]]]:
     """For each batch of texts, the states of its tokens before the first layer and after each."""
-    if not texts:
-        raise InputError("there are no texts to measure the layers on; give some passages")
     backbone.require_tokens("choosing layers")
     layers = layers_of(backbone.model, name=backbone.config.model)
+    return states_of(backbone, texts, layers, [layers[-1]])
+
+
+def states_of(
+    backbone: Backbone, texts: Sequence[str], inputs_of: Iterable[nn.Module], outputs_of: Iterable[nn.Module] = ()
+) -> Iterator[list[Float[Tensor, "tokens _"]]]:
+    """For each batch of texts, what its tokens are as inputs of modules of the model, then as outputs of others.
+
+    Raises:
+        InputError: there are no texts.
+    """
+    if not texts:
+        raise InputError("there are no texts to measure the layers on; give some passages")
     states: list[Tensor] = []
 
     def keep_input(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -89,8 +100,8 @@ def _states_between_layers(backbone: Backbone, texts: Sequence[str]) -> Iterator
     def keep_output(_: Any, __: Any, output: Any) -> None:
         states.append(output[0] if isinstance(output, tuple) else output)
 
-    hooks = [layer.register_forward_pre_hook(keep_input, with_kwargs=True) for layer in layers]
-    hooks.append(layers[-1].register_forward_hook(keep_output))
+    hooks = [module.register_forward_pre_hook(keep_input, with_kwargs=True) for module in inputs_of]
+    hooks += [module.register_forward_hook(keep_output) for module in outputs_of]
     try:
         for batch in batched(texts, _BATCH):
             states.clear()

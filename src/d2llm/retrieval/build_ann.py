@@ -62,7 +62,8 @@ class AnnReport:
     the mean over ``num_queries`` queries and its lower bound at 95 % confidence. ``first_ten`` is the fraction of the
     first ten passages of an exact search, by the full score, that a search with default settings ranks there: the
     mean over ``num_ranked`` queries. ``queries`` is "given" or "passages". ``ms`` and ``exact_ms`` are the times of a
-    search at ``depth`` and of the exact scan; such a search compares ``num_compared`` rows with the query.
+    search at ``depth`` and of the exact scan; such a search visits ``num_visited`` rows, whose
+    neighbours it compares with the query.
     """
 
     folder: str
@@ -77,7 +78,7 @@ class AnnReport:
     num_queries: int
     ms: float
     exact_ms: float
-    num_compared: float
+    num_visited: float
     num_bytes: int
     bytes_per_passage: float
     seconds: float
@@ -146,7 +147,7 @@ def build_ann(
         if store.vectors.generation(store.table()) != base.generation:
             raise InputError(f"{store.folder}: the index was compacted or restored during the build; build again")
         record = write_ann(ann)
-    ms, exact_ms, num_compared = _times(view, ann, tuning, depth)
+    ms, exact_ms, num_visited = _times(view, ann, tuning, depth)
     return AnnReport(
         folder=str(store.folder),
         version=base.version,
@@ -160,7 +161,7 @@ def build_ann(
         num_queries=record.num_queries,
         ms=ms,
         exact_ms=exact_ms,
-        num_compared=num_compared,
+        num_visited=num_visited,
         num_bytes=record.num_bytes,
         bytes_per_passage=round(record.num_bytes / len(live), 1),
         seconds=time.perf_counter() - begin,
@@ -365,7 +366,7 @@ def _first_ten(view: LocalSegment, student: SearchStudent, queries: Sequence[tup
 
 
 def _times(view: PassageView, ann: AnnIndex, tuning: _TuningQueries, depth: int) -> tuple[float, float, float]:
-    """Median milliseconds of a search and of the exact scan, and the mean number of rows that a search compares."""
+    """Median milliseconds of a search and of the exact scan, and the mean number of rows that a search visits."""
     search, counts = AnnSearch(ann, view.live, view.ids), load_faiss().cvar.hnsw_stats
     times: list[tuple[float, float, float]] = []
     for dot_query in tuning.dot_queries[:50]:
@@ -374,6 +375,6 @@ def _times(view: PassageView, ann: AnnIndex, tuning: _TuningQueries, depth: int)
         search.search(dot_query, depth)
         between = time.perf_counter()
         view.scan(dot_query, depth)
-        times.append((1e3 * (between - begin), 1e3 * (time.perf_counter() - between), counts.ndis))
+        times.append((1e3 * (between - begin), 1e3 * (time.perf_counter() - between), counts.nhops))
     ms, exact_ms, _ = np.median(np.array(times), axis=0).tolist()
-    return ms, exact_ms, float(np.mean([compared for _, _, compared in times]))
+    return ms, exact_ms, float(np.mean([visited for _, _, visited in times]))

@@ -35,7 +35,7 @@ from d2llm.models.protocols import VectorStudent
 from d2llm.models.row_features import FeatureParts, RowFeatures, RowScorer
 from d2llm.models.score_features import FeatureWeights
 from d2llm.retrieval.exact_search import certified_top_k
-from d2llm.retrieval.segments import CachedBounds, CertifiedRows, IndexView, SegmentQuery
+from d2llm.retrieval.segments import CachedBounds, CertifiedRows, IndexView, SegmentQuery, map_queries
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.ann import AnnSearch
 from d2llm.store.shards import Storage
@@ -52,7 +52,7 @@ class VectorSource:
     name: str = "vectors"
 
     def propose(
-        self, query: Query, dot_query: NDArray[np.float32] | None, top_k: int, words: QueryWords | None = None
+        self, query: Query | None, dot_query: NDArray[np.float32] | None, top_k: int, words: QueryWords | None = None
     ) -> CandidateRows:
         """The rows with the highest inner products."""
         del query, words
@@ -75,7 +75,7 @@ class AnnSource:
             self._search = AnnSearch(index.ann, index.mask(allowed), index.ids)
 
     def propose(
-        self, query: Query, dot_query: NDArray[np.float32] | None, top_k: int, words: QueryWords | None = None
+        self, query: Query | None, dot_query: NDArray[np.float32] | None, top_k: int, words: QueryWords | None = None
     ) -> CandidateRows:
         """The rows found, with exact inner products."""
         del words
@@ -85,6 +85,10 @@ class AnnSource:
             if result is None:
                 count_fallback("approximate index")  # the exact scan is as fast, or reaches deeper
         return self._exact.propose(query, dot_query, top_k) if result is None else CandidateRows(*result)
+
+    def propose_together(self, dot_queries: NDArray[np.float32], top_k: int) -> Sequence[CandidateRows]:
+        """``propose`` for each of several queries [q, dim]: in a row, they find parts of the graph in the caches."""
+        return list(map_queries(lambda dot: self.propose(None, dot, top_k), [*dot_queries]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,18 +222,18 @@ class LocalSearch:
     def propose(
         self, query: SegmentQuery, depth: int, *, scanned: CandidateRows | None = None
     ) -> dict[str, CandidateRows]:
-        """What each source proposes, at most ``depth`` rows; ``scanned`` is that of the exact scan, if it is known."""
+        """What each source proposes, at most ``depth`` rows; ``scanned`` is that by vectors, if it is known."""
         proposals: dict[str, CandidateRows] = {}
         for source in self._sources:
-            if isinstance(source, VectorSource) and scanned is not None:
+            if scanned is not None and not isinstance(source, LexicalSource):
                 proposals[source.name] = scanned
             else:
                 proposals[source.name] = source.propose(query.query, query.dot_query, depth, query.words)
         return proposals
 
     def scan_together(self, dot_queries: NDArray[np.float32], depth: int) -> Sequence[CandidateRows] | None:
-        """The proposals of the exact scan for several queries [q, dim]; None if it is not a source."""
-        source = next((source for source in self._sources if isinstance(source, VectorSource)), None)
+        """The proposals by vectors for several queries [q, dim]; None if these propose nothing."""
+        source = next((source for source in self._sources if not isinstance(source, LexicalSource)), None)
         return None if source is None else source.propose_together(dot_queries, depth)
 
     def nearest(self, query: SegmentQuery) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date, timedelta
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.machine import available_memory, resident_memory
 from d2llm.core.progress import progress_bar
-from d2llm.core.types import Passage, Task
+from d2llm.core.types import DEFAULT_NUM_CANDIDATES, Passage, ScoreFeature, Task
 from d2llm.models.protocols import task_for
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import PairTeacher
@@ -30,7 +30,9 @@ from d2llm.ops.kernels import BM25, MAXSIM, MIN_PARTS
 from d2llm.retrieval.build_ann import empty_graph
 from d2llm.retrieval.local_segment import open_view
 from d2llm.retrieval.open_index import PART_FORMATS
-from d2llm.retrieval.search import Searcher, SearchSettings
+from d2llm.retrieval.search import Searcher
+from d2llm.retrieval.segments import IndexView
+from d2llm.retrieval.settings import SearchSettings, SourceName
 from d2llm.sizing.speeds import GRAPH_ROWS, Speed, Speeds, TeacherSpeed, processor_name
 from d2llm.sizing.texts import count_postings, word_queries, write_passages
 from d2llm.store.bm25 import WordIndex
@@ -45,14 +47,18 @@ from d2llm.store.word_segment import WordSegment
 _SCANNED_BYTES = 256 << 20  # of vectors: more than a processor's caches, little enough for a small machine
 _SCANNED_ROWS = 1 << 20
 _DISTINCT_VECTORS = 4_096
-_CANDIDATES = 1_000
+_CANDIDATES = DEFAULT_NUM_CANDIDATES
+_FARTHER = 3  # a search of a graph keeps so many times as many rows in view (``build_ann``)
 _ENCODED_PASSAGES = 256
 _WORD_PASSAGES = 2_000
-_WORD_ROWS = 1 << 16
+_WORD_ROWS, _WORD_SEGMENTS = 1 << 16, 8
 _WRITTEN_PASSAGES = 20_000
+_WORD_TERMS: dict[ScoreFeature, float] = {"bm25": 0.1, "window_bm25": 0.1}
+_LATENT_DIM, _NOISE = 24, 2.0  # of vectors as near to each other as those of passages
 _TOKEN_ROWS, _TOKENS_OF_ROW = MIN_PARTS, 128
 _TIMED_PAIRS = 40
 _MIN_QUERIES = 100
+_GRAPH_QUERIES = 64
 
 Advance = Callable[[int], object]
 
@@ -117,10 +123,10 @@ class _Measuring:
                 for name in FORMATS:
                     scan, product = self._scan(make_format(name, self.student.vector_dim))
                     scans[name], products[name] = self._speed(scan, advance), self._speed(product)
-                segment_ms, postings, candidate_words = self._words()
+                words = segment_ms, postings, candidate_words = self._words()
                 pairs = self._interaction(advance)
-                compared, linked = self._graph()
-                result_ms, written = self._index(scans["bfloat16"], products["bfloat16"], pairs)
+                visited, linked = self._graph()
+                result_ms, words_ms, written = self._index(scans["bfloat16"], products["bfloat16"], pairs, words)
                 process = self.process_bytes
                 return Speeds(
                     machine=processor_name(),
@@ -130,8 +136,9 @@ class _Measuring:
                     query_ms=self._speed(self._query_ms(), advance),
                     scan_bytes=scans,
                     products=products,
-                    compared_rows=self._speed(compared, advance),
+                    visited_rows=self._speed(visited, advance),
                     segment_ms=self._speed(segment_ms),
+                    words_ms=self._speed(words_ms),
                     postings=self._speed(postings, advance),
                     candidate_words=self._speed(candidate_words, advance),
                     compared_tokens=self._tokens(advance),
@@ -215,27 +222,27 @@ class _Measuring:
         vectors = self.random.standard_normal((count, dim), np.float32)
         return vectors * np.float32(dim**0.5) / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-    def _rows(self, num_rows: int) -> NDArray[np.int64]:
-        """Some rows, ascending, as candidates are read."""
-        return np.unique(self.random.integers(num_rows, size=_CANDIDATES))
+    def _rows(self, num_rows: int) -> Iterator[NDArray[np.int64]]:
+        """Some rows, ascending, as candidates are read; every time others, which are in no cache."""
+        while True:
+            yield np.sort(self.random.choice(num_rows, min(_CANDIDATES, num_rows), replace=False, shuffle=False))
 
     def _scan(self, vector_format: VectorFormat) -> tuple[float, float]:
         """Bytes of all vectors, and dimensions of single ones, a second.
 
-        A search for the best thousand of all reads the former and multiplies the best of them singly, once more.
+        A search for the best of all reads the former and multiplies the best of them singly, once more.
         """
         most = min(_SCANNED_BYTES, (available_memory() or _SCANNED_BYTES) // 4)
         num_rows = min(_SCANNED_ROWS, most // vector_format.code_size)
         scan = RowScan(self._codes(vector_format, num_rows), vector_format)
         queries = self._vectors(8, vector_format.dim)
-        rows = [self._rows(num_rows) for _ in queries]
-        single = self._median(lambda some_rows: scan.products(queries[0], some_rows), rows) / _mean_length(rows)
+        rows = self._rows(num_rows)
+        multiplied = self._median(lambda some_rows: scan.products(queries[0], some_rows), rows, after_query=True)
         search = self._median(
             lambda query: scan.search(query, _CANDIDATES, ids_of=lambda rows: rows.astype(str).tolist()), queries
         )
-        return num_rows * vector_format.code_size / max(
-            search - _CANDIDATES * single, search / 2
-        ), vector_format.dim / single
+        scanned = num_rows * vector_format.code_size / max(search - multiplied, search / 2)
+        return scanned, min(_CANDIDATES, num_rows) * vector_format.dim / multiplied
 
     def _query_ms(self) -> float:
         """Milliseconds to encode a query."""
@@ -264,30 +271,29 @@ class _Measuring:
     def _words(self) -> tuple[float, float, float]:
         """Milliseconds for a segment, postings a second, and words of candidates a second."""
         small, large = self._small_segment, self._large_segment
-        (few, little), (many, much) = self._best_of(small), self._best_of(large)
+        (few, little), (many, much) = self._best_of([small]), self._best_of([large])
         posting = max(much - little, much / 2) / (many - few)
+        more, longer = self._best_of([small] * _WORD_SEGMENTS)
+        segment = (longer - little - (more - few) * posting) / (_WORD_SEGMENTS - 1)
         index = WordIndex([large])
-        queries = [index.query(query) for query in self.queries]
-        rows = [self._rows(len(large)) for _ in queries]
-        num_words = float(large.lengths[np.concatenate(rows)].mean()) * _mean_length(rows)
-        scored = self._median(lambda pair: index.score(*pair), list(zip(queries, rows, strict=True)))
-        return 1e3 * max(little - few * posting, little / 100), 1 / posting, num_words / scored
+        pairs = list(zip(map(index.query, self.queries), self._rows(len(large)), strict=False))
+        num_words = float(np.mean([large.lengths[rows].sum() for _, rows in pairs]))
+        scored = self._median(lambda pair: index.score(*pair), pairs, after_query=True)
+        return 1e3 * max(segment, little / 100), 1 / posting, num_words / scored
 
-    def _best_of(self, segment: WordSegment) -> tuple[float, float]:
-        """Mean postings that are read for a query in a segment, and mean seconds to weigh it and find its passages."""
-        index, kernels = WordIndex([segment]), BM25.load()
+    def _best_of(self, segments: Sequence[WordSegment]) -> tuple[float, float]:
+        """Mean postings that are read for a query in segments, and mean seconds to weigh it and find its passages."""
+        index, kernels, num_best = WordIndex(segments), BM25.load(), _CANDIDATES // 2
 
         def best(query: str) -> int:
             weighed = index.query(query)
             if kernels is not None:
-                return index.best_compiled(kernels, weighed, _CANDIDATES)[2]
-            index.best(weighed, _CANDIDATES)
-            return count_postings(segment, weighed)
+                return index.best_compiled(kernels, weighed, num_best)[2]
+            index.best(weighed, num_best)
+            return sum(count_postings(segment, weighed) for segment in segments)
 
-        def all_queries(queries: Sequence[str]) -> float:
-            return sum(map(best, queries)) / len(queries)
-
-        return all_queries(self.queries), self._median(all_queries, [self.queries]) / len(self.queries)
+        seconds = self._times(best, self.queries, fewest=len(self.queries), after_query=True)
+        return sum(map(best, self.queries)) / len(self.queries), float(seconds.mean())
 
     def _tokens(self, advance: Advance) -> dict[str, Speed]:
         """Dimensions of candidates' tokens, a second, in the default format; nothing if the student has none."""
@@ -299,15 +305,17 @@ class _Measuring:
         counts = np.full(_TOKEN_ROWS, _TOKENS_OF_ROW, np.int64)
         extents = np.stack([np.cumsum(counts) - counts, counts], axis=1)
         query = self._vectors(projection.max_query_tokens, projection.dim)
-        rows = [self._rows(_TOKEN_ROWS) for _ in range(8)]
         MAXSIM.load()
         with TemporaryDirectory() as folder, (Path(folder) / "tokens").open("w+b") as file:
             file.write(self._codes(vector_format, int(counts.sum())).data)
             file.flush()
             codes = np.memmap(file, np.uint8, "r", shape=(int(counts.sum()), vector_format.code_size))
             token_vectors = PartVectors(extents, codes, vector_format)
-            compared = self._median(lambda some_rows: token_vectors.sum_of_best(query, some_rows), rows)
-        return {name: self._speed(_mean_length(rows) * _TOKENS_OF_ROW * projection.dim / compared, advance)}
+            compared = self._median(
+                lambda rows: token_vectors.sum_of_best(query, rows), self._rows(_TOKEN_ROWS), after_query=True
+            )
+        num_tokens = min(_CANDIDATES, _TOKEN_ROWS) * _TOKENS_OF_ROW
+        return {name: self._speed(num_tokens * projection.dim / compared, advance)}
 
     def _interaction(self, advance: Advance) -> Speed | None:
         """Pairs a second, at full weight; None if the student has no interaction."""
@@ -319,27 +327,47 @@ class _Measuring:
         return self._speed(_CANDIDATES / scored, advance)
 
     def _graph(self) -> tuple[float, float]:
-        """Rows that a search of an approximate index compares, a second, and rows that are linked while it is built."""
+        """Rows that a search of an approximate index visits, a second, and rows that are linked while it is built.
+
+        Once built, it is searched over stored vectors, as that of an index.
+        """
         faiss: Any = load_faiss()
-        vectors = self._vectors(GRAPH_ROWS, self.student.vector_dim)
+        vectors = self._similar_vectors(GRAPH_ROWS)
         graph = empty_graph(vectors[:_DISTINCT_VECTORS])
         begin = time.perf_counter()
         graph.add(vectors)
         linked = GRAPH_ROWS / (time.perf_counter() - begin)
-        parameters = faiss.SearchParametersHNSW(efSearch=_CANDIDATES)
-        queries = vectors[:32]
+        stored = make_format("bfloat16", self.student.vector_dim)
+        scan = RowScan(stored.encode(vectors, [""] * len(vectors)), stored)
+        if scan.faiss_index is not None:
+            graph.storage.this.own(True)
+            graph.own_fields, graph.storage = False, scan.faiss_index
+        parameters = faiss.SearchParametersHNSW(efSearch=_FARTHER * _CANDIDATES)
+
+        def search(query: NDArray[np.float32]) -> None:
+            graph.search(stored.faiss_query(query), _CANDIDATES, params=parameters)
+
+        queries = [*self._similar_vectors(_GRAPH_QUERIES)]
         faiss.cvar.hnsw_stats.reset()
-        graph.search(queries, _CANDIDATES, params=parameters)
-        compared = faiss.cvar.hnsw_stats.ndis / len(queries)
-        searched = self._median(
-            lambda one: graph.search(one[None], _CANDIDATES, params=parameters), list(queries), after_query=True
-        )
-        return compared / searched, linked
+        list(map(search, queries))
+        visited = faiss.cvar.hnsw_stats.nhops / len(queries)
+        return visited / self._median(search, queries, after_query=True), linked
 
-    def _index(self, scan: Speed, product: Speed, pairs: Speed | None) -> tuple[float, float]:
-        """Milliseconds of a search that do not depend on the size, and bytes of text that are written a second.
+    def _similar_vectors(self, count: int) -> NDArray[np.float32]:
+        """Vectors near others, as those of passages are: of random ones, a search would compare three times as many."""
+        dim = self.student.vector_dim
+        topics = np.random.default_rng(0).standard_normal((_LATENT_DIM, dim), np.float32)
+        vectors = self.random.standard_normal((count, _LATENT_DIM), np.float32) @ topics
+        vectors += _NOISE * self.random.standard_normal((count, dim), np.float32)
+        return vectors * np.float32(dim**0.5) / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-        The former are those of a search of a small index, by vectors alone, but for the stages with these speeds.
+    def _index(
+        self, scan: Speed, product: Speed, pairs: Speed | None, words: tuple[float, float, float]
+    ) -> tuple[float, float, float]:
+        """Milliseconds of a search that do not depend on the size, those that words add, and bytes written a second.
+
+        The first are those of a search of a small index, by vectors alone, but for the stages with these speeds; the
+        text is what is written.
         """
         vectors = self._vectors(_WRITTEN_PASSAGES, self.student.vector_dim)  # distinct: equal ones are ordered by id
         copies = range(-(-_WRITTEN_PASSAGES // len(self.passages)))
@@ -354,19 +382,31 @@ class _Measuring:
             seconds = time.process_time() - begin
             store.compact(timedelta(0))  # so that texts are read from one file
             view = open_view(Storage.single(store))
-            settings = SearchSettings(task=self.task, score_features={}, num_candidates=_CANDIDATES)
-            searcher = Searcher(view, self.student, settings)
-            queries = [vector[None] for vector in vectors[:32]]
-            whole = self._median(lambda one: searcher.rank(["a query"], vectors=one), queries, after_query=True)
+            whole, with_words = (
+                self._search_ms(view, vectors, terms) for terms in (dict[ScoreFeature, float](), _WORD_TERMS)
+            )
             rows = [self.random.choice(len(passages), 10, replace=False) for _ in range(32)]
             texts = self._median(view.passages, rows, after_query=True)
+        segment_ms, postings, candidate_words = words
+        segment = WordSegment.from_texts([passage.full_text for passage in passages])
+        best_ms = segment_ms + 1e3 * self._best_of([segment])[0] / postings
+        scored_ms = 1e3 * _CANDIDATES * float(segment.lengths.mean()) / candidate_words
         scanned = len(passages) * store.format.code_size / scan.value
         singly = _CANDIDATES * self.student.vector_dim / product.value
         scored = 0.0 if pairs is None else _CANDIDATES / pairs.value
         counts_interaction = self.student.prepare(vectors[0], self.task).bound > 0
         stages = scanned + singly + (singly + scored if counts_interaction else 0)
         text_bytes = sum(len(passage.full_text.encode()) for passage in passages)
-        return 1e3 * max(texts, whole - stages), text_bytes / seconds
+        words_ms = with_words - whole - best_ms - scored_ms - 1e3 * singly / 2
+        return max(1e3 * texts, whole - 1e3 * stages), max(words_ms, 0.01 * best_ms), text_bytes / seconds
+
+    def _search_ms(self, view: IndexView, vectors: NDArray[np.float32], terms: dict[ScoreFeature, float]) -> float:
+        """Median milliseconds of a search that scans all vectors, and counts words if there are ``terms``."""
+        sources: tuple[SourceName, ...] = ("vectors", "bm25") if terms else ("vectors",)
+        settings = SearchSettings(task=self.task, score_features=terms, num_candidates=_CANDIDATES, sources=sources)
+        searcher = Searcher(view, self.student, settings)
+        queries = list(zip(self.queries, vectors[:, None], strict=False))
+        return 1e3 * self._median(lambda one: searcher.rank([one[0]], vectors=one[1]), queries, after_query=True)
 
 
 def made_up_passages(student: Student, num_passages: int = 400, words: int = 100) -> list[Passage]:
@@ -391,10 +431,6 @@ def _sentence(words: Sequence[str], length: int = 20) -> list[str]:
         word.capitalize() if position % length == 0 else f"{word}." if position % length == length - 1 else word
         for position, word in enumerate(words)
     ]
-
-
-def _mean_length(rows: Sequence[NDArray[np.int64]]) -> float:
-    return sum(map(len, rows)) / len(rows)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from statistics import NormalDist
@@ -31,7 +31,7 @@ class AnnFacts(BaseModel):
         passages: in an index of so many passages.
         first_ten: fraction of the exact first ten that it found.
         candidates: when so many were searched for.
-        compared: so many rows were compared.
+        visited: so many rows were visited: a search compares those of their neighbours that it did not meet before.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -40,12 +40,12 @@ class AnnFacts(BaseModel):
     passages: int
     first_ten: float
     candidates: float
-    compared: float
+    visited: float
 
-    def compared_at(self, num_passages: int, num_candidates: float) -> float:
-        """The rows compared among so many passages; they grow with the logarithm of these, and with the candidates."""
+    def visited_at(self, num_passages: int, num_candidates: float) -> float:
+        """The rows visited among so many passages; they grow with the logarithm of these, and with the candidates."""
         growth = math.log(num_passages) / math.log(self.passages)
-        return min(num_passages, self.compared * growth * max(1.0, num_candidates / self.candidates))
+        return min(num_passages, self.visited * growth * max(1.0, num_candidates / self.candidates))
 
 
 def shipped_ann_facts() -> AnnFacts:
@@ -129,8 +129,8 @@ def _stages(
         scan = speeds.scan_bytes.get(plan.vector_format)
         yield _stage("scan of all vectors", num_passages * code_size, "bytes", scan)
     else:
-        compared = ann.compared_at(num_passages, proposed)
-        yield _stage("approximate index", compared, "rows compared", speeds.compared_rows, ann.source)
+        visited = ann.visited_at(num_passages, proposed)
+        yield _stage("approximate index", visited, "rows visited", speeds.visited_rows, ann.source)
     if student.has_dot:  # once to rank the proposals, and once for the full score
         products = proposed + (candidates if weights or student.counts_interaction else 0)
         basis = f"{products:,.0f} of {student.dim} dimensions"
@@ -161,10 +161,11 @@ def _words(num_passages: int, num_candidates: float, texts: TextFacts, speeds: S
     basis = f"{fraction:.0%} of the postings: {facts.source}"
     stage = _stage("best passages by words", read, "postings", speeds.postings, basis)
     num_segments = math.ceil(num_passages / SEGMENT_ROWS)
-    if stage.ms is None or speeds.segment_ms is None:
-        return stage
-    basis = f"{stage.basis}; {num_segments:,} segments, {speeds.segment_ms.value:.2g} ms each"
-    return StageTime(stage.stage, stage.ms + num_segments * speeds.segment_ms.value, basis)
+    if stage.ms is None or speeds.segment_ms is None or speeds.words_ms is None:
+        return replace(stage, ms=None)
+    whole, of_segment = speeds.words_ms.value, speeds.segment_ms.value
+    basis = f"{stage.basis}; {num_segments:,} segments, {of_segment:.2g} ms each, and {whole:.2g} ms whatever is found"
+    return StageTime(stage.stage, stage.ms + num_segments * of_segment + whole, basis)
 
 
 def _stage(name: str, amount: float, unit: str, speed: Speed | None, basis: str = "") -> StageTime:

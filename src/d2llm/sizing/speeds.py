@@ -50,8 +50,9 @@ class Speeds(BaseModel):
         query_ms: milliseconds to encode a query, with the vectors of its tokens if the score counts them.
         scan_bytes: bytes of vectors that the exact scan reads, a second, by format.
         products: dimensions of single vectors that are multiplied with a query, a second, by format.
-        compared_rows: rows that a search of an approximate index compares with a query, a second.
+        visited_rows: rows that a search of an approximate index visits, a second, to compare their neighbours.
         segment_ms: milliseconds of BM25 for each segment of words, however few they are.
+        words_ms: milliseconds of what else a search does that counts words, also of windows, whatever the size.
         postings: postings that BM25 reads, a second.
         candidate_words: words of candidates in which BM25 looks for those of a query, a second.
         compared_tokens: dimensions of the vectors of candidates' tokens that are compared with all tokens of a query, a
@@ -74,8 +75,9 @@ class Speeds(BaseModel):
     query_ms: Speed | None = None
     scan_bytes: dict[str, Speed] = Field(default_factory=dict[str, Speed])
     products: dict[str, Speed] = Field(default_factory=dict[str, Speed])
-    compared_rows: Speed | None = None
+    visited_rows: Speed | None = None
     segment_ms: Speed | None = None
+    words_ms: Speed | None = None
     postings: Speed | None = None
     candidate_words: Speed | None = None
     compared_tokens: dict[str, Speed] = Field(default_factory=dict[str, Speed])

@@ -1,4 +1,4 @@
-"""The verb ``prune-vocabulary``: leaves out the tokens that a corpus does not have."""
+"""The verbs ``prune-vocabulary`` and ``prune-neurons``: a smaller student, by what a corpus needs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from d2llm.cli.options import JsonOption, StudentArgument, in_existing_folder, i
 from d2llm.cli.session import session_of
 from d2llm.cli.verbs import verb
 
+_OutOption = Annotated[
+    Path, typer.Option(metavar="FOLDER", callback=in_existing_folder, help="Where the smaller student goes.")
+]
+
 
 @verb("Distil")
 def prune_vocabulary(
     context: typer.Context,
     student: StudentArgument,
     corpus: CorpusArgument,
-    out: Annotated[
-        Path, typer.Option(metavar="FOLDER", callback=in_existing_folder, help="Where the smaller student goes.")
-    ],
+    out: _OutOption,
     files: FileOptions,
     check: Annotated[
         list[Path] | None,
@@ -62,3 +64,40 @@ def prune_vocabulary(
     warn_of_skipped(session, texts.skipped)
     warn_of_links(session, texts.links)
     session.write_report(context, json_path, report)
+
+
+@verb("Distil")
+def prune_neurons(
+    context: typer.Context,
+    student: StudentArgument,
+    corpus: CorpusArgument,
+    out: _OutOption,
+    files: FileOptions,
+    keep: Annotated[
+        float, typer.Option(metavar="FRACTION", help="The fraction of the neurons of each layer that stays.")
+    ] = 0.5,
+    json_path: JsonOption = None,
+) -> None:
+    """Leave out neurons of the feed-forward layers.
+
+    Those go that the others replace best in passages of CORPUS, of which it reads a thousand, and the others' weights
+    make up for them. The smaller student is another one: train it further (training.start), or only fit its weights
+    again (fit-scores), and encode the index again.
+    """
+    from d2llm.core.files import folder_bytes
+    from d2llm.data.indexed_corpus import open_corpus
+    from d2llm.models.neurons import num_neurons
+    from d2llm.models.neurons import prune_neurons as prune
+    from d2llm.models.student import Student
+
+    session = session_of(context)
+    texts = open_corpus(corpus, **files.reading)
+    loaded = Student.load(student, device="cpu", dtype="float32")
+    pruned = prune(loaded, (passage.full_text for passage in texts.passages), keep)
+    pruned.save(out)
+    before, after = (num_neurons(model) for model in (loaded, pruned))
+    num_bytes = folder_bytes(out)
+    session.say(f"prune-neurons: {after:,} of {before:,} neurons of each layer stay; {num_bytes:,} bytes in {out}")
+    warn_of_skipped(session, texts.skipped)
+    warn_of_links(session, texts.links)
+    session.write_report(context, json_path, {"neurons": before, "kept": after, "bytes": num_bytes})
