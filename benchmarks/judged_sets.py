@@ -7,6 +7,11 @@ the grade as score. A fifth of the queries, chosen by the passage they were writ
 that a model wrote (`written_pairs/KIND`): a folder `written-KIND`.
 
     python benchmarks/judged_sets.py DATA OUT
+    python benchmarks/judged_sets.py DATA OUT --as-written [--described]
+
+`--as-written` writes the written queries alone, as `d2llm fit` has them before anything has read them: train queries,
+to each of which only the passage is relevant that it was written for; dev queries are those that people asked of the
+same passages (`graded_lists/gecko.toml`). `--described` puts before each query what it is for, as Gecko does.
 """
 
 from __future__ import annotations
@@ -25,6 +30,13 @@ from recorded_writer import written_queries
 from d2llm.data.beir import read_beir
 
 RELEVANT = 70
+TASKS = {
+    "question": "find a passage that answers the question",
+    "topic": "find a passage about the topic",
+    "claim": "find a passage that supports or refutes the claim",
+    "request": "find a passage that helps with the request",
+}
+"""What written queries of each style are for."""
 WRITTEN_PAIRS = RECORDED.parent / "written_pairs"
 _DEV_FRACTION = 0.2
 
@@ -52,6 +64,31 @@ def write_written(data: Path, out: Path, name: str) -> str:
         text = "\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n"
         (folder / "qrels" / f"{split}.tsv").write_text(text, encoding="utf-8")
     return f"{folder.name}: {len(lists)} queries"
+
+
+def write_as_written(data: Path, out: Path, name: str, *, described: bool) -> str:
+    """Write the written queries with the passages that they were written for, and the data set's own dev queries."""
+    queries = {query: text for query, (text, _) in written_queries(f"styles/{name}").items()}
+    sources = {query: source for query, (_, source) in written_queries(f"styles/{name}").items()}
+    graded = mean_grades(read_graded_lists(f"{name}-written"))
+    num_better = sum(max(grades.values()) > grades[sources[query]] for query, grades in graded.items())
+    own = read_beir(data / name, splits=["dev"])
+    asked = {query: own.queries[query].text for query in own.qrels["dev"]}
+    folder = out / f"{name}-written"
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(data / name / "corpus.jsonl.gz", folder / "corpus.jsonl.gz")
+    texts = {query: queries[query] for query in graded} | asked
+    if described:
+        styles = {query: query.partition("-")[0] if query in queries else "question" for query in texts}
+        texts = {query: f"task: {TASKS[styles[query]]} | query: {text}" for query, text in texts.items()}
+    _write_lines(folder / "queries.jsonl.gz", [{"_id": query, "text": text} for query, text in texts.items()])
+    judged = [f"{query}\t{passage}\t{grade}" for query in asked for passage, grade in own.qrels["dev"][query].items()]
+    rows = {"train": [f"{query}\t{sources[query]}\t1" for query in sorted(graded)], "dev": judged}
+    for split, lines in rows.items():
+        text = "\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n"
+        (folder / "qrels" / f"{split}.tsv").write_text(text, encoding="utf-8")
+    better = f"for {num_better} of which another passage is graded higher"
+    return f"{folder.name}: {len(graded)} written queries, {better}; {len(asked)} that people asked"
 
 
 def write_pairs(data: Path, out: Path, name: str, kind: str) -> str:
@@ -106,9 +143,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--as-written", action="store_true", help="written queries alone, without their grades")
+    parser.add_argument("--described", action="store_true", help="with what each is for")
     given = parser.parse_args()
-    for path in sorted(RECORDED.glob("*-written.jsonl")):
-        print(write_written(given.data, given.out, path.stem.removesuffix("-written")))
+    names = [path.stem.removesuffix("-written") for path in sorted(RECORDED.glob("*-written.jsonl"))]
+    if given.as_written:
+        for name in names:
+            print(write_as_written(given.data, given.out, name, described=given.described))
+        return
+    for name in names:
+        print(write_written(given.data, given.out, name))
     for kind in ("passages", "queries"):
         for path in sorted(RECORDED.glob(f"*-{kind}.jsonl")):
             print(write_pairs(given.data, given.out, path.stem.removesuffix(f"-{kind}"), kind))

@@ -2,11 +2,14 @@
 
     python benchmarks/listwise_reader.py --rows text text+lora    two rows, half an hour of a core after the lists
     python benchmarks/listwise_reader.py --rows text text+lora --lists 600 800    the same after a short training
+    python benchmarks/listwise_reader.py --recorded --rows text+lora aligned+lora --lists 200 200 --train 200 --dev 50
 
 The reader is that of `d2llm tune-reader` (PE-Rank: Liu et al. 2024, arXiv 2406.14848), trained on train queries of
 three sets, the network alone (text) and then with LoRA (text+lora); with all layers of the model (deep, deep+lora).
-Not done: reconstruction of texts from vectors before ranking, and the second loss of the paper, for which the model
-reads the texts too; both take many times as long.
+In the rows called aligned, the network first learns to let the model repeat --alignment passages from their vectors.
+With --recorded, the order to learn is that of recorded grades (`judgements`) instead of judgements, on two sets, and a
+search ranks the passages of the recorded lists alone. Not done: the second loss of the paper, for which the model reads
+the texts too; it takes many times as long.
 
 Measured on dev: nDCG@10 of the student's full score (as a search ranks: interaction, words, tokens), of the first
 step's scores, of the decoded order, and of the student's score plus the first step's, whose weight is chosen on one
@@ -24,6 +27,7 @@ import os
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +36,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from recorded_judge import read_graded_lists
 from scaling.corpus import write_json
 from scaling.data_sets import DATA, require
 
 from d2llm import Student
 from d2llm.core.types import Qrels, Task
-from d2llm.data.beir import read_beir
+from d2llm.data.beir import Dataset, read_beir
+from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.models.backbone import Backbone
 from d2llm.models.listwise_reader import ListwiseReader
 from d2llm.ops.significance import holm, paired_randomisation
 from d2llm.recipe import BackboneConfig, Lora, ReaderTuningConfig
 from d2llm.training.ranked_lists import RankedLists, collect_lists, dev_queries, train_queries
-from d2llm.training.tune_reader import ndcg, train_reader
+from d2llm.training.tune_reader import Repeated, ndcg, passages_to_repeat, train_reader
 
 SETS: dict[str, Task] = {"qnli": "asymmetric", "squad-sent": "asymmetric", "banking77": "symmetric"}
 STUDENT = "d2llm-minilm"
-LAYERS = {"text": 8, "deep": None}
+GRADED = ("squad-sent", "banking77")
+"""Those of which there are recorded lists."""
+LAYERS = {"text": 8, "aligned": 8, "deep": None}
 WEIGHTS = (0.0, *(round(float(weight), 4) for weight in np.geomspace(0.01, 10, 25)))
 
 
@@ -58,16 +66,34 @@ def settings_of(row: str, number: tuple[int, int], train: int, dev: int) -> Read
     return ReaderTuningConfig(layers=layers, lists=lists, max_queries=train, dev_queries=dev)
 
 
-def collect(config: ReaderTuningConfig, work: Path) -> tuple[dict[str, dict[str, RankedLists]], dict[str, Qrels]]:
+def graded(name: str, num_train: int, num_dev: int, labels: Path) -> Dataset:
+    """The queries and passages of some recorded lists; the grades of train go into the folder ``labels``."""
+    data = read_beir(DATA / name)
+    unshared = data.unshared_positives("train", ["dev", "test"] if SETS[name] == "asymmetric" else [])
+    lists = [one for one in read_graded_lists(name) if one.judging == 1]
+    train = [one for one in lists if one.split == "train" and one.query_id in unshared][:num_train]
+    dev = [one for one in lists if one.split == "dev"][:num_dev]
+    store = LabelStore(labels, teacher="recorded", prompt=SETS[name], dataset=name)
+    if not len(store):
+        store.write([QueryLabels(one.query_id, one.passages, np.array(one.grades, np.float32)) for one in train])
+    passages = {key: data.passages[key] for one in (*train, *dev) for key in one.passages}
+    splits = {"train": train, "dev": dev}
+    qrels = {
+        split: {one.query_id: data.qrels[split][one.query_id] for one in splits[split]} for split in ("train", "dev")
+    }
+    return replace(data, passages=passages, qrels=qrels)
+
+
+def collect(
+    student: Student, sets: dict[str, Dataset], config: ReaderTuningConfig, work: Path
+) -> tuple[dict[str, dict[str, RankedLists]], dict[str, Qrels]]:
     """The lists of all sets, from the folder or made anew, and the judgements of dev."""
-    student = Student.load(STUDENT, device="cpu", dtype="float32")
     lists: dict[str, dict[str, RankedLists]] = {}
     qrels: dict[str, Qrels] = {}
-    for name, task in SETS.items():
-        data = read_beir(DATA / name)
-        own = config.model_copy(update={"exclude_shared_passages": task == "asymmetric"})
+    for name, data in sets.items():
+        own = config.model_copy(update={"exclude_shared_passages": SETS[name] == "asymmetric"})
         chosen = {"train": train_queries(data, own)[0], "dev": dev_queries(data, config.dev_queries, 0)}
-        lists[name] = collect_lists(student, data, chosen, task=task, config=config, folder=work)
+        lists[name] = collect_lists(student, data, chosen, task=SETS[name], config=config, folder=work)
         qrels[name] = data.qrels["dev"]
     return lists, qrels
 
@@ -171,7 +197,11 @@ def describe(lists: dict[str, RankedLists], qrels: Qrels) -> dict[str, Any]:
 
 
 def trained_reader(
-    row: str, config: ReaderTuningConfig, lists: Sequence[RankedLists], work: Path
+    row: str,
+    config: ReaderTuningConfig,
+    lists: Sequence[RankedLists],
+    work: Path,
+    repeated: Sequence[Repeated] = (),
 ) -> tuple[ListwiseReader, dict[str, Any]]:
     """The reader of a row, trained from its last checkpoint on, and the figures of its training."""
     backbone_config = BackboneConfig(model=config.model, layers=config.layers, tuning=Lora(**config.lora.model_dump()))
@@ -180,7 +210,8 @@ def trained_reader(
     folder = work / row
     folder.mkdir(exist_ok=True)
     started = time.process_time()
-    stages = train_reader(reader, lists, config, folder, {"row": row, "lists": config.lists}, seed=0)
+    settings = {"row": row, "lists": config.lists}
+    stages = train_reader(reader, lists, config, folder, settings, seed=0, repeated=repeated)
     losses = [[round(mean, 3) for mean in stage.mean_losses] for stage in stages]
     seconds = round(time.process_time() - started)
     return reader.eval(), {"lists": sum(config.lists), "loss": losses, "processor_seconds": seconds}
@@ -198,15 +229,24 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=1_500, help="train queries of each set")
     parser.add_argument("--dev", type=int, default=300, help="dev queries of each set")
     parser.add_argument("--lists", type=int, nargs=2, default=(2_000, 4_000), metavar="N", help="of the two stages")
+    parser.add_argument("--alignment", type=int, default=400, help="passages to repeat first, in the rows aligned")
+    parser.add_argument("--recorded", action="store_true", help="learn the order of recorded grades")
     parser.add_argument("--work", type=Path, default=Path("listwise-reader"), help="folder for lists and checkpoints")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     arguments = parser.parse_args()
-    require(*(DATA / name for name in SETS))
+    names_of_sets = GRADED if arguments.recorded else tuple(SETS)
+    require(*(DATA / name for name in names_of_sets))
     torch.set_num_threads(1)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    number = (arguments.lists[0], arguments.lists[1])
+    number, labels = (arguments.lists[0], arguments.lists[1]), arguments.work / "labels"
     configs = {name: settings_of(name, number, arguments.train, arguments.dev) for name in names}
-    lists, qrels = collect(configs["text"], arguments.work)
+    student = Student.load(STUDENT, device="cpu", dtype="float32")
+    if arguments.recorded:
+        configs = {name: config.model_copy(update={"labels": str(labels)}) for name, config in configs.items()}
+        sets = {name: graded(name, arguments.train, arguments.dev, labels) for name in GRADED}
+    else:
+        sets = {name: read_beir(DATA / name) for name in SETS}
+    lists, qrels = collect(student, sets, configs["text"], arguments.work)
     rates = {"network": configs["text"].network_rate, "lora": configs["text"].lora_rate}
     content: dict[str, Any] = {
         "settings": {"student": STUDENT, "model": "smollm2", "depth": 20, "steps": 10, "rates": rates},
@@ -217,11 +257,13 @@ def main() -> None:
     train = [own["train"] for own in lists.values()]
     for name in [name for name in arguments.rows if name not in kept_rows(arguments.json)]:
         print(name, flush=True)
-        reader, trained = trained_reader(name, configs[name], train, arguments.work)
+        count = arguments.alignment if name.startswith("aligned") else 0
+        repeated = passages_to_repeat(student, [*sets.values()], count, 0)
+        reader, trained = trained_reader(name, configs[name], train, arguments.work, repeated)
         figures = {
             "layers": reader.backbone.num_layers,
-            "training": trained,
-            "ms": milliseconds(reader, lists["qnli"]["dev"]),
+            "training": {"repeated": len(repeated), **trained},
+            "ms": milliseconds(reader, next(iter(lists.values()))["dev"]),
             "dev": measure(reader, lists, qrels),
         }
         print(json.dumps(figures, indent=1), flush=True)

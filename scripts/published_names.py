@@ -25,6 +25,9 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "SoftQE": ("losses", "soft_expansion"),
     "CoRT's loss": ("losses", "angular_margin"),
     "PAIR": ("losses", "passage_contrast"),
+    "Gecko's positives and hard negatives": ("losses", "relabelled_cross_entropy"),
+    "Gecko's fused rankings (RRF)": ("teacher", "fused"),
+    "UPR (query likelihood)": ("teacher", "likelihood"),
     "KaLM-Embedding-V2: mixed negatives": ("losses", "mixed_negatives"),
     "Matryoshka, 2D Matryoshka": ("losses", "nested_cross_entropy"),
     "SimCSE": ("training.pretraining", "simcse"),
@@ -141,8 +144,6 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = {
 """Names of methods that are settings or verbs: where, and whether they were measured."""
 
 MISSING: Mapping[str, str] = {
-    "Gecko": "`d2llm fit` keeps and adds positives as Gecko's critic does; positives replaced by better ones need an "
-    "LLM that ranks candidates of every query",
     "BTR's reader": "binary states of tokens for a language model that reads passages, of which none here keeps states",
     "FSDP": "a student of 7 billion weights fits one GPU with adapters ([scale.md](scale.md))",
     "Contextual document embeddings: the second stage": "two readings of every passage, the second behind vectors "

@@ -13,6 +13,7 @@ from d2llm.core.errors import DataFormatError, InputError, MismatchError, ModelE
 from d2llm.models.backbone import Backbone
 from d2llm.models.listwise_reader import ListwiseReader
 from d2llm.recipe import BackboneConfig, Lora
+from d2llm.training.pretrain import word_head
 from tiny_models import DIM, MAX_TOKENS, randomise, write_tiny_model
 
 VECTOR_DIM = 6
@@ -64,6 +65,26 @@ def test_the_decoded_order_is_that_of_steps_without_a_cache(architecture, seed, 
             logits[drawn] = -np.inf
             drawn.append(int(logits.argmax()))
         assert result.order.tolist() == drawn + [index for index in range(8) if index not in drawn]
+
+
+def test_the_repetition_loss_is_that_of_each_texts_tokens_after_its_vector(reader):
+    """Against texts one by one, word by word, in float64."""
+    texts, (vectors,) = ["the cat", "a dog runs far " * 40], random_vectors(1, passages=2)
+    head = word_head(reader.backbone)
+    tokenizer, embeddings = reader.backbone.tokenizer, reader.backbone.model.get_input_embeddings().weight
+    losses = []
+    with torch.no_grad():
+        for text, vector in zip(texts, torch.from_numpy(vectors), strict=True):
+            ids = [
+                tokenizer(part, add_special_tokens=False)["input_ids"] for part in ("Passage:", " means the same as:")
+            ]
+            scaled = vector / vector.square().mean().sqrt()
+            read = torch.cat([embeddings[ids[0]], reader.projection(scaled)[None], embeddings[ids[1]]])
+            for token in tokenizer(f" {text}", add_special_tokens=False)["input_ids"][:64]:
+                state = reader.backbone.model(inputs_embeds=read[None]).last_hidden_state[0, -1]
+                losses.append(-float(head(state[None])[0].double().log_softmax(-1)[token]))
+                read = torch.cat([read, embeddings[token][None]])
+        assert float(reader.repetition_loss(texts, vectors, head)) == pytest.approx(np.mean(losses), rel=1e-4)
 
 
 def test_padding_changes_no_logit(reader):

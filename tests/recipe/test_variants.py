@@ -206,7 +206,7 @@ def leaves(values: object, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], 
 def test_only_other_losses_need_a_teacher_if_the_recipe_does_not() -> None:
     recipe = VARIANTS["no-imitation"].apply(load_recipe("d2llm"))
     needing = [variant for variant in VARIANTS.values() if variant.apply(recipe).losses.imitates]
-    combined = {"dual-head", "subclass-imitation"}
+    combined = {"dual-head", "subclass-imitation", "relabelled", "relabelled-others"}
     assert {variant.group for variant in needing if variant.name not in combined} == {"losses"}
     assert "in-batch-imitation" not in {variant.name for variant in needing}  # its teacher needs no labels
 

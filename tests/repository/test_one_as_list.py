@@ -387,6 +387,12 @@ CASES: dict[str, tuple[One, Call]] = {
         lambda _: "a",
         lambda w, v: [each.order for each in w.reader.rank(v, [np.eye(3, 6, dtype=np.float32)])],
     ),
+    "ListwiseReader.repetition_loss.texts": (
+        lambda _: "a",
+        lambda w, v: w.reader.repetition_loss(
+            v, np.eye(1, 6, dtype=np.float32), lambda states: states @ states.new_ones(states.shape[1], 1_000)
+        ),
+    ),
     "ListwiseReader.step_logits.queries": (
         lambda _: "a",
         lambda w, v: w.reader.step_logits(v, np.eye(3, 6, dtype=np.float32)[None], [[0, 1]]),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from d2llm.core.errors import InputError, TrainingDivergedError
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
+from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.models.backbone import Backbone
 from d2llm.models.listwise_reader import ListwiseReader
 from d2llm.models.student import Student
@@ -21,6 +22,7 @@ from d2llm.recipe import BackboneConfig, Lora, LoraConfig, ReaderTuningConfig
 from d2llm.retrieval.index import Index
 from d2llm.training import ranked_lists
 from d2llm.training import tune_reader as module
+from d2llm.training.pretrain import word_head
 from d2llm.training.ranked_lists import RankedLists, collect_lists, dev_queries, train_queries
 from d2llm.training.tune_reader import ReadList, measure, ndcg, training_lists, tune_reader
 from tiny_models import TEXTS, tiny_student_config, write_tiny_model, write_trained_student
@@ -207,6 +209,51 @@ def test_a_reader_learns_what_a_vector_says(llama, tmp_path):
     figures = measure(reader.eval(), lists, qrels)
     assert figures.decoded > 0.95
     assert figures.random < 0.8
+
+
+def test_the_teachers_order_replaces_the_judgements(student, llama, tmp_path):
+    data = questions()
+    said = {"q03": {f"p{n:02}": float(n % 5) for n in range(DEPTH + 2)}, "q05": {"p01": 1.0}}
+    store = LabelStore(tmp_path / "labels", teacher="T", prompt="P", dataset="tiny")
+    store.write([QueryLabels(key, tuple(own), np.array([*own.values()], np.float32)) for key, own in said.items()])
+    config = config_of(llama, labels=str(tmp_path / "labels"))
+    assert train_queries(data, config) == (["q03"], 0)  # of q05 there are too few
+    arguments = {"task": "asymmetric", "config": config, "folder": tmp_path}
+    chosen = {"train": ["q03"], "dev": ["q13"]}
+    lists = collect_lists(student, data, chosen, **arguments)
+    own, ids = lists["train"], lists["train"].ids[0]
+    vectors = student.encode_passages([data.passages[key].full_text for key in said["q03"]]).vectors
+    (query,) = student.encode_queries([data.queries["q03"].text]).vectors
+    by_student = dict(zip(said["q03"], student.score(query, vectors, "asymmetric").tolist(), strict=True))
+    assert ids == sorted(said["q03"], key=lambda key: -by_student[key])[:DEPTH]
+    target = [ids[index] for index in ReadList(own, 0, [*range(DEPTH)]).target]
+    assert target == sorted(ids, key=lambda key: (-said["q03"][key], ids.index(key)))
+    plain = collect_lists(student, data, chosen, **arguments | {"config": config_of(llama)})
+    assert lists["dev"].ids == plain["dev"].ids
+    labels = str(tmp_path / "labels")
+    with pytest.raises(InputError, match=r"only 1 train query with a relevant passage and 6 labelled ones in tiny"):
+        tune(student, llama, tmp_path / "reader", labels=labels)
+    assert tune(student, llama, tmp_path / "reader", labels=labels, batch_lists=1).num_lists == {"tiny": 1}
+
+
+def test_alignment_teaches_the_network_alone_to_repeat_texts(student, llama, root, tmp_path):
+    tuned = tune(student, llama, tmp_path / "aligned", alignment=16, lists=(4, 0), network_rate=1e-2)
+    assert (tuned.steps, len(tuned.losses)) == (5, 2)
+    backbone = Backbone.load(BackboneConfig(model=str(llama), layers=1), device="cpu", dtype="float32")
+    reader, head = ListwiseReader(backbone, student.vector_dim, "s", steps=4), word_head(backbone)
+    texts = [passage.full_text for passage in questions().passages.values()]
+    vectors = student.encode_passages(texts).vectors
+    before = {name: value.clone() for name, value in reader.state_dict().items()}
+    first = float(reader.repetition_loss(texts, vectors, head))
+    config = config_of(llama, alignment=16, lists=(4, 0), network_rate=1e-2, batch_lists=2)
+    repeated = [module.Repeated(text, vector) for text, vector in zip(texts, vectors, strict=True)] * 8
+    module.train_reader(
+        reader, [random_lists(4, dim=student.vector_dim)], config, tmp_path, {}, seed=0, repeated=repeated
+    )
+    assert float(reader.repetition_loss(texts, vectors, head)) < first - 0.3
+    changed = {name for name, value in reader.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(name.startswith(("projection", "log_scale")) for name in changed)
 
 
 @pytest.mark.parametrize("stop", [2, 3, 5])  # in the first stage, between both, in the second

@@ -131,6 +131,15 @@ def tune_reader(
     model: Annotated[str, typer.Option(metavar="MODEL", help="The causal language model to tune.")] = "smollm2",
     layers: Annotated[int, typer.Option(min=1, help="Use only so many of its first layers.")] = 8,
     depth: Annotated[int, typer.Option(min=2, help="Passages of a list: the student's first ones.")] = 20,
+    alignment: Annotated[
+        int, typer.Option(min=0, help="Passages that the model first learns to repeat from their vectors.")
+    ] = 0,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="A teacher's labels (RUN/labels), whose order is learnt instead of the judgements'."
+        ),
+    ] = None,
     lists: Annotated[
         tuple[int, int],
         typer.Option(min=0, metavar="N N", help="Lists to read in training: for the network alone, then with LoRA."),
@@ -156,7 +165,14 @@ def tune_reader(
     if lists[0] < 1:
         raise InputError("--lists begins with those for the network alone, of which there must be at least one")
     corpora = _corpora(data)
-    settings = ReaderTuningConfig(model=model, layers=layers, depth=depth, lists=lists)
+    settings = ReaderTuningConfig(
+        model=model,
+        layers=layers,
+        depth=depth,
+        alignment=alignment,
+        lists=lists,
+        labels=None if labels is None else str(labels),
+    )
     loaded = Student.load(student, device=device, dtype=dtype)
     report = tune_reader(loaded, corpora, out, config=settings, task=task, seed=seed, device=device, dtype=dtype)
     losses = ", ".join(f"{first:.3f} -> {last:.3f}" for first, last in report.losses)

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float32
 from numpy.typing import NDArray
 
-from d2llm.core.errors import DataFormatError, LabelMismatchError, ModelError
+from d2llm.core.errors import DataFormatError, InputError, LabelMismatchError, ModelError
 from d2llm.core.files import write_bytes
 from d2llm.core.manifest import FILE_NAME, read_manifest, write_manifest
 
@@ -369,6 +369,20 @@ def shards(folder: Path) -> list[str]:
     labels = {path.name for path in (folder / "labels").glob("[0-9]*.parquet")}
     grams = {path.name for path in (folder / "grams").glob("[0-9]*.parquet")}
     return sorted(labels & grams)
+
+
+def only_labels(folder: Path, dataset: str) -> LabelStore | None:
+    """The labels of a data set in a folder where one teacher made them; None if there are none.
+
+    Raises:
+        InputError: there are those of two teachers or prompts.
+        DataFormatError: there are no labels at all, or they are damaged.
+    """
+    of_set = [key for key in label_keys(folder) if key.dataset == dataset]
+    if len(of_set) > 1:
+        made = "; ".join(map(str, of_set))
+        raise InputError(f"{folder}: has labels of several teachers or prompts: {made}; name a folder with one")
+    return LabelStore.of(folder, of_set[0]) if of_set else None
 
 
 def label_keys(folder: Path) -> list[LabelKey]:

@@ -3,13 +3,14 @@
 PE-Rank (Liu et al., "Leveraging Passage Embeddings for Efficient Listwise Reranking with Large Language Models", 2024,
 arXiv 2406.14848): the model reads the query's text and, for each passage, one vector, which a small network makes from
 the student's. Next in the ranking is the passage whose vector has the largest inner product with the last state; its
-vector is then read too. ``training.tune_reader`` trains the network, and adapters of the model.
+vector is then read too. ``training.tune_reader`` trains the network, first to let the model repeat texts from their
+vectors, and adapters of the model.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -39,6 +40,7 @@ READER_KIND, READER_FORMAT_VERSION = "reader", 1
 _FILE = "reader.safetensors"
 _RESTORE = "restore the reader's folder or tune it again"
 _QUERY_TOKENS = 64  # the rest of a longer query is not read
+_REPEATED_TOKENS = 64  # of a passage, in the alignment
 _INITIAL_SCALE = 10.0
 
 
@@ -110,6 +112,32 @@ class ListwiseReader(nn.Module):
         states = self._states(nn.utils.rnn.pad_sequence(rows, batch_first=True))
         last = [states[row, len(token_ids) - len(orders[0]) : len(token_ids)] for row, token_ids in enumerate(rows)]
         return self._logits(torch.stack(last), passages)
+
+    def repetition_loss(
+        self,
+        texts: Sequence[str],
+        vectors: Float32[np.ndarray, "texts dim"],
+        head: Callable[[Tensor], Tensor],
+    ) -> Float[Tensor, ""]:
+        """How surprised the model is by each text's first tokens after its vector: nats, the mean over tokens.
+
+        L = -1/T sum_i log P(t_i | "Passage:", e, " means the same as:", t_1, ..., t_(i-1))
+
+        The alignment stage of PE-Rank, section 3.2.1. ``head`` gives the logits [n, vocabulary] of states [n, dim].
+        """
+        texts = texts_of(texts, "texts")
+        before, after = map(self._ids, ("Passage:", " means the same as:"))
+        ids = [self._ids(f" {text}")[:_REPEATED_TOKENS] for text in texts]
+        passages = self._project(vectors)[:, None]
+        rows = [
+            torch.cat([self._tokens(before), passage, self._tokens([*after, *repeated])])
+            for passage, repeated in zip(passages, ids, strict=True)
+        ]
+        states = self._states(nn.utils.rnn.pad_sequence(rows, batch_first=True))
+        first = len(before) + len(after)  # the last place before the text
+        predicting = [states[row, first : first + len(repeated)] for row, repeated in enumerate(ids)]
+        targets = torch.tensor([token for repeated in ids for token in repeated], device=states.device)
+        return nn.functional.cross_entropy(head(torch.cat(predicting)), targets)
 
     def rank(self, queries: Sequence[str], vectors: Sequence[Float32[np.ndarray, "_ dim"]]) -> list[ReadOrder]:
         """Rank the passages of each query, given by their vectors [n, dim], n of each query; of equal ones the first.
@@ -249,8 +277,11 @@ class ListwiseReader(nn.Module):
     def _prompt(self, query: str) -> tuple[list[int], list[int]]:
         """Tokens before the passages, and after them."""
         pieces = (f"Query: {query}", "\nPassages:", "\nBest first:")
-        first, middle, last = (self.backbone.tokenizer(part, add_special_tokens=False)["input_ids"] for part in pieces)
-        return [*cast("list[int]", first)[:_QUERY_TOKENS], *cast("list[int]", middle)], cast("list[int]", last)
+        first, middle, last = map(self._ids, pieces)
+        return [*first[:_QUERY_TOKENS], *middle], last
+
+    def _ids(self, text: str) -> list[int]:
+        return cast("list[int]", self.backbone.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _start(self, query: str, passages: Tensor) -> Tensor:
         """What is read before the first step [tokens, dim]; the passages' own vectors [n, dim] are in it."""

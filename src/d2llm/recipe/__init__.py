@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from d2llm.recipe.teacher import ClassifierTeacherConfig as ClassifierTeacherConfig
     from d2llm.recipe.teacher import CosineTeacherConfig as CosineTeacherConfig
     from d2llm.recipe.teacher import EnsembleTeacherConfig as EnsembleTeacherConfig
+    from d2llm.recipe.teacher import FusedTeacherConfig as FusedTeacherConfig
     from d2llm.recipe.teacher import GradedTeacherConfig as GradedTeacherConfig
+    from d2llm.recipe.teacher import LikelihoodTeacherConfig as LikelihoodTeacherConfig
     from d2llm.recipe.teacher import ListEndpointConfig as ListEndpointConfig
     from d2llm.recipe.teacher import ListsConfig as ListsConfig
     from d2llm.recipe.teacher import ListTeacherConfig as ListTeacherConfig
@@ -82,9 +84,11 @@ _HOME_OF = {
     "Frozen": "d2llm.recipe.backbone",
     "Full": "d2llm.recipe.backbone",
     "GateConfig": "d2llm.recipe.training",
+    "FusedTeacherConfig": "d2llm.recipe.teacher",
     "GradedTeacherConfig": "d2llm.recipe.teacher",
     "InteractionConfig": "d2llm.recipe.student",
     "LabellingConfig": "d2llm.recipe.data",
+    "LikelihoodTeacherConfig": "d2llm.recipe.teacher",
     "ListEndpointConfig": "d2llm.recipe.teacher",
     "ListTeacherConfig": "d2llm.recipe.teacher",
     "ListsConfig": "d2llm.recipe.teacher",

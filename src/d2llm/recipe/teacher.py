@@ -54,7 +54,7 @@ class TeacherConfig(SectionOfKind):
         dict.fromkeys(
             (
                 *("auto", "causal", "seq2seq", "classifier", "vllm"),
-                *("remote", "graded", "listwise", "cosine", "ensemble"),
+                *("remote", "graded", "listwise", "likelihood", "cosine", "ensemble", "fused"),
             ),
             "d2llm.recipe.teacher",
         ),
@@ -434,7 +434,18 @@ class ListwiseTeacherConfig(ListTeacherConfig, kind="listwise"):
         return self.remote
 
 
-# Vectors, and several teachers ----------------------------------------------------------------------------------------
+# Likelihoods, vectors, and several teachers ---------------------------------------------------------------------------
+
+
+class LikelihoodTeacherConfig(_ShippedTeacher, kind="likelihood"):
+    """A language model, tuned as a writer or not: how likely it is to write the query for the passage."""
+
+    paper = "Sachan et al., EMNLP 2022, arXiv 2204.07496 (UPR)"
+    costs = "a language model on this machine"
+    teacher_class = "likelihood:LikelihoodTeacher"
+    ranks_lists = True
+    max_passage_tokens: int = Field(default=400, ge=16)
+    """Maximum length of a passage; its end is cut off to fit. A writer that was tuned has its own."""
 
 
 class CosineTeacherConfig(_ShippedTeacher, kind="cosine"):
@@ -459,3 +470,26 @@ class EnsembleTeacherConfig(_ShippedTeacher, kind="ensemble"):
         """The teachers of the ensemble in the folder ``model``, and of ensembles among them."""
         ensemble: Sequence[TeacherConfig] = import_module("d2llm.models.teachers.ensemble").ensemble_members(self)
         return [single for member in ensemble for single in member.members]
+
+
+class FusedTeacherConfig(_ShippedTeacher, kind="fused"):
+    """Several teachers: each ranks a query's passages, and the rankings are fused by reciprocal ranks (Gecko)."""
+
+    paper = "Lee et al. 2024, arXiv 2403.20327 (Gecko); Cormack et al., SIGIR 2009"
+    needs = frozenset({"several_teachers"})
+    teacher_class = "fused:FusedTeacher"
+    ranks_lists = True
+    model: str = "fused"
+    """Its name in messages."""
+    teachers: tuple[TeacherConfig, ...] = Field(min_length=1)
+    """Those that rank, as in ``[teacher]``: Gecko's are one of kind ``likelihood`` and one that judges relevance."""
+
+    @property
+    def members(self) -> Sequence[TeacherConfig]:
+        """All that score."""
+        return [single for teacher in self.teachers for single in teacher.members]
+
+    @property
+    def num_gpus(self) -> int:
+        """As many as the largest needs: they score one after the other."""
+        return max(teacher.num_gpus for teacher in self.teachers)

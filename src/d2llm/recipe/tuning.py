@@ -125,11 +125,16 @@ class ReaderTuningConfig(Section):
     """Use only this many of its first layers. None: all."""
     lora: LoraConfig = LoraConfig()
     depth: int = Field(default=20, ge=2)
-    """Passages of a list: the student's first ones."""
+    """Passages of a list: the student's first ones, with ``labels`` of those that have one."""
     steps: int = Field(default=10, ge=1)
     """How many of them are drawn, and no more than there are: nDCG@10 counts ten."""
+    alignment: int = Field(default=0, ge=0)
+    """Passages from whose vector the model is to repeat the text, before it ranks: the network alone learns it."""
     lists: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]] = (2_000, 4_000)
     """Lists to read in the two stages: for the network alone, then with LoRA. Queries come again if there are fewer."""
+    labels: InputPath | None = None
+    """A folder of labels that a teacher made, as ``labels`` of a run folder: a list is what it has labelled of a train
+    query, and its order is learnt instead of the judgements'."""
     max_queries: int = Field(default=1_500, ge=1)
     """Train queries of each data set."""
     dev_queries: int = Field(default=300, ge=0)
@@ -137,10 +142,10 @@ class ReaderTuningConfig(Section):
     exclude_shared_passages: bool = True
     """Leave out training queries that share a relevant passage with a dev or test query."""
     batch_lists: int = Field(default=8, ge=1)
-    """Lists of one step."""
+    """Lists of one step; passages, where they are repeated."""
     network_rate: float = Field(default=1e-3, gt=0)
-    """Learning rate of the first stage."""
+    """Learning rate of the network alone."""
     lora_rate: float = Field(default=5e-4, gt=0)
-    """Learning rate of the second stage, for the network too."""
+    """Learning rate with LoRA, for the network too."""
     warmup_fraction: float = Field(default=0.1, ge=0, le=1)
     checkpoint_minutes: float = Field(default=5.0, gt=0)

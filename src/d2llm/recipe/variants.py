@@ -229,6 +229,15 @@ _OWN: _Group = {
             "training": {"dual_head": False},
         },
     ),
+    "relabelled": (
+        "no judgements: the teacher chooses each query's positive and its hard negative, the worst (Gecko)",
+        _only(relabelled_cross_entropy=1.0) | {"losses": {"in_batch_cross_entropy": 0.0}},
+    ),
+    "relabelled-others": (
+        "the same, the hard negative drawn among all others",
+        _only(relabelled_cross_entropy={"weight": 1.0, "negatives": "others"})
+        | {"losses": {"in_batch_cross_entropy": 0.0}},
+    ),
     "subclass-imitation": (
         "imitation: the teacher's distribution, and finer classes from its features (LELP)",
         _only(list_imitation=0.5, subclass_imitation=1.0),

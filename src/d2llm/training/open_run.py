@@ -19,7 +19,7 @@ from d2llm.data.pairs import PairDataset
 from d2llm.data.run_folder import RunFolder, is_finished, manifest_of, put_aside, require_distinct_data
 from d2llm.models.downloads import find_saved
 from d2llm.models.teachers.identity import find_kind
-from d2llm.recipe import DataConfig, GradedTeacherConfig, Recipe, TeacherConfig, untuned_config
+from d2llm.recipe import DataConfig, FusedTeacherConfig, GradedTeacherConfig, Recipe, TeacherConfig, untuned_config
 from d2llm.recipe.recipe_file import load_recipe
 
 if TYPE_CHECKING:  # each step imports what it needs, so that errors in a recipe are reported before torch is loaded
@@ -240,11 +240,19 @@ def with_recorded(recipe: Recipe, lists: str | Path | None) -> Recipe:
     from d2llm.models.teachers.pair_teacher import recorded_teacher
 
     teacher = recipe.teacher if lists is None else recorded_teacher(recipe.teacher, Path(lists))
+    data = tuple(item.path for item in recipe.data)
+    return recipe.model_copy(update={"teacher": _with_texts(teacher, data)})
+
+
+def _with_texts(teacher: TeacherConfig, data: tuple[str, ...]) -> TeacherConfig:
+    """The teacher whose recorded lists, if it repeats any, are about these data sets unless it names others."""
+    if isinstance(teacher, FusedTeacherConfig):
+        teachers = tuple(_with_texts(one, data) for one in teacher.teachers)
+        return teacher.model_copy(update={"teachers": teachers})
     if not isinstance(teacher, GradedTeacherConfig) or teacher.recorded is None:
-        return recipe
-    data = teacher.recorded.data or tuple(item.path for item in recipe.data)
-    recorded = teacher.recorded.model_copy(update={"data": data})
-    return recipe.model_copy(update={"teacher": teacher.model_copy(update={"recorded": recorded})})
+        return teacher
+    recorded = teacher.recorded.model_copy(update={"data": teacher.recorded.data or data})
+    return teacher.model_copy(update={"recorded": recorded})
 
 
 def is_absent(data: DataConfig) -> bool:

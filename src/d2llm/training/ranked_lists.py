@@ -20,6 +20,7 @@ from d2llm.core.files import write_bytes
 from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
+from d2llm.data.labels import LabelStore, only_labels
 from d2llm.models.student import Student
 from d2llm.recipe import ReaderTuningConfig
 from d2llm.retrieval.index import Index
@@ -38,7 +39,8 @@ class RankedLists:
         ids: the passages' ids, by query.
         vectors: the passages' vectors, float32 [n, depth, dim].
         scores: the student's scores, float64 [n, depth].
-        grades: their judgements, int64 [n, depth]; 0 if there is none.
+        grades: their judgements, int64 [n, depth]; 0 if there is none. Of lists that a teacher has labelled, how many
+            of the list it does not find better.
     """
 
     query_ids: list[str]
@@ -55,7 +57,8 @@ class RankedLists:
 def train_queries(dataset: Dataset, config: ReaderTuningConfig) -> tuple[list[str], int]:
     """Train queries with a relevant passage, and how many others share one with a dev or test query, so are left out.
 
-    The last ones in the order of the miner: a student that was distilled on these data learnt from the first.
+    With ``config.labels``, only those of which enough passages are labelled for a list. The last ones in the order of
+    the miner: a student that was distilled on these data learnt from the first.
 
     Raises:
         DataFormatError: the data set has no train split.
@@ -63,6 +66,10 @@ def train_queries(dataset: Dataset, config: ReaderTuningConfig) -> tuple[list[st
     held_out = [split for split in ("dev", "test") if split in dataset.qrels and config.exclude_shared_passages]
     kept = dataset.unshared_positives("train", held_out)
     num_shared = len(dataset.unshared_positives("train")) - len(kept)
+    if config.labels is not None:
+        store = only_labels(Path(config.labels), dataset.name)
+        has_list = [] if store is None else [key for key in kept if len(_labels(dataset, store, key)) >= config.depth]
+        kept = {query_id: kept[query_id] for query_id in has_list}
     return sorted(kept, key=lambda query_id: key_of(0, query_id))[-config.max_queries :], num_shared
 
 
@@ -95,10 +102,13 @@ def collect_lists(
             f"{dataset.name}: has {num_passages} passages, but a list takes {config.depth}; lower the depth, or leave "
             "the data set out"
         )
-    judged = {
+    judged: dict[str, list[list[Any]]] = {
         split: [[query_id, dataset.queries[query_id].text, dataset.qrels[split][query_id]] for query_id in ids]
         for split, ids in chosen.items()
     }
+    store = None if config.labels is None else only_labels(Path(config.labels), dataset.name)
+    if store is not None:
+        judged["train"] = [[*row, _labels(dataset, store, row[0])] for row in judged.get("train", [])]
     corpus = fingerprint_passages(dataset.passages.values())
     weights = student.feature_weights(task).model_dump(mode="json")
     fingerprint = fingerprint_json([student.fingerprint, weights, corpus, judged, task, config.depth])
@@ -112,9 +122,39 @@ def collect_lists(
         index = Index.create(Path(temporary) / "index", student, task=task)
         index.upsert(dataset.passages.values())
         for split, query_ids in chosen.items():
-            lists[split] = _ranked(index, dataset, split, query_ids, config.depth)
+            if split == "train" and store is not None:
+                lists[split] = _labelled(index, dataset, store, query_ids, config.depth, task)
+            else:
+                lists[split] = _ranked(index, dataset, split, query_ids, config.depth)
     _write(file, lists, fingerprint)
     return lists
+
+
+def _labels(dataset: Dataset, store: LabelStore, query_id: str) -> dict[str, float]:
+    """A query's labels of passages that the data set has."""
+    return {name: value for name, value in store.log_odds(query_id).items() if name in dataset.passages}
+
+
+def _labelled(
+    index: Index, dataset: Dataset, store: LabelStore, query_ids: Sequence[str], depth: int, task: Task
+) -> RankedLists:
+    """The labelled passages of each query that the student scores highest, by its vectors, in the teacher's order."""
+    student, texts = index.student, [dataset.queries[query_id].text for query_id in query_ids]
+    ids: list[list[str]] = []
+    vectors = np.zeros((len(query_ids), depth, student.vector_dim), np.float32)
+    scores, grades = np.zeros((len(query_ids), depth)), np.zeros((len(query_ids), depth), np.int64)
+    queries = student.encode_queries(texts).vectors if texts else []
+    for row, (query_id, query) in enumerate(zip(query_ids, queries, strict=True)):
+        log_odds = _labels(dataset, store, query_id)
+        names = [*log_odds]
+        of_query = index.view.vectors(index.view.rows(names))
+        by_student = student.score(query, of_query, task)
+        best = np.argsort(-by_student, kind="stable")[:depth]
+        ids.append([names[column] for column in best])
+        vectors[row], scores[row] = of_query[best], by_student[best]
+        values = np.array([log_odds[name] for name in ids[-1]])
+        grades[row] = (values[:, None] >= values).sum(axis=1)
+    return RankedLists([*query_ids], texts, ids, vectors, scores, grades)
 
 
 def _ranked(index: Index, dataset: Dataset, split: str, query_ids: Sequence[str], depth: int) -> RankedLists:

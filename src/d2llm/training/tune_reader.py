@@ -1,17 +1,18 @@
 """The verb ``tune-reader``: trains a causal language model to rank passages that it reads as a student's vectors.
 
 The lists to learn from are the first passages of train queries in the student's order. The order to learn has the
-passages with the higher judgement first, then those with the student's higher score; half of the lists are read in the
-student's order, half in random order. First the network between the vectors and the model is trained alone, then with
-LoRA (``models.listwise_reader`` has the source). The paper also lets the model reconstruct texts from their vectors
-before, and learn from its ranking of the texts; that is not done here.
+passages with the higher judgement first, or that a teacher finds better, then those with the student's higher score;
+half of the lists are read in the student's order, half in random order. First the network between the vectors and the
+model is trained alone: to let the model repeat passages from their vectors, if the settings say so, then on lists.
+Then it is trained with LoRA (``models.listwise_reader`` has the source). The paper also lets the model learn from its
+ranking of the texts; that is not done here.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ from d2llm.ops.losses import drawing_loss
 from d2llm.ops.measures import per_query_measures
 from d2llm.recipe import BackboneConfig, Lora, ReaderTuningConfig
 from d2llm.training.checkpoints import trainable
+from d2llm.training.pretrain import word_head
 from d2llm.training.ranked_lists import RankedLists, collect_lists, dev_queries, train_queries
 from d2llm.training.trainer import Trainable, Trainer, save_tuned
 
@@ -69,7 +71,7 @@ class ReaderTuningReport:
         fingerprint: of its weights.
         num_lists: by data set, the train queries whose list has a relevant passage.
         num_shared: train queries left out because they share a relevant passage with a dev or test query.
-        steps: number of steps of both stages.
+        steps: number of steps of all stages.
         losses: mean loss in the first and the last tenth of each stage.
         dev: by data set, what it brings on dev queries.
         seconds: since the start, or since the last resumption.
@@ -156,7 +158,9 @@ def tune_reader(
         for dataset in datasets
     }
     train = [splits["train"] for splits in lists.values()]
-    stages = train_reader(reader, train, config, run_folder, _settings(reader, train, config, seed), seed=seed)
+    settings = _settings(reader, train, config, seed)
+    repeated = passages_to_repeat(student, datasets, config.alignment, seed)
+    stages = train_reader(reader, train, config, run_folder, settings, seed=seed, repeated=repeated)
     reader.eval()
     report = ReaderTuningReport(
         folder=str(folder),
@@ -179,6 +183,23 @@ def tune_reader(
         "data": [dataset.name for dataset in datasets],
     }
     return save_tuned(report, partial(reader.save, folder), content, stages)
+
+
+class Repeated(NamedTuple):
+    """A passage's text, and its vector [dim] by the student."""
+
+    text: str
+    vector: NDArray[np.float32]
+
+
+def passages_to_repeat(student: Student, datasets: Sequence[Dataset], count: int, seed: int) -> list[Repeated]:
+    """A random sample of all data sets' passages; fewer than ``count`` if there are no more."""
+    if not count:
+        return []
+    texts = sorted({passage.full_text for dataset in datasets for passage in dataset.passages.values()})
+    chosen = random.Random(seed).sample(texts, min(count, len(texts)))
+    vectors = student.encode_passages(chosen).vectors
+    return [Repeated(text, vector) for text, vector in zip(chosen, vectors, strict=True)]
 
 
 def training_lists(lists: Sequence[RankedLists], num_lists: int, seed: int) -> list[ReadList]:
@@ -240,16 +261,22 @@ def train_reader(
     settings: dict[str, Any],
     *,
     seed: int,
+    repeated: Sequence[Repeated] = (),
 ) -> list[Trainer]:
-    """Train a reader in both stages, or resume its training in ``folder``; returns the trainers of the stages."""
+    """Train a reader in all stages, or resume its training in ``folder``; returns the trainers of the stages."""
     read = training_lists(lists, sum(config.lists), seed)
     use_plain_attention_on_cpu(reader.backbone.model)
-    stages = read[: config.lists[0]], read[config.lists[0] :]
+    stages: list[tuple[str, Sequence[Any], Callable[[Sequence[Any]], Tensor]]] = [
+        ("network", read[: config.lists[0]], partial(loss_of, reader)),
+        ("lora", read[config.lists[0] :], partial(loss_of, reader)),
+    ]
+    if repeated:
+        stages.insert(0, ("alignment", repeated, partial(_repetition, reader, word_head(reader.backbone))))
     trainers: list[Trainer] = []
-    for name, part in zip(("network", "lora"), stages, strict=True):
-        if not part:
+    for name, examples, loss in stages:
+        if not examples:
             continue
-        stage = _Stage(reader, part, config, seed, trainers)
+        stage = _Stage(name, reader, examples, loss, config, seed, sum(earlier.step for earlier in trainers))
         trainer = Trainer(
             stage,
             folder / name,
@@ -264,21 +291,24 @@ def train_reader(
 
 
 class _Stage(Trainable):
-    """The network alone, or after this stage the network and the adapter."""
+    """The network alone, or after these stages the network and the adapter."""
 
     def __init__(
         self,
+        name: str,
         reader: ListwiseReader,
-        lists: Sequence[ReadList],
+        examples: Sequence[Any],
+        loss: Callable[[Sequence[Any]], Tensor],
         config: ReaderTuningConfig,
         seed: int,
-        earlier: Sequence[Trainer],
+        steps_before: int,
     ) -> None:
-        self.reader, self.seed, self.steps_before = reader, seed, sum(stage.step for stage in earlier)
-        self.batches = [lists[start : start + config.batch_lists] for start in range(0, len(lists), config.batch_lists)]
+        self.reader, self.loss, self.seed, self.steps_before = reader, loss, seed, steps_before
+        size = config.batch_lists
+        self.batches = [examples[start : start + size] for start in range(0, len(examples), size)]
         self.total_steps = len(self.batches)
         self.title, rate, self.parameters = "tuning the reader's network", config.network_rate, reader.own_parameters
-        if earlier:
+        if name == "lora":
             reader.backbone.prepare_training(seed=seed)
             self.title, rate, self.parameters = "tuning the reader", config.lora_rate, trainable(reader)
         self.groups = [([*self.parameters.values()], rate, _WEIGHT_DECAY)]
@@ -286,9 +316,13 @@ class _Stage(Trainable):
     def step(self, step: int) -> dict[str, Any]:
         self.reader.train()  # with the dropout of new adapters
         torch.manual_seed(self.seed * 1_000_003 + self.steps_before + step)  # another dropout than in earlier stages
-        loss = loss_of(self.reader, self.batches[step])
+        loss = self.loss(self.batches[step])
         loss.backward()
         return {"loss": loss.detach()}
+
+
+def _repetition(reader: ListwiseReader, head: Callable[[Tensor], Tensor], batch: Sequence[Repeated]) -> Tensor:
+    return reader.repetition_loss([one.text for one in batch], np.stack([one.vector for one in batch]), head)
 
 
 def loss_of(reader: ListwiseReader, batch: Sequence[ReadList]) -> Tensor:
@@ -315,8 +349,9 @@ def _choose(
         num_shared += shared
     num_train = sum(len(splits["train"]) for splits in chosen.values())
     if num_train < config.batch_lists:
+        has_labels = "" if config.labels is None else f" and {config.depth} labelled ones"
         raise InputError(
-            f"there are only {counted(num_train, 'train query')} with a relevant passage in "
+            f"there are only {counted(num_train, 'train query')} with a relevant passage{has_labels} in "
             f"{', '.join(names) or '(no data)'}, but a step takes {config.batch_lists}; {num_shared} others were left "
             "out because they share one with a dev or test query (exclude_shared_passages = false keeps those). Give "
             "more data"
@@ -329,7 +364,7 @@ def _settings(
 ) -> dict[str, Any]:
     """Everything that affects a run; a checkpoint with other settings is from another run."""
     return {
-        "tuning": config.model_dump(mode="json", exclude={"checkpoint_minutes", "model", "dev_queries"}),
+        "tuning": config.model_dump(mode="json", exclude={"checkpoint_minutes", "model", "dev_queries", "labels"}),
         "model": reader.backbone.fingerprint_base(),
         "student": reader.student,
         "lists": fingerprint_json(

@@ -22,7 +22,7 @@ from d2llm.core.files import new_folder
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Task
-from d2llm.data.labels import LabelStore, label_keys
+from d2llm.data.labels import label_keys, only_labels
 from d2llm.data.plan import TrainingPlan
 from d2llm.data.run_folder import require_unfinished, working_folder
 from d2llm.data.training import TrainingPair, TrainingSource, labelled_pairs
@@ -250,23 +250,21 @@ def with_labels(
         DataFormatError: it has no labels, or is damaged.
     """
     probabilities: dict[tuple[Task, str, str], float] = {}
-    keys = label_keys(folder)
     for source in sources:
-        of_set = [key for key in keys if key.dataset == source.dataset.name]
-        if len(of_set) > 1:
-            made = "; ".join(map(str, of_set))
-            raise InputError(f"{folder}: has labels of several teachers or prompts: {made}; name a folder with one")
-        for key in of_set:
-            store = LabelStore.of(folder, key)
-            for query_id in filter(source.dataset.queries.__contains__, store.query_ids):
-                for passage_id, log_odds in store.log_odds(query_id).items():
-                    if passage_id in source.dataset.passages:
-                        pair = source.task, source.query_text(query_id), source.passage_text(passage_id)
-                        probabilities[pair] = float(expit(log_odds))
+        store = only_labels(folder, source.dataset.name)
+        if store is None:
+            continue
+        for query_id in filter(source.dataset.queries.__contains__, store.query_ids):
+            for passage_id, log_odds in store.log_odds(query_id).items():
+                if passage_id in source.dataset.passages:
+                    pair = source.task, source.query_text(query_id), source.passage_text(passage_id)
+                    probabilities[pair] = float(expit(log_odds))
     targets = [probabilities.get((pair.task, pair.query, pair.passage)) for pair in pairs]
     found = sum(target is not None for target in targets)
     if not found:
-        raise InputError(f"{folder}: has no label of any pair of these plans, only {'; '.join(map(str, keys))}")
+        raise InputError(
+            f"{folder}: has no label of any pair of these plans, only {'; '.join(map(str, label_keys(folder)))}"
+        )
     remarks.info(
         "tune-teacher: %s of %s pairs have a label; the others keep their judgements", f"{found:,}", f"{len(pairs):,}"
     )

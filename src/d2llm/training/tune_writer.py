@@ -241,7 +241,8 @@ def accumulate(model: LocalWriter, examples: Sequence[WriterExample], part_token
     num_tokens = sum(map(len, targets))
     total = 0.0
     for part in _micro_batches(prompts, targets, part_tokens):
-        loss = model.query_loss([prompts[index] for index in part], [targets[index] for index in part]) / num_tokens
+        losses = model.query_losses([prompts[index] for index in part], [targets[index] for index in part])
+        loss = losses.sum() / num_tokens
         loss.backward()
         total += float(loss.detach())
     return total
@@ -254,7 +255,8 @@ def mean_loss(model: LocalWriter, examples: Sequence[WriterExample], part_tokens
     total = 0.0
     with inference(model.whole):
         for part in _micro_batches(prompts, targets, part_tokens):
-            total += float(model.query_loss([prompts[index] for index in part], [targets[index] for index in part]))
+            losses = model.query_losses([prompts[index] for index in part], [targets[index] for index in part])
+            total += float(losses.sum())
     return total / sum(map(len, targets))
 
 

@@ -156,7 +156,7 @@ def test_the_vocabularys_weights_are_not_copied_for_each_row(llama: Path):
     head.register_forward_pre_hook(lambda module, inputs: are_contiguous.append(inputs[0].is_contiguous()))
     model.write(assignments()[:2])
     prompts, _ = model.encode_tuned(assignments()[:2])
-    model.query_loss(prompts, model.encode_targets(["the cat", "a dog"]))
+    model.query_losses(prompts, model.encode_targets(["the cat", "a dog"]))
     assert len(are_contiguous) > 2
     assert all(are_contiguous)
 
@@ -239,8 +239,8 @@ def test_a_tuned_writer_survives_saving_and_loading(tuned: Path, llama: Path, tm
     [prompts], _ = saved.encode_tuned(assignments()[:1])
     targets = saved.encode_targets(["what is the cat?"])
     with torch.inference_mode():
-        before = float(saved.query_loss([prompts], targets))
-        untuned = float(load(llama).query_loss([prompts], targets))
+        before = float(saved.query_losses([prompts], targets))
+        untuned = float(load(llama).query_losses([prompts], targets))
     assert abs(before - untuned) > 0.1
     # an adapter on top of it is joined with its own
     again = load(tuned)
@@ -248,7 +248,7 @@ def test_a_tuned_writer_survives_saving_and_loading(tuned: Path, llama: Path, tm
     (tmp_path / "again").mkdir()
     again.save(tmp_path / "again", {})
     with torch.inference_mode():
-        after = float(load(tmp_path / "again").query_loss([prompts], targets))
+        after = float(load(tmp_path / "again").query_losses([prompts], targets))
     assert after == pytest.approx(before, abs=1e-4)
 
 
@@ -280,12 +280,12 @@ def test_the_loss_is_that_of_the_querys_tokens(llama: Path):
     prompts, _ = model.encode_tuned(assignments()[:3])
     targets = model.encode_targets(["the cat", "what is the cat that sat on the mat?", "a dog"])
     assert all(target[-1] == 2 for target in targets)
-    expected = 0.0
+    expected: list[float] = []
     with torch.inference_mode():
         for prompt, target in zip(prompts, targets, strict=True):
             logits = model.whole(torch.tensor([[*prompt, *target]])).logits[0].double().log_softmax(-1)
-            expected -= sum(float(logits[len(prompt) + n - 1, token]) for n, token in enumerate(target))
-        assert float(model.query_loss(prompts, targets)) == pytest.approx(expected, rel=1e-5)
+            expected.append(-sum(float(logits[len(prompt) + n - 1, token]) for n, token in enumerate(target)))
+        assert model.query_losses(prompts, targets).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_untuned_writer_takes_the_likeliest_token_unless_told_otherwise(tuned: Path, llama: Path):

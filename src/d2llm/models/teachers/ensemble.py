@@ -114,8 +114,7 @@ class EnsembleTeacher(InterruptibleTeacher):
         Raises:
             InputError: the ensemble was not fitted for ``task``.
         """
-        ensemble = self._ensemble(task)
-        counting = [member_index for member_index, weight in enumerate(ensemble.weights) if weight > 0]
+        counting = self._counting(task)
         step = shared_steps(advance, len(counting))
         is_scored = np.ones(len(pairs), np.bool_)
         scores = np.zeros((len(pairs), len(counting)), np.float32)
@@ -142,9 +141,8 @@ class EnsembleTeacher(InterruptibleTeacher):
                 first_error = first_error or partly.error
                 is_scored[positions] = partly.is_scored
                 is_scored = whole_queries(pairs, is_scored) if self.ranks_lists else is_scored
-        log_odds = ensemble.only(counting).log_odds(scores).astype(np.float32)
         joined = TeacherScores(
-            log_odds,
+            self._joined(pairs, scores, task).astype(np.float32),
             features,
             # Members mostly truncate the same pairs.
             max(one.num_truncated for one in by_member),
@@ -155,6 +153,15 @@ class EnsembleTeacher(InterruptibleTeacher):
             cost=sum(one.cost for one in by_member),
         )
         return PartialScores(joined, is_scored, first_error)
+
+    def _counting(self, task: Task) -> list[int]:
+        """The members that score, by their places."""
+        return [index for index, weight in enumerate(self._ensemble(task).weights) if weight > 0]
+
+    def _joined(self, pairs: Sequence[TextPair], scores: NDArray[np.float32], task: Task) -> NDArray[np.floating[Any]]:
+        """The log-odds [n] of pairs from the scores [n, members] of those that score."""
+        del pairs
+        return self._ensemble(task).only(self._counting(task)).log_odds(scores)
 
     def _ensemble(self, task: Task) -> Ensemble:
         if task not in self.ensembles:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import Task
 from d2llm.models.downloads import find_saved
-from d2llm.recipe import GradedTeacherConfig, RecordedConfig, TeacherConfig, TeacherIdentity
+from d2llm.recipe import FusedTeacherConfig, GradedTeacherConfig, RecordedConfig, TeacherConfig, TeacherIdentity
 
 RANKING_TEACHER = (
     "this teacher ranks the passages of a list, so its log-odds cannot be compared with the student's scores: it can "
@@ -192,9 +192,17 @@ def asks_endpoint(config: TeacherConfig) -> bool:
 def recorded_teacher(config: TeacherConfig, lists: Path, data: Path | None = None) -> TeacherConfig:
     """The graded teacher ``config`` that repeats the grades in ``lists``, whose ids are those of ``data``.
 
+    Of a fused one, it is the graded ones.
+
     Raises:
-        InputError: it is not of kind ``graded``.
+        InputError: it is not of kind ``graded``, and fuses none.
     """
+    if isinstance(config, FusedTeacherConfig) and any(isinstance(one, GradedTeacherConfig) for one in config.teachers):
+        teachers = tuple(
+            recorded_teacher(one, lists, data) if isinstance(one, GradedTeacherConfig) else one
+            for one in config.teachers
+        )
+        return config.model_copy(update={"teachers": teachers})
     if not isinstance(config, GradedTeacherConfig):
         raise InputError(
             f"{lists}: recorded grades are those of a graded teacher, and '{config.model}' is of kind {config.kind}; "
@@ -207,12 +215,12 @@ def recorded_teacher(config: TeacherConfig, lists: Path, data: Path | None = Non
 
 
 def ranks_lists(teacher: PairTeacher | TeacherConfig) -> bool:
-    """Whether log-odds compare only the passages of one query that were scored in one call: kind ``listwise``.
+    """Whether log-odds compare only the passages of one query: kinds ``listwise``, ``likelihood`` and ``fused``.
 
     It is also true of an ensemble with such a member.
     """
     if isinstance(teacher, TeacherConfig):
-        return any(member.ranks_lists for member in teacher.members)
+        return teacher.ranks_lists or any(member.ranks_lists for member in teacher.members)
     return bool(getattr(teacher, "ranks_lists", False))
 
 

@@ -246,8 +246,8 @@ class LocalWriter:
         """Token ids of ``tuned_target``, with the token that ends a text."""
         return [[*ids, self._end_ids[0]] for ids in self._ids([tuned_target(query) for query in queries])]
 
-    def query_loss(self, prompts: Sequence[list[int]], targets: Sequence[list[int]]) -> Float[Tensor, ""]:
-        """Sum of the next-token cross-entropy, in nats, of the targets' tokens after their prompts; float32."""
+    def query_losses(self, prompts: Sequence[list[int]], targets: Sequence[list[int]]) -> Float[Tensor, " targets"]:
+        """Sums of the next-token cross-entropy, in nats, of each target's tokens after its prompt; float32."""
         rows = [[*prompt, *target] for prompt, target in zip(prompts, targets, strict=True)]
         token_ids, mask = pad_left(rows, self._padding, self.device)
         longest = max(map(len, targets))
@@ -264,7 +264,7 @@ class LocalWriter:
         for row, target in enumerate(targets):
             labels[row, : longest - len(target)] = -100  # not a part of the target
         logits = output.logits[:, -longest - 1 : -1].float()
-        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+        return nn.functional.cross_entropy(logits.mT, labels, ignore_index=-100, reduction="none").sum(dim=1)
 
     def prepare_training(self, lora: LoraConfig, *, seed: int = 0) -> None:
         """Attach trainable adapters, while everything else stays frozen."""
