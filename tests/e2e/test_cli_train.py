@@ -205,6 +205,8 @@ class TestRounds:
         for option in (("--again", "distill"), ("--runner", "ray")):
             fail("run", *arguments, "--rounds", 1, *option, containing=["--rounds cannot be combined with"])
         assert d2llm("run", *arguments, "--rounds", 0).exit_code == 2
+        fail("run", *arguments, "--continue-teachers", containing=["give --rounds, too"])
+        fail("run", *arguments, "--rounds", 1, "--beside", arguments[0], containing=["two recipes are called"])
 
 
 class TestWithoutATeacher:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -57,7 +56,6 @@ def ablate(
     """
     from d2llm.recipe.recipe_file import load_recipe
     from d2llm.reports.ablation import ablation_document, ablation_table, listed, variants_table
-    from d2llm.training.ablation.halving import halve
 
     session = session_of(context)
     if list_variants:
@@ -69,11 +67,14 @@ def ablate(
         raise InputError("RECIPE is missing: give a TOML file or the name of a recipe; --list needs none")
     names = None if variants is None else [name.strip() for name in variants.split(",")]
     run = options.open(recipe, files=[markdown_path, html_path])
-    measure = partial(run.ablate, num_seeds=seeds, max_queries=max_queries, budget_minutes=budget_minutes)
-    if halving:
-        report = halve(lambda names, epochs: measure(names, epochs=epochs), names, epochs or 1)
-    else:
-        report = measure(names, epochs=epochs)
+    report = run.ablate(
+        names,
+        num_seeds=seeds,
+        max_queries=max_queries,
+        epochs=epochs,
+        halving=halving,
+        budget_minutes=budget_minutes,
+    )
     session.show(ablation_table(report))
     session.write_report(context, options.json_path, report)
     session.write_document(ablation_document(report), markdown_path, html_path)

@@ -44,6 +44,18 @@ def run(
             help="Instead, student and teacher teach each other this many times, without the data sets' judgements.",
         ),
     ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="With --rounds: a recipe whose student and teacher take part; all learn the mean of what they say. "
+            "Repeat for more.",
+        ),
+    ] = None,
+    continue_teachers: Annotated[
+        bool,
+        typer.Option("--continue-teachers", help="With --rounds: tune the teachers of the round before, not new ones."),
+    ] = False,
 ) -> None:
     """Train a student from a recipe: all steps up to distill.
 
@@ -62,10 +74,12 @@ def run(
             raise InputError("--rounds cannot be combined with --again or --runner; move old rounds aside yourself")
         from d2llm.reports.training_tables import rounds_table
 
-        report = opened.alternate(rounds)
+        report = opened.alternate(rounds, beside=beside or (), continue_teachers=continue_teachers)
         session.show(rounds_table(report))
         session.write_report(context, options.json_path, report)
         return
+    if beside or continue_teachers:
+        raise InputError("--beside and --continue-teachers are for rounds: give --rounds, too")
     from d2llm.reports.training_tables import gate_table, run_table
     from d2llm.training.gate import GateReport
     from d2llm.training.sentences import gate_advice

@@ -41,9 +41,9 @@ class TeacherTuningConfig(Section):
     of what is free when the run starts. What does not fit is computed twice, with the same result."""
     num_negatives: int = Field(default=4, ge=1)
     """Negatives per positive, drawn from the plan's hard and easy negatives."""
-    student: StudentName | None = None
-    """A student, a folder or a name, whose scores of the pairs the teacher learns instead of the data sets' judgements
-    (Trans-Encoder)."""
+    students: tuple[StudentName, ...] = ()
+    """Students, folders or names, the mean of whose scores of the pairs the teacher learns instead of the data sets'
+    judgements (Trans-Encoder)."""
     labels: InputPath | None = None
     """A folder of labels that another teacher made, as ``labels`` of a run folder: its P(yes) are the targets of the
     pairs that it has scored, so that what a large language model said about some lists becomes a teacher that scores
@@ -70,9 +70,9 @@ class TeacherTuningConfig(Section):
 
     @model_validator(mode="after")
     def _check_targets(self) -> TeacherTuningConfig:
-        given = [name for name in ("student", "labels") if getattr(self, name) is not None]
+        given = [name for name in ("students", "labels") if getattr(self, name)]
         if len(given) > 1:
-            raise ValueError("a teacher learns from student or from labels: leave one of them out")
+            raise ValueError("a teacher learns from students or from labels: leave one of them out")
         for name in given:
             if self.epochs == 0:
                 raise ValueError(

@@ -29,7 +29,8 @@ from d2llm.data.run_folder import (
     working_folder,
 )
 from d2llm.models.downloads import find_saved
-from d2llm.recipe import CosineTeacherConfig, TeacherConfig
+from d2llm.recipe import CosineTeacherConfig, Recipe, TeacherConfig
+from d2llm.recipe.recipe_file import load_recipe
 from d2llm.recipe.variants import find_variant
 from d2llm.training.open_run import OpenRun, Skipped
 
@@ -420,16 +421,29 @@ class Run(OpenRun):
         return report
 
     @_shows_progress
-    def alternate(self, rounds: int = 3) -> list[Round]:
+    def alternate(
+        self, rounds: int = 3, *, beside: Sequence[Recipe | str] | Recipe | str = (), continue_teachers: bool = False
+    ) -> list[Round]:
         """Let student and teacher teach each other on the plans' pairs, without judgements (``training.alternate``).
 
-        The students are in ``round-<number>/student`` of the run's folder. Finished rounds are kept.
+        The students are in ``round-<number>/student`` of the run's folder, and with recipes ``beside``, whose students
+        and teachers take part, in ``round-<number>/<name>/student``. Finished rounds are kept. ``continue_teachers``:
+        tune the teachers of the round before, instead of the recipes'.
         """
+        recipes = objects_of(beside, "beside", (Recipe, str))
+        others = [recipe if isinstance(recipe, Recipe) else load_recipe(recipe) for recipe in recipes]
         from d2llm.training.alternate import alternate
 
         self.mine(before_tuning=True)
         sources = self.folder.sources(self.recipe, as_mined=True)
-        return alternate(sources, self.folder.path, recipe=self.recipe, rounds=rounds, **self._computing)
+        return alternate(
+            sources,
+            self.folder.path,
+            recipes=[self.recipe, *others],
+            rounds=rounds,
+            continue_teachers=continue_teachers,
+            **self._computing,
+        )
 
     @_shows_progress
     def evaluate(
@@ -488,6 +502,7 @@ class Run(OpenRun):
         num_seeds: int = 3,
         max_queries: int | None = None,
         epochs: int | None = None,
+        halving: bool = False,
         budget_minutes: float | None = None,
     ) -> AblationReport:
         """Train the recipe and its variants on the plans and labels, and compare them (``training.ablation.ablate``).
@@ -497,25 +512,29 @@ class Run(OpenRun):
             num_seeds: number of seeds, counting up from the recipe's.
             max_queries: train on a random sample of this many queries of each plan.
             epochs: number of epochs, instead of the recipe's.
+            halving: train the better half again with twice the epochs, until one is left; begin with one epoch by
+                default. The report is the last one.
             budget_minutes: start no training after this many minutes; a later call continues. 0 only reports.
         """
         variants = None if variants is None else strings_of(variants, "variants")
         for name in variants or ():
             find_variant(name)  # fails before data and labels are read
         from d2llm.training.ablation.ablate import ablate
+        from d2llm.training.ablation.halving import halve
 
         self.require_plans()
-        return ablate(
+        measure = partial(
+            ablate,
             self.folder.sources(self.recipe),
             self.folder.path / "ablation",
             recipe=self.recipe,
             labels=self.folder.labels,
             teacher=self.teacher,
             closed_gates=self.closed_gates() if self.recipe.losses.imitates else [],
-            variants=variants,
             num_seeds=num_seeds,
             max_queries=max_queries,
-            epochs=epochs,
-            budget_minutes=budget_minutes,
             **self._computing,
         )
+        if halving:
+            return halve(measure, variants, epochs or 1, budget_minutes)
+        return measure(variants=variants, epochs=epochs, budget_minutes=budget_minutes)

@@ -85,7 +85,7 @@ def tune_teacher(
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last complete step is kept.
-        ModelNotFoundError: there is no student ``teacher_tuning.student``.
+        ModelNotFoundError: there is no such student in ``teacher_tuning.students``.
         DataFormatError: ``teacher_tuning.labels`` has no labels, or is damaged.
         InputError: there are no pairs, or no labels of them; ``folder`` already holds a finished teacher; the
             checkpoint is from another run, this kind of teacher cannot be tuned, or the plans are too small to hold
@@ -204,22 +204,30 @@ def _pairs(
     if tuning.labels is not None:
         labelled, made_by = with_labels([*pairs, *dev_pairs], sources, Path(tuning.labels))
         return labelled[: len(pairs)], labelled[len(pairs) :], {"learns_from": made_by}
-    if tuning.student is None:
+    if not tuning.students:
         return pairs, dev_pairs, {}
-    student = Student.load(tuning.student, device=device, dtype=dtype)
-    scored = with_student_scores([*pairs, *dev_pairs], student)
-    return scored[: len(pairs)], scored[len(pairs) :], {"learns_from": student.fingerprint}
+    students = [Student.load(name, device=device, dtype=dtype) for name in tuning.students]
+    scored = with_student_scores([*pairs, *dev_pairs], students)
+    learns_from = " ".join(student.fingerprint for student in students)
+    return scored[: len(pairs)], scored[len(pairs) :], {"learns_from": learns_from}
 
 
-def with_student_scores(pairs: Sequence[TrainingPair], student: Student) -> list[TrainingPair]:
-    """The same pairs, whose targets are a student's scores as probabilities: sigmoid(z - m).
+def with_student_scores(pairs: Sequence[TrainingPair], students: Sequence[Student]) -> list[TrainingPair]:
+    """The same pairs, whose targets are the mean of students' scores as probabilities: sigmoid(mean of z - m).
 
-    m is the mean score of the task's pairs, so that yes and no are about equally frequent; the differences of scores,
-    and so their order, become those of the teacher's log-odds.
+    m is a student's mean score of the task's pairs, so that yes and no are about equally frequent; the differences of
+    scores, and so their order, become those of the teacher's log-odds.
 
-    Source: Liu et al., "Trans-Encoder", ICLR 2022 (arXiv 2109.13059), which takes cosines as targets of the same
-    cross-entropy.
+    Source: Liu et al., "Trans-Encoder", ICLR 2022 (arXiv 2109.13059), which takes cosines, or the mean of two models'
+    (mutual distillation), as targets of the same cross-entropy.
     """
+    scores = np.mean([_centred_scores(pairs, student) for student in students], axis=0)
+    probabilities = torch.sigmoid(torch.from_numpy(scores)).tolist()
+    return [replace(pair, target=target) for pair, target in zip(pairs, probabilities, strict=True)]
+
+
+def _centred_scores(pairs: Sequence[TrainingPair], student: Student) -> NDArray[np.float64]:
+    """A student's score of each pair less the mean of its task's pairs."""
     scores = np.empty(len(pairs), np.float64)
     for task in TASKS:
         indices = [index for index, pair in enumerate(pairs) if pair.task == task]
@@ -236,8 +244,7 @@ def with_student_scores(pairs: Sequence[TrainingPair], student: Student) -> list
             listed = passages[[rows[pairs[index].passage] for index in query_positions]]
             scores[query_positions] = student.score(query, listed, task)
         scores[indices] -= scores[indices].mean()
-    probabilities = torch.sigmoid(torch.from_numpy(scores)).tolist()
-    return [replace(pair, target=target) for pair, target in zip(pairs, probabilities, strict=True)]
+    return scores
 
 
 def with_labels(

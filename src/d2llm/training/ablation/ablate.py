@@ -29,6 +29,7 @@ from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.models.teachers.pair_teacher import identify_teacher
 from d2llm.recipe import Recipe, TeacherConfig
 from d2llm.recipe.variants import VARIANTS, find_variant
+from d2llm.training.ablation.halving import Progress
 from d2llm.training.ablation.report import (
     BASE,
     AblationReport,
@@ -168,6 +169,7 @@ def ablate(
     dev_queries: int = DEV_QUERIES,
     device: str | None = None,
     dtype: str | None = None,
+    progress: Progress | None = None,
 ) -> AblationReport:
     """Train a recipe and its variants over the same seeds, and measure all of them on the same dev queries.
 
@@ -201,6 +203,7 @@ def ablate(
             fewer.
         device: where to compute; by default the best device available.
         dtype: number format; by default the fastest on that device.
+        progress: counts the runs, with those of other calls (``halve``).
 
     Raises:
         RecipeError: a variant is unknown (the message suggests the nearest).
@@ -224,17 +227,16 @@ def ablate(
     ]
     settings = _settings(recipes, sources, labelled, teacher, closed_gates, device, dtype)
     root = folder / fingerprint_json(settings)
-    measured_on = fingerprint_sets(dev_sets)
-    shared = RunSettings(sources, dev_sets, measured_on, root, labels, teacher, closed_gates, device, dtype)
+    content = fingerprint_sets(dev_sets)
+    shared = RunSettings(sources, dev_sets, content, root, labels, teacher, closed_gates, device, dtype)
     seeds = range(recipe.seed, recipe.seed + num_seeds)
     runs = [(name, seed) for seed in seeds for name in recipes]
     results = {run: result for run in runs if (result := read_result(shared, *run)) is not None}
-    waiting = [run for run in runs if run not in results]
-    if waiting:
+    if waiting := [run for run in runs if run not in results]:
         write_json(root / "settings.json", settings)
     deadline = math.inf if budget_minutes is None else started + 60 * budget_minutes
-    new, missing, failed = _train_waiting(shared, recipes, waiting, deadline)
-    results |= new
+    (progress := progress or Progress()).begin_round(len(recipes) - 1, num_seeds, len(results))
+    missing, failed = _train_waiting(shared, recipes, waiting, deadline, progress, results)
     base, rows = summarise([name for name in recipes if name != BASE], [results[run] for run in runs if run in results])
     sets = tuple(_measured_set(dev, source) for dev, source in zip(dev_sets, sources, strict=True))
     return AblationReport(
@@ -410,21 +412,20 @@ def _train_waiting(
     recipes: Mapping[str, Recipe],
     waiting: Sequence[tuple[str, int]],
     deadline: float,
-) -> tuple[dict[tuple[str, int], RunResult], list[tuple[str, int]], list[FailedRun]]:
-    """Train and measure the waiting runs (variant, seed); returns the results, those left for later, and failures."""
-    results: dict[tuple[str, int], RunResult] = {}
+    progress: Progress,
+    results: dict[tuple[str, int], RunResult],
+) -> tuple[list[tuple[str, int]], list[FailedRun]]:
+    """Add the results of the waiting runs (variant, seed); returns those left for later, and failures."""
     missing: list[tuple[str, int]] = []
     failed: list[FailedRun] = []
-    seconds: list[float] = []
-    for position, (name, seed) in enumerate(waiting):
+    for name, seed in waiting:
         begun = time.monotonic()
         is_trained = is_finished(shared.student(name, seed))  # an earlier call was killed before measuring
         if not is_trained and begun >= deadline:
             missing.append((name, seed))
             continue
-        minutes_left = fmean(seconds) * (len(waiting) - position) / 60 if seconds else None
-        left = "" if minutes_left is None else f", about {max(1.0, minutes_left):,.0f} min left"
-        _remarks.info("ablate: run %d of %d: %s, seed %d%s", position + 1, len(waiting), name, seed, left)
+        epochs = f", epochs {recipes[name].training.epochs}" if progress.halving else ""
+        _remarks.info("ablate: %s", progress.begin_run(f"{name}, seed {seed}{epochs}"))
         try:
             results[name, seed] = train_and_measure(shared, recipes[name], name, seed)
         except D2LLMError as error:
@@ -432,8 +433,8 @@ def _train_waiting(
                 raise
             failed.append(FailedRun(name, seed, str(error)))
             _log.warning("%s, seed %d could not be trained: %s", name, seed, error)
-        seconds.append(time.monotonic() - begun)
-    return results, missing, failed
+        progress.end_run(time.monotonic() - begun)
+    return missing, failed
 
 
 def _notes(base: Recipe, sources: Sequence[TrainingSource], num_seeds: int) -> Iterator[str]:
