@@ -71,7 +71,7 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = {
     "CoRT's negatives": ("`training.complement_words`", "yes"),
     "Trans-Encoder": (
         "`d2llm run RECIPE --rounds N --beside RECIPE`",
-        "yes, with one model; mutual distillation of two, and `--continue-teachers`, are tested on tiny models only",
+        "yes: one round: minilm alone or beside e5 stsb .865 to .865, .864, sick .775 to .778 both; e5 kept its start",
     ),
     "PGKD's hard negatives": (
         "`labelling.mistaken_student`",
