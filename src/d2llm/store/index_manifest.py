@@ -150,7 +150,8 @@ def read_chunking(folder: Path) -> Chunking | None:
 
 def write_chunking(folder: Path, chunking: Chunking | None) -> None:
     """Store the chunking; None lets the next writer choose it. Requires the write lock."""
-    change_manifest(folder, **{CHUNKING: None if chunking is None else asdict(chunking)})
+    entry: Any = None if chunking is None else asdict(chunking)
+    change_manifest(folder, **{CHUNKING: entry})
 
 
 def repeats_text(folder: Path) -> bool:
