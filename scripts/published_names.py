@@ -131,7 +131,7 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = {
     ),
     "LEALLA": (
         "`vectors` with a `teacher` on both sides of translations, then `score_regression` by a `cosine` teacher",
-        "`vectors` on 500 translations: six layers of e5 find 92 of 100, before it 70; the second step not",
+        "500 translations, six layers of e5: 70 of 100 found, after the first step 92, then 96 (all layers: 98)",
     ),
     "RECOMP's extraction": (
         "`answering` of a context",
