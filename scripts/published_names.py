@@ -143,7 +143,7 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = {
     ),
     "AutoDistiller": (
         "`d2llm ablate RECIPE --epochs 1 --halving`",
-        "no, of six variants it saves 5 epochs of 28; by successive halving, not by a model of how settings do",
+        "yes: the second of six losses (.5332; best .5346), in as long a time as all six take whole; by successive halving",
     ),
     "Conversational queries": ("`history` of a search", "rewritten by a writer; no student is trained on dialogues"),
 }
