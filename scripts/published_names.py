@@ -143,7 +143,7 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = {
     ),
     "AutoDistiller": (
         "`d2llm ablate RECIPE --epochs 1 --halving`",
-        "yes: the second of six losses (.5332; best .5346), in as long a time as all six take whole; by successive halving",
+        "yes: the second of six losses (.5332; best .5346), as slow as training all six; by successive halving",
     ),
     "Conversational queries": ("`history` of a search", "rewritten by a writer; no student is trained on dialogues"),
 }
