@@ -150,7 +150,7 @@ IMPORTED_AS = {
 # Dependencies of declared packages that come with every version we allow; "opentelemetry" is the namespace of
 # packages that are declared one by one.
 INDIRECT = {"huggingface_hub", "packaging", "tokenizers", "pydantic_core", "typing_extensions", "click", "starlette"}
-INDIRECT |= {"opentelemetry"}
+INDIRECT |= {"opentelemetry", "anyio"}
 
 
 def imported_packages(path: Path, *, only_at_start: bool = False) -> set[str]:

@@ -44,6 +44,7 @@ ALL_WEIGHTS = Objective(
         "feature_imitation": 5.0,
         "subclass_imitation": 1.7,
         "in_batch_cross_entropy": 7.0,
+        "relabelled_cross_entropy": 6.0,
         "dot_cross_entropy": 11.0,
     }
 )
@@ -124,6 +125,7 @@ def by_hand(scores: PairScores) -> dict[str, torch.Tensor]:
             listed,
         ),
         "in_batch_cross_entropy": losses.in_batch_cross_entropy(logits, positive, positive | hard | easy),
+        "relabelled_cross_entropy": losses.in_batch_cross_entropy(logits, positive, positive | hard | easy),
         "dot_cross_entropy": losses.in_batch_cross_entropy(scores.dot, positive, positive | hard | easy),
     }
 
@@ -198,6 +200,7 @@ def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBa
         + 5 * parts["feature_imitation"]
         + 1.7 * parts["subclass_imitation"]
         + 7 * parts["in_batch_cross_entropy"]
+        + 6 * parts["relabelled_cross_entropy"]
         + 11 * parts["dot_cross_entropy"],
         rel=1e-5,
     )
@@ -367,7 +370,7 @@ def test_one_head_learns_judgements_and_the_other_imitates(two_heads: PairScores
     labels, teacher = by_hand(two_heads), by_hand(two_heads.teacher)
     assert actual.keys() == labels.keys()
     for name, value in actual.items():
-        of_labels = name in ("in_batch_cross_entropy", "dot_cross_entropy", "word_imitation")
+        of_labels = name in ("word_imitation",) or name.endswith("cross_entropy")
         torch.testing.assert_close(value, (labels if of_labels else teacher)[name], msg=name)
         if name not in ("feature_imitation", "subclass_imitation"):  # of the features that both heads share
             assert abs(labels[name].item() - teacher[name].item()) > 1e-6, name
