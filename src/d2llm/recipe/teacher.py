@@ -442,7 +442,7 @@ class LikelihoodTeacherConfig(_ShippedTeacher, kind="likelihood"):
 
     paper = "Sachan et al., EMNLP 2022, arXiv 2204.07496 (UPR)"
     costs = "a language model on this machine"
-    measured = "fused with grades alone: below"
+    measured = "only `fused` with grades ([log](log/2026-11.md#2026-11-30-positives-that-a-teacher-chooses-gecko))"
     teacher_class = "likelihood:LikelihoodTeacher"
     ranks_lists = True
     max_passage_tokens: int = Field(default=400, ge=16)
@@ -479,8 +479,8 @@ class FusedTeacherConfig(_ShippedTeacher, kind="fused"):
     paper = "Lee et al. 2024, arXiv 2403.20327 (Gecko); Cormack et al., SIGIR 2009"
     needs = frozenset({"several_teachers"})
     measured = (
-        "likelihood by smollm2 and grades find another passage best than the one written for, 24 of 80 queries on covidqa, "
-        "5 on medquad ([log](log/2026-11.md#2026-11-30-positives-that-a-teacher-chooses-gecko))"
+        "likelihood by smollm2 and grades find another passage best than the one written for: 24 of 80 queries on "
+        "covidqa, 5 on medquad ([log](log/2026-11.md#2026-11-30-positives-that-a-teacher-chooses-gecko))"
     )
     teacher_class = "fused:FusedTeacher"
     ranks_lists = True
