@@ -12,6 +12,7 @@ from d2llm.cli.options import (
     RecipeArgument,
     RunnerOptions,
     RunOptions,
+    input_path,
     output_path,
     student_option,
     teacher_option,
@@ -48,6 +49,7 @@ def run(
         list[str] | None,
         typer.Option(
             metavar="RECIPE",
+            callback=input_path,
             help="With --rounds: a recipe whose student and teacher take part; all learn the mean of what they say. "
             "Repeat for more.",
         ),

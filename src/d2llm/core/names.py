@@ -33,10 +33,11 @@ def counted(count: int, one: str, many: str = "") -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most similar to this one; None if none is similar enough."""
+    """The known name most similar to this one, in whatever case; None if none is similar enough."""
     if len(name) > _LONGEST:
         return None
-    return next(iter(get_close_matches(name, list(known), n=1, cutoff=0.65)), None)
+    names = {one.lower(): one for one in known}
+    return next((names[one] for one in get_close_matches(name.lower(), names, n=1, cutoff=0.65)), None)
 
 
 def suggestion(name: str, known: Iterable[str], listing: str) -> str:
@@ -51,5 +52,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = list(known)
     similar = NAMES_ELSEWHERE.get(name.lower())
     if similar not in names:
-        similar = nearest(name.lower(), names)
+        similar = nearest(name, names)
     return "" if similar is None else f"; did you mean '{similar}'?"
