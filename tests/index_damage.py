@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -290,7 +291,7 @@ def verified(folder: Path, *, repair: bool = False) -> tuple[str, str]:
     except BaseException:  # noqa: BLE001
         return "traceback", traceback.format_exc()
     text = "\n".join(problems)
-    is_lost = "passages are lost: " in text or "later changes are lost" in text
+    is_lost = re.search(r"passages? (is|are) lost: |later changes? (is|are) lost", text) is not None
     return ("lost" if is_lost else "problems" if text else "good"), text
 
 
