@@ -141,10 +141,9 @@ class Interaction(nn.Module):
         self.config = config
         self.dim = dim
         hidden = config.hidden_dim
-        self._block_index = {name: index for index, name in enumerate(_INPUTS[config.features])}
         self.dropout = nn.Dropout(config.dropout)
         if config.tasks:
-            self.first = self._new_layer(len(self._block_index) * dim, hidden)
+            self.first = self._new_layer(len(_INPUTS[config.features]) * dim, hidden)
             self.shared = self._new_layer(hidden, hidden) if config.layers == 5 else None
             self.branches = nn.ModuleDict({name: self._new_branch() for name in self._branch_names(config.tasks)})
             self.output = self._new_layer(config.feature_dim, 1)
@@ -264,8 +263,7 @@ class Interaction(nn.Module):
         return nn.Sequential(*layers, *([self._new_layer(hidden, self.config.feature_dim)] if self.shared else []))
 
     def _new_layer(self, inputs: int, outputs: int) -> nn.Linear:
-        is_generated = self.config.features == "generated"
-        return _GeneratedLinear(self.dim, inputs, outputs) if is_generated else nn.Linear(inputs, outputs)
+        return _GeneratedLinear(self.dim, inputs, outputs) if self.is_generated else nn.Linear(inputs, outputs)
 
     def _branch_names(self, tasks: Sequence[Task]) -> tuple[str, ...]:
         return tuple(tasks) if self.config.branches == "per_task" else (_SHARED,)
@@ -418,7 +416,7 @@ class Interaction(nn.Module):
         if self.shared is not None:
             inner, (weight, feature_bias) = [_weights_for(self.shared, query), branch[0]], branch[1]
             last, constant = last @ weight, last @ feature_bias + constant
-        columns = dict(zip(self._block_index, first.split(self.dim, dim=1), strict=True))
+        columns = self._columns(first)
         columns.setdefault("a", torch.zeros_like(columns["b"]))
         return SplitLayers(
             **{_LAYER_NAMES[name]: weight for name, weight in columns.items()},
@@ -435,22 +433,22 @@ class Interaction(nn.Module):
         with torch.autocast(queries.device.type, enabled=False):
             return self.query_vectors(at_least_float32(queries), task) @ at_least_float32(passages).T
 
-    def _weight_columns(self, name: str) -> Float[Tensor, "hidden dim"]:
-        """Columns of the first layer for the feature a, b, a * b or |a - b|."""
-        block = self._block_index[name]
-        return self.first.weight[:, block * self.dim : (block + 1) * self.dim]
+    def _columns(self, weight: Float[Tensor, "hidden inputs"]) -> dict[str, Float[Tensor, "hidden dim"]]:
+        """The columns of the first layer's weight for each of its inputs."""
+        return dict(zip(_INPUTS[self.config.features], weight.split(self.dim, dim=1), strict=True))
 
     def _first_outputs(
         self, queries: Float[Tensor, "queries 1 dim"], passages: Float[Tensor, "_ passages dim"]
     ) -> Float[Tensor, "queries passages hidden"]:
         if isinstance(self.first, _GeneratedLinear):
             return _apply(self.first, passages, queries)
-        hidden = nn.functional.linear(queries, self._weight_columns("a"), self.first.bias)
-        hidden = hidden + nn.functional.linear(passages, self._weight_columns("b"))
-        if "a * b" in self._block_index:
-            hidden = hidden + (queries * passages) @ self._weight_columns("a * b").T
-        if "|a - b|" in self._block_index:
-            hidden = hidden + (queries - passages).abs() @ self._weight_columns("|a - b|").T
+        columns = self._columns(self.first.weight)
+        hidden = nn.functional.linear(queries, columns["a"], self.first.bias)
+        hidden = hidden + nn.functional.linear(passages, columns["b"])
+        if "a * b" in columns:
+            hidden = hidden + (queries * passages) @ columns["a * b"].T
+        if "|a - b|" in columns:
+            hidden = hidden + (queries - passages).abs() @ columns["|a - b|"].T
         return hidden
 
     def _after_first(
