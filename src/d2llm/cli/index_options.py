@@ -12,7 +12,6 @@ import typer
 
 from d2llm.cli.options import input_path, option_name
 from d2llm.core.errors import InputError
-from d2llm.core.names import counted
 from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, DEFAULT_SECONDS_PER_FILE
 from d2llm.retrieval.settings import ChunkingSettings
 from d2llm.store.index_spec import IndexSpec
@@ -123,11 +122,10 @@ def warn_of_skipped(session: Session, skipped: Sequence[SkippedFile]) -> None:
 
     One is named for each reason, the rarest reasons first.
     """
-    files = [file for file in skipped if not file.part]
-    file_parts = [file for file in skipped if file.part]
-    for some, noun, problem in ((files, "file", "could not be read"), (file_parts, "part", "of files left out")):
-        if some:
-            session.complain("warning", f"{counted(len(some), noun)} {problem}: {_examples(some)}")
+    from d2llm.data.documents import skipped_by_kind
+
+    for what, files in skipped_by_kind(skipped):
+        session.complain("warning", f"{what}: {_examples(files)}")
 
 
 def _examples(skipped: Sequence[SkippedFile]) -> str:

@@ -90,6 +90,17 @@ class SkippedFile:
         return f"{self.path}, {self.part}: {self.reason}" if self.part else f"{self.path}: {self.reason}"
 
 
+def skipped_by_kind(skipped: Iterable[SkippedFile]) -> Iterator[tuple[str, list[SkippedFile]]]:
+    """In words how many files could not be read, and how many parts of files were left out, with these."""
+    files: list[SkippedFile] = []
+    file_parts: list[SkippedFile] = []
+    for file in skipped:
+        (file_parts if file.part else files).append(file)
+    for some, noun, problem in ((files, "file", "could not be read"), (file_parts, "part", "of files left out")):
+        if some:
+            yield f"{counted(len(some), noun)} {problem}", some
+
+
 @dataclass(frozen=True, slots=True)
 class FileDocuments:
     """The documents of a file: one, or one for each row of a table, which may be a corpus."""
@@ -295,8 +306,8 @@ def _row_documents(file: DocumentFile, contents: FileContents, facts: Mapping[st
     for row_number, row in enumerate(contents.rows, start=1):
         values = row.metadata if has_types else {name: UntypedText(value) for name, value in row.metadata.items()}
         columns = {(f"own_{name}" if name.lower() in _FACTS else name): value for name, value in values.items()}
-        counted = {"row": row_number, "num_rows": len(contents.rows)} if facts or not contents.is_corpus else {}
-        metadata = {**columns, **facts, **counted}
+        row_facts = {"row": row_number, "num_rows": len(contents.rows)} if facts or not contents.is_corpus else {}
+        metadata = {**columns, **facts, **row_facts}
         if contents.is_corpus and (row.document_id or row.position):
             yield replace(row, metadata=metadata)
             continue

@@ -17,7 +17,7 @@ from d2llm.core.names import counted
 from d2llm.core.shipped import DEFAULT_STUDENT, MULTILINGUAL_STUDENT
 from d2llm.core.types import Passage, Task
 from d2llm.data.check_texts import guess_languages
-from d2llm.data.documents import SkippedFile
+from d2llm.data.documents import SkippedFile, skipped_by_kind
 from d2llm.data.indexed_corpus import Corpus, is_corpus_file, open_corpus
 from d2llm.data.run_folder import is_finished
 from d2llm.fitting.fit_folder import FitFolder
@@ -241,12 +241,8 @@ class ServedIndex:
         return [*self.settings.exclude, *(f"/{path.as_posix()}/" for path in inside)]
 
     def _note_skipped(self, skipped: Sequence[SkippedFile]) -> None:
-        files = [file for file in skipped if not file.part]
-        file_parts = [file for file in skipped if file.part]
-        if files:
-            self._note(f"{counted(len(files), 'file')} could not be read, such as {files[0]}")
-        if file_parts:
-            self._note(f"{counted(len(file_parts), 'part')} of files left out, such as {file_parts[0]}")
+        for what, files in skipped_by_kind(skipped):
+            self._note(f"{what}, such as {files[0]}")
 
 
 def student_for(texts: Sequence[str]) -> str:
