@@ -252,6 +252,6 @@ def test_the_inspector_of_the_protocol_finds_no_fault(index: Path):
 
 
 def test_tools_are_listed_without_the_libraries_of_models():
-    code = "import sys, d2llm.cli.mcp, d2llm.server.agent_streams; assert not {'torch', 'faiss'} & set(sys.modules)"
+    code = "import sys, d2llm.cli.serve, d2llm.server.agent_streams; assert not {'torch', 'faiss'} & set(sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -1,4 +1,4 @@
-"""The verb ``encode``: builds a new index from a whole corpus."""
+"""The verbs that write a whole index: ``encode``, ``shard`` and ``index INDEX reencode``."""
 
 from __future__ import annotations
 
@@ -7,13 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from d2llm.cli.index_options import (
-    CorpusArgument,
-    FileOptions,
-    chunking_of,
-    warn_of_links,
-    warn_of_skipped,
-)
+from d2llm.cli.index import folder_of, index_app
+from d2llm.cli.index_options import CorpusArgument, FileOptions, chunking_of, warn_of_skipped
 from d2llm.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -21,9 +16,11 @@ from d2llm.cli.options import (
     JsonOption,
     RunnerOptions,
     StudentOption,
+    student_option,
 )
 from d2llm.cli.session import session_of
 from d2llm.cli.verbs import verb
+from d2llm.core.names import counted
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.retrieval.settings import ChunkingSettings
 from d2llm.store.index_spec import IndexSpec
@@ -92,6 +89,63 @@ def encode(
         **loading,
     )
     session.say(encode_remark(report))
-    warn_of_skipped(session, report.skipped)
-    warn_of_links(session, texts.links)
+    warn_of_skipped(session, report.skipped, texts.links)
     session.write_report(context, json_path, report)
+
+
+@verb("Search")
+def shard(
+    context: typer.Context,
+    index: Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder; it is not changed.")],
+    shards: Annotated[int, typer.Option(metavar="N", min=1, help="Number of shards.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the sharded index goes.")],
+    remote: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Put the shards into object storage, such as s3://bucket/docs; FOLDER then only says where they are.",
+            show_default="in FOLDER",
+        ),
+    ] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Copy an index into shards, which are searched as one.
+
+    Nothing is encoded, and searches give the same results. A sharded index of a corpus is also made by encode --shards.
+    If interrupted, run the same command again to continue.
+    """
+    from d2llm.retrieval.shard import shard
+
+    session = session_of(context)
+    report = shard(index, out, shards, remote=remote)
+    resumed = f" ({report.num_resumed:,} of them by an earlier call)" if report.num_resumed else ""
+    session.say(
+        f"shard: {counted(report.num_passages, 'passage')} copied{resumed} into {counted(report.num_shards, 'shard')} "
+        f"of {report.fewest:,} to {report.most:,}; {report.num_bytes:,} bytes, {report.seconds:,.1f} s, in {out}"
+        + ("" if remote is None else f" and {remote}")
+    )
+    session.write_report(context, json_path, report)
+
+
+@index_app.command("reencode")
+def reencode(
+    context: typer.Context,
+    student: Annotated[str, student_option(help="The new student.")],
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    engine: EngineOption = "auto",
+    json_path: JsonOption = None,
+) -> None:
+    """Give the index another student, while the old one is still searched and served.
+
+    All passages are encoded into a folder beside the index, which takes its place when it is complete. If interrupted,
+    the same command continues where it stopped.
+    """
+    from d2llm.retrieval.reencode import reencode as encode_again
+
+    report = encode_again(folder_of(context), student, device=device, dtype=dtype, engine=engine)
+    session_of(context).say(
+        f"reencode: {counted(report.num_passages, 'passage')}, {report.num_encoded:,} encoded now by {student}; "
+        f"{report.num_caught_up:,} had changed meanwhile"
+    )
+    session_of(context).write_report(context, json_path, report)

@@ -17,7 +17,6 @@ from d2llm.cli.index_options import (
     FileOptions,
     check_fits,
     chunking_of,
-    warn_of_links,
     warn_of_skipped,
 )
 from d2llm.cli.options import (
@@ -234,8 +233,7 @@ def sync(
         f"index: {counted(report.num_files, 'file')}, {report.num_unchanged:,} of them unchanged and not read; "
         f"{len(report.gone):,} are gone; {report.num_other:,} files of other kinds"
     )
-    warn_of_skipped(session_of(context), report.skipped)
-    warn_of_links(session_of(context), report.links)
+    warn_of_skipped(session_of(context), report.skipped, report.links)
     session_of(context).write_report(context, writing.json_path, report)
 
 
@@ -524,8 +522,7 @@ def _write_corpus(
         )
         _require_passages(index, texts.skipped)
     _say_what_was_written(context, index, report)
-    warn_of_skipped(session_of(context), texts.skipped)
-    warn_of_links(session_of(context), texts.links)
+    warn_of_skipped(session_of(context), texts.skipped, texts.links)
     result = {**asdict(report), "skipped": list(texts.skipped), "links": list(texts.links)}
     session_of(context).write_report(context, writing.json_path, result)
 

@@ -117,8 +117,8 @@ def chunking_of(settings: ChunkingSettings, student: Student, folder: Path | Non
     return Chunker(student, changed_chunking(folder, student, **changes)).chunking if changes else None
 
 
-def warn_of_skipped(session: Session, skipped: Sequence[SkippedFile]) -> None:
-    """Warn of files that could not be read, and of parts of files that were left out.
+def warn_of_skipped(session: Session, skipped: Sequence[SkippedFile], links: Sequence[str] = ()) -> None:
+    """Warn of files that could not be read, of parts of files that were left out, and of links not followed.
 
     One is named for each reason, the rarest reasons first.
     """
@@ -126,6 +126,9 @@ def warn_of_skipped(session: Session, skipped: Sequence[SkippedFile]) -> None:
 
     for what, files in skipped_by_kind(skipped):
         session.complain("warning", f"{what}: {_examples(files)}")
+    if links:
+        named = ", ".join(links[:_NAMED]) + (", ..." if len(links) > _NAMED else "")
+        session.complain("warning", f"{len(links):,} symbolic links were not followed: {named}")
 
 
 def _examples(skipped: Sequence[SkippedFile]) -> str:
@@ -138,13 +141,6 @@ def _examples(skipped: Sequence[SkippedFile]) -> str:
     num_left = sum(counts[reason] for reason in reasons[_NAMED:])
     rest = f"; and {num_left:,} more, which --json lists" if num_left else ""
     return f"{'; '.join(named)}{rest}"
-
-
-def warn_of_links(session: Session, links: Sequence[str]) -> None:
-    """Say which symbolic links were not followed."""
-    if links:
-        named = ", ".join(links[:_NAMED]) + (", ..." if len(links) > _NAMED else "")
-        session.complain("warning", f"{len(links):,} symbolic links were not followed: {named}")
 
 
 def _and_others(count: int) -> str:

@@ -16,28 +16,6 @@ from d2llm.cli.word_order import Verbs
 
 HEADINGS = ("Distil", "Search", "Serve", "Measure", "Tools")
 """Headings of the help, in their order."""
-_ORDER = (
-    *("fit", "init", "run", "mine", "tune-teacher", "gate", "label", "distill", "ensemble", "distill-static"),
-    *("fit-tokens", "fit-scores", "tune-reader", "soup", "prune-vocabulary", "prune-neurons", "push", "methods"),
-    *("labels", "recipe"),
-    *(
-        "encode",
-        "search",
-        "duplicates",
-        "cluster",
-        "classify",
-        "shard",
-        "index",
-        "evaluate",
-        "leaderboard",
-        "mteb",
-        "probe",
-        "ablate",
-        "data",
-    ),
-    *("export", "demo", "judge", "size", "doctor"),
-)
-"""The verbs in the order in which a user comes to them; others follow under their headings."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +66,8 @@ def verb_group(
 
 
 def all_verbs() -> list[Verb]:
-    """The verbs of all modules of this folder, in the order of the help."""
+    """The verbs of all modules of this folder, by heading; under each in the order of the files and of their code."""
     for module in pkgutil.iter_modules(d2llm.cli.__path__):
         if module.name != "main":
             import_module(f"{d2llm.cli.__name__}.{module.name}")
-    positions = {name: index for index, name in enumerate(_ORDER)}
-    return sorted(
-        _verbs.values(),
-        key=lambda verb: (HEADINGS.index(verb.heading), positions.get(verb.name, len(positions)), verb.name),
-    )
+    return sorted(_verbs.values(), key=lambda verb: HEADINGS.index(verb.heading))
