@@ -11,11 +11,18 @@ import pytest
 
 from d2llm.core.errors import DataFormatError, DuplicateIdError, InputError
 from d2llm.data.beir import beir_source
-from d2llm.data.check import near_queries, read_through
-from d2llm.data.check_report import Leak, SharedPositives, SplitCounts
-from d2llm.data.check_texts import Sample, guess_languages, hash64, measure_lengths
+from d2llm.data.check import (
+    Leak,
+    Sample,
+    SharedPositives,
+    SplitCounts,
+    guess_languages,
+    measure_lengths,
+    near_queries,
+    read_through,
+)
 from d2llm.data.open_data import open_source
-from d2llm.data.same_text import comparable
+from d2llm.data.same_text import comparable, hash64
 from d2llm.training.check_data import check_data
 from e2e.command_line import write_lines
 from tiny_models import write_tiny_model

@@ -38,7 +38,7 @@ from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.evaluation.settings import EvaluationSettings
 
 if TYPE_CHECKING:
-    from d2llm.data.check_report import DataReport
+    from d2llm.data.check import DataReport
     from d2llm.evaluation.contenders import Contenders
     from d2llm.evaluation.report import EvaluationReport
 

@@ -5,25 +5,190 @@ Queries that occur in two splits have the same letters and digits, or are near d
 
 from __future__ import annotations
 
+import random
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from d2llm.core.extras import require
 from d2llm.core.names import counted
 from d2llm.data.beir import RetrievalSource, unknown_id_issues
-from d2llm.data.check_report import DataReport, Leak, LeakKind, Repeats, SharedPositives, SplitCounts
-from d2llm.data.check_texts import Sample, hash64
 from d2llm.data.lines import first_few, refuse_duplicate
 from d2llm.data.pairs import LabelledPair, PairSource, in_order, kind_of, unseen_classes
-from d2llm.data.same_text import comparable, comparable_shingles, jaccard
+from d2llm.data.same_text import comparable, comparable_shingles, hash64, jaccard
+
+LeakKind = Literal["same query", "near query", "same pair"]
+"""``same``: equal letters and digits. ``near``: near duplicates found by MinHash. ``same pair``: in either order."""
+
+
+@dataclass(frozen=True, slots=True)
+class SplitCounts:
+    """One split. ``num_items`` counts judgements or pairs, ``values`` by grade or class (empty for scores).
+
+    ``score_range`` is (minimum, mean, maximum) for a set of scores.
+    """
+
+    name: str
+    num_queries: int
+    num_passages: int
+    num_items: int
+    values: Mapping[str, int]
+    score_range: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Repeats:
+    """Texts that occur more than once: ``count`` excludes the first of each; ``examples`` are ids."""
+
+    label: str
+    count: int
+    examples: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """``count`` queries or pairs of split ``second`` are in ``first`` too; ``examples`` are (second, first) ids."""
+
+    kind: LeakKind
+    first: str
+    second: str
+    count: int
+    examples: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPositives:
+    """``count`` of the ``total`` relevant passage texts of split ``second`` are relevant in ``first`` too."""
+
+    first: str
+    second: str
+    count: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Lengths in tokens, including special tokens. ``bars`` are (upper bound, fraction); the last bar has no bound.
+
+    ``num_texts`` of ``num_all`` were measured. ``fraction_over`` is the fraction of texts with more than ``limit``
+    tokens.
+    """
+
+    label: str
+    num_texts: int
+    num_all: int
+    percentiles: Mapping[int, int]
+    limit: int
+    fraction_over: float
+    bars: tuple[tuple[int | None, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Languages:
+    """ISO 639-1 codes with the number of texts guessed to be in them, most frequent first, of ``num_texts`` sampled."""
+
+    label: str
+    num_texts: int
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """The result of ``check_data``.
+
+    ``leaks`` are errors unless they are allowed; everything else is for the reader to judge. ``num_passages`` and
+    ``num_queries`` count everything in the files, whether or not a split uses it. ``data.check.read_through`` leaves
+    lengths, languages and settings to ``check_data``.
+    """
+
+    name: str
+    path: str
+    kind: Literal["retrieval", "binary", "classes", "scores"]
+    num_queries: int
+    num_passages: int
+    splits: tuple[SplitCounts, ...]
+    repeats: tuple[Repeats, ...]
+    leaks: tuple[Leak, ...]
+    shared_positives: tuple[SharedPositives, ...]
+    lengths: tuple[Lengths, ...] = ()
+    languages: tuple[Languages, ...] = ()
+    issues: tuple[str, ...] = ()
+    settings: Mapping[str, object] = field(default_factory=dict[str, object])
+
+    @property
+    def num_leaks(self) -> int:
+        """Number of queries and pairs that are in two splits, each kind counted separately."""
+        return sum(leak.count for leak in self.leaks)
+
+
+_NUM_EXAMPLES = 5
+_PERCENTILES = (50, 75, 90, 95, 99, 100)
+_NUM_BARS = 8
+_BATCH_TEXTS = 512
+
+CountTokens = Callable[[Sequence[str]], Sequence[int]]
+"""Texts -> number of tokens of each, including special tokens."""
+
+
+class Sample:
+    """Up to ``size`` texts drawn uniformly from a stream of ``num_seen`` texts (reservoir sampling)."""
+
+    def __init__(self, size: int, *, seed: int = 0) -> None:
+        self.texts: list[str] = []
+        self.num_seen = 0
+        self._size = size
+        self._random = random.Random(seed)
+
+    def add(self, text: str) -> None:
+        """Process the next text of the stream."""
+        self.num_seen += 1
+        if len(self.texts) < self._size:
+            self.texts.append(text)
+        elif (index := self._random.randrange(self.num_seen)) < self._size:
+            self.texts[index] = text
+
+
+def measure_lengths(
+    label: str, sample: Sample, count_tokens: CountTokens, limit: int, advance: Callable[[int], None]
+) -> Lengths | None:
+    """Token lengths of the sampled texts; None if there are none. ``advance`` is called with each batch's size."""
+    lengths: list[int] = []
+    for start in range(0, len(sample.texts), _BATCH_TEXTS):
+        batch = sample.texts[start : start + _BATCH_TEXTS]
+        lengths += count_tokens(batch)
+        advance(len(batch))
+    if not lengths:
+        return None
+    values = np.array(lengths)
+    # method: the length of an actual text, not an interpolated value
+    percentiles = {p: int(np.percentile(values, p, method="inverted_cdf")) for p in _PERCENTILES}
+    # Bars of equal width up to the limit, and one for longer texts.
+    bounds = sorted({-(-limit * index // _NUM_BARS) for index in range(1, _NUM_BARS + 1)})
+    bar_indices = np.searchsorted(bounds, values)  # the first bar whose upper bound is not below the value
+    fractions = np.bincount(bar_indices, minlength=len(bounds) + 1) / len(values)
+    bars = tuple(zip([*bounds, None], fractions.tolist(), strict=True))
+    fraction_over = float((values > limit).mean())
+    return Lengths(label, len(lengths), sample.num_seen, percentiles, limit, fraction_over, bars)
+
+
+def guess_languages(label: str, texts: Sequence[str]) -> Languages | None:
+    """Guessed languages of ``texts``; None if there are no texts. Guesses for short texts are often wrong.
+
+    Without py3langid there is a ``MissingExtraError``.
+    """
+    if not texts:
+        return None
+    langid = require("py3langid", extra="check", purpose="telling languages")
+    counts = Counter(str(langid.classify(text)[0]) for text in texts)
+    return Languages(label, len(texts), dict(counts.most_common()))
+
 
 _NUM_HASHES = 128
 _MIN_DETECTION_RATE = 0.99
@@ -128,9 +293,6 @@ def _bands(threshold: float) -> tuple[int, int]:
         if 1 - (1 - threshold**width) ** num_bands >= _MIN_DETECTION_RATE:
             return num_bands, width
     return _NUM_HASHES, 1
-
-
-_NUM_EXAMPLES = 5
 
 
 @dataclass

@@ -16,7 +16,7 @@ from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
 from d2llm.core.names import counted
 from d2llm.core.shipped import DEFAULT_STUDENT, MULTILINGUAL_STUDENT
 from d2llm.core.types import Passage, Task
-from d2llm.data.check_texts import guess_languages
+from d2llm.data.check import guess_languages
 from d2llm.data.documents import SkippedFile, skipped_by_kind
 from d2llm.data.indexed_corpus import Corpus, is_corpus_file, open_corpus
 from d2llm.data.run_folder import is_finished

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from d2llm.core.names import counted
 from d2llm.core.table import Column, Table
-from d2llm.data.check_report import DataReport, Lengths, SplitCounts
+from d2llm.data.check import DataReport, Lengths, SplitCounts
 from d2llm.data.label_sets import LabelCounts
 
 _BAR_WIDTH = 24

@@ -15,9 +15,15 @@ from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
 from d2llm.core.progress import progress_bar
 from d2llm.core.shipped import DEFAULT_STUDENT, find_shipped
-from d2llm.data.check import near_queries, read_through
-from d2llm.data.check_report import DataReport, Languages
-from d2llm.data.check_texts import CountTokens, guess_languages, measure_lengths
+from d2llm.data.check import (
+    CountTokens,
+    DataReport,
+    Languages,
+    guess_languages,
+    measure_lengths,
+    near_queries,
+    read_through,
+)
 from d2llm.data.open_data import open_source
 from d2llm.models.sources import find_model, load_tokenizer
 from d2llm.models.student_files import FORMAT_VERSION, KIND

@@ -16,7 +16,7 @@ from d2llm.core.errors import InputError, MissingExtraError
 from d2llm.core.names import counted
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
-from d2llm.data.check_texts import Sample, guess_languages
+from d2llm.data.check import Sample, guess_languages
 from d2llm.data.open_data import open_data
 from d2llm.data.pairs import PairDataset
 from d2llm.models.layer_choice import choose_layers, layer_distances
