@@ -9,8 +9,8 @@ import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Passage
-from d2llm.demo.answers import QUESTIONS, without_piece
 from d2llm.demo.corpus import MAX_TITLE, MAX_WORDS, MIN_PASSAGES, MIN_WORDS, build_corpus, choose_groups, cut, group_of
+from d2llm.demo.report import QUESTIONS, without_piece
 
 SCHED = '''
 """A scheduler of events."""

@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import sysconfig
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +20,8 @@ from rich.console import Console
 
 from d2llm.core.errors import InputError, MissingExtraError, ModelNotFoundError
 from d2llm.demo import demo
-from d2llm.demo.answers import EXPLAINED, QUESTIONS, without_piece
 from d2llm.demo.corpus import build_corpus, group_of
+from d2llm.demo.report import EXPLAINED, QUESTIONS, without_piece
 from d2llm.models.student import Student
 from d2llm.recipe import StudentConfig
 from d2llm.retrieval.index import Index
@@ -171,7 +171,7 @@ class TestFirstRun:
 
     def test_the_report_can_be_written_as_json(self, first):
         report, _ = first
-        content = json.loads(json.dumps(report.to_json()))
+        content = json.loads(json.dumps(asdict(report), default=str))
         assert content["messages"]["num_messages"] == 96
         assert len(content["questions"]["answers"]) == 8
         assert set(content["seconds"]) == {"corpus", "models", "speed", "index", "questions", "score", "messages"}

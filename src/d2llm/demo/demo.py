@@ -21,10 +21,18 @@ from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import source_of
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import Passage
-from d2llm.demo.answers import DEPTH, QUESTIONS, TOP_K, Candidates, explain
 from d2llm.demo.corpus import Corpus, build_corpus, choose_groups, group_of
-from d2llm.demo.messages import interaction_weight, rank_messages
-from d2llm.demo.report import DemoReport, DemoSizes
+from d2llm.demo.report import (
+    DEPTH,
+    QUESTIONS,
+    TOP_K,
+    Candidates,
+    DemoReport,
+    DemoSizes,
+    explain,
+    interaction_weight,
+    rank_messages,
+)
 from d2llm.demo.view import DemoView
 from d2llm.models.protocols import SearchStudent
 from d2llm.models.student import Student, find_student

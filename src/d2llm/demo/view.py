@@ -16,15 +16,15 @@ from rich.text import Text
 from d2llm.core.names import counted
 from d2llm.core.table import Cell, Column, Table
 from d2llm.demo.corpus import MIN_WORDS, Corpus
-from d2llm.demo.messages import TOP_K as MESSAGES_TOP_K
-from d2llm.demo.messages import request_of
 from d2llm.demo.report import (
+    TOP_K,
     DemoAnswer,
     DemoReport,
     DemoResult,
     MessageReport,
     QuestionReport,
     ScoreReport,
+    request_of,
 )
 from d2llm.ops.bm25_words import placed_terms, terms
 from d2llm.retrieval.index import Index
@@ -162,9 +162,9 @@ class DemoView:
         self._say(
             f"{report.num_messages} messages to a bank, {report.num_messages // report.num_requests} for each of "
             f"{report.num_requests} requests, written for this demo before any system had ranked them. Each message is "
-            f"a query for the {MESSAGES_TOP_K} others with its request. The untuned cosine is that of {baseline}."
+            f"a query for the {TOP_K} others with its request. The untuned cosine is that of {baseline}."
         )
-        precision, first = Column(f"same request in the first {MESSAGES_TOP_K}", ".0%"), Column("in the first", ".0%")
+        precision, first = Column(f"same request in the first {TOP_K}", ".0%"), Column("in the first", ".0%")
         table = Table("", precision, first, framed=False)
         for system in report.systems:
             table.add_row(system.name, system.precision, system.first)
@@ -175,7 +175,7 @@ class DemoView:
             self._say(f"'{student}' scores by its interaction alone, so there is no comparison without it.")
         else:
             self._say(
-                f"The interaction (weight {report.interaction_weight:.2g}) improves the first {MESSAGES_TOP_K} of "
+                f"The interaction (weight {report.interaction_weight:.2g}) improves the first {TOP_K} of "
                 f"{report.num_better} messages and worsens those of {report.num_worse} (p = {report.p_value:.3f}). "
                 "The largest improvements and deteriorations:"
             )
