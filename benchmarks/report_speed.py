@@ -20,7 +20,7 @@ from pathlib import Path
 from d2llm import EvaluationSettings, evaluate
 from d2llm.core.files import write_json
 from d2llm.data.beir import read_beir
-from d2llm.evaluation.loading import load_contenders
+from d2llm.evaluation.contenders import load_contenders
 
 DATA = [Path("../shared/data") / name for name in ("quora", "squad-sent", "trecqa")]
 RESULT = Path(__file__).parent / "results" / "report-speed.json"

@@ -9,7 +9,7 @@ import pytest
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.data.trec import read_run, write_run
-from d2llm.evaluation.loading import load_contenders
+from d2llm.evaluation.contenders import load_contenders
 from d2llm.models.student import Student
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.identity import identify_local_teacher
@@ -130,7 +130,7 @@ def test_a_shipped_teacher_is_found_by_its_fingerprint(world, tmp_path, monkeypa
     loaded = []
     teacher = CausalTeacher.load(tiny_teacher_config(world.decoder), device="cpu", dtype="float32")
     monkeypatch.setattr(
-        "d2llm.evaluation.loading.load_teacher", lambda config, **_: loaded.append(config.model) or teacher
+        "d2llm.evaluation.contenders.load_teacher", lambda config, **_: loaded.append(config.model) or teacher
     )
     load(world.student(tmp_path / "far" / "student"))
     assert loaded == ["smart"]

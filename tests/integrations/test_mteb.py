@@ -26,7 +26,6 @@ mteb = late_import("mteb", reason="needs mteb: pip install 'd2llm[mteb]' (Python
 datasets = late_import("datasets")
 stats = late_import("scipy.stats")
 integration = late_import("d2llm.integrations.mteb")
-mteb_tasks = late_import("d2llm.integrations.mteb_tasks")
 
 WORDS = " ".join(TEXTS).replace(",", "").split()
 _RANDOM = random.Random(7)
@@ -247,7 +246,7 @@ def test_sts_uses_the_students_score(model, student, tmp_path):
     np.testing.assert_allclose(predictions["similarity_scores"], expected, rtol=1e-5, atol=1e-6)
     assert scores["spearman"] == pytest.approx(stats.spearmanr(expected, RATINGS).statistic)
     assert scores["main_score"] == scores["cosine_spearman"] != scores["spearman"]
-    assert mteb_tasks.scores_with_interaction(results, [sts_task()]) == {"LocalSTS": scores["spearman"]}
+    assert integration.scores_with_interaction(results, [sts_task()]) == {"LocalSTS": scores["spearman"]}
 
 
 def test_pair_classification_uses_the_students_score(model, student, tmp_path):
@@ -258,7 +257,7 @@ def test_pair_classification_uses_the_students_score(model, student, tmp_path):
     hits = np.array(LABELS)[np.argsort(-expected)]
     by_hand = np.mean([(hits[: n + 1].mean()) for n in range(len(hits)) if hits[n]])
     assert scores["similarity_ap"] == pytest.approx(by_hand)
-    assert mteb_tasks.scores_with_interaction(results, [class_task(), sts_task()]) == {
+    assert integration.scores_with_interaction(results, [class_task(), sts_task()]) == {
         "LocalPairs": pytest.approx(by_hand)
     }
 
@@ -312,7 +311,7 @@ def test_every_kind_of_task_in_one_run(model, folder, tmp_path):
     for variant in (model, bare):
         cache = mteb.cache.ResultCache(tmp_path / "results")
         results = mteb.evaluate(variant, tasks, cache=cache, show_progress_bar=False, co2_tracker=False)
-        own.append(mteb_tasks.scores_with_interaction(results, tasks))
+        own.append(integration.scores_with_interaction(results, tasks))
         assert not results.exceptions
     with_it, without = own
     assert set(with_it) == set(without) == {"LocalRetrieval", "LocalReranking", "LocalSTS", "LocalPairs"}
@@ -349,15 +348,15 @@ def test_invalid_metadata_is_rejected(folder, meta):
 def test_branches_of_the_english_and_chinese_benchmarks():
     tasks = [task for name in ("MTEB(eng, v2)", "MTEB(cmn, v1)") for task in mteb.get_benchmark(name).tasks]
     searched = [t.metadata for t in tasks if isinstance(t, mteb.abstasks.AbsTaskRetrieval)]
-    pairs = [t.metadata for t in tasks if t.metadata.type in mteb_tasks.PAIR_TYPES]
-    assert {m.type for m in [*searched, *pairs]} <= set(mteb_tasks.TASK_OF_TYPE)
-    assert {m.name for m in searched if mteb_tasks.branch_of(m, {}) == "symmetric"} == {
+    pairs = [t.metadata for t in tasks if t.metadata.type in integration.PAIR_TYPES]
+    assert {m.type for m in [*searched, *pairs]} <= set(integration.TASK_OF_TYPE)
+    assert {m.name for m in searched if integration.branch_of(m, {}) == "symmetric"} == {
         "CQADupstackGamingRetrieval",
         "CQADupstackUnixRetrieval",
         "AskUbuntuDupQuestions",
     }
-    assert {mteb_tasks.branch_of(m, {}) for m in pairs} == {"symmetric"}
-    assert {m.main_score for m in pairs} <= set(mteb_tasks.OWN_SIMILARITY)
+    assert {integration.branch_of(m, {}) for m in pairs} == {"symmetric"}
+    assert {m.main_score for m in pairs} <= set(integration.OWN_SIMILARITY)
 
 
 def test_invalid_settings_are_rejected(folder, tmp_path):

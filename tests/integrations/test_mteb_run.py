@@ -11,7 +11,7 @@ from late_import import late_import
 from tiny_models import TEXTS, write_trained_student
 
 mteb = late_import("mteb", reason="needs mteb: pip install 'd2llm[mteb]' (Python 3.11 or newer)")
-data = late_import("d2llm.integrations.mteb_data")
+data = late_import("d2llm.integrations.mteb_run")
 runs = late_import("d2llm.integrations.mteb_run")
 
 

@@ -44,8 +44,7 @@ from d2llm.data.pairs import read_pairs
 from d2llm.data.plan import TrainingPlan
 from d2llm.data.training import TrainingSource
 from d2llm.data.trec import TrecRun
-from d2llm.evaluation.contenders import Contenders
-from d2llm.evaluation.loading import load_contenders
+from d2llm.evaluation.contenders import Contenders, load_contenders
 from d2llm.fitting.fit import Fit
 from d2llm.models.backbone import Backbone
 from d2llm.models.listwise_reader import ListwiseReader
@@ -82,6 +81,7 @@ OTHERS = {
     "langchain.D2LLMRetriever.tags": "LangChain's own, checked by pydantic",
     "llama_index.D2LLMRetriever.objects": "LlamaIndex's own",
     "mteb_run.MtebReport.rows": "made by run_mteb",
+    "mteb.scores_with_interaction.tasks": "made by mteb, which returns lists",
     "sentence_transformers.StudentWithTokens.encode_chunks.texts": "passed on to the student's",
     "sentence_transformers.StudentWithTokens.encode_passages.texts": "passed on to the student's",
     "sentence_transformers.StudentWithTokens.encode_queries.texts": "passed on to the student's",
@@ -95,8 +95,7 @@ ELSEWHERE = {
     "d2llm.data.beir": ("read_beir",),
     "d2llm.data.label_sets": ("count_labels", "export_labels", "merge_labels"),
     "d2llm.data.pairs": ("PairDataset", "read_pairs"),
-    "d2llm.evaluation.contenders": ("Contenders",),
-    "d2llm.evaluation.loading": ("load_contenders",),
+    "d2llm.evaluation.contenders": ("Contenders", "load_contenders"),
     "d2llm.fitting.fit": ("Fit",),
     "d2llm.models.backbone": ("Backbone",),
     "d2llm.models.listwise_reader": ("ListwiseReader",),
@@ -149,7 +148,7 @@ def walk() -> set[str]:
     objects = dict(PUBLIC)
     for module in pkgutil.iter_modules(d2llm.integrations.__path__):
         loaded = importlib.import_module(f"d2llm.integrations.{module.name}")
-        if module.name in {"texts", "filters", "mteb_tasks"}:  # what the adapters share
+        if module.name in {"texts", "filters"}:  # what the adapters share
             continue
         for name, value in vars(loaded).items():
             if not name.startswith("_") and getattr(value, "__module__", "") == loaded.__name__:

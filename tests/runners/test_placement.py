@@ -13,7 +13,7 @@ from d2llm.core.errors import InputError, MismatchError
 from d2llm.core.progress import ignore
 from d2llm.core.types import Passage
 from d2llm.evaluation import evaluate as evaluate_verb
-from d2llm.evaluation.loading import load_contenders
+from d2llm.evaluation.contenders import load_contenders
 from d2llm.evaluation.pool_scores import TeacherOnWorkers, place_teacher
 from d2llm.models.teachers.ensemble import EnsembleMember, write_ensemble
 from d2llm.models.teachers.identity import identify_local_teacher

@@ -8,9 +8,8 @@ from d2llm.models.teachers.pair_teacher import load_teacher
 from d2llm.sizing import measure
 from d2llm.sizing.measure import made_up_passages, measure_speeds
 from d2llm.sizing.plan import SizePlan
-from d2llm.sizing.size import size
+from d2llm.sizing.size import size, speeds_table
 from d2llm.sizing.speeds import Speeds
-from d2llm.sizing.tables import speeds_table
 from d2llm.store.index_spec import FORMATS
 from sizing.sized_index import passages, token_student
 from tiny_models import tiny_teacher_config, write_tiny_model

@@ -8,8 +8,7 @@ from d2llm.core.errors import InputError
 from d2llm.sizing import size as sizing
 from d2llm.sizing.plan import SizePlan
 from d2llm.sizing.search_time import total_ms
-from d2llm.sizing.size import MAX_LOAD, MONTH_HOURS, size
-from d2llm.sizing.tables import size_tables
+from d2llm.sizing.size import MAX_LOAD, MONTH_HOURS, size, size_tables
 from d2llm.sizing.texts import shipped_text_facts
 from sizing.sized_index import made_up_speeds, token_student
 

@@ -93,7 +93,7 @@ class SystemOptions:
         Raises:
             InputError: options contradict each other.
         """
-        from d2llm.evaluation.loading import load_contenders
+        from d2llm.evaluation.contenders import load_contenders
 
         return load_contenders(
             self.student,

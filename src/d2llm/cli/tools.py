@@ -155,8 +155,8 @@ def size(
     from d2llm.models.teachers.pair_teacher import load_teacher
     from d2llm.sizing.measure import made_up_passages, measure_speeds
     from d2llm.sizing.size import size as size_of
+    from d2llm.sizing.size import size_tables, speeds_table
     from d2llm.sizing.speeds import keep_speeds
-    from d2llm.sizing.tables import size_tables, speeds_table
     from d2llm.sizing.texts import read_text_facts
 
     student = Student.load(plan.student)
@@ -183,7 +183,7 @@ def size(
 def _training_memory(session: Session, recipe: str, device: str, memory: int | None) -> TrainingMemory:
     """Compute and show the memory of a training."""
     from d2llm.recipe.recipe_file import load_recipe
-    from d2llm.sizing.tables import training_table
+    from d2llm.sizing.size import training_table
     from d2llm.sizing.training_memory import training_memory
 
     needed = training_memory(load_recipe(recipe), device=device, memory=memory)

@@ -68,7 +68,7 @@ def evaluate(
 
     Example:
         >>> from d2llm import EvaluationSettings, evaluate, open_data
-        >>> from d2llm.evaluation.loading import load_contenders
+        >>> from d2llm.evaluation.contenders import load_contenders
         >>> contenders = load_contenders("d2llm-minilm", with_teacher=False)
         >>> report = evaluate(open_data("DATA"), contenders, EvaluationSettings(split="test"))  # doctest: +SKIP
     """

@@ -465,8 +465,8 @@ class Run(OpenRun):
         Raises:
             InputError: there is no student yet.
         """
+        from d2llm.evaluation.contenders import load_contenders
         from d2llm.evaluation.evaluate import evaluate
-        from d2llm.evaluation.loading import load_contenders
         from d2llm.evaluation.settings import EvaluationSettings
 
         if not is_finished(self.folder.student):
