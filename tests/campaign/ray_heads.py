@@ -36,7 +36,7 @@ from campaign.verb_kills import check_same, in_a_fork
 from d2llm.retrieval import encode as encode_verb
 from d2llm.retrieval import upserting
 from d2llm.retrieval.shard import shard
-from d2llm.runners import ray_cluster
+from d2llm.runners import ray_runner
 from d2llm.runners.ray_runner import RayRunner
 from d2llm.training import label as label_verb
 from sharded_responses import QUERY, results_of
@@ -140,7 +140,7 @@ def prepare(folder: Path) -> Iterator[Callable[[random.Random], Outcome]]:
         with (
             mock.patch.object(module, "load_work", partial(ray_work.load_slowly, module.load_work)),
             mock.patch.object(upserting, "BLOCK_PASSAGES", 8),
-            mock.patch.object(ray_cluster, "_CONNECT_SECONDS", PATIENCE),
+            mock.patch.object(ray_runner, "_CONNECT_SECONDS", PATIENCE),
             RayRunner(address=address, num_workers=2).connected() as runner,
         ):
             options = {} if name == "label" else {"device": "cpu", "dtype": "float32"}

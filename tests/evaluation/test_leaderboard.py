@@ -8,7 +8,7 @@ import pytest
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.evaluation.leaderboard import Mean, leaderboard, read_leaderboard
 from d2llm.evaluation.report import REPORT_VERSION
-from d2llm.reports.html.page import page as page_of
+from d2llm.reports.html import page as page_of
 from d2llm.reports.leaderboard import leaderboard_document, set_table, system_table
 
 

@@ -26,7 +26,7 @@ from d2llm.evaluation.probe import (
     sample_sentences,
 )
 from d2llm.models.tokens import EncodedTexts
-from d2llm.reports.html.page import page as page_of
+from d2llm.reports.html import page as page_of
 from d2llm.reports.leaderboard import probe_document, probe_tables
 
 VOCABULARY = [

@@ -50,7 +50,7 @@ DIALECT: Edits = {
 
 from fastapi import APIRouter
 
-from d2llm.server.responses import FastJSONResponse
+from d2llm.server.response_schemas import FastJSONResponse
 from d2llm.server.dialects.shared import ClientBody, TextList, check_size, select_model
 from d2llm.server.large_bodies import BodyRoute
 from d2llm.server.services import TheCatalog

@@ -15,7 +15,7 @@ import pytest
 import ray_work
 from d2llm.core.errors import D2LLMError, DataFormatError, InputError, MismatchError, ModelError
 from d2llm.core.progress import ignore
-from d2llm.runners import ray_cluster, ray_runner
+from d2llm.runners import ray_runner
 from d2llm.runners.ray_runner import RayRunner
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'd2llm[ray]'")
@@ -218,10 +218,10 @@ def test_no_workers_are_refused():
 
 
 def test_an_address_without_a_cluster(monkeypatch):
-    monkeypatch.setattr(ray_cluster, "_CONNECT_SECONDS", 5.0)
+    monkeypatch.setattr(ray_runner, "_CONNECT_SECONDS", 5.0)
     begin = time.monotonic()
     with pytest.raises(D2LLMError, match=r"no Ray cluster can be reached at 127\.0\.0\.1:1 .*ray start --head"):
-        ray_cluster._require_answer("127.0.0.1:1")
+        ray_runner._require_answer("127.0.0.1:1")
     assert time.monotonic() - begin < 30
 
 
@@ -229,6 +229,6 @@ def test_a_cluster_that_asks_for_a_token(monkeypatch):
     """As Ray's does where its first node has one in the home folder, which a cluster on that machine alone made."""
     told = "ray.exceptions.AuthenticationError: RPC error: InvalidAuthToken: Authentication token is missing"
     refused = subprocess.CompletedProcess([], 1, "", f"Traceback ...\n{told}\n")
-    monkeypatch.setattr(ray_cluster.subprocess, "run", lambda *_, **__: refused)
+    monkeypatch.setattr(ray_runner.subprocess, "run", lambda *_, **__: refused)
     with pytest.raises(InputError, match=r"at 10\.0\.0\.5:6379 asks for a token; .* set RAY_AUTH_MODE=token"):
-        ray_cluster._require_answer("10.0.0.5:6379")
+        ray_runner._require_answer("10.0.0.5:6379")

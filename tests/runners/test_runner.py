@@ -12,8 +12,7 @@ import pytest
 
 from d2llm.core.errors import InputError, MissingExtraError, Terminated
 from d2llm.runners.placement import find_runner
-from d2llm.runners.ray_cluster import _stopped_by_sigterm
-from d2llm.runners.ray_runner import Reservation, _reservation
+from d2llm.runners.ray_runner import Reservation, _reservation, _stopped_by_sigterm
 from d2llm.runners.runner import LocalRunner, LocalWorkers
 
 

@@ -38,7 +38,7 @@ from d2llm.retrieval import query_preparation
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.text_workers import TextShard, encode_shard, encoder_loads, load_student
 from d2llm.runners import placement as placements
-from d2llm.runners import ray_cluster, ray_runner
+from d2llm.runners import ray_runner
 from d2llm.runners.placement import Placement
 from d2llm.training.mining import choose, plans, ranking
 from d2llm.training.run import Run
@@ -273,7 +273,7 @@ def test_an_unreachable_cluster_is_an_error_within_seconds(workspace, tmp_path, 
     """Without a connection of this process, which would be used instead."""
     ray = pytest.importorskip("ray", reason="needs Ray: pip install 'd2llm[ray]'")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray_cluster, "_CONNECT_SECONDS", 3.0)
+    monkeypatch.setattr(ray_runner, "_CONNECT_SECONDS", 3.0)
     begin = time.monotonic()
     with pytest.raises(InputError, match=r"no Ray cluster can be reached at 127\.0\.0\.1:1"):
         open_run(workspace, tmp_path / "run").mine(runner="ray:127.0.0.1:1")

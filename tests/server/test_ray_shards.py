@@ -12,7 +12,7 @@ import pytest
 from d2llm import Index, Passage, Student
 from d2llm.core.errors import MismatchError
 from d2llm.retrieval.shard import shard
-from d2llm.runners.ray_cluster import own_versions
+from d2llm.runners.ray_runner import own_versions
 from d2llm.server import ray_shards
 from d2llm.server.ray_shards import ShardCluster
 from d2llm.server.settings import ServeSettings

@@ -7,7 +7,7 @@ import math
 from datetime import datetime
 
 from d2llm.core.types import Certificate, Excerpt, MissingShard, Passage, Query, RankedDocument, RankedPassage, Ranking
-from d2llm.server.responses import FastJSONResponse, search_response
+from d2llm.server.response_schemas import FastJSONResponse, search_response
 
 BREAD = Passage(
     "bread", "Flour and water.", "Bread", "food", 1, {"day": datetime(2021, 5, 1), "year": 2021, "ok": True}

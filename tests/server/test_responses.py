@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
-from d2llm.server.responses import response_of
+from d2llm.server.response_schemas import response_of
 
 
 @pytest.mark.parametrize(("num_items", "elsewhere"), [(1, False), (64, False), (65, True), (2_000, True)])

@@ -13,7 +13,7 @@ from d2llm.models.teachers.pair_teacher import TeacherScores
 from d2llm.ops.calibration import expected_calibration_error, log_loss, reliability_bins
 from d2llm.ops.ensemble import Ensemble, out_of_fold_log_odds
 from d2llm.recipe import TeacherConfig
-from d2llm.reports.html.page import page as page_of
+from d2llm.reports.html import page as page_of
 from d2llm.reports.training_tables import ensemble_table, stack_document
 from d2llm.training import ensemble_teachers as verb
 from d2llm.training.ensemble_teachers import ensemble_teachers

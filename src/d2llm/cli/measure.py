@@ -462,7 +462,7 @@ def check(
     json_path: JsonOption = None,
 ) -> None:
     """Count what is in a data set and find leaks between its splits."""
-    from d2llm.reports.data_tables import data_tables
+    from d2llm.reports.training_tables import data_tables
     from d2llm.training.check_data import check_data
 
     session = session_of(context)

@@ -366,7 +366,7 @@ _StoreArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="A label 
 def stats(context: typer.Context, folder: _StoreArgument, json_path: JsonOption = None) -> None:
     """Count the labels of each teacher, prompt and data set."""
     from d2llm.data.label_sets import count_labels
-    from d2llm.reports.data_tables import label_table
+    from d2llm.reports.training_tables import label_table
 
     session = session_of(context)
     counts = count_labels(folder)

@@ -107,7 +107,7 @@ class Session:
         if markdown is not None:
             write_bytes(markdown, document.to_markdown().encode())
         if html is not None:
-            from d2llm.reports.html.page import page
+            from d2llm.reports.html import page
 
             write_bytes(html, page(document).encode())
 

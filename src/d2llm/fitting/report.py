@@ -17,7 +17,7 @@ from d2llm.fitting.training_data import DataReport
 from d2llm.fitting.write_queries import WritingReport
 from d2llm.ops.gating import GateTest
 from d2llm.reports.evaluation_tables import measure_table
-from d2llm.reports.html.page import page
+from d2llm.reports.html import page
 from d2llm.reports.phrases import p_text
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Literal
 from d2llm.core.document import Document, Section
 from d2llm.core.files import write_bytes
 from d2llm.core.table import Column, Table
-from d2llm.reports.html.page import page
+from d2llm.reports.html import page
 
 REFRESH_SECONDS = 5
 """How often the page is written, and reloads itself in a browser."""

@@ -17,6 +17,7 @@ from d2llm.retrieval.chunking import Chunker, changed_chunking
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.results import num_repeated
 from d2llm.retrieval.upserting import DocumentsReport
+from d2llm.server.batching import Stop, in_stoppable_thread
 from d2llm.server.errors import NotFoundError
 from d2llm.server.logs import note_items
 from d2llm.server.response_schemas import (
@@ -44,7 +45,6 @@ from d2llm.server.services import (
     few_enough_characters,
     short_enough,
 )
-from d2llm.server.stopping import Stop, in_stoppable_thread
 from d2llm.server.uploads import FILES_PATH, UPLOAD_BODY, documents_of
 
 router = APIRouter(tags=["d2llm"], responses=ERRORS, route_class=StrictRoute)

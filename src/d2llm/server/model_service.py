@@ -26,10 +26,9 @@ from d2llm.models.student import Student
 from d2llm.models.text_scores import ScoringCorpus, TextQuery, TextScorer, window_texts, word_weights
 from d2llm.models.tokens import TOKENIZING, EncodedTexts, TextKind, TokenizedTexts, TokenVectors
 from d2llm.retrieval.cosine import ForwardingStudent
-from d2llm.server.batching import Batcher, Done
+from d2llm.server.batching import Batcher, Done, Stop
 from d2llm.server.logs import note_items
 from d2llm.server.ray_students import StudentReplicas
-from d2llm.server.stopping import Stop
 from d2llm.store.word_segment import LEARNED
 
 Observe = Callable[[str, float], None]

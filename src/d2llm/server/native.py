@@ -27,6 +27,7 @@ from d2llm.server.response_schemas import (
     ContextResponse,
     EncodeResponse,
     ExplainResponse,
+    FastJSONResponse,
     HealthResponse,
     IndexesResponse,
     IndexResponse,
@@ -34,8 +35,11 @@ from d2llm.server.response_schemas import (
     ReloadResponse,
     RescoreResponse,
     SearchResponse,
+    context_response,
+    listed_vectors,
+    response_of,
+    search_response,
 )
-from d2llm.server.responses import FastJSONResponse, context_response, listed_vectors, response_of, search_response
 from d2llm.server.running import Lifecycle
 from d2llm.server.schemas import (
     BY_STUDENT,

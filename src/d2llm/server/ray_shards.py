@@ -34,7 +34,7 @@ from d2llm.models.student import Student
 from d2llm.retrieval.cosine import DotScorer
 from d2llm.retrieval.segments import CachedBounds, IndexView
 from d2llm.retrieval.settings import SearchSettings
-from d2llm.runners.ray_cluster import import_ray, last_line, own_versions, require_room, task_error
+from d2llm.runners.ray_runner import import_ray, last_line, own_versions, require_room, task_error
 from d2llm.server.settings import ServeSettings
 from d2llm.server.shard_actor import NotOpenError, SearchSpec, ShardActor, ShardFacts, ShardVersion
 from d2llm.store.filters import parse_filter

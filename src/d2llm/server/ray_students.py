@@ -26,7 +26,7 @@ from d2llm.core.extras import require
 from d2llm.models.student import Student
 from d2llm.models.tokens import TextKind
 from d2llm.runners.placement import load_same
-from d2llm.runners.ray_cluster import as_worker, import_ray, last_line, own_versions, require_room, task_error
+from d2llm.runners.ray_runner import as_worker, import_ray, last_line, own_versions, require_room, task_error
 from d2llm.server.settings import ServeSettings
 
 _log = logging.getLogger(__name__)

@@ -35,7 +35,7 @@ from d2llm.retrieval.index import Index
 from d2llm.retrieval.rewriting import with_rewriting
 from d2llm.retrieval.search import SearchSettings
 from d2llm.retrieval.settings import Turn
-from d2llm.server.batching import Batcher, Slots
+from d2llm.server.batching import Batcher, Slots, Stop, in_stoppable_thread
 from d2llm.server.errors import NotFoundError, NotReadyError, ServingError, is_clients
 from d2llm.server.logs import note_items
 from d2llm.server.model_service import ModelService, Observe, StudentLane
@@ -52,7 +52,6 @@ from d2llm.server.served_version import (
 )
 from d2llm.server.settings import ServeSettings
 from d2llm.server.slow_models import SlowModels
-from d2llm.server.stopping import Stop, in_stoppable_thread
 from d2llm.server.student_pool import StudentPool
 from d2llm.store.inspection import IndexStats, stats_of_all
 from d2llm.store.shards import Storage, is_sharded

@@ -20,7 +20,7 @@ from d2llm.retrieval.cosine import DotScorer
 from d2llm.retrieval.local_segment import LocalSearch, LocalSegment
 from d2llm.retrieval.segments import CachedBounds
 from d2llm.retrieval.settings import SearchSettings
-from d2llm.runners.ray_cluster import as_worker
+from d2llm.runners.ray_runner import as_worker
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import IndexStats, stats
 from d2llm.store.passage_table import bytes_at_rest

@@ -19,9 +19,9 @@ from d2llm.data.documents import DocumentFile, DocumentFiles, SkippedFile
 from d2llm.data.file_contents import readable_suffixes
 from d2llm.data.ocr import languages_of
 from d2llm.data.parser_workers import TextLimits
+from d2llm.server.batching import Stop
 from d2llm.server.errors import Problem, ServingError, invalid, shortened
 from d2llm.server.settings import ServeSettings
-from d2llm.server.stopping import Stop
 
 FILES_PATH = "/v1/files"
 FORM_TYPE = "multipart/form-data"

@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+import base64
+import functools
+import hashlib
 import math
 from typing import Any
 
-from d2llm.core.document import Values
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from d2llm.core.document import Document, Values
 from d2llm.evaluation.report import EvaluationReport, EvaluationRow
 from d2llm.reports import phrases
 from d2llm.reports.evaluation_tables import agreement_table, comparison_table, cost_table, measure_table
 from d2llm.reports.html import charts
-from d2llm.reports.html.page import render
+
+
+def page(document: Document) -> str:
+    """A document as a page to open in a browser, mail or print; it loads nothing and runs no script."""
+    return render("document.html.j2", document=document)
+
+
+def render(template: str, **values: object) -> str:
+    """Render a template; every value is escaped."""
+    sheet = _environment().get_template("style.css").render()
+    style_hash = base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode()
+    page = _environment().get_template(template).render(style=Markup(sheet), style_hash=style_hash, **values)
+    # Truncated JSON texts may contain lone surrogates, which are replaced.
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+@functools.cache
+def _environment() -> Environment:
+    """The environment of the templates, created once per process."""
+    return Environment(
+        loader=PackageLoader("d2llm.reports.html"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
 
 _SIZES = (False, True)  # wide and narrow: the style sheet shows one of the two
 

@@ -39,8 +39,7 @@ from d2llm.server.dialects.shared import (
 )
 from d2llm.server.errors import Problem
 from d2llm.server.large_bodies import BodyRoute
-from d2llm.server.response_schemas import ResponseBody
-from d2llm.server.responses import FastJSONResponse, response_of
+from d2llm.server.response_schemas import FastJSONResponse, ResponseBody, response_of
 from d2llm.server.services import Catalog, TheCatalog
 
 PATHS = ("/v2/rerank", "/v2/embed", "/v1/embed")

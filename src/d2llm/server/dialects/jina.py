@@ -45,8 +45,7 @@ from d2llm.server.dialects.shared import (
 )
 from d2llm.server.errors import Problem, invalid
 from d2llm.server.large_bodies import BodyRoute
-from d2llm.server.response_schemas import ResponseBody
-from d2llm.server.responses import FastJSONResponse
+from d2llm.server.response_schemas import FastJSONResponse, ResponseBody
 from d2llm.server.services import TheCatalog
 
 PATHS = ("/v1/rerank",)

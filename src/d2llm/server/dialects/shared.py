@@ -25,8 +25,7 @@ from typing_extensions import Self
 from d2llm.models.tokens import TextKind
 from d2llm.server.errors import Problem, ServingError, invalid
 from d2llm.server.model_service import Encoded, ModelService, PassageScores
-from d2llm.server.response_schemas import ResponseBody
-from d2llm.server.responses import FastJSONResponse, listed_vectors, response_of
+from d2llm.server.response_schemas import FastJSONResponse, ResponseBody, listed_vectors, response_of
 from d2llm.server.schemas import KnownFields, accepted_names, field_names
 from d2llm.server.services import Catalog
 from d2llm.server.serving import Services

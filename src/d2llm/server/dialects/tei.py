@@ -51,8 +51,7 @@ from d2llm.server.dialects.shared import (
 )
 from d2llm.server.errors import Problem
 from d2llm.server.large_bodies import BodyRoute
-from d2llm.server.response_schemas import ResponseBody
-from d2llm.server.responses import FastJSONResponse, response_of
+from d2llm.server.response_schemas import FastJSONResponse, ResponseBody, response_of
 from d2llm.server.services import TheCatalog, TheServices
 from d2llm.server.serving import Services
 

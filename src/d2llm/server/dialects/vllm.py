@@ -36,8 +36,7 @@ from d2llm.server.dialects.shared import (
 )
 from d2llm.server.errors import Problem, invalid
 from d2llm.server.large_bodies import BodyRoute
-from d2llm.server.response_schemas import ResponseBody
-from d2llm.server.responses import FastJSONResponse, listed_vectors, response_of
+from d2llm.server.response_schemas import FastJSONResponse, ResponseBody, listed_vectors, response_of
 from d2llm.server.schemas import BASE64, VectorEncoding
 from d2llm.server.services import TheCatalog
 
