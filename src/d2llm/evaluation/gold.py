@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,36 +16,6 @@ from d2llm.ops import pair_measures
 
 Floats = NDArray[np.float64]
 Positions = NDArray[np.intp]
-
-
-class Gold(Protocol):
-    """The true labels of the pairs of one split."""
-
-    @property
-    def main_measure(self) -> str:
-        """The measure that examples and plots show."""
-        ...
-
-    @property
-    def positive(self) -> NDArray[np.bool_] | None:
-        """[n] whether a pair is a yes; None for graded pairs."""
-        ...
-
-    def fit(self, scores: Floats, positions: Positions) -> Any:
-        """Thresholds fitted to the scores of these pairs, to be used on another split."""
-        ...
-
-    def measurer(self, scores: Floats, positions: Positions, thresholds: Any) -> pair_measures.Measurer:
-        """A function that computes the measures of a resample of the pairs at ``positions``, which have ``scores``.
-
-        A resample is an array of indices into ``positions``. Without thresholds, only the measures that need none are
-        computed.
-        """
-        ...
-
-    def item_values(self, scores: Floats, positions: Positions, thresholds: Any) -> Floats:
-        """One value in [0, 1] for each of the pairs at ``positions``: how well it was scored."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +112,7 @@ class GradedGold:
         self,
         scores: Floats,
         positions: Positions,
-        thresholds: None,  # noqa: ARG002 - part of the protocol
+        thresholds: None,  # noqa: ARG002 - as for other labels
     ) -> pair_measures.Measurer:
         """Pearson and Spearman."""
         return pair_measures.graded_measurer(scores, self.grades[positions])
@@ -151,7 +121,7 @@ class GradedGold:
         self,
         scores: Floats,
         positions: Positions,
-        thresholds: None,  # noqa: ARG002 - part of the protocol
+        thresholds: None,  # noqa: ARG002 - as for other labels
     ) -> Floats:
         """1 minus the distance between the pair's rank by score and by grade, as a fraction of all ranks.
 
@@ -161,12 +131,22 @@ class GradedGold:
         return 1 - np.abs(ranks - truth) / max(1, len(scores) - 1)
 
 
+Gold = BinaryGold | NliGold | GradedGold
+"""The true labels of the pairs of one split.
+
+All kinds have the same methods. ``fit`` fits thresholds, to be used on another split, to the scores of the pairs at
+``positions``. ``measurer`` makes a function that computes the measures of a resample of these, which is an array of
+indices into ``positions``; without thresholds, only those that need none. ``item_values`` says how well each was
+scored, in [0, 1]. ``positive`` [n] is whether a pair is a yes; ``main_measure`` is what examples and plots show.
+"""
+
+
 def measure_all(gold: Gold, scores: Floats, positions: Positions, thresholds: Any) -> dict[str, float]:
     """The measures of the pairs at ``positions``, which have ``scores``; without thresholds, those that need none."""
     return gold.measurer(scores, positions, thresholds)(np.arange(len(positions)))
 
 
-def read_gold(dataset: PairDataset, split: str) -> BinaryGold | NliGold | GradedGold:
+def read_gold(dataset: PairDataset, split: str) -> Gold:
     """The true labels of a split; ``DataFormatError`` for unknown classes, or if a binary split has only one label."""
     pairs = dataset.pairs(split)
     if dataset.kind == "scores":

@@ -170,7 +170,7 @@ class DevSet:
             by_item = _cross_fitted(self.gold, pair_scores)
             return Measured(self.measure_name, float(by_item.mean()), by_item)
         positions = np.arange(len(self.pairs))
-        thresholds = None if cross_fit else self.gold.fit(pair_scores, positions)
+        thresholds: Any = None if cross_fit else self.gold.fit(pair_scores, positions)
         value = measure_all(self.gold, pair_scores, positions, thresholds)[self.measure_name]
         return Measured(self.measure_name, value, self.gold.item_values(pair_scores, positions, thresholds))
 
