@@ -161,8 +161,7 @@ def label_pairs(workspace: Path, size: int, model: str, runner: Any) -> float:
     """Seconds to label pairs of random texts: queries of five words, eight passages of 60 words each."""
     from d2llm.core.types import Passage, Query
     from d2llm.data.beir import Dataset
-    from d2llm.data.plan import PlanEntry, TrainingPlan
-    from d2llm.data.training import TrainingSource
+    from d2llm.data.plan import PlanEntry, TrainingPlan, TrainingSource
     from d2llm.recipe import TeacherConfig
     from d2llm.training.label import label
 

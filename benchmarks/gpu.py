@@ -26,7 +26,7 @@ from torch.nn import functional
 from d2llm.core.files import write_json
 from d2llm.core.manifest import package_versions
 from d2llm.core.shipped import shipped_models
-from d2llm.data.training import TrainingPair
+from d2llm.data.plan import TrainingPair
 from d2llm.models.device import choose_device, size_of_states, tokens_to_train
 from d2llm.models.student import Student
 from d2llm.models.teachers.causal import CausalTeacher

@@ -27,7 +27,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from d2llm import Run
 from d2llm.core.files import write_json
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import TrainingSource
 from d2llm.models.student import Student
 from d2llm.ops.significance import mean_interval
 from d2llm.recipe import LabellingConfig, Recipe

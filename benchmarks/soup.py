@@ -22,9 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from d2llm.data.plan import TrainingPlan
+from d2llm.data.plan import TrainingPlan, TrainingSource
 from d2llm.data.run_folder import training_source
-from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
 from d2llm.recipe import DataConfig
 from d2llm.training.dev_sets import DevSet, evaluate_dev, make_dev_set

@@ -29,8 +29,7 @@ import numpy as np
 from d2llm.core.files import write_json
 from d2llm.core.types import TASKS, Passage, Query, Task
 from d2llm.data.beir import Dataset, PassageStore
-from d2llm.data.plan import PlanEntry, TrainingPlan
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import PlanEntry, TrainingPlan, TrainingSource
 from d2llm.evaluation.systems import peak_memory
 from d2llm.models.plain_student import PlainStudent
 from d2llm.models.teachers.identity import TeacherIdentity

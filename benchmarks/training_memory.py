@@ -24,7 +24,7 @@ from unittest.mock import patch
 import torch
 
 from d2llm.core.files import write_json
-from d2llm.data.training import TrainingPair
+from d2llm.data.plan import TrainingPair
 from d2llm.evaluation.systems import peak_memory
 from d2llm.models.student import Student
 from d2llm.models.teachers.causal import CausalTeacher

@@ -41,8 +41,7 @@ from d2llm.core.progress import showing_progress
 from d2llm.data.beir import read_beir
 from d2llm.data.collation import Draw, LabelledSource, epoch_batches
 from d2llm.data.labels import LabelStore
-from d2llm.data.plan import PlanEntry, TrainingPlan
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import PlanEntry, TrainingPlan, TrainingSource
 from d2llm.models.device import cpu_has_fast_bfloat16
 from d2llm.models.sources import locate_model
 from d2llm.models.student import Student

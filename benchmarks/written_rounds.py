@@ -40,9 +40,8 @@ from d2llm.core.files import write_bytes, write_json
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Query, Task
 from d2llm.data.beir import Dataset, read_beir
-from d2llm.data.plan import PlanEntry, TrainingPlan
+from d2llm.data.plan import PlanEntry, TrainingPlan, TrainingSource
 from d2llm.data.run_folder import is_finished, manifest_of
-from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
 from d2llm.models.writers.writer import Assignment, Writer, kind_of_query, load_writer
 from d2llm.recipe import Recipe

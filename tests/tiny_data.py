@@ -12,8 +12,7 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Passage, Query, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.labels import LabelStore, QueryLabels
-from d2llm.data.plan import PlanEntry, TrainingPlan
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import PlanEntry, TrainingPlan, TrainingSource
 from d2llm.models.teachers.pair_teacher import identify_teacher
 from d2llm.recipe import Recipe, StudentConfig, TeacherConfig, TrainingConfig
 from d2llm.recipe.losses import Objective

@@ -12,7 +12,7 @@ import torch
 
 from d2llm.data.collation import DistillationBatch
 from d2llm.data.labels import LabelStore
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import TrainingSource
 from d2llm.models.interaction import PairScores
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import identify_teacher

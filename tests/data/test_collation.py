@@ -21,8 +21,7 @@ from d2llm.data.collation import (
     in_batch_pairs,
 )
 from d2llm.data.labels import LabelStore, QueryLabels
-from d2llm.data.plan import PlanEntry
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import PlanEntry, TrainingSource
 from tiny_data import make_plan, make_source
 
 # qa has two positives; qb's positive b1 has a twin with the same words, which qc draws.

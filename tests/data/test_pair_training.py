@@ -11,8 +11,7 @@ from d2llm.core.errors import DataFormatError, InputError
 from d2llm.data.open_data import open_data
 from d2llm.data.pair_training import PairTrainingSet, plan_of_pairs, read_pair_training_set, shared_pairs
 from d2llm.data.pairs import PairDataset
-from d2llm.data.plan import PlanEntry, read_plan, write_plan
-from d2llm.data.training import TrainingPair, TrainingSource, labelled_pairs
+from d2llm.data.plan import PlanEntry, TrainingPair, TrainingSource, labelled_pairs, read_plan, write_plan
 
 
 def pair_set(folder: Path, **splits: list[tuple[str, str, str | float]]) -> PairTrainingSet:

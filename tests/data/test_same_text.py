@@ -211,7 +211,7 @@ def test_rankings_are_as_long_as_without_the_query_itself():
 
 
 def test_dev_sets_are_without_the_query_itself():
-    from d2llm.data.training import TrainingSource
+    from d2llm.data.plan import TrainingSource
 
     source = TrainingSource.__new__(TrainingSource)
     object.__setattr__(source, "pairs", None)

@@ -9,8 +9,7 @@ import pytest
 
 from d2llm.core.errors import InputError, MismatchError
 from d2llm.core.types import Task
-from d2llm.data.plan import PlanEntry
-from d2llm.data.training import TrainingPair, TrainingSource, check_sources, labelled_pairs
+from d2llm.data.plan import PlanEntry, TrainingPair, TrainingSource, check_sources, labelled_pairs
 from tiny_data import make_plan, make_source
 
 

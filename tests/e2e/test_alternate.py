@@ -13,7 +13,7 @@ import pytest
 
 from d2llm.core.errors import InputError, RecipeError
 from d2llm.data.labels import LabelStore, QueryLabels, label_keys
-from d2llm.data.training import TrainingPair, TrainingSource, labelled_pairs
+from d2llm.data.plan import TrainingPair, TrainingSource, labelled_pairs
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import load_teacher
 from d2llm.recipe import LoraConfig, Pretraining, Recipe, TeacherTuningConfig

@@ -12,7 +12,7 @@ import pytest
 from d2llm.core import progress
 from d2llm.core.errors import OutOfTimeError
 from d2llm.core.progress import time_limit
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import TrainingSource
 from d2llm.models.student import Student
 from d2llm.recipe import Recipe, ResidualConfig, ScoreFeaturesConfig
 from d2llm.training import trainer

@@ -13,9 +13,8 @@ from d2llm.core.errors import InputError, TrainingDivergedError
 from d2llm.data.open_data import open_data
 from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
 from d2llm.data.pairs import PairDataset
-from d2llm.data.plan import read_plan, write_plan
+from d2llm.data.plan import TrainingSource, read_plan, write_plan
 from d2llm.data.run_folder import training_source
-from d2llm.data.training import TrainingSource
 from d2llm.models.interaction import TASKS, Interaction
 from d2llm.models.student import Student
 from d2llm.recipe import AutoPooling, DataConfig

@@ -10,8 +10,7 @@ import pytest
 
 from d2llm.core.errors import InputError, RecipeError
 from d2llm.data.labels import LabelStore
-from d2llm.data.plan import PlanEntry
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import PlanEntry, TrainingSource
 from d2llm.evaluation import pool_scores
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import identify_teacher, load_teacher

@@ -14,8 +14,7 @@ import pytest
 
 from d2llm.core.errors import InputError, LabelMismatchError
 from d2llm.data.labels import LabelStore
-from d2llm.data.plan import PlanEntry
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import PlanEntry, TrainingSource
 from d2llm.models.student import Student
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.identity import identify_local_teacher

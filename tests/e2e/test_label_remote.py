@@ -9,7 +9,7 @@ import pytest
 
 from d2llm.core.errors import ModelError
 from d2llm.data.labels import LabelStore
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import TrainingSource
 from d2llm.evaluation import pool_scores
 from d2llm.models.teachers.prompts import load_prompt
 from d2llm.models.teachers.remote import RemoteTeacher

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from d2llm.core.errors import InputError
-from d2llm.data.training import labelled_pairs
+from d2llm.data.plan import labelled_pairs
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.recipe import LoraConfig, TeacherConfig, TeacherTuningConfig
 from d2llm.training import tune_teacher as module

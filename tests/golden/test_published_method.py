@@ -25,8 +25,7 @@ from transformers import AutoModel, AutoTokenizer
 from d2llm.core.types import TASKS, Task
 from d2llm.data.collation import Draw, LabelledSource, epoch_batches
 from d2llm.data.labels import LabelStore, QueryLabels
-from d2llm.data.plan import PlanEntry
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import PlanEntry, TrainingSource
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import identify_teacher
 from d2llm.recipe import Full, Lora, Recipe, Tuning

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from d2llm import Student
-from d2llm.data.training import TrainingPair
+from d2llm.data.plan import TrainingPair
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.writers.local import LocalWriter
 from d2llm.models.writers.writer import Assignment

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import TrainingSource
 from d2llm.models.student import Student
 from d2llm.recipe import Lora, Recipe
 from d2llm.training.distill import DistillReport, distill

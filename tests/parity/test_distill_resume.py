@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from d2llm.core.errors import InputError
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import TrainingSource
 from d2llm.recipe import Lora, Recipe
 from d2llm.training import distill as verb
 from d2llm.training import training_loop

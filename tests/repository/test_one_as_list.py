@@ -41,8 +41,7 @@ from d2llm.core.settings import Settings
 from d2llm.data.beir import read_beir
 from d2llm.data.label_sets import merge_labels
 from d2llm.data.pairs import read_pairs
-from d2llm.data.plan import TrainingPlan
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import TrainingPlan, TrainingSource
 from d2llm.data.trec import TrecRun
 from d2llm.evaluation.contenders import Contenders, load_contenders
 from d2llm.fitting.fit import Fit

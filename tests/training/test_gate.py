@@ -16,7 +16,7 @@ from d2llm.data.collation import LabelledSource, collate, epoch_batches
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
 from d2llm.data.pairs import LabelledPair, PairDataset
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import TrainingSource
 from d2llm.models.interaction import PairScores
 from d2llm.models.student import Student
 from d2llm.models.teachers.cosine import CosineTeacher

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Task
-from d2llm.data.training import TrainingPair
+from d2llm.data.plan import TrainingPair
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.pair_teacher import TeacherScores, identify_teacher, load_teacher
 from d2llm.recipe import LoraConfig, TeacherConfig, TeacherTuningConfig

@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.data.labels import LabelStore
-from d2llm.data.plan import PlanEntry
+from d2llm.data.plan import PlanEntry, TrainingSource
 from d2llm.data.same_text import SameText
-from d2llm.data.training import TrainingSource
 from d2llm.ops.batching import even_batches
 
 _CERTAIN_LOG_ODDS = 20.0  # log-odds of a data set's own judgement

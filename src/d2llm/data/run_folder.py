@@ -12,8 +12,7 @@ from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_data
 from d2llm.data.pair_training import read_pair_training_set
-from d2llm.data.plan import TrainingPlan, read_plan
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import TrainingPlan, TrainingSource, read_plan
 from d2llm.recipe import DataConfig, Recipe
 from d2llm.recipe.recipe_file import changed_recipe, shaping_settings, tuning_settings
 

@@ -19,8 +19,8 @@ from typing import Any
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import check_count
 from d2llm.core.types import TASKS
+from d2llm.data.plan import TrainingSource
 from d2llm.data.run_folder import RunFolder, changed_student, changed_teacher, is_finished, manifest_of
-from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
 from d2llm.models.teachers.ensemble import EnsembleMember, write_ensemble
 from d2llm.models.teachers.pair_teacher import identify_teacher

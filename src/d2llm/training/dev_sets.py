@@ -26,8 +26,8 @@ from d2llm.core.types import TASKS, Query, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.collation import ScorePassages
 from d2llm.data.pairs import LabelledPair, PairDataset
+from d2llm.data.plan import TrainingSource
 from d2llm.data.same_text import SameText
-from d2llm.data.training import TrainingSource
 from d2llm.evaluation.gold import Gold, NliGold, measure_all, read_gold
 from d2llm.evaluation.pool_scores import score_pool
 from d2llm.models.interaction import Interaction

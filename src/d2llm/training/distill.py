@@ -18,9 +18,8 @@ from d2llm.core.progress import showing_progress
 from d2llm.core.types import TASKS, Task
 from d2llm.data.collation import LabelledSource, batches_per_epoch
 from d2llm.data.labels import LabelStore
-from d2llm.data.plan import PlanEntry
+from d2llm.data.plan import PlanEntry, TrainingSource, check_sources
 from d2llm.data.run_folder import require_unfinished, working_folder
-from d2llm.data.training import TrainingSource, check_sources
 from d2llm.models.student import Student
 from d2llm.models.student_files import KIND
 from d2llm.models.teachers.pair_teacher import identify_teacher, ranks_lists, scores_only_recorded

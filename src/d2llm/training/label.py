@@ -16,8 +16,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.progress import progress_bar
 from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
-from d2llm.data.plan import PlanEntry
-from d2llm.data.training import TrainingSource, check_sources
+from d2llm.data.plan import PlanEntry, TrainingSource, check_sources
 from d2llm.evaluation.pool_scores import (
     Budget,
     LabelWriter,

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import TrainingSource
 from d2llm.models.backbone import Backbone
 from d2llm.models.device import tokens_to_train
 from d2llm.models.pooling import TextPooling

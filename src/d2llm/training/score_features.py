@@ -14,7 +14,7 @@ from d2llm.core.progress import seconds_left, time_limit
 from d2llm.core.types import ScoreFeature, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.collation import LabelledSource
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import TrainingSource
 from d2llm.models.fitted_part import Widths
 from d2llm.models.score_features import FeatureWeights, ScoreFeatures, TaskFeatureWeights
 from d2llm.models.student import Student

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import objects_of
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import TrainingSource
 from d2llm.models.backbone import load_weights
 from d2llm.models.interaction import Interaction
 from d2llm.models.lora import merged_state_dict

@@ -23,9 +23,8 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Task
 from d2llm.data.labels import label_keys, only_labels
-from d2llm.data.plan import TrainingPlan
+from d2llm.data.plan import TrainingPair, TrainingPlan, TrainingSource, labelled_pairs
 from d2llm.data.run_folder import require_unfinished, working_folder
-from d2llm.data.training import TrainingPair, TrainingSource, labelled_pairs
 from d2llm.models.device import choose_dtype, size_of_states, tokens_to_train
 from d2llm.models.interaction import TASKS
 from d2llm.models.student import Student

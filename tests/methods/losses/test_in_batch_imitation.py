@@ -12,7 +12,7 @@ import torch
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import ScoreFeature
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import TrainingSource
 from d2llm.methods.losses.in_batch_imitation import LiveScores, LiveTeacher
 from d2llm.models.score_features import ScoreFeatures, TaskFeatureWeights
 from d2llm.models.student import Student

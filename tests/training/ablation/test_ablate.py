@@ -17,7 +17,7 @@ from d2llm.core.errors import InputError, RecipeError, TrainingDivergedError
 from d2llm.data.labels import LabelStore
 from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
 from d2llm.data.pairs import LabelledPair, PairDataset
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import TrainingSource
 from d2llm.models.teachers.pair_teacher import identify_teacher
 from d2llm.ops.significance import Interval
 from d2llm.recipe import DataConfig, Recipe, ResidualConfig

@@ -10,8 +10,7 @@ import torch
 
 from d2llm.core.errors import InputError
 from d2llm.data.labels import LabelStore, QueryLabels
-from d2llm.data.plan import PlanEntry
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import PlanEntry, TrainingSource
 from d2llm.models.student import Student
 from d2llm.recipe import MiningConfig
 from d2llm.recipe.negatives import Uniform

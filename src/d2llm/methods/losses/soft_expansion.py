@@ -25,7 +25,7 @@ from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import QueryExpansion
-from d2llm.data.training import TrainingSource
+from d2llm.data.plan import TrainingSource
 from d2llm.models.protocols import SearchStudent
 from d2llm.models.remote.kept_answers import KeptAnswers
 from d2llm.models.writers.writer import Assignment, Writer, load_writer, write_until_error

@@ -20,9 +20,8 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.inputs import check_count
 from d2llm.core.manifest import read_manifest
 from d2llm.data.labels import LabelStore
-from d2llm.data.plan import TrainingPlan
+from d2llm.data.plan import TrainingPlan, TrainingSource, check_sources
 from d2llm.data.run_folder import is_finished, working_folder
-from d2llm.data.training import TrainingSource, check_sources
 from d2llm.models.device import choose_device, choose_dtype
 from d2llm.models.student import Student
 from d2llm.models.student_files import FORMAT_VERSION, KIND

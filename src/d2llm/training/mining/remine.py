@@ -12,9 +12,8 @@ import numpy as np
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.data.labels import LabelStore
-from d2llm.data.plan import PlanEntry, TrainingPlan
+from d2llm.data.plan import PlanEntry, TrainingPlan, TrainingSource
 from d2llm.data.same_text import SameText
-from d2llm.data.training import TrainingSource
 from d2llm.models.protocols import SearchStudent
 from d2llm.recipe import MiningConfig
 from d2llm.training.mining.choose import DatasetJudgements, Ranked, Selection, choose, work_folder
