@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from rich.progress import TimeRemainingColumn
 
 from d2llm.core import progress
-from d2llm.core.progress import progress_bar, showing_progress, time_limit
+from d2llm.core.progress import progress_bar, showing_progress
+from d2llm.core.time_limit import time_limit
 
 
 def logged_lines(caplog, monkeypatch, seconds, total=200, done=0):

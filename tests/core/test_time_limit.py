@@ -8,7 +8,8 @@ import time
 import pytest
 
 from d2llm.core.errors import OutOfTimeError
-from d2llm.core.progress import check_time, progress_bar, seconds_left, showing_progress, time_limit
+from d2llm.core.progress import progress_bar, showing_progress
+from d2llm.core.time_limit import check_time, seconds_left, time_limit
 
 
 def finished_items(total: int = 1_000) -> int:

@@ -11,7 +11,7 @@ import pytest
 
 from d2llm.core import progress
 from d2llm.core.errors import OutOfTimeError
-from d2llm.core.progress import time_limit
+from d2llm.core.time_limit import time_limit
 from d2llm.data.plan import TrainingSource
 from d2llm.models.student import Student
 from d2llm.recipe import Recipe, ResidualConfig, ScoreFeaturesConfig

@@ -9,7 +9,7 @@ import pytest
 
 from d2llm.core import progress
 from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError, OutOfTimeError
-from d2llm.core.progress import time_limit
+from d2llm.core.time_limit import time_limit
 from d2llm.data.beir import read_beir
 from d2llm.evaluation import systems
 from d2llm.evaluation.contenders import Contenders

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from d2llm.core.errors import InputError, OutOfTimeError, Terminated, TrainingDivergedError
-from d2llm.core.progress import time_limit
+from d2llm.core.time_limit import time_limit
 from d2llm.recipe import Recipe
 from d2llm.recipe.recipe_file import shaping_settings
 from d2llm.training import trainer as module

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
 
-from d2llm.core.errors import OutOfTimeError
+from d2llm.core.time_limit import check_time, seconds_left
 
 if TYPE_CHECKING:
     from rich.progress import Progress, Task, TaskID
@@ -189,31 +189,3 @@ def _duration(seconds: float) -> str:
 def ignore(count: int, note: str = "", /) -> None:
     """Discard progress."""
     del count, note
-
-
-_end: ContextVar[float] = ContextVar("when the time of the work is over, by time.monotonic", default=math.inf)
-
-
-@contextmanager
-def time_limit(seconds: float) -> Generator[None]:
-    """Limit the time of what runs inside this block; with no seconds left, its first item is its last."""
-    token = _end.set(min(_end.get(), time.monotonic() + seconds))
-    try:
-        yield
-    finally:
-        _end.reset(token)
-
-
-def seconds_left() -> float:
-    """Seconds until the limit, negative after it; infinite without a limit."""
-    return _end.get() - time.monotonic()
-
-
-def check_time() -> None:
-    """Stop if the limit has passed.
-
-    Raises:
-        OutOfTimeError: it has.
-    """
-    if seconds_left() < 0:
-        raise OutOfTimeError("the time for this work is over; what is finished is kept")

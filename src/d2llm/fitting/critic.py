@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 
 from d2llm.core.errors import OutOfTimeError
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.progress import time_limit
+from d2llm.core.time_limit import time_limit
 from d2llm.core.types import Passage, Query, Task
 from d2llm.data.labels import LabelStore
 from d2llm.data.same_text import comparable, jaccard, shingles

@@ -24,9 +24,10 @@ from d2llm.core.files import write_bytes, write_json
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
 from d2llm.core.inputs import path_of, paths_of
 from d2llm.core.names import counted
-from d2llm.core.progress import showing_progress, time_limit
+from d2llm.core.progress import showing_progress
 from d2llm.core.settings import shows
 from d2llm.core.shipped import DEFAULT_WRITER, MULTILINGUAL_STUDENT
+from d2llm.core.time_limit import time_limit
 from d2llm.data.beir import read_beir
 from d2llm.data.run_folder import is_finished
 from d2llm.evaluation.pool_scores import place_teacher

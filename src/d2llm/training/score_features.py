@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import OutOfTimeError
-from d2llm.core.progress import seconds_left, time_limit
+from d2llm.core.time_limit import seconds_left, time_limit
 from d2llm.core.types import ScoreFeature, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.collation import LabelledSource

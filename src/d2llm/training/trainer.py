@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from d2llm.core.errors import OutOfTimeError
-from d2llm.core.progress import Advance, progress_bar, seconds_left
+from d2llm.core.progress import Advance, progress_bar
+from d2llm.core.time_limit import seconds_left
 from d2llm.recipe import Recipe
 from d2llm.training.checkpoints import (
     CHECKPOINT,

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from d2llm.core.errors import OutOfTimeError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
-from d2llm.core.progress import progress_bar, seconds_left, time_limit
+from d2llm.core.progress import progress_bar
+from d2llm.core.time_limit import seconds_left, time_limit
 from d2llm.core.types import Task
 from d2llm.data.collation import (
     Draw,
