@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from compiled_loops import compiled
 from d2llm.core.fallbacks import fallback_counts
 from d2llm.ops import kernels
+from d2llm.ops.bm25_bounds import RANGE
 from d2llm.ops.bm25_words import terms
 from d2llm.ops.kernels import CompiledLoops, compiler
+from d2llm.store import bm25
 from d2llm.store.bm25 import WordIndex, bounds_of_segment
 from d2llm.store.word_segment import WordSegment, learned_term
 
@@ -105,8 +107,8 @@ def test_damaged_bounds_are_an_error():
 def test_bounds_skip_postings():
     """A term is frequent, but in each range but one it is found only in long passages."""
     random = np.random.default_rng(0)
-    long = " ".join(f"filler{number}" for number in random.integers(0, 50, 60))
-    texts = [f"common {long}"] * 20_000 + ["common rare"] * 30
+    long = " ".join(f"filler{number}" for number in random.integers(0, 50, 20))
+    texts = [f"common {long}"] * (2 * RANGE) + ["common rare"] * 30
     segment = WordSegment.from_texts(texts)
     found = {}
     for name, bounds in (
@@ -116,10 +118,27 @@ def test_bounds_skip_postings():
         index = WordIndex([dataclasses.replace(segment, bounds=bounds)]).only(np.ones(len(texts), np.bool_))
         query = index.query("common rare")
         found[name] = index.best_compiled(kernels.BM25.load(), query, 20)
-    assert sorted(found["computed"][0].tolist()) == sorted(found["none"][0].tolist()) == list(range(20_000, 20_030))
-    reversed_index = WordIndex([WordSegment.from_texts(texts[::-1])])
-    read = reversed_index.best_compiled(kernels.BM25.load(), reversed_index.query("common"), 20)[2]
-    assert read <= 8192  # of 20,030: the first range has the best, the others cannot reach them
+    assert sorted(found["computed"][0].tolist()) == sorted(found["none"][0].tolist()) == list(range(2 * RANGE, len(texts)))
+    others = WordSegment.from_texts(texts[:RANGE])
+    for segments in ([WordSegment.from_texts(texts[::-1])], [WordSegment.from_texts(texts[::-1]), others]):
+        index = WordIndex(segments)
+        rows, scores, read = index.best_compiled(kernels.BM25.load(), index.query("common"), 20)
+        assert rows.tolist() == np.flatnonzero(index.scores(index.query("common")) == scores.max()).tolist()
+        assert read <= RANGE  # the first range has the best, and no other, also of another segment, can reach them
+
+
+@pytest.mark.parametrize("most", [65_535, 8], ids=["few lengths", "more than the loops can tell apart"])
+@pytest.mark.parametrize("is_added", [False, True])
+def test_lengths_that_are_too_many_are_searched_by_numpy(monkeypatch, most, is_added):
+    monkeypatch.setattr(bm25, "_MAX_INDEX", most)
+    segment = WordSegment.from_texts(["one" + " two" * number for number in range(10)])
+    if is_added:
+        segment = segment.with_added([{"three": 0.5 * number} for number in range(10)])
+    with compiled(True):
+        index = WordIndex([segment])
+        rows, scores = index.best(index.query("one"), 3)
+    assert rows.tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(scores, index.scores(index.query("one"))[:3])
 
 
 def test_they_are_loaded_in_another_thread_after_a_few_calls():

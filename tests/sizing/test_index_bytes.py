@@ -70,7 +70,7 @@ def test_the_memory_of_a_view_is_as_predicted(built):
     assert parts[f"vectors, {plan.vector_format}"].memory == view.capacity * view.format.code_size
     assert parts["texts and ids"].memory == 0
     words = view.words
-    norms = sum(norm.nbytes for norm in words._norms)
+    norms = words._norms.norm_of.nbytes
     assert parts["words"].memory == pytest.approx(words.num_bytes + norms, rel=0.05)
     for kind, name in (("token", "int4"), ("window", plan.window_vectors)):
         if name == "none":

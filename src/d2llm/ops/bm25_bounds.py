@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from d2llm.ops.selection import ranges
 
-RANGE = 1 << 13
-"""Rows of a range, whose scores fit the processor's cache."""
+RANGE = 1 << 15
+"""Rows of a range, whose scores fit the processor's second cache; smaller ranges skip more, but their starts cost more."""
 MIN_POSTINGS = 256
 """Of terms with fewer postings in a segment, reading all is as fast as bounds are."""
 _STEPS = 255
@@ -36,6 +36,10 @@ class TermBounds(NamedTuple):
     terms: NDArray[np.uint32]
     shares: NDArray[np.uint8]
     mean_length: float
+
+    def fit(self, num_rows: int) -> bool:
+        """Whether there is a share for each term and range of ``num_rows`` rows."""
+        return len(self.shares) == len(self.terms) * -(-num_rows // RANGE)
 
     def starts_of(self, terms: NDArray[np.int64], num_rows: int) -> NDArray[np.int64]:
         """Where the shares of some terms start among those of ``num_rows`` rows; -1 for terms that have none."""

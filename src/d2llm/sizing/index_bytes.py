@@ -20,7 +20,7 @@ from d2llm.store.part_vectors import EXTENT_BYTES
 from d2llm.store.vector_formats import VectorFormat, make_format
 from d2llm.store.word_files import SEGMENT_ROWS, segment_bytes
 
-_NORM_BYTES = np.dtype(np.float32).itemsize  # and BM25 one for its length
+_NORM_BYTES = 2  # of a row in BM25
 _POSTING_BYTES, _ADDED_TEXT_BYTES = 6, 9  # of a word that a passage lacks: row and count, and its text in the table
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +57,26 @@ _Scores = NDArray[np.float32]
 _MAX_COUNTS = 1 << 22  # counts of terms in sentences in memory at once, unless there are more sentences than this
 
 
+_MAX_INDEX = np.iinfo(np.uint16).max  # of a norm in the compiled search
 _BINS = 4_096  # of the histogram of scores; few enough to stay in the cache
+
+
+class _Norms(NamedTuple):
+    """k1 (1 - b + b |p| / mean length): the distinct ones [d], and the index of each row's [rows].
+
+    An index takes half the bytes of a norm, and reading them is much of the time of a search.
+    """
+
+    distinct: _Scores
+    norm_of: NDArray[np.unsignedinteger[Any]]
+
+    @property
+    def are_small(self) -> bool:
+        """Whether the compiled search can read them; only added words make so many lengths that it cannot."""
+        return self.norm_of.dtype == np.uint16
+
+    def of(self, rows: Rows | slice) -> _Scores:
+        return self.distinct[self.norm_of[rows]]
 
 
 class WordIndex:
@@ -169,12 +188,13 @@ class WordIndex:
         return slice(None) if self._live is None else self._live[self._firsts[at] : self._firsts[at + 1]]
 
     @cached_property
-    def _norms(self) -> _Scores:
-        """k1 (1 - b + b |p| / mean length) of each row."""
-        mean = max(self._scored_by.mean_length, 1e-9)
-        return np.concatenate(
-            [np.zeros(0, np.float32), *(_norm(segment.all_lengths, mean) for segment in self._segments)]
-        )
+    def _norms(self) -> _Norms:
+        lengths = np.concatenate([np.zeros(0, np.uint32), *(segment.all_lengths for segment in self._segments)])
+        longest, mean = lengths.max(initial=0), max(self._scored_by.mean_length, 1e-9)
+        if lengths.dtype == np.uint32 and longest <= _MAX_INDEX:
+            return _Norms(_norm(np.arange(longest + 1), mean), lengths.astype(np.uint16))
+        distinct, norm_of = np.unique(lengths, return_inverse=True)
+        return _Norms(_norm(distinct, mean), norm_of.astype(np.uint16 if len(distinct) <= _MAX_INDEX else np.uint32))
 
     @cached_property
     def _bounds(self) -> list[TermBounds]:
@@ -222,7 +242,7 @@ class WordIndex:
         if last_query is not query:
             scores = np.zeros(len(self), np.float32)
             for postings in chain(self._postings(query), self._added_postings(query)):
-                norms = self._norms[postings.segment].take(postings.rows)
+                norms = self._norms.of(postings.segment).take(postings.rows)
                 _add_at(scores[postings.segment], postings.rows, _gains(postings, postings.counts, norms))
             scores.flags.writeable = False
             self._last_scores = query, scores
@@ -267,7 +287,7 @@ class WordIndex:
         those of ``scores``.
         """
         kernels = BM25.get(self._num_words)
-        if kernels is not None:
+        if kernels is not None and self._norms.are_small:
             return self.best_compiled(kernels, query, num, allowed)[:2]
         scores = usable = self.scores(query)
         for mask in (self._live, allowed):
@@ -298,7 +318,7 @@ class WordIndex:
                 *(segment.rows, segment.counts, added.rows, added.hundredths),
                 *(starts, ends, query.weights[terms], units),
                 *(bounds.shares, bounds.starts_of(positions, len(segment)), bounds.mean_length / mean),
-                *(self._norms[here], usable[here], first, bins, num, query.limit),
+                *(self._norms.distinct, self._norms.norm_of[here], usable[here], first, bins, num, query.limit),
             )
             rows.append(found[0])
             scores.append(found[1])
@@ -326,7 +346,7 @@ class WordIndex:
             positions = np.minimum(np.searchsorted(postings.rows, wanted), len(postings.rows) - 1)
             found = np.flatnonzero(postings.rows[positions] == wanted)
             counts = postings.counts[positions[found]]
-            _add_at(passages, found, _gains(postings, counts, self._norms[rows[found]]))
+            _add_at(passages, found, _gains(postings, counts, self._norms.of(rows[found])))
         return passages, windows
 
     def _score_compiled(
@@ -337,7 +357,7 @@ class WordIndex:
         passages, windows = np.zeros((2, len(rows)), np.float32)
         kernels.score_rows(
             *(segment.tokens, segment.offsets, rows - self._firsts[at], segment.positions(terms), weights),
-            *(len(segment.terms), self._norms[rows], self._mean_window, K1, B, passages, windows),
+            *(len(segment.terms), self._norms.of(rows), self._mean_window, K1, B, passages, windows),
         )
         return passages, windows
 
@@ -360,7 +380,7 @@ class WordIndex:
         code_of[-1] = SENTENCE_END
         starts, sizes = extents(segment, rows - self._firsts[at])
         codes = code_of[segment.tokens[ranges(starts, sizes)]]
-        norms = self._norms[rows]
+        norms = self._norms.of(rows)
         passages, best_windows = np.zeros(len(sizes), np.float32), np.zeros(len(sizes), np.float32)
         ends = np.flatnonzero(codes == SENTENCE_END)
         hits = np.flatnonzero(codes >= 0)
@@ -443,7 +463,7 @@ def bm25_lists(
     return lists
 
 
-def _norm(lengths: NDArray[np.integer] | NDArray[np.float64], mean: float) -> _Scores:
+def _norm(lengths: NDArray[np.number[Any]], mean: float) -> _Scores:
     return (K1 * (1 - B + B * lengths.astype(np.float64) / mean)).astype(np.float32)
 
 

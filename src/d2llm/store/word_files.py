@@ -302,6 +302,8 @@ def _open(segment_file: _SegmentFile, *, whole: bool) -> WordSegment | str:
                 return f"does not hold its {name}"
         added = {name: array for name in _ADDED_TYPES if (array := arrays.pop(_ADDED + name, None)) is not None}
         bounds = TermBounds(arrays.pop("bound_terms"), arrays.pop("bound_shares"), record["mean_length"])
+        if not bounds.fit(len(arrays["lengths"])):
+            return "has bounds of other ranges"
         segment = WordSegment(
             **arrays,
             added=AddedWords(**added) if added else None,

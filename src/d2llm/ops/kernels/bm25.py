@@ -71,6 +71,15 @@ def _first_at_least(rows: NDArray[np.uint32], start: int, end: int, row: int) ->
 
 
 @inlined
+def _lowest_of(bins: NDArray[np.int64], lowest_bin: int, num_above: int, top_k: int) -> tuple[int, int]:
+    """The lowest bin that may have one of the ``top_k`` best, and how many scores are in it and above."""
+    while num_above - bins[lowest_bin] >= top_k:
+        num_above -= bins[lowest_bin]
+        lowest_bin += 1
+    return lowest_bin, num_above
+
+
+@inlined
 def _keep_best(
     chosen: NDArray[np.int64],
     scores: NDArray[np.float32],
@@ -82,7 +91,7 @@ def _keep_best(
 ) -> tuple[int, tuple[int, int]]:
     """Count the scores of the chosen rows in ``bins``, and drop rows of which ``top_k`` others are known to be better.
 
-    ``lowest`` is the lowest bin that may have one of the ``top_k`` best, and how many scores are in it and above.
+    ``lowest`` is as ``_lowest_of`` returns it.
     """
     kept = 0
     lowest_bin, num_above = lowest
@@ -94,9 +103,7 @@ def _keep_best(
         num_above += 1
         chosen[kept], scores[kept] = chosen[at], scores[at]
         kept += 1
-        while num_above - bins[lowest_bin] >= top_k:
-            num_above -= bins[lowest_bin]
-            lowest_bin += 1
+        lowest_bin, num_above = _lowest_of(bins, lowest_bin, num_above, top_k)
     return kept, (lowest_bin, num_above)
 
 
@@ -118,13 +125,14 @@ def _add(
     range_: tuple[int, int],
     weight: np.float32,
     norms: NDArray[np.float32],
+    norm_of: NDArray[np.uint16],
 ) -> None:
     """Add the gains of a term to the sums of the rows of a range, and mark the groups of these rows."""
     for index in range(extent[0], extent[1]):
         row = np.int64(rows[index])
         if row < range_[0] or row >= range_[1]:
             raise ValueError("the rows of a term are not ascending")
-        sums[row - range_[0]] += _gain(weight, counts[index], unit, norms[row])
+        sums[row - range_[0]] += _gain(weight, counts[index], unit, norms[norm_of[row]])
         touched[(row - range_[0]) // _GROUP] = True
 
 
@@ -184,10 +192,10 @@ def _choose(
         touched[group] = False
         start = group * _GROUP
         part = sums[start : min(start + _GROUP, size)]
-        num_high = 0
+        is_high = False
         for at in range(len(part)):  # without a branch: 16 rows at once
-            num_high += part[at] >= threshold
-        if num_high:
+            is_high |= part[at] >= threshold
+        if is_high:
             for at in range(len(part)):  # without a branch, because none could be foreseen
                 row = range_[0] + start + at
                 chosen[num_chosen], scores[num_chosen] = row, part[at]
@@ -209,6 +217,7 @@ def _look_up(
     range_: tuple[int, int],
     weight: np.float32,
     norms: NDArray[np.float32],
+    norm_of: NDArray[np.uint16],
     slots: NDArray[np.int64],
 ) -> int:
     """Add the gains of a term to the scores of the chosen rows that have at least ``least``; the others are dropped."""
@@ -222,7 +231,7 @@ def _look_up(
         for at in range(kept):
             index = _first_at_least(rows, index, extent[1], chosen[at])
             if index < extent[1] and rows[index] == chosen[at]:
-                scores[at] += _gain(weight, counts[index], unit, norms[chosen[at]])
+                scores[at] += _gain(weight, counts[index], unit, norms[norm_of[chosen[at]]])
         return kept
     for at in range(kept):
         slots[chosen[at] - range_[0]] = at + 1
@@ -232,7 +241,7 @@ def _look_up(
             raise ValueError("the rows of a term are not ascending")
         slot = slots[row - range_[0]]
         if slot > 0:
-            scores[slot - 1] += _gain(weight, counts[index], unit, norms[row])
+            scores[slot - 1] += _gain(weight, counts[index], unit, norms[norm_of[row]])
     for at in range(kept):
         slots[chosen[at] - range_[0]] = 0
     return kept
@@ -257,7 +266,7 @@ def _make_room(
 @compiled(
     types.Tuple((written(types.int64), written(types.float32), types.int64))(
         *(_u32, _u16, _u32, _u16, _i64, _i64, _f32, _i64, _u8, _i64, types.float64),
-        *(_f32, read_only(types.boolean), types.int64, written(types.int64), types.int64, types.float64),
+        *(_f32, _u16, read_only(types.boolean), types.int64, written(types.int64), types.int64, types.float64),
     )
 )
 def best_rows(
@@ -273,6 +282,7 @@ def best_rows(
     shares_at: NDArray[np.int64],
     factor: float,
     norms: NDArray[np.float32],
+    norm_of: NDArray[np.uint16],
     usable: NDArray[np.bool_],
     first: int,
     bins: NDArray[np.int64],
@@ -293,7 +303,8 @@ def best_rows(
         shares: the largest shares of terms in ranges (``ops.bm25_bounds``).
         shares_at: [t] where those of a term start; -1 if it has none.
         factor: the mean length by which the shares were computed, divided by today's.
-        norms: [n] the norm of each row.
+        norms: the distinct norms.
+        norm_of: [n] the index of each row's norm.
         usable: [n] whether a row may be returned; empty if all may.
         first: number that the segment's first row has in the result.
         bins: how many scores of earlier segments are in each of equal parts of the range from 0 to ``limit``; changed.
@@ -303,14 +314,14 @@ def best_rows(
     Returns:
         Rows, scores, and how many postings were read.
     """
-    num, num_terms, lengths = len(norms), len(starts), (len(rows), len(added_rows), len(shares))
+    num, num_terms, lengths = len(norm_of), len(starts), (len(rows), len(added_rows), len(shares))
     _check(starts, ends, shares_at, units, lengths, (num + RANGE - 1) // RANGE)
     begins, stops, rests = starts.copy(), np.empty(num_terms, np.int64), np.zeros(num_terms + 1, np.float64)
     sums, touched = np.zeros(RANGE, np.float32), np.zeros(RANGE // _GROUP, np.bool_)
     chosen, slots, scores = np.empty(RANGE, np.int64), np.zeros(RANGE, np.int64), np.empty(RANGE, np.float32)
     found_rows, found_scores, found = np.empty(2 * RANGE, np.int64), np.empty(2 * RANGE, np.float32), 0
     num_read, bins_per_score = 0, (len(bins) - 1) / max(limit, _TINY)
-    _, lowest = _keep_best(chosen, scores, 0, bins, bins_per_score, (0, bins.sum()), top_k)
+    lowest = _lowest_of(bins, 0, bins.sum(), top_k)
     for begin in range(0, num, RANGE):
         end, floor = min(begin + RANGE, num), _BELOW * lowest[0] / bins_per_score
         for term in range(num_terms):
@@ -326,14 +337,15 @@ def best_rows(
                 break
             postings, times = (rows, counts) if unit == 1 else (added_rows, hundredths)
             num_read, num_summed = num_read + extent[1] - extent[0], max(num_summed, term + 1)
-            _add(sums, touched, postings, times, unit, extent, (begin, end), weight, norms)
+            _add(sums, touched, postings, times, unit, extent, (begin, end), weight, norms, norm_of)
         num_chosen = _choose(sums, touched, (begin, end), usable, floor / _ROUNDING - rests[num_summed], chosen, scores)
         for term in range(num_summed, num_terms):
             unit, extent, weight = units[term], (begins[term], stops[term]), weights[term]
             postings, times = (rows, counts) if unit == 1 else (added_rows, hundredths)
             num_read, least = num_read + min(num_chosen, extent[1] - extent[0]), floor / _ROUNDING - rests[term]
             num_chosen = _look_up(
-                chosen, scores, num_chosen, least, postings, times, unit, extent, (begin, end), weight, norms, slots
+                *(chosen, scores, num_chosen, least, postings, times, unit, extent, (begin, end)),
+                *(weight, norms, norm_of, slots),
             )
         kept, lowest = _keep_best(chosen, scores, num_chosen, bins, bins_per_score, lowest, top_k)
         if found + kept > len(found_rows):
