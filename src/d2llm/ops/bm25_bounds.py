@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from d2llm.ops.selection import ranges
 
 RANGE = 1 << 15
-"""Rows of a range, whose scores fit the processor's second cache; smaller ranges skip more, but their starts cost more."""
+"""Rows of a range, whose scores fit a processor's second cache. Smaller ranges skip more, but each costs something."""
 MIN_POSTINGS = 256
 """Of terms with fewer postings in a segment, reading all is as fast as bounds are."""
 _STEPS = 255
