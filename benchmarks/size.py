@@ -46,6 +46,7 @@ from d2llm.models.score_features import FeatureWeights
 from d2llm.retrieval.build_ann import MIN_PASSAGES, build_ann
 from d2llm.retrieval.local_segment import open_view
 from d2llm.retrieval.search import Searcher, SearchSettings
+from d2llm.retrieval.shard import shard
 from d2llm.sizing.index_bytes import StudentFacts, index_parts
 from d2llm.sizing.measure import measure_speeds
 from d2llm.sizing.plan import SizePlan
@@ -86,10 +87,13 @@ class Predictions:
         parts = index_parts(self.plan, self.student, self.texts, num_passages, approximate=approximate)
         return {part.part.split(",")[0]: part.disk for part in parts}
 
-    def ms(self, num_passages: int, terms: dict[ScoreFeature, float], ann: AnnFacts | None = None) -> float:
-        """Without encoding the query."""
-        student = replace(self.student, weights=FeatureWeights(terms=terms))
-        return total_ms(search_stages(self.plan, student, self.texts, self.speeds, num_passages, ann=ann)[1:])
+    def ms(
+        self, num_passages: int, terms: dict[ScoreFeature, float], ann: AnnFacts | None = None, num_shards: int = 1
+    ) -> float:
+        """Without encoding the query; of all shards together."""
+        student, of_shard = replace(self.student, weights=FeatureWeights(terms=terms)), num_passages // num_shards
+        stages = search_stages(self.plan, student, self.texts, self.speeds, of_shard, num_shards=num_shards, ann=ann)
+        return total_ms(stages[1:]) + (num_shards - 1) * total_ms(stage for stage in stages if stage.per_shard)
 
 
 def measure(
@@ -112,11 +116,19 @@ def measure(
                 print(f"no approximate index: {error}")
         # Speeds are measured just before the searches, since what else the machine does changes them.
         predictions = Predictions(student, corpus, queries, args.seconds, window_vectors="window" in store.part_formats)
-        ms = times(store, student, known, queries, kinds, approximate=ann is not None)
+        ms = times(Storage.single(store), student, known, queries, kinds, approximate=ann is not None)
+        in_shards: dict[str, float] = {}
+        if args.shards:
+            shards = Path(work_folder) / "shards"
+            shard(folder, shards, args.shards)
+            in_shards = times(Storage.open(shards), student, known, queries, kinds, approximate=False)
     predicted = predictions.bytes(size, approximate=ann is not None)
     rows = {name: row(predicted[name], measured[name]) for name in measured}
     rows["in all"] = row(sum(predicted.values()), sum(measured.values()))
     compared = {name: row(predictions.ms(size, terms), ms[name]) for name, terms in kinds.items()}
+    for name in in_shards:
+        predicted_ms = predictions.ms(size, kinds[name], num_shards=args.shards)
+        compared[f"{name}, {args.shards} shards"] = row(predicted_ms, in_shards[name])
     if ann is not None:
         compared["approximate"] = row(predictions.ms(size, {}, ann), ms["approximate"])
     inputs = {"texts": predictions.texts, "speeds": predictions.speeds, **({"ann": ann} if ann is not None else {})}
@@ -163,7 +175,7 @@ def bytes_of(folder: Path) -> dict[str, int]:
 
 
 def times(
-    store: IndexStore,
+    storage: Storage,
     student: Student,
     known: KnownVectors,
     queries: Queries,
@@ -172,7 +184,7 @@ def times(
     approximate: bool,
 ) -> dict[str, float]:
     """Median milliseconds of a core for each kind of search of an encoded query, with reading the texts of results."""
-    view = open_view(Storage.single(store))
+    view = open_view(storage)
     settings = {
         name: SearchSettings(
             task="asymmetric", score_features=terms, sources=("vectors", "bm25") if terms else ("vectors",)
@@ -282,6 +294,7 @@ def main() -> None:
         "--written", type=int, help="passages written as a user does; the rest are copies; default: all"
     )
     parser.add_argument("--index", type=Path, help="the index of these passages, as engine.py --work leaves it")
+    parser.add_argument("--shards", type=int, help="also search the index in so many shards, in one process")
     parser.add_argument("--cache", type=Path, help="folder in which to cache the real passages' vectors")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--ship", action="store_true", help="write the figures that ship with d2llm instead")

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2llm.models.score_features import FeatureWeights
+from d2llm.retrieval.segments import first_depth
 from d2llm.sizing.index_bytes import StudentFacts
 from d2llm.sizing.plan import SizePlan
 from d2llm.sizing.search_time import (
@@ -60,8 +61,9 @@ TEXTS = (
 )
 
 
-def stages(student=STUDENT, *, num=1_000_000, ann=None, plan=PLAN):
-    return {each.stage: each.ms for each in search_stages(plan, student, TEXTS, made_up_speeds("one"), num, ann=ann)}
+def stages(student=STUDENT, *, num=1_000_000, plan=PLAN, **options):
+    found = search_stages(plan, student, TEXTS, made_up_speeds("one"), num, **options)
+    return {one.stage: one.ms for one in found}
 
 
 def test_a_scan_reads_all_vectors():
@@ -85,6 +87,25 @@ def test_score_features_costs_words_windows_and_tokens():
             "texts of ten results": 2,
         }
     )
+
+
+def test_a_shard_is_asked_for_its_part_of_the_proposals_and_scores_its_part_of_the_candidates():
+    weights = FeatureWeights(terms={"bm25": 1.0, "window_bm25": 1.0, "maxsim": 1.0})
+    times = stages(replace(STUDENT, weights=weights), num_shards=4)
+    asked = 25 + 4 * 5 + 16  # of 100 proposals by each source: the mean, four deviations, and some more
+    assert times == pytest.approx(
+        {
+            "query": 10,
+            "scan of all vectors": 200,
+            "candidates' vectors": (asked + 50) / 1_000,
+            "best passages by words": 15 * READ.fraction(asked, 1_000_000) + 8 * 0.1 + 0.2,
+            "words of candidates' windows": 1.6 / 4,
+            "vectors of candidates' tokens": 1 / 4,
+            "texts of ten results": 2,
+        }
+    )
+    assert first_depth(100, 4) == asked
+    assert first_depth(100, 1) == first_depth(100, 1_000) + 82 == 100
 
 
 def test_the_interaction_scores_candidates_or_without_an_inner_product_everything():

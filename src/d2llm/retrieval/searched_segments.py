@@ -29,6 +29,7 @@ from d2llm.retrieval.segments import (
     IndexView,
     SegmentQuery,
     SegmentSearch,
+    first_depth,
     joint_rows,
     map_in_threads,
     merge_candidates,
@@ -38,7 +39,6 @@ from d2llm.retrieval.settings import SearchSettings
 from d2llm.store.view import CandidateRows
 from d2llm.store.word_segment import CountedTerms, QueryWords
 
-_SPARE_ROWS = 16  # of a segment's first proposals beyond those expected
 _log = logging.getLogger(__name__)
 _NOTHING = np.zeros(0, np.float32)
 _Answer = TypeVar("_Answer")
@@ -115,8 +115,8 @@ class SearchedSegments:
         together = [dot for dot in dots if dot is not None]
         if "vectors" not in self.sources or len(together) < 2:
             return {}
-        stacked, first_depth = np.stack(together), self._first_depth(depth)
-        scans = self._ask(missing, lambda _, segment: segment.scan_together(stacked, first_depth))
+        stacked, asked = np.stack(together), first_depth(depth, len(self._searches))
+        scans = self._ask(missing, lambda _, segment: segment.scan_together(stacked, asked))
         return {segment_index: scanned for segment_index, scanned in scans.items() if scanned is not None}
 
     def propose(
@@ -127,17 +127,17 @@ class SearchedSegments:
         Passages are in shards at random, so each is first asked for little more than its part. If even the last of
         these is among the best of all, it may have more of them, and is asked again.
         """
-        first_depth = self._first_depth(depth)
+        asked = first_depth(depth, len(self._searches))
         proposals = self._ask(
             missing,
-            lambda segment_index, segment: segment.propose(query, first_depth, scanned=scanned.get(segment_index)),
+            lambda segment_index, segment: segment.propose(query, asked, scanned=scanned.get(segment_index)),
         )
         merged = self._merged(proposals, depth)
         more = [
             segment_index
             for segment_index, by_source in proposals.items()
             for name, one in by_source.items()
-            if len(one.rows) == first_depth < depth and joint_rows(segment_index, one.rows[-1:]) in merged[name].rows
+            if len(one.rows) == asked < depth and joint_rows(segment_index, one.rows[-1:]) in merged[name].rows
         ]
         if not more:
             return merged
@@ -264,11 +264,6 @@ class SearchedSegments:
         if len(missing) == len(self._searches):
             raise ShardAwayError(f"no shard of the index answers; the first: {next(iter(missing.values())).problem}")
         return answers
-
-    def _first_depth(self, depth: int) -> int:
-        """How many of the best ``depth`` rows a segment is first asked for: seldom fewer than it has of them."""
-        mean = depth / len(self._searches)
-        return depth if len(self._searches) == 1 else min(depth, math.ceil(mean + 4 * math.sqrt(mean)) + _SPARE_ROWS)
 
     def _merged(self, proposals: Mapping[int, Mapping[str, CandidateRows]], depth: int) -> dict[str, CandidateRows]:
         """The best ``depth`` rows of each source, from those of the segments."""

@@ -7,6 +7,7 @@ bits (``joint_rows``).
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 _SEGMENT_SHIFT = 40
 _ROW_MASK = (1 << _SEGMENT_SHIFT) - 1
+_SPARE_ROWS = 16  # of a segment's first proposals beyond those expected
 _NUM_THREADS = 64  # most of them wait, if the segments are in other processes
 _Item = TypeVar("_Item")
 _Value = TypeVar("_Value")
@@ -422,6 +424,12 @@ def map_queries(work: Callable[[_Item], _Value], items: Sequence[_Item]) -> Iter
     from d2llm.models.engines.core_workers import map_on_cores
 
     return map_on_cores(work, items)
+
+
+def first_depth(depth: int, num_segments: int) -> int:
+    """How many of the best ``depth`` rows a segment is first asked for: seldom fewer than it has of them."""
+    mean = depth / num_segments
+    return depth if num_segments == 1 else min(depth, math.ceil(mean + 4 * math.sqrt(mean)) + _SPARE_ROWS)
 
 
 def merge_candidates(

@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from d2llm.retrieval.build_ann import MIN_PASSAGES
+from d2llm.retrieval.segments import first_depth
 from d2llm.sizing.index_bytes import StudentFacts, parts_of_passage
 from d2llm.sizing.plan import SizePlan, in_words
 from d2llm.sizing.speeds import Speed, Speeds
@@ -104,23 +105,33 @@ def search_stages(
     speeds: Speeds,
     num_passages: int,
     *,
+    num_shards: int = 1,
     ann: AnnFacts | None = None,
 ) -> list[StageTime]:
-    """The stages of a search of ``num_passages``, with an approximate index if ``ann`` is given.
+    """The stages of a search of ``num_passages`` in each shard, with an approximate index if ``ann`` is given.
 
-    ``texts`` are as long as the plan's. Encoding the query comes first.
+    ``texts`` are as long as the plan's. Encoding the query comes first. A shard is asked for little more than its part
+    of the proposals of all, and scores its part of the candidates.
     """
     encode = speeds.query_ms
     basis = "not measured for this student" if encode is None else encode.source
     first = StageTime("query", None if encode is None else encode.value, basis, per_shard=False)
-    return [first, *_stages(plan, student, texts, speeds, num_passages, ann)]
+    return [first, *_stages(plan, student, texts, speeds, num_passages, num_shards, ann)]
 
 
 def _stages(
-    plan: SizePlan, student: StudentFacts, texts: TextFacts, speeds: Speeds, num_passages: int, ann: AnnFacts | None
+    plan: SizePlan,
+    student: StudentFacts,
+    texts: TextFacts,
+    speeds: Speeds,
+    num_passages: int,
+    num_shards: int,
+    ann: AnnFacts | None,
 ) -> Iterator[StageTime]:
-    candidates = min(plan.num_candidates, num_passages)
-    proposed = candidates / (2 if student.weights.counts_words else 1)  # by vectors; words propose the others
+    of_all = min(plan.num_candidates, num_passages * num_shards)
+    candidates = of_all / num_shards
+    by_source = math.ceil(of_all / (2 if student.weights.counts_words else 1))  # half by vectors, half by words
+    proposed = min(first_depth(by_source, num_shards), num_passages)
     code_size = make_format(plan.vector_format, student.dim).code_size
     weights = student.weights
     if not student.has_dot:

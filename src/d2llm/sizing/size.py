@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -185,7 +186,7 @@ class _Sizing:
         """The whole answer."""
         num_shards = self._num_shards()
         passages = math.ceil(self.plan.passages / num_shards)
-        approximate, stages = self._search(passages)
+        approximate, stages = self._search(passages, num_shards)
         once_ms = total_ms(stage for stage in stages if not stage.per_shard)
         shard_ms = total_ms(stage for stage in stages if stage.per_shard)
         core_ms = once_ms + num_shards * shard_ms
@@ -261,7 +262,7 @@ class _Sizing:
 
         def fits(num_shards: int) -> bool:
             passages = math.ceil(self.plan.passages / num_shards)
-            approximate, _ = self._search(passages)
+            approximate, _ = self._search(passages, num_shards)
             return self._shard_memory(passages, approximate=approximate) <= room
 
         most = self.plan.shards
@@ -277,12 +278,15 @@ class _Sizing:
             least, most = (least, middle) if fits(middle) else (middle + 1, most)
         return most
 
-    def _search(self, passages: int) -> tuple[bool, list[StageTime]]:
-        """Whether an index of so many passages is searched by an approximate index, and the stages of a search."""
-        exact = search_stages(self.plan, self.student, self.texts, self.speeds, passages)
+    def _search(self, passages: int, num_shards: int) -> tuple[bool, list[StageTime]]:
+        """Whether shards of so many passages are searched by an approximate index, and the stages of a search."""
+        stages_of = partial(
+            search_stages, self.plan, self.student, self.texts, self.speeds, passages, num_shards=num_shards
+        )
+        exact = stages_of()
         if not can_approximate(self.plan, self.student, passages, self.ann):
             return False, exact
-        stages = search_stages(self.plan, self.student, self.texts, self.speeds, passages, ann=self.ann)
+        stages = stages_of(ann=self.ann)
         is_known = exact[1].ms is not None and stages[1].ms is not None
         return (True, stages) if is_known and total_ms(stages[1:2]) < total_ms(exact[1:2]) else (False, exact)
 
