@@ -31,7 +31,7 @@ class CompiledLoops:
     Example:
         >>> from d2llm.ops.kernels import BM25
         >>> BM25.load().RANGE
-        8192
+        32768
     """
 
     def __init__(self, name: str) -> None:
