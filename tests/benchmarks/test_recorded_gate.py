@@ -34,12 +34,8 @@ def cross_encoder(tmp_path: Path) -> Path:
 
 
 def test_a_cross_encoder_orders_the_dev_lists_and_gets_a_column_beside_what_was_measured_before(
-    shared_data: Path,
-    cross_encoder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    shared_data, cross_encoder, tmp_path, monkeypatch, capsys
+):
     earlier = {"mean": 0.5, "teacher_minus": 0.3, "low": 0.2, "high": 0.4, "p": 0.01}
     result, runs = tmp_path / "gate.json", tmp_path / "runs"
     result.write_text(

@@ -13,7 +13,7 @@ from token_interaction import BOUND, DESIGNS, Added, Lists, Training, changes, j
 DIM = 6
 
 
-def test_inputs_of_a_token() -> None:
+def test_inputs_of_a_token():
     # Two passages, of three tokens and of one; the query has one token.
     cosines = np.array([[0.2, 0.8, 0.5, 0.4]], np.float32)
     inputs = token_inputs(cosines, np.array([3, 1]), np.array([0.7], np.float32), np.array([[True], [False]]))

@@ -165,7 +165,7 @@ def test_an_error_inside_leaves_the_old_folder_untouched(tmp_path: Path, error: 
     ],
 )
 def test_a_full_disk_is_named_whatever_library_meets_it(
-    tmp_path: Path, told: Exception, expected: type[Exception], code: int
+    tmp_path, told: Exception, expected: type[Exception], code: int
 ):
     with pytest.raises(expected) as raised, new_folder(tmp_path / "student"):
         raise told

@@ -207,9 +207,7 @@ def test_missing_folder_and_missing_qrels_are_rejected(folder: Path, tmp_path: P
         (HEADER + "q1\tp1\tyes\n", 2, "must be a whole number, found 'yes'"),
     ],
 )
-def test_malformed_qrels_are_reported_with_their_line(
-    folder: Path, content: str, line: int | None, problem: str
-) -> None:
+def test_malformed_qrels_are_reported_with_their_line(folder, content: str, line: int | None, problem: str):
     (folder / "qrels" / "train.tsv").write_text(content)
     with pytest.raises(DataFormatError) as caught:
         read_beir(folder)

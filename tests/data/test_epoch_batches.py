@@ -55,9 +55,7 @@ def ids(batches: Batches, name: str) -> list[str]:
         (1e9, {"large": 12, "middle": 12, "small": 12}),
     ],
 )
-def test_shares_match_hand_calculation(
-    three_sets: list[LabelledSource], temperature: float, fractions: dict[str, int]
-) -> None:
+def test_shares_match_hand_calculation(three_sets, temperature: float, fractions: dict[str, int]):
     for epoch in range(3):
         batches = drawn(three_sets, epoch, temperature=temperature)
         assert names(batches) == fractions

@@ -190,7 +190,7 @@ def test_labels_that_are_not_finite_are_refused(tmp_path: Path, value: float) ->
 )
 def test_labels_of_inconsistent_shapes_are_rejected(
     passage_ids: tuple[str, ...], num_log_odds: int, gram_shape: tuple[int, int] | None
-) -> None:
+):
     gram = None if gram_shape is None else np.zeros(gram_shape, np.float32)
     with pytest.raises(ValueError, match="query 'q1'"):
         QueryLabels("q1", passage_ids, np.zeros(num_log_odds, np.float32), gram)
@@ -324,9 +324,7 @@ def test_killed_writer_leaves_whole_queries(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop_after", [0, 1])
-def test_stopping_between_the_two_files_of_a_shard(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
-) -> None:
+def test_stopping_between_the_two_files_of_a_shard(tmp_path, monkeypatch, stop_after: int):
     """A moment that kills rarely hit: none of the shard's files, or only the first, has been renamed."""
     import d2llm.data.labels as module
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from importlib import metadata
+from itertools import cycle, islice
 
 import numba
 import numpy as np
@@ -67,6 +68,7 @@ def install():
 
 
 NUM_CHECKS = 19  # with an index
+ERRORS = (RuntimeError("no such\n  product here"), KeyError("avx"), ModelError("away; look"))
 
 
 class TestCompiledLoops:
@@ -93,10 +95,7 @@ class TestCompiledLoops:
 
 
 class TestChecksThatFail:
-    @pytest.mark.parametrize(
-        "error", [RuntimeError("no such\n  product here"), KeyError("avx"), ModelError("away; look")]
-    )
-    @pytest.mark.parametrize("broken", range(NUM_CHECKS))
+    @pytest.mark.parametrize(("broken", "error"), enumerate(islice(cycle(ERRORS), NUM_CHECKS)))
     def test_a_failing_check_is_a_finding_and_the_others_run(self, broken, error, sandbox, index, monkeypatch):
         checks = []
 

@@ -74,9 +74,7 @@ def _score(student: Student, pair: TrainingPair) -> float:
     return float(student.score(query, passage, pair.task)[0])
 
 
-def test_a_teacher_learns_the_scores_of_a_student(
-    recipe: Recipe, sources: list[TrainingSource], student: Path, tmp_path: Path
-) -> None:
+def test_a_teacher_learns_the_scores_of_a_student(recipe, sources, student, tmp_path):
     tuning = recipe.teacher_tuning.model_copy(update={"students": (str(student),)})
     tune_teacher(sources, tmp_path / "teacher", teacher=recipe.teacher, tuning=tuning, **CPU)
     pairs = labelled_pairs(sources, num_negatives=4, max_queries=None, seed=0)
@@ -128,13 +126,7 @@ def test_labels_of_two_teachers_or_of_other_pairs_are_refused(sources: list[Trai
         TeacherTuningConfig(students=("s",), labels="l")
 
 
-def test_rounds_follow_one_another_and_learn_from_no_judgements(
-    recipe: Recipe,
-    sources: list[TrainingSource],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_rounds_follow_one_another_and_learn_from_no_judgements(recipe, sources, tmp_path, monkeypatch, caplog):
     rounds = alternate(sources, tmp_path / "run", recipes=[recipe], rounds=2, **CPU)
     first, second = (tmp_path / "run" / f"round-{number}" for number in (1, 2))
     assert [each.student for each in rounds] == [str(first / "student"), str(second / "student")]
@@ -157,9 +149,7 @@ def test_rounds_follow_one_another_and_learn_from_no_judgements(
     assert "seed (was 0, is 5)" in caplog.text
 
 
-def test_two_models_learn_the_mean_of_what_both_say(
-    recipe: Recipe, sources: list[TrainingSource], tmp_path: Path
-) -> None:
+def test_two_models_learn_the_mean_of_what_both_say(recipe, sources, tmp_path):
     """Mutual distillation, whose teachers go on from round to round."""
     backbone = write_tiny_model(tmp_path / "backbone", "modernbert", seed=7, initializer_range=0.1)
     teacher = tiny_teacher_config(write_tiny_model(tmp_path / "teacher", "llama", seed=7))

@@ -125,23 +125,6 @@ class TestDistil:
         for verb in ("mine", "tune-teacher", "distill"):
             assert f"{verb}: {workspace / 'run'}" in result.stderr
 
-    def test_again_retrains_the_student_and_keeps_the_old_one(self, workspace, reports, tmp_path):
-        shutil.copytree(workspace / "run", tmp_path / "run")
-        arguments = (workspace / "tiny.toml", "--out", tmp_path / "run", "--dtype", "float32", "--again")
-        _, report = succeed_with_report("distill", *arguments, folder=tmp_path)
-        assert report["result"]["fingerprint"] == reports["distill"]["result"]["fingerprint"]  # the same seed
-        assert (tmp_path / "run" / "student.old-1" / "manifest.json").is_file()
-
-    def test_a_plan_made_with_other_settings_gives_a_warning(self, workspace, reports, tmp_path):
-        shutil.copytree(workspace / "run", tmp_path / "run")
-        recipe = tmp_path / "other.toml"
-        recipe.write_text((workspace / "tiny.toml").read_text().replace("range_max = 10", "range_max = 20"))
-        result = succeed("mine", recipe, "--out", tmp_path / "run")
-        assert "warning: " in result.stderr
-        assert "with settings that differ from the recipe (mining)" in result.stderr
-        _, report = succeed_with_report("mine", recipe, "--out", tmp_path / "run", "--again", folder=tmp_path)
-        assert report["result"]["everyday"]["num_entries"] == 12
-
     def test_the_data_option_replaces_a_path_of_the_recipe(self, workspace, tmp_path):
         shutil.copytree(workspace / "everyday", tmp_path / "moved")
         recipe = write_recipe(tmp_path / "r.toml", workspace, "not/here/everyday")

@@ -126,14 +126,6 @@ class TestFinishedRun:
             p: time for p, time in before.items() if p != report_file
         }
 
-    def test_variants_also_learn_from_the_filtered_plans(self, run):
-        folder, arguments = run
-        succeed("distill", *arguments, "--variant", "cosine")
-        assert (
-            training_plan_hash(folder / "run" / "student-cosine")
-            == filtered_plan(folder / "run").manifest["content_hash"]
-        )
-
 
 class TestInterruptedRun:
     def test_it_resumes_anywhere_and_encodes_the_corpus_once(self, finished_run, workspace, tmp_path, monkeypatch):
@@ -252,12 +244,6 @@ class TestSeparateSteps:
         # The tuned teacher exists, so mine filters at once; its plan is the one that the student was trained on.
         assert mined_plan(folder / "run").entries == before
         assert warnings_of(succeed("run", *arguments)) == []
-
-    def test_an_unfiltered_plan_is_not_reported_as_stale(self, run):
-        _, arguments = run
-        result = succeed("mine", *arguments)
-        assert "is finished" in result.stderr
-        assert warnings_of(result) == []
 
     def test_retuning_warns_that_another_teacher_filtered_the_plan(self, run):
         folder, arguments = run

@@ -221,9 +221,7 @@ def test_a_wrong_kind_or_setting_names_the_nearest(tmp_path: Path) -> None:
     )
 
 
-def test_a_writer_of_another_package_expands_queries(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_writer_of_another_package_expands_queries(index, tmp_path, monkeypatch):
     install(tmp_path / "site", WRITER, WriterConfig.kinds, {"theirs": "Theirs"}, monkeypatch)
     options = ("--expand", "hyde", "--writer", "theirs:any")
     _, report = succeed_with_report("search", index, SENTENCES[3], *options, folder=tmp_path)

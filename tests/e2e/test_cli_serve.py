@@ -83,9 +83,7 @@ def test_a_model_that_only_searches_use_needs_an_index(option: str, index: Path,
 
 
 @pytest.mark.parametrize("content", [None, "folder", "student"])
-def test_a_folder_without_an_index_is_reported_before_loading(
-    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_folder_without_an_index_is_reported_before_loading(content: str | None, tmp_path, monkeypatch):
     folder = tmp_path / "some.index"
     if content == "folder":
         folder.mkdir()

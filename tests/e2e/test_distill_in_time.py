@@ -84,9 +84,7 @@ def end_after(patch: pytest.MonkeyPatch, module: object, name: str, count: int) 
     patch.setattr(progress, "check_time", check_time)
 
 
-def test_with_enough_time_nothing_is_different(
-    work: Work, unlimited: tuple[DistillReport, Path], tmp_path: Path
-) -> None:
+def test_with_enough_time_nothing_is_different(work, unlimited, tmp_path):
     with time_limit(3_600.0):
         report = work.run(tmp_path / "student")
     assert report.fingerprint == unlimited[0].fingerprint
@@ -122,9 +120,7 @@ def test_the_rest_takes_as_long_as_its_texts_take(work: Work, tmp_path: Path, mo
     assert after_vectors - after_interaction == pytest.approx(2 * num_dev + num_planned)
 
 
-def test_without_time_the_interaction_stays_as_it_was(
-    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_time_the_interaction_stays_as_it_was(work, tmp_path, monkeypatch, caplog):
     no_time_for(monkeypatch, "interaction")
     with caplog.at_level(logging.INFO, "d2llm.remarks"), time_limit(3_600.0):
         report = work.run(tmp_path / "student")
@@ -134,9 +130,7 @@ def test_without_time_the_interaction_stays_as_it_was(
     assert Student.load(tmp_path / "student", device="cpu").fingerprint == report.fingerprint
 
 
-def test_an_interaction_out_of_time_keeps_its_best_epoch(
-    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_interaction_out_of_time_keeps_its_best_epoch(work, tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         end_after(patch, trainer, "optimizer_step", NUM_STEPS + 4)  # in the second of the epochs of three steps
         # What follows has no limit of its own here.
@@ -149,9 +143,7 @@ def test_an_interaction_out_of_time_keeps_its_best_epoch(
     assert report.dev["tiny"]["by_weight"] == pytest.approx(logged[0]["tiny"])
 
 
-def test_without_time_there_are_no_vectors_of_tokens(
-    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_time_there_are_no_vectors_of_tokens(work, tmp_path, monkeypatch, caplog):
     no_time_for(monkeypatch, "tokens")
     with caplog.at_level(logging.INFO, "d2llm.remarks"), time_limit(3_600.0):
         report = work.run(tmp_path / "student")
@@ -161,9 +153,7 @@ def test_without_time_there_are_no_vectors_of_tokens(
     assert "maxsim" not in report.score_features["asymmetric"]["weights"]
 
 
-def test_a_run_that_is_out_of_time_continues(
-    work: Work, unlimited: tuple[DistillReport, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_is_out_of_time_continues(work, unlimited, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         end_after(patch, trainer, "optimizer_step", 5)
         with pytest.raises(OutOfTimeError):
@@ -176,9 +166,7 @@ def test_a_run_that_is_out_of_time_continues(
     assert steps == list(range(1, NUM_STEPS + 1))
 
 
-def test_dev_is_measured_less_often_if_that_takes_too_much_of_the_time(
-    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dev_is_measured_less_often_if_that_takes_too_much_of_the_time(work, tmp_path, monkeypatch):
     """The start and the end are measured, whatever it takes."""
 
     def measured_steps(folder: Path) -> list[int]:

@@ -6,8 +6,6 @@ untrained cosine starts below .15 nDCG@10, and only the labels reveal what is re
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from d2llm.recipe.losses import Objective
@@ -25,9 +23,7 @@ RANKS_ONLY = Objective({"rank_imitation_positive_hard": 1})
     [(Objective(PUBLISHED), False, 0.4, 1.0), (RANKS_ONLY, False, 0.15, 1.0), (RANKS_ONLY, True, 0.0, 0.05)],
     ids=["all losses", "ranks alone", "ranks of a wrong teacher"],
 )
-def test_dev_gain_after_eighty_steps(
-    losses: Objective, reverse: bool, min_gain: float, max_gain: float, tmp_path: Path
-) -> None:
+def test_dev_gain_after_eighty_steps(losses: Objective, reverse: bool, min_gain: float, max_gain: float, tmp_path):
     source = topics(num_train=64, num_dev=16, num_passages=48)
     teacher = tiny_teacher_config(write_tiny_model(tmp_path / "teacher", "llama"))
     write_rule_labels(tmp_path / "labels", [source], teacher, reverse=reverse)

@@ -155,9 +155,7 @@ def test_vectors_are_trained_before_the_interaction(workspace: Workspace, tmp_pa
     }
 
 
-def test_the_interaction_of_a_student_to_start_from_is_trained_at_full_weight(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_interaction_of_a_student_to_start_from_is_trained_at_full_weight(workspace, tmp_path, monkeypatch):
     stage = {"epochs": 1, "warmup_steps": 0, "num_near": 5, "num_random": 5, "batch_queries": 8}
     start = Student.create(tiny_student_config(workspace.model), device="cpu", dtype="float32")
     assert isinstance(start.interaction, Interaction)
@@ -179,9 +177,7 @@ def test_the_interaction_of_a_student_to_start_from_is_trained_at_full_weight(
 
 
 @pytest.mark.parametrize("stopped_in", ["the second stage", "the mining of an epoch"])
-def test_a_resumed_run_goes_on_from_the_mined_plans(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_in: str
-) -> None:
+def test_a_resumed_run_goes_on_from_the_mined_plans(workspace, tmp_path, monkeypatch, stopped_in: str):
     stage = {"epochs": 1, "warmup_steps": 0, "num_near": 5, "num_random": 5, "batch_queries": 8}
     options = {"remine": True, "epochs": 3, "residual": stage}
     whole = workspace.run(tmp_path / "whole", **options)
@@ -215,9 +211,7 @@ def test_a_resumed_run_goes_on_from_the_mined_plans(
         assert [plan.entries for plan in mined] == [first.entries]
 
 
-def test_remined_negatives_survive_an_interruption(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_remined_negatives_survive_an_interruption(workspace, tmp_path, monkeypatch):
     options = {"remine": True, "epochs": 3, "checkpoint_every": 1}
     whole = workspace.run(tmp_path / "whole", **options)
     plans = sorted((tmp_path / "whole.run" / "remined").glob("*/tiny"))

@@ -46,9 +46,7 @@ def test_labels_for_no_query_of_the_plan_are_refused(workspace: Workspace, tmp_p
 
 
 @pytest.mark.parametrize(("unlabelled", "trained_on"), [("leave_out", 6), ("own_labels", 16)])
-def test_unlabelled_queries_are_counted(
-    workspace: Workspace, unlabelled: str, trained_on: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unlabelled_queries_are_counted(workspace, unlabelled: str, trained_on: int, tmp_path, caplog):
     queries = [f"q{n:02}" for n in range(6)]
     write_rule_labels(tmp_path / "labels", [workspace.source], workspace.teacher, queries=queries)
     with caplog.at_level(logging.WARNING, logger="d2llm"):
@@ -77,9 +75,7 @@ def test_a_data_set_without_labels_is_trained_on_its_own_judgements(workspace: W
     assert report.unlabelled_queries == len(more.plan.entries)
 
 
-def test_labels_without_cosines_are_counted(
-    workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_labels_without_cosines_are_counted(workspace, tmp_path, caplog):
     identity = identify_local_teacher(workspace.teacher)
     key = {"teacher": identity.fingerprint, "prompt": identity.prompts["asymmetric"], "dataset": "tiny"}
     store = LabelStore(tmp_path / "labels", **key)

@@ -73,9 +73,7 @@ def taught_labels(folder: Path, teacher: TeacherConfig) -> dict[str, dict[str, f
 
 
 @pytest.fixture(scope="module")
-def graded(
-    tmp_path_factory: pytest.TempPathFactory, student: Path, writer: LocalEndpoint
-) -> tuple[Path, dict[str, Any], list[tuple[str, list[str]]]]:
+def graded(tmp_path_factory, student, writer) -> tuple[Path, dict[str, Any], list[tuple[str, list[str]]]]:
     """The folder and the report of a fit with a graded teacher, and the lists that it was shown."""
     folder = tmp_path_factory.mktemp("graded")
     with list_teacher(folder, "graded") as (file, endpoint):
@@ -83,9 +81,7 @@ def graded(
         return folder, report, [judged_lists(request) for request in endpoint.requests]
 
 
-def test_a_graded_teacher_reviews_the_queries_and_teaches_the_student(
-    graded: tuple[Path, dict[str, Any], list[tuple[str, list[str]]]],
-) -> None:
+def test_a_graded_teacher_reviews_the_queries_and_teaches_the_student(graded):
     folder, report, _ = graded
     assert report["rejected"]["not answered"] > 0  # a query with few words of its passage
     assert report["num_kept"] > 0
@@ -95,12 +91,7 @@ def test_a_graded_teacher_reviews_the_queries_and_teaches_the_student(
             assert log_odds == pytest.approx((grade(query, passage) - 70) / 12, abs=1e-5)
 
 
-def test_recorded_grades_make_the_same_fit(
-    graded: tuple[Path, dict[str, Any], list[tuple[str, list[str]]]],
-    student: Path,
-    writer: LocalEndpoint,
-    tmp_path: Path,
-) -> None:
+def test_recorded_grades_make_the_same_fit(graded, student, writer, tmp_path):
     folder, report, shown = graded
     teacher = named_teacher("graded:counts-words")
     lists = tmp_path / "lists.jsonl"

@@ -19,7 +19,6 @@ from d2llm.recipe.recipe_file import named_teacher, parse_recipe
 from d2llm.training.ensemble_teachers import ensemble_teachers
 from d2llm.training.gate import gate
 from d2llm.training.label import LabelReport, label
-from e2e.command_line import fail, succeed_with_report
 from fake_models import FakeStudent
 from list_endpoint import judged_lists, list_teacher
 from local_endpoint import LocalEndpoint, Reply, Request, chat, local_endpoint
@@ -124,21 +123,6 @@ def test_the_gate_opens_for_it_and_an_ensemble_of_it_alone_calibrates_its_grades
     assert good > 0 > bad
     assert (judged.num_tokens, judged.num_written_tokens) == (20, 2)
     assert judged.cost == pytest.approx((20 * 1_000 + 2 * 5_000) / 1e6)
-
-
-def test_a_file_names_it_on_the_command_line(tmp_path: Path) -> None:
-    file = tmp_path / "large.toml"
-    with local_endpoint(grader) as endpoint:
-        file.write_text(f'kind = "graded"\nmodel = "grader"\n[remote]\nurl = "{endpoint.url}"\n')
-        _, report = succeed_with_report("judge", "cats?", "c 2", "long text", "--teacher", file, folder=tmp_path)
-        section = tmp_path / "section.toml"
-        section.write_text(f'[teacher]\nkind = "graded"\nmodel = "grader"\n[teacher.remote]\nurl = "{endpoint.url}"\n')
-        assert named_teacher(str(section)) == named_teacher(str(file))
-    judged = report["result"]["scores"]
-    assert [item["log_odds"] for item in judged] == pytest.approx([(62 - 70) / 12, (9 - 70) / 12], abs=1e-3)
-    file.write_text('kind = "graded"\nmodl = "grader"\n')
-    fail("judge", "q", "p", "--teacher", file, containing=["large.toml: unknown key 'teacher.modl'", "model"])
-    fail("judge", "q", "p", "--teacher", tmp_path / "no.toml", containing=["no.toml: cannot be read"])
 
 
 def test_a_recipe_says_what_does_not_go_with_it() -> None:

@@ -74,39 +74,6 @@ def write(folder: Path, text: str) -> Path:
     return page
 
 
-def test_blocks_share_names_and_run_in_the_folder(tmp_path):
-    text = """
-```python
-from pathlib import Path
-text = "written"
-```
-
-```sh
-exit 1
-```
-
-```python
-Path("file.txt").write_text(text)
-print("done")
-```
-```output
-done
-```
-"""
-    page = write(tmp_path, text)
-    (tmp_path / "empty").mkdir()
-    run_page(page, tmp_path / "empty")
-    assert (tmp_path / "empty" / "file.txt").read_text() == "written"
-
-
-def test_an_error_points_to_its_line_of_the_page(tmp_path):
-    page = write(tmp_path, "# A page\n\n```python\na = 1\na / 0\n```\n")
-    with pytest.raises(ZeroDivisionError) as caught:
-        run_page(page, tmp_path)
-    last = caught.traceback[-1]
-    assert (str(last.path), last.lineno + 1) == (str(page), 5)
-
-
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

@@ -158,9 +158,7 @@ def results(folder: Path) -> object:
 
 @pytest.mark.parametrize("kind", ["remote", *KINDS])
 @pytest.mark.parametrize("verb", ["mine", "label"])
-def test_a_teacher_is_asked_again_only_for_what_was_on_its_way(
-    verb: str, kind: str, command: Callable[..., Command], tmp_path: Path
-) -> None:
+def test_a_teacher_is_asked_again_only_for_what_was_on_its_way(verb: str, kind: str, command, tmp_path):
     """All lists are in one call, each is shown twice, and rankings have several windows."""
     with local_endpoint(opinion) as endpoint:
         if verb == "label":
@@ -182,9 +180,7 @@ def test_a_teacher_is_asked_again_only_for_what_was_on_its_way(
     assert results(tmp_path) == expected
 
 
-def test_mine_keeps_the_answers_of_a_query_that_is_not_finished_when_labels_are_written(
-    command: Callable[..., Command], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_mine_keeps_the_answers_of_a_query_that_is_not_finished_when_labels_are_written(command, monkeypatch, tmp_path):
     """Labels are written as soon as they can be; the plan is interrupted after a few of the queries of one call."""
     from d2llm.evaluation import pool_scores
     from d2llm.training.mining.teacher import TeacherCheck
@@ -247,9 +243,7 @@ def of_verb(tmp_path: Path) -> Iterator[tuple[LocalEndpoint, Callable[[str], Com
 
 
 @pytest.mark.parametrize("verb", ["judge", "search", "calibrate"])
-def test_a_verb_without_labels_asks_again_only_for_what_was_on_its_way(
-    verb: str, of_verb: tuple[LocalEndpoint, Callable[[str], Command]], cache: Path
-) -> None:
+def test_a_verb_without_labels_asks_again_only_for_what_was_on_its_way(verb: str, of_verb, cache):
     endpoint, arguments = of_verb[0], of_verb[1](verb)
     expected = succeed(*arguments).stdout
     usual = Counter(prompts(endpoint))
@@ -279,9 +273,7 @@ def test_judge_goes_on_after_an_error_of_the_endpoint(of_verb: tuple[LocalEndpoi
     assert len(prompts(endpoint)) == 2 * usual + refused
 
 
-def test_a_cache_folder_that_cannot_be_written_is_a_warning(
-    of_verb: tuple[LocalEndpoint, Callable[[str], Command]], cache: Path
-) -> None:
+def test_a_cache_folder_that_cannot_be_written_is_a_warning(of_verb, cache):
     cache.parent.mkdir()
     cache.write_text("not a folder")
     result = succeed(*of_verb[1]("judge"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import random
 import signal
 from pathlib import Path
 
@@ -97,24 +96,6 @@ def test_truncated_texts_are_counted(model: Path, source: TrainingSource, tmp_pa
     assert report.tokens == sum(min(len(ids), limit) for ids in token_ids)
 
 
-def test_a_second_run_judges_nothing(model: Path, source: TrainingSource, tmp_path: Path) -> None:
-    config = tiny_teacher_config(model)
-    run(source, tmp_path, config)
-    shards = sorted(path.name for path in (tmp_path / "labels").iterdir())
-    report = run(source, tmp_path, config)
-    assert (report.queries, report.pairs, report.finished_queries) == (0, 0, NUM_QUERIES)
-    assert sorted(path.name for path in (tmp_path / "labels").iterdir()) == shards
-
-
-def test_a_shuffled_plan_gives_the_same_labels(model: Path, source: TrainingSource, tmp_path: Path) -> None:
-    config = tiny_teacher_config(model)
-    entries = list(source.plan.entries)
-    random.Random(1).shuffle(entries)
-    run(source, tmp_path / "one", config)
-    run(with_entries(source, entries), tmp_path / "two", config)
-    assert_same_labels(open_labels(source, tmp_path / "one", config), open_labels(source, tmp_path / "two", config))
-
-
 def assert_same_labels(one: LabelStore, two: LabelStore) -> None:
     """Compare two stores up to the rounding that comes from differently composed batches."""
     assert one.query_ids == two.query_ids
@@ -170,9 +151,7 @@ def test_only_new_easy_negatives_are_judged(model: Path, source: TrainingSource,
     assert run(extended, tmp_path, config).pairs == 0
 
 
-def test_an_easy_negative_that_became_hard_gets_its_cosines(
-    model: Path, source: TrainingSource, tmp_path: Path
-) -> None:
+def test_an_easy_negative_that_became_hard_gets_its_cosines(model, source, tmp_path):
     """All of its labels exist, but the Gram matrix lacks a row."""
     config = tiny_teacher_config(model)
     entry = next(e for e in source.plan.entries if e.easy_negatives)
@@ -255,9 +234,7 @@ def test_a_killed_run_resumes_without_repeating_work(model: Path, source: Traini
     assert_same_labels(open_labels(source, tmp_path / "undisturbed", config), after)
 
 
-def test_with_a_limit_the_queries_on_which_two_students_disagree_are_labelled(
-    source: TrainingSource, model: Path, tmp_path: Path
-) -> None:
+def test_with_a_limit_the_queries_on_which_two_students_disagree_are_labelled(source, model, tmp_path):
     encoder = write_tiny_model(tmp_path / "encoder", "bert")
     students = []
     for seed in (0, 1):
@@ -295,9 +272,7 @@ def test_with_a_limit_the_queries_on_which_two_students_disagree_are_labelled(
     assert run(limited, tmp_path / "labels", config, settings=LabellingConfig(compared_students=names)).pairs == 0
 
 
-def test_with_a_limit_the_queries_that_a_student_gets_wrong_most_surely_are_labelled(
-    source: TrainingSource, model: Path, tmp_path: Path
-) -> None:
+def test_with_a_limit_the_queries_that_a_student_gets_wrong_most_surely_are_labelled(source, model, tmp_path):
     student = Student.create(tiny_student_config(write_tiny_model(tmp_path / "encoder", "bert")), device="cpu", seed=0)
     randomise(student.interaction, seed=0)
     student.save(tmp_path / "student")

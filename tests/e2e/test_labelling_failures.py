@@ -249,9 +249,7 @@ def test_an_endpoint_that_is_slow_from_the_beginning_is_not_said_to_be_away(labe
 @pytest.mark.parametrize(
     "limit", ["max_tokens = 150", "max_cost = 0.2", "max_minutes = 0.000001"], ids=lambda limit: limit.split()[0]
 )
-def test_a_limit_says_what_is_left_and_the_same_command_goes_on(
-    labelling: Labelling, monkeypatch: pytest.MonkeyPatch, limit: str
-) -> None:
+def test_a_limit_says_what_is_left_and_the_same_command_goes_on(labelling, monkeypatch, limit: str):
     monkeypatch.setattr(pool_scores, "_PAIRS_AT_ONCE", 1)  # a query at a time
     prices = "price_per_million_prompt_tokens = 1000\nprice_per_million_written_tokens = 5000"
     with local_endpoint(counts_words) as endpoint:
@@ -311,31 +309,3 @@ def test_what_an_answer_lacks_is_asked_for_again(labelling: Labelling, kind: str
             ordered = sorted(log_odds, key=lambda name: -log_odds[name])
             shared = [shared_words(query, passages[name]) for name in ordered]
             assert shared == sorted(shared, reverse=True)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_a_model_never_answers_is_undecided_and_counted_if_so_wished(labelling: Labelling, kind: str) -> None:
-    labelling = replace(labelling, kind=kind)
-    with local_endpoint(lambda request, number: Reply(chat("I would rather not say."))) as endpoint:
-        labelling.write(endpoint.url)
-        message = fail(*labelling.command, containing=["after 3 attempts", "I would rather not say."])
-        assert ("no grade" if kind == "graded" else "no place in the order") in message
-        assert labelling.labels().num_pairs == 0
-        labelling.write(endpoint.url, remote='unanswered = "undecided"')
-        result, report = succeed_with_report(*labelling.command, folder=labelling.folder)
-    assert report["result"]["num_undecided"] == labelling.num_pairs
-    assert f"{labelling.num_pairs} of them undecided (log-odds 0)" in " ".join(result.stderr.split())
-
-
-def test_passages_that_are_cut_are_counted(labelling: Labelling) -> None:
-    with local_endpoint(counts_words) as endpoint:
-        lists = "characters_per_token = 1\n[teacher.lists]\nmax_passage_tokens = 30"
-        labelling.write(endpoint.url, remote=lists)
-        result, report = succeed_with_report(*labelling.command, folder=labelling.folder)
-        texts = [text for request in endpoint.requests[1:] for text in judged_lists(request)[1]]
-    assert max(map(len, texts)) <= 30
-    dataset = read_beir(labelling.recipe.parent / "everyday")
-    names = [name for entry in labelling.plan.entries for name in entry.passage_ids]
-    num_long = sum(len(dataset.passages[name].full_text) > 30 for name in names)
-    assert report["result"]["num_truncated"] == num_long > 0
-    assert f"{num_long} cut to the teacher's length limit" in " ".join(result.stderr.split())

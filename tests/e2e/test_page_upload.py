@@ -152,30 +152,6 @@ def test_what_was_known_is_told_from_what_is_new(visit, address, tmp_path):
     add("3 documents in 3 passages: 1 changed, 1 with other metadata, 1 unchanged.")
 
 
-def test_metadata_that_does_not_fit_is_left_out_and_counted(visit, address, tmp_path):
-    records = [{"id": f"d{n}", "text": f"the cat number {n}", "metadata": {"year": 2000 + n}} for n in range(20)]
-    records[5]["metadata"]["year"] = "soon"
-    path = tmp_path / "records.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    page = visit(address)
-    page.locator("#files").set_input_files(path)
-    until(page, "document.getElementById('upload-report').textContent.includes('1 file read: ')", 120)
-    report = page.locator("#upload-report").inner_text()
-    assert "20 documents in 20 passages" in report
-    assert "1 value of the field year left out" in report
-
-
-def test_one_bad_file_does_not_stop_the_others(visit, address, tmp_path):
-    names = [f"{n}.txt" for n in range(20)]
-    for number, name in enumerate(names):
-        (tmp_path / name).write_text(f"the cat number {number}" if number != 5 else " \n")
-    page = visit(address, expected=["400 (Bad Request)"])
-    page.locator("#files").set_input_files([tmp_path / name for name in names])
-    page.wait_for_selector("#upload-report .skipped", timeout=120_000)
-    assert "19 files read: 19 documents" in page.locator("#upload-report").inner_text()
-    assert page.locator("#upload-report li").all_inner_texts() == ["5.txt: it has no text"]
-
-
 def test_a_file_that_is_too_large_is_named_with_the_limit(visit, tmp_path):
     with serve(make_app(tiny_settings(write_tiny_index(tmp_path, 8), max_body_bytes=1_000_000))) as address:
         wait_until_ready(address)

@@ -91,9 +91,7 @@ def test_an_ablation_repeats_them_and_asks_nobody(recorded: tuple[RecordedRun, d
     assert comparison["base"]["runs"][0]["fingerprint"] == student["fingerprint"]
 
 
-def test_a_gate_ranks_candidates_without_a_grade_last_for_both(
-    recorded: tuple[RecordedRun, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_gate_ranks_candidates_without_a_grade_last_for_both(recorded, tmp_path):
     run, steps = recorded
     shutil.copytree(run.folder / "run" / "plans", tmp_path / "run" / "plans")
     positives = run.dataset.positives("dev")

@@ -115,9 +115,7 @@ def test_passages_that_a_list_lacks_can_have_a_grade(tmp_path: Path) -> None:
         ({"query_id": "q0", "passages": ["nothing"], "grades": [1]}, "no passage 'nothing'"),
     ],
 )
-def test_a_list_that_is_none_is_an_error_with_its_line(
-    workspace: Path, tmp_path: Path, line: dict[str, object], problem: str
-) -> None:
+def test_a_list_that_is_none_is_an_error_with_its_line(workspace, tmp_path, line: dict[str, object], problem: str):
     lists = tmp_path / "lists.jsonl"
     write_lines(lists, [{"query_id": "q0", "passages": ["s0"], "grades": [1]}, line])
     with pytest.raises(D2LLMError, match=f"lists.jsonl:2: .*{problem}"):

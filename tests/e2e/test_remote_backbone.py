@@ -123,9 +123,7 @@ def test_a_student_is_evaluated(trained: Path, workspace: Path, endpoint: LocalE
     assert set((asked(endpoint) - before).values()) <= {1}
 
 
-def test_an_interrupted_run_goes_on_without_asking_again(
-    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_goes_on_without_asking_again(workspace, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with local_endpoint(lambda r, n: embeddings(r, n) if n < 5 else Reply("over quota", status=429)) as endpoint:
         recipe = write_recipe(workspace, tmp_path, endpoint.url, more="")

@@ -143,7 +143,7 @@ def pairs(shared_data: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.usefixtures("key")
-def test_log_odds_agree_with_the_local_teachers(url: str, pairs: list[tuple[str, str]], prompt: str) -> None:
+def test_log_odds_agree_with_the_local_teachers(url, pairs, prompt) -> None:
     # The server omits the log-probabilities where the model would end its text at once.
     config = config_for(url, top_logprobs=1000, unanswered="undecided").model_copy(update={"prompt": prompt})
     remote = RemoteTeacher.load(config).score_pairs(pairs, "asymmetric")

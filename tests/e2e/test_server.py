@@ -197,17 +197,13 @@ def test_vectors_and_scores_are_the_students(index, post):
     [
         ("/v1/search", {}, 422, "query"),
         ("/v1/search", {"query": "  "}, 422, "text is empty"),
-        ("/v1/search", {"query": "cat", "top_k": "3"}, 422, "top_k"),
         ("/v1/search", {"query": "cat", "top_k": 10**6}, 400, "top_k"),
         ("/v1/search", {"query": "cat", "topk": 3}, 422, "topk"),
         ("/v1/search", {"query": "cat", "filter": "yeer > 3"}, 400, "did you mean 'year'"),
-        ("/v1/search", {"query": "cat", "filter": "year >"}, 400, "filter"),
         ("/v1/search", {"query": "cat", "exact": True, "hybrid": 0.5}, 400, "exact"),
-        ("/v1/search", {"query": "cat", "budget_ms": 5}, 400, "budget_ms"),
         ("/v1/search", {"query": "cat", "teacher_ms": 5}, 400, "teacher_ms"),
         ("/v1/search", {"query": "cat", "rescore": "teacher"}, 400, "no teacher"),
         ("/v1/search", {"query": "cat", "expand": "hyde"}, 400, "start it with --writer"),
-        ("/v1/search", {"query": "cat", "expansions": 2}, 400, "expansions is for expand"),
         ("/v1/context", {"query": "cat", "history": ["dog"]}, 400, "no writer to rewrite the query"),
         (
             "/v1/search",
@@ -215,15 +211,11 @@ def test_vectors_and_scores_are_the_students(index, post):
             422,
             "'user' or 'assistant'",
         ),
-        ("/v1/search", {"query": "cat", "history": [{"role": "user"}]}, 422, "history.0.content"),
         ("/v1/search", {"query": "cat", "history": ["dog"] * 101}, 422, "at most 100 value(s)"),
         ("/v1/search", {"query": "cat", "expand": "multi", "expansions": 11}, 422, "expansions"),
         ("/v1/context", {"query": "cat", "expand": "hyde", "rescore": "cascade"}, 400, "leave out expand"),
         ("/v1/search", {"query": "cat" * 50_000}, 400, "characters"),
-        ("/v1/search", {"query": "cat", "select_from": 20}, 400, "select_from"),
-        ("/v1/search", {"query": "cat", "mmr": 1.5}, 422, "mmr"),
         ("/v1/search", {"query": "cat", "sources": "bm25"}, 422, "sources: must be a list"),
-        ("/v1/search", {"query": "cat", "sources": []}, 422, "sources: must have at least 1 value(s)"),
         (
             "/v1/search",
             {"query": "cat", "sources": ["bm26"] * 1_000},
@@ -232,11 +224,9 @@ def test_vectors_and_scores_are_the_students(index, post):
         ),
         ("/v1/search", {"query": "cat", "score_features": {}}, 422, "score_features: there is no such field"),
         ("/v1/search", {"query": "cat", "mmr": 0.5, "select_from": 10**6}, 400, "select_from"),
-        ("/v1/context", {"query": "cat", "max_tokens": 0}, 422, "max_tokens"),
         ("/v1/context", {"query": "cat", "max_tokens": 10**6}, 400, "max_tokens"),
         ("/v1/context", {"query": "cat", "group": "best"}, 422, "group"),
         ("/v1/explain", {"query": "cat", "passage_id": "nowhere"}, 404, "nowhere"),
-        ("/v1/encode", {"texts": [], "kind": "query"}, 422, "texts"),
         (
             "/v1/encode",
             {"texts": ["a"] * 3_000, "kind": "query"},
@@ -247,7 +237,6 @@ def test_vectors_and_scores_are_the_students(index, post):
         ("/v1/rescore", {"query": "cat", "passage_vectors": [[1.0, 2.0]]}, 400, "components"),
         ("/v1/rescore", {"query": "cat", "passage_vectors": [[1e300] * 32]}, 400, "float32"),
         ("/v1/rescore", {"query": "cat"}, 422, "one of"),
-        ("/v1/passages", {"passages": []}, 422, "passages"),
         ("/v1/passages", {"passages": [{"id": "a", "text": "b"}] * 2}, 400, "share the id"),
         ("/v1/passages", {"passages": [{"id": "a", "text": "b", "metadata": {"year": "soon"}}]}, 400, "year"),
         ("/v1/passages", {"passages": [{"id": "a", "text": "b", "metadata": {"year": [1]}}]}, 400, "metadata"),
@@ -288,21 +277,6 @@ def test_defaults_above_a_limit_are_lowered_and_values_of_clients_refused(index)
         for name, value in (("top_k", 5), ("num_candidates", 100), ("select_from", 8)):
             assert name in send("search", 400, mmr=0.5, **{name: value})["error"]["message"]
         assert "max_tokens" in send("context", 400, max_tokens=51)["error"]["message"]
-
-
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("/v1/search", '{"query": "TEXT"}'),
-        ("/v1/passages", '{"passages": [{"id": "a", "text": "b", "metadata": {"TEXT": null}}]}'),
-    ],
-)
-def test_lone_surrogates_are_rejected(address, path, body):
-    content = body.replace("TEXT", "\\ud83d cat").encode()
-    response = patient.post(address + path, content=content, headers={"Content-Type": "application/json"})
-    assert response.status_code == 422
-    assert "surrogate" in response.json()["error"]["message"]
-    assert "ud83d cat" in response.json()["error"]["message"]
 
 
 def test_wrong_methods_paths_types_and_json_are_explained(address):

@@ -14,7 +14,7 @@ from d2llm.ops.pair_measures import binary_measurer
 from d2llm.ops.significance import bootstrap_statistic, holm, resampled_p_value
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.store.bm25 import WordIndex
-from fake_models import FakeStudent, FakeTeacher, Interruption
+from fake_models import FakeStudent, FakeTeacher
 from late_import import late_import
 from tiny_evaluations import WORDS, everyone, figures, measure, run
 
@@ -428,20 +428,6 @@ def test_students_with_the_same_vectors_share_one_encoding(sayings):
     distinct = sum(len({pair.passage for pair in sayings.pairs(split)}) for split in ("test", "dev"))
     num_timed = 2 * min(len(sayings.pairs("test")), report.settings["latency_queries"])  # each alone, for both
     assert student.encoded_passages == distinct + num_timed
-
-
-def test_interrupted_judging_is_resumed(sayings, tmp_path, monkeypatch):
-    monkeypatch.setattr("d2llm.evaluation.pool_scores._SHARD_SECONDS", 0)
-    monkeypatch.setattr("d2llm.evaluation.pool_scores._PAIRS_AT_ONCE", 8)
-    interrupted, resumed = everyone(teacher=FakeTeacher(fail_after=50)), everyone()
-    with pytest.raises(Interruption):
-        measure(sayings, interrupted, tmp_path, teacher_queries=None)
-    num_scored = len(interrupted.teacher.pairs)
-    assert 40 < num_scored <= 50
-    report = measure(sayings, resumed, tmp_path, teacher_queries=None)
-    assert len(resumed.teacher.pairs) == 100 - num_scored + 6
-    assert resumed.student.encoded_passages == 0
-    assert report.row("teacher").num_items == 60
 
 
 def test_stored_results_depend_on_the_task(sayings, tmp_path):

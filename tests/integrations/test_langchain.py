@@ -7,7 +7,6 @@ import pytest
 from pydantic import ValidationError
 
 from d2llm.core.errors import FilterError, InputError
-from d2llm.core.types import Passage
 from d2llm.retrieval.search import SearchSettings
 from indexed_student import PASSAGES, QUERIES, make_indexed
 from late_import import late_import
@@ -139,13 +138,6 @@ class TestRetriever:
         assert results == indexed.found(QUERIES[0], **(options | {"top_k": 5, "exact": True}))
         assert len(results) == 5
 
-    def test_diverse_results(self, indexed):
-        """LangChain's k, fetch_k and lambda_mult are top_k, select_from and mmr."""
-        options = {"top_k": 4, "select_from": 8, "mmr": 0.2, "near_duplicates": 0.9}
-        results = as_pairs(integration.D2LLMRetriever(index=indexed.index).invoke(QUERIES[0], **options))
-        assert results == indexed.found(QUERIES[0], **options)
-        assert [name for name, _ in results] != [name for name, _ in indexed.found(QUERIES[0], top_k=4)]
-
     def test_langchains_names_of_settings(self, indexed):
         retriever = integration.D2LLMRetriever(index=indexed.index)
         assert as_pairs(retriever.invoke(QUERIES[0], k=2)) == indexed.found(QUERIES[0], top_k=2)
@@ -249,16 +241,6 @@ class TestRetriever:
         results, expected = as_pairs(chain.invoke(QUERIES[2])), indexed.found(QUERIES[2], top_k=3)
         assert [document for document, _ in results] == [passage for passage, _ in expected]
         np.testing.assert_allclose([score for _, score in results], [score for _, score in expected], rtol=1e-5)
-
-    def test_added_passages_are_found(self, indexed):
-        retriever = integration.D2LLMRetriever(index=indexed.index)
-        text = "a passage that was not there before"
-        indexed.index.upsert([Passage("new", text)])
-        try:
-            assert "new" in {document.id for document in retriever.invoke(text)}
-        finally:
-            indexed.index.delete(["new"])
-        assert "new" not in {document.id for document in retriever.invoke(text)}
 
     def test_invalid_requests_are_rejected(self, indexed):
         retriever = integration.D2LLMRetriever(index=indexed.index)

@@ -137,21 +137,6 @@ def test_a_pooling_without_weights_is_normalised():
     assert pooling(states.bfloat16(), mask).dtype == torch.float32
 
 
-@pytest.mark.parametrize("architecture", ["bert", "llama"])
-def test_vectors_do_not_depend_on_padding_or_batch(tmp_path, architecture, monkeypatch):
-    student = trained(write_tiny_model(tmp_path / "model", architecture))
-    texts = [*TEXTS, "a dog", " ".join(TEXTS[:4])]
-    together = student.encode_passages(texts).vectors
-    monkeypatch.setattr("d2llm.models.student_encoder._BATCH_TEXTS", 1)
-    np.testing.assert_allclose(student.encode_passages(texts).vectors, together, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(student.encode_passages(texts[::-1]).vectors[::-1], together, rtol=0, atol=1e-4)
-    monkeypatch.setattr("d2llm.models.vector_scorer.SCORE_BLOCK", 3)
-    query = student.encode_queries(QUERIES).vectors[0]
-    expected = unit(query) @ unit(together).T * 20
-    factor = student.interaction.log_scale.exp().item() / 20
-    np.testing.assert_allclose(student.score(query, together, "symmetric"), factor * expected, rtol=0, atol=1e-4)
-
-
 # --- on disk, and trained ---------------------------------------------------------------------------------------------
 
 

@@ -8,13 +8,13 @@ import torch
 from d2llm.ops.batching import even_batches, pad_left, pad_right, token_budget_batches
 
 
-def test_batches_are_longest_first_within_both_limits() -> None:
+def test_batches_are_longest_first_within_both_limits():
     # Longest 6: 12 // 6 = 2 texts. Then longest 4: 3 texts. Then longest 1: 12 fit, but at most 4 items.
     lengths = [1, 6, 4, 1, 4, 5, 3, 1]
     assert token_budget_batches(lengths, max_tokens=12, max_items=4) == [[1, 5], [2, 4, 6], [0, 3, 7]]
 
 
-def test_a_batch_with_enough_tokens_takes_no_narrower_texts() -> None:
+def test_a_batch_with_enough_tokens_takes_no_narrower_texts():
     # Widths, rounded up to 8: 24, 24, 16, 16, 8, 8, 8. For 40 tokens, two texts of 24 suffice, or three of 16.
     lengths = [20, 24, 16, 9, 8, 2, 5]
     assert token_budget_batches(lengths, max_tokens=1000, max_items=9, enough_tokens=40) == [[1, 0], [2, 3, 4], [6, 5]]

@@ -22,18 +22,6 @@ def test_a_fit_by_hand():
     assert error.num_pairs == 6
 
 
-def test_a_fit_recovers_the_true_parameters():
-    rng = np.random.default_rng(0)
-    queries = np.repeat(np.arange(400), 12)
-    scores = rng.normal(size=len(queries)) + 3 * rng.normal(size=400)[queries]
-    log_odds = 0.7 * scores - 2 + 1.5 * rng.normal(size=400)[queries] + 0.9 * rng.normal(size=len(queries))
-    error = calibrate_error(scores, log_odds, [str(query) for query in queries])
-    fitted = (error.slope, error.intercept, error.sigma, error.query_sigma)
-    np.testing.assert_allclose(fitted, (0.7, -2, 0.9, 1.5), atol=0.2)
-    assert abs(error.slope - 0.7) < 0.05
-    assert abs(error.sigma - 0.9) < 0.03
-
-
 @pytest.mark.parametrize(
     ("scores", "log_odds", "queries", "message"),
     [

@@ -49,14 +49,6 @@ def test_too_few_vectors_are_refused() -> None:
         whitening(np.ones((4, 4), np.float32))
 
 
-def test_principal_components_by_hand() -> None:
-    """Points on the lines (3, 4) and (-4, 3) around (7, 7): the first line is the longer one."""
-    along, across = np.array([0.6, 0.8]), np.array([-0.8, 0.6])
-    points = np.array([7 + 5 * along, 7 - 5 * along, 7 + across, 7 - across], np.float32)
-    components = principal_components(points, 2)
-    np.testing.assert_allclose(np.abs(components @ np.stack([along, across]).T), np.eye(2), atol=1e-6)
-
-
 def test_principal_components_are_the_first_singular_vectors_of_the_centred_vectors() -> None:
     rng = np.random.default_rng(0)
     vectors = (rng.normal(size=(60, 6)) * [1, 5, 2, 9, 0.5, 3] + 4).astype(np.float32)

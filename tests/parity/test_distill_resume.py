@@ -110,13 +110,7 @@ class Interrupted(Exception):
 
 # 2: before the first checkpoint; 10: between checkpoints; 15: at the last step.
 @pytest.mark.parametrize("interruptions", [[2], [10, 15]])
-def test_resumed_equals_uninterrupted(
-    models: Path,
-    uninterrupted: tuple[DistillReport, Path],
-    interruptions: list[int],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_resumed_equals_uninterrupted(models, uninterrupted, interruptions: list[int], tmp_path, monkeypatch):
     folder = tmp_path / "student"
     for moment in interruptions:
         with monkeypatch.context() as patch:
@@ -141,9 +135,7 @@ def interrupt_at_call(patch: pytest.MonkeyPatch, step: int, folder: Path) -> Non
     patch.setattr(training_loop, "weighted_sum", weighted_sum)
 
 
-def test_resumed_after_the_last_step(
-    models: Path, uninterrupted: tuple[DistillReport, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_after_the_last_step(models, uninterrupted, tmp_path, monkeypatch):
     """Interrupted after all steps are done, but before the student is saved."""
 
     def save(*arguments: Any, **options: Any) -> None:
@@ -200,9 +192,7 @@ test.run(Path(sys.argv[1]), Path(sys.argv[2]))
 
 # In the middle of the eighth step, and after a best state is written but not the checkpoint that refers to it.
 @pytest.mark.parametrize(("name", "calls"), [("optimizer_step", 8), ("save_checkpoint", 4)])
-def test_killed_process_resumes_to_the_uninterrupted_result(
-    models: Path, uninterrupted: tuple[DistillReport, Path], name: str, calls: int, tmp_path: Path
-) -> None:
+def test_killed_process_resumes_to_the_uninterrupted_result(models, uninterrupted, name: str, calls: int, tmp_path):
     folder, code = tmp_path / "student", KILLED.format(path=str(Path(__file__).parent))
     with PreparedProcess(script, code, str(models), str(folder), name, str(calls)) as process:
         assert process.wait() == -signal.SIGKILL, process.errors
@@ -211,9 +201,7 @@ def test_killed_process_resumes_to_the_uninterrupted_result(
     assert_equal_runs(run(models, folder), folder, uninterrupted)
 
 
-def test_a_checkpoint_for_other_labels_is_refused(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_for_other_labels_is_refused(models, tmp_path, monkeypatch):
     """Labels added since the checkpoint would be mixed with the data set's own judgements."""
     base = recipe(models)
     own = base.model_copy(update={"training": base.training.model_copy(update={"unlabelled": "own_labels"})})

@@ -23,8 +23,6 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.manifest import read_manifest
 from d2llm.core.shipped import shipped_models
 from d2llm.core.types import TASKS
-from d2llm.data.beir import Dataset
-from d2llm.data.open_data import open_data
 from d2llm.models.device import cpu_has_fast_bfloat16
 from d2llm.models.engines import engines
 from d2llm.models.engines.engines import choose_engine, open_engine
@@ -32,7 +30,6 @@ from d2llm.models.export.export import export
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection
 from d2llm.models.tokens import EncodedTexts
-from d2llm.ops.measures import per_query_measures
 from d2llm.recipe import AutoPooling, InteractionConfig, Pooling
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
@@ -450,49 +447,3 @@ def test_openvino_is_not_used_with_an_allocator_that_it_crashes_with(monkeypatch
     assert choose_engine("auto", device="cpu") == "onnx"
     with pytest.raises(InputError, match=r"engine 'openvino-int8' crashes with tcmalloc .*; unset LD_PRELOAD"):
         choose_engine("openvino-int8", device="cpu")
-
-
-def test_the_shipped_student_matches_torch(tmp_path):
-    pytest.importorskip("openvino")
-    student = Student.load("d2llm-minilm", device="cpu", dtype="float32")
-    texts = ["where do ships sail to?", *TEXTS, " ".join(TEXTS * 5)]
-    expected = encode_with(student, "torch", texts)
-    scores = {task: student.score(expected[0], expected[1:], task) for task in TASKS}
-    for engine in ("onnx", "openvino"):
-        actual = encode_with(student, engine, texts)
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=VECTORS)
-        for task in TASKS:
-            logits = student.score(actual[0], actual[1:], task)
-            np.testing.assert_allclose(logits, scores[task], rtol=0, atol=LOGITS)
-
-
-DATA = Path(__file__).parents[3] / "shared" / "data" / "stackfaq"
-
-
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the data set in {DATA}")
-def test_rankings_of_real_questions_match_torch():
-    pytest.importorskip("openvino")
-    dataset = open_data(DATA, splits=["dev"])
-    assert isinstance(dataset, Dataset)
-    positives = {query: relevant for query, relevant in dataset.positives("dev").items() if relevant}
-    queries = list(positives)[:12]
-    passages = list(dict.fromkeys([*(positives[query][0] for query in queries), *list(dataset.passages)[:12]]))
-    qrels = {query: {positives[query][0]: 1} for query in queries}
-    student = Student.load("d2llm-minilm", device="cpu", dtype="float32")
-    quality = {}
-    for engine in ("torch", "openvino", "openvino-int8"):
-        try:
-            vectors = encode_with(student, engine, [dataset.passages[name].text for name in passages])
-        except ModelError:  # OpenVINO int8 with the CPU's instruction set restricted (make test-avx2)
-            assert (engine, "ONEDNN_MAX_CPU_ISA" in os.environ) == ("openvino-int8", True)
-            break
-        query_vectors = student.encode_queries([dataset.queries[name].text for name in queries]).vectors
-        scores = [student.score(query, vectors, "asymmetric") for query in query_vectors]
-        rankings = {
-            query: [passages[index] for index in np.argsort(-row)] for query, row in zip(queries, scores, strict=True)
-        }
-        quality[engine] = np.mean(list(per_query_measures(rankings, qrels)["nDCG@10"].values()))
-    assert quality["torch"] > 0.5
-    assert quality["openvino"] == pytest.approx(quality["torch"], abs=1e-6)
-    if "openvino-int8" in quality:
-        assert quality["openvino-int8"] == pytest.approx(quality["torch"], abs=0.03)

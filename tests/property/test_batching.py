@@ -32,9 +32,7 @@ def test_no_batch_could_have_taken_the_next_text(lengths: list[int], max_tokens:
 
 
 @given(lengths=LENGTHS, max_tokens=st.integers(1, 400), enough_tokens=st.integers(1, 400))
-def test_enough_tokens_cuts_batches_only_to_save_padding(
-    lengths: list[int], max_tokens: int, enough_tokens: int
-) -> None:
+def test_enough_tokens_cuts_batches_only_to_save_padding(lengths: list[int], max_tokens: int, enough_tokens: int):
     plain = token_budget_batches(lengths, max_tokens=max_tokens, max_items=100)
     cut = token_budget_batches(lengths, max_tokens=max_tokens, max_items=100, enough_tokens=enough_tokens)
     assert [index for batch in cut for index in batch] == [index for batch in plain for index in batch]

@@ -53,9 +53,7 @@ def test_shuffling_the_files_changes_no_draw(dataset: Dataset, seed: int, order:
 
 @settings(max_examples=examples(60))
 @given(dataset=datasets(), seed=st.integers(0, 9), num_easy=st.integers(0, 20), num_hard=st.integers(0, 9))
-def test_lists_are_disjoint_and_as_long_as_the_corpus_allows(
-    dataset: Dataset, seed: int, num_easy: int, num_hard: int
-) -> None:
+def test_lists_are_disjoint_and_as_long_as_the_corpus_allows(dataset: Dataset, seed: int, num_easy: int, num_hard: int):
     config = MiningConfig(num_hard=num_hard, num_easy=num_easy)
     for entry in mine(dataset, "train", config, encoder=None, seed=seed).entries:
         assert len(set(entry.passage_ids)) == len(entry.passage_ids)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,9 +60,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 @pytest.mark.parametrize("tuning", ["frozen", "full"])
-def test_another_package_adds_a_backbone(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tuning: str
-) -> None:
+def test_another_package_adds_a_backbone(workspace, tmp_path, monkeypatch, tuning: str):
     site, folder = tmp_path / "site", tmp_path / "student"
     with monkeypatch.context() as patch:
         install(site, THEIRS, BackboneConfig.kinds, {"hashed": "Hashed"}, patch)

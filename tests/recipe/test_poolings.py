@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,9 +59,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 @pytest.mark.parametrize("text", ["largest", "{ kind = 'projection', dim = 8, pooling = 'one_query' }", "one_query"])
-def test_another_package_adds_a_pooling(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
-) -> None:
+def test_another_package_adds_a_pooling(workspace, tmp_path, monkeypatch, text: str):
     site, folder = tmp_path / "site", tmp_path / "student"
     with monkeypatch.context() as patch:
         install(site, THEIRS, Pooling.kinds, KINDS, patch)

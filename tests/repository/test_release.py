@@ -70,9 +70,7 @@ def test_the_citation_is_of_this_version(repository: Path):
     assert citation["preferred-citation"]["year"] == 2024
 
 
-def test_every_pinned_package_has_a_licence_that_is_permissive_or_explained(
-    repository: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_every_pinned_package_has_a_licence_that_is_permissive_or_explained(repository, monkeypatch):
     licences = load_script("licences")
     listed = dict(re.findall(r"^\| ([\w.-]+) \| (.+) \|$", licences.PAGE.read_text(encoding="utf-8"), re.MULTILINE))
     listed = {name: licence for name, licence in listed.items() if name not in {"package", "---"}}

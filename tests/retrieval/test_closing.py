@@ -83,9 +83,7 @@ def test_an_error_in_the_block_is_not_hidden(tmp_path: Path):
 
 @pytest.mark.parametrize("num_shards", [None, 2])
 @pytest.mark.parametrize("close", [True, False])
-def test_what_nobody_uses_leaves_memory_without_a_garbage_collection(
-    num_shards: int | None, close: bool, tmp_path: Path
-) -> None:
+def test_what_nobody_uses_leaves_memory_without_a_garbage_collection(num_shards: int | None, close: bool, tmp_path):
     """And with it the files that it has open, whose space on the disk is not free before."""
     gc.collect()
     gc.disable()

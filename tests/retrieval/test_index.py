@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from d2llm.core.errors import DataFormatError, DuplicateIdError, FilterError, IndexMismatchError, InputError
+from d2llm.core.errors import DataFormatError, DuplicateIdError, IndexMismatchError, InputError
 from d2llm.core.types import Passage
 from d2llm.data.indexed_corpus import check_corpus, iter_corpus
 from d2llm.retrieval import upserting
@@ -50,11 +50,6 @@ class TestUpsert:
         assert [passage.text for passage in index.get(["p0", "p9"])] == ["the cat runs", "a new one"]
         assert index.get(["p1"])[0].metadata == {"year": 1999}
         assert len(index) == 7
-
-    def test_nothing_new_writes_nothing(self, index):
-        version = index.view.version
-        report = index.upsert(passages())
-        assert (report.version, report.num_unchanged) == (version, 6)
 
     def test_the_index_may_change_while_passages_are_generated(self, index, monkeypatch):
         monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
@@ -231,10 +226,6 @@ class TestSearch:
         with pytest.raises(InputError, match=message):
             index.search("cat", **settings)
 
-    def test_a_filter_on_an_unknown_field_is_rejected(self, index):
-        with pytest.raises(FilterError, match="colour"):
-            index.search("cat", filter="colour = 'red'")
-
     def test_an_empty_index_returns_no_results(self, student, tmp_path):
         empty = Index.create(tmp_path / "empty", student)
         for settings in ({}, {"exact": True}, {"sources": ("bm25",)}, {"hybrid": 0.5}):
@@ -254,17 +245,6 @@ class TestSearch:
 
 
 class TestSnapshots:
-    def test_a_snapshot_can_be_opened_and_restored(self, index, student):
-        folder = index.snapshot("before")
-        index.delete(["p0"])
-        snapshot = Index.open(folder, student)
-        assert (len(snapshot), len(index)) == (6, 5)
-        assert search_ids(snapshot, "cat sleeps", top_k=1) == ["p0"]
-        with pytest.raises(InputError, match="never changes"):
-            snapshot.delete(["p1"])
-        assert index.restore("before") == 6
-        assert search_ids(index, "cat sleeps", top_k=1) == ["p0"]
-
     def test_an_index_is_made_from_a_snapshot(self, index, tmp_path):
         made = Index.from_snapshot(index.snapshot("before"), tmp_path / "made")
         assert (made.list_passages(), made.spec) == (index.list_passages(), index.spec)

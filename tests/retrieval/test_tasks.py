@@ -83,8 +83,8 @@ class Trained(FakeStudent):
     ],
 )
 def test_the_task_is_the_one_told_or_the_one_trained_for(
-    trained: tuple[Task, ...], told: Task | None, used: Task, warns: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+    trained: tuple[Task, ...], told: Task | None, used: Task, warns: bool, caplog
+):
     assert task_for(Trained(*trained), told) == used
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * warns
     assert task_for(FakeStudent(), None) == "asymmetric"  # knows of no tasks
@@ -101,9 +101,7 @@ def test_a_students_manifest_says_its_tasks(student: Student, folder: Path, tmp_
     assert not np.allclose(student.query_vectors(vectors), student.query_vectors(vectors, "asymmetric"))
 
 
-def test_an_index_is_for_the_task_of_its_student(
-    student: Student, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_index_is_for_the_task_of_its_student(student, folder, tmp_path, caplog):
     index = Index.create(tmp_path / "created", folder, device="cpu", dtype="float32")
     index.upsert(passages())
     assert index.view.task == "symmetric"
@@ -126,9 +124,7 @@ def test_an_index_is_for_the_task_of_its_student(
     assert len(caplog.records) == 1
 
 
-def test_an_evaluation_measures_the_task_of_its_student(
-    student: Student, data: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_evaluation_measures_the_task_of_its_student(student, data, caplog):
     dataset = read_beir(data)
 
     def measured(task: Task | None) -> Any:

@@ -292,9 +292,7 @@ def test_a_replaced_student_leaves_memory_at_once(folders: dict[str, Path], tmp_
             gc.enable()
 
 
-def test_a_new_version_compares_only_what_it_adds(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_new_version_compares_only_what_it_adds(folders, tmp_path, monkeypatch):
     folder = write_faq(tmp_path / "faq", folders["docs"].parent / "student-0")
     compared: list[int] = []
     checksum = vector_file._checksum
@@ -361,7 +359,7 @@ def test_a_key_for_one_index_needs_no_name(guarded: TestClient, keys: dict[str, 
     ],
 )
 def test_a_key_for_other_indexes_is_refused_alike_whether_or_not_there_is_one(
-    guarded: TestClient, keys: dict[str, str], path: str, body: dict[str, Any] | None
+    guarded, keys, path: str, body: dict[str, Any] | None
 ):
     answers: list[str] = []
     for name in ("faq", "nope"):

@@ -152,9 +152,7 @@ def test_a_half_edited_file_leaves_the_keys_as_they_were(file: Path, caplog: pyt
     assert "keeping the previous API keys" in caplog.text
 
 
-def test_an_unreadable_file_is_reread_when_permissions_change(
-    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
+def test_an_unreadable_file_is_reread_when_permissions_change(file, monkeypatch, caplog):
     add_key(file, "first")
     ring = KeyRing(file)
     secret = add_key(file, "second")

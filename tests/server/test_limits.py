@@ -45,9 +45,7 @@ def listening() -> Iterator[socket.socket]:
 
 
 @pytest.mark.parametrize("hangs", [True, False], ids=["hangs", "away"])
-def test_without_redis_a_server_counts_locally(
-    listening: socket.socket, hangs: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
+def test_without_redis_a_server_counts_locally(listening, hangs: bool, monkeypatch, caplog):
     pytest.importorskip("redis", reason="needs the extra 'redis'")
     monkeypatch.setattr(access, "_PATIENCE", 0.3)
     address = f"redis://127.0.0.1:{listening.getsockname()[1]}"

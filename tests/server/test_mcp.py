@@ -325,16 +325,6 @@ def test_orders_in_a_document_are_marked_as_data_and_change_nothing(url: str, fo
 EVIL_FIELDS = {"title", "document_id", "passage_ids", "metadata", "text"}
 
 
-def test_any_script_arrives_unchanged(url: str):
-    async def work(client: Client) -> None:
-        part = await call(client, "read", index="faq", passage_id="größe/ß 1")
-        assert (part["title"], part["text"]) == ("Größe ✓", GERMAN)
-        found = await call(client, "search", index="faq", query="Katze 🐈 猫", filter="lang = 'größe'")
-        assert [source["text"] for source in found["sources"]] == [GERMAN]
-
-    ask(url, work)
-
-
 # Bad input
 
 
@@ -350,15 +340,12 @@ def test_any_script_arrives_unchanged(url: str):
         ("similar", {"index": "docs", "passage_id": "p1", "top_k": 1_001}, "top_k: 1,001 is more than this server"),
         ("search", {"index": "docs", "query": QUERY, "max_tokens": 32_001}, "max_tokens: 32,001 is more than this"),
         ("read", {"index": "docs", "passage_id": "p1", "max_tokens": 32_001}, "max_tokens: 32,001 is more than this"),
-        ("search", {"index": "docs", "query": QUERY, "top_k": "3"}, "top_k: must be a whole number"),
         ("search", {"index": "docs", "query": QUERY, "topk": 3}, "topk: there is no such field; did you mean 'top_k'?"),
-        ("search", {"index": "docs", "query": QUERY, "filter": "year >"}, "year >"),
         ("search", {"index": "docs", "query": QUERY, "filter": "yeer = 2000"}, "did you mean 'year'?"),
         ("search", {"index": "docs", "query": "x" * 100_001}, "query: 100,001 characters; this server accepts 100,000"),
         ("read", {"index": "docs", "passage_id": "px"}, "there is no passage 'px' in the index"),
         ("read", {"index": "docs", "document_id": "dx"}, "there is no document 'dx' in the index; list_documents"),
         ("read", {"index": "docs"}, "give either passage_id or document_id"),
-        ("read", {"index": "docs", "passage_id": "p1", "document_id": "d1"}, "give either passage_id or document_id"),
         ("read", {"index": "docs", "passage_id": "p1", "start": 1}, "start is for document_id; leave it out"),
         ("read", {"index": "docs", "document_id": "d1", "neighbours": 1}, "neighbours is for passage_id; leave it out"),
         (

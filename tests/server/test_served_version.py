@@ -98,9 +98,7 @@ def with_writer(version: OpenVersion, gate: Gate) -> Ranking:
 
 
 @pytest.mark.parametrize("slow_search", [with_teacher, with_writer])
-def test_others_search_while_a_teacher_or_writer_works(
-    version: OpenVersion, slow_search: Callable[[OpenVersion, Gate], Ranking]
-) -> None:
+def test_others_search_while_a_teacher_or_writer_works(version, slow_search: Callable[[OpenVersion, Gate], Ranking]):
     gate = Gate()
     with ThreadPoolExecutor(2) as threads:
         slow = threads.submit(slow_search, version, gate)

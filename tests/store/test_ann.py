@@ -155,14 +155,6 @@ class TestRecall:
 
 
 class TestAnswers:
-    def test_scores_match_the_exact_scan(self, store):
-        view = PassageView(store)
-        for query in clustered(5, seed=8):
-            rows, scores = search_file(view, query, 30)
-            exact = dict(zip(*(part.tolist() for part in view.scan(query, NUM)), strict=True))
-            assert scores.tolist() == [exact[row] for row in rows.tolist()]
-            assert (np.diff(scores) <= 0).all()
-
     def test_equal_scores_are_ordered_by_id(self, store):
         vector = clustered(1, seed=3)
         put_vectors(store, NUM, np.repeat(vector, 3, axis=0))
@@ -204,13 +196,6 @@ class TestAnswers:
         assert "built over version" in caplog.text
         assert PassageView(store).ids(search_file(PassageView(store), query, 7)[0]) == old_ids[3:]
 
-    def test_a_filter_matching_one_row_in_a_thousand(self, store):
-        view, query = PassageView(store), clustered(1, seed=8)[0]
-        allowed = np.arange(NUM) % 1_000 == 7
-        result = propose(view, query, 10, allowed)
-        assert result.rows.tolist() == exact_best(view, query, 10, allowed)[:4].tolist()
-        assert len(propose(view, query, 10, np.zeros(NUM, np.bool_)).rows) == 0
-
     def test_recall_holds_for_random_and_adverse_filters(self, store):
         view = PassageView(store)
         queries = clustered(60, seed=8)
@@ -226,23 +211,11 @@ class TestAnswers:
             assert allowed[rows].all()
         assert np.mean(recalls) >= 0.88
 
-    @pytest.mark.parametrize("top_k", [1, 401, NUM, NUM + 10])
-    def test_any_top_k(self, store, top_k):
-        view, query = PassageView(store), clustered(1, seed=8)[0]
-        result = propose(view, query, top_k)
-        assert len(result.rows) == min(top_k, NUM)
-        if top_k > 400:  # beyond the tuned depths
-            assert result.rows.tolist() == view.scan(query, top_k).rows.tolist()
-
     def test_invalid_query_vectors_are_rejected(self, store):
         view = PassageView(store)
         for query in (np.zeros(DIM + 1, np.float32), np.full(DIM, np.nan, np.float32)):
             with pytest.raises(InputError, match="must be 32 finite numbers"):
                 propose(view, query, 3)
-
-    def test_nothing_is_found_when_all_passages_are_deleted(self, store):
-        store.delete([f"p{n:06d}" for n in range(NUM)])
-        assert len(propose(PassageView(store), clustered(1)[0], 3).rows) == 0
 
 
 class TestDamage:

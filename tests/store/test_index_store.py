@@ -82,14 +82,6 @@ def test_changes_are_classified(store):
     _check_reopened(store, PASSAGES | {passage.id: passage for passage in changed} | {"p4": without_year})
 
 
-@BOTH_FORMS
-def test_unchanged_passages_write_nothing(store):
-    version, files = store.table().version, sorted(store.folder.rglob("*"))
-    assert put(store, PASSAGES.values()) == version
-    assert put(store, []) == version
-    assert sorted(store.folder.rglob("*")) == files
-
-
 def test_the_version_is_read_without_the_rows(store, monkeypatch):
     version, reopened = store.version, IndexStore.open(store.folder)
     monkeypatch.setattr("d2llm.store.passage_table.PassageTable.problems", lambda _table: ["a row was changed"])
@@ -256,30 +248,6 @@ def test_fields_can_be_added(store):
 
 
 # Snapshots
-
-
-@BOTH_FORMS
-def test_snapshots(store):
-    folder = store.snapshot("first")
-    put(store, few_passages(5, start=8, word="changed").values())
-    store.delete(["p0"])
-    current = PASSAGES | few_passages(5, start=8, word="changed")
-    del current["p0"]
-    store.snapshot("second.1")
-    assert store.snapshots() == ["first", "second.1"]
-    old = IndexStore.open(folder)
-    check_contents(PassageView(old), PASSAGES)
-    assert store.restore("first") == len(PASSAGES)
-    _check_reopened(store, PASSAGES)
-    assert store.restore("second.1") == len(current)
-    _check_reopened(store, current)
-    store.compact(timedelta(0))
-    check_contents(PassageView(IndexStore.open(folder)), PASSAGES)
-    store.drop_snapshot("first")
-    assert store.snapshots() == ["second.1"]
-    assert not folder.exists()
-    store.snapshot("first")
-    check_contents(PassageView(IndexStore.open(folder)), current)
 
 
 def test_a_copy_of_a_snapshot_is_restored_where_its_vectors_fit(store, tmp_path):

@@ -50,9 +50,7 @@ def test_types_are_inferred_from_values() -> None:
         (NOON, "2024-05-31", ("timestamp", "string")),
     ],
 )
-def test_conflicting_types_are_reported_with_both_passages(
-    first: object, second: object, kinds: tuple[str, str]
-) -> None:
+def test_conflicting_types_are_reported_with_both_passages(first: object, second: object, kinds: tuple[str, str]):
     with pytest.raises(InputError) as error:
         MetadataSchema.infer(passages({}, {"x": first}, {"x": first}, {"x": second}))
     assert f"'x' is {kinds[0]} in passage 'p1' but {kinds[1]} in passage 'p3'" in str(error.value)

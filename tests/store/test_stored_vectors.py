@@ -15,7 +15,6 @@ from d2llm.core.types import Passage
 from d2llm.retrieval.index import Index
 from d2llm.store import stored_vectors, vector_file
 from d2llm.store.checksums import read_checked, write_checked
-from d2llm.store.index_spec import StoredSpec
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import stats, verify
 from d2llm.store.vector_file import VectorFile
@@ -127,17 +126,6 @@ def test_the_table_has_no_vectors(store):
     index_stats = stats(store)
     assert (index_stats.vector_copies, index_stats.vector_bytes, index_stats.num_rows) == (1, CODE_SIZE, 30)
     assert index_stats.vector_file_bytes == 30 * CODE_SIZE + (store.folder / "vectors-0.json").stat().st_size
-
-
-def test_one_copy_takes_less_space(tmp_path):
-    sizes = []
-    for copies in (1, 2):
-        store = IndexStore.create(tmp_path / str(copies), StoredSpec(student="s", dim=384, vector_copies=copies))
-        passages = list(few_passages(2000).values())
-        changes = store.compare([Passage(p.id, p.text) for p in passages])
-        store.write(changes, np.random.default_rng(0).standard_normal((2000, 384)).astype(np.float32))
-        sizes.append(stats(store).bytes_per_passage)
-    assert 0.95 * 768 < sizes[1] - sizes[0] < 1.1 * 768
 
 
 def test_invalid_numbers_of_copies_are_rejected(tmp_path):
@@ -318,16 +306,6 @@ def test_versions_from_before_a_repair_have_no_vectors(store):
             PassageView(store, version)
         verify(store, repair=True, encode=Encoder())
     check_contents(PassageView(store), ALIVE | few_passages(2, start=60))
-
-
-def test_a_reader_keeps_its_version(store):
-    view = PassageView(store)
-    put(store, few_passages(20, start=20, word="changed").values())
-    store.compact(dense=True)
-    check_contents(view, ALIVE)
-    check_contents(PassageView(store, view.version), ALIVE)
-    check_contents(PassageView(store), ALIVE | few_passages(20, start=20, word="changed"))
-    assert verify(store).problems == []
 
 
 @pytest.mark.parametrize("damage", ["flipped twice", "cut", "missing"])

@@ -76,17 +76,6 @@ def test_the_score_includes_tokens_and_the_exact_search_agrees(index):
     assert exact.certificate.proved == 3
 
 
-def test_tokens_follow_updates_deletions_snapshots_and_compaction(index):
-    index.snapshot("before")
-    index.upsert(passages(river="Now it is a gem.", added="A new one.", gem="Nothing rare."))
-    index.delete(["same", "long"])
-    remaining = ["gem", "river", "empty", "added"]
-    assert_tokens(index, remaining)
-    index.compact(dense=True)
-    assert_tokens(index, remaining)
-    assert_tokens(Index.open(index.folder / "snapshots" / "before", TokenStudent()))
-
-
 def test_damaged_tokens_are_found_and_encoded_again(index):
     path = next(index.folder.glob("token-vectors-*.bin"))
     data = bytearray(path.read_bytes())

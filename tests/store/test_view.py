@@ -16,7 +16,7 @@ from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import verify
 from d2llm.store.vector_formats import make_format
 from d2llm.store.view import PassageView
-from tiny_store import DIM, check_contents, exact_products, few_passages, live_rows, new_store, put, vector_of
+from tiny_store import DIM, check_contents, exact_products, few_passages, live_rows, new_store, put
 
 PASSAGES = few_passages(30)
 QUERY = np.random.default_rng(7).standard_normal(DIM).astype(np.float32)
@@ -60,13 +60,6 @@ def test_the_scan_is_exact(store):
     chosen = [p for p in alive.values() if 2003 <= p.metadata["year"] <= 2010]
     assert view.ids(view.scan(QUERY, 100, years).rows) == _ranked_ids(chosen, store.format.kind)
     assert view.ids(view.scan(QUERY, 3, np.ones(30, np.bool_)).rows) == view.ids(view.scan(QUERY, 3).rows)
-
-
-def test_equal_texts_are_ordered_by_id(store):
-    put(store, [Passage(name, "the same") for name in ("z", "a", "m")])
-    matches = PassageView(store).scan(vector_of(Passage("", "the same")), 3)
-    assert PassageView(store).ids(matches.rows) == ["a", "m", "z"]
-    assert len(set(matches.scores.tolist())) == 1
 
 
 def test_bm25_ties_at_the_cutoff_are_broken_by_id(store):
@@ -162,21 +155,6 @@ def test_rows_are_returned_in_the_requested_order(store):
     for bad_row in (dead_row, -1, view.capacity):
         with pytest.raises(DataFormatError, match="lacks 1 of 3 requested rows"):
             view.ids(np.array([1, 2, bad_row]))
-
-
-def test_a_view_keeps_its_version(store):
-    view, before = PassageView(store), dict(PASSAGES)
-    put(store, few_passages(20, start=20, word="changed").values())
-    store.delete(["p1", "p2"])
-    store.compact(dense=True)
-    store.update_word_files()
-    after = PASSAGES | few_passages(20, start=20, word="changed")
-    del after["p1"], after["p2"]
-    check_contents(view, before)
-    assert view.ids(view.scan(QUERY, 5).rows) == _ranked_ids(before.values(), store.format.kind)[:5]
-    assert view.ids(view.match("own1", 3).rows) == ["p1"]
-    check_contents(PassageView(store), after)
-    check_contents(PassageView(store, view.version), before)
 
 
 def test_a_removed_version_is_reported(store):

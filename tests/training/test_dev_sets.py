@@ -90,9 +90,7 @@ def test_student_without_inner_product_is_measured_at_one_weight() -> None:
     assert result.values == pytest.approx({1.0: BY_HAND[1.0]}, abs=1e-6)
 
 
-def test_progress_counts_encoded_texts_and_ranked_queries(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_counts_encoded_texts_and_ranked_queries(caplog, monkeypatch):
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     with caplog.at_level(logging.INFO, "d2llm.remarks"):
         evaluate_dev(HandMadeStudent(ANCHORS, CHANGES), [dev_set(QRELS), dev_set(QRELS, name="other")], title="looking")

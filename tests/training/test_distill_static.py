@@ -63,9 +63,7 @@ def test_the_vectors_are_as_defined(backbone: Backbone, made: tuple[Path, Static
     assert report.variance == pytest.approx(1.0)
 
 
-def test_fewer_dimensions_are_the_first_axes(
-    backbone: Backbone, made: tuple[Path, StaticReport], tmp_path: Path
-) -> None:
+def test_fewer_dimensions_are_the_first_axes(backbone, made, tmp_path):
     report = distill_static(backbone, iter(TEXTS), tmp_path / "small", dim=4, smoothing=0.01)
     small, large = (load_file(each / "model.safetensors")["embeddings"] for each in (tmp_path / "small", made[0]))
     torch.testing.assert_close(small.abs(), large[:, :4].abs(), atol=1e-4, rtol=1e-3)

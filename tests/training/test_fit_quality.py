@@ -153,9 +153,7 @@ class TestEncode:
         assert {result.passage.id for result in index.search("text 3", top_k=23).passages} == kept
         assert not index.verify().problems
 
-    def test_an_interrupted_run_leaves_out_the_same(
-        self, student: FakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_an_interrupted_run_leaves_out_the_same(self, student, tmp_path, monkeypatch):
         def interrupt(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 

@@ -126,9 +126,7 @@ def assert_same(actual: LossAndGradients, expected: LossAndGradients, tolerance:
 
 @pytest.mark.parametrize("room", [0, 1 << 20, math.inf])
 @pytest.mark.parametrize("part_tokens", [1, 40])
-def test_gradient_equals_that_of_one_pass(
-    student: Student, batch: DistillationBatch, room: float, part_tokens: int
-) -> None:
+def test_gradient_equals_that_of_one_pass(student, batch, room: float, part_tokens: int):
     expected = in_one_pass(student, batch)
     assert max(float(gradient.abs().max()) for gradient in expected.gradients.values()) > 0.01
     assert_same(in_parts(student, batch, room=room, part_tokens=part_tokens), expected)
@@ -136,9 +134,7 @@ def test_gradient_equals_that_of_one_pass(
 
 @settings(max_examples=6)
 @given(part_tokens=st.integers(1, 300), room=st.integers(0, 1 << 22))
-def test_gradient_does_not_depend_on_part_size_or_room(
-    student: Student, batch: DistillationBatch, part_tokens: int, room: int
-) -> None:
+def test_gradient_does_not_depend_on_part_size_or_room(student, batch, part_tokens: int, room: int):
     assert_same(in_parts(student, batch, part_tokens=part_tokens, room=room), in_one_pass(student, batch))
 
 
@@ -207,9 +203,7 @@ def test_memory_with_caching_does_not_grow_with_the_batch(student: Student) -> N
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 @pytest.mark.parametrize("room", [0, math.inf])
-def test_checkpointed_layers_have_the_same_gradient_in_less_memory(
-    model: Path, batch: DistillationBatch, tuning: str, room: float
-) -> None:
+def test_checkpointed_layers_have_the_same_gradient_in_less_memory(model, batch, tuning: str, room: float):
     options: dict[str, Any] = {"dropout": 0.2} if tuning == "lora" else {"tuning": "full"}
     plain, checkpointed = (make_student(model, checkpointing=on, **options) for on in (False, True))
     assert_same(in_parts(checkpointed, batch, room=room), in_parts(plain, batch, room=room))
@@ -251,9 +245,7 @@ def bytes_of_a_part(student: Student, ids: list[list[int]]) -> int:
 
 
 @pytest.mark.parametrize(("parts", "kept"), [(0.5, 1), (1.5, 1), (2.5, 2), (3.9, 3), (9.0, 4)])
-def test_as_many_graphs_are_kept_as_fit_in_the_room(
-    student: Student, monkeypatch: pytest.MonkeyPatch, parts: float, kept: int
-) -> None:
+def test_as_many_graphs_are_kept_as_fit_in_the_room(student, monkeypatch, parts: float, kept: int):
     ids = [[5] * 8] * 32  # four parts of 8 texts
     room = int(parts * gradient_cache.ALLOCATED["cpu"] * bytes_of_a_part(student, ids[:8]))
     readings = read_with_graph(student, ids, monkeypatch, room=room)
@@ -265,9 +257,7 @@ class TestRoom:
         monkeypatch.setattr(gradient_cache, "free_memory", lambda device: free)
         return graph_room(TrainingConfig.model_validate(training), student.backbone.device)
 
-    def test_room_is_a_third_of_free_memory_and_is_logged(
-        self, student: Student, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_room_is_a_third_of_free_memory_and_is_logged(self, student, monkeypatch, caplog):
         caplog.set_level("INFO", logger="d2llm.remarks")
         assert self.room(monkeypatch, student, 6 << 30) == 2 << 30
         assert "6.0 GiB are free; up to 2.0 GiB of it are used for activations" in caplog.text
@@ -278,9 +268,7 @@ class TestRoom:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
         assert self.room(monkeypatch, student, 6 << 30) == 1 << 30
 
-    def test_recipe_can_override_the_room(
-        self, student: Student, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_recipe_can_override_the_room(self, student, monkeypatch, caplog):
         caplog.set_level("INFO", logger="d2llm.remarks")
         assert self.room(monkeypatch, student, 6 << 30, graph_gib=0.5) == 1 << 29
         assert self.room(monkeypatch, student, 6 << 30, gradient_caching="off") == math.inf
@@ -309,9 +297,7 @@ def mean_best_cosines_one_by_one(student: Student, batch: DistillationBatch) -> 
 
 
 @pytest.mark.parametrize("room", [0, math.inf])
-def test_gradient_with_vectors_of_tokens_equals_that_of_one_pass(
-    model: Path, batch: DistillationBatch, room: float
-) -> None:
+def test_gradient_with_vectors_of_tokens_equals_that_of_one_pass(model, batch, room: float):
     student = make_student(model)
     rarity = [1.0 + token % 5 for token in range(len(student.backbone.tokenizer))]  # all tokens have vectors
     torch.manual_seed(0)

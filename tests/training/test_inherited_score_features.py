@@ -62,9 +62,7 @@ def trained(workspace: Workspace, folder: Path, score_features: ScoreFeaturesCon
 
 
 @pytest.mark.parametrize("words", [True, False])
-def test_with_few_dev_queries_the_start_s_weights_remain(
-    workspace: Workspace, start: Student, tmp_path: Path, words: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_with_few_dev_queries_the_start_s_weights_remain(workspace, start, tmp_path, words: bool, caplog):
     with caplog.at_level(logging.INFO, "d2llm.remarks"):
         student = trained(workspace, tmp_path, ScoreFeaturesConfig(bm25=words, window_bm25=words), num_dev=8)
     assert student.fingerprint != start.fingerprint
@@ -78,9 +76,7 @@ def test_with_few_dev_queries_the_start_s_weights_remain(
     assert "asymmetric search: the feature weights are those of the start" in caplog.text
 
 
-def test_with_enough_dev_queries_the_task_s_weights_are_fitted_anew(
-    workspace: Workspace, start: Student, tmp_path: Path
-) -> None:
+def test_with_enough_dev_queries_the_task_s_weights_are_fitted_anew(workspace, start, tmp_path):
     student = trained(workspace, tmp_path, ScoreFeaturesConfig(bm25=True), num_dev=40)
     fitted = student.score_features.tasks["asymmetric"]
     assert set(fitted.dev) == {"tiny"}

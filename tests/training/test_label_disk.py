@@ -72,9 +72,7 @@ def stored(folder: Path) -> LabelStore:
     return LabelStore(folder, teacher="length", prompt="length-asymmetric", dataset="tiny")
 
 
-def test_full_disk_loses_no_written_labels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: LengthTeacher
-) -> None:
+def test_full_disk_loses_no_written_labels(tmp_path, monkeypatch, teacher):
     """The disk fills up while a shard's second file is being flushed."""
     whole = run(tmp_path / "whole")
     original, remaining = os.fsync, [14]
@@ -105,9 +103,7 @@ def test_full_disk_loses_no_written_labels(
     }
 
 
-def test_memory_holds_one_chunk_of_labels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: LengthTeacher
-) -> None:
+def test_memory_holds_one_chunk_of_labels(tmp_path, monkeypatch, teacher):
     """With any number of pairs, the teacher gets a few queries at a time and the store holds no labels in memory."""
     opened: list[LabelStore] = []
     original = LabelStore.__init__

@@ -162,9 +162,7 @@ def test_the_authors_normalisation(scores: PairScores, batch: DistillationBatch)
     assert all(ours[name] == theirs[name] for name in same)
 
 
-def test_the_authors_feature_imitation_sums_over_the_queries_with_features(
-    scores: PairScores, batch: DistillationBatch
-) -> None:
+def test_the_authors_feature_imitation_sums_over_the_queries_with_features(scores, batch):
     columns = batch.gram_columns.copy()
     columns[1] = -1  # the store has no cosines of the second query
     first = replace(batch, gram_columns=columns)
@@ -268,9 +266,7 @@ def test_words_are_part_of_the_score_and_not_of_the_interaction(scores: PairScor
     torch.testing.assert_close(paper["in_batch_cross_entropy"], in_batch)
 
 
-def test_tokens_are_part_of_the_score_and_have_a_loss_of_their_own(
-    scores: PairScores, batch: DistillationBatch
-) -> None:
+def test_tokens_are_part_of_the_score_and_have_a_loss_of_their_own(scores, batch):
     cosines = torch.tensor([[0.5, 0.2, 0.0, 0.9], [-1.0, 0.1, 0.25, 0.0]], requires_grad=True)
     assert scores.dot is not None
     in_all = PairScores(scores.logits + 8 * cosines, scores.dot + 8 * cosines, scores.features)
@@ -322,9 +318,7 @@ def cross_entropy_by_hand(logits: torch.Tensor, offset: float, fraction: float) 
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
-def test_labelled_pairs_use_pointwise_cross_entropy(
-    scores: PairScores, batch: DistillationBatch, fraction: float
-) -> None:
+def test_labelled_pairs_use_pointwise_cross_entropy(scores, batch, fraction: float):
     weights = ALL_WEIGHTS.with_losses({"pair_cross_entropy": {"teacher_weight": fraction}})
     terms = losses_of(scores, pair_batch(batch), weights, offset=torch.tensor(0.5))
     assert set(terms) == {"pair_cross_entropy"}
@@ -344,9 +338,7 @@ def test_unlabelled_pairs_get_no_gradient(scores: PairScores, batch: Distillatio
     assert offset.grad.item() == pytest.approx(-gradient.sum().item(), rel=1e-5)
 
 
-def test_pairs_without_an_inner_product_have_no_inner_product_loss(
-    scores: PairScores, batch: DistillationBatch
-) -> None:
+def test_pairs_without_an_inner_product_have_no_inner_product_loss(scores, batch):
     terms = losses_of(
         PairScores(scores.logits, None, None), pair_batch(batch), ALL_WEIGHTS.with_losses({"pair_cross_entropy": 1.0})
     )
@@ -387,9 +379,7 @@ def test_words_are_part_of_the_scores_of_both_heads(two_heads: PairScores, batch
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
-def test_pairs_divide_their_target_between_the_heads(
-    two_heads: PairScores, batch: DistillationBatch, fraction: float
-) -> None:
+def test_pairs_divide_their_target_between_the_heads(two_heads, batch, fraction: float):
     weights = ALL_WEIGHTS.with_losses({"pair_cross_entropy": {"teacher_weight": fraction}})
     terms = losses_of(two_heads, pair_batch(batch), weights, offset=torch.tensor(0.5))
     expected = 0.0
@@ -482,9 +472,7 @@ def test_the_data_set_s_own_judgements_are_no_scores_to_regress(scores: PairScor
     assert values["score_regression"].item() == values["margin_mse"].item() == 0.0
 
 
-def test_a_batch_without_scores_of_the_live_teacher_has_no_such_loss(
-    scores: PairScores, batch: DistillationBatch
-) -> None:
+def test_a_batch_without_scores_of_the_live_teacher_has_no_such_loss(scores, batch):
     assert set(losses_of(scores, replace(batch, pair_inputs={}), ALL_WEIGHTS)) == {*LOSS_NAMES} - {
         "in_batch_imitation",
         "word_imitation",

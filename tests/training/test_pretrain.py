@@ -300,9 +300,7 @@ def test_a_wider_teacher_is_projected_to(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("objective", ["hidden_states", "mutual_information", "vectors"])
-def test_a_strange_teacher_is_first_predicted_by_least_squares(
-    model: Path, stranger: Path, objective: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_strange_teacher_is_first_predicted_by_least_squares(model, stranger, objective: str, tmp_path, caplog):
     settings = config(objective, teacher=str(stranger), max_tokens=16)
     with caplog.at_level(logging.INFO, "d2llm.remarks"):
         run = pretrain._Pretraining(new_student(model, tuning="full"), PASSAGES, [], tmp_path / "run", settings, 0)
@@ -352,8 +350,8 @@ def test_relations_need_no_equal_widths_and_any_layer(model: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("objective", ["simcse", "hidden_states"])
 def test_resumed_equals_uninterrupted_and_a_finished_one_is_taken_up(
-    model: Path, stranger: Path, objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    model, stranger, objective: str, tmp_path, monkeypatch
+):
     taught = {"teacher": str(stranger)} if objective == "hidden_states" else {}
     settings = config(objective, epochs=2, **taught)
     student = new_student(model)
@@ -434,8 +432,8 @@ def two_backbones(tmp_path_factory: pytest.TempPathFactory) -> tuple[Backbone, B
     ],
 )
 def test_tokens_are_aligned_by_characters(
-    two_backbones: tuple[Backbone, Backbone], text: str, max_tokens: int, pairs: list[list[int]], num_tokens: int
-) -> None:
+    two_backbones, text: str, max_tokens: int, pairs: list[list[int]], num_tokens: int
+):
     settings = config("hidden_states", max_tokens=max_tokens)
     ((ids, reading),) = _readings(*two_backbones, [text], "passage", settings).items()
     student, teacher = two_backbones
@@ -453,9 +451,7 @@ def test_bytes_of_a_character_teach_alike(two_backbones: tuple[Backbone, Backbon
 
 
 @pytest.mark.parametrize("objective", ["hidden_states", "mutual_information", "vectors"])
-def test_a_teacher_with_another_tokenizer_is_imitated(
-    model: Path, stranger: Path, objective: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_teacher_with_another_tokenizer_is_imitated(model, stranger, objective: str, tmp_path, caplog):
     student = new_student(model, tuning="full")
     settings = config(objective, epochs=12, teacher=str(stranger), max_tokens=16, learning_rate=1e-3)
     with caplog.at_level(logging.INFO, "d2llm.remarks"):
@@ -506,9 +502,7 @@ def test_a_teacher_that_cuts_alike_teaches_alike(model: Path, tmp_path: Path) ->
     assert loss == pytest.approx(np.mean(expected), rel=1e-4)
 
 
-def test_tokens_that_are_left_out_are_counted(
-    model: Path, stranger: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_tokens_that_are_left_out_are_counted(model, stranger, tmp_path, caplog):
     settings = config("hidden_states", teacher=str(stranger), max_tokens=8)
     student = new_student(model)
     cut = "the station at noon leaves snow on the roof"  # of which the teacher, with shorter tokens, reads less
@@ -539,8 +533,8 @@ def test_tokens_that_are_left_out_are_counted(
     ],
 )
 def test_a_student_that_cannot_learn_it_is_refused(
-    model: Path, settings: dict[str, Any], backbone: dict[str, Any], problem: str, tmp_path: Path
-) -> None:
+    model, settings: dict[str, Any], backbone: dict[str, Any], problem: str, tmp_path
+):
     with pytest.raises(InputError, match=problem):
         pretrain_backbone(new_student(model, **backbone), PASSAGES, tmp_path, Pretraining.of(settings))
 
@@ -654,9 +648,7 @@ def test_stages_follow_one_another(workspace: Workspace, tmp_path: Path) -> None
     assert any(not torch.equal(first[name], second[name]) for name in names)
 
 
-def test_a_resumed_distillation_does_not_pretrain_again(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_distillation_does_not_pretrain_again(workspace, tmp_path, monkeypatch):
     student = tiny_student_config(workspace.model)
     pretraining = {"kind": "simcse", "batch_texts": 4}
     whole = distilled(workspace, tmp_path / "whole", student, **pretraining)

@@ -76,9 +76,7 @@ def test_ranks_of_adapters_may_differ_and_nothing_else(model: Path, tmp_path: Pa
         soup([first])
 
 
-def test_the_greedy_soup_leaves_out_what_does_harm(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_greedy_soup_leaves_out_what_does_harm(model, tmp_path, monkeypatch):
     students = [trained(model, tmp_path, seed=seed) for seed in (1, 2, 3, 4)]
     names = {student.fingerprint: index for index, student in enumerate(students)}
     measured = {(0,): 0.5, (1,): 0.7, (2,): 0.4, (3,): 0.6, (1, 3): 0.7, (1, 3, 0): 0.6, (1, 3, 2): 0.8}

@@ -47,9 +47,7 @@ def test_default_is_tensorboard_if_installed(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
-def test_missing_tracker_package_gets_an_install_hint(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_tracker_package_gets_an_install_hint(name: str, tmp_path, monkeypatch):
     for module in (name, "mlflow.tracking"):
         monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(MissingExtraError, match=rf"the tracker '{name}' needs .*pip install .*'d2llm\[track\]'"):

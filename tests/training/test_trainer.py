@@ -158,8 +158,8 @@ def default_handlers():
     ],
 )
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
-    whole: tuple[Path, Network], default_handlers: None, tmp_path: Path, stage: str, at: int, raised: Any, saved: int
-) -> None:
+    whole, default_handlers, tmp_path, stage: str, at: int, raised: Any, saved: int
+):
     folder, first, second = tmp_path / "run", Network(act=stop_at(stage, at, raised)), Network()
     with pytest.raises(OutOfTimeError if raised is OutOfTimeError else KeyboardInterrupt) as stop:
         train(folder, first)
@@ -173,9 +173,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
 
 
 @pytest.mark.parametrize("every", [1, 3, 5])
-def test_after_a_crash_steps_since_the_last_checkpoint_are_repeated(
-    whole: tuple[Path, Network], tmp_path: Path, every: int
-) -> None:
+def test_after_a_crash_steps_since_the_last_checkpoint_are_repeated(whole, tmp_path, every: int):
     for at in (2, 7, 11):
         folder, model = tmp_path / f"run{at}", Network()
         with pytest.raises(Interrupted):
@@ -254,9 +252,7 @@ def test_a_short_training_has_no_files(tmp_path: Path, monkeypatch: pytest.Monke
         ("weight", r"weights became infinite or NaN before step 6; training stopped"),
     ],
 )
-def test_what_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
-    whole: tuple[Path, Network], tmp_path: Path, what: str, problem: str
-) -> None:
+def test_what_is_not_finite_stops_the_run_and_keeps_the_last_good_state(whole, tmp_path, what: str, problem: str):
     class Diverging(Network):
         def step(self, step: int) -> dict[str, Any]:
             values = super().step(step)

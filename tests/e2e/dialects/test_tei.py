@@ -14,7 +14,7 @@ pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 
-from tiny_clients import LONG, LONG_TOO, NAME, QUERY, logits_of, ranking, sigmoid, unit
+from tiny_clients import LONG, NAME, QUERY, logits_of, ranking, sigmoid, unit
 
 
 @pytest.fixture
@@ -49,23 +49,6 @@ def test_feature_extraction_of_long_texts(client, address, student):
         client.feature_extraction(["a cat", LONG], model=url, truncate=False)
     assert excinfo.value.response.status_code == 422
     assert excinfo.value.response.json()["error_type"] == "Validation"
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "warning"),
-    [
-        ("/embed", {"inputs": ["a", LONG]}, "texts: truncated to 64 tokens, at positions 1"),
-        (
-            "/similarity",
-            {"inputs": {"source_sentence": "a", "sentences": ["b", LONG]}},
-            "texts: truncated to 64 tokens, at positions 2",
-        ),
-        ("/rerank", {"query": LONG, "texts": ["a", LONG]}, f"the query was truncated to 64 tokens; {LONG_TOO}"),
-        ("/rerank", {"query": QUERY, "texts": ["a"]}, None),
-    ],
-)
-def test_a_header_warns_of_truncated_texts(ask, path, body, warning):
-    assert ask(path, body).headers.get("x-warning") == warning
 
 
 def test_sentence_similarity(client, address, student):
@@ -156,16 +139,13 @@ def test_sparse_products_are_bm25_by_the_background(ask):
 @pytest.mark.parametrize(
     ("path", "body", "status", "kind"),
     [
-        ("/predict", {"inputs": QUERY}, 422, "Validation"),
         ("/predict", {"inputs": [QUERY]}, 422, "Validation"),
         ("/predict", {"inputs": [["a", "b"], ["a"]]}, 422, "Validation"),
-        ("/predict", {"inputs": [["a", "b"], "a"]}, 422, "Validation"),
         ("/predict", {"inputs": [["a", ""]]}, 400, "Empty"),
         ("/predict", {"inputs": [[LONG, "a"]], "truncate": False}, 422, "Validation"),
         ("/embed_sparse", {"inputs": []}, 400, "Empty"),
         ("/embed_sparse", {"inputs": "a", "normalize": True}, 422, "Validation"),
         ("/embed", {"inputs": []}, 400, "Empty"),
-        ("/embed", {"inputs": ""}, 400, "Empty"),
         ("/embed", {"inputs": ["a", ""]}, 400, "Empty"),
         ("/rerank", {"query": "", "texts": ["a"]}, 400, "Empty"),
         ("/similarity", {"inputs": {"source_sentence": "a", "sentences": []}}, 400, "Empty"),
@@ -173,11 +153,8 @@ def test_sparse_products_are_bm25_by_the_background(ask):
         ("/embed", {"inputs": "a" * 2_001, "truncate": False}, 422, "Validation"),
         ("/embed", {"inputs": "a", "prompt_name": "title"}, 422, "Validation"),
         ("/embed", {"inputs": "a", "truncation_direction": "Left"}, 422, "Validation"),
-        ("/embed", {"inputs": "a", "dimensions": 31}, 422, "Validation"),
         ("/embed", {"inputs": "a", "dimensions": 33}, 422, "Validation"),
         ("/rerank", {"query": LONG, "texts": ["a"], "truncate": False}, 422, "Validation"),
-        ("/rerank", {"query": "a", "texts": ["a", LONG], "truncate": False}, 422, "Validation"),
-        ("/rerank", {"query": "a"}, 422, "Validation"),
         ("/rerank", {"query": "a", "documents": 3}, 422, "Validation"),
         ("/rerank", ["a"], 422, "Validation"),
     ],

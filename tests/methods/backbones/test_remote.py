@@ -266,9 +266,7 @@ def test_a_document_is_split_by_characters(endpoint: LocalEndpoint) -> None:
 # --- files
 
 
-def test_a_saved_student_is_the_same_and_has_no_key(
-    endpoint: LocalEndpoint, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_saved_student_is_the_same_and_has_no_key(endpoint, cache, tmp_path, monkeypatch):
     monkeypatch.setenv("EMBEDDING_KEY", KEY)
     student = student_of(endpoint, remote={"api_key_env": "EMBEDDING_KEY", "characters_per_token": 2.0})
     vectors = student.encode_passages(TEXTS).vectors
@@ -313,9 +311,7 @@ def test_a_student_may_move_to_another_address(endpoint: LocalEndpoint, tmp_path
 
 
 @pytest.mark.parametrize("change", [{"dimensions": 8}, {"revision": "2"}, {"query_body": {"a": 1}}])
-def test_a_student_is_not_loaded_with_other_vectors(
-    endpoint: LocalEndpoint, tmp_path: Path, change: dict[str, Any]
-) -> None:
+def test_a_student_is_not_loaded_with_other_vectors(endpoint, tmp_path, change: dict[str, Any]):
     student_of(endpoint).save(tmp_path / "student")
     manifest = json.loads((tmp_path / "student" / "manifest.json").read_text())
     manifest["config"]["backbone"]["remote"] |= change | {"shorten": "dimensions" in change}
@@ -512,9 +508,7 @@ def test_a_damaged_cache_says_what_to_do(endpoint: LocalEndpoint, cache: Path) -
         student_of(endpoint)
 
 
-def test_a_cache_folder_that_cannot_be_made_is_an_error(
-    endpoint: LocalEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_folder_that_cannot_be_made_is_an_error(endpoint, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(StorageError, match="XDG_CACHE_HOME"):

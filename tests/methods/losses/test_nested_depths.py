@@ -82,9 +82,7 @@ def test_the_loss_by_hand(workspace: Workspace, batch: DistillationBatch) -> Non
 
 
 @pytest.mark.parametrize("room", [0, float("inf")])
-def test_the_gradient_in_parts_is_that_of_the_whole_batch(
-    workspace: Workspace, batch: DistillationBatch, room: float
-) -> None:
+def test_the_gradient_in_parts_is_that_of_the_whole_batch(workspace, batch, room: float):
     student = Student.create(tiny_student_config(workspace.model), device="cpu", dtype="float32")
     student.prepare_training()
     randomise(student, scale=0.1)

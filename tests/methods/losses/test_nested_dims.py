@@ -37,9 +37,7 @@ def recipe(workspace: Workspace, weights: Objective, **training: object) -> Reci
     return settings.model_copy(update={"losses": weights})
 
 
-def test_the_loss_compares_dot_vectors_of_queries_with_vectors_of_passages(
-    workspace: Workspace, tmp_path: Path
-) -> None:
+def test_the_loss_compares_dot_vectors_of_queries_with_vectors_of_passages(workspace, tmp_path):
     source = workspace.source
     store = LabelStore(tmp_path, teacher="none", prompt="none", dataset=source.dataset.name)
     labelled = LabelledSource.join(source, store, keep_unlabelled=True)
@@ -69,9 +67,7 @@ def test_a_trained_student_records_its_widths(workspace: Workspace, tmp_path: Pa
     assert student.nested_dims == ()
 
 
-def test_an_untrained_student_records_none(
-    workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_untrained_student_records_none(workspace, tmp_path, caplog):
     still = {"learning_rate": 1e-12, "head_learning_rate": 1e-12}
     with caplog.at_level(logging.WARNING):
         report = workspace.run(tmp_path / "student", recipe=recipe(workspace, WEIGHTS, **still))

@@ -152,9 +152,7 @@ def test_a_batch_compares_each_query_with_its_own_vector(workspace: Workspace, t
         assert losses_of(scores, replace(batch, query_inputs={}), weights, vectors=vectors) == {}
 
 
-def test_a_run_moves_queries_to_their_expanded_vectors(
-    workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_moves_queries_to_their_expanded_vectors(workspace, tmp_path, caplog):
     file = tmp_path / "expansions.jsonl"
     left_out = workspace.source.plan.entries[0].query_id
     write_answers(file, workspace, without=left_out)
@@ -165,9 +163,7 @@ def test_a_run_moves_queries_to_their_expanded_vectors(
     assert np.mean(values[-4:]) < 0.8 * np.mean(values[:4])
 
 
-def test_missing_passages_are_written_or_refused(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_passages_are_written_or_refused(workspace, tmp_path, monkeypatch):
     file = tmp_path / "expansions.jsonl"
     with pytest.raises(InputError, match=r"16 of 16 training queries have no line.*losses\.soft_expansion\.writer"):
         workspace.run(tmp_path / "student", recipe=recipe(workspace, file))

@@ -99,9 +99,7 @@ def test_without_a_projection_to_train_it_is_refused(model: Path, pooling: Any, 
         Recipe.model_validate({"student": sections, "training": {"pretraining": SETTINGS}})
 
 
-def test_a_distillation_goes_on_with_the_trained_projection(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_distillation_goes_on_with_the_trained_projection(model, tmp_path, monkeypatch):
     workspace = Workspace(tmp_path)
     workspace.source = topics(num_passages=48)
     student = tiny_student_config(model, pooling=NARROW, layers=(0, 2))

@@ -107,9 +107,7 @@ def test_a_missing_package_is_named(llama: Path, package: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(("number", "correlation"), [(8, 0.99), (4, 0.7)])
-def test_a_quantised_teacher_is_another_one_that_judges_similarly(
-    llama: Path, full: CausalTeacher, number: int, correlation: float
-) -> None:
+def test_a_quantised_teacher_is_another_one_that_judges_similarly(llama, full, number: int, correlation: float):
     config = tiny_teacher_config(llama, **bits(number))
     teacher = CausalTeacher.load(config, device="cpu", dtype="float32")
     layers = {type(module).__name__ for module in teacher.model.modules() if isinstance(module, torch.nn.Linear)}

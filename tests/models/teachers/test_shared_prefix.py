@@ -48,9 +48,7 @@ def one_by_one(teacher: CausalTeacher, pairs: list[tuple[str, str]]) -> tuple[np
 
 
 @pytest.mark.parametrize("architecture", DECODERS)
-def test_sharing_gives_the_same_log_odds_and_features(
-    tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sharing_gives_the_same_log_odds_and_features(tmp_path, architecture: str, monkeypatch):
     """Grouped heads, learned scales, soft caps, partial rotary embeddings, gemma2's sliding window of 64."""
     teacher = load(write_tiny_model(tmp_path, architecture), max_tokens=256)
     expected, features = one_by_one(teacher, PAIRS)
@@ -113,9 +111,7 @@ def test_adapters_apply_in_training_mode(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failure", ["raises", "differs"])
-def test_models_that_cannot_share_read_whole_pairs_and_say_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failure: str
-) -> None:
+def test_models_that_cannot_share_read_whole_pairs_and_say_why(tmp_path, monkeypatch, caplog, failure: str):
     teacher = load(write_tiny_model(tmp_path))
     expected, _ = one_by_one(teacher, PAIRS)
     original = SharedPrefixes.last_states

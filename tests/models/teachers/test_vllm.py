@@ -48,9 +48,7 @@ def local(model: Path, **settings: Any) -> CausalTeacher:
 
 @pytest.mark.parametrize("task", ["asymmetric", "symmetric"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
-def test_log_odds_are_those_of_the_local_teacher(
-    tmp_path: Path, engine: type[fake_vllm.LLM], architecture: str, task: Any
-) -> None:
+def test_log_odds_are_those_of_the_local_teacher(tmp_path, engine, architecture: str, task: Any):
     folder = write_tiny_model(tmp_path / "model", architecture)
     teacher = load_teacher(config(folder))
     assert isinstance(teacher, VllmTeacher)
@@ -66,9 +64,7 @@ def test_log_odds_are_those_of_the_local_teacher(
     assert engine.engines[-1].max_model_len == 129
 
 
-def test_each_pair_is_one_request_and_those_of_a_query_follow_each_other(
-    llama: Path, engine: type[fake_vllm.LLM], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_pair_is_one_request_and_those_of_a_query_follow_each_other(llama, engine, monkeypatch):
     monkeypatch.setattr(module, "_PAIRS_AT_ONCE", 5)
     teacher = load_teacher(config(llama))
     teacher.score_pairs(PAIRS, "asymmetric")
@@ -88,9 +84,7 @@ def test_texts_are_cut_as_for_the_local_teacher(llama: Path, engine: type[fake_v
 
 
 @pytest.mark.parametrize("rank", [2, 11])
-def test_a_tuned_teacher_is_its_base_with_the_adapter(
-    tmp_path: Path, llama: Path, engine: type[fake_vllm.LLM], rank: int
-) -> None:
+def test_a_tuned_teacher_is_its_base_with_the_adapter(tmp_path, llama, engine, rank: int):
     teacher = local(llama)
     before = teacher.score_pairs(PAIRS, "asymmetric").log_odds
     teacher.prepare_training(LoraConfig(rank=rank, alpha=3.0))
@@ -170,9 +164,7 @@ def test_without_vllm_one_line_names_the_pip_command(llama: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("lost", ["one", "all", "not finite"])
-def test_a_missing_log_probability_is_an_error(
-    llama: Path, engine: type[fake_vllm.LLM], monkeypatch: pytest.MonkeyPatch, lost: str
-) -> None:
+def test_a_missing_log_probability_is_an_error(llama, engine, monkeypatch, lost: str):
     original = fake_vllm.LLM._one
 
     def incomplete(self: fake_vllm.LLM, *arguments: Any) -> fake_vllm.RequestOutput:
@@ -191,9 +183,7 @@ def test_a_missing_log_probability_is_an_error(
         teacher.score_pairs(PAIRS, "asymmetric")
 
 
-def test_an_engine_that_reads_other_tokens_is_refused(
-    llama: Path, engine: type[fake_vllm.LLM], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_that_reads_other_tokens_is_refused(llama, engine, monkeypatch):
     original = fake_vllm.LLM._one
     monkeypatch.setattr(fake_vllm.LLM, "_one", lambda self, ids, params: original(self, ids[:-1], params))
     with pytest.raises(ModelError, match=r"vLLM read \d+ tokens of query .* instead of the \d+ that it was sent"):

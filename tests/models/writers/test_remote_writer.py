@@ -14,7 +14,6 @@ import pytest
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError, RecipeError
 from d2llm.core.types import Passage
 from d2llm.fitting.write_queries import DraftStore, WritingBudget, passage_hash, write_queries
-from d2llm.methods.losses.soft_expansion import read_expansions, write_expansions
 from d2llm.models.remote import endpoint as remote_endpoint
 from d2llm.models.writers.remote import RemoteWriter
 from d2llm.models.writers.writer import Assignment, Writer, load_writer, write_until_error
@@ -216,19 +215,6 @@ def test_an_error_loses_no_query_that_was_written(tmp_path: Path):
         draft = store.get((passage_hash(passage), "question"))
         assert draft is not None
         assert draft.queries == (f"what is {passage.id.replace('p', 't')} about?",)
-
-
-def test_an_error_loses_no_hypothetical_passage_that_was_written(tmp_path: Path):
-    file, queries = tmp_path / "passages.jsonl", [f"what about topic t{n} then" for n in range(6)]
-    with local_endpoint(empty_after(4)) as endpoint:
-        model = writer(endpoint, remote={"concurrency": 1})
-        with pytest.raises(ModelError, match="the account is empty"):
-            write_expansions(file, queries, model)
-        assert [*read_expansions(file)] == queries[:4]
-        endpoint.reply = empty_after(99)
-        write_expansions(file, queries, model)
-        assert len(endpoint.requests) == 4 + 1 + 2
-    assert read_expansions(file) == {query: (f"what is {query.split()[3]} about?",) for query in queries}
 
 
 def test_ctrl_c_loses_no_answer(monkeypatch: pytest.MonkeyPatch):

@@ -141,9 +141,7 @@ class TestRealRuns:
         assert empty.missing == expected
         assert history.whole.missing == ()
 
-    def test_interrupted_run_resumes_to_the_same_result_as_distill(
-        self, workspace: Workspace, history: SimpleNamespace, tmp_path: Path
-    ) -> None:
+    def test_interrupted_run_resumes_to_the_same_result_as_distill(self, workspace, history, tmp_path):
         assert history.checkpoint
         direct = workspace.run(tmp_path / "student", recipe=small_recipe(workspace))
         resumed = history.whole.base.runs[0]
@@ -174,9 +172,7 @@ class TestRealRuns:
         assert history.said[0] == "ablate: run 1 of 4: recipe, seed 0"
         assert history.said[3] == "ablate: run 4 of 4: no-imitation, seed 1, about 1 min left"
 
-    def test_finished_runs_are_not_repeated(
-        self, workspace: Workspace, history: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_finished_runs_are_not_repeated(self, workspace, history, monkeypatch):
         monkeypatch.setattr(verb, "distill", refuse)
         monkeypatch.setattr(verb, "evaluate_dev", refuse)
         assert run(workspace, history.folder, budget_minutes=0) == history.whole
@@ -185,9 +181,7 @@ class TestRealRuns:
         keys = {Path(run(workspace, history.folder, recipe=r, budget_minutes=0).folder).name for r in (moved, named)}
         assert len(keys) == 1  # the run folder does not depend on the data's location
 
-    def test_every_run_is_measured_on_the_same_queries(
-        self, workspace: Workspace, history: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_every_run_is_measured_on_the_same_queries(self, workspace, history, monkeypatch):
         """With samples of three queries, because those that training draws itself differ by seed."""
         original, measured = verb.evaluate_dev, []
 
@@ -209,9 +203,7 @@ class TestRealRuns:
         }
         assert len(training_samples) == 2
 
-    def test_lost_measurement_is_redone_without_training(
-        self, workspace: Workspace, history: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_lost_measurement_is_redone_without_training(self, workspace, history, monkeypatch):
         record = Path(history.whole.folder) / "no-imitation" / "seed-1.json"
         record.unlink()
         monkeypatch.setattr(verb, "distill", refuse)
@@ -225,9 +217,7 @@ class TestRealRuns:
 
 
 class TestOrder:
-    def test_all_variants_run_with_one_seed_before_the_next(
-        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
-    ) -> None:
+    def test_all_variants_run_with_one_seed_before_the_next(self, workspace, fake_training, tmp_path):
         fake = fake_training()
         recipe = small_recipe(workspace).model_copy(update={"seed": 5})
         report = run(workspace, tmp_path, recipe=recipe, variants=["cosine", "without-ci"], num_seeds=2)
@@ -236,9 +226,7 @@ class TestOrder:
         assert report.seeds == (5, 6)
         assert fake.recipes["without-ci"].losses.weight("contrastive_imitation") == 0
 
-    def test_default_is_every_variant_that_changes_the_recipe(
-        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
-    ) -> None:
+    def test_default_is_every_variant_that_changes_the_recipe(self, workspace, fake_training, tmp_path):
         fake = fake_training()
         report = run(workspace, tmp_path, variants=None, num_seeds=1)
         unchanged = (
@@ -249,9 +237,7 @@ class TestOrder:
         assert {name for name, _ in fake.runs} == {"recipe", *verb.VARIANTS} - set(report.same)
         assert [row.name for row in report.rows] == [name for name, _ in fake.runs[1:]]
 
-    def test_default_leaves_out_what_the_recipe_cannot_have_and_says_why(
-        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
-    ) -> None:
+    def test_default_leaves_out_what_the_recipe_cannot_have_and_says_why(self, workspace, fake_training, tmp_path):
         fake_training()
         recipe = (
             find_variant("cosine")
@@ -267,9 +253,7 @@ class TestOrder:
         assert "subclass-imitation" in named
         assert {row.name for row in report.rows} | set(report.same) == set(verb.VARIANTS) - named
 
-    def test_identical_variants_run_once(
-        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
-    ) -> None:
+    def test_identical_variants_run_once(self, workspace, fake_training, tmp_path):
         fake = fake_training()
         losses = Objective(JUDGEMENTS | {"contrastive_imitation": 1.0})
         recipe = small_recipe(workspace).model_copy(update={"losses": losses})
@@ -279,13 +263,7 @@ class TestOrder:
         assert report.same == {"without-fi": "recipe", "no-imitation": "without-ci"}
         assert fake.runs == [("recipe", 0), ("without-ci", 0)]
 
-    def test_no_run_starts_after_the_budget(
-        self,
-        workspace: Workspace,
-        fake_training: Callable[..., FakeTraining],
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
+    def test_no_run_starts_after_the_budget(self, workspace, fake_training, tmp_path, monkeypatch):
         clock = iter(range(0, 10_000, 40))  # seconds: at the start, then before and after each run
         monkeypatch.setattr(verb, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
         fake = fake_training()
@@ -295,9 +273,7 @@ class TestOrder:
         assert report.missing == (("paper", 0),)
         assert report.rows[1].mean is None
 
-    def test_failed_variant_is_reported_and_the_others_continue(
-        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
-    ) -> None:
+    def test_failed_variant_is_reported_and_the_others_continue(self, workspace, fake_training, tmp_path):
         fake = fake_training({"recipe": (0.5, 0.5), "cosine": (0.4, 0.2)})
         fake.errors["cosine", 1] = TrainingDivergedError("no number")
         report = run(workspace, tmp_path, variants=["cosine"])
@@ -309,9 +285,7 @@ class TestOrder:
 
 
 class TestFigures:
-    def test_figures_match_hand_calculation(
-        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
-    ) -> None:
+    def test_figures_match_hand_calculation(self, workspace, fake_training, tmp_path):
         fake_training({"recipe": (0.50, 0.52, 0.54), "cosine": (0.49, 0.50, 0.54), "paper": (0.60, 0.50, 0.40)})
         report = run(workspace, tmp_path, variants=["cosine", "paper"], num_seeds=3)
         # t(2) = 4.30265; recipe: s = .02. Less recipe: cosine -.01, -.02, 0, s = .01; paper .1, -.02, -.14, s = .12.
@@ -329,9 +303,7 @@ class TestFigures:
         assert cosine.by_set == {"tiny": pytest.approx(0.51)}
         assert report.notes == ()
 
-    def test_one_seed_gives_a_note_instead_of_an_interval(
-        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
-    ) -> None:
+    def test_one_seed_gives_a_note_instead_of_an_interval(self, workspace, fake_training, tmp_path):
         fake_training({"recipe": (0.5,), "cosine": (0.75,)})
         report = run(workspace, tmp_path, variants=["cosine"], num_seeds=1)
         row = report.rows[0]
@@ -339,9 +311,7 @@ class TestFigures:
         assert report.best == "cosine"
         assert report.notes[0].startswith("one seed only")
 
-    def test_warm_up_as_long_as_the_runs_is_noted(
-        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
-    ) -> None:
+    def test_warm_up_as_long_as_the_runs_is_noted(self, workspace, fake_training, tmp_path):
         fake = fake_training()
         report = run(workspace, tmp_path, recipe=small_recipe(workspace, warmup_steps=8), epochs=2)  # 2 x 16 / 4
         assert len(report.notes) == 1
@@ -349,20 +319,9 @@ class TestFigures:
         assert fake.recipes["no-imitation"].training.epochs == 2
         assert run(workspace, tmp_path, recipe=small_recipe(workspace, warmup_steps=8), epochs=3).notes == ()
 
-    def test_report_converts_to_json(
-        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
-    ) -> None:
-        fake_training()
-        values = run(workspace, tmp_path).to_json()
-        assert values["report_version"] == 1
-        assert values["base"]["runs"][0]["ndcg"] == 0.5
-        assert json.loads(json.dumps(values))["rows"][0]["differences"] == {"0": 0.0, "1": 0.0}
-
 
 class TestData:
-    def test_query_sample_depends_on_ids_and_is_shared_by_all_runs(
-        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
-    ) -> None:
+    def test_query_sample_depends_on_ids_and_is_shared_by_all_runs(self, workspace, fake_training, tmp_path):
         samples: list[set[str]] = []
         for size in (4, 9, 16, 99):
             fake = fake_training()
@@ -393,14 +352,8 @@ class TestData:
         ("unlabelled", "queries", "treatment"), [("leave_out", 3, "left out"), ("own_labels", 16, "own")]
     )
     def test_runs_without_a_teacher_use_the_recipes_queries(
-        self,
-        workspace: Workspace,
-        fake_training: Callable[..., FakeTraining],
-        tmp_path: Path,
-        unlabelled: str,
-        queries: int,
-        treatment: str,
-    ) -> None:
+        self, workspace, fake_training, tmp_path, unlabelled: str, queries: int, treatment: str
+    ):
         write_rule_labels(tmp_path / "labels", [workspace.source], workspace.teacher, queries=["q00", "q01", "q02"])
         fake = fake_training()
         recipe = small_recipe(workspace, unlabelled=unlabelled)
@@ -410,9 +363,7 @@ class TestData:
         assert report.notes[0].startswith("tiny: 13 of 16 training queries lack the teacher's labels and are ")
         assert treatment in report.notes[0]
 
-    def test_different_settings_get_separate_runs(
-        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
-    ) -> None:
+    def test_different_settings_get_separate_runs(self, workspace, fake_training, tmp_path):
         fake = fake_training()
         more = topics(name="more", task="symmetric")
         write_rule_labels(tmp_path / "labels", [workspace.source, more], workspace.teacher)
@@ -426,18 +377,14 @@ class TestData:
         run(workspace, tmp_path, sources=[workspace.source, more], labels=tmp_path / "labels")
         assert len(fake.folders) == 6
 
-    def test_recipe_without_imitation_needs_no_labels(
-        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
-    ) -> None:
+    def test_recipe_without_imitation_needs_no_labels(self, workspace, fake_training, tmp_path):
         fake = fake_training()
         recipe = small_recipe(workspace).model_copy(update={"losses": Objective(JUDGEMENTS)})
         report = run(workspace, tmp_path, recipe=recipe, labels=tmp_path / "none", variants=["cosine"])
         assert report.settings["teacher"] is None
         assert fake.queries() == [{entry.query_id for entry in workspace.source.plan.entries}]
 
-    def test_a_closed_gate_needs_no_labels_and_gets_separate_runs(
-        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
-    ) -> None:
+    def test_a_closed_gate_needs_no_labels_and_gets_separate_runs(self, workspace, fake_training, tmp_path):
         fake = fake_training()
         assert run(workspace, tmp_path).settings["closed_gates"] == []
         report = run(workspace, tmp_path, labels=tmp_path / "none", closed_gates=["tiny", "another set"])
@@ -446,9 +393,7 @@ class TestData:
         assert len(fake.folders) == 2
         assert fake.queries() == [{entry.query_id for entry in workspace.source.plan.entries}]
 
-    def test_each_set_has_its_own_measure(
-        self, workspace: Workspace, fake_training: Callable[..., FakeTraining], tmp_path: Path
-    ) -> None:
+    def test_each_set_has_its_own_measure(self, workspace, fake_training, tmp_path):
         fake_training()
         rows = [LabelledPair(str(n), f"query {n}", f"passage {n}", None, float(n)) for n in range(6)]
         pairs = PairDataset("graded", Path("graded"), "scores", (), {"train": tuple(rows), "dev": tuple(rows)}, ())

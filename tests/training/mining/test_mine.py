@@ -88,7 +88,7 @@ def test_range_min_skips_the_first_non_positives() -> None:
     assert set(entry.hard_negatives) == {"c4", "c5"}  # without the positive c2, the first two are c1 and c3
 
 
-def test_bm25_and_cosine_candidates_are_joined() -> None:
+def test_bm25_and_cosine_candidates_are_joined():
     # By inner product x1 would be nearest; by cosine x3, then c1, then x2.
     vectors = {"cat": (1, 0), "word1": (50, 60), "word2": (2, 1), "word3": (0.1, 0), CATS["c1"]: (3, 1)}
     encoder = Encoder(lambda text: vectors.get(text, (-1, 0)))
