@@ -50,23 +50,6 @@ def test_recipe_and_variants_are_trained_and_compared(workspace, reports, ablate
     assert '<svg id="plot-ablation"' in (folder / "a.html").read_text()
 
 
-@pytest.mark.parametrize("options", [(), ("--halving",)])  # of one variant there is no half
-def test_repeating_the_command_trains_nothing_again(ablated, options):
-    folder, arguments, _, before = ablated
-    result, report = succeed_with_report(*arguments, *options, folder=folder)
-    assert report["result"] == before["result"]
-    assert "run 1 of" not in result.stderr
-
-
-def test_a_spent_budget_lists_the_missing_runs(ablated):
-    folder, arguments, _, before = ablated
-    result, report = succeed_with_report(*arguments, "--seeds", 2, "--budget-minutes", 0, folder=folder)
-    assert report["result"]["missing"] == [["recipe", 1], ["cosine", 1]]
-    assert report["result"]["base"]["runs"] == before["result"]["base"]["runs"]
-    assert "the budget ended before 2 runs" in result.stdout
-    assert "the same command continues" in result.stdout
-
-
 def test_listing_needs_no_run(tmp_path):
     result, report = succeed_with_report("ablate", "--list", folder=tmp_path)
     assert [row["name"] for row in report["result"]] == list(VARIANTS)

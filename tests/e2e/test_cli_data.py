@@ -62,15 +62,6 @@ def test_leaks_fail_after_the_tables_and_report_are_written(tmp_path, tokenizer)
     assert allowed.stderr == ""
 
 
-def test_near_leaks_depend_on_the_similarity_threshold(tmp_path, tokenizer):
-    data = write_pairs(tmp_path / "pairs", leak=False)
-    arguments = ("data", "check", data, "--tokenizer", tokenizer)
-    # "train a dog runs ..." and "test a dog runs ..." share 37 of 37 + 5 + 2 trigrams: 0.841
-    fail(*arguments, containing=["near query: test-1 = train-1"])
-    for near in ("0.85", "1"):
-        succeed(*arguments, "--near", near)
-
-
 def test_judgements_of_unknown_passages_are_a_warning(tmp_path, tokenizer):
     data = write_data(tmp_path / "everyday")
     with (data / "qrels" / "test.tsv").open("a") as file:

@@ -12,7 +12,6 @@ import pytest
 
 from e2e.command_line import fail, succeed, succeed_with_report, write_lines
 from e2e.small_corpus import QUESTIONS, SENTENCES
-from file_cases.docx_cases import docx, p
 from file_cases.epub_cases import epub, page
 
 QUESTION = next(iter(QUESTIONS))
@@ -206,17 +205,6 @@ class TestFolders:
         report = report["result"]
         assert report["num_documents"] == 1
         assert [skipped for skipped in report["skipped"] if skipped["part"]] == parts
-
-    def test_a_limit_of_memory(self, tmp_path):
-        folder = tmp_path / "docs"
-        folder.mkdir()
-        (folder / "large.docx").write_bytes(docx(1_000_000 * "<w:p><w:r><w:t>x</w:t></w:r></w:p>"))
-        (folder / "small.docx").write_bytes(docx(p("The wren sings.")))
-        _, report = index_with_report(tmp_path, tmp_path / "i", "sync", folder, "--file-memory", 200)
-        assert [(skipped["id"], skipped["reason"]) for skipped in report["skipped"]] == [
-            ("large.docx", "it takes more than 0.195 GiB of memory to read")
-        ]
-        assert report["written"]["num_documents"] == 1
 
     def test_add_and_encode_take_documents(self, tmp_path):
         for name in ("a.md", "b.txt"):

@@ -143,14 +143,6 @@ def test_evaluating_saved_runs_gives_the_same_figures(evaluated, workspace, opti
     assert f"{teacher_runs[0]}: 2 queries not in the run, counted as 0" in report["result"]["notes"]
 
 
-def test_the_baseline_can_be_chosen(evaluated):
-    arguments = (*evaluated.arguments, "--baseline", "bm25", "--seed", 1)
-    result, report = succeed_with_report(*arguments, folder=evaluated.folder)
-    assert report["result"]["baseline"] == "BM25"
-    assert {comparison["baseline"] for comparison in report["result"]["comparisons"]} == {"BM25"}
-    assert "D2LLM against BM25" in result.stdout
-
-
 def test_existing_labels_and_indexes_are_used(evaluated, tmp_path, monkeypatch):
     from d2llm.models.teachers.causal import CausalTeacher
 

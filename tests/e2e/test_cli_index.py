@@ -42,11 +42,6 @@ def ids_of(result):
     return [passage["passage"]["id"] for passage in result["rankings"][0]["passages"]]
 
 
-def test_upserting_unchanged_texts_encodes_nothing(workspace):
-    result = succeed("index", workspace / "i", "upsert", workspace / "corpus.jsonl")
-    assert f"0 added, 0 with changed text, 0 with changed metadata, {len(SENTENCES)} unchanged" in result.stderr
-
-
 def test_search_explains_scores_and_proves_exact_rankings(workspace):
     result = succeed("search", workspace / "i", SENTENCES[3], "--explain", "--exact", "--top-k", "2")
     assert SENTENCES[3][:40] in result.stdout
@@ -278,26 +273,6 @@ def test_vectors_kept_once(workspace, tmp_path):
         "1",
         containing=["--vector-copies", "new index"],
     )
-
-
-def test_window_vectors_are_stored_on_request(workspace, tmp_path):
-    folder, corpus = tmp_path / "windows", tmp_path / "corpus.jsonl"
-    write_lines(corpus, [{"_id": "long", "text": " ".join(SENTENCES[:4])}, {"_id": "short", "text": SENTENCES[5]}])
-    succeed("index", folder, "upsert", corpus, "--window-vectors", "int8")
-    facts = report_of(workspace, "index", folder, "stats")
-    assert facts["window_format"] == "int8"
-    assert facts["window_bytes"] > 3 * 384
-    assert "vectors of windows as int8" in succeed("index", folder, "stats").stdout
-    fail("index", folder, "upsert", corpus, "--window-vectors", "int3", containing=["--window-vectors", "new index"])
-    (folder / "window-places-0.bin").unlink()
-    result = d2llm("index", folder, "verify")
-    assert result.exit_code == 1
-    assert "encodes them again" in " ".join(result.stderr.split())
-    assert "they were encoded again" in " ".join(succeed("index", folder, "verify", "--repair").stderr.split())
-    assert "0 problems" in succeed("index", folder, "verify").stderr
-    without = tmp_path / "none"
-    succeed("index", without, "upsert", corpus, "--window-vectors", "none")
-    assert report_of(workspace, "index", without, "stats")["window_format"] is None
 
 
 def test_an_empty_index_or_ranking_is_explained(workspace, tmp_path):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
-import httpx2
 import numpy as np
 import pytest
 import torch
@@ -88,18 +85,6 @@ class TestServer:
         assert results(answer) != results(post("/v1/search", {"query": QUERY} | body))
         bare = post("/v1/search", {"query": QUERY, "instruction": None} | body)
         assert results(bare) == results(post("/v1/search", {"query": QUERY} | body))
-
-    def test_clients_with_and_without_it_are_not_mixed_up(self, index, address):
-        instructions = [None, INSTRUCTION, "", "she reads: "] * 6
-
-        async def main():
-            async with httpx2.AsyncClient(base_url=address, timeout=60) as http:
-                bodies = [{"query": QUERY, "instruction": instruction} for instruction in instructions]
-                return await asyncio.gather(*(http.post("/v1/search", json=body) for body in bodies))
-
-        wanted = {each: expected(index, QUERY, instruction=each) for each in dict.fromkeys(instructions)}
-        for instruction, response in zip(instructions, asyncio.run(main()), strict=True):
-            assert results(response.json()) == wanted[instruction]
 
     def test_a_context_takes_it(self, index, post):
         body = {"query": QUERY, "instruction": INSTRUCTION, "max_tokens": 200, "near_duplicates": 1.0}

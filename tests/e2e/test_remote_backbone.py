@@ -18,7 +18,7 @@ from d2llm.core.types import TASKS
 from d2llm.recipe import StudentConfig
 from e2e.command_line import fail, succeed, succeed_with_report
 from e2e.small_corpus import SENTENCES
-from local_endpoint import EMBEDDING_DIM, LocalEndpoint, Reply, embeddings, local_endpoint
+from local_endpoint import EMBEDDING_DIM, LocalEndpoint, embeddings, local_endpoint
 from tiny_server import tiny_settings, write_tiny_student
 
 BACKBONE = """[student.backbone]
@@ -29,7 +29,6 @@ dimensions = {dim}
 batch_texts = 8
 patience_minutes = 0
 """
-TRIAL = "What do cows drink?"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,40 +112,6 @@ def test_search_sends_the_query_alone(trained: Path, endpoint: LocalEndpoint) ->
         assert SENTENCES[3][:30] in result.stdout
     assert [request.body["input"] for request in endpoint.requests[before:]] == [[query]]
     result = fail("search", trained / "index", query, "--engine", "onnx", containing=["backbone is remote"])
-
-
-def test_a_student_is_evaluated(trained: Path, workspace: Path, endpoint: LocalEndpoint) -> None:
-    before = asked(endpoint)
-    student = ("--student", trained / "run" / "student")
-    _, report = succeed_with_report("evaluate", workspace / "everyday", *student, "--split", "test", folder=trained)
-    assert {"bm25", "d2llm"} <= {row["kind"] for row in report["result"]["rows"]}
-    assert set((asked(endpoint) - before).values()) <= {1}
-
-
-def test_an_interrupted_run_goes_on_without_asking_again(workspace, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with local_endpoint(lambda r, n: embeddings(r, n) if n < 5 else Reply("over quota", status=429)) as endpoint:
-        recipe = write_recipe(workspace, tmp_path, endpoint.url, more="")
-        text = recipe.read_text().replace("batch_texts = 8", "batch_texts = 8\nconcurrency = 1")
-        recipe.write_text(text)
-        fail(
-            "mine", recipe, "--out", tmp_path / "run", containing=["answers 429", "over quota", "Run the command again"]
-        )
-        kept = Counter(text for request in endpoint.requests[:5] for text in request.body["input"])
-        assert len(kept) == 33
-        refused = len(endpoint.requests)
-        endpoint.reply = embeddings
-        succeed("mine", recipe, "--out", tmp_path / "run")
-        assert not kept.keys() & {text for request in endpoint.requests[refused:] for text in request.body["input"]}
-
-
-def test_mistakes_are_found_before_the_work(workspace: Path, tmp_path: Path, endpoint: LocalEndpoint) -> None:
-    wrong_width = write_recipe(workspace, tmp_path, endpoint.url, dim=7)
-    fail(
-        "mine", wrong_width, "--out", tmp_path / "run", containing=["gives vectors of 16 dimensions", "dimensions is 7"]
-    )
-    tokens = write_recipe(workspace, tmp_path, endpoint.url, more="maxsim = true\n")
-    fail("mine", tokens, "--out", tmp_path / "run", containing=["remote.toml", "score_features.maxsim"])
 
 
 # --- d2llm's own server

@@ -117,16 +117,6 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, llama, sources, monk
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path, llama, sources, monkeypatch):
-    with monkeypatch.context() as patch:
-        fail_at(patch, 2)
-        with pytest.raises(Interrupted):
-            tune(llama, sources, tmp_path / "teacher")
-    for change in ({"seed": 1}, {"learning_rate": 1e-3}):
-        with pytest.raises(InputError, match=r"other settings: (seed|teacher_tuning\.learning_rate) \(was"):
-            tune(llama, sources, tmp_path / "teacher", **change)
-
-
 def test_a_finished_teacher_must_be_removed_to_tune_again(tmp_path, llama, sources):
     first = tune(llama, sources, tmp_path / "teacher", max_queries=4)
     with pytest.raises(InputError, match="already holds a finished teacher"):

@@ -47,16 +47,6 @@ class TestVectors:
         pairwise = model.similarity_pairwise(queries, passages[:3])
         np.testing.assert_allclose(pairwise, np.diagonal(expected), rtol=1e-4, atol=1e-5)
 
-    def test_semantic_search_is_the_ranking_by_inner_products(self, student, model):
-        hits_by_query = library.util.semantic_search(
-            model.encode_query(QUERIES, convert_to_tensor=True),
-            model.encode_document(PASSAGES, convert_to_tensor=True),
-            top_k=3,
-            score_function=library.util.dot_score,
-        )
-        for hits, scores in zip(hits_by_query, dots(student, QUERIES, PASSAGES), strict=True):
-            assert [hit["corpus_id"] for hit in hits] == np.argsort(-scores)[:3].tolist()
-
     def test_query_and_passage_vectors_are_the_students(self, student, model):
         passages = student.encode_passages(TEXTS).vectors
         queries = student.query_vectors(student.encode_queries(TEXTS).vectors)
@@ -175,16 +165,6 @@ class TestVectors:
                 path.unlink()
         with pytest.raises(ModelNotFoundError, match="student"):
             library.SentenceTransformer(str(tmp_path / "model"), trust_remote_code=True)
-
-    def test_the_librarys_evaluator_runs(self, student, model):
-        from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-
-        queries, corpus = dict(enumerate(QUERIES)), dict(enumerate(PASSAGES))
-        best = dots(student, QUERIES, PASSAGES).argmax(axis=1)
-        relevant = {str(n): {str(position)} for n, position in enumerate(best)}
-        queries, corpus = ({str(n): text for n, text in texts.items()} for texts in (queries, corpus))
-        evaluator = InformationRetrievalEvaluator(queries, corpus, relevant, show_progress_bar=False)
-        assert evaluator(model)["dot_accuracy@1"] == 1
 
     def test_unusable_input_and_students_are_rejected(self, model, tmp_path):
         with pytest.raises(InputError, match="a text is needed, but int"):
