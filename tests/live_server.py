@@ -15,6 +15,7 @@ import httpx2
 import uvicorn
 
 from d2llm import Student
+from tiny_server import tiny_settings
 from waiting import PATIENCE, until
 
 patient = httpx2.Client(timeout=PATIENCE, limits=httpx2.Limits(max_keepalive_connections=0))
@@ -64,6 +65,16 @@ def wait_until_ready(address: str, state: str = "ready") -> dict[str, str]:
 
     until(is_there, f"a server that is {state}")
     return health
+
+
+@contextmanager
+def served(*index: Any, **settings: Any) -> Generator[str]:
+    """The address of a server that is ready; it has ``tiny_settings``."""
+    from d2llm.server.app import make_app
+
+    with serve(make_app(tiny_settings(*index, **settings))) as address:
+        wait_until_ready(address)
+        yield address
 
 
 def wait_until_closed(address: str) -> None:

@@ -13,13 +13,12 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
 from d2llm.recipe import TeacherConfig, WriterConfig
 from d2llm.retrieval.reranker import Reranker, open_reranker
-from d2llm.server.app import make_app
 from e2e.command_line import fail, succeed, succeed_with_report
 from e2e.small_corpus import SENTENCES
 from installed_package import install
-from live_server import patient, serve, wait_until_ready
+from live_server import patient, served
 from recipe.test_writers import THEIRS as WRITER
-from tiny_server import tiny_settings, write_tiny_index
+from tiny_server import write_tiny_index
 
 TEACHER = """
 import numpy as np
@@ -135,8 +134,7 @@ def test_a_reranker_of_another_package_reranks_in_python_in_a_terminal_and_over_
         assert "longest: " in result.stderr
     assert "longest" in succeed("methods").output
 
-    with serve(make_app(tiny_settings(path, reranker=str(tmp_path / "longest.toml")))) as address:
-        wait_until_ready(address)
+    with served(path, reranker=str(tmp_path / "longest.toml")) as address:
         assert patient.get(f"{address}/v1/index").json()["rescore"] == ["none", "iem", "longest"]
         body = {"query": "the cat by the sea", "top_k": 60, "rescore": "longest"}
         answer = patient.post(f"{address}/v1/search", json=body).json()

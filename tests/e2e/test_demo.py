@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import json
 import math
 import os
 import shlex
 import subprocess
 import sys
 import sysconfig
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -168,14 +167,6 @@ class TestFirstRun:
             assert sum(part for part in parts if part is not None) == pytest.approx(result.score, abs=1e-3)
         assert "The interaction has the weight 1 here" in text
         assert "teacher" not in text
-
-    def test_the_report_can_be_written_as_json(self, first):
-        report, _ = first
-        content = json.loads(json.dumps(asdict(report), default=str))
-        assert content["messages"]["num_messages"] == 96
-        assert len(content["questions"]["answers"]) == 8
-        assert set(content["seconds"]) == {"corpus", "models", "speed", "index", "questions", "score", "messages"}
-        assert sum(content["seconds"].values()) <= content["total_seconds"]
 
 
 @needs_models

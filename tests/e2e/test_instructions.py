@@ -46,11 +46,9 @@ def index(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(index):
     pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
-    from d2llm.server.app import make_app
-    from live_server import serve, wait_until_ready
+    from live_server import served
 
-    with serve(make_app(tiny_settings(index, max_text_chars=2_000))) as url:
-        wait_until_ready(url)
+    with served(index, max_text_chars=2_000) as url:
         yield url
 
 

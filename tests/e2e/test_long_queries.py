@@ -8,7 +8,7 @@ import pytest
 
 from d2llm import Index
 from e2e.command_line import succeed
-from tiny_server import tiny_settings, write_tiny_index
+from tiny_server import write_tiny_index
 
 LONG = "the cat by the sea " * 30
 SHORT = "the cat by the sea"
@@ -22,11 +22,9 @@ def index(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ask(index):
     pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
-    from d2llm.server.app import make_app
-    from live_server import patient, serve, wait_until_ready
+    from live_server import patient, served
 
-    with serve(make_app(tiny_settings(index, model_name="tiny"))) as address:
-        wait_until_ready(address)
+    with served(index, model_name="tiny") as address:
 
         def send(path, body, status=200):
             response = patient.post(address + path, json=body)

@@ -19,7 +19,7 @@ from tiny_server import tiny_settings, write_tiny_index
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 
 from d2llm.server.app import make_app
-from live_server import serve, wait_until_ready
+from live_server import serve, served, wait_until_ready
 
 QUESTION = "How do I keep pasta from sticking?"
 
@@ -33,8 +33,7 @@ def folder(tmp_path_factory):
 def address(folder):
     report = folder / "report.html"
     report.write_text(render_html(retrieval_report(12)), encoding="utf-8")
-    with serve(make_app(tiny_settings(write_page_index(folder), report=report))) as url:
-        wait_until_ready(url)
+    with served(write_page_index(folder), report=report) as url:
         yield url
 
 
@@ -42,8 +41,7 @@ def address(folder):
 def tiny(tmp_path_factory):
     """A server of a read-only index, whose student has random heads, so that its IEM moves passages far."""
     index = write_tiny_index(tmp_path_factory.mktemp("tiny"))
-    with serve(make_app(tiny_settings(index, writable=False))) as url:
-        wait_until_ready(url)
+    with served(index, writable=False) as url:
         yield url
 
 
@@ -111,8 +109,7 @@ def test_a_late_answer_never_replaces_a_newer_one(visit, address):
 def test_a_missing_shard_is_named(visit, tmp_path):
     shard(write_tiny_index(tmp_path), tmp_path / "sharded", 3)
     (tmp_path / "sharded" / "shard-0001").rename(tmp_path / "away")
-    with serve(make_app(tiny_settings(tmp_path / "sharded", allow_missing_shards=True))) as url:
-        wait_until_ready(url)
+    with served(tmp_path / "sharded", allow_missing_shards=True) as url:
         page = visit(url)
         search(page, "the cat by the sea")
         assert page.locator(".note").all_inner_texts() == [

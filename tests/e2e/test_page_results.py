@@ -19,12 +19,11 @@ from d2llm.store.index_manifest import Chunking
 from e2e.small_corpus import SENTENCES
 from page_server import HOSTILE, HOSTILE_QUERY, overflow, search, until
 from tiny_models import tiny_student_config, write_tiny_model
-from tiny_server import tiny_passages, tiny_settings, write_tiny_index
+from tiny_server import tiny_passages, write_tiny_index
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 
-from d2llm.server.app import make_app
-from live_server import patient, serve, wait_until_ready
+from live_server import patient, served
 
 QUESTION = "How do I keep pasta from sticking?"
 NONSENSE = ("zzz qqq", "??? !!!")
@@ -69,8 +68,7 @@ def address(folder):
             ),
         ]
     )
-    with serve(make_app(tiny_settings(folder / "index"))) as url:
-        wait_until_ready(url)
+    with served(folder / "index") as url:
         yield url
 
 
@@ -117,8 +115,7 @@ def test_an_interaction_that_adds_nothing_is_not_what_ranks(visit, address):
 
 
 def test_an_interaction_that_counts_is_named(visit, tmp_path):
-    with serve(make_app(tiny_settings(write_tiny_index(tmp_path, 8)))) as url:
-        wait_until_ready(url)
+    with served(write_tiny_index(tmp_path, 8)) as url:
         assert patient.get(f"{url}/v1/index").json()["score_parts"] == ["dot", "interaction"]
         page = visit(f"{url}/?q=cat")
         page.wait_for_selector(".card")
@@ -132,8 +129,7 @@ def test_a_score_that_is_the_inner_product_is_offered_once(visit, tmp_path):
     student = Student.create(config, dtype="float32")
     student.save(tmp_path / "student")
     Index.create(tmp_path / "index", tmp_path / "student", dtype="float32").upsert(tiny_passages(8))
-    with serve(make_app(tiny_settings(tmp_path / "index"))) as url:
-        wait_until_ready(url)
+    with served(tmp_path / "index") as url:
         assert patient.get(f"{url}/v1/index").json()["score_parts"] == ["dot"]
         page = visit(f"{url}/?q=cat&rank=none&beside=1")
         page.wait_for_selector(".card")
@@ -261,8 +257,7 @@ def test_a_good_match_is_not_weak_and_a_poor_one_is(visit, address):
 
 
 def test_a_student_without_calibration_calls_nothing_weak(visit, tmp_path):
-    with serve(make_app(tiny_settings(write_tiny_index(tmp_path, 8)))) as url:
-        wait_until_ready(url)
+    with served(write_tiny_index(tmp_path, 8)) as url:
         page = visit(f"{url}/?q=zzz")
         page.wait_for_selector(".card")
         assert page.locator(".weak, .nothing").count() == 0
@@ -270,8 +265,7 @@ def test_a_student_without_calibration_calls_nothing_weak(visit, tmp_path):
 
 def test_what_a_teacher_has_judged_is_not_called_weak_by_the_student(address, folder, tmp_path):
     teacher = str(write_tiny_model(tmp_path / "teacher", "llama"))
-    with serve(make_app(tiny_settings(folder / "index", teacher=teacher, prompt="short", teacher_ms=60_000))) as url:
-        wait_until_ready(url)
+    with served(folder / "index", teacher=teacher, prompt="short", teacher_ms=60_000) as url:
         request = {"query": NONSENSE[0], "explain": True, "top_k": 2, "teacher_passages": 2}
         weak = {}
         for rescore in ("iem", "teacher"):

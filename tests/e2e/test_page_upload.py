@@ -16,13 +16,12 @@ from tiny_server import tiny_settings, write_tiny_index
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 
 from d2llm.server.app import make_app
-from live_server import patient, serve, wait_until_ready
+from live_server import patient, serve, served, wait_until_ready
 
 
 @pytest.fixture
 def address(tmp_path):
-    with serve(make_app(tiny_settings(write_tiny_index(tmp_path, 8), ocr="none"))) as url:
-        wait_until_ready(url)
+    with served(write_tiny_index(tmp_path, 8), ocr="none") as url:
         yield url
 
 
@@ -153,8 +152,7 @@ def test_what_was_known_is_told_from_what_is_new(visit, address, tmp_path):
 
 
 def test_a_file_that_is_too_large_is_named_with_the_limit(visit, tmp_path):
-    with serve(make_app(tiny_settings(write_tiny_index(tmp_path, 8), max_body_bytes=1_000_000))) as address:
-        wait_until_ready(address)
+    with served(write_tiny_index(tmp_path, 8), max_body_bytes=1_000_000) as address:
         (tmp_path / "large.txt").write_text("the cat " * 200_000)
         page = visit(address)
         page.locator("#files").set_input_files(tmp_path / "large.txt")

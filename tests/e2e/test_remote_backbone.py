@@ -19,7 +19,7 @@ from d2llm.recipe import StudentConfig
 from e2e.command_line import fail, succeed, succeed_with_report
 from e2e.small_corpus import SENTENCES
 from local_endpoint import EMBEDDING_DIM, LocalEndpoint, embeddings, local_endpoint
-from tiny_server import tiny_settings, write_tiny_student
+from tiny_server import write_tiny_student
 
 BACKBONE = """[student.backbone]
 model = "served"
@@ -119,11 +119,9 @@ def test_search_sends_the_query_alone(trained: Path, endpoint: LocalEndpoint) ->
 
 def test_the_server_serves_such_an_index(trained: Path, endpoint: LocalEndpoint) -> None:
     pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
-    from d2llm.server.app import make_app
-    from live_server import patient, serve, wait_until_ready
+    from live_server import patient, served
 
-    with serve(make_app(tiny_settings(trained / "index"))) as address:
-        wait_until_ready(address)
+    with served(trained / "index") as address:
         found = patient.post(f"{address}/v1/search", json={"query": SENTENCES[7]}).json()
         assert found["passages"][0]["text"] == SENTENCES[7]
         body = {"input": ["one two", "three"], "model": "student"}
@@ -135,13 +133,11 @@ def test_the_server_serves_such_an_index(trained: Path, endpoint: LocalEndpoint)
 def test_a_d2llm_server_is_an_embedding_api(tmp_path: Path) -> None:
     """Another student's vectors, of length 1, as the backbone of a new one."""
     pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
-    from d2llm.server.app import make_app
-    from live_server import serve, wait_until_ready
+    from live_server import served
 
     folder = write_tiny_student(tmp_path)
     local = Student.load(folder, device="cpu", dtype="float32")
-    with serve(make_app(tiny_settings(None, student=str(folder)))) as address:
-        wait_until_ready(address)
+    with served(None, student=str(folder)) as address:
         remote = {"url": f"{address}/v1", "dimensions": local.vector_dim, "query_body": {"input_type": "query"}}
         config = {"backbone": {"model": folder.name, "max_passage_tokens": 40, "remote": remote}}
         student = Student.create(StudentConfig.model_validate(config), device="cpu", dtype="float32")

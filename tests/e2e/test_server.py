@@ -29,7 +29,7 @@ pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'
 
 from d2llm.server.app import make_app
 from d2llm.server.model_service import ModelService
-from live_server import HeldStudent, LeavingClient, patient, serve, wait_until_closed, wait_until_ready
+from live_server import HeldStudent, LeavingClient, patient, serve, served, wait_until_closed, wait_until_ready
 from waiting import PATIENCE, until
 
 QUERY = "the cat by the sea"
@@ -47,8 +47,7 @@ def index(folder):
 
 @pytest.fixture(scope="module")
 def address(index):
-    with serve(make_app(tiny_settings(index))) as url:
-        wait_until_ready(url)
+    with served(index) as url:
         yield url
 
 
@@ -254,15 +253,13 @@ def test_invalid_bodies_get_an_explanation(post, path, body, status, fragment):
 def test_the_limit_of_candidates_holds_for_documents(index, post):
     body = {"query": QUERY, "group": "best", "num_candidates": 3, "top_k": 14}
     assert post("/v1/search", body)["num_candidates"] > 30
-    with serve(make_app(tiny_settings(index, max_num_candidates=20))) as address:
-        wait_until_ready(address)
+    with served(index, max_num_candidates=20) as address:
         assert patient.post(f"{address}/v1/search", json=body).json()["num_candidates"] == 20
 
 
 def test_defaults_above_a_limit_are_lowered_and_values_of_clients_refused(index):
     limits = {"max_top_k": 4, "max_num_candidates": 7, "max_context_tokens": 50}
-    with serve(make_app(tiny_settings(index, **limits))) as address:
-        wait_until_ready(address)
+    with served(index, **limits) as address:
 
         def send(path, status=200, **fields):
             response = patient.post(f"{address}/v1/{path}", json={"query": QUERY} | fields)
@@ -300,27 +297,25 @@ def test_wrong_methods_paths_types_and_json_are_explained(address):
 
 
 def test_written_passages_are_found_and_deleted_ones_are_not(tmp_path):
-    with serve(make_app(tiny_settings(write_tiny_index(tmp_path)))) as address:
-        wait_until_ready(address)
-        with httpx2.Client(base_url=address, timeout=PATIENCE) as http:
-            before = http.get("/v1/index").json()
-            new = {"id": "new/1", "text": "stars and planets over the sea", "metadata": {"year": 1999}}
-            report = http.post("/v1/passages", json={"passages": [new]}).json()
-            assert report["num_added"] == 1
-            assert report["version"] > before["version"]
-            results = http.post("/v1/search", json={"query": "stars", "filter": "year = 1999"}).json()
-            assert [hit["id"] for hit in results["passages"]] == ["new/1"]
-            assert http.get("/v1/passages/new/1").json()["text"] == new["text"]
-            long_document = {"id": "long", "text": " ".join(passage.text + "." for passage in tiny_passages(10))}
-            ingested = http.post("/v1/documents", json={"documents": [long_document], "chunk_tokens": 32}).json()
-            assert ingested["num_documents"] == 1
-            assert ingested["num_added"] > 3
-            assert http.delete("/v1/passages/new/1").json()["num_deleted"] == 1
-            assert http.delete("/v1/passages/new/1").status_code == 404
-            assert http.get("/v1/passages/new/1").status_code == 404
-            assert http.post("/v1/index/snapshots", json={"name": "then"}).json()["snapshots"] == ["then"]
-            after = http.get("/v1/index").json()
-            assert after["num_passages"] == before["num_passages"] + ingested["num_added"]
+    with served(write_tiny_index(tmp_path)) as address, httpx2.Client(base_url=address, timeout=PATIENCE) as http:
+        before = http.get("/v1/index").json()
+        new = {"id": "new/1", "text": "stars and planets over the sea", "metadata": {"year": 1999}}
+        report = http.post("/v1/passages", json={"passages": [new]}).json()
+        assert report["num_added"] == 1
+        assert report["version"] > before["version"]
+        results = http.post("/v1/search", json={"query": "stars", "filter": "year = 1999"}).json()
+        assert [hit["id"] for hit in results["passages"]] == ["new/1"]
+        assert http.get("/v1/passages/new/1").json()["text"] == new["text"]
+        long_document = {"id": "long", "text": " ".join(passage.text + "." for passage in tiny_passages(10))}
+        ingested = http.post("/v1/documents", json={"documents": [long_document], "chunk_tokens": 32}).json()
+        assert ingested["num_documents"] == 1
+        assert ingested["num_added"] > 3
+        assert http.delete("/v1/passages/new/1").json()["num_deleted"] == 1
+        assert http.delete("/v1/passages/new/1").status_code == 404
+        assert http.get("/v1/passages/new/1").status_code == 404
+        assert http.post("/v1/index/snapshots", json={"name": "then"}).json()["snapshots"] == ["then"]
+        after = http.get("/v1/index").json()
+        assert after["num_passages"] == before["num_passages"] + ingested["num_added"]
 
 
 def test_a_long_context_does_not_delay_other_reads(index, monkeypatch):
@@ -333,8 +328,7 @@ def test_a_long_context_does_not_delay_other_reads(index, monkeypatch):
 
     monkeypatch.setattr("d2llm.server.served_index.build_context", held)
     answers = []
-    with serve(make_app(tiny_settings(index))) as address:
-        wait_until_ready(address)
+    with served(index) as address:
         thread = threading.Thread(
             target=lambda: answers.append(patient.post(f"{address}/v1/context", json={"query": QUERY}))
         )
@@ -349,8 +343,7 @@ def test_a_long_context_does_not_delay_other_reads(index, monkeypatch):
 
 
 def test_a_read_only_server_refuses_changes(index):
-    with serve(make_app(tiny_settings(index, writable=False))) as address:
-        wait_until_ready(address)
+    with served(index, writable=False) as address:
         for method, path, body in (
             ("POST", "/v1/passages", {"passages": [{"id": "a", "text": "b"}]}),
             ("POST", "/v1/documents", {"documents": [{"id": "a", "text": "b"}]}),
@@ -375,8 +368,7 @@ def test_new_versions_and_indexes_load_without_failed_requests(tmp_path):
             while not stop.is_set():
                 responses.append(http.post("/v1/search", json={"query": QUERY, "top_k": 5}))
 
-    with serve(make_app(tiny_settings(folder))) as address:
-        wait_until_ready(address)
+    with served(folder) as address:
         threads = [threading.Thread(target=ask, args=(address,)) for _ in range(4)]
         for thread in threads:
             thread.start()
@@ -415,8 +407,7 @@ def test_new_versions_and_indexes_load_without_failed_requests(tmp_path):
 
 def test_an_index_that_disappears_is_reported_in_health(tmp_path):
     folder = write_tiny_index(tmp_path)
-    with serve(make_app(tiny_settings(folder))) as address:
-        wait_until_ready(address)
+    with served(folder) as address:
         folder.rename(tmp_path / "elsewhere")
         until(lambda: "cannot be read" in patient.get(f"{address}/health").json()["message"], "a word of the trouble")
         assert patient.get(f"{address}/health").status_code == 200
@@ -435,8 +426,7 @@ def test_a_server_without_its_index_is_broken_and_explains_why(tmp_path):
 
 
 def test_a_student_can_be_served_without_an_index(folder, index):
-    with serve(make_app(tiny_settings(None, student=str(folder / "student-0")))) as address:
-        wait_until_ready(address)
+    with served(None, student=str(folder / "student-0")) as address:
         assert patient.post(f"{address}/v1/encode", json={"texts": ["cat"], "kind": "query"}).status_code == 200
         response = patient.post(f"{address}/v1/search", json={"query": "cat"})
         assert response.status_code == 404
@@ -455,27 +445,26 @@ def test_a_teacher_reads_again(tmp_path):
     model = load_teacher(TeacherConfig(model=str(teacher), prompt="short"), dtype="float32")
     write_error(folder, model, "asymmetric", StudentError(1.0, 0.0, 2.0))
     passages = {passage.id: passage for passage in tiny_passages()}
-    with serve(make_app(tiny_settings(folder, teacher=str(teacher), prompt="short", teacher_ms=60_000))) as address:
-        wait_until_ready(address)
-        with httpx2.Client(base_url=address, timeout=PATIENCE) as http:
-            facts = http.get("/v1/index").json()
-            assert facts["rescore"] == ["none", "iem", "cascade", "teacher"]
-            body = {"query": QUERY, "top_k": 5}
-            reread = http.post("/v1/search", json=body | {"rescore": "teacher", "teacher_passages": 12}).json()
-            log_odds = [hit["log_odds"] for hit in reread["passages"]]
-            assert log_odds == sorted(log_odds, reverse=True)
-            pairs = [(QUERY, passages[hit["id"]].full_text) for hit in reread["passages"]]
-            np.testing.assert_allclose(log_odds, model.score_pairs(pairs, "asymmetric").log_odds, atol=1e-3)
-            assert len(reread["reranking"]["read"]) == 12
-            assert "rerank" in reread["seconds"]
-            cascade = http.post("/v1/search", json=body | {"rescore": "cascade", "teacher_passages": 3}).json()
-            assert len(cascade["reranking"]["read"]) <= 3
-            best = reread["passages"][0]
-            explanation = http.post(
-                "/v1/explain", json={"query": QUERY, "passage_id": best["id"], "teacher": True}
-            ).json()
-            assert explanation["teacher"]["log_odds"] == pytest.approx(best["log_odds"], abs=1e-3)
-            assert 0 <= explanation["teacher"]["probability"] <= 1
+    with (
+        served(folder, teacher=str(teacher), prompt="short", teacher_ms=60_000) as address,
+        httpx2.Client(base_url=address, timeout=PATIENCE) as http,
+    ):
+        facts = http.get("/v1/index").json()
+        assert facts["rescore"] == ["none", "iem", "cascade", "teacher"]
+        body = {"query": QUERY, "top_k": 5}
+        reread = http.post("/v1/search", json=body | {"rescore": "teacher", "teacher_passages": 12}).json()
+        log_odds = [hit["log_odds"] for hit in reread["passages"]]
+        assert log_odds == sorted(log_odds, reverse=True)
+        pairs = [(QUERY, passages[hit["id"]].full_text) for hit in reread["passages"]]
+        np.testing.assert_allclose(log_odds, model.score_pairs(pairs, "asymmetric").log_odds, atol=1e-3)
+        assert len(reread["reranking"]["read"]) == 12
+        assert "rerank" in reread["seconds"]
+        cascade = http.post("/v1/search", json=body | {"rescore": "cascade", "teacher_passages": 3}).json()
+        assert len(cascade["reranking"]["read"]) <= 3
+        best = reread["passages"][0]
+        explanation = http.post("/v1/explain", json={"query": QUERY, "passage_id": best["id"], "teacher": True}).json()
+        assert explanation["teacher"]["log_odds"] == pytest.approx(best["log_odds"], abs=1e-3)
+        assert 0 <= explanation["teacher"]["probability"] <= 1
 
 
 def test_a_writer_expands_queries(tmp_path):
@@ -650,8 +639,7 @@ def test_a_relative_index_path_does_not_reveal_its_folder(tmp_path, monkeypatch,
     (index / "write.lock").unlink()
     (index / "write.lock").mkdir()
     monkeypatch.chdir(tmp_path)
-    with serve(make_app(tiny_settings(index.relative_to(tmp_path)))) as address:
-        wait_until_ready(address)
+    with served(index.relative_to(tmp_path)) as address:
         response = patient.post(f"{address}/v1/passages", json={"passages": [{"id": "new", "text": "a cat"}]})
         assert response.status_code == 507
         assert "write.lock" in response.text
@@ -672,8 +660,7 @@ def test_a_wrong_method_gets_all_allowed_ones(address):
 
 def test_a_cascade_needs_the_students_calibrated_error(tmp_path):
     folder, teacher = write_tiny_index(tmp_path), write_tiny_model(tmp_path / "teacher", "llama")
-    with serve(make_app(tiny_settings(folder, teacher=str(teacher), prompt="short"))) as address:
-        wait_until_ready(address)
+    with served(folder, teacher=str(teacher), prompt="short") as address:
         assert patient.get(f"{address}/v1/index").json()["rescore"] == ["none", "iem", "teacher"]
         response = patient.post(f"{address}/v1/search", json={"query": "cat", "rescore": "cascade"})
         assert response.status_code == 400

@@ -15,18 +15,16 @@ from d2llm import Index, Passage, Student
 from d2llm.store.index_manifest import Chunking
 from file_cases.epub_cases import epub, page
 from tiny_models import TEXTS
-from tiny_server import tiny_settings, write_tiny_index, write_tiny_student
+from tiny_server import write_tiny_index, write_tiny_student
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 
-from d2llm.server.app import make_app
-from live_server import patient, serve, wait_until_ready
+from live_server import patient, served
 
 
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory):
-    with serve(make_app(tiny_settings(write_tiny_index(tmp_path_factory.mktemp("corpus"), 30)))) as address:
-        wait_until_ready(address)
+    with served(write_tiny_index(tmp_path_factory.mktemp("corpus"), 30)) as address:
 
         def send(method, path, status=200, **content):
             response = patient.request(method, address + path, **content)
@@ -82,8 +80,7 @@ def test_a_document_is_read_and_deleted_whole(ask):
 
 def test_what_passages_of_a_document_repeat_is_counted(tmp_path):
     text = " ".join(f"{sentence.capitalize()} {number}." for number, sentence in enumerate(TEXTS))
-    with serve(make_app(tiny_settings(write_tiny_index(tmp_path, 4)))) as address:
-        wait_until_ready(address)
+    with served(write_tiny_index(tmp_path, 4)) as address:
         body = {"documents": [{"id": "all", "text": text}], "chunk_tokens": 40, "chunk_overlap": 16}
         patient.post(f"{address}/v1/documents", json=body).raise_for_status()
         document = patient.get(f"{address}/v1/documents/all").json()
@@ -223,8 +220,7 @@ def test_documents_become_late_chunks_as_in_the_library(tmp_path):
     indexes = [Index.create(folder, student, student_source=str(tmp_path / "student-0")) for folder in folders]
     indexes[0].upsert_documents(documents, chunking)
     indexes[1].upsert_documents(documents[:1], chunking)
-    with serve(make_app(tiny_settings(folders[1]))) as address:
-        wait_until_ready(address)
+    with served(folders[1]) as address:
         body = {"documents": [{"id": document.id, "text": document.text} for document in documents]}
         response = patient.post(f"{address}/v1/documents", json=body)
         assert response.status_code == 200, response.text
@@ -237,8 +233,7 @@ def test_documents_become_late_chunks_as_in_the_library(tmp_path):
 
 def test_an_omitted_option_of_splitting_is_that_of_the_index(tmp_path):
     folder = write_tiny_index(tmp_path, 0)
-    with serve(make_app(tiny_settings(folder))) as address:
-        wait_until_ready(address)
+    with served(folder) as address:
         body = {"documents": [{"id": "a", "text": "the cat sat on the mat. " * 12}]}
         url = f"{address}/v1/documents"
         first = patient.post(url, json=body | {"chunk_tokens": 16, "chunk_overlap": 4})

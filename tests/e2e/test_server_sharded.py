@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +11,7 @@ pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'
 from d2llm import Index
 from d2llm.retrieval.shard import shard
 from d2llm.server.app import make_app
-from live_server import patient, serve, wait_until_ready
+from live_server import patient, serve, served, wait_until_ready
 from sharded_responses import assert_same_responses, results_of, search
 from tiny_server import tiny_passages, tiny_settings, write_tiny_index
 from waiting import until
@@ -25,13 +22,6 @@ def sharded(tmp_path: Path) -> Path:
     """An index in three shards, beside the one that it was made from."""
     shard(write_tiny_index(tmp_path), tmp_path / "sharded", 3)
     return tmp_path / "sharded"
-
-
-@contextmanager
-def served(index: Path | dict[str, Path], **settings: Any) -> Generator[str]:
-    with serve(make_app(tiny_settings(index, **settings))) as address:
-        wait_until_ready(address)
-        yield address
 
 
 def test_answers_are_those_of_one_index(sharded: Path):

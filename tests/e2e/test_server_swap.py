@@ -25,7 +25,7 @@ from fastapi import FastAPI
 from d2llm import Index, Student, encode
 from d2llm.server import app as app_module
 from d2llm.server.app import make_app
-from live_server import HeldStudent, LeavingClient, patient, serve, wait_until_ready
+from live_server import HeldStudent, LeavingClient, patient, serve, served, wait_until_ready
 from tiny_models import randomise, tiny_student_config, write_tiny_model
 from tiny_server import tiny_passages, tiny_settings, write_tiny_student
 from waiting import PATIENCE, until
@@ -323,8 +323,7 @@ def test_disconnected_clients_do_not_keep_a_student_alive(pairs: tuple[Pair, Pai
 def test_an_index_whose_student_is_missing_is_refused(pairs, folder, caplog):
     old, new = pairs
     Pair(new.student, folder.parent / "gone", 40).write(folder.parent / "new")
-    with serve(make_app(tiny_settings(folder))) as address, httpx2.Client(base_url=address, timeout=PATIENCE) as http:
-        wait_until_ready(address)
+    with served(folder) as address, httpx2.Client(base_url=address, timeout=PATIENCE) as http:
         with caplog.at_level(logging.ERROR):
             point_link(folder, "new")
             response = http.post("/v1/index/reload")
@@ -420,8 +419,7 @@ def test_a_student_is_loaded_once_even_if_the_client_leaves(pairs, folder, monke
 def test_out_of_memory_is_reported_and_loading_tried_again(pairs, folder, monkeypatch):
     old, new = pairs
     new.write(folder.parent / "new")
-    with serve(make_app(tiny_settings(folder))) as address, httpx2.Client(base_url=address, timeout=PATIENCE) as http:
-        wait_until_ready(address)
+    with served(folder) as address, httpx2.Client(base_url=address, timeout=PATIENCE) as http:
         with monkeypatch.context() as patch:
             num_tried = 0
 

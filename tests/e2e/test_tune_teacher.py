@@ -16,14 +16,9 @@ from d2llm.recipe import LoraConfig, TeacherConfig, TeacherTuningConfig
 from d2llm.training import tune_teacher as module
 from d2llm.training.tune_teacher import tune_teacher
 from tiny_data import topics
-from tiny_models import tiny_teacher_config, write_tiny_model
+from tiny_models import tiny_teacher_config
 
 EVERY_STEP = 1e-9  # minutes between checkpoints
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture(scope="module")

@@ -91,24 +91,6 @@ def test_a_text_at_the_models_limit_is_encoded(folders):
 # --- states
 
 
-@pytest.mark.parametrize("architecture", ["llama", "bert", "xlm_roberta"])
-def test_left_padding_equals_right_padding(folders, architecture):
-    backbone = load(folders[architecture])
-    ids = backbone.tokenize(TEXTS[:3], "passage").ids
-    right_ids, right_mask = backbone.pad(ids)
-    width, padding = right_ids.shape[1], backbone.tokenizer.pad_token_id
-    left_ids = torch.tensor([[padding] * (width - len(row)) + row for row in ids])
-    left_mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in ids])
-    with torch.inference_mode():
-        right, mask = backbone(right_ids, right_mask)
-        left, moved = backbone(left_ids, left_mask)
-        alone, _ = backbone(torch.tensor(ids[:1]), torch.ones(1, len(ids[0]), dtype=torch.bool))
-    assert torch.equal(mask, moved)
-    assert torch.equal(mask, right_mask)
-    torch.testing.assert_close(left[mask], right[mask], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(right[0, : len(ids[0])], alone[0], rtol=1e-4, atol=1e-5)
-
-
 def test_states_are_the_models_own(folders):
     backbone = load(folders["llama"])
     ids = backbone.tokenize(TEXTS[:1], "query").ids

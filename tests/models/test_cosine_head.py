@@ -18,15 +18,10 @@ from d2llm.retrieval.cosine import CosineStudent, DotStudent
 from fake_models import FakeStudent
 from tiny_data import tiny_recipe
 from tiny_distill import LEARNING, Workspace
-from tiny_models import DIM, TEXTS, randomise, tiny_student_config, write_tiny_model
+from tiny_models import DIM, TEXTS, randomise, tiny_student_config
 
 QUERIES = TEXTS[:3]
 COSINE = {"pooling": AutoPooling(), "interaction": InteractionConfig(head="cosine")}
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "bert", "bert")
 
 
 def create(model, **changes) -> Student:

@@ -15,7 +15,6 @@ from d2llm.recipe.recipe_file import load_recipe_text
 from d2llm.reports.methods import describe_methods
 from installed_package import install
 from tiny_data import tiny_recipe
-from tiny_distill import Workspace
 from tiny_models import TEXTS, tiny_student_config
 
 THEIRS = """
@@ -52,11 +51,6 @@ class HashedTokens(Backbone):
     def forward(self, token_ids, mask):
         return self.vectors[token_ids % len(self.vectors)], mask
 """
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return Workspace(tmp_path_factory.mktemp("workspace"))
 
 
 @pytest.mark.parametrize("tuning", ["frozen", "full"])

@@ -53,11 +53,6 @@ class Attention(TextPooling):
 KINDS = {"largest": "Largest", "one_query": "OneQuery"}
 
 
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return Workspace(tmp_path_factory.mktemp("workspace"))
-
-
 @pytest.mark.parametrize("text", ["largest", "{ kind = 'projection', dim = 8, pooling = 'one_query' }", "one_query"])
 def test_another_package_adds_a_pooling(workspace, tmp_path, monkeypatch, text: str):
     site, folder = tmp_path / "site", tmp_path / "student"

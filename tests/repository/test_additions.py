@@ -140,7 +140,7 @@ from d2llm import Index, Passage, find_documents
 from d2llm.cli.main import app
 from d2llm.ops.words import words
 from d2llm.server.app import make_app
-from live_server import wait_until_ready, serve, patient
+from live_server import patient, serve, served
 from tiny_server import tiny_settings, write_tiny_index
 
 folder, thai = Path(sys.argv[1]), sys.argv[2]
@@ -179,8 +179,7 @@ shown["python top_k"] = len(index.search("the cat").passages)
 shown["cli top_k"] = len(passages_of(cli("search", path, "the cat")))
 found = passages_of(cli("search", path, "the cat", "--filter", "title ILIKE 'ABOUT C%'"))
 shown["cli filter"] = sorted({each["title"] for each in found})
-with serve(make_app(tiny_settings(path, max_texts=3, writable=True, reranker="longest"))) as url:
-    wait_until_ready(url)
+with served(path, max_texts=3, writable=True, reranker="longest") as url:
     answer = patient.post(f"{url}/v1/search", json=query).json()
     shown["http filter"] = sorted({each["title"] for each in answer["passages"]})
     found = patient.post(f"{url}/v1/search", json={"query": "the cat", "rescore": "longest"}).json()["passages"]

@@ -24,7 +24,7 @@ from d2llm import Index, Passage
 from d2llm.server.agent_tools import NOTICE
 from d2llm.server.app import make_app
 from d2llm.server.keys import add_key
-from live_server import patient, serve, wait_until_ready
+from live_server import patient, serve, served, wait_until_ready
 from tiny_models import TEXTS
 from tiny_server import tiny_settings, write_tiny_index
 
@@ -60,8 +60,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def server(folders: dict[str, Path]) -> Iterator[str]:
-    with serve(make_app(tiny_settings(folders))) as address:
-        wait_until_ready(address)
+    with served(folders) as address:
         yield address
 
 
@@ -83,8 +82,7 @@ def keys(folders: dict[str, Path]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def guarded(folders: dict[str, Path], keys: dict[str, str]) -> Iterator[str]:
-    with serve(make_app(tiny_settings(folders, keys_file=folders["docs"].parent / "keys.json"))) as address:
-        wait_until_ready(address)
+    with served(folders, keys_file=folders["docs"].parent / "keys.json") as address:
         yield address
 
 
@@ -477,8 +475,7 @@ def test_the_checks_of_other_routes_are_those_of_this_one(url: str):
 
 
 def test_a_page_of_an_allowed_origin_may_ask(folders: dict[str, Path]):
-    with serve(make_app(tiny_settings(folders["docs"], cors_origins=("https://page.example",)))) as address:
-        wait_until_ready(address)
+    with served(folders["docs"], cors_origins=("https://page.example",)) as address:
         headers = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
         response = httpx2.options(f"{address}/mcp", headers=headers)
         assert response.headers["access-control-allow-origin"] == "https://page.example"

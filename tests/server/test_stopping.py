@@ -18,7 +18,6 @@ pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
 from attacked_server import JSON, Answer, attacked
 from d2llm import Index, Passage, Student
-from d2llm.server.app import make_app
 from d2llm.server.errors import ServingError
 from d2llm.server.model_service import ModelService
 from d2llm.server.served_index import ServedIndex
@@ -27,8 +26,8 @@ from d2llm.server.slow_models import SlowModels
 from d2llm.server.student_pool import StudentPool
 from d2llm.server.uploads import documents_of
 from file_cases.docx_cases import docx, p, r
-from live_server import LeavingClient, patient, serve, wait_until_ready
-from tiny_server import tiny_settings, write_tiny_index
+from live_server import LeavingClient, patient, served
+from tiny_server import write_tiny_index
 
 
 @pytest.mark.parametrize("path", ["/v1/documents", "/v1/files"])
@@ -63,8 +62,7 @@ def test_a_write_ends_with_the_server(path: str):
 def test_a_write_stops_if_its_client_leaves(tmp_path: Path):
     words = "the cat sat on the mat by the sea. "
     body = {"documents": [{"id": f"d{n}", "text": words * 3_000} for n in range(30)]}
-    with serve(make_app(tiny_settings(write_tiny_index(tmp_path, 5)))) as address:
-        wait_until_ready(address)
+    with served(write_tiny_index(tmp_path, 5)) as address:
         client = LeavingClient(address, "/v1/documents", body)
         time.sleep(0.5)
         client.leave()
@@ -94,8 +92,7 @@ def test_documents_have_a_limit_also_if_they_are_unpacked(tmp_path: Path):
     small = settings.model_copy(update={"max_body_bytes": 100_000})
     with pytest.raises(ServingError, match="more than 800,000"):
         documents_of(head + packed + b"\r\n--b--\r\n", "multipart/form-data; boundary=b", small)
-    with serve(make_app(tiny_settings(write_tiny_index(tmp_path, 5), max_document_chars=1_000))) as address:
-        wait_until_ready(address)
+    with served(write_tiny_index(tmp_path, 5), max_document_chars=1_000) as address:
         body = {"documents": [{"id": "a", "text": "a cat"}, {"id": "b", "text": word}]}
         response = patient.post(f"{address}/v1/documents", json=body)
         assert response.status_code == 400

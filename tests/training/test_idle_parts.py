@@ -19,11 +19,6 @@ from tiny_distill import Workspace
 from tiny_models import randomise, tiny_student_config
 
 
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return Workspace(tmp_path_factory.mktemp("workspace"))
-
-
 def with_gates(config: StudentConfig) -> StudentConfig:
     return config.model_copy(update={"interaction": config.interaction.model_copy(update={"gates": True})})
 

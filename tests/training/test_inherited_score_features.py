@@ -32,11 +32,6 @@ START: dict[Task, TaskFeatureWeights] = {
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return Workspace(tmp_path_factory.mktemp("inherited"))
-
-
-@pytest.fixture(scope="module")
 def start(workspace: Workspace) -> Student:
     student = Student.create(tiny_student_config(workspace.model), device="cpu", dtype="float32")
     student.score_features = ScoreFeatures(tasks=START)

@@ -284,17 +284,6 @@ def test_an_interrupted_run_continues_to_the_same_weights(tuned, student, llama,
         assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
 
-def test_a_checkpoint_of_other_settings_is_refused(student, llama, tmp_path, monkeypatch):
-    def interrupted(*arguments, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "measure", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        tune(student, llama, tmp_path / "reader")
-    with pytest.raises(InputError, match="other settings"):
-        tune(student, llama, tmp_path / "reader", network_rate=0.5)
-
-
 def test_without_lora_and_without_dev_queries(student, llama, tmp_path):
     data = questions()
     data = Dataset(data.name, data.path, data.passages, data.queries, {"train": data.qrels["train"]})

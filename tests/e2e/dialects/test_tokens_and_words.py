@@ -15,10 +15,10 @@ from d2llm.models.text_scores import TextScorer
 from d2llm.models.token_vectors import TokenProjection
 from d2llm.store.word_segment import CountedTerms
 from tiny_models import TEXTS
-from tiny_server import tiny_passages, tiny_settings
+from tiny_server import tiny_passages
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
-from live_server import serve, wait_until_ready
+from live_server import served
 from tiny_clients import QUERY
 
 LONG_QUERY = " ".join(TEXTS)
@@ -45,10 +45,8 @@ def index(folder, student):
 
 @pytest.fixture(scope="module")
 def ask(index):
-    from d2llm.server.app import make_app
 
-    with serve(make_app(tiny_settings(index.folder, device="cpu"))) as address:
-        wait_until_ready(address)
+    with served(index.folder, device="cpu") as address:
 
         def send(path, body):
             response = httpx2.post(address + path, json=body, timeout=60)
@@ -104,10 +102,8 @@ def test_sparse_products_are_bm25_in_the_served_index(ask, index):
 
 
 def test_an_answer_has_a_largest_size(index):
-    from d2llm.server.app import make_app
 
-    with serve(make_app(tiny_settings(index.folder, device="cpu", max_texts=2))) as address:
-        wait_until_ready(address)
+    with served(index.folder, device="cpu", max_texts=2) as address:
         assert len(httpx2.post(f"{address}/embed_all", json={"inputs": ["cat dog", "sea"]}, timeout=60).json()) == 2
         for path, body, status in (
             ("/embed_all", {"inputs": LONG_QUERY}, 422),

@@ -38,11 +38,6 @@ def nested_loss(
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return Workspace(tmp_path_factory.mktemp("workspace"))
-
-
-@pytest.fixture(scope="module")
 def batch(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> DistillationBatch:
     store = LabelStore(
         tmp_path_factory.mktemp("l"), teacher="none", prompt="none", dataset=workspace.source.dataset.name

@@ -27,11 +27,6 @@ NESTED = "nested_cross_entropy"
 WEIGHTS = Objective(JUDGEMENTS | {NESTED: {"dims": DIMS, "weight": 5.0}})
 
 
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return Workspace(tmp_path_factory.mktemp("workspace"))
-
-
 def recipe(workspace: Workspace, weights: Objective, **training: object) -> Recipe:
     settings = tiny_recipe(tiny_student_config(workspace.model), **(LEARNING | training))
     return settings.model_copy(update={"losses": weights})

@@ -46,11 +46,6 @@ class RecordingWriter:
         return [WrittenQueries(each, 1, 1) for each in texts]
 
 
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return Workspace(tmp_path_factory.mktemp("workspace"))
-
-
 def recipe(workspace: Workspace, file: Path, *, writer: object = None, **training: object) -> Recipe:
     expansion = {"passages": str(file), "weight": 3.0, "writer": writer}
     weights = Objective(JUDGEMENTS | ALONE | {"soft_expansion": expansion})

@@ -34,11 +34,6 @@ ODD_TEXTS = [
 TOLERANCE = 5e-6
 
 
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("lean") / "bert", "bert")
-
-
 def trained(bert, folder, *, pooling=TINY_PMA, interaction=None, merge=False, **backbone):
     """A student on a tiny BERT all of whose parts count, and its folder."""
     config = tiny_student_config(bert, pooling=pooling, **backbone)

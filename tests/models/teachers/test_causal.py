@@ -26,11 +26,6 @@ def load(folder, **settings) -> CausalTeacher:
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture(scope="module")
 def teacher(llama):
     return load(llama)
 

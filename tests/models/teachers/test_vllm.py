@@ -28,11 +28,6 @@ from tiny_models import TEXTS, randomise, tiny_teacher_config, tiny_tokenizer, w
 PAIRS = [(query, passage) for passage in TEXTS[:4] for query in TEXTS[:3]]
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "llama")
-
-
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> type[fake_vllm.LLM]:
     return fake_vllm.install(monkeypatch)

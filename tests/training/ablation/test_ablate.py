@@ -33,11 +33,6 @@ from tiny_distill import LEARNING, Workspace
 from tiny_models import tiny_student_config
 
 
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return Workspace(tmp_path_factory.mktemp("ablate"))
-
-
 def small_recipe(workspace: Workspace, **training: object) -> Recipe:
     return tiny_recipe(tiny_student_config(workspace.model), **(LEARNING | {"epochs": 1} | training))
 
