@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import jaxtyping
 import numpy as np
 import pytest
 
-from d2llm import Index, Passage, Query, Ranking, Student
+from d2llm import Passage, Query, Student
 from d2llm.core.errors import InputError, ModelError
 from d2llm.models.text_scores import TextScorer
 from tiny_models import TEXTS, write_trained_student
@@ -45,19 +44,6 @@ def test_texts_that_are_cut_are_reported(student: Student, caplog: pytest.LogCap
         student.encode_document(["short", " ".join(TEXTS * 40)])
         student.rank("short", [" ".join(TEXTS * 40)])
     assert [record.getMessage()[:14] for record in caplog.records] == ["1 of 2 texts a", "1 of 1 texts a"]
-
-
-def test_a_ranking_is_that_of_an_index(student: Student, tmp_path: Path):
-    index = Index.create(tmp_path / "index", student, vector_format="float32")
-    passages = [Passage(f"p{number}", text, title="a title") for number, text in enumerate(TEXTS)]
-    index.upsert(passages)
-    expected = index.search(QUERY, top_k=len(TEXTS), score_features={})
-    actual = student.rank(QUERY, passages)
-    assert isinstance(actual, Ranking)
-    assert [(each.rank, each.passage) for each in actual] == [(each.rank, each.passage) for each in expected]
-    np.testing.assert_allclose([each.score for each in actual], [each.score for each in expected], rtol=1e-4, atol=1e-4)
-    assert len(actual) == actual.num_candidates == len(TEXTS)
-    assert actual[0].score >= actual[-1].score
 
 
 def test_texts_get_their_numbers_as_ids(student: Student):
