@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -29,14 +30,14 @@ from d2llm.training.settings import FitScoresSettings
 if TYPE_CHECKING:
     from d2llm.data.beir import Dataset
 
+_out_option = partial(typer.Option, metavar="FOLDER", callback=in_existing_folder)
+
 
 @verb("Distil")
 def distill_static(
     context: typer.Context,
     corpus: CorpusArgument,
-    out: Annotated[
-        Path, typer.Option(metavar="FOLDER", callback=in_existing_folder, help="Where the model goes; a new folder.")
-    ],
+    out: Annotated[Path, _out_option(help="Where the model goes; a new folder.")],
     files: FileOptions,
     model: Annotated[
         str, typer.Option(metavar="MODEL", help="A model as in student.backbone.model of a recipe.")
@@ -90,9 +91,7 @@ def fit_tokens(
     context: typer.Context,
     student: _StudentArgument,
     data: _TrainDataArgument,
-    out: Annotated[
-        Path, typer.Option(metavar="FOLDER", callback=in_existing_folder, help="Where the student with tokens goes.")
-    ],
+    out: Annotated[Path, _out_option(help="Where the student with tokens goes.")],
     dim: Annotated[int, typer.Option(min=1, help="Width of a token's vector.")] = 64,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the queries.")] = 2,
     num_queries: Annotated[int, typer.Option("--queries", min=1, help="Train queries of each data set, at most.")] = (
@@ -137,9 +136,7 @@ def fit_scores(
             help="Data sets with judged queries in their dev split, or with pairs of texts labelled yes or no.",
         ),
     ],
-    out: Annotated[
-        Path, typer.Option(metavar="FOLDER", callback=in_existing_folder, help="Where the fitted student goes.")
-    ],
+    out: Annotated[Path, _out_option(help="Where the fitted student goes.")],
     *,
     task: TaskOption = None,
     settings: FitScoresSettings,
@@ -173,9 +170,7 @@ def tune_reader(
     context: typer.Context,
     student: _StudentArgument,
     data: _TrainDataArgument,
-    out: Annotated[
-        Path, typer.Option(metavar="FOLDER", callback=in_existing_folder, help="Where the reader goes; a new folder.")
-    ],
+    out: Annotated[Path, _out_option(help="Where the reader goes; a new folder.")],
     model: Annotated[str, typer.Option(metavar="MODEL", help="The causal language model to tune.")] = "smollm2",
     layers: Annotated[int, typer.Option(min=1, help="Use only so many of its first layers.")] = 8,
     depth: Annotated[int, typer.Option(min=2, help="Passages of a list: the student's first ones.")] = 20,
@@ -241,7 +236,7 @@ def soup(
         list[str],
         typer.Argument(metavar="STUDENT...", help="Students of one recipe, two or more: folders or names."),
     ],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", callback=in_existing_folder, help="Where the average goes.")],
+    out: Annotated[Path, _out_option(help="Where the average goes.")],
     weights: Annotated[
         list[float] | None,
         typer.Option("--weight", help="How much a student counts; once for each.", show_default="all the same"),
@@ -309,9 +304,7 @@ def _corpora(data: list[str]) -> list[Dataset]:
     return corpora
 
 
-_OutOption = Annotated[
-    Path, typer.Option(metavar="FOLDER", callback=in_existing_folder, help="Where the smaller student goes.")
-]
+_OutOption = Annotated[Path, _out_option(help="Where the smaller student goes.")]
 
 
 @verb("Distil")
