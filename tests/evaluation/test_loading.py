@@ -125,7 +125,7 @@ def test_a_shipped_teacher_is_found_by_its_fingerprint(world, tmp_path, monkeypa
     manifest = json.loads((stranger / "manifest.json").read_text())
     (stranger / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "another"}))
     shipped = {"another": stranger, "smart": tmp_path / "smart"}
-    for module in ("evaluation.loading", "core.shipped"):
+    for module in ("evaluation.contenders", "core.shipped"):
         monkeypatch.setattr(f"d2llm.{module}.shipped_models", lambda _: shipped)
     loaded = []
     teacher = CausalTeacher.load(tiny_teacher_config(world.decoder), device="cpu", dtype="float32")
