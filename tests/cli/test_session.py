@@ -1,12 +1,15 @@
-"""What a session prints: warnings once, results without trailing blanks."""
+"""What a session prints: warnings once, results without trailing blanks; and how it ends before it has begun."""
 
 from __future__ import annotations
 
 import logging
+import sys
+from types import ModuleType
 
 import pytest
 from rich.padding import Padding
 
+from d2llm.__main__ import main
 from d2llm.cli.session import Session, start_logging
 
 
@@ -24,3 +27,13 @@ def test_lines_of_results_that_go_to_a_file_have_no_trailing_blanks(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 1
     assert all(line == "   " + line.strip() for line in lines)
+
+
+def test_ctrl_c_while_the_program_is_imported_is_no_traceback(monkeypatch):
+    class Importing(ModuleType):
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "d2llm.cli.main", Importing("d2llm.cli.main"))
+    with pytest.raises(SystemExit, match="130"):
+        main()

@@ -91,6 +91,8 @@ class OpenWrong(OpenReranker):
             "nan": np.where(np.arange(len(candidates.scores)) == 1, np.nan, candidates.scores),
             "words": ["good"] * len(candidates.scores),
         }
+        if self.settings.answer == "none":
+            raise RuntimeError("out of order")
         return answers[self.settings.answer]
 """
 
@@ -154,12 +156,13 @@ def test_a_reranker_of_another_package_reranks_in_python_in_a_terminal_and_over_
         ("columns", r"shape \(2, 60\) for 60 candidates"),
         ("nan", "1 of 60 scores of the query 'cat' that are not finite"),
         ("words", "scores that are not numbers"),
+        ("none", r"failed \(RuntimeError: out of order\) on 'cat'"),
     ],
 )
 @pytest.mark.usefixtures("rerankers")
 def test_an_answer_that_does_not_score_every_candidate_is_refused(tmp_path: Path, answer: str, problem: str) -> None:
     index = Index.open(write_tiny_index(tmp_path), dtype="float32")
-    with pytest.raises(ModelError, match=f"the reranker 'wrong' gave .*{problem}"):
+    with pytest.raises(ModelError, match=f"the reranker 'wrong' .*{problem}"):
         index.search("cat", rerank=Reranker(kind="wrong", answer=answer))
 
 

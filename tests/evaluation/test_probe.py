@@ -212,6 +212,7 @@ def test_the_whole_report() -> None:
     assert bm25[0].measures["R-precision"] == 1.0
     assert json.loads(json.dumps(asdict(report)))["ranking"][0]["system"] == "BM25"
     assert next(table.title for table in probe_tables(report)).startswith("Probing")
+    assert ["Bold" in probe_tables(report, has_styles=it)[0].caption for it in (True, False)] == [True, False]
     assert len(probe_tables(probe(Student(vector_of_words), **sizes))) == 1
     document = probe_document(report)
     markdown, page = document.to_markdown(), page_of(document)

@@ -15,7 +15,7 @@ from d2llm.ops.rereading import StudentError
 from d2llm.retrieval import reranker as search_module
 from d2llm.retrieval.calibrate import read_error, write_error
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.reranker import Candidates, open_reranker, rerank_candidates
+from d2llm.retrieval.reranker import Candidates, named_reranker, open_reranker, rerank_candidates
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.store.index_manifest import ERRORS_FILE
 from fake_models import FakeStudent, FakeTeacher
@@ -210,6 +210,16 @@ class TestSearch:
         best = Searcher(index.view, index.student, SearchSettings(top_k=7)).rank(queries[:1])[0].passages
         assert [text for _, text in teacher.pairs[:4]] == [best[position].passage.text for position in (0, 2, 4, 6)]
         assert error.slope > 0
+        with pytest.raises(InputError, match=r"teacher is 'cosine' .*, but must be a PairTeacher"):
+            index.measure_error("cosine", queries)
+        assert index.verify().problems == []
+        (index.folder / ERRORS_FILE).write_text("{")
+        assert "delete it and calibrate again" in " ".join(index.verify().problems)
+
+
+def test_an_unknown_reranker_is_named_once():
+    with pytest.raises(RecipeError, match=r"^the reranker 'teachr:x': no reranker 'teachr'; did you mean 'teacher'"):
+        named_reranker("teachr:x")
 
 
 def test_errors_are_stored_by_teacher_and_task(tmp_path):

@@ -174,6 +174,11 @@ def test_a_wrong_value_in_python_is_an_error_of_recipes(values: dict[str, Any], 
     assert str(caught.value).startswith(message)
 
 
+def test_settings_are_given_by_name():
+    with pytest.raises(RecipeError, match="Recipe takes settings by their names, as in name=5"):
+        Recipe(5)  # pyright: ignore[reportCallIssue]
+
+
 def test_recipes_are_immutable():
     with pytest.raises(RecipeError, match="TrainingConfig does not change; make another by model_copy"):
         Recipe().training.epochs = 3  # pyright: ignore[reportAttributeAccessIssue]

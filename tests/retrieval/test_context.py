@@ -303,3 +303,5 @@ def test_answering_keeps_the_sentences_that_answer_and_may_be_empty(least, texts
     assert [result.rank for result in answering] == ([1, 2, 3] if least is None else [1, 3])[: len(texts)]
     assert answering is ranking or not any(result.before for result in answering)
     assert bool(build_context(answering, word_ends, 100).text) == bool(texts)
+    with pytest.raises(InputError, match=r"answering is 'x', but must be a probability"):
+        answering_sentences(ranking, Reader(), "asymmetric", "x")

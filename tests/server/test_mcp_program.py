@@ -148,6 +148,7 @@ def test_standard_output_has_the_protocol_alone(index: Path):
     assert answers[2]["result"]["structuredContent"]["sources"]
     assert "hex escape" in answers[3]["error"]["message"]  # half of a surrogate pair
     assert (answers[3]["error"]["code"], answers[5]["error"]["code"]) == (-32700, -32600)
+    assert "has no id to be answered by: " in log  # of "no JSON"
     assert "ready" in log
     assert "Traceback" not in log
 

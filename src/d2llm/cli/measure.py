@@ -359,7 +359,7 @@ def probe(
     )
     if opened is not None:
         warn_of_skipped(session, opened.skipped)
-    for table in probe_tables(report):
+    for table in probe_tables(report, has_styles=session.has_styles):
         session.show(table)
     session.write_report(context, json_path, report)
     session.write_document(probe_document(report), markdown_path, html_path)

@@ -12,7 +12,7 @@ from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.extras import require
 from d2llm.core.fingerprint import fingerprint_files
 from d2llm.core.inputs import strings_of
-from d2llm.core.names import did_you_mean
+from d2llm.core.names import counted, did_you_mean
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.table import Column, Table
 from d2llm.data.beir import Dataset
@@ -142,7 +142,7 @@ def mteb_table(report: MtebReport) -> Table:
         Column("value", ".4f"),
         Column("by the student's score", ".4f"),
         Column("s", ".1f"),
-        title=f"{report.student} on {len(report.rows)} tasks, by mteb {report.mteb}",
+        title=f"{report.student} on {counted(len(report.rows), 'task')}, by mteb {report.mteb}",
         caption=(
             "Value: mteb's main measure, as on its leaderboard. Of pairs it counts the cosine, or the best of five "
             "similarities; beside it is the same measure by the student's own score."

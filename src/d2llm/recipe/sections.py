@@ -28,12 +28,15 @@ class Section(BaseModel):
     )
     __repr__ = __str__ = short_repr
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, *unnamed: object, **values: Any) -> None:
         """Check every value, and their combination.
 
         Raises:
-            RecipeError: there is no such setting, a value is wrong, or settings contradict each other.
+            RecipeError: there is no such setting, a value is wrong or has no name, or settings contradict each other.
         """
+        if unnamed:
+            name = next(iter(type(self).model_fields), "name")
+            raise RecipeError(f"{type(self).__name__} takes settings by their names, as in {name}={unnamed[0]!r}")
         try:
             super().__init__(**values)
         except ValidationError as error:

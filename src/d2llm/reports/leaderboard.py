@@ -76,12 +76,12 @@ def leaderboard_document(board: Leaderboard) -> Document:
     return Document(systems.title, [first, Section(sets.title, [sets, Items(board.notes)])])
 
 
-def probe_tables(report: ProbeReport) -> list[Table]:
+def probe_tables(report: ProbeReport, *, has_styles: bool = True) -> list[Table]:
     """The probing tasks, if there was a corpus, and the generated sets."""
-    return [*([probing_table(report)] if report.probing else []), ranking_table(report)]
+    return [*([probing_table(report, has_styles=has_styles)] if report.probing else []), ranking_table(report)]
 
 
-def probing_table(report: ProbeReport) -> Table:
+def probing_table(report: ProbeReport, *, has_styles: bool = True) -> Table:
     """One line for each probing task; accuracies that are above both baselines by more than the margin are bold."""
     table = Table(
         "task",
@@ -96,7 +96,7 @@ def probing_table(report: ProbeReport) -> Table:
         caption=(
             "Read from the vector of a sentence: its length, which of some words it has, whether two neighbours were "
             "exchanged, and whether a word was replaced by another as frequent. ±: half of the 95 % interval. "
-            "Bold: above both baselines by more than that."
+            f"{'Bold: above both baselines by more than that.' if has_styles else ''}"
         ),
     )
     for row in report.probing:

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.inputs import check_kind
 from d2llm.core.types import Task
 from d2llm.data.python_records import QueryLike
 from d2llm.models.protocols import SearchStudent
@@ -51,6 +52,7 @@ def measure_error(
         InputError: there are too few queries or passages, the student's scores do not increase with the teacher's, or
             the teacher ranks lists.
     """
+    check_kind(teacher, "teacher", PairTeacher)
     if ranks_lists(teacher):
         raise InputError(RANKING_TEACHER)
     search_task: Task = task or index.task
@@ -106,6 +108,15 @@ def read_error(
             "`d2llm index INDEX calibrate --teacher NAME --queries FILE`"
         )
     return error
+
+
+def error_problems(folder: Path) -> list[str]:
+    """What is wrong with the stored errors, for ``verify``; nothing, if there are none."""
+    try:
+        _ = (folder / ERRORS_FILE).is_file() and _read_errors(folder / ERRORS_FILE)
+    except DataFormatError as error:
+        return [str(error)]
+    return []
 
 
 def _read_errors(file: Path) -> dict[str, StudentError]:

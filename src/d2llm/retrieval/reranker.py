@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
-from d2llm.core.errors import InputError, ModelError
+from d2llm.core.errors import D2LLMError, InputError, ModelError
 from d2llm.core.registry import Registry, modules_in
 from d2llm.core.types import DEFAULT_RERANKED_PASSAGES, Task
 from d2llm.models.protocols import SearchStudent
@@ -206,13 +206,18 @@ def rerank_candidates(reranker: OpenReranker, query: str, candidates: Candidates
     """What a reranker makes of the candidates of a query.
 
     Raises:
-        ModelError: it did not score every candidate, or not by a finite number.
+        ModelError: it failed, did not score every candidate, or not by a finite number.
     """
     begin = time.perf_counter()
-    answer: Any = reranker.rerank(query, candidates)
+    kind, expected = reranker.settings.kind, len(candidates.scores)
+    try:
+        answer: Any = reranker.rerank(query, candidates)
+    except D2LLMError:
+        raise
+    except Exception as error:
+        raise ModelError(f"the reranker '{kind}' failed ({type(error).__name__}: {error}) on {query!r}") from error
     if not isinstance(answer, Reranked):
         answer = Reranked(answer, candidates.best_first)
-    kind, expected = reranker.settings.kind, len(candidates.scores)
     try:
         scores = np.asarray(answer.scores, np.float64)
     except (TypeError, ValueError) as error:

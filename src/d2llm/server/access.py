@@ -10,9 +10,8 @@ import logging
 import time
 from collections import deque
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from limits import RateLimitItemPerMinute, aio
-from limits.errors import StorageError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,6 +22,9 @@ from d2llm.server.errors import Problem, send_problem
 from d2llm.server.keys import ApiKey, KeyRing
 from d2llm.server.logs import current_facts
 from d2llm.server.uploads import FILES_PATH
+
+if TYPE_CHECKING:
+    from limits import aio
 
 _log = logging.getLogger(__name__)
 _SCHEMES = ("redis://", "rediss://")
@@ -75,15 +77,20 @@ class RateLimiter:
         self._together: aio.strategies.MovingWindowRateLimiter | None = None
         self._next_try = 0.0
         if storage is not None:
-            require("redis", extra="redis", purpose="counting the requests of several servers together")
+            for package in ("redis", "limits"):
+                require(package, extra="redis", purpose="counting the requests of several servers together")
             if not storage.startswith(_SCHEMES):
                 raise InputError("rate_limit_storage: give the address of a Redis, as in redis://localhost:6379")
+            from limits import aio
+
             redis = aio.storage.RedisStorage(f"async+{storage}", wrap_exceptions=True, implementation="redispy")
             self._together = aio.strategies.MovingWindowRateLimiter(redis)
 
     async def take(self, client: str, requests_per_minute: int) -> Allowance:
         """Count a request of ``client``; refused requests do not count."""
         if self._together is not None and time.monotonic() >= self._next_try:
+            from limits.errors import StorageError
+
             try:
                 return await asyncio.wait_for(_take(self._together, client, requests_per_minute), _PATIENCE)
             except (StorageError, asyncio.TimeoutError) as error:
@@ -107,6 +114,8 @@ class RateLimiter:
 
 
 async def _take(limiter: aio.strategies.MovingWindowRateLimiter, client: str, requests_per_minute: int) -> Allowance:
+    from limits import RateLimitItemPerMinute
+
     limit = RateLimitItemPerMinute(requests_per_minute)
     allowed = await limiter.hit(limit, client)
     window = await limiter.get_window_stats(limit, client)

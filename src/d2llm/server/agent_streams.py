@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import signal
 from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
@@ -25,6 +26,8 @@ from pydantic import ValidationError
 from d2llm import __version__
 from d2llm.server.agent_arguments import INSTRUCTIONS, AgentTool, tools_of
 from d2llm.server.settings import ServeSettings
+
+_log = logging.getLogger(__name__)
 
 
 def make_server(protocol: Callable[[], Awaitable[object]], names: Sequence[str], *, may_write: bool) -> Server[Any]:
@@ -101,7 +104,10 @@ async def _pass_on(
     send: Callable[[SessionMessage], Awaitable[None]],
     answer: Callable[[SessionMessage], Awaitable[None]],
 ) -> None:
-    """Pass messages on, and refuse requests that cannot be read: the SDK drops them, and their clients would wait."""
+    """Pass messages on, and refuse requests that cannot be read: the SDK drops them, and their clients would wait.
+
+    What has no id cannot be answered, and is logged.
+    """
     async for message in received:
         if not isinstance(message, Exception):
             await send(message)
@@ -110,6 +116,8 @@ async def _pass_on(
             code = types.PARSE_ERROR if problem["type"] == "json_invalid" else types.INVALID_REQUEST
             error = types.ErrorData(code=code, message=f"the message cannot be read: {problem['msg']}")
             await answer(SessionMessage(types.JSONRPCError(jsonrpc="2.0", id=request, error=error)))
+        else:
+            _log.warning("a message of the client cannot be read, and has no id to be answered by: %s", message)
 
 
 def _id_of(error: ValidationError) -> str | int | None:
