@@ -53,6 +53,11 @@ def test_workflows_run_what_there_is(repository: Path):
     versions = workflows["release"]["jobs"]["install"]["strategy"]["matrix"]["python"]
     project = (repository / "pyproject.toml").read_text()
     assert versions == re.findall(r"Programming Language :: Python :: (3\.\d+)", project)
+    assert f'requires-python = ">={versions[0]}"' in project
+    jobs = workflows["tests"]["jobs"]
+    one = jobs["all"]["steps"][1]["with"]["python-version"]
+    assert sorted([one, *jobs["versions"]["strategy"]["matrix"]["python"]]) == versions
+    assert "pip-audit --requirement constraints.txt" in jobs["audit"]["steps"][-1]["run"]
 
 
 def test_forms_for_issues_have_what_the_host_requires(repository: Path):
