@@ -10,6 +10,7 @@ import pytest
 from rich.padding import Padding
 
 from d2llm.__main__ import main
+from d2llm.cli.main import _end_quickly
 from d2llm.cli.session import Session, start_logging
 
 
@@ -27,6 +28,17 @@ def test_lines_of_results_that_go_to_a_file_have_no_trailing_blanks(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 1
     assert all(line == "   " + line.strip() for line in lines)
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_the_last_collection_is_skipped_unless_triton_would_report_leaks(monkeypatch, loaded):
+    frozen: list[bool] = []
+    monkeypatch.setattr("gc.freeze", lambda: frozen.append(True))
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    if loaded:
+        monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    _end_quickly()
+    assert bool(frozen) is not loaded
 
 
 def test_ctrl_c_while_the_program_is_imported_is_no_traceback(monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import sys
 import traceback
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -142,8 +143,17 @@ for _verb in _VERBS:
         app.command(_verb.name, rich_help_panel=_verb.heading)(_verb.command)
 
 
+def _end_quickly() -> None:
+    """Keep Python from looking for garbage in all of torch before it ends, which takes seconds.
+
+    triton, which comes with torch for GPUs, prints all that is not collected then as leaks.
+    """
+    if "triton" not in sys.modules:
+        gc.freeze()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; ``arguments`` default to those of the process."""
-    atexit.unregister(gc.freeze)  # once, however often this is called
-    atexit.register(gc.freeze)  # else Python looks for garbage in all of torch before it ends, which takes seconds
+    atexit.unregister(_end_quickly)  # once, however often this is called
+    atexit.register(_end_quickly)
     app(arguments, prog_name="d2llm")
