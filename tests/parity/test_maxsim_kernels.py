@@ -96,7 +96,9 @@ def test_another_width_is_an_error(bits, width):
         )
 
 
-@pytest.mark.parametrize("features", ["", "+avx,+avx2", "+avx,+avx2,+avx512f,+avx512vl,+avx512bw"])
+@pytest.mark.parametrize(
+    "features", ["", "+avx,+avx2", "+avx,+avx2,+avxvnni", "+avx,+avx2,+avx512f,+avx512vl,+avx512bw"]
+)
 def test_processors_that_can_do_less_sum_alike(tmp_path, features):
     here = get_host_cpu_features()
     if not all(here[feature[1:]] for feature in features.split(",") if feature):

@@ -32,8 +32,9 @@ LANES = 16
 """Tokens of a query that are multiplied at once: the whole numbers of 32 bits in the widest registers there are."""
 _CODE: Any = cpu_target.target_context
 _FEATURES = frozenset(_CODE.codegen().magic_tuple()[2].split(","))  # of the processor that is compiled for
-_VNNI = "+avx512vnni" in _FEATURES
-_AT_ONCE = 8 if _VNNI else 4  # tokens of a passage that are multiplied at once: sums do not wait for one another
+_WIDE_VNNI = "+avx512vnni" in _FEATURES  # on registers of 512 bits
+_VNNI = _WIDE_VNNI or "+avxvnni" in _FEATURES  # or of 256, which processors with AVX2 alone may have
+_AT_ONCE = 8 if _WIDE_VNNI else 4  # tokens of a passage that are multiplied at once: sums do not wait for one another
 _PAIRS = 8  # sums of two products of a number below 16 and a signed one of 8 bits that 16 bits hold
 _BYTES = 16  # of a code that are split at once
 _LOWEST = -(1 << 31)
@@ -104,11 +105,23 @@ def _sum_of_two(builder: Any, pairs: Any) -> Any:
     return builder.add(first, builder.ashr(lanes, _vector(_SUMS, 16)))
 
 
+def _sum_of_fours(builder: Any, total: Any, numbers: Any, query: Any) -> Any:
+    """A total, and the sums of four products each, of numbers and a query [64], in 32 bits."""
+    if _WIDE_VNNI:
+        return _call(builder, "llvm.x86.avx512.vpdpbusd.512", _SUMS, total, numbers, query)
+    halves: list[Any] = []
+    for start in (0, LANES // 2):
+        lanes, bytes_ = range(start, start + LANES // 2), range(4 * start, 4 * start + 2 * LANES)
+        some = (_chosen(builder, vector, of) for vector, of in ((total, lanes), (numbers, bytes_), (query, bytes_)))
+        halves.append(_call(builder, "llvm.x86.avx512.vpdpbusd.256", ir.VectorType(_INT32, LANES // 2), *some))
+    return builder.shuffle_vector(*halves, ir.Constant(_SUMS, [*range(LANES)]))
+
+
 def _add_quads(builder: Any, total: Any, row: Any, query: Any) -> None:
     """Add the products of four numbers of a row with four of a query [LANES, 4]; ``total`` has 32 or 16 bits."""
     numbers = builder.bitcast(_repeated(builder, builder.load(row)), _QUADS)
     if _VNNI:
-        sums = _call(builder, "llvm.x86.avx512.vpdpbusd.512", _SUMS, builder.load(total), numbers, query)
+        sums = _sum_of_fours(builder, builder.load(total), numbers, query)
     else:
         sums = builder.add(builder.load(total), _sum_of_pairs(builder, numbers, query))
     builder.store(sums, total)
