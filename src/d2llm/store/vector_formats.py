@@ -224,8 +224,9 @@ class BFloat16(FloatFormat, kind="bfloat16"):
 
     def decode(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The vectors [n, dim] of rows; exact."""
-        stored = np.ascontiguousarray(codes).view(self.stored_as)
-        return np.left_shift(stored, 16, dtype=np.uint32).view(np.float32)
+        wide = np.ascontiguousarray(codes).view(self.stored_as).astype(np.uint32)
+        wide <<= 16  # in place: a shift that widens goes through a buffer and takes twice as long
+        return wide.view(np.float32)
 
 
 class RotatedFormat(VectorFormat):
