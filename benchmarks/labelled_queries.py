@@ -32,8 +32,8 @@ from d2llm.models.student import Student
 from d2llm.ops.significance import mean_interval
 from d2llm.recipe import LabellingConfig, Recipe
 from d2llm.recipe.variants import find_variant
-from d2llm.training.ablation.ablate import DEV_QUERIES, ablate, only_queries
-from d2llm.training.ablation.report import BASE
+from d2llm.training.ablate import DEV_QUERIES, ablate, only_queries
+from d2llm.training.ablation_report import BASE
 from d2llm.training.label import disagreements, mistakes, robust_sample
 
 WAYS = ("random", "disagreement", "mistakes", "robust", "all")

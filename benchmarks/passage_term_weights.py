@@ -56,7 +56,7 @@ from d2llm.ops.bm25_words import terms, tokens_of_terms
 from d2llm.ops.ridge import RidgeSet, choose_penalty, folds_of, ridge_weights
 from d2llm.ops.weighted_sum import sum_weights
 from d2llm.store.bm25 import K1, B, WordIndex
-from d2llm.training.fit_term_weights import fit_term_weights
+from d2llm.training.fit_scores import fit_term_weights
 from d2llm.training.mining.choose import key_of
 
 STUDENT = "d2llm-minilm"

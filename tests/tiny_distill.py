@@ -20,8 +20,7 @@ from d2llm.recipe import Recipe, StudentConfig, TeacherConfig
 from d2llm.recipe.losses import Objective
 from d2llm.training import trainer
 from d2llm.training.distill import DistillReport, distill
-from d2llm.training.losses import LossInput
-from d2llm.training.objective import batch_losses, batch_tokens, score_vectors
+from d2llm.training.losses import LossInput, batch_losses, batch_tokens, score_vectors
 from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model
 

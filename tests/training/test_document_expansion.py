@@ -22,8 +22,7 @@ from d2llm.retrieval.index import Index
 from d2llm.retrieval.shard import shard
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.word_segment import WordSegment
-from d2llm.training.fit_document_expansion import fit_document_expansion
-from d2llm.training.fit_scores import fit_scores
+from d2llm.training.fit_scores import fit_document_expansion, fit_scores
 from fake_models import FakeStudent, Interruption
 from tiny_data import make_source
 from tiny_models import tiny_student_config, write_tiny_model

@@ -19,8 +19,7 @@ from d2llm.models.student import Student
 from d2llm.ops import ridge
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
-from d2llm.training.fit_quality import fit_quality
-from d2llm.training.fit_scores import fit_scores
+from d2llm.training.fit_scores import fit_quality, fit_scores
 from fake_models import FakeStudent
 from tiny_data import make_source
 from tiny_models import tiny_student_config, write_tiny_model

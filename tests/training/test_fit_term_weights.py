@@ -18,8 +18,7 @@ from d2llm.ops.ridge import RidgeSet, choose_penalty, folds_of, ridge_weights
 from d2llm.retrieval.cosine import DotStudent
 from d2llm.retrieval.index import Index
 from d2llm.store.bm25 import WordIndex
-from d2llm.training.fit_scores import fit_scores
-from d2llm.training.fit_term_weights import fit_term_weights
+from d2llm.training.fit_scores import fit_scores, fit_term_weights
 from fake_models import FakeStudent
 from tiny_data import make_source, topics
 from tiny_models import tiny_student_config, write_tiny_model

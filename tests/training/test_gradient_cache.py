@@ -23,7 +23,7 @@ from d2llm.recipe import Lora, TrainingConfig
 from d2llm.recipe.losses import Objective
 from d2llm.training import gradient_cache
 from d2llm.training.gradient_cache import backpropagate, graph_room
-from d2llm.training.objective import batch_tokens, embedded_positions, score_vectors, weighted_sum, with_tokens
+from d2llm.training.losses import batch_tokens, embedded_positions, score_vectors, weighted_sum, with_tokens
 from tiny_data import PUBLISHED, make_source
 from tiny_distill import losses_of, score_batch
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from d2llm.models.student import Student
 from d2llm.recipe import Pooling, StudentConfig
+from d2llm.training.choose_weights import make_idle_gates_constant
 from d2llm.training.dev_sets import evaluate_dev, make_dev_set
-from d2llm.training.idle_gates import make_idle_gates_constant
 from tiny_data import topics, write_rule_labels
 from tiny_distill import Workspace
 from tiny_models import randomise, tiny_student_config

@@ -18,7 +18,7 @@ from d2llm.models.interaction import PairScores
 from d2llm.models.student import Student
 from d2llm.recipe import InteractionConfig
 from d2llm.recipe.losses import LOSSES, Objective
-from d2llm.training.objective import weighted_sum
+from d2llm.training.losses import weighted_sum
 from tiny_data import make_source
 from tiny_distill import losses_of, score_batch
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model

@@ -15,7 +15,7 @@ from d2llm.ops.significance import Interval
 from d2llm.recipe import Recipe
 from d2llm.recipe.variants import VARIANTS, Variant, VariantGroup
 from d2llm.reports.html import svg
-from d2llm.training.ablation.report import BASE, MEASURE, AblationReport, AblationRow
+from d2llm.training.ablation_report import BASE, MEASURE, AblationReport, AblationRow
 
 _SHORT: dict[Task, str] = {"asymmetric": "asym", "symmetric": "sym"}
 _NAME_WIDTH, _FIGURE_WIDTH = 34, 12  # characters, so that the table of two data sets fits a screen of 120

@@ -35,8 +35,7 @@ from d2llm.store.bm25 import bm25_lists
 from d2llm.training.checkpoints import remarks
 from d2llm.training.dev_sets import make_dev_set
 from d2llm.training.label import TeacherOnDemand
-from d2llm.training.losses import Preparation
-from d2llm.training.objective import OFFSET
+from d2llm.training.losses import OFFSET, Preparation
 from d2llm.training.pretrain import pretrain_backbone, unlabelled_texts
 from d2llm.training.processes import Processes, joined_processes, own_device
 from d2llm.training.score_features import fit_beside, score_features_at_start, with_score_features

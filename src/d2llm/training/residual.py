@@ -29,8 +29,7 @@ from d2llm.recipe import Recipe, ResidualConfig
 from d2llm.training.checkpoints import BestState, remarks, warmup_steps
 from d2llm.training.choose_weights import mean_value
 from d2llm.training.dev_sets import DevResult, DevSet, EncodedDev, encode_dev, encode_together, measure_by_weight
-from d2llm.training.losses import LossInput
-from d2llm.training.objective import batch_losses, weighted_sum
+from d2llm.training.losses import LossInput, batch_losses, weighted_sum
 from d2llm.training.processes import ALONE, Processes
 from d2llm.training.trainer import Trainable, Trainer
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # each step imports what it needs, so that errors in a recipe
     from d2llm.evaluation.report import EvaluationReport
     from d2llm.evaluation.settings import EvaluationSettings
     from d2llm.runners.runner import Runner
-    from d2llm.training.ablation.report import AblationReport
+    from d2llm.training.ablation_report import AblationReport
     from d2llm.training.alternate import Round
     from d2llm.training.distill import DistillReport
     from d2llm.training.ensemble_teachers import EnsembleReport
@@ -505,7 +505,7 @@ class Run(OpenRun):
         halving: bool = False,
         budget_minutes: float | None = None,
     ) -> AblationReport:
-        """Train the recipe and its variants on the plans and labels, and compare them (``training.ablation.ablate``).
+        """Train the recipe and its variants on the plans and labels, and compare them (``training.ablate``).
 
         Args:
             variants: names from ``recipe.variants``; None means all.
@@ -519,8 +519,7 @@ class Run(OpenRun):
         variants = None if variants is None else strings_of(variants, "variants")
         for name in variants or ():
             find_variant(name)  # fails before data and labels are read
-        from d2llm.training.ablation.ablate import ablate
-        from d2llm.training.ablation.halving import halve
+        from d2llm.training.ablate import ablate, halve
 
         self.require_plans()
         measure = partial(

@@ -39,6 +39,7 @@ from d2llm.training.choose_weights import (
     choose_interaction_weights,
     interpolate,
     items_at_best_weight,
+    make_idle_gates_constant,
     mean_value,
     value_by_set,
     worse_sets,
@@ -52,11 +53,9 @@ from d2llm.training.dev_sets import (
     measure_by_weight,
 )
 from d2llm.training.gradient_cache import backpropagate, graph_room
-from d2llm.training.idle_gates import make_idle_gates_constant
-from d2llm.training.losses import LossInput
-from d2llm.training.mining.remine import remine
-from d2llm.training.objective import (
+from d2llm.training.losses import (
     OFFSET,
+    LossInput,
     batch_losses,
     batch_tokens,
     embedded_positions,
@@ -66,6 +65,7 @@ from d2llm.training.objective import (
     weighted_sum,
     with_tokens,
 )
+from d2llm.training.mining.mine import remine
 from d2llm.training.processes import Processes
 from d2llm.training.residual import AskTeacher, train_residual
 from d2llm.training.settings import LISTED_PASSAGES

@@ -16,8 +16,7 @@ from d2llm.models.interaction import PairScores
 from d2llm.models.student import Student
 from d2llm.recipe.losses import Objective
 from d2llm.training.gradient_cache import backpropagate
-from d2llm.training.losses import LossInput
-from d2llm.training.objective import batch_tokens
+from d2llm.training.losses import LossInput, batch_tokens
 from tiny_data import JUDGEMENTS, tiny_recipe
 from tiny_distill import LEARNING, Workspace, losses_of, score_batch
 from tiny_models import DIM, randomise, tiny_student_config

@@ -17,7 +17,7 @@ from d2llm.methods.losses.nested_cross_entropy import nested_cross_entropy
 from d2llm.models.student import Student
 from d2llm.recipe import Recipe
 from d2llm.recipe.losses import Objective
-from d2llm.training.objective import batch_tokens
+from d2llm.training.losses import batch_tokens
 from tiny_data import JUDGEMENTS, tiny_recipe
 from tiny_distill import LEARNING, Workspace, losses_of, score_batch
 from tiny_models import DIM, tiny_student_config

@@ -20,7 +20,7 @@ from d2llm.models.student import Student
 from d2llm.models.writers.writer import Assignment, WrittenQueries
 from d2llm.recipe import Recipe
 from d2llm.recipe.losses import Objective
-from d2llm.training.objective import batch_tokens
+from d2llm.training.losses import batch_tokens
 from tiny_data import JUDGEMENTS, tiny_recipe
 from tiny_distill import LEARNING, Workspace, log_of, losses_of, score_batch
 from tiny_models import TEXTS, tiny_student_config

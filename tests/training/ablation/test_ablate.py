@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from d2llm.training import ablate as verb
 
 from d2llm.core.errors import InputError, RecipeError, TrainingDivergedError
 from d2llm.data.labels import LabelStore
@@ -25,9 +26,8 @@ from d2llm.recipe.losses import Objective
 from d2llm.recipe.variants import find_variant
 from d2llm.training import distill as distill_verb
 from d2llm.training import trainer
-from d2llm.training.ablation import ablate as verb
-from d2llm.training.ablation.ablate import RunSettings, ablate
-from d2llm.training.ablation.report import AblationReport, RunResult
+from d2llm.training.ablate import RunSettings, ablate
+from d2llm.training.ablation_report import AblationReport, RunResult
 from tiny_data import JUDGEMENTS, make_plan, tiny_recipe, topics, write_rule_labels
 from tiny_distill import LEARNING, Workspace
 from tiny_models import tiny_student_config

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from d2llm.training.ablation.halving import Progress, halve
+from d2llm.training.ablate import Progress, halve
 
 
 @dataclass
@@ -46,7 +46,7 @@ def test_the_better_half_is_trained_longer(stops_at, rounds):
 def test_runs_and_minutes_are_those_of_all_rounds_and_so_is_the_budget(monkeypatch):
     """Six variants: 7 runs of one epoch, 4 of two and 2 of four, as long as 23 of one; a minute each epoch."""
     clock, said, budgets = [0.0], [], []
-    monkeypatch.setattr("d2llm.training.ablation.halving.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("d2llm.training.ablate.time.monotonic", lambda: clock[0])
 
     def measure(*, variants, epochs, budget_minutes, progress):
         budgets.append(budget_minutes)

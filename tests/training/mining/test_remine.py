@@ -14,7 +14,7 @@ from d2llm.data.plan import PlanEntry, TrainingSource
 from d2llm.models.student import Student
 from d2llm.recipe import MiningConfig
 from d2llm.recipe.negatives import Uniform
-from d2llm.training.mining.remine import remine
+from d2llm.training.mining.mine import remine
 from fake_models import FakeStudent
 from tiny_data import make_plan, topics
 from tiny_models import randomise, tiny_student_config, write_tiny_model

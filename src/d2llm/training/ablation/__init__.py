@@ -1,1 +1,0 @@
-"""Measures how much each part of a recipe contributes, by training without it, over several seeds."""
