@@ -32,7 +32,7 @@ from d2llm.core.files import write_bytes
 from d2llm.core.types import TASKS, Task
 from d2llm.data.beir import read_beir
 from d2llm.models.interaction import Interaction
-from d2llm.models.plain_student import PairScorer
+from d2llm.models.protocols import PairScorer
 from d2llm.models.student import Student
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k

@@ -28,7 +28,7 @@ from untrained import sample
 
 from d2llm.data.beir import read_beir
 from d2llm.methods.poolings.splade import SpladePooling
-from d2llm.models.learned_words import LearnedWords
+from d2llm.models.document_expansion import LearnedWords
 from d2llm.models.student import Student
 from d2llm.ops.bm25_words import terms
 from d2llm.ops.measures import per_query_measures

@@ -34,7 +34,7 @@ from scaling.data_sets import DATA, require
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import ScoreFeature, Task
 from d2llm.data.beir import Dataset, read_beir
-from d2llm.models.learned_words import LearnedWords
+from d2llm.models.document_expansion import LearnedWords
 from d2llm.models.row_features import scored_list
 from d2llm.models.score_features import TaskFeatureWeights
 from d2llm.models.student import Student

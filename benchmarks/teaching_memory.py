@@ -31,7 +31,7 @@ from d2llm.core.types import TASKS, Passage, Query, Task
 from d2llm.data.beir import Dataset, PassageStore
 from d2llm.data.plan import PlanEntry, TrainingPlan, TrainingSource
 from d2llm.evaluation.systems import peak_memory
-from d2llm.models.plain_student import PlainStudent
+from d2llm.models.protocols import PlainStudent
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.pair_teacher import TeacherScores, TextPair
 from d2llm.models.tokens import EncodedTexts

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from d2llm.core.types import PART_KINDS
-from d2llm.models.plain_student import PlainStudent
+from d2llm.models.protocols import PlainStudent
 from d2llm.models.score_features import FeatureWeights
 from d2llm.models.teachers.pair_teacher import TeacherScores
 from d2llm.models.tokens import EncodedTexts, TokenVectors

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from d2llm.models.document_expansion import DocumentExpansion
+from d2llm.models.fitted_part import TermWeights
 from d2llm.models.score_features import ScoreFeatures, TaskFeatureWeights, WordsFactor
 from d2llm.models.student import Student
-from d2llm.models.term_weights import TermWeights
 from d2llm.models.token_vectors import TokenProjection
 from sharded_index import WORDS
 from tiny_models import write_trained_student

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from d2llm.core.types import Passage
-from d2llm.models import plain_student
+from d2llm.models import protocols
 from d2llm.models.tokens import EncodedTexts
 from d2llm.recipe import StudentConfig
 from d2llm.store.index_spec import StoredSpec
@@ -19,7 +19,7 @@ from d2llm.store.view import PassageView
 DIM = 32
 
 
-class PlainStudent(plain_student.PlainStudent):
+class PlainStudent(protocols.PlainStudent):
     """A student whose queries are the numbers of its vectors; without vectors, a text has one of its own."""
 
     config = StudentConfig()

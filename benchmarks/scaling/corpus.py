@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from d2llm import Student
 from d2llm.core.types import Passage, Task
 from d2llm.data.beir import read_beir
-from d2llm.models.plain_student import PlainStudent
+from d2llm.models.protocols import PlainStudent
 from d2llm.models.tokens import EncodedTexts, TextKind, TokenVectors
 
 FRACTIONS = {"squad-sent": 0.38, "quora": 0.50, "medquad": 0.12}  # data set -> its fraction of the real passages

@@ -14,7 +14,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import Passage
 from d2llm.methods.losses.flops import flops
 from d2llm.methods.poolings.splade import SpladePooling, best_of_slices
-from d2llm.models.learned_words import LearnedWords
+from d2llm.models.document_expansion import LearnedWords
 from d2llm.models.student import Student
 from d2llm.recipe import InteractionConfig, Pooling, Recipe
 from d2llm.retrieval.index import Index

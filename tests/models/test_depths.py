@@ -16,11 +16,10 @@ from d2llm.cli.main import app
 from d2llm.core.errors import InputError, ModelError
 from d2llm.models.backbone import Backbone
 from d2llm.models.export.export import export
+from d2llm.models.fitted_part import PassageQuality, TermWeights
 from d2llm.models.interaction import Interaction
 from d2llm.models.pretrained import final_module
-from d2llm.models.quality import PassageQuality
 from d2llm.models.student_files import check_content
-from d2llm.models.term_weights import TermWeights
 from tiny_models import ARCHITECTURES, TEXTS, TWO_ADAPTERS, randomise, tiny_student_config, write_tiny_model
 
 DEPTHS = (1, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from d2llm.models.pair_scores import score_by_query
+from d2llm.models.row_features import score_by_query
 from d2llm.retrieval.cosine import ForwardingStudent
 from fake_models import FakeStudent
 

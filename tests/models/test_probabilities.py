@@ -15,8 +15,8 @@ from d2llm import Student
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
-from d2llm.models.plain_student import PlainStudent
 from d2llm.models.probabilities import ProbabilityCalibration, TaskCalibration
+from d2llm.models.protocols import PlainStudent
 from d2llm.models.tokens import EncodedTexts
 from d2llm.ops.calibration import expected_calibration_error, reliability_bins
 from d2llm.training.fit_probabilities import MIN_QUERIES, NUM_HARD, NUM_RANDOM, fit_probabilities, score_drawn

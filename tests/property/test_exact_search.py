@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import TASKS
 from d2llm.models.interaction import Interaction
-from d2llm.models.plain_student import PlainStudent
+from d2llm.models.protocols import PlainStudent
 from d2llm.models.row_features import RowFeatures
 from d2llm.models.score_features import FeatureWeights, WordsFactor
 from d2llm.models.scorer import HeadWeights, QueryScorer

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from d2llm.core.errors import RecipeError
 from d2llm.core.problems import describe_errors
 from d2llm.core.registry import Registry
-from d2llm.recipe.kinds import SectionOfKind
+from d2llm.recipe.sections import SectionOfKind
 
 
 class Tuning(SectionOfKind):

@@ -10,8 +10,7 @@ import pytest
 from pydantic import Field
 
 from d2llm.core.registry import Registry
-from d2llm.recipe.kinds import SectionOfKind
-from d2llm.recipe.sections import LoraConfig
+from d2llm.recipe.sections import LoraConfig, SectionOfKind
 from d2llm.reports import methods
 from d2llm.reports.methods import SECTIONS, describe_methods, facts_table, methods_table, plain
 from installed_package import install

@@ -17,9 +17,9 @@ from pydantic import BaseModel
 from d2llm.cli.main import app
 from d2llm.core.errors import MissingExtraError
 from d2llm.recipe import Recipe
-from d2llm.recipe.kinds import SectionOfKind
 from d2llm.recipe.losses import LOSSES, Objective
 from d2llm.recipe.recipe_file import load_recipe_text
+from d2llm.recipe.sections import SectionOfKind
 
 PAGES = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md")
 FILE = re.compile(r"`([\w*.-]*(?:/[\w*.-]+)+|[\w*-]+\.(?:py|js|toml|sh|md|yaml|json))`")

@@ -6,8 +6,7 @@ import pytest
 
 from d2llm.core.types import LateChunk, Passage, Section, SectionedPassage
 from d2llm.models.student import Student
-from d2llm.retrieval.chunking import Chunker
-from d2llm.retrieval.text_splitter import TableSplitter
+from d2llm.retrieval.chunking import Chunker, TableSplitter
 from d2llm.store.index_manifest import Chunking
 
 HEADER = "| Fruit | Price |\n| --- | --- |"

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from d2llm.retrieval import text_splitter
-from d2llm.retrieval.text_splitter import TextSplitter
+from d2llm.retrieval import chunking
+from d2llm.retrieval.chunking import TextSplitter
 
 
 def word_tokenizer() -> Tokenizer:
@@ -149,13 +149,13 @@ class TestTime:
     def test_steps_are_linear(self, monkeypatch):
         """Also without a tokenizer: every search for a boundary looks at one piece."""
         looked_at: list[int] = []
-        original = text_splitter._last_boundary
+        original = chunking._last_boundary
 
         def counted(text, start, least, end, *others):
             looked_at.append(end - start)
             return original(text, start, least, end, *others)
 
-        monkeypatch.setattr(text_splitter, "_last_boundary", counted)
+        monkeypatch.setattr(chunking, "_last_boundary", counted)
         pieces("a" * 100_000, 64)
         assert sum(looked_at) <= 3 * 100_000
 
@@ -172,7 +172,7 @@ class TestTime:
 
 
 def test_blocks_end_before_white_space(monkeypatch):
-    monkeypatch.setattr(text_splitter, "_BLOCK", 20)
+    monkeypatch.setattr(chunking, "_BLOCK", 20)
     text = "The cat sleeps. The dog runs. " * 20
     assert pieces(text, 9) == ["The cat sleeps. The dog runs."] * 20
     assert re.sub(r"\s", "", "".join(pieces("x" * 95, 9))) == "x" * 95

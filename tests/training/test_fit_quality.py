@@ -13,8 +13,7 @@ import pytest
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage
 from d2llm.data.beir import Dataset
-from d2llm.models.fitted_part import Widths
-from d2llm.models.quality import PassageQuality
+from d2llm.models.fitted_part import PassageQuality, Widths
 from d2llm.models.student import Student
 from d2llm.ops import ridge
 from d2llm.retrieval.encode import encode

@@ -11,8 +11,8 @@ import pytest
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage
 from d2llm.data.beir import Dataset
+from d2llm.models.fitted_part import TermWeights
 from d2llm.models.student import Student
-from d2llm.models.term_weights import TermWeights
 from d2llm.ops.bm25_words import placed_terms, terms
 from d2llm.ops.ridge import RidgeSet, choose_penalty, folds_of, ridge_weights
 from d2llm.retrieval.cosine import DotStudent

@@ -13,9 +13,8 @@ import pytest
 from d2llm.core.errors import MissingExtraError, RecipeError
 from d2llm.recipe import Recipe, TrainingConfig
 from d2llm.recipe.recipe_file import parse_recipe
-from d2llm.training import trackers
-from d2llm.training.checkpoints import LOG, RunLog
-from d2llm.training.trackers import numbers, open_trackers
+from d2llm.training import checkpoints
+from d2llm.training.checkpoints import LOG, RunLog, numbers, open_trackers
 
 
 def recipe(*names: str) -> Recipe:
@@ -37,11 +36,11 @@ def test_numbers_are_flattened_and_texts_dropped() -> None:
 
 
 def test_default_is_tensorboard_if_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(checkpoints.importlib.util, "find_spec", lambda name: None)
     assert open_trackers(Recipe(), tmp_path, run_key="k", resume_step=0) == []
     opened: list[str] = []
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: name == "tensorboard" or None)
-    monkeypatch.setitem(trackers._TRACKERS, "tensorboard", lambda *arguments: opened.append("tensorboard"))
+    monkeypatch.setattr(checkpoints.importlib.util, "find_spec", lambda name: name == "tensorboard" or None)
+    monkeypatch.setitem(checkpoints._TRACKERS, "tensorboard", lambda *arguments: opened.append("tensorboard"))
     open_trackers(Recipe(), tmp_path, run_key="k", resume_step=0)
     assert opened == ["tensorboard"]
 

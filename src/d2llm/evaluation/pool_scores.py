@@ -19,8 +19,8 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.types import Task
 from d2llm.data.labels import LabelStore, QueryLabels
+from d2llm.models.remote.endpoint import Limits
 from d2llm.models.remote.kept_answers import KeptAnswers
-from d2llm.models.remote.limits import Limits
 from d2llm.models.teachers.pair_teacher import (
     PairTeacher,
     PartialScores,

@@ -29,8 +29,8 @@ from d2llm.core.names import counted
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Passage
 from d2llm.fitting.settings import DEFAULT_KINDS
+from d2llm.models.remote.endpoint import Limits
 from d2llm.models.remote.kept_answers import KeptAnswers
-from d2llm.models.remote.limits import Limits
 from d2llm.models.writers.writer import Assignment, QueryKind, Writer, write_until_error
 from d2llm.recipe import WriterConfig
 

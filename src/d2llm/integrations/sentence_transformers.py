@@ -26,8 +26,7 @@ from d2llm.core.extras import require
 from d2llm.core.progress import showing_progress
 from d2llm.core.types import PART_KINDS, PartKind, ScoreFeature, Task
 from d2llm.integrations.texts import rank_texts, require_dot, require_texts, task_of
-from d2llm.models.plain_student import PairScorer
-from d2llm.models.protocols import task_for
+from d2llm.models.protocols import PairScorer, task_for
 from d2llm.models.score_features import FeatureWeights
 from d2llm.models.student import Student
 from d2llm.models.tokens import EncodedTexts, TextKind, TokenVectors

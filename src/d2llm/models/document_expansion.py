@@ -25,10 +25,12 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.errors import ModelError
+from d2llm.core.batches import batched
+from d2llm.core.errors import InputError, ModelError
 from d2llm.models.fitted_part import Widths
 from d2llm.ops.bm25_words import terms
 from d2llm.ops.words import WORD_RULE
+from d2llm.store.word_segment import learned_term
 
 NUM_WORDS = 20
 """Words that are added to a passage, at most."""
@@ -36,6 +38,8 @@ AMOUNT = 0.5
 """What part of its predicted count a word gets (docs/recipes.md)."""
 _LEAST_MEAN = 0.01  # of the likelihoods of a passage's own words
 _BLOCK = 512
+_NUM_LEARNED = 256  # learned words of a passage, at most
+_LEARNED_BLOCK = 256  # texts whose weights of learned words are in memory at once
 _ARRAYS = ("usual", "middle", "weights", "rarity")
 
 
@@ -145,3 +149,56 @@ class DocumentExpansion:
                 f"{path} does not fit {num} words and vectors of width {widths.vectors} ({', '.join(wrong)}); {remedy}"
             )
         return expansion
+
+
+class LearnedWords:
+    """Words of passages and queries, and their weights, by a student with the pooling ``splade``.
+
+    An index has them as terms beside the words of its texts (``store.word_segment.learned_term``): a pair's BM25 and
+    the inner product of their weights are one sum over postings, with one bound. Passages and queries are read once
+    more, by that student. It is in the folder ``learned_words`` of the student that has these words.
+
+    Source: Formal et al., "SPLADE v2: Sparse Lexical and Expansion Model for Information Retrieval", 2021 (arXiv
+    2109.10086). Of a passage only the largest weights are kept.
+
+    Raises:
+        InputError: the student has another pooling.
+    """
+
+    folder_name: ClassVar[str] = "learned_words"
+    num_words: ClassVar[int] = _NUM_LEARNED
+
+    def __init__(self, student: Any) -> None:  # a Student, which imports this module
+        if student.config.pooling.kind != "splade":
+            raise InputError(
+                f"learned words come from a student with the pooling splade, but this one has "
+                f'{student.config.pooling.kind}; train one with student.pooling = "splade" (docs/recipes.md)'
+            )
+        self._student = student
+        self.fingerprint: str = student.fingerprint
+
+    def words(self, vectors: NDArray[np.float32], full_texts: Sequence[str]) -> list[dict[str, float]]:  # noqa: ARG002
+        """The terms of passages, by weight; their vectors do not matter."""
+        return [
+            _largest(weights)
+            for block in batched(full_texts, _LEARNED_BLOCK)
+            for weights in self._student.encode_passages(block).vectors
+        ]
+
+    def of_queries(self, texts: Sequence[str]) -> list[dict[str, float]]:
+        """The terms of queries, by weight."""
+        return [
+            _largest(weights)
+            for block in batched(texts, _LEARNED_BLOCK)
+            for weights in self._student.query_vectors(self._student.encode_queries(block).vectors)
+        ]
+
+    def write(self, folder: Path, student: str) -> None:  # noqa: ARG002
+        """Write the student of the words into the folder of the one that has them."""
+        self._student.save(folder / self.folder_name)
+
+
+def _largest(weights: NDArray[np.float32]) -> dict[str, float]:
+    """The terms of the largest weights above 0 [vocabulary]."""
+    best = np.argsort(-weights, kind="stable")[:_NUM_LEARNED]
+    return {learned_term(index): round(float(weights[index]), 4) for index in best.tolist() if weights[index] > 0}

@@ -21,7 +21,7 @@ from d2llm.core.extras import require
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Task
 from d2llm.models.device import choose_device, choose_dtype
-from d2llm.models.plain_student import PlainStudent
+from d2llm.models.protocols import PlainStudent
 from d2llm.models.sources import find_model, fingerprint_model, first_sentence, hub_snapshot, quiet_transformers
 from d2llm.models.teachers.pair_teacher import TeacherScores
 from d2llm.models.tokens import EncodedTexts

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from d2llm.core.errors import DataFormatError
@@ -83,3 +85,73 @@ class FittedPart(FittedValues):
     def fits(self, widths: Widths) -> bool:  # noqa: ARG002
         """Whether its arrays have the student's widths."""
         return True
+
+
+class PassageQuality(FittedPart):
+    """How likely a passage is to answer any query at all: w . y / |y| for its vector y; only differences mean anything.
+
+    ``encode`` can leave out the passages of the lowest quality.
+
+    It was fitted on passages of data sets, by name, of which some are relevant to a query. ``auc``: how often a
+    relevant passage has a higher quality than another one of its data set, by fits that left both out; 0.5 is chance.
+    """
+
+    kind: ClassVar[str] = "quality"
+    file_name: ClassVar[str] = "quality.json"
+    without: ClassVar[str] = "go without quality"
+
+    weights: tuple[float, ...]
+    num_passages: dict[str, int]
+    num_relevant: dict[str, int]
+    auc: dict[str, float]
+
+    def of(self, vectors: NDArray[np.float32]) -> NDArray[np.float64]:
+        """[n, dim] -> quality [n]."""
+        return directions(vectors) @ np.array(self.weights)
+
+    def fits(self, widths: Widths) -> bool:
+        """Whether there is a weight for each number of a vector."""
+        return len(self.weights) == widths.vectors
+
+
+def directions(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Vectors [n, dim] with length 1; 0 stays 0."""
+    exact = vectors.astype(np.float64)
+    lengths = np.linalg.norm(exact, axis=1, keepdims=True)
+    return exact / np.where(lengths > 0, lengths, 1.0)
+
+
+class TermWeights(FittedPart):
+    """How much each word of a query counts in BM25: max(floor, offset + w . x) for its state x.
+
+    The state is the mean of those of the word's tokens in the query; the factor, the fraction of the relevant passages
+    that can be expected to contain the word: one of which they have synonyms counts less than its rarity says. A search
+    multiplies the word's idf by it, so exact searches stay exact and indexes stay as they are.
+
+    Source: Dai and Callan, "Context-Aware Sentence/Passage Term Importance Estimation For First Stage Retrieval", 2019
+    (arXiv 1910.10687): its DeepCT-Query, here on the states of a student that does not change. Factors of passages'
+    words (DeepCT-Index) would need another index, and gained nothing beside vectors (docs/log).
+
+    It was fitted on ``num_words`` words of queries of data sets, by name. ``explained`` is how much of the variance
+    of the true fractions of each set the factors explain, by fits that left these queries out.
+    """
+
+    kind: ClassVar[str] = "term_weights"
+    file_name: ClassVar[str] = "term_weights.json"
+    without: ClassVar[str] = "weigh words by their rarity alone"
+
+    weights: tuple[float, ...]
+    offset: float
+    usual: float
+    """The factor of a word without a state, because the query was cut before it: the mean over the words of the fit."""
+    floor: float = 0.05
+    num_words: dict[str, int]
+    explained: dict[str, float]
+
+    def factors(self, states: NDArray[np.float32]) -> NDArray[np.float64]:
+        """[n, dim] -> factors [n]."""
+        return np.maximum(self.offset + states.astype(np.float64) @ np.array(self.weights), self.floor)
+
+    def fits(self, widths: Widths) -> bool:
+        """Whether there is a weight for each number of a state."""
+        return len(self.weights) == widths.states

@@ -12,6 +12,7 @@ whether they are aligned with the last layer, says ``losses.nested_cross_entropy
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from d2llm.core.errors import InputError, ModelError
+from d2llm.core.extras import require
 from d2llm.models.backbone import Backbone, load_weights
 from d2llm.models.device import use_plain_attention_on_cpu
 from d2llm.models.fast_layers import sum_gradients_by_row
@@ -40,7 +42,6 @@ from d2llm.models.lora import (
     sharing_copy,
     train_adapters_only,
 )
-from d2llm.models.quantization import prepare_quantized, quantized_options
 from d2llm.models.sources import (
     find_model,
     find_model_file,
@@ -50,10 +51,11 @@ from d2llm.models.sources import (
     model_type,
 )
 from d2llm.ops.pooling import to_right_padding
-from d2llm.recipe import AutoPooling, BackboneConfig, Lora, Pooling
+from d2llm.recipe import AutoPooling, BackboneConfig, Lora, Pooling, Quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 _MODEL = "model"
 _QUERY = "query:"  # before the names of the tensors of the queries' adapter, if there are two
@@ -493,3 +495,54 @@ def _keep_output(layer: nn.Module, outputs: dict[int, Tensor], key: int) -> Remo
         outputs[key] = output[0] if isinstance(output, tuple) else output
 
     return layer.register_forward_hook(keep)
+
+
+# Weights in 8 or 4 bits, quantised while a model is loaded ------------------------------------------------------------
+
+EXTRA = "large"
+_MARKS = {"8bit": "is_loaded_in_8bit", "4bit": "is_loaded_in_4bit"}  # what PEFT looks for on a model to adapt
+
+
+def quantized_options(
+    quantization: Quantization, *, device: torch.device, dtype: torch.dtype, what: str
+) -> dict[str, Any]:
+    """Options of ``load_pretrained`` that quantise the weights of ``what`` on a device; empty for "none".
+
+    Source of 8 bits: Dettmers et al., "LLM.int8()", NeurIPS 2022. Of 4 bits (NF4, double quantisation), and of adapters
+    tuned on them: Dettmers et al., "QLoRA", NeurIPS 2023.
+
+    Raises:
+        MissingExtraError: bitsandbytes or accelerate is not installed.
+    """
+    if quantization == "none":
+        return {}
+    purpose = f"a {what} in {quantization.removesuffix('bit')} bits"
+    require("accelerate", extra=EXTRA, purpose=purpose)
+    require("bitsandbytes", extra=EXTRA, purpose=purpose)
+    return {"quantization_config": _quantization_config(quantization, dtype), "device_map": {"": device}}
+
+
+def prepare_quantized(model: nn.Module, quantization: Quantization) -> None:
+    """Prepare a part of a model whose layers are quantised for adapters; does nothing for "none"."""
+    if quantization == "none":
+        return
+    setattr(model, _MARKS[quantization], True)  # transformers marks only the whole model
+    for layer in model.modules():
+        # On a CPU, a 4-bit layer packs its weights when it is first used, and from then on gives no gradient.
+        if "support_avx512bf16_for_cpu" in vars(layer):
+            vars(layer)["support_avx512bf16_for_cpu"] = False
+
+
+def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        # It says in every layer and batch that it computes outliers in float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )

@@ -5,7 +5,7 @@ The rows are those of an index, or texts that are in none (``models.encoded_text
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.types import ScoreFeature, Task
-from d2llm.models.plain_student import PairScorer
-from d2llm.models.protocols import VectorStudent
+from d2llm.models.protocols import PairScorer, VectorStudent
 from d2llm.models.score_features import FeatureWeights
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.word_segment import QueryWords
@@ -228,3 +227,27 @@ def scored_list(
         values["maxsim"] = best_tokens
     scores = np.stack([student_scores, *(values[term] for term in terms)], axis=1)
     return scores, np.array([grades.get(row, 0) for row in rows.tolist()], np.float64)
+
+
+def score_by_query(
+    student: VectorStudent,
+    pairs: Sequence[tuple[str, str]],
+    queries: Mapping[str, NDArray[np.float32]],
+    passages: Mapping[str, NDArray[np.float32]],
+    task: Task,
+    advance: Callable[[int], None] | None = None,
+) -> NDArray[np.float32]:
+    """Logits [n] of pairs, all of a query's pairs at once, from the vector [dim] of each query and of each passage.
+
+    ``advance`` is called with the number of pairs of each query.
+    """
+    rows_of_query: dict[str, list[int]] = {}
+    for index, (query, _) in enumerate(pairs):
+        rows_of_query.setdefault(query, []).append(index)
+    scores = np.empty(len(pairs), np.float32)
+    for query, positions in rows_of_query.items():
+        vectors = np.stack([passages[pairs[index][1]] for index in positions])
+        scores[positions] = student.score(queries[query], vectors, task)
+        if advance is not None:
+            advance(len(positions))
+    return scores

@@ -30,7 +30,7 @@ from d2llm.data.python_records import PassageLike, QueryLike, one_query_of, pass
 from d2llm.models import student_files as files
 from d2llm.models.backbone import Backbone, open_backbone
 from d2llm.models.device import checkpoint_layers, choose_device
-from d2llm.models.document_expansion import DocumentExpansion
+from d2llm.models.document_expansion import DocumentExpansion, LearnedWords
 from d2llm.models.engines.engines import choose_engine, choose_products
 from d2llm.models.export.sentence_transformers import (
     base_of_adapter,
@@ -38,19 +38,16 @@ from d2llm.models.export.sentence_transformers import (
     why_not_plain,
     write_plain_form,
 )
-from d2llm.models.fitted_part import Widths
+from d2llm.models.fitted_part import PassageQuality, TermWeights, Widths
 from d2llm.models.hub import PushReport, fetch_student, find_student, push_student
 from d2llm.models.interaction import Interaction, make_head
-from d2llm.models.learned_words import LearnedWords
 from d2llm.models.lora import peft_config, with_peft_names, with_plain_names
 from d2llm.models.model_card import model_card
 from d2llm.models.pooling import make_pooling, with_gated, without_gated
 from d2llm.models.probabilities import ProbabilityCalibration
-from d2llm.models.quality import PassageQuality
 from d2llm.models.score_features import FeatureWeights, ScoreFeatures
 from d2llm.models.sources import load_tensors
 from d2llm.models.student_encoder import StudentEncoder
-from d2llm.models.term_weights import TermWeights
 from d2llm.models.text_scores import ScoringIndex, TextScorer
 from d2llm.models.token_vectors import TokenProjection
 from d2llm.ops.selection import check_scores, ids_at, top_rows
@@ -78,9 +75,9 @@ class Student(StudentEncoder):
         score_features: weights of the score features that an index adds (``models.score_features``).
         calibration: turns scores into probabilities (``models.probabilities``).
         token_projection: makes token embeddings (``models.token_vectors``).
-        term_weights: how much each word of a query counts in BM25 (``models.term_weights``).
+        term_weights: how much each word of a query counts in BM25 (``models.fitted_part``).
         document_expansion: words that an index adds to a passage (``models.document_expansion``, ``learned_words``).
-        quality: how likely a passage is to answer any query (``models.quality``).
+        quality: how likely a passage is to answer any query (``models.fitted_part``).
 
     Each of the last five is missing or empty if it was not fitted.
 

@@ -19,14 +19,13 @@ from d2llm.core.inputs import stream_of_objects, strings_of, texts_of
 from d2llm.core.types import EngineName, Span, WholeText
 from d2llm.models.backbone import Backbone
 from d2llm.models.device import inference, tokens_to_read
-from d2llm.models.document_expansion import DocumentExpansion
+from d2llm.models.document_expansion import DocumentExpansion, LearnedWords
 from d2llm.models.engines.core_workers import map_on_cores
 from d2llm.models.engines.engines import Engine, open_engine
-from d2llm.models.engines.lean_pooling import project_tokens
+from d2llm.models.engines.lean_layers import project_tokens
+from d2llm.models.fitted_part import TermWeights
 from d2llm.models.late_chunking import ChunkReader, EncodedChunks
-from d2llm.models.learned_words import LearnedWords
 from d2llm.models.pooling import TextPooling, to_sphere
-from d2llm.models.term_weights import TermWeights
 from d2llm.models.token_vectors import TokenProjection
 from d2llm.models.tokens import (
     NO_TOKENS,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from d2llm.core.types import Task, default_task
 from d2llm.models.device import inference
 from d2llm.models.interaction import CosineHead, Interaction
-from d2llm.models.plain_student import PlainStudent, why_no_interaction
+from d2llm.models.protocols import PlainStudent, why_no_interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
 
 SCORE_BLOCK = 480

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from d2llm.recipe.pooling import AutoPooling as AutoPooling
     from d2llm.recipe.pooling import ChangedPooling as ChangedPooling
     from d2llm.recipe.pooling import Pooling as Pooling
-    from d2llm.recipe.pretraining import Pretraining as Pretraining
     from d2llm.recipe.recipe import Recipe as Recipe
     from d2llm.recipe.sections import CompletionConfig as CompletionConfig
     from d2llm.recipe.sections import EndpointConfig as EndpointConfig
@@ -56,6 +55,7 @@ if TYPE_CHECKING:
     from d2llm.recipe.teacher import TeacherIdentity as TeacherIdentity
     from d2llm.recipe.teacher import VllmTeacherConfig as VllmTeacherConfig
     from d2llm.recipe.training import GateConfig as GateConfig
+    from d2llm.recipe.training import Pretraining as Pretraining
     from d2llm.recipe.training import ResidualConfig as ResidualConfig
     from d2llm.recipe.training import ScoreFeaturesConfig as ScoreFeaturesConfig
     from d2llm.recipe.training import TokensConfig as TokensConfig
@@ -100,7 +100,7 @@ _HOME_OF = {
     "MiningConfig": "d2llm.recipe.data",
     "Package": "d2llm.recipe.backbone",
     "Pooling": "d2llm.recipe.pooling",
-    "Pretraining": "d2llm.recipe.pretraining",
+    "Pretraining": "d2llm.recipe.training",
     "PromptedTeacherConfig": "d2llm.recipe.teacher",
     "Quantization": "d2llm.recipe.sections",
     "RankedListsConfig": "d2llm.recipe.teacher",

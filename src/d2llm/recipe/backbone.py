@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from d2llm.core.registry import Registry, modules_in
-from d2llm.recipe.kinds import SectionOfKind
-from d2llm.recipe.sections import LoraConfig, Quantization
+from d2llm.recipe.sections import LoraConfig, Quantization, SectionOfKind
 
 if TYPE_CHECKING:
     from pathlib import Path

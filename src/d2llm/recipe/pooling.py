@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from d2llm.core.registry import Registry, modules_in
-from d2llm.recipe.kinds import SectionOfKind
+from d2llm.recipe.sections import SectionOfKind
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,7 +20,7 @@ from d2llm.recipe import (
     WriterConfig,
     shaping_student_settings,
 )
-from d2llm.recipe.kinds import SectionOfKind
+from d2llm.recipe.sections import SectionOfKind
 
 _Kind = TypeVar("_Kind", bound=SectionOfKind)
 _NOT_SET = "not set"

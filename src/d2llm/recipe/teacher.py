@@ -15,8 +15,7 @@ from pydantic.fields import FieldInfo
 
 from d2llm.core.registry import Registry
 from d2llm.core.types import TASKS, NumberFormat, Task
-from d2llm.recipe.kinds import SectionOfKind
-from d2llm.recipe.sections import CompletionConfig, InputPath, Quantization, Section
+from d2llm.recipe.sections import CompletionConfig, InputPath, Quantization, Section, SectionOfKind
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from d2llm.core.registry import Registry
-from d2llm.recipe.kinds import SectionOfKind
-from d2llm.recipe.sections import CompletionConfig
+from d2llm.recipe.sections import CompletionConfig, SectionOfKind
 
 if TYPE_CHECKING:
     from d2llm.models.writers.writer import Writer

@@ -15,8 +15,8 @@ from d2llm.core.registry import Registered, Registry
 from d2llm.core.settings import bound, shown_as
 from d2llm.core.table import Cell, Column, Table
 from d2llm.recipe import BackboneConfig, Pooling, Pretraining, TeacherConfig, Tuning, WriterConfig
+from d2llm.recipe.data import Sampling
 from d2llm.recipe.losses import LOSSES
-from d2llm.recipe.negatives import Sampling
 from d2llm.recipe.variants import VARIANTS, Variant
 from d2llm.retrieval.reranker import Reranker
 from d2llm.store.vector_formats import VectorFormat

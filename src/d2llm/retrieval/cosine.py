@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.types import Task
-from d2llm.models.plain_student import PlainStudent
-from d2llm.models.protocols import SearchStudent, TextEncoder, VectorStudent
+from d2llm.models.protocols import PlainStudent, SearchStudent, TextEncoder, VectorStudent
 from d2llm.models.tokens import EncodedTexts, TextKind
 
 

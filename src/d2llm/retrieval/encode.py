@@ -22,8 +22,8 @@ from d2llm.core.types import EngineName, Passage
 from d2llm.data.documents import SkippedFile
 from d2llm.data.indexed_corpus import Corpus, open_corpus
 from d2llm.data.python_records import PassageLike, passages_of
+from d2llm.models.fitted_part import PassageQuality
 from d2llm.models.protocols import SearchStudent, expansion_fingerprint, task_for
-from d2llm.models.quality import PassageQuality
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.open_index import settled
 from d2llm.retrieval.reading import EncodedPassages, read_passages
@@ -94,7 +94,7 @@ def encode(
         folder: the index's folder. Until the index is complete, it is in a hidden folder next to it.
         spec: what the index is to be.
         chunking: how long texts are split into passages; None makes each text a passage.
-        prune: leave out this fraction of the passages, those that the student's quality (``models.quality``) puts
+        prune: leave out this fraction of the passages, those that the student's quality (``models.fitted_part``) puts
             lowest.
         student_source: the folder or name that the student was loaded from, stored so that a search can load it again;
             by default the one that the student remembers.

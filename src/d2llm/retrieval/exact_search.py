@@ -27,8 +27,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import check_count
 from d2llm.core.types import Certificate, Task
-from d2llm.models.plain_student import PairScorer
-from d2llm.models.protocols import VectorStudent
+from d2llm.models.protocols import PairScorer, VectorStudent
 from d2llm.models.row_features import RowFeatures, RowScorer
 from d2llm.ops.selection import check_scores, from_the_highest, top_rows
 from d2llm.retrieval.segments import CachedBounds, CertifiedRows, joint_rows

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import LateChunk, PartKind, Passage, Task, WholeText
-from d2llm.models.pair_scores import score_by_query
 from d2llm.models.protocols import SearchStudent
+from d2llm.models.row_features import score_by_query
 from d2llm.models.text_scores import window_texts
 from d2llm.models.tokens import TokenVectors
 from d2llm.retrieval.text_workers import encode_shard, encode_texts

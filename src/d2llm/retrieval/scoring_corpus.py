@@ -19,8 +19,7 @@ from d2llm.store.index_spec import StoredSpec
 from d2llm.store.word_segment import CountedTerms, QueryWords, WordStatistics
 
 if TYPE_CHECKING:
-    from d2llm.models.plain_student import PairScorer
-    from d2llm.models.protocols import SearchStudent
+    from d2llm.models.protocols import PairScorer, SearchStudent
 
 
 class IndexCorpus:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.types import PART_KINDS, Certificate, MissingShard, PartKind, Passage, Query, Task
-from d2llm.models.plain_student import PairScorer
+from d2llm.models.protocols import PairScorer
 from d2llm.ops.selection import top_rows
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.schema import MetadataSchema

@@ -17,9 +17,9 @@ from scipy.special import expit
 
 from d2llm.core.errors import ModelError
 from d2llm.core.types import Explanation, Ranking, Task, WholeText
+from d2llm.models.document_expansion import LearnedWords
 from d2llm.models.engines.core_workers import core_pool
 from d2llm.models.late_chunking import EncodedChunks
-from d2llm.models.learned_words import LearnedWords
 from d2llm.models.protocols import expansion_fingerprint
 from d2llm.models.score_features import FeatureWeights
 from d2llm.models.student import Student

@@ -9,7 +9,7 @@ with its own length, the mean length of all windows, and the idf of passages.
 
 A passage may have added words, which its text lacks (``models.document_expansion``). They count in its tf, which need
 not be a whole number then, and in its length; idf and windows are those of the texts. It may also have learned terms
-(``models.learned_words``), with a weight in the passage, at most ``MAX_IMPACT``, and one in the query, whose product is
+(``LearnedWords`` there), with a weight in the passage, at most ``MAX_IMPACT``, and one in the query, whose product is
 added to the score. Their share of a query term's bound is weight / MAX_IMPACT, where that of words is tf / (tf + ...).
 
 The words of consecutive rows form a segment, which never changes and depends only on the texts and the added words of

@@ -31,7 +31,7 @@ _LEARNED_MARK = "\x01"  # no word has it
 
 
 def learned_term(token_id: int) -> str:
-    """The term of a token of a vocabulary, of which a model says how much it counts (``models.learned_words``)."""
+    """The term of a token of a vocabulary, of which a model says how much it counts (``models.document_expansion``)."""
     return f"{_LEARNED_MARK}{token_id}"
 
 
@@ -323,7 +323,7 @@ class WordStatistics:
 class CountedTerms(NamedTuple):
     """The distinct terms of a text: their hashes [n], ascending, and how often each occurs in it [n].
 
-    ``factors`` [n], at least 0, multiply their weights (``models.term_weights``); None for 1. Those of learned terms
+    ``factors`` [n], at least 0, multiply their weights (``models.fitted_part``); None for 1. Those of learned terms
     are their weights.
     """
 

@@ -21,12 +21,10 @@ from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_source
 from d2llm.data.pairs import PairDataset, PairSource, as_retrieval
-from d2llm.models.document_expansion import AMOUNT, NUM_WORDS, DocumentExpansion
-from d2llm.models.learned_words import LearnedWords
-from d2llm.models.quality import PassageQuality, directions
+from d2llm.models.document_expansion import AMOUNT, NUM_WORDS, DocumentExpansion, LearnedWords
+from d2llm.models.fitted_part import PassageQuality, TermWeights, directions
 from d2llm.models.score_features import ScoreFeatures
 from d2llm.models.student import Student
-from d2llm.models.term_weights import TermWeights
 from d2llm.ops.bm25_words import terms
 from d2llm.ops.pair_measures import binary_measurer
 from d2llm.ops.ridge import NUM_FOLDS, PENALTIES, Moments, RidgeSet, choose_penalty, folds_of, ridge_weights

@@ -30,7 +30,7 @@ from d2llm.models.sources import load_pretrained
 from d2llm.models.student import Student
 from d2llm.models.teachers.causal import AnswerHead
 from d2llm.ops.batching import even_batches, token_budget_batches
-from d2llm.recipe.pretraining import Pretraining
+from d2llm.recipe.training import Pretraining
 from d2llm.training.checkpoints import trainable, warmup_steps
 from d2llm.training.trainer import Trainable, Trainer
 

@@ -25,6 +25,7 @@ from d2llm.training.checkpoints import (
     BestState,
     RunLog,
     StopSignals,
+    Tracker,
     adamw,
     diverged,
     learning_rate_factor,
@@ -34,7 +35,6 @@ from d2llm.training.checkpoints import (
     save_checkpoint,
 )
 from d2llm.training.processes import ALONE, Processes
-from d2llm.training.trackers import Tracker
 
 BEST = "best.safetensors"
 

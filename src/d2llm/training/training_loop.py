@@ -33,7 +33,7 @@ from d2llm.models.interaction import Interaction
 from d2llm.models.student import Student
 from d2llm.recipe import Recipe, TrainingConfig
 from d2llm.recipe.recipe_file import shaping_settings
-from d2llm.training.checkpoints import BestState, epochs_of, remarks, trainable, warmup_steps
+from d2llm.training.checkpoints import BestState, epochs_of, open_trackers, remarks, trainable, warmup_steps
 from d2llm.training.choose_weights import (
     choose_fraction,
     choose_interaction_weights,
@@ -69,7 +69,6 @@ from d2llm.training.mining.mine import remine
 from d2llm.training.processes import Processes
 from d2llm.training.residual import AskTeacher, train_residual
 from d2llm.training.settings import LISTED_PASSAGES
-from d2llm.training.trackers import open_trackers
 from d2llm.training.trainer import Trainable, Trainer
 
 _log = logging.getLogger(__name__)

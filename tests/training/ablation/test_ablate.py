@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from d2llm.training import ablate as verb
 
 from d2llm.core.errors import InputError, RecipeError, TrainingDivergedError
 from d2llm.data.labels import LabelStore
@@ -24,6 +23,7 @@ from d2llm.ops.significance import Interval
 from d2llm.recipe import DataConfig, Recipe, ResidualConfig
 from d2llm.recipe.losses import Objective
 from d2llm.recipe.variants import find_variant
+from d2llm.training import ablate as verb
 from d2llm.training import distill as distill_verb
 from d2llm.training import trainer
 from d2llm.training.ablate import RunSettings, ablate

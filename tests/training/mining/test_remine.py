@@ -13,7 +13,7 @@ from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.plan import PlanEntry, TrainingSource
 from d2llm.models.student import Student
 from d2llm.recipe import MiningConfig
-from d2llm.recipe.negatives import Uniform
+from d2llm.recipe.data import Uniform
 from d2llm.training.mining.mine import remine
 from fake_models import FakeStudent
 from tiny_data import make_plan, topics

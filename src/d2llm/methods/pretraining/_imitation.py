@@ -18,7 +18,7 @@ from d2llm.models.tokens import TextKind
 from d2llm.ops.ridge import RidgeSet, folds_of, ridge_weights
 from d2llm.ops.token_alignment import align_tokens, aligned_states
 from d2llm.recipe import BackboneConfig, Frozen
-from d2llm.recipe.pretraining import Pretraining
+from d2llm.recipe.training import Pretraining
 from d2llm.training.checkpoints import remarks
 from d2llm.training.pretrain import PretrainingTask
 

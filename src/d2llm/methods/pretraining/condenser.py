@@ -15,7 +15,7 @@ from d2llm.core.errors import InputError
 from d2llm.methods.pretraining.retromae import TwiceMasked, to_words
 from d2llm.models.backbone import Backbone
 from d2llm.models.pretrained import layers_of
-from d2llm.recipe.pretraining import Pretraining
+from d2llm.recipe.training import Pretraining
 from d2llm.training.pretrain import PretrainingTask
 
 

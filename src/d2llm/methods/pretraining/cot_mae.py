@@ -15,7 +15,7 @@ from d2llm.methods.pretraining.cocondenser import halves
 from d2llm.methods.pretraining.condenser import CondenserHead
 from d2llm.methods.pretraining.retromae import TwiceMasked, sample
 from d2llm.models.backbone import Backbone
-from d2llm.recipe.pretraining import Pretraining
+from d2llm.recipe.training import Pretraining
 
 
 class CoTMAE(Pretraining, kind="cot_mae"):

@@ -18,8 +18,8 @@ from d2llm.data.pairs import read_pairs
 from d2llm.methods.pretraining.condenser import CondenserHead
 from d2llm.methods.pretraining.retromae import TwiceMasked, sample
 from d2llm.models.backbone import Backbone
-from d2llm.recipe.pretraining import Pretraining
 from d2llm.recipe.sections import InputPath
+from d2llm.recipe.training import Pretraining
 
 
 class MEXMA(Pretraining, kind="mexma"):

@@ -11,7 +11,7 @@ from pydantic import Field
 from d2llm.core.errors import InputError
 from d2llm.methods.pretraining.simcse import TwoReadings
 from d2llm.models.backbone import Backbone
-from d2llm.recipe.pretraining import Pretraining
+from d2llm.recipe.training import Pretraining
 from d2llm.training.pretrain import PretrainingTask
 
 

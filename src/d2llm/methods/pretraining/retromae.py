@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from d2llm.core.errors import InputError
 from d2llm.models.backbone import Backbone
-from d2llm.recipe.pretraining import Pretraining
+from d2llm.recipe.training import Pretraining
 from d2llm.training.pretrain import PretrainingTask, word_head
 
 

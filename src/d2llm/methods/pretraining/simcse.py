@@ -15,7 +15,7 @@ from torch.nn import functional
 from d2llm.core.errors import InputError
 from d2llm.models.backbone import Backbone
 from d2llm.ops.losses import in_batch_cross_entropy
-from d2llm.recipe.pretraining import Pretraining
+from d2llm.recipe.training import Pretraining
 from d2llm.training.pretrain import PretrainingTask, restore_dropout, set_dropout
 
 

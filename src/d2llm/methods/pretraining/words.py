@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from d2llm.models.backbone import Backbone
 from d2llm.ops.bm25_words import sentences
-from d2llm.recipe.pretraining import Pretraining
+from d2llm.recipe.training import Pretraining
 from d2llm.training.checkpoints import remarks
 from d2llm.training.pretrain import PretrainingTask, identity_map, word_head
 

@@ -19,19 +19,15 @@ from d2llm.core.errors import InputError
 from d2llm.core.inputs import texts_of
 from d2llm.core.types import PART_KINDS, EngineName, PartKind, Task, default_task
 from d2llm.models import student_files as files
-from d2llm.models.document_expansion import DocumentExpansion
+from d2llm.models.document_expansion import DocumentExpansion, LearnedWords
 from d2llm.models.engines.lean_bert import LeanBert
 from d2llm.models.engines.lean_head import LeanHead
-from d2llm.models.engines.lean_layers import Arrays
-from d2llm.models.engines.lean_pooling import LeanPooling, project_tokens, to_sphere
-from d2llm.models.fitted_part import Widths
+from d2llm.models.engines.lean_layers import Arrays, LeanPooling, project_tokens, to_sphere
+from d2llm.models.fitted_part import PassageQuality, TermWeights, Widths
 from d2llm.models.hub import find_student
-from d2llm.models.learned_words import LearnedWords
-from d2llm.models.plain_student import PairScorer, PlainStudent, why_no_interaction
-from d2llm.models.quality import PassageQuality
+from d2llm.models.protocols import PairScorer, PlainStudent, why_no_interaction
 from d2llm.models.score_features import FeatureWeights, ScoreFeatures
 from d2llm.models.sources import load_arrays
-from d2llm.models.term_weights import TermWeights
 from d2llm.models.tokens import (
     NO_TOKENS,
     EncodedTexts,

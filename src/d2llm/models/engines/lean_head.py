@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.types import TASKS, Task
 from d2llm.models.engines.lean_layers import Arrays, row_by_row
-from d2llm.models.plain_student import PairScorer
+from d2llm.models.protocols import PairScorer
 from d2llm.recipe import InteractionConfig
 
 _PAIR_FEATURES = {"concat": 0, "product": 1, "difference": 1, "rich": 2}

@@ -9,22 +9,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import re
 import threading
+import time
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import wait
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.extras import require
 from d2llm.models.remote.kept_answers import kept_answers
-from d2llm.models.remote.pace import BusyError, Retries, retry_after
 from d2llm.recipe import EndpointConfig
 
 if TYPE_CHECKING:
     import httpx2
+    import tenacity
+
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +42,8 @@ _UNKNOWN_MODEL = re.compile(
     r"model.*(not exist|not found|unknown)|(unknown|no such|invalid) model|model_not_found", re.I
 )
 _QUOTED = 300  # characters of a server's message to quote
+_LONGEST_BACK_OFF = 60.0  # seconds
+_LONG_WAIT = 10.0  # seconds: waits of at least this long are logged as warnings
 _IDLE_SECONDS = 30.0  # how long a connection stays open that nobody uses
 _STOP_SECONDS = 5.0  # how long a caller that is interrupted waits until its requests are cancelled
 
@@ -109,7 +116,7 @@ class Endpoint(Generic[_Answer]):
     """One model at one address, over connections that stay open from one call to the next.
 
     If the address has never answered, a failure is raised at once. Later, while the endpoint is unreachable or
-    overloaded (429, 408, 5xx, timeout), requests are retried (``models.remote.pace``). A delay that the endpoint
+    overloaded (429, 408, 5xx, timeout), requests are retried. A delay that the endpoint
     requests itself (Retry-After) applies to all requests.
 
     Args:
@@ -368,3 +375,111 @@ def _read_key(variable: str | None) -> str | None:
     if not (key.isascii() and key.isprintable() and " " not in key):
         raise InputError(f"the environment variable {variable} holds characters that no key has; set it again")
     return key
+
+
+# Pace, retries, and the delays that an endpoint asks for --------------------------------------------------------------
+
+
+class BusyError(Exception):
+    """A temporary failure that can be retried.
+
+    ``wait`` is the delay in seconds that the endpoint requests; ``is_slow`` says that it was reached and did not answer
+    in time.
+    """
+
+    def __init__(self, reason: str, *, wait: float | None = None, is_slow: bool = False) -> None:
+        super().__init__(reason)
+        self.wait, self.is_slow = wait, is_slow
+
+
+class Retries:
+    """The pace of an endpoint's requests, and the retries of those that fail with a ``BusyError``.
+
+    One request starts at a time, at most ``requests_per_minute``, and none during a pause that the endpoint asked for.
+    Retries go on for up to ``patience_minutes``, with exponential backoff and jitter.
+    """
+
+    def __init__(self, address: str, config: EndpointConfig) -> None:
+        self.count = 0
+        self._address = address
+        self._patience_minutes = config.patience_minutes
+        self._interval = 60 / config.requests_per_minute if config.requests_per_minute else 0.0
+        self._next = self._paused_until = 0.0
+
+    async def send(self, request: Callable[[], Awaitable[_Answer]], *, worth_it: Callable[[], bool]) -> _Answer:
+        """The answer to a request, which is sent again while it fails with a ``BusyError`` and that is worth it."""
+        import tenacity
+
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(lambda error: isinstance(error, BusyError) and worth_it()),
+            wait=_back_off,
+            stop=tenacity.stop_before_delay(60 * self._patience_minutes),
+            before_sleep=self._log_retry,
+            reraise=True,
+        )
+        return await retrying(self._send_in_turn, request)
+
+    async def _send_in_turn(self, request: Callable[[], Awaitable[_Answer]]) -> _Answer:
+        while (wait := max(self._next, self._paused_until) - time.monotonic()) > 0:
+            if self._paused_until - time.monotonic() > 60 * self._patience_minutes:
+                raise BusyError(f"asks to wait {wait:,.0f} seconds", wait=wait)
+            await asyncio.sleep(wait)
+        self._next = time.monotonic() + self._interval
+        return await request()
+
+    def pause(self, seconds: float) -> None:
+        """Send nothing for this many seconds."""
+        self._paused_until = max(self._paused_until, time.monotonic() + seconds)
+
+    def why_ended(self, error: BusyError) -> str:
+        """Why there were no more retries after this error."""
+        minutes = self._patience_minutes
+        if error.wait is not None and error.wait > 60 * minutes:
+            return f"that is longer than patience_minutes ({minutes:g})"
+        return f"retried for up to {minutes:g} minutes"
+
+    def _log_retry(self, state: tenacity.RetryCallState) -> None:
+        self.count += 1
+        wait = state.next_action.sleep if state.next_action else 0.0
+        error = state.outcome.exception() if state.outcome else None
+        level = logging.WARNING if wait >= _LONG_WAIT else logging.INFO
+        _log.log(level, "%s: %s; trying again in %.1f seconds", self._address, error, wait)
+
+
+def _back_off(state: tenacity.RetryCallState) -> float:
+    """Seconds until the next try: a random time up to 1, 2, 4 ... 60, but at least the endpoint's own delay."""
+    error = state.outcome.exception() if state.outcome else None
+    requested = (error.wait or 0.0) if isinstance(error, BusyError) else 0.0
+    return max(requested, random.uniform(0, min(_LONGEST_BACK_OFF, 2.0 ** (state.attempt_number - 1))))
+
+
+def retry_after(header: str | None) -> float | None:
+    """Seconds to wait, from a ``Retry-After`` header with seconds or a date; None if it is missing or unreadable."""
+    if header is None:
+        return None
+    try:
+        if re.fullmatch(r"\s*[0-9.]+\s*", header):
+            return float(header)
+        date = parsedate_to_datetime(header)
+    except ValueError:
+        return None
+    if date.tzinfo is None:
+        date = date.replace(tzinfo=timezone.utc)
+    return max(0.0, (date - datetime.now(timezone.utc)).total_seconds())
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits of time, of tokens read and written, and of their cost in the currency of the prices; None: no limit."""
+
+    minutes: float | None = None
+    tokens: int | None = None
+    cost: float | None = None
+
+    def reached(self, minutes: float, tokens: int, cost: float | None) -> tuple[str, int | float] | None:
+        """Name and value of the first limit that this much reaches, if it reaches one."""
+        for name, spent in (("minutes", minutes), ("tokens", tokens), ("cost", cost or 0.0)):
+            limit = getattr(self, name)
+            if limit is not None and spent >= limit:
+                return name, limit
+        return None

@@ -13,7 +13,7 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_manifest
 from d2llm.core.shipped import find_shipped
 from d2llm.core.types import TASKS, Task
-from d2llm.models.pair_scores import score_by_query
+from d2llm.models.row_features import score_by_query
 from d2llm.models.sources import find_model, fingerprint_model
 from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import FORMAT_VERSION, KIND

@@ -39,7 +39,7 @@ from d2llm.models.lora import (
     merge_adapter,
     train_adapters_only,
 )
-from d2llm.models.quantization import EXTRA, prepare_quantized, quantized_options
+from d2llm.models.pretrained import EXTRA, prepare_quantized, quantized_options
 from d2llm.models.sources import (
     find_model,
     fingerprint_model,

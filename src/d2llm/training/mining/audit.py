@@ -11,7 +11,7 @@ from typing import Any
 
 from d2llm.core.table import Column, Table, escape_markdown
 from d2llm.core.types import Passage
-from d2llm.recipe.negatives import NegativeCandidate
+from d2llm.recipe.data import NegativeCandidate
 from d2llm.training.mining.choose import REASONS, Dropped, Selection
 
 _RANKS = (0, 5, 10, 20, 50, 100)  # first ranks (from 0) of the counted ranges

@@ -21,7 +21,7 @@ from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
 from d2llm.data.same_text import SameText, jaccard, shingles
 from d2llm.recipe import MiningConfig
-from d2llm.recipe.negatives import NegativeCandidate, Sampling
+from d2llm.recipe.data import NegativeCandidate, Sampling
 from d2llm.training.mining.ranking import EncoderRanking, Lists
 from d2llm.training.mining.teacher import TeacherCheck
 
