@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from rich.progress import Progress, Task, TaskID
 
 
-class Advance(Protocol):
+Advance = Callable[[int], None]
+"""Called with the number of items finished since the last call."""
+
+
+class Bar(Protocol):
     """Call with the number of items finished since the last call, and a short note to show beside the bar."""
 
     def __call__(self, count: int, note: str = "", /) -> None:
@@ -59,9 +63,7 @@ def showing_progress(show: bool | None) -> Generator[None]:
 
 
 @contextmanager
-def progress_bar(
-    description: str, total: int | None, *, done: int = 0, seconds: float = math.inf
-) -> Generator[Advance]:
+def progress_bar(description: str, total: int | None, *, done: int = 0, seconds: float = math.inf) -> Generator[Bar]:
     """Show a bar with rate and remaining time on standard error or, without a terminal, log a line twice a minute.
 
     A nested task shows its own bar below the outer one. Work with a time limit (``core.time_limit``) stops where it
@@ -83,7 +85,7 @@ def progress_bar(
 
 
 @contextmanager
-def _shown(description: str, total: int | None, done: int, limit: float) -> Generator[Advance]:
+def _shown(description: str, total: int | None, done: int, limit: float) -> Generator[Bar]:
     """Show the progress, as the setting says; yields a function that does not look at the time limit.
 
     ``limit``: how long the work may take, in seconds.
@@ -143,7 +145,7 @@ def _shown(description: str, total: int | None, done: int, limit: float) -> Gene
         _display.reset(token)
 
 
-def _advance_of(progress: Progress, task: TaskID) -> Advance:
+def _advance_of(progress: Progress, task: TaskID) -> Bar:
     started = time.monotonic()
 
     def advance(count: int, note: str = "", /) -> None:
@@ -156,7 +158,7 @@ def _advance_of(progress: Progress, task: TaskID) -> Advance:
     return advance
 
 
-def _lines(description: str, total: int | None, done: int, limit: float) -> Advance:
+def _lines(description: str, total: int | None, done: int, limit: float) -> Bar:
     """Log the progress at most every ``LINE_SECONDS``; work that takes less time logs nothing."""
     started = logged = time.monotonic()
     finished = done

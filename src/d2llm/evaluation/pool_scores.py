@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float32
 
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.progress import Advance, progress_bar
+from d2llm.core.progress import Bar, progress_bar
 from d2llm.core.types import Task
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.models.remote.endpoint import Limits
@@ -260,7 +260,7 @@ def gram_matrix(features: Float32[np.ndarray, "m dim"]) -> Float32[np.ndarray, "
     return directions @ directions.T
 
 
-def with_rate(advance: Advance, counts: ScoringCounts | None = None) -> Callable[[int], None]:
+def with_rate(advance: Bar, counts: ScoringCounts | None = None) -> Callable[[int], None]:
     """Wrap ``advance`` so that the progress bar also shows the pairs per second since this call, and the cost so far.
 
     ``counts`` are updated while the work goes on.

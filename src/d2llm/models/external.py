@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import ModelError, ModelNotFoundError
 from d2llm.core.extras import require
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.progress import Advance
 from d2llm.core.types import Task
 from d2llm.models.device import choose_device, choose_dtype
 from d2llm.models.protocols import PlainStudent
@@ -77,11 +78,7 @@ class ExternalBiEncoder(PlainStudent):
         """What is put before queries and passages."""
 
     def encode_queries(
-        self,
-        texts: Sequence[str],
-        *,
-        instruction: str | None = None,
-        advance: Callable[[int], None] | None = None,
+        self, texts: Sequence[str], *, instruction: str | None = None, advance: Advance | None = None
     ) -> EncodedTexts:
         """Encode with the model's prompt for queries, or with an instruction in its place.
 
@@ -90,7 +87,7 @@ class ExternalBiEncoder(PlainStudent):
         prompt = self.prompts[0] if instruction is None else instruction
         return self._encode(self._model.encode_query, "query", prompt, texts, advance)
 
-    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
+    def encode_passages(self, texts: Sequence[str], *, advance: Advance | None = None) -> EncodedTexts:
         """Encode with the model's prompt for passages (title and text as one string)."""
         return self._encode(self._model.encode_document, "document", self.prompts[1], texts, advance)
 
@@ -117,12 +114,7 @@ class ExternalBiEncoder(PlainStudent):
         return passage_vectors @ query_vector
 
     def _encode(
-        self,
-        encode: Callable[..., Any],
-        route: str,
-        prompt: str | None,
-        texts: Sequence[str],
-        advance: Callable[[int], None] | None,
+        self, encode: Callable[..., Any], route: str, prompt: str | None, texts: Sequence[str], advance: Advance | None
     ) -> EncodedTexts:
         blocks = [np.empty((0, self.vector_dim), np.float32)]
         truncated: list[int] = []
@@ -176,7 +168,7 @@ class ExternalCrossEncoder:
         task: Task,  # noqa: ARG002 - part of the protocol
         *,
         with_features: bool = False,  # noqa: ARG002 - the model has no features
-        advance: Callable[[int], None] | None = None,
+        advance: Advance | None = None,
     ) -> TeacherScores:
         """Score (query text, passage full text) pairs; ``advance`` is called with the number of pairs finished."""
         blocks = [np.empty(0, np.float32)]

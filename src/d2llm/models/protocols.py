@@ -7,7 +7,7 @@ The protocol of teachers is ``models.teachers.pair_teacher.PairTeacher``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import check_choice
+from d2llm.core.progress import Advance
 from d2llm.core.types import PART_KINDS, TASKS, PartKind, Task, WholeText, default_task
 from d2llm.models.document_expansion import DocumentExpansion, LearnedWords
 from d2llm.models.fitted_part import PassageQuality
@@ -58,11 +59,7 @@ class TextEncoder(Protocol):
         ...
 
     def encode_queries(
-        self,
-        texts: Sequence[str],
-        *,
-        instruction: str | None = None,
-        advance: Callable[[int], None] | None = None,
+        self, texts: Sequence[str], *, instruction: str | None = None, advance: Advance | None = None
     ) -> EncodedTexts:
         """Encode queries; ``advance`` is called with the number of texts finished since the last call.
 
@@ -70,17 +67,12 @@ class TextEncoder(Protocol):
         """
         ...
 
-    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
+    def encode_passages(self, texts: Sequence[str], *, advance: Advance | None = None) -> EncodedTexts:
         """Encode passages (title and text as one string)."""
         ...
 
     def encode_with_tokens(
-        self,
-        texts: Sequence[str],
-        kind: TextKind,
-        *,
-        instruction: str | None = None,
-        advance: Callable[[int], None] | None = None,
+        self, texts: Sequence[str], kind: TextKind, *, instruction: str | None = None, advance: Advance | None = None
     ) -> EncodedTexts:
         """Encode queries or passages; the result's ``tokens`` are the vectors of their tokens.
 
@@ -290,7 +282,7 @@ class PlainStudent:
         kind: TextKind,  # noqa: ARG002
         *,
         instruction: str | None = None,  # noqa: ARG002
-        advance: Callable[[int], None] | None = None,  # noqa: ARG002
+        advance: Advance | None = None,  # noqa: ARG002
     ) -> EncodedTexts:
         """Raises an ``InputError``: it has no token embeddings."""
         raise InputError(f"a {type(self).__name__} has no token embeddings; make the index without them")

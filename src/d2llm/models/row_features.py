@@ -5,13 +5,14 @@ The rows are those of an index, or texts that are in none (``models.encoded_text
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from d2llm.core.progress import Advance
 from d2llm.core.types import ScoreFeature, Task
 from d2llm.models.protocols import PairScorer, VectorStudent
 from d2llm.models.score_features import FeatureWeights
@@ -235,7 +236,7 @@ def score_by_query(
     queries: Mapping[str, NDArray[np.float32]],
     passages: Mapping[str, NDArray[np.float32]],
     task: Task,
-    advance: Callable[[int], None] | None = None,
+    advance: Advance | None = None,
 ) -> NDArray[np.float32]:
     """Logits [n] of pairs, all of a query's pairs at once, from the vector [dim] of each query and of each passage.
 

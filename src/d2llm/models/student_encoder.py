@@ -16,6 +16,7 @@ from torch import Tensor
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import stream_of_objects, strings_of, texts_of
+from d2llm.core.progress import Advance
 from d2llm.core.types import EngineName, Span, WholeText
 from d2llm.models.backbone import Backbone
 from d2llm.models.device import inference, tokens_to_read
@@ -121,11 +122,7 @@ class StudentEncoder(VectorScorer):
         return to_sphere(vectors) if self.config.interaction.head == "cosine" else vectors
 
     def encode_queries(
-        self,
-        texts: Sequence[str],
-        *,
-        instruction: str | None = None,
-        advance: Callable[[int], None] | None = None,
+        self, texts: Sequence[str], *, instruction: str | None = None, advance: Advance | None = None
     ) -> EncodedTexts:
         """Vectors of queries, cut to ``max_query_tokens``; ``advance`` is called with the number of texts finished.
 
@@ -136,7 +133,7 @@ class StudentEncoder(VectorScorer):
         """
         return self._encode(texts, "query", advance, instruction)
 
-    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
+    def encode_passages(self, texts: Sequence[str], *, advance: Advance | None = None) -> EncodedTexts:
         """Vectors of passages (title and text as one string); ``advance`` is called with the number finished."""
         return self._encode(texts, "passage", advance)
 
@@ -191,12 +188,7 @@ class StudentEncoder(VectorScorer):
             _log.warning("%d of %d texts are longer than the student reads: their ends are ignored", num_cut, num_texts)
 
     def encode_with_tokens(
-        self,
-        texts: Sequence[str],
-        kind: TextKind,
-        *,
-        instruction: str | None = None,
-        advance: Callable[[int], None] | None = None,
+        self, texts: Sequence[str], kind: TextKind, *, instruction: str | None = None, advance: Advance | None = None
     ) -> EncodedTexts:
         """Vectors of queries or passages and of their tokens, from one pass through the backbone.
 
@@ -353,11 +345,7 @@ class StudentEncoder(VectorScorer):
         return self.pool(states, mask), states
 
     def _encode(
-        self,
-        texts: Sequence[str],
-        kind: TextKind,
-        advance: Callable[[int], None] | None,
-        instruction: str | None = None,
+        self, texts: Sequence[str], kind: TextKind, advance: Advance | None, instruction: str | None = None
     ) -> EncodedTexts:
         at_once = self.backbone.texts_at_once
         texts = texts_of(texts)
@@ -376,7 +364,7 @@ class StudentEncoder(VectorScorer):
         self,
         tokenized: TokenizedTexts,
         read: Callable[[list[int]], Float32[np.ndarray, "batch dim"]],
-        advance: Callable[[int], None] | None,
+        advance: Advance | None,
     ) -> EncodedTexts:
         """The vectors of tokenized texts; ``read`` gives those of a batch, named by the places of its texts."""
         vectors = np.empty((len(tokenized.ids), self.vector_dim), dtype=np.float32)

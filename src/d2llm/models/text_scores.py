@@ -8,7 +8,7 @@ counts, how rare words are, and how long texts usually are.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import check_choice, shown
-from d2llm.core.progress import progress_bar
+from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.types import TASKS, PartKind, Task, default_task
 from d2llm.models.protocols import SearchStudent
 from d2llm.models.row_features import RowFeatures, RowScorer, dot_query
@@ -222,7 +222,7 @@ class TextScorer:
         return cls(student, None if index is None else index.scoring_corpus(student, task), task=task)
 
     def read_queries(
-        self, texts: Sequence[str], *, instruction: str | None = None, advance: Callable[[int], None] | None = None
+        self, texts: Sequence[str], *, instruction: str | None = None, advance: Advance | None = None
     ) -> tuple[list[TextQuery], EncodedTexts]:
         """Read queries; also what ``Student.encode_queries`` returns.
 
@@ -241,7 +241,7 @@ class TextScorer:
         """How much the terms of queries count, by the student, if the score counts words."""
         return self.student.term_factors(queries) if self.corpus.weights.counts_words else None
 
-    def read_texts(self, texts: Sequence[str], advance: Callable[[int], None] | None = None) -> TextRows:
+    def read_texts(self, texts: Sequence[str], advance: Advance | None = None) -> TextRows:
         """Read texts: vectors and token embeddings from one pass of the backbone, windows from another."""
         if self.with_tokens:
             read = self.student.encode_with_tokens(texts, "passage", advance=advance)

@@ -29,7 +29,7 @@ class Chunker:
     """Splits documents into passages with a maximum number of the student's tokens, at sentence ends if possible.
 
     A piece ends where a sentence does if one fits, at the end of a paragraph if it is at least half full there
-    (``text_splitter``). Only white space between pieces is dropped. A table ends at the end of a row, and each of its
+    (``TextSplitter``). Only white space between pieces is dropped. A table ends at the end of a row, and each of its
     pieces names its columns (``split_tables``).
 
     Late chunks are the same pieces, but an index reads each document whole and pools every piece from states that

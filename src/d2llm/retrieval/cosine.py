@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from d2llm.core.progress import Advance
 from d2llm.core.types import Task
 from d2llm.models.protocols import PlainStudent, SearchStudent, TextEncoder, VectorStudent
 from d2llm.models.tokens import EncodedTexts, TextKind
@@ -35,16 +36,12 @@ class ForwardingEncoder(PlainStudent):
         return self._encoder.vector_dim
 
     def encode_queries(
-        self,
-        texts: Sequence[str],
-        *,
-        instruction: str | None = None,
-        advance: Callable[[int], None] | None = None,
+        self, texts: Sequence[str], *, instruction: str | None = None, advance: Advance | None = None
     ) -> EncodedTexts:
         """The encoder's query vectors."""
         return self._encoder.encode_queries(texts, instruction=instruction, advance=advance)
 
-    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
+    def encode_passages(self, texts: Sequence[str], *, advance: Advance | None = None) -> EncodedTexts:
         """The encoder's passage vectors."""
         return self._encoder.encode_passages(texts, advance=advance)
 
@@ -74,12 +71,7 @@ class ForwardingStudent(ForwardingEncoder):
         return self._student.score(query_vector, passage_vectors, task)
 
     def encode_with_tokens(
-        self,
-        texts: Sequence[str],
-        kind: TextKind,
-        *,
-        instruction: str | None = None,
-        advance: Callable[[int], None] | None = None,
+        self, texts: Sequence[str], kind: TextKind, *, instruction: str | None = None, advance: Advance | None = None
     ) -> EncodedTexts:
         """The student's vectors of texts and of their tokens."""
         return self._student.encode_with_tokens(texts, kind, instruction=instruction, advance=advance)
@@ -117,16 +109,12 @@ class CosineStudent(_InnerProduct, ForwardingEncoder):
         return f"{self._encoder.fingerprint}-cosine"
 
     def encode_queries(
-        self,
-        texts: Sequence[str],
-        *,
-        instruction: str | None = None,
-        advance: Callable[[int], None] | None = None,
+        self, texts: Sequence[str], *, instruction: str | None = None, advance: Advance | None = None
     ) -> EncodedTexts:
         """Query vectors of length one."""
         return _unit(super().encode_queries(texts, instruction=instruction, advance=advance))
 
-    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
+    def encode_passages(self, texts: Sequence[str], *, advance: Advance | None = None) -> EncodedTexts:
         """Passage vectors of length one."""
         return _unit(super().encode_passages(texts, advance=advance))
 

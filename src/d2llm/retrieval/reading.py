@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
-from d2llm.core.progress import progress_bar
+from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.types import LateChunk, PartKind, Passage, Task, WholeText
 from d2llm.models.protocols import SearchStudent
 from d2llm.models.row_features import score_by_query
@@ -45,7 +45,7 @@ class EncodedPassages:
 def read_passages(
     student: SearchStudent,
     passages: Sequence[Passage],
-    advance: Callable[[int], None] | None = None,
+    advance: Advance | None = None,
     *,
     parts: Collection[PartKind] = (),
     expand: bool = False,
@@ -71,11 +71,7 @@ def read_passages(
 
 
 def _read_texts(
-    student: SearchStudent,
-    passages: Sequence[Passage],
-    advance: Callable[[int], None] | None,
-    *,
-    with_tokens: bool,
+    student: SearchStudent, passages: Sequence[Passage], advance: Advance | None, *, with_tokens: bool
 ) -> EncodedPassages:
     """The vectors of passages and, on request, of their tokens.
 
@@ -123,18 +119,14 @@ def _read_texts(
     return EncodedPassages(vectors, tuple(sorted(truncated)), num_tokens, num_windows, read_parts)
 
 
-def read_tokens(
-    student: SearchStudent, full_texts: Sequence[str], advance: Callable[[int], None] | None = None
-) -> EncodedParts:
+def read_tokens(student: SearchStudent, full_texts: Sequence[str], advance: Advance | None = None) -> EncodedParts:
     """The vectors of the tokens of passages; ``advance`` is called with the number of passages finished."""
     encoded = student.encode_with_tokens(full_texts, "passage", advance=advance)
     assert encoded.tokens is not None
     return EncodedParts(*encoded.tokens, num_tokens=encoded.num_tokens)
 
 
-def _read_windows(
-    student: SearchStudent, passages: Sequence[Passage], advance: Callable[[int], None] | None
-) -> EncodedParts:
+def _read_windows(student: SearchStudent, passages: Sequence[Passage], advance: Advance | None) -> EncodedParts:
     """Encode the windows of some passages at a time, to advance the progress bar, which counts passages."""
     encoded = [EncodedParts(np.zeros((0, student.vector_dim), np.float32), np.zeros(0, np.int64), 0)]
     for start in range(0, len(passages), _WINDOWS_AT_ONCE):
@@ -146,9 +138,7 @@ def _read_windows(
     return EncodedParts(np.concatenate(vectors), np.concatenate(counts), sum(num_tokens))
 
 
-def read_windows(
-    student: SearchStudent, full_texts: Sequence[str], advance: Callable[[int], None] | None = None
-) -> EncodedParts:
+def read_windows(student: SearchStudent, full_texts: Sequence[str], advance: Advance | None = None) -> EncodedParts:
     """Encode each window of passages as a passage; a single-window passage gets none, as its own vector serves.
 
     ``advance`` is called with the number of windows finished since the last call.

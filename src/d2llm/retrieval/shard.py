@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError
 from d2llm.core.files import MANIFEST_NAME, check_replaceable, folder_bytes, new_folder, replace_folder
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.progress import progress_bar
+from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.types import PartKind
 from d2llm.store.blocks import rows_of
 from d2llm.store.bm25 import WordIndex
@@ -142,7 +142,7 @@ def _copy_notes(source: Path, target: Path) -> None:
 class _Copy:
     """Rows on their way into the shards: they are collected by shard, and written many at a time."""
 
-    def __init__(self, target: Storage, advance: Callable[[int], None]) -> None:
+    def __init__(self, target: Storage, advance: Advance) -> None:
         self._target = target
         self._advance = advance
         self._most = max(_MIN_ROWS, _HELD_ROWS // len(target.stores))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2llm.core.progress import ignore
+from d2llm.core.progress import Advance, ignore
 from d2llm.models.protocols import TextEncoder
 from d2llm.models.tokens import EncodedTexts, TextKind
 from d2llm.recipe import StudentConfig
@@ -34,7 +34,7 @@ class TextShard:
         return len(self.texts)
 
 
-def encode_shard(encoder: TextEncoder, shard: TextShard, advance: Callable[[int], None]) -> EncodedTexts:
+def encode_shard(encoder: TextEncoder, shard: TextShard, advance: Advance) -> EncodedTexts:
     """Encode the texts of a shard; ``advance`` is called with the number of texts finished.
 
     Raises:
@@ -53,7 +53,7 @@ def encode_texts(
     *,
     with_tokens: bool = False,
     block: int = BLOCK_TEXTS,
-    advance: Callable[[int], None] = ignore,
+    advance: Advance = ignore,
 ) -> EncodedTexts:
     """Encode texts block by block; the result is in their order.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError, TrainingDivergedError
 from d2llm.core.inputs import list_of, shown
-from d2llm.core.progress import ignore, progress_bar
+from d2llm.core.progress import Advance, ignore, progress_bar
 from d2llm.core.types import TASKS, Query, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.collation import ScorePassages
@@ -362,9 +362,7 @@ class EncodedDev:
     token_scores: Scores = ()
 
 
-def encode_dev(
-    student: Student, dev: DevSet, *, advance: Callable[[int], None] = ignore, processes: Processes = ALONE
-) -> EncodedDev:
+def encode_dev(student: Student, dev: DevSet, *, advance: Advance = ignore, processes: Processes = ALONE) -> EncodedDev:
     """Encode the texts of a dev set; ``advance`` is called with the number of texts finished.
 
     Several processes share the texts, and all get all vectors; those of tokens are only known to the first.
@@ -394,12 +392,7 @@ def encode_dev(
 
 
 def encode_together(
-    student: Student,
-    texts: Sequence[str],
-    kind: TextKind,
-    *,
-    advance: Callable[[int], None] = ignore,
-    processes: Processes = ALONE,
+    student: Student, texts: Sequence[str], kind: TextKind, *, advance: Advance = ignore, processes: Processes = ALONE
 ) -> Float32[np.ndarray, "texts dim"]:
     """Vectors of texts; each process encodes some of them.
 
@@ -420,7 +413,7 @@ def has_interaction_weight(student: Student, task: Task) -> bool:
     return student.has_dot and student.interaction.has_interaction(task)
 
 
-def measure_by_weight(student: Student, encoded: EncodedDev, *, advance: Callable[[int], None] = ignore) -> DevResult:
+def measure_by_weight(student: Student, encoded: EncodedDev, *, advance: Advance = ignore) -> DevResult:
     """Measure a dev set for each weight r of the interaction; ``advance`` is called with the number of queries ranked.
 
     Raises:
@@ -454,7 +447,7 @@ def measure_by_weight(student: Student, encoded: EncodedDev, *, advance: Callabl
     )
 
 
-def _score(student: Student, encoded: EncodedDev, advance: Callable[[int], None]) -> list[NDArray[np.float32]]:
+def _score(student: Student, encoded: EncodedDev, advance: Advance) -> list[NDArray[np.float32]]:
     """The scores with the whole interaction, r = 1."""
     scores: list[NDArray[np.float32]] = []
     for query, rows in zip(encoded.queries, encoded.rows, strict=True):

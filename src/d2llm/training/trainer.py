@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from d2llm.core.errors import OutOfTimeError
-from d2llm.core.progress import Advance, progress_bar
+from d2llm.core.progress import Bar, progress_bar
 from d2llm.core.time_limit import seconds_left
 from d2llm.recipe import Recipe
 from d2llm.training.checkpoints import (
@@ -190,7 +190,7 @@ class Trainer:
         self.best.restore()
         return self.step < self.total_steps
 
-    def _train(self, advance: Advance) -> None:
+    def _train(self, advance: Bar) -> None:
         started = time.monotonic() - self.seconds
         while self.step < self.total_steps and self.best.evals_since_best < self.patience:
             self.seconds = time.monotonic() - started
@@ -214,7 +214,7 @@ class Trainer:
         is_over = self.seconds >= 60 * self.max_minutes or seconds_left() < self.model.reserved_seconds()
         return self.processes.from_first(is_over)
 
-    def _step(self, advance: Advance) -> None:
+    def _step(self, advance: Bar) -> None:
         step = self.step
         torch.manual_seed(self.seed * 1_000_003 + step)
         values = self.model.step(step)

@@ -8,7 +8,7 @@ that both give the same vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import texts_of
+from d2llm.core.progress import Advance
 from d2llm.core.types import PART_KINDS, EngineName, PartKind, Task, default_task
 from d2llm.models import student_files as files
 from d2llm.models.document_expansion import DocumentExpansion, LearnedWords
@@ -82,22 +83,17 @@ class LeanStudent(PlainStudent):
         return tokenize_search(self.backbone, texts, kind, instruction=instruction, limit=self.max_query_tokens)
 
     def encode_queries(
-        self, texts: Sequence[str], *, instruction: str | None = None, advance: Callable[[int], None] | None = None
+        self, texts: Sequence[str], *, instruction: str | None = None, advance: Advance | None = None
     ) -> EncodedTexts:
         """Vectors of queries."""
         return self._encode(texts, "query", instruction, advance, None)
 
-    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
+    def encode_passages(self, texts: Sequence[str], *, advance: Advance | None = None) -> EncodedTexts:
         """Vectors of passages."""
         return self._encode(texts, "passage", None, advance, None)
 
     def encode_with_tokens(
-        self,
-        texts: Sequence[str],
-        kind: TextKind,
-        *,
-        instruction: str | None = None,
-        advance: Callable[[int], None] | None = None,
+        self, texts: Sequence[str], kind: TextKind, *, instruction: str | None = None, advance: Advance | None = None
     ) -> EncodedTexts:
         """Vectors of texts and of their tokens.
 
@@ -113,7 +109,7 @@ class LeanStudent(PlainStudent):
         texts: Sequence[str],
         kind: TextKind,
         instruction: str | None,
-        advance: Callable[[int], None] | None,
+        advance: Advance | None,
         projection: StoredProjection | None,
     ) -> EncodedTexts:
         texts = texts_of(texts)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from d2llm.core.progress import Advance
 from d2llm.models.length_limit import TextLengths
 from d2llm.models.remote.endpoint import Answers, Endpoint
 from d2llm.recipe import CompletionConfig
@@ -108,11 +109,7 @@ class Completions(Endpoint[_Answer]):
         self.lengths = TextLengths.of_endpoint(config)
 
     def complete(
-        self,
-        prompts: Sequence[str],
-        settings: Iterable[Mapping[str, Any]],
-        *,
-        advance: Callable[[int], None] | None = None,
+        self, prompts: Sequence[str], settings: Iterable[Mapping[str, Any]], *, advance: Advance | None = None
     ) -> Answers[_Answer]:
         """The answers to prompts (``ask``); ``settings`` are the other fields of each request, like ``max_tokens``."""
         return self.ask(

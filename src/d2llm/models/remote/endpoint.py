@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.extras import require
+from d2llm.core.progress import Advance
 from d2llm.models.remote.kept_answers import kept_answers
 from d2llm.recipe import EndpointConfig
 
@@ -175,7 +176,7 @@ class Endpoint(Generic[_Answer]):
         self,
         bodies: Iterable[Mapping[str, Any]],
         *,
-        advance: Callable[[int], None] | None = None,
+        advance: Advance | None = None,
         keep: Callable[[int, _Answer], None] | None = None,
     ) -> Answers[_Answer]:
         """The answers to requests, which start in their order; what a killed process left is not asked again.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from d2llm.core.errors import ModelError
 from d2llm.core.fallbacks import count_fallback
+from d2llm.core.progress import Advance
 from d2llm.core.types import Task
 from d2llm.models.device import inference
 from d2llm.models.teachers.local import Answers, LocalTeacher
@@ -170,12 +171,7 @@ class CausalTeacher(LocalTeacher):
         return self._answer(states[rows, last_positions(mask)], task)
 
     def score_pairs(
-        self,
-        pairs: Sequence[TextPair],
-        task: Task,
-        *,
-        with_features: bool = False,
-        advance: Callable[[int], None] | None = None,
+        self, pairs: Sequence[TextPair], task: Task, *, with_features: bool = False, advance: Advance | None = None
     ) -> TeacherScores:
         """Score pairs, in batches of similar length; arguments and result as for ``PairTeacher.score_pairs``.
 
@@ -234,7 +230,7 @@ class CausalTeacher(LocalTeacher):
         inputs: Sequence[Question],
         task: Task,
         answers: Answers,
-        advance: Callable[[int], None] | None,
+        advance: Advance | None,
     ) -> None:
         """Read the prefixes once, then the rest of each input after its prefix."""
         row_of = {prefix: row for row, prefix in enumerate(prefixes)}

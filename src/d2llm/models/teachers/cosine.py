@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_manifest
+from d2llm.core.progress import Advance
 from d2llm.core.shipped import find_shipped
 from d2llm.core.types import TASKS, Task
 from d2llm.models.row_features import score_by_query
@@ -89,7 +90,7 @@ class CosineTeacher:
         task: Task,
         *,
         with_features: bool = False,  # noqa: ARG002 - a student has no features
-        advance: Callable[[int], None] | None = None,
+        advance: Advance | None = None,
     ) -> TeacherScores:
         """Score pairs by their vectors; ``advance`` is called with the number of pairs of each query."""
         queries, num_query_tokens = self._encode([query for query, _ in pairs], "query")

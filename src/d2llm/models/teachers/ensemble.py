@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from d2llm.core.errors import DataFormatError, InputError, MismatchError
 from d2llm.core.files import new_folder
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_manifest, write_manifest
+from d2llm.core.progress import Advance
 from d2llm.core.types import Task
 from d2llm.models.teachers.identity import find_kind
 from d2llm.models.teachers.pair_teacher import (
@@ -99,12 +100,7 @@ class EnsembleTeacher(InterruptibleTeacher):
         return fingerprint_json([member.prompt_fingerprint(task) for member in self.members])
 
     def score_until_error(
-        self,
-        pairs: Sequence[TextPair],
-        task: Task,
-        *,
-        with_features: bool = False,
-        advance: Callable[[int], None] | None = None,
+        self, pairs: Sequence[TextPair], task: Task, *, with_features: bool = False, advance: Advance | None = None
     ) -> PartialScores:
         """Score pairs by every member with a weight for ``task``, until the first error (``InterruptibleTeacher``).
 

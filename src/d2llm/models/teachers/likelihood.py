@@ -6,12 +6,13 @@ The model continues what a tuned writer reads (``models.writers.local``): the pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.progress import Advance
 from d2llm.core.types import TASKS, Task
 from d2llm.models.device import inference
 from d2llm.models.sources import find_model, fingerprint_model
@@ -66,12 +67,7 @@ class LikelihoodTeacher:
         return self._identity.prompts[task]
 
     def score_pairs(
-        self,
-        pairs: Sequence[TextPair],
-        task: Task,
-        *,
-        with_features: bool = False,
-        advance: Callable[[int], None] | None = None,
+        self, pairs: Sequence[TextPair], task: Task, *, with_features: bool = False, advance: Advance | None = None
     ) -> TeacherScores:
         """Score pairs (``PairTeacher.score_pairs``); ``task`` makes no difference, and there are no features."""
         del task, with_features

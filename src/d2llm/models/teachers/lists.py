@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
+from d2llm.core.progress import Advance
 from d2llm.core.types import TASKS, Task
 from d2llm.models.remote.completions import (
     Completion,
@@ -122,12 +123,7 @@ class ListTeacher(EndpointTeacher):
         return call.error
 
     def score_until_error(
-        self,
-        pairs: Sequence[TextPair],
-        task: Task,
-        *,
-        with_features: bool = False,
-        advance: Callable[[int], None] | None = None,
+        self, pairs: Sequence[TextPair], task: Task, *, with_features: bool = False, advance: Advance | None = None
     ) -> PartialScores:
         """Score pairs until the first error (``InterruptibleTeacher``): a pair is scored when all its orders are
         answered.
@@ -176,7 +172,7 @@ class ListTeacher(EndpointTeacher):
         return PartialScores(scores, is_scored, call.error)
 
     def _score_lists(
-        self, call: _Call, by_query: dict[str, list[int]], step: Callable[[int], None]
+        self, call: _Call, by_query: dict[str, list[int]], step: Advance
     ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, NDArray[np.bool_]]:
         """The log-odds of a call's pairs, NaN where there is no answer, their grades, if there are any, and which pairs
         are finished: all, unless ``call.error`` is set.
@@ -273,7 +269,7 @@ class GradedTeacher(ListTeacher):
         return super().shown(lists) | {"step": 10}
 
     def _score_lists(
-        self, call: _Call, by_query: dict[str, list[int]], step: Callable[[int], None]
+        self, call: _Call, by_query: dict[str, list[int]], step: Advance
     ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, NDArray[np.bool_]]:
         num_left = np.full(len(call.texts), self.lists.orders)  # orders in which a passage may still get a grade
         found: list[list[float]] = [[] for _ in call.texts]
@@ -311,7 +307,7 @@ class ListwiseTeacher(ListTeacher):
     ranks_lists = True
 
     def _score_lists(
-        self, call: _Call, by_query: dict[str, list[int]], step: Callable[[int], None]
+        self, call: _Call, by_query: dict[str, list[int]], step: Advance
     ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, NDArray[np.bool_]]:
         alone = [query for query, positions in by_query.items() if len(positions) == 1]
         if alone:

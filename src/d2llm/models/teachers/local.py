@@ -20,6 +20,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.extras import require
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
 from d2llm.core.manifest import write_manifest
+from d2llm.core.progress import Advance
 from d2llm.core.types import Task
 from d2llm.models.device import (
     checkpoint_layers,
@@ -188,12 +189,7 @@ class LocalTeacher(nn.Module):
         return pad_right(rows, self._padding, self.device)
 
     def score_pairs(
-        self,
-        pairs: Sequence[TextPair],
-        task: Task,
-        *,
-        with_features: bool = False,
-        advance: Callable[[int], None] | None = None,
+        self, pairs: Sequence[TextPair], task: Task, *, with_features: bool = False, advance: Advance | None = None
     ) -> TeacherScores:
         """Score pairs, in batches of similar length; arguments and result as for ``PairTeacher.score_pairs``."""
         inputs, num_truncated = self.tokenize(pairs, task)
@@ -287,12 +283,7 @@ class LocalTeacher(nn.Module):
         return cast(nn.Module, whole)
 
     def _score_whole(
-        self,
-        inputs: Sequence[Any],
-        indices: Sequence[int],
-        task: Task,
-        answers: Answers,
-        advance: Callable[[int], None] | None,
+        self, inputs: Sequence[Any], indices: Sequence[int], task: Task, answers: Answers, advance: Advance | None
     ) -> None:
         """Score the inputs with the given ``indices``, each read as a whole."""
         for chosen in self._batches(indices, [len(inputs[index]) for index in indices]):

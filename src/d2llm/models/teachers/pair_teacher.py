@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float32
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
+from d2llm.core.progress import Advance
 from d2llm.core.types import Task
 from d2llm.models.downloads import find_saved
 from d2llm.recipe import FusedTeacherConfig, GradedTeacherConfig, RecordedConfig, TeacherConfig, TeacherIdentity
@@ -77,12 +78,7 @@ class PairTeacher(Protocol):
         ...
 
     def score_pairs(
-        self,
-        pairs: Sequence[TextPair],
-        task: Task,
-        *,
-        with_features: bool = False,
-        advance: Callable[[int], None] | None = None,
+        self, pairs: Sequence[TextPair], task: Task, *, with_features: bool = False, advance: Advance | None = None
     ) -> TeacherScores:
         """Score pairs; the results are in the same order.
 
@@ -103,23 +99,13 @@ class InterruptibleTeacher(PairTeacher, Protocol):
     """
 
     def score_pairs(
-        self,
-        pairs: Sequence[TextPair],
-        task: Task,
-        *,
-        with_features: bool = False,
-        advance: Callable[[int], None] | None = None,
+        self, pairs: Sequence[TextPair], task: Task, *, with_features: bool = False, advance: Advance | None = None
     ) -> TeacherScores:
         """Score pairs (``PairTeacher.score_pairs``); the first error is raised."""
         return self.score_until_error(pairs, task, with_features=with_features, advance=advance).require_all()
 
     def score_until_error(
-        self,
-        pairs: Sequence[TextPair],
-        task: Task,
-        *,
-        with_features: bool = False,
-        advance: Callable[[int], None] | None = None,
+        self, pairs: Sequence[TextPair], task: Task, *, with_features: bool = False, advance: Advance | None = None
     ) -> PartialScores:
         """Like ``score_pairs``; an error or an interruption after the first answer is not raised but returned."""
         ...
@@ -131,7 +117,7 @@ def score_until_error(
     task: Task,
     *,
     with_features: bool = False,
-    advance: Callable[[int], None] | None = None,
+    advance: Advance | None = None,
 ) -> PartialScores:
     """Score pairs (``PairTeacher.score_pairs``); what came before an error is returned with it."""
     if isinstance(teacher, InterruptibleTeacher):
@@ -140,7 +126,7 @@ def score_until_error(
     return PartialScores(scores, np.ones(len(pairs), np.bool_))
 
 
-def shared_steps(advance: Callable[[int], None] | None, times: int) -> Callable[[int], None]:
+def shared_steps(advance: Advance | None, times: int) -> Advance:
     """A callback for work that is done so many ``times`` to each pair: it counts a pair once that is so on average."""
     finished = 0
 

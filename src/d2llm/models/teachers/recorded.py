@@ -13,7 +13,7 @@ two orders.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.progress import Advance
 from d2llm.core.types import TASKS, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.lines import Fields, read_records
@@ -146,12 +147,7 @@ class RecordedTeacher:
         return self._identity.prompts[task]
 
     def score_pairs(
-        self,
-        pairs: Sequence[TextPair],
-        task: Task,
-        *,
-        with_features: bool = False,
-        advance: Callable[[int], None] | None = None,
+        self, pairs: Sequence[TextPair], task: Task, *, with_features: bool = False, advance: Advance | None = None
     ) -> TeacherScores:
         """Look the pairs up (``PairTeacher.score_pairs``), by their texts; several grades of a pair are averaged."""
         del with_features

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -24,6 +24,7 @@ import numpy as np
 
 from d2llm.core.errors import AnswerTokenError, InputError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.progress import Advance
 from d2llm.core.types import TASKS, Task
 from d2llm.models.remote.completions import Completions
 from d2llm.models.remote.endpoint import Answers
@@ -143,12 +144,7 @@ class RemoteTeacher(EndpointTeacher):
         return self._ask([self.prompts["asymmetric"].fill(*_TRIAL)]).error
 
     def score_until_error(
-        self,
-        pairs: Sequence[TextPair],
-        task: Task,
-        *,
-        with_features: bool = False,
-        advance: Callable[[int], None] | None = None,
+        self, pairs: Sequence[TextPair], task: Task, *, with_features: bool = False, advance: Advance | None = None
     ) -> PartialScores:
         """Score pairs until the first error (``InterruptibleTeacher``); a pair that must not be undecided is not
         scored.
@@ -213,7 +209,7 @@ class RemoteTeacher(EndpointTeacher):
         )
         return PartialScores(scores, is_scored, error)
 
-    def _ask(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> Answers[NextToken]:
+    def _ask(self, texts: Sequence[str], *, advance: Advance | None = None) -> Answers[NextToken]:
         settings = self.remote.body(max_tokens=1, temperature=0)
         if self.remote.api == "chat":
             settings |= {"logprobs": True, "top_logprobs": self.remote.top_logprobs}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from jaxtyping import Float32
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import check_choice, pairs_of, path_of
+from d2llm.core.progress import Advance
 from d2llm.core.types import TASKS, Task
 from d2llm.models.teachers.pair_teacher import (
     InterruptibleTeacher,
@@ -95,12 +96,7 @@ class Teacher(InterruptibleTeacher):
         return self._teacher.prompt_fingerprint(task)
 
     def score_until_error(
-        self,
-        pairs: Sequence[TextPair],
-        task: Task,
-        *,
-        with_features: bool = False,
-        advance: Callable[[int], None] | None = None,
+        self, pairs: Sequence[TextPair], task: Task, *, with_features: bool = False, advance: Advance | None = None
     ) -> PartialScores:
         """Scores with all that is known about them (``InterruptibleTeacher``)."""
         return score_until_error(

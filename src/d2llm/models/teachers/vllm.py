@@ -14,7 +14,7 @@ import math
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from d2llm.core.errors import AnswerTokenError, InputError, ModelError
 from d2llm.core.extras import require
+from d2llm.core.progress import Advance
 from d2llm.core.types import Task
 from d2llm.models.sources import (
     find_model,
@@ -127,12 +128,7 @@ class VllmTeacher:
         return self._prompts[task]
 
     def score_pairs(
-        self,
-        pairs: Sequence[TextPair],
-        task: Task,
-        *,
-        with_features: bool = False,
-        advance: Callable[[int], None] | None = None,
+        self, pairs: Sequence[TextPair], task: Task, *, with_features: bool = False, advance: Advance | None = None
     ) -> TeacherScores:
         """Score pairs (``PairTeacher.score_pairs``). ``features`` is None, because the engine returns no states.
 

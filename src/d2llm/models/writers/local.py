@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from d2llm.core.errors import DataFormatError, InputError, MismatchError
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_manifest, write_manifest
+from d2llm.core.progress import Advance
 from d2llm.models.device import choose_device, choose_dtype, inference, use_plain_attention_on_cpu
 from d2llm.models.downloads import find_saved
 from d2llm.models.length_limit import TextLengths, readable_tokens
@@ -197,9 +198,7 @@ class LocalWriter:
         sampling = [config.max_new_tokens, self.temperature, config.top_p]
         return fingerprint_json(["local", self.weights_fingerprint, prompts, config.max_passage_tokens, sampling])
 
-    def write(
-        self, assignments: Sequence[Assignment], *, advance: Callable[[int], None] | None = None
-    ) -> list[WrittenQueries]:
+    def write(self, assignments: Sequence[Assignment], *, advance: Advance | None = None) -> list[WrittenQueries]:
         """Carry assignments out, in batches of prompts of similar length; arguments and result as for ``Writer.write``.
 
         A tuned writer does not use the examples of an assignment, because its format has none.

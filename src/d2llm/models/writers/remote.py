@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.progress import Advance
 from d2llm.models.remote.completions import (
     Completion,
     Completions,
@@ -79,7 +80,7 @@ class RemoteWriter(LastingWriter):
         return fingerprint_json(["remote", config.model, remote.revision, prompts, reading, sampling])
 
     def write_until_error(
-        self, assignments: Sequence[Assignment], *, advance: Callable[[int], None] | None = None
+        self, assignments: Sequence[Assignment], *, advance: Advance | None = None
     ) -> Answers[WrittenQueries]:
         """Carry assignments out, one request each, until the first error (``LastingWriter``).
 

@@ -6,12 +6,13 @@ The same models expand queries: they read a query and write others, or a passage
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import check_count, pairs_of
+from d2llm.core.progress import Advance
 from d2llm.models.remote.endpoint import Answers
 from d2llm.recipe import WriterConfig
 
@@ -120,9 +121,7 @@ class Writer(Protocol):
         """Equal if and only if two writers would write the same queries for the same assignments."""
         ...
 
-    def write(
-        self, assignments: Sequence[Assignment], *, advance: Callable[[int], None] | None = None
-    ) -> list[WrittenQueries]:
+    def write(self, assignments: Sequence[Assignment], *, advance: Advance | None = None) -> list[WrittenQueries]:
         """Carry out assignments; the results are in the same order.
 
         An answer that holds no query is a result with a ``problem``, not an error. A call cannot be stopped halfway
@@ -143,21 +142,19 @@ class LastingWriter(Writer, Protocol):
     A class that inherits from it has ``write`` by its ``write_until_error``.
     """
 
-    def write(
-        self, assignments: Sequence[Assignment], *, advance: Callable[[int], None] | None = None
-    ) -> list[WrittenQueries]:
+    def write(self, assignments: Sequence[Assignment], *, advance: Advance | None = None) -> list[WrittenQueries]:
         """Carry assignments out (``Writer.write``); the first error is raised."""
         return self.write_until_error(assignments, advance=advance).all()
 
     def write_until_error(
-        self, assignments: Sequence[Assignment], *, advance: Callable[[int], None] | None = None
+        self, assignments: Sequence[Assignment], *, advance: Advance | None = None
     ) -> Answers[WrittenQueries]:
         """Like ``write``; an error or an interruption that comes after the first answer is not raised but returned."""
         ...
 
 
 def write_until_error(
-    writer: Writer, assignments: Sequence[Assignment], *, advance: Callable[[int], None] | None = None
+    writer: Writer, assignments: Sequence[Assignment], *, advance: Advance | None = None
 ) -> Answers[WrittenQueries]:
     """Carry assignments out (``Writer.write``); what a ``LastingWriter`` wrote before an error is returned with it."""
     if isinstance(writer, LastingWriter):

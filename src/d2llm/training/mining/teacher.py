@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 from jaxtyping import Float32
 
-from d2llm.core.progress import ignore
+from d2llm.core.progress import Advance, ignore
 from d2llm.core.types import Passage, Query, Task
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.evaluation.pool_scores import LabelWriter, ScoringCounts, gram_matrix
@@ -31,7 +31,7 @@ class PairTexts:
         return len(self.texts)
 
 
-def score_texts(teacher: PairTeacher, pairs: PairTexts, advance: Callable[[int], None]) -> PartialScores:
+def score_texts(teacher: PairTeacher, pairs: PairTexts, advance: Advance) -> PartialScores:
     """Score some pairs; ``advance`` is called with the number of pairs finished."""
     return score_until_error(teacher, pairs.texts, pairs.task, with_features=True, advance=advance)
 
