@@ -68,67 +68,25 @@ if TYPE_CHECKING:
     from d2llm.recipe.writer import WriterConfig as WriterConfig
     from d2llm.recipe.writer import WriterEndpointConfig as WriterEndpointConfig
 
-_HOME_OF = {
-    "AutoPooling": "d2llm.recipe.pooling",
-    "AutoTeacherConfig": "d2llm.recipe.teacher",
-    "BackboneConfig": "d2llm.recipe.backbone",
-    "CausalTeacherConfig": "d2llm.recipe.teacher",
-    "ChangedPooling": "d2llm.recipe.pooling",
-    "ClassifierTeacherConfig": "d2llm.recipe.teacher",
-    "CompletionConfig": "d2llm.recipe.sections",
-    "CosineTeacherConfig": "d2llm.recipe.teacher",
-    "CustomBackbone": "d2llm.recipe.backbone",
-    "DataConfig": "d2llm.recipe.data",
-    "EndpointConfig": "d2llm.recipe.sections",
-    "EnsembleTeacherConfig": "d2llm.recipe.teacher",
-    "Frozen": "d2llm.recipe.backbone",
-    "Full": "d2llm.recipe.backbone",
-    "GateConfig": "d2llm.recipe.training",
-    "FusedTeacherConfig": "d2llm.recipe.teacher",
-    "GradedTeacherConfig": "d2llm.recipe.teacher",
-    "InteractionConfig": "d2llm.recipe.student",
-    "LabellingConfig": "d2llm.recipe.data",
-    "LikelihoodTeacherConfig": "d2llm.recipe.teacher",
-    "ListEndpointConfig": "d2llm.recipe.teacher",
-    "ListTeacherConfig": "d2llm.recipe.teacher",
-    "ListsConfig": "d2llm.recipe.teacher",
-    "ListwiseTeacherConfig": "d2llm.recipe.teacher",
-    "LocalTeacherConfig": "d2llm.recipe.teacher",
-    "LocalWriterConfig": "d2llm.recipe.writer",
-    "Lora": "d2llm.recipe.backbone",
-    "LoraConfig": "d2llm.recipe.sections",
-    "MiningConfig": "d2llm.recipe.data",
-    "Package": "d2llm.recipe.backbone",
-    "Pooling": "d2llm.recipe.pooling",
-    "Pretraining": "d2llm.recipe.training",
-    "PromptedTeacherConfig": "d2llm.recipe.teacher",
-    "Quantization": "d2llm.recipe.sections",
-    "RankedListsConfig": "d2llm.recipe.teacher",
-    "ReaderTuningConfig": "d2llm.recipe.tuning",
-    "Recipe": "d2llm.recipe.recipe",
-    "RecordedConfig": "d2llm.recipe.teacher",
-    "RemoteConfig": "d2llm.recipe.teacher",
-    "RemoteTeacherConfig": "d2llm.recipe.teacher",
-    "RemoteWriterConfig": "d2llm.recipe.writer",
-    "ResidualConfig": "d2llm.recipe.training",
-    "ScoreFeaturesConfig": "d2llm.recipe.training",
-    "Section": "d2llm.recipe.sections",
-    "Seq2SeqTeacherConfig": "d2llm.recipe.teacher",
-    "StudentConfig": "d2llm.recipe.student",
-    "TeacherConfig": "d2llm.recipe.teacher",
-    "TeacherEndpointConfig": "d2llm.recipe.teacher",
-    "TeacherIdentity": "d2llm.recipe.teacher",
-    "TeacherTuningConfig": "d2llm.recipe.tuning",
-    "TokensConfig": "d2llm.recipe.training",
-    "TrainingConfig": "d2llm.recipe.training",
-    "Tuning": "d2llm.recipe.backbone",
-    "VllmTeacherConfig": "d2llm.recipe.teacher",
-    "WarmUpConfig": "d2llm.recipe.sections",
-    "WriterConfig": "d2llm.recipe.writer",
-    "WriterEndpointConfig": "d2llm.recipe.writer",
-    "WriterTuningConfig": "d2llm.recipe.tuning",
-    "shaping_student_settings": "d2llm.recipe.student",
-    "untuned_config": "d2llm.recipe.student",
+_NAMES = {
+    "backbone": "BackboneConfig CustomBackbone Frozen Full Lora Package Tuning",
+    "data": "DataConfig LabellingConfig MiningConfig",
+    "pooling": "AutoPooling ChangedPooling Pooling",
+    "recipe": "Recipe",
+    "sections": "CompletionConfig EndpointConfig LoraConfig Quantization Section WarmUpConfig",
+    "student": "InteractionConfig shaping_student_settings StudentConfig untuned_config",
+    "teacher": (
+        "AutoTeacherConfig CausalTeacherConfig ClassifierTeacherConfig CosineTeacherConfig "
+        "EnsembleTeacherConfig FusedTeacherConfig GradedTeacherConfig LikelihoodTeacherConfig "
+        "ListEndpointConfig ListsConfig ListTeacherConfig ListwiseTeacherConfig LocalTeacherConfig "
+        "PromptedTeacherConfig RankedListsConfig RecordedConfig RemoteConfig RemoteTeacherConfig "
+        "Seq2SeqTeacherConfig TeacherConfig TeacherEndpointConfig TeacherIdentity VllmTeacherConfig"
+    ),
+    "training": "GateConfig Pretraining ResidualConfig ScoreFeaturesConfig TokensConfig TrainingConfig",
+    "tuning": "ReaderTuningConfig TeacherTuningConfig WriterTuningConfig",
+    "writer": "LocalWriterConfig RemoteWriterConfig WriterConfig WriterEndpointConfig",
 }
+
+_HOME_OF = {name: f"d2llm.recipe.{module}" for module, names in _NAMES.items() for name in names.split()}
 
 __getattr__, __dir__ = lazy_names(globals(), _HOME_OF)
