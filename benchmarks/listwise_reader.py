@@ -48,8 +48,16 @@ from d2llm.models.backbone import Backbone
 from d2llm.models.listwise_reader import ListwiseReader
 from d2llm.ops.significance import holm, paired_randomisation
 from d2llm.recipe import BackboneConfig, Lora, ReaderTuningConfig
-from d2llm.training.ranked_lists import RankedLists, collect_lists, dev_queries, train_queries
-from d2llm.training.tune_reader import Repeated, ndcg, passages_to_repeat, train_reader
+from d2llm.training.tune_reader import (
+    RankedLists,
+    Repeated,
+    collect_lists,
+    dev_queries,
+    ndcg,
+    passages_to_repeat,
+    train_queries,
+    train_reader,
+)
 
 SETS: dict[str, Task] = {"qnli": "asymmetric", "squad-sent": "asymmetric", "banking77": "symmetric"}
 STUDENT = "d2llm-minilm"

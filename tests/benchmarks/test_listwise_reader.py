@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from d2llm.recipe import LoraConfig
-from d2llm.training.ranked_lists import RankedLists
+from d2llm.training.tune_reader import RankedLists
 from tiny_models import write_tiny_model
 
 VECTOR_DIM = 6

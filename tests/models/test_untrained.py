@@ -9,7 +9,7 @@ import pytest
 
 from d2llm import Index, Student
 from d2llm.core.errors import InputError, ModelNotFoundError
-from d2llm.models.untrained import is_bi_encoder, write_untrained
+from d2llm.models.external import is_bi_encoder, write_untrained
 from e2e.command_line import succeed
 from late_import import late_import
 from tiny_models import TEXTS, write_tiny_model, write_trained_student

@@ -20,11 +20,20 @@ from d2llm.models.listwise_reader import ListwiseReader
 from d2llm.models.student import Student
 from d2llm.recipe import BackboneConfig, Lora, LoraConfig, ReaderTuningConfig
 from d2llm.retrieval.index import Index
-from d2llm.training import ranked_lists
 from d2llm.training import tune_reader as module
+from d2llm.training import tune_reader as verb
 from d2llm.training.pretrain import word_head
-from d2llm.training.ranked_lists import RankedLists, collect_lists, dev_queries, train_queries
-from d2llm.training.tune_reader import ReadList, measure, ndcg, training_lists, tune_reader
+from d2llm.training.tune_reader import (
+    RankedLists,
+    ReadList,
+    collect_lists,
+    dev_queries,
+    measure,
+    ndcg,
+    train_queries,
+    training_lists,
+    tune_reader,
+)
 from tiny_models import TEXTS, tiny_student_config, write_tiny_model, write_trained_student
 
 EVERY_STEP = 1e-9  # minutes between checkpoints
@@ -141,7 +150,7 @@ def test_the_lists_are_the_students_rankings(student, llama, tmp_path, monkeypat
         relevant = [data.qrels[split][query_id] for query_id in query_ids]
         expected = [[each.get(one, 0) for one in ids] for each, ids in zip(relevant, own.ids, strict=True)]
         assert own.grades.tolist() == expected
-    monkeypatch.setattr(ranked_lists.Index, "create", None)  # they are read from the file
+    monkeypatch.setattr(verb.Index, "create", None)  # they are read from the file
     again = collect_lists(student, data, chosen, **arguments)
     np.testing.assert_array_equal(again["train"].vectors, lists["train"].vectors)
     assert again["dev"].ids == lists["dev"].ids

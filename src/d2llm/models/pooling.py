@@ -1,4 +1,4 @@
-"""From the states of tokens to the vector of a text, as a module (``recipe.pooling``)."""
+"""From the states of tokens to the vector of a text, as a module (``recipe.student``)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from d2llm.recipe.pooling import AutoPooling, Pooling
+from d2llm.recipe.student import AutoPooling, Pooling
 
 if TYPE_CHECKING:
     from d2llm.models.backbone import Backbone

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from d2llm.recipe.pooling import Pooling
+from d2llm.recipe.student import Pooling
 
 
 def to_right_padding(

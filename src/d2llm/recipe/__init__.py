@@ -7,19 +7,9 @@ from typing import TYPE_CHECKING
 from d2llm.core.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from d2llm.recipe.backbone import BackboneConfig as BackboneConfig
-    from d2llm.recipe.backbone import CustomBackbone as CustomBackbone
-    from d2llm.recipe.backbone import Frozen as Frozen
-    from d2llm.recipe.backbone import Full as Full
-    from d2llm.recipe.backbone import Lora as Lora
-    from d2llm.recipe.backbone import Package as Package
-    from d2llm.recipe.backbone import Tuning as Tuning
     from d2llm.recipe.data import DataConfig as DataConfig
     from d2llm.recipe.data import LabellingConfig as LabellingConfig
     from d2llm.recipe.data import MiningConfig as MiningConfig
-    from d2llm.recipe.pooling import AutoPooling as AutoPooling
-    from d2llm.recipe.pooling import ChangedPooling as ChangedPooling
-    from d2llm.recipe.pooling import Pooling as Pooling
     from d2llm.recipe.recipe import Recipe as Recipe
     from d2llm.recipe.sections import CompletionConfig as CompletionConfig
     from d2llm.recipe.sections import EndpointConfig as EndpointConfig
@@ -27,8 +17,18 @@ if TYPE_CHECKING:
     from d2llm.recipe.sections import Quantization as Quantization
     from d2llm.recipe.sections import Section as Section
     from d2llm.recipe.sections import WarmUpConfig as WarmUpConfig
+    from d2llm.recipe.student import AutoPooling as AutoPooling
+    from d2llm.recipe.student import BackboneConfig as BackboneConfig
+    from d2llm.recipe.student import ChangedPooling as ChangedPooling
+    from d2llm.recipe.student import CustomBackbone as CustomBackbone
+    from d2llm.recipe.student import Frozen as Frozen
+    from d2llm.recipe.student import Full as Full
     from d2llm.recipe.student import InteractionConfig as InteractionConfig
+    from d2llm.recipe.student import Lora as Lora
+    from d2llm.recipe.student import Package as Package
+    from d2llm.recipe.student import Pooling as Pooling
     from d2llm.recipe.student import StudentConfig as StudentConfig
+    from d2llm.recipe.student import Tuning as Tuning
     from d2llm.recipe.student import shaping_student_settings as shaping_student_settings
     from d2llm.recipe.student import untuned_config as untuned_config
     from d2llm.recipe.teacher import AutoTeacherConfig as AutoTeacherConfig
@@ -56,25 +56,26 @@ if TYPE_CHECKING:
     from d2llm.recipe.teacher import VllmTeacherConfig as VllmTeacherConfig
     from d2llm.recipe.training import GateConfig as GateConfig
     from d2llm.recipe.training import Pretraining as Pretraining
+    from d2llm.recipe.training import ReaderTuningConfig as ReaderTuningConfig
     from d2llm.recipe.training import ResidualConfig as ResidualConfig
     from d2llm.recipe.training import ScoreFeaturesConfig as ScoreFeaturesConfig
+    from d2llm.recipe.training import TeacherTuningConfig as TeacherTuningConfig
     from d2llm.recipe.training import TokensConfig as TokensConfig
     from d2llm.recipe.training import TrainingConfig as TrainingConfig
-    from d2llm.recipe.tuning import ReaderTuningConfig as ReaderTuningConfig
-    from d2llm.recipe.tuning import TeacherTuningConfig as TeacherTuningConfig
-    from d2llm.recipe.tuning import WriterTuningConfig as WriterTuningConfig
+    from d2llm.recipe.training import WriterTuningConfig as WriterTuningConfig
     from d2llm.recipe.writer import LocalWriterConfig as LocalWriterConfig
     from d2llm.recipe.writer import RemoteWriterConfig as RemoteWriterConfig
     from d2llm.recipe.writer import WriterConfig as WriterConfig
     from d2llm.recipe.writer import WriterEndpointConfig as WriterEndpointConfig
 
 _NAMES = {
-    "backbone": "BackboneConfig CustomBackbone Frozen Full Lora Package Tuning",
     "data": "DataConfig LabellingConfig MiningConfig",
-    "pooling": "AutoPooling ChangedPooling Pooling",
     "recipe": "Recipe",
     "sections": "CompletionConfig EndpointConfig LoraConfig Quantization Section WarmUpConfig",
-    "student": "InteractionConfig shaping_student_settings StudentConfig untuned_config",
+    "student": (
+        "AutoPooling BackboneConfig ChangedPooling CustomBackbone Frozen Full InteractionConfig Lora Package "
+        "Pooling shaping_student_settings StudentConfig Tuning untuned_config"
+    ),
     "teacher": (
         "AutoTeacherConfig CausalTeacherConfig ClassifierTeacherConfig CosineTeacherConfig "
         "EnsembleTeacherConfig FusedTeacherConfig GradedTeacherConfig LikelihoodTeacherConfig "
@@ -82,8 +83,10 @@ _NAMES = {
         "PromptedTeacherConfig RankedListsConfig RecordedConfig RemoteConfig RemoteTeacherConfig "
         "Seq2SeqTeacherConfig TeacherConfig TeacherEndpointConfig TeacherIdentity VllmTeacherConfig"
     ),
-    "training": "GateConfig Pretraining ResidualConfig ScoreFeaturesConfig TokensConfig TrainingConfig",
-    "tuning": "ReaderTuningConfig TeacherTuningConfig WriterTuningConfig",
+    "training": (
+        "GateConfig Pretraining ReaderTuningConfig ResidualConfig ScoreFeaturesConfig TeacherTuningConfig "
+        "TokensConfig TrainingConfig WriterTuningConfig"
+    ),
     "writer": "LocalWriterConfig RemoteWriterConfig WriterConfig WriterEndpointConfig",
 }
 

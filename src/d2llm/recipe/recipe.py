@@ -9,8 +9,7 @@ from d2llm.recipe.losses import RECOMMENDED, Objective
 from d2llm.recipe.sections import Section
 from d2llm.recipe.student import StudentConfig
 from d2llm.recipe.teacher import AutoTeacherConfig, TeacherConfig
-from d2llm.recipe.training import GateConfig, ScoreFeaturesConfig, TrainingConfig
-from d2llm.recipe.tuning import TeacherTuningConfig
+from d2llm.recipe.training import GateConfig, ScoreFeaturesConfig, TeacherTuningConfig, TrainingConfig
 
 
 class Recipe(Section):

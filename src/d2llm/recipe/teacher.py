@@ -481,7 +481,7 @@ class FusedTeacherConfig(_ShippedTeacher, kind="fused"):
         "likelihood by smollm2 and grades find another passage best than the one written for: 24 of 80 queries on "
         "covidqa, 5 on medquad ([log](log/2026-11.md#2026-11-30-positives-that-a-teacher-chooses-gecko))"
     )
-    teacher_class = "fused:FusedTeacher"
+    teacher_class = "ensemble:FusedTeacher"
     ranks_lists = True
     model: str = "fused"
     """Its name in messages."""

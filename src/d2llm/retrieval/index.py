@@ -97,7 +97,7 @@ class Index(OpenIndex):
             folder: must not exist, or be empty, unless ``exist_ok``.
             student: the student that makes the vectors, its folder, or the name of a shipped one. Or a
                 ``SentenceTransformer``, or the folder of one: a student with its vectors that was not trained
-                (``models.untrained``) is saved beside the index, as ``FOLDER.student``.
+                (``models.external``) is saved beside the index, as ``FOLDER.student``.
             spec: what the index is to be.
             student_source: where ``open`` can load the student again; by default where it was loaded from or saved.
             exist_ok: open the index if there is one in the folder, which must be as these arguments describe it.
@@ -112,7 +112,7 @@ class Index(OpenIndex):
             IndexMismatchError: with ``exist_ok``, another student made the index there.
             ModelError: the student cannot be loaded.
         """
-        from d2llm.models.untrained import is_bi_encoder, untrained_beside
+        from d2llm.models.external import is_bi_encoder, untrained_beside
 
         folder, spec = path_of(folder, "folder"), IndexSpec.of(spec, **changes)
         make = partial(cls._create, folder, spec, exist_ok=exist_ok, device=device, dtype=dtype, engine=engine)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from d2llm.core.types import Task
-from d2llm.models.teachers.fused import FusedTeacher
+from d2llm.models.teachers.ensemble import FusedTeacher
 from d2llm.models.teachers.likelihood import LikelihoodTeacher
 from d2llm.models.teachers.pair_teacher import (
     TeacherScores,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from d2llm.models.backbone import Backbone
 from d2llm.models.pooling import TextPooling, make_pooling, to_sphere
-from d2llm.recipe.pooling import ChangedPooling
+from d2llm.recipe.student import ChangedPooling
 from d2llm.store.vector_formats import RotatedFormat, VectorFormat
 
 

@@ -15,7 +15,7 @@ from d2llm.core.errors import InputError
 from d2llm.models.backbone import Backbone
 from d2llm.models.tokens import TextKind
 from d2llm.ops.pooling import mean_of_tokens
-from d2llm.recipe.pooling import Pooling
+from d2llm.recipe.student import Pooling
 
 _BATCH = 16
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from d2llm.core.errors import InputError
 from d2llm.ops.pooling import mean_of_tokens
-from d2llm.recipe.pooling import Pooling
+from d2llm.recipe.student import Pooling
 
 
 class FirstLast(Pooling, kind="first_last"):

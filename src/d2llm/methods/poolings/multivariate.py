@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from d2llm.models.backbone import Backbone
 from d2llm.models.pooling import TextPooling, make_pooling
-from d2llm.recipe.pooling import ChangedPooling
+from d2llm.recipe.student import ChangedPooling
 
 _ONE = math.log(math.e - 1)  # softplus of it is 1
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from d2llm.core.errors import InputError
 from d2llm.models.backbone import Backbone
 from d2llm.models.pooling import TextPooling, make_pooling
-from d2llm.recipe.pooling import ChangedPooling, Pooling
+from d2llm.recipe.student import ChangedPooling, Pooling
 
 
 class PMA(ChangedPooling, kind="pma"):

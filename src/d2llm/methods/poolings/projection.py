@@ -14,7 +14,7 @@ from d2llm.core.errors import InputError
 from d2llm.models.backbone import Backbone
 from d2llm.models.pooling import TextPooling, make_pooling, to_sphere
 from d2llm.ops.whitening import principal_components
-from d2llm.recipe.pooling import ChangedPooling
+from d2llm.recipe.student import ChangedPooling
 
 
 class Projection(ChangedPooling, kind="projection"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from d2llm.core.errors import InputError
 from d2llm.models.backbone import Backbone
 from d2llm.models.pooling import TextPooling
-from d2llm.recipe.pooling import Pooling
+from d2llm.recipe.student import Pooling
 
 if TYPE_CHECKING:
     from d2llm.models.tokens import EncodedTexts

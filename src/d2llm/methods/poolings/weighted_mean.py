@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from d2llm.recipe.pooling import Pooling
+from d2llm.recipe.student import Pooling
 
 
 class WeightedMean(Pooling, kind="weighted_mean"):

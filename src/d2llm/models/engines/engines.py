@@ -32,8 +32,7 @@ from d2llm.core.machine import replaced_allocator
 from d2llm.core.manifest import FILE_NAME, write_manifest
 from d2llm.core.types import EngineName
 from d2llm.models.device import choose_device, choose_dtype, inference
-from d2llm.models.export.eight_bits import OPENVINO_GROUP, Runtime
-from d2llm.models.export.graphs import OPSET, write_text_graph
+from d2llm.models.export.graphs import OPENVINO_GROUP, OPSET, Runtime, write_text_graph
 from d2llm.models.hub import find_student
 from d2llm.models.student_files import read_student_manifest
 from d2llm.recipe import CustomBackbone, StudentConfig

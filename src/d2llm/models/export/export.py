@@ -20,8 +20,7 @@ from d2llm.core.inputs import check_choice, path_of, shown
 from d2llm.core.manifest import write_manifest
 from d2llm.core.types import TASKS, Task
 from d2llm.models.export import numpy_head
-from d2llm.models.export.eight_bits import Runtime
-from d2llm.models.export.graphs import write_score_graph, write_text_graph
+from d2llm.models.export.graphs import Runtime, write_score_graph, write_text_graph
 from d2llm.models.export.sentence_transformers import why_no_transformer, why_not_plain, write_multi_vector
 from d2llm.models.export.vespa import write_vespa
 from d2llm.models.interaction import CosineHead, Interaction
