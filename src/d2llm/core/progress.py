@@ -37,7 +37,8 @@ LINE_SECONDS = 30.0
 """Minimum time between two log lines."""
 BAR_SECONDS = 2.0
 """Work that takes less time shows no bar."""
-_remarks = logging.getLogger("d2llm.remarks")
+remarks = logging.getLogger("d2llm.remarks")
+"""Messages for users of the command line about what is done; they are not warnings."""
 _setting: ContextVar[bool | None] = ContextVar("whether to show progress", default=None)
 _display: ContextVar[Progress | None] = ContextVar("the display of the outermost bar", default=None)
 
@@ -179,7 +180,7 @@ def _lines(description: str, total: int | None, done: int, limit: float) -> Bar:
             needed = min(needed, max(0.0, limit - seconds))
             left = f", {_duration(needed)} left" if math.isfinite(needed) else ""
             of_total = f" of {total:,} ({finished / total:.0%}) after {_duration(seconds)}{left}"
-        _remarks.info("%s: %s%s%s", description, f"{finished:,}", of_total, f", {remark}" if remark else "")
+        remarks.info("%s: %s%s%s", description, f"{finished:,}", of_total, f", {remark}" if remark else "")
 
     return advance
 

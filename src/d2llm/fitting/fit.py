@@ -11,7 +11,6 @@ call continues after an interruption; after changes to the documents it updates 
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from d2llm.core.files import write_bytes, write_json
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
 from d2llm.core.inputs import path_of, paths_of
 from d2llm.core.names import counted
-from d2llm.core.progress import showing_progress
+from d2llm.core.progress import remarks, showing_progress
 from d2llm.core.settings import shows
 from d2llm.core.shipped import DEFAULT_WRITER, MULTILINGUAL_STUDENT
 from d2llm.core.time_limit import time_limit
@@ -57,8 +56,6 @@ from d2llm.runners.runner import Runner
 
 if TYPE_CHECKING:
     from d2llm.evaluation.report import EvaluationReport
-
-_remarks = logging.getLogger("d2llm.remarks")
 
 
 @shows(FitSettings)
@@ -169,7 +166,7 @@ class Fit:
                     return self._conclude(self._learn())
             finally:
                 self.stages.finish()
-        _remarks.info(
+        remarks.info(
             "%s was fitted before, and its student is kept; to learn the changed documents too, repeat with --again",
             self.folder.path,
         )
@@ -538,4 +535,4 @@ class Fit:
 
     def _note(self, note: str) -> None:
         self.notes.append(note)
-        _remarks.warning("fit: %s", note)
+        remarks.warning("fit: %s", note)

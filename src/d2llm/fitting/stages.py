@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Generator
@@ -14,6 +13,7 @@ from typing import Literal
 
 from d2llm.core.document import Document, Section
 from d2llm.core.files import write_bytes
+from d2llm.core.progress import remarks
 from d2llm.core.table import Column, Table
 from d2llm.reports.html import page
 
@@ -31,8 +31,6 @@ STAGES: dict[StageName, str] = {
     "serve": "make the index that is served",
 }
 """Name -> what it does, in order."""
-
-_remarks = logging.getLogger("d2llm.remarks")
 
 
 @dataclass(slots=True)
@@ -73,7 +71,7 @@ class Stages:
             if name in seconds:
                 stage.planned = seconds[name]
         entries = [f"{STAGES[name]} {_minutes(s.planned)}" for name, s in self.stages.items() if name in seconds]
-        _remarks.info("plan: %s; %s left", ", ".join(entries), _minutes(self.seconds_left))
+        remarks.info("plan: %s; %s left", ", ".join(entries), _minutes(self.seconds_left))
         self.write_page()
 
     @contextmanager
@@ -85,7 +83,7 @@ class Stages:
         finished = threading.Event()
         watcher = threading.Thread(target=self._keep_page, args=(finished,), daemon=True, name="d2llm fit page")
         watcher.start()
-        _remarks.info("fit: %s", STAGES[name])
+        remarks.info("fit: %s", STAGES[name])
         try:
             yield stage
         finally:
@@ -93,12 +91,12 @@ class Stages:
             finished.set()
             watcher.join()
             self.write_page()
-        _remarks.info("fit: %s: %s, in %s", STAGES[name], stage.outcome or "finished", _minutes(stage.seconds))
+        remarks.info("fit: %s: %s, in %s", STAGES[name], stage.outcome or "finished", _minutes(stage.seconds))
 
     def skip(self, name: StageName, reason: str) -> None:
         """Record why a stage does not run."""
         self.stages[name].outcome = reason
-        _remarks.info("fit: %s: %s", STAGES[name], reason)
+        remarks.info("fit: %s: %s", STAGES[name], reason)
         self.write_page()
 
     def finish(self) -> None:

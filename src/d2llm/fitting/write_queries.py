@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import os
 import random
@@ -26,7 +25,7 @@ from typing import Any
 
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.names import counted
-from d2llm.core.progress import progress_bar
+from d2llm.core.progress import progress_bar, remarks
 from d2llm.core.types import Passage
 from d2llm.fitting.settings import DEFAULT_KINDS
 from d2llm.models.remote.endpoint import Limits
@@ -38,7 +37,6 @@ MIN_CHARACTERS = 80
 """Passages with a shorter text are too short to ask anything that others do not answer."""
 QUERIES_PER_ANSWER = 2
 
-_remarks = logging.getLogger("d2llm.remarks")
 _ASSIGNMENTS_AT_ONCE = 32
 _IN_WORDS = {"minutes": "{:.0f} minutes", "tokens": "{:,} tokens", "cost": "a cost of {:g}"}
 
@@ -140,7 +138,7 @@ def write_queries(
             advance(len(batch), f"cost {cost:.2f}" if cost else "")
     num_problems = sum(draft.problem is not None for draft in drafts)
     if num_problems:
-        _remarks.warning("%d of %d answers hold no queries", num_problems, len(drafts))
+        remarks.warning("%d of %d answers hold no queries", num_problems, len(drafts))
     return WritingReport(
         len(drafts),
         _num_queries(drafts),

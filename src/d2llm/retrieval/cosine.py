@@ -27,22 +27,18 @@ class ForwardingEncoder(PlainStudent):
 
     @property
     def config(self) -> Any:
-        """The encoder's configuration."""
         return self._encoder.config
 
     @property
     def vector_dim(self) -> int:
-        """Width of the encoder's vectors."""
         return self._encoder.vector_dim
 
     def encode_queries(
         self, texts: Sequence[str], *, instruction: str | None = None, advance: Advance | None = None
     ) -> EncodedTexts:
-        """The encoder's query vectors."""
         return self._encoder.encode_queries(texts, instruction=instruction, advance=advance)
 
     def encode_passages(self, texts: Sequence[str], *, advance: Advance | None = None) -> EncodedTexts:
-        """The encoder's passage vectors."""
         return self._encoder.encode_passages(texts, advance=advance)
 
 
@@ -57,27 +53,22 @@ class ForwardingStudent(ForwardingEncoder):
 
     @property
     def has_dot(self) -> bool:
-        """Whether the student's score has an inner-product part."""
         return self._student.has_dot
 
     def query_vectors(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
-        """The student's query vectors."""
         return self._student.query_vectors(query_vectors, task)
 
     def score(
         self, query_vector: NDArray[np.float32], passage_vectors: NDArray[np.float32], task: Task
     ) -> NDArray[np.float32]:
-        """The student's scores."""
         return self._student.score(query_vector, passage_vectors, task)
 
     def encode_with_tokens(
         self, texts: Sequence[str], kind: TextKind, *, instruction: str | None = None, advance: Advance | None = None
     ) -> EncodedTexts:
-        """The student's vectors of texts and of their tokens."""
         return self._student.encode_with_tokens(texts, kind, instruction=instruction, advance=advance)
 
     def term_factors(self, queries: Sequence[str]) -> Sequence[Mapping[str, float]] | None:
-        """How much the words of queries count by the student, if it says so."""
         return self._student.term_factors(queries)
 
 
@@ -86,17 +77,14 @@ class _InnerProduct(PlainStudent):
 
     @property
     def has_dot(self) -> bool:
-        """True: the inner product is the score."""
         return True
 
     def query_vectors(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
-        """The query vectors."""
         raise NotImplementedError
 
     def score(
         self, query_vector: NDArray[np.float32], passage_vectors: NDArray[np.float32], task: Task
     ) -> NDArray[np.float32]:
-        """[dim], [n, dim] -> inner products [n]."""
         return passage_vectors @ self.query_vectors(query_vector[None], task)[0]
 
 
@@ -123,7 +111,6 @@ class CosineStudent(_InnerProduct, ForwardingEncoder):
         query_vectors: NDArray[np.float32],
         task: Task,  # noqa: ARG002 - part of the protocol
     ) -> NDArray[np.float32]:
-        """The vectors themselves."""
         return query_vectors
 
 
@@ -139,7 +126,6 @@ class DotScorer(_InnerProduct):
         return self._scorer.fingerprint
 
     def query_vectors(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
-        """The scorer's query vectors."""
         return self._scorer.query_vectors(query_vectors, task)
 
 

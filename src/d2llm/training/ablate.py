@@ -19,6 +19,7 @@ from d2llm.core.files import new_folder, write_json
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.inputs import check_count
 from d2llm.core.manifest import read_manifest
+from d2llm.core.progress import remarks
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import TrainingPlan, TrainingSource, check_sources
 from d2llm.data.run_folder import is_finished, working_folder
@@ -49,7 +50,6 @@ DEV_QUERIES = 500
 # chose their best step, unlike runs with other seeds.
 _MEASURING_SEED = 1_000_003
 _RECORD_VERSION = 1
-_remarks = logging.getLogger("d2llm.remarks")
 _log = logging.getLogger(__name__)
 
 
@@ -424,7 +424,7 @@ def _train_waiting(
             missing.append((name, seed))
             continue
         epochs = f", epochs {recipes[name].training.epochs}" if progress.halving else ""
-        _remarks.info("ablate: %s", progress.begin_run(f"{name}, seed {seed}{epochs}"))
+        remarks.info("ablate: %s", progress.begin_run(f"{name}, seed {seed}{epochs}"))
         try:
             results[name, seed] = train_and_measure(shared, recipes[name], name, seed)
         except D2LLMError as error:

@@ -18,6 +18,7 @@ from typing import Any
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import check_count
+from d2llm.core.progress import remarks
 from d2llm.core.types import TASKS
 from d2llm.data.plan import TrainingSource
 from d2llm.data.run_folder import RunFolder, changed_student, changed_teacher, is_finished, manifest_of
@@ -27,7 +28,6 @@ from d2llm.models.teachers.pair_teacher import identify_teacher
 from d2llm.ops.ensemble import Ensemble
 from d2llm.recipe import EnsembleTeacherConfig, Recipe, TeacherConfig
 from d2llm.recipe.variants import Variant
-from d2llm.training.checkpoints import remarks
 from d2llm.training.distill import distill
 from d2llm.training.label import label
 from d2llm.training.tune_teacher import tune_teacher

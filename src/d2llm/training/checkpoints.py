@@ -31,8 +31,6 @@ CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"
 _STEPS = 60  # at the default rate dev no longer improves after this many, on 100 and 300 questions (docs/log)
 _log = logging.getLogger(__name__)
-remarks = logging.getLogger("d2llm.remarks")
-"""Progress messages for users of the command line; they are not warnings."""
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import objects_of, strings_of
-from d2llm.core.progress import showing_progress
+from d2llm.core.progress import remarks, showing_progress
 from d2llm.core.types import TASKS, Task
 from d2llm.data.collation import LabelledSource, batches_per_epoch
 from d2llm.data.labels import LabelStore
@@ -32,7 +32,6 @@ from d2llm.recipe import (
 )
 from d2llm.recipe.recipe_file import changed_settings
 from d2llm.store.bm25 import bm25_lists
-from d2llm.training.checkpoints import remarks
 from d2llm.training.dev_sets import make_dev_set
 from d2llm.training.label import TeacherOnDemand
 from d2llm.training.losses import OFFSET, Preparation

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from d2llm.core.progress import remarks
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.same_text import SameText
@@ -23,8 +23,6 @@ from d2llm.training.dev_sets import LEXICAL_DEPTH, MIN_QUERIES, JudgedSet, dev_q
 
 NUM_HARD, NUM_RANDOM = 1, 8
 _POOL = 256  # passages of a corpus that the random ones are drawn from, so that few have to be encoded
-
-_remarks = logging.getLogger("d2llm.remarks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +144,7 @@ def _fit(
     num_queries = {name: count for part in samples for name, count in part.num_queries.items()}
     total = sum(num_queries.values())
     if total < MIN_QUERIES:
-        _remarks.info(
+        remarks.info(
             "scores of %s search are not calibrated as probabilities: %d judged dev queries, but %d are needed",
             task,
             total,
@@ -162,7 +160,7 @@ def _fit(
     ensemble = fit_ensemble(columns, relevant)
     slopes = np.array(ensemble.weights) / np.array(ensemble.scales)
     if slopes[0] <= 0:
-        _remarks.info(
+        remarks.info(
             "scores of %s search are not calibrated as probabilities: they do not distinguish relevant passages", task
         )
         return None

@@ -11,7 +11,6 @@ sets, that the fit did not see, or on request.
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import strings_of
-from d2llm.core.progress import progress_bar
+from d2llm.core.progress import progress_bar, remarks
 from d2llm.core.types import PartKind, Query, ScoreFeature, Task
 from d2llm.data.beir import Dataset
 from d2llm.models.protocols import SearchStudent, term_factors
@@ -48,8 +47,6 @@ FactorKind = Literal["words", "nearest"]
 """What the weight of words depends on: the statistics of the query's words, or also how near the nearest passage is."""
 _MEASURE = "nDCG@10"
 _MIN_STANDARD_ERRORS = 1.0  # of the gain of a factor of the query's words, which overfits a hundred queries easily
-
-_remarks = logging.getLogger("d2llm.remarks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +137,7 @@ def fit_score_features(
         ]
         for feature_lists in lists:
             if not feature_lists.lists:
-                _remarks.warning(
+                remarks.warning(
                     "%s: word weights are fitted without it: no dev query has a relevant passage among its nearest",
                     feature_lists.name,
                 )
@@ -154,7 +151,7 @@ def fit_score_features(
 
 
 def _warn_of_few(task: Task, num_judged: int) -> None:
-    _remarks.warning(
+    remarks.warning(
         "%s: word weights are not fitted: %d dev queries, but at least %d are needed", task, num_judged, MIN_QUERIES
     )
 

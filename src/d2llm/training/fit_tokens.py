@@ -9,7 +9,6 @@ Santhanam et al., "ColBERTv2", NAACL 2022.
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch.nn import functional
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import objects_of, strings_of
-from d2llm.core.progress import progress_bar
+from d2llm.core.progress import progress_bar, remarks
 from d2llm.data.beir import Dataset
 from d2llm.data.same_text import SameText
 from d2llm.models.device import inference
@@ -43,8 +42,6 @@ _PCA_TOKENS = 40_000
 _INITIAL_SCALE = 20.0  # of the mean cosine, as in the dot head
 _COUNTED_PASSAGES = 5_000  # of each data set, to see which tokens are rare
 _MIN_RARITY = 0.01  # of tokens that all passages have
-
-_remarks = logging.getLogger("d2llm.remarks")
 
 
 @dataclass(frozen=True)
@@ -182,7 +179,7 @@ def _choose(
     else:
         usable = sorted(dataset.unshared_positives("train", [split for split in dataset.qrels if split != "train"]))
         if len(usable) < len(judged):
-            _remarks.info(
+            remarks.info(
                 "%s: %d of %d train queries are left out, because they share relevant passages with another split",
                 dataset.name,
                 len(judged) - len(usable),

@@ -19,11 +19,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from d2llm.core.progress import remarks
 from d2llm.models.device import free_memory, tokens_to_train
 from d2llm.models.student import Student
 from d2llm.ops.batching import token_budget_batches
 from d2llm.recipe import TeacherTuningConfig, TrainingConfig
-from d2llm.training.checkpoints import remarks
 from d2llm.training.processes import ALONE, Processes
 
 _SEEDS_PER_STEP = 1 << 20  # more than the parts of a batch, so that no two parts of a run share their dropout

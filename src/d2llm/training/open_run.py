@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.inputs import path_of, strings_of
 from d2llm.core.names import counted
+from d2llm.core.progress import remarks
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_data
@@ -25,7 +26,6 @@ from d2llm.recipe.recipe_file import load_recipe
 if TYPE_CHECKING:  # each step imports what it needs, so that errors in a recipe are reported before torch is loaded
     from d2llm.models.student import Student
 
-_remarks = logging.getLogger("d2llm.remarks")
 _log = logging.getLogger(__name__)
 
 
@@ -145,13 +145,13 @@ class OpenRun:
                 f"the teacher is not better than the cosine on {', '.join(closed)} (gate.json), and the recipe says to "
                 "stop in that case (gate.when_closed); use a better teacher, or set gate.when_closed to 'labels'"
             )
-        _remarks.info("the gate is closed for %s: using the data sets' own judgements", ", ".join(closed))
+        remarks.info("the gate is closed for %s: using the data sets' own judgements", ", ".join(closed))
         return closed
 
     def put_aside(self, step: str, folder: Path) -> None:
         """Rename a step's results and its checkpoints, so that nothing that took hours is lost."""
         if (kept := put_aside(folder)) is not None:
-            _remarks.info("%s: the earlier result is now in %s", step, kept)
+            remarks.info("%s: the earlier result is now in %s", step, kept)
 
     def put_filtered_aside(self, verb: str) -> None:
         """Rename the filtered plans, before the plans that they were made from are replaced."""
@@ -160,7 +160,7 @@ class OpenRun:
 
     def skip(self, reason: str) -> Skipped:
         """Log why a step is skipped, and return that as its result."""
-        _remarks.info("%s", reason)
+        remarks.info("%s", reason)
         return Skipped(reason)
 
     def _teacher_fingerprint(self) -> str | None:
@@ -175,7 +175,7 @@ class OpenRun:
     def _name_the_teacher(self, verb: str) -> None:
         named, in_recipe = self.teacher.model, self.recipe.teacher.model
         untuned = f"'{in_recipe}' as it is ({self.folder.teacher} does not exist)"
-        _remarks.info("%s: the teacher is %s", verb, untuned if named == in_recipe else named)
+        remarks.info("%s: the teacher is %s", verb, untuned if named == in_recipe else named)
 
     def _warn_of_changes(
         self,

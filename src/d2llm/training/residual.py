@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2llm.core.errors import OutOfTimeError
-from d2llm.core.progress import progress_bar
+from d2llm.core.progress import progress_bar, remarks
 from d2llm.core.types import Task
 from d2llm.data.collation import Draw, LabelledSource, collate_lists
 from d2llm.models.interaction import Interaction, PairScores
@@ -26,7 +26,7 @@ from d2llm.models.student import Student
 from d2llm.ops.batching import even_batches
 from d2llm.ops.selection import nearest_rows
 from d2llm.recipe import Recipe, ResidualConfig
-from d2llm.training.checkpoints import BestState, remarks, warmup_steps
+from d2llm.training.checkpoints import BestState, warmup_steps
 from d2llm.training.choose_weights import mean_value
 from d2llm.training.dev_sets import DevResult, DevSet, EncodedDev, encode_dev, encode_together, measure_by_weight
 from d2llm.training.losses import LossInput, batch_losses, weighted_sum

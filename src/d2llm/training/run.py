@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import objects_of, strings_of
-from d2llm.core.progress import showing_progress
+from d2llm.core.progress import remarks, showing_progress
 from d2llm.core.types import RunStep
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_data, open_source
@@ -46,7 +46,6 @@ if TYPE_CHECKING:  # each step imports what it needs, so that errors in a recipe
     from d2llm.training.label import LabelReport
     from d2llm.training.tune_teacher import TeacherTuningReport
 
-_remarks = logging.getLogger("d2llm.remarks")
 _log = logging.getLogger(__name__)
 
 
@@ -132,7 +131,7 @@ class Run(OpenRun):
             else:
                 keep("label", self.skip("label: the gate is closed for every data set, so there is nothing to label"))
         else:
-            _remarks.info("run: no loss of the recipe imitates a teacher, so no teacher is tuned, tested or used")
+            remarks.info("run: no loss of the recipe imitates a teacher, so no teacher is tuned, tested or used")
         keep("distill", self.distill(again="distill" in repeated))
         return results
 
@@ -170,7 +169,7 @@ class Run(OpenRun):
             return self.skip("precheck: the teacher has a new head, which must be tuned before it can be tested")
         if not again and (is_finished(folder) or working_folder(folder).exists()):
             return self.skip("precheck: the teacher's tuning has begun or is finished; the gate tests its result")
-        _remarks.info(
+        remarks.info(
             "precheck: comparing the untuned teacher with the cosine on %d dev queries of each data set",
             PRECHECK_QUERIES,
         )
@@ -183,7 +182,7 @@ class Run(OpenRun):
             seed=recipe.seed,
             **self._computing,
         )
-        (_log.warning if look.difference < 0 else _remarks.info)("%s", describe_precheck(look))
+        (_log.warning if look.difference < 0 else remarks.info)("%s", describe_precheck(look))
         return look
 
     @_shows_progress
@@ -204,7 +203,7 @@ class Run(OpenRun):
             self._warn_of_changes("tune-teacher", folder, changed_teacher(folder, recipe), as_mined=True)
             return self.skip(f"tune-teacher: {folder} is finished; --again tunes a new one, keeping this one aside")
         self.require_plans()
-        _remarks.info("tune-teacher: training '%s' to answer yes or no, on the plans", recipe.teacher.model)
+        remarks.info("tune-teacher: training '%s' to answer yes or no, on the plans", recipe.teacher.model)
         report = tune_teacher(
             self.folder.sources(recipe, as_mined=True),
             folder,
@@ -213,7 +212,7 @@ class Run(OpenRun):
             seed=recipe.seed,
             **self._computing,
         )
-        _remarks.info("tune-teacher: %s pairs, final loss %.3f, in %s", f"{report.pairs:,}", report.loss, folder)
+        remarks.info("tune-teacher: %s pairs, final loss %.3f, in %s", f"{report.pairs:,}", report.loss, folder)
         for data in recipe.data:
             filtered = self.folder.filtered_plan(data)
             if is_finished(filtered) and manifest_of(filtered).get("teacher") != report.fingerprint:
@@ -279,7 +278,7 @@ class Run(OpenRun):
             load_student=load,
             **self._computing,
         )
-        _remarks.info("ensemble: the teacher is in %s", report.folder)
+        remarks.info("ensemble: the teacher is in %s", report.folder)
         return report
 
     @_shows_progress
@@ -310,7 +309,7 @@ class Run(OpenRun):
             known = read_gate(self.folder.path, identify_teacher(chosen).fingerprint) or {}
             if all(open_source(data.path, splits=["dev"]).name in known for data in self.recipe.data):
                 return self.skip(f"gate: the verdict on this teacher is in {self.folder.path}: {describe_gates(known)}")
-        _remarks.info(
+        remarks.info(
             "gate: testing the teacher against the cosine, on up to %d dev queries of each data set",
             self.recipe.gate.queries,
         )
@@ -370,7 +369,7 @@ class Run(OpenRun):
             runner=runner,
             **self._computing,
         )
-        _remarks.info("label: %s, in %s", describe_labels(report), self.folder.labels)
+        remarks.info("label: %s, in %s", describe_labels(report), self.folder.labels)
         return report
 
     @_shows_progress
@@ -415,7 +414,7 @@ class Run(OpenRun):
             closed_gates=closed,
             **self._computing,
         )
-        _remarks.info("distill: %s", describe_distillation(report))
+        remarks.info("distill: %s", describe_distillation(report))
         if report.is_untrained:
             _log.warning("%s", untrained_advice(report, recipe.training))
         return report

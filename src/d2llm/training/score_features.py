@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import OutOfTimeError
+from d2llm.core.progress import remarks
 from d2llm.core.time_limit import seconds_left, time_limit
 from d2llm.core.types import ScoreFeature, Task
 from d2llm.data.beir import Dataset
@@ -21,7 +22,6 @@ from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection
 from d2llm.recipe import Recipe
 from d2llm.store.bm25 import WordIndex
-from d2llm.training.checkpoints import remarks
 from d2llm.training.dev_sets import DevSet
 from d2llm.training.fit_probabilities import fit_probabilities
 from d2llm.training.fit_score_features import fit_score_features

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from d2llm.core.errors import OutOfTimeError
-from d2llm.core.progress import Bar, progress_bar
+from d2llm.core.progress import Bar, progress_bar, remarks
 from d2llm.core.time_limit import seconds_left
 from d2llm.recipe import Recipe
 from d2llm.training.checkpoints import (
@@ -31,7 +31,6 @@ from d2llm.training.checkpoints import (
     learning_rate_factor,
     load_checkpoint,
     optimizer_step,
-    remarks,
     save_checkpoint,
 )
 from d2llm.training.processes import ALONE, Processes

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from d2llm.core.errors import OutOfTimeError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
-from d2llm.core.progress import progress_bar
+from d2llm.core.progress import progress_bar, remarks
 from d2llm.core.time_limit import seconds_left, time_limit
 from d2llm.core.types import Task
 from d2llm.data.collation import (
@@ -33,7 +33,7 @@ from d2llm.models.interaction import Interaction
 from d2llm.models.student import Student
 from d2llm.recipe import Recipe, TrainingConfig
 from d2llm.recipe.recipe_file import shaping_settings
-from d2llm.training.checkpoints import BestState, epochs_of, open_trackers, remarks, trainable, warmup_steps
+from d2llm.training.checkpoints import BestState, epochs_of, open_trackers, trainable, warmup_steps
 from d2llm.training.choose_weights import (
     choose_fraction,
     choose_interaction_weights,

@@ -20,7 +20,7 @@ from torch.nn import functional
 from d2llm.core.errors import InputError
 from d2llm.core.files import new_folder
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.progress import progress_bar
+from d2llm.core.progress import progress_bar, remarks
 from d2llm.core.types import Task
 from d2llm.data.labels import label_keys, only_labels
 from d2llm.data.plan import TrainingPair, TrainingPlan, TrainingSource, labelled_pairs
@@ -34,7 +34,7 @@ from d2llm.models.teachers.pair_teacher import PairTeacher
 from d2llm.ops.batching import token_budget_batches
 from d2llm.recipe import LocalTeacherConfig, Recipe, TeacherConfig, TeacherTuningConfig, VllmTeacherConfig
 from d2llm.recipe.recipe_file import tuning_settings
-from d2llm.training.checkpoints import BestState, remarks, trainable
+from d2llm.training.checkpoints import BestState, trainable
 from d2llm.training.gradient_cache import backpropagate_parts, graph_room
 from d2llm.training.trainer import Trainable, Trainer, save_tuned
 

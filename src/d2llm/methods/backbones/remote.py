@@ -33,6 +33,7 @@ from d2llm.core.batches import batched
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.files import MANIFEST_NAME
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.progress import remarks
 from d2llm.models.backbone import Backbone
 from d2llm.models.remote.endpoint import Endpoint
 from d2llm.models.remote.vector_cache import BLANK, VectorCache
@@ -43,7 +44,6 @@ from d2llm.recipe import CustomBackbone, EndpointConfig, Pooling
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-_remarks = logging.getLogger("d2llm.remarks")
 
 _TRIAL = "What do cows drink?"
 _REQUESTS_AT_ONCE = 4  # times the number of concurrent requests: the texts between two updates of a progress bar
@@ -261,7 +261,7 @@ class RemoteBackbone(Backbone):
                 keep=lambda index, answer: self._keep(batches[index], answer),
             ).all()
         finally:
-            _remarks.log(
+            remarks.log(
                 logging.INFO if len(batches) > 1 else logging.DEBUG,
                 "%s: vectors of %d texts in %d requests, %d tokens reported, %d retries",
                 self.endpoint.address,

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from d2llm.core.errors import InputError
+from d2llm.core.progress import remarks
 from d2llm.core.types import TASKS, Task
 from d2llm.data.beir import Dataset
 from d2llm.models.pooling import to_sphere
@@ -21,7 +22,6 @@ from d2llm.ops.losses import list_imitation
 from d2llm.ops.scoring import mean_best_cosines
 from d2llm.recipe.losses import Loss
 from d2llm.recipe.sections import StudentName
-from d2llm.training.checkpoints import remarks
 from d2llm.training.losses import LossInput, Preparation
 from d2llm.training.processes import own_device
 

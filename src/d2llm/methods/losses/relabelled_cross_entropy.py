@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
+from d2llm.core.progress import remarks
 from d2llm.data.collation import LabelledSource
-from d2llm.training.checkpoints import remarks
 from d2llm.training.losses import InBatchCrossEntropy, Preparation
 
 Negatives = Literal["lowest", "others"]

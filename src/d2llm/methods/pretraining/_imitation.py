@@ -13,13 +13,13 @@ from jaxtyping import Float, Int32
 from torch import Tensor, nn
 
 from d2llm.core.errors import InputError
+from d2llm.core.progress import remarks
 from d2llm.models.backbone import Backbone
 from d2llm.models.tokens import TextKind
 from d2llm.ops.ridge import RidgeSet, folds_of, ridge_weights
 from d2llm.ops.token_alignment import align_tokens, aligned_states
 from d2llm.recipe import BackboneConfig, Frozen
 from d2llm.recipe.training import Pretraining
-from d2llm.training.checkpoints import remarks
 from d2llm.training.pretrain import PretrainingTask
 
 if TYPE_CHECKING:

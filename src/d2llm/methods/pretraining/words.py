@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from d2llm.core.progress import remarks
 from d2llm.models.backbone import Backbone
 from d2llm.ops.bm25_words import sentences
 from d2llm.recipe.training import Pretraining
-from d2llm.training.checkpoints import remarks
 from d2llm.training.pretrain import PretrainingTask, identity_map, word_head
 
 

@@ -75,21 +75,17 @@ class LeanStudent(PlainStudent):
 
     @property
     def trained_tasks(self) -> tuple[Task, ...]:
-        """Tasks of its training data; empty if untrained."""
         return files.trained_tasks(self._manifest)
 
     def tokenize(self, texts: Sequence[str], kind: TextKind, *, instruction: str | None = None) -> TokenizedTexts:
-        """As ``StudentEncoder.tokenize``."""
         return tokenize_search(self.backbone, texts, kind, instruction=instruction, limit=self.max_query_tokens)
 
     def encode_queries(
         self, texts: Sequence[str], *, instruction: str | None = None, advance: Advance | None = None
     ) -> EncodedTexts:
-        """Vectors of queries."""
         return self._encode(texts, "query", instruction, advance, None)
 
     def encode_passages(self, texts: Sequence[str], *, advance: Advance | None = None) -> EncodedTexts:
-        """Vectors of passages."""
         return self._encode(texts, "passage", None, advance, None)
 
     def encode_with_tokens(
@@ -136,11 +132,9 @@ class LeanStudent(PlainStudent):
         return to_sphere(vector) if self.config.interaction.head == "cosine" else vector
 
     def query_vectors(self, query_vectors: NDArray[np.float32], task: Task | None = None) -> NDArray[np.float32]:
-        """The vectors whose inner product with a passage's vector is that of the score."""
         return self._head.query_vectors(query_vectors, task or default_task(self.trained_tasks))
 
     def prepare(self, query_vector: NDArray[np.float32], task: Task) -> PairScorer:
-        """A scorer of this query against any passages."""
         return self._head.scorer(query_vector, task)
 
     def score(
@@ -149,20 +143,16 @@ class LeanStudent(PlainStudent):
         passage_vectors: NDArray[np.float32],
         task: Task,
     ) -> NDArray[np.float32]:
-        """Final logits of one query against passages."""
         return self.prepare(query_vector, task)(passage_vectors)
 
     def passage_bound(self, passage_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The passages' part of the bound of a pair (``VectorScorer.passage_bound``)."""
         return self._head.passage_bound(passage_vectors)
 
     def why_no_interaction(self, task: Task) -> str | None:
-        """Why the interaction adds nothing to the score of any pair in a task; None if it adds something."""
         config = self.config.interaction
         return why_no_interaction(config.head, self._head.weight(task) if task in config.tasks else None, task)
 
     def feature_weights(self, task: Task, *, stored: Collection[PartKind] | PartKind = PART_KINDS) -> FeatureWeights:
-        """The weights of the score features that an index adds; ``stored`` are the parts whose vectors it has."""
         return self._score_features.weights(task, stored=[stored] if isinstance(stored, str) else stored)
 
 

@@ -87,18 +87,15 @@ class _QueryScorer:
 
     @property
     def dot_query(self) -> NDArray[np.float32]:
-        """Its inner product with a passage's vector is part of the score."""
         return self._dot
 
     def __call__(self, passages: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The scores."""
         dots = row_by_row(self.dot_query[None], passages)[:, 0]
         if not self.bound:
             return dots
         return dots + np.float32(self.bound) * self._head.passage_bound(passages) * self.change(passages)
 
     def change(self, passages: NDArray[np.float32]) -> NDArray[np.float32]:
-        """tanh(g), the interaction as a fraction of its bound."""
         if not self.bound:
             return np.zeros(len(passages), np.float32)
         starts = range(0, max(len(passages), 1), _BLOCK)

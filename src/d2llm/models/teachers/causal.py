@@ -148,7 +148,6 @@ class CausalTeacher(LocalTeacher):
 
     @property
     def dim(self) -> int:
-        """Width of the features."""
         return int(cast(Any, self.model).config.get_text_config().hidden_size)
 
     def tokenize(self, pairs: Sequence[TextPair], task: Task) -> tuple[list[list[int]], int]:

@@ -92,7 +92,6 @@ class EnsembleTeacher(InterruptibleTeacher):
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of the members and their weights."""
         return self._fingerprint
 
     def prompt_fingerprint(self, task: Task) -> str:
@@ -284,18 +283,15 @@ class FusedTeacher(EnsembleTeacher):
 
     @staticmethod
     def identify(config: TeacherConfig) -> TeacherIdentity:
-        """The identity of ``load(config)``, computed without loading a model."""
         identities = [identify_teacher(one) for one in _teachers(config)]
         prompts: dict[Task, str] = {task: fingerprint_json([one.prompts[task] for one in identities]) for task in TASKS}
         return TeacherIdentity(_fused_fingerprint([one.fingerprint for one in identities]), prompts)
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of the members."""
         return _fused_fingerprint([member.fingerprint for member in self.members])
 
     def prompt_fingerprint(self, task: Task) -> str:
-        """Identity of the questions to all members."""
         return fingerprint_json([member.prompt_fingerprint(task) for member in self.members])
 
     def _counting(self, task: Task) -> list[int]:

@@ -16,7 +16,7 @@ from d2llm.core.progress import Advance
 from d2llm.core.types import TASKS, Task
 from d2llm.models.device import inference
 from d2llm.models.sources import find_model, fingerprint_model
-from d2llm.models.teachers.pair_teacher import TeacherScores, TextPair
+from d2llm.models.teachers.pair_teacher import IdentifiedTeacher, TeacherScores, TextPair
 from d2llm.models.writers.local import LocalWriter, read_tuned_writer
 from d2llm.models.writers.writer import Assignment, kind_of_query
 from d2llm.ops.batching import token_budget_batches
@@ -26,7 +26,7 @@ _BATCH_TOKENS, _BATCH_PAIRS = 4_096, 16  # the logits of a query's tokens have t
 _NOTHING = "-"  # stands for a passage without text
 
 
-class LikelihoodTeacher:
+class LikelihoodTeacher(IdentifiedTeacher):
     """The mean log-probability, in nats, of a query's tokens after the passage, which compares passages of a query."""
 
     ranks_lists = True
@@ -51,20 +51,10 @@ class LikelihoodTeacher:
 
     @staticmethod
     def identify(config: LikelihoodTeacherConfig) -> TeacherIdentity:
-        """The identity of ``load(config)``, computed without loading the model."""
         tuned = read_tuned_writer(config.model)
         weights = fingerprint_model(find_model(config.model)) if tuned is None else tuned.fingerprint
         limit = config.max_passage_tokens if tuned is None else tuned.max_passage_tokens
         return TeacherIdentity(weights, dict.fromkeys(TASKS, fingerprint_json(["likelihood", limit])))
-
-    @property
-    def fingerprint(self) -> str:
-        """Fingerprint of its weights."""
-        return self._identity.fingerprint
-
-    def prompt_fingerprint(self, task: Task) -> str:
-        """Identity of how a passage is read."""
-        return self._identity.prompts[task]
 
     def score_pairs(
         self, pairs: Sequence[TextPair], task: Task, *, with_features: bool = False, advance: Advance | None = None

@@ -160,7 +160,6 @@ class LocalTeacher(nn.Module):
 
     @classmethod
     def identify(cls, config: LocalTeacherConfig) -> TeacherIdentity:
-        """The identity of ``load(config)``, computed without loading the model."""
         return identify_local_teacher(config)
 
     @property
@@ -174,7 +173,6 @@ class LocalTeacher(nn.Module):
         raise NotImplementedError
 
     def prompt_fingerprint(self, task: Task) -> str:
-        """Identity of the question for ``task`` (including the length limit)."""
         return fingerprint_prompt(self.config, task)
 
     def tokenize(self, pairs: Sequence[TextPair], task: Task) -> tuple[list[Any], int]:

@@ -91,6 +91,19 @@ class PairTeacher(Protocol):
         ...
 
 
+class IdentifiedTeacher:
+    """A teacher that is known by the identity of its configuration."""
+
+    _identity: TeacherIdentity
+
+    @property
+    def fingerprint(self) -> str:
+        return self._identity.fingerprint
+
+    def prompt_fingerprint(self, task: Task) -> str:
+        return self._identity.prompts[task]
+
+
 @runtime_checkable
 class InterruptibleTeacher(PairTeacher, Protocol):
     """A teacher whose answers cost money, or come from afar: an error must not lose those that came before it.

@@ -31,7 +31,7 @@ from d2llm.data.lines import Fields, read_records
 from d2llm.data.open_data import open_data
 from d2llm.data.pair_training import read_pair_training_set
 from d2llm.models.teachers.lists import GradedTeacher, log_odds_of_grades
-from d2llm.models.teachers.pair_teacher import TeacherScores, TextPair
+from d2llm.models.teachers.pair_teacher import IdentifiedTeacher, TeacherScores, TextPair
 from d2llm.recipe import GradedTeacherConfig, ListEndpointConfig, RecordedConfig, TeacherIdentity
 
 MAX_GRADE = 100
@@ -96,7 +96,7 @@ _NOWHERE = ListEndpointConfig(url="http://recorded.invalid/v1")
 _Grades = dict[str, dict[str, list[float]]]
 
 
-class RecordedTeacher:
+class RecordedTeacher(IdentifiedTeacher):
     """Repeats the grades of the lists in ``config.recorded``."""
 
     gives_grades = True
@@ -136,15 +136,6 @@ class RecordedTeacher:
             task: fingerprint_json([prompt, "unlisted", unlisted]) for task, prompt in identity.prompts.items()
         }
         return TeacherIdentity(identity.fingerprint, prompts)
-
-    @property
-    def fingerprint(self) -> str:
-        """Fingerprint of kind, model name and revision."""
-        return self._identity.fingerprint
-
-    def prompt_fingerprint(self, task: Task) -> str:
-        """Identity of the question."""
-        return self._identity.prompts[task]
 
     def score_pairs(
         self, pairs: Sequence[TextPair], task: Task, *, with_features: bool = False, advance: Advance | None = None

@@ -29,14 +29,20 @@ from d2llm.core.types import TASKS, Task
 from d2llm.models.remote.completions import Completions
 from d2llm.models.remote.endpoint import Answers
 from d2llm.models.remote.kept_answers import using
-from d2llm.models.teachers.pair_teacher import InterruptibleTeacher, PartialScores, TeacherScores, TextPair
+from d2llm.models.teachers.pair_teacher import (
+    IdentifiedTeacher,
+    InterruptibleTeacher,
+    PartialScores,
+    TeacherScores,
+    TextPair,
+)
 from d2llm.models.teachers.prompts import Prompt, load_prompt
 from d2llm.recipe import RemoteTeacherConfig, TeacherEndpointConfig, TeacherIdentity
 
 _Teacher = TypeVar("_Teacher", bound="EndpointTeacher")
 
 
-class EndpointTeacher(InterruptibleTeacher):
+class EndpointTeacher(IdentifiedTeacher, InterruptibleTeacher):
     """A teacher at a remote endpoint; ``fingerprint`` depends on its model name and declared revision, not its address.
 
     Raises:
@@ -80,15 +86,6 @@ class EndpointTeacher(InterruptibleTeacher):
         """
         fingerprint = fingerprint_json([cls.kind, config.model, cls.address(config).revision])
         return TeacherIdentity(fingerprint, {task: fingerprint_json(cls.question(config, task)) for task in TASKS})
-
-    @property
-    def fingerprint(self) -> str:
-        """Fingerprint of kind, model name and revision."""
-        return self._identity.fingerprint
-
-    def prompt_fingerprint(self, task: Task) -> str:
-        """Identity of the question and of all settings that affect what is shown, or how its answer is read."""
-        return self._identity.prompts[task]
 
     @classmethod
     def address(cls, config: Any) -> TeacherEndpointConfig:

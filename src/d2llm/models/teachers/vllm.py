@@ -43,7 +43,7 @@ from d2llm.models.teachers.identity import (
     read_tuned_teacher,
     require_same_base,
 )
-from d2llm.models.teachers.pair_teacher import TeacherScores, TextPair
+from d2llm.models.teachers.pair_teacher import IdentifiedTeacher, TeacherScores, TextPair
 from d2llm.models.teachers.questions import Questions
 from d2llm.recipe import PromptedTeacherConfig, TeacherIdentity, VllmTeacherConfig
 
@@ -51,7 +51,7 @@ _PAIRS_AT_ONCE = 4096  # between two reports of progress; vLLM itself decides ho
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM reserves memory
 
 
-class VllmTeacher:
+class VllmTeacher(IdentifiedTeacher):
     """A teacher on vLLM. A tuned teacher's adapter is computed beside the weights of its base model."""
 
     def __init__(self, config: VllmTeacherConfig, *, dtype: str | None = None) -> None:
@@ -77,8 +77,7 @@ class VllmTeacher:
         self.config = cast(PromptedTeacherConfig, config_of(config, tuned))
         location = find_model(self.config.model)
         require_same_base(tuned, fingerprint_model(location), self.config.model)
-        identity = self.identify(config)
-        self.fingerprint, self._prompts = identity.fingerprint, identity.prompts
+        self._identity = self.identify(config)
         self._questions = Questions(self.config, load_tokenizer(location))
         adapter: dict[str, Tensor] = (
             load_tensors(tuned.folder / ADAPTER_FILE, remedy="restore the teacher's folder or tune it again")
@@ -122,10 +121,6 @@ class VllmTeacher:
     def identify(config: VllmTeacherConfig) -> TeacherIdentity:
         """The identity of ``load(config)``: that of the same causal teacher, unless vLLM quantises its weights."""
         return identify_local_teacher(config)
-
-    def prompt_fingerprint(self, task: Task) -> str:
-        """Identity of the question for ``task`` (including the length limit)."""
-        return self._prompts[task]
 
     def score_pairs(
         self, pairs: Sequence[TextPair], task: Task, *, with_features: bool = False, advance: Advance | None = None

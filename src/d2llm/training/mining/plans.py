@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from d2llm.core.progress import remarks
 from d2llm.data.labels import LabelStore
 from d2llm.data.open_data import open_data, open_source
 from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set, shared_pairs
@@ -31,7 +32,6 @@ from d2llm.training.mining.mine import mine
 from d2llm.training.mining.teacher import TeacherCheck, TeacherWorkers, score_texts
 from d2llm.training.open_run import OpenRun, Skipped
 
-_remarks = logging.getLogger("d2llm.remarks")
 _log = logging.getLogger(__name__)
 _SPLIT = "train"
 _CALLS_TOGETHER = 16  # calls to the teacher on a cluster, about 32 queries each: lost if the work is interrupted
@@ -56,7 +56,7 @@ def mine_plans(
     filters_later = run.recipe.filters_with_tuned_teacher and (before_tuning or has_untuned_head)
     all_finished = all(is_finished(run.folder.plan(data)) for data in run.recipe.data)
     if filters_later and not before_tuning and (again or not all_finished):
-        _remarks.info(
+        remarks.info(
             "mine: the teacher's margin is not used, because the teacher's new head is not tuned yet; to use it, "
             "run tune-teacher, and then mine with --again"
         )
@@ -200,7 +200,7 @@ def _mine_one(
         shutil.rmtree(work, ignore_errors=True)
     dropped = sum(report["num_dropped"].values())
     own_passages = str(dataset.own_passages.counts(entry.query_id for entry in result.entries))
-    _remarks.info(
+    remarks.info(
         f"{verb}: {report['num_entries']:,} queries of {dataset.name} with {report['num_hard_negatives']:,} hard and "
         f"{report['num_easy_negatives']:,} easy negatives, {dropped:,} dropped as likely positives, in {folder}; "
         f"read its audit.md{f' ({own_passages})' if own_passages else ''}"
@@ -232,7 +232,7 @@ def _plan_pairs(
     }
     content = {"dataset": pairs.name, "split": _SPLIT, "settings": _settings(run, data, mining), "report": report}
     write_plan(folder, entries, content)
-    _remarks.info(f"mine: {report['num_pairs']:,} labelled pairs of {pairs.name}, without a search, in {folder}")
+    remarks.info(f"mine: {report['num_pairs']:,} labelled pairs of {pairs.name}, without a search, in {folder}")
     return report
 
 
