@@ -21,7 +21,7 @@ from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_source
 from d2llm.data.pairs import PairDataset, PairSource, as_retrieval
-from d2llm.models.document_expansion import AMOUNT, NUM_WORDS, DocumentExpansion, LearnedWords
+from d2llm.models.document_expansion import NUM_WORDS, DocumentExpansion, LearnedWords
 from d2llm.models.fitted_part import PassageQuality, TermWeights, directions
 from d2llm.models.score_features import ScoreFeatures
 from d2llm.models.student import Student
@@ -36,6 +36,7 @@ from d2llm.training.settings import FitScoresSettings
 
 _MIN_PASSAGES = 20  # relevant ones, and for quality as many others
 _MIN_QUERIES = 20  # to weigh words
+_MAX_PASSAGES = 20_000  # of a data set
 _MIN_WITH_WORD = 2  # queries, for a word that passages may lack
 _Floats = NDArray[np.float64]
 
@@ -161,10 +162,8 @@ def _check(student: Student, settings: FitScoresSettings, *, has_corpus: bool) -
         )
 
 
-def fit_quality(
-    student: Student, data: Sequence[Dataset], *, split: str = "train", max_passages: int = 20_000, seed: int = 0
-) -> PassageQuality:
-    """Fit a student's quality of passages to the judgements of a split.
+def fit_quality(student: Student, data: Sequence[Dataset], *, seed: int = 0) -> PassageQuality:
+    """Fit a student's quality of passages to the judgements of the train splits.
 
     Passages that some query judges relevant are told from all others of the corpus by ridge regression; its penalty is
     the one with the best mean AUC in five parts that were left out. Each data set counts by itself: what its passages
@@ -173,26 +172,21 @@ def fit_quality(
     Source: Chang et al., "Neural Passage Quality Estimation for Static Pruning", SIGIR 2024 (arXiv 2407.12170), which
     trains a language model for it; here a linear function of the vector that an index stores does.
 
-    Args:
-        student: makes the vectors.
-        data: data sets with judgements of ``split``.
-        split: whose judgements; passages that only other splits judge relevant are left out, so that these splits can
-            measure the result.
-        max_passages: of each corpus, at most so many, drawn at random, are read.
-        seed: seed of this draw and of the five parts.
+    Passages that only other splits judge relevant are left out, so that these splits can measure the result. ``seed``:
+    of the draw of at most 20,000 passages of each corpus, and of the five parts.
 
     Raises:
         InputError: there are too few relevant passages, or too few others.
     """
     sets: dict[str, RidgeSet] = {}
     for dataset in data:
-        relevant = dataset.relevant_passages([split])
-        reserved = dataset.relevant_passages(other for other in dataset.qrels if other != split) - relevant
-        ids = sorted({*dataset.passages} - reserved, key=lambda name: key_of(seed, "quality", name))[:max_passages]
+        relevant = dataset.relevant_passages(["train"])
+        reserved = dataset.relevant_passages(split for split in dataset.qrels if split != "train") - relevant
+        ids = sorted({*dataset.passages} - reserved, key=lambda name: key_of(seed, "quality", name))[:_MAX_PASSAGES]
         labels = np.array([passage_id in relevant for passage_id in ids], np.float64)
         if min(labels.sum(), len(labels) - labels.sum()) < _MIN_PASSAGES:
             raise InputError(
-                f"{dataset.name}: {int(labels.sum())} of {len(ids):,} passages are relevant to a query of '{split}', "
+                f"{dataset.name}: {int(labels.sum())} of {len(ids):,} passages are relevant to a query of 'train', "
                 f"but at least {_MIN_PASSAGES} must be, and {_MIN_PASSAGES} must not; use another data set"
             )
         with progress_bar(f"encoding passages of {dataset.name}", len(ids)) as advance:
@@ -214,30 +208,26 @@ def _auc(qualities: NDArray[np.float64], labels: NDArray[np.float64]) -> float:
 
 
 def fit_term_weights(
-    student: Student, data: Sequence[Dataset], *, split: str = "train", max_queries: int = 2_000, seed: int = 0
+    student: Student, data: Sequence[Dataset], *, max_queries: int = 2_000, seed: int = 0
 ) -> TermWeights:
     """Fit the factors of a query's words to the fraction of its relevant passages that contain each of them.
 
     A linear function of the words' states, by ridge regression; its penalty is the one whose factors explain
     most of the fractions' variance in five parts of the queries that were left out.
 
-    Args:
-        student: makes the states.
-        data: data sets with judgements of ``split``.
-        split: whose queries.
-        max_queries: of each data set, at most so many, drawn at random.
-        seed: seed of this draw and of the five parts.
+    Of each data set, at most ``max_queries`` train queries are read, drawn at random. ``seed``: of this draw and of the
+    five parts.
 
     Raises:
         InputError: there are too few queries with a relevant passage, or the student gives no states of words.
     """
     sets: dict[str, RidgeSet] = {}
     for dataset in data:
-        positives = {query_id: ids for query_id, ids in dataset.positives(split).items() if ids}
+        positives = {query_id: ids for query_id, ids in dataset.positives("train").items() if ids}
         chosen = sorted(positives, key=lambda query_id: key_of(seed, "term weights", query_id))[:max_queries]
         if len(chosen) < _MIN_QUERIES:
             raise InputError(
-                f"{dataset.name}: '{split}' has {counted(len(chosen), 'query')} with a relevant passage, but at least "
+                f"{dataset.name}: 'train' has {counted(len(chosen), 'query')} with a relevant passage, but at least "
                 f"{_MIN_QUERIES} are needed to weigh words; use another data set"
             )
         passages = {passage_id for query_id in chosen for passage_id in positives[query_id]}
@@ -287,10 +277,8 @@ def fit_document_expansion(
     student: Student,
     data: Sequence[Dataset],
     *,
-    split: str = "train",
     num_words: int = NUM_WORDS,
-    amount: float = AMOUNT,
-    max_passages: int = 20_000,
+    max_passages: int = _MAX_PASSAGES,
     seed: int = 0,
 ) -> DocumentExpansion:
     """Fit how likely a query for a passage has each word, from the passage's vector.
@@ -299,24 +287,23 @@ def fit_document_expansion(
     queries that have the word. The penalty is the one with the smallest error on five parts of the passages that were
     left out.
 
+    Passages that are relevant in other splits too are left out, so that these can measure the result.
+
     Args:
         student: makes the vectors.
-        data: data sets with judgements of ``split``.
-        split: whose queries; passages that are relevant in other splits too are left out, so that these can measure the
-            result.
+        data: data sets with train judgements.
         num_words: words that are added to a passage, at most.
-        amount: what part of its predicted count a word gets.
         max_passages: of each data set, at most so many, drawn at random, are read, and as many count rarity.
         seed: seed of this draw.
 
     Raises:
         InputError: too few passages are relevant to a query, or no word is in two queries.
     """
-    sets = [_passages_of(dataset, split, max_passages, seed) for dataset in data]
+    sets = [_passages_of(dataset, max_passages, seed) for dataset in data]
     num_queries = sum((data_set.num_queries for data_set in sets), Counter[str]())
     vocabulary = sorted(term for term, count in num_queries.items() if count >= _MIN_WITH_WORD)
     if not vocabulary:
-        raise InputError(f"no word is in two of the queries of '{split}'; use a data set with more of them")
+        raise InputError("no word is in two of the queries of 'train'; use a data set with more of them")
     column_of = {term: index for index, term in enumerate(vocabulary)}
     texts = [text for data_set in sets for text in data_set.texts]
     with progress_bar("encoding passages with queries", len(texts)) as advance:
@@ -344,15 +331,14 @@ def fit_document_expansion(
             for data_set, error, variance in zip(sets, errors[penalty], variances, strict=True)
         },
         num_words=num_words,
-        amount=amount,
     )
 
 
-def _passages_of(dataset: Dataset, split: str, max_passages: int, seed: int) -> _Passages:
-    reserved = dataset.relevant_passages(other for other in dataset.qrels if other != split)
+def _passages_of(dataset: Dataset, max_passages: int, seed: int) -> _Passages:
+    reserved = dataset.relevant_passages(split for split in dataset.qrels if split != "train")
     queries_of: defaultdict[str, list[set[str]]] = defaultdict(list)
     num_queries = Counter[str]()
-    for query_id, ids in dataset.positives(split).items():
+    for query_id, ids in dataset.positives("train").items():
         words = {*terms(dataset.queries[query_id].text)}
         fitted = [passage_id for passage_id in ids if passage_id not in reserved]
         if fitted:
@@ -361,7 +347,7 @@ def _passages_of(dataset: Dataset, split: str, max_passages: int, seed: int) -> 
             queries_of[passage_id].append(words)
     if len(queries_of) < _MIN_PASSAGES:
         raise InputError(
-            f"{dataset.name}: has {counted(len(queries_of), 'passage')} relevant to a query of '{split}' and to no "
+            f"{dataset.name}: has {counted(len(queries_of), 'passage')} relevant to a query of 'train' and to no "
             f"other split's, but at least {_MIN_PASSAGES} are needed to learn what words passages lack; use another set"
         )
     chosen = sorted(queries_of, key=lambda name: key_of(seed, "document expansion", name))[:max_passages]
