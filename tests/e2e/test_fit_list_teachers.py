@@ -12,7 +12,7 @@ import pytest
 from d2llm.data.beir import read_beir
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
-from d2llm.fitting import recipes
+from d2llm.fitting import time_plan
 from d2llm.models.student import Student
 from d2llm.models.teachers.pair_teacher import identify_teacher, recorded_teacher
 from d2llm.recipe import TeacherConfig
@@ -42,7 +42,7 @@ def writer() -> Iterator[LocalEndpoint]:
 def short_trainings() -> Iterator[None]:
     """One epoch: what is taught matters here, not how well it is learnt."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipes, "usual_epochs", lambda *_, **__: 1)
+        patch.setattr(time_plan, "usual_epochs", lambda *_, **__: 1)
         yield
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from d2llm.fitting.recipes import recipe_for_queries, recipe_with_teacher
-from d2llm.fitting.time_plan import TimePlan
+from d2llm.fitting.time_plan import TimePlan, recipe_for_queries, recipe_with_teacher
 from d2llm.recipe import DataConfig, Recipe, StudentConfig, TeacherConfig
 
 HALF_AN_HOUR = 1800.0

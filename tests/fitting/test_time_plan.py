@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from d2llm.fitting.recipes import recipe_for_queries
-from d2llm.fitting.time_plan import DEV_FRACTION, MIN_TRAINING_SECONDS, MIN_WRITING_SECONDS, plan_time
+from d2llm.fitting.time_plan import (
+    DEV_FRACTION,
+    MIN_TRAINING_SECONDS,
+    MIN_WRITING_SECONDS,
+    plan_time,
+    recipe_for_queries,
+)
 from d2llm.recipe import DataConfig, StudentConfig
 
 

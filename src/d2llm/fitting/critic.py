@@ -159,17 +159,10 @@ def review_queries(
 ) -> Review:
     """Review every query written for the passages of a corpus.
 
-    Args:
-        drafts: what the writer wrote; drafts of passages that are no longer in the corpus are not looked at.
-        passages: the corpus.
-        index: its index, which searches for the queries.
-        task: the task of the queries.
-        teacher: reads queries with their passages.
-        label_store: the folder of a label store that keeps what the teacher said, so that a call that was interrupted
-            need not ask again; required with a teacher.
-        seconds: time for the teacher; queries that it has not read by then are kept without its scores.
-        settings: how strict to be.
-        placement: where the teacher scores.
+    Drafts of passages that are no longer in the corpus are not looked at. ``index`` is the corpus's, which searches for
+    the queries. A ``teacher`` reads queries with their passages for so many ``seconds``; queries that it has not read
+    by then are kept without its scores. What it said is kept in ``label_store``, which is required with a teacher, so
+    that a call that was interrupted need not ask again. ``placement``: where it scores.
     """
     chosen = settings or CriticSettings()
     by_id = {passage.id: passage for passage in passages}

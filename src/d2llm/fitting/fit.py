@@ -33,15 +33,18 @@ from d2llm.evaluation.pool_scores import place_teacher
 from d2llm.fitting.compare import compare_students, is_weighted
 from d2llm.fitting.critic import Review, review_queries
 from d2llm.fitting.fit_folder import default_folder, require_fit_folder
-from d2llm.fitting.recipes import NUM_NEGATIVES, dev_queries, recipe_for_queries, recipe_with_teacher
 from d2llm.fitting.report import FitReport, audit_page, outcome, report_page
 from d2llm.fitting.served_index import ServedIndex
 from d2llm.fitting.settings import FitSettings
 from d2llm.fitting.stages import Stages
 from d2llm.fitting.time_plan import (
+    NUM_NEGATIVES,
     TimePlan,
+    dev_queries,
     passages_per_second,
     plan_time,
+    recipe_for_queries,
+    recipe_with_teacher,
     searches_compared,
     seconds_per_pair,
     seconds_per_search,

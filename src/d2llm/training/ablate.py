@@ -184,25 +184,10 @@ def ablate(
     A variant that cannot be trained is reported with the reason; if the recipe itself cannot be trained, that is an
     error.
 
-    Args:
-        sources: data sets with their plans; each needs judged dev queries.
-        folder: where to put the runs.
-        recipe: the recipe; its seed is the first.
-        labels: the label store that ``label`` wrote; not needed if neither the recipe nor a variant imitates a teacher.
-        teacher: the teacher whose labels to use.
-        closed_gates: data sets whose labels of the teacher are not used, as in ``distill``.
-        variants: names from ``recipe.variants``; None means all that the recipe can have, and that need no labels
-            unless the recipe does.
-        num_seeds: number of seeds, counting up from the recipe's.
-        max_queries: train on a random sample of this many queries of each plan, the same for all runs; a larger sample
-            contains a smaller one.
-        epochs: number of epochs, instead of the recipe's.
-        budget_minutes: start no run after this many minutes; 0 only reports finished runs. None means no limit.
-        dev_queries: measure on a fixed random sample of this many dev queries of each data set, or all if there are
-            fewer.
-        device: where to compute; by default the best device available.
-        dtype: number format; by default the fastest on that device.
-        progress: counts the runs, with those of other calls (``halve``).
+    The arguments are those of ``Run.ablate`` and ``distill``; labels are not needed if neither the recipe nor a variant
+    imitates a teacher. Without ``variants``, there are all that the recipe can have, and that need no labels unless the
+    recipe does. A larger sample of ``max_queries`` contains a smaller one. Runs are measured on a fixed random sample
+    of ``dev_queries`` dev queries of each data set. ``progress`` counts the runs with those of other calls (``halve``).
 
     Raises:
         RecipeError: a variant is unknown (the message suggests the nearest).

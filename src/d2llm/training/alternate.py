@@ -60,16 +60,9 @@ def alternate(
     backbones. Judgements are used on dev alone, where the best state of a student is chosen: a student is not worse
     there than that of the round before.
 
-    Args:
-        sources: data sets with their plans, whose pairs are scored by all.
-        folder: where to write ``start``, and ``round-<number>`` with the teacher, labels and student of each round. Of
-            several recipes, each has a folder of its name in these, and ``ensemble`` is the mean of the teachers.
-        recipes: student, teacher, its tuning, losses, training and seed of each model. Losses of judgements get the
-            weight 0.
-        rounds: the number of rounds.
-        continue_teachers: tune the teacher of the round before, instead of the recipe's.
-        device: where to compute; by default the best device available.
-        dtype: number format; by default the fastest on that device.
+    ``folder`` gets ``start``, and ``round-<number>`` with the teacher, labels and student of each round. Of several
+    recipes, each has a folder of its name in these, and ``ensemble`` is the mean of the teachers. Losses of judgements
+    get the weight 0. With ``continue_teachers``, a round tunes the teacher of the one before, not the recipe's.
 
     Raises:
         InputError: ``rounds`` is below 1, two recipes have one name, or one cannot alternate (``recipe_of_round``).

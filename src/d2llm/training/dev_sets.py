@@ -315,11 +315,7 @@ def evaluate_dev(
 
     Several processes encode the texts together, and the first one measures; for the others the result is empty.
 
-    Args:
-        student: the student to measure.
-        dev_sets: the dev sets to measure on.
-        title: title of the progress bar, which counts texts encoded and queries ranked.
-        processes: the processes that share the work; all must call this function.
+    The progress bar with this ``title`` counts texts encoded and queries ranked.
 
     Raises:
         TrainingDivergedError: scores are not finite.

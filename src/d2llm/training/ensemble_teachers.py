@@ -111,21 +111,10 @@ def ensemble_teachers(
     in ``<folder>.run`` beside the folder, so an interrupted call can continue. A calibrated log-odds gives the
     probability of relevance among such candidates, not among all passages.
 
-    Args:
-        judged: data sets with dev judgements, each with its task. Each task has its own weights, fitted over its sets.
-        folder: where to write the ensemble.
-        members: the teachers, of any kind.
-        student: proposes candidates by its vectors.
-        num_queries: dev queries per data set, from the other end of the random order that ``gate`` uses.
-        depth: number of candidates from each list.
-        l2: see ``ops.ensemble.fit_ensemble``.
-        num_folds: number of folds of the cross-validation for the reported results.
-        seed: seed of the sample and the folds.
-        device: where to compute; by default the best device available.
-        dtype: number format; by default the fastest on that device.
-        runner: where corpora are encoded and the members score, by default in this process; remote members are asked
-            from here.
-        load_student: for a cluster: how its workers load ``student``.
+    Each task of the ``judged`` data sets has its own weights, fitted over its sets: on ``num_queries`` dev queries of
+    each, from the other end of the random order that ``gate`` uses. ``seed``: of this sample and of the folds of the
+    reported results. Remote members are asked from here, whatever the ``runner``; ``load_student`` is how the workers
+    of a cluster load ``student``.
 
     Raises:
         InputError: there are no members, no data sets or no dev queries, a member is given twice, ``folder`` holds

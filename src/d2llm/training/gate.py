@@ -141,18 +141,9 @@ def gate(
     written to ``gate.json`` in ``folder``, beside those of other teachers. Labels are kept in ``gate-labels``,
     so an interrupted call can continue.
 
-    Args:
-        judged: data sets with a dev split, each with its task.
-        folder: the run folder.
-        teacher: a teacher of any kind.
-        student: the cosine to beat: untuned, or a tuned bi-encoder.
-        settings: number of queries (and ten times as many pairs), depth of the candidates, significance level.
-        seed: seed of the sample and the test.
-        device: where to compute; by default the best device available.
-        dtype: number format; by default the fastest on that device.
-        runner: where corpora are encoded and the teacher scores, by default in this process. A remote teacher is asked
-            from here.
-        load_student: for a cluster: how its workers load ``student``.
+    ``judged`` are data sets with a dev split, each with its task, ``folder`` is the run folder, and ``student`` the
+    cosine to beat: untuned, or a tuned bi-encoder. ``seed``: of the sample and the test. A remote teacher is asked from
+    here, whatever the ``runner``; ``load_student`` is how the workers of a cluster load ``student``.
 
     Raises:
         InputError: a data set has no dev queries or pairs, or too few pairs of a class to fit thresholds.

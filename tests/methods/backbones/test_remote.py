@@ -18,11 +18,10 @@ import pytest
 
 from d2llm.core.errors import D2LLMError, InputError, MismatchError, ModelError, RecipeError, StorageError
 from d2llm.core.types import Passage
-from d2llm.methods.backbones.remote import EndpointUsage, RemoteBackbone
+from d2llm.methods.backbones.remote import EndpointUsage, RemoteBackbone, VectorCache
 from d2llm.models.attribution import attribute
 from d2llm.models.export.export import export
 from d2llm.models.layer_choice import layer_distances
-from d2llm.models.remote.vector_cache import VectorCache
 from d2llm.models.student import Student
 from d2llm.models.student_files import check_content
 from d2llm.recipe import StudentConfig
