@@ -21,12 +21,12 @@ from d2llm.core.errors import InputError
 from d2llm.core.files import new_folder
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import progress_bar, remarks
-from d2llm.core.types import Task
+from d2llm.core.types import TASKS, Task
 from d2llm.data.labels import label_keys, only_labels
 from d2llm.data.plan import TrainingPair, TrainingPlan, TrainingSource, labelled_pairs
 from d2llm.data.run_folder import require_unfinished, working_folder
 from d2llm.models.device import choose_dtype, size_of_states, tokens_to_train
-from d2llm.models.interaction import TASKS
+from d2llm.models.row_features import score_by_query
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import TEACHER_KIND
 from d2llm.models.teachers.local import LocalTeacher
@@ -232,17 +232,13 @@ def _centred_scores(pairs: Sequence[TrainingPair], student: Student) -> NDArray[
         indices = [index for index, pair in enumerate(pairs) if pair.task == task]
         if not indices:
             continue
-        by_query: dict[str, list[int]] = {}
-        for index in indices:
-            by_query.setdefault(pairs[index].query, []).append(index)
-        rows = {text: row for row, text in enumerate(dict.fromkeys(pairs[index].passage for index in indices))}
-        with progress_bar("scoring pairs for the teacher", len(by_query) + len(rows)) as advance:
-            queries = student.encode_queries(list(by_query), advance=advance).vectors
-            passages = student.encode_passages(list(rows), advance=advance).vectors
-        for query, query_positions in zip(queries, by_query.values(), strict=True):
-            listed = passages[[rows[pairs[index].passage] for index in query_positions]]
-            scores[query_positions] = student.score(query, listed, task)
-        scores[indices] -= scores[indices].mean()
+        texts = [(pairs[index].query, pairs[index].passage) for index in indices]
+        queries, passages = (list(dict.fromkeys(side)) for side in zip(*texts, strict=True))
+        with progress_bar("scoring pairs for the teacher", len(queries) + len(passages)) as advance:
+            by_query = dict(zip(queries, student.encode_queries(queries, advance=advance).vectors, strict=True))
+            by_passage = dict(zip(passages, student.encode_passages(passages, advance=advance).vectors, strict=True))
+        values = score_by_query(student, texts, by_query, by_passage, task)
+        scores[indices] = values - values.astype(np.float64).mean()
     return scores
 
 
